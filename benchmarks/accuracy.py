@@ -1,4 +1,4 @@
-"""Writes docs/accuracy.md: estimates against traced steps and against peaks other people measured on their cards.
+"""Print docs/accuracy.md: estimates against traced steps and against published measurements.
 
 python -m benchmarks.accuracy > docs/accuracy.md
 """
@@ -47,7 +47,7 @@ class Compared(NamedTuple):
 
 
 def without_workspaces(answer: Estimate) -> dict[tuple[int, str], int]:
-    """Peaks by step and phase, less cuBLAS's workspaces, which a trace does not see."""
+    """Return peaks by step and phase without cuBLAS's workspaces, which a trace does not see."""
     workspace = cublas_workspace(find_gpu(answer.gpu.name).compute_capability if answer.gpu else None).usual
     found: dict[tuple[int, str], int] = {}
     for phase in answer.phases:
@@ -72,45 +72,45 @@ def compared_with_trace(row: dict[str, Any], group: str = "") -> Compared:
 
 @cache
 def traced() -> list[Compared]:
-    """Common models at their own sizes, by method."""
+    """Yield common models at real size, by method."""
     by_method = sorted(rows("traced.jsonl"), key=lambda row: row["run"].get("method", {}).get("kind", "full"))
     return [compared_with_trace(row, row["run"].get("method", {}).get("kind", "full")) for row in by_method]
 
 
 @cache
 def traced_families() -> list[Compared]:
-    """Every family at a small size, and many at real widths."""
+    """Yield every family at a small size, and many at real widths."""
     found = [(model_type_of(row["run"]["model"]), row) for name in FAMILIES for row in rows(name)]
     return [compared_with_trace(row, group) for group, row in sorted(found, key=itemgetter(0))]
 
 
 def model_type_of(model: str | dict[str, Any]) -> str:
-    """The family of a run's model, a card's name or a config."""
+    """Return the family of a run's model: a card's name or a config."""
     return load_card(model).model_type if isinstance(model, str) else model["config"]["model_type"]
 
 
 @cache
 def traced_runs() -> list[Compared]:
-    """Every family at a real size, by method."""
+    """Yield every family at a real size, by method."""
     by_method = sorted(rows("traced_runs.jsonl"), key=lambda row: row["run"].get("method", {}).get("kind", "full"))
     return [compared_with_trace(row, row["run"].get("method", {}).get("kind", "full")) for row in by_method]
 
 
 @cache
 def traced_losses() -> list[Compared]:
-    """Other losses than transformers', by loss."""
+    """Yield losses other than transformers', by loss."""
     return [compared_with_trace(row, row["run"]["kernels"]["loss"]) for row in rows("traced_losses.jsonl")]
 
 
 @cache
 def traced_passes() -> dict[str, list[float]]:
-    """What forward passes and generation are off by, in the phases of each run."""
+    """Return the errors of forward passes and generation, by phase of each run."""
     found: dict[str, list[float]] = {}
     for row in rows("traced_inference.jsonl"):
         answer = estimate(RunSpec(**row["run"]))
         gpu = answer.gpu
         workspace = cublas_workspace(find_gpu(gpu.name).compute_capability if gpu else None).usual
-        ends = sum(line.bytes for line in answer.ledger if line.what == "left unsplit")  # which a trace does not see
+        ends = sum(line.bytes for line in answer.ledger if line.what == "left unsplit")  # invisible to a trace
         mine = {phase.phase: phase.peak - workspace - ends for phase in answer.phases}
         for phase, bytes_ in row["phases"].items():
             if phase != "load":
@@ -142,7 +142,7 @@ def table(head: str, compared: list[Compared]) -> Iterable[str]:
 
 
 def runs(published: Sequence[Measured], causes: Sequence[str] = ()) -> Iterable[str]:
-    """A table of runs; with `causes`, the number of each run's."""
+    """Yield a table of runs; with `causes`, numbered references to the causes."""
     yield "| run | card | measured MiB | memplan MiB | error | peak | in the band |" + " cause |" * bool(causes)
     yield "|---|---|---|---|---|---|---|" + "---|" * bool(causes)
     for m in published:
@@ -178,7 +178,7 @@ def goals(published: Sequence[Measured]) -> Iterable[str]:
 
 
 def of_several() -> Iterable[str]:
-    """A row for every family of published runs on several GPUs, with the cause of what is missed; and every run."""
+    """Yield a row for every family of published runs on several GPUs, with the causes of misses, and every run."""
     yield "| family | metric | runs | mean | from | to | at most 4 % |"
     yield "|---|---|---|---|---|---|---|"
     reserved = golden.ranks_reserved()
@@ -207,7 +207,7 @@ def of_several() -> Iterable[str]:
 
 
 def _families() -> Iterable[tuple[tuple[str, str], Sequence[Measured]]]:
-    """The large ones of the published runs on several GPUs, by family and strategy."""
+    """Return the published runs with large peaks on several GPUs, by family and strategy."""
     found: dict[tuple[str, str], list[Measured]] = {}
     for m in golden.ranks():
         if m.large:
@@ -216,7 +216,7 @@ def _families() -> Iterable[tuple[tuple[str, str], Sequence[Measured]]]:
 
 
 def groups(published: Sequence[Measured], head: str, key: Callable[[Measured], str]) -> Iterable[str]:
-    """Errors of the runs by what `key` says of them: in per cent above 4 GiB, in MiB below."""
+    """Yield the errors of runs grouped by `key`: in per cent above 4 GiB, in MiB below."""
     yield f"| {head} | above 4 GiB | mean | from | to | below 4 GiB | mean MiB | worst MiB |"
     yield "|---|---|---|---|---|---|---|---|"
     for group in dict.fromkeys(map(key, published)):
@@ -238,7 +238,7 @@ def by_phase(published: Sequence[Measured]) -> Iterable[str]:
 
 
 def ran_models() -> Iterable[str]:
-    """Runs in which nothing trains."""
+    """Yield inference runs."""
     ran = golden.running()
     yield RUNNING.format(count=len(ran))
     yield "| family | weights | above 4 GiB | mean | from | to | below 4 GiB | worst MiB |"
@@ -265,7 +265,7 @@ def _signed(error: float) -> str:
 
 
 def _weights(answer: Estimate) -> str:
-    """What a run's weights are stored in."""
+    """Return the format of a run's weights."""
     q = answer.run.method.quantization
     return q.format if q is not None else str(answer.run.precision.weights)
 
@@ -306,7 +306,7 @@ def confusion() -> Iterable[str]:
     yield f"Wrong: {', '.join(wrong)}." if wrong else "None is wrong."
 
 
-def beside() -> Iterable[str]:
+def other_estimators() -> Iterable[str]:
     yield "| tool | runs answered | its mean error | its worst | memplan's mean on the same |"
     yield "|---|---|---|---|---|"
     for tool in other_tools():
@@ -412,7 +412,7 @@ them. {len(published)} runs, error of `allocated` against `torch.cuda.max_memory
     yield from bands(published)
     yield f"\n`reserved` against `torch.cuda.max_memory_reserved`, {len(reserved)} runs: {span(reserved)}."
     yield OTHERS
-    yield from beside()
+    yield from other_estimators()
     if refused:
         yield "\n## Not answered yet\n\nPublished runs that a RunSpec says and memplan refuses:\n"
         yield from unanswered(refused)
@@ -422,14 +422,14 @@ them. {len(published)} runs, error of `allocated` against `torch.cuda.max_memory
 
 
 def _of_megatron(m: Measured) -> str:
-    """A run's model and how ranks divide it."""
+    """Return a run's model and its parallel layout."""
     p = m.answer.asked.parallelism
     kind = "mixture" if m.answer.parameters.active < m.answer.parameters.total else "dense"
     return f"{kind}, tp {p.tp}, pp {p.pp}"
 
 
 def summary() -> Iterable[str]:
-    """The rows of the README's table."""
+    """Yield the rows of the README's table."""
     measured = [
         (f"peaks above 4 GiB others measured on their cards: {goal.title}", golden.means(goal)) for goal in GOALS
     ]
@@ -553,7 +553,7 @@ them (tests/estimate/test_band.py):
 """
 
 OTHERS = """
-## Beside other tools
+## Compared with other tools
 
 What other estimators answer for the same runs, on those that they answer; `benchmarks/other_tools.jsonl` has each.
 The comparison is not blind: memplan's profiles were read with these runs in view, though none has a constant that was

@@ -71,9 +71,9 @@ _DECODERS = _names("""
     phi-3.5-moe qwen-1.8b qwen1.5-moe-a2.7b qwen2-0.5b qwen3-0.6b qwen3-30b-a3b
     qwen3.5-0.8b-text seed-oss-36b smollm3-3b stablelm-2-1.6b starcoderbase-1b starcoder2-3b step-3.7-flash
 """)
-# An estimate of training these takes tens of seconds, so only generation is asked of them.
+# Estimates of training these take tens of seconds, so only generation is tested.
 _LONG = _names("deepseek-moe-16b gemma-3n-e4b-text gemma-4-e2b kimi-k3 kimi-linear-48b-a3b granite-4.0-h-tiny")
-# Families without a card, and families whose cards take long: small configs in the folder `small`.
+# Families without a card, or with slow ones: small configs in the folder `small`.
 _SMALL_CONFIGS = _names("""
     minicpm3 hunyuan_v1_moe ernie4_5_moe llama4_text ministral gemma3n_text gemma4_text kimi_linear deepseek_v4
     granitemoehybrid qwen3_next
@@ -581,7 +581,7 @@ _LISTS = (
     *("profiles", "profiles litgpt --json", "profiles vllm", "profiles nothing-like-this"),
     *("schema", "schema run", "schema comparison", "schema plan", "schema answers"),
 )
-# Steps that the installed torch and transformers run on tensors without data.
+# Steps traced with the installed torch and transformers.
 _TRACED = (
     "config.json --via trace --method lora --seq-len 64 --no-cache",
     "probe config.json --trace --seq-len 64 --json",
@@ -630,7 +630,7 @@ CASES: tuple[str, ...] = tuple(
 )
 
 _FOLDER = "FOLDER"
-_CACHE = "cache"  # kept between cases: traces compile a helper there once
+_CACHE = "cache"  # kept between cases: traces compile a helper there
 _CLASS = re.compile(r"\b_?[A-Z]\w*\(")
 _DATED = ("card", "probe")
 _DATE = re.compile(r"\d{4}-\d\d-\d\d(T[\d:]+(\+00:00|Z)?)?")
@@ -669,7 +669,7 @@ def _write_files(folder: Path) -> None:
 
 
 def _measured(run: dict[str, Any], micro: int) -> dict[str, Any]:
-    """Return a line as `memplan probe --suite` writes it, with invented bytes."""
+    """Return a row like those of `memplan probe --suite`, with invented bytes."""
     reserved = (1 + micro) * 700 * 2**20
     return {
         "run": run,
@@ -805,7 +805,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     todo = cases(given.text)
     if given.shuffle is not None:
         random.Random(given.shuffle).shuffle(todo)
-    gc.set_threshold(2_000_000, 10, 10)  # lowering makes tuples by the thousand, which are in no cycle
+    gc.set_threshold(2_000_000, 10, 10)  # lowering creates thousands of acyclic tuples
     before, found = golden(), dict[str, str]()
     seconds: dict[str, float] = {}
     differing = 0

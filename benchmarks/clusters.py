@@ -1,9 +1,9 @@
-"""How long the search for a cluster's grid takes: CPU milliseconds, in a process that has asked nothing before.
+"""Time the search for a cluster's layout: CPU milliseconds in a fresh process.
 
     python -m benchmarks.clusters
 
-Beside them how many grids there are, and how many were estimated before enough of them fit; `every` estimates all that
-weights, gradients and states do not rule out.
+Also prints the number of layouts, and how many were estimated before enough fit; `every` estimates all that weights,
+gradients and states do not rule out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from memplan import RunSpec
 from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.planning.cluster import Found, cluster_of, search
+from memplan.planning.cluster import ClusterSearch, cluster_of, search
 
 LONG = {"sequence": 8192}
 CASES: dict[str, tuple[dict[str, Any], int, int, str]] = {
@@ -27,7 +27,7 @@ CASES: dict[str, tuple[dict[str, Any], int, int, str]] = {
 }
 
 
-def timed(name: str, most: int | None) -> tuple[float, Found]:
+def timed(name: str, most: int | None) -> tuple[float, ClusterSearch]:
     fields, nodes, each, gpu = CASES[name]
     run, cluster = RunSpec.model_validate(fields), cluster_of(find_gpu(gpu), nodes, each)
     start = time.process_time()
@@ -36,7 +36,7 @@ def timed(name: str, most: int | None) -> tuple[float, Found]:
 
 
 def line(name: str) -> str:
-    """Of one case, in a process of its own."""
+    """Return the row of one case, run in its own process."""
     first, found = timed(name, 5)
     estimated = found.grids - found.too_large - found.slower
     every, _ = timed(name, None)

@@ -1,9 +1,9 @@
-"""The command from cold, against the least it can cost: wall time as a ratio, and peak memory.
+"""Time a cold start of the command against a minimal one: wall time as a ratio, and peak memory.
 
     python benchmarks/command.py [rounds]
 
-`benchmarks/floor.py` takes the same options with the same libraries and prints one table. Where FITCHECK names the
-executable of fitcheck-llm, it answers the same question, from a config put into a cache of its own, offline.
+`benchmarks/floor.py` takes the same options with the same libraries and prints one table. If FITCHECK names the
+executable of fitcheck-llm, that answers the same question too, offline, from a config in its own cache.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IMPORT_FLOOR = "import pydantic\nclass Model(pydantic.BaseModel, frozen=True):\n
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """Nothing of the shell's that changes the cost of a start; compiled files are kept apart and reused."""
+    """Return an environment without variables that affect start-up; compiled files are cached separately."""
     kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONDONTWRITEBYTECODE", "COLUMNS")}
     return {**kept, "PYTHONPYCACHEPREFIX": str(folder / "compiled"), "PYTHONPATH": str(HERE.parent), "COLUMNS": "100"}
 
@@ -54,7 +54,7 @@ def run(command: list[str], env: dict[str, str]) -> float:
 
 
 def peak_mib(command: list[str], env: dict[str, str]) -> int:
-    """Peak resident memory of a command, asked of a process that has no other child."""
+    """Return the peak resident memory of a command, measured in a process without other children."""
     code = (
         "import resource, subprocess, sys\n"
         f"subprocess.run({command!r}, stdout=subprocess.DEVNULL)\n"

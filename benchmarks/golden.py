@@ -1,12 +1,16 @@
-"""The golden runs: what others measured on their cards, beside what memplan answers for the same run.
+"""The golden runs: published measurements, and memplan's answers for the same runs.
 
-Each line of `tests/golden/published.jsonl` is a run: where it was published, the libraries, the card, the metric, its
-bytes, and the run as a RunSpec; `ranks.jsonl` has those on several GPUs, `megatron.jsonl` those of Megatron-LM's own
-CI, with what they had `beside` what a RunSpec says (`CUBLAS_WORKSPACE_CONFIG=:4096:8` on an A100), `oom.jsonl` and
-`ranks_oom.jsonl` runs that died for want of memory, `not_expressed.jsonl` the published measurements that no RunSpec
-says yet, with the reason. `inference.jsonl` has those in which nothing trains: forward passes and generation; where a
-figure is not of the whole run, it says of which `phase`, and where it is `summed` it is of all GPUs together.
-`other_tools.jsonl` in this folder has what other estimators answer for the same runs.
+Each line of a file in `tests/golden` is a run: its source, libraries, card, metric and bytes, and the run as a RunSpec.
+
+published.jsonl         training on one GPU
+ranks.jsonl             training on several GPUs
+megatron.jsonl          Megatron-LM's own CI; `beside` is memory not described by a RunSpec
+                        (`CUBLAS_WORKSPACE_CONFIG=:4096:8` on an A100)
+oom.jsonl, ranks_oom.jsonl  runs that ran out of memory
+not_expressed.jsonl     measurements that a RunSpec cannot describe yet, with the reason
+inference.jsonl         forward passes and generation; a figure may be of one `phase`, or `summed` over all GPUs
+
+`other_tools.jsonl` in this folder has the answers of other estimators for the same runs.
 """
 
 from __future__ import annotations
@@ -24,25 +28,25 @@ from memplan.estimate.answer import phase_peaks
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 OTHER_TOOLS = Path(__file__).resolve().parent / "other_tools.jsonl"
 MIB = 2**20
-LARGE = 4 * 2**30  # below, an error is counted in bytes: workspaces and what the allocator leaves unsplit weigh in it
-NEAR = 60 * MIB  # the most a peak below LARGE may be off
-SLACK = 32 * MIB  # what the allocator leaves unsplit at the end of a block counts as allocated on a card
+LARGE = 4 * 2**30  # smaller errors are counted in bytes: workspaces and unsplit remainders of blocks dominate
+NEAR = 60 * MIB  # the largest error allowed for a peak below LARGE
+SLACK = 32 * MIB  # on a card the unsplit remainder of a block counts as allocated
 
 
 def rows(name: str) -> list[dict[str, Any]]:
-    """The runs of a golden file."""
+    """Return the rows of a golden file."""
     lines = (GOLDEN / name).read_text("utf-8").splitlines()
     return [row for row in map(json.loads, lines) if "run" in row]
 
 
 def phase_peak(answer: Estimate, phase: str) -> int:
-    """The peak of forward (with the loss), backward or step in a later step."""
+    """Return the peak of forward (including the loss), backward or step in a later step."""
     those = ("forward", "loss") if phase == "forward" else (phase,)
     return max(p.peak for p in answer.phases if p.phase in those and p.step in (2, None))
 
 
 class Refused(NamedTuple):
-    """A run that memplan does not answer yet, and why."""
+    """A run that memplan refuses, and why."""
 
     id: str
     family: str
@@ -51,10 +55,11 @@ class Refused(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """A published run beside memplan's answer; `cause` says why it is missed, if it is known to be.
+    """A published run and memplan's answer.
 
-    `after` is what was allocated after a step, `slack` how many bytes a met peak may be off: what the allocator leaves
-    unsplit, and half the last digit published.
+    cause   why the run is missed, if it is
+    after   bytes allocated after a step
+    slack   allowed error of a met peak in bytes: the allocator's unsplit remainder, and half the last published digit
     """
 
     id: str
@@ -72,7 +77,7 @@ class Measured(NamedTuple):
 
     @property
     def inside(self) -> bool | None:
-        """Whether the process took what the band says; None where nobody read it."""
+        """Whether the process's memory was within the range; None if it was not measured."""
         return None if self.process is None else self.answer.band.low <= self.process <= self.answer.band.high
 
     @property
@@ -90,7 +95,7 @@ class Measured(NamedTuple):
 
     @property
     def kept(self) -> int:
-        """What memplan has stay between steps: weights, the optimizer's states, buffers and cuBLAS's workspaces."""
+        """The bytes that memplan keeps between steps: weights, optimizer states, buffers and cuBLAS's workspaces."""
         return sum(self.answer.categories[kind] for kind in ("parameter", "optstate", "buffer", "other"))
 
     @property
@@ -130,7 +135,7 @@ def _measured(row: dict[str, Any], answer: Estimate) -> Measured:
 
 @cache
 def published() -> tuple[list[Measured], list[Refused]]:
-    """Every published run on one GPU: those that memplan answers, and those that it refuses."""
+    """Return the published runs on one GPU that memplan answers, and those that it refuses."""
     found: list[Measured] = []
     refused: list[Refused] = []
     for row in rows("published.jsonl"):
@@ -144,15 +149,15 @@ def published() -> tuple[list[Measured], list[Refused]]:
 
 @cache
 def ranks() -> list[Measured]:
-    """Every published run on several GPUs, what one of them took."""
+    """Return every published run on several GPUs, with one GPU's memory."""
     return [_measured(row, estimate(RunSpec(**row["run"]))) for row in rows("ranks.jsonl")]
 
 
-SEVERAL_GOAL = 0.04  # the mean error that every family of runs on several GPUs is to stay below
+SEVERAL_GOAL = 0.04  # the goal for the mean error of every family of runs on several GPUs
 
 
 class Reserved(NamedTuple):
-    """A published run of which only what torch reserved is known, beside memplan's answer; bytes."""
+    """A published run of which only torch's reserved bytes are known, and memplan's answer."""
 
     id: str
     card: str
@@ -167,7 +172,7 @@ class Reserved(NamedTuple):
 
 @cache
 def ranks_reserved() -> list[Reserved]:
-    """Every published run under DeepSpeed's ZeRO."""
+    """Return every published run under DeepSpeed's ZeRO."""
     found = ((row, estimate(RunSpec(**row["run"]))) for row in rows("ranks_reserved.jsonl"))
     return [
         Reserved(row["id"], row["measured"], str(a.run.parallelism.strategy), row["reserved"], a.bytes.reserved)
@@ -177,14 +182,15 @@ def ranks_reserved() -> list[Reserved]:
 
 @cache
 def megatron() -> list[Measured]:
-    """What the last of several ranks took in the runs of Megatron-LM's own CI."""
+    """Return the runs of Megatron-LM's CI, with the last rank's memory."""
     return [_measured(row, estimate(RunSpec(**row["run"]))) for row in rows("megatron.jsonl")]
 
 
 class Ran(NamedTuple):
-    """A published run in which nothing trains, beside what memplan answers for it, or for its `phase`.
+    """A published inference run and memplan's answer for it, or for its `phase`.
 
-    `cause` says why it is missed, if it is known to be; `slack` is how many bytes a met peak may be off.
+    cause   why the run is missed, if it is
+    slack   allowed error of a met peak in bytes
     """
 
     id: str
@@ -213,11 +219,11 @@ class Ran(NamedTuple):
         return self.allocated >= LARGE
 
 
-RUNNING, RUNNING_NEAR = 0.03, 150 * MIB  # the mean error of a family's large peaks, and the most of a small one
+RUNNING, RUNNING_NEAR = 0.03, 150 * MIB  # limits: a family's mean error of large peaks, and the error of a small one
 
 
 def ran(row: dict[str, Any]) -> Ran:
-    """A row of `inference.jsonl` beside what memplan answers."""
+    """Return a row of `inference.jsonl` with memplan's answer."""
     answer = estimate(RunSpec(**row["run"]))
     phase = row.get("phase", "")
     return Ran(
@@ -236,20 +242,20 @@ def ran(row: dict[str, Any]) -> Ran:
 
 
 def _of_all(answer: Estimate) -> int:
-    """The peaks of all GPUs together."""
+    """Return the sum of all GPUs' peaks."""
     return sum(rank.bytes.allocated for rank in answer.ranks)
 
 
 @cache
 def running() -> list[Ran]:
-    """Every published run in which nothing trains."""
+    """Return every published inference run."""
     return [ran(row) for row in rows("inference.jsonl")]
 
 
 class Replayed(NamedTuple):
-    """A published run whose step the probe traced, with the libraries of its time, beside card and estimate.
+    """A published run traced with the libraries of its time, with the card's measurement and the estimate.
 
-    `traced` is the trace's peak and cuBLAS's workspaces of that card, which no trace sees.
+    `traced` is the trace's peak plus the card's cuBLAS workspaces, which a trace does not see.
     """
 
     measured: Measured
@@ -262,20 +268,20 @@ class Replayed(NamedTuple):
 
     @property
     def engine(self) -> float:
-        """How far the estimate is from the trace."""
+        """The estimate's error relative to the trace."""
         return self.measured.answer.bytes.allocated / self.traced - 1
 
 
 @cache
 def replayed() -> list[Replayed]:
-    """The published runs that were traced."""
+    """Return the published runs that were traced."""
     ours = {m.id: m for m in published()[0]}
     lines = [json.loads(line) for line in (GOLDEN / "traced_published.jsonl").read_text("utf-8").splitlines()]
     return [Replayed(ours[line["id"]], line["traced"], line["versions"]) for line in lines]
 
 
 class Goal(NamedTuple):
-    """A mean error that a group of runs with large peaks is to stay below."""
+    """A goal for the mean error of a group of runs with large peaks."""
 
     title: str
     most: float
@@ -292,7 +298,7 @@ GOALS = (
 
 
 def means(goal: Goal) -> list[float]:
-    """The absolute relative errors of the goal's runs with large peaks."""
+    """Return the absolute relative errors of the goal's runs with large peaks."""
     return [abs(m.error) for m in published()[0] if m.large and goal.of(m)]
 
 
@@ -301,7 +307,7 @@ VERDICTS = ("fits", "tight", "does not fit", "refused")
 
 @cache
 def verdicts() -> dict[str, dict[str, list[str]]]:
-    """Ids of runs on the 80 GB card by what happened (`ran`, `died`) and by what memplan says of them."""
+    """Return the ids of runs on the 80 GB card by outcome (`ran`, `died`) and memplan's verdict."""
     those = {
         "ran": [row for row in rows("published.jsonl") if row["measured"] == "A100-80GB"],
         "died": rows("oom.jsonl"),
@@ -316,12 +322,12 @@ def verdicts() -> dict[str, dict[str, list[str]]]:
 
 
 def not_expressed() -> list[dict[str, Any]]:
-    """Groups of published measurements without a RunSpec: family, source, reason and ids."""
+    """Return groups of published measurements without a RunSpec: family, source, reason and ids."""
     return [json.loads(line) for line in (GOLDEN / "not_expressed.jsonl").read_text("utf-8").splitlines()]
 
 
 class Tool(NamedTuple):
-    """Another estimator on the golden runs: how many it answers, its mean error there, and memplan's on the same."""
+    """Another estimator on the golden runs: the number it answers, its mean error, and memplan's on the same runs."""
 
     name: str
     asked: int
@@ -332,7 +338,7 @@ class Tool(NamedTuple):
 
 
 def other_tools(family: str = "") -> list[Tool]:
-    """What other estimators reach, by mean absolute error of `allocated` on the runs (of a family) both answer."""
+    """Return other estimators by mean absolute error of `allocated` on the runs (of a family) that both answer."""
     lines = [json.loads(line) for line in OTHER_TOOLS.read_text("utf-8").splitlines()]
     ours = {m.id: m for m in published()[0] if not family or m.family == family}
     peaks: dict[str, dict[str, int]] = {}

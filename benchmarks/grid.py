@@ -1,10 +1,10 @@
-"""`memplan.grid` on a thousand batches by a thousand sequences: estimates a second of one core, against one by one.
+"""Time `memplan.grid` on a thousand batches by a thousand sequences, against single estimates, per core.
 
     python -m benchmarks.grid
 
-Seconds are of the process's own CPU time, all its threads together. The reference is `estimate` on runs of the same
-grid in the same process, their RunSpecs made before; both end at bytes, phase and what bounds tell of the verdict.
-`unclear` is the share of runs whose verdict a replay of their allocations has to tell, and what each of those takes.
+Seconds are the process's CPU time, over all threads. The reference is `estimate` on runs of the same grid in the same
+process, with RunSpecs created before; both compute bytes, phase, and the verdict as far as bounds decide it. `unclear`
+is the share of runs whose verdict needs a replay of their allocations, and the time of each replay.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 BATCHES = range(1, 1001)
 SEQUENCES = range(8, 8001, 8)
-EVERY = 10  # of each axis one value in so many, where replays are timed
-SOME = 2000  # runs that are estimated one by one
+EVERY = 10  # one value in this many per axis, for timing replays
+SOME = 2000  # runs estimated one by one
 
 
 class Taken(NamedTuple):
@@ -46,7 +46,7 @@ def taken(function: Callable[[], Any]) -> Taken:
 def one_by_one(runs: list[RunSpec], usable: int) -> None:
     for run in runs:
         answer = estimate(run)
-        _ = answer.bytes.allocated, answer.peak.phase, answer.told(usable)
+        _ = answer.bytes.allocated, answer.peak.phase, answer.fits_card_of(usable)
 
 
 def main() -> None:

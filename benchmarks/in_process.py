@@ -1,14 +1,13 @@
-"""How long one estimate takes in a process that has made others: median microseconds, and ratios to the references.
+"""Time one estimate in a warm process: median microseconds, and ratios to references.
 
     python benchmarks/in_process.py
 
 The reference for the whole estimate is pydantic validating the same run; for the depth, the same model with one layer.
-`verdict` is the median with what it takes to tell: nothing more where it is clear, a replay of the run's allocations
-where it is not. `used` is with that replay.
+`verdict` includes computing the verdict: free if it is clear, otherwise a replay of the run's allocations. `used`
+includes that replay.
 
-A plan and the offers of the whole catalogue are timed for runs of models that nothing was asked of before, and again:
-milliseconds, and how many estimates of the same run, asked again, go into as much. What a fresh process pays for its
-imports besides is in `benchmarks/planners.py`.
+A plan and the offers of the complete catalogue are timed for new models, and again: in milliseconds, and as a multiple
+of a repeated estimate of the same run. The time of imports in a fresh process is in `benchmarks/planners.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from memplan import RunSpec, estimate
 from memplan.core.arithmetic import ONE_RUN
 from memplan.engine.walk import largest, values
 from memplan.estimate.usage import reserved
-from memplan.estimate.walk import Numbers, walk
+from memplan.estimate.walk import ProgramValues, walk
 from memplan.models.cards import load_card
 from memplan.planning.offers import offers
 from memplan.planning.plan import plan
@@ -56,13 +55,13 @@ def median_us(function: Callable[[Any], object], arguments: Sequence[Any], round
 
 
 def engine_walk(run: RunSpec) -> Callable[[RunSpec], object]:
-    """The walk alone: from a batch in numbers to the peak of every phase, without the answer around it."""
+    """Run only the engine's walk: from a batch to the peak of every phase."""
     decided = decide(run)
     program = walk(run, decided).program
 
     def walked(run: RunSpec) -> object:
         axes = run_axes(program, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN)
-        numbers = Numbers(values(program.variables, axes), values(program.products, axes))
+        numbers = ProgramValues(values(program.variables, axes), values(program.products, axes))
         return [largest(program.first[phase], *numbers) for phase in PHASES]
 
     return walked

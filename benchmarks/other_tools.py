@@ -1,20 +1,20 @@
-"""What other public memory calculators reach on the published runs, beside memplan.
+"""Compare other public memory calculators with memplan on the published runs.
 
 python benchmarks/other_tools.py                          # the table, from the recorded answers
-OTHER_TOOLS=/path/to/venvs python benchmarks/other_tools.py   # asks every tool that has a venv there again, records
+OTHER_TOOLS=/path/to/venvs python benchmarks/other_tools.py   # runs every tool with a venv there, and records
 
-Each tool runs in a virtual environment of its own, $OTHER_TOOLS/<tool>/bin/python, made with
+Each tool runs in its own virtual environment, $OTHER_TOOLS/<tool>/bin/python, created with
 
     python -m venv $OTHER_TOOLS/ftuneai && $OTHER_TOOLS/ftuneai/bin/pip install ftuneai==0.4.1
 
-(for torch-mem-tracker: torch and transformers==4.48.1); the versions asked are in other_tools.jsonl, beside this file.
-A calculator that is a web page or a lone script is written out here from its public formula, with its address.
+(for torch-mem-tracker: torch and transformers==4.48.1); the versions are in other_tools.jsonl, next to this file. A
+calculator that is a web page or a single script is reimplemented here from its public formula, with its address.
 
-Every tool is told what it can be told: the model's sizes and its exact number of parameters, method, rank, targets,
-quantisation, dtype, optimizer, batch, sequence, attention and checkpointing. A run whose memory turns on something
-that a tool has no setting for is not put to it, and the reason is recorded. Two figures are recorded for each answer:
-`allocated`, the tool's sum without what it calls context, fragmentation or overhead (the best reading against
-`torch.cuda.max_memory_allocated`), and `process`, the total it shows, which is meant to be compared with nvidia-smi.
+Every tool gets all the inputs it accepts: the model's sizes and exact number of parameters, method, rank, targets,
+quantisation, dtype, optimizer, batch, sequence, attention and checkpointing. If a run's memory depends on something
+that a tool has no setting for, the run is skipped and the reason recorded. Two figures are recorded for each answer:
+`allocated`, the tool's sum without what it calls context, fragmentation or overhead (the best match for
+`torch.cuda.max_memory_allocated`), and `process`, the total it shows, meant to be compared with nvidia-smi.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ HERE = Path(__file__).resolve().parent
 GOLDEN = HERE.parent / "tests" / "golden" / "published.jsonl"
 RECORD = HERE / "other_tools.jsonl"
 GIB = 2**30
-LEAST = 4 * GIB  # smaller runs are left out of the table: in them the fixed costs decide
+LEAST = 4 * GIB  # smaller runs, dominated by fixed costs, are left out of the table
 METHODS = ("full", "lora", "qlora")
 
 
 @dataclass(frozen=True)
 class Run:
-    """A published run as the tools are told it: sizes in elements, `config` as on the Hub."""
+    """The inputs of the tools for a published run: sizes in elements, `config` as on the Hub."""
 
     id: str
     config: dict[str, Any]
@@ -78,7 +78,7 @@ class Run:
 
     @property
     def flash(self) -> bool:
-        """Whether the scores of attention are never stored whole."""
+        """Whether the full attention scores are never stored."""
         return self.attention not in ("eager", "sdpa_math")
 
     @property
@@ -87,14 +87,14 @@ class Run:
 
 
 class Answer(NamedTuple):
-    """Bytes of the peak: what the tool sums up as tensors, and the total that it shows, if it means a whole process."""
+    """A tool's peak in bytes: the sum of its tensors, and its total if that is meant for the process."""
 
     allocated: float
     shown: float | None
 
 
 class UnsupportedError(Exception):
-    """The tool has no setting for something in the run; the message says what."""
+    """Raised if the tool has no setting for something in the run, named in the message."""
 
 
 def only(met: bool, otherwise: str) -> None:
@@ -103,25 +103,25 @@ def only(met: bool, otherwise: str) -> None:
 
 
 def imported(module: str) -> Any:
-    """A module of a tool, typed as Any: the tools are not installed where this file is checked."""
+    """Return a tool's module as Any: the tools are not installed where this file is type-checked."""
     return import_module(module)
 
 
-# --- what a tool is told -------------------------------------------------------------------------------------------
+# --- inputs of the tools -------------------------------------------------------------------------------------------
 
 EIGHT_BIT = ("adamw_8bit", "adamw_torch_8bit", "adamw_bnb_8bit", "paged_adamw_8bit")
 ADAM = ("adamw_torch", "adamw_torch_fused", "adamw", "paged_adamw", "paged_adamw_32bit")
 
 
 def left_out(run: Mapping[str, Any]) -> str | None:
-    """Why no tool can be told the run, if none can."""
+    """Return why no tool can express the run, if so."""
     kernels, optimizer = run.get("kernels", {}), run.get("optimizer", "adamw_torch")
     method = run.get("method", "full")
     kind = method if isinstance(method, str) else method["kind"]
     if kind not in METHODS:
         return f"method {kind}"
     if not isinstance(method, str) and method.get("modules_to_save"):
-        return "modules trained whole beside LoRA"
+        return "modules trained in full next to LoRA"
     if run.get("parallelism", {}).get("world", 1) > 1:
         return "several GPUs"
     if kernels.get("checkpointing", "full") not in ("none", "full"):
@@ -134,7 +134,7 @@ def left_out(run: Mapping[str, Any]) -> str | None:
 
 
 def told(row: Mapping[str, Any]) -> Run:
-    """The run of a row of published.jsonl, with memplan's count of its parameters (the Hub's own count)."""
+    """Return the inputs for a row of published.jsonl, with memplan's parameter count (equal to the Hub's)."""
     from memplan import RunSpec, estimate, find_model
 
     run = row["run"]
@@ -184,7 +184,7 @@ def plain_loss(run: Run) -> None:
 
 
 def adam(run: Run, *others: str) -> str:
-    """`adamw`, or the run's optimizer where it is one of `others`."""
+    """Return `adamw`, or the run's optimizer if it is one of `others`."""
     if run.optimizer in ADAM:
         return "adamw"
     only(run.optimizer in others, f"optimizer {run.optimizer}")
@@ -195,14 +195,14 @@ def adam(run: Run, *others: str) -> str:
 
 
 def fitcheck_llm(run: Run) -> Answer:
-    """`allocated` is without overhead_mib, which is context and fragmentation.
+    """`allocated` excludes overhead_mib, which is context and fragmentation.
 
-    Its constants were measured on a T4, in the runs of the family `fitcheck` here: on those it answers what it fitted.
+    Its constants were measured on a T4, in the runs of the family `fitcheck` here, which it therefore fits.
     """
     plain_loss(run)
     parser, estimator, gpus = (imported(f"fitcheck.{name}") for name in ("config_parser", "estimator", "gpu_db"))
     names = {"a100-80gb": "a100-80", "a100-40gb": "a100-40", "a10g": "a10", "a6000": "a6000"}
-    try:  # what its fetch_model_config does once it has the config and the Hub's count
+    try:  # as in its fetch_model_config, given the config and the Hub's count
         parser._reject_unsupported(run.config, run.id)
         fields = parser._parse_fields(run.config)
         total = parser._reconcile_param_count(run.id, run.parameters, parser._count_params(fields))
@@ -229,7 +229,7 @@ def fitcheck_llm(run: Run) -> Answer:
 
 
 def ftuneai(run: Run) -> Answer:
-    """`allocated` is without its 20 % for context, fragmentation and workspaces."""
+    """`allocated` excludes its 20 % for context, fragmentation and workspaces."""
     memory, models = imported("ftuneai.core.memory"), imported("ftuneai.core.models")
     target = {
         "q_proj v_proj": "attention",
@@ -267,7 +267,7 @@ def ftuneai(run: Run) -> Answer:
 
 
 def vramcalc(run: Run) -> Answer:
-    """Its total is torch's peak; 0.75 GB of overhead come on top."""
+    """Its total is torch's peak plus 0.75 GB of overhead."""
     plain_loss(run)
     only(run.quantization == "none", "no quantised weights")
     only(
@@ -295,7 +295,7 @@ def vramcalc(run: Run) -> Answer:
 
 
 def llmcalculator(run: Run) -> Answer:
-    """Takes no rank: 0.5 % of the parameters are taken to train. `allocated` is without its fixed overhead."""
+    """Takes no rank: it assumes that 0.5 % of the parameters train. `allocated` excludes its fixed overhead."""
     plain_loss(run)
     only(run.flash, "no setting for eager attention")
     adam(run)
@@ -326,7 +326,7 @@ def llmcalculator(run: Run) -> Answer:
 
 
 def ml_memguard(run: Run) -> Answer:
-    """`allocated` is without its 25 % and 400 MB of overhead."""
+    """`allocated` excludes its 25 % and 400 MB of overhead."""
     module = imported("memory_guard.estimator")
     found = module.estimate_training_memory(
         module.ModelSpec(
@@ -356,7 +356,7 @@ def ml_memguard(run: Run) -> Answer:
 
 
 def torch_preflight(run: Run) -> Answer:
-    """LoRA is a fraction of frozen parameters. `allocated` is without context and fragmentation."""
+    """LoRA is a fraction of frozen parameters. `allocated` excludes context and fragmentation."""
     plain_loss(run)
     only(run.quantization == "none", "no quantised weights")
     types, costs = imported("torch_preflight.vram.types"), imported("torch_preflight.vram.costmodel")
@@ -396,7 +396,7 @@ def torch_preflight(run: Run) -> Answer:
 
 
 def tinyforge(run: Run) -> Answer:
-    """Adapters only; it counts their sizes over the layers it is given. Its constant 0.6 GiB is part of its peak."""
+    """Adapters only; it counts their sizes in the given layers. Its constant 0.6 GiB is part of its peak."""
     only(run.method != "full", "adapters only")
     only(run.quantization in ("none", "nf4", "fp4"), f"quantization {run.quantization}")
     only(run.quantization != "none" or run.weights != "fp32", "weights in fp32")
@@ -418,7 +418,7 @@ def tinyforge(run: Run) -> Answer:
 
 
 def llm_analysis(run: Run) -> Answer:
-    """Full only. Two matrices to a feed-forward layer, so a gated one is told 3/2 as wide; it shares embeddings."""
+    """Full training only. Feed-forward layers have two matrices, so gated ones get 3/2 the width; ties embeddings."""
     only(run.method == "full", "full training only")
     plain_loss(run)
     adam(run)
@@ -446,19 +446,19 @@ def llm_analysis(run: Run) -> Answer:
         seq_len=run.sequence,
         activation_recomputation=recompute.FULL if run.checkpointed else recompute.NONE,
         layernorm_dtype_bytes=4,
-        master_weights_dtype_bytes=2 if state == 2 else 4,  # of the gradients too
+        master_weights_dtype_bytes=2 if state == 2 else 4,  # also of the gradients
         other_op_bytes=2 if state == 2 else 4,
         flash_attn=run.flash,
         mlp_gated_linear_units=run.gated,
     )
     found = summary["(weight+op_state+grad+act)_memory_per_gpu"]
-    if not run.tied:  # the wider vocabulary above stands for the head's own weights, not for twice the logits
+    if not run.tied:  # the wider vocabulary above models the head's own weights, not twice the logits
         found -= run.vocab * run.micro * run.sequence * (4 if state == 4 else 2)
     return Answer(found, found)
 
 
 def hf_vram_calc(run: Run) -> Answer:
-    """From parameters alone: no batch, no sequence. `allocated` is without its overhead factors."""
+    """Uses only the number of parameters: no batch, no sequence. `allocated` excludes its overhead factors."""
     adam(run)
     calculator, configs = imported("hf_vram_calc.calculator"), imported("hf_vram_calc.config")
     tool = calculator.VRAMCalculator(configs.ConfigManager())
@@ -472,7 +472,7 @@ def hf_vram_calc(run: Run) -> Answer:
 
 
 def gpu_estimator(run: Run) -> Answer:
-    """Full only; the activations are a guess from the number of parameters. `allocated` is without its 20 %."""
+    """Full training only; activations are guessed from the number of parameters. `allocated` excludes its 20 %."""
     only(run.method == "full", "full training only")
     tool = imported("gpu_estimator.estimator").GPUEstimator()
     shown = tool.estimate(
@@ -488,7 +488,7 @@ def gpu_estimator(run: Run) -> Answer:
 
 
 def qmemcalc(run: Run) -> Answer:
-    """Guesses the parameters from width and depth. `allocated` is without its buffers (10 %)."""
+    """Guesses the parameters from width and depth. `allocated` excludes its buffers (10 %)."""
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "config.json").write_text(json.dumps(run.config), "utf-8")
         found = imported("qmemcalc.memory").estimate_memory(
@@ -507,7 +507,7 @@ def qmemcalc(run: Run) -> Answer:
 
 
 def alloc(run: Run) -> Answer:
-    """Full only, and every run as if checkpointed. `allocated` is without its 10 % for buffers and fragmentation."""
+    """Full training only, always as if checkpointed. `allocated` excludes its 10 % for buffers and fragmentation."""
     only(run.method == "full", "full training only")
     adam(run)
     found = imported("alloc.ghost").ghost(
@@ -522,7 +522,7 @@ def alloc(run: Run) -> Answer:
 
 
 def vram_check(run: Run) -> Answer:
-    """Full only; activations are twice the weights for each sequence, however long."""
+    """Full training only; activations are twice the weights per sequence of any length."""
     only(run.method == "full", "full training only")
     found = imported("vram_check.estimator").estimate(
         run.parameters, run.micro, run.weights, adam(run, "sgd"), True, run.sequence
@@ -531,7 +531,7 @@ def vram_check(run: Run) -> Answer:
 
 
 def accelerate(run: Run) -> Answer:
-    """`accelerate estimate-memory`: full training with Adam, from the size of the model alone, at batch 1."""
+    """`accelerate estimate-memory`: full training with Adam at batch 1, from the model's size only."""
     only(run.method == "full", "full training only")
     adam(run)
     dtype = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}[run.weights]
@@ -540,9 +540,9 @@ def accelerate(run: Run) -> Answer:
 
 
 def gpu_poor(run: Run) -> Answer:
-    """https://github.com/RahulSChand/gpu_poor, src/App.js: getAllComputedData for training, written out.
+    """https://github.com/RahulSChand/gpu_poor, src/App.js: getAllComputedData for training, reimplemented.
 
-    Rank 8 is fixed in it. `allocated` is without its 650 MiB of context and other overhead.
+    Its rank is fixed at 8. `allocated` excludes its 650 MiB of context and other overhead.
     """
     only(run.method != "full" or run.quantization == "none", "full training of quantised weights")
     only(run.weights != "fp32", "weights in fp32")
@@ -567,9 +567,9 @@ def gpu_poor(run: Run) -> Answer:
 
 
 def eleuther_cookbook(run: Run) -> Answer:
-    """https://github.com/EleutherAI/cookbook, calc/calc_transformer_mem.py, written out for one GPU.
+    """https://github.com/EleutherAI/cookbook, calc/calc_transformer_mem.py, reimplemented for one GPU.
 
-    Full only; 12 bytes of optimizer state a parameter are fixed in it. Gradients are told as of the weights' dtype.
+    Full training only, with a fixed 12 bytes of optimizer state per parameter. Gradients have the weights' dtype.
     """
     only(run.method == "full", "full training only")
     only(run.weights != "fp32", "weights in fp32")
@@ -586,7 +586,7 @@ def eleuther_cookbook(run: Run) -> Answer:
 def llama_factory(run: Run) -> Answer:
     """https://github.com/hiyouga/LLaMA-Factory, README, "Hardware Requirement": GB by method and size.
 
-    From parameters alone. The nearest column is scaled to the run's size, which is nearer than the rule for any size.
+    Uses only the number of parameters. The nearest column is scaled to the run's size, which is closer than its rule.
     """
     adam(run)
     gigabytes = {
@@ -610,11 +610,10 @@ def llama_factory(run: Run) -> Answer:
 
 
 def torch_mem_tracker(run: Run) -> Answer:
-    """torch.distributed._tools.mem_tracker, which torchtitan estimates with: two steps of the real model, faked.
+    """torch.distributed._tools.mem_tracker, used by torchtitan: two steps of the real model on fake tensors.
 
-    A trace rather than a formula: it needs torch and transformers (4.48.1, which these runs had). On the CPU's fake
-    tensors, whose fused attention keeps what a GPU's does. It hooks every parameter's gradient, and refuses one that
-    has none.
+    A trace rather than a formula: it needs torch and transformers (4.48.1, as in these runs). It uses fake CPU tensors,
+    whose fused attention saves what a GPU's does. It hooks every parameter's gradient, and refuses a parameter without.
     """
     only(run.method == "full", "hooks every parameter, so that none may be frozen")
     plain_loss(run)
@@ -625,7 +624,7 @@ def torch_mem_tracker(run: Run) -> Answer:
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
     kind = run.config["model_type"]
     config = transformers.AutoConfig.for_model(kind, **{k: v for k, v in run.config.items() if k != "model_type"})
-    if run.flash:  # a fused kernel keeps no mask of its dropout, and the CPU's has no dropout
+    if run.flash:  # a fused kernel saves no dropout mask, and the CPU's has no dropout
         config.attn_pdrop = config.attention_dropout = 0.0
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(
@@ -674,7 +673,7 @@ TOOLS: dict[str, Callable[[Run], Answer]] = {
     "llama-factory": llama_factory,
     "torch-mem-tracker": torch_mem_tracker,
 }
-# The commits of the formulas.
+# Commits of the reimplemented formulas.
 WRITTEN_OUT = {"gpu_poor": "05d18ab", "eleuther-cookbook": "069ae2e", "llama-factory": "README"}
 DISTRIBUTION = {"torch-mem-tracker": "torch"}
 # Estimators that answer none of these runs, and why.
@@ -689,14 +688,14 @@ NOT_ASKED = {
 }
 
 
-# --- asking --------------------------------------------------------------------------------------------------------
+# --- running the tools ---------------------------------------------------------------------------------------------
 
 
 def answered(tool: str, run: Run) -> list[dict[str, Any]]:
-    """The lines to record for one run: two figures, or the reason there are none."""
+    """Return the lines to record for one run: two figures, or the reason why there are none."""
     head = {"tool": tool, "version": WRITTEN_OUT.get(tool) or version(DISTRIBUTION.get(tool, tool)), "id": run.id}
     try:
-        with redirect_stdout(sys.stderr):  # some tools talk
+        with redirect_stdout(sys.stderr):  # some tools print
             answer = TOOLS[tool](run)
     except UnsupportedError as error:
         return [{**head, "unsupported": str(error)}]
@@ -705,7 +704,7 @@ def answered(tool: str, run: Run) -> list[dict[str, Any]]:
 
 
 def answer_here(tool: str) -> None:
-    """Inside a tool's environment: a run a line in, the lines to record out."""
+    """Inside a tool's environment: read a run per line, and print the lines to record."""
     for line in sys.stdin:
         given = json.loads(line)
         for found in answered(tool, Run(**{**given, "targets": tuple(given["targets"])})):
@@ -713,7 +712,7 @@ def answer_here(tool: str) -> None:
 
 
 def ask(tool: str, runs: list[Run], venvs: Path) -> list[dict[str, Any]] | None:
-    """The tool's lines for every run; None where it has no environment."""
+    """Return the tool's lines for every run; None if it has no environment."""
     if tool in WRITTEN_OUT:
         return [line for run in runs for line in answered(tool, run)]
     python = venvs / tool / "bin" / "python"
@@ -738,7 +737,7 @@ def recorded() -> list[dict[str, Any]]:
 
 
 def record(venvs: Path, names: Iterable[str]) -> None:
-    """Ask the tools again and write down what they say; what a tool without an environment said stays."""
+    """Run the tools again and record their answers; answers of tools without an environment are kept."""
     rows = published()
     runs = [told(row) for row in rows if left_out(row["run"]) is None]
     lines = recorded()
@@ -763,7 +762,7 @@ def record(venvs: Path, names: Iterable[str]) -> None:
 
 @cache
 def by_memplan() -> dict[str, tuple[int, int]]:
-    """memplan's allocated and used bytes of every published run that it answers."""
+    """Return memplan's allocated and used bytes for every published run that it answers."""
     from memplan import MemplanError, RunSpec, estimate
 
     found: dict[str, tuple[int, int]] = {}
@@ -777,7 +776,7 @@ def by_memplan() -> dict[str, tuple[int, int]]:
 
 
 def errors(pairs: Iterable[tuple[float, float]]) -> str:
-    """Mean and worst of the absolute relative errors of (answer, measured) pairs."""
+    """Return mean and maximum of the absolute relative errors of (answer, measured) pairs."""
     off = [answer / measured - 1 for answer, measured in pairs]
     if not off:
         return "- | -"
@@ -790,7 +789,7 @@ def kind_of(row: Mapping[str, Any]) -> str:
 
 
 def table(metric: str) -> Iterable[str]:
-    """A line a tool and method: errors over the runs above LEAST that both answer, of those that the tool answers."""
+    """Yield a line per tool and method: errors on the runs above LEAST that both answer, of those the tool answers."""
     lines = recorded()
     rows = {row["id"]: row for row in published()}
     mine, place = by_memplan(), ("allocated", "process").index(metric)

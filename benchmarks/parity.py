@@ -1,13 +1,13 @@
-"""What tools that answer for running models say of ten models, beside memplan and beside what the models really hold.
+"""Compare inference calculators with memplan and with the real memory of ten models.
 
-python -m benchmarks.parity                              # memplan alone, and what was recorded of the tools
-PARITY=/path/to/venv python -m benchmarks.parity         # asks those of the tools that the venv has, and records
+python -m benchmarks.parity                              # memplan, and the tools' recorded answers
+PARITY=/path/to/venv python -m benchmarks.parity         # runs the tools in the venv, and records
 
     python -m venv /tmp/parity && /tmp/parity/bin/pip install hf-mem==0.5.6 vramscout==0.7.0 llmfit==1.1.17
 
-The reference is measured in the same run, where torch and transformers are installed: the model that transformers
-builds from the config, without data, and the cache that a pass over the prompt leaves. Nothing is asked of a network.
-Tools are told the cards' configs; llmfit has figures of its own. What a tool cannot tell stands as its reason below.
+The reference is measured in the same run, if torch and transformers are installed: the model that transformers builds
+from the config, without data, and the cache that a pass over the prompt leaves. No network is used. Tools get the
+cards' configs; llmfit has its own figures. Missing answers are listed with their reasons below the table.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RECORD = Path(__file__).with_suffix(".jsonl")
 GIB = 2**30
 PROMPT, NEW = 8000, 192  # tokens; together a context of 8,192
 CONTEXT = PROMPT + NEW
-CARD, PROFILE = "rtx-4090", "nvidia-rtx-4090"  # of the speeds; llmfit's name for it
+CARD, PROFILE = "rtx-4090", "nvidia-rtx-4090"  # for the speeds; llmfit's name for it
 TOOLS = ("hf-mem", "vramscout", "llmfit")
 MODELS = {
     "llama-3.1-8b": "meta-llama/Llama-3.1-8B-Instruct",
@@ -50,8 +50,10 @@ MODELS = {
 
 
 class Said(NamedTuple):
-    """What a tool says of a model in 16 bits at the context: bytes, and tokens a second of one request in 4 bits on the
-    card; None where it says nothing, and `why` not."""
+    """A tool's answer for a model at the context length; None if missing, with the reason in `why`.
+
+    Bytes are for 16-bit weights, tokens per second for one request in 4 bits on the card.
+    """
 
     weights: int | None = None
     cache: int | None = None
@@ -62,7 +64,7 @@ class Said(NamedTuple):
 
 
 def memplan_(name: str) -> Said:
-    """Weights and caches are those stored; the total is of a run with vLLM, made for one request."""
+    """Weights and caches as stored; the total is for a run with vLLM sized for one request."""
     model = load_card(name)
     weights = sum(w.bytes for w in stored_weights(model, "none"))
     cache = bytes_of(caches(model), CONTEXT - 1)
@@ -83,7 +85,7 @@ def memplan_(name: str) -> Said:
 
 
 def reference(name: str) -> Said:
-    """What transformers builds from the card's config, and the cache that it leaves."""
+    """Return the bytes of transformers' model built from the card's config, and of its cache."""
     if not (find_spec("torch") and find_spec("transformers")):
         return Said(why="torch and transformers are not installed here")
     torch, transformers = map(import_module, ("torch", "transformers"))
@@ -95,14 +97,14 @@ def reference(name: str) -> Said:
         model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.bfloat16)
     model.eval()
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    for module in model.modules():  # who is sent to which expert depends on data, and no expert caches anything
+    for module in model.modules():  # routing depends on data, and experts cache nothing
         if hasattr(module, "experts"):
             module.forward = _with_scores if made.model_type == "gpt_oss" else _same
     with torch.no_grad():
         ids = torch.zeros(1, CONTEXT - 1, dtype=torch.long, device="meta")
         try:
             done = model(input_ids=ids, use_cache=True, logits_to_keep=1)
-        except Exception as error:  # what no pass without data can do
+        except Exception as error:  # a pass that needs data
             return Said(weights, why=f"no pass without data: {type(error).__name__}: {str(error).splitlines()[0]:.80}")
     left = done["cache"] if "cache" in done else done["past_key_values"]
     return Said(weights, sum(_held(layer) for layer in left.layers))
@@ -117,7 +119,7 @@ def _with_scores(hidden_states: Any, *args: Any, **more: Any) -> Any:
 
 
 def _held(layer: Any) -> int:
-    """Bytes of every tensor that a layer's cache has."""
+    """Return the bytes of all tensors in a layer's cache."""
     tensor = import_module("torch").Tensor
     found: list[Any] = list(vars(layer).values())
     tensors: list[Any] = []
@@ -173,7 +175,7 @@ def vramscout(venv: Path, name: str) -> Said:
 
 
 def llmfit(venv: Path, name: str) -> Said:
-    """Its own catalogue of models; GB are 10**9 bytes of weights, GiB of caches."""
+    """Uses its own catalogue of models; weights are in GB of 10**9 bytes, caches in GiB."""
     command = [str(venv / "bin" / "llmfit"), "--profile", PROFILE, "--no-dashboard", "plan", MODELS[name]]
     command += ["--context", str(CONTEXT), "--json", "--quant"]
     told, four = _asked([*command, "BF16"]), _asked([*command, "Q4_K_M"])
@@ -191,12 +193,12 @@ ASK: dict[str, Callable[[Path, str], Said]] = {"hf-mem": hf_mem, "vramscout": vr
 
 
 def _config(name: str) -> dict[str, Any]:
-    """The card's, as a file has it."""
+    """Write the card's config to a file."""
     return json.loads(json.dumps(load_card(name).config))
 
 
 def _asked(command: list[str], given: str = "") -> Any:
-    """What a command prints as JSON; or its last line of complaint."""
+    """Return a command's JSON output, or the last line of its error."""
     home = {**os.environ, "HOME": tempfile.gettempdir(), "HF_HUB_OFFLINE": "1"}
     try:
         done = subprocess.run(command, input=given, capture_output=True, text=True, env=home, timeout=120, check=False)
@@ -209,7 +211,7 @@ def _asked(command: list[str], given: str = "") -> Any:
 
 
 def asked(venv: Path) -> list[dict[str, Any]]:
-    """Every tool that is there, about every model."""
+    """Run every installed tool for every model."""
     rows: list[dict[str, Any]] = []
     for tool in TOOLS:
         version = _asked([str(venv / "bin" / "python"), "-c", _VERSION, tool])

@@ -1,31 +1,29 @@
-"""memplan's planner beside two other tools that propose changes: the time each takes, and what each finds.
+"""Compare memplan's planner with two other tools that propose changes: their times and their proposals.
 
 python -m benchmarks.planners                                 # from the recorded answers; memplan's own times
-OTHER_TOOLS=/path/to/venvs python -m benchmarks.planners      # asks the tools again, records, and times them too
+OTHER_TOOLS=/path/to/venvs python -m benchmarks.planners      # runs the tools again, records and times them
 
-Each tool has a virtual environment of its own, as for `benchmarks/other_tools.py`:
+Each tool has its own virtual environment, as for `benchmarks/other_tools.py`:
 
     python -m venv $OTHER_TOOLS/fitcheck-llm && $OTHER_TOOLS/fitcheck-llm/bin/pip install fitcheck-llm==0.3.1
     python -m venv $OTHER_TOOLS/canifinetune && $OTHER_TOOLS/canifinetune/bin/pip install canifinetune==0.4.1
 
-What they answer, and how it is read:
+Their answers, and how they are read:
 
 - fitcheck-llm: `fitcheck MODEL` says whether a run fits, and the largest micro-batch that does; `fitcheck advise`
-  sweeps batch and rank of adapters, all else held, and refuses full training; `optimize`, in its prompt, pulls levers
-  one after another where no batch fits. Its proposal is advise's recommendation where there is one, the largest batch
-  where only that is known, else what `optimize` ends with.
-- canifinetune: `canifinetune recommend` is told a model and the memory of a card alone, and searches a grid of LoRA and
-  QLoRA, 512 to 4,096 tokens, one or two sequences; its first answer is recorded, and its first with the asked tokens
-  and method. The degradations that `canifinetune estimate` suggests start from the run asked, and are its proposal.
+  sweeps batch and adapter rank with everything else fixed, and refuses full training; `optimize`, in its prompt, pulls
+  one lever after another if no batch fits. Its proposal is advise's recommendation, or else the largest batch, or else
+  the result of `optimize`.
+- canifinetune: `canifinetune recommend` gets only a model and a card's memory, and searches a grid of LoRA and QLoRA,
+  512 to 4,096 tokens, one or two sequences; its first answer is recorded, and its first with the given tokens and
+  method. The degradations that `canifinetune estimate` suggests start from the given run, and are its proposal.
 
-A proposal is estimated again by memplan as the run that it is. That is memplan's word against theirs: who is right is
-only known where a run was measured, so that each is asked about the published runs too. A published run fitted the card
-that it ran on, and fits no card with fewer bytes than its tensors took. Those of the family `fitcheck` are what
-fitcheck-llm took its constants from.
+Each proposal is estimated by memplan. That is memplan's word against theirs: who is right is only known for measured
+runs, so each tool is also asked about the published runs. A published run fits the card that it ran on, and no card
+with fewer bytes than its tensors took. fitcheck-llm took its constants from the runs of the family `fitcheck`.
 
-What could not be put to them: fitcheck-llm counts fp32 masters in every full training in 16 bits, has no setting for
-the loss, and for paged states only that for 8-bit ones; canifinetune knows a card by its memory alone, and its search
-neither method nor tokens.
+Not expressible: fitcheck-llm counts fp32 masters in every full training in 16 bits, has no setting for the loss, and
+paged states only in 8 bits; canifinetune knows only a card's memory, and its search takes neither method nor tokens.
 """
 
 from __future__ import annotations
@@ -53,8 +51,8 @@ MIB = 2**20
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 ON_T4 = {"kind": "qlora", "targets": ATTENTION, "quantization": {"double_quant": False}}
 
-# The fields of each run, in memplan's words; what is not said is bf16, one sequence of 2,048 tokens, checkpointed.
-# The run of qlora-t4 is what fitcheck-llm was measured on.
+# The fields of each run, as RunSpec fields; defaults: bf16, one sequence of 2,048 tokens, checkpointed.
+# fitcheck-llm was measured on the run qlora-t4.
 QUESTIONS: dict[str, dict[str, Any]] = {
     "full-8b-4090": {"model": "llama-3.1-8b", "gpu": "rtx-4090"},
     "full-8b-4090-4k": {"model": "llama-3.1-8b", "gpu": "rtx-4090", "batch": {"sequence": 4096}},
@@ -82,15 +80,15 @@ QUESTIONS: dict[str, dict[str, Any]] = {
         "kernels": {"attention": "eager"},
     },
 }
-TIMED = ("full-8b-4090", "qlora-8b-4090", "full-72b-t4")  # of them the whole commands are timed
+TIMED = ("full-8b-4090", "qlora-8b-4090", "full-72b-t4")  # runs for which full commands are timed
 SMALLER = ("t4", "rtx-4090", "a100-sxm-40gb")  # cards that published runs may be too large for
 
 
-# --- what a tool is told, and says ---------------------------------------------------------------------------------
+# --- inputs and answers of a tool ----------------------------------------------------------------------------------
 
 
 class Told(NamedTuple):
-    """A run as the tools are told it: `config` as on the Hub, method `full`, `lora` or `qlora`, bytes of the card."""
+    """A tool's inputs for a run: `config` as on the Hub, method `full`, `lora` or `qlora`, the card's bytes."""
 
     config: dict[str, Any]
     parameters: int
@@ -109,7 +107,7 @@ class Told(NamedTuple):
 
 
 class Said(NamedTuple):
-    """A run that a tool ends at, in memplan's words, the bytes it gives it, and whether it calls that fitting."""
+    """A tool's resulting run as RunSpec fields, its bytes, and whether the tool says that it fits."""
 
     run: dict[str, Any]
     bytes: int
@@ -117,22 +115,22 @@ class Said(NamedTuple):
 
 
 class Answer(NamedTuple):
-    """What a tool says of a question: of the run asked, its proposal, and the largest micro-batch, if it tells one."""
+    """A tool's answer to a question: the given run, its proposal, and the largest micro-batch, if it has one."""
 
     asked: Said
     proposal: Said | None
     largest: int | None = None
-    searched: Said | None = None  # canifinetune's search from the model and the card alone
-    nearest: Said | None = None  # of what that finds, the first with the method and tokens asked
+    searched: Said | None = None  # canifinetune's search from only the model and the card
+    nearest: Said | None = None  # its first result with the given method and tokens
 
 
 def imported(module: str) -> Any:
-    """A module of a tool, typed as Any: the tools are not installed where this file is checked."""
+    """Return a tool's module as Any: the tools are not installed where this file is type-checked."""
     return import_module(module)
 
 
 def told_of(run: Any) -> Told:
-    """A RunSpec as the tools are told it."""
+    """Return the tools' inputs for a RunSpec."""
     from memplan import estimate, find_gpu, find_model
 
     bare = estimate(run.model_copy(update={"gpu": None}))
@@ -160,7 +158,7 @@ def told_of(run: Any) -> Told:
 
 
 def said_run(told: Told, **changes: Any) -> dict[str, Any]:
-    """The fields of a run, in memplan's words."""
+    """Return a run as RunSpec fields."""
     t = told._replace(**changes)
     method: dict[str, Any] = {"kind": t.method}
     if t.method != "full":
@@ -203,7 +201,7 @@ def fitcheck_asked(told: Told) -> Fitcheck:
     from dataclasses import asdict
 
     parser, estimator, gpus = (imported(f"fitcheck.{name}") for name in ("config_parser", "estimator", "gpu_db"))
-    parser._reject_unsupported(told.config, "asked")  # what its fetch_model_config does with the config
+    parser._reject_unsupported(told.config, "asked")  # as its fetch_model_config does
     fields = parser._parse_fields(told.config)
     total = parser._reconcile_param_count("asked", told.parameters, parser._count_params(fields))
     name = FITCHECK_GPUS.get(told.gpu)
@@ -225,7 +223,7 @@ def fitcheck_asked(told: Told) -> Fitcheck:
 
 
 def fitcheck_plan(told: Told) -> Any:
-    """Its planner alone, which is timed: `advise` for adapters, `fitcheck MODEL` with its largest batch for full."""
+    """Run only its planner, for timing: `advise` for adapters, `fitcheck MODEL` with its largest batch for full."""
     asked = fitcheck_asked(told)
     if told.method == "full":
         return imported("fitcheck.estimator").estimate(*asked)
@@ -235,7 +233,7 @@ def fitcheck_plan(told: Told) -> Any:
 
 
 def fitcheck_commands(told: Told, model: str) -> dict[str, list[str]]:
-    """The command that asks the same as `fitcheck_plan`; `model` is a name in the Hub's cache."""
+    """Return the command for `fitcheck_plan`'s question; `model` is a name in the Hub's cache."""
     card = FITCHECK_GPUS.get(told.gpu)
     shared = ["--gpu", card] if card else ["--vram-mib", str(told.total // MIB)]
     shared += ["--precision", told.dtype]
@@ -290,7 +288,7 @@ def fitcheck_answer(told: Told) -> Answer:
 
 
 def canifinetune_model(told: Told) -> dict[str, Any]:
-    """What its --override-json takes."""
+    """Return the model for its --override-json."""
     keys = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     config = told.config
     return {key: config[key] for key in keys} | {
@@ -322,7 +320,7 @@ def canifinetune_request(told: Told) -> Any:
 
 
 def canifinetune_plan(told: Told, most: int = 5) -> Any:
-    """`canifinetune recommend`."""
+    """Run `canifinetune recommend`."""
     return imported("canifinetune.estimator.recommender").recommend_configs(
         model_id="asked",
         gpu_vram_gb=told.total / GIB,
@@ -333,7 +331,7 @@ def canifinetune_plan(told: Told, most: int = 5) -> Any:
 
 
 def canifinetune_commands(told: Told, model: str) -> dict[str, list[str]]:
-    """Its two commands; `model` is the file of the model's sizes."""
+    """Return its two commands; `model` is the file of the model's sizes."""
     about = ["--model", "asked", "--gpu-vram-gb", f"{told.total / GIB:.4f}", "--offline", "--override-json", model]
     request = ["--method", told.method, "--seq-len", str(told.sequence), "--micro-batch-size", str(told.micro)]
     request += ["--base-dtype", told.dtype, "--optimizer", "adamw_torch", "--lora-rank", str(told.rank)]
@@ -369,7 +367,7 @@ def canifinetune_said(told: Told, estimate: Any) -> Said:
 
 
 def canifinetune_answer(told: Told) -> Answer:
-    """`marginal` counts as fitting; its own degradations go on until one is more than that."""
+    """`marginal` counts as fitting; its degradations continue until one fits better than that."""
     estimator, recommender = (imported(f"canifinetune.estimator.{name}") for name in ("memory", "recommender"))
     request = canifinetune_request(told)
     asked = canifinetune_said(told, estimator.estimate(request))
@@ -389,8 +387,8 @@ def canifinetune_answer(told: Told) -> Answer:
 
 class Tool(NamedTuple):
     answer: Callable[[Told], Answer]
-    plan: Callable[[Told], Any]  # what is timed in a process
-    commands: Callable[[Told, str], dict[str, list[str]]]  # and as a whole
+    plan: Callable[[Told], Any]  # timed within a process
+    commands: Callable[[Told, str], dict[str, list[str]]]  # timed as full commands
 
 
 TOOLS = {
@@ -399,11 +397,11 @@ TOOLS = {
 }
 
 
-# --- asking, in the tool's own environment -------------------------------------------------------------------------
+# --- running a tool, in its own environment ------------------------------------------------------------------------
 
 
 def answered_here(tool: str) -> None:
-    """Lines of `Told` in; out, a line each: the answer, or why there is none."""
+    """Read `Told` lines, and print for each the answer, or why there is none."""
     for line in sys.stdin:
         given = json.loads(line)
         told = Told(**given["told"])
@@ -425,7 +423,7 @@ def _verdict(tool: str, told: Told) -> bool:
 
 
 def timed_here(start: float, plan: Callable[[Any], object], asked: Any) -> None:
-    """Milliseconds of the first plan of a process, imports with it, and the median of later ones of the same run."""
+    """Return milliseconds of a process's first plan, including imports, and the median of repeated ones."""
     plan(asked)
     first = time.perf_counter() - start
     later: list[float] = []
@@ -457,7 +455,7 @@ def asked_of(name: str) -> Told:
 
 
 class Decided(NamedTuple):
-    """Of a published run, whether a card holds it, as its measurement decides."""
+    """Whether a card holds a published run, according to its measurement."""
 
     id: str
     run: Any
@@ -465,7 +463,7 @@ class Decided(NamedTuple):
 
 
 def decided() -> Iterator[Decided]:
-    """Published runs on the card they ran on, and on smaller cards that have not the bytes of their tensors."""
+    """Return published runs on the card they ran on, and on cards smaller than their tensors."""
     from benchmarks.other_tools import left_out, published
     from memplan import RunSpec, find_gpu
 
@@ -481,7 +479,7 @@ def decided() -> Iterator[Decided]:
 
 
 def record(venvs: Path) -> None:
-    """Ask the tools that have an environment again, and write down what they say."""
+    """Run the tools that have an environment again, and record their answers."""
     from memplan import MemplanError
 
     lines = recorded()
@@ -490,7 +488,7 @@ def record(venvs: Path) -> None:
     for one in decided():
         try:
             runs.append((one, told_of(one.run)))
-        except MemplanError:  # refused: then memplan has no verdict to compare
+        except MemplanError:  # refused: no verdict to compare
             continue
     for tool, of in TOOLS.items():
         python = venvs / tool / "bin" / "python"
@@ -522,27 +520,27 @@ def recorded() -> list[dict[str, Any]]:
 
 
 def rebuilt(name: str, run: Mapping[str, Any]) -> Any:
-    """What a tool ends at, as a RunSpec of the question's model and card."""
+    """Return a tool's result as a RunSpec with the question's model and card."""
     from memplan import RunSpec
 
     return RunSpec(**{**{key: QUESTIONS[name][key] for key in ("model", "gpu")}, **run})
 
 
 def batches(run: Any) -> str:
-    """The micro-batch of a run, and the largest that fits by memplan, all else as it is."""
+    """Return a run's micro-batch, and the largest that fits by memplan with everything else unchanged."""
     from memplan.planning.reach import largest_batch
 
     return f"{run.batch.micro}, {largest_batch(run)}"
 
 
 def free(answer: Any) -> str:
-    """Bytes of the card that stay free, by memplan."""
+    """Return the card's free bytes, by memplan."""
     left = answer.verdict.headroom
     return "-" if left is None else f"{left / GIB:+.1f}"
 
 
 def in_short(run: Mapping[str, Any]) -> str:
-    """The words of a recorded run."""
+    """Return a recorded run as short text."""
     method, kernels = run["method"], run["kernels"]
     words = [
         method["kind"] + (f" r{method['rank']}" if "rank" in method else ""),
@@ -554,8 +552,10 @@ def in_short(run: Mapping[str, Any]) -> str:
 
 
 def severity(asked: Mapping[str, Any], run: Mapping[str, Any]) -> int:
-    """How far the result of a proposal differs, by memplan's rows of what each change costs. A smaller micro-batch
-    counts as made up for by accumulation; adapters with other ranks or targets as a change only beside adapters."""
+    """Return how much a proposal changes the result, by memplan's rows of the costs of changes.
+
+    A smaller micro-batch counts as compensated by accumulation; other ranks or targets count only between adapters.
+    """
     from memplan.catalogue.profiles.costs import cost_of
 
     was, now = asked["method"], run["method"]
@@ -574,7 +574,7 @@ def severity(asked: Mapping[str, Any], run: Mapping[str, Any]) -> int:
 
 
 def proposals() -> Iterator[str]:
-    """For each question: what memplan ends at and what the others do, and memplan's estimate of each."""
+    """Yield, for each question, memplan's and the others' results with memplan's estimate of each."""
     import memplan
     from memplan import RunSpec
 
@@ -628,7 +628,7 @@ def _of_tool(name: str, line: Mapping[str, Any]) -> Iterator[str]:
 
 
 def largest() -> Iterator[str]:
-    """The largest micro-batch of the run as asked, by memplan and by fitcheck-llm; the other tells none."""
+    """Yield the largest micro-batch of the given run, by memplan and fitcheck-llm; the other tool has none."""
     from memplan import RunSpec, estimate
     from memplan.planning.reach import reach
     from memplan.spec.run import changed
@@ -646,7 +646,7 @@ def largest() -> Iterator[str]:
 
 
 def who_is_right() -> Iterator[str]:
-    """Verdicts on the published runs, against what their measurements decide; `tight` is no `does not fit`."""
+    """Yield verdicts on the published runs against their measurements; `tight` does not count as `does not fit`."""
     from memplan import MemplanError, estimate
 
     yield "| by | runs it was asked | ran, and fit by it | cannot, and do not by it | memplan on the same |"
@@ -670,15 +670,15 @@ def who_is_right() -> Iterator[str]:
         lines = [line for line in recorded() if line["tool"] == tool and "published" in line]
         said = {(line["published"], gpu): fits for line in lines for gpu, fits in line["fits"].items()}
         said = {key: fits for key, fits in said.items() if key in truth}
-        beside = f"{right(mine, said, True)}, {right(mine, said, False)}"
-        yield f"| {tool} | {len(said)} | {right(said, said, True)} | {right(said, said, False)} | {beside} |"
+        memplans_verdicts = f"{right(mine, said, True)}, {right(mine, said, False)}"
+        yield f"| {tool} | {len(said)} | {right(said, said, True)} | {right(said, said, False)} | {memplans_verdicts} |"
 
 
 # --- times ---------------------------------------------------------------------------------------------------------
 
 
 def plans_here(name: str, start: float) -> None:
-    """Times of memplan's plan, of the largest batch and of the longest sequence, a line each."""
+    """Print the times of memplan's plan, of the largest batch and of the longest sequence."""
     which, _, question = name.partition(":")
     import memplan
     from memplan import RunSpec
@@ -692,7 +692,7 @@ def plans_here(name: str, start: float) -> None:
 
 
 def in_process(venvs: Path | None) -> Iterator[str]:
-    """Milliseconds of a fresh process, imports with it, and of the same question again; and as multiples of memplan."""
+    """Yield milliseconds in a fresh process, including imports, and of a repeated question, and ratios to memplan."""
     tools = [tool for tool in TOOLS if venvs is not None and (venvs / tool / "bin" / "python").exists()]
     heads = ["plan", "reach batch", "reach sequence", *tools]
     yield f"| first / later, ms | {' | '.join(heads)} |"
@@ -710,7 +710,7 @@ def in_process(venvs: Path | None) -> Iterator[str]:
 
 
 def commands(venvs: Path | None, rounds: int) -> Iterator[str]:
-    """Wall time of whole commands, side by side, as multiples of the least: pydantic and one model."""
+    """Yield wall times of full commands as multiples of the minimum: pydantic and one model."""
     from benchmarks.command import IMPORT_FLOOR, environment, run
 
     yield "| question | command | ms | of pydantic and one model |"
@@ -742,8 +742,8 @@ for proposal in plan.proposals or (plan.nearest,):
 
 
 def _commands(name: str, folder: Path, venvs: Path | None) -> dict[str, list[str]]:
-    """What answers the question from a shell: memplan's plan and its proposals printed, its command where this version
-    has one, and the tools' commands."""
+    """Return the commands that answer the question: memplan's plan with printed proposals, memplan's command if this
+    version has one, and the tools' commands."""
     told = asked_of(name)
     found = {"memplan.plan, printed": [sys.executable, "-c", MEMPLAN.format(question=QUESTIONS[name])]}
     if find_spec("memplan.cli.plan"):
@@ -777,7 +777,7 @@ def main() -> None:
     print("; ".join(f"{tool} {what}" for tool, what in versions.items()))
     print("\nWhat each proposes (`differs`: 0 the same result, 3 another one):\n")
     print("\n".join(proposals()))
-    print("\nThe largest micro-batch, all else as asked:\n")
+    print("\nThe largest micro-batch, with everything else unchanged:\n")
     print("\n".join(largest()))
     print("\nVerdicts on published runs:\n")
     print("\n".join(who_is_right()))

@@ -1,9 +1,9 @@
-"""Traces the runs of a golden file again, with the libraries that are installed, and compares every phase's peak.
+"""Trace the runs of a golden file again with the installed libraries, and compare every phase's peak.
 
 python benchmarks/retrace.py traced.jsonl 25
 python benchmarks/retrace.py traced_families.jsonl traced_losses.jsonl
 
-Needs the extra memplan[probe]. A number takes so many runs of each file, spread evenly.
+Needs the extra memplan[probe]. A number takes that many runs of each file, spread evenly.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from typing import Any
 from benchmarks.accuracy import percent, rows
 from memplan import RunSpec
 from memplan.core.errors import MemplanError
-from memplan.probe.run.trace import Traced, traces
+from memplan.probe.run.trace import TracedRun, traces
 
 PHASES = {"fwd": ("forward", "loss"), "bwd": ("backward",), "clip": ("clip",), "opt": ("step",)}
 
 
 def spread(found: list[dict[str, Any]], most: int) -> list[dict[str, Any]]:
-    """At most `most` of the rows, from all over the file."""
+    """Return at most `most` of the rows, spread over the file."""
     return [found[i * len(found) // most] for i in range(most)] if 0 < most < len(found) else found
 
 
-def errors(row: dict[str, Any], traced: Traced) -> tuple[float, float]:
-    """Relative errors of the peak, and of the worst phase of either step as a share of the peak."""
+def errors(row: dict[str, Any], traced: TracedRun) -> tuple[float, float]:
+    """Return the relative errors of the peak, and of the worst phase of either step relative to the peak."""
     peak = max(phase.peak for phase in traced.phases if phase.step)
     worst = 0.0
     for step, peaks in row["steps"].items():

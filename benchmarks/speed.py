@@ -1,11 +1,11 @@
-"""Steps other people timed, beside the range that memplan gives: how many lie inside.
+"""Compare published step times with memplan's ranges: how many are inside.
 
     python -m benchmarks.speed
 
-Each line of `tests/golden/speeds.jsonl` is a run on one card, or on so many `cards` that each updates a part of the
-weights: where it was published, the tokens a second of one card, and the run as a RunSpec, or the id of one in
-`published.jsonl`. `gives` says which rates of `memplan.catalogue.hardware.rates` were read from it, a card's or the
-host's (launch): those runs say how wide the rows are, the others whether they hold. `cause` says why a run is missed.
+Each line of `tests/golden/speeds.jsonl` is a run on one card, or on several `cards` that each update a part of the
+weights: its source, the tokens per second of one card, and the run as a RunSpec, or the id of one in `published.jsonl`.
+`gives` names the rates of `memplan.catalogue.hardware.rates` fitted to the run, a card's or the host's (launch): those
+runs determine the ranges, the others test them. `cause` says why a run is missed.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 from benchmarks.golden import GOLDEN, rows
 from memplan import RunSpec, find_gpu
 from memplan.catalogue.hardware.gpu import GPU
-from memplan.planning.step_time import Pace, Shares, Work, busy, limits, pace, shares, work
+from memplan.planning.step_time import Pace, Shares, Work, busy, limits, shares, step_pace, work
 
 
 class Timed(NamedTuple):
-    """A published run beside memplan's pace; `seconds` of a step were measured."""
+    """A published run and memplan's pace; `seconds` is the measured time of a step."""
 
     id: str
     gives: str
@@ -37,20 +37,20 @@ class Timed(NamedTuple):
 
     @property
     def error(self) -> float:
-        """How much longer the usual time is than the measured one."""
+        """The usual time's error relative to the measured time."""
         return self.pace.seconds.usual / self.seconds - 1
 
     @property
     def share(self) -> float:
-        """The share of the peak that products of matrices had, if all else was at its usual rate."""
+        """The share of peak that matrix products reached, if everything else ran at its usual rate."""
         return self.share_at(shares(self.gpu)[1])
 
     def share_at(self, choice: Shares) -> float:
-        """The same where all else had those rates."""
+        """Return the share of peak of matrix products, if everything else ran at these rates."""
         card = limits(self.gpu, frozenset(p.dtype for p in self.work.products))
         assert card is not None
         low, high = 0.001, 100.0
-        while high / low > 1.0001:  # a product is bound by its bytes or not, according to the share
+        while high / low > 1.0001:  # the share decides whether a product is bound by its bytes
             middle = (low * high) ** 0.5
             longer = sum(busy(self.work, card, choice._replace(products=middle))) > self.seconds
             low, high = (middle, high) if longer else (low, middle)
@@ -59,7 +59,7 @@ class Timed(NamedTuple):
 
 @cache
 def published() -> dict[str, dict[str, Any]]:
-    """Every published speed by its id, with its run."""
+    """Return every published speed with its run, by id."""
     runs = {row["id"]: row["run"] for row in rows("published.jsonl")}
     found = map(json.loads, (GOLDEN / "speeds.jsonl").read_text("utf-8").splitlines())
     return {row.get("id") or row["golden"]: {**row, "run": row.get("run") or runs[row["golden"]]} for row in found}
@@ -67,12 +67,12 @@ def published() -> dict[str, dict[str, Any]]:
 
 @cache
 def timed(id: str) -> Timed:
-    """One of them beside memplan's pace."""
+    """Return a published speed with memplan's pace."""
     row = published()[id]
     run = RunSpec(**row["run"])
     gpu, counted = find_gpu(str(run.gpu)), work(run)
     counted = counted._replace(update=counted.update // row.get("cards", 1))
-    found = pace(counted, gpu)
+    found = step_pace(counted, gpu)
     assert found is not None
     seconds = counted.tokens / row["tokens_per_second"]
     return Timed(id, row.get("gives", ""), row.get("cause", ""), gpu, counted, found, seconds)

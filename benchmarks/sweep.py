@@ -1,11 +1,11 @@
-"""Ask every bundled model with every set of options, and hold each answer to the laws that hold for all of them.
+"""Estimate every bundled model with every set of options, and check each answer against laws that hold for all.
 
     python -m benchmarks.sweep                          # everything: hours of CPU
     python -m benchmarks.sweep --share 64 --seed 3      # one pair of model and options in 64
     python -m benchmarks.sweep --models gemma-3-4b --options "--fsdp"
 
 Prints each distinct failure with the command that shows it and how many pairs share it, then the totals; exits 1 if
-anything failed. `tests/estimate/test_every_model.py` asks a sample in each run of the suite.
+anything failed. `tests/estimate/test_every_model.py` tests a sample in each run of the suite.
 
 An answer fails if it
 
@@ -39,7 +39,7 @@ from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.cli import app
 from memplan.cli.compare import command
-from memplan.cli.runs import left_out, runs_of
+from memplan.cli.runs import is_default, runs_of
 from memplan.models.cards import card_names, find_model, load_card
 from memplan.resolve.defaults import NEW_TOKENS
 from tests.encoders import SMALL
@@ -157,12 +157,12 @@ OPTIONS: tuple[str, ...] = tuple(
     )
 )
 
-# Families that no bundled card is of, small.
+# Small configs of families without a bundled card.
 FAMILIES: Mapping[str, Mapping[str, Any]] = {**DECODERS, **TOWERS, **SMALL}
 
 
 class Failure(NamedTuple):
-    """A law that an answer breaks: one word of the list above, where it shows, and the details."""
+    """A broken law: one word of the list above, where it shows, and the details."""
 
     kind: str
     where: str
@@ -170,7 +170,7 @@ class Failure(NamedTuple):
 
 
 class Asked(NamedTuple):
-    """One pair of a model and options: what failed, why it was refused, if it was, and its seconds of CPU."""
+    """The result of a model with a set of options: failures, the reason for a refusal, and CPU seconds."""
 
     model: str
     options: str
@@ -181,7 +181,7 @@ class Asked(NamedTuple):
 
 @cache
 def models() -> tuple[str, ...]:
-    """Every bundled card, then every family without one, by its model_type."""
+    """Return every bundled card, then every family without one, by its model_type."""
     names = tuple(card_names())
     carded = {load_card(name).config["model_type"] for name in names}
     return (*names, *(f"{name} (small)" for name in FAMILIES if name not in carded))
@@ -194,16 +194,16 @@ def _words() -> Any:
 
 
 def run_of(model: str, options: str) -> RunSpec:
-    """The run that the command line `MODEL OPTIONS` asks for. Raises what the command would report.
+    """Return the run of the command line `MODEL OPTIONS`. Raises the errors the command would report.
 
-    A model with fewer learned positions than the default sequence is asked for as many tokens as it has, less those it
-    generates.
+    A model with fewer learned positions than the default sequence gets a sequence that fills them, including generated
+    tokens.
     """
     small, _, is_small = model.partition(" ")
     named: Any = {"config": {"model_type": small, **FAMILIES[small]}} if is_small else model
     found = RunSpec.model_validate({"model": named}).model
     params: Mapping[str, Any] = _words().make_context("run", ["x", *options.split()]).params
-    given = {name: value for name, value in params.items() if not left_out(name, value)}
+    given = {name: value for name, value in params.items() if not is_default(name, value)}
     spec = find_model(found)
     if spec.learned_positions and spec.only_sequence is None:
         new = given.get("new_tokens", NEW_TOKENS) if "generate" in options else 0
@@ -213,7 +213,7 @@ def run_of(model: str, options: str) -> RunSpec:
 
 
 def ask(model: str, options: str) -> Asked:
-    """Answer one pair and hold the answer to every law."""
+    """Answer one pair and check the answer against every law."""
     started = time.process_time()
     failures: list[Failure] = []
     refused = ""
@@ -221,12 +221,12 @@ def ask(model: str, options: str) -> Asked:
         run = run_of(model, options)
         answer = estimate(run)
         failures += laws(answer)
-        failures += _beside_others(run, answer)
+        failures += _laws_between_runs(run, answer)
     except MemplanError as error:
         refused = str(error)
         if not refused.isprintable():
             failures.append(Failure("crashes", "message is not one printable line", repr(refused)))
-    except Exception as error:  # what this looks for
+    except Exception as error:  # crashes are what this looks for
         frame = traceback.extract_tb(error.__traceback__)[-1]
         place = f"{type(error).__name__} in {frame.filename.rpartition('memplan/')[2]} {frame.name}"
         failures.append(Failure("crashes", place, f"{error!r} at line {frame.lineno}"))
@@ -237,7 +237,7 @@ def ask(model: str, options: str) -> Asked:
 
 
 def laws(answer: Estimate) -> Iterator[Failure]:
-    """The laws that one answer breaks by itself."""
+    """Yield the laws that an answer breaks by itself."""
     for phase in answer.phases:
         if type(phase.peak) is not int or phase.peak < 0:
             yield Failure("negative", f"phase {phase.phase}", str(phase))
@@ -259,12 +259,12 @@ def laws(answer: Estimate) -> Iterator[Failure]:
         yield Failure("order", "used within the band", f"{bytes_} {band}")
 
 
-# Lines that several GPUs add: what is gathered, joined, padded, sent and received, and buckets.
+# Lines that several GPUs add: gathered, flattened, padded, sent and received tensors, and buckets.
 _BUFFERS = re.compile(r"gather|reduce|bucket|padded|partition|receiv|sent|norms|parts|whole|broadcast|divided")
 
 
-def _beside_others(run: RunSpec, answer: Estimate) -> Iterator[Failure]:
-    """The laws that an answer breaks next to those of the same run on one GPU, and under FSDP1."""
+def _laws_between_runs(run: RunSpec, answer: Estimate) -> Iterator[Failure]:
+    """Yield the laws that an answer breaks compared with the same run on one GPU and under FSDP1."""
     p = run.parallelism
     if p.strategy == "none" or p.dp != p.world or p.world == 1 or p.offload.parameters:
         return
@@ -273,7 +273,7 @@ def _beside_others(run: RunSpec, answer: Estimate) -> Iterator[Failure]:
     if alone is not None and answer.bytes.allocated > alone + buffers:
         more = answer.bytes.allocated - alone - buffers
         yield Failure("sharded", p.strategy, f"{answer.bytes.allocated} on each GPU, {alone} on one: {more} too many")
-    if p.strategy == "fsdp2" and not run.loop.trainer:  # a Trainer does not divide adapters' models by block
+    if p.strategy == "fsdp2" and not run.loop.trainer:  # a Trainer does not wrap models with adapters by block
         flat = _allocated(run.model_copy(update={"parallelism": p.model_copy(update={"strategy": "fsdp"})}))
         if flat is not None and not flat / 2 <= answer.bytes.allocated <= flat * 2:
             yield Failure("apart", "fsdp2 and full_shard", f"{answer.bytes.allocated} and {flat}")
@@ -287,8 +287,10 @@ def _allocated(run: RunSpec) -> int | None:
 
 
 def pairs(share: int = 1, seed: int | str = 0, wanted: Sequence[str] = (), options: str = "") -> list[tuple[str, str]]:
-    """One in `share` of the pairs of a model (one of `wanted`, if there are any) and a set of options that contains
-    `options`; each seed draws others."""
+    """Return one in `share` of all pairs of a model and a set of options; each seed draws others.
+
+    Only models in `wanted`, if given, and sets of options that contain `options`.
+    """
     chosen = [(m, o) for m in models() if not wanted or m in wanted for o in OPTIONS if options in o]
     drawn = random.Random(seed)
     return drawn.sample(chosen, -(-len(chosen) // share))
@@ -306,7 +308,7 @@ def main(argv: Sequence[str] | None = None, show: Callable[[str], None] = print)
     parser.add_argument("--options", default="", help="only options that contain this")
     parser.add_argument("--processes", type=int, default=2)
     given = parser.parse_args(argv)
-    todo = sorted(pairs(given.share, given.seed, given.models, given.options))  # a model's structures stay warm
+    todo = sorted(pairs(given.share, given.seed, given.models, given.options))  # by model: cached structures
     found: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], tuple[Asked, Failure]] = {}
     refusals, slowest, count = 0, Asked("", "", (), "", 0.0), 0

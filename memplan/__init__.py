@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from memplan.probe.route import estimate as estimate
     from memplan.spec.run import RunSpec as RunSpec
 
-# Each public name and the module it is in: a module is imported when a name of it is first used.
+# Public name -> its module, which is imported when the name is first used.
 _NAMES = {
     "Estimate": "estimate.answer",
     "Verdict": "estimate.answer",
@@ -59,8 +59,8 @@ _NAMES = {
 }
 
 
-# Importing a room makes it an attribute of the package. `memplan.estimate` is a function, so the room of that name is
-# imported now, and its attribute removed.
+# Importing the sub-package `memplan.estimate` would make it an attribute that hides the function of that name, so it is
+# imported now and the attribute removed.
 import_module("memplan.estimate")
 del globals()["estimate"]
 

@@ -1,4 +1,4 @@
-"""Files of weights without weights: safetensors and GGUF headers over nothing but holes, for tests."""
+"""Sparse weight files for tests: safetensors and GGUF headers followed by holes."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ Tensors = Mapping[str, tuple[str, Sequence[int]]]  # name -> dtype, shape
 
 
 def of_model(config: Mapping[str, Any], dtype: str = "BF16") -> dict[str, tuple[str, Sequence[int]]]:
-    """Every parameter of the model, as transformers saves it."""
+    """Return every parameter of the model, as transformers saves it."""
     return {name: (dtype, built.turned) for name, built in built_tensors(ModelSpec(config)).items()}
 
 
 def header(tensors: Tensors) -> dict[str, Any]:
-    """A safetensors header's JSON."""
+    """Return a safetensors header's JSON."""
     at, entries = 0, dict[str, Any]()
     for name, (dtype, shape) in tensors.items():
         end = at + prod(shape) * BITS[dtype] // 8
@@ -41,7 +41,7 @@ def header(tensors: Tensors) -> dict[str, Any]:
 
 
 def write_safetensors(path: Path, tensors: Tensors) -> Path:
-    """A file whose bytes of weights are a hole."""
+    """Write a file whose weights are a hole."""
     entries = header(tensors)
     text = json.dumps({"__metadata__": {"format": "pt"}, **entries}).encode()
     with path.open("wb") as file:
@@ -51,7 +51,7 @@ def write_safetensors(path: Path, tensors: Tensors) -> Path:
 
 
 def folder_of(path: Path, config: Mapping[str, Any], tensors: Tensors, shards: int = 1) -> Path:
-    """A folder as save_pretrained leaves it."""
+    """Write a folder as save_pretrained does."""
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config), "utf-8")
     if shards == 1:
@@ -72,7 +72,7 @@ def text(value: str) -> bytes:
 
 
 def value(it: Any) -> bytes:
-    """A value of GGUF's metadata with its type before it."""
+    """Return a GGUF metadata value, preceded by its type."""
     match it:
         case bool():
             return struct.pack("<I?", 7, it)
@@ -90,7 +90,7 @@ def value(it: Any) -> bytes:
 
 
 def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[tuple[str, str, Sequence[int]]]) -> Path:
-    """A GGUF file of version 3; shapes are torch's."""
+    """Write a GGUF file of version 3; shapes are torch's."""
     numbers = {kind.name: (number, kind) for number, kind in GGML_TYPES.items()}
     infos, at, count = b"", 0, 0
     for name, dtype, shape in tensors:
@@ -107,7 +107,7 @@ def write_gguf(path: Path, metadata: Mapping[str, Any], tensors: Iterable[tuple[
     return path
 
 
-# What llama.cpp calls transformers' modules. Source: gguf 0.19 tensor_mapping.py.
+# llama.cpp's names of transformers' modules. Source: gguf 0.19 tensor_mapping.py.
 GGUF_NAMES = {
     "model.embed_tokens": "token_embd",
     "model.norm": "output_norm",
@@ -132,11 +132,11 @@ GGUF_NAMES = {
 
 
 def gguf_tensors(config: Mapping[str, Any], matrix: str = "Q4_0") -> list[tuple[str, str, Sequence[int]]]:
-    """The model's parameters as llama.cpp names them: matrices in blocks, the rest in fp32."""
+    """Return the model's parameters by llama.cpp's names: matrices quantised in blocks, the rest in fp32."""
     found: list[tuple[str, str, Sequence[int]]] = []
     for name, built in built_tensors(ModelSpec(config)).items():
         path, _, kind = name.rpartition(".")
-        if path.endswith(".experts"):  # stacks, of which llama.cpp keeps gate and up apart
+        if path.endswith(".experts"):  # stacks; llama.cpp keeps gate and up separate
             layer = path.removeprefix("model.layers.").partition(".")[0]
             e, out, into = built.shape
             parts = ("gate", "up") if kind == "gate_up_proj" else ("down",)

@@ -1,7 +1,7 @@
 """Trains a small Llama as one rank of tensor parallelism under FSDP2, on the CPU, and reports peaks.
 
-transformers' plan divides the matrices, and FSDP2 what each rank has of them, on a process group that sends nothing.
-A process of its own: the degrees of a run a line on stdin, and its peaks a line on stdout.
+transformers' plan shards the matrices, and FSDP2 each rank's shards, on a fake process group. Run as a separate
+process: the degrees of a run per line on stdin, its peaks per line on stdout.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ warnings.simplefilter("ignore")
 
 
 class LocalBytes(Bytes):
-    """Of tensors that are made of others, those others alone."""
+    """Counts only the inner tensors of tensor subclasses."""
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(kind.__name__ in ("DTensor", "AsyncCollectiveTensor") for kind in types):

@@ -1,4 +1,4 @@
-"""Small configs of encoders and encoder-decoders, and of decoders that classify; and what each is trained for."""
+"""Small configs of encoders, encoder-decoders and classifying decoders, with their objectives."""
 
 from __future__ import annotations
 

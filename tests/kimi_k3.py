@@ -1,4 +1,4 @@
-"""Kimi K3 as it is read here, in torch: its own parts in the frame of transformers' Kimi Linear.
+"""Kimi K3 in torch, as memplan understands it: its own parts within transformers' Kimi Linear.
 
 They follow the equations of the Attention Residuals paper (arXiv:2603.15031) and the code published with its weights.
 """
@@ -17,7 +17,7 @@ NORM_EPS = 1e-5
 
 
 def choose(total: Any, sums: Any, norm: Any, proj: Any) -> Any:
-    """The sums of earlier layers and the one under way, weighed by a softmax over one number each."""
+    """Return the sum of earlier layers' sums and the current one, weighted by a softmax over one number each."""
     each = torch.cat((sums, total[:, :, None]), dim=2)
     wide = each.float()
     variance = wide.pow(2).mean(-1, keepdim=True)
@@ -49,7 +49,7 @@ class MLP(nn.Module):
 
 
 def narrow(config: Any) -> Any:
-    """The config as the stack of experts reads it."""
+    """Return the config with the keys that the expert stack reads."""
     made = KimiLinearConfig(
         **{**config.to_dict(), "hidden_size": config.routed_expert_hidden_size, "hidden_act": "silu"}
     )
@@ -77,7 +77,7 @@ class MoE(nn.Module):
 
 
 class GatedOutput(nn.Module):
-    """In the place of `o_proj`: what is attended to, gated by what the layer was given."""
+    """Replaces `o_proj`: gates attention's output by the layer's input."""
 
     def __init__(self, config: Any, owner: nn.Module) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ class Layer(kimi.KimiLinearDecoderLayer):
 
 
 class Model(nn.Module):
-    """The decoder alone, with its head: `language_model` of the whole."""
+    """The decoder with its head: `language_model` of the full model."""
 
     def __init__(self, **keys: Any) -> None:
         super().__init__()
@@ -161,7 +161,7 @@ class Model(nn.Module):
 
 
 class Tower(nn.Module):
-    """The weights of the tower and of what joins it to the decoder, by the sizes that a config of the whole says."""
+    """The weights of the vision tower and its projector, by the full model's config."""
 
     def __init__(self, vision: dict[str, Any]) -> None:
         super().__init__()
@@ -184,7 +184,7 @@ class Tower(nn.Module):
 
 
 class Whole(nn.Module):
-    """The decoder beside its tower, as a config of the whole says. It holds weights, and is not called."""
+    """The decoder and its tower, by the full model's config. It holds weights, and is not called."""
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
-"""Traces runs whose blocks are checkpointed by a function that keeps their inputs in host memory, one block at a time.
+"""Traces runs whose blocks are checkpointed, one at a time, by a function that keeps their inputs in host memory.
 
-As Unsloth's does, and after it Axolotl's and LLaMA-Factory's (unsloth_zoo 2026.10 gradient_checkpointing.py
-Unsloth_Offloaded_Gradient_Checkpointer). A process of its own: a run a line on stdin, and its peaks a line on stdout.
+Like Unsloth, and after it Axolotl and LLaMA-Factory (unsloth_zoo 2026.10 gradient_checkpointing.py
+Unsloth_Offloaded_Gradient_Checkpointer). Run as a separate process: a run per line on stdin, its peaks on stdout.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import transformers.modeling_utils  # noqa: E402
 
 
 class Offloaded(torch.autograd.Function):
-    """The block's first argument goes to the host, and comes back to run the block again."""
+    """Moves the block's first argument to the host, and back to recompute the block."""
 
     @staticmethod
     def forward(ctx: Any, function: Any, hidden: Any, *others: Any) -> Any:
@@ -52,4 +52,4 @@ for line in sys.stdin:
     peaks = [[phase, step, peak] for phase, step, _, _, peak, *_ in found["phases"]]
     sys.stdout.write(json.dumps(peaks) + "\n")
 sys.stdout.flush()
-os._exit(0)  # torch's threads of a device that is not there cannot be joined
+os._exit(0)  # torch's threads for the fake device cannot be joined

@@ -1,7 +1,7 @@
-"""How much is compared: everything where the libraries that trace are installed.
+"""How much is tested: everything if the tracing libraries are installed.
 
-Without them every 128th golden trace is, and of other lists and of drawn examples a few, so that the tests stay
-short where torch is not.
+Without them only every 128th golden trace, and a few of other lists and drawn examples, so that the tests stay short
+without torch.
 """
 
 from __future__ import annotations
@@ -22,5 +22,5 @@ def sampled(rows: Sequence[Row], every: int = 128) -> list[Row]:
 
 
 def examples(most: int) -> int:
-    """How many examples hypothesis draws."""
+    """Return how many examples hypothesis draws."""
     return most if COMPLETE else max(1, most // 12)

@@ -1,9 +1,9 @@
 """Trains small Llamas as one rank of several, on the CPU, and reports peaks.
 
-FSDP runs with a process group that sends nothing, DDP, whose reducer waits for an answer, with a second process.
+FSDP runs with a fake process group; DDP, whose reducer waits for an answer, with a second process.
 
 FSDP2 is wrapped as accelerate 1.15 wraps it (blocks; embeddings; norm and head together), FSDP1 as the Trainer of
-transformers does. A process of its own: a run a line on stdin, and its peaks a line on stdout.
+transformers does. Run as a separate process: a run per line on stdin, its peaks per line on stdout.
 """
 
 from __future__ import annotations
@@ -36,8 +36,10 @@ warnings.simplefilter("ignore")
 
 
 class Bytes(TorchDispatchMode):
-    """Counts the bytes of all storages alive, each rounded up to 512, after every operation. FSDP resizes storages to
-    nothing and back without an operation, so that all are looked at."""
+    """Counts the bytes of all live storages, each rounded up to 512, after every operation.
+
+    All storages are checked, because FSDP resizes them to zero and back without an operation.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ def sharded(found: Any, strategy: str, lora: bool) -> Any:
 
 
 def peaks(trained: Any, tokens: int, counted: Bytes | None = None) -> dict[str, int]:
-    """Of each phase of the third step: DDP makes its buckets anew in the second."""
+    """Return the peak of each phase of the third step: DDP rebuilds its buckets in the second."""
     counted = counted or Bytes()
     optimizer = torch.optim.AdamW([p for p in trained.parameters() if p.requires_grad], foreach=True)
     ids = torch.zeros((1, tokens), dtype=torch.int64)
@@ -125,7 +127,7 @@ def peaks(trained: Any, tokens: int, counted: Bytes | None = None) -> dict[str, 
 
 
 def alone(asked: dict[str, Any]) -> dict[str, int]:
-    """Of a rank of FSDP."""
+    """Return the peaks of an FSDP rank."""
     dist.init_process_group("fake", rank=0, world_size=asked["world"], store=FakeStore())
     trained = sharded(model(asked["config"], asked["lora"], asked["checkpoint"]), asked["strategy"], asked["lora"])
     found = peaks(trained, asked["tokens"])
@@ -134,7 +136,7 @@ def alone(asked: dict[str, Any]) -> dict[str, int]:
 
 
 def replica(rank: int, asked: dict[str, Any], folder: str) -> None:
-    """One of two ranks of DDP; the first one writes its peaks into the folder."""
+    """Run one of two DDP ranks; the first writes its peaks into the folder."""
     store = Path(folder) / "store"
     dist.init_process_group("gloo", init_method=store.as_uri(), rank=rank, world_size=asked["world"])
     trained = DistributedDataParallel(model(asked["config"], asked["lora"], asked["checkpoint"]))
@@ -145,7 +147,7 @@ def replica(rank: int, asked: dict[str, Any], folder: str) -> None:
 
 
 def together(asked: dict[str, Any]) -> dict[str, int]:
-    """Of the first rank of DDP."""
+    """Return the peaks of the first DDP rank."""
     with tempfile.TemporaryDirectory() as folder:
         spawn(replica, args=(asked, folder), nprocs=asked["world"])
         return json.loads((Path(folder) / "peaks.json").read_text())

@@ -14,7 +14,7 @@ from benchmarks.behaviour import CASES, cases, digest, golden, text_of, workplac
 
 PARTS = 4
 SAMPLE = 12
-# Differs from run to run, and is the same in all processes of one run, which draw the same cases.
+# Differs between runs, but is equal in all processes of one run, so that they draw the same cases.
 SEED = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone")
 SLOW = ("plan ", "probe ", "--via trace", "small/", "--images", "qwen3-next", "granite-4", "jamba", "kimi", "nemotron")
 
@@ -30,7 +30,7 @@ def test_the_file_has_every_case_once_and_no_other() -> None:
 
 
 @pytest.mark.parametrize("part", range(PARTS))
-def test_a_case_answers_as_it_did(part: int) -> None:
+def test_a_case_gives_its_recorded_answer(part: int) -> None:
     expected = golden()
     with workplace():
         changed = [case for case in sample()[part::PARTS] if digest(text_of(case)) != expected[case]]

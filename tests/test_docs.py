@@ -1,4 +1,4 @@
-"""The documentation is true: every example in it runs, and prints what it says."""
+"""The documentation is correct: every example in it runs, and prints the shown output."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ MODULES = [
 
 
 class Block(NamedTuple):
-    """A fenced block: its language, its lines, and the text block that shows what it prints, if one follows."""
+    """A fenced block: its language, its lines, and the text block with its output, if one follows."""
 
     page: str
     language: str
@@ -66,13 +66,13 @@ def test_the_examples_in_docstrings_run_as_written(module: str) -> None:
 
 
 def words_of(line: str) -> list[str]:
-    """What follows `memplan` in a line of a shell block; CI runs the line whole, `pip install` included."""
+    """Return the arguments after `memplan` in a line of a shell block; CI runs full lines, including `pip install`."""
     name, *words = shlex.split(line.rpartition("&&")[2], comments=True)
     assert name == "memplan", line
     return words
 
 
-def test_the_first_command_of_the_readme_prints_what_it_says_in_a_process_of_its_own(tmp_path: Path) -> None:
+def test_the_readmes_first_command_prints_its_quoted_output(tmp_path: Path) -> None:
     block = COMMANDS[0]
     env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR")}
     done = subprocess.run(
@@ -88,7 +88,7 @@ def test_the_first_command_of_the_readme_prints_what_it_says_in_a_process_of_its
 
 
 @pytest.mark.parametrize("block", COMMANDS, ids=lambda block: f"{block.page}: {block.text.splitlines()[0][:60]}")
-def test_a_shell_block_does_what_the_page_says(
+def test_a_shell_block_gives_the_pages_output(
     block: Block, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -107,7 +107,7 @@ def test_a_shell_block_does_what_the_page_says(
     printed = ""
     for line in block.text.splitlines():
         if line.endswith("pytest"):
-            assert line == "pip install '.[test]' && pytest"  # .ci/run reads and runs it, which runs this
+            assert line == "pip install '.[test]' && pytest"  # .ci/run reads and runs this line, which runs this test
             continue
         with pytest.raises(SystemExit) as left:
             COMMAND.main(words_of(line))
@@ -149,7 +149,7 @@ def test_the_readme_says_how_right_the_program_is() -> None:
 
 
 @ALL
-def test_the_accuracy_page_is_what_the_program_answers() -> None:
+def test_the_accuracy_page_equals_the_programs_answers() -> None:
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         accuracy.main()

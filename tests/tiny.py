@@ -22,7 +22,7 @@ def _base(**more: Any) -> dict[str, Any]:
 
 
 _HEADS = {"head_dim": 16}
-# Queries and keys of 24, of which 8 are rotated, and values of 16; ranks of 24 and 32.
+# Queries and keys 24 wide, 8 of them rotated, values 16 wide; ranks of 24 and 32.
 _LATENT = {
     "q_lora_rank": 24,
     "kv_lora_rank": 32,
@@ -31,7 +31,7 @@ _LATENT = {
     "v_head_dim": 16,
 }
 
-# Two of four groups of experts, four of the eight in them, and two that every token uses.
+# Two of four expert groups, four of their eight experts, and two shared experts.
 _ROUTED = {
     "moe_intermediate_size": 48,
     "n_routed_experts": 16,
@@ -68,7 +68,7 @@ _SHARED = {
     "shared_expert_intermediate_size": 56,
 }
 
-# As little as a config can say.
+# The shortest possible config.
 SMALLEST: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 64,
@@ -334,7 +334,7 @@ TINY: dict[str, dict[str, Any]] = {
     "starcoder2": _base(sliding_window=None),
 }
 
-# What peft is asked to adapt of families of which it does not take all linear layers.
+# Adapter targets of families for which peft does not accept all linear layers.
 TARGETS: dict[str, list[str]] = {
     "deepseek_v4": ["q_a_proj", "q_b_proj", "kv_proj"],
     "falcon_mamba": ["in_proj", "x_proj"],

@@ -1,4 +1,4 @@
-"""Small configs of models whose towers a run on text does not call."""
+"""Small configs of models with towers that are unused by text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _EXPERTS = {
     "final_logit_softcapping": 30.0,
     "layer_types": ["sliding_attention", "sliding_attention", "full_attention", "full_attention"],
 }
-# by a name of their own: Gemma 4's large models have experts, its small ones keys that later layers reuse
+# variants: large Gemma 4 models have experts, small ones keys reused by later layers
 TINY: dict[str, dict[str, Any]] = {
     "gemma4-experts": {
         "model_type": "gemma4",

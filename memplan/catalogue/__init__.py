@@ -1,6 +1,7 @@
 """What each kernel, method and optimizer keeps in memory, as data in the language of `memplan.core.ir`.
 
-One module per family of models; each has `BUILDERS`, a function per model_type that returns the model's stack.
+Each module of `families` covers one family of models. Its `BUILDERS` maps a model_type to the function that returns
+the model's stack.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Stack
 from memplan.models.model import ModelSpec
 
-# Which module builds which model_type: only the one asked for is imported.
+# The family module of each model_type. `build` imports only the one it needs.
 _MODULES = {
     model_type: module
     for module, model_types in {
@@ -67,9 +68,9 @@ _MODULES = {
 
 
 def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack:
-    """The model as a stack of operations, with its weights and without dtypes, method or loss.
+    """Return the model as a stack of operations with its weights, but without dtypes, method or loss.
 
-    `code`: whose, transformers', litgpt's or torchtitan's.
+    `code`: whose implementation to describe: `transformers`, `litgpt` or `torchtitan`.
     """
     if code == "torchtitan":
         return import_module("memplan.catalogue.families.torchtitan").build(model, wiring)
@@ -83,11 +84,11 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
 
         stack = classifying(model, stack)
     if model.get("output_router_logits", False):
-        from memplan.catalogue.experts.routers import balanced
+        from memplan.catalogue.experts.routers import hold_router_logits
         from memplan.catalogue.kernels.rewriting import rewrite
 
-        stack = rewrite(stack, lambda op: (balanced(op),))
-    if not wiring.single or model.model_type not in JOINED:
+        stack = rewrite(stack, lambda op: (hold_router_logits(op),))
+    if not wiring.is_single_sequence or model.model_type not in JOINED:
         return stack
     from memplan.catalogue.kernels.rewriting import rewrite
 

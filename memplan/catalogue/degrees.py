@@ -1,4 +1,4 @@
-"""The degrees that divide a run among GPUs by something else than its data: who computes which part of it."""
+"""The parallel degrees that divide the model or a sequence among GPUs. Data parallelism is not one of them."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ from typing import NamedTuple
 class Degrees(NamedTuple):
     """Which part of the model and of a sequence one rank computes.
 
-    tp                 ranks that divide each matrix; `sequence_parallel`: they divide the sequence between matrices too
-    cp, context        ranks that divide the sequence, and how they attend to all of it: ring, ulysses
-    ep, etp            ranks that divide the experts, and each expert's matrices
-    imbalance          rows that the rank receives of those that it sends to others' experts, in thousandths
-    pp, stage          stages of a pipeline, and this rank's, the first being 0
-    virtual_stages     chunks of layers that a stage has
-    layers             how many of the model's each stage has, in order; of several chunks each is a stage here
-    style              whose tensor parallelism it is: transformers, megatron
+    tp                 ranks that divide each matrix
+    sequence_parallel  the tensor-parallel ranks also divide the sequence between matrices
+    cp                 ranks that divide the sequence
+    context            how those ranks attend to all of it: `ring` or `ulysses`
+    ep                 ranks that divide the experts
+    etp                ranks that divide each expert's matrices
+    imbalance          rows a rank receives per thousand rows it sends to other ranks' experts
+    pp                 stages of the pipeline
+    stage              this rank's stage, counted from 0
+    virtual_stages     chunks of layers per stage
+    layers             number of model layers in each stage, in order; with several chunks, in each chunk
+    style              whose tensor parallelism: `transformers` or `megatron`
     """
 
     tp: int = 1
@@ -32,13 +36,13 @@ class Degrees(NamedTuple):
     style: str = "transformers"
 
     @property
-    def of_all_layers(self) -> Degrees:
-        """The same of a model whose layers no stages divide."""
+    def without_pipeline(self) -> Degrees:
+        """The same degrees without pipeline parallelism: one stage holds all layers."""
         return self._replace(pp=1, stage=0, virtual_stages=1, layers=())
 
     @property
     def chunks(self) -> tuple[Degrees, ...]:
-        """The degrees of each of a rank's chunks of layers, as if it were a stage by itself."""
+        """The degrees of each of the rank's chunks of layers, each treated as a stage of its own."""
         pp = self.pp * self.virtual_stages
         stages = range(self.stage, pp, self.pp)
         return tuple(self._replace(pp=pp, stage=stage, virtual_stages=1) for stage in stages)

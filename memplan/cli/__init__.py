@@ -1,4 +1,4 @@
-"""The command `memplan`. Everything heavy is imported where it is used: most of a short command is imports."""
+"""The command `memplan`. Heavy modules are imported where they are used, as imports dominate a short command."""
 
 import gc
 import sys
@@ -10,35 +10,35 @@ import typer
 from typer.core import TyperGroup
 
 from memplan.cli import estimate, lists
-from memplan.cli.answering import UsageError, answered, fail, show, unwritten, usage
+from memplan.cli.answering import UsageError, fail, run_and_report, show, unwritten, usage
 from memplan.cli.options import Grouped
 
-LATER = ("check", "diff", "emit", "serve")  # commands that are not there yet, and no models either
-APART = ("compare", "plan", "probe", "calibrate", "card")  # commands whose files are imported when one is asked for
+RESERVED_COMMANDS = ("check", "diff", "emit", "serve")  # names reserved for future commands, so not taken as models
+LAZY_COMMANDS = ("compare", "plan", "probe", "calibrate", "card")  # commands imported on demand
 
 
 class Memplan(TyperGroup):
-    """A first argument that is no command is a model: `memplan MODEL` is `memplan estimate MODEL`."""
+    """A first argument that is not a command is a model: `memplan MODEL` is `memplan estimate MODEL`."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        own = {option for param in self.get_params(ctx) for option in param.opts}
+        group_options = {option for param in self.get_params(ctx) for option in param.opts}
         first = args[0].partition("=")[0] if args else ""
-        if first in LATER:
+        if first in RESERVED_COMMANDS:
             ctx.fail(f"{first} is not supported yet; commands are {', '.join(self.list_commands(ctx))}")
-        if first not in self.list_commands(ctx) and first not in own and (args or not ctx.resilient_parsing):
+        if first not in self.list_commands(ctx) and first not in group_options and (args or not ctx.resilient_parsing):
             args = ["estimate", *args]
         return super().parse_args(ctx, args)
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *APART]
+        return [*super().list_commands(ctx), *LAZY_COMMANDS]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in APART:
+        if cmd_name not in LAZY_COMMANDS:
             return super().get_command(ctx, cmd_name)
         return import_module(f"memplan.cli.{cmd_name}").command(self.commands["estimate"].params)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        """Commands, and the models and options of `estimate`."""
+        """Complete commands, and the models and options of `estimate`."""
         estimate_ = self.commands["estimate"]
         with estimate_.make_context("estimate", [], parent=ctx, resilient_parsing=True) as inner:
             more = estimate_.shell_complete(inner, incomplete)
@@ -55,14 +55,14 @@ class Memplan(TyperGroup):
         windows_expand_args: bool = True,
         **extra: Any,
     ) -> NoReturn:
-        """Run the command and exit. Every error the user can mend is one line on standard error."""
+        """Run the command and exit. Every error that the user can fix is one line on standard error."""
         try:
             code = super().main(args, prog_name or "memplan", complete_var, False, windows_expand_args, **extra)
         except UsageError as error:
             code = fail(usage(error), error.exit_code)
         except (typer.Abort, KeyboardInterrupt):
             code = 130
-        except OSError as error:  # in writing help or the version: what else is written answers for itself
+        except OSError as error:  # writing help or the version failed; other output handles its own errors
             code = fail(unwritten(error), 2)
         sys.exit(code or 0)
 
@@ -80,7 +80,7 @@ app = typer.Typer(
 
 def main() -> None:
     """The entry point."""
-    gc.disable()  # a command is over before its garbage is worth a look
+    gc.disable()  # a command ends before collecting garbage pays off
     app()
 
 
@@ -88,7 +88,7 @@ def _version(asked: bool) -> None:
     if asked:
         from memplan.core.version import __version__
 
-        raise typer.Exit(answered(lambda: show(f"memplan {__version__}\n") or 0))
+        raise typer.Exit(run_and_report(lambda: show(f"memplan {__version__}\n") or 0))
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""How a command ends: its exit code, what it writes, and one line for what the user can mend."""
+"""How a command ends: its exit code, its output, and one line for errors that the user can fix."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ def warn(line: str) -> None:
 
 
 def unwritten(error: OSError) -> str:
-    """One line for what kept standard output from being written; the exit's flush will not say it again."""
+    """Return a line that says why standard output cannot be written, and keep the flush at exit from failing again."""
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return f"standard output cannot be written ({error.strerror or error})"
 
 
 def usage(error: Any) -> str:
-    """One line for what typer found wrong with the arguments."""
+    """Return a line that says what typer found wrong with the arguments."""
     param, text = getattr(error, "param", None), error.format_message()
     if param is not None and error.__cause__ is not None:
-        from memplan.spec.failures import what
+        from memplan.spec.failures import message_of
 
-        text = f"{param.opts[0]}: {what(error.__cause__)}"
+        text = f"{param.opts[0]}: {message_of(error.__cause__)}"
     return " ".join(text.split())
 
 
-def answered(work: Callable[[], int], given: Iterable[str] = ()) -> int:
-    """The exit code of `work`; what the user can mend becomes one line and its code."""
+def run_and_report(work: Callable[[], int], given: Iterable[str] = ()) -> int:
+    """Run `work` and return its exit code; errors become one line on standard error and their own code."""
     from memplan.core.errors import MemplanError
 
     try:
@@ -73,20 +73,20 @@ def answered(work: Callable[[], int], given: Iterable[str] = ()) -> int:
 
 
 def _unexpected(error: Exception) -> str:
-    """One line about an error memplan did not mean to raise. Raises it instead if MEMPLAN_TRACEBACK is set."""
+    """Return a line about an unexpected error, or raise it if MEMPLAN_TRACEBACK is set."""
     from traceback import extract_tb
 
     from memplan.core.errors import InternalError, printable
 
     if os.environ.get("MEMPLAN_TRACEBACK"):
         raise error
-    at = extract_tb(error.__traceback__)[-1]
-    what = f"{type(error).__name__} {printable(str(error), 80)}"
-    return str(InternalError(f"{what} in {at.filename.rpartition('memplan/')[2]}:{at.lineno} ({at.name})"))
+    frame = extract_tb(error.__traceback__)[-1]
+    message = f"{type(error).__name__} {printable(str(error), 80)}"
+    return str(InternalError(f"{message} in {frame.filename.rpartition('memplan/')[2]}:{frame.lineno} ({frame.name})"))
 
 
 def show(text: str, format: str = "table", output: str | None = None) -> None:
-    """Write to a file or standard output, which may be closed. A reader that has gone away is none of our business."""
+    """Write to a file or standard output, which may be closed. A broken pipe is ignored."""
     if output is not None:
         from pathlib import Path
 
@@ -94,7 +94,7 @@ def show(text: str, format: str = "table", output: str | None = None) -> None:
 
         try:
             Path(output).write_text(text, encoding="utf-8", errors="backslashreplace")
-        except (OSError, ValueError) as error:  # ValueError: a NUL
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             raise MemplanError(f"output: {output!r:.200} cannot be written ({reason})", "output") from None
         return
@@ -116,7 +116,7 @@ def show(text: str, format: str = "table", output: str | None = None) -> None:
 
 
 def _in_ascii(text: str, format: str) -> str:
-    """The same for an encoding that has not all of its characters."""
+    """Return the text for an encoding that does not have all of its characters."""
     if format == "html":
         return text.encode("ascii", "xmlcharrefreplace").decode()
     if format == "json":

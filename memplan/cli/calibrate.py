@@ -1,4 +1,4 @@
-"""`memplan calibrate`: measured runs become this machine's own overhead, a profile that later answers use and name."""
+"""`memplan calibrate`: turns measured runs into a profile of this machine's overhead, which later answers use."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 import typer
 from typer.main import get_command
 
-from memplan.cli.answering import answered, show
+from memplan.cli.answering import run_and_report, show
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration, Measurement
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def command(_: Sequence[Any]) -> Any:
-    """The command; it takes none of the options of a run."""
+    """Return the command, which takes none of the options of a run."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command("calibrate")(calibrate)
     return get_command(app)
@@ -31,23 +31,23 @@ def calibrate(
     output: Annotated[
         str | None,
         typer.Option(
-            help="Write the profile of one card to this file. Default the user's configuration, a file a card.",
+            help="Write the profile of one card to this file. Default one file per card in the user's configuration.",
             show_default=False,
         ),
     ] = None,
 ) -> int:
-    """Turn measured runs into this machine's own overhead.
+    """Turn measured runs into a profile of this machine's overhead.
 
-    The profile of a card says what the CUDA context takes there, and how far memory in use is from its estimate.
+    A card's profile holds the size of the CUDA context, and how far used memory is from its estimate.
     """
-    return answered(lambda: _calibrate(lines, output), () if output is None else ("output",))
+    return run_and_report(lambda: _calibrate(lines, output), () if output is None else ("output",))
 
 
-_MOST = 2**50  # bytes: what is more is no card's
+_MAX_BYTES = 2**50  # more than any card has
 
 
-class Line(NamedTuple):
-    """One measured run: where and when, and its bytes beside the estimate's."""
+class MeasuredLine(NamedTuple):
+    """One measured run: where and when it ran, and its bytes with those of the estimate."""
 
     gpu: str
     driver: str
@@ -59,42 +59,43 @@ class Line(NamedTuple):
 
 def _calibrate(files: Sequence[str], output: str | None) -> int:
     from memplan.core.errors import SpecError
-    from memplan.estimate.calibration import calibrated, file_of, write
+    from memplan.estimate.calibration import calibrate_card, file_of, write
     from memplan.probe.run.rows import read
 
-    found: list[Line] = []
+    by_card: dict[str, list[MeasuredLine]] = {}
     left_out: dict[str, int] = {}
     for name in files:
-        for run, line in read(Path(name), "lines"):
-            one = _line(run, line)
-            if isinstance(one, str):
-                left_out[one] = left_out.get(one, 0) + 1
+        for run, row in read(Path(name), "lines"):
+            line = _line(run, row)
+            if isinstance(line, str):
+                left_out[line] = left_out.get(line, 0) + 1
             else:
-                found.append(one)
-    by_card: dict[str, list[Line]] = {}
-    for one in found:
-        by_card.setdefault(one.gpu, []).append(one)
+                by_card.setdefault(line.gpu, []).append(line)
     if not by_card:
         reasons = "; ".join(f"{n} {why}" for why, n in left_out.items()) or "there are none"
-        raise SpecError(f"lines: no run to calibrate by ({reasons})", "lines")
+        raise SpecError(f"lines: no run to calibrate with ({reasons})", "lines")
     if output is not None and len(by_card) > 1:
-        raise SpecError(f"output: one file is of one card, and the runs are of {', '.join(by_card)}", "output")
+        raise SpecError(
+            f"output: a file holds the profile of one card, and the runs are of {', '.join(by_card)}", "output"
+        )
     profiles: list[tuple[Calibration, int]] = []
     for lines in by_card.values():
-        same = _latest_machine(lines)
-        profiles.append((calibrated([line.measurement for line in same], _origin(same)), len(lines) - len(same)))
+        latest = _latest_machine(lines)
+        profiles.append(
+            (calibrate_card([line.measurement for line in latest], _origin(latest)), len(lines) - len(latest))
+        )
     text: list[str] = []
     for profile, older in profiles:
         path = Path(output) if output is not None else file_of(profile.gpu)
         write(profile, path)
-        text += _said(profile, older, path)
+        text += _summary(profile, older, path)
     text += [f"left out: {n} {why}" for why, n in left_out.items()]
     show("\n".join(text) + "\n")
     return 0
 
 
-def _line(run: RunSpec, line: Mapping[str, Any]) -> Line | str:
-    """What of a line a profile is made of, or why it is of no use for one."""
+def _line(run: RunSpec, line: Mapping[str, Any]) -> MeasuredLine | str:
+    """Return the measurement of a line, or the reason why it cannot be used."""
     from memplan.core.errors import MemplanError
     from memplan.estimate.calibration import Measurement
     from memplan.estimate.estimate import estimate
@@ -102,36 +103,36 @@ def _line(run: RunSpec, line: Mapping[str, Any]) -> Line | str:
     context: object = line.get("context")
     last = cast(Mapping[str, object], context).get("last") if isinstance(context, Mapping) else None
     if line.get("outcome") != "measured":
-        return "that memplan probe --cuda did not measure to the end"
-    counts = [n for n in (line.get("reserved"), line.get("process"), last) if type(n) is int and 0 <= n < _MOST]
+        return "that memplan probe --cuda did not finish measuring"
+    counts = [n for n in (line.get("reserved"), line.get("process"), last) if type(n) is int and 0 <= n < _MAX_BYTES]
     if len(counts) < 3:
         return "without bytes of segments, process and context"
     if run.gpu is None:
-        return "on a card that memplan has no row of"
+        return "on a card that memplan does not know"
     try:
         answer = estimate(run)
     except MemplanError:
-        return "that memplan does not estimate"
+        return "that memplan cannot estimate"
     driver, allocator, stack, date = (str(line.get(name, "")) for name in ("driver", "allocator", "stack", "date"))
     gpu = answer.gpu.name if answer.gpu else run.gpu
-    return Line(gpu, driver, allocator, stack, date, Measurement(*counts, estimated=answer.bytes.reserved))
+    return MeasuredLine(gpu, driver, allocator, stack, date, Measurement(*counts, estimated=answer.bytes.reserved))
 
 
-def _latest_machine(lines: Sequence[Line]) -> list[Line]:
-    """The lines of the driver, allocator setting and libraries of the newest one: others take other overhead."""
+def _latest_machine(lines: Sequence[MeasuredLine]) -> list[MeasuredLine]:
+    """Return the lines with the newest line's driver, allocator setting and libraries, which decide the overhead."""
     newest = max(lines, key=lambda line: line.date)
     return [line for line in lines if line[:4] == newest[:4]]
 
 
-def _origin(lines: Sequence[Line]) -> Any:
+def _origin(lines: Sequence[MeasuredLine]) -> Any:
     from memplan.core.version import __version__
     from memplan.estimate.calibration import Origin
 
-    one = lines[0]
-    return Origin(one.gpu, one.driver, one.allocator, one.stack, __version__, max(line.date for line in lines))
+    first = lines[0]
+    return Origin(first.gpu, first.driver, first.allocator, first.stack, __version__, max(line.date for line in lines))
 
 
-def _said(profile: Calibration, older: int, path: Path) -> list[str]:
+def _summary(profile: Calibration, older: int, path: Path) -> list[str]:
     from memplan.core.units import gib
 
     context, reserved, used = profile.context, profile.reserved_error, profile.used_error

@@ -5,10 +5,9 @@ from typing import Annotated, Any
 
 import typer
 
-from memplan.cli.answering import answered, show
+from memplan.cli.answering import run_and_report, show
 from memplan.cli.options import (
     ADAPTERS,
-    BESIDE,
     CACHE_DTYPES,
     CACHES,
     DTYPES,
@@ -20,6 +19,7 @@ from memplan.cli.options import (
     OUTPUT,
     SERVING,
     SEVERAL,
+    SIDE_TASKS,
     TASKS,
     TRAINING,
     choices,
@@ -31,10 +31,10 @@ from memplan.cli.options import (
     option,
 )
 from memplan.cli.own_profile import own_profile
-from memplan.cli.runs import exit_code, format_of, left_out, runs_of
+from memplan.cli.runs import exit_code, format_of, is_default, runs_of
 
 
-def estimate(
+def estimate(  # noqa: PLR0913, PLR0917 (an option each)
     ctx: typer.Context,
     model: Annotated[
         str | None,
@@ -57,8 +57,8 @@ def estimate(
     objective: Annotated[
         str | None,
         option(
-            f"What the model is trained for, its head and loss: {', '.join(OBJECTIVES)}. Default what the config's "
-            "architectures say.",
+            f"Training objective, which decides head and loss: {', '.join(OBJECTIVES)}. Default from the config's "
+            "architectures.",
             of=TRAINING,
             complete=choices(*OBJECTIVES),
         ),
@@ -68,25 +68,25 @@ def estimate(
     target_len: Annotated[
         int | None,
         option(
-            "Tokens for the decoder beside an encoder. Default what the encoder reads, or its positions; to generate "
-            "from, 1, of Whisper 4.",
+            "Decoder tokens of an encoder-decoder. Default the encoder's length, or the decoder's positions; 1 when "
+            "generating (4 for Whisper).",
             of=TRAINING,
         ),
     ] = None,
     grad_accum: Annotated[int | None, option("Passes per optimizer step. Default 1.", of=TRAINING)] = None,
     images: Annotated[
-        int | None, option("Images in each sequence, whose tokens are part of --seq-len. Default 0.", of=TRAINING)
+        int | None, option("Images in each sequence; their tokens count towards --seq-len. Default 0.", of=TRAINING)
     ] = None,
     image_size: Annotated[
         str | None,
         option(
-            "Pixels of an image: 1024, or height x width as 768x1024. Default the tower's, if it has one.", of=TRAINING
+            "Pixels of an image: 1024, or height x width as 768x1024. Default the vision tower's size.", of=TRAINING
         ),
     ] = None,
     frozen: Annotated[
         str | None,
         option(
-            "Parts that neither train nor are adapted: vision, projector, language, with commas between. Default none.",
+            "Parts that neither train nor get adapters, comma-separated: vision, projector, language. Default none.",
             of=TRAINING,
             complete=choices("vision", "projector", "language"),
         ),
@@ -94,7 +94,7 @@ def estimate(
     gradient_checkpointing: Annotated[
         bool | None,
         option(
-            "Keep only each layer's input and compute the rest again. Default on.",
+            "Keep only each layer's input and recompute the rest in backward. Default on.",
             "--gradient-checkpointing/--no-gradient-checkpointing",
             of=TRAINING,
         ),
@@ -102,19 +102,19 @@ def estimate(
     checkpointing: Annotated[
         str | None,
         option(
-            "The same as a word: none, full, or offload, with the layers' inputs in host memory. Default full.",
+            "Kind of checkpointing: none, full, or offload (layer inputs in host memory). Default full.",
             of=TRAINING,
             complete=choices("none", "full", "offload"),
         ),
     ] = None,
     trainable_layers: Annotated[
-        int | None, option("Layers at the end that --method freeze trains. Default 2.", of=TRAINING)
+        int | None, option("Last layers that --method freeze trains. Default 2.", of=TRAINING)
     ] = None,
     offload: Annotated[
         str | None,
         option(
-            "What the host keeps: optimizer, and its step; parameters, under FSDP with all of that, and ZeRO 3; "
-            "activations, all that autograd saves; none takes back what a file says. Default none.",
+            "What is kept in host memory: optimizer (with its step), parameters (FSDP, with the optimizer, or ZeRO 3), "
+            "activations (all that autograd saves); none overrides the file. Default none.",
             of=TRAINING,
             complete=choices("optimizer", "parameters", "activations", "none"),
         ),
@@ -129,12 +129,12 @@ def estimate(
     ] = None,
     padded: Annotated[
         bool | None,
-        option("Batches have padding, and so an attention mask. Default off.", "--padded/--no-padded", of=TRAINING),
+        option("Batches are padded, and so have an attention mask. Default off.", "--padded/--no-padded", of=TRAINING),
     ] = None,
     trainer: Annotated[
         bool | None,
         option(
-            "transformers' Trainer drives the step: it keeps embeddings' states in fp32 under bitsandbytes' 8-bit "
+            "The loop is transformers' Trainer, which keeps embedding states in fp32 with bitsandbytes' 8-bit "
             "optimizers. Default off.",
             "--trainer/--no-trainer",
             of=TRAINING,
@@ -143,7 +143,7 @@ def estimate(
     expandable_segments: Annotated[
         bool | None,
         option(
-            "torch's allocator has expandable segments (PYTORCH_CUDA_ALLOC_CONF). Default off.",
+            "Use expandable segments in torch's allocator (PYTORCH_CUDA_ALLOC_CONF). Default off.",
             "--expandable-segments/--no-expandable-segments",
             of=TRAINING,
         ),
@@ -151,55 +151,56 @@ def estimate(
     eval_batch_size: Annotated[
         int | None,
         option(
-            "Sequences a GPU and pass of an evaluation, counted too (per_device_eval_batch_size). Default none; 8 with "
-            "another of these.",
-            of=BESIDE,
+            "Also count an evaluation, with this many sequences per GPU and pass (per_device_eval_batch_size). Default "
+            "none; 8 with another --eval option.",
+            of=SIDE_TASKS,
         ),
     ] = None,
     eval_seq_len: Annotated[
-        int | None, option("Tokens per sequence of an evaluation. Default those of training.", of=BESIDE)
+        int | None, option("Tokens per sequence of an evaluation. Default --seq-len.", of=SIDE_TASKS)
     ] = None,
     eval_keep_logits: Annotated[
         int | None,
         option(
-            "Batches whose logits are kept on the GPU, as for compute_metrics. Default 0: the loss alone.",
-            of=BESIDE,
+            "Batches whose logits are kept on the GPU, as for compute_metrics. Default 0: only the loss.",
+            of=SIDE_TASKS,
         ),
     ] = None,
     eval_accumulation_steps: Annotated[
-        int | None, option("Batches after which kept logits go to the host. Default after the last.", of=BESIDE)
+        int | None, option("Batches after which kept logits move to the host. Default after the last.", of=SIDE_TASKS)
     ] = None,
     eval_preprocess: Annotated[
         str | None,
         option(
-            "Kept of logits: argmax, the likeliest tokens (preprocess_logits_for_metrics). Default all.",
-            of=BESIDE,
+            "argmax keeps the likeliest tokens instead of logits (preprocess_logits_for_metrics). Default logits.",
+            of=SIDE_TASKS,
         ),
     ] = None,
     eval_generate: Annotated[
         int | None,
-        option("Tokens generated after each sequence of an evaluation (predict_with_generate). Default 0.", of=BESIDE),
+        option(
+            "Tokens generated after each sequence of an evaluation (predict_with_generate). Default 0.", of=SIDE_TASKS
+        ),
     ] = None,
     save: Annotated[
-        bool | None, option("Count saving a checkpoint too. Default off.", "--save/--no-save", of=BESIDE)
+        bool | None, option("Also count saving a checkpoint. Default off.", "--save/--no-save", of=SIDE_TASKS)
     ] = None,
     merge: Annotated[
         str | None,
         option(
-            "Count merging the adapters too: into the model as it was trained, or one reloaded whole for that. Default "
-            "none.",
-            of=BESIDE,
+            "Also count merging the adapters: into the trained model, or into one reloaded for it. Default none.",
+            of=SIDE_TASKS,
             complete=choices("trained", "reloaded"),
         ),
     ] = None,
     new_tokens: Annotated[
         int | None,
-        option("Tokens generated after --seq-len of a prompt. Default 256, with --method generate.", of=GENERATION),
+        option("Tokens generated after a --seq-len prompt. Default 256, with --method generate.", of=GENERATION),
     ] = None,
     cache_implementation: Annotated[
         str | None,
         option(
-            f"What keeps keys and values: {', '.join(CACHES)}. Default as the profile has it.",
+            f"KV cache: {', '.join(CACHES)}. Default the profile's.",
             of=GENERATION,
             complete=choices(*CACHES),
         ),
@@ -207,41 +208,41 @@ def estimate(
     cache_backend: Annotated[
         str | None,
         option(
-            "What quantises a quantized cache: quanto (2 or 4 bits), hqq (1, 2, 3, 4, 8) or fp8. Default quanto.",
+            "Backend of a quantized cache: quanto (2 or 4 bits), hqq (1, 2, 3, 4, 8) or fp8. Default quanto.",
             of=GENERATION,
             complete=choices("quanto", "hqq", "fp8"),
         ),
     ] = None,
     cache_bits: Annotated[
-        int | None, option("Bits a number of a quantized cache (nbits). Default 4.", of=GENERATION)
+        int | None, option("Bits per number of a quantized cache (nbits). Default 4.", of=GENERATION)
     ] = None,
     cache_group_size: Annotated[
-        int | None, option("Numbers to a scale of a quantized cache (q_group_size). Default 64.", of=GENERATION)
+        int | None, option("Numbers per scale of a quantized cache (q_group_size). Default 64.", of=GENERATION)
     ] = None,
     cache_residual: Annotated[
         int | None,
         option(
-            "Newest tokens that a quantized cache keeps as they are, at most (residual_length). Default 128.",
+            "Most recent tokens that a quantized cache keeps unquantised (residual_length). Default 128.",
             of=GENERATION,
         ),
     ] = None,
     prefill_chunk_size: Annotated[
-        int | None, option("Tokens of the prompt that are read in one pass. Default all.", of=GENERATION)
+        int | None, option("Prompt tokens read in one pass. Default all.", of=GENERATION)
     ] = None,
-    num_beams: Annotated[
-        int | None, option("Sequences that are ranked for each prompt. Default 1.", of=GENERATION)
-    ] = None,
+    num_beams: Annotated[int | None, option("Beams per prompt. Default 1.", of=GENERATION)] = None,
     do_sample: Annotated[
         bool | None,
         option(
-            "Draw tokens after temperature, top-k and top-p, instead of taking the likeliest. Default off.",
+            "Sample with temperature, top-k and top-p instead of greedy decoding. Default off.",
             "--do-sample/--no-do-sample",
             of=GENERATION,
         ),
     ] = None,
     assistant_model: Annotated[
         str | None,
-        option("Smaller model that proposes tokens, which the model checks at once. Default none.", of=GENERATION),
+        option(
+            "Smaller model that proposes tokens, which the model verifies in one pass. Default none.", of=GENERATION
+        ),
     ] = None,
     assistant_dtype: Annotated[
         str | None,
@@ -253,7 +254,7 @@ def estimate(
     ] = None,
     assistant_quant_format: Annotated[
         str | None,
-        option("Storage of the assistant's weights, as --quant-format has it. Default not quantised.", of=GENERATION),
+        option("Weight format of the assistant, as for --quant-format. Default not quantised.", of=GENERATION),
     ] = None,
     num_assistant_tokens: Annotated[
         int | None, option("Tokens that an assistant proposes in a round. Default 20.", of=GENERATION)
@@ -261,7 +262,7 @@ def estimate(
     num_assistant_tokens_schedule: Annotated[
         str | None,
         option(
-            "How their number changes by round: constant, heuristic, heuristic_transient. Default constant.",
+            "How the number of proposed tokens changes: constant, heuristic, heuristic_transient. Default constant.",
             of=GENERATION,
             complete=choices("constant", "heuristic", "heuristic_transient"),
         ),
@@ -269,34 +270,34 @@ def estimate(
     prompt_lookup_num_tokens: Annotated[
         int | None,
         option(
-            "Tokens proposed in a round without an assistant: what followed the same words before. Default 0.",
+            "Tokens proposed in a round by prompt lookup, without an assistant. Default 0.",
             of=GENERATION,
         ),
     ] = None,
     assistant_early_exit: Annotated[
         int | None,
-        option("First layers of the model, which propose tokens instead of an assistant. Default none.", of=GENERATION),
+        option("First layers of the model that propose tokens in place of an assistant. Default none.", of=GENERATION),
     ] = None,
     rank: Annotated[int | None, option("Rank of the adapters. Default 16.", of=ADAPTERS)] = None,
     targets: Annotated[
-        str | None, option("all-linear, or module names with commas between. Default all-linear.", of=ADAPTERS)
+        str | None, option("all-linear, or comma-separated module names. Default all-linear.", of=ADAPTERS)
     ] = None,
     lora_dropout: Annotated[float | None, option("Dropout before adapters, 0 to 1. Default 0.", of=ADAPTERS)] = None,
     modules_to_save: Annotated[
-        str | None, option("Module names, with commas between, that train in full. Default none.", of=ADAPTERS)
+        str | None, option("Comma-separated names of modules that train in full. Default none.", of=ADAPTERS)
     ] = None,
     quant_format: Annotated[
         str | None,
         option(
-            "Storage of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; to run a model also "
-            "w4a16, fp8-channel, mxfp4 and others. Default nf4; of a checkpoint that is stored quantised, its own.",
+            "Format of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; for inference also "
+            "w4a16, fp8-channel, mxfp4 and others. Default nf4, or the format of a quantised checkpoint.",
             of=ADAPTERS,
             complete=complete_format,
         ),
     ] = None,
     double_quant: Annotated[
         bool | None,
-        option("Quantise the quantisation's scales too. Default on.", "--double-quant/--no-double-quant", of=ADAPTERS),
+        option("Also quantise the quantisation scales. Default on.", "--double-quant/--no-double-quant", of=ADAPTERS),
     ] = None,
     quant_storage: Annotated[
         str | None,
@@ -309,7 +310,8 @@ def estimate(
     kbit_preparation: Annotated[
         str | None,
         option(
-            "prepare_model_for_kbit_training's casts: true, false, or trl for those trl casts back. Default true.",
+            "Casts of prepare_model_for_kbit_training: true, false, or trl (embeddings, head and adapters cast back, "
+            "as TRL does). Default true.",
             of=ADAPTERS,
             complete=choices("true", "false", "trl"),
         ),
@@ -330,7 +332,7 @@ def estimate(
     optimizer: Annotated[
         str | None,
         option(
-            "A name of transformers' OptimizerNames, or none. Default adamw_torch_fused.",
+            "A name from transformers' OptimizerNames, or none. Default adamw_torch_fused.",
             of=DTYPES,
             complete=complete_optimizer,
         ),
@@ -338,7 +340,7 @@ def estimate(
     foreach: Annotated[
         bool | None,
         option(
-            "torch's optimizers step with lists of all parameters, not one at a time. Default on where torch has both.",
+            "torch's optimizers step all parameters in lists, not one at a time. Default on if torch supports both.",
             "--foreach/--no-foreach",
             of=DTYPES,
         ),
@@ -346,8 +348,8 @@ def estimate(
     in_backward: Annotated[
         bool | None,
         option(
-            "Each parameter is stepped in backward, as its gradient comes. Nothing is clipped, and --grad-accum is 1. "
-            "Default off.",
+            "Step each parameter in backward as soon as its gradient is ready; without clipping, and with --grad-accum "
+            "1. Default off.",
             "--in-backward/--no-in-backward",
             of=DTYPES,
         ),
@@ -363,7 +365,7 @@ def estimate(
     loss: Annotated[
         str | None,
         option(
-            "hf, chunked, fused (with the head's product, as Liger and Cut Cross-Entropy do), chunked_lm_head. "
+            "hf, chunked, fused (with the head's matrix product, as in Liger and Cut Cross-Entropy), chunked_lm_head. "
             "Default hf.",
             of=KERNELS,
             complete=choices("hf", "chunked", "fused", "chunked_lm_head"),
@@ -372,7 +374,7 @@ def estimate(
     fused: Annotated[
         str | None,
         option(
-            "Fused kernels, with commas between: rope, rms_norm, swiglu, cross_entropy, lora. Default none.",
+            "Comma-separated fused kernels: rope, rms_norm, swiglu, cross_entropy, lora. Default none.",
             of=KERNELS,
             complete=choices("rope", "rms_norm", "swiglu", "cross_entropy", "lora"),
         ),
@@ -380,7 +382,7 @@ def estimate(
     reentrant: Annotated[
         bool | None,
         option(
-            "torch's reentrant kind of checkpointing. Default as the profile has it.",
+            "Use torch's reentrant checkpointing. Default the profile's.",
             "--reentrant/--no-reentrant",
             of=KERNELS,
         ),
@@ -388,8 +390,8 @@ def estimate(
     profile: Annotated[
         str | None,
         option(
-            "Framework and version that decide what is left open (vllm: its newest); memplan profiles lists them. "
-            "Default transformers-5.",
+            "Framework and version that fill in defaults (vllm: its newest); memplan profiles lists them. Default "
+            "transformers-5.",
             of=KERNELS,
             complete=complete_profile,
         ),
@@ -397,31 +399,36 @@ def estimate(
     stored: Annotated[
         str | None,
         option(
-            "What the weights are stored in: fp8, w4a16, awq-int4, or a GGUF type. Default as the checkpoint is.",
+            "Weight format: fp8, w4a16, awq-int4, or a GGUF type. Default the checkpoint's.",
             of=SERVING,
         ),
     ] = None,
     max_model_len: Annotated[
-        int | None, option("Tokens of a request that the engine admits. Default the model's positions.", of=SERVING)
+        int | None,
+        option("Most tokens of a request that the engine admits. Default the model's positions.", of=SERVING),
     ] = None,
     max_num_seqs: Annotated[
-        int | None, option("Requests in one step; llama.cpp's slots. Default the engine's, by the card.", of=SERVING)
+        int | None, option("Most requests in a step; llama.cpp's slots. Default the engine's for the card.", of=SERVING)
     ] = None,
     max_num_batched_tokens: Annotated[
         int | None,
         option(
-            "Tokens in one step: SGLang's chunked prefill size, llama.cpp's ubatch. Default the engine's.", of=SERVING
+            "Most tokens in a step: SGLang's chunked prefill size, llama.cpp's ubatch. Default the engine's.",
+            of=SERVING,
         ),
     ] = None,
     memory_utilization: Annotated[
         float | None,
-        option("Share of the card: gpu_memory_utilization, mem_fraction_static. Default the engine's.", of=SERVING),
+        option(
+            "Share of the card's memory (gpu_memory_utilization, mem_fraction_static). Default the engine's.",
+            of=SERVING,
+        ),
     ] = None,
-    block_size: Annotated[int | None, option("Tokens of a block. Default the engine's.", of=SERVING)] = None,
+    block_size: Annotated[int | None, option("Tokens per cache block. Default the engine's.", of=SERVING)] = None,
     cache_dtype: Annotated[
         str | None,
         option(
-            "Storage of keys and values in an engine: fp8, nvfp4, q8_0 and others, as it has them. Default the model's "
+            "Dtype of an engine's KV cache, by the engine's names: fp8, nvfp4, q8_0 and others. Default the model's "
             "dtype.",
             of=SERVING,
             complete=choices(*CACHE_DTYPES),
@@ -429,26 +436,28 @@ def estimate(
     ] = None,
     cuda_graphs: Annotated[
         bool | None,
-        option("Record decoding steps. Default on.", "--cuda-graphs/--no-cuda-graphs", of=SERVING),
+        option("Capture decoding steps in CUDA graphs. Default on.", "--cuda-graphs/--no-cuda-graphs", of=SERVING),
     ] = None,
     prefix_caching: Annotated[
         bool | None,
-        option("Keep blocks of earlier requests. Default on.", "--prefix-caching/--no-prefix-caching", of=SERVING),
+        option(
+            "Keep cache blocks of earlier requests. Default on.", "--prefix-caching/--no-prefix-caching", of=SERVING
+        ),
     ] = None,
     gpu_layers: Annotated[
-        int | None, option("Layers on the card, the head one more (llama.cpp). Default all.", of=SERVING)
+        int | None, option("Layers on the card; the head counts as one more (llama.cpp). Default all.", of=SERVING)
     ] = None,
     split_mode: Annotated[
         str | None,
         option(
-            "How llama.cpp divides a model among GPUs: layer, some layers on each; none, all on one. Default layer.",
+            "How llama.cpp divides a model over GPUs: layer (some layers on each) or none (all on one). Default layer.",
             of=SERVING,
             complete=choices("layer", "none", "row", "tensor"),
         ),
     ] = None,
     tensor_split: Annotated[
         str | None,
-        option("Proportions of the layers on llama.cpp's GPUs, as 3,1. Default equal parts.", of=SERVING),
+        option("Proportions of the layers on llama.cpp's GPUs, as in 3,1. Default equal parts.", of=SERVING),
     ] = None,
     main_gpu: Annotated[
         int | None, option("GPU that has all layers with --split-mode none (llama.cpp). Default 0.", of=SERVING)
@@ -456,61 +465,60 @@ def estimate(
     dp_attention: Annotated[
         bool | None,
         option(
-            "Attention is data parallel over --gpus, which divide all else (SGLang). Default off.",
+            "Attention is data parallel over --gpus, and everything else tensor parallel (SGLang). Default off.",
             "--dp-attention/--no-dp-attention",
             of=SERVING,
         ),
     ] = None,
     limit_images: Annotated[
         int | None,
-        option("Images of a request, at most (vLLM's limit_mm_per_prompt). Default any.", of=SERVING),
+        option("Most images per request (vLLM's limit_mm_per_prompt). Default no limit.", of=SERVING),
     ] = None,
     limit_videos: Annotated[
-        int | None, option("Videos of a request, at most (the same). Default any.", of=SERVING)
+        int | None, option("Most videos per request (vLLM's limit_mm_per_prompt). Default no limit.", of=SERVING)
     ] = None,
     lora_slots: Annotated[
-        int | None, option("Adapters in one step, at most (vLLM's max_loras). Default 0.", of=SERVING)
+        int | None, option("Most adapters in a step (vLLM's max_loras). Default 0.", of=SERVING)
     ] = None,
     lora_rank: Annotated[int | None, option("Largest rank of those adapters. Default 16.", of=SERVING)] = None,
     lora_cpu_slots: Annotated[
-        int | None, option("Adapters on the host (vLLM's max_cpu_loras). Default as many as slots.", of=SERVING)
+        int | None, option("Adapters in host memory (vLLM's max_cpu_loras). Default --lora-slots.", of=SERVING)
     ] = None,
     speculative_method: Annotated[
         str | None,
         option(
-            "What proposes tokens: draft_model, eagle, eagle3, mtp, ngram. Default nothing, or the --draft-model.",
+            "Speculative decoding: draft_model, eagle, eagle3, mtp, ngram. Default none, or draft_model if one is "
+            "named.",
             of=SERVING,
             complete=choices("draft_model", "eagle", "eagle3", "mtp", "ngram"),
         ),
     ] = None,
     draft_model: Annotated[
         str | None,
-        option("Smaller model that proposes tokens, or the config of EAGLE's head. Default none.", of=SERVING),
+        option("Smaller model that proposes tokens, or the config of an EAGLE head. Default none.", of=SERVING),
     ] = None,
     draft_weights: Annotated[
-        str | None, option("What the draft's weights are stored in. Default the model's dtype.", of=SERVING)
+        str | None, option("Weight format of the draft model. Default the model's dtype.", of=SERVING)
     ] = None,
     num_speculative_tokens: Annotated[
-        int | None, option("Tokens proposed in a step. Default the engine's.", of=SERVING)
+        int | None, option("Tokens proposed per step. Default the engine's.", of=SERVING)
     ] = None,
     gpu: Annotated[
         list[str] | None,
         option(
-            "A card's name (3090, a800, h100); repeat it to compare. Default none: the estimate and every card that "
-            "holds it.",
+            "A card's name (3090, a800, h100); repeat it to compare cards. Default none: lists every card that holds "
+            "the run.",
             of=GPUS,
             complete=complete_gpu,
             metavar="NAME",
         ),
     ] = None,
-    gpus: Annotated[
-        int | None, option("How many GPUs, in all, each with a part of the batch. Default 1.", of=SEVERAL)
-    ] = None,
+    gpus: Annotated[int | None, option("Total number of GPUs. Default 1.", of=SEVERAL)] = None,
     zero: Annotated[int | None, option("DeepSpeed's ZeRO stage, 0 to 3. Default none.", of=SEVERAL)] = None,
     deepspeed: Annotated[
         str | None,
         option(
-            "A DeepSpeed config: its ZeRO stage, buckets, offload, precision and batch; options go over it. "
+            "A DeepSpeed config, for its ZeRO stage, buckets, offload, precision and batch; options override it. "
             "Default none.",
             of=SEVERAL,
             metavar="FILE",
@@ -528,34 +536,34 @@ def estimate(
     sequence_parallel: Annotated[
         bool | None,
         option(
-            "Tensor-parallel GPUs divide the tokens too, where no matrix is. Default off.",
+            "Tensor-parallel GPUs also divide the tokens between matrix products. Default off.",
             "--sequence-parallel/--no-sequence-parallel",
             of=SEVERAL,
         ),
     ] = None,
     pp: Annotated[int | None, option("Pipeline stages. Default 1.", of=SEVERAL)] = None,
     virtual_stages: Annotated[
-        int | None, option("Chunks of layers on each stage, which 1F1B interleaves. Default 1.", of=SEVERAL)
+        int | None, option("Chunks of layers per stage, interleaved by 1F1B. Default 1.", of=SEVERAL)
     ] = None,
     schedule: Annotated[
         str | None,
         option(
-            "How a pipeline runs its microbatches, which are --grad-accum: 1f1b, gpipe, or device_map (transformers', "
-            "one GPU after another). Default as the profile has it.",
+            "Pipeline schedule of the --grad-accum microbatches: 1f1b, gpipe, or device_map (as in transformers, one "
+            "GPU after another). Default the profile's.",
             of=SEVERAL,
             complete=choices("1f1b", "gpipe", "device_map"),
         ),
     ] = None,
     first_stage_layers: Annotated[
-        int | None, option("Layers on the first stage. Default as the profile divides them.", of=SEVERAL)
+        int | None, option("Layers on the first stage. Default the profile's division.", of=SEVERAL)
     ] = None,
     last_stage_layers: Annotated[
-        int | None, option("Layers on the last stage. Default as the profile divides them.", of=SEVERAL)
+        int | None, option("Layers on the last stage. Default the profile's division.", of=SEVERAL)
     ] = None,
     ends_as_layers: Annotated[
         bool | None,
         option(
-            "Embeddings count as a layer where stages divide them, and the head as one. Default as the profile has it.",
+            "Embeddings and head count as one layer each when stages are divided. Default the profile's.",
             "--ends-as-layers/--no-ends-as-layers",
             of=SEVERAL,
         ),
@@ -571,44 +579,40 @@ def estimate(
     ] = None,
     gpus_per_node: Annotated[
         int | None,
-        option("GPUs of one machine, which share its host memory. Default 8.", of=SEVERAL),
+        option("GPUs per machine, which share its host memory. Default 8.", of=SEVERAL),
     ] = None,
     stage: Annotated[
-        int | None, option("Answer for this stage, the first being 0. Default the one that holds most.", of=SEVERAL)
+        int | None, option("Report this stage, counted from 0. Default the one that holds most.", of=SEVERAL)
     ] = None,
     cp: Annotated[int | None, option("Context-parallel GPUs. Default 1.", of=SEVERAL)] = None,
-    ep: Annotated[
-        int | None, option("GPUs that divide the experts of a mixture, each having some. Default 1.", of=SEVERAL)
-    ] = None,
+    ep: Annotated[int | None, option("Expert-parallel GPUs. Default 1.", of=SEVERAL)] = None,
     spec: Annotated[
-        str | None, option("A run as JSON or YAML (- is standard input); options go over it.", of=OUTPUT)
+        str | None, option("A run as JSON or YAML (- is standard input); options override it.", of=OUTPUT)
     ] = None,
     online: Annotated[
         bool,
         option(
-            "Ask the Hugging Face Hub for a model without a card: its config and the headers of its weights. "
+            "Ask the Hugging Face Hub about a model without a card: its config and the headers of its weights. "
             "Default off.",
             "--online",
             of=OUTPUT,
         ),
     ] = False,
     revision: Annotated[
-        str | None, option("The id's branch, tag or commit, as owner/name@revision. Default main.", of=OUTPUT)
+        str | None, option("Branch, tag or commit of the id, as in owner/name@revision. Default main.", of=OUTPUT)
     ] = None,
     via: Annotated[
         str | None,
         option(
-            "engine (memplan's own stacks), trace (the step as the installed transformers takes it, on tensors without "
-            "data), or auto: engine, and trace for what it has no stack for. Default auto.",
+            "engine (memplan's own description of the model), trace (the installed transformers' step, on tensors "
+            "without data), or auto: trace only models that the engine does not know. Default auto.",
             of=OUTPUT,
             complete=choices("auto", "engine", "trace"),
         ),
     ] = None,
     cache: Annotated[
         bool | None,
-        option(
-            "Keep traces in the user's cache folder, and use those there. Default on.", "--cache/--no-cache", of=OUTPUT
-        ),
+        option("Read and write traces in the user's cache folder. Default on.", "--cache/--no-cache", of=OUTPUT),
     ] = None,
     format: Annotated[
         str | None,
@@ -620,9 +624,11 @@ def estimate(
     ] = None,
     json: Annotated[bool, option("Short for --format json.", "--json", of=OUTPUT)] = False,
     output: Annotated[str | None, option("Write to this file. Default standard output.", of=OUTPUT)] = None,
-    explain: Annotated[bool, option("Every tensor alive at the peak. Default off.", "--explain", of=OUTPUT)] = False,
+    explain: Annotated[
+        bool, option("List every tensor alive at the peak. Default off.", "--explain", of=OUTPUT)
+    ] = False,
     ranks: Annotated[
-        bool, option("Every GPU that differs: stages of a pipeline or a device map. Default off.", "--ranks", of=OUTPUT)
+        bool, option("List every GPU that differs: pipeline stages or a device map. Default off.", "--ranks", of=OUTPUT)
     ] = False,
     strict: Annotated[
         bool,
@@ -631,19 +637,19 @@ def estimate(
     calibration: Annotated[
         bool | None,
         option(
-            "Use this machine's own profile of the card, where memplan calibrate has written one. Default on.",
+            "Use this machine's own profile of the card, if memplan calibrate has written one. Default on.",
             "--calibration/--no-calibration",
             of=OUTPUT,
         ),
     ] = None,
 ) -> int:
-    """Whether a run fits, what takes the memory, and when.
+    """Estimate whether a run fits, what takes the memory, and when.
 
-    Exit codes: 0 fits, or no GPU asked; 1 does not fit; 2 wrong input; 3 the model's facts are not here; 4 with
+    Exit codes: 0 fits, or no GPU given; 1 does not fit; 2 wrong input; 3 the model's config is not available; 4 with
     --strict, something unsupported was left out.
     """
-    given = {name: value for name, value in ctx.params.items() if not left_out(name, value)}
-    return answered(lambda: _estimate(given), given)
+    given = {name: value for name, value in ctx.params.items() if not is_default(name, value)}
+    return run_and_report(lambda: _estimate(given), given)
 
 
 def _estimate(given: Mapping[str, Any]) -> int:

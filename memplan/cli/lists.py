@@ -1,13 +1,13 @@
-"""`memplan models`, `gpus`, `profiles` and `schema`: what there is to ask for, and what comes out."""
+"""`memplan models`, `gpus`, `profiles` and `schema`: lists of valid input, and the schema of the output."""
 
 from typing import Annotated
 
 import typer
 
-from memplan.cli.answering import answered, show
+from memplan.cli.answering import run_and_report, show
 from memplan.cli.options import choices, complete_gpu, complete_model, complete_profile
 
-_TEXT = "What to look for in names, ids and kinds. Default everything."
+_TEXT = "Text to search for in names, ids and kinds. Default everything."
 _MODEL = typer.Argument(help=_TEXT, autocompletion=complete_model)
 _GPU = typer.Argument(help=_TEXT, autocompletion=complete_gpu)
 _PROFILE = typer.Argument(help=_TEXT, autocompletion=complete_profile)
@@ -23,11 +23,11 @@ def models(text: Annotated[list[str] | None, _MODEL] = None, json: Annotated[boo
         show(models(" ".join(text or ()), json), "json" if json else "table")
         return 0
 
-    return answered(listed)
+    return run_and_report(listed)
 
 
 def gpus(text: Annotated[list[str] | None, _GPU] = None, json: Annotated[bool, _JSON] = False) -> int:
-    """List the GPUs: usable memory, capability, bf16, bandwidth, prices with their date."""
+    """List the GPUs: usable memory, compute capability, bf16 support, bandwidth, and dated prices."""
 
     def listed() -> int:
         from memplan.report.listing import cards
@@ -35,11 +35,11 @@ def gpus(text: Annotated[list[str] | None, _GPU] = None, json: Annotated[bool, _
         show(cards(" ".join(text or ()), json), "json" if json else "table")
         return 0
 
-    return answered(listed)
+    return run_and_report(listed)
 
 
 def profiles(text: Annotated[list[str] | None, _PROFILE] = None, json: Annotated[bool, _JSON] = False) -> int:
-    """List the profiles, frameworks and their versions, and what each sets where a run leaves it open."""
+    """List the profiles (frameworks and versions), and the defaults that each sets."""
 
     def listed() -> int:
         from memplan.report.listing import profiles
@@ -47,7 +47,7 @@ def profiles(text: Annotated[list[str] | None, _PROFILE] = None, json: Annotated
         show(profiles(" ".join(text or ()), json), "json" if json else "table")
         return 0
 
-    return answered(listed)
+    return run_and_report(listed)
 
 
 _SCHEMAS = ("answer", "run", "comparison", "plan")
@@ -69,8 +69,8 @@ def schema(
 
         if of not in _SCHEMAS:
             raise UnknownNameError("schema", of, _SCHEMAS)
-        made = {"answer": answer_schema, "run": run_schema, "comparison": comparison_schema, "plan": plan_schema}[of]()
-        show(json.dumps(made, indent=2) + "\n", "json")
+        schemas = {"answer": answer_schema, "run": run_schema, "comparison": comparison_schema, "plan": plan_schema}
+        show(json.dumps(schemas[of](), indent=2) + "\n", "json")
         return 0
 
-    return answered(printed)
+    return run_and_report(printed)

@@ -1,4 +1,4 @@
-"""What the options of several commands share: how one is made, its heading, the words it takes, their completion."""
+"""Shared by the options of several commands: their construction, help headings, choices and completion."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import typer
 from typer.core import TyperCommand
 
 METHODS = ("full", "lora", "qlora", "dora", "qdora", "freeze")
-TASKS = ("generate", "forward")  # where nothing trains
-OBJECTIVES = (  # memplan.models.objectives.Objective, which is not imported here
+TASKS = ("generate", "forward")  # tasks without training
+OBJECTIVES = (  # those of memplan.models.objectives.Objective, which is not imported to keep commands fast
     *("causal_lm", "masked_lm", "seq2seq_lm", "sequence_classification", "token_classification"),
     *("image_classification", "feature_extraction"),
 )
@@ -21,9 +21,9 @@ CACHE_DTYPES = (
 )
 CACHES = ("dynamic", "static", "quantized", "offloaded", "offloaded_static", "legacy")
 SERVING = "Serving engines"
-TRAINING, BESIDE, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
+TRAINING, SIDE_TASKS, GENERATION, ADAPTERS, DTYPES, KERNELS, GPUS, SEVERAL, OUTPUT = (
     "Training",
-    "Beside the steps",
+    "Evaluation, saving and merging",
     "Generation",
     "Adapters and quantisation",
     "Precision and optimizer",
@@ -39,7 +39,7 @@ def option(help: str, *names: str, of: str, complete: Callable[[str], list[str]]
 
 
 class Grouped(TyperCommand):
-    """A command whose help lists options under the heading each one names."""
+    """A command whose help groups options under headings."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}

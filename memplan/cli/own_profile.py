@@ -10,12 +10,14 @@ from memplan.cli.answering import warn
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
-_LONGEST = 200  # letters of a path that a warning repeats
+_MAX_PATH = 200  # characters of a path in a warning
 
 
 def own_profile(gpu: str | None, given: Mapping[str, Any]) -> Calibration | None:
-    """This machine's own profile of a card; None if it is not wanted, there is none, or it is left out with a
-    warning."""
+    """Return this machine's own profile of a card.
+
+    None if it is not wanted, does not exist, or cannot be used, which prints a warning.
+    """
     if gpu is None or given.get("calibration") is False:
         return None
     from memplan.core.user_folders import has_calibrations
@@ -29,7 +31,7 @@ def own_profile(gpu: str | None, given: Mapping[str, Any]) -> Calibration | None
 
 
 def profile_of(gpu: str) -> tuple[Calibration | None, str]:
-    """This machine's profile of a card, and a sentence for the answer: that it rests on the profile, or why not.
+    """Return this machine's profile of a card, and a sentence that names it or says why it is not used.
 
     Raises SpecError if the card's file holds no profile.
     """
@@ -42,11 +44,11 @@ def profile_of(gpu: str) -> tuple[Calibration | None, str]:
     try:
         profile = local(name)
     except OSError as error:
-        why = f"{printable(str(file_of(name)), _LONGEST)} cannot be read ({error.strerror})"
-        return None, f"this machine's profile of {name} is left out: {why}"
+        why = f"{printable(str(file_of(name)), _MAX_PATH)} cannot be read ({error.strerror})"
+        return None, f"this machine's profile of {name} is ignored: {why}"
     if profile is None:
         return None, ""
     if profile.memplan != __version__:
-        why = f"is of estimates by memplan {profile.memplan}; memplan calibrate makes it anew"
-        return None, f"this machine's profile of {name} is left out: it {why}"
+        why = f"it was made with memplan {profile.memplan}; run memplan calibrate again"
+        return None, f"this machine's profile of {name} is ignored: {why}"
     return profile, profile.named()

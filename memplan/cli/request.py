@@ -1,4 +1,4 @@
-"""From the command line's options, over a spec file if there is one, to a run."""
+"""Turns the command line's options, on top of a spec file if there is one, into the fields of a run."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """The fields of a run: those of `spec`, and over them those of the options `given`."""
+    """Return the fields of a run: those of `spec`, overridden by the options `given`."""
     out: dict[str, Any] = {str(k): v for k, v in (spec or {}).items()}
     if type(out.get("gpu")) is int:  # YAML's `gpu: 3090`
         out["gpu"] = str(out["gpu"])
-    _leave(out, given)
+    _drop_stale(out, given)
     for name, path in FIELDS.items():
         if name in given:
             _put(out, path, given[name])
@@ -25,15 +25,15 @@ def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> 
         raise SpecError(f"precision: --precision {given['precision']} and --dtype {given['dtype']} differ", "precision")
     word = out.get("precision")
     if "dtype" in given and "precision" not in given and isinstance(word, str):
-        given = {**given, "precision": word}  # the file's word, of the dtype typed
+        given = {**given, "precision": word}  # the file's precision, in the typed dtype
     for path, value in _words(given):
         _put(out, path, value)
     _spread(out, given)
     return out
 
 
-def configured(spec: Mapping[str, Any], config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The fields of `spec`, and over them those of a framework's config, part by part."""
+def with_framework_config(spec: Mapping[str, Any], config: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the fields of `spec`, overridden by those of a framework's config, section by section."""
     out = dict(spec)
     for part, fields in config.items():
         old: object = out.get(part)
@@ -44,12 +44,12 @@ def configured(spec: Mapping[str, Any], config: Mapping[str, Mapping[str, Any]])
 
 
 _DTYPES = ("bf16", "fp16", "fp32")
-_MAIN = {"method": "kind", "optimizer": "name"}  # what a word for the whole part stands for
+_MAIN = {"method": "kind", "optimizer": "name"}  # the field that a section given as one word sets
 
 
-# What a method has to itself.
+# Fields that only some methods have.
 _ADAPTERS = ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
-_OWN: dict[str, tuple[str, ...]] = {
+_METHOD_FIELDS: dict[str, tuple[str, ...]] = {
     "full": ("frozen",),
     "freeze": ("frozen", "trainable_layers"),
     **dict.fromkeys(("lora", "dora"), ("frozen", *_ADAPTERS)),
@@ -57,67 +57,71 @@ _OWN: dict[str, tuple[str, ...]] = {
 }
 
 
-def _leave(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """A method, optimizer or dtype typed over the file's leaves behind what the file says of its own one alone."""
+def _drop_stale(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
+    """Drop the file's fields that only apply to its own method, optimizer or dtype, if an option names another one."""
 
-    def leave(part: str, fields: Iterable[str]) -> None:
+    def drop(part: str, fields: Iterable[str]) -> None:
         spec[part] = {name: value for name, value in spec[part].items() if name not in fields}
 
-    def other(name: str, part: str, field: str, usual: str) -> str | None:
-        """The file's, where another one is typed."""
-        old: object = spec.get(part)
-        had = cast(Mapping[str, Any], old).get(field, usual) if isinstance(old, Mapping) else None
-        return had if name in given and had is not None and had != given[name] else None
+    def overridden(name: str, part: str, field: str, default: str) -> str | None:
+        """Return the file's value, if the option differs from it."""
+        section: object = spec.get(part)
+        old = cast(Mapping[str, Any], section).get(field, default) if isinstance(section, Mapping) else None
+        return old if name in given and old is not None and old != given[name] else None
 
-    if other("method", "method", "kind", "full") and given["method"] in _OWN:
-        leave("method", {field for own in _OWN.values() for field in own} - set(_OWN[given["method"]]))
-    if other("optimizer", "optimizer", "name", "adamw_torch_fused"):
-        leave("optimizer", ("foreach", "momentum", "state_dtype"))
-    weights = other("dtype", "precision", "weights", "bf16")
+    if overridden("method", "method", "kind", "full") and given["method"] in _METHOD_FIELDS:
+        every_field = {field for fields in _METHOD_FIELDS.values() for field in fields}
+        drop("method", every_field - set(_METHOD_FIELDS[given["method"]]))
+    if overridden("optimizer", "optimizer", "name", "adamw_torch_fused"):
+        drop("optimizer", ("foreach", "momentum", "state_dtype"))
+    weights = overridden("dtype", "precision", "weights", "bf16")
     if weights is not None:
-        leave("precision", [field for field in ("compute", "grads") if spec["precision"].get(field) == weights])
+        drop("precision", [field for field in ("compute", "grads") if spec["precision"].get(field) == weights])
 
 
-def over(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
-    """One run's options over those that several share. Another method leaves behind what only the shared one has."""
+def override(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the shared options, overridden by one run's own.
+
+    If the run has another method, shared options that only apply to the shared method are dropped.
+    """
     paths = {**FIELDS, **WORDS}
-    said = {paths[name] for name in own if name in paths}
-    left = {name for name in shared if paths.get(name) in said}
+    own_paths = {paths[name] for name in own if name in paths}
+    dropped = {name for name in shared if paths.get(name) in own_paths}
     if "method" in shared and own.get("method", shared["method"]) != shared["method"]:
-        kept = _OWN.get(own["method"], ())
+        kept = _METHOD_FIELDS.get(own["method"], ())
         for name, path in paths.items():
             part, _, field = path.partition(".")
             if part == "method" and field != "kind" and field.partition(".")[0] not in kept:
-                left.add(name)
+                dropped.add(name)
     if own.get("precision") in _DTYPES:
-        left.add("dtype")
+        dropped.add("dtype")
     if "dtype" in own and shared.get("precision") in _DTYPES:
-        left.add("precision")
-    return {**{name: value for name, value in shared.items() if name not in left}, **own}
+        dropped.add("precision")
+    return {**{name: value for name, value in shared.items() if name not in dropped}, **own}
 
 
 def _put(spec: dict[str, Any], path: str, value: Any) -> None:
-    """Set one field, with what lies around it; a word that stood for the whole part is spelled out."""
+    """Set one field by path, creating the sections around it; a section given as one word is expanded."""
     part, _, rest = path.partition(".")
     if not rest:
         spec[part] = value
         return
     old: object = spec.get(part)
     if isinstance(old, str):
-        old = _spelled(part, old)
+        old = _expanded(part, old)
     inner: dict[str, Any] = dict(cast(Mapping[str, Any], old)) if isinstance(old, Mapping) else {}
     _put(inner, rest, value)
     spec[part] = inner
 
 
-def _spelled(part: str, word: str) -> dict[str, Any]:
+def _expanded(part: str, word: str) -> dict[str, Any]:
     from memplan.spec.training import precision_of
 
     return precision_of(word) if part == "precision" else {_MAIN.get(part, "kind"): word}
 
 
 def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """The fields that options set which are words of their own."""
+    """Yield the fields of options whose values need parsing."""
     method = given.get("method")
     if method in ("generate", "forward"):
         yield "task", method
@@ -147,7 +151,7 @@ def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     elif "dtype" in given:
         yield "precision.weights", given["dtype"]
     for word in _listed(given.get("offload", "")):
-        if word == "none":  # takes back what a file says
+        if word == "none":  # overrides the file
             yield "parallelism.offload", {}
             continue
         if word not in ("parameters", "optimizer", "activations"):
@@ -156,7 +160,7 @@ def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
 
 
 def _checkpointing(word: str | None, on: bool | None) -> str:
-    """`--checkpointing`'s word, which `--gradient-checkpointing` and `--no-gradient-checkpointing` may repeat."""
+    """Return the kind of checkpointing; `--checkpointing` and `--[no-]gradient-checkpointing` must agree."""
     if word is None:
         return "full" if on else "none"
     if on is not None and on == (word == "none"):
@@ -168,21 +172,22 @@ def _checkpointing(word: str | None, on: bool | None) -> str:
 
 
 def _proportions(text: str) -> list[float]:
-    """Numbers with commas or slashes between, as llama.cpp reads them."""
+    """Parse numbers separated by commas or slashes, as llama.cpp does."""
     try:
         return [float(part) for part in text.replace("/", ",").split(",")]
     except ValueError:
         raise SpecError(
-            f"serving.tensor_split: {text!r:.40} are no proportions; write 3,1 for two cards", "serving.tensor_split"
+            f"serving.tensor_split: {text!r:.40} is not a list of proportions; write 3,1 for two cards",
+            "serving.tensor_split",
         ) from None
 
 
 def _pixels(text: str) -> int | list[int]:
-    """A side of an image, or its height and width."""
+    """Parse the side of an image, or its height and width."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
         raise SpecError(
-            f"batch.image_size: {text!r:.40} is no size in pixels; write 1024, or height x width as 768x1024",
+            f"batch.image_size: {text!r:.40} is not a size in pixels; write 1024, or height x width as 768x1024",
             "batch.image_size",
         )
     height, *width = map(int, sides)
@@ -194,7 +199,7 @@ def _listed(text: str) -> list[str]:
 
 
 def _precision(word: str, dtype: str | None) -> dict[str, Any]:
-    """`pure` in a dtype, `amp` to one over fp32 weights, `mixed` of one with fp32 masters."""
+    """Return the fields of `pure` (one dtype), `amp` (autocast of fp32 weights) or `mixed` (fp32 master weights)."""
     from memplan.spec.training import precision_of
 
     if word in _DTYPES:
@@ -209,13 +214,13 @@ _FSDP = {
     "fsdp2": "fsdp2",
     **dict.fromkeys(("no_shard", "shard_grad_op", "hybrid_shard", "hybrid_shard_zero2"), "fsdp"),
 }
-_KEEPS_WHOLE = ("shard_grad_op", "hybrid_shard_zero2")
-_NODE = 8  # GPUs of a group whose size is not said: those of a node
-_MOST = 2**40  # GPUs
+_KEEPS_GATHERED = ("shard_grad_op", "hybrid_shard_zero2")
+_DEFAULT_SHARD_GROUP = 8  # GPUs of a node
+_MAX_GPUS = 2**40
 
 
 def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
-    """How `--gpus` divide the work: beside what --tp, --pp and --cp take, by ZeRO or FSDP or else as replicas."""
+    """Set how `--gpus` divide the work: by --tp, --pp and --cp, and the rest by ZeRO or FSDP or as plain replicas."""
     if not {"gpus", "tp", "pp", "cp", "zero", "fsdp"} & set(given):
         return
     old: object = spec.get("parallelism")
@@ -223,30 +228,32 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     degrees = [parallelism.get(name, 1) for name in ("tp", "pp", "cp")]
     world = parallelism.get("world", 1)
     if parallelism.get("device_map") is not None and degrees == [1, 1, 1]:
-        return  # it is on all of them
-    if not all(isinstance(n, int) and 1 <= n <= _MOST for n in (world, *degrees)):
-        return  # the run's own check says which
-    rest = degrees[0] * degrees[1] * degrees[2]
+        return  # a device_map already spans all GPUs
+    if not all(isinstance(n, int) and 1 <= n <= _MAX_GPUS for n in (world, *degrees)):
+        return  # validation of the run names the wrong one
+    model_ranks = degrees[0] * degrees[1] * degrees[2]
     if "gpus" not in given and world == 1:
-        world = rest
-    if world % rest:
-        raise SpecError(f"parallelism.world: {world} GPUs do not divide into groups of {rest}", "parallelism.world")
-    spec["parallelism"] = {**parallelism, "world": world, "dp": world // rest}
-    strategy = strategy_of(given, world // rest)
-    said = "deepspeed" in given and "strategy" in parallelism and not {"zero", "fsdp"} & set(given)
-    if strategy is not None and not said:
+        world = model_ranks
+    if world % model_ranks:
+        text = f"parallelism.world: {world} GPUs do not divide into groups of {model_ranks}"
+        raise SpecError(text, "parallelism.world")
+    replicas = world // model_ranks
+    spec["parallelism"] = {**parallelism, "world": world, "dp": replicas}
+    strategy = strategy_of(given, replicas)
+    set_by_file = "deepspeed" in given and "strategy" in parallelism and not {"zero", "fsdp"} & set(given)
+    if strategy is not None and not set_by_file:
         spec["parallelism"]["strategy"] = strategy
     word = given.get("fsdp")
-    if word in _KEEPS_WHOLE:
+    if word in _KEEPS_GATHERED:
         spec["parallelism"]["reshard_after_forward"] = False
-    if word == "no_shard" and world // rest > 1:
+    if word == "no_shard" and replicas > 1:
         spec["parallelism"]["shard_group"] = 1
-    if str(word).startswith("hybrid") and "shard_group" not in spec["parallelism"] and world // rest > 1:
-        spec["parallelism"]["shard_group"] = min(_NODE, world // rest)
+    if str(word).startswith("hybrid") and "shard_group" not in spec["parallelism"] and replicas > 1:
+        spec["parallelism"]["shard_group"] = min(_DEFAULT_SHARD_GROUP, replicas)
 
 
-def idle(given: Iterable[str], method: Method) -> MemplanError | None:
-    """The error about an option of `given` that the run's method has no use for, whatever its value."""
+def unused_option_error(given: Iterable[str], method: Method) -> MemplanError | None:
+    """Return an error about an option in `given` that has no effect with the run's method; None if all have."""
     from memplan.catalogue.methods.methods import ADAPTERS
     from memplan.resolve.refusals import no_adapters, only_freeze
 
@@ -258,12 +265,12 @@ def idle(given: Iterable[str], method: Method) -> MemplanError | None:
     q = method.quantization
     if "double_quant" in given and q is not None and q.format not in ("nf4", "fp4") and q.double_quant:
         field = "method.quantization.double_quant"
-        return SpecError(f"{field}: {q.format} has no scales of scales; nf4 and fp4 have", field)
+        return SpecError(f"{field}: {q.format} has no double quantisation; nf4 and fp4 do", field)
     return None
 
 
 def strategy_of(given: Mapping[str, Any], replicas: int) -> str | None:
-    """What so many replicas do: as --zero or --fsdp says, else as plain replicas."""
+    """Return the strategy of the replicas: that of --zero or --fsdp, else ddp; None for one replica without either."""
     if "zero" in given and "fsdp" in given:
         raise SpecError("parallelism.strategy: --zero and --fsdp exclude each other", "parallelism.strategy")
     if "zero" in given:

@@ -1,4 +1,4 @@
-"""From typed options to runs and a format, and from answers to the exit code."""
+"""Turns typed options into runs and an output format, and answers into an exit code."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from memplan.spec.run import RunSpec
 
 
-def left_out(name: str, value: object) -> bool:
-    """Whether an option was not given: its default stands for that, and for nothing else."""
+def is_default(name: str, value: object) -> bool:
+    """Whether an option was not given. Its default means only that."""
     return value in (None, [], ()) or (value is False and name in _SWITCHES)
 
 
@@ -19,8 +19,8 @@ _SWITCHES = ("online", "json", "explain", "strict", "ranks")
 
 
 def runs_of(given: Mapping[str, Any]) -> list[RunSpec]:
-    """The run that options and a spec file ask for, once for each GPU. Raises what says which field is wrong."""
-    from memplan.cli.request import configured, idle, spec_of
+    """Return the run that options and a spec file describe, once per GPU. Raises SpecError naming the wrong field."""
+    from memplan.cli.request import spec_of, unused_option_error, with_framework_config
     from memplan.core.errors import SpecError, printable
     from memplan.spec.run import RunSpec
 
@@ -32,34 +32,34 @@ def runs_of(given: Mapping[str, Any]) -> list[RunSpec]:
     if "deepspeed" in given:
         from memplan.frameworks.deepspeed import read_deepspeed
 
-        spec = configured(spec or {}, read_deepspeed(given["deepspeed"]))
+        spec = with_framework_config(spec or {}, read_deepspeed(given["deepspeed"]))
     fields = spec_of(given, spec)
     if "model" not in fields:
         raise SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
     if "revision" in given:
         fields["model"] = revised(fields["model"], given["revision"])
-    asked = [*given.get("gpu", ())] or [fields.get("gpu")]
-    runs = [RunSpec.model_validate({**fields, "gpu": gpu}) for gpu in asked]
+    gpus = [*given.get("gpu", ())] or [fields.get("gpu")]
+    runs = [RunSpec.model_validate({**fields, "gpu": gpu}) for gpu in gpus]
     if str(runs[0].model).endswith((".yaml", ".yml")):
         name = printable(str(runs[0].model), 200)
-        raise SpecError(f"model: {name} is no model; a run in a file goes to --spec", "model")
-    unused = idle(given, runs[0].method)
+        raise SpecError(f"model: {name} is not a model; pass a run's file with --spec", "model")
+    unused = unused_option_error(given, runs[0].method)
     if unused is not None:
         raise unused
     return runs
 
 
 def revised(model: object, revision: str) -> str:
-    """An id with its revision."""
+    """Return a Hugging Face id with its revision."""
     from memplan.core.errors import SpecError
 
     if not isinstance(model, str) or "@" in model or not revision.strip():
-        raise SpecError("revision: is of a Hugging Face id, which names none itself", "revision")
+        raise SpecError("revision: only applies to a Hugging Face id that has no @revision itself", "revision")
     return f"{model}@{revision}"
 
 
 def format_of(given: Mapping[str, Any]) -> str:
-    """The format that is asked for, or that the output's name says."""
+    """Return the requested format, or the one that the output file's suffix implies."""
     from memplan.core.errors import SpecError, UnknownNameError
     from memplan.report import FORMATS
 
@@ -74,7 +74,7 @@ def format_of(given: Mapping[str, Any]) -> str:
 
 
 def exit_code(answers: Sequence[Estimate], strict: bool) -> int:
-    """The command's, of several answers together."""
+    """Return the exit code for all answers together."""
     if strict and any(answer.unsupported for answer in answers):
         return 4
     refused = ("does not fit", "tight") if strict else ("does not fit",)

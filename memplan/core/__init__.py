@@ -1,1 +1,1 @@
-"""The ground floor: errors, bytes, frozen values, and the language that models are described in."""
+"""Foundations: errors, bytes, frozen values, and the operations that models are described with."""

@@ -1,4 +1,4 @@
-"""A size of one run, or of many runs at once: a whole number, or an array of them. The same arithmetic serves both."""
+"""Sizes of one run (an int) or of many runs at once (an array), with one set of operations for both."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ Size = TypeVar("Size", int, "NDArray[np.int64]")
 
 
 class Arithmetic(NamedTuple, Generic[Size]):
-    """What is written otherwise for a number and for an array; the operators are the same."""
+    """Functions that differ between an int and an array; operators do not."""
 
     least: Callable[[Size | int, Size | int], Size]
     most: Callable[[Size | int, Size | int], Size]
     choose: Callable[[Any, Size | int, Size | int], Size]
-    """Where the first is true the second, else the third."""
+    """Like numpy.where: the second argument if the first is true, else the third."""
     power_of_two: Callable[[Size], Size]
-    """The next power of two, or the number itself where it is one."""
+    """The smallest power of two that is at least this number."""
 
 
 def _choose(true: bool, this: int, that: int) -> int:

@@ -1,7 +1,7 @@
-"""`functools.cached_property` without its lock, which a fork could leave held for ever in the child process.
+"""`functools.cached_property` without the lock of Python 3.11, which can deadlock a forked child process.
 
-Python 3.11 holds one lock for each property of a class while any instance computes its value. If another thread is
-inside when the process forks, nobody in the child ever releases that lock. Python 3.12 removed it.
+Python 3.11 holds one lock per property while any instance computes its value. If another thread holds it when the
+process forks, nothing in the child ever releases it. Python 3.12 removed the lock.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, Generic, Self, TypeVar, overload
 T = TypeVar("T")
 
 
-class cached_property(Generic[T]):  # noqa: N801 (a decorator, named as the one it replaces)
-    """A method's value, computed when it is first asked for and then kept in the instance's `__dict__`.
+class cached_property(Generic[T]):  # noqa: N801 (a decorator, named like the one it replaces)
+    """A method's value, computed on first access and then kept in the instance's `__dict__`.
 
-    Threads that ask at the same time may each compute the value; all of them get the one that was kept first.
+    Concurrent threads may each compute the value; all of them get the one that was stored first.
     """
 
     def __init__(self, compute: Callable[[Any], T]) -> None:

@@ -1,13 +1,13 @@
-"""The errors memplan raises on purpose. Each has one line for the user and the exit code of the command.
+"""The errors that memplan raises on purpose, each with a one-line message and the command's exit code.
 
 MemplanError                2
-  UnknownNameError          2   a name that is in no table, with the nearest ones that are
-  SpecError                 2   a run that contradicts itself or asks for what is not supported yet
+  UnknownNameError          2   an unknown name, with the nearest known ones
+  SpecError                 2   a run that contradicts itself or is not supported yet
   ConfigError               2   a config.json or card that cannot be read as a model
-    UnsupportedModelError   2   a family of models that memplan has no stack for yet
+    UnsupportedModelError   2   a model family that is not supported yet
   ProbeError                2   a run or a machine that the probe cannot use: a library, a class or a GPU is missing
-  FactsMissingError         3   the model's facts are not available (offline, gated)
-  InternalError             2   memplan contradicts itself: a bug, never an answer
+  FactsMissingError         3   the model's config is not available (offline, gated)
+  InternalError             2   a bug in memplan, reported instead of a wrong answer
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from contextlib import contextmanager
 from typing import Any
 
 ISSUES = "https://github.com/memplan/memplan/issues"
-_LONGEST = 80  # letters of a wrong name that are repeated in the error about it
+_MAX_SHOWN = 80  # characters of a wrong name that an error message repeats
 
 
 def printable(text: str, longest: int | None = None) -> str:
-    """`text` with what no terminal should be sent spelled out, and cut where it is longer than `longest`.
+    """Return `text` with unprintable characters escaped, cut off after `longest` characters.
 
     >>> printable("a\\x1b[31mb\\n"), printable("x" * 9, 3)
     ('a\\\\x1b[31mb\\\\n', 'xxx...')
@@ -31,21 +31,21 @@ def printable(text: str, longest: int | None = None) -> str:
 
 
 def nearest(value: str, choices: Iterable[str], most: int = 3) -> list[str]:
-    """The `choices` most like `value`, those that begin with it before others.
+    """Return the `choices` most similar to `value`, those that begin with it first.
 
     >>> nearest("adamw", ["sgd", "grokadamw", "adamw_torch"], 2)
     ['adamw_torch', 'grokadamw']
     """
     import difflib
 
-    value, known = value.lower()[:_LONGEST], list(dict.fromkeys(choices))
+    value, known = value.lower()[:_MAX_SHOWN], list(dict.fromkeys(choices))
     longer = [choice for choice in known if value and choice.startswith(value)]
     near = [n for pool in (longer, known) for n in difflib.get_close_matches(value, pool, n=most, cutoff=0.0)]
     return list(dict.fromkeys(near))[:most]
 
 
 class MemplanError(Exception):
-    """Base of every error memplan raises on purpose; `field` names what is wrong in the input."""
+    """Base class of every error that memplan raises on purpose; `field` is the input field that is wrong."""
 
     exit_code = 2
 
@@ -59,25 +59,25 @@ class MemplanError(Exception):
 
 
 def _restore(kind: type[MemplanError], args: tuple[Any, ...]) -> MemplanError:
-    """The error with these `args` and without attributes, which unpickling sets next."""
+    """Return the error with these `args` and no attributes, which unpickling sets next."""
     return kind.__new__(kind, *args)
 
 
 class UnknownNameError(MemplanError):
-    """`value` is in no table. The nearest of `choices` are named; `ranked` choices are in order of nearness already."""
+    """An unknown `value`; the message names the nearest of `choices`, the first three if they are already `ranked`."""
 
     def __init__(self, field: str, value: str, choices: Iterable[str], *, ranked: bool = False) -> None:
         near = list(choices)[:3] if ranked else nearest(value, choices)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        shown = value if len(value) <= _LONGEST else f"{value[:_LONGEST]}..."
+        shown = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
         super().__init__(f"{field}: unknown name {shown!r}{hint}", field)
         self.value = value
         self.nearest = tuple(near)
 
 
 @contextmanager
-def about(field: str) -> Generator[None]:
-    """Errors about `model` that are raised within are about the `field` that names the model there."""
+def errors_about(field: str) -> Generator[None]:
+    """Re-raise errors about the field `model` as errors about `field`, for runs that name a model elsewhere."""
     try:
         yield
     except MemplanError as error:
@@ -87,15 +87,15 @@ def about(field: str) -> Generator[None]:
 
 
 class SpecError(MemplanError):
-    """A run that contradicts itself, or asks for what memplan does not support yet."""
+    """A run that contradicts itself or is not supported yet."""
 
 
 class ConfigError(MemplanError):
-    """A config.json or card that cannot be read as a model: not JSON, a key missing, a value out of range."""
+    """A config.json or card that cannot be read as a model: invalid JSON, a missing key, a value out of range."""
 
 
 class UnsupportedModelError(ConfigError):
-    """A family of models that memplan has no stack for: refused, never guessed."""
+    """A model family that is not supported: refused, never guessed."""
 
 
 class ProbeError(MemplanError):
@@ -103,16 +103,13 @@ class ProbeError(MemplanError):
 
 
 class FactsMissingError(MemplanError):
-    """The model's facts are not here: not bundled, not cached, and the network was not asked."""
+    """The model's config is not available: neither bundled nor cached, and not fetched from the network."""
 
     exit_code = 3
 
 
 class InternalError(MemplanError):
-    """memplan contradicts itself: a tensor is freed that is not there, or bytes are negative. There is no answer then.
-
-    `what` names the tensor, and where it is.
-    """
+    """A bug in memplan: a tensor is freed twice, or bytes are negative. `what` names the tensor and where it is."""
 
     def __init__(self, what: str) -> None:
         super().__init__(f"memplan contradicts itself: {what}; please report this run at {ISSUES}")

@@ -1,4 +1,4 @@
-"""Values that cannot change and can be hashed: tuples for lists, `FrozenDict` for mappings."""
+"""Immutable, hashable values: tuples for lists, `FrozenDict` for mappings."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any, cast
 
 
 def frozen(value: Any) -> Any:
-    """Lists become tuples, mappings FrozenDicts, all the way down."""
-    if value is None or isinstance(value, (str, int, float)):  # first, as asking whether it is a Mapping is slow
+    """Return a copy in which lists are tuples and mappings are FrozenDicts, recursively."""
+    if value is None or isinstance(value, (str, int, float)):  # first, because isinstance(value, Mapping) is slow
         return value
     if isinstance(value, Mapping):
         items = cast(Mapping[Any, Any], value)
@@ -19,10 +19,10 @@ def frozen(value: Any) -> Any:
 
 
 class FrozenDict(dict[str, Any]):
-    """A mapping that cannot change and can be hashed, for the parts of a spec that are free-form JSON.
+    """An immutable, hashable mapping, for the free-form JSON in a spec.
 
-    Equal only to a mapping whose values have the same types. Answers are cached by equality, and of the sizes 2, 2.0
-    and True one is answered and two are refused.
+    Equal only to mappings whose values also have the same types: answers are cached by equality, and a size of 2 is
+    valid where 2.0 and True are errors.
     """
 
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -55,5 +55,5 @@ class FrozenDict(dict[str, Any]):
 
 
 def _same_types(a: Any, b: Any) -> bool:
-    """Whether equal values have the same types, all the way down. Mappings inside have compared theirs already."""
+    """Whether equal values have the same types, recursively. Nested mappings have compared theirs already."""
     return type(a) is type(b) and (not isinstance(a, tuple) or all(map(_same_types, cast(tuple[Any, ...], a), b)))

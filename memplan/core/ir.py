@@ -1,17 +1,18 @@
-"""What the engine reads: a training step as a list of kernels that say what they read, write and keep.
+"""The engine's input: a model as lists of kernels that state what they read, write and keep for backward.
 
-A family of models is a `Stack`: the operations before its blocks, runs of equal blocks, the operations after them.
-An `Op` is one kernel call as data: nothing here computes a size or knows a model.
+A model is a `Stack`: the operations before its blocks, runs of equal blocks, the operations after them. An `Op` is one
+kernel call as data: nothing here computes a size or knows a model.
 
-Axes by letter (Korthikanti et al. 2022, arXiv:2205.05198, where they name one):
+Axes by letter (from Korthikanti et al. 2022, arXiv:2205.05198, if they name one):
 
     b microbatch   s sequence   h hidden      a query heads   k key/value heads   d head dim
     f FFN width    v vocabulary L layers      r LoRA rank     w attention window
-    E experts      e experts a token chooses   t sequence of a decoder beside an encoder   c classes
-    kv tokens that keys and values are of, where those of earlier passes are among them; past of them those before
+    E experts      e experts per token        c classes       t decoder sequence of an encoder-decoder
+    kv   tokens of keys and values, including those cached by earlier passes
+    past tokens cached by earlier passes
 
 A shape is a string of axes and integers, `"b s h"` or `"b s 3 a d"`; the empty string is a scalar. Families may add
-axes of their own (a word such as `rot`), defined where the family turns a config into axes.
+axes (a word such as `rot`), defined in `memplan.models.configs`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-# Axes that are never smaller than another one: that one rounded up, or the tokens that its chunks are of.
+# Axis -> an axis that it is never smaller than: `s128` is `s` rounded up, and `s` is at least its number of chunks.
 AT_LEAST = {
     "s": "chunks",
     **dict.fromkeys(("s1", "s8", "s32", "s128", "s_conv", "s_chunks"), "s"),
@@ -31,9 +32,9 @@ AT_LEAST = {
 class Tensor(NamedTuple):
     """One storage.
 
-    `dtype` is a literal (`"fp32"`, `"bf16"`, `"fp16"`, `"int64"`, `"int32"`, `"bool"`, `"uint8"`), or `""` for what
-    torch's type promotion makes of the operation's inputs, or `"=x"` for the dtype of the tensor `x`; with `/n` there
-    is one for every n elements, rounded up.
+    `dtype` is a literal (`"fp32"`, `"bf16"`, `"fp16"`, `"int64"`, `"int32"`, `"bool"`, `"uint8"`), `""` for torch's
+    type promotion of the operation's inputs, or `"=x"` for the dtype of the tensor `x`. With a suffix `/n` there is one
+    element per n elements of the shape, rounded up.
     """
 
     name: str
@@ -44,27 +45,27 @@ class Tensor(NamedTuple):
 class Weight(NamedTuple):
     """A parameter of the model.
 
-    `name` is the path inside its block (`self_attn.q_proj.weight`); `group` is what it is counted under: `embedding
-    attention mixer mlp router norm vision projector audio lm_head adapter`, or `buffer` for a constant the model holds.
-    `dtype` is empty until a precision is chosen, but where the model class keeps one. A quantised weight is stored as
-    the tensors in `stored` instead.
-
-    matrix      the 2-D weight of a linear layer, which adapters and quantisation may take
-    rows        how many leading axes of a 2-D weight's shape are its first dimension; 0 of a vector
-    transposed  of a linear layer that stores it input by output, as transformers' Conv1D does
-    viewed      of a linear layer of the model's own that reads a view of it: autocast does not keep its cast, and
-                bitsandbytes does not take it
-    several     of a linear layer whose module returns more than the product, as one that peft or bitsandbytes puts in
-                its place does not
-    direct      of a linear layer whose weight the model reads itself, and does not call its module unless it is
-                quantised: adapters around it are idle
-    chosen      the axis that says how many along the first one a token uses, where it does not use all
-    stacked     matrices along the first axis, as one parameter of three dimensions; `rows` counts that axis too
-    stands_for  the linear layers by whose names peft adapts it, though it is a parameter by itself
-    idle        would train, but never has a gradient: the run's operations do not use it, or only without one
-    gradient    the shape of its gradient, where that is not the weight's: of a part of a table, the whole table's
-    kernel      of a stored one, what runs it where nothing trains over its format
-                (`memplan.catalogue.quantization.inference_formats`)
+    name             path inside its block (`self_attn.q_proj.weight`)
+    group            the kind it is counted as: `embedding attention mixer mlp router norm vision projector audio
+                     lm_head adapter`, or `buffer` for a constant that the model holds
+    dtype            empty until a precision is chosen, unless the model class fixes it
+    matrix           the 2-D weight of a linear layer, which adapters and quantisation can target
+    rows             number of leading axes in `shape` that form the first dimension of a 2-D weight; 0 for a vector
+    stored           the tensors that a quantised weight is stored as
+    transposed       the linear layer stores it input by output, like transformers' Conv1D
+    is_read_as_view  the model's own linear layer reads a view of it: autocast does not cache its cast, and bitsandbytes
+                     does not replace the layer
+    returns_more     the linear layer returns more than the product, which replacements by peft or bitsandbytes do not
+    bypasses_module  the model reads the weight without calling the linear layer, unless it is quantised: adapters on
+                     the layer are idle
+    chosen           axis of the entries along the first dimension that a token uses, if it does not use all (experts)
+    stacked          matrices along the first axis, as one 3-D parameter; `rows` counts that axis too
+    stands_for       names of the linear layers that peft adapts it as, though it is a single parameter
+    idle             would train, but never gets a gradient: the run's operations do not use it, or only without
+                     gradients
+    gradient         shape of its gradient, if it differs from the weight's: for a part of a table, that of the whole
+                     table
+    kernel           kernel that runs an inference-only format (`memplan.catalogue.quantization.inference_formats`)
     """
 
     name: str
@@ -76,9 +77,9 @@ class Weight(NamedTuple):
     rows: int = 0
     stored: tuple[Tensor, ...] = ()
     transposed: bool = False
-    viewed: bool = False
-    several: bool = False
-    direct: bool = False
+    is_read_as_view: bool = False
+    returns_more: bool = False
+    bypasses_module: bool = False
     chosen: str = ""
     stacked: bool = False
     stands_for: tuple[str, ...] = ()
@@ -88,23 +89,24 @@ class Weight(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """The operation keeps `what` from forward to backward when a gradient is asked of `of` (a read or a weight).
+    """The operation keeps `what` from forward to backward if `of` (a read or a weight) needs a gradient.
 
-    `becomes`: that gradient is `what` itself, written over or made already. `seen`: the shape of the view that it is
-    kept by, where that repeats it; a copy of it has all of those elements.
+    is_gradient  the gradient of `of` is `what` itself, overwritten in place or computed in forward
+    seen         shape of an expanded view that is kept; a copy of the view has all of its elements
     """
 
     what: str
     of: str
-    becomes: bool = False
+    is_gradient: bool = False
     seen: str = ""
 
 
 class Scratch(NamedTuple):
-    """A tensor alive only inside the operation's backward, when a gradient is asked of `of` (any, if empty).
+    """A tensor alive only inside the operation's backward, if `of` needs a gradient (any read or weight, if empty).
 
-    An `early` one is gone before the gradients are made. A `summed` one is the gradient itself, before it is summed to
-    the shape of what was broadcast, which happens when all gradients are made.
+    early   freed before the gradients are allocated
+    summed  the gradient of `of` itself, in the broadcast shape: it is summed to the shape of `of` once all gradients of
+            the operation are computed
     """
 
     tensor: Tensor
@@ -116,48 +118,48 @@ class Scratch(NamedTuple):
 class Op(NamedTuple):
     """One kernel call.
 
-    reads, writes   names of the tensors it reads; the tensors it writes. A `view` aliases its first read.
-    weights         the parameters it uses.
-    keeps           what it pins for backward, and for whose gradient.
-    scratch         alive only inside the forward call; `scratch_back` only inside the backward call.
-    gradient        how the gradient of a read comes: `new` storage; `view`, new storage that the gradient is a view
-                    of, so that autograd cannot add into it in place; `same`, the incoming gradient itself
-                    (cast, and so new, where dtypes or shapes differ);
-                    `own`, new storage in the read's own dtype at once, whatever the output's; `none` where no
-                    gradient flows through.
-    cast            only changes the dtype: no call, the same tensor, where it has that dtype already.
-    spared          of a cast: the dtype it need not be done from, because the next kernel reads that one itself.
-    laid            copies what it reads as the product that reads both needs it to lie: no call where autocast casts
-                    that for the product, whose cast lies so.
-    autocast        under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
-                    output is fp32 (`wide`).
-    holds           its outputs are referenced to the end of the `forward` or of the `step`, whoever reads them; as an
-                    encoder's `states`, until an operation outside of blocks that `releases` those; as a `cache`, beyond
-                    the pass, for the next one.
-    past            tensors that are there from the pass before, by the names they are read by here: of each its
-                    reference goes with its last reader.
-    caches          where it stands, what it reads is put beside what a cache has of earlier tokens, of which there are
-                    then as many as this axis says, and the names mean all of them from there on; where it is a view,
-                    another layer has done so; where it `holds` that, the first pass keeps it as it is, without a copy.
-                    A rewrite makes operations of it (`memplan.catalogue.inference.decoding`).
-    captures        reads that the operation's backward node refers to itself until the graph goes at the end of the
-                    step, so that checkpointing does not let go of them.
-    wraps           parameters that it makes for itself of what it is given, without a copy. They train: their gradients
-                    are made though nothing reads them, and stay until the graph goes at the end of the step.
-    asks            with checkpointing its output asks for a gradient though nothing before it trains, as that of
-                    embeddings does. Where no gradient flows through, checkpointing or not.
-    lends           a module whose weights it hands to the operations after it: their gradients reach the weights only
-                    when its own backward would run.
-    returns         the module that this is the last operation of, which one that lends its weights began.
-    skipped         the run leaves it out: of it there are only its weights.
-    recorded        takes place only where autograd records: not in the forward pass of a checkpoint.
-    unit            what it is a part of that one kernel may do at once: the kernel's name, and one of the unit's own.
-    product         `matrix` where it multiplies a read by its matrices or by another read; `grouped` where each row of
-                    a read by one of several matrices; `fold` where two adapters' matrices by each other; `attention`
-                    where it is both products of attention in one kernel, which leaves out what a causal mask hides,
-                    `whole attention` where no mask hides anything, and `over` the axis of its keys where not s; empty
-                    where it goes element by element.
-    source          where the facts come from.
+    reads              names of the tensors it reads
+    writes             the tensors it writes
+    weights            the parameters it uses
+    keeps              what it keeps for backward, and for whose gradient
+    scratch            tensors alive only inside the forward call
+    scratch_back       tensors alive only inside the backward call
+    gradient           storage of the gradient of a read: new   new storage view  a view of new storage, which autograd
+                       cannot add into in place same  the incoming gradient itself, or a cast of it if dtypes or shapes
+                       differ own   new storage in the read's dtype, even if the output has another none  no gradient
+                       flows through
+    view               the output aliases the first read
+    cast               only changes the dtype; dropped if the tensor has that dtype already
+    uncast_dtype       a dtype that need not be cast, because the next kernel reads it directly
+    copies_layout      copies a tensor into the memory layout that the product reading both needs; dropped if autocast
+                       casts the tensor for the product, since the cast has that layout
+    autocast           under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
+                       output is fp32 (`wide`)
+    holds              keeps a reference to its outputs to the end of `forward` or of the `step`; an encoder's `states`
+                       until an operation outside of blocks that `releases` them; a `cache` until the next pass
+    past               tensors left by the previous pass, by their names in this one; each is freed after its last
+                       reader
+    caches             axis of the tokens in a cache after its reads are appended; from here on their names mean all of
+                       these tokens. A view: another layer has appended them. With `holds`: the first pass keeps the
+                       reads themselves, without a copy. `memplan.catalogue.inference.decoding` turns it into operations
+    captures           reads that the backward node itself references until the graph is freed at the end of the step,
+                       so that checkpointing does not free them
+    wraps              parameters that it creates from its reads, without a copy. They train: their gradients are
+                       computed though nothing reads them, and stay until the graph is freed
+    requires_gradient  its output requires a gradient under checkpointing though nothing before it trains, as that of
+                       embeddings does; with `gradient` none, also without checkpointing
+    lends              path of a module whose weights it hands to the operations after it; their gradients are
+                       accumulated only when its own backward would run
+    returns            path of the module that ends here and began with the operation that `lends` its weights
+    skipped            not run: only its weights exist
+    needs_recording    runs only while autograd records, so not in the forward pass of a checkpoint
+    unit               operations that one fused kernel may replace: the kernel's name, and a name of the unit
+    product            kind of matrix product, empty for an elementwise operation: matrix           a read times the
+                       weights, or times another read grouped          each row of a read times one of several matrices
+                       fold             the matrices of an adapter times each other attention        both products of
+                       attention in one kernel, which skips what a causal mask hides whole attention  the same without a
+                       mask either followed by `over` and the axis of the keys, if that is not s
+    source             where the facts come from
     """
 
     name: str
@@ -170,8 +172,8 @@ class Op(NamedTuple):
     gradient: str = "new"
     view: bool = False
     cast: bool = False
-    spared: str = ""
-    laid: bool = False
+    uncast_dtype: str = ""
+    copies_layout: bool = False
     autocast: str = ""
     holds: str = ""
     releases: bool = False
@@ -179,44 +181,46 @@ class Op(NamedTuple):
     caches: str = ""
     captures: tuple[str, ...] = ()
     wraps: tuple[Tensor, ...] = ()
-    asks: bool = False
+    requires_gradient: bool = False
     lends: str = ""
     returns: str = ""
     skipped: bool = False
-    recorded: bool = False
+    needs_recording: bool = False
     unit: str = ""
     product: str = ""
     source: str = ""
 
 
 class Block(NamedTuple):
-    """A repeated list of operations, one layer of the model: reads `x` (and names of `Stack.before`), makes `y`.
+    """One layer of the model, and what checkpointing recomputes as a unit: reads `x` (and names of `Stack.before`),
+    writes `y`.
 
-    A block is what checkpointing recomputes as a unit. What it `shares`, all that comes later may read; its run has it
-    once. `returned`: the model hands that on by itself. Otherwise it is in a dictionary that the checkpoints of all
-    blocks refer to, where what is computed again takes its place. `by_name`: so it is given what it reads besides `x`,
-    which checkpointing of the reentrant kind then refers to until the graph goes.
-    A `lasting` one is never checkpointed, as those of a tower whose layers the library does not checkpoint.
-    What it shares takes the place of what it `replaces`, which earlier blocks shared: the model names that no more.
-    Of a `whole` one a checkpoint computes everything again, and does not stop at what was kept last.
+    shares              names that everything after the block may read; the block is not repeated
+    returned            the model itself passes on what it shares. Otherwise that is in a dictionary that all blocks'
+                        checkpoints reference, and recomputation replaces it there
+    never_checkpointed  never checkpointed, like the layers of a tower that the library does not checkpoint
+    by_name             gets what it reads besides `x` as keyword arguments, which reentrant checkpointing references
+                        until the graph is freed
+    replaces            names shared by earlier blocks that the model drops, because what it shares takes their place
+    recomputes_all      a checkpoint recomputes all of it, instead of stopping at the last tensor that is kept
     """
 
     name: str
     ops: tuple[Op, ...]
     shares: tuple[str, ...] = ()
     returned: bool = False
-    lasting: bool = False
+    never_checkpointed: bool = False
     by_name: bool = False
     replaces: tuple[str, ...] = ()
-    whole: bool = False
+    recomputes_all: bool = False
 
 
 class Run(NamedTuple):
-    """`blocks` in sequence, as often as the axis `times` says.
+    """`blocks` in sequence, repeated as often as the axis `times` says.
 
-    `before`: operations between the run before and this one, outside of any block. They read the output of that one's
-    last block as `x`, and write `stream`, which the first block here reads as `x`; what else they write, all that comes
-    later may read.
+    `before` are operations between the previous run and this one, outside of blocks. They read the output of the
+    previous run's last block as `x` and write `stream`, the `x` of this run's first block; everything after them may
+    read their other outputs.
     """
 
     blocks: tuple[Block, ...]
@@ -225,12 +229,12 @@ class Run(NamedTuple):
 
 
 class Stack(NamedTuple):
-    """A model: the operations before the blocks (they write `embeds`), the runs of blocks, the operations after.
+    """A model.
 
-    Where there are several streams, an encoder's and a decoder's, runs have operations between them.
-
-    `after` reads the last block's output as `x` and ends with the logits, or with the hidden states that a fused
-    loss reads; `loss` ends with the tensor `loss`.
+    before  operations before the blocks; they write `embeds`
+    runs    runs of blocks. In an encoder-decoder, the decoder's run has operations before it
+    after   reads the last block's output as `x`; ends with the logits, or the hidden states that a fused loss reads
+    loss    ends with the tensor `loss`
     """
 
     before: tuple[Op, ...]
@@ -240,12 +244,12 @@ class Stack(NamedTuple):
 
 
 def outside(stack: Stack) -> tuple[tuple[Op, ...], ...]:
-    """The operations of the stack outside of blocks, in order, but for the loss."""
+    """Return the lists of operations outside of blocks, in order and without the loss."""
     return (stack.before, *(run.before for run in stack.runs if run.before), stack.after)
 
 
 def operations(stack: Stack) -> Iterator[Op]:
-    """Every operation of the stack in order, of repeated blocks once."""
+    """Yield every operation of the stack in order; repeated blocks count once."""
     yield from stack.before
     for run in stack.runs:
         yield from run.before
@@ -255,19 +259,19 @@ def operations(stack: Stack) -> Iterator[Op]:
     yield from stack.loss
 
 
-class Unwritten(NamedTuple):
-    """A name that an operation of a stack uses, and that nothing before it writes: `where` is the operation's list."""
+class UndefinedName(NamedTuple):
+    """A name that an operation uses and that nothing before it writes; `where` is the list that the operation is in."""
 
     where: str
     operation: str
     name: str
 
 
-def unwritten(stack: Stack) -> Iterator[Unwritten]:
-    """The names that operations read, keep or take a dtype from without a writer: none of a stack that can be run.
+def undefined_names(stack: Stack) -> Iterator[UndefinedName]:
+    """Yield names that operations read, keep or take a dtype from though nothing wrote them; a valid stack has none.
 
-    An operation knows what its own list wrote before it, what was written outside of blocks, and what earlier blocks
-    share; those after the blocks also know what the last block wrote.
+    An operation can use what its own list wrote before it, what was written outside of blocks, and what earlier blocks
+    share; operations after the blocks can also use what the last block wrote.
     """
     known = set[str]()
     yield from _unwritten("before", stack.before, known, "embeds")
@@ -285,19 +289,19 @@ def unwritten(stack: Stack) -> Iterator[Unwritten]:
     yield from _unwritten("loss", stack.loss, known, *(("loss",) if stack.loss else ()))
 
 
-def _unwritten(where: str, operations: tuple[Op, ...], known: set[str], *handed_on: str) -> Iterator[Unwritten]:
-    """The unwritten names of one list, which must write what is `handed_on`. What it writes is added to `known`."""
+def _unwritten(where: str, operations: tuple[Op, ...], known: set[str], *handed_on: str) -> Iterator[UndefinedName]:
+    """Yield the unwritten names of one list, which must write `handed_on`; adds the names that it writes to `known`."""
     known.update(w.name for op in operations for w in op.weights)
     for op in operations:
         known.update(t.name for t in op.past)
-        yield from (Unwritten(where, op.name, name) for name in op.reads if name not in known)
+        yield from (UndefinedName(where, op.name, name) for name in op.reads if name not in known)
         known.update(t.name for t in (*op.writes, *op.wraps))
-        yield from (Unwritten(where, op.name, name) for name in named(op) if name not in known)
-    yield from (Unwritten(where, "", name) for name in handed_on if name not in known)
+        yield from (UndefinedName(where, op.name, name) for name in named(op) if name not in known)
+    yield from (UndefinedName(where, "", name) for name in handed_on if name not in known)
 
 
 def named(op: Op) -> Iterator[str]:
-    """The names that an operation keeps, captures, or takes a dtype from."""
+    """Yield the names that an operation keeps, captures, or takes a dtype from."""
     yield from op.captures
     for keep in op.keeps:
         yield keep.what
@@ -308,10 +312,11 @@ def named(op: Op) -> Iterator[str]:
 
 
 class SavedTensors(NamedTuple):
-    """What operations keep for backward is kept in host memory: a copy for every operation that keeps it, made when
-    the operation runs. It comes back as a copy when the operation's backward begins, and that goes when it is over.
+    """Saved tensors are offloaded to host memory, with one copy per operation that keeps them.
 
-    weights  what is kept of weights is copied as well, though they are there anyway
+    They are copied when the operation runs, and copied back for the duration of its backward.
+
+    weights  kept weights are copied too, though they stay on the GPU anyway
     source   where the facts come from
     """
 
@@ -320,21 +325,21 @@ class SavedTensors(NamedTuple):
 
 
 class Unit(NamedTuple):
-    """Weights of which every rank holds a part, and which are gathered together for as long as they are used.
+    """Weights that are sharded over ranks and gathered together while they are used.
 
-    whole     the weights gathered
-    message   what the all-gather writes, where the weights are copied out of that
-    cast      the rank's part in the dtype that is sent, where it is kept in another
-    joined    the gradients of those that train as the reduce-scatter reads them
-    padded    a copy of them with padding, where it reads that
-    received  the rank's part of those, where it is cast to the dtype of its weights afterwards
-    parts     the rank's part of the gradients, which stays
-    summed    the gradients of the passes before, whole, where they are reduced after several
-    laid      `parts` are the gradients of those that train, laid together, and need no tensor between
-    nested    weights within that are units of their own, gathered for the operation that uses them: name and unit
-    modules   modules within that are units of their own, gathered from the operation that lends their weights to the
-              one that returns: path and unit
-    divided   what is made of the gradients as they were joined, to divide them, once the rank's part is there
+    whole     the gathered weights
+    message   output of the all-gather, if the weights are copied out of it
+    cast      the rank's shard in the dtype that is sent, if it is stored in another
+    joined    the gradients as the reduce-scatter reads them
+    padded    a padded copy of them, if the reduce-scatter reads that
+    received  the rank's shard of the gradients, if it is cast to the dtype of its weights afterwards
+    parts     the rank's shard of the gradients, which stays
+    summed    whole gradients of earlier passes, if gradients are reduced only after several passes
+    laid      `parts` are the gradients copied next to each other, without another tensor in between
+    nested    weights inside that are units of their own, gathered for the operation that uses them: name and unit
+    modules   modules inside that are units of their own, gathered from the operation that `lends` their weights to the
+              one that `returns`: path and unit
+    divided   a copy of the joined gradients, divided by the number of batches, made once the rank's shard is there
     """
 
     whole: tuple[Tensor, ...]
@@ -352,40 +357,45 @@ class Unit(NamedTuple):
 
 
 class Division(NamedTuple):
-    """How the weights of a stack are divided among ranks: its units by name.
+    """How the weights of a stack are sharded over ranks (FSDP, ZeRO-3): its units by name.
 
-    A block's weights are a unit by the block's place in the stack (`memplan.engine.gather.unit_of`). Weights outside of
-    blocks are in up to four units: `root` is gathered before everything else, `tied` before the first operation that
-    uses it, and both stay whole to the end of the pass; `before` goes when the operations before the blocks have run,
-    and is gathered again for their backward; `after` stays whole until its own backward is over. What is in the unit
-    `rest` is whole as long as `root`, its gradients too; blocks in it are no units of their own.
+    A block's unit is named by the block's place in the stack (`memplan.engine.gather.unit_of`). Weights outside of
+    blocks are in these units:
 
-    outside  the weights outside of blocks, by name, and the unit each is in
-    lingers  what a collective wrote or read stays until the next of its kind is over
-    asks     when a unit is asked for on the way back: at the `first` of the backward of the one after it, at its
-             `last`, when that one's weights are `gone`, or `never` before its own
-    at_loss  the last block's unit is asked for when the loss's backward begins, not when the head's does
-    ahead    on the way there a unit is asked for when the one before it begins; autograd then comes to the making of a
-             unit's gradients only after the backward of the one before it
-    keeps    weights stay whole from forward to backward
-    waits    what a rank received stays until the pass is over, as replicas sum it
-    returns  the loss is computed when the model has returned, and let go of what its last gathering wrote
-    leaves   its parts of the gradients go to the host as soon as they are reduced
-    hooks    what a recomputed block was given, and the gradient of that, stay until the pass is over: a hook refers to
-             them
-    sums     there are gradients of passes before, whole, which are added to, and go as each unit's are reduced
+        root    gathered before everything else; whole to the end of the pass
+        tied    gathered before the first operation that uses it; whole to the end of the pass
+        before  freed after the operations before the blocks, and gathered again for their backward
+        after   whole until its own backward is over
+        rest    whole as long as `root`, with its gradients; blocks in it are not units of their own
+
+    units               names and units
+    outside             names of weights outside of blocks, and their units
+    keeps_buffers       the buffers of a collective stay until the next collective of its kind is over
+    gathers_at          when backward gathers a unit: at the `first` operation of the backward of the unit after it, at
+                        the `last`, when that unit's weights are `gone`, or `never` ahead of its own backward
+    at_loss             the last block's unit is gathered when the loss's backward begins, not the head's
+    sums                there are whole gradients of earlier passes, which are added to and freed as each unit is
+                        reduced
+    prefetches_forward  forward gathers a unit when the previous one begins; in backward, a unit's gradients are then
+                        reduced only after the backward of the unit before it
+    keeps               weights stay whole from forward to backward
+    waits               received shards stay until the pass is over, because replicas sum them
+    returns             the loss is computed after the model has returned, which freed the output of the last all-gather
+    offloads_gradients  gradient shards move to the host as soon as they are reduced
+    hooks               the input of a recomputed block and its gradient stay until the pass is over, referenced by a
+                        hook
     """
 
     units: tuple[tuple[str, Unit], ...]
     outside: tuple[tuple[str, str], ...]
-    lingers: bool
-    asks: str
+    keeps_buffers: bool
+    gathers_at: str
     source: str
     at_loss: bool = False
     sums: bool = False
-    ahead: bool = False
+    prefetches_forward: bool = False
     keeps: bool = False
     waits: bool = False
     returns: bool = False
-    leaves: bool = False
+    offloads_gradients: bool = False
     hooks: bool = False

@@ -1,4 +1,4 @@
-"""Bytes: always integers, shown in GiB = 2**30, never GB."""
+"""Bytes: always integers, shown in GiB (2**30), never GB."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1, "int64": 8, "int32": 4, "
 
 
 def decimal(n: int, unit: int, digits: int) -> str:
-    """`n` bytes in units of `unit`, rounded to some digits: of integers, which no number is too large for.
+    """Return `n` bytes in units of `unit`, rounded to `digits` decimals with integer arithmetic, exact at any size.
 
     >>> decimal(25_769_803_776, GIB, 1), decimal(-(2**100) - 2**29, GIB, 1)
     ('24.0', '-1,180,591,620,717,411,303,424.5')
@@ -24,7 +24,7 @@ def decimal(n: int, unit: int, digits: int) -> str:
 
 
 def gib(n: int) -> str:
-    """`n` bytes as GiB with two decimals, and below 1 GiB in the largest unit of which there is one.
+    """Return `n` bytes as GiB with two decimals; below 1 GiB, in the largest unit that fits.
 
     >>> gib(25_769_803_776), gib(10_485_760), gib(-16_384), gib(512)
     ('24.00 GiB', '10.0 MiB', '-16.0 KiB', '512 bytes')
@@ -37,7 +37,7 @@ def gib(n: int) -> str:
 
 
 def rounded(n: int) -> int:
-    """What torch's CUDA caching allocator takes for `n` bytes: the next multiple of 512.
+    """Return the bytes that torch's CUDA caching allocator takes for `n` bytes: the next multiple of 512.
 
     Source: torch 2.13 c10/cuda/CUDACachingAllocator.cpp round_size.
     """
@@ -51,30 +51,30 @@ _AMOUNTS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
 
 
 def size_of(text: str, field: str) -> int:
-    """Bytes that a text says: `2GiB`, `2048 MiB`, `2GB` (10**9 each), `2e9` or a plain number, rounded down.
+    """Parse bytes: `2GiB`, `2048 MiB`, `2GB` (10**9 each), `2e9` or a plain number, rounded down.
 
-    Raises SpecError that names `field` where it says none.
+    Raises SpecError about `field` for any other text.
 
     >>> size_of("2GiB", "headroom"), size_of("1.5 mib", "headroom"), size_of("2e9", "headroom")
     (2147483648, 1572864, 2000000000)
     """
-    return _whole(text, field, _SIZES, "no size; write 2GiB, 2048MiB, 2GB or bytes")
+    return _parse(text, field, _SIZES, "not a size; write 2GiB, 2048MiB, 2GB or bytes")
 
 
 def amount_of(text: str, field: str) -> int:
-    """A whole number that a text says: `1e9`, `100M`, `2B` (10**9) or plain.
+    """Parse a whole number: `1e9`, `100M`, `2B` (10**9) or plain digits, rounded down.
 
-    Raises SpecError that names `field` where it says none.
+    Raises SpecError about `field` for any other text.
 
     >>> amount_of("1e9", "tokens"), amount_of("2.5B", "tokens"), amount_of("100M", "tokens")
     (1000000000, 2500000000, 100000000)
     """
-    return _whole(text, field, _AMOUNTS, "no number; write 1e9, 100M, 2B or plain digits")
+    return _parse(text, field, _AMOUNTS, "not a number; write 1e9, 100M, 2B or plain digits")
 
 
-def _whole(text: str, field: str, units: dict[str, int], otherwise: str) -> int:
-    found = _NUMBER.fullmatch(text.strip().replace(",", "").replace("_", ""))
-    unit = units.get(found[2].lower()) if found else None
-    if found is None or unit is None:
-        raise SpecError(f"{field}: {printable(text, 40)!r} is {otherwise}", field)
-    return int(Fraction(found[1]) * unit)
+def _parse(text: str, field: str, units: dict[str, int], problem: str) -> int:
+    match = _NUMBER.fullmatch(text.strip().replace(",", "").replace("_", ""))
+    unit = units.get(match[2].lower()) if match else None
+    if match is None or unit is None:
+        raise SpecError(f"{field}: {printable(text, 40)!r} is {problem}", field)
+    return int(Fraction(match[1]) * unit)

@@ -1,4 +1,4 @@
-"""Where the user's own files of memplan lie."""
+"""The folders of memplan's files in the user's home folder."""
 
 from __future__ import annotations
 
@@ -10,24 +10,23 @@ from memplan.core.errors import MemplanError
 
 
 def calibrations() -> Path:
-    """The folder of this machine's calibration profiles: $XDG_CONFIG_HOME/memplan/calibration, or
-    ~/.config/memplan/calibration.
+    """Return the folder of this machine's calibration profiles, below $XDG_CONFIG_HOME or ~/.config.
 
-    Raises MemplanError if there is no home folder. Source: XDG Base Directory Specification 0.8, which ignores paths
-    that are not absolute.
+    Raises MemplanError if there is no home folder. Source: XDG Base Directory Specification 0.8, which ignores relative
+    paths.
     """
-    said = Path(os.environ.get("XDG_CONFIG_HOME", ""))
+    configured = Path(os.environ.get("XDG_CONFIG_HOME", ""))
     try:
-        config = said if said.is_absolute() else Path.home() / ".config"
+        config = configured if configured.is_absolute() else Path.home() / ".config"
     except RuntimeError:
         raise MemplanError("calibration: there is no home folder; set XDG_CONFIG_HOME", "calibration") from None
     return config / "memplan" / "calibration"
 
 
 def has_calibrations() -> bool:
-    """Whether there is a folder of calibration profiles that this user can reach.
+    """Whether this user can access a folder of calibration profiles.
 
-    In a container the home folder often belongs to another user, or there is none: then there are no profiles.
+    False if there is no home folder or it belongs to another user, which is common in containers.
     """
     try:
         return calibrations().is_dir()
@@ -36,27 +35,27 @@ def has_calibrations() -> bool:
 
 
 def caches() -> Path:
-    """The folder for what can be made again, created if it is missing: $XDG_CACHE_HOME/memplan or ~/.cache/memplan, or
-    one in the temporary folder if this user cannot use that.
+    """Return the cache folder, created if missing: $XDG_CACHE_HOME/memplan or ~/.cache/memplan.
 
-    Raises MemplanError if the temporary folder cannot be used either. Source: as for `calibrations`.
+    If this user cannot use it, it is a folder in the temporary folder. Raises MemplanError if that cannot be used
+    either. Source: as for `calibrations`.
     """
-    said = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    configured = Path(os.environ.get("XDG_CACHE_HOME", ""))
     try:
-        folder = (said if said.is_absolute() else Path.home() / ".cache") / "memplan"
+        folder = (configured if configured.is_absolute() else Path.home() / ".cache") / "memplan"
         folder.mkdir(parents=True, exist_ok=True)
         if os.access(folder, os.R_OK | os.W_OK | os.X_OK):
             return folder
     except (OSError, RuntimeError):
         pass
-    mine = os.getuid() if hasattr(os, "getuid") else None
+    uid = os.getuid() if hasattr(os, "getuid") else None
     try:
-        folder = Path(tempfile.gettempdir()) / f"memplan-{'user' if mine is None else mine}"
+        folder = Path(tempfile.gettempdir()) / f"memplan-{'user' if uid is None else uid}"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         owner = folder.stat().st_uid
     except OSError as error:
         reason = f"no folder can be written ({error.strerror})"
         raise MemplanError(f"cache: {reason}; set XDG_CACHE_HOME to a folder of your own") from None
-    if mine is not None and owner != mine:  # what is read or loaded from there must be ours
+    if uid is not None and owner != uid:  # files there are loaded, so nobody else may have written them
         raise MemplanError(f"cache: {folder} belongs to another user; set XDG_CACHE_HOME to a folder of your own")
     return folder

@@ -1,4 +1,4 @@
-"""The version of memplan, which answers and files carry."""
+"""The version of memplan, recorded in answers and files."""
 
 from __future__ import annotations
 

@@ -1,1 +1,4 @@
-"""The interpreter of `memplan.core.ir`: who is alive when, and how much that is. It knows no model and no method."""
+"""The interpreter of `memplan.core.ir`: which tensors are alive when, and how many bytes they take.
+
+Nothing here depends on a model or a method.
+"""

@@ -1,15 +1,15 @@
-"""torch's caching allocator, as a model: from a sequence of allocations to the segments it holds.
+"""A model of torch's caching allocator: from a sequence of allocations and frees to reserved segments.
 
-A request is rounded up to 512 bytes and served by the smallest free block that holds it, in one of two pools: requests
-up to 1 MiB come from segments of 2 MiB, larger ones from segments of 20 MiB, and from 10 MiB on from segments of their
-own, rounded up to 2 MiB. A block that is larger than asked is split where the rest is worth it; neighbours that are
-free merge. A segment stays reserved until the card is full: then all that are wholly free go back to the driver and the
+A request is rounded up to 512 bytes and served by the smallest free block that holds it, from one of two pools.
+Requests up to 1 MiB come from segments of 2 MiB, larger ones from segments of 20 MiB, and requests from 10 MiB on get a
+segment of their own, rounded up to 2 MiB. A larger block is split if the rest is large enough; adjacent free blocks
+merge. Segments stay reserved until the GPU is full: then all completely free ones go back to the driver, and the
 request is tried once more.
 
-With `expandable_segments:True` a pool has one segment, which grows by pages of 2 or 20 MiB, and blocks are split to the
-byte.
+With `expandable_segments:True` a pool has one segment, which grows by pages of 2 or 20 MiB, and blocks are always
+split.
 
-Every stream has pools of its own: what one has free serves no other, though it may be more than another lacks.
+Every stream has its own pools: a block that is free on one stream cannot serve another.
 
 Source: torch 2.13 c10/cuda/CUDACachingAllocator.cpp: get_free_block, should_split, get_allocation_size,
 release_cached_blocks, try_allocate_expandable_block; BlockComparatorSize, by which a block is of one stream.
@@ -29,17 +29,17 @@ OWN_SEGMENT_STEP = 2 * MIB  # kRoundLarge
 
 
 class OutOfMemoryError(Exception):
-    """A request that the capacity does not hold, even with every wholly free segment given back."""
+    """A request does not fit the capacity, even after releasing all free segments."""
 
 
-class Pool:
-    """The free blocks of a pool by size, and the end of its last segment.
+class BlockPool:
+    """The free blocks of a pool.
 
-    of_size  the addresses of the free blocks of one size, sorted
+    of_size  size -> addresses of the free blocks of that size, sorted
     sizes    the keys of `of_size`, sorted
-    free     the free blocks by address
-    end      the address where the last segment ends
-    last     the last block of a segment that grows
+    free     address -> free block
+    end      end address of the last segment
+    last     last block of an expandable segment
     """
 
     __slots__ = ("end", "free", "is_small", "last", "of_size", "sizes")
@@ -47,13 +47,13 @@ class Pool:
     def __init__(self, is_small: bool) -> None:
         self.is_small = is_small
         self.of_size: dict[int, list[int]] = {}
-        self.free: dict[int, Block] = {}
+        self.free: dict[int, AllocatorBlock] = {}
         self.sizes: list[int] = []
         self.end = 0
-        self.last: Block | None = None
+        self.last: AllocatorBlock | None = None
 
-    def add(self, block: Block, size: int) -> None:
-        """List a free block, of that size."""
+    def add(self, block: AllocatorBlock, size: int) -> None:
+        """Add a free block of this size."""
         start = block.start
         self.free[start] = block
         starts = self.of_size.get(size)
@@ -63,8 +63,8 @@ class Pool:
         else:
             insort(starts, start)
 
-    def remove(self, block: Block, size: int) -> None:
-        """Take a free block of that size off the list."""
+    def remove(self, block: AllocatorBlock, size: int) -> None:
+        """Remove a free block of this size."""
         start = block.start
         del self.free[start]
         starts = self.of_size[size]
@@ -74,29 +74,30 @@ class Pool:
             del self.of_size[size], self.sizes[bisect_left(self.sizes, size)]
 
 
-class Block:
-    """A piece of a segment, free or handed out, and its neighbours there."""
+class AllocatorBlock:
+    """A piece of a segment, free or allocated, with its neighbours."""
 
     __slots__ = ("after", "before", "free", "pool", "size", "start")
 
-    def __init__(self, start: int, size: int, pool: Pool) -> None:
+    def __init__(self, start: int, size: int, pool: BlockPool) -> None:
         self.start = start
         self.size = size
         self.pool = pool
         self.free = False
-        self.before: Block | None = None
-        self.after: Block | None = None
+        self.before: AllocatorBlock | None = None
+        self.after: AllocatorBlock | None = None
 
 
 class Allocator:
-    """One device's allocator. Bytes throughout.
+    """One device's allocator. All sizes are in bytes.
 
-    allocated   in blocks handed out, as torch.cuda.memory_allocated counts
-    reserved    in segments
-    requests    how often the driver was asked for memory
+    allocated   size of allocated blocks, as torch.cuda.memory_allocated counts them
+    reserved    size of segments
+    requests    number of requests to the driver
 
-    `expandable`: as with `expandable_segments:True`. `capacity`: what the driver has for it; None is without end.
-    `streams`: how many the process allocates on; the first is the one it computes on.
+    expandable  whether `expandable_segments:True` is set
+    capacity    memory that the driver can give; None for no limit
+    streams     number of streams that the process allocates on; the first is the compute stream
     """
 
     def __init__(self, expandable: bool = False, capacity: int | None = None, streams: int = 1) -> None:
@@ -104,44 +105,44 @@ class Allocator:
         self.capacity = capacity
         self.allocated = self.reserved = self.requests = 0
         self.peak_allocated = self.peak_reserved = 0
-        self._pools = [Pool(is_small) for _ in range(streams) for is_small in (False, True)]
+        self._pools = [BlockPool(is_small) for _ in range(streams) for is_small in (False, True)]
 
-    def alloc(self, size: int, stream: int = 0) -> Block:
-        """Hand out a block of at least `size` bytes. Raises OutOfMemoryError if the capacity does not hold it."""
-        size = (size + 511) & -512  # as rounded() does, without a call for every event of a replay
+    def alloc(self, size: int, stream: int = 0) -> AllocatorBlock:
+        """Return a block of at least `size` bytes. Raises OutOfMemoryError if it does not fit the capacity."""
+        size = (size + 511) & -512  # rounded(), inlined because every event of a replay comes here
         is_small = size <= SMALL_REQUEST
         pool = self._pools[2 * stream + is_small]
         if not size:
-            return Block(-1, 0, pool)
+            return AllocatorBlock(-1, 0, pool)
         i = bisect_left(pool.sizes, size)
         if i < len(pool.sizes):
-            whole = pool.sizes[i]
-            starts = pool.of_size[whole]
+            block_size = pool.sizes[i]
+            starts = pool.of_size[block_size]
             block = pool.free.pop(starts.pop(0))
             if not starts:
-                del pool.of_size[whole], pool.sizes[i]
+                del pool.of_size[block_size], pool.sizes[i]
             block.free = False
         else:
-            block = self._grown(size, pool) if self.expandable else self._reserve(size, pool)
-            whole = block.size
-        rest = whole - size
+            block = self._grow(size, pool) if self.expandable else self._reserve(size, pool)
+            block_size = block.size
+        rest = block_size - size
         if rest > SMALL_REQUEST or (rest and (is_small or self.expandable)):
-            other = Block(block.start + size, rest, pool)
+            other = AllocatorBlock(block.start + size, rest, pool)
             other.before, other.after, other.free = block, block.after, True
             if block.after is None:
                 pool.last = other
             else:
                 block.after.before = other
             block.after = other
-            block.size = whole = size
+            block.size = block_size = size
             pool.add(other, rest)
-        self.allocated += whole
-        if self.allocated > self.peak_allocated:  # noqa: PLR1730 (max is a call, for every event of a replay)
+        self.allocated += block_size
+        if self.allocated > self.peak_allocated:  # noqa: PLR1730 (max would be a call per event of a replay)
             self.peak_allocated = self.allocated
         return block
 
-    def free(self, block: Block) -> None:
-        """Take a block back, and merge it with neighbours that are free."""
+    def free(self, block: AllocatorBlock) -> None:
+        """Free a block and merge it with free neighbours."""
         size = block.size
         if not size:
             return
@@ -168,7 +169,7 @@ class Allocator:
         pool.add(block, size)
 
     def release(self) -> None:
-        """Give what is wholly free back to the driver, as a full card or torch.cuda.empty_cache() does."""
+        """Return free segments to the driver, as torch does in empty_cache() and when the GPU is full."""
         for pool in self._pools:
             if self.expandable:
                 self._unmap(pool)
@@ -178,25 +179,25 @@ class Allocator:
                     pool.remove(block, block.size)
                     self.reserved -= block.size
 
-    def _reserve(self, size: int, pool: Pool) -> Block:
-        """A block that is a new segment."""
+    def _reserve(self, size: int, pool: BlockPool) -> AllocatorBlock:
+        """Return a new segment as one block."""
         if pool.is_small:
-            whole = SMALL_SEGMENT
+            segment_size = SMALL_SEGMENT
         elif size < OWN_SEGMENT:
-            whole = LARGE_SEGMENT
+            segment_size = LARGE_SEGMENT
         else:
-            whole = -(-size // OWN_SEGMENT_STEP) * OWN_SEGMENT_STEP
-        self._ask(whole)
+            segment_size = -(-size // OWN_SEGMENT_STEP) * OWN_SEGMENT_STEP
+        self._request(segment_size)
         start = pool.end
-        pool.end = start + whole
-        return Block(start, whole, pool)
+        pool.end = start + segment_size
+        return AllocatorBlock(start, segment_size, pool)
 
-    def _grown(self, size: int, pool: Pool) -> Block:
-        """The last block of the pool's segment, if it is free, with as many more pages as it needs."""
-        if self._is_full(self._needed(size, pool)):
-            self.release()  # the free end of the segment may go, too
-        more = self._needed(size, pool)
-        self._ask(more)
+    def _grow(self, size: int, pool: BlockPool) -> AllocatorBlock:
+        """Return the last block of the pool's segment, after growing the segment until that block has `size` bytes."""
+        if self._is_full(self._missing(size, pool)):
+            self.release()  # may also release the free end of this segment
+        more = self._missing(size, pool)
+        self._request(more)
         last = pool.last
         if last is not None and last.free:
             pool.remove(last, last.size)
@@ -204,7 +205,7 @@ class Allocator:
             last.size += more
             block = last
         else:
-            block = Block(pool.end, more, pool)
+            block = AllocatorBlock(pool.end, more, pool)
             block.before = last
             if last is not None:
                 last.after = block
@@ -212,19 +213,19 @@ class Allocator:
         pool.end = block.start + block.size
         return block
 
-    def _needed(self, size: int, pool: Pool) -> int:
-        """The bytes in pages that a growing segment needs to end with a free block of `size`."""
+    def _missing(self, size: int, pool: BlockPool) -> int:
+        """Return the bytes, in whole pages, that the segment must grow by to end with a free block of `size`."""
         free = pool.last.size if pool.last is not None and pool.last.free else 0
-        return -(-(size - free) // _pages(pool)) * _pages(pool)
+        return -(-(size - free) // _page_size(pool)) * _page_size(pool)
 
     def _is_full(self, more: int) -> bool:
-        """Whether the driver does not have `more` bytes."""
+        """Whether the driver cannot give `more` bytes."""
         return self.capacity is not None and self.reserved + more > self.capacity
 
-    def _unmap(self, pool: Pool) -> None:
-        """Whole free pages at the end of a growing segment go; those within it are not modelled, and stay."""
+    def _unmap(self, pool: BlockPool) -> None:
+        """Unmap whole free pages at the end of the segment. Free pages inside it stay mapped: that is not modelled."""
         block = pool.last
-        less = block.size // _pages(pool) * _pages(pool) if block is not None and block.free else 0
+        less = block.size // _page_size(pool) * _page_size(pool) if block is not None and block.free else 0
         if block is None or not less:
             return
         pool.remove(block, block.size)
@@ -238,8 +239,8 @@ class Allocator:
             if block.before is not None:
                 block.before.after = None
 
-    def _ask(self, more: int) -> None:
-        """Have the driver give `more`, once everything free has gone back if need be."""
+    def _request(self, more: int) -> None:
+        """Request `more` bytes from the driver, after releasing free segments if it is full."""
         if self._is_full(more):
             self.release()
             if self._is_full(more):
@@ -249,6 +250,6 @@ class Allocator:
         self.peak_reserved = max(self.peak_reserved, self.reserved)
 
 
-def _pages(pool: Pool) -> int:
-    """The bytes that a segment grows by."""
+def _page_size(pool: BlockPool) -> int:
+    """Return the page size of an expandable segment."""
     return SMALL_SEGMENT if pool.is_small else LARGE_SEGMENT

@@ -1,7 +1,8 @@
-"""Lowering: operations become moments, each a count of the storages alive. Structure only: no sizes, no depth.
+"""Lowering: from operations to moments, each a count of the live storages. Structure only: no sizes, no depth.
 
-`Tape` runs the operations as torch does (reference counts, saved tensors, gradient buffers) and notes what is alive
-whenever memory is about to fall. A repeated block is run once: what its further copies add is counted per copy.
+`Tape` runs the operations as torch does (reference counts, saved tensors, gradient buffers) and records the live
+storages whenever memory is about to fall. A repeated block is run once; what every further copy adds is counted per
+copy.
 """
 
 from __future__ import annotations
@@ -15,22 +16,24 @@ from memplan.core.errors import InternalError
 from memplan.core.ir import Op, SavedTensors, Tensor, Unit
 from memplan.engine.dtypes import FLOATING, Scope
 
-Way = Literal["past", "forward", "backward"]  # past: what a copy finds of the pass before
-Counts = dict[int, int]  # size -> how many storages of it are alive
-_MOST_CHANGES = 32  # that a moment has by itself, before the counts are shared again
+Way = Literal["past", "forward", "backward"]  # past: the allocations left by the previous pass
+Counts = dict[int, int]  # size -> number of live storages
+_MAX_CHANGES = 32  # changes of a moment before a new shared count is started
 
-# The streams that a process allocates on, each with pools of its own: the one it computes on, and those that FSDP and
-# DeepSpeed gather weights on, cast a rank's part on before that, and reduce gradients on. What is LENT was allocated on
-# the first, and is read on the last.
+# The streams that a process allocates on, each with its own allocator pools: for computing, and for FSDP and DeepSpeed
+# gathering weights, casting a rank's shard before that, and reducing gradients. A LENT storage is allocated for
+# computing and read for reducing.
 COMPUTING, GATHERING, CASTING, REDUCING, LENT = range(5)
 
 
 class Moment(NamedTuple):
-    """How many storages of each size are alive at one point of a pass.
+    """The number of live storages of each size at one point of a pass.
 
-    shared    in the copies that are run: counts that many moments have in common
-    changes   to be added to those
-    per_copy  added by each copy of a run beyond the first; many moments have these in common, too
+    phase     phase of the pass
+    where     the operation
+    shared    live storages in the copies that are run, a dict that many moments share
+    changes   differences from `shared`
+    per_copy  storages added by each copy of a run beyond the first, also shared by many moments
     """
 
     phase: str
@@ -41,17 +44,17 @@ class Moment(NamedTuple):
 
     @property
     def counts(self) -> Counts:
-        """How many storages of each size are alive in the copies that are run."""
+        """The number of live storages of each size in the copies that are run."""
         return _total(self.shared, self.changes)
 
     def less(self, other: Moment) -> Moment:
-        """What is alive here and not at the other moment."""
+        """Return the storages alive at this moment but not at the other."""
         per_copy = {run: _negative(counts) for run, counts in other.per_copy.items()}
         return next(add_to_each((self,), other._replace(shared=_negative(other.counts), changes={}, per_copy=per_copy)))
 
 
 def add_to_each(moments: Iterable[Moment], other: Moment) -> Iterator[Moment]:
-    """Add what is alive at another moment to each of the moments."""
+    """Yield the moments, each with the storages of `other` added."""
     before: Moment | None = None
     shared: Counts = {}
     per_copy: Mapping[int, Counts] = {}
@@ -77,12 +80,20 @@ def _negative(counts: Counts) -> Counts:
 
 
 def leaves(op: Op) -> tuple[str, ...]:
-    """What the operation makes that asks for a gradient of its own."""
-    return tuple(t.name for t in op.writes) if op.asks and op.gradient == "none" else ()
+    """Return the outputs that are autograd leaves requiring a gradient."""
+    return tuple(t.name for t in op.writes) if op.requires_gradient and op.gradient == "none" else ()
 
 
 class Storage:
-    """One storage alive: its size, who refers to it, and whether autograd may add into it in place."""
+    """One live storage.
+
+    size    index of its shape and dtype
+    refs    number of references
+    fresh   whether autograd may add into it in place
+    number  its index among all storages, if events are recorded
+    shared  made outside of a run and used by all its copies
+    run     the run whose every copy has a storage like it
+    """
 
     __slots__ = ("fresh", "number", "refs", "run", "shared", "size")
 
@@ -90,13 +101,20 @@ class Storage:
         self.size = size
         self.refs = 1
         self.fresh = fresh
-        self.number = -1  # where events are recorded, its place among all
-        self.shared = False  # by the copies of a run: made outside of it
-        self.run: int | None = None  # the run whose every copy holds one like it
+        self.number = -1
+        self.shared = False
+        self.run: int | None = None
 
 
 class Node:
-    """One operation of the backward graph, the storages it keeps, and what it keeps in host memory."""
+    """One operation of the backward graph.
+
+    targets  reads and weights that need a gradient
+    pins     names of the tensors it keeps
+    kept     the storages it keeps
+    away     tensors it keeps in host memory
+    fetched  copies of those on the GPU, during its backward
+    """
 
     __slots__ = ("away", "fetched", "kept", "op", "pins", "targets")
 
@@ -104,7 +122,7 @@ class Node:
         self.op, self.targets, self.pins = op, targets, pins
         self.kept: list[Storage] = []
         self.away: dict[str, Tensor] = {}
-        self.fetched: dict[str, Storage] = {}  # what came back of it, for the operation's backward
+        self.fetched: dict[str, Storage] = {}
 
 
 class Frame:
@@ -121,7 +139,7 @@ class Frame:
     ) -> None:
         self.block = block
         uses = Counter(w.name for op in ops if block and op.gradient != "none" for w in op.weights if w.trains)
-        self.uses = {name: n for name, n in uses.items() if n > 1}  # how many operations of a block use a weight
+        self.uses = {name: n for name, n in uses.items() if n > 1}  # weight -> operations of the block that use it
         self.where = "" if layer is None else f"{block}.{layer}."
         self.ops = ops
         self.scope = scope
@@ -132,29 +150,30 @@ class Frame:
         self.checkpointed = False
         self.reentrant = False
         self.recomputed = False
-        self.whole = False  # a checkpoint runs all of it again
+        self.whole = False  # a checkpoint recomputes all of it
         self.exported: Container[str] = ()
-        self.checkpoint: list[Storage] = []  # what a checkpoint keeps: the block's inputs
-        self.named: list[Storage] = []  # what it keeps until the graph goes
-        self.to_host = False  # but for `x`, which it keeps in host memory
-        self.shares: Container[str] = ()  # what it makes for later blocks, which the checkpoints of all refer to
+        self.checkpoint: list[Storage] = []  # kept by the checkpoint: the block's inputs
+        self.named: list[Storage] = []  # kept by the checkpoint until the graph is freed: keyword arguments
+        self.to_host = False  # the checkpoint keeps `x` in host memory
+        self.shares: Container[str] = ()  # outputs for later blocks, referenced by all checkpoints
         self.shared: list[Storage] = []
-        self.lends = False  # what it makes for later blocks is in a dictionary: of the reentrant kind, with its graph
-        self.past: Mapping[str, Storage] = {}  # what the pass before left for it
+        self.lends = False  # its outputs for later blocks are in a dictionary, so reentrant ones keep their graph
+        self.past: Mapping[str, Storage] = {}  # left by the previous pass
 
     def __getitem__(self, name: str) -> Storage:
         return self.names[name] if name in self.names else self.outer[name]
 
     def storage(self, name: str) -> Storage | None:
-        """The storage of a tensor; None for a weight, which is there throughout."""
+        """Return the storage of a tensor; None for a weight, which is always alive and not counted here."""
         return self.names.get(name) or self.outer.get(name)
 
 
 class Tape:
     """Runs frames forward and backward and collects moments.
 
-    A tensor is counted under its shape and dtype; `labelled`, under its kind, place, name and source too. `updates`
-    are the bytes of scratch that a weight's update needs as soon as its gradient is there, by the weight's path.
+    grads_exist  whether the gradients exist already, as in a later micro-batch
+    labelled     count tensors not only by shape and dtype, but also by kind, block, operation, name and source
+    updates      weight path -> scratch bytes of its update in backward, as soon as its gradient is there
     """
 
     def __init__(
@@ -163,36 +182,36 @@ class Tape:
         self.sizes: dict[tuple[str, ...], int] = {}
         self.moments: list[Moment] = []
         self.phase = "forward"
-        self.stream = COMPUTING  # that allocations are made on
+        self.stream = COMPUTING  # stream of new allocations
         self._labelled = labelled
         self._updates = updates
         self._grads_exist = grads_exist
         self._counts: Counts = {}
-        self._base: Counts = {}  # the counts some time ago, which the moments since share
-        self._changes: Counts = {}  # how the counts differ from those
-        self._per_copy: Mapping[int, Counts] = {}  # never changed in place, since moments share it
+        self._base: Counts = {}  # earlier counts, shared by the moments since
+        self._changes: Counts = {}  # differences from `_base`
+        self._per_copy: Mapping[int, Counts] = {}  # never changed in place, because moments share it
         self._rising = False
         self._where = ""
         self._block = ""
         self._op = Op("")
         self._in_run: int | None = None
-        self._born: set[Storage] = set()  # storages alive that were born in the current run
+        self._born: set[Storage] = set()  # live storages that the current run made
         self._held: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
-        self.host = Moment("forward", "", {}, {}, {})  # what is in host memory when forward is done
-        self.saves: SavedTensors | None = None  # how what is kept in forward goes there, if it does
-        self._pending: dict[str, Storage] = {}  # gradients of weights that wait for a further use's
-        self.uses: dict[str, int] = {}  # how many operations use a weight, where more than one does
-        self._shared: list[Storage] = []  # what blocks made again for others, and what its graph keeps
+        self.host = Moment("forward", "", {}, {}, {})  # tensors in host memory at the end of forward
+        self.saves: SavedTensors | None = None  # how saved tensors are offloaded, if they are
+        self._pending: dict[str, Storage] = {}  # gradients of weights that other operations will still add to
+        self.uses: dict[str, int] = {}  # weight outside of blocks -> operations that use it, if more than one
+        self._shared: list[Storage] = []  # recomputed outputs for other blocks, and what their graph keeps
         self.nested: Mapping[str, Unit] = {}  # weights that are gathered for the operation that uses them
-        self.reaches_first: Callable[[], None] | None = None  # is called before the first such operation's backward
-        self.waiting: list[Storage] | None = None  # gradients that stay until those of their unit are all there
-        self.waiting_outside: Mapping[str, list[Storage]] = {}  # the same, by the name of a weight outside of blocks
-        self.reach: Callable[[Frame, Op], None] | None = None  # is told before an operation outside of blocks runs
-        self.module: Callable[[str, str, Frame], None] | None = None  # is told when a module begins and returns
-        self.hooks = False  # a hook keeps what a recomputed block was given, and its gradient
-        self._hooked: list[tuple[Storage, int | None]] = []  # those, and the run of whose copies each has one
-        self._lives: dict[tuple[int, bool], tuple[Sequence[Op], list[tuple[str, ...]]]] = {}  # see _last_uses
-        self._lent: dict[str, list[tuple[str, Storage]]] = {}  # gradients of weights that an operation lends, by module
+        self.reaches_first: Callable[[], None] | None = None  # called before the first such operation's backward
+        self.waiting: list[Storage] | None = None  # gradients that stay until their unit's gradients are complete
+        self.waiting_outside: Mapping[str, list[Storage]] = {}  # likewise, by the name of a weight outside of blocks
+        self.reach: Callable[[Frame, Op], None] | None = None  # called before an operation outside of blocks runs
+        self.module: Callable[[str, str, Frame], None] | None = None  # called when a module begins and returns
+        self.hooks = False  # a hook keeps the input of a recomputed block, and its gradient
+        self._hooked: list[tuple[Storage, int | None]] = []  # storages kept by hooks, and their run
+        self._last_use_cache: dict[tuple[int, bool], tuple[Sequence[Op], list[tuple[str, ...]]]] = {}
+        self._lent: dict[str, list[tuple[str, Storage]]] = {}  # module -> gradients of the weights it lends
 
     # storages
 
@@ -208,8 +227,8 @@ class Tape:
             self._born.add(storage)
         return storage
 
-    def made(self, tensors: Iterable[Tensor], kind: str, stream: int = COMPUTING) -> list[Storage]:
-        """Storages that a collective reads or writes, allocated on its stream."""
+    def alloc_buffers(self, tensors: Iterable[Tensor], kind: str, stream: int = COMPUTING) -> list[Storage]:
+        """Allocate the buffers of a collective on its stream."""
         self.stream = stream
         storages = [self.alloc(t, kind) for t in tensors]
         self.stream = COMPUTING
@@ -222,7 +241,7 @@ class Tape:
         if storage.refs < 0:
             raise self._freed_twice(storage.size)
         if storage.shared and self._in_run is not None:
-            self._deferred.append(storage)  # the run's last copy drops it
+            self._deferred.append(storage)  # only the run's last copy frees it
             return
         self.note()
         self._count(storage.size, -1)
@@ -235,7 +254,7 @@ class Tape:
     def _freed_twice(self, size: int) -> InternalError:
         shape, dtype, *labels = [*self.sizes][size]
         name = " ".join(filter(None, (shape, dtype, *labels[3:4])))
-        return InternalError(f"a tensor ({name}) is freed once more than it is made, in {self.phase} at {self._where}")
+        return InternalError(f"a tensor ({name}) is freed twice, in {self.phase} at {self._where}")
 
     def _count(self, size: int, n: int) -> None:
         left = self._counts.get(size, 0) + n
@@ -250,48 +269,47 @@ class Tape:
         self._per_copy = {**self._per_copy, run: {**copies, size: copies.get(size, 0) + n}}
 
     def of_copies(self, storage: Storage, run: int) -> None:
-        """Every copy of the run has one like this storage, which was made outside of it."""
+        """Count a storage made outside of a run once per copy of the run."""
         storage.run = run
         self._count_in_copies(run, storage.size, 1)
 
     def recall(self, blocks: Iterable[tuple[str, Iterable[Op]]], run: int | None = None) -> list[dict[str, Storage]]:
-        """What the pass before left for each of the blocks, named and with their operations; in a run, for each of its
-        copies."""
-        found: list[dict[str, Storage]] = []
+        """Allocate what the previous pass left for each block (a name and operations); once per copy if in a `run`."""
+        pasts: list[dict[str, Storage]] = []
         for name, ops in blocks:
-            found.append({})
+            pasts.append({})
             for op in ops:
                 self._block, self._op = name, op
                 for t in op.past:
-                    found[-1][t.name] = storage = self.alloc(t, "activation")
+                    pasts[-1][t.name] = storage = self.alloc(t, "activation")
                     if run is not None:
                         self.of_copies(storage, run)
-        return found
+        return pasts
 
     def note(self) -> None:
-        """Write the moment down, if memory rose since the last one."""
+        """Record the moment, if memory rose since the last one."""
         if self._rising:
             self._rising = False
-            if len(self._changes) > _MOST_CHANGES:
+            if len(self._changes) > _MAX_CHANGES:
                 self._base, self._changes = dict(self._counts), {}
             changes = dict(self._changes)
             self.moments.append(Moment(self.phase, self._peak_where, self._base, changes, self._per_copy))
 
     def snapshot(self) -> Moment:
-        """What is alive now."""
+        """Return the storages alive now."""
         return Moment(self.phase, self._where, dict(self._counts), {}, self._per_copy)
 
     def enter(self, frame: Frame, op: Op) -> None:
-        """What follows is the operation's."""
+        """Attribute the following allocations to this operation."""
         self._where, self._block, self._op = f"{frame.where}{op.name}", frame.block, op
 
-    # what is computed
+    # hooks for subclasses
 
     def computed(self, frame: Frame, op: Op) -> None:
-        """The operation is about to compute what it writes, in forward or, recomputed, in backward."""
+        """Called before an operation computes its outputs, in forward or recomputed in backward."""
 
     def differentiated(self, frame: Frame, node: Node, of: tuple[Tensor, ...]) -> None:
-        """The node is about to make its targets' gradients from those `of` its outputs."""
+        """Called before a node computes the gradients of its targets from those `of` its outputs."""
 
     # forward
 
@@ -303,36 +321,38 @@ class Tape:
         grad: bool = True,
         checkpoint: bool = False,
     ) -> dict[str, Storage]:
-        """Run the frame's operations and return the references left: to the `exported` names.
+        """Run the frame's operations and return the remaining references, to the `exported` names.
 
-        `owned` are references handed in, dropped after their last reader. Under a checkpoint nothing is kept.
+        `owned` are references handed in, which are dropped after their last reader. Under a checkpoint nothing is kept.
         """
         frame.nodes = self._graph(frame, grad)
         frame.checkpointed = checkpoint
         frame.exported = exported
         left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint, holds=self._held)
-        if not any(node.pins for node in frame.nodes):  # nothing will ask for a recomputation
+        if not any(node.pins for node in frame.nodes):  # nothing needs recomputation
             frame.checkpoint += frame.named
             self._release_checkpoint(frame)
             return left
         self._held["nodes"] += frame.named
         if frame.to_host:
-            self._put_away(frame.scope["x"])
+            self._offload(frame.scope["x"])
         return left
 
-    def _put_away(self, tensor: Tensor) -> None:
-        """A copy of `tensor` is in host memory from here on; in a run, one for each of its copies."""
+    def _offload(self, tensor: Tensor) -> None:
+        """Count a copy of `tensor` in host memory; in a run, one per copy of the run."""
         key = self.sizes.setdefault((tensor.shape, tensor.dtype), len(self.sizes))
         counts, per_copy = self.host.shared, self.host.per_copy
         counts[key] = counts.get(key, 0) + 1
         if self._in_run is not None:
-            copies = per_copy.get(self._in_run, {})
-            own = {**copies, key: copies.get(key, 0) + 1}
-            self.host = self.host._replace(per_copy={**per_copy, self._in_run: own})
+            counts = per_copy.get(self._in_run, {})
+            counts = {**counts, key: counts.get(key, 0) + 1}
+            self.host = self.host._replace(per_copy={**per_copy, self._in_run: counts})
 
-    def _save_away(self, frame: Frame, node: Node) -> Container[str]:
-        """What the node keeps in host memory from here on: nothing of what is computed again in backward, and of
-        quantised weights nothing, which autograd does not save."""
+    def _offload_saved(self, frame: Frame, node: Node) -> Container[str]:
+        """Offload the node's saved tensors and return their names.
+
+        Recomputed tensors are not offloaded, nor are quantised weights, which autograd does not save.
+        """
         if self.saves is None or self.phase == "backward":
             return ()
         seen = {k.what: k.seen for k in node.op.keeps if k.seen}
@@ -341,11 +361,11 @@ class Tape:
             if what not in stored and (self.saves.weights or frame.storage(what) is not None):
                 tensor = frame.scope[what]
                 node.away[what] = tensor._replace(shape=seen.get(what, tensor.shape))
-                self._put_away(node.away[what])
+                self._offload(node.away[what])
         return node.away
 
     def _fetch(self, frame: Frame) -> list[Storage]:
-        """What a checkpoint kept in host memory comes back, as a copy that goes once it has been used."""
+        """Copy the checkpoint's input back from host memory, if it is there; the caller drops the copy."""
         if not frame.to_host:
             return []
         self._where, self._block, self._op = f"{frame.where}checkpoint", frame.block, Op("checkpoint")
@@ -370,7 +390,7 @@ class Tape:
             nodes.append(Node(op, targets, pins))
         return nodes
 
-    def _run(
+    def _run(  # noqa: PLR0912 (a branch for each word of an operation)
         self,
         frame: Frame,
         end: int,
@@ -379,40 +399,40 @@ class Tape:
         keep: bool,
         holds: dict[str, list[Storage]],
     ) -> dict[str, Storage]:
-        """Run the first `end` operations; the last of them, if `end` cuts the list, only as far as what it keeps.
+        """Run the first `end` operations; if that is not all, the last one only if it keeps one of its outputs.
 
-        What is held to the end of the forward pass or of the step is added to `holds`.
+        Storages held to the end of the forward pass or of the step are added to `holds`.
         """
         ops, names = frame.ops, frame.names
         ends = self._last_uses(ops, keep)
-        cut = end < len(ops)
-        mine = dict(owned)  # Python's references
+        is_cut_off = end < len(ops)
+        mine = dict(owned)  # references held by Python variables
         for i, op in enumerate(ops[:end]):
             if op.lends:
-                self._tell("begins", op.lends, frame)
+                self._call_module_hook("begins", op.lends, frame)
             self.enter(frame, op)
             node = frame.nodes[i]
             for t in op.past:
                 names[t.name] = mine[t.name] = frame.past[t.name]
-            skipped = op.recorded and not keep
-            if not skipped and not (cut and i == end - 1 and all(t.name not in node.pins for t in op.writes)):
+            skipped = op.needs_recording and not keep
+            if not skipped and not (is_cut_off and i == end - 1 and all(t.name not in node.pins for t in op.writes)):
                 if self.reach is not None and op.writes and not frame.block:
                     self.reach(frame, op)
                     self.enter(frame, op)
                 self.computed(frame, op)
-                whole = self._gathered(op)
+                gathered = self._gather(op)
                 for t in op.writes:
                     if op.view:
                         names[t.name] = frame[op.reads[0]]
                     else:
                         names[t.name] = mine[t.name] = self.alloc(t, "activation")
-                for scratch in [*(self.alloc(t, "temp") for t in op.scratch), *whole]:
+                for scratch in [*(self.alloc(t, "temp") for t in op.scratch), *gathered]:
                     self.drop(scratch)
             if keep and node.pins:
-                away = self._save_away(frame, node)
+                away = self._offload_saved(frame, node)
                 for what in node.pins:
                     storage = frame.storage(what)
-                    if storage is not None and what not in away:  # a weight is there anyway
+                    if storage is not None and what not in away:  # a weight is alive anyway
                         storage.refs += 1
                         node.kept.append(storage)
             if op.holds:
@@ -426,79 +446,81 @@ class Tape:
                 for name in op.captures:
                     frame[name].refs += 1
                     holds["nodes"].append(frame[name])
-            if op.asks and (keep or not frame.reentrant):
-                for name in leaves(op):  # the node that accumulates its gradient refers to it
+            if op.requires_gradient and (keep or not frame.reentrant):
+                for name in leaves(op):  # referenced by the node that accumulates its gradient
                     names[name].refs += 1
                     holds["nodes"].append(names[name])
             for name in ends[i]:
                 if name not in exported and name in mine:
                     self.drop(mine.pop(name))
             if op.returns:
-                self._tell("returns", op.returns, frame)
+                self._call_module_hook("returns", op.returns, frame)
         for name in [n for n in mine if n not in exported]:
             self.drop(mine.pop(name))
         return mine
 
     def _last_uses(self, ops: Sequence[Op], keep: bool) -> list[tuple[str, ...]]:
-        """For each operation the names of tensors that none after it reads: those it writes, reads, or finds of the
-        pass before. A view stands for what it is a view of. Copies of a layer have the same operations."""
-        known = self._lives.get((id(ops), keep))
+        """Return, for each operation, the tensors that it uses and no later operation reads.
+
+        A view counts as a use of its base. The result is cached, because copies of a layer have the same operations.
+        """
+        known = self._last_use_cache.get((id(ops), keep))
         if known is not None:
             return known[1]
         root: dict[str, str] = {}
         last: dict[str, int] = {}
         for i, op in enumerate(ops):
-            for r in () if op.recorded and not keep else op.reads:
+            for r in () if op.needs_recording and not keep else op.reads:
                 last[root.get(r, r)] = i
             if op.view:
                 root[op.writes[0].name] = root.get(op.reads[0], op.reads[0])
                 for t in op.writes[1:]:
                     root[t.name] = root[op.writes[0].name]
-        found: list[tuple[str, ...]] = []
+        ends: list[tuple[str, ...]] = []
         for i, op in enumerate(ops):
             used = (*(t.name for t in op.writes), *op.reads, *(t.name for t in op.past))
-            found.append(tuple(n for n in dict.fromkeys(root.get(n, n) for n in used) if last.get(n, i) == i))
-        self._lives[id(ops), keep] = ops, found
-        return found
+            ends.append(tuple(n for n in dict.fromkeys(root.get(n, n) for n in used) if last.get(n, i) == i))
+        self._last_use_cache[id(ops), keep] = ops, ends
+        return ends
 
-    def _tell(self, event: str, module: str, frame: Frame) -> None:
+    def _call_module_hook(self, event: str, module: str, frame: Frame) -> None:
         if self.module is not None:
             self.module(event, module, frame)
 
-    def _gathered(self, op: Op) -> list[Storage]:
-        """The weights of an operation that are gathered for it."""
-        found: list[Storage] = []
+    def _gather(self, op: Op) -> list[Storage]:
+        """Gather the weights that are gathered only for this operation, and return them."""
+        gathered: list[Storage] = []
         if not self.nested:
-            return found
+            return gathered
         for unit in (self.nested[w.name] for w in op.weights if w.name in self.nested):
-            cast = self.made(unit.cast, "temp", CASTING)
-            found += self.made(unit.whole, "parameter", GATHERING)
+            cast = self.alloc_buffers(unit.cast, "temp", CASTING)
+            gathered += self.alloc_buffers(unit.whole, "parameter", GATHERING)
             for storage in cast:
                 self.drop(storage)
-        return found
+        return gathered
 
     def end_forward(self) -> None:
-        """The autocast context closes and the model's outputs go."""
+        """Close the autocast context and free the model's outputs."""
         for storage in self._held.pop("forward"):
             self.drop(storage)
 
     def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
-        """What is held to the end of the step goes, with the `gradients` of it, then what the graph's nodes refer to.
+        """Free what is held to the end of the step, with its `gradients`, then what the graph's nodes reference.
 
-        Returns how much each was.
+        Returns the storages freed by either.
         """
-        found: list[Moment] = []
+        freed: list[Moment] = []
         for name, more in (("step", gradients), ("nodes", ())):
             before = self.snapshot()
             for storage in (*self._held.pop(name), *more):
                 self.drop(storage)
-            found.append(before.less(self.snapshot()))
-        return found[0], found[1]
+            freed.append(before.less(self.snapshot()))
+        return freed[0], freed[1]
 
     # backward
 
     def backward(self, frame: Frame, grads: dict[str, Storage]) -> None:
-        """Run the frame's graph backward; `grads` holds gradients by tensor name, and is left with the inputs'."""
+        """Run the frame's graph backward. `grads` maps tensor names to gradients, in the end those of the inputs."""
         if frame.checkpointed and frame.reentrant:
             self._reenter(frame, grads)
             return
@@ -509,11 +531,11 @@ class Tape:
         for i in reversed(range(len(frame.nodes))):
             node = frame.nodes[i]
             if node.op.returns:
-                self._tell("differentiated", node.op.returns, frame)
+                self._call_module_hook("differentiated", node.op.returns, frame)
             if node.op.lends:
                 for name, storage in self._lent.pop(node.op.lends, ()):
                     self._weight_gradient(frame, name, storage)
-                self._tell("reduced", node.op.lends, frame)
+                self._call_module_hook("reduced", node.op.lends, frame)
             if not node.targets:
                 continue
             if frame.checkpointed and node.pins:
@@ -536,18 +558,20 @@ class Tape:
         frame.names = {}
         fetched = self._fetch(frame)
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
-        made = self._run(frame, end, frame.shares, {}, keep=True, holds=holds)
+        outputs = self._run(frame, end, frame.shares, {}, keep=True, holds=holds)
         for storage in (*holds["forward"], *holds["step"], *holds["nodes"], *fetched):
             self.drop(storage)
-        self._share_again(frame, made)
+        self._replace_shared(frame, outputs)
 
-    def _share_again(self, frame: Frame, made: Mapping[str, Storage]) -> None:
-        """What a block made for later ones is made again, and takes the old one's place: the graph of what is computed
-        again stays behind it, with all that it keeps, as long as any checkpoint does."""
+    def _replace_shared(self, frame: Frame, outputs: Mapping[str, Storage]) -> None:
+        """Replace a block's outputs for later blocks by the recomputed ones.
+
+        Their graph, with everything it keeps, stays alive as long as any checkpoint.
+        """
         for storage in frame.shared:
             self.drop(storage)
         frame.shared = []
-        wanted = set(made)
+        wanted = set(outputs)
         kept: list[Storage] = []
         for node in reversed(frame.nodes):
             if node.targets and not wanted.isdisjoint(t.name for t in node.op.writes):
@@ -555,23 +579,25 @@ class Tape:
                 kept += node.kept
         for storage in kept:
             storage.refs += 1
-        self._shared += (*made.values(), *kept)
+        self._shared += (*outputs.values(), *kept)
 
     def end_hooks(self) -> None:
-        """The pass is over, and the hooks on what blocks were given go."""
+        """Free what the hooks on recomputed blocks reference, at the end of the pass."""
         while self._hooked:
             storage, run = self._hooked.pop()
             storage.run = run
             self.drop(storage)
 
     def end_blocks(self) -> None:
-        """No checkpoint is left: what blocks made for others goes."""
+        """Free the blocks' recomputed outputs for other blocks, once no checkpoint is left."""
         while self._shared:
             self.drop(self._shared.pop())
 
     def _reenter(self, frame: Frame, grads: dict[str, Storage]) -> None:
-        """A backward pass within the backward pass: all of the frame is run again first, and what it was given, what
-        it returned and that one's gradient stay until it is over."""
+        """Run reentrant checkpointing's inner backward pass: recompute all of the frame, then run its graph backward.
+
+        The frame's inputs and outputs and the outputs' gradients stay alive until it is over.
+        """
         if not any(t.name in grads for op in frame.ops for t in op.writes):
             self._release_checkpoint(frame)
             return
@@ -589,9 +615,9 @@ class Tape:
         self.backward(frame, grads)
         holds["nodes"] += self._held["nodes"][before:]
         del self._held["nodes"][before:]
-        for name in [t.name for op in frame.ops for t in op.writes if t.name in grads]:  # nothing here makes use of it
+        for name in [t.name for op in frame.ops for t in op.writes if t.name in grads]:  # unused
             self.drop(grads.pop(name))
-        if frame.lends and "x" in grads:  # the graph of what was lent ends in the block's input, which has its gradient
+        if frame.lends and "x" in grads:  # the shared outputs' graph references the block's input, with its gradient
             for storage in (inputs[0], grads["x"]):
                 storage.refs += 1
                 self._shared.append(storage)
@@ -608,21 +634,21 @@ class Tape:
         if not incoming:
             self._release(node)
             return
-        whole = self._gathered(op)
+        gathered = self._gather(op)
         self.differentiated(frame, node, tuple(t for t, _ in incoming))
         node.fetched = {what: self.alloc(tensor, "activation") for what, tensor in node.away.items()}
         node.kept += node.fetched.values()
         scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in node.targets)]
         early = [self.alloc(s.tensor, "temp") for s in scratch if s.early]
-        beside = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
+        late = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
         for storage in early:
             self.drop(storage)
         raw = [self._gradient(frame, node, target, incoming) for target in node.targets]
-        for storage in beside:
+        for storage in late:
             self.drop(storage)
-        if frame.recomputed or node.fetched:  # what was unpacked goes when the function returns, before the casts
+        if frame.recomputed or node.fetched:  # unpacked tensors are freed when the function returns, before the casts
             self._release(node)
-        made = [
+        gradients = [
             (target, self._own_dtype(frame, node, target, storage) if wide else storage)
             for target, (storage, wide) in zip(node.targets, raw, strict=True)
         ]
@@ -630,27 +656,27 @@ class Tape:
             self.drop(storage)
         self._release(node)
         weights, wrapped = {w.name for w in op.weights}, {t.name for t in op.wraps}
-        for target, storage in made:
+        for target, storage in gradients:
             if target in wrapped:
                 self._held["nodes"].append(storage)
             elif target in self.nested:
-                self._reduced(self.nested[target], storage, whole)
+                self._reduce(self.nested[target], storage, gathered)
             elif target in weights:
                 self._weight_gradient(frame, target, storage)
             else:
                 grads[target] = self._sum(frame.scope[target], grads.get(target), storage)
-        for storage in whole:
+        for storage in gathered:
             self.drop(storage)
 
-    def _reduced(self, unit: Unit, gradient: Storage, whole: list[Storage]) -> None:
-        """The gradient of a weight gathered for its operation is reduced at once, and the `whole` weight goes."""
-        joined = self.made(unit.joined, "temp", LENT) + self.made(unit.padded, "temp", REDUCING)
-        laid = self.made(unit.parts, "gradient") if unit.laid else []
-        for storage in (gradient, *whole):
+    def _reduce(self, unit: Unit, gradient: Storage, gathered: list[Storage]) -> None:
+        """Reduce the gradient of a weight that was gathered for its operation, and free the `gathered` weight."""
+        joined = self.alloc_buffers(unit.joined, "temp", LENT) + self.alloc_buffers(unit.padded, "temp", REDUCING)
+        copied = self.alloc_buffers(unit.parts, "gradient") if unit.laid else []
+        for storage in (gradient, *gathered):
             self.drop(storage)
-        whole.clear()
-        received = self.made(unit.received, "temp", REDUCING)
-        parts = laid or self.made(unit.parts, "gradient", REDUCING)
+        gathered.clear()
+        received = self.alloc_buffers(unit.received, "temp", REDUCING)
+        parts = copied or self.alloc_buffers(unit.parts, "gradient", REDUCING)
         for storage in (*received, *joined, *(parts if self._grads_exist else ())):
             self.drop(storage)
 
@@ -660,19 +686,19 @@ class Tape:
         node.kept, node.fetched = [], {}
 
     def _own_dtype(self, frame: Frame, node: Node, target: str, wide: Storage) -> Storage:
-        """A gradient that came in the promoted dtype is cast to its own, or summed, when all of the node's are made."""
-        made = self.alloc(frame.scope[target], _kind(node.op, target), of="gradient of ")
+        """Cast a gradient from the promoted dtype, or sum it, once all gradients of the node are computed."""
+        gradient = self.alloc(frame.scope[target], _kind(node.op, target), of="gradient of ")
         self.drop(wide)
-        return made
+        return gradient
 
     def _gradient(
         self, frame: Frame, node: Node, target: str, incoming: list[tuple[Tensor, Storage]]
     ) -> tuple[Storage, bool]:
-        """The gradient of `target`, and whether it is still to be cast from the promoted dtype, or to be summed."""
+        """Return the gradient of `target`, and whether it is still to be cast from the promoted dtype or summed."""
         op, like = node.op, frame.scope[target]
-        whole = next((w.gradient for w in op.weights if w.gradient and w.name == target), "")
-        like = like._replace(shape=whole) if whole else like
-        becomes = next((k.what for k in op.keeps if k.becomes and k.of == target), None)
+        shape = next((w.gradient for w in op.weights if w.gradient and w.name == target), "")
+        like = like._replace(shape=shape) if shape else like
+        becomes = next((k.what for k in op.keeps if k.is_gradient and k.of == target), None)
         if becomes is not None:
             kept = node.fetched[becomes] if becomes in node.fetched else frame[becomes]
             kept.refs += 1
@@ -692,7 +718,7 @@ class Tape:
         return self.alloc(like._replace(dtype=out.dtype), "temp", of="gradient of "), True
 
     def _sum(self, like: Tensor, old: Storage | None, new: Storage, kind: str = "temp") -> Storage:
-        """Autograd adds into the older gradient in place if nothing else refers to it, else into a new storage."""
+        """Add two gradients as autograd does: in place into the older one if nothing else references it."""
         if old is None:
             return new
         if old.refs == 1 and old.fresh:
@@ -704,9 +730,9 @@ class Tape:
         return total
 
     def _weight_gradient(self, frame: Frame, name: str, storage: Storage) -> None:
-        late = self._lent.get(name.rpartition(".")[0])
-        if late is not None:
-            late.append((name, storage))
+        lent = self._lent.get(name.rpartition(".")[0])
+        if lent is not None:
+            lent.append((name, storage))
             return
         uses = frame.uses if frame.block else self.uses
         left = uses.get(name, 1) - 1
@@ -727,14 +753,16 @@ class Tape:
     # copies of equal blocks, and runs of them
 
     def enter_copy(self, number: int, way: Way, skipped: int) -> None:
-        """One copy's part begins; `number` is its place among those that are run. `skipped` after it are left out."""
+        """Called before a copy is run; `number` is its index, and `skipped` equal copies after it are not run."""
 
     def leave_copy(self) -> None:
-        """The copy is done."""
+        """Called after a copy was run."""
 
     def enter_run(self, run: int, first: Mapping[str, str]) -> None:
-        """What follows stands for every copy of a run of blocks. `first` says what the last copy's layers are called
-        in the first one."""
+        """Begin the one copy that stands for all copies of a run.
+
+        `first` maps the names of the last copy's layers to those of the first copy.
+        """
         self.note()
         self._in_run = run
         self._first = first
@@ -748,18 +776,18 @@ class Tape:
         return self._first[last] + where.removeprefix(last)
 
     def leave_run(self, *passed_on: Storage) -> None:
-        """The run's one copy is done: every further copy adds what this one left. `passed_on` is handed to the next."""
+        """End the copy: count what it left once per further copy, except the storages `passed_on` to the next one."""
         self.note()
         run = self._in_run
         assert run is not None
         old, before, now = self._per_copy.get(run, {}), self._before, self._counts
         new = {k: old.get(k, 0) + now.get(k, 0) - before.get(k, 0) for k in sorted({*old, *before, *now})}
         new = {k: n for k, n in new.items() if n}
-        keys, less = list(self.sizes), Counter[tuple[str, ...]]()  # by shape and dtype, whatever it is called
+        keys, freed = list(self.sizes), Counter[tuple[str, ...]]()  # by shape and dtype, without labels
         for counts, sign in ((old, 1), (new, -1)) if old else ():
             for k, n in counts.items():
-                less[keys[k][:2]] += sign * n
-        spends = any(less[keys[k][:2]] > 0 for k in old)  # what the pass before left: the first copy may peak
+                freed[keys[k][:2]] += sign * n
+        frees_past = any(freed[keys[k][:2]] > 0 for k in old)  # frees what the previous pass left: the first may peak
         renamed = self._renamed(new, passed_on)
         shared: Mapping[int, Counts] | None = None
         with_new = with_old = self._per_copy
@@ -771,9 +799,9 @@ class Tape:
             last = m._replace(changes=self._as_last(m, renamed), per_copy=with_new)
             if self.phase == "backward":
                 self.moments.append(last._replace(where=self._first_copy(m.where)))
-            else:  # each copy leaves more alive, so the last one peaks
+            else:  # every copy leaves more alive, so the last one peaks
                 self.moments[i] = last
-                if spends:
+                if frees_past:
                     self.moments.append(m._replace(where=self._first_copy(m.where), per_copy=with_old))
         negative = next((key for key, n in new.items() if n < 0), None)
         if negative is not None:
@@ -781,7 +809,7 @@ class Tape:
         self._per_copy = {**self._per_copy, run: new}
         for storage in self._born:
             storage.run = run
-        for storage in passed_on:  # there is one, whatever the run had of its kind
+        for storage in passed_on:  # exists once, not once per copy
             storage.run = None
         self._in_run = None
         for storage in self._deferred:
@@ -789,28 +817,30 @@ class Tape:
             self.drop(storage)
 
     def _renamed(self, left: Counts, passed_on: Iterable[Storage]) -> dict[int, int]:
-        """Labels of what the run was handed, by those of what it hands on, where they differ: from the second copy on
-        the one stands for the other. Taken out of what each copy `left`."""
+        """Map the sizes of a run's inputs to those of its outputs if only their labels differ.
+
+        From the second copy on, the input is the previous copy's output. Both are removed from what each copy `left`.
+        """
         out: dict[int, int] = {}
         if min(left.values(), default=0) >= 0:
             return out
         keys = list(self.sizes)
         for storage in passed_on:
-            handed = next((k for k, n in left.items() if n < 0 and keys[k][:2] == keys[storage.size][:2]), None)
-            if handed is not None and storage in self._born:
-                out[handed] = storage.size
-                left[handed] += 1
+            entered = next((k for k, n in left.items() if n < 0 and keys[k][:2] == keys[storage.size][:2]), None)
+            if entered is not None and storage in self._born:
+                out[entered] = storage.size
+                left[entered] += 1
                 left[storage.size] = left.get(storage.size, 0) - 1
         return out
 
     def _as_last(self, moment: Moment, renamed: Mapping[int, int]) -> Counts:
-        """The changes of a moment of the last of several copies, given that of the run's one copy."""
+        """Return the changes of a moment in the last of several copies, given the same moment in the run's one copy."""
         if not renamed:
             return moment.changes
         out = dict(moment.changes)
-        for handed, name in renamed.items():
-            alive = moment.shared.get(handed, 0) + out.get(handed, 0) - self._counts.get(handed, 0)
-            out[handed] = out.get(handed, 0) - alive
+        for entered, name in renamed.items():
+            alive = moment.shared.get(entered, 0) + out.get(entered, 0) - self._counts.get(entered, 0)
+            out[entered] = out.get(entered, 0) - alive
             out[name] = out.get(name, 0) + alive
         return out
 

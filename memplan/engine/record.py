@@ -1,7 +1,7 @@
-"""Recording: a pass as the sequence of its allocations and frees, for the allocator's model. Structure only.
+"""Recording the allocations and frees of a pass in order, for the model of the allocator. Structure only: no sizes.
 
-Of a run of equal blocks three copies are run: those at its ends and one between them. All others are like that one, so
-its events stand for theirs, too. In the same way one iteration stands for a loop over experts that keep nothing.
+Of a run of equal blocks three copies are run: the first, the last, and one in between whose events stand for all the
+others. Likewise one iteration stands for a loop over experts that keep nothing.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from memplan.engine.lower import COMPUTING, Frame, Moment, Storage, Tape, Way
 from memplan.engine.step import run_pass
 
 FREED = -1
-RUN = 3  # copies of a run that are run: its first, its last, and the one between that all others are like
-_STEP = 1 << 32  # between the numbers of a storage and of its namesake in the next copy that is left out
+RUN = 3  # copies of a run that are run: the first, the last, and one that stands for the others
+_STEP = 1 << 32  # difference between the numbers of corresponding storages in consecutive skipped copies
 
 Event = tuple[int, int]
 
 
-class Stretch(NamedTuple):
-    """Consecutive events: the number of a storage, and the index of its size or FREED.
+class EventSpan(NamedTuple):
+    """Consecutive events, each the number of a storage and the index of its size, or FREED.
 
-    shift  added to every number: equal copies have the same events, and storages of their own
-    times  how often the events are repeated: only events that free all they allocate are
+    shift  added to every number, because equal copies have the same events with other storages
+    times  number of repetitions; above 1 only for events that free everything they allocate
     """
 
     events: tuple[Event, ...]
@@ -35,7 +35,7 @@ class Stretch(NamedTuple):
     times: int = 1
 
 
-class Recorded(NamedTuple):
+class AllocationTrace(NamedTuple):
     """The allocations and frees of a pass.
 
     forward   the forward pass, with the loss
@@ -43,13 +43,13 @@ class Recorded(NamedTuple):
     backward  the backward pass, from the head on
     end       frees of what the script and the graph's nodes held
     sizes     shape and dtype
-    streams   the stream that each of the sizes is allocated on
+    streams   for each size, the stream of its allocations
     """
 
-    forward: tuple[Stretch, ...]
-    loss: tuple[Stretch, ...]
-    backward: tuple[Stretch, ...]
-    end: tuple[Stretch, ...]
+    forward: tuple[EventSpan, ...]
+    loss: tuple[EventSpan, ...]
+    backward: tuple[EventSpan, ...]
+    end: tuple[EventSpan, ...]
     sizes: tuple[tuple[str, ...], ...]
     streams: tuple[int, ...]
 
@@ -60,19 +60,19 @@ class Recorded(NamedTuple):
 
     @property
     def length(self) -> int:
-        """How many events it has; those that are repeated count once, as a replay seldom takes them twice."""
+        """The number of events. Repeated ones count once, because a replay rarely runs them twice."""
         return sum(len(s.events) for s in (*self.forward, *self.loss, *self.backward, *self.end))
 
 
-def unrolled(stretches: Iterable[Stretch]) -> Iterator[Event]:
-    """Every event of the stretches, in order."""
+def unrolled(stretches: Iterable[EventSpan]) -> Iterator[Event]:
+    """Yield every event of the stretches, in order."""
     for events, shift, times in stretches:
         for _ in range(times):
             yield from ((number + shift, key) for number, key in events)
 
 
 class _Copy(NamedTuple):
-    """A copy's part of a pass: the events from `start` to `end`. `skipped` equal copies after it are left out."""
+    """The events of one copy, from `start` to `end`. It is followed by `skipped` equal copies that were not run."""
 
     number: int
     way: Way
@@ -82,8 +82,11 @@ class _Copy(NamedTuple):
 
 
 class Recorder(Tape):
-    """A tape that notes every allocation and free, and no moments. The gradients of weights outside of blocks that are
-    `late`, by name, are let go of when the next weight's is there."""
+    """A tape that records every allocation and free, and no moments.
+
+    `late` are names of weights outside of blocks whose gradients are freed only when the next weight's gradient is
+    there.
+    """
 
     def __init__(
         self,
@@ -93,15 +96,16 @@ class Recorder(Tape):
     ) -> None:
         super().__init__(grads_exist, updates=updates)
         self._late = late
-        self._lasting: list[Storage] = []
+        self._late_gradients: list[Storage] = []
         self.events: list[tuple[int, int]] = []
         self.copies: list[_Copy] = []
-        self.outside: list[int] = []  # where backward comes to the loss, the head, and what is before the blocks
-        self.recalled = 0  # where all that the pass before left is there
-        self.turn = 0  # where forward is done
-        self.over = 0  # where the pass is over
+        # Positions in `events`:
+        self.outside: list[int] = []  # backward reaches the loss, the head, and the operations before the blocks
+        self.recalled = 0  # everything that the previous pass left is allocated
+        self.turn = 0  # end of forward
+        self.over = 0  # end of the pass
         self._storages = 0
-        self._kinds: dict[tuple[int, int], int] = {}  # a size and a stream
+        self._kinds: dict[tuple[int, int], int] = {}  # (size, stream) -> index
         self._entered = _Copy(0, "forward", 0, 0, 0)
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
@@ -112,15 +116,15 @@ class Recorder(Tape):
         self.events.append((storage.number, key))
         return storage
 
-    def recorded(self, *parts: Sequence[Stretch]) -> Recorded:
-        """The pass as its four parts, see `Recorded`."""
+    def recorded(self, *parts: Sequence[EventSpan]) -> AllocationTrace:
+        """Return the pass from its four parts, see `AllocationTrace`."""
         keys = list(self.sizes)
         sizes, streams = zip(*((keys[size], stream) for size, stream in self._kinds), strict=True)
         forward, loss, backward, end = map(tuple, parts)
-        return Recorded(forward, loss, backward, end, sizes, streams)
+        return AllocationTrace(forward, loss, backward, end, sizes, streams)
 
     def computes(self, events: Iterable[Event]) -> bool:
-        """Whether all that the events allocate is on the stream that computes."""
+        """Whether the events allocate only on the compute stream."""
         streams = [stream for _, stream in self._kinds]
         return all(size == FREED or streams[size] == COMPUTING for _, size in events)
 
@@ -130,21 +134,21 @@ class Recorder(Tape):
             self.events.append((storage.number, FREED))
 
     def recall(self, blocks: Iterable[tuple[str, Iterable[Op]]], run: int | None = None) -> list[dict[str, Storage]]:
-        found = super().recall(blocks, run)
+        pasts = super().recall(blocks, run)
         self.recalled = len(self.events)
-        return found
+        return pasts
 
     def _weight_gradient(self, frame: Frame, name: str, storage: Storage) -> None:
-        before, self._lasting = self._lasting, []
+        previous, self._late_gradients = self._late_gradients, []
         if not frame.block and name in self._late:
             storage.refs += 1
-            self._lasting = [storage]
+            self._late_gradients = [storage]
         super()._weight_gradient(frame, name, storage)
-        for last in before:
-            self.drop(last)
+        for gradient in previous:
+            self.drop(gradient)
 
     def note(self) -> None:
-        """Moments are not asked for."""
+        """Record no moments."""
 
     def backward(self, frame: Frame, grads: dict[str, Storage]) -> None:
         if not frame.block:
@@ -156,8 +160,8 @@ class Recorder(Tape):
         self.turn = len(self.events)
 
     def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
-        while self._lasting:
-            self.drop(self._lasting.pop())
+        while self._late_gradients:
+            self.drop(self._late_gradients.pop())
         self.over = len(self.events)
         return super().end_step(*gradients)
 
@@ -168,7 +172,7 @@ class Recorder(Tape):
         self.copies.append(self._entered._replace(end=len(self.events)))
 
 
-def record(
+def record(  # noqa: PLR0913, PLR0917 (those of `lower`)
     stack: Stack,
     depth: Mapping[str, int],
     autocast: str | None = None,
@@ -182,9 +186,11 @@ def record(
     division: Division | None = None,
     saves: SavedTensors | None = None,
     late: frozenset[str] = frozenset(),
-) -> Recorded:
-    """The allocations and frees of one forward and backward pass, in order. The arguments are those of `lower`, and
-    `late` that of `Recorder`."""
+) -> AllocationTrace:
+    """Return the allocations and frees of one forward and backward pass.
+
+    The arguments are those of `lower`; `copies` is the number of copies to run of each block, `late` as in `Recorder`.
+    """
     tape = Recorder(grads_exist, updates, late)
     tape.saves = saves
     gatherer = Gatherer(tape, division._replace(sums=False) if division else None, grads_exist)
@@ -199,9 +205,12 @@ def record_inference(
     division: Division | None = None,
     casts: str = "",
     copies: int = RUN,
-) -> Recorded:
-    """The allocations and frees of a forward pass of which autograd records nothing. It begins with those of what the
-    pass before left, and what it leaves is not freed. `division` and `casts` are as `infer` has them."""
+) -> AllocationTrace:
+    """Return the allocations and frees of a forward pass without autograd.
+
+    They begin with the allocations of what the previous pass left, and what this pass leaves is not freed. `division`
+    and `casts` are those of `infer`.
+    """
     tape = Recorder()
     gatherer = Gatherer(tape, division, grads_exist=False)
     run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=copies, records=False, casts=casts)
@@ -210,36 +219,36 @@ def record_inference(
 
 
 class _Expansion:
-    """The events of all copies, also of those that were left out, in parts that begin at the `cuts`.
+    """The events of all copies, including those that were not run, in parts that begin at the `cuts`.
 
-    A storage is known by the copy it was made in and its place there, so that it has a namesake in every equal copy. A
-    copy left out makes and frees what the copy it is like does, with namesakes of its neighbours' storages.
+    A storage is identified by its copy and its index there, so every equal copy has a storage corresponding to it. A
+    skipped copy has the events of the copy that stands for it, with the corresponding storages.
     """
 
     def __init__(self, tape: Recorder, *cuts: int) -> None:
-        self.parts: list[list[Stretch]] = [[]]
+        self.parts: list[list[EventSpan]] = [[]]
         self._tape = tape
         self._cuts = deque(cuts)
-        self._made: dict[tuple[int, Way], list[int]] = {}
-        self._born: dict[int, tuple[_Copy, int]] = {}  # a storage's copy and place
+        self._allocated: dict[tuple[int, Way], list[int]] = {}
+        self._origin: dict[int, tuple[_Copy, int]] = {}  # storage -> its copy, and its index there
         for copy in tape.copies:
-            made = [number for number, size in tape.events[copy.start : copy.end] if size != FREED]
-            self._made[copy.number, copy.way] = made
-            self._born.update((number, (copy, place)) for place, number in enumerate(made))
+            allocated = [number for number, size in tape.events[copy.start : copy.end] if size != FREED]
+            self._allocated[copy.number, copy.way] = allocated
+            self._origin.update((number, (copy, index)) for index, number in enumerate(allocated))
         at = 0
         for copy in tape.copies:
-            self._add_run(at, copy.start, None)
-            if copy.way == "backward":  # those left out come first
-                self._add_left_out(copy, range(copy.skipped, 0, -1))
-            self._add_run(copy.start, copy.end, copy)
+            self._add_recorded(at, copy.start, None)
+            if copy.way == "backward":  # in backward the skipped copies come first
+                self._add_skipped(copy, range(copy.skipped, 0, -1))
+            self._add_recorded(copy.start, copy.end, copy)
             if copy.way != "backward":
-                self._add_left_out(copy, range(1, copy.skipped + 1))
+                self._add_skipped(copy, range(1, copy.skipped + 1))
             at = copy.end
-        self._add_run(at, len(tape.events), None)
+        self._add_recorded(at, len(tape.events), None)
         self.parts += ([] for _ in self._cuts)
 
-    def _add_run(self, start: int, end: int, copy: _Copy | None) -> None:
-        """Add the events of a copy that was run, or those between copies."""
+    def _add_recorded(self, start: int, end: int, copy: _Copy | None) -> None:
+        """Add the events of a copy that was run, or of the operations between copies."""
         events: list[Event] = []
         for at in range(start, end):
             while self._cuts and at == self._cuts[0]:
@@ -248,52 +257,53 @@ class _Expansion:
                 self._cuts.popleft()
                 events = []
             number, size = self._tape.events[at]
-            if size != FREED or number not in self._born:
+            if size != FREED or number not in self._origin:
                 events.append((number, size))
-            elif copy is None:  # each copy's goes
-                born, _ = self._born[number]
-                events += [(number + i * _STEP, FREED) for i in range(born.skipped + 1)]
+            elif copy is None:  # every copy's storage is freed
+                origin, _ = self._origin[number]
+                events += [(number + i * _STEP, FREED) for i in range(origin.skipped + 1)]
             else:
                 events.append((self._freed_by(copy, number), FREED))
         self.parts[-1] += stretches(events, self._tape)
 
     def _freed_by(self, copy: _Copy, number: int) -> int:
-        """The number of a storage that a copy frees. Its neighbour may be a copy that was left out."""
-        born, place = self._born[number]
-        if born.way == "forward" and born.number == copy.number - 1:
-            return number + born.skipped * _STEP
-        if born.way == "backward" and born.number == copy.number + 1 and copy.skipped:
-            return self._made[copy.number, copy.way][place] + _STEP
+        """Return the number of the storage that a copy frees, which may belong to a skipped copy next to it."""
+        origin, index = self._origin[number]
+        if origin.way == "forward" and origin.number == copy.number - 1:
+            return number + origin.skipped * _STEP
+        if origin.way == "backward" and origin.number == copy.number + 1 and copy.skipped:
+            return self._allocated[copy.number, copy.way][index] + _STEP
         return number
 
-    def _add_left_out(self, copy: _Copy, order: Iterable[int]) -> None:
-        """Add the copies left out that are like this one; the `order` has their distances from it."""
+    def _add_skipped(self, copy: _Copy, order: Iterable[int]) -> None:
+        """Add the events of the skipped copies that this one stands for; `order` has their distances from it."""
         if not copy.skipped:
             return
         events: list[Event] = []
-        farthest: list[Event] = []  # of the copy whose other neighbour was run
+        farthest: list[Event] = []  # of the last skipped copy, whose other neighbour was run
         for number, size in self._tape.events[copy.start : copy.end]:
-            born, place = self._born.get(number, (None, 0))
-            if size != FREED or (born and born.number == copy.number):
-                like = at_end = number
-            elif born and born.way == "forward" and born.number == copy.number - 1:
-                like = at_end = self._made[copy.number, "forward"][place] - _STEP
-            elif born and born.way == "backward" and born.number == copy.number + 1:
-                like, at_end = self._made[copy.number, copy.way][place] + _STEP, number - copy.skipped * _STEP
+            origin, index = self._origin.get(number, (None, 0))
+            if size != FREED or (origin and origin.number == copy.number):
+                usual_number = farthest_number = number
+            elif origin and origin.way == "forward" and origin.number == copy.number - 1:
+                usual_number = farthest_number = self._allocated[copy.number, "forward"][index] - _STEP
+            elif origin and origin.way == "backward" and origin.number == copy.number + 1:
+                usual_number = self._allocated[copy.number, copy.way][index] + _STEP
+                farthest_number = number - copy.skipped * _STEP
             else:
                 continue
-            events.append((like, size))
-            farthest.append((at_end, size))
+            events.append((usual_number, size))
+            farthest.append((farthest_number, size))
         usual, last = stretches(events, self._tape), stretches(farthest, self._tape)
         for distance in order:
             shift = distance * _STEP
             self.parts[-1] += (s._replace(shift=shift) for s in (last if distance == copy.skipped else usual))
 
 
-def stretches(events: Sequence[Event], tape: Recorder) -> list[Stretch]:
-    """The events as stretches. Iterations that free all they allocate, such as those over experts, become one."""
-    out: list[Stretch] = []
-    following = _next_with_the_same_alive(events)
+def stretches(events: Sequence[Event], tape: Recorder) -> list[EventSpan]:
+    """Return the events as stretches. Equal iterations that free everything they allocate become one stretch."""
+    out: list[EventSpan] = []
+    following = _next_with_same_live_set(events)
     at = start = 0
     while at < len(events):
         length, times = following[at] - at, 1
@@ -301,17 +311,17 @@ def stretches(events: Sequence[Event], tape: Recorder) -> list[Stretch]:
             times += 1
         body = tuple(events[at : at + length]) if times > 1 else ()
         if body and tape.computes(body) and _frees_what_it_allocates(body):
-            out += [Stretch(tuple(events[start:at])), Stretch(body, times=times)]
+            out += [EventSpan(tuple(events[start:at])), EventSpan(body, times=times)]
             start = at = at + times * length
         else:
             at += 1
-    return [stretch for stretch in (*out, Stretch(tuple(events[start:]))) if stretch.events]
+    return [stretch for stretch in (*out, EventSpan(tuple(events[start:]))) if stretch.events]
 
 
-def _next_with_the_same_alive(events: Sequence[Event]) -> list[int]:
-    """For each place between events, the next one at which the same storages are alive; itself if there is none.
+def _next_with_same_live_set(events: Sequence[Event]) -> list[int]:
+    """Return, for each position between events, the next one with the same live storages; itself if there is none.
 
-    The exclusive or of their hashes stands for the storages alive: every event adds or removes its own.
+    The XOR of their hashes identifies the live storages: every event adds or removes one.
     """
     alive: list[int] = [0]
     for number, _ in events:
@@ -325,14 +335,14 @@ def _next_with_the_same_alive(events: Sequence[Event]) -> list[int]:
 
 
 def _repeats(events: Sequence[Event], following: Sequence[int], at: int, length: int) -> bool:
-    """Whether the `length` events are followed by the same ones, of other storages."""
+    """Whether the `length` events from `at` on are followed by the same events with other storages."""
     end = at + length
     if following[end] - end != length:
         return False
     later = events[end][0] - events[at][0]
     return all(
-        number + later == other and size == its
-        for (number, size), (other, its) in zip(events[at:end], events[end : end + length], strict=True)
+        number + later == other_number and size == other_size
+        for (number, size), (other_number, other_size) in zip(events[at:end], events[end : end + length], strict=True)
     )
 
 

@@ -1,4 +1,4 @@
-"""A whole training step, forward to backward, from a stack of operations."""
+"""Running a stack of operations through one forward and backward pass."""
 
 from __future__ import annotations
 
@@ -9,15 +9,18 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from memplan.core.ir import Block, Division, Op, SavedTensors, Stack, Tensor
-from memplan.engine.dtypes import FLOATING, Blocks, Scope
+from memplan.engine.dtypes import FLOATING, BlockDtypes, Scope
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer, unit_of
 from memplan.engine.lower import Frame, Moment, Storage, Tape, add_to_each, leaves
 
 
-class Joint(NamedTuple):
+class OpsBetweenRuns(NamedTuple):
     """Operations outside of blocks between two runs, with literal dtypes.
 
-    `leaf` are those of their outputs that ask for a gradient; `stream` is what the first block after them is given.
+    ops     the operations
+    scope   the tensors known after them
+    leaf    outputs that require a gradient
+    stream  name of the input of the first block after them
     """
 
     ops: tuple[Op, ...]
@@ -27,37 +30,42 @@ class Joint(NamedTuple):
 
 
 class Copies(NamedTuple):
-    """Equal blocks with literal dtypes: as many as the axis `times` says, `less` those split off before and `after`.
+    """Equal copies of a run's blocks, with literal dtypes.
 
-    `units` are the names of what their weights are gathered in, see `memplan.core.ir.Division`. `skipped` is for
-    recording, where every copy stands for itself: how many like it are left out after it. `joins` is what runs before
-    them.
+    times    axis of the run's number of copies
+    less     number of copies split off before these
+    alone    a single copy, which differs from those after it
+    units    units of the blocks' weights, see `memplan.core.ir.Division`
+    after    number of copies split off after these
+    skipped  in recording, where every copy is alone: number of equal copies after it that are not run
+    joins    operations before them
     """
 
     blocks: tuple[Block, ...]
     scopes: tuple[Scope, ...]
     times: str
     less: int
-    alone: bool  # one copy only, unlike those after it
+    alone: bool
     units: tuple[str, ...]
     after: int = 0
     skipped: int = 0
-    joins: Joint | None = None
+    joins: OpsBetweenRuns | None = None
 
     def count(self, depth: Mapping[str, int]) -> int:
-        """How many copies it stands for."""
+        """Return the number of copies."""
         return 1 if self.alone else depth[self.times] - self.less - self.after
 
 
 class Lowered(NamedTuple):
     """A forward and backward pass as moments.
 
-    moments   their counts index `sizes`
-    kept      what is alive when forward is done; `left`, when backward is
-    held      what names of the script and the graph's nodes would keep after backward
-    host      what checkpoints and operations keep in host memory
-    sizes     shape and dtype of a storage; if labelled, also its kind, block, operation, name and source
-    runs      the axis that counts a run's copies, and how many of them were split off or run already
+    moments  their counts index `sizes`
+    kept     storages alive at the end of forward
+    left     storages alive at the end of backward
+    held     storages that variables of the script and the graph's nodes reference after backward
+    host     tensors that checkpoints and operations keep in host memory
+    sizes    shape and dtype of a storage; if labelled, also its kind, block, operation, name and source
+    runs     for each run, the axis of its number of copies, and how many of them the counts already include
     """
 
     moments: tuple[Moment, ...]
@@ -69,8 +77,8 @@ class Lowered(NamedTuple):
     runs: tuple[tuple[str, int], ...]
 
 
-class Passed(NamedTuple):
-    """What a pass left: see `Lowered`, and of `held` there the part that the graph's `nodes` refer to by itself."""
+class PassResult(NamedTuple):
+    """The result of a pass, as in `Lowered`; of `held` there, what the graph's `nodes` reference is separate."""
 
     kept: Moment
     held: Moment
@@ -87,29 +95,32 @@ def _copies(
     leaf: bool,
     reentrant: bool,
 ) -> list[Copies]:
-    """Split off the copies that differ from those after them, from `embeds`; `flowing` has what gradients are asked of.
+    """Resolve the stack's blocks, and split off copies that differ from the others of their run.
 
-    The very first block, and the first after operations between runs, reads what the model may hold on to; a block may
-    hand on another shape or dtype than it was given, or a gradient where none came in. The last copy is the first on
-    the way back: it makes the gradients of what all of its run read, to which the others add. With `leaf` embeddings
-    between runs ask for a gradient.
+    The very first block, and the first after operations between runs, reads a tensor that the model may still
+    reference. A block's output may differ from its input in shape or dtype, or need a gradient though its input does
+    not. In backward the last copy comes first: it creates the gradients of tensors that all copies read, to which the
+    others add.
+
+    flowing  names of tensors that need a gradient
+    leaf     whether embeddings between runs require a gradient
     """
     out: list[Copies] = []
     flowing = set(flowing)
     x, flows = scope["embeds"]._replace(name="x"), scope["embeds"].name in flowing
-    resolved = Blocks(autocast)
-    given = True  # no block has made anything of what the first one was given
+    resolved = BlockDtypes(autocast)
+    at_input = True  # all blocks so far have returned their input unchanged
     for number, run in enumerate(stack.runs):
         units = tuple(unit_of(number, i) for i in range(len(run.blocks)))
         less = 0
-        joins: Joint | None = None
+        joins: OpsBetweenRuns | None = None
         if run.before:
             scope = Scope(scope, {"x": x})
-            between, asked = scope.resolve(run.before, autocast), ()
+            between, leaf_names = scope.resolve(run.before, autocast), ()
             if leaf:
-                between, asked = _input_leaf(between)
-            joins = Joint(between, scope, asked, scope["stream"].name)
-            flowing = _flowing(between, flowing.union(_x(flows), asked))
+                between, leaf_names = _input_leaf(between)
+            joins = OpsBetweenRuns(between, scope, leaf_names, scope["stream"].name)
+            flowing = _flowing(between, flowing.union(_x(flows), leaf_names))
             x, flows = scope["stream"]._replace(name="x"), joins.stream in flowing
             flowing -= {"x"}
         while less < depth[run.times]:
@@ -118,65 +129,70 @@ def _copies(
             scopes: list[Scope] = []
             for block in run.blocks:
                 ops, inner = resolved.resolve(block.ops, scope, x)
-                made = _flowing(ops, flowing | _x(flows))
-                flows = "y" in made
+                after_block = _flowing(ops, flowing | _x(flows))
+                flows = "y" in after_block
                 x = inner["y"]._replace(name="x")
                 if block.shares:
                     scope = Scope(scope, {name: inner[name] for name in block.shares})
-                    flowing |= _asked(block, made, reentrant)
+                    flowing |= _shares_with_gradient(block, after_block, reentrant)
                 blocks.append(block._replace(ops=ops))
                 scopes.append(inner)
-            given = given or joins is not None
-            works = not all(_hands_on(block) for block in blocks)
+            at_input = at_input or joins is not None
+            works = not all(_returns_input(block) for block in blocks)
             shares = any(block.shares for block in run.blocks)
-            alone = (given and works) or joins is not None or shares or (x.shape, x.dtype, flows) != entered
-            given = given and not works
+            alone = (at_input and works) or joins is not None or shares or (x.shape, x.dtype, flows) != entered
+            at_input = at_input and not works
             out.append(Copies(tuple(blocks), tuple(scopes), run.times, less, alone, units, joins=joins))
             joins = None
             less += 1
             if not alone:
                 break
         if out and flowing.intersection(r for block in out[-1].blocks for op in block.ops for r in op.reads):
-            out = _last_apart(out, depth)
+            out = _split_last(out, depth)
     return out
 
 
-def _asked(block: Block, made: Container[str], reentrant: bool) -> set[str]:
-    """What of a block's shares a gradient is asked of: of all that a function of autograd's own returns, as the
-    reentrant kind of checkpointing is one, if of any; of what such a one puts into a dictionary, of nothing."""
+def _shares_with_gradient(block: Block, flowing: Container[str], reentrant: bool) -> set[str]:
+    """Return the block's shares that need a gradient.
+
+    Reentrant checkpointing is an autograd.Function: all its outputs need gradients if any does, but tensors that it
+    puts into a dictionary never do.
+    """
     if reentrant:
-        return set(block.shares) if block.returned and "y" in made else set()
-    return {name for name in block.shares if name in made}
+        return set(block.shares) if block.returned and "y" in flowing else set()
+    return {name for name in block.shares if name in flowing}
 
 
 def _materialise(
-    tape: Tape, frame: Frame, block: Block, asked: Container[str], also: Iterable[str], grads: dict[str, Storage]
+    tape: Tape, frame: Frame, block: Block, flowing: Container[str], also: Iterable[str], grads: dict[str, Storage]
 ) -> None:
-    """Zeros stand for the gradients of what a function of autograd's own returned and nothing later read. A block
-    returns what it `shares`, what it was given of that, and `also` what the model holds until the next one returns."""
+    """Allocate zero gradients for outputs of an autograd.Function that nothing read.
+
+    A block returns what it `shares`, what it got of that, and `also` what the model holds until the next block returns.
+    """
     shared = (*block.shares, *(r for op in frame.ops for r in op.reads)) if block.returned else ()
-    names = [*(n for n in shared if n in asked), *(frame.scope[n].name for n in also if n in frame.scope)]
+    names = [*(n for n in shared if n in flowing), *(frame.scope[n].name for n in also if n in frame.scope)]
     for name in dict.fromkeys(n for n in names if n not in grads and frame.scope[n].dtype in FLOATING):
         grads[name] = tape.alloc(frame.scope[name], "temp", of="gradient of ")
 
 
 def _is_called(block: Block) -> bool:
-    """Whether the run calls the block: of a tower that it leaves out, only the weights are there."""
+    """Whether the run calls the block; of a tower that is not run, only the weights exist."""
     return any(op.writes and not op.view for op in block.ops)
 
 
 def _first(names: Iterable[str], default: str) -> str:
-    """The first of the names that is not empty."""
+    """Return the first name that is not empty."""
     return next(filter(None, names), default)
 
 
-def _hands_on(block: Block) -> bool:
-    """Whether the block returns what it was given, as one does that a run leaves out."""
+def _returns_input(block: Block) -> bool:
+    """Whether the block returns its input unchanged, as a block that is not run does."""
     return any(op.view and op.reads[0] == "x" and op.writes[0].name == "y" for op in block.ops)
 
 
 def _flowing(ops: Iterable[Op], entering: Iterable[str]) -> set[str]:
-    """The names that gradients are asked of once the operations have run, of those they were given and have made."""
+    """Return the names of tensors that need a gradient after the operations, given those before them."""
     flows = set(entering)
     for op in ops:
         flows.update(leaves(op))
@@ -189,25 +205,27 @@ def _flowing(ops: Iterable[Op], entering: Iterable[str]) -> set[str]:
 def read_dtype(
     stack: Stack, writes: str | tuple[str, ...], autocast: str | None, depth: Mapping[str, int]
 ) -> str | None:
-    """The dtype of the first read of the operation that writes a tensor named `...writes`, in the last such block; of
-    several such names, any."""
+    """Return the dtype of the first read of the operation that writes a tensor named `...writes` (or one of several).
+
+    If several blocks have one, it is the last block's; None if no block has.
+    """
     scope = Scope()
     scope.resolve(stack.before, autocast)
-    found: str | None = None
+    dtype: str | None = None
     for c in _copies(stack, scope, (), autocast, depth, leaf=False, reentrant=False):
         for block, inner in zip(c.blocks, c.scopes, strict=True):
             reads = [op.reads[0] for op in block.ops if any(t.name.endswith(writes) for t in op.writes)]
-            found = inner[reads[0]].dtype if reads else found
-    return found
+            dtype = inner[reads[0]].dtype if reads else dtype
+    return dtype
 
 
 def made_by(op: Op, stack: Stack, autocast: str | None) -> tuple[Tensor, ...]:
-    """What an operation before the blocks makes, with literal dtypes."""
-    return next(found.writes for found in Scope().resolve(stack.before, autocast) if found.name == op.name)
+    """Return the outputs of an operation before the blocks, with literal dtypes."""
+    return next(resolved.writes for resolved in Scope().resolve(stack.before, autocast) if resolved.name == op.name)
 
 
 def stream_of(stack: Stack, autocast: str | None, depth: Mapping[str, int]) -> Tensor:
-    """What the stack's last block hands on; without blocks, what the first would be given."""
+    """Return the output of the stack's last block or, without blocks, the first block's input."""
     scope = Scope()
     scope.resolve(stack.before, autocast)
     copies = _copies(stack, scope, (), autocast, depth, leaf=False, reentrant=False)
@@ -215,21 +233,23 @@ def stream_of(stack: Stack, autocast: str | None, depth: Mapping[str, int]) -> T
 
 
 def _returned(stack: Stack, last: Scope, ops: tuple[Op, ...]) -> dict[str, str]:
-    """What `after` reads of a block's own, besides `y`: returned with it, and held until the next block has returned.
+    """Return the block outputs other than `y` that `after` reads, each with its storage.
 
-    By name, and the storage behind that name.
+    Every block returns them with `y`, so they stay alive until the next block has returned.
     """
-    made = {t.name for op in stack.after for t in op.writes}
+    written = {t.name for op in stack.after for t in op.writes}
     shared = {name for run in stack.runs for block in run.blocks for name in block.shares}
-    names = {r for op in stack.after for r in op.reads} - made - {"x", "y"} - shared
+    names = {r for op in stack.after for r in op.reads} - written - {"x", "y"} - shared
     behind = _behind(ops)
     return {name: behind[last[name].name] for name in names if name in last and last[name].name in behind}
 
 
-def _behind(ops: Iterable[Op], given: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """The storages behind the names that the operations make, find of the pass before or are `given`; of views what
-    they are views of."""
-    behind = dict(given)
+def _behind(ops: Iterable[Op], inputs: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
+    """Map names to storages: those of `inputs` and those that the operations write or find left by the previous pass.
+
+    A view has the storage of its base.
+    """
+    behind = dict(inputs)
     for op in ops:
         behind.update((t.name, t.name) for t in op.past)
         for t in op.writes:
@@ -238,22 +258,24 @@ def _behind(ops: Iterable[Op], given: Mapping[str, str] = MappingProxyType({})) 
 
 
 def _roots(behind: Mapping[str, str], names: Iterable[str]) -> set[str]:
-    """The storages behind the names."""
+    """Return the storages behind the names."""
     return {behind.get(name, name) for name in names}
 
 
 def _handed(
     made: Mapping[str, Storage], behind: Mapping[str, str], names: Iterable[str], stream: Storage
 ) -> dict[str, Storage]:
-    """What was made, by the names that later operations read it by, each a reference of its own; what blocks are given
-    as their input, the `stream`, has one more. No name is left for what none of those means."""
-    found = {name: made[behind.get(name, name)] for name in names if behind.get(name, name) in made}
-    for storage in (*found.values(), stream):
+    """Return the outputs in `made` under the names by which later operations read them, with a reference per name.
+
+    The `stream`, which is the input of the blocks, has one more reference.
+    """
+    outputs = {name: made[behind.get(name, name)] for name in names if behind.get(name, name) in made}
+    for storage in (*outputs.values(), stream):
         storage.refs += 1
     for storage in made.values():
         storage.refs -= 1
         storage.shared = True
-    return found
+    return outputs
 
 
 def _x(flows: bool) -> frozenset[str]:
@@ -261,34 +283,43 @@ def _x(flows: bool) -> frozenset[str]:
 
 
 def _input_leaf(before: tuple[Op, ...]) -> tuple[tuple[Op, ...], tuple[str, ...]]:
-    """The output of the input embeddings asks for a gradient: the node that would accumulate it holds it.
+    """Make the output of the input embeddings require a gradient; return the operations and that output's name.
 
-    Where they train, or an adapter around them does, that output has a gradient anyway.
+    The node that accumulates the gradient holds the output. If the embeddings or an adapter around them train, the
+    output has a gradient anyway, and nothing changes.
     """
-    found = (op for op in before if any(w.group == "embedding" for w in op.weights))
-    leaves = [op for op in (next(found, None), *(op for op in before if op.asks)) if op is not None]
+    embedding = (op for op in before if any(w.group == "embedding" for w in op.weights))
+    candidates = [
+        op for op in (next(embedding, None), *(op for op in before if op.requires_gradient)) if op is not None
+    ]
     names: list[str] = []
-    for leaf in leaves:
-        module = leaf.name.removesuffix(".base_layer")
-        of = [w for op in before for w in op.weights if op.name.startswith(module) or w.name.startswith(module)]
-        if not any(w.trains for w in of):
-            names.append(leaf.name)
-    made = tuple(op._replace(holds="step") if op.name in names else op for op in before)
-    return made, tuple(op.writes[0].name for op in leaves if op.name in names)
+    for candidate in candidates:
+        module = candidate.name.removesuffix(".base_layer")
+        weights = [w for op in before for w in op.weights if op.name.startswith(module) or w.name.startswith(module)]
+        if not any(w.trains for w in weights):
+            names.append(candidate.name)
+    ops = tuple(op._replace(holds="step") if op.name in names else op for op in before)
+    return ops, tuple(op.writes[0].name for op in candidates if op.name in names)
 
 
-def _last_apart(copies: list[Copies], depth: Mapping[str, int]) -> list[Copies]:
-    """The last two copies by themselves: on the way back the first of them makes the gradients of what all copies read,
-    the second may add to those in new storages, and all others add in place."""
+def _split_last(copies: list[Copies], depth: Mapping[str, int]) -> list[Copies]:
+    """Split off the last two copies.
+
+    In backward the last copy creates the gradients of tensors that all copies read, the one before it may add to them
+    in new storages, and all others add in place.
+    """
     *rest, last = copies
-    apart = min(2, last.count(depth) - 1)
-    alone = (last._replace(less=depth[last.times] - i, alone=True) for i in range(apart, 0, -1))
-    return [*rest, last._replace(after=apart), *alone] if apart > 0 else copies
+    split = min(2, last.count(depth) - 1)
+    alone = (last._replace(less=depth[last.times] - i, alone=True) for i in range(split, 0, -1))
+    return [*rest, last._replace(after=split), *alone] if split > 0 else copies
 
 
-def _ends_apart(copies: Copies, depth: Mapping[str, int]) -> Iterator[Copies]:
-    """The first and the last copy by themselves, if their weights are gathered: on the way there the first one finds
-    what another unit's all-gather wrote, on the way back the last one what another unit's reduce-scatter read."""
+def _split_ends(copies: Copies, depth: Mapping[str, int]) -> Iterator[Copies]:
+    """Split off the first and the last copy of blocks whose weights are gathered.
+
+    In forward the first one finds the output of another unit's all-gather, in backward the last one the input of
+    another unit's reduce-scatter.
+    """
     count = copies.count(depth)
     yield copies._replace(alone=True, after=0)
     if count > 2:
@@ -297,18 +328,18 @@ def _ends_apart(copies: Copies, depth: Mapping[str, int]) -> Iterator[Copies]:
         yield copies._replace(less=copies.less + count - 1, after=0, alone=True, joins=None)
 
 
-def _apart(copies: list[Copies], depth: Mapping[str, int], most: int) -> list[Copies]:
-    """Every copy by itself, but of each run `most`: those in the middle are left out."""
+def _split_all(copies: list[Copies], depth: Mapping[str, int], most: int) -> list[Copies]:
+    """Split off every copy, at most `most` of each run: those in the middle are not run."""
     out: list[Copies] = []
     for c in copies:
         count = c.count(depth)
         for i in range(min(count, most)):
-            left_out = max(0, count - most) if i == most // 2 else 0
-            out.append(c._replace(alone=True, less=c.less + i, skipped=left_out))
+            skipped = max(0, count - most) if i == most // 2 else 0
+            out.append(c._replace(alone=True, less=c.less + i, skipped=skipped))
     return out
 
 
-def lower(
+def lower(  # noqa: PLR0913, PLR0917 (one pass, phase after phase)
     stack: Stack,
     depth: Mapping[str, int],
     autocast: str | None = None,
@@ -318,21 +349,27 @@ def lower(
     input_grad: bool = False,
     labelled: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
-    lingers: bool = False,
+    keeps_last_outputs: bool = False,
     to_host: bool = False,
     division: Division | None = None,
     saves: SavedTensors | None = None,
 ) -> Lowered:
-    """The moments of one forward and backward pass.
+    """Return the moments of one forward and backward pass.
 
-    `reentrant`: of a checkpointed block all is computed again before any of its backward.
-    `grads_exist`: the gradients are there already (a later micro-batch). `input_grad`: the embeddings' output asks
-    for a gradient though nothing before it trains, as checkpointing makes it. `updates`: bytes that updating a weight
-    takes in backward, once its gradient is there, by the weight's path. `lingers`: the loop's names for outputs and
-    loss keep those of the pass before until they are taken again: what was held, and what the graph's nodes refer to.
-    `to_host`: what a checkpoint keeps of the block before lies in host memory, and a copy of it comes back when the
-    block is computed again. `division`: the weights are divided among ranks, and gathered. `saves`: what operations
-    keep lies in host memory.
+    depth               axis of each run -> its number of copies
+    autocast            compute dtype of autocast, or None
+    checkpoint          blocks are checkpointed
+    reentrant           by torch's reentrant kind, which recomputes a whole block before any of its backward
+    grads_exist         the gradients exist already, as in a later micro-batch
+    input_grad          the embeddings' output requires a gradient though nothing before it trains, as under
+                        checkpointing
+    labelled            tensors are counted by kind, block, operation, name and source too
+    updates             weight path -> bytes of its update in backward, as soon as its gradient is there
+    keeps_last_outputs  variables of the loop keep the previous pass's outputs and loss, with the graph, until they are
+                        assigned again
+    to_host             checkpoints keep their inputs in host memory
+    division            how weights are sharded over ranks
+    saves               how saved tensors are offloaded to host memory
     """
     tape = Tape(grads_exist, labelled, updates)
     tape.saves = saves
@@ -340,7 +377,7 @@ def lower(
     passed = run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host)
     (held,) = add_to_each((passed.held,), passed.nodes)
     moments = tape.moments
-    for phase, before in (("forward", held), ("loss", passed.nodes)) if lingers else ():
+    for phase, before in (("forward", held), ("loss", passed.nodes)) if keeps_last_outputs else ():
         of_phase = [i for i, m in enumerate(moments) if m.phase == phase]
         for i, moment in zip(of_phase, add_to_each([moments[i] for i in of_phase], before), strict=True):
             moments[i] = moment
@@ -356,9 +393,11 @@ def infer(
     division: Division | None = None,
     casts: str = "",
 ) -> Lowered:
-    """The moments of a forward pass of which autograd records nothing, by the name of its `phase`. What it leaves for a
-    later pass, as the caches of keys and values, is alive when it is over (`left`). `division`: the weights are divided
-    among ranks, and gathered. `casts` is as `Scope` has it."""
+    """Return the moments of a forward pass without autograd, named by `phase`.
+
+    What it leaves for a later pass, such as key/value caches, is alive at its end (`left`). `division` is as in
+    `lower`, `casts` as in `Scope`.
+    """
     tape = Tape(labelled=labelled)
     tape.phase = phase
     gatherer = Gatherer(tape, division, False)
@@ -368,7 +407,7 @@ def infer(
     )
 
 
-def run_pass(
+def run_pass(  # noqa: PLR0912, PLR0913, PLR0915, PLR0917 (one pass, phase after phase)
     tape: Tape,
     gatherer: Gatherer,
     stack: Stack,
@@ -381,11 +420,13 @@ def run_pass(
     one_by_one: int = 0,
     records: bool = True,
     casts: str = "",
-) -> Passed:
-    """Run the stack on the tape, forward and backward; see `lower`. With `one_by_one` there are no runs of equal
-    blocks: that many copies of each are run, and the others left out. Unless it `records`, autograd keeps nothing, and
-    forward is all there is."""
-    goes = to_host or tape.saves is not None  # a checkpoint saves a block's input as an operation what it keeps
+) -> PassResult:
+    """Run the stack on the tape, forward and backward. Other arguments are those of `lower`.
+
+    one_by_one  run this many copies of each block one by one and skip the others, instead of one copy per run
+    records     whether autograd records; if not, there is only a forward pass
+    """
+    offloads = to_host or tape.saves is not None  # a checkpoint saves its input like any saved tensor
     first_scope = Scope(casts=casts)
     before = first_scope.resolve(stack.before, autocast)
     leaf: tuple[str, ...] = ()
@@ -393,9 +434,9 @@ def run_pass(
         before, leaf = _input_leaf(before)
     copies = _copies(stack, first_scope, _flowing(before, leaf), autocast, depth, input_grad, checkpoint and reentrant)
     if gatherer.divides:
-        copies = [part for c in copies for part in _ends_apart(c, depth)]
+        copies = [split for c in copies for split in _split_ends(c, depth)]
     if one_by_one:
-        copies = _apart(copies, depth, one_by_one)
+        copies = _split_all(copies, depth, one_by_one)
     last = copies[-1].scopes[-1]
     joints = [c.joins for c in copies if c.joins is not None]
     scope = joints[-1].scope if joints else first_scope
@@ -414,7 +455,7 @@ def run_pass(
     uses = Counter(w.name for op in outside for w in op.weights if w.trains)
     tape.uses = {name: n for name, n in uses.items() if n > 1}
     read = {r for op in (*after, *loss) for r in op.reads}
-    later: list[frozenset[str]] = []  # what is read from each of the copies on, but for what comes before it
+    later: list[frozenset[str]] = []  # for each of the copies, the names read by it and everything after it
     for c in reversed(copies):
         read |= {r for b in c.blocks for op in b.ops for r in op.reads}
         later.insert(0, frozenset(read))
@@ -432,7 +473,7 @@ def run_pass(
     last_past, *joint_pasts = tape.recall([("", after), *(("", j.ops) for j in joints)])
     first = Frame(before, first_scope, {}, leaf)
     first.past = past
-    embeds = first_scope["embeds"].name  # what a cast to the dtype it has already, and so dropped, was to rename
+    embeds = first_scope["embeds"].name  # another name if `embeds` is the output of a dropped cast
     called = [tuple(map(gatherer.named, c.units, map(_is_called, c.blocks))) for c in copies]
     from_here = [*accumulate(reversed(called), lambda later, units: _first(units, later), initial="")][::-1]
     gatherer.gather(REST, first)
@@ -448,10 +489,10 @@ def run_pass(
     own = _handed(made, behind, read, stream)
     x_flows = embeds in flows
     ran: list[tuple[int | None, list[Frame]]] = []
-    joined: dict[int, Frame] = {}  # what ran before a copy, outside of blocks
+    joined: dict[int, Frame] = {}  # copy -> the operations outside of blocks before it
     runs: list[tuple[str, int]] = []
     firsts: list[dict[str, str]] = []
-    counted: Counter[str] = Counter()  # the blocks of each name that came before
+    counted: Counter[str] = Counter()  # number of earlier blocks by name
     carried: dict[str, Storage] = {}
     for at, c in enumerate(copies):
         if c.joins is not None:
@@ -485,16 +526,16 @@ def run_pass(
         for i, (block, inner, unit) in enumerate(zip(c.blocks, c.scopes, c.units, strict=True)):
             enters = flows | _x(x_flows)
             frame = Frame(block.ops, inner, {**own, "x": stream}, enters, block.name, last_layer + i)
-            again = checkpoint and not block.lasting
-            if again:
-                frame.reentrant, frame.whole = reentrant, block.whole
+            is_checkpointed = checkpoint and not block.never_checkpointed
+            if is_checkpointed:
+                frame.reentrant, frame.whole = reentrant, block.recomputes_all
                 frame.lends = bool(block.shares) and not block.returned
                 reads = dict.fromkeys(r for op in block.ops for r in op.reads)
-                frame.to_host = goes
-                given = [own[r] for r in reads if r in own]
+                frame.to_host = offloads
+                inputs = [own[r] for r in reads if r in own]
                 if reentrant and block.by_name:
-                    frame.named, given = given, []
-                frame.checkpoint = [*([] if goes else [stream]), *given]
+                    frame.named, inputs = inputs, []
+                frame.checkpoint = [*([] if offloads else [stream]), *inputs]
                 for storage in (*frame.checkpoint, *frame.named):
                     storage.refs += 1
             if called[at][i]:
@@ -503,30 +544,33 @@ def run_pass(
             y, shares = behind["y"], {name: behind[name] for name in block.shares}
             frame.past = pasts[at][i]
             made = tape.forward(
-                frame, (y, *returned.values(), *shares.values()), grad=records, checkpoint=again or not records
+                frame,
+                (y, *returned.values(), *shares.values()),
+                grad=records,
+                checkpoint=is_checkpointed or not records,
             )
             for name, storage in shares.items():
                 own[name] = made[storage]
                 own[name].shared = True
-                if again and not reentrant and not block.returned:
+                if is_checkpointed and not reentrant and not block.returned:
                     own[name].refs += 1
                     frame.shared.append(own[name])
                     frame.shares = tuple(shares.values())
             for name in block.replaces:
                 tape.drop(own.pop(name))
-            flows |= _asked(block, frame.flows, again and reentrant)
+            flows |= _shares_with_gradient(block, frame.flows, is_checkpointed and reentrant)
             gatherer.leave(unit)
-            same = y not in made  # the block hands on what it was given
-            for storage in (*(() if same else (stream,)), *carried.values()):
-                tape.drop(storage)  # the caller's names now mean what the block returned
-            stream = stream if same else made[y]
+            returns_input = y not in made
+            for storage in (*(() if returns_input else (stream,)), *carried.values()):
+                tape.drop(storage)  # the caller's variables now hold what the block returned
+            stream = stream if returns_input else made[y]
             carried = {name: made[behind] for name, behind in returned.items()}
             x_flows = "y" in frame.flows
             frames.append(frame)
         if number is not None:
             tape.leave_run(stream, *carried.values(), *gatherer.handed)
             if any(op.holds == "states" for block in c.blocks for op in block.ops):
-                entering.run = number  # it stands for what the other copies were given, and is released with them
+                entering.run = number  # stands for the other copies' inputs, and is freed with them
         tape.leave_copy()
         ran.append((number, frames))
     own |= {"x": stream, **carried}
@@ -540,7 +584,7 @@ def run_pass(
         gatherer.end_forward()
         kept = tape.snapshot()
         held, nodes = tape.end_step()
-        return Passed(kept, held, nodes, tuple(runs))
+        return PassResult(kept, held, nodes, tuple(runs))
     tape.phase = "loss"
     gatherer.head_done()
     criterion = Frame(loss, tail_scope, own, tail.flows)
@@ -560,7 +604,7 @@ def run_pass(
     gatherer.remember(AFTER, None)
     gatherer.turn()
     root = tape.alloc(tail_scope["loss"], "temp")
-    root.refs += 1  # backward() holds the gradient it started from
+    root.refs += 1  # backward() holds the gradient that it starts from
     grads = {"loss": root}
     gatherer.backward(REST, tail, "")
     if gatherer.at_loss:
@@ -582,13 +626,13 @@ def run_pass(
         again_last = called[i][::-1] if several else ()
         for j in reversed(range(len(frames))):
             frame, unit, block = frames[j], copies[i].units[j], copies[i].blocks[j]
-            if checkpoint and reentrant and not block.lasting and "y" in grads:
+            if checkpoint and reentrant and not block.never_checkpointed and "y" in grads:
                 _materialise(tape, frame, block, flows.intersection(shared), returned, grads)
-            used = called[i][j] and any(node.targets for node in frame.nodes)
-            if used:
+            is_gathered = called[i][j] and any(node.targets for node in frame.nodes)
+            if is_gathered:
                 gatherer.backward(unit, frame, _first((*called[i][:j][::-1], *again_last), before_here[i]))
             tape.backward(frame, grads)
-            if used:
+            if is_gathered:
                 gatherer.reduce(unit, frame)
             if "x" in grads:
                 grads["y"] = grads.pop("x")
@@ -610,15 +654,15 @@ def run_pass(
         gatherer.backward(BEFORE, first, "")
     gatherer.enter_outside()
     tape.backward(first, grads)
-    for unit in (ROOT, BEFORE, TIED, REST):  # in the order of the model's modules
+    for unit in (ROOT, BEFORE, TIED, REST):  # in the order of the modules
         gatherer.reduce(unit, first)
     gatherer.end(first)
-    asked = {*leaf, *(name for joint in joints for name in joint.leaf)}
-    asked.update(name for c in copies for block in c.blocks for op in block.ops for name in leaves(op))
-    for name in [n for n in grads if n not in asked]:
+    leaf_names = {*leaf, *(name for joint in joints for name in joint.leaf)}
+    leaf_names.update(name for c in copies for block in c.blocks for op in block.ops for name in leaves(op))
+    for name in [n for n in grads if n not in leaf_names]:
         tape.drop(grads.pop(name))
     for storage in (root, *left.values()):
         tape.drop(storage)
     held, nodes = tape.end_step(*grads.values())
     tape.note()
-    return Passed(kept, held, nodes, tuple(runs))
+    return PassResult(kept, held, nodes, tuple(runs))

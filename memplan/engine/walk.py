@@ -1,7 +1,7 @@
-"""Walking: sizes put into lowered moments. One model's numbers once, then batch and sequence in microseconds.
+"""Putting sizes into lowered moments: a model's numbers once, then batch and sequence in microseconds.
 
-The bytes of every moment are linear in a few variables: the rounded sizes that depend on the run. A moment that
-another of its phase never falls below is left out; the others are those that can be the peak for some run.
+The bytes of every moment are linear in a few variables: the rounded sizes that depend on the run. A moment that is
+never larger than another one of its phase is left out; the rest are those that can be the peak of some run.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ from memplan.engine.lower import Moment
 
 
 class Variable(NamedTuple):
-    """A size that the run decides: `factor` elements for every point of `axes`, in rounded bytes.
+    """A size that depends on the run, in bytes rounded up to 512.
 
-    With `itemsize` 0 it is the plain product of `axes`: a factor that makes every multiple one of 512 bytes stands
-    in the coefficient instead.
+    axes      axes of the run, multiplied
+    factor    elements per unit of that product
+    itemsize  bytes per element; 0 for the plain product of `axes`, if its coefficient is a multiple of 512 bytes
+    per       elements of the shape per element of the storage
     """
 
     axes: tuple[str, ...]
@@ -37,10 +39,12 @@ Bytes = dict[Variable, int]  # a linear combination
 
 
 class Term(NamedTuple):
-    """The bytes of one moment, as coefficients over a program's variables.
+    """The bytes of one moment, as coefficients of a program's variables.
 
-    `at_least` are coefficients over the products of a chain (see `chain`) whose sum the moment never falls below, and
-    never exceeds by more than `slack`; None where it has variables outside the chain.
+    coefficients  of the variables
+    at_least      of the products of a chain (see `chain`): a lower bound of the bytes
+    slack         how much the bytes can exceed that bound; None if there are variables outside the chain
+    moment        index of the moment
     """
 
     coefficients: tuple[int, ...]
@@ -50,9 +54,9 @@ class Term(NamedTuple):
 
 
 def size(shape: str, dtype: str, axes: Mapping[str, int]) -> tuple[Variable, int]:
-    """The bytes of a storage as a multiple of one variable; axes that are not in `axes` belong to the run.
+    """Return the bytes of a storage as a variable and its multiple; axes that are not in `axes` depend on the run.
 
-    A dtype `x/n` is one x for every n elements, rounded up; so is an axis `x*y/n` of the model's.
+    A dtype `x/n` is one x per n elements, rounded up; likewise an axis `x*y/n` of the model.
     """
     name, _, block = dtype.partition("/")
     per, itemsize = int(block or 1), ITEMSIZE[name]
@@ -76,7 +80,7 @@ def size(shape: str, dtype: str, axes: Mapping[str, int]) -> tuple[Variable, int
 
 
 def shared(axis: str, axes: Mapping[str, int]) -> int:
-    """How many blocks of n an axis `x*y/n` has.
+    """Return the size of an axis `x*y/n`: the product over n, rounded up.
 
     >>> shared("a*d/128", {"a": 9, "d": 64})
     5
@@ -86,7 +90,7 @@ def shared(axis: str, axes: Mapping[str, int]) -> int:
 
 
 def alive(moment: Moment, runs: Sequence[tuple[str, int]], axes: Mapping[str, int]) -> dict[int, int]:
-    """How many storages of each size are alive at a moment, all copies of repeated blocks counted."""
+    """Return the number of live storages of each size at a moment, with all copies of repeated blocks."""
     out = dict(moment.counts)
     for run, counts in moment.per_copy.items():
         axis, counted = runs[run]
@@ -97,7 +101,7 @@ def alive(moment: Moment, runs: Sequence[tuple[str, int]], axes: Mapping[str, in
 
 
 def moment_bytes(counts: Mapping[int, int], sizes: Sequence[tuple[Variable, int]]) -> Bytes:
-    """The bytes alive at a moment."""
+    """Return the bytes alive at a moment."""
     out: Bytes = {}
     for key, count in counts.items():
         if count:
@@ -113,7 +117,7 @@ def rows(
     sizes: Sequence[tuple[Variable, int]],
     variables: Sequence[Variable],
 ) -> list[tuple[int, ...]]:
-    """The bytes alive at every moment, as coefficients over `variables`, all copies of repeated blocks counted."""
+    """Return the bytes alive at every moment as coefficients of `variables`, with all copies of repeated blocks."""
     index = {v: i for i, v in enumerate(variables)}
     place = [(index[v], n) for v, n in sizes]
     copies = [axes[axis] - counted for axis, counted in runs]
@@ -124,21 +128,21 @@ def rows(
             row[i] += n * count * times
 
     shared: Mapping[int, int] = {}
-    further: Mapping[int, Mapping[int, int]] = {}  # what copies beyond the first add
-    common = [0] * len(variables)  # the row of those two
+    per_copy: Mapping[int, Mapping[int, int]] = {}
+    common = [0] * len(variables)  # the row of `shared` and `per_copy`
     out: list[tuple[int, ...]] = []
     for moment in moments:
         if moment.shared is not shared:
             add(shared, common, -1)
             shared = moment.shared
             add(shared, common)
-        if moment.per_copy is not further:
-            for run in {*further, *moment.per_copy}:
-                old, new = further.get(run, {}), moment.per_copy.get(run, {})
+        if moment.per_copy is not per_copy:
+            for run in {*per_copy, *moment.per_copy}:
+                old, new = per_copy.get(run, {}), moment.per_copy.get(run, {})
                 if new is not old:
                     add(old, common, -copies[run])
                     add(new, common, copies[run])
-            further = moment.per_copy
+            per_copy = moment.per_copy
         row = list(common)
         add(moment.changes, row)
         out.append(tuple(row))
@@ -146,25 +150,25 @@ def rows(
 
 
 def chain(variables: Sequence[Variable]) -> list[tuple[str, ...]]:
-    """The longest chain of products of axes among the variables, largest first: each is at least the next, always. Of
-    several, one that most variables are of.
+    """Return the longest chain of the variables' products of axes, largest first: each is always at least the next.
 
-    1 <= s <= b s <= b s s, and s rounded up is at least s.
+    For example b s s >= b s >= s >= 1, and s rounded up is at least s. Among chains of equal length, the one with the
+    most variables is taken.
     """
-    of = Counter(v.axes for v in variables)
+    counts = Counter(v.axes for v in variables)
 
-    def reach(products: list[tuple[str, ...]]) -> tuple[int, int]:
-        return len(products), sum(of[axes] for axes in products)
+    def rank(products: list[tuple[str, ...]]) -> tuple[int, int]:
+        return len(products), sum(counts[axes] for axes in products)
 
     best: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
-    for axes in sorted(of, key=lambda p: (len(p), sum(map(_height, p)), p)):
+    for axes in sorted(counts, key=lambda p: (len(p), sum(map(_height, p)), p)):
         below = [best[other] for other in best if _at_most(other, axes)]
-        best[axes] = [axes, *max(below, key=reach, default=())]
-    return max(best.values(), key=reach)
+        best[axes] = [axes, *max(below, key=rank, default=())]
+    return max(best.values(), key=rank)
 
 
 def _height(axis: str) -> int:
-    """How many axes are known to be no larger than this one."""
+    """Return the number of axes known to be at most this one, including itself."""
     return 1 + _height(AT_LEAST[axis]) if axis in AT_LEAST else 0
 
 
@@ -173,21 +177,21 @@ def prune(
     variables: Sequence[Variable],
     along: Sequence[tuple[str, ...]] | None = None,
 ) -> tuple[Term, ...]:
-    """Return the candidates, rows of moments, that can be the largest for some run.
+    """Return the candidates (rows of moments) that can be the largest for some run.
 
-    Leaves out every candidate that is never larger than a certain other one, or that lies midway between two others.
-    Along a chain of products what counts is the sum of coefficients from the largest down: the variables' own, or the
-    one to go `along`. A rounded size is its product plus at most 511 bytes.
+    Leaves out every candidate that is never larger than another one, or that lies midway between two others. Along a
+    chain of products, running sums of coefficients are compared, from the largest product down; the chain is the
+    variables' own unless `along` is given. A rounded size is its product plus at most 511 bytes.
     """
     products = {axes: i for i, axes in enumerate(chain(variables) if along is None else along)}
     chained = [v.axes in products and v.per == 1 for v in variables]
     rounds = [i for i, v in enumerate(variables) if v.itemsize and chained[i]]
-    others = [i for i, inside in enumerate(chained) if not inside]
+    others = [i for i, is_chained in enumerate(chained) if not is_chained]
     multiples = [(i, products[v.axes], v.factor * (v.itemsize or 1)) for i, v in enumerate(variables) if chained[i]]
     first: dict[tuple[int, ...], int] = {}
     for row, moment in candidates:
         first.setdefault(row, moment)
-    found: list[_Candidate] = []
+    by_sums: list[_Candidate] = []
     for row in without_midpoints(list(first)):
         linear = [0] * len(products)
         for i, product, multiple in multiples:
@@ -196,32 +200,32 @@ def prune(
         slack = None if any(apart) else 511 * sum(rounding)
         term = Term(row, tuple(linear), slack, first[row])
         sums = [*accumulate(linear)]
-        found.append(_Candidate(sums, sums[-1], sum(apart), apart, rounding, term))
-    found.sort(key=_sums, reverse=True)
+        by_sums.append(_Candidate(sums, sums[-1], sum(apart), apart, rounding, term))
+    by_sums.sort(key=_sums, reverse=True)
     kept: list[Term] = []
-    larger: list[_Candidate] = []  # those kept, the one last found larger first: it often is again
-    for one in found:
+    larger: list[_Candidate] = []  # those kept; the last one found to be larger is tried first, as it often is again
+    for candidate in by_sums:
         for at, other in enumerate(larger):
-            if _always_at_least(other, one):
+            if _always_at_least(other, candidate):
                 larger.insert(0, larger.pop(at))
                 break
         else:
-            kept.append(one.term)
-            larger.append(one)
+            kept.append(candidate.term)
+            larger.append(candidate)
     return tuple(kept)
 
 
 def without_midpoints(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
-    """Leave out rows that lie midway between an earlier and a later one: no run makes them larger than both.
+    """Leave out rows that lie midway between an earlier and a later row: they are never larger than both.
 
-    A loop over experts makes hundreds of them, since each iteration adds the same. The steps from one row to the next
-    repeat after as many rows as an iteration has.
+    A loop over experts makes hundreds of such rows, because every iteration adds the same. The differences between
+    consecutive rows repeat with the number of rows per iteration.
 
     >>> without_midpoints([(0, 9), (1, 7), (2, 8), (3, 6), (4, 7), (5, 5)])
     [(0, 9), (1, 7), (2, 8), (4, 7), (5, 5)]
     """
     out = [*rows[:1]]
-    last: dict[tuple[int, ...], int] = {}  # the row that a step led to last
+    last: dict[tuple[int, ...], int] = {}  # difference -> the last row after it
     period = 0
     for i in range(1, len(rows)):
         step = tuple(map(sub, rows[i], rows[i - 1]))
@@ -240,12 +244,18 @@ def _midway(before: tuple[int, ...], row: tuple[int, ...], after: tuple[int, ...
 
 
 class _Candidate(NamedTuple):
-    """A term, the sums of its coefficients along the chain and their `total`, those of variables outside it (`whole`:
-    all together), and those of variables that are rounded."""
+    """A term, and what `_always_at_least` compares.
+
+    sums         running sums of its coefficients along the chain
+    total        the last of those sums
+    apart_total  sum of `apart`
+    apart        coefficients of variables outside the chain
+    rounding     coefficients of rounded variables
+    """
 
     sums: list[int]
     total: int
-    whole: int
+    apart_total: int
     apart: list[int]
     rounding: list[int]
     term: Term
@@ -256,8 +266,8 @@ def _sums(candidate: _Candidate) -> list[int]:
 
 
 def _always_at_least(large: _Candidate, small: _Candidate) -> bool:
-    """Whether one is at least as large as the other for every run. Numbers are compared before lists: most differ."""
-    if large.total < small.total or large.whole < small.whole:
+    """Whether one candidate is at least as large as the other for every run. Cheap comparisons come first."""
+    if large.total < small.total or large.apart_total < small.apart_total:
         return False
     if not all(map(ge, large.apart, small.apart)) or not all(map(ge, large.sums, small.sums)):
         return False
@@ -276,9 +286,10 @@ def _at_most(small: tuple[str, ...], large: tuple[str, ...]) -> bool:
 
 
 def values(variables: Sequence[Variable], axes: Mapping[str, Size]) -> list[Size]:
-    """The variables' values for a run, or for many. Sorted by axes, as they are, each product is made once.
+    """Return the variables' values for a run, or for many runs at once.
 
-    What stands for no axis is the number 1, also for many runs.
+    Because variables are sorted by axes, each product is computed once. Without axes the product is the number 1, also
+    for many runs.
     """
     out: list[Any] = []
     known: tuple[str, ...] = ()
@@ -298,14 +309,14 @@ def values(variables: Sequence[Variable], axes: Mapping[str, Size]) -> list[Size
 
 
 def largest(terms: Sequence[Term], values: Sequence[int], products: Sequence[int]) -> tuple[int, int]:
-    """The most bytes of any term, and its moment. `products` are the values of the chain's products."""
+    """Return the most bytes of any term, and its moment. `products` are the values of the chain's products."""
     floors = [sum(map(mul, term.at_least, products)) for term in terms]
     highest = max(floors)
-    found: tuple[int, int] | None = None  # less than nothing, where what is there throughout is counted apart
+    best: tuple[int, int] | None = None  # not 0: bytes are negative if always-live tensors are counted elsewhere
     for term, floor in zip(terms, floors, strict=True):
         if term.slack is None or floor + term.slack >= highest:
             total = sum(map(mul, term.coefficients, values))
-            if found is None or total > found[0]:
-                found = total, term.moment
-    assert found is not None
-    return found
+            if best is None or total > best[0]:
+                best = total, term.moment
+    assert best is not None
+    return best

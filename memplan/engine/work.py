@@ -1,6 +1,6 @@
-"""Work: a pass as the sequence of what it computes, forward, again, and backward. Structure only: no sizes.
+"""The computations of a pass in order: forward, recomputation, backward. Structure only: no sizes.
 
-Of a run of equal blocks one copy is run, and counts as often as the run has copies.
+One copy stands for a run of equal blocks, with the number of copies.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from memplan.engine.step import run_pass
 
 
 class Call(NamedTuple):
-    """One computation: of what an operation writes, or of the gradients it hands back.
+    """One computation: of an operation's outputs, or of gradients.
 
-    part     forward; recomputed, for a checkpoint; backward; sum, of two gradients of one tensor
-    tensors  what the operation reads and keeps, by the names it has for them, its weights as if they were stored whole
-    of       the outputs whose gradients came; empty but in backward
-    targets  what gradients are made for; of a sum, the tensor whose two are added
-    copies   how many equal blocks do the same
+    part     forward; recomputed (for a checkpoint); backward; sum (of two gradients of one tensor)
+    tensors  the tensors that the operation reads and keeps, by their names there; weights are not quantised here
+    of       in backward, the outputs whose gradients came in
+    targets  in backward, the tensors whose gradients are computed; in a sum, the tensor whose gradients are added
+    copies   number of equal blocks that do the same
     """
 
     op: Op
@@ -32,17 +32,17 @@ class Call(NamedTuple):
     copies: int
 
 
-class _Noted(NamedTuple):
+class _CallInRun(NamedTuple):
     call: Call
     run: int | None
 
 
-class Worker(Tape):
-    """A tape that notes what is computed."""
+class CallRecorder(Tape):
+    """A tape that records computations, and no moments."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.noted: list[_Noted] = []
+        self.calls: list[_CallInRun] = []
 
     def computed(self, frame: Frame, op: Op) -> None:
         part = "recomputed" if self.phase == "backward" else "forward"
@@ -53,7 +53,7 @@ class Worker(Tape):
         self._add(Call(node.op, "backward", _known(frame, node.op), of, targets, 1))
 
     def note(self) -> None:
-        """Moments are not asked for."""
+        """Record no moments."""
 
     def _sum(self, like: Tensor, old: Storage | None, new: Storage, kind: str = "temp") -> Storage:
         if old is not None:
@@ -61,7 +61,7 @@ class Worker(Tape):
         return super()._sum(like, old, new, kind)
 
     def _add(self, call: Call) -> None:
-        self.noted.append(_Noted(call, self._in_run))
+        self.calls.append(_CallInRun(call, self._in_run))
 
 
 def _known(frame: Frame, op: Op) -> dict[str, Tensor]:
@@ -79,10 +79,10 @@ def work(
     to_host: bool = False,
     saves: SavedTensors | None = None,
 ) -> tuple[Call, ...]:
-    """What one forward and backward pass computes, in order. The arguments are those of `lower`."""
-    tape = Worker()
+    """Return the computations of one forward and backward pass, in order. The arguments are those of `lower`."""
+    tape = CallRecorder()
     tape.saves = saves
     gatherer = Gatherer(tape, None, grads_exist=False)
     runs = run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host).runs
     copies = [depth[axis] - counted + 1 for axis, counted in runs]
-    return tuple(call._replace(copies=1 if run is None else copies[run]) for call, run in tape.noted)
+    return tuple(call._replace(copies=1 if run is None else copies[run]) for call, run in tape.calls)

@@ -1,1 +1,1 @@
-"""The answer: how much memory a run takes, when, of which tensors, and whether it fits."""
+"""The answer: how much memory a run takes, when, which tensors take it, and whether it fits."""

@@ -1,4 +1,4 @@
-"""The answer: what `estimate` returns. Every number of bytes is an integer, per GPU."""
+"""The answer that `estimate` returns. Every number of bytes is an integer, per GPU."""
 
 from __future__ import annotations
 
@@ -18,12 +18,17 @@ from memplan.spec.run import RunSpec
 
 SCHEMA_VERSION = 1
 ANSWERS = ("fits", "tight", "does not fit")
-VIAS = ("engine", "trace")  # how an answer was come by: from memplan's own stacks, or from a traced step
+VIAS = ("engine", "trace")  # where an answer comes from: memplan's own stacks, or a traced step
 BASES = ("derived", "measured", "assumed", "traced")
 
 
 class Parameters(NamedTuple):
-    """How many parameters: of the model, of those that train, and of the model that a token meets."""
+    """Parameter counts.
+
+    total      of the model
+    trainable  those that train
+    active     those of the model that one token is multiplied by
+    """
 
     total: int
     trainable: int
@@ -31,8 +36,14 @@ class Parameters(NamedTuple):
 
 
 class Bytes:
-    """Peaks: `allocated` as torch.cuda.max_memory_allocated counts, `reserved` in torch's segments, `used` as
-    nvidia-smi shows for the process. The last two are made when asked for."""
+    """Peak bytes.
+
+    allocated  torch's tensors, as torch.cuda.max_memory_allocated counts them
+    reserved   torch's segments
+    used       what nvidia-smi shows for the process
+
+    `reserved` and `used` are computed when asked for.
+    """
 
     __slots__ = ("_usage",)
 
@@ -65,7 +76,7 @@ class Bytes:
 
 
 class Card(NamedTuple):
-    """The GPU asked for: `usable` bytes of one, and how many."""
+    """The GPU of the run: the usable bytes of one, and how many there are."""
 
     name: str
     usable: int
@@ -73,7 +84,11 @@ class Card(NamedTuple):
 
 
 class Verdict:
-    """`answer` is fits, tight or does not fit; None without a GPU. `headroom` is usable minus used."""
+    """Whether the run fits.
+
+    answer    fits, tight or does not fit; None without a GPU
+    headroom  usable bytes minus used ones
+    """
 
     __slots__ = ("_usable", "_usage")
 
@@ -102,14 +117,14 @@ class Verdict:
 
 
 class Peak(NamedTuple):
-    """The moment of the peak: `phase`, and the operation at `where`."""
+    """The moment of the peak: its phase, and the operation at `where`."""
 
     phase: str
     where: str
 
 
 class Phase(NamedTuple):
-    """The peak of one phase; `step` is 1 or 2 where the first step differs from the later ones."""
+    """The peak of one phase. `step` is 1 or 2 if the first step differs from later ones, else None."""
 
     phase: str
     step: int | None
@@ -118,8 +133,13 @@ class Phase(NamedTuple):
 
 
 class HostPhase(NamedTuple):
-    """Host memory in a phase, `load`, `step` or one beside the steps: of one process, of all of a node, and the
-    `mapped` files they share."""
+    """Host memory in one phase: loading, a step or a side task.
+
+    phase   load, step, or the side task's
+    rank    bytes of one process
+    node    bytes of all processes on a node
+    mapped  bytes of the files that they map and share
+    """
 
     phase: str
     rank: int
@@ -128,14 +148,17 @@ class HostPhase(NamedTuple):
 
 
 class Host(NamedTuple):
-    """Host memory: how many processes of the run a node has, and the phases. Bytes of the process that has most."""
+    """Host memory, phase by phase. `ranks` is the number of the run's processes per node.
+
+    Bytes of a rank are those of the process with the most.
+    """
 
     ranks: int
     phases: tuple[HostPhase, ...]
 
     @property
     def peak(self) -> HostPhase:
-        """The phase in which a node has most, the later of equal ones."""
+        """The phase in which a node has the most; the later one of equals."""
         return max(reversed(self.phases), key=lambda phase: phase.node)
 
     def as_dict(self) -> dict[str, Any]:
@@ -143,8 +166,12 @@ class Host(NamedTuple):
 
 
 class Rank(NamedTuple):
-    """The ranks of one stage of a pipeline: how many of the model's layers and parameters they have, of how many
-    microbatches they keep what backward needs at most, and what of an answer is theirs."""
+    """The ranks of one pipeline stage, and their part of the answer.
+
+    layers      layers of the stage
+    parameters  parameters of the stage
+    in_flight   most micro-batches whose saved tensors are held at once
+    """
 
     stage: int
     layers: int
@@ -155,15 +182,17 @@ class Rank(NamedTuple):
     verdict: Verdict
 
     def as_dict(self) -> dict[str, Any]:
-        own = {"bytes": self.bytes.as_dict(), "peak": self.peak._asdict(), "verdict": self.verdict.as_dict()}
-        return {**self._asdict(), **own}
+        parts = {"bytes": self.bytes.as_dict(), "peak": self.peak._asdict(), "verdict": self.verdict.as_dict()}
+        return {**self._asdict(), **parts}
 
 
 class Line(NamedTuple):
-    """One kind of tensor alive at the peak: `count` of them, `bytes` in all.
+    """One kind of tensor alive at the peak: `count` tensors of `bytes` in all.
 
-    `shape` is in the letters of `memplan.core.ir`, `dims` the same in numbers; `why` says what keeps it alive; `basis`
-    is one of `BASES`.
+    shape  in the letters of `memplan.core.ir`
+    dims   the same shape in numbers
+    why    what keeps it alive
+    basis  one of `BASES`
     """
 
     what: str
@@ -183,25 +212,25 @@ KINDS = ("parameter", "gradient", "optstate", "activation", "temp", "buffer", "o
 
 
 class Details(Protocol):
-    """What of an answer is made when it is asked for."""
+    """The parts of an answer that are computed when asked for."""
 
     def lines(self) -> Iterable[Line]:
-        """Every tensor alive at the peak, largest first."""
+        """Yield every tensor alive at the peak, largest first."""
         ...
 
     def moments(self) -> Iterable[Phase]:
-        """What is allocated at every moment memory is about to fall, in order, in the step that peaks."""
+        """Yield the bytes allocated whenever memory is about to fall, in order, in the step with the peak."""
         ...
 
     def ranks(self) -> Iterable[Rank]:
-        """The ranks that differ, by stage; nothing where all are alike."""
+        """Yield the ranks that differ, by stage; nothing if all are alike."""
         ...
 
 
 class Estimate:
-    """One run's answer. Immutable; equal if the run is, and how it was come by: `via` is one of `VIAS`.
+    """The answer for one run. Immutable; equal if the run, the calibration and `via` (one of `VIAS`) are.
 
-    The ledger, the timeline and what torch reserves beyond its tensors are made when asked for.
+    The ledger, the timeline and what torch reserves beyond its tensors are computed when asked for.
     """
 
     asked: RunSpec
@@ -222,7 +251,7 @@ class Estimate:
     _parts: Mapping[str, object]
     _usage: Usage
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 (a part of the answer each)
         self,
         asked: RunSpec,
         parts: Mapping[str, object],
@@ -240,9 +269,10 @@ class Estimate:
         serving: Mapping[str, Any] | None = None,
         host: Host | None = None,
     ) -> None:
-        """`parts` are the run's with every null filled in; `serving` is what a serving engine makes of its card.
+        """Create the answer from `parts`, the run's with every null filled in.
 
-        Raises InternalError if a phase has a peak that is no number of bytes.
+        `serving` is how a serving engine divides its card.
+        Raises InternalError if a phase's peak is not a byte count.
         """
         for phase in phases:
             if type(phase.peak) is not int or phase.peak < 0:
@@ -275,40 +305,42 @@ class Estimate:
 
     @cached_property
     def run(self) -> RunSpec:
-        """The run with every null filled in as its profile decides."""
+        """The run with every null filled in, as its profile decides."""
         gpu = self.gpu.name if self.gpu else None
         return self.asked.model_copy(update={**self._parts, "gpu": gpu})
 
     @property
     def fits(self) -> bool:
-        """Whether the verdict is fits, which is sooner known than what else it is."""
+        """Whether the verdict is fits. Cheaper than the verdict."""
         return self._usage.fits
 
     @property
     def least(self) -> int:
-        """No card with fewer usable bytes holds the run."""
+        """The fewest usable bytes that a card needs to hold the run."""
         return self._usage.least
 
-    def told(self, usable: int, replayed: bool = False) -> bool | None:
-        """Whether a card of the same kind with so many usable bytes surely holds the run, as far as bounds tell, or
-        with `replayed` one replay for all such cards; None where they do not."""
-        return self._usage.told(usable, replayed)
+    def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
+        """Return whether a card of this kind with `usable` bytes holds the run, or None if the bounds do not tell.
+
+        `replayed` also allows one replay of the allocations, shared by all such cards.
+        """
+        return self._usage.fits_card_of(usable, replayed)
 
     @property
     def band(self) -> Band:
-        """Where `bytes.used` lies in most runs."""
+        """The range in which `bytes.used` falls in most runs."""
         return self._usage.band
 
     @property
     def beside(self) -> tuple[Overhead, ...]:
-        """What the process has of the card beside torch's segments: the CUDA context, and NCCL's by communicator."""
-        return self._usage.beside
+        """What the process holds outside torch's segments: the CUDA context and NCCL's communicators."""
+        return self._usage.overheads
 
     @cached_property
     def ledger(self) -> tuple[Line, ...]:
         """Every tensor alive at the peak, largest first. Sums to `bytes.allocated`.
 
-        Raises InternalError if it does not, or if a line counts less than nothing.
+        Raises InternalError if it does not, or if a line is negative.
         """
         lines = tuple(self.details.lines())
         for line in lines:
@@ -321,25 +353,27 @@ class Estimate:
 
     @cached_property
     def timeline(self) -> tuple[Phase, ...]:
-        """What is allocated at every moment memory is about to fall, in order, in the step that peaks."""
+        """The bytes allocated whenever memory is about to fall, in order, in the step with the peak."""
         return tuple(self.details.moments())
 
     @cached_property
     def ranks(self) -> tuple[Rank, ...]:
-        """The ranks that differ, by stage of a pipeline; empty where all are alike. The answer is that of the one that
-        holds most, or of the stage that was asked for."""
+        """The ranks that differ, by pipeline stage; empty if all are alike.
+
+        The answer is that of the stage with the most, or of the stage that the run asks for.
+        """
         return tuple(self.details.ranks())
 
     @cached_property
     def categories(self) -> dict[str, int]:
-        """Bytes at the peak by kind (torch's MemTracker words). Sums to `bytes.allocated`."""
+        """Bytes at the peak by kind, in torch MemTracker's terms. Sums to `bytes.allocated`."""
         out: dict[str, int] = dict.fromkeys(KINDS, 0)
         for line in self.ledger:
             out[line.kind] += line.bytes
         return FrozenDict(out)
 
     def model_dump(self) -> dict[str, Any]:
-        """The answer as the JSON contract has it."""
+        """Return the answer as the JSON contract defines it."""
         return {
             "schema_version": SCHEMA_VERSION,
             "memplan_version": __version__,
@@ -381,7 +415,7 @@ class Estimate:
 
 
 def phase_peaks(answer: Estimate) -> dict[str, int]:
-    """The peak of every phase, of all steps."""
+    """Return the peak of every phase over all steps."""
     out: dict[str, int] = {}
     for phase in answer.phases:
         out[phase.phase] = max(out.get(phase.phase, 0), phase.peak)
@@ -389,7 +423,7 @@ def phase_peaks(answer: Estimate) -> dict[str, int]:
 
 
 class Holding(NamedTuple):
-    """A GPU that holds the run, and how: fits or tight."""
+    """A GPU that holds the run, and whether it fits or is tight."""
 
     gpu: GPU
     answer: str

@@ -1,6 +1,6 @@
-"""A machine's own overhead: what measured runs took there beyond what was estimated, as a profile of one card.
+"""A machine's own overhead on one card: what measured runs took beyond their estimates.
 
-The profile is a file that the command reads and writes; the library takes one as an argument, and never looks for it.
+The profile is a file that the command reads and writes. The library takes one as an argument and never looks for it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from memplan.core.errors import MemplanError, SpecError, printable
 from memplan.core.user_folders import calibrations
 from memplan.spec.base import Part
 
-COVERAGE = 0.95  # of runs like those measured that the band aims at
-FEWEST = 19  # runs: the band from the least to the most of so many holds 90 % of further ones
+COVERAGE = 0.95  # share of further runs that the band should hold
+MIN_RUNS = 19  # runs: their full range holds 90 % of further runs
 _MOST_BYTES = 2**16
 _LONGEST = 200
 
 Bytes = Annotated[int, Field(ge=0, le=2**50, strict=True)]
-Error = Annotated[float, Field(gt=-1, le=100)]  # relative: measured over estimated, less 1
+Error = Annotated[float, Field(gt=-1, le=100)]  # relative: measured / estimated - 1
 
 
-class Range(Part, frozen=True):
-    """Bytes as the least, the median and the most that runs had."""
+class MeasuredRange(Part, frozen=True):
+    """The least, the median and the most bytes of the measured runs."""
 
     low: Bytes
     usual: Bytes
@@ -40,7 +40,7 @@ class Range(Part, frozen=True):
 
 
 class Errors(Part, frozen=True):
-    """Relative errors of an estimate, measured over estimated less 1: the band's low end, the median, its high end."""
+    """Relative errors of an estimate, as measured / estimated - 1: the band's low end, the median, its high end."""
 
     low: Error
     usual: Error
@@ -57,8 +57,8 @@ def _check_order(low: float, usual: float, high: float) -> None:
         raise ValueError(f"must ascend from low to high, not {low}, {usual}, {high}")
 
 
-class Around(NamedTuple):
-    """What a process takes on the card, in bytes: the band's low end, the usual, the band's high end."""
+class CalibratedRange(NamedTuple):
+    """The bytes a process takes on the card: the band's low end, the median, its high end."""
 
     low: int
     usual: int
@@ -68,9 +68,10 @@ class Around(NamedTuple):
 class Calibration(Part, frozen=True):
     """The overhead of one card on one machine, from `runs` measured runs.
 
-    `context` is what the driver counts at the end of a run beside torch's segments. `reserved_error` is of the
-    estimate of torch's segments (`bytes.reserved`), `used_error` of it and the usual context together, against what
-    the process took: its ends are those of a band that holds `coverage` of further runs like these.
+    context         bytes the driver counts outside torch's segments at the end of a run
+    reserved_error  errors of the estimate of torch's segments (`bytes.reserved`)
+    used_error      errors of that estimate plus the usual context, against what the process took
+    coverage        share of further runs like these that the band between the ends of `used_error` holds
     """
 
     gpu: Annotated[str, Field(min_length=1, max_length=_LONGEST)]
@@ -79,32 +80,34 @@ class Calibration(Part, frozen=True):
     stack: Annotated[str, Field(max_length=1000)]
     memplan: Annotated[str, Field(max_length=_LONGEST)]
     date: Annotated[str, Field(max_length=_LONGEST)]
-    runs: Annotated[int, Field(ge=FEWEST, strict=True)]
+    runs: Annotated[int, Field(ge=MIN_RUNS, strict=True)]
     coverage: Annotated[float, Field(gt=0, lt=1)]
-    context: Range
+    context: MeasuredRange
     reserved_error: Errors
     used_error: Errors
 
-    def around(self, reserved: int) -> Around:
-        """What a process takes whose segments are estimated at `reserved` bytes."""
+    def around(self, reserved: int) -> CalibratedRange:
+        """Return what a process takes if its segments are estimated at `reserved` bytes."""
         base, error = reserved + self.context.usual, self.used_error
         low, usual, high = (base + round(base * e) for e in (error.low, error.usual, error.high))
-        return Around(low, usual, high)
+        return CalibratedRange(low, usual, high)
 
     def named(self) -> str:
-        """The profile in words, as an answer that rests on it names it."""
+        """Return the note that names the profile in an answer."""
         allocator = f", allocator {self.allocator}" if self.allocator else ""
         return (
-            f"used and its band are by this machine's own profile: {self.runs} runs measured on {self.gpu} until "
+            f"used and its band follow this machine's own profile: {self.runs} runs measured on {self.gpu} until "
             f"{self.date[:10]}, driver {self.driver}{allocator}, {self.stack}"
         )
 
 
 class Measurement(NamedTuple):
-    """One measured run beside its estimate, in bytes.
+    """One measured run and its estimate, in bytes.
 
-    `reserved` is torch.cuda.max_memory_reserved, `process` the most the driver counted, `context` what of it was no
-    segment of torch's at the end, `estimated` the estimate's `bytes.reserved`.
+    reserved   torch.cuda.max_memory_reserved
+    process    the most the driver counted
+    context    the part of it outside torch's segments at the end
+    estimated  the estimate's `bytes.reserved`
     """
 
     reserved: int
@@ -114,7 +117,7 @@ class Measurement(NamedTuple):
 
 
 class Origin(NamedTuple):
-    """Where and when runs were measured."""
+    """Where and when the runs were measured."""
 
     gpu: str
     driver: str
@@ -124,13 +127,15 @@ class Origin(NamedTuple):
     date: str
 
 
-def calibrated(measurements: Sequence[Measurement], origin: Origin) -> Calibration:
-    """The profile of some runs on one card. Raises SpecError where they are fewer than `FEWEST`."""
+def calibrate_card(measurements: Sequence[Measurement], origin: Origin) -> Calibration:
+    """Return the profile of measured runs on one card. Raises SpecError for fewer than `FEWEST` runs."""
     n = len(measurements)
-    if n < FEWEST:
-        raise SpecError(f"lines: {n} measured runs on {origin.gpu}, and a band needs {FEWEST} at least", "lines")
+    if n < MIN_RUNS:
+        raise SpecError(
+            f"lines: a band needs at least {MIN_RUNS} measured runs, and there are {n} on {origin.gpu}", "lines"
+        )
     contexts = sorted(m.context for m in measurements)
-    context = Range(low=contexts[0], usual=_median(contexts), high=contexts[-1])
+    context = MeasuredRange(low=contexts[0], usual=_median(contexts), high=contexts[-1])
     return Calibration(
         **origin._asdict(),
         runs=n,
@@ -147,11 +152,11 @@ def _median(ascending: Sequence[int]) -> int:
 
 
 def _cut(n: int) -> int:
-    """How many of n errors the band leaves out at each end, and one: its ends are the k-th least and the k-th most.
+    """Return k, so that the band's ends are the k-th smallest and k-th largest of n errors.
 
-    A further run, exchangeable with these, has each of n + 1 ranks alike, so the band holds 1 - 2 k / (n + 1) of them:
-    split conformal prediction (Vovk et al., Algorithmic Learning in a Random World, 2005), nothing assumed of the
-    errors' distribution.
+    If a further run is exchangeable with these, each of its n + 1 possible ranks is equally likely, so the band holds
+    it with probability 1 - 2 k / (n + 1): split conformal prediction (Vovk et al., Algorithmic Learning in a Random
+    World, 2005), which assumes nothing about the distribution of the errors.
     """
     return max(1, floor((n + 1) * (1 - COVERAGE) / 2))
 
@@ -168,25 +173,27 @@ def _errors(errors: Sequence[float]) -> Errors:
 
 
 def file_of(gpu: str) -> Path:
-    """The file of a card's profile, by the card's name in memplan's table."""
+    """Return the path of a card's profile, by the card's name in memplan's table."""
     return calibrations() / f"{gpu}.json"
 
 
 def write(calibration: Calibration, path: Path) -> None:
-    """Write a profile, whole or not at all. Raises MemplanError where it cannot be written."""
-    new = path.with_name(f".{path.name}.new")
+    """Write a profile atomically. Raises MemplanError if it cannot be written."""
+    temporary = path.with_name(f".{path.name}.new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        new.write_text(calibration.model_dump_json(indent=2) + "\n", "utf-8")
-        new.replace(path)
+        temporary.write_text(calibration.model_dump_json(indent=2) + "\n", "utf-8")
+        temporary.replace(path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
         raise MemplanError(f"output: {str(path)!r:.200} cannot be written ({reason})", "output") from None
 
 
 def read(path: Path) -> Calibration:
-    """The profile in a file. Raises SpecError, which names the file and the field, if it cannot be read or holds
-    none."""
+    """Return the profile in a file.
+
+    Raises SpecError, which names the file and the field, if it cannot be read or is not a profile.
+    """
     try:
         return _parsed(_bytes_of(path), path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
@@ -195,9 +202,9 @@ def read(path: Path) -> Calibration:
 
 
 def local(gpu: str) -> Calibration | None:
-    """This machine's profile of a card; None if there is none, or its folder may not be searched.
+    """Return this machine's profile of a card, or None if there is none or its folder is inaccessible.
 
-    Raises OSError if its file cannot be read, SpecError if the file holds no profile.
+    Raises OSError if its file cannot be read, SpecError if it is not a profile.
     """
     path = file_of(gpu)
     try:
@@ -233,7 +240,7 @@ def _shown(path: Path) -> str:
 
 
 def calibration_of(gpu: GPU | None, calibration: Calibration | None) -> Calibration | None:
-    """The machine's own profile, where it is of the run's card."""
+    """Return the profile if it belongs to the run's card, else None."""
     if calibration is None or gpu is None or calibration.gpu != gpu.name:
         return None
     return calibration

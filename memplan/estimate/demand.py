@@ -11,7 +11,7 @@ from memplan.estimate.answer import Estimate
 
 
 class Demand(NamedTuple):
-    """What a plan is to reach: that the run fits, or is no more than `tight`, with `headroom` bytes free."""
+    """What a plan has to reach: the run fits, or is at most `tight`, with `headroom` bytes free."""
 
     tight: bool = False
     headroom: int = 0
@@ -22,17 +22,18 @@ class Demand(NamedTuple):
         if not self.headroom:
             return True
         left = answer.gpu.usable - self.headroom
-        return answer.least <= left and (answer.verdict.headroom or 0) >= self.headroom  # spares replays
+        # `least` comes first because it needs no replay
+        return answer.least <= left and (answer.verdict.headroom or 0) >= self.headroom
 
-    def told(self, answer: Estimate, usable: int) -> bool | None:
-        """Whether the demand is met on a card of the answer's kind with so many usable bytes, as far as bounds tell."""
+    def fits_card_of(self, answer: Estimate, usable: int) -> bool | None:
+        """Return whether a card with `usable` bytes meets the demand, or None if the bounds do not tell."""
         left = usable - self.headroom
-        if self.tight or self.headroom:  # a run may live in less than it shows, and show less than it might
+        if self.tight or self.headroom:  # a run on a full card may need and show less than the bounds
             return False if answer.least > left else None
-        return answer.told(left)
+        return answer.fits_card_of(left)
 
     def check(self, gpu: GPU) -> None:
-        """Raise SpecError where the headroom is more than the card has."""
+        """Raise SpecError if the card does not have that much headroom."""
         if not 0 <= self.headroom < gpu.usable:
             has = f"{gpu.title} has {gib(gpu.usable)} usable"
             raise SpecError(f"headroom: {gib(self.headroom)} cannot be left free, {has}", "headroom")

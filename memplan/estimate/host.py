@@ -1,12 +1,12 @@
-"""Host memory of a run: what a process has while the model is loaded and in the steps, and a node's processes together.
+"""Host memory of a run: what a process holds while it loads and in the steps, and a node's processes together.
 
-transformers opens checkpoints of safetensors as mapped files: weights in the dtype they are stored in are pages of the
-files, which processes of a node share and the system may drop; counted apart, as `mapped`. Weights in another dtype are
-each process's own. Not counted: Python and the libraries' own (a few hundred MiB a process), data, and what torch's
-allocator of pinned memory keeps of tensors that are gone.
+transformers memory-maps safetensors checkpoints. Weights in their stored dtype are pages of those files, which the
+processes of a node share and the system may drop; they are counted apart, as `mapped`. Weights in another dtype are
+each process's own. Not counted: Python and the libraries (a few hundred MiB per process), data, and pinned memory that
+torch's allocator keeps after its tensors are freed.
 
 Source: transformers 5.24 core_model_loading.py _materialize_copy, modeling_utils.py from_pretrained; safetensors 0.8
-safe_open; a Llama of 509 MiB in bf16 loaded so on Linux: as bf16 88 MiB of memory of its own, as fp32 1,107.
+safe_open. Measured: a Llama of 509 MiB in bf16, loaded on Linux, takes 88 MiB of private memory as bf16, 1,107 as fp32.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-from memplan.catalogue.profiles.profiles import decided, find_profile
+from memplan.catalogue.profiles.profiles import find_profile, profile_settings
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import Host, HostPhase
-from memplan.estimate.side_task import Aside
-from memplan.program.graph import Graph, built, elements
+from memplan.estimate.side_task import SideTask
+from memplan.program.graph import Graph, elements, operations_of
 from memplan.program.loading import in_order
 from memplan.program.sharding import zero
 from memplan.program.sharding.ranks import Ranks, kept_dtype, pieces
@@ -31,60 +31,74 @@ from memplan.spec.parallelism import Parallelism
 _STORED = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 
 
-class Loaded(NamedTuple):
-    """Bytes of a model in the memory of a process that loads it: its `own`, and those of `mapped` files."""
+class LoadedBytes(NamedTuple):
+    """Bytes of a model in the memory of a process that loads it.
+
+    own     private memory
+    mapped  pages of mapped files
+    """
 
     own: int
     mapped: int
 
 
-def on_host(
-    structure: Structure, parallelism: Parallelism, profile: str, in_steps: int, asides: Iterable[Aside] = ()
+def host_memory(
+    structure: Structure, parallelism: Parallelism, profile: str, in_steps: int, side_tasks: Iterable[SideTask] = ()
 ) -> Host:
-    """What a process of the run has in host memory, `in_steps` bytes of it in the steps, and its node. Beside them, in
-    `asides`, every process evaluates, and the first alone saves and merges."""
+    """Return host memory per process and node, phase by phase; a process has `in_steps` bytes in the steps.
+
+    Of the side tasks in `side_tasks`, every process evaluates, and only the first saves and merges.
+    """
     processes = 1 if structure.pipe.schedule == "device_map" else parallelism.world
     ranks = min(processes, parallelism.gpus_per_node or NODE)
     phases = [HostPhase("step", in_steps, ranks * in_steps, 0)]
-    if _by_transformers(structure, profile):
-        phases.insert(0, _loading(structure, ranks))
-    for aside in asides:
-        if aside.host:
-            others = (ranks - 1) * aside.host if aside.phase == "eval" else 0
-            most = in_steps + aside.host
-            phases.append(HostPhase(aside.phase, most, (ranks - 1) * in_steps + most + others, 0))
+    if _is_loaded_by_transformers(structure, profile):
+        phases.insert(0, _loading_phase(structure, ranks))
+    for task in side_tasks:
+        if task.host:
+            others = (ranks - 1) * task.host if task.phase == "eval" else 0
+            rank = in_steps + task.host
+            phases.append(HostPhase(task.phase, rank, (ranks - 1) * in_steps + rank + others, 0))
     return Host(ranks, tuple(phases))
 
 
-def _by_transformers(structure: Structure, profile: str) -> bool:
-    """Whether transformers 5 loads the model."""
+def _is_loaded_by_transformers(structure: Structure, profile: str) -> bool:
+    """Return whether transformers 5 loads the model."""
     name = find_profile(profile).name
-    words: Mapping[str, object] = decided(name, structure.graph.model.model_type, False)
+    words: Mapping[str, object] = profile_settings(name, structure.graph.model.model_type, False)
     return words["tensor_parallel"] == "transformers" and not structure.buffers
 
 
-def _loading(structure: Structure, ranks: int) -> HostPhase:
-    """Where FSDP sends weights, one process of a node loads them; the others have their parts of what is offloaded."""
-    graph, own = structure.graph, structure.ranks
-    found = _loaded(graph, own, straight=graph.degrees.tp > 1 or structure.pipe.schedule == "device_map")
-    parts = sum(prod(p.shape) * ITEMSIZE[p.dtype] * p.copies for p in pieces(graph, own)) if own.offloads else 0
-    # FSDP2's weights are all there until the last is divided, FSDP1's go unit by unit
-    most = max(found.own, parts) if own.offloads and own.row.flat else found.own + parts
-    together = most + (ranks - 1) * parts if own.efficient else ranks * most
-    return HostPhase("load", most, together, found.mapped)
+def _loading_phase(structure: Structure, ranks: int) -> HostPhase:
+    """Return host memory while the model is loaded.
+
+    If FSDP broadcasts the weights, one process per node loads them; the others only hold shards that are offloaded.
+    """
+    graph, sharding = structure.graph, structure.ranks
+    loaded = _loaded_bytes(graph, sharding, straight=graph.degrees.tp > 1 or structure.pipe.schedule == "device_map")
+    shards = (
+        sum(prod(p.shape) * ITEMSIZE[p.dtype] * p.copies for p in pieces(graph, sharding)) if sharding.offloads else 0
+    )
+    # FSDP2 keeps all weights until the last is sharded, FSDP1 frees them unit by unit
+    largest = max(loaded.own, shards) if sharding.offloads and sharding.row.flat else loaded.own + shards
+    together = largest + (ranks - 1) * shards if sharding.efficient else ranks * largest
+    return HostPhase("load", largest, together, loaded.mapped)
 
 
 @lru_cache(maxsize=512)
-def _loaded(graph: Graph, ranks: Ranks, straight: bool) -> Loaded:
-    """`straight`: weights go from the files to the GPU, as quantised ones do in any case, and what ZeRO's
-    stage 3 divides as it comes."""
-    _, axes = built(graph)
+def _loaded_bytes(graph: Graph, ranks: Ranks, straight: bool) -> LoadedBytes:
+    """Return the bytes of the model while it is loaded.
+
+    `straight`: weights go directly from the files to the GPU. So do quantised weights, and those that ZeRO-3 shards
+    on loading.
+    """
+    _, axes = operations_of(graph)
     divides = zero.stage(ranks) == 3 and ranks.knobs.divides_loading
     straight = straight or bool(graph.recipe.quantization) or divides
     dtype = ranks.frozen or graph.recipe.weights
-    said = graph.model.config.get("dtype") or graph.model.config.get("torch_dtype")
-    stored = _STORED.get(str(said), dtype)
-    casts = ranks.world > 1 and ranks.row.gathers and not ranks.row.flat  # FSDP2's are, before they are divided
+    config_dtype = graph.model.config.get("dtype") or graph.model.config.get("torch_dtype")
+    stored = _STORED.get(str(config_dtype), dtype)
+    casts = ranks.world > 1 and ranks.row.gathers and not ranks.row.flat  # FSDP2 casts weights before it shards them
     own = mapped = 0
     for w in in_order(graph):
         numbers = elements(w, axes)
@@ -96,6 +110,6 @@ def _loaded(graph: Graph, ranks: Ranks, straight: bool) -> Loaded:
         mapped += numbers * ITEMSIZE[stored]
         if straight:
             continue
-        last = kept_dtype(w, ranks) if casts else dtype
-        own += numbers * ITEMSIZE[last] if last != stored else 0
-    return Loaded(own, mapped)
+        final = kept_dtype(w, ranks) if casts else dtype
+        own += numbers * ITEMSIZE[final] if final != stored else 0
+    return LoadedBytes(own, mapped)

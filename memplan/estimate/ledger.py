@@ -1,4 +1,4 @@
-"""The ledger: the tensors alive at the peak, by name. Sums to the byte to what the walk found."""
+"""The ledger: the tensors alive at the peak, by name. It sums to the peak to the byte."""
 
 from __future__ import annotations
 
@@ -7,131 +7,139 @@ from collections.abc import Iterator, Mapping
 
 from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.catalogue.optimizers.states import State
-from memplan.catalogue.parallelism.pipeline import ENGINES, Moment
+from memplan.catalogue.parallelism.pipeline import ENGINES, PipelineMoment
 from memplan.catalogue.parallelism.sharding import MEGATRON
 from memplan.engine.lower import Moment as LoweredMoment
 from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, moment_bytes, size, values
 from memplan.estimate.answer import Line, Phase
 from memplan.estimate.lines import alive_lines, held_line, in_letters, in_numbers
-from memplan.estimate.side_task import Aside
-from memplan.estimate.walk import Walked
-from memplan.program.graph import Held, built, parameters_of
+from memplan.estimate.side_task import SideTask
+from memplan.estimate.walk import TrainingWalk
+from memplan.program.graph import TensorGroup, operations_of, parameters_of
 from memplan.program.inference.passes import bytes_of, live
-from memplan.program.run import Decided
+from memplan.program.run import ResolvedRun
 from memplan.program.training.program import (
     GATHERED,
     PHASES,
     REDUCED,
     RETURNED,
-    Flown,
+    ScheduleMoment,
     Structure,
     accumulated_bytes,
     accumulated_of,
-    beside_of,
     chunks_of,
-    converting_of,
-    flying,
     gathered_of,
-    gone_bytes,
+    gradient_conversion_of,
     gradients_of,
     pass_of,
     passing_of,
     reduced_of,
     reducing_of,
+    released_bytes,
     resident_of,
     returned,
+    schedule_positions,
+    stage_buffers,
     stays_whole,
     whole_of,
 )
 
 
-def lines(walked: Walked, decided: Decided) -> list[Line]:
-    """Every tensor alive at the peak, largest first."""
+def lines(walked: TrainingWalk, decided: ResolvedRun) -> list[Line]:
+    """Return every tensor alive at the peak, largest first."""
     structure = decided.structure
-    axes = {**built(structure.graph)[1], **walked.axes}
-    if walked.aside is not None:
-        out = [*_of_aside(walked, walked.aside, decided, axes)]
+    axes = {**operations_of(structure.graph)[1], **walked.axes}
+    if walked.side_task is not None:
+        out = [*_side_task_lines(walked, walked.side_task, decided, axes)]
         return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
     out = [*_resident(walked, decided, axes)]
     later, index = walked.moments[walked.peak]
     holds = walked.phases[walked.peak].phase == "step" and bool(walked.program.held)
     if structure.pipe.engine:
         if index >= 0:
-            flown = walked.program.flown[later][index]
-            out += _flown(walked, flown)
-            out += _between(structure, flown.beside, axes, flown.moment == REDUCED)
-            out += _returned(structure, axes) if flown.moment == RETURNED else ()
+            in_pipeline = walked.program.schedule_moments[later][index]
+            out += _pipeline_lines(walked, in_pipeline)
+            out += _hidden_state_lines(structure, in_pipeline.schedule_position, axes, in_pipeline.moment == REDUCED)
+            out += _returned(structure, axes) if in_pipeline.moment == RETURNED else ()
         elif holds:
-            out += _between(structure, None, axes)
+            out += _hidden_state_lines(structure, None, axes)
     elif index >= 0 or holds:
         low = pass_of(structure, structure.accumulates if holds else later)
         out += _alive(structure, low, low.held if holds else low.moments[index], walked)
     return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
 
 
-def _of_aside(walked: Walked, aside: Aside, decided: Decided, axes: Mapping[str, int]) -> Iterator[Line]:
-    """The tensors alive at the peak of what a run does beside its steps: what stands between two, and its own."""
+def _side_task_lines(
+    walked: TrainingWalk, aside: SideTask, decided: ResolvedRun, axes: Mapping[str, int]
+) -> Iterator[Line]:
+    """Yield the tensors alive at the peak of a side task: what persists between steps, and its own."""
     structure, p = decided.structure, walked.program
-    if aside.alone is None:
+    if aside.own_process_graph is None:
         for held in resident_of(structure):
             yield held_line(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
         yield _workspaces(walked, decided, 2)
         yield from _between_steps(walked, states=True)
         for held in gradients_of(structure) if p.buffered else ():
-            yield held_line(held, axes, "in buffers of their own")
+            yield held_line(held, axes, "in gradient buffers")
         for held in passing_of(structure, "forward") if aside.phase == "eval" else ():
             yield held_line(held, axes, "between ranks")
     else:
-        numbers = built(aside.alone)[1]
-        for held in parameters_of(aside.alone):
+        numbers = operations_of(aside.own_process_graph)[1]
+        for held in parameters_of(aside.own_process_graph):
             yield held_line(held, numbers, "a buffer of the model" if held.kind == "buffer" else "loaded to be merged")
         if aside.loads == aside.peak:
-            yield _scratch("weights before they are converted", aside.loads - aside.standing, "loading", "derived")
+            yield _scratch("weights before conversion", aside.loads - aside.persistent_bytes, "loading", "derived")
             yield _workspaces(walked, decided, 1)
             return
         yield _workspaces(walked, decided, 1)
     numbers = axes if not aside.passes else {**axes, **dict(aside.passes[0][1])}
     for held in aside.held:
-        yield held_line(held, numbers if aside.alone is None else built(aside.alone)[1], _KEPT[aside.phase])
+        yield held_line(
+            held,
+            numbers if aside.own_process_graph is None else operations_of(aside.own_process_graph)[1],
+            _WHY_HELD[aside.phase],
+        )
     i, moment = aside.top
     if i >= 0:
-        step, own = aside.passes[i]
+        step, pass_axes = aside.passes[i]
         low = aside.low(i, labelled=True)
-        stack, fixed = built(step.graph)
-        yield from alive_lines(stack, {**fixed, **dict(own)}, low, low.moments[moment])
+        stack, fixed = operations_of(step.graph)
+        yield from alive_lines(stack, {**fixed, **dict(pass_axes)}, low, low.moments[moment])
 
 
-# Why what an aside holds is there.
-_KEPT = {
-    "eval": "predictions of the evaluation's batches are joined on the GPU",
+# Why a side task holds its tensors.
+_WHY_HELD = {
+    "eval": "the evaluation's predictions are concatenated on the GPU",
     "generate": "kept by the evaluation",
-    "save": "gathered whole to be written",
+    "save": "gathered to be written",
     "merge": "while a layer's adapter is added to its weight",
 }
 
 
-def _flown(walked: Walked, flown: Flown) -> Iterator[Line]:
-    """What is alive at a moment of a pipeline's rank: the pass's own tensors, and what those in flight keep."""
-    beside = flown.beside
-    total = sum(beside.others) + 1
+def _pipeline_lines(walked: TrainingWalk, scheduled: ScheduleMoment) -> Iterator[Line]:
+    """Yield what is alive at a moment of a pipeline rank: the pass's own tensors, and what passes in flight keep."""
+    position = scheduled.schedule_position
+    total = sum(position.others) + 1
     for i, structure in enumerate(chunks_of(walked.program.structure)):
-        low = pass_of(structure, i == beside.chunk and beside.graded[i])
-        if flown.opens:
+        low = pass_of(structure, i == position.chunk and position.has_gradient[i])
+        if scheduled.opens:
             low = pass_of(structure, opens=True)
-        if i == beside.chunk and flown.moment not in (REDUCED, GATHERED):
-            yield from _alive(structure, low, low.moments[flown.moment] if flown.moment >= 0 else low.kept, walked)
-        if beside.others[i]:
-            passes = f"{beside.others[i]} of {total} microbatches in flight"
-            if len(beside.others) > 1:
-                passes = f"{beside.others[i]} of {total} passes in flight, through chunk {i}"
+        if i == position.chunk and scheduled.moment not in (REDUCED, GATHERED):
+            yield from _alive(
+                structure, low, low.moments[scheduled.moment] if scheduled.moment >= 0 else low.kept, walked
+            )
+        if position.others[i]:
+            passes = f"{position.others[i]} of {total} microbatches in flight"
+            if len(position.others) > 1:
+                passes = f"{position.others[i]} of {total} passes in flight, through chunk {i}"
             for line in _alive(structure, low, low.kept, walked):
-                count, bytes_ = line.count * beside.others[i], line.bytes * beside.others[i]
+                count, bytes_ = line.count * position.others[i], line.bytes * position.others[i]
                 yield line._replace(count=count, bytes=bytes_, why=f"{passes}: {line.why}")
 
 
 def _returned(structure: Structure, axes: Mapping[str, int]) -> Iterator[Line]:
-    """The logits on the first GPU, which a model's outputs are moved to."""
+    """Yield the logits on the first GPU, where a model's outputs are moved."""
     logits = returned(structure)
     if logits is not None:
         bytes_ = size(logits.shape, logits.dtype, axes)[1]
@@ -140,105 +148,105 @@ def _returned(structure: Structure, axes: Mapping[str, int]) -> Iterator[Line]:
             in_numbers(logits.shape, axes),
             ENGINES[structure.pipe.engine].source,
         )
-        why = "what the model returns is moved to where its inputs are"
+        why = "outputs are moved to the GPU of the inputs"
         yield Line("logits", "activation", "return", shape, dims, logits.dtype, 1, bytes_, why, source)
 
 
-_BETWEEN = {
+_HIDDEN_STATES = {
     "received": ("hidden states received, or their gradient sent", "receive"),
     "sent": ("hidden states sent, or their gradient received", "send"),
-    "logits": ("logits of the microbatch before", "loss"),
+    "logits": ("logits of the previous microbatch", "loss"),
     "buffer": ("", ""),
 }
 
 
-def _between(
-    structure: Structure, moment: Moment | None, axes: Mapping[str, int], reduces: bool = False
+def _hidden_state_lines(
+    structure: Structure, moment: PipelineMoment | None, axes: Mapping[str, int], reduces: bool = False
 ) -> Iterator[Line]:
-    """What a pipeline's rank has of hidden states beside those of passes."""
+    """Yield the hidden states that a pipeline rank holds outside its passes."""
     engine = ENGINES[structure.pipe.engine]
-    for tensor, which, count in beside_of(structure, moment, reduces):
+    for tensor, which, count in stage_buffers(structure, moment, reduces):
         bytes_ = size(tensor.shape, tensor.dtype, axes)[1] * count
-        why = "a buffer for every microbatch" if engine.buffers else "the loop's names have no other yet"
-        what, where = _BETWEEN[which]
+        why = "a buffer for every microbatch" if engine.buffers else "the loop still references it"
+        what, where = _HIDDEN_STATES[which]
         if which == "buffer":
             what, why = tensor.name, "one buffer for all microbatches"
         shape, dims = in_letters(tensor.shape), in_numbers(tensor.shape, axes)
         yield Line(what, "activation", where, shape, dims, tensor.dtype, count, bytes_, why, engine.source)
 
 
-def _alive(structure: Structure, low: Lowered, moment: LoweredMoment, walked: Walked) -> Iterator[Line]:
-    """The tensors alive at a moment of a pass."""
-    stack, own = built(structure.graph)
-    axes = {**own, **walked.axes}
+def _alive(structure: Structure, low: Lowered, moment: LoweredMoment, walked: TrainingWalk) -> Iterator[Line]:
+    """Yield the tensors alive at a moment of a pass."""
+    stack, fixed = operations_of(structure.graph)
+    axes = {**fixed, **walked.axes}
     optimizer = walked.program.optimizer
     yield from alive_lines(stack, axes, low, moment, (optimizer.source, optimizer.basis))
 
 
-def timeline(walked: Walked) -> Iterator[Phase]:
-    """What is allocated whenever memory is about to fall, in order, in the later steps (or the only kind of step)."""
+def timeline(walked: TrainingWalk) -> Iterator[Phase]:
+    """Yield the bytes allocated whenever memory is about to fall, in order, in the later steps (or the only kind)."""
     p = walked.program
     base = p.parameters + p.buffered + p.reducing + p.scaler + p.states + 2 * walked.workspace
     if p.structure.pipe.engine:
-        passes = [*_round(walked)]
+        passes = [*_fullest_passes(walked)]
     else:
         later = any(m for m, _ in walked.moments)
-        found: dict[str, int] = p.accumulated if later else dict.fromkeys(PHASES, 0)
-        passes = [(p.structure, pass_of(p.structure, later), PHASES, found)]
-    for structure, low, phases, beside in passes:
+        accumulated: dict[str, int] = p.accumulated if later else dict.fromkeys(PHASES, 0)
+        passes = [(p.structure, pass_of(p.structure, later), PHASES, accumulated)]
+    for structure, low, phases, extra in passes:
         for moment in low.moments:
             if moment.phase in phases:
-                live = beside[moment.phase] + _live(structure, low, moment, walked)
-                yield Phase(moment.phase, None, base + p.passing[moment.phase] + live, moment.where)
-    yield walked.phases[len(walked.phases) - len(walked.asides) - 1]
-    for aside in walked.asides:
-        yield from _moments_of(aside)
+                bytes_ = extra[moment.phase] + _live(structure, low, moment, walked)
+                yield Phase(moment.phase, None, base + p.passing[moment.phase] + bytes_, moment.where)
+    yield walked.phases[len(walked.phases) - len(walked.side_tasks) - 1]
+    for aside in walked.side_tasks:
+        yield from _side_task_moments(aside)
 
 
-def _moments_of(aside: Aside) -> Iterator[Phase]:
-    """The moments of what a run does beside its steps; of the passes it generates by, the first and the last."""
+def _side_task_moments(aside: SideTask) -> Iterator[Phase]:
+    """Yield the moments of a side task; of the passes that generate, the first and the last."""
     for i, (_, axes) in enumerate(aside.passes):
         low, numbers = aside.low(i), dict(axes)
         sizes = bytes_of(low, numbers)
         for moment in low.moments if aside.top != (-1, -1) else ():
-            bytes_ = aside.standing + aside.beside + live(low, moment, numbers, sizes)
+            bytes_ = aside.persistent_bytes + aside.held_bytes + live(low, moment, numbers, sizes)
             yield Phase(aside.phase, None, bytes_, moment.where)
     if aside.top == (-1, -1):
         yield Phase(aside.phase, None, aside.peak, aside.where)
 
 
-def _live(structure: Structure, low: Lowered, moment: LoweredMoment, walked: Walked) -> int:
-    """Bytes alive at a moment of a pass."""
-    _, axes = built(structure.graph)
+def _live(structure: Structure, low: Lowered, moment: LoweredMoment, walked: TrainingWalk) -> int:
+    """Return the bytes alive at a moment of a pass."""
+    _, axes = operations_of(structure.graph)
     combination = moment_bytes(alive(moment, low.runs, axes), [size(key[0], key[1], axes) for key in low.sizes])
     numbers = dict(zip(walked.program.variables, walked.numbers.values, strict=True))
     return sum(n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in combination.items())
 
 
-def _round(walked: Walked) -> Iterator[tuple[Structure, Lowered, tuple[str, ...], dict[str, int]]]:
-    """The passes through each chunk that have most in flight, forward and then backward."""
+def _fullest_passes(walked: TrainingWalk) -> Iterator[tuple[Structure, Lowered, tuple[str, ...], dict[str, int]]]:
+    """Yield the pass through each chunk with the most in flight, forward and then backward."""
     structure = walked.program.structure
-    chunks, moments = chunks_of(structure), flying(structure)
-    axes = {**built(structure.graph)[1], **walked.axes}
+    chunks, moments = chunks_of(structure), schedule_positions(structure)
+    axes = {**operations_of(structure.graph)[1], **walked.axes}
     for backward in (False, True):
         for i, chunk in enumerate(chunks):
-            most = max(
+            fullest = max(
                 (m for m in moments if m.backward == backward and m.chunk == i),
-                key=lambda m: (sum(m.graded), sum(m.others)),
+                key=lambda m: (sum(m.has_gradient), sum(m.others)),
             )
-            low = pass_of(chunk, most.graded[i])
-            beside = sum(size(t.shape, t.dtype, axes)[1] * n for t, _, n in beside_of(structure, most))
+            low = pass_of(chunk, fullest.has_gradient[i])
+            extra = sum(size(t.shape, t.dtype, axes)[1] * n for t, _, n in stage_buffers(structure, fullest))
             for j, other in enumerate(chunks):
                 kept = pass_of(other)
-                beside += most.others[j] * _live(other, kept, kept.kept, walked)
-                beside += accumulated_bytes(other) if most.graded[j] else 0
-                beside -= gone_bytes(other) if most.done[j] and stays_whole(structure) else 0
+                extra += fullest.others[j] * _live(other, kept, kept.kept, walked)
+                extra += accumulated_bytes(other) if fullest.has_gradient[j] else 0
+                extra -= released_bytes(other) if fullest.done[j] and stays_whole(structure) else 0
             phases = ("backward",) if backward else ("forward", "loss")
-            yield chunk, low, phases, dict.fromkeys(phases, beside)
+            yield chunk, low, phases, dict.fromkeys(phases, extra)
 
 
-def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iterator[Line]:
-    """Parameters, states, gradients, workspaces: what is there beside the tensors of a moment."""
+def _resident(walked: TrainingWalk, decided: ResolvedRun, axes: Mapping[str, int]) -> Iterator[Line]:
+    """Yield parameters, states, gradients and workspaces: what is held around the tensors of a moment."""
     p, structure = walked.program, decided.structure
     phase = walked.phases[walked.peak]
     later, _ = walked.moments[walked.peak]
@@ -246,20 +254,20 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         yield held_line(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
     if phase.phase == "load":
         if p.loading > p.parameters:
-            what = _LOADED.get(structure.ranks.strategy, "weights before they are converted")
+            what = _LOADING_EXTRA.get(structure.ranks.strategy, "weights before conversion")
             bytes_ = p.loading - p.parameters
-            yield _scratch(f"{what}, less what comes after", bytes_, "loading", "derived")
+            yield _scratch(f"{what}, beyond those kept", bytes_, "loading", "derived")
         return
     yield _workspaces(walked, decided, 2 if phase.phase in ("backward", "step") or phase.step != 1 else 1)
     stepping = phase.phase == "step" and phase.where == "optimizer"
     yield from _between_steps(walked, phase.step == 2 or stepping or p.optimizer.at_once)
-    flown = _flown_at(walked)
-    if flown is not None and stays_whole(structure):
-        for held in _whole(structure, flown, later):
-            yield held_line(held, axes, _IN_STAGES[held.kind])
+    in_pipeline = _pipeline_state(walked)
+    if in_pipeline is not None and stays_whole(structure):
+        for held in _unsharded(structure, in_pipeline, later):
+            yield held_line(held, axes, _WHY_UNSHARDED[held.kind])
         return
-    listed = p.gradients if phase.phase == "step" else later and p.accumulated[phase.phase]
-    if p.buffered or listed:
+    has_gradients = p.gradients if phase.phase == "step" else later and p.accumulated[phase.phase]
+    if p.buffered or has_gradients:
         for held in _gradients(walked):
             yield held_line(held, axes, "needed by the optimizer")
     if phase.phase == "step":
@@ -267,23 +275,23 @@ def _resident(walked: Walked, decided: Decided, axes: Mapping[str, int]) -> Iter
         if stepping and scratch:
             yield _scratch(p.optimizer.scratch, scratch, "inside the optimizer's step", p.optimizer.basis)
         if not stepping:
-            made = converting_of(structure)
-            yield from (held_line(held, axes, "made into the fp32 gradient of the partition") for held in made)
-            if not made:
+            converting = gradient_conversion_of(structure)
+            yield from (held_line(held, axes, "converted to the fp32 gradient of the partition") for held in converting)
+            if not converting:
                 yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
     for held in passing_of(structure, phase.phase) if phase.phase in PHASES else ():
         yield held_line(held, axes, "between ranks")
 
 
-# What a rank has while it loads, in addition to what it keeps.
-_LOADED = {
+# What a rank holds while it loads, in addition to what it keeps.
+_LOADING_EXTRA = {
     "ddp": "weights as DDP broadcasts them",
-    **dict.fromkeys(("fsdp", "fsdp2", "zero1", "zero2", "zero3", MEGATRON), "weights before they are divided"),
+    **dict.fromkeys(("fsdp", "fsdp2", "zero1", "zero2", "zero3", MEGATRON), "weights before sharding"),
 }
 
 
-def _workspaces(walked: Walked, decided: Decided, handles: int) -> Line:
-    """cuBLAS's workspaces."""
+def _workspaces(walked: TrainingWalk, decided: ResolvedRun, handles: int) -> Line:
+    """Return cuBLAS's workspaces."""
     workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None)
     return Line(
         workspace.what,
@@ -300,12 +308,12 @@ def _workspaces(walked: Walked, decided: Decided, handles: int) -> Line:
     )
 
 
-def _between_steps(walked: Walked, states: bool) -> Iterator[Line]:
-    """What stays from step to step beside weights: the optimizer's states where they are there, and what reduces."""
+def _between_steps(walked: TrainingWalk, states: bool) -> Iterator[Line]:
+    """Yield what persists between steps besides weights: optimizer states, if `states`, and reduction buffers."""
     p, structure = walked.program, walked.program.structure
-    axes = {**built(structure.graph)[1], **walked.axes}
+    axes = {**operations_of(structure.graph)[1], **walked.axes}
     if states:
-        counts: Counter[State] = Counter()  # the first of equal layers has a state of its own, before the others'
+        counts: Counter[State] = Counter()  # equal layers are one line, though the first has its own entry
         for state in p.optimizer.states:
             if not state.host:
                 counts[state._replace(count=1)] += state.count
@@ -328,37 +336,45 @@ def _between_steps(walked: Walked, states: bool) -> Iterator[Line]:
             "GradScaler", "other", "torch", "", (), "fp32", 3, p.scaler, "scale of fp16 losses", "torch 2.13 amp"
         )
     for held in reducing_of(structure):
-        yield held_line(held, axes, "where gradients are summed over ranks")
+        yield held_line(held, axes, "gradients are summed over ranks in it")
 
 
-# Why FSDP2 has what it has in the stages of a pipeline.
-_IN_STAGES = {
-    "parameter": "whole for all microbatches",
-    "gradient": "summed whole over microbatches, or reduced already",
+# Why FSDP2 holds its tensors with pipeline stages.
+_WHY_UNSHARDED = {
+    "parameter": "gathered for all microbatches",
+    "gradient": "accumulated unsharded over microbatches, or reduced already",
     "temp": "what a collective reads or writes",
 }
 
 
-def _whole(structure: Structure, flown: Flown, later: bool) -> Iterator[Held]:
-    """The weights and gradients that a rank has whole at a moment of its pipeline, and those reduced already."""
-    if flown.moment == REDUCED:
-        yield from reduced_of(structure, flown)
+def _unsharded(structure: Structure, scheduled: ScheduleMoment, later: bool) -> Iterator[TensorGroup]:
+    """Yield the unsharded weights and gradients that a rank holds at a moment of its pipeline, and the reduced ones."""
+    if scheduled.moment == REDUCED:
+        yield from reduced_of(structure, scheduled)
         return
-    if flown.moment == GATHERED:
-        yield from gathered_of(structure, flown)
-    for i, chunk in enumerate(chunks_of(structure) if not flown.opens else ()):
-        beside = flown.beside if later else flown.beside._replace(graded=(False,) * len(flown.beside.graded))
-        yield from whole_of(chunk, beside, i)
+    if scheduled.moment == GATHERED:
+        yield from gathered_of(structure, scheduled)
+    for i, chunk in enumerate(chunks_of(structure) if not scheduled.opens else ()):
+        extra = (
+            scheduled.schedule_position
+            if later
+            else scheduled.schedule_position._replace(
+                has_gradient=(False,) * len(scheduled.schedule_position.has_gradient)
+            )
+        )
+        yield from whole_of(chunk, extra, i)
 
 
-def _flown_at(walked: Walked) -> Flown | None:
-    """What a pipeline's rank is at when most is there, in a pass."""
+def _pipeline_state(walked: TrainingWalk) -> ScheduleMoment | None:
+    """Return the pipeline rank's state at its peak, if the peak is in a pass."""
     later, index = walked.moments[walked.peak]
-    return walked.program.flown[later][index] if walked.program.structure.pipe.engine and index >= 0 else None
+    return (
+        walked.program.schedule_moments[later][index] if walked.program.structure.pipe.engine and index >= 0 else None
+    )
 
 
-def _gradients(walked: Walked) -> Iterator[Held]:
-    """The gradients there are beside a moment."""
+def _gradients(walked: TrainingWalk) -> Iterator[TensorGroup]:
+    """Yield the gradients held around a moment."""
     p, structure = walked.program, walked.program.structure
     later, index = walked.moments[walked.peak]
     if not later:
@@ -366,8 +382,10 @@ def _gradients(walked: Walked) -> Iterator[Held]:
     elif not structure.pipe.engine or p.buffered:
         yield from accumulated_of(structure)
     else:
-        for chunk, there in zip(chunks_of(structure), p.flown[later][index].beside.graded, strict=True):
-            yield from accumulated_of(chunk) if there else ()
+        for chunk, is_accumulated in zip(
+            chunks_of(structure), p.schedule_moments[later][index].schedule_position.has_gradient, strict=True
+        ):
+            yield from accumulated_of(chunk) if is_accumulated else ()
 
 
 def _scratch(what: str, bytes_: int, why: str, basis: str) -> Line:

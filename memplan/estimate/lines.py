@@ -1,4 +1,4 @@
-"""Tensors as lines of a ledger: what is there throughout, and what is alive at a moment of a pass."""
+"""Tensors as lines of a ledger: those held throughout, and those alive at a moment of a pass."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from memplan.engine.lower import Moment
 from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, shared, size
 from memplan.estimate.answer import Line
-from memplan.program.graph import Held
+from memplan.program.graph import TensorGroup
 
-UPDATE = "update of "  # what the engine calls the scratch of an update in backward
+UPDATE = "update of "  # the engine's prefix for the scratch of an update in backward
 
 
 def alive_lines(
@@ -21,9 +21,12 @@ def alive_lines(
     moment: Moment,
     update: tuple[str, str] = ("", ""),
 ) -> Iterator[Line]:
-    """The tensors alive at a moment of a pass of the `stack`, lowered with names; `axes` have a number for every axis.
-    `update`: the source and basis of an optimizer's scratch in backward."""
-    keepers = _keepers(stack)
+    """Yield the tensors alive at a moment of a pass of the `stack`, which was lowered with names.
+
+    axes    a number for every axis
+    update  source and basis of an optimizer's scratch in backward
+    """
+    keepers = _kept_because(stack)
     for key, count in sorted(alive(moment, low.runs, axes).items()):
         if count:
             shape, dtype, kind, block, op, name, source = low.sizes[key]
@@ -40,12 +43,12 @@ def alive_lines(
                 count,
                 bytes_ * count,
                 _why(kind, name, op, keepers),
-                *(update if name.startswith(UPDATE) else _sourced(source)),
+                *(update if name.startswith(UPDATE) else _source_and_basis(source)),
             )
 
 
-def held_line(held: Held, axes: Mapping[str, int], why: str) -> Line:
-    """A tensor that is there throughout."""
+def held_line(held: TensorGroup, axes: Mapping[str, int], why: str) -> Line:
+    """Return the line of a tensor that is held throughout."""
     return Line(
         held.what,
         held.kind,
@@ -61,41 +64,43 @@ def held_line(held: Held, axes: Mapping[str, int], why: str) -> Line:
 
 
 def in_letters(shape: str) -> str:
-    """A shape as ledgers write it."""
+    """Return a shape as ledgers write it."""
     return "·".join(_tokens(shape))
 
 
 def in_numbers(shape: str, axes: Mapping[str, int]) -> tuple[int, ...]:
-    """A shape in numbers."""
+    """Return a shape in numbers."""
     return tuple(int(t) if t.isdigit() else shared(t, axes) if "/" in t else axes[t] for t in _tokens(shape))
 
 
 def _tokens(shape: str) -> Iterator[str]:
-    """The axes of a shape, without the place where it is (`memplan.catalogue.parallelism.device_maps`)."""
+    """Yield the axes of a shape, without its device (`memplan.catalogue.parallelism.device_maps`)."""
     return (token for token in shape.split() if not token.startswith("@"))
 
 
-def _sourced(source: str) -> tuple[str, str]:
-    """An operation's source, and its basis: a source that begins with "assumed" says that it is."""
+def _source_and_basis(source: str) -> tuple[str, str]:
+    """Return an operation's source and basis. A source that begins with "assumed" is assumed."""
     return source or "autograd", "assumed" if source.startswith("assumed") else "derived"
 
 
-def _keepers(stack: Stack) -> dict[str, str]:
-    """Why a tensor stays: which operation keeps it for whose gradient, of several the first in the model, which lets go
-    last; or that later tokens are to find it."""
-    found: dict[str, str] = {}
+def _kept_because(stack: Stack) -> dict[str, str]:
+    """Return why each tensor stays alive: which operation keeps it, for whose gradient, or that it is cached.
+
+    If several operations keep a tensor, the first in the model releases it last, and is named.
+    """
+    reasons: dict[str, str] = {}
     for op in operations(stack):
         for keep in op.keeps:
-            found.setdefault(keep.what, f"kept by {op.name} for the gradient of {keep.of}")
+            reasons.setdefault(keep.what, f"kept by {op.name} for the gradient of {keep.of}")
         if op.holds == "cache":
-            found.update((t.name, "for the tokens to come") for t in op.writes)
-        found.update((t.name, "from the tokens before, until it is joined with the new one") for t in op.past)
-    return found
+            reasons.update((t.name, "cached for later tokens") for t in op.writes)
+        reasons.update((t.name, "cached from earlier tokens, until the new one is appended") for t in op.past)
+    return reasons
 
 
 def _why(kind: str, name: str, op: str, keepers: Mapping[str, str]) -> str:
     if name.startswith(UPDATE):
-        return "the optimizer's, as soon as the gradient is there"
+        return "the optimizer steps as soon as the gradient is ready"
     if kind == "temp":
         return f"inside {op}" if not name.startswith("gradient of") else f"made by {op}, not yet used up"
     if kind == "gradient":

@@ -1,4 +1,4 @@
-"""The answer for a serving engine: what it takes of a card, the pool, and whether the run's requests fit in that."""
+"""The answer for a serving engine: what it takes of a card, its pool, and whether the run's requests fit it."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from memplan.catalogue.hardware.overhead import Overhead
 from memplan.core.cached_property import cached_property
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.estimate.answer import Card, Estimate, Line, Parameters, Peak, Phase, Rank
-from memplan.estimate.usage import Around, Band, Usage
+from memplan.estimate.usage import Band, ProcessOverhead, Usage
 from memplan.models.model import ModelSpec
-from memplan.program.graph import active, elements
+from memplan.program.graph import active_elements, elements
 from memplan.program.serving.budget import Budget, budget, card_for, layers_that_fit
-from memplan.program.serving.engine_step import Step
-from memplan.program.serving.images import seen
+from memplan.program.serving.engine_step import EngineStep
+from memplan.program.serving.images import profiled_items
 from memplan.program.serving.model_weights import TABLE, host_of_adapters, kernel_of
 from memplan.program.serving.settings import Settings
-from memplan.resolve.serving import settled
+from memplan.resolve.serving import resolve_serving
 from memplan.spec.run import RunSpec
 
 COVERAGE = 0.94
 
 
 def serve(run: RunSpec, model: ModelSpec | None = None) -> Estimate:
-    """How a serving engine divides its card, and whether the run's requests fit at once.
+    """Return how a serving engine divides its card, and whether the run's requests fit at once.
 
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
-    s = settled(run, model)
+    s = resolve_serving(run, model)
     total = s.gpu.usable if s.gpu else None
     b = budget(s, total)
-    usage = Served(s, b)
+    usage = ServingUsage(s, b)
     b = usage.budget
     phases = _phases(b)
     peak = max(range(len(phases)), key=lambda i: (phases[i].peak, -i))
@@ -46,7 +46,7 @@ def serve(run: RunSpec, model: ModelSpec | None = None) -> Estimate:
         phases,
         host_of_adapters(s),
         tuple(_notes(b, run)),
-        Engine(b),
+        ServingDetails(b),
         None,
         serving=facts(b),
     )
@@ -54,27 +54,27 @@ def serve(run: RunSpec, model: ModelSpec | None = None) -> Estimate:
 
 @lru_cache(maxsize=512)
 def parameters_of(model: ModelSpec) -> Parameters:
-    """The model's parameters, of which none train."""
+    """Return the model's parameter counts; none train."""
     from memplan.program.stored.checkpoint import parameters
 
     axes = model.axes()
-    own = [p.weight for p in parameters(model) if p.weight.group != "buffer"]
-    return Parameters(sum(elements(w, axes) for w in own), 0, sum(active(w, axes) for w in own))
+    weights = [p.weight for p in parameters(model) if p.weight.group != "buffer"]
+    return Parameters(sum(elements(w, axes) for w in weights), 0, sum(active_elements(w, axes) for w in weights))
 
 
 def pool_tokens(run: RunSpec, model: ModelSpec | None = None) -> int:
-    """Tokens that the engine's pool holds on the run's card; of a run without one, of a pool made for its requests."""
-    s = settled(run, model)
+    """Return how many tokens the pool on the run's card holds; without a card, of a pool sized for its requests."""
+    s = resolve_serving(run, model)
     return budget(s, s.gpu.usable if s.gpu else None).pool.tokens
 
 
 def requests(run: RunSpec, context: int, model: ModelSpec | None = None) -> int:
-    """How many requests of `context` tokens the pool on the run's card holds at once."""
-    s = settled(run, model)
+    """Return how many requests of `context` tokens the pool on the run's card holds at once."""
+    s = resolve_serving(run, model)
     return int(budget(s, s.gpu.usable if s.gpu else None).pool.concurrency(context))
 
 
-# What `facts` says, in order.
+# The keys of `facts`, in order.
 FACTS = (
     *("engine", "read", "budget", "weights", "activations", "cuda_graphs", "pool", "blocks", "block_size"),
     *("block_bytes", "tokens", "cache_dtype", "context", "requests", "concurrency", "max_model_len"),
@@ -83,7 +83,7 @@ FACTS = (
 
 
 def facts(b: Budget) -> dict[str, Any]:
-    """What the answer says of the engine and its pool; bytes are per card."""
+    """Return what the answer says about the engine and its pool; bytes are per card."""
     s = b.settings
     return {
         "engine": s.engine.name,
@@ -113,57 +113,58 @@ def facts(b: Budget) -> dict[str, Any]:
 
 
 def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
+    """Yield the notes of the answer."""
     s = b.settings
-    if asked.serving.gpu_layers is None and b.wished:
+    if asked.serving.gpu_layers is None and b.shows_needed_pool:
         layers = layers_that_fit(s)
         if layers is not None:
             yield (
-                f"llama.cpp itself would lay {layers:,} of {s.model.num_hidden_layers + 1:,} layers on the cards, and "
-                "leave the others with the host (--fit); --gpu-layers says so too"
+                f"llama.cpp itself would put {layers:,} of {s.model.num_hidden_layers + 1:,} layers on the GPUs and "
+                f"leave the rest on the host (--fit); --gpu-layers {layers} does the same here"
             )
     if s.engine.kind == "tgi":
-        yield "TGI: its warm-up was read; its kernels and how many tokens it reads at once are assumed"
+        yield "TGI: its warm-up follows its source; its kernels and tokens per step are assumed"
     if s.gpu is None:
-        yield f"{s.engine.title} without a GPU: a pool for the run's requests alone, not one of all that is left"
+        yield f"{s.engine.title} without a GPU: the pool only holds the run's requests, instead of filling the card"
     kernel = kernel_of(s)
     if kernel is not None:
-        yield f"experts in mxfp4 as {kernel.name} kernels have them: padded, which is more than is stored"
+        yield f"mxfp4 experts are padded for {kernel.name} kernels, so they take more than is stored"
     elif s.quantization is not None and s.engine.kind != "llama.cpp":
-        yield "quantised weights as they are stored: what the engine's kernels repack is not counted"
+        yield "quantised weights are counted as stored: repacking by the engine's kernels is not counted"
     if s.gpu is not None and s.engine.kind == "vllm" and not b.pool.holds(s.longest, 1):
         yield (
-            f"vLLM does not start with max_model_len {s.longest:,}, of which the pool holds not one request: say "
+            f"vLLM does not start with max_model_len {s.longest:,}, because the pool cannot hold one such request; set "
             "serving.max_model_len (--max-model-len)"
         )
     if s.ranks.pp > 1 or s.ranks.cards > 1:
         name = "stage" if s.ranks.pp > 1 else "card"
         cards = max(s.ranks.pp, s.ranks.cards)
-        yield f"the figures are of {name} {s.stage.number + 1} of {cards:,}, the fullest: {s.stage.text}"
-    found = seen(s)
-    if found is not None and b.step.where.startswith("encoder"):
+        yield f"the figures are for {name} {s.stage.number + 1} of {cards:,}, the fullest: {s.stage.text}"
+    largest = profiled_items(s)
+    if largest is not None and b.step.where.startswith("encoder"):
         yield (
-            f"vLLM first runs its encoder on {found.items:,} {found.kind}{'s' if found.items > 1 else ''} of "
-            f"{found.tokens:,} tokens, which is the largest step; serving.limit_{found.kind}s 0 "
-            f"(--limit-{found.kind}s) leaves that out"
+            f"vLLM first runs its encoder on {largest.items:,} {largest.kind}{'s' if largest.items > 1 else ''} of "
+            f"{largest.tokens:,} tokens, its largest step; serving.limit_{largest.kind}s 0 (--limit-{largest.kind}s) "
+            "leaves that out"
         )
     elif s.engine.kind in ("llama.cpp", "tgi") and s.model.part("vision_config"):
-        yield f"what sees is not counted with {s.engine.name}"
+        yield f"the vision tower is not counted with {s.engine.name}"
     if s.engine.waits:
         yield f"not counted: {'; '.join(s.engine.waits)}"
 
 
 def _phases(b: Budget) -> tuple[Phase, ...]:
-    beside = b.graphs.usual
-    there = b.parameters + beside + b.shown
+    graphs = b.graphs.usual
+    resident = b.parameters + graphs + b.shown
     return (
         Phase("load", None, b.parameters, ""),
-        Phase("prefill", None, there + b.step.bytes, b.step.where),
-        Phase("decode", None, there + b.decoding.bytes, b.decoding.where),
+        Phase("prefill", None, resident + b.step.bytes, b.step.where),
+        Phase("decode", None, resident + b.decoding.bytes, b.decoding.where),
     )
 
 
-class Engine(NamedTuple):
-    """Where an answer's ledger and timeline come from."""
+class ServingDetails(NamedTuple):
+    """The ledger and timeline of a serving answer."""
 
     budget: Budget
 
@@ -177,60 +178,63 @@ class Engine(NamedTuple):
         return ()
 
 
-def _lines(b: Budget, step: Step) -> Iterable[Line]:
+def _lines(b: Budget, step: EngineStep) -> Iterable[Line]:
     for h in b.weights:
         if h.bytes:
             kind = "buffer" if h.group in ("buffer", TABLE) else "parameter"
-            why = "the card's part of the model's weights" if _divided(b.settings) else "the model's weights"
-            why = "the runner's, for every request or token that may be in a step" if h.group == TABLE else why
+            why = "this GPU's shard of the model's weights" if _is_divided(b.settings) else "the model's weights"
+            why = "the runner's buffers for every request or token of a step" if h.group == TABLE else why
             yield Line(h.what, kind, "", "", (), h.dtype, h.tensors, h.bytes, why, h.source, h.basis)
     pool, s = b.pool, b.settings
     if b.shown:
         why = f"{pool.tokens:,} tokens of a sequence, in {pool.blocks:,} blocks of {pool.block_bytes:,} bytes"
-        if b.wished:
+        if b.shows_needed_pool:
             why = f"{s.batch:,} requests of {s.context:,} tokens, which do not fit"
         yield Line("KV cache", "buffer", "", "", (), s.cache_dtype, 1, b.shown, why, s.engine.read)
     for t in step.alive:
         why = "alive in the largest step"
         yield Line(t.what, "activation", step.where, t.shape, t.dims, t.dtype, 1, t.bytes, why, step.source, step.basis)
     if b.graphs.usual:
-        why = "recorded steps and what they compute in"
+        why = "captured steps and their buffers"
         yield Line(b.graphs.what, "other", "", "", (), "uint8", 1, b.graphs.usual, why, b.graphs.source, b.graphs.basis)
 
 
-def _divided(s: Settings) -> bool:
+def _is_divided(s: Settings) -> bool:
     r = s.ranks
     return max(r.dense, r.ep * r.etp, r.pp, r.cards) > 1
 
 
-class _Nothing:
-    """No allocations to replay: an engine's share of its card is arithmetic."""
+class _NoReplay:
+    """Stands in for a replay: an engine's share of its card is arithmetic."""
 
     is_long = False
 
     def reserved(self, capacity: int | None = None) -> int | None:
         raise OutOfMemoryError
 
-    def apart(self) -> int:
+    def free_in_other_streams(self) -> int:
         return 0
 
-    def beside(self) -> int:
+    def unreplayed_bytes(self) -> int:
         return 0
 
 
-class Served(Usage):
-    """What a serving engine takes of a card. It fits where the run's requests do, at every end of what was measured
-    beside torch's tensors; and is tight where they fit at some."""
+class ServingUsage(Usage):
+    """What a serving engine takes of a card.
+
+    It fits if the run's requests fit for every measured overhead outside torch's tensors, and is tight if they fit for
+    some.
+    """
 
     def __init__(self, s: Settings, b: Budget) -> None:
         self._settings, self._gpu = s, s.gpu
-        self._budget = b = b._replace(wished=self.answer == "does not fit")
+        self._budget = b = b._replace(shows_needed_pool=self.answer == "does not fit")
         held = b.parameters + b.graphs.usual + b.shown + b.step.bytes
-        super().__init__(_Nothing(), b.parameters, b.parameters, held, s.gpu, Around(0, 0, 0, 0, COVERAGE))
+        super().__init__(_NoReplay(), b.parameters, b.parameters, held, s.gpu, ProcessOverhead(0, 0, 0, 0, COVERAGE))
 
     @property
     def budget(self) -> Budget:
-        """What the answer shows."""
+        """The budget that the answer shows."""
         return self._budget
 
     def _fits_at(self, level: str) -> bool:
@@ -248,8 +252,8 @@ class Served(Usage):
     def fits(self) -> bool:
         return self._fits_at("high")
 
-    def told(self, usable: int, replayed: bool = False) -> bool | None:
-        """Of its own card alone: how an engine is started depends on the card."""
+    def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
+        """Only known for the run's own card, because how an engine is started depends on the card."""
         return self.fits if self._gpu is not None and usable == self._gpu.usable else None
 
     @property
@@ -261,20 +265,20 @@ class Served(Usage):
         )
 
     @property
-    def beside(self) -> tuple[Overhead, ...]:
-        """What the process has beside torch's tensors and the graphs."""
+    def overheads(self) -> tuple[Overhead, ...]:
+        """What the process holds outside torch's tensors and the CUDA graphs."""
         b = self._budget
-        return (b.context, *b.nccl, b.beside)
+        return (b.context, *b.nccl, b.driver_kernels)
 
     def _beside_torch(self, level: str) -> int:
-        return sum(getattr(row, level) for row in self.beside)
+        return sum(getattr(row, level) for row in self.overheads)
 
     @cached_property
     def used(self) -> int:
         used = self.reserved + self._beside_torch("usual")
         if self._gpu is None:
             return used
-        if self._budget.wished:  # at the engine's share of a card
+        if self._budget.shows_needed_pool:  # the engine would take its share of a large enough card
             return max(used, card_for(self._budget))
         return max(min(used, self._gpu.usable), self.reserved)
 

@@ -4,59 +4,65 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from memplan.engine.allocator import Allocator, Block
+from memplan.engine.allocator import Allocator, AllocatorBlock
 from memplan.engine.step import Lowered
-from memplan.program.graph import Graph, Held, inferred, recorded_inference
-from memplan.program.inference.passes import Step
-from memplan.program.inference.replay import Left, load, replayed
+from memplan.program.graph import Graph, TensorGroup, lower_inference, recorded_inference
+from memplan.program.inference.passes import InferenceStep
+from memplan.program.inference.replay import InheritedTensor, load, replay_pass
 
-_REPLAYED = 8  # batches whose passes are replayed for what torch reserves, and the last one's
+_REPLAYED = 8  # batches whose passes are replayed, in addition to the last one
 
 
-class Aside(NamedTuple):
-    """One of the things a run does beside its steps, at its peak.
+class SideTask(NamedTuple):
+    """One side task of a run, at its peak.
 
-    standing    bytes that are there throughout it; of a process of its own (`alone`) its weights
-    held        what is there beside that, and beside a pass
-    passes      the passes of a model it runs, with their axes; `top` is that of the peak, and the moment in it
-    moving      bytes alive at that moment
-    kept        bytes of what an evaluation keeps of a batch on the GPU, of so many `batches`; whether it `concatenates`
-    host        bytes in host memory
-    loads       of a process of its own, the most while it loads
+    phase              eval, generate, save or merge
+    where              the operation at the peak
+    persistent_bytes   bytes held throughout; for a separate process (`own_process_graph`), its weights
+    held               tensors held in addition, also during a pass
+    passes             the model's passes with their axes
+    top                the pass and the moment of the peak; (-1, -1) if it is in no pass
+    moving             bytes alive at that moment
+    kept               bytes of each tensor that an evaluation keeps of a batch on the GPU
+    batches            how many batches are kept
+    concatenates       whether the kept tensors are concatenated
+    host               bytes in host memory
+    own_process_graph  the graph of a separate process, if the task runs in one
+    loads              peak bytes while that process loads
     """
 
     phase: str
     where: str
-    standing: int
-    held: tuple[Held, ...] = ()
-    passes: tuple[tuple[Step, tuple[tuple[str, int], ...]], ...] = ()
+    persistent_bytes: int
+    held: tuple[TensorGroup, ...] = ()
+    passes: tuple[tuple[InferenceStep, tuple[tuple[str, int], ...]], ...] = ()
     top: tuple[int, int] = (-1, -1)
     moving: int = 0
     kept: tuple[int, ...] = ()
     batches: int = 1
     concatenates: bool = True
     host: int = 0
-    alone: Graph | None = None
+    own_process_graph: Graph | None = None
     loads: int = 0
 
     @property
-    def beside(self) -> int:
+    def held_bytes(self) -> int:
         """Bytes of what is held."""
         return sum(h.bytes * h.copies for h in self.held)
 
     @property
     def peak(self) -> int:
-        return max(self.loads, self.standing + self.moving + self.beside)
+        return max(self.loads, self.persistent_bytes + self.moving + self.held_bytes)
 
     def low(self, i: int, labelled: bool = False) -> Lowered:
-        """The moments of one of its passes."""
+        """Return the lowered moments of a pass."""
         step, _ = self.passes[i]
-        return inferred(step.graph, labelled, step.division)
+        return lower_inference(step.graph, labelled, step.division)
 
     def replay(self, allocator: Allocator) -> None:
-        """Make and free what the aside does. In a process of its own, that begins with loading."""
-        if self.alone is not None:
-            load(self.alone, allocator)
+        """Replay the task's allocations and frees. A separate process starts by loading the model."""
+        if self.own_process_graph is not None:
+            load(self.own_process_graph, allocator)
         if self.phase == "eval":
             self._replay_batches(allocator)
             return
@@ -66,16 +72,16 @@ class Aside(NamedTuple):
             allocator.free(block)
 
     def _replay_passes(self, allocator: Allocator) -> None:
-        left: list[Left] = []
+        left: list[InheritedTensor] = []
         for step, axes in self.passes:
-            left = replayed(recorded_inference(step.graph, step.division), dict(axes), allocator, left)
+            left = replay_pass(recorded_inference(step.graph, step.division), dict(axes), allocator, left)
         while left:
             allocator.free(left.pop().block)
 
     def _replay_batches(self, allocator: Allocator) -> None:
-        """Batches, of which predictions are kept; of more than a few the last one's pass stands for the rest."""
-        together: list[Block] = []
-        last: list[Block] = []
+        """Replay the batches whose predictions are kept; only the first few and the last replay their passes."""
+        together: list[AllocatorBlock] = []
+        last: list[AllocatorBlock] = []
         for count in range(1, self.batches + 1):
             if count <= _REPLAYED or count == self.batches:
                 self._replay_passes(allocator)
@@ -90,6 +96,6 @@ class Aside(NamedTuple):
         _free([*together, *last], allocator)
 
 
-def _free(blocks: list[Block], allocator: Allocator) -> None:
+def _free(blocks: list[AllocatorBlock], allocator: Allocator) -> None:
     while blocks:
         allocator.free(blocks.pop())

@@ -1,11 +1,12 @@
-"""What a training run does beside its steps, where it is asked for: evaluates, generates, saves, merges adapters.
+"""The side tasks of a training run: evaluating, generating, saving, merging adapters.
 
-Each is an `Aside`: bytes beside what stands between two steps, when gradients are gone and the optimizer's states are
-there. An evaluation is forward passes of the model as it trains, without dropout and of which nothing is recorded.
+Each is a `SideTask`: bytes in addition to what is held between two steps, when gradients are freed and the optimizer's
+states exist. An evaluation runs forward passes of the model being trained, without dropout and without autograd.
 
 Source: transformers 5.24 trainer.py evaluation_loop and prediction_step, trainer_pt_utils.py EvalLoopContainer,
-trainer_seq2seq.py prediction_step; of merging, memplan.catalogue.methods.merging; of saving,
-memplan.program.training.saving."""
+trainer_seq2seq.py prediction_step; for merging, memplan.catalogue.methods.merging; for saving,
+memplan.program.training.saving.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +15,26 @@ from typing import Any, NamedTuple
 
 from memplan.catalogue.inference.decoding import NOT_YET, SUPPRESSES, returned_by
 from memplan.catalogue.inference.one_pass import Cache, Pass
-from memplan.catalogue.methods.merging import adapted, merge
-from memplan.catalogue.profiles.profiles import decided as words_of
+from memplan.catalogue.methods.merging import adapted_weights, merge_moments
 from memplan.catalogue.profiles.profiles import find_profile
+from memplan.catalogue.profiles.profiles import profile_settings as words_of
 from memplan.core.errors import SpecError, UnsupportedModelError
 from memplan.core.ir import Tensor
 from memplan.core.units import ITEMSIZE
 from memplan.engine.walk import size
-from memplan.estimate.side_task import Aside
-from memplan.estimate.walk import Walked
+from memplan.estimate.side_task import SideTask
+from memplan.estimate.walk import TrainingWalk
 from memplan.models.model import ModelSpec
-from memplan.program.graph import Graph, Held, built, elements, inferred, parameters_of
-from memplan.program.inference.passes import Step, most_of, numbers_of
+from memplan.program.graph import Graph, TensorGroup, elements, lower_inference, operations_of, parameters_of
+from memplan.program.inference.passes import InferenceStep, numbers_of, pass_peak
 from memplan.program.inference.steps import steps_of
 from memplan.program.loading import loading, most_at_once
-from memplan.program.run import Decided
+from memplan.program.run import ResolvedRun
 from memplan.program.training.program import division_in_pass
-from memplan.program.training.saving import saved
-from memplan.resolve.batches import check_batch, lengths
+from memplan.program.training.saving import saving_peak
+from memplan.resolve.batches import check_batch, with_lengths
 from memplan.resolve.decide import decide
-from memplan.resolve.inference import caches_all
+from memplan.resolve.inference import keeps_every_cache
 from memplan.resolve.refusals import refuse_also
 from memplan.spec.run import RunSpec, changed
 from memplan.spec.training import Also, Evaluation, Loop
@@ -42,26 +43,28 @@ _LOOP = "transformers 5.24 trainer.py Trainer.evaluation_loop"
 _CONTAINER = "transformers 5.24 trainer_pt_utils.py EvalLoopContainer.add"
 
 
-def asides(run: RunSpec, walked: Walked, decided: Decided, model: ModelSpec | None) -> tuple[Aside, ...]:
-    """What the run does beside its steps, in the order it comes in. Raises SpecError."""
+def side_tasks_of(
+    run: RunSpec, walked: TrainingWalk, decided: ResolvedRun, model: ModelSpec | None
+) -> tuple[SideTask, ...]:
+    """Return the run's side tasks, in the order they run. Raises SpecError."""
     also = run.also
     if also == Also():
         return ()
     refuse_also(run, decided.structure.graph)
-    standing = walked.program.standing(walked.workspace)
-    out: list[Aside] = []
+    standing = walked.program.between_steps(walked.workspace)
+    tasks: list[SideTask] = []
     if also.evaluation is not None:
-        out += _evaluated(run, also.evaluation, walked, model, standing)
+        tasks += _evaluation(run, also.evaluation, walked, model, standing)
     if also.saving is not None:
-        held, where, host = saved(decided.structure, also.saving, walked.program)
-        out.append(Aside("save", where, standing, held, host=host))
+        held, where, host = saving_peak(decided.structure, also.saving, walked.program)
+        tasks.append(SideTask("save", where, standing, held, host=host))
     if also.merging is not None:
-        out.append(_merged(run, walked, decided, model, standing))
-    return tuple(out)
+        tasks.append(_merge(run, walked, decided, model, standing))
+    return tuple(tasks)
 
 
-def notes_of(run: RunSpec, asked: tuple[Aside, ...]) -> Iterator[str]:
-    """What to know of them."""
+def notes_of(run: RunSpec, asked: tuple[SideTask, ...]) -> Iterator[str]:
+    """Yield notes on the side tasks."""
     e = run.also.evaluation
     if e is None:
         return
@@ -72,116 +75,133 @@ def notes_of(run: RunSpec, asked: tuple[Aside, ...]) -> Iterator[str]:
         yield f"evaluation: {note}"
     if e.kept_batches and e.accumulation is None and e.preprocess is None and not e.batch_metrics:
         yield (
-            f"evaluation: the logits of {e.kept_batches} batches stay on the GPU until all are over; "
-            "eval_accumulation_steps takes them to the host earlier, preprocess_logits_for_metrics keeps less of them"
+            f"evaluation: the logits of {e.kept_batches} batches stay on the GPU until the last one; "
+            "eval_accumulation_steps moves them to the host earlier, preprocess_logits_for_metrics keeps less of them"
         )
 
 
-def _evaluated(run: RunSpec, e: Evaluation, walked: Walked, model: ModelSpec | None, standing: int) -> Iterator[Aside]:
-    """An evaluation, and what it generates."""
-    found = _deciding(run, e, model)
+def _evaluation(
+    run: RunSpec, e: Evaluation, walked: TrainingWalk, model: ModelSpec | None, standing: int
+) -> Iterator[SideTask]:
+    """Yield an evaluation, and the generation in it."""
+    decided_ = _evaluation_run(run, e, model)
     words = words_of(
-        find_profile(run.profile).name, found.structure.graph.model.model_type, run.method.quantization is not None
+        find_profile(run.profile).name, decided_.structure.graph.model.model_type, run.method.quantization is not None
     )
-    division = division_in_pass(found.structure, later=False)
+    division = division_in_pass(decided_.structure, later=False)
     caching = bool(run.loop.use_cache) or words["forward_caches"]
     cache = words["cache"] if caching else ""
-    now = Pass("eval", cache, wide=words["logits"] == "model")
-    graph = _still(found.structure.graph, now, caching=caching)
-    step = Step(graph, e.micro, found.batch.sequence, division=division)
-    axes = numbers_of(step, found)
-    low = inferred(graph, division=division)
-    moving, moment = most_of(graph, axes, division)
+    one_pass = Pass("eval", cache, casts_logits=words["logits"] == "model")
+    graph = _evaluation_graph(decided_.structure.graph, one_pass, caching=caching)
+    step = InferenceStep(graph, e.micro, decided_.batch.sequence, division=division)
+    axes = numbers_of(step, decided_)
+    low = lower_inference(graph, division=division)
+    moving, moment = pass_peak(graph, axes, division)
     standing += walked.program.passing["forward"]
     passes = ((step, tuple(axes.items())),)
     kept = _kept(e, graph, axes, run.parallelism.dp)
-    loss = Held("activation", "loss of a batch, by the loop's name", "evaluation", "", "fp32", 1, 512, _LOOP)
-    named = () if e.batch_metrics else (loss,)  # the loop lets go of them by itself there
-    during, joined = (*kept.during, *named), (*kept.joined, *named)
-    where, batches = low.moments[moment].where, together_of(e) if kept.each else 1
-    one = Aside(
+    loss = TensorGroup("activation", "loss of a batch, referenced by the loop", "evaluation", "", "fp32", 1, 512, _LOOP)
+    referenced = () if e.batch_metrics else (loss,)  # with batch_metrics the loop drops its references
+    during, joined = (*kept.during, *referenced), (*kept.joined, *referenced)
+    where, batches = low.moments[moment].where, batches_on_gpu(e) if kept.each else 1
+    task = SideTask(
         "eval", where, standing, during, passes, (0, moment), moving, kept.each, batches, e.concatenates, kept.host
     )
-    if sum(h.bytes * h.copies for h in joined) > moving + one.beside:
-        one = one._replace(where="evaluation.concat", held=joined, moving=0, top=(-1, -1))
-    yield one
+    if sum(h.bytes * h.copies for h in joined) > moving + task.held_bytes:
+        task = task._replace(where="evaluation.concat", held=joined, moving=0, top=(-1, -1))
+    yield task
     if e.new_tokens:
-        yield _generated(e, found, graph, words, now.wide, standing)
+        yield _generation(e, decided_, graph, words, one_pass.casts_logits, standing)
 
 
-def _deciding(run: RunSpec, e: Evaluation, model: ModelSpec | None) -> Decided:
-    """The run as its evaluation runs the model: with other lengths, and nothing of it checkpointed or dropped."""
+def _evaluation_run(run: RunSpec, e: Evaluation, model: ModelSpec | None) -> ResolvedRun:
+    """Return the run as its evaluation runs the model: other lengths, and no checkpointing or dropout."""
     loss = "hf" if e.kept_batches and run.kernels.loss == "fused" else run.kernels.loss
     kernels = {"checkpointing": "none", "reentrant": None, "loss": loss}
-    one = changed(run, "also", evaluation=None, saving=None, merging=None)
-    one = changed(one, "kernels", **kernels)
-    one = changed(one, "loop", hold_outputs=Loop().hold_outputs)
+    evaluation_run = changed(run, "also", evaluation=None, saving=None, merging=None)
+    evaluation_run = changed(evaluation_run, "kernels", **kernels)
+    evaluation_run = changed(evaluation_run, "loop", hold_outputs=Loop().hold_outputs)
     batch = {"micro": e.micro, "sequence": e.sequence or run.batch.sequence, "accumulation": 1}
-    one = changed(one, "batch", **batch)
+    evaluation_run = changed(evaluation_run, "batch", **batch)
     if run.method.dropout:
-        one = changed(one, "method", dropout=0.0)
-    return decide(one, model)
+        evaluation_run = changed(evaluation_run, "method", dropout=0.0)
+    return decide(evaluation_run, model)
 
 
-def _still(graph: Graph, now: Pass, caching: bool) -> Graph:
-    """The graph in evaluation."""
+def _evaluation_graph(graph: Graph, now: Pass, caching: bool) -> Graph:
+    """Return the graph in evaluation mode."""
     wiring = graph.wiring._replace(
         records=False, caching=caching, caches=False, last_only=now.generates and now.last_only
     )
     return graph._replace(
-        wiring=wiring, recipe=graph.recipe._replace(dropout=False), inference=now, leaf=False, rank=graph.rank
+        wiring=wiring,
+        recipe=graph.recipe._replace(dropout=False),
+        inference=now,
+        input_requires_grad=False,
+        rank=graph.rank,
     )
 
 
 class _Kept(NamedTuple):
-    """What is kept of batches that are over: `during` the last one's pass, and when it is `joined` to them; bytes of
-    `each` batch's tensors, and of all in host memory."""
+    """What an evaluation keeps of finished batches.
 
-    during: tuple[Held, ...] = ()
-    joined: tuple[Held, ...] = ()
+    during  tensors held during the last batch's pass
+    joined  tensors held while its predictions are concatenated with those before
+    each    bytes of each tensor of a batch
+    host    bytes of all batches in host memory
+    """
+
+    during: tuple[TensorGroup, ...] = ()
+    joined: tuple[TensorGroup, ...] = ()
     each: tuple[int, ...] = ()
     host: int = 0
 
 
-def together_of(e: Evaluation) -> int:
-    """Of how many batches predictions are on the GPU at most."""
+def batches_on_gpu(e: Evaluation) -> int:
+    """Return the most batches whose predictions are on the GPU at once."""
     return min(e.kept_batches, e.accumulation or e.kept_batches)
 
 
 def _kept(e: Evaluation, graph: Graph, axes: dict[str, int], ranks: int) -> _Kept:
-    """Predictions and labels; with several ranks those of all, which are gathered."""
-    logits = _returned(graph)
+    """Return what is kept of predictions and labels, gathered from all `ranks`."""
+    logits = _batch_logits(graph)
     if not e.kept_batches or logits is None:
         return _Kept()
     if e.preprocess == "argmax":
         logits = Tensor("likeliest tokens", " ".join(logits.shape.split()[:-1]), "int64")
     labels = Tensor("labels", logits.shape.rpartition(" ")[0] if e.preprocess is None else logits.shape, "int64")
-    together = together_of(e)
-    kinds = (logits, labels)
+    on_gpu = batches_on_gpu(e)
+    tensors = (logits, labels)
 
-    def held(t: Tensor, what: str, count: int, source: str) -> Held:
-        """As many batches in one tensor, of all ranks: they are gathered."""
+    def held(t: Tensor, what: str, count: int, source: str) -> TensorGroup:
+        """Return the tensor of `count` batches, gathered from all ranks."""
         shape = f"{count * ranks} {t.shape}"
         bytes_ = size(shape, t.dtype, axes)[1]
-        return Held("activation", f"{t.name}{what}", "evaluation", shape, t.dtype, 1, bytes_, source)
+        return TensorGroup("activation", f"{t.name}{what}", "evaluation", shape, t.dtype, 1, bytes_, source)
 
     if e.batch_metrics:
-        return _Kept(joined=tuple(held(t, " of a batch, of all ranks", 1, _LOOP) for t in kinds) if ranks > 1 else ())
-    each = tuple(held(t, " of a batch", 1, _CONTAINER) for t in kinds)
-    host = sum(ITEMSIZE["fp32" if t.dtype == "bf16" else t.dtype] * _numbers(t, axes) for t in kinds)
+        return _Kept(joined=tuple(held(t, " of a batch, of all ranks", 1, _LOOP) for t in tensors) if ranks > 1 else ())
+    each = tuple(held(t, " of a batch", 1, _CONTAINER) for t in tensors)
+    host = sum(ITEMSIZE["fp32" if t.dtype == "bf16" else t.dtype] * _numbers(t, axes) for t in tensors)
     host *= e.kept_batches * ranks
     bytes_of_each = tuple(h.bytes for h in each)
     if not e.concatenates:
-        found = tuple(h._replace(copies=together - 1) for h in each) if together > 1 else ()
-        return _Kept(found, (), bytes_of_each, host)
-    if together < e.kept_batches:  # those before are joined anew on the host
+        earlier = tuple(h._replace(copies=on_gpu - 1) for h in each) if on_gpu > 1 else ()
+        return _Kept(earlier, (), bytes_of_each, host)
+    if on_gpu < e.kept_batches:  # the host concatenates too, copying the earlier ones
         host *= 2
-    if together == 1:
+    if on_gpu == 1:
         return _Kept((), (), bytes_of_each, host)
-    before = tuple(held(t, " of the batches before", together - 1, _CONTAINER) for t in kinds)
-    last = tuple(held(t, " of the batch before, by the loop's name", 1, _LOOP) for t in kinds if together > 2)
-    joining = (before[0], each[0], held(logits, " of all batches, joined", together, _CONTAINER), before[1], each[1])
-    return _Kept((*before, *last), joining, bytes_of_each, host)
+    previous = tuple(held(t, " of the previous batches", on_gpu - 1, _CONTAINER) for t in tensors)
+    last = tuple(held(t, " of the previous batch, referenced by the loop", 1, _LOOP) for t in tensors if on_gpu > 2)
+    while_joining = (
+        previous[0],
+        each[0],
+        held(logits, " of all batches, concatenated", on_gpu, _CONTAINER),
+        previous[1],
+        each[1],
+    )
+    return _Kept((*previous, *last), while_joining, bytes_of_each, host)
 
 
 def _numbers(t: Tensor, axes: dict[str, int]) -> int:
@@ -191,101 +211,107 @@ def _numbers(t: Tensor, axes: dict[str, int]) -> int:
     return out
 
 
-def _returned(graph: Graph) -> Tensor | None:
-    """The logits that a batch leaves, with their dtype."""
-    stack, _ = built(graph)
-    found = returned_by(stack, bool(graph.inference and graph.inference.wide))
-    if found is None:
+def _batch_logits(graph: Graph) -> Tensor | None:
+    """Return the logits of a batch, with their dtype."""
+    stack, _ = operations_of(graph)
+    logits = returned_by(stack, bool(graph.inference and graph.inference.casts_logits))
+    if logits is None:
         return None
-    low = inferred(graph, labelled=True)
-    own = (
+    low = lower_inference(graph, labelled=True)
+    kept_keys = (
         key
         for key, n in zip(low.sizes, range(len(low.sizes)), strict=True)
-        if low.left.counts.get(n) and key[5] == found.name
+        if low.left.counts.get(n) and key[5] == logits.name
     )
-    shape, dtype, *_ = next(own)
+    shape, dtype, *_ = next(kept_keys)
     return Tensor("logits", shape, dtype)
 
 
-def _generated(
-    e: Evaluation, found: Decided, graph: Graph, words: Mapping[str, Any], wide: bool, standing: int
-) -> Aside:
-    """Tokens generated after each of an evaluation's sequences."""
+def _generation(
+    e: Evaluation, decided_: ResolvedRun, graph: Graph, words: Mapping[str, Any], wide: bool, standing: int
+) -> SideTask:
+    """Return the generation of tokens after each of an evaluation's sequences."""
     kind = graph.model.model_type
     if graph.model.objective not in ("causal_lm", "seq2seq_lm") or kind in NOT_YET:
         raise SpecError(
             f"also.evaluation.new_tokens: generation is not supported yet for {graph.model.name or kind}",
             "also.evaluation.new_tokens",
         )
-    way: Cache = "legacy" if words["cache"] == "legacy" else "dynamic"
-    crosses = graph.model.is_encoder_decoder  # whose heads are given every token of the decoder's prompt
+    cache: Cache = "legacy" if words["cache"] == "legacy" else "dynamic"
+    crosses = graph.model.is_encoder_decoder  # its head reads every token of the decoder's prompt
     last_only, few_rows, switches = (
         words["last_logits"] and not crosses,
         words["few_rows"],
         words["experts"] == "stacked",
     )
-    now = Pass("prefill", way, last_only, wide, few_rows=few_rows, crosses=crosses, switches=switches)
-    now = now._replace(suppresses=kind in SUPPRESSES)
-    one = _still(graph, now, caching=True)
-    if not caches_all(one):
+    one_pass = Pass(
+        "prefill", cache, last_only, wide, few_rows=few_rows, has_encoder=crosses, batches_later_passes=switches
+    )
+    one_pass = one_pass._replace(suppresses=kind in SUPPRESSES)
+    evaluation_graph = _evaluation_graph(graph, one_pass, caching=True)
+    if not keeps_every_cache(evaluation_graph):
         raise UnsupportedModelError(
             f"also.evaluation.new_tokens: generation is not supported yet for model_type {kind} with this attention",
             "also.evaluation.new_tokens",
         )
-    asked = found.batch.model_copy(update={"new_tokens": e.new_tokens, "target_sequence": None})
-    batch = lengths(asked, graph.model, generates=True)
-    prompted = found._replace(structure=found.structure._replace(graph=one), batch=batch)
-    passes: list[tuple[Step, tuple[tuple[str, int], ...]]] = []
+    asked = decided_.batch.model_copy(update={"new_tokens": e.new_tokens, "target_sequence": None})
+    batch = with_lengths(asked, graph.model, generates=True)
+    prompted = decided_._replace(structure=decided_.structure._replace(graph=evaluation_graph), batch=batch)
+    passes: list[tuple[InferenceStep, tuple[tuple[str, int], ...]]] = []
     peaks: list[tuple[int, int]] = []
     for step in steps_of(prompted):
         axes = numbers_of(step, prompted)
         passes.append((step, tuple(axes.items())))
-        peaks.append(most_of(step.graph, axes))
+        peaks.append(pass_peak(step.graph, axes))
     top = max(range(len(peaks)), key=lambda i: peaks[i][0])
     moving, moment = peaks[top]
-    where = f"{passes[top][0].phase}: {inferred(passes[top][0].graph).moments[moment].where}"
-    return Aside("generate", where, standing, (), tuple(passes), (top, moment), moving)
+    where = f"{passes[top][0].phase}: {lower_inference(passes[top][0].graph).moments[moment].where}"
+    return SideTask("generate", where, standing, (), tuple(passes), (top, moment), moving)
 
 
-def _merged(run: RunSpec, walked: Walked, decided: Decided, model: ModelSpec | None, standing: int) -> Aside:
-    """Adapters merged layer by layer, all of them still there: the largest layer's product."""
+def _merge(
+    run: RunSpec, walked: TrainingWalk, decided: ResolvedRun, model: ModelSpec | None, standing: int
+) -> SideTask:
+    """Return the merge of adapters, layer by layer: the peak is the largest layer's product."""
     merging = run.also.merging
     assert merging is not None
     graph, alone, loads = decided.structure.graph, None, 0
     if merging.model == "reloaded":
-        graph = alone = _reloaded(run, model)
+        graph = alone = _reloaded_graph(run, model)
         standing = sum(h.bytes * h.copies for h in parameters_of(graph)) + walked.workspace
         loads = most_at_once(loading(graph))
-    stack, axes = built(graph)
-    best: tuple[tuple[Held, ...], str] = ((), "")
-    for one in adapted(stack):
-        if not one.mergeable:
+    stack, axes = operations_of(graph)
+    best: tuple[tuple[TensorGroup, ...], str] = ((), "")
+    for adapter in adapted_weights(stack):
+        if not adapter.mergeable:
             raise SpecError(
-                "also.merging: peft merges into whole weights and into bitsandbytes' alone; say reloaded, which is "
-                "not quantised",
+                "also.merging: peft only merges into unquantised and bitsandbytes weights; set model reloaded, which "
+                "is not quantised",
                 "also.merging",
             )
-        where = f"{one.block}.{one.name}".lstrip(".")
-        for made in merge(one):
+        where = f"{adapter.block}.{adapter.name}".lstrip(".")
+        for merge_step in merge_moments(adapter):
             held = tuple(
-                Held("temp", t.name, where, t.shape, t.dtype, 1, size(t.shape, t.dtype, axes)[1], made.source)
-                for t in made.tensors
+                TensorGroup(
+                    "temp", t.name, where, t.shape, t.dtype, 1, size(t.shape, t.dtype, axes)[1], merge_step.source
+                )
+                for t in merge_step.tensors
             )
-            best = max(best, (held, f"{where}.merge"), key=lambda found: sum(h.bytes for h in found[0]))
+            best = max(best, (held, f"{where}.merge"), key=lambda candidate: sum(h.bytes for h in candidate[0]))
     host = 0
     if not alone and graph.recipe.quantization:
-        host = max(elements(one.weight, axes) * ITEMSIZE["fp32"] for one in adapted(stack))
-    return Aside("merge", best[1], standing, best[0], host=host, alone=alone, loads=loads)
+        host = max(elements(adapter.weight, axes) * ITEMSIZE["fp32"] for adapter in adapted_weights(stack))
+    return SideTask("merge", best[1], standing, best[0], host=host, own_process_graph=alone, loads=loads)
 
 
-def _reloaded(run: RunSpec, model: ModelSpec | None) -> Graph:
-    """The run's model as it is loaded to merge adapters into it: whole, in one dtype, with nothing prepared."""
+def _reloaded_graph(run: RunSpec, model: ModelSpec | None) -> Graph:
+    """Return the run's model as reloaded for merging: unsharded, in one dtype, not prepared for training."""
     merging = run.also.merging
     assert merging is not None
     kind = {"qlora": "lora", "qdora": "dora"}.get(run.method.kind, run.method.kind)
-    one = changed(run, "also", evaluation=None, saving=None, merging=None)
-    one = changed(one, "method", kind=kind, quantization=None)
-    one = RunSpec.model_validate(
-        {**dict(one), "precision": merging.dtype or run.precision.weights, "parallelism": {}, "optimizer": {}}
+    merge_run = changed(run, "also", evaluation=None, saving=None, merging=None)
+    merge_run = changed(merge_run, "method", kind=kind, quantization=None)
+    merge_run = RunSpec.model_validate(
+        {**dict(merge_run), "precision": merging.dtype or run.precision.weights, "parallelism": {}, "optimizer": {}}
     )
-    return decide(one, model).structure.graph
+    return decide(merge_run, model).structure.graph

@@ -1,6 +1,7 @@
-"""The hinge: a run becomes a program, a program and a batch become an answer.
+"""The answer for a training run: what a rank takes of its card, and the ledger, timeline and ranks.
 
-Pure: no network, no printing, no state but caches; the same run gives the same answer on any thread."""
+Pure: no network, no printing, no state but caches; the same run gives the same answer on any thread.
+"""
 
 from __future__ import annotations
 
@@ -9,38 +10,38 @@ from typing import NamedTuple
 
 from memplan.estimate.answer import Bytes, Line, Peak, Phase, Rank, Verdict
 from memplan.estimate.calibration import Calibration
-from memplan.estimate.usage import Replay, Usage, around_of, resident
-from memplan.estimate.walk import Walked, walk
-from memplan.program.run import Decided
+from memplan.estimate.usage import TrainingReplay, Usage, resident, run_overhead
+from memplan.estimate.walk import TrainingWalk, walk
+from memplan.program.run import ResolvedRun
 from memplan.program.training.pipeline import every_stage, in_flight, layers_of, parameters_of
 from memplan.spec.run import RunSpec
 
 
-def usage_of(run: RunSpec, decided: Decided, walked: Walked, calibration: Calibration | None) -> Usage:
-    """What a rank takes of its card."""
+def usage_of(run: RunSpec, decided: ResolvedRun, walked: TrainingWalk, calibration: Calibration | None) -> Usage:
+    """Return what a rank takes of its card."""
     axes, expandable = tuple(walked.axes.items()), run.loop.expandable_segments
-    replay = Replay(decided.structure, axes, walked.workspace, expandable, walked.asides)
-    beside = around_of(decided.gpu, decided.communicators, calibration)
-    there = min((resident(walked.program), *(a.standing for a in walked.asides)))
-    load = max((walked.phases[0].peak, *(a.loads for a in walked.asides)))
-    return Usage(replay, there, load, walked.top.peak, decided.gpu, beside)
+    replay = TrainingReplay(decided.structure, axes, walked.workspace, expandable, walked.side_tasks)
+    overhead = run_overhead(decided.gpu, decided.communicators, calibration)
+    held = min((resident(walked.program), *(a.persistent_bytes for a in walked.side_tasks)))
+    load = max((walked.phases[0].peak, *(a.loads for a in walked.side_tasks)))
+    return Usage(replay, held, load, walked.top.peak, decided.gpu, overhead)
 
 
-def staged(run: RunSpec, decided: Decided) -> dict[str, object]:
-    """What of a run's parallelism was decided: the schedule of a pipeline, and the stage that the answer is of."""
+def decided_parallelism(run: RunSpec, decided: ResolvedRun) -> dict[str, object]:
+    """Return the decided parallelism: the pipeline's schedule, and the stage that the answer is for."""
     structure = decided.structure
     if not structure.pipe.engine:
         return {}
-    found = {"stage": structure.graph.degrees.stage, "schedule": structure.pipe.schedule}
-    return {"parallelism": run.parallelism.model_copy(update=found)}
+    update = {"stage": structure.graph.degrees.stage, "schedule": structure.pipe.schedule}
+    return {"parallelism": run.parallelism.model_copy(update=update)}
 
 
-class Engine(NamedTuple):
-    """Where an answer's ledger and timeline come from: a walk of the run's program."""
+class TrainingDetails(NamedTuple):
+    """The ledger, timeline and ranks of a training answer, from a walk of the run's program."""
 
     run: RunSpec
-    walked: Walked
-    decided: Decided
+    walked: TrainingWalk
+    decided: ResolvedRun
     calibration: Calibration | None
 
     def lines(self) -> Iterable[Line]:

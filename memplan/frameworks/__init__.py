@@ -1,13 +1,13 @@
-"""A change of a run as what a user must write: memplan's options, and the keys of the frameworks that train.
+"""Express a change of a run in memplan's options and in the config keys of training frameworks.
 
-One table of keys per framework, in its own file, each with the version it was read from.
+Each framework has a table of keys in its own file, with the version it was read from.
 """
 
 from __future__ import annotations
 
 from memplan.frameworks.axolotl import AXOLOTL
-from memplan.frameworks.change_table import Framework, Lines, read_off
-from memplan.frameworks.command import options, own_lines
+from memplan.frameworks.change_table import Framework, Lines, change_lines
+from memplan.frameworks.command import option_lines, options
 from memplan.frameworks.llamafactory import LLAMAFACTORY
 from memplan.frameworks.trl import TRL
 from memplan.spec.run import RunSpec
@@ -18,5 +18,5 @@ FRAMEWORKS = (TRL, AXOLOTL, LLAMAFACTORY)
 
 
 def lines(asked: RunSpec, changed: RunSpec) -> tuple[Lines, ...]:
-    """What turns the run `asked` into `changed`, in memplan's options and in each framework's words."""
-    return (own_lines(asked, changed), *(read_off(framework, asked, changed) for framework in FRAMEWORKS))
+    """Return what to write to turn `asked` into `changed`, as memplan's options and for each framework."""
+    return (option_lines(asked, changed), *(change_lines(framework, asked, changed) for framework in FRAMEWORKS))

@@ -1,7 +1,6 @@
-"""What a table of a framework's keys is made of, and how a change of a run is read off it.
+"""Tables of a framework's config keys, and the keys to write for a change of a run.
 
-A key says what a run's fields are in the framework's words. What must be written for a change are the keys that say
-something else of the changed run than of the asked one.
+A key computes its value from a run. A change is written as the keys whose value differs between the two runs.
 """
 
 from __future__ import annotations
@@ -19,10 +18,13 @@ Value: TypeAlias = "bool | int | float | str | Sequence[Value] | Mapping[str, Va
 
 
 class Key(NamedTuple):
-    """`key` is `value` of a run, None where nothing is to be written; `fields` are those of a run that it speaks for.
+    """A config key.
 
-    Without a `value` it is the first field's. Of another place than the YAML file, `value` is the whole line, and
-    `key` what the line is called.
+    key     its name; outside of the YAML file, a name for the line
+    fields  the fields of a run that it covers
+    value   its value for a run, None if nothing is written; by default the first field's. Outside of the YAML file,
+            the entire line
+    place   where it is written
     """
 
     key: str
@@ -32,14 +34,21 @@ class Key(NamedTuple):
 
 
 class Remark(NamedTuple):
-    """What must be known where one of `fields` changes; an empty text where the changed run needs none."""
+    """A remark on a change of one of the `fields`; an empty text if the changed run needs none."""
 
     fields: tuple[str, ...]
     says: Callable[[RunSpec], str]
 
 
 class Framework(NamedTuple):
-    """A framework's keys at the version they were read from."""
+    """A framework's table of keys.
+
+    name     short name
+    title    name as shown
+    source   version and files the table was read from
+    keys     its keys
+    remarks  its remarks
+    """
 
     name: str
     title: str
@@ -49,9 +58,12 @@ class Framework(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """A change as what a user of one framework writes: lines of YAML, in which what goes elsewhere is a comment.
+    """A change of a run as a user of one framework writes it.
 
-    note    what the framework has no key for, and what else must be known; may be empty
+    framework  short name of the framework
+    title      its name as shown
+    lines      lines of YAML; changes outside of the YAML file are comments
+    note       remarks, and fields that the framework has no key for; may be empty
     """
 
     framework: str
@@ -60,10 +72,10 @@ class Lines(NamedTuple):
     note: str
 
 
-def read_off(framework: Framework, asked: RunSpec, changed: RunSpec) -> Lines:
-    """What turns `asked` into `changed` in the framework's words. Every field that differs has a line or is noted."""
-    unsaid = dict.fromkeys(differing(asked, changed))
-    differ = frozenset(unsaid)
+def change_lines(framework: Framework, asked: RunSpec, changed: RunSpec) -> Lines:
+    """Return the lines that turn `asked` into `changed`. Every field that differs has a line or is in the note."""
+    uncovered = dict.fromkeys(differing(asked, changed))
+    differ = frozenset(uncovered)
     written: list[str] = []
     removed: list[str] = []
     notes: list[str] = []
@@ -73,7 +85,7 @@ def read_off(framework: Framework, asked: RunSpec, changed: RunSpec) -> Lines:
         if new == value(asked):
             continue
         for name in key.fields:
-            unsaid.pop(name, None)
+            uncovered.pop(name, None)
         if new is None:
             removed.append(key.key)
         elif key.place == "yaml":
@@ -87,14 +99,18 @@ def read_off(framework: Framework, asked: RunSpec, changed: RunSpec) -> Lines:
         if text:
             notes.append(text)
             for name in remark.fields:
-                unsaid.pop(name, None)
-    if unsaid:
-        notes.append(f"{framework.title} has no key for {', '.join(f'{f} ({_shown(changed, f)})' for f in unsaid)}")
+                uncovered.pop(name, None)
+    if uncovered:
+        fields = ", ".join(f"{name} ({_shown(changed, name)})" for name in uncovered)
+        notes.append(f"{framework.title} has no key for {fields}")
     return Lines(framework.name, framework.title, tuple(written), "; ".join(notes))
 
 
 def differing(asked: RunSpec, changed: RunSpec) -> Iterator[str]:
-    """The paths of the fields in which two runs differ. Where one quantises, the other has the usual quantisation."""
+    """Yield the paths of the fields in which two runs differ.
+
+    If only one of them quantises, it is compared with the default quantisation.
+    """
     for name in RunSpec.model_fields:
         old, new = getattr(asked, name), getattr(changed, name)
         if isinstance(old, Part) and isinstance(new, Part) and name != "model":
@@ -107,8 +123,8 @@ def _within(old: Part, new: Part, path: str) -> Iterator[str]:
     for name in type(new).model_fields:
         inner, was, now = f"{path}.{name}", getattr(old, name), getattr(new, name)
         if name == "quantization" and was != now:
-            found = dict.fromkeys(_within(was or Quantization(), now or Quantization(), inner))
-            yield from found if was and now else {f"{inner}.format": None, **found}
+            paths = dict.fromkeys(_within(was or Quantization(), now or Quantization(), inner))
+            yield from paths if was and now else {f"{inner}.format": None, **paths}
         elif isinstance(was, Part) and isinstance(now, Part):
             yield from _within(was, now, inner)
         elif was != now:
@@ -116,7 +132,7 @@ def _within(old: Part, new: Part, path: str) -> Iterator[str]:
 
 
 def value_of(run: RunSpec, field: str) -> Any:
-    """What the run has at a path; None where a part of the path is not there."""
+    """Return the run's value at a path; None if a part of the path is missing."""
     value: Any = run
     for name in field.split("."):
         value = getattr(value, name, None)
@@ -124,36 +140,36 @@ def value_of(run: RunSpec, field: str) -> Any:
 
 
 def field(path: str) -> Callable[[RunSpec], Value]:
-    """What a run has at a path, as a key's value."""
+    """Return a function that gives a run's value at a path."""
     return lambda run: value_of(run, path)
 
 
 def is_(path: str, value: Value) -> Callable[[RunSpec], bool]:
-    """Whether a run has the value at a path."""
+    """Return a function that tells whether a run has the value at a path."""
     return lambda run: value_of(run, path) == value
 
 
 def _shown(run: RunSpec, field: str) -> str:
-    """A field's value as JSON has it, without quotes around a word."""
+    """A field's value as JSON, without quotes around a string."""
     value = value_of(run, field)
     text = json.dumps(value.model_dump(mode="json") if isinstance(value, Part) else value)
     return text.strip('"') if isinstance(value, str) else text
 
 
 _PLAIN = re.compile(r"[A-Za-z_][\w./-]*")
-_WORDS = frozenset(("true", "false", "yes", "no", "on", "off", "null", "y", "n"))
+_RESERVED = frozenset(("true", "false", "yes", "no", "on", "off", "null", "y", "n"))
 
 
 def yaml(value: Value) -> str:
-    """A value as YAML, in one line.
+    """Return a value as YAML in one line.
 
     >>> yaml({"stage": 3, "devices": ("cpu", "no"), "on": True, "rate": 1e-05})
     '{stage: 3, devices: [cpu, "no"], "on": true, rate: 1.0e-05}'
     """
     match value:
         case str():
-            plain = _PLAIN.fullmatch(value) and value.lower() not in _WORDS
-            return value if plain else json.dumps(value, ensure_ascii=False)
+            is_plain = _PLAIN.fullmatch(value) and value.lower() not in _RESERVED
+            return value if is_plain else json.dumps(value, ensure_ascii=False)
         case float():
             text = repr(value)
             return text.replace("e", ".0e") if "e" in text and "." not in text else text

@@ -1,4 +1,4 @@
-"""The options of memplan's own command that change a run into another."""
+"""The command-line options of memplan that turn one run into another."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memplan.spec.parallelism import Offload, Parallelism
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method, Optimizer, Precision, precision_of
 
-# The option that sets a field to any value it may have, but for those in `_sayable`.
+# The option for each field. `_has_option` lists the exceptions.
 OPTIONS = {
     "method.kind": "--method",
     "method.rank": "--rank",
@@ -67,74 +67,82 @@ OPTIONS = {
     "profile": "--profile",
     "gpu": "--gpu",
 }
-_OF_ADAPTERS = ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
+_ADAPTER_FIELDS = ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
 _CHECKPOINTING = {"full": "--gradient-checkpointing", "none": "--no-gradient-checkpointing"}
 
 
 class Command(NamedTuple):
-    """What is typed, and the fields that no option sets so."""
+    """Command-line options.
+
+    options                the options, quoted for a shell
+    fields_without_option  fields that no option can set to their value
+    """
 
     options: str
-    unsaid: tuple[str, ...]
+    fields_without_option: tuple[str, ...]
 
 
 def options(asked: RunSpec, changed: RunSpec) -> str:
-    """The options that, typed over a file with the run `asked`, make it `changed`.
+    """Return the options that turn a file with the run `asked` into `changed`.
 
-    Raises SpecError where a field differs that no option sets so.
+    Raises SpecError if no option can set a field that differs.
     """
     command = _command(asked, changed)
-    if command.unsaid:
-        field = command.unsaid[0]
-        raise SpecError(f"{field}: no option sets it so; write it in a file for --spec", field)
+    if command.fields_without_option:
+        field = command.fields_without_option[0]
+        raise SpecError(f"{field}: no option sets this value; write it in a file for --spec", field)
     return command.options
 
 
-def own_lines(asked: RunSpec, changed: RunSpec) -> Lines:
-    """The same as a line to paste, with the fields no option sets in the note."""
+def option_lines(asked: RunSpec, changed: RunSpec) -> Lines:
+    """Return the options as a line to paste; fields that no option sets are in the note."""
     command = _command(asked, changed)
-    note = f"to be written in a file for --spec: {', '.join(command.unsaid)}" if command.unsaid else ""
+    note = (
+        f"set in a file for --spec: {', '.join(command.fields_without_option)}" if command.fields_without_option else ""
+    )
     return Lines("memplan", "memplan options", (command.options,) if command.options else (), note)
 
 
 def _command(asked: RunSpec, changed: RunSpec) -> Command:
-    typed: list[str] = []
+    arguments: list[str] = []
     unsaid: list[str] = []
-    for field, words in _typed(asked, changed):
-        if words is None:
+    for field, field_arguments in _arguments_by_field(asked, changed):
+        if field_arguments is None:
             unsaid.append(field)
         else:
-            typed += words
-    return Command(shlex.join(typed), tuple(unsaid))
+            arguments += field_arguments
+    return Command(shlex.join(arguments), tuple(unsaid))
 
 
-def _typed(asked: RunSpec, changed: RunSpec) -> Iterator[tuple[str, list[str] | None]]:
-    """The words that set each field that differs, None where none do."""
+def _arguments_by_field(asked: RunSpec, changed: RunSpec) -> Iterator[tuple[str, list[str] | None]]:
+    """Yield each field that differs with the arguments that set it; None if no option does."""
     if asked.model != changed.model:
         yield "model", [changed.model] if isinstance(changed.model, str) else None
     if asked.method.kind != changed.method.kind:
         yield "method.kind", ["--method", changed.method.kind]
     if asked.optimizer.name != changed.optimizer.name:
-        yield "optimizer.name", _words("optimizer.name", changed.optimizer.name)
+        yield "optimizer.name", _arguments("optimizer.name", changed.optimizer.name)
     if asked.precision != changed.precision:
         yield "precision", _precision(changed.precision)
-    left = _left(asked, changed)
-    for field in differing(left, changed):
-        if field in OPTIONS:
-            sayable = _sayable(changed, field)
-            yield field, _words(field, value_of(changed, field)) if sayable else None
+    intermediate = _after_first_options(asked, changed)
+    for field in differing(intermediate, changed):
+        if field in OPTIONS and _has_option(changed, field):
+            yield field, _arguments(field, value_of(changed, field))
         else:
             yield field, None
-    yield from _divided(asked.parallelism, changed.parallelism)
+    yield from _parallel_degrees(asked.parallelism, changed.parallelism)
     if asked.parallelism.offload != changed.parallelism.offload:
         yield "parallelism.offload", _offload(asked.parallelism.offload, changed.parallelism.offload)
 
 
-def _left(asked: RunSpec, changed: RunSpec) -> RunSpec:
-    """The run once method and optimizer are typed, which leave behind what was the others', and with the rest done."""
+def _after_first_options(asked: RunSpec, changed: RunSpec) -> RunSpec:
+    """The run after the options for model, method, optimizer, precision and parallelism.
+
+    A new method or optimizer drops the settings of the old one.
+    """
     old, new = asked.method, changed.method
     if old.kind != new.kind:
-        kept = _OF_ADAPTERS if new.kind in ADAPTERS else ()
+        kept = _ADAPTER_FIELDS if new.kind in ADAPTERS else ()
         fields = {"kind": new.kind, **{name: getattr(old, name) for name in kept}}
         old = Method.model_validate(fields | ({"quantization": old.quantization} if new.kind.startswith("q") else {}))
     optimizer = asked.optimizer
@@ -142,18 +150,18 @@ def _left(asked: RunSpec, changed: RunSpec) -> RunSpec:
         if optimizer.name is not None:
             optimizer = Optimizer(in_backward=optimizer.in_backward)
         optimizer = optimizer.model_copy(update={"name": changed.optimizer.name})
-    apart = {"model": changed.model, "precision": changed.precision, "parallelism": _apart(asked, changed)}
-    return asked.model_copy(update={"method": old, "optimizer": optimizer, **apart})
+    others = {"model": changed.model, "precision": changed.precision, "parallelism": _parallelism(asked, changed)}
+    return asked.model_copy(update={"method": old, "optimizer": optimizer, **others})
 
 
-def _apart(asked: RunSpec, changed: RunSpec) -> Parallelism:
-    """The asked parallelism with the changed one's `_divided` fields and offload."""
-    fields = (*_DIVIDED, "offload")
+def _parallelism(asked: RunSpec, changed: RunSpec) -> Parallelism:
+    """The parallelism of `asked` with the degrees, strategy and offload of `changed`."""
+    fields = (*_DEGREES, "offload")
     return asked.parallelism.model_copy(update={name: getattr(changed.parallelism, name) for name in fields})
 
 
-def _sayable(run: RunSpec, field: str) -> bool:
-    """Whether the command takes an option for the field of such a run, and the option can say the field's value."""
+def _has_option(run: RunSpec, field: str) -> bool:
+    """Whether an option can set the field to its value in such a run."""
     kind, quantization = run.method.kind, run.method.quantization
     match field:
         case "method.trainable_layers":
@@ -168,7 +176,7 @@ def _sayable(run: RunSpec, field: str) -> bool:
             return True
 
 
-def _words(field: str, value: Any) -> list[str] | None:
+def _arguments(field: str, value: Any) -> list[str] | None:
     option = OPTIONS[field]
     if value is None:
         return None
@@ -186,14 +194,14 @@ def _words(field: str, value: Any) -> list[str] | None:
 
 
 def _precision(wanted: Precision) -> list[str] | None:
-    """The word and dtype that stand for the whole of it."""
-    for word, dtype in product(("pure", "amp", "mixed"), ("bf16", "fp16", "fp32")):
-        if (word, dtype) != ("mixed", "fp32") and Precision.model_validate(precision_of(word, dtype)) == wanted:
-            return ["--precision", word, *(["--dtype", dtype] if dtype != "bf16" else [])]
+    """The preset and dtype that give the precision, if any do."""
+    for preset, dtype in product(("pure", "amp", "mixed"), ("bf16", "fp16", "fp32")):
+        if (preset, dtype) != ("mixed", "fp32") and Precision.model_validate(precision_of(preset, dtype)) == wanted:
+            return ["--precision", preset, *(["--dtype", dtype] if dtype != "bf16" else [])]
     return None
 
 
-_DIVIDED = ("world", "dp", "tp", "pp", "cp", "strategy")
+_DEGREES = ("world", "dp", "tp", "pp", "cp", "strategy")
 _STRATEGIES = {
     "zero1": ["--zero", "1"],
     "zero2": ["--zero", "2"],
@@ -204,25 +212,28 @@ _STRATEGIES = {
 }
 
 
-def _divided(old: Parallelism, new: Parallelism) -> Iterator[tuple[str, list[str] | None]]:
-    """What divides the work. The command counts the replicas itself, and where it does, takes ddp if told no other."""
-    if all(getattr(old, name) == getattr(new, name) for name in _DIVIDED):
+def _parallel_degrees(old: Parallelism, new: Parallelism) -> Iterator[tuple[str, list[str] | None]]:
+    """Yield the arguments for degrees and strategy.
+
+    The command computes dp from the other degrees, and then defaults to ddp.
+    """
+    if all(getattr(old, name) == getattr(new, name) for name in _DEGREES):
         return
     if new.dp * new.tp * new.pp * new.cp != new.world:
         yield "parallelism.dp", None
         return
-    counted = [name for name in ("tp", "pp", "cp") if getattr(old, name) != getattr(new, name)]
+    changed = [name for name in ("tp", "pp", "cp") if getattr(old, name) != getattr(new, name)]
     if (old.world, old.dp) != (new.world, new.dp):
-        counted.insert(0, "world")
-    for name in counted:
-        yield f"parallelism.{name}", _words(f"parallelism.{name}", getattr(new, name))
-    if new.strategy != ("ddp" if counted and new.dp > 1 else old.strategy):
-        alone = ["--zero", "0"] if new.strategy == "none" and new.dp == 1 else None
-        yield "parallelism.strategy", _STRATEGIES.get(new.strategy, alone)
+        changed.insert(0, "world")
+    for name in changed:
+        yield f"parallelism.{name}", _arguments(f"parallelism.{name}", getattr(new, name))
+    if new.strategy != ("ddp" if changed and new.dp > 1 else old.strategy):
+        no_strategy = ["--zero", "0"] if new.strategy == "none" and new.dp == 1 else None
+        yield "parallelism.strategy", _STRATEGIES.get(new.strategy, no_strategy)
 
 
 def _offload(old: Offload, new: Offload) -> list[str]:
-    """An option adds to what a file says; `none` takes that back."""
-    kept = [name for name in Offload.model_fields if getattr(new, name)]
-    less = any(getattr(old, name) and name not in kept for name in Offload.model_fields)
-    return ["--offload", ",".join(["none", *kept] if less else kept)]
+    """The option adds to what a file offloads; `none` overrides the file."""
+    wanted = [name for name in Offload.model_fields if getattr(new, name)]
+    is_less = any(getattr(old, name) and name not in wanted for name in Offload.model_fields)
+    return ["--offload", ",".join(["none", *wanted] if is_less else wanted)]

@@ -1,6 +1,6 @@
-"""A DeepSpeed config as the fields of a run.
+"""Read a DeepSpeed config as fields of a run.
 
-What takes memory and is not modelled is refused by name, and so is a key that is not known; `auto` is left to the run.
+Keys that take memory but are not supported are refused by name, as are unknown keys; `auto` is left to the run.
 Source: DeepSpeed 0.19.8 runtime/config.py, runtime/zero/config.py, offload_config.py.
 """
 
@@ -12,8 +12,7 @@ from typing import Any, cast
 from memplan.core.errors import SpecError, printable
 from memplan.spec.file import read_spec
 
-# Keys of zero_optimization that are fields of `memplan.spec.parallelism.Zero`; of several the name without stage3_ is
-# another's.
+# Keys of zero_optimization, without a `stage3_` prefix, and their fields in `memplan.spec.parallelism.Zero`.
 _SIZES = {
     "reduce_bucket_size": "reduce_bucket_size",
     "allgather_bucket_size": "allgather_bucket_size",
@@ -34,8 +33,8 @@ _STAGE_3 = (
     "sub_group_size",
 )
 
-# What takes no memory in a step, whatever it says.
-_FREE = frozenset(
+# Keys that take no memory in a step, whatever their value.
+_IGNORED = frozenset(
     (
         *("allgather_partitions", "gather_16bit_weights_on_model_save", "stage3_gather_fp16_weights_on_model_save"),
         *("load_from_fp32_weights", "elastic_checkpoint", "ignore_unused_parameters", "legacy_stage1"),
@@ -43,8 +42,8 @@ _FREE = frozenset(
         *("pipeline_loading_checkpoint", "cpu_offload_use_pin_memory", "save_muon_momentum_buffer_in_memory"),
     )
 )
-_OF_DEVICES = frozenset(("nvme_path", "pipeline_read", "pipeline_write", "fast_init", "cpuadam_cores_perc"))
-_ELSEWHERE = frozenset(
+_IGNORED_IN_OFFLOAD = frozenset(("nvme_path", "pipeline_read", "pipeline_write", "fast_init", "cpuadam_cores_perc"))
+_IGNORED_AT_TOP = frozenset(
     (
         *("scheduler", "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "dump_state"),
         *(
@@ -60,7 +59,7 @@ _ELSEWHERE = frozenset(
     )
 )
 
-# What is known and modelled only as it is by default.
+# Keys that are supported only with their default values.
 _DEFAULTS: dict[str, object] = {
     "reduce_scatter": True,
     "use_multi_rank_bucket_allreduce": True,
@@ -76,14 +75,14 @@ _DEFAULTS: dict[str, object] = {
     "zenflow": None,
     "leaf_module": None,
 }
-_OFFLOADED: dict[str, object] = {"ratio": 1.0, "super_offload": False}
-_PRECISION: dict[str, object] = {
+_OFFLOAD_DEFAULTS: dict[str, object] = {"ratio": 1.0, "super_offload": False}
+_PRECISION_DEFAULTS: dict[str, object] = {
     "fp16_master_weights_and_grads": False,
     "bf16_master_weights_and_grads": False,
     "bf16_optimizer_states": False,
     "immediate_grad_update": True,
 }
-_TOP: dict[str, object] = {
+_TOP_DEFAULTS: dict[str, object] = {
     "communication_data_type": None,
     "prescale_gradients": False,
     "gradient_predivide_factor": 1.0,
@@ -95,10 +94,10 @@ _OPTIMIZERS = {"adam": "adamw_torch_fused", "adamw": "adamw_torch_fused", "adagr
 
 
 def read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The parts of a run that a DeepSpeed config says, by their names. Raises SpecError with the key."""
+    """Return the parts of a run that a DeepSpeed config sets, by name. Raises SpecError with the key."""
     out: dict[str, dict[str, Any]] = {}
     for key, value in config.items():
-        if value == "auto" or key in _ELSEWHERE:
+        if value == "auto" or key in _IGNORED_AT_TOP:
             continue
         match key:
             case "zero_optimization":
@@ -112,17 +111,17 @@ def read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
             case "train_batch_size":
                 parts = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
                 if not all(isinstance(config.get(part), int) for part in parts):
-                    raise _refused(key, f"is divided among GPUs; say {' and '.join(parts)}")
+                    raise _refused(key, f"depends on the number of GPUs; set {' and '.join(parts)} instead")
             case "gradient_clipping":
                 out["loop"] = {"clip_grad_norm": value or None}
             case "optimizer":
                 out["optimizer"] = {"name": _optimizer(_mapping(value, key))}
             case "activation_checkpointing":
-                for name, said in _mapping(value, key).items():
-                    if name in ("partition_activations", "cpu_checkpointing") and said:
+                for name, setting in _mapping(value, key).items():
+                    if name in ("partition_activations", "cpu_checkpointing") and setting:
                         raise _refused(f"{key}.{name}", "is not supported yet; supported: false")
             case _:
-                _as_by_default(key, value, _TOP, "")
+                _check_default(key, value, _TOP_DEFAULTS, "")
     return out
 
 
@@ -134,42 +133,42 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
     offload: dict[str, bool] = {}
     for key, value in config.items():
         plain = key.removeprefix("stage3_")
-        if key == "stage" or key in _FREE or plain in _FREE:
+        if key == "stage" or key in _IGNORED or plain in _IGNORED:
             continue
         if plain in _SIZES:
-            if stage == 3 or _SIZES[plain] not in _STAGE_3:  # DeepSpeed takes them at every stage, and uses them at 3
+            if stage == 3 or _SIZES[plain] not in _STAGE_3:  # accepted at every stage, used only at 3
                 zero[_SIZES[plain]] = value
         elif key in ("offload_optimizer", "offload_param"):
-            found = _offloaded(f"zero_optimization.{key}", _mapping(value or {}, key))
-            if found is not None:
-                zero[key] = found
+            device = _offload(f"zero_optimization.{key}", _mapping(value or {}, key))
+            if device is not None:
+                zero[key] = device
                 offload["optimizer" if key == "offload_optimizer" else "parameters"] = True
         elif key in ("cpu_offload", "cpu_offload_param"):
             offload["optimizer" if key == "cpu_offload" else "parameters"] = bool(value)
         elif plain == "model_persistence_threshold":
             raise _refused(f"zero_optimization.{key}", "is not supported yet; leave it out")
         else:
-            _as_by_default(plain if plain in _DEFAULTS else key, value, _DEFAULTS, "zero_optimization.")
+            _check_default(plain if plain in _DEFAULTS else key, value, _DEFAULTS, "zero_optimization.")
     if not stage:
         return {}
     return {"strategy": f"zero{stage}", "zero": zero, "offload": offload}
 
 
-def _offloaded(field: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """DeepSpeed's device and its buffers; None where nothing is offloaded."""
+def _offload(field: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """DeepSpeed's device and its buffers; None if nothing is offloaded."""
     out: dict[str, Any] = {}
     for key, value in config.items():
         if key in ("device", "pin_memory", "buffer_count", "buffer_size", "max_in_cpu"):
             out[key] = value
-        elif key not in _OF_DEVICES:
-            _as_by_default(key, value, _OFFLOADED, f"{field}.")
+        elif key not in _IGNORED_IN_OFFLOAD:
+            _check_default(key, value, _OFFLOAD_DEFAULTS, f"{field}.")
     return out if out.get("device", "none") != "none" else None
 
 
 def _precision(dtype: str, config: Mapping[str, Any], out: dict[str, dict[str, Any]]) -> None:
     if config.get("enabled") is True:
-        for key in _PRECISION.keys() & config.keys():
-            _as_by_default(key, config[key], _PRECISION, f"{dtype}.")
+        for key in _PRECISION_DEFAULTS.keys() & config.keys():
+            _check_default(key, config[key], _PRECISION_DEFAULTS, f"{dtype}.")
         if "precision" in out:
             raise _refused(dtype, "bf16 and fp16 exclude each other")
         out["precision"] = {"weights": dtype, "grads": dtype, "master": "fp32"}
@@ -184,17 +183,17 @@ def _optimizer(config: Mapping[str, Any]) -> str:
     return _OPTIMIZERS[name.lower()]
 
 
-def _as_by_default(key: str, value: object, defaults: Mapping[str, object], where: str) -> None:
-    """Raise SpecError for a key that is not known, or says something else than its default."""
+def _check_default(key: str, value: object, defaults: Mapping[str, object], prefix: str) -> None:
+    """Raise SpecError if the key is unknown or its value is not the default."""
     if key not in defaults:
-        raise _refused(f"{where}{printable(key)[:80]}", "is no key that is known to take no memory; leave it out")
+        raise _refused(f"{prefix}{printable(key)[:80]}", "is unknown, and may take memory; leave it out")
     if value not in (defaults[key], None):
-        raise _refused(f"{where}{key}", f"{value!r:.40} is not supported yet; supported: {defaults[key]!r}")
+        raise _refused(f"{prefix}{key}", f"{value!r:.40} is not supported yet; supported: {defaults[key]!r}")
 
 
 def _mapping(value: object, key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise _refused(key, f"is a mapping, not {value!r:.40}")
+        raise _refused(key, f"must be a mapping, not {value!r:.40}")
     return cast(Mapping[str, Any], value)
 
 
@@ -203,7 +202,7 @@ def _refused(key: str, why: str) -> SpecError:
 
 
 def read_deepspeed(name: str) -> dict[str, dict[str, Any]]:
-    """The parts of a run in a DeepSpeed config. Raises SpecError or ConfigError, in one line."""
+    """Read a DeepSpeed config file as parts of a run. Raises SpecError or ConfigError."""
     try:
         config = read_spec(name)
     except SpecError as error:

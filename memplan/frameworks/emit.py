@@ -1,4 +1,4 @@
-"""A run as the file or command that starts it: accelerate, DeepSpeed, torchtitan, Megatron-LM, torchrun."""
+"""Write a run as the file or command that starts it: accelerate, DeepSpeed, torchtitan, Megatron-LM, torchrun."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memplan.frameworks.change_table import Value
 from memplan.frameworks.deepspeed_json import DEEPSPEED
 from memplan.frameworks.megatron import MEGATRON
 from memplan.frameworks.torchtitan import TORCHTITAN
-from memplan.frameworks.whole_file import Nodes, Written, command, head_node, torchrun, written
+from memplan.frameworks.whole_file import FileFormat, Nodes, command, head_node, torchrun, write_file
 from memplan.spec.run import RunSpec
 
 
@@ -19,29 +19,29 @@ def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes:
     return command(f"{torchrun(nodes)} train.py", [], [*head_node(nodes), *remarks])
 
 
-def _as_counted(run: RunSpec) -> str:
+def _degrees_remark(run: RunSpec) -> str:
     p = run.parallelism
     degrees = " x ".join(f"{name} {getattr(p, name)}" for name in ("dp", "tp", "pp", "cp"))
     return f"train.py divides its {p.world} ranks as {degrees}, {p.strategy}"
 
 
-TORCHRUN = Written(
-    "torchrun", "torchrun", "torch 2.13 distributed/run.py", tuple(STRATEGIES), (), (), (_as_counted,), _write
+TORCHRUN = FileFormat(
+    "torchrun", "torchrun", "torch 2.13 distributed/run.py", tuple(STRATEGIES), (), (), (_degrees_remark,), _write
 )
 
-WRITTEN = {each.name: each for each in (ACCELERATE, DEEPSPEED, TORCHRUN, TORCHTITAN, MEGATRON)}
+FILE_FORMATS = {each.name: each for each in (ACCELERATE, DEEPSPEED, TORCHRUN, TORCHTITAN, MEGATRON)}
 
 
-def find(name: str) -> Written:
-    """Raises UnknownNameError, naming the nearest."""
-    if name not in WRITTEN:
-        raise UnknownNameError("emit", name, WRITTEN)
-    return WRITTEN[name]
+def find(name: str) -> FileFormat:
+    """Return the writer named `name`. Raises UnknownNameError with the nearest names."""
+    if name not in FILE_FORMATS:
+        raise UnknownNameError("emit", name, FILE_FORMATS)
+    return FILE_FORMATS[name]
 
 
 def emit(name: str, run: RunSpec, nodes: Nodes) -> str:
-    """The run, with nothing left open (`Estimate.run`), in a framework's file or command on so many nodes.
+    """Return a run with all defaults filled in (`Estimate.run`) as a framework's file or command.
 
-    Raises UnknownNameError for another framework, SpecError where that has not what the run says.
+    Raises UnknownNameError for an unknown framework, SpecError if the framework does not support the run.
     """
-    return written(find(name), run, nodes)
+    return write_file(find(name), run, nodes)

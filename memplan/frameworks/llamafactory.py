@@ -1,38 +1,38 @@
-"""LLaMA-Factory's keys."""
+"""The table of LLaMA-Factory's config keys."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.frameworks import shared_keys as words
+from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Framework, Key, Remark, Value, is_
 from memplan.frameworks.shared_keys import FORMAT, HOST, KIND, PARALLEL, PRECISION, of_4_bits, of_adapters
 from memplan.spec.run import RunSpec
 
-_LIGER = {"rope", "rms_norm", "swiglu"}  # with the fused loss, all at once
+_LIGER = {"rope", "rms_norm", "swiglu"}  # enabled together, along with the fused loss
 
 
-def _trains_in(run: RunSpec) -> str:
-    """The dtype of what trains: adapters are cast to fp32 unless the run says otherwise."""
-    return (run.method.adapter_dtype or "fp32") if words.adapted(run) else run.precision.weights
+def _trainable_dtype(run: RunSpec) -> str:
+    """The dtype of trainable parameters: adapters are cast to fp32 unless the run sets another."""
+    return (run.method.adapter_dtype or "fp32") if shared_keys.uses_adapters(run) else run.precision.weights
 
 
 def _pure(run: RunSpec) -> bool:
     p = run.precision
     mixed = p.autocast or p.master is not None
-    return not mixed and words.computes(run) == "bf16" and _trains_in(run) == "bf16"
+    return not mixed and shared_keys.computes(run) == "bf16" and _trainable_dtype(run) == "bf16"
 
 
 def _casts(run: RunSpec) -> bool:
-    return words.computes(run) == "bf16" and not _pure(run)
+    return shared_keys.computes(run) == "bf16" and not _pure(run)
 
 
 def _computes_in_fp16(run: RunSpec) -> bool:
-    return words.computes(run) == "fp16"
+    return shared_keys.computes(run) == "fp16"
 
 
 def _kind(run: RunSpec) -> str:
-    return "lora" if words.adapted(run) else run.method.kind
+    return "lora" if shared_keys.uses_adapters(run) else run.method.kind
 
 
 def _saved(run: RunSpec) -> Value:
@@ -43,12 +43,12 @@ def _attention(run: RunSpec) -> str:
     return {"eager": "disabled", "flash_attention_2": "fa2"}.get(run.kernels.attention, "sdpa")
 
 
-def _norms(run: RunSpec) -> str:
-    return "LLaMA-Factory casts nothing of a quantised model but norms, under upcast_layernorm"
+def _norms_remark(run: RunSpec) -> str:
+    return "LLaMA-Factory casts only the norms of a quantised model, with upcast_layernorm"
 
 
-def _lora_kernels(run: RunSpec) -> str:
-    return "fused LoRA kernels are Unsloth's, under use_unsloth" if "lora" in (run.kernels.fused or ()) else ""
+def _lora_kernels_remark(run: RunSpec) -> str:
+    return "fused LoRA kernels are Unsloth's: set use_unsloth" if "lora" in (run.kernels.fused or ()) else ""
 
 
 def _targets(run: RunSpec) -> Value:
@@ -60,17 +60,17 @@ def _frozen(run: RunSpec) -> Value:
 
 
 def _freezes(part: str) -> Callable[[RunSpec], Value]:
-    """Whether a part of a vision-language model is frozen, as the tower and the projector are unless it is said."""
+    """Whether a part of a vision-language model is frozen. LLaMA-Factory freezes tower and projector by default."""
     return lambda run: part in run.method.frozen if run.method.frozen or run.batch.images else None
 
 
 def _disabled(run: RunSpec) -> Value:
-    on = words.checkpoints(run)
+    on = shared_keys.checkpoints(run)
     return None if on is None else not on
 
 
 def _launch(run: RunSpec) -> Value:
-    world, version = run.parallelism.world, words.fsdp(run)
+    world, version = run.parallelism.world, shared_keys.fsdp(run)
     if version is not None:
         offload = str(run.parallelism.offload.parameters).lower()
         return (
@@ -81,22 +81,22 @@ def _launch(run: RunSpec) -> Value:
     return f"{several}llamafactory-cli train run.yaml"
 
 
-def _cast(run: RunSpec) -> str:
+def _casts_remark(run: RunSpec) -> str:
     p = run.precision
-    if p.weights == "fp16" and not p.autocast and _trains_in(run) == "fp16":
-        return "LLaMA-Factory has no pure fp16: what trains is cast to fp32"
-    if _pure(run) and words.stage(run) == 3:
-        return "pure_bf16 is refused beside DeepSpeed's stage 3"
-    if p.weights == "fp32" and words.adapted(run):
-        return "what is frozen is loaded in the checkpoint's own dtype"
+    if p.weights == "fp16" and not p.autocast and _trainable_dtype(run) == "fp16":
+        return "LLaMA-Factory has no pure fp16: trainable parameters are cast to fp32"
+    if _pure(run) and shared_keys.stage(run) == 3:
+        return "LLaMA-Factory refuses pure_bf16 with DeepSpeed stage 3"
+    if p.weights == "fp32" and shared_keys.uses_adapters(run):
+        return "frozen weights are loaded in the checkpoint's dtype"
     return ""
 
 
-def _all_at_once(run: RunSpec) -> str:
+def _liger_remark(run: RunSpec) -> str:
     if run.kernels.loss == "chunked":
         return "LLaMA-Factory has no chunked loss"
     on = set(run.kernels.fused or ()) - {"lora"}
-    if not words.liger(run) or (on == _LIGER and run.kernels.loss == "fused"):
+    if not shared_keys.liger(run) or (on == _LIGER and run.kernels.loss == "fused"):
         return ""
     return "enable_liger_kernel turns on RoPE, RMSNorm, SwiGLU and the fused loss together"
 
@@ -107,7 +107,7 @@ LLAMAFACTORY = Framework(
     "llamafactory 0.9.5 hparams/model_args.py, finetuning_args.py, data_args.py, model/adapter.py, "
     "model/model_utils/quantization.py, attention.py, launcher.py",
     (
-        Key("model_name_or_path", ("model",), words.model),
+        Key("model_name_or_path", ("model",), shared_keys.model),
         Key("bf16", PRECISION, _casts),
         Key("pure_bf16", (*PRECISION, "method.adapter_dtype"), _pure),
         Key("fp16", (*PRECISION, "loop.grad_scaler"), _computes_in_fp16),
@@ -116,38 +116,38 @@ LLAMAFACTORY = Framework(
         Key("freeze_vision_tower", ("method.frozen", "batch.images"), _freezes("vision")),
         Key("freeze_multi_modal_projector", ("method.frozen", "batch.images"), _freezes("projector")),
         Key("freeze_language_model", ("method.frozen",), _freezes("language")),
-        Key("quantization_bit", (KIND, FORMAT), words.bits),
+        Key("quantization_bit", (KIND, FORMAT), shared_keys.bits),
         Key("quantization_type", (FORMAT,), of_4_bits("format")),
         Key("double_quantization", ("method.quantization.double_quant",), of_4_bits("double_quant")),
-        Key("lora_rank", ("method.rank",), words.RANK),
-        Key("lora_alpha", ("method.alpha",), of_adapters(words.alpha)),
-        Key("lora_dropout", ("method.dropout",), words.DROPOUT),
+        Key("lora_rank", ("method.rank",), shared_keys.RANK),
+        Key("lora_alpha", ("method.alpha",), of_adapters(shared_keys.alpha)),
+        Key("lora_dropout", ("method.dropout",), shared_keys.DROPOUT),
         Key("lora_target", ("method.targets",), of_adapters(_targets)),
         Key("additional_target", ("method.modules_to_save",), of_adapters(_saved)),
-        Key("use_dora", (KIND,), words.dora),
-        Key("use_rslora", ("method.options",), of_adapters(words.rslora)),
+        Key("use_dora", (KIND,), shared_keys.dora),
+        Key("use_rslora", ("method.options",), of_adapters(shared_keys.rslora)),
         Key("per_device_train_batch_size", ("batch.micro",)),
         Key("gradient_accumulation_steps", ("batch.accumulation",)),
         Key("cutoff_len", ("batch.sequence",)),
-        *words.EVALUATION,
+        *shared_keys.EVALUATION,
         Key("compute_accuracy", ("also.evaluation.preprocess",), is_("also.evaluation.preprocess", "argmax")),
         Key("disable_gradient_checkpointing", ("kernels.checkpointing",), _disabled),
         Key("use_unsloth_gc", ("kernels.checkpointing",), is_("kernels.checkpointing", "offload")),
         Key("use_reentrant_gc", ("kernels.reentrant",)),
         Key("flash_attn", ("kernels.attention",), _attention),
-        words.SDPA,
-        Key("enable_liger_kernel", ("kernels.loss", "kernels.fused"), words.liger),
-        Key("optim", ("optimizer.name",), words.optimizer),
+        shared_keys.SDPA,
+        Key("enable_liger_kernel", ("kernels.loss", "kernels.fused"), shared_keys.liger),
+        Key("optim", ("optimizer.name",), shared_keys.optimizer),
         Key("use_muon", ("optimizer.name",), is_("optimizer.name", "muon")),
-        *words.TRAINER_KEYS,
+        *shared_keys.TRAINER_KEYS,
         Key("train", (*PARALLEL, *HOST), _launch, "shell"),
-        words.SEGMENTS,
+        shared_keys.SEGMENTS,
     ),
     (
-        *words.REMARKS,
-        Remark((*PRECISION[::2], "parallelism.strategy"), _cast),
-        Remark(("kernels.loss", "kernels.fused"), _all_at_once),
-        Remark(("method.quantization.kbit_preparation",), _norms),
-        Remark(("kernels.fused",), _lora_kernels),
+        *shared_keys.REMARKS,
+        Remark((*PRECISION[::2], "parallelism.strategy"), _casts_remark),
+        Remark(("kernels.loss", "kernels.fused"), _liger_remark),
+        Remark(("method.quantization.kbit_preparation",), _norms_remark),
+        Remark(("kernels.fused",), _lora_kernels_remark),
     ),
 )

@@ -1,4 +1,4 @@
-"""What the tables of all frameworks say of a run alike: each a function of the run, None where it is not there."""
+"""Values, keys and remarks shared by the frameworks' tables. A value is a function of the run; None writes nothing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memplan.models.cards import find_model
 from memplan.spec.run import RunSpec
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-BITS = {"nf4": 4, "fp4": 4, "int8": 8}  # what bitsandbytes quantises while it loads
+BITS = {"nf4": 4, "fp4": 4, "int8": 8}  # formats that bitsandbytes quantises to while loading
 FORMAT = "method.quantization.format"
 KIND = "method.kind"
 PRECISION = ("precision.weights", "precision.compute", "precision.autocast")
@@ -22,31 +22,32 @@ HOST = ("parallelism.offload.optimizer", "parallelism.offload.parameters")
 
 
 def model(run: RunSpec) -> Value:
-    """The model as the Hub knows it, or as it was typed; None for one given by its config."""
+    """The model's id on the Hub, or the name as typed; None for a model given by its config."""
     if not isinstance(run.model, str):
         return None
     try:
         return str(find_model(run.model).card.get("hf_id", run.model))
-    except MemplanError:  # not bundled: the framework will look for it itself
+    except MemplanError:  # not bundled: the framework looks it up itself
         return run.model
 
 
-def adapted(run: RunSpec) -> bool:
+def uses_adapters(run: RunSpec) -> bool:
+    """Whether the run trains adapters."""
     return run.method.kind in ADAPTERS
 
 
 def of_adapters(value: Callable[[RunSpec], Value]) -> Callable[[RunSpec], Value]:
-    """The same of a run with adapters, None of another."""
-    return lambda run: value(run) if adapted(run) else None
+    """Return `value` for runs with adapters, else None."""
+    return lambda run: value(run) if uses_adapters(run) else None
 
 
 RANK, DROPOUT, TARGETS = (of_adapters(field(f"method.{name}")) for name in ("rank", "dropout", "targets"))
 
 
 def alpha(run: RunSpec) -> Value:
-    """Whole where it is: frameworks take it as an int."""
-    given = run.method.alpha
-    return int(given) if given is not None and given == int(given) else given
+    """LoRA's alpha, as an int if it is whole, because frameworks expect one."""
+    value = run.method.alpha
+    return int(value) if value is not None and value == int(value) else value
 
 
 def dora(run: RunSpec) -> bool:
@@ -73,12 +74,12 @@ def bits(run: RunSpec) -> int | None:
 
 
 def quantised_to(wanted: int) -> Callable[[RunSpec], bool]:
-    """Whether bitsandbytes quantises to so many bits."""
+    """Return a function that tells whether bitsandbytes quantises to the `wanted` bits."""
     return lambda run: bits(run) == wanted
 
 
 def of_4_bits(name: str) -> Callable[[RunSpec], Value]:
-    """A field of a 4-bit quantisation by bitsandbytes, None of another run."""
+    """Return a field of the quantisation if it is bitsandbytes' 4-bit one, else None."""
     return lambda run: getattr(run.method.quantization, name) if bits(run) == 4 else None
 
 
@@ -89,18 +90,18 @@ def computes(run: RunSpec) -> str:
 
 
 def storage(run: RunSpec) -> Value:
-    """The dtype that packed 4-bit weights are kept in, where it is not the usual one."""
+    """The storage dtype of packed 4-bit weights, if it is not the default."""
     q = run.method.quantization
     return None if q is None or bits(run) != 4 else DTYPES.get(q.storage)
 
 
 def casts_to(dtype: str) -> Callable[[RunSpec], bool]:
-    """Whether mixed precision computes in the dtype: autocast does, or DeepSpeed, which keeps fp32 masters."""
+    """Return a function that tells whether mixed precision (autocast, or fp32 master weights) computes in the dtype."""
     return lambda run: (run.precision.autocast or run.precision.master is not None) and computes(run) == dtype
 
 
 def checkpoints(run: RunSpec) -> bool | None:
-    """None where the profile decides."""
+    """Whether the run uses gradient checkpointing; None leaves it to the profile."""
     kind = run.kernels.checkpointing
     return None if kind is None else kind != "none"
 
@@ -115,25 +116,25 @@ def clip(run: RunSpec) -> Value:
 
 
 def attention(run: RunSpec) -> str:
-    """As `attn_implementation` names it: which of sdpa's kernels runs is torch's choice."""
+    """The name for `attn_implementation`. torch chooses among sdpa's kernels."""
     kind = run.kernels.attention
     return "sdpa" if kind.startswith("sdpa") else kind
 
 
 def stage(run: RunSpec) -> int | None:
-    """DeepSpeed's."""
+    """DeepSpeed's ZeRO stage, if the run uses one."""
     return {"zero1": 1, "zero2": 2, "zero3": 3}.get(run.parallelism.strategy)
 
 
 def deepspeed(run: RunSpec) -> Value:
-    """A whole DeepSpeed config, in which what the framework knows already is left to it."""
+    """A complete DeepSpeed config, with `auto` for values that the framework knows."""
     if stage(run) is None:
         return None
-    said = run.parallelism.zero.model_dump(exclude_defaults=True, exclude={"zero3_init_flag"})
-    zero: dict[str, Value] = {"stage": stage(run), **said}
-    for what, moved in (("offload_optimizer", "optimizer"), ("offload_param", "parameters")):
+    settings = run.parallelism.zero.model_dump(exclude_defaults=True, exclude={"zero3_init_flag"})
+    zero: dict[str, Value] = {"stage": stage(run), **settings}
+    for key, moved in (("offload_optimizer", "optimizer"), ("offload_param", "parameters")):
         if getattr(run.parallelism.offload, moved):
-            zero[what] = {"device": "cpu", **said.get(what, {})}
+            zero[key] = {"device": "cpu", **settings.get(key, {})}
     return {
         "zero_optimization": zero,
         "bf16": {"enabled": "auto"},
@@ -146,12 +147,12 @@ def deepspeed(run: RunSpec) -> Value:
 
 
 def fsdp(run: RunSpec) -> int | None:
-    """The version of torch's FSDP."""
+    """The version of torch's FSDP, if the run uses it."""
     return {"fsdp": 1, "fsdp2": 2}.get(run.parallelism.strategy)
 
 
 def liger(run: RunSpec) -> bool:
-    """Whether anything is Liger's."""
+    """Whether the run uses any of Liger's kernels."""
     return run.kernels.loss == "fused" or bool(set(run.kernels.fused or ()) - {"lora"})
 
 
@@ -161,12 +162,12 @@ def segments(run: RunSpec) -> Value:
 
 
 def uses(kernel: str) -> Callable[[RunSpec], bool]:
-    """Whether the kernel is among the fused ones."""
+    """Return a function that tells whether a run uses the fused kernel."""
     return lambda run: kernel in (run.kernels.fused or ())
 
 
 def kernel_of_sdpa(run: RunSpec) -> Value:
-    """A line around the training that leaves torch one kernel of its attention."""
+    """A line of Python that restricts torch's attention to one kernel during training."""
     backend = {"sdpa_math": "MATH", "sdpa_efficient": "EFFICIENT_ATTENTION"}.get(run.kernels.attention)
     return backend and f"with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.{backend}): trainer.train()"
 
@@ -184,7 +185,7 @@ SDPA = Key("sdpa_kernel", ("kernels.attention",), kernel_of_sdpa, "Python")
 SEGMENTS = Key("PYTORCH_CUDA_ALLOC_CONF", ("loop.expandable_segments",), segments, "shell")
 
 
-def _gpu(run: RunSpec) -> str:
+def _gpu_remark(run: RunSpec) -> str:
     if run.gpu is None:
         return "no GPU is named"
     try:
@@ -193,81 +194,80 @@ def _gpu(run: RunSpec) -> str:
         return f"run it on {run.gpu}"
 
 
-def _profile(run: RunSpec) -> str:
+def _profile_remark(run: RunSpec) -> str:
     return f"{run.profile} is a version of the framework, not a key"
 
 
-def _in_backward(run: RunSpec) -> str:
+def _in_backward_remark(run: RunSpec) -> str:
     if not run.optimizer.in_backward:
-        return "let the optimizer step after the backward pass, not in it"
+        return "step the optimizer after the backward pass, not during it"
     return (
-        "no key has the optimizer step in backward: give each parameter an optimizer of its own and step it in "
-        "register_post_accumulate_grad_hook; nothing is clipped or accumulated then"
+        "no key steps the optimizer in backward: give each parameter its own optimizer and step it in "
+        "register_post_accumulate_grad_hook; gradients are then neither clipped nor accumulated"
     )
 
 
-def _master(run: RunSpec) -> str:
+def _master_remark(run: RunSpec) -> str:
     if run.precision.master is None:
         return ""
-    return f"fp32 masters beside {run.precision.weights} weights are DeepSpeed's, under any of its stages"
+    return f"fp32 master weights next to {run.precision.weights} weights need DeepSpeed, at any stage"
 
 
-def _layers(run: RunSpec) -> str:
+def _target_modules_remark(run: RunSpec) -> str:
     name = str(run.optimizer.name)
     return f"{name} also needs its layers under optim_target_modules" if name.startswith(("galore", "apollo")) else ""
 
 
-def _ready_quantised(run: RunSpec) -> str:
+def _prequantised_remark(run: RunSpec) -> str:
     q = run.method.quantization
     if q is None or bits(run) is not None:
         return ""
-    return f"{q.format} is the checkpoint's own: name a model that was published so"
+    return f"{q.format} comes from the checkpoint: choose a model published in that format"
 
 
-def _untrained(run: RunSpec) -> str:
+def _no_optimizer_remark(run: RunSpec) -> str:
     return "no key trains without an optimizer" if run.optimizer.name == "none" else ""
 
 
-def _others_alone(run: RunSpec) -> str:
-    """Kernels that are one tool's own."""
+def _chunked_head_remark(run: RunSpec) -> str:
     if run.kernels.loss == "chunked_lm_head":
-        return "a head that is computed in chunks is LitGPT's"
+        return "only LitGPT computes the head in chunks"
     return ""
 
 
-def _foreach(run: RunSpec) -> str:
+def _foreach_remark(run: RunSpec) -> str:
     if run.optimizer.foreach is None:
         return ""
-    return f"no key: hand the optimizer over as optimizer_cls_and_kwargs, with foreach={run.optimizer.foreach}"
+    return f"no key: pass the optimizer as optimizer_cls_and_kwargs, with foreach={run.optimizer.foreach}"
 
 
 def resharding(run: RunSpec) -> bool | str:
-    """accelerate's `reshard_after_forward`: of FSDP1 its sharding strategy, by which groups may be replicas, too."""
+    """accelerate's `reshard_after_forward`: for FSDP1 its sharding strategy, hybrid if groups are replicas."""
     p = run.parallelism
     if p.strategy == "fsdp2":
         return p.reshard_after_forward is not False
-    whole = p.reshard_after_forward is False
-    kept = "_zero2" if whole else ""
-    grouped = p.shard_group not in (None, p.world)
-    return f"hybrid_shard{kept}" if grouped else "shard_grad_op" if whole else "full_shard"
+    keeps_gathered = p.reshard_after_forward is False
+    suffix = "_zero2" if keeps_gathered else ""
+    is_hybrid = p.shard_group not in (None, p.world)
+    return f"hybrid_shard{suffix}" if is_hybrid else "shard_grad_op" if keeps_gathered else "full_shard"
 
 
-def _fsdp_offload(run: RunSpec) -> str:
+def _fsdp_offload_remark(run: RunSpec) -> str:
     o = run.parallelism.offload
     if fsdp(run) is None or o.parameters or not o.optimizer:
         return ""
-    return "FSDP keeps parameters, gradients and states on the host together, or none of them"
+    return "FSDP offloads parameters, gradients and states only together"
 
 
 REMARKS = (
-    Remark(("gpu",), _gpu),
-    Remark(("profile",), _profile),
-    Remark(("optimizer.in_backward",), _in_backward),
-    Remark(("optimizer.foreach",), _foreach),
-    Remark(("optimizer.name",), _layers),
-    Remark(("optimizer.name",), _untrained),
-    Remark(("precision.master", "precision.grads"), _master),
-    Remark(("kernels.loss",), _others_alone),
-    Remark((FORMAT,), _ready_quantised),
-    Remark(HOST, _fsdp_offload),
+    Remark(("gpu",), _gpu_remark),
+    Remark(("profile",), _profile_remark),
+    Remark(("optimizer.in_backward",), _in_backward_remark),
+    Remark(("optimizer.foreach",), _foreach_remark),
+    Remark(("optimizer.name",), _target_modules_remark),
+    Remark(("optimizer.name",), _no_optimizer_remark),
+    Remark(("precision.master", "precision.grads"), _master_remark),
+    Remark(("kernels.loss",), _chunked_head_remark),
+    Remark((FORMAT,), _prequantised_remark),
+    Remark(HOST, _fsdp_offload_remark),
 )

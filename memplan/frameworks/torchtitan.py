@@ -1,26 +1,26 @@
-"""torchtitan's command line: it has had no TOML since February 2026, but flags over a function of its registry."""
+"""torchtitan's command line: since February 2026 a function of its registry and flags, instead of TOML."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from memplan.frameworks import shared_keys as words
+from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Value
 from memplan.frameworks.whole_file import (
+    FileFormat,
+    FileKey,
     Nodes,
-    Said,
-    Written,
     command,
     counted_as,
     head_node,
     of_run,
+    only_if,
     sequences,
     torchrun,
-    where,
 )
 from memplan.spec.run import RunSpec
 
-# Functions of torchtitan's registry, by the model's id. Source: torchtitan 0.3.0 models/*/config_registry.py.
+# Module and function of torchtitan's registry, by model id. Source: torchtitan 0.3.0 models/*/config_registry.py.
 _CONFIGS = {
     "meta-llama/Llama-3.1-8B": ("llama3", "llama3_8b"),
     "meta-llama/Llama-3.1-70B": ("llama3", "llama3_70b"),
@@ -37,7 +37,7 @@ _CONFIGS = {
 
 
 def _config(run: RunSpec) -> tuple[str, str]:
-    return _CONFIGS.get(str(words.model(run)), ("MODULE", "CONFIG"))
+    return _CONFIGS.get(str(shared_keys.model(run)), ("MODULE", "CONFIG"))
 
 
 def _shards(run: RunSpec) -> bool:
@@ -45,48 +45,48 @@ def _shards(run: RunSpec) -> bool:
 
 
 def _local_batch(run: RunSpec) -> int:
-    """Of a pipeline, all microbatches of a step."""
+    """Sequences per rank and pass; with a pipeline, all microbatches of a step."""
     return run.batch.micro * (run.batch.accumulation if run.parallelism.pp > 1 else 1)
 
 
-def _pipeline(run: RunSpec) -> bool:
+def _has_pipeline(run: RunSpec) -> bool:
     return run.parallelism.pp > 1
 
 
 def _schedule(run: RunSpec) -> str:
-    """As torch.distributed.pipelining names it."""
+    """The schedule's name in torch.distributed.pipelining."""
     if run.parallelism.schedule == "gpipe":
         return "GPipe"
     return "Interleaved1F1B" if run.parallelism.virtual_stages > 1 else "1F1B"
 
 
-def _uneven(run: RunSpec) -> str:
+def _stages_remark(run: RunSpec) -> str:
     p = run.parallelism
     if p.first_stage_layers is None and p.last_stage_layers is None and p.virtual_stages == 1:
         return ""
-    return "how layers are dealt to stages is parallelism.module_fqns_per_model_part, a list of names"
+    return "list the modules of every stage in parallelism.module_fqns_per_model_part"
 
 
 def _dtype(run: RunSpec) -> str:
     return "float32" if run.precision.weights == "fp32" else "bfloat16"
 
 
-def _mixed(run: RunSpec) -> str:
-    return "bfloat16" if words.computes(run) == "bf16" else "float32"
+def _mixed_precision(run: RunSpec) -> str:
+    return "bfloat16" if shared_keys.computes(run) == "bf16" else "float32"
 
 
-def _unknown(run: RunSpec) -> str:
+def _config_remark(run: RunSpec) -> str:
     if _config(run)[0] != "MODULE":
         return ""
     return "torchtitan 0.3 has no config of this model: name your own module and config"
 
 
-def _half(run: RunSpec) -> str:
-    return "torchtitan has no fp16: it computes in bf16" if words.computes(run) == "fp16" else ""
+def _fp16_remark(run: RunSpec) -> str:
+    return "torchtitan has no fp16: it computes in bf16" if shared_keys.computes(run) == "fp16" else ""
 
 
-def _method(run: RunSpec) -> str:
-    return "" if run.method.kind == "full" else f"{run.method.kind} is to be written in a config of your own"
+def _method_remark(run: RunSpec) -> str:
+    return "" if run.method.kind == "full" else f"{run.method.kind} needs a config of your own"
 
 
 def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes: Nodes) -> str:
@@ -98,46 +98,50 @@ def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes:
             flags.append(f"--{part}.{name}" if value else f"--{part}.no_{name}")
     checkpointing = run.kernels.checkpointing
     if checkpointing in ("full", "selective"):
-        flags.append(f"activation_checkpoint:{checkpointing}")  # a subcommand, so last
-    said = [*head_node(nodes), *remarks]
+        flags.append(f"activation_checkpoint:{checkpointing}")  # a subcommand, which must come last
+    comments = [*head_node(nodes), *remarks]
     if checkpointing not in ("full", "selective"):
-        said.append("the config's own activation_checkpoint has to be none of torchtitan's")
-    return command(f"{torchrun(nodes)} -m torchtitan.train --module {module} --config {config}", flags, said)
+        comments.append("set activation_checkpoint to none in the config")
+    return command(f"{torchrun(nodes)} -m torchtitan.train --module {module} --config {config}", flags, comments)
 
 
-def _degree(name: str) -> Said:
+def _degree(name: str) -> FileKey:
     full = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "cp": "context_parallel", "ep": "expert_parallel"}[name]
-    return Said(f"parallelism.{full}_degree", of_run(lambda run: getattr(run.parallelism, name)))
+    return FileKey(f"parallelism.{full}_degree", of_run(lambda run: getattr(run.parallelism, name)))
 
 
-TORCHTITAN = Written(
+TORCHTITAN = FileFormat(
     "torchtitan",
     "torchtitan",
     "torchtitan 0.3.0 config/configs.py, config/manager.py, distributed/activation_checkpoint.py",
     ("ddp", "fsdp2"),
     ("etp",),
     (
-        Said("training.local_batch_size", of_run(_local_batch)),
-        Said("training.global_batch_size", of_run(sequences)),
-        Said("training.seq_len", of_run(lambda run: run.batch.sequence)),
-        Said("training.dtype", of_run(_dtype)),
-        Said("training.mixed_precision_param", of_run(_mixed)),
-        Said(
+        FileKey("training.local_batch_size", of_run(_local_batch)),
+        FileKey("training.global_batch_size", of_run(sequences)),
+        FileKey("training.seq_len", of_run(lambda run: run.batch.sequence)),
+        FileKey("training.dtype", of_run(_dtype)),
+        FileKey("training.mixed_precision_param", of_run(_mixed_precision)),
+        FileKey(
             "parallelism.data_parallel_replicate_degree",
             of_run(lambda run: 1 if _shards(run) else run.parallelism.dp),
         ),
-        Said("parallelism.data_parallel_shard_degree", of_run(lambda run: run.parallelism.dp if _shards(run) else 1)),
+        FileKey(
+            "parallelism.data_parallel_shard_degree", of_run(lambda run: run.parallelism.dp if _shards(run) else 1)
+        ),
         _degree("tp"),
         _degree("pp"),
         _degree("cp"),
         _degree("ep"),
-        Said(
+        FileKey(
             "parallelism.enable_sequence_parallel",
-            where(lambda run: run.parallelism.tp > 1, of_run(lambda run: run.parallelism.sequence_parallel)),
+            only_if(lambda run: run.parallelism.tp > 1, of_run(lambda run: run.parallelism.sequence_parallel)),
         ),
-        Said("parallelism.pipeline_parallel_schedule", where(_pipeline, of_run(_schedule))),
-        Said("parallelism.pipeline_parallel_microbatch_size", where(_pipeline, of_run(lambda run: run.batch.micro))),
+        FileKey("parallelism.pipeline_parallel_schedule", only_if(_has_pipeline, of_run(_schedule))),
+        FileKey(
+            "parallelism.pipeline_parallel_microbatch_size", only_if(_has_pipeline, of_run(lambda run: run.batch.micro))
+        ),
     ),
-    (counted_as("torchtitan"), _unknown, _half, _method, _uneven),
+    (counted_as("torchtitan"), _config_remark, _fp16_remark, _method_remark, _stages_remark),
     _write,
 )

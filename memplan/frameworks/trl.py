@@ -1,8 +1,8 @@
-"""TRL's keys, as `trl sft --config` takes them; most are transformers' TrainingArguments'."""
+"""The table of TRL's config keys, for `trl sft --config`; most are fields of transformers' TrainingArguments."""
 
 from __future__ import annotations
 
-from memplan.frameworks import shared_keys as words
+from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Framework, Key, Remark, Value
 from memplan.frameworks.shared_keys import (
     DTYPES,
@@ -27,7 +27,7 @@ def _momentum(run: RunSpec) -> Value:
 
 
 def _sharded(run: RunSpec) -> Value:
-    return words.fsdp(run) is not None
+    return shared_keys.fsdp(run) is not None
 
 
 def _checkpointing(run: RunSpec) -> Value:
@@ -37,12 +37,12 @@ def _checkpointing(run: RunSpec) -> Value:
         kwargs["offload"] = True
     if kernels.checkpointing == "selective":
         kwargs["selective"] = True
-    return kwargs if kwargs and words.checkpoints(run) is not False else None
+    return kwargs if kwargs and shared_keys.checkpoints(run) is not False else None
 
 
 def _liger(run: RunSpec) -> Value:
-    """Which of Liger's kernels. The loss is on by default, and TRL 1.16 refuses to hear it named."""
-    if not words.liger(run):
+    """The switches of Liger's kernels. The fused loss is on by default, and TRL 1.16 refuses its key."""
+    if not shared_keys.liger(run):
         return None
     fused = run.kernels.fused or ()
     kinds: dict[str, Value] = {name: name in fused for name in ("rope", "rms_norm", "swiglu")}
@@ -52,11 +52,11 @@ def _liger(run: RunSpec) -> Value:
 
 
 def _fsdp(run: RunSpec) -> Value:
-    version = words.fsdp(run)
+    version = shared_keys.fsdp(run)
     if version is None:
         return None
     offload = run.parallelism.offload.parameters
-    return {"version": version, "reshard_after_forward": words.resharding(run), "cpu_offload": offload}
+    return {"version": version, "reshard_after_forward": shared_keys.resharding(run), "cpu_offload": offload}
 
 
 def _skip(run: RunSpec) -> Value:
@@ -70,17 +70,17 @@ def _preparation(run: RunSpec) -> Value:
     return "model = peft.prepare_model_for_kbit_training(model)" if prepared else None
 
 
-def _not_prepared(run: RunSpec) -> str:
+def _preparation_remark(run: RunSpec) -> str:
     q = run.method.quantization
     if q is None or q.kbit_preparation in (None, True):
         return ""
     if q.kbit_preparation == "trl":
-        return "SFTTrainer prepares a quantised model so by itself up to TRL 0.24"
-    return "hand the model over without prepare_model_for_kbit_training"
+        return "SFTTrainer prepares a quantised model this way by itself up to TRL 0.24"
+    return "pass the model without calling prepare_model_for_kbit_training"
 
 
 def _adapter_dtype(run: RunSpec) -> Value:
-    if not words.adapted(run) or run.method.adapter_dtype in (None, "fp32"):
+    if not shared_keys.uses_adapters(run) or run.method.adapter_dtype in (None, "fp32"):
         return None
     return "get_peft_model(model, config, autocast_adapter_dtype=False)"
 
@@ -92,23 +92,23 @@ def _freeze(run: RunSpec) -> Value:
     return f"model.requires_grad_(False); {last}.requires_grad_(True)"
 
 
-def _loss(run: RunSpec) -> str:
+def _loss_remark(run: RunSpec) -> str:
     return {
-        "fused": "SFTTrainer of TRL 1.16 never makes whole logits and needs no key for that; Trainer and older TRL do",
-        "chunked": "SFTTrainer of TRL 1.16 takes its loss in chunks without a key; Trainer and older TRL have none",
-        "hf": "whole logits are the Trainer's and older TRL's: SFTTrainer of TRL 1.16 never makes them",
+        "fused": "SFTTrainer of TRL 1.16 never makes full logits and needs no key for that; Trainer and older TRL do",
+        "chunked": "SFTTrainer of TRL 1.16 chunks its loss without a key; Trainer and older TRL cannot",
+        "hf": "SFTTrainer of TRL 1.16 never makes full logits; Trainer and older TRL do",
     }.get(str(run.kernels.loss), "")
 
 
-def _deprecated(run: RunSpec) -> str:
-    return "transformers deprecates FSDP 1" if words.fsdp(run) == 1 else ""
+def _fsdp1_remark(run: RunSpec) -> str:
+    return "transformers deprecates FSDP 1" if shared_keys.fsdp(run) == 1 else ""
 
 
-def _muon(run: RunSpec) -> str:
-    return "transformers has no muon: hand torch.optim.Muon over as optimizers" if run.optimizer.name == "muon" else ""
+def _muon_remark(run: RunSpec) -> str:
+    return "transformers has no muon: pass torch.optim.Muon as optimizers" if run.optimizer.name == "muon" else ""
 
 
-def _lora_kernels(run: RunSpec) -> str:
+def _lora_kernels_remark(run: RunSpec) -> str:
     return "fused LoRA kernels are Unsloth's" if "lora" in (run.kernels.fused or ()) else ""
 
 
@@ -118,53 +118,53 @@ TRL = Framework(
     "trl 1.16.0 trainer/sft_config.py, trainer/model_config.py, scripts/sft.py; transformers 5.24.0 training_args.py; "
     "peft 0.21.2",
     (
-        Key("model_name_or_path", ("model",), words.model),
+        Key("model_name_or_path", ("model",), shared_keys.model),
         Key("dtype", ("precision.weights",), _dtype),
-        Key("bf16", PRECISION, words.casts_to("bf16")),
-        Key("fp16", (*PRECISION, "loop.grad_scaler"), words.casts_to("fp16")),
-        Key("load_in_4bit", (KIND, FORMAT), words.quantised_to(4)),
-        Key("load_in_8bit", (KIND, FORMAT), words.quantised_to(8)),
+        Key("bf16", PRECISION, shared_keys.casts_to("bf16")),
+        Key("fp16", (*PRECISION, "loop.grad_scaler"), shared_keys.casts_to("fp16")),
+        Key("load_in_4bit", (KIND, FORMAT), shared_keys.quantised_to(4)),
+        Key("load_in_8bit", (KIND, FORMAT), shared_keys.quantised_to(8)),
         Key("bnb_4bit_quant_type", (FORMAT,), of_4_bits("format")),
         Key("use_bnb_nested_quant", ("method.quantization.double_quant",), of_4_bits("double_quant")),
-        Key("bnb_4bit_quant_storage", ("method.quantization.storage",), words.storage),
+        Key("bnb_4bit_quant_storage", ("method.quantization.storage",), shared_keys.storage),
         Key("llm_int8_skip_modules", ("method.quantization.skip",), _skip, "Python"),
         Key("prepare_model_for_kbit_training", ("method.quantization.kbit_preparation",), _preparation, "Python"),
-        Key("use_peft", (KIND,), words.adapted),
-        Key("lora_r", ("method.rank",), words.RANK),
-        Key("lora_alpha", ("method.alpha",), of_adapters(words.alpha)),
-        Key("lora_dropout", ("method.dropout",), words.DROPOUT),
-        Key("lora_target_modules", ("method.targets",), words.TARGETS),
-        Key("lora_modules_to_save", ("method.modules_to_save",), of_adapters(words.saved)),
-        Key("use_dora", (KIND,), words.dora),
-        Key("use_rslora", ("method.options",), of_adapters(words.rslora)),
+        Key("use_peft", (KIND,), shared_keys.uses_adapters),
+        Key("lora_r", ("method.rank",), shared_keys.RANK),
+        Key("lora_alpha", ("method.alpha",), of_adapters(shared_keys.alpha)),
+        Key("lora_dropout", ("method.dropout",), shared_keys.DROPOUT),
+        Key("lora_target_modules", ("method.targets",), shared_keys.TARGETS),
+        Key("lora_modules_to_save", ("method.modules_to_save",), of_adapters(shared_keys.saved)),
+        Key("use_dora", (KIND,), shared_keys.dora),
+        Key("use_rslora", ("method.options",), of_adapters(shared_keys.rslora)),
         Key("autocast_adapter_dtype", ("method.adapter_dtype",), _adapter_dtype, "Python"),
         Key("requires_grad_", (KIND, "method.trainable_layers"), _freeze, "Python"),
         Key("per_device_train_batch_size", ("batch.micro",)),
         Key("gradient_accumulation_steps", ("batch.accumulation",)),
         Key("max_length", ("batch.sequence",)),
-        *words.EVALUATION,
-        Key("preprocess_logits_for_metrics", ("also.evaluation.preprocess",), words.likeliest, "Python"),
-        Key("gradient_checkpointing", ("kernels.checkpointing",), words.checkpoints),
+        *shared_keys.EVALUATION,
+        Key("preprocess_logits_for_metrics", ("also.evaluation.preprocess",), shared_keys.likeliest, "Python"),
+        Key("gradient_checkpointing", ("kernels.checkpointing",), shared_keys.checkpoints),
         Key("gradient_checkpointing_kwargs", ("kernels.checkpointing", "kernels.reentrant"), _checkpointing),
         Key("activation_offloading", ("parallelism.offload.activations",)),
-        Key("attn_implementation", ("kernels.attention",), words.attention),
-        words.SDPA,
-        Key("use_liger_kernel", ("kernels.loss", "kernels.fused"), words.liger),
+        Key("attn_implementation", ("kernels.attention",), shared_keys.attention),
+        shared_keys.SDPA,
+        Key("use_liger_kernel", ("kernels.loss", "kernels.fused"), shared_keys.liger),
         Key("liger_kernel_config", ("kernels.loss", "kernels.fused"), _liger),
-        Key("optim", ("optimizer.name",), words.optimizer),
+        Key("optim", ("optimizer.name",), shared_keys.optimizer),
         Key("optim_args", ("optimizer.momentum",), _momentum),
-        *words.TRAINER_KEYS,
+        *shared_keys.TRAINER_KEYS,
         Key("fsdp", PARALLEL, _sharded),
         Key("fsdp_config", (*PARALLEL, *HOST, RESHARD), _fsdp),
         Key("num_processes", PARALLEL),
-        words.SEGMENTS,
+        shared_keys.SEGMENTS,
     ),
     (
-        *words.REMARKS,
-        Remark(("kernels.loss",), _loss),
-        Remark(("method.quantization.kbit_preparation",), _not_prepared),
-        Remark(("parallelism.strategy",), _deprecated),
-        Remark(("kernels.fused",), _lora_kernels),
-        Remark(("optimizer.name",), _muon),
+        *shared_keys.REMARKS,
+        Remark(("kernels.loss",), _loss_remark),
+        Remark(("method.quantization.kbit_preparation",), _preparation_remark),
+        Remark(("parallelism.strategy",), _fsdp1_remark),
+        Remark(("kernels.fused",), _lora_kernels_remark),
+        Remark(("optimizer.name",), _muon_remark),
     ),
 )

@@ -1,6 +1,6 @@
-"""What a table of a whole file's keys is made of, and how a run is written as that file.
+"""Tables of the keys of a complete config file, and how a run is written as one.
 
-Where `memplan.frameworks.change_table` says a change, these say a run: every key that has a value of it.
+Unlike `memplan.frameworks.change_table`, which writes a change, these tables write every key that has a value.
 """
 
 from __future__ import annotations
@@ -14,88 +14,97 @@ from memplan.spec.run import RunSpec
 
 
 class Nodes(NamedTuple):
-    """How many machines there are, and GPUs in each."""
+    """The number of machines, and of GPUs in each."""
 
     nodes: int
     gpus: int
 
 
-class Said(NamedTuple):
-    """`key` is `value` of a run on the nodes, None where nothing is to be written; dots lead into parts of a file."""
+class FileKey(NamedTuple):
+    """A key of the file.
+
+    key    its path, with dots between sections
+    value  its value for a run on some nodes; None writes nothing
+    """
 
     key: str
     value: Callable[[RunSpec, Nodes], Value]
 
 
-class Written(NamedTuple):
-    """A framework's files at the version they were read from.
+class FileFormat(NamedTuple):
+    """A framework's file or command.
 
-    strategies   those it has
-    undivided    the degrees it has not, which are then 1
-    remarks      what must be known beside the file, or nothing
-    write        the file's text of its keys, and of comments
+    name                 value of `--emit`
+    title                name as shown
+    source               version and files it was read from
+    strategies           the strategies it supports
+    unsupported_degrees  the degrees it does not support, which must be 1
+    keys                 its keys
+    remarks              comments on a run; an empty text writes none
+    write                writes the text from values and comments
     """
 
     name: str
     title: str
     source: str
     strategies: tuple[str, ...]
-    undivided: tuple[str, ...]
-    keys: tuple[Said, ...]
+    unsupported_degrees: tuple[str, ...]
+    keys: tuple[FileKey, ...]
     remarks: tuple[Callable[[RunSpec], str], ...]
     write: Callable[[Mapping[str, Value], list[str], RunSpec, Nodes], str]
 
     def check(self, degrees: Mapping[str, int | None], strategy: str | None) -> None:
-        """Raise SpecError for a degree or strategy that the framework has not; None is any."""
-        for degree in self.undivided:
+        """Raise SpecError for a degree or strategy that the framework does not support; None is not checked."""
+        for degree in self.unsupported_degrees:
             if degrees.get(degree) not in (None, 1):
                 field = f"parallelism.{degree}"
-                raise SpecError(f"{field}: {self.title} has none, and {degrees[degree]} cannot be written", field)
+                raise SpecError(f"{field}: {self.title} has no {degree}, so {degrees[degree]} cannot be written", field)
         if strategy not in (None, "none", *self.strategies):
             field = "parallelism.strategy"
-            have = ", ".join(self.strategies)
-            raise SpecError(f"{field}: {self.title} has no {strategy}; it has {have}", field)
+            supported = ", ".join(self.strategies)
+            raise SpecError(f"{field}: {self.title} has no {strategy}; it has {supported}", field)
 
 
 def constant(value: Value) -> Callable[[RunSpec, Nodes], Value]:
+    """Return a value that is the same for every run."""
     return lambda run, nodes: value
 
 
 def of_run(value: Callable[[RunSpec], Value]) -> Callable[[RunSpec, Nodes], Value]:
-    """What does not depend on the nodes."""
+    """Return a value that does not depend on the nodes."""
     return lambda run, nodes: value(run)
 
 
-def where(
+def only_if(
     holds: Callable[[RunSpec], bool], value: Callable[[RunSpec, Nodes], Value]
 ) -> Callable[[RunSpec, Nodes], Value]:
-    """The value of a run of which something holds, None of another."""
+    """Return `value` for runs that satisfy `holds`, else None."""
     return lambda run, nodes: value(run, nodes) if holds(run) else None
 
 
-def written(framework: Written, run: RunSpec, nodes: Nodes) -> str:
-    """The file. Raises SpecError where the framework has not what the run says."""
+def write_file(framework: FileFormat, run: RunSpec, nodes: Nodes) -> str:
+    """Return the text of the file. Raises SpecError if the framework does not support the run."""
     p = run.parallelism
-    framework.check({degree: getattr(p, degree) for degree in framework.undivided}, p.strategy)
-    values = {said.key: said.value(run, nodes) for said in framework.keys}
+    framework.check({degree: getattr(p, degree) for degree in framework.unsupported_degrees}, p.strategy)
+    values = {key.key: key.value(run, nodes) for key in framework.keys}
     remarks = list(filter(None, (remark(run) for remark in framework.remarks)))
     return framework.write({key: value for key, value in values.items() if value is not None}, remarks, run, nodes)
 
 
 def nested(values: Mapping[str, Value]) -> dict[str, Any]:
-    """The keys' parts as mappings in mappings."""
-    made: dict[str, Any] = {}
+    """Return the values with dotted keys turned into nested mappings."""
+    root: dict[str, Any] = {}
     for key, value in values.items():
-        *parts, last = key.split(".")
-        inner = made
-        for part in parts:
-            inner = inner.setdefault(part, {})
+        *sections, last = key.split(".")
+        inner = root
+        for section in sections:
+            inner = inner.setdefault(section, {})
         inner[last] = value
-    return made
+    return root
 
 
 def yaml_lines(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
-    """A mapping as YAML, mappings in it in blocks of their own."""
+    """Yield a mapping as lines of YAML, with nested mappings as indented blocks."""
     for key, value in values.items():
         if isinstance(value, Mapping):
             yield f"{indent}{key}:"
@@ -104,14 +113,14 @@ def yaml_lines(values: Mapping[str, Any], indent: str = "") -> Iterator[str]:
             yield f"{indent}{key}: {yaml(value)}"
 
 
-def command(first: str, words: list[str], comments: list[str]) -> str:
-    """A shell command, a word or a flag with its value a line."""
-    lines = [*(f"# {comment}" for comment in comments), " \\\n    ".join([first, *words])]
+def command(first: str, arguments: list[str], comments: list[str]) -> str:
+    """Return a shell command with comments before it and one argument per line."""
+    lines = [*(f"# {comment}" for comment in comments), " \\\n    ".join([first, *arguments])]
     return "\n".join(lines) + "\n"
 
 
 def torchrun(nodes: Nodes) -> str:
-    """How torch 2.13 starts a process for every GPU; of several nodes the same line on each."""
+    """Return torch 2.13's command that starts one process per GPU; with several nodes, the same line on each."""
     if nodes.nodes == 1:
         return f"torchrun --standalone --nproc_per_node={nodes.gpus}"
     return (
@@ -121,21 +130,21 @@ def torchrun(nodes: Nodes) -> str:
 
 
 def sequences(run: RunSpec) -> int:
-    """Of a step, all GPUs together."""
+    """Sequences per step over all GPUs."""
     return run.batch.micro * run.batch.accumulation * run.parallelism.dp
 
 
 def counted_as(profile: str) -> Callable[[RunSpec], str]:
-    """Whose memory was counted, where that is another framework's than the one that is written for."""
+    """Return a remark for runs whose memory was counted with another framework's profile."""
 
     def says(run: RunSpec) -> str:
         if run.profile.startswith(profile):
             return ""
-        return f"memplan counted what {run.profile} takes; --profile {profile} counts this framework's"
+        return f"memplan counted memory as {run.profile} uses it; --profile {profile} counts this framework's"
 
     return says
 
 
 def head_node(nodes: Nodes) -> list[str]:
-    """What to know of several nodes."""
-    return ["the same line on every node, HEAD_NODE being the first one's address"] if nodes.nodes > 1 else []
+    """A comment on running on several nodes."""
+    return ["run this line on every node, with HEAD_NODE set to the first node's address"] if nodes.nodes > 1 else []

@@ -1,1 +1,1 @@
-"""Models: cards, the Hub's cache, checkpoint headers, and what config classes fill in."""
+"""Models: cards, the Hugging Face Hub and its cache, checkpoint headers, and the defaults of config classes."""

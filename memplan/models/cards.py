@@ -1,4 +1,4 @@
-"""From a name, a Hugging Face id or a path to a `ModelSpec`. The one place that knows where the model cards lie."""
+"""Finding a model by card name, Hugging Face id or path. Only this module knows where the model cards are stored."""
 
 from __future__ import annotations
 
@@ -17,58 +17,60 @@ from memplan.models.gguf import config_of
 from memplan.models.headers import WEIGHTS, Checkpoint, read_checkpoint, read_gguf, refuse_pickle
 from memplan.models.model import ModelSpec
 
-_HERE = Path(__file__).resolve().parents[1]
-_MAX_CONFIG_BYTES = 2**24  # a config.json is a few kilobytes; anything far larger is not one
-_LONGEST = 200  # letters of a path that are repeated in the error about it
+_PACKAGE = Path(__file__).resolve().parents[1]
+_MAX_CONFIG_BYTES = 2**24  # a config.json has a few kilobytes; anything far larger is another kind of file
+_MAX_SHOWN = 200  # characters of a path that an error message repeats
 
 
 class InlineConfig(Protocol):
-    """A model that is given by its config instead of by name, as `memplan.spec.generation.InlineModel` is."""
+    """A model given by its config instead of by name, such as `memplan.spec.generation.InlineModel`."""
 
     @property
     def config(self) -> Mapping[str, Any]: ...
 
 
 def card_folder() -> Path:
-    """`model_cards/`: inside the installed package, or beside it in a checkout."""
-    installed = _HERE / "model_cards"
-    return installed if installed.is_dir() else _HERE.parent / "model_cards"
+    """Return the folder `model_cards`: inside the installed package, or next to it in a checkout."""
+    installed = _PACKAGE / "model_cards"
+    return installed if installed.is_dir() else _PACKAGE.parent / "model_cards"
 
 
 @cache
 def card_names() -> tuple[str, ...]:
-    """The names of the bundled cards, sorted."""
+    """Return the names of the bundled cards, sorted."""
     return tuple(sorted(path.stem for path in card_folder().glob("*.toml")))
 
 
 def find_model(model: str | InlineConfig, online: bool = False) -> ModelSpec:
-    """The model a run names: a bundled card, a config given inline, a path, or a config in the local Hub cache.
+    """Return the model of a bundled card, an inline config, a path, or an id in the local Hugging Face cache.
 
-    An id may name a revision, `owner/name@revision`. `online`: what has no card and is no path is asked of the Hugging
-    Face Hub, its config and the headers of its weights; without it the network is never asked.
+    An id may have a revision: `owner/name@revision`. With `online`, the config and the weights' headers of a model that
+    has no card and is no path are fetched from the Hugging Face Hub; otherwise the network is never used.
 
-    Raises UnknownNameError for a name near a card's, FactsMissingError for an id whose config is not here,
-    ConfigError and UnsupportedModelError for a config that is no dense decoder's.
+    Raises UnknownNameError for an unknown name, FactsMissingError for an id without a local config, ConfigError for an
+    invalid config, UnsupportedModelError for an unsupported model.
     """
     if not isinstance(model, str):
         return _inline(cast(FrozenDict, model.config))
-    found = _found(model, online)
-    return load_card(found) if isinstance(found, str) else ModelSpec(found.config, model, checkpoint=found.checkpoint)
+    located = _locate(model, online)
+    if isinstance(located, str):
+        return load_card(located)
+    return ModelSpec(located.config, model, checkpoint=located.checkpoint)
 
 
 def find_config(model: str | InlineConfig, online: bool = False) -> Mapping[str, Any]:
-    """The config of the model a run names, in Hugging Face's keys as it was published, of any family.
+    """Return a model's config as published, supported by memplan or not.
 
-    Raises as `find_model` does, but for UnsupportedModelError: whether memplan has a stack is not asked.
+    Raises the errors of `find_model`, except UnsupportedModelError.
     """
     if not isinstance(model, str):
         return model.config
-    found = _found(model, online)
-    return _card_config(_read_card(found)) if isinstance(found, str) else found.config
+    located = _locate(model, online)
+    return _card_config(_read_card(located)) if isinstance(located, str) else located.config
 
 
-class Facts(NamedTuple):
-    """A config, what was seen of the weights it is of, and where it is from; id and licence where they are known."""
+class PublishedModel(NamedTuple):
+    """A model's config, the headers of its weights, where both are from, and its id and licence if known."""
 
     config: Mapping[str, Any]
     checkpoint: Checkpoint | None = None
@@ -77,17 +79,17 @@ class Facts(NamedTuple):
     licence: str = ""
 
 
-def facts_of(model: str, online: bool = False) -> Facts:
-    """What a config, a folder or the Hub says of a model; of a bundled card, its config. Raises as `find_config`."""
-    found = _found(model, online)
-    if not isinstance(found, str):
-        return found
-    card = _read_card(found)
-    return Facts(_card_config(card), None, card["source"], card["hf_id"], card.get("licence", ""))
+def facts_of(model: str, online: bool = False) -> PublishedModel:
+    """Return the facts of a config, a folder, a Hub id or a bundled card. Raises the errors of `find_config`."""
+    located = _locate(model, online)
+    if not isinstance(located, str):
+        return located
+    card = _read_card(located)
+    return PublishedModel(_card_config(card), None, card["source"], card["hf_id"], card.get("licence", ""))
 
 
-def _found(model: str, online: bool) -> str | Facts:
-    """The card's name that a name means, or the config it leads to."""
+def _locate(model: str, online: bool) -> str | PublishedModel:
+    """Return the name of the card that `model` means, or the facts it leads to."""
     file = _file(model) if "/" in model or os.sep in model or model.endswith(_FILES) else None
     card = None if file is not None else _card_name(model)
     if card is not None:
@@ -105,38 +107,38 @@ def _found(model: str, online: bool) -> str | Facts:
 _FILES = (".json", *WEIGHTS)
 
 
-def _in_file(file: Path) -> Facts:
-    """What a config.json says, a folder of a model, or a file of its weights with the config beside it."""
+def _in_file(file: Path) -> PublishedModel:
+    """Return the facts of a config.json, a model folder, or a weights file with a config.json next to it."""
     if file.name.endswith(WEIGHTS) and not file.is_dir():
         refuse_pickle(file)
         if file.suffix == ".gguf":
             return _in_gguf(file)
         file = file.parent
     if not file.is_dir():
-        return Facts(_read_json(file), source=printable(str(file), _LONGEST))
+        return PublishedModel(_read_json(file), source=printable(str(file), _MAX_SHOWN))
     config = file / "config.json"
     if not config.exists():
         parts = sorted(path for path in file.glob("*.gguf") if not _LATER_PART.search(path.name))
         if len(parts) == 1:
             return _in_gguf(parts[0])
         _refuse_folder(file, parts)
-    return Facts(_read_json(config), read_checkpoint(file), printable(str(config), _LONGEST))
+    return PublishedModel(_read_json(config), read_checkpoint(file), printable(str(config), _MAX_SHOWN))
 
 
 _LATER_PART = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 
-def _in_gguf(file: Path) -> Facts:
-    where = printable(str(file), _LONGEST)
+def _in_gguf(file: Path) -> PublishedModel:
+    where = printable(str(file), _MAX_SHOWN)
     header = read_gguf(file)
-    return Facts(config_of(header, where), Checkpoint(where, header.tensors, "gguf"), where)
+    return PublishedModel(config_of(header, where), Checkpoint(where, header.tensors, "gguf"), where)
 
 
 def _refuse_folder(folder: Path, parts: Sequence[Path]) -> None:
-    """Raise ConfigError for a folder without config.json that has several models, or an adapter."""
-    where = printable(str(folder), _LONGEST)
+    """Raise ConfigError if a folder without config.json holds several models or an adapter."""
+    where = printable(str(folder), _MAX_SHOWN)
     if parts:
-        names = printable(", ".join(path.name for path in parts), _LONGEST)
+        names = printable(", ".join(path.name for path in parts), _MAX_SHOWN)
         raise ConfigError(f"model: {where} has no config.json and several GGUF files; give one: {names}", "model")
     if (folder / "adapter_config.json").is_file():
         base = _read_json(folder / "adapter_config.json").get("base_model_name_or_path")
@@ -144,7 +146,7 @@ def _refuse_folder(folder: Path, parts: Sequence[Path]) -> None:
 
 
 def _file(model: str) -> Path | None:
-    """The file or folder that a name means as a path: there, or what is no name of a model. None for other names."""
+    """Return `model` as a path if it exists or can only be a path; None if it may be a name."""
     if not model.strip():
         return None
     named = model.endswith(_FILES) or model.startswith((".", "~", os.sep))
@@ -152,20 +154,20 @@ def _file(model: str) -> Path | None:
         path = Path(model).expanduser()
         if path.is_dir():
             known = named or "/" not in model or any((path / name).exists() for name in _KNOWN_BY)
-            return path if known or any(path.glob("*.gguf")) else None  # an id is a folder's name, too
+            return path if known or any(path.glob("*.gguf")) else None  # a folder may be named like an id
         return path if named or path.exists() else None
-    except (OSError, RuntimeError, ValueError) as error:  # a loop, too long, no such home, a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # symlink loop, too long, unknown ~user, NUL
         if not named:
             return None
-        raise ConfigError(f"model: {printable(model, _LONGEST)} cannot be read ({_reason(error)})", "model") from None
+        raise ConfigError(f"model: {printable(model, _MAX_SHOWN)} cannot be read ({_reason(error)})", "model") from None
 
 
-_KNOWN_BY = ("config.json", "adapter_config.json")  # a folder of a model has one of them, or GGUF files
+_KNOWN_BY = ("config.json", "adapter_config.json")  # a model folder has one of these, or GGUF files
 
 
 @lru_cache(maxsize=4096)
 def load_card(name: str) -> ModelSpec:
-    """The bundled card `name`. Raises UnknownNameError."""
+    """Return the model of the bundled card `name`. Raises UnknownNameError."""
     if name not in card_names():
         raise UnknownNameError("model", name, card_names())
     card = _read_card(name)
@@ -173,7 +175,7 @@ def load_card(name: str) -> ModelSpec:
 
 
 def _card_config(card: Mapping[str, Any]) -> dict[str, Any]:
-    """The card's config with its nulls, of which `text_config.sliding_window` is one in a nested config."""
+    """Return the card's config with its nulls, which TOML cannot hold: it lists their keys, nested ones with a dot."""
     config = dict(card["config"])
     for name in card.get("nulls", ()):
         part, _, key = name.rpartition(".")
@@ -198,81 +200,82 @@ def _read_card(name: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=4096)
 def _card_name(model: str) -> str | None:
-    """The card a name means: its own, its hf_id or an alias of it, in any case; without an owner however joined."""
+    """Return the card with this name, hf_id or alias, ignoring case and, in names without an owner, separators."""
     lowered = model.lower()
     if lowered in card_names():
         return lowered
-    return _aliases().get(lowered) or (None if "/" in lowered else _joined_names().get(_joined(lowered)))
+    return _aliases().get(lowered) or (None if "/" in lowered else _names_by_letters().get(_letters(lowered)))
 
 
 @cache
 def _aliases() -> dict[str, str]:
-    """Every other name of every card, lower-cased. Reads all cards, so only where the plain name did not do."""
-    found: dict[str, str] = {}
+    """Return every hf_id and alias in lower case, with its card's name. Reads all cards, so it is a last resort."""
+    names: dict[str, str] = {}
     for name in card_names():
         card = _read_card(name)
         for alias in (card["hf_id"], *card.get("aliases", ())):
-            found.setdefault(alias.lower(), name)
-    return found
+            names.setdefault(alias.lower(), name)
+    return names
 
 
-def _spelled(alias: str) -> str:
-    """A name of a card as the card spells it."""
+def _original_case(alias: str) -> str:
+    """Return an alias as its card spells it."""
     card = _read_card(_aliases()[alias])
     return next(name for name in (card["hf_id"], *card.get("aliases", ())) if name.lower() == alias)
 
 
 @cache
-def _joined_names() -> dict[str, str]:
-    return {_joined(name): card for name, card in [*((n, n) for n in card_names()), *_aliases().items()]}
+def _names_by_letters() -> dict[str, str]:
+    return {_letters(name): card for name, card in [*((n, n) for n in card_names()), *_aliases().items()]}
 
 
-def _joined(name: str) -> str:
-    """The name without what people join its parts by: "Llama 3.1 8B", "llama3.1:8b" and "llama-3.1-8b" are one."""
+def _letters(name: str) -> str:
+    """Return the name without separators: "llama 3.1 8b", "llama3.1:8b" and "llama-3.1-8b" become the same."""
     return name.translate({ord(mark): None for mark in " -_:"})
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:
-    where = printable(str(path), _LONGEST)
+    where = printable(str(path), _MAX_SHOWN)
     try:
         with path.open("rb") as file:
-            raw = file.read(_MAX_CONFIG_BYTES + 1)  # and no more: a device has no end
+            raw = file.read(_MAX_CONFIG_BYTES + 1)  # a limit, because a device may be endless
         text = raw.decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"model: no file {where}", "model") from None
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a NUL in the path
         raise ConfigError(f"model: {where} cannot be read ({_reason(error)})", "model") from None
     if len(raw) > _MAX_CONFIG_BYTES:
-        raise ConfigError(f"model: {where} is larger than {_MAX_CONFIG_BYTES // 2**20} MiB, so no config.json", "model")
+        limit = f"{_MAX_CONFIG_BYTES // 2**20} MiB"
+        raise ConfigError(f"model: {where} is larger than {limit}, too large for a config.json", "model")
     return _parse(text, where, parse_constant=_CONSTANTS.__getitem__)
 
 
-# They stand in published configs, as Python writes them. NaN is one object here: as itself a config is equal to itself,
-# so that what has been worked out of it once is found again.
+# Published configs contain them, as Python's json writes them. NaN is always the same object: two NaN are unequal
+# unless identical, and a config must equal itself to be found in caches.
 _CONSTANTS = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnicodeDecodeError):
-        return "it is not text in UTF-8"
+        return "it is not UTF-8 text"
     return getattr(error, "strerror", None) or str(error).rstrip(".")
 
 
 def parse_config(text: str, where: str) -> Mapping[str, Any]:
-    """The JSON object in `text`. Raises ConfigError where it is none, or has NaN or Infinity or a key twice."""
+    """Return the JSON object in `text`. Raises ConfigError for anything else, NaN, Infinity, or a duplicate key."""
 
     def refuse(constant: str) -> None:
-        raise ConfigError(f"{where}: {constant} is not a number JSON knows", "model")
+        raise ConfigError(f"{where}: {constant} is not a JSON number", "model")
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries: dict[str, Any] = {}
         for key, value in pairs:
-            if key in found:
-                raise ConfigError(f"{where}: the key {key!r:.80} is there twice", "model")
-            found[key] = value
-        return found
+            if key in entries:
+                raise ConfigError(f"{where}: the key {key!r:.80} appears twice", "model")
+            entries[key] = value
+        return entries
 
-    return _parse(text, where, parse_constant=refuse, object_pairs_hook=once)
+    return _parse(text, where, parse_constant=refuse, object_pairs_hook=unique)
 
 
 def _parse(text: str, where: str, **hooks: Any) -> Mapping[str, Any]:
@@ -292,29 +295,29 @@ def _parse(text: str, where: str, **hooks: Any) -> Mapping[str, Any]:
     return config  # pyright: ignore[reportUnknownVariableType]
 
 
-def _from_hub(hf_id: str) -> Facts:
-    """What the Hub says of an id: nothing remote is run, and no weights are downloaded."""
+def _from_hub(hf_id: str) -> PublishedModel:
+    """Return an id's facts from the Hub. No remote code is run, and no weights are downloaded."""
     from memplan.models.hub import fetch, split
 
-    found, name = fetch(hf_id), split(hf_id)[0]
-    source = f"huggingface.co/{name}:config.json@{found.commit or 'cache'}"
-    return Facts(_read_json(found.config), found.checkpoint, source, name, found.licence)
+    repository, name = fetch(hf_id), split(hf_id)[0]
+    source = f"huggingface.co/{name}:config.json@{repository.commit or 'cache'}"
+    return PublishedModel(_read_json(repository.config), repository.checkpoint, source, name, repository.licence)
 
 
-def _from_hub_cache(hf_id: str) -> Facts:
-    """`config.json` of an id from the local Hugging Face cache: no network, nothing remote is run."""
+def _from_hub_cache(hf_id: str) -> PublishedModel:
+    """Return an id's facts from the local Hugging Face cache, without using the network."""
     from memplan.models.hub import cached, split
 
-    found = cached(hf_id)
-    if found is None:
+    path = cached(hf_id)
+    if path is None:
         import difflib
 
-        near = difflib.get_close_matches(hf_id.lower()[:_LONGEST], _aliases(), n=1, cutoff=0.8)
-        hint = f"did you mean {_spelled(near[0])}? Otherwise " if near else ""
+        near = difflib.get_close_matches(hf_id.lower()[:_MAX_SHOWN], _aliases(), n=1, cutoff=0.8)
+        hint = f"did you mean {_original_case(near[0])}? Otherwise " if near else ""
         raise FactsMissingError(
-            f"model: no card for '{printable(hf_id, _LONGEST)}' and no config.json of it in the local Hugging Face "
+            f"model: no card for '{printable(hf_id, _MAX_SHOWN)}' and no config.json of it in the local Hugging Face "
             f"cache; {hint}ask the Hub with --online, or give the path of a config.json",
             "model",
         )
     name = split(hf_id)[0]
-    return Facts(_read_json(found), None, f"huggingface.co/{name}:config.json@{found.parent.name}", name)
+    return PublishedModel(_read_json(path), None, f"huggingface.co/{name}:config.json@{path.parent.name}", name)

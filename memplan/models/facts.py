@@ -1,6 +1,6 @@
-"""A family's row, and what it makes of a model's config: every size checked, every default filled in.
+"""`Family`, the facts of one model_type, and `ModelFacts`, a config checked and completed with them.
 
-`ModelFacts` speaks Hugging Face's words; `axes()` turns them into the letters of `memplan.core.ir`.
+`ModelFacts` uses Hugging Face's names; `axes()` turns them into the letters of `memplan.core.ir`.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from memplan.core.cached_property import cached_property
 from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.core.frozen import FrozenDict, frozen
 from memplan.models.headers import Checkpoint
-from memplan.models.layers import MOST_LAYERS, Layer, Repeated, as_json, layers_of, runs_of
+from memplan.models.layers import MOST_LAYERS, Layer, LayerRun, as_json, layers_of, runs_of
 from memplan.models.objectives import objective_of
 
-# The largest value taken for a size: beyond any model that exists, and small enough to be a mistake above it.
+# Largest accepted sizes: far above any existing model, so that a larger value must be a mistake.
 _LIMITS = {"num_hidden_layers": MOST_LAYERS, "vocab_size": 2**27, "max_position_embeddings": 2**40}
 _LIMIT = 2**21
-_NESTED = ("rope_parameters", "rope_scaling", "quantization_config")  # keys that are mappings in transformers' classes
+_NESTED = ("rope_parameters", "rope_scaling", "quantization_config")  # mappings in transformers' config classes
 
 
-# Standard name -> what a config calls it, in the order looked up.
+# Standard name -> config keys, in the order they are looked up.
 NAMES: dict[str, tuple[str, ...]] = {
     name: (name,)
     for name in (
@@ -37,38 +37,35 @@ NAMES: dict[str, tuple[str, ...]] = {
         "hidden_act",
     )
 }
-DECODER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # what a config must say
+DECODER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # required keys of a decoder
 
-# transformers' activations that are one kernel, which keeps what it reads. Source: torch 2.13 derivatives.yaml.
+# transformers' activations that run as one kernel, which saves its input. Source: torch 2.13 derivatives.yaml.
 ONE_KERNEL = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "hardswish", "leaky_relu", "mish", "relu6")
-WRITTEN_OUT = (
-    *ONE_KERNEL,
-    "gelu_new",
-    "relu",
-    "relu2",
-)  # and those that `memplan.catalogue.kernels.activations.activation` has beside
+# Also the activations composed of several kernels, as in `memplan.catalogue.kernels.activations.activation`.
+WRITTEN_OUT = (*ONE_KERNEL, "gelu_new", "relu", "relu2")
 
 
 class Family(NamedTuple):
-    """One model_type.
+    """Facts of one model_type.
 
-    defaults   what its config class fills in where the config is silent, if memory depends on it
-    names      standard name -> what its configs call it, in the order looked up; () where it has none
-    required   standard names that a config must have
-    layers     what differs from layer to layer; None where all are alike
-    axes       letters and words of its own for shapes, added to those of `ModelFacts.axes`
-    decoder    the key of the nested config that has the decoder's keys: they count as the config's own
-    built_as   another model_type whose classes transformers builds from this config
-    positions  positions are looked up in a table, so that no longer sequence can run
-    objectives what models of the family are trained for (`memplan.models.objectives`), the usual first
-    longest    the longest sequence, where that is not `max_position_embeddings`
-    only       the one length that the encoder takes: patches of an image, frames of a recording
-    whole      modules that transformers never quantises: what it would keep in fp32 of an fp16 model
-    lacks      kernels of attention that its classes do not take
-    target     the longest sequence that the decoder of an encoder-decoder takes; None where it has no table
-    acts       activations, by transformers' names, whose kernels its stack has
-    renamed    other names of keys that are no sizes: older ones, and those that its config class writes
-    fixed      keys that its classes do not read, with what they do instead
+    defaults               defaults of its config class that memory depends on
+    names                  standard name -> keys of its configs, in the order they are looked up; () if it has no such
+                           key
+    required               standard names that a config must have
+    layers                 the layers, one by one; None if all are equal
+    axes                   additional axes for shapes, on top of those of `ModelFacts.axes`
+    decoder                key of the nested config whose keys are read as the config's own
+    built_as               model_type whose classes transformers builds from this config instead
+    positions              positions are looked up in a table, so longer sequences cannot run
+    objectives             supported objectives (`memplan.models.objectives`), the default first
+    longest                longest sequence, if not `max_position_embeddings`
+    never_quantised        modules that transformers never quantises (`_keep_in_fp32_modules`)
+    unsupported_attention  attention implementations that its classes do not support
+    fixed_length           fixed sequence length of an image or audio encoder: patches or frames
+    target                 longest decoder sequence of an encoder-decoder; returns None if it has no position table
+    acts                   supported activations, by transformers' names
+    renamed                aliases of keys that are not sizes: older names, and names that its config class writes
+    fixed                  keys that its classes ignore, with the value they behave as
     """
 
     defaults: Mapping[str, Any]
@@ -81,9 +78,9 @@ class Family(NamedTuple):
     positions: bool = False
     objectives: tuple[str, ...] = ("causal_lm",)
     longest: Callable[[ModelFacts], int] | None = None
-    whole: tuple[str, ...] = ()
-    lacks: tuple[str, ...] = ()
-    only: Callable[[ModelFacts], int] | None = None
+    never_quantised: tuple[str, ...] = ()
+    unsupported_attention: tuple[str, ...] = ()
+    fixed_length: Callable[[ModelFacts], int] | None = None
     target: Callable[[ModelFacts], int | None] | None = None
     acts: tuple[str, ...] = ONE_KERNEL
     renamed: Mapping[str, str] = MappingProxyType({})
@@ -100,10 +97,10 @@ def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
 
 
 class ModelFacts:
-    """One model's facts, in Hugging Face's words. Immutable; equal if name, config and checkpoint are.
+    """One model's facts, with Hugging Face's names. Immutable; equal if name, config and checkpoint are equal.
 
-    `checkpoint` is what was seen of its weights, if anything. Sizes are positive ints. `get` reads any further key of
-    the config, with the model class's own default.
+    `checkpoint` holds the headers of its weights, if they were read. Sizes are positive ints. `get` reads any other key
+    of the config.
     """
 
     def __init__(
@@ -115,9 +112,9 @@ class ModelFacts:
         published: Mapping[str, Any] | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Check `config` and fill in the model class's defaults.
+        """Check `config` and fill in the config class's defaults.
 
-        Raises ConfigError where a key is missing or no size, UnsupportedModelError for another kind of model.
+        Raises ConfigError for a missing key or an invalid size, UnsupportedModelError for an unsupported model.
         """
         self.name = name
         self.card: Mapping[str, Any] = frozen(published or {})
@@ -127,8 +124,8 @@ class ModelFacts:
         self._defaults = family.defaults
         self._names = {**NAMES, **family.names}
         if family.decoder:
-            kept = {key: config[key] for key in ("model_type", "tie_word_embeddings") if key in config}
-            config = {**config, **_part(config, family.decoder), **kept}
+            outer = {key: config[key] for key in ("model_type", "tie_word_embeddings") if key in config}
+            config = {**config, **_part(config, family.decoder), **outer}
         renamed = {new: config[old] for old, new in family.renamed.items() if old in config}
         self.config: FrozenDict = frozen({**self._defaults, **config, **renamed, **family.fixed})
         self._given = frozenset(config)
@@ -164,7 +161,7 @@ class ModelFacts:
         self.tie_word_embeddings = bool(self.get("tie_word_embeddings", False))
         self.objective = objective_of(config, self._family.objectives)
         self.layers = self._layers()
-        self.num_hidden_layers = self.num_hidden_layers or len(self.layers)  # of a family whose list of layers says it
+        self.num_hidden_layers = self.num_hidden_layers or len(self.layers)  # NemotronH has only a list of layers
 
     def _layers(self) -> tuple[Layer, ...]:
         if self._family.layers is not None:
@@ -181,9 +178,9 @@ class ModelFacts:
         )
 
     def get(self, key: str, default: Any = None) -> Any:
-        """A further key of the config; `default` where it is absent or null.
+        """Return a key of the config, or `default` if it is absent or null.
 
-        Raises ConfigError where the default is a bool or a number and the config's value is no such thing.
+        Raises ConfigError if the default is a bool or a number and the config's value is not.
         """
         value = self.config.get(key)
         if value is None:
@@ -197,10 +194,10 @@ class ModelFacts:
             raise ConfigError(f"config: {key} must be a number from 0 to {_LIMIT:,}, not {as_json(value)}", key)
         return value
 
-    def whole(self, key: str, default: int | None = None, least: int = 1, most: int = _LIMIT) -> int:
-        """A further size of the config: a whole number from `least` to `most`; `default` where it is absent or null.
+    def config_int(self, key: str, default: int | None = None, least: int = 1, most: int = _LIMIT) -> int:
+        """Return an integer of the config from `least` to `most`, or `default` if it is absent or null.
 
-        Raises ConfigError where it is no such number, or absent without a default.
+        Raises ConfigError for any other value, or if it is absent and there is no default.
         """
         value = self.config.get(key)
         if value is None:
@@ -214,9 +211,9 @@ class ModelFacts:
         return value
 
     def probability(self, key: str, part: str = "") -> float:
-        """A probability of dropout that the config has, or a `part` of it; 0 where it is absent or null.
+        """Return a dropout probability of the config or of its nested `part`; 0 if it is absent or null.
 
-        Raises ConfigError where it is no number from 0 to 1.
+        Raises ConfigError unless it is a number from 0 to 1.
         """
         value = (self.part(part) if part else self.config).get(key)
         if value is None:
@@ -226,11 +223,11 @@ class ModelFacts:
         return float(value)
 
     def part(self, key: str) -> Mapping[str, Any]:
-        """A nested config, empty where there is none. Raises ConfigError where it is something else."""
+        """Return a nested config, empty if it is absent or null. Raises ConfigError if it is not a mapping."""
         return _part(self.config, key)
 
     def _key_value_heads(self, stated: int | None) -> int:
-        """How many heads of keys and values there are, `stated` being the number the config has."""
+        """Return the number of key/value heads; `stated` is the config's `num_key_value_heads`."""
         a = self.num_attention_heads
         match self.model_type:
             case "gpt_bigcode":
@@ -243,65 +240,67 @@ class ModelFacts:
                 return stated or a
 
     def _activation(self) -> str:
-        """transformers' name of the MLP's activation. Raises UnsupportedModelError for one that no stack of the family
-        has."""
+        """Return transformers' name of the MLP's activation. Raises UnsupportedModelError if it is not supported."""
         key = self._key("hidden_act")
-        named = self.config.get(key) if key is not None else None
-        if named is not None and named not in self._family.acts:
+        name = self.config.get(key) if key is not None else None
+        if name is not None and name not in self._family.acts:
             raise UnsupportedModelError(
-                f"{key}: {as_json(named)} is not supported yet for model_type {self.model_type}; "
+                f"{key}: {as_json(name)} is not supported yet for model_type {self.model_type}; "
                 f"supported: {', '.join(self._family.acts)}",
                 str(key),
             )
-        return str(named or "silu")
+        return str(name or "silu")
 
     @cached_property
     def sliding_window(self) -> int | None:
-        """The attention window, where the model uses one."""
+        """The attention window, or None if the model has none."""
         key = self._names.get("sliding_window", ("sliding_window",))[0]
         if key not in self._defaults:
             return None
-        if self.config.get(key) is not None and self.whole(key, least=0, most=_LIMITS["max_position_embeddings"]) == 0:
-            return None  # as Qwen2-MoE's config class writes that there is none
+        if (
+            self.config.get(key) is not None
+            and self.config_int(key, least=0, most=_LIMITS["max_position_embeddings"]) == 0
+        ):
+            return None  # Qwen2-MoE's config class writes 0 for no window
         window = self._whole(key, _LIMITS["max_position_embeddings"])
         used = "use_sliding_window" not in self._defaults or self.get("use_sliding_window", False)
         return window if used else None
 
     @property
     def learned_positions(self) -> bool:
-        """Whether positions are looked up in a table, so that no longer sequence can run."""
+        """Whether positions are looked up in a table, so longer sequences cannot run."""
         return self._family.positions
 
     @property
     def objectives(self) -> tuple[str, ...]:
-        """What models of its family are trained for."""
+        """The objectives that its family supports, the default first."""
         return self._family.objectives
 
     @property
     def unquantised(self) -> tuple[str, ...]:
-        """Modules that transformers never quantises, nor loads in fp16."""
-        return self._family.whole
+        """Modules that transformers neither quantises nor loads in fp16."""
+        return self._family.never_quantised
 
     @property
-    def lacks(self) -> tuple[str, ...]:
-        """Kernels of attention that its classes do not take."""
-        return self._family.lacks
+    def unsupported_attention(self) -> tuple[str, ...]:
+        """Attention implementations that its classes do not support."""
+        return self._family.unsupported_attention
 
     @cached_property
     def num_labels(self) -> int:
-        """The classes of a classification head, as its config class counts them."""
+        """The number of classes of a classification head, counted as transformers' config class does."""
         names = self.part("id2label")
-        return self.whole("num_labels", len(names) or 2)
+        return self.config_int("num_labels", len(names) or 2)
 
     @property
     def longest_sequence(self) -> int | None:
-        """The tokens of a sequence that the model has positions for."""
+        """The longest sequence that the model has positions for, in tokens."""
         return self._family.longest(self) if self._family.longest is not None else self.max_position_embeddings
 
     @property
     def only_sequence(self) -> int | None:
-        """The one length that its encoder takes, where inputs are images or recordings."""
-        return self._family.only(self) if self._family.only is not None else None
+        """The fixed sequence length of an image or audio encoder; None for other models."""
+        return self._family.fixed_length(self) if self._family.fixed_length is not None else None
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -309,12 +308,12 @@ class ModelFacts:
 
     @property
     def longest_target(self) -> int | None:
-        """The tokens that the decoder of an encoder-decoder has positions for; None for any number."""
+        """The longest decoder sequence of an encoder-decoder, in tokens; None for no limit."""
         return self._family.target(self) if self._family.target is not None else None
 
     @cached_property
     def rotary_width(self) -> int:
-        """How many of a head's dimensions are rotated."""
+        """The number of rotated dimensions of a head."""
         if "rotary_dim" in self._defaults:
             width = self._whole("rotary_dim", _LIMIT) or self.head_dim
             if width > self.head_dim:
@@ -328,27 +327,28 @@ class ModelFacts:
         share = scaling.get("partial_rotary_factor", share)
         if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
             raise ConfigError(f"config: {key} must be above 0 and at most 1, not {as_json(cast(Any, share))}", key)
-        width = int(self.head_dim * share)  # a frequency for each pair of dimensions, and for one left over
+        width = int(self.head_dim * share)  # an odd width is rounded up: one frequency per pair, the last one included
         return min(width + width % 2, self.head_dim)
 
     @cached_property
     def head_widths(self) -> tuple[int, int]:
-        """How wide a head's queries and keys are, and its values: the axes `d` and, where they are others, `dv`."""
+        """The width of a head's queries and keys (axis `d`), and of its values (axis `dv`, if there is one)."""
         axes = self.axes()
         return axes["d"], axes.get("dv", axes["d"])
 
     @cached_property
-    def runs(self) -> tuple[Repeated, ...]:
-        """The layers as patterns that repeat."""
+    def runs(self) -> tuple[LayerRun, ...]:
+        """The layers as repeated patterns."""
         return runs_of(self.layers)
 
     def axes(self) -> dict[str, int]:
-        """The letters of `memplan.ir` for this model, and the widths derived from them.
+        """Return the size of every axis of `memplan.core.ir` for this model, and of widths derived from them.
 
-        `L1`, `L2` and so on count the repetitions of its runs; a width of some layers is named by it (`k8`, `f512`).
+        `L1`, `L2` and so on are the repetitions of its runs. A width of only some layers has its size in its name:
+        `k8`, `f512`.
         """
         d, a, k = self.head_dim, self.num_attention_heads, self.num_key_value_heads
-        p = self.whole("word_embed_proj_dim", self.hidden_size)
+        p = self.config_int("word_embed_proj_dim", self.hidden_size)
         return {
             **{run.times: run.number for run in self.runs},
             **{f"k{layer.k}": layer.k for layer in set(self.layers)},
@@ -375,7 +375,7 @@ class ModelFacts:
         }
 
     def _key(self, name: str) -> str | None:
-        """The key of the config that has the standard `name`: one that was given, else one that was filled in."""
+        """Return the config's key for the standard `name`: a key of the given config, else a defaulted one."""
         names = [n for n in self._names[name] if n in self.config]
         given = [n for n in names if n in self._given]
         return next((n for n in given if self.config[n] is not None), next(iter(given or names), None))
@@ -407,7 +407,7 @@ class ModelFacts:
         return hash((self.name, self.config))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the hash, which is another one in another process."""
+        """Leave out the hash, which differs between processes."""
         return {name: value for name, value in vars(self).items() if name != "_hash"}
 
     def __repr__(self) -> str:

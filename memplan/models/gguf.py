@@ -1,7 +1,7 @@
-"""From a GGUF file's metadata to the config that its model has at Hugging Face.
+"""Turning a GGUF file's metadata into the model's Hugging Face config.
 
-What a file says of its sizes is taken over under transformers' names; what it does not say is read from its tensors: a
-bias or a norm is there or not. Families whose files say too little are refused.
+Sizes in the metadata get transformers' names; switches that the metadata does not have, such as biases and norms, are
+inferred from the file's tensors. Families whose files say too little are refused.
 Sources: gguf 0.19 constants.py; transformers 5.24 integrations/ggml.py GGUF_CONFIG_MAPPING; llama.cpp conversion/.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError, UnknownNameError, UnsupportedModelError, printable
-from memplan.models.headers import Gguf, Length, StoredTensor
+from memplan.models.headers import ArrayLength, Gguf, StoredTensor
 
-# Keys below an architecture's own prefix, and what transformers calls them in most families.
+# Keys below the architecture's prefix -> transformers' names in most families.
 _KEYS = {
     "context_length": "max_position_embeddings",
     "block_count": "num_hidden_layers",
@@ -37,7 +37,7 @@ _GPT = {
     "attention.head_count": "n_head",
 }
 
-# Experts beside shared ones, after dense layers.
+# Routed and shared experts, after the first dense layers.
 _DEEPSEEK: dict[str, str | None] = {
     "expert_count": "n_routed_experts",
     "expert_shared_count": "n_shared_experts",
@@ -62,7 +62,7 @@ _DELTA: dict[str, str | None] = {
     **_EXPERTS,
 }
 
-# general.architecture -> model_type, and the keys it has beside or instead of `_KEYS`; None leaves one out.
+# general.architecture -> model_type, and keys in addition to or instead of those of `_KEYS`; None leaves a key out.
 ARCHITECTURES: dict[str, tuple[str, Mapping[str, str | None]]] = {
     "command-r": ("cohere", {}),
     "cohere2": ("cohere2", {}),
@@ -116,7 +116,7 @@ ARCHITECTURES: dict[str, tuple[str, Mapping[str, str | None]]] = {
     "starcoder2": ("starcoder2", {}),
 }
 
-# What a family's config says, and the tensor of the first layer that is there where it is true.
+# Boolean keys of a family's config, each with the tensor of the first layer that exists if it is true.
 _SWITCHES: dict[str, dict[str, str]] = {
     "cohere": {"use_qk_norm": "attn_q_norm.weight"},
     "falcon": {"new_decoder_architecture": "attn_norm_2.weight", "bias": "attn_qkv.bias"},
@@ -138,25 +138,27 @@ _SWITCHES: dict[str, dict[str, str]] = {
     "starcoder2": {"use_bias": "attn_q.bias"},
 }
 
-# Tensors of a file that are no parameters of transformers' model: tables that it makes from its config.
+# Tensors that are not parameters of transformers' model, which computes these tables from its config.
 TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
-_BUFFER = "exp_probs_b.bias"  # what a router adds to its scores, a buffer of transformers' models
+_BUFFER = "exp_probs_b.bias"  # added to a router's scores; a buffer in transformers' models
 
 
 def config_of(file: Gguf, where: str) -> dict[str, Any]:
-    """The config in Hugging Face's keys. Raises UnsupportedModelError for an architecture that is not in the table,
-    ConfigError where the file does not say what it must."""
+    """Return the config with Hugging Face's keys.
+
+    Raises UnsupportedModelError for an unknown architecture, ConfigError if a required key is missing.
+    """
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str):
-        raise ConfigError(f"model: {where} names no general.architecture", "model")
+        raise ConfigError(f"model: {where} has no general.architecture", "model")
     if file.metadata.get("general.type", "model") != "model":
         kind = printable(str(file.metadata["general.type"]), 40)
-        raise ConfigError(f"model: {where} is a GGUF file of the kind {kind}, not of a model", "model")
+        raise ConfigError(f"model: {where} is a GGUF file of the kind {kind}, not a model", "model")
     if architecture not in ARCHITECTURES:
         near = " or ".join(UnknownNameError("model", architecture, ARCHITECTURES).nearest)
         raise UnsupportedModelError(
-            f"model: {where} is of GGUF's architecture {printable(architecture, 40)!r}, which is not supported yet as "
-            f"GGUF; give its config.json. The nearest that is: {near}",
+            f"model: {where} has GGUF's architecture {printable(architecture, 40)!r}, which is not supported yet as "
+            f"GGUF; give its config.json. The nearest supported: {near}",
             "model",
         )
     model_type, own = ARCHITECTURES[architecture]
@@ -165,7 +167,7 @@ def config_of(file: Gguf, where: str) -> dict[str, Any]:
     for key, name in {**_KEYS, **own}.items():
         value = file.metadata.get(f"{architecture}.{key}")
         if name is not None and value is not None and name not in config:
-            config[name] = _one(value, f"{architecture}.{key}", where)
+            config[name] = _uniform(value, f"{architecture}.{key}", where)
     if model_type == "llama" and file.metadata.get("llama.expert_count"):
         config.update(model_type="mixtral", num_local_experts=file.metadata["llama.expert_count"])
         config["num_experts_per_tok"] = file.metadata.get("llama.expert_used_count", 2)
@@ -173,33 +175,32 @@ def config_of(file: Gguf, where: str) -> dict[str, Any]:
     config["tie_word_embeddings"] = "output.weight" not in shapes
     for name, tensor in _SWITCHES.get(config["model_type"], {}).items():
         config[name] = f"blk.0.{tensor}" in shapes
-    if model_type == "stablelm":  # two norms a layer, where its attention and its MLP do not share one
+    if model_type == "stablelm":  # a second norm per layer means that attention and MLP do not share one
         config["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in shapes
-    later = file.metadata.get(f"{architecture}.nextn_predict_layers")
-    if type(later) is int and type(config.get("num_hidden_layers")) is int:  # of them are layers that predict ahead
-        config["num_hidden_layers"] -= later
-    _of_family(config, file.metadata, architecture, where)
-    _experts(config, shapes)
+    drafting = file.metadata.get(f"{architecture}.nextn_predict_layers")
+    if type(drafting) is int and type(config.get("num_hidden_layers")) is int:  # block_count includes the MTP layers
+        config["num_hidden_layers"] -= drafting
+    _add_family_keys(config, file.metadata, architecture, where)
+    _add_expert_widths(config, shapes)
     title = file.metadata.get("general.name")
     return {**config, "_name_or_path": title} if isinstance(title, str) else config
 
 
-def _of_family(config: dict[str, Any], metadata: Mapping[str, Any], architecture: str, where: str) -> None:
-    """What a family's config says in other sizes than its file does. Raises ConfigError where they say too little."""
+def _add_family_keys(config: dict[str, Any], metadata: Mapping[str, Any], architecture: str, where: str) -> None:
+    """Add config keys that must be computed from the file's keys. Raises ConfigError if one of those is missing."""
 
-    def said(key: str) -> int:
+    def integer(key: str) -> int:
         value = metadata.get(f"{architecture}.{key}")
         if type(value) is not int:
-            raise ConfigError(f"model: {where} says no {architecture}.{key}", "model")
+            raise ConfigError(f"model: {where} has no {architecture}.{key}", "model")
         return value
 
     match config["model_type"]:
         case "deepseek_v2":
-            wide = "attention.key_length_mla"
-            latent = f"{architecture}.{wide}" in metadata  # written for attention in the latent space
-            keys, values = (wide, "attention.value_length_mla") if latent else (_WIDE, "attention.value_length")
-            config["qk_nope_head_dim"] = said(keys) - said("rope.dimension_count")
-            config["v_head_dim"] = said(values)
+            # Files converted for attention in the latent space keep the widths of heads under keys of their own.
+            suffix = "_mla" if f"{architecture}.attention.key_length_mla" in metadata else ""
+            config["qk_nope_head_dim"] = integer(f"attention.key_length{suffix}") - integer("rope.dimension_count")
+            config["v_head_dim"] = integer(f"attention.value_length{suffix}")
             config["num_key_value_heads"] = config.get("num_attention_heads")
             config.setdefault("q_lora_rank", None)
             if metadata.get(f"{architecture}.expert_gating_func") == _SIGMOID:
@@ -208,17 +209,16 @@ def _of_family(config: dict[str, Any], metadata: Mapping[str, Any], architecture
             config["multi_query"] = not config["new_decoder_architecture"] and config.get("num_kv_heads") == 1
             config.update(parallel_attn=True, alibi=False)
         case "qwen3_next":
-            config["linear_value_head_dim"] = said("ssm.inner_size") // max(1, said("ssm.time_step_rank"))
+            config["linear_value_head_dim"] = integer("ssm.inner_size") // max(1, integer("ssm.time_step_rank"))
         case _:
             pass
 
 
-_WIDE = "attention.key_length"
 _SIGMOID = 2  # gguf constants.py ExpertGatingFuncType
 
 
-def _experts(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Widths of experts, which older files do not say, by the shapes of their stacks."""
+def _add_expert_widths(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Add the widths of experts, which older files do not have as keys, from the shapes of their weights."""
     stacks = {
         "moe_intermediate_size": "ffn_gate_exps.weight",
         "shared_expert_intermediate_size": "ffn_gate_shexp.weight",
@@ -230,34 +230,37 @@ def _experts(config: dict[str, Any], shapes: Mapping[str, tuple[int, ...]]) -> N
 
 
 def parameters_in(tensors: tuple[StoredTensor, ...]) -> int:
-    """How many parameters of the model a GGUF file has."""
+    """Return the number of parameters of transformers' model that a GGUF file holds."""
     return sum(t.elements for t in loaded(tensors) if t.name not in TABLES and not t.name.endswith(_BUFFER))
 
 
 def loaded(tensors: tuple[StoredTensor, ...]) -> tuple[StoredTensor, ...]:
-    """A file's tensors without those of layers that predict tokens ahead, which are for drafting."""
-    ahead = {tensor.name.rpartition(".nextn.")[0] for tensor in tensors if ".nextn." in tensor.name}
-    return tuple(t for t in tensors if ".".join(t.name.split(".")[:2]) not in ahead) if ahead else tensors
+    """Return a file's tensors without those of multi-token prediction layers, which only serve drafting."""
+    drafting = {tensor.name.rpartition(".nextn.")[0] for tensor in tensors if ".nextn." in tensor.name}
+    return tuple(t for t in tensors if ".".join(t.name.split(".")[:2]) not in drafting) if drafting else tensors
 
 
-def _one(value: Any, key: str, where: str) -> Any:
-    """A value for the whole model; of a list with one for each layer, the one that all have."""
+def _uniform(value: Any, key: str, where: str) -> Any:
+    """Return a value for the whole model, also if the file lists it once per layer.
+
+    Raises UnsupportedModelError if it differs between layers.
+    """
     if isinstance(value, tuple) and value:
-        each = cast(tuple[Any, ...], value)
-        if each.count(each[0]) == len(each):
-            return each[0]
-    if isinstance(value, (tuple, Length)):
-        raise UnsupportedModelError(f"model: {where} has another {key} in every layer, not supported yet", "model")
+        per_layer = cast(tuple[Any, ...], value)
+        if per_layer.count(per_layer[0]) == len(per_layer):
+            return per_layer[0]
+    if isinstance(value, (tuple, ArrayLength)):
+        raise UnsupportedModelError(f"model: {where}: {key} differs between layers, not supported yet", "model")
     return value
 
 
 def _vocabulary(metadata: Mapping[str, Any], shapes: Mapping[str, Any], architecture: str, where: str) -> Any:
-    """The rows of the embeddings."""
+    """Return the number of rows of the embeddings."""
     table = shapes.get("token_embd.weight")
     if table is not None and len(table) == 2:
         return table[0]
     tokens = metadata.get("tokenizer.ggml.tokens")
-    stated = metadata.get(f"{architecture}.vocab_size", tokens.number if isinstance(tokens, Length) else None)
+    stated = metadata.get(f"{architecture}.vocab_size", tokens.number if isinstance(tokens, ArrayLength) else None)
     if stated is None:
-        raise ConfigError(f"model: {where} has no token_embd.weight and says no vocab_size", "model")
+        raise ConfigError(f"model: {where} has neither token_embd.weight nor vocab_size", "model")
     return stated

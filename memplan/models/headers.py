@@ -1,7 +1,7 @@
-"""What a checkpoint's files say of their tensors: names, shapes, dtypes and bytes, read from headers alone.
+"""Names, shapes, dtypes and bytes of a checkpoint's tensors, read from the headers of its files.
 
-Files are read as if a stranger had written them: nothing is allocated because a file claims it, no byte of weights is
-read, and a pickle is never opened. Every error is a ConfigError of one line.
+Files are untrusted: no size that a file claims is allocated unchecked, no weights are read, and pickles are never
+opened. Every error is a one-line ConfigError.
 
 Sources: the safetensors format (huggingface/safetensors README.md, src/tensor.rs) and the GGUF format
 (ggml-org/ggml docs/gguf.md), gguf 0.19 constants.py.
@@ -20,18 +20,18 @@ from typing import Any, BinaryIO, NamedTuple, cast
 
 from memplan.core.errors import ConfigError, printable
 
-_MOST_HEADER = 2**25  # bytes of a safetensors header or index; those of a trillion parameters have 16 MB
-_MOST_METADATA = 2**26  # bytes before a GGUF file's tensors, which hold the tokenizer; usual are 5 to 20 MB
-_MOST_READ = 2**22  # numbers and texts that are read one by one from a GGUF file; usual are up to a million
-_MOST_TENSORS = 2**19
-_MOST_SHARDS = 2**12
-_MOST_DIMS = 64  # as torch has it
-_MOST_SIZE = 2**48  # of a dimension
-_MOST_VALUES = 2**14  # of an array of a GGUF file that is kept; of a longer one only its length is
-_LONGEST = 200  # letters of a path or name that an error repeats
+_MAX_HEADER = 2**25  # bytes of a safetensors header or index; a model of a trillion parameters has 16 MB
+_MAX_METADATA = 2**26  # bytes before a GGUF file's tensors, including the tokenizer; usually 5 to 20 MB
+_MAX_READS = 2**22  # values read one by one from a GGUF file; usually at most a million
+_MAX_TENSORS = 2**19
+_MAX_SHARDS = 2**12
+_MAX_DIMS = 64  # torch's limit
+_MAX_SIZE = 2**48  # of one dimension
+_MAX_VALUES = 2**14  # longest array of a GGUF file whose values are kept; of a longer one only the length is
+_MAX_SHOWN = 200  # characters of a path or name that an error message repeats
 _SINGLE, _INDEX = "model.safetensors", "model.safetensors.index.json"
 
-# Bits of one element, by safetensors' names. Source: safetensors 0.8 src/tensor.rs Dtype::bitsize.
+# Bits per element of safetensors' dtypes. Source: safetensors 0.8 src/tensor.rs Dtype::bitsize.
 BITS = {
     "F4": 4,
     **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
@@ -43,7 +43,7 @@ BITS = {
 
 
 class GgmlType(NamedTuple):
-    """A type of ggml: its name, and how many elements share a block of how many bytes."""
+    """A ggml type: its name, and the elements and bytes of one block."""
 
     name: str
     elements: int
@@ -91,7 +91,7 @@ GGML_TYPES = {
 
 
 class StoredTensor(NamedTuple):
-    """A tensor as a file has it. `dtype` is the file's own word (`BF16`, `F8_E4M3`, `Q4_K`), `shape` is torch's."""
+    """A tensor in a file. `dtype` is the format's own name (`BF16`, `F8_E4M3`, `Q4_K`), `shape` is in torch's order."""
 
     name: str
     dtype: str
@@ -104,16 +104,20 @@ class StoredTensor(NamedTuple):
 
 
 class Gguf(NamedTuple):
-    """A GGUF file's header. Of a long array in `metadata` only its length is kept, as a `Length`."""
+    """A GGUF file's header. Long arrays in `metadata` are replaced by their `ArrayLength`."""
 
     metadata: Mapping[str, Any]
     tensors: tuple[StoredTensor, ...]
 
 
 class Checkpoint(NamedTuple):
-    """What was seen of a model's weights: the tensors of its files, and where; why none, where there are none.
+    """The tensors in the files of a model's weights.
 
-    `kind` is the format of the files, `safetensors` or `gguf`; `remote`: they are on the Hub, `where` is id and commit.
+    where    folder or file; on the Hub, id and commit
+    tensors  headers of all tensors
+    kind     file format: `safetensors` or `gguf`
+    why_not  reason why there are no tensors
+    remote   whether the files are on the Hub
     """
 
     where: str
@@ -123,18 +127,18 @@ class Checkpoint(NamedTuple):
     remote: bool = False
 
 
-class Length(NamedTuple):
-    """How many values an array of a GGUF file has, where they are not kept."""
+class ArrayLength(NamedTuple):
+    """The length of a GGUF file's array whose values are not kept."""
 
     number: int
 
 
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", *_PICKLES)  # how files of weights are called
+WEIGHTS = (".safetensors", ".safetensors.index.json", ".gguf", *_PICKLES)  # endings of weights files
 
 
 def refuse_pickle(path: Path) -> None:
-    """Raise ConfigError for a file that only unpickling can read, which runs whatever code the file holds."""
+    """Raise ConfigError for a pickle, because unpickling runs whatever code the file holds."""
     if path.suffix in _PICKLES:
         raise ConfigError(
             f"model: {_shown(path)} is a pickle, which is never opened; give a folder with config.json, or safetensors",
@@ -143,91 +147,96 @@ def refuse_pickle(path: Path) -> None:
 
 
 def read_checkpoint(folder: Path) -> Checkpoint | None:
-    """What a folder has of `model.safetensors`, or of the shards that its index names; None where it has no weights.
+    """Return the checkpoint of a folder: its `model.safetensors`, or its index's shards. None if it has no weights.
 
-    Weights that are not here (shards that were not downloaded, pointers of Git LFS) and pickles are not read, and the
-    checkpoint says so. Raises ConfigError where a file is not what it must be.
+    Pickles and incomplete downloads (missing shards, Git LFS pointers) are not read; `why_not` says so. Raises
+    ConfigError for an invalid file.
     """
     index, single, where = folder / _INDEX, folder / _SINGLE, _shown(folder)
     if single.is_file():
         if _is_pointer(single):
-            return Checkpoint(where, why_not=f"{single.name} is a pointer of Git LFS, and not here")
+            return Checkpoint(where, why_not=f"{single.name} is a Git LFS pointer, whose file was not downloaded")
         return Checkpoint(where, read_safetensors(single))
     if index.is_file():
         places = _read(index, _index)
         absent = next((shard for shard in _shards(index, places) if _is_absent(folder / shard)), None)
         if absent is not None:
-            return Checkpoint(where, why_not=f"{_named(absent)} is not here")
+            return Checkpoint(where, why_not=f"{_shown_name(absent)} is not here")
         return Checkpoint(where, _read_shards(index, places))
     pickled = next(iter(sorted(folder.glob("pytorch_model*.bin"))), None)
-    return Checkpoint(where, why_not=f"{_named(pickled.name)} is a pickle, which is never opened") if pickled else None
+    if pickled is None:
+        return None
+    return Checkpoint(where, why_not=f"{_shown_name(pickled.name)} is a pickle, which is never opened")
 
 
 def read_safetensors(path: Path) -> tuple[StoredTensor, ...]:
-    """The tensors of one safetensors file, in the order of their bytes."""
+    """Return the tensors of one safetensors file, by offset."""
     return _read(path, _safetensors)
 
 
 def read_gguf(path: Path) -> Gguf:
-    """The header of a GGUF file; of one that is split, those of all parts: the first has the metadata."""
+    """Return the header of a GGUF file. Of a split file, `path` is the first part, and the tensors are those of all."""
     first: Gguf = _read(path, _gguf)
     parts = first.metadata.get("split.count", 1)
     if type(parts) is not int or parts <= 1:
         return first
-    stem, found = path.name.rpartition("-of-")[0].rpartition("-")[0], list(first.tensors)
-    if not stem or parts > _MOST_SHARDS:
-        raise _bad(path, f"says that it is one of {parts} parts, and is not named so")
+    stem, tensors = path.name.rpartition("-of-")[0].rpartition("-")[0], list(first.tensors)
+    if not stem or parts > _MAX_SHARDS:
+        raise _invalid(path, f"claims to be one of {parts} parts, but its name has no part number")
     names = [path.with_name(f"{stem}-{i:05}-of-{parts:05}.gguf") for i in range(1, parts + 1)]
     if path != names[0]:
         raise ConfigError(f"model: {_shown(path)} is a part of a GGUF file; give the first, {names[0].name}", "model")
     for name in names[1:]:
-        found += cast(Gguf, _read(name, _gguf)).tensors
-    return Gguf(first.metadata, tuple(_once(path, found)))
+        tensors += cast(Gguf, _read(name, _gguf)).tensors
+    return Gguf(first.metadata, tuple(_unique(path, tensors)))
 
 
 def stored_bytes(tensors: Sequence[StoredTensor]) -> dict[str, int]:
-    """Bytes by dtype, the most first."""
-    found: dict[str, int] = {}
+    """Return the bytes of each dtype, largest first."""
+    by_dtype: dict[str, int] = {}
     for tensor in tensors:
-        found[tensor.dtype] = found.get(tensor.dtype, 0) + tensor.bytes
-    return dict(sorted(found.items(), key=lambda item: -item[1]))
+        by_dtype[tensor.dtype] = by_dtype.get(tensor.dtype, 0) + tensor.bytes
+    return dict(sorted(by_dtype.items(), key=lambda item: -item[1]))
 
 
 def tensors_of(entries: Mapping[str, Any], where: Path) -> tuple[StoredTensor, ...]:
-    """The tensors that the JSON of a safetensors header lists, in the order of their bytes, without gaps from 0 on."""
-    if len(entries) > _MOST_TENSORS:
-        raise _bad(where, f"lists more than {_MOST_TENSORS:,} tensors")
-    found: list[tuple[int, StoredTensor]] = []
+    """Return the tensors of a safetensors header's JSON, by offset.
+
+    Raises ConfigError unless their offsets start at 0 and have no gaps.
+    """
+    if len(entries) > _MAX_TENSORS:
+        raise _invalid(where, f"lists more than {_MAX_TENSORS:,} tensors")
+    placed: list[tuple[int, StoredTensor]] = []
     for name, entry in entries.items():
         if name != "__metadata__":
-            found.append(_entry(name, entry, where))
-    found.sort(key=lambda one: (one[0], one[0] + one[1].bytes))
-    at = 0
-    for start, tensor in found:
-        if start != at:
-            what = "overlaps the one before" if start < at else "leaves a gap before it"
-            raise _bad(where, f"has wrong offsets: {_named(tensor.name)} {what}")
-        at += tensor.bytes
-    return tuple(tensor for _, tensor in found)
+            placed.append(_entry(name, entry, where))
+    placed.sort(key=lambda item: (item[0], item[0] + item[1].bytes))
+    end = 0
+    for start, tensor in placed:
+        if start != end:
+            problem = "overlaps the tensor before it" if start < end else "leaves a gap before it"
+            raise _invalid(where, f"has wrong offsets: {_shown_name(tensor.name)} {problem}")
+        end += tensor.bytes
+    return tuple(tensor for _, tensor in placed)
 
 
 def _entry(name: str, entry: Any, where: Path) -> tuple[int, StoredTensor]:
-    """Where a tensor's bytes begin, and the tensor."""
+    """Return the offset of a tensor's bytes, and the tensor."""
     if not isinstance(entry, dict):
-        raise _bad(where, f"says nothing of {_named(name)}'s shape")
-    said = cast(dict[str, Any], entry)
-    dtype: object = said.get("dtype")
-    shape, offsets = cast(Any, said.get("shape")), cast(Any, said.get("data_offsets"))
+        raise _invalid(where, f"gives no shape for {_shown_name(name)}")
+    fields = cast(dict[str, Any], entry)
+    dtype: object = fields.get("dtype")
+    shape, offsets = cast(Any, fields.get("shape")), cast(Any, fields.get("data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise _bad(where, f"has a dtype that is not known: {dtype!r:.40}, of {_named(name)}")
-    if not _whole_numbers(shape, _MOST_DIMS, _MOST_SIZE):
-        raise _bad(where, f"has no shape of {_named(name)} but {shape!r:.40}")
+        raise _invalid(where, f"has an unknown dtype {dtype!r:.40} for {_shown_name(name)}")
+    if not _whole_numbers(shape, _MAX_DIMS, _MAX_SIZE):
+        raise _invalid(where, f"has an invalid shape {shape!r:.40} for {_shown_name(name)}")
     if not _whole_numbers(offsets, 2, 2**63) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise _bad(where, f"has no offsets of {_named(name)} but {offsets!r:.40}")
+        raise _invalid(where, f"has invalid offsets {offsets!r:.40} for {_shown_name(name)}")
     start, end = cast(tuple[int, int], offsets)
     bits = prod(cast(list[int], shape)) * BITS[dtype]
     if bits != 8 * (end - start):
-        raise _bad(where, f"has {end - start:,} bytes of {_named(name)}, {dtype} {shape!r:.60}")
+        raise _invalid(where, f"has {end - start:,} bytes for {_shown_name(name)}, which is {dtype} {shape!r:.60}")
     return start, StoredTensor(name, dtype, tuple(cast(list[int], shape)), bits // 8)
 
 
@@ -243,39 +252,39 @@ def _safetensors(file: BinaryIO, size: int, path: Path) -> tuple[StoredTensor, .
     prefix = file.read(8)
     length = int.from_bytes(prefix, "little")
     if len(prefix) < 8 or length > size - 8:
-        raise _bad(path, "ends before its header does")
-    if length > _MOST_HEADER:
-        raise _bad(path, f"has a header of {length:,} bytes, and {_MOST_HEADER // 2**20} MiB are read at most")
-    found = tensors_of(_json(file.read(length), path), path)
-    if sum(tensor.bytes for tensor in found) != size - 8 - length:
-        raise _bad(path, f"is not as long as its header says: {size:,} bytes")
-    return found
+        raise _invalid(path, "ends before its header does")
+    if length > _MAX_HEADER:
+        raise _invalid(path, f"has a header of {length:,} bytes; at most {_MAX_HEADER // 2**20} MiB are read")
+    tensors = tensors_of(_json(file.read(length), path), path)
+    if sum(tensor.bytes for tensor in tensors) != size - 8 - length:
+        raise _invalid(path, f"has {size:,} bytes, not as many as its header says")
+    return tensors
 
 
 def _shards(index: Path, places: Mapping[str, str]) -> list[str]:
-    """The files that an index names, each once."""
+    """Return the files that an index names, without duplicates."""
     shards = list(dict.fromkeys(places.values()))
-    if len(shards) > _MOST_SHARDS:
-        raise _bad(index, f"names more than {_MOST_SHARDS:,} files")
+    if len(shards) > _MAX_SHARDS:
+        raise _invalid(index, f"names more than {_MAX_SHARDS:,} files")
     wrong = next((name for name in shards if not name.endswith(".safetensors") or name != Path(name).name), None)
     if wrong is not None:
-        raise _bad(index, f"names {_named(wrong)}, which is no safetensors file beside it")
+        raise _invalid(index, f"names {_shown_name(wrong)}, which is not a safetensors file in the same folder")
     return shards
 
 
 def _read_shards(index: Path, places: Mapping[str, str]) -> tuple[StoredTensor, ...]:
-    found: list[StoredTensor] = []
+    read: list[StoredTensor] = []
     for shard in _shards(index, places):
         tensors = read_safetensors(index.parent / shard)
         other = next((tensor.name for tensor in tensors if places.get(tensor.name) != shard), None)
         if other is not None:
-            raise _bad(index, f"does not say that {_named(shard)} has {_named(other)}")
-        found += tensors
-    if len(found) != len(places):
-        there = {tensor.name for tensor in found}
-        missing = next(name for name in places if name not in there)
-        raise _bad(index, f"names {_named(missing)}, which {_named(places[missing])} has not")
-    return tuple(found)
+            raise _invalid(index, f"does not list {_shown_name(other)} in {_shown_name(shard)}")
+        read += tensors
+    if len(read) != len(places):
+        names = {tensor.name for tensor in read}
+        missing = next(name for name in places if name not in names)
+        raise _invalid(index, f"lists {_shown_name(missing)}, which is not in {_shown_name(places[missing])}")
+    return tuple(read)
 
 
 def _is_absent(path: Path) -> bool:
@@ -283,49 +292,49 @@ def _is_absent(path: Path) -> bool:
 
 
 def _is_pointer(path: Path) -> bool:
-    """Whether a file stands for one that Git LFS keeps. Source: git-lfs docs/spec.md, below 1024 bytes."""
+    """Whether a file is a Git LFS pointer. Source: git-lfs docs/spec.md, below 1024 bytes."""
     try:
         return path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-lfs")
     except OSError as error:
-        raise _bad(path, f"cannot be read ({error.strerror or error})") from None
+        raise _invalid(path, f"cannot be read ({error.strerror or error})") from None
 
 
 def _index(file: BinaryIO, size: int, path: Path) -> dict[str, str]:
-    if size > _MOST_HEADER:
-        raise _bad(path, f"is larger than {_MOST_HEADER // 2**20} MiB")
-    places: Any = _json(file.read(_MOST_HEADER), path).get("weight_map")
+    if size > _MAX_HEADER:
+        raise _invalid(path, f"is larger than {_MAX_HEADER // 2**20} MiB")
+    places: Any = _json(file.read(_MAX_HEADER), path).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(v, str) for v in cast(dict[str, Any], places).values()):
-        raise _bad(path, "has no weight_map of tensors and the files they are in")
+        raise _invalid(path, "has no weight_map from tensors to files")
     return cast(dict[str, str], places)
 
 
 def _json(raw: bytes, path: Path) -> Mapping[str, Any]:
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
-            raise _bad(path, "names something twice in its header")
-        return found
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        entries = dict(pairs)
+        if len(entries) < len(pairs):
+            raise _invalid(path, "has a duplicate key in its header")
+        return entries
 
-    if raw.count(b"[") + raw.count(b"{") > 4 * _MOST_TENSORS:
-        raise _bad(path, f"lists more than {_MOST_TENSORS:,} tensors")
+    if raw.count(b"[") + raw.count(b"{") > 4 * _MAX_TENSORS:
+        raise _invalid(path, f"lists more than {_MAX_TENSORS:,} tensors")
     try:
-        said: object = json.loads(raw, object_pairs_hook=once)
+        header: object = json.loads(raw, object_pairs_hook=unique)
     except RecursionError:
-        raise _bad(path, "has a header that is nested too deeply") from None
-    except ValueError:  # no JSON, no UTF-8, a number of more digits than Python reads
-        raise _bad(path, "has a header that is not JSON") from None
-    if not isinstance(said, dict):
-        raise _bad(path, "has a header that is no JSON object")
-    return cast(dict[str, Any], said)
+        raise _invalid(path, "has a header that is nested too deeply") from None
+    except ValueError:  # not JSON, not UTF-8, or a number with more digits than Python reads
+        raise _invalid(path, "has a header that is not JSON") from None
+    if not isinstance(header, dict):
+        raise _invalid(path, "has a header that is not a JSON object")
+    return cast(dict[str, Any], header)
 
 
 def _read(path: Path, read: Any) -> Any:
-    """What `read` makes of the file, once for a file as it is."""
+    """Return what `read` makes of the file, cached until the file changes."""
     try:
-        seen = path.stat()
-        if not stat.S_ISREG(seen.st_mode):  # a pipe, which may never end
-            raise _bad(path, "is no file")
-        return _cached(path, read, seen.st_size, seen.st_mtime_ns)
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # a pipe may never end
+            raise _invalid(path, "is not a regular file")
+        return _cached(path, read, status.st_size, status.st_mtime_ns)
     except (OSError, ValueError) as error:  # ValueError: a NUL
         reason = getattr(error, "strerror", None) or error
         raise ConfigError(f"model: {_shown(path)} cannot be read ({reason})", "model") from None
@@ -337,37 +346,37 @@ def _cached(path: Path, read: Any, size: int, _: int) -> Any:
         return read(file, size, path)
 
 
-# GGUF's types of values, by number, as struct has them. Source: ggml docs/gguf.md gguf_metadata_value_type.
+# GGUF's value types, by number, as struct format codes. Source: ggml docs/gguf.md gguf_metadata_value_type.
 _VALUES = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-_DEEPEST = 4  # arrays in arrays
-_LEAST_INFO = 8 + 4 + 4 + 8  # bytes that the description of a tensor takes at least
+_MAX_DEPTH = 4  # of nested arrays
+_MIN_INFO = 8 + 4 + 4 + 8  # bytes of the shortest description of a tensor
 
 
 class _Reader:
-    """Reads a GGUF file's header front to back, as much as there is and no more than `_MOST_METADATA`."""
+    """Reads a GGUF file's header front to back, up to the end of the file or `_MAX_METADATA` bytes."""
 
     def __init__(self, file: BinaryIO, size: int, path: Path) -> None:
         self.file, self.path = file, path
-        self.left, self.at, self.reads = min(size, _MOST_METADATA), 0, 0
-        self.whole = size > _MOST_METADATA
+        self.left, self.at, self.reads = min(size, _MAX_METADATA), 0, 0
+        self.is_cut_off = size > _MAX_METADATA
 
     def take(self, n: int) -> bytes:
         if n > self.left:
-            if self.whole:
-                raise _bad(self.path, f"has a header of more than {_MOST_METADATA // 2**20} MiB")
-            raise _bad(self.path, "ends before its header does")
+            if self.is_cut_off:
+                raise _invalid(self.path, f"has a header of more than {_MAX_METADATA // 2**20} MiB")
+            raise _invalid(self.path, "ends before its header does")
         self.left, self.at, self.reads = self.left - n, self.at + n, self.reads + 1
-        if self.reads > _MOST_READ:
-            raise _bad(self.path, "has more values in its header than any model needs")
+        if self.reads > _MAX_READS:
+            raise _invalid(self.path, "has more values in its header than any model needs")
         return self.file.read(n)
 
     def number(self, code: str) -> Any:
         raw = self.take(struct.calcsize(f"<{code}"))
         try:
             return struct.unpack(f"<{code}", raw)[0]
-        except struct.error:  # the file has become shorter
-            raise _bad(self.path, "ends before its header does") from None
+        except struct.error:  # the file was truncated meanwhile
+            raise _invalid(self.path, "ends before its header does") from None
 
     def text(self) -> str:
         return self.take(self.number("Q")).decode("utf-8", "replace")
@@ -377,87 +386,90 @@ class _Reader:
             return self.number(_VALUES[kind])
         if kind == _STRING:
             return self.text()
-        if kind != _ARRAY or depth > _DEEPEST:
-            raise _bad(self.path, f"has a value of type {kind}, which is not known" if kind != _ARRAY else "is nested")
+        if kind != _ARRAY or depth > _MAX_DEPTH:
+            raise _invalid(
+                self.path, f"has a value of unknown type {kind}" if kind != _ARRAY else "has arrays nested too deeply"
+            )
         inner, length = self.number("I"), self.number("Q")
         if inner in _VALUES:
             raw = self.take(struct.calcsize(_VALUES[inner]) * length)
-            kept = length <= _MOST_VALUES and len(raw) == struct.calcsize(_VALUES[inner]) * length
-            return struct.unpack(f"<{length}{_VALUES[inner]}", raw) if kept else Length(length)
+            is_kept = length <= _MAX_VALUES and len(raw) == struct.calcsize(_VALUES[inner]) * length
+            return struct.unpack(f"<{length}{_VALUES[inner]}", raw) if is_kept else ArrayLength(length)
         if inner == _STRING:
-            for _ in range(length):  # each takes 8 bytes at least, so that a false length ends with the file
+            for _ in range(length):  # each reads at least 8 bytes, so a false length stops at the end of the file
                 self.take(self.number("Q"))
-            return Length(length)
+            return ArrayLength(length)
         return tuple(self.value(inner, depth + 1) for _ in range(length))
 
 
 def _gguf(file: BinaryIO, size: int, path: Path) -> Gguf:
     reader = _Reader(file, size, path)
     if reader.take(4) != b"GGUF":
-        raise _bad(path, "is no GGUF file")
+        raise _invalid(path, "is not a GGUF file")
     version = reader.number("I")
     if version not in (2, 3):
-        raise _bad(path, f"is of GGUF version {version}; 2 and 3 are read, little-endian")
+        raise _invalid(path, f"has GGUF version {version}; only little-endian versions 2 and 3 can be read")
     tensors, pairs = reader.number("Q"), reader.number("Q")
-    if tensors > min(_MOST_TENSORS, size // _LEAST_INFO) or pairs > size // 12:
-        raise _bad(path, f"claims {tensors:,} tensors and {pairs:,} keys, more than it has room for")
+    if tensors > min(_MAX_TENSORS, size // _MIN_INFO) or pairs > size // 12:
+        raise _invalid(path, f"claims {tensors:,} tensors and {pairs:,} keys, more than it has room for")
     metadata: dict[str, Any] = {}
     for _ in range(pairs):
         key = reader.text()
         if key in metadata:
-            raise _bad(path, f"names {_named(key)} twice")
+            raise _invalid(path, f"has the key {_shown_name(key)} twice")
         metadata[key] = reader.value(reader.number("I"))
     infos = [_info(reader) for _ in range(tensors)]
     align = metadata.get("general.alignment", 32)
     if type(align) is not int or not 1 <= align <= 2**20:
-        raise _bad(path, f"has an alignment of {align!r:.40}")
+        raise _invalid(path, f"has an invalid alignment: {align!r:.40}")
     start = -(-reader.at // align) * align
     _check_offsets(infos, size - start, align, path)
-    return Gguf(metadata, tuple(_once(path, [tensor for _, tensor in infos])))
+    return Gguf(metadata, tuple(_unique(path, [tensor for _, tensor in infos])))
 
 
 def _info(reader: _Reader) -> tuple[int, StoredTensor]:
-    """Where a tensor's bytes begin, and the tensor. ggml names the innermost dimension first."""
+    """Return the offset of a tensor's bytes, and the tensor. ggml lists the innermost dimension first."""
     name, dims = reader.text(), reader.number("I")
-    if dims > _MOST_DIMS:
-        raise _bad(reader.path, f"has {dims:,} dimensions of {_named(name)}")
+    if dims > _MAX_DIMS:
+        raise _invalid(reader.path, f"has {dims:,} dimensions for {_shown_name(name)}")
     shape = tuple(reader.number("Q") for _ in range(dims))
     number, offset = reader.number("I"), reader.number("Q")
     kind = GGML_TYPES.get(number)
     if kind is None:
-        raise _bad(reader.path, f"has {_named(name)} in ggml's type {number}, which is not known")
-    if any(not 1 <= n <= _MOST_SIZE for n in shape) or (shape[0] if shape else 1) % kind.elements:
-        raise _bad(reader.path, f"has no shape of {_named(name)} but {list(shape)!r:.60}, in {kind.name}")
+        raise _invalid(reader.path, f"has {_shown_name(name)} in ggml's type {number}, which is unknown")
+    if any(not 1 <= n <= _MAX_SIZE for n in shape) or (shape[0] if shape else 1) % kind.elements:
+        raise _invalid(reader.path, f"has an invalid shape {list(shape)!r:.60} for {_shown_name(name)} in {kind.name}")
     bytes_ = prod(shape) // kind.elements * kind.bytes
     return offset, StoredTensor(name, kind.name, tuple(reversed(shape)), bytes_)
 
 
 def _check_offsets(infos: Sequence[tuple[int, StoredTensor]], size: int, align: int, path: Path) -> None:
-    at = 0
+    end = 0
     for offset, tensor in sorted(infos, key=lambda info: (info[0], info[1].bytes)):
-        if offset % align or offset < at:
-            raise _bad(path, f"has wrong offsets: {_named(tensor.name)} is at {offset:,}, and {at:,} bytes are taken")
-        at = offset + tensor.bytes
-        if at > size:
-            raise _bad(path, f"ends before {_named(tensor.name)} does")
+        if offset % align or offset < end:
+            name = _shown_name(tensor.name)
+            raise _invalid(path, f"has wrong offsets: {name} is at {offset:,}, but {end:,} bytes are already taken")
+        end = offset + tensor.bytes
+        if end > size:
+            raise _invalid(path, f"ends before {_shown_name(tensor.name)} does")
 
 
-def _once(path: Path, tensors: Sequence[StoredTensor]) -> Iterator[StoredTensor]:
+def _unique(path: Path, tensors: Sequence[StoredTensor]) -> Iterator[StoredTensor]:
     seen: set[str] = set()
     for tensor in tensors:
         if tensor.name in seen:
-            raise _bad(path, f"has {_named(tensor.name)} twice")
+            raise _invalid(path, f"has the tensor {_shown_name(tensor.name)} twice")
         seen.add(tensor.name)
         yield tensor
 
 
 def _shown(path: Path) -> str:
-    return printable(str(path), _LONGEST)
+    return printable(str(path), _MAX_SHOWN)
 
 
-def _named(name: str) -> str:
-    return printable(name, _LONGEST)
+def _shown_name(name: str) -> str:
+    return printable(name, _MAX_SHOWN)
 
 
-def _bad(path: Path, what: str) -> ConfigError:
+def _invalid(path: Path, what: str) -> ConfigError:
     return ConfigError(f"model: {_shown(path)} {what}", "model")

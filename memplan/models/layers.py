@@ -1,6 +1,6 @@
-"""What differs from layer to layer of a model, and layers that repeat as runs.
+"""The layers of a model, one by one and as runs: a short pattern of layers and how often it repeats.
 
-A run is a short pattern of layers and how often it repeats; how often is an axis, so that depth stays a number.
+The number of repetitions is an axis, so models that differ only in depth share a stack.
 """
 
 from __future__ import annotations
@@ -13,18 +13,24 @@ from memplan.core.errors import ConfigError, UnsupportedModelError
 
 K = TypeVar("K", bound=Hashable)
 
-_LONGEST = 16  # no pattern of layers in use is longer
-_WIDEST = 2**21  # a larger width is a mistake
-MOST_LAYERS = 1_000  # no model in use has 200
-MOST_DIFFERENT = 192  # layers outside of any repetition, at some 20 ms each; no model in use has 100
+_MAX_PERIOD = 16  # no known model has a longer pattern of layers
+_MAX_WIDTH = 2**21  # a larger width is a mistake
+MOST_LAYERS = 1_000  # no known model has 200
+MOST_DIFFERENT = 192  # layers that repeat no pattern, at about 20 ms each; no known model has 100
 
 
 class Layer(NamedTuple):
-    """One layer: whether its attention has a window and rotates; its key/value heads and FFN width, 0 for none.
+    """One layer.
 
-    `mixer` is what mixes tokens and `ffn` what follows it, in words that a family's facts and its builder share.
-    `sums` counts the sums of earlier layers that it chooses from beside what it is given; one that `opens` puts what it
-    is given to them, and begins the next sum.
+    sliding         attention has a window
+    rotary          attention has rotary positions
+    k               key/value heads; 0 for a layer without attention
+    f               FFN width; 0 for a layer without an FFN
+    mixer           kind of token mixer, in words shared by the family's config module and its stack builder
+    ffn             kind of FFN, likewise
+    choosable_sums  Kimi K3: number of sums of earlier layers' outputs that the layer chooses from, in addition to its
+                    input
+    opens_sum       Kimi K3: the layer adds its input to those sums and starts the next one
     """
 
     sliding: bool
@@ -33,12 +39,12 @@ class Layer(NamedTuple):
     f: int
     mixer: str = "attention"
     ffn: str = "dense"
-    sums: int = 0
-    opens: bool = False
+    choosable_sums: int = 0
+    opens_sum: bool = False
 
 
-class Repeated(NamedTuple):
-    """`pattern`, `number` times; `times` is the axis that says so."""
+class LayerRun(NamedTuple):
+    """A `pattern` of layers repeated `number` times; `times` is the axis of that number."""
 
     pattern: tuple[Layer, ...]
     times: str
@@ -46,30 +52,30 @@ class Repeated(NamedTuple):
 
 
 def as_json(value: object) -> str:
-    """What a config has where it is wrong, as it stands there; the beginning where it is long."""
+    """Return an invalid config value as JSON for an error message, cut off at 60 characters."""
     return json.dumps(value, default=repr)[:60]
 
 
-def runs_of(layers: Sequence[Layer]) -> tuple[Repeated, ...]:
-    """The layers as runs, from the front, each as long as it can be: one run `L`, or `L1`, `L2` and so on.
+def runs_of(layers: Sequence[Layer]) -> tuple[LayerRun, ...]:
+    """Return the layers as runs, greedily from the front: a single run `L`, or `L1`, `L2` and so on.
 
-    Raises ConfigError if they hardly repeat.
+    Raises ConfigError if too many layers repeat no pattern.
     """
     patterns = repetitions(layers)
     different = sum(len(pattern) for pattern, _ in patterns)
     if different > MOST_DIFFERENT:
         raise ConfigError(
-            f"config: num_hidden_layers: {different:,} of the {len(layers):,} layers repeat no pattern before them, "
-            f"and at most {MOST_DIFFERENT} such layers can be estimated",
+            f"config: num_hidden_layers: {different:,} of the {len(layers):,} layers repeat no pattern; at most "
+            f"{MOST_DIFFERENT} such layers are supported",
             "num_hidden_layers",
         )
     if len(patterns) == 1 and len(patterns[0][0]) == 1:
-        return (Repeated(patterns[0][0], "L", patterns[0][1]),)
-    return tuple(Repeated(pattern, f"L{i}", count) for i, (pattern, count) in enumerate(patterns, 1))
+        return (LayerRun(patterns[0][0], "L", patterns[0][1]),)
+    return tuple(LayerRun(pattern, f"L{i}", count) for i, (pattern, count) in enumerate(patterns, 1))
 
 
 def repetitions(items: Sequence[K]) -> list[tuple[tuple[K, ...], int]]:
-    """Split a sequence into patterns and how often each repeats.
+    """Split a sequence into repeated patterns, each with its number of repetitions.
 
     >>> repetitions("aaab" * 3 + "aa")
     [(('a', 'a', 'a', 'b'), 3), (('a',), 2)]
@@ -80,7 +86,7 @@ def repetitions(items: Sequence[K]) -> list[tuple[tuple[K, ...], int]]:
     start = 0
     while start < len(items):
         best, covered = 1, _repeats(items, start, 1)
-        longest = 0 if start + covered == len(items) else min(_LONGEST, (len(items) - start) // 2)
+        longest = 0 if start + covered == len(items) else min(_MAX_PERIOD, (len(items) - start) // 2)
         for period in range(2, longest + 1):
             length = period * _repeats(items, start, period)
             if length > covered and length > period:
@@ -100,14 +106,14 @@ def _repeats(items: Sequence[Hashable], start: int, period: int) -> int:
 def layers_of(
     model_type: str, config: Mapping[str, Any], count: int, window: int | None, a: int, k: int, f: int, h: int
 ) -> tuple[Layer, ...]:
-    """The `count` layers a config describes, with `k` key/value heads and FFN width `f` where it is silent.
+    """Return the `count` layers of a config, with `k` key/value heads and FFN width `f` unless it says otherwise.
 
-    Raises ConfigError where a list of layers is too short or none, UnsupportedModelError for an unknown kind of layer.
+    Raises ConfigError for an invalid or too short list of layers, UnsupportedModelError for an unknown kind of layer.
     """
     match model_type:
         case "nemotron-nas":
             blocks = _list(config, "block_configs", count)
-            return tuple(_searched(block, a, h) for block in blocks)
+            return tuple(_nas_layer(block, a, h) for block in blocks)
         case "qwen2" | "qwen3":
             first = _whole(config, "max_window_layers", 28)
             kinds = sliding_layers(config, [window is not None and i >= first for i in range(count)])
@@ -133,13 +139,13 @@ def layers_of(
             return (Layer(window is not None, True, k, f),) * count
 
 
-# Every how many layers one has no window; a config's `sliding_window_pattern` may say otherwise, but for `_FIXED`.
+# Every n-th layer has no window. A config's `sliding_window_pattern` overrides n, except for `_FIXED`.
 _PERIODS = {"gemma2": 2, "gemma3_text": 6, "cohere2": 4, "olmo3": 4, "exaone4": 4}
 _FIXED = ("gemma2", "olmo3")
 
 
 def _pattern(config: Mapping[str, Any], model_type: str, count: int) -> list[bool]:
-    """Which layers have a window. As letters, L is one that has, G one that has not, and the last layer has none."""
+    """Return whether each layer has a window. In a pattern of letters, L has one and G has none; nor has the last."""
     period, letters = _PERIODS[model_type], config.get("sliding_window_pattern")
     if model_type in _FIXED or letters is None:
         return [(i + 1) % period != 0 for i in range(count)]
@@ -148,14 +154,14 @@ def _pattern(config: Mapping[str, Any], model_type: str, count: int) -> list[boo
         return [(i + 1) % period != 0 for i in range(count)]
     if not letters or not set(letters) <= {"L", "G"}:
         raise ConfigError(
-            f"config: sliding_window_pattern must be a number or letters L and G, not {as_json(letters)}",
+            f"config: sliding_window_pattern must be a number or the letters L and G, not {as_json(letters)}",
             "sliding_window_pattern",
         )
     return [letters[i % len(letters)] == "L" and i < count - 1 for i in range(count)]
 
 
 def sliding_layers(config: Mapping[str, Any], default: list[bool]) -> list[bool]:
-    """Which layers have a window: as the list `layer_types` says, else as the model class does."""
+    """Return whether each layer has a window: by the config's `layer_types`, else the config class's `default`."""
     if config.get("layer_types") is None:
         return default
     kinds = _list(config, "layer_types", len(default))
@@ -181,8 +187,8 @@ def _list(config: Mapping[str, Any], key: str, count: int) -> Sequence[Any]:
     return value[:count]  # pyright: ignore[reportUnknownVariableType]
 
 
-def _searched(block: Any, a: int, h: int) -> Layer:
-    """One block of a searched architecture: the size of its groups of heads, and its FFN as a multiple of h.
+def _nas_layer(block: Any, a: int, h: int) -> Layer:
+    """Return one layer of a Nemotron-NAS `block_configs`, which gives heads per group and the FFN width over `h`.
 
     Source: the code published with DeciLM, `_ffn_mult_to_intermediate_size`: two thirds of it, rounded up to 256.
     """
@@ -197,8 +203,8 @@ def _searched(block: Any, a: int, h: int) -> Layer:
                 raise ValueError("groups do not divide the heads")
         if not ffn.get("no_op"):
             f = int(ffn.get("intermediate_size") or -(-int(2 * float(ffn["ffn_mult"]) * h / 3) // 256) * 256)
-            if not 1 <= f <= _WIDEST:
+            if not 1 <= f <= _MAX_WIDTH:
                 raise ValueError("no width")
     except (KeyError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"config: block_configs: no block of a model: {as_json(block)}", "block_configs") from error
+        raise ConfigError(f"config: block_configs: invalid block {as_json(block)}", "block_configs") from error
     return Layer(False, True, int(k), f)

@@ -1,4 +1,4 @@
-"""A model: its facts, with those of the family that its config names."""
+"""`ModelSpec`: a model's config, checked and completed with the defaults of its family."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from memplan.models.configs import family
 from memplan.models.configs.model_types import model_type_of
 from memplan.models.facts import ModelFacts
 from memplan.models.headers import Checkpoint
-from memplan.models.objectives import trained_for
+from memplan.models.objectives import config_for_objective
 
 
 class ModelSpec(ModelFacts):
-    """One model, in Hugging Face's words. Immutable; equal if name, config and checkpoint are.
+    """One model, with Hugging Face's names. Immutable; equal if name, config and checkpoint are equal.
 
-    `checkpoint` is what was seen of its weights, if anything. Sizes are positive ints. `get` reads any further key of
-    the config, with the model class's own default.
+    `checkpoint` holds the headers of its weights, if they were read. Sizes are positive ints. `get` reads any other key
+    of the config.
     """
 
     def __init__(
@@ -27,32 +27,32 @@ class ModelSpec(ModelFacts):
         published: Mapping[str, Any] | None = None,
         checkpoint: Checkpoint | None = None,
     ) -> None:
-        """Check `config` and fill in the model class's defaults.
+        """Check `config` and fill in the config class's defaults.
 
-        Raises ConfigError where a key is missing or no size, UnsupportedModelError for another kind of model.
+        Raises ConfigError for a missing key or an invalid size, UnsupportedModelError for an unsupported model.
         """
         model_type = model_type_of(config)
         super().__init__(config, model_type, family(model_type), name, published, checkpoint)
 
     def narrowed(self, heads: int, key_value_heads: int, intermediate_size: int, vocab_size: int) -> ModelSpec:
-        """The model with so many heads, as wide as they are, an FFN of that width and so many tokens."""
-        wanted = {
+        """Return the model with other numbers of heads, FFN width and vocabulary, and the same `head_dim`."""
+        sizes = {
             "num_attention_heads": heads,
             "num_key_value_heads": key_value_heads,
             "intermediate_size": intermediate_size,
             "vocab_size": vocab_size,
             "head_dim": self.head_dim,
         }
-        keys = ((self._key(name) or next(iter(self._names[name]), ""), n) for name, n in wanted.items())
+        keys = ((self._key(name) or next(iter(self._names[name]), ""), n) for name, n in sizes.items())
         config = {key: n for key, n in keys if key}
-        made = ModelSpec({**self.config, **config}, self.name, self.card, self.checkpoint)
-        made.head_dim = self.head_dim  # of families whose config has no word for it
-        return made
+        narrowed = ModelSpec({**self.config, **config}, self.name, self.card, self.checkpoint)
+        narrowed.head_dim = self.head_dim  # some families have no key for it and would derive another from the heads
+        return narrowed
 
 
 @lru_cache(maxsize=1024)
 def with_objective(model: ModelSpec, objective: str | None) -> ModelSpec:
-    """The model with the head of `objective`; as its config has it, if None. Raises SpecError where it has no such."""
+    """Return the model with the head of `objective`, or unchanged if None. Raises SpecError for an unsupported one."""
     if objective is None or objective == model.objective:
         return model
-    return ModelSpec(trained_for(model.config, objective, model.objectives), model.name, model.card)
+    return ModelSpec(config_for_objective(model.config, objective, model.objectives), model.name, model.card)

@@ -1,7 +1,7 @@
-"""What a model is trained for: the class that transformers builds, its head and its loss.
+"""Objectives: which of a family's classes transformers builds, with its head and loss.
 
-The words are those of transformers' Auto classes: AutoModelForMaskedLM is `masked_lm`. `feature_extraction`, the
-pipeline's word, is AutoModel: the model without a head, whose loss is the script's own.
+Named after transformers' Auto classes: `masked_lm` is AutoModelForMaskedLM. `feature_extraction`, a pipeline's name, is
+AutoModel: the model without a head, with a loss of the script's own.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Objective = Literal[
     "feature_extraction",
 ]
 
-# What the name of a class in a config's `architectures` ends in, and the objective; the first is how it is written.
+# Objective -> endings of class names in `architectures`; the first is the one that `config_for_objective` writes.
 _ENDINGS: dict[str, tuple[str, ...]] = {
     "seq2seq_lm": ("ForConditionalGeneration", "T5WithLMHeadModel"),
     "causal_lm": ("ForCausalLM", "LMHeadModel"),
@@ -31,44 +31,45 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
     "image_classification": ("ForImageClassification",),
     "feature_extraction": ("Model",),
 }
-# The head that peft trains as a copy beside its adapters where the task is classification: of images too, as the guides
-# have it, though peft has no task of that kind.
+# Objectives for which peft also trains a copy of the head. peft itself has no task type for images; its guides set
+# `modules_to_save=["classifier"]`.
 # Source: peft 0.21 peft_model.py PeftModelForSequenceClassification, PeftModelForTokenClassification.
 _CLASSIFIES = ("sequence_classification", "token_classification", "image_classification")
-_HEADS = {False: "classifier", True: "score"}  # of a decoder
 _OTHER_HEADS = ("QuestionAnswering", "MultipleChoice", "Reward")
-_LONGEST = 80  # letters of a name that an error repeats
+_MAX_SHOWN = 80  # characters of a name that an error message repeats
 
 
-def saved_with(objective: str, named: tuple[str, ...], decodes: bool = False) -> tuple[str, ...]:
-    """The modules that train as a copy beside adapters: those `named`, and the head of a classification, which has
-    another name where a model `decodes`."""
-    head = _HEADS[decodes]
+def modules_to_train(objective: str, named: tuple[str, ...], decodes: bool = False) -> tuple[str, ...]:
+    """Return the modules that peft trains in full: those `named` and, for classification, the head.
+
+    The head is called `score` if the model `decodes`, else `classifier`.
+    """
+    head = "score" if decodes else "classifier"
     return (*named, head) if objective in _CLASSIFIES and head not in named else named
 
 
 def objective_of(config: Mapping[str, Any], able: tuple[str, ...]) -> str:
-    """The objective that a config's `architectures` say, among those its family is `able` to; the first without any.
+    """Return the objective of a config's `architectures` among the family's `able` ones, by default the first.
 
-    A decoder's class may be called anything but a classifier. Raises UnsupportedModelError for a class of another kind.
+    Any class name counts as a decoder's unless it ends like another head. Raises UnsupportedModelError for other heads.
     """
     names: Any = config.get("architectures")
     if not isinstance(names, (list, tuple)) or not names:
         return able[0]
     name = str(cast(tuple[Any, ...], names)[0])
-    found = next((o for o, endings in _ENDINGS.items() if any(name.endswith(end) for end in endings)), "")
-    if found in able:
-        return found
-    decodes = able[0] == "causal_lm" and found not in _CLASSIFIES and not any(head in name for head in _OTHER_HEADS)
+    named = next((o for o, endings in _ENDINGS.items() if any(name.endswith(end) for end in endings)), "")
+    if named in able:
+        return named
+    decodes = able[0] == "causal_lm" and named not in _CLASSIFIES and not any(head in name for head in _OTHER_HEADS)
     if decodes:
         return able[0]
     raise UnsupportedModelError(
-        f"architectures: {name[:_LONGEST]} has a head of its own; supported are {', '.join(able)}", "architectures"
+        f"architectures: {name[:_MAX_SHOWN]} has a head of its own; supported are {', '.join(able)}", "architectures"
     )
 
 
-def trained_for(config: Mapping[str, Any], objective: str, able: tuple[str, ...]) -> dict[str, Any]:
-    """The config of a model trained for `objective`. Raises SpecError where its family has no such class."""
+def config_for_objective(config: Mapping[str, Any], objective: str, able: tuple[str, ...]) -> dict[str, Any]:
+    """Return the config with `architectures` set for `objective`. Raises SpecError if its family has no such class."""
     if objective not in able:
         raise SpecError(
             f"objective: {objective} is not supported for model_type {config.get('model_type')}; "

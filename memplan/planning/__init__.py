@@ -1,1 +1,1 @@
-"""What to change, what to buy, and how far it goes: search over the estimates of runs like the one asked."""
+"""What to change, what to buy, and what the limits are: searches over estimates of runs similar to the given one."""

@@ -1,6 +1,6 @@
-"""Runs side by side: the answer of each, and what it differs in from the first.
+"""Runs side by side: the answer of each, and its differences from the first.
 
-Bytes of differences are subtractions of two answers, to the byte: those of categories sum to that of what is allocated.
+Differences in bytes are exact subtractions of two answers: those of the categories sum to that of `allocated`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,13 @@ from memplan.spec.run import RunSpec
 
 
 class Difference(NamedTuple):
-    """What the answer at place `run` of a comparison differs in from the one at place `against`; places start at 0.
+    """The differences between two answers of a comparison. Bytes are those of `run` minus those of `against`.
 
-    `fields` are those of the two runs that are not the same, every null filled in, by path: the value in `against`,
-    then that in `run`. Bytes are those of `run` less those of `against`: allocated, reserved, used and host in `bytes`,
-    what is allocated by kind of tensor in `categories`.
+    run         index of the answer, from 0
+    against     index of the answer it is compared with
+    fields      the decided fields that differ, by path: the value in `against`, then in `run`
+    bytes       allocated, reserved, used and host bytes
+    categories  allocated bytes by kind of tensor
     """
 
     run: int
@@ -33,13 +35,13 @@ class Difference(NamedTuple):
 
 
 class Comparison(NamedTuple):
-    """Answers in the order asked, and the difference of each but the first from the first."""
+    """Answers in the given order, and the difference of each later answer from the first."""
 
     answers: tuple[Estimate, ...]
     differences: tuple[Difference, ...]
 
     def model_dump(self) -> dict[str, Any]:
-        """The comparison as its published schema has it."""
+        """Return the comparison as a dict that follows its published schema."""
         return {
             "schema_version": SCHEMA_VERSION,
             "memplan_version": __version__,
@@ -61,15 +63,15 @@ class Comparison(NamedTuple):
 
 
 def compare(runs: Sequence[RunSpec]) -> Comparison:
-    """The runs' answers, and what each differs in from the first.
+    """Estimate the runs and compare each with the first.
 
-    Raises SpecError for fewer than two runs, and what `estimate` raises for a run that cannot be answered.
+    Raises SpecError for fewer than two runs, and whatever `estimate` raises.
     """
-    return compared([estimate(run) for run in runs])
+    return compare_answers([estimate(run) for run in runs])
 
 
-def compared(answers: Sequence[Estimate]) -> Comparison:
-    """The same of answers that are there already. Raises SpecError for fewer than two."""
+def compare_answers(answers: Sequence[Estimate]) -> Comparison:
+    """Compare existing answers with the first of them. Raises SpecError for fewer than two."""
     if len(answers) < 2:
         raise SpecError(f"runs: a comparison takes two or more, not {len(answers)}", "runs")
     first = answers[0]
@@ -80,8 +82,8 @@ def compared(answers: Sequence[Estimate]) -> Comparison:
                 place,
                 0,
                 frozen(dict(_fields(first.run.model_dump(mode="json"), answer.run.model_dump(mode="json")))),
-                _less(_bytes(answer), _bytes(first)),
-                _less(answer.categories, first.categories),
+                _difference(_bytes(answer), _bytes(first)),
+                _difference(answer.categories, first.categories),
             )
             for place, answer in enumerate(answers)
             if place
@@ -90,7 +92,7 @@ def compared(answers: Sequence[Estimate]) -> Comparison:
 
 
 def _fields(one: Mapping[str, Any], other: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """Values that differ in two nested mappings, by path."""
+    """Yield the values that differ between two nested mappings, by path."""
     for name in {**one, **other}:
         a: Any = one.get(name)
         b: Any = other.get(name)
@@ -105,14 +107,16 @@ def _bytes(answer: Estimate) -> dict[str, int]:
     return {**answer.bytes.as_dict(), "host": answer.host_bytes}
 
 
-def _less(these: Mapping[str, int], those: Mapping[str, int]) -> dict[str, int]:
-    return FrozenDict({name: n - those[name] for name, n in these.items()})
+def _difference(minuend: Mapping[str, int], subtrahend: Mapping[str, int]) -> dict[str, int]:
+    return FrozenDict({name: n - subtrahend[name] for name, n in minuend.items()})
 
 
 class Change(NamedTuple):
-    """One kind of tensor at the two peaks: its bytes in one answer and in the other, 0 where there is none.
+    """One kind of tensor at the peaks of two answers.
 
-    `line` is of the ledger that has it, of the other answer's where both have.
+    line     its ledger line, from the second answer if that has one
+    before   bytes in the first answer, 0 if absent
+    after    bytes in the second answer, 0 if absent
     """
 
     line: Line
@@ -120,20 +124,19 @@ class Change(NamedTuple):
     after: int
 
 
-def tensors(one: Estimate, other: Estimate) -> list[Change]:
-    """The tensors that do not take the same at the two peaks, those that differ most first.
+def changed_tensors(one: Estimate, other: Estimate) -> list[Change]:
+    """Return the tensors whose bytes differ between the two peaks, largest difference first.
 
-    Tensors are the same where their name, their place in the model and their kind are. Sums to the difference of what
-    is allocated.
+    Tensors are matched by name, place in the model and kind. The changes sum to the difference in allocated bytes.
     """
-    found: dict[tuple[str, str, str], Change] = {}
+    changes: dict[tuple[str, str, str], Change] = {}
     for line in one.ledger:
-        old = found.get(_key(line), Change(line, 0, 0))
-        found[_key(line)] = old._replace(before=old.before + line.bytes)
+        old = changes.get(_key(line), Change(line, 0, 0))
+        changes[_key(line)] = old._replace(before=old.before + line.bytes)
     for line in other.ledger:
-        old = found.get(_key(line), Change(line, 0, 0))
-        found[_key(line)] = old._replace(line=old.line if old.after else line, after=old.after + line.bytes)
-    changed = [change for change in found.values() if change.before != change.after]
+        old = changes.get(_key(line), Change(line, 0, 0))
+        changes[_key(line)] = old._replace(line=old.line if old.after else line, after=old.after + line.bytes)
+    changed = [change for change in changes.values() if change.before != change.after]
     return sorted(changed, key=lambda c: (-abs(c.after - c.before), c.line.where, c.line.what))
 
 

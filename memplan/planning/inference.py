@@ -1,7 +1,7 @@
-"""The questions of those who run a model: does it fit, how many requests at once, how long a context, on how many GPUs,
-in which format, how fast, and on which cards.
+"""Questions about running a model: does it fit, how many concurrent requests, how long a context, on how many GPUs, in
+which format, how fast, and on which cards.
 
-Every answer was estimated as it stands, but for the speed, which is a range (`memplan.planning.roofline`).
+Every answer has been estimated in full, except the speed, which is a range (`memplan.planning.roofline`).
 """
 
 from __future__ import annotations
@@ -14,50 +14,54 @@ from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.profiles.engines import find_engine
 from memplan.catalogue.quantization.inference_formats import UNPACKED
-from memplan.catalogue.quantization.weight_formats import Step, formats
+from memplan.catalogue.quantization.weight_formats import FormatChoice, formats
 from memplan.core.errors import MemplanError, SpecError
 from memplan.estimate.answer import Estimate
 from memplan.estimate.calibration import Calibration
 from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import find_model
-from memplan.planning.cache_choices import others
-from memplan.planning.offers import ANY, Wanted, wanted_cards
+from memplan.planning.cache_choices import alternative_caches
+from memplan.planning.offers import ANY, CardFilter, wanted_cards
 from memplan.planning.reach import reach
-from memplan.planning.roofline import Load, Pace, decode, prefill
+from memplan.planning.roofline import DecodingPace, Load, decode, prefill
 from memplan.planning.step_time import Hourly, hourly
-from memplan.program.serving.rank_share import of_rank
+from memplan.program.serving.rank_share import bytes_on_rank
 from memplan.program.serving.settings import Settings
 from memplan.program.stored.weights import UNQUANTISED, StoredWeight, stored_weights
-from memplan.resolve.serving import settled
+from memplan.resolve.serving import resolve_serving
 from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec, changed
 
 DEGREES = (1, 2, 4, 8, 16)
-PLACED = (1, 2, 3, 4, 8)  # GPUs that a device_map is tried on
+PLACED = (1, 2, 3, 4, 8)  # numbers of GPUs to try with a device_map
 
 
-class Most(NamedTuple):
-    """The most of something that the card holds: `value`, 0 where it holds none, and what ends it.
+class Limit(NamedTuple):
+    """The largest value that the card holds, and the limit that binds.
 
-    binds   memory; positions, the model's; `max_num_seqs`, the engine's requests in one step; `assistant`, with which
-            transformers generates for one at a time
+    value   0 if none fits
+    binds   memory
+            positions      the model's maximum length
+            max_num_seqs   the engine's limit of requests per step
+            assistant      assisted generation in transformers handles one request at a time
     """
 
     value: int
     binds: str
 
 
-class Choice(NamedTuple):
-    """The run in another format, or divided among more GPUs, or on another card.
+class Variant(NamedTuple):
+    """The run in another format or with another cache, or divided among more GPUs.
 
-    name      of the format, the degree or the card
-    answer    estimated; None where it cannot be so, and `refused` says why
-    weights   bytes of them on one GPU
-    requests  of the run's length that are answered at once
-    pace      of so many requests as the run has; None where nothing is known of it
-    step      what the format does to the result; None but for formats
+    name      the format, or the number of GPUs
+    answer    the estimate; None if memplan refuses the run
+    refused   why it refuses
+    weights   bytes of weights on one GPU
+    requests  concurrent requests of the run's length
+    pace      speed with as many requests as the run has; None if unknown
+    step      the format's effect on the result; None for degrees
     """
 
     name: str
@@ -66,32 +70,36 @@ class Choice(NamedTuple):
     fits: bool
     weights: int
     requests: int
-    pace: Pace | None
-    step: Step | None = None
+    pace: DecodingPace | None
+    step: FormatChoice | None = None
 
 
 class Questions(NamedTuple):
     """The answers about a run on its card.
 
-    requests  at once, of the run's length; `context` of one request alone, prompt and new tokens together
-    degrees   of tensor parallelism; `placed`: GPUs of one process that each have some layers
-    formats   of the weights, the mildest first, the run's own before them
-    caches    that hold more requests than its own, or less of the card
-    decoding  with as many requests as the run has, `full` with as many as there may be; `prompt` until the first token
-    unpaced   why nothing is known of the speed; else empty
+    requests  most concurrent requests of the run's length
+    context   longest single request, prompt and new tokens together
+    degrees   the run at several tensor-parallel degrees
+    placed    the run with a device_map, each GPU holding some layers
+    formats   the run's own weight format, then smaller ones, mildest first
+    caches    caches that allow more requests than the run's own, or use less memory
+    decoding  decoding speed with as many requests as the run has
+    full      decoding speed with as many requests as fit
+    prompt    speed until the first token
+    unpaced   why the speed is unknown; else empty
     """
 
     answer: Estimate
     demand: Demand
-    requests: Most
-    context: Most
-    degrees: tuple[Choice, ...]
-    placed: tuple[Choice, ...]
-    formats: tuple[Choice, ...]
-    caches: tuple[Choice, ...]
-    decoding: Pace | None
-    full: Pace | None
-    prompt: Pace | None
+    requests: Limit
+    context: Limit
+    degrees: tuple[Variant, ...]
+    placed: tuple[Variant, ...]
+    formats: tuple[Variant, ...]
+    caches: tuple[Variant, ...]
+    decoding: DecodingPace | None
+    full: DecodingPace | None
+    prompt: DecodingPace | None
     unpaced: str
 
     @property
@@ -99,41 +107,47 @@ class Questions(NamedTuple):
         return self.demand.met(self.answer)
 
     @property
-    def mildest(self) -> Choice | None:
+    def mildest(self) -> Variant | None:
         """The mildest format that fits."""
         return next((choice for choice in self.formats if choice.fits), None)
 
     @property
-    def fewest(self) -> Choice | None:
-        """The fewest GPUs that hold all of it in the format it was asked in; of as many those that divide every
-        matrix."""
+    def fewest(self) -> Variant | None:
+        """The fewest GPUs that hold the run in its own format without using the host; prefers tensor parallelism."""
         every = (*self.degrees, *self.placed)
-        found = [choice for choice in every if choice.fits and choice.answer and not choice.answer.host_bytes]
-        return min(found, key=lambda choice: int(choice.name), default=None)
+        fitting = [choice for choice in every if choice.fits and choice.answer and not choice.answer.host_bytes]
+        return min(fitting, key=lambda choice: int(choice.name), default=None)
 
 
-class Placed(NamedTuple):
-    """Cards that hold the run: so many of one, `tp`, which divide it by tensor parallelism or else are `placed` layers
-    on by a device_map; and what they are asked for an hour."""
+class CardFit(NamedTuple):
+    """Cards of one type that hold the run.
+
+    tp        number of cards, dividing the run by tensor parallelism or by a device_map
+    requests  most concurrent requests
+    pace      decoding speed; None if unknown
+    price     price per hour of all the cards; None if unknown
+    """
 
     gpu: GPU
     tp: int
     answer: Estimate
     requests: int
-    pace: Pace | None
+    pace: DecodingPace | None
     price: Hourly | None
 
 
 def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> Questions:
-    """The answers about a run of task generate on its card. Raises SpecError where it names none, or is of another
-    task, and what `estimate` raises."""
+    """Answer the questions about a run on its card.
+
+    Raises SpecError if the run names no GPU or its task is not generate, and whatever `estimate` raises.
+    """
     _check(run)
     if run.gpu is None:
-        raise SpecError("gpu: what fits depends on it; name one", "gpu")
+        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
     demand.check(find_gpu(run.gpu))
     answer = estimate(run, calibration)
     most = _requests(run, answer, demand, calibration)
-    asked = _Asked(answer, most)
+    base = _Base(answer, most)
     load, unpaced = load_of(answer)
     gpu, (tokens, new), micro = find_gpu(run.gpu), lengths(answer), run.batch.micro
     decoding = full = prompt = None
@@ -146,10 +160,10 @@ def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | No
         demand,
         most,
         _context(run, answer, demand, calibration),
-        tuple(_degrees(run, asked, demand, calibration)),
-        tuple(_placements(run, asked, demand, calibration)),
-        tuple(_formats(run, asked, demand, calibration)),
-        tuple(_caches(asked, demand, calibration)),
+        tuple(_degrees(run, base, demand, calibration)),
+        tuple(_placements(run, base, demand, calibration)),
+        tuple(_formats(run, base, demand, calibration)),
+        tuple(_caches(base, demand, calibration)),
         decoding,
         full,
         prompt,
@@ -157,105 +171,110 @@ def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | No
     )
 
 
-def places(run: RunSpec, wanted: Wanted = ANY, most: int = 20, demand: Demand = FITS) -> tuple[Placed, ...]:
-    """Cards that hold a run of task generate, of each the fewest, divided by tensor parallelism: those with a dated
-    price first, the cheapest of them first, then by their memory in all.
+def places(run: RunSpec, wanted: CardFilter = ANY, most: int = 20, demand: Demand = FITS) -> tuple[CardFit, ...]:
+    """Return up to `most` types of card that hold the run, each in the smallest number that does.
 
-    Raises SpecError where no card is as wanted, or the run is of another task, and what `estimate` raises.
+    Cards with a dated price come first, cheapest first; the others follow by total memory.
+
+    Raises SpecError if no card matches `wanted` or the run's task is not generate, and whatever `estimate` raises.
     """
     _check(run)
     estimate(run.model_copy(update={"gpu": None}))
-    found: list[_Place] = []
+    fitting: list[_PricedFit] = []
     for gpu, counts in wanted_cards(wanted):
-        placed = next(_placed(run, gpu, counts, wanted, demand), None)
-        found += [placed] if placed else []
-    cheapest = sorted(found, key=_order)[:most]
+        smallest = next(_fits_on(run, gpu, counts, wanted, demand), None)
+        fitting += [smallest] if smallest else []
+    cheapest = sorted(fitting, key=_order)[:most]
     return tuple(
-        Placed(gpu, tp, answer, _requests(answer.asked, answer, demand, None, False).value, _pace(answer, gpu), price)
+        CardFit(gpu, tp, answer, _requests(answer.asked, answer, demand, None, False).value, _pace(answer, gpu), price)
         for gpu, tp, answer, price in cheapest
     )
 
 
-def most_requests(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> Most:
-    """The most requests of the run's length at once on its card. Raises as `questions` does."""
+def most_requests(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> Limit:
+    """Return the most concurrent requests of the run's length on its card. Raises as `questions` does."""
     _check(run)
     return _requests(run, estimate(run, calibration), demand, calibration)
 
 
 def lengths(answer: Estimate) -> tuple[int, int]:
-    """The tokens of a request: of its prompt, and those that are generated."""
+    """Return the prompt tokens and the generated tokens of a request."""
     batch = answer.run.batch
     if answer.serving is not None:
         return batch.sequence, int(answer.serving["context"]) - batch.sequence
     return batch.sequence, batch.new_tokens
 
 
-def load_of(answer: Estimate) -> tuple[Load | None, str]:
-    """What an answer's run reads, for its speed; None, and why, where that is not known."""
+def load_of(answer: Estimate) -> tuple[Load | None, str]:  # noqa: PLR0911 (a return for each reason)
+    """Return the load that decides a run's speed, or None and the reason why it is unknown."""
     run = answer.asked
     if run.generation.assisted:
-        return None, "how many of the proposed tokens are accepted is in the text"
+        return None, _ACCEPTANCE_UNKNOWN
     if find_engine(run.profile) is None:
-        done, model = answer.run, find_model(run.model)
+        decided, model = answer.run, find_model(run.model)
         if model.is_encoder_decoder:
-            return None, "how fast an encoder and its decoder are is not known"
-        quantization, dtype = done.method.quantization, done.precision.weights
-        if done.generation.cache_implementation in ("quantized", "offloaded", "offloaded_static"):
-            return None, f"how fast a cache that is {done.generation.cache_implementation} is read is not known"
+            return None, "no rates are known for encoder-decoder models"
+        quantization, dtype = decided.method.quantization, decided.precision.weights
+        if decided.generation.cache_implementation in ("quantized", "offloaded", "offloaded_static"):
+            return None, f"no rate is known for reading a cache that is {decided.generation.cache_implementation}"
         if answer.host_bytes:
-            return None, "how fast layers are that the host has is not known"
-        whole = quantization is None or quantization.backend in UNPACKED
-        return Load(model, UNQUANTISED if whole else quantization, dtype, tp=run.parallelism.tp, recorded=False), ""
-    s = settled(run)
+            return None, _HOST_LAYERS_UNKNOWN
+        unpacked = quantization is None or quantization.backend in UNPACKED
+        return Load(model, UNQUANTISED if unpacked else quantization, dtype, tp=run.parallelism.tp, recorded=False), ""
+    s = resolve_serving(run)
     if s.draft is not None:
-        return None, "how many of the proposed tokens are accepted is in the text"
+        return None, _ACCEPTANCE_UNKNOWN
     if s.engine.kind == "llama.cpp":
         if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers:
-            return None, "how fast layers are that the host has is not known"
+            return None, _HOST_LAYERS_UNKNOWN
         return Load(s.model, s.quantization, s.dtype, s.cache_dtype, host=token_rates.REPLAY), ""
     share = _Share(s) if s.tp > 1 else None
     recorded = s.serving.cuda_graphs is not False
     return Load(s.model, s.quantization, s.dtype, s.cache_dtype, tp=s.tp, share=share, recorded=recorded), ""
 
 
+_ACCEPTANCE_UNKNOWN = "how many proposed tokens are accepted depends on the text"
+_HOST_LAYERS_UNKNOWN = "no rate is known for layers on the host"
+
+
 class _Share(NamedTuple):
-    """Bytes of a stored tensor on one of an engine's ranks."""
+    """Callable that returns the bytes of a stored tensor on one of an engine's ranks."""
 
     settings: Settings
 
     def __call__(self, w: StoredWeight) -> int:
-        return of_rank(self.settings, w)
+        return bytes_on_rank(self.settings, w)
 
 
 def _check(run: RunSpec) -> None:
     if run.task != "generate":
-        raise SpecError(f"task: requests and tokens a second are of generate, not {run.task}", "task")
+        raise SpecError(f"task: requests and speed are only known for generate, not {run.task}", "task")
 
 
-class _Asked(NamedTuple):
-    """The run's own answer, and the most requests that it may have at once."""
+class _Base(NamedTuple):
+    """The answer of the run itself, and its most concurrent requests."""
 
     answer: Estimate
-    most: Most
+    most: Limit
 
 
 def _requests(
     run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None, looks: bool = True
-) -> Most:
-    """The most requests of the run's length at once; without `looks` as `reach` finds them then."""
+) -> Limit:
+    """Return the most concurrent requests of the run's length; `looks` is passed on to `reach`."""
     serving, engine = answer.serving, find_engine(run.profile)
-    if serving is not None and engine is not None and engine.kind != "llama.cpp":  # whose pool is made for the run's
-        held, most = _last(run, int(serving["requests"]), demand, calibration), int(serving["max_num_seqs"])
-        return Most(most, "max_num_seqs") if held > most else Most(held, "memory")
+    if serving is not None and engine is not None and engine.kind != "llama.cpp":  # llama.cpp sizes its pool by the run
+        fitting, limit = _largest(run, int(serving["requests"]), demand, calibration), int(serving["max_num_seqs"])
+        return Limit(limit, "max_num_seqs") if fitting > limit else Limit(fitting, "memory")
     if run.generation.assisted:
         fits = demand.met(estimate(changed(run, "batch", micro=1), calibration))
-        return Most(1, "assistant") if fits else Most(0, "memory")
-    found = reach(run, "batch", demand, calibration, looks)
-    return Most(int(found.value), found.binds)
+        return Limit(1, "assistant") if fits else Limit(0, "memory")
+    batch = reach(run, "batch", demand, calibration, looks)
+    return Limit(int(batch.value), batch.binds)
 
 
-def _last(run: RunSpec, guess: int, demand: Demand, calibration: Calibration | None) -> int:
-    """The largest number of requests that meets the demand, sought from what the pool says that it holds."""
+def _largest(run: RunSpec, guess: int, demand: Demand, calibration: Calibration | None) -> int:
+    """Return the largest number of requests that meets the demand, searching from what the cache pool holds."""
 
     def holds(n: int) -> bool:
         return demand.met(estimate(changed(run, "batch", micro=n), calibration))
@@ -269,21 +288,21 @@ def _last(run: RunSpec, guess: int, demand: Demand, calibration: Calibration | N
     return low
 
 
-def _context(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Most:
-    """The longest request alone: the prompt as long as it may be, the new tokens as many as were asked for."""
-    alone = changed(run, "batch", micro=1)
+def _context(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Limit:
+    """Return the longest single request: the longest prompt that fits with the run's number of new tokens."""
+    single = changed(run, "batch", micro=1)
     _, new = lengths(answer)
     model = find_model(run.model)
-    if model.only_sequence is not None:  # its encoder reads no other
-        whole = model.only_sequence + new
-        return Most(whole, "positions") if _met(alone, demand, calibration) else Most(0, "memory")
+    if model.only_sequence is not None:  # the encoder accepts no other length
+        total = model.only_sequence + new
+        return Limit(total, "positions") if _met(single, demand, calibration) else Limit(0, "memory")
     positions = model.longest_sequence
     if positions is not None and positions > new:
-        longest = _met(changed(alone, "batch", sequence=positions - new), demand, calibration)
-        if longest:
-            return Most(positions, "positions")
-    found = reach(alone, "sequence", demand, calibration)
-    return Most(int(found.value) + new if found.value else 0, found.binds)
+        longest = changed(single, "batch", sequence=positions - new)
+        if _met(longest, demand, calibration):
+            return Limit(positions, "positions")
+    prompt = reach(single, "sequence", demand, calibration)
+    return Limit(int(prompt.value) + new if prompt.value else 0, prompt.binds)
 
 
 def _met(run: RunSpec, demand: Demand, calibration: Calibration | None) -> bool:
@@ -293,31 +312,34 @@ def _met(run: RunSpec, demand: Demand, calibration: Calibration | None) -> bool:
         return False
 
 
-def _degrees(run: RunSpec, asked: _Asked, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
+def _degrees(run: RunSpec, base: _Base, demand: Demand, calibration: Calibration | None) -> Iterator[Variant]:
     for tp in DEGREES:
         divided = with_tp(run, tp)
-        yield _choice(str(tp), divided, asked, demand, calibration)
+        yield _choice(str(tp), divided, base, demand, calibration)
 
 
 def with_tp(run: RunSpec, tp: int) -> RunSpec:
-    """The run on so many GPUs that divide every matrix; of llama.cpp, that have some of the layers each."""
+    """Return the run with tensor parallelism over `tp` GPUs, or in llama.cpp with the layers split over them."""
     engine = find_engine(run.profile)
     if engine is not None and engine.kind == "llama.cpp":
         return run.model_copy(update={"parallelism": Parallelism(world=tp, pp=tp)})
     return run.model_copy(update={"parallelism": Parallelism(world=tp, tp=tp)})
 
 
-def _placements(run: RunSpec, asked: _Asked, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
-    """Of one GPU, where the run fits it, the run as it was asked; of more until there are some without layers."""
+def _placements(run: RunSpec, base: _Base, demand: Demand, calibration: Calibration | None) -> Iterator[Variant]:
+    """Yield the run with a device_map over more and more GPUs, until one of them gets no layers.
+
+    On one GPU that holds the run, it is the run itself.
+    """
     for gpus in PLACED:
         divided = with_layers(run, gpus)
         if divided is None:
             continue
-        if gpus == 1 and demand.met(asked.answer):
+        if gpus == 1 and demand.met(base.answer):
             divided = run
         if _leaves_empty(divided, calibration):
             return
-        yield _choice(str(gpus), divided, asked, demand, calibration)
+        yield _choice(str(gpus), divided, base, demand, calibration)
 
 
 def _leaves_empty(run: RunSpec, calibration: Calibration | None) -> bool:
@@ -329,43 +351,45 @@ def _leaves_empty(run: RunSpec, calibration: Calibration | None) -> bool:
 
 
 def with_layers(run: RunSpec, gpus: int) -> RunSpec | None:
-    """The run on so many GPUs of one process that each have some layers; None where its profile has no such way."""
+    """Return the run with its layers placed on several GPUs by a device_map; None outside transformers."""
     if find_engine(run.profile) is not None or not run.profile.startswith("transformers"):
         return None
     return run.model_copy(update={"parallelism": Parallelism(world=gpus, device_map="auto")})
 
 
-def _formats(run: RunSpec, asked: _Asked, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
-    """As it was asked, and in each format that comes after that and makes the weights smaller."""
-    yield _choice(_format(asked.answer) or f"as asked, {run.precision.weights}", run, asked, demand, calibration)
-    for step in _smaller(asked.answer):
-        yield _choice(step.format, with_format(run, step.format), asked, demand, calibration, step)
+def _formats(run: RunSpec, base: _Base, demand: Demand, calibration: Calibration | None) -> Iterator[Variant]:
+    """Yield the run in its own weight format, then in each smaller one."""
+    yield _choice(_format(base.answer) or f"as asked, {run.precision.weights}", run, base, demand, calibration)
+    for step in _smaller_formats(base.answer):
+        yield _choice(step.format, with_format(run, step.format), base, demand, calibration, step)
 
 
-def _caches(asked: _Asked, demand: Demand, calibration: Calibration | None) -> Iterator[Choice]:
-    """Each cache in place of the run's own that takes less: with it more requests fit, or the run leaves more free."""
-    most = asked.most.value
-    for step, run in others(asked.answer):
-        choice = _choice(step.format, run, asked, demand, calibration, step)
-        less = choice.answer is not None and choice.answer.bytes.used < asked.answer.bytes.used
-        if choice.requests > most or (less and choice.requests == most):
+def _caches(base: _Base, demand: Demand, calibration: Calibration | None) -> Iterator[Variant]:
+    """Yield the run with each other cache that allows more requests, or as many with less memory."""
+    most = base.most.value
+    for step, run in alternative_caches(base.answer):
+        choice = _choice(step.format, run, base, demand, calibration, step)
+        is_smaller = choice.answer is not None and choice.answer.bytes.used < base.answer.bytes.used
+        if choice.requests > most or (is_smaller and choice.requests == most):
             yield choice
 
 
-def _smaller(answer: Estimate) -> Iterator[Step]:
-    """The formats of the run's profile that come after its own, where they make its weights smaller, and no larger than
-    a milder one; those that the model cannot be stored in are left out."""
-    run, own = answer.run, _format(answer)
+def _smaller_formats(answer: Estimate) -> Iterator[FormatChoice]:
+    """Yield the profile's formats that are stronger than the run's own and shrink its weights.
+
+    Skips formats that the model cannot be stored in, or that are larger than a milder one.
+    """
+    run, current = answer.run, _format(answer)
     ladder = formats(run.profile, find_gpu(run.gpu).compute_capability if run.gpu else None)
     names = [step.format for step in ladder]
     model, dtype = find_model(run.model), run.precision.weights
-    whole = least = sum(w.bytes for w in stored_weights(model, _asked(run), dtype))
-    for step in ladder[names.index(own) + 1 if own in names else 0 :]:
+    total = least = sum(w.bytes for w in stored_weights(model, _requested_format(run), dtype))
+    for step in ladder[names.index(current) + 1 if current in names else 0 :]:
         try:
             smaller = sum(w.bytes for w in stored_weights(model, step.format, dtype))
         except MemplanError:
             continue
-        if smaller < whole and smaller <= least:
+        if smaller < total and smaller <= least:
             least = smaller
             yield step
 
@@ -373,8 +397,8 @@ def _smaller(answer: Estimate) -> Iterator[Step]:
 def mildest_format(
     answer: Estimate, demand: Demand = FITS, calibration: Calibration | None = None
 ) -> tuple[str, Estimate] | None:
-    """Of a run that does not fit the mildest format of its weights that does, and the run in it."""
-    for step in _smaller(answer):
+    """Return the mildest smaller weight format that fits, and the estimate with it; None if there is none."""
+    for step in _smaller_formats(answer):
         try:
             other = estimate(with_format(answer.asked, step.format), calibration)
         except MemplanError:
@@ -385,56 +409,56 @@ def mildest_format(
 
 
 def with_format(run: RunSpec, name: str) -> RunSpec:
-    """The run with its weights stored in that format."""
+    """Return the run with its weights stored in the named format."""
     stored = changed(run, "method", quantization=Quantization.model_validate({"format": name}))
     return changed(stored, "serving", weights=None)
 
 
-def _asked(run: RunSpec) -> str | Quantization | None:
+def _requested_format(run: RunSpec) -> str | Quantization | None:
     return run.serving.weights or run.method.quantization
 
 
 def _format(answer: Estimate) -> str:
-    asked = _asked(answer.run)
-    return asked.format if isinstance(asked, Quantization) else asked or ""
+    requested = _requested_format(answer.run)
+    return requested.format if isinstance(requested, Quantization) else requested or ""
 
 
 def _choice(
     name: str,
     run: RunSpec,
-    asked: _Asked,
+    base: _Base,
     demand: Demand,
     calibration: Calibration | None,
-    step: Step | None = None,
-) -> Choice:
+    step: FormatChoice | None = None,
+) -> Variant:
     try:
-        same = run == asked.answer.asked
-        answer = asked.answer if same else estimate(run, calibration)
-        one = run.batch.micro == 1 and find_engine(run.profile) is None
-        none = one and not demand.met(answer)
-        requests = asked.most if same else _requests(run, answer, demand, calibration, False)
-        requests = Most(0, "memory") if none else requests
+        is_base = run == base.answer.asked
+        answer = base.answer if is_base else estimate(run, calibration)
+        is_single = run.batch.micro == 1 and find_engine(run.profile) is None
+        requests = base.most if is_base else _requests(run, answer, demand, calibration, False)
+        if is_single and not demand.met(answer):
+            requests = Limit(0, "memory")
     except MemplanError as error:
-        return Choice(name, None, str(error), False, 0, 0, None, step)
+        return Variant(name, None, str(error), False, 0, 0, None, step)
     assert run.gpu is not None
-    return Choice(
+    return Variant(
         name, answer, "", demand.met(answer), weights_of(answer), requests.value, _pace(answer, find_gpu(run.gpu)), step
     )
 
 
 def weights_of(answer: Estimate) -> int:
-    """Bytes of the weights on one GPU."""
+    """Return the bytes of the weights on one GPU."""
     serving = answer.serving
     return int(serving["weights"]) if serving is not None else answer.categories["parameter"]
 
 
-def _pace(answer: Estimate, gpu: GPU) -> Pace | None:
+def _pace(answer: Estimate, gpu: GPU) -> DecodingPace | None:
     load, _ = load_of(answer)
     return decode(load, gpu, *lengths(answer), answer.run.batch.micro) if load is not None else None
 
 
-class _Place(NamedTuple):
-    """Cards that hold the run, and what they are asked for an hour."""
+class _PricedFit(NamedTuple):
+    """Cards that hold the run, and their price per hour."""
 
     gpu: GPU
     tp: int
@@ -442,25 +466,27 @@ class _Place(NamedTuple):
     price: Hourly | None
 
 
-def _placed(run: RunSpec, gpu: GPU, counts: tuple[int, ...], wanted: Wanted, demand: Demand) -> Iterator[_Place]:
-    """The card in every number that holds the run, the fewest first, and all of its weights."""
+def _fits_on(
+    run: RunSpec, gpu: GPU, counts: tuple[int, ...], wanted: CardFilter, demand: Demand
+) -> Iterator[_PricedFit]:
+    """Yield the numbers of the card that hold the run without using the host, fewest first."""
     price = hourly(gpu)
     for n in counts:
-        whole = None if price is None else price._replace(low=price.low * n, high=price.high * n)
-        if wanted.usd_per_hour is not None and (whole is None or whole.low > wanted.usd_per_hour):
+        total = None if price is None else price._replace(low=price.low * n, high=price.high * n)
+        if wanted.usd_per_hour is not None and (total is None or total.low > wanted.usd_per_hour):
             continue
-        ways = [with_tp(run, n)] if n in DEGREES else []
-        ways += [one for one in (with_layers(run, n),) if one is not None and n in PLACED and n > 1]
-        for there in ways:
+        divisions = [with_tp(run, n)] if n in DEGREES else []
+        divisions += [mapped for mapped in (with_layers(run, n),) if mapped is not None and n in PLACED and n > 1]
+        for divided in divisions:
             try:
-                answer = estimate(there.model_copy(update={"gpu": gpu.name}))
+                answer = estimate(divided.model_copy(update={"gpu": gpu.name}))
             except MemplanError:
                 continue
             if demand.met(answer) and not answer.host_bytes:
-                yield _Place(gpu, n, answer, whole)
+                yield _PricedFit(gpu, n, answer, total)
                 break
 
 
-def _order(placed: _Place) -> tuple[float, int, str]:
-    usd = placed.price.low if placed.price else float("inf")
-    return usd, placed.gpu.usable * placed.tp, placed.gpu.name
+def _order(fit: _PricedFit) -> tuple[float, int, str]:
+    usd = fit.price.low if fit.price else float("inf")
+    return usd, fit.gpu.usable * fit.tp, fit.gpu.name

@@ -1,4 +1,4 @@
-"""The ladder: from the plain run, one lever after another, and what each brings."""
+"""The ladder: levers applied one after another to a plain run, with what each saves."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method
 
-# What a script without a thought for memory has: fp32 weights under autocast, a list-wise AdamW, nothing recomputed.
+# A script that does nothing about memory: fp32 weights under autocast, foreach AdamW, nothing recomputed.
 PLAIN: dict[str, Any] = {
     "precision": "amp",
     "optimizer": "adamw_torch",
@@ -23,7 +23,7 @@ PLAIN: dict[str, Any] = {
 }
 PLAIN_KERNELS: dict[str, Any] = {"attention": "eager", "checkpointing": "none", "loss": "hf", "fused": ()}
 
-# The rungs by the rows of their costs: what leaves the result as it is comes first.
+# The rungs, as keys of cost rows; those that leave the result unchanged come first.
 RUNGS = (
     "attention_flash",
     "checkpointing",
@@ -38,16 +38,16 @@ RUNGS = (
 
 
 class Ladder(NamedTuple):
-    """The plain run's answer, and what each lever brings to the run with all those before it."""
+    """The plain run's answer, and the effect of each lever on top of the previous ones."""
 
     plain: Estimate
     rungs: tuple[Effect, ...]
 
 
 def ladder(run: RunSpec, calibration: Calibration | None = None) -> Ladder:
-    """From the plain run of the same model, batch, sequence and GPU.
+    """Return the ladder from the plain run of the same model, batch, sequence and GPU.
 
-    A lever that the run cannot have is left out. Raises what `estimate` raises for the plain run.
+    Levers that do not apply to the run are skipped. Raises whatever `estimate` raises for the plain run.
     """
     kernels = {**dict(run.kernels), **PLAIN_KERNELS}
     plain = estimate(RunSpec.model_validate({**dict(run), **PLAIN, "kernels": kernels}), calibration)
@@ -67,8 +67,8 @@ def ladder(run: RunSpec, calibration: Calibration | None = None) -> Ladder:
 
 
 def _rung(answer: Estimate, key: str) -> Lever | None:
-    """The mildest lever with that row alone; the smallest of micro-batches."""
-    found = [lever for lever in levers_of(answer.run) if lever.keys == (key,)]
-    if not found:
+    """Return the mildest lever with that key only; for micro-batches the smallest."""
+    levers = [lever for lever in levers_of(answer.run) if lever.keys == (key,)]
+    if not levers:
         return None
-    return found[-1] if key == "micro_batch" else found[0]
+    return levers[-1] if key == "micro_batch" else levers[0]

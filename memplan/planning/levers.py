@@ -1,6 +1,6 @@
-"""What can be changed about a run so that it takes less: each lever as the fields it sets, and the row of its cost.
+"""The levers: changes to a run that save memory, each with the fields it sets and the row of its cost.
 
-Levers of one group exclude each other, and stand from the mildest to the strongest.
+Levers of one group exclude each other and are listed from the mildest to the strongest.
 """
 
 from __future__ import annotations
@@ -10,26 +10,26 @@ from typing import Any, NamedTuple
 
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.parallelism.sharding import STRATEGIES as ROWS
-from memplan.catalogue.profiles.costs import Cost, cost_of
+from memplan.catalogue.profiles.costs import LeverCost, cost_of
 from memplan.models.cards import find_config
 from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Offload
 from memplan.spec.run import RunSpec, changed
 from memplan.spec.training import Method, Precision
 
-Fields = tuple[tuple[str, Any], ...]  # paths of a run's fields, and what they are set to
+Fields = tuple[tuple[str, Any], ...]  # (path of a run's field, new value)
 
 
-_BOUGHT = 4  # above every severity
+_MORE_HARDWARE_TIER = 4  # above every severity
 
 
 class Lever(NamedTuple):
-    """One change.
+    """One change to a run.
 
-    keys     of its rows in `memplan.catalogue.profiles.costs`
-    title    in words
-    group    what it changes: of one group a run takes one lever
-    fields   what it sets
+    keys     keys of its rows in `memplan.catalogue.profiles.costs`
+    title    its name in reports
+    group    what it changes; a run takes at most one lever of a group
+    fields   the fields it sets
     """
 
     keys: tuple[str, ...]
@@ -38,32 +38,32 @@ class Lever(NamedTuple):
     fields: Fields
 
     @property
-    def costs(self) -> tuple[Cost, ...]:
+    def costs(self) -> tuple[LeverCost, ...]:
         return tuple(map(cost_of, self.keys))
 
     @property
     def severity(self) -> int:
-        """How far the result differs, 0 to 3: see `memplan.catalogue.profiles.costs`."""
+        """How much the training result changes, from 0 to 3: see `memplan.catalogue.profiles.costs`."""
         return max(cost.severity for cost in self.costs)
 
     @property
     def tier(self) -> int:
-        """How dear the lever is, for ranking: by its severity, and what has to be bought after all of that."""
-        return _BOUGHT if self.group == "gpus" else self.severity
+        """Rank of the lever's price: its severity, or above every severity if it needs more hardware."""
+        return _MORE_HARDWARE_TIER if self.group == "gpus" else self.severity
 
 
 def pull(run: RunSpec, levers: Iterable[Lever]) -> RunSpec:
-    """The run with the levers' fields set. Raises SpecError where a run cannot have them."""
+    """Return the run with the levers' fields set. Raises SpecError if the resulting run is invalid."""
     return with_fields(run, (field for lever in levers for field in lever.fields))
 
 
 def with_fields(run: RunSpec, fields: Iterable[tuple[str, Any]]) -> RunSpec:
-    """The run with those fields set. Raises SpecError where a run cannot have them."""
+    """Return the run with the fields set. Raises SpecError if the resulting run is invalid."""
     parts: dict[str, dict[str, Any]] = {}
     for path, value in fields:
         part, field, *within = path.split(".")
         values = parts.setdefault(part, {})
-        if within:  # a field of a part of the part, which others may have changed already
+        if within:  # merge with what an earlier field set in the same nested part
             values[field] = {**dict(values.get(field) or getattr(getattr(run, part), field)), within[0]: value}
         else:
             values[field] = value
@@ -73,9 +73,12 @@ def with_fields(run: RunSpec, fields: Iterable[tuple[str, Any]]) -> RunSpec:
 
 
 def levers_of(run: RunSpec) -> tuple[Lever, ...]:
-    """Every lever that changes the run, whose fields must be decided (`Estimate.run`), the mildest first: by how far
-    the result differs, then as they stand here, which is by the time they usually take; more GPUs last."""
-    found = [
+    """Return every lever that changes the run, mildest first.
+
+    Levers are ordered by how much the result changes, then in the order below, which follows the time they usually
+    cost; more GPUs come last. The run must be a decided one, such as `Estimate.run`.
+    """
+    levers = [
         *_segments(run),
         *_evaluation(run),
         *_optimizer(run),
@@ -92,7 +95,7 @@ def levers_of(run: RunSpec) -> tuple[Lever, ...]:
         *_targets(run),
         *_sequence(run),
     ]
-    return tuple(sorted(found, key=lambda lever: lever.tier))
+    return tuple(sorted(levers, key=lambda lever: lever.tier))
 
 
 def _segments(run: RunSpec) -> Iterator[Lever]:
@@ -104,19 +107,19 @@ def _segments(run: RunSpec) -> Iterator[Lever]:
 def _optimizer(run: RunSpec) -> Iterator[Lever]:
     name = str(run.optimizer.name)
 
-    def other(key: str, title: str, to: str) -> Lever:
-        left = tuple((f"optimizer.{field}", None) for field in ("foreach", "state_dtype", "momentum"))
-        return Lever((key,), title, "optimizer", (("optimizer.name", to), *left))
+    def switch(key: str, title: str, to: str) -> Lever:
+        cleared = tuple((f"optimizer.{field}", None) for field in ("foreach", "state_dtype", "momentum"))
+        return Lever((key,), title, "optimizer", (("optimizer.name", to), *cleared))
 
     if name == "adamw_torch":
-        yield other("optimizer_fused", "the fused optimizer", "adamw_torch_fused")
+        yield switch("optimizer_fused", "the fused optimizer", "adamw_torch_fused")
     if name in ("adamw_torch", "adamw_torch_fused"):
-        yield other("optimizer_8bit", "8-bit optimizer states", "adamw_8bit")
-        yield other("optimizer_paged", "paged 8-bit optimizer states", "paged_adamw_8bit")
-        yield other("optimizer_adafactor", "Adafactor", "adafactor")
-        yield other("optimizer_sgd", "SGD without momentum", "sgd")
+        yield switch("optimizer_8bit", "8-bit optimizer states", "adamw_8bit")
+        yield switch("optimizer_paged", "paged 8-bit optimizer states", "paged_adamw_8bit")
+        yield switch("optimizer_adafactor", "Adafactor", "adafactor")
+        yield switch("optimizer_sgd", "SGD without momentum", "sgd")
     elif name == "adamw_8bit":
-        yield other("optimizer_paged", "paged 8-bit optimizer states", "paged_adamw_8bit")
+        yield switch("optimizer_paged", "paged 8-bit optimizer states", "paged_adamw_8bit")
     if run.batch.accumulation == 1 and not run.optimizer.in_backward:
         fields = (("optimizer.in_backward", True),)
         yield Lever(("in_backward",), "the optimizer's step in backward", "in backward", fields)
@@ -128,7 +131,7 @@ def _loss(run: RunSpec) -> Iterator[Lever]:
     if run.kernels.loss in ("hf", "chunked"):
         fields: Fields = (("kernels.loss", "fused"),)
         fused = run.kernels.fused or ()
-        if "cross_entropy" in fused:  # the fused loss takes its place
+        if "cross_entropy" in fused:  # the fused loss replaces the cross-entropy kernel
             fields += (("kernels.fused", tuple(name for name in fused if name != "cross_entropy")),)
         yield Lever(("fused_loss",), "a fused loss", "loss", fields)
 
@@ -158,14 +161,14 @@ def _checkpointing(run: RunSpec) -> Iterator[Lever]:
 
 
 def _micro_batch(run: RunSpec) -> Iterator[Lever]:
-    """Smaller micro-batches that make up the same batch."""
-    micro, whole = run.batch.micro, run.batch.micro * run.batch.accumulation
+    """Yield smaller micro-batches with the same total batch."""
+    micro, total = run.batch.micro, run.batch.micro * run.batch.accumulation
     if run.optimizer.in_backward:
         return
     for smaller in _halves(micro):
-        if whole % smaller == 0:
-            fields = (("batch.micro", smaller), ("batch.accumulation", whole // smaller))
-            title = f"micro-batch {smaller:,} with {whole // smaller:,} passes a step"
+        if total % smaller == 0:
+            fields = (("batch.micro", smaller), ("batch.accumulation", total // smaller))
+            title = f"micro-batch {smaller:,} with {total // smaller:,} passes a step"
             yield Lever(("micro_batch",), title, "batch", fields)
 
 
@@ -176,21 +179,22 @@ def _halves(n: int, least: int = 1) -> Iterator[int]:
 
 
 def _evaluation(run: RunSpec) -> Iterator[Lever]:
-    """Fewer sequences at once in an evaluation, and less of what it keeps of them."""
+    """Yield smaller evaluation batches, and ways to keep fewer logits during an evaluation."""
     evaluation = run.also.evaluation
     if evaluation is None:
         return
     if evaluation.kept_batches and not evaluation.batch_metrics:
         if evaluation.accumulation != 1:
             fields = (("also.evaluation.accumulation", 1),)
-            yield Lever(("evaluation_host",), "kept logits to the host after every batch", "kept logits", fields)
+            yield Lever(
+                ("evaluation_host",), "evaluation logits moved to the host after every batch", "kept logits", fields
+            )
         if evaluation.preprocess is None:
             fields = (("also.evaluation.preprocess", "argmax"),)
-            yield Lever(("evaluation_argmax",), "the likeliest tokens kept, not logits", "what is kept", fields)
+            yield Lever(("evaluation_argmax",), "evaluation keeps argmax tokens, not logits", "what is kept", fields)
     for smaller in _halves(evaluation.micro):
         fields = (("also.evaluation.micro", smaller),)
-        title = "evaluation of one sequence at once" if smaller == 1 else f"evaluation of {smaller:,} sequences at once"
-        yield Lever(("evaluation_batch",), title, "evaluation", fields)
+        yield Lever(("evaluation_batch",), f"evaluation batch size {smaller:,}", "evaluation", fields)
 
 
 def _offload(run: RunSpec) -> Iterator[Lever]:
@@ -200,20 +204,21 @@ def _offload(run: RunSpec) -> Iterator[Lever]:
         yield Lever(("offload_optimizer",), "the optimizer on the host", "offload", (("parallelism.offload", host),))
 
 
-# By what they send: gradients once; the same, with states and gradients in parts; weights too, for every pass.
+# From the least communication to the most: gradients once; the same with states and gradients sharded; weights too,
+# in every pass.
 STRATEGIES = ("ddp", "zero2", "fsdp2", "zero3")
 _SHARDING = "fsdp2"
 
 
 def spread(run: RunSpec, world: int, strategy: str) -> Fields:
-    """What makes the run one of `world` GPUs that divide the data, each with the same micro-batch."""
+    """Return the fields that spread the run over `world` data-parallel GPUs with the same micro-batch each."""
     fields: list[tuple[str, Any]] = [
         ("parallelism.world", world),
         ("parallelism.dp", world),
         ("parallelism.strategy", strategy if world > 1 else "none"),
     ]
     q = run.method.quantization
-    if q is not None and world > 1 and ROWS[strategy].gathers:  # FSDP divides no integers
+    if q is not None and world > 1 and ROWS[strategy].gathers:  # FSDP cannot shard integer storage
         stored = Quantization.model_validate({**dict(q), "storage": run.precision.weights})
         fields.append(("method.quantization", stored))
     return tuple(fields)
@@ -229,8 +234,8 @@ def _more_gpus(run: RunSpec) -> Iterator[Lever]:
 def _double_quant(run: RunSpec) -> Iterator[Lever]:
     q = run.method.quantization
     if q is not None and q.format in ("nf4", "fp4") and not q.double_quant:
-        twice = Quantization.model_validate({**dict(q), "double_quant": True})
-        yield Lever(("double_quant",), "double quantisation", "quantisation", (("method.quantization", twice),))
+        double = Quantization.model_validate({**dict(q), "double_quant": True})
+        yield Lever(("double_quant",), "double quantisation", "quantisation", (("method.quantization", double),))
 
 
 def _precision(run: RunSpec) -> Iterator[Lever]:
@@ -249,7 +254,8 @@ def _method(run: RunSpec) -> Iterator[Lever]:
     kind = run.method.kind
     if kind not in ADAPTERS:
         yield Lever(("method_lora",), "LoRA", "method", _TO_LORA)
-    if kind in _QUANTISED and not find_config(run.model).get("quantization_config"):  # else it is as it is stored
+    if kind in _QUANTISED and not find_config(run.model).get("quantization_config"):
+        # a quantised checkpoint keeps the format it is stored in
         to = _QUANTISED[kind]
         fields = (*_TO_LORA[1:], ("method.kind", to), ("method.quantization", Quantization()))
         title = {"qlora": "QLoRA", "qdora": "QDoRA"}[to]
@@ -257,17 +263,17 @@ def _method(run: RunSpec) -> Iterator[Lever]:
         yield Lever(keys, title, "method", fields)
 
 
-_LEAST_RANK = 4
+_MIN_RANK = 4
 
 
 def _rank(run: RunSpec) -> Iterator[Lever]:
     if run.method.kind in ADAPTERS:
-        for rank in _halves(run.method.rank, _LEAST_RANK):
+        for rank in _halves(run.method.rank, _MIN_RANK):
             yield Lever(("rank",), f"rank {rank:,}", "rank", (("method.rank", rank),))
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-FIRST = ("q_proj", "v_proj")  # those of the paper (Hu et al. 2021), and peft's default for most families
+FIRST = ("q_proj", "v_proj")  # the LoRA paper's targets (Hu et al. 2021), and peft's default for most families
 
 
 def _targets(run: RunSpec) -> Iterator[Lever]:
@@ -276,18 +282,18 @@ def _targets(run: RunSpec) -> Iterator[Lever]:
     for targets in (ATTENTION, FIRST):
         if run.method.targets == "all-linear" or set(targets) < set(run.method.targets):
             yield Lever(
-                ("targets",), f"adapters on {', '.join(targets)} alone", "targets", (("method.targets", targets),)
+                ("targets",), f"adapters on {', '.join(targets)} only", "targets", (("method.targets", targets),)
             )
 
 
-_LEAST_SEQUENCE = 128  # tokens: fewer are no training run
+_MIN_SEQUENCE = 128  # tokens; shorter sequences make no sensible training run
 
 
 def _sequence(run: RunSpec) -> Iterator[Lever]:
-    for tokens in _halves(run.batch.sequence, _LEAST_SEQUENCE):
+    for tokens in _halves(run.batch.sequence, _MIN_SEQUENCE):
         yield sequence_of(tokens)
 
 
 def sequence_of(tokens: int) -> Lever:
-    """Sequences of so many tokens."""
+    """Return the lever that sets the sequence length."""
     return Lever(("sequence",), f"sequences of {tokens:,} tokens", "sequence", (("batch.sequence", tokens),))

@@ -1,7 +1,7 @@
-"""What to buy or rent: every catalogued card, in every count and strategy, that runs it, cheapest first.
+"""What to buy or rent: the catalogued cards, counts and strategies that hold a run, cheapest first.
 
-Memory is searched by bounds: of cards that share their kernels a run is walked once, and what torch may reserve at
-least and at most is compared with every card. What is offered in the end was estimated as it stands.
+The search uses bounds: cards that run the same kernels share one estimate, and the least and most that torch may
+reserve are compared with each card's memory. Every card that is finally offered has been estimated in full.
 """
 
 from __future__ import annotations
@@ -22,50 +22,50 @@ from memplan.estimate.calibration import Calibration
 from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.planning.levers import STRATEGIES, spread, with_fields
-from memplan.planning.step_time import Cost, Hourly, Pace, Range, Work, cost, hourly, pace, work
+from memplan.planning.step_time import Cost, Hourly, Pace, Range, Work, cost, hourly, step_pace, work
 from memplan.spec.run import RunSpec
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
-_ALONE = "none"
+_NO_STRATEGY = "none"
 MARKETS: tuple[str, ...] = get_args(Market)
 
 
-class Owned(NamedTuple):
-    """So many of one card."""
+class OwnedCards(NamedTuple):
+    """Cards of one type that the user already has."""
 
     gpu: GPU
     count: int  # pyright: ignore[reportIncompatibleMethodOverride] (the contract's word)
 
 
-class Wanted(NamedTuple):
-    """Which cards may be offered; empty or None is any.
+class CardFilter(NamedTuple):
+    """Which cards may be offered; an empty or None field allows all.
 
-    vendors, markets   as the catalogue has them
-    memory             usable bytes of one, at least and at most
-    usd_per_hour       of all together, at most; a card without a dated price is then left out
-    owned              cards that are there already, and how many: no others, no more
-    counts             how many of a card
+    vendors, markets   names from the catalogue
+    memory             least and most usable bytes of one card
+    usd_per_hour       most that all cards together may cost; excludes cards without a dated price
+    owned              only these cards, and at most these counts
+    counts             numbers of cards to try
     """
 
     vendors: tuple[str, ...] = ()
     markets: tuple[str, ...] = ()
     memory: tuple[int | None, int | None] = (None, None)
     usd_per_hour: float | None = None
-    owned: tuple[Owned, ...] = ()
+    owned: tuple[OwnedCards, ...] = ()
     counts: tuple[int, ...] = COUNTS
 
 
-ANY = Wanted()
+ANY = CardFilter()
 
 
 class Offer(NamedTuple):
-    """Cards that run it.
+    """A number of cards that hold the run.
 
-    answer    the run on one of them, estimated
-    price     of all of them an hour; None where the catalogue has no dated one
-    pace      of one; None where the catalogue has no rate
-    million   what a million tokens take: seconds of all together, and US dollars
-    whole     the same for the tokens that were asked
+    answer    the estimate of the run on one of the cards
+    price     hourly price of all the cards; None if the catalogue has no dated price
+    pace      speed of all the cards together; None if the catalogue has no rate
+    million   seconds and US dollars for a million tokens
+    whole     seconds and US dollars for the requested tokens
     """
 
     gpu: GPU
@@ -79,31 +79,34 @@ class Offer(NamedTuple):
 
     @property
     def usd(self) -> float | None:
-        """What a million tokens usually cost."""
+        """The usual price of a million tokens."""
         return self.million.usd.usual if self.million is not None and self.million.usd is not None else None
 
 
-class Miss(NamedTuple):
-    """The cards that come nearest to running it, and the bytes they lack."""
+class NearestMiss(NamedTuple):
+    """The cards that come nearest to holding the run, and the bytes they are short of."""
 
     gpu: GPU
     count: int  # pyright: ignore[reportIncompatibleMethodOverride] (the contract's word)
     strategy: str
-    lacks: int
+    short_by: int
 
 
 class Offers(NamedTuple):
-    """The cheapest offers, and how many choices of card, count and strategy were looked at; where there is none, what
-    comes nearest."""
+    """The cheapest offers.
+
+    considered   number of combinations of card, count and strategy that were looked at
+    nearest      what comes nearest, if there is no offer
+    """
 
     offers: tuple[Offer, ...]
     considered: int
-    nearest: Miss | None
+    nearest: NearestMiss | None
 
 
 def offers(
     run: RunSpec,
-    wanted: Wanted = ANY,
+    wanted: CardFilter = ANY,
     *,
     tokens: int | None = None,
     most: int = 20,
@@ -111,29 +114,29 @@ def offers(
     demand: Demand = FITS,
     calibration: Calibration | None = None,
 ) -> Offers:
-    """Up to `most` offers, by what a million tokens cost; those without a price after them, by the time they take.
+    """Return up to `most` offers, ordered by the price of a million tokens, then unpriced ones by time.
 
-    Of every card the smallest count that runs it, or, with `each`, every count. Of a count the strategy that sends the
-    least. The run's own GPU and count of GPUs say nothing. `tokens` are those of a data set.
+    Each card is offered in the smallest count that holds the run, or in every such count if `each` is true, with the
+    strategy that communicates least. The run's own GPU and degrees are ignored. `tokens` is the size of the data set.
 
-    Raises SpecError where no card is as wanted, and what `estimate` raises where the run cannot be answered.
+    Raises SpecError if no card matches `wanted`, and whatever `estimate` raises for the run.
     """
-    bare = with_fields(run.model_copy(update={"gpu": None}), spread(run, 1, _ALONE))
+    bare = with_fields(run.model_copy(update={"gpu": None}), spread(run, 1, _NO_STRATEGY))
     estimate(bare)
     kinds = _Kinds(bare, demand)
-    queue: list[tuple[tuple[float, float, float, str], int, _Choice, Iterator[_Choice]]] = []
+    queue: list[tuple[tuple[float, float, float, str], int, _Candidate, Iterator[_Candidate]]] = []
     numbers = itertools.count()
 
-    def queued(choices: Iterator[_Choice]) -> None:
+    def push(choices: Iterator[_Candidate]) -> None:
         choice = next(choices, None)
         if choice is not None:
             heapq.heappush(queue, (_order(choice), next(numbers), choice, choices))
 
     for gpu, counts in wanted_cards(wanted):
-        for some in [(n,) for n in counts] if each else [counts]:
-            queued(_choices(kinds, gpu, some, wanted, tokens))
+        for group in [(n,) for n in counts] if each else [counts]:
+            push(_candidates(kinds, gpu, group, wanted, tokens))
     found: list[Offer] = []
-    missed: list[tuple[_Choice, Estimate]] = []
+    missed: list[tuple[_Candidate, Estimate]] = []
     while queue and len(found) < most:
         _, _, choice, more = heapq.heappop(queue)
         answer = _on(bare, choice.gpu, choice.count, choice.strategy, calibration)
@@ -142,16 +145,16 @@ def offers(
             continue
         if answer is not None:
             missed.append((choice, answer))
-        queued(more)
+        push(more)
     if found:
         return Offers(tuple(found), kinds.considered, None)
     misses = [_miss(choice, answer, demand) for choice, answer in missed]
     misses += [kinds.nearest] if kinds.nearest is not None else []
-    return Offers((), kinds.considered, min(misses, key=lambda miss: miss.lacks, default=None))
+    return Offers((), kinds.considered, min(misses, key=lambda miss: miss.short_by, default=None))
 
 
-class _Choice(NamedTuple):
-    """An offer that bounds do not rule out."""
+class _Candidate(NamedTuple):
+    """Cards and a strategy that the bounds do not rule out."""
 
     gpu: GPU
     count: int  # pyright: ignore[reportIncompatibleMethodOverride] (the contract's word)
@@ -163,7 +166,7 @@ class _Choice(NamedTuple):
 
 
 class _Kinds:
-    """The run on cards of each kind: those that share a compute capability share its kernels, and so its tensors."""
+    """The run on each kind of card. Cards of one compute capability run the same kernels, so they share one answer."""
 
     def __init__(self, run: RunSpec, demand: Demand) -> None:
         self._run = run
@@ -171,15 +174,15 @@ class _Kinds:
         self._answers: dict[tuple[tuple[int, int] | None, int, str], Estimate | None] = {}
         self._works: dict[tuple[int, int] | None, Work | None] = {}
         self._considered: set[tuple[str, int, str]] = set()
-        self.nearest: Miss | None = None
+        self.nearest: NearestMiss | None = None
 
     @property
     def considered(self) -> int:
-        """How many choices of card, count and strategy were looked at."""
+        """Number of combinations of card, count and strategy that were looked at."""
         return len(self._considered)
 
     def told(self, gpu: GPU, count: int, strategy: str) -> bool | None:
-        """Whether bounds tell that the demand is met; None where they do not."""
+        """Whether the demand is met, judged by bounds alone; None if the bounds do not decide it."""
         self._considered.add((gpu.name, count, strategy))
         key = (gpu.compute_capability, count, strategy)
         if key not in self._answers:
@@ -187,10 +190,10 @@ class _Kinds:
         answer = self._answers[key]
         if answer is None:
             return False
-        told = self._demand.told(answer, gpu.usable)
-        lacks = answer.least + self._demand.headroom - gpu.usable
-        if told is False and (self.nearest is None or lacks < self.nearest.lacks):
-            self.nearest = Miss(gpu, count, strategy, lacks)
+        told = self._demand.fits_card_of(answer, gpu.usable)
+        short_by = answer.least + self._demand.headroom - gpu.usable
+        if told is False and (self.nearest is None or short_by < self.nearest.short_by):
+            self.nearest = NearestMiss(gpu, count, strategy, short_by)
         return told
 
     def work(self, gpu: GPU) -> Work | None:
@@ -203,77 +206,79 @@ class _Kinds:
         return self._works[key]
 
 
-def _miss(choice: _Choice, answer: Estimate, demand: Demand) -> Miss:
-    """What a choice lacks that bounds did not rule out: of the bytes it shows, or a byte where those would do."""
-    lacks = demand.headroom - (answer.verdict.headroom or 0)
-    return Miss(choice.gpu, choice.count, choice.strategy, max(lacks, 1))
+def _miss(choice: _Candidate, answer: Estimate, demand: Demand) -> NearestMiss:
+    """Return how far a fully estimated candidate misses the demand: at least one byte, even if its bytes would fit."""
+    short_by = demand.headroom - (answer.verdict.headroom or 0)
+    return NearestMiss(choice.gpu, choice.count, choice.strategy, max(short_by, 1))
 
 
 def _on(run: RunSpec, gpu: GPU, count: int, strategy: str, calibration: Calibration | None) -> Estimate | None:
-    """The run on so many of the card; None where it cannot run there."""
+    """Estimate the run on `count` cards; None if it cannot run there."""
     try:
-        there = with_fields(run, spread(run, count, strategy)) if count > 1 else run
-        return estimate(there.model_copy(update={"gpu": gpu.name}), calibration)
-    except MemplanError:  # flash attention on a card that is too old, an optimizer that a strategy does not divide
+        sharded = with_fields(run, spread(run, count, strategy)) if count > 1 else run
+        return estimate(sharded.model_copy(update={"gpu": gpu.name}), calibration)
+    except MemplanError:  # flash attention on a card that is too old, an optimizer that a strategy cannot shard
         return None
 
 
-def _choices(kinds: _Kinds, gpu: GPU, counts: Sequence[int], wanted: Wanted, tokens: int | None) -> Iterator[_Choice]:
-    """The counts and strategies that bounds do not rule out, the fewest cards and the least sent first."""
+def _candidates(
+    kinds: _Kinds, gpu: GPU, counts: Sequence[int], wanted: CardFilter, tokens: int | None
+) -> Iterator[_Candidate]:
+    """Yield what the bounds do not rule out, the fewest cards and the least communication first."""
     most = max(counts)
     for count in counts:
-        price = _of_all(hourly(gpu), count)
+        price = _total_price(hourly(gpu), count)
         if wanted.usd_per_hour is not None and (price is None or price.low > wanted.usd_per_hour):
             continue
-        for strategy in STRATEGIES if count > 1 else (_ALONE,):
-            # More ranks never hold more each: what as many as there may be do not hold, fewer do not.
+        for strategy in STRATEGIES if count > 1 else (_NO_STRATEGY,):
+            # A rank of a larger group never holds more: if the largest count is too small, every count is.
             if count > 1 and kinds.told(gpu, most, strategy) is False:
                 continue
             if kinds.told(gpu, count, strategy) is not False:
-                yield _choice(kinds.work(gpu), gpu, count, strategy, price, tokens)
+                yield _candidate(kinds.work(gpu), gpu, count, strategy, price, tokens)
                 break
 
 
-def _choice(
+def _candidate(
     done: Work | None, gpu: GPU, count: int, strategy: str, price: Hourly | None, tokens: int | None
-) -> _Choice:
-    one = pace(done, gpu) if done is not None else None
-    if one is None:
-        return _Choice(gpu, count, strategy, price, None, None, None)
-    together = one._replace(tokens=one.tokens * count, seconds=_slowed(one.seconds, count))
+) -> _Candidate:
+    single = step_pace(done, gpu) if done is not None else None
+    if single is None:
+        return _Candidate(gpu, count, strategy, price, None, None, None)
+    together = single._replace(tokens=single.tokens * count, seconds=_with_communication(single.seconds, count))
     whole = None if tokens is None else cost(together, price, tokens)
-    return _Choice(gpu, count, strategy, price, together, cost(together, price), whole)
+    return _Candidate(gpu, count, strategy, price, together, cost(together, price), whole)
 
 
-def _slowed(seconds: Range, count: int) -> Range:
-    """A step's time with what the GPUs send each other."""
+def _with_communication(seconds: Range, count: int) -> Range:
+    """A step's time, including communication between the GPUs."""
     row = cost_of("more_gpus")
     if count == 1 or row.low is None or row.high is None:
         return seconds
     return Range(seconds.low * row.low, seconds.usual * (row.low + row.high) / 2, seconds.high * row.high)
 
 
-def _of_all(price: Hourly | None, count: int) -> Hourly | None:
+def _total_price(price: Hourly | None, count: int) -> Hourly | None:
     return None if price is None else price._replace(low=price.low * count, high=price.high * count)
 
 
-def _order(choice: _Choice) -> tuple[float, float, float, str]:
-    """Cheapest first, then the fastest, then the least memory."""
+def _order(choice: _Candidate) -> tuple[float, float, float, str]:
+    """Sort key: cheapest first, then fastest, then least memory."""
     million = choice.million
     usd = million.usd.usual if million is not None and million.usd is not None else inf
     seconds = million.seconds.usual if million is not None else inf
     return usd, seconds, choice.gpu.usable * choice.count, choice.gpu.name
 
 
-def wanted_cards(wanted: Wanted) -> Iterator[tuple[GPU, tuple[int, ...]]]:
-    """The cards that may be offered, and the counts of each. Raises SpecError where there are none."""
+def wanted_cards(wanted: CardFilter) -> Iterator[tuple[GPU, tuple[int, ...]]]:
+    """Yield the cards that may be offered and the counts of each. Raises SpecError if there are none."""
     if wanted.owned:
         cards = [(owned.gpu, tuple(n for n in range(1, owned.count + 1))) for owned in wanted.owned]
     else:
         cards = [(gpu, wanted.counts) for gpu in all_gpus()]
     least, most = wanted.memory
     if least is not None and most is not None and least > most:
-        raise SpecError(f"memory: at least {least:,} and at most {most:,} bytes exclude each other", "memory")
+        raise SpecError(f"memory: the least, {least:,} bytes, is more than the most, {most:,} bytes", "memory")
     found = [
         (gpu, counts)
         for gpu, counts in cards
@@ -283,16 +288,19 @@ def wanted_cards(wanted: Wanted) -> Iterator[tuple[GPU, tuple[int, ...]]]:
         and (most is None or gpu.usable <= most)
     ]
     if not found:
-        raise SpecError("buy: no card of the catalogue is as wanted; leave out one of vendor, market or memory", "buy")
+        raise SpecError("buy: no catalogued card matches; drop one of vendor, market or memory", "buy")
     yield from found
 
 
-def owned(text: str) -> tuple[Owned, ...]:
-    """What `2x3090,1xa100` lists. Raises SpecError where it cannot be read, UnknownNameError for an unknown card."""
-    out: list[Owned] = []
+def parse_owned_cards(text: str) -> tuple[OwnedCards, ...]:
+    """Parse a list of cards such as `2x3090,1xa100`.
+
+    Raises SpecError if it is malformed, and UnknownNameError for an unknown card.
+    """
+    out: list[OwnedCards] = []
     for item in text.split(","):
         found = re.fullmatch(r"\s*(?:(\d{1,6})\s*[x×*]\s*)?(\S.*?)\s*", item, re.IGNORECASE)
         if found is None or (found[1] is not None and int(found[1]) == 0):
-            raise SpecError(f"have: {item!r:.80} is no count and card, as in 2x3090,1xa100", "have")
-        out.append(Owned(find_gpu(found[2]), int(found[1] or 1)))
+            raise SpecError(f"have: {item!r:.80} is not a count and a card; write for example 2x3090,1xa100", "have")
+        out.append(OwnedCards(find_gpu(found[2]), int(found[1] or 1)))
     return tuple(out)

@@ -1,4 +1,4 @@
-"""A plan: the sets of levers that make a run fit, each with what it saves, when, and what it costs."""
+"""A plan: the sets of levers that make a run fit, each with what it saves in which phase, and what it costs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.catalogue.profiles.costs import Cost
+from memplan.catalogue.profiles.costs import LeverCost
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import SpecError
 from memplan.estimate.answer import Estimate, phase_peaks
@@ -18,13 +18,13 @@ from memplan.planning.search import Set, Trials, cheapest, strongest
 from memplan.planning.step_time import ratio, work
 from memplan.spec.run import RunSpec
 
-SEVERITIES = ("the same result", "hardly seen", "seen in some tasks", "another result")
+SEVERITIES = ("unchanged", "hardly changes", "changes in some tasks", "different")  # effect on the trained model
 
 
 class Time(NamedTuple):
-    """How many times longer a step over as many tokens takes, at least and at most.
+    """How many times longer a step takes for the same number of tokens, at least and at most.
 
-    `basis` is derived where only operations were counted at a range of rates, assumed or measured where a row says it.
+    `basis` is derived if it only counts operations at a range of rates; else assumed or measured, as a cost row says.
     """
 
     low: float
@@ -33,10 +33,10 @@ class Time(NamedTuple):
 
 
 class Effect(NamedTuple):
-    """What one lever does to a run that has others already.
+    """The effect of one lever on a run that may already have others.
 
-    saves    bytes of the peak of what is allocated; negative where the peak rises
-    phases   the same for the peak of every phase, those without any left out
+    saves    reduction of the allocated peak in bytes; negative if the peak rises
+    phases   reduction of each phase's peak; phases without a change are left out
     """
 
     lever: Lever
@@ -54,22 +54,25 @@ class Effect(NamedTuple):
 
     @property
     def time(self) -> Time | None:
-        """None where the catalogue has no rate for the card."""
+        """The change in step time; None if the catalogue has no rate for the card."""
         return time_of(self.before, self.after, (self.lever,))
 
 
 def time_of(before: Estimate, after: Estimate, levers: Set) -> Time | None:
-    """How many times longer a step takes with the levers; None where the catalogue has no rate for the card."""
+    """Return how many times longer a step takes with the levers; None if the catalogue has no rate for the card."""
     return time_between(before, after, [cost for lever in levers for cost in lever.costs])
 
 
-def time_between(before: Estimate, after: Estimate, costs: Iterable[Cost]) -> Time | None:
-    """Counted operations and bytes at the card's rates, times what rows say of what is not counted."""
+def time_between(before: Estimate, after: Estimate, costs: Iterable[LeverCost]) -> Time | None:
+    """Return the ratio of two runs' step times; None if the catalogue has no rate for the card.
+
+    Counts operations and bytes at the card's rates, times the factors of cost rows for what is not counted.
+    """
     card = after.gpu or before.gpu
-    found = ratio(work(before.asked), work(after.asked), find_gpu(card.name)) if card else None
-    if found is None:
+    factors = ratio(work(before.asked), work(after.asked), find_gpu(card.name)) if card else None
+    if factors is None:
         return None
-    low, high = found
+    low, high = factors
     basis = "derived"
     for cost in costs:
         if cost.low is not None and cost.high is not None:
@@ -82,14 +85,14 @@ def time_between(before: Estimate, after: Estimate, costs: Iterable[Cost]) -> Ti
 class Proposal:
     """A set of levers that meets the plan's demand, or comes nearest.
 
-    levers     the mildest first
-    answer     the run with all of them, estimated
-    severity   how far the result differs: an index into `SEVERITIES`
+    levers     mildest first
+    answer     the estimate with all of them
+    severity   change of the result, as an index into `SEVERITIES`
     """
 
     def __init__(self, trials: Trials, levers: Set) -> None:
         answer = trials.answer(levers)
-        assert answer is not None  # it was tried
+        assert answer is not None
         self._trials = trials
         self.levers = levers
         self.answer = answer
@@ -101,42 +104,42 @@ class Proposal:
 
     @property
     def saves(self) -> int:
-        """Bytes of the peak of what is allocated."""
+        """Reduction of the allocated peak in bytes."""
         return self.before.bytes.allocated - self.answer.bytes.allocated
 
     @property
     def before(self) -> Estimate:
-        """The run as it was asked."""
+        """The estimate of the run without the levers."""
         answer = self._trials.answer(())
         assert answer is not None
         return answer
 
     @cached_property
     def effects(self) -> tuple[Effect, ...]:
-        """What each lever brings when they are pulled one after another."""
-        found: list[Effect] = []
+        """The effect of each lever on top of the previous ones."""
+        effects: list[Effect] = []
         before = self.before
         for n, lever in enumerate(self.levers, 1):
-            after = self._trials.answer(self.levers[:n]) or before  # a lever may need one that follows
-            found.append(Effect(lever, before, after))
+            after = self._trials.answer(self.levers[:n]) or before  # a lever may be invalid without a later one
+            effects.append(Effect(lever, before, after))
             before = after
-        return tuple(found)
+        return tuple(effects)
 
     @cached_property
     def time(self) -> Time | None:
-        """How many times longer a step takes; None where the catalogue has no rate for the card."""
+        """How many times longer a step takes; None if the catalogue has no rate for the card."""
         return time_of(self.before, self.answer, self.levers)
 
 
 class Plan:
-    """The answer of `plan`.
+    """The result of `plan`.
 
-    answer      the run as it was asked
-    demand      what was to be reached
-    proposals   sets of levers that reach it, by how far the result differs, how many they are and how strong; empty
-                where the run as asked does, or nothing does
-    nearest     where nothing does: all levers that lower the peak, at once
-    tried       how many runs were estimated
+    answer      the estimate of the run without changes
+    demand      the condition to meet
+    proposals   sets of levers that meet it, ordered by change of the result, number and strength of levers; empty if
+                the run already meets it, or nothing does
+    nearest     all levers that lower the peak together, if nothing meets it
+    tried       number of runs that were estimated
     """
 
     def __init__(self, trials: Trials, levers: tuple[Lever, ...], proposals: tuple[Proposal, ...]) -> None:
@@ -154,7 +157,7 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the run as asked meets the demand."""
+        """Whether the run meets the demand without changes."""
         return self.demand.met(self.answer)
 
     @property
@@ -169,7 +172,7 @@ class Plan:
 
     @cached_property
     def levers(self) -> tuple[Effect, ...]:
-        """What every lever brings alone, those that the run cannot have left out."""
+        """The effect of each lever alone; levers that do not apply are left out."""
         tried = ((lever, self._trials.answer((lever,))) for lever in self._levers)
         return tuple(Effect(lever, self.answer, after) for lever, after in tried if after is not None)
 
@@ -182,29 +185,30 @@ def plan(
     most: int = 2,
     calibration: Calibration | None = None,
 ) -> Plan:
-    """The cheapest changes that make the run fit its GPU, with `headroom` bytes free.
+    """Find the cheapest changes that make the run fit its GPU with `headroom` bytes free.
 
-    Of every kind of change the mildest that does alone, and for every degree of difference in the result up to `most`
-    sets of several. `tight` counts as fitting where it is asked for. Each proposal was estimated as it stands.
+    Proposes the mildest lever of every group that suffices alone, and up to `most` sets of several levers for each
+    degree of change in the result. If `tight` is true, a tight verdict counts as fitting. Every proposal has been
+    estimated in full.
 
-    Raises SpecError where the run names no GPU, or does not train, or the headroom is more than the GPU has, and what
-    `estimate` raises.
+    Raises SpecError if the run names no GPU or does not train, or if the headroom is more than the GPU has, and
+    whatever `estimate` raises.
     """
     if run.task != "train":
-        raise SpecError(f"task: levers are of training; memplan.questions answers for {run.task}", "task")
+        raise SpecError(f"task: levers are for training; use memplan.questions for {run.task}", "task")
     answer = estimate(run, calibration)
     if answer.gpu is None:
-        raise SpecError("gpu: what fits depends on it; name one", "gpu")
+        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
     demand = Demand(tight, headroom)
     demand.check(find_gpu(answer.gpu.name))
     trials = Trials(run, demand, calibration)
     levers = levers_of(answer.run)
-    found: list[Set] = [] if trials.fits(()) else cheapest(trials, levers, most)
-    return Plan(trials, levers, tuple(Proposal(trials, pulled) for pulled in ranked(found, levers)))
+    sets: list[Set] = [] if trials.fits(()) else cheapest(trials, levers, most)
+    return Plan(trials, levers, tuple(Proposal(trials, pulled) for pulled in ranked(sets, levers)))
 
 
 def ranked(sets: list[Set], levers: tuple[Lever, ...]) -> list[Set]:
-    """By how far the result differs, more GPUs last; how many levers there are, and how strong they are."""
+    """Return the sets ordered by change of the result (more GPUs last), then number of levers, then their strength."""
     places = {lever: i for i, lever in enumerate(levers)}
     last = len(levers)
 

@@ -1,9 +1,9 @@
-"""How far a run goes: the largest batch, sequence, rank or model that its GPU holds, what binds there, the frontier of
-batch and sequence, and the GPUs that hold it.
+"""The limits of a run: the largest batch, sequence, rank or model that its GPU holds, what binds there, the frontier of
+batch and sequence, and the GPUs that hold the run.
 
-Answers are found by asking `estimate` again, with the machine's own profile where there is one. What is allocated only
-grows with batch, sequence and rank, so bisection finds where it ends; what torch reserves beyond may jump by a block,
-so that values beyond are looked at too, up to where the tensors alone are too many."""
+Limits are found by calling `estimate` repeatedly, with the machine's own profile if there is one. Allocated bytes only
+grow with batch, sequence and rank, so bisection works for them. Reserved bytes may jump by a block, so larger values
+are sampled too, up to where the tensors alone do not fit."""
 
 from __future__ import annotations
 
@@ -25,18 +25,22 @@ from memplan.planning.sweep import FIELDS, Grid, grid
 from memplan.spec.run import RunSpec, changed
 
 AXES = (*FIELDS, "model")
-_MOST = 2**32  # nothing beyond is looked for: without it a run that takes no memory would have no end
-_LOOKS = {"batch": (64, 1), "sequence": (16, 64), "rank": (64, 1)}
+_MAX_VALUE = 2**32  # ends the search for a run that takes no memory
+_SAMPLING = {"batch": (64, 1), "sequence": (16, 64), "rank": (64, 1)}  # samples beyond the bisection, their multiple
 
 
 class Reach(NamedTuple):
     """The largest value of an axis that fits.
 
-    value    0, or an empty name, where none does
-    answer   the run with it; None where none fits
-    beyond   the run with the next value; None where there is none, or it cannot run at all
-    binds    what ends it: `memory`; `positions`, the model's; `rank`, the sides of its matrices; `models`, for there is
-             none larger; `nothing`
+    axis     batch, sequence, rank or model
+    value    the value; 0 or an empty name if none fits
+    answer   the run with it; None if none fits
+    beyond   the run with the next value; None if there is none or memplan refuses it
+    binds    the limit: memory
+                        positions   the model's maximum length
+                        rank        the dimensions of its matrices
+                        models      no larger model is bundled
+                        nothing     no limit was found
     """
 
     axis: str
@@ -47,23 +51,25 @@ class Reach(NamedTuple):
 
 
 def largest_batch(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> int:
-    """The largest `batch.micro` that the run's GPU holds, all else as it is; 0 where none does."""
-    return _largest(_tried(run, "batch", calibration), demand, *_LOOKS["batch"])
+    """Return the largest `batch.micro` that the run's GPU holds with all other fields unchanged; 0 if none fits."""
+    return _largest(_tried(run, "batch", calibration), demand, *_SAMPLING["batch"])
 
 
 def largest_sequence(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> int:
-    """The largest `batch.sequence` that the run's GPU holds, all else as it is; 0 where none does."""
-    return _largest(_tried(run, "sequence", calibration), demand, *_LOOKS["sequence"])
+    """Return the largest `batch.sequence` that the run's GPU holds with all other fields unchanged; 0 if none fits."""
+    return _largest(_tried(run, "sequence", calibration), demand, *_SAMPLING["sequence"])
 
 
 def reach(
-    run: RunSpec, axis: str, demand: Demand = FITS, calibration: Calibration | None = None, looks: bool = True
+    run: RunSpec, axis: str, demand: Demand = FITS, calibration: Calibration | None = None, samples_beyond: bool = True
 ) -> Reach:
-    """The largest value of the axis that the run's GPU holds, all else as it is. Without `looks` beyond the first that
-    does not fit it may be a few less, and takes a tenth of the time.
+    """Return the largest value of the axis that the run's GPU holds with all other fields unchanged.
 
-    Raises UnknownNameError for another axis, SpecError where the run names no GPU, or has no adapters whose rank could
-    be asked, and what `estimate` raises where the run cannot be answered whatever the value.
+    With `looks` false, values beyond the first that does not fit are not sampled: a tenth of the time, but the result
+    may be slightly too small.
+
+    Raises UnknownNameError for an unknown axis, SpecError if the run names no GPU or if `rank` is asked of a run
+    without adapters, and whatever `estimate` raises for the run itself.
     """
     if axis not in AXES:
         raise UnknownNameError("max", axis, AXES)
@@ -73,17 +79,18 @@ def reach(
     if axis == "rank" and run.method.kind not in ADAPTERS:
         raise SpecError(f"method.rank: method.kind {run.method.kind} has no adapters", "method.rank")
     tried = _tried(run, axis, calibration)
-    many, multiple = _LOOKS[axis]
-    value = _largest(tried, demand, many if looks else 0, multiple)
-    beyond = tried(value + 1) if value < _MOST else None
+    samples, multiple = _SAMPLING[axis]
+    value = _largest(tried, demand, samples if samples_beyond else 0, multiple)
+    beyond = tried(value + 1) if value < _MAX_VALUE else None
     ends = {"batch": "nothing", "sequence": "positions", "rank": "rank"}
     return Reach(axis, value, tried(value) if value else None, beyond, "memory" if beyond else ends[axis])
 
 
 def _tried(run: RunSpec, axis: str, calibration: Calibration | None) -> Callable[[int], Estimate | None]:
-    """The run with another value of the axis; None where it cannot run (more tokens than learned positions, say)."""
+    """Return a function that estimates the run at a value of the axis; its result is None if memplan refuses the run,
+    for example if there are more tokens than learned positions."""
     if run.gpu is None:
-        raise SpecError("gpu: what fits depends on it; name one", "gpu")
+        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
     part, field = FIELDS[axis]
 
     def tried(value: int) -> Estimate | None:
@@ -96,24 +103,28 @@ def _tried(run: RunSpec, axis: str, calibration: Calibration | None) -> Callable
 
 
 def _largest(tried: Callable[[int], Estimate | None], demand: Demand, looks: int, multiple: int) -> int:
-    """The largest value that meets the demand, see `_LOOKS`."""
+    """Return the largest value that meets the demand, see `_SAMPLING`."""
 
     def holds(n: int) -> bool:
         answer = tried(n)
         return answer is not None and demand.met(answer)
 
-    def may(n: int) -> bool:
+    def may_hold(n: int) -> bool:
         answer = tried(n)
-        return answer is not None and answer.gpu is not None and demand.told(answer, answer.gpu.usable) is not False
+        return (
+            answer is not None
+            and answer.gpu is not None
+            and demand.fits_card_of(answer, answer.gpu.usable) is not False
+        )
 
     low = _last(holds, 0)
-    if multiple > 1 and low:  # halving among round values alone may end elsewhere
+    if multiple > 1 and low:  # bisection over round values may find a larger one
         low = max(low, multiple * _last(lambda n: holds(multiple * n), low // multiple))
-        if low < _MOST and holds(low + 1):
+        if low < _MAX_VALUE and holds(low + 1):
             low = _last(holds, low)
-    if not low or low >= _MOST or not looks:
+    if not low or low >= _MAX_VALUE or not looks:
         return low
-    end = _last(may, low)  # allocated bytes rule out everything beyond
+    end = _last(may_hold, low)  # allocated bytes rule out everything beyond
     step = max(1, -(-(end - low) // looks))
     step = -(-step // multiple) * multiple if step > 1 else 1
     further = next((n for n in range(end // step * step, low, -step) if holds(n)), low)
@@ -121,10 +132,10 @@ def _largest(tried: Callable[[int], Estimate | None], demand: Demand, looks: int
 
 
 def _last(holds: Callable[[int], bool], low: int) -> int:
-    """From a value that holds, or 0, the last before one that does not, found by doubling and halving."""
+    """Return the last value before one that does not hold, by doubling and bisection; `low` holds or is 0."""
     high = 2 * low or 1
     while holds(high):
-        if high >= _MOST:
+        if high >= _MAX_VALUE:
             return high
         low, high = high, 2 * high
     while high - low > 1:
@@ -134,12 +145,12 @@ def _last(holds: Callable[[int], bool], low: int) -> int:
 
 
 def _largest_model(run: RunSpec, demand: Demand, calibration: Calibration | None) -> Reach:
-    """Of the bundled models, by the number of parameters."""
+    """Return the bundled model with most parameters that fits."""
     usable = _usable(run)
     beyond: Estimate | None = None
     for name in by_size():
         other = run.model_copy(update={"model": name})
-        if _least_weights(other) > usable:
+        if _min_weight_bytes(other) > usable:
             continue
         try:
             answer = estimate(other, calibration)
@@ -152,42 +163,44 @@ def _largest_model(run: RunSpec, demand: Demand, calibration: Calibration | None
 
 
 def by_size() -> list[str]:
-    """The names of the bundled models, the largest first."""
+    """Return the names of the bundled models, largest first."""
     return sorted(card_names(), key=lambda name: (-int(load_card(name).card["parameters"]), name))
 
 
 def smaller_models(run: RunSpec) -> Iterator[str]:
-    """The bundled models with fewer parameters than the run's, the largest first, those of its family before others."""
-    own = find_model(run.model)
+    """Yield the bundled models with fewer parameters than the run's, largest first, its own family before others."""
+    model = find_model(run.model)
     total = estimate(run.model_copy(update={"gpu": None})).parameters.total
-    less = [name for name in by_size() if int(load_card(name).card["parameters"]) < total]
-    family = [name for name in less if load_card(name).model_type == own.model_type]
+    smaller = [name for name in by_size() if int(load_card(name).card["parameters"]) < total]
+    family = [name for name in smaller if load_card(name).model_type == model.model_type]
     yield from family
-    yield from (name for name in less if name not in family)
+    yield from (name for name in smaller if name not in family)
 
 
 def _usable(run: RunSpec) -> int:
     answer = estimate(run)
     if answer.gpu is None:
-        raise SpecError("gpu: what fits depends on it; name one", "gpu")
+        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
     return answer.gpu.usable
 
 
-def _least_weights(run: RunSpec) -> int:
-    """No GPU holds fewer bytes of the model's weights: four bits each where they are quantised, and one where they are
-    only run; its part of them where ranks divide them."""
+def _min_weight_bytes(run: RunSpec) -> int:
+    """Return a lower bound of a GPU's bytes of weights.
+
+    Assumes four bits per parameter for quantised training, one bit for inference, and even shares for all ranks.
+    """
     parameters = int(find_model(run.model).card["parameters"])
     if run.task != "train":
         return parameters // 8 // run.parallelism.world
-    whole = parameters // 2 if run.method.quantization else parameters * ITEMSIZE[run.precision.weights]
-    return whole // run.parallelism.world
+    total = parameters // 2 if run.method.quantization else parameters * ITEMSIZE[run.precision.weights]
+    return total // run.parallelism.world
 
 
 class Frontier(NamedTuple):
-    """Where batch and sequence end: the longest sequence for every batch, and the answers around it.
+    """The limits of batch and sequence together.
 
-    longest  batch and the longest sequence that fits with it, while there is one
-    around   the runs of those batches and of round sequences
+    longest  (batch, longest sequence that fits with it), until nothing fits
+    around   the answers of these batches with powers of two as sequences
     """
 
     longest: tuple[tuple[int, int], ...]
@@ -195,46 +208,48 @@ class Frontier(NamedTuple):
 
 
 def frontier(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> Frontier:
-    """For batches of one, two, four and so on. Raises as `reach` does."""
+    """Return the frontier for batches of 1, 2, 4 and so on. Raises as `reach` does."""
     longest: list[tuple[int, int]] = []
     batch = 1
-    while batch <= _MOST:
+    while batch <= _MAX_VALUE:
         tokens = largest_sequence(changed(run, "batch", micro=batch), demand, calibration)
-        if tokens < _SHORTEST and longest:
+        if tokens < _MIN_TOKENS and longest:
             break
         longest.append((batch, tokens))
         batch *= 2
         if not tokens:
             break
-    widest = max(tokens for _, tokens in longest)
-    sequences = [1 << n for n in range(_SHORTEST.bit_length() - 1, max(widest, _SHORTEST).bit_length() + 1)]
+    most = max(tokens for _, tokens in longest)
+    sequences = [1 << n for n in range(_MIN_TOKENS.bit_length() - 1, max(most, _MIN_TOKENS).bit_length() + 1)]
     around = grid(run, batch=[b for b, _ in longest], sequence=sequences, calibration=calibration)
     return Frontier(tuple(longest), around)
 
 
-_SHORTEST = 128  # tokens: what only fits with shorter sequences is not worth a row
+_MIN_TOKENS = 128  # batches that only fit with shorter sequences are not listed
 
 
-def holding(run: RunSpec, vendor: str = "", calibration: Calibration | None = None) -> Iterator[Holding]:
-    """Every catalogued GPU that holds the run, or of one vendor every one, least memory first. Asked as needed."""
-    weights = estimate(run.model_copy(update={"gpu": None})).phases[0].peak  # loaded on any card
+def cards_that_hold(run: RunSpec, vendor: str = "", calibration: Calibration | None = None) -> Iterator[Holding]:
+    """Yield the catalogued GPUs, optionally of one vendor, that hold the run, least memory first. Evaluated lazily."""
+    weights = estimate(run.model_copy(update={"gpu": None})).phases[0].peak  # loading needs this much on any card
     cards = sorted(all_gpus(), key=lambda gpu: (gpu.usable, gpu.name))
-    largest = {gpu.compute_capability: gpu for gpu in cards}  # cards of one kind run the same kernels
+    largest = {gpu.compute_capability: gpu for gpu in cards}  # cards of one capability run the same kernels
 
     @cache
-    def on(gpu: GPU) -> Estimate | None:
+    def answer_on(gpu: GPU) -> Estimate | None:
         try:
             return estimate(run.model_copy(update={"gpu": gpu.name}), calibration)
         except MemplanError:  # flash attention on a card that is too old, say
             return None
 
     for gpu in cards:
-        kind = on(largest[gpu.compute_capability])
+        kind = answer_on(largest[gpu.compute_capability])
         if kind is None or gpu.usable < weights or vendor not in ("", gpu.vendor):
             continue
-        if calibration is None and kind.told(gpu.usable, replayed=True):  # one replay tells of all cards of a kind
+        if calibration is None and kind.fits_card_of(
+            gpu.usable, replayed=True
+        ):  # one replay decides all cards of a kind
             yield Holding(gpu, "fits")
             continue
-        answer = on(gpu)
+        answer = answer_on(gpu)
         if answer is not None and answer.verdict.answer in ("fits", "tight"):
             yield Holding(gpu, str(answer.verdict.answer))

@@ -1,9 +1,8 @@
 """The cheapest sets of levers that make a run fit.
 
-Every lever alone is tried. Sets are tried cheapest first: by how far the result differs, then by how many levers they
-take and how strong these are, so that no set costs less than a part of it, and one that fits needs all of its levers.
-Where that finds none, all levers that differ no further are pulled at once, and let go again one by one, the dearest
-first.
+Every lever is tried alone. Sets are tried cheapest first: by how much the result changes, then by the number of levers
+and how strong they are. No set costs less than a subset of it, so a set that fits needs all of its levers. If no set
+fits, all levers up to that change of the result are pulled at once, then dropped one by one, the most costly first.
 """
 
 from __future__ import annotations
@@ -21,14 +20,14 @@ from memplan.planning.levers import Lever, levers_of, pull, sequence_of
 from memplan.spec.run import RunSpec
 
 Set = tuple[Lever, ...]
-_SETS = 600  # sets of one tier that are thought of
-_TRIES = 20  # and tried
-_SLACK = 110  # hundredths of a card's usable bytes: how far a forecast may be above them
-_STEP = 64  # tokens: a sequence that fits is a multiple of so many
+_MAX_CANDIDATES = 600  # sets of one tier that are forecast
+_MAX_TRIES = 20  # sets of one tier that are estimated
+_SLACK = 110  # percent of a card's usable bytes that a forecast may reach
+_SEQUENCE_STEP = 64  # tokens; sequences that fit are multiples of it
 
 
 class Trials:
-    """What each set of levers makes of the run; None where a run cannot have them together."""
+    """The estimates of a run with sets of levers, each made once."""
 
     def __init__(self, run: RunSpec, demand: Demand, calibration: Calibration | None) -> None:
         self.run = run
@@ -40,11 +39,12 @@ class Trials:
         return len(self._answers)
 
     def answer(self, levers: Iterable[Lever]) -> Estimate | None:
+        """Return the estimate with the levers pulled; None if the run cannot have them together."""
         key = frozenset(levers)
         if key not in self._answers:
             try:
                 self._answers[key] = estimate(pull(self.run, key), self._calibration)
-            except MemplanError:  # not for this model, or not together
+            except MemplanError:
                 self._answers[key] = None
         return self._answers[key]
 
@@ -53,41 +53,41 @@ class Trials:
         return answer is not None and self.demand.met(answer)
 
     def needs(self, levers: Set) -> bool:
-        """Whether the set fits, and does not without one of its levers."""
+        """Whether the set fits, and would not without any one of its levers."""
         fewer = (levers[:i] + levers[i + 1 :] for i in range(len(levers)))
         return self.fits(levers) and not any(map(self.fits, fewer))
 
     def known(self, levers: Iterable[Lever]) -> bool:
-        """Whether the set was tried, and fits."""
+        """Whether the set has been tried and fits."""
         return frozenset(levers) in self._answers and self.fits(levers)
 
 
 def cheapest(trials: Trials, levers: Sequence[Lever], most: int) -> list[Set]:
-    """The sets of levers that meet the demand: of every group the mildest lever that does alone, and of every tier up
-    to `most` sets of several.
+    """Return the sets of levers that meet the demand.
 
-    No set holds another one, or is one with a lever of the same group made stronger.
+    These are the mildest lever of every group that suffices alone, and up to `most` sets of several levers in each
+    tier. No set contains another, or equals another with a stronger lever of the same group.
     """
     singles = [(lever,) for lever in levers if trials.fits((lever,))]
-    found = [single for single in singles if not _stronger(single, [s for s in singles if s != single], levers)]
+    found = [single for single in singles if not _covers(single, [s for s in singles if s != single], levers)]
     tiers = sorted({lever.tier for lever in levers})
     for tier in tiers:
         sets: list[Set] = []
-        likely = filter(_forecast(trials, levers), islice(_by_cost(trials, levers, tier), _SETS))
-        for candidate in islice(likely, _TRIES):
+        likely = filter(_forecast(trials, levers), islice(_by_cost(trials, levers, tier), _MAX_CANDIDATES))
+        for candidate in islice(likely, _MAX_TRIES):
             if len(sets) >= most:
                 break
-            if not _stronger(candidate, [*found, *sets], levers) and trials.needs(candidate):
+            if not _covers(candidate, [*found, *sets], levers) and trials.needs(candidate):
                 sets.append(candidate)
         if not any(max(lever.tier for lever in s) == tier for s in (*found, *sets)):
-            pulled = _let_go(trials, [lever for lever in levers if lever.tier <= tier])
-            sets += [pulled] if pulled and not _stronger(pulled, found, levers) else []
+            pulled = _drop_unneeded(trials, [lever for lever in levers if lever.tier <= tier])
+            sets += [pulled] if pulled and not _covers(pulled, found, levers) else []
         found += sets
-    return [_longest(trials, pulled) for pulled in found]
+    return [_with_longest_sequence(trials, pulled) for pulled in found]
 
 
 def strongest(trials: Trials, levers: Iterable[Lever]) -> Set:
-    """All that lowers the peak: of every group its strongest lever that the run can have beside the others."""
+    """Return every lever that lowers the peak: the strongest of each group that the run allows with the others."""
     pulled: tuple[Lever, ...] = ()
     least = trials.answer(())
     by_group: dict[str, list[Lever]] = {}
@@ -103,8 +103,10 @@ def strongest(trials: Trials, levers: Iterable[Lever]) -> Set:
     return pulled
 
 
-def alone(run: RunSpec, without: Sequence[str] = (), calibration: Calibration | None = None) -> Estimate | None:
-    """The run with the first of its levers that alone makes it fit, those of the groups `without` left out."""
+def answer_with_one_lever(
+    run: RunSpec, without: Sequence[str] = (), calibration: Calibration | None = None
+) -> Estimate | None:
+    """Return the estimate with the first lever that alone makes the run fit, skipping the groups in `without`."""
     trials = Trials(run, Demand(), calibration)
     answer = trials.answer(())
     if answer is None:
@@ -114,9 +116,9 @@ def alone(run: RunSpec, without: Sequence[str] = (), calibration: Calibration | 
 
 
 def _forecast(trials: Trials, levers: Iterable[Lever]) -> Callable[[Set], bool]:
-    """Whether a set is worth a try: if its levers save together what they save alone, phase by phase.
+    """Return a predicate: whether a set would fit if its levers' separate savings simply added up, phase by phase.
 
-    They seldom save more, so that a set which is then still too large is passed over.
+    Levers seldom save more together, so sets that fail are not worth an estimate.
     """
     base = trials.answer(())
     assert base is not None
@@ -126,7 +128,7 @@ def _forecast(trials: Trials, levers: Iterable[Lever]) -> Callable[[Set], bool]:
     answers = {lever: trials.answer((lever,)) for lever in levers}
     saved: dict[Lever, dict[str, int]] = {}
     for lever, answer in answers.items():
-        if answer is not None:  # of a pipeline another stage may be the worst, which has other phases
+        if answer is not None:  # in a pipeline another stage, with other phases, may become the worst
             after = phase_peaks(answer)
             saved[lever] = {phase: peak - after.get(phase, 0) for phase, peak in peaks.items()}
 
@@ -137,19 +139,18 @@ def _forecast(trials: Trials, levers: Iterable[Lever]) -> Callable[[Set], bool]:
 
 
 def _by_cost(trials: Trials, levers: Sequence[Lever], tier: int) -> Iterator[Set]:
-    """Sets of two levers and more, none of which meets the demand alone, of that tier: fewest levers and mildest
-    first."""
+    """Yield sets of two or more levers of a tier, none of which suffices alone: fewest levers first, then mildest."""
     order = {lever: i for i, lever in enumerate(levers)}
     weak = [lever for lever in levers if lever.tier <= tier and trials.answer((lever,)) is not None]
     weak = [lever for lever in weak if not trials.fits((lever,))]
 
-    def pushed(taken: Set) -> None:
+    def push(taken: Set) -> None:
         places = tuple(order[lever] for lever in taken)
         heapq.heappush(queue, (len(taken), sum(places), places, taken))
 
     queue: list[tuple[int, int, tuple[int, ...], Set]] = []
     for lever in weak:
-        pushed((lever,))
+        push((lever,))
     while queue:
         *_, taken = heapq.heappop(queue)
         if len(taken) > 1:
@@ -160,21 +161,23 @@ def _by_cost(trials: Trials, levers: Sequence[Lever], tier: int) -> Iterator[Set
         groups = {lever.group for lever in taken}
         for lever in weak:
             if order[lever] > max(map(order.__getitem__, taken)) and lever.group not in groups:
-                pushed((*taken, lever))
+                push((*taken, lever))
 
 
-def _stronger(pulled: Set, others: Iterable[Set], levers: Sequence[Lever]) -> bool:
-    """Whether the set does all that one of the others does, with levers as strong or stronger."""
+def _covers(pulled: Set, others: Iterable[Set], levers: Sequence[Lever]) -> bool:
+    """Whether the set has an equal or stronger lever for every lever of one of the other sets."""
 
-    def does(lever: Lever) -> bool:
-        return any(own.group == lever.group and levers.index(own) >= levers.index(lever) for own in pulled)
+    def covers(lever: Lever) -> bool:
+        return any(p.group == lever.group and levers.index(p) >= levers.index(lever) for p in pulled)
 
-    return any(all(map(does, other)) for other in others)
+    return any(all(map(covers, other)) for other in others)
 
 
-def _let_go(trials: Trials, levers: Sequence[Lever]) -> Set:
-    """All levers at once, then without those that are not needed, or with milder ones, the dearest first; empty where
-    all together do not meet the demand."""
+def _drop_unneeded(trials: Trials, levers: Sequence[Lever]) -> Set:
+    """Pull all levers, then drop or weaken those that are not needed, the most costly first.
+
+    Empty if even all levers together do not meet the demand.
+    """
     pulled = strongest(trials, levers)
     if not trials.fits(pulled):
         return ()
@@ -185,15 +188,15 @@ def _let_go(trials: Trials, levers: Sequence[Lever]) -> Set:
     return tuple(sorted(pulled, key=levers.index))
 
 
-def _longest(trials: Trials, pulled: Set) -> Set:
-    """The set with its sequences, if it shortens them, as long as they may be, in steps of so many tokens."""
+def _with_longest_sequence(trials: Trials, pulled: Set) -> Set:
+    """Return the set with its sequence length, if it shortens sequences, as long as fits."""
     shorter = next((lever for lever in pulled if lever.group == "sequence"), None)
     if shorter is None:
         return pulled
     rest = tuple(lever for lever in pulled if lever is not shorter)
-    low, high = shorter.fields[0][1] // _STEP, -(-trials.run.batch.sequence // _STEP)
+    low, high = shorter.fields[0][1] // _SEQUENCE_STEP, -(-trials.run.batch.sequence // _SEQUENCE_STEP)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if trials.fits((*rest, sequence_of(middle * _STEP))) else (low, middle)
-    tokens = max(low * _STEP, shorter.fields[0][1])
+        low, high = (middle, high) if trials.fits((*rest, sequence_of(middle * _SEQUENCE_STEP))) else (low, middle)
+    tokens = max(low * _SEQUENCE_STEP, shorter.fields[0][1])
     return (*rest, sequence_of(tokens))

@@ -1,7 +1,7 @@
-"""How long a step takes, and what it costs: operations and bytes counted, the share of a card's peak assumed.
+"""The time and cost of a training step: operations and bytes are counted, the share of a card's peak is assumed.
 
-The operations are those that the memory estimate walks, so that what a method leaves out (LoRA's gradients of frozen
-matrices) or does twice (a checkpoint's blocks) shows. Counting is derived; seconds rest on
+The ops are those that the memory estimate walks, so work that a method skips (LoRA's gradients of frozen matrices) or
+repeats (checkpointed blocks) is accounted for. Counts are derived; seconds come from
 `memplan.catalogue.hardware.rates`.
 """
 
@@ -17,30 +17,30 @@ from memplan.catalogue.hardware import rates
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.rates import Rate
 from memplan.catalogue.kernels import flops
-from memplan.catalogue.kernels.flops import Moved, Points
+from memplan.catalogue.kernels.flops import MemoryTraffic, Points
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.ir import Tensor
 from memplan.core.units import ITEMSIZE
 from memplan.engine.walk import shared
 from memplan.engine.work import Call
 from memplan.program.axes import run_axes
-from memplan.program.graph import Graph, built, worked
-from memplan.program.run import Decided
+from memplan.program.graph import Graph, operations_of, work_of_pass
+from memplan.program.run import ResolvedRun
 from memplan.program.sharding.ranks import pieces
 from memplan.program.training.pipeline import idle, may_be_worst
 from memplan.program.training.program import Structure, gradients_of, host_bytes, host_of, program, trained_parameters
 from memplan.resolve.batches import check_batch
 from memplan.resolve.decide import decide
-from memplan.resolve.refusals import refuse_untrained
+from memplan.resolve.refusals import refuse_unless_training
 from memplan.spec.run import RunSpec
 
 PARTS = ("forward", "recomputed", "inputs", "weights")
 
-_Amount = tuple[tuple[tuple[str, ...], int], ...]  # a sum: a factor for every product of the run's axes
+_Amount = tuple[tuple[tuple[str, ...], int], ...]  # a polynomial in the run's axes: (axes multiplied, factor)
 
 
 class _Product(NamedTuple):
-    """Equal products: of one part and dtype, so many operations and bytes each, `times` in a pass."""
+    """Matrix products of one size: `times` per pass, with the operations and bytes of each."""
 
     part: str
     dtype: str
@@ -51,7 +51,7 @@ class _Product(NamedTuple):
 
 
 class _Pass(NamedTuple):
-    """A forward and backward pass with the model's numbers put in: its products, all other bytes, and its calls."""
+    """A forward and backward pass of a model: its products, the bytes of everything else, and its kernel calls."""
 
     products: tuple[_Product, ...]
     rest: _Amount
@@ -59,9 +59,13 @@ class _Pass(NamedTuple):
 
 
 class Product(NamedTuple):
-    """Equal products of a step: the dtype, floating-point operations and bytes of one, and how many there are.
+    """Matrix products of one size in a step.
 
-    `attention`: both products of attention in one kernel.
+    dtype       dtype of computation
+    attention   whether it is a fused attention kernel, which computes two products
+    operations  floating-point operations of one
+    bytes       bytes that one reads and writes
+    times       number of them
     """
 
     dtype: str
@@ -72,18 +76,20 @@ class Product(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What one optimizer step does on one GPU.
+    """The work of one optimizer step on one GPU. Operations are floating-point operations of matrix products.
 
     tokens      batch x sequence x accumulation
-    forward, recomputed, inputs, weights   floating-point operations of products: forward; once more, where a checkpoint
-                computes its block again; of the gradients of activations; of the gradients of weights
-    products    those of each size, for a roofline
+    forward     operations of forward passes
+    recomputed  operations of checkpointed blocks computed again
+    inputs      operations of gradients of activations
+    weights     operations of gradients of weights
+    products    the products by size, for a roofline
     moved       bytes that everything else reads and writes
-    update      bytes that the optimizer's step, clipping and adding up gradients read and write
+    update      bytes that the optimizer step, clipping and gradient accumulation read and write
     copied      bytes between the card and host memory: checkpoints, or an optimizer's gradients and parameters
-    on_host     bytes that an update on the host reads and writes in its own memory
-    calls       kernels or so that are launched, but for the optimizer's
-    idle        how long a pipeline's rank waits for the others, as a share of what it computes
+    on_host     bytes that an update on the host reads and writes in host memory
+    calls       approximate number of kernel launches, without the optimizer's
+    idle        time that a pipeline rank waits for others, as a share of its computing time
     """
 
     tokens: int
@@ -105,34 +111,36 @@ class Work(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """All bytes of the step, those of products too."""
+        """All bytes of the step, including those of products."""
         return sum(p.bytes * p.times for p in self.products) + self.moved + self.update
 
 
 def work(run: RunSpec) -> Work:
-    """What one optimizer step of the run does on one GPU. Raises MemplanError where the run cannot be answered. What
-    several GPUs send each other is not counted. Of a pipeline it is the stage that computes most."""
-    refuse_untrained(run, "the work of a step")
+    """Return the work of one optimizer step on one GPU; in a pipeline, on the stage that computes most.
+
+    Communication between GPUs is not counted. Raises MemplanError if the run cannot be estimated.
+    """
+    refuse_unless_training(run, "the work of a step")
     decided = decide(run)
     if decided.structure.pipe.engine:
-        stages = (decided._replace(structure=one) for one in may_be_worst(decided.structure))
-        slowest = max((_work(one) for one in stages), key=lambda work: work.operations)
+        stages = (decided._replace(structure=stage) for stage in may_be_worst(decided.structure))
+        slowest = max((_work(stage) for stage in stages), key=lambda work: work.operations)
         return slowest._replace(idle=idle(decided.structure))
     return _work(decided)
 
 
-def _work(decided: Decided) -> Work:
-    """What one optimizer step does on one GPU, of a pipeline on its stage."""
+def _work(decided: ResolvedRun) -> Work:
+    """Return the work of one optimizer step on one GPU; in a pipeline, on the run's own stage."""
     p = program(decided.structure)
     b = decided.batch
     check_batch(b, p.structure.graph.model)
     lengths = (decided.pictures, b.target_sequence)
     axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, *lengths)
-    passed = _passed(decided.structure.graph)
+    per_pass = _pass_work(decided.structure.graph)
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     products: list[Product] = []
     values = _Values(axes)
-    for q in passed.products:
+    for q in per_pass.products:
         operations, times = values.of(q.operations), q.times * b.accumulation
         parts[q.part] += operations * times
         products.append(Product(q.dtype, q.attention, operations, values.of(q.bytes), times))
@@ -140,101 +148,103 @@ def _work(decided: Decided) -> Work:
         tokens=b.micro * b.sequence * b.accumulation,
         **parts,
         products=tuple(products),
-        moved=values.of(passed.rest) * b.accumulation,
-        update=_update(decided.structure) + _added(decided.structure) * (b.accumulation - 1),
+        moved=values.of(per_pass.rest) * b.accumulation,
+        update=_update(decided.structure) + _accumulation(decided.structure) * (b.accumulation - 1),
         copied=_copied(decided.structure, b.accumulation) + 2 * (host_bytes(p, axes) - p.host) * b.accumulation,
-        on_host=2 * (p.host if decided.structure.on_host else _stepped_on_host(decided.structure)),
-        calls=passed.calls * b.accumulation,
+        on_host=2 * (p.host if decided.structure.on_host else _fsdp_host_update(decided.structure)),
+        calls=per_pass.calls * b.accumulation,
     )
 
 
 class _Values:
-    """Products of a run's axes, each made once."""
+    """Evaluates amounts at a run's axes, caching products of axes."""
 
     def __init__(self, axes: Mapping[str, int]) -> None:
         self._axes = axes
-        self._known: dict[tuple[str, ...], int] = {}
+        self._cache: dict[tuple[str, ...], int] = {}
 
     def of(self, amount: _Amount) -> int:
         total = 0
         for names, factor in amount:
-            if names not in self._known:
-                self._known[names] = prod(self._axes[name] for name in names)
-            total += factor * self._known[names]
+            if names not in self._cache:
+                self._cache[names] = prod(self._axes[name] for name in names)
+            total += factor * self._cache[names]
         return total
 
 
 @lru_cache(maxsize=256)
-def _passed(graph: Graph) -> _Pass:
-    """The graph's calls as numbers."""
-    _, axes = built(graph)
+def _pass_work(graph: Graph) -> _Pass:
+    """Return the work of one forward and backward pass of the graph."""
+    _, axes = operations_of(graph)
     sizes = _Sizes(axes)
     products: dict[tuple[str, str, bool, _Amount, _Amount], int] = {}
     rest: dict[tuple[str, ...], int] = {}
     calls = 0
 
-    def add(call: Call, part: str, points: Iterable[Points], own: list[Moved], beside: Iterable[Moved]) -> None:
+    def add(
+        call: Call, part: str, points: Iterable[Points], own: list[MemoryTraffic], extra: Iterable[MemoryTraffic]
+    ) -> None:
+        """Add a call: `own` bytes belong to its product, if it has one; `extra` bytes are always moved separately."""
         nonlocal calls
         operations = sizes.operations(points)
         if operations:
             dtype, attends = flops.computes_in(call.op, call.part == "backward"), flops.attends(call.op)
             key = (part, dtype, attends, operations, sizes.bytes(own))
             products[key] = products.get(key, 0) + call.copies
-        for names, factor in (*sizes.bytes(beside), *(() if operations else sizes.bytes(own))):
+        for names, factor in (*sizes.bytes(extra), *(() if operations else sizes.bytes(own))):
             rest[names] = rest.get(names, 0) + factor * call.copies
         calls += call.copies if own else 0
 
-    for call in worked(graph):
+    for call in work_of_pass(graph):
         op, tensors = call.op, call.tensors
         match call.part:
             case "sum":
                 (like,) = call.targets
-                add(call, "inputs", (), [Moved(like, flops.ADDING)], ())
+                add(call, "inputs", (), [MemoryTraffic(like, flops.ADDING)], ())
             case "backward":
                 for target in call.targets:
-                    own, beside = flops.backward_bytes(op, tensors, call.of, target)
-                    part = "inputs" if sizes.runs(target) else "weights"
-                    add(call, part, flops.backward(op, tensors, target), own, beside)
+                    own, extra = flops.backward_bytes(op, tensors, call.of, target)
+                    part = "inputs" if sizes.is_activation(target) else "weights"
+                    add(call, part, flops.backward(op, tensors, target), own, extra)
                 add(call, "inputs", (), [], flops.scratch_back(op, [t.name for t in call.targets]))
             case part:
-                own, beside = flops.forward_bytes(op, tensors)
-                add(call, part, flops.forward(op, tensors), own, beside)
-    found = tuple(_Product(*key, times) for key, times in products.items())
-    return _Pass(found, tuple(rest.items()), calls)
+                own, extra = flops.forward_bytes(op, tensors)
+                add(call, part, flops.forward(op, tensors), own, extra)
+    return _Pass(tuple(_Product(*key, times) for key, times in products.items()), tuple(rest.items()), calls)
 
 
 class _Sizes:
-    """Shapes with a model's numbers put in."""
+    """Evaluates shapes at a model's axes, leaving those that the run decides."""
 
     def __init__(self, axes: Mapping[str, int]) -> None:
         self._axes = axes
-        self._known: dict[str, tuple[tuple[str, ...], int]] = {}
+        self._cache: dict[str, tuple[tuple[str, ...], int]] = {}
 
     def elements(self, shape: str) -> tuple[tuple[str, ...], int]:
-        """A shape's axes that the run decides, and how many elements it has at every point of those."""
-        if shape not in self._known:
+        """Return the shape's axes that the run decides, and the product of the others."""
+        if shape not in self._cache:
             tokens = shape.split()
             known = {t: int(t) for t in tokens if t.isdigit()} | {t: shared(t, self._axes) for t in tokens if "/" in t}
             known |= {t: self._axes[t] for t in tokens if t in self._axes}
             free = tuple(sorted(t for t in tokens if t not in known))
-            self._known[shape] = free, prod(known[t] for t in tokens if t in known)
-        return self._known[shape]
+            self._cache[shape] = free, prod(known[t] for t in tokens if t in known)
+        return self._cache[shape]
 
-    def runs(self, tensor: Tensor) -> bool:
-        """Whether the run decides how large the tensor is, as it does of activations."""
+    def is_activation(self, tensor: Tensor) -> bool:
+        """Whether the tensor's size depends on the run's batch or sequence."""
         return bool(self.elements(tensor.shape)[0])
 
     def operations(self, points: Iterable[Points]) -> _Amount:
         return _summed((*self.elements(p.shape), p.operations) for p in points)
 
-    def bytes(self, moved: Iterable[Moved]) -> _Amount:
-        def each() -> Iterable[tuple[tuple[str, ...], int, int]]:
+    def bytes(self, moved: Iterable[MemoryTraffic]) -> _Amount:
+        def terms() -> Iterable[tuple[tuple[str, ...], int, int]]:
             for tensor, times in moved:
                 free, factor = self.elements(tensor.shape)
                 name, _, per = tensor.dtype.partition("/")
                 yield free, factor * ITEMSIZE[name] // int(per or 1), times
 
-        return _summed(each())
+        return _summed(terms())
 
 
 def _summed(terms: Iterable[tuple[tuple[str, ...], int, int]]) -> _Amount:
@@ -246,20 +256,23 @@ def _summed(terms: Iterable[tuple[tuple[str, ...], int, int]]) -> _Amount:
 
 @lru_cache(maxsize=2048)
 def _update(structure: Structure) -> int:
-    """Bytes that clipping and the optimizer's step move on the card. Paged states are counted as if they were there."""
+    """Return the bytes that clipping and the optimizer step move on the card; paged states count as on the card."""
     p = program(structure)
     gradients = _gradients(structure)
     before = (flops.CLIPPING if structure.clips else 0) + (flops.UNSCALING if structure.scales else 0)
     if structure.on_host or structure.ranks.offloads:
         return before * gradients
-    passes = flops.IN_LISTS if p.optimizer.listed else flops.AT_ONCE
+    passes = flops.IN_LISTS if p.optimizer.foreach_lists else flops.AT_ONCE
     stepped = passes.states * (p.states + p.host) + passes.gradients * gradients
     return stepped + passes.parameters * _weights(structure) + before * gradients
 
 
 def _copied(structure: Structure, passes: int) -> int:
-    """Bytes that an update on the host takes and gives back: gradients and parameters. Under FSDP a rank's parts of
-    all weights are brought for every forward and backward pass, and gradients go as often as they are reduced."""
+    """Return the bytes copied for an update on the host: gradients there, parameters back.
+
+    FSDP copies a rank's shard of all weights to the card for every forward and backward pass, and copies gradients
+    whenever they are reduced.
+    """
     ranks = structure.ranks
     if ranks.offloads:
         parts = sum(prod(p.shape) * ITEMSIZE[p.dtype] * p.copies for p in pieces(structure.graph, ranks))
@@ -268,8 +281,8 @@ def _copied(structure: Structure, passes: int) -> int:
     return _gradients(structure) + _weights(structure) if structure.on_host else 0
 
 
-def _stepped_on_host(structure: Structure) -> int:
-    """Bytes of what FSDP's update on the host works on: a rank's parts of weights and gradients, and its states."""
+def _fsdp_host_update(structure: Structure) -> int:
+    """Return the bytes of a rank's weights, gradients and states that FSDP updates on the host."""
     if not structure.ranks.offloads:
         return 0
     states = sum(h.bytes * h.copies for h in host_of(structure) if h.kind == "optstate")
@@ -281,18 +294,18 @@ def _gradients(structure: Structure) -> int:
 
 
 def _weights(structure: Structure) -> int:
-    """Bytes of the parameters that train."""
+    """Return the bytes of the trained parameters."""
     return sum(prod(t.shape) * ITEMSIZE[t.dtype] * t.copies for t in trained_parameters(structure))
 
 
 @lru_cache(maxsize=2048)
-def _added(structure: Structure) -> int:
-    """Bytes that adding a later pass's gradients moves."""
+def _accumulation(structure: Structure) -> int:
+    """Return the bytes moved to add a later pass's gradients."""
     return flops.ADDING * _gradients(structure)
 
 
 class Range(NamedTuple):
-    """A figure as low, usual and high. Never certain: each rests on rates that are measured elsewhere or assumed."""
+    """A low, usual and high figure. All are uncertain: they rest on rates measured elsewhere or assumed."""
 
     low: float
     usual: float
@@ -303,14 +316,18 @@ class Range(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How long a step takes on one device of a card.
+    """The time of a step on one device of a card, and the rates behind it; the short time is at the high rates.
 
-    seconds     of an optimizer step; tokens are those of the step
-    products, attention, bandwidth, launch   the rates it rests on, each with its basis and source; the short time is at
-                high ones
-    bus, host   those of copies to and from host memory, and of an update there; None where there is nothing of the kind
-    bound       what most of the usual time goes to: products, bytes, the host or copies
-    note        what stands in for a rate that the card does not have
+    seconds     time of an optimizer step
+    tokens      tokens of the step
+    products    rate of matrix products
+    attention   rate of attention
+    bandwidth   rate of the card's memory
+    launch      time of a kernel launch
+    bus         rate of copies to and from host memory; None if there are none
+    host        rate of an update in host memory; None if there is none
+    bound       what takes most of the usual time: products, bytes, host or copies
+    note        substitute for a rate that the card does not have
     """
 
     seconds: Range
@@ -330,15 +347,18 @@ class Pace(NamedTuple):
 
     @property
     def basis(self) -> str:
-        """measured, or assumed where a rate is."""
+        """`assumed` if any rate is assumed, else `measured`."""
         every = (self.products, self.attention, self.bandwidth, self.launch, self.bus, self.host)
         return "assumed" if any(rate is not None and rate.basis == "assumed" for rate in every) else "measured"
 
 
-class Limits(NamedTuple):
-    """What one device of a card does at most in a second: operations by dtype, bytes of its memory and over its bus.
+class StepLimits(NamedTuple):
+    """Peak rates of one device of a card, per second.
 
-    `note` as in `Pace`.
+    operations  floating-point operations by dtype
+    bytes       bytes of its memory
+    bus         bytes over its bus
+    note        see `Pace`
     """
 
     operations: dict[str, float]
@@ -348,7 +368,7 @@ class Limits(NamedTuple):
 
 
 class Shares(NamedTuple):
-    """One choice of rates: shares of the card's most and of its bus, seconds a kernel, bytes a second of the host."""
+    """One choice of rates: shares of the card's peak and its bus, seconds per kernel launch, host bytes per second."""
 
     products: float
     attention: float
@@ -358,31 +378,33 @@ class Shares(NamedTuple):
     host: float
 
 
-def pace(work: Work, gpu: GPU) -> Pace | None:
-    """How long the work takes on one device of the card; None where the catalogue has no rate for its products."""
+def step_pace(work: Work, gpu: GPU) -> Pace | None:
+    """Return the time of the work on one device of the card; None if the catalogue has no rate for its products."""
     card = limits(gpu, frozenset(p.dtype for p in work.products))
     if card is None:
         return None
     high, usual, low = shares(gpu)
     seconds = Range(*(_seconds(work, card, choice) for choice in (high, usual, low)))
     multiplying, moving = busy(work, card, usual)
-    parts = {"products": multiplying, "bytes": moving, "copies": _away(work, card, usual)}
+    parts = {"products": multiplying, "bytes": moving, "copies": _host_seconds(work, card, usual)}
     launching = work.calls * usual.launch
-    if launching > multiplying + moving:  # which then goes on beside it
+    if launching > multiplying + moving:  # the card's work then hides behind the launches
         parts["host"] = launching
     bus, host = (rates.BUS if work.copied else None), (rates.HOST_MEMORY if work.on_host else None)
-    return Pace(seconds, work.tokens, *_own(gpu), rates.LAUNCH, bus, host, max(parts, key=parts.__getitem__), card.note)
+    return Pace(
+        seconds, work.tokens, *_card_rates(gpu), rates.LAUNCH, bus, host, max(parts, key=parts.__getitem__), card.note
+    )
 
 
-def _own(gpu: GPU) -> tuple[Rate, Rate, Rate]:
-    """The card's rates of products, attention and bandwidth."""
+def _card_rates(gpu: GPU) -> tuple[Rate, Rate, Rate]:
+    """Return the card's rates of products, attention and bandwidth."""
     capability = gpu.compute_capability
     return rates.products(capability), rates.attention(capability), rates.bandwidth(capability)
 
 
 def shares(gpu: GPU) -> tuple[Shares, Shares, Shares]:
-    """The rates of a card, all at their high, usual and low figures; the host is as fast."""
-    p, a, b = _own(gpu)
+    """Return the rates of a card and its host, all high, all usual and all low."""
+    p, a, b = _card_rates(gpu)
     launch, bus, host = rates.LAUNCH, rates.BUS, rates.HOST_MEMORY
     return (
         Shares(p.high / 100, a.high / 100, b.high / 100, launch.low / 1e6, bus.high / 100, host.high * 1e9),
@@ -392,35 +414,35 @@ def shares(gpu: GPU) -> tuple[Shares, Shares, Shares]:
 
 
 def ratio(before: Work, after: Work, gpu: GPU) -> tuple[float, float] | None:
-    """How many times longer `after` takes for the same number of tokens, at least and at most.
+    """Return how many times longer `after` takes for the same number of tokens, at least and at most.
 
-    Both are timed at the same rates, all that a card may have, so that most of what is unsure about each falls away.
-    None where the catalogue has no rate for the products of one.
+    Both are timed at the same rates, over all combinations of high and low ones, so that most of the uncertainty
+    cancels. None if the catalogue has no rate for the products of one.
     """
     card = limits(gpu, frozenset(p.dtype for w in (before, after) for p in w.products))
     if card is None:
         return None
     high, _, low = shares(gpu)
-    found: list[float] = []
+    ratios: list[float] = []
     for choice in map(Shares._make, product(*zip(high, low, strict=True))):
         first, second = (_seconds(w, card, choice) / w.tokens for w in (before, after))
-        found.append(second / first)
-    return min(found), max(found)
+        ratios.append(second / first)
+    return min(ratios), max(ratios)
 
 
-def _seconds(work: Work, card: Limits, shares: Shares) -> float:
-    """How long the card is busy, or the host with launching if that takes longer; then what is done off the card."""
+def _seconds(work: Work, card: StepLimits, shares: Shares) -> float:
+    """Return the seconds of the card's work or of kernel launches, whichever takes longer, plus those off the card."""
     computing = max(sum(busy(work, card, shares)), work.calls * shares.launch)
-    return computing * (1 + work.idle) + _away(work, card, shares)
+    return computing * (1 + work.idle) + _host_seconds(work, card, shares)
 
 
-def _away(work: Work, card: Limits, shares: Shares) -> float:
-    """Seconds of copies to and from host memory, and of an update there, one after the other."""
+def _host_seconds(work: Work, card: StepLimits, shares: Shares) -> float:
+    """Return the seconds of copies to and from host memory plus those of an update there."""
     return work.copied / (card.bus * shares.bus) + work.on_host / shares.host
 
 
-def busy(work: Work, card: Limits, shares: Shares) -> tuple[float, float]:
-    """Seconds of products that operations bound, and of all else that bytes bound."""
+def busy(work: Work, card: StepLimits, shares: Shares) -> tuple[float, float]:
+    """Return the seconds of compute-bound products, and those of everything else, which memory bandwidth bounds."""
     per_byte = 1 / (card.bytes * shares.bandwidth)
     multiplying, moving = 0.0, (work.moved + work.update) * per_byte
     for dtype, attention, operations, bytes_, times in work.products:
@@ -434,28 +456,28 @@ def busy(work: Work, card: Limits, shares: Shares) -> tuple[float, float]:
 
 
 @lru_cache(maxsize=4096)
-def limits(gpu: GPU, dtypes: frozenset[str]) -> Limits | None:
-    """What one device of the card does at most, with products in those dtypes; None where a rate is not known."""
+def limits(gpu: GPU, dtypes: frozenset[str]) -> StepLimits | None:
+    """Return the peak rates of one device of the card for products in the dtypes; None if a rate is unknown."""
     if gpu.bandwidth_gbps is None:
         return None
-    found: dict[str, float] = {}
+    operations: dict[str, float] = {}
     notes: list[str] = []
     for dtype in sorted(dtypes):
         tera, note = _tera(gpu, dtype)
         if tera is None:
             return None
-        found[dtype] = tera * 1e12 / gpu.devices
+        operations[dtype] = tera * 1e12 / gpu.devices
         notes += [note] if note else []
     bus = rates.bus_gbps(gpu.pcie) * 1e9 / gpu.devices
-    return Limits(found, gpu.bandwidth_gbps * 1e9 / gpu.devices, bus, "; ".join(dict.fromkeys(notes)))
+    return StepLimits(operations, gpu.bandwidth_gbps * 1e9 / gpu.devices, bus, "; ".join(dict.fromkeys(notes)))
 
 
 def _tera(gpu: GPU, dtype: str) -> tuple[float | None, str]:
-    """10**12 operations a second in that dtype, and what stands in for a rate that the card does not have."""
+    """Return 10**12 operations per second in the dtype, and a note if another rate is substituted."""
     match dtype:
         case "bf16" if gpu.bf16_tflops is not None:
             return gpu.bf16_tflops, ""
-        case "bf16":  # the product is made by the units for fp32
+        case "bf16":  # computed by the fp32 units
             fp32, _ = _tera(gpu, "fp32")
             return fp32, f"{gpu.title} has no units for bf16: its products take as long as in fp32"
         case "fp16":
@@ -471,8 +493,7 @@ def _tera(gpu: GPU, dtype: str) -> tuple[float | None, str]:
 
 
 class Hourly(NamedTuple):
-    """What one GPU is asked for an hour, in US dollars: the least and the most of the prices found, and the latest day
-    on which one of them was (ISO 8601)."""
+    """Lowest and highest known price of a GPU, in US dollars per hour, and the date of the latest one (ISO 8601)."""
 
     low: float
     high: float
@@ -480,16 +501,16 @@ class Hourly(NamedTuple):
 
 
 def hourly(gpu: GPU) -> Hourly | None:
-    """The range of the card's dated prices; None where there is none."""
+    """Return the range of the card's dated prices; None if there are none."""
     dated = [price for price in gpu.prices if price.date]
     if not dated:
         return None
-    asked = [price.usd_per_hour for price in dated]
-    return Hourly(min(asked), max(asked), max(price.date for price in dated))
+    prices = [price.usd_per_hour for price in dated]
+    return Hourly(min(prices), max(prices), max(price.date for price in dated))
 
 
 class Cost(NamedTuple):
-    """What so many tokens take: seconds of one GPU, and US dollars where a price is known."""
+    """The cost of a number of tokens: seconds, and US dollars if a price is known."""
 
     tokens: int
     seconds: Range
@@ -500,10 +521,10 @@ MILLION = 1_000_000
 
 
 def cost(pace: Pace, usd_per_hour: Hourly | float | None = None, tokens: int = MILLION) -> Cost:
-    """What `tokens` take at that pace, by default a million.
+    """Return the cost of `tokens` tokens at a pace.
 
-    `usd_per_hour` is a price or the range of `hourly`: the least is paid for the short time, the most for the long one,
-    and what is usual lies in the middle of the range.
+    `usd_per_hour` is a price or the range from `hourly`: the low price goes with the short time, the high price with
+    the long time, and their mean with the usual time.
     """
     seconds = pace.seconds.times(tokens / pace.tokens)
     if usd_per_hour is None:

@@ -1,8 +1,8 @@
-"""Many runs at once: batch x sequence x rank as arrays, by the walk of one run over arrays instead of numbers.
+"""Many runs at once: batch x sequence x rank, with numpy arrays in place of a single run's numbers.
 
-A program's moments are linear in its variables (see `memplan.engine.walk`): for many runs that is a product of
-matrices. Each rank is a program of its own, as are a batch of one sequence, sequences beyond the model's window, and
-those of one chunk of the loss.
+A program's moments are linear in its variables (see `memplan.engine.walk`), so all runs of one program are one matrix
+product. Every rank needs a program of its own, and so do a batch of one sequence, sequences longer than the model's
+window, and sequences that fit in one chunk of the loss.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from memplan.engine.walk import values
 from memplan.estimate.answer import ANSWERS
 from memplan.estimate.calibration import Calibration, calibration_of
 from memplan.estimate.estimate import estimate
-from memplan.estimate.usage import Room, around_of, enough, resident, room
+from memplan.estimate.usage import SegmentRoom, enough_for_segments, resident, room, run_overhead
 from memplan.estimate.walk import workspace_of
 from memplan.models.cards import find_model
-from memplan.models.configs.images import picture_of, sees
+from memplan.models.configs.images import picture_of, takes_images
 from memplan.program.axes import run_axes
-from memplan.program.run import Decided
+from memplan.program.run import ResolvedRun
 from memplan.program.training.program import PHASES, Program, phase_peaks, program
 from memplan.program.training.replay import streams_apart
 from memplan.resolve.batches import check_batch
 from memplan.resolve.decide import decide
-from memplan.resolve.refusals import refuse_untrained
+from memplan.resolve.refusals import refuse_unless_training
 from memplan.spec.run import RunSpec, changed
 from memplan.spec.training import Also
 
@@ -44,21 +44,20 @@ STEP_PHASES = ("load", *PHASES, "step", "eval", "generate", "save", "merge")
 FITS, TIGHT, DOES_NOT_FIT = range(len(ANSWERS))
 UNCLEAR, CANNOT_RUN = 3, 4
 FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
-_CHUNK = 16384  # runs at a time: what they take stays near the core, and a call is worth its while
-_ONE_CORE = (
-    2**17
-)  # multiplications at a time: with more a BLAS shares them among cores, which takes longer than they do
-_HELD = 2**63  # bytes from which on int64 does not hold them
-_EXACT = 2**53  # whole numbers above are not all in a double
+_CHUNK = 16384  # runs per call: few enough to stay in the cache, enough to be worth a call
+_BLAS_SERIAL = 2**17  # multiplications per call: with more, BLAS starts threads, which takes longer than it saves
+_INT64_OVERFLOW = 2**63  # bytes that int64 cannot hold
+_MAX_EXACT = 2**53  # larger integers are not exact in a double
 
 
 class Grid:
-    """The answers of a run for every value of some of its fields. Arrays have an axis for each field that was swept,
-    in the order batch, sequence, rank.
+    """The answers of a run over a grid of values. Arrays have an axis for each swept field, in the order batch,
+    sequence, rank; runs that memplan refuses (more tokens than learned positions, say) are -1.
 
-    axes        the fields that were swept, and their values
-    allocated   int64: `bytes.allocated` of each run; -1 where a run cannot be (more tokens than learned positions, say)
-    phases      int8: the phase of the peak, as an index into `STEP_PHASES`; -1 where a run cannot be
+    run         the run the grid was made from
+    axes        the values of each swept field
+    allocated   int64: `bytes.allocated` of each run
+    phases      int8: the phase of the peak, as an index into `STEP_PHASES`
     """
 
     def __init__(
@@ -79,17 +78,16 @@ class Grid:
 
     @property
     def unclear(self) -> int:
-        """How many runs have a verdict that takes a replay of their allocations, milliseconds each."""
+        """Number of runs whose verdict needs a replay of their allocations, which takes milliseconds each."""
         import numpy as np
 
         return 0 if self._clear is None else int(np.count_nonzero(self._clear == UNCLEAR))
 
     @cached_property
     def answers(self) -> NDArray[np.int8] | None:
-        """int8: each verdict as an index into `memplan.estimate.answer.ANSWERS`; -1 where a run cannot be. None without
-        a GPU.
+        """int8: each verdict as an index into `memplan.estimate.answer.ANSWERS`, or -1. None without a GPU.
 
-        Made when asked for: what is unclear is replayed.
+        Computed on first access, which replays the runs that are unclear.
         """
         import numpy as np
 
@@ -103,13 +101,13 @@ class Grid:
 
     @property
     def verdict(self) -> NDArray[np.str_] | None:
-        """The verdicts in words: fits, tight, does not fit, or empty where a run cannot be. None without a GPU."""
+        """Verdicts as strings: fits, tight, does not fit, or empty if the run is refused. None without a GPU."""
         import numpy as np
 
         return None if self.answers is None else np.array([*ANSWERS, ""])[self.answers]
 
     def at(self, *place: int) -> RunSpec:
-        """The run at a place of the arrays."""
+        """Return the run at an index of the arrays."""
         changes = {name: values[i] for (name, values), i in zip(self.axes.items(), place, strict=True)}
         return _changed(self.run, changes)
 
@@ -122,64 +120,65 @@ def grid(
     rank: Sequence[int] | None = None,
     calibration: Calibration | None = None,
 ) -> Grid:
-    """The run for every `batch.micro`, `batch.sequence` and `method.rank` that is listed, each as `estimate` has it.
+    """Estimate the run for all combinations of the given `batch.micro`, `batch.sequence` and `method.rank` values.
 
-    Millions of runs a second, but for verdicts that a bound does not tell (see `Grid.unclear`). Needs numpy.
+    Results equal those of `estimate`. Handles millions of runs per second, except for verdicts that need a replay (see
+    `Grid.unclear`). Needs numpy.
 
-    Raises SpecError where nothing is listed, or a value is none that a run can have, and what `estimate` raises where
-    the run cannot be answered whatever the values.
+    Raises SpecError if no values are given or a value is invalid, and whatever `estimate` raises if every run is
+    refused.
     """
     import numpy as np
 
-    refuse_untrained(run, "a grid")
-    given = {"batch": batch, "sequence": sequence, "rank": rank}
-    axes = {name: tuple(map(index, listed)) for name, listed in given.items() if listed is not None}
+    refuse_unless_training(run, "a grid")
+    arguments = {"batch": batch, "sequence": sequence, "rank": rank}
+    axes = {name: tuple(map(index, listed)) for name, listed in arguments.items() if listed is not None}
     if not axes:
-        raise SpecError("grid: name batch, sequence or rank, and the values it is to have", "grid")
+        raise SpecError("grid: give the values to try for batch, sequence or rank", "grid")
     for name, listed in axes.items():
         if not listed:
             raise SpecError(f"{name}: no value to try", name)
-        for value in (min(listed), max(listed)):  # all are good where these are
+        for value in (min(listed), max(listed)):  # every value between valid ones is valid
             _changed(run, {name: value})
-    whole = {name: sorted(set(axes.get(name) or (_value(run, name),))) for name in ("rank", "batch", "sequence")}
-    shape = tuple(map(len, whole.values()))
-    out = _Found(np.full(shape, -1, np.int64), np.full(shape, -1, np.int8), np.full(shape, CANNOT_RUN, np.int8))
+    values = {name: sorted(set(axes.get(name) or (_value(run, name),))) for name in ("rank", "batch", "sequence")}
+    shape = tuple(map(len, values.values()))
+    out = _Arrays(np.full(shape, -1, np.int64), np.full(shape, -1, np.int8), np.full(shape, CANNOT_RUN, np.int8))
     refused: MemplanError | None = None
-    for k, of_rank in enumerate(whole["rank"]):
-        one = _changed(run, {"rank": of_rank}) if "rank" in axes else run
-        for rows, columns in _alike(one, whole["batch"], whole["sequence"]):
+    for k, value in enumerate(values["rank"]):
+        ranked = _changed(run, {"rank": value}) if "rank" in axes else run
+        for rows, columns in _same_program(ranked, values["batch"], values["sequence"]):
             part = out.part(k, rows, columns)
             try:
-                _fill(part, one, calibration, whole["batch"][rows], whole["sequence"][columns])
-            except MemplanError as error:  # of a rank that is too large, say: others may do
+                _fill(part, ranked, calibration, values["batch"][rows], values["sequence"][columns])
+            except MemplanError as error:  # a rank that is too large, say; others may work
                 refused = refused or error
     if refused is not None and not (out.allocated >= 0).any():
         raise refused
-    places = [[bisect_left(whole[name], value) for value in axes.get(name) or whole[name]] for name in FIELDS]
+    places = [[bisect_left(values[name], value) for value in axes.get(name) or values[name]] for name in FIELDS]
     swept = tuple(map(len, axes.values()))
 
-    def asked(array: NDArray[Any]) -> NDArray[Any]:
-        """As the values were listed, with an axis for each list."""
+    def in_given_order(array: NDArray[Any]) -> NDArray[Any]:
+        """Reorder the array to the given values, with an axis for each swept field."""
         array = np.moveaxis(array, 0, -1)
         for axis, place in enumerate(places):
             if place != list(range(array.shape[axis])):
                 array = array.take(place, axis)
         return array.reshape(swept)
 
-    clear = None if run.gpu is None else asked(out.clear)
-    return Grid(run, axes, calibration, asked(out.allocated), asked(out.phases), clear)
+    clear = None if run.gpu is None else in_given_order(out.clear)
+    return Grid(run, axes, calibration, in_given_order(out.allocated), in_given_order(out.phases), clear)
 
 
-class _Found(NamedTuple):
-    """Arrays of runs: bytes allocated, the phase of the peak, and the verdict as far as bounds tell it."""
+class _Arrays(NamedTuple):
+    """Arrays over runs: allocated bytes, the phase of the peak, and the verdict if bounds decide it."""
 
     allocated: NDArray[np.int64]
     phases: NDArray[np.int8]
     clear: NDArray[np.int8]
 
-    def part(self, *place: int | slice) -> _Found:
-        """Views of the arrays."""
-        return _Found(self.allocated[place], self.phases[place], self.clear[place])
+    def part(self, *place: int | slice) -> _Arrays:
+        """Return views of the arrays."""
+        return _Arrays(self.allocated[place], self.phases[place], self.clear[place])
 
 
 def _changed(run: RunSpec, values: Mapping[str, int]) -> RunSpec:
@@ -194,15 +193,15 @@ def _value(run: RunSpec, name: str) -> int:
     return cast(int, getattr(getattr(run, part), field))
 
 
-def _alike(run: RunSpec, batches: list[int], sequences: list[int]) -> Iterator[tuple[slice, slice]]:
-    """Batches and sequences, both sorted, that share a program, and that the model has positions for or has not."""
+def _same_program(run: RunSpec, batches: list[int], sequences: list[int]) -> Iterator[tuple[slice, slice]]:
+    """Yield slices of the sorted batches and sequences that share a program, and are all valid or all invalid."""
     model = find_model(run.model)
     ends = {0, len(sequences)}
     if model.sliding_window is not None:
         ends.add(bisect_left(sequences, model.sliding_window))
-    if run.batch.images and sees(model.model_type):
+    if run.batch.images and takes_images(model.model_type):
         tokens = run.batch.images * picture_of(model, run.batch.image_size).tokens
-        ends.add(bisect_left(sequences, tokens))  # shorter ones do not hold the images
+        ends.add(bisect_left(sequences, tokens))  # the images do not fit into shorter sequences
     if run.kernels.loss == "chunked_lm_head":
         ends.add(bisect_right(sequences, CHUNK))
     if model.learned_positions and model.longest_sequence is not None:
@@ -212,54 +211,56 @@ def _alike(run: RunSpec, batches: list[int], sequences: list[int]) -> Iterator[t
             yield slice(*rows), slice(*columns)
 
 
-def _fill(out: _Found, run: RunSpec, calibration: Calibration | None, batches: list[int], sequences: list[int]) -> None:
-    """Answer the runs of one program: an axis for batches, one for sequences."""
+def _fill(
+    out: _Arrays, run: RunSpec, calibration: Calibration | None, batches: list[int], sequences: list[int]
+) -> None:
+    """Answer the runs of one program, with batches as rows and sequences as columns."""
     import numpy as np
 
     first = _changed(run, {"batch": batches[0], "sequence": sequences[0]})
     decided = decide(first)
-    # which stage holds most is each run's own, and what it does beside its steps
+    # a pipeline's worst stage depends on the run, as does the memory of evaluations and saves
     if decided.structure.graph.degrees.pp > 1 or run.also != Also():
         _one_by_one(out, run, calibration, batches, sequences)
         return
     p = program(decided.structure)
     check_batch(decided.batch, p.structure.graph.model)
-    if decided.batch.sequence != first.batch.sequence:  # what the model's config fixes
+    if decided.batch.sequence != first.batch.sequence:  # fixed by the model's config
         sequences = [decided.batch.sequence] * len(sequences)
     target = _target(decided, run)
     lengths = (decided.pictures, target)
     top = run_axes(p, batches[-1], sequences[-1], decided.half, decided.large_tiles, ONE_RUN, *lengths)
-    if _most(p, values(p.variables, top)) >= _EXACT:
+    if _upper_bound(p, values(p.variables, top)) >= _MAX_EXACT:
         _one_by_one(out, run, calibration, batches, sequences)
         return
     b, s = np.array(batches)[:, None], np.array(sequences)[None, :]
     walk = _Walk(decided, calibration_of(decided.gpu, calibration), target)
-    wide = min(_CHUNK, len(sequences))
-    tall = max(1, _CHUNK // wide)
-    for i in range(0, len(batches), tall):
-        for j in range(0, len(sequences), wide):
-            rows, columns = slice(i, i + tall), slice(j, j + wide)
+    width = min(_CHUNK, len(sequences))
+    height = max(1, _CHUNK // width)
+    for i in range(0, len(batches), height):
+        for j in range(0, len(sequences), width):
+            rows, columns = slice(i, i + height), slice(j, j + width)
             walk.over(b[rows], s[:, columns], out.part(rows, columns))
 
 
-def _target(decided: Decided, run: RunSpec) -> int | None:
-    """The decoder's length where it is not the encoder's, whatever that is."""
+def _target(decided: ResolvedRun, run: RunSpec) -> int | None:
+    """Return the decoder's length if it does not follow the encoder's."""
     model = decided.structure.graph.model
     return run.batch.target_sequence or model.longest_target
 
 
-def _most(p: Program, values: Sequence[int]) -> int:
-    """The most that a variable or a moment is, where every variable is at its most."""
+def _upper_bound(p: Program, values: Sequence[int]) -> int:
+    """Return the largest variable or moment, given the largest value of every variable."""
     rows = [term.coefficients for terms in (p.first, p.later) for phase in terms.values() for term in phase]
     return max(*values, *(sum(map(mul, row, values)) for row in (*rows, p.held)))
 
 
 def _one_by_one(
-    out: _Found, run: RunSpec, calibration: Calibration | None, batches: list[int], sequences: list[int]
+    out: _Arrays, run: RunSpec, calibration: Calibration | None, batches: list[int], sequences: list[int]
 ) -> None:
-    """Where doubles do not hold the bytes. No card comes near, so that bounds tell every verdict."""
+    """Answer runs separately, for pipelines and for bytes that a double cannot hold exactly."""
     largest = estimate(_changed(run, {"batch": batches[-1], "sequence": sequences[-1]}))
-    if largest.bytes.allocated >= _HELD:
+    if largest.bytes.allocated >= _INT64_OVERFLOW:
         raise SpecError(f"batch: {batches[-1]} x {sequences[-1]} tokens take more bytes than int64 holds", "batch")
     for i, batch in enumerate(batches):
         for j, sequence in enumerate(sequences):
@@ -273,39 +274,39 @@ def _one_by_one(
 class _Walk:
     """The walk of one program over arrays."""
 
-    def __init__(self, decided: Decided, calibration: Calibration | None, target: int | None) -> None:
+    def __init__(self, decided: ResolvedRun, calibration: Calibration | None, target: int | None) -> None:
         import numpy as np
 
         p = program(decided.structure)
         self._program, self._decided, self._target = p, decided, target
-        none = dict.fromkeys(PHASES, 0)
-        passes = [(p.first, none)] + ([(p.later, p.accumulated)] if p.structure.accumulates else [])
-        self._terms: list[tuple[str, slice, int]] = []  # of a phase and pass: the moments' rows, bytes beside them
+        no_gradients = dict.fromkeys(PHASES, 0)
+        passes = [(p.first, no_gradients)] + ([(p.later, p.accumulated)] if p.structure.accumulates else [])
+        self._terms: list[tuple[str, slice, int]] = []  # per phase and pass: rows of its moments, constant bytes
         rows: list[tuple[int, ...]] = []
         for phase in PHASES:
-            for terms, beside in passes:
+            for terms, constant in passes:
                 start = len(rows)
                 rows += [term.coefficients for term in terms[phase]]
-                self._terms.append((phase, slice(start, len(rows)), beside[phase]))
+                self._terms.append((phase, slice(start, len(rows)), constant[phase]))
         if p.held:
             rows.append(p.held)
         matrix = np.array(rows, float)
         used = [v for v in range(len(p.variables)) if matrix[:, v].any()]
         self._matrix = matrix[:, used]
         self._variables = [p.variables[v] for v in used]
-        self._block = max(64, _ONE_CORE // self._matrix.size)
-        found: dict[str, tuple[int, int]] = {"load": (p.loading, 0)}
+        self._block = max(64, _BLAS_SERIAL // self._matrix.size)
+        peaks: dict[str, tuple[int, int]] = {"load": (p.loading, 0)}  # constant bytes, and order
         for i, (phase, _, bytes_) in enumerate(phase_peaks(p, workspace_of(decided), [0, 0, 0], 0), 1):
-            found[phase] = max(found.get(phase, (0, 0)), (bytes_, i))
-        self._beside = [(phase, found[phase][0]) for phase in sorted(found, key=lambda phase: found[phase][1])]
+            peaks[phase] = max(peaks.get(phase, (0, 0)), (bytes_, i))
+        self._constant = [(phase, peaks[phase][0]) for phase in sorted(peaks, key=lambda phase: peaks[phase][1])]
         gpu = decided.gpu
-        self._room: Room | None = None
+        self._room: SegmentRoom | None = None
         if gpu is not None:
-            left = room(gpu.usable, around_of(gpu, decided.communicators, calibration))
+            left = room(gpu.usable, run_overhead(gpu, decided.communicators, calibration))
             self._room = left._replace(sure=left.sure - streams_apart(decided.structure))
 
-    def over(self, b: NDArray[np.int64], s: NDArray[np.int64], out: _Found) -> None:
-        """The runs of a column of batches and a row of sequences."""
+    def over(self, b: NDArray[np.int64], s: NDArray[np.int64], out: _Arrays) -> None:
+        """Answer the runs of a column of batches and a row of sequences."""
         import numpy as np
 
         p, decided = self._program, self._decided
@@ -320,22 +321,22 @@ class _Walk:
         for i in range(0, flat.shape[1], self._block):
             np.matmul(self._matrix, flat[:, i : i + self._block], out=product[:, i : i + self._block])
         moments = product.reshape(-1, *shape)
-        moving: dict[str, Any] = {}
-        for phase, rows, beside in self._terms:
-            most = moments[rows].max(axis=0)
-            most += beside
-            moving[phase] = np.maximum(moving[phase], most) if phase in moving else most
+        variable: dict[str, Any] = {}
+        for phase, rows, constant in self._terms:
+            peak = moments[rows].max(axis=0)
+            peak += constant
+            variable[phase] = np.maximum(variable[phase], peak) if phase in variable else peak
         if p.held:
-            moving["step"] = moments[-1]
+            variable["step"] = moments[-1]
         allocated = np.zeros(shape)
-        for phase, bytes_ in self._beside:
-            peak = moving.get(phase, 0) + bytes_
+        for phase, bytes_ in self._constant:
+            peak = variable.get(phase, 0) + bytes_
             np.copyto(out.phases, STEP_PHASES.index(phase), where=peak >= allocated)
             np.maximum(allocated, peak, out=allocated)
         out.allocated[...] = allocated
         if self._room is not None:
-            # The verdicts that bounds tell; see memplan.estimate.usage.Usage.told.
-            lives = enough(out.allocated, resident(p), p.loading, _many()) <= self._room.sure
+            # Verdicts that bounds decide; see memplan.estimate.usage.Usage.told.
+            lives = enough_for_segments(out.allocated, resident(p), p.loading, _many()) <= self._room.sure
             out.clear[...] = UNCLEAR
             np.copyto(out.clear, FITS, where=lives)
             np.copyto(out.clear, DOES_NOT_FIT, where=out.allocated > self._room.possible)
@@ -343,11 +344,11 @@ class _Walk:
 
 @cache
 def _many() -> Arithmetic[NDArray[np.int64]]:
-    """How many runs are counted."""
+    """Return the arithmetic for arrays of runs."""
     import numpy as np
 
     def power_of_two(n: NDArray[np.int64]) -> NDArray[np.int64]:
-        _, exponent = np.frexp((n - 1).astype(float))  # a whole number below 2**exponent, and not below half of it
+        _, exponent = np.frexp((n - 1).astype(float))  # 2**(exponent - 1) <= n - 1 < 2**exponent
         return np.left_shift(np.int64(1), exponent.astype(np.int64))
 
     return Arithmetic(np.minimum, np.maximum, np.where, power_of_two)

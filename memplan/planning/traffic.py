@@ -1,8 +1,8 @@
-"""What the GPUs of a cluster send each other in a step, over which links, and how long a step takes with that.
+"""The bytes that the GPUs of a cluster send each other in a step, over which links, and the time of a step.
 
-Bytes are counted as rings send them; seconds rest on the rows of `memplan.catalogue.hardware.links` and `.rates`. Ranks
-are numbered as torchtitan's mesh has them: the ranks of a tensor-parallel group lie next to each other, then those of a
-context-parallel one, then the replicas, and pipeline stages are furthest apart.
+Bytes are those of ring collectives; seconds come from the rows of `memplan.catalogue.hardware.links` and `.rates`.
+Ranks are numbered as in torchtitan's mesh: the ranks of a tensor-parallel group are adjacent, then come those of a
+context-parallel group, then the replicas; pipeline stages are furthest apart.
 """
 
 from __future__ import annotations
@@ -11,22 +11,22 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
-from memplan.catalogue.hardware.links import SHOWN, Link
-from memplan.catalogue.parallelism.sharding import BUCKET, STRATEGIES, Knobs
+from memplan.catalogue.hardware.links import EXPOSED, Link
+from memplan.catalogue.parallelism.sharding import BUCKET, STRATEGIES, ZeroSettings
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import Estimate
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec
-from memplan.planning.step_time import Product, Range, Work, pace, work
+from memplan.planning.step_time import Product, Range, Work, step_pace, work
 from memplan.program.training.program import Program, program
 from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
 
-_DEEPSPEED = Knobs()
+_DEEPSPEED = ZeroSettings()
 
 
 class Cluster(NamedTuple):
-    """`nodes` of `each` such GPUs; `inside` a node they send over one link, between nodes over another."""
+    """`nodes` nodes of `each` GPUs, with one link inside a node and another between nodes."""
 
     gpu: GPU
     nodes: int
@@ -39,11 +39,11 @@ class Cluster(NamedTuple):
         return self.nodes * self.each
 
 
-class Grid(NamedTuple):
-    """How the GPUs divide a run: the degrees, the strategy of the replicas, and the passes that make up a step.
+class ParallelGrid(NamedTuple):
+    """How the GPUs divide a run: the degrees, the strategy of the replicas, and the passes of a step.
 
-    world = dp x tp x pp x cp; the ep ranks that divide the experts are among the replicas, or, where there are none,
-    those that divide matrices.
+    world = dp x tp x pp x cp. The ep ranks that divide the experts are among the replicas or, if there is only one,
+    among the tensor-parallel ranks.
     """
 
     dp: int
@@ -61,8 +61,8 @@ class Grid(NamedTuple):
         return self.dp * self.cp
 
 
-class Group(NamedTuple):
-    """`ranks` that are `stride` apart, as many of them in one node as `near`."""
+class RankGroup(NamedTuple):
+    """A communicator of `ranks` ranks that are `stride` apart, `near` of them in the same node."""
 
     ranks: int
     stride: int
@@ -73,38 +73,44 @@ class Group(NamedTuple):
         return self.near < self.ranks
 
 
-def group(cluster: Cluster, ranks: int, stride: int) -> Group:
-    """The ranks of a group that lies across nodes worst, where nodes and groups do not divide each other."""
+def group(cluster: Cluster, ranks: int, stride: int) -> RankGroup:
+    """Return the group that is spread over most nodes; groups differ if node and group sizes do not divide evenly."""
     span = ranks * stride
     if cluster.nodes == 1 or (span <= cluster.each and cluster.each % span == 0):
-        return Group(ranks, stride, ranks)
-    return Group(ranks, stride, max(1, min(ranks - 1, cluster.each // stride)))
+        return RankGroup(ranks, stride, ranks)
+    return RankGroup(ranks, stride, max(1, min(ranks - 1, cluster.each // stride)))
 
 
-def groups(cluster: Cluster, grid: Grid) -> dict[str, Group]:
-    """The groups that a rank is in, by what divides it."""
-    beside = grid.tp * grid.cp
+def groups(cluster: Cluster, grid: ParallelGrid) -> dict[str, RankGroup]:
+    """Return the groups of a rank by degree."""
+    model_ranks = grid.tp * grid.cp
     return {
         "tp": group(cluster, grid.tp, 1),
         "cp": group(cluster, grid.cp, grid.tp),
         "ep": group(cluster, grid.ep, grid.tp if grid.replicas > 1 else 1),
         "dp": group(cluster, grid.replicas, grid.tp),
-        "pp": group(cluster, grid.pp, beside * grid.dp),
+        "pp": group(cluster, grid.pp, model_ranks * grid.dp),
     }
 
 
-class Facts(NamedTuple):
-    """What of a run on one GPU decides what several send: bytes, but for counts.
+class TrafficFacts(NamedTuple):
+    """The facts about a run on one GPU that decide what several GPUs send each other; sizes are bytes.
 
-    weights, trained, experts   of all weights as they are gathered; of gradients; of the experts' weights; `item`, of
-                  one number of them
-    held          what one GPU holds throughout a step, that no memory of several is less than in all: see `least`
-    work          of one pass on one GPU
-    state         of the residual stream for one pass: micro x sequence x hidden
-    keys, routed, logits   of keys and values in a layer; of what goes to a layer's experts; of all logits
-    layer         of one layer's weights as they are gathered, where all layers are alike; else 0
-    shares        ranks that divide matrices divide the tokens between them too
-    recomputes, delayed    whether a layer's forward pass is done twice; whether gradients are reduced once a step
+    weights      all weights in the dtype they are gathered in
+    trained      gradients
+    experts      the experts' weights
+    item         one number of the gathered weights
+    held         weights, gradients and states that one GPU holds throughout a step, see `least`
+    work         one pass on one GPU
+    state        the residual stream of one pass: micro x sequence x hidden
+    keys         keys and values of a layer
+    routed       tokens sent to a layer's experts
+    logits       all logits
+    layers       number of layers
+    recomputes   whether a layer's forward pass runs twice
+    delayed      whether gradients are reduced once a step rather than after every pass
+    layer        one layer's gathered weights if all layers have equally many; else 0
+    shares       whether tensor-parallel ranks also divide the tokens (sequence parallelism)
     """
 
     weights: int
@@ -125,8 +131,11 @@ class Facts(NamedTuple):
 
 
 def _held(run: RunSpec, p: Program) -> tuple[int, int, int]:
-    """Bytes of weights, gradients and states on one GPU. What trains beside frozen weights may be in another dtype
-    among several ranks, and what is offloaded is on the host there: it counts for nothing."""
+    """Return bytes of weights, gradients and states on one GPU, as a lower bound for several.
+
+    Offloaded parts are on the host. Adapters may have another dtype on several ranks, so with frozen weights only the
+    frozen part counts.
+    """
     if run.parallelism.offload.parameters:
         return 0, 0, 0
     if p.trainable_parameters == p.total_parameters:
@@ -134,9 +143,11 @@ def _held(run: RunSpec, p: Program) -> tuple[int, int, int]:
     return p.parameters - p.trainable_parameters * 4, 0, 0
 
 
-def facts(bare: RunSpec, answer: Estimate, asked: RunSpec | None = None) -> Facts:
-    """Of a run on one GPU, and its answer; `asked` says what several offload. Raises MemplanError where it cannot be
-    answered."""
+def traffic_facts(bare: RunSpec, answer: Estimate, asked: RunSpec | None = None) -> TrafficFacts:
+    """Return the facts about a run on one GPU, given its answer; `asked` is the run on several, if that differs.
+
+    Raises MemplanError if the run cannot be estimated.
+    """
     model, run = find_model(bare.model), answer.run
     p: Program = program(decide(bare).structure)
     item = ITEMSIZE[str(run.precision.compute)]
@@ -144,11 +155,10 @@ def facts(bare: RunSpec, answer: Estimate, asked: RunSpec | None = None) -> Fact
     total, active, trains = answer.parameters.total, answer.parameters.active, answer.parameters.trainable
     sent = item if run.precision.autocast else ITEMSIZE[run.precision.weights]
     axes = model.axes()
-    of = axes.get("E", 1)
-    share = axes.get("e", 1) / of
+    share = axes.get("e", 1) / axes.get("E", 1)
     experts = (total - active) / (1 - share) if share < 1 else 0
     quantised = run.method.quantization is not None
-    return Facts(
+    return TrafficFacts(
         weights=p.parameters if quantised else total * sent,
         trained=trains * sent,
         experts=round(experts * sent),
@@ -162,59 +172,68 @@ def facts(bare: RunSpec, answer: Estimate, asked: RunSpec | None = None) -> Fact
         layers=model.num_hidden_layers,
         recomputes=run.kernels.checkpointing != "none",
         delayed=run.loop.trainer,
-        layer=_of_one_layer(model, total) * sent if not quantised and trains == total else 0,
+        layer=_parameters_per_layer(model, total) * sent if not quantised and trains == total else 0,
         shares=(asked or bare).parallelism.sequence_parallel,
     )
 
 
-def _of_one_layer(model: ModelSpec, total: int) -> int:
-    """How many of so many parameters each layer has, where all have as many; 0 where they are not alike, or there are
-    parameters of something else than layers, embeddings, a norm and a head."""
+def _parameters_per_layer(model: ModelSpec, total: int) -> int:
+    """Return the parameters of one layer, given the model's total.
+
+    0 if layers differ, or if there is more than layers, embeddings, a final norm and a head.
+    """
     if len(set(model.layers)) > 1 or model.objective != "causal_lm" or model.get("vision_config", None):
         return 0
     outside = model.vocab_size * model.hidden_size * (1 if model.tie_word_embeddings else 2) + model.hidden_size
-    of_layers, over = divmod(total - outside, model.num_hidden_layers)
-    return 0 if over else of_layers
+    per_layer, remainder = divmod(total - outside, model.num_hidden_layers)
+    return 0 if remainder else per_layer
 
 
-def least(known: Facts, grid: Grid) -> int:
-    """Bytes that the rank with most holds at least, of weights, gradients and states: no less than the mean of all."""
+def min_state_bytes(known: TrafficFacts, grid: ParallelGrid) -> int:
+    """Return a lower bound, in bytes, of the weights, gradients and states on the largest rank: the mean of all."""
     parts = grid.tp * grid.pp
     row = STRATEGIES.get(grid.strategy)
     divided = (row.parameters, row.gradients, row.states) if row else (False, False, False)
-    alike = (grid.replicas if cut else grid.ep for cut in divided)
-    divided_up = sum(held // (parts * n) for held, n in zip(known.held, alike, strict=True))
-    if not _whole(grid):
-        return divided_up
+    shards = (grid.replicas if is_divided else grid.ep for is_divided in divided)
+    resident = sum(held // (parts * n) for held, n in zip(known.held, shards, strict=True))
+    if not _keeps_gathered(grid):
+        return resident
     state = known.state / (grid.cp * (grid.tp if known.shares else 1))
-    handed = 2 * grid.accumulation * (grid.pp - 1) / grid.pp  # torch has a buffer for all that a stage is sent
-    mean = divided_up + int((known.weights + known.trained) / parts + handed * state)
+    handed = 2 * grid.accumulation * (grid.pp - 1) / grid.pp  # torch allocates a buffer per tensor sent to a stage
+    mean = resident + int((known.weights + known.trained) / parts + handed * state)
     if not known.layer or grid.pp < 3 or grid.virtual_stages > 1:
         return mean
-    return max(mean, _second_stage(known, grid, divided_up, state))
+    return max(mean, _second_stage(known, grid, resident, state))
 
 
-def _second_stage(known: Facts, grid: Grid, divided_up: int, state: float) -> int:
-    """The same of the second stage, as torchtitan deals layers: beside a buffer for all that it is sent and sends, it
-    has an input of each of its layers for every microbatch in flight but the one that is on its way back."""
+def _second_stage(known: TrafficFacts, grid: ParallelGrid, resident: int, state: float) -> int:
+    """Return a lower bound of the bytes on the second stage, with layers split as torchtitan splits them.
+
+    It holds a buffer for each tensor that it receives or sends, and an input of each of its layers for every microbatch
+    in flight except the one in backward.
+    """
     each, more = divmod(known.layers + 2, grid.pp)
     layers = each + (more > 1)
-    flying = max(0, min(grid.accumulation, grid.pp - 1) - 2)
-    share = layers * known.layer * grid.pp / known.weights  # of what a stage has in the mean
-    passing = 2 * grid.accumulation + flying * layers
-    return int(divided_up * share + 2 * layers * known.layer / grid.tp + (passing - flying) * state)
+    in_flight = max(0, min(grid.accumulation, grid.pp - 1) - 2)
+    share = layers * known.layer * grid.pp / known.weights  # relative to the mean stage
+    states = 2 * grid.accumulation + in_flight * layers
+    return int(resident * share + 2 * layers * known.layer / grid.tp + (states - in_flight) * state)
 
 
-def _whole(grid: Grid) -> bool:
-    """Whether weights stay whole for a step, and gradients until its end: as FSDP2 has it in a pipeline's stages."""
+def _keeps_gathered(grid: ParallelGrid) -> bool:
+    """Whether weights stay gathered, and gradients unreduced, until the step ends, as in pipeline stages with FSDP2."""
     return grid.strategy == "fsdp2" and grid.pp > 1 and grid.replicas > 1
 
 
-class Sent(NamedTuple):
-    """What a rank sends for one kind of division in a step.
+class Traffic(NamedTuple):
+    """The traffic of a rank in a step for one degree.
 
-    bytes     in all; `link`, what it goes over, and whether between nodes
-    seconds   that takes; `shown`, what of it shows beside computing, of which there is less to hide it at high rates
+    kind      tp, cp, ep, dp or pp
+    bytes     in all
+    link      name of the slowest link
+    crosses   whether the group spans several nodes
+    seconds   time of sending
+    shown     the part of that time not hidden by computing
     """
 
     kind: str
@@ -225,26 +244,28 @@ class Sent(NamedTuple):
     shown: Range
 
 
-class Step(NamedTuple):
-    """How long a step takes.
+class StepTime(NamedTuple):
+    """The time of a step.
 
-    computing   of one rank, all passes; zeros where the catalogue has no rate for the card
-    bubble      what a pipeline waits until it is full, and while it runs empty
+    seconds     in all
+    computing   one rank, all passes; zero if the catalogue has no rate for the card
+    bubble      idle time while a pipeline fills and drains
+    sent        traffic by degree
     """
 
     seconds: Range
     computing: Range
     bubble: Range
-    sent: tuple[Sent, ...]
+    sent: tuple[Traffic, ...]
 
     @property
     def bytes(self) -> int:
-        """Sent by a rank in all."""
+        """Bytes that a rank sends in all."""
         return sum(sent.bytes for sent in self.sent)
 
 
 class _Message(NamedTuple):
-    """So many bytes in so many collectives; of an all-to-all each goes straight to where it belongs."""
+    """Bytes sent in a number of collectives; `direct` if sent straight to the receiver rather than round a ring."""
 
     kind: str
     bytes: float
@@ -252,34 +273,34 @@ class _Message(NamedTuple):
     direct: bool = False
 
 
-def step(known: Facts, cluster: Cluster, grid: Grid) -> Step:
-    """How long the step takes on the cluster, at its usual and at its ends."""
-    around = groups(cluster, grid)
-    passed = pace(_share(known, grid), cluster.gpu)
-    computing = passed.seconds if passed else Range(0, 0, 0)
-    sent = tuple(_sent(message, around[message.kind], cluster, computing) for message in _messages(known, grid))
+def step(known: TrafficFacts, cluster: Cluster, grid: ParallelGrid) -> StepTime:
+    """Return the time of a step on the cluster."""
+    by_degree = groups(cluster, grid)
+    compute = step_pace(_share(known, grid), cluster.gpu)
+    computing = compute.seconds if compute else Range(0, 0, 0)
+    sent = tuple(_sent(message, by_degree[message.kind], cluster, computing) for message in _messages(known, grid))
     inner = [sum(s.shown[i] for s in sent if s.kind in ("tp", "cp", "ep")) for i in range(3)]
     outer = [sum(s.shown[i] for s in sent if s.kind in ("dp", "pp")) for i in range(3)]
     waits = (grid.pp - 1) / (grid.accumulation * grid.virtual_stages)
     bubble = Range(*(waits * (c + i) for c, i in zip(computing, inner, strict=True)))
-    whole = (c + b + i + o for c, b, i, o in zip(computing, bubble, inner, outer, strict=True))
-    return Step(Range(*whole), computing, bubble, sent)
+    total = (c + b + i + o for c, b, i, o in zip(computing, bubble, inner, outer, strict=True))
+    return StepTime(Range(*total), computing, bubble, sent)
 
 
-def _share(known: Facts, grid: Grid) -> Work:
-    """What one rank computes: an even share, or that of a pipeline's largest stage."""
+def _share(known: TrafficFacts, grid: ParallelGrid) -> Work:
+    """Return the work of one rank: an even share, or that of the largest pipeline stage."""
     w, m = known.work, grid.accumulation
     stage = -(-known.layers // grid.pp) / known.layers
     part = stage / (grid.tp * grid.cp)
     row = STRATEGIES.get(grid.strategy)
     updated = stage / grid.tp / (grid.replicas if row and row.states else 1)
 
-    def one(p: Product) -> Product:
+    def scaled(p: Product) -> Product:
         return p._replace(operations=round(p.operations * part), bytes=round(p.bytes * part), times=p.times * m)
 
     return w._replace(
         tokens=w.tokens * m,
-        products=tuple(map(one, w.products)),
+        products=tuple(map(scaled, w.products)),
         moved=round(w.moved * part * m),
         update=round(w.update * updated),
         copied=round(w.copied * part * m),
@@ -287,49 +308,50 @@ def _share(known: Facts, grid: Grid) -> Work:
     )
 
 
-def _messages(known: Facts, grid: Grid) -> Iterator[_Message]:
-    """What a rank sends in a step, as rings do: of an all-gather or reduce-scatter of n ranks (n - 1) / n of the whole,
-    of an all-reduce twice that.
+def _messages(known: TrafficFacts, grid: ParallelGrid) -> Iterator[_Message]:
+    """Yield what a rank sends in a step with ring collectives.
+
+    Over n ranks an all-gather or reduce-scatter sends (n - 1) / n of the tensor, an all-reduce twice that.
 
     Sources: Rajbhandari et al. 2020, ZeRO, section 7 (2 and 3 times the weights); Narayanan et al. 2021, Efficient
     Large-Scale Language Model Training, section 3.2 (four all-reduces a layer, a bubble of (p - 1) / m); Liu et al.
     2023, Ring Attention.
     """
     m, layers = grid.accumulation, known.layers / grid.pp
-    twice = known.recomputes
+    recomputes = known.recomputes
     if grid.replicas > 1:
-        yield _of_replicas(known, grid)
+        yield _data_parallel(known, grid)
     state = known.state / grid.cp
     if grid.tp > 1:
         ring = (grid.tp - 1) / grid.tp
-        sums = layers * (4 + 2 * twice) + 2
+        sums = layers * (4 + 2 * recomputes) + 2
         yield _Message("tp", m * ring * (sums * 2 * state + known.logits / grid.cp), m * (2 * sums + 1))
     if grid.cp > 1:
-        rounds = layers * (3 + twice)
+        rounds = layers * (3 + recomputes)
         yield _Message("cp", m * rounds * (grid.cp - 1) / grid.cp * known.keys / grid.tp, m * rounds)
     if grid.ep > 1:
-        hands = layers * (4 + 2 * twice)
+        exchanges = layers * (4 + 2 * recomputes)
         away = (grid.ep - 1) / grid.ep
-        yield _Message("ep", m * hands * away * known.routed / grid.cp / grid.tp, m * hands, direct=True)
+        yield _Message("ep", m * exchanges * away * known.routed / grid.cp / grid.tp, m * exchanges, direct=True)
     if grid.pp > 1:
         passes = 2 * m * grid.virtual_stages
         yield _Message("pp", passes * state, passes, direct=True)
 
 
-def _of_replicas(known: Facts, grid: Grid) -> _Message:
-    """Gradients summed, weights gathered: for every pass, or for a step."""
+def _data_parallel(known: TrafficFacts, grid: ParallelGrid) -> _Message:
+    """Return what replicas send: gradients to reduce and weights to gather, for every pass or once a step."""
     row, n, m = STRATEGIES.get(grid.strategy), grid.replicas, grid.accumulation
     dense = (known.weights - known.experts) / (grid.tp * grid.pp)
-    of_experts = known.experts / (grid.tp * grid.pp * grid.ep)
-    weights = dense * (n - 1) / n + of_experts * (n // grid.ep - 1) / (n // grid.ep)
+    experts = known.experts / (grid.tp * grid.pp * grid.ep)
+    weights = dense * (n - 1) / n + experts * (n // grid.ep - 1) / (n // grid.ep)
     trained = weights * known.trained / known.weights
     units = known.layers / grid.pp
-    if _whole(grid):
+    if _keeps_gathered(grid):
         return _Message("dp", weights + trained, 2 * units)
     if row is not None and row.parameters:
         reduced = 1 if known.delayed else m
         return _Message("dp", 2 * m * weights + reduced * trained, (2 * m + reduced) * units)
-    if row is not None and row.states:  # reduced to where the states are, and gathered once they are stepped
+    if row is not None and row.states:  # gradients go to the rank with the states; updated weights are gathered
         reduced = m if row.gradients else 1
         bucket = known.item * _DEEPSPEED.reduce_bucket
         return _Message("dp", (reduced + 1) * trained, (reduced + 1) * max(1, trained / bucket))
@@ -337,23 +359,26 @@ def _of_replicas(known: Facts, grid: Grid) -> _Message:
     return _Message("dp", 2 * reduced * trained, 2 * reduced * max(1, trained / BUCKET))
 
 
-def _sent(message: _Message, among: Group, cluster: Cluster, computing: Range) -> Sent:
-    """Range's low end is at the high rates."""
+def _sent(message: _Message, among: RankGroup, cluster: Cluster, computing: Range) -> Traffic:
+    """Return the traffic of a message. The low end of a time range is at the high rates."""
     link = cluster.network if among.crosses else cluster.inside
     seconds = Range(*(_seconds(message, among, cluster, choice) for choice in ("high", "usual", "low")))
-    row = SHOWN[message.kind]
+    row = EXPOSED[message.kind]
     shown = Range(
         *(
             max(t * share / 100, t - c)
             for t, share, c in zip(seconds, (row.low, row.usual, row.high), computing, strict=True)
         )
     )
-    return Sent(message.kind, round(message.bytes), link.name, among.crosses, seconds, shown)
+    return Traffic(message.kind, round(message.bytes), link.name, among.crosses, seconds, shown)
 
 
-def _seconds(message: _Message, among: Group, cluster: Cluster, choice: str) -> float:
-    """A ring goes at the rate of its slowest link; as many rings as a group has ranks in a node share that node's
-    network. A hop takes its time in every collective."""
+def _seconds(message: _Message, among: RankGroup, cluster: Cluster, choice: str) -> float:
+    """Return the seconds of a message at one choice of rates.
+
+    A ring runs at the rate of its slowest link; a node's network is shared by as many rings as the group has ranks in
+    the node. Every collective pays the latency of each hop.
+    """
     fast, slow = (link.bytes * getattr(link.share, choice) / 100 for link in (cluster.inside, cluster.network))
     late = {"high": "low", "usual": "usual", "low": "high"}[choice]
     near, far = (getattr(link.hop, late) * 1e-7 for link in (cluster.inside, cluster.network))

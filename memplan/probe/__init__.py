@@ -1,5 +1,5 @@
-"""The probes: what a training step really takes, on fake tensors or on the GPU at hand, beside memplan's estimate.
+"""Probes: the memory a training step really takes, traced on fake tensors or measured on the local GPU.
 
 `trace` runs the real transformers, peft and bitsandbytes step on tensors without data; it needs no GPU. Everything
-here needs the extra `memplan[probe]` and imports it only when asked.
+here needs the extra `memplan[probe]`, which is imported only on use.
 """

@@ -1,7 +1,7 @@
-"""A trace beside the estimate of the same run: phase by phase, and tensor by tensor where they differ.
+"""Compare a trace with the estimate of the same run: phase by phase, and tensor by tensor if they differ.
 
-Tensors are matched by their rounded bytes: two that are equally large stand for each other. What is left over at a
-phase's peak is a line, and the lines of a phase sum to the difference of its peaks.
+Tensors are matched by their rounded bytes; equally large tensors are interchangeable. Each unmatched group at a phase's
+peak is a line, and the lines of a phase sum to the difference of its peaks.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from memplan.engine.walk import alive, size
 from memplan.estimate import inference, ledger
 from memplan.estimate.answer import Estimate
 from memplan.estimate.answer import Line as Estimated
-from memplan.estimate.side_tasks import asides
-from memplan.estimate.walk import Walked, walk
-from memplan.probe.run.trace import Storage, Traced, TracedPhase
-from memplan.program.graph import built
-from memplan.program.run import Decided
+from memplan.estimate.side_tasks import side_tasks_of
+from memplan.estimate.walk import TrainingWalk, walk
+from memplan.probe.run.trace import TracedPhase, TracedRun, TracedStorage
+from memplan.program.graph import operations_of
+from memplan.program.run import ResolvedRun
 from memplan.program.training.program import pass_of
 from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
@@ -29,7 +29,7 @@ Verdict = Literal["lacks", "too many", "lives too long", "goes too early"]
 
 
 class PhaseLine(NamedTuple):
-    """One phase of one step: its peak as traced and as estimated, without cuBLAS's workspaces, and where each was."""
+    """One phase of one step: its traced and estimated peaks, without cuBLAS's workspaces, and the place of each."""
 
     phase: str
     step: int
@@ -39,12 +39,12 @@ class PhaseLine(NamedTuple):
     estimated_at: str
 
 
-class Line(NamedTuple):
-    """Tensors of one size that the trace and the estimate do not both have at a phase's peak.
+class Mismatch(NamedTuple):
+    """Tensors of one size that only the trace or only the estimate has at a phase's peak.
 
-    verdict     of the estimate: it lacks them, has too many, keeps them too long or lets them go too early
-    bytes       how much of the estimate's peak less the trace's they are: negative where it has less
-    what, where what they are and which operation or module they belong to, in the words of the side that has them
+    verdict     about the estimate: tensors are missing, too many, freed too late or freed too early
+    bytes       contribution to the estimate's peak minus the trace's: negative if the estimate has less
+    what, where the tensors, and their operation or module, as named by the side that has them
     """
 
     phase: str
@@ -59,32 +59,36 @@ class Line(NamedTuple):
     bytes: int
 
 
-def phases(traced: Traced, answer: Estimate) -> tuple[PhaseLine, ...]:
-    """Every phase that both have, in order."""
+def phases(traced: TracedRun, answer: Estimate) -> tuple[PhaseLine, ...]:
+    """Return every phase that both the trace and the estimate have, in order."""
     return tuple(pair.line for pair in _pairs(traced, answer))
 
 
-def difference(traced: Traced, answer: Estimate) -> tuple[Line, ...]:
-    """Every tensor in which they differ, phase by phase, largest first. Empty where they are equal to the byte.
+def difference(traced: TracedRun, answer: Estimate) -> tuple[Mismatch, ...]:
+    """Return the tensors in which they differ, phase by phase, largest first. Empty if they agree to the byte.
 
-    Loading is left out unless it is the peak of either: before that, what is loaded first decides what is there.
+    Loading is skipped unless it is the peak of either side, because its tensors depend on the order of loading.
     """
     decided = decide(answer.asked)
-    theirs = _Trained(_walked(answer.asked, decided), decided) if answer.asked.task == "train" else _Inferred(decided)
-    found: list[Line] = []
+    estimated = (
+        _Trained(_walk_with_side_tasks(answer.asked, decided), decided)
+        if answer.asked.task == "train"
+        else _Inferred(decided)
+    )
+    lines: list[Mismatch] = []
     loads = "load" in (traced.peak_phase, answer.peak.phase)
     for pair in _pairs(traced, answer):
         if pair.line.phase == "load" and not loads:
             continue
-        lines = (line for line in _lines(pair, traced, theirs) if line.bytes)
-        found += sorted(lines, key=lambda line: (-abs(line.bytes), line.what))
-    return tuple(found)
+        phase_lines = (line for line in _lines(pair, traced, estimated) if line.bytes)
+        lines += sorted(phase_lines, key=lambda line: (-abs(line.bytes), line.what))
+    return tuple(lines)
 
 
-def _walked(run: RunSpec, decided: Decided) -> Walked:
-    """The steps, and what comes beside them."""
+def _walk_with_side_tasks(run: RunSpec, decided: ResolvedRun) -> TrainingWalk:
+    """Return the walk of the steps, followed by the side tasks (evaluation, saving, merging)."""
     walked = walk(run, decided)
-    return walked.followed_by(asides(run, walked, decided, None))
+    return walked.followed_by(side_tasks_of(run, walked, decided, None))
 
 
 class _Pair(NamedTuple):
@@ -93,34 +97,35 @@ class _Pair(NamedTuple):
     number: int  # of the estimate's phase
 
 
-# Phases of an estimate, and those of a trace that they are compared with: clipping is part of an estimate's step.
-_ASIDES = ("eval", "generate", "save", "merge")  # as loading, they are of no step
+# The traced phases that each estimated phase is compared with: an estimate's step includes clipping.
+_ASIDES = ("eval", "generate", "save", "merge")  # like loading, they belong to no step
 _SAME = {name: (name,) for name in ("load", "forward", "loss", "backward", "encode", "prefill", "decode", *_ASIDES)}
 _STEP = {"step": ("clip", "step")}
 
 
-def _pairs(traced: Traced, answer: Estimate) -> list[_Pair]:
-    """What comes beside the steps last."""
-    return sorted(_each(traced, answer), key=lambda pair: pair.line.phase in _ASIDES)
+def _pairs(traced: TracedRun, answer: Estimate) -> list[_Pair]:
+    """Return the phases that both have, side tasks last."""
+    return sorted(_iter_pairs(traced, answer), key=lambda pair: pair.line.phase in _ASIDES)
 
 
-def _each(traced: Traced, answer: Estimate) -> Iterator[_Pair]:
+def _iter_pairs(traced: TracedRun, answer: Estimate) -> Iterator[_Pair]:
     workspace = cublas_workspace(_capability(answer)).usual
-    there = {(p.phase, p.step) for p in traced.phases}
+    traced_phases = {(p.phase, p.step) for p in traced.phases}
     for step in sorted({p.step for p in traced.phases}):
         estimated: dict[str, int] = {}
         for i, phase in enumerate(answer.phases):
             if phase.step in (None, min(step, 2)) and (phase.phase in ("load", *_ASIDES)) == (step == 0):
                 estimated[phase.phase] = i
-        if ("loss", step) not in there and {"forward", "loss"} <= estimated.keys():  # a loss that has no head apart
+        if ("loss", step) not in traced_phases and estimated.keys() >= {"forward", "loss"}:
+            # the traced model computes its loss inside forward
             loss = estimated.pop("loss")
             estimated["forward"] = max(estimated["forward"], loss, key=lambda i: answer.phases[i].peak)
         for name, i in estimated.items():
-            wanted = {**_SAME, **_STEP}[name]
-            ours = [p for p in traced.phases if p.phase in wanted and p.step == step]
-            if not ours:
+            names = {**_SAME, **_STEP}[name]
+            candidates = [p for p in traced.phases if p.phase in names and p.step == step]
+            if not candidates:
                 continue
-            top = max(ours, key=lambda p: p.peak)
+            top = max(candidates, key=lambda p: p.peak)
             phase = answer.phases[i]
             second = answer.asked.task == "train" and (phase.phase in ("backward", "step") or phase.step != 1)
             handles = 0 if name == "load" else 1 + second
@@ -137,28 +142,28 @@ def _capability(answer: Estimate) -> tuple[int, int] | None:
     return find_gpu(answer.gpu.name).compute_capability if answer.gpu else None
 
 
-def _place(traced: Traced, phase: TracedPhase) -> str:
-    """The operation at a traced peak, and its module."""
+def _place(traced: TracedRun, phase: TracedPhase) -> str:
+    """Return the module and operation at a traced peak."""
     event = traced.events[phase.peak_at]
     storage = traced.storages[event if event >= 0 else ~event]
     return f"{storage.module}.{storage.op}".removeprefix(".")
 
 
 class _Tensors(Protocol):
-    """What an estimate has in memory, by the number of a phase."""
+    """An estimate's tensors in memory, by phase number."""
 
     def lines(self, phase: int) -> Sequence[Estimated]:
-        """The tensors alive at its peak."""
+        """Return the tensors alive at the phase's peak."""
         ...
 
     def most(self, phase: int) -> Mapping[int, int]:
-        """How many tensors of each size there are at once in it, at most, beside those that stay."""
+        """Return the largest number of tensors of each size alive at once in the phase."""
         ...
 
 
 class _Trained(NamedTuple):
-    walked: Walked
-    decided: Decided
+    walked: TrainingWalk
+    decided: ResolvedRun
 
     def lines(self, phase: int) -> Sequence[Estimated]:
         return ledger.lines(self.walked._replace(peak=phase), self.decided)
@@ -168,7 +173,7 @@ class _Trained(NamedTuple):
 
 
 class _Inferred:
-    def __init__(self, decided: Decided) -> None:
+    def __init__(self, decided: ResolvedRun) -> None:
         self._walked = inference.walk(decided)
 
     def lines(self, phase: int) -> Sequence[Estimated]:
@@ -186,54 +191,54 @@ class _Inferred:
         return most + stays
 
 
-def _lines(pair: _Pair, traced: Traced, estimated: _Tensors) -> Iterator[Line]:
+def _lines(pair: _Pair, traced: TracedRun, estimated: _Tensors) -> Iterator[Mismatch]:
     name, step = pair.line.phase, pair.line.step
-    ours: dict[int, list[Storage]] = defaultdict(list)
+    traced_by_size: dict[int, list[TracedStorage]] = defaultdict(list)
     for storage in traced.alive_at(pair.traced.peak_at):
-        ours[storage.bytes].append(storage)
-    theirs: dict[int, list[Estimated]] = defaultdict(list)
+        traced_by_size[storage.bytes].append(storage)
+    estimated_by_size: dict[int, list[Estimated]] = defaultdict(list)
     lumps: list[Estimated] = []
     for line in estimated.lines(pair.number):
         if line.what.startswith("cuBLAS"):
             continue
         if line.shape or line.dtype or line.kind != "temp":
-            theirs[line.bytes // line.count].append(line)
+            estimated_by_size[line.bytes // line.count].append(line)
         else:
-            lumps.append(line)  # a step's scratch, in one number
+            lumps.append(line)  # a step's scratch, estimated as one number
     most_traced = _most_traced(traced, pair.traced)
     most_estimated = estimated.most(pair.number)
-    scratch: list[Storage] = []
-    for bytes_ in {*ours, *theirs}:
+    scratch: list[TracedStorage] = []
+    for bytes_ in {*traced_by_size, *estimated_by_size}:
         have, want = Counter[str](), Counter[str]()
-        for storage in ours[bytes_]:
+        for storage in traced_by_size[bytes_]:
             want[storage.kind] += 1
-        for line in theirs[bytes_]:
+        for line in estimated_by_size[bytes_]:
             have[line.kind] += line.count
         net = have.total() - want.total()
         if net < 0:
-            group = _left_over(ours[bytes_], have, -net)
-            if lumps:  # what the step allocates is compared as a whole
+            group = _unmatched(traced_by_size[bytes_], have, -net)
+            if lumps:  # the step's temporaries are compared as one sum
                 temporary = [s for s in group if s.kind == "temp"]
                 scratch += temporary
                 group = [s for s in group if s.kind != "temp"]
             verdict = "goes too early" if most_estimated.get(bytes_, 0) >= want.total() else "lacks"
-            yield from _of_trace(name, step, verdict, bytes_, group)
+            yield from _missing_lines(name, step, verdict, bytes_, group)
         elif net > 0:
             verdict = "lives too long" if most_traced.get(bytes_, 0) >= have.total() else "too many"
-            yield from _of_estimate(name, step, verdict, bytes_, theirs[bytes_], want, net)
+            yield from _surplus_lines(name, step, verdict, bytes_, estimated_by_size[bytes_], want, net)
     if lumps:
         less = sum(line.bytes for line in lumps) - sum(s.bytes for s in scratch)
         if less:
             verdict = "lacks" if less < 0 else "too many"
             what = lumps[0].what
-            yield Line(name, step, verdict, what, "optimizer", "temp", (), "", max(1, len(scratch)), less)
+            yield Mismatch(name, step, verdict, what, "optimizer", "temp", (), "", max(1, len(scratch)), less)
 
 
-def _left_over(storages: Sequence[Storage], have: Counter[str], number: int) -> list[Storage]:
-    """Which of equally large storages are taken to be those too many: of the kinds the estimate has fewest of."""
+def _unmatched(storages: Sequence[TracedStorage], have: Counter[str], number: int) -> list[TracedStorage]:
+    """Return `number` of the equally large storages as unmatched, kinds that the estimate has fewest of first."""
     left = Counter(have)
-    over: list[Storage] = []
-    matched: list[Storage] = []
+    over: list[TracedStorage] = []
+    matched: list[TracedStorage] = []
     for storage in storages:
         if left[storage.kind] > 0:
             left[storage.kind] -= 1
@@ -243,20 +248,22 @@ def _left_over(storages: Sequence[Storage], have: Counter[str], number: int) -> 
     return [*over, *matched][:number]
 
 
-def _of_trace(phase: str, step: int, verdict: Verdict, bytes_: int, storages: Iterable[Storage]) -> Iterator[Line]:
-    """A line for every operation and module (layers counted together) that made some of `storages`."""
-    groups: dict[tuple[str, str, str], list[Storage]] = defaultdict(list)
+def _missing_lines(
+    phase: str, step: int, verdict: Verdict, bytes_: int, storages: Iterable[TracedStorage]
+) -> Iterator[Mismatch]:
+    """Yield a line for every operation and module (layers counted together) that made some of `storages`."""
+    groups: dict[tuple[str, str, str], list[TracedStorage]] = defaultdict(list)
     for storage in storages:
         groups[storage.op, re.sub(r"\.\d+(?=\.|$)", ".N", storage.module), storage.kind].append(storage)
     for (op, module, kind), group in groups.items():
         first, count = group[0], len(group)
-        yield Line(phase, step, verdict, op, module, kind, first.shape, first.dtype, count, -count * bytes_)
+        yield Mismatch(phase, step, verdict, op, module, kind, first.shape, first.dtype, count, -count * bytes_)
 
 
-def _of_estimate(
+def _surplus_lines(
     phase: str, step: int, verdict: Verdict, bytes_: int, lines: Sequence[Estimated], want: Counter[str], number: int
-) -> Iterator[Line]:
-    """Lines for `number` of the estimate's tensors of one size: of the kinds the trace has fewest of first."""
+) -> Iterator[Mismatch]:
+    """Yield lines for `number` of the estimate's tensors of one size, kinds that the trace has fewest of first."""
     left = Counter(want)
     for line in sorted(lines, key=lambda line: left[line.kind]):
         matched = min(line.count, max(0, left[line.kind]))
@@ -264,19 +271,21 @@ def _of_estimate(
         over = min(number, line.count - matched)
         if over:
             number -= over
-            yield Line(
+            yield Mismatch(
                 phase, step, verdict, line.what, line.where, line.kind, line.dims, line.dtype, over, over * bytes_
             )
-    for line in lines:  # kinds that cancel: named by whichever is there
+    for line in lines:  # all kinds matched, but there are still too many: name any of them
         if number <= 0:
             return
         over = min(number, line.count)
         number -= over
-        yield Line(phase, step, verdict, line.what, line.where, line.kind, line.dims, line.dtype, over, over * bytes_)
+        yield Mismatch(
+            phase, step, verdict, line.what, line.where, line.kind, line.dims, line.dtype, over, over * bytes_
+        )
 
 
-def _most_traced(traced: Traced, phase: TracedPhase) -> Mapping[int, int]:
-    """How many storages of each size were alive at once, at most, in a phase until its peak."""
+def _most_traced(traced: TracedRun, phase: TracedPhase) -> Mapping[int, int]:
+    """Return the largest number of storages of each size alive at once in a phase."""
     counts = Counter(s.bytes for s in traced.storages if s.born < phase.start <= s.died)
     most = Counter(counts)
     for event in traced.events[phase.start : phase.end]:
@@ -286,14 +295,14 @@ def _most_traced(traced: Traced, phase: TracedPhase) -> Mapping[int, int]:
     return most
 
 
-def _most_estimated(walked: Walked, decided: Decided, index: int) -> Mapping[int, int]:
-    """How many tensors of each size the estimate has alive at once in a phase, at most, beside those that stay."""
+def _most_estimated(walked: TrainingWalk, decided: ResolvedRun, index: int) -> Mapping[int, int]:
+    """Return the largest number of tensors of each size that the estimate has alive at once in a phase."""
     later, moment = walked.moments[index]
     most = Counter[int]()
     if moment < 0:
         return most
     low = pass_of(decided.structure, later)
-    axes = {**built(decided.structure.graph)[1], **walked.axes}
+    axes = {**operations_of(decided.structure.graph)[1], **walked.axes}
     sizes = [size(key[0], key[1], axes)[1] for key in low.sizes]
     stays = Counter[int]()
     for line in ledger.lines(walked._replace(peak=index), decided):

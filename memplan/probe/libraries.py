@@ -1,4 +1,4 @@
-"""The libraries a probe needs, asked for by name, so that a missing one is one clear line."""
+"""The libraries a probe needs, imported by name, so that a missing one gives a clear one-line error."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memplan.core.errors import ProbeError, nearest
 
 NAMES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
 QUIET = {
-    "HF_HUB_OFFLINE": "1",  # a config says everything; nothing is to be looked for
+    "HF_HUB_OFFLINE": "1",  # the config is enough; nothing needs to be downloaded
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
     "BITSANDBYTES_NOWELCOME": "1",
@@ -22,7 +22,7 @@ QUIET = {
 
 
 def require(*names: str) -> None:
-    """Raise ProbeError, one line that names what is missing and the extra, unless every library is installed."""
+    """Raise ProbeError, naming the missing libraries and the extra that installs them, unless all are installed."""
     missing = [name for name in names or NAMES if name not in sys.modules and importlib.util.find_spec(name) is None]
     if missing:
         verb = "is" if len(missing) == 1 else "are"
@@ -32,30 +32,30 @@ def require(*names: str) -> None:
 
 
 def library(name: str) -> Any:
-    """A module of an installed library. Raises ProbeError where it cannot be imported, with the library's reason."""
+    """Return a module of an installed library. Raises ProbeError, with the library's reason, if the import fails."""
     require(name.partition(".")[0])
     for variable, value in QUIET.items():
         os.environ.setdefault(variable, value)
     try:
         module: ModuleType = importlib.import_module(name)
-    except Exception as error:  # a library broken in itself: of another version than its parts, or half installed
+    except Exception as error:  # a broken installation: mismatched versions, or half installed
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ProbeError(f"probe: {name} cannot be imported ({reason:.300})") from error
     return module
 
 
 def versions() -> dict[str, str]:
-    """The versions of the libraries that are installed, by name."""
-    found: dict[str, str] = {}
+    """Return the versions of the installed libraries by name."""
+    installed: dict[str, str] = {}
     for name in NAMES:
         try:
-            found[name] = importlib.metadata.version(name)
+            installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
-# What a model is trained for: transformers' mapping of its classes, what looks there, and what it is in words.
+# By objective: the middle of transformers' MODEL_FOR_*_MAPPING_NAMES, the auto class, and a name for messages.
 _CLASSES = {
     "causal_lm": ("CAUSAL_LM", "AutoModelForCausalLM", "causal language models"),
     "masked_lm": ("MASKED_LM", "AutoModelForMaskedLM", "masked language models"),
@@ -72,10 +72,10 @@ _CLASSES = {
 
 
 def model_class(model_type: str, sees: bool = False, objective: str = "causal_lm") -> str:
-    """The name of transformers' auto class that builds the model for the objective; for one that sees images or hears,
-    that of such models.
+    """Return the name of transformers' auto class that builds the model for the objective.
 
-    Raises ProbeError where the installed transformers has no class for this `model_type`.
+    Vision-language models (`sees`) and speech models have auto classes of their own. Raises ProbeError if the installed
+    transformers has no class for this `model_type`.
     """
     auto = library("transformers.models.auto.modeling_auto")
     images: Any = getattr(auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {})
@@ -83,12 +83,12 @@ def model_class(model_type: str, sees: bool = False, objective: str = "causal_lm
         return "AutoModelForImageTextToText"
     if objective == "seq2seq_lm" and model_type in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
         return "AutoModelForSpeechSeq2Seq"
-    key, name, what = _CLASSES[objective]
+    key, name, described = _CLASSES[objective]
     mapping = getattr(auto, f"MODEL_FOR_{key}_MAPPING_NAMES" if key else "MODEL_MAPPING_NAMES")
     if model_type not in mapping:
         near = nearest(model_type, map(str, mapping), 1)
         raise ProbeError(
-            f"model: transformers {versions().get('transformers', '?')} has no class for {what} of "
+            f"model: transformers {versions().get('transformers', '?')} has no class for {described} of "
             f"model_type {model_type!r:.60}{f'; the nearest it has is {near[0]}' if near else ''}",
             "model",
         )

@@ -1,7 +1,7 @@
-"""What a trace may take, and what a config may say that is traced: a hostile one ends in one line, and soon.
+"""Limits of a trace: its time and memory, and the configs it accepts. A hostile config ends in one line, and soon.
 
-A model class does with a config what it likes: it makes as many layers as it says, or asks for other files. So the
-process that traces has an end on the clock and of memory, no network, and starts no programs.
+A model class may do anything with a config: build as many layers as it names, or read other files. So the tracing
+process is limited in time and memory, has no network access, and may start no programs.
 """
 
 from __future__ import annotations
@@ -16,18 +16,23 @@ from memplan.core.units import GIB
 
 
 class Limits(NamedTuple):
-    """`seconds` on the clock for one trace, `memory` in bytes of its process, `parameters` of a model."""
+    """The limits of a trace.
+
+    seconds     wall-clock time of one trace
+    memory      bytes of the tracing process
+    parameters  of the model
+    """
 
     seconds: int
     memory: int
     parameters: int
 
 
-# Far above any model there is: one of 70B is traced in seconds and half a GiB.
-USUAL = Limits(300, 8 * GIB, 10**13)
+# Far above any existing model: 70B parameters are traced in seconds and half a GiB.
+DEFAULT_LIMITS = Limits(300, 8 * GIB, 10**13)
 
 _DEEPEST, _VALUES, _LARGEST = 64, 100_000, 2**63 - 1
-# Numbers that say how often a class makes a module, and the most that a trace takes.
+# Config keys that say how many copies of a module a class builds, and the most that a trace accepts.
 _COUNTS = (
     (re.compile(r"(^|_)(n?_?layers?|depths?|num_blocks|n_blocks)$"), 1000, "layers"),
     (re.compile(r"(^|_)experts$"), 10_000, "experts"),
@@ -35,7 +40,7 @@ _COUNTS = (
 
 
 def check(config: Mapping[str, Any]) -> None:
-    """Raise ConfigError for a config that no model has: too deep, too large, or with too many layers."""
+    """Raise ConfigError for a config that no real model has: too deep, too large, or with too many layers."""
     seen = 0
     for depth, key, value in _values(config):
         seen += 1
@@ -43,7 +48,7 @@ def check(config: Mapping[str, Any]) -> None:
         if depth > _DEEPEST:
             raise ConfigError(f"config: {shown} is nested more than {_DEEPEST} deep", "model")
         if seen > _VALUES:
-            raise ConfigError(f"config: holds more than {_VALUES:,} values, so no model's", "model")
+            raise ConfigError(f"config: holds more than {_VALUES:,} values, which no model's does", "model")
         if type(value) is not int:
             continue
         if abs(value) > _LARGEST:
@@ -54,31 +59,35 @@ def check(config: Mapping[str, Any]) -> None:
 
 
 def _values(config: Mapping[str, Any]) -> Iterator[tuple[int, str, Any]]:
-    """Every value of the config with its depth and the key it lies under, without recursion."""
-    waiting: list[tuple[int, str, Any]] = [(0, "", config)]
-    while waiting:
-        depth, key, value = waiting.pop()
+    """Yield the depth, key and value of every entry of the config, without recursion."""
+    pending: list[tuple[int, str, Any]] = [(0, "", config)]
+    while pending:
+        depth, key, value = pending.pop()
         yield depth, key, value
         if isinstance(value, Mapping):
             pairs = cast(Mapping[str, Any], value).items()
-            waiting += [(depth + 1, str(name), inner) for name, inner in pairs]
+            pending += [(depth + 1, str(name), inner) for name, inner in pairs]
         elif isinstance(value, (list, tuple)):
-            waiting += [(depth + 1, key, inner) for inner in cast(list[Any], value)]
+            pending += [(depth + 1, key, inner) for inner in cast(list[Any], value)]
 
 
 def restrict(memory: int, seconds: int) -> None:
-    """Limit this process: bytes of its own memory, seconds of processor time; it has no network, and leaves no core.
+    """Limit this process to `memory` bytes and `seconds` of processor time, without network access or core dumps.
 
-    Where the system has no such limits the caller's clock is all there is.
+    On systems without such limits only the caller's timeout applies.
     """
     sys.addaudithook(_hook)
     try:
         import resource
     except ImportError:
         return
-    for what, most in ((resource.RLIMIT_DATA, memory), (resource.RLIMIT_CPU, seconds), (resource.RLIMIT_CORE, 0)):
-        _, hard = resource.getrlimit(what)
-        resource.setrlimit(what, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard))
+    for resource_kind, limit in (
+        (resource.RLIMIT_DATA, memory),
+        (resource.RLIMIT_CPU, seconds),
+        (resource.RLIMIT_CORE, 0),
+    ):
+        _, hard = resource.getrlimit(resource_kind)
+        resource.setrlimit(resource_kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
 _NETWORK = frozenset(("socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto"))
@@ -87,7 +96,7 @@ _sealed: list[bool] = []
 
 
 def seal() -> None:
-    """From here on a restricted process starts no other programs: its libraries are there."""
+    """Forbid a restricted process to start programs from here on, once its libraries are imported."""
     _sealed.append(True)
 
 

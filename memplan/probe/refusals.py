@@ -1,4 +1,4 @@
-"""What the probe's training script does not run: refused in one line that names the field, never ignored."""
+"""Refuse runs that the probe's training script cannot run, in one line that names the field."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS
 from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError, nearest
 from memplan.models.cards import find_config, find_model
-from memplan.resolve.decide import filled
+from memplan.resolve.decide import fill_from_profile
 from memplan.resolve.parallelism import check_product
-from memplan.resolve.quantized_checkpoint import trained
-from memplan.resolve.refusals import refuse_on_host
+from memplan.resolve.quantized_checkpoint import method_for_training
+from memplan.resolve.refusals import refuse_for_optimizer_offload
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec
 
-# What `memplan.probe.script.optimizers` makes: torch's own, transformers' Adafactor and bitsandbytes'.
+# The optimizers of `memplan.probe.script.optimizers`: torch's own, transformers' Adafactor and bitsandbytes'.
 TORCH = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 BITSANDBYTES = {
     "adamw_bnb_8bit": ("AdamW", 8, False),
@@ -36,15 +36,15 @@ BITSANDBYTES = {
 OPTIMIZER_NAMES = (*TORCH, "adafactor", *BITSANDBYTES, "none")
 
 
-def settled(run: RunSpec) -> RunSpec:
-    """The run with nothing left open. Raises SpecError or UnknownNameError for what the script cannot run as asked."""
+def checked_run(run: RunSpec) -> RunSpec:
+    """Return the run with its defaults filled in. Raises SpecError or UnknownNameError if the script cannot run it."""
     if not run.profile.startswith("transformers-"):
         raise SpecError(
             f"profile: a probe runs transformers' own step, with the libraries that are installed; {run.profile} is "
             "another framework's",
             "profile",
         )
-    run = filled(run)
+    run = fill_from_profile(run)
     _refuse(run)
     if run.also.merging is not None and run.also.merging.model == "reloaded":
         raise SpecError(
@@ -52,18 +52,20 @@ def settled(run: RunSpec) -> RunSpec:
             "also.merging",
         )
     if run.parallelism.world > 1 and (run.also.saving is not None or run.also.merging is not None):
-        raise SpecError("also: a probe saves and merges on one GPU", "also")
+        raise SpecError("also: a probe saves and merges on one GPU only", "also")
     e = run.also.evaluation
     if run.parallelism.world > 1 and e is not None and e.kept_batches:
-        raise SpecError("also.evaluation.kept_batches: a probe keeps logits of one GPU", "also.evaluation.kept_batches")
+        raise SpecError(
+            "also.evaluation.kept_batches: a probe keeps logits on one GPU only", "also.evaluation.kept_batches"
+        )
     return run
 
 
 def refuse_several(run: RunSpec, what: str) -> None:
-    """Raise SpecError for a run on several GPUs, of which only a trace shows a rank."""
+    """Raise SpecError for a run on several GPUs: only `memplan probe --trace` shows one of its ranks."""
     if run.parallelism.world > 1:
         raise SpecError(
-            f"parallelism: {what} is of one GPU; memplan probe --trace shows a rank of several", "parallelism"
+            f"parallelism: {what} covers one GPU; memplan probe --trace shows one rank of several", "parallelism"
         )
 
 
@@ -75,12 +77,12 @@ def _refuse(run: RunSpec) -> None:
         raise SpecError(f"parallelism.cp: {2 * cp} slices do not divide {run.batch.sequence} tokens", "parallelism.cp")
     if tp > 1 and (offload.optimizer or run.optimizer.in_backward or run.method.quantization is not None):
         raise SpecError(
-            f"parallelism.tp: a probe runs no {tp} ranks with an optimizer on the host or in backward, or with "
+            f"parallelism.tp: a probe cannot run {tp} ranks with an optimizer on the host or in backward, or with "
             "quantised weights",
             "parallelism.tp",
         )
     if offload.optimizer:
-        refuse_on_host(str(run.optimizer.name))
+        refuse_for_optimizer_offload(str(run.optimizer.name))
         if run.loop.grad_scaler:
             raise SpecError(
                 "loop.grad_scaler: a probe scales no losses for an optimizer on the host", "loop.grad_scaler"
@@ -93,8 +95,8 @@ def _refuse(run: RunSpec) -> None:
     q = run.method.quantization
     if run.method.kind in ADAPTERS and q is None and _stored(run):
         raise SpecError(
-            "quantization_config: a probe makes weights of its own, and stores them as method.quantization says; use "
-            "qlora, or a config without it",
+            "quantization_config: a probe creates its own weights, stored as method.quantization says; use qlora, or a "
+            "config without quantization_config",
             "model",
         )
     if q is not None:
@@ -116,17 +118,21 @@ _STRATEGIES = ("ddp", "fsdp", "fsdp2")
 
 
 def _parallelism(run: RunSpec) -> None:
-    """Several GPUs are traced where they divide one thing: the batch, a matrix or the sequence; the batch where the
-    loss is the model's own."""
+    """Refuse several GPUs unless they divide exactly one of batch, matrices and sequence.
+
+    Ranks that divide the batch need the model's own loss.
+    """
     p = run.parallelism
     wrong = check_product(p)
     if wrong is not None:
         raise wrong
     if run.task != "train" and (p.device_map is not None or 1 < p.pp == p.world):
         if run.method.quantization is not None:
-            raise SpecError("method.quantization: a probe places whole weights by a device_map", "method.quantization")
+            raise SpecError(
+                "method.quantization: a probe places only unquantised weights by a device_map", "method.quantization"
+            )
         return
-    ep = p.ep if p.ep == p.tp else 1  # tokens are divided among those that divide matrices
+    ep = p.ep if p.ep == p.tp else 1  # tensor-parallel ranks may also divide the experts
     if (
         p == Parallelism(world=p.tp * p.cp, tp=p.tp, cp=p.cp, context=p.context, ep=ep, offload=p.offload)
         and min(p.tp, p.cp) == 1
@@ -134,28 +140,28 @@ def _parallelism(run: RunSpec) -> None:
         return
     if p.dp != p.world:
         raise SpecError(
-            "parallelism: a probe runs on one GPU, or as one rank of those that divide the batch, of tensor or of "
-            "context parallelism, and not of several together",
+            "parallelism: a probe runs on one GPU, or as one rank of data, tensor or context parallelism, but not of a "
+            "combination",
             "parallelism",
         )
     if p.dp > 1 and p.strategy not in _STRATEGIES:
         raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))
     if p.ep > 1 and (p.ep != p.dp or p.strategy != "fsdp2" or run.precision.autocast or run.method.kind != "full"):
         raise SpecError(
-            f"parallelism.ep: a probe runs {p.ep} ranks that divide experts where they divide matrices (tp), or the "
-            "batch (dp) in full training under fsdp2 without autocast",
+            f"parallelism.ep: a probe runs {p.ep} expert-parallel ranks only with tp of the same degree, or with dp of "
+            "the same degree in full training under fsdp2 without autocast",
             "parallelism.ep",
         )
     if run.task != "train" and p.dp > 1:
         raise _not_run("task", run.task, "train, on several GPUs")
-    if p.static_graph:  # it counts which parameters were used in pinned memory
+    if p.static_graph:  # DDP would count the used parameters in pinned memory
         raise _not_run("parallelism.static_graph", "true", "false")
     if run.kernels.loss != "hf" and p.world > 1:
         raise _not_run("kernels.loss", run.kernels.loss, "hf, on several GPUs")
 
 
 def _stored(run: RunSpec) -> bool:
-    """Whether adapters would train over the checkpoint as it is stored, of a family that memplan has a stack for."""
+    """Whether adapters would train on the checkpoint's stored quantised weights. False for unknown families."""
     if not find_config(run.model).get("quantization_config"):
         return False
     try:
@@ -163,7 +169,7 @@ def _stored(run: RunSpec) -> bool:
     except UnsupportedModelError:
         return False
     capability = find_gpu(run.gpu).compute_capability if run.gpu else None
-    return trained(model, run.method, True, capability).as_stored
+    return method_for_training(model, run.method, True, capability).as_stored
 
 
 def _optimizer(run: RunSpec) -> None:
@@ -172,7 +178,7 @@ def _optimizer(run: RunSpec) -> None:
         if o.name not in OPTIMIZERS:
             raise UnknownNameError("optimizer.name", str(o.name), OPTIMIZER_NAMES)
         near = " or ".join(nearest(str(o.name), OPTIMIZER_NAMES, 2))
-        raise SpecError(f"optimizer.name: a probe does not run {o.name}; it runs {near}, say", "optimizer.name")
+        raise SpecError(f"optimizer.name: a probe does not run {o.name}; it runs {near}, for example", "optimizer.name")
     if o.state_dtype is not None:
         raise SpecError(
             f"optimizer.state_dtype: {o.name} decides that itself; a probe does not set it", "optimizer.state_dtype"
@@ -180,11 +186,15 @@ def _optimizer(run: RunSpec) -> None:
     if o.foreach is not None and o.name not in ("adamw_torch", "sgd", "adagrad", "rmsprop"):
         raise SpecError(f"optimizer.foreach: {o.name} has no foreach step to turn on or off", "optimizer.foreach")
     if o.momentum and o.name not in ("sgd", "rmsprop"):
-        raise SpecError(f"optimizer.momentum: {o.name} has none to set; sgd and rmsprop have", "optimizer.momentum")
+        raise SpecError(
+            f"optimizer.momentum: {o.name} has no momentum to set; only sgd and rmsprop have", "optimizer.momentum"
+        )
     if o.in_backward and run.batch.accumulation > 1:
         raise SpecError("optimizer.in_backward: needs batch.accumulation 1", "optimizer.in_backward")
     if o.in_backward and run.loop.grad_scaler:
-        raise SpecError("loop.grad_scaler: scales no gradients that are used up in backward", "loop.grad_scaler")
+        raise SpecError(
+            "loop.grad_scaler: cannot scale gradients that optimizer.in_backward uses up", "loop.grad_scaler"
+        )
 
 
 def _kernels(run: RunSpec) -> None:
@@ -206,7 +216,7 @@ def _precision(run: RunSpec) -> None:
     for field in ("grads", "master"):
         if getattr(p, field) not in (None, p.weights if field == "grads" else None):
             raise SpecError(
-                f"precision.{field}: transformers' training step has none of its own; a probe runs pure and autocast",
+                f"precision.{field}: transformers' training step has no such dtype; a probe runs pure and autocast",
                 f"precision.{field}",
             )
 

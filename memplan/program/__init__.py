@@ -1,1 +1,1 @@
-"""What a decided run does: its graph, sharding, passes, stored weights and pools."""
+"""The graph, sharding, passes, stored weights and cache pools of a resolved run."""

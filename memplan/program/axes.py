@@ -1,7 +1,7 @@
-"""The axes that a run decides: batch, sequence and, of models that have them, a second sequence, images, chunks,
-rows of experts and the like; and those that are derived from them.
+"""Sizes of the axes that a run decides: batch, sequence, a second sequence, images, chunks, rows of experts, and the
+axes derived from them.
 
-What every model has is always there. The rest is made where the program needs it: most runs need none.
+Axes that every model has are always returned. Others are computed only if the program needs them; most runs need none.
 """
 
 from __future__ import annotations
@@ -10,19 +10,27 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from memplan.catalogue.attention.attention import efficient_workspace_bytes
+from memplan.catalogue.attention.efficient_workspace import efficient_workspace_bytes
 from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.kernels.losses import CHUNK
 from memplan.core.arithmetic import ONE_RUN, Arithmetic, Size
 from memplan.models.configs.megatron import padded
 from memplan.models.model import ModelSpec
-from memplan.program.graph import Graph, built
+from memplan.program.graph import Graph, operations_of
 from memplan.program.training.program import Program
 
 
 class _Run(NamedTuple):
-    """What axes are derived from: of one run ints, of many arrays. `fixed` are the axes of the model, `half` whether
-    attention computes in 16 bits, `needs` the axes that are asked for and not there yet, `axes` those that are."""
+    """Inputs that axes are derived from: ints for one run, arrays for many.
+
+    fixed        axes of the model
+    needs        axes that are needed and not in `axes` yet
+    axes         axes already known
+    b, s, t      batch, sequence, and the decoder's sequence
+    half         attention computes in 16 bits
+    large_tiles  the GPU's shared memory holds tiles of 128 x 128
+    by           arithmetic for one run or for many
+    """
 
     model: ModelSpec
     degrees: Degrees
@@ -38,11 +46,11 @@ class _Run(NamedTuple):
 
     @property
     def pairs(self) -> Any:
-        """Batch times heads, of those that a rank has."""
+        """Batch times the rank's heads."""
         return self.b * self.fixed["a"]
 
     def workspace(self, queries: Any, widths: tuple[int, int], keys: Any = None) -> Any:
-        """Bytes that memory-efficient attention's backward takes for a head."""
+        """Workspace bytes of memory-efficient attention's backward, per head."""
         return efficient_workspace_bytes(queries, widths, self.pairs, self.half, self.large_tiles, self.by, keys)
 
 
@@ -56,10 +64,11 @@ def run_axes(
     pictures: Iterable[tuple[str, int]] = (),
     target: Size | None = None,
 ) -> dict[str, Size]:
-    """The axes that belong to the run, and those derived from them; `by` is how one run's are counted, or many's.
+    """Return the axes that the run decides, and those derived from them.
 
-    `pictures` are the axes that its images decide. `target` is the length of what the decoder of an encoder-decoder is
-    given; without, as long as the encoder's.
+    by        arithmetic for one run or for many
+    pictures  axes that images decide
+    target    length of the decoder's sequence in an encoder-decoder; default: as long as the encoder's
     """
     return axes_of(program.structure.graph, program.needs, micro, sequence, half, large_tiles, by, pictures, target)
 
@@ -75,13 +84,13 @@ def axes_of(
     pictures: Iterable[tuple[str, int]] = (),
     target: Size | None = None,
 ) -> dict[str, Size]:
-    """The same for a graph whose sizes need the axes `needs`."""
+    """Return the axes of a run of the graph, including every axis in `needs`. Other arguments as of `run_axes`."""
     degrees = graph.degrees
     b, s = micro, -(-sequence // degrees.cp)
     tokens = b * s
     m = graph.model
     rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
-    many, sorts, further = b > 1, tokens > 3072, (s - 1) // CHUNK
+    has_several, sorts, further = b > 1, tokens > 3072, (s - 1) // CHUNK
     axes = {
         "b": b,
         "s": s,
@@ -92,8 +101,8 @@ def axes_of(
         "s_uneven8": by.choose(s % 8 == 0, 0, -(-s // 8) * 8),
         "s32": -(-s // 32) * 32,
         "s128": -(-s // 128) * 128,
-        "targets": by.choose(many, tokens, s + 1),
-        "padded_labels": by.choose(many, b * (s + 1), 0),
+        "targets": by.choose(has_several, tokens, s + 1),
+        "padded_labels": by.choose(has_several, b * (s + 1), 0),
         "shifted_rows": b * (s - 1),
         "further_chunks": further,
         "lm_one": by.choose(further > 1, CHUNK, 0),
@@ -101,7 +110,7 @@ def axes_of(
         "lm_next": by.choose(further > 0, CHUNK, 0),
         "lm_last": s - CHUNK * further,
         "lm_rows": s - CHUNK * further - 1,
-        "shifted_labels": by.choose(many, b * (s - 1), 0),
+        "shifted_labels": by.choose(has_several, b * (s - 1), 0),
         "sorted_ids": by.choose(sorts, tokens, 0),
         "segments": by.choose(sorts, tokens // 10 + by.least(tokens, rows), 0),
     }
@@ -114,7 +123,7 @@ def axes_of(
     axes.update(pictures)
     needs = needs.difference(axes)
     if needs:
-        fixed = built(graph)[1]
+        fixed = operations_of(graph)[1]
         t = s if target is None else target
         run = _Run(m, degrees, fixed, needs, axes, b, s, t, half, large_tiles, by)
         for derive in _derived(needs):
@@ -123,7 +132,8 @@ def axes_of(
 
 
 def _workspaces(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Of memory-efficient attention; heads are as wide as the model's, or as an axis says (`...workspace.wide`)."""
+    """Workspaces of memory-efficient attention. A suffix names the axis of the head width (`...workspace.wide`);
+    without one, heads are as wide as the model's."""
     for name in run.needs:
         kind, _, width = name.partition(".")
         widths = (run.fixed[width], run.fixed[width]) if width else run.model.head_widths
@@ -133,8 +143,8 @@ def _workspaces(run: _Run) -> Iterator[tuple[str, Any]]:
             yield name, run.workspace(run.s, widths)
 
 
-def _tables(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Partial sums of an embedding's gradient, of a table with other rows than the vocabulary's: `segments_77`."""
+def _embedding_segments(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Partial sums of the gradient of an embedding table whose rows are not the vocabulary: `segments_77`."""
     for name in run.needs:
         rows = name.removeprefix("segments_")
         if rows != name and rows.isdigit():
@@ -145,9 +155,8 @@ def _segments(run: _Run, tokens: Any, rows: int) -> Any:
     return run.by.choose(tokens > 3072, tokens // 10 + run.by.least(tokens, rows), 0)
 
 
-def _distances(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Pairs of positions whose distance is looked up in a table, of the encoder and of the decoder: as ids of an
-    embedding are sorted for its gradient."""
+def _relative_positions(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Pairs of positions in encoder and decoder whose distance indexes an embedding table. Its gradient sorts them."""
     for prefix, length in (("", run.s), ("target_", run.t)):
         if f"{prefix}pairs" in run.needs:
             pairs = length * length
@@ -156,7 +165,7 @@ def _distances(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _second_sequence(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Of a decoder beside an encoder, whose own tokens are `t`."""
+    """Axes of the decoder of an encoder-decoder, whose tokens are `t`."""
     if not run.model.is_encoder_decoder:
         return
     t, targets, widths = run.t, run.b * run.t, run.model.head_widths
@@ -173,16 +182,23 @@ def _second_sequence(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[str, Size]:
-    """Axes of a model that scans a sequence of `s` tokens chunk by chunk.
+    """Return the axes of a model that scans a sequence of `s` tokens chunk by chunk.
 
-    s_conv            rows of a convolution that is padded at both ends
-    earlier           the tokens before the last
-    chunks, borders   chunks, and the borders of them; `later`, the chunks but one
-    s_chunks          rows of whole chunks; `s_later`, of all but one
-    s_one, s_two      the same where there is one chunk, and where there are several; `slice`, one chunk of several
-    s_whole           the sequence where it is whole chunks; `s_whole_two`, where it is several; `copied`, one chunk
-                      where it is; `s_padded`, its rows where it is not
-    s_laid            all chunks but one where it is whole chunks, or else the rows of several
+    s_conv       rows of a convolution padded at both ends
+    earlier      tokens before the last
+    chunks       number of chunks
+    borders      number of chunk borders, both ends included
+    later        chunks after the first
+    s_chunks     rows of all chunks, the last one padded
+    s_later      rows of all chunks but one
+    s_one        `s_chunks` if there is one chunk, else 0
+    s_two        `s_chunks` if there are several chunks, else 0
+    slice        rows of one chunk if there are several, else 0
+    s_whole      the sequence if it is a multiple of the chunk, else 0
+    s_whole_two  the sequence if it is a multiple of the chunk and has several chunks, else 0
+    s_padded     `s_chunks` if the sequence is not a multiple of the chunk, else 0
+    copied       rows of one chunk if the sequence is a multiple of the chunk, else 0
+    s_laid       `s_later` if the sequence is a multiple of the chunk, else `s_two`
     """
     chunk = numbers.get("chunk", 1)
     chunks = -(-s // chunk)
@@ -215,17 +231,17 @@ def _scans(run: _Run) -> Mapping[str, Any]:
 
 
 def _experts(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Rows of one expert, where tokens are spread evenly: over all, and over as many as there are groups of."""
-    for name, several in (("routed", "E"), ("spread", "groups")):
+    """Rows of one expert if tokens are spread evenly over all experts (`routed`), or over groups of them (`spread`)."""
+    for name, parts in (("routed", "E"), ("spread", "groups")):
         if name in run.needs:
-            yield name, -(-run.b * run.s * run.fixed["e"] // run.fixed[several])
+            yield name, -(-run.b * run.s * run.fixed["e"] // run.fixed[parts])
 
 
-def _dispatched(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Tokens that ranks with a part of the experts each gather, and that go to a rank's experts; those that a rank
-    sends and receives, where it has them among others that divide them."""
-    own = run.b * run.axes.get("s_tp", run.s)
-    part = -(-own // run.degrees.tp)
+def _expert_tokens(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Tokens of expert parallelism: a rank's share of them, those it sends and receives, those gathered from all ranks,
+    and those routed to its experts."""
+    tokens = run.b * run.axes.get("s_tp", run.s)
+    part = -(-tokens // run.degrees.tp)
     if "tokens_part" in run.needs:
         yield "tokens_part", part
     if not run.needs.isdisjoint(("tokens_sent", "tokens_received")):
@@ -233,16 +249,16 @@ def _dispatched(run: _Run) -> Iterator[tuple[str, Any]]:
         yield "tokens_sent", sent
         yield "tokens_received", -(-sent * most // 1000)
     if "tokens_gathered" in run.needs:
-        yield "tokens_gathered", own * run.fixed["eg"]
+        yield "tokens_gathered", tokens * run.fixed["eg"]
     if "tokens_routed" in run.needs:
-        rows = own * run.fixed["et"] * run.fixed["e"]
+        rows = tokens * run.fixed["et"] * run.fixed["e"]
         yield "tokens_routed", -(-rows * run.fixed.get("capacity", 1000) // 1000)
 
 
 def _chosen_keys(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Of attention to keys that an indexer chooses: how many, and the batch where it is more than one sequence."""
+    """Keys that an indexer chooses for sparse attention, and the batch size if it has more than one sequence."""
     if "chosen_keys" in run.needs:
-        yield "chosen_keys", run.by.least(run.s, run.model.whole("index_topk"))
+        yield "chosen_keys", run.by.least(run.s, run.model.config_int("index_topk"))
     if "several" in run.needs:
         yield "several", run.by.choose(run.b > 1, run.b, 0)
 
@@ -252,10 +268,13 @@ def _blocks_of_keys(run: _Run) -> Iterable[tuple[str, Any]]:
 
 
 def blocks_of_keys(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[str, Size]:
-    """Axes of attention to blocks that an indexer chooses of `s` keys.
+    """Return the axes of attention to blocks of keys that an indexer chooses among `s` keys.
 
-    key_blocks     how many there are; `key_blocks1`, one more; `chosen_blocks`, of those a query attends to
-    block_keys     the keys of whole blocks; `padded_keys`, the same where there are fewer, so that scores are padded
+    key_blocks     number of blocks
+    key_blocks1    number of blocks plus one
+    chosen_blocks  blocks that a query attends to
+    block_keys     keys of all blocks, the last one padded
+    padded_keys    `block_keys` if the last block is padded, else 0
     """
     blocks = -(-s // numbers["key_block"])
     whole = blocks * numbers["key_block"]
@@ -269,7 +288,7 @@ def blocks_of_keys(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) ->
 
 
 def _compressed_keys(run: _Run) -> Mapping[str, Any]:
-    """Of keys that stand for a window each, of a small and of a large one: how many, and with those of all tokens."""
+    """Compressed keys, one for each small or large window of tokens: their number, alone and with the tokens' keys."""
     if run.needs.isdisjoint(("wc", "kc", "wh", "kh")):
         return {}
     s, small, large = run.s, run.s // run.fixed["rc"], run.s // run.fixed["rh"]
@@ -286,12 +305,13 @@ def _compressed_keys(run: _Run) -> Mapping[str, Any]:
         "kh": s + large,
         "kh1": s + large + 1,
         "kh_masked": run.by.choose(large > 0, s + large, 0),
-        "tk": run.by.least(small, run.model.whole("index_topk")),
+        "tk": run.by.least(small, run.model.config_int("index_topk")),
     }
 
 
 def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Of attention in a tower: its workspace where that is memory-efficient, and rows of all images packed into one."""
+    """Axes of attention in a vision tower: workspaces of memory-efficient attention, and the rows of all images packed
+    into one sequence."""
     axes = run.axes
     if "tower_half" not in axes:
         return
@@ -300,24 +320,24 @@ def _towers(run: _Run) -> Iterator[tuple[str, Any]]:
     for rounded in (8, 32, 128):
         yield f"packed{rounded}", -(-rows // rounded) * rounded
     yield "tower_fp32", 0 if half else d + 1
-    for name, of, pairs in (
+    for name, queries, pairs in (
         ("grid", axes["grid"], heads),
         ("window", axes.get("window", 0), heads),
         ("packed", rows, heads),
         ("batched", axes["grid"], run.b * axes["images"] * heads),
     ):
         if f"{name}_workspace" in run.needs:
-            yield f"{name}_workspace", efficient_workspace_bytes(of, (d, d), pairs, half, run.large_tiles, run.by)
+            yield f"{name}_workspace", efficient_workspace_bytes(queries, (d, d), pairs, half, run.large_tiles, run.by)
 
 
-def _seen(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Of attention from the text to what a tower has seen: its workspace where that is memory-efficient."""
+def _cross_attention(run: _Run) -> Iterator[tuple[str, Any]]:
+    """Workspace of memory-efficient cross-attention from the text to the tower's output."""
     if "seen_workspace" in run.needs and "seen" in run.axes:
         yield "seen_workspace", run.workspace(run.s, run.model.head_widths, run.axes["seen"])
 
 
 def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Tokens of a chunk: of LitGPT's chunked loss, and of a fused one."""
+    """Tokens of one chunk of LitGPT's chunked loss (`lc`), and of a fused loss (`fc`)."""
     if "lc" in run.needs:
         yield "lc", -(-run.s // 8)
     if "fc" in run.needs:
@@ -327,24 +347,24 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 _Derive = Callable[[_Run], Iterable[tuple[str, Any]] | Mapping[str, Any]]
-# What the names begin with, that each of them makes.
-_FURTHER: tuple[tuple[tuple[str, ...], _Derive], ...] = (
+# Prefixes of the axes that each function yields.
+_DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("efficient_",), _workspaces),
-    (("segments_",), _tables),
-    (("pairs", "pair_segments", "target_pairs", "target_pair_segments"), _distances),
+    (("segments_",), _embedding_segments),
+    (("pairs", "pair_segments", "target_pairs", "target_pair_segments"), _relative_positions),
     (("t", "sorted_targets", "efficient_workspace_"), _second_sequence),
     (tuple(_SCANNED), _scans),
     (("routed", "spread"), _experts),
-    (("tokens_",), _dispatched),
+    (("tokens_",), _expert_tokens),
     (("chosen_keys", "several"), _chosen_keys),
     (("wc", "uc", "kc", "rc_kept", "wh", "uh", "kh", "tk"), _compressed_keys),
     (("key_blocks", "chosen_blocks", "block_keys", "padded_keys"), _blocks_of_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
-    (("seen_",), _seen),
+    (("seen_",), _cross_attention),
     (("lc", "fc"), _losses),
 )
 
 
 @lru_cache(maxsize=256)
 def _derived(needs: frozenset[str]) -> tuple[_Derive, ...]:
-    return tuple(derive for names, derive in _FURTHER if any(name.startswith(names) for name in needs))
+    return tuple(derive for names, derive in _DERIVATIONS if any(name.startswith(names) for name in needs))

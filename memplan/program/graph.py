@@ -1,4 +1,4 @@
-"""A run's graph: one model, method and set of kernels as operations, and lowered to moments. No batch, no optimizer."""
+"""A run's graph: the operations of one model, method and set of kernels, lowered to moments. No batch, no optimizer."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from memplan.catalogue.kernels.fused import fuse
 from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods.methods import Recipe, apply, freeze
-from memplan.catalogue.parallelism import context_parallel, expert_parallel, pipeline, tensor_parallel
-from memplan.catalogue.parallelism.device_maps import Placed, axes_of, axis_of, placed
+from memplan.catalogue.parallelism import context_parallel, expert_parallel, pipeline_stages, tensor_parallel
+from memplan.catalogue.parallelism.device_maps import ModulePlacement, axes_of, axis_of, place_operations
 from memplan.catalogue.quantization.inference_formats import bytes_at_once, chunk_of
 from memplan.catalogue.quantization.packed_kernels import unpacked, with_buffers
 from memplan.catalogue.quantization.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.core.errors import InternalError, SpecError
-from memplan.core.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations, unwritten
+from memplan.core.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
 from memplan.core.units import ITEMSIZE
-from memplan.engine.record import Recorded, Stretch, record, record_inference
+from memplan.engine.record import AllocationTrace, EventSpan, record, record_inference
 from memplan.engine.step import Lowered, infer, lower, made_by, stream_of
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
@@ -35,17 +35,35 @@ from memplan.models.model import ModelSpec
 
 
 class Graph(NamedTuple):
-    """What decides which operations a forward and a backward pass run, and what they keep.
+    """Everything that decides which operations a forward and a backward pass run, and which tensors they keep.
 
-    `reentrant` is how blocks are checkpointed; `logits` how transformers' loss was written, and `single` whether it is
-    of a single sequence, where that matters (see `memplan.catalogue.kernels.losses.cross_entropy`); `short`: a loss in
-    chunks of tokens has one chunk only; `fused` the kernels that stand in for several; `converts`: what the model
-    returns is cast to fp32; `code` whose model it is; `lingers`: what a pass held stays into the next one; `leaf`: the
-    embeddings' output asks for a gradient, as checkpointing has it; `to_host`: a checkpointed block's input is kept in
-    host memory, `saves`: whatever autograd saves; `degrees` the part of it that one rank computes; `keeps_sent`: what a
-    stage hands on stays until its backward, `moves_sent`: it is copied to another GPU of the process; `inference`: the
-    pass it is, where nothing trains; `placed`: where its modules are, on several GPUs of one process or on the host;
-    `joined`: gradients are made of what is frozen beside adapters in a block, as they lie in one flat parameter.
+    model                   the model's config
+    recipe                  the method: dtypes, adapters, quantisation
+    wiring                  attention kernels, masks and caches
+    checkpoint              blocks are checkpointed
+    loss                    the kind of loss (see `memplan.catalogue.kernels.losses.attach`)
+    hold_outputs            a variable of the script holds the model's outputs through backward
+    adds_in_place           the fused loss accumulates its weight gradient in place
+    rank                    rank of the adapters
+    trainable_layers        last layers that train with method `freeze`; 0 for other methods
+    reentrant               checkpointing is reentrant
+    logits                  version of transformers' loss (see `memplan.catalogue.kernels.losses.cross_entropy`)
+    has_one_sequence        the batch is one sequence, if the loss treats that case differently
+    has_single_chunk        the sequence fits in a single chunk of a loss computed in chunks
+    fused                   names of the fused kernels
+    casts_outputs           the model's output is cast to fp32
+    code                    library that implements the model: transformers, litgpt, torchtitan
+    holds_previous_outputs  outputs and loss of one pass stay referenced into the next pass
+    input_requires_grad     the embeddings' output requires grad, as checkpointing makes it
+    to_host                 the inputs of checkpointed blocks are kept in host memory
+    saves                   how the tensors that autograd saves are kept in host memory, if they are
+    degrees                 the part of the model and of the sequence that one rank computes
+    keeps_sent              a pipeline stage's output stays alive until its backward
+    moves_sent              a pipeline stage's output is copied to another GPU of the same process
+    inference               the kind of pass if nothing trains, else None
+    flattens_frozen         frozen weights share a flat parameter with adapters, so autograd computes their gradients
+                            too
+    placed                  device of each module, if one process spreads them over several GPUs or the host
     """
 
     model: ModelSpec
@@ -59,25 +77,35 @@ class Graph(NamedTuple):
     trainable_layers: int
     reentrant: bool = False
     logits: str = "padded"
-    single: bool = False
-    short: bool = False
+    has_one_sequence: bool = False
+    has_single_chunk: bool = False
     fused: tuple[str, ...] = ()
-    converts: bool = False
+    casts_outputs: bool = False
     code: str = "transformers"
-    lingers: bool = False
-    leaf: bool = False
+    holds_previous_outputs: bool = False
+    input_requires_grad: bool = False
     to_host: bool = False
     saves: SavedTensors | None = None
     degrees: Degrees = WHOLE
     keeps_sent: bool = False
     moves_sent: bool = False
     inference: Pass | None = None
-    joined: bool = False
-    placed: Placed | None = None
+    flattens_frozen: bool = False
+    placed: ModulePlacement | None = None
 
 
-class Held(NamedTuple):
-    """Tensors that are there throughout: parameters, buffers, gradients, optimizer states, by what they are."""
+class TensorGroup(NamedTuple):
+    """Tensors of one kind that stay allocated between operations: parameters, buffers, gradients, optimizer states.
+
+    kind    parameter, buffer, gradient, optstate, activation, temp or other
+    what    name of the tensor
+    where   block it belongs to, empty outside of blocks
+    shape   axes or numbers, separated by spaces
+    dtype   memplan's name of the dtype
+    copies  how many there are
+    bytes   bytes of one copy
+    source  where the facts come from
+    """
 
     kind: str
     what: str
@@ -89,58 +117,63 @@ class Held(NamedTuple):
     source: str
 
 
-_ANY_RANK = 0  # of a graph whose structure is asked for: adapters of every rank run the same operations
+_ANY_RANK = 0  # adapters of every rank run the same operations, so all ranks share one lowering
 
 
 @lru_cache(maxsize=128)
-def built(graph: Graph) -> tuple[Stack, dict[str, int]]:
-    """The model's operations as the method trains them, with the loss; and the axes with the model's numbers.
+def operations_of(graph: Graph) -> tuple[Stack, dict[str, int]]:
+    """Return the model's operations as the method trains them, with the loss, and the sizes of the model's axes.
 
-    Raises InternalError if an operation uses a tensor that nothing before it writes, a mistake in the catalogue.
+    Raises InternalError if an operation reads a tensor that no earlier one writes, a mistake in the catalogue.
     """
     stack, axes = _built(graph)
-    missing = next(unwritten(stack), None)
+    missing = next(undefined_names(stack), None)
     if missing is not None:
         where, operation, name = missing
         raise InternalError(f"in {graph.model.model_type} {where}, {operation} uses {name}, which nothing writes")
     return stack, axes
 
 
-def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:
+def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a branch for each rewrite)
     if graph.degrees.pp > 1:
         return _stage(graph)
-    if graph.placed is not None and graph.placed.card:  # the same operations, of another GPU's tensors
-        stack, axes = built(_of_any_card(graph))
+    if graph.placed is not None and graph.placed.card:  # every GPU has the same operations; only the axes differ
+        stack, axes = operations_of(_on_first_gpu(graph))
         return stack, {**axes, **axes_of(graph.placed)}
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
     if graph.inference is not None:
-        model = undropped(model)
+        model = without_dropout(model)
     part: dict[str, int] = {}
     if degrees.tp > 1:
-        part = tensor_parallel.axes_of_part(model, degrees)
-        model = tensor_parallel.part_of(model, degrees)
+        part = tensor_parallel.local_expert_axes(model, degrees)
+        model = tensor_parallel.local_model(model, degrees)
     if megatron.has_experts(model) and max(degrees.ep, degrees.etp, degrees.tp) > 1:
-        model = megatron.part_of_experts(model, degrees)
+        model = megatron.with_divided_experts(model, degrees)
     axes = {**model.axes(), **part, "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.wiring.tables:
         stack = own_tables(stack, model.max_position_embeddings or 2048, recipe.weights, graph.wiring.tables)
     if graph.wiring.by_name:
-        named = (r._replace(blocks=tuple(b._replace(by_name=True) for b in r.blocks)) for r in stack.runs)
-        stack = stack._replace(runs=tuple(named))
+        runs = (r._replace(blocks=tuple(b._replace(by_name=True) for b in r.blocks)) for r in stack.runs)
+        stack = stack._replace(runs=tuple(runs))
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
-    if graph.joined:
-        stack = stack._replace(runs=tuple(r._replace(blocks=tuple(map(_joined, r.blocks))) for r in stack.runs))
+    if graph.flattens_frozen:
+        runs = (r._replace(blocks=tuple(map(_with_all_gradients, r.blocks))) for r in stack.runs)
+        stack = stack._replace(runs=tuple(runs))
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model.model_type, degrees, records=graph.inference is None)
-    own = model.model_type == megatron.KIND
-    if degrees.ep > 1 and not own:
+    is_megatron = model.model_type == megatron.KIND
+    if degrees.ep > 1 and not is_megatron:
         stack = expert_parallel.divide(stack, degrees)
     if degrees.cp > 1:
         heads = (graph.model.num_attention_heads, graph.model.num_key_value_heads)
-        stack = megatron.around(stack, degrees) if own else context_parallel.around(stack, degrees, heads)
+        stack = (
+            megatron.ring_attention(stack, degrees)
+            if is_megatron
+            else context_parallel.with_context_parallelism(stack, degrees, heads)
+        )
     axes |= {
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
         for op in operations(stack)
@@ -160,7 +193,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         stack = inference(stack, graph.inference)
         if graph.inference.cache.startswith("offloaded"):
             return offloaded(stack, axes, recipe.compute)
-        return (stack, axes) if graph.placed is None else placed(stack, axes, graph.placed)
+        return (stack, axes) if graph.placed is None else place_operations(stack, axes, graph.placed)
     stack = losses.attach(
         stack,
         graph.loss,
@@ -168,17 +201,17 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:
         autocast,
         graph.adds_in_place,
         graph.logits,
-        graph.single,
+        graph.has_one_sequence,
         "cross_entropy" in graph.fused,
-        graph.converts,
-        graph.short,
+        graph.casts_outputs,
+        graph.has_single_chunk,
     )
     return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
 
 
 @lru_cache(maxsize=128)
-def undropped(model: ModelSpec) -> ModelSpec:
-    """The model as it is where nothing is dropped: in evaluation."""
+def without_dropout(model: ModelSpec) -> ModelSpec:
+    """Return the model with every dropout probability set to 0, as in evaluation."""
 
     def zeroed(config: Mapping[str, Any]) -> dict[str, Any]:
         return {
@@ -194,45 +227,47 @@ def undropped(model: ModelSpec) -> ModelSpec:
     return model if config == model.config else ModelSpec(config, model.name, model.card, model.checkpoint)
 
 
-def _joined(block: Block) -> Block:
-    """A block that autograd makes the gradients of all weights of."""
+def _with_all_gradients(block: Block) -> Block:
+    """Return the block with a gradient for every weight, frozen ones included."""
 
-    def trains(op: Op) -> Op:
+    def with_gradients(op: Op) -> Op:
         return op._replace(weights=tuple(w if w.group == "buffer" else w._replace(trains=True) for w in op.weights))
 
-    return block._replace(ops=tuple(map(trains, block.ops)))
+    return block._replace(ops=tuple(map(with_gradients, block.ops)))
 
 
-def optimized(w: Weight, graph: Graph) -> bool:
-    """Whether the optimizer is given a weight."""
-    return w.trains and (w.group == "adapter" or not graph.joined)
+def is_optimized(w: Weight, graph: Graph) -> bool:
+    """Whether the weight is passed to the optimizer."""
+    return w.trains and (w.group == "adapter" or not graph.flattens_frozen)
 
 
-def _unstaged(graph: Graph) -> Graph:
-    """The graph with all layers, which a pipeline's stages divide."""
-    return graph._replace(degrees=graph.degrees.of_all_layers)
+def _whole_model(graph: Graph) -> Graph:
+    """Return the graph of the whole model, before it is split into pipeline stages."""
+    return graph._replace(degrees=graph.degrees.without_pipeline)
 
 
 def _stage(graph: Graph) -> tuple[Stack, dict[str, int]]:
-    """The stack of one rank of a pipeline."""
-    stack, axes = built(_unstaged(graph))
+    """Return the operations and axes of one rank of a pipeline."""
+    stack, axes = operations_of(_whole_model(graph))
     layers, stages = graph.degrees.layers, tuple(chunk.stage for chunk in graph.degrees.chunks)
-    if pipeline.unstageable(stack) or sum(layers) != pipeline.depth_of(stack, axes):
+    if pipeline_stages.cannot_be_staged(stack) or sum(layers) != pipeline_stages.depth_of(stack, axes):
         field = "parallelism.pp"
         raise SpecError(f"{field}: stages of {graph.model.model_type} models are not supported yet", field)
 
-    return pipeline.staged(stack, axes, layers, stages, *handed_on(graph), graph.keeps_sent, graph.moves_sent)
+    return pipeline_stages.stage_stack(
+        stack, axes, layers, stages, *stage_boundaries(graph), graph.keeps_sent, graph.moves_sent
+    )
 
 
 @lru_cache(maxsize=512)
-def handed_on(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
-    """What a pipeline's stage is given, and what it hands on."""
-    stack, axes = built(_unstaged(graph))
+def stage_boundaries(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
+    """Return the hidden states that a pipeline stage receives and sends; None at the ends of the pipeline."""
+    stack, axes = operations_of(_whole_model(graph))
     layers, stages = graph.degrees.layers, [chunk.stage for chunk in graph.degrees.chunks]
 
     def stream(until: int) -> Tensor:
-        upto, numbers = pipeline.until(stack, axes, until)
-        return stream_of(upto, _ways(graph)["autocast"], {run.times: numbers[run.times] for run in upto.runs})
+        upto, numbers = pipeline_stages.first_layers(stack, axes, until)
+        return stream_of(upto, _options(graph)["autocast"], {run.times: numbers[run.times] for run in upto.runs})
 
     received = stream(sum(layers[: stages[0]])) if stages[0] else None
     sent = stream(sum(layers[: stages[-1] + 1])) if stages[-1] < len(layers) - 1 else None
@@ -241,45 +276,52 @@ def handed_on(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
 
 @lru_cache(maxsize=512)
 def shared_buffers(graph: Graph) -> tuple[Tensor, ...]:
-    """The buffers that all passes of a pipeline's rank share; where every layer has one, those of the rank's layers."""
-    stack, _ = built(_unstaged(graph))
-    autocast, d = _ways(graph)["autocast"], graph.degrees
-    own = str(sum(d.layers[d.stage :: d.pp]))
-    made = (t for op in pipeline.lasting_buffers(stack) for t in made_by(op, stack, autocast))
-    return tuple(t._replace(shape=" ".join(own if a == "L" else a for a in t.shape.split())) for t in made)
+    """Return the buffers that all passes of a pipeline rank share, with the axis of layers cut to the rank's own."""
+    stack, _ = operations_of(_whole_model(graph))
+    autocast, d = _options(graph)["autocast"], graph.degrees
+    layers = str(sum(d.layers[d.stage :: d.pp]))
+    buffers = (t for op in pipeline_stages.lasting_buffers(stack) for t in made_by(op, stack, autocast))
+    return tuple(t._replace(shape=" ".join(layers if a == "L" else a for a in t.shape.split())) for t in buffers)
 
 
 @lru_cache(maxsize=512)
-def first_alike(graph: Graph) -> Graph:
-    """The graph of the pipeline's first stage that is as this one's, so that equal stages are lowered once."""
+def first_equal_stage(graph: Graph) -> Graph:
+    """Return the graph of the first pipeline stage with the same layers, so that equal stages share one lowering."""
     degrees = graph.degrees
     layers = degrees.layers
     if degrees.pp == 1 or degrees.virtual_stages > 1 or degrees.stage in (0, degrees.pp - 1):
         return graph
-    whole, axes = built(_unstaged(graph))
+    whole, axes = operations_of(_whole_model(graph))
     kinds = [id(block) for run in whole.runs for _ in range(axes[run.times]) for block in run.blocks]
 
-    def of(stage: int) -> list[int]:
+    def kinds_of(stage: int) -> list[int]:
         start = sum(layers[:stage])
-        return kinds[start - 1 : start + layers[stage]]  # with the layer before, which decides what is received
+        return kinds[start - 1 : start + layers[stage]]  # the layer before decides which tensor the stage receives
 
-    alike = next(stage for stage in range(1, degrees.stage + 1) if of(stage) == of(degrees.stage))
-    return graph._replace(degrees=degrees._replace(stage=alike))
+    first = next(stage for stage in range(1, degrees.stage + 1) if kinds_of(stage) == kinds_of(degrees.stage))
+    return graph._replace(degrees=degrees._replace(stage=first))
 
 
-def lowered(
+def lower_training(
     graph: Graph,
     grads_exist: bool = False,
     updates: tuple[tuple[str, int], ...] = (),
     follows: bool = False,
     division: Division | None = None,
 ) -> Lowered:
-    """The graph's moments, with every tensor counted by its name. `grads_exist`: no gradient is left behind that was
-    not there, because all are there already, or each is used up as it comes, by an update that takes `updates` bytes
-    beside it. `follows`: another pass has been before, and the loop may still have names for it. `division`: the
-    weights are divided among ranks."""
+    """Return the graph's moments, with tensors counted by name.
+
+    grads_exist  the pass leaves no new gradients: they exist already, or each is consumed as soon as it is computed
+    updates      bytes that an update inside backward takes in addition to the gradient, by the weight's path
+    follows      another pass ran before, and the training loop may still reference its outputs
+    division     how weights are divided among ranks
+    """
     return _lowered(
-        first_alike(graph)._replace(rank=_ANY_RANK), grads_exist, updates, graph.lingers and follows, division
+        first_equal_stage(graph)._replace(rank=_ANY_RANK),
+        grads_exist,
+        updates,
+        graph.holds_previous_outputs and follows,
+        division,
     )
 
 
@@ -288,31 +330,31 @@ def _lowered(
     graph: Graph,
     grads_exist: bool,
     updates: tuple[tuple[str, int], ...],
-    lingers: bool,
+    keeps_last_outputs: bool,
     division: Division | None,
 ) -> Lowered:
     stack, depth = _stack(graph)
     return lower(
         stack,
         depth,
-        **_ways(graph),
+        **_options(graph),
         grads_exist=grads_exist,
         labelled=True,
         updates=dict(updates),
-        lingers=lingers,
+        keeps_last_outputs=keeps_last_outputs,
         division=division,
     )
 
 
-def recorded(
+def record_training(
     graph: Graph,
     grads_exist: bool = False,
     updates: tuple[tuple[str, int], ...] = (),
     division: Division | None = None,
     late: frozenset[str] = frozenset(),
-) -> Recorded:
-    """The graph's allocations and frees in order. The arguments are those of `lowered`, and `late` of `record`."""
-    return _recorded(first_alike(graph)._replace(rank=_ANY_RANK), grads_exist, updates, division, late)
+) -> AllocationTrace:
+    """Return the graph's allocations and frees in order. Arguments as of `lowered`; `late` as of `record`."""
+    return _recorded(first_equal_stage(graph)._replace(rank=_ANY_RANK), grads_exist, updates, division, late)
 
 
 @lru_cache(maxsize=64)
@@ -322,19 +364,19 @@ def _recorded(
     updates: tuple[tuple[str, int], ...],
     division: Division | None,
     late: frozenset[str],
-) -> Recorded:
+) -> AllocationTrace:
     stack, depth = _stack(graph)
-    ways, exist = _ways(graph), grads_exist
-    return record(stack, depth, **ways, grads_exist=exist, updates=dict(updates), division=division, late=late)
+    options, exist = _options(graph), grads_exist
+    return record(stack, depth, **options, grads_exist=exist, updates=dict(updates), division=division, late=late)
 
 
-def inferred(graph: Graph, labelled: bool = False, division: Division | None = None) -> Lowered:
-    """The moments of a pass of inference; `division`: the weights are divided among ranks."""
-    return _inferred(_of_any_card(graph), labelled, division)
+def lower_inference(graph: Graph, labelled: bool = False, division: Division | None = None) -> Lowered:
+    """Return the moments of an inference pass. `division` says how weights are divided among ranks."""
+    return _inferred(_on_first_gpu(graph), labelled, division)
 
 
-def _of_any_card(graph: Graph) -> Graph:
-    """The graph as it is lowered for all GPUs that its modules are on."""
+def _on_first_gpu(graph: Graph) -> Graph:
+    """Return the graph with its GPU number cleared, so that all GPUs share one lowering."""
     return graph if graph.placed is None else graph._replace(placed=graph.placed._replace(card=0))
 
 
@@ -342,47 +384,48 @@ def _of_any_card(graph: Graph) -> Graph:
 def _inferred(graph: Graph, labelled: bool, division: Division | None) -> Lowered:
     stack, depth = _stack(graph)
     phase = graph.inference.phase if graph.inference else ""
-    return infer(stack, depth, _ways(graph)["autocast"], phase, labelled, division, _casts(graph))
+    return infer(stack, depth, _options(graph)["autocast"], phase, labelled, division, _casts(graph))
 
 
-def recorded_inference(graph: Graph, division: Division | None = None) -> Recorded:
-    """The allocations and frees of a pass of inference, in order."""
-    return _recorded_inference(graph, division) if graph.placed is None else _recorded_on_card(graph, division)
+def recorded_inference(graph: Graph, division: Division | None = None) -> AllocationTrace:
+    """Return the allocations and frees of an inference pass, in order."""
+    return _recorded_inference(graph, division) if graph.placed is None else _recorded_on_gpu(graph, division)
 
 
 @lru_cache(maxsize=64)
-def _recorded_on_card(graph: Graph, division: Division | None) -> Recorded:
-    """What of a pass is allocated and freed on the GPU that is asked about."""
+def _recorded_on_gpu(graph: Graph, division: Division | None) -> AllocationTrace:
+    """Return the allocations and frees of one pass that fall on the graph's GPU."""
     assert graph.placed is not None
-    recording = _recorded_inference(_of_any_card(graph), division)
-    here = axis_of(graph.placed.card)
-    there = {key for key, size_ in enumerate(recording.sizes) if size_[0].split()[:1] != [here]}
+    recording = _recorded_inference(_on_first_gpu(graph), division)
+    axis = axis_of(graph.placed.card)
+    other_keys = {key for key, size_ in enumerate(recording.sizes) if size_[0].split()[:1] != [axis]}
     events = tuple(recording.events)
-    gone = {number for number, key in events if key in there}
-    return recording._replace(forward=(Stretch(tuple(event for event in events if event[0] not in gone)),))
+    elsewhere = {number for number, key in events if key in other_keys}
+    return recording._replace(forward=(EventSpan(tuple(event for event in events if event[0] not in elsewhere)),))
 
 
 @lru_cache(maxsize=64)
-def _recorded_inference(graph: Graph, division: Division | None) -> Recorded:
+def _recorded_inference(graph: Graph, division: Division | None) -> AllocationTrace:
     stack, depth = _stack(graph)
-    return record_inference(stack, depth, _ways(graph)["autocast"], division, _casts(graph))
+    return record_inference(stack, depth, _options(graph)["autocast"], division, _casts(graph))
 
 
 def _casts(graph: Graph) -> str:
-    """Where autocast stands around all passes of a generation, it keeps its casts of weights from the prompt's on."""
+    """Return the state of autocast's weight casts, which one autocast context around all passes keeps from prefill on:
+    `made` in prefill, `there` in decoding, empty without such a context."""
     now = graph.inference
-    return "" if now is None or not now.around else "there" if now.decodes else "made"
+    return "" if now is None or not now.spans_autocast else "there" if now.decodes else "made"
 
 
 @lru_cache(maxsize=64)
-def worked(graph: Graph) -> tuple[Call, ...]:
-    """What one forward and backward pass of the graph computes, in order."""
+def work_of_pass(graph: Graph) -> tuple[Call, ...]:
+    """Return the matrix products and other work of one forward and backward pass, in order."""
     stack, depth = _stack(graph)
-    return work(stack, depth, **_ways(graph))
+    return work(stack, depth, **_options(graph))
 
 
-class _Ways(TypedDict):
-    """How a graph's passes are run, in the engine's words."""
+class _Options(TypedDict):
+    """Options of the engine that a graph decides."""
 
     autocast: str | None
     checkpoint: bool
@@ -392,48 +435,49 @@ class _Ways(TypedDict):
     saves: SavedTensors | None
 
 
-def _ways(graph: Graph) -> _Ways:
+def _options(graph: Graph) -> _Options:
     return {
         "autocast": graph.recipe.compute if graph.recipe.autocast else None,
         "checkpoint": graph.checkpoint,
         "reentrant": graph.reentrant,
-        "input_grad": graph.leaf,
+        "input_grad": graph.input_requires_grad,
         "to_host": graph.to_host,
         "saves": graph.saves,
     }
 
 
 def _stack(graph: Graph) -> tuple[Stack, dict[str, int]]:
-    """The graph's operations, and how many copies each run of blocks has."""
-    stack, axes = built(graph)
+    """Return the graph's operations, and the number of copies of each run of blocks."""
+    stack, axes = operations_of(graph)
     return stack, {run.times: axes[run.times] for run in stack.runs}
 
 
 def dims_of(w: Weight, axes: Mapping[str, int]) -> list[int]:
+    """Return a weight's shape in numbers. An axis `x*y/n` is the number of blocks of n, rounded up."""
     return [int(t) if t.isdigit() else shared(t, axes) if "/" in t else axes[t] for t in w.shape.split()]
 
 
 def elements(w: Weight, axes: Mapping[str, int]) -> int:
-    """How many numbers a weight has."""
+    """Return the number of elements of a weight."""
     return prod(dims_of(w, axes))
 
 
-def active(w: Weight, axes: Mapping[str, int]) -> int:
-    """How many of a weight's numbers a token uses."""
+def active_elements(w: Weight, axes: Mapping[str, int]) -> int:
+    """Return how many elements of a weight one token uses: of stacked experts, only those the router chooses."""
     if not w.chosen:
         return elements(w, axes)
-    every, *rest = dims_of(w, axes)
-    return min(every, axes[w.chosen]) * prod(rest)
+    total, *rest = dims_of(w, axes)
+    return min(total, axes[w.chosen]) * prod(rest)
 
 
 def matrix_shape(w: Weight, axes: Mapping[str, int]) -> tuple[int, int]:
-    """Rows and columns of a two-dimensional weight."""
+    """Return the rows and columns of a two-dimensional weight."""
     dims = dims_of(w, axes)
     return prod(dims[: w.rows]), prod(dims[w.rows :])
 
 
 def shape_of(w: Weight, axes: Mapping[str, int]) -> tuple[int, ...]:
-    """A weight's shape as torch has it."""
+    """Return the weight's shape in torch."""
     dims = dims_of(w, axes)
     if w.stacked:
         return dims[0], prod(dims[1 : w.rows]), prod(dims[w.rows :])
@@ -441,26 +485,26 @@ def shape_of(w: Weight, axes: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def weights_of(graph: Graph) -> Iterator[tuple[Weight, int, str]]:
-    """Every weight once, with how many layers have one like it, and the block it is in."""
-    stack, axes = built(graph)
+    """Yield every distinct weight, the number of layers that have one like it, and the prefix of its block."""
+    stack, axes = operations_of(graph)
     groups: list[tuple[tuple[Op, ...], int, str]] = [(stack.before, 1, "")]
     for run in stack.runs:
         groups.append((run.before, 1, ""))
         groups += [(b.ops, axes[run.times], f"{b.name}.") for b in run.blocks]
     groups.append(((*stack.after, *stack.loss), 1, ""))
     outside: set[str] = set()
-    for some, count, where in groups:
+    for ops, count, where in groups:
         seen = outside if not where else set[str]()
-        for op in some:
+        for op in ops:
             for w in op.weights:
                 if w.name not in seen:
                     seen.add(w.name)
                     yield w, count, where
 
 
-def parameters_of(graph: Graph) -> Iterator[Held]:
-    """The stored tensors of every weight, and the buffers of the model."""
-    _, axes = built(graph)
+def parameters_of(graph: Graph) -> Iterator[TensorGroup]:
+    """Yield the stored tensors of every weight, and the model's buffers."""
+    _, axes = operations_of(graph)
     for w, count, where in weights_of(graph):
         for t in w.stored or (Tensor("", w.shape, w.dtype),):
             what = f"{w.name} ({t.name})" if t.name else w.name
@@ -468,4 +512,6 @@ def parameters_of(graph: Graph) -> Iterator[Held]:
             if w.kernel and graph.recipe.running is not None:
                 source = graph.recipe.running.of(w).source
             kind = "buffer" if w.group == "buffer" else "parameter"
-            yield Held(kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source)
+            yield TensorGroup(
+                kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source
+            )

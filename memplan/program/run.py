@@ -1,4 +1,4 @@
-"""A run with nothing left open: what `resolve` makes and `program` reads."""
+"""A fully resolved run: what `resolve` returns and `program` reads."""
 
 from __future__ import annotations
 
@@ -13,14 +13,22 @@ from memplan.spec.generation import Generation
 from memplan.spec.run import Batch
 
 
-class Decided(NamedTuple):
-    """A run with nothing left open. Of its `batch` the structure has only whether it accumulates, and whether it is one
-    sequence.
+class ResolvedRun(NamedTuple):
+    """A run with every default filled in.
 
-    `communicators` are those that the run's ranks are in. `half` is whether attention computes in 16 bits,
-    `large_tiles` whether the card's shared memory holds tiles of 128 x 128; `parts` are the spec's parts with every
-    null filled in; `pictures` are the axes that images decide; `beams` the sequences that are generated of each prompt,
-    of which `part` tokens are read at once, 0 for all; `assistant` what proposes tokens.
+    structure      everything that does not depend on batch and sequence sizes; of `batch` it only knows whether it
+                   accumulates and whether it is a single sequence
+    batch          batch and sequence sizes
+    gpu            the GPU, if one was given
+    half           attention computes in 16 bits
+    large_tiles    the GPU's shared memory holds tiles of 128 x 128
+    notes          notes for the report
+    parts          the sections of the spec with every null filled in
+    pictures       axes that images decide
+    communicators  NCCL communicators that the run's ranks are in
+    beams          sequences generated for each prompt
+    part           prompt tokens read at once (chunked prefill), 0 for all
+    assistant      what proposes tokens in assisted generation
     """
 
     structure: Structure
@@ -37,47 +45,45 @@ class Decided(NamedTuple):
     assistant: Assistant | None = None
 
 
-TOKENS = (
-    20  # proposed in a round where a run does not say: transformers 5.24 configuration_utils.py num_assistant_tokens
-)
+TOKENS = 20  # default tokens per round: transformers 5.24 configuration_utils.py num_assistant_tokens
 
 
 class Assistant(NamedTuple):
-    """What proposes tokens.
+    """What proposes tokens in assisted generation.
 
-    tokens    so many in a round at most
-    drafts    the assistant's run, decided; None where tokens are looked up in those before
-    shares    its weights are the model's own first layers
-    looks     tokens are looked up
+    tokens           most tokens proposed in a round
+    drafts           the assistant model's resolved run; None for prompt lookup
+    shares           the assistant is the model's own first layers
+    looks_up_prompt  tokens are looked up in the prompt (prompt lookup decoding)
     """
 
     tokens: int
-    drafts: Decided | None
+    drafts: ResolvedRun | None
     shares: bool
-    looks: bool
+    looks_up_prompt: bool
 
     @property
     def notes(self) -> Iterator[str]:
-        """What to know of it."""
+        """Yield notes for the report."""
         drafts = self.drafts
         if drafts is not None and not self.shares:
             yield from (f"assistant: {note}" for note in drafts.notes)
         yield (
-            "of the tokens proposed in a round none is taken to be accepted but the model's own: accepted ones make "
-            "the run shorter, not smaller"
+            "each round is assumed to accept none of the proposed tokens: accepted tokens make the run shorter, not "
+            "smaller"
         )
 
-    def said(self, generation: Generation) -> Generation:
-        """The run's `generation` with what it leaves open."""
+    def with_assistant_defaults(self, generation: Generation) -> Generation:
+        """Return `generation` with the assistant's defaults filled in."""
         if self.drafts is None:
             return generation
-        own = self.drafts.parts
+        parts = self.drafts.parts
         update: dict[str, object] = {
             "num_assistant_tokens": generation.num_assistant_tokens or TOKENS,
             "num_assistant_tokens_schedule": generation.num_assistant_tokens_schedule or "constant",
         }
         if not self.shares:
-            precision, method = own["precision"], own["method"]
+            precision, method = parts["precision"], parts["method"]
             update["assistant_dtype"] = getattr(precision, "weights", None)
             update["assistant_quantization"] = getattr(method, "quantization", None)
         return generation.model_copy(update=update)

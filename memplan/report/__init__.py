@@ -1,4 +1,4 @@
-"""Answers for people and for programs: one module a format, imported when it is asked for."""
+"""Reports of answers for people and for programs: one module per format, imported on demand."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ FORMATS = ("table", "json", "markdown", "csv", "html")
 def render(
     format: str, answers: Sequence[Estimate], explain: bool = False, to: Screen | None = None, ranks: bool = False
 ) -> str:
-    """The answers, one for each GPU asked, as text in one of `FORMATS`; with `explain`, the ledger at the peak, with
-    `ranks`, every rank that differs.
+    """Return the answers, one per GPU, as text in one of `FORMATS`.
 
-    A table fits the screen `to`, which is standard output if none is given.
+    explain   also show the ledger at the peak
+    to        the screen that a table fits; standard output by default
+    ranks     also show every rank that differs
     """
     report = import_module(f"memplan.report.{format}")
     if format == "table":

@@ -1,4 +1,4 @@
-"""What an answer assumes: batch, lengths, kernels, method, precision, optimizer, parallelism."""
+"""The assumptions of an estimate: batch, lengths, kernels, method, precision, optimizer, parallelism."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from memplan.spec.training import Also, Kernels, Loop
 
 
 def assumptions(answer: Estimate) -> list[tuple[str, str]]:
-    """What the number rests on, as pairs of a name and a text."""
+    """Return the assumptions as pairs of a name and a text."""
     if answer.serving is not None:
-        from memplan.report.serving import assumptions as of_serving
+        from memplan.report.serving import assumptions as serving_assumptions
 
-        return of_serving(answer)
+        return serving_assumptions(answer)
     run, batch, loop = answer.run, answer.run.batch, answer.run.loop
     total, trainable, active = answer.parameters
     size = f"{count(total)} parameters" + (f", {count(active)} active" if active != total else "")
     sequences = "1 sequence" if batch.micro == 1 else f"{batch.micro:,} sequences"
     if run.task != "train":
-        return _of_inference(answer, size, sequences)
+        return _inference_assumptions(answer, size, sequences)
     passes = "1 pass a step" if batch.accumulation == 1 else f"{batch.accumulation:,} passes a step"
     text = [
         ("model", f"{model(answer)}: {size}"),
@@ -41,7 +41,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("checkpointing", "".join(_checkpointing(run))),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
         ("loss", _loss(run) + _held_outputs(loop)),
-        *((("beside the steps", "; ".join(_beside(run))),) if run.also != Also() else ()),
+        *((("between steps", "; ".join(_side_tasks(run))),) if run.also != Also() else ()),
         *((("answered by", "a trace of the step"),) if answer.via == "trace" else ()),
         *((("fused kernels", ", ".join(run.kernels.fused)),) if run.kernels.fused else ()),
         ("profile", run.profile),
@@ -53,14 +53,14 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     return text
 
 
-def _beside(run: RunSpec) -> Iterator[str]:
-    """What the run does beside its steps."""
+def _side_tasks(run: RunSpec) -> Iterator[str]:
+    """Yield what the run does in addition to its steps."""
     e, saving, merging = run.also.evaluation, run.also.saving, run.also.merging
     if e is not None:
         size = f"{e.micro:,} sequence{'s' if e.micro > 1 else ''} of {e.sequence or run.batch.sequence:,} tokens"
         kept = f", logits of {e.kept_batches:,} batches kept" if e.kept_batches else ""
-        kept += ", the likeliest tokens alone" if e.preprocess else ""
-        host = f", to the host every {e.accumulation:,}" if e.accumulation is not None else ""
+        kept += ", only argmax tokens" if e.preprocess else ""
+        host = f", moved to the host every {e.accumulation:,}" if e.accumulation is not None else ""
         yield f"evaluation of {size}{kept}{host}" + (f", {e.new_tokens:,} new tokens each" if e.new_tokens else "")
     if saving is not None:
         yield "a checkpoint" + (f" with a {saving.state_dict} state dict" if saving.state_dict else "")
@@ -69,8 +69,8 @@ def _beside(run: RunSpec) -> Iterator[str]:
         yield "adapters merged" + (f" into a model reloaded{dtype}" if merging.model == "reloaded" else "")
 
 
-def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str, str]]:
-    """The same where nothing trains."""
+def _inference_assumptions(answer: Estimate, size: str, sequences: str) -> list[tuple[str, str]]:
+    """Return the assumptions of a run that does not train."""
     run, batch = answer.run, answer.run.batch
     prompts = sequences.replace("sequence", "prompt") if run.task == "generate" else sequences
     after = f"; {batch.new_tokens:,} new tokens after each" if run.task == "generate" else ""
@@ -83,44 +83,44 @@ def _of_inference(answer: Estimate, size: str, sequences: str) -> list[tuple[str
         *((("assistant", "; ".join(_assistant(run.generation))),) if run.generation.assisted else ()),
         ("attention", run.kernels.attention + ("; padded batches" if run.loop.padded else "")),
         *((("answered by", "a trace of the passes"),) if answer.via == "trace" else ()),
-        *((("GPUs", ", ".join(_running_on(run.parallelism))),) if _several(run.parallelism) else ()),
+        *((("GPUs", ", ".join(_devices(run.parallelism))),) if _is_divided(run.parallelism) else ()),
         ("profile", run.profile),
     ]
 
 
-def _several(p: Parallelism) -> bool:
+def _is_divided(p: Parallelism) -> bool:
     return p.tp > 1 or p.device_map is not None
 
 
-def _running_on(p: Parallelism) -> Iterator[str]:
-    """On how many GPUs a model runs, and how they divide it."""
+def _devices(p: Parallelism) -> Iterator[str]:
+    """Yield the number of GPUs that a model runs on, and how they divide it."""
     yield f"{p.world}"
     yield from _strategies(p)
     if p.device_map is not None:
         yield f"device_map {p.device_map}; this is GPU {p.stage or 0}"
 
 
-def _choosing(generation: Generation) -> str:
+def _decoding(generation: Generation) -> str:
     if generation.num_beams > 1:
         return f"{generation.num_beams:,} beams a prompt"
     return "sampled" if generation.do_sample else "greedy"
 
 
 def _cache(generation: Generation) -> Iterator[str]:
-    """What keeps keys and values."""
-    yield generation.cache_implementation or "as the library has it"
+    """Yield how keys and values are cached."""
+    yield generation.cache_implementation or "the library's default"
     config = generation.cache_config
     if config is not None and config.backend == "fp8":
-        yield "fp8, with a scale for a layer's keys and one for its values"
+        yield "fp8, with one scale for a layer's keys and one for its values"
     elif config is not None:
         yield f"{config.nbits} bits by {config.backend} in groups of {config.q_group_size}"
-        yield f"up to {config.residual_length} tokens as they are"
+        yield f"up to {config.residual_length} tokens unquantised"
     if generation.prefill_chunk_size is not None:
-        yield f"the prompt {generation.prefill_chunk_size:,} tokens at a time"
+        yield f"prompts in chunks of {generation.prefill_chunk_size:,} tokens"
 
 
 def _assistant(generation: Generation) -> Iterator[str]:
-    """What proposes tokens, and how many in a round."""
+    """Yield what proposes tokens, and how many in a round."""
     lookup, layers, assistant = (
         generation.prompt_lookup_num_tokens,
         generation.assistant_early_exit,
@@ -149,7 +149,7 @@ def _pipeline(run: RunSpec) -> str:
 
 
 def _strategies(parallelism: Parallelism) -> Iterator[str]:
-    """How the GPUs share the run: what each has a part of, and how many do."""
+    """Yield how the GPUs divide the run: the kinds of parallelism and their degrees."""
     for name, degree in (("tensor", parallelism.tp), ("context", parallelism.cp), ("expert", parallelism.ep)):
         if degree > 1:
             yield f"{name} parallel over {degree}"
@@ -158,7 +158,7 @@ def _strategies(parallelism: Parallelism) -> Iterator[str]:
 
 
 def _images(batch: Batch) -> str:
-    """How many images each sequence has, and how large they are."""
+    """Return the number and size of each sequence's images."""
     if not batch.images:
         return ""
     sides = batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2
@@ -167,7 +167,7 @@ def _images(batch: Batch) -> str:
 
 
 def _loss(run: RunSpec) -> str:
-    """Whose it is; of a model that is no causal language model, what it is trained for."""
+    """Return the loss kernel, or the objective if it is not causal language modelling."""
     return str(run.kernels.loss) if run.objective in (None, "causal_lm") else f"of {run.objective}"
 
 
@@ -184,13 +184,13 @@ def _held_outputs(loop: Loop) -> str:
 
 def _checkpointing(run: RunSpec) -> Iterator[str]:
     yield str(run.kernels.checkpointing)
-    if _reenters(run.kernels):
+    if _is_reentrant(run.kernels):
         yield ", reentrant"
     if run.parallelism.offload.activations:
-        yield "; what autograd saves is in host memory"
+        yield "; tensors saved for backward are in host memory"
 
 
-def _reenters(kernels: Kernels) -> bool:
+def _is_reentrant(kernels: Kernels) -> bool:
     return bool(kernels.reentrant) and kernels.checkpointing != "none"
 
 
@@ -200,7 +200,7 @@ def _method(answer: Estimate) -> Iterator[str]:
         yield m.kind
     else:
         yield answer.run.task
-        yield "all logits" if answer.run.task == "forward" else _choosing(answer.run.generation)
+        yield "all logits" if answer.run.task == "forward" else _decoding(answer.run.generation)
         if m.kind != "full":
             yield f"adapters of {m.kind}"
     if m.kind == "freeze":
@@ -217,26 +217,26 @@ def _method(answer: Estimate) -> Iterator[str]:
         yield f"{', '.join(m.frozen)} frozen"
     q = m.quantization
     if q is not None:
-        four = q.format in ("nf4", "fp4")
-        blocks = "one block a column" if q.block_size < 0 else f"in blocks of {q.block_size}"
+        is_4bit = q.format in ("nf4", "fp4")
+        blocks = "one block per column" if q.block_size < 0 else f"in blocks of {q.block_size}"
         yield q.format + (f" {blocks}" if _has_blocks(q) else "")
         if answer.asked.method.quantization is None:
             yield "as the checkpoint is stored"
-        if four:
+        if is_4bit:
             yield "double quantisation" if q.double_quant else "no double quantisation"
         if answer.run.task != "train":
             return
         prepared = {True: "kbit preparation", False: "no kbit preparation", "trl": "kbit preparation as trl does it"}
         yield prepared[bool(q.kbit_preparation) if q.kbit_preparation != "trl" else "trl"]
-        whole = [name for name in q.skip or () if name != "lm_head"]
-        if whole:
-            yield f"{', '.join(whole)} not quantised"
+        skipped = [name for name in q.skip or () if name != "lm_head"]
+        if skipped:
+            yield f"{', '.join(skipped)} not quantised"
 
 
 def _has_blocks(q: Quantization) -> bool:
-    """Whether a format has blocks of weights whose size can be said."""
-    whole = ("int8", "w8a8-int8", "torchao-int8", "quanto-int8", "fp8-tensor", "fp8-channel")
-    return q.format not in (*whole, *get_args(GgufType))
+    """Whether a format has blocks of weights of a configurable size."""
+    without_blocks = ("int8", "w8a8-int8", "torchao-int8", "quanto-int8", "fp8-tensor", "fp8-channel")
+    return q.format not in (*without_blocks, *get_args(GgufType))
 
 
 def _precision(answer: Estimate) -> Iterator[str]:

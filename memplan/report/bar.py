@@ -1,4 +1,4 @@
-"""The bar of what is used: its parts one after the other, the card's line, and the band below."""
+"""The bar of used memory: its parts one after the other, a line where the card ends, and the band below."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from memplan.estimate.answer import Estimate
 from memplan.report.text import Screen
 from memplan.report.wording import parts, tenths
 
-# Each part's letter, shown where there is no colour, and its colour.
+# Each part's letter, which is shown without colour, and its colour.
 MARKS = {
     "parameter": ("P", "blue"),
     "gradient": ("G", "magenta"),
@@ -24,12 +24,12 @@ MARKS = {
 
 
 def mark(key: str, to: Screen) -> str:
-    """A part's sign in the bar, not yet painted."""
+    """Return a part's sign in the bar, without colour."""
     return "█" if to.colour else MARKS[key][0]
 
 
 def bar(answer: Estimate, to: Screen) -> Iterator[str]:
-    """Two lines: the parts up to what is used, free up to the card's line; and the band with its ends."""
+    """Yield two lines: the used parts with free space up to the card's end, and the band."""
     usable = answer.gpu.usable if answer.gpu else None
     width = to.width - 1
     full = max(answer.band.high, answer.bytes.used, usable or 0)

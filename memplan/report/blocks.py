@@ -1,4 +1,4 @@
-"""Reports made of blocks, each written once and shown in a terminal or as markdown."""
+"""Blocks of a report, each defined once and shown in a terminal or as markdown."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memplan.report.text import Column, Screen, paragraph, table
 
 
 class Text(NamedTuple):
-    """A paragraph; `style` is in words of `memplan.report.text.STYLES`."""
+    """A paragraph; `style` has names from `memplan.report.text.STYLES`."""
 
     text: str
     style: str = ""
@@ -22,13 +22,13 @@ class Heading(NamedTuple):
 
 
 class Pairs(NamedTuple):
-    """Names, and what is said of each. An empty name goes on with the one above."""
+    """Pairs of a name and a text. An empty name continues the one above."""
 
     rows: Sequence[tuple[str, str]]
 
 
 class Table(NamedTuple):
-    """Rows below titles; `styles` as `memplan.report.text.table` takes them."""
+    """A table; `styles` are those of `memplan.report.text.table`."""
 
     columns: Sequence[Column]
     rows: Sequence[Sequence[str]]
@@ -36,7 +36,7 @@ class Table(NamedTuple):
 
 
 class Paste(NamedTuple):
-    """Lines to paste somewhere, and what must be known beside them."""
+    """Lines to paste into a file, and a note on them."""
 
     title: str
     lines: Sequence[str]
@@ -45,7 +45,7 @@ class Paste(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """What is drawn with letters: its lines on a screen."""
+    """A drawing made of text; `draw` returns its lines for a screen."""
 
     draw: Callable[[Screen], Iterable[str]]
 
@@ -54,11 +54,11 @@ Block: TypeAlias = Text | Heading | Pairs | Table | Paste | Drawing
 
 
 def terminal(blocks: Iterable[Block], to: Screen) -> Iterator[str]:
-    """The lines on a screen: a blank one between blocks, but none below a heading or inside a run of texts."""
+    """Yield the lines on a screen, with a blank line between blocks except below headings and between texts."""
     before: Block | None = None
     for block in blocks:
-        run_on = type(before) is type(block) and isinstance(block, (Text, Paste))
-        if before is not None and not isinstance(before, Heading) and not run_on:
+        continues = type(before) is type(block) and isinstance(block, (Text, Paste))
+        if before is not None and not isinstance(before, Heading) and not continues:
             yield ""
         yield from _on_screen(block, to)
         before = block
@@ -84,7 +84,7 @@ def _on_screen(block: Block, to: Screen) -> Iterator[str]:
 
 
 def page(blocks: Iterable[Block]) -> Iterator[str]:
-    """The lines of a page in markdown."""
+    """Yield the lines of a markdown page."""
     before: Block | None = None
     for block in blocks:
         lines = list(_on_page(block))

@@ -1,4 +1,4 @@
-"""Runs side by side as text: a column a run, or where there is no room for that a row a run and numbered columns."""
+"""Report of runs side by side: a column per run, or, if they do not fit, a row per run and numbered columns."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memplan.planning.comparison import Comparison
 from memplan.report import differences
 from memplan.report import wording as words
 from memplan.report.csv import facts
-from memplan.report.differences import NUMBER, Group, Heading, Row, Told, signed, together
+from memplan.report.differences import NUMBER, ComparisonHeading, Group, Row, SharedText, signed, together
 from memplan.report.markdown import plain
 from memplan.report.markdown import table as markdown_table
 from memplan.report.table import COLOURS
@@ -21,7 +21,7 @@ FORMATS = ("table", "json", "markdown", "csv")
 
 
 def render(format: str, comparison: Comparison, to: Screen) -> str:
-    """The comparison in one of `FORMATS`; a table fits the screen `to`."""
+    """Return the comparison in one of `FORMATS`; a table fits the screen `to`."""
     match format:
         case "json":
             return comparison.model_dump_json(indent=2) + "\n"
@@ -37,7 +37,7 @@ def _label(row: Row) -> str:
     return f"  {row.label}" if row.kind in words.CATEGORIES else row.label
 
 
-def _note(told: Told, called: Sequence[str]) -> str:
+def _note(told: SharedText, called: Sequence[str]) -> str:
     return told.text if len(told.runs) == len(called) else f"{told.text} ({together(told, called)})"
 
 
@@ -49,7 +49,7 @@ def _moments(answers: Sequence[Estimate], called: Sequence[str]) -> Iterator[str
 
 # --- the terminal ------------------------------------------------------------------------------------------
 
-_WIDEST_CELL = 16  # letters of a name at the head of a column: longer ones wrap, where there is room for so many
+_MAX_HEAD_WIDTH = 16  # longer names at the head of a column wrap
 _GAP = 2
 _SUMS = ("GiB used", "allocated")
 
@@ -57,7 +57,7 @@ _SUMS = ("GiB used", "allocated")
 def _table(comparison: Comparison, to: Screen) -> Iterator[str]:
     answers = comparison.answers
     heads, groups, called = differences.headings(answers), differences.groups(answers), differences.names(answers)
-    if _room(heads, groups, to):
+    if _fits(heads, groups, to):
         yield from _side_by_side(heads, groups, to)
     else:
         called = [f"{NUMBER} {n}" for n, _ in enumerate(answers, 1)]
@@ -71,7 +71,9 @@ def _table(comparison: Comparison, to: Screen) -> Iterator[str]:
         yield ""
         yield to.paint("What else differs", "bold")
         rows = [
-            ("" if n else label, together(told, called), told.text) for label, of in apart for n, told in enumerate(of)
+            ("" if n else label, together(told, called), told.text)
+            for label, texts in apart
+            for n, told in enumerate(texts)
         ]
         yield from table([Column(""), Column("", wraps=True), Column("", wraps=True)], rows, to, ["dim||"] * len(rows))
     alike = differences.same(answers)
@@ -86,8 +88,8 @@ def _table(comparison: Comparison, to: Screen) -> Iterator[str]:
             yield from paragraph(f"- {_note(told, called)}", to, "  ")
 
 
-def _room(heads: Sequence[Heading], groups: Sequence[Group], to: Screen) -> bool:
-    """Whether every run has a column on the screen, and its differences another one."""
+def _fits(heads: Sequence[ComparisonHeading], groups: Sequence[Group], to: Screen) -> bool:
+    """Whether the screen has room for a column per run, and one for its differences."""
     rows = [row for group in groups for row in group.rows]
     labels = [*(head.title for head in heads), *(group.title for group in groups), *map(_label, rows)]
     width = max(map(len, labels))
@@ -95,11 +97,11 @@ def _room(heads: Sequence[Heading], groups: Sequence[Group], to: Screen) -> bool
         figures = max(len(row.cells[run]) for row in rows)
         names = max((len(head.cells[run]) for head in heads), default=0)
         changes = max((len(signed(row.changes[run])) for row in rows if row.changes), default=0)
-        width += _GAP + max(figures, min(names, _WIDEST_CELL)) + (_GAP + changes if changes else 0)
+        width += _GAP + max(figures, min(names, _MAX_HEAD_WIDTH)) + (_GAP + changes if changes else 0)
     return width <= to.width
 
 
-def _side_by_side(heads: Sequence[Heading], groups: Sequence[Group], to: Screen) -> Iterator[str]:
+def _side_by_side(heads: Sequence[ComparisonHeading], groups: Sequence[Group], to: Screen) -> Iterator[str]:
     rows = [row for group in groups for row in group.rows]
     runs = range(len(rows[0].cells))
     columns = [Column("")]
@@ -116,14 +118,14 @@ def _side_by_side(heads: Sequence[Heading], groups: Sequence[Group], to: Screen)
             changes = [signed(n) for n in row.changes] or [""] * len(runs)
             lines.append((_label(row), *_paired(row.cells, changes)))
             painted = [_style(row, run, row is most[run]) for run in runs]
-            own = "bold" if row.label in _SUMS else ""
-            cells = [COLOURS.get(cell, own) for cell in row.cells]
-            styles.append("|".join((own, *_paired(cells, painted))))
+            style = "bold" if row.label in _SUMS else ""
+            cells = [COLOURS.get(cell, style) for cell in row.cells]
+            styles.append("|".join((style, *_paired(cells, painted))))
     yield from table(columns, lines, to, styles)
 
 
 def _paired(cells: Sequence[str], changes: Sequence[str]) -> list[str]:
-    """Each run's cell and its difference, side by side; the first run has none."""
+    """Return each run's cell followed by its difference, which the first run has not."""
     return [text for n, pair in enumerate(zip(cells, changes, strict=True)) for text in (pair if n else pair[:1])]
 
 
@@ -135,8 +137,8 @@ def _style(row: Row, run: int, most: bool) -> str:
     return f"bold {colour}" if most else colour
 
 
-def _summary(heads: Sequence[Heading], verdicts: Sequence[Row], to: Screen) -> Iterator[str]:
-    """A row a run: what it is, and whether it fits."""
+def _summary(heads: Sequence[ComparisonHeading], verdicts: Sequence[Row], to: Screen) -> Iterator[str]:
+    """Yield a row per run: what it is, and whether it fits."""
     heads = [head for head in heads if head.title != NUMBER]
     columns = [Column(NUMBER, right=True), *(Column(head.title, wraps=True) for head in heads)]
     for row in verdicts:
@@ -151,22 +153,22 @@ def _summary(heads: Sequence[Heading], verdicts: Sequence[Row], to: Screen) -> I
 
 
 def _numbered(groups: Sequence[Group], to: Screen) -> Iterator[str]:
-    """The figures of as many runs beside one another as there is room for; differences stand below them."""
+    """Yield the figures of the runs in tables that fit the screen, with differences below the figures."""
     rows = [row for group in groups for row in group.rows if row.changes and row.label not in ("usable", "headroom")]
     titles = {group.rows[0].label: group.title for group in groups if group.title}
     runs = range(len(rows[0].cells))
     most = [differences.largest(rows, run) for run in runs]
-    wide = max(len(text) for row in rows for text in (*row.cells, *map(signed, row.changes)))
-    beside = max(1, (to.width - max(len(_label(row)) for row in rows)) // (wide + _GAP))
-    for start in range(0, len(runs), beside):
-        shown = runs[start : start + beside]
+    width = max(len(text) for row in rows for text in (*row.cells, *map(signed, row.changes)))
+    per_table = max(1, (to.width - max(len(_label(row)) for row in rows)) // (width + _GAP))
+    for start in range(0, len(runs), per_table):
+        shown = runs[start : start + per_table]
         lines: list[tuple[str, ...]] = []
         styles: list[str] = []
         for row in rows:
             if row.label in titles:
                 lines.append((titles[row.label], *[""] * len(shown)))
                 styles.append("dim")
-            lines.append((_label(row), *(row.cells[run].rjust(wide) for run in shown)))
+            lines.append((_label(row), *(row.cells[run].rjust(width) for run in shown)))
             styles.append("bold" if row.label in _SUMS else "")
             changes = [signed(row.changes[run]) for run in shown]
             if any(changes):
@@ -179,7 +181,7 @@ def _numbered(groups: Sequence[Group], to: Screen) -> Iterator[str]:
 
 # --- markdown and CSV --------------------------------------------------------------------------------------
 
-_MOST_COLUMNS = 6  # runs that a page shows beside one another
+_MAX_COLUMNS = 6  # runs; with more, rows and columns are swapped
 
 
 def _markdown(comparison: Comparison) -> Iterator[str]:
@@ -195,13 +197,14 @@ def _markdown(comparison: Comparison) -> Iterator[str]:
         for row in group.rows:
             label = f"{row.label} ({group.title})" if row is group.rows[0] and group.title else row.label
             cells.append((label, *(_figure(row, run, row is most[run]) for run, _ in enumerate(answers))))
-    if len(answers) > _MOST_COLUMNS:
+    if len(answers) > _MAX_COLUMNS:
         cells = list(zip(*cells, strict=True))
     yield from markdown_table(list(map(plain, cells[0])), cells[1:], "l" + "r" * (len(cells[0]) - 1))
     yield ""
     for text in (*differences.reasons(comparison, called), *_moments(answers, called)):
         yield f"- {plain(text)}"
-    apart = [(label, together(told, called), told.text) for label, of in differences.differ(answers) for told in of]
+    differing = differences.differ(answers)
+    apart = [(label, together(told, called), told.text) for label, texts in differing for told in texts]
     if apart:
         yield ""
         yield from markdown_table(("what else differs", "of", ""), apart, "lll")
@@ -214,20 +217,20 @@ def _markdown(comparison: Comparison) -> Iterator[str]:
 
 
 def _figure(row: Row, run: int, most: bool) -> str:
-    """A figure and its difference, the largest of a run in bold."""
+    """Return a figure and its difference, in bold if it is the run's largest."""
     change = signed(row.changes[run]) if row.changes else ""
     cell = f"**{row.cells[run]}**" if row.label == "answer" and row.cells[run] else row.cells[run]
     return f"{cell} {f'(**{change}**)' if most else f'({change})'}" if change else cell
 
 
 def _csv(comparison: Comparison) -> str:
-    """A row a run, with its differences from the first in whole bytes: the first's are 0."""
+    """Return a row per run, with its differences from the first in bytes; the first run's are 0."""
     answers = comparison.answers
-    apart = [{**d.bytes, **d.categories} for d in comparison.differences]
-    apart.insert(0, dict.fromkeys(apart[0], 0))
+    changes = [{**d.bytes, **d.categories} for d in comparison.differences]
+    changes.insert(0, dict.fromkeys(changes[0], 0))
     rows = [
-        {NUMBER: n, **facts(answer), **{f"{name}_difference": less for name, less in of.items()}}
-        for n, (answer, of) in enumerate(zip(answers, apart, strict=True), 1)
+        {NUMBER: n, **facts(answer), **{f"{name}_difference": change for name, change in by_name.items()}}
+        for n, (answer, by_name) in enumerate(zip(answers, changes, strict=True), 1)
     ]
     out = StringIO()
     writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")

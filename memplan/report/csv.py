@@ -1,4 +1,4 @@
-"""CSV: a row for each GPU; with `explain`, a row for each line of the ledger. Bytes are whole numbers."""
+"""CSV reports: a row per GPU, or with `explain` a row per line of the ledger. Bytes are integers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memplan.report.wording import CATEGORIES, PhaseRow, model, notes, peak_phas
 
 
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
-    """With `ranks` there is a row for each stage of a pipeline; where all ranks are alike, as without."""
+    """Return the answers as CSV; `ranks` gives a row per pipeline stage if the ranks differ."""
     rows: list[dict[str, object]] = []
     for answer in answers:
         rows += _ledger(answer) if explain else _ranks(answer) if ranks and answer.ranks else [facts(answer)]
@@ -23,7 +23,7 @@ def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = Fal
 
 
 def facts(answer: Estimate) -> dict[str, object]:
-    """One answer, flat."""
+    """Return one answer as a flat row."""
     run, phase = answer.run, peak_phase(answer)
     return {
         "model": model(answer),
@@ -63,7 +63,7 @@ def facts(answer: Estimate) -> dict[str, object]:
 
 
 def _ranks(answer: Estimate) -> list[dict[str, object]]:
-    """The ranks that differ, flat."""
+    """Return a flat row per rank that differs."""
     return [
         {
             "model": model(answer),
@@ -83,14 +83,15 @@ def _ranks(answer: Estimate) -> list[dict[str, object]]:
 
 
 def _steps(row: PhaseRow) -> list[tuple[str, int]]:
-    """A phase's peaks: of the first step and of later ones, which the loading comes before."""
+    """Return a phase's peaks in the first step and in later ones; loading has only one."""
     return [("peak", row.first)] if row.phase == "load" else [("step_1", row.first), ("later", row.later)]
 
 
 def _ledger(answer: Estimate) -> list[dict[str, object]]:
     start: dict[str, object] = {"model": model(answer), "gpu": answer.run.gpu or ""}
-    return [{**start, **line._asdict(), "dims": "x".join(map(str, line.dims))} for line in answer.ledger or _none()]
+    return [
+        {**start, **line._asdict(), "dims": "x".join(map(str, line.dims))} for line in answer.ledger or [_EMPTY_LINE]
+    ]
 
 
-def _none() -> list[Line]:
-    return [Line("", "", "", "", (), "", 0, 0, "", "")]
+_EMPTY_LINE = Line("", "", "", "", (), "", 0, 0, "", "")  # gives an empty ledger its column titles

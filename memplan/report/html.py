@@ -1,4 +1,4 @@
-"""One self-contained HTML file: the bar and the step's timeline as inline SVG, the tables, light or dark as liked."""
+"""HTML reports: one self-contained file, light or dark, with the bar and the timeline as inline SVG, and tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space:
 tr.sum td { font-weight: 600 } svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft);
   font: 12px system-ui, sans-serif } i { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem }
 """
-_WIDE = 960
+_PAGE_WIDTH = 960
 
 
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
@@ -50,8 +50,8 @@ def _page(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[s
         yield "<section>"
         yield f'<p class="{_class(answer)}"><strong>{escape(words.verdict(answer))}</strong></p>'
         yield bar(answer)
-        told = f"The peak is {words.moment(answer)}. {words.headroom(answer)} {words.host(answer)}".rstrip()
-        yield f"<p>{escape(told)}</p>"
+        summary = f"The peak is {words.moment(answer)}. {words.headroom(answer)} {words.host(answer)}".rstrip()
+        yield f"<p>{escape(summary)}</p>"
         yield from _advice(answer)
         yield "<h2>At the peak</h2>"
         yield _categories(answer)
@@ -65,8 +65,8 @@ def _page(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[s
         yield "<h2>The step</h2>"
         yield timeline(answer)
         yield (
-            '<p class="soft">Every moment at which memory is about to fall, in order, in the later steps (or the only '
-            "kind of step). Of equal layers in a row the first and the last are drawn.</p>"
+            '<p class="soft">Every moment just before memory falls, in later steps if they differ from the first. Only '
+            "the first and the last of consecutive equal layers are drawn.</p>"
         )
         if ranks and answer.ranks:
             yield f"<h2>{escape(words.ranks_title(answer))}</h2>"
@@ -98,26 +98,26 @@ def _class(answer: Estimate) -> str:
 
 
 def bar(answer: Estimate) -> str:
-    """The parts of what is used, one after the other; the card's line; the band below."""
+    """Return the bar: the parts of the used memory, a line where the card ends, and the band below."""
     usable = answer.gpu.usable if answer.gpu else None
     full = max(answer.band.high, answer.bytes.used, usable or 0)
 
     def x(n: int) -> float:
-        return round(n * (_WIDE - 2) / full, 1) + 1
+        return round(n * (_PAGE_WIDTH - 2) / full, 1) + 1
 
-    out = [f'<svg viewBox="0 0 {_WIDE} 74" role="img" aria-label="{escape(words.verdict(answer))}">']
-    out.append(f'<rect x="1" y="6" width="{_WIDE - 2}" height="30" fill="none" stroke="var(--line)"/>')
+    out = [f'<svg viewBox="0 0 {_PAGE_WIDTH} 74" role="img" aria-label="{escape(words.verdict(answer))}">']
+    out.append(f'<rect x="1" y="6" width="{_PAGE_WIDTH - 2}" height="30" fill="none" stroke="var(--line)"/>')
     reached = 0
     for part in words.parts(answer):
-        told = escape(f"{part.label} {words.hundredths(part.bytes)} GiB")
+        tooltip = escape(f"{part.label} {words.hundredths(part.bytes)} GiB")
         out.append(
             f'<rect x="{x(reached)}" y="6" width="{x(reached + part.bytes) - x(reached):.1f}" height="30" '
-            f'fill="var(--{part.key})"><title>{told}</title></rect>'
+            f'fill="var(--{part.key})"><title>{tooltip}</title></rect>'
         )
         reached += part.bytes
     low, high = x(answer.band.low), x(answer.band.high)
     out.append(f'<path d="M{low} 42v8M{low} 46H{high}M{high} 42v8" stroke="var(--soft)" fill="none"/>')
-    anchor, at = ("end", high) if high > _WIDE / 2 else ("start", low)
+    anchor, at = ("end", high) if high > _PAGE_WIDTH / 2 else ("start", low)
     out.append(f'<text x="{at}" y="66" text-anchor="{anchor}">{escape(words.band(answer))}</text>')
     if usable is not None:
         out.append(f'<path d="M{x(usable)} 0V42" stroke="var(--text)" stroke-width="2"/>')
@@ -125,7 +125,7 @@ def bar(answer: Estimate) -> str:
 
 
 class _Span(NamedTuple):
-    """Moments of one phase with no layers left out between them, and where on the page they begin and end."""
+    """Consecutive moments of one phase without skipped layers, and where on the page they start and end."""
 
     phase: str
     moments: list[Phase]
@@ -134,21 +134,21 @@ class _Span(NamedTuple):
 
 
 def _spans(moments: Iterable[Phase]) -> list[_Span]:
-    """The moments, cut where the phase changes or layers are left out, laid out from left to right."""
+    """Split the moments at changes of phase and skipped layers, and lay them out from left to right."""
     spans: list[_Span] = []
-    layer = None
+    previous = None
     for moment in moments:
-        found = re.search(r"\.(\d+)\.", moment.where)
-        now = int(found[1]) if found else None
-        left_out = layer is not None and now is not None and abs(now - layer) > 1
-        if not spans or spans[-1].phase != moment.phase or left_out:
+        match = re.search(r"\.(\d+)\.", moment.where)
+        layer = int(match[1]) if match else None
+        is_skip = previous is not None and layer is not None and abs(layer - previous) > 1
+        if not spans or spans[-1].phase != moment.phase or is_skip:
             spans.append(_Span(moment.phase, []))
         spans[-1].moments.append(moment)
-        layer = now
+        previous = layer
     skips = [before.phase == span.phase for before, span in pairwise(spans)]
-    least = sum(len(span.moments) for span in spans) / 18  # so that a phase of one moment has room for its name
+    least = sum(len(span.moments) for span in spans) / 18  # leaves room for the name of a phase with one moment
     shares = [max(least, len(span.moments)) for span in spans]
-    room = _WIDE - _LEFT - _SKIP * sum(skips)
+    room = _PAGE_WIDTH - _LEFT - _SKIP * sum(skips)
     out: list[_Span] = []
     x = float(_LEFT)
     for span, share, skipped in zip(spans, shares, [False, *skips], strict=True):
@@ -159,11 +159,11 @@ def _spans(moments: Iterable[Phase]) -> list[_Span]:
     return out
 
 
-_LEFT, _SKIP, _BASE = 40, 16, 200  # of the timeline, in its own units: the axis, the room of left-out layers, the foot
+_LEFT, _SKIP, _BASE = 40, 16, 200  # timeline: x of the axis, gap for skipped layers, y of the base line
 
 
 def timeline(answer: Estimate) -> str:
-    """What is allocated, moment by moment; phases named, the card's line dashed, left-out layers as a slope."""
+    """Return the timeline of allocated bytes; the card is a dashed line, and skipped layers are slopes."""
     spans = _spans(answer.timeline)
     most = max(moment.peak for moment in answer.timeline)
     usable = answer.gpu.usable if answer.gpu else 0
@@ -172,16 +172,16 @@ def timeline(answer: Estimate) -> str:
     def y(n: int) -> float:
         return round(_BASE - n * (_BASE - 8) / full, 1)
 
-    out = [f'<svg viewBox="0 0 {_WIDE} {_BASE + 24}" role="img" aria-label="memory through the step">']
+    out = [f'<svg viewBox="0 0 {_PAGE_WIDTH} {_BASE + 24}" role="img" aria-label="memory through the step">']
     for n in _ticks(full):
-        out.append(f'<path d="M{_LEFT} {y(n)}H{_WIDE}" stroke="var(--line)" fill="none"/>')
+        out.append(f'<path d="M{_LEFT} {y(n)}H{_PAGE_WIDTH}" stroke="var(--line)" fill="none"/>')
         out.append(f'<text x="{_LEFT - 6}" y="{y(n) + 4}" text-anchor="end">{n / GIB:g}</text>')
     line = ""
     for span in spans:
-        wide = (span.end - span.start) / len(span.moments)
+        width = (span.end - span.start) / len(span.moments)
         for i, moment in enumerate(span.moments):
-            left = span.start + i * wide
-            line += f"{'L' if line else 'M'}{left:.1f} {y(moment.peak)}H{left + wide:.1f}"
+            left = span.start + i * width
+            line += f"{'L' if line else 'M'}{left:.1f} {y(moment.peak)}H{left + width:.1f}"
     out.append(f'<path d="{line}V{_BASE}H{_LEFT}Z" fill="var(--parameter)" opacity=".25"/>')
     out.append(f'<path d="{line}" stroke="var(--parameter)" stroke-width="1.5" fill="none"/>')
     for phase, group in groupby(spans, key=lambda span: span.phase):
@@ -192,12 +192,12 @@ def timeline(answer: Estimate) -> str:
         out.append(f'<text x="{middle:.1f}" y="{_BASE + 16}" text-anchor="middle">{escape(phase)}</text>')
     if usable and usable <= full:
         dashes = 'stroke="var(--nofit)" stroke-dasharray="5 4" fill="none"'
-        out.append(f'<path d="M{_LEFT} {y(usable)}H{_WIDE}" {dashes}><title>usable memory</title></path>')
+        out.append(f'<path d="M{_LEFT} {y(usable)}H{_PAGE_WIDTH}" {dashes}><title>usable memory</title></path>')
     return "\n".join([*out, "</svg>"])
 
 
 def _ticks(full: int) -> list[int]:
-    """Round numbers of GiB below `full`, about five of them."""
+    """Return about five round numbers of GiB below `full`."""
     step = GIB // 8
     while full // step > 6:
         step *= 2
@@ -242,6 +242,6 @@ def _table(
 
 
 def _cell(text: str) -> str:
-    """Escaped text; between two NULs before it, the category whose colour goes in front."""
+    """Escape text; a category between two leading NULs becomes a colour mark in front of it."""
     _, key, rest = text.split("\0") if text.startswith("\0") else ("", "", text)
     return (f'<i style="background:var(--{key})"></i>' if key else "") + escape(rest)

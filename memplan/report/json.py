@@ -1,4 +1,4 @@
-"""JSON as the contract has it: one answer, or a list of answers where several GPUs are asked."""
+"""JSON reports, following the published schema: one answer, or a list of answers for several GPUs."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from memplan.estimate.answer import Estimate
 
 
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
-    """`explain` and `ranks` change nothing: the ledger and the ranks are always there."""
+    """Return the answers as JSON, which always has the ledger and the ranks, whatever `explain` and `ranks` are."""
     dumped = [answer.model_dump() for answer in answers]
     return json.dumps(dumped if len(dumped) > 1 else dumped[0], indent=2, ensure_ascii=False) + "\n"

@@ -1,4 +1,4 @@
-"""The catalogue of models, of GPUs and of profiles, searched: what `memplan models`, `gpus` and `profiles` print."""
+"""Searches the catalogues of models, GPUs and profiles: the output of `memplan models`, `gpus` and `profiles`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any, cast
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.catalogue.profiles import engines
-from memplan.catalogue.profiles.engines import ENGINES, Engine
-from memplan.catalogue.profiles.profiles import PROFILES, WHEN, Profile, Row
+from memplan.catalogue.profiles.engines import ENGINES, ServingEngine
+from memplan.catalogue.profiles.profiles import PROFILES, WHEN, Profile, ProfileSetting
 from memplan.core.errors import UnknownNameError
 from memplan.core.units import GIB
 from memplan.models.cards import card_names, load_card
@@ -22,10 +22,10 @@ from memplan.report.text import Column, Screen, screen, table
 
 
 def models(text: str, as_json: bool) -> str:
-    """The bundled models with `text` in their name, id, alias, type or licence."""
-    found = _search("model", text, map(load_card, card_names()), _model_words)
+    """Return the bundled models with `text` in their name, id, alias, type or licence."""
+    matches = _search("model", text, map(load_card, card_names()), _model_words)
     if as_json:
-        return _json([_model_facts(model) for model in found])
+        return _json([_model_facts(model) for model in matches])
     columns = (
         Column("model"),
         Column("parameters", right=True),
@@ -43,13 +43,13 @@ def models(text: str, as_json: bool) -> str:
             str(model.card.get("licence", "")),
             str(model.card["hf_id"]),
         )
-        for model in found
+        for model in matches
     ]
     return "\n".join(table(columns, rows, _screen())) + "\n"
 
 
 def _screen() -> Screen:
-    """The terminal; a pipe, where lines are searched for words, gets every column."""
+    """Return the terminal, or, for a pipe, whose output is probably searched, a screen with room for every column."""
     piped = sys.stdout is None or not sys.stdout.isatty()  # pyright: ignore[reportUnnecessaryComparison] (where closed)
     return Screen(sys.maxsize) if piped and "COLUMNS" not in os.environ else screen()
 
@@ -71,14 +71,14 @@ def _model_facts(model: ModelSpec) -> dict[str, Any]:
 
 
 def cards(text: str, as_json: bool) -> str:
-    """The GPUs with `text` in their name, title, alias, vendor, architecture or market, or that it names otherwise."""
+    """Return the GPUs with `text` in their name, title, alias, vendor, architecture or market, or that it names."""
     try:
         named = find_gpu(text).name if text else ""
     except UnknownNameError:
         named = ""
-    found = _search("gpu", text, all_gpus(), lambda gpu: (*_gpu_words(gpu), *([text] if gpu.name == named else [])))
+    matches = _search("gpu", text, all_gpus(), lambda gpu: (*_gpu_words(gpu), *([text] if gpu.name == named else [])))
     if as_json:
-        return _json([_gpu_facts(gpu) for gpu in found])
+        return _json([_gpu_facts(gpu) for gpu in matches])
     columns = (
         Column("GPU"),
         Column("usable GiB", right=True),
@@ -96,7 +96,7 @@ def cards(text: str, as_json: bool) -> str:
             f"{gpu.bandwidth_gbps:g}" if gpu.bandwidth_gbps else "",
             _price(gpu),
         )
-        for gpu in found
+        for gpu in matches
     ]
     return "\n".join(table(columns, rows, _screen())) + "\n"
 
@@ -111,41 +111,41 @@ def _gpu_facts(gpu: GPU) -> dict[str, Any]:
 
 
 def _price(gpu: GPU) -> str:
-    """From the least to the most asked, and when that was last looked up."""
-    asked = [price for price in gpu.prices if price.date]
-    if not asked:
+    """Return the range of prices and the date of the latest one."""
+    dated = [price for price in gpu.prices if price.date]
+    if not dated:
         return ""
-    low, high = min(p.usd_per_hour for p in asked), max(p.usd_per_hour for p in asked)
-    return (f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}") + f" ({max(p.date for p in asked)})"
+    low, high = min(p.usd_per_hour for p in dated), max(p.usd_per_hour for p in dated)
+    return (f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}") + f" ({max(p.date for p in dated)})"
 
 
 def profiles(text: str, as_json: bool) -> str:
-    """The profiles with `text` in their name or title, and what each sets: its own rows, over those it is like."""
-    found = _search("profile", text, (*PROFILES, *ENGINES), lambda profile: (profile.name, profile.title))
+    """Return the profiles with `text` in their name or title, with the rows that each adds to its base profile."""
+    matches = _search("profile", text, (*PROFILES, *ENGINES), lambda profile: (profile.name, profile.title))
     if as_json:
-        return _json([_profile_facts(profile) for profile in found])
+        return _json([_profile_facts(profile) for profile in matches])
     columns = (Column("profile"), Column("sets"), Column("to"), Column("source", optional=True))
     rows: list[tuple[str, ...]] = []
-    for profile in found:
-        like = f"all that {profile.like} sets, but:" if profile.like else ""
-        rows.append((profile.name, profile.title, like, profile.read))
-        rows += [("", _of(row), _shown(row.value), row.source) for row in profile.rows]
+    for profile in matches:
+        base = f"as {profile.like}, except:" if profile.like else ""
+        rows.append((profile.name, profile.title, base, profile.read))
+        rows += [("", _field(row), _format(row.value), row.source) for row in profile.rows]
         rows += [("", "not counted yet", wait, "") for wait in profile.waits]
     return "\n".join(table(columns, rows, _screen())) + "\n"
 
 
-def _of(row: Row | engines.Row) -> str:
-    """The field, and which runs it is set for."""
-    if isinstance(row, engines.Row):
+def _field(row: ProfileSetting | engines.EngineSetting) -> str:
+    """Return the field, and which runs it is set for."""
+    if isinstance(row, engines.EngineSetting):
         field = row.field if row.field in engines.WORDS else f"serving.{row.field}"
         return field if row.basis == "derived" else f"{field} ({row.basis})"
-    only = [WHEN[row.when]] if row.when else []
+    conditions = [WHEN[row.when]] if row.when else []
     if row.model_types:
-        only.append("of " + ", ".join(row.model_types))
-    return f"{row.field} {' '.join(only)}".strip()
+        conditions.append("of " + ", ".join(row.model_types))
+    return f"{row.field} {' '.join(conditions)}".strip()
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, tuple):
@@ -153,22 +153,22 @@ def _shown(value: Any) -> str:
     return str(value) or "nothing"
 
 
-def _profile_facts(profile: Profile | Engine) -> dict[str, Any]:
+def _profile_facts(profile: Profile | ServingEngine) -> dict[str, Any]:
     return {**profile._asdict(), "rows": [row._asdict() for row in profile.rows]}
 
 
 def _search(field: str, text: str, rows: Iterable[Any], words: Callable[[Any], Iterable[str]]) -> Sequence[Any]:
-    """The rows that have `text` in one of their words, or else every part of it in some word."""
+    """Return the rows that have `text` in one of their words, or else every part of it in some word."""
     rows = list(rows)
     parts = text.lower().split()
-    of = {row.name: [word.lower() for word in words(row)] for row in rows}
-    found = [row for row in rows if any(text.lower() in word for word in of[row.name])]
-    found = found or [row for row in rows if all(any(p in word for word in of[row.name]) for p in parts)]
-    if not found:
+    by_name = {row.name: [word.lower() for word in words(row)] for row in rows}
+    matches = [row for row in rows if any(text.lower() in word for word in by_name[row.name])]
+    matches = matches or [row for row in rows if all(any(p in word for word in by_name[row.name]) for p in parts)]
+    if not matches:
         names = [row.name for row in rows]
         near = get_close_matches(text.lower(), names, n=3, cutoff=0.4) or names
         raise UnknownNameError(field, text, near)
-    return found
+    return matches
 
 
 def _json(facts: list[dict[str, Any]]) -> str:

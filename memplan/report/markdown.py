@@ -1,4 +1,4 @@
-"""Markdown, for a pull request or an issue: the verdict, and tables."""
+"""Markdown reports, for pull requests and issues: the verdict, then tables."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> I
 
 
 def plain(text: str) -> str:
-    """Text that ends no cell and starts no emphasis by accident."""
+    """Escape characters that would end a table cell or start emphasis."""
     for sign in "\\`[|_":
         text = text.replace(sign, f"\\{sign}")
     return text.replace("<", "&lt;")

@@ -1,4 +1,4 @@
-"""What a probe found, in words: one measured run phase by phase, the plan of a suite, gradients compared."""
+"""Reports of `memplan probe`: one measured run phase by phase, the plan of a suite, a comparison of gradients."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from memplan.report.text import Column, Screen, hanging, paragraph, table
 from memplan.report.wording import hundredths, tenths
 
 if TYPE_CHECKING:
-    from memplan.probe.gradients import Compared
-    from memplan.probe.run.process import Here, Measured
-    from memplan.probe.run.suite import Planned
+    from memplan.probe.gradients import GradientCheck
+    from memplan.probe.run.process import Machine, MeasuredRun
+    from memplan.probe.run.suite import PlannedRun
 
-_MERGED = {"clip": "step", "loss": "forward"}  # what one side tells apart and the other does not
+_MERGED = {"clip": "step", "loss": "forward"}  # phases that only one of measurement and estimate distinguishes
 
 
 class Peaks(NamedTuple):
-    """A phase's peaks in bytes, all micro-batches together; estimated: None where there is no estimate."""
+    """A phase's peaks in bytes over all micro-batches; `estimated` is None without an estimate."""
 
     phase: str
     step: int | None
@@ -30,32 +30,32 @@ class Peaks(NamedTuple):
     estimated: int | None
 
 
-def peaks(measured: Measured, answer: Estimate | None) -> list[Peaks]:
-    """The phases in the order they ran."""
-    found: dict[tuple[str, int | None], Peaks] = {}
+def peaks(measured: MeasuredRun, answer: Estimate | None) -> list[Peaks]:
+    """Return the phases in the order they ran."""
+    by_phase: dict[tuple[str, int | None], Peaks] = {}
     for r in measured.readings:
         if r.phase == "context":
             continue
         key = (_MERGED.get(r.phase, r.phase), r.step)
-        old = found.get(key, Peaks(*key, 0, 0, 0, None))
-        used = max(old.used, r.reserved + measured.beside(r))
+        old = by_phase.get(key, Peaks(*key, 0, 0, 0, None))
+        used = max(old.used, r.reserved + measured.context_bytes(r))
         most = (max(old.allocated, r.allocated), max(old.reserved, r.reserved))
-        found[key] = Peaks(*key, *most, used, estimated_peak(answer, *key))
-    return list(found.values())
+        by_phase[key] = Peaks(*key, *most, used, estimated_peak(answer, *key))
+    return list(by_phase.values())
 
 
 def estimated_peak(answer: Estimate | None, phase: str, step: int | None) -> int | None:
-    """The estimate's peak of a phase: of the step if it tells steps apart, of a later one if it is none of its own."""
+    """Return the estimate's peak of a phase in a step; an estimate only distinguishes the first step and later ones."""
     if answer is None:
         return None
-    alike = [p for p in answer.phases if _MERGED.get(p.phase, p.phase) == phase]
-    wanted = None if step is None else min(step, 2)
-    steps = [p.peak for p in alike if p.step in (None, wanted)]
+    matching = [p for p in answer.phases if _MERGED.get(p.phase, p.phase) == phase]
+    estimated_step = None if step is None else min(step, 2)
+    steps = [p.peak for p in matching if p.step in (None, estimated_step)]
     return max(steps, default=None)
 
 
 def difference(measured: int, estimated: int | None) -> str:
-    """The estimate's error, of what was measured.
+    """Return the estimate's error relative to the measurement.
 
     >>> difference(1000, 1010), difference(1000, 1000), difference(1000, None)
     ('+1.00 %', '0.00 %', '')
@@ -66,8 +66,8 @@ def difference(measured: int, estimated: int | None) -> str:
     return f"{error:+.2f} %" if f"{abs(error):.2f}" != "0.00" else "0.00 %"
 
 
-def run(measured: Measured, machine: Here, answer: Estimate | None, notes: Iterable[str], to: Screen) -> str:
-    """One measured run: the outcome, every phase beside the estimate, and what is worth knowing."""
+def run(measured: MeasuredRun, machine: Machine, answer: Estimate | None, notes: Iterable[str], to: Screen) -> str:
+    """Report one measured run: the outcome, every phase next to the estimate, and notes."""
     columns = (
         Column("phase"),
         Column("step", right=True),
@@ -91,15 +91,15 @@ def run(measured: Measured, machine: Here, answer: Estimate | None, notes: Itera
     ]
     lines = [*paragraph(outcome(measured, machine), to), ""]
     if rows:
-        lines += [*table(columns, rows, to), "", *_taken(measured, to), ""]
+        lines += [*table(columns, rows, to), "", *_totals(measured, to), ""]
     lines += hanging("driver", [machine.driver], to, 9)
     lines += hanging("versions", [f"{name} {version}" for name, version in machine.versions.items()], to, 9)
     lines += [line for note in notes for line in paragraph(f"- {note}", to, "  ")]
     return "\n".join(lines) + "\n"
 
 
-def outcome(measured: Measured, machine: Here) -> str:
-    """What came of a run, in one line."""
+def outcome(measured: MeasuredRun, machine: Machine) -> str:
+    """Return the outcome of a run in one line."""
     card = printable(machine.card.name, 80)
     if measured.outcome == "measured":
         return (
@@ -111,36 +111,39 @@ def outcome(measured: Measured, machine: Here) -> str:
     return f"{measured.outcome}{where}{when} on {card}: {measured.said}"
 
 
-def _taken(measured: Measured, to: Screen) -> Iterator[str]:
-    """What the whole run took, by each count."""
+def _totals(measured: MeasuredRun, to: Screen) -> Iterator[str]:
+    """Yield the memory that the run took, by each counter."""
     first, last = measured.readings[0], measured.readings[-1]
     yield from hanging("allocated", [f"{gib(measured.allocated)}  torch.cuda.max_memory_allocated"], to, 9)
     yield from hanging("reserved", [f"{gib(measured.reserved)}  torch.cuda.max_memory_reserved"], to, 9)
-    beside = gib(measured.beside(last))
-    begun = f" ({gib(measured.beside(first))} after the first tensor)" if first.phase == "context" else ""
-    yield from hanging("context", [f"{beside}{begun}  CUDA context and loaded kernels"], to, 9)
+    context = gib(measured.context_bytes(last))
+    initial = f" ({gib(measured.context_bytes(first))} after the first tensor)" if first.phase == "context" else ""
+    yield from hanging("context", [f"{context}{initial}  CUDA context and loaded kernels"], to, 9)
     yield from hanging("used", [f"{gib(measured.process)}  by the driver"], to, 9)
 
 
-def notes(measured: Measured, machine: Here, row_usable: int | None) -> Iterator[str]:
-    """What may make the figures differ from those of another machine; `row_usable`: the card's bytes in the table."""
+def notes(measured: MeasuredRun, machine: Machine, row_usable: int | None) -> Iterator[str]:
+    """Yield what may make the figures differ from another machine's.
+
+    `row_usable` is the card's usable bytes in memplan's catalogue, if it is there.
+    """
     if measured.before is None:
-        yield "nvidia-smi did not tell what others had on the card before: all the driver counts is taken as the run's"
+        yield "nvidia-smi did not show what other processes used before: all memory counts as used by this run"
     elif measured.before > 64 * MIB:
         yield f"{gib(measured.before)} on the card were in use before, by others; they are left out of what is used"
     if measured.shown is not None:
         yield f"nvidia-smi showed {gib(measured.shown)} in use on the whole card at the end"
     total = machine.card.total
     if row_usable is None:
-        yield f"memplan has no row of {machine.card.name!r}: estimated as on no particular card"
+        yield f"memplan's catalogue does not have {machine.card.name!r}: estimated without a GPU"
     elif abs(total - row_usable) * 20 > row_usable:
-        yield f"torch shows {gib(total)} on this card, and memplan's row of it has {gib(row_usable)}"
+        yield f"torch shows {gib(total)} on this card, but memplan's catalogue has {gib(row_usable)}"
     if machine.allocator:
-        yield f"torch's allocator is set by {printable(machine.allocator, 80)}"
+        yield f"torch's allocator is configured by {printable(machine.allocator, 80)}"
 
 
 def too_small(answer: Estimate) -> str:
-    """What is said before a run that the card is not expected to hold; empty where it is."""
+    """Return a warning if the card is not expected to hold the run, else an empty string."""
     if answer.verdict.answer != "does not fit" or answer.gpu is None:
         return ""
     return (
@@ -152,9 +155,9 @@ def too_small(answer: Estimate) -> str:
 # --- a suite -----------------------------------------------------------------------------------------------
 
 
-def plan(planned: Sequence[Planned], have: Sequence[bool], to: Screen) -> str:
-    """A suite before it is started; `have` says which runs the output has a result of already."""
-    from memplan.probe.run.rows import described
+def plan(planned: Sequence[PlannedRun], have: Sequence[bool], to: Screen) -> str:
+    """Report a suite before it starts; `have` says which runs the output already has a result for."""
+    from memplan.probe.run.rows import run_label
     from memplan.probe.run.suite import minutes
 
     columns = (
@@ -166,64 +169,64 @@ def plan(planned: Sequence[Planned], have: Sequence[bool], to: Screen) -> str:
     )
     rows = [
         (
-            described(p.run),
-            "there already" if there else expected(p),
+            run_label(p.run),
+            "already done" if is_done else expected(p),
             tenths(p.answer.bytes.allocated) if p.answer else "",
             tenths(p.answer.bytes.used) if p.answer else "",
             f"{p.seconds / 60:.1f}",
         )
-        for p, there in zip(planned, have, strict=True)
+        for p, is_done in zip(planned, have, strict=True)
     ]
-    left = [p for p, there in zip(planned, have, strict=True) if not there]
+    pending = [p for p, is_done in zip(planned, have, strict=True) if not is_done]
     counts: dict[str, int] = {}
-    for p in left:
+    for p in pending:
         counts[expected(p)] = counts.get(expected(p), 0) + 1
     words = ", ".join(f"{n} {word}" for word, n in counts.items())
-    to_do = f"{len(left)} {'run' if len(left) == 1 else 'runs'} to do" + (f" ({words})" if words else "")
+    to_do = f"{len(pending)} {'run' if len(pending) == 1 else 'runs'} to do" + (f" ({words})" if words else "")
     lines = [
         *table(columns, rows, to),
         "",
         *paragraph(
-            f"{to_do}, about {_minutes(minutes(left))}. "
-            "The minutes are assumed: a start of 40 seconds, half a billion parameters made a second, and a fifth of "
-            "the card's 16-bit rate.",
+            f"{to_do}, about {_minutes(minutes(pending))}. "
+            "The minutes are assumed: 40 seconds to start, half a billion parameters created per second, and a fifth "
+            "of the card's 16-bit rate.",
             to,
         ),
-        *(line for p in left if p.refused for line in paragraph(f"- {described(p.run)}: {p.refused}", to, "  ")),
+        *(line for p in pending if p.refused for line in paragraph(f"- {run_label(p.run)}: {p.refused}", to, "  ")),
     ]
     return "\n".join(lines) + "\n"
 
 
 def _minutes(minutes: float) -> str:
-    whole = max(1, round(minutes))
-    return "a minute" if whole == 1 else f"{whole} minutes"
+    rounded = max(1, round(minutes))
+    return "a minute" if rounded == 1 else f"{rounded} minutes"
 
 
-def expected(planned: Planned) -> str:
-    """What a run is expected to do: the verdict, or that it will be refused."""
+def expected(planned: PlannedRun) -> str:
+    """Return the expected outcome of a run: the verdict, or that it is refused."""
     if planned.refused:
         return "refused"
     return (planned.answer.verdict.answer if planned.answer else None) or "no card named"
 
 
-def progress(number: int, of: int, measured: Measured, answer: Estimate | None) -> str:
-    """One line about a run of a suite that has ended."""
-    from memplan.probe.run.rows import identity
+def progress(number: int, of: int, measured: MeasuredRun, answer: Estimate | None) -> str:
+    """Return one line about a finished run of a suite."""
+    from memplan.probe.run.rows import run_id
 
-    start = f"[{number}/{of}] {identity(measured.run)}: "
+    start = f"[{number}/{of}] {run_id(measured.run)}: "
     if measured.outcome != "measured":
         where = f" in {measured.phase}" if measured.phase else ""
         return f"{start}{measured.outcome}{where}; {measured.said}"
     error = difference(measured.allocated, answer.bytes.allocated if answer else None)
-    beside = f" (estimate {error})" if error else ""
-    return f"{start}{tenths(measured.allocated)} GiB allocated{beside}, {tenths(measured.process)} used"
+    estimate = f" (estimate {error})" if error else ""
+    return f"{start}{tenths(measured.allocated)} GiB allocated{estimate}, {tenths(measured.process)} used"
 
 
 # --- gradients ---------------------------------------------------------------------------------------------
 
 
-def gradients(compared: Sequence[Compared], dtype: str, rank: int, to: Screen) -> str:
-    """LoRA's gradients by autograd and by peft against those by hand, a row a shape."""
+def gradients(compared: Sequence[GradientCheck], dtype: str, rank: int, to: Screen) -> str:
+    """Report LoRA's gradients by autograd and by peft against those computed by hand, a row per shape."""
     columns = (
         Column("W"),
         Column("layers", wraps=True, optional=True),

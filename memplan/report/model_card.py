@@ -1,4 +1,4 @@
-"""A model card written from a config and what was seen of its checkpoint: TOML that `memplan.models.cards` reads."""
+"""Writes a model card from a config and its checkpoint's headers: TOML that `memplan.models.cards` reads."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, cast
 
 from memplan.models.headers import StoredTensor
 from memplan.models.model import ModelSpec
-from memplan.program.stored.checkpoint import built_tensors, compared
+from memplan.program.stored.checkpoint import built_tensors, compare_checkpoint
 
-# Keys of a config that no model's memory depends on: tokens, generation, labels, and how it was saved.
-_LEFT_OUT = frozenset(
+# Config keys that no model's memory depends on: token ids, generation, labels, and how it was saved.
+_IGNORED = frozenset(
     (
         *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "auto_map"),
         *("bad_words_ids", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "diversity_penalty"),
@@ -41,15 +41,18 @@ _LEFT_OUT = frozenset(
         *("typical_p", "unk_token_id", "unsloth_fixed", "use_cache"),
     )
 )
-# An id at the Hub: owner and name, of letters and digits, with dots, underscores and hyphens after the first.
+# A Hub id: owner and name, each starting with a letter or digit, then also dots, underscores and hyphens.
 ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-_PLAIN = ("BF16", "F16", "F32", "F64")
+_UNPACKED = ("BF16", "F16", "F32", "F64")  # safetensors dtypes with one parameter per element
 
 
-class Facts(NamedTuple):
-    """What a card says beside the config: the id, where the config is from, today's date, the licence.
+class CardFacts(NamedTuple):
+    """The fields of a card other than the config.
 
-    The id is empty where nothing says it: the card then has a line to fill in.
+    hf_id     id at Hugging Face; if empty, the card has a line to fill in
+    source    where the config is from
+    checked   today's date, YYYY-MM-DD
+    licence   the model's licence, if known
     """
 
     hf_id: str
@@ -58,10 +61,10 @@ class Facts(NamedTuple):
     licence: str
 
 
-def card(model: ModelSpec, config: Mapping[str, Any], facts: Facts) -> str:
-    """The card of a model as TOML. `config` is as it was published; `facts.checked` is a date, YYYY-MM-DD."""
-    kept = {key: value for key, value in config.items() if key not in _LEFT_OUT}
-    given = {key: value for key, value in kept.items() if value is not None}
+def card(model: ModelSpec, config: Mapping[str, Any], facts: CardFacts) -> str:
+    """Return the card of a model as TOML, given its published config."""
+    kept = {key: value for key, value in config.items() if key not in _IGNORED}
+    values = {key: value for key, value in kept.items() if value is not None}
     nulls = list(_nulls(kept))
     parameters = sum(built.elements for built in built_tensors(model).values())
     lines = [_id(facts.hf_id), f"source = {_value(facts.source)}", f"checked = {facts.checked}"]
@@ -70,63 +73,63 @@ def card(model: ModelSpec, config: Mapping[str, Any], facts: Facts) -> str:
     lines += [f"parameters = {parameters}", *_published(model, parameters)]
     if nulls:
         lines.append(f"nulls = {_value(nulls)}")
-    return "\n".join([*lines, *_table("config", given)]) + "\n"
+    return "\n".join([*lines, *_table("config", values)]) + "\n"
 
 
 def _nulls(config: Mapping[str, Any]) -> Iterator[str]:
-    """The keys that are null where memplan's default is not; of a nested config as `text_config.sliding_window`."""
+    """Yield the keys that are null but have a default in memplan; nested ones as `text_config.sliding_window`."""
     parts = {key: cast(Mapping[str, Any], value) for key, value in config.items() if isinstance(value, Mapping)}
     plain = {part: {key: value for key, value in inner.items() if value is not None} for part, inner in parts.items()}
     filled = ModelSpec({**{key: value for key, value in config.items() if value is not None}, **plain}).config
     yield from (key for key, value in config.items() if value is None and filled.get(key) is not None)
     for part, inner in parts.items():
-        inside = cast(Mapping[str, Any], filled.get(part) or {})
+        filled_part = cast(Mapping[str, Any], filled.get(part) or {})
         for key, value in inner.items():
             if value is None and (
-                inside.get(key) is not None or (part == "text_config" and filled.get(key) is not None)
+                filled_part.get(key) is not None or (part == "text_config" and filled.get(key) is not None)
             ):
                 yield f"{part}.{key}"
 
 
 def _id(hf_id: str) -> str:
-    said = f"hf_id = {_value(hf_id or 'owner/name')}"
-    return said if hf_id else f"{said}  # to be filled in: its id at Hugging Face; --hf-id writes it"
+    line = f"hf_id = {_value(hf_id or 'owner/name')}"
+    return line if hf_id else f"{line}  # to be filled in: its id at Hugging Face; --hf-id writes it"
 
 
 def id_in(config: Mapping[str, Any]) -> str:
-    """The id that a config was saved from (`_name_or_path`), where it is one and no path; else empty."""
+    """Return the Hub id that a config was saved from (`_name_or_path`); empty if it is a path."""
     name = config.get("_name_or_path")
     return name if isinstance(name, str) and re.fullmatch(ID, name) else ""
 
 
 def _published(model: ModelSpec, parameters: int) -> Iterator[str]:
-    """What the headers say that is stored, and why that is not what the model builds."""
-    seen = model.checkpoint
-    stored = seen.tensors if seen is not None and seen.kind == "safetensors" else ()
-    if seen is None or not stored or any(tensor.dtype not in _PLAIN for tensor in stored):
-        yield "# published: its publisher's figure, with published_source, and the difference if it is another"
+    """Yield the parameter count from the checkpoint's headers, and why it differs from what the model builds."""
+    checkpoint = model.checkpoint
+    stored = checkpoint.tensors if checkpoint is not None and checkpoint.kind == "safetensors" else ()
+    if checkpoint is None or not stored or any(tensor.dtype not in _UNPACKED for tensor in stored):
+        yield "# published: the publisher's parameter count, with published_source, and difference if it differs"
         return
     published = sum(tensor.elements for tensor in stored)
     yield f"published = {published}"
-    yield f"published_source = {_value(f'headers of the safetensors, {seen.where}')}"
+    yield f"published_source = {_value(f'headers of the safetensors, {checkpoint.where}')}"
     if published != parameters:
         yield f"difference = {_value(_difference(model, stored, published - parameters))}"
 
 
 def _difference(model: ModelSpec, stored: tuple[StoredTensor, ...], difference: int) -> str:
-    """The tensors that are stored and not built, with their arithmetic; or those that are built and not stored."""
-    found, parameters = compared(model, stored), built_tensors(model)
-    extra = [*found.extra, *found.buffers]
-    if found.missing:
-        fewer = [f"{name} {parameters[name].elements}" for name in found.missing[:3]]
+    """Return which tensors are stored but not built, with their sizes, or which are built but not stored."""
+    comparison, parameters = compare_checkpoint(model, stored), built_tensors(model)
+    extra = [*comparison.extra, *comparison.buffers]
+    if comparison.missing:
+        missing = [f"{name} {parameters[name].elements}" for name in comparison.missing[:3]]
         more = f"; it also stores {', '.join(_kinds(extra))}" if extra else ""
-        return f"the checkpoint does not store {', '.join(fewer)}{more}, {difference:+}"
+        return f"the checkpoint does not store {', '.join(missing)}{more}, {difference:+}"
     kinds = _kinds(extra)
     return f"the checkpoint also stores {' and '.join(kinds)}, {' + '.join(kinds.values())} = {difference}"
 
 
 def _kinds(tensors: Iterable[StoredTensor]) -> dict[str, str]:
-    """Tensors that are alike but for their layer, and how many elements they have: `32 x 64`."""
+    """Group tensors that differ only in their layer; values are number and size, such as `32 x 64`."""
     counted: dict[tuple[str, int], int] = {}
     for tensor in tensors:
         kind = re.sub(r"(?<=\.)\d+(?=\.)", "*", tensor.name), tensor.elements
@@ -135,7 +138,7 @@ def _kinds(tensors: Iterable[StoredTensor]) -> dict[str, str]:
 
 
 def _table(path: str, mapping: Mapping[str, Any]) -> Iterator[str]:
-    """A table and, after its values, the tables in it."""
+    """Yield the lines of a TOML table: its values, then its nested tables."""
     tables = {key: cast(Mapping[str, Any], value) for key, value in mapping.items() if isinstance(value, Mapping)}
     yield ""
     yield f"[{path}]"
@@ -147,13 +150,13 @@ def _table(path: str, mapping: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _value(value: Any) -> str:
-    """A value as TOML has it. A null in a list or an inner table, which TOML has not, is left out."""
+    """Return a value as TOML. Nulls in lists and inline tables are dropped, as TOML has none."""
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, float):
-        return repr(value)  # inf, nan and 1e-05 are TOML's
+        return repr(value)  # inf, nan and 1e-05 are valid TOML
     if isinstance(value, Mapping):
         items = cast(Mapping[str, Any], value).items()
         return "{" + ", ".join(f"{_key(key)} = {_value(it)}" for key, it in items if it is not None) + "}"

@@ -1,8 +1,9 @@
-"""The published JSON Schema: of a run, as `--spec` takes it; of answers, comparisons and plans, as JSON has them."""
+"""The published JSON Schemas: of a run, as `--spec` takes it, and of answers, comparisons and plans as JSON."""
 
 from __future__ import annotations
 
 from functools import reduce
+from inspect import cleandoc
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 from pydantic import BaseModel, Field, TypeAdapter, create_model
@@ -30,10 +31,10 @@ from memplan.estimate.demand import Demand
 from memplan.estimate.serving import FACTS as SERVING_FACTS
 from memplan.estimate.usage import Band
 from memplan.frameworks import FRAMEWORKS
-from memplan.planning.cluster import Refused, Together
+from memplan.planning.cluster import PeakComparison, RefusedGrids
 from memplan.planning.comparison import Comparison, Difference
-from memplan.planning.inference import Most
-from memplan.planning.offers import Miss
+from memplan.planning.inference import Limit
+from memplan.planning.offers import NearestMiss
 from memplan.planning.plan import SEVERITIES, Time
 from memplan.planning.reach import AXES
 from memplan.planning.roofline import Seconds
@@ -44,19 +45,19 @@ from memplan.spec.training import PRECISIONS, MethodKind
 
 class _Schema(GenerateJsonSchema):
     def emit_warning(self, kind: JsonSchemaWarningKind, detail: str) -> None:
-        """No word about a default that JSON cannot show: it is left out."""
+        """Do nothing: defaults that JSON cannot express are left out of the schema on purpose."""
 
 
 _TEXTS = ("engine", "read", "cache_dtype")
 _SHARES = ("concurrency", "longest_concurrency")
-# What `memplan.estimate.serving.facts` says; bytes, tokens and requests are whole numbers.
+# Types of the fields of `memplan.estimate.serving.facts`; bytes, tokens and requests are integers.
 SERVING: dict[str, Any] = {name: str if name in _TEXTS else float if name in _SHARES else int for name in SERVING_FACTS}
 
 DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 
 def run_schema() -> dict[str, Any]:
-    """What a run may hold: every field, and the words that stand for a whole part (`"method": "qlora"`)."""
+    """Return the schema of a run, including the shorthands for a section (`"method": "qlora"`)."""
     schema: dict[str, Any] = {"$schema": DRAFT, **RunSpec.model_json_schema(schema_generator=_Schema)}
     words = {"method": {"enum": list(get_args(MethodKind))}, "precision": {"enum": list(PRECISIONS)}}
     for part, word in {**words, "optimizer": {"type": "string"}}.items():
@@ -67,15 +68,15 @@ def run_schema() -> dict[str, Any]:
 
 
 def answer_schema() -> dict[str, Any]:
-    """What an answer holds; the command prints a list of them where several GPUs are asked."""
+    """Return the schema of an answer; the command prints a list of answers for several GPUs."""
     schema = answer_model().model_json_schema(mode="serialization", schema_generator=_Schema)
     return {"$schema": DRAFT, **schema}
 
 
 def answer_model() -> type[BaseModel]:
-    """A model that reads an answer back from its JSON. Its fields are those of `memplan.estimate.answer`."""
+    """Return a model that reads an answer from its JSON. Its fields are those of `memplan.estimate.answer`."""
     categories = _model("Categories", "Bytes at the peak by kind of tensor.", dict.fromkeys(KINDS, int))
-    verdict = _made(Verdict, answer=Literal[(*ANSWERS, None)])
+    verdict = _from_properties(Verdict, answer=Literal[(*ANSWERS, None)])
     host = {"ranks": int, "peak": Literal["load", "step", "eval", "save", "merge"], "phases": list[_of(HostPhase)]}
     fields = {
         "schema_version": Literal[1],
@@ -83,7 +84,7 @@ def answer_model() -> type[BaseModel]:
         "via": Literal[VIAS],
         "run": RunSpec,
         "parameters": _of(Parameters),
-        "bytes": _made(Bytes),
+        "bytes": _from_properties(Bytes),
         "band": _of(Band),
         "gpu": _of(Card) | None,
         "verdict": verdict,
@@ -93,9 +94,9 @@ def answer_model() -> type[BaseModel]:
         "ledger": list[_of(Line, kind=Literal[KINDS], basis=Literal[BASES])],
         "beside": list[_of(Overhead, basis=Literal[BASES])],
         "host_bytes": int,
-        "serving": _model("ServingPool", "What a serving engine makes of its card.", SERVING) | None,
+        "serving": _model("ServingPool", "How a serving engine divides its card.", SERVING) | None,
         "host": _model("Host", Host.__doc__ or "", host),
-        "ranks": list[_of(Rank, bytes=_made(Bytes), peak=_of(Peak), verdict=verdict)],
+        "ranks": list[_of(Rank, bytes=_from_properties(Bytes), peak=_of(Peak), verdict=verdict)],
         "unsupported": list[str],
         "notes": list[str],
     }
@@ -103,18 +104,22 @@ def answer_model() -> type[BaseModel]:
 
 
 def comparison_schema() -> dict[str, Any]:
-    """What `memplan compare` holds as JSON: the answers, and the difference of each but the first from the first."""
+    """Return the schema of `memplan compare`: the answers, and the difference of each later answer from the first."""
     schema = comparison_model().model_json_schema(mode="serialization", schema_generator=_Schema)
     return {"$schema": DRAFT, **schema}
 
 
 def comparison_model() -> type[BaseModel]:
-    """A model that reads a comparison back from its JSON."""
+    """Return a model that reads a comparison from its JSON."""
     difference = _of(
         Difference,
         fields=dict[str, Annotated[list[Any], Field(min_length=2, max_length=2)]],
-        bytes=_model("Differences", "Bytes of one answer less those of another.", dict.fromkeys(_COUNTS, int)),
-        categories=_model("CategoryDifferences", "The same of allocated, by kind.", dict.fromkeys(KINDS, int)),
+        bytes=_model("Differences", "Bytes of one answer minus those of another.", dict.fromkeys(_COUNTS, int)),
+        categories=_model(
+            "CategoryDifferences",
+            "Allocated bytes of one answer minus those of another, by kind.",
+            dict.fromkeys(KINDS, int),
+        ),
     )
     fields = {
         "schema_version": Literal[1],
@@ -129,35 +134,35 @@ _COUNTS = ("allocated", "reserved", "used", "host")
 
 
 def plan_schema() -> dict[str, Any]:
-    """What `memplan plan` holds as JSON: one of eight kinds, which `mode` tells apart."""
+    """Return the schema of `memplan plan`: one of eight kinds, told apart by `mode`."""
     return {"$schema": DRAFT, **plan_model().json_schema(mode="serialization", schema_generator=_Schema)}
 
 
 def plan_model() -> TypeAdapter[BaseModel]:
-    """A model that reads a plan back from its JSON."""
-    verdict = _made(Verdict, answer=Literal[(*ANSWERS, None)])
-    figures = {"run": RunSpec, "bytes": _made(Bytes), "verdict": verdict}
-    at = _model("Figures", "A run as it was decided, its bytes and its verdict.", figures)
-    lines = _model("Lines", "What to write in each framework.", {f.name: list[str] for f in FRAMEWORKS})
+    """Return a model that reads a plan from its JSON."""
+    verdict = _from_properties(Verdict, answer=Literal[(*ANSWERS, None)])
+    figures = {"run": RunSpec, "bytes": _from_properties(Bytes), "verdict": verdict}
+    at = _model("Figures", "A decided run, its bytes and its verdict.", figures)
+    lines = _model("Lines", "Lines to write in each framework's config.", {f.name: list[str] for f in FRAMEWORKS})
     change = {"options": str, "lines": lines, "notes": dict[str, str]}
     severity = Annotated[int, Field(ge=0, lt=len(SEVERITIES))]
     time = _of(Time, basis=Literal[BASES])
     costs = {"time": time | None, "severity": severity}
     effect = {"keys": list[str], "title": str, "saves": int, "phases": dict[str, int], **costs}
     effect |= {"quality": str, "quality_source": str}
-    lever = _model("Lever", "A change, and the bytes that it saves of what is allocated.", effect)
+    lever = _model("Lever", "A change, and the allocated bytes that it saves.", effect)
     several = {"levers": list[lever], **change, **figures, "saves": int, **costs}
     proposal = _model("Proposal", "Changes that make the run fit, or come nearest.", several)
     axes = {"axis": Literal[AXES], "value": int | str | None, "at": at | None, "beyond": at | None}
     ends = Literal["memory", "positions", "rank", "models", "nothing"]
     reached = list[_model("Reach", "The largest value that fits, and the run with the next.", {**axes, "binds": ends})]
-    longest = _model("Longest", "The longest sequence of a batch; 0 where none fits.", {"batch": int, "sequence": int})
+    longest = _model("Longest", "The longest sequence of a batch; 0 if none fits.", {"batch": int, "sequence": int})
     shown = {"batch": list[int], "sequence": list[int], "allocated": list[list[int]]}
     shown |= {"verdict": list[list[Literal[(*ANSWERS, None)]]]}
-    map_ = _model("Map", "Runs by batch, then sequence. -1 and null: it cannot run.", shown)
-    rung = _model("Rung", "A change over all those before it.", {**effect, **change, **figures})
+    map_ = _model("Map", "Runs by batch, then sequence; -1 and null for runs that are refused.", shown)
+    rung = _model("Rung", "A change on top of all previous ones.", {**effect, **change, **figures})
     choice = {"title": str, "fits": bool, "time": time | None, "quality": str, "quality_source": str}
-    way = _model("Choice", "One way to run it.", {**choice, **change, **figures})
+    option = _model("Choice", "One option.", {**choice, **change, **figures})
     step = {"title": str, "question": str, "answer": Literal["yes", "no", "not needed"], "reason": str}
     kinds: dict[str, dict[str, Any]] = {
         "levers": {
@@ -172,8 +177,8 @@ def plan_model() -> TypeAdapter[BaseModel]:
         "ladder": {"plain": _model("Plain", "The run without a change.", {**change, **figures}), "rungs": list[rung]},
         "buy": _offered(figures),
         "advice": {
-            "steps": list[_model("Step", "A question and its answer.", {**step, "choices": list[way]})],
-            "best": way | None,
+            "steps": list[_model("Step", "A question and its answer.", {**step, "choices": list[option]})],
+            "best": option | None,
         },
         "nodes": _divided(figures),
         "generate": _generating(at),
@@ -181,26 +186,26 @@ def plan_model() -> TypeAdapter[BaseModel]:
     }
     common = {"schema_version": Literal[1], "memplan_version": str, **figures}
     common |= {"gpu": _of(Card) | None, "demand": _of(Demand)}
-    made = [
+    models = [
         _model(f"{mode.capitalize()}Plan", f"A plan of mode {mode}.", {"mode": Literal[mode], **common, **kind})
         for mode, kind in kinds.items()
     ]
-    any_of: Any = reduce(lambda one, other: one | other, made)
+    any_of: Any = reduce(lambda one, other: one | other, models)
     return TypeAdapter(any_of)
 
 
 def _offered(figures: dict[str, Any]) -> dict[str, Any]:
-    """What to buy."""
+    """Return the fields of mode buy."""
     range_ = _of(Range)
     amounts = {"tokens": int, "seconds": range_, "usd": range_ | None}
-    cost = _model("Cost", "What so many tokens take: seconds of all cards together, and US dollars.", amounts)
-    paced = {"seconds": range_, "tokens": int, "bound": str, "basis": Literal["measured", "assumed"], "note": str}
-    step = _model("Pace", "A step of all cards together.", paced)
+    cost = _model("Cost", "The cost of a number of tokens: seconds of all cards together, and US dollars.", amounts)
+    pace = {"seconds": range_, "tokens": int, "bound": str, "basis": Literal["measured", "assumed"], "note": str}
+    step = _model("Pace", "A step of all cards together.", pace)
     cards = {"gpu": str, "count": int, "strategy": str}
     offer = {"price": _of(Hourly) | None, "step": step | None, "million": cost | None, "whole": cost | None}
-    miss = _model("Miss", Miss.__doc__ or "", {**cards, **figures, "lacks": int})
+    miss = _model("Miss", NearestMiss.__doc__ or "", {**cards, **figures, "lacks": int})
     return {
-        "offers": list[_model("Offer", "Cards that run it.", {**cards, **figures, **offer})],
+        "offers": list[_model("Offer", "Cards that hold the run.", {**cards, **figures, **offer})],
         "considered": int,
         "nearest": miss | None,
         "tokens": int | None,
@@ -208,16 +213,23 @@ def _offered(figures: dict[str, Any]) -> dict[str, Any]:
 
 
 def _generating(at: Any) -> dict[str, Any]:
-    """The questions of those who run a model."""
-    most = _of(Most, binds=Literal["memory", "positions", "max_num_seqs", "nothing"])
+    """Return the fields of mode generate."""
+    most = _of(Limit, binds=Literal["memory", "positions", "max_num_seqs", "nothing"])
     rate = _of(Seconds)
     amounts = {"weights": int, "requests": int, "at": at | None, "tokens_per_second": rate | None}
-    named = {"name": str, "refused": str, "fits": bool, **amounts, "quality": str | None, "quality_source": str | None}
-    choice = _model("Variant", "The run in another format, or divided.", named)
+    variant = {
+        "name": str,
+        "refused": str,
+        "fits": bool,
+        **amounts,
+        "quality": str | None,
+        "quality_source": str | None,
+    }
+    choice = _model("Variant", "The run in another format, with another cache, or on several GPUs.", variant)
     counted = {"weight_bytes": int, "cache_bytes": list[int], "operations": int, "experts": list[float]}
     rates = {"seconds": rate, "tokens": int, "requests": int, "tokens_per_second": rate, "per_request": rate}
     facts = {"bound": list[str], **counted, "assumed": list[_of(Span)], "notes": list[str]}
-    pace = _model("Roofline", "A step between two ends, and every rate that they rest on.", {**rates, **facts})
+    pace = _model("Roofline", "A step at its best and worst, and every rate that was used.", {**rates, **facts})
     return {
         "fits": bool,
         "requests": most,
@@ -236,30 +248,30 @@ def _generating(at: Any) -> dict[str, Any]:
 
 
 def _placed(figures: dict[str, Any]) -> dict[str, Any]:
-    """Cards that hold a run of task generate."""
+    """Return the fields of mode places."""
     cards = {"gpu": str, "gpus": int, "price": _of(Hourly) | None, "requests": int}
     placed = {**cards, "tokens_per_second": _of(Seconds) | None, **figures}
-    return {"places": list[_model("Place", "So many of a card.", placed)]}
+    return {"places": list[_model("Place", "A number of cards that hold the run.", placed)]}
 
 
 def _divided(figures: dict[str, Any]) -> dict[str, Any]:
-    """How a cluster divides the run."""
+    """Return the fields of mode nodes."""
     range_ = _of(Range)
     kinds = Literal["dp", "tp", "pp", "cp", "ep"]
     sent = {"kind": kinds, "bytes": int, "link": str, "between_nodes": bool, "seconds": range_, "shown": range_}
-    message = _model("Sent", "What a rank sends for one kind of division in a step.", sent)
-    took = {"seconds": range_, "computing": range_, "bubble": range_, "sent": list[message]}
+    message = _model("Sent", "What a rank sends in a step for one degree.", sent)
+    step = {"seconds": range_, "computing": range_, "bubble": range_, "sent": list[message]}
     degrees = dict.fromkeys(get_args(kinds), int)
     grid = {**degrees, "strategy": str, "micro": int, "accumulation": int, "between_nodes": list[kinds]}
-    grid |= {"step": _model("GridStep", "How long a step takes, in seconds.", took)}
+    grid |= {"step": _model("GridStep", "The time of a step, in seconds.", step)}
     placed = {**grid, "allocated": int, "verdict": Literal[ANSWERS]}
     proposed = _model("Division", "A grid, and the run in it.", {**grid, "options": str, "note": str, **figures})
     share = _model(
-        "Share", "Hundredths of a link that collectives reach.", dict.fromkeys(("low", "usual", "high"), int)
+        "Share", "Percentage of a link's rate that collectives reach.", dict.fromkeys(("low", "usual", "high"), int)
     )
     facts = {"name": str, "bytes_per_second": float, "basis": str, "source": str}
     facts |= {"share": share, "share_basis": str, "share_source": str}
-    link = _model("Link", "What GPUs send over, one way.", facts)
+    link = _model("Link", "A link between GPUs; rates are one way.", facts)
     nodes = {"gpu": str, "nodes": int, "gpus": int, "world": int, "inside": link, "network": link}
     counts: dict[str, Any] = dict.fromkeys(("grids", "fit", "slower", "missed", "too_large", "refused"), int)
     return {
@@ -268,23 +280,24 @@ def _divided(figures: dict[str, Any]) -> dict[str, Any]:
         "grids": list[_model("Grid", "Degrees and a strategy that fit.", placed)],
         "best": proposed | None,
         "nearest": proposed | None,
-        "counts": _model("Counts", "How many grids there are of each kind.", counts),
-        "refused": list[_of(Refused)],
-        "together": _of(Together, text=str),
+        "counts": _model("Counts", "Number of grids by outcome.", counts),
+        "refused": list[_of(RefusedGrids)],
+        "together": _of(PeakComparison, text=str),
     }
 
 
 def _of(fact: type[tuple[Any, ...]], **narrower: Any) -> Any:
-    """The tuple's fields as JSON's keys, some with a `narrower` type; defaults are always written, so required."""
+    """Return a model with the tuple's fields, some with a `narrower` type. All are required: defaults are written."""
     return _model(fact.__name__, fact.__doc__ or "", {**get_type_hints(fact), **narrower})
 
 
-def _made(fact: type[Any], **narrower: Any) -> Any:
-    """The same of a class whose properties are the fields."""
-    made = {name: get_type_hints(of.fget)["return"] for name, of in vars(fact).items() if isinstance(of, property)}
-    return _model(fact.__name__, fact.__doc__ or "", {**made, **narrower})
+def _from_properties(fact: type[Any], **narrower: Any) -> Any:
+    """Return a model with the class's properties as fields, some with a `narrower` type."""
+    properties = {name: p for name, p in vars(fact).items() if isinstance(p, property)}
+    types = {name: get_type_hints(p.fget)["return"] for name, p in properties.items()}
+    return _model(fact.__name__, fact.__doc__ or "", {**types, **narrower})
 
 
 def _model(name: str, doc: str, types: dict[str, Any]) -> Any:
     fields: dict[str, Any] = {field: (type_, ...) for field, type_ in types.items()}
-    return create_model(name, __doc__=" ".join(doc.split()), **fields)
+    return create_model(name, __doc__=cleandoc(doc), **fields)

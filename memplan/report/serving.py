@@ -1,4 +1,4 @@
-"""What an answer says of a serving engine: its pool, how many requests that holds, and what was assumed."""
+"""Report of a serving engine: its KV-cache pool, how many requests that holds, and the assumptions."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from memplan.spec.serving import Serving
 
 
 def pool(answer: Estimate) -> list[tuple[str, str]]:
-    """The pool and what it holds, as pairs of a name and a text; empty where no engine serves."""
+    """Return the pool and what it holds, as pairs of a name and a text; empty without a serving engine."""
     s = answer.serving
     if s is None:
         return []
     each = f"requests of {s['context']:,} tokens"
-    at_once = "1 is" if answer.run.batch.micro == 1 else f"{answer.run.batch.micro:,} are"
+    requested = answer.run.batch.micro
     rows = [("pool", f"{gib(s['pool'])}: {_size(s)}")]
     if answer.gpu is None:
-        return [("pool", f"{gib(s['needed'])} for the {each} asked for, of which {at_once} to run at once")]
-    rows.append(("holds", f"{s['concurrency']:,.2f} {each} at once; {at_once} asked for, in {gib(s['needed'])}"))
+        return [("pool", f"{gib(s['needed'])} for {requested:,} of the {each} at once")]
+    needs = "needs" if requested == 1 else "need"
+    rows.append(
+        ("holds", f"{s['concurrency']:,.2f} {each} at once; the run's {requested:,} {needs} {gib(s['needed'])}")
+    )
     if s["max_model_len"] != s["context"]:
         rows.append(("longest", f"{s['longest_concurrency']:,.2f} requests of {s['max_model_len']:,} tokens"))
     return rows
@@ -38,7 +41,7 @@ def _blocks(s: Any) -> bool:
 
 
 def assumptions(answer: Estimate) -> list[tuple[str, str]]:
-    """What the number rests on, as pairs of a name and a text."""
+    """Return the assumptions of the estimate, as pairs of a name and a text."""
     run, total, active = answer.run, answer.parameters.total, answer.parameters.active
     size = f"{words.count(total)} parameters" + (f", {words.count(active)} active" if active != total else "")
     s, settings = answer.serving or {}, run.serving
@@ -51,7 +54,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("engine", f"{run.profile}, {', '.join(_engine(answer))}"),
         ("weights", f"stored in {stored}, else {run.precision.weights}" if stored else str(run.precision.weights)),
         ("requests", f"{run.batch.micro:,} of {s.get('context', 0):,} tokens at once"),
-        ("steps", f"{settings.max_num_batched_tokens:,} tokens of {_requests(settings.max_num_seqs)} at most"),
+        ("steps", f"at most {settings.max_num_batched_tokens:,} tokens of {_requests(settings.max_num_seqs)}"),
     ]
     if settings.speculative_method:
         text.append(("speculation", _speculation(settings)))
@@ -63,27 +66,27 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
 
 
 def _speculation(s: Serving) -> str:
-    """What proposes tokens, and how many."""
-    named = s.draft_model if isinstance(s.draft_model, str) else ""
-    by = f"{s.speculative_method}{f' {named}' if named else ''}"
-    return f"{by}, {s.num_speculative_tokens:,} tokens a step"
+    """Return what proposes tokens, and how many."""
+    draft = s.draft_model if isinstance(s.draft_model, str) else ""
+    method = f"{s.speculative_method}{f' {draft}' if draft else ''}"
+    return f"{method}, {s.num_speculative_tokens:,} tokens a step"
 
 
 def _gpus(answer: Estimate) -> Iterator[str]:
-    """How the cards divide the model."""
+    """Yield how the cards divide the model."""
     p, s = answer.run.parallelism, answer.run.serving
     yield f"{p.world:,}"
     if answer.run.profile.startswith("llama.cpp"):
-        split = f" in parts of {' : '.join(f'{part:g}' for part in s.tensor_split)}" if s.tensor_split else ""
-        yield "all on one of them" if s.split_mode == "none" else f"layers laid on them{split}"
+        split = f" in proportions {' : '.join(f'{part:g}' for part in s.tensor_split)}" if s.tensor_split else ""
+        yield "all on one of them" if s.split_mode == "none" else f"layers split over them{split}"
         return
-    shares = s.dp_attention or ((answer.serving or {}).get("sharing", 1) > 1)
-    if p.tp > 1 or not (p.pp > 1 or shares):
-        yield f"{'attention ' if shares else ''}tensor parallel over {p.tp}"
+    is_dp_attention = s.dp_attention or ((answer.serving or {}).get("sharing", 1) > 1)
+    if p.tp > 1 or not (p.pp > 1 or is_dp_attention):
+        yield f"{'attention ' if is_dp_attention else ''}tensor parallel over {p.tp}"
     if p.pp > 1:
         yield f"a pipeline of {p.pp} stages"
     if p.dp > 1:
-        yield f"attention data parallel over {p.dp}" if shares else f"{p.dp} replicas"
+        yield f"attention data parallel over {p.dp}" if is_dp_attention else f"{p.dp} replicas"
     if p.ep > 1:
         yield f"experts divided among {p.ep}"
 

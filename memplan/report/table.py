@@ -1,4 +1,4 @@
-"""The answer in a terminal: the verdict first, then what takes the memory, when, and what was assumed."""
+"""The terminal report: the verdict first, then what takes the memory, when, and the assumptions."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterato
 
 
 def _pool(answer: Estimate, to: Screen) -> Iterator[str]:
-    """What a serving engine's pool holds."""
+    """Yield what a serving engine's pool holds."""
     if answer.serving is None:
         return
     from memplan.report.serving import pool
@@ -52,7 +52,7 @@ def _pool(answer: Estimate, to: Screen) -> Iterator[str]:
 
 
 def _ranks(answer: Estimate, to: Screen) -> Iterator[str]:
-    """Every rank that differs."""
+    """Yield a table of the ranks that differ."""
     if not answer.ranks:
         return
     number = ("stage", "layers", "in flight", "GiB allocated", "used")
@@ -65,7 +65,7 @@ def _ranks(answer: Estimate, to: Screen) -> Iterator[str]:
 
 
 def _help(answer: Estimate, to: Screen) -> Iterator[str]:
-    """What would make it fit, where it does not; which cards hold it, where none is asked."""
+    """Yield what would make a run fit that does not, and which cards hold a run without a GPU."""
     if answer.verdict.answer == "does not fit":
         from memplan.report.advice import help_line
 
@@ -143,7 +143,7 @@ def _comparison(answers: Sequence[Estimate], explain: bool, to: Screen, ranks: b
 
 
 def _moments(answers: Sequence[Estimate], to: Screen) -> Iterator[str]:
-    """When the peaks are: once, where the GPUs have it at the same moment."""
+    """Yield the moments of the peaks, grouping GPUs that share one."""
     gpus: dict[str, list[str]] = {}
     for answer in answers:
         gpus.setdefault(words.moment(answer), []).append(str(answer.run.gpu))
@@ -168,25 +168,25 @@ def _categories(answer: Estimate, to: Screen) -> Iterator[str]:
         rows.append((sign, label, words.hundredths(n), words.share(n, held.used), largest))
         styles.append(style)
 
-    what = "ggml's buffers" if words.without_torch(answer) else "torch.cuda.max_memory_allocated"
+    counter = "ggml's buffers" if words.without_torch(answer) else "torch.cuda.max_memory_allocated"
     for part in words.parts(answer):
         if part.key in ("allocator", "context") and not any(row[1] == "allocated" for row in rows):
-            add("", "allocated", held.allocated, what, "bold")
+            add("", "allocated", held.allocated, counter, "bold")
         add(mark(part.key, to), part.label, part.bytes, part.largest, f"{MARKS[part.key][1]}||||dim")
     add("", "used", held.used, "nvidia-smi", "bold")
     yield from table(columns, rows, to, styles)
 
 
 def _phases(answer: Estimate, to: Screen) -> Iterator[str]:
-    twice = words.steps_differ(answer)
-    columns = [Column("phase"), Column("step 1" if twice else "GiB", right=True)]
-    columns += [Column("later", right=True)] if twice else []
+    differ = words.steps_differ(answer)
+    columns = [Column("phase"), Column("step 1" if differ else "GiB", right=True)]
+    columns += [Column("later", right=True)] if differ else []
     columns += [Column(""), Column("largest at", wraps=True, optional=True)]
     rows: list[tuple[str, ...]] = []
     styles: list[str] = []
     for row in words.phase_rows(answer):
-        once = row.phase == "load"
-        later = ["" if once else words.hundredths(row.later)] if twice else []
+        runs_once = row.phase == "load"
+        later = ["" if runs_once else words.hundredths(row.later)] if differ else []
         rows.append((row.phase, words.hundredths(row.first), *later, "← peak" if row.peak else "", row.where))
         styles.append("bold" if row.peak else "")
     yield from table(columns, rows, to, styles)
@@ -198,25 +198,25 @@ def _assumptions(answer: Estimate, to: Screen) -> Iterator[str]:
 
 
 def _ledger(answer: Estimate, to: Screen) -> Iterator[str]:
-    """Every tensor alive at the peak; then the sums, by kind and in all; then the sources by number."""
+    """Yield every tensor alive at the peak, then the sums by kind and in all, then the numbered sources."""
     yield from (to.paint(line, "bold") for line in paragraph(f"Alive at the peak, {words.moment(answer)}", to))
     sources = list(dict.fromkeys(line.source for line in answer.ledger if line.source))
     number = {source: f"[{n}]" for n, source in enumerate(sources, 1)}
-    wide = max((len(f"{line.bytes:,}") for line in answer.ledger), default=0)
-    indent = " " * (wide + 2 if to.width >= 60 else 2)
+    width = max((len(f"{line.bytes:,}") for line in answer.ledger), default=0)
+    indent = " " * (width + 2 if to.width >= 60 else 2)
     for line in answer.ledger:
         place = f" at {line.where}" if line.where else ""
         basis = "" if line.basis == "derived" else f" ({line.basis})"
         tensor = f"{words.times(line)}{line.what}{place}: {words.shape(line)} {words.dtype(line)}".rstrip(": ")
-        told = f"{line.bytes:>{wide},}  {tensor}; {line.why}{basis} {number.get(line.source, '')}"
-        yield from paragraph(told.rstrip() if len(indent) > 2 else told.strip(), to, indent)
+        text = f"{line.bytes:>{width},}  {tensor}; {line.why}{basis} {number.get(line.source, '')}"
+        yield from paragraph(text.rstrip() if len(indent) > 2 else text.strip(), to, indent)
     yield ""
     held = {kind: n for kind, n in answer.categories.items() if n}
     sums = [(f"{n:,}", words.CATEGORIES[kind]) for kind, n in held.items()]
     sums.append((f"{sum(held.values()):,}", "bytes allocated"))
-    several = answer.beside if len(answer.beside) > 1 else ()
-    sums += [(f"{row.usual:,}", f"{row.what} ({row.basis})") for row in several]
-    styles = [*[""] * len(held), "bold", *[""] * len(several)]
+    overheads = answer.beside if len(answer.beside) > 1 else ()
+    sums += [(f"{row.usual:,}", f"{row.what} ({row.basis})") for row in overheads]
+    styles = [*[""] * len(held), "bold", *[""] * len(overheads)]
     yield from table((Column("sum", right=True), Column("", wraps=True)), sums, to, styles)
     yield ""
     for source in sources:

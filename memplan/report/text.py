@@ -1,4 +1,4 @@
-"""Text that fits a screen: columns, wrapping and colour. Every string is as wide as it is long."""
+"""Text that fits a screen: columns, wrapping and colour. Every character is assumed to be one column wide."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from textwrap import wrap
 from typing import NamedTuple
 
 WIDEST = 120  # lines longer than this are hard to read, however wide the terminal is
-_PIPE = 100  # columns where there is no terminal
+_PIPE = 100  # columns without a terminal
 _GAP = 2
-_NARROWEST = 8  # columns that wrapping leaves a cell
-_READABLE = 32  # columns below which wrapping an optional cell is worse than leaving it out
+_MIN_WIDTH = 8  # narrowest column that wrapping leaves
+_MIN_READABLE = 32  # narrower optional columns are dropped instead of wrapped
 
 STYLES = {
     "bold": "1",
@@ -30,20 +30,20 @@ STYLES = {
 
 
 class Screen(NamedTuple):
-    """What the text is shown on: how wide, and whether with colour."""
+    """The width in columns of what text is printed on, and whether it shows colour."""
 
     width: int = _PIPE
     colour: bool = False
 
     def paint(self, text: str, style: str) -> str:
-        """`text` in words of `STYLES`, where there is colour."""
+        """Return `text` in the given `STYLES`, if the screen shows colour."""
         if not self.colour or not style or not text.strip():
             return text
         return f"\x1b[{';'.join(STYLES[word] for word in style.split())}m{text}\x1b[0m"
 
 
 def screen() -> Screen:
-    """Standard output as it is: a terminal or not, its width, and whether colour is wanted (https://no-color.org)."""
+    """Return standard output's width, and whether to use colour (https://no-color.org)."""
     terminal = sys.stdout is not None and sys.stdout.isatty()  # pyright: ignore[reportUnnecessaryComparison] (if closed)
     dumb = os.environ.get("TERM") == "dumb" or (sys.platform == "win32" and "WT_SESSION" not in os.environ)
     width = shutil.get_terminal_size((_PIPE, 24)).columns
@@ -51,9 +51,10 @@ def screen() -> Screen:
 
 
 class Column(NamedTuple):
-    """A column of a table. Where there is no room `optional` ones are left out, from the right, then others wrap.
+    """A column of a table.
 
-    An optional one that wraps stays while it can be readable.
+    If a table is too wide, `optional` columns are dropped from the right, then others wrap. An optional column that
+    wraps stays as long as it is readable.
     """
 
     title: str
@@ -65,7 +66,7 @@ class Column(NamedTuple):
 def table(
     columns: Sequence[Column], rows: Sequence[Sequence[str]], to: Screen, styles: Sequence[str] = ()
 ) -> Iterator[str]:
-    """The lines of a table. `styles` are of the rows, or of the columns of a row where divided by `|`."""
+    """Yield the lines of a table. `styles` has one style per row, or one per column separated by `|`."""
     shown = list(range(len(columns)))
     widths = [max([len(c.title), *(len(row[i]) for row in rows)]) for i, c in enumerate(columns)]
 
@@ -73,12 +74,12 @@ def table(
         return sum(widths[i] + _GAP for i in shown) - _GAP - to.width
 
     def spare() -> int:
-        return sum(max(0, widths[i] - _READABLE) for i in shown if columns[i].optional and columns[i].wraps)
+        return sum(max(0, widths[i] - _MIN_READABLE) for i in shown if columns[i].optional and columns[i].wraps)
 
     while excess() > spare() and any(columns[i].optional for i in shown):
         shown.remove(max(i for i in shown if columns[i].optional))
     wrapping = [i for i in shown if columns[i].wraps]
-    while excess() > 0 and any(widths[i] > _NARROWEST for i in wrapping):
+    while excess() > 0 and any(widths[i] > _MIN_WIDTH for i in wrapping):
         widest = max(wrapping, key=lambda i: widths[i])
         widths[widest] -= 1
 
@@ -107,12 +108,12 @@ def _wrapped(text: str, width: int) -> list[str]:
 
 
 def paragraph(text: str, to: Screen, indent: str = "") -> list[str]:
-    """`text` wrapped, its further lines indented."""
+    """Wrap `text`, indenting all lines but the first."""
     return wrap(text, to.width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def hanging(label: str, words: Iterable[str], to: Screen, width: int) -> list[str]:
-    """`label`, and beside it `words` with two spaces between them, wrapped."""
+    """Return `label` followed by `words`, separated by two spaces and wrapped to the right of the label."""
     lines = [label.ljust(width)]
     for word in words:
         if len(lines[-1]) + 2 + len(word) > to.width and lines[-1].strip():
@@ -121,7 +122,7 @@ def hanging(label: str, words: Iterable[str], to: Screen, width: int) -> list[st
     return lines
 
 
-# What an encoding without these characters shows instead; each is as wide as what it stands for.
+# Replacements of the same width for encodings without these characters.
 ASCII = str.maketrans(
     {
         "█": "#",

@@ -1,4 +1,4 @@
-"""A traced run in words: bytes over time, each phase beside the estimate, and what is alive at the peak."""
+"""Report of a traced run: bytes over time, each phase next to the estimate, and differences at the peak."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from memplan.report.text import Column, Screen, hanging, paragraph, table
 from memplan.report.wording import CATEGORIES, hundredths, tenths
 
 if TYPE_CHECKING:
-    from memplan.probe.run.trace import Traced
+    from memplan.probe.run.trace import TracedRun
     from memplan.spec.run import RunSpec
 
 _HEIGHT = 8  # lines of the plot
-_MOST = 20  # differences that a table shows
-_LABEL = 7  # columns before it
+_MAX_ROWS = 20  # of the table of differences
+_LABEL_WIDTH = 7  # columns left of the plot
 _SHORT = {"forward": "fwd", "loss": "fwd", "backward": "bwd", "clip": "clip", "step": "opt"}
 
 
-def run(traced: Traced, answer: Estimate | None, notes: Iterable[str], to: Screen) -> str:
-    """One traced run: bytes over time, phases and categories beside the estimate, and the difference line by line."""
+def run(traced: TracedRun, answer: Estimate | None, notes: Iterable[str], to: Screen) -> str:
+    """Report one traced run: bytes over time, phases and categories next to the estimate, and every difference."""
     lines = [
         *paragraph(
             f"traced: {hundredths(traced.peak)} GiB at the peak, in {traced.peak_phase}; "
@@ -50,8 +50,8 @@ def run(traced: Traced, answer: Estimate | None, notes: Iterable[str], to: Scree
 
 
 def plot(allocated: Sequence[int], phases: Sequence[tuple[str, int]], to: Screen) -> Iterator[str]:
-    """Bytes allocated after every event, the most of those in a column; below, where each phase begins."""
-    columns = min(to.width - _LABEL - 1, len(allocated))
+    """Plot the bytes allocated after every event, the maximum per column; below it, where each phase begins."""
+    columns = min(to.width - _LABEL_WIDTH - 1, len(allocated))
     if columns < 1:
         return
     edges = [len(allocated) * n // columns for n in range(columns + 1)]
@@ -60,7 +60,7 @@ def plot(allocated: Sequence[int], phases: Sequence[tuple[str, int]], to: Screen
     for row in range(_HEIGHT, 0, -1):
         label = tenths(most * row // _HEIGHT) if row in (_HEIGHT, _HEIGHT // 2) else ""
         bar = "".join("█" if top * _HEIGHT > most * (row - 1) else " " for top in tops)
-        yield f"{label:>{_LABEL}} {bar}".rstrip()
+        yield f"{label:>{_LABEL_WIDTH}} {bar}".rstrip()
     marks = [" "] * columns
     free = 0
     for name, start in phases:
@@ -68,15 +68,15 @@ def plot(allocated: Sequence[int], phases: Sequence[tuple[str, int]], to: Screen
         if at >= free and at + len(name) <= columns:
             marks[at : at + len(name)] = name
             free = at + len(name) + 1
-    yield f"{'GiB':>{_LABEL}} {''.join(marks)}".rstrip()
+    yield f"{'GiB':>{_LABEL_WIDTH}} {''.join(marks)}".rstrip()
 
 
-def _traced_phases(traced: Traced, to: Screen) -> Iterator[str]:
+def _traced_phases(traced: TracedRun, to: Screen) -> Iterator[str]:
     columns = (Column("phase"), Column("step", right=True), Column("GiB traced", right=True))
     yield from table(columns, [(p.phase, str(p.step or ""), hundredths(p.peak)) for p in traced.phases], to)
 
 
-def _phases(traced: Traced, answer: Estimate, to: Screen) -> Iterator[str]:
+def _phases(traced: TracedRun, answer: Estimate, to: Screen) -> Iterator[str]:
     from memplan.probe.difference import phases
 
     columns = (
@@ -101,18 +101,18 @@ def _phases(traced: Traced, answer: Estimate, to: Screen) -> Iterator[str]:
     yield from table(columns, rows, to)
 
 
-def _differences(traced: Traced, answer: Estimate, to: Screen) -> Iterator[str]:
-    """The lines in which trace and estimate differ, at the trace's peak; how many there are elsewhere."""
+def _differences(traced: TracedRun, answer: Estimate, to: Screen) -> Iterator[str]:
+    """Yield the lines in which trace and estimate differ at the trace's peak, and how many there are elsewhere."""
     from memplan.probe.difference import difference as lines_of
 
-    found = lines_of(traced, answer)
+    lines = lines_of(traced, answer)
     phase, _, step = traced.peak_phase.partition(" ")
-    here = [line for line in found if (line.phase, str(line.step or "")) == (phase, step)]
-    if not found:
-        yield "Every tensor alive at a phase's peak is in both."
+    at_peak = [line for line in lines if (line.phase, str(line.step or "")) == (phase, step)]
+    if not lines:
+        yield "Trace and estimate have the same tensors alive at every phase's peak."
         return
-    if not here:
-        yield "Every tensor alive at the peak is in both."
+    if not at_peak:
+        yield "Trace and estimate have the same tensors alive at the peak."
     columns = (
         Column("the estimate"),
         Column("bytes", right=True),
@@ -128,34 +128,34 @@ def _differences(traced: Traced, answer: Estimate, to: Screen) -> Iterator[str]:
             f"{line.what} {'·'.join(map(str, line.shape))} {line.dtype}".rstrip(),
             line.where,
         )
-        for line in here[:_MOST]
+        for line in at_peak[:_MAX_ROWS]
     ]
-    if here:
+    if at_peak:
         yield from table(columns, rows, to)
-    rest = len(found) - len(here[:_MOST])
+    rest = len(lines) - len(at_peak[:_MAX_ROWS])
     if rest:
         yield from paragraph(f"{rest} further lines, most of them at the peaks of other phases; --json has all.", to)
 
 
-def _categories(traced: Traced, answer: Estimate | None, to: Screen) -> Iterator[str]:
+def _categories(traced: TracedRun, answer: Estimate | None, to: Screen) -> Iterator[str]:
     columns = [Column("at the peak"), Column("GiB traced", right=True)]
     if answer is not None:
         columns.append(Column("estimated", right=True))
     rows: list[tuple[str, ...]] = []
     for kind, label in CATEGORIES.items():
-        mine = _estimated_kind(answer, kind) if answer is not None else 0
-        if traced.categories[kind] or mine:
-            rows.append((label, hundredths(traced.categories[kind]), hundredths(mine))[: len(columns)])
+        estimated = _estimated_kind(answer, kind) if answer is not None else 0
+        if traced.categories[kind] or estimated:
+            rows.append((label, hundredths(traced.categories[kind]), hundredths(estimated))[: len(columns)])
     yield from table(columns, rows, to)
 
 
 def _estimated_kind(answer: Estimate, kind: str) -> int:
-    """Bytes of a category at the estimate's peak, without cuBLAS's workspaces."""
+    """Return the bytes of a category at the estimate's peak, without cuBLAS's workspaces."""
     return sum(line.bytes for line in answer.ledger if line.kind == kind and not _is_workspace(line))
 
 
-def compared(traced: Traced, answer: Estimate | None) -> dict[str, Any]:
-    """All of one traced run for programs: bytes over time, and the difference from the estimate line by line."""
+def compared(traced: TracedRun, answer: Estimate | None) -> dict[str, Any]:
+    """Return one traced run for programs: bytes over time, and all differences from the estimate."""
     from memplan.probe.difference import difference as lines_of
     from memplan.probe.difference import phases
 
@@ -170,25 +170,25 @@ def compared(traced: Traced, answer: Estimate | None) -> dict[str, Any]:
     }
     if answer is not None:
         out["compared"] = [p._asdict() for p in phases(traced, answer)]
-        out["differences"] = [{**found._asdict(), "shape": list(found.shape)} for found in lines_of(traced, answer)]
+        out["differences"] = [{**entry._asdict(), "shape": list(entry.shape)} for entry in lines_of(traced, answer)]
     return out
 
 
-def line(run: RunSpec, traced: Traced | MemplanError) -> dict[str, Any]:
-    """A traced run as tests/golden has them, or why it was not traced."""
+def line(run: RunSpec, traced: TracedRun | MemplanError) -> dict[str, Any]:
+    """Return a traced run in the format of tests/golden, or why it was not traced."""
     from datetime import UTC, datetime
 
-    from memplan.probe.run.rows import identity, stack
+    from memplan.probe.run.rows import run_id, stack
 
     out: dict[str, Any] = {
-        "id": identity(run),
+        "id": run_id(run),
         "source": "memplan probe --trace",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "memplan": __version__,
     }
-    asked = {"run": run.model_dump(mode="json", exclude_defaults=True)}
+    spec = {"run": run.model_dump(mode="json", exclude_defaults=True)}
     if isinstance(traced, MemplanError):
-        return {**out, "outcome": "failed", "said": str(traced), **asked}
+        return {**out, "outcome": "failed", "said": str(traced), **spec}
     steps: dict[str, dict[str, int]] = {}
     for p in traced.phases:
         if p.step:
@@ -207,22 +207,22 @@ def line(run: RunSpec, traced: Traced | MemplanError) -> dict[str, Any]:
         "phase": traced.peak_phase.partition(" ")[0],
         "steps": steps,
         "notes": list(traced.notes),
-        **asked,
+        **spec,
     }
 
 
 def progress(number: int, of: int, line: Mapping[str, Any], answer: Estimate | None) -> str:
-    """One line about a run of a suite that has been traced."""
+    """Return one line about a run of a suite that has been traced."""
     start = f"[{number}/{of}] {line['id']}: "
     if line["outcome"] != "traced":
         return f"{start}{line['outcome']}; {line['said']}"
-    mine = _without_workspaces(answer) if answer else None
-    error = difference(line["peak"], mine)
+    estimated = _without_workspaces(answer) if answer else None
+    error = difference(line["peak"], estimated)
     return f"{start}{hundredths(line['peak'])} GiB in {line['phase']}" + (f" (estimate {error})" if error else "")
 
 
 def _without_workspaces(answer: Estimate) -> int:
-    """The estimate's peak as a trace sees it."""
+    """Return the estimate's peak without cuBLAS's workspaces, which a trace does not see."""
     return answer.bytes.allocated - sum(line.bytes for line in answer.ledger if _is_workspace(line))
 
 

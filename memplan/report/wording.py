@@ -1,4 +1,4 @@
-"""What every report says in words: the verdict, the peak's moment, the assumptions."""
+"""Wording shared by all reports: the verdict, the moment of the peak, tables of phases and ranks."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ CATEGORIES = {
 }
 
 
-class Part(NamedTuple):
-    """A part of what is used: a category of tensors, or what the allocator and CUDA take beside them."""
+class MemoryPart(NamedTuple):
+    """A part of the used memory: a category of tensors, the allocator's cache, or the CUDA context."""
 
     key: str
     label: str
@@ -31,56 +31,60 @@ class Part(NamedTuple):
     largest: str
 
 
-def parts(answer: Estimate) -> list[Part]:
-    """What is used at the peak, by category, then what is not torch's tensors. Sums to `bytes.used`."""
-    out: list[Part] = []
+def parts(answer: Estimate) -> list[MemoryPart]:
+    """Return what is used at the peak: tensors by category, then the rest. Sums to `bytes.used`."""
+    out: list[MemoryPart] = []
     for kind, label in CATEGORIES.items():
         if answer.categories[kind]:
             largest = next(line for line in answer.ledger if line.kind == kind)
             out.append(
-                Part(kind, label, answer.categories[kind], f"{times(largest)}{largest.what}, {gib(largest.bytes)}")
+                MemoryPart(
+                    kind, label, answer.categories[kind], f"{times(largest)}{largest.what}, {gib(largest.bytes)}"
+                )
             )
     held = answer.bytes
     if not without_torch(answer):
         out.append(
-            Part("allocator", "allocator's cache", held.reserved - held.allocated, "held by torch, in no tensor")
+            MemoryPart(
+                "allocator", "allocator's cache", held.reserved - held.allocated, "reserved by torch, in no tensor"
+            )
         )
-    several = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
-    beside = "the driver's, and loaded kernels"
-    if several:
+    uses_nccl = answer.run.parallelism.world > 1 and answer.run.parallelism.schedule != "device_map"
+    contents = "driver and loaded kernels"
+    if uses_nccl:
         groups = sum(row.what.startswith("NCCL's buffers") for row in answer.beside)
-        beside = "the driver's, loaded kernels and NCCL's"
-        beside += f", in {groups} communicators" if groups > 1 else ""
+        contents = "driver, loaded kernels and NCCL"
+        contents += f", in {groups} communicators" if groups > 1 else ""
     if answer.serving is not None and answer.verdict.answer == "does not fit":
-        beside += ", and what the engine leaves"
-    out.append(Part("context", "CUDA context", held.used - held.reserved, beside))
+        contents += ", and what the engine leaves free"
+    out.append(MemoryPart("context", "CUDA context", held.used - held.reserved, contents))
     return out
 
 
 def without_torch(answer: Estimate) -> bool:
-    """Whether what runs has no torch, and so no allocator of its."""
+    """Whether the run does not use torch, and so has no caching allocator."""
     return answer.run.profile.startswith("llama.cpp")
 
 
 def card(answer: Estimate) -> GPU | None:
-    """The GPU's row, where one was asked."""
+    """Return the GPU's catalogue row, if the run has a GPU."""
     return find_gpu(answer.gpu.name) if answer.gpu else None
 
 
 def model(answer: Estimate) -> str:
-    """The model's name."""
+    """Return the model's name."""
     asked = answer.asked.model
     name = asked if isinstance(asked, str) else str(asked.config.get("_name_or_path") or asked.config["model_type"])
     return printable(name)
 
 
 def tenths(n: int) -> str:
-    """Bytes in GiB with one decimal, without the unit."""
+    """Format bytes in GiB with one decimal, without the unit."""
     return decimal(n, GIB, 1)
 
 
 def hundredths(n: int) -> str:
-    """Bytes in GiB with two decimals, without the unit.
+    """Format bytes in GiB with two decimals, without the unit.
 
     >>> hundredths(16_106_127_360), hundredths(512), hundredths(0)
     ('15.00', '<0.01', '0.00')
@@ -90,7 +94,7 @@ def hundredths(n: int) -> str:
 
 
 def share(n: int, of: int) -> str:
-    """What part of all bytes `n` are.
+    """Format `n` bytes as a percentage.
 
     >>> share(1, 4), share(1, 10_000)
     ('25.0%', '<0.1%')
@@ -100,7 +104,7 @@ def share(n: int, of: int) -> str:
 
 
 def verdict(answer: Estimate) -> str:
-    """The answer in one line."""
+    """Return the answer in one line."""
     used, gpu, headroom = tenths(answer.bytes.used), card(answer), answer.verdict.headroom
     if gpu is None or headroom is None:
         return f"uses {used} GiB ({band(answer)})"
@@ -116,13 +120,13 @@ def verdict(answer: Estimate) -> str:
 
 
 def band(answer: Estimate) -> str:
-    """The band in words."""
+    """Return the band as text."""
     low, high, coverage = answer.band
     return f"{coverage:.0%} of runs take {tenths(low)} to {tenths(high)} GiB"
 
 
 def headroom(answer: Estimate) -> str:
-    """How much is left, and how sure that is."""
+    """Return how much memory is left, and the band."""
     left = answer.verdict.headroom
     if left is None:
         return f"{band(answer)}."
@@ -147,7 +151,7 @@ _MOMENTS = {
 
 
 def moment(answer: Estimate) -> str:
-    """When the peak is, in words: "at the loss's backward in step 2, in loss.log_softmax"."""
+    """Return when the peak is: "at the loss's backward in step 2, in loss.log_softmax"."""
     phase, where = answer.peak
     words = _MOMENTS.get(phase, f"in phase {phase}")
     if phase == "backward" and where.startswith("loss."):
@@ -161,53 +165,52 @@ def moment(answer: Estimate) -> str:
 
 
 def peak_phase(answer: Estimate) -> Phase:
-    """The phase of the peak, the last where several are as large."""
+    """Return the phase of the peak; of equal ones the last."""
     return [p for p in answer.phases if p.peak == answer.bytes.allocated][-1]
 
 
 def times(line: Line) -> str:
-    """How many of a tensor there are, where there are several: "28 × "."""
+    """Return the number of copies of a tensor, if there are several: "28 × "."""
     return f"{line.count:,} × " if line.count > 1 else ""
 
 
 def shape(line: Line) -> str:
-    """A tensor's shape in letters and in numbers: "b·s·f = 1·2048·18944". Empty where it has none."""
+    """Return a tensor's shape in letters and in numbers: "b·s·f = 1·2048·18944"; empty if it has none."""
     numbers = "·".join(map(str, line.dims))
     if not numbers:
-        return "scalar" if line.bytes == line.count * _LEAST else ""
+        return "scalar" if line.bytes == line.count * _SCALAR_BYTES else ""
     return numbers if line.shape in ("", numbers) else f"{line.shape} = {numbers}"
 
 
-_LEAST = rounded(1)  # what torch takes for a single number
+_SCALAR_BYTES = rounded(1)  # torch's smallest allocation
 
 
 def dtype(line: Line) -> str:
-    """A tensor's dtype; of a packed one, how many numbers share one: "uint8 for every 2"."""
+    """Return a tensor's dtype; for a packed one, how many numbers share an element: "uint8 for every 2"."""
     stored, _, numbers = line.dtype.partition("/")
     return f"{stored} for every {int(numbers):,}" if numbers else stored
 
 
 def notes(answers: Sequence[Estimate]) -> list[str]:
-    """What was left out and what to know, of several answers once."""
+    """Return what was left out and the notes of all answers, without repetition."""
     left_out = [f"not supported, and left out: {what}" for answer in answers for what in answer.unsupported]
     return list(dict.fromkeys([*left_out, *(note for answer in answers for note in answer.notes)]))
 
 
 def host(answer: Estimate) -> str:
-    """What the host holds; empty where it holds nothing. Of several processes, those of a node together."""
-    found = answer.host.peak
+    """Return the host memory as a sentence, for several processes per process and per node; empty if there is none."""
+    peak = answer.host.peak
     if answer.host.ranks == 1:
         return f"{gib(answer.host_bytes)} more are in the host's memory." if answer.host_bytes else ""
-    if not found.node:
+    if not peak.node:
         return ""
-    when = "while the model is loaded" if found.phase == "load" else "in the steps"
-    return (
-        f"Host memory: {gib(found.rank)} a process, {gib(found.node)} the {answer.host.ranks} of a node, most {when}."
-    )
+    when = "while the model is loaded" if peak.phase == "load" else "during the steps"
+    each = f"{gib(peak.rank)} per process, {gib(peak.node)} for the {answer.host.ranks} of a node"
+    return f"Host memory: {each}; the peak is {when}."
 
 
 class PhaseRow(NamedTuple):
-    """One phase: its peak in the first step and in later ones (the same where they do not differ)."""
+    """One phase: its peak in the first step and in later ones, which may be equal."""
 
     phase: str
     first: int
@@ -217,7 +220,7 @@ class PhaseRow(NamedTuple):
 
 
 def phase_rows(answer: Estimate) -> list[PhaseRow]:
-    """The phases, in order."""
+    """Return the phases, in order."""
     top = peak_phase(answer)
     out: list[PhaseRow] = []
     for name in dict.fromkeys(p.phase for p in answer.phases):
@@ -227,7 +230,7 @@ def phase_rows(answer: Estimate) -> list[PhaseRow]:
 
 
 def phase_cells(answer: Estimate) -> list[tuple[str, str, str, str]]:
-    """The phases as rows of a table: name, peak of the first step and of later ones in GiB, where."""
+    """Return the phases as table rows: name, peak in the first step and in later ones in GiB, and where it is."""
     return [
         (
             f"{row.phase} (peak)" if row.peak else row.phase,
@@ -243,7 +246,7 @@ RANKS = ("stage", "layers", "in flight", "GiB allocated", "used", "answer", "pea
 
 
 def rank_rows(answer: Estimate) -> list[tuple[str, ...]]:
-    """The ranks that differ as rows of a table, that of the answer with a mark."""
+    """Return the ranks that differ as table rows, with a mark on the reported one."""
     return [
         (
             f"{rank.stage} *" if rank.stage == answer.run.parallelism.stage else str(rank.stage),
@@ -259,21 +262,21 @@ def rank_rows(answer: Estimate) -> list[tuple[str, ...]]:
 
 
 def ranks_title(answer: Estimate) -> str:
-    """What the table of ranks is of."""
+    """Return the title of the table of ranks."""
     p = answer.run.parallelism
     if p.device_map is not None:
-        return "The GPUs, as device_map fills them; * the answer's"
+        return "The GPUs, as device_map fills them; * marks the one reported"
     each = p.world // p.pp
-    return f"The ranks of each stage, {each} GPU{'s' if each > 1 else ''} each; * the answer's"
+    return f"The ranks of each stage, {each} GPU{'s' if each > 1 else ''} each; * marks the stage reported"
 
 
 def steps_differ(answer: Estimate) -> bool:
-    """Whether the first step is not as the later ones."""
+    """Whether later steps differ from the first."""
     return any(p.step == 2 for p in answer.phases)
 
 
 def count(n: int) -> str:
-    """A number of parameters, in words.
+    """Format a number of parameters.
 
     >>> count(7_615_616_512), count(40_370_176), count(960)
     ('7.62 billion', '40.37 million', '960')

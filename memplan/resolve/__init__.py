@@ -1,1 +1,1 @@
-"""From a run as it was asked to a run with nothing left open; contradictions are refused."""
+"""From a run as written to a run with nothing left open; contradictions are refused."""

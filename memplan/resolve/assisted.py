@@ -1,14 +1,15 @@
-"""Assisted generation: in rounds some tokens are proposed, and the model reads them all at once.
+"""Assisted generation: an assistant proposes several tokens per round, and the model checks them in one pass.
 
-A round's passes are those of the assistant, a token each, and one of the model: over the tokens proposed and the one
-before them, all of whose logits it returns. How many of them stay is in the data. None is taken to do, but for the
-model's own one: so there are as many rounds as new tokens, each as long as it may be, and every cache has been as long
-as any that the data could make it. An assistant that is unsure stops early, which takes less.
+A round is the assistant's passes, one token each, and one pass of the model over the proposed tokens and the token
+before them, which returns the logits of all of them. How many proposals are accepted depends on the data. We assume
+none, only the model's own token: then there are as many rounds as new tokens, each as long as possible, and every cache
+gets as long as any data could make it. An assistant that stops early because it is unsure takes less.
 
-Walked are the first round, the second, the last that proposes as many tokens as any, the one after it, and the last
-two.
+The rounds walked are the first, the second, the last one that proposes the full number of tokens, the one after it, and
+the last two.
 
-Source: transformers 5.24 generation/utils.py _assisted_decoding, candidate_generator.py, cache_utils.py crop."""
+Source: transformers 5.24 generation/utils.py _assisted_decoding, candidate_generator.py, cache_utils.py crop.
+"""
 
 from __future__ import annotations
 
@@ -18,37 +19,37 @@ from typing import Any
 from memplan.catalogue.inference.caches import caches as caches_of
 from memplan.catalogue.inference.decoding import CACHED_BY_ITS_CODE
 from memplan.catalogue.profiles.profiles import find_profile
-from memplan.core.errors import ConfigError, MemplanError, SpecError, about
+from memplan.core.errors import ConfigError, MemplanError, SpecError, errors_about
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec
 from memplan.program.inference.assisted import longest_draft
-from memplan.program.run import TOKENS, Assistant, Decided
+from memplan.program.run import TOKENS, Assistant, ResolvedRun
 from memplan.spec.generation import Generation
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method
 
-MOST_PROPOSED = 16_384  # in a round: the logits of each are an allocation of its own to replay
+MOST_PROPOSED = 16_384  # tokens per round: each one's logits are a separate allocation to replay
 _MODEL, _EXIT = "generation.assistant_model", "generation.assistant_early_exit"
 
 
-Decide = Callable[[RunSpec, ModelSpec | None], Decided]
+Decide = Callable[[RunSpec, ModelSpec | None], ResolvedRun]
 
 
-def with_assistant(run: RunSpec, model: ModelSpec, decided: Decided, decide: Decide) -> Decided:
-    """The decided run with what proposes its tokens. Raises as `decide_assistant` does."""
+def with_assistant(run: RunSpec, model: ModelSpec, decided: ResolvedRun, decide: Decide) -> ResolvedRun:
+    """Return the decided run with its assistant filled in. Raises as `decide_assistant` does."""
     generation = decided.parts["generation"]
     assert isinstance(generation, Generation)
     assistant = decide_assistant(run, model, decided, decide) if generation != Generation() else None
     if assistant is None:
         return decided
-    parts = {**decided.parts, "generation": assistant.said(generation)}
+    parts = {**decided.parts, "generation": assistant.with_assistant_defaults(generation)}
     return decided._replace(assistant=assistant, notes=(*decided.notes, *assistant.notes), parts=parts)
 
 
-def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, decide: Decide) -> Assistant | None:
-    """What proposes the run's tokens, None where nothing does. `decide` is asked for the assistant's own run.
+def decide_assistant(run: RunSpec, model: ModelSpec, decided: ResolvedRun, decide: Decide) -> Assistant | None:
+    """Return what proposes the run's tokens, or None if nothing does. `decide` resolves the assistant's own run.
 
-    Raises SpecError for what transformers does not take, or memplan not yet.
+    Raises SpecError for what transformers rejects or memplan does not support yet.
     """
     asked = run.generation
     _refuse(run, model, find_profile(run.profile).name == "transformers-5")
@@ -61,36 +62,37 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: Decided, decide: D
         tokens = max(tokens, longest_draft(tokens, run.batch.new_tokens))
     proposed = min(tokens, run.batch.new_tokens - 1)
     if proposed > MOST_PROPOSED:
-        grows = asked.num_assistant_tokens is None or tokens > asked.num_assistant_tokens
-        field = f"generation.num_assistant_tokens{'_schedule' if grows else ''}"
+        is_growing = asked.num_assistant_tokens is None or tokens > asked.num_assistant_tokens
+        field = f"generation.num_assistant_tokens{'_schedule' if is_growing else ''}"
         raise SpecError(
-            f"{field}: {proposed:,} tokens are proposed in a round of batch.new_tokens {run.batch.new_tokens:,}, and "
-            f"at most {MOST_PROPOSED:,} are counted; say {'constant' if grows else 'fewer'}",
+            f"{field}: up to {proposed:,} tokens would be proposed per round (batch.new_tokens "
+            f"{run.batch.new_tokens:,}), and memplan counts at most {MOST_PROPOSED:,}; "
+            f"use {'constant' if is_growing else 'fewer'}",
             field,
         )
-    one, own = _alone(run), None
+    drafting_run, draft_model = _assistant_run(run), None
     if asked.assistant_early_exit:
-        own = model_of_first_layers(model, asked.assistant_early_exit)
-        one = one.model_copy(update={"model": run.model})
+        draft_model = model_of_first_layers(model, asked.assistant_early_exit)
+        drafting_run = drafting_run.model_copy(update={"model": run.model})
     elif asked.assistant_model is not None:
-        with about(_MODEL):
-            own = find_model(asked.assistant_model)
-        one = one.model_copy(update={"model": asked.assistant_model})
-        _refuse_pair(model, own)
+        with errors_about(_MODEL):
+            draft_model = find_model(asked.assistant_model)
+        drafting_run = drafting_run.model_copy(update={"model": asked.assistant_model})
+        _refuse_pair(model, draft_model)
     try:
-        drafts = decide(one, own)
+        drafts = decide(drafting_run, draft_model)
     except MemplanError as error:
         field = _EXIT if asked.assistant_early_exit else _MODEL
         raise SpecError(f"{field}: {error}", field) from None
-    if asked.assistant_early_exit:  # weights as the model's own
+    if asked.assistant_early_exit:  # the assistant shares the model's weights
         graph = decided.structure.graph
         first = drafts.structure.graph._replace(recipe=graph.recipe, wiring=graph.wiring, rank=graph.rank)
         drafts = drafts._replace(structure=drafts.structure._replace(graph=first))
     return Assistant(tokens, drafts, bool(asked.assistant_early_exit), False)
 
 
-def _alone(run: RunSpec) -> RunSpec:
-    """The assistant's own run, but for its model."""
+def _assistant_run(run: RunSpec) -> RunSpec:
+    """Return the assistant's own run, still without its model."""
     asked = run.generation
     weights = asked.assistant_dtype or run.precision.weights
     update: dict[str, Any] = {
@@ -104,63 +106,69 @@ def _alone(run: RunSpec) -> RunSpec:
 
 
 def model_of_first_layers(model: ModelSpec, layers: int) -> ModelSpec:
-    """The model with its first layers alone, and its head. Raises SpecError where a model of so many has others."""
+    """Return the model cut down to its first layers and its head.
+
+    Raises SpecError if a model with that many layers would have different ones.
+    """
     config = {**model.config, "num_hidden_layers": layers}
     try:
-        found = ModelSpec(config, model.name, model.card, model.checkpoint)
+        shortened = ModelSpec(config, model.name, model.card, model.checkpoint)
     except ConfigError:
-        found = None
-    if found is None or found.layers != model.layers[:layers]:
+        shortened = None
+    if shortened is None or shortened.layers != model.layers[:layers]:
         raise SpecError(
-            f"{_EXIT}: is not supported yet for {model.name or model.model_type}, whose layers differ by how many of "
-            "them there are; assistant_model is",
+            f"{_EXIT}: is not supported yet for {model.name or model.model_type}, whose layers depend on the number of "
+            "layers; use assistant_model",
             _EXIT,
         )
-    return found
+    return shortened
 
 
 def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
     asked = run.generation
-    ways = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
-    said = [name for name in ways if getattr(asked, name) is not None]
-    drafts = [name for name in said if name != "prompt_lookup_num_tokens"]
-    if len(said) > 1:
-        field = f"generation.{said[1]}"
-        raise SpecError(f"{field}: excludes {said[0]}: one thing proposes tokens", field)
+    sources = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit")
+    given = [name for name in sources if getattr(asked, name) is not None]
+    assistants = [name for name in given if name != "prompt_lookup_num_tokens"]
+    if len(given) > 1:
+        field = f"generation.{given[1]}"
+        raise SpecError(f"{field}: cannot be combined with {given[0]}; set only one of them", field)
     for name in ("num_assistant_tokens", "num_assistant_tokens_schedule"):
-        if getattr(asked, name) is not None and not drafts:
+        if getattr(asked, name) is not None and not assistants:
             field = f"generation.{name}"
-            raise SpecError(f"{field}: is of an assistant; say assistant_model or assistant_early_exit", field)
+            raise SpecError(f"{field}: needs an assistant; set assistant_model or assistant_early_exit", field)
     for name in ("assistant_dtype", "assistant_quantization"):
         if getattr(asked, name) is not None and asked.assistant_model is None:
             field = f"generation.{name}"
-            raise SpecError(f"{field}: is of an assistant's own weights; say assistant_model", field)
-    if not said:
+            raise SpecError(
+                f"{field}: only applies to an assistant with weights of its own; set assistant_model", field
+            )
+    if not given:
         return
-    field = f"generation.{said[0]}"
+    field = f"generation.{given[0]}"
     if not current:
-        raise SpecError(f"{field}: is counted as transformers 5.24 has it; say profile transformers-5", field)
+        raise SpecError(f"{field}: is only modelled for transformers 5; use profile transformers-5", field)
     if run.batch.micro > 1:
         raise SpecError(
-            f"batch.micro: transformers generates with an assistant for one sequence at a time, not {run.batch.micro}",
+            f"batch.micro: with an assistant transformers generates one sequence at a time, not {run.batch.micro}; use "
+            "1",
             "batch.micro",
         )
     if asked.num_beams > 1:
         raise SpecError(
-            f"generation.num_beams: transformers searches no {asked.num_beams} beams with an assistant; say one",
+            f"generation.num_beams: transformers has no beam search with an assistant; use 1, not {asked.num_beams}",
             "generation.num_beams",
         )
     if asked.cache_implementation == "legacy":
         raise SpecError(
-            "generation.cache_implementation: legacy is of versions whose assistants are not supported yet; dynamic or "
-            "static",
+            "generation.cache_implementation: legacy belongs to versions whose assistants are not supported yet; use "
+            "dynamic or static",
             "generation.cache_implementation",
         )
-    window, room = model.sliding_window, run.batch.sequence + run.batch.new_tokens - 1
-    if asked.cache_implementation == "static" and window is not None and room > window:
+    window, cache_length = model.sliding_window, run.batch.sequence + run.batch.new_tokens - 1
+    if asked.cache_implementation == "static" and window is not None and cache_length > window:
         raise SpecError(
-            f"generation.cache_implementation: a static cache of a window of {window} tokens cannot be cut back to an "
-            f"earlier one, as an assistant needs it of {room}; say dynamic",
+            f"generation.cache_implementation: an assistant has to crop the cache, and a static cache with a window of "
+            f"{window} tokens cannot be cropped once it holds {cache_length}; use dynamic",
             "generation.cache_implementation",
         )
     if run.batch.images:
@@ -168,11 +176,10 @@ def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
             f"batch.images: {run.batch.images} is not supported yet with an assistant; supported: 0", "batch.images"
         )
     if model.model_type in CACHED_BY_ITS_CODE:
-        raise SpecError(f"{field}: is not supported yet with code that is published with the weights", field)
+        raise SpecError(f"{field}: is not supported yet for models that run code published with their weights", field)
     if model.is_encoder_decoder:
         raise SpecError(
-            f"{field}: an assistant is not supported yet for {model.name or model.model_type}, which decodes what an "
-            "encoder has read",
+            f"{field}: an assistant is not supported yet for encoder-decoders such as {model.name or model.model_type}",
             field,
         )
     _refuse_states(model, field)
@@ -180,10 +187,10 @@ def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
         _refuse_exit(model, asked.assistant_early_exit, field)
 
 
-# Families whose code does not end at `layers[: config.num_hidden_layers]`, which an early exit sets: all layers run,
-# and find no place in a cache of fewer.
+# Families that ignore the `config.num_hidden_layers` that an early exit lowers: all layers run, but the cache has room
+# for fewer.
 # Source: transformers 5.24 models/*/modeling_*.py; candidate_generator.py EarlyExitCandidateGenerator.get_candidates
-_RUN_ALL = frozenset(
+_IGNORE_EARLY_EXIT = frozenset(
     (
         *("bloom", "cohere2", "exaone4", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj"),
         *("mpt", "nemotron", "opt", "stablelm"),
@@ -192,22 +199,21 @@ _RUN_ALL = frozenset(
 
 
 def _refuse_exit(model: ModelSpec, layers: int, field: str) -> None:
-    """Raise SpecError for models that transformers' early exit ends with an error for, and for no exit at all."""
+    """Raise SpecError if the early exit is none, or makes transformers fail for this model."""
     name = model.name or model.model_type
     if layers >= model.num_hidden_layers:
         raise SpecError(
-            f"{field}: {layers} of {model.num_hidden_layers} layers are no early exit; say fewer than those", field
+            f"{field}: {layers} of {model.num_hidden_layers} layers is not an early exit; use fewer layers", field
         )
-    if model.model_type in _RUN_ALL:
+    if model.model_type in _IGNORE_EARLY_EXIT:
         raise SpecError(
-            f"{field}: transformers runs all layers of {name} over a cache of {layers}, and ends with an error; say "
-            "assistant_model",
+            f"{field}: transformers runs all layers of {name} with a cache for {layers} and fails; use assistant_model",
             field,
         )
     if model.config.get("text_config"):
         raise SpecError(
-            f"{field}: transformers sets num_hidden_layers of the config around {name}'s text_config, which has none, "
-            "and ends with an error; say assistant_model",
+            f"{field}: transformers sets num_hidden_layers on {name}'s outer config instead of its text_config, and "
+            "fails; use assistant_model",
             field,
         )
 
@@ -215,7 +221,7 @@ def _refuse_exit(model: ModelSpec, layers: int, field: str) -> None:
 def _refuse_states(model: ModelSpec, field: str) -> None:
     if any(part.per in ("sequence", "rest") for layer in caches_of(model) for part in layer.parts):
         raise SpecError(
-            f"{field}: {model.name or model.model_type} keeps states, which cannot be taken back to an earlier token",
+            f"{field}: {model.name or model.model_type} keeps states, which cannot be rolled back to an earlier token",
             field,
         )
 
@@ -223,12 +229,12 @@ def _refuse_states(model: ModelSpec, field: str) -> None:
 def _refuse_pair(model: ModelSpec, assistant: ModelSpec) -> None:
     field = _MODEL
     if assistant.objective != "causal_lm":
-        raise SpecError(f"{field}: {assistant.name or assistant.model_type} is no decoder that proposes tokens", field)
+        raise SpecError(f"{field}: {assistant.name or assistant.model_type} is not a causal language model", field)
     _refuse_states(assistant, field)
     if model.vocab_size != assistant.vocab_size:
         raise SpecError(
             f"{field}: {assistant.name or assistant.model_type} has a vocabulary of {assistant.vocab_size}, "
-            f"{model.name or model.model_type} of {model.vocab_size}: transformers takes them for other tokens and "
-            "translates with both tokenizers (universal assisted decoding), which is not supported yet",
+            f"{model.name or model.model_type} one of {model.vocab_size}: transformers would translate between the two "
+            "tokenizers (universal assisted decoding), which is not supported yet",
             field,
         )

@@ -1,7 +1,7 @@
-"""The communicators that a run's ranks are in: one for every way in which ranks divide the work.
+"""The communicators that a run's ranks are in: one for each way in which ranks divide the work.
 
-Where those are several, torch's default group has one of its own, of all ranks: for barriers and the loss. Groups that
-a library makes and never sends through have none: NCCL makes them at the first collective.
+With several of them, torch's default group (all ranks, for barriers and the loss) is one more. Groups that a library
+creates but never uses take nothing: NCCL makes a communicator at the first collective.
 """
 
 from __future__ import annotations
@@ -12,11 +12,14 @@ from memplan.catalogue.hardware.overhead import Communicator
 from memplan.resolve.parallelism import replicas
 from memplan.spec.parallelism import Parallelism
 
-NODE = 8  # GPUs of a node, where nothing says how many
+NODE = 8  # GPUs per node, unless parallelism.gpus_per_node says otherwise
 
 
 def communicators(p: Parallelism) -> tuple[Communicator, ...]:
-    """Those of a run whose every GPU is a process; none of one GPU. The innermost ranks are in one node."""
+    """Return the communicators of a run with one process per GPU; none on one GPU.
+
+    The innermost ranks share a node.
+    """
     node = p.gpus_per_node or NODE
     groups = list(_groups(p))
     if len(groups) > 1 and all(ranks != p.world for _, ranks, _ in groups):
@@ -25,8 +28,8 @@ def communicators(p: Parallelism) -> tuple[Communicator, ...]:
 
 
 def _groups(p: Parallelism) -> Iterator[tuple[str, int, int]]:
-    """What each group of ranks divides, how many they are, and how far apart the first and last of them."""
-    alike = replicas(p)
+    """Yield for each group of ranks what it divides, its size, and the span from its first to its last rank."""
+    copies = replicas(p)
     inner = p.tp
     if p.tp > 1:
         yield "tp", p.tp, p.tp
@@ -35,10 +38,10 @@ def _groups(p: Parallelism) -> Iterator[tuple[str, int, int]]:
     if p.ep > 1:
         yield "ep", p.ep, inner * p.ep
     group = p.shard_group
-    if group is not None and 1 < group < alike:
+    if group is not None and 1 < group < copies:
         yield "shard", group, inner * group
-        yield "replicate", alike // group, inner * alike
-    elif alike > 1 and (p.dp > 1 or p.strategy != "none"):
-        yield "dp" if p.cp == 1 else "dp-cp", alike, inner * alike
+        yield "replicate", copies // group, inner * copies
+    elif copies > 1 and (p.dp > 1 or p.strategy != "none"):
+        yield "dp" if p.cp == 1 else "dp-cp", copies, inner * copies
     if p.pp > 1:
-        yield "pp", p.pp, inner * alike * p.pp
+        yield "pp", p.pp, inner * copies * p.pp

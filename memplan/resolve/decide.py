@@ -1,33 +1,33 @@
-"""The door: fill in every null of a run."""
+"""Fill in every null of a run, for training and inference."""
 
 from __future__ import annotations
 
 from memplan.catalogue.kernels.losses import CHUNK
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
-from memplan.catalogue.profiles.profiles import decided, find_profile
+from memplan.catalogue.profiles.profiles import find_profile, profile_settings
 from memplan.core.errors import MemplanError
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec, with_objective
-from memplan.program.run import Decided
+from memplan.program.run import ResolvedRun
 from memplan.program.stack_facts import tower_dtype
-from memplan.resolve.batches import axes_of_images, lengths
+from memplan.resolve.batches import image_axes, with_lengths
 from memplan.resolve.defaults import with_new_tokens, with_use_cache
 from memplan.resolve.refusals import refuse
 from memplan.resolve.training import (
     PEFT_ALPHA,
-    completed_optimizer,
-    completed_precision,
     decide_training,
     divides_weights,
-    with_profile,
+    fill_optimizer,
+    fill_parts,
+    fill_precision,
     without_preparation,
 )
 from memplan.spec.run import RunSpec
 
 
-def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
-    """Fill in every null of the run, which may be of a `model` that has been found already.
+def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
+    """Return the run with every null filled in. `model` is the run's model, if it has been looked up already.
 
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
@@ -40,8 +40,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
 
         return with_assistant(run, model, decide_inference(run, model), decide)
     window = model.sliding_window
-    pictures = axes_of_images(model, run)
-    batch = lengths(run.batch, model)
+    pictures = image_axes(model, run)
+    batch = with_lengths(run.batch, model)
     decided = decide_training(
         model,
         run.method,
@@ -71,30 +71,33 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> Decided:
 
 
 def objective_of(run: RunSpec) -> str:
-    """What the run's model is trained for; a causal language model, where memplan does not know its family."""
+    """Return the objective of the run's model; causal_lm if memplan does not know its family."""
     try:
         return with_objective(find_model(run.model), run.objective).objective
     except MemplanError:
         return run.objective or "causal_lm"
 
 
-def filled(run: RunSpec) -> RunSpec:
-    """The run with what it leaves open as its profile has it for any model. Raises UnknownNameError."""
+def fill_from_profile(run: RunSpec) -> RunSpec:
+    """Return the run with its profile's defaults filled in, as they are for any model. Raises UnknownNameError."""
     run = with_use_cache(with_new_tokens(run))
-    words = decided(find_profile(run.profile).name, "", run.method.quantization is not None)
+    words = profile_settings(find_profile(run.profile).name, "", run.method.quantization is not None)
     method = without_preparation(run.method) if divides_weights(run.parallelism) else run.method
-    method, optimizer, kernels = with_profile(method, run.optimizer, run.kernels, run.precision, words)
+    method, optimizer, kernels = fill_parts(method, run.optimizer, run.kernels, run.precision, words)
     return run.model_copy(update={"method": method, "optimizer": optimizer, "kernels": kernels})
 
 
-def completed(run: RunSpec) -> RunSpec:
-    """A run of any model with every null of its parts filled in, as an answer shows them. Raises as `filled` does."""
-    run = filled(run)
+def fill_defaults(run: RunSpec) -> RunSpec:
+    """Return the run with every null of its parts filled in, as an answer shows them, for any model.
+
+    Raises as `filled` does.
+    """
+    run = fill_from_profile(run)
     alpha = {"alpha": run.method.alpha or PEFT_ALPHA} if run.method.kind in ADAPTERS else {}
     return run.model_copy(
         update={
             "method": run.method.model_copy(update=alpha),
-            "precision": completed_precision(run.precision),
-            "optimizer": completed_optimizer(run.optimizer),
+            "precision": fill_precision(run.precision),
+            "optimizer": fill_optimizer(run.optimizer),
         }
     )

@@ -1,4 +1,4 @@
-"""Which kernels a run takes: of attention, by the rules of torch and of transformers, and fused ones."""
+"""Which kernels a run uses: of attention, by the rules of torch and transformers, and fused ones."""
 
 from __future__ import annotations
 
@@ -16,52 +16,52 @@ from memplan.program.stack_facts import attention_dtype, fusible_kernels, tower_
 from memplan.spec.training import Kernels, Method
 
 
-def as_the_version_has(
+def version_attention(
     model: ModelSpec, kernels: Kernels, profile: str, words: Mapping[str, Any]
 ) -> tuple[str, bool, list[str]]:
-    """The attention and whether blocks are checkpointed, as the version has them for the model, and what it lacks.
+    """Return the attention and whether blocks are checkpointed, as this version of the framework does it, and notes.
 
     Raises SpecError for an attention that the framework's own model does not have.
     """
     attention, checkpoints, notes = kernels.attention, kernels.checkpointing not in ("none", "selective"), list[str]()
     if attention == "eager" and words["code"] in ("litgpt", "torchtitan"):
         raise SpecError(
-            f"kernels.attention: {find_profile(profile).title} has no eager attention to choose; supported: sdpa, "
+            f"kernels.attention: {find_profile(profile).title} has no eager attention; supported: sdpa, "
             "sdpa_efficient, sdpa_math",
             "kernels.attention",
         )
     if words["no_sdpa"] and attention == "sdpa":
         attention = "eager"
-        notes.append(f"{profile} has no sdpa for {model.model_type}: eager attention is counted")
+        notes.append(f"{profile} has no sdpa for {model.model_type}: counted with eager attention")
     if words["no_checkpoints"] and checkpoints:
         checkpoints = False
-        notes.append(f"{profile} does not checkpoint {model.model_type}, though it is asked to: nothing is recomputed")
+        notes.append(f"{profile} ignores gradient checkpointing for {model.model_type}: nothing is recomputed")
     return attention, checkpoints, notes
 
 
-def dtype_of_attention(model: ModelSpec, recipe: Recipe) -> str:
-    """The dtype attention computes in. Whether norms that were cast to fp32 hand on fp32 depends on the family."""
+def attention_compute_dtype(model: ModelSpec, recipe: Recipe) -> str:
+    """Return the dtype attention computes in. Whether norms cast to fp32 pass fp32 on depends on the family."""
     if recipe.autocast:
         return recipe.compute
     return attention_dtype(model, recipe) if recipe.preparation else recipe.weights
 
 
-def in_words(wiring: Wiring, words: Mapping[str, Any], attention: str) -> Wiring:
-    """The wiring as a profile's words have the code around attention."""
+def with_profile_wiring(wiring: Wiring, words: Mapping[str, Any], attention: str) -> Wiring:
+    """Return the wiring with what the profile says about the code around attention."""
     return wiring._replace(
         copies=words["flash_2_copies" if attention == "flash_attention_2" else "sdpa_copies"],
-        triangles=words["triangles"],
+        causal_buffers=words["triangles"],
         tables=words["rotary_tables"],
         half_math=words["half_math"],
         whole_rotary=words["whole_rotary"],
         uncapped=words["uncapped"],
         one_mask=words["one_mask"],
-        scales_apart=words["scales_apart"],
+        scales_embeddings_outside=words["scales_apart"],
         float_masks=words["float_masks"],
     )
 
 
-def wiring_of(
+def attention_wiring(
     model: ModelSpec,
     attention: str,
     dtype: str,
@@ -70,10 +70,11 @@ def wiring_of(
     padded: bool,
     windowed: bool,
 ) -> Wiring:
-    """The kernel torch takes: flash needs 16 bits, no mask, compute capability 8 and heads up to 256 wide; the
-    memory-efficient one needs head widths of a multiple of 16 bytes; what is left is the plain product. Flash takes no
-    values of another width than the keys'. For flash attention 2 transformers itself casts fp32 queries to the dtype
-    the model was loaded in, or autocast's.
+    """Return the wiring with the attention kernel that torch picks.
+
+    Flash attention needs 16 bits, no mask, compute capability 8, heads up to 256 wide, and values as wide as the keys.
+    The memory-efficient kernel needs head widths of a multiple of 16 bytes. Otherwise torch uses plain matrix products.
+    For FlashAttention-2 transformers itself casts fp32 queries to the dtype the model was loaded in, or autocast's.
 
     Source: torch 2.13 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp, transformers 5.24
     integrations/flash_attention.py get_target_dtype.
@@ -84,18 +85,18 @@ def wiring_of(
     efficient = "efficient" if aligned else "math"
     if model.model_type == megatron.KIND and attention.startswith("sdpa_"):
         raise SpecError(
-            f"kernels.attention: {attention} is torch's, and Megatron-core takes Transformer Engine's: sdpa for what "
-            "that chooses, flash_attention_2, eager",
+            f"kernels.attention: {attention} is a torch kernel, and Megatron-core uses Transformer Engine's; use sdpa "
+            "(Transformer Engine's own choice), flash_attention_2 or eager",
             "kernels.attention",
         )
     if model.model_type == megatron.KIND and attention != "eager" and not megatron.uses_engine(model):
         raise SpecError(
-            f"kernels.attention: transformer_impl local has unfused attention alone, eager, not {attention}",
+            f"kernels.attention: transformer_impl local only has unfused attention; use eager, not {attention}",
             "kernels.attention",
         )
     if model.model_type == megatron.KIND and attention == "sdpa":
-        own = megatron.chosen(half, capability)
-        return Wiring(own, own)
+        kernel = megatron.default_attention_kernel(half, capability)
+        return Wiring(kernel, kernel)
     if attention == "eager":
         return Wiring("eager", "eager", padded, windowed)
     if attention == "sdpa_math":
@@ -106,7 +107,7 @@ def wiring_of(
         if model.model_type in NO_FLASH_2:
             raise SpecError(
                 f"kernels.attention: {model.model_type} does not run with flash_attention_2: "
-                f"{NO_FLASH_2[model.model_type]}; say sdpa",
+                f"{NO_FLASH_2[model.model_type]}; use sdpa",
                 "kernels.attention",
             )
         target = recipe.compute if recipe.autocast else recipe.weights
@@ -121,8 +122,8 @@ def wiring_of(
     return Wiring("flash" if flash else efficient, efficient, padded, windowed)
 
 
-def kernel_of_tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple[int, int] | None) -> str:
-    """The kernel of the attention in the tower that sees images, by the same rules."""
+def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple[int, int] | None) -> str:
+    """Return the attention kernel of the vision tower, by the same rules as `attention_wiring`."""
     from memplan.models.configs.images import PACKS
 
     known = ("sdpa", "sdpa_efficient", *(("flash_attention_2",) if model.model_type in PACKS else ()))
@@ -134,22 +135,22 @@ def kernel_of_tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capabili
         )
     if kernels.checkpointing == "offload" and model.model_type in ("mistral3", "mllama"):
         raise SpecError(
-            f"kernels.checkpointing: offload is not supported yet with images of {model.model_type}, whose masks go to "
-            "the host, too; supported: none, full",
+            f"kernels.checkpointing: offload is not supported yet with images of {model.model_type}, whose masks would "
+            "be offloaded too; supported: none, full",
             "kernels.checkpointing",
         )
     if model.model_type == "llama4" and (kernels.checkpointing == "offload" or kernels.reentrant):
         field, value = ("reentrant", "true") if kernels.reentrant else ("checkpointing", "offload")
         raise SpecError(
-            f"kernels.{field}: {value} is not supported yet with images of llama4, whose tower's layers are given "
-            "hidden states by name: those neither go to the host nor have gradients by reentrant checkpointing; "
-            "supported: none, full, not reentrant",
+            f"kernels.{field}: {value} is not supported yet with images of llama4, whose vision tower passes hidden "
+            "states to its layers by keyword: they are neither offloaded nor get gradients from reentrant "
+            "checkpointing; supported: none, full, not reentrant",
             f"kernels.{field}",
         )
     if model.model_type == "llama4" and not (recipe.autocast or recipe.quantization or recipe.weights == "bf16"):
         raise SpecError(
-            f"precision.weights: llama4's processor makes pixels in bf16, which a tower in {recipe.weights} does not "
-            "take; supported: bf16, or autocast",
+            f"precision.weights: llama4's processor returns bf16 pixels, which a vision tower in {recipe.weights} "
+            "rejects; supported: bf16, or autocast",
             "precision.weights",
         )
     if kernels.attention == "flash_attention_2":
@@ -158,7 +159,7 @@ def kernel_of_tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capabili
     half = tower_dtype(model, recipe) != "fp32"
     if d % (8 if half else 4):
         raise SpecError(
-            f"batch.images: the tower's heads are {d} wide, for which no kernel of sdpa is counted yet", "batch.images"
+            f"batch.images: sdpa is not supported yet for the vision tower's head width of {d}", "batch.images"
         )
     flash = kernels.attention == "sdpa" and half and d <= 256 and (capability is None or capability >= (8, 0))
     return "flash" if flash else "efficient"
@@ -167,19 +168,19 @@ def kernel_of_tower(model: ModelSpec, recipe: Recipe, kernels: Kernels, capabili
 def fused_kernels(
     model: ModelSpec, method: Method, kernels: Kernels, code: str, keeps: bool
 ) -> tuple[Kernels, list[str]]:
-    """The kernels with those fused ones that have something to do, and the names of those that have not.
+    """Return the kernels with the fused ones that apply, and the names of those that do not.
 
-    Joined adapters are of bitsandbytes' and auto-gptq's weights; `keeps` says that GPTQ's are another's.
+    Fused LoRA only takes bitsandbytes' and auto-gptq's weights; `keeps` says that another library runs GPTQ's.
     """
     asked = kernels.fused or ()
     if not asked:
         return kernels, []
-    able = set(fusible_kernels(model, code))
+    applicable = set(fusible_kernels(model, code))
     if kernels.loss == "hf" and model.objective == "causal_lm":
-        able.add("cross_entropy")
+        applicable.add("cross_entropy")
     q = method.quantization
-    apart = q is not None and (q.format in ("awq-int4", "fp8") or (keeps and q.format.startswith("gptq")))
-    if method.kind in ("lora", "qlora") and code == "transformers" and not apart:
-        able.add("lora")
-    used = tuple(name for name in asked if name in able)
-    return kernels.model_copy(update={"fused": used}), [name for name in asked if name not in able]
+    is_unsupported = q is not None and (q.format in ("awq-int4", "fp8") or (keeps and q.format.startswith("gptq")))
+    if method.kind in ("lora", "qlora") and code == "transformers" and not is_unsupported:
+        applicable.add("lora")
+    used = tuple(name for name in asked if name in applicable)
+    return kernels.model_copy(update={"fused": used}), [name for name in asked if name not in applicable]

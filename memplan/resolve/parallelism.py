@@ -8,10 +8,10 @@ from memplan.spec.parallelism import Parallelism
 
 
 def degrees_of(p: Parallelism, style: str) -> Degrees:
-    """The degrees of a rank of such a world, whose profile has tensor parallelism of that style."""
+    """Return the degrees of a rank, given the profile's style of tensor parallelism."""
     style = style if p.tp > 1 else WHOLE.style
     etp = p.tp if p.etp is None else p.etp
-    most = round(1000 * p.expert_imbalance)
+    imbalance = round(1000 * p.expert_imbalance)
     return Degrees(
         tp=p.tp,
         sequence_parallel=p.sequence_parallel,
@@ -19,15 +19,15 @@ def degrees_of(p: Parallelism, style: str) -> Degrees:
         context=p.context,
         ep=p.ep,
         etp=etp,
-        imbalance=most,
+        imbalance=imbalance,
         style=style,
     )
 
 
 def check_product(p: Parallelism) -> SpecError | None:
-    """The error of a world that is not the product of its degrees, naming every one."""
+    """Return the error if the world size is not the product of its degrees, else None. It names every degree."""
     product = p.dp * p.tp * p.pp * p.cp
-    if p.world == product or (product == 1 and p.device_map is not None):  # which is on all of them
+    if p.world == product or (product == 1 and p.device_map is not None):  # a device_map uses all GPUs
         return None
     field = "parallelism.world" if p.world > 1 else "parallelism.dp"
     degrees = " x ".join(f"{name} {getattr(p, name)}" for name in ("dp", "tp", "pp", "cp"))
@@ -35,8 +35,8 @@ def check_product(p: Parallelism) -> SpecError | None:
 
 
 def replicas(p: Parallelism) -> int:
-    """The ranks that hold the same part of the model, among whom its weights, gradients and states may be divided.
+    """Return how many ranks hold the same part of the model, and may shard its weights, gradients and states.
 
-    Those of context parallelism are among them: each has all weights.
+    Ranks of context parallelism count: each has all the weights.
     """
     return p.dp * p.cp

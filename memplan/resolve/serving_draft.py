@@ -1,8 +1,8 @@
-"""What proposes tokens in speculative decoding, and the draft model's own settings."""
+"""What proposes tokens in speculative decoding, and the settings of a draft model."""
 
 from __future__ import annotations
 
-from memplan.core.errors import SpecError, about
+from memplan.core.errors import SpecError, errors_about
 from memplan.models.cards import find_config, find_model
 from memplan.models.model import ModelSpec
 from memplan.program.serving.draft import COMPRESSED, LAYERS_AHEAD, layers_ahead
@@ -18,15 +18,15 @@ METHODS = {
 _HEADS = ("eagle", "eagle3")
 
 
-def decide(s: Settings) -> Draft | None:
-    """What proposes the run's tokens, None where nothing does. Raises SpecError for what the engine does not take."""
+def decide_draft(s: Settings) -> Draft | None:
+    """Return what proposes the run's tokens, or None. Raises SpecError for what the engine rejects."""
     asked, kind = s.serving, s.engine.kind
     method = asked.speculative_method or ("draft_model" if asked.draft_model is not None else None)
     if method is None:
         for name in ("num_speculative_tokens", "draft_weights"):
             if getattr(asked, name) is not None:
                 raise SpecError(
-                    f"serving.{name}: is of speculative decoding; say speculative_method", f"serving.{name}"
+                    f"serving.{name}: needs speculative decoding; set speculative_method too", f"serving.{name}"
                 )
         return None
     field = "serving.speculative_method"
@@ -34,19 +34,19 @@ def decide(s: Settings) -> Draft | None:
         known = ", ".join(METHODS[kind]) or "none"
         raise SpecError(f"{field}: {method} is not supported yet with {s.engine.name}; supported: {known}", field)
     if method == "draft_model" and s.engine.name == "vllm-0.11":
-        raise SpecError(f"{field}: vLLM 0.11 has no draft models; eagle, eagle3, mtp and ngram", field)
-    needs = method in ("draft_model", *_HEADS)
-    if needs != (asked.draft_model is not None):
-        why = f"{method} needs one" if needs else f"is none of {method}"
+        raise SpecError(f"{field}: vLLM 0.11 has no draft models; use eagle, eagle3, mtp or ngram", field)
+    needs_model = method in ("draft_model", *_HEADS)
+    if needs_model != (asked.draft_model is not None):
+        why = f"is required with {method}" if needs_model else f"does not apply to {method}; leave it out"
         raise SpecError(f"serving.draft_model: {why}", "serving.draft_model")
     if s.model.model_type == COMPRESSED:
-        raise SpecError(f"{field}: is not supported yet beside {COMPRESSED}'s compressed caches", field)
+        raise SpecError(f"{field}: is not supported yet with {COMPRESSED}'s compressed cache", field)
     if s.ranks.pp > 1 or s.ranks.cards > 1:
-        raise SpecError(f"{field}: {method} is not supported yet on several stages or cards of {s.engine.name}", field)
-    if asked.draft_weights is not None and not needs:
-        raise SpecError(f"serving.draft_weights: {method} has no model of its own", "serving.draft_weights")
-    model = _model(s, method) if method != "ngram" else None
-    tokens = asked.num_speculative_tokens or _tokens(s, method)
+        raise SpecError(f"{field}: {method} is not supported yet with {s.engine.name} on several stages or GPUs", field)
+    if asked.draft_weights is not None and not needs_model:
+        raise SpecError(f"serving.draft_weights: {method} has no draft model", "serving.draft_weights")
+    model = _draft_model(s, method) if method != "ngram" else None
+    tokens = asked.num_speculative_tokens or _default_tokens(s, method)
     if model is None:
         return Draft(method, tokens, None)
     quantization = asked.draft_weights if method != "mtp" else s.quantization
@@ -54,7 +54,7 @@ def decide(s: Settings) -> Draft | None:
     if kind == "llama.cpp":
         serving = serving.model_copy(update={"cache_dtype": "fp16", "gpu_layers": model.num_hidden_layers + 1})
     ranks = s.ranks._replace(ep=1, etp=s.ranks.tp) if method != "mtp" else s.ranks
-    own = s._replace(
+    draft = s._replace(
         model=model,
         quantization=quantization,
         serving=serving,
@@ -62,11 +62,11 @@ def decide(s: Settings) -> Draft | None:
         stage=whole(model.num_hidden_layers),
         draft=None,
     )
-    return Draft(method, tokens, own)
+    return Draft(method, tokens, draft)
 
 
-def _tokens(s: Settings, method: str) -> int:
-    """How many where nothing is said."""
+def _default_tokens(s: Settings, method: str) -> int:
+    """Return the default number of proposed tokens."""
     match s.engine.kind:
         case "sglang":  # arg_groups/speculative_hook.py _auto_choose_speculative_params, _handle_ngram
             return 12 if method == "ngram" else 8 if s.model.model_type == "llama" and method != "draft_model" else 4
@@ -77,38 +77,37 @@ def _tokens(s: Settings, method: str) -> int:
             if method == "mtp" and ahead:
                 return ahead
             field = "serving.num_speculative_tokens"
-            raise SpecError(f"{field}: vLLM has no number of its own for {method}; say one", field)
+            raise SpecError(f"{field}: vLLM has no default for {method}; set it", field)
 
 
-def _model(s: Settings, method: str) -> ModelSpec:
-    """The draft's model; of a head its layers alone, and of layers that predict ahead the model's last ones."""
-    asked = s.serving.draft_model
+def _draft_model(s: Settings, method: str) -> ModelSpec:
+    """Return the draft's model: an EAGLE head's own layers, or for MTP the served model itself."""
+    name = s.serving.draft_model
     if method == "mtp":
         ahead = layers_ahead(s.model)
         if not ahead:
             raise SpecError(
-                f"serving.speculative_method: {s.model.name or s.model.model_type} has no layers that predict tokens "
-                f"ahead ({' or '.join(LAYERS_AHEAD)} in its config)",
+                f"serving.speculative_method: mtp needs multi-token prediction layers, and "
+                f"{s.model.name or s.model.model_type} has none ({' or '.join(LAYERS_AHEAD)} in its config)",
                 "serving.speculative_method",
             )
         return s.model
-    assert asked is not None
+    assert name is not None
     if method == "draft_model":
-        with about("serving.draft_model"):
-            found = find_model(asked)
-        if found.vocab_size != s.model.vocab_size and s.engine.kind != "llama.cpp":
+        with errors_about("serving.draft_model"):
+            draft = find_model(name)
+        if draft.vocab_size != s.model.vocab_size and s.engine.kind != "llama.cpp":
             raise SpecError(
-                f"serving.draft_model: a vocabulary of {found.vocab_size}, where {s.model.name or s.model.model_type} "
-                f"has {s.model.vocab_size}: {s.engine.title} needs the same",
+                f"serving.draft_model: has a vocabulary of {draft.vocab_size}, but "
+                f"{s.model.name or s.model.model_type} one of {s.model.vocab_size}; {s.engine.title} needs them equal",
                 "serving.draft_model",
             )
-        return found
-    with about("serving.draft_model"):
-        config = dict(find_config(asked))
+        return draft
+    with errors_about("serving.draft_model"):
+        config = dict(find_config(name))
     if config.get("model_type") != "llama":
         raise SpecError(
-            f"serving.draft_model: heads of {method} are written like Llama's layers; this config is of "
-            f"{config.get('model_type')}",
+            f"serving.draft_model: {method} heads need a config of model_type llama, not {config.get('model_type')}",
             "serving.draft_model",
         )
     return ModelSpec({**config, "architectures": ("LlamaForCausalLM",)})

@@ -1,1 +1,1 @@
-"""What the user says: a run and its parts."""
+"""The run a user describes, `RunSpec`, and its parts."""

@@ -1,4 +1,4 @@
-"""The base of a run's parts, and the numbers and names that their fields take."""
+"""The base class of a run's parts, and the types of their fields."""
 
 from __future__ import annotations
 
@@ -12,49 +12,49 @@ from memplan.core.frozen import FrozenDict, frozen
 
 Dtype = Literal["bf16", "fp16", "fp32"]
 
-_MOST = 2**40  # no batch, sequence or rank is larger: absurd input must not become an absurd answer
-Count = Annotated[int, Field(ge=1, le=_MOST, strict=True)]
-Natural = Annotated[int, Field(ge=0, le=_MOST, strict=True)]
+_LARGEST = 2**40  # far above any real batch, sequence or rank, so that absurd input is an error, not an absurd answer
+Count = Annotated[int, Field(ge=1, le=_LARGEST, strict=True)]
+Natural = Annotated[int, Field(ge=0, le=_LARGEST, strict=True)]
 GPUs = Annotated[int, Field(ge=1, le=2**20, strict=True)]  # more than any cluster has
-Rank = Annotated[int, Field(ge=0, lt=2**20, strict=True)]  # one of them, counted from 0
+Rank = Annotated[int, Field(ge=0, lt=2**20, strict=True)]  # index of a GPU
 Pixels = Annotated[int, Field(ge=1, le=2**20, strict=True)]
 Number = Annotated[float, Field(strict=True)]
 Flag = Annotated[bool, Field(strict=True)]
 
 
 def _json(value: dict[str, Any]) -> FrozenDict:
-    """A frozen copy of what JSON can hold. Raises ValueError for anything else."""
+    """Return a frozen copy. Raises ValueError for a value that JSON cannot represent."""
 
     def check(inner: Any, depth: int) -> None:
-        if depth > _DEEPEST:
-            raise ValueError(f"is nested more than {_DEEPEST} deep")
+        if depth > _MAX_DEPTH:
+            raise ValueError(f"is nested more than {_MAX_DEPTH} deep")
         if inner is None or isinstance(inner, (str, int)):
             return
         if isinstance(inner, float):
             if not isfinite(inner):
-                raise ValueError(f"holds {inner}, which JSON cannot")
+                raise ValueError(f"holds {inner}, which JSON cannot represent")
         elif isinstance(inner, (Mapping, list, tuple)):
             items = cast(Mapping[str, Any], inner).values() if isinstance(inner, Mapping) else cast(list[Any], inner)
             for item in items:
                 check(item, depth + 1)
         else:
-            raise ValueError(f"holds a {type(inner).__name__}, which JSON cannot")
+            raise ValueError(f"holds a {type(inner).__name__}, which JSON cannot represent")
 
     check(value, 0)
     return frozen(value)
 
 
-def _ordered(value: Any) -> Any:
-    """A set as a sorted list: it has no order of its own, and equal runs are to have equal JSON."""
+def _sort_set(value: Any) -> Any:
+    """Return a set as a sorted list, so that equal runs have equal JSON; any other value unchanged."""
     return sorted(cast(set[str], value), key=str) if isinstance(value, (set, frozenset)) else value
 
 
-_DEEPEST = 64
+_MAX_DEPTH = 64
 Json = Annotated[dict[str, Any], AfterValidator(_json)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_ordered)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_sort_set)]
 
 
 class Part(BaseModel, frozen=True):
-    """Base of every part of a run: frozen, and an unknown key is an error."""
+    """Base class of a run and its parts: frozen, and unknown keys are errors."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)

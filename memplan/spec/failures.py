@@ -1,4 +1,4 @@
-"""What went wrong, in one line: the field, what is wrong with it, and the nearest valid choice."""
+"""One-line error messages: the field, what is wrong with it, and the nearest valid choice."""
 
 from __future__ import annotations
 
@@ -13,53 +13,56 @@ from memplan.spec.run import RunSpec
 if TYPE_CHECKING:
     from pydantic import BaseModel, ValidationError
 
-_MOST_CHOICES = 20  # that are all named where none is near
-_LONGEST = 60  # letters of a value or key that are repeated in the error about it
+_MAX_CHOICES = 20  # listed in full if none is near the given value
+_MAX_SHOWN = 60  # characters of a value or key that an error message repeats
 
 
 def line_of(error: BaseException, given: Iterable[str] = ()) -> str:
-    """One line for an error of memplan or of pydantic; `given` are the options that were typed."""
+    """Return one line for an error of memplan or pydantic; `given` are the options on the command line."""
     field, text = error.field if isinstance(error, MemplanError) else "", str(error)
     if not isinstance(error, MemplanError):
-        field, text = _invalid(error)  # pyright: ignore[reportArgumentType]
+        field, text = _first_invalid(error)  # pyright: ignore[reportArgumentType]
     option = option_of(field, given) if field else ""
     if option and text.startswith(f"{field}:"):
         text = f"{field} ({option}){text.removeprefix(field)}"
     return " ".join(text.split())
 
 
-def _invalid(error: ValidationError) -> tuple[str, str]:
-    """The field of the first thing pydantic found wrong, and the line about it."""
-    errors = _meant(error.errors(include_url=False))
+def _first_invalid(error: ValidationError) -> tuple[str, str]:
+    """Return the first invalid field of a pydantic error, and the message about it."""
+    errors = _without_other_members(error.errors(include_url=False))
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
     model = _model_of(RunSpec)
     names: list[str] = []
     for part in first["loc"]:
         fields = getattr(model, "model_fields", {})
-        if part == "InlineModel":  # which member of a union was tried
+        if part == "InlineModel":  # a member of a union, not a field
             continue
         if isinstance(part, int) or (part not in fields and first["type"] != "extra_forbidden"):
-            break  # an index, or a member again
+            break  # an index, or another member of a union
         names.append(str(part))
         if part in fields:
             model = _model_of(fields[part].annotation)
-    field = ".".join(printable(name, _LONGEST) or "''" for name in names) or "run"
+    field = ".".join(printable(name, _MAX_SHOWN) or "''" for name in names) or "run"
     tried = [e for e in errors if e["loc"][: len(names)] == first["loc"][: len(names)]]
     others = len(errors) - len(tried)
     more = f" (and {others} more)" if others else ""
     return field, f"{field}: {_what(first, tried, names)}{more}"
 
 
-def _meant(errors: Sequence[Any]) -> Sequence[Any]:
-    """The errors without those of what a value was not meant as: of a name, where it is a mapping, or of a word."""
+def _without_other_members(errors: Sequence[Any]) -> Sequence[Any]:
+    """Return the errors without those of union members that the value cannot have been meant as.
 
-    def meant(error: Any) -> bool:
+    A mapping is not meant as a name, nor a list as a literal.
+    """
+
+    def is_relevant(error: Any) -> bool:
         value, member = error["input"], error["loc"][1:2]
         if error["loc"][:1] == ("model",):
             return not (member == ("str",) and isinstance(value, Mapping)) and error["loc"] != ("model", "InlineModel")
         return not (error["type"] == "literal_error" and isinstance(value, (list, tuple)))
 
-    return [error for error in errors if meant(error)] or errors
+    return [error for error in errors if is_relevant(error)] or errors
 
 
 def _model_of(annotation: Any) -> type[BaseModel] | None:
@@ -71,14 +74,14 @@ def _model_of(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def what(error: Any) -> str:
-    """What pydantic found wrong with a value by itself; another error's own words."""
+def message_of(error: Any) -> str:
+    """Return pydantic's first error in plain words, without the field; any other error as text."""
     errors: list[Any] = error.errors(include_url=False) if hasattr(error, "errors") else []
     return _what(errors[0], errors, []) if errors else str(error)
 
 
-def _what(error: Any, tried: Sequence[Any], names: list[str]) -> str:
-    """`error` in plain words; `tried` are the errors of every member where the field is a union."""
+def _what(error: Any, tried: Sequence[Any], names: list[str]) -> str:  # noqa: PLR0911 (a return for each of pydantic's errors)
+    """Return `error` in plain words; `tried` are the errors of all members if the field is a union."""
     value, context = _shown(error["input"]), error.get("ctx", {})
     bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     for name, words in bounds.items():
@@ -102,7 +105,7 @@ def _what(error: Any, tried: Sequence[Any], names: list[str]) -> str:
         case "bool_type" | "bool_parsing":
             return f"must be true or false, not {value}"
         case "string_type":
-            return f"must be a text, not {value}"
+            return f"must be a string, not {value}"
         case "model_type" | "dict_type" | "model_attributes_type":
             named = "a name or " if names in (["method"], ["precision"], ["optimizer"]) else ""
             return f"must be {named}a mapping, not {value}"
@@ -114,25 +117,25 @@ def _what(error: Any, tried: Sequence[Any], names: list[str]) -> str:
 
 
 def _choices(tried: Sequence[Any]) -> Iterator[str]:
-    """The words a field takes, where it takes some only."""
+    """The literals that the field accepts, if it accepts literals."""
     expected = ", ".join(e["ctx"]["expected"] for e in tried if e["type"] == "literal_error").replace(" or ", ", ")
     for text, word in re.findall(r"'([^']*)'|(\w+)", expected):
         yield {"True": "true", "False": "false"}.get(word, word) or text
 
 
 def _no_such_key(names: list[str]) -> str:
-    """An unknown key: where in a run there is one of that name, or which of those beside it is the nearest."""
+    """Return the message for an unknown key: where in a run that key exists, or the nearest sibling."""
     from difflib import get_close_matches
 
-    key, beside = names[-1], list(getattr(_parent(names), "model_fields", {}))
+    key, siblings = names[-1], list(getattr(_parent(names), "model_fields", {}))
     near = [path for path in _paths(RunSpec) if path.rpartition(".")[2] == key]
     near += [path for name, path in {**FIELDS, **WORDS}.items() if name == key]
-    near = near or get_close_matches(key.lower()[:_LONGEST], beside, n=1, cutoff=0.6)
-    return "no such key; " + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(beside)}")
+    near = near or get_close_matches(key.lower()[:_MAX_SHOWN], siblings, n=1, cutoff=0.6)
+    return "no such key; " + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(siblings)}")
 
 
 def _paths(model: Any, start: str = "") -> Iterator[str]:
-    """Every field of a run by its path."""
+    """The dotted path of every field of `model`, nested ones included."""
     for name, field in model.model_fields.items():
         yield f"{start}{name}"
         inner = _model_of(field.annotation)
@@ -148,18 +151,18 @@ def _parent(names: list[str]) -> Any:
 
 
 def _shown(value: object) -> str:
-    """A value as JSON and YAML have it."""
+    """Return a value as JSON and YAML write it."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     try:
         text = repr(value)
     except ValueError:  # more digits than Python prints
         return "that"
-    return printable(text, _LONGEST - 3)
+    return printable(text, _MAX_SHOWN - 3)
 
 
 def _nearest(value: object, words: list[str], what: str) -> str:
-    """`what` is wrong, and the choice nearest to `value`: by letters, of numbers by size."""
+    """Return `what` is wrong and the choice nearest to `value`: numbers by size, words by spelling."""
     from difflib import get_close_matches
 
     words = list(dict.fromkeys(words))
@@ -167,7 +170,7 @@ def _nearest(value: object, words: list[str], what: str) -> str:
     if numbers and type(value) is int:
         near = [str(min(numbers, key=lambda n: abs(n - value)))]
     else:
-        near = get_close_matches(str(value).lower()[:_LONGEST], words, n=1, cutoff=0.5)
-    if not near and len(words) > _MOST_CHOICES:
+        near = get_close_matches(str(value).lower()[:_MAX_SHOWN], words, n=1, cutoff=0.5)
+    if not near and len(words) > _MAX_CHOICES:
         near = [" or ".join(nearest(str(value), words))]
     return f"{what}; " + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(words)}")

@@ -1,4 +1,4 @@
-"""`--spec`: a run, or part of one, from a JSON or YAML file, read as if a stranger had written it."""
+"""Reading a run, or part of one, from a JSON or YAML file (`--spec`). The file is treated as untrusted input."""
 
 from __future__ import annotations
 
@@ -11,67 +11,67 @@ from typing import Any, cast
 from memplan.core.errors import SpecError, printable
 from memplan.models.cards import parse_config
 
-_MOST_BYTES = 2**20
-_MOST_VALUES = 10_000  # with every alias written out
-_DEEPEST = 64
-_LONGEST = 200  # letters of a path that are repeated in the error about it
+_MAX_BYTES = 2**20
+_MAX_VALUES = 10_000  # with every alias expanded
+_MAX_DEPTH = 64
+_MAX_SHOWN = 200  # characters of a path that an error message repeats
 
 
 def read_spec(name: str) -> dict[str, Any]:
-    """The mapping in the file `name` (`-` is standard input). Raises SpecError or ConfigError, in one line."""
-    shown = "standard input" if name == "-" else printable(name, _LONGEST)
-    text = _text(name, shown)
+    """Return the mapping in the file `name` (`-` for standard input). Raises SpecError or ConfigError."""
+    shown = "standard input" if name == "-" else printable(name, _MAX_SHOWN)
+    text = _read_text(name, shown)
     if name.lower().endswith(".json"):
         return dict(parse_config(text, shown))
-    return _yaml(text, shown)
+    return _parse_yaml(text, shown)
 
 
-def _text(name: str, shown: str) -> str:
+def _read_text(name: str, shown: str) -> str:
     try:
         if name == "-":
-            if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison] (where it was closed)
+            if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison] (None if it is closed)
                 raise SpecError("spec: standard input is closed", "spec")
-            raw = sys.stdin.buffer.read(_MOST_BYTES + 1)
+            raw = sys.stdin.buffer.read(_MAX_BYTES + 1)
         else:
             with Path(name).expanduser().open("rb") as file:
-                raw = file.read(_MOST_BYTES + 1)
-        if len(raw) > _MOST_BYTES:
-            raise SpecError(f"spec: {shown} is larger than {_MOST_BYTES // 2**20} MiB, so no run", "spec")
+                raw = file.read(_MAX_BYTES + 1)
+        if len(raw) > _MAX_BYTES:
+            raise SpecError(f"spec: {shown} is larger than {_MAX_BYTES // 2**20} MiB, too large for a run", "spec")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise SpecError(f"spec: {shown} is not text in UTF-8", "spec") from None
-    except (OSError, RuntimeError, ValueError) as error:  # a ~user there is none of; a NUL
+    except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: unknown ~user; ValueError: NUL in the path
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
         raise SpecError(f"spec: '{shown}' cannot be read ({reason})", "spec") from None
 
 
-def _yaml(text: str, name: str) -> dict[str, Any]:
+def _parse_yaml(text: str, name: str) -> dict[str, Any]:
     import yaml
 
-    loader = _loader(yaml, name)
+    loader = _yaml_loader(yaml, name)
     try:
         _refuse_bombs(yaml.parse(text, Loader=loader), name)  # pyright: ignore[reportUnknownMemberType]
         loaded: object = yaml.load(text, Loader=loader)
-        spec: object = json.loads(json.dumps(loaded, allow_nan=False))  # no dates, no sets, no numbers without end
+        spec: object = json.loads(json.dumps(loaded, allow_nan=False))  # rejects dates, sets, nan and inf
     except yaml.YAMLError as error:
         raise SpecError(f"spec: {name} is not YAML ({_problem(error)})", "spec") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise SpecError(f"spec: {name} holds what JSON cannot ({error})", "spec") from None
+        raise SpecError(f"spec: {name} holds a value that JSON cannot represent ({error})", "spec") from None
     if not isinstance(spec, dict):
-        raise SpecError(f"spec: {name} holds no mapping of a run's fields", "spec")
+        raise SpecError(f"spec: {name} must be a mapping of a run's fields", "spec")
     return cast(dict[str, Any], spec)
 
 
-def _loader(yaml: Any, name: str) -> Any:
-    """PyYAML's safe loader, but two equal keys are an error, not the last one, and 1e-5 is a number, not a text."""
+def _yaml_loader(yaml: Any, name: str) -> Any:
+    """Return PyYAML's safe loader, except that a duplicate key is an error and 1e-5 is a float, not a string."""
 
     def mapping(loader: Any, node: Any) -> Any:
-        found: set[str] = set()
+        keys: set[str] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in found:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
                 line = key.start_mark.line + 1
-                raise SpecError(f"spec: {name}: the key {key.value!r:.80} is there twice, again in line {line}", "spec")
-            found.add(str(key.value))
+                raise SpecError(f"spec: {name}: the key {key.value!r:.80} appears twice, again in line {line}", "spec")
+            keys.add(str(key.value))
         yield from loader.construct_yaml_map(node)
 
     loader: Any = type("Loader", (getattr(yaml, "CSafeLoader", yaml.SafeLoader),), {})
@@ -83,7 +83,7 @@ def _loader(yaml: Any, name: str) -> Any:
 
 
 def _problem(error: Any) -> str:
-    """What YAML found wrong, and where, in one line."""
+    """Return the YAML error and its position as one line."""
     mark = getattr(error, "problem_mark", None)
     if mark is None:
         return str(error).partition(' in "<')[0]
@@ -91,11 +91,11 @@ def _problem(error: Any) -> str:
 
 
 def _refuse_bombs(events: Any, name: str) -> None:
-    """Count values as if every alias were written out, and depth, before anything is built from them."""
+    """Raise SpecError for too many values, every alias expanded, or too deep a nesting, before anything is built."""
     import yaml
 
     sizes: dict[str, int] = {}
-    open_: list[tuple[str | None, int]] = []  # anchor, and the values before it
+    open_: list[tuple[str | None, int]] = []  # anchor, and number of values before it
     values = 0
     for event in events:
         if isinstance(event, yaml.AliasEvent):
@@ -113,6 +113,6 @@ def _refuse_bombs(events: Any, name: str) -> None:
             anchor, before = open_.pop()
             if anchor:
                 sizes[anchor] = values - before
-        if values > _MOST_VALUES or len(open_) > _DEEPEST:
-            limits = f"{_MOST_VALUES:,} values, aliases written out, or {_DEEPEST} levels"
+        if values > _MAX_VALUES or len(open_) > _MAX_DEPTH:
+            limits = f"{_MAX_VALUES:,} values (aliases expanded) or {_MAX_DEPTH} levels"
             raise SpecError(f"spec: {name} holds more than {limits}", "spec")

@@ -1,4 +1,4 @@
-"""Formats of quantised weights, and the settings of a quantisation."""
+"""Formats of quantised weights, and quantisation settings."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, model_validator
 
 from memplan.spec.base import Flag, Names, Part
 
-# Formats that adapters train over; formats that a model only runs in; llama.cpp's types of GGUF files.
+# Formats that adapters can train on top of; inference-only formats; llama.cpp's GGUF file types.
 TrainedOver = Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"]
 OnlyRuns = Literal[
     "fp8-tensor",
@@ -64,14 +64,14 @@ GgufType = Literal[
     "MXFP4_MOE",
 ]
 Format = Literal[TrainedOver, OnlyRuns, GgufType]
-# Kernels of GPTQ's and AWQ's weights, and what runs those of formats that nothing trains over (catalogue/running.py).
+# Kernels for GPTQ and AWQ weights; implementations of the inference-only formats.
 Packed = Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"]
 Runs = Literal["decompressed", "scaled_mm", "fbgemm", "torchao", "quanto", "triton", "dequantised"]
 Backend = Literal[Packed, Runs]
 _FORMATS: dict[str, str] = {name.lower(): name for name in get_args(Format)}
-# Weights that share a scale, where a run says no other number: what the formats' own libraries make.
+# Default number of weights that share a scale: what each format's own library writes.
 # Source: transformers 5.24 utils/quantization_config.py GPTQConfig, AwqConfig; torchao 0.18; compressed-tensors 0.20.
-_GROUPS = {
+_GROUP_SIZES = {
     "fp8": 128,
     "gptq-int4": 128,
     "gptq-int8": 128,
@@ -86,8 +86,8 @@ _GROUPS = {
 }
 
 
-def _named(value: Any) -> Any:
-    """A format by its own name, in any case: `gguf:q4_k_m` is `Q4_K_M`."""
+def _canonical_format(value: Any) -> Any:
+    """Return the format's canonical name, whatever its case: `Q4_K_M` for `gguf:q4_k_m`."""
     if not isinstance(value, str):
         return value
     lowered = value.strip().lower()
@@ -97,14 +97,19 @@ def _named(value: Any) -> Any:
 
 
 class Quantization(Part, frozen=True):
-    """How the frozen base weights are stored. Hugging Face's `BitsAndBytesConfig`, in shorter words.
+    """How the frozen base weights are stored: Hugging Face's `BitsAndBytesConfig` with shorter names.
 
-    A `block_size` of -1 is GPTQ's and AWQ's group_size of -1: one scale a column. FP8 has squares of 128. The other
-    formats that a model only runs in have groups of their own, and types of GGUF files none that can be said. `backend`
-    is the kernel that weights run with, where a format has several or makes something beside its output.
+    format            storage format of the weights
+    double_quant      whether the scales of 4-bit weights are quantised too
+    block_size        weights that share a scale; -1 for one scale per column (`group_size=-1` of GPTQ and AWQ). FP8
+                      uses blocks of 128 x 128; GGUF file types fix their own
+    storage           dtype of the tensors that hold 4-bit weights
+    skip              modules that stay unquantised; None for the library's default
+    kbit_preparation  whether peft's `prepare_model_for_kbit_training` casts to fp32; `trl` if TRL casts back to bf16
+    backend           kernel that runs the weights, for formats that have several
     """
 
-    format: Annotated[Format, BeforeValidator(_named)] = "nf4"
+    format: Annotated[Format, BeforeValidator(_canonical_format)] = "nf4"
     double_quant: Flag = True
     block_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
@@ -114,10 +119,10 @@ class Quantization(Part, frozen=True):
 
     @model_validator(mode="before")
     @classmethod
-    def _squares(cls, value: Any) -> Any:
-        """A format's own size of blocks, where none is said."""
+    def _default_block_size(cls, value: Any) -> Any:
+        """Fill in the format's own block size if none is given."""
         if not isinstance(value, Mapping):
             return value
-        given = dict(cast(Mapping[str, Any], value))
-        size = _GROUPS.get(_named(given.get("format", "")))
-        return {"block_size": size, **given} if size is not None else given
+        values = dict(cast(Mapping[str, Any], value))
+        size = _GROUP_SIZES.get(_canonical_format(values.get("format", "")))
+        return {"block_size": size, **values} if size is not None else values

@@ -1,4 +1,4 @@
-"""How tokens are generated."""
+"""Settings of `generate`."""
 
 from __future__ import annotations
 
@@ -9,12 +9,17 @@ from memplan.spec.formats import Quantization
 
 
 class CacheConfig(Part, frozen=True):
-    """How a quantised cache stores keys and values, by the names of transformers' `QuantizedCache`.
+    """How a quantised cache stores keys and values, with the names of transformers' `QuantizedCache`.
 
-    Of a backend that quantises in groups (quanto, hqq) a layer's keys have `nbits` a number, with a scale and a zero
-    point for each `q_group_size` of them along `axis_key`, and so have its values along `axis_value`. The newest
-    `residual_length` tokens stay as they are, until there are that many and all are quantised anew. `fp8` has one scale
-    for a layer's keys and one for its values, and none of the other fields. None is the backend's own default.
+    None is the backend's own default. Backend `fp8` has one scale for a layer's keys and one for its values, and takes
+    none of the other fields.
+
+    backend          library that quantises
+    nbits            bits per element
+    axis_key         axis along which keys are grouped
+    axis_value       axis along which values are grouped
+    q_group_size     elements that share a scale and a zero point
+    residual_length  newest tokens that stay unquantised; once there are this many, the whole cache is quantised again
     """
 
     backend: Literal["quanto", "hqq", "fp8"] = "quanto"
@@ -26,26 +31,34 @@ class CacheConfig(Part, frozen=True):
 
 
 class InlineModel(Part, frozen=True):
-    """A model given by its config instead of by name, with Hugging Face's keys."""
+    """A model given by its config, with Hugging Face's keys, instead of by name."""
 
     config: Json
 
 
 class Generation(Part, frozen=True):
-    """How tokens are generated, mostly by the names of transformers' `GenerationConfig`. The prompt is
-    `batch.sequence`, and `batch.new_tokens` come after it.
+    """How tokens are generated, mostly with the names of transformers' `GenerationConfig`.
 
-    `cache_implementation` is what keeps keys and values: `dynamic` grows by a tensor of its own for every token, of one
-    layer after the other; `legacy` does so of all layers, and lets the old ones go when it is done; `static` has room
-    for the prompt and all new tokens from the start; `quantized` stores them as `cache_config` says; `offloaded` and
-    `offloaded_static` (once `offloaded_hybrid`) keep them in host memory, but for the layer that runs and the next one.
-    With `prefill_chunk_size` the prompt is read in passes of so many tokens. Of every prompt there are `num_beams`
-    sequences. With `do_sample` tokens are drawn after temperature, top-k and top-p; else the likeliest is taken.
+    The prompt has `batch.sequence` tokens, followed by `batch.new_tokens`.
 
-    In rounds of assisted generation `num_assistant_tokens` are proposed, which the model reads at once, and one more is
-    its own: by `assistant_model`, whose weights are in `assistant_dtype` (the model's own, where that is None) and may
-    be quantised by `assistant_quantization`; by the model's first `assistant_early_exit` layers; or, without another
-    pass, `prompt_lookup_num_tokens` of what came before (prompt lookup). A round proposes at most 16,384.
+    cache_implementation           what stores keys and values:
+        dynamic                    each new token reallocates them one layer at a time
+        legacy                     each new token reallocates them in all layers before the old ones are freed
+        static                     allocated at the start for the prompt and all new tokens
+        quantized                  stored as `cache_config` says
+        offloaded                  in host memory, except for the running layer and the next
+        offloaded_static           static and offloaded; formerly `offloaded_hybrid`
+    cache_config                   settings of a quantised cache
+    prefill_chunk_size             prompt tokens per forward pass; None for the whole prompt
+    num_beams                      sequences per prompt
+    do_sample                      sample with temperature, top-k and top-p instead of taking the likeliest token
+    assistant_model                smaller model that proposes tokens
+    assistant_dtype                dtype of the assistant's weights; None for the model's
+    assistant_quantization         how the assistant's weights are quantised
+    num_assistant_tokens           tokens proposed per round, at most 16,384
+    num_assistant_tokens_schedule  how that number changes from round to round
+    prompt_lookup_num_tokens       tokens proposed per round by prompt lookup, which needs no other model
+    assistant_early_exit           number of the model's first layers that propose tokens in place of an assistant
     """
 
     cache_implementation: (
@@ -65,5 +78,5 @@ class Generation(Part, frozen=True):
 
     @property
     def assisted(self) -> bool:
-        """Whether tokens are proposed before the model is asked for them."""
+        """Whether generation is assisted: tokens are proposed for the model to check."""
         return bool(self.assistant_model or self.prompt_lookup_num_tokens or self.assistant_early_exit)

@@ -1,10 +1,10 @@
-"""The command's options, and the field of a run that each of them sets."""
+"""The run field that each command-line option sets."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
-# Each option, and the field of a run it sets. What one word says of several fields is in `_words`.
+# Options that set exactly one field.
 FIELDS = {
     "model": "model",
     "gpus": "parallelism.world",
@@ -91,7 +91,7 @@ FIELDS = {
     "profile": "profile",
 }
 
-# Options that say more than one field holds, and the field an error about them names.
+# Options that set several fields or are parsed first, and the field that errors about them name.
 WORDS = {
     "method": "method.kind",
     "targets": "method.targets",
@@ -114,8 +114,8 @@ WORDS = {
 
 
 def option_of(field: str, given: Iterable[str]) -> str:
-    """The option among those `given` that sets `field` or a part of it; empty where none does."""
-    if field == "task" and "method" in given:  # generate and forward are typed as methods
+    """Return the option among `given` that sets `field` or a part of it, or "" if none does."""
+    if field == "task" and "method" in given:  # --method generate and --method forward set the task
         return "--method"
     for name in given:
         path = FIELDS.get(name) or WORDS.get(name) or name

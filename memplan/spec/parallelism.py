@@ -10,27 +10,31 @@ from memplan.spec.base import Count, Flag, GPUs, Natural, Number, Part, Rank
 
 
 class Offload(Part, frozen=True):
-    """What lives on the host between uses. `activations` are all tensors that autograd saves in a forward pass, as
-    under torch's `save_on_cpu`; the inputs of checkpointed layers alone are `kernels.checkpointing` `offload`."""
+    """What is kept in host memory between uses.
+
+    parameters   weights
+    optimizer    optimizer states, and the optimizer step itself
+    activations  all tensors that autograd saves in forward, as torch's `save_on_cpu` does. To offload only the inputs
+                 of checkpointed layers, set `kernels.checkpointing` to `offload`
+    """
 
     parameters: Flag = False
     optimizer: Flag = False
     activations: Flag = False
 
 
-def _whole(value: Any) -> Any:
-    """5e8, as DeepSpeed's configs have it, is a whole number."""
+def _integral_float(value: Any) -> Any:
+    """Return a float such as 5e8, as DeepSpeed's configs write it, as an int; any other value unchanged."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Elements = Annotated[Count, BeforeValidator(_whole)]
-Fewest = Annotated[Natural, BeforeValidator(_whole)]
+Elements = Annotated[Count, BeforeValidator(_integral_float)]
+ElementsOrZero = Annotated[Natural, BeforeValidator(_integral_float)]
 Auto = Literal["auto"]
 
 
 class OffloadedOptimizer(Part, frozen=True):
-    """DeepSpeed's `offload_optimizer`. `buffer_count` are the pinned buffers of what lies on NVMe, of a sub-group
-    each."""
+    """DeepSpeed's `offload_optimizer`. With NVMe, `buffer_count` pinned buffers hold one sub-group each."""
 
     device: Literal["cpu", "nvme"] = "cpu"
     pin_memory: Flag = True
@@ -38,31 +42,35 @@ class OffloadedOptimizer(Part, frozen=True):
 
 
 class OffloadedParameters(Part, frozen=True):
-    """DeepSpeed's `offload_param`. Beside NVMe, `buffer_count` pinned buffers of `buffer_size` numbers are in host
-    memory, and the first `max_in_cpu` numbers of the weights themselves."""
+    """DeepSpeed's `offload_param`. With NVMe, host memory holds `buffer_count` pinned buffers of `buffer_size` elements
+    each, and the first `max_in_cpu` elements of the weights."""
 
     device: Literal["cpu", "nvme"] = "cpu"
     pin_memory: Flag = True
     buffer_count: Count = 5
     buffer_size: Elements = 100_000_000
-    max_in_cpu: Fewest = 1_000_000_000
+    max_in_cpu: ElementsOrZero = 1_000_000_000
 
 
 class Zero(Part, frozen=True):
-    """DeepSpeed's `zero_optimization`, by its own keys and with its own defaults (0.19.8 runtime/zero/config.py).
+    """DeepSpeed's `zero_optimization`, with its keys and defaults (0.19.8 runtime/zero/config.py).
 
-    Sizes are in numbers, not bytes. `auto` is what transformers' Trainer makes of the hidden size. `overlap_comm` is
-    on at stage 3 where it is not said. `allgather_bucket_size` takes no memory: weights are gathered in place.
-    `zero3_init_flag`, as accelerate calls it: at stage 3 every weight is divided as it is loaded; without it each rank
-    loads the whole model, and divides that on its GPU. What is offloaded is said by `parallelism.offload`; how, here.
+    Sizes are in elements, not bytes. `auto` is the value that transformers' Trainer derives from the hidden size.
+
+    allgather_bucket_size  takes no memory: weights are gathered in place
+    overlap_comm           None for on at stage 3, off below
+    zero3_init_flag        accelerate's name: at stage 3 each weight is sharded as it is loaded; if off, every rank
+                           loads the whole model and shards it on its GPU
+    offload_optimizer      how optimizer states are offloaded, if `parallelism.offload` says that they are
+    offload_param          how weights are offloaded, likewise
     """
 
     reduce_bucket_size: Elements | Auto = 500_000_000
     allgather_bucket_size: Elements | Auto = 500_000_000
-    stage3_prefetch_bucket_size: Fewest | Auto = 50_000_000
-    stage3_param_persistence_threshold: Fewest | Auto = 100_000
-    stage3_max_live_parameters: Fewest = 1_000_000_000
-    stage3_max_reuse_distance: Fewest = 1_000_000_000
+    stage3_prefetch_bucket_size: ElementsOrZero | Auto = 50_000_000
+    stage3_param_persistence_threshold: ElementsOrZero | Auto = 100_000
+    stage3_max_live_parameters: ElementsOrZero = 1_000_000_000
+    stage3_max_reuse_distance: ElementsOrZero = 1_000_000_000
     sub_group_size: Elements = 1_000_000_000
     overlap_comm: Flag | None = None
     contiguous_gradients: Flag = True
@@ -73,23 +81,39 @@ class Zero(Part, frozen=True):
 
 
 class Parallelism(Part, frozen=True):
-    """`world` GPUs and how they divide the work; `gpus_per_node` of them share a host's memory (8 unless said). `etp`
-    is `tp` where it is not said, as Megatron has it.
+    """How the work is divided among GPUs: `world` = `dp` x `tp` x `pp` x `cp`, or any number with a `device_map`.
 
-    `schedule` is how a pipeline's microbatches run; with `virtual_stages` 1F1B is interleaved. `first_stage_layers` and
-    `last_stage_layers` are what those stages have of the layers, the others the rest in equal parts; or, with
-    `ends_as_layers`, embeddings count as a layer there, and the head as one. `zero`: how DeepSpeed is configured,
-    under the strategies zero1 to zero3. `context`: ranks that divide sequences (`cp`) pass keys and values around, or
-    exchange heads for tokens (DeepSpeed's Ulysses). `expert_imbalance`: of ranks that divide experts (`ep`) and
-    take all rows they are sent, the one that is sent most gets so many times the mean. `device_map`: how transformers
-    places the modules of a model that is run on the GPUs of one process, or on the host; `stage` is one of them.
-
-    Of FSDP: `shard_group` ranks divide the weights, and such groups are replicas (hybrid sharding; None for all ranks);
-    without `reshard_after_forward` weights stay whole from forward to backward (SHARD_GRAD_OP; None: they do in a
-    pipeline's stages, where they stay whole for a step); `forward_prefetch` and `backward_prefetch` say when FSDP1 asks
-    for the next unit; with `cpu_ram_efficient_loading` one process of a node loads the checkpoint, and the others are
-    sent what they have of it. Of DDP: with `bucket_view` gradients lie in the buckets, and a `static_graph` is the same
-    in every step.
+    world                      number of GPUs
+    dp                         data-parallel replicas
+    tp                         tensor-parallel GPUs
+    pp                         pipeline stages
+    cp                         context-parallel GPUs, which divide each sequence
+    context                    how `cp` ranks exchange: `ring` passes keys and values around, `ulysses` (DeepSpeed's)
+                               swaps tokens for heads
+    ep                         expert-parallel GPUs
+    etp                        tensor-parallel GPUs of each expert; None for `tp`, as in Megatron
+    expert_imbalance           tokens sent to the busiest `ep` rank, as a multiple of the mean, if no tokens are dropped
+    virtual_stages             chunks of layers per stage, for interleaved 1F1B
+    sequence_parallel          whether `tp` ranks also divide the tokens outside attention and MLP
+    strategy                   how replicas divide weights, gradients and optimizer states
+    shard_group                FSDP: ranks that share one copy of the weights (hybrid sharding); None for all ranks, 1
+                               for NO_SHARD
+    reshard_after_forward      FSDP: false keeps weights whole from forward to backward (SHARD_GRAD_OP). None for true,
+                               except in pipeline stages, where weights stay whole for the step
+    forward_prefetch           FSDP1: whether the next unit is gathered during forward
+    backward_prefetch          FSDP1: when the next unit is gathered during backward
+    cpu_ram_efficient_loading  FSDP: one process per node loads the checkpoint and sends the others their shards
+    bucket_view                DDP: gradients are views of the buckets (`gradient_as_bucket_view`)
+    static_graph               DDP: the graph is the same in every step
+    offload                    what is kept in host memory
+    zero                       DeepSpeed's settings, for zero1 to zero3
+    gpus_per_node              GPUs that share one host's memory; None for 8
+    stage                      pipeline stage, or GPU of a device map, to answer for; None for the one that needs most
+    schedule                   order of a pipeline's microbatches
+    first_stage_layers         layers of the first stage; the stages without a number share the rest equally
+    last_stage_layers          layers of the last stage, likewise
+    ends_as_layers             count the embeddings and the head as one layer each when dividing layers into stages
+    device_map                 how transformers places a model's modules on the GPUs of one process, or on the host
     """
 
     world: GPUs = 1

@@ -1,4 +1,4 @@
-"""What the user says: a run, in Hugging Face's words. Frozen, hashable, and the same in Python, JSON and YAML."""
+"""A run as the user describes it, in Hugging Face's terms: frozen, hashable, and the same in Python, JSON and YAML."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memplan.spec.parallelism import Parallelism
 from memplan.spec.serving import Serving
 from memplan.spec.training import Also, Kernels, Loop, Method, Optimizer, Precision
 
-# A framework without a version is the newest that is read.
+# The newest supported version of each framework, used when a profile names no version.
 NEWEST = {
     "transformers": "transformers-5",
     "trl": "trl-0.24",
@@ -29,21 +29,25 @@ NEWEST = {
 }
 
 
-def _versioned(name: str) -> str:
+def _with_version(name: str) -> str:
     return NEWEST.get(name.lower(), name)
 
 
-ProfileName = Annotated[str, AfterValidator(_versioned)]
+ProfileName = Annotated[str, AfterValidator(_with_version)]
 
 
 class Batch(Part, frozen=True):
-    """`micro` sequences of `sequence` tokens per GPU and pass, `accumulation` passes per step. In generation they are
-    prompts, and `new_tokens` follow each: 256 where none are asked for.
+    """How many tokens one step processes.
 
-    Each sequence has `images` of `image_size` pixels, a side or height and width; their tokens are part of `sequence`.
-    Of an encoder-decoder `sequence` is what the encoder reads, and the decoder is given `target_sequence` tokens: by
-    default as many, or as many as it has positions for. To generate it begins with those: with one by default, Whisper
-    with four. What an encoder of images or recordings reads is fixed by its config.
+    micro            sequences per GPU and forward pass; when generating, prompts
+    sequence         tokens per sequence, including the tokens of its images; for an encoder-decoder, the encoder's
+                     tokens. Image and audio encoders have a fixed length, which their config sets
+    accumulation     passes per optimizer step
+    new_tokens       tokens generated after each prompt; 0 for the default of 256
+    images           images per sequence
+    image_size       pixels: the side of a square, or (height, width)
+    target_sequence  tokens of an encoder-decoder's decoder. None for its number of learned positions, or, if it has
+                     none, `sequence`; when generating, for 1 start token (4 for Whisper)
     """
 
     micro: Count = 1
@@ -56,16 +60,19 @@ class Batch(Part, frozen=True):
 
 
 class RunSpec(Part, frozen=True):
-    """A whole run. Words are accepted for parts: `method="qlora"`, `precision="amp"`, `optimizer="sgd"`.
+    """A run to estimate. Some parts accept a word: `method="qlora"`, `precision="amp"`, `optimizer="sgd"`.
 
-    `objective` is what the model is trained for, its head and loss; None for what its config's `architectures` say.
-    None is left to the profile (`memplan.catalogue.profiles.profiles`), which without a version is the newest of that
-    framework; the answer's `run` holds what it decided.
+    The profile (`memplan.catalogue.profiles.profiles`) decides every field left at None; the answer's `run` holds the
+    decided values. A profile without a version is the newest version of that framework.
+
+    model      card name, Hugging Face id, path of a config.json or GGUF file, or `{"config": {...}}`
+    objective  what the model is trained for, which sets its head and loss; None for the config's `architectures`
+    gpu        name of a GPU; None to estimate without a verdict
     """
 
-    if TYPE_CHECKING:  # what pydantic accepts is more than what the fields are
+    if TYPE_CHECKING:  # pydantic accepts more types than the fields have
 
-        def __init__(
+        def __init__(  # noqa: PLR0913 (a part of the run each)
             self,
             *,
             model: str | InlineModel | Mapping[str, Any],
@@ -103,6 +110,6 @@ class RunSpec(Part, frozen=True):
 
 
 def changed(run: RunSpec, part: str, **values: Any) -> RunSpec:
-    """The run with some values of one part changed. Raises SpecError or pydantic's ValidationError for a bad one."""
+    """Return a copy of the run with `values` set in one part. Raises SpecError or pydantic's ValidationError."""
     old: Part = getattr(run, part)
     return RunSpec.model_validate({**dict(run), part: {**dict(old), **values}})

@@ -1,4 +1,4 @@
-"""What a serving engine is asked for."""
+"""Settings of a serving engine."""
 
 from __future__ import annotations
 
@@ -36,39 +36,41 @@ CacheDtype = Literal[
 class Serving(Part, frozen=True):
     """How a serving engine is started (profiles `vllm-...`, `sglang-...`, `tgi-...`, `llama.cpp-...`).
 
-    None is the engine's own default. A request is `batch.sequence` and `batch.new_tokens` together (256 of those where
-    none are asked for), and `batch.micro` of them at once are to fit.
+    None is the engine's own default. A request has `batch.sequence` prompt tokens and `batch.new_tokens` new ones (256
+    by default), and `batch.micro` requests must fit at once.
 
-    weights                 what the weights are stored in, by name (`memplan.catalogue.quantization.storage`, or a GGUF
-                            type); None for `method.quantization`, or as the checkpoint is stored
-    max_model_len           the most tokens of a request that the engine admits; None for as many as the model has
-                            positions for, and of llama.cpp for those of the run's requests
-    max_num_seqs            requests in one step; of llama.cpp its parallel slots
-    max_num_batched_tokens  tokens in one step: vLLM's word; SGLang's `chunked_prefill_size`, TGI's
+    weights                 storage format of the weights (`memplan.catalogue.quantization.storage`, or a GGUF type);
+                            None for `method.quantization`, or else as the checkpoint stores them
+    max_model_len           longest request that the engine admits, in tokens; None for the model's number of positions
+                            (llama.cpp: for the run's request length)
+    max_num_seqs            requests per step; llama.cpp's parallel slots
+    max_num_batched_tokens  tokens per step: vLLM's name; SGLang's `chunked_prefill_size`, TGI's
                             `max_batch_prefill_tokens`, llama.cpp's `ubatch`
-    memory_utilization      the share of the card it takes: `gpu_memory_utilization`, `mem_fraction_static`,
-                            `cuda_memory_fraction`
-    block_size              tokens of a block of the pool, or of a page
-    cache_dtype             what keys and values are stored in; `auto` is the model's dtype
-    cuda_graphs             steps of few tokens are recorded and replayed
-    prefix_caching          blocks of requests that are over are kept for those that begin alike
-    hybrid_cache            layers with a window keep that alone, where the engine can
-    gpu_layers              of llama.cpp: the layers in the card's memory, from the last; one more is the head
-    flash_attention         of llama.cpp: scores are not written out
-    split_mode              of llama.cpp on several cards: `layer` lays whole layers on each, `none` all on one of them
-    tensor_split            of llama.cpp: in which proportions cards have layers; None for equal parts
-    main_gpu                of llama.cpp: the card that has all under split_mode `none`, the first is 0
-    dp_attention            of SGLang: the `dp` groups of ranks share one model's experts, MLPs and head, and only
-                            attention is theirs alone; without it they are replicas
-    limit_images, limit_videos
-                            how many of them a request may have (vLLM's `limit_mm_per_prompt`); None for any number. 0
-                            of both: the tower is not there
-    lora_slots, lora_rank   adapters that may be in one step, and the largest rank of them
-    lora_cpu_slots          adapters that the host has (vLLM's `max_cpu_loras`); None for as many as there are slots
+    memory_utilization      share of the GPU's memory that the engine takes: `gpu_memory_utilization`,
+                            `mem_fraction_static`, `cuda_memory_fraction`
+    block_size              tokens per block (or page) of the key/value pool
+    cache_dtype             dtype of keys and values; `auto` for the model's
+    cuda_graphs             whether decoding steps are captured as CUDA graphs
+    prefix_caching          whether blocks of finished requests are kept for requests with the same prefix
+    hybrid_cache            whether sliding-window layers cache only their window, if the engine can
+    gpu_layers              llama.cpp: number of last layers in GPU memory; one more includes the head
+    flash_attention         llama.cpp: whether attention scores are never written out
+    split_mode              llama.cpp on several GPUs: `layer` puts whole layers on each, `none` everything on one
+    tensor_split            llama.cpp: proportions of the layers on each GPU; None for equal parts
+    main_gpu                llama.cpp: index of the GPU that holds everything under split_mode `none`
+    dp_attention            SGLang: only attention is data-parallel over `dp`; experts, MLPs and head are divided. If
+                            off, the `dp` groups are replicas
+    limit_images            most images per request (vLLM's `limit_mm_per_prompt`); None for no limit. With
+                            `limit_videos` also 0, the vision tower is not loaded
+    limit_videos            most videos per request, likewise
+    lora_slots              most adapters in one step (vLLM's `max_loras`)
+    lora_rank               largest rank of an adapter
+    lora_cpu_slots          adapters kept on the host (vLLM's `max_cpu_loras`); None for `lora_slots`
     speculative_method      what proposes tokens: `draft_model` (SGLang's STANDALONE), `eagle`, `eagle3`, `mtp` (NEXTN),
-                            `ngram`; None for nothing, or a `draft_model` where one is said
-    draft_model             the smaller model, or the config of EAGLE's head; `draft_weights` what it is stored in
-    num_speculative_tokens  how many are proposed: SGLang's `speculative_num_draft_tokens`, llama.cpp's `draft-max`
+                            `ngram`; None for `draft_model` if there is one, else no speculation
+    draft_model             smaller model, or the config of EAGLE's head
+    draft_weights           storage format of the draft model's weights
+    num_speculative_tokens  tokens proposed per step: SGLang's `speculative_num_draft_tokens`, llama.cpp's `draft-max`
     """
 
     weights: str | None = None

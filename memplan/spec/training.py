@@ -14,7 +14,7 @@ from memplan.spec.formats import Quantization
 
 MethodKind = Literal["full", "freeze", "lora", "qlora", "dora", "qdora"]
 
-# The other methods of peft 0.21, by its names in small letters: known, and not supported yet.
+# The other methods of peft 0.21, in lower case: known, but not supported yet.
 LATER_METHODS = frozenset(
     (
         *("adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "cartridge", "cpt", "deft", "delora"),
@@ -27,9 +27,19 @@ LATER_METHODS = frozenset(
 
 
 class Method(Part, frozen=True):
-    """What trains. `targets` are module or role names, or `all-linear`; `rank` to `quantization` are for adapters.
+    """Which weights train, and how.
 
-    `frozen` are parts of a vision-language model that neither train nor are adapted.
+    kind              full, freeze (only the last layers train), or an adapter method
+    rank              rank of the adapters
+    alpha             scale of the adapters (`lora_alpha`)
+    targets           module or role names that get adapters, or `all-linear`
+    dropout           dropout of the adapters' input, 0 to 1
+    modules_to_save   modules that train in full, in addition to the adapters
+    adapter_dtype     dtype of the adapter weights
+    trainable_layers  number of last layers that `freeze` trains
+    frozen            parts of a vision-language model that neither train nor get adapters
+    quantization      how the frozen base weights are stored; NF4 for qlora and qdora if not given
+    options           other arguments of peft's config, such as `use_rslora`
     """
 
     kind: MethodKind = "full"
@@ -47,28 +57,31 @@ class Method(Part, frozen=True):
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, value: Any) -> Any:
-        """A word is the kind; `qlora` and `qdora` quantise, to NF4 unless something else is said."""
+        """Accept a kind as the whole method; quantise `qlora` and `qdora`, to NF4 by default."""
         if isinstance(value, str):
             value = {"kind": value}
         if not isinstance(value, Mapping):
             return value
-        given = dict(cast(Mapping[str, Any], value))
-        kind = given.get("kind")
+        values = dict(cast(Mapping[str, Any], value))
+        kind = values.get("kind")
         if kind in ("forward", "generate"):
-            raise SpecError(f"method.kind: {kind!r} is a task, not a method: write it as the run's task", "method.kind")
+            raise SpecError(f"method.kind: {kind!r} is a task, not a method; set the run's task to it", "method.kind")
         if isinstance(kind, str) and kind.lower().replace("-", "_") in LATER_METHODS:
             supported = ", ".join(get_args(MethodKind))
             raise SpecError(f"method.kind: {kind!r} is not supported yet; supported: {supported}", "method.kind")
-        if kind in ("qlora", "qdora") and given.get("quantization") is None:
-            given["quantization"] = {}
-        return given
+        if kind in ("qlora", "qdora") and values.get("quantization") is None:
+            values["quantization"] = {}
+        return values
 
 
 class Precision(Part, frozen=True):
-    """`weights` is the dtype the model is loaded in, `compute` what autocast or 4-bit layers compute in.
+    """Dtypes of weights, computation and gradients. Also accepted: `pure`, `amp`, `mixed`, or a dtype for pure.
 
-    `grads` and `master` (and the states with it) differ from `weights` in mixed precision as Megatron and DeepSpeed
-    mean it. The words `pure`, `amp` and `mixed` are accepted for the whole, a dtype for pure precision in it.
+    weights   dtype the model is loaded in
+    compute   dtype that autocast, 4-bit layers or FP8 matrix products compute in
+    autocast  whether torch.autocast is on
+    grads     dtype of gradients, if not that of the weights (mixed precision of Megatron and DeepSpeed)
+    master    dtype of the optimizer's copy of the weights and of its states, if it keeps a copy
     """
 
     weights: Dtype = "bf16"
@@ -87,16 +100,16 @@ PRECISIONS = ("pure", "amp", "mixed", "bf16", "fp16", "fp32")
 
 
 def precision_of(word: str, dtype: str = "bf16") -> dict[str, Any]:
-    """The fields of `Precision` that `pure`, `amp`, `mixed` or a dtype mean.
+    """Return the fields of `Precision` that `pure`, `amp`, `mixed` or a dtype stands for.
 
-    Raises SpecError for `mixed` of fp32, UnknownNameError for another word.
+    Raises SpecError for `mixed` with fp32, UnknownNameError for another word.
     """
     match word:
-        case "amp":  # over fp32 weights anyway, so fp32 names no dtype to compute in
+        case "amp":  # its weights are always fp32, so `dtype` can only mean the dtype to compute in
             return {"weights": "fp32", "compute": "bf16" if dtype == "fp32" else dtype, "autocast": True}
         case "mixed":
             if dtype == "fp32":
-                raise SpecError("precision: mixed keeps bf16 or fp16 weights beside fp32 ones, not fp32", "precision")
+                raise SpecError("precision: mixed needs bf16 or fp16 weights, not fp32", "precision")
             return {"weights": dtype, "grads": dtype, "master": "fp32"}
         case "pure":
             return {"weights": dtype}
@@ -107,7 +120,14 @@ def precision_of(word: str, dtype: str = "bf16") -> dict[str, Any]:
 
 
 class Optimizer(Part, frozen=True):
-    """`name` as in transformers' `OptimizerNames`, or `none`. `foreach` and `state_dtype` override its defaults."""
+    """The optimizer. A name is accepted for the whole.
+
+    name         a name from transformers' `OptimizerNames`, or `none`
+    state_dtype  dtype of the states; None for the optimizer's default
+    foreach      whether torch steps lists of all parameters at once; None for the optimizer's default
+    in_backward  whether each parameter is stepped during backward, as soon as its gradient is there
+    momentum     momentum of optimizers that take one, such as SGD
+    """
 
     name: str | None = None
     state_dtype: Dtype | None = None
@@ -122,9 +142,17 @@ class Optimizer(Part, frozen=True):
 
 
 class Kernels(Part, frozen=True):
-    """Which implementations run. `reentrant`: torch's reentrant kind of checkpointing, which recomputes a whole block
-    before any of its backward; a block's gradient and output stay until that is done. Checkpointing `offload` is `full`
-    with the blocks' inputs in host memory."""
+    """Which implementations run.
+
+    attention      attention implementation, in transformers' terms
+    checkpointing  activation checkpointing; `offload` is `full` with the blocks' inputs in host memory
+    reentrant      torch's reentrant checkpointing, which recomputes a block before any of its backward runs, so the
+                   block's output and its gradient stay alive until the recomputation is done
+    loss           loss implementation: transformers' own, chunked, fused with the head (Liger, Cut Cross-Entropy), or
+                   chunked together with the head
+    fused          fused kernels to use
+    compile        torch.compile
+    """
 
     attention: Literal["sdpa", "flash_attention_2", "eager", "sdpa_math", "sdpa_efficient"] = "sdpa"
     checkpointing: Literal["none", "full", "selective", "offload"] | None = None
@@ -137,12 +165,16 @@ class Kernels(Part, frozen=True):
 class Loop(Part, frozen=True):
     """What the training script does around the step.
 
-    `use_cache` takes no memory in training: what it would hold is kept for backward anyway, or the model has it off
-    under checkpointing. Where nothing trains it is on unless said otherwise, and a decoder's one pass returns its
-    cache. `trainer`: transformers' Trainer drives it, which keeps the states of embeddings in fp32 under bitsandbytes'
-    8-bit optimizers. `hold_outputs`: a name of the script's keeps the model's outputs through the
-    backward pass, or, with the word `step`, through the optimizer's step too. `expandable_segments`: torch's allocator
-    has them (PYTORCH_CUDA_ALLOC_CONF).
+    hold_outputs         the script keeps a reference to the model's outputs through backward; `step`: through the
+                         optimizer step too
+    padded               batches are padded, so they have an attention mask
+    use_cache            the model returns its key/value cache. Takes no memory in training: backward keeps the keys and
+                         values anyway, or checkpointing turns the cache off. None: on if nothing trains
+    clip_grad_norm       largest gradient norm; None or 0 for no clipping
+    grad_scaler          gradients are scaled for fp16 (torch.amp.GradScaler)
+    trainer              transformers' Trainer drives the step: under bitsandbytes' 8-bit optimizers it keeps the states
+                         of embeddings in fp32
+    expandable_segments  torch's allocator uses expandable segments (PYTORCH_CUDA_ALLOC_CONF)
     """
 
     hold_outputs: Flag | Literal["step"] = False
@@ -155,16 +187,18 @@ class Loop(Part, frozen=True):
 
 
 class Evaluation(Part, frozen=True):
-    """Evaluation between two steps, as transformers' Trainer runs it: forward passes of `micro` sequences
-    (`per_device_eval_batch_size`) of `sequence` tokens each, as long as those of training where that is None.
+    """Evaluation between two training steps, as transformers' Trainer runs it.
 
-    kept_batches   of so many batches the logits are kept on the GPU, as they are for `compute_metrics`, unless
-                   `prediction_loss_only`; 0 for none. At most 32,768 are there at once: see `accumulation`
-    accumulation   after so many batches they go to the host (`eval_accumulation_steps`)
-    concatenates   those of a further batch are joined with those before (`eval_do_concat_batches`); else a list is kept
-    preprocess     `preprocess_logits_for_metrics` keeps the likeliest token alone
-    batch_metrics  each batch's go when its metrics are computed (`batch_eval_metrics`)
-    new_tokens     so many tokens are generated after each sequence (`predict_with_generate`)
+    micro          sequences per GPU and forward pass (`per_device_eval_batch_size`)
+    sequence       tokens per sequence; None for the training length
+    kept_batches   number of batches whose logits stay on the GPU for `compute_metrics`; 0 for none
+                   (`prediction_loss_only`). At most 32,768 at a time: see `accumulation`
+    accumulation   batches after which kept logits move to the host (`eval_accumulation_steps`); None: after the last
+    concatenates   each batch's logits are concatenated with the earlier ones (`eval_do_concat_batches`); false: kept in
+                   a list
+    preprocess     `argmax`: `preprocess_logits_for_metrics` keeps only the likeliest tokens
+    batch_metrics  a batch's logits are freed once its metrics are computed (`batch_eval_metrics`)
+    new_tokens     tokens generated after each sequence (`predict_with_generate`)
     """
 
     micro: Count = 8
@@ -178,16 +212,22 @@ class Evaluation(Part, frozen=True):
 
 
 class Saving(Part, frozen=True):
-    """A checkpoint after a step. `state_dict`: `full` gathers whole weights, `sharded` has every rank write its part;
-    None for full. `optimizer`: its states are written too, as they are in a checkpoint of the Trainer's."""
+    """Writing a checkpoint after a step.
+
+    state_dict  `full` gathers whole weights on one rank, `sharded` has every rank write its shard; None for full
+    optimizer   whether optimizer states are written too, as in the Trainer's checkpoints
+    """
 
     state_dict: Literal["full", "sharded"] | None = None
     optimizer: Flag = True
 
 
 class Merging(Part, frozen=True):
-    """Adapters added to the weights they are beside, as peft's `merge_and_unload` does it: of the model that was
-    `trained`, in its process; or of one `reloaded` for it on the GPU by another, in `dtype` and not quantised."""
+    """Merging the adapters into the base weights with peft's `merge_and_unload`. A word sets `model`.
+
+    model  `trained`: merge in the training process; `reloaded`: load the base model unquantised in a new process
+    dtype  dtype of a reloaded model
+    """
 
     model: Literal["trained", "reloaded"] = "trained"
     dtype: Dtype | None = None
@@ -199,7 +239,7 @@ class Merging(Part, frozen=True):
 
 
 class Also(Part, frozen=True):
-    """What a training run does beside its steps, where it is to be counted: evaluate, save, merge its adapters."""
+    """Other work of a training run whose memory counts too: evaluation, saving, merging. None leaves it out."""
 
     evaluation: Evaluation | None = None
     saving: Saving | None = None

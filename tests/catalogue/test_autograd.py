@@ -1,6 +1,6 @@
-"""What is kept for backward equals what autograd saves, to the byte: kernel by kernel, then model by model.
+"""Tensors kept for backward equal those that autograd saves, to the byte: kernel by kernel, then model by model.
 
-Real tensors on the CPU; every tensor that autograd saves passes through a hook, and storages are counted once.
+Uses real tensors on the CPU; a hook sees every tensor that autograd saves, and each storage is counted once.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ AXES |= {"h32": 64, "s32": 64, "s8": 40, "efficient_workspace": 0, "efficient_fp
 def in_bytes(
     low: Lowered, axes: dict[str, int], leave_out: Iterable[str] = (), statistics: str = "fp32", masks: str = "bool"
 ) -> int:
-    """Exact bytes, without the allocator's rounding, of what is alive when forward is done.
+    """Return the exact bytes alive after forward, without the allocator's rounding.
 
-    On a GPU LayerNorm's `statistics` are fp32 and dropout's `masks` a byte an element; on the CPU both have the
+    On a GPU LayerNorm's `statistics` are fp32 and dropout's `masks` one byte per element; on the CPU both have the
     input's dtype.
     """
     total = 0
@@ -66,9 +66,9 @@ def in_bytes(
 def saved_bytes(
     compute: Callable[[], Any], held: Iterable[Any] = (), own: Iterable[Any] = (), still: bool = False
 ) -> int:
-    """Bytes of the storages that autograd saves in `compute`, with those of `held` and without those of `own`.
+    """Return the bytes of storages that autograd saves in `compute`, plus those of `held`, minus those of `own`.
 
-    `still`: only of what is there when it is done. A router saves for a choice that nothing flows back from.
+    With `still` only storages alive at the end count: a router saves tensors for a choice without gradients.
     """
     ours = {t.untyped_storage()._cdata for t in own}
     packed: list[Callable[[], Any]] = []
@@ -98,7 +98,7 @@ def one_block(
     trains: bool = True,
     constants: tuple[Tensor, ...] = (),
 ) -> Lowered:
-    """A stack whose block is the kernel, with `inputs` that ask for a gradient and `constants` that do not."""
+    """Return a stack whose block is the kernel, with `inputs` that require gradients and `constants` that do not."""
     weight = Weight("e", "h", "embedding", dtype)
     before = (
         Op("inputs", (), (Tensor("embeds", "n", dtype), *inputs), (weight,)),
@@ -116,7 +116,7 @@ def one_block(
 
 
 def leaf(*shape: int, dtype: Any, grad: bool = True) -> Any:
-    """A tensor that is no leaf, as activations are not."""
+    """Return a non-leaf tensor, like an activation."""
     x = torch.ones(*shape, dtype=dtype)
     return x.requires_grad_() * 1 if grad else x
 
@@ -134,7 +134,7 @@ def rotated(x: Any, cos: Any, sin: Any) -> Any:
 
 X = Tensor("in", "b s h", "")
 Q = Tensor("q", "b s a d", "")
-# name: operations, their output's name, inputs, and the same in torch with the parameters it has
+# name: operations, their output's name, inputs, and the torch equivalent with its parameters
 KERNELS: dict[str, tuple[tuple[Op, ...], str, tuple[Tensor, ...], Callable[..., Any], dict[str, tuple[int, ...]]]] = {
     "linear": (
         (ops.linear("l", "in", "out", "f", "h", "mlp"),),
@@ -244,7 +244,8 @@ def test_cross_entropy_keeps_one_fp32_copy_of_the_logits() -> None:
     assert saved_bytes(loss) == B * S * V * 4 + B * S * 8 + 4 + 4
 
 
-def test_flash_attention_keeps_q_k_v_its_output_and_a_number_a_row_and_head() -> None:
+def test_flash_attention_keeps_q_k_v_output_and_row_sums() -> None:
+    """Flash attention saves q, k, v, its output, and one number per row and head."""
     q, k, v = (leaf(B, A, S, D, dtype=torch.bfloat16) for _ in range(3))
     mine = attention.flash("f", "q", "k", "v", "o", grouped=False)
     assert {k_.what for k_ in mine.keeps} == {"q", "k", "v", "o", "o.lse", "o.seed", "o.offset"}
@@ -273,8 +274,8 @@ def test_embedding_keeps_the_ids() -> None:
 
 # models
 
-# What the indexers of MiniMax-M3 and DeepSeek V4 save goes with its graph as soon as they have chosen, and so does what
-# the last state of Kimi Linear's scan saves; a hook would hold it.
+# The tensors saved by the indexers of MiniMax-M3 and DeepSeek V4 are freed with their graph once tokens are chosen, as
+# are those of Kimi Linear's last scan state; a hook would keep them alive.
 DROPPED = {"deepseek_v4", "kimi_linear", "minimax_m3_vl_text"}
 
 
@@ -304,11 +305,11 @@ def test_a_model_keeps_what_autograd_saves(model_type: str, dtype: str) -> None:
     stack = losses.attach(methods.apply(stack, methods.Recipe("full", dtype, dtype)), "hf")
     axes = {**model.axes(), "b": batch, "s": sequence, "targets": batch * sequence}
     axes |= {"padded_labels": batch * (sequence + 1), "s1": sequence + 1}
-    if "E" in axes:  # of which all tokens, being the same, choose the same: as many rows in all as if spread evenly
+    if "E" in axes:  # equal tokens choose equal experts: as many rows in total as if spread evenly
         axes["routed"] = batch * sequence * axes["e"] // axes["E"]
     if "groups" in axes:
         axes["spread"] = batch * sequence * axes["e"] // axes["groups"]
-    axes |= {"several": batch, "chosen_keys": min(sequence, model.whole("index_topk", sequence))}
+    axes |= {"several": batch, "chosen_keys": min(sequence, model.config_int("index_topk", sequence))}
     axes |= chunked(axes, sequence, ONE_RUN)
     low = lower(stack, {run.times: axes[run.times] for run in stack.runs}, labelled=True)
     statistics = "fp32" if model_type == "olmo" else dtype  # OLMo normalises in fp32

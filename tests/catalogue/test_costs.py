@@ -1,4 +1,4 @@
-"""What changes cost: every lever has its row, whose time and quality both name a source."""
+"""Costs of changes: every lever has a row, whose time and quality both name a source."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from memplan.catalogue.profiles.costs import COSTS, Cost, cost_of
+from memplan.catalogue.profiles.costs import COSTS, LeverCost, cost_of
 from memplan.core.errors import UnknownNameError
 
 LEVERS = {
@@ -26,7 +26,7 @@ def test_every_lever_has_one_row() -> None:
 
 
 @every_row
-def test_a_row_says_its_time_or_that_it_is_counted(row: Cost) -> None:
+def test_a_row_says_its_time_or_that_it_is_counted(row: LeverCost) -> None:
     assert row.basis in ("derived", "measured", "assumed")
     assert (row.low is None) == (row.high is None) == row.time_source.startswith("counted: ")
     assert (row.basis == "derived") == ("assumed" not in row.time_source)
@@ -35,7 +35,7 @@ def test_a_row_says_its_time_or_that_it_is_counted(row: Cost) -> None:
 
 
 @every_row
-def test_a_row_names_the_sources_of_its_time_and_quality(row: Cost) -> None:
+def test_a_row_names_the_sources_of_its_time_and_quality(row: LeverCost) -> None:
     assert row.quality
     assert re.search(r"arXiv:\d{4}\.\d{5}|documentation|blog", row.quality_source)
     assert "\n" not in "".join((row.quality, row.time_source, row.quality_source))
@@ -43,7 +43,7 @@ def test_a_row_names_the_sources_of_its_time_and_quality(row: Cost) -> None:
 
 
 @every_row
-def test_how_severe_a_change_is_agrees_with_its_sentence(row: Cost) -> None:
+def test_how_severe_a_change_is_agrees_with_its_sentence(row: LeverCost) -> None:
     assert row.severity in (0, 1, 2, 3)
     assert (row.severity == 0) == row.quality.startswith("none")
     assert (row.severity == 1) == row.quality.startswith("hardly any")

@@ -1,4 +1,4 @@
-"""Decoders of their own kind: sinks, shared keys, several streams, towers that a text does not call."""
+"""Unusual decoders: attention sinks, shared keys, several streams, towers unused by text."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def label(case: dict[str, Any]) -> str:
     return "-".join((case["name"], *filter(None, ways)))
 
 
-# Small tensors of which blocks were chosen are left out of MiniMax-M3's; a number or two of others round differently.
+# MiniMax-M3's stack leaves out small tensors of chosen blocks; in the others one or two numbers round differently.
 @pytest.mark.parametrize("case", sampled(ROWS), ids=label)
 def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**case["run"]))
@@ -61,7 +61,7 @@ def test_every_family_is_traced_with_every_method() -> None:
 
 
 @pytest.mark.parametrize("name", ["gemma4-experts", "gemma4-small"])
-def test_a_text_holds_the_towers_and_gives_them_no_gradient(name: str) -> None:
+def test_text_runs_hold_the_towers_without_gradients(name: str) -> None:
     whole = estimate(run(name, optimizer="adamw_torch"))
     alone = estimate(run(name, {"vision_config": None, "audio_config": None}, optimizer="adamw_torch"))
     tower = whole.parameters.total - alone.parameters.total
@@ -77,7 +77,7 @@ def test_a_tower_has_layers_that_a_text_skips() -> None:
     assert [op.skipped for op in tower.blocks[0].ops] == [False] + [True] * (len(tower.blocks[0].ops) - 1)
 
 
-def test_keys_that_later_layers_reuse_are_there_once() -> None:
+def test_keys_reused_by_later_layers_are_counted_once() -> None:
     own = estimate(run("gemma4_text", {"num_kv_shared_layers": 0, "use_double_wide_mlp": False}))
     shared = estimate(run("gemma4_text", {"use_double_wide_mlp": False}))
     # k_proj, v_proj and k_norm of one layer with a window and two without: 64 x 16 and 64 x 32, twice, and a norm
@@ -85,15 +85,15 @@ def test_keys_that_later_layers_reuse_are_there_once() -> None:
 
 
 @pytest.mark.parametrize("name", ["gpt_oss", "mimo_v2_flash"])
-def test_sinks_are_computed_without_sdpa_and_said_to_be(name: str) -> None:
+def test_attention_sinks_are_computed_without_sdpa_and_noted(name: str) -> None:
     asked = estimate(run(name))
     eager = estimate(run(name, kernels={"attention": "eager"}))
     assert asked.bytes.allocated == eager.bytes.allocated
-    assert any("eager attention is counted" in note for note in asked.notes)
+    assert any("counted with eager attention" in note for note in asked.notes)
 
 
 @pytest.mark.parametrize("name", [*FAMILIES, "step3p7"])
-def test_what_flash_attention_2_does_not_run_is_refused(name: str) -> None:
+def test_models_unsupported_by_flash_attention_2_are_refused(name: str) -> None:
     asked = run(name, kernels={"attention": "flash_attention_2"})
     if ModelSpec(config(name)).model_type not in NO_FLASH_2:
         assert estimate(asked).bytes.allocated > 0
@@ -102,7 +102,7 @@ def test_what_flash_attention_2_does_not_run_is_refused(name: str) -> None:
         estimate(asked)
 
 
-def test_what_gemma_3n_clamps_is_left_unquantised() -> None:
+def test_layers_that_gemma_3n_clamps_are_left_unquantised() -> None:
     clamped = ("prediction_coefs", "correction_coefs")
     silent = estimate(run("gemma3n_text", method="qlora"))
     named = {"kind": "qlora", "quantization": {"skip": ["lm_head", *clamped]}}

@@ -1,4 +1,4 @@
-"""What BERT with each of its heads keeps for backward equals what autograd saves; what decoders that classify have."""
+"""BERT with each of its heads keeps what autograd saves; classifying decoders have transformers' parameters."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 
 def saves(objective: str, dtype: Any) -> int:
-    """Bytes that autograd keeps of one forward pass of transformers' class on the CPU."""
+    """Return the bytes that autograd saves in one forward pass of transformers' class on the CPU."""
     transformers = pytest.importorskip("transformers")
     from tests.catalogue.test_autograd import saved_bytes
 

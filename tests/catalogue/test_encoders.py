@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders: their traces, what their heads keep, how long sequences are, what is refused."""
+"""Encoders and encoder-decoders: traces, heads, sequence lengths and refusals."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from memplan import RunSpec, estimate
 from memplan.cli.options import OBJECTIVES as TYPED
 from memplan.core.errors import ConfigError, SpecError, UnsupportedModelError
 from memplan.models.model import ModelSpec, with_objective
-from memplan.models.objectives import Objective, saved_with
+from memplan.models.objectives import Objective, modules_to_train
 from memplan.planning.step_time import work
 from memplan.planning.sweep import grid
-from memplan.program.graph import built
+from memplan.program.graph import operations_of
 from memplan.program.training.program import program
 from memplan.resolve.decide import decide
 from tests.encoders import HEADS, SMALL
@@ -51,12 +51,12 @@ def test_the_encoders_mean_error_is_one_tenthousandth_at_most() -> None:
     assert mean(compared_with_trace(row).peak for row in traced[::4]) < 1e-4
 
 
-def test_the_objectives_that_are_typed_are_those_there_are() -> None:
+def test_the_objective_type_lists_every_objective() -> None:
     assert set(TYPED) == set(get_args(Objective))
 
 
 @pytest.mark.parametrize(("name", "objective"), HEADED)
-def test_a_config_says_what_it_is_trained_for_by_its_class(name: str, objective: str) -> None:
+def test_a_configs_class_determines_the_objective(name: str, objective: str) -> None:
     model = with_objective(ModelSpec(SMALL[name]), objective)
     assert model.objective == objective
     assert ModelSpec(model.config).objective == objective  # by its architectures
@@ -64,7 +64,7 @@ def test_a_config_says_what_it_is_trained_for_by_its_class(name: str, objective:
     assert answer.run.objective == objective
 
 
-def test_the_usual_objective_of_a_family_is_what_it_was_pretrained_for() -> None:
+def test_the_default_objective_is_the_familys_pretraining_objective() -> None:
     usual = {name: ModelSpec(config).objective for name, config in SMALL.items()}
     assert usual == {
         **dict.fromkeys(("bert", "roberta", "xlm-roberta"), "masked_lm"),
@@ -101,14 +101,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"objective": "causal_lm"},
         "objective: causal_lm is not supported for model_type bert; supported: masked",
     ),
-    ("bert", {"kernels": {"loss": "fused"}}, "kernels.loss: fused is of causal language models"),
-    ("whisper", {"kernels": {"loss": "chunked"}}, "kernels.loss: chunked is of causal language models"),
+    ("bert", {"kernels": {"loss": "fused"}}, "kernels.loss: fused only applies to causal language models"),
+    ("whisper", {"kernels": {"loss": "chunked"}}, "kernels.loss: chunked only applies to causal language models"),
     ("bert", {"profile": "transformers-4.46"}, "profile: transformers-4.46 is not supported yet for masked_lm"),
-    ("bert", {"batch": {"sequence": 301}}, "batch.sequence: 301 tokens, but bert has learned positions for 300"),
-    ("roberta", {"batch": {"sequence": 299}}, "batch.sequence: 299 tokens, but roberta has learned positions for 298"),
-    ("bert", {"batch": {"sequence": 8, "target_sequence": 8}}, "batch.target_sequence: bert has no decoder"),
-    ("vit", {"batch": {"sequence": 64}}, "batch.sequence: the encoder of vit reads 197 tokens"),
-    ("whisper", {"batch": {"target_sequence": 97}}, "batch.target_sequence: 97 tokens, but the decoder of whisper has"),
+    ("bert", {"batch": {"sequence": 301}}, "batch.sequence: 301 tokens exceed the 300 learned positions of bert"),
+    ("roberta", {"batch": {"sequence": 299}}, "batch.sequence: 299 tokens exceed the 298 learned positions of roberta"),
+    ("bert", {"batch": {"sequence": 8, "target_sequence": 8}}, "batch.target_sequence: bert is not an encoder-decoder"),
+    ("vit", {"batch": {"sequence": 64}}, "batch.sequence: the encoder of vit always reads 197 tokens"),
+    ("whisper", {"batch": {"target_sequence": 97}}, "batch.target_sequence: 97 tokens exceed the"),
     (
         "t5",
         {"kernels": {"attention": "flash_attention_2"}},
@@ -119,7 +119,7 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("name", "options", "message"), REFUSED)
-def test_what_an_encoder_cannot_do_is_one_line_that_names_the_field(
+def test_unsupported_encoder_options_are_refused_in_one_line_with_the_field(
     name: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(SpecError) as caught:
@@ -140,7 +140,7 @@ def test_the_first_block_of_each_stack_has_the_biases_of_all(name: str) -> None:
     assert single == tables + 3 * attention + 2 * mlp + 2 * 32 * heads + 2 * h  # two biases, two last norms
 
 
-def test_a_decoder_is_given_as_much_as_the_encoder_or_as_it_has_positions_for() -> None:
+def test_decoder_length_defaults_to_the_encoders_or_to_its_positions() -> None:
     assert estimate(run("t5")).run.batch.target_sequence == 64
     assert estimate(run("whisper")).run.batch.target_sequence == 96
     assert estimate(run("whisper")).run.batch.sequence == 200
@@ -162,21 +162,21 @@ def test_a_grid_of_batches_and_lengths_is_what_each_run_is(name: str) -> None:
             assert found.allocated[i, j] == estimate(one).bytes.allocated
 
 
-def test_a_head_that_classifies_trains_beside_adapters_and_is_not_quantised() -> None:
+def test_a_classification_head_trains_with_the_adapters_and_is_unquantised() -> None:
     for name, h, classes in (("bert", 128, 2), ("vit", 128, 2)):
         objective = "sequence_classification" if name == "bert" else "image_classification"
         with_head, without = (
             estimate(run(name, method=kind, objective=one)).parameters.trainable
             for kind, one in (("lora", objective), ("lora", "feature_extraction"))
         )
-        pooler = 16 * (h + h)  # adapters on the pooler of the model alone; BERT has one for classification too
+        pooler = 16 * (h + h)  # adapters on the pooler of the bare model; BERT for classification has one too
         assert with_head == without + classes * (h + 1) - (pooler if name == "vit" else 0)
         graph = decide(run(name, method="qlora", objective=objective)).structure.graph
-        stored = {w.name for op in built(graph)[0].after for w in op.weights if w.stored}
+        stored = {w.name for op in operations_of(graph)[0].after for w in op.weights if w.stored}
         assert not any("classifier" in one for one in stored)
-    assert saved_with("masked_lm", ("x",)) == ("x",)
-    assert saved_with("token_classification", ("x",)) == ("x", "classifier")
-    assert saved_with("token_classification", ("classifier",)) == ("classifier",)
+    assert modules_to_train("masked_lm", ("x",)) == ("x",)
+    assert modules_to_train("token_classification", ("x",)) == ("x", "classifier")
+    assert modules_to_train("token_classification", ("classifier",)) == ("classifier",)
 
 
 def test_a_decoder_that_classifies_has_scores_in_place_of_its_head() -> None:
@@ -186,12 +186,12 @@ def test_a_decoder_that_classifies_has_scores_in_place_of_its_head() -> None:
     adapted = (run("llama", method="lora", objective=one) for one in ("causal_lm", "sequence_classification"))
     less, more = (estimate(one).parameters.trainable for one in adapted)
     assert more - less == 1 * 128  # its copy trains
-    with pytest.raises(SpecError, match="fused is of causal language models"):
+    with pytest.raises(SpecError, match="fused only applies to causal language models"):
         estimate(run("llama", objective="sequence_classification", kernels={"loss": "fused"}))
 
 
 def test_t5s_second_matrix_is_never_quantised() -> None:
-    stack, _ = built(decide(run("flan-t5", method="qlora")).structure.graph)
+    stack, _ = operations_of(decide(run("flan-t5", method="qlora")).structure.graph)
     stored = {
         w.name.split(".")[-2] for r in stack.runs for b in r.blocks for op in b.ops for w in op.weights if w.stored
     }
@@ -199,7 +199,7 @@ def test_t5s_second_matrix_is_never_quantised() -> None:
     assert not {"wo", "lm_head"} & stored
 
 
-def test_flan_t5s_head_has_a_weight_of_its_own_and_t5s_does_not() -> None:
+def test_flan_t5_has_an_untied_head_and_t5_a_tied_one() -> None:
     own = estimate(run("flan-t5")).parameters.total
     tied = program(decide(RunSpec(model={"config": {**SMALL["flan-t5"], "tie_word_embeddings": True}})).structure)
     assert own - tied.total_parameters == 600 * 128
@@ -210,7 +210,7 @@ def test_whispers_table_of_sines_does_not_train() -> None:
     assert found.total - found.trainable == 200 * 128
 
 
-def test_images_have_as_many_tokens_as_their_patches_and_one() -> None:
+def test_images_have_one_token_per_patch_and_a_class_token() -> None:
     def tokens(**sizes: Any) -> int | None:
         return ModelSpec({**SMALL["vit"], **sizes}).only_sequence
 
@@ -221,8 +221,8 @@ def test_images_have_as_many_tokens_as_their_patches_and_one() -> None:
             tokens(**wrong)
 
 
-def test_an_encoder_computes_the_whole_of_attention_where_a_decoder_leaves_half_out() -> None:
-    """Products of q and k and of the probabilities and v: 4 b a s s d forward, and 10 of them backward."""
+def test_encoder_attention_costs_twice_the_flops_of_causal_attention() -> None:
+    """The products q k^T and p v take 4 b a s s d operations forward, and 10 b a s s d backward."""
     b, s, a, d = 2, 64, 4, 32
     products = [
         p.operations

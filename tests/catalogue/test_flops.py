@@ -1,4 +1,4 @@
-"""Operations equal those that torch counts, exactly: real models on the CPU, forward and backward."""
+"""FLOPs equal torch's count exactly: real models on the CPU, forward and backward."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ B, S, RANK = 2, 40, 4
 def in_torch(
     config: dict[str, Any], attn: str, checkpointing: str, adapter: dict[str, Any] | None, amp: bool
 ) -> tuple[int, int]:
-    """What torch counts forward, and in all."""
+    """Return torch's count for forward, and in total."""
     made = transformers.AutoModelForCausalLM.from_config(
         transformers.AutoConfig.for_model(**config), attn_implementation=attn
     )
@@ -101,8 +101,8 @@ def test_operations_equal_torchs_count(name: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["flash", "efficient"])
-def test_a_kernel_of_attention_is_counted_as_torch_does_but_for_the_masked_half(backend: str) -> None:
-    """torch counts all of it, whether it is causal or not."""
+def test_attention_flops_match_torchs_except_for_the_masked_half(backend: str) -> None:
+    """torch counts the full product, causal or not."""
     b, a, s, d = 2, 4, 96, 16
     shape = (b, a, s, d)
     op = next(op for op in attention("n", "q", "k", "v", "y", Wiring(backend, backend), False) if op.product)

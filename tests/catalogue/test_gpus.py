@@ -10,7 +10,7 @@ from memplan.catalogue.hardware.gpus import all_gpus, ambiguous_with, find_gpu, 
 from memplan.core.errors import UnknownNameError
 from memplan.core.units import MIB
 
-# Facts that are numbers or texts of the card, and so need a source each. The other fields name or sort it.
+# Facts about the card, each of which needs a source. The other fields name or sort it.
 FACTS = (
     "memory_gb",
     "memory_options_gb",
@@ -164,7 +164,7 @@ def test_the_driver_total_lies_below_the_marketed_size() -> None:
 
 
 def test_discrete_cards_hold_back_less_than_an_eighth() -> None:
-    # Inline ECC takes a sixteenth and firmware a little more: a larger gap is a slip of the pen.
+    # Inline ECC takes a sixteenth and firmware a little more: a larger gap is a typing error.
     for gpu in all_gpus():
         marketed = int(gpu.memory_gb * 1024) * MIB
         assert gpu.unified or gpu.driver_total * gpu.devices > marketed * 7 // 8, gpu.name
@@ -192,7 +192,7 @@ def test_the_basis_of_driver_total_agrees_with_its_source() -> None:
         assert (source.grade == "repo") == (gpu.driver_basis == "driver"), gpu.name
 
 
-def test_what_no_driver_reported_follows_the_rule() -> None:
+def test_cards_without_a_driver_reading_follow_the_rule() -> None:
     ruled = [gpu for gpu in all_gpus() if gpu.driver_basis == "rule"]
     assert ruled
     for gpu in ruled:
@@ -204,10 +204,10 @@ def test_what_no_driver_reported_follows_the_rule() -> None:
 
 
 def test_the_rule_by_hand() -> None:
-    # The arithmetic of `total_by_rule`'s docstring, done apart from it.
+    # The arithmetic of `total_by_rule`'s docstring, computed separately.
     assert find_gpu("3060 ti").driver_total == 8_188 * MIB  # 24564/24576 of 8192
     assert find_gpu("rtx-5090-laptop").driver_total == 24_453 * MIB  # 8151/8192 of 24576
-    assert find_gpu("4070 ti super").driver_total == 16_376 * MIB  # the least of the 16 GB cards of its generation
+    assert find_gpu("4070 ti super").driver_total == 16_376 * MIB  # the smallest of the 16 GB cards of its generation
     assert find_gpu("b100").driver_total == 183_360 * MIB  # 275040/294912 of 196608
     assert find_gpu("radeon pro w7800").driver_total == 30_709 * MIB  # 46064/49152 of 32768, ECC on
     assert find_gpu("strix halo").driver_total == 64_225 * MIB  # 49/100 of 131072
@@ -228,7 +228,7 @@ def test_apple_allows_two_thirds_to_36_gb_and_three_quarters_above(text: str, mi
     assert find_gpu(text).driver_total == mib * MIB
 
 
-def test_a_chip_sold_with_several_sizes_is_taken_with_the_least() -> None:
+def test_a_chip_sold_with_several_sizes_counts_with_the_smallest() -> None:
     chip = find_gpu("m3 max")
     assert (chip.memory_gb, chip.memory_options_gb) == (48, (48, 64, 128))
     assert [other.memory_gb for other in ambiguous_with("m3 max")] == [64, 128]
@@ -243,7 +243,7 @@ def test_ids_and_aliases_resolve_to_their_row() -> None:
     for gpu in all_gpus():
         for name in (gpu.name, *gpu.aliases):
             assert find_gpu(name) is gpu, name
-            # Names as they stand in the table are looked up; others are read. Both must come to the same.
+            # Names in the table are looked up; others are parsed. Both must agree.
             assert find_gpu(name.upper().replace("-", " ")) is gpu, name
             assert gpu.name not in [other.name for other in ambiguous_with(name)], name
 
@@ -260,7 +260,7 @@ def test_ids_and_aliases_are_unique_across_the_table() -> None:
 
 
 @pytest.mark.parametrize(("text", "name"), [*TYPED.items(), *PRINTED.items()])
-def test_what_people_type_and_tools_print_resolves(text: str, name: str) -> None:
+def test_names_as_typed_by_people_and_printed_by_tools_resolve(text: str, name: str) -> None:
     assert find_gpu(text).name == name
 
 
@@ -335,7 +335,7 @@ def test_unknown_names_raise(text: str) -> None:
 @pytest.mark.parametrize(
     ("text", "nearest"), [("rtx-3091", "rtx-3090"), ("mi300z", "mi300x"), ("h10o-sxm", "h100-sxm")]
 )
-def test_the_nearest_name_is_told(text: str, nearest: str) -> None:
+def test_an_unknown_name_suggests_the_nearest(text: str, nearest: str) -> None:
     with pytest.raises(UnknownNameError, match=nearest):
         find_gpu(text)
 
@@ -346,34 +346,34 @@ def test_any_text_is_found_or_unknown(text: str) -> None:
         card = find_gpu(text)
     except UnknownNameError:
         return
-    # What is found has a name that finds it again.
+    # Every result is found again by its name.
     assert find_gpu(card.name) == card
 
 
-def test_what_programs_get_is_what_torch_showed() -> None:
+def test_usable_memory_is_the_total_that_torch_reported() -> None:
     t4 = find_gpu("t4")
     assert t4.usable == t4.torch_total == 14_909 * MIB
     assert find_gpu("h100").usable == 80_995 * MIB  # 79.097 GiB
     assert find_gpu("4090").usable == 24_074 * MIB  # 23.51 GiB
-    # Memory that is shared with the CPU has a reading, too: 119.698 GiB of a GB10's 128.
+    # Memory shared with the CPU has a reading too: 119.698 GiB of a GB10's 128.
     assert find_gpu("dgx spark").usable == 122_570 * MIB
     m3 = find_gpu("m3 max")
     assert m3.torch_total is None
     assert m3.usable == m3.driver_total
 
 
-def test_where_torch_showed_nothing_nvidia_keeps_three_percent_or_half_a_gib() -> None:
+def test_without_a_torch_reading_nvidia_reserves_three_percent_or_half_a_gib() -> None:
     a100 = find_gpu("a100 pcie 80gb")
     assert a100.torch_total is None
     assert a100.usable == a100.driver_total - a100.driver_total * 3 // 100
-    # What torch has shown of 4, 6, 8 and 12 GB cards it does not name.
+    # torch's readings of unnamed 4, 6, 8 and 12 GB cards.
     for name, hundredths_of_gib in (("gtx 1650", 362), ("rtx 2060", 560), ("rtx 4060", 751), ("rtx 3080 ti", 1150)):
         card = find_gpu(name)
         assert card.torch_total is None
         assert card.usable == card.driver_total - 512 * MIB <= hundredths_of_gib * 1024 * MIB // 100
 
 
-def test_no_reading_is_below_what_is_kept_by_rule() -> None:
+def test_no_reading_reserves_less_than_the_rule() -> None:
     kept = [(gpu.driver_total - gpu.torch_total, gpu) for gpu in all_gpus() if gpu.torch_total and not gpu.unified]
     assert len(kept) > 20
     for reserve, gpu in kept:
@@ -381,7 +381,7 @@ def test_no_reading_is_below_what_is_kept_by_rule() -> None:
 
 
 @pytest.mark.parametrize("text", ["cuda", "gpu", "jetson orin", "k80", "8xH100", "4090ti", "g4dn", "quadro rtx 5000"])
-def test_even_a_name_like_none_gets_three_that_are(text: str) -> None:
+def test_even_a_nonsense_name_gets_three_suggestions(text: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
         find_gpu(text)
     assert len(caught.value.nearest) == 3

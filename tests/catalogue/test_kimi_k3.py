@@ -1,4 +1,4 @@
-"""Kimi K3, which transformers has no class for: its stack against a reference in torch, its count, what it says."""
+"""Kimi K3, which transformers has no class for: its stack against a torch reference, its parameters and its notes."""
 
 from __future__ import annotations
 
@@ -98,18 +98,22 @@ def test_layers_that_attend_keep_what_autograd_saves(dtype: str) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sequence", [40, 150])
-def test_layers_with_a_delta_rule_keep_what_autograd_saves_but_for_the_last_state(sequence: int, dtype: str) -> None:
-    """A hook holds what goes with the graph of the scan's last state: its decay and, of several chunks, what it decays
-    from. In bf16 the gated norm keeps its weight in fp32, too."""
+def test_delta_rule_layers_keep_what_autograd_saves_except_for_the_last_state(sequence: int, dtype: str) -> None:
+    """A hook keeps alive the graph of the scan's last state: its decay and, with several chunks, the state it decays.
+
+    In bf16 the gated norm also keeps its weight in fp32.
+    """
     layers, heads, width = 3, SIZES["linear_num_heads"], SIZES["linear_head_dim"]
     state = width + (2 * width * width if sequence > 64 else 0)
     dropped = 4 * 2 * heads * state + (4 * width if dtype == "bf16" else 0)
     assert saved(MIXED, dtype, 2, sequence) - kept(MIXED, dtype, 2, sequence) == layers * dropped
 
 
-def test_earlier_sums_go_when_a_layer_opens_the_next() -> None:
-    """Without checkpoints the model names what it gave to the layer that opens one, and the layer what it made of that;
-    the checkpoint of a layer keeps what it was given."""
+def test_earlier_sums_are_freed_when_a_layer_starts_the_next() -> None:
+    """Without checkpointing the model holds the input of the layer that starts a sum, and the layer its result.
+
+    A checkpointed layer keeps its input.
+    """
     model = ModelSpec(config(ATTEND))
     made = losses.attach(
         methods.apply(build(model, Wiring("eager", "eager")), methods.Recipe("full", "bf16", "bf16")), "hf"
@@ -153,31 +157,31 @@ def test_the_card_leaves_two_kinds_of_numbers_to_the_published_total() -> None:
     assert card["published"] - card["parameters"] == routers + padding
     layers = load_card("kimi-k3").layers
     assert [layer.mixer for layer in layers].count("linear_attention") == 69
-    assert [i for i, layer in enumerate(layers) if layer.opens] == [0, 12, 24, 36, 48, 60, 72, 84]
-    assert (layers[11].sums, layers[12].sums, layers[92].sums) == (1, 1, 8)
+    assert [i for i, layer in enumerate(layers) if layer.opens_sum] == [0, 12, 24, 36, 48, 60, 72, 84]
+    assert (layers[11].choosable_sums, layers[12].choosable_sums, layers[92].choosable_sums) == (1, 1, 8)
 
 
 def test_kimi_k3_answers_for_every_method_and_says_what_is_assumed() -> None:
     for method in ("full", "qlora", "lora"):
         answer = estimate(RunSpec(model="kimi-k3", method=method, batch={"sequence": 256}))
-        assert any(note.startswith("kimi_k3: ") and "assumed" in note for note in answer.notes)
+        assert any(note.startswith("kimi_k3: ") and "we assume" in note for note in answer.notes)
         assert any("float4" in note and "dequantised" in note for note in answer.notes)
         named = "self_attention_res_proj, mlp_res_proj, output_attn_res_proj"
         assert any(named in note and "multiplies by them" in note for note in answer.notes) == (method == "qlora")
     assert any(line.source.startswith(f"assumed: {DELTA_RULE}") for line in answer.ledger if line.basis == "assumed")
 
 
-def test_adapters_around_what_is_not_called_are_there_and_get_no_gradients() -> None:
+def test_adapters_on_unused_layers_exist_without_gradients() -> None:
     def trained(*targets: str) -> int:
         run = {"model": {"config": config(ATTEND)}, "method": {"kind": "lora", "rank": 4, "targets": targets}}
         return estimate(RunSpec.model_validate({**run, "batch": {"sequence": 64}})).parameters.trainable
 
-    beside = trained("q_a_proj", "mlp_res_proj") - trained("q_a_proj")
-    assert beside == SIZES["num_hidden_layers"] * 4 * (SIZES["hidden_size"] + 1)
+    residual_projections = trained("q_a_proj", "mlp_res_proj") - trained("q_a_proj")
+    assert residual_projections == SIZES["num_hidden_layers"] * 4 * (SIZES["hidden_size"] + 1)
 
 
 def test_images_and_other_projectors_are_refused_in_a_line() -> None:
-    with pytest.raises(SpecError, match="tower of kimi_k3 takes for images is not supported yet"):
+    with pytest.raises(SpecError, match="images are not supported yet for kimi_k3"):
         estimate(RunSpec(model="kimi-k3", batch={"images": 1}))
     card = read_card("kimi-k3")["config"]
     with pytest.raises(ConfigError, match="mm_projector_type of Kimi K3 must be patchmergerv2") as caught:

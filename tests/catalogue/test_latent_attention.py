@@ -1,4 +1,4 @@
-"""Latent attention: which kernel its widths take, what its configs must say, and weights without gradients."""
+"""Latent attention: the kernels for its widths, required config keys, and weights without gradients."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from memplan import RunSpec, estimate
-from memplan.catalogue.attention.attention import efficient_workspace_bytes
+from memplan.catalogue.attention.efficient_workspace import efficient_workspace_bytes
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.errors import ConfigError
 from memplan.models.model import ModelSpec
@@ -32,7 +32,7 @@ def test_a_head_has_a_width_for_keys_and_one_for_values(model_type: str, widths:
     assert model.rotary_width == 8
 
 
-def test_values_of_another_width_than_keys_are_not_flash_attentions() -> None:
+def test_flash_attention_needs_values_as_wide_as_keys() -> None:
     def peak(values: int, attention: str) -> int:
         given, kernels = {"v_head_dim": values}, {"attention": attention}
         return estimate(run("deepseek_v3", given, kernels=kernels)).bytes.allocated
@@ -71,10 +71,10 @@ def test_a_layer_that_shares_its_keys_has_no_indexer() -> None:
         ("deepseek_v3", {"kv_lora_rank": None}, "no kv_lora_rank"),
         ("deepseek_v3", {"qk_nope_head_dim": 0}, "qk_nope_head_dim must be a whole number from 1"),
         ("deepseek_v3", {"num_experts_per_tok": 17}, "num_experts_per_tok 17 is more than the 16 of n_routed_experts"),
-        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types must be a list of 3 times dense or sparse"),
-        ("glm_moe_dsa", {"indexer_types": ["shared"] * 3}, "indexer_types must be a list of 3 times full or shared"),
+        ("glm4_moe_lite", {"mlp_layer_types": ["dense"]}, "mlp_layer_types must be a list of 3 words, dense or sparse"),
+        ("glm_moe_dsa", {"indexer_types": ["shared"] * 3}, "indexer_types must be a list of 3 words, full or shared"),
     ],
 )
-def test_a_config_that_is_none_names_its_key(model_type: str, given: dict[str, Any], message: str) -> None:
+def test_an_invalid_config_names_its_key(model_type: str, given: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ModelSpec(config(model_type, **given)).axes()

@@ -35,7 +35,7 @@ def test_the_three_ways_agree(dtype: str) -> None:
 
 
 def test_rounding_is_seen_and_is_no_more_than_allowed() -> None:
-    """A difference of nothing at all would mean that two of the three ways are one."""
+    """No difference at all would mean that two of the three ways are the same."""
     assert 0 < check(SMALL, 3, 16.0, "bf16").worst < 5 * EPS["bf16"] / 2
 
 
@@ -44,7 +44,7 @@ def wrong_scale(by_hand: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def without_w(by_hand: Callable[..., Any]) -> Callable[..., Any]:
-    """As if the frozen matrix were not multiplied in backward."""
+    """Compute gradients as if backward did not multiply by the frozen matrix."""
     return lambda torch, x, w, a, b, g, s: by_hand(torch, x, w * 0, a, b, g, s)
 
 
@@ -82,7 +82,7 @@ def lora(config: dict[str, Any], **method: Any) -> RunSpec:
     return RunSpec(model={"config": config}, method={"kind": "lora", "rank": 4, **method}, precision="fp32")
 
 
-def test_every_shape_of_the_models_layers_is_compared_once() -> None:
+def test_every_layer_shape_is_compared_once() -> None:
     run = lora({**SMALLEST, "num_key_value_heads": 2})
     assert shapes(run) == [
         Shape(64, 128, ("down_proj",)),
@@ -106,7 +106,7 @@ def test_every_family_has_shapes_to_compare(family: str) -> None:
 @pytest.mark.parametrize(
     ("method", "field"), [({"rank": 2**30}, "method.rank"), ({"targets": ["q_prj"]}, "method.targets")]
 )
-def test_what_no_model_has_is_refused_before_anything_is_made(method: dict[str, Any], field: str) -> None:
+def test_impossible_shapes_are_refused_before_allocation(method: dict[str, Any], field: str) -> None:
     with pytest.raises(MemplanError) as raised:
         list(compare(lora(SMALLEST, **method)))
     assert raised.value.field == field

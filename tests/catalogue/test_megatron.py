@@ -1,4 +1,4 @@
-"""Megatron-core's own layers: what they keep to the byte, what its CI measured, and what is refused."""
+"""Megatron-core's layers: activations to the byte, measurements of its CI, and refusals."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ GPT: dict[str, Any] = {
 }
 MIXED = {"weights": "bf16", "grads": "fp32", "master": "fp32"}
 B, S, H, A = 4, 1024, 512, 8
-STATISTICS = 2 * 2 * 4 * B * S  # two fp32 numbers a row of each of a layer's two LayerNorms, which the paper leaves out
-KERNEL = 4 * B * A * S + 512 + 512  # a fused kernel's number a row and head, and the state of the random generator
+STATISTICS = 2 * 2 * 4 * B * S  # two fp32 numbers per row of a layer's two LayerNorms, which the paper leaves out
+KERNEL = 4 * B * A * S + 512 + 512  # a fused kernel's number per row and head, and the random generator's state
 
 
 def answer(config: dict[str, Any] | None = None, **options: Any) -> Estimate:
@@ -41,7 +41,7 @@ def answer(config: dict[str, Any] | None = None, **options: Any) -> Estimate:
 
 
 def kept_by_a_layer(config: dict[str, Any] | None = None, **options: Any) -> int:
-    """What a layer more keeps until the loss, where the peak is."""
+    """Return the bytes that one more layer keeps until the loss, where the peak is."""
     found = [answer({**(config or {}), "num_hidden_layers": n}, **options) for n in (12, 13)]
     assert [a.peak.phase for a in found] == ["loss", "loss"]
     return found[1].categories["activation"] - found[0].categories["activation"]
@@ -61,16 +61,16 @@ def test_with_its_attention_recomputed_a_layer_keeps_34_sbh() -> None:
     assert kept_by_a_layer(**kernels("eager", "selective")) == 34 * S * B * H + STATISTICS
 
 
-def test_fused_attention_keeps_no_pairs_and_flash_attention_2_its_own_output_too() -> None:
-    """Its heads come with batches first, and what it makes is copied: 2 sbh more, but of a single sequence."""
+def test_fused_attention_keeps_no_scores_and_flash_attention_2_also_its_output() -> None:
+    """Its heads come batch-first and its output is copied: 2 sbh more, except for a single sequence."""
     assert kept_by_a_layer(**kernels("sdpa")) == 34 * S * B * H + STATISTICS + KERNEL
     assert kept_by_a_layer(**kernels("flash_attention_2")) == 36 * S * B * H + STATISTICS + KERNEL
     single = kept_by_a_layer(**kernels("flash_attention_2"), batch={"micro": 1, "sequence": S})
     assert single == 34 * S * H + STATISTICS // B + 4 * A * S + 512 + 512
 
 
-def test_a_gate_without_dropout_or_biases_keeps_what_it_multiplies() -> None:
-    """Of a SwiGLU both halves before the activation and the product: 3 fsb; and q, k, v, o, two norms' x and output."""
+def test_a_gate_without_dropout_or_biases_keeps_its_factors() -> None:
+    """A SwiGLU keeps both halves before the activation and their product, 3 fsb; plus q, k, v, o and two norms."""
     config = {
         "gated_mlp": True,
         "hidden_act": "silu",
@@ -103,47 +103,47 @@ def test_gradients_and_states_are_those_of_mixed_precision() -> None:
     assert line.bytes == 4 * 2**20
 
 
-def test_full_recomputation_keeps_a_layers_input_alone() -> None:
+def test_full_recomputation_keeps_only_each_layers_input() -> None:
     assert kept_by_a_layer(**kernels("eager", "full")) == 2 * S * B * H
 
 
-def test_data_parallel_ranks_reduce_gradients_where_they_lie() -> None:
+def test_data_parallel_ranks_reduce_gradients_in_place() -> None:
     alone, ranks = answer(), answer(parallelism={"world": 8, "dp": 8, "strategy": "ddp"})
     assert alone.bytes.allocated == ranks.bytes.allocated
     assert alone.phases[0].peak == ranks.phases[0].peak
 
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[MemplanError], str]] = [
-    ({}, {"profile": "transformers-5"}, SpecError, "profile: megatron_gpt is of Megatron-core's layers"),
+    ({}, {"profile": "transformers-5"}, SpecError, "profile: megatron_gpt needs Megatron-core's layers"),
     ({}, {"method": "lora"}, SpecError, "method.kind: 'lora' is not supported yet"),
     ({}, {"precision": {"weights": "fp32", "autocast": True}}, SpecError, "precision.autocast"),
-    ({}, kernels("sdpa_math"), SpecError, "kernels.attention: sdpa_math is torch's"),
+    ({}, kernels("sdpa_math"), SpecError, "kernels.attention: sdpa_math is a torch kernel"),
     ({}, kernels("sdpa", "offload"), SpecError, "kernels.checkpointing: 'offload'"),
     ({"norm_type": "groupnorm"}, {}, UnsupportedModelError, "norm_type"),
-    ({"norm_type": 1}, {}, ConfigError, "norm_type must be a word"),
+    ({"norm_type": 1}, {}, ConfigError, "norm_type must be a string"),
     ({"position_embedding_type": "alibi"}, {}, UnsupportedModelError, "position_embedding_type"),
     ({"max_position_embeddings": None}, {}, ConfigError, "no max_position_embeddings"),
     ({"gated_mlp": True, "intermediate_size": None}, {}, ConfigError, "no intermediate_size"),
     ({"kv_lora_rank": 512}, {}, UnsupportedModelError, "kv_lora_rank"),
     ({"hidden_dropout": 2}, {}, ConfigError, "hidden_dropout must be a number from 0 to 1"),
-    ({}, {"batch": {"micro": 1, "sequence": 2048}}, SpecError, "learned positions for 1024"),
+    ({}, {"batch": {"micro": 1, "sequence": 2048}}, SpecError, "1024 learned positions"),
 ]
 
 
 @pytest.mark.parametrize(("config", "options", "error", "said"), REFUSED, ids=[said for *_, said in REFUSED])
-def test_what_is_not_run_is_refused_by_name(
+def test_unsupported_megatron_options_are_refused_by_name(
     config: dict[str, Any], options: dict[str, Any], error: type[MemplanError], said: str
 ) -> None:
     with pytest.raises(error, match=said):
         answer(config, **options)
 
 
-def test_positions_that_are_not_looked_up_have_no_end() -> None:
+def test_rotary_positions_are_unlimited() -> None:
     config = {"position_embedding_type": "rope"}
     assert answer(config, batch={"micro": 1, "sequence": 2048}, **kernels("sdpa")).bytes.allocated
 
 
-def test_other_models_recompute_no_attention_alone() -> None:
+def test_selective_recomputation_is_refused_for_other_models() -> None:
     with pytest.raises(SpecError, match=r"kernels\.checkpointing: 'selective' is not supported yet"):
         estimate(RunSpec(model="gpt2", profile="megatron-core", **kernels("sdpa", "selective")))
 
@@ -168,14 +168,14 @@ def test_embeddings_are_divided_with_the_tokens() -> None:
 
 
 def test_norms_of_queries_and_keys_keep_them_before_and_after() -> None:
-    """q and k more, beside the projection that they are views of; v is made contiguous; two numbers a head and row."""
+    """Adds q and k to the projection they are views of, a contiguous v, and two numbers per head and row."""
     more = kept_by_a_layer({"qk_layernorm": True}) - kept_by_a_layer()
     assert more == 3 * 2 * S * B * H + 2 * 2 * 4 * S * B * A
 
 
 def test_layers_of_torch_have_no_workspace_of_transformer_engine() -> None:
     assert answer().bytes.allocated - answer({"transformer_impl": "local"}).bytes.allocated == 32 * 2**20
-    with pytest.raises(SpecError, match="transformer_impl local has unfused attention alone"):
+    with pytest.raises(SpecError, match="transformer_impl local only has unfused attention"):
         answer({"transformer_impl": "local"}, **kernels("sdpa"))
     with pytest.raises(UnsupportedModelError, match="transformer_impl"):
         answer({"transformer_impl": "inference_optimized"})
@@ -198,20 +198,20 @@ def of_experts(ranks: int, **config: Any) -> tuple[dict[str, Any], dict[str, Any
 
 ROUTER = (
     S * B * (TOP * 8 + E_ * 1 + TOP * 4 + E_ * 4)
-)  # indices, the map, softmaxes of those chosen and of all, in fp32
+)  # indices, the map, and the softmax of chosen and of all experts, in fp32
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 8])
 @pytest.mark.parametrize("dispatcher", ["allgather", "alltoall"])
-def test_a_layer_with_experts_keeps_what_each_of_a_tokens_experts_is_given_and_makes(
-    dispatcher: str, ranks: int
-) -> None:
-    """Of each row the input, the product before and after the activation and times the score, and the place; however
-    many ranks there are, a rank's experts are given as many rows as all have tokens' choices on one."""
+def test_a_layer_with_experts_keeps_each_chosen_experts_inputs_and_outputs(dispatcher: str, ranks: int) -> None:
+    """Per row: the input, the product before and after the activation and times the score, and the position.
+
+    With any number of ranks, a rank's experts get as many rows as one rank's tokens choose.
+    """
     config, options = of_experts(ranks, moe_token_dispatcher_type=dispatcher)
     dense = (
         2 * S * B * 8 * H
-    )  # x, its norm, q, k, v, o, and as many after attention: the router reads that norm's output
+    )  # x, its norm, q, k, v, o, and x and norm after attention: the router reads that norm's output
     rows = S * B * TOP * (2 * H + 2 * 3 * M + 8 + 2)
     assert kept_by_a_layer(config, **options) == dense + rows + ROUTER + STATISTICS + KERNEL
 
@@ -224,7 +224,7 @@ def test_ranks_that_divide_experts_hold_their_part_of_them() -> None:
     assert one.parameters.total == four.parameters.total
 
 
-def test_the_distributed_optimizer_divides_experts_among_those_who_have_the_same() -> None:
+def test_the_distributed_optimizer_divides_experts_among_ranks_with_the_same_ones() -> None:
     config, options = of_experts(4)
     options["parallelism"] = {"world": 8, "dp": 8, "ep": 4, "strategy": "megatron_dist_opt"}
     found = answer(config, **options)
@@ -248,12 +248,12 @@ def test_all_tokens_are_gathered_into_one_buffer_for_all_layers() -> None:
     assert not any(line.what == "gathered" for line in answer(config, **options).ledger)
 
 
-def test_an_expert_that_takes_more_than_its_share_keeps_as_many_rows_more() -> None:
+def test_an_overloaded_expert_keeps_activations_of_its_additional_rows() -> None:
     plain, double = (kept_by_a_layer({**MIXTURE, "moe_capacity_factor": f}, **kernels("sdpa")) for f in (1.0, 2.0))
     assert double - plain == S * B * TOP * (2 * H + 2 * 3 * M + 8 + 2)
 
 
-def test_dense_layers_come_between_as_the_config_says() -> None:
+def test_the_config_places_dense_layers() -> None:
     every_other = answer({**MIXTURE, "moe_layer_freq": 2}).parameters.total
     assert every_other == answer({**MIXTURE, "moe_layer_freq": [1, 0] * 6}).parameters.total
     assert (
@@ -261,7 +261,7 @@ def test_dense_layers_come_between_as_the_config_says() -> None:
     )
 
 
-def test_the_shared_expert_is_every_tokens() -> None:
+def test_the_shared_expert_processes_every_token() -> None:
     more = (
         answer({**MIXTURE, "shared_expert_intermediate_size": 512}).parameters.active
         - answer(MIXTURE).parameters.active
@@ -272,8 +272,8 @@ def test_the_shared_expert_is_every_tokens() -> None:
 OF_EXPERTS_REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[MemplanError], str]] = [
     (MIXTURE, {"world": 3, "dp": 3, "ep": 3, "strategy": "ddp"}, SpecError, "parallelism.ep: 3 does not divide 8"),
     (MIXTURE, {"world": 2, "dp": 2, "ep": 4, "strategy": "ddp"}, SpecError, "ep 4 x etp 1 does not divide dp 2 x tp 1"),
-    (MIXTURE, {"world": 2, "tp": 2}, SpecError, "parallelism.sequence_parallel: Megatron-core trains mixtures"),
-    ({}, {"world": 2, "dp": 2, "ep": 2, "strategy": "ddp"}, SpecError, "parallelism.ep: 2 ranks divide experts, and"),
+    (MIXTURE, {"world": 2, "tp": 2}, SpecError, "parallelism.sequence_parallel: Megatron-core needs it"),
+    ({}, {"world": 2, "dp": 2, "ep": 2, "strategy": "ddp"}, SpecError, "parallelism.ep: 2 needs a model with experts"),
     ({**MIXTURE, "num_experts_per_tok": 9}, {}, ConfigError, "num_experts_per_tok 9 is more than the 8 experts"),
     ({**MIXTURE, "moe_token_dispatcher_type": "flex"}, {}, UnsupportedModelError, "moe_token_dispatcher_type"),
     ({**MIXTURE, "moe_router_dtype": "fp64"}, {}, UnsupportedModelError, "moe_router_dtype"),
@@ -284,7 +284,7 @@ OF_EXPERTS_REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[MemplanError
 @pytest.mark.parametrize(
     ("config", "ranks", "error", "said"), OF_EXPERTS_REFUSED, ids=[s for *_, s in OF_EXPERTS_REFUSED]
 )
-def test_mixtures_that_are_not_run_are_refused_by_name(
+def test_unsupported_mixtures_are_refused_by_name(
     config: dict[str, Any], ranks: dict[str, Any], error: type[MemplanError], said: str
 ) -> None:
     with pytest.raises(error, match=said):
@@ -301,12 +301,12 @@ def identity(found: Measured) -> str:
 
 
 @pytest.mark.parametrize("m", [m for m in PUBLISHED if not m.cause], ids=identity)
-def test_a_run_of_megatrons_ci_is_met_within_what_the_allocator_leaves_unsplit(m: Measured) -> None:
+def test_estimates_meet_megatrons_ci_runs_within_the_allocators_unsplit_remainder(m: Measured) -> None:
     assert abs(m.off) <= SLACK
 
 
 @pytest.mark.parametrize("m", MISSED, ids=identity)
-def test_a_run_with_a_cause_is_missed_and_by_no_more_than_it_says(m: Measured) -> None:
+def test_runs_with_a_known_cause_miss_by_at_most_the_stated_error(m: Measured) -> None:
     assert abs(m.off) > SLACK
     assert abs(m.error) <= WITHIN[m.id] < 0.08
 
@@ -316,17 +316,19 @@ def test_large_peaks_of_megatrons_ci_are_met_within_a_thousandth_on_average() ->
     assert sum(errors) <= 0.001 * len(errors)
 
 
-def test_weights_gradients_and_states_are_what_stayed_after_a_step() -> None:
-    """Gradients have buffers of their own, which stay; so does what all tokens are gathered into."""
+def test_weights_gradients_and_states_equal_the_memory_after_a_step() -> None:
+    """Gradient buffers stay, as does the buffer into which all tokens are gathered."""
     for m in (m for m in PUBLISHED if not m.cause):
         buffers = sum(line.bytes for line in m.answer.ledger if line.what == "gathered")
         left = m.kept + m.answer.categories["gradient"] + buffers - (m.after or 0)
         assert abs(left) <= 2 * SLACK, m.id
 
 
-def test_ranks_that_divide_sequences_keep_their_queries_and_the_keys_they_were_sent_last() -> None:
-    """q is made contiguous and k and v are joined, so that the projection they were views of goes: all of it is a part
-    of what one rank keeps alone."""
+def test_context_parallel_ranks_keep_their_queries_and_the_last_received_keys() -> None:
+    """q is made contiguous and k and v are joined, so the projection they were views of is freed.
+
+    The sum is a fraction of what a single rank keeps.
+    """
     alone = kept_by_a_layer(**kernels("sdpa"))
     options = {"parallelism": {"world": 4, "cp": 4, "strategy": "ddp"}, **kernels("sdpa")}
     assert kept_by_a_layer(**options) == (alone - 1024) // 4 + 1024
@@ -335,6 +337,6 @@ def test_ranks_that_divide_sequences_keep_their_queries_and_the_keys_they_were_s
 
 
 @pytest.mark.parametrize("those", [kernels("eager"), kernels("sdpa", "selective")], ids=["eager", "selective"])
-def test_unfused_attention_is_not_passed_around(those: dict[str, Any]) -> None:
-    with pytest.raises(SpecError, match=r"parallelism\.cp: 4 ranks pass keys and values around only under fused"):
+def test_ring_attention_needs_fused_attention(those: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match=r"parallelism\.cp: 4 needs fused attention"):
         answer(parallelism={"world": 4, "cp": 4, "strategy": "ddp"}, **those)

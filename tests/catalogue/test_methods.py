@@ -1,4 +1,4 @@
-"""Methods against PEFT and bitsandbytes: which parameters train, and what quantised ones take."""
+"""Methods against PEFT and bitsandbytes: trained parameters, and bytes of quantised ones."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memplan import RunSpec, estimate
 from memplan.core.errors import MemplanError, UnknownNameError
 from memplan.core.units import rounded
 from memplan.engine.walk import alive, size
-from memplan.program.graph import built, parameters_of
+from memplan.program.graph import operations_of, parameters_of
 from memplan.program.training.program import gradients_of, pass_of, program
 from memplan.resolve.decide import decide
 from tests.tiny import TINY
@@ -121,7 +121,7 @@ def test_int8_matrices_take_a_byte_and_a_scale_a_row() -> None:
     assert stored({"format": "int8"}, "mlp.up_proj") == 14336 * 4096 + 4 * 14336
 
 
-def test_kbit_preparation_makes_what_is_not_quantised_fp32() -> None:
+def test_kbit_preparation_casts_unquantised_weights_to_fp32() -> None:
     v, h, layers = 128256, 4096, 32
     kept = {
         preparation: program(
@@ -162,13 +162,13 @@ def test_pure_half_precision_is_eight_and_foreach_adds_two() -> None:
     workspaces, rotary = 2 * 8_519_680, 2 * 512
     tensors = 32 * 9 + 3
     assert step("adamw_torch") == (2 + 2 + 4 + 2) * p + workspaces + rotary
-    # fused: nothing but a 512-byte step count a tensor, so what clipping needs beside all states is the most:
-    # a norm a tensor, and 4 bytes for each 65,536 elements of the largest
+    # fused: only a 512-byte step count per tensor, so the peak is clipping on top of all states:
+    # one norm per tensor, and 4 bytes for each 65,536 elements of the largest
     norms = 512 * tensors + rounded(4 * tensors * (32000 * 4096 // 65536))
     assert step("adamw_torch_fused") == (2 + 2 + 4) * p + 512 * tensors + norms + workspaces + rotary
 
 
-def test_a_fused_role_is_taken_as_the_whole_matrix_and_said_so() -> None:
+def test_targets_in_a_fused_matrix_adapt_all_of_it_with_a_note() -> None:
     a = estimate(RunSpec(model="phi-4", method={"kind": "lora", "targets": ["q_proj"]}))
     b = estimate(RunSpec(model="phi-4", method={"kind": "lora", "targets": ["qkv_proj"]}))
     assert a.parameters == b.parameters
@@ -185,7 +185,7 @@ def test_the_trainer_projects_linear_layers_and_not_gpt2s_conv1d() -> None:
     assert 0 < states("qwen2-0.5b", "galore_adamw") < states("qwen2-0.5b", "adamw_torch")
 
 
-def test_the_trainer_keeps_the_states_of_embeddings_wide() -> None:
+def test_the_trainer_keeps_embedding_states_in_32_bits() -> None:
     vocabulary, h = 152064, 3584
     bare, trained = (
         estimate(RunSpec(model="qwen2-7b", optimizer="adamw_bnb_8bit", loop={"trainer": t})) for t in (False, True)
@@ -226,7 +226,7 @@ def test_the_trainer_keeps_the_states_of_embeddings_wide() -> None:
         ),
     ],
 )
-def test_what_cannot_be_is_refused_by_field(fields: dict[str, Any], field: str) -> None:
+def test_impossible_methods_are_refused_by_field(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(MemplanError) as caught:
         estimate(RunSpec(model="qwen2-7b", **fields))
     assert caught.value.field == field
@@ -239,8 +239,8 @@ def test_unknown_targets_name_the_nearest() -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "qlora", "dora"])
-def test_a_family_written_like_another_takes_what_that_does(method: str) -> None:
-    """Families that transformers cannot build, at the sizes where they are the same model as one that it can."""
+def test_a_family_implemented_like_another_takes_the_same_memory(method: str) -> None:
+    """Families that transformers cannot build, at sizes at which they equal a family that it can."""
     sizes = {**TINY["llama"], "num_hidden_layers": 4}
     block = {"attention": {"n_heads_in_group": 2}, "ffn": {"intermediate_size": sizes["intermediate_size"]}}
     alike = {
@@ -257,7 +257,7 @@ def test_a_family_written_like_another_takes_what_that_does(method: str) -> None
         assert ours.phases == theirs.phases, model_type
 
 
-def test_flash_attention_2_is_given_half_precision_where_norms_hand_on_fp32() -> None:
+def test_flash_attention_2_gets_half_precision_after_fp32_norms() -> None:
     run = RunSpec(
         model="llama-3.1-8b",
         method="qlora",
@@ -271,7 +271,7 @@ def test_flash_attention_2_is_given_half_precision_where_norms_hand_on_fp32() ->
     )
 
 
-def test_bitsandbytes_leaves_falcons_own_class_of_linear_layers_alone() -> None:
+def test_bitsandbytes_does_not_quantise_falcons_linear_class() -> None:
     def quantised(model: str) -> bool:
         held = parameters_of(decide(RunSpec(model=model, method="qlora")).structure.graph)
         return any("(packed)" in h.what for h in held)
@@ -286,25 +286,23 @@ def test_bitsandbytes_leaves_falcons_own_class_of_linear_layers_alone() -> None:
         ("falcon-7b", "trl", False, True),
         ("gpt2", "trl", False, True),
         ("falcon-7b", "trl", True, False),
-        ("falcon-7b", True, False, False),  # embeddings are in fp32, too
-        ("falcon-7b", False, False, False),  # norms are in 16 bits, too
-        ("llama-2-7b", "trl", False, False),  # its norms are written out, and cast
+        ("falcon-7b", True, False, False),  # embeddings are in fp32 too
+        ("falcon-7b", False, False, False),  # norms are in 16 bits too
+        ("llama-2-7b", "trl", False, False),  # its norms are not fused, and cast
     ],
 )
 def test_a_layer_norm_that_a_card_refuses_is_noted(model: str, preparation: Any, autocast: bool, noted: bool) -> None:
     method = {"kind": "qlora", "quantization": {"kbit_preparation": preparation}}
     precision = {"weights": "fp16", "compute": "fp16", "autocast": autocast}
     answer = estimate(RunSpec(model=model, method=method, precision=precision, batch={"sequence": 64}))
-    said = (
-        "embeddings are in fp16 and the layer norms after them in fp32: torch refuses that on a card without autocast"
-    )
+    said = "embeddings are in fp16 and the layer norms after them in fp32: on a GPU torch rejects that without autocast"
     assert [note for note in answer.notes if "layer norms" in note] == [said] * noted
 
 
 @pytest.mark.parametrize(("head_dim", "kernel"), [(20, "sdpa_math"), (24, "sdpa_efficient"), (288, "sdpa_efficient")])
 @pytest.mark.parametrize("padded", [True, False])
-def test_heads_that_a_kernel_does_not_take_go_to_another(head_dim: int, kernel: str, padded: bool) -> None:
-    """A mask keeps flash away, which takes heads up to 256 wide; the next takes multiples of 16 bytes, not 40."""
+def test_heads_unsupported_by_a_kernel_use_another(head_dim: int, kernel: str, padded: bool) -> None:
+    """A mask rules out flash, which takes heads up to 256 wide; the next kernel needs multiples of 16 bytes, not 40."""
     config = {"model_type": "llama", **TINY["llama"], "head_dim": head_dim}
 
     def allocated(attention: str) -> int:
@@ -320,14 +318,14 @@ def test_heads_that_a_kernel_does_not_take_go_to_another(head_dim: int, kernel: 
     assert (allocated("sdpa") == allocated(kernel)) == (padded or head_dim > 256)
 
 
-def test_every_weight_that_trains_is_left_with_a_gradient() -> None:
+def test_every_trained_weight_ends_with_a_gradient() -> None:
     for targets in (["q_proj", "lm_head"], ["embed_tokens"], "all-linear"):
         for kind in ("lora", "dora") if "embed_tokens" not in targets else ("lora",):
             run = RunSpec(model="llama-3.2-1b", method={"kind": kind, "targets": targets})
             structure = decide(run).structure
-            _, axes = built(structure.graph)
+            _, axes = operations_of(structure.graph)
             all_of_them = sum(h.bytes * h.copies for h in gradients_of(structure))
-            for later in (False, True):  # a later micro-batch adds to those that are there
+            for later in (False, True):  # a later micro-batch adds to existing gradients
                 low = pass_of(structure, later)
                 left = sum(
                     size(low.sizes[key][0], low.sizes[key][1], axes)[1] * n
@@ -344,7 +342,7 @@ def test_backward_dequantises_to_the_dtype_that_was_loaded_and_casts_that(
     loaded: str, compute: str, made: list[str]
 ) -> None:
     precision = {"weights": loaded, "compute": compute}
-    stack, _ = built(decide(run("llama", method="qlora", precision=precision)).structure.graph)
+    stack, _ = operations_of(decide(run("llama", method="qlora", precision=precision)).structure.graph)
     layer = next(op for op in stack.runs[0].blocks[0].ops if op.name == "mlp.up_proj.base_layer")
     assert [s.tensor.dtype for s in layer.scratch_back if s.tensor.name == "dequantised"] == made
     assert [t.dtype for t in layer.scratch if t.name == "dequantised"] == [compute]
@@ -370,10 +368,10 @@ def test_adapted_embeddings_run_in_every_precision(model: str, checkpointing: st
 
 
 def test_a_quantised_head_is_given_each_chunk_in_its_own_dtype() -> None:
-    """LitGPT quantises the head too, and a head in chunks casts and keeps the chunk it is given."""
+    """LitGPT also quantises the head, and a chunked head casts and keeps its input chunk."""
     config = {"model_type": "llama", **TINY["llama"]}
     run = RunSpec(model={"config": config}, profile="litgpt", method="qlora", kernels={"loss": "chunked"})
-    stack, _ = built(decide(run).structure.graph)
+    stack, _ = operations_of(decide(run).structure.graph)
     heads = [op for op in stack.loss if op.name == "lm_head"]
     assert [op.captures for op in heads] == [op.reads for op in heads] == [(f"logits.in{i}",) for i in range(8)]
     casts = {op.reads: op.writes[0].shape for op in stack.loss if op.name == "lm_head.cast"}

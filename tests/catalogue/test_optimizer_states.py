@@ -1,7 +1,7 @@
-"""Optimizers: what each keeps, as the arithmetic of its shapes, and how that may change.
+"""Optimizers: the states of each, as arithmetic on its shapes, and the options that change them.
 
-Every name is in `GOLDEN` with the arithmetic of its library's source; what torch, transformers and bitsandbytes bring
-is built as the Trainer builds it, on meta tensors, and compared tensor by tensor.
+Every name is in `GOLDEN` with the arithmetic of its library's source. The optimizers of torch, transformers and
+bitsandbytes are built as the Trainer builds them, on meta tensors, and compared tensor by tensor.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -30,7 +30,7 @@ def r(n: int) -> int:
     return (n + 511) // 512 * 512
 
 
-# A parameter of every kind. Elements: E has no whole number of blocks of 256, Q has; S and N are below 4096.
+# A parameter of every kind, by elements: E is not a multiple of 256, Q is; S and N are below 4096.
 E, Q, S, N, B = 1000 * 150, 512 * 640, 64 * 33, 700, 5000
 
 
@@ -55,7 +55,7 @@ class Expected(NamedTuple):
 
 
 def every(e: int) -> int:
-    """A tensor like every parameter, of e bytes an element."""
+    """Return the bytes of a tensor like every parameter, with e bytes per element."""
     return r(e * E) + r(e * Q) + r(e * S) + r(e * N) + r(e * B)
 
 
@@ -75,7 +75,7 @@ def bitsandbytes(moments: int) -> int:
 
 
 def torchao(e: int, codes: int, qmap: int) -> int:
-    """Of q alone the moments are quantised."""
+    """Only q's moments are quantised."""
     return 2 * (every(e) - r(e * Q) + codes + r(4 * (Q // 256)) + qmap)
 
 
@@ -85,20 +85,20 @@ def factored(*shape: int) -> int:
 
 
 def adafactor(e: int) -> Expected:
-    """The peak is q's turn, with the embedding's update still there; in the first step, before the states after q's."""
+    """The peak is q's update, with the embedding's update still alive; in the first step, before later states exist."""
     after = factored(64, 33) + factored(700) + factored(5000)
     states = factored(1000, 150) + factored(512, 640) + after
     peak = (4 if e == 2 else 2) * r(4 * Q) + r(4 * E)
     return Expected(states, peak - after, peak)
 
 
-# q projected to rank 128, and small to 33, which is all it has
+# q projected to rank 128, and small to 33, its full rank
 Q_LOW, S_LOW = 128 * 640, 64 * 33
 SVD_Q = r(4 * 512 * 512) + r(4 * 512) + r(4 * 512 * 640)  # U, s, Vh
 
 
 def projections(e: int) -> tuple[int, int]:
-    """GaLore's projections of q and of small: slices copied to bf16, or views of the whole narrow side in fp32."""
+    """GaLore's projections of q and small: slices copied to bf16, or views of the full narrow side in fp32."""
     return (r(2 * 128 * 512), r(2 * 33 * 33)) if e == 2 else (r(4 * 512 * 512), r(4 * 33 * 33))
 
 
@@ -115,7 +115,7 @@ def galore_adamw(e: int) -> Expected:
     q, small = q + 2 * r(e * Q_LOW), small + 2 * r(e * S_LOW)
     states = 2 * (r(e * E) + r(e * N) + r(e * B)) + q + small
     update = 3 * r(e * Q_LOW) + 2 * r(e * Q)
-    projecting = projecting_q(e) + 2 * r(e * B)  # the bias was before: its update and its denominator
+    projecting = projecting_q(e) + 2 * r(e * B)  # the bias, updated before: its update and denominator
     return Expected(states, max(projecting - q - small, update - small), max(projecting, update))
 
 
@@ -125,7 +125,7 @@ def galore_adamw_layerwise(e: int) -> Expected:
 
 
 def galore_adamw_8bit(e: int) -> Expected:
-    """There is no exception for embeddings; every parameter has a norm."""
+    """Embeddings are no exception; every parameter has a norm."""
     q, small = projections(e)
     q, small = q + 2 * eight_bit(Q_LOW) + 512, small + 2 * r(4 * S_LOW) + 512
     states = 2 * eight_bit(E) + 2 * r(4 * N) + 2 * eight_bit(B) + 3 * 512 + q + small + 2048
@@ -133,22 +133,22 @@ def galore_adamw_8bit(e: int) -> Expected:
 
 
 def galore_adamw_8bit_layerwise(e: int) -> Expected:
-    """With maps for the embedding, q and the bias each."""
+    """With separate maps for the embedding, q and the bias."""
     return Expected(galore_adamw_8bit(e).states + 2 * 2048, backward=projecting_q(e))
 
 
 def galore_adafactor(e: int) -> Expected:
-    """The gradient is projected in fp32, so the view is kept in bf16 too."""
+    """The gradient is projected in fp32, so the view is kept even in bf16."""
     small = factored(64, 33) + r(4 * 33 * 33)
     states = factored(1000, 150) + factored(700) + factored(5000) + factored(128, 640) + r(4 * 512 * 512) + small
     update = (3 if e == 2 else 2) * r(4 * Q) + 2 * r(4 * Q_LOW)
-    projecting = projecting_q(e) + (2 if e == 2 else 1) * r(4 * B)  # the bias was before: its update, and its copy
+    projecting = projecting_q(e) + (2 if e == 2 else 1) * r(4 * B)  # the bias, updated before: its update and copy
     q = factored(128, 640) + r(4 * 512 * 512)
     return Expected(states, max(projecting - q - small, update - small), max(projecting, update))
 
 
 def apollo_adamw(e: int) -> Expected:
-    """Its rank stays 128 where the matrix has 33."""
+    """Its rank stays 128 even if the matrix has 33."""
     q = 2 * r(e * Q_LOW) + r(e * 128 * 512) + 512
     small = 2 * r(e * 128 * 64) + r(e * 128 * 33) + 512
     states = 2 * (r(e * E) + r(e * N) + r(e * B)) + q + small
@@ -202,7 +202,7 @@ SMALL_8 = r(4 * S) + r(4 * N) + eight_bit(B) + r(4 * (Q // 256)) + 1024  # in 8 
 MIXED = r(8 * E) + r(2 * Q) + r(8 * (Q // 256)) + r(8 * S) + r(8 * N) + r(2 * B) + r(8 * 20) + 1024  # (2, ...)
 MIXED_SMALL_8 = r(8 * (Q // 256)) + r(8 * S) + r(8 * N) + r(2 * B) + r(8 * 20) + 1024
 
-# By names of transformers 5.24 training_args.OptimizerNames, and two more. In bytes that were read in, and traced with,
+# By names of transformers 5.24 training_args.OptimizerNames, and two more. The bytes were read from, and traced with,
 # torch 2.13, transformers 5.24, bitsandbytes 0.50, torchao 0.18 (as Inductor compiles it for sm80), galore-torch 1.0,
 # apollo-torch 1.0, lomo-optim 0.1, grokadamw 0.1, schedulefree 1.4, torch-optimi 0.3 and torchdistx 0552f1b; read only:
 # torch_npu and torch_xla.
@@ -282,7 +282,7 @@ def test_every_name_of_transformers_is_answered_or_refused() -> None:
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_run_is_refused(name: str) -> None:
+def test_impossible_optimizer_options_are_refused(name: str) -> None:
     with pytest.raises(SpecError, match=rf"^optimizer\.name: {name}: .*cannot") as error:
         optimizer_memory(name, example("bf16"))
     assert error.value.field == "optimizer.name"
@@ -324,7 +324,7 @@ def test_mixed_precision_is_16_bytes_a_parameter() -> None:
     assert (memory.first, memory.later) == (0, 0)
 
 
-def test_mixed_precision_has_no_copy_of_what_is_fp32() -> None:
+def test_mixed_precision_keeps_no_copy_of_fp32_weights() -> None:
     memory = optimizer_memory("adamw_torch", [Parameter("norm", (4096,), "fp32")], master="fp32")
     assert [s.what for s in memory.states] == ["exp_avg", "exp_avg_sq"]
 
@@ -387,7 +387,7 @@ def test_torchao_quantises_from_4096_elements(n: int, states: int) -> None:
     assert gpu(optimizer_memory("adamw_torch_8bit", [Parameter("w", (n,), "bf16")])) == states
 
 
-def test_adafactor_alone_has_its_row_and_column_factors() -> None:
+def test_only_adafactor_has_row_and_column_factors() -> None:
     assert optimizer_memory("adafactor", [Parameter("w", (1000, 300), "bf16")]).later == (
         4 * r(4 * 1000 * 300) + r(4 * 1000) + r(4 * 300)
     )
@@ -398,9 +398,9 @@ def test_galore_8bit_copies_small_parameters_for_their_norm() -> None:
 
 
 def test_a_target_follows_a_target() -> None:
-    """What GaLore and APOLLO leave behind of one is there while the next one is projected."""
+    """Leftovers of one parameter in GaLore and APOLLO stay alive while the next is projected."""
     targets = [Parameter("w", (512, 640), "bf16", copies=2, target=True)]
-    left = r(2 * Q_LOW) + r(2 * Q)  # the denominator, and the update in full
+    left = r(2 * Q_LOW) + r(2 * Q)  # the denominator and the full update
     assert optimizer_memory("galore_adamw", targets).later == left + projecting_q(2)
     left += r(2 * 640) + 1024  # the factors, the norm of the scaled gradient, and what limits it
     assert optimizer_memory("apollo_adamw", targets).later == left + r(4 * Q) + 2 * r(4 * 128 * 512)
@@ -412,7 +412,7 @@ def test_momentum() -> None:
 
     assert [states("sgd", m) for m in (None, 0.0, 0.9)] == [0, 0, every(2)]
     assert [states("rmsprop", m) for m in (None, 0.0, 0.9)] == [every(2), every(2), 2 * every(2)]
-    assert states("muon", None) == muon(2).states  # its own buffer is always there
+    assert states("muon", None) == muon(2).states  # its own buffer always exists
 
 
 def test_state_dtype() -> None:
@@ -422,14 +422,14 @@ def test_state_dtype() -> None:
     assert gpu(optimizer_memory("adamw_8bit", example("bf16"), state_dtype="fp32")) == bitsandbytes(2)
 
 
-def test_gradients_go_in_backward() -> None:
+def test_updates_in_backward_free_gradients_at_once() -> None:
     freeing = {name for name in optimizer_names() if optimizer_memory(name, example("bf16")).frees_gradients}
     assert freeing == {"lomo", "adalomo", *(name for name in NAMES if name.endswith("layerwise"))}
 
 
 @pytest.mark.parametrize("e", [4, 2])
 @pytest.mark.parametrize("name", ["adamw_torch", "adafactor", "adamw_8bit", "galore_adamw_8bit", "lomo", "none"])
-def test_in_backward_every_parameter_has_an_optimizer_of_its_own(name: str, e: int) -> None:
+def test_updates_in_backward_need_one_optimizer_per_parameter(name: str, e: int) -> None:
     parameters = example("fp32" if e == 4 else "bf16")
     memory = optimizer_memory(name, parameters, in_backward=True)
     assert memory.frees_gradients
@@ -440,7 +440,7 @@ def test_in_backward_every_parameter_has_an_optimizer_of_its_own(name: str, e: i
             assert (states, backward) == (2 * every(e), r(e * Q))
         case "adafactor":  # in 16 bits with a copy of the parameter
             assert (states, backward) == (adafactor(e).states, alone_in_adafactor(e))
-        case "adamw_8bit":  # with maps for q and the bias each
+        case "adamw_8bit":  # with separate maps for q and the bias
             assert (states, backward) == (bitsandbytes(2) + 2048, 0)
         case "galore_adamw_8bit":
             assert memory.states == optimizer_memory("galore_adamw_8bit_layerwise", parameters).states
@@ -450,7 +450,7 @@ def test_in_backward_every_parameter_has_an_optimizer_of_its_own(name: str, e: i
 
 
 def alone_in_adafactor(e: int) -> int:
-    """Of q: gradient and parameter in fp32, where they are not, two updates, and the factors of rows and columns."""
+    """q's temporaries: gradient and parameter cast to fp32 if needed, two updates, and row and column factors."""
     return (4 if e == 2 else 2) * r(4 * Q) + r(4 * 512) + r(4 * 640)
 
 
@@ -480,7 +480,7 @@ def test_rows_say_how_sure_they_are() -> None:
 
 def test_clipping() -> None:
     assert clipping([]) == 0
-    # Five norms, and their stack (10 bytes) and the total, which are more than 5 x 5 partial sums
+    # Five norms, their stack (10 bytes) and the total, which exceed 5 x 5 partial sums
     assert clipping(example("bf16")) == 5 * 512 + 512 + 512
     # Partial sums of 100 chunks of each of 200
     assert clipping([Parameter("w", (65536, 100), "bf16", copies=200)]) == 200 * 512 + r(4 * 200 * 100)
@@ -499,7 +499,7 @@ def test_grad_scaler() -> None:
     ]
 
 
-# The real classes: built by the Trainer for `example`, one group in its order, on meta tensors, which take no memory.
+# The real classes, built by the Trainer for `example` on meta tensors, one group in its order.
 
 TORCH = ("adamw_torch", "sgd", "adagrad", "rmsprop", "adafactor")
 BITSANDBYTES = (
@@ -515,7 +515,7 @@ Kept = tuple[str, str, tuple[int, ...], str, bool]  # parameter, what, shape, dt
 
 
 def module_of(parameters: Iterable[Parameter], device: str) -> tuple[Any, Tensors]:
-    """A module with these parameters in order, and the parameters by name."""
+    """Return a module with these parameters in order, and the parameters by name."""
     torch = pytest.importorskip("torch")
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
     model = torch.nn.Module()
@@ -533,7 +533,7 @@ def module_of(parameters: Iterable[Parameter], device: str) -> tuple[Any, Tensor
 
 
 def trainers(name: str, model: Any) -> Any:
-    """The optimizer that transformers' Trainer makes for the model, where all parameters have weight decay alike."""
+    """Return the optimizer of transformers' Trainer, with weight decay on all parameters."""
     transformers = pytest.importorskip("transformers")
     trainer = SimpleNamespace(
         args=transformers.TrainingArguments(output_dir="unused", optim=name, use_cpu=True, report_to=[]),
@@ -554,7 +554,7 @@ def step(optimizer: Any, tensors: Tensors) -> None:
 
 
 def kept_by(optimizer: Any, tensors: Tensors) -> Iterator[Kept]:
-    """The state tensors beside each parameter, and, without a parameter's name, those that several share."""
+    """Return the state tensors of each parameter and, without a parameter's name, shared ones."""
     shared: set[int] = set()
     for name, p in tensors.items():
         for what, tensor in optimizer.state[p].items():
@@ -581,7 +581,7 @@ def numbered(parameters: Iterable[Parameter]) -> list[Parameter]:
     return [p._replace(name=f"p{i}") for i, p in enumerate(parameters)]
 
 
-# Beside `example`: thresholds of 4096 and 100,000 elements, a rank of 8, an embedding that is small
+# In addition to `example`: thresholds of 4096 and 100,000 elements, rank 8, a small embedding
 EDGES = [(4095,), (4096,), (99_999,), (100_000,), (8, 512), (512, 8), (1, 1)]
 
 
@@ -598,7 +598,7 @@ def test_states_of_torch_and_transformers(name: str, dtype: str) -> None:
     # no fused step on meta tensors; the CPU has one
     model, tensors = module_of(parameters, "cpu" if name == "adamw_torch_fused" else "meta")
     optimizer = trainers(name, model)
-    if name == "adagrad":  # has its states already, and accelerate takes them to the GPU as AcceleratedOptimizer does
+    if name == "adagrad":  # its states already exist, and accelerate's AcceleratedOptimizer moves them to the GPU
         state = accelerate.move_to_device(optimizer.state_dict(), next(iter(tensors.values())).device)
         optimizer.load_state_dict(state)
     else:
@@ -620,7 +620,7 @@ def test_states_of_momentum(name: str) -> None:
 
 @pytest.fixture
 def paged_on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
-    """bitsandbytes without a driver: managed memory is a meta tensor with its mark, and no run knows of another."""
+    """Patch bitsandbytes to work without a driver: managed memory is a marked meta tensor; runs share no state."""
     torch = pytest.importorskip("torch")
     functional = pytest.importorskip("bitsandbytes.functional")
     optimizer = pytest.importorskip("bitsandbytes.optim.optimizer")
@@ -643,21 +643,21 @@ def test_states_of_bitsandbytes(name: str, dtype: str) -> None:
     parameters = edges(dtype)
     model, tensors = module_of(parameters, "meta")
     optimizer = trainers(name, model)
-    optimizer.check_overrides()  # what step() does before the update, which no meta tensor has
+    optimizer.check_overrides()  # what step() does before the update, which meta tensors do not support
     for i, group in enumerate(optimizer.param_groups):
         for j, p in enumerate(group["params"]):
             optimizer.init_state(group, p, i, j)
     assert sorted(kept_by(optimizer, tensors)) == kept_in(optimizer_memory(name, parameters))
 
 
-def test_the_names_that_are_not_built_here_are_of_libraries_that_are_not_here() -> None:
+def test_untested_optimizers_belong_to_libraries_that_are_not_installed_here() -> None:
     others = {*NAMES} - {*TORCH, *BITSANDBYTES, "adamw_torch_fused"}
     libraries = ("adamw_torch_", "adamw_any", "galore", "apollo", "lomo", "adalomo", "grok", "schedule_free", "stable")
     assert all(name.startswith(libraries) for name in others)
 
 
 def peaks(parameters: list[Parameter], build: Callable[[Tensors], list[Any]]) -> tuple[int, int, int]:
-    """States, and bytes beside them in the first and in later steps: storages on the meta device, after every call."""
+    """Return states, and additional bytes in the first and later steps: meta storages counted after every call."""
     torch = pytest.importorskip("torch")
     dispatch = pytest.importorskip("torch.utils._python_dispatch")
     reductions = pytest.importorskip("torch.multiprocessing.reductions")
@@ -711,14 +711,14 @@ def test_temporaries_of_torch_and_transformers(name: str, order: str, dtype: str
 
     def build(tensors: Tensors) -> list[Any]:
         cls, options = transformers.Trainer.get_optimizer_cls_and_kwargs(args)
-        more: dict[str, Any] = {} if name == "adafactor" else {"foreach": foreach}  # on CUDA, lists are the default
+        more: dict[str, Any] = {} if name == "adafactor" else {"foreach": foreach}  # foreach is the default on CUDA
         more |= {"momentum": momentum} if momentum else {}
         return [cls(tensors.values(), weight_decay=0.0, **options, **more)]
 
     memory = optimizer_memory(name, parameters, foreach=foreach, momentum=momentum)
     states, first, later = peaks(parameters, build)
     assert (first, later) == (memory.first, memory.later)
-    assert states == (0 if name == "adagrad" else gpu(memory))  # adagrad's are older than its first step
+    assert states == (0 if name == "adagrad" else gpu(memory))  # adagrad creates its states before the first step
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -788,6 +788,6 @@ def test_states_on_the_host_are_not_on_the_gpu(name: str, data: st.DataObject, d
         assert s.host == (s.what.startswith("state") and elements[s.parameter] >= 100_000)
         assert s.bytes == (size if s.host else r(size))
     unpaged = name.removeprefix("paged_").replace("ademamix_32bit", "ademamix")
-    if unpaged != "adamw_32bit":  # which no name stands for
+    if unpaged != "adamw_32bit":  # no name means it
         moved = sum(r(s.bytes) for s in paged.states if s.host)
         assert gpu(paged) + moved == gpu(optimizer_memory(unpaged, parameters))

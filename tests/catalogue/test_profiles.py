@@ -1,4 +1,4 @@
-"""Profiles: what a framework's version decides, as tables that are whole and as bytes by hand."""
+"""Profiles: complete tables of what a framework's version decides, and their effect in bytes."""
 
 from __future__ import annotations
 
@@ -12,13 +12,21 @@ from benchmarks.accuracy import compared_with_trace
 from benchmarks.golden import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.profiles.engines import engine_names
-from memplan.catalogue.profiles.profiles import PROFILES, WHEN, WORDS, Profile, Row, decided, find_profile
+from memplan.catalogue.profiles.profiles import (
+    PROFILES,
+    WHEN,
+    WORDS,
+    Profile,
+    ProfileSetting,
+    find_profile,
+    profile_settings,
+)
 from memplan.cli import app
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
 from memplan.core.units import rounded
 from memplan.engine.walk import alive, size
-from memplan.program.graph import built, lowered
-from memplan.resolve.decide import completed, decide
+from memplan.program.graph import lower_training, operations_of
+from memplan.resolve.decide import decide, fill_defaults
 from memplan.spec.run import NEWEST
 from tests.sampling import sampled
 from tests.tiny import TINY
@@ -48,7 +56,7 @@ def peak(answer: Estimate, phase: str) -> int:
     return max(p.peak for p in answer.phases if p.phase == phase)
 
 
-def test_a_framework_without_a_version_is_the_newest_that_is_read() -> None:
+def test_a_framework_without_a_version_means_the_newest() -> None:
     names = [*NAMES, *engine_names()]
     assert RunSpec(model="qwen2-7b", task="generate", profile="vLLM").profile == NEWEST["vllm"]
     versioned = {name.rsplit("-", 1)[0] for name in names if name[-1].isdigit()} - set(names)
@@ -58,12 +66,12 @@ def test_a_framework_without_a_version_is_the_newest_that_is_read() -> None:
         return [int(part) for part in name.rsplit("-", 1)[1].split(".")]
 
     for framework, newest in NEWEST.items():
-        # transformers-5.14 is 5 with an older Liger.
+        # transformers-5.14 is transformers-5 with an older Liger.
         ours = [n for n in names if n.rsplit("-", 1)[0] == framework and n != "transformers-5.14"]
         assert newest == max(ours, key=order)
 
 
-def test_the_profiles_of_every_framework_are_there() -> None:
+def test_every_framework_has_profiles() -> None:
     versions = {f"transformers-{v}" for v in ("4.35", "4.38", "4.45", "4.46", "4.48", "4.51", "5")}
     assert versions | {"litgpt-2023", "litgpt-2024", "megatron-core", "fsdp_qlora", "torchtitan", "torchtune"} < set(
         NAMES
@@ -74,7 +82,7 @@ def test_the_profiles_of_every_framework_are_there() -> None:
 
 
 @pytest.mark.parametrize("profile", PROFILES, ids=lambda profile: profile.name)
-def test_a_profile_says_what_was_read_and_where_each_row_is_from(profile: Profile) -> None:
+def test_a_profile_states_the_source_of_each_row(profile: Profile) -> None:
     assert profile.title
     assert profile.read
     for row in profile.rows:
@@ -87,7 +95,7 @@ def test_a_profile_says_what_was_read_and_where_each_row_is_from(profile: Profil
     assert like.name == "transformers-5"
 
 
-def test_no_row_says_what_an_earlier_one_of_the_profile_has_said() -> None:
+def test_no_profile_row_repeats_an_earlier_one() -> None:
     for profile in PROFILES:
         keys = [(row.field, row.when, row.model_types) for row in profile.rows]
         assert len(set(keys)) == len(keys), profile.name
@@ -101,15 +109,15 @@ def test_an_unknown_profile_is_an_error_that_names_near_ones(name: str) -> None:
     assert "transformers-" in str(caught.value) or "litgpt-" in str(caught.value) or "trl-" in str(caught.value)
 
 
-def test_a_run_that_is_completed_says_of_its_loop_what_an_answer_says() -> None:
+def test_a_completed_run_has_the_same_loop_as_its_estimate() -> None:
     run = RunSpec(model="qwen2-0.5b")
-    assert completed(run).loop == estimate(run).run.loop
-    assert completed(run).loop.use_cache is False
+    assert fill_defaults(run).loop == estimate(run).run.loop
+    assert fill_defaults(run).loop.use_cache is False
 
 
 @pytest.mark.parametrize("name", sampled(NAMES, 4))
 @pytest.mark.parametrize("method", ["full", "lora", "qlora"])
-def test_an_answer_holds_what_was_decided_and_answers_the_same_again(name: str, method: str) -> None:
+def test_an_answers_run_is_complete_and_gives_the_same_answer(name: str, method: str) -> None:
     answer = estimate(RunSpec(model=model(), method=method, profile=name))
     run = answer.run
     kernels = run.kernels
@@ -137,7 +145,7 @@ OTHERS: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_the_user_says_wins(name: str) -> None:
+def test_the_users_fields_override_the_profile(name: str) -> None:
     said: dict[str, Any] = {"method": {"kind": "qlora"}}
     for path, value in OTHERS.items():
         inner = said
@@ -153,7 +161,7 @@ def test_what_the_user_says_wins(name: str) -> None:
         assert found == value, path
 
 
-def test_what_is_left_open_is_what_transformers_5_sets() -> None:
+def test_open_fields_get_transformers_5s_defaults() -> None:
     rows = {row.field: row.value for row in find_profile("transformers-5").rows}
     said = RunSpec(
         model=model(),
@@ -164,14 +172,14 @@ def test_what_is_left_open_is_what_transformers_5_sets() -> None:
 
 
 def test_a_row_may_be_for_some_families_or_quantised_weights_only() -> None:
-    assert decided("transformers-4.48", "llama", False)["logits"] == "shifted"
-    assert decided("transformers-4.48", "gpt_bigcode", False)["logits"] == "half"
-    assert decided("transformers-4.51", "gpt_bigcode", False)["logits"] == "padded"
-    assert decided("litgpt-2023", "llama", False)["optimizer.name"] == "adamw_torch"
-    assert decided("litgpt-2023", "llama", True)["optimizer.name"] == "paged_adamw_32bit"
+    assert profile_settings("transformers-4.48", "llama", False)["logits"] == "shifted"
+    assert profile_settings("transformers-4.48", "gpt_bigcode", False)["logits"] == "half"
+    assert profile_settings("transformers-4.51", "gpt_bigcode", False)["logits"] == "padded"
+    assert profile_settings("litgpt-2023", "llama", False)["optimizer.name"] == "adamw_torch"
+    assert profile_settings("litgpt-2023", "llama", True)["optimizer.name"] == "paged_adamw_32bit"
 
 
-# Bytes a logit has at the loss's forward and backward peaks, of bf16 logits. The model of 4.45 lets go of them at once.
+# Bytes per bf16 logit at the loss's forward and backward peaks. In 4.45 the model frees the logits at once.
 PER_LOGIT = {
     "transformers-5": (10, 12),
     "transformers-4.51": (10, 12),
@@ -181,7 +189,7 @@ PER_LOGIT = {
 
 
 @pytest.mark.parametrize(("name", "expected"), PER_LOGIT.items())
-def test_the_loss_has_so_many_bytes_a_logit(name: str, expected: tuple[int, int]) -> None:
+def test_each_loss_has_its_bytes_per_logit(name: str, expected: tuple[int, int]) -> None:
     b, s, more = 4, 512, 64000
     small, large = (
         estimate(RunSpec(model=model(vocab_size=v), method="lora", profile=name, batch={"micro": b, "sequence": s}))
@@ -215,7 +223,7 @@ def test_a_loss_in_half_precision_has_three_tensors_of_logits() -> None:
         )
         for v in (64000, 128000)
     )
-    states = 4 * 2 * 64000 * 256  # tied embeddings, their gradient is not there yet, and two moments
+    states = 4 * 2 * 64000 * 256  # tied embeddings without their gradient yet, and two moments
     assert large - small == pytest.approx(3 * 2 * b * s * 64000 + states * 3 / 4, rel=0.003)
 
 
@@ -244,7 +252,7 @@ def test_megatron_writes_the_softmax_and_its_gradient_over_the_logits() -> None:
 
 
 def test_reentrant_checkpointing_holds_a_blocks_output_and_its_gradient() -> None:
-    """A block's backward holds two tensors of the stream more, and all that its forward pass keeps is there at once."""
+    """A block's backward holds two more tensors of the residual stream, and all of its saved tensors at once."""
     runs = [
         estimate(
             RunSpec(
@@ -264,15 +272,15 @@ def test_reentrant_checkpointing_holds_a_blocks_output_and_its_gradient() -> Non
 
 
 def kept(changes: dict[str, Any], **run: Any) -> int:
-    """What one more layer keeps from forward to backward, in bytes: of a batch of 1 x 512 tokens."""
+    """Return the bytes that one more layer keeps from forward to backward for 1 x 512 tokens."""
     spec = RunSpec(
         model=model(**changes),
         kernels={"checkpointing": "none", "attention": "flash_attention_2", **run.pop("kernels", {})},
         **run,
     )
     structure = decide(spec).structure
-    low = lowered(structure.graph)
-    _, axes = built(structure.graph)
+    low = lower_training(structure.graph)
+    _, axes = operations_of(structure.graph)
     numbers = {**axes, "b": 1, "s": 512, "s8": 512, "s32": 512, "s128": 512, "targets": 513, "padded_labels": 0}
     numbers |= {
         "shifted_rows": 511,
@@ -295,7 +303,7 @@ def kept(changes: dict[str, Any], **run: Any) -> int:
 
 
 def test_fused_kernels_keep_less_of_a_layer() -> None:
-    """In bf16, per token: each norm its input and a number instead of an fp32 copy, and no activated gate."""
+    """In bf16, per token: each norm keeps its input and one number instead of an fp32 copy; no activated gate."""
     h, q, k, i, heads = 512, 512, 128, 1408, 8
     random_state = 512 + 512  # flash attention's
     statistics = 2 * 4 + 4 * heads
@@ -305,8 +313,8 @@ def test_fused_kernels_keep_less_of_a_layer() -> None:
     assert kept({}, kernels={"fused": ["rope", "rms_norm", "swiglu"]}) == 512 * fused + random_state
 
 
-def test_lora_in_one_function_keeps_the_input_once() -> None:
-    """unsloth, all layers adapted: inputs of q, k, v, of o and of the MLP, the gate and what it multiplies, in bf16."""
+def test_fused_lora_keeps_the_input_once() -> None:
+    """unsloth with all layers adapted, in bf16: inputs of q, k, v, of o and of the MLP, the gate and its factor."""
     h, q, k, i, heads = 512, 512, 128, 1408, 8
     run: dict[str, Any] = {
         "method": "qlora",
@@ -320,11 +328,11 @@ def test_lora_in_one_function_keeps_the_input_once() -> None:
     assert kept({}, **run) == 512 * (norms + attention + mlp) + stored_random_state
 
 
-def test_a_function_of_lora_is_of_one_module() -> None:
-    """A mixture's experts stay as they are; the expert that all share is a gated MLP of its own width."""
+def test_a_fused_lora_function_covers_one_module() -> None:
+    """A mixture's experts stay unfused; the shared expert is a gated MLP with its own width."""
     config = {"model_type": "qwen2_moe", **TINY["qwen2_moe"]}
     run = RunSpec(model={"config": config}, method="qlora", profile="transformers-4.51", kernels={"fused": ["lora"]})
-    stack, _ = built(decide(run).structure.graph)
+    stack, _ = operations_of(decide(run).structure.graph)
     ops = {op.name: op for op in stack.runs[0].blocks[0].ops}
     joined = {name for name in ops if name.endswith((".lora_qkv", ".lora_mlp"))}
     assert joined == {"self_attn.lora_qkv", "mlp.shared_expert.lora_mlp"}
@@ -336,14 +344,14 @@ def test_a_function_of_lora_is_of_one_module() -> None:
 def test_a_fused_kernel_that_finds_nothing_is_noted() -> None:
     answer = estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, kernels={"fused": ["rope", "cross_entropy"]}))
     assert answer.run.kernels.fused == ("cross_entropy",)
-    assert any("rope finds nothing to do" in note for note in answer.notes)
+    assert any("rope has nothing to fuse" in note for note in answer.notes)
     profiled = estimate(RunSpec(model=gpt2(1000), batch={"sequence": 512}, profile="unsloth-2025"))
-    assert not any("finds nothing to do" in note for note in profiled.notes)
+    assert not any("has nothing to fuse" in note for note in profiled.notes)
 
 
-def test_litgpt_keeps_what_its_code_says() -> None:
-    """LoRA on query and value, per token: two fp32 norms' inputs, a mask and the dropped input, one storage of q, k and
-    v, the rotated heads, what attention makes, what is copied into zeros, and three tensors of the MLP."""
+def test_litgpt_keeps_the_tensors_its_code_holds() -> None:
+    """LoRA on query and value, per token: inputs of two fp32 norms, a dropout mask and its output, one storage of q, k
+    and v, the rotated heads, attention's output, its copy into zeros, and three tensors of the MLP."""
     h, i, heads, r = 512, 1408, 8, 8
     run: dict[str, Any] = {
         "method": {"kind": "lora", "rank": r, "targets": ["q_proj", "v_proj"], "dropout": 0.05},
@@ -359,7 +367,7 @@ def test_litgpt_keeps_what_its_code_says() -> None:
 
 
 def test_litgpt_has_no_other_families_than_its_own() -> None:
-    with pytest.raises(MemplanError, match="litgpt-2024 has no qwen2"):
+    with pytest.raises(MemplanError, match="litgpt-2024 does not have qwen2"):
         estimate(RunSpec(model="qwen2-0.5b", profile="litgpt-2024"))
 
 
@@ -379,21 +387,21 @@ def test_a_family_that_came_after_the_version_is_noted(profile: str, known: str,
         run = RunSpec(model={"config": {"model_type": family, **TINY[family]}}, profile=profile, batch={"sequence": 64})
         return " ".join(estimate(run).notes)
 
-    assert f"has no {unknown}: its layers are counted as transformers 5.24 writes them" in notes(unknown)
-    assert "its layers are counted" not in notes(known)
+    assert f"has no {unknown}: counted with the layers of transformers 5.24" in notes(unknown)
+    assert "counted with the layers" not in notes(known)
 
 
 @pytest.mark.parametrize("profile", ["litgpt", "torchtitan", "torchtune", "unsloth"])
-def test_padding_adds_nothing_where_the_model_gets_no_mask(profile: str) -> None:
+def test_padding_adds_nothing_if_the_model_gets_no_mask(profile: str) -> None:
     def answer(padded: bool) -> Estimate:
         return estimate(RunSpec(model=model(), method="full", profile=profile, loop={"padded": padded}))
 
     assert answer(True).phases == answer(False).phases
-    assert any("gives the model no attention mask for padding" in note for note in answer(True).notes)
+    assert any("passes no attention mask for padding" in note for note in answer(True).notes)
     assert not any("mask" in note for note in answer(False).notes)
 
 
-def test_padding_adds_masks_where_the_model_gets_one() -> None:
+def test_padding_adds_masks_if_the_model_gets_one() -> None:
     runs = (RunSpec(model=model(), profile="transformers-4.51", loop={"padded": p}) for p in (True, False))
     padded, plain = map(estimate, runs)
     assert padded.bytes.allocated > plain.bytes.allocated
@@ -402,24 +410,24 @@ def test_padding_adds_masks_where_the_model_gets_one() -> None:
 
 @pytest.mark.parametrize("profile", ["litgpt", "torchtitan"])
 def test_a_model_that_calls_torchs_attention_has_no_eager_one(profile: str) -> None:
-    with pytest.raises(SpecError, match="has no eager attention to choose; supported: sdpa, ") as caught:
+    with pytest.raises(SpecError, match="has no eager attention; supported: sdpa, ") as caught:
         estimate(RunSpec(model=model(), profile=profile, kernels={"attention": "eager"}))
     assert caught.value.field == "kernels.attention"
 
 
 @pytest.mark.parametrize("profile", ["transformers-4.48", "transformers-4.51", "transformers-5"])
 def test_phi3s_layers_read_the_mask_of_their_window(profile: str) -> None:
-    """Whether whole heads are rotated, as until 4.48, or a part that is joined with the rest."""
+    """Whether full heads are rotated, as until 4.48, or a part that is joined with the rest."""
     config = {"model_type": "phi3", **TINY["phi3"], "sliding_window": 32}
     run = RunSpec(model={"config": config}, profile=profile, loop={"padded": True})
-    stack, _ = built(decide(run).structure.graph)
+    stack, _ = operations_of(decide(run).structure.graph)
     assert any(op.reads == ("window_mask",) for op in stack.runs[0].blocks[0].ops)
 
 
-def test_older_versions_repeat_the_keys_that_layers_share_too() -> None:
+def test_older_versions_repeat_even_the_keys_that_layers_share() -> None:
     config = {"model_type": "gemma4_text", **TINY["gemma4_text"]}
     run = RunSpec(model={"config": config}, profile="transformers-4.51", batch={"sequence": 16})
-    stack, _ = built(decide(run).structure.graph)
+    stack, _ = operations_of(decide(run).structure.graph)
     repeats = (op for run in stack.runs for block in run.blocks for op in block.ops if ".repeat_" in op.name)
     shared = {(op.reads[0], op.writes[0].name) for op in repeats if not op.reads[0].startswith(("k.", "v."))}
     assert shared == {
@@ -448,9 +456,9 @@ def test_the_command_lists_every_profile_and_what_it_sets() -> None:
         for row in profile.rows:
             assert row.field in text
             assert row.source in text
-        assert [Row(**{**r, "model_types": tuple(r["model_types"])}).field for r in facts[profile.name]["rows"]] == [
-            row.field for row in profile.rows
-        ]
+        assert [
+            ProfileSetting(**{**r, "model_types": tuple(r["model_types"])}).field for r in facts[profile.name]["rows"]
+        ] == [row.field for row in profile.rows]
         for wait in profile.waits:
             assert wait in text
     found = CliRunner().invoke(app, ["profiles", "litgpt"]).output
@@ -459,7 +467,7 @@ def test_the_command_lists_every_profile_and_what_it_sets() -> None:
 
 
 @pytest.mark.parametrize("row", TRACED, ids=lambda row: row["name"])
-def test_a_step_of_an_older_version_is_what_was_traced(row: dict[str, Any]) -> None:
+def test_a_step_of_an_older_version_equals_its_trace(row: dict[str, Any]) -> None:
     family = row["run"]["model"]["config"]["model_type"]
     assert compared_with_trace(row).phase < (0.007 if family == "gemma2" else 0.001)
 
@@ -467,12 +475,12 @@ def test_a_step_of_an_older_version_is_what_was_traced(row: dict[str, Any]) -> N
 @pytest.mark.parametrize(
     ("profile", "family", "what"),
     [
-        ("transformers-4.48", "starcoder2", "does not checkpoint"),
+        ("transformers-4.48", "starcoder2", "ignores gradient checkpointing"),
         ("transformers-4.45", "opt", "no sdpa"),
         ("transformers-4.35", "llama", "no sdpa"),
     ],
 )
-def test_what_a_version_lacks_is_left_out_and_noted(profile: str, family: str, what: str) -> None:
+def test_features_missing_in_a_version_are_left_out_with_a_note(profile: str, family: str, what: str) -> None:
     config = {
         **LLAMA,
         "model_type": family,

@@ -1,4 +1,4 @@
-"""State spaces and linear attention: what configs say, what peft and bitsandbytes do not take, what a scan keeps."""
+"""State spaces and linear attention: configs, refusals of peft and bitsandbytes, and activations of a scan."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def run(model_type: str, **fields: Any) -> RunSpec:
         ("qwen3.5-4b-text", {"linear_attention": 24, "attention": 8}, {"dense": 32}),
     ],
 )
-def test_layers_are_what_the_config_lists(card: str, mixers: dict[str, int], ffns: dict[str, int]) -> None:
+def test_layer_types_follow_the_configs_list(card: str, mixers: dict[str, int], ffns: dict[str, int]) -> None:
     layers = load_card(card).layers
     assert Counter(layer.mixer for layer in layers) == mixers
     assert Counter(layer.ffn for layer in layers) == ffns
@@ -88,12 +88,12 @@ def test_a_wrong_value_is_refused_in_a_line_that_names_its_key(
 @pytest.mark.parametrize("model_type", ["falcon_mamba", "mamba", "mamba2", "nemotron_h"])
 def test_targets_that_peft_refuses_are_refused(model_type: str) -> None:
     for targets in ("all-linear", ["in_proj", "out_proj"], ["mixer.out_proj"]):
-        with pytest.raises(SpecError, match=r"peft takes no adapters around out_proj in .*; name others: in_proj"):
+        with pytest.raises(SpecError, match=r"peft cannot adapt out_proj in .*; choose from in_proj"):
             estimate(run(model_type, method={"kind": "lora", "targets": targets}))
     assert estimate(run(model_type, method={"kind": "lora", "targets": ["in_proj"]})).parameters.trainable > 0
 
 
-def test_mamba_is_not_quantised_where_it_reads_a_weight_itself() -> None:
+def test_mamba_layers_that_read_a_weight_directly_are_unquantised() -> None:
     with pytest.raises(SpecError, match="dt_proj") as caught:
         estimate(run("mamba", method={"kind": "qlora", "targets": ["in_proj"]}))
     assert caught.value.field == "method.quantization.skip"
@@ -102,7 +102,7 @@ def test_mamba_is_not_quantised_where_it_reads_a_weight_itself() -> None:
     estimate(run("falcon_mamba", method={"kind": "qlora", "targets": ["in_proj"]}))
 
 
-def test_adapters_around_a_layer_that_is_not_called_are_there_and_get_no_gradients() -> None:
+def test_adapters_on_layers_that_are_never_called_exist_without_gradients() -> None:
     def answer(*targets: str, kind: str = "lora") -> Estimate:
         return estimate(run("jamba", method={"kind": kind, "rank": 4, "targets": targets}))
 
@@ -110,13 +110,13 @@ def test_adapters_around_a_layer_that_is_not_called_are_there_and_get_no_gradien
     into, out = made["mamba_dt_rank"], 2 * made["hidden_size"]
     adapters = mambas * 4 * (into + out)
     bytes_ = mambas * sum((4 * 4 * width + 511) // 512 * 512 for width in (into, out))
-    without, beside = answer("in_proj"), answer("in_proj", "dt_proj")
-    assert beside.parameters.trainable - without.parameters.trainable == adapters
-    assert beside.categories["optstate"] == without.categories["optstate"]
-    loaded = [next(phase.peak for phase in a.phases if phase.phase == "load") for a in (without, beside)]
+    without, with_unused = answer("in_proj"), answer("in_proj", "dt_proj")
+    assert with_unused.parameters.trainable - without.parameters.trainable == adapters
+    assert with_unused.categories["optstate"] == without.categories["optstate"]
+    loaded = [next(phase.peak for phase in a.phases if phase.phase == "load") for a in (without, with_unused)]
     assert loaded[1] - loaded[0] == bytes_
     called = answer("in_proj", "dt_proj", kind="qlora").categories["optstate"]
-    steps = 2 * mambas * 512  # a number for each matrix
+    steps = 2 * mambas * 512  # one number per matrix
     assert called - answer("in_proj", kind="qlora").categories["optstate"] == 2 * bytes_ + steps
     with pytest.raises(SpecError, match="dt_proj") as caught:
         answer("dt_proj")
@@ -124,7 +124,7 @@ def test_adapters_around_a_layer_that_is_not_called_are_there_and_get_no_gradien
 
 
 @pytest.mark.parametrize("model_type", ["jamba", "mamba2", "qwen3_next", "llama"])
-def test_an_answer_says_that_fused_kernels_take_less(model_type: str) -> None:
+def test_a_note_says_that_fused_kernels_need_less(model_type: str) -> None:
     notes = [note for note in estimate(run(model_type)).notes if "causal-conv1d" in note]
     package = {"jamba": "mamba-ssm", "mamba2": "mamba-ssm", "qwen3_next": "flash-linear-attention"}.get(model_type)
     assert [package in note for note in notes if package] == [True] * (package is not None)
@@ -133,7 +133,7 @@ def test_an_answer_says_that_fused_kernels_take_less(model_type: str) -> None:
 @pytest.mark.parametrize("loss", ["hf", "chunked", "chunked_lm_head", "fused"])
 @pytest.mark.parametrize("model_type", ["mamba", "mamba2", "nemotron_h", "qwen3_5_text"])
 def test_every_loss_finds_the_head(model_type: str, loss: str) -> None:
-    tokens = 4096  # so that a chunk is less than all of them
+    tokens = 4096  # more than one chunk
     made = config(model_type, vocab_size=50_000, max_position_embeddings=tokens)
     kernels = {"loss": loss, "checkpointing": "full"}
     answer = estimate(RunSpec(model={"config": made}, batch={"sequence": tokens}, kernels=kernels))
@@ -190,8 +190,8 @@ def test_sequences_are_counted_in_whole_chunks() -> None:
 
 
 def test_mamba_keeps_the_states_of_every_token() -> None:
-    """Without checkpointing each token adds, in every layer: the discretised A and B and its state in fp32, and the
-    state in bf16; 14 bytes for each number of the state of each channel, and far less of all else together."""
+    """Without checkpointing each token adds, in every layer, the discretised A and B and its state in fp32, and the
+    state in bf16: 14 bytes per state number and channel. Everything else is far smaller."""
     made = config("mamba", state_size=64)
     channels, layers, tokens = 2 * made["hidden_size"], made["num_hidden_layers"], 1024
 

@@ -1,4 +1,4 @@
-"""torchtitan's own model, its tensor and sequence parallelism and its FSDP2, beside traces of its code.
+"""torchtitan's model, tensor and sequence parallelism and FSDP2, against traces of its code.
 
 The rows are in tests/golden/traced_titan.jsonl, which tests/golden/trace_titan.py made.
 """
@@ -26,7 +26,7 @@ PUBLISHED = [
 ]
 GPU = "a100-sxm-80gb"
 
-# The numbers of torchtitan's sizes, in transformers' words.
+# torchtitan's model sizes, in transformers' config keys.
 SIZES: dict[str, dict[str, int]] = {
     "debugmodel": {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 16, "vocab_size": 2048},
     "8B": {
@@ -69,7 +69,7 @@ def run_of(case: dict[str, Any]) -> RunSpec:
 
 
 def peaks(run: RunSpec) -> dict[str, int]:
-    """Of each phase and step, without cuBLAS's workspaces; the loss belongs to the forward pass."""
+    """Return the peak of each phase and step, without cuBLAS's workspaces; the loss is part of the forward pass."""
     workspace = cublas_workspace(find_gpu(GPU).compute_capability).usual
     found: dict[str, int] = {}
     for p in estimate(run).phases:
@@ -86,7 +86,7 @@ def label(case: dict[str, Any]) -> str:
 
 
 def error(case: dict[str, Any]) -> float:
-    """Of the peak, as a share of the traced one."""
+    """Return the peak's error relative to the traced peak."""
     return max(peaks(run_of(case)).values()) / max(case["peaks"].values()) - 1
 
 
@@ -111,8 +111,10 @@ def test_the_ledger_sums_to_the_peak(case: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("case", PUBLISHED, ids=lambda c: c["name"])
 def test_published_runs_are_near_though_they_compile_and_multiply_in_float8(case: dict[str, Any]) -> None:
-    """The figures are of what torch reserved, on a kind of H100 with more than 80 GB: one is beyond what those have.
-    See docs/several-gpus.md for what they have and the estimate has not."""
+    """The figures are torch's reserved memory on an H100 variant with more than 80 GB: one exceeds 80 GB.
+
+    See docs/several-gpus.md for what the published runs have and the estimate does not.
+    """
     found = estimate(RunSpec(**{**case["run"], "gpu": "h200"})).bytes.reserved / 2**30
     assert found == pytest.approx(case["gib"], rel=0.05 if "1f1b" not in case["name"] else 0.14)
 
@@ -132,7 +134,7 @@ REFUSED: list[tuple[dict[str, Any], str, tuple[str, ...]]] = [
 
 
 @pytest.mark.parametrize(("fields", "field", "words"), REFUSED)
-def test_what_torchtitan_does_not_divide_is_one_line(
+def test_layouts_unsupported_by_torchtitan_are_refused_in_one_line(
     fields: dict[str, Any], field: str, words: tuple[str, ...]
 ) -> None:
     with pytest.raises(SpecError) as caught:
@@ -143,7 +145,7 @@ def test_what_torchtitan_does_not_divide_is_one_line(
 
 
 def test_a_rank_of_stages_divides_its_matrices_and_tokens_too() -> None:
-    """Of every stage tensor parallelism leaves a half of what is gathered and summed whole, but for norms."""
+    """Tensor parallelism halves every stage's gathered and reduced weights, except norms."""
 
     def stages(tp: int) -> Any:
         divided = {"world": 8 * tp, "pp": 4, "dp": 2, "tp": tp, "sequence_parallel": tp > 1, "strategy": "fsdp2"}

@@ -1,4 +1,4 @@
-"""Vision-language models: what an image takes of a sequence, towers that run and that do not, and what is frozen."""
+"""Vision-language models: image tokens, towers that run or do not, and frozen parts."""
 
 from __future__ import annotations
 
@@ -60,12 +60,12 @@ def test_every_family_is_traced_on_text_and_with_the_images_it_takes() -> None:
     assert {family for family, images in traced if not images} == set(TINY)
     assert {family for family, images in traced if images} == set(PICTURES)
     for family in set(TINY) - set(PICTURES):
-        with pytest.raises(SpecError, match=r"batch\.images: .* is not supported yet"):
+        with pytest.raises(SpecError, match=r"batch\.images: images are not supported yet"):
             estimate(run(family, batch={"images": 1, "image_size": 280}))
 
 
-# 1024 / 28 is 36.57: 37 x 37 squares of 2 x 2 patches. 28 pixels are grown to 56, and 14 x 700, of which 0 rows were
-# left, to 3136 in all: by 0.566. The most are 3584 x 3584, which are 128 squares a side.
+# 1024 / 28 is 36.57: 37 x 37 squares of 2 x 2 patches. 28 pixels are enlarged to 56; 14 x 700, which would have no
+# rows, to 3136 pixels in total (by 0.566). The largest image is 3584 x 3584, 128 squares per side.
 @pytest.mark.parametrize(
     ("size", "tokens"),
     [(1024, 37 * 37), ((644, 28), 23 * 1), (28, 2 * 2), (8000, 128 * 128), ((14, 700), 1 * 15)],
@@ -77,16 +77,16 @@ def test_an_image_of_qwen2_vl_is_a_token_for_every_four_patches(size: Any, token
     assert picture.patches == 4 * tokens
 
 
-# A patch of Qwen3-VL has 16 pixels a side unless its config says otherwise, so 32 become one token's; 100 x 100 are
-# grown to 256 x 256, 640 x 96 by 1.03 to 672 x 128, and 6000 x 6000 shrunk to 4096 x 4096.
+# A Qwen3-VL patch has 16 pixels per side by default, so a token covers 32; 100 x 100 is enlarged to 256 x 256, 640 x 96
+# by 1.03 to 672 x 128, and 6000 x 6000 shrunk to 4096 x 4096.
 @pytest.mark.parametrize(("size", "tokens"), [(1024, 32 * 32), ((640, 96), 21 * 4), (100, 8 * 8), (6000, 128 * 128)])
 @pytest.mark.parametrize("family", ["qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"])
-def test_an_image_of_qwen3_is_a_token_for_every_square_of_32_pixels(family: str, size: Any, tokens: int) -> None:
+def test_a_qwen3_image_has_one_token_per_32_pixel_square(family: str, size: Any, tokens: int) -> None:
     picture = picture_of(ModelSpec({"model_type": family, **TINY[family]}), size)
     assert (picture.tokens, picture.patches) == (tokens, 4 * tokens)
 
 
-# Each is shrunk until its long side has 560 pixels, and 28 of a side are one token; a row of them ends with one more.
+# Images are shrunk to 560 pixels on the long side; a token covers 28 x 28, and each row ends with one more token.
 @pytest.mark.parametrize(
     ("size", "tokens"), [(560, 20 * 21), ((1120, 560), 20 * (10 + 1)), ((100, 30), 4 * (2 + 1)), (28, 1 + 1)]
 )
@@ -95,7 +95,7 @@ def test_an_image_of_mistral_3_has_a_token_more_a_row(size: Any, tokens: int) ->
     assert picture.tokens == tokens
 
 
-def test_an_image_of_gemma_3_is_as_many_tokens_as_its_config_says() -> None:
+def test_a_gemma_3_image_has_the_configs_number_of_tokens() -> None:
     spec = ModelSpec({"model_type": "gemma3", **TINY["gemma3"]})
     (picture,) = {picture_of(spec, size) for size in (None, 28, (8000, 100))}
     assert (picture.patches, picture.tokens, axes_of(spec, 2, picture)["merged"]) == (8 * 8, 16, 2 * 16)
@@ -103,27 +103,27 @@ def test_an_image_of_gemma_3_is_as_many_tokens_as_its_config_says() -> None:
 
 @pytest.mark.parametrize("fields", [{"batch": {"images": 1}}, {"task": "generate", "profile": "vllm", "gpu": "h100"}])
 def test_fewer_patches_than_gemma_3_makes_tokens_of_are_refused(fields: dict[str, Any]) -> None:
-    """As many as its config class fills in are fewer: torch averages no windows without a side."""
+    """The config class's default has fewer patches than tokens: torch cannot average empty windows."""
     config = {"model_type": "gemma3", **TINY["gemma3"], "vision_config": {}, "mm_tokens_per_image": 256}
     with pytest.raises(ConfigError, match=r"vision_config\.image_size: 14 x 14 patches cannot be ") as caught:
         estimate(RunSpec(model={"config": config}, **fields))
     assert caught.value.field == "image_size"
 
 
-def test_a_block_that_qwen3_hands_on_twice_is_refused() -> None:
+def test_a_duplicate_deepstack_block_of_qwen3_is_refused() -> None:
     tower = {**TINY["qwen3_vl"]["vision_config"], "deepstack_visual_indexes": [1, 1]}
     with pytest.raises(ConfigError, match=r"deepstack_visual_indexes names a layer twice: \[1, 1\]"):
         estimate(RunSpec(model={"config": {"model_type": "qwen3_vl", **TINY["qwen3_vl"], "vision_config": tower}}))
 
 
-def test_a_window_of_qwen2_5_vl_is_as_large_as_its_config_says() -> None:
+def test_a_qwen2_5_vl_window_has_the_configs_size() -> None:
     tower = {**TINY["qwen2_5_vl"]["vision_config"], "window_size": 56}
     spec = ModelSpec({"model_type": "qwen2_5_vl", **TINY["qwen2_5_vl"], "vision_config": tower})
     axes = axes_of(spec, 3, picture_of(spec, (140, 420)))  # 5 x 15 merged patches, in windows of 2 x 2
     assert (axes["windows"], axes["window"], axes["window32"]) == (3 * 3 * 8, 4 * 4, 32)
 
 
-def test_a_tower_that_hands_on_no_block_is_answered_with_images() -> None:
+def test_a_tower_without_deepstack_blocks_works_with_images() -> None:
     tower = {**TINY["qwen3_vl"]["vision_config"], "deepstack_visual_indexes": []}
     config = {"model_type": "qwen3_vl", **TINY["qwen3_vl"], "vision_config": tower}
     batch = {"sequence": 512, "images": 1, "image_size": 320}
@@ -131,8 +131,8 @@ def test_a_tower_that_hands_on_no_block_is_answered_with_images() -> None:
     assert without.bytes.allocated < estimate(run("qwen3_vl", batch=batch)).bytes.allocated
 
 
-# 336 a side: 576 patches are 144 tokens, and three more say where that is. 1024 are grown to 4 x 4 tiles, which are
-# 17 with the whole image; 700 x 1000 to 3 x 3; 6000 x 300 shrunk to 16 x 1; every tile but the whole has a separator.
+# 336 per side: 576 patches are 144 tokens, plus three delimiters. 1024 is enlarged to 4 x 4 tiles and an overview;
+# 700 x 1000 to 3 x 3; 6000 x 300 is shrunk to 16 x 1; every tile except the overview has a separator.
 @pytest.mark.parametrize(
     ("size", "tiles", "tokens"),
     [
@@ -150,19 +150,19 @@ def test_an_image_of_llama_4_is_cut_into_tiles(size: Any, tiles: int, tokens: in
 
 
 @pytest.mark.parametrize("key", ["intermediate_size", "projector_output_dim", "vision_output_dim"])
-def test_a_tower_of_llama_4_that_does_not_fit_itself_is_refused_with_images(key: str) -> None:
+def test_an_inconsistent_llama_4_tower_is_refused_with_images(key: str) -> None:
     tower = {**TINY["llama4"]["vision_config"], key: 100}
     config = {"model_type": "llama4", **TINY["llama4"], "vision_config": tower}
     with pytest.raises(ConfigError, match=key):
         estimate(RunSpec(model={"config": config}, batch={"images": 1, "image_size": 56}))
 
 
-def test_an_image_of_llama_3_2_is_one_token_and_all_tiles_whatever_its_size() -> None:
+def test_a_llama_3_2_image_has_one_token_and_always_all_tiles() -> None:
     spec = ModelSpec({"model_type": "mllama", **TINY["mllama"]})
     pictures = {picture_of(spec, size) for size in (None, 28, (8000, 100))}
     (picture,) = pictures
     assert (picture.patches, picture.tokens) == (4 * (56 // 14) ** 2, 1)
-    # each tile has a row of its own, and is padded from 17 to 24 rows: the language model sees 4 x 17 of an image
+    # each tile is a row of its own, padded from 17 to 24 patches: the language model sees 4 x 17 per image
     axes = axes_of(spec, 2, picture)
     assert (axes["grid"], axes["seen"]) == (4 * 24, 2 * 4 * 17)
 
@@ -176,11 +176,11 @@ def test_a_tower_that_is_never_checkpointed_takes_the_same_either_way() -> None:
         ]
         return peaks[1].bytes.allocated - peaks[0].bytes.allocated
 
-    rows, kept = 2 * 4 * 24, 4 * 160 + 2 * 432  # of an image: at least q, k, v, o, and two of the MLP
+    rows, kept = 2 * 4 * 24, 4 * 160 + 2 * 432  # per image: at least q, k, v, o, and two of the MLP
     assert more("full") > 6 * rows * kept * 2
 
 
-def test_without_images_a_tower_is_there_and_takes_no_gradient() -> None:
+def test_without_images_a_tower_is_loaded_without_gradients() -> None:
     whole, still = (
         estimate(run(method={"kind": "full", "frozen": f}, task="train")) for f in ((), ("vision", "projector"))
     )
@@ -193,7 +193,7 @@ def test_without_images_a_tower_is_there_and_takes_no_gradient() -> None:
 
 @pytest.mark.parametrize("family", sorted(TINY))
 def test_layers_are_numbered_as_their_own_module_does(family: str) -> None:
-    """A tower's blocks before them are counted by themselves."""
+    """The tower's blocks before them are numbered separately."""
     low = pass_of(decide(run(family)).structure)
     numbers = {m.where.split(".layers.")[1].partition(".")[0] for m in low.moments if "model.layers." in m.where}
     layers = find_model(run(family).model).num_hidden_layers
@@ -217,17 +217,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "no tower": ({"model": "qwen2-7b", "batch": {"images": 1}}, "batch.images: qwen2-7b has no vision tower"),
     "a tower that rests": (
         {"model": {"config": RESTING["gemma4-small"]}, "batch": {"images": 1, "image_size": 64}},
-        "batch.images: what the tower of gemma4 takes for images is not supported yet",
+        "batch.images: images are not supported yet for gemma4",
     ),
     "no size": ({"batch": {"images": 1}}, "batch.image_size: "),
     "a strip": (
         {"batch": {"images": 1, "image_size": [14, 2801], "sequence": 8192}},
-        "batch.image_size: qwen2_vl takes no image with a side more than 200 times the other; 14 x 2801 has one",
+        "batch.image_size: qwen2_vl takes no image with a side more than 200 times the other, such as 14 x 2801",
     ),
-    "a size alone": ({"batch": {"image_size": 64}}, "batch.image_size: the size of no image; say batch.images too"),
+    "a size alone": ({"batch": {"image_size": 64}}, "batch.image_size: there are no images; set batch.images too"),
     "too many": (
         {"batch": {"images": 3, "image_size": 280, "sequence": 128}},
-        "batch.images: 3 of 100 tokens each are more than batch.sequence, 128; at least 300 hold them",
+        "batch.images: 3 images of 100 tokens each do not fit batch.sequence 128, which must be at least 300",
     ),
     "eager": (
         {"batch": {"images": 1, "image_size": 56}, "kernels": {"attention": "eager"}},
@@ -251,7 +251,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "nothing to adapt": (
         {"method": {"kind": "lora", "targets": ["q_proj"], "frozen": ["language"]}},
-        "method.frozen: nothing is left to adapt of method.targets",
+        "method.frozen: freezes all of method.targets, so nothing is left to adapt",
     ),
     "states by name": (
         {"model": model("llama4"), "batch": {"images": 1, "image_size": 56}, "kernels": {"checkpointing": "offload"}},
@@ -263,26 +263,29 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "pixels in half": (
         {"model": model("llama4"), "batch": {"images": 1, "image_size": 56}, "precision": "fp32"},
-        "precision.weights: llama4's processor makes pixels in bf16, which a tower in fp32 does not take",
+        "precision.weights: llama4's processor returns bf16 pixels, which a vision tower in fp32 rejects",
     ),
     "another version": (
         {"batch": {"images": 1, "image_size": 56}, "profile": "transformers-4.51"},
-        "batch.images: images are counted as profile transformers-5 has them",
+        "batch.images: needs profile transformers-5",
     ),
     "nothing to train": (
         {"method": {"frozen": ["language", "vision", "projector"]}},
         "method.frozen: nothing is left to train",
     ),
-    "no parts": ({"model": "qwen2-7b", "method": {"frozen": ["vision"]}}, "method.frozen: qwen2 has no parts"),
+    "no parts": (
+        {"model": "qwen2-7b", "method": {"frozen": ["vision"]}},
+        "method.frozen: qwen2 only has a language model",
+    ),
     "several GPUs": (
         {"parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}},
-        "batch.images: without images the tower gets no gradients",
+        "batch.images: without images the vision tower gets no gradients",
     ),
 }
 
 
 @pytest.mark.parametrize("asked", REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_is_one_line(asked: tuple[dict[str, Any], str]) -> None:
+def test_impossible_image_runs_are_refused_in_one_line(asked: tuple[dict[str, Any], str]) -> None:
     fields, start = asked
     with pytest.raises(MemplanError) as caught:
         estimate(run(**fields))
@@ -313,7 +316,7 @@ def test_a_broken_tower_is_refused_by_its_key(broken: tuple[str, Any]) -> None:
         estimate(RunSpec(model={"config": config}))
 
 
-def test_a_sweep_equals_its_runs_and_leaves_out_sequences_that_hold_no_image() -> None:
+def test_a_sweep_equals_its_runs_and_skips_sequences_shorter_than_an_image() -> None:
     pytest.importorskip("numpy")
     from memplan.planning.sweep import grid
 
@@ -326,9 +329,9 @@ def test_a_sweep_equals_its_runs_and_leaves_out_sequences_that_hold_no_image() -
             assert swept.allocated[i, j] == estimate(one).bytes.allocated
 
 
-def test_images_may_take_the_whole_sequence_and_no_token_more() -> None:
+def test_images_may_fill_the_sequence_but_not_exceed_it() -> None:
     one = {"images": 1, "image_size": 56}
     tokens = picture_of(ModelSpec(model("qwen2_vl")["config"]), 56).tokens
     assert estimate(run("qwen2_vl", batch={**one, "sequence": tokens})).bytes.allocated > 0
-    with pytest.raises(SpecError, match=f"at least {tokens} hold them"):
+    with pytest.raises(SpecError, match=f"must be at least {tokens}"):
         estimate(run("qwen2_vl", batch={**one, "sequence": tokens - 1}))

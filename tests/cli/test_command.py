@@ -1,4 +1,4 @@
-"""The command: what is typed becomes a run, every mistake one line and its exit code, the output fits its reader."""
+"""The command: options become a run, every error is one line with its exit code, the output fits its reader."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _memplan(capsys: pytest.CaptureFixture[str]) -> Memplan:
 
 
 def fails(ran: Ran, code: int, *words: str) -> None:
-    """The run ended with `code`, nothing on standard output, and one line on standard error with all of `words`."""
+    """Assert exit code `code`, empty standard output, and one line on standard error with all of `words`."""
     assert ran.code == code, ran
     assert ran.out == ""
     assert ran.err.count("\n") == 1
@@ -91,7 +91,7 @@ def test_the_command_answers_as_the_library_does(memplan_: Memplan) -> None:
     assert json.loads(memplan_(*QLORA, "--json").out) == json.loads(answer.model_dump_json())
 
 
-def test_an_error_nobody_meant_is_one_line_that_asks_for_a_report(
+def test_an_unexpected_error_is_one_line_that_asks_for_a_report(
     memplan_: Memplan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def broken(given: object) -> int:
@@ -213,7 +213,7 @@ def test_options_of_several_gpus_divide_the_world(options: str, expected: dict[s
         "--offload optimizer --gpus 2",
     ],
 )
-def test_what_is_not_supported_yet_says_so(memplan_: Memplan, options: str) -> None:
+def test_unsupported_features_are_named_as_such(memplan_: Memplan, options: str) -> None:
     fails(memplan_("qwen2-7b", *options.split()), 2, "parallelism", "not supported yet")
 
 
@@ -221,7 +221,7 @@ STAGES = ("llama-3.2-1b", "--pp=4", "--grad-accum=8", "--seq-len=128", "--gpu=30
 
 
 @pytest.mark.parametrize("format", ["table", "markdown", "csv", "html", "json"])
-def test_every_rank_is_shown_where_it_is_asked_for(memplan_: Memplan, format: str) -> None:
+def test_all_ranks_are_shown_on_request(memplan_: Memplan, format: str) -> None:
     alone, ranks = (memplan_(*STAGES, "--format", format, *more) for more in ((), ("--ranks",)))
     assert alone.code == ranks.code == 0
     if format == "json":
@@ -244,7 +244,7 @@ def test_one_gpu_has_no_other_ranks_to_show(memplan_: Memplan) -> None:
     assert plain == ranks
 
 
-def test_a_stage_may_be_asked_for(memplan_: Memplan) -> None:
+def test_one_pipeline_stage_can_be_requested(memplan_: Memplan) -> None:
     run = run_of(memplan_(*STAGES, "--stage", "2", "--json"))
     assert (run["parallelism"]["stage"], run["parallelism"]["schedule"]) == (2, "1f1b")
     fails(memplan_(*STAGES, "--stage", "4"), 2, "parallelism.stage (--stage)", "0 to 3")
@@ -262,7 +262,7 @@ def test_checkpointing_is_not_both_on_and_off(memplan_: Memplan, options: str) -
     fails(memplan_("qwen2-7b", *options.split()), 2, "kernels.checkpointing", "exclude each other")
 
 
-def test_what_a_file_offloads_can_be_taken_back() -> None:
+def test_options_can_undo_a_files_offloading() -> None:
     spec = {"model": "qwen2-7b", "parallelism": {"offload": {"parameters": True, "optimizer": True}}}
     assert spec_of({"offload": "none"}, spec)["parallelism"]["offload"] == {}
     assert spec_of({"offload": "none,activations"}, spec)["parallelism"]["offload"] == {"activations": True}
@@ -291,7 +291,7 @@ def test_a_yaml_number_may_name_a_gpu(memplan_: Memplan, tmp_path: Path) -> None
     assert run_of(memplan_("--spec", str(spec), "--json"))["gpu"] == "rtx-3090"
 
 
-def test_options_go_over_a_spec_file(memplan_: Memplan, tmp_path: Path) -> None:
+def test_options_override_a_spec_file(memplan_: Memplan, tmp_path: Path) -> None:
     spec = tmp_path / "run.yaml"
     spec.write_text(
         "model: qwen2-7b\nmethod: qlora\nprecision: amp\noptimizer: sgd\nbatch: {micro: 2, sequence: 512}\n"
@@ -319,7 +319,7 @@ CHANGES: dict[str, tuple[str, str]] = {
 
 
 @pytest.mark.parametrize(("typed", "files"), CHANGES.items())
-def test_what_is_typed_over_a_file_leaves_behind_what_was_the_others(
+def test_an_option_that_replaces_a_files_choice_drops_its_settings(
     memplan_: Memplan, tmp_path: Path, typed: str, files: tuple[str, str]
 ) -> None:
     phases: list[Any] = []
@@ -329,7 +329,7 @@ def test_what_is_typed_over_a_file_leaves_behind_what_was_the_others(
     assert phases[0] == phases[1]
 
 
-def test_a_mistake_in_a_file_is_not_left_behind(memplan_: Memplan, tmp_path: Path) -> None:
+def test_options_do_not_hide_a_files_error(memplan_: Memplan, tmp_path: Path) -> None:
     spec = tmp_path / "run.yaml"
     spec.write_text("{model: qwen2-0.5b, method: {kind: lora, rnk: 8}}")
     fails(memplan_("--spec", str(spec), "--method", "full"), 2, "method.rnk: no such key")
@@ -363,22 +363,22 @@ BAD_SPECS = {
     "code": ('model: !!python/object/apply:os.system ["true"]', "not YAML"),
     "no YAML": ("model: [qwen2-7b", "not YAML"),
     "an impossible date": ("model: 2001-99-99", "month must be in 1..12"),
-    "a date": ("model: 2001-01-01", "what JSON cannot"),
-    "a set": ("model: {config: {a: !!set {x}}}", "what JSON cannot"),
-    "not a number": ("model: qwen2-7b\nmethod: {alpha: .nan}", "what JSON cannot"),
-    "a number without end": ("model: qwen2-7b\nbatch: {micro: 0x" + "f" * 9000 + "}", "what JSON cannot"),
+    "a date": ("model: 2001-01-01", "that JSON cannot represent"),
+    "a set": ("model: {config: {a: !!set {x}}}", "that JSON cannot represent"),
+    "not a number": ("model: qwen2-7b\nmethod: {alpha: .nan}", "that JSON cannot represent"),
+    "a number without end": ("model: qwen2-7b\nbatch: {micro: 0x" + "f" * 9000 + "}", "that JSON cannot represent"),
     "a large number": ("model: qwen2-7b\nbatch: {micro: 0x" + "f" * 90 + "}", "batch.micro: must be at most"),
     "a key that is a number": ("model: qwen2-7b\nbatch: {1: 2}", "batch.1: no such key"),
-    "a list": ("[1, 2]", "no mapping"),
-    "nothing": ("", "no mapping"),
+    "a list": ("[1, 2]", "must be a mapping"),
+    "nothing": ("", "must be a mapping"),
     "no model": ("gpu: '3090'", "model: name one"),
     "an unknown key": ("model: qwen2-7b\nmethud: lora", "methud: no such key; did you mean method?"),
     "an unknown key further in": ("model: qwen2-7b\nmethod: {rnk: 8}", "method.rnk: no such key; did you mean rank?"),
     "a word for a number": ("model: qwen2-7b\nbatch: {micro: two}", "batch.micro: must be a whole number, not 'two'"),
     "a number for a part": ("model: qwen2-7b\nbatch: 2", "batch: must be a mapping, not 2"),
-    "a number for a model": ("model: 3", "model: must be a text"),
-    "a key twice": ("model: qwen2-7b\nmodel: gpt2", "the key 'model' is there twice, again in line 2"),
-    "a key twice further in": ("model: qwen2-7b\nbatch: {micro: 1, micro: 2}", "the key 'micro' is there twice"),
+    "a number for a model": ("model: 3", "model: must be a string"),
+    "a key twice": ("model: qwen2-7b\nmodel: gpt2", "the key 'model' appears twice, again in line 2"),
+    "a key twice further in": ("model: qwen2-7b\nbatch: {micro: 1, micro: 2}", "the key 'micro' appears twice"),
     "a key of a part": ("model: qwen2-7b\nrank: 8", "rank: no such key; did you mean method.rank?"),
     "an option for a key": ("model: qwen2-7b\nseq_len: 8", "seq_len: no such key; did you mean batch.sequence?"),
     "a key without letters": ("model: qwen2-7b\n'': 1", "'': no such key; choose from model"),
@@ -395,13 +395,13 @@ BAD_SPECS = {
     ),
     "a number for a target": (
         "model: qwen2-7b\nmethod: {kind: lora, targets: [1]}",
-        "method.targets: must be a text, not 1",
+        "method.targets: must be a string, not 1",
     ),
     "a word for modules": (
         "model: qwen2-7b\nmethod: {kind: lora, modules_to_save: lm_head}",
         "method.modules_to_save: must be a list of names, not 'lm_head'",
     ),
-    "a truth for a GPU": ("model: qwen2-7b\ngpu: true", "gpu: must be a text, not true"),
+    "a truth for a GPU": ("model: qwen2-7b\ngpu: true", "gpu: must be a string, not true"),
     "a model without a config": ("model: {}", "model.config: is missing"),
     "a model whose config is none": ("model: {config: [1]}", "model.config: must be a mapping, not [1]"),
     "a model with another key": ("model: {confg: {}}", "model.confg: no such key; did you mean config?"),
@@ -428,8 +428,8 @@ def test_a_bad_spec_is_one_line(memplan_: Memplan, tmp_path: Path, text: str, ex
         ("[" * 5000, "nested too deeply"),
         ("\n", "it is empty"),
         ('{"model": ' + "9" * 5000 + "}", "too many digits"),
-        ('{"model": "qwen2-7b", "model": "gpt2"}', "the key 'model' is there twice"),
-        ('{"model": "qwen2-7b", "batch": {"micro": 1, "micro": 2}}', "the key 'micro' is there twice"),
+        ('{"model": "qwen2-7b", "model": "gpt2"}', "the key 'model' appears twice"),
+        ('{"model": "qwen2-7b", "batch": {"micro": 1, "micro": 2}}', "the key 'micro' appears twice"),
     ],
 )
 def test_a_bad_json_spec_is_one_line(memplan_: Memplan, tmp_path: Path, text: str, expected: str) -> None:
@@ -474,7 +474,7 @@ def test_a_deep_config_inside_a_spec_is_one_line(memplan_: Memplan, tmp_path: Pa
     fails(memplan_("--spec", str(spec)), 2)
 
 
-# --- what is typed wrong ---
+# --- mistyped options ---
 
 MISTAKES = {
     "": ("model", "qwen2-7b --method qlora --gpu 3090"),
@@ -535,7 +535,7 @@ MISTAKES = {
     "qwen2-7b --gpus 4 --fsdp full_shard --method dora": ("method.kind (--method)", "supported: full, freeze, lora"),
     "qwen2-7b --gpus 2 --fsdp fsdp2 --optimizer adafactor": ("optimizer.name (--optimizer)", "adamw_torch_fused"),
     "qwen2-7b --gpus 2 --fsdp fsdp2 --method qlora": ("method.quantization.storage", "bf16, fp16, fp32"),
-    "qwen2-7b --gpus 12 --fsdp hybrid_shard": ("parallelism.shard_group", "12 GPUs are not groups of 8"),
+    "qwen2-7b --gpus 12 --fsdp hybrid_shard": ("parallelism.shard_group", "12 GPUs do not divide into groups of 8"),
     "qwen2-7b --offload activations --profile trl-0.24": ("parallelism.offload (--offload)", "checkpointing offload"),
     "qwen2-7b --offload activations --gpus 2 --zero 2": ("parallelism.strategy", "ddp, fsdp2"),
     "qwen2-7b --offload optimizer,parameters": ("parallelism.offload (--offload)", "'parameters' is not supported yet"),
@@ -562,14 +562,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize(("typed", "expected"), MISTAKES.items(), ids=[typed[:60] for typed in MISTAKES])
-def test_a_mistake_is_one_line_that_names_the_field_and_the_way_out(
+def test_an_error_is_one_line_with_the_field_and_the_fix(
     memplan_: Memplan, typed: str, expected: tuple[str, ...]
 ) -> None:
     fails(memplan_(*(typed.split(" ") if typed else ())), 2, *expected)
 
 
 @pytest.mark.parametrize("command", ["check", "diff", "emit", "serve"])
-def test_a_command_that_is_not_there_yet_is_no_model(memplan_: Memplan, command: str) -> None:
+def test_an_unknown_command_is_not_taken_for_a_model(memplan_: Memplan, command: str) -> None:
     for rest in ((), ("qwen2-7b",), ("--help",)):
         fails(memplan_(command, *rest), 2, f"{command} is not supported yet; commands are estimate, models, gpus")
 
@@ -733,7 +733,7 @@ def test_the_manual_has_every_option_as_help_has_it() -> None:
             assert parameter.rich_help_panel in manual
 
 
-def test_help_says_of_no_option_that_it_is_refused() -> None:
+def test_help_calls_no_option_unsupported() -> None:
     for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
         panel = getattr(parameter, "rich_help_panel", None) or ""
         assert "refused" not in f"{panel} {parameter.help}", parameter.name
@@ -778,18 +778,18 @@ def test_the_shell_completes_models_gpus_and_choices(
     assert [word for word in memplan_().out.split() if not word.startswith(typed.rpartition(" ")[2])] == []
 
 
-# --- the reader of the output ---
+# --- pipes and terminals ---
 
 
 def shell(*args: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
-    """A new process, its standard output a pipe."""
+    """Run a new process with its standard output as a pipe."""
     code = "from memplan.cli import main; main()"
     return subprocess.run(
         [sys.executable, "-c", code, *args], capture_output=True, check=False, env={**os.environ, **environment}
     )
 
 
-def test_a_pipe_gets_no_colour_and_an_encoding_what_it_can_show() -> None:
+def test_a_pipe_gets_no_colour_and_only_encodable_characters() -> None:
     plain = shell(*QLORA, PYTHONIOENCODING="utf-8")
     assert (plain.returncode, plain.stderr) == (0, b"")
     assert b"\x1b" not in plain.stdout
@@ -810,14 +810,14 @@ CLOSED = "import sys\nsys.{0} = None\nfrom memplan.cli import main\nmain()"  # a
 @pytest.mark.parametrize(
     "line", sampled(["qwen2-0.5b", "--version", "--help", "models", "schema", "qwen2-0.5b --json"])
 )
-def test_a_closed_standard_output_is_nobodys_loss(line: str) -> None:
+def test_a_closed_standard_output_is_ignored(line: str) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", CLOSED.format("stdout"), *line.split()], capture_output=True, check=False
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
 
 
-def test_an_error_that_cannot_be_told_has_its_code() -> None:
+def test_an_error_that_cannot_be_printed_still_sets_its_exit_code() -> None:
     ran = subprocess.run([sys.executable, "-c", CLOSED.format("stderr"), "nope"], capture_output=True, check=False)
     assert (ran.returncode, ran.stdout) == (2, b"")
 
@@ -836,7 +836,7 @@ def test_a_full_disk_is_one_line(line: str) -> None:
     assert ran.stderr == b"memplan: standard output cannot be written (No space left on device)\n"
 
 
-def test_a_name_that_no_terminal_should_be_sent_is_spelled_out(memplan_: Memplan, tmp_path: Path) -> None:
+def test_control_characters_in_names_are_escaped(memplan_: Memplan, tmp_path: Path) -> None:
     spec = tmp_path / "run.json"
     spec.write_text(json.dumps({"model": {"config": {**TINY, "_name_or_path": "a\x1b[31mb\nc|d"}}}))
     for format in ("table", "markdown", "csv", "html"):
@@ -846,7 +846,7 @@ def test_a_name_that_no_terminal_should_be_sent_is_spelled_out(memplan_: Memplan
         assert r"b\nc" in out.replace(r"\\n", r"\n")
 
 
-def test_a_reader_that_goes_away_is_no_error() -> None:
+def test_a_closed_pipe_is_not_an_error() -> None:
     code = "from memplan.cli import main; main()"
     command = [sys.executable, "-c", code, *QLORA, "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:

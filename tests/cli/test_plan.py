@@ -1,5 +1,6 @@
-"""`memplan plan`: every figure is arithmetic on estimates, every proposal can be typed, every line fits, every mistake
-is one line."""
+"""`memplan plan`: every figure is arithmetic on estimates, every proposal can be typed, every line fits the screen,
+every error is one line.
+"""
 
 from __future__ import annotations
 
@@ -28,21 +29,21 @@ from memplan.core.units import GIB, MIB, amount_of, size_of
 from memplan.estimate.answer import ANSWERS
 from memplan.estimate.demand import Demand
 from memplan.planning.advice import advise
-from memplan.planning.cluster import Pinned, cluster_of, search
+from memplan.planning.cluster import FixedDegrees, cluster_of, search
 from memplan.planning.inference import places, questions
 from memplan.planning.ladder import ladder
-from memplan.planning.offers import Wanted, offers, owned
+from memplan.planning.offers import CardFilter, offers, parse_owned_cards
 from memplan.planning.plan import SEVERITIES, plan
 from memplan.planning.reach import frontier, reach
 from memplan.report.plans import Planned, dump, render
-from memplan.report.plans.advice import Advised, least
-from memplan.report.plans.cluster import Divided, bring, named
+from memplan.report.plans.advice import AdviceReport, simplest_run
+from memplan.report.plans.cluster import ClusterReport, compare_with_one_gpu, grid_title
 from memplan.report.plans.heat import short
-from memplan.report.plans.inference import Asked, Places
-from memplan.report.plans.ladder import Rungs
-from memplan.report.plans.levers import Levers, lacks, singles
-from memplan.report.plans.offers import Bought
-from memplan.report.plans.reach import Far
+from memplan.report.plans.inference import Places, QuestionsReport
+from memplan.report.plans.ladder import LadderReport
+from memplan.report.plans.levers import Levers, missing_bytes, singles
+from memplan.report.plans.offers import OffersReport
+from memplan.report.plans.reach import ReachReport
 from memplan.report.plans.wording import freed, signed
 from memplan.report.schema import plan_model, plan_schema
 from memplan.report.text import Screen
@@ -68,26 +69,26 @@ TINY = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_a
 SPARING = {"checkpointing": "offload", "loss": "fused", "attention": "flash_attention_2"}
 HELD = run(model={"config": TINY}, gpu="3060", optimizer="sgd", batch={"sequence": 128}, kernels=SPARING)
 NONE = Levers(plan(HELD, headroom=ROOM.headroom), tuple(reach(HELD, axis, ROOM) for axis in ("batch", "sequence")))
-BATCH = Far(ANSWER, FITS, reach(SMALL, "batch"), frontier(SMALL))
-RANK = Far(ANSWER, FITS, FREE.reach[2], None)
-NO_BATCH = Far(ANSWER, ROOM, reach(SMALL, "batch", ROOM), None)
+BATCH = ReachReport(ANSWER, FITS, reach(SMALL, "batch"), frontier(SMALL))
+RANK = ReachReport(ANSWER, FITS, FREE.reach[2], None)
+NO_BATCH = ReachReport(ANSWER, ROOM, reach(SMALL, "batch", ROOM), None)
 WIDE = run(gpu="3060", batch={"micro": 4})
-LADDER = Rungs(estimate(WIDE), FITS, ladder(WIDE))
-BARE = Rungs(estimate(run()), FITS, ladder(run()))
-RENTED = Bought(ANSWER, FITS, offers(SMALL, tokens=10**9, most=6), 10**9)
+LADDER = LadderReport(estimate(WIDE), FITS, ladder(WIDE))
+BARE = LadderReport(estimate(run()), FITS, ladder(run()))
+RENTED = OffersReport(ANSWER, FITS, offers(SMALL, tokens=10**9, most=6), 10**9)
 BIG = run(model="qwen2-72b")
 THERE = estimate(run(model="qwen2-72b", gpu="rtx-3090"))
-OWNED = Bought(estimate(BIG), FITS, offers(BIG, Wanted(owned=owned("3090"))), None, THERE)
-ADVICE = Advised(ANSWER, FITS, advise(SMALL))
-GRIDS = Divided(FITS, search(run(model="llama-3.2-1b"), cluster_of(find_gpu("h100"), 2, 4)))
-NO_GRID = Divided(
-    FITS, search(run(model="llama-3.1-8b", method="lora"), cluster_of(find_gpu("t4"), 1, 2), Pinned(pp=1))
+OWNED = OffersReport(estimate(BIG), FITS, offers(BIG, CardFilter(owned=parse_owned_cards("3090"))), None, THERE)
+ADVICE = AdviceReport(ANSWER, FITS, advise(SMALL))
+GRIDS = ClusterReport(FITS, search(run(model="llama-3.2-1b"), cluster_of(find_gpu("h100"), 2, 4)))
+NO_GRID = ClusterReport(
+    FITS, search(run(model="llama-3.1-8b", method="lora"), cluster_of(find_gpu("t4"), 1, 2), FixedDegrees(pp=1))
 )
 SERVED = run(model="llama-3.2-1b", task="generate", profile="vllm-0.33", batch={"sequence": 4000, "new_tokens": 96})
-ASKED = Asked(questions(SERVED.model_copy(update={"gpu": "3060"})))
+ASKED = QuestionsReport(questions(SERVED.model_copy(update={"gpu": "3060"})))
 ROWED = run(model="qwen2.5-7b", task="generate", profile="llama.cpp-2026", gpu="3060")
-TOO_LARGE = Asked(questions(ROWED))
-PLACED = Places(estimate(SERVED), FITS, places(SERVED, Wanted(owned=owned("8xl4,3090"))))
+TOO_LARGE = QuestionsReport(questions(ROWED))
+PLACED = Places(estimate(SERVED), FITS, places(SERVED, CardFilter(owned=parse_owned_cards("8xl4,3090"))))
 NO_PLACE = Places(estimate(SERVED), FITS, ())
 CASES: dict[str, Planned] = {
     "ways": WAYS,
@@ -110,7 +111,11 @@ CASES: dict[str, Planned] = {
 }
 SCHEMA, MODEL = plan_schema(), plan_model()
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-ROWS = {name: case for name, case in CASES.items() if isinstance(case, (Far, Rungs, Bought, Divided, Places))}
+ROWS = {
+    name: case
+    for name, case in CASES.items()
+    if isinstance(case, (ReachReport, LadderReport, OffersReport, ClusterReport, Places))
+}
 
 
 def words_of(text: str) -> str:
@@ -139,7 +144,7 @@ def test_colour_adds_codes_and_changes_nothing_but_the_maps_signs(case: Planned)
 
 
 @every_case
-def test_json_is_valid_under_the_schema_and_has_no_field_beside_it(case: Planned) -> None:
+def test_json_matches_the_schema_without_extra_fields(case: Planned) -> None:
     text = render("json", case, False, Screen())
     dumped = json.loads(text)
     conforms(dumped, SCHEMA, SCHEMA)
@@ -154,7 +159,7 @@ def test_json_is_valid_under_the_schema_and_has_no_field_beside_it(case: Planned
 @pytest.mark.parametrize(
     ("name", "wrong"), [("mode", "lever"), ("proposals", [{}]), ("reach", 3), ("demand", {"tight": False})]
 )
-def test_what_is_no_plan_is_not_valid(name: str, wrong: object) -> None:
+def test_documents_that_are_not_plans_are_invalid(name: str, wrong: object) -> None:
     dumped = {**json.loads(json.dumps(dump(WAYS))), name: wrong}
     with pytest.raises(AssertionError):
         conforms(dumped, SCHEMA, SCHEMA)
@@ -173,15 +178,15 @@ def test_markdown_tables_are_whole(case: Planned) -> None:
 @pytest.mark.parametrize("case", ROWS.values(), ids=ROWS.keys())
 def test_csv_has_a_row_for_each_and_never_none(case: Planned) -> None:
     rows = list(csv.DictReader(io.StringIO(render("csv", case, False, Screen()))))
-    if isinstance(case, Rungs):
+    if isinstance(case, LadderReport):
         assert [int(row["used"]) for row in rows] == [answer.bytes.used for answer in case.every]
-    elif isinstance(case, Far) and case.frontier:
+    elif isinstance(case, ReachReport) and case.frontier:
         assert [(int(row["batch"]), int(row["sequence"])) for row in rows] == list(case.frontier.longest)
-    elif isinstance(case, Bought) and case.found:
+    elif isinstance(case, OffersReport) and case.found:
         assert [int(row["headroom"]) for row in rows] == [a.verdict.headroom for a in case.found]
         told = dump(case)["offers"]
         assert [float(row["whole_usd_high"]) for row in rows] == [offer["whole"]["usd"]["high"] for offer in told]
-    elif isinstance(case, Divided) and case.found:
+    elif isinstance(case, ClusterReport) and case.found:
         assert [int(row["allocated"]) for row in rows] == [a.bytes.allocated for a in case.found]
         for row, placed in zip(rows, case.cluster.placed, strict=True):
             assert float(row["step_seconds_usual"]) == placed.step.seconds.usual
@@ -217,18 +222,16 @@ def test_the_fastest_grid_is_written_for_a_framework(plan_: Command, tmp_path: P
     assert world in plain.out
 
 
-def test_nothing_is_written_where_nothing_fits(plan_: Command) -> None:
+def test_no_file_is_written_if_nothing_fits(plan_: Command) -> None:
     ran = plan_("llama-3.1-8b", "--gpu", "3090", "--nodes", "1", "--gpus", "2", "--emit", "accelerate")
     assert (ran.code, ran.out) == (1, "")
-    assert ran.err == (
-        "memplan: emit (--emit): nothing that accelerate can run fits; without --emit the plan says more\n"
-    )
+    assert ran.err == ("memplan: emit (--emit): nothing that accelerate can run fits; leave out --emit to see why\n")
 
 
-def test_the_fastest_grid_is_told_with_what_it_sends_and_on_what_that_rests() -> None:
+def test_the_fastest_layout_is_shown_with_its_traffic_and_assumptions() -> None:
     text = words_of(render("table", GRIDS, True, Screen(120)))
     best, counts = GRIDS.cluster.placed[0], dump(GRIDS)["counts"]
-    assert f"on 2 nodes of 4 × {find_gpu('h100').title}: {named(best.grid)}; fits" in text
+    assert f"on 2 nodes of 4 × {find_gpu('h100').title}: {grid_title(best.grid)}; fits" in text
     assert f"Of {counts['grids']:,} grids {counts['fit']:,} fit and are shown" in text
     assert "network at 25 to 45 GB/s of 50 each way (assumed)" in text
     assert "tp stays inside a node" in text
@@ -243,7 +246,7 @@ def test_two_cards_are_not_one_twice_as_large() -> None:
     assert held.fsdp2 is not None
     assert held.fsdp2 < held.alone < held.ddp
     usable = find_gpu("t4").usable
-    sentence = bring(NO_GRID.cluster)
+    sentence = compare_with_one_gpu(NO_GRID.cluster)
     assert sentence.startswith(
         f"Two GPUs of {usable / GIB:.2f} GiB are not one of {2 * usable / GIB:.2f} GiB: under ddp "
     )
@@ -259,7 +262,7 @@ def test_two_cards_are_not_one_twice_as_large() -> None:
 # --- what makes it fit ---
 
 
-def test_what_a_proposal_saves_is_the_difference_of_two_estimates() -> None:
+def test_a_proposals_saving_is_the_difference_of_two_estimates() -> None:
     before = estimate(LARGE)
     assert WAYS.plan.proposals
     for proposal, told in zip(WAYS.plan.proposals, dump(WAYS)["proposals"], strict=True):
@@ -280,7 +283,7 @@ def test_a_proposals_options_typed_make_its_run(plan_: Command) -> None:
         assert answer["bytes"] == told["bytes"]
 
 
-def test_proposals_are_told_in_order_with_what_they_cost() -> None:
+def test_proposals_are_listed_in_order_with_their_costs() -> None:
     text = words_of(render("table", WAYS, False, Screen(120)))
     places: list[int] = []
     for n, proposal in enumerate(WAYS.plan.proposals, 1):
@@ -295,11 +298,12 @@ def test_proposals_are_told_in_order_with_what_they_cost() -> None:
             assert f"{signed(freed(effect))} GiB used" in told
             assert all(words_of(cost.quality) in told for cost in effect.lever.costs)
         assert proposal.time is not None
-        assert re.search(rf"time {proposal.time.low:.2f} (to {proposal.time.high:.2f} )?times the time", told), told
+        assert re.search(rf"time {proposal.time.low:.2f} (to {proposal.time.high:.2f} )?times as long", told), told
     assert places == sorted(places)
 
 
-def test_the_best_has_each_frameworks_lines_and_with_explain_all_have_them_and_sources() -> None:
+def test_explain_shows_every_layouts_framework_settings_and_sources() -> None:
+    """Without --explain only the best layout has each framework's settings."""
     short_, long = (render("table", WAYS, explain, Screen(120)) for explain in (False, True))
     assert short_.count("  LLaMA-Factory\n") == 1
     assert long.count("  LLaMA-Factory\n") == len(WAYS.plan.proposals)
@@ -312,7 +316,7 @@ def test_the_best_has_each_frameworks_lines_and_with_explain_all_have_them_and_s
     )
 
 
-def test_of_a_run_that_fits_every_change_is_told_the_largest_saving_first() -> None:
+def test_a_run_that_fits_lists_every_change_by_saving() -> None:
     text = render("table", FREE, False, Screen(120))
     assert text.splitlines()[0].startswith("fits: ")
     assert "Nothing has to change" in text
@@ -323,15 +327,17 @@ def test_of_a_run_that_fits_every_change_is_told_the_largest_saving_first() -> N
         assert re.search(rf"^{re.escape(title)} +{signed(n)} ", text, re.M), title
 
 
-def test_where_nothing_does_the_nearest_is_told_and_by_how_much_it_misses() -> None:
+def test_if_nothing_fits_the_nearest_is_shown_with_the_missing_memory() -> None:
     nearest = NONE.plan.nearest
     assert nearest is not None
     assert nearest.answer.verdict.headroom is not None
     missing = ROOM.headroom - nearest.answer.verdict.headroom
-    assert lacks(NONE.plan) == missing > 0
+    assert missing_bytes(NONE.plan) == missing > 0
     text = words_of(render("table", NONE, False, Screen(120)))
-    assert "Nothing that was tried makes it fit (11.50 GiB free)" in text
-    assert f"which lacks {missing / (GIB if missing >= GIB else MIB):.{2 if missing >= GIB else 1}f}" in text
+    assert "runs tried fits (11.50 GiB free)" in text
+    assert (
+        f"lowers the peak it needs {missing / (GIB if missing >= GIB else MIB):.{2 if missing >= GIB else 1}f}" in text
+    )
     assert dump(NONE)["nearest"]["bytes"]["used"] == nearest.answer.bytes.used
     assert dump(NONE)["proposals"] == []
 
@@ -347,10 +353,10 @@ def test_the_largest_fits_and_the_next_does_not() -> None:
         beyond = told["beyond"]
         assert beyond is None or beyond["verdict"]["answer"] != "fits"
     assert [r["binds"] for r in (*dump(BATCH)["reach"], *dump(RANK)["reach"])] == ["memory", "rank"]
-    assert "no matrix has longer sides" in render("table", RANK, False, Screen())
+    assert "the dimensions of the matrices" in render("table", RANK, False, Screen())
 
 
-def test_no_batch_is_said_with_what_comes_nearest() -> None:
+def test_if_no_batch_fits_the_nearest_is_named() -> None:
     text = words_of(render("table", NO_BATCH, False, Screen()))
     answer = NO_BATCH.reach.beyond
     assert answer is not None
@@ -360,7 +366,7 @@ def test_no_batch_is_said_with_what_comes_nearest() -> None:
 
 
 def map_of(text: str) -> dict[tuple[str, str], str]:
-    """Each cell of a map: by its batch and sequence the letters of its sign."""
+    """Return each cell's letters, by batch and sequence."""
     out: dict[tuple[str, str], str] = {}
     heads: list[str] = []
     for line in text.splitlines():
@@ -407,7 +413,7 @@ def test_in_colour_the_map_is_shaded_and_its_verdicts_are_colours() -> None:
 # --- the ladder ---
 
 
-def test_a_rung_is_what_is_left_after_those_before() -> None:
+def test_each_rung_applies_to_the_result_of_the_previous_ones() -> None:
     told = dump(LADDER)
     answers = [told["plain"], *told["rungs"]]
     for below, above in zip(answers, told["rungs"], strict=False):
@@ -437,7 +443,7 @@ def test_without_a_card_the_ladder_has_no_verdicts() -> None:
 # --- what to buy ---
 
 
-def test_what_an_offer_costs_is_its_time_at_its_price() -> None:
+def test_an_offers_cost_is_its_time_at_its_price() -> None:
     told = dump(RENTED)["offers"]
     assert len(told) == 6
     usual = [offer["million"]["usd"]["usual"] for offer in told]
@@ -453,22 +459,22 @@ def test_what_an_offer_costs_is_its_time_at_its_price() -> None:
         assert offer["bytes"]["used"] + offer["verdict"]["headroom"] == find_gpu(offer["gpu"]).usable
 
 
-def test_offers_say_what_their_times_and_prices_rest_on() -> None:
+def test_offers_state_the_basis_of_their_times_and_prices() -> None:
     text = words_of(render("table", RENTED, False, Screen(120)))
     paces = [offer.pace for offer in RENTED.offers.offers]
     low = min(pace.products.low for pace in paces if pace)
     high = max(pace.products.high for pace in paces if pace)
-    assert f"at assumed rates: {low} to {high} % of the card's peak for products" in text
-    assert "Prices are list prices as they stood" in text
+    assert f"at assumed rates: {low} to {high} % of the card's peak for matrix products" in text
+    assert "Prices are list prices of" in text
     assert "1,000,000,000 tokens" in text
     explained = words_of(render("table", RENTED, True, Screen(120)))
     assert all(pace.bandwidth.source in explained for pace in paces if pace)
 
 
-def test_nothing_offered_is_said_with_the_nearest_and_by_how_much_it_misses() -> None:
+def test_without_an_offer_the_nearest_is_shown_with_the_missing_memory() -> None:
     text = words_of(render("table", OWNED, False, Screen()))
     missing = THERE.bytes.used - find_gpu("3090").usable
-    assert text.startswith("Nothing offered runs it: ")
+    assert text.startswith("Nothing holds it among ")
     assert "The nearest is rtx-3090: does not fit, " in text
     assert f"{missing / GIB:.1f} too much." in text
     assert dump(OWNED)["nearest"]["lacks"] == missing
@@ -477,7 +483,7 @@ def test_nothing_offered_is_said_with_the_nearest_and_by_how_much_it_misses() ->
 # --- advice ---
 
 
-def test_advice_tells_four_steps_and_every_way_that_fits() -> None:
+def test_advice_shows_four_steps_and_every_way_that_fits() -> None:
     text = words_of(render("table", ADVICE, False, Screen(120)))
     for n, step in enumerate(ADVICE.advice.steps, 1):
         assert f"{n}. {step.title}: {step.answer} {step.question} {step.answer.capitalize()}: {step.reason}." in text
@@ -488,10 +494,10 @@ def test_advice_tells_four_steps_and_every_way_that_fits() -> None:
     assert told["best"] == told["steps"][0]["choices"][0]
 
 
-def test_advice_says_no_more_options_than_it_takes() -> None:
+def test_advice_names_only_the_options_it_needs() -> None:
     for step in ADVICE.advice.steps:
         for choice in step.options:
-            fewer = least(ANSWER, choice.answer)
+            fewer = simplest_run(ANSWER, choice.answer)
             assert estimate(fewer).run == choice.answer.run
             assert fewer.kernels == SMALL.kernels
 
@@ -567,7 +573,7 @@ def gpus_of(ran: Ran) -> list[tuple[str, int]]:
     return [(offer["gpu"], offer["count"]) for offer in json.loads(ran.out)["offers"]]
 
 
-def test_what_is_offered_is_as_wanted(plan_: Command) -> None:
+def test_offers_match_the_requested_cards(plan_: Command) -> None:
     small = ("pythia-70m", "--method", "lora", "--json")
     known = {gpu.name: gpu for gpu in all_gpus()}
     for typed, wanted in {
@@ -585,7 +591,7 @@ def test_what_is_offered_is_as_wanted(plan_: Command) -> None:
         assert "--most" not in typed or len(found) == 3
 
 
-def test_a_price_that_nothing_has_is_said(plan_: Command) -> None:
+def test_a_price_limit_below_every_card_is_reported(plan_: Command) -> None:
     ran = plan_("pythia-70m", "--max-price", "0.0001")
     assert ran.code == 1
     assert "No such card has a dated price that low" in ran.out
@@ -597,21 +603,21 @@ def test_a_price_that_nothing_has_is_said(plan_: Command) -> None:
 MISTAKES: dict[tuple[str, ...], str] = {
     (): "model: name one",
     ("qwen2-7c",): "model: unknown name 'qwen2-7c'; did you mean qwen2-7b",
-    (*CARD, "--ladder", "--buy"): "ladder (--ladder): excludes --buy",
-    (*CARD, "--max", "batch", "--advice"): "max (--max): excludes --advice",
+    (*CARD, "--ladder", "--buy"): "ladder (--ladder): cannot be combined with --buy",
+    (*CARD, "--max", "batch", "--advice"): "max (--max): cannot be combined with --advice",
     (*CARD, "--max", "batches"): "max (--max): unknown name 'batches'; did you mean batch",
     ("pythia-70m", "--gpu", "3060", "--max", "rank"): "max (--max): method.kind full has no rank; lora",
-    ("pythia-70m", "--max", "batch"): "max (--max): what fits depends on the card; name one with --gpu",
-    ("pythia-70m", "--advice"): "advice (--advice): what fits depends on the card",
-    ("pythia-70m", "--ladder", "--headroom", "1GiB"): "headroom (--headroom): what fits depends on the card",
-    ("pythia-70m", "--ladder", "--tight"): "tight (--tight): what fits depends on the card",
+    ("pythia-70m", "--max", "batch"): "max (--max): needs a card; name one with --gpu",
+    ("pythia-70m", "--advice"): "advice (--advice): needs a card",
+    ("pythia-70m", "--ladder", "--headroom", "1GiB"): "headroom (--headroom): needs a card",
+    ("pythia-70m", "--ladder", "--tight"): "tight (--tight): needs a card",
     (*CARD, "--headroom", "12GiB"): "headroom (--headroom): 12.00 GiB cannot be left free, GeForce RTX 3060 12GB has",
-    (*CARD, "--headroom", "two"): "headroom (--headroom): 'two' is no size; write 2GiB, 2048MiB, 2GB or bytes",
-    (*CARD, "--headroom", "-1"): "headroom (--headroom): '-1' is no size",
-    (*CARD, "--tokens", "1e9"): "tokens (--tokens): is of --buy alone",
-    (*CARD, "--each"): "each (--each): is of --buy and --nodes alone",
-    (*CARD, "--global-batch", "8"): "global_batch (--global-batch): is of --nodes alone",
-    (*CARD, "--emit", "megatron"): "emit (--emit): is of --nodes alone",
+    (*CARD, "--headroom", "two"): "headroom (--headroom): 'two' is not a size; write 2GiB, 2048MiB, 2GB or bytes",
+    (*CARD, "--headroom", "-1"): "headroom (--headroom): '-1' is not a size",
+    (*CARD, "--tokens", "1e9"): "tokens (--tokens): only applies with --buy",
+    (*CARD, "--each"): "each (--each): only applies with --buy or --nodes",
+    (*CARD, "--global-batch", "8"): "global_batch (--global-batch): only applies with --nodes",
+    (*CARD, "--emit", "megatron"): "emit (--emit): only applies with --nodes",
     (
         *CARD,
         "--nodes",
@@ -630,7 +636,7 @@ MISTAKES: dict[tuple[str, ...], str] = {
         "--emit",
         "torchrun",
         "--json",
-    ): "emit (--emit): writes a file of its own form",
+    ): "emit (--emit): writes its own file format",
     (
         *CARD,
         "--nodes",
@@ -644,17 +650,24 @@ MISTAKES: dict[tuple[str, ...], str] = {
     ): "parallelism.pp (--pp): accelerate has",
     (*CARD, "--nodes", "1", "--gpus", "2", "--emit", "deepspeed", "--fsdp", "fsdp2"): "parallelism.strategy (--fsdp): "
     "DeepSpeed has no fsdp2; it has zero1, zero2, zero3",
-    (*CARD, "--ladder", "--method", "generate"): "ladder (--ladder): is of training, not of task generate",
-    (*CARD, "--tokens", "1e9", "--buy", "--method", "generate"): "tokens (--tokens): is of training, not of task",
-    (*CARD, "--method", "forward"): "task (--method): a plan of task forward has --max alone",
-    (*CARD, "--nodes", "2"): "gpus: say how many each node has",
+    (*CARD, "--ladder", "--method", "generate"): "ladder (--ladder): only applies to training, not to task generate",
+    (
+        *CARD,
+        "--tokens",
+        "1e9",
+        "--buy",
+        "--method",
+        "generate",
+    ): "tokens (--tokens): only applies to training, not to task",
+    (*CARD, "--method", "forward"): "task (--method): for task forward, plan only has --max",
+    (*CARD, "--nodes", "2"): "gpus: give the number of GPUs per node",
     (
         "pythia-70m",
         "--nodes",
         "2",
         "--gpus",
         "8",
-    ): "nodes (--nodes): what fits depends on the card; name one with --gpu",
+    ): "nodes (--nodes): needs a card; name one with --gpu",
     (*CARD, "--nodes", "0", "--gpus", "8"): "nodes (--nodes): must be at least 1, not 0",
     (*CARD, "--nodes", "2", "--gpus", "4", "--tp", "0"): "tp: must be at least 1, not 0",
     (*CARD, "--nodes", "2", "--gpus", "4", "--zero", "4"): "parallelism.strategy (--zero): ZeRO has stages 0 to 3",
@@ -677,9 +690,9 @@ MISTAKES: dict[tuple[str, ...], str] = {
         "4",
         "--cp",
         "4",
-    ): "parallelism.world (--gpus): 2 x 4 = 8 GPUs are no multiple of tp 4 x pp 1 x cp 4 = 16",
-    (*CARD, "--ladder", "--max-price", "1"): "max_price (--max-price): is of --buy alone",
-    ("pythia-70m", "--tokens", "1e9999"): "tokens (--tokens): '1e9999' is no number; write 1e9, 100M, 2B",
+    ): "parallelism.world (--gpus): 2 x 4 = 8 GPUs are not a multiple of tp 4 x pp 1 x cp 4 = 16",
+    (*CARD, "--ladder", "--max-price", "1"): "max_price (--max-price): only applies with --buy",
+    ("pythia-70m", "--tokens", "1e9999"): "tokens (--tokens): '1e9999' is not a number; write 1e9, 100M, 2B",
     ("pythia-70m", "--tokens", "0"): "tokens (--tokens): must be at least 1, not 0",
     ("pythia-70m", "--most", "0"): "most (--most): must be at least 1, not 0",
     ("pythia-70m", "--count", "0"): "count (--count): must be at least 1",
@@ -688,17 +701,21 @@ MISTAKES: dict[tuple[str, ...], str] = {
     ("pythia-70m", "--vendor", "nvidea"): "vendor (--vendor): unknown name 'nvidea'; did you mean nvidia",
     ("pythia-70m", "--market", "gaming"): "market (--market): unknown name 'gaming'; did you mean",
     ("pythia-70m", "--have", "2x309"): "have (--have): unknown name '309'; did you mean rtx-3090",
-    ("pythia-70m", "--have", "0x3090"): "have (--have): '0x3090' is no count and card, as in 2x3090,1xa100",
+    (
+        "pythia-70m",
+        "--have",
+        "0x3090",
+    ): "have (--have): '0x3090' is not a count and a card; write for example 2x3090,1xa100",
     ("pythia-70m", "--have", "3090", "--count", "2"): "count (--count): --count and --have exclude each other",
-    ("pythia-70m", "--vendor", "apple", "--market", "laptop"): "buy: no card of the catalogue is as wanted",
+    ("pythia-70m", "--vendor", "apple", "--market", "laptop"): "buy: no catalogued card matches",
     (*CARD, "--gpu", "t4"): "gpu (--gpu): a plan is for one card",
-    (*CARD, "--format", "html"): "format (--format): 'html' is not there for a plan; there are table, json, markdown",
+    (*CARD, "--format", "html"): "format (--format): this plan cannot be html; choose table, json or markdown",
     (
         *CARD,
         "--format",
         "csv",
-    ): "format (--format): 'csv' is not there for a plan; there are table, json, markdown, and",
-    (*CARD, "--output", "a.html"): "format: 'html' is not there for a plan",
+    ): "format (--format): this plan cannot be csv; choose table, json or markdown; csv",
+    (*CARD, "--output", "a.html"): "format: this plan cannot be html",
     (*CARD, "--rank", "0"): "method.rank (--rank): must be at least 1",
     (*CARD, "--online"): "No such option: --online",
 }
@@ -726,14 +743,14 @@ def test_a_run_may_be_a_file(plan_: Command, tmp_path: Path) -> None:
     assert json.loads(plan_("--spec", str(spec), "--max", "rank", "--json").out) == dump(RANK)
 
 
-def test_where_nothing_fits_the_exit_code_says_so(plan_: Command, tmp_path: Path) -> None:
+def test_the_exit_code_tells_if_nothing_fits(plan_: Command, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY), "utf-8")
     sparing = [word for name, value in SPARING.items() for word in (f"--{name}", value)]
     ran = plan_(
         str(tmp_path), "--seq-len", "128", "--optimizer", "sgd", "--gpu", "3060", *sparing, "--headroom", "11.5GiB"
     )
     assert (ran.code, ran.err) == (1, "")
-    assert "Nothing that was tried makes it fit (11.50 GiB free)" in words_of(ran.out)
+    assert "runs tried fits (11.50 GiB free)" in words_of(ran.out)
 
 
 def test_a_plan_needs_no_numpy_and_no_torch() -> None:
@@ -747,7 +764,7 @@ def test_a_plan_needs_no_numpy_and_no_torch() -> None:
     assert done.stderr == "0\n"
 
 
-def test_the_manual_says_what_help_says(plan_: Command) -> None:
+def test_the_manual_quotes_help(plan_: Command) -> None:
     manual = " ".join((Path(memplan.__file__).parents[1] / "docs" / "cli.md").read_text("utf-8").split())
     text = plan_("--help").out
     sections = re.findall(r"^(?:Plan|What to buy|A cluster):\n(?:  .*\n)+", text, re.M)
@@ -784,6 +801,6 @@ def test_an_amount_may_have_an_exponent_or_a_letter() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "GiB", "2 gigs", "-1", "1e-3", "1e999", "½", "nan", "0x10", "2GiB2", "١GiB"])
-def test_what_is_no_size_is_refused(text: str) -> None:
-    with pytest.raises(SpecError, match=r"^headroom: .* is no size; write 2GiB"):
+def test_invalid_sizes_are_refused(text: str) -> None:
+    with pytest.raises(SpecError, match=r"^headroom: .* is not a size; write 2GiB"):
         size_of(text, "headroom")

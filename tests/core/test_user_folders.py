@@ -1,4 +1,4 @@
-"""Folders that the user may not read or write, as in containers, change no answer and end no run."""
+"""Folders that the user may not read or write, as in containers, change no answer and fail no run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Ran(NamedTuple):
 
 @contextmanager
 def obeying_permissions() -> Iterator[None]:
-    """Root may read and write everything, so its tests run as nobody."""
+    """Run as nobody if the user is root, who may read and write everything."""
     if os.getuid() != 0:
         yield
         return
@@ -46,7 +46,7 @@ def obeying_permissions() -> Iterator[None]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """`path` with no permission for anybody."""
+    """Remove all permissions from `path`."""
     mode = path.stat().st_mode
     path.chmod(0)
     try:
@@ -58,7 +58,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @pytest.fixture
 def open_path() -> Iterator[Path]:
-    """A temporary folder that every user can reach; pytest's own are closed to others."""
+    """Return a temporary folder that every user can access, unlike pytest's."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder).chmod(0o755)
         yield Path(folder)
@@ -66,7 +66,7 @@ def open_path() -> Iterator[Path]:
 
 @pytest.fixture
 def home(open_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder in which the card of RUN has a file that holds no profile, so it must not be read."""
+    """Return a home folder with an invalid profile for RUN's card, so that reading it fails."""
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(open_path / "home"))
@@ -121,7 +121,7 @@ def test_a_profile_that_cannot_be_read_is_left_out_with_a_warning(memplan: Calla
         ran = memplan(*RUN)
     assert (ran.code, ran.out) == (plain.code, plain.out)
     reason = f"{file} cannot be read (Permission denied)"
-    assert ran.err == f"memplan: this machine's profile of rtx-3090 is left out: {reason}\n"
+    assert ran.err == f"memplan: this machine's profile of rtx-3090 is ignored: {reason}\n"
 
 
 @pytest.mark.parametrize("mode", [0o000, 0o200, 0o400, 0o600])
@@ -166,6 +166,6 @@ def test_a_hub_token_of_another_user_is_one_line(open_path: Path, monkeypatch: p
     with locked(token), pytest.raises(FactsMissingError) as caught:
         find_model("some/model", online=True)
     assert str(caught.value) == (
-        f"model: 'some/model' could not be asked for: '{token}' cannot be used (permission denied); "
+        f"model: 'some/model' could not be fetched: '{token}' cannot be used (permission denied); "
         "set HF_HOME to a folder of yours"
     )

@@ -1,4 +1,4 @@
-"""The model of torch's caching allocator, and the sequences of allocations that are replayed through it."""
+"""The model of torch's caching allocator, and the allocation sequences replayed through it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
 from memplan.engine.allocator import Allocator, OutOfMemoryError
-from memplan.engine.record import FREED, RUN, Recorded, record, record_inference, unrolled
+from memplan.engine.record import FREED, RUN, AllocationTrace, record, record_inference, unrolled
 from memplan.engine.walk import size
 from memplan.estimate.inference import walk as generate
 from memplan.estimate.usage import reserved
 from memplan.estimate.walk import walk
-from memplan.program.graph import built
+from memplan.program.graph import operations_of
 from memplan.program.training.program import PHASES, Structure, frees_gradients, updates_of
-from memplan.program.training.replay import pass_of, segments
+from memplan.program.training.replay import pass_of, replay_steps
 from memplan.resolve.decide import decide
 from tests.estimate.test_laws import laws, runs
 from tests.sampling import examples, sampled
@@ -27,18 +27,19 @@ from tests.tiny import TINY
 MIB = 2**20
 
 
-def test_requests_are_rounded_to_512_bytes_and_small_ones_share_segments_of_2_mib() -> None:
+def test_requests_round_to_512_bytes_and_small_ones_share_2_mib_segments() -> None:
     a = Allocator()
     for asked in (1, 512, 513):
         a.alloc(asked)
     assert (a.allocated, a.reserved) == (512 + 512 + 1024, 2 * MIB)
     a.alloc(MIB)
     assert a.reserved == 2 * MIB
-    a.alloc(MIB)  # what is left of the segment is less
+    a.alloc(MIB)  # the rest of the segment is smaller
     assert a.reserved == 4 * MIB
 
 
-def test_up_to_10_mib_come_from_segments_of_20_and_larger_ones_have_their_own_in_steps_of_2() -> None:
+def test_medium_requests_share_20_mib_segments_and_larger_ones_have_their_own() -> None:
+    """Requests up to 10 MiB share segments of 20 MiB; larger ones have their own, rounded up to 2 MiB."""
     a = Allocator()
     a.alloc(MIB + 1)
     a.alloc(9 * MIB)
@@ -47,17 +48,17 @@ def test_up_to_10_mib_come_from_segments_of_20_and_larger_ones_have_their_own_in
     a.alloc(9 * MIB)
     a.alloc(10 * MIB)
     assert a.reserved == (20 + 20) * MIB
-    assert a.allocated == (20 + 20) * MIB  # 1 MiB and less was left of each, and not worth splitting off
+    assert a.allocated == (20 + 20) * MIB  # at most 1 MiB remained of each, too little to split off
     a.alloc(10 * MIB)
     assert a.reserved == (20 + 20 + 10) * MIB
     a.alloc(10 * MIB + 1)
     assert a.reserved == (20 + 20 + 10 + 12) * MIB
 
 
-def test_a_block_is_split_where_more_than_1_mib_is_left() -> None:
+def test_a_block_is_split_if_more_than_1_mib_remains() -> None:
     a = Allocator()
     a.free(a.alloc(40 * MIB))
-    whole = a.alloc(39 * MIB)  # 1 MiB would be left, and is not worth it
+    whole = a.alloc(39 * MIB)  # 1 MiB would remain, too little to split off
     assert a.allocated == 40 * MIB
     a.free(whole)
     a.alloc(39 * MIB - 512)
@@ -85,7 +86,7 @@ def test_the_smallest_block_that_holds_a_request_serves_it_and_neighbours_merge(
     assert b.reserved == 64 * MIB
 
 
-def test_a_full_card_gets_back_what_is_wholly_free_and_only_that() -> None:
+def test_a_full_card_releases_only_fully_free_segments() -> None:
     a = Allocator(capacity=100 * MIB)
     a.free(a.alloc(60 * MIB))
     a.alloc(80 * MIB)
@@ -101,7 +102,7 @@ def test_expandable_segments_grow_by_pages_and_leave_nothing_over() -> None:
     a = Allocator(expandable=True)
     a.free(a.alloc(60 * MIB))
     a.alloc(50 * MIB)
-    a.alloc(30 * MIB)  # 10 are left, and one page more makes 30
+    a.alloc(30 * MIB)  # 10 remain, and one more page makes 30
     assert (a.allocated, a.reserved) == (80 * MIB, 80 * MIB)
     last = a.alloc(41 * MIB)
     assert a.reserved == (80 + 60) * MIB
@@ -111,13 +112,11 @@ def test_expandable_segments_grow_by_pages_and_leave_nothing_over() -> None:
 
 
 @pytest.mark.parametrize(("capacity", "lives"), [(61, False), (62, True)])
-def test_a_full_card_takes_the_free_end_of_a_growing_segment_which_is_not_counted_on(
-    capacity: int, lives: bool
-) -> None:
+def test_a_full_card_uses_the_free_end_of_an_expandable_segment(capacity: int, lives: bool) -> None:
     a = Allocator(expandable=True, capacity=capacity * MIB)
     a.free(a.alloc(30 * MIB))  # two pages of 20, both free
     a.alloc(MIB)  # a page of 2 in the small pool
-    if lives:  # the two pages go back, and three come
+    if lives:  # the two pages are released, and three new ones mapped
         assert a.alloc(45 * MIB).size == 45 * MIB
         assert a.reserved == 62 * MIB
     else:
@@ -126,11 +125,11 @@ def test_a_full_card_takes_the_free_end_of_a_growing_segment_which_is_not_counte
 
 
 class Plain:
-    """The allocator's rules as they are stated; a segment is a list of pieces: sizes, and whether they are free."""
+    """The allocator's rules, written plainly; a segment is a list of pieces: their size and whether they are free."""
 
     def __init__(self, expandable: bool, capacity: int | None) -> None:
         self.expandable, self.capacity = expandable, capacity
-        self.pools: dict[bool, list[list[list[int]]]] = {True: [], False: []}  # by whether the pool is the small one
+        self.pools: dict[bool, list[list[list[int]]]] = {True: [], False: []}  # True: the small pool
         self.peak = 0
 
     @property
@@ -200,7 +199,7 @@ class Plain:
     st.booleans(),
     st.none() | st.integers(20, 400).map(MIB.__mul__),
 )
-def test_every_block_is_where_the_rules_put_it(
+def test_every_block_is_placed_by_the_rules(
     calls: list[tuple[bool, int]], expandable: bool, capacity: int | None
 ) -> None:
     allocator, plain = Allocator(expandable, capacity), Plain(expandable, capacity)
@@ -224,7 +223,7 @@ def test_every_block_is_where_the_rules_put_it(
 
 @laws
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 64 * MIB)), max_size=60), st.booleans())
-def test_what_is_handed_out_lies_in_what_is_reserved_and_all_of_it_comes_back(
+def test_allocations_never_exceed_reserved_memory_and_are_all_freed(
     calls: list[tuple[bool, int]], expandable: bool
 ) -> None:
     a = Allocator(expandable)
@@ -246,8 +245,8 @@ def test_what_is_handed_out_lies_in_what_is_reserved_and_all_of_it_comes_back(
 
 
 def sizes_of(structure: Structure, axes: dict[str, int], events: Any, keys: Any) -> list[tuple[int, int]]:
-    """Every event as a storage and the bytes it adds: negative where it goes."""
-    numbers = {**built(structure.graph)[1], **axes}
+    """Return every event as a storage and the bytes it adds; negative when it is freed."""
+    numbers = {**operations_of(structure.graph)[1], **axes}
     bytes_: dict[int, int] = {}
     out: list[tuple[int, int]] = []
     for number, key in events:
@@ -262,7 +261,7 @@ def sizes_of(structure: Structure, axes: dict[str, int], events: Any, keys: Any)
 
 @laws
 @given(runs())
-def test_the_sequence_of_a_pass_has_the_peak_of_its_moments_and_leaves_its_gradients(run: dict[str, Any]) -> None:
+def test_a_pass_replays_to_the_peak_of_its_moments_and_leaves_gradients(run: dict[str, Any]) -> None:
     decided = decide(RunSpec(**run))
     walked = walk(RunSpec(**run), decided)
     structure, p = decided.structure, walked.program
@@ -279,8 +278,8 @@ def test_the_sequence_of_a_pass_has_the_peak_of_its_moments_and_leaves_its_gradi
     assert live == p.gradients
 
 
-def anonymous(made: Recorded) -> list[tuple[Any, list[int]]]:
-    """Storages by when they were made: what each is, and which are freed before the next one is made."""
+def anonymous(made: AllocationTrace) -> list[tuple[Any, list[int]]]:
+    """Return the storages in order of creation, each with those freed before the next."""
     order: dict[int, int] = {}
     out: list[tuple[Any, list[int]]] = []
     for number, key in made.events:
@@ -294,12 +293,12 @@ def anonymous(made: Recorded) -> list[tuple[Any, list[int]]]:
 
 @settings(laws, max_examples=examples(5))
 @given(runs())
-def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run: dict[str, Any]) -> None:
+def test_skipped_copies_give_the_same_sequence_as_running_all(run: dict[str, Any]) -> None:
     structure = decide(RunSpec(**run)).structure
     graph = structure.graph
-    (stack, axes), recipe = built(graph), graph.recipe
+    (stack, axes), recipe = operations_of(graph), graph.recipe
 
-    def sequence(copies: int) -> Recorded:
+    def sequence(copies: int) -> AllocationTrace:
         return record(
             stack,
             {r.times: axes[r.times] for r in stack.runs},
@@ -307,7 +306,7 @@ def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run:
             graph.checkpoint,
             graph.reentrant,
             frees_gradients(structure),
-            graph.leaf,
+            graph.input_requires_grad,
             dict(updates_of(structure)),
             graph.to_host,
             copies,
@@ -329,10 +328,10 @@ def test_copies_left_out_make_the_sequence_that_running_them_all_would_make(run:
         {"model": "qwen1.5-moe-a2.7b", "profile": "transformers-4.48"},
     ],
 )
-def test_copies_left_out_of_a_pass_of_inference_are_as_all_the_others(asked: dict[str, Any]) -> None:
+def test_skipped_copies_of_an_inference_pass_equal_the_others(asked: dict[str, Any]) -> None:
     run = RunSpec.model_validate({"task": "generate", **asked})
     for graph in {step.graph for step in generate(decide(run)).steps}:
-        stack, axes = built(graph)
+        stack, axes = operations_of(graph)
         depth = {r.times: axes[r.times] for r in stack.runs}
         few, every = (record_inference(stack, depth, copies=copies) for copies in (RUN, 10**6))
         assert anonymous(few) == anonymous(every)
@@ -340,7 +339,7 @@ def test_copies_left_out_of_a_pass_of_inference_are_as_all_the_others(asked: dic
 
 @laws
 @given(runs())
-def test_a_run_lives_in_the_bound_that_spares_a_replay(run: dict[str, Any]) -> None:
+def test_a_run_stays_within_the_bound_that_saves_a_replay(run: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**run))
     usage = answer._usage
     assert answer.bytes.allocated <= answer.bytes.reserved
@@ -350,23 +349,23 @@ def test_a_run_lives_in_the_bound_that_spares_a_replay(run: dict[str, Any]) -> N
 
 @settings(laws, max_examples=examples(6))
 @given(runs())
-def test_a_card_with_room_is_no_limit_and_one_below_the_tensors_does_not_suffice(run: dict[str, Any]) -> None:
+def test_roomy_cards_do_not_limit_replays_and_cards_below_the_tensors_fail(run: dict[str, Any]) -> None:
     decided = decide(RunSpec(**run))
     w = walk(RunSpec(**run), decided)
-    free = segments(w.program, w.axes, w.workspace)
-    assert segments(w.program, w.axes, w.workspace, capacity=free) == free
+    free = replay_steps(w.program, w.axes, w.workspace)
+    assert replay_steps(w.program, w.axes, w.workspace, capacity=free) == free
     with pytest.raises(OutOfMemoryError):
-        segments(w.program, w.axes, w.workspace, capacity=max(p.peak for p in w.phases[1:]) - 2 * w.workspace - 1)
+        replay_steps(w.program, w.axes, w.workspace, capacity=max(p.peak for p in w.phases[1:]) - 2 * w.workspace - 1)
 
 
 @pytest.mark.parametrize("model_type", sampled(list(TINY), 4))
-def test_a_pass_of_every_family_frees_what_it_made_and_nothing_twice(model_type: str) -> None:
+def test_every_familys_pass_frees_its_tensors_exactly_once(model_type: str) -> None:
     model = {"config": {"model_type": model_type, **TINY[model_type]}}
     run = RunSpec(model=model, batch={"sequence": 64})
     structure = decide(run).structure
     recording = pass_of(structure, later=False)
     assert sizes_of(structure, {"b": 1, "s": 64}, recording.events, recording.sizes)
-    stack, _ = built(structure.graph)
+    stack, _ = operations_of(structure.graph)
     for ops in (stack.before, stack.after, *(block.ops for part in stack.runs for block in part.blocks)):
         weights = {weight.name for op in ops for weight in op.weights}
         assert weights.isdisjoint(tensor.name for op in ops for tensor in op.writes)

@@ -1,4 +1,4 @@
-"""The engine's rules of lifetime, each on a stack small enough to count by hand."""
+"""The engine's lifetime rules, each on a stack small enough to count by hand."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Iterable
 
 import pytest
 
-from memplan.catalogue.kernels.rewriting import reweigh
+from memplan.catalogue.kernels.rewriting import rewrite_weights
 from memplan.core.errors import InternalError
-from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Unwritten, Weight, unwritten
-from memplan.engine.dtypes import Blocks, Scope, promote
+from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, UndefinedName, Weight, undefined_names
+from memplan.engine.dtypes import BlockDtypes, Scope, promote
 from memplan.engine.lower import Tape
 from memplan.engine.record import FREED, record
 from memplan.engine.step import Lowered, infer, lower
@@ -19,14 +19,14 @@ AXES = {"L": 4, "n": 1}
 
 
 def stack(ops: Iterable[Op], after: Iterable[Op] = (), copies: str = "n") -> Stack:
-    """Embeddings `x`, one block of `ops`, and a loss that reads the block's output."""
+    """Return a stack with embeddings `x`, one block of `ops`, and a loss that reads the block's output."""
     before = (Op("embed", (), (Tensor("embeds", "x", "fp32"),), (Weight("e", "x", "embedding", "fp32"),)),)
     loss = (Op("loss", ("x",), (Tensor("loss", "", "fp32"),)),)
     return Stack(before, (Run((Block("layers", tuple(ops)),), copies),), tuple(after), loss)
 
 
 def peak(low: Lowered, phase: str, sizes: dict[str, int]) -> int:
-    """The most alive in a phase, with every shape as large as `sizes` says (1 where it says nothing)."""
+    """Return the most alive in a phase, with shapes as large as `sizes` says (default 1)."""
     return max(total(low, i, sizes) for i, m in enumerate(low.moments) if m.phase == phase)
 
 
@@ -45,7 +45,7 @@ def run(ops: Iterable[Op], copies: str = "n", **options: bool) -> Lowered:
 
 
 def op(name: str, reads: str, writes: str, *keeps: Keep, **more: object) -> Op:
-    """Reads and writes by name; a tensor's shape is its name."""
+    """Return an operation by the names it reads and writes; a tensor's shape is its name."""
     tensors = tuple(Tensor(w, w, "fp32") for w in writes.split())
     return Op(name, tuple(reads.split()), tensors, keeps=keeps, **more)  # type: ignore[arg-type]
 
@@ -56,14 +56,14 @@ def test_an_output_dies_after_its_last_reader() -> None:
     assert peak(run(ops), "forward", {"p": 1, "q": 1, "y": 1}) == 2
 
 
-def test_what_is_kept_depends_on_what_asks_for_a_gradient() -> None:
+def test_saved_tensors_depend_on_which_inputs_require_gradients() -> None:
     frozen = Weight("w", "w", "mlp", "fp32", trains=False)
     for weight in (frozen, frozen._replace(trains=True)):
         ops = (op("a", "x", "p"), op("b", "p", "y", Keep("p", "w"), weights=(weight,)))
         assert ("p" in kept(run(ops))) is weight.trains
 
 
-def test_a_tensor_kept_twice_is_there_once_and_until_its_first_keeper_has_run_back() -> None:
+def test_a_tensor_kept_twice_is_counted_once_until_its_first_keepers_backward() -> None:
     ops = (
         op("a", "x", "p", Keep("p", "x")),
         op("b", "p", "q", Keep("p", "p")),
@@ -72,7 +72,7 @@ def test_a_tensor_kept_twice_is_there_once_and_until_its_first_keeper_has_run_ba
     low = run(ops)
     assert kept(low)["p"] == 1
     at = {m.where: total(low, i, {"p": 1}) for i, m in enumerate(low.moments) if m.phase == "backward"}
-    # its gradient (1) beside it while b runs back, then p alone with it until a has
+    # its gradient (1) next to it during b's backward, then only p with it until a's
     assert at["layers.0.b"] == 2
 
 
@@ -124,11 +124,11 @@ def test_checkpointing_keeps_a_blocks_input_and_replays_its_forward() -> None:
 def test_a_recomputation_stops_at_the_last_tensor_that_is_kept() -> None:
     ops = (op("a", "x", "p", Keep("x", "x")), op("b", "p", "q"), op("c", "q", "y"))
     low = run(ops, checkpoint=True)
-    # only a keeps anything, its input: nothing is recomputed, p and q come as gradients alone
+    # only a keeps its input: nothing is recomputed, p and q only exist as gradients
     assert peak(low, "backward", {"q": 1}) == 1
 
 
-def test_an_input_in_host_memory_is_kept_there_alone_and_comes_back_to_be_computed_from() -> None:
+def test_an_offloaded_input_leaves_the_gpu_until_its_recomputation() -> None:
     ops = (op("a", "x", "p", Keep("p", "x")), op("b", "p", "q"), op("c", "q", "y"))
     here, away = (run(ops, copies="L", checkpoint=True, to_host=to_host) for to_host in (False, True))
     assert kept(here)["y"] == AXES["L"] - 1  # each block's output is the next one's input
@@ -138,12 +138,12 @@ def test_an_input_in_host_memory_is_kept_there_alone_and_comes_back_to_be_comput
     assert {away.sizes[key][0]: n for key, n in counts.items()} == {"x": 1, "y": AXES["L"] - 1}
 
 
-def test_an_input_that_came_back_goes_after_the_recomputation_or_after_the_whole_block() -> None:
+def test_a_restored_input_is_freed_after_recomputation_or_after_the_block() -> None:
     ops = (op("a", "x", "p", Keep("p", "x")), op("b", "p", "q"), op("c", "q", "y", Keep("q", "q")))
     for reentrant, expected in ((False, 0), (True, 1)):
         low = run(ops, checkpoint=True, reentrant=reentrant, to_host=True)
         at_b = [i for i, m in enumerate(low.moments) if (m.phase, m.where) == ("backward", "layers.0.b")]
-        # in b's backward: its gradient beside q's, and what a keeps
+        # in b's backward: its gradient and q's, and what a keeps
         assert max(total(low, i, {"x": 1}) for i in at_b) == expected
 
 
@@ -159,7 +159,7 @@ def test_copies_of_a_block_are_counted_without_running_them() -> None:
     assert len(deep.moments) < 2 * len(run(ops).moments) + 8
 
 
-def test_gradients_of_weights_stay_unless_they_are_there_already() -> None:
+def test_weight_gradients_are_allocated_unless_they_already_exist() -> None:
     weight = Weight("w", "w", "mlp", "fp32")
     ops = (op("a", "x", "y", weights=(weight,)),)
     assert peak(run(ops, copies="L"), "backward", {"w": 1}) == AXES["L"]
@@ -185,13 +185,13 @@ def test_autocast_casts_inputs_each_time_and_trained_weights_once() -> None:
     assert scope["p"].dtype == "bf16"
 
 
-def test_a_cast_to_the_dtype_a_tensor_has_is_no_operation() -> None:
+def test_a_cast_to_a_tensors_own_dtype_is_skipped() -> None:
     ops = (Op("cast", ("x",), (Tensor("p", "x", "fp32"),), cast=True), Op("a", ("p",), (Tensor("q", "x"),)))
     resolved = Scope(inputs={"x": Tensor("x", "x", "fp32")}).resolve(ops, None)
     assert [(o.name, o.reads) for o in resolved] == [("a", ("x",))]
 
 
-def test_a_recomputed_node_lets_go_of_what_it_kept_before_its_gradients_are_cast() -> None:
+def test_a_recomputed_node_frees_its_saved_tensors_before_casting_gradients() -> None:
     ops = (
         op("k", "", "k"),
         Op("low", ("x",), (Tensor("p", "p", "bf16"),), cast=True),
@@ -200,12 +200,12 @@ def test_a_recomputed_node_lets_go_of_what_it_kept_before_its_gradients_are_cast
     for checkpoint, expected in ((False, 3), (True, 2)):
         low = run(ops, checkpoint=checkpoint)
         at_c = [i for i, m in enumerate(low.moments) if (m.phase, m.where) == ("backward", "layers.0.c")]
-        # the gradient in fp32 and in bf16, and beside them k, unless it went with the recomputation's function
+        # the gradient in fp32 and in bf16, and k, unless it was freed with the recomputation's function
         assert max(total(low, i, {"p": 1, "k": 1}) for i in at_c) == expected
 
 
 def two_streams(copies: str, times: int) -> Stack:
-    """An encoder whose output every block of the decoder reads beside its own stream; all weights train."""
+    """An encoder whose output every decoder block reads in addition to its own stream; all weights train."""
 
     def weight(name: str) -> tuple[Weight, ...]:
         return (Weight(name, name, "mlp", "fp32"),)
@@ -234,7 +234,7 @@ def two_streams(copies: str, times: int) -> Stack:
 
 
 @pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"checkpoint": True, "reentrant": True}])
-def test_runs_with_operations_between_them_are_counted_as_if_every_copy_were_run(options: dict[str, bool]) -> None:
+def test_repeated_layers_with_operations_between_them_equal_running_every_copy(options: dict[str, bool]) -> None:
     sizes = {"x": 1, "p": 10, "q": 100, "t": 1000, "logits": 10_000, "e": 10**5, "wa": 10**6, "wd": 10**7, "wh": 10**8}
     short, long = (lower(two_streams(*way), AXES, **options) for way in (("L", 1), ("n", 4)))
     for phase in ("forward", "loss", "backward"):
@@ -256,8 +256,8 @@ def test_runs_with_operations_between_them_are_counted_as_if_every_copy_were_run
     assert most == max(peak(short, phase, sizes) for phase in ("forward", "loss", "backward"))
 
 
-def test_what_a_pass_left_between_runs_is_there_for_the_next_pass() -> None:
-    """Before the blocks, between runs of them and behind them: alive from the start, and when the pass is over."""
+def test_tensors_left_between_runs_are_alive_in_the_next_pass() -> None:
+    """Tensors before, between and after runs of blocks are alive at the start and at the end of the pass."""
 
     def left(name: str, *reads: str) -> Op:
         past, now = Tensor(f"{name} before", name, "fp32"), Tensor(name, name, "fp32")
@@ -281,18 +281,18 @@ def test_the_encoders_output_is_kept_once_for_all_blocks_that_read_it() -> None:
     assert kept(low)["x"] == 4 + 1 + 1
 
 
-def test_frozen_runs_pass_no_gradient_through_what_lies_between() -> None:
-    still = reweigh(two_streams("L", 1), lambda w: w._replace(trains=w.name == "wd"))
+def test_frozen_runs_pass_no_gradient_through_operations_between_them() -> None:
+    still = rewrite_weights(two_streams("L", 1), lambda w: w._replace(trains=w.name == "wd"))
     low = lower(still, AXES)
-    # the encoder keeps nothing; what it encoded is kept where the decoder's own stream asks for a gradient
+    # the encoder keeps nothing; its output is kept if the decoder's stream requires a gradient
     assert "p" not in kept(low)
     assert kept(low)["x"] == 1
     left = alive(low.left, low.runs, AXES)
     assert {low.sizes[key][0]: n for key, n in left.items() if n} == {"wd": 4}
 
 
-def test_the_largest_moment_may_be_less_than_what_is_counted_apart() -> None:
-    """Where every moment takes away from what is there throughout, the one that takes least is found."""
+def test_the_largest_moment_may_be_less_than_separately_counted_memory() -> None:
+    """If every moment subtracts from the constant memory, the one that subtracts least is found."""
     terms = (Term((-7, 2), (-7, 2), 0, 3), Term((-5, 1), (-5, 1), 0, 4))
     assert largest(terms, (1, 1), (1, 1)) == (-5 + 1, 4)
     assert largest(terms, (1, 9), (1, 9)) == (-7 + 2 * 9, 3)
@@ -302,12 +302,12 @@ def test_a_tensor_freed_twice_is_an_error_that_names_it() -> None:
     tape = Tape(labelled=True)
     storage = tape.alloc(Tensor("logits", "b s v", "fp32"), "activation")
     tape.drop(storage)
-    with pytest.raises(InternalError, match=r"b s v fp32 logits.*once more than it is made.*report"):
+    with pytest.raises(InternalError, match=r"b s v fp32 logits.*freed twice.*report"):
         tape.drop(storage)
 
 
 def test_copies_that_free_more_than_they_make_are_an_error() -> None:
-    """Every copy of a run would free a tensor that only the first of them was given."""
+    """Every copy of a run would free a tensor that only the first copy got."""
     tape = Tape()
     given = tape.alloc(Tensor("message", "m", "uint8"), "temp")
     tape.enter_run(0, {})
@@ -317,10 +317,10 @@ def test_copies_that_free_more_than_they_make_are_an_error() -> None:
 
 
 def test_a_block_that_narrows_its_input_is_counted_apart() -> None:
-    """The first copy is given all tokens, and the others one."""
+    """The first copy gets all tokens, and the others one."""
     ops = (op("f", "x", "y")._replace(writes=(Tensor("y", "one", "fp32"),)),)
     low = infer(stack(ops, copies="L"), AXES)
-    # the last copy reads what the one before has made, and no copy has another's input
+    # the last copy reads the previous one's output, and no two copies share an input
     assert all(n >= 0 for m in low.moments for n in alive(m, low.runs, AXES).values())
     assert peak(low, "forward", {"x": 100, "one": 1}) == 101
 
@@ -339,24 +339,24 @@ def test_a_block_that_narrows_its_input_is_counted_apart() -> None:
     ],
 )
 def test_a_name_that_nothing_writes_is_found(bad: Op, name: str) -> None:
-    assert [missing.name for missing in unwritten(stack([bad]))] == [name]
-    assert not list(unwritten(stack([op("mul", "x", "y")])))
+    assert [missing.name for missing in undefined_names(stack([bad]))] == [name]
+    assert not list(undefined_names(stack([op("mul", "x", "y")])))
 
 
-def test_a_block_knows_what_earlier_blocks_share_until_it_is_replaced() -> None:
+def test_a_block_sees_tensors_shared_by_earlier_blocks_until_replaced() -> None:
     share = Block("layers", (op("first", "x", "y keys"),), shares=("keys",))
     replace = Block("layers", (op("second", "x keys", "y new"),), shares=("new",), replaces=("keys",))
     late = Block("layers", (op("third", "x keys", "y"),))
     whole = stack([op("mul", "x", "y")])
     runs = tuple(Run((block,), "n") for block in (share, replace, late))
-    assert list(unwritten(whole._replace(runs=runs))) == [Unwritten("layers", "third", "keys")]
-    assert list(unwritten(whole._replace(runs=runs[::2]))) == []
-    assert list(unwritten(whole._replace(runs=runs[1:2]))) == [Unwritten("layers", "second", "keys")]
+    assert list(undefined_names(whole._replace(runs=runs))) == [UndefinedName("layers", "third", "keys")]
+    assert list(undefined_names(whole._replace(runs=runs[::2]))) == []
+    assert list(undefined_names(whole._replace(runs=runs[1:2]))) == [UndefinedName("layers", "second", "keys")]
 
 
 def test_a_tensor_lives_until_an_operation_that_only_a_recomputation_runs() -> None:
-    """An autograd function runs it to save what backward needs: not in the forward pass of a checkpointed block."""
-    record_states = Op("record", ("a",), (Tensor("states", "states", "fp32"),), recorded=True)
+    """An autograd function runs it to save tensors for backward, but not in a checkpointed block's forward."""
+    record_states = Op("record", ("a",), (Tensor("states", "states", "fp32"),), needs_recording=True)
     ops = (op("f", "x", "a", Keep("x", "x")), op("g", "a", "b"), record_states, op("h", "b", "y", Keep("b", "b")))
     low = lower(stack(ops), AXES, checkpoint=True)
     assert peak(low, "forward", {"a": 100, "states": 10}) == 100
@@ -364,9 +364,9 @@ def test_a_tensor_lives_until_an_operation_that_only_a_recomputation_runs() -> N
 
 
 def test_blocks_of_the_same_operations_are_resolved_once_for_the_same_tensors() -> None:
-    """A model of many layers has them as one block; layers that are given another dtype or mask are others."""
+    """Many equal layers share one block; layers with another dtype or mask have their own."""
     ops = (Op("mul", ("x", "mask"), (Tensor("y", "b s"),)),)
-    blocks, x = Blocks(None), Tensor("x", "b s", "bf16")
+    blocks, x = BlockDtypes(None), Tensor("x", "b s", "bf16")
 
     def resolved(mask: str, given: Tensor = x) -> tuple[tuple[Op, ...], Scope]:
         return blocks.resolve(ops, Scope(inputs={"mask": Tensor("mask", "s s", mask), "other": x}), given)

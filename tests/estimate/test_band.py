@@ -1,4 +1,4 @@
-"""The band around `used`: set from published runs, and tested on runs that did not set it."""
+"""The range around `used`: fitted to published runs, and tested on held-out runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from memplan import RunSpec, estimate
-from memplan.catalogue.hardware.overhead import COPIES_AGAIN, COVERAGE, SHOWN
+from memplan.catalogue.hardware.overhead import COVERAGE, EXTRA_LOSS_COPIES, PREDICTION_BAND
 from memplan.core.units import MIB
 from memplan.estimate.walk import walk
-from memplan.program.training.replay import cached_logits, segments
+from memplan.program.training.replay import cached_logits, replay_steps
 from memplan.resolve.decide import decide
 from tests.sampling import ALL
 
@@ -22,7 +22,7 @@ PUBLISHED = Path(__file__).parents[1] / "golden" / "published.jsonl"
 
 
 def measured() -> list[tuple[str, float]]:
-    """Of every run with a figure for the process: its configuration, and how far that was from `used`."""
+    """Return the configuration and the error of `used` for every run with a measured process."""
     rows: list[dict[str, Any]] = [json.loads(line) for line in PUBLISHED.read_text("utf-8").splitlines()]
     return [
         (json.dumps(row["run"], sort_keys=True), row["process"] / estimate(RunSpec(**row["run"])).bytes.used - 1)
@@ -32,7 +32,7 @@ def measured() -> list[tuple[str, float]]:
 
 
 def shortest(errors: list[float]) -> tuple[float, float]:
-    """The shortest range with `COVERAGE` of the errors in it, where one more run is counted beside them."""
+    """Return the shortest range that holds `COVERAGE` of the errors plus one further run."""
     ordered = sorted(errors)
     inside = min(len(ordered), ceil(COVERAGE * (len(ordered) + 1)))
     ranges = zip(ordered, ordered[inside - 1 :], strict=False)
@@ -50,15 +50,15 @@ def errors() -> list[tuple[str, float]]:
 def test_the_row_is_the_shortest_range_of_the_published_errors(errors: list[tuple[str, float]]) -> None:
     low, high = shortest([error for _, error in errors])
     assert len(errors) >= 86
-    assert SHOWN.low / 1000 <= low < (SHOWN.low + 1) / 1000
-    assert (SHOWN.high - 1) / 1000 < high <= SHOWN.high / 1000
+    assert PREDICTION_BAND.low / 1000 <= low < (PREDICTION_BAND.low + 1) / 1000
+    assert (PREDICTION_BAND.high - 1) / 1000 < high <= PREDICTION_BAND.high / 1000
 
 
-def test_half_its_width_is_at_most_six_hundredths_of_what_is_used() -> None:
-    assert (SHOWN.high - SHOWN.low) / 2 <= 60
+def test_half_its_width_is_at_most_six_per_cent_of_used() -> None:
+    assert (PREDICTION_BAND.high - PREDICTION_BAND.low) / 2 <= 60
 
 
-def test_it_covers_the_runs_of_a_configuration_that_had_no_part_in_it(errors: list[tuple[str, float]]) -> None:
+def test_the_range_covers_the_runs_of_a_held_out_configuration(errors: list[tuple[str, float]]) -> None:
     covered = 0
     for configuration in dict.fromkeys(name for name, _ in errors):
         low, high = shortest([error for name, error in errors if name != configuration])
@@ -66,14 +66,14 @@ def test_it_covers_the_runs_of_a_configuration_that_had_no_part_in_it(errors: li
     assert 0.93 <= covered / len(errors) <= 0.98
 
 
-def test_bands_hold_what_the_card_showed(errors: list[tuple[str, float]]) -> None:
+def test_ranges_contain_the_cards_measurements(errors: list[tuple[str, float]]) -> None:
     rows = [json.loads(line) for line in PUBLISHED.read_text("utf-8").splitlines()]
     runs = [(row["process"], estimate(RunSpec(**row["run"]))) for row in rows if "process" in row]
     inside = sum(answer.band.low <= process <= answer.band.high for process, answer in runs)
     assert 0.93 <= inside / len(runs) <= 0.98
 
 
-def test_a_fused_cross_entropy_holds_a_copy_of_the_logits_that_no_replay_has() -> None:
+def test_a_fused_cross_entropy_holds_a_copy_of_logits_missing_from_replays() -> None:
     rows = [json.loads(line) for line in PUBLISHED.read_text("utf-8").splitlines()]
     found: list[float] = []
     for row in rows:
@@ -82,10 +82,10 @@ def test_a_fused_cross_entropy_holds_a_copy_of_the_logits_that_no_replay_has() -
             decided = decide(run)
             walked = walk(run, decided)
             copy = cached_logits(decided.structure, walked.axes)
-            replayed = segments(walked.program, walked.axes, walked.workspace)
+            replayed = replay_steps(walked.program, walked.axes, walked.workspace)
             if copy and replayed + copy < estimate(run).gpu.usable:
                 found.append((row["process"] - replayed - 520 * MIB) / copy)
     assert len(found) == 14
     assert min(found) > 0.7
     assert max(found) < 2.05
-    assert round(median(found)) == COPIES_AGAIN
+    assert round(median(found)) == EXTRA_LOSS_COPIES

@@ -1,4 +1,4 @@
-"""A machine's own overhead: what measured runs say of it, and the file it is kept in."""
+"""A machine's overhead, computed from measured runs, and the file it is stored in."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memplan.cli.own_profile import profile_of
 from memplan.core.errors import MemplanError, SpecError
 from memplan.core.user_folders import calibrations
 from memplan.estimate import calibration
-from memplan.estimate.calibration import FEWEST, Calibration, Measurement, Origin, calibrated
+from memplan.estimate.calibration import MIN_RUNS, Calibration, Measurement, Origin, calibrate_card
 
 COMMAND = get_command(app)
 MIB = 2**20
@@ -27,7 +27,7 @@ ORIGIN = Origin("rtx-3090", "550.54.15", "", "torch 2.13.0+cu130", "0.1.0", "202
 
 
 def measurements(n: int, context: int = 400 * MIB) -> list[Measurement]:
-    """Run i took i % more in segments than estimated, and in all."""
+    """Return runs of which run i took i % more than estimated, in segments and in total."""
     return [
         Measurement(
             reserved=1000 * MIB * (100 + i) // 100,
@@ -40,45 +40,45 @@ def measurements(n: int, context: int = 400 * MIB) -> list[Measurement]:
 
 
 def test_nineteen_runs_make_a_band_from_the_least_to_the_most() -> None:
-    profile = calibrated(measurements(19), ORIGIN)
-    assert profile.runs == FEWEST == 19
+    profile = calibrate_card(measurements(19), ORIGIN)
+    assert profile.runs == MIN_RUNS == 19
     assert profile.coverage == 1 - 2 / 20
     assert (profile.used_error.low, profile.used_error.usual, profile.used_error.high) == (0, 0.09, 0.18)
     assert (profile.reserved_error.low, profile.reserved_error.usual, profile.reserved_error.high) == (0, 0.09, 0.18)
     assert (profile.context.low, profile.context.usual, profile.context.high) == (400 * MIB,) * 3
 
 
-def test_more_runs_leave_out_so_many_at_each_end_that_95_of_100_further_ones_are_in_the_band() -> None:
-    profile = calibrated(measurements(99), ORIGIN)
-    k = 2  # of 100 ranks a further run can have, 2 are below the second least and 2 above the second most
+def test_many_runs_give_a_range_that_holds_95_of_100_further_runs() -> None:
+    profile = calibrate_card(measurements(99), ORIGIN)
+    k = 2  # a further run has 100 possible ranks: 2 below the second smallest and 2 above the second largest
     assert profile.coverage == 1 - 2 * k / 100
     assert (profile.used_error.low, profile.used_error.high) == (0.01, 0.97)
 
 
 def test_fewer_runs_make_no_band() -> None:
-    with pytest.raises(SpecError, match="lines: 18 measured runs on rtx-3090, and a band needs 19 at least"):
-        calibrated(measurements(18), ORIGIN)
+    with pytest.raises(SpecError, match="lines: a band needs at least 19 measured runs, and there are 18 on rtx-3090"):
+        calibrate_card(measurements(18), ORIGIN)
 
 
 @given(st.lists(st.integers(-900, 3000), min_size=19, max_size=120, unique=True), st.randoms(use_true_random=False))
 def test_the_band_holds_its_coverage_of_runs_like_those_measured(errors: list[int], random: Any) -> None:
-    """Leaving each run out in turn, as many of them as promised lie within the band of the others, ties aside."""
+    """Leave each run out in turn: the promised share lies within the range of the others, apart from ties."""
     made = [Measurement(1000 + e, 1000 + e, 0, 1000) for e in errors]
     random.shuffle(made)
-    if len(made) == FEWEST:
+    if len(made) == MIN_RUNS:
         made += [Measurement(5000, 5000, 0, 1000)]
     inside = 0
     coverage = 1.0
     for i, one in enumerate(made):
-        profile = calibrated(made[:i] + made[i + 1 :], ORIGIN)
+        profile = calibrate_card(made[:i] + made[i + 1 :], ORIGIN)
         coverage = profile.coverage
         low, _, high = profile.around(1000)
         inside += low <= one.process <= high
     assert inside >= round(coverage * len(made)) - 1e-9
 
 
-def test_what_a_run_takes_is_the_segments_and_the_context_by_the_errors_seen() -> None:
-    profile = calibrated(measurements(19), ORIGIN)
+def test_a_runs_range_is_segments_plus_context_scaled_by_observed_errors() -> None:
+    profile = calibrate_card(measurements(19), ORIGIN)
     low, usual, high = profile.around(2000 * MIB)
     assert low == 2400 * MIB
     assert usual == 2400 * MIB + round(0.09 * 2400 * MIB)
@@ -86,7 +86,7 @@ def test_what_a_run_takes_is_the_segments_and_the_context_by_the_errors_seen() -
 
 
 def test_the_profile_is_named_with_its_runs_card_driver_and_date() -> None:
-    named = calibrated(measurements(19), ORIGIN._replace(allocator="expandable_segments:True")).named()
+    named = calibrate_card(measurements(19), ORIGIN._replace(allocator="expandable_segments:True")).named()
     for word in ("19 runs", "rtx-3090", "550.54.15", "2026-11-25,", "torch 2.13.0+cu130", "expandable_segments:True"):
         assert word in named
 
@@ -101,7 +101,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_a_profile_is_kept_in_the_users_configuration(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    profile = calibrated(measurements(19), ORIGIN)
+    profile = calibrate_card(measurements(19), ORIGIN)
     path = calibration.file_of("rtx-3090")
     assert path == home / "config" / "memplan" / "calibration" / "rtx-3090.json"
     assert calibration.local("rtx-3090") is None
@@ -115,7 +115,7 @@ def test_a_profile_is_kept_in_the_users_configuration(home: Path, monkeypatch: p
 
 
 def broken(**changed: Any) -> str:
-    fields = calibrated(measurements(19), ORIGIN).model_dump(mode="json")
+    fields = calibrate_card(measurements(19), ORIGIN).model_dump(mode="json")
     return json.dumps({k: v for k, v in {**fields, **changed}.items() if v is not None})
 
 
@@ -135,7 +135,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize(("text", "said"), BROKEN.values(), ids=BROKEN)
-def test_a_broken_profile_is_one_line_that_names_the_file_and_the_field(tmp_path: Path, text: str, said: str) -> None:
+def test_a_broken_profile_is_one_line_with_file_and_field(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "rtx-3090.json"
     path.write_text(text, "utf-8", errors="surrogateescape")
     with pytest.raises(SpecError) as raised:
@@ -148,16 +148,16 @@ def test_a_broken_profile_is_one_line_that_names_the_file_and_the_field(tmp_path
     assert raised.value.field == "calibration"
 
 
-def test_a_profile_that_is_not_there_or_cannot_be_written_is_one_line(tmp_path: Path) -> None:
+def test_a_missing_or_unwritable_profile_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(SpecError, match=r"calibration: .*none\.json' cannot be read \(No such file"):
         calibration.read(tmp_path / "none.json")
     (tmp_path / "file").write_text("")
     with pytest.raises(MemplanError, match=r"output: .* cannot be written"):
-        calibration.write(calibrated(measurements(19), ORIGIN), tmp_path / "file" / "below.json")
+        calibration.write(calibrate_card(measurements(19), ORIGIN), tmp_path / "file" / "below.json")
 
 
 def test_an_answer_takes_the_profile_of_its_card_and_of_its_version(home: Path) -> None:
-    profile = calibrated(measurements(19), ORIGIN)
+    profile = calibrate_card(measurements(19), ORIGIN)
     assert profile_of("3090") == (None, "")
     calibration.write(profile, calibration.file_of("rtx-3090"))
     assert profile_of("3090") == (profile, profile.named())
@@ -204,7 +204,7 @@ TINY: dict[str, Any] = {
 
 
 def line(i: int, **changed: Any) -> dict[str, Any]:
-    """A line whose segments and process are i per thousand more than estimated, with a context of 400 MiB."""
+    """Return a row with segments and process i per mille above the estimate, and a context of 400 MiB."""
     run = {"model": {"config": TINY}, "gpu": changed.pop("gpu", "rtx-3090")}
     estimated = memplan.estimate(RunSpec(**run)).bytes.reserved
     return {
@@ -255,10 +255,10 @@ def test_lines_of_no_use_are_counted_by_the_reason(calibrate: Calibrating, home:
     ran = calibrate(written(home / "lines.jsonl", [line(i) for i in range(19)] + others))
     assert ran.code == 0
     assert ran.out.splitlines()[-4:] == [
-        "left out: 1 that memplan probe --cuda did not measure to the end",
+        "left out: 1 that memplan probe --cuda did not finish measuring",
         "left out: 3 without bytes of segments, process and context",
-        "left out: 1 on a card that memplan has no row of",
-        "left out: 1 that memplan does not estimate",
+        "left out: 1 on a card that memplan does not know",
+        "left out: 1 that memplan cannot estimate",
     ]
 
 
@@ -273,7 +273,7 @@ def test_runs_of_another_driver_allocator_or_library_are_left_out(calibrate: Cal
     assert profile.runs == 19
 
 
-def test_each_card_has_a_profile_of_its_own(calibrate: Calibrating, home: Path) -> None:
+def test_each_card_has_its_own_profile(calibrate: Calibrating, home: Path) -> None:
     both = [line(i, gpu=gpu) for gpu in ("3090", "t4") for i in range(19)]  # an alias is the card it means
     first, second = written(home / "a.jsonl", both[:19]), written(home / "b.jsonl", both[19:])
     assert calibrate(first, second).code == 0
@@ -281,11 +281,11 @@ def test_each_card_has_a_profile_of_its_own(calibrate: Calibrating, home: Path) 
     ran = calibrate(first, second, "--output", str(home / "one.json"))
     assert (ran.code, ran.err) == (
         2,
-        "memplan: output (--output): one file is of one card, and the runs are of rtx-3090, t4\n",
+        "memplan: output (--output): a file holds the profile of one card, and the runs are of rtx-3090, t4\n",
     )
 
 
-def test_a_profile_is_written_where_it_is_wanted(calibrate: Calibrating, home: Path) -> None:
+def test_a_profile_is_written_to_the_requested_path(calibrate: Calibrating, home: Path) -> None:
     ran = calibrate(written(home / "lines.jsonl", [line(i) for i in range(19)]), "--output", str(home / "own.json"))
     assert ran.code == 0
     assert calibration.read(home / "own.json").runs == 19
@@ -293,12 +293,12 @@ def test_a_profile_is_written_where_it_is_wanted(calibrate: Calibrating, home: P
 
 
 FILES = {
-    "no runs": ("\n", "lines: no run to calibrate by (there are none)"),
+    "no runs": ("\n", "lines: no run to calibrate with (there are none)"),
     "no JSON": ('{"run"', "lines.jsonl, line 1 is not JSON"),
-    "a list": ("[1]", "lines.jsonl, line 1 is no JSON object"),
+    "a list": ("[1]", "lines.jsonl, line 1 is not a JSON object"),
     "no run in it": ('\n{"run": {"model": 3}}', "lines: lines.jsonl, line 2: model: "),
     "an unknown field": ('{"run": {"model": "qwen2-7b", "rank": 3}}', "did you mean method.rank?"),
-    "too few": (json.dumps(line(1)), "lines: 1 measured runs on rtx-3090, and a band needs 19 at least"),
+    "too few": (json.dumps(line(1)), "lines: a band needs at least 19 measured runs, and there are 1 on rtx-3090"),
 }
 
 
@@ -313,14 +313,14 @@ def test_a_file_that_makes_no_profile_is_one_line(calibrate: Calibrating, home: 
 
 
 def test_a_profile_is_json_both_ways() -> None:
-    profile = calibrated(measurements(30), ORIGIN)
+    profile = calibrate_card(measurements(30), ORIGIN)
     assert Calibration.model_validate_json(profile.model_dump_json()) == profile
 
 
 def test_an_answer_rests_on_the_machines_own_profile_and_names_it(
     home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    profile = calibrated(measurements(30), ORIGIN._replace(memplan=memplan.__version__))
+    profile = calibrate_card(measurements(30), ORIGIN._replace(memplan=memplan.__version__))
     run = RunSpec(model="qwen2-0.5b", method="lora", gpu="3090")
     plain, own = memplan.estimate(run), memplan.estimate(run, profile)
     around = profile.around(plain.bytes.reserved)

@@ -1,7 +1,7 @@
-"""A sample of all bundled models with all sets of options: nothing crashes, no bytes are negative, all sums hold.
+"""A sample of all bundled models and option sets: nothing crashes, no bytes are negative, all sums hold.
 
-Every run of the suite draws other pairs; `benchmarks/sweep.py` asks all of them. A failure names the command lines that
-show it.
+Every run of the suite draws other pairs; `benchmarks/sweep.py` runs all of them. A failure prints the command lines to
+reproduce it.
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from memplan import MemplanError, RunSpec
 from memplan.engine.record import FREED
 from memplan.engine.walk import alive, size, values
 from memplan.estimate.walk import walk
-from memplan.program.graph import built
+from memplan.program.graph import operations_of
 from memplan.program.training.program import pass_of
 from memplan.program.training.replay import pass_of as recorded_pass_of
 from memplan.resolve.decide import decide
 from tests.sampling import COMPLETE, sampled
 
 PARTS = 8
-SHARE = 300 if COMPLETE else 2400  # one pair in this many is asked, in all parts together
-# Differs from run to run, and is the same in all processes of one run, which draw the same pairs.
+SHARE = 300 if COMPLETE else 2400  # one pair in this many is estimated, over all parts
+# Differs between runs, but is equal in all processes of one run, so that they draw the same pairs.
 SEED = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone")
 
 
@@ -51,10 +51,10 @@ METHODS = ({"kind": "full"}, {"kind": "full", "frozen": ["vision", "projector"]}
 
 
 def _peaks(run: RunSpec) -> tuple[int, int]:
-    """The most bytes alive in a pass: of the moments, and of the sequence in which the copies of a run follow."""
+    """Return the most bytes alive in a pass, by its moments and by its recorded sequence."""
     decided = decide(run)
     structure = decided.structure
-    axes = {**built(structure.graph)[1], **walk(run, decided).axes}
+    axes = {**operations_of(structure.graph)[1], **walk(run, decided).axes}
 
     def bytes_of(shape: str, dtype: str) -> int:
         variable, n = size(shape, dtype, axes)
@@ -76,7 +76,7 @@ def _peaks(run: RunSpec) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", sampled(sorted(FAMILIES), 16))
 def test_equal_layers_are_counted_as_if_each_were_run(name: str) -> None:
-    """Towers, windows, tied tables and experts: what one copy stands for is what all copies have, in every family."""
+    """In every family, with towers, windows, tied tables and experts, one copy stands for all copies."""
     length = {} if name in ("vit", "whisper") else {"sequence": 96}
     shared = {"model": {"config": {"model_type": name, **FAMILIES[name]}}, "batch": {"micro": 2, **length}}
     asked = 0

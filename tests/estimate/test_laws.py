@@ -18,12 +18,12 @@ from memplan.catalogue.optimizers.states import optimizer_names, takes_foreach
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.errors import MemplanError
-from memplan.core.ir import Stack, operations, unwritten
+from memplan.core.ir import Stack, operations, undefined_names
 from memplan.engine.walk import alive, largest, moment_bytes, rows, size, values
 from memplan.models.configs.images import PICTURES
 from memplan.models.model import ModelSpec
 from memplan.program.axes import run_axes
-from memplan.program.graph import built
+from memplan.program.graph import operations_of
 from memplan.program.inference.steps import steps_of
 from memplan.program.training.pipeline import every_stage
 from memplan.program.training.program import PHASES, pass_of, program
@@ -51,7 +51,7 @@ ATTENTION = ("sdpa", "eager", "flash_attention_2", "sdpa_math", "sdpa_efficient"
 
 @st.composite
 def runs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
-    """A run as the fields of a RunSpec."""
+    """Draw a run as the fields of a RunSpec."""
     kind = draw(st.sampled_from(kinds))
     method: dict[str, Any] = {"kind": kind}
     if kind not in ("full", "freeze"):
@@ -92,7 +92,7 @@ def allocated(run: dict[str, Any], **changes: Any) -> int:
 
 @pytest.mark.parametrize("name", sampled([*DECODERS, *TOWERS, *ENCODERS], 4))
 def test_no_tensor_has_a_weights_name(name: str) -> None:
-    """A gradient is known by the name of what it is of, and would be one for both."""
+    """Gradients are named after their tensors, so equal names would be confused."""
     config = {"model_type": name, **{**DECODERS, **TOWERS, **ENCODERS}[name]}
     for wiring in (Wiring("flash", "efficient"), Wiring("eager", "eager", padded=True, images=name in PICTURES)):
         made = tuple(operations(build(ModelSpec(config), wiring)))
@@ -100,7 +100,7 @@ def test_no_tensor_has_a_weights_name(name: str) -> None:
         assert weights.isdisjoint(t.name for op in made for t in op.writes)
 
 
-# What decides which masks, positions and tables a stack makes, and which operations of it read them.
+# The options that decide which masks, positions and tables a stack makes, and which operations read them.
 WIRINGS = (
     *(f"--attention {a} --padded --no-gradient-checkpointing" for a in ATTENTION),
     *(f"--attention {a} --method lora --reentrant --seq-len 96" for a in ATTENTION),
@@ -141,8 +141,10 @@ WIRINGS = (
 
 
 def stacks_of(family: str, options: str) -> Iterator[Stack]:
-    """The stacks of a run of the family's small config: of every stage of a pipeline, of every pass of generation; none
-    of a run that is refused."""
+    """Return the stacks of a run of the family's small config: every pipeline stage and every generation pass.
+
+    Empty if the run is refused.
+    """
     try:
         decided = decide(run_of(f"{family} (small)", options))
         graphs = (
@@ -151,18 +153,18 @@ def stacks_of(family: str, options: str) -> Iterator[Stack]:
             else [stage.graph for stage in every_stage(decided.structure)]
         )
         for graph in graphs:
-            yield built(graph)[0]
+            yield operations_of(graph)[0]
     except MemplanError:
         return
 
 
 @pytest.mark.parametrize("family", sampled(list(FAMILIES), 8))
 def test_every_read_of_a_stack_has_a_writer(family: str) -> None:
-    """For every family a share of the ways it can be run, so that all are asked of some."""
+    """Tests a share of the option sets for each family, so that every set is tested with some family."""
     place, share = list(FAMILIES).index(family), 4 if COMPLETE else 24
     for options in WIRINGS[place % share :: share]:
         for stack in stacks_of(family, options):
-            assert not list(unwritten(stack)), options
+            assert not list(undefined_names(stack)), options
 
 
 @laws
@@ -179,10 +181,10 @@ def test_the_ledger_sums_to_the_peak_and_the_categories_too(run: dict[str, Any])
 
 @laws
 @given(runs())
-def test_everything_allocated_in_a_step_is_freed_but_gradients(run: dict[str, Any]) -> None:
+def test_everything_allocated_in_a_step_is_freed_except_gradients(run: dict[str, Any]) -> None:
     structure = decide(RunSpec(**run)).structure
     low = pass_of(structure)
-    for key, count in alive(low.left, low.runs, built(structure.graph)[1]).items():
+    for key, count in alive(low.left, low.runs, operations_of(structure.graph)[1]).items():
         kind, name = low.sizes[key][2], low.sizes[key][5]
         assert count == 0 or kind == "gradient" or name == "head_gradient", (name, count)
 
@@ -233,12 +235,12 @@ def test_a_deeper_model_never_takes_less(run: dict[str, Any], layers: int, more:
 @laws
 @given(runs())
 def test_checkpointing_never_raises_kept_bytes(run: dict[str, Any]) -> None:
-    """Beside the tables all blocks share, which a checkpoint holds for its blocks; less still with inputs away."""
+    """Apart from tables shared by all blocks, which a checkpoint holds; even less with offloaded inputs."""
 
     def kept(checkpointing: str) -> int:
         spec = RunSpec(**{**run, "kernels": {**run["kernels"], "checkpointing": checkpointing}})
         structure = decide(spec).structure
-        low, axes = pass_of(structure), built(structure.graph)[1]
+        low, axes = pass_of(structure), operations_of(structure.graph)[1]
         p = program(structure)
         numbers = run_axes(p, run["batch"]["micro"], run["batch"]["sequence"], True, True, ONE_RUN)
         total = 0
@@ -261,7 +263,7 @@ def test_adapters_train_less_than_everything(run: dict[str, Any]) -> None:
 
 @laws
 @given(st.sampled_from([n for n in optimizer_names() if "paged" in n or n == "grokadamw"]))
-def test_what_is_paged_is_on_the_host_and_not_on_the_gpu(name: str) -> None:
+def test_paged_states_are_on_the_host_and_not_on_the_gpu(name: str) -> None:
     run = {"model": "qwen2-0.5b", "optimizer": name}
     a = answer(run)
     assert a.host_bytes > 0
@@ -288,18 +290,18 @@ def test_a_run_survives_json(run: dict[str, Any]) -> None:
 @laws
 @given(runs(), st.integers(1, 4), st.integers(1, 3000))
 def test_pruned_moments_never_miss_the_peak(run: dict[str, Any], micro: int, sequence: int) -> None:
-    """The moments left out are never the largest: the walk equals a walk over all of them."""
+    """Pruned moments are never the largest: the walk equals a walk over all moments."""
     if run["model"] in ("gpt2", "opt-125m"):
         sequence = min(sequence, 1000)
     spec = RunSpec(**{**run, "batch": {**run["batch"], "micro": micro, "sequence": sequence}})
     decided = decide(spec)
     p = program(decided.structure)
     axes = {
-        **built(decided.structure.graph)[1],
+        **operations_of(decided.structure.graph)[1],
         **run_axes(p, micro, sequence, decided.half, decided.large_tiles, ONE_RUN),
     }
     low = pass_of(decided.structure)
-    sizes = [size(k[0], k[1], built(decided.structure.graph)[1]) for k in low.sizes]
+    sizes = [size(k[0], k[1], operations_of(decided.structure.graph)[1]) for k in low.sizes]
     numbers, products = values(p.variables, axes), values(p.products, axes)
     for phase in PHASES:
         every = []
@@ -312,11 +314,11 @@ def test_pruned_moments_never_miss_the_peak(run: dict[str, Any], micro: int, seq
 
 @pytest.mark.parametrize("family", ["gemma2", "kimi_linear", "mamba2", "qwen3_next"])
 def test_pruned_moments_of_layers_that_differ_never_miss_the_peak(family: str) -> None:
-    """Where attention has a window, and where a scan goes by chunks: axes of their own, on the chain or beside it."""
+    """With attention windows and chunked scans, which have their own axes, on the main chain or next to it."""
     model = {"config": {"model_type": family, **DECODERS[family]}}
     run = RunSpec.model_validate({"model": model, "kernels": {"checkpointing": "none"}})
     structure = decide(run).structure
-    p, low, own = program(structure), pass_of(structure), built(structure.graph)[1]
+    p, low, own = program(structure), pass_of(structure), operations_of(structure.graph)[1]
     every = rows(low.moments, low.runs, own, [size(key[0], key[1], own) for key in low.sizes], p.variables)
     for micro, sequence in ((1, 1), (1, 2), (3, 1), (1, 63), (2, 64), (1, 65), (5, 257), (1, 4096)):
         axes = run_axes(p, micro, sequence, True, True, ONE_RUN)
@@ -338,8 +340,8 @@ def test_the_ledger_sums_to_the_peak_under_every_optimizer(name: str) -> None:
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_the_ledger_sums_to_the_peak_where_a_run_is_handed_what_it_did_not_make(method: str) -> None:
-    # Gemma 4's later layers read keys and values that earlier ones share, by the reentrant kind of checkpointing too.
+def test_the_ledger_sums_to_the_peak_if_layers_reuse_earlier_layers_tensors(method: str) -> None:
+    # Gemma 4's later layers read keys and values of earlier ones, also under reentrant checkpointing.
     model = {"config": {"model_type": "gemma4_text", **DECODERS["gemma4_text"]}}
     batch, kernels = {"micro": 2, "sequence": 96}, {"checkpointing": "full", "reentrant": True}
     a = answer({"model": model, "method": method, "batch": batch, "kernels": kernels})

@@ -1,4 +1,4 @@
-"""The library: runs are values, answers are the same on every thread and in every process, and round-trip as JSON."""
+"""The library: runs are values; answers are equal in every thread and process, and round-trip as JSON."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.catalogue.hardware.gpus import all_gpus
-from memplan.catalogue.hardware.overhead import COVERAGE, SHOWN, cuda_context
+from memplan.catalogue.hardware.overhead import COVERAGE, PREDICTION_BAND, cuda_context
 from memplan.core.errors import InternalError
 from memplan.estimate.answer import Line, Phase
 from tests.sampling import ALL, examples
@@ -36,7 +36,7 @@ runs = st.builds(
 )
 
 
-def test_an_answer_has_what_the_contract_says() -> None:
+def test_an_answer_has_the_contracts_fields() -> None:
     answer = estimate(RUN)
     b = answer.bytes
     assert answer.verdict.answer == "fits"
@@ -157,12 +157,12 @@ def test_runs_and_answers_are_copied_and_sent_to_other_processes(model: Any) -> 
     [{1}, object(), b"x", float("nan"), float("inf"), [float("-inf")], {"a": {2}}, 3 + 4j],
     ids=lambda v: type(v).__name__,
 )
-def test_what_json_cannot_hold_is_no_part_of_a_run(value: Any) -> None:
+def test_values_that_json_cannot_hold_are_refused_in_a_run(value: Any) -> None:
     with pytest.raises(ValidationError, match="which JSON cannot"):
         RunSpec(model={"config": {**TINY, "further": value}})
 
 
-def test_a_config_without_end_is_no_part_of_a_run() -> None:
+def test_an_infinitely_nested_config_is_refused_in_a_run() -> None:
     config: dict[str, Any] = dict(TINY)
     config["self"] = config
     with pytest.raises(ValidationError, match="nested"):
@@ -214,7 +214,7 @@ def test_threads_get_the_same_answers() -> None:
     assert together == [answer(run) for run in grid] * 2
 
 
-def test_a_process_of_its_own_gets_the_same_answer() -> None:
+def test_a_separate_process_gives_the_same_answer() -> None:
     code = (
         "import memplan\n"
         "run = memplan.RunSpec(model='qwen2-7b', method='qlora', gpu='3090')\n"
@@ -273,16 +273,16 @@ def test_equal_layers_states_are_one_line_of_the_ledger() -> None:
     assert [line.count for line in states] == [28, 28, 28]  # two moments and, fused, a step count on the GPU
 
 
-def test_used_is_what_torch_reserves_and_the_context_on_top() -> None:
+def test_used_is_reserved_plus_the_context() -> None:
     answer = estimate(RunSpec(model="qwen2-7b", method="qlora", gpu="a100-80gb"))
     assert answer.bytes.reserved > answer.bytes.allocated
     assert answer.bytes.used == answer.bytes.reserved + cuda_context((8, 0)).usual
-    assert answer.band.low == answer.bytes.used * (1000 + SHOWN.low) // 1000
-    assert answer.band.high == answer.bytes.used * (1000 + SHOWN.high) // 1000
+    assert answer.band.low == answer.bytes.used * (1000 + PREDICTION_BAND.low) // 1000
+    assert answer.band.high == answer.bytes.used * (1000 + PREDICTION_BAND.high) // 1000
     assert answer.band.coverage == COVERAGE
 
 
-def test_on_a_card_that_is_nearly_full_torch_holds_what_there_is() -> None:
+def test_on_a_nearly_full_card_torch_reserves_what_is_available() -> None:
     roomy = estimate(
         RunSpec(model="smollm2-360m", batch={"micro": 4, "sequence": 4096}, kernels={"attention": "eager"})
     )
@@ -293,7 +293,7 @@ def test_on_a_card_that_is_nearly_full_torch_holds_what_there_is() -> None:
     assert full.bytes.allocated < full.bytes.used <= gpu.usable < roomy.bytes.used
 
 
-def test_expandable_segments_reserve_little_beyond_what_is_allocated() -> None:
+def test_expandable_segments_reserve_little_more_than_is_allocated() -> None:
     run = RunSpec(model="qwen2-7b", method="lora", gpu="a100-80gb")
     grown = estimate(run.model_copy(update={"loop": run.loop.model_copy(update={"expandable_segments": True})}))
     usual = estimate(run)
@@ -304,20 +304,20 @@ def test_expandable_segments_reserve_little_beyond_what_is_allocated() -> None:
 @pytest.mark.parametrize(
     ("gpu", "said"),
     [
-        ("a100-80gb", "'a100-80gb' is taken as A100 SXM4 80GB; also: a100-pcie-80gb"),
-        ("gtx-1070", "no driver reading of GeForce GTX 1070's usable memory was found"),
-        ("mi100", "kernels are taken as on an NVIDIA card of compute capability 8.0, not measured on AMD"),
+        ("a100-80gb", "'a100-80gb' is taken to mean A100 SXM4 80GB; it could also be a100-pcie-80gb"),
+        ("gtx-1070", "GeForce GTX 1070's usable memory is a conservative estimate: no driver reading was found"),
+        ("mi100", "kernels are assumed to be those of NVIDIA compute capability 8.0; not measured on AMD"),
         ("a100-sxm-80gb", ""),
     ],
 )
-def test_what_to_know_of_a_card_is_a_note(gpu: str, said: str) -> None:
+def test_a_cards_peculiarities_are_notes(gpu: str, said: str) -> None:
     notes = estimate(RunSpec(model={"config": SMALLEST}, precision="fp16", gpu=gpu)).notes
-    about = [note for note in notes if "taken as" in note or "driver reading" in note]
+    about = [note for note in notes if any(w in note for w in ("taken to mean", "assumed to be", "driver reading"))]
     assert any(note.startswith(said) for note in about) if said else about == []
 
 
 class _Details:
-    """The details of an answer that memplan has counted wrong."""
+    """Details of a deliberately wrong answer."""
 
     def __init__(self, *lines: Line) -> None:
         self._lines = lines
@@ -335,7 +335,7 @@ def _answer(phase: Phase, *lines: Line) -> Estimate:
 
 
 @pytest.mark.parametrize("peak", [-1, 1.5])
-def test_an_answer_has_no_phase_that_is_no_number_of_bytes(peak: Any) -> None:
+def test_every_phase_of_an_answer_has_a_number_of_bytes(peak: Any) -> None:
     with pytest.raises(InternalError, match=r"backward takes .* bytes at loss.*report"):
         _answer(Phase("backward", 1, peak, "loss"))
 

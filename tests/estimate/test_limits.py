@@ -1,4 +1,4 @@
-"""Every number of a run at its limits gets an answer or a line; closed forms agree with the loops they replace."""
+"""Every number of a run, at its limits, gives an answer or an error line; closed forms equal the loops they replace."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
-from memplan.catalogue.inference.quantized_caches import Stored
+from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.parallelism import pipeline
-from memplan.engine.allocator import Allocator, Block
+from memplan.engine.allocator import Allocator, AllocatorBlock
 from memplan.estimate import usage
 from memplan.models.cards import find_model
 from memplan.program.inference import replay as replays
@@ -22,7 +22,7 @@ from memplan.program.serving.sglang import prefill_graphs
 from memplan.program.sharding import zero
 from memplan.program.training import replay as segments
 from memplan.resolve.assisted import MOST_PROPOSED
-from memplan.resolve.caches import WAITING_PARTS, stored_of
+from memplan.resolve.caches import WAITING_PARTS, cache_storage
 from memplan.resolve.refusals import KEPT_BATCHES
 from memplan.spec.generation import CacheConfig, Generation
 from memplan.spec.run import Batch
@@ -36,11 +36,11 @@ GPUS, MOST = 2**20, 2**40
 laws = settings(max_examples=examples(40), deadline=None, suppress_health_check=list(HealthCheck))
 
 
-# --- every number of a run has limits
+# --- limits of every number of a run
 
 
 class Number(NamedTuple):
-    """A number of a run: its path, and its limits in the schema."""
+    """A number field of a run, with its path and its limits in the schema."""
 
     path: tuple[str, ...]
     least: float | None
@@ -49,7 +49,7 @@ class Number(NamedTuple):
 
     @property
     def values(self) -> list[Any]:
-        """Its limits, what is next to the least, and some between."""
+        """Return its limits, the neighbours of the smallest value, and some values between."""
         if not self.whole:
             return [n for n in (self.least, 0.001, 0.5, 1.0, self.most) if n is not None]
         assert self.least is not None
@@ -59,7 +59,7 @@ class Number(NamedTuple):
 
 
 def numbers(schema: Mapping[str, Any], node: Mapping[str, Any], path: tuple[str, ...] = ()) -> Iterator[Number]:
-    """The numbers at a node of a run's JSON Schema, and below it."""
+    """Yield the number fields at and below a node of a run's JSON Schema."""
     if "$ref" in node:
         node = schema["$defs"][node["$ref"].rpartition("/")[2]]
     for name, inner in node.get("properties", {}).items():
@@ -76,13 +76,13 @@ SCHEMA = RunSpec.model_json_schema()
 NUMBERS = list(dict.fromkeys(numbers(SCHEMA, SCHEMA)))
 
 
-def test_every_number_has_a_least_and_every_whole_one_a_most() -> None:
+def test_every_number_has_a_minimum_and_every_integer_a_maximum() -> None:
     assert len(NUMBERS) > 60
     assert {n.path for n in NUMBERS if n.least is None} == set()
     assert {n.path for n in NUMBERS if n.whole and n.most is None} == set()
 
 
-# Runs in each of which some numbers act.
+# Runs, each of which uses some of the numbers.
 GENERATES = {"task": "generate", "batch": {"sequence": 64, "new_tokens": 16}}
 RUNS: list[dict[str, Any]] = [
     {"method": "lora", **A_CARD},
@@ -102,12 +102,12 @@ RUNS: list[dict[str, Any]] = [
     {**GENERATES, "generation": {"assistant_model": MODEL, "num_assistant_tokens_schedule": "heuristic"}},
     *({**GENERATES, **A_CARD, "profile": engine} for engine in ("vllm", "sglang", "tgi", "llama.cpp")),
 ]
-# Fields that follow a changed one, so that more than the product of degrees is asked.
+# Fields changed along with another one, so that runs are not refused only for the product of degrees.
 FOLLOWS = {"dp": "world", "tp": "world", "pp": "world", "world": "dp"}
 
 
 def changed(run: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[str, Any]:
-    """The run with another number."""
+    """Return the run with another value of a number."""
     name, *rest = path
     inner = run.get(name, {})
     inner = {"kind": inner} if isinstance(inner, str) else inner
@@ -118,7 +118,7 @@ def changed(run: Mapping[str, Any], path: tuple[str, ...], value: Any) -> dict[s
 
 
 def check(answer: Estimate) -> None:
-    """Everything that an answer has can be made, and nothing of it is negative."""
+    """Check that everything in an answer can be computed and nothing is negative."""
     bytes_, band = answer.bytes, answer.band
     assert 0 < bytes_.allocated <= bytes_.reserved <= bytes_.used
     assert 0 <= band.low <= band.high
@@ -129,15 +129,15 @@ def check(answer: Estimate) -> None:
     assert all(rank.bytes.used > 0 for rank in answer.ranks)
 
 
-MOST_ALLOCATIONS = 500_000  # of one answer: a second
+MOST_ALLOCATIONS = 500_000  # per answer: about a second
 
 
 @pytest.fixture
 def allocations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Counts the allocations that are replayed, and ends a test that replays too many."""
+    """Count replayed allocations, and fail a test that replays too many."""
     count, alloc = [0], Allocator.alloc
 
-    def counted(self: Allocator, size: int, stream: int = 0) -> Block:
+    def counted(self: Allocator, size: int, stream: int = 0) -> AllocatorBlock:
         count[0] += 1
         assert count[0] < MOST_ALLOCATIONS
         return alloc(self, size, stream)
@@ -168,14 +168,14 @@ def test_a_number_at_its_limits_gets_an_answer_or_a_line(allocations: list[int],
     check(answer)
 
 
-# --- limits that are said
+# --- limits in messages
 
 
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
         ({"parallelism": {"world": GPUS + 1}}, "less than or equal to 1048576"),
-        ({"also": {"evaluation": {"kept_batches": KEPT_BATCHES + 1}}}, "at most 32,768 are counted"),
+        ({"also": {"evaluation": {"kept_batches": KEPT_BATCHES + 1}}}, "memplan counts at most 32,768"),
         (
             {"also": {"evaluation": {"kept_batches": MOST, "accumulation": KEPT_BATCHES + 1}}},
             "also.evaluation.accumulation: keeps the logits of 32,769 batches",
@@ -186,7 +186,7 @@ def test_a_number_at_its_limits_gets_an_answer_or_a_line(allocations: list[int],
                 "batch": {"sequence": 64, "new_tokens": MOST},
                 "generation": {"assistant_model": MODEL, "num_assistant_tokens": MOST_PROPOSED + 1},
             },
-            "generation.num_assistant_tokens: 16,385 tokens are proposed in a round",
+            "generation.num_assistant_tokens: up to 16,385 tokens would be proposed",
         ),
         (
             {
@@ -194,7 +194,7 @@ def test_a_number_at_its_limits_gets_an_answer_or_a_line(allocations: list[int],
                 "batch": {"sequence": 64, "new_tokens": 2**30},
                 "generation": {"assistant_model": MODEL, "num_assistant_tokens_schedule": "heuristic"},
             },
-            "say constant",
+            "use constant",
         ),
         (
             {
@@ -206,7 +206,7 @@ def test_a_number_at_its_limits_gets_an_answer_or_a_line(allocations: list[int],
                     "cache_config": {"residual_length": WAITING_PARTS + 1},
                 },
             },
-            "generation.prefill_chunk_size: 1 reads 4,097 tokens in 4,097 passes",
+            "generation.prefill_chunk_size: 1 takes 4,097 passes",
         ),
         (
             {"parallelism": {"world": 2, "pp": 2, "schedule": "device_map", "virtual_stages": 2}},
@@ -215,7 +215,7 @@ def test_a_number_at_its_limits_gets_an_answer_or_a_line(allocations: list[int],
         ({**GENERATES, "profile": "vllm", "serving": {"memory_utilization": 1e-7}}, "greater than or equal to 0.001"),
         (
             {**GENERATES, **A_CARD, "profile": "sglang", "serving": {"max_num_batched_tokens": MOST}},
-            "serving.max_num_batched_tokens: a step of 1,099,511,627,776 tokens leaves SGLang nothing",
+            "serving.max_num_batched_tokens: a step of 1,099,511,627,776 tokens leaves SGLang none",
         ),
         (
             {**GENERATES, "profile": "llama.cpp", "method": {"quantization": {"format": "nf4", "block_size": -1}}},
@@ -283,7 +283,7 @@ def test_distinct_passes_of_a_pipeline_have_the_moments_of_all(schedule: str, mo
     assert few == found()
 
 
-def test_distinct_passes_are_as_many_however_many_microbatches_there_are() -> None:
+def test_the_number_of_microbatches_does_not_add_distinct_passes() -> None:
     for schedule in ("1f1b", "gpipe", "device_map"):
         for chunks in (1, 2) if schedule == "1f1b" else (1,):
             few, many = ([*pipeline.distinct_passes(schedule, 4, 1, chunks, n)] for n in (64, MOST))
@@ -291,7 +291,7 @@ def test_distinct_passes_are_as_many_however_many_microbatches_there_are() -> No
 
 
 @pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
-def test_a_long_step_of_a_pipeline_reserves_what_a_shorter_one_leads_to(
+def test_reserved_of_a_long_pipeline_step_equals_its_extrapolation_from_shorter_ones(
     schedule: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = RunSpec(
@@ -304,10 +304,10 @@ def test_a_long_step_of_a_pipeline_reserves_what_a_shorter_one_leads_to(
     monkeypatch.setattr(segments, "GPIPE_EVENTS", 70_000)
     monkeypatch.setattr(segments, "MICROBATCHES", 32)
     usage.reserved.cache_clear()
-    usage.shortened.cache_clear()
+    usage.shorten_replay.cache_clear()
     assert estimate(run).bytes.reserved == pytest.approx(every, rel=0.02)
     usage.reserved.cache_clear()
-    usage.shortened.cache_clear()
+    usage.shorten_replay.cache_clear()
 
 
 sizes_of_weights = st.lists(st.integers(1, 300), min_size=1, max_size=8)
@@ -339,7 +339,7 @@ def test_a_bucket_is_copied_as_one_slice_after_another_fills_it(
 
 @laws
 @given(sizes_of_weights, st.integers(1, 100))
-def test_the_rank_that_owns_most_gradients_is_found_at_an_end_of_a_weight(sizes: list[int], own: int) -> None:
+def test_the_rank_that_owns_most_gradients_is_found_at_weight_boundaries(sizes: list[int], own: int) -> None:
     starts = {i: sum(sizes[:i]) for i in range(len(sizes))}
     owned: dict[int, int] = {}
     for i, start in starts.items():
@@ -350,10 +350,10 @@ def test_the_rank_that_owns_most_gradients_is_found_at_an_end_of_a_weight(sizes:
 
 @laws
 @given(st.sampled_from(["quanto", "fp8"]), st.integers(1, 40), st.integers(1, 100), st.integers(1, 100))
-def test_a_quantised_cache_after_some_parts_is_as_part_after_part_leaves_it(
+def test_a_quantised_cache_after_some_chunks_equals_feeding_them_one_by_one(
     backend: Any, residual: int, prompt: int, part: int
 ) -> None:
-    how = Stored(backend, residual=residual)
+    how = CacheQuantization(backend, residual=residual)
     quantized = waiting = 0
     for i, past in enumerate(range(0, prompt, part)):
         assert how.quantized_of(i, part) == quantized
@@ -362,11 +362,11 @@ def test_a_quantised_cache_after_some_parts_is_as_part_after_part_leaves_it(
 
 
 def refused(run: Mapping[str, Any], new_tokens: int) -> str:
-    """The first fault of the groups of a quantised cache as new tokens come, if there is one."""
+    """Return the first refusal of a quantised cache's groups as new tokens arrive, if any."""
     config = CacheConfig(backend="hqq", residual_length=run["residual"], q_group_size=run["group"], nbits=run["bits"])
     batch = Batch(sequence=run["sequence"], new_tokens=new_tokens)
     try:
-        stored_of(Generation(cache_implementation="quantized", cache_config=config), find_model("gpt2"), batch)
+        cache_storage(Generation(cache_implementation="quantized", cache_config=config), find_model("gpt2"), batch)
     except MemplanError as error:
         return str(error)
     return ""
@@ -421,31 +421,35 @@ def test_a_card_of_llama_cpp_has_the_layers_of_its_proportion(
     found = by_card(layers, offloaded, cards, split[:cards] if any(split[:cards]) else ())
     assert [card.number for card in found for _ in range(card.layers + card.headed)] == of
     assert found[0].number == 0
-    assert all(card.fed == any(other < card.number for other in of) for card in found)
+    assert all(card.receives_hidden == any(other < card.number for other in of) for card in found)
 
 
-def test_layers_on_many_cards_are_looked_for_on_as_many_as_have_some() -> None:
+def test_layers_on_many_cards_are_searched_only_on_cards_with_layers() -> None:
     assert len(by_card(32, 33, GPUS, ())) == 34
 
 
 @laws
 @given(st.data())
-def test_what_a_pass_begins_with_is_taken_by_shape_and_size(data: st.DataObject) -> None:
+def test_tensors_at_the_start_of_a_pass_match_by_shape_and_size(data: st.DataObject) -> None:
     keys = st.tuples(st.sampled_from(["b kv", "b past", "b h"]), st.sampled_from(["fp16", "fp32"]))
     left = data.draw(
-        st.lists(st.builds(lambda key, n: replays.Left(key, n, Block(n, n, None)), keys, st.integers(1, 3)))
+        st.lists(
+            st.builds(
+                lambda key, n: replays.InheritedTensor(key, n, AllocatorBlock(n, n, None)), keys, st.integers(1, 3)
+            )
+        )
     )
-    given_, waiting = replays._Given(left), list(left)
+    given_, waiting = replays._Inherited(left), list(left)
     while waiting:
         key, bytes_ = data.draw(keys), data.draw(st.integers(1, 3))
-        alike = [one for one in waiting if replays._left(one.key) == replays._left(key)]
+        alike = [one for one in waiting if replays._kind(one.key) == replays._kind(key)]
         wanted = next((one for one in alike if one.bytes == bytes_), (alike or waiting)[0])
         waiting.remove(wanted)
         assert given_.take(key, bytes_) is wanted.block
     assert not given_.remaining
 
 
-def test_gpus_with_equal_layers_alone_are_answered_as_each_by_itself() -> None:
+def test_gpus_with_only_equal_layers_are_answered_like_each_alone() -> None:
     config = {"model_type": "gemma2", **TINY["gemma2"], "num_hidden_layers": 12}
     fields: dict[str, Any] = {"model": {"config": config}, **GENERATES}
     ranks = estimate(RunSpec(**fields, parallelism={"world": 4, "device_map": "auto"})).ranks

@@ -1,5 +1,4 @@
-"""An answer depends on nothing that was asked before: 2, 2.0, True and "2" are four questions, though Python says
-2 == 2.0 and 1 == True."""
+"""An answer does not depend on earlier questions: 2, 2.0, True and "2" differ, although 2 == 2.0 and 1 == True."""
 
 from __future__ import annotations
 
@@ -33,7 +32,7 @@ UNUSED = count()
 
 
 def with_value(config: Any, path: str, value: Any) -> Any:
-    """The config with a value at a path, in which a number is a place in a list."""
+    """Return the config with a value at a path, in which numbers are list indices."""
     key, _, rest = path.partition(".")
     if key.isdigit():
         return [with_value({}, rest, value) if rest else value]
@@ -46,7 +45,7 @@ def outcome(config: dict[str, Any], **fields: Any) -> object:
     except MemplanError as error:
         return type(error), str(error)
     dumped = answer.model_dump()
-    return repr({name: dumped[name] for name in dumped if name != "run"})  # of 2 and 2.0 the texts differ
+    return repr({name: dumped[name] for name in dumped if name != "run"})  # 2 and 2.0 have different reprs
 
 
 @pytest.mark.parametrize("values", EQUAL, ids=str)
@@ -56,13 +55,13 @@ def test_equal_values_of_a_config_have_the_same_answers_in_any_order(
 ) -> None:
     answers: dict[str, set[object]] = {repr(value): set() for value in values}
     for start in range(len(values)):
-        new = next(UNUSED)  # a key that means nothing makes a config that was not asked before
+        new = next(UNUSED)  # an unknown key makes the config new
         for value in (*values[start:], *values[:start]):
             answers[repr(value)].add(outcome({**with_value(config, path, value), "unused": new}))
     assert {value: len(found) for value, found in answers.items()} == dict.fromkeys(answers, 1)
 
 
-def test_a_size_that_is_no_whole_number_is_refused_after_one_that_is() -> None:
+def test_a_fractional_size_is_refused_after_a_whole_one() -> None:
     config = {**LLAMA, "unused": next(UNUSED)}
     assert isinstance(outcome(config), str)
     for value in (2.0, "2"):
@@ -75,7 +74,7 @@ def test_a_size_that_is_no_whole_number_is_refused_after_one_that_is() -> None:
 
 
 def parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
-    """A part of a run and all parts of it."""
+    """Yield a part of a run and all parts within it."""
     yield model
     for field in model.model_fields.values():
         for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):

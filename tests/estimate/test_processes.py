@@ -1,4 +1,4 @@
-"""A scheduler's use of memplan: errors and answers cross processes, and a fork under busy threads answers."""
+"""Use by a scheduler: errors and answers cross processes, and a process forked among busy threads answers."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ import pytest
 import memplan
 from memplan import MemplanError, RunSpec, estimate, load_card
 from memplan.core.cached_property import cached_property
-from memplan.core.errors import InternalError, UnknownNameError, about
+from memplan.core.errors import InternalError, UnknownNameError, errors_about
 
 RUN = RunSpec(model="qwen2-0.5b", method="qlora", gpu="t4")
 
 
 def error_kinds() -> list[type[MemplanError]]:
-    """MemplanError and every subclass that a module of memplan defines."""
+    """Return MemplanError and every subclass defined in memplan."""
     for module in pkgutil.walk_packages(memplan.__path__, "memplan."):
         if not module.name.endswith("__main__"):
             try:
@@ -43,7 +43,7 @@ def error_kinds() -> list[type[MemplanError]]:
 
 
 def example(kind: type[MemplanError]) -> MemplanError:
-    """An error of this kind. A subclass whose constructor takes other arguments needs a case of its own here."""
+    """Return an error of this class. A subclass with another constructor needs its own case here."""
     if kind is UnknownNameError:
         return UnknownNameError("model", "lama-3.1-8b", ["llama-3.1-8b", "qwen2-7b"])
     if kind is InternalError:
@@ -71,7 +71,7 @@ def test_an_unknown_name_keeps_its_value_and_the_nearest() -> None:
 
 
 def test_a_pickled_error_keeps_the_field_it_was_renamed_to() -> None:
-    with pytest.raises(UnknownNameError) as caught, about("serving.draft_model"):
+    with pytest.raises(UnknownNameError) as caught, errors_about("serving.draft_model"):
         raise example(UnknownNameError)
     again = pickle.loads(pickle.dumps(caught.value))
     assert again.field == "serving.draft_model"
@@ -91,7 +91,7 @@ def test_a_mistyped_model_leaves_a_pool_of_processes_working() -> None:
 
 def test_a_model_from_another_process_is_found_among_equals() -> None:
     code = "import pickle, memplan; card = memplan.load_card('gpt2'); hash(card); print(pickle.dumps(card).hex())"
-    for seed in ("1", "2"):  # of the hashes of strings
+    for seed in ("1", "2"):  # PYTHONHASHSEED
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         out = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
         assert {load_card("gpt2"): "found"}[pickle.loads(bytes.fromhex(out.stdout))] == "found"

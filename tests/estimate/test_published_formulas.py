@@ -1,4 +1,4 @@
-"""Formulas other people published."""
+"""Published formulas."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from memplan.engine.step import lower
 from memplan.engine.walk import alive, size
 
 
-def test_a_full_step_of_mistral_7b_takes_ten_bytes_a_parameter_at_the_optimizer() -> None:
-    """Weights 2, gradients 2, two bf16 moments 4, and the list of new parameters foreach makes 2: published by
+def test_full_training_of_mistral_7b_peaks_at_ten_bytes_per_parameter() -> None:
+    """Weights 2, gradients 2, two bf16 moments 4, and foreach's list of new parameters 2: published by
     foundation-model-stack/fms-acceleration as 72,434,837,504 bytes on an A100."""
     run = RunSpec(
         model="mistral-7b-v0.1",
@@ -35,7 +35,7 @@ def test_a_full_step_of_mistral_7b_takes_ten_bytes_a_parameter_at_the_optimizer(
 def korthikanti_layer(recomputed: bool = False) -> Block:
     """One layer of "Reducing Activation Recomputation in Large Transformer Models" (arXiv:2205.05198), section 4.1.
 
-    `recomputed`: nothing of the attention's core is kept but what it reads, as flash attention has it.
+    With `recomputed` the attention's core keeps only its inputs, like flash attention.
     """
     heads, pairs = "b s a d", "b a s s"
     core = (
@@ -68,7 +68,7 @@ def korthikanti_layer(recomputed: bool = False) -> Block:
 def kept_by_a_layer(
     b: int, s: int, h: int, a: int, t: int = 1, tokens_divided: bool = False, recomputed: bool = False
 ) -> int:
-    """Bytes that a layer more keeps from forward to backward on one of `t` ranks."""
+    """Return the bytes that one more layer keeps from forward to backward on one of `t` ranks."""
     axes = {"b": b, "s": s, "s_tp": s // t, "s128": s, "d32": h // a, "h": h, "f": 4 * h // t, "a": a // t, "d": h // a}
     table = Weight("embed.weight", "h h", "embedding", "bf16")
     stack = Stack(
@@ -79,7 +79,7 @@ def kept_by_a_layer(
     )
     if t > 1:
         stack = megatron_parallel.divide(stack, ("q", "k", "v", "up"), ("dense", "down"), tokens_divided)
-    stack = methods.reweigh(stack, lambda w: w._replace(dtype="bf16"))
+    stack = methods.rewrite_weights(stack, lambda w: w._replace(dtype="bf16"))
     low = lower(stack, {"L": 24})
 
     def kept(layers: int) -> int:
@@ -94,7 +94,7 @@ KORTHIKANTI = [(1, 1024, 1024, 16), (4, 2048, 6144, 64)]
 
 
 def statistics(b: int, s: int) -> int:
-    """The paper leaves out the two fp32 numbers a row that each of its LayerNorms keeps."""
+    """Return the bytes that the paper leaves out: two fp32 numbers per row of each LayerNorm."""
     return 2 * 2 * 4 * b * s
 
 
@@ -123,8 +123,8 @@ def test_sequence_parallelism_divides_all_of_it(b: int, s: int, h: int, a: int, 
 @pytest.mark.parametrize("t", [2, 8])
 @pytest.mark.parametrize(("b", "s", "h", "a"), KORTHIKANTI)
 def test_recomputing_the_attentions_core_leaves_34_sbh(b: int, s: int, h: int, a: int, t: int) -> None:
-    """Section 5, selective recomputation: 34 sbh/t. Flash attention's kernel keeps a number a row and head beside, and
-    the state of the random generator."""
-    beside = 4 * b * a * s // t + 512 + 512
+    """Section 5, selective recomputation: 34 sbh/t. Flash attention also keeps one number per row and head, and the
+    random generator's state."""
+    kernel_state = 4 * b * a * s // t + 512 + 512
     kept = kept_by_a_layer(b, s, h, a, t, tokens_divided=True, recomputed=True)
-    assert kept == 34 * s * b * h // t + statistics(b, s) // t + beside
+    assert kept == 34 * s * b * h // t + statistics(b, s) // t + kernel_state

@@ -1,4 +1,4 @@
-"""Published runs in which nothing trains: each is met, or missed for a cause and by no more than it says."""
+"""Published inference runs: each is met, or misses by at most its stated cause."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def identity(row: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("row", sampled(ROWS), ids=identity)
-def test_a_published_run_is_met_or_missed_for_a_cause_and_by_no_more_than_it_says(row: dict[str, Any]) -> None:
+def test_a_published_run_is_met_or_misses_by_its_stated_cause(row: dict[str, Any]) -> None:
     r = ran(row)
     if r.cause:
-        assert abs(r.off) > r.slack / 2  # where this fails the run is met, and its cause can go
+        assert abs(r.off) > r.slack / 2  # if this fails the run is met, and its cause can be removed
         assert abs(r.error) <= r.within
     else:
         assert abs(r.off) <= r.slack
 
 
-def test_a_row_says_where_it_comes_from_and_what_it_is() -> None:
+def test_every_row_states_its_source_and_kind() -> None:
     for row in ROWS:
         assert row["source"].startswith("https://")
         assert row["date"][:2] == "20"
@@ -58,7 +58,7 @@ def means() -> dict[str, list[Ran]]:
 
 
 @ALL
-def test_the_mean_error_of_every_familys_large_peaks_is_at_most_three_per_cent() -> None:
+def test_every_familys_large_peaks_have_at_most_three_per_cent_mean_error() -> None:
     for family, those in means().items():
         errors = [abs(r.error) for r in those if r.large]
         assert sum(errors) <= RUNNING * len(errors), family
@@ -70,21 +70,21 @@ def test_small_peaks_without_a_cause_are_met_within_150_mib() -> None:
 
 
 @ALL
-def test_what_torch_reserved_for_caches_that_grow_is_met() -> None:
+def test_torchs_reserved_memory_for_growing_caches_is_met() -> None:
     errors = [abs(r.answer.bytes.reserved / r.reserved - 1) for r in running() if r.reserved]
     assert sum(errors) <= 0.01 * len(errors)
     assert max(errors) <= 0.08
 
 
 def test_caches_that_grow_leave_blocks_that_no_later_one_fits() -> None:
-    """Eight sequences of 256 and 512 tokens of Llama-2-7B took 60.8 GB of an A100, of which 19 are tensors."""
+    """Llama-2-7B with eight sequences of 256 + 512 tokens took 60.8 GB of an A100, of which 19 GB are tensors."""
     row = next(row for row in ROWS if row["id"] == "optimum-7b-fp16-fa2-generate-b8")
     answer = estimate(RunSpec(**row["run"]))
     assert answer.bytes.allocated < 0.35 * row["reserved"]
     assert answer.bytes.reserved == pytest.approx(row["reserved"], rel=0.02)
 
 
-# --- what older libraries made
+# --- older libraries
 
 
 def generating(model: str, profile: str, **fields: Any) -> RunSpec:
@@ -92,7 +92,7 @@ def generating(model: str, profile: str, **fields: Any) -> RunSpec:
 
 
 def bytes_of(run: RunSpec, *words: str) -> int:
-    """Bytes of the tensors at the peak whose names have one of the words."""
+    """Return the bytes of tensors at the peak whose names contain one of the words."""
     return sum(line.bytes for line in estimate(run).ledger if any(word in line.what for word in words))
 
 
@@ -103,22 +103,22 @@ def test_every_layer_kept_rotary_tables_of_all_positions_before_4_40() -> None:
     assert (then, later) == (layers * 2 * positions * width * bf16, 0)
 
 
-def test_llama_of_4_38_keeps_a_mask_of_all_positions_too() -> None:
+def test_llama_in_4_38_also_keeps_a_mask_of_all_positions() -> None:
     run = generating("llama-2-7b", "transformers-4.38", batch={"sequence": 16, "new_tokens": 4})
     assert bytes_of(run, "causal_mask") == 4096 * 4096
 
 
 GPTQ: list[tuple[str, str, int]] = [
-    # the largest matrix in half precision, and a row of its wider side
+    # the largest matrix in half precision, and one row of its wider side
     ("transformers-4.46", "exllama_v1", 2 * 11008 * 4096 + 2 * 11008),
-    # beside it fp32 outputs of 2,048 tokens of eight sequences; either part has 128 bytes to spare
+    # in addition fp32 outputs of 2,048 tokens of eight sequences; either part has 128 spare bytes
     ("transformers-4.46", "exllama_v2", 2 * 11008 * 4096 + 128 + 4 * 2048 * 8 * 11008 + 128),
     ("transformers-5", "", 0),
 ]
 
 
 @pytest.mark.parametrize(("profile", "backend", "expected"), GPTQ)
-def test_exllama_has_buffers_as_large_as_it_says(profile: str, backend: str, expected: int) -> None:
+def test_exllamas_buffers_have_their_stated_size(profile: str, backend: str, expected: int) -> None:
     quantization = {"format": "gptq-int4", **({"backend": backend} if backend == "exllama_v2" else {})}
     run = generating("llama-2-7b", profile, method={"quantization": quantization}, precision="fp16")
     found = estimate(run).run.method.quantization
@@ -129,7 +129,7 @@ def test_exllama_has_buffers_as_large_as_it_says(profile: str, backend: str, exp
 
 @pytest.mark.parametrize(("format", "rows", "bytes_a_weight"), [("awq-int4", 1024, 2), ("gptq-int8", 128, 6)])
 def test_many_rows_of_packed_weights_make_a_whole_matrix(format: str, rows: int, bytes_a_weight: int) -> None:
-    """One row more of a prompt, and a matrix of it is there: of one layer that is as large as all of its prompt."""
+    """One more row of a prompt, and a layer's matrix is dequantised in full; it is as large as the prompt's tensors."""
     config = {"model_type": "qwen2", "hidden_size": 8192, "intermediate_size": 8192, "num_hidden_layers": 1}
     config |= {"num_attention_heads": 64, "num_key_value_heads": 8, "vocab_size": 32, "tie_word_embeddings": False}
     fields: dict[str, Any] = {"method": {"quantization": {"format": format}}, "precision": "fp16"}
@@ -153,8 +153,8 @@ def test_many_rows_of_packed_weights_make_a_whole_matrix(format: str, rows: int,
     assert many - few == pytest.approx(matrix, abs=activations)
 
 
-def test_ends_of_large_blocks_count_where_weights_are_loaded_one_by_one() -> None:
-    """A matrix of 135 MiB has a block of 136, of which 1 MiB is too little to split: three a layer in 40 layers."""
+def test_block_remainders_count_when_weights_are_loaded_one_by_one() -> None:
+    """A matrix of 135 MiB has a block of 136, whose last MiB is too small to split off: three per layer, 40 layers."""
     run = generating("llama-2-13b", "transformers-4.35", precision="fp16")
     _, unsplit, most = loaded(walk(decide(run)).models, False)
     assert 135 * MIB == 2 * 13824 * 5120
@@ -162,25 +162,25 @@ def test_ends_of_large_blocks_count_where_weights_are_loaded_one_by_one() -> Non
     assert most == estimate(run).phases[0].peak
     assert (
         estimate(run.model_copy(update={"profile": "transformers-5"})).categories["other"] < 10 * MIB
-    )  # one block, and its end
+    )  # one block, and its remainder
 
 
-def test_a_checkpoint_in_awq_is_loaded_with_its_head_though_it_is_tied() -> None:
+def test_an_awq_checkpoint_is_loaded_with_its_head_even_if_tied() -> None:
     run = generating("qwen2.5-1.5b", "transformers-4.46", method={"quantization": {"format": "awq-int4"}})
-    load, resting = estimate(run).phases[0].peak, walk(decide(run)).resting
+    load, resting = estimate(run).phases[0].peak, walk(decide(run)).resident_bytes
     head = 151936 * 1536 * 2
     workspace = 8_519_680
-    assert 0 <= load - (resting - workspace) - head < 2 * MIB  # and what is left of its block
+    assert 0 <= load - (resting - workspace) - head < 2 * MIB  # plus the remainder of its block
 
 
-def test_the_prompts_logits_linger_into_the_next_pass_of_4_38() -> None:
-    """The loop's name for what the prompt's pass returned is still there: fp32 logits of the prompt."""
+def test_in_4_38_the_prompts_logits_outlive_its_pass() -> None:
+    """The loop's variable still holds the output of the prompt's pass: the prompt's fp32 logits."""
     run = generating("qwen2-72b", "transformers-4.38", batch={"sequence": 14336, "new_tokens": 2})
     lines = {line.what: line.bytes for line in walk(decide(run)).lines("decode")}
     assert lines["logits of the prompt"] == 14336 * 152064 * 4
 
 
-def test_one_pass_of_a_decoder_returns_its_cache_unless_told_otherwise() -> None:
+def test_one_pass_of_a_decoder_returns_its_cache_by_default() -> None:
     fields: dict[str, Any] = {"model": "llama-2-7b", "task": "forward", "batch": {"micro": 4, "sequence": 256}}
     with_it = estimate(RunSpec(**fields))
     without = estimate(RunSpec(**fields, loop={"use_cache": False}))
@@ -194,7 +194,7 @@ def test_generation_without_a_cache_and_a_kernel_of_another_format_are_refused()
         estimate(generating("qwen2-0.5b", "transformers-5", loop={"use_cache": False}))
     assert caught.value.field == "loop.use_cache"
     quantization = {"format": "awq-int4", "backend": "exllama_v1"}
-    with pytest.raises(SpecError, match="exllama_v1 is no kernel of awq-int4; known: gemm") as caught:
+    with pytest.raises(SpecError, match="exllama_v1 does not run awq-int4; choose gemm") as caught:
         estimate(generating("qwen2-0.5b", "transformers-4.46", method={"quantization": quantization}))
     assert caught.value.field == "method.quantization.backend"
 
@@ -210,30 +210,30 @@ def litgpt(model: str, **fields: Any) -> RunSpec:
 @pytest.mark.parametrize(
     ("model", "heads", "layers", "width"), [("llama-3.1-8b", 32, 32, 128), ("falcon-7b", 1, 32, 64)]
 )
-def test_litgpts_cache_is_of_all_heads_or_of_one_and_has_room_for_all_tokens(
+def test_litgpts_cache_has_all_heads_or_one_and_room_for_all_tokens(
     model: str, heads: int, layers: int, width: int
 ) -> None:
     run = litgpt(model)
     lines = walk(decide(run)).lines("decode")
     cached = sum(line.bytes for line in lines if "cache" in line.what and line.kind == "activation" and line.shape)
-    room = 10 + 50 - 1  # the last token is put nowhere
+    room = 10 + 50 - 1  # the last token is not cached
     assert cached == layers * 2 * -(-heads * room * width * 2 // 512) * 512
     assert estimate(run).run.generation.cache_implementation == "static"
 
 
-def test_litgpt_makes_the_head_whole_twice_to_read_a_prompt_in_4_bits() -> None:
-    """bitsandbytes before 0.43 dequantises to fp16, from which LitGPT quantises, and casts that."""
+def test_litgpt_dequantises_its_4_bit_head_twice_to_read_a_prompt() -> None:
+    """bitsandbytes before 0.43 dequantises to fp16, the dtype LitGPT quantised from, and then casts."""
     quantization = {"format": "nf4", "double_quant": False, "skip": []}
     lines = walk(decide(litgpt("llama-2-7b", method={"quantization": quantization}))).lines("prefill")
     assert [line.bytes for line in lines if line.what == "dequantised"] == [32000 * 4096 * 2] * 2
 
 
-def test_a_forward_pass_of_litgpt_returns_logits_alone() -> None:
+def test_a_forward_pass_of_litgpt_returns_only_logits() -> None:
     run = litgpt("llama-2-7b", task="forward", batch={"sequence": 256})
     assert estimate(run).run.loop.use_cache is False
 
 
-def test_litgpt_has_no_family_but_those_it_was_read_for() -> None:
-    with pytest.raises(SpecError, match="LitGPT has no model_type bloom here; supported: llama, ") as caught:
+def test_litgpt_supports_only_the_families_read_from_its_code() -> None:
+    with pytest.raises(SpecError, match="LitGPT does not have model_type bloom; supported: llama, ") as caught:
         estimate(litgpt("bloom-560m"))
     assert caught.value.field == "profile"

@@ -1,4 +1,4 @@
-"""Runs that other people measured on their cards: each is met, or missed for a cause and by no more than it says."""
+"""Published training runs: each is met, or misses by at most its stated cause."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MET = [m for m in ANSWERED if not m.cause]
 MISSED = [m for m in ANSWERED if m.cause]
 BY_PHASE = [m for m in ANSWERED if m.phases]
 
-# Fields for which published runs are refused as yet, and how many runs each.
+# Unsupported fields for which published runs are refused, and the number of runs.
 NOT_YET = {"kernels.compile": 3}
 
 
@@ -28,7 +28,7 @@ def identity(found: Any) -> str:
 
 
 @pytest.mark.parametrize("row", ROWS.values(), ids=identity)
-def test_a_golden_run_says_where_it_comes_from_and_what_it_is(row: dict[str, Any]) -> None:
+def test_every_golden_run_states_its_source_and_kind(row: dict[str, Any]) -> None:
     assert row["source"].startswith("https://")
     assert row["date"][:2] == "20"
     assert row["metric"] in ("max_memory_allocated", "active_bytes.all.peak")
@@ -39,7 +39,7 @@ def test_a_golden_run_says_where_it_comes_from_and_what_it_is(row: dict[str, Any
     assert row["allocated"] <= row.get("reserved", row["allocated"]) <= row.get("process", 2**60)
 
 
-def test_runs_that_died_say_where_they_come_from_and_how_much_the_card_had() -> None:
+def test_out_of_memory_runs_state_their_source_and_the_cards_memory() -> None:
     for row in rows("oom.jsonl"):
         assert row["source"].startswith("https://")
         assert RunSpec(**row["run"]).gpu is not None
@@ -48,7 +48,7 @@ def test_runs_that_died_say_where_they_come_from_and_how_much_the_card_had() -> 
 
 @ALL
 def test_every_family_of_runs_on_several_gpus_reaches_its_goal() -> None:
-    """The mean of those above 4 GiB, and of what torch reserved where only that is known."""
+    """The mean error of peaks above 4 GiB, or of torch's reserved memory if only that is known."""
     errors: dict[str, list[float]] = {}
     for m in golden.ranks():
         if m.large:
@@ -69,12 +69,12 @@ def test_no_measurement_is_counted_twice() -> None:
     assert [id for id, times in Counter(ids).items() if times > 1] == []
 
 
-def test_what_is_not_expressed_has_a_source_and_a_reason() -> None:
+def test_excluded_runs_have_a_source_and_a_reason() -> None:
     assert all(group["source"].startswith("https://") and group["reason"] for group in golden.not_expressed())
 
 
-def test_the_runs_that_are_refused_are_those_of_fields_known_to_be_missing() -> None:
-    """Where this fails a field came to be supported, and its runs are tested from now on."""
+def test_refused_runs_are_those_with_unsupported_fields() -> None:
+    """If this fails, a field has become supported, and its runs are tested from now on."""
     assert Counter(refused.field for refused in REFUSED) == NOT_YET
 
 
@@ -84,13 +84,13 @@ def test_a_published_peak_is_met_within_what_the_allocator_leaves_unsplit(met: M
 
 
 @pytest.mark.parametrize("m", [m for m in ANSWERED if m.after], ids=identity)
-def test_weights_and_states_are_what_stayed_allocated_after_a_step(m: Measured) -> None:
+def test_weights_and_states_equal_the_memory_after_a_step(m: Measured) -> None:
     assert abs(m.kept - (m.after or 0)) <= SLACK
 
 
 @pytest.mark.parametrize("missed", MISSED, ids=identity)
-def test_a_published_peak_with_a_cause_is_missed_and_by_no_more_than_it_says(missed: Measured) -> None:
-    """Where the first line fails the run is met, and its cause can go."""
+def test_a_published_peak_with_a_cause_misses_by_at_most_its_statement(missed: Measured) -> None:
+    """If the first line fails, the run is met, and its cause can be removed."""
     assert abs(missed.off) > missed.slack
     assert abs(missed.error) <= ROWS[missed.id]["within"]
 
@@ -111,21 +111,21 @@ def test_the_published_peak_of_every_phase_is_met(m: Measured, phase: str) -> No
     assert abs(phase_peak(m.answer, phase) - m.phases[phase]) <= SLACK
 
 
-def test_an_estimate_is_what_a_trace_with_the_libraries_of_its_time_shows() -> None:
-    """The runs of stock transformers 4.45, 4.48 and 5 that were published, traced again."""
+def test_an_estimate_equals_a_trace_with_the_libraries_of_its_time() -> None:
+    """Published runs of stock transformers 4.45, 4.48 and 5, traced again."""
     assert {r.measured.id: r.engine for r in golden.replayed() if abs(r.engine) > 0.001} == {}
 
 
-def test_traces_of_large_published_runs_meet_what_the_card_showed_within_three_in_a_thousand() -> None:
+def test_traces_of_large_published_runs_meet_the_card_within_three_per_mille() -> None:
     errors = [abs(r.error) for r in golden.replayed() if r.measured.large]
     assert sum(errors) <= 0.003 * len(errors)
 
 
-def test_no_run_that_died_is_said_to_fit() -> None:
+def test_no_out_of_memory_run_is_predicted_to_fit() -> None:
     assert verdicts()["died"]["fits"] == []
 
 
-def test_of_the_runs_that_ran_at_most_three_in_a_hundred_are_said_not_to_fit() -> None:
+def test_at_most_three_per_cent_of_successful_runs_are_predicted_to_fail() -> None:
     ran = verdicts()["ran"]
     assert len(ran["does not fit"]) <= 0.03 * sum(map(len, ran.values())), ran["does not fit"]
 

@@ -1,4 +1,4 @@
-"""What a training run does beside its steps: evaluation, generation, saving, merging; traces, arithmetic and laws."""
+"""Side tasks of training (evaluation, generation, saving, merging): traces, arithmetic and laws."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.hardware.overhead import cublas_workspace
-from memplan.catalogue.methods.saving import turned_back
+from memplan.catalogue.methods.saving import checkpoint_copies
 from memplan.core.errors import MemplanError
 from memplan.core.ir import Weight
 from memplan.estimate.answer import phase_peaks
@@ -36,12 +36,12 @@ def label(case: dict[str, Any]) -> str:
 
 
 def without_workspaces(answer: Estimate) -> dict[str, int]:
-    """The peak of what comes beside the steps as a trace has it."""
+    """Return the peak of the side tasks without cuBLAS's workspaces, as in a trace."""
     return {name: n - WORKSPACES for name, n in phase_peaks(answer).items() if name in ASIDES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_everything_beside_the_steps_is_near_its_trace(case: dict[str, Any]) -> None:
+def test_side_tasks_are_near_their_traces(case: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**case["run"]))
     mine = without_workspaces(answer)
     assert mine.keys() == case["phases"].keys()
@@ -50,9 +50,9 @@ def test_everything_beside_the_steps_is_near_its_trace(case: dict[str, Any]) -> 
 
 
 @ALL
-def test_what_torch_reserves_is_near_a_replay_of_the_trace() -> None:
+def test_reserved_memory_is_near_a_replay_of_the_trace() -> None:
     real = [case for case in CASES if isinstance(case["run"]["model"], str) and "method" in case["run"]]
-    assert len(real) == 2  # with adapters, whose states leave the segments as they are
+    assert len(real) == 2  # with adapters, whose states do not affect the segments
     for case in real:
         assert estimate(RunSpec(**case["run"])).bytes.reserved == pytest.approx(case["reserved"], rel=5e-3)
 
@@ -68,7 +68,7 @@ def test_the_mean_error_is_below_a_tenth_of_a_percent() -> None:
     assert errors.count(0) > len(errors) / 2
 
 
-# --- what it is made of
+# --- components
 
 
 def asked(also: dict[str, Any], **fields: Any) -> Estimate:
@@ -92,18 +92,18 @@ def up(n: int) -> int:
     return -(-n // 512) * 512
 
 
-def test_kept_logits_are_joined_beside_those_they_are_joined_of() -> None:
+def test_concatenating_kept_logits_needs_both_copies() -> None:
     answer = evaluated(kept_batches=5)
     standing = peak(asked({"saving": {}}), "save")
     joined = up(5 * LOGITS) + up(4 * LOGITS) + up(LOGITS)
     during = peak(evaluated(), "eval") + up(4 * LOGITS) + up(LOGITS) + up(4 * LABELS) + up(LABELS)
     labels = up(4 * LABELS) + up(LABELS)
-    assert peak(answer, "eval") == max(during, standing + joined + labels + 512)  # and the loss
+    assert peak(answer, "eval") == max(during, standing + joined + labels + 512)  # plus the loss
     lines = {line.what: line.bytes for line in answer.ledger}
-    assert lines["logits of the batches before"] == up(4 * LOGITS)
+    assert lines["logits of the previous batches"] == up(4 * LOGITS)
 
 
-def test_batches_that_go_to_the_host_are_not_kept() -> None:
+def test_batches_moved_to_the_host_leave_the_gpu() -> None:
     assert peak(evaluated(kept_batches=20, accumulation=2), "eval") == peak(evaluated(kept_batches=2), "eval")
     assert peak(evaluated(kept_batches=20, accumulation=1), "eval") == peak(evaluated(), "eval")
     assert peak(evaluated(kept_batches=20, batch_metrics=True), "eval") == peak(evaluated(), "eval") - 512  # the loss
@@ -114,19 +114,19 @@ def test_a_list_of_logits_is_not_joined() -> None:
     assert in_list == peak(evaluated(), "eval") + 4 * up(LOGITS) + 4 * up(LABELS)
 
 
-def test_the_likeliest_token_alone_is_eight_bytes_a_token() -> None:
+def test_keeping_only_argmax_takes_eight_bytes_per_token() -> None:
     kept = peak(evaluated(kept_batches=5, preprocess="argmax"), "eval")
     tokens = up(4 * LABELS) + up(LABELS)  # int64, as labels are
     assert kept == peak(evaluated(), "eval") + 2 * tokens
 
 
-def test_what_is_kept_comes_to_the_host_in_fp32() -> None:
+def test_kept_logits_reach_the_host_in_fp32() -> None:
     each = 3 * 100 * (151936 * 4 + 8)
     assert evaluated(kept_batches=5).host_bytes == 5 * each
-    assert evaluated(kept_batches=6, accumulation=2).host_bytes == 2 * 6 * each  # old and new, where they are joined
+    assert evaluated(kept_batches=6, accumulation=2).host_bytes == 2 * 6 * each  # old and new, while concatenated
 
 
-def test_the_optimizers_states_are_there_and_gradients_are_not() -> None:
+def test_evaluation_keeps_optimizer_states_but_no_gradients() -> None:
     answer = estimate(RunSpec(model=MODEL, also={"evaluation": {"micro": 64}}))
     assert answer.peak.phase == "eval"
     assert answer.categories["gradient"] == 0
@@ -165,13 +165,13 @@ def test_a_model_reloaded_to_merge_is_whole_and_has_no_states() -> None:
 
 def test_experts_are_split_into_copies_to_be_saved() -> None:
     stack = Weight("mlp.experts.gate_up_proj", "E 2 m h", "mlp", "bf16", rows=3, stacked=True)
-    assert [t.shape for t in turned_back(stack, "qwen3_moe")] == ["E m h", "E m h"]
-    assert not [*turned_back(stack, "gpt_oss")]
+    assert [t.shape for t in checkpoint_copies(stack, "qwen3_moe")] == ["E m h", "E m h"]
+    assert not [*checkpoint_copies(stack, "gpt_oss")]
     full, adapters = (asked({"saving": {}}, model="qwen3-30b-a3b", method=method) for method in ("full", "lora"))
     copies = 48 * 2 * 128 * 768 * 2048 * 2  # layers x gate and up x experts x width x hidden, bf16
     states = 2 * full.parameters.total * 2
     assert peak(full, "save") == pytest.approx(full.parameters.total * 2 + states + copies, rel=1e-3)
-    assert peak(adapters, "save") < peak(adapters, "backward")  # which are saved as they are
+    assert peak(adapters, "save") < peak(adapters, "backward")  # adapters are saved unchanged
 
 
 RANKS: dict[str, Any] = {"world": 4, "dp": 4}
@@ -181,7 +181,7 @@ def test_fsdp_gathers_a_unit_and_fsdp2_a_tensor() -> None:
     saving = {"saving": {"state_dict": "full", "optimizer": False}}
     two = asked(saving, method="full", parallelism={**RANKS, "strategy": "fsdp2"})
     none = asked({"saving": {"state_dict": "sharded"}}, method="full", parallelism={**RANKS, "strategy": "fsdp2"})
-    assert peak(two, "save") - peak(none, "save") == 151936 * 896 * 2  # the embeddings, which are the head
+    assert peak(two, "save") - peak(none, "save") == 151936 * 896 * 2  # the tied embeddings
     one = asked(saving, method="full", parallelism={**RANKS, "strategy": "fsdp"})
     none = asked({"saving": {"state_dict": "sharded"}}, method="full", parallelism={**RANKS, "strategy": "fsdp"})
     assert peak(one, "save") - peak(none, "save") == up((151936 * 896 + 896) * 2)  # with the last norm
@@ -205,7 +205,7 @@ def test_zero_gathers_a_module() -> None:
 
 @st.composite
 def trainings(draw: st.DrawFn) -> dict[str, Any]:
-    """A run and what it does beside its steps, as the fields of a RunSpec."""
+    """Draw a run and its side tasks as the fields of a RunSpec."""
     method = draw(st.sampled_from(["full", "lora", "qlora", "dora"]))
     kept = draw(st.integers(0, 6))
     evaluation = {
@@ -227,7 +227,7 @@ def trainings(draw: st.DrawFn) -> dict[str, Any]:
 
 @laws
 @given(trainings())
-def test_what_is_asked_for_never_lowers_the_peak_and_changes_no_step(fields: dict[str, Any]) -> None:
+def test_side_tasks_never_lower_the_peak_or_change_a_step(fields: dict[str, Any]) -> None:
     plain = estimate(RunSpec(**{k: v for k, v in fields.items() if k != "also"}))
     more = estimate(RunSpec(**fields))
     assert more.phases[: len(plain.phases)] == plain.phases
@@ -256,14 +256,14 @@ def test_a_larger_evaluation_never_takes_less(fields: dict[str, Any], axis: str,
 
 @laws
 @given(trainings())
-def test_an_evaluation_like_the_training_takes_no_more_than_that(fields: dict[str, Any]) -> None:
+def test_an_evaluation_at_training_size_takes_no_more_than_training(fields: dict[str, Any]) -> None:
     evaluation = {**fields["batch"]}
     answer = estimate(RunSpec(**{**fields, "kernels": {"checkpointing": "none"}, "also": {"evaluation": evaluation}}))
     peaks = phase_peaks(answer)
     assert peaks["eval"] <= max(peaks["forward"], peaks["loss"], peaks["backward"])
 
 
-def test_a_grid_counts_them() -> None:
+def test_a_sweep_includes_side_tasks() -> None:
     run = RunSpec(model=MODEL, method="lora", also={"evaluation": {"micro": 4}})
     swept = grid(run, sequence=[64, 4096])
     for i, sequence in enumerate((64, 4096)):
@@ -272,7 +272,7 @@ def test_a_grid_counts_them() -> None:
         assert STEP_PHASES[swept.phases[i]] == answer.peak.phase
 
 
-# --- what cannot be
+# --- refusals
 
 KEPT = "also.evaluation"
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -306,7 +306,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "field"), REFUSED, ids=str)
-def test_what_cannot_be_is_refused_by_its_field(fields: dict[str, Any], field: str) -> None:
+def test_impossible_side_tasks_are_refused_by_field(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(MemplanError) as caught:
         estimate(RunSpec(**{"model": MODEL, **fields}))
     assert caught.value.field == field

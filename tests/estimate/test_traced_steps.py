@@ -1,6 +1,6 @@
 """Estimates against traced training steps: the real libraries' step on fake CUDA tensors, every allocation recorded.
 
-The figures are in tests/golden/traced*.jsonl, whose first lines say how they were made.
+The figures are in tests/golden/traced*.jsonl, whose first lines state how they were made.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
 
 
 @ALL
-def test_the_mean_error_of_all_peaks_is_below_a_hundredth_of_a_percent() -> None:
+def test_the_mean_error_of_all_peaks_is_below_0_01_per_cent() -> None:
     errors = [
         abs(max(without_workspaces(estimate(RunSpec(**case["run"]))).values()) / case["peak"] - 1) for case in CASES
     ]
@@ -72,7 +72,7 @@ def test_every_family_and_loss_is_near_its_traces(case: dict[str, Any]) -> None:
 
 
 @ALL
-def test_runs_at_real_sizes_are_missed_by_a_thousandth_at_most_on_average() -> None:
+def test_runs_at_real_sizes_have_a_mean_error_of_one_per_mille() -> None:
     assert len(RUNS) > 300
     assert mean(c.peak for c in traced_runs()) < 1e-3
     assert all(c.peak < 0.02 for c in traced_runs() if not c.cause)
@@ -86,14 +86,12 @@ def test_every_loss_is_traced_with_every_method_that_takes_it() -> None:
 @ALL
 def test_the_families_mean_error_is_below_a_tenth_of_a_percent() -> None:
     compared = traced_families()
-    looped = {
-        "dbrx"
-    }  # a loop over experts whose sizes depend on data has no trace (tests/catalogue/test_autograd.py has it)
+    looped = {"dbrx"}  # expert loops with data-dependent sizes cannot be traced (see tests/catalogue/test_autograd.py)
     assert {c.group for c in compared} >= set(TINY) - looped
     assert mean(c.peak for c in compared) < 1e-3
 
 
-# Peaks of traced steps of tinyllama-1.1b in bf16, 512 tokens: every parameter is updated when its gradient is there.
+# Peaks of traced steps of tinyllama-1.1b in bf16, 512 tokens, with updates in backward.
 IN_BACKWARD = [
     ({"name": "adamw_torch", "in_backward": True}, 6_917_107_712),
     ({"name": "adamw_torch_fused", "in_backward": True}, 6_851_674_624),
@@ -103,9 +101,7 @@ IN_BACKWARD = [
 
 
 @pytest.mark.parametrize(("optimizer", "traced"), IN_BACKWARD, ids=str)
-def test_an_update_in_backward_takes_its_scratch_when_its_gradient_is_there(
-    optimizer: dict[str, Any], traced: int
-) -> None:
+def test_an_update_in_backward_allocates_scratch_next_to_its_gradient(optimizer: dict[str, Any], traced: int) -> None:
     answer = estimate(RunSpec(model="tinyllama-1.1b", optimizer=optimizer, batch={"sequence": 512}))
     assert max(without_workspaces(answer).values()) == pytest.approx(traced, rel=1e-5)
     assert answer.peak.phase == "backward"

@@ -1,4 +1,4 @@
-"""A change as what a user writes: memplan's options give exactly the changed run, the frameworks' lines are YAML."""
+"""A change as a user writes it: memplan's options give exactly the changed run, the frameworks' lines are YAML."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.main import get_command
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.states import optimizer_names
 from memplan.cli import app
-from memplan.cli.runs import left_out, runs_of
+from memplan.cli.runs import is_default, runs_of
 from memplan.core.errors import SpecError
 from memplan.frameworks import FRAMEWORKS, Lines, lines, options
 from memplan.frameworks.change_table import differing
@@ -34,14 +34,14 @@ def run(**fields: Any) -> RunSpec:
 
 
 def typed_over(asked: RunSpec, typed: str) -> RunSpec:
-    """The run that the command makes of options over a file."""
+    """Return the run that the command makes of a file and overriding options."""
     import shlex
 
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         file.write_text(asked.model_dump_json())
         with ESTIMATE.make_context("estimate", [*shlex.split(typed), "--spec", str(file)]) as context:
-            given_ = {name: value for name, value in context.params.items() if not left_out(name, value)}
+            given_ = {name: value for name, value in context.params.items() if not is_default(name, value)}
         return runs_of(given_)[0]
 
 
@@ -92,7 +92,7 @@ def parallelisms(draw: st.DrawFn) -> dict[str, Any]:
 
 @st.composite
 def runs(draw: st.DrawFn) -> RunSpec:
-    """A run of which every field is decided that an option sets."""
+    """Draw a run with every field decided that has an option."""
     gpu, word = draw(st.sampled_from(["3090", "h100", "l4"])), draw(st.sampled_from(["pure", "amp", "mixed", "fp16"]))
     return run(
         model=draw(st.sampled_from(["qwen2-7b", "llama-3.1-8b", "Qwen/Qwen3-8B"])),
@@ -127,7 +127,7 @@ def runs(draw: st.DrawFn) -> RunSpec:
 
 @settings(max_examples=examples(200), deadline=None)
 @given(runs(), runs())
-def test_options_typed_over_a_run_make_it_the_changed_one(asked: RunSpec, changed: RunSpec) -> None:
+def test_the_printed_options_turn_the_run_into_the_changed_one(asked: RunSpec, changed: RunSpec) -> None:
     assert typed_over(asked, options(asked, changed)) == changed
 
 
@@ -167,7 +167,7 @@ TYPED: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize(("typed", "runs_"), TYPED.items())
-def test_no_more_is_typed_than_the_change_needs(typed: str, runs_: tuple[dict[str, Any], dict[str, Any]]) -> None:
+def test_only_the_options_of_the_change_are_printed(typed: str, runs_: tuple[dict[str, Any], dict[str, Any]]) -> None:
     asked, changed = (run(**fields) for fields in runs_)
     assert options(asked, changed) == typed
     assert typed_over(asked, typed) == changed
@@ -192,18 +192,18 @@ UNSAID: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(("field", "fields"), UNSAID.items())
-def test_what_no_option_sets_is_an_error_and_a_note(field: str, fields: dict[str, Any]) -> None:
+def test_fields_without_an_option_are_an_error_and_a_note(field: str, fields: dict[str, Any]) -> None:
     quantization = {"double_quant": False}
     asked = run(**({"method": {"kind": "qlora", "quantization": quantization}} if field.endswith("_quant") else {}))
-    with pytest.raises(SpecError, match=f"^{field}: no option sets it so"):
+    with pytest.raises(SpecError, match=f"^{field}: no option sets this value"):
         options(asked, run(**fields))
     assert field in lines(asked, run(**fields))[0].note
 
 
-def test_what_is_decided_cannot_be_left_open_again() -> None:
+def test_a_decided_field_cannot_be_left_open_again() -> None:
     asked = run(kernels={"checkpointing": "full"}, gpu="3090")
     assert lines(asked, run())[0] == Lines(
-        "memplan", "memplan options", (), "to be written in a file for --spec: kernels.checkpointing, gpu"
+        "memplan", "memplan options", (), "set in a file for --spec: kernels.checkpointing, gpu"
     )
 
 
@@ -445,7 +445,7 @@ def test_axolotl_has_no_key_for_how_long_logits_are_kept() -> None:
     asked, changed = (run(also={"evaluation": {"accumulation": n}}) for n in (4, 1))
     axolotl = next(each for each in lines(asked, changed) if each.framework == "axolotl")
     assert axolotl.lines == ()
-    assert axolotl.note.startswith("kept logits go to the host after as many batches as gradient_accumulation_steps")
+    assert axolotl.note.startswith("kept logits go to the host every gradient_accumulation_steps batches")
 
 
 def test_every_change_has_its_golden_lines() -> None:
@@ -453,22 +453,22 @@ def test_every_change_has_its_golden_lines() -> None:
 
 
 NOTES: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
-    "in backward": ({"optimizer": {"in_backward": True}}, ("no key has the optimizer step in backward",) * 3),
+    "in backward": ({"optimizer": {"in_backward": True}}, ("no key steps the optimizer in backward",) * 3),
     "foreach": ({"optimizer": {"foreach": False}}, ("foreach=False",) * 3),
     "GPU": ({"gpu": "h100"}, ("run it on H100 SXM5 80GB",) * 3),
     "profile": ({"profile": "trl-0.24"}, ("trl-0.24 is a version of the framework",) * 3),
-    "masters": ({"precision": "mixed"}, ("fp32 masters beside bf16 weights are DeepSpeed's",) * 3),
+    "masters": ({"precision": "mixed"}, ("fp32 master weights next to bf16 weights need DeepSpeed",) * 3),
     "GaLore": ({"optimizer": "galore_adamw"}, ("optim_target_modules",) * 3),
     "no optimizer": ({"optimizer": "none"}, ("no key trains without an optimizer",) * 3),
     "Muon": ({"optimizer": "muon"}, ("transformers has no muon", "", "")),
-    "GPTQ": ({"method": {"kind": "qlora", "quantization": {"format": "gptq-int4"}}}, ("gptq-int4 is the check",) * 3),
+    "GPTQ": ({"method": {"kind": "qlora", "quantization": {"format": "gptq-int4"}}}, ("gptq-int4 comes from",) * 3),
     "amp": ({"precision": "amp"}, ("", "fp32 weights under autocast have no key", "")),
     "fused": (
         {"kernels": {"loss": "fused"}},
-        ("TRL 1.16 never makes whole logits", "plugins", "the fused loss together"),
+        ("TRL 1.16 never makes full logits", "plugins", "the fused loss together"),
     ),
-    "chunked": ({"kernels": {"loss": "chunked"}}, ("in chunks without a key", "", "no chunked loss")),
-    "LitGPT": ({"kernels": {"loss": "chunked_lm_head"}}, ("LitGPT's",) * 3),
+    "chunked": ({"kernels": {"loss": "chunked"}}, ("chunks its loss without a key", "", "no chunked loss")),
+    "LitGPT": ({"kernels": {"loss": "chunked_lm_head"}}, ("only LitGPT",) * 3),
     "LoRA kernels": ({"kernels": {"fused": ["lora"]}}, ("Unsloth's", "", "use_unsloth")),
     "freeze": ({"method": "freeze"}, ("", "unfrozen_parameters", "")),
     "held": (
@@ -479,7 +479,7 @@ NOTES: dict[str, tuple[dict[str, Any], tuple[str, str, str]]] = {
 
 
 @pytest.mark.parametrize(("fields", "expected"), NOTES.values(), ids=NOTES.keys())
-def test_what_has_no_key_is_said(fields: dict[str, Any], expected: tuple[str, ...]) -> None:
+def test_fields_without_a_framework_key_are_reported(fields: dict[str, Any], expected: tuple[str, ...]) -> None:
     for each, words in zip(lines(run(), run(**fields))[1:], expected, strict=True):
         assert words in each.note
         assert words or not each.note
@@ -487,7 +487,7 @@ def test_what_has_no_key_is_said(fields: dict[str, Any], expected: tuple[str, ..
 
 @settings(max_examples=examples(40), deadline=None)
 @given(runs(), runs())
-def test_what_is_written_is_yaml_and_says_every_field(asked: RunSpec, changed: RunSpec) -> None:
+def test_the_emitted_file_is_yaml_with_every_field(asked: RunSpec, changed: RunSpec) -> None:
     for framework, each in zip(FRAMEWORKS, lines(asked, changed)[1:], strict=True):
         written = yaml.safe_load("\n".join(each.lines)) or {}
         keys = {key.key: key for key in framework.keys}
@@ -501,7 +501,7 @@ def test_what_is_written_is_yaml_and_says_every_field(asked: RunSpec, changed: R
 
 
 def _with(asked: RunSpec, changed: RunSpec, path: str) -> RunSpec | None:
-    """The asked run with one field of the changed one; None where the field is of a part that is not there."""
+    """Return the run with one field of the changed run; None if the field's parent is missing."""
     fields: Any = asked.model_dump()
     inner: Any = fields
     *parts, last = path.split(".")

@@ -15,7 +15,7 @@ from memplan.frameworks.shared_keys import deepspeed
 from memplan.spec.parallelism import Zero
 from memplan.spec.run import RunSpec
 
-# As transformers' documentation has it, for ZeRO-3 with everything on the host.
+# From transformers' documentation: ZeRO-3 with everything on the host.
 TRAINERS: dict[str, Any] = {
     "bf16": {"enabled": True},
     "optimizer": {"type": "AdamW", "params": {"lr": "auto"}},
@@ -68,7 +68,7 @@ def test_a_config_of_the_trainer_is_read_whole(tmp_path: Path) -> None:
     assert (run.precision.weights, run.precision.master) == ("bf16", "fp32")
 
 
-def test_options_go_over_the_config(tmp_path: Path) -> None:
+def test_options_override_the_deepspeed_config(tmp_path: Path) -> None:
     run = asked(tmp_path, TRAINERS, gpus=2, zero=2, optimizer="adamw_torch")
     assert run.parallelism.strategy == "zero2"
     assert run.optimizer.name == "adamw_torch"
@@ -81,12 +81,12 @@ def test_names_without_their_stage_and_deprecated_ones_mean_the_same() -> None:
     assert found["offload"] == {"optimizer": True}
 
 
-def test_what_only_stage_three_uses_is_left_out_of_the_others() -> None:
+def test_settings_of_stage_three_are_dropped_for_other_stages() -> None:
     found = read({"zero_optimization": {"stage": 2, "sub_group_size": 5, "stage3_max_live_parameters": 7}})
     assert found["parallelism"] == {"strategy": "zero2", "zero": {}, "offload": {}}
 
 
-def test_nothing_is_said_of_what_is_auto_or_off() -> None:
+def test_settings_that_are_auto_or_off_get_no_note() -> None:
     config = {"bf16": {"enabled": "auto"}, "fp16": {"enabled": False}, "zero_optimization": {"stage": 0}}
     assert read(config) == {"parallelism": {}}
 
@@ -108,7 +108,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("config", "word"), REFUSED)
-def test_what_takes_memory_and_is_not_modelled_is_refused_by_its_key(config: dict[str, Any], word: str) -> None:
+def test_unmodelled_settings_that_take_memory_are_refused_by_key(config: dict[str, Any], word: str) -> None:
     with pytest.raises(SpecError, match=r"^deepspeed: ") as caught:
         read(config)
     assert word in str(caught.value)

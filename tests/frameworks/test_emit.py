@@ -1,4 +1,4 @@
-"""A run as the file that starts it: every key is one of the framework's, its own classes read it, it says the run."""
+"""Emitted launch files: every key exists in the framework, its own classes read the file, and it matches the run."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from memplan import RunSpec
 from memplan.core.errors import SpecError, UnknownNameError
-from memplan.frameworks.emit import WRITTEN, emit
+from memplan.frameworks.emit import FILE_FORMATS, emit
 from memplan.frameworks.whole_file import Nodes
-from memplan.resolve.decide import completed
+from memplan.resolve.decide import fill_defaults
 from tests.sampling import examples
 
 few = settings(max_examples=examples(60), deadline=None)
@@ -57,10 +57,10 @@ MEGATRON_FLAGS = {
 
 @st.composite
 def runs(draw: st.DrawFn) -> RunSpec:
-    """A run of sixteen GPUs, with nothing left open."""
+    """Draw a complete run on sixteen GPUs."""
     dp, tp, pp, cp = draw(st.sampled_from([(16, 1, 1, 1), (2, 8, 1, 1), (4, 1, 1, 4), (2, 4, 2, 1), (4, 2, 2, 1)]))
     strategy = draw(st.sampled_from(["ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2"]))
-    return completed(
+    return fill_defaults(
         RunSpec.model_validate(
             {
                 "model": draw(st.sampled_from(["llama-3.1-8b", "qwen2-7b", "qwen3-30b-a3b", "gemma-2-9b"])),
@@ -85,20 +85,20 @@ def runs(draw: st.DrawFn) -> RunSpec:
 
 
 def told(name: str, run: RunSpec, nodes: Nodes = NODES) -> str | None:
-    """The file; None where the framework has not what the run says, which the error names."""
-    framework, p = WRITTEN[name], run.parallelism
-    lacks = [degree for degree in framework.undivided if (getattr(p, degree) or 1) > 1]
-    if not lacks and p.strategy in framework.strategies:
+    """Return the file; None if the framework does not support the run, which the error names."""
+    framework, p = FILE_FORMATS[name], run.parallelism
+    unsupported = [degree for degree in framework.unsupported_degrees if (getattr(p, degree) or 1) > 1]
+    if not unsupported and p.strategy in framework.strategies:
         return emit(name, run, nodes)
     with pytest.raises(SpecError) as raised:
         emit(name, run, nodes)
     assert framework.title in str(raised.value)
-    assert raised.value.field == (f"parallelism.{lacks[0]}" if lacks else "parallelism.strategy")
+    assert raised.value.field == (f"parallelism.{unsupported[0]}" if unsupported else "parallelism.strategy")
     return None
 
 
 def flags(text: str) -> dict[str, str]:
-    """What a command says: its flags, and of each what follows."""
+    """Return a command's flags with their values."""
     command = " ".join(line.rstrip(" \\") for line in text.splitlines() if not line.startswith("#"))
     words = command.partition(".train --module")[2] or command.partition(".py ")[2]
     return {m[1]: m[2] for m in re.finditer(r"--([\w.-]+)(?: ([^\s-]\S*))?", words)}
@@ -106,7 +106,7 @@ def flags(text: str) -> dict[str, str]:
 
 @few
 @given(runs())
-def test_accelerates_file_says_the_run(run: RunSpec) -> None:
+def test_accelerates_file_describes_the_run(run: RunSpec) -> None:
     text = told("accelerate", run)
     if text is None:
         return
@@ -147,7 +147,7 @@ def test_accelerates_own_classes_take_its_file(run: RunSpec) -> None:
     assert isinstance(config, ClusterConfig)
     args = launch_command_parser().parse_args(["train.py"])
     sections: Any = (config.fsdp_config, config.deepspeed_config, config.parallelism_config)
-    # What a section says goes to the launcher's option of that name.
+    # A section's keys become launcher options of the same name.
     assert [key for section in sections for key in section if not hasattr(args, key)] == []
 
 
@@ -208,9 +208,9 @@ def test_megatrons_flags_are_its_own_and_divide_the_world(run: RunSpec) -> None:
     assert int(said.get("expert-model-parallel-size", "1")) == p.ep
 
 
-@pytest.mark.parametrize("name", WRITTEN)
+@pytest.mark.parametrize("name", FILE_FORMATS)
 def test_every_framework_names_its_version(name: str) -> None:
-    framework = WRITTEN[name]
+    framework = FILE_FORMATS[name]
     assert re.search(r"\d+\.\d+", framework.source)
     assert framework.strategies
 
@@ -233,14 +233,14 @@ def test_torchrun_starts_a_process_for_every_gpu(nodes: Nodes, line: str) -> Non
 
 
 def test_a_model_of_torchtitans_registry_has_its_config() -> None:
-    run = completed(RunSpec(model="llama-3.1-405b", parallelism={"world": 16, "dp": 16, "strategy": "fsdp2"}))
+    run = fill_defaults(RunSpec(model="llama-3.1-405b", parallelism={"world": 16, "dp": 16, "strategy": "fsdp2"}))
     assert "--module llama3 --config llama3_405b" in emit("torchtitan", run, NODES)
     other = run.model_copy(update={"model": "qwen2-7b"})
     assert "# torchtitan 0.3 has no config of this model" in emit("torchtitan", other, NODES)
 
 
 def test_sizes_are_megatrons_own_words() -> None:
-    run = completed(RunSpec(model="qwen3-30b-a3b", parallelism={"world": 16, "dp": 16, "ep": 8, "strategy": "ddp"}))
+    run = fill_defaults(RunSpec(model="qwen3-30b-a3b", parallelism={"world": 16, "dp": 16, "ep": 8, "strategy": "ddp"}))
     said = flags(emit("megatron", run, NODES))
     assert (said["num-layers"], said["hidden-size"], said["num-query-groups"], said["kv-channels"]) == (
         *("48", "2048", "4", "128"),
@@ -250,11 +250,11 @@ def test_sizes_are_megatrons_own_words() -> None:
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_what_is_written_for_deepspeed_reads_back_as_the_run(stage: int) -> None:
+def test_the_emitted_deepspeed_config_reads_back_as_the_run(stage: int) -> None:
     from memplan.frameworks.deepspeed import read
 
     zero = {"reduce_bucket_size": 10**8, **({"sub_group_size": 10**7} if stage == 3 else {})}
-    run = completed(
+    run = fill_defaults(
         RunSpec.model_validate(
             {
                 "model": "llama-3.1-8b",
@@ -280,7 +280,7 @@ def test_what_is_written_for_deepspeed_reads_back_as_the_run(stage: int) -> None
 
 def test_pipelines_are_each_frameworks_own_words() -> None:
     over = {"world": 16, "dp": 4, "pp": 4, "strategy": "ddp", "schedule": "gpipe", "first_stage_layers": 7}
-    run = completed(RunSpec(model="llama-3.1-8b", parallelism=over, batch={"micro": 2, "accumulation": 8}))
+    run = fill_defaults(RunSpec(model="llama-3.1-8b", parallelism=over, batch={"micro": 2, "accumulation": 8}))
     titan, megatron = (flags(emit(name, run, NODES)) for name in ("torchtitan", "megatron"))
     assert titan["parallelism.pipeline_parallel_schedule"] == "GPipe"
     assert titan["parallelism.pipeline_parallel_microbatch_size"] == "2"
@@ -289,6 +289,6 @@ def test_pipelines_are_each_frameworks_own_words() -> None:
     assert "no GPipe" in emit("megatron", run, NODES)
 
 
-def test_an_unknown_framework_is_told_the_nearest() -> None:
+def test_an_unknown_framework_suggests_the_nearest() -> None:
     with pytest.raises(UnknownNameError, match="did you mean megatron"):
         emit("megatrom", RunSpec(model="qwen2-7b"), NODES)

@@ -29,7 +29,7 @@ Parameter = tuple[str, str | None, int]  # kind, layer's path or None, number of
 
 CARDS = Path(__file__).resolve().parents[2] / "model_cards"
 KINDS = ("embedding", "attention", "mlp", "norm", "lm_head", "other")
-FURTHER = ("mixer", "router", "vision", "audio", "head")  # kinds that few models have: named where they are there
+FURTHER = ("mixer", "router", "vision", "audio", "head")  # rare kinds: listed only if present
 LAYER_LISTS = {"layers", "layer", "h", "block", "blocks", "transformer"}
 ATTENTION = {"self_attn", "attn", "attention", "self_attention", "SelfAttention", "EncDecAttention", "encoder_attn"}
 ATTENTION |= {"cross_attn", "cross_attn_attn_gate", "cross_attn_mlp_gate"}
@@ -42,16 +42,16 @@ MIXER = {"mamba", "mixer", "linear_attn"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FEEDS = {"experts", "shared_experts", "up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj"}
 MIXER |= {"attn_hc", "ffn_hc", "hc_head"}
-ROUTER = {"gate", "router"}  # of experts; in an MLP, and no gate_proj
+ROUTER = {"gate", "router"}  # of experts; within an MLP, unlike gate_proj
 ROUTER |= {"modality_router", "prediction_coefs", "correction_coefs"}  # of streams
 VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "embed_vision", "vision_embedder"}
 VISION |= {"mm_projector"}
 AUDIO = {"audio_tower", "embed_audio"}
 EMBEDDING_PROJECTIONS = {"project_in", "project_out"}  # OPT-350m
-EMBEDDINGS = {"embeddings", "conv1", "conv2"}  # of patches and frames, and a class token
+EMBEDDINGS = {"embeddings", "conv1", "conv2"}  # of patches and frames, and class tokens
 LANGUAGE_HEADS = {"cls", "lm_head"}
 HEADS = {"pooler", "classifier"}
-# The shapes that a card's config may spell in the keys of its own remote code.
+# Shapes that a card's config may name by the keys of its remote code.
 SHAPES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
     "vocab_size", "tie_word_embeddings",
@@ -59,7 +59,7 @@ SHAPES = (
 
 
 def nearest(config: Config) -> Config | None:
-    """For a family that is remote code: the config of a transformers class with equal shapes."""
+    """Return the config of a transformers class with equal shapes, for a family of remote code."""
     shapes = {key: config[key] for key in SHAPES if key in config}
     match config["model_type"]:
         case "baichuan" | "internlm2" | "minicpm":  # without biases; some keep q, k and v in one matrix
@@ -72,7 +72,7 @@ def nearest(config: Config) -> Config | None:
             half = config["intermediate_size"] // 2
             heads = config["num_attention_heads"]
             return {"model_type": "qwen2", **shapes, "intermediate_size": half, "num_key_value_heads": heads}
-        case "deepseek":  # its experts are modules, GLM-4.5's one parameter; the router's bias is a buffer there
+        case "deepseek":  # its experts are modules, GLM-4.5's are stacked; there the router's bias is a buffer
             more = ("moe_intermediate_size", "n_routed_experts", "n_shared_experts", "num_experts_per_tok")
             sizes = {key: config[key] for key in (*more, "first_k_dense_replace")}
             width = config["hidden_size"] // config["num_attention_heads"]
@@ -106,11 +106,11 @@ def build(config: Config) -> PreTrainedModel:
         model = named(described) if named is not None else AutoModelForCausalLM.from_config(described)
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         if config.get("tie_word_embeddings") is False and head is not None and head.weight is table.weight:
-            head.weight = torch.nn.Parameter(torch.empty_like(head.weight))  # tied by T5's class, not its checkpoint
+            head.weight = torch.nn.Parameter(torch.empty_like(head.weight))  # tied by T5's class, not by its checkpoint
     return model
 
 
-def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
+def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:  # noqa: PLR0911 (a return for each kind of weight)
     path = set(name.split("."))
     if path & VISION:
         return "vision"
@@ -118,7 +118,7 @@ def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
         return "audio"
     if "norm" in type(owner).__name__.lower():
         return "norm"
-    if path & MIXER:  # Nemotron-H calls all that a block may hold so
+    if path & MIXER:  # Nemotron-H uses this name for every kind of block
         if path & PROJECTIONS:
             return "attention"
         return "router" if "gate" in path else "mlp" if path & FEEDS else "mixer"
@@ -138,7 +138,7 @@ def kind(name: str, owner: torch.nn.Module, is_head: bool) -> str:
 
 
 def layer(name: str) -> str | None:
-    """The path of the layer that a parameter is in."""
+    """Return the path of a parameter's layer."""
     parts = name.split(".")
     found = (i for i, (at, index) in enumerate(pairwise(parts)) if at in LAYER_LISTS and index.isdigit())
     at = next(found, None)
@@ -146,7 +146,7 @@ def layer(name: str) -> str | None:
 
 
 def parameters(model: PreTrainedModel) -> Iterator[Parameter]:
-    """Each parameter once; a tied head is an embedding."""
+    """Yield each parameter once; a tied head counts as an embedding."""
     head, table = model.get_output_embeddings(), getattr(model.get_input_embeddings(), "weight", None)
     for name, parameter in model.named_parameters():
         owner = model.get_submodule(name.rpartition(".")[0])
@@ -155,7 +155,7 @@ def parameters(model: PreTrainedModel) -> Iterator[Parameter]:
 
 
 def nemotron_nas(config: Config) -> Iterator[Parameter]:
-    """Llama blocks whose key/value heads and FFN width differ by layer, or that lack one half."""
+    """Return Llama blocks with per-layer key/value heads and FFN widths, some without attention or FFN."""
     hidden, heads, table = config["hidden_size"], config["num_attention_heads"], config["vocab_size"]
     yield "embedding", None, table * hidden
     yield "norm", None, hidden

@@ -1,10 +1,10 @@
-"""Traces what runs do beside their steps, and prints the rows that tests/estimate/test_side_tasks.py compares with.
+"""Trace the side tasks of runs, and print the rows for tests/estimate/test_side_tasks.py.
 
 python tests/golden/trace_asides.py > tests/golden/traced_asides.jsonl
 
 Evaluation with and without kept logits, generation in it, saving and merging: pure, under autocast, with adapters over
-whole and quantised weights. Small models of several families, and two cards at their own sizes. Runs that cannot be
-traced are said on standard error.
+unquantised and quantised weights. Small models of several families, and two cards at full size. Runs that cannot be
+traced are listed on standard error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from memplan.core.errors import MemplanError
-from memplan.probe.run.trace import Traced, traces
+from memplan.probe.run.trace import TracedRun, traces
 from memplan.spec.run import RunSpec
 from tests.encoders import HEADS, SMALL
 from tests.tiny import TARGETS, TINY
@@ -28,7 +28,7 @@ PHASES = ("eval", "generate", "save", "merge")
 SHORT = {"micro": 2, "sequence": 75}
 KEEPS = {"micro": 3, "sequence": 61, "kept_batches": 4}
 MERGES = {"saving": {}, "merging": "trained"}
-# Families of other blocks, heads or losses than Llama's, and experts that are turned back to be saved.
+# Families with other blocks, heads or losses than Llama, and experts that are converted back to be saved.
 FAMILIES = (
     *("llama", "gpt2", "gemma2", "gemma3_text", "phi3", "granite", "falcon", "gpt_neox", "qwen2_moe", "mixtral"),
     *("deepseek_v3", "gpt_oss", "olmo2", "cohere", "opt", "qwen3_moe"),
@@ -58,7 +58,7 @@ LLAMA: tuple[dict[str, Any], ...] = (
     {"precision": {"weights": "fp32"}, "also": {"evaluation": {"micro": 1}, "saving": {}}},
     {"optimizer": "adamw_8bit", "also": {"evaluation": {"micro": 1}, "saving": {}}},
 )
-ENCODERS: tuple[dict[str, Any], ...] = (  # and encoder-decoders, which generate too
+ENCODERS: tuple[dict[str, Any], ...] = (  # and encoder-decoders, which also generate
     {"also": {"evaluation": {"micro": 3, "kept_batches": 4}}},
     {"precision": "amp", "loop": {"trainer": True}, "also": {"evaluation": {"micro": 3, "kept_batches": 4}}},
     {"method": "lora", "also": {"evaluation": {"micro": 3}}},
@@ -91,7 +91,7 @@ def runs() -> Iterator[tuple[str, RunSpec]]:
 
 
 def several() -> Iterator[tuple[str, RunSpec]]:
-    """One rank of several: under tensor parallelism, and of those that share the batch."""
+    """Yield runs of one rank, under tensor and data parallelism."""
     generates = {"also": {"evaluation": {"micro": 3, "new_tokens": 4}}}
     adapted = {"method": {"kind": "lora", "targets": ["q_proj", "v_proj"]}, **generates}
     for name in ("llama", "phi3", "gemma2", "starcoder2", "mixtral"):
@@ -130,7 +130,7 @@ def encoders() -> Iterator[tuple[str, RunSpec]]:
                 yield name, RunSpec(**{**run, "also": {"evaluation": {"micro": 3, "new_tokens": 4}}})
 
 
-# What is known to differ, and why.
+# Known differences, and their reasons.
 CAUSES = {
     ("olmo2", "amp"): {
         "within": 0.02,
@@ -143,10 +143,10 @@ CAUSES = {
 }
 
 
-def row(name: str, run: RunSpec, traced: Traced) -> dict[str, Any]:
-    """The peaks of what the run does beside its steps, and what torch would reserve for all."""
+def row(name: str, run: RunSpec, traced: TracedRun) -> dict[str, Any]:
+    """Return the peaks of the run's side tasks, and torch's reserved bytes."""
     phases: dict[str, int] = {}
-    for p in traced.phases:  # a prompt and the tokens after it are one
+    for p in traced.phases:  # a prompt and its generated tokens are one phase
         if p.phase in PHASES:
             phases[p.phase] = max(phases.get(p.phase, 0), p.peak)
     asked = run.model_dump(mode="json", exclude_defaults=True)

@@ -1,10 +1,10 @@
-"""Traces generation with an assistant, and prints the rows that tests/program/test_assisted.py compares with.
+"""Trace assisted generation, and print the rows for tests/program/test_assisted.py.
 
 python tests/golden/trace_assisted.py > tests/golden/traced_assisted.jsonl
 
-transformers' own `generate` of small pairs: of several families, with mixtures as the model, with windows, early exits
-and prompt lookup, other kernels and dtypes, quantised, drawn. Then some cards at their own sizes. Runs that cannot be
-traced are said on standard error.
+transformers' `generate` with small pairs of models: several families, mixtures, windows, early exits and prompt lookup,
+other kernels and dtypes, quantised, sampled. Then some cards at full size. Runs that cannot be traced are listed on
+standard error.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ABOUT = (
     "0.21.2, bitsandbytes 0.50.2 on torch 2.13, on fake CUDA tensors with every allocation recorded. `within` bounds "
     "the error of a phase where it is more than 0.2 %."
 )
-WIDE = {"vocab_size": 30000}  # so that logits weigh something
+WIDE = {"vocab_size": 30000}  # so that logits matter
 CARD = "a100-sxm-80gb"
 
 
@@ -37,7 +37,7 @@ def config(kind: str, **fields: Any) -> dict[str, Any]:
 
 
 def small(kind: str, assistant: str = "", wide: bool = False, **fields: Any) -> dict[str, Any]:
-    """A run of a small model; of the assistant's layers there is one."""
+    """Return a run of a small model; the assistant has one layer."""
     vocabulary = WIDE if wide else {}
     generation = dict(fields.pop("generation", {}))
     if assistant:

@@ -1,5 +1,6 @@
-"""Traces generation with the further caches of transformers, and prints the rows that
-tests/program/test_generation_caches.py compares with. It needs optimum-quanto and hqq beside what a probe needs.
+"""Trace generation with transformers' other caches, and print the rows for tests/program/test_generation_caches.py.
+
+Needs optimum-quanto and hqq in addition to the probe's libraries.
 
 python tests/golden/trace_caches.py > tests/golden/traced_caches.jsonl
 """
@@ -20,7 +21,7 @@ from memplan.spec.run import RunSpec
 from tests.golden.trace_inference import row
 from tests.tiny import TINY
 
-# Wide heads and a narrow MLP, so that what a cache makes is the most there is.
+# Wide heads and a narrow MLP, so that the cache's temporaries are the peak.
 WIDE = {
     "model_type": "llama",
     "vocab_size": 64,
@@ -41,7 +42,7 @@ BACKENDS: tuple[dict[str, Any], ...] = (
     {"backend": "hqq", "axis_key": 1},
     {"backend": "hqq", "axis_key": 1, "axis_value": 1, "q_group_size": 32},
 )
-# Families with full attention in every layer: grouped, joined and single heads, latent, without rotation.
+# Families with full attention in every layer: grouped and single key heads, fused projections, latent, no rotation.
 OFFLOADED = ("bloom", "deepseek_v3", "gemma3_text", "llama", "llama4_text", "mamba2", "gpt2", "qwen3_next", "jamba")
 FAMILIES = ("bloom", "deepseek_v3", "gpt2", "gpt_bigcode", "gpt_neo", "minicpm3", "mpt", "phi3", "qwen3", "stablelm")
 
@@ -53,7 +54,7 @@ def quantised(model: dict[str, Any], config: dict[str, Any], batch: dict[str, in
 
 def runs() -> Iterator[tuple[str, dict[str, Any]]]:
     for config in BACKENDS:
-        for new_tokens in (3, 12):  # without and with one that quantises all anew
+        for new_tokens in (3, 12):  # without and with a pass that requantises the cache
             batch = {"micro": 4, "sequence": 128, "new_tokens": new_tokens}
             if -1 not in (config.get("axis_key"), config.get("axis_value")) or new_tokens == 3:
                 yield "wide", quantised(WIDE, {**config, "residual_length": 8}, batch)
@@ -61,20 +62,20 @@ def runs() -> Iterator[tuple[str, dict[str, Any]]]:
         yield "wide", quantised(WIDE, {"backend": "fp8"}, {"micro": 4, "sequence": 128, "new_tokens": new_tokens})
     short = {"micro": 2, "sequence": 64, "new_tokens": 6}
     for config in ({"backend": "quanto"}, {"backend": "hqq"}, {"backend": "fp8"}):
-        anew = {} if config["backend"] == "fp8" else {"residual_length": 4}
+        requantising = {} if config["backend"] == "fp8" else {"residual_length": 4}
         for dtype in ("fp16", "fp32"):
-            yield "wide", quantised(WIDE, {**config, **anew}, short, precision={"weights": dtype})
-        yield "wide", quantised(WIDE, {**config, **anew}, short, kernels={"attention": "eager"})
-        yield "wide", quantised(WIDE, {**config, **anew}, short, loop={"padded": True})
-        yield "wide", quantised(WIDE, {**config, **anew}, short, generation={"num_beams": 3})
+            yield "wide", quantised(WIDE, {**config, **requantising}, short, precision={"weights": dtype})
+        yield "wide", quantised(WIDE, {**config, **requantising}, short, kernels={"attention": "eager"})
+        yield "wide", quantised(WIDE, {**config, **requantising}, short, loop={"padded": True})
+        yield "wide", quantised(WIDE, {**config, **requantising}, short, generation={"num_beams": 3})
     for name in FAMILIES:
-        model, anew = {"model_type": name, **TINY[name]}, {"residual_length": 4, "q_group_size": 16}
-        yield name, quantised(model, {"backend": "quanto", **anew}, short)
-        yield name, quantised(model, {"backend": "hqq", **anew}, {"micro": 3, "sequence": 96, "new_tokens": 3})
+        model, requantising = {"model_type": name, **TINY[name]}, {"residual_length": 4, "q_group_size": 16}
+        yield name, quantised(model, {"backend": "quanto", **requantising}, short)
+        yield name, quantised(model, {"backend": "hqq", **requantising}, {"micro": 3, "sequence": 96, "new_tokens": 3})
 
 
 def offloaded() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Caches in host memory: of windows and all tokens, of layers between that keep states, of one layer alone."""
+    """Yield runs with offloaded caches: windows and full attention, state layers between, and a single layer."""
     short = {"micro": 2, "sequence": 64, "new_tokens": 6}
     for name in OFFLOADED:
         model = {"config": {"model_type": name, **TINY[name]}}
@@ -92,7 +93,7 @@ def offloaded() -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def chunked() -> Iterator[tuple[str, dict[str, Any]]]:
-    """Prompts that are read in parts, as long and shorter than a window, and not evenly."""
+    """Yield runs with chunked prefill: chunks as long as a window, shorter ones, and uneven ones."""
     for name in ("llama", "gemma3_text", "deepseek_v3", "gpt2", "bloom", "mixtral", "stablelm"):
         model = {"config": {"model_type": name, **TINY[name]}}
         for sequence, chunk in ((64, 32), (75, 20), (64, 100)):

@@ -1,11 +1,11 @@
-"""Traces decoders of their own kind, small and at real widths, and prints the rows of tests/catalogue/test_decoders.py.
+"""Trace unusual decoders, small and at real widths, and print the rows for tests/catalogue/test_decoders.py.
 
 python tests/golden/trace_decoders.py gpt_oss gemma4-small >> tests/golden/traced_decoders.jsonl
 python tests/golden/trace_decoders.py --layers 4 gpt-oss-20b >> tests/golden/traced_decoders.jsonl
 
-A name is a model_type of tests/tiny.py, a config of tests/tiny_towers.py, or a card, of which `--layers` takes the
-first few. Each is traced with full, LoRA and QLoRA, with and without checkpointing, and small ones with eager attention
-and in fp32; those whose masks are of numbers of their own (`MASKED`) with torch's plain attention too, padded and not.
+A name is a model_type of tests/tiny.py, a config of tests/tiny_towers.py, or a card, cut to its first `--layers`. Each
+is traced with full, LoRA and QLoRA, with and without checkpointing, and small ones with eager attention and in fp32;
+models with additive masks of their own (`MASKED`) also with torch's math attention, padded and not.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from tests.golden.trace_families import config_of
 from tests.golden.trace_runs import write
 from tests.tiny_towers import TINY
 
-SMALL = ("lm_head", "prediction_coefs", "correction_coefs")  # what Gemma 3n cannot have quantised
+SMALL = ("lm_head", "prediction_coefs", "correction_coefs")  # modules that Gemma 3n cannot quantise
 MASKED = ("minimax_m3_vl_text",)
-LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # but Llama 4's router
+LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all but Llama 4's router
 
 
 def method(model_type: str, kind: str) -> dict[str, Any]:
-    """A method that peft and bitsandbytes run with the family."""
+    """Return a method that peft and bitsandbytes support for the family."""
     asked: dict[str, Any] = {"kind": kind}
     if kind != "full" and model_type.startswith("llama4"):
         asked["targets"] = LINEAR
@@ -65,7 +65,7 @@ def runs(names: list[str], layers: int, sequence: int) -> Iterator[tuple[str, Ru
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", help="model_types of tests/tiny.py, configs of tests/tiny_towers.py, cards")
-    parser.add_argument("--layers", type=int, default=0, help="of cards: only so many")
+    parser.add_argument("--layers", type=int, default=0, help="trace only the first layers of a card")
     parser.add_argument("--sequence", type=int, default=256)
     asked = parser.parse_args()
     wanted = list(runs(asked.names, asked.layers, asked.sequence))

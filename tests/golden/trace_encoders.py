@@ -1,11 +1,10 @@
-"""Traces a step of encoders and encoder-decoders, and prints the rows that tests/catalogue/test_encoders.py compares
-with.
+"""Trace a step of encoders and encoder-decoders, and print the rows for tests/catalogue/test_encoders.py.
 
 python tests/golden/trace_encoders.py > tests/golden/traced_encoders.jsonl
 
 Small models of every family with each of their heads, and one real model of each: full, LoRA and QLoRA, with and
-without checkpointing; small ones also with eager attention, under autocast, with padding, and checkpointed by the
-reentrant kind. Takes about four minutes on one core.
+without checkpointing; small ones also with eager attention, under autocast, with padding, and with reentrant
+checkpointing. Takes about four minutes on one core.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ def draw() -> Iterator[tuple[str, dict[str, Any]]]:
             for checkpointing in ("full", "none"):
                 run = {"model": name, "method": {"kind": kind}, "kernels": {"checkpointing": checkpointing}}
                 yield f"{name}-{kind}", {**run, **options}
-    for micro in (1, 2):  # the bias of the scores has a gradient for each sequence, and without states it shows
+    for micro in (1, 2):  # the scores' bias has a gradient per sequence, visible without optimizer states
         yield "t5-base-full", {"model": "t5-base", "optimizer": "sgd", "batch": {"micro": micro, "sequence": 1024}}
 
 

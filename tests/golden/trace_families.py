@@ -1,5 +1,4 @@
-"""Traces a step of families at small and at real widths, and prints the rows that tests/estimate/test_traced_steps.py
-compares with.
+"""Trace a step of families at small and at real widths, and print the rows for tests/estimate/test_traced_steps.py.
 
 python tests/golden/trace_families.py mixtral qwen3_moe >> tests/golden/traced_families.jsonl
 python tests/golden/trace_families.py --layers 2 olmoe-1b-7b mixtral-8x7b >> tests/golden/traced_families.jsonl
@@ -8,10 +7,10 @@ python tests/golden/trace_families.py --sequence 128 --reentrant bloom mpt falco
 python tests/golden/trace_families.py --sequence 128 --dora gpt2
 python tests/golden/trace_families.py --sequence 128 --dropout llama gpt_oss ernie4_5
 
-A model_type is traced with its config in tests/tiny.py, a card with its own; `--layers` leaves all but the first layers
-of a card out, so that a model of hundreds of gigabytes can be traced at its real width. Each is traced with full, LoRA
+A model_type is traced with its config in tests/tiny.py, a card with its own; `--layers` keeps only a card's first
+layers, so that a model of hundreds of gigabytes can be traced at its real width. Each is traced with full, LoRA
 and QLoRA, with and without checkpointing, and once each with eager attention, with padding and with dropout; or, by
-option, with the reentrant kind of checkpointing, with DoRA and dropout, or with the config's attention_dropout.
+option, with reentrant checkpointing, with DoRA and dropout, or with the config's attention_dropout.
 """
 
 from __future__ import annotations
@@ -60,12 +59,12 @@ DROPOUT: tuple[tuple[str, dict[str, Any]], ...] = (
     *(("full", {"kernels": {"checkpointing": how, "attention": "eager"}}) for how in ("none", "full")),
     ("lora", {"method": {"kind": "lora"}, "kernels": {"checkpointing": "none"}}),
 )
-# What bitsandbytes leaves alone.
+# Modules that bitsandbytes does not quantise.
 SKIPPED = {"mamba": ["lm_head", "dt_proj"]}
 
 
 def method_of(model_type: str, method: dict[str, Any]) -> dict[str, Any]:
-    """The method with the targets that this family's adapters can have."""
+    """Return the method with the targets that this family supports."""
     kind = method.get("kind", "full")
     targets = {"targets": TARGETS[model_type]} if kind != "full" and model_type in TARGETS else {}
     quantised = kind == "qlora" and model_type in SKIPPED
@@ -114,7 +113,7 @@ def runs(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("names", nargs="+", help="model_types of tests/tiny.py, or cards")
-    parser.add_argument("--layers", type=int, default=0, help="of cards: only so many")
+    parser.add_argument("--layers", type=int, default=0, help="trace only the first layers of a card")
     parser.add_argument("--sequence", type=int, default=256)
     parser.add_argument("--autocast", action="store_true", help="in fp32 under bf16 autocast")
     kinds = parser.add_mutually_exclusive_group()

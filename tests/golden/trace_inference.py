@@ -1,13 +1,13 @@
-"""Traces forward passes and generation, and prints the rows that tests/program/test_inference.py compares with.
+"""Trace forward passes and generation, and print the rows for tests/program/test_inference.py.
 
 python tests/golden/trace_inference.py > tests/golden/traced_inference.jsonl
 python tests/golden/trace_inference.py llama mistral
 
-Every family of tests/tiny.py, tests/tiny_vision.py and Step 3.7, or those named, at its small size: a forward pass, and
-a prompt with a few tokens after it, with eager attention and with padding; some in further dtypes, with adapters,
-quantised, with other caches, with beams and drawn. Encoder-decoders (tests/encoders.py) likewise, with each source's
-beams, and mllama with images (`images`); what shows in few runs alone (`apart`). Then some cards at their own sizes,
-which `real` names alone. Runs that cannot be traced are said on standard error.
+Every family of tests/tiny.py, tests/tiny_vision.py and Step 3.7, or the named ones, at its small size: a forward pass,
+and a prompt with a few generated tokens, with eager attention and with padding; some in other dtypes, with adapters,
+quantised, with other caches, beams and sampling. Also encoder-decoders (tests/encoders.py) with beams, mllama with
+images (`images`), special cases (`apart`), and some cards at full size (`real`). Runs that cannot be traced are listed
+on standard error.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from memplan.core.errors import MemplanError
-from memplan.probe.run.trace import Traced, traces
+from memplan.probe.run.trace import TracedRun, traces
 from memplan.spec.run import RunSpec
 from tests.encoders import SMALL
 from tests.tiny import TINY
@@ -55,8 +55,8 @@ MORE: tuple[dict[str, Any], ...] = (
     {"precision": AMP},
     {"precision": AMP, "task": "forward", "batch": SHORT},
 )
-# Of DeepSeek V4, whose windows have 4 and 128 tokens, and attention 64: prompts below, at and above those, and tokens
-# after them until some are full.
+# For DeepSeek V4, with windows of 4 and 128 tokens and attention over 64: prompts below, at and above those, and enough
+# generated tokens to fill some.
 WINDOWS: tuple[dict[str, Any], ...] = (
     *(
         {"batch": {"micro": 3, "sequence": sequence, "new_tokens": 2}}
@@ -69,7 +69,7 @@ WINDOWS: tuple[dict[str, Any], ...] = (
     {"precision": {"weights": "fp32"}},
     {"precision": AMP, "task": "forward", "batch": SHORT},
 )
-VARIED = ("llama", "qwen2", "gpt2", "gemma3_text", "mixtral", "starcoder2")  # with all of those
+VARIED = ("llama", "qwen2", "gpt2", "gemma3_text", "mixtral", "starcoder2")  # with all variations
 REAL: tuple[dict[str, Any], ...] = (
     {"model": "qwen2.5-0.5b", "batch": {"micro": 4, "sequence": 1024, "new_tokens": 8}},
     {"model": "llama-3.2-1b", "batch": {"micro": 1, "sequence": 8192, "new_tokens": 3}},
@@ -97,7 +97,7 @@ FEW = {"micro": 3, "sequence": 75, "new_tokens": 3}
 MANY = {"micro": 64, "sequence": 40, "new_tokens": 80}
 UNSHARED = {"num_kv_shared_layers": 0, "use_double_wide_mlp": False}
 ALIBI = {"alibi": True, "multi_query": False}
-APART: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # `apart` names them: what shows in them alone
+APART: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # special cases, named `apart`
     *(
         (name, {}, {"batch": FEW, "kernels": MATH, "loop": {"padded": padded}})
         for name in ("llama", "gpt2", "gpt_bigcode", "falcon")
@@ -114,7 +114,7 @@ APART: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (  # `apart` nam
 )
 
 
-OVER = ("t5", "flan-t5", "whisper")  # whose decoders read what an encoder has
+OVER = ("t5", "flan-t5", "whisper")  # whose decoders read an encoder's output
 SOURCE: dict[str, dict[str, Any]] = {"t5": {"sequence": 75}, "flan-t5": {"sequence": 75}, "whisper": {}}
 ACROSS: tuple[dict[str, Any], ...] = (
     *(
@@ -142,7 +142,7 @@ ACROSS: tuple[dict[str, Any], ...] = (
     {"task": "forward", "batch": {"micro": 3, "target_sequence": 33}, "loop": {"use_cache": False}},
 )
 IMAGES = {"micro": 3, "sequence": 75, "new_tokens": 4, "images": 2}
-SEEN: tuple[dict[str, Any], ...] = (  # of mllama, whose layers attend to images beside the tokens
+SEEN: tuple[dict[str, Any], ...] = (  # mllama, whose layers attend to images in addition to tokens
     *(
         {"batch": {**IMAGES, "micro": micro, "images": 1}, "precision": weights, "generation": {"num_beams": beams}}
         for micro, weights, beams in product((1, 3), ("bf16", "fp32"), (1, 4))
@@ -184,7 +184,7 @@ def runs(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
         yield fields["model"], RunSpec(**{"task": "generate", "gpu": "a100-sxm-80gb", **fields})
 
 
-# A loop over experts depends on data, and is not traced: without.
+# Loops over experts depend on data and cannot be traced.
 STEP = OWN["step3p7"]
 DENSE = {"step3p7": {**STEP, "text_config": {**STEP["text_config"], "mlp_layer_types": ["dense"] * 5}}}
 
@@ -203,8 +203,8 @@ def decoders(names: list[str]) -> Iterator[tuple[str, RunSpec]]:
         yield fields["model"], RunSpec(**{"task": "generate", "gpu": "a100-sxm-80gb", **fields})
 
 
-def row(name: str, run: RunSpec, traced: Traced) -> dict[str, Any]:
-    """The peaks of a run's phases, and what torch would reserve."""
+def row(name: str, run: RunSpec, traced: TracedRun) -> dict[str, Any]:
+    """Return the peaks of a run's phases, and torch's reserved bytes."""
     phases = {p.phase: p.peak for p in traced.phases}
     asked = run.model_dump(mode="json", exclude_defaults=True)
     return {"name": name, "run": asked, "phases": phases, "reserved": traced.reserved, "parameters": traced.parameters}

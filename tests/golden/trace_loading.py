@@ -1,10 +1,9 @@
-"""Traces how FSDP divides a model as it is loaded, and prints the rows that tests/program/test_loading.py compares
-with.
+"""Trace how FSDP shards a model on loading, and print the rows for tests/program/test_loading.py.
 
 python tests/golden/trace_loading.py > tests/golden/traced_loading.jsonl
 
 A small Llama on three and four GPUs, by FSDP1 and FSDP2: sent by one process of a node or loaded by each, with its
-parts on the GPU or on the host, in several precisions and methods; and a real one. Takes five minutes on one core.
+shards on the GPU or on the host, in several precisions and methods; and a real one. Takes five minutes on one core.
 """
 
 from __future__ import annotations

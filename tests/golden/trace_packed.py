@@ -1,12 +1,12 @@
-"""Traces generation with weights in formats that nothing trains over, as transformers loads and runs them, and prints
-rows of tests/golden/traced_inference.jsonl.
+"""Trace generation with inference-only weight formats, as transformers loads and runs them, and print rows for
+tests/golden/traced_inference.jsonl.
 
 python tests/golden/trace_packed.py >> tests/golden/traced_inference.jsonl
 
-Needs compressed-tensors 0.20, torchao 0.18 and optimum-quanto 0.2.7 beside transformers. A small Llama is written to a
-folder, stored by each library, loaded by transformers' own `from_pretrained` and run on the CPU with every allocation
-recorded. What compressed-tensors unpacks on the first call of the model is unpacked at the end of loading. quanto has
-operations of its own, of which CUDA's are run.
+Needs compressed-tensors 0.20, torchao 0.18 and optimum-quanto 0.2.7 in addition to transformers. A small Llama is saved
+to a folder by each library, loaded by transformers' `from_pretrained` and run on the CPU with every allocation
+recorded. Weights that compressed-tensors unpacks on the model's first call are unpacked at the end of loading. Of
+quanto's own operations the CUDA versions are run.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ STORED: dict[str, Any] = {
 
 
 def _made() -> dict[str, tuple[dict[str, Any], Any]]:
-    """What is quantised as it is loaded: the run's words, and the library's."""
+    """Return the formats that are quantised on loading: the run's fields and the library's config."""
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
     return {
@@ -140,7 +140,7 @@ SQUARES = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_s
 
 
 def runs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], Any]]:
-    """A name, the run, the config of the checkpoint, and the library's config where that is not in it."""
+    """Yield a name, the run, the checkpoint's config, and the library's config if it is not in there."""
     for name, stored in STORED.items():
         for config in (CONFIG, BIASED) if name in ("fp8-channel", "w4a16") else (CONFIG,):
             said = {**config, "quantization_config": stored}
@@ -161,7 +161,7 @@ def runs() -> Iterator[tuple[str, dict[str, Any], dict[str, Any], Any]]:
 
 
 def save(folder: Path, config: dict[str, Any]) -> int:
-    """A checkpoint of random weights, stored as its config says; how many parameters the model has."""
+    """Save a checkpoint of random weights in its config's format; return the model's parameter count."""
     from transformers import AutoConfig
 
     plain = {key: value for key, value in config.items() if key not in ("model_type", "quantization_config")}
@@ -208,7 +208,7 @@ def save(folder: Path, config: dict[str, Any]) -> int:
 
 
 def _compress_experts(file: Path, stored: dict[str, Any]) -> None:
-    """Experts are linear layers in a file, each compressed as the others are."""
+    """Save experts as separate linear layers, each compressed like the others."""
     from compressed_tensors.compressors import BaseCompressor
     from compressed_tensors.quantization import QuantizationConfig
 
@@ -226,7 +226,7 @@ def _compress_experts(file: Path, stored: dict[str, Any]) -> None:
 
 @contextmanager
 def batched(model: Any) -> Iterator[None]:
-    """Experts as tokens are decoded on CUDA, where the class has experts."""
+    """Run experts as CUDA does when decoding, if the class has experts."""
     before = model.get_experts_implementation()
     if "grouped_mm" not in before.values():
         yield
@@ -237,7 +237,7 @@ def batched(model: Any) -> Iterator[None]:
 
 
 def as_on_cuda() -> None:
-    """quanto's operations by their Python functions, so that what they make is seen, and CUDA's of two."""
+    """Run quanto's operations by their Python functions, so that allocations are recorded, and two as on CUDA."""
     from optimum.quanto.library import qbytes_mm
 
     def quantize_symmetric(base: Any, dtype: Any, axis: int, scale: Any) -> Any:
@@ -248,7 +248,7 @@ def as_on_cuda() -> None:
         return torch.clamp(whole, min=most.min, max=most.max).to(dtype)
 
     materialize = loading._materialize_copy
-    loading._materialize_copy = lambda *args: materialize(*args).clone()  # as to a GPU, not mapped from the file
+    loading._materialize_copy = lambda *args: materialize(*args).clone()  # copied as to a GPU, not mapped from the file
     torch.ops.quanto.qbytes_mm = qbytes_mm.qbytes_mm
     torch.ops.quanto.quantize_symmetric = quantize_symmetric
     tracker._WRAPPERS = tracker._WRAPPERS | {"Int8Tensor", "Float8Tensor", "WeightQBytesTensor"}
@@ -256,7 +256,7 @@ def as_on_cuda() -> None:
 
 def trace(fields: dict[str, Any], config: dict[str, Any], given: Any) -> dict[str, Any]:
     run = RunSpec(**fields)
-    script.settled = lambda run: run
+    script.checked_run = lambda run: run
     with tempfile.TemporaryDirectory() as folder:
         count = save(Path(folder), config)
 
@@ -274,7 +274,7 @@ def trace(fields: dict[str, Any], config: dict[str, Any], given: Any) -> dict[st
 
         script.build_model = load
         script.parameters = lambda model: (sum(p.numel() for p in model.parameters()), None)
-        seen = tracker.Tracker("cpu", tracker.memory_of(card_of((9, 0)), fake=False))
+        seen = tracker.Tracker("cpu", tracker.new_operation_cache(card_of((9, 0)), fake=False))
         seen.calibrate()
         with seen:
             script.build(run, "cpu", seen.phase).step()
@@ -295,7 +295,7 @@ def main() -> None:
         batch = {"micro": 3, "sequence": 75, "new_tokens": 3}
         whole = {"gpu": "h100", **fields, "task": "generate", "batch": batch}
         whole["kernels"] = {"attention": "eager"}
-        trace(whole, config, given)  # what a library makes once is none of a run's
+        trace(whole, config, given)  # what a library allocates once is not part of a run
         print(
             json.dumps({"name": f"{config['model_type']}, {name}", "run": whole, **trace(whole, config, given)}),
             flush=True,

@@ -1,14 +1,13 @@
-"""Traces one rank's training step under tensor or context parallelism, and prints the rows of golden files.
+"""Trace one rank's training step under tensor or context parallelism, and print the rows of golden files.
 
 python tests/golden/trace_parallel_tp.py tp > tests/golden/traced_parallel_tp.jsonl
 python tests/golden/trace_parallel_tp.py moe > tests/golden/traced_parallel_moe.jsonl
 python tests/golden/trace_parallel_tp.py cp > tests/golden/traced_parallel_cp.jsonl
 python tests/golden/trace_parallel_tp.py ulysses > tests/golden/traced_parallel_ulysses.jsonl
 
-transformers' own plan divides the model, on a process group that sends nothing; every family of tests/tiny.py that has
-a plan, on two ranks, and a few at their real widths on as many as are common; of mixtures of experts each expert is
-divided, or each rank has some whole. torch's context parallelism divides
-sequences, of weights that are whole.
+transformers' own plan shards the model, on a fake process group: every family of tests/tiny.py with a plan on two
+ranks, and a few at real widths on common numbers of ranks. Experts are tensor- or expert-parallel. torch's context
+parallelism divides sequences, with full weights.
 """
 
 from __future__ import annotations
@@ -119,7 +118,7 @@ def mixture_runs() -> Iterator[tuple[str, RunSpec]]:
 
 
 def _whole(config: dict[str, Any], dp: int, batch: dict[str, Any], options: dict[str, Any]) -> RunSpec:
-    """On ranks that divide the batch, their weights by FSDP2, and that each have some experts whole."""
+    """Yield runs of expert-parallel ranks that also divide the batch, with weights sharded by FSDP2."""
     parallelism = {"world": dp, "dp": dp, "ep": dp, "strategy": "fsdp2"}
     given = {"batch": batch, **options}
     return RunSpec(model={"config": config}, parallelism=parallelism, gpu="a100-sxm-80gb", **given)
@@ -152,7 +151,7 @@ def _context(config: dict[str, Any], cp: int, batch: dict[str, Any], options: di
 
 
 def ulysses_runs() -> Iterator[tuple[str, RunSpec]]:
-    """DeepSpeed's class is written out in the probe; heads are wide enough, where they can be, to be the peak."""
+    """Yield Ulysses runs, with DeepSpeed's class as in the probe; heads are wide enough to be the peak, if possible."""
     adapted = {"kernels": {"checkpointing": "full"}, "method": {"kind": "lora", "adapter_dtype": "bf16"}}
     wide = {
         "num_attention_heads": 8,

@@ -1,12 +1,12 @@
-"""Trains stages of small Llamas and a GPT-2 with torch.distributed.pipelining, on the CPU, and writes their peaks.
+"""Train stages of small Llamas and a GPT-2 with torch.distributed.pipelining, on the CPU, and print their peaks.
 
 python tests/golden/trace_pipeline.py > tests/golden/traced_pipeline.jsonl
 python tests/golden/trace_pipeline.py gpt2 >> tests/golden/traced_pipeline.jsonl
 
-With the argument gpt2 only GPT-2's stages are traced, with another one only the stages that FSDP2 divides.
+With the argument gpt2 only GPT-2's stages are traced, with another one only the stages sharded by FSDP2.
 
-The schedules are torch's own, with a process group that sends nothing: a stage receives what lies in its buffers. Each
-stage is told the shapes of what it receives. tests/program/test_pipeline.py compares with the lines. Takes a few
+The schedules are torch's own, on a fake process group: a stage receives whatever is in its buffers. Each stage is given
+the shapes of its inputs. tests/program/test_pipeline.py compares with the lines. Takes a few
 minutes. Stages whose gradients are reduced in fp32 are of torchtitan's own layers: see tests/golden/trace_titan.py.
 """
 
@@ -71,7 +71,7 @@ class Bytes(TorchDispatchMode):
 
         if key not in self.alive:
             self.alive[key] = weakref.ref(storage, freed)
-        self.now += bytes_ - self.sizes.get(key, 0)  # FSDP makes a storage small to free it, and large again
+        self.now += bytes_ - self.sizes.get(key, 0)  # FSDP resizes a storage to free it, and back
         self.sizes[key] = bytes_
         self.peak = max(self.peak, self.now)
 
@@ -86,7 +86,7 @@ _SIZED = {name: getattr(_fsdp_param, name) for name in ("alloc_storage", "free_s
 
 
 def resized(counted: Bytes) -> None:
-    """Has what FSDP frees and allocates again counted."""
+    """Count storages that FSDP frees and allocates again."""
     for name, plain in _SIZED.items():
 
         def watched(tensor: torch.Tensor, plain: Any = plain) -> None:
@@ -97,7 +97,7 @@ def resized(counted: Bytes) -> None:
 
 
 def told(schedule: Any, stages: list[Any], *_: Any) -> None:
-    """What stages would agree on by asking one another: that shapes are as they were told."""
+    """Replace the exchange of shapes between stages by the given ones."""
     for stage in stages:
         stage._inference_mode = InferenceMode.STATIC
 
@@ -106,7 +106,7 @@ _PipelineSchedule._warmup_p2p = told
 
 
 class Stage(nn.Module):
-    """Some of a model's layers; embeddings before the first, the last norm and the head after the last."""
+    """Some of a model's layers, with embeddings in the first stage, and last norm and head in the last."""
 
     def __init__(self, model: Any, start: int, end: int, first: bool, last: bool) -> None:
         super().__init__()
@@ -128,7 +128,7 @@ class Stage(nn.Module):
 
 
 class LearnedStage(nn.Module):
-    """Some of GPT-2's layers: positions are looked up before the first, and no other stage has any."""
+    """Some of GPT-2's layers; only the first stage looks up positions."""
 
     def __init__(self, model: Any, start: int, end: int, first: bool, last: bool) -> None:
         super().__init__()
@@ -167,7 +167,7 @@ class TitanStage(nn.Module):
 
 
 def divided(module: Any, mesh: Any, reduces: str) -> None:
-    """FSDP2 as torchtitan has it in stages: weights stay whole after forward, gradients are reduced in `reduces`."""
+    """Apply FSDP2 as torchtitan does in stages: weights stay gathered after forward, gradients reduce in `reduces`."""
     lower = {"mp_policy": MixedPrecisionPolicy(torch.bfloat16, DTYPES[reduces])} if reduces else {}
     units: list[Any] = [*module.layers, *([module.embed_tokens] if module.embed_tokens is not None else [])]
     units += [] if module.norm is None else [[module.norm, module.lm_head]]
@@ -177,7 +177,7 @@ def divided(module: Any, mesh: Any, reduces: str) -> None:
 
 
 def peaks(asked: dict[str, Any]) -> dict[str, int]:
-    """Of each of two steps: of the passes, and of the optimizer."""
+    """Return the peaks of two steps, of passes and optimizer."""
     p, chunks, rank, m = asked["stages"], asked["chunks"], asked["stage"], asked["microbatches"]
     each = asked.get("replicas", 1)
     dist.init_process_group("fake", rank=rank * each, world_size=p * each, store=FakeStore())
@@ -260,7 +260,7 @@ def _titan_loss(logits: Any, labels: Any, vocab_size: int) -> Any:
 
 
 def cases() -> Iterator[dict[str, Any]]:
-    """Every stage of four, under each schedule, with as many microbatches as stages and more, checkpointed and not."""
+    """Yield each of four stages under each schedule, with 4 and more microbatches, checkpointed or not."""
     for schedule, chunks, layers in (
         ("1f1b", 1, (3, 4, 3, 2)),
         ("gpipe", 1, (3, 4, 3, 2)),
@@ -284,7 +284,7 @@ def cases() -> Iterator[dict[str, Any]]:
 
 
 def _learned() -> Iterator[dict[str, Any]]:
-    """Every stage of a GPT-2 that drops nothing and has a head of its own."""
+    """Yield every stage of a GPT-2 without dropout and with an untied head."""
     layers = (3, 4, 3, 2)
     config = {"model_type": "gpt2", "n_embd": 128, "n_layer": sum(layers), "n_head": 4, "vocab_size": 1000}
     config |= {"n_positions": 512, "tie_word_embeddings": False, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
@@ -305,7 +305,7 @@ def _config(layers: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
-# FSDP2 among the ranks of a stage: in fp32, and computing in bf16 with gradients reduced in fp32, as torchtitan has it.
+# FSDP2 among the ranks of a stage: in fp32, and computing in bf16 with gradients reduced in fp32, as in torchtitan.
 _SHARDED: tuple[tuple[tuple[int, ...], dict[str, Any]], ...] = (
     ((7, 7), {"stages": 2, "replicas": 2}),
     ((7, 7), {"stages": 2, "replicas": 8, "lora": 8}),
@@ -327,7 +327,7 @@ _TITAN = {"hidden_size": 256, "intermediate_size": 768, "num_attention_heads": 1
 
 
 def _divided() -> Iterator[dict[str, Any]]:
-    """The first stage and the last."""
+    """Yield the first and the last stage."""
     for layers, more in _SHARDED:
         plain = {"stages": 4, "chunks": 1, "schedule": "1f1b", "microbatches": 8, "tokens": 128, "checkpoint": True}
         for stage in (0, more.get("stages", 4) - 1):

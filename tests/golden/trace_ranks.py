@@ -1,12 +1,11 @@
-"""Traces a step of one rank under DDP and FSDP, and prints the rows that tests/program/test_traced_ranks.py compares
-with.
+"""Trace a step of one rank under DDP and FSDP, and print the rows for tests/program/test_traced_ranks.py.
 
 python tests/golden/trace_ranks.py > tests/golden/traced_ranks.jsonl
 
-A small Llama with every strategy, 2 to 64 GPUs, and each method, precision and way to accumulate; what FSDP and DDP can
-be told; small models of other families, mixtures, hybrids and encoders; and real ones. torch's process group `fake`
-stands for the other ranks; what the libraries themselves do not run is named on standard error. Takes about fifteen
-minutes on one core. Runs in a file that is named as an argument are not traced again.
+A small Llama with every strategy, 2 to 64 GPUs, and each method, precision and kind of accumulation; options of FSDP
+and DDP; small models of other families, mixtures, hybrids and encoders; and real ones. torch's process group `fake`
+stands in for the other ranks; runs that the libraries do not support are listed on standard error. Takes about fifteen
+minutes on one core. Runs in a file given as an argument are not traced again.
 """
 
 from __future__ import annotations
@@ -44,7 +43,7 @@ PLAIN = {"kernels": {"checkpointing": "none"}}
 TRAINER = {"loop": {"trainer": True}}
 THREE = {"batch": {"micro": 2, "sequence": 64, "accumulation": 3}}
 TIED = {"model": {"config": {**LLAMA, "tie_word_embeddings": True}}}
-# What a small Llama is trained with on four GPUs.
+# Training options of a small Llama on four GPUs.
 RUNS: dict[str, dict[str, Any]] = {
     "plain": PLAIN,
     "amp": {"precision": "amp"},
@@ -69,7 +68,7 @@ RUNS: dict[str, dict[str, Any]] = {
     "lora-three": {"method": LORA, **THREE},
     "lora-three-trainer": {"method": LORA, **THREE, **TRAINER},
 }
-# What FSDP and DDP can be told, on eight GPUs; with each of these runs.
+# Options of FSDP and DDP on eight GPUs, for each of these runs.
 HYBRID = {"shard_group": 2}
 KEPT = {"reshard_after_forward": False}
 KNOBS: tuple[tuple[str, str, dict[str, Any]], ...] = (
@@ -81,14 +80,14 @@ KNOBS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("view-ddp", "ddp", {"bucket_view": True}),
 )
 WITH_KNOBS = ({}, PLAIN, {"precision": "amp"}, {"method": LORA}, TIED, {**THREE, **TRAINER})
-# transformers' Trainer has FSDP2 gather all weights of a model with adapters at once.
+# transformers' Trainer makes FSDP2 gather all weights of a model with adapters at once.
 AT_ONCE = ({}, PLAIN, {"precision": "amp"}, TIED, THREE)
-# With FSDP's parts on the host, on four GPUs and in groups of two on eight.
+# With offloaded FSDP shards, on four GPUs and in groups of two on eight.
 OFFLOADED = (
     *("plain", "amp", "amp-trainer", "autocast", "tied-plain", "three", "three-trainer", "three-trainer-amp", "long"),
     *("foreach", "lora", "lora-amp", "lora-three-trainer"),
 )
-# bitsandbytes', which FSDP1 gives plain vectors.
+# bitsandbytes' optimizers, to which FSDP1 passes flat vectors.
 BITSANDBYTES = (
     *("adamw_bnb_8bit", "paged_adamw_32bit", "paged_adamw_8bit", "lion_8bit", "lion_32bit"),
     *("ademamix_8bit", "rmsprop_bnb", "rmsprop_bnb_8bit"),
@@ -115,8 +114,8 @@ REAL: tuple[tuple[str, dict[str, Any]], ...] = (
 ON_TEXT = {"batch": {"sequence": 512}}
 WITH_IMAGE = {"batch": {"sequence": 600, "images": 1, "image_size": (448, 448)}}
 LANGUAGE = {"frozen": ("vision", "projector")}
-ONE_BY_ONE = {"cpu_ram_efficient_loading": False}  # accelerate 1.15 cannot send a model that has buffers in its state
-# Models whose layers differ or share weights: windows, towers, tables that a head, an encoder and a decoder share.
+ONE_BY_ONE = {"cpu_ram_efficient_loading": False}  # accelerate 1.15 cannot send persistent buffers
+# Models whose layers differ or share weights: windows, towers, embeddings shared by head, encoder and decoder.
 UNEQUAL: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
     ("gemma-3-4b", {**ON_TEXT, "method": "lora"}, {}),
     ("gemma-3-4b", {**ON_TEXT, "method": {"kind": "full", **LANGUAGE}}, {}),
@@ -138,7 +137,7 @@ UNEQUAL: tuple[tuple[str, dict[str, Any], dict[str, Any]], ...] = (
 )
 
 
-def draw() -> Iterator[tuple[str, dict[str, Any]]]:
+def draw() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912 (a branch for each case)
     small = {"model": {"config": LLAMA}, "batch": {"micro": 2, "sequence": 64}}
     for strategy in STRATEGIES:
         for world in WORLDS:
@@ -190,7 +189,7 @@ def draw() -> Iterator[tuple[str, dict[str, Any]]]:
             yield f"{family}-full-{strategy}", {**run, **divided(strategy, 4)}
             yield f"{family}-full-plain-{strategy}", {**run, **PLAIN, **divided(strategy, 4)}
             yield f"{family}-lora-{strategy}", {**run, "method": adapters, **divided(strategy, 4)}
-    for family in MIXTURES:  # whose experts peft's adapters fail around, under FSDP1
+    for family in MIXTURES:  # peft's adapters on their experts fail under FSDP1
         run = {"model": {"config": {"model_type": family, **TINY[family]}}, "batch": {"sequence": 64}}
         adapters = {**LORA, "targets": ["q_proj", "v_proj"]}
         yield f"{family}-lora-attention-fsdp", {**run, "method": adapters, **divided("fsdp", 4)}

@@ -1,12 +1,10 @@
-"""Traces training runs of every dense family at real sizes, and writes what tests/estimate/test_traced_steps.py
-compares with.
+"""Trace training runs of every dense family at real sizes, and print the rows for tests/estimate/test_traced_steps.py.
 
 python tests/golden/trace_runs.py > tests/golden/traced_runs.jsonl
 
 Runs are drawn once, with a fixed seed: every family that the installed transformers has x full, LoRA, QLoRA, DoRA x
-checkpointing on and off; attention, loss, optimizer, precision, batch and what the script does around the step in turn.
-Takes about an hour on one core. Lines are written as they come; runs in a file that is named as an argument are not
-traced again.
+checkpointing on and off; attention, loss, optimizer, precision, batch and loop options vary in turn. Takes about an
+hour on one core. Lines are written as they come; runs in a file given as an argument are not traced again.
 """
 
 from __future__ import annotations
@@ -23,8 +21,8 @@ from memplan.core.errors import MemplanError
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import card_names, load_card
 from memplan.probe.libraries import versions
-from memplan.probe.run.trace import Traced, traces
-from memplan.resolve.decide import filled
+from memplan.probe.run.trace import TracedRun, traces
+from memplan.resolve.decide import fill_from_profile
 from memplan.spec.run import RunSpec
 
 METHODS = ("full", "lora", "qlora", "dora")
@@ -43,12 +41,12 @@ PRECISIONS: tuple[dict[str, Any], ...] = (
 )
 TARGETS = ("all-linear", "all-linear", "attention")
 NO_CLASS = ("baichuan", "chatglm", "internlm2", "mimo", "minicpm", "nemotron-nas", "qwen")  # in transformers 5
-LARGEST = 16_000_000_000  # parameters; of families that have none so small, the smallest
+LARGEST = 16_000_000_000  # parameters; for families without a smaller model, the smallest
 LARGE = ("llama-3.1-70b", "qwen2.5-72b")
 
 
 def sizes() -> dict[str, list[str]]:
-    """Cards by family, smallest first."""
+    """Return cards by family, smallest first."""
     found: dict[str, list[tuple[int, str]]] = {}
     for name in card_names():
         card = load_card(name)
@@ -123,7 +121,7 @@ def one(
     )
 
 
-def line(name: str, run: RunSpec, traced: Traced) -> dict[str, Any]:
+def line(name: str, run: RunSpec, traced: TracedRun) -> dict[str, Any]:
     steps = {
         str(step): {
             short: max((p.peak for p in traced.phases if p.step == step and p.phase in phases), default=0)
@@ -152,7 +150,7 @@ def line(name: str, run: RunSpec, traced: Traced) -> dict[str, Any]:
 
 
 def write(wanted: Sequence[tuple[str, RunSpec]]) -> None:
-    """Trace the runs, and print a line of each under its name; what cannot be traced goes to standard error."""
+    """Trace the runs, and print a named line for each; runs that cannot be traced are listed on standard error."""
     for (name, run), traced in zip(wanted, traces([run for _, run in wanted]), strict=True):
         if isinstance(traced, MemplanError):
             print(f"{name}: {traced}", file=sys.stderr, flush=True)
@@ -161,8 +159,8 @@ def write(wanted: Sequence[tuple[str, RunSpec]]) -> None:
 
 
 def same(run: RunSpec) -> str:
-    """The run with nothing left open, as text."""
-    return filled(run).model_dump_json()
+    """Return the run with its defaults filled in, as text."""
+    return fill_from_profile(run).model_dump_json()
 
 
 def main() -> None:

@@ -1,5 +1,4 @@
-"""Traces training steps whose saved tensors are in host memory, for what tests/estimate/test_traced_steps.py compares
-with.
+"""Trace training steps with saved tensors in host memory, and print rows for tests/estimate/test_traced_steps.py.
 
 python tests/golden/trace_saved.py > tests/golden/traced_saved.jsonl
 
@@ -55,7 +54,7 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def run_of(fields: dict[str, Any]) -> RunSpec:
-    """The run, its saved tensors on the host; without checkpointing unless it says so."""
+    """Return the run with saved tensors on the host, by default without checkpointing."""
     kernels = {"checkpointing": "none", **fields.get("kernels", {})}
     parallelism = {**fields.get("parallelism", {}), "offload": {"activations": True}}
     plain = {"model": "qwen2-0.5b", "batch": {"micro": 2, "sequence": 1024}}
@@ -63,9 +62,7 @@ def run_of(fields: dict[str, Any]) -> RunSpec:
 
 
 def main() -> None:
-    about = (
-        "Training steps under torch's save_on_cpu, as trace_saved.py beside this file says, traced with memplan.probe."
-    )
+    about = "Training steps under torch's save_on_cpu, traced with memplan.probe by trace_saved.py next to this file."
     print(json.dumps({"about": about, "date": "2026-11-26", "versions": versions()}), flush=True)
     write([(name, run_of(fields)) for name, fields in RUNS.items()])
 

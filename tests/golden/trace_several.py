@@ -1,13 +1,12 @@
-"""Traces forward passes and generation on several GPUs, and prints the rows that
-tests/program/test_inference_on_several_gpus.py compares with.
+"""Trace forward passes and generation on several GPUs, and print the rows for
+tests/program/test_inference_on_several_gpus.py.
 
 python tests/golden/trace_several.py tp > tests/golden/traced_running_tp.jsonl
 python tests/golden/trace_several.py device_map > tests/golden/traced_running_map.jsonl
 
-One rank of several under transformers' own tensor parallelism, on a process group that sends nothing: every family of
-tests/tiny.py that has a plan, small, and some cards at their own widths. And every GPU that transformers' device_map
-puts modules on, with accelerate's own hooks: families small, and cards at their own size, some of whose layers are on
-the host.
+One rank under transformers' tensor parallelism, on a fake process group: every family of tests/tiny.py with a plan, and
+some cards at real widths. And every GPU of transformers' device_map, with accelerate's hooks: small families, and cards
+at full size, some with layers on the host.
 """
 
 from __future__ import annotations
@@ -112,7 +111,7 @@ def _of_ranks(config: dict[str, Any], tp: int, options: dict[str, Any]) -> RunSp
 
 
 def answered(asked: Iterator[tuple[str, RunSpec]]) -> Iterator[tuple[str, RunSpec]]:
-    """Those runs that memplan answers; the others are said on standard error."""
+    """Yield the runs that memplan answers; the others are listed on standard error."""
     for name, run in asked:
         try:
             estimate(run)

@@ -1,12 +1,11 @@
-"""Traces a step of one rank of torchtitan's own Llama 3, and prints the rows that tests/catalogue/test_torchtitan.py
-compares with.
+"""Trace a step of one rank of torchtitan's Llama 3, and print the rows for tests/catalogue/test_torchtitan.py.
 
 python tests/golden/trace_titan.py > tests/golden/traced_titan.jsonl
 
-torchtitan's model, its plan of tensor and sequence parallelism, its FSDP2, checkpointing and losses run as they are,
-on a card that is not there and a process group that sends nothing. Attention is torch's fused kernel: the compiled one
-that torchtitan takes keeps the same tensors. Needs torchtitan 0.3.0 and spmd_types beside the other libraries; what it
-imports for kernels of mixtures, and a build of torch without CUDA has not, is left out.
+torchtitan's model, its plan of tensor and sequence parallelism, its FSDP2, checkpointing and losses run unchanged, on a
+fake card and a fake process group. Attention is torch's fused kernel: torchtitan's compiled one keeps the same tensors.
+Needs torchtitan 0.3.0 and spmd_types in addition to the other libraries; its imports of expert kernels, missing in a
+build of torch without CUDA, are stubbed.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _ABSENT = tuple(f"torchtitan.distributed.{name}" for name in ("minimal_async_ep"
 
 
 class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Modules of which every name is there and means nothing."""
+    """A stub module in which every name exists."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> Any:
         left_out = any(name == absent or name.startswith(f"{absent}.") for absent in _ABSENT)
@@ -47,12 +46,12 @@ class _Absent(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def norms_of_one_kernel() -> None:
-    """CUDA has a kernel for RMSNorm, where a build of torch without it takes operations that keep more."""
+    """Use CUDA's RMSNorm kernel; a build of torch without CUDA uses operations that keep more."""
     import torch
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
     class Norm(torch.autograd.Function):
-        """Keeps what `_fused_rms_norm` keeps."""
+        """Saves what `_fused_rms_norm` saves."""
 
         @staticmethod
         def forward(ctx: Any, x: Any, weight: Any) -> Any:
@@ -83,12 +82,12 @@ def flavours() -> Any:
 
 
 def leave_out() -> None:
-    """Have imports of what is left out succeed."""
+    """Make imports of missing modules succeed."""
     sys.meta_path.insert(0, _Absent())
 
 
 def model_of(asked: dict[str, Any]) -> Any:
-    """torchtitan's config of a size, with so many layers, and an attention that runs without compiling."""
+    """Return torchtitan's config of a size, with `layers` layers and an attention that runs without compiling."""
     import dataclasses
 
     from torchtitan.models.common.attention import ScaledDotProductAttention
@@ -108,8 +107,8 @@ def model_of(asked: dict[str, Any]) -> Any:
     return config
 
 
-def recorded(asked: dict[str, Any]) -> dict[str, Any]:
-    """Two steps of the first rank: see `memplan.probe.fake.recording.report`."""
+def recorded(asked: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR0915 (one step, part after part)
+    """Return the record of two steps of the first rank: see `memplan.probe.fake.recording.report`."""
     import torch
     from torch.utils._python_dispatch import _disable_current_modes
     from torchtitan.components.loss import ChunkedLossWrapper, CrossEntropyLoss
@@ -125,7 +124,7 @@ def recorded(asked: dict[str, Any]) -> dict[str, Any]:
     from memplan.probe.fake import fake_tensor_patches as patches
     from memplan.probe.fake import recording
     from memplan.probe.fake.kernels import card_of
-    from memplan.probe.fake.tracker import Tracker, memory_of
+    from memplan.probe.fake.tracker import Tracker, new_operation_cache
 
     card = card_of(find_gpu("a100-sxm-80gb").compute_capability)
     patches.apply(card)
@@ -152,9 +151,9 @@ def recorded(asked: dict[str, Any]) -> dict[str, Any]:
     dist_utils.set_spmd_backend(backend)
     config = model_of(asked)
     set_llama3_sharding_config(config, enable_sp=asked["sequence_parallel"])
-    tracker = Tracker("cuda", memory_of(card))
+    tracker = Tracker("cuda", new_operation_cache(card))
     tracker.calibrate()
-    known = recording.Known(tracker)
+    known = recording.StorageLabels(tracker)
     loss_config = CrossEntropyLoss.Config(global_vocab_size=config.vocab_size)
     chunked = asked["loss"] == "chunked"
     gc.disable()
@@ -207,7 +206,7 @@ def recorded(asked: dict[str, Any]) -> dict[str, Any]:
 
 
 def traced(asked: dict[str, Any]) -> dict[str, int]:
-    """The peaks by phase and step, in bytes."""
+    """Return the peaks by phase and step, in bytes."""
     peaks: dict[str, int] = {}
     for name, step, _, _, peak, *_ in recorded(asked)["phases"]:
         key = f"{name} {step}"

@@ -1,10 +1,9 @@
-"""Traces steps whose masks are made as an older transformers made them, and prints rows of
-tests/catalogue/test_profiles.py.
+"""Trace steps with the masks of an older transformers, and print rows for tests/catalogue/test_profiles.py.
 
 python tests/golden/trace_versions.py transformers-4.51 >> tests/golden/traced_versions.jsonl
 
-The Python that runs it has that version of transformers next to torch 2.13 and peft: padded batches, and sequences
-beyond a window without padding. Where rows are no multiple of 8 the kernel pads every layer's mask.
+Run it in an environment with that version of transformers, torch 2.13 and peft. It traces padded batches, and sequences
+longer than a window without padding. If rows are not a multiple of 8, the kernel pads every layer's mask.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ SIZES = {
 }
 WINDOWS = {"mistral": 128, "phi3": 128, "starcoder2": 128}
 FAMILIES = ("llama", "mistral", "qwen2", "phi3", "starcoder2", "gpt_neox")
-# Until 4.45 every layer of Mistral, Phi-3 and StarCoder 2 made rotary tables of its own, and GPT-NeoX copied no heads
-# for a mask: neither is counted yet.
+# Until 4.45 every layer of Mistral, Phi-3 and StarCoder 2 computed its own rotary tables, and GPT-NeoX copied no heads
+# for a mask: neither is modelled yet.
 UNTIL_4_45 = ("llama", "qwen2")
 
 

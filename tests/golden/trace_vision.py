@@ -1,4 +1,4 @@
-"""Traces steps of vision-language models, and prints the rows that tests/catalogue/test_vision.py compares with.
+"""Trace steps of vision-language models, and print the rows for tests/catalogue/test_vision.py.
 
 python tests/golden/trace_vision.py qwen2_vl qwen2_5_vl >> tests/golden/traced_vision.jsonl
 python tests/golden/trace_vision.py --size 352x480 qwen3_vl qwen3_5 >> tests/golden/traced_vision.jsonl
@@ -25,7 +25,7 @@ from tests.golden.trace_runs import write
 from tests.tiny_vision import TINY
 
 KINDS = ("full", "lora", "qlora")
-# but Llama 4's router, which peft cannot adapt
+# all but Llama 4's router, which peft cannot adapt
 LLAMA4 = (
     "q_proj",
     "k_proj",
@@ -42,13 +42,13 @@ LLAMA4 = (
 
 
 def method(name: str, kind: str) -> dict[str, Any]:
-    """A method that peft runs with the family."""
+    """Return a method that peft supports for the family."""
     named = kind != "full" and name.replace("-", "").startswith("llama4")
     return {"kind": kind, **({"targets": LLAMA4} if named else {})}
 
 
 def runs(names: list[str], images: int, size: Any, sequence: int = 0) -> Iterator[tuple[str, RunSpec]]:
-    """With a `sequence` of its own, as long as the images take, the peak is in the tower: full and LoRA with images."""
+    """Yield runs; with a `sequence` as short as the images only full and LoRA, whose peak is then in the tower."""
     for name in names:
         model: Any = {"config": {"model_type": name, **TINY[name]}} if name in TINY else name
         length = sequence or (640 if name in TINY else 2048)

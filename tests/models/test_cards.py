@@ -1,4 +1,4 @@
-"""Model cards: every parameter accounted for by layer and kind, and what a config must not say."""
+"""Model cards: every parameter accounted for by layer and kind, and invalid configs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.tiny import SMALLEST, TINY
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parents[1] / "golden" / "parameters.json").read_text("utf-8"))
 KINDS = ("embedding", "attention", "mixer", "mlp", "router", "norm", "vision", "audio", "lm_head", "head")
 
-PART_OF = {"projector": "vision"}  # groups that a kind has several of
+PART_OF = {"projector": "vision"}  # kinds with several groups
 
 
 def read_card(name: str) -> dict[str, Any]:
@@ -44,7 +44,7 @@ def elements(shape: str, axes: dict[str, int]) -> int:
 
 
 def counts(model: ModelSpec) -> tuple[dict[str, int], list[list[int]]]:
-    """Parameters by kind, and runs of layers as [how many, parameters in each]."""
+    """Return parameters by kind, and runs of layers as [number of layers, parameters per layer]."""
     stack, axes = build(model, Wiring("flash", "efficient")), model.axes()
     kinds = dict.fromkeys(KINDS, 0)
     every = {w.name: w for some in outside(stack) for op in some for w in op.weights if w.group != "buffer"}
@@ -73,7 +73,7 @@ def test_a_card_has_exactly_the_parameters_the_model_builds(name: str) -> None:
     golden = GOLDEN[name]
     kinds, layers = counts(load_card(name))
     assert kinds == {kind: golden.get(kind, 0) for kind in KINDS}
-    # a tower may stand after the text
+    # a tower may come after the text model
     streams = len(outside(build(load_card(name), Wiring("flash", "efficient")))) > 2 or "audio" in golden
     assert sorted(layers) == sorted(golden["layers"]) if streams else layers == golden["layers"]
     assert sum(kinds.values()) == golden["total"] == read_card(name)["parameters"]
@@ -90,7 +90,7 @@ def test_a_card_names_its_sources_and_explains_what_a_checkpoint_stores_otherwis
     card = read_card(name)
     assert card["source"]
     assert "/" in card["hf_id"]
-    assert card["hf_id"] != "owner/name"  # what `memplan card new` leaves to be filled in
+    assert card["hf_id"] != "owner/name"  # the placeholder of `memplan card new`
     assert card["checked"].isoformat() >= "2026-01-01"
     assert card["config"]["model_type"] in {*MODEL_TYPES, *MODULES}
     assert card["published_source"]
@@ -104,7 +104,7 @@ def test_a_card_names_its_sources_and_explains_what_a_checkpoint_stores_otherwis
     elif card["published"] == card["parameters"]:
         assert "difference" not in card
     else:
-        # The last of the text is arithmetic: what the checkpoint stores beside the model, or that times a shape.
+        # The text ends in arithmetic: the tensors the checkpoint stores in addition, or their number times a shape.
         stored = card["difference"].rpartition(", ")[2]
         product, _, result = stored.partition(" = ")
         assert set(product) <= set("0123456789x +-()"), stored
@@ -113,9 +113,7 @@ def test_a_card_names_its_sources_and_explains_what_a_checkpoint_stores_otherwis
 
 def test_every_supported_family_has_a_card_or_a_small_config_here() -> None:
     carded = {read_card(name)["config"]["model_type"] for name in card_names()}
-    own = {
-        KIND
-    }  # Megatron-core's layers, as which no model is published: tests/catalogue/test_megatron.py has small ones
+    own = {KIND}  # Megatron-core's layers, which no published model uses: see tests/catalogue/test_megatron.py
     assert carded | set(TINY) | set(BUILT_AS) | own == {*MODEL_TYPES, *MODULES}
     assert set(BUILT_AS.values()) <= carded
 
@@ -135,7 +133,7 @@ def test_a_config_json_works_like_its_card(tmp_path: Path) -> None:
         assert (inline.bytes, inline.phases) == (by_card.bytes, by_card.phases)
 
 
-def test_a_model_answers_to_its_hub_id_and_its_aliases_in_any_case() -> None:
+def test_a_model_is_found_by_hub_id_and_aliases_in_any_case() -> None:
     for name in ("qwen2-7b", "llama-3.1-8b"):
         card = read_card(name)
         for alias in (card["hf_id"], card["hf_id"].upper(), name.upper(), *card["aliases"]):
@@ -225,8 +223,8 @@ def is_one_line(text: str, *case: object) -> None:
 
 
 @pytest.mark.parametrize("model_type", sampled(sorted(MODEL_TYPES), 4))
-def test_no_value_in_any_config_makes_anything_but_one_clear_line(model_type: str) -> None:
-    """Each key in turn takes broken values: an answer in whole bytes or a MemplanError, whatever they are."""
+def test_any_bad_config_value_gives_one_clear_line(model_type: str) -> None:
+    """Each key in turn gets broken values: the result is an answer in whole bytes or a MemplanError."""
     named = (read_card(n)["config"] for n in card_names())
     like = BUILT_AS.get(model_type, model_type)
     config = TINY.get(like) or {**next(c for c in named if c["model_type"] == like), "num_hidden_layers": 4}
@@ -250,8 +248,8 @@ def test_a_share_of_rotated_dimensions_is_above_none_and_at_most_all(share: Any)
         _ = ModelSpec({"model_type": "phi", **TINY["phi"], "partial_rotary_factor": share}).rotary_width
 
 
-def test_infinity_where_no_size_stands_is_no_mistake(tmp_path: Path) -> None:
-    """Python writes it, and published configs have it: of a state space model, say, which is refused by its kind."""
+def test_infinity_is_allowed_in_fields_that_are_not_sizes(tmp_path: Path) -> None:
+    """Python writes infinity, and published configs contain it, for example a refused state space model's."""
     file = tmp_path / "config.json"
     file.write_text(json.dumps({**LLAMA, "initializer_range": float("inf")}), "utf-8")
     assert find_model(str(file)).hidden_size == 4096
@@ -277,7 +275,7 @@ def test_a_model_of_one_expert_is_dense() -> None:
         {"attention": {"n_heads_in_group": 8}},
     ],
 )
-def test_a_searched_block_has_sizes_too(block: dict[str, Any]) -> None:
+def test_blocks_found_by_architecture_search_need_valid_sizes(block: dict[str, Any]) -> None:
     fine = {"attention": {"n_heads_in_group": 8}, "ffn": {"ffn_mult": 1.0}}
     config = {**LLAMA, "model_type": "nemotron-nas", "num_hidden_layers": 2}
     assert ModelSpec({**config, "block_configs": [fine, fine]}).layers[0].k == 32 // 8
@@ -336,10 +334,10 @@ def test_another_kind_of_model_is_refused_by_its_family(config: dict[str, Any], 
         assert isinstance(caught.value, UnsupportedModelError)
 
 
-def test_a_family_that_is_like_none_is_not_taken_for_another() -> None:
+def test_an_unknown_family_is_not_taken_for_another() -> None:
     for model_type in ("helium", "fuyu"):
         with pytest.raises(
-            UnsupportedModelError, match=f"'{model_type}'.*, and no family with a stack has a name like"
+            UnsupportedModelError, match=f"'{model_type}'.*, and no supported family has a similar name"
         ):
             ModelSpec({**{k: v for k, v in LLAMA.items() if k != "model_type"}, "model_type": model_type})
 
@@ -362,7 +360,7 @@ def test_a_family_that_is_like_none_is_not_taken_for_another() -> None:
         ("llama", {"num_local_experts": 8}, "llama4_text or "),
     ],
 )
-def test_a_family_without_a_stack_is_refused_with_the_nearest_that_has_one(
+def test_a_family_without_a_stack_is_refused_with_the_nearest_known(
     model_type: str, keys: dict[str, Any], nearest: str
 ) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"not supported yet; did you mean ({nearest})") as caught:
@@ -385,7 +383,7 @@ def test_a_family_without_a_stack_is_refused_with_the_nearest_that_has_one(
         ('{"model_type": "llama", "hidden_size": 1e400}', "hidden_size|no num_hidden_layers"),
     ],
 )
-def test_a_file_that_is_no_config_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
+def test_a_file_without_a_config_is_one_clear_line(tmp_path: Path, text: str, message: str) -> None:
     file = tmp_path / "config.json"
     file.write_text(text, "utf-8")
     with pytest.raises(ConfigError, match=message) as caught:
@@ -410,14 +408,14 @@ def test_files_that_cannot_be_read_are_one_clear_line(tmp_path: Path) -> None:
         find_model(str(binary))
 
 
-# --- what a config leaves out ---
+# --- missing keys ---
 
 
 def without(*keys: str) -> dict[str, Any]:
     return {key: value for key, value in LLAMA.items() if key not in keys}
 
 
-def test_what_a_config_leaves_out_has_the_value_of_its_family() -> None:
+def test_missing_config_keys_get_the_familys_value() -> None:
     assert ModelSpec(without("intermediate_size")).intermediate_size == 11008
     assert ModelSpec({**without("intermediate_size"), "model_type": "qwen2"}).intermediate_size == 22016
     assert ModelSpec(without("num_key_value_heads")).num_key_value_heads == 32
@@ -429,8 +427,8 @@ def test_what_a_config_leaves_out_has_the_value_of_its_family() -> None:
         ModelSpec({**LLAMA, "intermediate_size": None})
 
 
-def test_what_code_beside_the_weights_fills_in() -> None:
-    """InternLM 2's class has biases unless told otherwise; Baichuan's two classes disagree on the width of the FFN."""
+def test_custom_code_fills_in_missing_config_keys() -> None:
+    """InternLM 2's class has biases by default; Baichuan's two classes disagree on the FFN's width."""
     card = read_card("internlm2-7b")["config"]
     h, kd = card["hidden_size"], card["num_key_value_heads"] * 128
     with_biases, _ = counts(ModelSpec({key: value for key, value in card.items() if key != "bias"}))
@@ -467,7 +465,7 @@ def test_chatglm_shares_heads_only_if_it_says_so() -> None:
 
 
 def test_exaone_3_is_a_llama_by_other_names() -> None:
-    """EXAONE 3.0 7.8B, as its config.json was written for the code beside the weights: 7,818,448,896 parameters."""
+    """EXAONE 3.0 7.8B, with the config.json for its custom code: 7,818,448,896 parameters."""
     names = {"num_layers": 32, "activation_function": "silu", "layer_norm_epsilon": 1e-5}
     config = {**without("num_hidden_layers"), "model_type": "exaone", "intermediate_size": 14336, **names}
     kinds, layers = counts(ModelSpec({**config, "num_key_value_heads": 8, "vocab_size": 102400}))
@@ -475,7 +473,7 @@ def test_exaone_3_is_a_llama_by_other_names() -> None:
     assert sum(kinds.values()) == 7_818_448_896
 
 
-# Flags that some family reads, and every other one must not; and the sizes and lists of layers of each.
+# Flags that one family reads and the others must ignore, and each family's sizes and layer lists.
 FLAGS = (
     *("attention_bias", "mlp_bias", "bias", "use_bias", "qkv_bias", "use_qkv_bias", "use_qk_norm", "qk_layernorm"),
     *("no_bias", "multi_query", "use_sliding_window", "parallel_attn", "new_decoder_architecture", "enable_bias"),
@@ -510,7 +508,7 @@ HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-OWN_KINDS = ("llama4_text",)  # families that name their kinds of layers otherwise than the others
+OWN_KINDS = ("llama4_text",)  # families with their own names for layer types
 
 
 def turns_part(model_type: str) -> bool:
@@ -519,12 +517,12 @@ def turns_part(model_type: str) -> bool:
 
 
 def layers_in(parameters: list[tuple[str, str | None, int]]) -> list[str]:
-    """The paths of layers, in order."""
+    """Return the paths of layers, in order."""
     return list(dict.fromkeys(path for _, path, _ in parameters if path is not None))
 
 
 def a_config(model_type: str, rng: random.Random) -> dict[str, Any]:
-    """The sizes every config states, wide enough for every family's defaults; the others and the flags by chance."""
+    """Draw a config: the sizes every config states, wide enough for every family's defaults, other keys at random."""
     stated = TINY[BUILT_AS.get(model_type, model_type)]
     config = {"model_type": model_type}
     for key, value in stated.items():
@@ -554,8 +552,8 @@ def a_config(model_type: str, rng: random.Random) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("model_type", sorted({*TINY, *BUILT_AS}))
-def test_what_a_config_leaves_out_is_filled_in_as_transformers_does(model_type: str) -> None:
-    """Keys left out, flags set and keys of other families, by chance: the same parameters in the same layers."""
+def test_missing_config_keys_get_transformers_defaults(model_type: str) -> None:
+    """With random missing keys, flags and foreign keys, the parameters and layers are equal."""
     pytest.importorskip("torch")
     pytest.importorskip("transformers")
     from huggingface_hub.errors import StrictDataclassError
@@ -569,7 +567,7 @@ def test_what_a_config_leaves_out_is_filled_in_as_transformers_does(model_type: 
         config = a_config(model_type, rng)
         try:
             built = count_parameters.build(copy.deepcopy(config))
-        except refusals:  # transformers takes no such config
+        except refusals:  # transformers rejects the config too
             continue
         model = ModelSpec(config)
         kinds, runs = counts(model)
@@ -607,8 +605,8 @@ def test_an_activation_that_no_stack_has_is_refused_by_name(model_type: str, nam
     assert e.value.field == key
 
 
-def test_a_gate_is_multiplied_by_an_activation_of_one_kernel_and_other_mlps_have_those_written_out_too() -> None:
-    """transformers' gelu_new is eight operations, and relu keeps what it makes: neither is silu's kernel."""
+def test_gated_mlps_need_a_single_kernel_activation_and_others_do_not() -> None:
+    """transformers' gelu_new is eight operations, and relu keeps its output: neither is like silu's kernel."""
     for act in ("gelu_new", "relu", "relu2"):
         with pytest.raises(
             UnsupportedModelError, match=f'hidden_act: "{act}" is not supported yet for model_type llama'
@@ -632,7 +630,7 @@ def test_a_gate_is_multiplied_by_an_activation_of_one_kernel_and_other_mlps_have
         ("qwen3", "layer_types"),
     ],
 )
-def test_a_null_among_the_kinds_of_layers_is_no_kind(model_type: str, key: str) -> None:
+def test_a_null_layer_type_is_refused(model_type: str, key: str) -> None:
     config = {"model_type": model_type, **TINY[model_type], key: [None] * 64}
     with pytest.raises(ConfigError, match=f"{key}.*null"):
         ModelSpec(config)
@@ -640,7 +638,7 @@ def test_a_null_among_the_kinds_of_layers_is_no_kind(model_type: str, key: str) 
 
 @pytest.mark.parametrize("key", ["compress_ratios", "layer_types", "mlp_layer_types"])
 @pytest.mark.parametrize("bad", [float("inf"), 4, "moe", [None] * 4, ["x"] * 4, [4]])
-def test_what_v4_says_of_its_layers_is_a_list_of_words_that_it_has(key: str, bad: Any) -> None:
+def test_v4s_layer_types_are_a_list_of_known_words(key: str, bad: Any) -> None:
     with pytest.raises(ConfigError, match=f"{key}: \\S+ is not supported yet|{key} must be a list"):
         ModelSpec({"model_type": "deepseek_v4", **TINY["deepseek_v4"], key: bad})
 
@@ -670,7 +668,7 @@ def test_experts_are_counted_by_the_name_that_transformers_writes_too(model_type
 
 @pytest.mark.parametrize("key", ["rope_scaling", "rope_parameters", "quantization_config"])
 @pytest.mark.parametrize("bad", [4.0, [1, 2], "linear"])
-def test_what_transformers_takes_a_mapping_for_is_no_number_list_or_text(key: str, bad: Any) -> None:
+def test_mappings_in_a_config_cannot_be_numbers_lists_or_text(key: str, bad: Any) -> None:
     with pytest.raises(ConfigError, match=f"config: {key} must be a mapping, not ") as caught:
         ModelSpec({**SMALLEST, key: bad})
     assert caught.value.field == key
@@ -684,14 +682,14 @@ def test_opts_embeddings_are_a_whole_number_wide(bad: Any) -> None:
 
 @pytest.mark.parametrize(("head_dim", "rotated"), [(2, 2), (6, 4), (7, 4), (12, 6), (24, 12)])
 def test_an_odd_share_of_a_head_is_rotated_in_pairs(head_dim: int, rotated: int) -> None:
-    """As many frequencies as `arange(0, width, 2)` has numbers, each for two dimensions."""
+    """There are as many frequencies as numbers in `arange(0, width, 2)`, each for two dimensions."""
     assert ModelSpec({"model_type": "glm4", **TINY["glm4"], "head_dim": head_dim}).rotary_width == rotated
 
 
 @pytest.mark.parametrize("shared", [5, 6, 48])
 def test_some_layer_makes_the_keys_that_gemmas_last_layers_share(shared: int) -> None:
     config = {"model_type": "gemma3n_text", **TINY["gemma3n_text"]}
-    with pytest.raises(ConfigError, match=f"num_kv_shared_layers {shared} leaves no layer that makes keys"):
+    with pytest.raises(ConfigError, match=f"num_kv_shared_layers {shared} leaves no layer whose keys"):
         ModelSpec({**config, "num_kv_shared_layers": shared})
 
 
@@ -702,7 +700,7 @@ def test_a_window_of_0_is_none_as_transformers_writes_it() -> None:
         _ = ModelSpec({**config, "sliding_window": -1})
 
 
-def test_a_tower_too_shallow_to_hand_anything_to_the_language_model_is_built() -> None:
+def test_a_tower_too_shallow_for_deepstack_features_is_built() -> None:
     config = copy.deepcopy(read_card("qwen3-vl-8b")["config"])
     config["vision_config"]["depth"] = 5
     assert build(ModelSpec(config), Wiring("flash", "efficient", images=True))
@@ -712,11 +710,11 @@ def test_gemma_4s_heads_layer_by_layer_are_those_of_all_or_refused() -> None:
     config = {"model_type": "gemma4_text", **TINY["gemma4_text"]}
     same = {"1": {"head_dim": config["global_head_dim"]}}
     assert ModelSpec({**config, "per_layer_config": same}).axes() == ModelSpec(config).axes()
-    with pytest.raises(UnsupportedModelError, match=r"per_layer_config: .*say global_head_dim, which is 512 here"):
+    with pytest.raises(UnsupportedModelError, match=r"per_layer_config: .*use global_head_dim, which is 512 here"):
         ModelSpec({**config, "global_head_dim": 512, "per_layer_config": same})
 
 
-def test_an_empty_key_says_nothing() -> None:
+def test_an_empty_config_key_is_ignored() -> None:
     config = {"model_type": "nemotron_h", **TINY["nemotron_h"]}
     assert ModelSpec({**config, "": 5}).axes() == ModelSpec(config).axes()
 
@@ -726,8 +724,8 @@ def test_a_list_of_indexers_is_a_list() -> None:
         ModelSpec({**read_card("glm-5")["config"], "indexer_types": 5})
 
 
-def test_a_config_with_nan_in_it_is_the_same_model_when_read_again(tmp_path: Path) -> None:
-    """What is worked out of a model is kept by it, and NaN is equal to nothing."""
+def test_a_config_with_nan_is_the_same_model_when_read_again(tmp_path: Path) -> None:
+    """Results are cached by model, and NaN never equals itself."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps({"model_type": "llama", **TINY["llama"], "attention_dropout": float("nan")}))
     assert find_model(str(path)) == find_model(str(path))

@@ -1,4 +1,4 @@
-"""Files of weights: what their headers say is read exactly, and whatever else is in them is one line."""
+"""Weight files: headers are read exactly, and anything invalid gives one error line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memplan.core.errors import ConfigError, MemplanError
 from memplan.models.configs import MODULES
 from memplan.models.configs.dense import MODEL_TYPES
 from memplan.models.gguf import ARCHITECTURES, config_of
-from memplan.models.headers import GGML_TYPES, Length, StoredTensor, read_gguf, read_safetensors, stored_bytes
+from memplan.models.headers import GGML_TYPES, ArrayLength, StoredTensor, read_gguf, read_safetensors, stored_bytes
 from memplan.program.stored.checkpoint import built_tensors, notes
 from tests.checkpoints import (
     TINY,
@@ -43,7 +43,7 @@ def line(error: pytest.ExceptionInfo[MemplanError]) -> str:
 
 
 def one_line(read: Callable[[Path], Read], path: Path) -> Read | None:
-    """What is read, or None where an error of one line says why it is not."""
+    """Return what is read, or None after a one-line error."""
     failed = None
     try:
         return read(path)
@@ -126,7 +126,7 @@ WRONG_BYTES: dict[str, bytes] = {
 
 
 @pytest.mark.parametrize("content", WRONG_BYTES.values(), ids=WRONG_BYTES)
-def test_bytes_that_are_no_header_are_one_line(content: bytes, tmp_path: Path) -> None:
+def test_an_invalid_header_is_one_error_line(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ConfigError) as error:
         read_safetensors(tmp_path / "model.safetensors")
@@ -143,7 +143,7 @@ def test_a_header_larger_than_any_model_needs_is_not_read(tmp_path: Path) -> Non
     assert "header of 52,428,800 bytes" in line(error)
 
 
-def test_of_a_large_file_only_the_header_is_read(tmp_path: Path) -> None:
+def test_only_the_header_of_a_large_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY), "utf-8")
     body = json.dumps({"x": entry(shape=[2**38], offsets=[0, 2**40])}).encode()
     with (tmp_path / "model.safetensors").open("wb") as file:
@@ -154,17 +154,17 @@ def test_of_a_large_file_only_the_header_is_read(tmp_path: Path) -> None:
     assert checkpoint.tensors == (StoredTensor("x", "F32", (2**38,), 2**40),)
 
 
-def test_a_tensor_without_elements_may_lie_where_another_begins(tmp_path: Path) -> None:
+def test_an_empty_tensor_may_share_its_offset(tmp_path: Path) -> None:
     body = json.dumps({"x": entry(), "none": entry(shape=[0], offsets=[0, 0])}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(body)) + body + bytes(8))
     assert [tensor.name for tensor in read_safetensors(tmp_path / "model.safetensors")] == ["none", "x"]
 
 
-def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+def test_a_named_pipe_is_refused_without_waiting(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "model.gguf")
     with pytest.raises(ConfigError) as error:
         find_model(str(tmp_path / "model.gguf"))
-    assert "is no file" in line(error)
+    assert "is not a regular file" in line(error)
 
 
 @settings(max_examples=examples(200), deadline=None)
@@ -227,7 +227,7 @@ def notes_of(folder: Path) -> list[str]:
     return [note for note in estimate(run).notes if "checkpoint" in note]
 
 
-def test_what_the_model_does_not_build_is_a_note(tmp_path: Path) -> None:
+def test_tensors_that_the_model_does_not_build_are_noted(tmp_path: Path) -> None:
     buffers = {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": ("F32", (8,)) for i in range(3)}
     extra = {"model.layers.3.eh_proj.weight": ("BF16", (64, 128)), "model.layers.3.enorm.weight": ("BF16", (64,))}
     folder = folder_of(tmp_path, TINY, {**of_model(TINY), **buffers, **extra})
@@ -238,17 +238,17 @@ def test_what_the_model_does_not_build_is_a_note(tmp_path: Path) -> None:
     ]
 
 
-def test_what_the_checkpoint_lacks_is_a_note(tmp_path: Path) -> None:
+def test_tensors_missing_from_the_checkpoint_are_noted(tmp_path: Path) -> None:
     whole = of_model(TINY)
     part = {name: of for name, of in whole.items() if name != "lm_head.weight"}
     assert notes_of(folder_of(tmp_path, TINY, part)) == [
-        "the checkpoint lacks lm_head.weight: made anew when the model is loaded"
+        "the checkpoint does not have lm_head.weight: newly initialised when the model is loaded"
     ]
     tied = {**TINY, "tie_word_embeddings": True}
     assert notes_of(folder_of(tmp_path / "tied", tied, {**of_model(tied)})) == []
 
 
-def test_a_shape_that_contradicts_the_config_is_an_error_that_names_the_tensor(tmp_path: Path) -> None:
+def test_a_shape_that_contradicts_the_config_is_an_error_with_the_tensor(tmp_path: Path) -> None:
     tensors = {**of_model(TINY), "model.layers.1.mlp.up_proj.weight": ("BF16", (176, 64))}
     with pytest.raises(ConfigError) as error:
         estimate(RunSpec(model=str(folder_of(tmp_path, TINY, tensors))))
@@ -272,7 +272,7 @@ def test_layers_under_other_names_agree_by_their_elements(tmp_path: Path) -> Non
     assert notes_of(folder_of(tmp_path, TINY, joined)) == []
 
 
-def test_a_dtype_that_is_not_the_config_s_is_a_note_where_weights_are_stored_plainly(tmp_path: Path) -> None:
+def test_a_dtype_unlike_the_configs_is_a_note_for_unquantised_weights(tmp_path: Path) -> None:
     config = {**TINY, "dtype": "float16"}
     for dtype, noted in (("F32", True), ("F16", False), ("U8", False)):
         model = find_model(str(folder_of(tmp_path / dtype, config, of_model(TINY, dtype))))
@@ -324,8 +324,8 @@ def test_an_index_is_held_to_its_shards(tmp_path: Path) -> None:
     second = next(name for name, file in good["weight_map"].items() if "00002-" in file)
     for change, word in (
         ({"weight_map": {**good["weight_map"], "more": "model-00001-of-00002.safetensors"}}, "which"),
-        ({"weight_map": {**good["weight_map"], second: "model-00001-of-00002.safetensors"}}, "does not say"),
-        ({"weight_map": {"x": "../../model.safetensors"}}, "no safetensors file beside it"),
+        ({"weight_map": {**good["weight_map"], second: "model-00001-of-00002.safetensors"}}, "does not list"),
+        ({"weight_map": {"x": "../../model.safetensors"}}, "not a safetensors file in the same folder"),
         ({"weight_map": [1]}, "no weight_map"),
         ({}, "no weight_map"),
     ):
@@ -335,7 +335,7 @@ def test_an_index_is_held_to_its_shards(tmp_path: Path) -> None:
         assert word in line(error)
 
 
-def test_an_adapter_is_no_model(tmp_path: Path) -> None:
+def test_an_adapter_is_not_a_model(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": "Qwen/Qwen2-7B"}')
     with pytest.raises(ConfigError) as error:
         find_model(str(tmp_path))
@@ -370,7 +370,7 @@ def test_a_gguf_file_is_answered_as_the_model_it_is_of(tmp_path: Path) -> None:
         f"the GGUF file has {(q4 + f32) / 1024:.1f} KiB of tensors (Q4_0 {q4 / 1024:.1f} KiB, F32 {f32 / 1024:.1f} KiB)"
         ", which transformers trains dequantised",
     )
-    assert isinstance(read_gguf(path).metadata["tokenizer.ggml.tokens"], Length)
+    assert isinstance(read_gguf(path).metadata["tokenizer.ggml.tokens"], ArrayLength)
     assert len(read_gguf(path).metadata["tokenizer.ggml.token_type"]) == 512
 
 
@@ -398,7 +398,7 @@ FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("architecture", FAMILIES)
-def test_families_of_gguf_files_take_what_their_configs_take(architecture: str, tmp_path: Path) -> None:
+def test_gguf_families_take_the_memory_of_their_configs(architecture: str, tmp_path: Path) -> None:
     own, more = FAMILIES[architecture]
     config = {**TINY, **own}
     metadata = {
@@ -469,24 +469,24 @@ def test_a_gguf_file_of_a_billion_parts_is_one_line(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "m-00001-of-999999999.gguf", {**METADATA, "split.count": 999_999_999}, [])
     with pytest.raises(ConfigError) as error:
         read_gguf(path)
-    assert "says that it is one of 999999999 parts" in line(error)
+    assert "claims to be one of 999999999 parts" in line(error)
 
 
 def test_a_gguf_file_of_no_model_is_refused_by_its_kind(tmp_path: Path) -> None:
     path = write_gguf(tmp_path / "adapter.gguf", {**METADATA, "general.type": "adapter"}, gguf_tensors(TINY))
     with pytest.raises(ConfigError) as error:
         find_model(str(path))
-    assert "is a GGUF file of the kind adapter, not of a model" in line(error)
+    assert "is a GGUF file of the kind adapter, not a model" in line(error)
 
 
-def test_a_list_with_a_value_for_each_layer_is_one_value_or_refused(tmp_path: Path) -> None:
+def test_a_list_per_layer_must_repeat_one_value_or_is_refused(tmp_path: Path) -> None:
     layers, heads = METADATA["llama.block_count"], METADATA["llama.attention.head_count"]
     same = {**METADATA, "llama.attention.head_count": [heads] * layers}
     assert config_of(read_gguf(write_gguf(tmp_path / "same.gguf", same, [])), "x")["num_attention_heads"] == heads
     other = {**METADATA, "llama.attention.head_count": [heads, *[1] * (layers - 1)]}
     with pytest.raises(ConfigError) as error:
         config_of(read_gguf(write_gguf(tmp_path / "other.gguf", other, [])), "x")
-    assert "another llama.attention.head_count in every layer" in line(error)
+    assert "llama.attention.head_count differs between layers" in line(error)
 
 
 def test_the_width_of_keys_comes_before_how_much_of_them_is_rotated(tmp_path: Path) -> None:
@@ -571,7 +571,7 @@ def test_any_metadata_is_a_model_or_one_line(tmp_path_factory: pytest.TempPathFa
     one_line(lambda _: estimate(RunSpec(model=str(path))), path)
 
 
-def test_the_tensors_of_a_header_are_what_was_written() -> None:
+def test_a_written_header_reads_back_unchanged() -> None:
     assert list(header({"a": ("BF16", (2, 3))}).values()) == [entry("BF16", [2, 3], [0, 12])]
     assert StoredTensor("a", "BF16", (2, 3), 12).elements == 6
 

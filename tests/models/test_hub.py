@@ -1,4 +1,4 @@
-"""The Hub, played by a small server on this machine: what it says is answered, and what goes wrong is one line."""
+"""The Hub, played by a small local server: its models are answered, and failures are one line."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Served(NamedTuple):
-    """Repositories by id, each a folder; `failing` answers those ids with a status and the Hub's code for it."""
+    """Serves repositories, each a folder; ids in `failing` get a status and the Hub's error code."""
 
     folders: dict[str, Path]
     failing: dict[str, tuple[int, str]]
@@ -89,7 +89,7 @@ def _handler(served: Served) -> type[BaseHTTPRequestHandler]:
 
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Served]:
-    """The Hub, and an empty cache."""
+    """Return the fake Hub, with an empty cache."""
     hub = Served({}, {}, [])
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
@@ -118,7 +118,7 @@ def line(error: pytest.ExceptionInfo[MemplanError]) -> str:
     return str(error.value)
 
 
-def test_a_model_of_the_hub_is_answered_as_its_config_and_its_headers_are_seen(tiny: str) -> None:
+def test_a_hub_model_is_answered_from_its_config_and_headers(tiny: str) -> None:
     model = find_model(tiny, online=True)
     answer = estimate(RunSpec(model=tiny, method="lora"), model=model)
     assert answer.bytes.allocated == estimate(RunSpec(model={"config": TINY}, method="lora")).bytes.allocated
@@ -153,15 +153,15 @@ def test_a_shape_that_contradicts_the_config_is_seen_before_anything_is_download
     assert line(error) == "model: lm_head.weight is 500 x 64 in the checkpoint, and 512 x 64 by its config"
 
 
-def test_a_revision_is_asked_for_and_kept_apart(tiny: str, served: Served) -> None:
+def test_a_revision_is_requested_and_cached_separately(tiny: str, served: Served) -> None:
     find_model(f"{tiny}@v1", online=True)
     assert any("/revision/v1" in path for path in served.asked)
     assert find_model(f"{tiny}@v1").num_hidden_layers == 3
     with pytest.raises(FactsMissingError):
-        find_model(tiny)  # main was not asked for
+        find_model(tiny)  # main was not requested
 
 
-def test_what_is_not_there_is_one_line(tiny: str, served: Served, tmp_path: Path) -> None:
+def test_missing_hub_files_are_one_error_line(tiny: str, served: Served, tmp_path: Path) -> None:
     served.failing["gated/model"] = (403, "GatedRepo")
     served.folders["no/config"] = tmp_path / "empty"
     served.failing["broken/hub"] = (500, "")
@@ -264,16 +264,16 @@ def test_headers_are_of_the_commit_that_the_config_is_of(tiny: str, served: Serv
     assert all(COMMIT in path for path in served.asked if "safetensors" in path and "resolve" in path)
 
 
-def test_thousands_of_files_of_weights_are_not_asked_for(tiny: str, served: Served) -> None:
-    for i in range(hub._MOST_FILES + 1):
+def test_thousands_of_weight_files_are_not_requested(tiny: str, served: Served) -> None:
+    for i in range(hub._MAX_FILES + 1):
         (served.folders[tiny] / f"extra-{i}.safetensors").touch()
     checkpoint = find_model(tiny, online=True).checkpoint
     assert checkpoint is not None
-    assert f"there are {hub._MOST_FILES + 3:,} files of weights" in checkpoint.why_not
+    assert f"there are {hub._MAX_FILES + 3:,} files of weights" in checkpoint.why_not
     assert not any("safetensors" in path for path in served.asked)
 
 
-def test_an_adapter_with_gguf_files_beside_it_is_still_one(served: Served, tmp_path: Path) -> None:
+def test_an_adapter_with_gguf_files_is_still_an_adapter(served: Served, tmp_path: Path) -> None:
     served.folders["an/adapter"] = tmp_path / "adapter"
     (tmp_path / "adapter").mkdir()
     for name in ("adapter_config.json", "adapter.gguf"):
@@ -283,7 +283,7 @@ def test_an_adapter_with_gguf_files_beside_it_is_still_one(served: Served, tmp_p
     assert "it is an adapter; ask for its base model" in line(error)
 
 
-def test_a_licence_of_its_own_is_said_by_its_name(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_licence_is_shown_by_name(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = huggingface_hub.HfApi.model_info
 
     def other(*args: Any, **more: Any) -> Any:
@@ -295,7 +295,7 @@ def test_a_licence_of_its_own_is_said_by_its_name(tiny: str, monkeypatch: pytest
     assert fetch(tiny).licence == "tiny-licence"
 
 
-def test_huggingface_hub_says_nothing_of_its_own(
+def test_huggingface_hub_prints_nothing(
     tiny: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from huggingface_hub.utils import logging
@@ -342,4 +342,7 @@ def test_the_command_asks_the_hub(tiny: str, served: Served, capsys: pytest.Capt
     assert (code, out) == (3, "")
     assert err.count("\n") == 1
     code, out, err = memplan(capsys, f"{tiny}@v1", "--online", "--revision", "v1")
-    assert (code, err) == (2, "memplan: revision (--revision): is of a Hugging Face id, which names none itself\n")
+    assert (code, err) == (
+        2,
+        "memplan: revision (--revision): only applies to a Hugging Face id that has no @revision itself\n",
+    )

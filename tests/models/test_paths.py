@@ -1,4 +1,4 @@
-"""What a model's name may be besides a card's: a path, or a Hugging Face id; and what goes wrong with each."""
+"""Model names other than cards: paths and Hugging Face ids, and their errors."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ def test_a_folder_or_a_file_is_a_model(tmp_path: Path, monkeypatch: pytest.Monke
     assert find_model(name).num_hidden_layers == 2
 
 
-def test_a_folder_named_like_an_id_is_read_where_it_holds_a_config(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_named_like_a_hub_id_with_a_config_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "Qwen" / "Qwen2-7B").mkdir(parents=True)
     assert find_model("Qwen/Qwen2-7B").name == "qwen2-7b"
@@ -37,14 +35,14 @@ def test_a_folder_named_like_an_id_is_read_where_it_holds_a_config(
     assert find_model("Qwen/Qwen2-7B").num_hidden_layers == 2
 
 
-def test_a_cards_name_is_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_cards_name_is_not_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "qwen2-7b")
     assert find_model("qwen2-7b").num_hidden_layers == 28
     assert find_model("./qwen2-7b").num_hidden_layers == 2
 
 
-def test_a_byte_order_mark_is_no_matter(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_ignored(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(SMALLEST).encode())
     assert find_model(str(tmp_path)).num_hidden_layers == 2
 
@@ -72,7 +70,7 @@ def test_a_path_that_cannot_be_read_says_why(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no devices")
-def test_a_device_without_end_is_read_no_further_than_a_config_is_long() -> None:
+def test_an_endless_device_is_read_only_up_to_a_configs_limit() -> None:
     with pytest.raises(ConfigError, match="larger than"):
         find_model("/dev/zero")
     with pytest.raises(ConfigError, match="it is empty"):

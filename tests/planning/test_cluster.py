@@ -1,4 +1,4 @@
-"""How a cluster divides a run: every grid is one, bounds hold, bytes sent are those of the published formulas."""
+"""Layouts of a run on a cluster: every layout is valid, bounds hold, and traffic follows published formulas."""
 
 from __future__ import annotations
 
@@ -11,14 +11,25 @@ from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
-from memplan.catalogue.hardware.links import SHOWN, inside, network
+from memplan.catalogue.hardware.links import EXPOSED, network, node_link
 from memplan.catalogue.parallelism.sharding import STRATEGIES
 from memplan.core.errors import MemplanError, SpecError
 from memplan.core.units import GIB
 from memplan.estimate.demand import Demand
 from memplan.models.cards import find_model
-from memplan.planning.cluster import ANY, Found, Pinned, cluster_of, plain_parallelism, run_of, search
-from memplan.planning.traffic import Cluster, Facts, Grid, Sent, Step, facts, group, groups, least, step
+from memplan.planning.cluster import ANY, ClusterSearch, FixedDegrees, cluster_of, plain_parallelism, run_of, search
+from memplan.planning.traffic import (
+    Cluster,
+    ParallelGrid,
+    StepTime,
+    Traffic,
+    TrafficFacts,
+    group,
+    groups,
+    min_state_bytes,
+    step,
+    traffic_facts,
+)
 from tests.sampling import ALL, examples
 
 few = settings(max_examples=examples(8), deadline=None)
@@ -45,16 +56,18 @@ def run(**fields: Any) -> RunSpec:
     return RunSpec.model_validate({"model": "llama-3.2-1b", **fields})
 
 
-def found(asked: RunSpec, nodes: int, each: int, pinned: Pinned = ANY, gpu: str = "h100", **more: Any) -> Found:
+def found(
+    asked: RunSpec, nodes: int, each: int, pinned: FixedDegrees = ANY, gpu: str = "h100", **more: Any
+) -> ClusterSearch:
     return search(asked, cluster_of(find_gpu(gpu), nodes, each), pinned, **more)
 
 
-def known(asked: RunSpec) -> Facts:
+def known(asked: RunSpec) -> TrafficFacts:
     alone = asked.model_copy(update={"gpu": "h100", "parallelism": plain_parallelism(asked)})
-    return facts(alone, estimate(alone), asked)
+    return traffic_facts(alone, estimate(alone), asked)
 
 
-# --- the grids ---
+# --- layouts ---
 
 
 @few
@@ -104,7 +117,7 @@ def test_nothing_that_could_fit_is_ruled_out_by_its_weights(fields: dict[str, An
     cluster = cluster_of(H100, *size)
     bound = known(asked)
     for placed in search(asked, cluster, most=None).placed:
-        assert 0 < least(bound, placed.grid) <= placed.answer.bytes.allocated
+        assert 0 < min_state_bytes(bound, placed.grid) <= placed.answer.bytes.allocated
 
 
 @pytest.mark.parametrize("precision", ["pure", "amp", "mixed"])
@@ -113,13 +126,13 @@ def test_the_bound_holds_in_every_precision(precision: str, accumulation: int) -
     asked = run(model="qwen2.5-0.5b", precision=precision, batch={"accumulation": accumulation})
     cluster, bound, answered = cluster_of(H100, 1, 4), known(asked), 0
     for strategy, tp in product(STRATEGIES, (1, 2)):
-        grid = Grid(4 // tp, tp, 1, 1, 1, strategy, 1, accumulation * tp)
+        grid = ParallelGrid(4 // tp, tp, 1, 1, 1, strategy, 1, accumulation * tp)
         try:
             answer = estimate(run_of(asked, cluster, grid))
         except MemplanError:
             continue
         answered += 1
-        assert least(bound, grid) <= answer.bytes.allocated
+        assert min_state_bytes(bound, grid) <= answer.bytes.allocated
     assert answered >= 2
 
 
@@ -133,19 +146,19 @@ def test_the_bound_counts_nothing_that_the_host_keeps(moved: dict[str, bool]) ->
     assert {p.grid.strategy for p in answer.placed} <= takes
     for placed in answer.placed:
         assert placed.answer.run.parallelism.offload == asked.parallelism.offload
-        assert least(bound, placed.grid) <= placed.answer.bytes.allocated
+        assert min_state_bytes(bound, placed.grid) <= placed.answer.bytes.allocated
 
 
-def test_how_deepspeed_is_configured_is_kept() -> None:
+def test_the_deepspeed_configuration_is_kept() -> None:
     asked = run(parallelism={"zero": {"reduce_bucket_size": 10**8}})
-    answer = search(asked, cluster_of(H100, 1, 2), Pinned(pp=1, cp=1), most=None)
+    answer = search(asked, cluster_of(H100, 1, 2), FixedDegrees(pp=1, cp=1), most=None)
     kept = {p.grid.strategy: p.answer.run.parallelism.zero.reduce_bucket_size for p in answer.placed}
     assert kept["zero2"] == 10**8
     assert kept["fsdp2"] == 5 * 10**8
 
 
-def test_what_is_asked_for_is_held() -> None:
-    answer = found(run(), 2, 4, Pinned(tp=2, pp=1, strategies=("fsdp2",), sequences=16), most=None)
+def test_fixed_degrees_are_respected() -> None:
+    answer = found(run(), 2, 4, FixedDegrees(tp=2, pp=1, strategies=("fsdp2",), sequences=16), most=None)
     assert {(p.grid.tp, p.grid.strategy) for p in answer.placed} == {(2, "fsdp2")}
     assert {p.grid.dp * p.grid.accumulation for p in answer.placed} == {16}
 
@@ -157,7 +170,7 @@ def test_refused_grids_are_counted_with_a_reason() -> None:
     assert all(refused.grids > 0 and refused.reason.startswith(refused.field) for refused in answer.refused)
 
 
-def test_where_nothing_fits_the_nearest_says_by_how_much() -> None:
+def test_if_nothing_fits_the_nearest_names_the_missing_memory() -> None:
     answer = found(run(model="llama-3.1-8b"), 1, 2, gpu="3090", most=None)
     assert answer.best is None
     assert answer.nearest is not None
@@ -166,24 +179,35 @@ def test_where_nothing_fits_the_nearest_says_by_how_much() -> None:
 
 
 MISTAKES = {
-    (1, 8, Pinned(tp=3)): "parallelism.tp: tp 3 does not divide 32 attention heads and 8 key/value heads and 8 GPUs",
-    (1, 8, Pinned(tp=16, pp=3)): "parallelism.tp: tp 16 does not divide 8 key/value heads and 8 GPUs; pp 3 does not "
-    "divide 8 GPUs",
-    (1, 32, Pinned(pp=32)): "parallelism.pp: pp 32 is more than 16 layers",
+    (
+        1,
+        8,
+        FixedDegrees(tp=3),
+    ): "parallelism.tp: tp 3 does not divide 32 attention heads and 8 key/value heads and 8 GPUs",
+    (
+        1,
+        8,
+        FixedDegrees(tp=16, pp=3),
+    ): "parallelism.tp: tp 16 does not divide 8 key/value heads and 8 GPUs; pp 3 does not divide 8 GPUs",
+    (1, 32, FixedDegrees(pp=32)): "parallelism.pp: pp 32 is more than 16 layers",
     (
         1,
         6,
-        Pinned(cp=3),
+        FixedDegrees(cp=3),
     ): "parallelism.cp: cp 3 does not divide 2,048 tokens of a sequence, in two parts for each rank,",
-    (2, 4, Pinned(ep=2)): "parallelism.ep: ep 2 does not divide 1 experts",
-    (2, 4, Pinned(tp=4, pp=4)): "parallelism.world: 2 x 4 = 8 GPUs are no multiple of tp 4 x pp 4 x cp 1 = 16",
-    (1, 2, Pinned(tp=1, pp=1, cp=1, sequences=3)): "global_batch: 3 sequences a step do not divide into micro-batches "
-    "of 1 for any dp of 1 x 2 = 2 GPUs, of which tp 1 x pp 1 x cp 1 leave 2",
+    (2, 4, FixedDegrees(ep=2)): "parallelism.ep: ep 2 does not divide 1 experts",
+    (2, 4, FixedDegrees(tp=4, pp=4)): "parallelism.world: 2 x 4 = 8 GPUs are not a multiple of tp 4 x pp 4 x cp 1 = 16",
+    (
+        1,
+        2,
+        FixedDegrees(tp=1, pp=1, cp=1, sequences=3),
+    ): "global_batch: 3 sequences a step do not divide into micro-batches "
+    "of 1 for any dp: of 1 x 2 = 2 GPUs, tp 1 x pp 1 x cp 1 leave 2",
 }
 
 
 @pytest.mark.parametrize(("asked", "message"), MISTAKES.items(), ids=[m[:40] for m in MISTAKES.values()])
-def test_what_does_not_divide_is_named_factor_by_factor(asked: tuple[int, int, Pinned], message: str) -> None:
+def test_indivisible_sizes_are_named_factor_by_factor(asked: tuple[int, int, FixedDegrees], message: str) -> None:
     with pytest.raises(SpecError) as raised:
         found(run(), *asked)
     assert str(raised.value) == message
@@ -193,7 +217,7 @@ def test_what_does_not_divide_is_named_factor_by_factor(asked: tuple[int, int, P
     ("nodes", "each", "gbps", "field"),
     [(0, 8, None, "nodes"), (1, 0, None, "gpus"), (9000, 8, None, "nodes"), (1, 8, -1.0, "network_gbps")],
 )
-def test_no_cluster_is_none(nodes: int, each: int, gbps: float | None, field: str) -> None:
+def test_impossible_clusters_are_refused(nodes: int, each: int, gbps: float | None, field: str) -> None:
     with pytest.raises(SpecError) as raised:
         cluster_of(H100, nodes, each, gbps)
     assert raised.value.field == field
@@ -202,18 +226,18 @@ def test_no_cluster_is_none(nodes: int, each: int, gbps: float | None, field: st
 @ALL
 def test_headroom_is_left() -> None:
     asked = run(model="llama-3.1-8b")
-    some = found(asked, 1, 8, Pinned(pp=1), most=None, demand=Demand(headroom=40 * GIB))
+    some = found(asked, 1, 8, FixedDegrees(pp=1), most=None, demand=Demand(headroom=40 * GIB))
     assert some.placed
     assert all((p.answer.verdict.headroom or 0) >= 40 * GIB for p in some.placed)
-    assert len(some.placed) < len(found(asked, 1, 8, Pinned(pp=1), most=None).placed)
+    assert len(some.placed) < len(found(asked, 1, 8, FixedDegrees(pp=1), most=None).placed)
 
 
-# --- where the ranks are, and what they send ---
+# --- placement of ranks, and their traffic ---
 
 
 @few
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 8), st.integers(1, 8))
-def test_as_many_of_a_group_are_in_one_node_as_the_numbering_has_there(
+def test_rank_numbering_decides_how_many_of_a_group_share_a_node(
     nodes: int, each: int, ranks: int, stride: int
 ) -> None:
     cluster = cluster_of(H100, nodes, each)
@@ -233,7 +257,7 @@ def test_as_many_of_a_group_are_in_one_node_as_the_numbering_has_there(
 
 
 def test_tensor_parallel_ranks_lie_next_to_each_other_and_stages_furthest_apart() -> None:
-    around = groups(cluster_of(H100, 4, 8), Grid(4, 4, 2, 1, 1, "fsdp2", 1, 8))
+    around = groups(cluster_of(H100, 4, 8), ParallelGrid(4, 4, 2, 1, 1, "fsdp2", 1, 8))
     assert around["tp"] == (4, 1, 4)
     assert around["dp"] == (4, 4, 2)
     assert around["pp"] == (2, 16, 1)
@@ -244,7 +268,7 @@ BARE = known(run(batch={"micro": 2, "sequence": 512}, kernels={"checkpointing": 
 NODE = cluster_of(H100, 1, 8)
 
 
-def sent(cluster: Cluster, grid: Grid, of: Facts = BARE) -> dict[str, Sent]:
+def sent(cluster: Cluster, grid: ParallelGrid, of: TrafficFacts = BARE) -> dict[str, Traffic]:
     return {s.kind: s for s in step(of, cluster, grid).sent}
 
 
@@ -252,40 +276,42 @@ def sent(cluster: Cluster, grid: Grid, of: Facts = BARE) -> dict[str, Sent]:
     ("strategy", "times"), [("ddp", 2), ("zero1", 2), ("zero2", 2), ("zero3", 3), ("fsdp", 3), ("fsdp2", 3)]
 )
 @pytest.mark.parametrize("n", [2, 8])
-def test_replicas_send_what_the_zero_paper_says(strategy: str, times: int, n: int) -> None:
-    """Twice the parameters up to stage 2, three times at stage 3 (section 7), each less the n-th that is there."""
+def test_replicas_send_the_volume_of_the_zero_paper(strategy: str, times: int, n: int) -> None:
+    """Twice the parameters up to stage 2, three times at stage 3 (section 7), less the rank's own n-th."""
     parameters = 1_235_814_400
-    assert sent(NODE, Grid(n, 1, 1, 1, 1, strategy, 2, 1))["dp"].bytes == round(times * parameters * 2 * (n - 1) / n)
+    assert sent(NODE, ParallelGrid(n, 1, 1, 1, 1, strategy, 2, 1))["dp"].bytes == round(
+        times * parameters * 2 * (n - 1) / n
+    )
 
 
 def test_tensor_parallel_ranks_sum_four_times_a_layer() -> None:
-    grid = Grid(1, 8, 1, 1, 1, "none", 2, 3)
+    grid = ParallelGrid(1, 8, 1, 1, 1, "none", 2, 3)
     state, logits, layers = 2 * 512 * 2048 * 2, 2 * 512 * 128256 * 2, 16
-    whole = (4 * layers + 2) * 2 * state + logits  # two more at the embeddings and the head, whose logits are gathered
+    whole = (4 * layers + 2) * 2 * state + logits  # two more at embeddings and head, whose logits are gathered
     assert sent(NODE, grid)["tp"].bytes == 3 * whole * 7 // 8
     again = known(run(batch={"micro": 2, "sequence": 512}))
     assert sent(NODE, grid, again)["tp"].bytes == 3 * (whole + 2 * layers * 2 * state) * 7 // 8
 
 
 def test_a_pipelines_bubble_is_the_papers() -> None:
-    took = step(BARE, NODE, Grid(1, 1, 4, 1, 1, "none", 2, 8))
+    took = step(BARE, NODE, ParallelGrid(1, 1, 4, 1, 1, "none", 2, 8))
     assert took.bubble.usual == pytest.approx(took.computing.usual * 3 / 8)
-    deeper = step(BARE, NODE, Grid(1, 1, 4, 1, 1, "none", 2, 8, virtual_stages=2))
+    deeper = step(BARE, NODE, ParallelGrid(1, 1, 4, 1, 1, "none", 2, 8, virtual_stages=2))
     assert deeper.bubble.usual == pytest.approx(deeper.computing.usual * 3 / 16)
     assert {s.kind: s.bytes for s in took.sent} == {"pp": 2 * 8 * 2 * 512 * 2048 * 2}
 
 
 def test_keys_and_values_go_round_a_ring() -> None:
-    grid = Grid(1, 1, 1, 4, 1, "none", 2, 1)
+    grid = ParallelGrid(1, 1, 1, 4, 1, "none", 2, 1)
     keys = 2 * 512 * 2 * 8 * 64 * 2
     assert sent(NODE, grid)["cp"].bytes == 16 * 3 * keys * 3 // 4
 
 
 def test_tokens_go_to_experts_and_back() -> None:
     moe = known(run(model="qwen3-30b-a3b", batch={"micro": 1, "sequence": 512}, kernels={"checkpointing": "none"}))
-    there = sent(NODE, Grid(8, 1, 1, 1, 8, "fsdp2", 1, 1), moe)
+    there = sent(NODE, ParallelGrid(8, 1, 1, 1, 8, "fsdp2", 1, 1), moe)
     assert there["ep"].bytes == 48 * 4 * (512 * 8 * 2048 * 2) * 7 // 8
-    assert there["dp"].bytes < sent(NODE, Grid(8, 1, 1, 1, 1, "fsdp2", 1, 1), moe)["dp"].bytes
+    assert there["dp"].bytes < sent(NODE, ParallelGrid(8, 1, 1, 1, 1, "fsdp2", 1, 1), moe)["dp"].bytes
 
 
 @few
@@ -297,7 +323,7 @@ def test_tokens_go_to_experts_and_back() -> None:
 def test_seconds_are_in_order_and_the_network_is_never_faster(
     degrees: tuple[int, int, int, int], strategy: str, passes: int
 ) -> None:
-    grid = Grid(*degrees, 1, strategy if degrees[0] * degrees[3] > 1 else "none", 2, passes)
+    grid = ParallelGrid(*degrees, 1, strategy if degrees[0] * degrees[3] > 1 else "none", 2, passes)
     near, far = (step(BARE, cluster_of(H100, *size), grid) for size in ((1, 8), (4, 2)))
     for took in (near, far):
         parts = [took.computing, took.bubble, *(s.shown for s in took.sent)]
@@ -311,8 +337,8 @@ def test_seconds_are_in_order_and_the_network_is_never_faster(
 
 
 def test_a_faster_network_is_never_slower() -> None:
-    grid = Grid(16, 1, 1, 1, 1, "fsdp2", 2, 1)
-    took: list[Step] = [step(BARE, cluster_of(H100, 2, 8, gbps), grid) for gbps in (10, 100, 400, 3200)]
+    grid = ParallelGrid(16, 1, 1, 1, 1, "fsdp2", 2, 1)
+    took: list[StepTime] = [step(BARE, cluster_of(H100, 2, 8, gbps), grid) for gbps in (10, 100, 400, 3200)]
     seconds = [t.seconds.usual for t in took]
     assert seconds == sorted(seconds, reverse=True)
     assert seconds[0] > seconds[-1]
@@ -320,24 +346,24 @@ def test_a_faster_network_is_never_slower() -> None:
 
 def test_every_card_has_links_with_a_source() -> None:
     for gpu in all_gpus():
-        for link in (inside(gpu, 8), inside(gpu, 2), network(gpu)):
+        for link in (node_link(gpu, 8), node_link(gpu, 2), network(gpu)):
             assert link.bytes > 0
             assert link.source
             for rate in (link.share, link.hop):
                 assert 0 < rate.low <= rate.usual <= rate.high
                 assert rate.source
-        assert inside(gpu, 2).bytes >= inside(gpu, 8).bytes, gpu.name
+        assert node_link(gpu, 2).bytes >= node_link(gpu, 8).bytes, gpu.name
 
 
-def test_two_geforce_cards_have_a_bridge_and_eight_have_not() -> None:
+def test_two_geforce_cards_have_a_bridge_and_eight_do_not() -> None:
     card = find_gpu("3090")
-    assert [inside(card, n).name for n in (2, 4)] == ["NVLink", "PCIe"]
+    assert [node_link(card, n).name for n in (2, 4)] == ["NVLink", "PCIe"]
     assert network(H100).bytes == 400e9 / 8
     assert network(H100, 100).bytes == 100e9 / 8
-    assert set(SHOWN) == {"dp", "tp", "pp", "cp", "ep"}
+    assert set(EXPOSED) == {"dp", "tp", "pp", "cp", "ep"}
 
 
-def test_what_two_cards_bring_is_told_of_estimates() -> None:
+def test_sharing_a_run_between_two_cards_is_estimated() -> None:
     asked = run()
     told = found(asked, 1, 2).together
     there = {"world": 2, "dp": 2}
@@ -349,50 +375,54 @@ def test_what_two_cards_bring_is_told_of_estimates() -> None:
 
 
 def test_the_bound_divides_by_every_degree_that_divides_the_model() -> None:
-    known = facts(run(), estimate(run()))
+    known = traffic_facts(run(), estimate(run()))
     whole = sum(known.held)
-    assert least(known, Grid(1, 2, 2, 1, 1, "none", 1, 1)) == sum(held // 4 for held in known.held) < whole
-    assert least(known, Grid(4, 1, 1, 1, 1, "ddp", 1, 1)) == whole
+    assert (
+        min_state_bytes(known, ParallelGrid(1, 2, 2, 1, 1, "none", 1, 1))
+        == sum(held // 4 for held in known.held)
+        < whole
+    )
+    assert min_state_bytes(known, ParallelGrid(4, 1, 1, 1, 1, "ddp", 1, 1)) == whole
 
 
 def test_stages_under_fsdp2_send_weights_and_gradients_once_a_step() -> None:
-    """They stay whole in between, as torchtitan has it: see `memplan.program.sharding.fsdp_pipeline`."""
+    """They stay gathered in between, as in torchtitan: see `memplan.program.sharding.fsdp_pipeline`."""
     whole = BARE.weights / 4
     for m in (4, 8):
-        message = sent(NODE, Grid(2, 1, 4, 1, 1, "fsdp2", 1, m))["dp"].bytes
+        message = sent(NODE, ParallelGrid(2, 1, 4, 1, 1, "fsdp2", 1, m))["dp"].bytes
         assert message == round((whole + BARE.trained / 4) / 2)
 
 
 def test_torchtitans_grids_have_stages_matrices_and_fsdp2_together() -> None:
-    """70B on 64 GPUs: what is found is what torchtitan runs, with its own layers, and no bound ruled it out."""
+    """70B on 64 GPUs: torchtitan's own layout is found, with its layers, and no bound ruled it out."""
     asked = run(model="llama-3.1-70b", profile="torchtitan", precision="amp", parallelism={"sequence_parallel": True})
     place = cluster_of(find_gpu("h100"), 8, 8)
-    there = search(asked, place, Pinned(tp=8, pp=4, cp=1, ep=1, strategies=("fsdp2",), sequences=32))
+    there = search(asked, place, FixedDegrees(tp=8, pp=4, cp=1, ep=1, strategies=("fsdp2",), sequences=32))
     (placed,) = there.placed
     assert (placed.grid.dp, placed.grid.tp, placed.grid.pp, placed.grid.accumulation) == (2, 8, 4, 16)
     assert placed.answer.run.parallelism.sequence_parallel
     bare = asked.model_copy(update={"parallelism": plain_parallelism(asked)})
-    assert least(facts(bare, estimate(bare), asked), placed.grid) <= placed.answer.bytes.allocated
+    assert min_state_bytes(traffic_facts(bare, estimate(bare), asked), placed.grid) <= placed.answer.bytes.allocated
 
 
 @pytest.mark.parametrize(("profile", "precision"), [("torchtitan", "amp"), ("transformers-5", "pure")])
 def test_the_bound_of_stages_under_fsdp2_holds(profile: str, precision: str) -> None:
-    """Of the second stage too, whose layers and microbatches in flight are counted."""
+    """Also for the second stage, whose layers and microbatches in flight are counted."""
     divides = {"sequence_parallel": profile == "torchtitan"}
     asked = run(model="llama-3.1-8b", profile=profile, precision=precision, parallelism=divides)
     bare = asked.model_copy(update={"parallelism": plain_parallelism(asked)})
-    bound, cluster = facts(bare, estimate(bare), asked), cluster_of(H100, 4, 8)
+    bound, cluster = traffic_facts(bare, estimate(bare), asked), cluster_of(H100, 4, 8)
     for tp, pp, passes in ((1, 4, 8), (2, 8, 8), (2, 4, 32), (1, 2, 4)):
-        grid = Grid(32 // (tp * pp), tp, pp, 1, 1, "fsdp2", 1, passes)
-        least_of_all = least(bound, grid)
+        grid = ParallelGrid(32 // (tp * pp), tp, pp, 1, 1, "fsdp2", 1, passes)
+        least_of_all = min_state_bytes(bound, grid)
         assert 0 < least_of_all <= estimate(run_of(asked, cluster, grid)).bytes.allocated
 
 
-def test_of_stages_without_room_the_nearest_is_found_all_the_same() -> None:
-    """One stage alone is looked at where it has no room, and the nearest is still the one that lacks least."""
+def test_the_nearest_is_found_even_if_no_stage_fits() -> None:
+    """A stage that does not fit ends the check of a layout, and the nearest is still the one that needs least more."""
     asked = run(model="llama-3.1-70b", profile="torchtitan", precision="amp", parallelism={"sequence_parallel": True})
     there = search(
-        asked, cluster_of(find_gpu("h100"), 1, 8), Pinned(tp=2, cp=1, ep=1, strategies=("fsdp2",), sequences=8)
+        asked, cluster_of(find_gpu("h100"), 1, 8), FixedDegrees(tp=2, cp=1, ep=1, strategies=("fsdp2",), sequences=8)
     )
     assert there.best is None
     assert there.nearest is not None

@@ -1,4 +1,4 @@
-"""Runs side by side: every difference is a subtraction of two answers, every run is told apart, every line fits."""
+"""Runs side by side: every difference subtracts two answers, every run is distinguishable, every line fits."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from typer.main import get_command
 import memplan
 from memplan import Comparison, Estimate, RunSpec, compare, estimate
 from memplan.cli import app
-from memplan.cli.request import over
+from memplan.cli.request import override
 from memplan.core.errors import FactsMissingError, SpecError
 from memplan.core.units import GIB, gib
 from memplan.estimate import calibration
-from memplan.estimate.calibration import calibrated
-from memplan.planning.comparison import compared, tensors
+from memplan.estimate.calibration import calibrate_card
+from memplan.planning.comparison import changed_tensors, compare_answers
 from memplan.report import comparison as report
 from memplan.report import differences
 from memplan.report.assumptions import assumptions
@@ -93,13 +93,11 @@ RUNS = st.builds(
 
 @settings(max_examples=examples(6), deadline=None)
 @given(RUNS, RUNS)
-def test_differences_of_categories_and_of_tensors_sum_to_that_of_what_is_allocated(
-    one: RunSpec, other: RunSpec
-) -> None:
+def test_differences_of_categories_and_tensors_sum_to_the_difference_of_peaks(one: RunSpec, other: RunSpec) -> None:
     case = compare([one, other])
     [d] = case.differences
     assert sum(d.categories.values()) == d.bytes["allocated"]
-    assert sum(c.after - c.before for c in tensors(*case.answers)) == d.bytes["allocated"]
+    assert sum(c.after - c.before for c in changed_tensors(*case.answers)) == d.bytes["allocated"]
     back = compare([other, one]).differences[0]
     assert back.bytes == {name: -n for name, n in d.bytes.items()}
     assert back.fields == {path: (b, a) for path, (a, b) in d.fields.items()}
@@ -109,7 +107,7 @@ def test_fields_are_those_of_the_runs_that_differ_as_decided() -> None:
     lora, full = (run(method=method) for method in ("lora", "full"))
     assert compare([lora, full]).differences[0].fields == {
         "method.kind": ("lora", "full"),
-        "method.alpha": (8.0, None),  # peft's default, whatever the rank
+        "method.alpha": (8.0, None),  # peft's default for any rank
         "method.adapter_dtype": ("fp32", None),
     }
     batches = compare([run(), run(batch={"micro": 4}, gpu="3090")]).differences[0].fields
@@ -132,34 +130,34 @@ def test_a_model_by_its_config_differs_key_by_key() -> None:
 
 def test_tensors_only_one_of_the_answers_has() -> None:
     lora, qlora, _ = METHODS.answers
-    changes = {(c.line.what, c.line.where): c for c in tensors(lora, qlora)}
+    changes = {(c.line.what, c.line.where): c for c in changed_tensors(lora, qlora)}
     [whole] = [line for line in lora.ledger if line.what == "mlp.down_proj.weight"]
     [packed] = [line for line in qlora.ledger if line.what == "mlp.down_proj.weight (packed)"]
     assert changes[whole.what, whole.where] == (whole, whole.bytes, 0)
     assert changes[packed.what, packed.where] == (packed, 0, packed.bytes)
-    sizes = [abs(c.after - c.before) for c in tensors(lora, qlora)]
+    sizes = [abs(c.after - c.before) for c in changed_tensors(lora, qlora)]
     assert sizes == sorted(sizes, reverse=True)
-    assert tensors(lora, lora) == []
+    assert changed_tensors(lora, lora) == []
 
 
 @pytest.mark.parametrize("runs", [[], [run()]])
-def test_one_run_is_no_comparison(runs: list[RunSpec]) -> None:
+def test_a_comparison_needs_two_runs(runs: list[RunSpec]) -> None:
     with pytest.raises(SpecError, match=rf"^runs: a comparison takes two or more, not {len(runs)}$"):
         compare(runs)
 
 
 def test_a_comparison_is_of_the_answers_as_they_are() -> None:
     answers = [estimate(run(method=method, gpu="3090")) for method in ("lora", "qlora", "full")]
-    assert compared(answers) == METHODS
-    assert compared(answers).answers[0] is answers[0]
-    assert hash(compared(answers)) == hash(METHODS)
+    assert compare_answers(answers) == METHODS
+    assert compare_answers(answers).answers[0] is answers[0]
+    assert hash(compare_answers(answers)) == hash(METHODS)
 
 
 # --- JSON and its schema ---
 
 
 @every_case
-def test_json_is_valid_under_the_schema_and_has_no_field_beside_it(case: Comparison) -> None:
+def test_json_matches_the_schema_without_extra_fields(case: Comparison) -> None:
     text = report.render("json", case, Screen())
     dumped = json.loads(text)
     assert dumped == json.loads(case.model_dump_json())
@@ -172,17 +170,17 @@ def test_json_is_valid_under_the_schema_and_has_no_field_beside_it(case: Compari
     ("name", "wrong"),
     [("run", "1"), ("fields", {"method.kind": ["lora"]}), ("bytes", {"allocated": 1}), ("categories", {})],
 )
-def test_what_is_no_difference_is_not_valid(name: str, wrong: object) -> None:
+def test_documents_that_are_not_comparisons_are_invalid(name: str, wrong: object) -> None:
     dumped = json.loads(METHODS.model_dump_json())
     dumped["differences"][0][name] = wrong
     with pytest.raises(AssertionError):
         conforms(dumped, comparison_schema(), comparison_schema())
 
 
-# --- words ---
+# --- wording ---
 
 
-def test_a_run_is_called_by_what_only_it_is() -> None:
+def test_a_run_is_named_by_what_distinguishes_it() -> None:
     assert differences.names(METHODS.answers) == ["lora", "qlora", "full"]
     assert differences.names(CARDS.answers) == ["rtx-3090", "t4", "h100-sxm"]
     assert differences.names(MODELS.answers) == ["qwen2-0.5b", "llama-3.2-1b"]
@@ -232,13 +230,15 @@ HEADED: dict[str, tuple[list[dict[str, Any]], dict[str, tuple[str, ...]]]] = {
 
 
 @pytest.mark.parametrize(("runs", "expected"), HEADED.values(), ids=HEADED.keys())
-def test_columns_are_headed_by_what_differs(runs: list[dict[str, Any]], expected: dict[str, tuple[str, ...]]) -> None:
+def test_columns_are_headed_by_the_differences(
+    runs: list[dict[str, Any]], expected: dict[str, tuple[str, ...]]
+) -> None:
     heads = dict(differences.headings([estimate(run(**fields)) for fields in runs]))
     assert [head for head in heads.items() if head[0] != "run"] == list(expected.items())
 
 
 @every_case
-def test_what_is_the_same_is_said_once_and_what_differs_of_its_runs(case: Comparison) -> None:
+def test_common_facts_are_shown_once_and_differences_per_run(case: Comparison) -> None:
     alike, apart = dict(differences.same(case.answers)), dict(differences.differ(case.answers))
     heads = dict(differences.headings(case.answers))
     for n, answer in enumerate(case.answers):
@@ -262,8 +262,8 @@ def test_a_sentence_says_which_categories_make_the_difference() -> None:
     assert first.startswith(f"qlora uses {abs(used) / 2**20:.1f} MiB {'more' if used > 0 else 'less'} than lora: ")
     assert f"parameters {differences.signed(parameters)}" in first
     for name, changes in (
-        ("Only lora", [c for c in tensors(lora, qlora) if not c.after]),
-        ("only qlora", [c for c in tensors(lora, qlora) if not c.before]),
+        ("Only lora", [c for c in changed_tensors(lora, qlora) if not c.after]),
+        ("only qlora", [c for c in changed_tensors(lora, qlora) if not c.before]),
     ):
         shown = [f"{times(c.line)}{c.line.what} ({gib(c.before or c.after)})" for c in changes[:3]]
         assert f"{name} has {', '.join(shown)} and " in first
@@ -282,7 +282,7 @@ def test_the_categories_named_make_up_most_of_the_difference_or_are_three() -> N
         assert len(taken) == 3 or sum(taken) >= 0.9 * sum(changes.values())
 
 
-def test_a_note_is_said_once_with_the_runs_it_is_of() -> None:
+def test_a_note_is_shown_once_with_its_runs() -> None:
     text = report.render("table", CARDS, Screen(100))
     for note in dict.fromkeys(note for answer in CARDS.answers for note in answer.notes):
         of = [n for n, answer in enumerate(CARDS.answers) if note in answer.notes]
@@ -304,13 +304,13 @@ def test_no_line_is_wider_than_the_screen(case: Comparison, width: int) -> None:
 
 
 def row_of(text: str, label: str) -> list[str]:
-    """The words after a label at the start of a line."""
+    """Return the words after a label at the start of a line."""
     found = re.search(rf"^ *{re.escape(label)}  +(.*)$", text, re.M)
     assert found is not None, (label, text)
     return found[1].split()
 
 
-def test_three_runs_have_a_column_each_and_their_differences_beside_them() -> None:
+def test_three_runs_have_columns_followed_by_their_differences() -> None:
     text = report.render("table", METHODS, Screen(80))
     lora, _, full = METHODS.answers
     assert text.splitlines()[0].split() == ["method", "lora", "qlora", "full"]
@@ -334,7 +334,7 @@ def test_three_runs_have_a_column_each_and_their_differences_beside_them() -> No
     assert "GeForce RTX 3090" in text.split("Same for all")[1]
 
 
-def test_where_columns_have_no_room_there_is_a_row_a_run_and_numbered_columns() -> None:
+def test_too_many_columns_become_one_row_per_run_with_numbered_columns() -> None:
     text = report.render("table", MANY, Screen(80))
     lines = text.splitlines()
     assert lines[0].split()[:4] == ["run", "method", "batch", "answer"]
@@ -417,7 +417,7 @@ def _compare(capsys: pytest.CaptureFixture[str]) -> Compare:
 
 
 def asked(ran: Ran) -> list[RunSpec]:
-    """The runs of a comparison in JSON."""
+    """Return the runs of a comparison in JSON."""
     return [RunSpec.model_validate(answer["run"]) for answer in json.loads(ran.out)["answers"]]
 
 
@@ -431,7 +431,7 @@ def test_the_command_compares_as_the_library_does(compare_: Compare) -> None:
         assert compare_(*words, "--gpu", "3090").out == text
 
 
-def test_a_runs_options_go_over_those_beside_the_runs(compare_: Compare) -> None:
+def test_a_runs_own_options_override_the_shared_ones(compare_: Compare) -> None:
     shared = ("--method", "lora", "--batch-size", "4", "--no-gradient-checkpointing", "--json")
     first, second = asked(compare_("qwen2-0.5b", "gpt2 --batch-size 2 --seq-len 512 --gradient-checkpointing", *shared))
     assert (first.model, first.method.kind, first.batch.micro, first.kernels.checkpointing) == (
@@ -458,13 +458,13 @@ OVER: list[tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("shared", "own", "expected"), OVER)
-def test_another_method_leaves_behind_what_only_the_shared_one_has(
+def test_another_method_drops_the_shared_methods_settings(
     shared: dict[str, Any], own: dict[str, Any], expected: dict[str, Any]
 ) -> None:
-    assert over(shared, own) == expected
+    assert override(shared, own) == expected
 
 
-def test_every_run_is_asked_on_every_card(compare_: Compare) -> None:
+def test_every_run_is_answered_for_every_card(compare_: Compare) -> None:
     ran = compare_("qwen2-0.5b", "gpt2 --seq-len 512 --gpu h100", "--gpu", "3090", "--gpu", "t4", "--json")
     assert [(r.model, r.gpu) for r in asked(ran)] == [
         ("qwen2-0.5b", "rtx-3090"),
@@ -509,21 +509,21 @@ def test_a_run_may_be_a_file(compare_: Compare, tmp_path: Path) -> None:
 
 MISTAKES: dict[tuple[str, ...], str] = {
     (): "Missing argument 'RUN",
-    ("qwen2-7b",): "runs: there is one; name another to compare it with, or several cards with --gpu",
-    ("qwen2-7b", "--gpu", "3090"): "runs: there is one",
-    ("qwen2-7b", ""): "run 2: is empty; it takes a model",
+    ("qwen2-7b",): "runs: only one is given; add another to compare it with, or several cards with --gpu",
+    ("qwen2-7b", "--gpu", "3090"): "runs: only one is given",
+    ("qwen2-7b", ""): "run 2: is empty; write a model",
     (" ", "qwen2-7b"): "run 1: is empty",
     ("qwen2-7b", "qwen2-7b --gup 3090"): "run 2: No such option: --gup",
     ("qwen2-7b", "qwen2-7b --help"): "run 2: No such option: --help",
-    ("qwen2-7b", "qwen2-7b --method 'lora"): "run 2: quotes are opened inside it and not closed",
-    ("qwen2-7b", "qwen2-7b --format csv"): "run 2: --format is of the whole comparison; give it beside the runs",
-    ("qwen2-7b", "qwen2-7b --json"): "run 2: --json is of the whole comparison",
-    ("qwen2-7b", "qwen2-7b --output a.md"): "run 2: --output is of the whole comparison",
-    ("qwen2-7b", "qwen2-7b --strict"): "run 2: --strict is of the whole comparison",
-    ("qwen2-7b", "qwen2-7b --explain"): "run 2: --explain is of memplan estimate alone",
-    ("qwen2-7b", "qwen2-7b --spec r.yaml"): "run 2: --spec: name the file in the model's place, as in 'r.yaml'",
-    ("compare qwen2-7b", "qwen2-7b"): "run 1: compare is no model; a run is a model and its options",
-    ("qwen2-7b", "memplan qwen2-7b"): "run 2: memplan is no model",
+    ("qwen2-7b", "qwen2-7b --method 'lora"): "run 2: a quote inside it is not closed",
+    ("qwen2-7b", "qwen2-7b --format csv"): "run 2: --format applies to the whole comparison; put it outside the quotes",
+    ("qwen2-7b", "qwen2-7b --json"): "run 2: --json applies to the whole comparison",
+    ("qwen2-7b", "qwen2-7b --output a.md"): "run 2: --output applies to the whole comparison",
+    ("qwen2-7b", "qwen2-7b --strict"): "run 2: --strict applies to the whole comparison",
+    ("qwen2-7b", "qwen2-7b --explain"): "run 2: --explain only applies to memplan estimate",
+    ("qwen2-7b", "qwen2-7b --spec r.yaml"): "run 2: --spec: name the file in place of the model, as in 'r.yaml'",
+    ("compare qwen2-7b", "qwen2-7b"): "run 1: compare is not a model; a run is a model and its options",
+    ("qwen2-7b", "memplan qwen2-7b"): "run 2: memplan is not a model",
     ("qwen2-7b", "nowhere.yaml"): "run 2: spec: 'nowhere.yaml' cannot be read (No such file or directory)",
     ("qwen2-7b", "nowhere.json --gpu t4"): "run 2: spec: 'nowhere.json' cannot be read",
     ("qwen2-7b", "qwen2-7c"): "run 2: model: unknown name 'qwen2-7c'; did you mean qwen2-7b",
@@ -539,8 +539,8 @@ MISTAKES: dict[tuple[str, ...], str] = {
         "gpt2",
         "--format",
         "html",
-    ): "format (--format): 'html' is not there for a comparison; there are table, json",
-    ("qwen2-7b", "gpt2", "--output", "a.html"): "format: 'html' is not there for a comparison",
+    ): "format (--format): compare cannot write html; choose table, json",
+    ("qwen2-7b", "gpt2", "--output", "a.html"): "format: compare cannot write html",
     ("qwen2-7b", "gpt2", "--explain"): "No such option: --explain",
     ("qwen2-7b", "qwen2-7b --batch-size 2", "--output", "/nowhere/a.md"): "output (--output): '/nowhere/a.md' cannot",
 }
@@ -567,7 +567,7 @@ def test_the_exit_code_is_of_all_runs_together(compare_: Compare) -> None:
     ]
 
 
-def test_facts_that_are_missing_are_3(compare_: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_facts_exit_with_3(compare_: Compare, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(run: RunSpec, calibration: object = None) -> Estimate:
         if run.model == "gpt2":
             raise FactsMissingError("model: not here", "model")
@@ -588,7 +588,7 @@ def test_a_file_is_written_in_the_format_its_name_says(
     assert (tmp_path / name).read_text("utf-8").startswith(start)
 
 
-def test_the_manual_says_what_help_says(compare_: Compare) -> None:
+def test_the_manual_quotes_help(compare_: Compare) -> None:
     manual = " ".join((Path(memplan.__file__).parents[1] / "docs" / "cli.md").read_text("utf-8").split())
     text = compare_("--help").out
     says = [" ".join(part.split()) for part in text.partition("Training:")[0].split("\n\n")[1:3]]
@@ -597,14 +597,14 @@ def test_the_manual_says_what_help_says(compare_: Compare) -> None:
     assert [option for option in ("--spec", "--explain", "--online") if option in text.split()] == []
 
 
-def test_what_a_machines_profile_is_left_out_for_is_said_once(
+def test_an_unused_machine_profile_is_explained_once(
     compare_: Compare, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
-    old = calibrated(measurements(30), ORIGIN._replace(memplan="0.0.1"))
+    old = calibrate_card(measurements(30), ORIGIN._replace(memplan="0.0.1"))
     calibration.write(old, calibration.file_of("rtx-3090"))
     ran = compare_("qwen2-0.5b --method lora", "qwen2-0.5b --method qlora", "--gpu", "3090", "--json")
-    assert ran.err.count("this machine's profile of rtx-3090 is left out") == 1
+    assert ran.err.count("this machine's profile of rtx-3090 is ignored") == 1
     own = old.model_copy(update={"memplan": memplan.__version__})
     calibration.write(own, calibration.file_of("rtx-3090"))
     ran = compare_("qwen2-0.5b --method lora", "qwen2-0.5b --method lora --no-calibration", "--gpu", "3090", "--json")

@@ -1,4 +1,4 @@
-"""The questions of those who run a model: answers against estimates as they stand, and laws."""
+"""Questions about inference: answers against plain estimates, and laws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memplan.catalogue.quantization.weight_formats import FORMATS
 from memplan.cli import app
 from memplan.core.errors import MemplanError, SpecError
 from memplan.estimate.demand import Demand
-from memplan.planning.cache_choices import others
+from memplan.planning.cache_choices import alternative_caches
 from memplan.planning.inference import (
     DEGREES,
     Questions,
@@ -30,7 +30,7 @@ from memplan.planning.inference import (
     with_format,
     with_tp,
 )
-from memplan.planning.offers import Wanted, owned
+from memplan.planning.offers import CardFilter, parse_owned_cards
 from memplan.planning.plan import plan
 from memplan.planning.reach import reach
 from memplan.program.stored.weights import stored_weights
@@ -87,16 +87,17 @@ def test_every_choice_is_an_estimate_as_it_stands() -> None:
         assert choice.answer.bytes.used == estimate(with_format(run, choice.name)).bytes.used
 
 
-def test_weights_of_a_choice_are_those_its_engine_holds() -> None:
+def test_a_choices_weights_are_its_engines_weights() -> None:
     plain, *formats = ASKED.formats
-    rotary = 131_072 * 128 * 2  # cosines and sines of every position, which the engine keeps beside the weights
+    rotary = 131_072 * 128 * 2  # cosines and sines of every position, kept in addition to the weights
     assert plain.weights == 2 * 8_030_261_248 + rotary
     model = load_card("llama-3.1-8b")
     for choice in formats:
         assert choice.weights == sum(w.bytes for w in stored_weights(model, choice.name)) + rotary
 
 
-def test_what_does_not_fit_has_the_mildest_format_and_the_fewest_gpus_that_do() -> None:
+def test_runs_that_do_not_fit_get_the_mildest_format_and_fewest_gpus() -> None:
+    """A model that does not fit is offered the mildest format and the fewest GPUs that do."""
     found = questions(run_of("llama-3.1-70b", gpu="h100"))
     assert not found.fits
     assert (found.requests.value, found.context.value, found.full) == (0, 0, None)
@@ -114,11 +115,11 @@ def test_other_caches_are_those_of_the_engine_that_hold_more_requests() -> None:
     assert fp8.requests > ASKED.requests.value
 
 
-def test_what_may_be_tried_is_what_the_engine_has_and_the_run_does_not_say_itself() -> None:
+def test_only_alternatives_of_the_engine_that_the_run_leaves_open_are_tried() -> None:
     def names(*args: Any, **more: Any) -> list[str]:
-        return [step.format for step, _ in others(estimate(run_of(*args, **more)))]
+        return [step.format for step, _ in alternative_caches(estimate(run_of(*args, **more)))]
 
-    every = ["a prompt in parts", "quantized, 4 bits", "offloaded"]
+    every = ["chunked prefill", "quantized, 4 bits", "offloaded"]
     assert names("llama-3.2-1b", "transformers-5") == every
     assert names("llama-3.2-1b", "transformers-5", batch={"sequence": 1000}) == every[1:]
     assert names("llama-3.2-1b", "transformers-5", generation={"cache_implementation": "offloaded"}) == []
@@ -128,16 +129,16 @@ def test_what_may_be_tried_is_what_the_engine_has_and_the_run_does_not_say_itsel
 
 
 @ALL
-def test_other_caches_of_transformers_hold_what_its_own_does_not() -> None:
+def test_other_caches_of_transformers_fit_runs_the_default_does_not() -> None:
     found = questions(run_of(profile="transformers-5", batch={"sequence": 30000}))
-    assert [choice.name for choice in found.caches] == ["a prompt in parts", "quantized, 4 bits", "offloaded"]
+    assert [choice.name for choice in found.caches] == ["chunked prefill", "quantized, 4 bits", "offloaded"]
     assert not found.fits
     assert all(choice.fits for choice in found.caches)
     assert [choice.pace is None for choice in found.caches] == [False, True, True]
 
 
 @ALL
-def test_a_format_that_was_asked_for_starts_the_ladder() -> None:
+def test_a_requested_format_starts_the_ladder() -> None:
     asked = run_of(profile="llama.cpp-2026", gpu="3060", method={"quantization": {"format": "Q5_K_M"}})
     names = [choice.name for choice in questions(asked).formats]
     every = [step.format for step in FORMATS["llama.cpp-2026"]]
@@ -145,25 +146,25 @@ def test_a_format_that_was_asked_for_starts_the_ladder() -> None:
 
 
 @ALL
-def test_what_a_framework_cannot_divide_is_refused_by_name() -> None:
+def test_layouts_unsupported_by_a_framework_are_refused_by_name() -> None:
     found = questions(run_of("llama-3.2-1b", "transformers-4.51", "3060"))
     assert found.degrees[0].answer is not None
     assert all("not supported yet" in choice.refused for choice in found.degrees[1:])
     assert found.fewest is found.degrees[0]
-    assert all(choice.answer is not None for choice in found.placed)  # but by a device_map
+    assert all(choice.answer is not None for choice in found.placed)  # except by a device_map
 
 
-def test_speeds_are_of_the_weights_as_they_are_stored_and_of_the_engines_rank() -> None:
+def test_speeds_use_the_stored_weights_and_the_engines_rank() -> None:
     run = run_of()
     for choice in (*ASKED.degrees, *ASKED.formats):
         assert choice.pace is not None
-        assert 0 < choice.pace.work.bytes < choice.weights  # the table of tokens is not read
+        assert 0 < choice.pace.work.bytes < choice.weights  # the embedding table is not read
     load, why = load_of(estimate(with_tp(run, 4)))
     assert load is not None
     assert (load.tp, why) == (4, "")
 
 
-def test_nothing_is_known_of_layers_that_the_host_has() -> None:
+def test_speeds_with_layers_on_the_host_are_unknown() -> None:
     load, why = load_of(estimate(run_of("llama-3.2-1b", "llama.cpp-2026", "3060", serving={"gpu_layers": 4})))
     assert load is None
     assert "host" in why
@@ -171,7 +172,7 @@ def test_nothing_is_known_of_layers_that_the_host_has() -> None:
 
 def test_cards_hold_the_run_on_the_fewest_of_them() -> None:
     run = run_of(gpu=None)
-    found = places(run, Wanted(owned=owned("8x3060,2xh100,t4")))
+    found = places(run, CardFilter(owned=parse_owned_cards("8x3060,2xh100,t4")))
     assert {placed.gpu.name for placed in found} == {"rtx-3060-12gb", "h100-sxm"}
     for placed in found:
         there = with_tp(run, placed.tp).model_copy(update={"gpu": placed.gpu.name})
@@ -180,21 +181,21 @@ def test_cards_hold_the_run_on_the_fewest_of_them() -> None:
         assert placed.requests >= 1
     prices = [placed.price.low for placed in found if placed.price]
     assert prices == sorted(prices)
-    cheap = Wanted(owned=owned("8x3060,2xh100"), usd_per_hour=0.5)
+    cheap = CardFilter(owned=parse_owned_cards("8x3060,2xh100"), usd_per_hour=0.5)
     assert all(placed.price is not None and placed.price.low <= 0.5 for placed in places(run, cheap))
 
 
-def test_headroom_and_tight_are_asked_of_every_answer() -> None:
+def test_headroom_and_tight_apply_to_every_answer() -> None:
     less, more = (most_requests(run_of(), demand).value for demand in (Demand(headroom=2**30), Demand(tight=True)))
     assert less <= ASKED.requests.value < more
 
 
-def test_what_is_no_question_is_an_error_that_says_so() -> None:
+def test_invalid_questions_are_errors() -> None:
     for run, field in ((run_of(gpu=None), "gpu"), (RunSpec(model="gpt2", gpu="3060"), "task")):
         with pytest.raises(SpecError) as caught:
             questions(run)
         assert caught.value.field == field
-    with pytest.raises(SpecError, match=r"memplan\.questions answers"):
+    with pytest.raises(SpecError, match=r"use memplan\.questions for generate"):
         plan(run_of())
 
 
@@ -213,7 +214,7 @@ def test_formats_that_a_card_has_no_kernels_for_are_not_proposed() -> None:
     assert [choice.name for choice in new] == ["as asked, bf16", "fp8-channel", "w8a8-int8", "w4a16"]
 
 
-def test_a_run_that_does_not_fit_is_told_the_mildest_format_that_does() -> None:
+def test_a_run_that_does_not_fit_gets_the_mildest_fitting_format() -> None:
     from memplan.report.advice import help_line
 
     for profile, option in (("vllm-0.33", "--stored fp8-channel"), ("transformers-5", "--quant-format int8")):
@@ -229,7 +230,7 @@ def test_the_largest_model_is_one_whose_stored_weights_fit() -> None:
     run = run_of("llama-3.2-1b", "llama.cpp-2026", "t4", serving={"weights": "Q4_K_M"}, batch={"sequence": 2048})
     found = reach(run, "model")
     assert isinstance(found.value, str)
-    assert load_card(found.value).card["parameters"] * 2 > find_gpu("t4").usable  # in 16 bits it would not
+    assert load_card(found.value).card["parameters"] * 2 > find_gpu("t4").usable  # in 16 bits it would not fit
 
 
 @laws
@@ -272,7 +273,7 @@ def test_full_batches_make_more_tokens_and_each_request_fewer() -> None:
     assert full.per_request < one.per_request
 
 
-def test_json_of_the_command_is_what_the_library_says(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands_json_equals_the_librarys(capsys: pytest.CaptureFixture[str]) -> None:
     words = ["plan", "llama-3.1-8b", "--method", "generate", "--profile", "vllm-0.33", "--gpu", "4090"]
     with pytest.raises(SystemExit) as left:
         COMMAND.main([*words, "--seq-len", "8000", "--new-tokens", "192", "--json"])

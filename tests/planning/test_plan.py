@@ -1,4 +1,4 @@
-"""Plans are found by search and checked against exhaustive search: proposals fit, and nothing cheaper is missed."""
+"""Plans, checked against exhaustive search: proposals fit, and nothing cheaper is missed."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from memplan.models.cards import card_names, load_card
 from memplan.planning.advice import advise
 from memplan.planning.ladder import RUNGS, ladder
 from memplan.planning.levers import Lever, levers_of, pull
-from memplan.planning.offers import COUNTS, Offer, Wanted, offers, owned
+from memplan.planning.offers import COUNTS, CardFilter, Offer, offers, parse_owned_cards
 from memplan.planning.plan import plan, time_of
 from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
-from memplan.planning.step_time import cost, pace, work
+from memplan.planning.step_time import cost, step_pace, work
 from memplan.spec.run import changed
 from memplan.spec.training import Evaluation
 from tests.sampling import ALL, examples
@@ -51,7 +51,7 @@ def fits(run: RunSpec) -> bool:
 
 
 def alone(run: RunSpec, levers: tuple[Lever, ...]) -> bool | None:
-    """Whether the run fits with the levers; None where it cannot have them."""
+    """Return whether the run fits with the levers; None if it cannot have them."""
     try:
         return fits(pull(run, levers))
     except MemplanError:
@@ -96,7 +96,7 @@ def test_a_set_needs_every_one_of_its_levers(fields: dict[str, Any]) -> None:
 
 
 @ALL
-def test_no_set_holds_one_that_was_left_out_for_there_were_enough() -> None:
+def test_no_proposal_contains_a_smaller_set_that_already_fits() -> None:
     batch, kernels = {"micro": 16, "sequence": 1024}, {"checkpointing": "none"}
     run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4", batch=batch, kernels=kernels)
     for proposal in plan(run, most=1).proposals:
@@ -107,7 +107,7 @@ def test_no_set_holds_one_that_was_left_out_for_there_were_enough() -> None:
 
 @few
 @given(RUNS)
-def test_where_two_levers_do_that_leave_the_result_as_it_is_the_plan_has_such_a_way(
+def test_two_levers_that_preserve_results_are_proposed_if_they_suffice(
     fields: dict[str, Any],
 ) -> None:
     run = RunSpec(**fields)
@@ -120,7 +120,7 @@ def test_where_two_levers_do_that_leave_the_result_as_it_is_the_plan_has_such_a_
 
 
 @ALL
-def test_what_levers_save_adds_up_and_is_the_difference_of_two_estimates() -> None:
+def test_lever_savings_sum_to_the_difference_of_two_estimates() -> None:
     found = plan(RunSpec(model="qwen2-7b", method="lora", gpu="3090", batch={"micro": 8}))
     assert found.best is not None
     for proposal in found.proposals:
@@ -135,7 +135,7 @@ def test_what_levers_save_adds_up_and_is_the_difference_of_two_estimates() -> No
 
 
 @ALL
-def test_the_mildest_of_a_kind_is_proposed_and_sequences_are_as_long_as_they_may_be() -> None:
+def test_the_mildest_lever_is_proposed_and_sequences_stay_as_long_as_possible() -> None:
     run = RunSpec(model="qwen2-7b", method="lora", gpu="3090", batch={"micro": 8})
     found = plan(run)
     [micro] = [p for p in found.proposals if [lever.group for lever in p.levers] == ["batch"]]
@@ -149,7 +149,7 @@ def test_the_mildest_of_a_kind_is_proposed_and_sequences_are_as_long_as_they_may
 
 
 @ALL
-def test_headroom_is_left_free_and_tight_counts_where_it_is_asked() -> None:
+def test_headroom_stays_free_and_tight_counts_on_request() -> None:
     run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4", batch={"sequence": 512})
     assert plan(run).fits
     left = plan(run, headroom=25 * GIB // 2)
@@ -169,7 +169,7 @@ def test_headroom_that_no_card_can_leave_is_refused(headroom: int) -> None:
 
 
 @ALL
-def test_where_nothing_fits_the_nearest_is_named_and_by_how_much_it_misses() -> None:
+def test_if_nothing_fits_the_nearest_is_named_with_the_missing_memory() -> None:
     found = memplan.plan(RunSpec(model="qwen2-72b", method="full", gpu="t4"))
     assert found.proposals == ()
     assert found.best is None
@@ -195,7 +195,7 @@ def test_every_lever_has_its_costs_and_is_ordered_by_them() -> None:
     ).run
     levers = levers_of(run)
     assert [lever.tier for lever in levers] == sorted(lever.tier for lever in levers)
-    assert levers[-1].group == "gpus"  # what has to be bought comes last
+    assert levers[-1].group == "gpus"  # hardware to buy comes last
     groups = {"optimizer", "loss", "attention", "checkpointing", "batch", "precision", "method", "sequence", "gpus"}
     assert groups <= {lever.group for lever in levers}
     for lever in levers:
@@ -204,7 +204,7 @@ def test_every_lever_has_its_costs_and_is_ordered_by_them() -> None:
 
 
 @ALL
-def test_an_evaluation_that_does_not_fit_is_made_smaller_before_training_is() -> None:
+def test_an_evaluation_that_does_not_fit_shrinks_before_training_does() -> None:
     evaluation = {"micro": 8, "kept_batches": 4}
     found = plan(RunSpec(model="qwen2-7b", method="qlora", gpu="3090", also={"evaluation": evaluation}))
     assert found.best is not None
@@ -214,7 +214,7 @@ def test_an_evaluation_that_does_not_fit_is_made_smaller_before_training_is() ->
             before, after = phase_peaks(proposal.before), phase_peaks(proposal.answer)
             assert after.pop("eval") < before.pop("eval")
             assert after == before
-    # Of one field's parts each lever changes its own.
+    # Levers on the same field change different parts of it.
     levers = levers_of(found.answer.run)
     together = [next(v for v in levers if v.group == g) for g in ("evaluation", "kept logits", "what is kept")]
     changed_ = pull(found.answer.run, together).also.evaluation
@@ -229,7 +229,7 @@ def test_time_is_counted_and_rows_widen_it() -> None:
     time = time_of(before, after, (full,))
     assert time is not None
     assert time.basis == "derived"
-    # Forward and gradients of inputs are 2 + 2 per frozen parameter; the blocks' forward comes once more.
+    # Forward and input gradients are 2 + 2 per frozen parameter; the blocks' forward runs twice.
     assert 1.2 < time.low <= time.high < 1.5
     [paged] = [lever for lever in levers_of(before.run) if lever.keys == ("optimizer_paged",)]
     row = cost_of("optimizer_paged")
@@ -248,7 +248,7 @@ def test_time_is_counted_and_rows_widen_it() -> None:
 
 @few
 @given(RUNS)
-def test_the_largest_batch_is_what_an_exhaustive_search_finds(fields: dict[str, Any]) -> None:
+def test_the_largest_batch_equals_an_exhaustive_search(fields: dict[str, Any]) -> None:
     run = RunSpec(**fields)
     most = reach(run, "batch").value
     assert isinstance(most, int)
@@ -260,25 +260,25 @@ def test_the_largest_batch_is_what_an_exhaustive_search_finds(fields: dict[str, 
     ("held", "looks", "multiple", "most"),
     [
         ({*range(1, 11)}, 64, 1, 10),
-        ({*range(1, 11), 13, 17}, 64, 1, 17),  # beyond the first that does not fit
-        ({*range(1, 11), 30}, 64, 1, 10),  # there the tensors alone are too many
-        ({*range(1, 11), 13, 14}, 2, 1, 10),  # two looks: at 20 and 15
-        ({*range(1, 11), 12, 13}, 4, 4, 13),  # looks at multiples of four: at 12, and on from there
+        ({*range(1, 11), 13, 17}, 64, 1, 17),  # above the first that does not fit
+        ({*range(1, 11), 30}, 64, 1, 10),  # there the tensors alone do not fit
+        ({*range(1, 11), 13, 14}, 2, 1, 10),  # two probes: at 20 and 15
+        ({*range(1, 11), 12, 13}, 4, 4, 13),  # probes multiples of four: 12, and on from there
         (set[int](), 64, 1, 0),
     ],
 )
-def test_what_fits_beyond_the_first_that_does_not_is_found(
+def test_batches_that_fit_above_the_first_that_does_not_are_found(
     held: set[int], looks: int, multiple: int, most: int
 ) -> None:
     def tried(n: int) -> Any:
         gpu = SimpleNamespace(usable=20)
-        return SimpleNamespace(gpu=gpu, fits=n in held, told=lambda usable: False if n > usable else None)
+        return SimpleNamespace(gpu=gpu, fits=n in held, fits_card_of=lambda usable: False if n > usable else None)
 
     assert _largest(tried, Demand(), looks, multiple) == most
 
 
 @ALL
-def test_reach_says_what_binds() -> None:
+def test_reach_names_the_limiting_resource() -> None:
     run = RunSpec(model="qwen2-0.5b", method="lora", gpu="t4")
     for axis, value in (("batch", largest_batch(run)), ("sequence", largest_sequence(run))):
         found = reach(run, axis)
@@ -302,7 +302,7 @@ def test_the_largest_model_is_the_largest_of_those_that_fit() -> None:
     size = {name: int(load_card(name).card["parameters"]) for name in card_names()}
     assert fits(run.model_copy(update={"model": found.value}))
     for name in card_names():
-        if size[name] > size[str(found.value)] and size[name] < 6e9:  # larger ones outgrow 8 GiB by their weights
+        if size[name] > size[str(found.value)] and size[name] < 6e9:  # the weights of larger ones exceed 8 GiB
             try:
                 assert not fits(run.model_copy(update={"model": name})), name
             except MemplanError:
@@ -314,10 +314,10 @@ def test_ranks_that_divide_the_weights_hold_a_larger_model() -> None:
     alone_ = RunSpec(model="qwen2-0.5b", gpu="gtx-1070-ti")
     together = changed(alone_, "parallelism", world=64, dp=64, strategy="fsdp2")
     size = [int(load_card(str(reach(run, "model").value)).card["parameters"]) for run in (alone_, together)]
-    assert size[0] * 2 <= find_gpu("gtx-1070-ti").usable < size[1] * 2  # of two bytes each
+    assert size[0] * 2 <= find_gpu("gtx-1070-ti").usable < size[1] * 2  # two bytes each
 
 
-def test_reach_refuses_what_cannot_be_asked() -> None:
+def test_reach_refuses_invalid_questions() -> None:
     assert AXES == ("batch", "sequence", "rank", "model")
     with pytest.raises(UnknownNameError, match="max"):
         reach(REFUSED, "layers")
@@ -348,7 +348,7 @@ def test_the_frontier_is_the_longest_sequence_of_every_batch() -> None:
 # --- the ladder ---
 
 
-def test_the_ladder_starts_plain_and_every_rung_is_an_estimate_of_its_own() -> None:
+def test_the_ladder_starts_plain_and_estimates_every_rung() -> None:
     found = ladder(RunSpec(model="qwen2-0.5b", method="qlora", gpu="t4", batch={"micro": 4}))
     plain = found.plain.run
     assert (plain.method.kind, plain.precision.autocast, plain.kernels.checkpointing) == ("full", True, "none")
@@ -374,7 +374,7 @@ def test_offers_fit_and_come_cheapest_first() -> None:
     for offer in found.offers:
         assert offer.answer.run.gpu == offer.gpu.name
         assert fits(offer.answer.asked)
-        one = pace(work(offer.answer.asked), offer.gpu)
+        one = step_pace(work(offer.answer.asked), offer.gpu)
         assert one is not None
         if offer.count == 1 and offer.price is not None:
             assert offer.million == cost(one, offer.price)
@@ -383,7 +383,7 @@ def test_offers_fit_and_come_cheapest_first() -> None:
 
 def test_every_card_that_holds_the_run_is_offered() -> None:
     run = RunSpec(model="llama-3.2-1b", method="lora")
-    found = {offer.gpu.name for offer in offers(run, Wanted(counts=(1,)), most=1000).offers}
+    found = {offer.gpu.name for offer in offers(run, CardFilter(counts=(1,)), most=1000).offers}
     for gpu in all_gpus()[::9]:
         assert (gpu.name in found) == fits(run.model_copy(update={"gpu": gpu.name})), gpu.name
 
@@ -391,64 +391,64 @@ def test_every_card_that_holds_the_run_is_offered() -> None:
 @pytest.mark.parametrize(
     ("wanted", "holds"),
     [
-        (Wanted(vendors=("AMD",)), lambda offer: offer.gpu.vendor == "AMD"),
-        (Wanted(markets=("consumer",)), lambda offer: offer.gpu.market == "consumer"),
-        (Wanted(memory=(20 * GIB, 30 * GIB)), lambda offer: 20 * GIB <= offer.gpu.usable <= 30 * GIB),
-        (Wanted(usd_per_hour=0.3), lambda offer: offer.price is not None and offer.price.low <= 0.3),
-        (Wanted(counts=(2,)), lambda offer: offer.count == 2),
+        (CardFilter(vendors=("AMD",)), lambda offer: offer.gpu.vendor == "AMD"),
+        (CardFilter(markets=("consumer",)), lambda offer: offer.gpu.market == "consumer"),
+        (CardFilter(memory=(20 * GIB, 30 * GIB)), lambda offer: 20 * GIB <= offer.gpu.usable <= 30 * GIB),
+        (CardFilter(usd_per_hour=0.3), lambda offer: offer.price is not None and offer.price.low <= 0.3),
+        (CardFilter(counts=(2,)), lambda offer: offer.count == 2),
     ],
 )
-def test_only_what_is_wanted_is_offered(wanted: Wanted, holds: Any) -> None:
+def test_only_cards_that_meet_the_request_are_offered(wanted: CardFilter, holds: Any) -> None:
     found = offers(RunSpec(model="llama-3.2-1b", method="lora"), wanted, most=4).offers
     assert found
     assert all(map(holds, found))
 
 
-def test_what_is_owned_is_a_limit() -> None:
-    have = owned("2x3090, 1 x a100")
+def test_owned_cards_are_a_limit() -> None:
+    have = parse_owned_cards("2x3090, 1 x a100")
     assert [(card.gpu, card.count) for card in have] == [(find_gpu("3090"), 2), (find_gpu("a100"), 1)]
-    found = offers(RunSpec(model="llama-3.1-8b", method="lora"), Wanted(owned=have), each=True).offers
+    found = offers(RunSpec(model="llama-3.1-8b", method="lora"), CardFilter(owned=have), each=True).offers
     assert {(offer.gpu.name, offer.count) for offer in found} <= {
         ("rtx-3090", 1),
         ("rtx-3090", 2),
         (find_gpu("a100").name, 1),
     }
-    assert owned("t4")[0].count == 1
+    assert parse_owned_cards("t4")[0].count == 1
 
 
 @pytest.mark.parametrize(("text", "field"), [("", "have"), ("0x3090", "have"), ("2x", "gpu"), ("2xrtx-9999", "gpu")])
 def test_a_list_of_cards_that_cannot_be_read_is_named(text: str, field: str) -> None:
     with pytest.raises(MemplanError, match=field):
-        owned(text)
+        parse_owned_cards(text)
 
 
-def test_contradictory_wishes_are_named() -> None:
+def test_contradictory_requirements_are_named() -> None:
     with pytest.raises(SpecError, match="memory"):
-        offers(REFUSED, Wanted(memory=(2, 1)))
+        offers(REFUSED, CardFilter(memory=(2, 1)))
     with pytest.raises(SpecError, match="buy"):
-        offers(REFUSED, Wanted(vendors=("Intel",), markets=("laptop",), memory=(10**15, None)))
+        offers(REFUSED, CardFilter(vendors=("Intel",), markets=("laptop",), memory=(10**15, None)))
 
 
-def test_where_no_card_does_the_nearest_is_named_and_what_it_lacks() -> None:
-    found = offers(RunSpec(model="qwen2-72b"), Wanted(owned=owned("3090,t4")))
+def test_if_no_card_fits_the_nearest_is_named_with_the_missing_memory() -> None:
+    found = offers(RunSpec(model="qwen2-72b"), CardFilter(owned=parse_owned_cards("3090,t4")))
     assert found.offers == ()
     assert found.nearest is not None
     assert found.nearest.gpu == find_gpu("3090")
     on = estimate(RunSpec(model="qwen2-72b", gpu="3090"))
-    assert found.nearest.lacks == on.least - on.gpu.usable if on.gpu else False
+    assert found.nearest.short_by == on.least - on.gpu.usable if on.gpu else False
 
 
-def test_several_cards_run_what_one_does_not() -> None:
+def test_several_cards_run_models_that_one_does_not() -> None:
     run = RunSpec(model="llama-3.2-1b", precision="amp")
     assert not fits(run.model_copy(update={"gpu": "rtx-3060-12gb"}))
-    found = offers(run, Wanted(owned=owned("8x3060")))
+    found = offers(run, CardFilter(owned=parse_owned_cards("8x3060")))
     several: list[Offer] = [offer for offer in found.offers if offer.count > 1]
     assert several
     assert all(offer.count in COUNTS and offer.strategy != "none" and offer.answer.fits for offer in several)
     assert all(offer.answer.run.parallelism.world == offer.count for offer in several)
     row = cost_of("more_gpus")
-    for offer in several:  # each does its part, and all wait for what they send
-        one = pace(work(run.model_copy(update={"gpu": offer.gpu.name})), offer.gpu)
+    for offer in several:  # each computes its part, and all wait for communication
+        one = step_pace(work(run.model_copy(update={"gpu": offer.gpu.name})), offer.gpu)
         assert one is not None
         assert offer.million is not None
         assert row.low is not None
@@ -474,7 +474,7 @@ def test_advice_takes_the_first_step_that_fits_and_hides_no_other() -> None:
 
 
 @ALL
-def test_where_no_method_does_the_least_other_change_is_looked_for() -> None:
+def test_if_no_method_fits_the_smallest_other_change_is_searched() -> None:
     found = advise(RunSpec(model="qwen2-72b", gpu="t4"))
     assert [step.answer for step in found.steps[:3]] == ["no", "no", "no"]
     last = found.steps[3]

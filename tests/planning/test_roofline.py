@@ -1,4 +1,4 @@
-"""Tokens a second: what is read and computed against arithmetic, ranges against published measurements, and laws."""
+"""Tokens per second: bytes and operations against arithmetic, ranges against published measurements, and laws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memplan import RunSpec, find_gpu, load_card
 from memplan.catalogue.hardware import token_rates
-from memplan.planning.roofline import Load, Pace, decode, decoding, distinct, prefill, prefilling
+from memplan.planning.roofline import DecodingPace, Load, decode, decoding, distinct, prefill, prefilling
 from memplan.planning.step_time import work
 from memplan.program.stored.weights import stored_weights
 from tests.sampling import examples
@@ -29,7 +29,7 @@ CARDS = ("h100", "a100", "4090", "l4", "t4", "mi300x", "m2 ultra")
 
 
 @pytest.mark.parametrize("row", PUBLISHED, ids=lambda row: f"{row['model']}-{row['gpu']}-{row['format']}-{row['tp']}")
-def test_what_was_measured_and_published_lies_in_the_range(row: dict[str, Any]) -> None:
+def test_measured_and_published_speeds_lie_in_the_range(row: dict[str, Any]) -> None:
     load = Load(load_card(row["model"]), row["format"], tp=row["tp"], host=token_rates.REPLAY, recorded=row["recorded"])
     low, high = decode(load, find_gpu(row["gpu"]), row["prompt"], row["new_tokens"]).tokens_per_second
     assert low <= row["tokens_per_second"] <= high
@@ -42,7 +42,7 @@ def test_a_token_reads_every_weight_but_the_table_of_tokens_once() -> None:
     matrices = layers * (2 * h * h + 2 * h * kv + 3 * h * f) + v * h
     norms = (2 * layers + 1) * h
     step = decoding(Load(model), 1000, 25, 4)
-    assert step.weights == ((token_rates.PLAIN, 2 * (matrices + norms + 4 * h)),)  # of the table a row for each request
+    assert step.weights == ((token_rates.PLAIN, 2 * (matrices + norms + 4 * h)),)  # one embedding row per request
     token = layers * 2 * kv * 2
     assert step.caches == (4 * 1000 * token, 4 * 1024 * token)
     assert step.operations == 2 * 4 * matrices
@@ -55,7 +55,7 @@ def test_a_tied_table_is_read_as_the_head() -> None:
     assert decoding(Load(model), 8, 1, 1).bytes == sum(w.bytes for w in stored_weights(model))
 
 
-def test_of_experts_those_are_read_that_some_token_chose() -> None:
+def test_only_experts_chosen_by_some_token_are_read() -> None:
     model = load_card("qwen3-30b-a3b")
     every, chosen, h, m, layers = 128, 8, 2048, 768, 48
     expert = layers * 3 * h * m * 2
@@ -67,11 +67,11 @@ def test_of_experts_those_are_read_that_some_token_chose() -> None:
 
 @pytest.mark.parametrize("model", ["llama-3.2-1b", "qwen3-30b-a3b", "phi-3-mini-4k"])
 def test_a_prompt_takes_the_operations_that_a_forward_pass_of_training_does(model: str) -> None:
-    """But for the head, whose products are of the last token alone, and the diagonal of attention, counted whole."""
+    """Except for the head, applied to the last token only, and attention's diagonal, counted in full."""
     s, card = 512, load_card(model)
     kernels = {"checkpointing": "none", "attention": "flash_attention_2"}
     trained = work(RunSpec(model=model, batch={"sequence": s}, kernels=kernels))
-    attention = sum(p.operations * p.times for p in trained.products if p.attention) * 2 // 7  # forward of both passes
+    attention = sum(p.operations * p.times for p in trained.products if p.attention) * 2 // 7  # only forward
     mine = prefilling(Load(card), s)
     head = 2 * (s - 1) * card.vocab_size * card.hidden_size
     assert mine.operations + head == trained.forward - attention
@@ -88,10 +88,10 @@ def test_weights_in_fewer_bits_are_fewer_bytes_to_read() -> None:
     assert set(bits) == {token_rates.PLAIN, token_rates.BITSANDBYTES}
 
 
-def test_windows_bound_what_is_read_of_caches() -> None:
+def test_windows_bound_the_cache_reads() -> None:
     load = Load(load_card("gemma-3-1b"))
     grown = decoding(load, 100_000, 1, 1).caches[0] - decoding(load, 50_000, 1, 1).caches[0]
-    assert grown == 50_000 * 4 * 2 * 1 * 256 * 2  # of 26 layers 4 have no window
+    assert grown == 50_000 * 4 * 2 * 1 * 256 * 2  # 4 of 26 layers have no window
 
 
 def test_a_card_without_units_for_products_only_reads() -> None:
@@ -112,15 +112,13 @@ def test_every_rate_that_an_answer_rests_on_is_named_with_its_source() -> None:
 
 
 @given(st.integers(1, 512), st.integers(1, 512), st.integers(1, 1000))
-def test_distinct_experts_are_no_fewer_than_one_token_chooses_and_no_more_than_there_are(
-    e: int, k: int, n: int
-) -> None:
+def test_distinct_experts_lie_between_experts_per_token_and_all_experts(e: int, k: int, n: int) -> None:
     k = min(e, k)
     assert k - 1e-9 <= distinct(e, k, n) <= min(e, k * n) + 1e-9
     assert distinct(e, k, n) <= distinct(e, k, n + 1) + 1e-9
 
 
-def paced(model: str, gpu: str, prompt: int, requests: int, **load: Any) -> Pace:
+def paced(model: str, gpu: str, prompt: int, requests: int, **load: Any) -> DecodingPace:
     return decode(Load(load_card(model), **load), find_gpu(gpu), prompt, 64, requests)
 
 
@@ -149,7 +147,7 @@ def test_a_longer_context_and_more_requests_take_a_step_no_less_time(
 
 @laws
 @given(st.sampled_from(MODELS[:-1]), st.integers(1, 20_000), st.sampled_from([1, 2, 4]))
-def test_more_ranks_read_no_more_each(model: str, prompt: int, tp: int) -> None:
+def test_more_ranks_read_no_more_per_rank(model: str, prompt: int, tp: int) -> None:
     one, two = (decoding(Load(load_card(model), tp=n), prompt, 8, 4) for n in (tp, 2 * tp))
     assert two.bytes <= one.bytes
     assert two.caches <= one.caches
@@ -157,7 +155,7 @@ def test_more_ranks_read_no_more_each(model: str, prompt: int, tp: int) -> None:
 
 @laws
 @given(st.sampled_from(MODELS), st.sampled_from(CARDS), st.integers(1, 4000))
-def test_a_prompt_is_read_faster_a_token_than_tokens_are_made(model: str, gpu: str, prompt: int) -> None:
+def test_prefill_takes_less_time_per_token_than_decoding(model: str, gpu: str, prompt: int) -> None:
     load, card = Load(load_card(model)), find_gpu(gpu)
     whole = prefill(load, card, prompt)
     if whole is not None:

@@ -1,4 +1,4 @@
-"""What a step computes, as the arithmetic that gives it; how long that takes, as shares of what a card can do."""
+"""A step's operations, as closed arithmetic, and its time, as shares of a card's peak rates."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from memplan.planning.step_time import (
     cost,
     hourly,
     limits,
-    pace,
     ratio,
     shares,
+    step_pace,
     work,
 )
 from tests.sampling import ALL, examples, sampled
@@ -57,7 +57,7 @@ LINEAR = {
 LAYER = sum(out * into for out, into in LINEAR.values())
 HEAD = V * H
 PARAMETERS, TENSORS = L * (LAYER + 2 * H) + 2 * HEAD + H, L * (len(LINEAR) + 2) + 3
-SCORES = B * A * S * S * D  # points of either product of attention
+SCORES = B * A * S * S * D  # multiplications of either attention product
 
 
 def counted(**run: Any) -> Work:
@@ -70,7 +70,8 @@ def parts(w: Work) -> tuple[int, int, int, int]:
     return w.forward, w.recomputed, w.inputs, w.weights
 
 
-def test_full_training_takes_six_operations_a_parameter_and_token_and_three_times_attentions_products() -> None:
+def test_full_training_takes_six_operations_per_parameter_and_token_plus_attention() -> None:
+    """Attention adds three times its forward products."""
     products = 2 * N * (L * LAYER + HEAD)
     attention = 2 * 2 * L * SCORES
     w = counted()
@@ -78,8 +79,8 @@ def test_full_training_takes_six_operations_a_parameter_and_token_and_three_time
     assert w.operations == 6 * N * (L * LAYER + HEAD) + 3 * attention
 
 
-def test_checkpointing_computes_blocks_again_but_for_their_last_product() -> None:
-    """Nothing needs what the last product makes: its backward keeps its input, and recomputation stops there."""
+def test_checkpointing_recomputes_blocks_except_their_last_product() -> None:
+    """Nothing needs the last product's output: its backward keeps its input, and recomputation stops there."""
     block = 2 * N * LAYER + 2 * 2 * SCORES
     plain, twice = counted(), counted(kernels={"checkpointing": "full"})
     assert twice.recomputed == L * (block - 2 * N * H * F)
@@ -89,7 +90,7 @@ def test_checkpointing_computes_blocks_again_but_for_their_last_product() -> Non
 
 
 @pytest.mark.parametrize("kind", ["lora", "qlora"])
-def test_lora_makes_no_gradient_of_frozen_matrices_nor_of_the_first_layers_input(kind: str) -> None:
+def test_lora_skips_gradients_of_frozen_matrices_and_the_first_layers_input(kind: str) -> None:
     r = 8
     adapters = r * sum(out + into for out, into in LINEAR.values())
     entering = sum(out * into + r * into for out, into in (LINEAR[name] for name in "qkv"))
@@ -113,13 +114,13 @@ def test_checkpointing_has_the_first_layers_input_ask_for_a_gradient_under_lora(
 
 
 def test_frozen_layers_below_the_trained_one_have_no_backward() -> None:
-    """The trained one has all of it: the norm it begins with trains, and wants the gradient of what it makes."""
+    """The trained layer has all of it: its first norm trains, and needs the gradient of its output."""
     w = counted(method={"kind": "freeze", "trainable_layers": 1})
     assert parts(w)[1:] == (0, 2 * N * (LAYER + HEAD) + 2 * 2 * 2 * SCORES, 2 * N * LAYER)
 
 
 def test_flash_attention_leaves_out_the_masked_half_and_makes_the_scores_again() -> None:
-    """Five products backward instead of four; the memory-efficient kernel does as much, but not with a mask."""
+    """Five products backward instead of four; the memory-efficient kernel does the same, except with a mask."""
     plain = counted()
     for attention in ("sdpa", "flash_attention_2", "sdpa_efficient"):
         w = counted(kernels={"attention": attention})
@@ -137,7 +138,7 @@ def test_a_fused_loss_makes_its_gradients_in_forward() -> None:
 
 
 @pytest.mark.parametrize("loss", ["chunked", "chunked_lm_head"])
-def test_a_loss_in_chunks_takes_as_many_operations(loss: str) -> None:
+def test_a_chunked_loss_takes_the_same_operations(loss: str) -> None:
     assert parts(counted(kernels={"loss": loss})) == parts(counted())
 
 
@@ -152,7 +153,7 @@ def test_llm_int8_multiplies_forward_in_int8_and_backward_in_16_bits() -> None:
     w = counted(method={"kind": "qlora", "rank": 8, "quantization": {"format": "int8"}})
     in_int8 = sum(p.operations * p.times for p in w.products if p.dtype == "int8")
     assert in_int8 == 2 * N * L * LAYER
-    assert pace(w, find_gpu("v100")) is None  # no units for int8
+    assert step_pace(w, find_gpu("v100")) is None  # no units for int8
 
 
 def test_autocast_multiplies_in_the_compute_dtype() -> None:
@@ -169,8 +170,8 @@ def test_accumulation_repeats_the_pass_and_adds_gradients_up() -> None:
 
 
 def test_the_optimizer_reads_and_writes_states_parameters_and_gradients() -> None:
-    """bf16 throughout: a parameter, its gradient and two moments of two bytes each. What is rounded to 512 bytes, and a
-    number of steps for each, adds less than three more of those a tensor each time."""
+    """bf16 throughout: a parameter, its gradient and two moments, two bytes each. Rounding to 512 bytes and step
+    counters add less than three times 512 bytes per tensor."""
 
     def update(optimizer: str, clip: float | None = None) -> int:
         return counted(optimizer=optimizer, loop={"clip_grad_norm": clip}).update
@@ -182,8 +183,8 @@ def test_the_optimizer_reads_and_writes_states_parameters_and_gradients() -> Non
     assert 2 * PARAMETERS <= clipping < 2 * PARAMETERS + 512 * TENSORS
 
 
-def test_checkpoints_in_host_memory_go_there_and_come_back() -> None:
-    """The input of every layer, in bf16."""
+def test_offloaded_checkpoints_are_copied_out_and_back() -> None:
+    """The inputs of all layers, in bf16."""
     away, here = (counted(kernels={"checkpointing": how}) for how in ("offload", "full"))
     assert away.copied == 2 * L * 2 * N * H
     assert away._replace(copied=0) == here
@@ -197,16 +198,16 @@ def test_an_optimizer_on_the_host_gets_gradients_and_gives_parameters_back() -> 
     assert w.on_host > 2 * 2 * 2 * PARAMETERS  # two moments, read and written
 
 
-def test_bytes_fall_where_kernels_are_fused() -> None:
+def test_fused_kernels_move_fewer_bytes() -> None:
     stock, fused = counted(), counted(kernels={"fused": ("rms_norm", "rope", "swiglu", "cross_entropy")})
     assert fused.moved < stock.moved
     assert fused.calls < stock.calls
     assert fused.operations == stock.operations
 
 
-def test_quantised_layers_move_more_and_multiply_as_much() -> None:
+def test_quantised_layers_move_more_bytes_with_the_same_flops() -> None:
     method = {"kind": "qlora", "rank": 8, "quantization": {"kbit_preparation": False}}
-    few = {"micro": 1, "sequence": 8}  # tokens, so that matrices weigh
+    few = {"micro": 1, "sequence": 8}  # few tokens, so that matrices dominate
     lora, qlora = counted(method={"kind": "lora", "rank": 8}, batch=few), counted(method=method, batch=few)
     assert qlora.operations == lora.operations
     assert qlora.moved > lora.moved
@@ -222,8 +223,8 @@ assert LIMITS is not None
 ONE = Work(1000, 10**15, 0, 0, 0, (Product("bf16", False, 10**15, 1, 1),), 10**12, 10**11, 0, 0, 1)
 
 
-def test_a_step_takes_what_its_products_and_its_bytes_take_one_after_the_other() -> None:
-    found = pace(ONE, CARD)
+def test_a_steps_time_is_its_compute_time_plus_its_memory_time() -> None:
+    found = step_pace(ONE, CARD)
     assert found is not None
     peak, bandwidth = CARD.bf16_tflops * 1e12, CARD.bandwidth_gbps * 1e9
     expected = [
@@ -236,8 +237,8 @@ def test_a_step_takes_what_its_products_and_its_bytes_take_one_after_the_other()
     assert found.basis == "measured"
 
 
-def test_attention_has_a_share_of_its_own() -> None:
-    found = pace(ONE._replace(products=(Product("bf16", True, 10**15, 1, 1),), moved=0, update=0), CARD)
+def test_attention_has_its_own_share_of_peak() -> None:
+    found = step_pace(ONE._replace(products=(Product("bf16", True, 10**15, 1, 1),), moved=0, update=0), CARD)
     assert found is not None
     share = rates.attention((8, 0)).usual / 100
     assert found.seconds.usual == pytest.approx(10**15 / (CARD.bf16_tflops * 1e12 * share))
@@ -245,7 +246,7 @@ def test_attention_has_a_share_of_its_own() -> None:
 
 def test_a_product_of_few_rows_is_bound_by_its_bytes() -> None:
     few = ONE._replace(products=(Product("bf16", False, 10**6, 10**12, 3),), moved=0, update=0)
-    found = pace(few, CARD)
+    found = step_pace(few, CARD)
     assert found is not None
     assert found.seconds.usual == pytest.approx(3 * 10**12 / (CARD.bandwidth_gbps * 1e9 * WIDTH.usual / 100))
     assert found.bound == "bytes"
@@ -253,16 +254,16 @@ def test_a_product_of_few_rows_is_bound_by_its_bytes() -> None:
 
 def test_many_small_kernels_are_bound_by_the_host() -> None:
     many = Work(10, 10, 0, 0, 0, (Product("bf16", False, 10, 10, 1),), 10, 10, 0, 0, 10**6)
-    found = pace(many, CARD)
+    found = step_pace(many, CARD)
     assert found is not None
     assert found.seconds == pytest.approx((HOST.low, HOST.usual, HOST.high))
     assert found.bound == "host"
 
 
-def test_what_goes_over_the_bus_comes_on_top() -> None:
-    """An A100 with 16 lanes of PCIe 4.0, each of 1.969 GB a second."""
-    here = pace(ONE, CARD)
-    away = pace(ONE._replace(copied=10**12, on_host=10**11), CARD)
+def test_bus_transfers_add_to_the_time() -> None:
+    """An A100 with 16 lanes of PCIe 4.0 at 1.969 GB/s each."""
+    here = step_pace(ONE, CARD)
+    away = step_pace(ONE._replace(copied=10**12, on_host=10**11), CARD)
     assert here is not None
     assert away is not None
     bus, host = rates.BUS, rates.HOST_MEMORY
@@ -275,7 +276,7 @@ def test_what_goes_over_the_bus_comes_on_top() -> None:
     assert (here.bus, here.host) == (None, None)
 
 
-def test_every_cards_bus_is_known_or_taken_as_16_lanes_of_pcie_4() -> None:
+def test_unknown_buses_count_as_16_lanes_of_pcie_4() -> None:
     assert all(0 < rates.bus_gbps(gpu.pcie) < 200 for gpu in all_gpus())
     assert rates.bus_gbps(None) == rates.bus_gbps("PCIe 4.0 x16")
 
@@ -283,17 +284,17 @@ def test_every_cards_bus_is_known_or_taken_as_16_lanes_of_pcie_4() -> None:
 def test_a_card_of_two_devices_is_halved() -> None:
     whole = find_gpu("mi250x")
     assert whole.devices == 2
-    halves, one = pace(ONE, whole), pace(ONE, whole._replace(devices=1))
+    halves, one = step_pace(ONE, whole), step_pace(ONE, whole._replace(devices=1))
     assert halves is not None
     assert one is not None
     assert halves.seconds.usual == pytest.approx(2 * one.seconds.usual)
 
 
-def test_bf16_without_units_for_it_takes_as_long_as_fp32_and_says_so() -> None:
+def test_bf16_without_hardware_support_takes_fp32s_time_and_a_note() -> None:
     t4 = find_gpu("t4")
-    bf16 = pace(ONE, t4)
-    fp32 = pace(ONE._replace(products=(Product("fp32", False, 10**15, 1, 1),)), t4)
-    fp16 = pace(ONE._replace(products=(Product("fp16", False, 10**15, 1, 1),)), t4)
+    bf16 = step_pace(ONE, t4)
+    fp32 = step_pace(ONE._replace(products=(Product("fp32", False, 10**15, 1, 1),)), t4)
+    fp16 = step_pace(ONE._replace(products=(Product("fp16", False, 10**15, 1, 1),)), t4)
     assert bf16 is not None
     assert fp32 is not None
     assert fp16 is not None
@@ -304,11 +305,11 @@ def test_bf16_without_units_for_it_takes_as_long_as_fp32_and_says_so() -> None:
     assert fp32.seconds.usual - fp16.seconds.usual == pytest.approx((8 - 1) * products)
 
 
-def test_a_geforces_16_bit_rate_is_halved_and_its_fp32_rate_is_not() -> None:
-    """An RTX 3090 does 35.6 TFLOPS in fp32 (10,496 units x 2 x 1.695 GHz), and half as much as its title's 142."""
+def test_geforce_cards_have_half_the_16_bit_rate_and_full_fp32() -> None:
+    """An RTX 3090 does 35.6 TFLOPS in fp32 (10,496 units x 2 x 1.695 GHz), and half of its nominal 142 in 16 bits."""
     card = find_gpu("3090")
     work_ = ONE._replace(products=(Product("fp32", False, 10**15, 1, 1),), moved=0, update=0)
-    found = pace(work_, card)
+    found = step_pace(work_, card)
     assert found is not None
     assert found.seconds.usual == pytest.approx(10**15 / (35.58e12 * rates.ANY_PRODUCTS.usual / 100), rel=1e-3)
 
@@ -316,14 +317,14 @@ def test_a_geforces_16_bit_rate_is_halved_and_its_fp32_rate_is_not() -> None:
 def test_without_a_rate_there_is_no_answer() -> None:
     card = find_gpu("gtx-1080-ti")
     assert card.fp16_tflops is None
-    assert pace(ONE, card) is None
+    assert step_pace(ONE, card) is None
     assert ratio(ONE, ONE, card) is None
 
 
 @pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
 def test_every_card_answers_in_order_or_not_at_all(kind: str) -> None:
     w = counted(method=kind)
-    found = [p for p in (pace(w, gpu) for gpu in all_gpus()) if p is not None]
+    found = [p for p in (step_pace(w, gpu) for gpu in all_gpus()) if p is not None]
     assert len(found) > 150
     for p in found:
         assert 0 < p.seconds.low <= p.seconds.usual <= p.seconds.high
@@ -334,7 +335,7 @@ def test_every_card_answers_in_order_or_not_at_all(kind: str) -> None:
 @given(st.integers(1, 4), st.integers(1, 600), st.integers(1, 64), st.sampled_from(["full", "lora", "qlora"]))
 def test_more_tokens_never_take_less(micro: int, sequence: int, more: int, kind: str) -> None:
     def seconds(b: int, s: int) -> float:
-        found = pace(counted(method=kind, batch={"micro": b, "sequence": s}, kernels={"attention": "sdpa"}), CARD)
+        found = step_pace(counted(method=kind, batch={"micro": b, "sequence": s}, kernels={"attention": "sdpa"}), CARD)
         assert found is not None
         return found.seconds.usual
 
@@ -352,7 +353,7 @@ def test_a_ratio_is_narrower_than_either_time() -> None:
     assert found is not None
     low, high = found
     assert 1.1 < low <= high < 4 / 3 + 0.05
-    slow, fast = pace(twice, CARD), pace(plain, CARD)
+    slow, fast = step_pace(twice, CARD), step_pace(plain, CARD)
     assert slow is not None
     assert fast is not None
     assert low <= slow.seconds.usual / fast.seconds.usual <= high
@@ -381,7 +382,7 @@ def test_an_hours_price_is_the_range_of_the_dated_ones() -> None:
 
 
 def test_a_million_tokens_cost_their_seconds_at_the_hours_price() -> None:
-    found = pace(ONE, CARD)
+    found = step_pace(ONE, CARD)
     assert found is not None
     seconds = found.seconds.times(1_000_000 / 1000)
     assert cost(found).seconds == seconds
@@ -409,15 +410,15 @@ def test_every_rate_says_how_it_is_known() -> None:
     assert rates.attention((12, 0)) is rates.attention(None) is rates.ANY_ATTENTION
 
 
-def test_published_speeds_say_where_they_come_from() -> None:
+def test_published_speeds_state_their_source() -> None:
     for row in published().values():
         assert row["source"].startswith("https://")
         assert row["tokens_per_second"] > 0
-        assert ("golden" in row) != ("stack" in row)  # which says it for both
+        assert ("golden" in row) != ("stack" in row)  # the golden row has the stack
 
 
 @pytest.mark.parametrize("id", sampled(list(published())))
-def test_a_published_step_takes_as_long_as_memplan_says_or_misses_for_a_cause(id: str) -> None:
+def test_a_published_steps_time_is_met_or_misses_for_a_cause(id: str) -> None:
     t = timed(id)
     assert t.inside != bool(t.cause)
 
@@ -428,7 +429,7 @@ def read_from(gives: str) -> list[Timed]:
 
 @ALL
 def test_an_a100s_usual_rates_meet_the_runs_they_were_read_from() -> None:
-    """No other choice of the three, by steps of 5, meets them better by more than a hundredth."""
+    """No other choice of the three rates, in steps of 5, is better by more than a hundredth."""
     runs = read_from("A100")
     assert len(runs) == 45
     usual = shares(CARD)[1]
@@ -452,16 +453,16 @@ def test_runs_that_no_rate_was_read_from_are_near_the_usual_time() -> None:
 
 
 @ALL
-def test_an_h100_is_as_much_faster_than_an_a100_as_one_loop_was() -> None:
-    """A loop that takes half as long again as others does so on both."""
+def test_an_h100s_speedup_over_an_a100_matches_one_measured_loop() -> None:
+    """A loop that is 1.5 times slower than others is so on both cards."""
     for model in ("llama-3-8b-full", "llama-3-8b-lora", "llama-2-13b-lora", "phi-3-mini-full", "phi-3-mini-lora"):
         h100, a100 = (timed(f"universal-llm-trainer-{gpu}-{model}") for gpu in ("h100-sxm", "a100-80gb"))
         ours = h100.pace.seconds.usual / a100.pace.seconds.usual
         assert ours == pytest.approx(h100.seconds / a100.seconds, rel=0.15)
 
 
-def test_runs_with_and_without_fused_kernels_agree_on_what_products_take() -> None:
-    """At the share of the bandwidth that is usual, and not at others."""
+def test_runs_with_and_without_fused_kernels_agree_on_product_time() -> None:
+    """At the usual share of the bandwidth, and not at others."""
     for name in ("fms-base-mistralai-mistral-7b-v0.1-{}-lora-g1-b8", "fms-granite-ibm-powerlm-3b-{}-full-g1-b8"):
         stock, fused = timed(name.format("none")), timed(name.format("foak-fast-kernels"))
         assert stock.share == pytest.approx(fused.share, abs=0.01)

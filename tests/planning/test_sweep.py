@@ -1,4 +1,4 @@
-"""A grid's arrays are what `estimate` says run by run: bytes, phase and verdict."""
+"""A sweep's arrays equal `estimate` for each run: bytes, phase and verdict."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def assert_each_as_estimated(swept: Grid) -> None:
 
 @settings(max_examples=examples(12), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(runs(), st.sampled_from((None, *CARDS)), st.lists(st.integers(1, 40), min_size=1, max_size=3), VALUES)
-def test_a_grid_is_every_run_estimated_alone(
+def test_a_grid_equals_every_run_estimated_alone(
     run: dict[str, Any], gpu: str | None, batches: list[int], sequences: list[int]
 ) -> None:
     assert_each_as_estimated(memplan.grid(RunSpec(**run, gpu=gpu), batch=batches, sequence=sequences))
@@ -69,13 +69,13 @@ def test_kernels_with_sizes_of_their_own(loss: str, attention: str) -> None:
     assert_each_as_estimated(memplan.grid(run, batch=[2, 3], sequence=[7]))
 
 
-def test_ranks_of_several_gpus_are_answered_too() -> None:
+def test_ranks_of_several_gpus_can_be_swept() -> None:
     parallelism = {"world": 2, "dp": 2, "strategy": "fsdp2"}
     run = RunSpec(model="llama-3.2-1b", parallelism=parallelism, gpu="rtx-3060-12gb")
     assert_each_as_estimated(memplan.grid(run, batch=[1, 2, 4], sequence=[512, 2048]))
 
 
-def test_where_a_run_cannot_be_the_arrays_say_so() -> None:
+def test_arrays_mark_impossible_runs() -> None:
     swept = memplan.grid(RunSpec(model="gpt2", gpu="t4"), sequence=[1024, 1025])
     assert list(swept.allocated) == [estimate(RunSpec(model="gpt2", batch={"sequence": 1024})).bytes.allocated, -1]
     assert list(swept.verdict) == ["fits", ""]
@@ -104,10 +104,10 @@ def test_bytes_that_a_double_does_not_hold_are_exact() -> None:
         ({"batch": []}, "batch"),
         ({"sequence": [512, 0]}, "batch.sequence"),
         ({"batch": [-1]}, "batch.micro"),
-        ({"rank": [8]}, "method.rank"),  # of a method without adapters
+        ({"rank": [8]}, "method.rank"),  # a method without adapters
     ],
 )
-def test_what_no_run_can_have_is_named(swept: dict[str, list[int]], field: str) -> None:
+def test_impossible_sweep_values_are_named(swept: dict[str, list[int]], field: str) -> None:
     with pytest.raises((SpecError, ValueError), match=field.replace(".", r"\W+")):
         memplan.grid(RunSpec(model="qwen2-0.5b"), **swept)
 

@@ -1,4 +1,4 @@
-"""A step on the local GPU: what is read of it, every way it can end, and what the command says. The card is a fake."""
+"""A step on the local GPU: its readings, every way it can end, and the command's output. The card is a fake."""
 
 from __future__ import annotations
 
@@ -19,38 +19,38 @@ from memplan.cli import app
 from memplan.core.errors import MemplanError, ProbeError, SpecError
 from memplan.probe import libraries
 from memplan.probe.run import process, rows
-from memplan.probe.run.cuda import Card, Cuda, Phase, Reading, TorchCuda, look, watch
+from memplan.probe.run.cuda import Cuda, LocalGPU, Phase, Reading, TorchCuda, report_card, watch
 from memplan.probe.run.driver import in_use
-from memplan.probe.run.process import Ended, Here, Measured, here, measure, start
+from memplan.probe.run.process import Machine, MeasuredRun, ProcessResult, local_machine, measure, start
 from memplan.report import measurement as probed
 from tests.sampling import ALL
 from tests.tiny import SMALLEST
 
 MIB = 2**20
 TOTAL = 24_000 * MIB
-A3090 = Card("NVIDIA GeForce RTX 3090", (8, 6), memplan.find_gpu("rtx-3090").usable, "GPU-1234")
-MACHINE = Here(A3090, "550.54.15", {"torch": "2.13.0+cu130", "peft": "0.21.2"}, "")
+A3090 = LocalGPU("NVIDIA GeForce RTX 3090", (8, 6), memplan.find_gpu("rtx-3090").usable, "GPU-1234")
+MACHINE = Machine(A3090, "550.54.15", {"torch": "2.13.0+cu130", "peft": "0.21.2"}, "")
 RUN = RunSpec(model={"config": SMALLEST}, gpu="rtx-3090")
 
 needs_torch = pytest.mark.skipif(find_spec("torch") is None, reason="needs torch")
 
 
 class OutOfMemoryError(RuntimeError):
-    """What the fake card raises."""
+    """Raised by the fake card."""
 
 
 class FakeCuda:
-    """A card that holds what it is told: `allocated` and `reserved` in torch, `context` beside, `others` elsewhere."""
+    """A fake card: `allocated` and `reserved` in torch, `context` outside it, and `others` in other programs."""
 
     def __init__(self, others: int = 0) -> None:
         self.others, self.context = others, 0
         self.allocated = self.reserved = self.most_allocated = self.most_reserved = 0
         self.waited = 0
 
-    def card(self) -> Card:
+    def card(self) -> LocalGPU:
         return A3090
 
-    def first_tensor(self) -> None:
+    def create_context(self) -> None:
         self.context = 400 * MIB
         self.reserved = self.most_reserved = 2 * MIB
 
@@ -72,11 +72,11 @@ class FakeCuda:
     def wait(self) -> None:
         self.waited += 1
 
-    def ran_out(self, error: BaseException) -> bool:
+    def is_out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, OutOfMemoryError)
 
     def take(self, peak: int, after: int) -> None:
-        """Allocate up to `peak` MiB, and keep `after`. Segments are a tenth more, and stay."""
+        """Allocate up to `peak` MiB, and keep `after`. Segments are a tenth larger, and stay."""
         if peak > 10_000:
             raise OutOfMemoryError(
                 "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.68 GiB"
@@ -87,7 +87,7 @@ class FakeCuda:
 
 
 class FakeScript:
-    """Loads 1,000 MiB, and takes the MiB given for each phase of a step; kernels grow the context at the first one."""
+    """Loads 1,000 MiB, and allocates the given MiB in each phase of a step; the first kernels grow the context."""
 
     def __init__(self, cuda: FakeCuda, phase: Phase, peaks: dict[str, int]) -> None:
         self.cuda, self.phase, self.peaks = cuda, phase, peaks
@@ -105,7 +105,7 @@ PEAKS = {"forward": 3000, "backward": 4000, "clip": 1500, "step": 2000}
 
 
 def watched(cuda: Cuda, build: Callable[[RunSpec, Phase], Any], steps: int = 2) -> list[dict[str, Any]]:
-    """The events, as they come through the pipe."""
+    """Return the events, as they come through the pipe."""
     events: list[dict[str, Any]] = []
     watch(RUN, steps, cuda, build, lambda event: events.append(json.loads(json.dumps(event))))
     return events
@@ -116,19 +116,19 @@ def measured(
     peaks: dict[str, int] = PEAKS,
     said: str = "0",
     build: Callable[[FakeCuda, Phase], Any] | None = None,
-) -> Measured:
-    """A run on the fake card, nvidia-smi having `said` how many MiB were used before."""
+) -> MeasuredRun:
+    """Return a run measured on the fake card, after nvidia-smi `said` how many MiB were used before."""
     cuda = cuda or FakeCuda()
     make = build or (lambda cuda, phase: FakeScript(cuda, phase, peaks))
 
-    def started(request: dict[str, Any], timeout: float) -> Ended:
+    def started(request: dict[str, Any], timeout: float) -> ProcessResult:
         assert RunSpec.model_validate(request["run"]) == RUN
-        return Ended(watched(cuda, lambda run, phase: make(cuda, phase), request["steps"]), 0, "")
+        return ProcessResult(watched(cuda, lambda run, phase: make(cuda, phase), request["steps"]), 0, "")
 
     return measure(RUN, MACHINE, start=started, ask=lambda fields, uuid: said)
 
 
-# --- what is read ---
+# --- readings ---
 
 
 def test_a_run_is_read_phase_by_phase() -> None:
@@ -141,11 +141,11 @@ def test_a_run_is_read_phase_by_phase() -> None:
     assert run.allocated == 4000 * MIB
     assert run.reserved == 4400 * MIB
     assert run.process == (4400 + 500) * MIB
-    assert [run.beside(r) // MIB for r in run.readings[:3]] == [400, 400, 500]
+    assert [run.context_bytes(r) // MIB for r in run.readings[:3]] == [400, 400, 500]
     assert run.shown == (4400 + 500) * MIB
 
 
-def test_what_others_had_on_the_card_before_is_not_the_runs() -> None:
+def test_memory_used_by_others_before_is_not_the_runs() -> None:
     assert measured(FakeCuda(others=700 * MIB), said="700").process == measured().process
     assert measured(FakeCuda(others=700 * MIB), said="").process == measured().process + 700 * MIB
     assert measured(FakeCuda(others=700 * MIB), said="").before is None
@@ -153,7 +153,7 @@ def test_what_others_had_on_the_card_before_is_not_the_runs() -> None:
 
 
 @pytest.mark.parametrize("said", ["", "[N/A]", "N/A", "-1", "1 MiB", "²"])
-def test_what_nvidia_smi_does_not_know_is_no_number(said: str) -> None:
+def test_unknown_nvidia_smi_values_are_not_numbers(said: str) -> None:
     assert in_use("", lambda fields, uuid: said) is None
 
 
@@ -163,7 +163,7 @@ def test_the_card_has_done_its_work_before_it_is_read() -> None:
     assert cuda.waited == 1 + 2 * 4
 
 
-def test_running_out_of_memory_is_a_result_with_its_phase_and_all_before_it() -> None:
+def test_out_of_memory_is_a_result_with_phase_and_earlier_readings() -> None:
     run = measured(peaks={**PEAKS, "backward": 20_000})
     assert (run.outcome, run.phase, run.step) == ("out of memory", "backward", 1)
     assert run.said == "CUDA out of memory. Tried to allocate 2.00 GiB"
@@ -175,7 +175,7 @@ def test_running_out_of_memory_is_a_result_with_its_phase_and_all_before_it() ->
     assert line["phases"]["forward"] == 3000 * MIB
 
 
-def test_running_out_while_the_model_is_loaded_is_one_too() -> None:
+def test_running_out_of_memory_while_loading_is_a_result() -> None:
     def build(cuda: FakeCuda, phase: Phase) -> Any:
         with phase("load"):
             cuda.take(20_000, 0)
@@ -217,25 +217,25 @@ EVENT = '{"event": "begin", "phase": "forward", "step": 1}'
 READING = json.dumps({"event": "reading", **Reading("load", None, 1, 2, 2, 3)._asdict()})
 
 
-def child(code: str) -> Callable[[dict[str, Any], float], Ended]:
-    """A process that runs `code` in place of the probe's."""
+def child(code: str) -> Callable[[dict[str, Any], float], ProcessResult]:
+    """Return a process that runs `code` in place of the probe's."""
     before = f"import os, sys, time\nprint('''{READING}''')\nprint('''{EVENT}''', flush=True)\n"
     return lambda request, timeout: start(request, timeout, (sys.executable, "-c", before + code))
 
 
-def ended(code: str, timeout: float = 60) -> Measured:
+def ended(code: str, timeout: float = 60) -> MeasuredRun:
     return measure(RUN, MACHINE, timeout=timeout, start=child(code), ask=lambda fields, uuid: "0")
 
 
-def test_a_killed_process_leaves_what_it_had_said() -> None:
+def test_a_killed_process_leaves_its_earlier_events() -> None:
     run = ended("os.kill(os.getpid(), 9)")
     assert (run.outcome, run.phase, run.step) == ("killed", "forward", 1)
-    assert run.said == "the process was killed by SIGKILL, as the system does where the host's memory runs out"
+    assert run.said == "the process was killed by SIGKILL, as the system does when the host's memory runs out"
     assert [r.phase for r in run.readings] == ["load"]
 
 
 @ALL
-def test_a_process_that_does_not_answer_is_ended_with_what_it_started() -> None:
+def test_a_hanging_process_is_killed_with_its_children() -> None:
     run = ended("import subprocess\nsubprocess.run([sys.executable, '-c', 'import time; time.sleep(600)'])", 2)
     assert (run.outcome, run.phase, run.said) == ("no answer", "forward", "no answer in 2 seconds")
     assert [r.phase for r in run.readings] == ["load"]
@@ -246,49 +246,49 @@ def test_a_line_cut_off_by_the_end_is_left_out() -> None:
     assert (run.outcome, run.said) == ("failed", "the process ended with code 3")
 
 
-def test_the_last_words_of_a_process_are_repeated() -> None:
+def test_the_last_stderr_line_of_a_process_is_repeated() -> None:
     run = ended("sys.exit('a library\\nsaid \\x1b[31m this')")
     assert run.said == "the process ended with code 1: said \\x1b[31m this"
 
 
-def test_bitsandbytes_ending_the_process_for_want_of_memory_is_a_result() -> None:
+def test_bitsandbytes_exiting_for_lack_of_memory_is_a_result() -> None:
     run = ended("sys.exit('Error out of memory at line 382 in file /src/csrc/pythonInterface.cpp')")
     assert (run.outcome, run.phase) == ("out of memory", "forward")
 
 
-def test_a_process_that_never_reads_its_request_does_not_hold_us_up() -> None:
+def test_a_process_that_never_reads_its_request_does_not_block() -> None:
     many = RunSpec(model={"config": {**SMALLEST, "comment": ["x" * 1000] * 1000}})
     run = measure(many, MACHINE, start=child("os.close(0); os._exit(4)"), ask=lambda fields, uuid: "")
     assert run.outcome == "failed"
 
 
-# --- which card is here ---
+# --- the local card ---
 
 
-def looked(cuda: Any) -> Callable[[dict[str, Any], float], Ended]:
-    def started(request: dict[str, Any], timeout: float) -> Ended:
+def looked(cuda: Any) -> Callable[[dict[str, Any], float], ProcessResult]:
+    def started(request: dict[str, Any], timeout: float) -> ProcessResult:
         assert request == {}
         events: list[dict[str, Any]] = []
-        look(cuda, events.append)
-        return Ended(events, 0, "")
+        report_card(cuda, events.append)
+        return ProcessResult(events, 0, "")
 
     return started
 
 
-def test_the_card_the_driver_and_the_versions_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_driver_and_versions_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
-    machine = here(looked(FakeCuda()), lambda fields, uuid: f"{fields} of {uuid}")
+    machine = local_machine(looked(FakeCuda()), lambda fields, uuid: f"{fields} of {uuid}")
     assert machine.card == A3090
     assert machine.driver == "driver_version of GPU-1234"
     assert machine.versions == libraries.versions()
     assert machine.allocator == "expandable_segments:True"
 
 
-def no_gpu() -> Card:
+def no_gpu() -> LocalGPU:
     raise MemplanError("cuda: no GPU is here", "cuda")
 
 
-def broken() -> Card:
+def broken() -> LocalGPU:
     raise RuntimeError("CUDA driver version is insufficient")
 
 
@@ -297,17 +297,20 @@ def broken() -> Card:
     [
         (looked(SimpleNamespace(card=no_gpu)), "cuda: no GPU is here"),
         (looked(SimpleNamespace(card=broken)), "cuda: RuntimeError: CUDA driver version is insufficient"),
-        (lambda request, timeout: Ended([], None, ""), "cuda: the driver did not answer in 180 seconds"),
-        (lambda request, timeout: Ended([], -11, ""), "cuda: the process that asks for the GPU was killed by SIGSEGV"),
+        (lambda request, timeout: ProcessResult([], None, ""), "cuda: the driver did not answer in 180 seconds"),
         (
-            lambda request, timeout: Ended([], 1, "No module named 'torch'"),
+            lambda request, timeout: ProcessResult([], -11, ""),
+            "cuda: the process that asks for the GPU was killed by SIGSEGV",
+        ),
+        (
+            lambda request, timeout: ProcessResult([], 1, "No module named 'torch'"),
             "cuda: the process that asks for the GPU ended with code 1: No module named 'torch'",
         ),
     ],
 )
 def test_a_machine_without_a_card_that_answers_is_one_line(started: Any, line: str) -> None:
     with pytest.raises(MemplanError) as raised:
-        here(started, lambda fields, uuid: "")
+        local_machine(started, lambda fields, uuid: "")
     assert str(raised.value) == line
     assert raised.value.field == "cuda"
 
@@ -316,7 +319,7 @@ def test_a_machine_without_a_card_that_answers_is_one_line(started: Any, line: s
 
 
 class FakeTorch:
-    """torch, as far as a probe asks it."""
+    """The part of torch that a probe uses."""
 
     __version__ = "2.13.0+cu130"
     version = SimpleNamespace(cuda="13.0", hip=None)
@@ -338,9 +341,9 @@ class FakeTorch:
         device_memory_used = staticmethod(lambda device: 77)
 
 
-def test_torch_is_asked_for_what_the_probe_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_probe_calls_torchs_memory_functions(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = TorchCuda(FakeTorch)
-    assert cuda.card() == Card("A card", (8, 6), TOTAL, "GPU-12-34")
+    assert cuda.card() == LocalGPU("A card", (8, 6), TOTAL, "GPU-12-34")
     assert cuda.peaks() == (1, 2)
     assert (cuda.held(), cuda.used()) == (3, 900)
     monkeypatch.setattr("memplan.probe.run.cuda.in_use", lambda uuid: 5 if uuid == "GPU-12-34" else None)
@@ -361,10 +364,10 @@ def test_torch_is_asked_for_what_the_probe_wants(monkeypatch: pytest.MonkeyPatch
     ],
 )
 def test_only_errors_about_the_cards_memory_are_out_of_memory(error: BaseException, out: bool) -> None:
-    assert TorchCuda(FakeTorch).ran_out(error) is out
+    assert TorchCuda(FakeTorch).is_out_of_memory(error) is out
 
 
-def test_a_torch_without_cuda_and_a_machine_without_a_card_are_told_apart() -> None:
+def test_torch_without_cuda_is_distinguished_from_a_machine_without_a_card() -> None:
     class Without(FakeTorch):
         class cuda:  # noqa: N801
             is_available = staticmethod(lambda: False)
@@ -378,7 +381,7 @@ def test_a_torch_without_cuda_and_a_machine_without_a_card_are_told_apart() -> N
 
 @pytest.mark.torch
 @needs_torch
-def test_the_installed_torch_has_everything_that_is_asked_of_it() -> None:
+def test_the_installed_torch_has_every_function_the_probe_calls() -> None:
     import inspect
 
     import torch
@@ -393,8 +396,8 @@ def test_the_installed_torch_has_everything_that_is_asked_of_it() -> None:
 
 @pytest.mark.torch
 @needs_torch
-def test_the_training_script_goes_through_its_phases_under_watch() -> None:
-    """The real script, on the CPU: the fake card counts nothing, and sees every phase."""
+def test_watch_reports_every_phase_of_the_training_script() -> None:
+    """The real script, on the CPU: the fake card counts nothing, but sees every phase."""
     from memplan.probe.script.script import build
 
     events = watched(FakeCuda(), lambda run, phase: build(run, "cpu", phase))
@@ -404,7 +407,7 @@ def test_the_training_script_goes_through_its_phases_under_watch() -> None:
     assert phases == [("context", None), ("load", None), *((p, 1) for p in step), *((p, 2) for p in step)]
 
 
-# The probe's own process, but for a card of its own and the script on the CPU, that prints to standard output.
+# The probe's own process, except for a fake card and the script on the CPU, printing to standard output.
 PROCESS = """
 import memplan.probe.run.cuda as cuda
 import memplan.probe.script.script as script
@@ -424,7 +427,7 @@ cuda.main()
 
 @pytest.mark.torch
 @needs_torch
-def test_a_process_of_its_own_takes_the_steps_and_tells_them_all() -> None:
+def test_a_child_process_runs_and_reports_all_steps() -> None:
     root = Path(memplan.__file__).parents[1]
     command = (sys.executable, "-c", f"import sys; sys.path.insert(0, {str(root)!r})\n{PROCESS}")
     run = measure(
@@ -447,10 +450,10 @@ def test_the_real_process_answers_on_this_machine() -> None:
     import torch
 
     if torch.cuda.is_available():
-        assert here().card.total > 0
+        assert local_machine().card.total > 0
     else:
         with pytest.raises(MemplanError, match="cuda: no GPU is here"):
-            here()
+            local_machine()
 
 
 # --- lines of JSON ---
@@ -475,8 +478,8 @@ def test_a_line_is_a_golden_run() -> None:
 def test_two_runs_have_two_names() -> None:
     runs = [RUN, RUN.model_copy(update={"batch": RUN.batch.model_copy(update={"micro": 2})})]
     runs.append(RunSpec(model={"config": SMALLEST}, loop={"padded": True}))
-    assert len({rows.identity(run) for run in runs}) == 3
-    assert rows.identity(RUN).startswith("llama-full-bf16-adamw_torch_fused-sdpa-hf-ckpt-b1-s2048-")
+    assert len({rows.run_id(run) for run in runs}) == 3
+    assert rows.run_id(RUN).startswith("llama-full-bf16-adamw_torch_fused-sdpa-hf-ckpt-b1-s2048-")
 
 
 # --- the command ---
@@ -493,7 +496,7 @@ class Ran(NamedTuple):
 @pytest.fixture(name="probe")
 def _probe(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Ran]:
     monkeypatch.setattr(libraries, "require", lambda *names: None)
-    monkeypatch.setattr(process, "here", lambda: MACHINE)
+    monkeypatch.setattr(process, "local_machine", lambda: MACHINE)
 
     def run(*args: str) -> Ran:
         with pytest.raises(SystemExit) as left:
@@ -513,13 +516,13 @@ def config(tmp_path: Path) -> str:
 
 
 class Card3090:
-    """Measures every run on the fake card, and remembers which."""
+    """Measures every run on the fake card, and records the runs."""
 
     def __init__(self, peaks: dict[str, int] = PEAKS, **outcomes: str) -> None:
         self.peaks, self.outcomes = peaks, outcomes
         self.asked: list[RunSpec] = []
 
-    def __call__(self, run: RunSpec, machine: Here, steps: int = 2, timeout: float = 1) -> Measured:
+    def __call__(self, run: RunSpec, machine: Machine, steps: int = 2, timeout: float = 1) -> MeasuredRun:
         self.asked.append(run)
         outcome = self.outcomes.get(f"b{run.batch.micro}")
         found = measured(peaks=self.peaks)._replace(run=run)
@@ -538,13 +541,13 @@ def on_card(monkeypatch: pytest.MonkeyPatch, card: Any) -> Any:
 Probing = Callable[..., Ran]
 
 
-def test_the_command_shows_every_phase_beside_the_estimate(
+def test_the_command_shows_every_phase_next_to_the_estimate(
     probe: Probing, config: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = on_card(monkeypatch, Card3090())
     ran = probe(config, "--cuda")
     assert ran.code == 0, ran
-    assert card.asked[0] == RUN  # the path became the config, and the card the one that is here
+    assert card.asked[0] == RUN  # the path became the config, and the card the local one
     assert ran.err == ""
     lines = ran.out.splitlines()
     assert lines[0] == "measured on NVIDIA GeForce RTX 3090: 4.8 GiB used, 3.9 GiB of them in torch's tensors"
@@ -580,14 +583,14 @@ def test_every_outcome_has_its_line_and_code(
 
 
 def test_a_refused_run_is_wrong_input(probe: Probing, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refused(*args: Any) -> Measured:
+    def refused(*args: Any) -> MeasuredRun:
         return measured()._replace(outcome="refused", said="kernels.compile: a probe does not run it")
 
     on_card(monkeypatch, refused)
     assert probe(config, "--cuda") == (2, "", "memplan: kernels.compile: a probe does not run it\n")
 
 
-def test_a_card_that_is_too_small_is_said_before(probe: Probing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_that_is_too_small_is_reported_before_the_run(probe: Probing, monkeypatch: pytest.MonkeyPatch) -> None:
     card = on_card(monkeypatch, Card3090())
     ran = probe("qwen2-7b", "--cuda")
     assert ran.err.startswith("memplan: this run is expected to run out of memory: it needs ")
@@ -595,7 +598,7 @@ def test_a_card_that_is_too_small_is_said_before(probe: Probing, monkeypatch: py
     assert card.asked[0] == RunSpec(model="qwen2-7b", gpu="rtx-3090")
 
 
-def test_what_memplan_cannot_estimate_is_measured_all_the_same(
+def test_runs_without_an_estimate_are_still_measured(
     probe: Probing, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "config.json"
@@ -607,11 +610,15 @@ def test_what_memplan_cannot_estimate_is_measured_all_the_same(
 
 
 MISTAKES: dict[str, Sequence[str]] = {
-    "qwen2-7b": ("probe: say how", "--trace, --cuda, --gradients"),
+    "qwen2-7b": ("probe: choose one of", "--trace, --cuda, --gradients"),
     "qwen2-7b --cuda --trace": ("probe: ", "exclude each other"),
     "--cuda": ("model: name one",),
-    "qwen2-7b --cuda --gpu a100-80gb": ("gpu (--gpu): ", "A100", "is not here, but NVIDIA GeForce RTX 3090"),
-    "qwen2-7b --cuda --gpu 3090 --gpu t4": ("gpu (--gpu): a probe is of one card",),
+    "qwen2-7b --cuda --gpu a100-80gb": (
+        "gpu (--gpu): ",
+        "A100",
+        "is not in this machine, which has NVIDIA GeForce RTX 3090",
+    ),
+    "qwen2-7b --cuda --gpu 3090 --gpu t4": ("gpu (--gpu): a probe runs on one card",),
     "qwen2-7b --cuda --steps 0": ("steps (--steps): must be at least 1",),
     "qwen2-7b --cuda --timeout 0": ("timeout (--timeout): must be more than 0",),
     "qwen2-7b --cuda --rank 4": ("method.rank (--rank)", "no adapters"),
@@ -664,22 +671,22 @@ def test_the_manual_has_probes_own_options_as_help_has_them() -> None:
         assert "Default " in parameter.help
 
 
-# --- what may make figures differ ---
+# --- causes of deviations ---
 
 
-def noted(card: Card = A3090, usable: int | None = A3090.total, **of_run: Any) -> list[str]:
+def noted(card: LocalGPU = A3090, usable: int | None = A3090.total, **of_run: Any) -> list[str]:
     return list(probed.notes(measured()._replace(**of_run), MACHINE._replace(card=card), usable))
 
 
-def test_what_makes_figures_differ_is_noted() -> None:
+def test_causes_of_deviating_figures_are_noted() -> None:
     assert noted(shown=None) == []
-    assert "nvidia-smi did not tell" in noted(before=None)[0]
+    assert "nvidia-smi did not show" in noted(before=None)[0]
     assert noted(before=700 * MIB)[0].startswith("700.0 MiB on the card were in use before, by others")
-    assert "no row of" in noted(shown=None, usable=None)[0]
-    assert "memplan's row of it has" in noted(card=A3090._replace(total=10_000 * MIB), shown=None)[0]
+    assert "catalogue does not have" in noted(shown=None, usable=None)[0]
+    assert "memplan's catalogue has" in noted(card=A3090._replace(total=10_000 * MIB), shown=None)[0]
 
 
-def test_an_estimate_of_no_later_step_stands_beside_every_step() -> None:
+def test_an_estimate_without_later_steps_is_compared_with_every_step() -> None:
     run = RunSpec(model={"config": SMALLEST}, optimizer="sgd")
     answer = memplan.estimate(run)
     assert {p.step for p in answer.phases} == {None}

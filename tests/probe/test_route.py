@@ -1,4 +1,4 @@
-"""Answers by trace without torch: what is read off a trace, what is kept of it, what is refused before one is made."""
+"""Answers by trace without torch: reading a trace, the cache, and refusals before tracing."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from memplan.cli import app
 from memplan.core.errors import ConfigError, ProbeError, SpecError, UnknownNameError, UnsupportedModelError
 from memplan.core.units import GIB, MIB
 from memplan.probe import limits
-from memplan.probe.answer import _as_published
+from memplan.probe.answer import _architecture_notes
 from memplan.probe.route import estimates
 from memplan.probe.run import cache
 from memplan.probe.run.trace import Tracer
@@ -48,7 +48,7 @@ WEIGHT, GRADIENT, STATE, KEPT, LOGITS = 40 * MIB, 40 * MIB, 80 * MIB, 12 * MIB, 
 
 
 class Recording:
-    """A trace as the process that traces answers it: storages in the order they are made, phases with their peaks."""
+    """A trace as the tracing process answers it: storages in order of creation, phases with their peaks."""
 
     def __init__(self) -> None:
         self.storages: list[list[Any]] = []
@@ -91,7 +91,7 @@ class Recording:
 
 
 def two_steps(**more: Any) -> dict[str, Any]:
-    """Two layers' weights; in each step a tensor kept for backward, logits, and gradients; states from the first on."""
+    """Return a trace with two layers' weights; per step a saved tensor, logits and gradients; states from step 1 on."""
     r = Recording()
     for layer in range(2):
         r.make(WEIGHT // 2, "parameter", "empty_strided", name=f"model.layers.{layer}.fc.weight")
@@ -125,7 +125,7 @@ Asked = list[RunSpec]
 
 @pytest.fixture
 def traces(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Asked]:
-    """Every trace is `two_steps`, and the cache is empty; what was traced is in the list."""
+    """Make every trace `two_steps`, with an empty cache; return the list of traced runs."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr("memplan.probe.run.cache.versions", lambda: dict(VERSIONS))
 
@@ -152,7 +152,7 @@ def xglm(**parts: Any) -> RunSpec:
 Traces = Callable[..., Asked]
 
 
-# --- what an answer has of a trace
+# --- answers from a trace
 
 
 @pytest.mark.parametrize("gpu", [None, "3090", "h100"])
@@ -188,11 +188,11 @@ def test_an_answer_s_peaks_are_the_trace_s_and_cublas_workspaces(traces: Traces,
     assert [p.where for p in answer.phases if p.phase == "step"] == ["optimizer", "clipping"]
 
 
-def test_what_torch_holds_is_a_replay_and_what_the_card_shows_is_the_context_more(traces: Traces) -> None:
+def test_reserved_is_a_replay_and_used_adds_the_context(traces: Traces) -> None:
     traces()
     answer = memplan.estimate(xglm(), via="trace")
-    # each of its own: two weights of 20 MiB, what is kept, the logits, two states of 40 MiB; one gradient where the
-    # logits were, and the other of its own; both workspaces in one segment of 20 MiB
+    # one segment each: two weights of 20 MiB, the saved tensor, the logits, two states of 40 MiB; one gradient reuses
+    # the logits' segment, the other has its own; both workspaces share a segment of 20 MiB
     assert answer.bytes.reserved == WEIGHT + KEPT + LOGITS + STATE + GRADIENT // 2 + 20 * MIB
     assert answer.bytes.used == answer.bytes.reserved + cuda_context(None).usual
     assert answer.band.low < answer.bytes.used < answer.band.high
@@ -201,7 +201,7 @@ def test_what_torch_holds_is_a_replay_and_what_the_card_shows_is_the_context_mor
     assert plain.bytes.reserved != answer.bytes.reserved
 
 
-def test_the_ledger_has_equal_layers_together_and_where_they_are_from(traces: Traces) -> None:
+def test_the_ledger_groups_equal_layers_and_names_their_source(traces: Traces) -> None:
     traces()
     answer = memplan.estimate(xglm(), via="trace")
     lines = {line.what: line for line in answer.ledger}
@@ -216,7 +216,7 @@ def test_the_ledger_has_equal_layers_together_and_where_they_are_from(traces: Tr
     assert max(p.peak for p in answer.timeline) == answer.bytes.allocated
 
 
-def test_steps_that_do_not_differ_are_one(traces: Traces) -> None:
+def test_equal_steps_are_shown_as_one(traces: Traces) -> None:
     r = Recording()
     r.make(WEIGHT, "parameter", "empty_strided", name="w")
     r.phase("load", 0, 0)
@@ -245,7 +245,7 @@ def test_an_answer_says_that_it_is_traced(traces: Traces) -> None:
     assert memplan.estimate(RunSpec(model={"config": SMALLEST})).via == "engine"
 
 
-def test_a_card_that_is_too_small_is_told_by_what_is_alive(traces: Traces) -> None:
+def test_a_card_smaller_than_the_live_tensors_does_not_fit(traces: Traces) -> None:
     r = Recording()
     r.make(30 * GIB, "parameter", "empty_strided", name="w")
     r.phase("load", 0, 0)
@@ -256,17 +256,17 @@ def test_a_card_that_is_too_small_is_told_by_what_is_alive(traces: Traces) -> No
     assert answer.bytes.used > 30 * GIB
 
 
-def test_what_a_trace_does_not_see_is_left_out_and_said(traces: Traces) -> None:
+def test_quantities_invisible_to_a_trace_are_left_out_and_noted(traces: Traces) -> None:
     traces(two_steps(active=None))
     answer = memplan.estimate(xglm(kernels={"checkpointing": "offload"}), via="trace")
     assert [what.partition(":")[0] for what in answer.unsupported] == ["parameters.active", "host_bytes"]
     assert answer.parameters == (WEIGHT // 2,) * 3
 
 
-# --- which way
+# --- engine or trace
 
 
-def test_the_engine_is_asked_first_and_a_trace_only_for_what_it_has_no_stack_for(traces: Traces) -> None:
+def test_auto_traces_only_what_the_engine_has_no_stack_for(traces: Traces) -> None:
     asked = traces()
     known = RunSpec(model={"config": SMALLEST})
     assert memplan.estimate(known, via="auto").via == "engine"
@@ -281,7 +281,7 @@ def test_the_engine_is_asked_first_and_a_trace_only_for_what_it_has_no_stack_for
         memplan.estimate(xglm(), via="engin")  # pyright: ignore[reportArgumentType]
 
 
-def test_an_activation_that_a_family_s_stack_has_not_is_traced_too(traces: Traces) -> None:
+def test_an_activation_unknown_to_a_familys_stack_is_traced(traces: Traces) -> None:
     asked = traces()
     odd = RunSpec(model={"config": {**SMALLEST, "hidden_act": "relu"}})
     assert memplan.estimate(odd, via="auto").via == "trace"
@@ -294,7 +294,7 @@ def test_an_activation_that_a_family_s_stack_has_not_is_traced_too(traces: Trace
     assert error.value.field == "hidden_act"
 
 
-def test_what_no_class_and_no_file_says_is_not_traced(traces: Traces, tmp_path: Path) -> None:
+def test_errors_that_a_trace_cannot_avoid_are_not_traced(traces: Traces, tmp_path: Path) -> None:
     asked = traces()
     head = {"config": {**SMALLEST, "architectures": ["LlamaForQuestionAnswering"]}}
     write_gguf(tmp_path / "model.gguf", {"general.architecture": "mamba"}, [])
@@ -312,7 +312,7 @@ NO_CLASS = ProbeError(
 )
 
 
-def test_without_the_extra_the_line_names_the_nearest_family_and_what_to_install(traces: Traces) -> None:
+def test_without_the_extra_the_error_names_nearest_family_and_install_command(traces: Traces) -> None:
     traces(MISSING)
     with pytest.raises(UnsupportedModelError) as error:
         memplan.estimate(xglm(), via="auto")
@@ -327,23 +327,25 @@ def test_without_the_extra_the_line_names_the_nearest_family_and_what_to_install
 def test_code_from_a_hub_is_never_run_and_the_line_says_so(traces: Traces) -> None:
     traces(NO_CLASS)
     remote = {"auto_map": {"AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}}
-    with pytest.raises(UnsupportedModelError, match=r"code of its own \(auto_map\), which memplan never runs; nor can"):
+    with pytest.raises(UnsupportedModelError, match=r"custom code \(auto_map\), which memplan never runs; nor can"):
         memplan.estimate(xglm(config=remote), via="auto")
     traces()
     notes = memplan.estimate(xglm(config=remote), via="auto").notes
     assert any("never run: transformers' XGLMForCausalLM was traced" in note for note in notes)
 
 
-def test_a_run_that_a_probe_does_not_take_is_refused_with_its_field(traces: Traces) -> None:
+def test_a_run_unsupported_by_probes_is_refused_with_its_field(traces: Traces) -> None:
     asked = traces()
-    with pytest.raises(UnsupportedModelError, match="nor can its step be traced: parallelism: an answer by trace is"):
+    with pytest.raises(
+        UnsupportedModelError, match="nor can its step be traced: parallelism: an answer by trace covers"
+    ):
         memplan.estimate(xglm(parallelism={"world": 2, "dp": 2, "strategy": "ddp"}), via="auto")
     with pytest.raises(SpecError, match=r"optimizer\.name: a probe does not run galore_adamw"):
         memplan.estimate(xglm(optimizer="galore_adamw"), via="trace")
     assert asked == []
 
 
-def test_another_head_than_the_config_s_is_no_answer(traces: Traces) -> None:
+def test_a_trace_with_another_head_than_the_configs_is_refused(traces: Traces) -> None:
     traces()
     with pytest.raises(UnsupportedModelError, match="architectures: XGLMForSequenceClassification has a head"):
         memplan.estimate(xglm(config={"architectures": ["XGLMForSequenceClassification"]}), via="auto")
@@ -353,21 +355,21 @@ def test_another_head_than_the_config_s_is_no_answer(traces: Traces) -> None:
     assert not any("architectures" in note for note in same.notes)
 
 
-def test_towers_that_a_text_does_not_call_are_said(traces: Traces) -> None:
+def test_towers_unused_by_text_are_noted(traces: Traces) -> None:
     traces()
     notes = memplan.estimate(xglm(config={"vision_config": {"hidden_size": 32}}), via="auto").notes
     assert any("traced on text alone" in note for note in notes)
-    assert list(_as_published({"vision_config": {"hidden_size": 32}}, "", images=1)) == []
+    assert list(_architecture_notes({"vision_config": {"hidden_size": 32}}, "", images=1)) == []
 
 
 def test_a_checkpoint_that_is_stored_quantised_is_not_taken_for_another(traces: Traces) -> None:
     traces()
     stored = {"quantization_config": {"quant_method": "awq"}}
-    with pytest.raises(UnsupportedModelError, match="quantization_config: a checkpoint of awq"):
+    with pytest.raises(UnsupportedModelError, match="quantization_config: awq checkpoints"):
         memplan.estimate(xglm(config=stored), via="auto")
 
 
-# --- hostile configs: refused before anything is started
+# --- hostile configs: refused before a process starts
 
 
 DEEP: Any = []
@@ -404,7 +406,7 @@ JSON = st.recursive(
 
 
 def refusal(config: dict[str, Any]) -> str:
-    """The line about a config that nothing is traced of; empty where it may be."""
+    """Return the error about a config that is not traced; empty if it is traced."""
     try:
         limits.check(config)
     except ConfigError as error:
@@ -421,10 +423,10 @@ def test_any_config_is_taken_or_one_line(config: dict[str, Any]) -> None:
 # --- the cache
 
 
-def test_a_question_asked_again_is_not_traced_again(traces: Traces) -> None:
+def test_a_repeated_question_is_answered_from_the_cache(traces: Traces) -> None:
     asked = traces()
     first, second = (memplan.estimate(xglm(gpu=gpu), via="trace") for gpu in ("a100-80gb", None))
-    assert len(asked) == 1  # no card is one like an A100
+    assert len(asked) == 1  # without a card an A100 is assumed
     assert first.phases == second.phases
     assert first.gpu is not None
     memplan.estimate(xglm(), via="trace", cache=False)
@@ -449,7 +451,7 @@ def test_all_that_decides_a_trace_is_in_its_key(traces: Traces, other: dict[str,
     assert len(asked) == 2
 
 
-def test_a_trace_of_other_libraries_is_made_anew(traces: Traces, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_library_versions_are_traced_again(traces: Traces, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = traces()
     memplan.estimate(xglm(), via="trace")
     monkeypatch.setattr("memplan.probe.run.cache.versions", lambda: {**VERSIONS, "peft": "0.22.0"})
@@ -486,7 +488,7 @@ WRONG: dict[str, Callable[[bytes], bytes]] = {
 
 
 @pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG.keys())
-def test_an_entry_that_is_not_what_it_should_be_is_made_again(
+def test_an_invalid_cache_entry_is_traced_again(
     traces: Traces, tmp_path: Path, wrong: Callable[[bytes], bytes]
 ) -> None:
     asked = traces()
@@ -500,7 +502,7 @@ def test_an_entry_that_is_not_what_it_should_be_is_made_again(
     assert len(asked) == 2
 
 
-def test_an_entry_that_is_cut_or_grows_without_end_is_made_again(
+def test_a_truncated_or_oversized_cache_entry_is_traced_again(
     traces: Traces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = traces()
@@ -509,19 +511,19 @@ def test_an_entry_that_is_cut_or_grows_without_end_is_made_again(
     path.write_bytes(path.read_bytes()[:-20])
     memplan.estimate(xglm(), via="trace")
     assert len(asked) == 2
-    monkeypatch.setattr(cache, "_ONE", 100)
+    monkeypatch.setattr(cache, "_ENTRY_LIMIT", 100)
     memplan.estimate(xglm(), via="trace")
     assert len(asked) == 3
 
 
-def test_the_entries_used_longest_ago_go_where_all_are_too_large(
+def test_the_least_recently_used_entries_are_evicted(
     traces: Traces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = traces()
     memplan.estimate(xglm(), via="trace")
     first = entry(tmp_path)
     os.utime(first, (1, 1))
-    monkeypatch.setattr(cache, "_ALL", first.stat().st_size * 3 // 2)
+    monkeypatch.setattr(cache, "_CACHE_LIMIT", first.stat().st_size * 3 // 2)
     memplan.estimate(xglm(method="lora"), via="trace")
     assert entry(tmp_path) != first
     memplan.estimate(xglm(method="lora"), via="trace")
@@ -531,7 +533,7 @@ def test_the_entries_used_longest_ago_go_where_all_are_too_large(
     assert entry(tmp_path).stat().st_mtime > 1  # it was used
 
 
-@pytest.mark.parametrize("most", ["_ONE", "_ALL"])
+@pytest.mark.parametrize("most", ["_ENTRY_LIMIT", "_CACHE_LIMIT"])
 def test_a_trace_that_is_too_large_is_not_kept(
     most: str, traces: Traces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -541,14 +543,14 @@ def test_a_trace_that_is_too_large_is_not_kept(
     assert not (tmp_path / "cache" / "memplan" / "traces").exists()
 
 
-def test_traces_are_kept_for_the_code_that_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cached_traces_belong_to_the_code_that_made_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "__file__", str(tmp_path / "run" / "cache.py"))
     digests = set[str]()
     for code in ("a", "b", "a"):
         (tmp_path / "script.py").write_text(code)
-        cache._code.cache_clear()
-        digests.add(cache._code())
-    cache._code.cache_clear()
+        cache._code_digest.cache_clear()
+        digests.add(cache._code_digest())
+    cache._code_digest.cache_clear()
     assert len(digests) == 2
 
 
@@ -572,7 +574,7 @@ class Ran:
 
 @pytest.fixture
 def command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Ran]:
-    """`memplan` on a config.json of a family without a stack."""
+    """Return a function that runs `memplan` on a config.json of a family without a stack."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(XGLM))
 
@@ -585,9 +587,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[...,
     return run
 
 
-def test_the_command_traces_by_itself_and_lists_the_cards_of_the_same_kernels(
-    traces: Traces, command: Callable[..., Ran]
-) -> None:
+def test_the_command_traces_and_lists_cards_with_the_same_kernels(traces: Traces, command: Callable[..., Ran]) -> None:
     asked = traces()
     ran = command("CONFIG")
     assert (ran.code, ran.err) == (0, "")
@@ -602,7 +602,7 @@ def test_the_command_traces_by_itself_and_lists_the_cards_of_the_same_kernels(
     assert len(asked) == 4
 
 
-def test_the_command_can_be_told_never_to_trace(traces: Traces, command: Callable[..., Ran]) -> None:
+def test_the_command_can_disable_tracing(traces: Traces, command: Callable[..., Ran]) -> None:
     asked = traces()
     ran = command("CONFIG", "--via", "engine")
     assert (ran.code, ran.out, asked) == (2, "", [])
@@ -618,7 +618,7 @@ def test_every_format_has_a_traced_answer(traces: Traces, command: Callable[...,
     assert "traced" in ran.out
 
 
-def test_a_run_that_does_not_fit_is_told_the_smallest_card_that_holds_it(
+def test_a_traced_run_that_does_not_fit_names_the_smallest_fitting_card(
     traces: Traces, command: Callable[..., Ran]
 ) -> None:
     r = Recording()
@@ -638,14 +638,15 @@ def test_traced_and_estimated_runs_are_compared(traces: Traces, command: Callabl
     assert [answer["via"] for answer in json.loads(ran.out)["answers"]] == ["trace", "engine"]
 
 
-def test_a_plan_asks_the_engine_alone(traces: Traces, command: Callable[..., Ran]) -> None:
+def test_a_plan_uses_only_the_engine(traces: Traces, command: Callable[..., Ran], tmp_path: Path) -> None:
     asked = traces()
     ran = command("plan", "CONFIG", "--gpu", "3090")
     assert (ran.code, ran.out, asked) == (2, "", [])
     assert "memplan estimate can trace it, but a plan tries too many runs for that" in ran.err
     head = {"model": {"config": {**SMALLEST, "architectures": ["LlamaForQuestionAnswering"]}}}
-    Path("run.json").write_text(json.dumps(head), "utf-8")
-    ran = command("plan", "--spec", "run.json", "--gpu", "3090")
+    spec = tmp_path / "run.json"
+    spec.write_text(json.dumps(head), "utf-8")
+    ran = command("plan", "--spec", str(spec), "--gpu", "3090")
     assert (ran.code, ran.out, asked) == (2, "", [])
     assert "has a head of its own" in ran.err
     assert "trace" not in ran.err
@@ -654,15 +655,15 @@ def test_a_plan_asks_the_engine_alone(traces: Traces, command: Callable[..., Ran
 # --- the Hub
 
 
-def test_a_model_of_the_hub_is_traced_by_its_id_once_its_config_is_here(
+def test_a_hub_model_is_traced_once_its_config_is_cached(
     traces: Traces, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from memplan.models.cards import Facts
+    from memplan.models.cards import PublishedModel
 
     asked = traces()
     path = tmp_path / "config.json"
     path.write_text(json.dumps({**XGLM, "limit": float("inf")}))
-    monkeypatch.setattr("memplan.models.cards._from_hub", lambda hf_id: Facts(json.loads(path.read_text())))
+    monkeypatch.setattr("memplan.models.cards._from_hub", lambda hf_id: PublishedModel(json.loads(path.read_text())))
     monkeypatch.setattr("memplan.models.hub.cached", lambda hf_id: path)
     run = RunSpec(model="owner/unknown", batch={"sequence": 24})
     [answer] = estimates([(run, None)], online=True)
@@ -675,7 +676,7 @@ def test_a_model_of_the_hub_is_traced_by_its_id_once_its_config_is_here(
     assert model.config["_name_or_path"] == "unknown"
 
 
-def test_a_checkpoint_with_other_numbers_than_the_model_is_said(traces: Traces, tmp_path: Path) -> None:
+def test_a_checkpoint_with_another_parameter_count_is_noted(traces: Traces, tmp_path: Path) -> None:
     traces()
     tensors = {"model.embed_tokens.weight": ("BF16", (300, 64))}
     lacking = folder_of(tmp_path / "lacking", XGLM, tensors)

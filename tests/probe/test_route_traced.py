@@ -1,4 +1,4 @@
-"""Answers by trace with torch: of families without a stack, and of one with a stack beside the engine's answer."""
+"""Answers by trace with torch: for families without a stack, and for one with a stack against the engine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memplan.core.errors import MemplanError, ProbeError, SpecError
 from memplan.core.units import GIB, MIB
 from memplan.estimate.answer import Estimate
 from memplan.probe.answer import traced_answer
-from memplan.probe.limits import USUAL, Limits
+from memplan.probe.limits import DEFAULT_LIMITS, Limits
 from memplan.probe.run.trace import Tracer
 from tests.tiny import TINY
 
@@ -33,7 +33,7 @@ _PLAIN = {
     "vocab_size": 300,
     "max_position_embeddings": 64,
 }
-# Families without a stack, of four ways to be built: positions by table or rotated, biases, one or two norms.
+# Families without a stack and of different kinds: learned or rotary positions, biases, one or two norms.
 UNKNOWN: dict[str, dict[str, Any]] = {
     "xglm": {
         "d_model": 64,
@@ -56,7 +56,7 @@ def run_of(family: str, config: Mapping[str, Any], **parts: Any) -> RunSpec:
 
 @pytest.fixture(scope="module")
 def tracer() -> Iterator[Tracer]:
-    with Tracer(USUAL) as shared:
+    with Tracer(DEFAULT_LIMITS) as shared:
         yield shared
 
 
@@ -77,12 +77,12 @@ def test_a_family_without_a_stack_has_an_answer_that_adds_up(family: str, answer
     assert max(p.peak for p in answer.timeline) == answer.bytes.allocated
 
 
-def test_a_class_without_sdpa_is_said_to_have_none(answers: Mapping[str, Estimate]) -> None:
-    eager = {name for name, answer in answers.items() if any("has no sdpa" in note for note in answer.notes)}
+def test_a_class_without_sdpa_is_noted(answers: Mapping[str, Estimate]) -> None:
+    eager = {name for name, answer in answers.items() if any("does not support sdpa" in note for note in answer.notes)}
     assert eager == {"xglm"}
 
 
-def test_parameters_are_as_many_as_transformers_builds(answers: Mapping[str, Estimate]) -> None:
+def test_parameter_counts_equal_transformers(answers: Mapping[str, Estimate]) -> None:
     code = f"""
 import json, torch, transformers
 for name, config in {UNKNOWN!r}.items():
@@ -106,14 +106,14 @@ LLAMA = {
 
 
 @pytest.mark.parametrize("parts", LLAMA.values(), ids=LLAMA.keys())
-def test_a_family_with_a_stack_is_answered_alike_both_ways(parts: dict[str, Any], tracer: Tracer) -> None:
+def test_the_engine_and_a_trace_agree_on_a_known_family(parts: dict[str, Any], tracer: Tracer) -> None:
     run = run_of("llama", TINY["llama"], **parts)
     traced, engine = traced_answer(run, tracer, keep=False), estimate(run)
     assert traced.parameters == engine.parameters
     peaks, expected = ({(p.phase, p.step): p.peak for p in a.phases if p.phase != "load"} for a in (traced, engine))
     assert peaks == expected
     assert traced.bytes.allocated == engine.bytes.allocated
-    assert abs(traced.bytes.reserved - engine.bytes.reserved) <= 2 * MIB  # loading is in another order
+    assert abs(traced.bytes.reserved - engine.bytes.reserved) <= 2 * MIB  # loading order differs
     assert abs(traced.bytes.used - engine.bytes.used) <= 2 * MIB
     assert (traced.verdict.answer, traced.run.model_dump()) == (engine.verdict.answer, engine.run.model_dump())
 
@@ -126,7 +126,7 @@ def test_experts_that_a_token_is_not_sent_to_are_not_active(family: str, tracer:
     assert answer.parameters.active < answer.parameters.total
 
 
-def test_other_tasks_than_training_are_answered_too(tracer: Tracer) -> None:
+def test_tasks_other_than_training_are_traced(tracer: Tracer) -> None:
     run = run_of("xglm", UNKNOWN["xglm"], task="generate", batch={"micro": 2, "sequence": 24, "new_tokens": 3})
     answer = traced_answer(run, tracer, keep=False)
     assert [(p.phase, p.step) for p in answer.phases] == [("load", None), ("prefill", None), ("decode", None)]
@@ -153,7 +153,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[MemplanError], str]] = {
 
 
 @pytest.mark.parametrize(("family", "config", "kind", "line"), REFUSED.values(), ids=REFUSED.keys())
-def test_what_no_class_takes_is_one_line(
+def test_configs_that_no_class_accepts_are_one_line(
     family: str, config: dict[str, Any], kind: type[MemplanError], line: str, tracer: Tracer
 ) -> None:
     with pytest.raises(kind, match=line) as error:
@@ -161,7 +161,7 @@ def test_what_no_class_takes_is_one_line(
     assert "\n" not in str(error.value)
 
 
-def test_positions_are_those_of_text_less_the_rows_before_the_first() -> None:
+def test_positions_exclude_leading_rows_and_other_modalities() -> None:
     from torch import nn
 
     from memplan.probe.script.parameter_counts import positions
@@ -182,7 +182,7 @@ def test_positions_are_those_of_text_less_the_rows_before_the_first() -> None:
     assert sorted(positions(model)) == [("embed_positions", 64), ("position_embeddings", 64), ("wpe", 64)]
 
 
-def test_a_trace_without_end_is_ended_and_the_next_one_is_made() -> None:
+def test_an_endless_trace_is_stopped_and_the_next_one_works() -> None:
     endless = run_of("xglm", {**UNKNOWN["xglm"], "num_layers": 10**8})
     with Tracer(Limits(1, 8 * GIB, 10**13)) as tracer, pytest.raises(ProbeError, match="it took more than 1 seconds"):
         tracer.trace(endless)

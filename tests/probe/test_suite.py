@@ -1,4 +1,4 @@
-"""Suites: which runs are chosen for a card, how a file of them is read, and what is kept when it is broken off."""
+"""Suites: the runs chosen for a card, reading suite files, and what an interrupted suite keeps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from memplan import RunSpec
 from memplan.core.errors import MemplanError, ProbeError
 from memplan.planning.reach import largest_batch
 from memplan.probe.run import process, trace
-from memplan.probe.run.process import Measured
+from memplan.probe.run.process import MeasuredRun
 from memplan.probe.run.suite import MODELS, RECIPES, default_suite, minutes, plan, read_suite
 from memplan.spec.training import MethodKind
 from tests.probe.test_cuda import (
@@ -29,7 +29,7 @@ from tests.probe.test_cuda import (
 from tests.sampling import ALL
 from tests.tiny import SMALLEST
 
-CARD = "a100-sxm-80gb"  # holds most of what is tried first, so that its suite is quickly chosen
+CARD = "a100-sxm-80gb"  # holds most candidates, so that its suite is chosen quickly
 
 
 @cache
@@ -37,11 +37,12 @@ def chosen() -> list[RunSpec]:
     return default_suite(memplan.find_gpu(CARD), largest_batch)
 
 
-# --- the suite that is chosen for a card ---
+# --- the default suite for a card ---
 
 
 @ALL
-def test_a_card_gets_sixty_runs_of_every_method_loss_and_kind_of_checkpointing() -> None:
+def test_the_default_suite_has_sixty_runs_of_every_method_and_loss() -> None:
+    """Every method, loss and kind of checkpointing is among a card's runs."""
     runs = chosen()
     assert len(runs) >= 60
     assert len(set(runs)) == len(runs)
@@ -60,7 +61,7 @@ def test_most_fit_and_a_few_are_at_the_limit() -> None:
     assert answers["fits"] >= 60
     assert 2 <= answers["does not fit"] <= 4
     for run in chosen():
-        if memplan.estimate(run).verdict.answer == "does not fit":  # one sequence less may still run
+        if memplan.estimate(run).verdict.answer == "does not fit":  # one sequence fewer may still fit
             fewer = run.batch.model_copy(update={"micro": run.batch.micro - 1})
             assert memplan.estimate(run.model_copy(update={"batch": fewer})).verdict.answer in ("fits", "tight")
 
@@ -83,14 +84,14 @@ def test_a_card_without_bf16_gets_fp16() -> None:
 
 
 def test_a_probe_refuses_none_of_the_recipes() -> None:
-    from memplan.probe.refusals import settled
+    from memplan.probe.refusals import checked_run
     from memplan.probe.run.suite import run_with
 
     for recipe in RECIPES:
-        settled(run_with(MODELS[0], recipe, memplan.find_gpu("3090")))
+        checked_run(run_with(MODELS[0], recipe, memplan.find_gpu("3090")))
 
 
-def test_a_plan_says_what_is_expected_of_each_run() -> None:
+def test_a_plan_shows_each_runs_estimate() -> None:
     gpu = memplan.find_gpu("3090")
     fine = RunSpec(model={"config": SMALLEST}, gpu="3090")
     refused = RunSpec(model={"config": SMALLEST}, gpu="3090", kernels={"compile": True})
@@ -127,7 +128,7 @@ FILES = {
     "empty.jsonl": ("\n", "holds no runs"),
     "empty.yaml": ("runs: []", "holds no runs"),
     "one.yaml": ("model: qwen2-7b", "has no list of runs under the key runs"),
-    "list.yaml": ("- model: qwen2-7b", "holds no mapping"),
+    "list.yaml": ("- model: qwen2-7b", "must be a mapping"),
     "word.jsonl": (f"{LINE}\nqwen2-7b\n", "line 2 is not JSON"),
     "cut.jsonl": (f'{LINE}\n{{"model": ', "line 2 is not JSON"),
     "field.jsonl": ('{"model": "qwen2-7b", "metod": "lora"}', "line 1: metod: no such key; did you mean method?"),
@@ -137,7 +138,7 @@ FILES = {
 
 
 @pytest.mark.parametrize(("name", "file"), FILES.items(), ids=FILES)
-def test_a_file_that_is_no_suite_is_one_line(
+def test_an_invalid_suite_is_one_error_line(
     probe: Probing, tmp_path: Path, name: str, file: tuple[str | bytes | None, str]
 ) -> None:
     text, said = file
@@ -155,7 +156,7 @@ def test_a_file_that_is_no_suite_is_one_line(
 
 @pytest.fixture
 def suite(tmp_path: Path) -> str:
-    """Three runs, of one, two and three sequences."""
+    """Return a suite of three runs, with one, two and three sequences."""
     path = tmp_path / "suite.jsonl"
     batches = ({"micro": n, "sequence": 64} for n in (1, 2, 3))
     path.write_text("".join(json.dumps({"model": {"config": SMALLEST}, "batch": batch}) + "\n" for batch in batches))
@@ -170,14 +171,14 @@ def batches(card: Card3090) -> list[int]:
     return [run.batch.micro for run in card.asked]
 
 
-def test_every_run_is_a_line_as_soon_as_it_ends(
+def test_every_run_is_written_as_soon_as_it_ends(
     probe: Probing, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.jsonl"
     there: list[int] = []
 
     class Watching(Card3090):
-        def __call__(self, *args: Any) -> Measured:
+        def __call__(self, *args: Any) -> MeasuredRun:
             there.append(len(lines_of(output)) if output.exists() else 0)
             return super().__call__(*args)
 
@@ -195,23 +196,23 @@ def test_every_run_is_a_line_as_soon_as_it_ends(
     assert "out of memory in load; the out of memory" in ran.out
 
 
-def test_a_suite_goes_on_where_it_left_off(
+def test_an_interrupted_suite_resumes(
     probe: Probing, suite: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out.jsonl"
     on_card(monkeypatch, Card3090(b2="killed"))
-    assert probe("--suite", suite, "--output", str(output)).code == 1  # a GPU is what a suite is for
+    assert probe("--suite", suite, "--output", str(output)).code == 1  # a suite needs a GPU
     assert [line["outcome"] for line in lines_of(output)] == ["measured", "killed", "measured"]
     with output.open("a") as file:
         file.write('{"id": "cut off he')
     planned = probe("--suite", suite, "--dry-run", "--gpu", "3090", "--output", str(output))
-    assert planned.out.count("there already") == 2
+    assert planned.out.count("already done") == 2
     assert "1 run to do" in planned.out
     again = on_card(monkeypatch, Card3090())
     ran = probe("--suite", suite, "--output", str(output))
     assert ran.code == 0
-    assert ran.out.startswith(f"2 of 3 runs are in {output} already\n[1/1] ")
-    assert batches(again) == [2]  # the one that was killed, and nothing else
+    assert ran.out.startswith(f"2 of 3 runs are already in {output}\n[1/1] ")
+    assert batches(again) == [2]  # only the one that was killed
     assert [line["outcome"] for line in lines_of(output)] == ["measured", "killed", "measured", "measured"]
 
 
@@ -228,7 +229,7 @@ def test_a_card_that_is_gone_ends_the_suite_and_keeps_the_lines(
         return machine
 
     card = on_card(monkeypatch, Card3090(b2="no answer"))
-    monkeypatch.setattr(process, "here", here)
+    monkeypatch.setattr(process, "local_machine", here)
     ran = probe("--suite", suite, "--cuda", "--output", str(output))
     assert ran.code == 2
     assert ran.err == "memplan: cuda (--cuda): the driver did not answer in 180 seconds\n"
@@ -242,7 +243,7 @@ def test_an_interrupted_suite_keeps_the_lines(
     output = tmp_path / "out.jsonl"
     measure = Card3090()
 
-    def interrupted(*args: Any) -> Measured:
+    def interrupted(*args: Any) -> MeasuredRun:
         if measure.asked:
             raise KeyboardInterrupt
         return measure(*args)
@@ -252,7 +253,7 @@ def test_an_interrupted_suite_keeps_the_lines(
     assert len(lines_of(output)) == 1
 
 
-def test_without_a_file_lines_go_to_standard_output_and_words_to_standard_error(
+def test_without_a_file_rows_go_to_stdout_and_messages_to_stderr(
     probe: Probing, suite: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_card(monkeypatch, Card3090())
@@ -261,7 +262,7 @@ def test_without_a_file_lines_go_to_standard_output_and_words_to_standard_error(
     assert [line[:15] for line in ran.err.splitlines()] == [f"memplan: [{n}/3] " for n in (1, 2, 3)]
 
 
-def test_an_output_that_is_something_else_is_left_alone(probe: Probing, suite: str, tmp_path: Path) -> None:
+def test_an_output_file_of_another_kind_is_not_touched(probe: Probing, suite: str, tmp_path: Path) -> None:
     output = tmp_path / "notes.txt"
     output.write_text("my notes\n")
     ran = probe("--suite", suite, "--output", str(output))
@@ -287,11 +288,11 @@ def test_a_bare_suite_is_chosen_for_the_card_that_is_named(probe: Probing, monke
     assert [one["used"] for one in listed] == [memplan.estimate(run).bytes.used for run in few]
 
 
-def test_a_suite_for_no_card_asks_for_one(probe: Probing, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_suite_without_a_card_asks_for_one(probe: Probing, monkeypatch: pytest.MonkeyPatch) -> None:
     def nowhere() -> Any:
         raise MemplanError("cuda: no GPU is here", "cuda")
 
-    monkeypatch.setattr(process, "here", nowhere)
+    monkeypatch.setattr(process, "local_machine", nowhere)
     ran = probe("--suite", "--dry-run")
     assert (ran.code, ran.out) == (2, "")
     assert ran.err == ("memplan: gpu: name the card that the suite is for, as in --gpu 3090 (cuda: no GPU is here)\n")
@@ -300,20 +301,20 @@ def test_a_suite_for_no_card_asks_for_one(probe: Probing, monkeypatch: pytest.Mo
 MISTAKES = {
     "--suite --rank 3": "leave out --rank",
     "--suite qwen2-7b --method lora": "leave out --method",
-    "--gradients --suite": "--gradients is of one model",
+    "--gradients --suite": "--gradients takes one model",
     "--suite --gpu 3090 --gpu t4 --dry-run": "a suite runs on one card",
     "--suite --gpu a100-80gb --cuda": "A100",
 }
 
 
 @pytest.mark.parametrize("typed", MISTAKES)
-def test_what_a_suite_says_itself_is_not_typed_too(probe: Probing, typed: str) -> None:
+def test_a_suites_fields_cannot_also_be_options(probe: Probing, typed: str) -> None:
     ran: Ran = probe(*typed.split())
     assert (ran.code, ran.out) == (2, "")
     assert MISTAKES[typed] in ran.err
 
 
-def test_one_run_is_planned_too(probe: Probing) -> None:
+def test_a_single_run_can_be_planned(probe: Probing) -> None:
     ran = probe("qwen2-7b", "--method", "qlora", "--gpu", "3090", "--dry-run")
     assert ran.code == 0
     assert "1 run to do (1 fits)" in ran.out
@@ -342,24 +343,26 @@ def test_a_suite_is_traced_into_golden_lines(
     }
     assert (found[0]["peak"], found[0]["phase"], found[0]["loaded"]) == (70, "backward", 10)
     assert RunSpec(**found[0]["run"]) == RunSpec(model={"config": SMALLEST}, batch={"micro": 1, "sequence": 64})
-    assert probe("--suite", suite, "--trace", "--output", str(output)).out.startswith("2 of 3 runs are in ")
+    assert probe("--suite", suite, "--trace", "--output", str(output)).out.startswith("2 of 3 runs are already in ")
 
 
-def traced(run: RunSpec) -> trace.Traced:
-    """A run of one storage a phase: what is there after loading, and what each phase makes and frees."""
+def traced(run: RunSpec) -> trace.TracedRun:
+    """Return a trace with one storage per phase, given the bytes after loading and those of each phase."""
     peaks = [("load", 0, 10), ("forward", 1, 20), ("loss", 1, 40), ("backward", 1, 60), ("clip", 1, 20)]
     peaks += [("step", 1, 30), ("forward", 2, 50), ("backward", 2, 70), ("clip", 2, 20), ("step", 2, 30)]
-    storages = [trace.Storage(10, 10, (5,), "bfloat16", "empty", "model", "parameter", 0, 2 * len(peaks) - 1)]
+    storages = [trace.TracedStorage(10, 10, (5,), "bfloat16", "empty", "model", "parameter", 0, 2 * len(peaks) - 1)]
     events, phases = [0], [trace.TracedPhase("load", 0, 0, 1, 10, 0, 10)]
     for phase, step, peak in peaks[1:]:
         at = len(events)
-        storages.append(trace.Storage(peak - 10, peak - 10, (peak - 10,), "uint8", "mm", "model", "temp", at, at + 1))
+        storages.append(
+            trace.TracedStorage(peak - 10, peak - 10, (peak - 10,), "uint8", "mm", "model", "temp", at, at + 1)
+        )
         events += [len(storages) - 1, ~(len(storages) - 1)]
         phases.append(trace.TracedPhase(phase, step, at, at + 2, peak, at, 10))
-    return trace.Traced(run, tuple(storages), tuple(events), tuple(phases), 5, 5, {"torch": "2.13.0"}, 0.5)
+    return trace.TracedRun(run, tuple(storages), tuple(events), tuple(phases), 5, 5, {"torch": "2.13.0"}, 0.5)
 
 
-def test_one_trace_is_shown_over_time_and_beside_the_estimate(
+def test_a_trace_is_shown_over_time_and_next_to_the_estimate(
     probe: Probing, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "config.json").write_text(json.dumps(SMALLEST))
@@ -377,7 +380,7 @@ def test_one_trace_is_shown_over_time_and_beside_the_estimate(
     assert found["categories"]["temp"] == 60
     compared = {(row["phase"], row["step"]): row for row in found["compared"]}
     assert compared["backward", 2]["traced"] == 70
-    del compared["load", 0]  # compared line by line only where it is the peak
+    del compared["load", 0]  # compared line by line only if it is the peak
     for key, row in compared.items():
         lines = [line["bytes"] for line in found["differences"] if (line["phase"], line["step"]) == key]
         assert sum(lines) == row["estimated"] - row["traced"], key

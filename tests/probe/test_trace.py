@@ -1,4 +1,4 @@
-"""Traces: fake tensors against real ones, kernels' rows against arithmetic, traced steps against the estimate."""
+"""Traces: fake tensors against real ones, kernels' scratch against arithmetic, traced steps against the estimate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memplan.core.errors import MemplanError, ProbeError, SpecError, UnknownName
 from memplan.probe.difference import difference, phases
 from memplan.probe.fake import fake_device
 from memplan.probe.libraries import require
-from memplan.probe.run.trace import Traced, Tracer, traces
+from memplan.probe.run.trace import TracedRun, Tracer, traces
 from memplan.spec.training import Kernels
 from tests.tiny import TINY
 
@@ -29,24 +29,24 @@ pytest.importorskip("bitsandbytes")
 
 
 def tiny(family: str, **parts: Any) -> RunSpec:
-    """A run of the family's smallest config: 2 sequences of 24 tokens, unless `parts` says otherwise."""
+    """Return a run of the family's smallest config, with 2 sequences of 24 tokens by default."""
     model = {"config": {"model_type": family, **TINY[family]}}
     return RunSpec(model=model, **{"batch": {"micro": 2, "sequence": 24}, **parts})
 
 
 @pytest.fixture(scope="module")
 def tracer() -> Iterator[Tracer]:
-    """One process for all traces here: torch and its friends are imported once."""
+    """Share one process for all traces here, so that torch is imported once."""
     with Tracer() as shared:
         yield shared
 
 
 @pytest.fixture(scope="module")
-def traced(tracer: Tracer) -> Mapping[str, Traced]:
+def traced(tracer: Tracer) -> Mapping[str, TracedRun]:
     return {name: tracer.trace(run) for name, run in RUNS.items()}
 
 
-LONG = {"micro": 1, "sequence": 3200}  # more tokens than an embedding's backward takes without sorting them
+LONG = {"micro": 1, "sequence": 3200}  # more tokens than an embedding's backward handles without sorting
 PLAIN = {"checkpointing": "none"}
 HOST = {"offload": {"optimizer": True}}
 SAVED = {"offload": {"activations": True}}
@@ -76,10 +76,10 @@ RUNS = {
     "host, in backward": tiny("llama", optimizer={"name": "sgd", "in_backward": True}, parallelism=HOST),
     "in backward": tiny("gpt2", optimizer={"name": "adafactor", "in_backward": True}),
 }
-# What the estimate is known to differ in, by at most so many bytes of any phase: a table of bitsandbytes', what
-# MatMul8bitLt keeps beside its input, flash-attn's random state, which is one tensor and not two, labels that a fused
-# loss keeps, the rounding of eight chunks, a copy of the last chunk of 128 tokens without its last one, and the first
-# step's states where updates come in backward.
+# Known differences of the estimate, in bytes of any phase: bitsandbytes' table, tensors that MatMul8bitLt saves in
+# addition to its input, flash-attn's random state, which is one tensor and not two, labels kept by a fused loss, the
+# rounding of eight chunks, a copy of the last chunk of 128 tokens without its last token, and the first step's states
+# with updates in backward.
 NEAR = {
     "qlora": 1024,
     "flash 2": 1536,
@@ -91,7 +91,7 @@ NEAR = {
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_traced_peak_is_the_estimated_one(name: str, traced: Mapping[str, Traced]) -> None:
+def test_traced_and_estimated_peaks_are_equal(name: str, traced: Mapping[str, TracedRun]) -> None:
     trace, answer = traced[name], estimate(RUNS[name])
     assert (trace.parameters, trace.trainable) == (answer.parameters.total, answer.parameters.trainable)
     lines = [line for line in phases(trace, answer) if line.phase != "load"]
@@ -99,20 +99,20 @@ def test_a_traced_peak_is_the_estimated_one(name: str, traced: Mapping[str, Trac
     within = NEAR.get(name, 0)
     assert max(abs(line.estimated - line.traced) for line in lines) <= within, lines
     if not within:
-        assert [line for line in difference(trace, answer) if line.phase != "step"] == []  # whose scratch is one line
+        assert [line for line in difference(trace, answer) if line.phase != "step"] == []  # its scratch is one line
 
 
 @pytest.mark.parametrize("name", ["full", "lora"])
-def test_traced_and_recorded_allocations_fill_the_same_segments(name: str, traced: Mapping[str, Traced]) -> None:
+def test_traced_and_recorded_allocations_fill_the_same_segments(name: str, traced: Mapping[str, TracedRun]) -> None:
     reserved = estimate(RUNS[name]).bytes.reserved
     assert traced[name].peak < traced[name].reserved
-    assert abs(traced[name].reserved - reserved) <= 20 * 2**20  # the trace's loading is in another order
+    assert abs(traced[name].reserved - reserved) <= 20 * 2**20  # the trace loads in another order
 
 
-def test_what_an_estimate_lacks_and_what_it_has_too_many_sums_to_the_difference_of_every_phase(
-    traced: Mapping[str, Traced],
+def test_missing_and_surplus_tensors_sum_to_each_phases_difference(
+    traced: Mapping[str, TracedRun],
 ) -> None:
-    # a trace beside the estimate of another run: without checkpointing, with adapters twice as wide
+    # a trace compared with the estimate of another run: without checkpointing, with adapters twice as wide
     for name, other in (
         ("full", tiny("llama", optimizer="adamw_torch", kernels=PLAIN)),
         ("lora", tiny("mistral", method={"kind": "lora", "rank": 8}, kernels={"checkpointing": "full"})),
@@ -131,7 +131,7 @@ def test_what_an_estimate_lacks_and_what_it_has_too_many_sums_to_the_difference_
         assert any(off.values())
 
 
-def test_the_lines_name_tensors_on_either_side(traced: Mapping[str, Traced]) -> None:
+def test_the_lines_name_tensors_on_either_side(traced: Mapping[str, TracedRun]) -> None:
     kept = difference(traced["full"], estimate(tiny("llama", optimizer="adamw_torch", kernels=PLAIN)))
     assert {line.verdict for line in kept if line.where.startswith("model.layers")} >= {"too many"}
     let_go = difference(traced["lora"], estimate(tiny("mistral", method={"kind": "lora", "rank": 4})))
@@ -140,7 +140,7 @@ def test_the_lines_name_tensors_on_either_side(traced: Mapping[str, Traced]) -> 
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_a_trace_adds_up(name: str, traced: Mapping[str, Traced]) -> None:
+def test_a_trace_adds_up(name: str, traced: Mapping[str, TracedRun]) -> None:
     trace = traced[name]
     assert min(trace.allocated) >= 0
     assert trace.peak == max(trace.allocated) == sum(trace.categories.values()) == sum(s.bytes for s in trace.alive)
@@ -173,15 +173,15 @@ CPU = [
 
 
 @pytest.mark.parametrize("run", CPU, ids=lambda run: run.method.kind)
-def test_tensors_without_data_are_made_and_freed_as_tensors_with_data(run: RunSpec, tracer: Tracer) -> None:
-    steps = run.batch.accumulation  # one is enough to see forward, backward and states made, two to see them kept
+def test_fake_tensors_are_allocated_and_freed_like_real_ones(run: RunSpec, tracer: Tracer) -> None:
+    steps = run.batch.accumulation  # one shows forward, backward and the creation of states, two their reuse
     fake, real = (tracer.trace(run, steps, device="cpu", data=data) for data in (False, True))
     assert fake.events == real.events
     assert fake.storages == real.storages
     assert fake.phases == real.phases
 
 
-# --- what kernels allocate inside themselves
+# --- scratch memory of kernels
 
 
 def scratch(op: str, *args: Any, capability: tuple[int, int] = (8, 0), **kwargs: Any) -> list[int]:
@@ -197,7 +197,7 @@ def meta(*shape: int, dtype: str = "bfloat16") -> Any:
     return torch.empty(shape, dtype=getattr(torch, dtype), device="meta")
 
 
-def test_flash_backward_holds_row_sums_and_an_fp32_gradient_and_expands_grouped_keys() -> None:
+def test_flash_backward_allocates_row_sums_fp32_gradients_and_expanded_key_gradients() -> None:
     op = "aten::_scaled_dot_product_flash_attention_backward"
     q, k = meta(2, 8, 100, 40), meta(2, 4, 100, 40)
     assert scratch(op, None, q, q, q) == [4 * 2 * 8 * 128, 4 * 2 * 8 * 128 * 64]
@@ -241,10 +241,10 @@ def test_a_4_bit_product_dequantises_its_matrix_where_bitsandbytes_would() -> No
     assert plain == [14336 * 4096 * 2]
     nested = scratch(op, x, None, (14336, 4096), None, 64, "nf4", absmax_8bit=meta(1))
     assert nested == [4 * 14336 * 4096 // 64] * 2 + plain
-    assert scratch(op, meta(1, 4096), None, (14336, 4096), None, 64, "nf4") == []  # its own kernel, for one token
+    assert scratch(op, meta(1, 4096), None, (14336, 4096), None, 64, "nf4") == []  # the fused kernel, for one token
 
 
-def test_every_row_is_met_by_a_traced_step(traced: Mapping[str, Traced]) -> None:
+def test_every_row_is_met_by_a_traced_step(traced: Mapping[str, TracedRun]) -> None:
     met = {storage.op for trace in traced.values() for storage in trace.storages}
     assert met >= {
         "flash row sums",
@@ -257,7 +257,7 @@ def test_every_row_is_met_by_a_traced_step(traced: Mapping[str, Traced]) -> None
     }
 
 
-def test_the_card_decides_the_kernel(traced: Mapping[str, Traced]) -> None:
+def test_the_card_decides_the_kernel(traced: Mapping[str, TracedRun]) -> None:
     def kernels(name: str) -> set[str]:
         return {s.op for s in traced[name].storages if s.op.startswith("_scaled_dot_product") and "back" not in s.op}
 
@@ -269,7 +269,7 @@ def test_the_card_decides_the_kernel(traced: Mapping[str, Traced]) -> None:
 # --- families without a stack, other tasks
 
 
-def test_a_family_without_a_stack_is_traced_all_the_same(tracer: Tracer) -> None:
+def test_a_family_without_a_stack_can_be_traced(tracer: Tracer) -> None:
     config = {"model_type": "persimmon", **TINY["mistral"]}
     run = RunSpec(model={"config": config}, batch={"micro": 2, "sequence": 24}, method="lora", precision="fp32")
     trace = tracer.trace(run, steps=1)
@@ -286,13 +286,13 @@ def test_generation_keeps_its_cache_and_the_last_token_s_logits(tracer: Tracer) 
     vocabulary = TINY["llama"]["vocab_size"]
     assert max(s.shape[0] for s in trace.storages if s.op == "mm" and s.shape[1:] == (vocabulary,)) == 2
     forward = tracer.trace(tiny("llama", task="forward"), steps=1)
-    assert forward.phases[-1].left - forward.phases[0].left == 512  # nothing is kept but the ids
+    assert forward.phases[-1].left - forward.phases[0].left == 512  # only the ids stay
 
 
 def test_a_trace_has_the_caches_that_generate_makes(tracer: Tracer) -> None:
     batch = {"micro": 2, "sequence": 64, "new_tokens": 3}
 
-    def traced(**generation: Any) -> Traced:
+    def traced(**generation: Any) -> TracedRun:
         return tracer.trace(tiny("llama", task="generate", batch=batch, generation=generation), steps=1)
 
     sizes = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
@@ -313,7 +313,7 @@ def test_a_backend_that_is_not_installed_is_named(tracer: Tracer) -> None:
     assert caught.value.field == "generation.cache_config.backend"
 
 
-# --- what cannot be traced
+# --- runs that cannot be traced
 
 
 CHATGLM = {"model_type": "chatglm", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -333,7 +333,7 @@ REFUSED = [
     ),
     ({"parallelism": {"world": 2, "dp": 2, "strategy": "zero3"}}, SpecError, "it runs ddp, fsdp, fsdp2"),
     ({"parallelism": STATIC}, SpecError, "parallelism.static_graph: a probe does not run 'true'"),
-    ({"parallelism": HOST, "optimizer": "adamw_8bit"}, SpecError, "parallelism.offload: optimizer.name adamw_8bit"),
+    ({"parallelism": HOST, "optimizer": "adamw_8bit"}, SpecError, "parallelism.offload: adamw_8bit (optimizer.name)"),
     ({"parallelism": HOST, "loop": {"grad_scaler": True}}, SpecError, "loop.grad_scaler: a probe scales no losses"),
     ({"batch": {"new_tokens": 3}}, SpecError, "batch.new_tokens: only task generate makes new tokens"),
     ({"model": {"config": CHATGLM}}, ProbeError, "no class for causal language models of model_type 'chatglm'"),
@@ -343,7 +343,7 @@ REFUSED = [
 
 
 @pytest.mark.parametrize(("parts", "kind", "line"), REFUSED, ids=lambda value: str(value)[:40])
-def test_what_the_script_does_not_run_is_one_line(
+def test_unsupported_runs_are_refused_in_one_line(
     parts: dict[str, Any], kind: type[MemplanError], line: str, tracer: Tracer
 ) -> None:
     model = {"model": {"config": {"model_type": "llama", **TINY["llama"]}}}
@@ -360,16 +360,16 @@ def test_a_missing_library_names_the_extra() -> None:
 
 
 def test_data_is_for_the_cpu() -> None:
-    with pytest.raises(ProbeError, match="a trace with data is of the CPU"):
+    with pytest.raises(ProbeError, match="a trace with data runs on the CPU only"):
         list(map(_raised, traces([tiny("llama")], data=True)))
 
 
-def _raised(found: Traced | MemplanError) -> None:
+def _raised(found: TracedRun | MemplanError) -> None:
     assert isinstance(found, MemplanError)
     raise found
 
 
-def test_without_a_compiler_the_line_says_what_is_needed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_a_compiler_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
@@ -385,11 +385,11 @@ def test_a_device_that_is_not_there_comes_before_torch() -> None:
     import torch
 
     assert torch.__version__
-    with pytest.raises(ProbeError, match="torch is imported already"):
+    with pytest.raises(ProbeError, match="torch is already imported"):
         fake_device.load()
 
 
-def test_a_process_that_dies_is_one_line_and_the_next_run_is_traced(
+def test_a_dead_process_is_one_error_line_and_the_next_run_works(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     dying = tmp_path / "python"
@@ -397,7 +397,7 @@ def test_a_process_that_dies_is_one_line_and_the_next_run_is_traced(
     dying.chmod(0o755)
     monkeypatch.setattr(sys, "executable", str(dying))
     found = [str(found) for found in traces([tiny("llama"), tiny("gpt2")])]
-    assert found == ["probe: the process that traces was ended by SIGKILL: out of luck"] * 2
+    assert found == ["probe: the tracing process was ended by SIGKILL: out of luck"] * 2
 
 
 def test_a_caller_imports_nothing_heavy() -> None:
@@ -405,7 +405,7 @@ def test_a_caller_imports_nothing_heavy() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout == "False\n"
 
 
-# --- checkpoints whose inputs are on the host
+# --- checkpointed inputs on the host
 
 OFFLOADED = {
     "full": tiny("llama"),
@@ -439,7 +439,7 @@ def test_a_function_that_keeps_inputs_on_the_host_has_the_estimated_peaks() -> N
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "starcoder2", "mixtral"])
 def test_the_host_has_every_byte_that_autograd_saves(family: str) -> None:
-    """A real step on the CPU, whose hooks count each tensor as often as it is saved."""
+    """A real step on the CPU, with hooks that count each tensor as often as it is saved."""
     import torch
 
     from memplan.probe.script.script import build

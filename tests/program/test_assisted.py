@@ -1,4 +1,4 @@
-"""Generation with an assistant: its rounds, against traces of transformers' own, arithmetic and laws."""
+"""Assisted generation: rounds against traces of transformers' generate, arithmetic and laws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from memplan.core.units import ITEMSIZE, rounded
 from memplan.estimate.answer import phase_peaks
 from memplan.estimate.inference import walk
 from memplan.models.cards import find_model
-from memplan.planning.inference import Most, load_of, most_requests
+from memplan.planning.inference import Limit, load_of, most_requests
 from memplan.program.inference.assisted import longest_draft, round_of, steps_of
 from memplan.program.run import TOKENS
 from memplan.resolve.assisted import model_of_first_layers
@@ -42,7 +42,7 @@ def test_every_round_is_near_its_trace(case: dict[str, Any]) -> None:
 
 
 @ALL
-def test_the_mean_error_of_all_rounds_is_below_a_tenth_of_a_percent() -> None:
+def test_the_mean_error_of_all_rounds_is_below_0_1_per_cent() -> None:
     errors: list[float] = []
     for case in CASES:
         mine = without_workspace(estimate(RunSpec(**case["run"])))
@@ -61,7 +61,7 @@ def test_a_trace_is_of_transformers_own_generate() -> None:
     assert {"model.embed_tokens.weight", "assistant.model.embed_tokens.weight"} <= {s.name for s in traced.alive}
 
 
-# --- what it is made of
+# --- components
 
 
 def assisted(tokens: int = 5, model: str = "llama-3.1-8b", assistant: Any = "llama-3.2-1b", **fields: Any) -> RunSpec:
@@ -71,12 +71,12 @@ def assisted(tokens: int = 5, model: str = "llama-3.1-8b", assistant: Any = "lla
 
 
 def held(run: RunSpec, phase: str, what: str, whose: str = "") -> int:
-    """Bytes of the tensors of a name alive at a phase's peak; `whose`: the assistant's."""
+    """Return the bytes of tensors named `what` alive at a phase's peak, of the model or (`whose`) the assistant."""
     lines = walk(decide(run)).lines(phase)
     return sum(n.bytes for n in lines if what in n.what and n.where.startswith("assistant.") == bool(whose))
 
 
-def test_the_assistants_weights_are_beside_the_models() -> None:
+def test_the_assistants_weights_add_to_the_models() -> None:
     alone, small = (estimate(generating(name, batch={"sequence": 8})) for name in ("llama-3.1-8b", "llama-3.2-1b"))
     answer = estimate(assisted(batch={"sequence": 8}))
     assert answer.categories["parameter"] == alone.categories["parameter"] + small.categories["parameter"]
@@ -85,15 +85,15 @@ def test_the_assistants_weights_are_beside_the_models() -> None:
     assert sum(n.bytes for n in of_assistant) == small.categories["parameter"]
 
 
-def test_both_caches_have_a_key_and_a_value_of_every_token_proposed_or_not() -> None:
+def test_both_caches_hold_keys_and_values_of_all_tokens_including_proposed() -> None:
     run = assisted()
     layers, heads, width = 32, 8, 128
     one, of_assistant = heads * width * BF16, 8 * 64 * BF16
-    # at the longest the model reads all tokens but the last one there may be, and one layer's values are joined
+    # at its longest the model reads all tokens except the last, and one layer's values are concatenated
     longest = 1000 + 25 - 1
     whole, before = rounded(one * longest), rounded(one * (longest - 1))
     assert held(run, "decode", "cache") in (2 * layers * whole, (2 * layers - 1) * whole + 2 * before)
-    # of what was proposed the assistant has read all but the last
+    # the assistant has read all proposed tokens except the last
     assert held(run, "decode", "cache", "assistant") == 2 * 16 * rounded(of_assistant * (longest - 1))
 
 
@@ -107,7 +107,7 @@ def test_the_logits_of_a_round_are_kept_three_times_until_the_next() -> None:
     assert lines["logits of all proposed tokens"] == rounded(tokens * v * FP32)
 
 
-def test_tokens_that_are_not_said_are_20() -> None:
+def test_the_default_number_of_new_tokens_is_20() -> None:
     run = assisted(generation={"num_assistant_tokens": None})
     answer = estimate(run)
     assert answer.run.generation.num_assistant_tokens == TOKENS == 20
@@ -115,7 +115,7 @@ def test_tokens_that_are_not_said_are_20() -> None:
     assert answer.phases == estimate(assisted(20)).phases
 
 
-def test_an_early_exit_has_no_weights_of_its_own_and_a_cache_of_its_layers() -> None:
+def test_an_early_exit_shares_weights_and_caches_only_its_layers() -> None:
     run = generating(
         "llama-3.1-8b", batch={"sequence": 100}, generation={"assistant_early_exit": 4, "num_assistant_tokens": 3}
     )
@@ -125,14 +125,14 @@ def test_an_early_exit_has_no_weights_of_its_own_and_a_cache_of_its_layers() -> 
     assert draft.graph.model.num_hidden_layers == 4
 
 
-def test_prompt_lookup_reads_as_many_tokens_and_keeps_no_logits_of_them() -> None:
+def test_prompt_lookup_verifies_its_tokens_without_keeping_their_logits() -> None:
     run = generating("llama-3.2-1b", batch={"sequence": 100}, generation={"prompt_lookup_num_tokens": 10})
     assert not any(step.assists for step in steps_of(decide(run)))
     assert {step.fed for step in steps_of(decide(run))} == {110, 11, 1}
     assert held(run, "decode", "proposed tokens") == 0
 
 
-def test_a_quantised_assistant_is_smaller_by_what_its_weights_are() -> None:
+def test_a_quantised_assistant_is_smaller_by_its_weights() -> None:
     plain, four = (estimate(assisted(generation={"assistant_quantization": q})) for q in (None, {"format": "nf4"}))
     whole, small = (estimate(generating("llama-3.2-1b", method=m)) for m in ("full", {"quantization": {}}))
     saved = whole.categories["parameter"] - small.categories["parameter"]
@@ -140,14 +140,14 @@ def test_a_quantised_assistant_is_smaller_by_what_its_weights_are() -> None:
     assert plain.categories["parameter"] - four.categories["parameter"] == saved
 
 
-def test_a_round_proposes_no_more_than_there_may_be() -> None:
+def test_a_round_proposes_at_most_the_remaining_tokens() -> None:
     of = decide(assisted(5)).assistant
     assert of is not None
     assert [round_of(of, 1000, 25, n).proposed for n in (1, 19, 20, 21, 24, 25)] == [5, 5, 5, 4, 1, 0]
 
 
 def test_a_heuristic_schedule_may_grow_by_two_a_round() -> None:
-    # 5, 7 and 9 accepted, and one of the model's each: 24 tokens; of 11 there is room for
+    # 5, 7 and 9 proposed plus one of the model's each: 24 tokens; of 11 there is room for
     assert longest_draft(5, 25) == 9
     assert longest_draft(5, 24 + 12) == 11
     grows = assisted(5, generation={"num_assistant_tokens_schedule": "heuristic"})
@@ -172,11 +172,11 @@ def test_tokens_decoded_copy_the_experts_they_choose() -> None:
 
 @st.composite
 def runs(draw: st.DrawFn) -> dict[str, Any]:
-    """A run with an assistant as the fields of a RunSpec."""
+    """Draw a run with an assistant as the fields of a RunSpec."""
     pair = draw(st.sampled_from([("llama-3.1-8b", "llama-3.2-1b"), ("gemma-2-9b", "gemma-2-2b"), ("gpt2-xl", "gpt2")]))
     ways: list[dict[str, Any]] = [
         {"assistant_model": pair[1], "num_assistant_tokens": draw(st.integers(1, 9))},
-        *([{"assistant_early_exit": 2, "num_assistant_tokens": 3}] if pair[1] != "gpt2" else []),  # which has none
+        *([{"assistant_early_exit": 2, "num_assistant_tokens": 3}] if pair[1] != "gpt2" else []),  # unsupported there
         {"prompt_lookup_num_tokens": draw(st.integers(1, 9))},
     ]
     return {
@@ -217,9 +217,11 @@ def test_a_static_cache_may_be_as_long_as_the_window() -> None:
     assert {step.room for step in steps_of(decided) if step.room} == {4096}
 
 
-def test_an_assistants_loop_names_special_tokens_while_it_proposes_and_the_models_always() -> None:
+def test_only_the_models_loop_always_keeps_special_tokens() -> None:
+    """The assistant's loop keeps its special tokens in memory only while it proposes."""
+
     def counts(run: RunSpec) -> list[int]:
-        return [h.copies for step in steps_of(decide(run)) for h in step.beside if h.what == "special tokens"]
+        return [h.copies for step in steps_of(decide(run)) for h in step.loop_tensors if h.what == "special tokens"]
 
     first = counts(assisted(2))[:3]  # two proposed, and read
     assert first == [4 + 2, 4 + 2, 4]
@@ -228,8 +230,8 @@ def test_an_assistants_loop_names_special_tokens_while_it_proposes_and_the_model
 
 
 @pytest.mark.parametrize("prompt", [4094, 4095, 4096, 5000])
-def test_what_a_pass_finds_in_a_cache_is_what_the_one_before_left(prompt: int) -> None:
-    """In rounds that follow each other, about a window of 4,096 tokens; of both, one whose layers alternate."""
+def test_a_pass_starts_with_the_cache_the_previous_one_left(prompt: int) -> None:
+    """In consecutive rounds around a window of 4,096 tokens, for model and assistant, with alternating layers."""
     run = assisted(2, "gemma-2-9b", "gemma-2-2b", batch={"sequence": prompt, "new_tokens": 4})
     decided = decide(run)
     steps, own = steps_of(decided), decided.structure.graph.model
@@ -241,12 +243,12 @@ def test_what_a_pass_finds_in_a_cache_is_what_the_one_before_left(prompt: int) -
 
 
 @pytest.mark.parametrize("model", ["gemma-3-1b", "glm-4.5-air", "smollm3-3b", "qwen2-7b"])
-def test_the_first_layers_are_those_of_the_model(model: str) -> None:
+def test_an_early_exit_uses_the_models_first_layers(model: str) -> None:
     whole = find_model(model)
     assert model_of_first_layers(whole, 3).layers == whole.layers[:3]
 
 
-# --- what cannot be, and where it is said
+# --- refusals and messages
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -255,7 +257,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"generation": {"cache_implementation": "legacy"}}, "generation.cache_implementation"),
     (
         {"model": "gemma-2-9b", "assistant": "gemma-2-2b", "generation": {"cache_implementation": "static"}}
-        | {"batch": {"sequence": 4073}},  # one more than the window of 4,096 has room for
+        | {"batch": {"sequence": 4073}},  # one more than fits the window of 4,096
         "generation.cache_implementation",
     ),
     ({"generation": {"prompt_lookup_num_tokens": 3}}, "generation.prompt_lookup_num_tokens"),
@@ -282,7 +284,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "field"), REFUSED, ids=str)
-def test_what_transformers_does_not_take_is_refused_by_its_field(fields: dict[str, Any], field: str) -> None:
+def test_options_unsupported_by_transformers_are_refused_by_field(fields: dict[str, Any], field: str) -> None:
     run = assisted(**{k: v for k, v in fields.items() if k != "task"})
     run = run.model_copy(update={"task": fields.get("task", "generate")})
     with pytest.raises(MemplanError) as caught:
@@ -308,8 +310,8 @@ def test_the_command_takes_an_assistant() -> None:
 
 def test_a_plan_says_that_one_is_generated_for_at_a_time() -> None:
     run = assisted(gpu="3090")
-    assert most_requests(run) == Most(1, "assistant")
-    assert most_requests(assisted(gpu="t4")) == Most(0, "memory")
+    assert most_requests(run) == Limit(1, "assistant")
+    assert most_requests(assisted(gpu="t4")) == Limit(0, "memory")
     load, why = load_of(estimate(run))
     assert load is None
     assert "accepted" in why

@@ -1,4 +1,4 @@
-"""Context parallelism: one rank's estimate against torch's own ring of attention, and its laws."""
+"""Context parallelism: one rank's estimate against torch's ring attention, and laws."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.parallelism.context_parallel import FAMILIES
 from memplan.core.errors import SpecError
 from memplan.estimate.walk import walk
-from memplan.program.sharding.ranks import ONE
+from memplan.program.sharding.ranks import SINGLE_RANK
 from memplan.resolve.decide import decide
 from tests.program.test_tensor_parallel import LLAMA
 from tests.sampling import sampled
@@ -30,10 +30,10 @@ def run(cp: int, config: dict[str, Any] | None = None, **options: Any) -> RunSpe
 
 
 def peaks(case: dict[str, Any], strategy: str = "fsdp2") -> dict[tuple[int, str], int]:
-    """Of the run's rank, its weights whole as in the trace, less cuBLAS's workspaces."""
+    """Return the rank's peaks with full weights, as in the trace, without cuBLAS's workspaces."""
     asked = dict(case["run"])
     decided = decide(RunSpec(**{**asked, "parallelism": {**asked["parallelism"], "strategy": strategy}}))
-    walked = walk(RunSpec(**asked), decided._replace(structure=decided.structure._replace(ranks=ONE)))
+    walked = walk(RunSpec(**asked), decided._replace(structure=decided.structure._replace(ranks=SINGLE_RANK)))
     found: dict[tuple[int, str], int] = {}
     for phase in walked.phases:
         if phase.phase in PHASES:
@@ -45,7 +45,7 @@ def peaks(case: dict[str, Any], strategy: str = "fsdp2") -> dict[tuple[int, str]
 
 
 @pytest.mark.parametrize("case", sampled(TRACED, 8), ids=lambda case: case["name"])
-def test_a_rank_holds_what_torch_allocates_for_it(case: dict[str, Any]) -> None:
+def test_a_ranks_estimate_equals_torchs_allocations(case: dict[str, Any]) -> None:
     mine = peaks(case)
     for step, traced in case["steps"].items():
         expected = {"fwd": traced["fwd"], "bwd": traced["bwd"], "opt": max(traced["opt"], traced["clip"])}
@@ -54,13 +54,13 @@ def test_a_rank_holds_what_torch_allocates_for_it(case: dict[str, Any]) -> None:
     assert max(mine.values()) == pytest.approx(case["peak"], rel=1e-3)
 
 
-def test_every_family_is_traced_and_the_mean_is_within_a_hundredth_of_a_percent() -> None:
+def test_every_family_is_traced_with_0_01_per_cent_mean_error() -> None:
     assert {case["run"]["model"]["config"]["model_type"] for case in TRACED} >= set(FAMILIES)
     assert mean(abs(max(peaks(case).values()) / case["peak"] - 1) for case in sampled(TRACED, 8)) < 1e-4
 
 
 @pytest.mark.parametrize("case", sampled(EXCHANGED, 4), ids=lambda case: case["name"])
-def test_a_rank_that_exchanges_heads_holds_what_deepspeeds_attention_allocates(case: dict[str, Any]) -> None:
+def test_a_ulysses_rank_equals_deepspeeds_allocations(case: dict[str, Any]) -> None:
     """To the byte at the peak."""
     mine = peaks(case, "zero3")
     for step, traced in case["steps"].items():
@@ -85,13 +85,13 @@ def test_exchanged_heads_attend_to_all_tokens() -> None:
     assert dims["k.heads"] == (2, 4096, 4 // 4, 64)
 
 
-def test_of_fewer_key_heads_than_ranks_each_is_repeated() -> None:
+def test_key_heads_are_repeated_if_there_are_more_ranks() -> None:
     answer = estimate(ulysses(8, kernels={"checkpointing": "none"}, batch={"sequence": 4096}))
     dims = {line.what: line.dims for line in answer.ledger}
     assert dims["q.heads"] == dims["k.heads"] == (1, 4096, 1, 64)
 
 
-def test_zero_divides_among_ranks_of_a_sequence_too() -> None:
+def test_zero_also_shards_among_context_parallel_ranks() -> None:
     apart = estimate(run(1, parallelism={"world": 4, "dp": 4, "strategy": "zero3"}, batch={"sequence": 64}))
     together = estimate(ulysses(2, parallelism={"world": 4, "dp": 2}, batch={"sequence": 64}))
     assert apart.categories["optstate"] == together.categories["optstate"]
@@ -108,8 +108,8 @@ def test_more_ranks_hold_less_of_a_sequence() -> None:
     assert one.parameters == two.parameters == four.parameters
 
 
-def test_ranks_of_a_sequence_divide_the_weights_too() -> None:
-    """FSDP2 divides them among replicas and ranks of a sequence alike."""
+def test_context_parallel_ranks_also_shard_the_weights() -> None:
+    """FSDP2 shards them among replicas and context-parallel ranks alike."""
     apart = estimate(run(1, parallelism={"world": 4, "dp": 4, "strategy": "fsdp2"}, batch={"sequence": 64}))
     together = estimate(run(2, parallelism={"world": 4, "dp": 2, "strategy": "fsdp2"}, batch={"sequence": 64}))
     assert apart.categories["optstate"] == together.categories["optstate"]
@@ -127,7 +127,10 @@ REFUSED = {
         "parallelism.cp: 4 ranks have two slices of a sequence each, and 8 do",
     ),
     "strategy": (run(2, parallelism={"strategy": "ddp"}), "parallelism.strategy: accelerate's context parallelism"),
-    "padding": (run(2, loop={"padded": True}), "loop.padded: accelerate's context parallelism takes no masks"),
+    "padding": (
+        run(2, loop={"padded": True}),
+        "loop.padded: accelerate's context parallelism does not support attention masks",
+    ),
     "attention": (run(2, kernels={"attention": "eager"}), "not with a mask"),
     "dtype": (run(2, precision="fp32"), "not with efficient attention"),
     "family": (
@@ -136,18 +139,21 @@ REFUSED = {
     ),
     "both": (
         run(2, parallelism={"world": 4, "tp": 2}),
-        "parallelism.cp: accelerate 1.15 does not run cp 2 beside tp 2",
+        "parallelism.cp: accelerate 1.15 cannot combine cp 2 with tp 2",
     ),
     "heads": (
         ulysses(3, batch={"sequence": 1536}),
         "parallelism.cp: 3 does not divide 8 attention heads and neither divides 4 key/value heads nor is a multiple",
     ),
-    "deepspeed": (ulysses(2, parallelism={"strategy": "fsdp2"}), "parallelism.strategy: Ulysses is DeepSpeed's"),
+    "deepspeed": (ulysses(2, parallelism={"strategy": "fsdp2"}), "parallelism.strategy: Ulysses needs DeepSpeed"),
     "exchanged tokens": (
         ulysses(4, batch={"sequence": 1002}),
         "parallelism.cp: 4 ranks do not divide a sequence of 1002",
     ),
-    "nothing exchanged": (run(1, parallelism={"context": "ulysses"}), "parallelism.context: ulysses is of ranks"),
+    "nothing exchanged": (
+        run(1, parallelism={"context": "ulysses"}),
+        "parallelism.context: ulysses needs context parallelism",
+    ),
     "masked": (ulysses(2, loop={"padded": True}), "loop.padded: "),
     "loss": (run(2, kernels={"loss": "fused"}), "kernels.loss: 'fused' is not supported yet"),
     "profile": (run(2, profile="megatron-core"), "parallelism.cp: 2 is not supported yet; supported: 1 with profile"),
@@ -155,7 +161,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_is_not_passed_around_is_refused_in_a_line(kind: str) -> None:
+def test_models_unsupported_by_ring_attention_are_refused_in_one_line(kind: str) -> None:
     asked, said = REFUSED[kind]
     with pytest.raises(SpecError) as error:
         estimate(asked)

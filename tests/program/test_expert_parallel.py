@@ -1,5 +1,4 @@
-"""Mixtures of experts on several ranks, each expert divided or each rank with some whole, against transformers' own
-division of a model, and laws of it."""
+"""Mixtures of experts on several ranks, with tensor- or expert-parallel experts, against transformers, and laws."""
 
 from __future__ import annotations
 
@@ -34,9 +33,11 @@ def label(case: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("case", sampled(TRACED, 8), ids=label)
-def test_a_rank_holds_what_transformers_allocates_for_it(case: dict[str, Any]) -> None:
-    """Exactly at the peak, of most: Kimi Linear's delta rule is as far off on one GPU. The step of the first of two
-    groups of parameters is left out: the second has no states yet then."""
+def test_a_ranks_estimate_equals_transformers_allocations(case: dict[str, Any]) -> None:
+    """Exact at the peak for most families: Kimi Linear's delta rule has the same error on one GPU.
+
+    The step of the first of two parameter groups is left out, because the second has no states yet.
+    """
     compared = compared_with_trace(case)
     assert compared.peak < 0.004, compared
     assert compared.same, compared
@@ -46,7 +47,7 @@ def test_a_rank_holds_what_transformers_allocates_for_it(case: dict[str, Any]) -
             assert mine[int(step), phase] == pytest.approx(traced[phase], rel=0.005), (step, phase)
 
 
-def test_every_family_with_a_plan_is_traced_and_the_mean_is_within_a_twentieth_of_a_percent() -> None:
+def test_families_with_a_plan_have_0_05_per_cent_mean_error() -> None:
     mixtures = {name for name, plan in PLANS.items() if plan.experts}.union(FAMILIES)
     of_tp = {case["run"]["model"]["config"]["model_type"] for case in TRACED}
     of_ep = {c["run"]["model"]["config"]["model_type"] for c in TRACED if c["run"]["parallelism"].get("ep", 1) > 1}
@@ -59,7 +60,7 @@ def experts(answer: Estimate, kind: str = "parameter") -> dict[str, Line]:
     return {line.what: line for line in answer.ledger if line.kind == kind and "mlp.experts." in line.what}
 
 
-def test_tensor_parallel_ranks_have_a_part_of_every_expert_and_others_some_whole() -> None:
+def test_tensor_parallel_ranks_shard_every_expert_and_expert_parallel_ranks_do_not() -> None:
     one, tp, ep = (experts(estimate(run(*degrees))) for degrees in ((1, 1), (2, 1), (2, 2)))
     up, down = "mlp.experts.gate_up_proj", "mlp.experts.down_proj"
     assert (one[up].dims, one[down].dims) == ((E, 2, M, H), (E, H, M))
@@ -70,11 +71,11 @@ def test_tensor_parallel_ranks_have_a_part_of_every_expert_and_others_some_whole
 
 
 @pytest.mark.parametrize("degrees", [(2, 1), (2, 2)])
-def test_parameters_are_the_whole_models(degrees: tuple[int, int]) -> None:
+def test_parameter_counts_are_the_full_models(degrees: tuple[int, int]) -> None:
     assert estimate(run(*degrees)).parameters == estimate(run(1)).parameters
 
 
-def test_all_logits_of_the_router_are_there_on_every_rank() -> None:
+def test_every_rank_has_all_router_logits() -> None:
     answer = estimate(run(2, 2, kernels={"checkpointing": "none"}, batch={"micro": 4, "sequence": 512}))
     kept = [line for line in answer.ledger if line.what == "router.probs"]
     assert {line.dims for line in kept} == {(4, 512, E)}
@@ -86,16 +87,16 @@ def activations(imbalance: float) -> int:
     return estimate(run(2, 2, parallelism=parallelism, **options)).categories["activation"]
 
 
-def test_a_rank_that_is_sent_more_rows_holds_as_many_more() -> None:
-    """Rows of the experts' own numbers, of 3 layers; a token's rows on one rank are all that there are."""
+def test_a_rank_that_receives_more_rows_keeps_more_rows() -> None:
+    """The additional rows of 3 layers' experts; at most all of a token's rows are on one rank."""
     tokens, layers = 8 * 512 * 2 // 2, 3
-    kept = layers * 2 * (2 * M + M + M + H)  # what the activation and both products keep of a row, at least
+    kept = layers * 2 * (2 * M + M + M + H)  # bytes that the activation and both products keep per row, at least
     assert activations(1.5) - activations(1) >= kept * tokens // 2
     assert activations(2) == activations(7)
     assert activations(1) < activations(1.25) < activations(2)
 
 
-def test_evenly_spread_tokens_are_said_to_be() -> None:
+def test_the_assumption_of_evenly_spread_tokens_is_noted() -> None:
     assert any("parallelism.expert_imbalance" in note for note in estimate(run(2, 2)).notes)
     uneven = estimate(run(2, 2, parallelism={"expert_imbalance": 1.5}))
     assert not any("expert_imbalance" in note for note in (*uneven.notes, *estimate(run(2)).notes))
@@ -122,8 +123,8 @@ def test_under_fsdp2_ranks_keep_their_experts_whole_and_divide_the_rest() -> Non
     assert states[0] == states[1]
 
 
-def test_the_copy_of_a_layers_experts_and_their_gradients_twice_are_all_that_comes_beside() -> None:
-    """Of the rank's own experts, not of all that a layer has, as FSDP2 gathers alone."""
+def test_expert_parallel_fsdp2_gathers_only_the_ranks_own_experts() -> None:
+    """FSDP2 alone would gather all experts of a layer."""
     options: dict[str, Any] = {"batch": {"sequence": 64}, "config": {"num_hidden_layers": 8, "intermediate_size": 1024}}
     one, every = (estimate(alone(8, ep, **options)) for ep in (8, 1))
     layer = 2 * E * 3 * 1024 * H
@@ -133,10 +134,10 @@ def test_the_copy_of_a_layers_experts_and_their_gradients_twice_are_all_that_com
 
 
 REFUSED = {
-    "some": (alone(4, 2), "parallelism.ep: 2 is not supported yet; supported: 1 or 4, as many as dp"),
+    "some": (alone(4, 2), "parallelism.ep: 2 is not supported yet; supported: 1 or 4 (dp)"),
     "strategy": (
         alone(4, parallelism={"strategy": "ddp"}),
-        "parallelism.strategy: ddp does not divide what expert parallelism has divided; fsdp2 does",
+        "parallelism.strategy: ddp cannot be combined with expert parallelism; use fsdp2",
     ),
     "groups": (
         alone(4, parallelism={"shard_group": 2}),
@@ -146,10 +147,10 @@ REFUSED = {
     "autocast": (alone(4, precision="amp"), "precision.autocast: true is not supported yet"),
     "delayed": (alone(4, loop={"trainer": True}, batch={"accumulation": 2}), "batch.accumulation: "),
     "offloaded": (alone(4, parallelism={"offload": {"parameters": True}}), "parallelism.offload: 'parameters' is not"),
-    "tied": (alone(4, config={"tie_word_embeddings": True}), "a model whose head is its embeddings"),
+    "tied": (alone(4, config={"tie_word_embeddings": True}), "models with tied embeddings"),
     "dtypes": (
         RunSpec(model="deepseek-v3", parallelism={"world": 8, "dp": 8, "ep": 8, "strategy": "fsdp2"}),
-        "are bf16 and fp32; say ep 1",
+        "are bf16 and fp32; use ep 1",
     ),
     "both": (
         run(2, 4, parallelism={"world": 4, "dp": 2, "strategy": "fsdp2"}),
@@ -165,7 +166,7 @@ REFUSED = {
     ),
     "degrees": (
         run(2, 3),
-        "parallelism.ep: 3 is not a multiple of tp 2, nor a divisor of dp 1 x tp 2 = 2",
+        "parallelism.ep: transformers needs a multiple of tp 2 and a divisor of dp 1 x tp 2 = 2, not 3",
     ),
     "dense": (
         RunSpec(model="llama-3.1-8b", parallelism={"world": 2, "tp": 2, "ep": 2}),
@@ -177,7 +178,7 @@ REFUSED = {
     ),
     "imbalance": (
         run(2, parallelism={"expert_imbalance": 2}),
-        "parallelism.expert_imbalance: 2 is of ranks that divide experts, and ep is 1",
+        "parallelism.expert_imbalance: 2 only applies to expert parallelism, and ep is 1",
     ),
     "parts": (run(2, 2, parallelism={"etp": 2}), "parallelism.etp: 2 is not supported yet"),
     "profile": (
@@ -190,17 +191,17 @@ REFUSED = {
         "2 leaves experts 20 wide, and torch's grouped products take rows of a multiple of 16 bytes (8 numbers)",
     ),
     "adapters": (run(2, method="lora"), "method.targets: peft 0.21 fails to adapt experts (w1, w3, w2)"),
-    "bitsandbytes": (run(2, method="qlora"), "method.kind: transformers 5.24 does not run qlora on tensor-parallel"),
-    "liger": (run(2, kernels={"loss": "fused"}), "kernels.loss: fused kernels (Liger's) take the head's matrix"),
+    "bitsandbytes": (run(2, method="qlora"), "method.kind: transformers 5.24 cannot run qlora with tensor parallelism"),
+    "liger": (run(2, kernels={"loss": "fused"}), "kernels.loss: Liger's fused loss cannot read the head's matrix"),
     "fsdp1": (
         run(1, parallelism={"world": 2, "dp": 2, "strategy": "fsdp"}, method="lora"),
-        "method.targets: peft 0.21 fails under FSDP1 to adapt gate, w1, w2, w3, which are parameters",
+        "method.targets: peft 0.21 cannot adapt gate, w1, w2, w3 under FSDP1, because they are parameters",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_ranks_cannot_do_is_refused_in_a_line(kind: str) -> None:
+def test_unsupported_layouts_are_refused_in_one_line(kind: str) -> None:
     asked, said = REFUSED[kind]
     with pytest.raises(SpecError) as error:
         estimate(asked)

@@ -1,4 +1,4 @@
-"""FSDP with its parts on the host: what the host has, what is left on the GPU, and what is refused."""
+"""FSDP with offloaded shards: host memory, what stays on the GPU, and refusals."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def asked(strategy: str, world: int = 4, moved: bool = True, **fields: Any) -> E
 
 
 def power_of_two(n: int) -> int:
-    """What torch takes for pinned memory."""
+    """Return the size torch allocates for pinned memory."""
     power = 1
     while power < n:
         power *= 2
@@ -48,13 +48,13 @@ def power_of_two(n: int) -> int:
 
 
 def part(shape: tuple[int, ...], world: int) -> int:
-    """Numbers of the first rank's rows."""
+    """Return the number of elements in the first rank's rows."""
     return -(-shape[0] // world) * prod(shape[1:])
 
 
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize(("precision", "itemsize"), [("bf16", 2), ("amp", 4)])
-def test_under_fsdp2_the_host_has_every_part_and_its_gradient_pinned_and_the_states(
+def test_fsdp2_keeps_pinned_shards_and_gradients_and_states_on_the_host(
     world: int, precision: str, itemsize: int
 ) -> None:
     weights = [*BLOCK * L, *OUTSIDE]
@@ -66,7 +66,7 @@ def test_under_fsdp2_the_host_has_every_part_and_its_gradient_pinned_and_the_sta
     assert momentum.host_bytes - answer.host_bytes == sum(parts)
 
 
-def test_under_fsdp1_a_flat_parameter_is_pinned_whole_and_so_is_a_gradient_of_frozen_ones() -> None:
+def test_fsdp1_pins_full_flat_parameters_and_gradients_of_frozen_ones() -> None:
     block, outside = sum(map(prod, BLOCK)), sum(map(prod, OUTSIDE))
     flat = L * power_of_two(block // 4 * 2) + power_of_two(outside // 4 * 2)
     full = asked("fsdp", optimizer="sgd")
@@ -76,33 +76,32 @@ def test_under_fsdp1_a_flat_parameter_is_pinned_whole_and_so_is_a_gradient_of_fr
 
 @pytest.mark.parametrize("strategy", ["fsdp", "fsdp2"])
 @pytest.mark.parametrize("fields", [{}, {"precision": "amp"}, {"method": LORA}], ids=["full", "amp", "lora"])
-def test_nothing_of_weights_gradients_and_states_is_on_the_gpu_when_the_step_begins(
-    strategy: str, fields: dict[str, Any]
-) -> None:
+def test_no_weights_gradients_or_states_are_on_the_gpu_at_the_step(strategy: str, fields: dict[str, Any]) -> None:
     away, here = asked(strategy, **fields), asked(strategy, moved=False, **fields)
     workspaces = sum(line.bytes for line in away.ledger if "workspace" in line.what)
     buffers = 2 * rounded(H // 4 // 2 * 4)  # the rotation's frequencies, twice
     step = next(p.peak for p in away.phases if p.phase == "step")
-    assert step - workspaces <= buffers + 4 * 512  # a norm of the gradients
+    assert step - workspaces <= buffers + 4 * 512  # the gradients' norm
     assert away.categories["optstate"] == 0
     assert away.bytes.allocated < here.bytes.allocated
     assert away.host_bytes > here.host_bytes == 0
     assert sum(line.bytes for line in away.ledger) == away.bytes.allocated
 
 
-def test_fsdp1_keeps_its_parts_of_gradients_on_the_gpu_until_backward_is_over_and_fsdp2_none() -> None:
+def test_only_fsdp1_keeps_gradient_shards_on_the_gpu_until_backward_ends() -> None:
     deep = {**LLAMA, "num_hidden_layers": 40}
     grows = {
         strategy: asked(strategy, model={"config": deep}).bytes.allocated - asked(strategy).bytes.allocated
         for strategy in ("fsdp", "fsdp2")
     }
-    inputs = 36 * 2 * 64 * H * 2  # of 36 blocks more, each checkpointed
+    inputs = 36 * 2 * 64 * H * 2  # 36 more blocks, each checkpointed
     block = sum(map(prod, BLOCK))
     assert grows["fsdp2"] == inputs
     assert grows["fsdp"] == 36 * rounded(block // 4 * 2)  # at the first block, when the inputs are used up
 
 
-def test_accumulated_gradients_are_added_on_the_host_under_fsdp2_and_a_part_waits_for_that() -> None:
+def test_fsdp2_accumulates_gradients_on_the_host_with_one_shard_in_transit() -> None:
+    """Accumulation adds one gradient shard on the host and nothing on the GPU."""
     once = asked("fsdp2", optimizer="sgd")
     more = asked("fsdp2", optimizer="sgd", batch={"micro": 2, "sequence": 64, "accumulation": 4})
     assert more.host_bytes - once.host_bytes == part((V, H), 4) * 2
@@ -114,25 +113,25 @@ def test_accumulated_gradients_are_added_on_the_host_under_fsdp2_and_a_part_wait
     [
         ({"strategy": "fsdp", "batch": {"accumulation": 2}}, "batch.accumulation: .*loop.trainer"),
         ({"strategy": "fsdp2", "loop": {"grad_scaler": True}}, "loop.grad_scaler: true is not supported yet"),
-        ({"strategy": "ddp"}, "parameters too with several GPUs under fsdp, fsdp2, zero3"),
+        ({"strategy": "ddp"}, "parameters with several GPUs and fsdp, fsdp2, zero3"),
         (
             {"strategy": "fsdp2", "moved": False, "parallelism": {"offload": {"optimizer": True}}},
-            "FSDP keeps parameters, gradients and states on the host together; say parameters",
+            "FSDP offloads parameters, gradients and states together; set parameters too",
         ),
         ({"strategy": "fsdp2", "parallelism": {"world": 8, "tp": 2}}, "none with tensor parallelism"),
     ],
 )
-def test_what_fsdp_does_not_do_with_parts_on_the_host_is_refused(fields: dict[str, Any], said: str) -> None:
+def test_options_unsupported_with_fsdp_offload_are_refused(fields: dict[str, Any], said: str) -> None:
     with pytest.raises(SpecError, match=said):
         asked(**fields)
 
 
-def test_with_both_words_it_is_the_same() -> None:
+def test_offloading_parameters_and_optimizer_equals_offloading_parameters() -> None:
     both = asked("fsdp2", parallelism={"offload": {"parameters": True, "optimizer": True}})
     assert (both.phases, both.host_bytes) == (asked("fsdp2").phases, asked("fsdp2").host_bytes)
 
 
-def test_parts_are_brought_for_every_pass_and_gradients_taken_back() -> None:
+def test_shards_are_copied_in_for_every_pass_and_gradients_out() -> None:
     parts = sum(part(shape, 4) * 2 for shape in (*BLOCK * L, *OUTSIDE))
     assert work(run("fsdp2")).copied == 2 * parts + parts
     kept = work(run("fsdp2", parallelism={"reshard_after_forward": False}))
@@ -143,7 +142,7 @@ def test_parts_are_brought_for_every_pass_and_gradients_taken_back() -> None:
     assert work(run("fsdp2", optimizer="sgd")).on_host == 2 * 2 * parts
 
 
-# and NO_SHARD, which divides nothing
+# and NO_SHARD, which shards nothing
 
 
 def undivided(**fields: Any) -> Estimate:
@@ -167,12 +166,12 @@ def test_under_mixed_precision_a_unit_is_copied_to_be_computed_in() -> None:
     assert answer.bytes.allocated > asked("ddp", moved=False, precision="amp").phases[-1].peak / 2
 
 
-def test_no_shard_is_fsdp1s_word() -> None:
+def test_no_shard_exists_only_for_fsdp1() -> None:
     from memplan.cli.request import spec_of
 
     said = spec_of({"model": "llama-3.1-8b", "gpus": 8, "fsdp": "no_shard"})["parallelism"]
     assert (said["strategy"], said["shard_group"]) == ("fsdp", 1)
-    with pytest.raises(SpecError, match="FSDP1 alone knows"):
+    with pytest.raises(SpecError, match="only FSDP1 supports"):
         asked("fsdp2", moved=False, parallelism={"shard_group": 1})
-    with pytest.raises(SpecError, match="parts on the host"):
+    with pytest.raises(SpecError, match=r"offloaded parameters|without offloading"):
         asked("fsdp", parallelism={"shard_group": 1})

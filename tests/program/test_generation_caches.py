@@ -1,4 +1,4 @@
-"""The further caches of transformers' generate: against traces, the arithmetic of what they store, and refusals."""
+"""Other caches of transformers' generate: traces, storage arithmetic, and refusals."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from hypothesis import strategies as st
 
 from benchmarks.accuracy import rows
 from memplan import RunSpec, estimate
-from memplan.catalogue.inference.quantized_caches import Stored
+from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.inference.quantized_caches import quantised as store
 from memplan.core.errors import MemplanError
 from memplan.core.units import rounded
 from memplan.estimate.answer import phase_peaks
 from memplan.estimate.inference import walk
-from memplan.program.graph import built
+from memplan.program.graph import operations_of
 from memplan.program.inference.steps import steps_of
 from memplan.resolve.decide import decide
 from tests.program.test_inference import without_workspace
 from tests.sampling import examples, sampled
 from tests.tiny import TINY
 
-# Families whose passes are not met to the byte with a dynamic cache either: by some tensors of 512 bytes.
+# Families whose passes differ by some 512-byte tensors even with a dynamic cache.
 ROUGHER = {"jamba": 1e-3, "llama4_text": 2e-3}
 CASES: list[dict[str, Any]] = sampled(rows("traced_caches.jsonl"), 16)
 
@@ -36,14 +36,14 @@ def label(case: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_every_pass_is_at_its_trace(case: dict[str, Any]) -> None:
+def test_every_pass_equals_its_trace(case: dict[str, Any]) -> None:
     mine = without_workspace(estimate(RunSpec(**case["run"])))
     for phase, bytes_ in case["phases"].items():
         if phase != "load":
             assert mine[phase] == pytest.approx(bytes_, rel=ROUGHER.get(case["name"], 1e-5)), phase
 
 
-# --- what a quantised cache is made of
+# --- components of a quantised cache
 
 
 def generating(model: Any = "llama-3.1-8b", **fields: Any) -> RunSpec:
@@ -56,11 +56,11 @@ def quantised(model: Any = "llama-3.1-8b", batch: Any = None, **config: Any) -> 
 
 
 def left(run: RunSpec, step: int = -1) -> dict[str, int]:
-    """Bytes of each kind of tensor that a pass leaves."""
+    """Return the bytes of each kind of tensor that a pass leaves."""
     walked = walk(decide(run))
     found: dict[str, int] = {}
     for name, bytes_ in walked.left(walked.steps[step], walked.axes[step]):
-        what = name.removesuffix(" before")  # found, and left as it was
+        what = name.removesuffix(" before")  # present before, and unchanged
         found[what] = found.get(what, 0) + bytes_
     return found
 
@@ -73,7 +73,7 @@ LAYERS, HEADS, WIDTH = 32, 8, 128  # of Llama-3.1-8B
 )
 def test_codes_have_their_bits_and_groups_a_scale_and_a_zero_point(config: dict[str, Any], per_byte: int) -> None:
     kept = left(quantised(**config))
-    # of 199 tokens after the prompt 128 were quantised with it, and 71 wait
+    # of 199 tokens after the prompt 128 were quantised, and 71 wait
     numbers = (4096 + 128) * HEADS * WIDTH
     for what in ("key", "value"):
         assert kept[f"{what} cache codes"] == LAYERS * rounded(numbers // per_byte)
@@ -93,7 +93,7 @@ def test_fp8_has_a_byte_a_number_and_one_scale() -> None:
     assert not any("residual" in what for what in kept)
 
 
-def test_a_quantised_cache_takes_less_of_many_tokens_and_its_prompt_takes_more() -> None:
+def test_a_quantised_cache_saves_memory_in_decoding_and_peaks_in_prefill() -> None:
     batch = {"micro": 8, "sequence": 8192, "new_tokens": 100}
     plain, few = (phase_peaks(estimate(r)) for r in (generating(batch=batch), quantised(batch=batch)))
     # a layer's keys and values in 16 bits are 2 x 8 x 8192 x 8 x 128 x 2 bytes; 32 of them shrink to 9/32
@@ -101,16 +101,16 @@ def test_a_quantised_cache_takes_less_of_many_tokens_and_its_prompt_takes_more()
     assert few["decode"] < few["prefill"]
 
 
-def test_the_pass_that_quantises_all_anew_takes_the_most() -> None:
+def test_the_pass_that_requantises_the_cache_is_the_peak() -> None:
     short, long = (
         phase_peaks(estimate(quantised(batch={"micro": 4, "sequence": 8192, "new_tokens": n})))["decode"]
         for n in (128, 129)
     )
     one = 4 * 8192 * HEADS * WIDTH * 2
-    assert short + one < long  # 128 new tokens take 127 passes, of which none does
+    assert short + one < long  # 128 new tokens take 127 passes, none of which requantises
 
 
-def test_what_is_decided_is_in_the_answers_run() -> None:
+def test_an_answers_run_has_the_decided_cache() -> None:
     config = estimate(generating(generation={"cache_implementation": "quantized"})).run.generation.cache_config
     assert config is not None
     assert config.model_dump() == {
@@ -131,18 +131,18 @@ def test_groups_may_be_of_several_beams() -> None:
 
 @pytest.mark.parametrize(("bits", "shifted"), [(8, 0), (4, 1), (2, 2), (1, 2), (3, 2)])
 def test_parts_of_a_byte_are_shifted_and_all_but_the_first_joined(bits: int, shifted: int) -> None:
-    packs = [op for op in store("keys", "x", "b k s d", "x", Stored("hqq", bits)) if op.name == "keys.pack"]
+    packs = [op for op in store("keys", "x", "b k s d", "x", CacheQuantization("hqq", bits)) if op.name == "keys.pack"]
     assert [len(op.scratch) for op in packs] == [shifted]
 
 
-def test_groups_along_the_last_axis_are_a_copy_that_stays_until_its_numbers_are_cast() -> None:
-    found = list(store("keys", "x", "b k s d", "x", Stored("quanto", axis_key=-1)))
+def test_groups_along_the_last_axis_are_a_copy_until_cast() -> None:
+    found = list(store("keys", "x", "b k s d", "x", CacheQuantization("quanto", axis_key=-1)))
     casts = [op.name for op in found].index("keys.cast")
     assert "keys grouped again" in found[casts + 1].reads
     assert not any("keys grouped again" in op.reads for op in found[casts + 2 :])
 
 
-# --- what lies on the host
+# --- host memory
 
 
 def offloaded(model: str, kind: str = "offloaded", **batch: Any) -> RunSpec:
@@ -153,8 +153,8 @@ def test_an_offloaded_cache_has_two_layers_on_the_card() -> None:
     batch: dict[str, Any] = {"micro": 4, "sequence": 1000, "new_tokens": 25}
     layer = 2 * 4 * HEADS * WIDTH * 2
     run = offloaded("llama-3.1-8b", **batch)
-    # a key and a value of the last token's layer with the new one, its old values, and those of the first layer, which
-    # is the next one and has the new token
+    # key and value of the last layer including the new token, its old values, and those of the first layer, which is
+    # next and includes the new token
     lines = walk(decide(run)).lines("decode")
     kept = sum(line.bytes for line in lines if "cache" in line.what and line.kind == "activation")
     assert kept == 2 * layer * 1024 + layer // 2 * 1023
@@ -162,7 +162,8 @@ def test_an_offloaded_cache_has_two_layers_on_the_card() -> None:
     assert phase_peaks(plain)["decode"] - phase_peaks(estimate(run))["decode"] == 30 * layer * 1024
 
 
-def test_the_host_has_all_other_layers_in_pinned_memory_which_is_rounded_up_to_a_power_of_two() -> None:
+def test_other_layers_are_pinned_on_the_host_in_powers_of_two() -> None:
+    """The host has all other layers in pinned memory, which is rounded up to a power of two."""
     answer = estimate(offloaded("llama-3.1-8b", micro=4, sequence=1000, new_tokens=25))
     assert 4 * 1024 * HEADS * WIDTH * 2 == 2**23
     assert answer.host_bytes == (LAYERS - 1) * 2 * 2**23
@@ -177,18 +178,18 @@ def test_a_static_cache_keeps_windows_on_the_card() -> None:
         for kind in ("offloaded", "offloaded_static")
     )
     window, full = 2 * 256 * 2 * 512, 2 * 256 * 2 * 4096  # key and value, one head, of 512 tokens and of 4,096
-    assert fixed.host_bytes == 3 * full  # 4 of 26 layers have all tokens
+    assert fixed.host_bytes == 3 * full  # 4 of 26 layers cache all tokens
     assert grown.host_bytes == 4 * full + 21 * window
 
 
-def test_what_comes_while_a_layer_runs_is_the_next_ones() -> None:
-    """Layers with a window and without one follow each other, and the first follows the last, with the new token."""
+def test_the_next_layers_cache_is_copied_while_a_layer_runs() -> None:
+    """Layers with and without a window alternate, and the first follows the last, with the new token."""
     kinds = ("sliding_attention", "sliding_attention", "full_attention", "sliding_attention")
     config = {**TINY["gemma3_text"], "model_type": "gemma3_text", "num_hidden_layers": 4, "layer_types": kinds}
     generation = {"cache_implementation": "offloaded"}
     batch = {"sequence": 100, "new_tokens": 4}
     step = steps_of(decide(generating({"config": config}, batch=batch, generation=generation)))[-1]
-    stack, axes = built(step.graph)
+    stack, axes = operations_of(step.graph)
     layers = [block.ops for run in stack.runs for _ in range(axes[run.times]) for block in run.blocks]
     coming = [[t.shape for op in ops if op.name == "cache.prefetch" for t in op.writes] for ops in layers]
     found = [[t.shape for op in ops if op.name == "cache.fetched" for t in op.writes] for ops in layers]
@@ -206,7 +207,7 @@ def test_the_old_name_of_an_offloaded_static_cache_is_the_same() -> None:
     assert old.bytes == new.bytes
 
 
-# --- a prompt in parts
+# --- chunked prefill
 
 
 def chunked(chunk: int | None, sequence: int = 8192, **more: Any) -> RunSpec:
@@ -214,9 +215,9 @@ def chunked(chunk: int | None, sequence: int = 8192, **more: Any) -> RunSpec:
     return generating(batch={"micro": 2, "sequence": sequence, "new_tokens": 8}, generation=generation, **more)
 
 
-def test_a_prompt_in_parts_takes_the_width_of_the_mlp_for_a_part() -> None:
+def test_chunked_prefill_needs_the_mlp_activations_of_one_chunk() -> None:
     whole, parts = (phase_peaks(estimate(chunked(n))) for n in (None, 1024))
-    # where the gate, its activation and up are there together, 14,336 wide in bf16
+    # when the gate, its activation and up coexist, 14,336 wide in bf16
     assert whole["prefill"] - parts["prefill"] > 2 * 3 * 2 * (8192 - 1024) * 14336 * 0.9
     assert parts["decode"] == whole["decode"]
 
@@ -229,7 +230,7 @@ def test_a_part_as_long_as_the_prompt_is_the_prompt() -> None:
 
 @settings(max_examples=examples(12), deadline=None)
 @given(st.integers(1, 700), st.integers(1, 700), st.sampled_from(["llama-3.2-1b", "gemma-3-1b"]), st.booleans())
-def test_a_prompt_in_parts_leaves_what_it_leaves_at_once(sequence: int, chunk: int, model: str, away: bool) -> None:
+def test_chunked_prefill_leaves_the_same_cache_as_one_pass(sequence: int, chunk: int, model: str, away: bool) -> None:
     kind = "offloaded" if away else "dynamic"
     runs = [
         chunked(n, sequence, model=model, generation={"cache_implementation": kind})
@@ -261,18 +262,20 @@ def test_a_quantised_cache_has_every_token_once(sequence: int, chunk: int, new: 
     assert walked.steps[-1].past == sequence + new - 2
 
 
-# --- what cannot be
+# --- refusals
 
 KIND, CONFIG = "generation.cache_implementation", "generation.cache_config"
 REFUSED: dict[str, dict[str, Any]] = {
-    f"{CONFIG}: is of a quantised cache, and dynamic is none": {"generation": {"cache_config": {}}},
-    f"{CONFIG}.nbits: 8 is none of quanto's; known: 2, 4": {"config": {"nbits": 8}},
-    f"{CONFIG}.axis_key: 1 is none of quanto's; known: 0, -1": {"config": {"axis_key": 1}},
-    f"{CONFIG}.axis_value: -1 is none of hqq's; known: 0, 1": {"config": {"backend": "hqq", "axis_value": -1}},
-    f"{CONFIG}.axis_key: what hqq stores in 3 bits": {"config": {"backend": "hqq", "nbits": 3, "axis_key": 1}},
-    f"{CONFIG}.nbits: fp8 has one scale": {"config": {"backend": "fp8", "nbits": 4}},
+    f"{CONFIG}: only applies to a quantised cache, not dynamic": {"generation": {"cache_config": {}}},
+    f"{CONFIG}.nbits: quanto does not support 8; choose 2, 4": {"config": {"nbits": 8}},
+    f"{CONFIG}.axis_key: quanto does not support 1; choose 0, -1": {"config": {"axis_key": 1}},
+    f"{CONFIG}.axis_value: hqq does not support -1; choose 0, 1": {"config": {"backend": "hqq", "axis_value": -1}},
+    f"{CONFIG}.axis_key: hqq cannot read back what it stores in 3 bits": {
+        "config": {"backend": "hqq", "nbits": 3, "axis_key": 1}
+    },
+    f"{CONFIG}.nbits: fp8 uses one scale": {"config": {"backend": "fp8", "nbits": 4}},
     f"{CONFIG}.q_group_size: 96 does not divide": {"config": {"q_group_size": 96}},
-    # along the last axis groups are of what shares a place in a head: two heads of 33 tokens, and of 64 and 16
+    # along the last axis groups share a position in the head: two heads of 33 tokens, and of 64 and 16
     f"{CONFIG}.q_group_size: 64 does not divide the 66 numbers": {
         "config": {"axis_key": -1},
         "batch": {"sequence": 33},
@@ -285,16 +288,16 @@ REFUSED: dict[str, dict[str, Any]] = {
         "config": {"backend": "hqq", "q_group_size": 256},
         "batch": {"sequence": 1},
     },
-    f"{CONFIG}.q_group_size: 63 makes 63 rows of codes": {
+    f"{CONFIG}.q_group_size: 63 leaves 63 rows of codes": {
         "config": {"backend": "hqq", "q_group_size": 63},
         "batch": {"sequence": 63},
     },
-    "has layers of sliding_attention; dynamic": {"config": {}, "model": "gemma-3-1b"},
-    "has layers of linear_attention; dynamic": {
+    "has sliding_attention layers; use dynamic": {"config": {}, "model": "gemma-3-1b"},
+    "has linear_attention layers; use dynamic": {
         "config": {},
         "model": {"config": {"model_type": "mamba", **TINY["mamba"]}},
     },
-    "has layers of indexed_attention; dynamic": {
+    "has indexed_attention layers; use dynamic": {
         "config": {},
         "model": {"config": {"model_type": "deepseek_v32", **TINY["deepseek_v32"]}},
     },
@@ -302,7 +305,7 @@ REFUSED: dict[str, dict[str, Any]] = {
         "config": {},
         "profile": "transformers-4.51",
     },
-    f"{KIND}: transformers' offloaded cache joins deepseek_v32's index keys": {
+    f"{KIND}: transformers' offloaded cache fails for deepseek_v32: it concatenates index keys": {
         "generation": {"cache_implementation": "offloaded"},
         "model": {"config": {"model_type": "deepseek_v32", **TINY["deepseek_v32"]}},
     },
@@ -310,14 +313,14 @@ REFUSED: dict[str, dict[str, Any]] = {
         "generation": {"cache_implementation": "static"},
         "model": {"config": {"model_type": "gemma4_text", **TINY["gemma4_text"]}},
     },
-    "generation.prefill_chunk_size: is not supported yet with a cache that is static": {
+    "generation.prefill_chunk_size: is not supported yet with a static cache": {
         "generation": {"cache_implementation": "static", "prefill_chunk_size": 64}
     },
     "generation.prefill_chunk_size: is not supported yet for mamba, whose layers keep states": {
         "generation": {"prefill_chunk_size": 64},
         "model": {"config": {"model_type": "mamba", **TINY["mamba"]}},
     },
-    "generation.prefill_chunk_size: transformers reads a prompt with images at once": {
+    "generation.prefill_chunk_size: transformers reads a prompt with images in one pass": {
         "generation": {"prefill_chunk_size": 64},
         "model": "qwen2.5-vl-7b",
         "batch": {"images": 1, "image_size": 512, "sequence": 4096},
@@ -326,14 +329,12 @@ REFUSED: dict[str, dict[str, Any]] = {
         "generation": {"prefill_chunk_size": 64},
         "profile": "transformers-4.51",
     },
-    "serving.cache_dtype: transformers-5 keeps keys and values in the model's dtype": {
-        "serving": {"cache_dtype": "fp8"}
-    },
+    "serving.cache_dtype: only applies to serving engines": {"serving": {"cache_dtype": "fp8"}},
 }
 
 
 @pytest.mark.parametrize("said", REFUSED)
-def test_what_transformers_does_not_do_is_refused_in_a_line(said: str) -> None:
+def test_caches_unsupported_by_transformers_are_refused_in_one_line(said: str) -> None:
     fields = dict(REFUSED[said])
     if "config" in fields:
         fields["generation"] = {"cache_implementation": "quantized", "cache_config": fields.pop("config")}

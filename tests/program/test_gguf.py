@@ -1,4 +1,4 @@
-"""GGUF files made of a model: every tensor's type against llama.cpp's own tables, and the sizes of real files."""
+"""GGUF files of a model: every tensor's type against llama.cpp's tables, and the sizes of real files."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_every_tensor_has_the_type_that_llama_cpp_gives_it(row: dict[str, Any]) 
     assert {t.name: t.type for t in file.tensors if t.name in wanted} == wanted
 
 
-# Bits a weight that llama.cpp's quantize tool printed for Llama-3.1-8B, of 8,030,261,312 weights with its table of
-# rotary factors. Source: ggml-org/llama.cpp tools/quantize/README.md.
+# Bits per weight printed by llama.cpp's quantize tool for Llama-3.1-8B: 8,030,261,312 weights with its table of rotary
+# factors. Source: ggml-org/llama.cpp tools/quantize/README.md.
 BITS = {
     "IQ1_S": 2.0042,
     "IQ1_M": 2.1460,
@@ -87,13 +87,13 @@ BITS = {
 
 
 @pytest.mark.parametrize("file_type", BITS)
-def test_bits_a_weight_are_those_that_the_tool_prints(file_type: str) -> None:
+def test_bits_per_weight_equal_the_tools_output(file_type: str) -> None:
     tensors = gguf_file(load_card("llama-3.1-8b"), file_type).tensors
     assert round(8 * sum(t.bytes for t in tensors) / 8_030_261_312, 4) == BITS[file_type]
 
 
-# Bytes of files on the Hugging Face Hub, as repositories that fetch them pin them beside a SHA-256; read in November
-# 2026. The header, of which the tokenizer is assumed, is what they differ by; Phi's were made by older versions.
+# Bytes of files on the Hugging Face Hub, as pinned with a SHA-256 by repositories that fetch them; read in November
+# 2026. They differ by the header, whose tokenizer is assumed; Phi's were made by older versions.
 FILES = (
     ("llama-2-7b", "Q4_K_M", 4_081_004_224, "TheBloke/Llama-2-7B-GGUF"),
     ("llama-2-7b", "Q8_0", 7_161_089_728, "TheBloke/Llama-2-7B-GGUF"),
@@ -137,7 +137,7 @@ def test_files_are_as_large_as_real_ones(model: str, file_type: str, size: int, 
     assert gguf_file(load_card(model), file_type).bytes == pytest.approx(size, rel=0.005), source
 
 
-def test_tensors_begin_where_they_may() -> None:
+def test_gguf_tensors_are_aligned() -> None:
     file = gguf_file(load_card("gpt2"), "Q4_K_M")
     assert file.bytes % 32 == 0
     assert file.bytes - file.header < sum(t.bytes for t in file.tensors) + 32 * (len(file.tensors) + 1)
@@ -181,14 +181,14 @@ def test_a_type_of_file_is_known_however_written(written: str) -> None:
     assert file_type_of(written) == "Q4_K_M"
 
 
-def test_what_is_no_type_of_file() -> None:
+def test_unknown_file_types_are_refused() -> None:
     assert file_type_of("fp8") is None
     with pytest.raises(UnknownNameError, match=r"did you mean .*Q4_K_M"):
         file_type_of("gguf:Q4_K_XM")
     assert set(ALIASES.values()) <= set(FILE_TYPES)
 
 
-# Metadata of families whose files say their sizes in other words than their configs do, of small ones.
+# Metadata of small models of families whose files name their sizes differently from their configs.
 SMALL = {"context_length": 128, "block_count": 3, "embedding_length": 64, "attention.head_count": 4}
 WRITTEN: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": (
@@ -267,7 +267,7 @@ WRITTEN["deepseek_v3"] = ("deepseek2", {**WRITTEN["deepseek_v2"][1], "expert_gat
 
 @pytest.mark.parametrize("model_type", WRITTEN)
 def test_a_file_that_llama_cpp_would_write_is_read_as_its_model(model_type: str, tmp_path: Path) -> None:
-    """Its tensors are those that a file of the model has, and what its metadata says builds as many."""
+    """Its tensors are those of the model's file, and its metadata builds the same parameters."""
     architecture, more = WRITTEN[model_type]
     metadata = {"general.architecture": architecture}
     metadata |= {f"{architecture}.{key}": value for key, value in {**SMALL, **more}.items()}

@@ -17,8 +17,8 @@ from memplan.core.errors import MemplanError
 from memplan.core.units import ITEMSIZE, rounded
 from memplan.estimate.answer import phase_peaks
 from memplan.estimate.inference import walk
-from memplan.program.graph import built
-from memplan.program.inference.passes import most_of, numbers_of, token_after
+from memplan.program.graph import operations_of
+from memplan.program.inference.passes import numbers_of, pass_peak, token_after
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import NEW_TOKENS
 from tests.encoders import SMALL
@@ -40,7 +40,7 @@ def label(case: dict[str, Any]) -> str:
 
 
 def without_workspace(answer: Estimate) -> dict[str, int]:
-    """The peak of every phase as a trace has it: of tensors alone."""
+    """Return the peak of every phase without workspaces, as in a trace."""
     gpu = answer.run.gpu
     workspace = cublas_workspace(find_gpu(gpu).compute_capability if gpu else None).usual
     ends = sum(line.bytes for line in answer.ledger if line.what == "left unsplit")
@@ -52,14 +52,14 @@ def test_every_pass_is_near_its_trace(case: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**case["run"]))
     assert answer.parameters.total == case["parameters"]
     mine = without_workspace(answer)
-    table = 1024 if "quantization" in case["run"].get("method", {}) else 0  # bitsandbytes' own, shared by all layers
+    table = 1024 if "quantization" in case["run"].get("method", {}) else 0  # bitsandbytes' table, shared by all layers
     for phase, bytes_ in case["phases"].items():
         if phase != "load":
             assert mine[phase] == pytest.approx(bytes_, rel=case.get("within", 1e-4), abs=table), phase
 
 
 @ALL
-def test_the_mean_error_of_all_passes_is_below_a_tenth_of_a_percent() -> None:
+def test_the_mean_error_of_all_passes_is_below_0_1_per_cent() -> None:
     errors: list[float] = []
     for case in CASES:
         mine = without_workspace(estimate(RunSpec(**case["run"])))
@@ -68,11 +68,11 @@ def test_the_mean_error_of_all_passes_is_below_a_tenth_of_a_percent() -> None:
     assert sum(errors) / len(errors) < 1e-3
 
 
-# --- what it is made of
+# --- components
 
 
 def cached(run: RunSpec, phase: str) -> int:
-    """Bytes of caches alive at a phase's peak."""
+    """Return the bytes of caches alive at a phase's peak."""
     lines = walk(decide(run)).lines(phase)
     return sum(line.bytes for line in lines if "cache" in line.what and line.kind == "activation")
 
@@ -81,11 +81,11 @@ def generating(model: Any = "llama-3.2-1b", **fields: Any) -> RunSpec:
     return RunSpec(**{"model": model, "task": "generate", **fields})
 
 
-def test_a_cache_has_a_key_and_a_value_of_every_token_layer_and_head() -> None:
+def test_a_cache_has_one_key_and_value_per_token_layer_and_head() -> None:
     run = generating("llama-3.1-8b", batch={"micro": 4, "sequence": 1000, "new_tokens": 25})
     layers, heads, width, bf16 = 32, 8, 128, 2
-    # the last token is fed to the model with those before it in the cache, and joined to that of one layer's values
-    # while its old ones are there
+    # the last token is read with the previous ones in the cache, and concatenated to one layer's values while the old
+    # ones are alive
     one = 4 * heads * width * bf16
     assert cached(run, "decode") == 2 * layers * one * (1000 + 25 - 1) + one * (1000 + 25 - 2)
 
@@ -97,7 +97,7 @@ def test_a_legacy_cache_has_all_layers_twice() -> None:
     assert cached(legacy, "decode") == 2 * 32 * one * (1024 + 1023)
 
 
-def test_the_prompt_has_one_row_of_logits_where_the_version_asks_for_no_more() -> None:
+def test_the_prompt_has_one_row_of_logits_in_versions_that_support_it() -> None:
     last, every = (
         estimate(generating("qwen2-0.5b", batch={"sequence": 4096}, profile=profile))
         for profile in ("transformers-5", "transformers-4.38")
@@ -107,14 +107,14 @@ def test_the_prompt_has_one_row_of_logits_where_the_version_asks_for_no_more() -
     assert phase_peaks(every)["prefill"] - phase_peaks(last)["prefill"] > logits * ITEMSIZE["fp32"]
 
 
-def test_tokens_that_are_not_said_are_256_and_the_answer_says_so() -> None:
+def test_the_default_of_256_tokens_is_noted() -> None:
     answer = estimate(generating())
     assert answer.run.batch.new_tokens == NEW_TOKENS == 256
     assert answer.run.generation.cache_implementation == "dynamic"
     assert [p.phase for p in answer.phases] == ["load", "prefill", "decode"]
 
 
-def test_one_token_is_the_prompts_own_pass_alone() -> None:
+def test_generating_one_token_is_only_the_prefill() -> None:
     assert [p.phase for p in estimate(generating(batch={"new_tokens": 1})).phases] == ["load", "prefill"]
 
 
@@ -157,7 +157,7 @@ def test_weights_are_as_they_are_stored() -> None:
         }
     ),
 )
-def test_what_a_prompt_leaves_is_what_the_table_of_caches_says(model_type: str) -> None:
+def test_a_prompts_cache_matches_the_catalogue(model_type: str) -> None:
     model = {"config": {"model_type": model_type, **TINY[model_type]}}
     run = generating(model, batch={"micro": 64, "sequence": 16, "new_tokens": 3})
     decided = decide(run)
@@ -167,18 +167,18 @@ def test_what_a_prompt_leaves_is_what_the_table_of_caches_says(model_type: str) 
     assert sum(n for what, n in left if "length" not in what) == 64 * said
 
 
-# What a token and layer of the prompt leaves, in numbers of two bytes: with all that k and v are views of.
+# Two-byte numbers that a prompt token leaves per layer, including everything that k and v are views of.
 PUBLISHED = {
-    "baichuan2-7b": 4096 + 3 * 4096,  # k rotated, and q, k and v
-    "baichuan2-13b": 3 * 5120,  # q, k and v as they are projected
-    "internlm2-7b": 8 * 128 + (32 + 2 * 8) * 128,  # k rotated, and all of wqkv's output
+    "baichuan2-7b": 4096 + 3 * 4096,  # rotated k, and q, k and v
+    "baichuan2-13b": 3 * 5120,  # q, k and v as projected
+    "internlm2-7b": 8 * 128 + (32 + 2 * 8) * 128,  # rotated k, and all of wqkv's output
     "minicpm-2b": 2 * 2304,
     "chatglm3-6b": 2 * 2 * 128,  # copied
 }
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_code_published_with_weights_keeps_the_prompts_keys_and_values_as_they_are(name: str) -> None:
+def test_custom_model_code_keeps_the_prompts_keys_and_values_unchanged(name: str) -> None:
     decided = decide(generating(name, batch={"micro": 1, "sequence": 512, "new_tokens": 3}))
     walked = walk(decided)
     left = sum(n for _, n in walked.left(walked.steps[0], walked.axes[0]))
@@ -187,19 +187,18 @@ def test_code_published_with_weights_keeps_the_prompts_keys_and_values_as_they_a
     assert any("published with its weights" in note for note in answer.notes)
 
 
-def test_alibis_of_baichuan_are_there_for_all_positions_and_pairs() -> None:
+def test_baichuans_alibi_covers_all_positions_and_pairs() -> None:
     heads, longest, bf16 = 40, 4096, 2
     run = generating("baichuan2-13b", batch={"micro": 2, "sequence": 1000, "new_tokens": 25})
     lines = {line.what: line.bytes for line in walk(decide(run)).lines("decode")}
     assert lines["model.future_mask"] == heads * longest**2 * bf16
-    assert lines["mask"] == rounded(2 * heads * 1001**2 * bf16)  # of a token's pass too
-    for name in ("expanded", "filled"):  # names of the forward pass, which have them through all layers
+    assert lines["mask"] == rounded(2 * heads * 1001**2 * bf16)  # also in a token's pass
+    for name in ("expanded", "filled"):  # local variables of the forward pass, alive through all layers
         assert lines[name] == rounded(2 * 1001**2 * bf16)
 
 
-def test_minicpm_keeps_what_generate_gives_it() -> None:
-    """A DynamicCache, whose layers are joined one by one; a tuple, of which old and new are there together, before
-    transformers 4.42."""
+def test_minicpm_keeps_the_cache_that_generate_creates() -> None:
+    """A DynamicCache grows layer by layer; before transformers 4.42 a tuple, of which the old and the new coexist."""
     tokens = {"sequence": 2048, "new_tokens": 25}
     now, before = (
         phase_peaks(estimate(generating("minicpm-2b", profile=profile, batch=tokens)))["decode"]
@@ -215,11 +214,15 @@ def test_minicpm_keeps_what_generate_gives_it() -> None:
         (
             "minicpm-2b",
             {"cache_implementation": "static"},
-            "minicpm-2b's weights has no cache of fixed size, and not static",
+            "minicpm-2b's weights has no cache of fixed size, so static",
         ),
-        ("chatglm3-6b", {"cache_implementation": "static"}, "returns tuples of its own, and not static"),
-        ("baichuan2-7b", {"cache_implementation": "dynamic"}, "returns tuples of its own, and not dynamic"),
-        ("internlm2-7b", {"prompt_lookup_num_tokens": 4}, "lookup.* is not supported yet with code that is published"),
+        ("chatglm3-6b", {"cache_implementation": "static"}, "returns its cache as tuples, so static"),
+        ("baichuan2-7b", {"cache_implementation": "dynamic"}, "returns its cache as tuples, so dynamic"),
+        (
+            "internlm2-7b",
+            {"prompt_lookup_num_tokens": 4},
+            "lookup.* is not supported yet for models that run code published",
+        ),
     ],
 )
 def test_code_published_with_weights_has_only_the_caches_it_has(name: str, asked: dict[str, Any], said: str) -> None:
@@ -227,7 +230,7 @@ def test_code_published_with_weights_has_only_the_caches_it_has(name: str, asked
         estimate(generating(name, generation=asked))
 
 
-def test_a_quantised_model_that_runs_is_refused_by_its_format_on_tensor_parallel_ranks() -> None:
+def test_tensor_parallel_inference_refuses_quantised_formats() -> None:
     with pytest.raises(MemplanError, match="'nf4' is not supported yet; supported: weights in 16"):
         estimate(generating("llama-3.1-8b", method={"quantization": {}}, parallelism={"world": 2, "tp": 2}))
 
@@ -235,7 +238,9 @@ def test_a_quantised_model_that_runs_is_refused_by_its_format_on_tensor_parallel
 @pytest.mark.parametrize(("vocabulary", "turned"), [(65024, True), (151552, False)])
 def test_the_first_glm_4_turns_nothing_sequence_first(vocabulary: int, turned: bool) -> None:
     config = {"model_type": "chatglm", "hidden_size": 256, "num_layers": 2, "num_attention_heads": 4, "kv_channels": 64}
-    stack, _ = built(decide(generating({"config": {**config, "padded_vocab_size": vocabulary}})).structure.graph)
+    stack, _ = operations_of(
+        decide(generating({"config": {**config, "padded_vocab_size": vocabulary}})).structure.graph
+    )
     names = {op.name for op in (*stack.before, *stack.after)}
     assert ("transformer.output_layer.transpose" in names) == turned == ("transformer.embedding.transpose" in names)
 
@@ -247,7 +252,7 @@ def test_autocast_keeps_its_casts_from_the_prompt_on() -> None:
         sum(n for what, n in walked.left(s, a) if "autocast" in what)
         for s, a in zip(walked.steps, walked.axes, strict=True)
     ]
-    tables = 128256 * 2048  # embeddings are looked up, and the head is the same table, cast
+    tables = 128256 * 2048  # embeddings are looked up, and the tied head is cast
     assert cast[0] == cast[-1]
     layers = 16 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
     assert cast[0] == 2 * (layers + tables)
@@ -257,14 +262,14 @@ def test_autocast_keeps_its_casts_from_the_prompt_on() -> None:
 
 
 def over_source(name: str, **fields: Any) -> RunSpec:
-    """A small encoder-decoder's generation, of three sources unless `fields` say otherwise."""
+    """Return a small encoder-decoder's generation, with three sources by default."""
     read = {} if SMALL[name]["model_type"] == "whisper" else {"sequence": 75}
     batch = {"micro": 3, **read, "new_tokens": 4, **fields.pop("batch", {})}
     return generating({"config": SMALL[name]}, batch=batch, **fields)
 
 
 @pytest.mark.parametrize("name", ["t5", "flan-t5", "whisper"])
-def test_a_decoder_keeps_its_tokens_and_what_the_encoder_read(name: str) -> None:
+def test_a_decoder_caches_its_tokens_and_the_encoders_output(name: str) -> None:
     decided = decide(over_source(name, batch={"micro": 64}))
     walked, source = walk(decided), decided.batch.sequence
     encoded, first, *_ = (dict(walked.left(s, a)) for s, a in zip(walked.steps, walked.axes, strict=True))
@@ -277,11 +282,11 @@ def test_a_decoder_keeps_its_tokens_and_what_the_encoder_read(name: str) -> None
     assert sum(encoded.values()) == sum(n for what, n in first.items() if not what.endswith("cache"))
 
 
-def test_layers_that_look_at_images_keep_what_the_tower_made_of_them() -> None:
+def test_cross_attention_layers_cache_the_towers_output() -> None:
     config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
     decided = decide(generating(config, batch={"micro": 64, "sequence": 75, "images": 1, "new_tokens": 3}))
     walked = walk(decided)
-    rows = 4 * ((56 // 14) ** 2 + 1)  # tiles of an image, patches of a tile and its class
+    rows = 4 * ((56 // 14) ** 2 + 1)  # tiles per image, patches per tile and a class token
     said = caches.bytes_of(caches.caches(decided.structure.graph.model), 75, source=rows)
     for step, axes in zip(walked.steps[:1], walked.axes[:1], strict=True):
         assert sum(n for what, n in walked.left(step, axes) if "length" not in what) == 64 * said
@@ -294,10 +299,10 @@ def test_the_encoder_reads_once_however_many_beams_there_are() -> None:
     one, four = (phase_peaks(estimate(over_source("t5", generation={"num_beams": n}))) for n in (1, 4))
     assert one["encode"] == four["encode"]
     encoded = 3 * 75 * 128 * 2  # sources, tokens, width, bytes of bf16
-    assert four["decode"] - one["decode"] > 3 * (1 + 2 * 3) * encoded  # it, and keys and values of three layers
+    assert four["decode"] - one["decode"] > 3 * (1 + 2 * 3) * encoded  # output, keys and values of three layers
 
 
-def test_an_encoders_weights_are_there_while_its_decoder_runs() -> None:
+def test_an_encoders_weights_stay_while_its_decoder_runs() -> None:
     walked = walk(decide(over_source("whisper")))
     for phase in ("load", "encode", "prefill", "decode"):
         held = {line.where for line in walked.lines(phase) if line.kind == "parameter"}
@@ -333,16 +338,16 @@ def test_more_of_a_decoder_over_sources_never_takes_less(drawn: dict[str, Any], 
 
 
 OVER_SOURCE_REFUSED: list[tuple[str, dict[str, Any], str]] = [
-    ("whisper", {"batch": {"new_tokens": 93}}, "93 after 4 that the decoder of whisper begins with"),
-    ("t5", {"precision": "fp16"}, "of which transformers keeps wo in fp32"),
-    ("t5", {"kernels": {"attention": "flash_attention_2"}}, "whose positions are a bias of the scores"),
+    ("whisper", {"batch": {"new_tokens": 93}}, "93 new tokens after a decoder prompt of 4 exceed"),
+    ("t5", {"precision": "fp16"}, "because transformers then keeps wo in fp32"),
+    ("t5", {"kernels": {"attention": "flash_attention_2"}}, "which adds its positions to the attention scores"),
     ("whisper", {"profile": "transformers-4.51"}, "not supported yet for seq2seq_lm"),
     ("t5", {"generation": {"cache_implementation": "legacy"}}, "supported: dynamic, static"),
 ]
 
 
 @pytest.mark.parametrize(("name", "fields", "said"), OVER_SOURCE_REFUSED, ids=str)
-def test_what_an_encoder_decoder_cannot_be_asked_is_said(name: str, fields: dict[str, Any], said: str) -> None:
+def test_options_unsupported_by_encoder_decoders_are_refused(name: str, fields: dict[str, Any], said: str) -> None:
     with pytest.raises(MemplanError, match=said):
         estimate(over_source(name, **fields))
 
@@ -352,7 +357,7 @@ def test_what_an_encoder_decoder_cannot_be_asked_is_said(name: str, fields: dict
 
 @st.composite
 def generations(draw: st.DrawFn) -> dict[str, Any]:
-    """A run of generation as the fields of a RunSpec."""
+    """Draw a generation as the fields of a RunSpec."""
     return {
         "model": draw(st.sampled_from(["llama-3.2-1b", "qwen2-0.5b", "gemma-2-2b", "gpt2"])),
         "task": "generate",
@@ -389,7 +394,7 @@ def test_the_ledger_sums_to_the_peak_of_every_phase(fields: dict[str, Any]) -> N
 
 @laws
 @given(generations())
-def test_what_is_left_of_a_pass_is_its_cache(fields: dict[str, Any]) -> None:
+def test_a_pass_leaves_only_its_cache(fields: dict[str, Any]) -> None:
     walked = walk(decide(RunSpec(**fields)))
     for step, axes in zip(walked.steps, walked.axes, strict=True):
         left = walked.left(step, axes)
@@ -411,7 +416,7 @@ def test_a_forward_pass_takes_no_more_than_one_that_is_trained(fields: dict[str,
     assert forward["forward"] <= max(trained["forward"], trained["loss"])
 
 
-# --- what cannot be
+# --- refusals
 
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
@@ -433,7 +438,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "field"), REFUSED, ids=str)
-def test_what_is_of_training_is_refused_by_its_field(fields: dict[str, Any], field: str) -> None:
+def test_training_options_are_refused_by_field(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(MemplanError) as caught:
         estimate(RunSpec(model="qwen2-0.5b", **fields))
     assert caught.value.field == field
@@ -441,12 +446,12 @@ def test_what_is_of_training_is_refused_by_its_field(fields: dict[str, Any], fie
 
 
 def windows_of_tokens(**fields: Any) -> RunSpec:
-    """DeepSeek V4's tiny model, whose windows have 4 and 128 tokens."""
+    """Return a run of DeepSeek V4's tiny model, whose windows have 4 and 128 tokens."""
     return generating({"config": {"model_type": "deepseek_v4", **TINY["deepseek_v4"]}}, **fields)
 
 
 WITHOUT_WINDOWS: list[tuple[dict[str, Any], str, str]] = [
-    ({"cache_implementation": "static"}, "cache_implementation", "static cache has no layers for the keys"),
+    ({"cache_implementation": "static"}, "cache_implementation", "static cache has no layers for the compressed keys"),
     ({"cache_implementation": "offloaded"}, "cache_implementation", "offloaded is not supported yet"),
     ({"cache_implementation": "quantized"}, "cache_implementation", "quantized is not supported yet"),
     ({"num_beams": 2}, "num_beams", "2 is not supported yet"),
@@ -456,43 +461,43 @@ WITHOUT_WINDOWS: list[tuple[dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("generation", "field", "said"), WITHOUT_WINDOWS, ids=str)
-def test_keys_of_windows_are_kept_in_a_dynamic_cache_alone(generation: dict[str, Any], field: str, said: str) -> None:
+def test_compressed_windows_need_a_dynamic_cache(generation: dict[str, Any], field: str, said: str) -> None:
     with pytest.raises(MemplanError, match=said) as caught:
         estimate(windows_of_tokens(generation=generation))
     assert caught.value.field == f"generation.{field}"
 
 
-def test_a_model_of_large_windows_alone_takes_no_token_back_either() -> None:
+def test_a_model_with_only_large_windows_cannot_use_prompt_lookup() -> None:
     config = {"model_type": "deepseek_v4", **TINY["deepseek_v4"], "compress_ratios": [0, 128, 128, 0]}
     with pytest.raises(MemplanError, match="keeps states"):
         estimate(generating({"config": config}, generation={"prompt_lookup_num_tokens": 4}))
 
 
-def test_what_a_decoded_token_leaves_of_windows() -> None:
-    """After 99 tokens 24 small windows are full and no large one, so that 3 and 99 tokens wait."""
+def test_a_decoded_token_leaves_partial_windows_waiting() -> None:
+    """After 99 tokens 24 small windows and no large one are full, so 3 and 99 tokens wait."""
     walked = walk(decide(windows_of_tokens(batch={"micro": 2, "sequence": 90, "new_tokens": 10})))
     (last,) = (i for i, step in enumerate(walked.steps) if step.past == 98)
     left = sum(n for what, n in walked.left(walked.steps[last], walked.axes[last]) if "length" not in what)
     rows, bf16, fp32 = 2, 2, 4
     small = sum(
         rounded(rows * 24 * width * bf16)  # keys of windows
-        + 2 * rounded(rows * 3 * 2 * width * bf16)  # what waits, and its gates
-        + rounded(rows * 4 * width * bf16)  # the half that overlaps
+        + 2 * rounded(rows * 3 * 2 * width * bf16)  # waiting tokens and their gates
+        + rounded(rows * 4 * width * bf16)  # the overlapping half
         + rounded(rows * 4 * width * fp32)  # its gates
         for width in (32, 24)  # attention's and the indexer's
     )
     large = 2 * rounded(rows * 99 * 32 * bf16)
-    window = rounded(rows * 64 * 32 * bf16)  # with the oldest token, as what stays is a view; a plain layer has two
+    window = rounded(rows * 64 * 32 * bf16)  # with the oldest token, because the rest is a view; a plain layer has two
     assert left == 5 * window + 2 * small + large
 
 
 @settings(laws, max_examples=examples(6))
 @given(prompt=st.integers(1, 300), new=st.integers(2, 150))
-def test_of_tokens_that_fill_windows_those_that_take_most_are_walked(prompt: int, new: int) -> None:
+def test_the_most_expensive_tokens_that_fill_windows_are_walked(prompt: int, new: int) -> None:
     config = {"model_type": "deepseek_v4", **TINY["deepseek_v4"], "sliding_window": 8}
     run = generating({"config": config}, batch={"micro": 2, "sequence": prompt, "new_tokens": new})
     decided = decide(run)
     walked = walk(decided)
     every = (token_after(past, decided) for past in range(prompt, prompt + new - 1))
-    most = max(most_of(step.graph, numbers_of(step, decided)).bytes for step in every)
+    most = max(pass_peak(step.graph, numbers_of(step, decided)).bytes for step in every)
     assert max(p.bytes for step, p in zip(walked.steps, walked.peaks, strict=True) if step.phase == "decode") == most

@@ -1,5 +1,5 @@
-"""Running a model on several GPUs: ranks that divide matrices, and modules that a device_map places, against traces,
-transformers' own placement, arithmetic and laws."""
+"""Inference on several GPUs: tensor-parallel ranks and device_maps, against traces, transformers' placement, arithmetic
+and laws."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from hypothesis import strategies as st
 
 from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.parallelism.device_map_packing import HOST, place, shares
-from memplan.catalogue.parallelism.device_maps import Placed, placed
+from memplan.catalogue.parallelism.device_map_packing import HOST, gpu_shares, place_modules
+from memplan.catalogue.parallelism.device_maps import ModulePlacement, place_operations
 from memplan.core.errors import SpecError
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import phase_peaks
 from memplan.models.cards import find_model
 from memplan.planning.inference import questions
-from memplan.program.graph import built
-from memplan.program.run import Decided
+from memplan.program.graph import operations_of
+from memplan.program.run import ResolvedRun
 from memplan.resolve.decide import decide
 from tests.program.test_inference import without_workspace
 from tests.sampling import ALL, examples, sampled
@@ -59,7 +59,7 @@ def test_the_mean_error_of_all_passes_is_small(cases: list[dict[str, Any]], mean
     assert max(errors) < worst
 
 
-# --- ranks that divide matrices
+# --- tensor-parallel ranks
 
 
 def running(model: Any = "llama-3.1-8b", **fields: Any) -> Estimate:
@@ -95,22 +95,22 @@ def test_a_rank_has_its_heads_of_the_cache_and_norms_whole() -> None:
     ],
     ids=str,
 )
-def test_what_several_gpus_do_not_do_is_refused_by_its_field(fields: dict[str, Any], field: str) -> None:
+def test_options_unsupported_on_several_gpus_are_refused_by_field(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(SpecError) as caught:
         running(**fields)
     assert caught.value.field == field
     assert "\n" not in str(caught.value)
 
 
-def test_litgpt_divides_what_is_in_its_blocks_alone() -> None:
-    """Embeddings and head whole, and an eighth of 80 layers: what generate_tp.py took of 8 A100."""
+def test_litgpt_shards_only_the_weights_in_its_blocks() -> None:
+    """Full embeddings and head, and an eighth of 80 layers, as generate_tp.py took on 8 A100."""
     answer = running("llama-2-70b", profile="litgpt-2024", parallelism={"world": 8, "tp": 8})
     bytes_ = {line.what: line.bytes for line in answer.ledger}
     assert bytes_["transformer.wte.weight"] == bytes_["lm_head.weight"] == 32000 * 8192 * 2
     assert bytes_["attn.proj.weight"] == 80 * 8192 * 8192 // 8 * 2
 
 
-# --- modules that a device_map places
+# --- device_maps
 
 
 def mapped(model: Any = "llama-3.1-8b", world: int = 2, device_map: str = "auto", **fields: Any) -> Estimate:
@@ -124,7 +124,7 @@ def test_every_weight_is_on_one_gpu(model: str) -> None:
     assert sum(rank.layers for rank in answer.ranks) == find_model(model).num_hidden_layers
 
 
-def test_a_layers_cache_is_where_the_layer_is_and_a_tied_head_with_the_embeddings() -> None:
+def test_caches_follow_their_layers_and_a_tied_head_its_embeddings() -> None:
     heads, width = 8, 64
     for stage in (0, 1):
         answer = running("llama-3.2-1b", parallelism={"world": 2, "device_map": "auto", "stage": stage})
@@ -135,8 +135,8 @@ def test_a_layers_cache_is_where_the_layer_is_and_a_tied_head_with_the_embedding
         assert ("model.embed_tokens.weight" in there) == (stage == 0)
 
 
-def test_what_does_not_fit_is_on_the_host_and_copied_module_by_module() -> None:
-    """Qwen2.5 14B has 29.5 GB of weights; nine tenths of what a 3090 has free hold 20.8."""
+def test_modules_that_do_not_fit_stay_on_the_host_until_called() -> None:
+    """Qwen2.5 14B has 29.5 GB of weights; nine tenths of a 3090's free memory hold 20.8."""
     answer = mapped("qwen2.5-14b", 1, gpu="3090")
     there = answer.categories["parameter"]
     assert there + answer.host_bytes == 2 * answer.parameters.total
@@ -169,20 +169,26 @@ def test_the_answer_is_of_the_gpu_whose_verdict_is_worst() -> None:
     assert answer.verdict.answer == "does not fit"
 
 
-def test_sequential_fills_one_gpu_after_the_other_and_low_zero_spares_the_first() -> None:
+def test_sequential_fills_gpus_in_order_and_low_zero_spares_the_first() -> None:
     modules, layers = [10, *[10] * 10, 10], slice(1, 11)
-    assert shares(modules, layers, 10, 3, "sequential", 90, False) == [90, 90, 90]
-    assert place(modules, [90, 90, 90], True) == [0] * 8 + [1] * 4  # and room for one more on the first
-    assert shares(modules, layers, 10, 3, "balanced", 90, False) == [52, 52, 90]  # 120 / 3 and 1.25 times 10
-    assert shares(modules, layers, 10, 3, "balanced_low_0", 90, False) == [0, 72, 90]
-    assert shares(modules, layers, 10, 2, "balanced_low_0", 90, False) == [120 - 90, 90]
-    assert shares(modules, layers, 10, 3, "balanced", 90, True) == [46, 46, 81]  # of bitsandbytes nine tenths of it
-    assert shares(modules, layers, 10, 1, "balanced", 90, False) == [81]
-    assert place(modules, [81], True) == [0] * 7 + [HOST] * 5
-    assert place(modules, [81], False) == [0] * 12
+    assert gpu_shares(modules, layers, 10, 3, "sequential", 90, False) == [90, 90, 90]
+    assert (
+        place_modules(modules, [90, 90, 90], True) == [0] * 8 + [1] * 4
+    )  # and there is room for one more on the first
+    assert gpu_shares(modules, layers, 10, 3, "balanced", 90, False) == [52, 52, 90]  # 120 / 3 and 1.25 times 10
+    assert gpu_shares(modules, layers, 10, 3, "balanced_low_0", 90, False) == [0, 72, 90]
+    assert gpu_shares(modules, layers, 10, 2, "balanced_low_0", 90, False) == [120 - 90, 90]
+    assert gpu_shares(modules, layers, 10, 3, "balanced", 90, True) == [
+        46,
+        46,
+        81,
+    ]  # with bitsandbytes nine tenths of it
+    assert gpu_shares(modules, layers, 10, 1, "balanced", 90, False) == [81]
+    assert place_modules(modules, [81], True) == [0] * 7 + [HOST] * 5
+    assert place_modules(modules, [81], False) == [0] * 12
 
 
-def auto(model: Any, world: int, **fields: Any) -> Decided:
+def auto(model: Any, world: int, **fields: Any) -> ResolvedRun:
     return decide(
         RunSpec(model=model, task="generate", parallelism={"world": world, "device_map": "auto"}, **fields),
     )
@@ -190,9 +196,9 @@ def auto(model: Any, world: int, **fields: Any) -> Decided:
 
 def test_matrices_in_four_bits_are_dealt_by_half_a_byte_a_number() -> None:
     layer = (4 * 4096 * 4096 + 3 * 4096 * 11008) // 2 + 2 * 4096 * 2
-    table = 32000 * 4096 * 2  # of the embeddings, and of the head, which is not quantised
+    table = 32000 * 4096 * 2  # embeddings, and the head, which is not quantised
     share = ((2 * table + 32 * layer + 4096 * 2) // 4 + table * 5 // 4) * 9 // 10
-    first, each = (share - table - table) // layer, share // layer  # the first leaves room for the head
+    first, each = (share - table - table) // layer, share // layer  # the first reserves room for the head
     placed_ = auto("llama-2-7b", 4, method={"quantization": {"double_quant": False}}).structure.graph.placed
     assert placed_ is not None
     assert (
@@ -203,15 +209,15 @@ def test_matrices_in_four_bits_are_dealt_by_half_a_byte_a_number() -> None:
 def test_gpus_that_stay_empty_are_named() -> None:
     few, many = (" ".join(auto("llama-3.1-8b", world).notes) for world in (2, 8))
     assert "stay empty" not in few
-    assert "modules are on 6 GPUs, and 2 stay empty" in many
+    assert "modules are placed on 6 GPUs; 2 stay empty" in many
 
 
-def test_a_layer_on_the_host_has_its_buffers_on_the_gpu_and_the_same_columns() -> None:
+def test_a_host_layer_keeps_buffers_on_the_gpu_and_the_same_columns() -> None:
     run = RunSpec(model={"config": {"model_type": "glm4_moe", **TINY["glm4_moe"]}}, task="forward")
-    stack, axes = built(decide(run).structure.graph)
+    stack, axes = operations_of(decide(run).structure.graph)
     own = {w.name: w for run_ in stack.runs for block in run_.blocks for op in block.ops for w in op.weights}
     ends = (("model.norm", 0), ("lm_head", 0))
-    there, _ = placed(stack, axes, Placed((("model.embed_tokens", 0),), 0, (HOST, HOST, HOST), ends))
+    there, _ = place_operations(stack, axes, ModulePlacement((("model.embed_tokens", 0),), 0, (HOST, HOST, HOST), ends))
     found = [w for run_ in there.runs for block in run_.blocks for op in block.ops for w in op.weights]
     assert {(w.group == "buffer", w.shape.split()[0]) for w in found} == {(True, "@0"), (False, "@host")}
     assert all(w.shape.split()[w.rows :] == own[w.name].shape.split()[own[w.name].rows :] for w in found if w.rows)
@@ -219,10 +225,10 @@ def test_a_layer_on_the_host_has_its_buffers_on_the_gpu_and_the_same_columns() -
 
 def test_a_mask_that_is_one_for_all_sequences_is_copied_for_each() -> None:
     run = RunSpec(model={"config": {"model_type": "falcon", **TINY["falcon"]}}, task="forward")
-    stack, axes = built(decide(run).structure.graph)
+    stack, axes = operations_of(decide(run).structure.graph)
     layers = (*(0,) * (TINY["falcon"]["num_hidden_layers"] - 1), 1)
     ends = (("transformer.ln_f", 1), ("lm_head", 1))
-    there, _ = placed(stack, axes, Placed((("transformer.word_embeddings", 0),), 0, layers, ends, 2))
+    there, _ = place_operations(stack, axes, ModulePlacement((("transformer.word_embeddings", 0),), 0, layers, ends, 2))
     made = {t.name: t.shape for run_ in there.runs for block in run_.blocks for op in block.ops for t in op.writes}
     assert next(t.shape for op in there.before for t in op.writes if t.name == "mask") == "@0 s s"
     assert made["mask here"] == "@1 b s s"
@@ -237,7 +243,7 @@ def test_a_mask_that_is_one_for_all_sequences_is_copied_for_each() -> None:
         *("phi-4", "olmo-2-1b", "pythia-6.9b", "mixtral-8x7b", "qwen3-30b-a3b", "deepseek-v2-lite"),
     ],
 )
-def test_a_device_map_is_what_transformers_infers(name: str, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_maps_equal_transformers(name: str, gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     library = pytest.importorskip("transformers.integrations.accelerate")
     monkeypatch.setattr(library, "get_max_memory", dict)
@@ -275,7 +281,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
 
 @laws
 @given(runs(), st.integers(2, 3))
-def test_a_gpu_holds_no_more_than_all_would_and_all_hold_no_less(fields: dict[str, Any], world: int) -> None:
+def test_several_gpus_each_need_at_most_one_gpus_memory_together_no_less(fields: dict[str, Any], world: int) -> None:
     alone, several = (estimate(RunSpec(**fields, parallelism=p)) for p in ({}, {"world": world, "device_map": "auto"}))
     assert several.bytes.allocated <= alone.bytes.allocated + 2**20
     assert sum(rank.bytes.allocated for rank in several.ranks) >= alone.bytes.allocated
@@ -292,12 +298,12 @@ def test_one_gpu_with_room_is_a_device_map_of_one(fields: dict[str, Any]) -> Non
 
 
 @ALL
-def test_a_run_that_fits_one_gpu_is_not_placed_on_it_and_gpus_that_stay_empty_are_left_out() -> None:
+def test_one_gpu_needs_no_placement_and_empty_gpus_are_left_out() -> None:
     batch = {"sequence": 4000, "new_tokens": 4}
     found = questions(RunSpec(model="qwen2-0.5b", task="generate", gpu="3090", batch=batch))
     assert found.placed[0].answer is found.answer
     assert found.placed[0].requests == found.requests.value
-    assert [choice.name for choice in found.placed] == ["1", "2"]  # its layers lie on two of three
+    assert [choice.name for choice in found.placed] == ["1", "2"]  # of three GPUs two get layers
 
 
 @ALL
@@ -308,7 +314,7 @@ def test_the_questions_have_how_many_gpus_in_either_way() -> None:
     assert "does not divide" in found.degrees[-1].refused
     assert [choice.name for choice in found.placed][:2] == ["1", "2"]
     assert found.fewest is not None
-    assert found.fewest.name == "2"  # of one alone some layers are on the host
+    assert found.fewest.name == "2"  # with one, some layers are on the host
     assert found.placed[0].answer is not None
     assert found.placed[0].answer.host_bytes
     assert found.placed[0].pace is None

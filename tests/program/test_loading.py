@@ -1,4 +1,4 @@
-"""What a GPU holds while FSDP divides a model, against traces; and where a checkpoint is in host memory meanwhile.
+"""GPU memory while FSDP shards a model, against traces; and host memory of the checkpoint meanwhile.
 
 The rows are in tests/golden/traced_loading.jsonl, which tests/golden/trace_loading.py made.
 """
@@ -35,8 +35,8 @@ def test_a_model_is_divided_as_the_trace_shows(case: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("world", [64, 128])
-def test_parts_told_as_one_take_what_they_take_one_by_one(world: int) -> None:
-    """300 rows are 5 for each of 60 ranks of 64, or 3 for each of 100 of 128: the others' parts are padded copies."""
+def test_grouped_loading_steps_equal_single_ones(world: int) -> None:
+    """300 rows are 5 each for 60 of 64 ranks, or 3 each for 100 of 128: the other ranks' shards are padded copies."""
     run = {
         "model": {"config": {"model_type": "llama", **TINY["llama"]}},
         "parallelism": {"world": world, "dp": world, "strategy": "fsdp2"},
@@ -48,7 +48,7 @@ def test_parts_told_as_one_take_what_they_take_one_by_one(world: int) -> None:
 
 
 def test_a_buffer_without_elements_takes_no_storage() -> None:
-    """A head of one dimension, of which half is rotated: no frequency is left."""
+    """A head of one dimension, half of it rotated, has no rotary frequencies."""
     assert most_at_once([(0, 0), (1, 512), (2, 0), (1, 0), (3, 256)]) == 512
     model = {"config": {"model_type": "glm4", **TINY["glm4"], "head_dim": 1}}
     run = RunSpec.model_validate({"model": model, "parallelism": {"world": 2, "dp": 2, "strategy": "zero3"}})
@@ -58,7 +58,7 @@ def test_a_buffer_without_elements_takes_no_storage() -> None:
 
 # in host memory
 
-PARAMETERS = 494_032_768  # of qwen2-0.5b, which is stored in bf16
+PARAMETERS = 494_032_768  # qwen2-0.5b, stored in bf16
 EFFICIENT = "cpu_ram_efficient_loading"
 
 
@@ -69,7 +69,7 @@ def asked(strategy: str = "ddp", world: int = 4, **fields: Any) -> Estimate:
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "zero1", "zero3", "fsdp", "fsdp2"])
-def test_a_checkpoint_in_its_own_dtype_is_mapped_and_shared_by_all_of_a_node(strategy: str) -> None:
+def test_a_checkpoint_in_its_stored_dtype_is_shared_within_a_node(strategy: str) -> None:
     load = asked(strategy).host.phases[0]
     assert (load.phase, load.rank, load.node) == ("load", 0, 0)
     assert load.mapped == 2 * PARAMETERS
@@ -99,14 +99,14 @@ def test_fsdp2_casts_what_trains_on_the_host_and_fsdp1_on_the_gpu() -> None:
     assert asked("fsdp", precision=autocast).host.phases[0].rank == 0
 
 
-def test_quantised_weights_and_those_that_zero_divides_pass_the_host_by() -> None:
+def test_quantised_and_zero_3_weights_bypass_the_host() -> None:
     assert asked("ddp", method="qlora", precision="fp32").host.phases[0].rank == 0
     assert asked("zero3", precision="fp32").host.phases[0].rank == 0
     whole = {"zero": {"zero3_init_flag": False}}
     assert asked("zero3", precision="fp32", parallelism=whole).host.phases[0].rank == 4 * PARAMETERS
 
 
-def test_parts_that_are_offloaded_are_there_with_the_model_until_it_is_divided() -> None:
+def test_offloaded_shards_coexist_with_the_full_model_until_it_is_sharded() -> None:
     moved = {"offload": {"parameters": True}}
     four = asked("fsdp2", 4, precision="fp32", parallelism=moved).host.phases[0]
     assert four.rank == 4 * PARAMETERS + PARAMETERS
@@ -116,7 +116,7 @@ def test_parts_that_are_offloaded_are_there_with_the_model_until_it_is_divided()
     assert eight.peak.phase == "step"
 
 
-def test_a_node_has_as_many_processes_as_it_is_said_to_and_eight_at_most_otherwise() -> None:
+def test_a_node_has_the_given_processes_or_at_most_eight_by_default() -> None:
     moved = {"offload": {"parameters": True}}
     usual, two, few = (
         asked("fsdp2", world, parallelism={**moved, **more})
@@ -125,17 +125,17 @@ def test_a_node_has_as_many_processes_as_it_is_said_to_and_eight_at_most_otherwi
     assert [a.host.ranks for a in (usual, two, few)] == [8, 2, 4]
     assert two.host.phases[1].node == 2 * two.host_bytes
     assert usual.host_bytes == two.host_bytes
-    assert "the 8 of a node, most in the steps" in host(usual)
+    assert "the 8 of a node; the peak is during the steps" in host(usual)
     assert host(asked("ddp")) == ""
 
 
 def test_nodes_that_the_gpus_do_not_fill_are_refused() -> None:
-    with pytest.raises(SpecError, match=r"parallelism\.gpus_per_node: 12 GPUs are not nodes of 8"):
+    with pytest.raises(SpecError, match=r"parallelism\.gpus_per_node: 12 GPUs do not divide into nodes of 8"):
         asked("ddp", 12, parallelism={"gpus_per_node": 8})
-    with pytest.raises(SpecError, match="one GPU shares its host"):
+    with pytest.raises(SpecError, match="only applies to several GPUs"):
         estimate(RunSpec(model="qwen2-0.5b", parallelism={"gpus_per_node": 2}))
 
 
-def test_another_framework_is_not_said_to_load_as_transformers_does() -> None:
+def test_other_frameworks_get_no_loading_estimate_of_transformers() -> None:
     assert [p.phase for p in asked("ddp", profile="torchtitan").host.phases] == ["step"]
     assert [p.phase for p in asked("ddp").host.phases] == ["load", "step"]

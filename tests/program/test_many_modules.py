@@ -1,4 +1,4 @@
-"""Models of many modules: what an estimate takes grows no faster than their number, and leaves nothing out."""
+"""Models of many modules: the time of an estimate grows no faster than their number, and nothing is left out."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from memplan import RunSpec, estimate
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.core.errors import ConfigError
-from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
-from memplan.engine.record import FREED, Event, Recorded, Stretch, unrolled
+from memplan.engine.allocator import Allocator, AllocatorBlock, OutOfMemoryError
+from memplan.engine.record import FREED, AllocationTrace, Event, EventSpan, unrolled
 from memplan.engine.walk import ONE, Term, Variable, chain, largest, prune, rows, size, values, without_midpoints
-from memplan.estimate.usage import Usage, around_of
-from memplan.program.graph import built
+from memplan.estimate.usage import Usage, run_overhead
+from memplan.program.graph import operations_of
 from memplan.program.training.program import PHASES, pass_of
 from memplan.program.training.replay import LONG_PASS, replay_stretches
 from memplan.program.training.replay import pass_of as recording_of
@@ -30,16 +30,16 @@ MIB, GIB = 2**20, 2**30
 
 
 def mixture(experts: int) -> RunSpec:
-    """A run of a small mixture whose experts are modules, with adapters on every linear layer."""
+    """Return a run of a small mixture with experts as modules and adapters on every linear layer."""
     config = {"model_type": "qwen3_moe", **TINY["qwen3_moe"], "num_experts": experts}
     fields = {"profile": "llamafactory", "method": {"kind": "lora"}, "batch": {"sequence": 64}}
     return RunSpec.model_validate({"model": {"config": config}, **fields})
 
 
 def candidates(run: RunSpec) -> dict[str, int]:
-    """How many moments of each phase are compared with each other."""
+    """Return the number of moments of each phase that are compared with each other."""
     structure = decide(run).structure
-    low, axes = pass_of(structure), built(structure.graph)[1]
+    low, axes = pass_of(structure), operations_of(structure.graph)[1]
     sizes = [size(key[0], key[1], axes) for key in low.sizes]
     variables = (ONE, *sorted({v for v, _ in sizes} - {ONE}))
     every = rows(low.moments, low.runs, axes, sizes, variables)
@@ -54,8 +54,8 @@ def test_experts_in_a_loop_add_no_candidates_for_the_peak() -> None:
     assert all(many[phase] <= few[phase] for phase in PHASES)
 
 
-def stored(recording: Recorded) -> int:
-    """How many events of the forward pass a recording has in memory."""
+def stored(recording: AllocationTrace) -> int:
+    """Return the number of a recording's forward events in memory."""
     return sum({id(stretch.events): len(stretch.events) for stretch in recording.forward}.values())
 
 
@@ -73,8 +73,8 @@ def test_layers_left_out_are_recorded_once() -> None:
     assert len([*unrolled(many.forward)]) > 8 * len([*unrolled(few.forward)])
 
 
-def test_moments_of_layers_that_differ_share_what_is_alive_in_the_others() -> None:
-    """Counts that moments hold: those of other layers are held once for many moments."""
+def test_moments_of_differing_layers_share_live_tensors() -> None:
+    """Counts of live tensors in other layers are stored once for many moments."""
     held: list[int] = []
     for n in (24, 48):
         kinds = ["full_attention" if i * i % 7 < 3 else "sliding_attention" for i in range(n)]
@@ -93,7 +93,7 @@ TOO_MANY: dict[str, tuple[dict[str, Any], str, str]] = {
     "layers that differ": (
         {"num_hidden_layers": 900, "layer_types": [kind for kind in IN_NO_ORDER for _ in range(2)][:900]},
         "num_hidden_layers",
-        "of the 900 layers repeat no pattern before them, and at most 192",
+        "of the 900 layers repeat no pattern; at most 192",
     ),
     "experts in a layer": ({**MODULES, "num_experts": 513}, "num_experts", "513 in each of 2 layers"),
     "experts in all": ({**MODULES, "num_experts": 500, "num_hidden_layers": 40}, "num_experts", "16,384 in all"),
@@ -121,9 +121,9 @@ def test_more_than_can_be_estimated_one_by_one_is_refused_by_name(
 CALLS = st.lists(st.tuples(st.booleans(), st.integers(1, 24 * MIB)), max_size=40)
 
 
-def run_calls(allocator: Allocator, calls: list[tuple[bool, int]]) -> list[Block]:
-    """Allocate, or free one of the blocks that are left."""
-    alive: list[Block] = []
+def run_calls(allocator: Allocator, calls: list[tuple[bool, int]]) -> list[AllocatorBlock]:
+    """Allocate, or free one of the remaining blocks."""
+    alive: list[AllocatorBlock] = []
     for frees, asked in calls:
         if frees and alive:
             allocator.free(alive.pop(asked % len(alive)))
@@ -133,7 +133,7 @@ def run_calls(allocator: Allocator, calls: list[tuple[bool, int]]) -> list[Block
 
 
 def loop_of(calls: list[tuple[bool, int]]) -> tuple[tuple[Event, ...], list[int]]:
-    """The events of a loop's body that frees all it allocates, and the bytes of its sizes."""
+    """Draw the events of a loop body that frees all it allocates, and its sizes."""
     events: list[Event] = []
     alive: list[int] = []
     bytes_: list[int] = []
@@ -153,9 +153,9 @@ def test_a_loop_leaves_the_allocator_as_all_its_iterations_would(
     before: list[tuple[bool, int]], body: list[tuple[bool, int]], times: int, expandable: bool, mib: int | None
 ) -> None:
     events, bytes_ = loop_of(body)
-    loop = Stretch(events, times=times)
+    loop = EventSpan(events, times=times)
     found: list[Any] = []
-    for stretch in (loop, Stretch(tuple(unrolled((loop,))))):
+    for stretch in (loop, EventSpan(tuple(unrolled((loop,))))):
         allocator = Allocator(expandable, mib and mib * MIB)
         try:
             run_calls(allocator, before)
@@ -175,7 +175,7 @@ ROW = st.tuples(*[st.integers(-3, 12)] * len(VARIABLES))
 
 @st.composite
 def moments(draw: st.DrawFn) -> list[tuple[int, ...]]:
-    """Rows of which some come in loops: each iteration has as many more of everything as the one before it."""
+    """Draw moments, some in loops whose iterations each add the same."""
     out: list[tuple[int, ...]] = []
     for body in draw(st.lists(st.lists(ROW, min_size=1, max_size=3), max_size=5)):
         times, more = draw(st.sampled_from([1, 1, 2, 5])), draw(ROW)
@@ -184,7 +184,7 @@ def moments(draw: st.DrawFn) -> list[tuple[int, ...]]:
 
 
 def compared_with_all(candidates: list[tuple[int, ...]]) -> list[int]:
-    """The moments that none before them, in order of the sums that `prune` sorts by, is at least as large as."""
+    """Return the moments that no earlier one, in the order of `prune`, dominates."""
     products = chain(VARIABLES)
     on_chain = [v.axes in products and v.per == 1 for v in VARIABLES]
 
@@ -211,7 +211,7 @@ def compared_with_all(candidates: list[tuple[int, ...]]) -> list[int]:
 
 @laws
 @given(st.lists(ROW, min_size=1, max_size=12, unique=True))
-def test_pruning_keeps_what_comparing_each_with_all_others_keeps(candidates: list[tuple[int, ...]]) -> None:
+def test_pruning_equals_pairwise_comparison(candidates: list[tuple[int, ...]]) -> None:
     kept = [term.moment for term in prune(((row, i) for i, row in enumerate(candidates)), VARIABLES)]
     if len(without_midpoints(candidates)) == len(candidates):
         assert kept == compared_with_all(candidates)
@@ -232,7 +232,7 @@ def test_pruning_keeps_the_first_of_the_largest_moments(
 
 
 class Long:
-    """Allocations of which a replay takes long: 20 GiB are reserved on a card with room."""
+    """Allocations with a long replay: 20 GiB are reserved on a card with room."""
 
     is_long = True
 
@@ -240,26 +240,26 @@ class Long:
         assert capacity is None, "a full card is not replayed"
         return 20 * GIB
 
-    def apart(self) -> int:
+    def free_in_other_streams(self) -> int:
         return 10 * GIB
 
-    def beside(self) -> int:
+    def unreplayed_bytes(self) -> int:
         return 0
 
 
 @pytest.mark.parametrize(
     ("card", "tensors", "answer"), [("3090", 10, "fits"), ("t4", 10, "tight"), ("t4", 15, "does not fit")]
 )
-def test_a_long_replay_is_run_with_room_alone_and_a_card_below_that_is_tight(
+def test_a_long_replay_runs_only_without_capacity_and_smaller_cards_are_tight(
     card: str, tensors: int, answer: str
 ) -> None:
     gpu = find_gpu(card)
-    usage = Usage(Long(), 8 * GIB, 8 * GIB, tensors * GIB, gpu, around_of(gpu, (), None))
+    usage = Usage(Long(), 8 * GIB, 8 * GIB, tensors * GIB, gpu, run_overhead(gpu, (), None))
     assert usage.answer == answer
-    assert usage.reserved == (gpu.usable - around_of(gpu, (), None).context if answer == "tight" else 20 * GIB)
+    assert usage.reserved == (gpu.usable - run_overhead(gpu, (), None).context if answer == "tight" else 20 * GIB)
 
 
-def test_adapters_on_thousands_of_experts_are_long_and_a_dense_model_is_not() -> None:
+def test_adapters_on_thousands_of_experts_are_long_replays_unlike_dense_models() -> None:
     dense, mixture = (
         recording_of(decide(RunSpec(model=model, method="lora")).structure, later=False).length
         for model in ("qwen2-7b", "deepseek-moe-16b")

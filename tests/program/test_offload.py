@@ -1,4 +1,4 @@
-"""What the host keeps: inputs of checkpointed blocks, and the optimizer with its step. And what is left on the GPU."""
+"""Offloading of checkpointed inputs, of the optimizer and of saved tensors: host memory, and what stays on the GPU."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memplan.models.cards import load_card
 from memplan.report.assumptions import assumptions
 from tests.estimate.test_laws import SHAPE, answer, laws, runs
 
-HIDDEN, LAYERS = 896, 24  # of qwen2-0.5b
+HIDDEN, LAYERS = 896, 24  # qwen2-0.5b
 PARAMETERS = 494_032_768
 
 
@@ -27,7 +27,7 @@ def asked(checkpointing: str, **fields: Any) -> Estimate:
 
 
 def moved(**fields: Any) -> Estimate:
-    """A run whose optimizer is on the host."""
+    """Return a run with its optimizer on the host."""
     return estimate(RunSpec(**{"model": "qwen2-0.5b", "parallelism": {"offload": {"optimizer": True}}, **fields}))
 
 
@@ -36,10 +36,8 @@ def moved(**fields: Any) -> Estimate:
 
 @laws
 @given(runs(), st.booleans())
-def test_inputs_in_host_memory_cost_one_copy_at_most_and_everything_else_is_as_it_was(
-    run: dict[str, Any], reentrant: bool
-) -> None:
-    """The copy may lie beside its own original: where the script or the graph holds on to that anyway."""
+def test_offloaded_inputs_cost_at_most_one_copy_and_change_nothing_else(run: dict[str, Any], reentrant: bool) -> None:
+    """The copy coexists with its original if the script or the graph keeps the original anyway."""
 
     def with_(checkpointing: str) -> Estimate:
         return answer(run, kernels={**run["kernels"], "checkpointing": checkpointing, "reentrant": reentrant})
@@ -63,19 +61,19 @@ def test_the_host_holds_one_input_a_layer(precision: str, reentrant: bool) -> No
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_a_long_sequence_saves_the_inputs_of_all_layers_but_the_one_in_use(reentrant: bool) -> None:
+def test_a_long_sequence_saves_all_layer_inputs_except_the_current_one(reentrant: bool) -> None:
     fields: dict[str, Any] = {"method": {"kind": "lora", "rank": 8}, "batch": {"sequence": 16384}}
     kernels = {"loss": "fused", "reentrant": reentrant}
     here, away = (asked(word, **fields, kernels=kernels) for word in ("full", "offload"))
     one = 16384 * HIDDEN * 2
     assert here.peak.phase == away.peak.phase == "backward"
     saved = here.bytes.allocated - away.bytes.allocated
-    # the peak moves to the first layer, where every other's gradients are there and the embeddings' output is held
+    # the peak moves to the first layer, where all other layers' gradients exist and the embeddings' output is held
     assert saved == (LAYERS - 2) * one - (away.categories["gradient"] - here.categories["gradient"])
     assert away.host_bytes == LAYERS * one
 
 
-def test_more_layers_keep_no_more_on_the_gpu_until_backward_but_more_on_the_host() -> None:
+def test_more_layers_keep_more_on_the_host_but_not_the_gpu() -> None:
     def deep(layers: int) -> Estimate:
         config = {**SHAPE, "num_hidden_layers": layers}
         return asked("offload", model={"config": config}, method={"kind": "lora", "rank": 1}, optimizer="none")
@@ -97,7 +95,7 @@ def test_frozen_layers_before_all_that_trains_keep_nothing_anywhere() -> None:
 def test_a_family_that_was_never_checkpointed_offloads_nothing() -> None:
     answer = asked("offload", model="starcoder2-3b", profile="transformers-4.48")
     assert answer.host_bytes == 0
-    assert any("does not checkpoint" in note for note in answer.notes)
+    assert any("ignores gradient checkpointing" in note for note in answer.notes)
 
 
 # the optimizer
@@ -113,7 +111,7 @@ def test_the_host_has_the_states_and_a_copy_of_parameters_and_gradients(
     assert moved(optimizer=optimizer, precision=precision).host_bytes == (states + 2) * itemsize * PARAMETERS
 
 
-def test_masters_on_the_host_stand_for_the_copy_and_its_gradients_are_as_wide() -> None:
+def test_host_masters_replace_the_copy_and_have_gradients_of_their_dtype() -> None:
     away = moved(optimizer="adamw_torch", precision="mixed")
     assert away.host_bytes == (4 + 4 + 2 * 4) * PARAMETERS
     assert away.categories["optstate"] == 0
@@ -141,7 +139,7 @@ def test_the_host_relieves_the_gpu_whatever_the_run(run: dict[str, Any], name: s
     assert away.host_bytes > here.host_bytes
 
 
-def test_stepping_in_backward_a_gradient_goes_to_the_host_as_it_comes() -> None:
+def test_updates_in_backward_copy_each_gradient_to_the_host() -> None:
     stays = moved(optimizer="adamw_torch")
     goes = moved(optimizer={"name": "adamw_torch", "in_backward": True})
     assert goes.host_bytes == stays.host_bytes
@@ -155,11 +153,11 @@ def test_both_add_up_on_the_host() -> None:
     assert both == moved(optimizer="adamw_torch").host_bytes + asked("offload").host_bytes
 
 
-# what autograd saves
+# tensors saved by autograd
 
 
 def saved(**fields: Any) -> Estimate:
-    """A run whose saved tensors are on the host, without checkpointing unless it says so."""
+    """Return a run with saved tensors on the host, by default without checkpointing."""
     parallelism = {**fields.pop("parallelism", {}), "offload": {"activations": True}}
     kernels = {"checkpointing": "none", **fields.pop("kernels", {})}
     return estimate(RunSpec(**{"model": "qwen2-0.5b", **fields, "kernels": kernels, "parallelism": parallelism}))
@@ -167,11 +165,9 @@ def saved(**fields: Any) -> Estimate:
 
 @laws
 @given(runs(kinds=("full", "freeze", "lora", "dora")), st.sampled_from(["none", "full", "offload"]))
-def test_saving_on_the_host_takes_no_more_in_forward_and_later_at_most_the_copies_of_one_operation(
-    run: dict[str, Any], checkpointing: str
-) -> None:
-    """Copies of what was kept take its place; those of a weight lie beside it, and those of logits and labels beside
-    what the script holds. None of it is there in the optimizer's step."""
+def test_activations_on_the_host_add_at_most_one_operations_copies(run: dict[str, Any], checkpointing: str) -> None:
+    """Copies replace the saved tensors; copies of weights coexist with the weights, and those of logits and labels with
+    what the script holds. None exist in the optimizer's step."""
     kernels = {**run["kernels"], "checkpointing": checkpointing, "loss": "hf"}
     here = answer(run, kernels=kernels)
     away = answer(run, kernels=kernels, parallelism={"offload": {"activations": True}})
@@ -189,7 +185,7 @@ def test_saving_on_the_host_takes_no_more_in_forward_and_later_at_most_the_copie
 
 @laws
 @given(runs(kinds=("full", "lora")), st.integers(1, 3))
-def test_what_the_host_has_of_saved_tensors_grows_with_the_batch_and_with_depth(run: dict[str, Any], more: int) -> None:
+def test_tensors_saved_on_the_host_grow_with_batch_and_depth(run: dict[str, Any], more: int) -> None:
     kernels = {**run["kernels"], "checkpointing": "none", "loss": "hf"}
     parallelism = {"offload": {"activations": True}}
     one = answer(run, kernels=kernels, parallelism=parallelism)
@@ -210,8 +206,8 @@ def test_more_layers_leave_nothing_of_a_pass_on_the_gpu() -> None:
     assert many.host_bytes - few.host_bytes == more.host_bytes - many.host_bytes > 0
 
 
-def test_the_host_holds_what_a_llama_saves_as_often_as_it_does() -> None:
-    """Two kernels that keep one tensor have a copy each, and a weight is a tensor as well."""
+def test_the_host_holds_each_saved_tensor_of_a_llama() -> None:
+    """Two kernels that save the same tensor have a copy each, and weights count too."""
     b, s, h, a, k, d, f, v, layers = 3, 128, 64, 4, 2, 16, 176, 1000, 5
     config = {"model_type": "llama", "vocab_size": v, "num_hidden_layers": layers, "tie_word_embeddings": False}
     config |= {"hidden_size": h, "num_attention_heads": a, "num_key_value_heads": k, "head_dim": d}
@@ -227,11 +223,11 @@ def test_the_host_holds_what_a_llama_saves_as_often_as_it_does() -> None:
     mlp = half * (2 * tokens * h + 2 * f * h) + half * 3 * tokens * f + half * (tokens * f + f * h)
     layer = 2 * norm + projections + rotary + flash + out + mlp
     head = norm + half * (tokens * h + h * v)
-    loss = 4 * tokens * v + 4 * tokens * v + 8 * tokens + 4  # log_softmax, and nll_loss: that again, labels, a sum
+    loss = 4 * tokens * v + 4 * tokens * v + 8 * tokens + 4  # log_softmax; nll_loss: the same again, labels, a sum
     assert found.host_bytes == 8 * tokens + layers * layer + head + loss
 
 
-def test_checkpointed_layers_save_their_inputs_alone() -> None:
+def test_checkpointed_layers_save_only_their_inputs() -> None:
     batch = {"micro": 2, "sequence": 100}
     plain, checkpointed = (saved(batch=batch, kernels={"checkpointing": word}) for word in ("none", "full"))
     inputs = asked("offload", batch=batch).host_bytes
@@ -246,7 +242,7 @@ def test_checkpointed_layers_save_their_inputs_alone() -> None:
 
 
 def test_a_view_that_repeats_a_mask_is_saved_whole() -> None:
-    """The mask of memory-efficient attention is one for all heads."""
+    """Memory-efficient attention has one mask for all heads."""
     fields: dict[str, Any] = {"batch": {"micro": 2, "sequence": 256}, "kernels": {"attention": "sdpa_efficient"}}
     with_mask, without = saved(**fields, loop={"padded": True}), saved(**fields)
     repeated = LAYERS * 14 * 2 * 256 * 256 * 2  # heads, sequences, rows, columns, bytes
@@ -266,21 +262,21 @@ def test_a_view_that_repeats_a_mask_is_saved_whole() -> None:
         ({"model": "mamba-130m"}, "parallelism.offload", "mamba"),
     ],
 )
-def test_what_saved_tensors_are_not_counted_with_is_refused(fields: dict[str, Any], field: str, said: str) -> None:
+def test_options_unsupported_with_activation_offload_are_refused(fields: dict[str, Any], field: str, said: str) -> None:
     with pytest.raises(SpecError, match=said) as caught:
         saved(**fields)
     assert caught.value.field == field
 
 
-# what is said, and how
+# messages
 
 ABOUT = "states and step in host memory"
 
 
-def test_the_assumptions_say_what_is_on_the_host() -> None:
+def test_the_assumptions_list_what_is_on_the_host() -> None:
     told = dict(assumptions(moved(kernels={"checkpointing": "offload", "reentrant": True})))
     assert told["checkpointing"] == "offload, reentrant"
-    assert dict(assumptions(saved()))["checkpointing"] == "none; what autograd saves is in host memory"
+    assert dict(assumptions(saved()))["checkpointing"] == "none; tensors saved for backward are in host memory"
     assert ABOUT in told["optimizer"]
     assert f"masters, {ABOUT}" in dict(assumptions(moved(precision="mixed")))["optimizer"]
     assert ABOUT not in dict(assumptions(asked("full")))["optimizer"]
@@ -294,7 +290,9 @@ def test_the_answers_own_run_has_the_same_answer() -> None:
 
 @pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_32bit", "adafactor", "galore_adamw", "lomo", "none"])
 def test_an_optimizer_that_does_not_step_on_the_host_is_refused(name: str) -> None:
-    with pytest.raises(MemplanError, match=f"{name} does not step on the host; adamw_torch, ") as caught:
+    with pytest.raises(
+        MemplanError, match=rf"{name} \(optimizer.name\) cannot step on the host; use adamw_torch or "
+    ) as caught:
         moved(optimizer=name)
     assert caught.value.field == "parallelism.offload"
 
@@ -309,10 +307,10 @@ def test_an_optimizer_that_does_not_step_on_the_host_is_refused(name: str) -> No
         ({"gradient_checkpointing": True}, "full"),
     ],
 )
-def test_the_flag_and_the_word_may_agree(options: dict[str, Any], word: str) -> None:
+def test_the_flag_and_the_option_may_agree(options: dict[str, Any], word: str) -> None:
     assert spec_of({"model": "qwen2-7b", **options})["kernels"] == {"checkpointing": word}
 
 
-def test_an_option_goes_over_the_file() -> None:
+def test_an_option_overrides_the_file() -> None:
     spec = {"model": "qwen2-7b", "kernels": {"checkpointing": "none", "loss": "fused"}}
     assert spec_of({"checkpointing": "offload"}, spec)["kernels"] == {"checkpointing": "offload", "loss": "fused"}

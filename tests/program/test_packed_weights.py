@@ -1,4 +1,4 @@
-"""Weights in formats that nothing trains over, as transformers loads and runs them: traces, arithmetic, refusals."""
+"""Inference-only weight formats, as transformers loads and runs them: traces, arithmetic, refusals."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.quantization.inference_formats import KERNELS, RUNS, Running, bytes_at_once, unpacking
+from memplan.catalogue.quantization.inference_formats import KERNELS, RUNS, InferenceFormat, bytes_at_once, unpacking
 from memplan.catalogue.quantization.storage import KINDS, plain
 from memplan.core.errors import MemplanError
 from memplan.core.ir import Weight, operations
@@ -18,7 +18,7 @@ from memplan.core.units import rounded
 from memplan.estimate.inference import walk
 from memplan.models.cards import load_card
 from memplan.planning.inference import load_of
-from memplan.program.graph import built, parameters_of
+from memplan.program.graph import operations_of, parameters_of
 from memplan.program.loading import loading, most_at_once
 from memplan.resolve.decide import decide
 from tests.checkpoints import TINY
@@ -46,7 +46,7 @@ def answer(stored: dict[str, Any] | None = None, config: dict[str, Any] = TINY, 
 
 
 def parameters(found: Estimate, of: str) -> dict[str, int]:
-    """Bytes of the tensors of one layer's matrix, by their names."""
+    """Return the bytes of each tensor of one layer's matrix by name."""
     lines = [line for line in found.ledger if line.kind == "parameter" and line.what.startswith(f"{of}.weight")]
     return {line.what.removeprefix(f"{of}.weight").strip(" ()"): line.bytes // line.count for line in lines}
 
@@ -69,27 +69,27 @@ def test_compressed_weights_are_whole_once_the_model_was_called() -> None:
         "weight_scale": rounded(bf16 * out * into // 64),
         "weight_shape": rounded(8 * 2),
     }
-    assert "whole from the first call of the model on" in found.notes[0]
+    assert "dequantised in the first forward pass" in found.notes[0]
     assert {line.source for line in found.ledger if "weight_scale" in line.what} == {KINDS["w4a16"].source}
     assert answer(compressed(INT4, dequantize=True)).bytes == answer().bytes
 
 
-def test_speeds_are_of_what_is_read_when_the_model_computes() -> None:
-    """Weights that are whole from the first call on are read whole, and those that stay packed are not."""
+def test_speeds_use_the_weights_read_while_computing() -> None:
+    """Weights unpacked on the first call are read unpacked; those that stay packed are read packed."""
     whole, packed, kept = (load_of(answer(**fields))[0] for fields in ({}, named("w4a16"), named("torchao-int8")))
     assert whole is not None
     assert packed == whole
     assert kept != whole
 
 
-def test_experts_are_whole_when_they_are_loaded_and_linear_layers_when_the_model_is_called() -> None:
+def test_experts_are_unpacked_on_loading_and_linear_layers_when_called() -> None:
     moe = {**TINY, "model_type": "qwen3_moe", "num_experts": 8, "moe_intermediate_size": 64, "num_experts_per_tok": 2}
     moe |= {"head_dim": 16, "decoder_sparse_step": 1, "mlp_only_layers": []}
     found = answer(compressed(INT4), moe)
     lines = {line.what for line in found.ledger if line.kind == "parameter"}
     assert {"mlp.experts.gate_up_proj", "self_attn.q_proj.weight (weight_scale)"} <= lines
-    steps = [step.name for step in unpacking(expert_stack(), Running(plain("w4a16"), "decompressed"))]
-    assert steps == ["apart", "codes", "weight", "apart"]  # made expert by expert, then gates and ups are joined
+    steps = [step.name for step in unpacking(expert_stack(), InferenceFormat(plain("w4a16"), "decompressed"))]
+    assert steps == ["apart", "codes", "weight", "apart"]  # expert by expert, then gates and ups are concatenated
 
 
 def expert_stack() -> Weight:
@@ -105,7 +105,7 @@ def test_optimised_inference_keeps_fp8_where_the_card_has_it() -> None:
 
 
 def test_inputs_in_8_bits_are_rounded_in_four_tensors() -> None:
-    """Of a down projection: the inputs over their scales, rounded, less their points, and what is multiplied."""
+    """For a down projection: the inputs divided by scales, rounded, less zero points, and cast."""
     tokens, into, bf16 = 2 * 64, 192, 2
     lines = walk(decide(run_of(compressed(FP8, ROWS), kernels={"attention": "flash_attention_2"}))).lines("prefill")
     made = [line for line in lines if line.where.startswith("model.layers.mlp.down_proj.")]
@@ -121,7 +121,7 @@ def test_a_product_makes_one_whole_copy_of_its_matrix(format: str) -> None:
 
 
 OSS = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router"]}
-EXPERTS, WIDTH, HIDDEN, LAYERS = 32, 2880, 2880, 24  # of gpt-oss-20b
+EXPERTS, WIDTH, HIDDEN, LAYERS = 32, 2880, 2880, 24  # gpt-oss-20b
 
 
 def published(**fields: Any) -> RunSpec:
@@ -130,33 +130,33 @@ def published(**fields: Any) -> RunSpec:
     return RunSpec(**{"model": {"config": config}, "task": "generate", "batch": batch, **fields})
 
 
-def test_experts_of_gpt_oss_stay_in_mxfp4_and_are_dequantised_before_compute_capability_7_5() -> None:
+def test_gpt_oss_experts_stay_in_mxfp4_from_compute_capability_7_5_on() -> None:
     numbers = EXPERTS * 3 * WIDTH * HIDDEN
     kept, whole = (estimate(published(gpu=gpu)) for gpu in ("a100-80gb", "v100-32gb"))
     biases = EXPERTS * (2 * WIDTH + HIDDEN)  # in fp32, for the kernels
     assert whole.phases[0].peak > kept.phases[0].peak
     rest = [sum(line.bytes for line in a.ledger if line.kind == "parameter") for a in (kept, whole)]
     assert rest[1] - rest[0] == LAYERS * (2 * numbers - numbers * 17 // 32 - biases * (4 - 2))
-    assert any("Without those they are dequantised" in note for note in kept.notes)
-    assert any("its kernels need 7.5" in note for note in whole.notes)
+    assert any("without these they are dequantised" in note for note in kept.notes)
+    assert any("the kernels need compute capability 7.5" in note for note in whole.notes)
     asked = estimate(published(gpu="a100-80gb", **named("mxfp4", backend="dequantised")))
     assert asked.phases[1:] == whole.phases[1:]
 
 
-def test_a_card_runs_as_it_was_published() -> None:
+def test_a_model_card_runs_as_published() -> None:
     plain_, asked = (RunSpec(model="gpt-oss-20b", task="generate", **more) for more in ({}, named("mxfp4")))
     assert estimate(plain_).bytes == estimate(asked).bytes
     assert estimate(plain_).run.method.quantization == estimate(asked).run.method.quantization
 
 
-def test_a_row_of_each_choice_is_made_before_they_are_summed() -> None:
+def test_each_chosen_experts_row_exists_before_summation() -> None:
     graph = decide(published(gpu="h100")).structure.graph
-    (down,) = {op for op in operations(built(graph)[0]) if op.name == "mlp.experts.down_proj"}
+    (down,) = {op for op in operations(operations_of(graph)[0]) if op.name == "mlp.experts.down_proj"}
     assert [(t.shape, t.dtype) for t in (*down.writes, *down.scratch)] == [("b s h", "=n2"), ("b s e h", "=n2")]
 
 
-def test_a_hopper_card_lays_experts_anew_while_they_are_loaded() -> None:
-    """The last stack that is laid: its codes, those permuted, and words of eight times as many bytes."""
+def test_hopper_cards_rearrange_experts_while_loading() -> None:
+    """The last rearranged stack: its codes, the permuted codes, and words of eight times as many bytes."""
     hopper, ampere, blackwell = (decide(published(gpu=gpu)).structure.graph for gpu in ("h100", "a100-80gb", "b200"))
     peaks = [most_at_once(loading(graph)) for graph in (hopper, ampere)]
     assert most_at_once(loading(blackwell)) == peaks[1]
@@ -167,39 +167,43 @@ def test_a_hopper_card_lays_experts_anew_while_they_are_loaded() -> None:
 
 
 def test_inputs_of_torchao_are_int8_and_products_int32() -> None:
-    """A product in int32 and the same in fp32, beside a copy of the matrix: read in the code of CUDA's path."""
+    """A product in int32 and in fp32, and a copy of the matrix: read from the code of the CUDA path."""
     stored = {"quant_method": "torchao", "quant_type": "int8_dynamic_activation_int8_weight"}
     graph = decide(run_of(stored)).structure.graph
-    made = [t for op in operations(built(graph)[0]) if op.name.startswith("mlp.gate_proj") for t in op.writes]
+    made = [t for op in operations(operations_of(graph)[0]) if op.name.startswith("mlp.gate_proj") for t in op.writes]
     assert [t.dtype for t in made][2:] == [*4 * ["fp32"], "int8", "int8", "int32", "fp32", "=n2", "fp32", "=n2"]
-    assert all(op.source.startswith("assumed") for op in operations(built(graph)[0]) if op.name == "mlp.gate_proj")
-    scales = {t.name: t.dtype for op in operations(built(graph)[0]) for t in op.writes if t.name.startswith("gate.")}
+    assert all(
+        op.source.startswith("assumed") for op in operations(operations_of(graph)[0]) if op.name == "mlp.gate_proj"
+    )
+    scales = {
+        t.name: t.dtype for op in operations(operations_of(graph)[0]) for t in op.writes if t.name.startswith("gate.")
+    }
     assert (scales["gate.scales"], scales["gate.points"]) == ("fp32", "int8")
 
 
 def test_optimised_inference_divides_its_inputs_in_fp32() -> None:
     stored = compressed(FP8, ROWS, use_optimized_inference=True)
     graph = decide(run_of(stored, gpu="h100")).structure.graph
-    ops_ = [op for op in operations(built(graph)[0]) if op.name.startswith("mlp.gate_proj")]
+    ops_ = [op for op in operations(operations_of(graph)[0]) if op.name.startswith("mlp.gate_proj")]
     made = [(t.name.rpartition(".")[2], t.dtype) for op in ops_ for t in op.writes]
     assert made[:3] == [("wide", "fp32"), ("scales", "fp32"), ("divided", "=" + ops_[0].writes[0].name)]
     assert ("codes", "fp8") in made
 
 
 def test_experts_in_mxfp4_are_looked_up_a_gibibyte_of_weights_at_once() -> None:
-    """Two numbers a byte, and no more than 32,768 x 1,024 rows of 16 bytes."""
+    """Two numbers per byte, and at most 32,768 x 1,024 rows of 16 bytes."""
     assert (bytes_at_once(32 * 100), bytes_at_once(2**40)) == (32 * 100 // 2, 32768 * 1024 * 16)
     experts = Weight("experts.gate_up_proj", "E 2 m h", "mlp", "bf16", stacked=True)
-    steps = list(unpacking(experts, Running(plain("mxfp4"), "dequantised", at_once=True)))
+    steps = list(unpacking(experts, InferenceFormat(plain("mxfp4"), "dequantised", at_once=True)))
     made = {step.name: step.made.dtype for step in steps if step.made is not None}
-    assert made["exponents"] == made["wide exponents"] == "int32/32"  # one for 32 numbers
+    assert made["exponents"] == made["wide exponents"] == "int32/32"  # one per 32 numbers
     alive: list[str] = []
     for step in steps:
         alive = [*alive, step.name] if step.made is not None else [name for name in alive if name != step.name]
     assert alive == ["weight"]
 
 
-def test_a_module_that_is_quantised_in_half_of_the_layers_is_counted_as_not() -> None:
+def test_a_module_quantised_in_half_of_its_layers_counts_as_unquantised() -> None:
     stored = compressed(INT4)
     stored["ignore"] = ["lm_head", "model.layers.0.mlp.down_proj"]
     found = answer(stored, {**TINY, "num_hidden_layers": 2})
@@ -214,18 +218,18 @@ def test_every_kernel_runs_a_format_and_every_format_of_storage_is_known() -> No
 @pytest.mark.parametrize(
     ("fields", "line"),
     [
-        ({"stored": {"quant_method": "hqq"}}, "transformers 5.24 loads no checkpoint of hqq"),
-        ({"stored": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "loads no checkpoint of modelopt"),
-        ({"stored": compressed({**INT4, "symmetric": False})}, "loads no packed weights with zero points"),
+        ({"stored": {"quant_method": "hqq"}}, "transformers 5.24 cannot load hqq checkpoints"),
+        ({"stored": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "cannot load modelopt checkpoints"),
+        ({"stored": compressed({**INT4, "symmetric": False})}, "cannot load packed weights with zero points"),
         (
             {"stored": {"quant_method": "fbgemm_fp8"}, "gpu": "a100-80gb"},
             "fbgemm needs compute capability 9.0",
         ),
         ({"stored": {"quant_method": "torchao", "quant_type": "float8_dynamic"}}, "torchao's float8_dynamic"),
-        (named("w4a16", backend="torchao"), "torchao does not run w4a16; known: decompressed"),
+        (named("w4a16", backend="torchao"), "torchao does not run w4a16; choose decompressed"),
         ({**named("quanto-int4"), "gpu": "t4"}, "quanto needs compute capability 8.0 for quanto-int4, not 7.5"),
-        ({**named("torchao-int4"), "precision": {"weights": "fp16"}}, "torchao runs torchao-int4 in bf16, not fp16"),
-        (named("mxfp4"), "which llama has none of; known: decompressed"),
+        ({**named("torchao-int4"), "precision": {"weights": "fp16"}}, "torchao runs torchao-int4 with bf16, not fp16"),
+        (named("mxfp4"), "and llama has no experts; use decompressed"),
         (named("hqq-int4"), "'hqq-int4' is not supported yet"),
         ({**named("w4a16"), "profile": "transformers-4.51"}, "'w4a16' is not supported yet"),
         (
@@ -234,7 +238,7 @@ def test_every_kernel_runs_a_format_and_every_format_of_storage_is_known() -> No
         ),
     ],
 )
-def test_what_is_not_run_is_refused_in_a_line(fields: dict[str, Any], line: str) -> None:
+def test_unsupported_packed_weights_are_refused_in_one_line(fields: dict[str, Any], line: str) -> None:
     with pytest.raises(MemplanError) as refused:
         answer(**fields)
     assert line in str(refused.value)

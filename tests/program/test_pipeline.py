@@ -1,4 +1,4 @@
-"""Pipelines: what each stage holds, how many microbatches are in flight, and torch's own schedules beside it."""
+"""Pipelines: the memory of each stage, microbatches in flight, and comparison with torch's schedules."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 
 from memplan import Estimate, RunSpec, estimate, find_model
 from memplan.catalogue.hardware.overhead import cublas_workspace
-from memplan.catalogue.parallelism.pipeline import ENGINES, dealt, moments, most_in_flight, order, split
+from memplan.catalogue.parallelism.pipeline import ENGINES, moments, most_in_flight, order
+from memplan.catalogue.parallelism.pipeline_stages import divide_by_device_map, split
 from memplan.core.errors import SpecError
 from memplan.engine.walk import alive, size
 from memplan.planning.step_time import work
-from memplan.program.graph import built, lowered, weights_of
+from memplan.program.graph import lower_training, operations_of, weights_of
 from memplan.program.training.pipeline import every_stage, parameters_of
 from memplan.program.training.program import program, trained_parameters
 from memplan.resolve.decide import decide
@@ -41,7 +42,7 @@ def piped(pp: int, microbatches: int, fields: dict[str, Any] | None = None, **pa
 
 @st.composite
 def runs(draw: st.DrawFn) -> dict[str, Any]:
-    """A run whose layers a pipeline divides, and how."""
+    """Draw a run and a pipeline that divides its layers."""
     profile = draw(st.sampled_from(["megatron-core", "torchtitan"]))
     pp = draw(st.sampled_from([2, 4]))
     chunks = draw(st.sampled_from([1, 1, 2]))
@@ -77,7 +78,7 @@ def runs(draw: st.DrawFn) -> dict[str, Any]:
 
 
 def of_experts(run: dict[str, Any]) -> dict[str, Any]:
-    """Experts are written so that torchtitan's profile does not count them."""
+    """Return the run, for mixtures with transformers' profile: torchtitan's does not support their experts."""
     return {**run, "profile": "transformers-5"} if run["model"] == "olmoe-1b-7b" else run
 
 
@@ -93,7 +94,7 @@ def test_the_ledger_of_a_stage_sums_to_its_peak(run: dict[str, Any]) -> None:
 @laws
 @given(runs())
 def test_the_stages_together_have_the_models_parameters(run: dict[str, Any]) -> None:
-    """Each once, but tied embeddings, which the first stage has, and the last for its head."""
+    """Each once, except tied embeddings, which the first and the last stage have."""
     structure = decide(RunSpec(**of_experts(run))).structure
     model = structure.graph.model
     twice = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
@@ -107,7 +108,7 @@ def test_a_pipeline_of_one_stage_is_the_plain_estimate(profile: str) -> None:
     assert (one.bytes, one.ledger, one.phases, one.ranks) == (plain.bytes, plain.ledger, plain.phases, ())
 
 
-def test_only_the_first_stage_embeds_and_only_the_last_has_norm_head_and_loss() -> None:
+def test_only_the_first_stage_embeds_and_only_the_last_has_the_loss() -> None:
     structure = decide(
         RunSpec(model="llama-3.1-8b", parallelism={"world": 4, "pp": 4}, batch={"accumulation": 4}, **TITAN)
     ).structure
@@ -134,7 +135,7 @@ def test_layers_are_divided_as_each_library_divides_them() -> None:
     assert split(megatron, 30, 4, 1, 7, 7) == (7, 8, 8, 7)
     assert split(megatron, 126, 16, 1, 7, 7) == (7, *[8] * 14, 7)
     assert split(megatron, 14, 2, 2, None, 6) == (4, 3, 4, 3)
-    # 32 layers with embeddings and head as one each are 34: 9, 9, 8 and 8
+    # 32 layers plus embeddings and head are 34: 9, 9, 8 and 8
     assert split(torch, 32, 4, 1, None, None) == (9 - 1, 9, 8, 8 - 1)
     assert split(torch, 32, 2, 2, None, None) == (9 - 1, 9, 8, 8 - 1)
     assert split(torch, 32, 4, 1, 5, None) == (5, 9, 9, 9)
@@ -145,7 +146,7 @@ def test_layers_are_divided_as_each_library_divides_them() -> None:
 
 
 @pytest.mark.parametrize("microbatches", [1, 3, 8, 32])
-def test_1f1b_has_as_many_microbatches_in_flight_as_stages_are_left(microbatches: int) -> None:
+def test_1f1b_has_one_microbatch_in_flight_per_remaining_stage(microbatches: int) -> None:
     """megatron-core's forward_backward_pipelining_without_interleaving: a stage of p runs p - 1 - i forward passes
     before the one that its first backward pass follows."""
     for stage in range(8):
@@ -189,8 +190,8 @@ def test_interleaved_1f1b_is_torchs_order(stages: int, chunks: int, microbatches
 
 
 def kept_of_layers(graph: Any, times: int) -> int:
-    """Bytes that so many forward passes keep of their layers, of 512 tokens: with no axes left open."""
-    low, axes = lowered(graph), {**built(graph)[1], "b": 1, "s": 512}
+    """Return the bytes that `passes` forward passes of 512 tokens keep in their layers."""
+    low, axes = lower_training(graph), {**operations_of(graph)[1], "b": 1, "s": 512}
     counts = alive(low.kept, low.runs, axes)
     return times * sum(
         n * size(*low.sizes[key][:2], axes)[1] for key, n in counts.items() if low.sizes[key][3] == "model.layers"
@@ -198,17 +199,19 @@ def kept_of_layers(graph: Any, times: int) -> int:
 
 
 @pytest.mark.parametrize("pp", [2, 4, 8, 16])
-def test_the_first_stage_keeps_as_much_of_layers_as_one_gpu_would(pp: int) -> None:
-    """Korthikanti et al. 2022 (arXiv:2205.05198), 4.2.3: p microbatches of L/p layers each. The last layer's output is
-    sent, not kept."""
+def test_the_first_stage_keeps_one_gpus_activations(pp: int) -> None:
+    """Korthikanti et al. 2022 (arXiv:2205.05198), 4.2.3: p microbatches of L/p layers each.
+
+    The last layer's output is sent, not kept.
+    """
     whole = decide(RunSpec(model="llama-3.1-8b", **MEGATRON)).structure.graph
     run = RunSpec(model="llama-3.1-8b", batch={"accumulation": 64}, parallelism={"world": pp, "pp": pp}, **MEGATRON)
     first = decide(run).structure.graph
     assert kept_of_layers(first, pp) == kept_of_layers(whole, 1)
 
 
-def test_every_further_microbatch_adds_what_a_pass_keeps_until_all_in_flight_find_gradients() -> None:
-    """The second backward pass is the first that finds gradients: with 5 microbatches 3 others are in flight then."""
+def test_each_further_microbatch_adds_one_pass_up_to_those_in_flight() -> None:
+    """The second backward pass is the first with existing gradients: of 5 microbatches 3 others are then in flight."""
     peaks = [piped(4, m, {"batch": {"sequence": 2048}, **MEGATRON}, stage=0) for m in range(2, 7)]
     grown = [b.bytes.allocated - a.bytes.allocated for a, b in pairwise(peaks)]
     assert grown[0] == grown[1] == grown[2] > 0
@@ -218,14 +221,14 @@ def test_every_further_microbatch_adds_what_a_pass_keeps_until_all_in_flight_fin
     assert {line.why.partition(" microbatches")[0] for line in kept} == {"3 of 4"}
 
 
-def test_gpipe_keeps_every_microbatch_and_1f1b_no_more_than_stages() -> None:
+def test_gpipe_keeps_every_microbatch_and_1f1b_at_most_the_stages() -> None:
     gpipe = [piped(4, m, TITAN, stage=0, schedule="gpipe").bytes.allocated for m in (4, 8, 16)]
     assert gpipe[2] - gpipe[1] == 2 * (gpipe[1] - gpipe[0]) > 0
     ones = [piped(4, m, TITAN, stage=0).bytes.allocated for m in (8, 16)]
-    assert ones[1] - ones[0] == 8 * 128 * 2048 * 2  # torch has a buffer for each microbatch's gradient
+    assert ones[1] - ones[0] == 8 * 128 * 2048 * 2  # torch has a gradient buffer for each microbatch
 
 
-def test_the_answer_is_of_the_stage_that_holds_most_and_the_ranks_are_all_of_them() -> None:
+def test_the_answer_is_the_largest_stage_and_ranks_list_all() -> None:
     for fields, more in (
         (MEGATRON, {}),
         (TITAN, {}),
@@ -249,18 +252,18 @@ def test_equal_stages_are_lowered_once() -> None:
     structure = decide(
         RunSpec(model="llama-3.1-8b", batch={"accumulation": 32}, parallelism={"world": 32, "pp": 32}, **MEGATRON)
     ).structure
-    lows = {id(lowered(s.graph)) for s in every_stage(structure)}
+    lows = {id(lower_training(s.graph)) for s in every_stage(structure)}
     assert len(lows) == 3
 
 
-def test_what_is_there_beside_a_pass_is_no_more_than_is_in_flight() -> None:
+def test_memory_outside_a_pass_is_at_most_the_microbatches_in_flight() -> None:
     for stage in range(4):
         for moment in moments("1f1b", 4, stage, 2, 8):
             assert sum(moment.others) + 1 <= most_in_flight("1f1b", 4, stage, 2, 8)
 
 
 def test_device_map_deals_layers_by_their_bytes() -> None:
-    """What transformers 5.24's infer_auto_device_map does with Llama 3.1 8B; of 8 GPUs it leaves two empty."""
+    """As infer_auto_device_map of transformers 5.24 does for Llama 3.1 8B; of 8 GPUs it leaves two empty."""
     for gpus, layers in ((2, (16, 16)), (3, (10, 15, 7)), (4, (7, 12, 12, 1)), (8, (2, 7, 7, 7, 7, 2))):
         a = piped(gpus, 1, {"model": "llama-3.1-8b"})
         assert tuple(r.layers for r in a.ranks) == layers
@@ -315,18 +318,18 @@ def test_a_device_map_brings_the_logits_back_to_the_first_gpu() -> None:
     assert all(phase.phase != "loss" for phase in fused.phases)
 
 
-def test_stages_may_divide_their_matrices_too() -> None:
-    """Of every stage tensor parallelism leaves a half, but for norms, which are whole."""
+def test_stages_may_also_use_tensor_parallelism() -> None:
+    """Tensor parallelism halves every stage except for norms, which are replicated."""
     one, two = (piped(4, 4, {"model": "llama-3.1-8b"}, world=4 * tp, tp=tp, schedule="1f1b") for tp in (1, 2))
     assert sum(line.bytes for line in two.ledger) == two.bytes.allocated
     assert all(b.bytes.allocated < a.bytes.allocated for a, b in zip(one.ranks, two.ranks, strict=True))
-    norms = 2 * 8 * 4096  # of the 8 layers of the third stage
+    norms = 2 * 8 * 4096  # the third stage's 8 layers
     assert two.ranks[2].parameters - norms == (one.ranks[2].parameters - norms) // 2
 
 
 @pytest.mark.parametrize("chunks", [1, 2])
 def test_all_microbatches_share_the_buffer_that_tokens_are_gathered_in(chunks: int) -> None:
-    """Megatron's GlobalMemoryBuffer: of 128 tokens of 2048 numbers in bf16, once, whatever is in flight."""
+    """Megatron's GlobalMemoryBuffer: one buffer of 128 x 2048 bf16 numbers, however many are in flight."""
     for stage in range(4):
         more = {"world": 8, "tp": 2, "sequence_parallel": True, "stage": stage, "virtual_stages": chunks}
         a = piped(4, 8, MEGATRON, **more)
@@ -348,7 +351,7 @@ def test_megatrons_own_layers_and_its_distributed_optimizer_run_in_stages() -> N
     for a in (one, two):
         assert [r.in_flight for r in a.ranks] == [4, 3, 2, 1]
         assert sum(line.bytes for line in a.ledger) == a.bytes.allocated
-    for r, s in zip(one.ranks, two.ranks, strict=True):  # masters and two moments in fp32, each to a half
+    for r, s in zip(one.ranks, two.ranks, strict=True):  # masters and two moments in fp32, half each
         assert r.bytes.allocated - s.bytes.allocated == pytest.approx(12 * r.parameters / 2, rel=0.01)
 
 
@@ -420,7 +423,7 @@ REFUSED: list[tuple[dict[str, Any], int, dict[str, Any], str, tuple[str, ...]]] 
 
 
 @pytest.mark.parametrize(("parallelism", "microbatches", "fields", "field", "words"), REFUSED)
-def test_what_a_pipeline_cannot_be_is_one_line_that_names_every_factor(
+def test_impossible_pipelines_are_refused_in_one_line_with_every_factor(
     parallelism: dict[str, Any], microbatches: int, fields: dict[str, Any], field: str, words: tuple[str, ...]
 ) -> None:
     pp = parallelism.pop("pp", 1)
@@ -436,7 +439,7 @@ def test_megatron_runs_fewer_microbatches_than_stages_and_keeps_fewer() -> None:
 
 
 def test_a_step_waits_while_a_pipeline_fills_and_drains() -> None:
-    """Narayanan et al. 2021 (arXiv:2104.04473): (p - 1) / m of its time, and a v-th of that with v chunks."""
+    """Narayanan et al. 2021 (arXiv:2104.04473): a bubble of (p - 1) / m, and a v-th of that with v chunks."""
 
     def idle(m: int, **more: Any) -> float:
         parallelism = {"world": 4, "pp": 4, **more}
@@ -454,7 +457,7 @@ def test_a_step_waits_while_a_pipeline_fills_and_drains() -> None:
         f"{c.get('replicas', '')}-{c.get('lora', '')}-{c.get('reduces', '')}-{c['tokens']}"
     ),
 )
-def test_a_stage_holds_what_torchs_schedule_holds(case: dict[str, Any]) -> None:
+def test_a_stage_holds_the_microbatches_of_torchs_schedule(case: dict[str, Any]) -> None:
     """Within a hundredth, at real schedules of torch.distributed.pipelining: see tests/golden/trace_pipeline.py."""
     run = RunSpec(
         model={"config": case["config"]},
@@ -485,19 +488,19 @@ def test_a_stage_holds_what_torchs_schedule_holds(case: dict[str, Any]) -> None:
                 name = f"{'step' if p.phase == 'step' else 'passes'} {step}"
                 handles = 1 if step == 1 and p.phase in ("forward", "loss") else 2
                 mine[name] = max(mine.get(name, 0), p.peak - handles * workspace)
-    counters = 512 * sum(p.copies for p in trained_parameters(structure))  # AdamW's, which are on the host
-    for name, beside in (("passes 1", 0), ("passes 2", counters), ("step 2", counters)):
-        assert mine[name] + beside == pytest.approx(case["peaks"][name], rel=0.01), name
+    counters = 512 * sum(p.copies for p in trained_parameters(structure))  # AdamW's counters, on the host
+    for name, on_host in (("passes 1", 0), ("passes 2", counters), ("step 2", counters)):
+        assert mine[name] + on_host == pytest.approx(case["peaks"][name], rel=0.01), name
 
 
 @pytest.mark.parametrize(("schedule", "model", "given"), [("1f1b", "gpt2", 0), ("device_map", "jamba", 1)])
 def test_later_stages_have_positions_only_if_one_process_moves_them(schedule: str, model: str, given: int) -> None:
-    """Embeddings alone look them up, and layers are given them and do not read them."""
+    """Only embeddings look them up; layers get them as an argument and do not read them."""
     config = {"model_type": model, **TINY[model], "tie_word_embeddings": False}
     parallelism = {"world": 2, "pp": 2, "schedule": schedule, "first_stage_layers": None if given else 2}
     batch = {"sequence": 64, "accumulation": 1 if given else 2}
     structure = decide(RunSpec(model={"config": config}, batch=batch, parallelism=parallelism)).structure
-    first, last = (built(stage.graph)[0] for stage in every_stage(structure))
+    first, last = (operations_of(stage.graph)[0] for stage in every_stage(structure))
     for stack, expected in ((first, 1), (last, given)):
         made = [t.name for op in stack.before for t in op.writes]
         assert made.count("positions") == expected
@@ -511,8 +514,14 @@ def test_the_traces_are_of_every_schedule_and_stage() -> None:
     }
 
 
-def test_of_a_quantised_model_a_gpu_is_dealt_nine_tenths_of_its_share() -> None:
-    """Twelve modules of 10 bytes on two GPUs: the share is 60 and a buffer of 12, and the first leaves room for 10."""
+def test_a_gpu_gets_nine_tenths_of_its_share_of_a_quantised_model() -> None:
+    """Twelve modules of 10 bytes on two GPUs: a share of 60 plus a buffer of 12, and the first reserves room for 10."""
     ten = [10] * 10
-    assert dealt(10, ten, [10], 10, 2, quantised=False).layers == (5, 5)  # 72 - 10: the embeddings and five layers
-    assert dealt(10, ten, [10], 10, 2, quantised=True).layers == (4, 6)  # 64 - 10: the embeddings and four
+    assert divide_by_device_map(10, ten, [10], 10, 2, quantised=False).layers == (
+        5,
+        5,
+    )  # 72 - 10: the embeddings and five layers
+    assert divide_by_device_map(10, ten, [10], 10, 2, quantised=True).layers == (
+        4,
+        6,
+    )  # 64 - 10: the embeddings and four

@@ -1,4 +1,4 @@
-"""One rank's estimate against torch's own DDP and FSDP: the code runs, on the CPU, and its storages are counted."""
+"""One rank's estimate against torch's DDP and FSDP, run on the CPU with all storages counted."""
 
 from __future__ import annotations
 
@@ -70,9 +70,11 @@ def traced() -> list[dict[str, int]]:
 
 
 @pytest.mark.parametrize("number", range(len(CASES)), ids=lambda i: json.dumps({**CASES[i], "config": None}))
-def test_a_rank_holds_what_torch_allocates_for_it(number: int) -> None:
-    """Within a hundredth, and adapters under FSDP1, which are gathered with their block here, within two. What is left
-    is torch's: scalars, and other kernels of the CPU."""
+def test_a_ranks_estimate_equals_torchs_allocations(number: int) -> None:
+    """Within a hundredth, or two for adapters under FSDP1, which are gathered with their block here.
+
+    The rest is torch's: scalars, and the CPU's kernels.
+    """
     c, found = CASES[number], traced()[number]
     run = RunSpec(
         model={"config": c["config"]},
@@ -94,6 +96,6 @@ def test_a_rank_holds_what_torch_allocates_for_it(number: int) -> None:
     near = 0.02 if c["lora"] and c["strategy"] == "fsdp" else 0.01
     assert mine["backward"] == pytest.approx(found["backward"], rel=near)
     assert mine["step"] == pytest.approx(found["step"], rel=near)
-    if c["strategy"] != "fsdp":  # which lets go of a step's gradients only when the next forward pass begins
+    if c["strategy"] != "fsdp":  # FSDP1 frees a step's gradients only when the next forward pass begins
         assert mine["forward"] == pytest.approx(found["forward"], rel=near)
     assert max(mine.values()) == pytest.approx(max(found.values()), rel=near)

@@ -1,4 +1,4 @@
-"""Several GPUs: what each rank holds of what is divided, what comes beside it, and runs that others measured."""
+"""Data parallelism: each rank's shards, additional buffers, and published runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from benchmarks.golden import SLACK, rows
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.hardware.overhead import SHOWN_OF_RANKS
+from memplan.catalogue.hardware.overhead import PREDICTION_BAND_OF_RANKS
 from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.parallelism.sharding import (
     BUCKET,
@@ -29,7 +29,7 @@ from memplan.core.ir import Division
 from memplan.core.units import ITEMSIZE, MIB, rounded
 from memplan.engine.walk import alive, size
 from memplan.estimate.usage import room
-from memplan.program.graph import Held, built, lowered, weights_of
+from memplan.program.graph import TensorGroup, lower_training, operations_of, weights_of
 from memplan.program.sharding.ranks import pieces
 from memplan.program.sharding.zero import partition
 from memplan.program.training.program import (
@@ -65,7 +65,7 @@ ZERO = ("zero1", "zero2", "zero3")
 
 @st.composite
 def runs(draw: st.DrawFn, kinds: tuple[str, ...] = ("full", "lora", "qlora")) -> dict[str, Any]:
-    """A run on one GPU as the fields of a RunSpec, which every strategy divides."""
+    """Draw a run on one GPU, as the fields of a RunSpec, that every strategy supports."""
     kind = draw(st.sampled_from(kinds))
     return {
         "model": draw(st.sampled_from(MODELS)),
@@ -83,7 +83,7 @@ def runs(draw: st.DrawFn, kinds: tuple[str, ...] = ("full", "lora", "qlora")) ->
 
 
 def divided(run: dict[str, Any], strategy: str, world: int) -> dict[str, Any]:
-    """The run on so many GPUs, as the strategy takes it."""
+    """Return the run on `ranks` GPUs, with the options that the strategy supports."""
     if strategy in (*ZERO, MEGATRON) and world > 1:
         run = {**run, "method": "full" if strategy == MEGATRON else run.get("method", "full")}
         run["precision"] = "mixed" if run.get("precision") == "amp" else run.get("precision", "pure")
@@ -98,16 +98,18 @@ def answer(run: dict[str, Any], strategy: str, world: int) -> Estimate:
 
 
 def persistent(run: dict[str, Any], strategy: str, world: int) -> int:
-    """Bytes of a rank's weights, gradients when backward is over, and optimizer states; of ZeRO's stage 3 and of DDP
-    without the buckets that others have too while gradients come."""
+    """Return the bytes of a rank's weights, gradients after backward, and optimizer states.
+
+    For ZeRO stage 3 and DDP without the buckets, which the other strategies only have during backward.
+    """
     structure = decide(RunSpec(**divided(run, strategy, world))).structure
     gradients = kept(structure, strategy, world)
     states = program(structure).states
     return sum(h.bytes * h.copies for h in (*resident_of(structure), *gradients)) + states
 
 
-def kept(structure: Structure, strategy: str, world: int) -> list[Held]:
-    """The gradients that a rank keeps. At ZeRO's stage 2 without those of its weights that are others' in part."""
+def kept(structure: Structure, strategy: str, world: int) -> list[TensorGroup]:
+    """Return the gradients that a rank keeps; at ZeRO stage 2 without those of weights shared with other ranks."""
     gradients = [*accumulated_of(structure)] if strategy in ZERO else [*gradients_of(structure)]
     gradients += [h for h in reducing_of(structure) if h.kind == "gradient"]
     if strategy != "zero2" or world == 1:
@@ -141,14 +143,14 @@ KNOBS: dict[str, dict[str, Any]] = {
 
 
 def told(run: dict[str, Any], strategy: str, world: int, **knobs: Any) -> Estimate:
-    """The answer of a run on so many GPUs whose strategy is told something."""
+    """Return the answer of a run on `ranks` GPUs with options of the strategy."""
     fields = divided(run, strategy, world)
     return estimate(RunSpec(**{**fields, "parallelism": {**fields["parallelism"], **knobs}}))
 
 
 @laws
 @given(runs(), st.sampled_from([(s, {k: v}) for s, knobs in KNOBS.items() for k, v in knobs.items()]))
-def test_one_gpu_is_the_plain_estimate_whatever_the_strategy_is_told(
+def test_one_gpu_gives_the_plain_estimate_with_any_strategy(
     run: dict[str, Any], knob: tuple[str, dict[str, Any]]
 ) -> None:
     plain, one = answer(run, "none", 1), told(run, knob[0], 1, **knob[1])
@@ -157,9 +159,7 @@ def test_one_gpu_is_the_plain_estimate_whatever_the_strategy_is_told(
 
 @laws
 @given(runs(), st.sampled_from([(s, {k: v}) for s, knobs in KNOBS.items() for k, v in knobs.items()]))
-def test_the_ledger_of_a_rank_that_is_told_something_sums_to_its_peak(
-    run: dict[str, Any], knob: tuple[str, dict[str, Any]]
-) -> None:
+def test_every_ranks_ledger_sums_to_its_peak(run: dict[str, Any], knob: tuple[str, dict[str, Any]]) -> None:
     a = told(run, knob[0], 4, **knob[1])
     assert sum(line.bytes for line in a.ledger) == a.bytes.allocated == max(p.peak for p in a.phases)
     assert max(p.peak for p in a.timeline) <= a.bytes.allocated <= a.bytes.reserved
@@ -167,10 +167,10 @@ def test_the_ledger_of_a_rank_that_is_told_something_sums_to_its_peak(
 
 @laws
 @given(runs(), st.sampled_from(SHARDED), st.integers(2, 4), st.integers(2, 3))
-def test_a_rank_of_a_group_holds_what_it_does_without_replicas(
+def test_a_shard_groups_rank_holds_the_same_without_replicas(
     run: dict[str, Any], strategy: str, group: int, replicas: int
 ) -> None:
-    """All but FSDP2's reduced gradients, which wait for the replicas' where they are in another dtype."""
+    """Except FSDP2's reduced gradients, which wait for the replicas if they have another dtype."""
     alone, replicated = answer(run, strategy, group), told(run, strategy, group * replicas, shard_group=group)
     assert replicated.bytes.allocated >= alone.bytes.allocated
     if strategy == "fsdp" or run["precision"] not in ("amp",):
@@ -189,8 +189,8 @@ SMALL = {
 OF_A_LAYER, OF_THE_HEAD = 4 * 256 * 256 + 3 * 256 * 768 + 2 * 256, 1000 * 256 + 256
 
 
-def test_what_a_group_has_reduced_waits_in_its_dtype_for_the_replicas() -> None:
-    """In the first layer's backward: the head's, and those of three layers."""
+def test_reduced_gradients_wait_in_their_dtype_for_the_replicas() -> None:
+    """In the first layer's backward: those of the head and of three layers."""
     run = {"model": {"config": SMALL}, "precision": "amp", "optimizer": "sgd", "kernels": {"checkpointing": "none"}}
     run |= {"batch": {"sequence": 64}, "loop": {"clip_grad_norm": None}}
     alone, replicated = answer(run, "fsdp2", 2), told(run, "fsdp2", 4, shard_group=2)
@@ -215,8 +215,8 @@ def test_what_a_group_has_reduced_waits_in_its_dtype_for_the_replicas() -> None:
     ids=["1f1b", "gpipe", "fsdp2", "ddp", "one"],
 )
 @pytest.mark.parametrize("accumulation", [2, 3])
-def test_gradients_are_listed_where_a_pass_finds_them(fields: dict[str, Any], accumulation: int) -> None:
-    """Those of passes before are there, whole in their units, or in flight with their stage: each once."""
+def test_the_ledger_lists_gradients_of_earlier_passes_once(fields: dict[str, Any], accumulation: int) -> None:
+    """Gradients of earlier passes exist, in full in their units or in flight with their stage, and are listed once."""
     batch = {"sequence": 2048, "accumulation": accumulation}
     found = estimate(RunSpec(model={"config": SMALL}, batch=batch, **fields))
     assert found.peak.phase == "backward"
@@ -224,16 +224,16 @@ def test_gradients_are_listed_where_a_pass_finds_them(fields: dict[str, Any], ac
 
 
 @pytest.mark.parametrize("strategy", SHARDED)
-def test_weights_that_are_kept_from_forward_to_backward_are_whole_when_forward_is_over(strategy: str) -> None:
+def test_weights_kept_for_backward_are_gathered_when_forward_ends(strategy: str) -> None:
     run = {"model": "llama-3.1-8b", "batch": {"sequence": 64}}
     kept = told(run, strategy, 8, reshard_after_forward=False)
     loss = {phase.phase: phase.peak for phase in kept.phases}["loss"]
     shards = 2 * kept.parameters.total / 8
     message = 2 * 128_256 * 4096 if strategy == "fsdp2" else 0  # what the head's all-gather wrote
-    assert loss - 3 * shards - message == pytest.approx(2 * kept.parameters.total, rel=0.02)  # two are states
+    assert loss - 3 * shards - message == pytest.approx(2 * kept.parameters.total, rel=0.02)  # two thirds are states
 
 
-def test_gradients_that_lie_in_buckets_are_there_once() -> None:
+def test_gradients_that_are_bucket_views_count_once() -> None:
     run = {"model": "llama-3.2-1b", "batch": {"sequence": 64}}
     plain, viewed = answer(run, "ddp", 2), told(run, "ddp", 2, bucket_view=True)
     parameters = plain.parameters.total
@@ -245,7 +245,7 @@ def test_fsdp2_under_the_trainer_gathers_a_model_with_adapters_at_once() -> None
     run = {"model": "llama-3.1-8b", "method": "lora", "batch": {"sequence": 64}}
     wrapped, at_once = answer(run, "fsdp2", 8), answer({**run, "loop": {"trainer": True}}, "fsdp2", 8)
     assert at_once.bytes.allocated > 2 * wrapped.parameters.total > wrapped.bytes.allocated
-    assert any("gather all weights of a model with adapters at once" in note for note in at_once.notes)
+    assert any("gathers all weights of a model with adapters at once" in note for note in at_once.notes)
 
 
 @laws
@@ -255,8 +255,8 @@ def test_more_ranks_never_hold_more_each(run: dict[str, Any], strategy: str, wor
 
 
 @pytest.mark.parametrize("row", STRATEGIES.values(), ids=lambda row: row.name)
-def test_what_a_row_says_is_divided_is(row: Strategy) -> None:
-    """On four ranks: weights of 2 bytes a parameter, gradients of 2, and Adam's two moments with a master, if any."""
+def test_strategies_shard_what_their_rows_state(row: Strategy) -> None:
+    """On four ranks, bytes per parameter: weights 2, gradients 2, and Adam's two moments with a master, if any."""
     run = {"model": "llama-3.1-8b", "precision": "pure" if row.gathers else "mixed"}
     structure = decide(RunSpec(**divided(run, row.name, 4))).structure
     parameters = program(structure).total_parameters
@@ -274,11 +274,13 @@ def test_what_a_row_says_is_divided_is(row: Strategy) -> None:
 
 @laws
 @given(runs(kinds=("full",)), st.sampled_from(["mixed", "fp32"]), st.integers(2, 64))
-def test_every_stage_of_zero_holds_no_more_than_the_one_before(run: dict[str, Any], precision: str, world: int) -> None:
+def test_every_zero_stage_needs_at_most_the_previous_ones_memory(
+    run: dict[str, Any], precision: str, world: int
+) -> None:
     """Stage 0 is DDP: with fp32 masters, as DeepSpeed has them, or with fp32 weights, of which it keeps a copy too."""
     run = {**run, "precision": precision}
     stages = [persistent(run, strategy, world) for strategy in ("ddp", *ZERO)]
-    small = 2 * 4 * 100_000 * 200  # at stage 3 small weights are whole beside their part
+    small = 2 * 4 * 100_000 * 200  # at stage 3 small weights exist in full in addition to their shard
     copied = 4 * answer(run, "none", 1).parameters.total if precision == "fp32" else 0
     assert stages[3] <= stages[2] + small
     assert stages[2] <= stages[1]
@@ -289,8 +291,8 @@ def test_every_stage_of_zero_holds_no_more_than_the_one_before(run: dict[str, An
 
 @laws
 @given(runs(kinds=("full", "lora")), st.integers(2, 64))
-def test_the_partitions_of_zero_are_what_trains_and_the_padding(run: dict[str, Any], world: int) -> None:
-    """A flat group is padded to two numbers for every rank; at stage 3 each weight to one."""
+def test_zeros_partitions_are_the_trained_weights_and_padding(run: dict[str, Any], world: int) -> None:
+    """A flat group is padded to a multiple of two numbers per rank; at stage 3 each weight to one."""
     for strategy in ZERO:
         structure = decide(RunSpec(**divided(run, strategy, world))).structure
         trained = program(structure).trainable_parameters
@@ -301,8 +303,8 @@ def test_the_partitions_of_zero_are_what_trains_and_the_padding(run: dict[str, A
 
 @laws
 @given(runs(), st.sampled_from(SHARDED), st.integers(2, 9))
-def test_the_parts_of_all_ranks_are_the_whole_and_the_padding(run: dict[str, Any], strategy: str, world: int) -> None:
-    """Padding is at most a row of each weight for every rank but one, and 16 bytes for each that is laid together."""
+def test_the_shards_of_all_ranks_are_the_model_and_padding(run: dict[str, Any], strategy: str, world: int) -> None:
+    """Padding is at most one row of each weight for every rank but one, and 16 bytes for each flattened weight."""
     structure = decide(RunSpec(**divided(run, strategy, world))).structure
     for p in pieces(structure.graph, structure.ranks):
         assert p.whole == world * prod(p.shape)
@@ -322,7 +324,7 @@ def test_ddp_adds_its_buckets_and_nothing_else(run: dict[str, Any], world: int) 
 
 
 def test_a_bucket_is_closed_by_the_gradient_that_fills_it() -> None:
-    """compute_bucket_assignment_by_size: 1 MiB first, then 25, in the order gradients come, dtypes apart."""
+    """compute_bucket_assignment_by_size: 1 MiB first, then 25, in the order of gradients, separate by dtype."""
     blocks = (Parameter("w", (MIB,), "bf16", 30), Parameter("b", (100,), "bf16", 30))
     model = [Parameter("embed", (20 * MIB,), "bf16"), *blocks, Parameter("head", (64,), "fp32")]
     pair = 2 * MIB + 200
@@ -337,12 +339,12 @@ def test_a_bucket_is_closed_by_the_gradient_that_fills_it() -> None:
 
 
 @pytest.mark.parametrize("strategy", SHARDED)
-def test_two_units_are_whole_at_once_on_the_way_back(strategy: str) -> None:
+def test_two_units_are_gathered_at_once_in_backward(strategy: str) -> None:
     run = {"model": "llama-3.1-8b", "optimizer": "none", "batch": {"sequence": 16384}, "kernels": {"loss": "fused"}}
     a = answer(run, strategy, 8)
     assert a.peak.phase == "backward"
     block = 218_112_000  # numbers of a layer: 2 x 4096^2 + 2 x 4096 x 1024 + 3 x 4096 x 14336 + 2 x 4096
-    outside = (2 * 128_256 + 1) * 4096 if strategy == "fsdp" else 0  # FSDP1 has them whole throughout
+    outside = (2 * 128_256 + 1) * 4096 if strategy == "fsdp" else 0  # FSDP1 has them gathered throughout
     gathered = sum(line.bytes for line in a.ledger if line.what.startswith(("gathered", "all-gather")))
     assert gathered == pytest.approx(2 * (2 * block + outside), abs=20 * 512)
 
@@ -358,7 +360,7 @@ def test_gradients_that_wait_for_the_last_micro_batch_are_whole() -> None:
     assert any(line.what.endswith(".grad, whole") for line in waiting.ledger)
 
 
-def test_under_autocast_fsdp_keeps_what_trains_in_fp32_and_gathers_in_half() -> None:
+def test_under_autocast_fsdp_keeps_trained_weights_in_fp32_and_gathers_in_half() -> None:
     run = {"model": "llama-3.2-1b", "precision": {"weights": "bf16", "autocast": True}, "batch": {"sequence": 64}}
     a = answer(run, "fsdp2", 4)
     dtypes = {line.kind: line.dtype for line in a.ledger if "one of 4 parts" in line.what or line.kind == "optstate"}
@@ -384,13 +386,23 @@ DEEPSEEK = {"config": {"model_type": "deepseek_v3", **TINY["deepseek_v3"]}}
 REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
     ("none", {}, "parallelism.strategy", "ddp"),
     ("ddp", {"parallelism": {"shard_group": 2}}, "parallelism.shard_group", "fsdp and fsdp2, not ddp"),
-    ("fsdp", {"parallelism": {"shard_group": 3}}, "parallelism.shard_group", "2 GPUs are not groups of 3"),
-    ("fsdp2", {"parallelism": {"shard_group": 1}}, "parallelism.shard_group", "say strategy ddp"),
-    ("fsdp2", {"parallelism": {"forward_prefetch": True}}, "parallelism.forward_prefetch", "is for strategy fsdp,"),
-    ("fsdp2", {"parallelism": {"bucket_view": True}}, "parallelism.bucket_view", "is for strategy ddp, not fsdp2"),
+    ("fsdp", {"parallelism": {"shard_group": 3}}, "parallelism.shard_group", "2 GPUs do not divide into groups of 3"),
+    ("fsdp2", {"parallelism": {"shard_group": 1}}, "parallelism.shard_group", "use strategy ddp"),
+    (
+        "fsdp2",
+        {"parallelism": {"forward_prefetch": True}},
+        "parallelism.forward_prefetch",
+        "only applies to strategy fsdp,",
+    ),
+    (
+        "fsdp2",
+        {"parallelism": {"bucket_view": True}},
+        "parallelism.bucket_view",
+        "only applies to strategy ddp, not fsdp2",
+    ),
     ("fsdp2", {"model": DEEPSEEK}, "parallelism.strategy", "bf16 and fp32"),
     ("fsdp2", {"optimizer": "adafactor"}, "optimizer.name", "adamw_torch"),
-    ("fsdp2", {"optimizer": "adamw_bnb_8bit"}, "optimizer.name", "does not step on DTensors"),
+    ("fsdp2", {"optimizer": "adamw_bnb_8bit"}, "optimizer.name", "cannot step on fsdp2's DTensors"),
     ("fsdp", {"optimizer": "adafactor"}, "optimizer.name", "paged_adamw_8bit"),
     (
         "fsdp",
@@ -429,7 +441,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("strategy", "fields", "field", "word"), REFUSED)
-def test_what_cannot_be_divided_rightly_is_refused(
+def test_runs_that_cannot_be_sharded_correctly_are_refused(
     strategy: str, fields: dict[str, Any], field: str, word: str
 ) -> None:
     parallelism = {"world": 2, "dp": 2, "strategy": strategy, **fields.get("parallelism", {})}
@@ -440,7 +452,7 @@ def test_what_cannot_be_divided_rightly_is_refused(
     assert "\n" not in str(caught.value)
 
 
-def test_two_3090s_hold_what_one_does_not() -> None:
+def test_two_3090s_hold_a_run_that_one_does_not() -> None:
     run = {"model": "qwen2.5-3b", "gpu": "rtx-3090", "batch": {"sequence": 512}}
     assert answer(run, "none", 1).verdict.answer == "does not fit"
     two = answer(run, "fsdp2", 2)
@@ -470,7 +482,7 @@ def test_a_rank_of_a_published_run_is_met(row: dict[str, Any]) -> None:
         assert off <= SLACK
     if (
         row["run"]["method"] == "full" and "after" in row
-    ):  # after a step the parts of weights, of gradients in their dtype, and states stayed
+    ):  # after a step shards of weights, gradients in their dtype and states stayed
         world = row["run"]["parallelism"]["world"]
         parts = sum(line.bytes for line in a.ledger if f"one of {world} parts" in line.what)
         kept = 2 * parts + sum(a.categories[kind] for kind in ("optstate", "buffer", "other"))
@@ -488,16 +500,16 @@ def test_published_runs_on_two_and_four_gpus_are_met_on_average() -> None:
 
 
 @ALL
-def test_the_band_of_several_gpus_is_the_shortest_range_of_the_published_errors() -> None:
-    """With `COVERAGE` of them in it, where one more run is counted beside them."""
+def test_the_range_for_several_gpus_is_the_shortest_of_published_errors() -> None:
+    """It holds `COVERAGE` of the errors plus one further run."""
     seen = [row for row in MEASURED if "process" in row]
     low, high = shortest([row["process"] / estimate(RunSpec(**row["run"])).bytes.used - 1 for row in seen])
-    assert SHOWN_OF_RANKS.low / 1000 <= low < (SHOWN_OF_RANKS.low + 1) / 1000
-    assert (SHOWN_OF_RANKS.high - 1) / 1000 < high <= SHOWN_OF_RANKS.high / 1000
+    assert PREDICTION_BAND_OF_RANKS.low / 1000 <= low < (PREDICTION_BAND_OF_RANKS.low + 1) / 1000
+    assert (PREDICTION_BAND_OF_RANKS.high - 1) / 1000 < high <= PREDICTION_BAND_OF_RANKS.high / 1000
 
 
-def test_litgpt_makes_gradients_of_what_is_frozen_beside_adapters() -> None:
-    """A flat parameter has both: a block's gradient is as large as its weights, and the optimizer is given adapters."""
+def test_litgpt_computes_gradients_of_frozen_weights_in_adapted_blocks() -> None:
+    """A flat parameter has both: a block's gradient is as large as its weights; the optimizer gets only adapters."""
     run = {"model": "llama-2-7b", "method": {"kind": "lora", "targets": ["q_proj", "v_proj"]}, "precision": "pure"}
     parallelism = {"world": 2, "dp": 2, "strategy": "fsdp"}
     structure = decide(RunSpec(**run, profile="litgpt-2024", parallelism=parallelism)).structure
@@ -510,9 +522,11 @@ def test_litgpt_makes_gradients_of_what_is_frozen_beside_adapters() -> None:
 
 
 @pytest.mark.parametrize("layers", [4, 16])
-def test_a_hook_on_what_frozen_blocks_were_given_keeps_a_copy_of_hidden_states_more(layers: int) -> None:
-    """Of all blocks but two: at the first one's backward the gradients of what the others were given are there, of
-    which one is that block's own, where at the last one's only that is."""
+def test_a_hook_on_frozen_blocks_inputs_keeps_one_more_hidden_state(layers: int) -> None:
+    """For all blocks but two: the first block's backward holds the input gradients of the others, one of them its own.
+
+    The last block's holds only its own.
+    """
     run = {"model": {"config": {**HOOKED, "num_hidden_layers": layers}}, "method": "lora", "batch": {"sequence": 4096}}
     run |= {"loop": {"trainer": True}, "kernels": {"attention": "flash_attention_2", "loss": "fused"}}
     parallelism = {"world": 2, "dp": 2, "strategy": "fsdp"}
@@ -520,62 +534,62 @@ def test_a_hook_on_what_frozen_blocks_were_given_keeps_a_copy_of_hidden_states_m
     found = division_of(replay.structure)
     assert found is not None
     assert found.hooks
-    axes = {**built(replay.structure.graph)[1], **dict(replay.axes)}
+    axes = {**operations_of(replay.structure.graph)[1], **dict(replay.axes)}
 
     def most(division: Division) -> int:
-        low = lowered(replay.structure.graph, division=division)
+        low = lower_training(replay.structure.graph, division=division)
         bytes_ = [size(key[0], key[1], axes)[1] for key in low.sizes]
         backward = (alive(m, low.runs, axes) for m in low.moments if m.phase == "backward")
         return max(sum(bytes_[key] * count for key, count in there.items()) for there in backward)
 
     hidden = 4096 * HOOKED["hidden_size"] * 2
     more = most(found) - most(found._replace(hooks=False))
-    graded = sum(h.bytes * h.copies for h in gradients_of(replay.structure))  # until then, those of adapters
+    graded = sum(h.bytes * h.copies for h in gradients_of(replay.structure))  # until then, the adapters' gradients
     assert 0 <= more - (layers - 2) * hidden <= graded
 
 
 @pytest.mark.parametrize("row", rows("ranks_oom.jsonl"), ids=lambda row: row["id"])
-def test_no_rank_that_died_is_said_to_fit(row: dict[str, Any]) -> None:
+def test_no_out_of_memory_rank_is_predicted_to_fit(row: dict[str, Any]) -> None:
     assert row["source"].startswith("https://")
     assert estimate(RunSpec(**row["run"])).verdict.answer in ("tight", "does not fit")
 
 
-def test_more_gpus_are_never_said_to_hold_less() -> None:
+def test_more_gpus_never_hold_less() -> None:
     run = {"model": "llama-3.1-8b", "gpu": "a100-80gb", "batch": {"sequence": 2048}}
     for strategy in SHARDED:
         peaks = [answer(run, strategy, world).bytes.allocated for world in (2, 4, 8, 16)]
         assert all(more < fewer for fewer, more in pairwise(peaks))
 
 
-def test_what_other_streams_hold_is_kept_free_before_a_run_is_said_to_fit() -> None:
+def test_memory_held_by_other_streams_is_reserved_before_a_run_fits() -> None:
     parallelism = {"world": 2, "dp": 2, "strategy": "fsdp2"}
     answer = estimate(RunSpec(model="llama-3.2-1b", parallelism=parallelism, gpu="rtx-3090"))
     usage = answer._usage
     apart = streams_apart(usage._replay.structure)
     assert apart > 0
-    least = next(n for n in range(usage.enough, 2 * usage.enough, 2**20) if answer.told(n))
-    assert room(least - 2**20, usage._beside).sure < usage.enough + apart <= room(least, usage._beside).sure
+    least = next(n for n in range(usage.enough, 2 * usage.enough, 2**20) if answer.fits_card_of(n))
+    assert room(least - 2**20, usage._overhead).sure < usage.enough + apart <= room(least, usage._overhead).sure
 
 
 def passing(strategy: str) -> dict[str, int]:
-    """What a rank has in the backward pass beside the moments' tensors, by what it is."""
+    """Return a rank's bytes in backward outside the moments' tensors, by name."""
     parallelism = {"world": 4, "dp": 4, "strategy": strategy}
     structure = decide(RunSpec(model="llama-3.2-1b", parallelism=parallelism)).structure
     return {held.what: held.bytes for held in passing_of(structure, "backward")}
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])
-def test_a_bucket_of_gradients_is_there_twice_while_it_is_reduced(strategy: str) -> None:
-    bucket = rounded(500_000_000 * 2)  # bytes of bf16, fewer than the 1.24 billion that train
+def test_a_gradient_bucket_exists_twice_while_it_is_reduced(strategy: str) -> None:
+    bucket = rounded(500_000_000 * 2)  # bytes of bf16, fewer than the 1.24 billion trained parameters
     filled = 2 * (2048 + 8 * 60_821_504)  # the last norm and eight layers: a ninth does not fit
     found = passing(strategy)
     assert found["bucket as it is reduced"] == rounded(filled)
-    assert ("bucket of gradients" in found) == (strategy != "zero3")  # there it is throughout
+    assert ("bucket of gradients" in found) == (strategy != "zero3")  # at stage 3 it exists throughout
     assert found.get("bucket of gradients", bucket) == bucket
 
 
 @pytest.mark.parametrize("view", [False, True])
-def test_gradients_in_buckets_are_not_there_a_second_time_for_later_micro_batches(view: bool) -> None:
+def test_gradients_in_buckets_are_not_duplicated_in_later_micro_batches(view: bool) -> None:
     parallelism = {"world": 2, "dp": 2, "strategy": "ddp", "bucket_view": view}
     run = RunSpec(model="qwen2-0.5b", batch={"accumulation": 3}, parallelism=parallelism)
     p = program(decide(run).structure)

@@ -1,4 +1,4 @@
-"""Weights by stored format: bytes against published checkpoints, what a config leaves out, and what cannot be read."""
+"""Stored weight formats: bytes against published checkpoints, unquantised modules, and unreadable configs."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ FP8 = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size
 
 
 def compressed(weights: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A config of compressed-tensors with one group for all linear layers."""
+    """Return a compressed-tensors config with one group for all linear layers."""
     group = {"targets": ["Linear"], "weights": weights, "input_activations": more.pop("inputs", None)}
     return {"quant_method": "compressed-tensors", "config_groups": {"group_0": group}, "ignore": ["lm_head"], **more}
 
@@ -67,16 +67,16 @@ def published(card: str, config: dict[str, Any] | None) -> ModelSpec:
     return ModelSpec({**own, "quantization_config": config} if config else own)
 
 
-# Bytes of all tensors, as an index says them. Source: huggingface.co/openai/gpt-oss-20b model.safetensors.index.json
-# (total_size), gpt-oss-120b; as public repositories have copied them, read in November 2026.
+# Bytes of all tensors, from an index. Source: huggingface.co/openai/gpt-oss-20b model.safetensors.index.json
+# (total_size), gpt-oss-120b; as copied by public repositories, read in November 2026.
 @pytest.mark.parametrize(("card", "size"), [("gpt-oss-20b", 13_761_264_768), ("gpt-oss-120b", 65_248_815_744)])
-def test_experts_in_mxfp4_are_those_that_were_published(card: str, size: int) -> None:
+def test_mxfp4_experts_match_the_published_checkpoint(card: str, size: int) -> None:
     config = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "lm_head"]}
     assert total(published(card, config)) == size == total(load_card(card), "mxfp4")
 
 
-# Bytes of files of safetensors, all shards together, on the Hugging Face Hub in 2026. A file has a header beside its
-# tensors, of 100 to 125 bytes for each.
+# Bytes of safetensors files, all shards together, on the Hugging Face Hub in 2026. A file also has a header, of 100 to
+# 125 bytes per tensor.
 FILES = (
     ("llama-3.1-8b", None, 16_060_556_376, "meta-llama/Llama-3.1-8B-Instruct"),
     ("llama-3.1-8b", AWQ, 5_727_938_576, "Llama-3.1-8B-Instruct, AWQ in 4 bits"),
@@ -104,7 +104,7 @@ def test_kimi_s_experts_are_in_four_bits_and_nothing_else() -> None:
     packed = {row.name.rpartition(".")[2] for row in rows if row.part == "weight_packed"}
     assert packed == {"gate_up_proj", "down_proj"}
     experts = 4 * (2 * 128 * 256 + 256 * 128)  # in a layer
-    wanted = experts // 2 + 2 * experts // 32 + 4 * 3 * 16  # int4, a bf16 scale for 32, and the shape of each matrix
+    wanted = experts // 2 + 2 * experts // 32 + 4 * 3 * 16  # int4, a bf16 scale per 32, and the shape of each matrix
     assert sum(row.bytes for row in rows if ".mlp.experts." in row.name) == 2 * wanted
 
 
@@ -114,7 +114,7 @@ KIMI = compressed(
 )
 KIMI["ignore"] = ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*", r"re:.*mlp\.(gate|up|gate_up|down)_proj.*"]
 
-# Bytes of a matrix of 256 x 512 by itself, as its library stores it.
+# Bytes of a single 256 x 512 matrix, as its library stores it.
 MATRIX = 256 * 512
 EACH = {
     "fp8": MATRIX + 4 * 2 * 4,
@@ -149,7 +149,7 @@ def test_every_format_is_tried_or_as_another() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(KINDS))
-def test_what_is_left_whole(name: str) -> None:
+def test_formats_leave_norms_and_routers_unquantised(name: str) -> None:
     rows = stored_weights(ModelSpec(MOE), name)
     whole = {row.name.rpartition("layers.")[2][2:] for row in rows if not row.part}
     left = {"input_layernorm.weight", "mlp.gate.weight", "self_attn.q_norm.weight"}
@@ -172,7 +172,7 @@ def test_a_run_may_name_every_format() -> None:
 
 
 @pytest.mark.parametrize("name", ["w4a16", "Q4_K_M", "torchao-int8"])
-def test_nothing_trains_over_formats_that_only_run(name: str) -> None:
+def test_inference_only_formats_cannot_be_trained(name: str) -> None:
     method = {"kind": "qlora", "quantization": {"format": name}}
     with pytest.raises(SpecError, match=f"format: '{name}' is not supported yet; supported: nf4, fp4, int8, gptq-int4"):
         estimate(RunSpec(model={"config": {**TINY, "max_position_embeddings": 4096}}, method=method))
@@ -219,7 +219,7 @@ def test_a_gguf_file_is_as_large_as_its_tensors(tmp_path: Path) -> None:
     assert (down.name, down.dtype, down.group) == ("model.layers.1.mlp.down_proj.weight", "Q4_0", "mlp")
 
 
-def test_a_quantised_checkpoint_that_was_seen_is_counted_as_it_is() -> None:
+def test_an_available_quantised_checkpoint_is_counted_from_its_headers() -> None:
     config = {**MOE, "quantization_config": FP8}
     tensors = [
         StoredTensor("model.layers.0.mlp.experts.3.gate_proj.weight", "F8_E4M3", (128, 256), 128 * 256),
@@ -235,7 +235,7 @@ def test_a_quantised_checkpoint_that_was_seen_is_counted_as_it_is() -> None:
     ]
 
 
-def test_a_checkpoint_in_bf16_is_counted_as_it_is_loaded(tmp_path: Path) -> None:
+def test_a_bf16_checkpoint_is_counted_in_its_loaded_dtype(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, TINY, of_model(TINY))
     assert total(find_model(str(folder))) == total(ModelSpec(TINY))
 
@@ -249,7 +249,7 @@ def test_a_checkpoint_in_bf16_is_counted_as_it_is_loaded(tmp_path: Path) -> None
         ({"quant_method": "gptq", "bits": 3}, "GPTQ in 3 bits is not supported yet; supported: 4, 8"),
         ({"quant_method": "gptq", "bits": "4"}, "bits must be a whole number"),
         ({"quant_method": "gptq", "group_size": 100}, "group_size must be -1 or a power of two"),
-        ({"quant_method": "gptq", "dynamic": {"+:.*q_proj": {"bits": 8}}}, "other settings by layer (dynamic)"),
+        ({"quant_method": "gptq", "dynamic": {"+:.*q_proj": {"bits": 8}}}, "per-layer settings (dynamic)"),
         ({"quant_method": "awq", "version": "gemv"}, "AWQ of 4 bits, gemv, is not supported yet"),
         ({"quant_method": "fp8", "weight_block_size": [64, 64]}, "fp8 in blocks of [64, 64] is not supported yet"),
         ({"quant_method": "hqq", "quant_config": {"weight_quant_params": {"nbits": 2}}}, "HQQ in 2 bits"),

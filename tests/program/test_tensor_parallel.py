@@ -1,4 +1,4 @@
-"""Tensor parallelism: one rank's estimate against transformers' own division of a model, and its laws."""
+"""Tensor parallelism: one rank's estimate against transformers' own sharding of a model, and laws."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memplan.core.errors import SpecError
 from memplan.core.ir import operations
 from memplan.core.units import rounded
 from memplan.estimate.answer import Line
-from memplan.program.graph import built
+from memplan.program.graph import operations_of
 from memplan.program.training.program import gradients_of
 from memplan.resolve.decide import decide
 from tests.sampling import sampled
@@ -55,14 +55,14 @@ def label(case: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("case", sampled(TRACED, 8), ids=label)
-def test_a_rank_holds_what_transformers_allocates_for_it(case: dict[str, Any]) -> None:
+def test_a_ranks_estimate_equals_transformers_allocations(case: dict[str, Any]) -> None:
     compared = compared_with_trace(case)
     assert compared.peak < 2e-4, compared
     assert compared.same, compared
-    assert compared.phase < 0.12, compared  # the second of two groups of parameters has no states while one is stepped
+    assert compared.phase < 0.12, compared  # the second parameter group has no states while the first is stepped
 
 
-def test_every_family_with_a_plan_is_traced_and_the_mean_is_within_a_hundredth_of_a_percent() -> None:
+def test_families_with_a_plan_have_0_01_per_cent_mean_error() -> None:
     traced = {case["run"]["model"]["config"]["model_type"] for case in TRACED}
     assert traced >= DENSE & set(TINY)
     assert mean(compared_with_trace(case).peak for case in sampled(TRACED, 8)) < 1e-4
@@ -96,8 +96,8 @@ def test_matrices_are_divided_and_norms_are_not() -> None:
 
 
 def test_an_adapter_around_a_divided_output_is_whole_in_its_first_half() -> None:
-    """peft divides lora_B by rows: its input's gradient is summed over ranks, that of lora_A's is not."""
-    stack, _ = built(decide(run(2, method="lora")).structure.graph)
+    """peft shards lora_B by rows: the gradient of its input is summed over ranks, that of lora_A's is not."""
+    stack, _ = operations_of(decide(run(2, method="lora")).structure.graph)
     summed = {op.name for op in operations(stack) if op.name.endswith(".input")}
     columns = {name.rpartition(".lora_")[0].rpartition(".")[2] for name in summed if ".lora_B." in name}
     assert columns == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
@@ -113,9 +113,9 @@ def test_a_vocabulary_that_does_not_divide_is_rounded_up() -> None:
     assert vocabulary[" model.embed_tokens.weight"].dims == (1025, 512)
 
 
-def test_the_gradient_of_the_embeddings_is_of_the_whole_table() -> None:
-    """DTensor has no rule by which it would be divided by rows."""
-    for tied, parts in ((False, 1), (True, 4)):  # tied to the head, it is added to that one's part
+def test_the_embeddings_gradient_covers_the_full_table() -> None:
+    """DTensor has no rule that would shard it by rows."""
+    for tied, parts in ((False, 1), (True, 4)):  # if tied, it is added to the head's shard
         structure = decide(run(4, {"tie_word_embeddings": tied})).structure
         (held,) = (held for held in gradients_of(structure) if held.what == "model.embed_tokens.weight.grad")
         assert held.bytes == 2 * 4096 * 512 // parts
@@ -150,7 +150,7 @@ def test_dividing_the_tokens_never_takes_more(checkpointing: str) -> None:
     assert divided.bytes.allocated < plain.bytes.allocated
 
 
-def test_what_matrices_read_is_gathered_into_one_buffer() -> None:
+def test_inputs_of_sharded_matrices_are_gathered_into_one_buffer() -> None:
     answer = megatron(4, tokens_divided=True, batch={"sequence": 4096})
     (line,) = (line for line in answer.ledger if line.what == "gathered")
     assert (line.count, line.bytes) == (1, 2 * 4096 * 512)
@@ -168,8 +168,8 @@ UNDER_FSDP2 = (
 
 @pytest.mark.torch
 @pytest.mark.skipif(any(find_spec(name) is None for name in ("torch", "transformers", "peft")), reason="torch runs it")
-def test_a_rank_under_fsdp2_holds_what_torch_allocates_for_it() -> None:
-    """Within a hundredth in every phase. What is left is torch's: scalars, and other kernels of the CPU."""
+def test_an_fsdp2_ranks_estimate_equals_torchs_allocations() -> None:
+    """Within a hundredth in every phase. The rest is torch's: scalars, and the CPU's kernels."""
     lines = "".join(json.dumps(asked) + "\n" for asked in UNDER_FSDP2)
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(CHILD.parents[1]), *sys.path))}
     command = [sys.executable, "-W", "ignore", str(CHILD)]
@@ -204,10 +204,10 @@ REFUSED = {
         RunSpec(model="gpt2", parallelism={"world": 2, "tp": 2}),
         "parallelism.tp: 2 is not supported yet for gpt2; supported: cohere, cohere2",
     ),
-    "strategy": (run(2, parallelism={"world": 4, "dp": 2, "strategy": "ddp"}), "fsdp2 does"),
-    "method": (run(2, method="qlora"), "method.kind: transformers 5.24 does not run qlora"),
+    "strategy": (run(2, parallelism={"world": 4, "dp": 2, "strategy": "ddp"}), "use fsdp2"),
+    "method": (run(2, method="qlora"), "method.kind: transformers 5.24 cannot run qlora"),
     "optimizer": (run(2, optimizer="adafactor"), "optimizer.name: 'adafactor' is not supported yet"),
-    "loss": (run(2, kernels={"loss": "fused"}), "kernels.loss: fused kernels (Liger's) take"),
+    "loss": (run(2, kernels={"loss": "fused"}), "kernels.loss: Liger's fused loss cannot"),
     "tokens": (
         run(4, profile="megatron-core", parallelism={"sequence_parallel": True}, batch={"sequence": 1002}),
         "parallelism.sequence_parallel: 4 ranks do not divide a sequence of 1002 tokens",
@@ -216,8 +216,14 @@ REFUSED = {
         run(4, {"intermediate_size": 1538}, profile="megatron-core"),
         "parallelism.tp: 4 does not divide 1538 of the FFN's width",
     ),
-    "style": (run(2, parallelism={"sequence_parallel": True}), "parallelism.sequence_parallel: profile transformers-5"),
-    "alone": (run(1, parallelism={"sequence_parallel": True}), "parallelism.sequence_parallel: divides tokens among"),
+    "style": (
+        run(2, parallelism={"sequence_parallel": True}),
+        "parallelism.sequence_parallel: is not supported with profile transformers-5",
+    ),
+    "alone": (
+        run(1, parallelism={"sequence_parallel": True}),
+        "parallelism.sequence_parallel: needs tensor parallelism",
+    ),
     "replicas": (
         run(2, profile="megatron-core", parallelism={"world": 4, "dp": 2, "strategy": "ddp"}),
         "parallelism.dp",
@@ -228,7 +234,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("kind", REFUSED)
-def test_what_ranks_cannot_divide_is_refused_in_a_line(kind: str) -> None:
+def test_indivisible_runs_are_refused_in_one_line(kind: str) -> None:
     asked, said = REFUSED[kind]
     with pytest.raises(SpecError) as error:
         estimate(asked)

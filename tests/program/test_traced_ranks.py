@@ -1,4 +1,4 @@
-"""Estimates of one rank against its traced steps: torch's DDP and FSDP on fake CUDA tensors, every allocation recorded.
+"""Estimates of one rank against traced steps: torch's DDP and FSDP on fake CUDA tensors, every allocation recorded.
 
 The rows are in tests/golden/traced_ranks.jsonl, which tests/golden/trace_ranks.py made.
 """
@@ -14,7 +14,7 @@ import pytest
 from benchmarks.accuracy import rows, without_workspaces
 from memplan import RunSpec, estimate
 from memplan.probe.libraries import NAMES
-from memplan.probe.run.trace import Traced, traces
+from memplan.probe.run.trace import TracedRun, traces
 from tests.sampling import ALL, sampled
 
 CASES: list[dict[str, Any]] = sampled(rows("traced_ranks.jsonl"), 8)
@@ -25,24 +25,24 @@ def label(case: dict[str, Any]) -> str:
 
 
 def error(case: dict[str, Any]) -> float:
-    """Of the peak, as a share of the traced one."""
+    """Return the peak's error relative to the traced peak."""
     return max(without_workspaces(estimate(RunSpec(**case["run"]))).values()) / case["peak"] - 1
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
-def test_a_rank_holds_what_the_trace_shows(case: dict[str, Any]) -> None:
+def test_a_ranks_estimate_equals_its_trace(case: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**case["run"]))
     assert answer.parameters.total == case["parameters"]
     assert answer.parameters.trainable == case["trainable"]
     assert abs(error(case)) < 0.03
     mine = without_workspaces(answer)
-    ahead = case["run"]["parallelism"].get("forward_prefetch")  # from the second step on: the first shows the order
+    ahead = case["run"]["parallelism"].get("forward_prefetch")  # from the second step on: the first records the order
     for step, peaks in case["steps"].items():
         if ahead and step == "1":
             continue
         assert mine[int(step), "bwd"] == pytest.approx(peaks["bwd"], rel=0.04)
         assert mine[int(step), "opt"] == pytest.approx(max(peaks["opt"], peaks["clip"]), rel=0.05, abs=2048)
-        if case["run"]["parallelism"]["strategy"] != "fsdp":  # which lets go of gradients when the next pass begins
+        if case["run"]["parallelism"]["strategy"] != "fsdp":  # FSDP1 frees gradients when the next pass begins
             assert mine[int(step), "fwd"] == pytest.approx(peaks["fwd"], rel=0.04)
 
 
@@ -51,7 +51,7 @@ UNEQUAL = [case for case in rows("traced_ranks.jsonl") if case["name"].startswit
 
 @pytest.mark.parametrize("case", sampled(UNEQUAL, 8), ids=label)
 def test_units_of_unequal_layers_are_traced_to_a_hundredth_of_a_percent(case: dict[str, Any]) -> None:
-    """Every phase under FSDP2, not the peak alone: towers, windows, and tables that several modules share."""
+    """Every phase under FSDP2, not only the peak: towers, windows, and tables shared by several modules."""
     mine = without_workspaces(estimate(RunSpec(**case["run"])))
     for step, peaks in case["steps"].items():
         wanted = {"fwd": peaks["fwd"], "bwd": peaks["bwd"], "opt": max(peaks["opt"], peaks["clip"])}
@@ -69,15 +69,15 @@ def test_the_mean_error_of_a_strategy_is_below_a_hundredth(strategy: str) -> Non
 
 @pytest.mark.torch
 @pytest.mark.skipif(any(find_spec(name) is None for name in NAMES), reason="the libraries take the step")
-def test_a_traced_rank_is_the_golden_one() -> None:
-    """The small Llama in full on two GPUs, every strategy, and one GPU after them in the same process."""
+def test_a_new_trace_equals_the_golden_one() -> None:
+    """Full training of the small Llama on two GPUs with every strategy, then on one GPU in the same process."""
     wanted = ("full-fsdp2-w2", "full-fsdp-w2", "full-ddp-w2")
     found = [case for case in rows("traced_ranks.jsonl") if label(case) in wanted]
     alone = RunSpec(**{key: found[0]["run"][key] for key in ("model", "batch", "gpu")})
     *ranks, one = traces([*(RunSpec(**case["run"]) for case in found), alone])
     assert len(ranks) == 3
     for case, traced in zip(found, ranks, strict=True):
-        assert isinstance(traced, Traced), traced
+        assert isinstance(traced, TracedRun), traced
         assert max(p.peak for p in traced.phases if p.step) == case["peak"]
-    assert isinstance(one, Traced), one
+    assert isinstance(one, TracedRun), one
     assert one.peak == max(without_workspaces(estimate(alone)).values())

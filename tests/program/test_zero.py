@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO: the paper's table, what its configuration changes, and what is in host memory."""
+"""DeepSpeed's ZeRO: the paper's table, effects of its configuration, and host memory."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from hypothesis import strategies as st
 
 from benchmarks.golden import rows
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.parallelism.sharding import Knobs
+from memplan.catalogue.parallelism.sharding import ZeroSettings
 from memplan.core.errors import SpecError
 from memplan.core.units import ITEMSIZE
 from memplan.engine.lower import COMPUTING, REDUCING
-from memplan.program.graph import Held, built, weights_of
+from memplan.program.graph import TensorGroup, operations_of, weights_of
 from memplan.program.sharding import megatron
 from memplan.program.sharding import zero3_prefetch as fetching
 from memplan.program.sharding.zero import in_sub_group, late, on_streams, partition
-from memplan.program.sharding.zero3_prefetch import whole
+from memplan.program.sharding.zero3_prefetch import gathered_peak
 from memplan.program.training.program import (
     Structure,
     accumulated_of,
@@ -40,7 +40,7 @@ from tests.sampling import examples
 
 laws = settings(max_examples=examples(15), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
-PARAMETERS = 8_030_261_248  # of llama-3.1-8b
+PARAMETERS = 8_030_261_248  # llama-3.1-8b
 EMBEDDING = 128_256 * 4096
 LAYER = 218_112_000  # 2 x 4096^2 + 2 x 4096 x 1024 + 3 x 4096 x 14336 + 2 x 4096
 STAGES = ("zero1", "zero2", "zero3")
@@ -68,9 +68,9 @@ def answer(*args: Any, **fields: Any) -> Estimate:
     return estimate(spec(*args, **fields))
 
 
-def exact(run: Structure, some: Iterable[Held]) -> int:
-    """Bytes of the numbers themselves, without what an allocator rounds up."""
-    axes = built(run.graph)[1]
+def exact(run: Structure, some: Iterable[TensorGroup]) -> int:
+    """Return the exact bytes, without an allocator's rounding."""
+    axes = operations_of(run.graph)[1]
     return sum(prod(_number(t, axes) for t in h.shape.split()) * ITEMSIZE[h.dtype] * h.copies for h in some)
 
 
@@ -82,7 +82,7 @@ def _number(term: str, axes: dict[str, int]) -> int:
 
 
 def closed(stage: int, numbers: float, world: int, states: int = 12) -> float:
-    """Bytes of a rank. ZeRO (arXiv:1910.02054), figure 1: 2 of weights, 2 of gradients and `states` a parameter."""
+    """Return a rank's bytes. ZeRO (arXiv:1910.02054), figure 1: weights 2, gradients 2 and `states` per parameter."""
     weights = 2 / (world if stage > 2 else 1)
     gradients = 2 / (world if stage > 1 else 1)
     return numbers * (weights + gradients + states / (world if stage > 0 else 1))
@@ -96,9 +96,9 @@ def test_the_papers_table_of_seven_and_a_half_billion() -> None:
 
 @pytest.mark.parametrize("world", [2, 8, 64, 1024])
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_rank_holds_what_the_paper_says_and_the_padding(stage: int, world: int) -> None:
-    """To the byte, what is divided being of the parameters and the padding; at stage 2 without the gradients of a
-    rank's weights that are others' in part."""
+def test_a_rank_holds_the_papers_share_and_padding(stage: int, world: int) -> None:
+    """To the byte, with shards of parameters and padding; at stage 2 without the gradients of weights that a rank
+    shares with others."""
     run = structure(STAGES[stage - 1], world, zero={"stage3_param_persistence_threshold": 0} if stage == 3 else {})
     own = partition(run.graph, run.ranks)
     padded = own * world
@@ -113,7 +113,7 @@ def test_a_rank_holds_what_the_paper_says_and_the_padding(stage: int, world: int
     assert held - closed(stage, PARAMETERS, world) == (16 - whole // PARAMETERS) * (padded - PARAMETERS) / world
 
 
-# what the configuration changes
+# effects of the configuration
 
 RUN: dict[str, Any] = {"model": "llama-3.2-1b", "batch": {"sequence": 64}}
 
@@ -121,7 +121,7 @@ RUN: dict[str, Any] = {"model": "llama-3.2-1b", "batch": {"sequence": 64}}
 @laws
 @given(st.sampled_from(STAGES), st.integers(1, 10**9), st.integers(2, 10**9))
 def test_a_larger_bucket_is_never_smaller(strategy: str, small: int, more: int) -> None:
-    """The bucket itself; the copy that is reduced is of what fills it."""
+    """The bucket itself; the reduced copy has the size of its contents."""
     peaks = [
         sum(h.bytes for h in (*reducing_of(run), *passing_of(run, "backward")) if h.what == "bucket of gradients")
         for size in (small, small + more)
@@ -142,7 +142,7 @@ def test_overlapping_takes_a_second_bucket_below_stage_three(strategy: str) -> N
 
 
 def test_a_rank_keeps_the_gradients_of_weights_that_are_others_in_part() -> None:
-    """On 64 ranks the embeddings are in five partitions, and each of those ranks has their whole gradient."""
+    """On 64 ranks the embeddings span five partitions, and each of those ranks has their full gradient."""
     run = structure("zero2", 64)
     (kept,) = accumulated_of(run)
     own = partition(run.graph, run.ranks)
@@ -150,9 +150,9 @@ def test_a_rank_keeps_the_gradients_of_weights_that_are_others_in_part() -> None
     assert EMBEDDING + own // 2 < int(kept.shape) < EMBEDDING + 2 * own
 
 
-def test_a_gradient_larger_than_the_bucket_waits_beside_it() -> None:
+def test_a_gradient_larger_than_the_bucket_waits_outside_it() -> None:
     found = {h.what: h.bytes for h in passing_of(structure("zero3", 8), "backward")}
-    assert found["bucket as it is reduced"] == 2 * EMBEDDING  # of 5e8 numbers, and 8 ranks divide it: no copy
+    assert found["bucket as it is reduced"] == 2 * EMBEDDING  # 5e8 numbers, divisible by 8 ranks: no copy
     larger = structure("zero3", 8, zero={"reduce_bucket_size": 600_000_000})
     found = {h.what: h.bytes for h in passing_of(larger, "backward")}
     assert 2 * EMBEDDING < found["bucket as it is reduced"] <= 2 * 600_000_000
@@ -172,36 +172,36 @@ def test_auto_is_of_the_hidden_size_and_the_trainers() -> None:
         structure("zero3", 4, zero=auto)
 
 
-def test_sub_groups_are_of_as_many_parts_as_reach_their_size() -> None:
+def test_sub_groups_collect_partitions_up_to_their_size() -> None:
     run = structure("zero3", 8, zero={"sub_group_size": 100_000_000})
     layers = -(-(100_000_000 - EMBEDDING // 8) // (LAYER // 8))
     assert 100_000_000 <= in_sub_group(run.graph, run.ranks) < EMBEDDING // 8 + (layers + 1) * LAYER // 8
     assert answer("zero3", 8, zero={"sub_group_size": 100_000_000}).phases[-1].peak < answer("zero3", 8).phases[-1].peak
 
 
-# which weights are whole
+# gathered weights
 
 
 def gathered(zero: dict[str, Any], **fields: Any) -> dict[str, int]:
     run = structure("zero3", 8, zero=zero, **fields)
-    return {phase: found.weights + found.written for phase, found in whole(run.graph, run.ranks).items()}
+    return {phase: found.weights + found.written for phase, found in gathered_peak(run.graph, run.ranks).items()}
 
 
 def test_nothing_fetched_ahead_and_nothing_kept_is_one_module_at_a_time() -> None:
-    """The largest module is the head; of a layer, one of the FFN's matrices."""
+    """The largest module is the head; within a layer, one of the FFN's matrices."""
     found = gathered({"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0})
     assert found["forward"] == found["backward"] == 2 * EMBEDDING
 
 
-def test_everything_stays_whole_that_is_used_again_soon_enough() -> None:
-    """Norms are below the threshold, and whole beside."""
+def test_weights_reused_within_the_reuse_distance_stay_gathered() -> None:
+    """Norms are below the threshold, so they are never sharded."""
     found = gathered({"stage3_max_reuse_distance": 10**11, "stage3_max_live_parameters": 10**11})
     norms = 65 * 4096
     assert 2 * (PARAMETERS - norms) <= found["backward"] < 2 * (PARAMETERS - norms + 2 * EMBEDDING)
 
 
-def test_a_weight_stays_whole_that_is_used_again_within_fewer_numbers_than_the_distance() -> None:
-    """Between the last layer's down_proj and its backward come the last norm and the head, there and back."""
+def test_a_weight_reused_within_the_reuse_distance_stays_gathered() -> None:
+    """Between the last layer's down_proj and its backward run the last norm and the head, forward and backward."""
     between = 2 * (4096 + EMBEDDING)
     kernels = {"checkpointing": "none"}
     at, within = (
@@ -214,11 +214,11 @@ def test_a_weight_stays_whole_that_is_used_again_within_fewer_numbers_than_the_d
 
 @laws
 @given(st.integers(0, 10**9), st.integers(0, 2 * 10**9), st.sampled_from(["none", "full"]))
-def test_no_more_is_whole_than_all_and_what_is_written(prefetch: int, reuse: int, checkpointing: str) -> None:
+def test_gathered_weights_and_messages_never_exceed_the_model(prefetch: int, reuse: int, checkpointing: str) -> None:
     run = structure("zero3", 4, **RUN, kernels={"checkpointing": checkpointing})
     numbers = program(run).total_parameters
-    for found in whole(
-        run.graph, run.ranks._replace(knobs=Knobs(prefetch=prefetch, reuse=reuse, live=10**12))
+    for found in gathered_peak(
+        run.graph, run.ranks._replace(knobs=ZeroSettings(prefetch=prefetch, reuse=reuse, live=10**12))
     ).values():
         assert 0 <= found.weights <= 2 * numbers
         assert 0 <= found.written <= 2 * numbers
@@ -228,16 +228,16 @@ def test_a_loss_that_multiplies_by_the_head_has_it_whole_throughout() -> None:
     zero = {"stage3_prefetch_bucket_size": 0, "stage3_max_reuse_distance": 0}
     plain, fused = gathered(zero), gathered(zero, kernels={"loss": "fused"})
     assert fused["loss"] == 2 * EMBEDDING
-    assert fused["forward"] == plain["forward"] + 2 * EMBEDDING  # the embeddings beside
+    assert fused["forward"] == plain["forward"] + 2 * EMBEDDING  # plus the embeddings
 
 
-# in host memory
+# host memory
 
 GIB = 2**30
 
 
-def test_the_host_has_what_deepspeed_pins_and_the_states() -> None:
-    """Of 8B on 8 ranks a partition is 1.004e9 numbers: pinned memory is rounded up to a power of two."""
+def test_the_host_has_deepspeeds_pinned_buffers_and_states() -> None:
+    """With 8B on 8 ranks a partition has 1.004e9 numbers: pinned memory is rounded up to a power of two."""
     own = PARAMETERS // 8
     moved = answer("zero2", 8, ("optimizer",))
     pinned = 4 * GIB + 4 * GIB + 2 * GIB + GIB  # fp32 weights and gradients, bf16 weights, the largest gradient
@@ -251,7 +251,7 @@ def test_at_stage_three_only_gradients_are_pinned() -> None:
     moved = answer("zero3", 8, ("optimizer",), {"offload_optimizer": {"pin_memory": False}})
     assert moved.host_bytes == (2 + 4 + 4 + 8) * own
     pinned = answer("zero3", 8, ("optimizer",))
-    # the sub-group of 1e9 numbers and the rest are pinned apart
+    # the sub-group of 1e9 numbers and the rest are pinned separately
     assert pinned.host_bytes - (4 + 8) * own == pytest.approx(2 * GIB + 4 * GIB + 4 * (own - 10**9), abs=3 * GIB)
 
 
@@ -291,17 +291,19 @@ def test_one_gpu_is_the_plain_estimate_however_deepspeed_is_configured() -> None
         assert (one.bytes, one.phases) == (plain.bytes, plain.phases)
 
 
-def test_a_model_that_is_loaded_whole_is_on_the_gpu_before_it_is_divided() -> None:
+def test_a_fully_loaded_model_is_on_the_gpu_before_it_is_sharded() -> None:
     divided, at_once = (answer("zero3", 8, zero={"zero3_init_flag": flag}) for flag in (True, False))
     assert at_once.phases[0].peak == pytest.approx(2 * PARAMETERS, rel=0.01)
-    made = 2 + 2 * 4  # its part; the fp32 one, of a copy, or with gradients of zeros
+    made = 2 + 2 * 4  # its shard; the fp32 partition with a copy, or with zero gradients
     assert divided.phases[0].peak == pytest.approx(made * PARAMETERS / 8, rel=0.01)
     assert at_once.phases[1:] == divided.phases[1:]
 
 
-def test_weights_are_laid_together_by_way_of_the_host_where_a_gpu_has_no_room_for_them_twice() -> None:
-    """8B in bf16 is 15 GiB: 48 GB have room for 30, 24 have not. What both hold afterwards is the same. The partition
-    is copied on its way to the host."""
+def test_weights_are_flattened_on_the_host_if_two_copies_do_not_fit() -> None:
+    """8B in bf16 is 15 GiB: 48 GB have room for 30, 24 GB do not. Both hold the same afterwards.
+
+    The partition is copied on its way to the host.
+    """
     large, small = (answer("zero2", 8, ("optimizer",), gpu=gpu) for gpu in ("a40", "rtx-3090"))
     assert large.phases[0].peak == pytest.approx(4 * PARAMETERS, rel=0.01)
     assert small.phases[0].peak == pytest.approx(2 * PARAMETERS * (1 + 1 / 8), rel=0.01)
@@ -313,7 +315,7 @@ REFUSED: list[tuple[str, int, tuple[str, ...], dict[str, Any], str, str]] = [
     ("zero2", 2, (), {"sub_group_size": 5}, "parallelism.zero.sub_group_size", "zero3"),
     ("zero3", 2, (), {"round_robin_gradients": True}, "parallelism.zero.round_robin_gradients", "zero1"),
     ("zero2", 2, ("parameters",), {}, "parallelism.offload", "zero3"),
-    ("fsdp2", 2, ("optimizer",), {}, "parallelism.offload", "say parameters"),
+    ("fsdp2", 2, ("optimizer",), {}, "parallelism.offload", "set parameters"),
     ("ddp", 2, ("optimizer",), {}, "parallelism.offload", "zero1"),
     ("zero3", 2, (), {"offload_param": {"pin_memory": False}}, "parallelism.zero.offload_param", "offload"),
     (
@@ -328,7 +330,7 @@ REFUSED: list[tuple[str, int, tuple[str, ...], dict[str, Any], str, str]] = [
 
 
 @pytest.mark.parametrize(("strategy", "world", "offload", "zero", "field", "word"), REFUSED)
-def test_what_deepspeed_does_not_take_is_refused(
+def test_options_unsupported_by_deepspeed_are_refused(
     strategy: str, world: int, offload: tuple[str, ...], zero: dict[str, Any], field: str, word: str
 ) -> None:
     with pytest.raises(SpecError) as caught:
@@ -343,22 +345,22 @@ def test_an_optimizer_that_deepspeed_does_not_step_on_the_host_is_refused() -> N
         answer("zero2", 2, ("optimizer",), optimizer="sgd")
 
 
-# runs that others measured
+# published runs
 
 
 RESERVED = rows("ranks_reserved.jsonl")
 
 
 @pytest.mark.parametrize("row", RESERVED, ids=lambda row: row["id"])
-def test_what_torch_reserved_under_zero_is_met(row: dict[str, Any]) -> None:
-    """Of the whole process: loading too. One segment of a large block's size is 1 % of the longest."""
+def test_torchs_reserved_memory_under_zero_is_met(row: dict[str, Any]) -> None:
+    """For the entire process, including loading. One segment of a large block is 1 % of the largest."""
     a = estimate(RunSpec(**row["run"]))
     assert row["source"].startswith("https://")
     assert a.bytes.allocated < row["reserved"]
     assert abs(a.bytes.reserved - row["reserved"]) <= 0.015 * row["reserved"] + row["digits"] / 2
 
 
-def test_what_torch_reserved_under_zero_is_met_within_one_percent_on_average() -> None:
+def test_reserved_memory_under_zero_has_one_per_cent_mean_error() -> None:
     errors = [abs(estimate(RunSpec(**row["run"])).bytes.reserved / row["reserved"] - 1) for row in RESERVED]
     assert len(errors) == 12
     assert mean(errors) < 0.01
@@ -367,27 +369,27 @@ def test_what_torch_reserved_under_zero_is_met_within_one_percent_on_average() -
 # streams
 
 
-def test_what_is_gathered_is_what_most_is_whole_at_once() -> None:
-    """Its events in order come to the most that `passing` counts, and to nothing at the end."""
+def test_the_gathered_peak_is_the_largest_set_alive_at_once() -> None:
+    """Its events in order reach the maximum that `passing` counts, and nothing at the end."""
     run = structure("zero3", 8)
     events, most, bytes_ = fetching.gathered(run.graph, run.ranks)
     sizes = {number: size for number, size in events if size}
     live = list(accumulate(size or -sizes[number] for number, size in events))
     assert live[most - 1] == max(live) == bytes_
     assert live[-1] == 0
-    assert bytes_ == max(w.weights + w.written for w in whole(run.graph, run.ranks).values())
+    assert bytes_ == max(w.weights + w.written for w in gathered_peak(run.graph, run.ranks).values())
 
 
 @pytest.mark.parametrize("strategy", STAGES)
-def test_without_overlap_nothing_has_a_stream_of_its_own(strategy: str) -> None:
+def test_without_overlap_nothing_runs_on_another_stream(strategy: str) -> None:
     together, apart = (structure(strategy, 8, zero={"overlap_comm": flag}) for flag in (False, True))
     assert {stream for stream, bytes_ in on_streams(together.graph, together.ranks) if bytes_} == {COMPUTING}
     assert REDUCING in {stream for stream, bytes_ in on_streams(apart.graph, apart.ranks) if bytes_}
     assert streams_apart(together) == 0 < streams_apart(apart)
 
 
-def test_a_gradient_that_no_bucket_holds_waits_where_it_was_made() -> None:
-    """The head's and the embeddings' of 525,336,576 numbers, where a bucket has 500,000,000."""
+def test_a_gradient_outside_buckets_waits_in_place() -> None:
+    """Those of head and embeddings have 525,336,576 numbers, but a bucket has 500,000,000."""
     run = structure("zero3", 8)
     assert len(late(run.graph, run.ranks)) == 2
     assert sum(bytes_ for stream, bytes_ in on_streams(run.graph, run.ranks) if stream == COMPUTING) == 0
@@ -395,9 +397,9 @@ def test_a_gradient_that_no_bucket_holds_waits_where_it_was_made() -> None:
     assert late(wider.graph, wider.ranks) == frozenset()
 
 
-def test_what_is_laid_together_leaves_the_weights_own_segments_free() -> None:
-    """Below stage 3 they were loaded one by one: as many bytes in as many pieces are free when the first step begins,
-    and the flat copy is what stays."""
+def test_flattened_weights_free_their_original_segments() -> None:
+    """Below stage 3 they were loaded one by one: their blocks are free when the first step begins, and the flat copy
+    stays."""
     run = structure("zero2", 8)
     alive: dict[int, int] = {}
     for number, bytes_ in loading_of(run):
@@ -414,8 +416,10 @@ def test_what_is_laid_together_leaves_the_weights_own_segments_free() -> None:
 
 @pytest.mark.parametrize("world", [2, 8, 24, 512])
 def test_megatron_divides_twelve_bytes_of_eighteen(world: int) -> None:
-    """bf16 weights 2 and fp32 main gradients 4 whole, master and both moments 12 of a part, of all numbers and the
-    padding: weights from a multiple of 64 on, all of them to a multiple of 128 and of the ranks."""
+    """bf16 weights 2 and fp32 main gradients 4 in full; master and both moments 12 of a shard, including padding.
+
+    Weights start at multiples of 64, and their total is padded to a multiple of 128 and of the ranks.
+    """
     run = structure("megatron_dist_opt", world)
     whole = megatron.buffer(run.graph, run.ranks)
     weights = sum(n for w, n, _ in weights_of(run.graph) if w.trains)
@@ -462,7 +466,7 @@ def test_the_main_gradients_stay_and_nothing_is_gathered_apart() -> None:
 @pytest.mark.parametrize("storage", ["uint8", "bf16"])
 @pytest.mark.parametrize("world", [2, 8])
 def test_stage_three_divides_packed_weights_and_not_their_scales(storage: str, world: int) -> None:
-    """nf4: half a byte a number, an absmax of one byte for 64, and one of 4 for 256 of those."""
+    """nf4: half a byte per number, a one-byte absmax per 64, and a 4-byte one per 256 of those."""
     method = {"kind": "qlora", "quantization": {"storage": storage}}
     whole_, divided = (structure(name, world, method=method) for name in ("zero2", "zero3"))
     linear = PARAMETERS - 2 * EMBEDDING - 65 * 4096
@@ -487,7 +491,7 @@ def test_adapters_are_in_the_dtype_of_all_and_their_masters_divided() -> None:
 
 
 @pytest.mark.parametrize("kind", ["freeze", "dora", "qdora"])
-def test_what_trains_alone_is_divided_whatever_the_method(kind: str) -> None:
+def test_only_trained_weights_are_partitioned_with_any_method(kind: str) -> None:
     run = structure("zero2", 4, **{**RUN, "method": kind})
     (master,) = (h for h in resident_of(run) if "fp32 partition" in h.what)
     assert 0 <= 4 * int(master.shape) - program(run).trainable_parameters < 8
@@ -495,7 +499,7 @@ def test_what_trains_alone_is_divided_whatever_the_method(kind: str) -> None:
 
 @pytest.mark.parametrize(("name", "moments"), [("adamw_8bit", 2), ("lion_8bit", 1)])
 def test_eight_bit_states_are_of_the_flat_partition(name: str, moments: int) -> None:
-    """A byte a number and an fp32 absmax for 256; no weight is too small, and no embedding apart."""
+    """One byte per number and an fp32 absmax per 256; no exception for small weights or embeddings."""
     run = structure("zero2", 8, optimizer=name)
     own = partition(run.graph, run.ranks)
     states = sum(s.bytes * s.count for s in program(run).optimizer.states if s.shape and s.bytes > 10**5)
@@ -514,7 +518,7 @@ def test_eight_bit_states_are_of_the_flat_partition(name: str, moments: int) -> 
         ({"optimizer": "paged_adamw_8bit"}, "optimizer.name"),
     ],
 )
-def test_what_deepspeed_divides_wrongly_is_refused(fields: dict[str, Any], field: str) -> None:
+def test_models_that_deepspeed_partitions_wrongly_are_refused(fields: dict[str, Any], field: str) -> None:
     with pytest.raises(SpecError) as caught:
         answer("zero3", 2, **fields)
     assert caught.value.field == field

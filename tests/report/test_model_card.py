@@ -1,4 +1,4 @@
-"""`memplan card new`: what it writes is a card that memplan reads, of the same model, with every figure explained."""
+"""`memplan card new` writes a card that memplan reads as the same model, with every figure explained."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from memplan.cli.card import command
 from memplan.models import cards
 from memplan.models.headers import Checkpoint, StoredTensor
 from memplan.program.stored.checkpoint import built_tensors
-from memplan.report.model_card import Facts, card
+from memplan.report.model_card import CardFacts, card
 from tests.checkpoints import TINY, folder_of, of_model
 from tests.models.test_hub import COMMIT, Served, served  # noqa: F401
 from tests.sampling import examples, sampled
 from tests.tiny import TINY as DECODERS
 
-FACTS = Facts("some/tiny", "config.json", "2026-11-25", "mit")
+FACTS = CardFacts("some/tiny", "config.json", "2026-11-25", "mit")
 Written = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
 def written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Written]:
-    """Runs `memplan card new` and reads the card, from a folder of cards of its own."""
+    """Run `memplan card new` and read the card from its own folder of cards."""
     folder = tmp_path / "cards"
     folder.mkdir()
-    cached = (cards.card_names, cards.load_card, cards._aliases, cards._joined_names, cards._card_name)
+    cached = (cards.card_names, cards.load_card, cards._aliases, cards._names_by_letters, cards._card_name)
 
     def write(*args: str) -> dict[str, Any]:
         with pytest.raises(SystemExit) as end:
@@ -93,20 +93,20 @@ def test_a_checkpoint_that_is_stored_quantised_has_no_published_count(tmp_path: 
     assert "published" not in said
 
 
-def test_three_of_the_tensors_that_a_checkpoint_lacks_are_named(tmp_path: Path, written: Written) -> None:
+def test_three_tensors_missing_from_a_checkpoint_are_named(tmp_path: Path, written: Written) -> None:
     part = {name: of for name, of in of_model(TINY).items() if ".mlp." not in name}
     said = written(str(folder_of(tmp_path, TINY, part)))["difference"]
     assert said.startswith("the checkpoint does not store model.layers.0.mlp.")
     assert said.count("mlp.") == 3
 
 
-def test_a_config_alone_leaves_the_published_figure_to_be_found(tmp_path: Path, written: Written) -> None:
+def test_a_config_without_weights_leaves_the_published_figure_open(tmp_path: Path, written: Written) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY), "utf-8")
     said = written(str(tmp_path / "config.json"))
     assert said.keys() == {"hf_id", "source", "checked", "parameters", "config"}
 
 
-def test_the_id_of_a_folder_is_the_one_it_was_saved_from_or_a_line_to_fill_in(tmp_path: Path, written: Written) -> None:
+def test_a_folders_id_is_its_origin_or_a_line_to_fill_in(tmp_path: Path, written: Written) -> None:
     path = tmp_path / "config.json"
 
     def said(*args: str, **more: str) -> tuple[str, str]:
@@ -122,11 +122,11 @@ def test_the_id_of_a_folder_is_the_one_it_was_saved_from_or_a_line_to_fill_in(tm
     assert said("--hf-id", "my/tiny", _name_or_path="some/tiny") == ("my/tiny", 'hf_id = "my/tiny"')
 
 
-def test_an_id_that_is_none_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_invalid_id_is_one_error_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(json.dumps(TINY), "utf-8")
     with pytest.raises(SystemExit) as end:
         app(args=["card", "new", str(tmp_path), "--hf-id", "tiny"])
-    line = "memplan: hf_id (--hf-id): 'tiny' is no id at Hugging Face, owner/name\n"
+    line = "memplan: hf_id (--hf-id): 'tiny' is not a Hugging Face id (owner/name)\n"
     assert (end.value.code, capsys.readouterr()) == (2, ("", line))
 
 
@@ -150,7 +150,7 @@ JSON = st.recursive(
 
 @settings(max_examples=examples(150), deadline=None)
 @given(st.dictionaries(st.text(max_size=12), JSON, max_size=5))
-def test_any_config_is_written_as_it_is(more: Mapping[str, Any]) -> None:
+def test_any_config_is_written_unchanged(more: Mapping[str, Any]) -> None:
     config = {**TINY, **{f"x_{key}": value for key, value in more.items()}}
     tensor = StoredTensor("model.norm.weight", "BF16", (64,), 128)
     model = ModelSpec(config, checkpoint=Checkpoint("here", (tensor,)))
@@ -165,8 +165,8 @@ def test_the_manual_has_every_option_as_help_has_it() -> None:
             assert " ".join(f"{parameter.opts[0]} {parameter.help}".split()) in manual.replace(" <str>", ""), parameter
 
 
-def test_experts_one_by_one_and_a_buffer_are_the_model_and_the_card_names_the_buffer(tmp_path: Path) -> None:
-    """As transformers saves DeepSeek V3: a matrix an expert, and the router's correction, which is a buffer."""
+def test_separate_experts_and_a_named_buffer_make_up_the_model(tmp_path: Path) -> None:
+    """As transformers saves DeepSeek V3: one matrix per expert, and the router's correction bias, a buffer."""
     config = {"model_type": "deepseek_v3", **DECODERS["deepseek_v3"]}
     tensors = dict(of_model(config))
     layers = set()
@@ -183,7 +183,7 @@ def test_experts_one_by_one_and_a_buffer_are_the_model_and_the_card_names_the_bu
     notes = estimate(RunSpec(model=str(folder), batch={"sequence": 64})).notes
     assert not [note for note in notes if "checkpoint" in note]
     model = find_model(str(folder))
-    made = tomllib.loads(card(model, config, Facts("a/b", "here", "2026-01-01", "")))
+    made = tomllib.loads(card(model, config, CardFacts("a/b", "here", "2026-01-01", "")))
     assert made["published"] - made["parameters"] == len(layers) * experts
     buffers = f"{len(layers)} x {experts} = {len(layers) * experts}"
     assert made["difference"] == (

@@ -1,4 +1,4 @@
-"""The reports: every format tells the same facts, whole, and fits where it is shown; what would fit is exact."""
+"""Reports: every format has the same facts and fits where it is shown; the largest fitting sizes are exact."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.core.errors import MemplanError, SpecError
 from memplan.core.units import GIB
 from memplan.estimate.answer import KINDS
-from memplan.planning.reach import holding, largest_batch, largest_sequence
+from memplan.planning.reach import cards_that_hold, largest_batch, largest_sequence
 from memplan.report import FORMATS, render, table
 from memplan.report.advice import cards, help_line
 from memplan.report.assumptions import assumptions
@@ -49,7 +49,7 @@ CASES = {"fits": FITS, "tight": TIGHT, "refused": REFUSED, "no GPU": BARE, "note
 every_case = pytest.mark.parametrize("answer", CASES.values(), ids=CASES.keys())
 
 
-def test_the_cases_are_what_they_are_called() -> None:
+def test_the_cases_match_their_names() -> None:
     answers = {name: answer.verdict.answer for name, answer in CASES.items()}
     assert answers == {
         "fits": "fits",
@@ -61,10 +61,10 @@ def test_the_cases_are_what_they_are_called() -> None:
     }
 
 
-# --- words ---
+# --- wording ---
 
 
-def test_the_verdict_says_what_is_used_of_what() -> None:
+def test_the_verdict_states_used_and_usable_memory() -> None:
     used, usable = FITS.bytes.used / GIB, find_gpu("3090").usable / GIB
     assert verdict(FITS) == (
         f"fits: {used:.1f} of {usable:.1f} GiB used on GeForce RTX 3090, {usable - used:.1f} GiB free"
@@ -82,12 +82,12 @@ def test_the_peaks_moment_in_words() -> None:
 
 
 @every_case
-def test_the_parts_sum_to_what_is_used(answer: Estimate) -> None:
+def test_the_parts_sum_to_used(answer: Estimate) -> None:
     assert sum(part.bytes for part in parts(answer)) == answer.bytes.used
     assert all(part.bytes > 0 for part in parts(answer))
 
 
-def test_what_is_too_little_to_show_is_not_shown_as_nothing() -> None:
+def test_tiny_amounts_are_not_shown_as_zero() -> None:
     tiny = next(part for part in parts(FITS) if part.key == "buffer")
     assert tiny.bytes == 1024
     assert (hundredths(tiny.bytes), share(tiny.bytes, FITS.bytes.used)) == ("<0.01", "<0.1%")
@@ -97,7 +97,7 @@ def test_what_is_too_little_to_show_is_not_shown_as_nothing() -> None:
         assert "512 bytes" in text
 
 
-def test_a_shape_is_said_once_and_only_where_there_is_one() -> None:
+def test_a_shape_is_shown_once_and_only_if_there_is_one() -> None:
     by_name = {line.what: line for line in FITS.ledger}
     assert shape(by_name["log_probs"]) == "b·s·v = 1·2048·152064"
     assert shape(by_name["mlp.down_proj.weight (code)"]) == "16"
@@ -114,7 +114,7 @@ def test_the_largest_of_a_kind_says_how_many_there_are() -> None:
     assert {part.key: part.largest for part in parts(FITS)}["parameter"] == "lm_head.weight, 2.03 GiB"
 
 
-def test_the_assumptions_say_what_was_asked_and_decided() -> None:
+def test_the_assumptions_list_given_and_decided_fields() -> None:
     answer = ask(
         method={"kind": "qlora", "rank": 8, "targets": ["q_proj", "v_proj"]},
         batch={"micro": 3, "sequence": 1111, "accumulation": 4},
@@ -151,7 +151,7 @@ UNUSUAL: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("fields", "said"), UNUSUAL.values(), ids=UNUSUAL.keys())
-def test_whatever_is_not_usual_is_among_the_assumptions(fields: dict[str, Any], said: str) -> None:
+def test_everything_unusual_is_among_the_assumptions(fields: dict[str, Any], said: str) -> None:
     usual = {**fields, **{key: {} for key in fields if key in ("loop", "optimizer")}}
     assert said in str(assumptions(ask(**fields)))
     if usual != fields:
@@ -242,7 +242,7 @@ def test_a_table_with_room_to_wrap_fits_any_screen(
     columns = [Column("title", right=r, wraps=True) for r in right]
     lines = list(text_table(columns, rows, Screen(width)))
     assert [line for line in lines if len(line) > width] == []
-    # Every letter is there, and in its column's order.
+    # Every letter is shown, in its column's order.
     assert sorted("".join(lines[1:]).replace(" ", "")) == sorted("".join(map("".join, rows)).replace(" ", ""))
 
 
@@ -265,12 +265,12 @@ def test_an_optional_column_wraps_while_it_can_be_read() -> None:
     assert list(text_table(columns, row, Screen(53))) == ["one", "a" * 20]
 
 
-def test_eighty_columns_show_what_is_largest() -> None:
+def test_eighty_columns_show_the_largest_tensors() -> None:
     assert "lm_head.weight, 2.03 GiB" in table.render([FITS], to=Screen(80))
     assert "lm_head.weight" not in table.render([FITS], to=Screen(60))
 
 
-def test_what_stands_in_for_a_character_is_as_wide() -> None:
+def test_replacement_characters_have_the_same_width() -> None:
     assert all(len(stand_in) == 1 and stand_in.isascii() for stand_in in ASCII.values())
     assert paragraph("a b c", Screen(3), " ") == ["a b", " c"]
 
@@ -308,7 +308,7 @@ def test_several_gpus_are_a_row_each() -> None:
 
 def test_without_a_gpu_every_card_that_holds_it_is_named() -> None:
     words = table.render([BARE], to=Screen(80)).split()
-    held = list(holding(BARE.asked))
+    held = list(cards_that_hold(BARE.asked))
     assert [h.gpu.name for h in held if h.gpu.name + "?" * (h.answer == "tight") not in words] == []
     names = [name.rstrip("?") for group in cards(BARE) for names in group.by_size.values() for name in names]
     assert sorted(names) == sorted(h.gpu.name for h in held)
@@ -317,7 +317,7 @@ def test_without_a_gpu_every_card_that_holds_it_is_named() -> None:
 
 
 def left_out(answer: Estimate) -> Estimate:
-    """The same with something left out, and something on the host."""
+    """Return the answer with an omission and host memory."""
     other = copy.copy(answer)
     vars(other).update(unsupported=("a kernel",), host_bytes=3 * GIB)
     return other
@@ -325,7 +325,7 @@ def left_out(answer: Estimate) -> Estimate:
 
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("several", [False, True])
-def test_every_format_tells_what_was_left_out_and_what_the_host_holds(format: str, several: bool) -> None:
+def test_every_format_shows_omissions_and_host_memory(format: str, several: bool) -> None:
     answer = left_out(NOTED)
     text = render(format, [answer, answer] if several else [answer])
     assert "a kernel" in text
@@ -401,7 +401,7 @@ def test_csv_explains_with_a_row_for_each_line_of_the_ledger() -> None:
 
 
 class Page(HTMLParser):
-    """The tags and texts of a page; a tag that is not closed is an error."""
+    """Collects the tags and texts of a page; an unclosed tag is an error."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -457,7 +457,7 @@ def test_html_is_lines_that_can_be_read_as_text() -> None:
     )
 
 
-def test_html_escapes_what_a_model_is_called(tmp_path: Any) -> None:
+def test_html_escapes_model_names(tmp_path: Any) -> None:
     config = {
         "_name_or_path": "<b>&\"'",
         "model_type": "llama",
@@ -475,20 +475,20 @@ def test_html_escapes_what_a_model_is_called(tmp_path: Any) -> None:
 
 
 @every_case
-def test_json_is_what_the_library_dumps(answer: Estimate) -> None:
+def test_the_json_report_equals_the_librarys_dump(answer: Estimate) -> None:
     assert json.loads(render("json", [answer])) == json.loads(answer.model_dump_json())
     assert json.loads(render("json", [answer, answer])) == [json.loads(answer.model_dump_json())] * 2
 
 
 @every_case
-def test_a_real_answer_is_valid_under_the_schema_and_has_no_field_beside_it(answer: Estimate) -> None:
+def test_a_real_answer_matches_the_schema_without_extra_fields(answer: Estimate) -> None:
     dumped = json.loads(render("json", [answer]))
     read = answer_model().model_validate_json(render("json", [answer]))
     assert read.model_dump(mode="json") == dumped
     conforms(dumped, answer_schema(), answer_schema())
 
 
-def test_what_is_no_answer_is_not_valid() -> None:
+def test_documents_that_are_not_answers_are_invalid() -> None:
     dumped = json.loads(render("json", [FITS]))
     for path, wrong in ((("bytes", "used"), 1.5), (("verdict", "answer"), "perhaps"), (("schema_version",), 2)):
         broken = json.loads(render("json", [FITS]))
@@ -504,7 +504,7 @@ def test_what_is_no_answer_is_not_valid() -> None:
 
 
 def conforms(value: Any, schema: dict[str, Any], root: dict[str, Any]) -> None:
-    """The words of JSON Schema that the published schemas use, checked; an unknown word is a failure."""
+    """Check a value against the JSON Schema keywords that the published schemas use; an unknown keyword fails."""
     if "$ref" in schema:
         return conforms(value, root["$defs"][schema["$ref"].removeprefix("#/$defs/")], root)
     known = {"title", "description", "default", "$defs", "$schema", "type", "properties", "required", "items", "enum"}
@@ -576,13 +576,13 @@ WRITTEN: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("run", WRITTEN)
-def test_what_a_file_may_hold_is_valid_under_the_schema(run: dict[str, Any]) -> None:
+def test_valid_files_match_the_schema(run: dict[str, Any]) -> None:
     conforms(run, run_schema(), run_schema())
     RunSpec.model_validate({**run, "gpu": str(run["gpu"]) if "gpu" in run else None})
 
 
 @pytest.mark.parametrize("change", [{"method": "qloar"}, {"precision": "am"}, {"optimizer": 3}, {"gpus": "3090"}])
-def test_what_no_file_may_hold_is_not_valid_under_it(change: dict[str, Any]) -> None:
+def test_invalid_files_do_not_match_the_schema(change: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         conforms({**WRITTEN[0], **change}, run_schema(), run_schema())
     with pytest.raises((ValidationError, MemplanError)):
@@ -601,7 +601,7 @@ def test_the_formats_are_those_of_the_contract() -> None:
     assert FORMATS == ("table", "json", "markdown", "csv", "html")
 
 
-# --- what would fit ---
+# --- the largest fitting sizes ---
 
 
 @ALL
@@ -613,7 +613,7 @@ def test_the_formats_are_those_of_the_contract() -> None:
     micro=st.integers(1, 8),
     sequence=st.integers(64, 4096),
 )
-@example(model="llama-3.2-1b", method="full", gpu="3090", micro=5, sequence=64)  # a round length, and one more fits
+@example(model="llama-3.2-1b", method="full", gpu="3090", micro=5, sequence=64)  # one more token fits
 def test_the_largest_batch_and_sequence_fit_and_one_more_does_not(
     model: str, method: str, gpu: str, micro: int, sequence: int
 ) -> None:
@@ -629,20 +629,20 @@ def fits(run: RunSpec) -> bool:
     return estimate(run).verdict.answer == "fits"
 
 
-def test_the_largest_sequence_ends_where_learned_positions_do() -> None:
+def test_the_largest_sequence_is_bounded_by_learned_positions() -> None:
     assert largest_sequence(RunSpec.model_validate({"model": "gpt2", "method": "lora", "gpu": "h100"})) == 1024
 
 
-def test_what_fits_depends_on_a_gpu() -> None:
+def test_the_largest_batch_needs_a_gpu() -> None:
     with pytest.raises(SpecError, match="gpu"):
         largest_batch(BARE.asked)
 
 
 @ALL
-def test_help_names_what_fits() -> None:
+def test_the_help_line_names_fitting_cards_and_sizes() -> None:
     line = help_line(REFUSED)
     assert "--method lora" in line
-    smallest = next(h.gpu for h in holding(REFUSED.asked, "NVIDIA") if h.answer == "fits")
+    smallest = next(h.gpu for h in cards_that_hold(REFUSED.asked, "NVIDIA") if h.answer == "fits")
     assert smallest.title in line
     long = ask(method="qlora", gpu="3090", batch={"micro": 4, "sequence": 4096})
     assert long.verdict.answer == "does not fit"
@@ -651,8 +651,8 @@ def test_help_names_what_fits() -> None:
     assert help_line(FITS) == help_line(TIGHT) == help_line(BARE) == ""
 
 
-def test_the_cards_that_hold_a_run_are_those_it_fits_on_least_memory_first() -> None:
-    held = list(holding(BARE.asked))
+def test_cards_that_hold_a_run_are_listed_least_memory_first() -> None:
+    held = list(cards_that_hold(BARE.asked))
     assert [h.gpu.usable for h in held] == sorted(h.gpu.usable for h in held)
     by_name = {h.gpu.name: h.answer for h in held}
     for gpu in all_gpus():
@@ -666,5 +666,5 @@ def test_llama_cpp_has_no_allocator_of_torch() -> None:
     text = render("table", [answer])
     assert "ggml's buffers" in text
     assert "torch" not in text
-    assert "of 1 request at most" in text
+    assert "tokens of 1 request" in text
     assert sum(part.bytes for part in parts(answer)) == answer.bytes.used

@@ -1,4 +1,4 @@
-"""What NCCL takes of a card: which communicators a run has, and what of each was measured."""
+"""NCCL's memory: the communicators of a run, and their measured buffers."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.hardware.overhead import SHOWN_OF_RANKS, Communicator, nccl
+from memplan.catalogue.hardware.overhead import PREDICTION_BAND_OF_RANKS, Communicator, nccl
 from memplan.core.units import MIB
 from memplan.resolve.communicators import communicators
 from memplan.spec.parallelism import Parallelism
@@ -43,10 +43,10 @@ def asked(**parallelism: Any) -> Estimate:
 )
 def test_every_way_to_divide_the_work_has_a_communicator(parallelism: dict[str, Any], groups: list[str]) -> None:
     found = communicators(Parallelism(**parallelism))
-    assert [f"{c.what} {c.ranks}{' across' * c.across}" for c in found] == groups
+    assert [f"{c.what} {c.ranks}{' across' * c.spans_nodes}" for c in found] == groups
 
 
-def test_two_ranks_take_what_was_measured() -> None:
+def test_two_ranks_take_the_measured_buffers() -> None:
     answer = asked(world=2, dp=2, strategy="fsdp2")
     context, kernels, buffers = answer.beside
     assert kernels.usual + buffers.usual == (KERNELS + BUFFERS) * MIB == 1485 * MIB
@@ -55,8 +55,8 @@ def test_two_ranks_take_what_was_measured() -> None:
     assert "CUDA context" in context.what
 
 
-def test_kernels_are_there_once_and_buffers_for_every_communicator() -> None:
-    rows = nccl([Communicator("tp", 8), Communicator("dp", 2), Communicator("world", 16, across=True)])
+def test_kernels_load_once_and_every_communicator_has_buffers() -> None:
+    rows = nccl([Communicator("tp", 8), Communicator("dp", 2), Communicator("world", 16, spans_nodes=True)])
     assert [row.usual for row in rows] == [KERNELS * MIB, *[BUFFERS * MIB] * 3]
     assert [row.basis for row in rows] == ["measured", "assumed", "assumed", "assumed"]
     assert [row.what for row in rows[1:]] == [
@@ -69,12 +69,12 @@ def test_kernels_are_there_once_and_buffers_for_every_communicator() -> None:
     assert nccl([]) == ()
 
 
-def test_what_was_not_measured_widens_the_band_by_its_rows() -> None:
+def test_unmeasured_communicators_widen_the_range() -> None:
     two, eight = (asked(world=n, dp=n, strategy="ddp") for n in (2, 8))
     assert two.bytes.used == eight.bytes.used
     assert two.band.low == eight.band.low
-    more = BUFFERS * MIB // 2  # beyond four ranks, half as much again at most
-    assert eight.band.high - two.band.high == pytest.approx(more * (1 + SHOWN_OF_RANKS.high / 1000), rel=1e-6)
+    more = BUFFERS * MIB // 2  # for more than four ranks at most 50 % more
+    assert eight.band.high - two.band.high == pytest.approx(more * (1 + PREDICTION_BAND_OF_RANKS.high / 1000), rel=1e-6)
 
 
 def test_one_process_with_all_gpus_has_no_communicator() -> None:
@@ -82,10 +82,10 @@ def test_one_process_with_all_gpus_has_no_communicator() -> None:
     assert len(asked(world=4, pp=4, schedule="gpipe").beside) == 1 + 2
 
 
-def test_each_degree_adds_its_buffers_to_what_is_used() -> None:
+def test_each_degree_adds_its_buffers_to_used() -> None:
     tp = estimate(RunSpec(model="llama-3.1-8b", parallelism={"world": 2, "tp": 2}))
     both = asked(world=4, dp=2, tp=2, strategy="fsdp2")
     assert len(tp.beside) == 3
     assert len(both.beside) == 5
     context = both.bytes.used - both.bytes.reserved - (tp.bytes.used - tp.bytes.reserved)
-    assert context == 2 * BUFFERS * MIB  # of dp, and of the world
+    assert context == 2 * BUFFERS * MIB  # dp's and the world's

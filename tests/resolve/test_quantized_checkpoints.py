@@ -1,4 +1,4 @@
-"""Checkpoints that are stored quantised: every stored tensor to the byte, what trains over them, what is refused."""
+"""Quantised checkpoints: every stored tensor to the byte, training on them, and refusals."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from memplan.catalogue.quantization.quantization import fp8_experts_at_once
 from memplan.core.errors import MemplanError
 from memplan.core.units import gib, rounded
 from memplan.planning.levers import levers_of
-from memplan.probe.refusals import settled
+from memplan.probe.refusals import checked_run
 from memplan.report.assumptions import assumptions
-from memplan.resolve.quantized_checkpoint import stored_as
+from memplan.resolve.quantized_checkpoint import checkpoint_format
 from tests.checkpoints import TINY, folder_of, of_model
 from tests.sampling import examples
 
-# Sizes that 128 does not divide: 9 heads of 24 are 216 wide.
+# Sizes that are not multiples of 128: 9 heads of 24 are 216 wide.
 ODD = {**TINY, "hidden_size": 216, "intermediate_size": 600, "num_attention_heads": 9, "num_key_value_heads": 3}
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
@@ -40,7 +40,7 @@ def ask(
 
 
 def weights(answer: Estimate, of: str) -> dict[str, int]:
-    """Bytes of what one layer's matrix is stored as."""
+    """Return the bytes of each tensor that stores one layer's matrix."""
     return {
         line.what.removeprefix(f"{of}.weight").strip(" ()"): line.bytes // line.count
         for line in answer.ledger
@@ -49,7 +49,7 @@ def weights(answer: Estimate, of: str) -> dict[str, int]:
 
 
 @pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, 32), (8, 64), (4, -1)])
-def test_gptq_has_words_of_int32_a_scale_and_a_zero_a_group_and_the_group_of_every_input(bits: int, group: int) -> None:
+def test_gptq_stores_int32_words_scales_zeros_and_group_indices(bits: int, group: int) -> None:
     out, into = 192, 64  # gate_proj
     groups = 1 if group == -1 else -(-into // group)
     found = weights(ask({**GPTQ, "bits": bits, "group_size": group}), "mlp.gate_proj")
@@ -71,7 +71,7 @@ def test_awq_has_the_same_without_groups_of_inputs() -> None:
     }
 
 
-def test_fp8_has_a_byte_a_weight_and_a_scale_a_square_of_128() -> None:
+def test_fp8_stores_one_byte_per_weight_and_scales_per_128_square() -> None:
     answer = ask(FP8, config=ODD)
     for name, out, into in (("self_attn.q_proj", 216, 216), ("mlp.up_proj", 600, 216), ("self_attn.k_proj", 72, 216)):
         squares = -(-out // 128) * -(-into // 128)
@@ -107,7 +107,7 @@ ATTENTION = {"kind": "lora", "targets": ["q_proj", "v_proj"]}
 
 
 def stacks(answer: Estimate) -> dict[str, int]:
-    """Bytes of what the stacks of one layer's experts are stored as."""
+    """Return the bytes of each tensor that stores one layer's stacked experts."""
     lines = [line for line in answer.ledger if line.kind == "parameter" and ".experts." in line.what]
     return {line.what: line.bytes // line.count for line in lines}
 
@@ -145,12 +145,12 @@ def test_backward_dequantises_a_gibibyte_of_experts_at_once() -> None:
 def test_adapters_on_experts_need_their_matrices_whole() -> None:
     answer = ask(FP8, config=EXPERTS)
     assert answer.phases == ask(None, config=EXPERTS).phases
-    assert "name targets without them" in answer.notes[0]
-    with pytest.raises(MemplanError, match="experts that are stored quantised are not supported yet"):
+    assert "name targets other than experts" in answer.notes[0]
+    with pytest.raises(MemplanError, match="experts quantised by GPTQ or AWQ are not supported"):
         ask(GPTQ, ATTENTION, config=EXPERTS)
 
 
-def test_four_bits_of_bitsandbytes_are_what_qlora_makes() -> None:
+def test_a_4_bit_bitsandbytes_checkpoint_equals_qlora() -> None:
     for double in (True, False):
         quantization = {"format": "nf4", "double_quant": double}
         made = ask(None, {"kind": "qlora", "quantization": quantization})
@@ -160,7 +160,7 @@ def test_four_bits_of_bitsandbytes_are_what_qlora_makes() -> None:
     assert eight.categories == ask(None, {"kind": "qlora", "quantization": {"format": "int8"}}).categories
 
 
-def test_what_is_decided_is_in_the_run_and_among_the_assumptions() -> None:
+def test_decided_fields_are_in_the_run_and_the_assumptions() -> None:
     answer = ask(GPTQ)
     assert answer.run.method.kind == "lora"
     assert answer.run.method.quantization is not None
@@ -171,7 +171,7 @@ def test_what_is_decided_is_in_the_run_and_among_the_assumptions() -> None:
 
 @pytest.mark.parametrize("stored", [GPTQ, AWQ, FP8, NF4, {**GPTQ, "bits": 8, "group_size": -1}, PACKED])
 @pytest.mark.parametrize("method", ["lora", "qlora"])
-def test_a_run_that_says_what_was_decided_is_answered_alike(stored: dict[str, Any], method: str) -> None:
+def test_stating_the_decided_fields_gives_the_same_answer(stored: dict[str, Any], method: str) -> None:
     answer = ask(stored, method)
     again = estimate(answer.run)
     assert (again.phases, again.run) == (answer.phases, answer.run)
@@ -204,8 +204,8 @@ def test_modules_that_are_left_out_are_whole() -> None:
         ("re:(a+)+$", False),
     ],
 )
-def test_patterns_leave_out_what_transformers_leaves_out(pattern: str, left_out: bool) -> None:
-    stored = stored_as(ModelSpec(TINY), {**AWQ, "modules_to_not_convert": [pattern]})
+def test_skip_patterns_match_transformers(pattern: str, left_out: bool) -> None:
+    stored = checkpoint_format(ModelSpec(TINY), {**AWQ, "modules_to_not_convert": [pattern]})
     assert stored.quantization is not None
     assert ("up_proj" in (stored.quantization.skip or ())) == left_out
 
@@ -213,14 +213,14 @@ def test_patterns_leave_out_what_transformers_leaves_out(pattern: str, left_out:
 def test_more_patterns_than_a_config_needs_are_not_read() -> None:
     many = [f"nothing.*{i}" for i in range(64)]
     for listed, left_out in (([*many[1:], ".*up_proj"], True), ([*many, ".*up_proj"], False)):
-        stored = stored_as(ModelSpec(TINY), {**AWQ, "modules_to_not_convert": listed})
+        stored = checkpoint_format(ModelSpec(TINY), {**AWQ, "modules_to_not_convert": listed})
         assert stored.quantization is not None
         assert ("up_proj" in (stored.quantization.skip or ())) == left_out
 
 
 @pytest.mark.parametrize(("said", "skipped"), [({}, True), ({"lm_head": False}, True), ({"lm_head": True}, False)])
-def test_the_head_of_gptq_is_whole_unless_the_config_says_that_it_is_not(said: dict[str, bool], skipped: bool) -> None:
-    stored = stored_as(ModelSpec(TINY), {**GPTQ, **said})
+def test_gptqs_head_is_unquantised_unless_the_config_says_otherwise(said: dict[str, bool], skipped: bool) -> None:
+    stored = checkpoint_format(ModelSpec(TINY), {**GPTQ, **said})
     assert stored.quantization is not None
     assert ("lm_head" in (stored.quantization.skip or ())) == skipped
 
@@ -231,7 +231,7 @@ def test_without_checkpointing_gptqmodel_keeps_every_dequantised_matrix() -> Non
         return sum(line.bytes for line in answer.ledger if line.kind == "activation" and "dequantised" in line.what)
 
     matrices = 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192)
-    matrices -= 64 * 64 + 2 * 32 * 64  # what the embeddings go into: no gradient is asked of those
+    matrices -= 64 * 64 + 2 * 32 * 64  # inputs from the embeddings require no gradient
     lines = [line for line in ask(GPTQ, kernels={"checkpointing": "none"}).ledger if "dequantised" in line.what]
     assert kept(GPTQ) == 2 * matrices
     assert {line.basis for line in lines} == {"assumed"}
@@ -239,7 +239,7 @@ def test_without_checkpointing_gptqmodel_keeps_every_dequantised_matrix() -> Non
     assert kept(AWQ) == kept(FP8) == kept(NF4) == 0
 
 
-def test_a_checkpoint_is_loaded_as_it_is_stored() -> None:
+def test_a_checkpoint_is_loaded_in_its_stored_format() -> None:
     loaded = {name: ask(stored).phases[0].peak for name, stored in (("gptq", GPTQ), ("fp8", FP8), ("", None))}
     assert loaded["gptq"] < loaded["fp8"] < loaded[""]
 
@@ -248,7 +248,7 @@ def test_a_checkpoint_is_loaded_as_it_is_stored() -> None:
     ("stored", "why"), [(PACKED, "int4"), ({"quant_method": "mxfp4"}, "Mxfp4Config(dequantize=True)")]
 )
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_what_nothing_trains_over_is_dequantised(stored: dict[str, Any], why: str, method: str) -> None:
+def test_formats_without_training_support_are_dequantised(stored: dict[str, Any], why: str, method: str) -> None:
     answer = ask(stored, method)
     assert answer.phases == ask(None, method).phases
     (note,) = answer.notes
@@ -256,7 +256,7 @@ def test_what_nothing_trains_over_is_dequantised(stored: dict[str, Any], why: st
     assert why in note
 
 
-def test_fp8_is_dequantised_where_its_kernels_or_its_library_do_not_train() -> None:
+def test_fp8_is_dequantised_if_its_kernels_or_library_cannot_train() -> None:
     whole = ask(None, "lora").phases
     assert ask(FP8, "lora").phases != whole
     assert ask(FP8, "lora", gpu="4090").phases[0] == ask(FP8, "lora").phases[0]
@@ -274,8 +274,8 @@ def test_fp8_is_dequantised_where_its_kernels_or_its_library_do_not_train() -> N
 @pytest.mark.parametrize(
     ("stored", "method", "field", "words"),
     [
-        (GPTQ, "full", "method.kind", "quantised weights do not train in full; use lora"),
-        (NF4, "freeze", "method.kind", "quantised weights do not train in full; use lora"),
+        (GPTQ, "full", "method.kind", "quantised weights cannot be fully trained; use lora"),
+        (NF4, "freeze", "method.kind", "quantised weights cannot be fully trained; use lora"),
         (GPTQ, {"kind": "qlora", "quantization": {"format": "fp4"}}, "method.quantization.format", "stored in gptq"),
         (NF4, {"kind": "qlora", "quantization": {"format": "int8"}}, "method.quantization.format", "stored in bits"),
         (AWQ, "dora", "method.kind", "no DoRA over awq-int4"),
@@ -286,11 +286,11 @@ def test_fp8_is_dequantised_where_its_kernels_or_its_library_do_not_train() -> N
         ({**AWQ, "version": "gemv_fast"}, "lora", "model", "gemv_fast"),
         ({**FP8, "weight_block_size": [64, 64]}, "lora", "model", "supported: 128"),
         ({**NF4, "bnb_4bit_quant_type": "nf3"}, "lora", "quantization_config", "must be nf4 or fp4"),
-        ({"quant_method": "aqlm"}, "lora", "model", "a checkpoint of aqlm is not supported yet"),
-        ({"bits": 4}, "lora", "model", "a checkpoint of ? is not supported yet"),
+        ({"quant_method": "aqlm"}, "lora", "model", "aqlm checkpoints are not supported yet"),
+        ({"bits": 4}, "lora", "model", "? checkpoints are not supported yet"),
     ],
 )
-def test_what_does_not_train_is_refused_in_one_line(stored: Any, method: Any, field: str, words: str) -> None:
+def test_untrainable_formats_are_refused_in_one_line(stored: Any, method: Any, field: str, words: str) -> None:
     with pytest.raises(MemplanError) as error:
         ask(stored, method)
     assert words in str(error.value)
@@ -298,7 +298,7 @@ def test_what_does_not_train_is_refused_in_one_line(stored: Any, method: Any, fi
     assert "\n" not in str(error.value)
 
 
-def test_the_tensors_of_a_quantised_checkpoint_are_no_surprise(tmp_path: Path) -> None:
+def test_a_quantised_checkpoints_tensors_give_no_notes(tmp_path: Path) -> None:
     config = {**TINY, "quantization_config": {**GPTQ, "group_size": 32}}
     tensors = dict(of_model(TINY, "F16"))
     for name in [name for name in tensors if name.endswith("_proj.weight")]:
@@ -314,12 +314,13 @@ def test_the_tensors_of_a_quantised_checkpoint_are_no_surprise(tmp_path: Path) -
     with pytest.raises(MemplanError) as error:
         estimate(RunSpec(model=str(folder_of(tmp_path, config, tensors)), method="lora"))
     assert str(error.value) == (
-        "model: model.layers.1.mlp.up_proj.scales has 192 numbers in the checkpoint, and 384 by its quantization_config"
+        "model: model.layers.1.mlp.up_proj.scales has 192 elements in the checkpoint, but its "
+        "quantization_config implies 384"
     )
 
 
 def of_experts(layers: int, packed: bool) -> dict[str, tuple[str, Any]]:
-    """The experts of EXPERTS one by one, each in fp8 with its scales, or in packed words of compressed-tensors."""
+    """Return EXPERTS' experts separately, in fp8 with scales or packed by compressed-tensors."""
     found: dict[str, tuple[str, Any]] = {}
     for i in range(layers):
         for e in range(8):
@@ -336,7 +337,7 @@ def of_experts(layers: int, packed: bool) -> dict[str, tuple[str, Any]]:
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_experts_one_by_one_and_blocks_for_further_tokens_are_told_apart(packed: bool, tmp_path: Path) -> None:
+def test_separate_experts_and_mtp_blocks_are_told_apart(packed: bool, tmp_path: Path) -> None:
     config = {**EXPERTS, "quantization_config": PACKED if packed else FP8}
     tensors = {name: of for name, of in of_model(EXPERTS).items() if ".experts." not in name}
     tensors |= of_experts(4, packed)
@@ -347,7 +348,7 @@ def test_experts_one_by_one_and_blocks_for_further_tokens_are_told_apart(packed:
     assert not any("lacks" in note for note in rest)
 
 
-def test_blocks_of_mxfp4_are_no_surprise(tmp_path: Path) -> None:
+def test_mxfp4_blocks_give_no_notes(tmp_path: Path) -> None:
     config = {**EXPERTS, "quantization_config": {"quant_method": "mxfp4"}}
     tensors = of_model(EXPERTS)
     for name in [name for name in tensors if ".experts." in name]:
@@ -366,7 +367,7 @@ def test_blocks_of_mxfp4_are_no_surprise(tmp_path: Path) -> None:
     assert any("stored in mxfp4" in note for note in notes)
 
 
-def test_nothing_proposes_to_quantise_what_is_stored_quantised() -> None:
+def test_quantised_checkpoints_get_no_proposal_to_quantise() -> None:
     def keys(config: dict[str, Any]) -> set[str]:
         return {key for lever in levers_of(RunSpec(model={"config": config}, method="lora")) for key in lever.keys}
 
@@ -378,10 +379,10 @@ def test_a_probe_stores_weights_as_the_run_says_and_no_other_way() -> None:
         return RunSpec(model={"config": {**TINY, "quantization_config": stored}}, method=method, gpu=gpu)
 
     for stored in (GPTQ, AWQ, NF4, FP8):
-        with pytest.raises(MemplanError, match="a probe makes weights of its own"):
-            settled(asked(stored))
+        with pytest.raises(MemplanError, match="a probe creates its own weights"):
+            checked_run(asked(stored))
     for run in (asked(FP8, gpu="a100-80gb"), asked(FP8, "full"), asked(PACKED), asked({"quant_method": "mxfp4"})):
-        assert settled(run).method.kind == run.method.kind
+        assert checked_run(run).method.kind == run.method.kind
 
 
 JSON = st.recursive(

@@ -1,4 +1,4 @@
-"""Nothing a run says is ignored: what is not supported, or could change nothing, is an error that names its field."""
+"""No field of a run is ignored: unsupported or ineffective fields are errors that name the field."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
 
 
 @pytest.mark.parametrize(("fields", "field"), NOT_YET)
-def test_what_is_known_and_not_supported_yet_says_so(fields: dict[str, Any], field: str) -> None:
+def test_known_but_unsupported_features_are_named_as_such(fields: dict[str, Any], field: str) -> None:
     error = refused(**fields)
     assert error.field == field
     assert "supported yet" in str(error)
 
 
-def test_a_world_that_is_not_the_product_of_its_degrees_names_every_one() -> None:
+def test_a_world_unequal_to_its_degrees_product_names_every_degree() -> None:
     assert str(refused(parallelism={"world": 8, "dp": 3, "strategy": "ddp"})) == (
         "parallelism.world: a world of 8 GPUs is not dp 3 x tp 1 x pp 1 x cp 1 = 3"
     )
@@ -88,11 +88,11 @@ def test_peft_has_no_method_that_is_an_unknown_name() -> None:
 
 
 @pytest.mark.parametrize("kind", ["generate", "forward"])
-def test_a_task_is_no_method(kind: str) -> None:
+def test_a_task_is_not_a_method(kind: str) -> None:
     assert "task" in str(refused(method=kind))
 
 
-def test_a_quantised_head_needs_a_weight_of_its_own_and_a_loss_that_takes_it() -> None:
+def test_a_quantised_head_needs_untied_weights_and_a_supporting_loss() -> None:
     qlora = {"kind": "qlora", "quantization": {"skip": []}}
     for fields in ({"model": "llama-3.2-1b"}, {"model": "llama-3.1-8b", "kernels": {"loss": "fused"}}):
         assert refused(**fields, method=qlora).field == "method.quantization.skip"
@@ -111,7 +111,7 @@ ADAPTER_FIELDS: dict[str, Any] = {
 
 @pytest.mark.parametrize(("field", "value"), ADAPTER_FIELDS.items())
 @pytest.mark.parametrize("kind", ["full", "freeze"])
-def test_what_is_said_of_adapters_needs_some(kind: str, field: str, value: Any) -> None:
+def test_adapter_options_need_an_adapter_method(kind: str, field: str, value: Any) -> None:
     error = refused(method={"kind": kind, field: value})
     assert error.field == f"method.{field}"
     assert "lora, qlora, dora, qdora have" in str(error)
@@ -161,7 +161,7 @@ def test_a_dtype_that_nothing_would_be_in_is_refused(precision: dict[str, Any], 
     assert refused(precision=precision).field == field
 
 
-def test_four_bit_layers_compute_in_a_dtype_of_their_own() -> None:
+def test_four_bit_layers_have_their_own_compute_dtype() -> None:
     run = RunSpec(model="qwen2-0.5b", method="qlora", precision={"weights": "fp16", "compute": "bf16"})
     assert estimate(run).run.precision.compute == "bf16"
 
@@ -172,7 +172,7 @@ def test_the_answers_own_run_is_never_refused() -> None:
         assert estimate(RunSpec.model_validate_json(answer.run.model_dump_json())).phases == answer.phases
 
 
-def test_the_run_says_how_many_layers_are_there_to_train() -> None:
+def test_trainable_layers_are_capped_at_the_models_layers() -> None:
     run = estimate(RunSpec(model="qwen2-0.5b", method={"kind": "freeze", "trainable_layers": 999})).run
     assert run.method.trainable_layers == 24
 

@@ -1,7 +1,6 @@
-"""One head of keys, and further ones that stand for windows of tokens: DeepSeek V4's, with the norms and rotations that
-its models have besides.
+"""One head of keys, plus compressed keys that each stand for a window of tokens, as in DeepSeek V4.
 
-Axes are those of `memplan.catalogue.families.deepseek_v4`.
+Also the norms and rotations that only DeepSeek V4 uses. Axes are those of `memplan.catalogue.families.deepseek_v4`.
 Source: transformers 5.24 models/deepseek_v4/modeling_deepseek_v4.py.
 """
 
@@ -9,7 +8,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from memplan.catalogue.attention.latent import joined
+from memplan.catalogue.attention.latent import concat_parts
 from memplan.catalogue.kernels import ops
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 
@@ -17,7 +16,15 @@ SOURCE = "transformers 5.24 models/deepseek_v4/modeling_deepseek_v4.py"
 
 
 class Windows(NamedTuple):
-    """How a layer compresses keys: the axes of its windows, of the tokens in them and in one, and of all keys."""
+    """How a layer compresses keys, as names of axes.
+
+    kind       `sparse` or `heavy`; empty if it does not compress
+    number     windows in the sequence
+    tokens     tokens in all windows
+    rate       tokens in one window
+    keys       all keys, compressed ones included
+    with_sink  all keys and the attention sink
+    """
 
     kind: str
     number: str
@@ -28,7 +35,7 @@ class Windows(NamedTuple):
 
     @property
     def masked(self) -> str:
-        """The keys where some of them are windows, and none where not."""
+        """The axis of all keys, which is 0 if none of them stands for a window."""
         return f"{self.keys}_masked"
 
 
@@ -41,7 +48,7 @@ HEAVY = Windows("heavy", "wh", "uh", "rh", "kh", "kh1")
 
 
 def times(name: str, x: str, factor: str, y: str, shape: str) -> Op:
-    """`x * factor` where the factor is spread over an axis: for its gradient the product with x is made whole."""
+    """Return `x * factor`, broadcasting `factor`. Backward sums a full-size product for the factor's gradient."""
     return Op(
         name,
         (x, factor),
@@ -54,7 +61,7 @@ def times(name: str, x: str, factor: str, y: str, shape: str) -> Op:
 
 
 def summed(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """A sum over an axis that `shape` no longer has: its gradient is spread by a view."""
+    """Sum over an axis that `shape` no longer has. The gradient is broadcast by a view."""
     return (
         ops.view(f"{name}.rows", x, f"{y}.rows", shape),
         Op(
@@ -69,19 +76,19 @@ def summed(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 
 
 def norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """The weight is fp32, and multiplied before the result is cast."""
+    """Return an RMS norm with an fp32 weight, multiplied before the result is cast."""
     *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, axis)
     weight = Weight(f"{name}.weight", axis, "norm", "fp32")
     return (
         *(op._replace(unit="") for op in normalise),
-        ops.weigh(f"{name}.weight", f"{y}.n32", f"{y}.y32", shape, weight),
+        ops.multiply_weight(f"{name}.weight", f"{y}.n32", f"{y}.y32", shape, weight),
         ops.cast(f"{name}.to", f"{y}.y32", y, shape, f"={x}"),
-        ops.leave(f"{y}.mean", f"{y}.n32"),
+        ops.release_names(f"{y}.mean", f"{y}.n32"),
     )
 
 
 def plain_norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """No weight: x times the inverse of its root mean square, which is fp32 until it is cast."""
+    """Return an RMS norm without weight: x times the inverse root mean square, which is fp32 until it is cast."""
     row = shape.rsplit(" ", 1)[0]
     first, square, mean, eps, rsqrt, *_ = ops.rms_norm(name, x, y, shape, "h")
     return (
@@ -92,11 +99,11 @@ def plain_norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 
 
 def table(kind: str, rows: str = "s", where: str = "model.rotary_emb", weighs: bool = True) -> tuple[Op, ...]:
-    """cos and sin of one kind of layers, half as wide as what they rotate."""
+    """Return cos and sin for one kind of layer, half as wide as what they rotate."""
     shape, angles = f"{rows} rot2", f"{kind}.angles"
     names = (f"{k}_{n}" for k in ("main", "compress") for n in ("inv_freq", "original_inv_freq"))
     buffers = tuple(Weight(f"{where}.{n}", "rot2", "buffer", "fp32", False) for n in names) if weighs else ()
-    made: list[Op] = [
+    operations: list[Op] = [
         Op(
             f"rotary.{angles}",
             (),
@@ -109,19 +116,21 @@ def table(kind: str, rows: str = "s", where: str = "model.rotary_emb", weighs: b
     ]
     for name in ("cos", "sin"):
         wide = f"{kind}.{name}32"
-        made.append(
+        operations.append(
             Op(f"rotary.{wide}", (angles,), (Tensor(wide, shape, "fp32"),), scratch=(Tensor(name, shape, "fp32"),))
         )
     for name in ("cos", "sin"):
-        made.append(ops.cast(f"rotary.{kind}.{name}", f"{kind}.{name}32", f"{kind}.{name}", shape, "=embeds"))
-    return (*made, ops.leave(angles, f"{kind}.cos32", f"{kind}.sin32"))
+        operations.append(ops.cast(f"rotary.{kind}.{name}", f"{kind}.{name}32", f"{kind}.{name}", shape, "=embeds"))
+    return (*operations, ops.release_names(angles, f"{kind}.cos32", f"{kind}.sin32"))
 
 
 def turned(
     name: str, x: str, y: str, lead: str, kind: str, rows: str = "s", width: str = "d", sine: str = ""
 ) -> tuple[Op, ...]:
-    """The end of every head rotated in fp32, pair by pair, and joined with the rest. What is sliced off has a gradient
-    as wide as a head; cos and sin are made as wide as what they rotate in every call."""
+    """Rotate the end of every head in fp32, pair by pair, and join it with the rest.
+
+    The gradient of each slice is as wide as a head. Every call widens cos and sin to what they rotate.
+    """
     part, half, whole = f"{lead} rot", f"{lead} rot2", f"{lead} {width}"
     cos, sin = f"{y}.cos", f"{y}.sin"
     source = f"{SOURCE} apply_rotary_pos_emb"
@@ -137,30 +146,30 @@ def turned(
         Op(f"{name}.times_sin", (f"{y}.half32", sin), (Tensor(f"{y}.sine", part),), (), (Keep(sin, f"{y}.half32"),)),
         ops.add(f"{name}.add", f"{y}.cosine", f"{y}.sine", f"{y}.turned32", part),
         ops.cast(f"{name}.to", f"{y}.turned32", f"{y}.turned", part, f"={x}")._replace(source=source),
-        *joined(f"{name}.cat", (f"{y}.rest", f"{y}.turned"), y, whole),
-        ops.leave(cos, sin, f"{y}.turned"),
+        *concat_parts(f"{name}.cat", (f"{y}.rest", f"{y}.turned"), y, whole),
+        ops.release_names(cos, sin, f"{y}.turned"),
     )
 
 
-# Keys that stand for windows
+# Compressed keys
 
 
-def kept(name: str, x: str, y: str, shape: str) -> Op:
-    """A view that a cache keeps, with all that it is of."""
+def cached_view(name: str, x: str, y: str, shape: str) -> Op:
+    """Return a view held by the cache, which keeps its whole storage alive."""
     return Op(name, (x,), (Tensor(y, shape),), view=True, holds="cache", source=f"{SOURCE} DeepseekV4HCACache")
 
 
 def compressor(name: str, x: str, y: str, w: Windows, width: str, where: str, caching: bool = False) -> tuple[Op, ...]:
-    """A key for every window: what its tokens make, weighed by a softmax over them and summed; `width` wide.
+    """Return one key per window, `width` wide: the softmax-weighted sum over the window's tokens.
 
-    `sparse`: a window's key is made of its own tokens' second halves and the first halves of those before. A cache
-    (`caching`) keeps the keys, what tokens that do not fill a window yet made, as a view of what all of them did, and
-    of the last window the halves that the next one's key is made of too.
+    `sparse`: a window's key combines the second halves of its own tokens with the first halves of the previous
+    window's. With `caching`, the cache holds the keys, the projections of tokens in an unfinished window (as a view of
+    those of all tokens), and the last window's halves for the next key.
     """
     double = w.kind == "sparse"
     c, out = f"{y}.c", f"2 {width}" if double else width
     raw = f"b {w.tokens} {out}"
-    buffers = tuple(kept(f"{name}.cache.{t}", f"{c}.{t}", f"{c}.{t} of a window", raw) for t in ("kv", "gate"))
+    buffers = tuple(cached_view(f"{name}.cache.{t}", f"{c}.{t}", f"{c}.{t} of a window", raw) for t in ("kv", "gate"))
     halves = tuple(
         Op(f"{name}.overlap.{t}", (t,), (Tensor(f"{t}.half", f"b {w.rate}_kept {width}", f"={t}"),), holds="cache")
         for t in (f"{c}.kv.used", f"{c}.gate.biased")
@@ -169,12 +178,12 @@ def compressor(name: str, x: str, y: str, w: Windows, width: str, where: str, ca
         *projected(name, x, y, out),
         *(buffers if caching else ()),
         *pooled(name, y, y, f"{c}.kv", f"{c}.gate", w, width, where, halves if caching and double else ()),
-        *((kept(f"{name}.cache.keys", y, f"{y} cache", f"b {w.number} {width}"),) if caching else ()),
+        *((cached_view(f"{name}.cache.keys", y, f"{y} cache", f"b {w.number} {width}"),) if caching else ()),
     )
 
 
 def projected(name: str, x: str, y: str, out: str) -> tuple[Op, ...]:
-    """What every token is before it is part of a window: `out` wide."""
+    """Return the key and gate projections of every token, `out` wide."""
     return (
         ops.linear(f"{name}.kv_proj", x, f"{y}.c.kv", out, "h", "attention"),
         ops.linear(f"{name}.gate_proj", x, f"{y}.c.gate", out, "h", "attention"),
@@ -192,22 +201,24 @@ def pooled(
     where: str,
     halves: tuple[Op, ...] = (),
 ) -> tuple[Op, ...]:
-    """The keys `y` of windows that are full, of what their tokens made, `kv` and `gate`; what comes between is named by
-    `x`. `halves`: how a cache keeps those of the last window."""
+    """Return the keys `y` of full windows from their tokens' projections `kv` and `gate`.
+
+    `x` prefixes the names of intermediates. `halves`: operations by which a cache keeps the last window's halves.
+    """
     double = w.kind == "sparse"
     c, out = f"{x}.c", f"2 {width}" if double else width
     shape = raw = f"b {w.tokens} {out}"
     keys = f"b {w.number} {width}"
     bias = Weight(f"{name}.position_bias", f"{w.rate} {out}", "attention", "fp32")
-    used, biased = f"{c}.kv.used", f"{c}.gate.biased"
+    kv_used, biased = f"{c}.kv.used", f"{c}.gate.biased"
     laid = (
         *halves,
-        *_overlapped(name, used, f"{c}.kv.laid", w, width),
+        *_overlapped(name, kv_used, f"{c}.kv.laid", w, width),
         *_overlapped(name, biased, f"{c}.gate.laid", w, width),
     )
-    weighed, weight = (f"{c}.kv.laid", f"{c}.gate.laid") if double else (used, biased)
+    weighed, weight = (f"{c}.kv.laid", f"{c}.gate.laid") if double else (kv_used, biased)
     return (
-        ops.view(f"{name}.kv_used", kv, used, raw),
+        ops.view(f"{name}.kv_used", kv, kv_used, raw),
         ops.view(f"{name}.gate_used", gate, f"{c}.gate.used", raw),
         Op(f"{name}.bias", (f"{c}.gate.used",), (Tensor(biased, raw),), (bias,), gradient="same"),
         *(laid if double else ()),
@@ -216,22 +227,22 @@ def pooled(
         ops.mul(f"{name}.product", weighed, f"{c}.weights", f"{c}.product", shape),
         *summed(f"{name}.sum", f"{c}.product", f"{c}.sum", keys),
         *norm(f"{name}.kv_norm", f"{c}.sum", f"{c}.normed", keys, width),
-        ops.leave(f"{c}.sum"),
+        ops.release_names(f"{c}.sum"),
         Op(f"{name}.positions", (), (Tensor(f"{c}.positions", w.number, "int64"),), gradient="none"),
         *table(c, f"b {w.number}", f"{where}.rotary_emb"),
         *turned(f"{name}.rope", f"{c}.normed", y, f"b {w.number}", c, f"b {w.number}", width),
-        ops.leave(f"{c}.normed"),
+        ops.release_names(f"{c}.normed"),
     )
 
 
 def compressed(y: str, double: bool) -> Op:
-    """The function that made `y` returns, and what else it did is done."""
+    """The function that computed `y` returns and drops its other tensors."""
     laid = ("kv.laid", "gate.laid") if double else ()
-    return ops.leave(*(f"{y}.c.{t}" for t in ("kv", "gate", "gate.biased", "positions", "cos", "sin", *laid)))
+    return ops.release_names(*(f"{y}.c.{t}" for t in ("kv", "gate", "gate.biased", "positions", "cos", "sin", *laid)))
 
 
 def _overlapped(name: str, x: str, y: str, w: Windows, width: str) -> tuple[Op, ...]:
-    """Two halves copied into their places among zeros; as `memplan.catalogue.attention.latent` has such copies."""
+    """Copy two halves into a zeroed tensor, as `memplan.catalogue.attention.latent` copies the parts of keys."""
     half, whole = f"b {w.tokens} {width}", f"b {w.tokens} 2 {width}"
     n = f"{name}.{y.rpartition('.c.')[2]}"
     return (

@@ -1,8 +1,15 @@
-"""Multi-head latent attention: keys and values come out of one narrow vector a token, queries mostly too.
+"""Multi-head latent attention: keys and values, and mostly queries, are projected from one narrow vector per token.
 
-Axes of its own: `ql` and `kl` the ranks of the queries' and of the keys' and values' vector, `klr` the latter with the
-rotated part that all heads share; of a head, `dn` the part that is not rotated, `d` the whole (`dn` and `rot`), `dv`
-its values, `dkv` what one projection makes of it (`dn` and `dv`)."""
+Axes of this module:
+
+    ql       rank of the queries' vector
+    kl       rank of the vector for keys and values
+    klr      that rank plus the rotated part that all heads share
+    dn       per head, the part that is not rotated
+    d        per head, both parts (`dn` and `rot`)
+    dv       per head, the values
+    dkv      per head, the output of the projection of keys and values (`dn` and `dv`)
+"""
 
 from __future__ import annotations
 
@@ -23,7 +30,7 @@ rotated_halves = ops.rotate
 
 
 def halves(name: str) -> tuple[Op, ...]:
-    """The rotated parts as Llama rotates: one half of a head against the other."""
+    """Rotate as Llama does: one half of a head against the other."""
     return (
         *rotated_halves(f"{name}.rope_q", "q.rot", "q.turned", "b s a rot", "b s a rot2"),
         *rotated_halves(f"{name}.rope_k", "k.rot", "k.turned", "b s rot", "b s rot2"),
@@ -31,7 +38,7 @@ def halves(name: str) -> tuple[Op, ...]:
 
 
 def pairs(name: str) -> tuple[Op, ...]:
-    """The rotated parts pair by pair: even numbers and odd ones are slices, which are turned and joined."""
+    """Rotate pair by pair: even and odd numbers are sliced, rotated and joined."""
     return (
         *rotated_pairs(f"{name}.rope_q", "q.rot", "q.turned", "b s a rot", "b s a rot2"),
         *rotated_pairs(f"{name}.rope_k", "k.rot", "k.turned", "b s rot", "b s rot2"),
@@ -39,14 +46,14 @@ def pairs(name: str) -> tuple[Op, ...]:
 
 
 def rotated_pairs(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op, ...]:
-    """`cat(even * cos - odd * sin, odd * cos + even * sin)`. The gradient of a slice is as wide as what it is of."""
+    """Return `cat(even * cos - odd * sin, odd * cos + even * sin)`. A slice's gradient has its input's width."""
 
-    def turned(part: str, table: str, made: str) -> Op:
+    def turned(part: str, table: str, product: str) -> Op:
         read = f"{y}.{part}"
         return Op(
-            f"{name}.{made}",
+            f"{name}.{product}",
             (read, table),
-            (Tensor(f"{y}.{made}", half),),
+            (Tensor(f"{y}.{product}", half),),
             (),
             (Keep(table, read),),
             source=f"{_SOURCE} apply_rotary_pos_emb_interleave",
@@ -62,12 +69,12 @@ def rotated_pairs(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op,
         turned("odd", "cos", "odd_cos"),
         turned("even", "sin", "even_sin"),
         ops.add(f"{name}.add", f"{y}.odd_cos", f"{y}.even_sin", f"{y}.second", half),
-        *joined(f"{name}.cat", (f"{y}.first", f"{y}.second"), y, shape),
+        *concat_parts(f"{name}.cat", (f"{y}.first", f"{y}.second"), y, shape),
     )
 
 
 def complex_pairs(name: str) -> tuple[Op, ...]:
-    """The rotated parts as complex numbers, in fp32; the products are cast back."""
+    """Rotate as complex numbers in fp32, and cast the products back."""
     parts = (("q", "b s a rot"), ("k", "b s rot"))
     return (
         *(ops.cast(f"{name}.{t}_float", f"{t}.rot", f"{t}.rot32", shape, "fp32") for t, shape in parts),
@@ -87,12 +94,12 @@ def complex_pairs(name: str) -> tuple[Op, ...]:
                 ops.cast(f"{name}.{t}_type_as", f"{t}.turned32", f"{t}.turned", shape, f"={t}.rot"),
             )
         ),
-        ops.leave("q.rot32", "k.rot32"),
+        ops.release_names("q.rot32", "k.rot32"),
     )
 
 
 def complex_table() -> tuple[Op, ...]:
-    """A complex number of unit length for every position and pair, two fp32 numbers each."""
+    """Return a complex number of unit length for every position and pair, stored as two fp32 numbers."""
     angles, *_ = rotary_table("embeds")
     source = "transformers 5.24 models/deepseek_v2/modeling_deepseek_v2.py DeepseekV2RotaryEmbedding"
     return (
@@ -104,12 +111,12 @@ def complex_table() -> tuple[Op, ...]:
             scratch=(Tensor("ones", "s rot2", "fp32"),),
         ),
         Op("rotary.scale", ("polar",), (Tensor("turns", "s rot", "fp32"),), source=source),
-        ops.leave("angles"),
+        ops.release_names("angles"),
     )
 
 
-def joined(name: str, parts: tuple[str, ...], y: str, shape: str) -> tuple[Op, ...]:
-    """Parts side by side in new storage; their gradients are views of one."""
+def concat_parts(name: str, parts: tuple[str, ...], y: str, shape: str) -> tuple[Op, ...]:
+    """Concatenate parts in new storage. Their gradients are views of one tensor."""
     return (
         *(ops.view(f"{name}.{i}", part, f"{part}.part", shape) for i, part in enumerate(parts)),
         Op(
@@ -134,48 +141,51 @@ def latent_attention(
     mask: str = "mask",
     held: tuple[str, ...] = (),
 ) -> tuple[Op, ...]:
-    """Queries and keys of two parts, of which one is rotated, and values of a width of their own.
+    """Return attention whose queries and keys have a rotated and an unrotated part; values have their own width.
 
-    Queries are joined, and a key is copied part by part into empty storage: on the way back each copy takes its part
-    of a whole copy of the gradient (torch's CopySlices). Both lie in memory head by head, values as projected.
-    `sparse` makes the `mask` that attention takes, and reads what is normalised of the queries, `q.normed`;
-    `held` of what it makes stays to the end.
+    Queries are concatenated. A key is copied part by part into empty storage; in backward each copy takes its part of a
+    full-size copy of the gradient (torch's CopySlices). Queries and keys are contiguous head by head, values in the
+    layout of their projection.
+
+    turn    rotates the parts
+    sparse  operations that compute the `mask` for attention from the normalised queries, `q.normed`
+    held    tensors of `sparse` that live until the function returns
     """
-    g = "attention"
+    group = "attention"
     if m.get("q_lora_rank"):
         queries = (
-            ops.linear(f"{name}.q_a_proj", x, "q.low", "ql", "h", g, bias),
+            ops.linear(f"{name}.q_a_proj", x, "q.low", "ql", "h", group, bias),
             *ops.rms_norm(f"{name}.q_a_layernorm", "q.low", "q.normed", "b s ql", "ql"),
-            ops.leave("q.low"),
-            ops.linear(f"{name}.q_b_proj", "q.normed", "q0", "a d", "ql", g),
+            ops.release_names("q.low"),
+            ops.linear(f"{name}.q_b_proj", "q.normed", "q0", "a d", "ql", group),
         )
     else:
-        queries = (ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", g),)
+        queries = (ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", group),)
     return (
         *queries,
         ops.view(f"{name}.q_heads", "q0", "q1", _Q, gradient="new"),
         ops.split(f"{name}.q_split", "q1", (Tensor("q.pass", "b s a dn"), Tensor("q.rot", "b s a rot"))),
-        ops.linear(f"{name}.kv_a_proj_with_mqa", x, "kv.low", "klr", "h", g, bias),
+        ops.linear(f"{name}.kv_a_proj_with_mqa", x, "kv.low", "klr", "h", group, bias),
         ops.split(f"{name}.kv_split", "kv.low", (Tensor("kv.latent", "b s kl"), Tensor("k.rot", "b s rot"))),
         *ops.rms_norm(f"{name}.kv_a_layernorm", "kv.latent", "kv.normed", "b s kl", "kl"),
         *turn(name),
         *cached(f"{name}.attention", wiring, (), tensors=("kv.normed", "k.turned")),
-        *joined(f"{name}.q_cat", ("q.pass", "q.turned"), "q", _Q),
-        ops.linear(f"{name}.kv_b_proj", "kv.normed", "kv", "a dkv", "kl", g),
+        *concat_parts(f"{name}.q_cat", ("q.pass", "q.turned"), "q", _Q),
+        ops.linear(f"{name}.kv_b_proj", "kv.normed", "kv", "a dkv", "kl", group),
         ops.view(f"{name}.kv_heads", "kv", "kv.heads", "b s a dkv", gradient="new"),
         ops.split(f"{name}.expand_kv", "kv.heads", (Tensor("k.pass", "b s a dn"), Tensor("v", _VALUES))),
         ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
         *copied_key(name),
         *sparse,
         *attend(f"{name}.attention", m, wiring._replace(caching=False), mask),
-        ops.linear(f"{name}.o_proj", "o", y, "h", "a dv", g, bias),
-        ops.leave("q0", "kv.low", "kv.normed", "q.turned", "k.turned", "q", "k", "v", "o", x),
-        *((ops.leave("q.normed", "index.others", mask, *held),) if sparse else ()),
+        ops.linear(f"{name}.o_proj", "o", y, "h", "a dv", group, bias),
+        ops.release_names("q0", "kv.low", "kv.normed", "q.turned", "k.turned", "q", "k", "v", "o", x),
+        *((ops.release_names("q.normed", "index.others", mask, *held),) if sparse else ()),
     )
 
 
 def copied_key(name: str) -> tuple[Op, ...]:
-    """The key, from `k.pass` and `k.shared`, in the dtype of what the values are in.
+    """Return the key, joined from `k.pass` and `k.shared` in the values' dtype.
 
     Source: torch 2.13 torch/csrc/autograd/functions/tensor.cpp CopySlices::apply, CopyBackwards::apply.
     """
@@ -202,16 +212,16 @@ def copied_key(name: str) -> tuple[Op, ...]:
 
 
 def attend(name: str, m: ModelSpec, wiring: Wiring, mask: str, joined: bool = True) -> tuple[Op, ...]:
-    """q, k and v to `o`. `joined`: queries are of two parts, and so lie head by head in memory.
+    """Attend with q, k and v to get `o`. `joined`: queries were concatenated, so they are contiguous head by head.
 
-    Flash attention, which values as wide as keys may take, writes head by head as it reads.
+    Flash attention, available only if values are as wide as keys, writes its output in the layout of its input.
     """
-    same = m.head_widths[0] == m.head_widths[1]
+    same_width = m.head_widths[0] == m.head_widths[1]
     if mask != "mask":
         wiring = wiring._replace(backend=wiring.masked, padded=True)
-    kernel = attention(name, "q", "k", "v", "o", wiring, False, mask=mask, width="d" if same else "dv")
+    kernel = attention(name, "q", "k", "v", "o", wiring, False, mask=mask, width="d" if same_width else "dv")
     match wiring.masked if wiring.has_mask() else wiring.backend:
-        case "flash" | "flash_2" if same:
+        case "flash" | "flash_2" if same_width:
             heads = attention(name, "q", "k", "v", "o.heads", wiring, False)
             return (*heads, ops.copy(f"{name}.contiguous", "o.heads", "o", _Q))
         case "eager" | "math":

@@ -1,4 +1,4 @@
-"""Rotary tables as transformers had them before 4.40: every layer keeps its own, for all positions of the config."""
+"""Rotary tables before transformers 4.40: every layer has its own, for all positions of the config."""
 
 from __future__ import annotations
 
@@ -6,31 +6,33 @@ from collections.abc import Iterator
 
 from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
 
-_MADE = "rotary."  # what the operations are called that make cos and sin for all layers
+_PREFIX = "rotary."  # of the operations that compute cos and sin for all layers
 _TABLES = ("cos", "sin")
 _MASK = "transformers 4.38.2 models/llama/modeling_llama.py LlamaModel: a buffer of one byte for two positions"
 _SOURCE = "transformers 4.38.2 models/qwen2/modeling_qwen2.py Qwen2RotaryEmbedding, apply_rotary_pos_emb, and alike"
 
 
 def own_tables(stack: Stack, positions: int, dtype: str, how: str) -> Stack:
-    """The stack with tables of cos and sin, in `dtype`, in every layer that rotates.
+    """Return the stack with cos and sin tables in `dtype` in every layer that rotates.
 
-    `how`: the rows of a batch's positions are `gathered` from them, or `computed` anew though the tables are there, as
-    Llama had it from 4.38 on. A stack whose layers rotate otherwise is left as it is.
+    `how`: the rows for the batch's positions are `gathered` from the tables, or `computed` again although the tables
+    exist, as Llama did from 4.38 on. A stack without shared rotary operations is returned unchanged.
     """
-    written = {t.name for op in stack.before if op.name.startswith(_MADE) for t in op.writes}
-    made = tuple(op for op in stack.before if op.name.startswith(_MADE) or (op.reads and written.issuperset(op.reads)))
-    if not made or not any({"cos", "sin"} & set(op.reads) for run in stack.runs for b in run.blocks for op in b.ops):
+    written = {t.name for op in stack.before if op.name.startswith(_PREFIX) for t in op.writes}
+    shared = tuple(
+        op for op in stack.before if op.name.startswith(_PREFIX) or (op.reads and written.issuperset(op.reads))
+    )
+    if not shared or not any({"cos", "sin"} & set(op.reads) for run in stack.runs for b in run.blocks for op in b.ops):
         return stack
-    before = tuple(op for op in stack.before if op not in made)
+    before = tuple(op for op in stack.before if op not in shared)
     table = f"{positions} rot"
     weights = (
         Weight("self_attn.rotary_emb.inv_freq", "rot2", "buffer", "fp32", False),
         *(Weight(f"self_attn.rotary_emb.{n}_cached", table, "buffer", dtype, False) for n in ("cos", "sin")),
     )
-    computed = tuple(op._replace(weights=()) for op in made)
+    recomputed = tuple(op._replace(weights=()) for op in shared)
     gathered = tuple(Op(f"rotary.{n}", ("positions",), (Tensor(n, "s rot", dtype),), source=_SOURCE) for n in _TABLES)
-    rows = gathered if how == "gathered" else computed
+    rows = gathered if how == "gathered" else recomputed
     if how == "computed":
         mask = Weight("model.causal_mask", f"{positions} {positions}", "buffer", "bool", False)
         before = (*before, Op("model.causal_mask", (), (), (mask,), source=_MASK))

@@ -1,10 +1,16 @@
-"""DeepSeek's sparse attention: a small indexer scores every key for every query, and the best alone are attended to.
+"""DeepSeek sparse attention: an indexer scores every key for every query, and attention uses only the best.
 
-Nothing of the indexer asks for a gradient, though its weights do: they get none. What it chose becomes a mask of every
-layer, so that attention itself takes as much as without.
+The indexer's weights would train but get no gradient, because it runs under `torch.no_grad`. Every layer turns the
+chosen keys into a mask, so attention itself uses as much memory as without an indexer.
 
-Axes of its own: `ih` the indexer's heads, `id` their width, of which `rot` is rotated and `idp` is not. Of the run:
-`chosen_keys` how many keys a query attends to, `several` the sequences of a batch of more than one, else 0.
+Axes of this module:
+
+    ih           heads of the indexer
+    id           width of those heads
+    rot, idp     the rotated and the unrotated part of that width
+    chosen_keys  keys that a query attends to
+    several      sequences in the batch if more than one, else 0
+
 Source: transformers 5.24 models/deepseek_v32/modeling_deepseek_v32.py DeepseekV32Indexer, DeepseekV32Attention.
 """
 
@@ -21,15 +27,15 @@ _Q, _K, _SCORES, _CHOSEN = "b s ih id", "b s id", "b s ih s", "b s chosen_keys"
 
 
 def detached(*operations: Op) -> tuple[Op, ...]:
-    """The same under `torch.no_grad`."""
+    """Return the operations as they run under `torch.no_grad`."""
     return tuple(op._replace(gradient="none", keeps=(), scratch_back=(), unit="") for op in operations)
 
 
 def indexer(name: str, x: str, latent: str, wiring: Wiring, pairs: bool) -> tuple[Op, ...]:
-    """The keys every query chooses, from `x` and the queries' `latent` vector: `index.keys`.
+    """Return `index.keys`, the keys chosen for every query, from `x` and the queries' `latent` vector.
 
-    The products of heads and keys are made for every head, in fp32 where autocast does not cast them, three of them at
-    once; of several sequences the keys are copied for every query first. `pairs`: numbers side by side are rotated.
+    Every head multiplies queries and keys, in fp32 unless autocast casts them; three such products exist at once. With
+    several sequences, keys are first copied for every query. `pairs`: adjacent numbers are rotated as pairs.
     """
     n, i = f"{name}.indexer", "index"
     turned = rotated_pairs if pairs else rotated_halves
@@ -49,7 +55,7 @@ def indexer(name: str, x: str, latent: str, wiring: Wiring, pairs: bool) -> tupl
         ops.split(f"{n}.q_split", f"{i}.q0", (Tensor(f"{i}.q.rot", "b s ih rot"), Tensor(f"{i}.q.pass", "b s ih idp"))),
         ops.linear(f"{n}.wk", x, f"{i}.k0", "id", "h", "attention"),
         ops.layer_norm(f"{n}.k_norm", f"{i}.k0", f"{i}.k1", _K, "id"),
-        ops.leave(f"{i}.k0"),
+        ops.release_names(f"{i}.k0"),
         ops.split(f"{n}.k_split", f"{i}.k1", (Tensor(f"{i}.k.rot", "b s rot"), Tensor(f"{i}.k.pass", "b s idp"))),
         *turned(f"{n}.rope_q", f"{i}.q.rot", f"{i}.q.turned", "b s ih rot", "b s ih rot2"),
         *turned(f"{n}.rope_k", f"{i}.k.rot", f"{i}.k.turned", "b s rot", "b s rot2"),
@@ -67,16 +73,16 @@ def indexer(name: str, x: str, latent: str, wiring: Wiring, pairs: bool) -> tupl
             (Tensor(f"{i}.products", _SCORES),),
             product="matrix",
         ),
-        ops.leave(*(f"{i}.{t}" for t in ("q32", "k32", "q.given", "k.given", "k.every"))),
+        ops.release_names(*(f"{i}.{t}" for t in ("q32", "k32", "q.given", "k.given", "k.every"))),
         ops.scale(f"{n}.scale", f"{i}.products", f"{i}.scaled", _SCORES),
-        ops.leave(f"{i}.products"),
+        ops.release_names(f"{i}.products"),
         ops.activation(f"{n}.relu", f"{i}.scaled", f"{i}.scores", _SCORES),
-        ops.leave(f"{i}.scaled"),
+        ops.release_names(f"{i}.scaled"),
         ops.linear(f"{n}.weights_proj", x, f"{i}.weights0", "ih", "h", "attention"),
         ops.cast(f"{n}.weights_float", f"{i}.weights0", f"{i}.weights32", "b s ih", "fp32"),
-        ops.leave(f"{i}.weights0"),
+        ops.release_names(f"{i}.weights0"),
         ops.scale(f"{n}.weights_scale", f"{i}.weights32", f"{i}.weights", "b s ih"),
-        ops.leave(f"{i}.weights32"),
+        ops.release_names(f"{i}.weights32"),
         Op(
             f"{n}.sum",
             (f"{i}.weights", f"{i}.scores"),
@@ -85,32 +91,34 @@ def indexer(name: str, x: str, latent: str, wiring: Wiring, pairs: bool) -> tupl
             product="matrix",
         ),
         causal,
-        ops.leave(f"{i}.sum"),
+        ops.release_names(f"{i}.sum"),
         Op(
             f"{n}.topk",
             (biased,),
             (Tensor(f"{i}.best", _CHOSEN, f"={biased}"), Tensor(f"{i}.places", _CHOSEN, "int64")),
         ),
         Op(f"{n}.int32", (f"{i}.places",), (Tensor(KEYS, _CHOSEN, "int32"),)),
-        ops.leave(f"{i}.best", f"{i}.places"),
-        ops.leave(*(f"{i}.{t}" for t in ("q0", "k1", "q.turned", "k.turned", "q", "k", "scores", "weights")), biased),
+        ops.release_names(f"{i}.best", f"{i}.places"),
+        ops.release_names(
+            *(f"{i}.{t}" for t in ("q0", "k1", "q.turned", "k.turned", "q", "k", "scores", "weights")), biased
+        ),
     )
 
 
 def lowered(name: str, x: str, y: str, shape: str) -> Op:
-    """Autocast's cast of what a product is given, beside which its caller's stays."""
+    """Cast a product's input as autocast does. The caller's original stays alive."""
     return Op(name, (x,), (Tensor(y, shape),), cast=True, autocast="lower")
 
 
 def causal_mask(wiring: Wiring) -> tuple[Op, ...]:
-    """The model's mask, which is made whatever the kernel: a boolean one without padding for all sequences at once."""
+    """Return the model's mask, built for every kernel. Without padding a boolean mask serves all sequences."""
     if wiring.backend == "eager" or wiring.padded:
         return mask(wiring, "embeds")
     return (Op("mask", (), (Tensor("mask", "s s", "bool"),), source="transformers 5.24 masking_utils.py"),)
 
 
 def sparse_mask(name: str, wiring: Wiring) -> tuple[Op, ...]:
-    """The model's mask without the keys that were not chosen: `mask.sparse`, and `index.others` beside it."""
+    """Return `mask.sparse`, the model's mask without the keys that were not chosen, and `index.others`."""
     eager, shape = wiring.backend == "eager", "b s s"
     return detached(
         Op(f"{name}.ones", (), (Tensor("index.ones", shape, "bool"),)),
@@ -130,5 +138,5 @@ def sparse_mask(name: str, wiring: Wiring) -> tuple[Op, ...]:
 
 
 def handed_on() -> tuple[Op, ...]:
-    """A layer without an indexer returns the keys it was given: here anew, when all else it made has gone."""
+    """Return the chosen keys of a layer without its own indexer, allocated after its other tensors are freed."""
     return detached(Op("index.handed_on", (), (Tensor(KEYS, _CHOSEN, "int32"),)))

@@ -1,1 +1,1 @@
-"""The parts that decoders share: frame, attention, MLP, norms, rotation, heads for other tasks."""
+"""Parts that decoders share: frame, attention, MLP, norms, rotation, heads for other tasks."""

@@ -1,4 +1,4 @@
-"""Attention as Llama's layers compute it: projections, rotation, the kernel, the output projection."""
+"""Attention as in Llama: projections, rotation, the kernel, the output projection."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ QUERIES, KEYS = "b s a d", "b s k d"
 
 
 def rope(name: str, q: str, k: str) -> tuple[Op, ...]:
-    """q and k rotated, all of each head's width."""
+    """Rotate q and k over the full width of each head."""
     return (
         *ops.rotate(f"{name}.rope_q", q, "q", QUERIES, "b s a rot2"),
         *ops.rotate(f"{name}.rope_k", k, "k", KEYS, "b s k rot2"),
-        ops.leave(q, k),
+        ops.release_names(q, k),
     )
 
 
-def llama_attention(
+def llama_attention(  # noqa: PLR0913 (each is a way in which families differ)
     m: ModelSpec,
     wiring: Wiring,
     x: str,
@@ -39,14 +39,19 @@ def llama_attention(
     grouped: bool | None = None,
     name: str = "self_attn",
 ) -> tuple[Op, ...]:
-    """Projections, rotation, attention, output projection. `qk_norm` is Qwen3's RMSNorm over each head, `whole_norm`
-    OLMoE's over all heads.
+    """Return projections, rotation, attention and output projection.
 
-    `turn(name, q, k)` makes the rotated `q` and `k`. Where nothing is rotated, their gradients need no copy to be seen
-    as the projection's, unless the kernel gives them head by head. `attend` has the arguments of `attention`.
-    `grouped`: fewer key heads than query heads, where a layer has other numbers than the model.
+    qk_norm     an RMSNorm over each head, as in Qwen3
+    whole_norm  an RMSNorm over all heads, as in OLMoE
+    sliding     the layer has a sliding window
+    turn        `turn(name, q, k)` computes the rotated `q` and `k`
+    attend      replaces `attention`, with the same arguments
+    grouped     fewer key heads than query heads, if the layer's head counts differ from the model's
+
+    Without rotation the gradients of q and k are views of the projections' gradients, unless the kernel returns them
+    head by head.
     """
-    g = "attention"
+    group = "attention"
     grouped = m.num_key_value_heads != m.num_attention_heads if grouped is None else grouped
     q1, k1 = ("q2", "k2") if qk_norm else ("q1", "k1")
     backend = wiring.masked if wiring.has_mask(sliding) else wiring.backend
@@ -64,24 +69,24 @@ def llama_attention(
 
     def projected(t: str, heads: str, width: str) -> tuple[Op, ...]:
         if not whole_norm:
-            return (ops.linear(f"{name}.{t}_proj", x, f"{t}0", heads, "h", g, bias),)
+            return (ops.linear(f"{name}.{t}_proj", x, f"{t}0", heads, "h", group, bias),)
         return (
-            ops.linear(f"{name}.{t}_proj", x, f"{t}.raw", heads, "h", g, bias),
+            ops.linear(f"{name}.{t}_proj", x, f"{t}.raw", heads, "h", group, bias),
             *ops.rms_norm(f"{name}.{t}_norm", f"{t}.raw", f"{t}0", f"b s {width}", width),
-            ops.leave(f"{t}.raw"),
+            ops.release_names(f"{t}.raw"),
         )
 
     return (
         *projected("q", "a d", "ad"),
         ops.view(f"{name}.q_heads", "q0", "q1", QUERIES, back_q),
-        *((*ops.rms_norm(f"{name}.q_norm", "q1", "q2", QUERIES, "d"), ops.leave("q1")) if qk_norm else ()),
+        *((*ops.rms_norm(f"{name}.q_norm", "q1", "q2", QUERIES, "d"), ops.release_names("q1")) if qk_norm else ()),
         *projected("k", "k d", "kd"),
         ops.view(f"{name}.k_heads", "k0", "k1", KEYS, back_k),
-        *((*ops.rms_norm(f"{name}.k_norm", "k1", "k2", KEYS, "d"), ops.leave("k1")) if qk_norm else ()),
-        ops.linear(f"{name}.v_proj", x, "v", "k d", "h", g, bias),
+        *((*ops.rms_norm(f"{name}.k_norm", "k1", "k2", KEYS, "d"), ops.release_names("k1")) if qk_norm else ()),
+        ops.linear(f"{name}.v_proj", x, "v", "k d", "h", group, bias),
         *turned,
         *repeated,
         *attend(f"{name}.attention", "q", k, v, "o", heads, grouped, sliding, mask_name(sliding)),
-        ops.linear(f"{name}.o_proj", "o", y, "h", "a d", g, out_bias),
-        ops.leave("q", "k", "v", "o", x),
+        ops.linear(f"{name}.o_proj", "o", y, "h", "a d", group, out_bias),
+        ops.release_names("q", "k", "v", "o", x),
     )

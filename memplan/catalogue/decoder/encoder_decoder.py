@@ -1,7 +1,7 @@
-"""Encoder-decoders: operations written for one sequence, as a decoder runs them on its own and on the encoder's.
+"""Encoder-decoders: operations written for one sequence, applied to the decoder's and the encoder's sequences.
 
-Where the encoder and the decoder run in one pass, the decoder's tokens are `t`. Where the decoder runs alone, as it
-does to generate, its own are `s`, as any decoder's, and those that the encoder has read are `source`.
+If encoder and decoder run in one pass, the decoder's tokens are `t`. If the decoder runs alone, as in `generate`, its
+tokens are `s`, as in any decoder, and the encoder's are `source`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Op, Tensor
 
-# Axes of the encoder's sequence, and what they are in the decoder.
+# Axes of the encoder's sequence, and the corresponding axes of the decoder's.
 _TARGET = {
     "s": "t",
     "s8": "t8",
@@ -31,23 +31,23 @@ _SOURCE = {axis: axis.replace("s", "source", 1) for axis in ("s", "s8", "s32", "
 
 
 def decoding(operations: tuple[Op, ...], wiring: Wiring) -> tuple[Op, ...]:
-    """The operations on the decoder's own sequence, `t` tokens of it where an encoder's are `s`."""
-    return operations if wiring.part else tuple(_changed(op, _own) for op in operations)
+    """Return the operations on the decoder's own sequence, with `t` tokens in place of the encoder's `s`."""
+    return operations if wiring.encoder_decoder_half else tuple(_changed(op, _decoder_axes) for op in operations)
 
 
-def crossing(operations: tuple[Op, ...], wiring: Wiring, *outputs: str) -> tuple[Op, ...]:
-    """Attention of the decoder's queries to the encoder's keys and values, up to its `outputs`.
+def attend_to_encoder(operations: tuple[Op, ...], wiring: Wiring, *outputs: str) -> tuple[Op, ...]:
+    """Return attention from the decoder's queries to the encoder's keys and values, up to its `outputs`.
 
-    Tensors called after keys and values, k... and v..., are of the encoder's sequence, and so is the second of two.
-    All have names of their own beside those of the decoder's attention to itself.
+    Tensors named k... and v... have the encoder's sequence axis; in tensors with two sequence axes, the second is the
+    encoder's. All get names distinct from those of the decoder's self-attention.
     """
     inner = {t.name for op in operations for t in op.writes if t.name not in outputs} | {"k", "v"}
-    cross = _alone if wiring.part else _cross
+    cross = _cross_axes_alone if wiring.encoder_decoder_half else _cross_axes
     return tuple(_renamed(_changed(op, cross), inner) for op in operations)
 
 
 def ids_of_labels() -> Op:
-    """The decoder's ids where its loss is computed: the labels, moved by one."""
+    """Return the decoder's ids when it computes the loss: the shifted labels."""
     return Op(
         "decoder_input_ids",
         ("labels",),
@@ -57,8 +57,10 @@ def ids_of_labels() -> Op:
 
 
 def cached_across(name: str, like: str, there: bool, shape: str = "b s a d") -> tuple[Op, ...]:
-    """The place where keys and values of what an encoder or a tower has made are cached, `k` and `v`, or found, where
-    they are `there` and nothing makes them. Their dtype is that of the tensor `like`."""
+    """Cache the keys and values of an encoder's or tower's output, or read them from the cache if they are `there`.
+
+    They have the dtype of the tensor `like`.
+    """
     kept = tuple(Tensor(f"{t}.kept", shape, f"={like}") for t in ("k", "v"))
     return (Op(f"{name}.cache", (like,) if there else ("k", "v"), kept, caches="source"),)
 
@@ -67,28 +69,34 @@ SOURCES, MASK = Tensor("sources", "prompts source", "int64"), Tensor("sources' m
 _KEPT = "transformers 5.24 generation/utils.py generate, _expand_inputs_for_generation"
 
 
-def left(operations: tuple[Op, ...], made: tuple[str, ...], sources: str, mask: str, beams: bool) -> tuple[Op, ...]:
-    """An encoder's last operations, and what stays until its decoder has generated all tokens: the last of what they
-    have `made`, one tensor by several names, the `sources`, and their `mask` if there is one. Beams of a source have
-    each its own of what the decoder is given."""
+def encoder_results(
+    operations: tuple[Op, ...], made: tuple[str, ...], sources: str, mask: str, beams: bool
+) -> tuple[Op, ...]:
+    """Return an encoder's last operations, and what stays until its decoder has generated all tokens.
+
+    made     names of the encoder's output; the last one stays
+    sources  the encoder's ids or features, which stay
+    mask     their mask, which stays; empty if there is none
+    beams    every beam of a prompt gets its own copy of what the decoder reads
+    """
     names = dict.fromkeys(made if not beams else ())
-    whole = tuple(
+    outputs = tuple(
         op._replace(writes=tuple(t._replace(shape="rows source h") if t.name in names else t for t in op.writes))
         for op in operations
     )
-    given = {made[-1]: Tensor("encoded", "rows source h", f"={made[-1]}"), **({mask: MASK} if mask else {})}
-    each = (
+    stays = {made[-1]: Tensor("encoded", "rows source h", f"={made[-1]}"), **({mask: MASK} if mask else {})}
+    copies = (
         Op(f"{t.name}.repeat_interleave", (name,), (t,), holds="cache", source=_KEPT)
         if beams
         else Op(f"{t.name}.kept", (name,), (t,), view=True, holds="cache", source=_KEPT)
-        for name, t in given.items()
+        for name, t in stays.items()
     )
-    kept = Op("sources.kept", (sources,), (SOURCES,), view=True, holds="cache", source=_KEPT)
-    return (*whole, kept, *each)
+    sources_kept = Op("sources.kept", (sources,), (SOURCES,), view=True, holds="cache", source=_KEPT)
+    return (*outputs, sources_kept, *copies)
 
 
-def found(*tensors: Tensor) -> tuple[Op, ...]:
-    """What the encoder has left for the decoder: `encoded`, and what stays beside it."""
+def read_encoder_results(*tensors: Tensor) -> tuple[Op, ...]:
+    """Return the encoder's output and the other tensors that the encoder's pass has left for the decoder."""
     befores = {t: t._replace(name=f"{t.name} before") for t in tensors}
     return tuple(
         Op(t.name, (before.name,), (t,), past=(before,), view=True, holds="cache", source=_KEPT)
@@ -110,11 +118,11 @@ def _renamed(op: Op, inner: set[str]) -> Op:
     )
 
 
-def _own(t: Tensor) -> Tensor:
+def _decoder_axes(t: Tensor) -> Tensor:
     return t._replace(shape=" ".join(_TARGET.get(axis, axis) for axis in t.shape.split()))
 
 
-def _cross(t: Tensor) -> Tensor:
+def _cross_axes(t: Tensor) -> Tensor:
     if t.name[:1] in ("k", "v"):
         return t
     axes = t.shape.split()
@@ -123,8 +131,8 @@ def _cross(t: Tensor) -> Tensor:
     return t._replace(shape=" ".join(moved).replace("efficient_workspace_t", "efficient_workspace_cross"))
 
 
-def _alone(t: Tensor) -> Tensor:
-    """Of the encoder's tokens are all of keys and values, and the second of two."""
+def _cross_axes_alone(t: Tensor) -> Tensor:
+    """Put all axes of keys and values, and the second of two sequence axes elsewhere, on the encoder's sequence."""
     axes = t.shape.split()
     places = [i for i, axis in enumerate(axes) if axis in _SOURCE]
     moved = places if t.name[:1] in ("k", "v") else places[1:]

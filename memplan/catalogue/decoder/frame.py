@@ -1,4 +1,4 @@
-"""A decoder's frame: its inputs and masks, what precedes and follows the layers, and the runs of equal layers."""
+"""A decoder's frame: inputs and masks, the operations before and after the layers, and the runs of equal layers."""
 
 from __future__ import annotations
 
@@ -14,27 +14,29 @@ from memplan.models.model import ModelSpec
 
 
 def inputs(padded: bool) -> Op:
-    """Token ids and labels (and the attention mask of a padded batch): the script holds them through the step."""
+    """Return token ids, labels and, for a padded batch, the attention mask. The script holds them through the step."""
     names = ("ids", "labels", *(("attention_mask",) if padded else ()))
     return Op("inputs", (), tuple(Tensor(n, "b s", "int64") for n in names), holds="step")
 
 
 def lm_head(x: str, tied_to: str = "", bias: bool = False) -> Op:
-    """The output projection; tied, it uses the embedding's weight."""
+    """Return the output projection. If tied, it uses the embedding's weight."""
     op = ops.linear("lm_head", x, "logits", "v", "h", "lm_head", bias)
     if not tied_to:
         return op
-    own = op.weights[0].name
+    own_name = op.weights[0].name
     tied = Weight(tied_to, "v h", "embedding", matrix=True, rows=1)
-    keeps = tuple(k._replace(what=k.what.replace(own, tied_to), of=k.of.replace(own, tied_to)) for k in op.keeps)
+    keeps = tuple(
+        k._replace(what=k.what.replace(own_name, tied_to), of=k.of.replace(own_name, tied_to)) for k in op.keeps
+    )
     return op._replace(weights=(tied, *op.weights[1:]), keeps=keeps)
 
 
 def masks(wiring: Wiring, x: str, sliding: bool = False) -> tuple[Op, ...]:
-    """The mask of the full or of the sliding layers, where one is made.
+    """Return the mask of the full or of the sliding layers, if one is built.
 
-    Without padding sdpa needs one mask for the whole batch: of a window, and of all that a static cache has room for.
-    A window's has two booleans beside it while it is made.
+    Without padding sdpa builds a single mask for the batch: for a sliding window, or for a static cache's full length.
+    Building a window's mask takes two boolean temporaries.
     """
     name = mask_name(sliding)
     if not wiring.has_mask(sliding):
@@ -53,8 +55,12 @@ def before(
     table_dtype: str = "",
     rotary: bool = True,
 ) -> tuple[Op, ...]:
-    """Up to the first block. `sliding`: which kinds of layers there are. `embedded`: instead of plain embeddings.
-    `rotary`: positions turn heads, by one table for all layers."""
+    """Return the operations before the first block.
+
+    sliding   the kinds of layers in the model
+    embedded  replaces plain embeddings
+    rotary    heads are rotated, with one table for all layers
+    """
     return (
         inputs(wiring.padded),
         *(embedded or (ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),)),
@@ -73,18 +79,18 @@ def after(
     rotary: bool = True,
     name: str = "model.norm",
 ) -> tuple[Op, ...]:
-    """The last norm and the output projection. `rotary` as in `before`."""
-    made = [op.name for kind in sliding for op in masks(wiring, "embeds", kind)]
+    """Return the last norm and the output projection. `rotary` as in `before`."""
+    mask_names = [op.name for kind in sliding for op in masks(wiring, "embeds", kind)]
     table = ("cos", "sin") if rotary else ()
     return (
         *norm(name, "x", "n", "b s h", "h"),
-        ops.leave("x", "embeds", "positions", *table, *made),
+        ops.release_names("x", "embeds", "positions", *table, *mask_names),
         lm_head("n", "model.embed_tokens.weight" if m.tie_word_embeddings else "", bias),
     )
 
 
 def returned(wiring: Wiring) -> tuple[str, ...]:
-    """What an attention module returns beside its output, and the block holds though it has no use for it."""
+    """Return what an attention module returns besides its output; the block holds it without using it."""
     return ("probs",) if wiring.backend == "eager" else ()
 
 
@@ -96,9 +102,9 @@ def decoder_block(
     norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm"),
     held: tuple[str, ...] = (),
 ) -> Block:
-    """Norm, attention from `n1` to `ao`, residual; norm, MLP from `n2` to `mo`, residual.
+    """Return a block: norm, attention from `n1` to `ao`, residual; norm, MLP from `n2` to `mo`, residual.
 
-    `branch(name, x, y)` is what a family does to a branch before it is added; `held` stays to the end of the block.
+    `branch(name, x, y)` transforms each branch before it is added. `held` tensors live to the end of the block.
     """
     ao, mo = ("ao", "mo") if branch is None else ("ao.branch", "mo.branch")
     return Block(
@@ -108,17 +114,17 @@ def decoder_block(
             *attention_ops,
             *(branch("attention_branch", "ao", ao) if branch else ()),
             ops.add("residual_1", "x", ao, "x1", "b s h"),
-            *((ops.leave("ao"),) if branch else ()),
+            *((ops.release_names("ao"),) if branch else ()),
             *norm(norms[1], "x1", "n2", "b s h", "h"),
             *mlp_ops,
             *(branch("mlp_branch", "mo", mo) if branch else ()),
             ops.add("residual_2", "x1", mo, "y", "b s h"),
-            ops.leave("positions", *(("mo",) if branch else ()), *held),
+            ops.release_names("positions", *(("mo",) if branch else ()), *held),
         ),
     )
 
 
 def runs(m: ModelSpec, block: Callable[[Layer], Block]) -> tuple[Run, ...]:
-    """The model's layers, as its config repeats them. Equal layers are one block."""
+    """Return the model's layers as runs that repeat the config's pattern. Equal layers share one block."""
     blocks = {layer: block(layer) for layer in dict.fromkeys(layer for run in m.runs for layer in run.pattern)}
     return tuple(Run(tuple(map(blocks.__getitem__, run.pattern)), run.times) for run in m.runs)

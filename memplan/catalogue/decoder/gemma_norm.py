@@ -9,7 +9,7 @@ _SOURCE = "transformers 5.24 models/gemma2/modeling_gemma2.py"
 
 
 def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """The normalised x is kept in fp32, where Llama's is cast first; so is what it is multiplied by."""
+    """Keeps the normalised x in fp32, which Llama casts first, and the fp32 factor `1 + weight`."""
     *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, axis)
     n32, factor, y32 = f"{y}.n32", f"{y}.factor", f"{y}.y32"
     return (

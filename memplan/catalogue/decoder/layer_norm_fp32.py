@@ -7,9 +7,9 @@ from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 
 
 def layer_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """Keeps three tensors in fp32: x less its mean twice, for the variance and the product, and the normalised x.
+    """Keeps three fp32 tensors: the centred x twice, for the variance and for the product, and the normalised x.
 
-    The product's cast of the weight is said after it, so that the weight is met first where it trains.
+    The cast of the weight is listed after the product, so that the trainable weight comes first.
     """
     row = shape.rsplit(" ", 1)[0]
     x32, mean, centred, square, again, n32, y32 = (
@@ -24,21 +24,21 @@ def layer_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ..
         _centre(f"{name}.centre", x32, mean, centred, shape),
         pow_._replace(reads=(centred,), writes=(Tensor(square, shape),), keeps=(Keep(centred, centred),)),
         mean_of_square._replace(name=f"{name}.variance", reads=(square,), writes=(Tensor(variance, row),)),
-        ops.leave(centred),
+        ops.release_names(centred),
         _centre(f"{name}.centre_again", x32, mean, again, shape),
         eps._replace(reads=(variance,), writes=(Tensor(shifted, row),)),
         rsqrt._replace(reads=(shifted,), writes=(Tensor(rstd, row),), keeps=(Keep(rstd, shifted),)),
         scale._replace(reads=(again, rstd), writes=(Tensor(n32, shape),), keeps=(Keep(rstd, again), Keep(again, rstd))),
-        ops.leave(x32, again),
-        ops.weigh(f"{name}.weight", n32, y32, shape, w),
+        ops.release_names(x32, again),
+        ops.multiply_weight(f"{name}.weight", n32, y32, shape, w),
         Op(f"{name}.float_weight", (), (Tensor(w32, axis, "fp32"),), (w._replace(trains=False),), cast=True),
         ops.cast(f"{name}.cast", y32, y, shape, f"={x}")._replace(reads=(y32, w32), keeps=(Keep(w32, y32),)),
-        ops.leave(mean, variance, y32),
+        ops.release_names(mean, variance, y32),
     )
 
 
 def _centre(name: str, x: str, mean: str, y: str, shape: str) -> Op:
-    """The gradient of the mean is the negated gradient, summed."""
+    """Subtract the mean. The gradient of the mean is the negated gradient, summed."""
     return Op(
         name,
         (x, mean),

@@ -11,7 +11,10 @@ from memplan.core.ir import Op, Tensor
 def fused_mlp(
     x: str, y: str, name: str = "mlp", layers: tuple[str, str] = ("gate_up_proj", "down_proj"), bias: bool = False
 ) -> tuple[Op, ...]:
-    """The projection's output stays whole for both its halves, whose gradients are joined into one."""
+    """Return an MLP with fused gate and up projections.
+
+    The joint output lives as long as either half. The gradients of the halves are joined in one tensor.
+    """
     up, down = layers
     return (
         ops.linear(f"{name}.{up}", x, "gate_up", "2 f", "h", "mlp", bias),
@@ -19,7 +22,7 @@ def fused_mlp(
         ops.activation(f"{name}.activation_fn", "gate", "act", "b s f"),
         ops.mul(f"{name}.product", "up", "act", "product", "b s f"),
         ops.linear(f"{name}.{down}", "product", y, "h", "f", "mlp", bias),
-        ops.leave("gate", x),
+        ops.release_names("gate", x),
     )
 
 
@@ -32,7 +35,7 @@ def gated_mlp(
     width: str = "f",
     flat: bool = False,
 ) -> tuple[Op, ...]:
-    """`down_proj(act(gate_proj(x)) * up_proj(x))`. `flat`: of an input that the model made two-dimensional."""
+    """Return `down_proj(act(gate_proj(x)) * up_proj(x))`. `flat`: the input is already two-dimensional."""
     gate, up, down = projections
     shape, linear = f"b s {width}", partial(ops.linear, group="mlp", bias=bias, flat=flat)
     act, product = ops.unit(
@@ -46,5 +49,5 @@ def gated_mlp(
         linear(f"{name}.{up}", x, "up", width, "h"),
         product,
         linear(f"{name}.{down}", "product", y, "h", width),
-        ops.leave(x),
+        ops.release_names(x),
     )

@@ -1,4 +1,4 @@
-"""Rotary embeddings of part of a head, and attention over heads that are transposed first."""
+"""Rotary embeddings of part of a head, and attention over transposed heads."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _SOURCE = "transformers 5.24 models/glm/modeling_glm.py apply_rotary_pos_emb"
 def attend_heads_first(
     name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool, sliding: bool, mask: str
 ) -> tuple[Op, ...]:
-    """Attention where q and k lie in memory head by head, as joining their parts leaves them."""
+    """Attend with q and k contiguous head by head, as joining their parts leaves them."""
     return heads_first(name, q, k, v, y, wiring, grouped, sliding)
 
 
 def partly_rotated(name: str, q: str, k: str, partial: bool) -> tuple[Op, ...]:
-    """q and k from the first `rot` of each head's dimensions rotated and the others, joined in new storage.
+    """Rotate the first `rot` dimensions of each head of q and k, and join them with the rest in new storage.
 
-    What is cut off is cut off by a view, whose gradient is made as wide as a head again.
+    Both parts are views, whose gradients are as wide as a head.
     """
     both = (("q", q, "a"), ("k", k, "k"))
     return (
@@ -39,7 +39,7 @@ def partly_rotated(name: str, q: str, k: str, partial: bool) -> tuple[Op, ...]:
 
 
 def _joined(name: str, t: str, shape: str) -> tuple[Op, ...]:
-    """The gradients of the joined parts are views of one."""
+    """Join the rotated and the other part. The parts' gradients are views of one tensor."""
     parts = (f"{t}.part", f"{t}.pass")
     return (
         ops.view(f"{name}.part", f"{t}.turned", parts[0], shape),
@@ -51,9 +51,9 @@ QUERIES, KEYS = "b s a d", "b s k d"
 
 
 def rotate_part(name: str, partial: bool) -> tuple[Op, ...]:
-    """q1 and k1 to q and k: the first `rot` of each head's dimensions rotated, joined with the rest into new storage.
+    """Rotate the first `rot` dimensions of each head of q1 and k1, and join them with the rest as q and k.
 
-    The rest is cut off, and its gradient made as wide as a head again, even where it is empty.
+    The rest is a view, even if it is empty, and its gradient is as wide as a head.
     """
     return (
         *(
@@ -67,7 +67,7 @@ def rotate_part(name: str, partial: bool) -> tuple[Op, ...]:
 
 
 def _rotate_and_join(name: str, t: str, heads: str) -> tuple[Op, ...]:
-    """The gradients of the joined parts are views of one."""
+    """Rotate one part and join it with the rest. The parts' gradients are views of one tensor."""
     shape = f"b s {heads} d"
     return (
         *ops.rotate(name, f"{t}.rot", f"{t}.turned_part", f"b s {heads} rot", f"b s {heads} rot2"),
@@ -85,10 +85,10 @@ def _rotate_and_join(name: str, t: str, heads: str) -> tuple[Op, ...]:
 def heads_first(
     name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool, sliding: bool = False
 ) -> tuple[Op, ...]:
-    """Attention where q and k lie in memory head by head.
+    """Attend with q and k contiguous head by head.
 
-    Flash attention then gives its output that way too, and it is copied; attention that is written out, eager or
-    torch's plain one, has no need to copy q and k.
+    Flash attention then writes its output in that layout too, which takes a copy. Eager attention and torch's math
+    kernel need no copies of q and k.
     """
     match wiring.masked if wiring.has_mask(sliding) else wiring.backend:
         case "flash" | "flash_2":

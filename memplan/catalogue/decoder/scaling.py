@@ -1,4 +1,4 @@
-"""Scaled embeddings, branches and logits, as Gemma and Granite have them."""
+"""Scaled embeddings, branches and logits, as in Gemma and Granite."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ def scaled_branch(name: str, x: str, y: str) -> tuple[Op, ...]:
 
 
 def scaled_logits(last: tuple[Op, ...]) -> tuple[Op, ...]:
-    """`last` ends with the output projection; its result is divided before the loss."""
+    """Return `last` with the output projection at its end scaled before the loss."""
     projection = last[-1]
     unscaled = projection._replace(writes=(projection.writes[0]._replace(name="unscaled_logits"),))
     return (*last[:-1], unscaled, ops.scale("logits_scaling", "unscaled_logits", "logits", "b s v"))
 
 
 def scaled_embedding(name: str = "model.embed_tokens") -> Op:
-    """The module multiplies what it looked up by a number it holds as a tensor."""
+    """Return an embedding whose module multiplies the rows it looks up by a scale stored as a buffer."""
     lookup = ops.embedding(name, "ids", "embeds", "v", "h")
     scale = Weight(f"{name}.embed_scale", "", "buffer", "fp32", False)
     unscaled = Tensor("unscaled", "b s h", f"={lookup.weights[0].name}")

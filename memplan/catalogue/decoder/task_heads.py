@@ -1,6 +1,6 @@
-"""What a model without a causal language model's head ends in, and the loss that its own class computes.
+"""Heads other than a causal language model's, and the losses that their classes compute.
 
-Every loss here is of the logits in the dtype they have, and of labels as they are given: nothing is shifted.
+Every loss takes the logits in their own dtype and the labels unshifted.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from memplan.models.model import ModelSpec
 
 
 def labels_of(m: ModelSpec) -> Tensor:
-    """The labels a batch comes with: one a token, or one a sequence; numbers where a class of one is a regression."""
+    """Return the labels of a batch: one per token or one per sequence; floats for regression, which has one class."""
     match m.objective:
         case "masked_lm" | "token_classification":
             return Tensor("labels", "b s", "int64")
@@ -23,33 +23,37 @@ def labels_of(m: ModelSpec) -> Tensor:
 
 
 def decoder(name: str, x: str, tied_to: str, bias: str = "", tokens: str = "s") -> Op:
-    """The projection to the vocabulary with the embeddings' weight, and a bias of its own by the name `bias`."""
+    """Return the projection to the vocabulary, with the embeddings' weight and its own bias, named `bias`."""
     op = ops.linear(name, x, "logits", "v", "h", "lm_head")
-    own = op.weights[0].name
-    tied = Weight(tied_to or own, "v h", "embedding" if tied_to else "lm_head", matrix=True, rows=1)
-    keeps = tuple(k._replace(what=k.what.replace(own, tied.name), of=k.of.replace(own, tied.name)) for k in op.keeps)
+    own_name = op.weights[0].name
+    tied = Weight(tied_to or own_name, "v h", "embedding" if tied_to else "lm_head", matrix=True, rows=1)
+    keeps = tuple(
+        k._replace(what=k.what.replace(own_name, tied.name), of=k.of.replace(own_name, tied.name)) for k in op.keeps
+    )
     biases = (Weight(bias, "v", "lm_head"),) if bias else ()
     return op._replace(weights=(tied, *biases), keeps=keeps, writes=(Tensor("logits", f"b {tokens} v"),))
 
 
 def language_model_loss(tokens: str = "s") -> tuple[Op, ...]:
-    """Cross entropy of all logits, of masked tokens or of a decoder's, which has let go of its last block's output."""
+    """Return cross entropy of all logits. A decoder (`t` tokens) no longer holds its last block's output."""
     held = ("logits", "x") if tokens == "s" else ("logits",)
-    return (*nll("loss", "logits", "log_probs", "labels", f"b {tokens} v", "loss"), ops.leave(*held))
+    return (*nll("loss", "logits", "log_probs", "labels", f"b {tokens} v", "loss"), ops.release_names(*held))
 
 
 def class_loss(m: ModelSpec, shape: str = "b c") -> tuple[Op, ...]:
-    """Cross entropy of the classes; of a single one, its squared error, which keeps both sides."""
+    """Return cross entropy of the classes, or for a single class its squared error, which keeps both inputs."""
     if m.num_labels > 1 or shape != "b c":
-        return (*nll("loss", "logits", "log_probs", "labels", shape, "loss"), ops.leave("logits", "x"))
+        return (*nll("loss", "logits", "log_probs", "labels", shape, "loss"), ops.release_names("logits", "x"))
     kept = (Keep("logits", "logits"), Keep("labels", "logits"))
     error = Op("loss.mse", ("logits", "labels"), (Tensor("loss"),), (), kept, source=f"{ops.DERIVATIVES}: mse_loss")
-    return (error, ops.leave("logits", "x"))
+    return (error, ops.release_names("logits", "x"))
 
 
 def classifying(m: ModelSpec, stack: Stack) -> Stack:
-    """A decoder that classifies sequences, by the scores of the last token of each, in place of its language model's
-    head. Source: transformers 5.24 modeling_layers.py GenericForSequenceClassification."""
+    """Return a decoder that classifies sequences by the scores of their last tokens, without a language model head.
+
+    Source: transformers 5.24 modeling_layers.py GenericForSequenceClassification.
+    """
     start = next(i for i, op in enumerate(stack.after) if any("v" in t.shape.split() for t in op.writes))
     x = stack.after[start].reads[0]
     label = labels_of(m)
@@ -58,22 +62,22 @@ def classifying(m: ModelSpec, stack: Stack) -> Stack:
     )
     score = ops.linear("score", x, "scores", "c", "h", "head")
     last = Op("score.last", ("scores",), (Tensor("logits", "b c"),), source=f"{ops.DERIVATIVES}: index")
-    loss = (*class_loss(m), ops.leave(x, "scores"))
+    loss = (*class_loss(m), ops.release_names(x, "scores"))
     return stack._replace(before=before, after=(*stack.after[:start], score, last), loss=loss)
 
 
 def mean_loss(x: str) -> tuple[Op, ...]:
-    """The script's own loss of a model without a head, in its smallest form: the mean of what the model returns."""
-    return (Op("loss.mean", (x,), (Tensor("loss"),), source=f"{ops.DERIVATIVES}: mean"), ops.leave(x, "x"))
+    """Return the script's own loss for a model without a head, in its smallest form: the mean of the model's output."""
+    return (Op("loss.mean", (x,), (Tensor("loss"),), source=f"{ops.DERIVATIVES}: mean"), ops.release_names(x, "x"))
 
 
 def first_token(name: str, x: str, y: str) -> Op:
-    """The hidden states of the first token: a view, whose gradient is zero for all the others."""
+    """Return the hidden states of the first token: a view, whose gradient is zero for all other tokens."""
     return ops.view(name, x, y, "b h", gradient="new")
 
 
 def dense(name: str, x: str, y: str, out: str, into: str, tokens: bool = False) -> Op:
-    """A linear layer of a head, with a bias: of one row a sequence, or of every token."""
+    """Return a head's linear layer with a bias, applied to one row per sequence or to every token."""
     return ops.linear(name, x, y, out, into, "head", bias=True, lead="b s" if tokens else "b", flat=not tokens)
 
 
@@ -82,10 +86,10 @@ def tanh(name: str, x: str, y: str, shape: str) -> Op:
 
 
 def pooler(name: str, x: str, out: str = "h") -> tuple[Op, ...]:
-    """`pooled` from the first token of x."""
+    """Return `pooled`, computed from the first token of x."""
     return (
         first_token(f"{name}.first", x, "first"),
         dense(f"{name}.dense", "first", "pooled.dense", out, "h"),
         tanh(f"{name}.activation", "pooled.dense", "pooled", f"b {out}"),
-        ops.leave("first"),
+        ops.release_names("first"),
     )

@@ -1,4 +1,4 @@
-"""What families share whose layers differ in their windows, or whose branches are normalised at their end."""
+"""Parts of families whose layers differ in their sliding windows, or which normalise a branch's output."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ from memplan.models.model import ModelSpec
 
 Norm = Callable[[str, str, str, str, str], tuple[Op, ...]]
 
-# What layers that have a window call the rotary table where the others have one of their own.
+# Names of the sliding layers' rotary table, if they have their own.
 LOCAL = {"cos": "cos.local", "sin": "sin.local"}
 
 
 def kinds(mixed: bool) -> tuple[bool, ...]:
-    """Whether the masks a model makes are windows: a mixed model makes both, used or not."""
+    """Return which masks a model builds, by whether they are sliding. A mixed model builds both, used or not."""
     return (False, True) if mixed else (False,)
 
 
 def renamed(operations: tuple[Op, ...], names: dict[str, str]) -> tuple[Op, ...]:
-    """The operations with other names for some tensors."""
+    """Return the operations with some tensors renamed."""
 
     def new(name: str) -> str:
         return names.get(name, name)
@@ -32,22 +32,22 @@ def renamed(operations: tuple[Op, ...], names: dict[str, str]) -> tuple[Op, ...]
 
 
 def local(block: Block) -> Block:
-    """The block with the rotary table of the layers that have a window."""
+    """Return the block using the sliding layers' rotary table."""
     return block._replace(ops=renamed(block.ops, LOCAL))
 
 
 def tables(local: bool = False, dtype: str = "") -> tuple[Op, ...]:
-    """The rotary table, and that of the layers that have a window if they have one of their own."""
+    """Return the rotary table, and if `local` the sliding layers' own table."""
     table = rotary_table("embeds", dtype=dtype)
     if not local:
         return table
-    own = tuple(w._replace(name=f"{w.name}.local") for w in table[0].weights)
-    written = {t.name: f"{t.name}.local" for op in table for t in op.writes}
-    return (*table, *renamed((table[0]._replace(weights=own), *table[1:]), written))
+    buffers = tuple(w._replace(name=f"{w.name}.local") for w in table[0].weights)
+    local_names = {t.name: f"{t.name}.local" for op in table for t in op.writes}
+    return (*table, *renamed((table[0]._replace(weights=buffers), *table[1:]), local_names))
 
 
 def before(wiring: Wiring, mixed: bool, table: tuple[Op, ...], embedding: Op | None = None) -> tuple[Op, ...]:
-    """Up to the first block. `embedding`: instead of a plain one."""
+    """Return the operations before the first block. `embedding` replaces a plain one."""
     return (
         inputs(wiring.padded),
         embedding or ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
@@ -58,12 +58,12 @@ def before(wiring: Wiring, mixed: bool, table: tuple[Op, ...], embedding: Op | N
 
 
 def after(m: ModelSpec, wiring: Wiring, mixed: bool, norm: Norm = ops.rms_norm, local: bool = False) -> tuple[Op, ...]:
-    """The last norm and the output projection. `local`: there are two rotary tables."""
-    made = [op.name for kind in kinds(mixed) for op in masks(wiring, "embeds", kind)]
+    """Return the last norm and the output projection. `local`: there are two rotary tables."""
+    mask_names = [op.name for kind in kinds(mixed) for op in masks(wiring, "embeds", kind)]
     table = (*LOCAL, *(LOCAL.values() if local else ()))
     return (
         *norm("model.norm", "x", "n", "b s h", "h"),
-        ops.leave("x", "embeds", "positions", *table, *made),
+        ops.release_names("x", "embeds", "positions", *table, *mask_names),
         lm_head("n", "model.embed_tokens.weight" if m.tie_word_embeddings else ""),
     )
 
@@ -76,9 +76,9 @@ def normed_block(
     after: tuple[str, str],
     held: tuple[str, ...],
 ) -> Block:
-    """Each branch is normalised at its end; at its start too, if `before` names those norms.
+    """Return a block that normalises each branch's output, and its input if `before` names norms for that.
 
-    The attention reads `n1` and the MLP `n2`, or `x` and `x1` where nothing is normalised before.
+    Attention reads `n1` and the MLP `n2`, or `x` and `x1` without norms before.
     """
     return Block(
         "model.layers",
@@ -86,13 +86,13 @@ def normed_block(
             *(norm(before[0], "x", "n1", "b s h", "h") if before else ()),
             *attention_ops,
             *norm(after[0], "ao", "ao.normed", "b s h", "h"),
-            ops.leave("ao"),
+            ops.release_names("ao"),
             ops.add("residual_1", "x", "ao.normed", "x1", "b s h"),
             *(norm(before[1], "x1", "n2", "b s h", "h") if before else ()),
             *mlp_ops,
             *norm(after[1], "mo", "mo.normed", "b s h", "h"),
-            ops.leave("mo"),
+            ops.release_names("mo"),
             ops.add("residual_2", "x1", "mo.normed", "y", "b s h"),
-            ops.leave("positions", *held),
+            ops.release_names("positions", *held),
         ),
     )

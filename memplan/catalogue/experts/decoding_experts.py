@@ -1,8 +1,8 @@
-"""Experts as tokens are decoded: the matrices that each token chose, copied side by side for one batched product.
+"""Experts in decoding: every token's chosen matrices are copied next to each other for one batched product.
 
-`generate` of transformers 5 takes them so for every pass after the first one on a GPU (`batched_mm` in place of
-`grouped_mm`): no token is sorted, but there is a copy of a matrix for every token and expert it chooses, of the first
-product's until those of the second are there.
+On a GPU, `generate` of transformers 5 does this in every pass after the first (`batched_mm` instead of `grouped_mm`).
+Tokens are not sorted, but a matrix is copied for each pair of token and chosen expert. The first product's copies live
+until the second's have been made.
 
 Source: transformers 5.24 integrations/moe.py batched_mm_experts_forward, and generation/utils.py
 _optimize_model_for_decode.
@@ -17,40 +17,42 @@ from memplan.catalogue.kernels import ops
 from memplan.core.ir import Op, Tensor
 
 _SOURCE = "transformers 5.24 integrations/moe.py batched_mm_experts_forward"
-# What `memplan.catalogue.experts.experts` makes to sort tokens by expert, and is not made here.
+# Tensors by which `memplan.catalogue.experts.experts` sorts tokens, which decoding does not need.
 _SORTED = frozenset(f"experts.{name}" for name in ("order", "token", "counted", "counts", "offsets", "places"))
 _VIEWS = {"experts.ids": CHOSEN, "experts.scores": SCORES, "experts.ordered": "experts.weighted"}
 
 
-def batched(some: Sequence[Op]) -> Iterator[Op]:
-    """A block's operations with the grouped products of its experts as batched ones; those that are stored in another
-    format have kernels of their own."""
-    if any(op.product == "grouped" and op.weights and op.weights[0].stored for op in some):
-        yield from some
+def batched(operations: Sequence[Op]) -> Iterator[Op]:
+    """Yield a block's operations with its experts' grouped products as batched ones.
+
+    Matrices stored in another format have kernels of their own and are left as they are.
+    """
+    if any(op.product == "grouped" and op.weights and op.weights[0].stored for op in operations):
+        yield from operations
         return
     selected = ""
-    biases: list[Op] = []  # selected after the matrices
-    folded: dict[str, Tensor] = {}  # matrices that adapters were added to
-    for given in some:
-        op = given._replace(reads=tuple(name for name in given.reads if name not in _SORTED), keeps=())
+    biases: list[Op] = []  # read after the matrices
+    folded: dict[str, Tensor] = {}  # matrices merged with their adapters
+    for source_op in operations:
+        op = source_op._replace(reads=tuple(name for name in source_op.reads if name not in _SORTED), keeps=())
         folded |= {t.name: t for t in op.writes if op.product == "fold"}
-        seen = next((t for t in op.writes if t.name in _VIEWS), None)
-        if seen is not None:
-            yield ops.view(op.name, _VIEWS[seen.name], seen.name, seen.shape)
+        output = next((t for t in op.writes if t.name in _VIEWS), None)
+        if output is not None:
+            yield ops.view(op.name, _VIEWS[output.name], output.name, output.shape)
             continue
         if op.writes and all(t.name in _SORTED for t in op.writes):
             continue
         if op.name.endswith(".bias_of_each") or op.reads == ("experts.up_bias",):
             biases.append(op)
         elif op.product == "grouped":
-            before, own = selected, next((folded[name] for name in op.reads if name in folded), None)
-            name, shape = (own.name, own.shape) if own else (op.weights[0].name, op.weights[0].shape)
+            previous, matrix = selected, next((folded[name] for name in op.reads if name in folded), None)
+            name, shape = (matrix.name, matrix.shape) if matrix else (op.weights[0].name, op.weights[0].shape)
             selected = f"{name} selected"
-            copied = Tensor(selected, f"{PAIRS} {' '.join(shape.split()[1:])}", f"={name}")
-            reads = (CHOSEN, own.name) if own else (CHOSEN,)
-            yield Op(f"{op.name}.select", reads, (copied,), op.weights, source=_SOURCE)
-            if before:
-                yield ops.leave(before)
+            selection = Tensor(selected, f"{PAIRS} {' '.join(shape.split()[1:])}", f"={name}")
+            reads = (CHOSEN, matrix.name) if matrix else (CHOSEN,)
+            yield Op(f"{op.name}.select", reads, (selection,), op.weights, source=_SOURCE)
+            if previous:
+                yield ops.release_names(previous)
             yield from biases
             biases = []
             yield op._replace(reads=(*op.reads, selected), product="matrix", source=_SOURCE)

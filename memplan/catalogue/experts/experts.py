@@ -1,10 +1,9 @@
-"""Experts in one grouped product a matrix, weighed by what a router says and summed.
+"""Experts in one grouped product per matrix, weighted by the router's scores and summed.
 
-transformers 5 keeps the matrices of all experts as one parameter of three dimensions, and by default multiplies in one
-grouped product a matrix (`grouped_mm`): the tokens are sorted by expert, once for every expert they choose, so that
-what is allocated does not depend on how evenly they are spread. `e` of `E` experts, `m` wide each, are a token's.
-Routers are in `memplan.catalogue.experts.routers`, experts one after the other in
-`memplan.catalogue.experts.expert_loops`.
+transformers 5 stores the matrices of all experts as one three-dimensional parameter, and by default multiplies in one
+grouped product per matrix (`grouped_mm`). Tokens are sorted by expert, repeated for every expert they choose, so the
+allocations do not depend on the balance among experts. A token uses `e` of `E` experts, each `m` wide. Routers are in
+`memplan.catalogue.experts.routers`, experts in a loop in `memplan.catalogue.experts.expert_loops`.
 
 Source: transformers 5.24 integrations/moe.py grouped_mm_experts_forward.
 """
@@ -21,9 +20,9 @@ from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 _MOE = "transformers 5.24 integrations/moe.py"
 
 
-def mixture(x: str, routed: tuple[Op, ...], made: tuple[Op, ...], leaves: bool = True) -> tuple[Op, ...]:
-    """The router's choice, then the experts. `leaves`: the module has nothing else to do."""
-    return (*routed, *made, *((ops.leave(*HELD, x),) if leaves else ()))
+def mixture(x: str, routed: tuple[Op, ...], expert_ops: tuple[Op, ...], leaves: bool = True) -> tuple[Op, ...]:
+    """Return the router, then the experts. `leaves`: the module returns right after them."""
+    return (*routed, *expert_ops, *((ops.release_names(*HELD, x),) if leaves else ()))
 
 
 def stack(name: str, shape: str, rows: int, stands_for: tuple[str, ...]) -> Weight:
@@ -31,7 +30,7 @@ def stack(name: str, shape: str, rows: int, stands_for: tuple[str, ...]) -> Weig
 
 
 def grouped_mm(name: str, x: str, y: str, out: str, w: Weight) -> tuple[Op, ...]:
-    """Each row by the matrix of its expert, in the dtype of the matrices: autocast does not know this product.
+    """Multiply each row by its expert's matrix, in the matrices' dtype. Autocast does not know this product.
 
     Source: torch 2.13 aten/src/ATen/native/GroupedMMUtils.h, tools/autograd/derivatives.yaml: _grouped_mm.
     """
@@ -48,7 +47,7 @@ def grouped_mm(name: str, x: str, y: str, out: str, w: Weight) -> tuple[Op, ...]
             product="grouped",
             source=f"{ops.DERIVATIVES}: _grouped_mm",
         ),
-        ops.leave(inner),
+        ops.release_names(inner),
     )
 
 
@@ -63,19 +62,23 @@ def experts(
     act: Callable[[str, str, str], tuple[Op, ...]] | None = None,
     biased: bool = False,
 ) -> tuple[Op, ...]:
-    """A gated MLP of every expert that a token chose, weighed by the router's scores and summed.
+    """Return a gated MLP of every expert that a token chose, weighted by the router's scores and summed.
 
-    `gate_up` and `down` are the linear layers that peft takes the stacks for, empty where it does not know them.
-    `plain`: no gate, and relu squared; `width`: the axis of x, where it is not the model's. `act(name, x, y)`: what
-    makes y of both products, instead of `gated`. `biased`: each product has one an expert.
+    gate_up, down  linear layers that peft adapts the stacks as; empty if it does not know them
+    plain          no gate, but relu squared
+    width          axis of x, if it is not the model's
+    act            `act(name, x, y)` computes y from the first product, instead of `gated`
+    biased         each product adds the expert's bias
     """
     t = {part: f"experts.{part}" for part in (*_KEPT, "token", "gate", "up", "act", "inner", "weighted", "sum")}
     up = stack(f"{name}.gate_up_proj", f"E 2 m {width}", 3, gate_up)
     if plain:
         up = stack(f"{name}.up_proj", f"E m {width}", 2, gate_up)
-    back, wide = stack(f"{name}.down_proj", f"E {width} m", 2, down), f"{PAIRS} {width}"
-    summed, lowered = ("experts.up_product", "experts.down_product") if biased else ("experts.gate_up", t["down"])
-    acted = act or (squared if plain else gated)
+    down_stack, rows_shape = stack(f"{name}.down_proj", f"E {width} m", 2, down), f"{PAIRS} {width}"
+    up_product, down_product = (
+        ("experts.up_product", "experts.down_product") if biased else ("experts.gate_up", t["down"])
+    )
+    activate = act or (squared if plain else gated)
     return (
         Op(
             f"{name}.sort",
@@ -85,21 +88,21 @@ def experts(
             source=_MOE,
         ),
         Op(f"{name}.token", (t["order"],), (Tensor(t["token"], PAIRS, "int64"),), gradient="none"),
-        moved(f"{name}.gather", x, t["token"], t["rows"], wide),
-        ops.leave(t["token"]),
-        moved(f"{name}.scores", SCORES, t["order"], t["scores"], PAIRS),
+        gather_rows(f"{name}.gather", x, t["token"], t["rows"], rows_shape),
+        ops.release_names(t["token"]),
+        gather_rows(f"{name}.scores", SCORES, t["order"], t["scores"], PAIRS),
         Op(f"{name}.ids", (t["ids"],), (Tensor(t["counted"], PAIRS, "int32"),), gradient="none"),
         Op(f"{name}.count", (t["counted"],), (Tensor(t["counts"], "E", "int32"),), gradient="none"),
         Op(f"{name}.cumsum", (t["counts"],), (Tensor(t["offsets"], "E", "int32"),), gradient="none"),
         *(of_each(up, "2 m", "experts.up_bias") if biased else ()),
-        *grouped_mm(up.name, t["rows"], summed, "m" if plain else "2 m", up),
-        *(add_of_each(up, summed, "experts.up_bias", "experts.gate_up", "2 m") if biased else ()),
-        *acted(name, "experts.gate_up", t["inner"]),
-        *(of_each(back, width, "experts.down_bias") if biased else ()),
-        *((ops.leave("experts.up_bias"),) if biased else ()),
-        *grouped_mm(back.name, t["inner"], lowered, width, back),
-        *(add_of_each(back, lowered, "experts.down_bias", t["down"], width) if biased else ()),
-        weighed(name, t["down"], t["scores"], t["weighted"], wide),
+        *grouped_mm(up.name, t["rows"], up_product, "m" if plain else "2 m", up),
+        *(add_of_each(up, up_product, "experts.up_bias", "experts.gate_up", "2 m") if biased else ()),
+        *activate(name, "experts.gate_up", t["inner"]),
+        *(of_each(down_stack, width, "experts.down_bias") if biased else ()),
+        *((ops.release_names("experts.up_bias"),) if biased else ()),
+        *grouped_mm(down_stack.name, t["inner"], down_product, width, down_stack),
+        *(add_of_each(down_stack, down_product, "experts.down_bias", t["down"], width) if biased else ()),
+        weighed(name, t["down"], t["scores"], t["weighted"], rows_shape),
         Op(
             f"{name}.inverse",
             (t["order"],),
@@ -107,7 +110,7 @@ def experts(
             scratch=(Tensor("arange", PAIRS, "int64"),),
             gradient="none",
         ),
-        moved(f"{name}.reorder", t["weighted"], t["places"], t["ordered"], wide),
+        gather_rows(f"{name}.reorder", t["weighted"], t["places"], t["ordered"], rows_shape),
         Op(
             f"{name}.sum",
             (t["ordered"],),
@@ -116,14 +119,14 @@ def experts(
             source=f"{ops.DERIVATIVES}: sum.dim_IntList",
         ),
         ops.cast(f"{name}.cast", t["sum"], y, f"b s {width}", f"={x}"),
-        ops.leave(*(t[part] for part in _KEPT), *(("experts.down_bias",) if biased else ()))._replace(
+        ops.release_names(*(t[part] for part in _KEPT), *(("experts.down_bias",) if biased else ()))._replace(
             name=f"{name}.return"
         ),
     )
 
 
 def of_each(w: Weight, out: str, y: str) -> tuple[Op, ...]:
-    """The bias of its expert for each row."""
+    """Gather the bias of each row's expert."""
     bias = Weight(f"{w.name}_bias", f"E {out}", "mlp", rows=1, chosen="e")
     return (
         Op(
@@ -138,13 +141,14 @@ def of_each(w: Weight, out: str, y: str) -> tuple[Op, ...]:
 
 
 def add_of_each(w: Weight, x: str, bias: str, y: str, out: str) -> tuple[Op, ...]:
-    """The biases added in place."""
+    """Add the gathered biases in place."""
     return (ops.add(f"{w.name}.add_bias", x, bias, y, f"{PAIRS} {out}")._replace(view=True),)
 
 
 def clamped(slices: bool) -> Callable[[str, str, str], tuple[Op, ...]]:
-    """`(up + 1) * gate * sigmoid(alpha * gate)` of a gate and an up that are clamped first. `slices`: every other
-    number is the gate's, and the gradient of either is as wide as both.
+    """Return `(up + 1) * gate * sigmoid(alpha * gate)` of a clamped gate and up.
+
+    `slices`: gate and up are every other number, and each gradient is as wide as both.
 
     Source: transformers 5.24 models/gpt_oss/modeling_gpt_oss.py GptOssExperts._apply_gate.
     """
@@ -156,7 +160,7 @@ def clamped(slices: bool) -> Callable[[str, str, str], tuple[Op, ...]]:
 
 
 def clamped_gate(name: str, x: str, y: str, shape: str, slices: bool = False) -> tuple[Op, ...]:
-    """See `clamped`; of rows of any `shape`."""
+    """Return the operations of `clamped` for rows of any `shape`."""
     t = {part: f"{y}.{part}" for part in ("gate0", "up0", "gate", "up", "alpha", "sigmoid", "glu", "up1")}
     halves = (
         tuple(ops.view(f"{name}.{part}", x, t[f"{part}0"], shape, gradient="new") for part in ("gate", "up"))
@@ -172,34 +176,34 @@ def clamped_gate(name: str, x: str, y: str, shape: str, slices: bool = False) ->
         ops.mul(f"{name}.glu", t["gate"], t["sigmoid"], t["glu"], shape),
         ops.add_number(f"{name}.plus_one", t["up"], t["up1"], shape),
         ops.mul(f"{name}.product", t["up1"], t["glu"], y, shape),
-        ops.leave(x, t["gate"], t["up"], t["glu"]),
+        ops.release_names(x, t["gate"], t["up"], t["glu"]),
     )
 
 
-# What the function has names for until it returns.
+# Tensors that the function references until it returns.
 _KEPT = ("ids", "order", "rows", "scores", "counted", "counts", "offsets", "down", "places", "ordered")
 
 
-def moved(name: str, x: str, indices: str, y: str, shape: str) -> Op:
+def gather_rows(name: str, x: str, indices: str, y: str, shape: str) -> Op:
     return Op(
         name, (x, indices), (Tensor(y, shape, f"={x}"),), (), (Keep(indices, x),), source=f"{ops.DERIVATIVES}: index"
     )
 
 
 def gated(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """`act(gate) * up` of both halves of x, whose gradients are joined."""
-    shape, gate_, up, act = f"{PAIRS} m", f"{y}.gate", f"{y}.up", f"{y}.act"
+    """Return `act(gate) * up` of the two halves of x, whose gradients are joined."""
+    shape, gate, up, act = f"{PAIRS} m", f"{y}.gate", f"{y}.up", f"{y}.act"
     return (
-        ops.split(f"{name}.chunk", x, (Tensor(gate_, shape), Tensor(up, shape))),
-        ops.activation(f"{name}.act_fn", gate_, act, shape),
+        ops.split(f"{name}.chunk", x, (Tensor(gate, shape), Tensor(up, shape))),
+        ops.activation(f"{name}.act_fn", gate, act, shape),
         ops.mul(f"{name}.product", act, up, y, shape),
-        ops.leave(x),
+        ops.release_names(x),
     )
 
 
 def squared(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """relu squared, which keeps what relu leaves."""
-    return (*relu_squared(f"{name}.act_fn", x, y, f"{PAIRS} m"), ops.leave(x))
+    """Return relu squared, which keeps the output of relu."""
+    return (*relu_squared(f"{name}.act_fn", x, y, f"{PAIRS} m"), ops.release_names(x))
 
 
 def relu_squared(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
@@ -207,7 +211,7 @@ def relu_squared(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 
 
 def weighed(name: str, x: str, scores: str, y: str, shape: str = f"{PAIRS} h") -> Op:
-    """A row times its score: the product with x is made whole before it is summed for the score."""
+    """Multiply each row by its score. Backward sums a full-size product with x for the gradient of the scores."""
     return Op(
         f"{name}.weigh",
         (x, scores),

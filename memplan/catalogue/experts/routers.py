@@ -1,19 +1,19 @@
-"""Routers of mixtures of experts: which of `E` experts a token's `e` are, and how much each counts."""
+"""Routers of mixtures of experts: which `e` of `E` experts a token uses, and with which weights."""
 
 from __future__ import annotations
 
 from memplan.catalogue.kernels import ops
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 
-SCORES, CHOSEN = "router.scores", "router.chosen"  # what a router writes: `b s e` numbers, and whose they are
-HELD = (SCORES, CHOSEN, "router.logits")  # what the module has names for until it returns
+SCORES, CHOSEN = "router.scores", "router.chosen"  # a router's outputs: `b s e` weights, and the experts they belong to
+HELD = (SCORES, CHOSEN, "router.logits")  # tensors that the module references until it returns
 PAIRS = "b s e"
 
 
-def balanced(op: Op) -> Op:
-    """The operation; the logits of a router stay until the model has returned, for a loss of the routers' own.
+def hold_router_logits(op: Op) -> Op:
+    """Return the operation. Router logits are held until the model returns, for the load-balancing loss.
 
-    That loss is made when the model's is done, and its backward comes first: neither is where most is allocated.
+    That loss comes after the model's and its backward comes first, so it does not affect the peak.
     Source: transformers 5.24 models/mixtral/modeling_mixtral.py load_balancing_loss_func.
     """
     return op._replace(holds="forward") if any(t.name == "router.logits" for t in op.writes) else op
@@ -22,14 +22,14 @@ def balanced(op: Op) -> Op:
 def gate(
     name: str, x: str, y: str = "router.logits", stands_for: tuple[str, ...] = ("gate",), matrix: bool = False
 ) -> Op:
-    """A number an expert. `matrix`: of a linear layer, else of a parameter that the model multiplies by itself."""
+    """Return one logit per expert. `matrix`: the weight belongs to a linear layer, not to a plain parameter."""
     product = ops.linear(name, x, y, "E", "h", "router", flat=True)
     weight = product.weights[0]._replace(matrix=matrix, stands_for=stands_for)
     return product._replace(weights=(weight,))
 
 
 def top_k(name: str, x: str, values: str, indices: str = CHOSEN) -> Op:
-    """The `e` largest of a token's `E` numbers; the gradient is as wide as those again."""
+    """Return the `e` largest of a token's `E` numbers. The gradient has all `E` again."""
     return Op(
         name,
         (x,),
@@ -41,41 +41,41 @@ def top_k(name: str, x: str, values: str, indices: str = CHOSEN) -> Op:
 
 
 def gathered(name: str, x: str, indices: str, y: str) -> Op:
-    """The numbers of a token's `E` that its choice points to."""
+    """Gather a token's numbers, out of `E`, at its chosen experts."""
     return Op(
         name, (x, indices), (Tensor(y, PAIRS, f"={x}"),), (), (Keep(indices, x),), source=f"{ops.DERIVATIVES}: gather"
     )
 
 
 def normalised(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """`x /= x.sum(-1)`, in place: autograd keeps a copy of what x was."""
-    total, before = f"{y}.total", f"{y}.before"
+    """Return `x /= x.sum(-1)`, in place. Autograd keeps a copy of the old x."""
+    total, copied = f"{y}.total", f"{y}.before"
     return (
         Op(f"{name}.sum", (x,), (Tensor(total, "b s 1", f"={x}"),), source=f"{ops.DERIVATIVES}: sum.dim_IntList"),
-        Op(f"{name}.copy", (x,), (Tensor(before, PAIRS, f"={x}"),), gradient="none", recorded=True),
+        Op(f"{name}.copy", (x,), (Tensor(copied, PAIRS, f"={x}"),), gradient="none", needs_recording=True),
         ops.view(name, x, y, PAIRS, gradient="new")._replace(
-            reads=(x, total, before),
-            keeps=(Keep(total, x), Keep(before, total), Keep(total, total)),
+            reads=(x, total, copied),
+            keeps=(Keep(total, x), Keep(copied, total), Keep(total, total)),
             source=f"{ops.DERIVATIVES}: div.Tensor",
         ),
-        ops.leave(total),
+        ops.release_names(total),
     )
 
 
 def masked(name: str, x: str, mask: str, y: str, shape: str) -> Op:
-    """`x.masked_fill(mask, 0)` keeps the mask."""
+    """Return `x.masked_fill(mask, 0)`, which keeps the mask."""
     return Op(
         name, (x, mask), (Tensor(y, shape, f"={x}"),), (), (Keep(mask, x),), source=f"{ops.DERIVATIVES}: masked_fill"
     )
 
 
 def sigmoid(name: str, x: str, y: str, shape: str) -> Op:
-    """Keeps its output."""
+    """Return a sigmoid, which keeps its output."""
     return Op(name, (x,), (Tensor(y, shape, f"={x}"),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: sigmoid")
 
 
 def divided(name: str, x: str, y: str, by: str = "sum") -> tuple[Op, ...]:
-    """`x / x.sum(-1)`, as a tensor of its own; or by the `norm` of x, which keeps x and itself."""
+    """Return `x / x.sum(-1)` as a new tensor, or x divided by its `norm`, which keeps x and the norm."""
     total = f"{y}.total"
     kept = (Keep(x, x), Keep(total, x)) if by == "norm" else ()
     return (
@@ -88,7 +88,7 @@ def divided(name: str, x: str, y: str, by: str = "sum") -> tuple[Op, ...]:
             (Keep(total, x), Keep(x, total), Keep(total, total)),
             source=f"{ops.DERIVATIVES}: div.Tensor",
         ),
-        ops.leave(total, x),
+        ops.release_names(total, x),
     )
 
 
@@ -101,44 +101,46 @@ def softmax_router(
     stands_for: tuple[str, ...] = ("gate",),
     module: bool = False,
 ) -> tuple[Op, ...]:
-    """Softmax over all experts in fp32, then the largest. `narrow`: these are cast back to the logits' dtype;
-    `together`: fp32 is asked of the softmax itself, which reads fp16 as it is. `module`: the gate is a linear layer, as
-    it was before transformers 5, and the scores are cast to the dtype of x.
+    """Return an fp32 softmax over all experts, then the largest.
+
+    narrow    the chosen scores are cast back to the logits' dtype
+    together  the softmax is called with dtype fp32, so it reads fp16 without a cast
+    module    the gate is a linear layer, as before transformers 5, and the scores are cast to the dtype of x
 
     Source: transformers 5.24 models/qwen2_moe/modeling_qwen2_moe.py Qwen2MoeTopKRouter, models/mixtral.
     """
     logits, probs, top, shape = "router.logits", "router.probs", "router.top", "b s E"
     dtype, like = "fp32" if together else "", f"={x}" if module else f"={logits}"
-    wide = () if together else (ops.cast(f"{name}.float", logits, "router.wide", shape, "fp32"),)
+    to_fp32 = () if together else (ops.cast(f"{name}.float", logits, "router.wide", shape, "fp32"),)
     return (
         gate(name, x, logits, stands_for, matrix=module),
-        *wide,
+        *to_fp32,
         *ops.softmax(f"{name}.softmax", logits if together else "router.wide", probs, shape, dtype),
         top_k(f"{name}.topk", probs, top),
         *(normalised(f"{name}.normalise", top, "router.normal") if normalise else ()),
         ops.cast(f"{name}.cast", "router.normal" if normalise else top, SCORES, PAIRS, like if narrow else ""),
-        ops.leave(probs),
+        ops.release_names(probs),
     )
 
 
 def late_softmax_router(name: str, x: str) -> tuple[Op, ...]:
-    """The largest logits in fp32, and a softmax over these alone, cast back to the dtype of x.
+    """Return the largest logits in fp32, and a softmax over only these, cast back to the dtype of x.
 
     Source: transformers 5.24 models/granitemoe/modeling_granitemoe.py GraniteMoeTopKRouter.
     """
     return (
         gate(name, x, "router.narrow", stands_for=()),
         ops.cast(f"{name}.float", "router.narrow", "router.logits", "b s E", "fp32"),
-        ops.leave("router.narrow"),
+        ops.release_names("router.narrow"),
         top_k(f"{name}.topk", "router.logits", "router.top"),
         *ops.softmax(f"{name}.softmax", "router.top", "router.probs", PAIRS),
         ops.cast(f"{name}.cast", "router.probs", SCORES, PAIRS, f"={x}"),
-        ops.leave("router.top", "router.probs"),
+        ops.release_names("router.top", "router.probs"),
     )
 
 
 def sigmoid_router(name: str, x: str, bias: str, normalise: bool = True) -> tuple[Op, ...]:
-    """Sigmoids in fp32; a bias is added before the largest are chosen, and forgotten after. `bias`: the buffer's name.
+    """Return sigmoids in fp32. A bias, the buffer `bias`, is used to choose the largest but not in their scores.
 
     Source: transformers 5.24 models/minimax_m2/modeling_minimax_m2.py MiniMaxM2TopKRouter.
     """
@@ -151,24 +153,25 @@ def sigmoid_router(name: str, x: str, bias: str, normalise: bool = True) -> tupl
         top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
         gathered(f"{name}.gather", scores, CHOSEN, "router.picked"),
         *(normalised(f"{name}.normalise", "router.picked", SCORES) if normalise else ()),
-        ops.leave(scores, "router.biased", "router.top"),
+        ops.release_names(scores, "router.biased", "router.top"),
     )
 
 
 def grouped_router(name: str, x: str, normalise: bool, wide: bool = True) -> tuple[Op, ...]:
-    """The same where only the experts of the best groups are chosen from, with a product in fp32 (`wide`) and the
-    scores scaled.
+    """Return a sigmoid router that chooses only from the best groups of experts and scales the scores.
+
+    `wide`: the product is in fp32.
 
     Source: transformers 5.24 models/glm4_moe/modeling_glm4_moe.py Glm4MoeTopkRouter.
     """
     scores, shape, choice = "router.sigmoids", "b s E", "router.choice"
     product = gate(name, "router.x" if wide else x)
     weight = product.weights[0]._replace(dtype="fp32") if wide else product.weights[0]
-    ends = "router.normal" if normalise else "router.picked"
+    unscaled = "router.normal" if normalise else "router.picked"
     return (
         *((ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),) if wide else ()),
         product._replace(weights=(weight,)),
-        *((ops.leave("router.x"),) if wide else ()),
+        *((ops.release_names("router.x"),) if wide else ()),
         sigmoid(f"{name}.sigmoid", "router.logits", scores, shape),
         _biased(name, scores, f"{name}.e_score_correction_bias"),
         Op(
@@ -184,26 +187,26 @@ def grouped_router(name: str, x: str, normalise: bool, wide: bool = True) -> tup
             scratch=(Tensor("chosen", shape, "bool"), Tensor("not chosen", shape, "bool")),
             gradient="none",
         ),
-        ops.leave("router.biased"),
+        ops.release_names("router.biased"),
         top_k(f"{name}.topk", choice, "router.top")._replace(gradient="none"),
         gathered(f"{name}.gather", scores, CHOSEN, "router.picked"),
         *(normalised(f"{name}.normalise", "router.picked", "router.normal") if normalise else ()),
-        ops.scale(f"{name}.scale", ends, SCORES, PAIRS),
-        ops.leave(scores, choice, "router.mask", "router.top", ends),
+        ops.scale(f"{name}.scale", unscaled, SCORES, PAIRS),
+        ops.release_names(scores, choice, "router.mask", "router.top", unscaled),
     )
 
 
 def sparse_mixer(name: str, x: str) -> tuple[Op, ...]:
-    """Two experts drawn one after the other, each by a softmax over the logits near the largest.
+    """Return two experts, drawn one after the other, each by a softmax over the logits near the largest.
 
-    Of the softmaxes the autograd function of the scores makes the gradient itself; their own nodes keep what they do.
+    The autograd function of the scores computes the softmaxes' gradient; the softmax nodes still keep their outputs.
     Source: transformers 5.24 models/phimoe/modeling_phimoe.py sparsemixer, PhimoeMultiplier.
     """
     logits, shape = "router.logits", "b s E"
     product = gate(name, x, logits, stands_for=(), matrix=True)
     return (
-        product._replace(weights=(product.weights[0]._replace(several=True),)),
-        *_drawn(name, logits, "first"),
+        product._replace(weights=(product.weights[0]._replace(returns_more=True),)),
+        *_draw(name, logits, "first"),
         Op(
             f"{name}.scatter",
             (logits, "first.chosen"),
@@ -212,7 +215,7 @@ def sparse_mixer(name: str, x: str) -> tuple[Op, ...]:
             (Keep("first.chosen", logits),),
             source=f"{ops.DERIVATIVES}: scatter.value",
         ),
-        *_drawn(name, "second.logits", "second"),
+        *_draw(name, "second.logits", "second"),
         Op(
             f"{name}.cat",
             ("first.score", "second.score"),
@@ -221,16 +224,16 @@ def sparse_mixer(name: str, x: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: cat",
         ),
         Op(f"{name}.cat_chosen", ("first.chosen", "second.chosen"), (Tensor(CHOSEN, PAIRS, "int64"),), gradient="none"),
-        ops.leave(
+        ops.release_names(
             *(f"{t}.{part}" for t in ("first", "second") for part in ("chosen", "gates", "own", "score", "mask"))
         ),
-        ops.leave("second.logits"),
+        ops.release_names("second.logits"),
     )
 
 
-def _drawn(name: str, x: str, t: str) -> tuple[Op, ...]:
-    """One expert by the logits x: `t.chosen`, and its score, whose gradient goes to the router's logits alone."""
-    logits, shape, one = "router.logits", "b s E", "b s 1"
+def _draw(name: str, x: str, t: str) -> tuple[Op, ...]:
+    """Draw one expert by the logits x: `t.chosen`, and its score, whose gradient goes only to the router's logits."""
+    logits, shape, row = "router.logits", "b s E", "b s 1"
     kept = (f"{t}.own", f"{t}.chosen", f"{t}.gates")
     like = f"={logits}"
     return (
@@ -252,42 +255,42 @@ def _drawn(name: str, x: str, t: str) -> tuple[Op, ...]:
         Op(
             f"{name}.{t}.draw",
             (f"{t}.near",),
-            (Tensor(f"{t}.chosen", one, "int64"),),
+            (Tensor(f"{t}.chosen", row, "int64"),),
             scratch=tuple(Tensor(part, shape, like) for part in ("exponential", "logarithm", "perturbed")),
             gradient="none",
         ),
         *ops.softmax(f"{name}.{t}.softmax", f"{t}.near", f"{t}.gates", shape),
-        ops.leave(f"{t}.near"),
+        ops.release_names(f"{t}.near"),
         gathered(f"{name}.{t}.gather", f"{t}.gates", f"{t}.chosen", f"{t}.own")._replace(
-            writes=(Tensor(f"{t}.own", one, like),)
+            writes=(Tensor(f"{t}.own", row, like),)
         ),
         Op(
             f"{name}.{t}.multiplier",
             (logits,),
-            (Tensor(f"{t}.score", one, like),),
+            (Tensor(f"{t}.score", row, like),),
             (),
             tuple(Keep(what, logits) for what in kept),
-            scratch=(Tensor("midpoint", one, "fp32"),),
-            scratch_back=(Scratch(Tensor("by its score", one, like)),),
+            scratch=(Tensor("midpoint", row, "fp32"),),
+            scratch_back=(Scratch(Tensor("by its score", row, like)),),
             source="transformers 5.24 models/phimoe/modeling_phimoe.py PhimoeMultiplier",
         ),
     )
 
 
 def jitter(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """x times noise near 1, in place: autograd keeps the noise."""
+    """Multiply x by noise near 1, in place. Autograd keeps the noise."""
     noise = f"{y}.noise"
     return (
         Op(name, (), (Tensor(noise, "b s h", f"={x}"),), gradient="none"),
         ops.view(f"{name}.mul", x, y, "b s h", gradient="new")._replace(
             reads=(x, noise), keeps=(Keep(noise, x),), source=f"{ops.DERIVATIVES}: mul.Tensor"
         ),
-        ops.leave(noise),
+        ops.release_names(noise),
     )
 
 
 def biased_softmax_router(name: str, x: str) -> tuple[Op, ...]:
-    """All in fp32, autocast or not; a bias that does not train is added before the largest are chosen.
+    """Return a router entirely in fp32, even under autocast. A bias that does not train is used to choose the largest.
 
     Source: transformers 5.24 models/ernie4_5_moe/modeling_ernie4_5_moe.py Ernie4_5_MoeTopKRouter.
     """
@@ -296,11 +299,11 @@ def biased_softmax_router(name: str, x: str) -> tuple[Op, ...]:
     return (
         ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),
         product._replace(weights=(product.weights[0]._replace(dtype="fp32"),), autocast=""),
-        ops.leave("router.x"),
+        ops.release_names("router.x"),
         *ops.softmax(f"{name}.softmax", "router.logits", probs, shape),
         Op(f"{name}.bias", (probs,), (Tensor("router.biased", shape, "fp32"),), (bias,), gradient="none"),
         top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
-        ops.leave("router.biased"),
+        ops.release_names("router.biased"),
         gathered(f"{name}.gather", probs, CHOSEN, "router.picked"),
         Op(f"{name}.sum", ("router.picked",), (Tensor("router.total", "b s 1"),), source=ops.DERIVATIVES),
         Op(
@@ -324,7 +327,7 @@ def biased_softmax_router(name: str, x: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: div.Tensor",
         ),
         ops.cast(f"{name}.cast", "router.normal", SCORES, PAIRS, f"={x}"),
-        ops.leave(probs, "router.top", "router.picked", "router.normal", "router.total", "router.least"),
+        ops.release_names(probs, "router.top", "router.picked", "router.normal", "router.total", "router.least"),
     )
 
 

@@ -1,1 +1,1 @@
-"""One module per family of models: the stack of operations that its classes run."""
+"""One module per family of models, each building the stack of operations that the family's classes run."""

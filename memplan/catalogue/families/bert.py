@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and XLM-RoBERTa: encoders that norm after each residual, with dropout, and their heads."""
+"""BERT, RoBERTa and XLM-RoBERTa: encoders with a norm after each residual, dropout, and their heads."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _SOURCE = "transformers 5.24 models/bert/modeling_bert.py BertEmbeddings"
 
 
 def bert(m: ModelSpec, wiring: Wiring, *, name: str = "bert", roberta: bool = False) -> Stack:
-    """The model of the run's objective. `roberta`: positions are counted from the ids, and heads are another module."""
+    """Build the model with the head of the run's objective.
+
+    `roberta`: positions are counted from the ids, and the heads are other modules.
+    """
     wiring = wiring._replace(causal=False, caching=False)
     body = "" if m.objective == "feature_extraction" else f"{name}."
     head, loss = _head(m, wiring, body, roberta)
@@ -42,10 +45,13 @@ def inputs(m: ModelSpec, padded: bool) -> Op:
 
 
 def _before(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[Op, ...]:
-    """BERT's positions and token types are buffers that every sequence shares; RoBERTa's are made for the batch."""
+    """Embeddings and masks.
+
+    BERT's positions and token types are buffers that all sequences share; RoBERTa makes them for the batch.
+    """
     name, drop = f"{body}embeddings", drops(m, "hidden_dropout_prob")
     longest = m.max_position_embeddings
-    held = tuple(
+    buffers = tuple(
         Weight(f"{name}.{n}", f"{longest}", "buffer", "int64", False) for n in ("position_ids", "token_type_ids")
     )
     rows = "b s" if roberta else "s"
@@ -60,77 +66,86 @@ def _before(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[Op,
         Op("position_ids.type_as", ("summed_ids",), (Tensor("counted_ids", "b s", "int32"),)),
         Op("position_ids.add", ("counted_ids",), (Tensor("later_ids", "b s", "int32"),)),
         Op("position_ids.mul", ("later_ids", "not_padding"), (Tensor("incremental", "b s", "int32"),)),
-        ops.leave("counted_ids"),
+        ops.release_names("counted_ids"),
         Op(
             "position_ids.add_padding",
             ("incremental",),
             (Tensor("position_ids", "b s", "int64"),),
             scratch=(Tensor("long", "b s", "int64"),),
         ),
-        ops.leave("not_padding", "incremental"),
+        ops.release_names("not_padding", "incremental"),
     )
     return (
         inputs(m, wiring.padded),
-        *(counted if roberta else (Op("position_ids", (), (Tensor("position_ids", "", "int64"),), held),)),
+        *(counted if roberta else (Op("position_ids", (), (Tensor("position_ids", "", "int64"),), buffers),)),
         Op(
             "token_type_ids",
             ("position_ids",),
             (Tensor("token_type_ids", rows, "int64"),),
-            held if roberta else (),
+            buffers if roberta else (),
             gradient="none",
             source=_SOURCE,
         ),
         ops.embedding(f"{name}.word_embeddings", "ids", "tokens", "v", "h"),
-        table(f"{name}.token_type_embeddings", "token_type_ids", "types", str(m.whole("type_vocab_size", 2)), "b s"),
+        table(
+            f"{name}.token_type_embeddings", "token_type_ids", "types", str(m.config_int("type_vocab_size", 2)), "b s"
+        ),
         ops.add("add_types", "tokens", "types", "typed", "b s h"),
         table(f"{name}.position_embeddings", "position_ids", "places", str(longest), rows),
         ops.add("add_positions", "typed", "places", "summed", "b s h"),
-        ops.leave("typed"),
+        ops.release_names("typed"),
         ops.layer_norm(f"{name}.LayerNorm", "summed", "normed", "b s h", "h"),
-        ops.leave("summed"),
+        ops.release_names("summed"),
         *dropped(f"{name}.dropout", "normed", "embeds", "b s h", drop),
-        ops.leave("tokens", "types", "places", "position_ids", "token_type_ids"),
+        ops.release_names("tokens", "types", "places", "position_ids", "token_type_ids"),
         *masks(wiring, "embeds"),
     )
 
 
 def table(name: str, ids: str, y: str, rows: str, looked_up: str) -> Op:
-    """Rows of a table as short as this, looked up for every token or position."""
+    """Look up rows of a table of `rows` rows, for every token or position."""
     w = Weight(f"{name}.weight", f"{rows} h", "embedding", rows=1)
     op = ops.embedding(name, ids, y, rows, "h")
     segments = tuple(
         s._replace(tensor=s.tensor._replace(shape=s.tensor.shape.replace("segments", f"segments_{rows}")))
         for s in op.scratch_back
     )
-    many = looked_up.startswith("b")
+    per_sequence = looked_up.startswith("b")
     return op._replace(
         writes=(Tensor(y, f"{looked_up} h", f"={w.name}"),),
         keeps=(Keep(ids, w.name),),
-        scratch_back=segments if many else (),
+        scratch_back=segments if per_sequence else (),
     )
 
 
 def encoder_attention(m: ModelSpec, wiring: Wiring, name: str, key: str, wide: bool = False) -> tuple[Op, ...]:
-    """From q, k and v to o; the softmax in the dtype of the scores unless `wide`. `key`: the config's dropout."""
+    """Attention from q, k and v to o. If it is written out, the softmax is in the scores' dtype unless `wide`.
+
+    `key` is the config's key of the dropout.
+    """
     drop = drops(m, key)
     if wiring.backend != "eager" or wide:
         return attention(name, "q", "k", "v", "o", wiring._replace(drops=drop), False)
-    return eager(name, drop, ("mask",) if wiring.has_mask() else ())
+    return plain_attention_ops(name, drop, ("mask",) if wiring.has_mask() else ())
 
 
-def eager(name: str, drop: bool, added: tuple[str, ...] = (), one: bool = False, laid: bool = False) -> tuple[Op, ...]:
-    """Attention written out from q, k and v to o: scores, scaled, what is `added` to them, softmax, dropout, product.
+def plain_attention_ops(
+    name: str, drop: bool, added: tuple[str, ...] = (), one: bool = False, laid: bool = False
+) -> tuple[Op, ...]:
+    """Attention written out from q, k and v to o.
 
-    Heads are flattened in a copy, unless there is `one` query a sequence, or keys and values are `laid` head by head,
-    as those of a cache are. Nothing is cast but by autocast. Source: transformers 5.24 models/bert/modeling_bert.py
-    eager_attention_forward.
+    added  tensors that are added to the scaled scores
+    one    there is one query per sequence, whose heads need no copy
+    laid   keys and values are stored head by head, as in a cache, and need no copy
+
+    Only autocast casts. Source: transformers 5.24 models/bert/modeling_bert.py eager_attention_forward.
     """
     n, scores = name, "b a s s"
-    of_queries, of_keys = (ops.view if it else ops.copy for it in (one, laid))
+    flatten_query, flatten_key = (ops.view if is_view else ops.copy for is_view in (one, laid))
     steps = ["scaled", *(f"with.{a}" for a in added)]
     return (
-        of_queries(f"{n}.q_flat", "q", "q.flat", _Q)._replace(autocast="lower"),
-        of_keys(f"{n}.k_flat", "k", "k.flat", _Q)._replace(autocast="lower"),
+        flatten_query(f"{n}.q_flat", "q", "q.flat", _Q)._replace(autocast="lower"),
+        flatten_key(f"{n}.k_flat", "k", "k.flat", _Q)._replace(autocast="lower"),
         ops.matmul(f"{n}.scores", "q.flat", "k.flat", "scores", scores),
         ops.scale(f"{n}.scaling", "scores", "scaled", scores),
         *(
@@ -139,14 +154,14 @@ def eager(name: str, drop: bool, added: tuple[str, ...] = (), one: bool = False,
         ),
         *ops.softmax(f"{n}.softmax", steps[-1], "probs.whole", scores),
         *dropped(f"{n}.dropout", "probs.whole", "probs", scores, drop),
-        of_keys(f"{n}.v_flat", "v", "v.flat", _Q)._replace(autocast="lower"),
+        flatten_key(f"{n}.v_flat", "v", "v.flat", _Q)._replace(autocast="lower"),
         ops.matmul(f"{n}.product", "probs", "v.flat", "heads", _Q),
         ops.copy(f"{n}.contiguous", "heads", "o", _Q, gradient="new"),
     )
 
 
 def projections(name: str, x: str, wiring: Wiring, parts: tuple[str, str, str], bias: bool = True) -> tuple[Op, ...]:
-    """q, k and v as heads; the copies some kernels make of q and k have their gradients copied back."""
+    """q, k and v as heads. Some kernels copy q and k, whose gradients are then copied back."""
     backend = wiring.masked if wiring.has_mask() else wiring.backend
     back = "new" if backend in ("eager", "math") else "same"
     q, k, v = parts
@@ -166,61 +181,61 @@ def _block(m: ModelSpec, wiring: Wiring, body: str) -> Block:
         (
             *projections(name, "x", wiring, ("query", "key", "value")),
             *encoder_attention(m, wiring, f"{name}.attention", "attention_probs_dropout_prob"),
-            ops.leave("q", "k", "v"),
+            ops.release_names("q", "k", "v"),
             ops.linear("attention.output.dense", "o", "ao.whole", "h", "a d", "attention", bias=True),
             *dropped("attention.output.dropout", "ao.whole", "ao", "b s h", drop),
             ops.add("attention.residual", "ao", "x", "sum1", "b s h"),
             ops.layer_norm("attention.output.LayerNorm", "sum1", "x1", "b s h", "h"),
-            ops.leave("ao", "o"),
+            ops.release_names("ao", "o"),
             ops.linear("intermediate.dense", "x1", "up", "f", "h", "mlp", bias=True),
             *activation(m, "intermediate.act", "up", "act", "b s f"),
             ops.linear("output.dense", "act", "mo.whole", "h", "f", "mlp", bias=True),
             *dropped("output.dropout", "mo.whole", "mo", "b s h", drop),
             ops.add("residual", "mo", "x1", "sum2", "b s h"),
             ops.layer_norm("output.LayerNorm", "sum2", "y", "b s h", "h"),
-            ops.leave("mo", "act", "x1", *returned(wiring)),
+            ops.release_names("mo", "act", "x1", *returned(wiring)),
         ),
     )
 
 
 def _head(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
-    left = ops.leave("embeds", *(op.name for op in masks(wiring, "embeds")))
+    release = ops.release_names("embeds", *(op.name for op in masks(wiring, "embeds")))
     drop = drops(m, "hidden_dropout_prob" if m.config.get("classifier_dropout") is None else "classifier_dropout")
     match m.objective:
         case "masked_lm":
-            return (left, *_language_model(m, body, roberta)), language_model_loss()
+            return (release, *_language_model(m, body, roberta)), language_model_loss()
         case "token_classification":
             return (
-                left,
+                release,
                 *dropped("dropout", "x", "dropped", "b s h", drop),
                 dense("classifier", "dropped", "logits", "c", "h", tokens=True),
-                ops.leave("dropped"),
+                ops.release_names("dropped"),
             ), class_loss(m, "b s c")
         case "sequence_classification" if roberta:
             return (
-                left,
+                release,
                 first_token("classifier.first", "x", "first"),
                 *dropped("classifier.dropout", "first", "dropped", "b h", drop),
                 dense("classifier.dense", "dropped", "wide", "h", "h"),
                 tanh("classifier.tanh", "wide", "pooled", "b h"),
                 *dropped("classifier.dropout_2", "pooled", "out", "b h", drop),
                 dense("classifier.out_proj", "out", "logits", "c", "h"),
-                ops.leave("out"),
+                ops.release_names("out"),
             ), class_loss(m)
         case "sequence_classification":
             return (
                 *pooler(f"{body}pooler", "x"),
-                left,
+                release,
                 *dropped("dropout", "pooled", "dropped", "b h", drop),
                 dense("classifier", "dropped", "logits", "c", "h"),
-                ops.leave("pooled", "dropped"),
+                ops.release_names("pooled", "dropped"),
             ), class_loss(m)
         case _:
-            return (*pooler(f"{body}pooler", "x"), left), mean_loss("pooled")
+            return (*pooler(f"{body}pooler", "x"), release), mean_loss("pooled")
 
 
 def _language_model(m: ModelSpec, body: str, roberta: bool) -> tuple[Op, ...]:
-    """A dense layer, its activation (RoBERTa's is gelu whatever the config says), a norm, the embeddings' weight."""
+    """A dense layer, its activation (RoBERTa's is always GELU), a norm, and a projection by the embeddings' weight."""
     name, norm = (
         ("lm_head", "lm_head.layer_norm")
         if roberta
@@ -232,12 +247,12 @@ def _language_model(m: ModelSpec, body: str, roberta: bool) -> tuple[Op, ...]:
         if roberta
         else activation(m, f"{name}.act", "wide", "act", "b s h")
     )
-    own = ("lm_head.decoder", "lm_head.bias") if roberta else ("cls.predictions.decoder", "cls.predictions.bias")
+    names = ("lm_head.decoder", "lm_head.bias") if roberta else ("cls.predictions.decoder", "cls.predictions.bias")
     return (
         ops.linear(f"{name}.dense", "x", "wide", "h", "h", "lm_head", bias=True),
         *act,
         ops.layer_norm(norm, "act", "n", "b s h", "h"),
-        decoder(own[0], "n", tied, own[1]),
+        decoder(names[0], "n", tied, names[1]),
     )
 
 

@@ -1,4 +1,4 @@
-"""BLOOM and MPT: ALiBi's biases are added to the scores, so attention is written out whatever kernel is asked for."""
+"""BLOOM and MPT: ALiBi's biases are added to the scores, so attention is written out whatever kernel is requested."""
 
 from __future__ import annotations
 
@@ -16,28 +16,28 @@ _MPT = "transformers 5.24 models/mpt/modeling_mpt.py"
 
 
 def bloom(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Embeddings are normed; q, k and v are copied head by head; GELU's derivative is written out by hand."""
+    """Build BLOOM: normalised embeddings; q, k and v copied head by head; GELU with a hand-written derivative."""
     scratch = (Tensor("slopes over positions", "a s", "fp32"), Tensor("alibi in fp32", "b a s", "fp32"))
-    made = (Tensor("alibi", "b a s", "=embeds"), *(() if wiring.padded else (Tensor("slopes", "a", "fp32"),)))
+    written = (Tensor("alibi", "b a s", "=embeds"), *(() if wiring.padded else (Tensor("slopes", "a", "fp32"),)))
     counted = (Tensor("tokens so far", "", "int64"),) if wiring.static and wiring.decodes else ()
-    made = (*made, *counted)
+    written = (*written, *counted)
     before = (
         inputs(wiring.padded),
         ops.embedding("transformer.word_embeddings", "ids", "tokens", "v", "h"),
         ops.layer_norm("transformer.word_embeddings_layernorm", "tokens", "embeds", "b s h", "h"),
-        Op("alibi", (), made, scratch=scratch, source=_BLOOM),
+        Op("alibi", (), written, scratch=scratch, source=_BLOOM),
         *mask(wiring._replace(backend="eager"), "tokens"),
     )
     after = (
         ops.layer_norm("transformer.ln_f", "x", "n", "b s h", "h"),
-        ops.leave("x", "tokens", *(t.name for t in made), "mask", "probs"),
+        ops.release_names("x", "tokens", *(t.name for t in written), "mask", "probs"),
         lm_head("n", "transformer.word_embeddings.weight" if m.tie_word_embeddings else ""),
     )
     return Stack(before, (Run((_bloom_block(m, wiring),), "L"),), after)
 
 
 def _bloom_block(m: ModelSpec, wiring: Wiring) -> Block:
-    """What each half makes is added to its input, or to its norm's output, inside it."""
+    """One layer. Each half adds its input, or its norm's output, by itself."""
     normed, drop = m.get("apply_residual_connection_post_layernorm", False), drops(m, "hidden_dropout")
     return Block(
         "transformer.h",
@@ -46,15 +46,15 @@ def _bloom_block(m: ModelSpec, wiring: Wiring) -> Block:
             *_bloom_attention(m, wiring),
             *dropped("self_attention.hidden_dropout", "ao", "ao.dropped", "b s h", drop),
             ops.add("residual_1", "n1" if normed else "x", "ao.dropped", "x1", "b s h"),
-            ops.leave("qkv", "q", "k", "v", "scores", "masked", "o"),
+            ops.release_names("qkv", "q", "k", "v", "scores", "masked", "o"),
             ops.layer_norm("post_attention_layernorm", "x1", "n2", "b s h", "h"),
-            ops.leave("n1"),
+            ops.release_names("n1"),
             ops.linear("mlp.dense_h_to_4h", "n2", "up", "f", "h", "mlp", bias=True),
             _bloom_gelu("mlp.gelu_impl", "up", "act"),
             ops.linear("mlp.dense_4h_to_h", "act", "mo", "h", "f", "mlp", bias=True),
             *dropped("mlp.hidden_dropout", "mo", "mo.dropped", "b s h", drop),
             ops.add("residual_2", "n2" if normed else "x1", "mo.dropped", "y", "b s h"),
-            ops.leave("act", "n2", "x1", "probs"),
+            ops.release_names("act", "n2", "x1", "probs"),
         ),
     )
 
@@ -65,7 +65,7 @@ def _bloom_attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention")
         *(ops.view(f"{name}.{t}_select", "qkv", f"{t}.view", _Q, gradient="new") for t in "qkv"),
         *cached(name, wiring, (), tensors=("k.view", "v.view")),
         *(
-            (ops.view if (wiring.one if t == "q" else wiring.lays) else ops.copy)(
+            (ops.view if (wiring.has_one_query if t == "q" else wiring.is_head_major) else ops.copy)(
                 f"{name}.{t}_flat", f"{t}.view", t, _Q
             )
             for t in "qkv"
@@ -87,18 +87,18 @@ def _bloom_attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention")
         *dropped(f"{name}.attention_dropout", "probs.whole", "probs", _SCORES, drops(m, "attention_dropout")),
         _bmm(f"{name}.product", "probs", "v", "heads", _Q),
         ops.view(f"{name}.permute", "heads", "permuted", _Q, gradient="new"),
-        (ops.view if wiring.one else ops.copy)(f"{name}.merge", "permuted", "o", _Q),
+        (ops.view if wiring.has_one_query else ops.copy)(f"{name}.merge", "permuted", "o", _Q),
         ops.linear(f"{name}.dense", "o", "ao", "h", "a d", "attention", bias=True),
     )
 
 
 def _bmm(name: str, a: str, b: str, y: str, shape: str) -> Op:
-    """The batched product itself, whose gradients autograd can add into."""
+    """A plain batched product, into whose gradients autograd can add in place."""
     return ops.matmul(name, a, b, y, shape)._replace(gradient="new")
 
 
 def _bloom_gelu(name: str, x: str, y: str) -> Op:
-    """Keeps x, and makes everything else again: up to three tensors beside its result, four beside its gradient."""
+    """GELU, which keeps x and recomputes the rest: up to three temporaries in forward, and four in backward."""
     wide = "b s f"
     return Op(
         name,
@@ -113,7 +113,7 @@ def _bloom_gelu(name: str, x: str, y: str) -> Op:
 
 
 def mpt(m: ModelSpec, wiring: Wiring) -> Stack:
-    """No biases; ALiBi in fp32, so that scores become fp32; the boolean mask fills them, and stays for every layer."""
+    """Build MPT: no biases, and ALiBi in fp32, which makes the scores fp32. A boolean mask fills them in all layers."""
     longest = m.max_position_embeddings or 2048
     before = (
         inputs(wiring.padded),
@@ -125,7 +125,7 @@ def mpt(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     after = (
         ops.layer_norm("transformer.norm_f", "x", "n", "b s h", "h", bias=False),
-        ops.leave("x", "embeds", "alibi", "mask", "probs"),
+        ops.release_names("x", "embeds", "alibi", "mask", "probs"),
         lm_head("n", "transformer.wte.weight" if m.tie_word_embeddings else ""),
     )
     return Stack(before, (Run((_mpt_block(m, wiring),), "L"),), after)
@@ -142,13 +142,13 @@ def _mpt_block(m: ModelSpec, wiring: Wiring) -> Block:
             *dropped("resid_attn_dropout", "ao", "ao.dropped", "b s h", drop),
             ops.add("residual_1", "ao.dropped", "x", "x1", "b s h"),
             ops.layer_norm("norm_2", "x1", "n2", "b s h", "h", bias=False),
-            ops.leave("n1"),
+            ops.release_names("n1"),
             ops.linear("ffn.up_proj", "n2", "up", "f", "h", "mlp"),
             ops.activation("ffn.act", "up", "act", "b s f"),
             ops.linear("ffn.down_proj", "act", "mo", "h", "f", "mlp"),
             *dropped("ffn.dropout", "mo", "mo.dropped", "b s h", drop),
             ops.add("residual_2", "mo.dropped", "x1", "y", "b s h"),
-            ops.leave("act", "n2", "x1", "ao", "mo", "probs"),
+            ops.release_names("act", "n2", "x1", "ao", "mo", "probs"),
         ),
     )
 
@@ -163,14 +163,17 @@ def _mpt_attention(drop: bool, clipped: bool, wiring: Wiring, name: str = "attn"
         (Keep("projected", "projected"),),
         source=f"{ops.DERIVATIVES}: clamp",
     )
-    back = {"q": "new", "k": "same", "v": "new"}
+    gradients = {"q": "new", "k": "same", "v": "new"}
     return (
         projected,
         *((clip,) if clipped else ()),
         ops.split(f"{name}.chunk", "qkv", tuple(Tensor(f"{t}.part", _Q) for t in "qkv")),
-        *(ops.view(f"{name}.{t}_heads", f"{t}.part", t, _Q, back[t]) for t in "qkv"),
+        *(ops.view(f"{name}.{t}_heads", f"{t}.part", t, _Q, gradients[t]) for t in "qkv"),
         *cached(name, wiring, ()),
-        *((ops.view if wiring.lays and t == "k" else ops.copy)(f"{name}.{t}_flat", t, f"{t}.flat", _Q) for t in "qk"),
+        *(
+            (ops.view if wiring.is_head_major and t == "k" else ops.copy)(f"{name}.{t}_flat", t, f"{t}.flat", _Q)
+            for t in "qk"
+        ),
         ops.matmul(f"{name}.scores", "q.flat", "k.flat", "scores", _SCORES),
         ops.scale(f"{name}.scaling", "scores", "scaled", _SCORES),
         Op(f"{name}.add_alibi", ("scaled", "alibi"), (Tensor("biased", _SCORES),), gradient="same"),
@@ -185,12 +188,12 @@ def _mpt_attention(drop: bool, clipped: bool, wiring: Wiring, name: str = "attn"
         *ops.softmax(f"{name}.softmax", "filled", "softmax", _SCORES),
         ops.cast(f"{name}.cast", "softmax", "probs.whole", _SCORES, "=v"),
         *dropped(f"{name}.attn_dropout", "probs.whole", "probs", _SCORES, drop),
-        (ops.view if wiring.lays else ops.copy)(f"{name}.v_flat", "v", "v.flat", _Q),
+        (ops.view if wiring.is_head_major else ops.copy)(f"{name}.v_flat", "v", "v.flat", _Q),
         ops.matmul(f"{name}.product", "probs", "v.flat", "heads", _Q),
         ops.view(f"{name}.permute", "heads", "permuted", _Q, gradient="new"),
         ops.copy(f"{name}.contiguous", "permuted", "o", _Q),
         ops.linear(f"{name}.out_proj", "o", "ao", "h", "a d", "attention"),
-        ops.leave("qkv", "filled", "o"),
+        ops.release_names("qkv", "filled", "o"),
     )
 
 

@@ -1,8 +1,8 @@
-"""ChatGLM 2 and 3: sequence first, one projection for q, k and v, heads rotated in part. The first GLM-4: batch first.
+"""ChatGLM 2 and 3: sequence-first, q, k and v in one projection, partial rotation. The first GLM-4: batch-first.
 
-transformers has no class for it. What is said here follows the code published beside the weights
-(`modeling_chatglm.py`), with transformers' own loss. It calls torch's attention whatever transformers is told to use;
-`eager` is taken as the memory-efficient kernel. Its rotation is compiled by TorchScript: here, nothing is fused.
+transformers has no class for them. This follows the published code (`modeling_chatglm.py`), with transformers' own
+loss. That code calls torch's attention whatever transformers is told to use; `eager` is taken as the memory-efficient
+kernel. Its rotation is compiled by TorchScript; here nothing is fused.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ def chatglm(m: ModelSpec, wiring: Wiring) -> Stack:
             *half_norm("input_layernorm", "x", "n1", "b s h", "h"),
             *_attention(m, wiring),
             ops.add("residual_1", "x", "ao", "x1", "b s h"),
-            ops.leave("n1"),
+            ops.release_names("n1"),
             *half_norm("post_attention_layernorm", "x1", "n2", "b s h", "h"),
             *fused_mlp("n2", "mo", layers=("dense_h_to_4h", "dense_4h_to_h"), bias=bias),
             ops.add("residual_2", "x1", "mo", "y", "b s h"),
-            ops.leave("ao", "n2", "mo"),
+            ops.release_names("ao", "n2", "mo"),
         ),
     )
     return Stack(_before(m, wiring), runs(m, lambda _: block), _after(m, wiring))
 
 
 def _batch_first(m: ModelSpec) -> bool:
-    """Whether it is a GLM-4, whose code turns nothing sequence first: by its vocabulary, as the config has no word."""
+    """Whether this is a GLM-4, whose code stays batch-first. Only the size of its vocabulary tells."""
     return m.vocab_size == 151_552
 
 
 def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
-    """A rotary table for as many tokens as the model has positions; a mask only where the batch is padded."""
+    """Embeddings, a rotary table for all positions of the model, and a mask only if the batch is padded."""
     longest, name = m.max_position_embeddings or 2048, "transformer.rotary_pos_emb"
     inv_freq = Weight(f"{name}.inv_freq", "rot2", "buffer", "fp32", False)
     angles, parts = Tensor("angles", f"{longest} rot2", "fp32"), ("cosines", "sines")
@@ -57,7 +57,7 @@ def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         inputs(wiring.padded),
         ops.embedding("transformer.embedding.word_embeddings", "ids", looked_up, "v", "h"),
         *(
-            (ops.copy("transformer.embedding.transpose", looked_up, "embeds", "b s h"), ops.leave(looked_up))
+            (ops.copy("transformer.embedding.transpose", looked_up, "embeds", "b s h"), ops.release_names(looked_up))
             if looked_up != "embeds"
             else ()
         ),
@@ -73,13 +73,15 @@ def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         *(Op(f"{name}.{part}", ("angles",), (Tensor(part, f"{longest} rot2", "fp32"),)) for part in parts),
         Op(f"{name}.stack", parts, (Tensor("table32", f"{longest} rot", "fp32"),)),
         ops.cast(f"{name}.cast", "table32", "table", f"{longest} rot", "=embeds"),
-        ops.leave("angles", *parts),
+        ops.release_names("angles", *parts),
     )
 
 
 def _after(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
-    """ChatGLM's logits are copied batch first. A prompt's keys and values are copied layer by layer into one tensor, at
-    last with all of them there."""
+    """The last norm and the head. ChatGLM's logits are copied to batch-first.
+
+    A prompt's keys and values are copied layer by layer into one tensor, while all of them are still alive.
+    """
     head = lm_head("n")
     weight = head.weights[0]._replace(name="transformer.output_layer.weight")
     keeps = (Keep(weight.name, "n"), Keep("n", weight.name))
@@ -87,14 +89,17 @@ def _after(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     together = Tensor("keys and values of all layers", "L 2 b s k d", "=embeds")
     copies = wiring.caching and not wiring.decodes
     source = f"{_READ}: GLMTransformer.forward"
-    joined = Op("transformer.encoder.presents", ("embeds",), scratch=(together,), source=source)
+    presents = Op("transformer.encoder.presents", ("embeds",), scratch=(together,), source=source)
     return (
-        *((joined,) if copies else ()),
+        *((presents,) if copies else ()),
         *half_norm("transformer.encoder.final_layernorm", "x", "n", "b s h", "h"),
-        ops.leave("x", "embeds", "table", *(("mask",) if wiring.padded else ())),
+        ops.release_names("x", "embeds", "table", *(("mask",) if wiring.padded else ())),
         head._replace(name="transformer.output_layer", writes=(first,), weights=(weight,), keeps=keeps),
         *(
-            (ops.copy("transformer.output_layer.transpose", first.name, "logits", "b s v"), ops.leave(first.name))
+            (
+                ops.copy("transformer.output_layer.transpose", first.name, "logits", "b s v"),
+                ops.release_names(first.name),
+            )
             if first.name != "logits"
             else ()
         ),
@@ -102,7 +107,7 @@ def _after(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
 
 
 def half_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """The square is taken of a cast of x, and x itself is multiplied: both are kept, and the fp32 result."""
+    """RMSNorm that squares a cast of x and multiplies x itself: both are kept, and so is the fp32 result."""
     cast, square, mean, eps, rsqrt, scale, *rest = rms_norm(name, x, y, shape, axis)
     rstd = scale.reads[1]
     product = scale._replace(reads=(x, rstd), keeps=(Keep(rstd, x), Keep(x, rstd)))
@@ -110,46 +115,50 @@ def half_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...
 
 
 def _attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention") -> tuple[Op, ...]:
-    """k and v are repeated for every query head before torch sees them; a padded batch's mask is inverted anew."""
+    """Attention. k and v are repeated for every query head first; every layer inverts a padded batch's mask."""
     bias = m.get("add_bias_linear", False)
     qkv_bias = bias or m.get("add_qkv_bias", False)
     inverted = "inverted" if wiring.padded else "mask"
     backend = wiring.masked if wiring.padded else wiring.backend
-    heads = "o" if backend == "flash" or _batch_first(m) else "o.heads"  # the other kernels write batch first
-    alone = wiring._replace(caching=False)
+    heads = "o" if backend == "flash" or _batch_first(m) else "o.heads"  # the other kernels write batch-first
+    uncached = wiring._replace(caching=False)
     return (
         ops.linear(f"{name}.query_key_value", "n1", "qkv", "qkv", "h", "attention", qkv_bias),
         ops.split(f"{name}.split", "qkv", (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v0", _K))),
-        *_rotated(f"{name}.rope_q", "q", "a"),
-        *_rotated(f"{name}.rope_k", "k", "k"),
-        *_cached(f"{name}.cache", wiring),
+        *_rotate_pairs(f"{name}.rope_q", "q", "a"),
+        *_rotate_pairs(f"{name}.rope_k", "k", "k"),
+        *_cache(f"{name}.cache", wiring),
         *(
             (
                 ops.copy(f"{name}.expand_k", "k.rotated", "k", _Q, gradient="new"),
-                ops.leave("k.rotated"),
+                ops.release_names("k.rotated"),
                 ops.copy(f"{name}.expand_v", "v0", "v", _Q, gradient="new"),
             )
             if m.num_key_value_heads != m.num_attention_heads
             else (ops.view(f"{name}.k", "k.rotated", "k", _Q), ops.view(f"{name}.v", "v0", "v", _Q))
         ),
         *((Op(f"{name}.invert", ("mask",), (Tensor("inverted", "b s s", "bool"),)),) if wiring.padded else ()),
-        *attention(f"{name}.core_attention", "q.rotated", "k", "v", heads, alone, False, mask=inverted),
-        *((ops.leave("inverted"),) if wiring.padded else ()),
+        *attention(f"{name}.core_attention", "q.rotated", "k", "v", heads, uncached, False, mask=inverted),
+        *((ops.release_names("inverted"),) if wiring.padded else ()),
         *((ops.copy(f"{name}.sequence_first", heads, "o", _Q),) if heads != "o" else ()),
         ops.linear(f"{name}.dense", "o", "ao", "h", "a d", "attention", bias),
-        ops.leave("qkv", "q.rotated", "k", "v", "o"),
+        ops.release_names("qkv", "q.rotated", "k", "v", "o"),
     )
 
 
-def _cached(name: str, wiring: Wiring) -> tuple[Op, ...]:
-    """The code joins keys and values of every further token with those before; of a prompt it copies both. (The first
-    revisions of ChatGLM2 and 3 kept a prompt's as they were.)"""
+def _cache(name: str, wiring: Wiring) -> tuple[Op, ...]:
+    """The cache. Every further token's keys and values are concatenated with the earlier ones; a prompt's are copied.
+
+    (The first revisions of ChatGLM2 and 3 kept a prompt's without copying them.)
+    """
     source = f"{_READ}: SelfAttention.forward"
     return tuple(op._replace(source=source) for op in cached(name, wiring, (), tensors=("k.rotated", "v0")))
 
 
-def _rotated(name: str, t: str, heads: str) -> tuple[Op, ...]:
-    """Neighbouring dimensions are pairs: four products with the table's columns, stacked, joined with the rest."""
+def _rotate_pairs(name: str, t: str, heads: str) -> tuple[Op, ...]:
+    """Rotate neighbouring dimensions as pairs: four products with the table's columns, stacked and joined with the
+    rest.
+    """
     half, rot, full = (f"b s {heads} {width}" for width in ("rot2", "rot", "d"))
     products = ("even_cos", "odd_sin", "odd_cos", "even_sin")
     return (
@@ -170,7 +179,7 @@ def _rotated(name: str, t: str, heads: str) -> tuple[Op, ...]:
         ),
         ops.view(f"{name}.part", f"{t}.turned", f"{t}.part", full),
         Op(f"{name}.cat", (f"{t}.part", f"{t}.pass"), (Tensor(f"{t}.rotated", full),), gradient="same"),
-        ops.leave(f"{t}.turned"),
+        ops.release_names(f"{t}.turned"),
     )
 
 

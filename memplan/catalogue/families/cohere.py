@@ -1,4 +1,4 @@
-"""Cohere: attention and MLP side by side, LayerNorms written out in fp32, and a rotation in fp32."""
+"""Cohere: attention and MLP in parallel, LayerNorms written out in fp32, and rotation in fp32."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _Q, _K = "b s a d", "b s k d"
 
 
 def rope(name: str, q: str, k: str) -> tuple[Op, ...]:
-    """q and k are cast to fp32 first, rotated pair by pair, and cast back."""
+    """Cast q and k to fp32, rotate them pair by pair, and cast them back."""
     return (
         ops.cast(f"{name}.float_q", q, "q.wide", _Q, "fp32"),
         ops.cast(f"{name}.float_k", k, "k.wide", _K, "fp32"),
@@ -29,24 +29,27 @@ def rope(name: str, q: str, k: str) -> tuple[Op, ...]:
         *ops.rotate(f"{name}.rope_k", "k.wide", "k.rotated", _K, "b s k rot2"),
         ops.cast(f"{name}.cast_q", "q.rotated", "q", _Q, f"={q}"),
         ops.cast(f"{name}.cast_k", "k.rotated", "k", _K, f"={k}"),
-        ops.leave("q.wide", "k.wide", "q.rotated", "k.rotated"),
-        ops.leave(q, k),
+        ops.release_names("q.wide", "k.wide", "q.rotated", "k.rotated"),
+        ops.release_names(q, k),
     )
 
 
 def norm_and_rope(name: str, q: str, k: str) -> tuple[Op, ...]:
-    """Each head of q and k has a norm with a weight of its own."""
+    """Normalise q and k, with a separate weight for each head, then rotate them."""
     return (
         *layer_norm(f"{name}.q_norm", q, "q.normed", _Q, "a d"),
-        ops.leave(q),
+        ops.release_names(q),
         *layer_norm(f"{name}.k_norm", k, "k.normed", _K, "k d"),
-        ops.leave(k),
+        ops.release_names(k),
         *rope(name, "q.normed", "k.normed"),
     )
 
 
 def cohere(m: ModelSpec, wiring: Wiring, mixed: bool = False) -> Stack:
-    """One norm for both branches, and logits multiplied by a number. Cohere 2 rotates in layers with a window only."""
+    """Build Cohere: one norm for both branches, and logits multiplied by a constant.
+
+    `mixed`: Cohere 2, which rotates only in layers with a sliding window.
+    """
     bias = m.get("attention_bias", False)
     turn = norm_and_rope if m.get("use_qk_norm", False) and not mixed else rope
 
@@ -62,7 +65,7 @@ def cohere(m: ModelSpec, wiring: Wiring, mixed: bool = False) -> Stack:
                 *gated_mlp("n1", "mo"),
                 ops.add("residual_1", "x", "ao", "x1", "b s h"),
                 ops.add("residual_2", "x1", "mo", "y", "b s h"),
-                ops.leave("n1", "ao", "mo", "positions", *returned(wiring)),
+                ops.release_names("n1", "ao", "mo", "positions", *returned(wiring)),
             ),
         )
 

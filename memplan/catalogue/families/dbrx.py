@@ -1,4 +1,4 @@
-"""DBRX: LayerNorms without biases, q, k and v in one projection that is clipped, experts in a loop."""
+"""DBRX: LayerNorms without biases, q, k and v in one clipped projection, experts in a loop."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _SOURCE = "transformers 5.24 models/dbrx/modeling_dbrx.py"
 
 
 def dbrx(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Noise on the router's input is multiplied in place, so that the experts read it too."""
+    """Build DBRX. Noise multiplies the router's input in place, so the experts read it too."""
     dropped, norm = drops(m, "resid_pdrop"), "norm_attn_norm"
     block = Block(
         "transformer.blocks",
@@ -31,10 +31,10 @@ def dbrx(m: ModelSpec, wiring: Wiring) -> Stack:
             *_ffn(m),
             *_dropped("dropout", "mo", "mo.branch", dropped),
             ops.add("residual_2", "x1", "mo.branch" if dropped else "mo", "y", "b s h"),
-            ops.leave("positions", *returned(wiring)),
+            ops.release_names("positions", *returned(wiring)),
         ),
     )
-    made = [op.name for op in masks(wiring, "embeds")]
+    mask_names = [op.name for op in masks(wiring, "embeds")]
     return Stack(
         (
             inputs(wiring.padded),
@@ -46,7 +46,7 @@ def dbrx(m: ModelSpec, wiring: Wiring) -> Stack:
         (Run((block,), "L"),),
         (
             ops.layer_norm("transformer.norm_f", "x", "n", "b s h", "h", bias=False),
-            ops.leave("x", "embeds", "positions", "cos", "sin", *made),
+            ops.release_names("x", "embeds", "positions", "cos", "sin", *mask_names),
             lm_head("n"),
         ),
     )
@@ -60,27 +60,27 @@ def _layer_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
 
 
 def _dropped(name: str, x: str, y: str, drop: bool) -> tuple[Op, ...]:
-    return (ops.dropout(name, x, y, "b s h"), ops.leave(x)) if drop else ()
+    return (ops.dropout(name, x, y, "b s h"), ops.release_names(x)) if drop else ()
 
 
 def _attention(m: ModelSpec, wiring: Wiring, name: str) -> tuple[Op, ...]:
-    """The parts of the projection are views of it; clipped, it is new, and what it was before is kept."""
+    """Attention. q, k and v are views of the projection; clipping makes a new tensor, and keeps the unclipped one."""
     grouped, clipped = m.num_key_value_heads != m.num_attention_heads, m.get("clip_qkv", 0.0) > 0
     wiring = wiring._replace(drops=drops(m, "attn_pdrop"))
     clamp = ops.clamp(f"{name}.clamp", "projected", "qkv", "b s qkv", 2)
     return (
         ops.linear(f"{name}.Wqkv", "n1", "projected" if clipped else "qkv", "qkv", "h", "attention"),
-        *((clamp, ops.leave("projected")) if clipped else ()),
+        *((clamp, ops.release_names("projected")) if clipped else ()),
         ops.split(f"{name}.split", "qkv", (Tensor("q1", _Q), Tensor("k1", _K), Tensor("v", _K))),
         *rope(name, "q1", "k1"),
         *attention(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, False, mask_name(False)),
         ops.linear(f"{name}.out_proj", "o", "ao", "h", "a d", "attention"),
-        ops.leave("qkv", "q", "k", "v", "o", "n1"),
+        ops.release_names("qkv", "q", "k", "v", "o", "n1"),
     )
 
 
 def _ffn(m: ModelSpec) -> tuple[Op, ...]:
-    """A softmax in the logits' own dtype, and the scores of those chosen divided by their sum."""
+    """Routed experts. The softmax is in the dtype of the logits, and the selected scores are divided by their sum."""
     name, ffn = "ffn.router", m.part("ffn_config")
     noisy = ffn.get("moe_jitter_eps") is not None
     x = "n2.noisy" if noisy else "n2"
@@ -92,10 +92,10 @@ def _ffn(m: ModelSpec) -> tuple[Op, ...]:
         routers.gate(f"{name}.layer", x, stands_for=(), matrix=True),
         *(op._replace(autocast="") for op in softmax),
         routers.top_k(f"{name}.topk", "router.probs", top),
-        ops.leave("router.probs"),
+        ops.release_names("router.probs"),
         *(routers.divided(f"{name}.normalise", top, routers.SCORES, "norm") if normalised else ()),
         *expert_loops.loop(x, "mo", "ffn.experts", [expert_loops.in_rows("ffn.experts")] * expert_loops.experts_of(m)),
-        ops.leave(*routers.HELD, "n2"),
+        ops.release_names(*routers.HELD, "n2"),
     )
 
 

@@ -1,4 +1,4 @@
-"""DeepSeek's mixtures of experts and those built like them: latent attention, dense layers first, shared experts."""
+"""DeepSeek's mixtures of experts and models like them: latent attention, dense layers first, shared experts."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from memplan.catalogue.decoder.frame import decoder_block, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.experts.experts import mixture
-from memplan.catalogue.families.minicpm3 import stack
+from memplan.catalogue.families.minicpm3 import model_around
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Stack, Tensor
@@ -19,19 +19,22 @@ _V2 = "transformers 5.24 models/deepseek_v2/modeling_deepseek_v2.py DeepseekV2To
 
 
 def feed(layer: Layer, routed: tuple[Op, ...], bias: bool = False) -> tuple[Op, ...]:
-    """A layer's MLP: a dense one, or the experts chosen with those that every token uses, as one, beside them."""
+    """A layer's MLP: dense, or the routed experts plus the shared ones, which are computed as one."""
     if layer.ffn == "dense":
         return gated_mlp("n2", "mo", bias=bias)
     return (
         *mixture("n2", routed, experts.experts("n2", "routed"), leaves=False),
         *gated_mlp("n2", "shared", "mlp.shared_experts", bias, width="fs"),
         ops.add("mlp.add", "routed", "shared", "mo", "b s h"),
-        ops.leave("routed", "shared", *routers.HELD, "n2"),
+        ops.release_names("routed", "shared", *routers.HELD, "n2"),
     )
 
 
 def _softmax_router(name: str, x: str, limited: bool) -> tuple[Op, ...]:
-    """Softmax over all experts, and the largest, scaled. `limited`: of the best groups, those of the others being 0."""
+    """Softmax over all experts, then the largest scores, scaled.
+
+    `limited`: experts are selected from the best groups only; the scores of the other groups are set to 0.
+    """
     shape, probs, top = "b s E", "router.probs", "router.top"
     scores = "router.limited" if limited else probs
     product = routers.gate(name, "router.x")
@@ -46,22 +49,22 @@ def _softmax_router(name: str, x: str, limited: bool) -> tuple[Op, ...]:
         ),
         Op(f"{name}.others", ("router.mask",), (Tensor("router.others", shape, "bool"),), gradient="none"),
         routers.masked(f"{name}.masked_fill", probs, "router.others", scores, shape),
-        ops.leave("router.others"),
+        ops.release_names("router.others"),
     )
     return (
         ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),
         product._replace(weights=(product.weights[0]._replace(dtype="fp32"),)),
-        ops.leave("router.x"),
+        ops.release_names("router.x"),
         *ops.softmax(f"{name}.softmax", "router.logits", probs, shape, "fp32"),
         *(groups if limited else ()),
         routers.top_k(f"{name}.topk", scores, top),
         ops.scale(f"{name}.scale", top, routers.SCORES, routers.PAIRS),
-        ops.leave(probs, scores, top, *(("router.mask",) if limited else ())),
+        ops.release_names(probs, scores, top, *(("router.mask",) if limited else ())),
     )
 
 
 def deepseek_v2(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Rotated as complex numbers; routed by a softmax."""
+    """Build DeepSeek V2: complex rotation, and a softmax router."""
     bias = m.get("attention_bias", False)
     heads = latent_attention(m, wiring, "n1", "ao", complex_pairs, bias)
     routed = _softmax_router("mlp.gate", "n2", m.get("topk_method", "") == "group_limited_greedy")
@@ -69,36 +72,38 @@ def deepseek_v2(m: ModelSpec, wiring: Wiring) -> Stack:
         m,
         lambda layer: decoder_block(heads, feed(layer, routed, m.get("mlp_bias", False)), held=returned(wiring)),
     )
-    return stack(m, wiring, blocks, table=complex_table())
+    return model_around(m, wiring, blocks, table=complex_table())
 
 
 def deepseek_v3(m: ModelSpec, wiring: Wiring) -> Stack:
-    """DeepSeek V3 and R1, Kimi K2, Moonlight, GLM 4.7 Flash: sigmoids, and a bias that balances the experts' load."""
+    """Build DeepSeek V3 and R1, Kimi K2, Moonlight, GLM 4.7 Flash: sigmoid scores, and a bias that balances experts."""
     turn: Turn = pairs if m.get("rope_interleave", True) else halves
     heads = latent_attention(m, wiring, "n1", "ao", turn, m.get("attention_bias", False))
     routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
-    return stack(m, wiring, runs(m, lambda layer: decoder_block(heads, feed(layer, routed), held=returned(wiring))))
+    return model_around(
+        m, wiring, runs(m, lambda layer: decoder_block(heads, feed(layer, routed), held=returned(wiring)))
+    )
 
 
 def deepseek_v32(m: ModelSpec, wiring: Wiring) -> Stack:
-    """V3 whose queries choose the keys they attend to."""
+    """Build DeepSeek V3.2, whose queries select the keys they attend to."""
     routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     heads = _sparse_attention(m, wiring, lightning.indexer("self_attn", "n1", "q.normed", wiring, False))
     blocks = runs(m, lambda layer: decoder_block(heads, feed(layer, routed), held=returned(wiring)))
-    return stack(m, wiring, blocks, made=lightning.causal_mask(wiring))
+    return model_around(m, wiring, blocks, made=lightning.causal_mask(wiring))
 
 
 def _sparse_attention(m: ModelSpec, wiring: Wiring, chosen: tuple[Op, ...], keeps: bool = False) -> tuple[Op, ...]:
-    """`keeps`: the keys that were `chosen` are returned with what the block makes."""
+    """Latent attention to the keys that `chosen` selects. `keeps`: the block returns the selection with its output."""
     sparse = (*chosen, *lightning.sparse_mask("self_attn", wiring))
     bias, held = m.get("attention_bias", False), () if keeps else (lightning.KEYS,)
     return latent_attention(m, wiring, "n1", "ao", pairs, bias, sparse=sparse, mask=lightning.MASK, held=held)
 
 
 def glm_moe_dsa(m: ModelSpec, wiring: Wiring) -> Stack:
-    """GLM 5: a layer returns the keys its queries chose, and some take those of the layer before.
+    """Build GLM 5: a layer returns the keys its queries selected, and some layers reuse the previous layer's selection.
 
-    A checkpoint keeps them of every layer, which is not counted.
+    A checkpoint keeps the selection of every layer, which is not counted.
     """
     routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     indexer = lightning.indexer("self_attn", "n1", "q.normed", wiring, True)
@@ -106,11 +111,11 @@ def glm_moe_dsa(m: ModelSpec, wiring: Wiring) -> Stack:
     def block(layer: Layer) -> Block:
         shared = layer.mixer == "shared"
         heads = _sparse_attention(m, wiring, () if shared else indexer, keeps=True)
-        made = decoder_block(heads, feed(layer, routed), held=returned(wiring))
-        return made._replace(ops=(*made.ops, *lightning.handed_on())) if shared else made
+        layer_block = decoder_block(heads, feed(layer, routed), held=returned(wiring))
+        return layer_block._replace(ops=(*layer_block.ops, *lightning.handed_on())) if shared else layer_block
 
-    whole = stack(m, wiring, runs(m, block), made=lightning.causal_mask(wiring))
-    return whole._replace(after=(*whole.after[:-1], ops.leave(lightning.KEYS), whole.after[-1]))
+    model = model_around(m, wiring, runs(m, block), made=lightning.causal_mask(wiring))
+    return model._replace(after=(*model.after[:-1], ops.release_names(lightning.KEYS), model.after[-1]))
 
 
 BUILDERS = {

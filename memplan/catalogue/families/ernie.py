@@ -1,4 +1,4 @@
-"""Ernie 4.5: Llama whose rotation is computed in fp32, with neighbouring dimensions as pairs."""
+"""Ernie 4.5: Llama with neighbouring dimensions rotated as pairs, in fp32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memplan.models.model import ModelSpec
 
 
 def ernie(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Its attention drops nothing, whatever the config says of it."""
+    """Build Ernie 4.5. Its attention never applies dropout, whatever the config says."""
     bias, wiring = m.get("use_bias", False), wiring._replace(drops=False)
     block = decoder_block(
         llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, turn=rope_in_fp32),

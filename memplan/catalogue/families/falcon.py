@@ -1,7 +1,7 @@
-"""Falcon: LayerNorm, attention and MLP side by side, a mask for every batch, one or few key/value heads.
+"""Falcon: LayerNorm, attention and MLP in parallel, a mask for every batch, one or few key/value heads.
 
-transformers calls torch's attention itself, and with a mask even where none is padded: flash attention cannot take
-it. The key/value head that all queries share is handed over as one head, which only torch's reference product takes.
+transformers calls torch's attention itself, with a mask even if nothing is padded, which flash attention does not take.
+A key/value head shared by all queries is passed as one head, which only torch's reference product takes.
 """
 
 from __future__ import annotations
@@ -20,27 +20,29 @@ _SOURCE = "transformers 5.24 models/falcon/modeling_falcon.py"
 
 
 def falcon(m: ModelSpec, wiring: Wiring) -> Stack:
-    """The 7B model shares one key/value head; the 40B and 180B models copy each of theirs for its query heads."""
-    made = () if wiring.backend == "flash_2" else _mask(wiring, m.get("alibi", False))
+    """Build Falcon. The 7B model shares one key/value head; the 40B and 180B models copy theirs for each query head."""
+    mask_ops = () if wiring.backend == "flash_2" else _mask(wiring, m.get("alibi", False))
     return Stack(
         (
             inputs(wiring.padded),
             ops.embedding("transformer.word_embeddings", "ids", "embeds", "v", "h"),
             positions(),
-            *made,
+            *mask_ops,
             *rotary_table("embeds"),
         ),
         (Run((_block(m, wiring),), "L"),),
         (
             ops.layer_norm("transformer.ln_f", "x", "n", "b s h", "h"),
-            ops.leave("x", "embeds", "positions", "cos", "sin", *(op.name for op in made), *returned(wiring)),
+            ops.release_names(
+                "x", "embeds", "positions", "cos", "sin", *(op.name for op in mask_ops), *returned(wiring)
+            ),
             lm_head("n", "transformer.word_embeddings.weight" if m.tie_word_embeddings else ""),
         ),
     )
 
 
 def _mask(wiring: Wiring, alibi: bool) -> tuple[Op, ...]:
-    """ALiBi's biases are filled into a mask of the model's dtype for every head."""
+    """The mask. ALiBi's biases are filled into one of the model's dtype for every head."""
     if alibi:
         parts = (
             Tensor("causal", "s s", "bool"),
@@ -61,9 +63,12 @@ def _mask(wiring: Wiring, alibi: bool) -> tuple[Op, ...]:
 
 
 def _block(m: ModelSpec, wiring: Wiring) -> Block:
-    """One norm for attention and MLP, or one for each; what they make is added in place, then to the input."""
-    two = m.get("new_decoder_architecture", False) and m.get("num_ln_in_parallel_attn", 2) == 2
-    norms = (("ln_attn", "n1"), ("ln_mlp", "n2")) if two else (("input_layernorm", "n1"),)
+    """One layer, with one norm for attention and MLP or one for each.
+
+    In parallel, MLP and attention are added in place, and their sum then to the input.
+    """
+    two_norms = m.get("new_decoder_architecture", False) and m.get("num_ln_in_parallel_attn", 2) == 2
+    norms = (("ln_attn", "n1"), ("ln_mlp", "n2")) if two_norms else (("input_layernorm", "n1"),)
     n2, bias, drop = norms[-1][1], m.get("bias", False), drops(m, "hidden_dropout")
     if not m.get("parallel_attn", True) and not m.get("new_decoder_architecture", False):
         branch = (
@@ -86,23 +91,23 @@ def _block(m: ModelSpec, wiring: Wiring) -> Block:
             *branch,
             *dropped("dropout_2", "branches", "branches.dropped", "b s h", drop),
             ops.add("residual_2", stream, "branches.dropped", "y", "b s h"),
-            ops.leave("ao", "branches", "n1", *passed, *returned(wiring)),
+            ops.release_names("ao", "branches", "n1", *passed, *returned(wiring)),
         ),
     )
 
 
 def _linear(name: str, x: str, y: str, out: str, into: str, group: str, bias: bool) -> tuple[Op, ...]:
-    """The bias is added after the product, to a result of its own."""
+    """A linear layer that adds its bias to the product in a new tensor."""
     product = ops.linear(name, x, f"{y}.product" if bias else y, out, into, group)
-    made = product.writes[0]._replace(dtype=f"={x}")
-    product = product._replace(writes=(made,), weights=(product.weights[0]._replace(viewed=True),))
+    written = product.writes[0]._replace(dtype=f"={x}")
+    product = product._replace(writes=(written,), weights=(product.weights[0]._replace(is_read_as_view=True),))
     if not bias:
         return (product,)
     weight = Weight(f"{name}.bias", out, group)
     return (
         product,
         Op(f"{name}.bias", (f"{y}.product",), (Tensor(y, f"b s {out}"),), (weight,), gradient="same", source=_SOURCE),
-        ops.leave(f"{y}.product"),
+        ops.release_names(f"{y}.product"),
     )
 
 
@@ -111,7 +116,7 @@ def _mlp(m: ModelSpec, x: str, y: str, bias: bool, name: str = "mlp") -> tuple[O
         *_linear(f"{name}.dense_h_to_4h", x, "up", "f", "h", "mlp", bias),
         *activation(m, f"{name}.act", "up", "act", "b s f"),
         *_linear(f"{name}.dense_4h_to_h", "act", y, "h", "f", "mlp", bias),
-        ops.leave(x),
+        ops.release_names(x),
     )
 
 
@@ -121,31 +126,37 @@ def _attention(
     shared = m.num_key_value_heads == 1 and m.num_attention_heads > 1 and not m.get("new_decoder_architecture", False)
     kv = ("k", _K) if shared else ("a", _Q)
     alibi = m.get("alibi", False)
-    turned = (
+    rotated = (
         *ops.rotate(f"{name}.rope_q", "q1", "q", _Q, "b s a rot2"),
         *ops.rotate(f"{name}.rope_k", "k1", "k", kv[1], f"b s {kv[0]} rot2"),
-        ops.leave("q1", "k1"),
+        ops.release_names("q1", "k1"),
     )
-    as_it_is = (ops.view(f"{name}.q", "q1", "q", _Q), ops.view(f"{name}.k", "k1", "k", kv[1]))
+    unrotated = (ops.view(f"{name}.q", "q1", "q", _Q), ops.view(f"{name}.k", "k1", "k", kv[1]))
     return (
         *_linear(f"{name}.query_key_value", x, "qkv", "qkv", "h", "attention", bias),
-        *(_one_head(name) if shared else _by_group(name) if m.get("new_decoder_architecture", False) else _views(name)),
-        *(as_it_is if alibi else turned),
+        *(
+            _shared_head(name)
+            if shared
+            else _per_group(name)
+            if m.get("new_decoder_architecture", False)
+            else _per_head_views(name)
+        ),
+        *(unrotated if alibi else rotated),
         *_kernel(f"{name}.attention", wiring, shared, kv[1], alibi, drops(m, "attention_dropout")),
         *_linear(f"{name}.dense", "o", y, "h", "a d", "attention", bias),
-        ops.leave("qkv", "q", "k", "v", "o"),
+        ops.release_names("qkv", "q", "k", "v", "o"),
     )
 
 
-def _one_head(name: str) -> tuple[Op, ...]:
-    """q is a view of the projection, k and v are copied out of it; three gradients as wide as all of it are summed."""
+def _shared_head(name: str) -> tuple[Op, ...]:
+    """A view of the projection for q, copies for k and v. Three gradients as wide as the projection are summed."""
     return (
         ops.view(f"{name}.q_slice", "qkv", "q1", _Q, gradient="new"),
-        *(_indexed(name, t, y) for t, y in (("k", "k1"), ("v", "v"))),
+        *(_index_copy(name, t, y) for t, y in (("k", "k1"), ("v", "v"))),
     )
 
 
-def _indexed(name: str, t: str, y: str) -> Op:
+def _index_copy(name: str, t: str, y: str) -> Op:
     index = f"{t}.index"
     return Op(
         f"{name}.{t}_index",
@@ -157,39 +168,41 @@ def _indexed(name: str, t: str, y: str) -> Op:
     )
 
 
-def _views(name: str) -> tuple[Op, ...]:
-    """q, k and v of a head lie side by side: views, whose gradients are each as wide as the whole projection."""
+def _per_head_views(name: str) -> tuple[Op, ...]:
+    """q, k and v of a head side by side: views, whose gradients are each as wide as the whole projection."""
     return tuple(
         ops.view(f"{name}.{t}_slice", "qkv", y, _Q, gradient="new") for t, y in (("q", "q1"), ("k", "k1"), ("v", "v"))
     )
 
 
-def _by_group(name: str) -> tuple[Op, ...]:
-    """q lies between the k and v of its group and is copied out; k and v are copied for every query head."""
+def _per_group(name: str) -> tuple[Op, ...]:
+    """q is copied out from between the k and v of its group; k and v are copied for every query head."""
     return (
         ops.view(f"{name}.q_slice", "qkv", "q0", _Q, gradient="new"),
-        *(_indexed(name, t, f"{t}.group") for t in "kv"),
+        *(_index_copy(name, t, f"{t}.group") for t in "kv"),
         ops.copy(f"{name}.q_flatten", "q0", "q1", _Q),
         ops.copy(f"{name}.k_flatten", "k.group", "k1", _Q, gradient="new"),
         ops.copy(f"{name}.v_flatten", "v.group", "v", _Q, gradient="new"),
-        ops.leave("k.group", "v.group"),
+        ops.release_names("k.group", "v.group"),
     )
 
 
 def _kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool, drop: bool) -> tuple[Op, ...]:
-    kernel = _given_kernel(name, wiring._replace(caching=False), shared, kv, alibi, drop)
-    return cached(name, wiring, _as_they_lie(name, kernel, wiring, shared))
+    kernel = _uncached_kernel(name, wiring._replace(caching=False), shared, kv, alibi, drop)
+    return cached(name, wiring, _without_head_copies(name, kernel, wiring, shared))
 
 
-def _as_they_lie(name: str, kernel: tuple[Op, ...], wiring: Wiring, shared: bool) -> tuple[Op, ...]:
-    """The kernel without copies of what lies head by head: a token's heads, and k and v as a cache hands them on, but
-    those that all queries share."""
-    flat = {f"{name}.{what}" for what in ("q_flat", "contiguous", "reshape") if wiring.one}
-    flat |= {f"{name}.{t}_flat" for t in "kv" if wiring.lays and not shared}
+def _without_head_copies(name: str, kernel: tuple[Op, ...], wiring: Wiring, shared: bool) -> tuple[Op, ...]:
+    """Return the kernel without copies of what is stored head by head already.
+
+    That is a single token's heads, and cached k and v unless all queries share them.
+    """
+    flat = {f"{name}.{what}" for what in ("q_flat", "contiguous", "reshape") if wiring.has_one_query}
+    flat |= {f"{name}.{t}_flat" for t in "kv" if wiring.is_head_major and not shared}
     return tuple(op._replace(view=True) if op.name in flat else op for op in kernel)
 
 
-def _given_kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool, drop: bool) -> tuple[Op, ...]:
+def _uncached_kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool, drop: bool) -> tuple[Op, ...]:
     if wiring.backend == "flash_2":
         return attention(name, "q", "k", "v", "o", wiring, False)
     if wiring.backend == "eager":
@@ -197,39 +210,39 @@ def _given_kernel(name: str, wiring: Wiring, shared: bool, kv: str, alibi: bool,
     if shared or wiring.masked == "math":
         kernel = _math(name, shared, kv, "=q.low" if wiring.half_math else "fp32")
     else:
-        always = wiring._replace(backend="efficient", masked="efficient", padded=True)
-        kernel = attention(name, "q", "k", "v", "o", always, False)
-        kernel = _padding(name, kernel) if alibi else kernel
+        masked_wiring = wiring._replace(backend="efficient", masked="efficient", padded=True)
+        kernel = attention(name, "q", "k", "v", "o", masked_wiring, False)
+        kernel = _with_padded_biases(name, kernel) if alibi else kernel
     if not alibi:
         return kernel
-    return tuple(_given(op) if op.name in (f"{name}.mask", f"{name}.mask_float") else op for op in kernel)
+    return tuple(_per_head_mask(op) if op.name in (f"{name}.mask", f"{name}.mask_float") else op for op in kernel)
 
 
-def _padding(name: str, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
-    """The memory-efficient kernel given biases: rows that are no multiple of 8 are padded in every layer, and kept so.
+def _with_padded_biases(name: str, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The memory-efficient kernel with biases. Every layer pads rows that are no multiple of 8, and keeps them padded.
 
     Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp preprocess_mask, pad_bias.
     """
-    padded, given = "bias.padded", ("q.lowered", "k.lowered", "v.lowered")
+    padded, operands = "bias.padded", ("q.lowered", "k.lowered", "v.lowered")
     pad = Op(f"{name}.pad_mask", ("mask",), (Tensor(padded, "b a s s_uneven8", "=mask"),))
-    made: list[Op] = []
+    operations: list[Op] = []
     for op in kernel:
         if op.name == name:
-            keeps = (*op.keeps, *(Keep(padded, x) for x in given))
-            made += (pad, op._replace(reads=(*op.reads, padded), keeps=keeps, scratch=()))
+            keeps = (*op.keeps, *(Keep(padded, x) for x in operands))
+            operations += (pad, op._replace(reads=(*op.reads, padded), keeps=keeps, scratch=()))
         else:
-            made.append(op)
-    return tuple(made)
+            operations.append(op)
+    return tuple(operations)
 
 
-def _given(op: Op) -> Op:
-    """The mask has a bias for every head, and the model's dtype already."""
-    made = op.writes[0]._replace(shape=_SCORES)
-    return op._replace(writes=(made,)) if op.cast else ops.view(op.name, "mask", made.name, _SCORES)
+def _per_head_mask(op: Op) -> Op:
+    """Return the op of a mask that has a bias for every head, and the model's dtype, already."""
+    written = op.writes[0]._replace(shape=_SCORES)
+    return op._replace(writes=(written,)) if op.cast else ops.view(op.name, "mask", written.name, _SCORES)
 
 
 def _scores(name: str, q: str, k: str, shared: bool, autocast: str) -> tuple[Op, ...]:
-    """The heads of q and k for a batched product: contiguous, and k for every query head."""
+    """Scores of q and k, which a batched product needs contiguous, and k for every query head."""
     return (
         ops.copy(f"{name}.q_flat", q, "q.flat", _Q),
         ops.copy(f"{name}.k_flat", k, "k.flat", _Q, gradient="new" if shared else "same"),
@@ -238,14 +251,14 @@ def _scores(name: str, q: str, k: str, shared: bool, autocast: str) -> tuple[Op,
 
 
 def _eager(name: str, shared: bool, kv: str) -> tuple[Op, ...]:
-    """The scores are divided in place, and the softmax is in the dtype of the norm's output."""
+    """Eager attention. Scores are divided in place; the softmax is in the dtype of the norm's output."""
     return (
-        *_lowered(name, ("q", "k"), kv),
+        *_autocast_inputs(name, ("q", "k"), kv),
         *_scores(name, "q.low", "k.low", shared, "lower"),
         ops.view(f"{name}.divide", "scores", "divided", _SCORES, gradient="new"),
         Op(f"{name}.add_mask", ("divided", "mask"), (Tensor("masked", _SCORES),), gradient="same"),
         *ops.softmax(f"{name}.softmax", "masked", "probs", _SCORES),
-        ops.leave("scores"),
+        ops.release_names("scores"),
         ops.copy(f"{name}.v_flat", "v", "v.flat", _Q, gradient="new" if shared else "same"),
         ops.matmul(f"{name}.product", "probs", "v.flat", "heads", _Q),
         ops.copy(f"{name}.reshape", "heads", "o", _Q, gradient="new"),
@@ -253,9 +266,9 @@ def _eager(name: str, shared: bool, kv: str) -> tuple[Op, ...]:
 
 
 def _eager_with_alibi(name: str, drop: bool) -> tuple[Op, ...]:
-    """Scores and biases are added in fp32, and every step of them stays to the end."""
+    """Eager attention with ALiBi. Scores and biases are added in fp32, and every step stays alive to the end."""
     return (
-        *_lowered(name, ("q", "k"), _Q),
+        *_autocast_inputs(name, ("q", "k"), _Q),
         *_scores(name, "q.low", "k.low", False, "lower"),
         ops.cast(f"{name}.float", "scores", "wide", _SCORES, "fp32"),
         Op(f"{name}.add_alibi", ("wide", "alibi"), (Tensor("logits", _SCORES),), gradient="same"),
@@ -263,20 +276,20 @@ def _eager_with_alibi(name: str, drop: bool) -> tuple[Op, ...]:
         Op(f"{name}.add_mask", ("scaled", "mask"), (Tensor("masked", _SCORES),), gradient="same"),
         ops.cast(f"{name}.cast", "masked", "masked.low", _SCORES, "=n1"),
         *ops.softmax(f"{name}.softmax", "masked.low", "probs.whole", _SCORES),
-        ops.leave("masked"),
+        ops.release_names("masked"),
         *dropped(f"{name}.attention_dropout", "probs.whole", "probs", _SCORES, drop),
         ops.copy(f"{name}.v_flat", "v", "v.flat", _Q),
         ops.matmul(f"{name}.product", "probs", "v.flat", "heads", _Q),
         ops.copy(f"{name}.reshape", "heads", "o", _Q, gradient="new"),
-        ops.leave("scores", "wide", "logits", "probs", "heads"),
+        ops.release_names("scores", "wide", "logits", "probs", "heads"),
     )
 
 
 def _math(name: str, shared: bool, kv: str, to: str) -> tuple[Op, ...]:
-    """torch's reference with a mask: in `to` also under autocast, the mask added in place."""
+    """torch's reference product with a mask, in `to` even under autocast. The mask is added in place."""
     low = ("q.low", "k.low", "v.low")
     return (
-        *_lowered(name, ("q", "k", "v"), kv),
+        *_autocast_inputs(name, ("q", "k", "v"), kv),
         Op(f"{name}.mask", ("mask",), (Tensor("bias", "b s s", "=q.low"),), source=ops.DERIVATIVES),
         ops.cast(f"{name}.q_float", "q.low", "q32", _Q, to),
         ops.cast(f"{name}.k_float", "k.low", "k32", kv, to),
@@ -285,20 +298,20 @@ def _math(name: str, shared: bool, kv: str, to: str) -> tuple[Op, ...]:
         ops.scale(f"{name}.scale_q", "q32", "q.scaled", _Q),
         ops.scale(f"{name}.scale_k", "k32", "k.scaled", kv),
         *_scores(name, "q.scaled", "k.scaled", shared, ""),
-        ops.leave("k.scaled"),
+        ops.release_names("k.scaled"),
         *ops.softmax(f"{name}.softmax", "scores", "probs", _SCORES, to),
         ops.cast(f"{name}.second", "probs", "second", _SCORES, "=q.low"),
         ops.copy(f"{name}.v_flat", "v32", "v.flat", _Q, gradient="new" if shared else "same"),
         ops.matmul(f"{name}.product", "probs", "v.flat", "product", _Q)._replace(autocast=""),
         ops.view(f"{name}.unflatten", "product", "heads32", _Q, gradient="new"),
         ops.cast(f"{name}.cast", "heads32", "heads", _Q, "=q.low"),
-        ops.leave("second", "q.scaled", "probs", "k32", "v32", "bias32", "bias", *low),
+        ops.release_names("second", "q.scaled", "probs", "k32", "v32", "bias32", "bias", *low),
         ops.copy(f"{name}.contiguous", "heads", "o", _Q),
     )
 
 
-def _lowered(name: str, tensors: tuple[str, ...], kv: str) -> tuple[Op, ...]:
-    """Autocast casts what the call is given; nothing without autocast."""
+def _autocast_inputs(name: str, tensors: tuple[str, ...], kv: str) -> tuple[Op, ...]:
+    """Autocast's casts of what the call is given; nothing without autocast."""
     return tuple(
         Op(
             f"{name}.{t}.autocast",

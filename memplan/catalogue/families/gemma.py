@@ -1,4 +1,4 @@
-"""Gemma: RMSNorms that multiply by `1 + weight` in fp32, so that they keep a second fp32 tensor; scaled embeddings."""
+"""Gemma: scaled embeddings, and RMSNorms that multiply by `1 + weight` in fp32 and so keep a second fp32 tensor."""
 
 from __future__ import annotations
 
@@ -20,33 +20,36 @@ from memplan.models.model import ModelSpec
 _Q, _K = "b s a d", "b s k d"
 
 
-def norm_and_rope(name: str, q: str, k: str, norm: Norm = rms_norm, rotary: bool = True) -> tuple[Op, ...]:
-    """q and k normalised head by head, and then rotated."""
+def norm_then_rope(name: str, q: str, k: str, norm: Norm = rms_norm, rotary: bool = True) -> tuple[Op, ...]:
+    """q and k normalised head by head, then rotated."""
     q2, k2 = ("q.normed", "k.normed") if rotary else ("q", "k")
     return (
         *norm(f"{name}.q_norm", q, q2, _Q, "d"),
-        ops.leave(q),
+        ops.release_names(q),
         *norm(f"{name}.k_norm", k, k2, _K, "d"),
-        ops.leave(k),
+        ops.release_names(k),
         *(rope(name, q2, k2) if rotary else ()),
     )
 
 
-def scaled_apart(wiring: Wiring, made: Stack) -> Stack:
-    """Where the model scales what its embeddings return, that stays as long as the model runs."""
-    if not wiring.scales_apart:
-        return made
-    i = next(i for i, op in enumerate(made.before) if op.name == "model.embed_tokens")
+def scaled_apart(wiring: Wiring, stack: Stack) -> Stack:
+    """Scale the embeddings in the model instead of in their module, if this version of transformers does.
+
+    The unscaled embeddings then stay alive as long as the model runs.
+    """
+    if not wiring.scales_embeddings_outside:
+        return stack
+    i = next(i for i, op in enumerate(stack.before) if op.name == "model.embed_tokens")
     plain = ops.embedding("model.embed_tokens", "ids", "looked_up", "v", "h")
     scale = ops.scale("model.normalizer", "looked_up", "embeds", "b s h")
-    before = (*made.before[:i], plain, scale, *made.before[i + 1 :])
-    head = next(i for i, op in enumerate(made.after) if op.name == "lm_head")
-    after = (*made.after[:head], ops.leave("looked_up"), *made.after[head:])
-    return made._replace(before=before, after=after)
+    before = (*stack.before[:i], plain, scale, *stack.before[i + 1 :])
+    head = next(i for i, op in enumerate(stack.after) if op.name == "lm_head")
+    after = (*stack.after[:head], ops.release_names("looked_up"), *stack.after[head:])
+    return stack._replace(before=before, after=after)
 
 
 def capped_logits(last: tuple[Op, ...]) -> tuple[Op, ...]:
-    """`last` ends with the output projection; the tanh of every logit is kept."""
+    """Return `last`, which ends with the output projection, with soft-capped logits. The tanh is kept."""
     head = last[-1]
     uncapped = head._replace(writes=(head.writes[0]._replace(name="uncapped_logits"),))
     return (*last[:-1], uncapped, *ops.softcap("final_logit_softcapping", "uncapped_logits", "logits", "b s v"))
@@ -55,7 +58,7 @@ def capped_logits(last: tuple[Op, ...]) -> tuple[Op, ...]:
 def capped_attention(
     name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool, sliding: bool, mask: str
 ) -> tuple[Op, ...]:
-    """Attention written out, whose scaled scores are capped before the mask is added; the tanh is kept."""
+    """Eager attention that soft-caps the scaled scores before adding the mask. The tanh is kept."""
     kernel = attention(name, q, k, v, y, wiring, grouped, sliding, mask)
     i, add = next((i, op) for i, op in enumerate(kernel) if op.name == f"{name}.add_mask")
     scores, *others = add.reads
@@ -64,32 +67,33 @@ def capped_attention(
 
 
 def gemma(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Llama's block with Gemma's norms."""
+    """Build Gemma: Llama's block with Gemma's norms."""
     bias = m.get("attention_bias", False)
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias)
     block = decoder_block(heads, gated_mlp("n2", "mo"), norm=rms_norm, held=returned(wiring))
-    made = Stack(
+    stack = Stack(
         before(wiring, False, tables(), scaled_embedding()),
         runs(m, lambda _: block),
         after(m, wiring, False, rms_norm),
     )
-    return scaled_apart(wiring, made)
+    return scaled_apart(wiring, stack)
 
 
 def alternating(m: ModelSpec, wiring: Wiring, own_table: bool = False, capped: bool = False) -> Stack:
-    """Gemma 2 and 3: a norm before and after each branch, layers with and without a window.
+    """Build Gemma 2 or 3: a norm before and after each branch, layers with and without a sliding window.
 
-    Gemma 3 normalises q and k, and has a rotary table for the layers with a window and one for the others.
+    own_table  Gemma 3: q and k are normalised, and sliding-window layers have a separate rotary table
+    capped     attention scores are soft-capped
     """
     bias = m.get("attention_bias", False)
     heads = (
-        partial(llama_attention, turn=norm_and_rope)
+        partial(llama_attention, turn=norm_then_rope)
         if own_table
         else partial(llama_attention, attend=capped_attention if capped else attention)
     )
 
     def block(layer: Layer) -> Block:
-        made = normed_block(
+        layer_block = normed_block(
             heads(m, wiring, "n1", "ao", bias=bias, out_bias=bias, sliding=layer.sliding),
             gated_mlp("n2", "mo"),
             rms_norm,
@@ -97,20 +101,23 @@ def alternating(m: ModelSpec, wiring: Wiring, own_table: bool = False, capped: b
             ("post_attention_layernorm", "post_feedforward_layernorm"),
             returned(wiring),
         )
-        return local(made) if own_table and layer.sliding else made
+        return local(layer_block) if own_table and layer.sliding else layer_block
 
-    two = own_table and any(layer.sliding for layer in m.layers)
-    last = after(m, wiring, True, rms_norm, two)
+    has_sliding = own_table and any(layer.sliding for layer in m.layers)
+    last = after(m, wiring, True, rms_norm, has_sliding)
     return Stack(
-        before(wiring, True, tables(two), scaled_embedding()),
+        before(wiring, True, tables(has_sliding), scaled_embedding()),
         runs(m, block),
         capped_logits(last) if m.get("final_logit_softcapping", 0.0) > 0 else last,
     )
 
 
 def gemma2(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Capped scores and logits. transformers has no sdpa for it, or one that does not cap: only flash attention 2 caps
-    inside its kernel."""
+    """Build Gemma 2, with soft-capped scores and logits.
+
+    Of the kernels only flash attention 2 caps inside. Otherwise attention is eager, except in versions of transformers
+    whose sdpa attention does not cap (`Wiring.uncapped`).
+    """
     inside = wiring.backend == "flash_2" or (wiring.uncapped and wiring.backend != "eager")
     wiring = wiring if inside else wiring._replace(backend="eager", masked="eager")
     return scaled_apart(wiring, alternating(m, wiring, capped=not inside and m.get("attn_logit_softcapping", 0.0) > 0))

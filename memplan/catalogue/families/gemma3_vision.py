@@ -1,4 +1,4 @@
-"""Gemma 3 with images: SigLIP's tower beside the decoder of `memplan.catalogue.families.gemma`.
+"""Gemma 3 with images: SigLIP's vision tower, and the decoder of `memplan.catalogue.families.gemma`.
 
 Source: transformers 5.24 models/gemma3/modeling_gemma3.py, models/siglip/modeling_siglip.py.
 """
@@ -11,15 +11,15 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
-from memplan.catalogue.vision.vision import joined, scattered
+from memplan.catalogue.vision.vision import scattered, text_with_tower
 from memplan.core.ir import Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
 
 
 def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
-    """SigLIP sees one size of image; what it makes is pooled and multiplied into the language model's width.
+    """Build Gemma 3 with SigLIP. Images have one size; their features are pooled and projected to the decoder's width.
 
-    Tokens of an image see each other, and so all layers of the language model have a mask.
+    Tokens of an image attend to each other, so all layers of the decoder have a mask.
     """
     lead = "b images grid"
     shape = f"{lead} vh"
@@ -31,7 +31,7 @@ def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
         ),
         t.attention("self_attn", "v.q", "v.k", "v.v", "v.o", wiring.tower, t.BATCH),
         t.linear("self_attn.out_proj", "v.o", "v.ao", "vh", "va vd", lead=lead, flat=False),
-        ops.leave("v.q", "v.k", "v.v", "v.o", "v.n1"),
+        ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
     )
     block = t.block(
         "vision_tower.encoder.layers",
@@ -60,7 +60,7 @@ def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
     pooled = "b merged vh"
     after = (
         *t.strided_norm("vision_tower.post_layernorm", "x", "v.last", shape, "vh"),
-        ops.leave("x", "embeds"),
+        ops.release_names("x", "embeds"),
         ops.copy(f"{n}.contiguous", "v.last", "v.square", shape),
         Op(
             f"{n}.avg_pool",
@@ -82,17 +82,17 @@ def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
             product="matrix",
             source=f"{ops.DERIVATIVES}: mm",
         ),
-        *t.held("v.last", "features"),
-        ops.leave("v.pooled", "v.square", "v.last", "v.normed"),
+        *t.returned_states("v.last", "features"),
+        ops.release_names("v.pooled", "v.square", "v.last", "v.normed"),
     )
     inputs = (Tensor("pixel_values", f"{lead} vin", "fp32"), Tensor("token_type_ids", "b s", "int64"))
     tower = Tower(inputs, before, (Run((block,), "vL1"),), after)
     text = alternating(m, wiring._replace(padded=wiring.padded or wiring.images), own_table=True)
     if wiring.images and not wiring.padded:
         first = text.before[0]
-        given = first._replace(writes=tuple(w for w in first.writes if w.name != "attention_mask"))
-        text = text._replace(before=(given, *text.before[1:]))
-    return joined(wiring, text, tower, scattered(joined=False), ("image_embeds", "image_mask"))
+        without_mask = first._replace(writes=tuple(w for w in first.writes if w.name != "attention_mask"))
+        text = text._replace(before=(without_mask, *text.before[1:]))
+    return text_with_tower(wiring, text, tower, scattered(joined=False), ("image_embeds", "image_mask"))
 
 
 BUILDERS = {"gemma3": gemma3}

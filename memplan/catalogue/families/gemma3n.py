@@ -1,18 +1,29 @@
-"""Gemma 3n: four streams, of which a layer computes one and predicts and corrects the others; a low-rank branch beside
-attention; FFNs that keep the largest of their gates; embeddings in every layer; keys that later layers reuse.
+"""Gemma 3n's text decoder: AltUp streams, Laurel branches, sparse FFNs, per-layer embeddings and reused keys.
 
-`P` streams of `b s h` are one tensor, `P1` all but the first. The text decoder alone.
+A layer computes one of four residual streams, and predicts and corrects the others. Laurel is a low-rank branch next to
+attention. Sparse FFNs keep only their largest gates. Later layers reuse the keys of earlier ones.
+
+`P` streams of `b s h` are one tensor; `P1` counts all but the first.
+
 Source: transformers 5.24 models/gemma3n/modeling_gemma3n.py.
 """
 
 from __future__ import annotations
 
-from memplan.catalogue.decoder.frame import inputs as given
-from memplan.catalogue.decoder.frame import masks, returned, runs
+from memplan.catalogue.decoder.frame import inputs, masks, returned, runs
 from memplan.catalogue.decoder.scaling import scaled_embedding
 from memplan.catalogue.decoder.windows import after, local, tables
 from memplan.catalogue.families.gemma import capped_logits
-from memplan.catalogue.families.gemma4 import attend, forgotten, key, own_embeddings, projected, query, rms_norm, shared
+from memplan.catalogue.families.gemma4 import (
+    layer_embedding,
+    project_heads,
+    project_key,
+    project_query,
+    release_shared,
+    rms_norm,
+    shared_attention,
+    shared_names,
+)
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import positions
 from memplan.catalogue.kernels.wiring import Wiring
@@ -26,12 +37,12 @@ _ALL, _ONE, _ROW = "P b s h", "b s h", "b s"
 
 
 def _stream(name: str, x: str, y: str) -> Op:
-    """One of the streams: a view, whose gradient is as wide as all."""
+    """Select one of the streams: a view, whose gradient is as wide as all of them."""
     return Op(name, (x,), (Tensor(y, _ONE),), gradient="new", view=True, source=f"{ops.DERIVATIVES}: select.int")
 
 
-def _modalities(x: str, y: str, name: str = "altup") -> tuple[Op, ...]:
-    """A number a stream, of the one that was computed."""
+def _modality_router(x: str, y: str, name: str = "altup") -> tuple[Op, ...]:
+    """AltUp's router: one coefficient per stream, from the stream that was computed."""
     return (
         *rms_norm(f"{name}.router_norm", x, f"{y}.normed", _ONE, "h"),
         Op(
@@ -42,7 +53,7 @@ def _modalities(x: str, y: str, name: str = "altup") -> tuple[Op, ...]:
             (Keep(f"{name}.router_input_scale", f"{y}.normed"),),
             source=f"{ops.DERIVATIVES}: mul.Tensor",
         ),
-        ops.leave(f"{y}.normed"),
+        ops.release_names(f"{y}.normed"),
         ops.linear(f"{name}.modality_router", f"{y}.in", f"{y}.routed", "P", "h", "router"),
         ops.cast(f"{name}.float", f"{y}.routed", f"{y}.wide", "b s P", "fp32"),
         Op(
@@ -54,38 +65,38 @@ def _modalities(x: str, y: str, name: str = "altup") -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: tanh",
         ),
         ops.cast(f"{name}.type_as", f"{y}.tanh", y, "b s P", f"={x}"),
-        ops.leave(f"{y}.in", f"{y}.routed"),
+        ops.release_names(f"{y}.in", f"{y}.routed"),
     )
 
 
 def _predict(name: str = "altup") -> tuple[Op, ...]:
-    """Every stream as a mixture of all, by a matrix for each token: `x` to `predicted`."""
+    """Predict every stream as a mixture of all, with one matrix for each token: `x` to `predicted`."""
     return (
         _stream(f"{name}.active_of_x", "x", "x.active"),
-        *_modalities("x.active", "modes"),
+        *_modality_router("x.active", "modes"),
         ops.linear(f"{name}.prediction_coefs", "modes", "coefs", "P P", "P", "router"),
         ops.matmul(f"{name}.mix", "x", "coefs", "mixed", _ALL),
         ops.add(f"{name}.add_x", "mixed", "x", "mixed.sum", _ALL)._replace(view=True),
         ops.copy(f"{name}.contiguous", "mixed.sum", "predicted", _ALL),
-        ops.leave("x.active", "modes", "coefs", "mixed.sum"),
+        ops.release_names("x.active", "modes", "coefs", "mixed.sum"),
     )
 
 
 def _correct(x: str, y: str, name: str = "altup") -> tuple[Op, ...]:
-    """What was computed, less what was predicted of it, is added to every stream, by a number for each.
+    """Add the computed minus the predicted active stream to every stream, times a coefficient for each.
 
-    The coefficients are multiplied by the layer's weight itself, so that an adapter around it has no part in it.
+    The coefficients are multiplied by the layer's weight directly, so an adapter around the module has no effect.
     """
     w = Weight(f"{name}.correction_coefs.weight", "P P", "router", rows=1)
     module = ops.linear(f"{name}.correction_coefs", "modes.corrected", "unused", "P", "P", "router")
     clamped = Tensor("coefs.clamped", "P P", f"={w.name}")
     return (
-        *_modalities(x, "modes.corrected"),
+        *_modality_router(x, "modes.corrected"),
         _stream(f"{name}.active_prediction", "predicted", "predicted.active"),
         ops.view(f"{name}.negative", "predicted.active", "predicted.negative", _ONE, gradient="new"),
         ops.add(f"{name}.innovation", x, "predicted.negative", "innovation", _ONE),
         ops.copy(f"{name}.repeat", "innovation", "innovations", _ALL, gradient="new"),
-        ops.leave("innovation"),
+        ops.release_names("innovation"),
         Op(
             f"{name}.clamp",
             (),
@@ -118,12 +129,12 @@ def _correct(x: str, y: str, name: str = "altup") -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: mul.Tensor",
         ),
         ops.add(f"{name}.add_predicted", "corrections", "predicted", y, _ALL)._replace(view=True),
-        ops.leave("modes.corrected", "innovations", clamped.name, "coefs.plus_one"),
+        ops.release_names("modes.corrected", "innovations", clamped.name, "coefs.plus_one"),
     )
 
 
-def _largest_gates(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
-    """Gates less a number of standard deviations above their mean, and what is left above 0."""
+def _sparse_gates(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
+    """Subtract from the gates their mean plus a multiple of their standard deviation, and set negative values to 0."""
     shape, mean, deviation, cut, shifted = "b s f", f"{y}.mean", f"{y}.deviation", f"{y}.cut", f"{y}.shifted"
     return (
         Op(f"{name}.mean", (x,), (Tensor(mean, _ROW),), source=f"{ops.DERIVATIVES}: mean.dim"),
@@ -155,7 +166,7 @@ def _largest_gates(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: sub.Tensor",
         ),
         Op(f"{name}.relu", (shifted,), (Tensor(y, shape),), (), (Keep(y, shifted),), source=f"{ops.DERIVATIVES}: relu"),
-        ops.leave(x, mean, deviation, cut),
+        ops.release_names(x, mean, deviation, cut),
     )
 
 
@@ -163,59 +174,64 @@ def _mlp(x: str, y: str, sparse: bool, name: str = "mlp") -> tuple[Op, ...]:
     gate = "gate.largest" if sparse else "gate"
     return (
         ops.linear(f"{name}.gate_proj", x, "gate", "f", "h", "mlp"),
-        *(_largest_gates("gate", gate) if sparse else ()),
+        *(_sparse_gates("gate", gate) if sparse else ()),
         ops.activation(f"{name}.act_fn", gate, "act", "b s f"),
         ops.linear(f"{name}.up_proj", x, "up", "f", "h", "mlp"),
         ops.mul(f"{name}.product", "act", "up", "product", "b s f"),
         ops.linear(f"{name}.down_proj", "product", y, "h", "f", "mlp"),
-        ops.leave(gate, "act", "up"),
+        ops.release_names(gate, "act", "up"),
     )
 
 
 def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
     bias = m.get("attention_bias", False)
-    made: tuple[Op, ...] = ()
+    key_value_ops: tuple[Op, ...] = ()
     if layer.mixer != REUSED:
-        made = (
-            *projected(name, x, "k", bias),
-            *key(name),
-            ops.leave("k1"),
-            *projected(name, x, "v", bias),
+        key_value_ops = (
+            *project_heads(name, x, "k", bias),
+            *project_key(name),
+            ops.release_names("k1"),
+            *project_heads(name, x, "v", bias),
             *rms_norm(f"{name}.v_norm", "v1", "v", "b s k d", "d", affine=False),
-            ops.leave("v1"),
+            ops.release_names("v1"),
         )
-    own = () if layer.mixer == REUSED else ("k", "v")
-    return (*query(name, x, bias), *made, *attend(m, wiring, layer, y, name, bias), ops.leave("q", *own, "o"))
+    held_names = () if layer.mixer == REUSED else ("k", "v")
+    return (
+        *project_query(name, x, bias),
+        *key_value_ops,
+        *shared_attention(m, wiring, layer, y, name, bias),
+        ops.release_names("q", *held_names, "o"),
+    )
 
 
 def _laurel(x: str, y: str, name: str = "laurel") -> tuple[Op, ...]:
     return (
         ops.linear(f"{name}.linear_left", x, "laurel.low", "laurel", "h", "mlp"),
         ops.linear(f"{name}.linear_right", "laurel.low", "laurel.high", "h", "laurel", "mlp"),
-        ops.leave("laurel.low"),
+        ops.release_names("laurel.low"),
         *rms_norm(f"{name}.post_laurel_norm", "laurel.high", "laurel.normed", _ONE, "h"),
         ops.add(f"{name}.add", x, "laurel.normed", y, _ONE),
-        ops.leave("laurel.high", "laurel.normed"),
+        ops.release_names("laurel.high", "laurel.normed"),
     )
 
 
-def _own(x: str, y: str) -> tuple[Op, ...]:
-    """The first stream, scaled, gated by the layer's own embeddings, normalised, and added to the other streams."""
+def _per_layer_gate(x: str, y: str) -> tuple[Op, ...]:
+    """The first stream, scaled, gated by the per-layer embeddings, normalised, and added to the other streams."""
     return (
         _stream("altup.first", x, "first.view"),
         ops.copy("altup.first.clone", "first.view", "first", _ONE),
-        ops.weigh("altup", "first", "first.scaled", _ONE, Weight("altup.correct_output_scale", "h", "mlp")),
-        ops.leave("first"),
+        ops.multiply_weight("altup", "first", "first.scaled", _ONE, Weight("altup.correct_output_scale", "h", "mlp")),
+        ops.release_names("first"),
         ops.linear("per_layer_input_gate", "first.scaled", "own.gate", "ple", "h", "mlp"),
-        ops.leave("first.scaled"),
+        ops.release_names("first.scaled"),
         ops.activation("own.act_fn", "own.gate", "own.act", "b s ple"),
-        ops.leave("own.gate"),
+        ops.release_names("own.gate"),
         ops.mul("own.product", "own.act", "per_layer", "own.gated", "b s ple"),
-        ops.leave("own.act"),
+        ops.release_names("own.act"),
         ops.linear("per_layer_projection", "own.gated", "own.out", "h", "ple", "mlp"),
-        ops.leave("own.gated"),
+        ops.release_names("own.gated"),
         *rms_norm("post_per_layer_input_norm", "own.out", "own.normed", _ONE, "h"),
-        ops.leave("own.out"),
+        ops.release_names("own.out"),
         Op(
             "altup.add_to_rest",
             (x, "own.normed"),
@@ -229,15 +245,15 @@ def _own(x: str, y: str) -> tuple[Op, ...]:
 
 
 def _block(m: ModelSpec, wiring: Wiring, layer: Layer) -> Block:
-    made = (
-        own_embeddings(),
+    operations = (
+        layer_embedding(),
         *_predict(),
         _stream("altup.active", "predicted", "active"),
         *rms_norm("input_layernorm", "active", "n1", _ONE, "h"),
         *_laurel("n1", "lo"),
         *_heads(m, wiring, layer, "n1", "ao"),
         *rms_norm("post_attention_layernorm", "ao", "ao.normed", _ONE, "h"),
-        ops.leave("ao"),
+        ops.release_names("ao"),
         ops.add("residual_1", "active", "ao.normed", "x1.attention", _ONE),
         ops.add("residual_laurel", "x1.attention", "lo", "x1.sum", _ONE),
         ops.scale("residual_scale", "x1.sum", "x1", _ONE),
@@ -246,16 +262,16 @@ def _block(m: ModelSpec, wiring: Wiring, layer: Layer) -> Block:
         *rms_norm("post_feedforward_layernorm", "mo", "mo.normed", _ONE, "h"),
         ops.add("residual_2", "x1", "mo.normed", "x2", _ONE),
         *_correct("x2", "corrected"),
-        *_own("corrected", "y"),
-        ops.leave("predicted", "n1", "lo", "ao.normed", "x1.attention", "x1", "n2", "mo", "mo.normed", "x2"),
-        ops.leave("own.normed", "positions", *returned(wiring)),
+        *_per_layer_gate("corrected", "y"),
+        ops.release_names("predicted", "n1", "lo", "ao.normed", "x1.attention", "x1", "n2", "mo", "mo.normed", "x2"),
+        ops.release_names("own.normed", "positions", *returned(wiring)),
     )
-    block = Block("model.layers", made, shared(layer.sliding) if layer.mixer == STORED else ())
+    block = Block("model.layers", operations, shared_names(layer.sliding) if layer.mixer == STORED else ())
     return local(block) if layer.sliding else block
 
 
 def _magnitude(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """The root of the mean square."""
+    """Root mean square of each row."""
     return (
         _square(name, x, y),
         Op(f"{name}.mean", (f"{y}.square",), (Tensor(f"{y}.mean", _ROW),), source=f"{ops.DERIVATIVES}: mean.dim"),
@@ -283,11 +299,14 @@ def _square(name: str, x: str, y: str) -> Op:
     )
 
 
-def _like(name: str, x: str, y: str, target: str, before: str = "", rebinds: tuple[str, ...] = ()) -> tuple[Op, ...]:
-    """x projected, and scaled to the magnitude of the first stream.
+def _project_to_magnitude(
+    name: str, x: str, y: str, target: str, before: str = "", rebinds: tuple[str, ...] = ()
+) -> tuple[Op, ...]:
+    """Project x and scale it to the magnitude of the first stream.
 
-    The model's names for the product, the stream and its magnitude mean those of the stream `before` until there are
-    new ones. The first of a loop `rebinds` the name of a stream of an earlier one as well.
+    The model's variables for the product, the stream and its magnitude still hold those of the stream `before` until
+    they are assigned. The first iteration of a loop also rebinds the variables in `rebinds`, which hold streams of an
+    earlier loop.
     """
     new, clamped = f"{y}.magnitude", f"{y}.clamped"
     product = Op(
@@ -301,15 +320,15 @@ def _like(name: str, x: str, y: str, target: str, before: str = "", rebinds: tup
     )
     return (
         ops.linear(name, x, f"{y}.product", "h", "h", "mlp"),
-        *((ops.leave(f"{before}.product"),) if before and not rebinds else ()),
+        *((ops.release_names(f"{before}.product"),) if before and not rebinds else ()),
         ops.cast(f"{name}.to", f"{y}.product", f"{y}.projected", _ONE, "=tokens"),
-        *((ops.leave(*rebinds),) if rebinds else ()),
+        *((ops.release_names(*rebinds),) if rebinds else ()),
         _square(name, f"{y}.projected", y),
         Op(f"{name}.mean", (f"{y}.square",), (Tensor(f"{y}.mean", _ROW),), source=f"{ops.DERIVATIVES}: mean.dim"),
-        *((ops.leave(f"{before}.magnitude"),) if before else ()),
+        *((ops.release_names(f"{before}.magnitude"),) if before else ()),
         ops.clamp(f"{name}.clamp", f"{y}.mean", clamped, _ROW, 1),
         Op(f"{name}.sqrt", (clamped,), (Tensor(new, _ROW),), (), (Keep(new, clamped),), source="sqrt"),
-        ops.leave(f"{y}.mean"),
+        ops.release_names(f"{y}.mean"),
         product,
         Op(
             f"{name}.over_magnitude",
@@ -323,26 +342,26 @@ def _like(name: str, x: str, y: str, target: str, before: str = "", rebinds: tup
             ),
             source=f"{ops.DERIVATIVES}: div.Tensor",
         ),
-        ops.leave(f"{y}.projected"),
+        ops.release_names(f"{y}.projected"),
     )
 
 
-def _stacked(name: str, parts: tuple[str, ...], y: str) -> tuple[Op, ...]:
-    """Parts side by side; their gradients are views of one."""
+def _stack_streams(name: str, parts: tuple[str, ...], y: str) -> tuple[Op, ...]:
+    """Stack the parts. Their gradients are views of one tensor."""
     views = tuple(ops.view(f"{name}.{part}", part, f"{part}.part", _ALL) for part in parts)
     joined = Op(name, tuple(v.writes[0].name for v in views), (Tensor(y, _ALL),), gradient="same", source="stack")
     return (*views, joined)
 
 
 def gemma3n(m: ModelSpec, wiring: Wiring) -> Stack:
-    """All streams start as projections of the embeddings, and end as their mean."""
-    others = range(1, m.whole("altup_num_inputs", least=2))
-    two = any(layer.sliding for layer in m.layers)
+    """Build Gemma 3n. All streams start as projections of the embeddings, and are averaged at the end."""
+    others = range(1, m.config_int("altup_num_inputs", least=2))
+    has_sliding = any(layer.sliding for layer in m.layers)
     lookup = scaled_embedding()
     first = (
-        given(wiring.padded),
+        inputs(wiring.padded),
         lookup._replace(writes=(lookup.writes[0]._replace(name="tokens"),)),
-        *_own_inputs(),
+        *_per_layer_inputs(),
         positions(),
         *(
             op._replace(writes=tuple(t._replace(dtype=t.dtype.replace("embeds", "tokens")) for t in op.writes))
@@ -353,29 +372,29 @@ def gemma3n(m: ModelSpec, wiring: Wiring) -> Stack:
         *(
             op
             for i in others
-            for op in _like(
+            for op in _project_to_magnitude(
                 f"model.altup_projections.{i - 1}", "tokens", f"stream{i}", "target", f"stream{i - 1}" if i > 1 else ""
             )
         ),
-        *_stacked("model.stack", ("tokens", *(f"stream{i}" for i in others)), "embeds"),
+        *_stack_streams("model.stack", ("tokens", *(f"stream{i}" for i in others)), "embeds"),
         *tables(),
-        *(tables(True)[len(tables()) :] if two else ()),
+        *(tables(True)[len(tables()) :] if has_sliding else ()),
     )
-    newest = f"stream{max(others)}"  # the model's names mean it until its last loop has streams of its own
-    last = after(m, wiring, True, rms_norm, two)
+    newest = f"stream{max(others)}"  # held by the model's variables until its last loop assigns them
+    last = after(m, wiring, True, rms_norm, has_sliding)
     norm = len(rms_norm("model.norm", "x", "n", "b s h", "h"))
     mean = (
         _stream("model.first_for_magnitude", "x", "x.first"),
         *_magnitude("model.last_magnitude", "x.first", "last_target"),
-        ops.leave("target"),
+        ops.release_names("target"),
         _stream("model.first", "x", "last0"),
-        ops.leave(*(f"stream{i}" for i in others if f"stream{i}" != newest)),
+        ops.release_names(*(f"stream{i}" for i in others if f"stream{i}" != newest)),
         *(
             op
             for i in others
             for op in (
                 _stream(f"model.stream_{i}", "x", f"x.{i}"),
-                *_like(
+                *_project_to_magnitude(
                     f"model.altup_unembed_projections.{i - 1}",
                     f"x.{i}",
                     f"last{i}",
@@ -385,23 +404,23 @@ def gemma3n(m: ModelSpec, wiring: Wiring) -> Stack:
                 ),
             )
         ),
-        *_stacked("model.last_stack", tuple(f"last{i}" for i in (0, *others)), "all"),
+        *_stack_streams("model.last_stack", tuple(f"last{i}" for i in (0, *others)), "all"),
         Op("model.mean", ("all",), (Tensor("one", _ONE),), source=f"{ops.DERIVATIVES}: mean.dim"),
-        ops.leave("all"),
+        ops.release_names("all"),
     )
-    # what the model's names mean when it returns, the stack of the last block's streams by one of them
+    # what the model's variables hold when it returns; one of them holds the stack of the last block's streams
     held = ("tokens", f"{newest}.product", "last_target", *(f"last{i}" for i in (0, *others)))
     held = (*held, *(f"last{max(others)}.{what}" for what in ("product", "magnitude")))
-    named = {"x": ("one",), "embeds": held}
+    held_names = {"x": ("one",), "embeds": held}
     tail = tuple(
-        op._replace(reads=tuple(n for r in op.reads for n in named.get(r, (r,)))) if op.name == "return" else op
-        for op in forgotten((*rms_norm("model.norm", "one", "n", "b s h", "h"), *last[norm:]), m, True)
+        op._replace(reads=tuple(n for r in op.reads for n in held_names.get(r, (r,)))) if op.name == "return" else op
+        for op in release_shared((*rms_norm("model.norm", "one", "n", "b s h", "h"), *last[norm:]), m, True)
     )
     return Stack(first, runs(m, lambda layer: _block(m, wiring, layer)), (*mean, *capped_logits(tail)))
 
 
-def _own_inputs() -> tuple[Op, ...]:
-    """Tokens beyond the table of the layers' own embeddings are taken as its first."""
+def _per_layer_inputs() -> tuple[Op, ...]:
+    """Per-layer embeddings. Token ids beyond their table are looked up as its first."""
     from memplan.catalogue.families.gemma4 import per_layer_inputs
 
     return (

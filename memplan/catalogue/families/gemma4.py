@@ -1,14 +1,14 @@
-"""Gemma 4: values normalised too, wide heads where there is no window, keys that later layers reuse, embeddings in
-every layer, and experts beside the dense MLP.
+"""Gemma 4: normalised values, wide heads in full-attention layers, reused keys, per-layer embeddings, experts.
+
+Experts, if there are any, come in addition to the dense MLP.
 
 Source: transformers 5.24 models/gemma4/modeling_gemma4.py.
 """
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import attention, cached, mask_name, reused
-from memplan.catalogue.decoder.frame import inputs as given
-from memplan.catalogue.decoder.frame import masks, returned, runs
+from memplan.catalogue.attention.attention import attention, cached, mask_name, read_shared_cache
+from memplan.catalogue.decoder.frame import inputs, masks, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.decoder.scaling import scaled_embedding
 from memplan.catalogue.decoder.windows import after, local, tables
@@ -27,9 +27,9 @@ from memplan.models.model import ModelSpec
 _SOURCE = "transformers 5.24 models/gemma4/modeling_gemma4.py"
 _Q, _K = "b s a d", "b s k d"
 
-_WIDEST = 256  # a head that flash attention takes, and that sdpa repeats itself
+_WIDEST = 256  # widest head that flash attention takes, and that sdpa attention repeats by itself
 
-# The axes of a layer without a window, whose heads have a width and a number of their own.
+# Axes of a full-attention layer, whose heads differ in width and number from a sliding-window layer's.
 GLOBAL = {
     "d": "dg",
     "k": "kg",
@@ -42,11 +42,13 @@ GLOBAL = {
 
 
 def rms_norm(name: str, x: str, y: str, shape: str, axis: str, affine: bool = True) -> tuple[Op, ...]:
-    """Normalised by a power of the mean, which keeps what it is a power of, and a local name does until the product is
-    made; the weight is cast to fp32 every time."""
+    """RMSNorm that raises the mean square to a power and casts the weight to fp32 in every call.
+
+    The power keeps its input, which a local variable also holds until the product is made.
+    """
     plain = ops.rms_norm(name, x, y, shape, axis)[:-3]
-    made = (_power(op, shape) if op.name == f"{name}.rsqrt" else op for op in plain)
-    normalise = (*made, ops.leave(f"{y}.shifted"))
+    with_power = (_power(op, shape) if op.name == f"{name}.rsqrt" else op for op in plain)
+    normalise = (*with_power, ops.release_names(f"{y}.shifted"))
     n32, factor, y32 = f"{y}.n32", f"{y}.factor", f"{y}.y32"
     if not affine:
         return (*normalise, ops.cast(f"{name}.type_as", n32, y, shape, f"={x}"))
@@ -76,63 +78,65 @@ def _power(op: Op, shape: str) -> Op:
     )
 
 
-def query(name: str, x: str, bias: bool) -> tuple[Op, ...]:
+def project_query(name: str, x: str, bias: bool) -> tuple[Op, ...]:
     """q: projected, normalised head by head, rotated."""
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
         ops.view(f"{name}.q_heads", "q0", "q1", _Q),
         *rms_norm(f"{name}.q_norm", "q1", "q2", _Q, "d"),
-        ops.leave("q1"),
+        ops.release_names("q1"),
         *ops.rotate(f"{name}.rope_q", "q2", "q", _Q, "b s a rot2"),
-        ops.leave("q2"),
+        ops.release_names("q2"),
     )
 
 
-def key(name: str) -> tuple[Op, ...]:
-    """k, from the heads `k1`: normalised, rotated."""
+def project_key(name: str) -> tuple[Op, ...]:
+    """k, from the projected heads `k1`: normalised, rotated."""
     return (
         *rms_norm(f"{name}.k_norm", "k1", "k2", _K, "d"),
         *ops.rotate(f"{name}.rope_k", "k2", "k", _K, "b s k rot2"),
-        ops.leave("k2"),
+        ops.release_names("k2"),
     )
 
 
-def projected(name: str, x: str, t: str, bias: bool) -> tuple[Op, ...]:
-    """`k1` or `v1`: the heads as they are projected."""
+def project_heads(name: str, x: str, t: str, bias: bool) -> tuple[Op, ...]:
+    """The projected heads `k1` or `v1`, not yet normalised."""
     return (
         ops.linear(f"{name}.{t}_proj", x, f"{t}0", "k d", "h", "attention", bias),
         ops.view(f"{name}.{t}_heads", f"{t}0", f"{t}1", _K),
     )
 
 
-def shared(sliding: bool) -> tuple[str, str]:
-    """What the keys and values that later layers reuse are called, by whether those have a window."""
+def shared_names(sliding: bool) -> tuple[str, str]:
+    """Return the names of the keys and values that later layers, sliding-window or full-attention ones, reuse."""
     return ("local_keys", "local_values") if sliding else ("keys", "values")
 
 
-def attend(
+def shared_attention(
     m: ModelSpec, wiring: Wiring, layer: Layer, y: str, name: str, bias: bool, wide: bool = False
 ) -> tuple[Op, ...]:
-    """Attention of q to the layer's own keys or to those of a layer before, and the output projection.
+    """Attention of q to the layer's keys or an earlier layer's, and the output projection.
 
     `wide`: heads are wider than 256.
     """
-    keys, values = shared(layer.sliding) if layer.mixer == REUSED else ("k", "v")
+    keys, values = shared_names(layer.sliding) if layer.mixer == REUSED else ("k", "v")
     grouped = layer.k != m.num_attention_heads
     repeated: tuple[Op, ...] = ()
     masked = wiring.has_mask(layer.sliding)
-    before = masked or wide  # transformers repeats heads itself for a mask, and for heads beyond 256
+    repeats_first = masked or wide  # transformers repeats heads itself for a mask, or if they are wider than 256
     kernel = wiring.masked if masked else wiring.backend
-    spread = kernel == "efficient" and before
-    if grouped and layer.k == 1 and (spread or (kernel == "eager" and not wiring.records)):
+    expands_by_view = kernel == "efficient" and repeats_first
+    if grouped and layer.k == 1 and (expands_by_view or (kernel == "eager" and not wiring.records)):
         repeated = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, "new") for t in (keys, values))
-        keys, values, grouped = f"{keys}.all", f"{values}.all", False  # one head is repeated without a copy
-    stored = shared(layer.sliding) if layer.mixer == STORED else ()
-    own = cached(f"{name}.attention", wiring, (), layer.sliding)
-    again = (reused(f"{name}.attention", shared(layer.sliding), layer.sliding),) if wiring.caching else ()
+        keys, values, grouped = f"{keys}.all", f"{values}.all", False  # expanding a single head makes no copy
+    stored = shared_names(layer.sliding) if layer.mixer == STORED else ()
+    cache_ops = cached(f"{name}.attention", wiring, (), layer.sliding)
+    reuse_ops = (
+        (read_shared_cache(f"{name}.attention", shared_names(layer.sliding), layer.sliding),) if wiring.caching else ()
+    )
     wiring = wiring._replace(caching=False)
     return (
-        *(again if layer.mixer == REUSED else own),
+        *(reuse_ops if layer.mixer == REUSED else cache_ops),
         *(ops.view(f"{name}.store_{t}", t, kept, _K) for t, kept in zip("kv", stored, strict=False)),
         *repeated,
         *attention(
@@ -143,55 +147,61 @@ def attend(
 
 
 def wired(wiring: Wiring, width: int) -> Wiring:
-    """Flash attention takes heads of up to 256."""
+    """Return the wiring for heads of `width`; flash attention takes heads of up to 256."""
     flash = wiring.backend == "flash" and width > _WIDEST
     return wiring._replace(backend="efficient") if flash else wiring
 
 
 def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
     bias = m.get("attention_bias", False)
-    same = m.get("attention_k_eq_v", False) and not layer.sliding
-    wide = not layer.sliding and m.whole("global_head_dim") > _WIDEST
-    made: tuple[Op, ...] = ()
+    keys_are_values = m.get("attention_k_eq_v", False) and not layer.sliding
+    wide = not layer.sliding and m.config_int("global_head_dim") > _WIDEST
+    key_value_ops: tuple[Op, ...] = ()
     if layer.mixer != REUSED:
-        v = (ops.view(f"{name}.v_is_k", "k1", "v1", _K),) if same else projected(name, x, "v", bias)
-        made = (
-            *projected(name, x, "k", bias),
+        v = (ops.view(f"{name}.v_is_k", "k1", "v1", _K),) if keys_are_values else project_heads(name, x, "v", bias)
+        key_value_ops = (
+            *project_heads(name, x, "k", bias),
             *v,
-            *key(name),
-            ops.leave("k1"),
+            *project_key(name),
+            ops.release_names("k1"),
             *rms_norm(f"{name}.v_norm", "v1", "v", _K, "d", affine=False),
-            ops.leave("v1"),
+            ops.release_names("v1"),
         )
-    own = () if layer.mixer == REUSED else ("k", "v")
-    return (*query(name, x, bias), *made, *attend(m, wiring, layer, y, name, bias, wide), ops.leave("q", *own, "o", x))
-
-
-def per_layer(x: str, y: str) -> tuple[Op, ...]:
-    """`x` gated by what the layer has of the token's own embeddings, normalised and added to x."""
+    held_names = () if layer.mixer == REUSED else ("k", "v")
     return (
-        ops.linear("per_layer_input_gate", x, "own.gate", "ple", "h", "mlp"),
-        ops.activation("own.act_fn", "own.gate", "own.act", "b s ple"),
-        ops.leave("own.gate"),
-        ops.mul("own.product", "own.act", "per_layer", "own.gated", "b s ple"),
-        ops.leave("own.act"),
-        ops.linear("per_layer_projection", "own.gated", "own.out", "h", "ple", "mlp"),
-        ops.leave("own.gated"),
-        *rms_norm("post_per_layer_input_norm", "own.out", "own.normed", "b s h", "h"),
-        ops.leave("own.out"),
-        *((ops.add("residual_3", x, "own.normed", y, "b s h"), ops.leave("own.normed")) if y else ()),
+        *project_query(name, x, bias),
+        *key_value_ops,
+        *shared_attention(m, wiring, layer, y, name, bias, wide),
+        ops.release_names("q", *held_names, "o", x),
     )
 
 
-def own_embeddings() -> Op:
-    """The layer's part of what all layers have for the token: a view, whose gradient is as wide as all of it."""
+def per_layer(x: str, y: str) -> tuple[Op, ...]:
+    """Gate `x` by the layer's slice of the per-layer embeddings, project, normalise, and add it to x."""
+    return (
+        ops.linear("per_layer_input_gate", x, "own.gate", "ple", "h", "mlp"),
+        ops.activation("own.act_fn", "own.gate", "own.act", "b s ple"),
+        ops.release_names("own.gate"),
+        ops.mul("own.product", "own.act", "per_layer", "own.gated", "b s ple"),
+        ops.release_names("own.act"),
+        ops.linear("per_layer_projection", "own.gated", "own.out", "h", "ple", "mlp"),
+        ops.release_names("own.gated"),
+        *rms_norm("post_per_layer_input_norm", "own.out", "own.normed", "b s h", "h"),
+        ops.release_names("own.out"),
+        *((ops.add("residual_3", x, "own.normed", y, "b s h"), ops.release_names("own.normed")) if y else ()),
+    )
+
+
+def layer_embedding() -> Op:
+    """The layer's slice of the per-layer embeddings: a view, whose gradient is as wide as all of them."""
     return Op("per_layer_input", ("per_layer_inputs",), (Tensor("per_layer", "b s ple"),), view=True)
 
 
 def per_layer_inputs(x: str, ids: str = "ids", buffers: bool = False, held: bool = False) -> tuple[Op, ...]:
-    """What the layers have for a token: rows of a table of their own, and a projection of the token's embedding.
+    """Per-layer embeddings: rows of a separate table, plus a projection of the token's embedding.
 
-    `buffers`: the scales are tensors, the first multiplied in place. `held`: a frame outside has a name for the rows.
+    buffers  the scales are tensors, and the first multiplies in place
+    held     a calling function also holds the table's rows
     """
     table = ops.embedding("model.embed_tokens_per_layer", ids, "ple.table", "v_ple", "all_ple")
     (lookup,) = ops.with_axes((table,), {"h32": "all_ple32"})
@@ -210,12 +220,12 @@ def per_layer_inputs(x: str, ids: str = "ids", buffers: bool = False, held: bool
         ),
         ops.view(f"{name}.layers", "ple.scaled", "ple.split", shape),
         *rms_norm("model.per_layer_projection_norm", "ple.split", "ple.normed", shape, "ple"),
-        ops.leave("ple.scaled"),
+        ops.release_names("ple.scaled"),
         ops.add("model.per_layer_inputs.add", "ple.normed", "ple.table", "ple.sum", shape),
         ops.scale("model.per_layer_inputs.scale", "ple.sum", "per_layer_inputs", shape)._replace(
             weights=second, writes=(Tensor("per_layer_inputs", shape, "=ple.sum"),)
         ),
-        ops.leave("ple.normed", "ple.sum", *(() if held else ("ple.table",))),
+        ops.release_names("ple.normed", "ple.sum", *(() if held else ("ple.table",))),
     )
 
 
@@ -223,16 +233,18 @@ _HELD = ("router.probs", routers.SCORES, routers.CHOSEN, "ho.normed", "eo.normed
 
 
 def _router(x: str) -> tuple[Op, ...]:
-    """The router's own norm and scale; what it chose is normalised, and scaled by a number of the expert's.
+    """A router with its own norm and scale. Selected scores are normalised, and multiplied by a number per expert.
 
     Source: transformers 5.24 models/gemma4/modeling_gemma4.py Gemma4TextRouter.
     """
     scale = Weight("router.per_expert_scale", "E", "router")
     return (
         *rms_norm("router.norm", x, "router.in", "b s h", "h", affine=False),
-        ops.weigh("router.scale", "router.in", "router.scaled", "b s h", Weight("router.scale", "h", "router")),
+        ops.multiply_weight(
+            "router.scale", "router.in", "router.scaled", "b s h", Weight("router.scale", "h", "router")
+        ),
         ops.scale("router.root", "router.scaled", "router.input", "b s h"),
-        ops.leave("router.in", "router.scaled"),
+        ops.release_names("router.in", "router.scaled"),
         ops.linear("router.proj", "router.input", "router.logits", "E", "h", "router", flat=True),
         *ops.softmax("router.softmax", "router.logits", "router.probs", "b s E", "fp32"),
         routers.top_k("router.topk", "router.probs", "router.top"),
@@ -246,65 +258,69 @@ def _router(x: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: index",
         ),
         ops.mul("router.weigh", "router.normal", "router.own", routers.SCORES, routers.PAIRS),
-        ops.leave("router.input", "router.logits", "router.normal", "router.own"),
+        ops.release_names("router.input", "router.logits", "router.normal", "router.own"),
     )
 
 
 def _mixture(x: str, y: str) -> tuple[Op, ...]:
-    """What the dense MLP made and what the experts make of the same residual, each normalised, together."""
+    """The outputs of the dense MLP and of the experts for the same residual, each normalised, and added."""
     return (
         *rms_norm("post_feedforward_layernorm_1", x, "ho.normed", "b s h", "h"),
         *_router("x1"),
         *rms_norm("pre_feedforward_layernorm_2", "x1", "n3", "b s h", "h"),
         *experts.experts("n3", "eo", "experts", gate_up=(), down=()),
-        ops.leave("n3"),
+        ops.release_names("n3"),
         *rms_norm("post_feedforward_layernorm_2", "eo", "eo.normed", "b s h", "h"),
-        ops.leave("eo"),
+        ops.release_names("eo"),
         ops.add("experts_and_mlp", "ho.normed", "eo.normed", y, "b s h"),
-        ops.leave(x),
+        ops.release_names(x),
     )
 
 
-def _text_alone(own: bool) -> tuple[Op, ...]:
-    """The model for images looks for their tokens among the ids, and puts others in their place."""
+def _text_embeddings(has_per_layer: bool) -> tuple[Op, ...]:
+    """The multimodal model's embedding of a text: it looks for image tokens among the ids, and replaces them."""
     masks = tuple(Tensor(f"{what} mask", "b s", "bool") for what in ("image", "video", "audio", "any"))
     return (
         Op("model.text_ids", ("ids",), (Tensor("text.ids", "b s", "int64"),), scratch=masks, gradient="none"),
         scaled_embedding()._replace(reads=("text.ids",), keeps=(Keep("text.ids", "model.embed_tokens.weight"),)),
-        *((Op("model.text_embeds", ("embeds",), (Tensor("text.embeds", "b s h"),), gradient="none"),) if own else ()),
+        *(
+            (Op("model.text_embeds", ("embeds",), (Tensor("text.embeds", "b s h"),), gradient="none"),)
+            if has_per_layer
+            else ()
+        ),
     )
 
 
-def gemma4(m: ModelSpec, wiring: Wiring, whole: bool = False) -> Stack:
-    """The decoder; `whole`: as the model for images and sound calls it for a text."""
-    own = m.whole("hidden_size_per_layer_input", least=0) > 0
-    wide = wired(wiring, m.whole("global_head_dim"))
+def gemma4(m: ModelSpec, wiring: Wiring, is_multimodal: bool = False) -> Stack:
+    """Build the text decoder. `whole`: as the model for images and sound calls it for a text."""
+    has_per_layer = m.config_int("hidden_size_per_layer_input", least=0) > 0
+    wide = wired(wiring, m.config_int("global_head_dim"))
 
-    # layers that cache nothing themselves are given the last token alone where no other's logits are asked for
+    # layers that cache nothing run on the last token only, if only its logits are needed
     cuts = wiring.last_only and not wiring.decodes and wiring.backend != "flash_2"
     cuts = cuts and any(layer.mixer == REUSED for layer in m.layers)
 
     def block(layer: Layer) -> Block:
         last_only = cuts and layer.mixer == REUSED
-        wired_ = (wiring if layer.sliding else wide)._replace(decodes=last_only or wiring.decodes)
-        heads = _heads(m, wired_, layer, "n1", "ao")
-        last, branch = "y1" if own else "y0", "mixed" if layer.ffn == "experts" else "mo"
-        made = (
-            *((own_embeddings(),) if own else ()),
+        layer_wiring = (wiring if layer.sliding else wide)._replace(decodes=last_only or wiring.decodes)
+        heads = _heads(m, layer_wiring, layer, "n1", "ao")
+        last, branch = "y1" if has_per_layer else "y0", "mixed" if layer.ffn == "experts" else "mo"
+        operations = (
+            *((layer_embedding(),) if has_per_layer else ()),
             *rms_norm("input_layernorm", "x", "n1", "b s h", "h"),
             *(heads if layer.sliding else ops.with_axes(heads, GLOBAL)),
             *rms_norm("post_attention_layernorm", "ao", "ao.normed", "b s h", "h"),
-            ops.leave("ao"),
+            ops.release_names("ao"),
             ops.add("residual_1", "x", "ao.normed", "x1", "b s h"),
-            ops.leave("ao.normed"),
+            ops.release_names("ao.normed"),
             *rms_norm("pre_feedforward_layernorm", "x1", "n2", "b s h", "h"),
             *ops.with_axes(gated_mlp("n2", "mo"), {"f": f"f{layer.f}"}),
             *(_mixture("mo", "mixed") if layer.ffn == "experts" else ()),
             *rms_norm("post_feedforward_layernorm", branch, "mo.normed", "b s h", "h"),
-            ops.leave(branch),
+            ops.release_names(branch),
             ops.add("residual_2", "x1", "mo.normed", "y0", "b s h"),
-            ops.leave("mo.normed"),
-            *(per_layer("y0", last) if own else ()),
+            ops.release_names("mo.normed"),
+            *(per_layer("y0", last) if has_per_layer else ()),
             Op(
                 "layer_scalar",
                 (last,),
@@ -314,43 +330,55 @@ def gemma4(m: ModelSpec, wiring: Wiring, whole: bool = False) -> Stack:
                 view=True,
                 source=f"{_SOURCE} Gemma4TextDecoderLayer: in place",
             ),
-            ops.leave("positions", *returned(wiring), *(_HELD if layer.ffn == "experts" else ())),
+            ops.release_names("positions", *returned(wiring), *(_HELD if layer.ffn == "experts" else ())),
         )
-        made = for_last(made, shared(layer.sliding)) if last_only else made
-        local_block = Block("model.layers", made, shared(layer.sliding) if layer.mixer == STORED else ())
-        return local(local_block) if layer.sliding else local_block
+        operations = for_last(operations, shared_names(layer.sliding)) if last_only else operations
+        layer_block = Block("model.layers", operations, shared_names(layer.sliding) if layer.mixer == STORED else ())
+        return local(layer_block) if layer.sliding else layer_block
 
-    two = any(layer.sliding for layer in m.layers)
-    last = after(m, wiring, True, rms_norm, two)
+    has_sliding = any(layer.sliding for layer in m.layers)
+    last = after(m, wiring, True, rms_norm, has_sliding)
     last = for_last(last) if cuts else last
     return Stack(
         (
-            given(wiring.padded),
-            *(_text_alone(own) if whole else (scaled_embedding(),)),
-            *(per_layer_inputs("embeds", "text.ids" if whole else "ids", held=whole) if own else ()),
+            inputs(wiring.padded),
+            *(_text_embeddings(has_per_layer) if is_multimodal else (scaled_embedding(),)),
+            *(
+                per_layer_inputs("embeds", "text.ids" if is_multimodal else "ids", held=is_multimodal)
+                if has_per_layer
+                else ()
+            ),
             positions(),
             *masks(wiring, "embeds", False),
             *masks(wiring, "embeds", True),
             *ops.with_axes(tables(), GLOBAL),
-            *(tables(True)[len(tables()) :] if two else ()),
+            *(tables(True)[len(tables()) :] if has_sliding else ()),
         ),
         runs(m, block),
-        forgotten(capped_logits(last) if m.get("final_logit_softcapping") is not None else last, m, own, whole),
+        release_shared(
+            capped_logits(last) if m.get("final_logit_softcapping") is not None else last,
+            m,
+            has_per_layer,
+            is_multimodal,
+        ),
     )
 
 
-def forgotten(last: tuple[Op, ...], m: ModelSpec, own: bool, whole: bool = False) -> tuple[Op, ...]:
-    """`last`, where what layers shared goes as the decoder returns, and what the model around it held."""
-    stored = {name for layer in m.layers if layer.mixer == STORED for name in shared(layer.sliding)}
-    held = ("text.ids", *(("text.embeds", "ple.table") if own else ())) if whole else ()
-    names = (*sorted(stored), *(("per_layer_inputs",) if own else ()), *held)
+def release_shared(last: tuple[Op, ...], m: ModelSpec, has_per_layer: bool, whole: bool = False) -> tuple[Op, ...]:
+    """Return `last` with shared keys and values released when the decoder returns.
+
+    `whole`: what the multimodal model holds is released as well.
+    """
+    stored = {name for layer in m.layers if layer.mixer == STORED for name in shared_names(layer.sliding)}
+    held = ("text.ids", *(("text.embeds", "ple.table") if has_per_layer else ())) if whole else ()
+    names = (*sorted(stored), *(("per_layer_inputs",) if has_per_layer else ()), *held)
     i = next(i for i, op in enumerate(last) if op.name == "return" and "embeds" in op.reads)
     return (*last[:i], last[i]._replace(reads=(*last[i].reads, *names)), *last[i + 1 :])
 
 
 def with_towers(m: ModelSpec, wiring: Wiring) -> Stack:
-    """A text read by the model for images and sound, whose towers are there."""
-    return gemma4_towers(m, gemma4(m, wiring, whole=True))
+    """Build the model for images and sound as it reads a text: its towers are loaded, and not called."""
+    return gemma4_towers(m, gemma4(m, wiring, is_multimodal=True))
 
 
 BUILDERS = {"gemma4": with_towers, "gemma4_text": gemma4}

@@ -1,4 +1,4 @@
-"""GLM-4: Llama whose heads are rotated in part and pair by pair, with gate and up in one projection."""
+"""GLM-4: Llama with gate and up in one projection, and heads rotated in part and pair by pair."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from memplan.models.model import ModelSpec
 
 
 def glm(m: ModelSpec, wiring: Wiring) -> Stack:
-    """GLM-4 9B: Llama's frame."""
+    """Build GLM-4 9B in Llama's frame."""
     block = decoder_block(_attention(m, wiring), fused_mlp("n2", "mo"), held=returned(wiring))
     return Stack(before(wiring, False, tables()), runs(m, lambda _: block), after(m, wiring, False))
 
 
 def glm4(m: ModelSpec, wiring: Wiring) -> Stack:
-    """GLM-4-0414: norms at the end of the branches too."""
+    """Build GLM-4-0414, which also has norms at the end of the branches."""
     block = normed_block(
         _attention(m, wiring),
         fused_mlp("n2", "mo"),
@@ -36,14 +36,14 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     partial = m.rotary_width < m.head_dim
 
     def rope(name: str, q: str, k: str) -> tuple[Op, ...]:
-        """cos and sin are spread over the pairs anew in every layer, which keeps them."""
+        """Rotate q and k. Every layer repeats cos and sin for each pair, and keeps the copies."""
         turned = partly_rotated(name, q, k, partial)
         return (
             ops.copy(f"{name}.pairs_of_cos", "cos", "cos.pairs", "s rot"),
             ops.copy(f"{name}.pairs_of_sin", "sin", "sin.pairs", "s rot"),
             *renamed(turned, {"cos": "cos.pairs", "sin": "sin.pairs"}),
-            ops.leave("cos.pairs", "sin.pairs"),
-            ops.leave(q, k),
+            ops.release_names("cos.pairs", "sin.pairs"),
+            ops.release_names(q, k),
         )
 
     return llama_attention(

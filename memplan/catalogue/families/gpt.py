@@ -1,4 +1,4 @@
-"""GPT-2, GPT-BigCode, GPT-Neo, GPT-J: LayerNorm, biases, an MLP without a gate, dropout, positions from a table."""
+"""GPT-2, GPT-BigCode, GPT-Neo and GPT-J: LayerNorm, biases, an MLP without a gate, dropout, positions from a table."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _Q, _K = "b s a d", "b s k d"
 
 
 def learned(m: ModelSpec, wiring: Wiring, drop: bool, name: str = "transformer") -> tuple[Op, ...]:
-    """Tokens and positions looked up and added, up to the first block.
+    """Look up tokens and learned positions, add them and make the masks: everything before the first block.
 
-    The rows of positions are summed over the batch before they are a gradient.
+    The gradient of the positions is summed over the batch before it reaches their table.
     """
     return (
         inputs(wiring.padded),
@@ -43,59 +43,63 @@ def position_table(name: str, ids: str, y: str, shape: str, rows: str = "s") -> 
 
 
 def after(m: ModelSpec, wiring: Wiring, norm: str = "transformer.ln_f", held: tuple[str, ...] = ()) -> tuple[Op, ...]:
-    made = [op.name for op in masks(wiring, "embeds")]
+    mask_names = [op.name for op in masks(wiring, "embeds")]
     return (
         ops.layer_norm(norm, "x", "n", "b s h", "h"),
-        ops.leave("x", "positions", *held, *made),
+        ops.release_names("x", "positions", *held, *mask_names),
         lm_head("n", "transformer.wte.weight" if m.tie_word_embeddings else ""),
     )
 
 
 def gpt2(m: ModelSpec, wiring: Wiring) -> Stack:
-    """One projection for q, k and v, whole as long as one of them is kept; their gradients are joined.
+    """Build GPT-2, whose q, k and v come from one fused projection.
 
-    Its linear layers are of a class of transformers' own, Conv1D.
+    The projection's output stays alive as long as q, k or v is kept, and their gradients are concatenated. The linear
+    layers are transformers' `Conv1D`, which stores its weight transposed.
     """
     stack = _stack(m, wiring, _fused_attention(m, wiring, _heads(m, wiring)), ("positions",))
     (run,) = stack.runs
     (block,) = run.blocks
     ops_ = tuple(op._replace(weights=tuple(w._replace(transposed=w.matrix) for w in op.weights)) for op in block.ops)
-    ops_ = with_triangle(m, wiring, ops_, "attn")
+    ops_ = with_causal_buffers(m, wiring, ops_, "attn")
     return stack._replace(runs=(run._replace(blocks=(block._replace(ops=ops_),)),))
 
 
-def with_triangle(m: ModelSpec, wiring: Wiring, operations: tuple[Op, ...], name: str) -> tuple[Op, ...]:
-    """A triangle of booleans as large as the table of positions, in every layer, where the version has one."""
-    if not wiring.triangles:
+def with_causal_buffers(m: ModelSpec, wiring: Wiring, operations: tuple[Op, ...], name: str) -> tuple[Op, ...]:
+    """Add the causal mask buffer that every layer holds in older versions of transformers, used or not.
+
+    The buffer is boolean, with a row and a column for every position the model supports.
+    """
+    if not wiring.causal_buffers:
         return operations
-    longest = m.max_position_embeddings or 2048  # GPT-NeoX's own default
-    held = (
+    longest = m.max_position_embeddings or 2048  # GPT-NeoX's default
+    buffers = (
         Weight(f"{name}.bias", f"{longest} {longest}", "buffer", "bool", False),
         Weight(f"{name}.masked_bias", "", "buffer", "fp32", False),
     )
     first, *others = operations
-    return (first._replace(weights=(*first.weights, *held)), *others)
+    return (first._replace(weights=(*first.weights, *buffers)), *others)
 
 
 def _heads(m: ModelSpec, wiring: Wiring, wide: bool = False) -> tuple[Op, ...]:
-    """Attention from q, k, v to o, with dropout of the probabilities."""
+    """Attention from q, k and v to o, with dropout on the probabilities."""
     name, drop = "attn.attention", drops(m, "attn_pdrop")
     if wiring.backend == "eager":
-        return cached(name, wiring, written_out(name, "q", "k", "v", "o", drop, wide, laid=wiring.lays))
+        return cached(name, wiring, written_out(name, "q", "k", "v", "o", drop, wide, laid=wiring.is_head_major))
     return attention(name, "q", "k", "v", "o", wiring._replace(drops=drop), False)
 
 
 def gpt_bigcode(m: ModelSpec, wiring: Wiring) -> Stack:
-    """One key/value head for all query heads; a triangle of booleans as large as the table of positions, unused."""
+    """Build GPT-BigCode: one key/value head for all query heads, and a causal mask buffer that nothing reads."""
     grouped, longest = m.num_key_value_heads != m.num_attention_heads, m.max_position_embeddings
-    heads = dropped_attention(m, wiring, "attn.attention", "attn_pdrop", grouped)
+    heads = attention_with_dropout(m, wiring, "attn.attention", "attn_pdrop", grouped)
     unused = Weight("transformer.bias", f"{longest} {longest}", "buffer", "bool", False)
     stack = _stack(m, wiring, _fused_attention(m, wiring, heads, by_head=not grouped))
     return stack._replace(before=(stack.before[0]._replace(weights=(unused,)), *stack.before[1:]))
 
 
 def _stack(m: ModelSpec, wiring: Wiring, attention_ops: tuple[Op, ...], held: tuple[str, ...] = ()) -> Stack:
-    """`held`: arguments of every block, which a checkpoint keeps."""
+    """Assemble the model around its attention. `held` names block arguments, which a checkpoint keeps."""
     block = gpt_block(attention_ops, mlp(m, "n2", "mo", drops(m, "resid_pdrop")), (*held, *returned(wiring)))
     before = learned(m, wiring, drops(m, "embd_pdrop"))
     return Stack(before, (Run((block,), "L"),), after(m, wiring, held=("tokens", "places")))
@@ -104,7 +108,10 @@ def _stack(m: ModelSpec, wiring: Wiring, attention_ops: tuple[Op, ...], held: tu
 def _fused_attention(
     m: ModelSpec, wiring: Wiring, heads: tuple[Op, ...], by_head: bool = False, name: str = "attn"
 ) -> tuple[Op, ...]:
-    """`by_head`: q, k and v of one head lie side by side, and the joined gradient is copied into that order."""
+    """Attention with one fused projection for q, k and v.
+
+    `by_head`: the projection interleaves q, k and v head by head, and their joined gradient is copied into that order.
+    """
     backend = wiring.masked if wiring.has_mask() else wiring.backend
     back = "new" if backend in ("eager", "math") and not by_head else "same"
     qkv = "qkv" if not by_head else "qkv.heads"
@@ -118,16 +125,16 @@ def _fused_attention(
         *heads,
         ops.linear(f"{name}.c_proj", "o", "ao.whole", "h", "a d", "attention", bias=True),
         *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),
-        ops.leave("qkv", "o", "n1"),
+        ops.release_names("qkv", "o", "n1"),
     )
 
 
-def dropped_attention(
+def attention_with_dropout(
     m: ModelSpec, wiring: Wiring, name: str, key: str, grouped: bool, sliding: bool = False
 ) -> tuple[Op, ...]:
-    """`attention` from q, k, v to o, with dropout where it is written out; the kernels have it inside them."""
+    """Attention from q, k and v to o. Dropout is an op if attention is written out; fused kernels drop inside."""
     k, v, spread = "k", "v", ()
-    if m.num_key_value_heads == 1 and wiring.has_mask(sliding):  # one head is repeated without a copy
+    if m.num_key_value_heads == 1 and wiring.has_mask(sliding):  # expanding a single head makes no copy
         k, v, grouped = "k.all", "v.all", False
         spread = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, gradient="new") for t in "kv")
         spread, wiring = cached(name, wiring, spread, sliding), wiring._replace(caching=False)
@@ -147,11 +154,12 @@ def written_out(
     held: tuple[str, ...] = (),
     laid: bool = False,
 ) -> tuple[Op, ...]:
-    """Attention written out, the softmax in the dtype of the scores; `wide`: q and k are cast to fp32. `laid`: k and v
-    lie head by head, as a cache has them, and need no copy.
+    """Attention written out, with the softmax in the dtype of the scores.
 
-    `biased`: what becomes of `scores` until they are `masked`; by default they are scaled and the mask is added.
-    `held` stays until the product with v is made.
+    wide    cast q and k to fp32
+    biased  ops from `scores` to `masked`; by default the scores are scaled and the mask is added
+    held    tensors that stay alive until the product with v is made
+    laid    k and v are stored head by head, as in a cache, and need no copy
     """
     n, scores = name, "b a s s"
     q_in, k_in = (f"{q}.wide", f"{k}.wide") if wide else (q, k)
@@ -166,11 +174,11 @@ def written_out(
         ),
         *ops.softmax(f"{n}.softmax", "masked", "softmax", scores),
         ops.cast(f"{n}.cast", "softmax", "probs.whole", scores, f"={v}"),
-        *((ops.leave("masked"),) if wide and biased is None else ()),  # GPT-J casts in the softmax's own statement
+        *((ops.release_names("masked"),) if wide and biased is None else ()),  # GPT-J casts in the same statement
         *dropped(f"{n}.attn_dropout", "probs.whole", "probs", scores, drop),
         *(() if laid else (ops.copy(f"{n}.v_flat", v, "v.flat", _Q),)),
         ops.matmul(f"{n}.product", "probs", v if laid else "v.flat", "heads", _Q),
-        ops.leave(*held),
+        ops.release_names(*held),
         ops.copy(f"{n}.reshape", "heads", y, _Q, gradient="new"),
     )
 
@@ -180,9 +188,10 @@ def add_mask(name: str, x: str, y: str) -> Op:
 
 
 def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Scores in fp32, masked by a triangle of booleans that each layer holds for as many tokens as there are positions.
+    """Build GPT-Neo: fp32 scores, masked by a boolean triangle over all positions that every layer holds.
 
-    A local layer differs only in what is in its triangle. There is no scaling, and no kernel but flash attention 2.
+    Local layers differ only in what their triangle contains. Scores are not scaled. Apart from eager attention there is
+    only flash attention 2.
     """
     wiring = wiring if wiring.backend == "flash_2" else wiring._replace(backend="eager", masked="eager")
     name, longest = "attn.attention", m.max_position_embeddings
@@ -205,7 +214,9 @@ def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
         else cached(
             name,
             wiring,
-            written_out(name, "q", "k", "v", "o", drop, True, biased, ("q.wide", "k.wide", "least"), laid=wiring.lays),
+            written_out(
+                name, "q", "k", "v", "o", drop, True, biased, ("q.wide", "k.wide", "least"), laid=wiring.is_head_major
+            ),
         )
     )
     heads = (
@@ -214,7 +225,7 @@ def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
         *kernel,
         ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention", bias=True),
         *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", resid),
-        ops.leave("q", "k", "v", "o"),
+        ops.release_names("q", "k", "v", "o"),
     )
     block = gpt_block(heads, mlp(m, "n2", "mo", resid), returned(wiring))
     before = learned(m, wiring, drops(m, "embed_dropout"))
@@ -222,7 +233,9 @@ def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def gptj(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Part of each head's width rotated by a table for all positions; attention and MLP side by side after one norm."""
+    """Build GPT-J: part of each head rotated from a table for all positions; one norm for attention and MLP in
+    parallel.
+    """
     block = Block(
         "transformer.h",
         (
@@ -231,7 +244,7 @@ def gptj(m: ModelSpec, wiring: Wiring) -> Stack:
             *mlp(m, "n1", "mo", drops(m, "resid_pdrop"), ("fc_in", "fc_out")),
             ops.add("parallel", "ao", "mo", "branches", "b s h"),
             ops.add("residual", "branches", "x", "y", "b s h"),
-            ops.leave("ao", "mo", "n1", "positions", *returned(wiring)),
+            ops.release_names("ao", "mo", "n1", "positions", *returned(wiring)),
         ),
     )
     embedded = drops(m, "embd_pdrop")
@@ -254,7 +267,10 @@ def gptj(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def _gptj_attention(m: ModelSpec, kernel: tuple[Op, ...], name: str = "attn") -> tuple[Op, ...]:
-    """The rotated part and the rest are joined into new storage; both stay to the end, the rest with all of q or k."""
+    """Attention; the rotated and the remaining part of each head are concatenated into new storage.
+
+    Both parts stay alive to the end, and the remaining part is a view that keeps all of q or k alive.
+    """
     return (
         *(ops.linear(f"{name}.{t}_proj", "n1", f"{t}0", "a d", "h", "attention") for t in "qkv"),
         *(ops.view(f"{name}.{t}_heads", f"{t}0", f"{t}1" if t != "v" else t, _Q) for t in "qkv"),
@@ -266,17 +282,17 @@ def _gptj_attention(m: ModelSpec, kernel: tuple[Op, ...], name: str = "attn") ->
                 ops.view(f"{name}.{t}_rest", f"{t}1", f"{t}.pass", _Q, gradient="new"),
             )
         ),
-        *(op for t in "kq" for op in _turned_pairs(f"{name}.rope_{t}", t)),
-        *(_joined(f"{name}.{t}_cat", t) for t in "kq"),
+        *(op for t in "kq" for op in _rotate_pairs(f"{name}.rope_{t}", t)),
+        *(_concatenated(f"{name}.{t}_cat", t) for t in "kq"),
         *kernel,
         ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention"),
         *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),
-        ops.leave("q", "k", "v", "o", "q0", "k0", "q.turned", "k.turned"),
+        ops.release_names("q", "k", "v", "o", "q0", "k0", "q.turned", "k.turned"),
     )
 
 
-def _turned_pairs(name: str, t: str) -> tuple[Op, ...]:
-    """sin and cos are spread over the pairs anew for q and for k, and kept."""
+def _rotate_pairs(name: str, t: str) -> tuple[Op, ...]:
+    """Rotate q or k pair by pair. sin and cos are repeated for each pair, separately for q and for k, and kept."""
     shape, half = "b s a rot", "b s a rot2"
     cosine, pairs, sine = f"{t}.cosine", f"{t}.pairs", f"{t}.sine"
     return (
@@ -287,11 +303,11 @@ def _turned_pairs(name: str, t: str) -> tuple[Op, ...]:
         Op(f"{name}.sin", (pairs, f"{t}.sin"), (Tensor(sine, shape),), (), (Keep(f"{t}.sin", pairs),)),
         ops.add(f"{name}.add", cosine, sine, f"{t}.turned", shape),
         ops.view(f"{name}.part", f"{t}.turned", f"{t}.part", _Q),
-        ops.leave(f"{t}.sin", f"{t}.cos"),
+        ops.release_names(f"{t}.sin", f"{t}.cos"),
     )
 
 
-def _joined(name: str, t: str) -> Op:
+def _concatenated(name: str, t: str) -> Op:
     return Op(name, (f"{t}.part", f"{t}.pass"), (Tensor(t, _Q),), gradient="same", source=f"{ops.DERIVATIVES}: cat")
 
 
@@ -304,33 +320,36 @@ def mlp(
     name: str = "mlp",
     bias: bool = True,
 ) -> tuple[Op, ...]:
-    """Up, activation, down, dropout."""
+    """Up-projection, activation, down-projection, dropout."""
     up, down = layers
     return (
         ops.linear(f"{name}.{up}", x, "up", "f", "h", "mlp", bias),
         *activation(m, f"{name}.act", "up", "act", "b s f"),
-        ops.leave("up"),
+        ops.release_names("up"),
         ops.linear(f"{name}.{down}", "act", f"{y}.whole", "h", "f", "mlp", bias),
-        ops.leave("act"),
+        ops.release_names("act"),
         *dropped(f"{name}.dropout", f"{y}.whole", y, "b s h", drop),
-        ops.leave(x),
+        ops.release_names(x),
     )
 
 
 def gpt_block(attention_ops: tuple[Op, ...], mlp_ops: tuple[Op, ...], held: tuple[str, ...]) -> Block:
-    """Norm, attention from `n1` to `ao`, residual; norm, MLP from `n2` to `mo`, residual; `held` stays to the end."""
+    """Norm, attention from `n1` to `ao`, residual; norm, MLP from `n2` to `mo`, residual.
+
+    `held` names further tensors that stay alive to the end of the block.
+    """
     return Block(
         "transformer.h",
         (
             ops.layer_norm("ln_1", "x", "n1", "b s h", "h"),
             *attention_ops,
             ops.add("residual_1", "ao", "x", "x1", "b s h"),
-            ops.leave("n1"),
+            ops.release_names("n1"),
             ops.layer_norm("ln_2", "x1", "n2", "b s h", "h"),
             *mlp_ops,
             ops.add("residual_2", "x1", "mo", "y", "b s h"),
-            ops.leave("n2"),
-            ops.leave("ao", "mo", *held),
+            ops.release_names("n2"),
+            ops.release_names("ao", "mo", *held),
         ),
     )
 

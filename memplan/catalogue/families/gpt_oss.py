@@ -1,6 +1,8 @@
-"""gpt-oss and MiMo-V2-Flash: attention with sinks, a number a head that takes part in the softmax like a key's score.
+"""gpt-oss and MiMo-V2-Flash: attention sinks, one learned number per head that joins the softmax like a key's score.
 
-transformers has no sdpa for it, and flash attention only by kernels of a hub: what is counted is the plain product.
+transformers has no sdpa attention for them, and flash attention only through kernels from the Hub. This is eager
+attention.
+
 Source: transformers 5.24 models/gpt_oss/modeling_gpt_oss.py, models/mimo_v2_flash/modeling_mimo_v2_flash.py.
 """
 
@@ -36,11 +38,15 @@ def sink_attention(
     drop: bool = False,
     laid: bool = False,
 ) -> tuple[Op, ...]:
-    """Scores of `q` and `k`, less the largest of each row, and what their softmax makes of `v`, heads `value` wide.
+    """Eager attention of `q` to `k` and `v`, subtracting each row's largest score before the softmax.
 
-    The softmax is in the scores' own dtype. With `sinks` each row of scores is one longer, and the probabilities are a
-    view of the rest; `drop`: some are dropped, before they are cast. `one_name`: the function has a single name for all
-    that becomes the probabilities. `laid`: k and v lie head by head, as a cache has them.
+    The softmax runs in the dtype of the scores.
+
+    sinks     rows of scores are one longer, and the probabilities are a view of the other columns
+    value     axis of the width of a value head
+    one_name  one variable holds in turn every tensor from the joined scores to the probabilities
+    drop      dropout on the probabilities, before they are cast
+    laid      k and v are stored head by head, as in a cache
     """
     scores, heads = (_WITH_SINK if sinks else _SCORES), f"b s a {value}"
     n, joined, kept = name, *(("joined", "kept") if sinks else ("masked", "softmax"))
@@ -55,8 +61,8 @@ def sink_attention(
         ops.matmul(f"{n}.scores", "q", "k.heads", "scores", _SCORES),
         ops.scale(f"{n}.scaling", "scores", "scaled", _SCORES),
         Op(f"{n}.add_mask", ("scaled", mask), (Tensor("masked", _SCORES),), gradient="same", source="add.Tensor"),
-        *(_joined(n) if sinks else ()),
-        *((ops.leave("masked"),) if sinks and one_name else ()),
+        *(_append_sinks(n) if sinks else ()),
+        *((ops.release_names("masked"),) if sinks and one_name else ()),
         Op(
             f"{n}.max",
             (joined,),
@@ -73,20 +79,20 @@ def sink_attention(
             scratch_back=(Scratch(Tensor("negative", scores, f"={joined}"), "largest"),),
             source=f"{ops.DERIVATIVES}: sub.Tensor",
         ),
-        ops.leave(joined, "largest"),
+        ops.release_names(joined, "largest"),
         *ops.softmax(f"{n}.softmax", "shifted", "softmax", scores, "=shifted"),
         *((ops.view(f"{n}.drop_sink", "softmax", "kept", _SCORES, gradient="new"),) if sinks else ()),
         *((ops.dropout(f"{n}.dropout", kept, "dropped", _SCORES),) if drop else ()),
         ops.cast(f"{n}.cast", "dropped" if drop else kept, "probs", _SCORES, "=v.heads"),
-        ops.leave("shifted" if one_name else "masked"),
+        ops.release_names("shifted" if one_name else "masked"),
         ops.matmul(f"{n}.product", "probs", "v.heads", "heads", heads),
         ops.copy(f"{n}.contiguous", "heads", y, heads, gradient="new"),
-        ops.leave("k.heads", "v.heads", *(() if one_name else ("shifted",))),
+        ops.release_names("k.heads", "v.heads", *(() if one_name else ("shifted",))),
     )
 
 
-def _joined(name: str) -> tuple[Op, ...]:
-    """The scores with the sinks behind them; their gradients are views of one."""
+def _append_sinks(name: str) -> tuple[Op, ...]:
+    """Append the sinks to the scores. The gradients of both are views of one tensor."""
     sinks = Weight("self_attn.sinks", "a", "attention")
     return (
         ops.view(f"{name}.scores_part", "masked", "masked.part", _WITH_SINK),
@@ -101,29 +107,29 @@ def _joined(name: str) -> tuple[Op, ...]:
     )
 
 
-def halves_rotated(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
-    """Both halves of a head rotated for themselves, with cos and sin as wide as a half, and joined."""
+def rotate_halves(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
+    """Rotate both halves of each head separately, with cos and sin of half its width, and concatenate them."""
     half, shape = f"b s {heads} rot2", f"b s {heads} d"
-    made: list[Op] = [ops.split(f"{name}.chunk", x, (Tensor(f"{y}.first", half), Tensor(f"{y}.second", half)))]
+    operations: list[Op] = [ops.split(f"{name}.chunk", x, (Tensor(f"{y}.first", half), Tensor(f"{y}.second", half)))]
     for part, (a, b) in {"one": ("first", "second"), "two": ("second", "first")}.items():
         cosine, sine = f"{y}.{part}.cosine", f"{y}.{part}.sine"
-        for made_of, factor, product in ((a, "cos", cosine), (b, "sin", sine)):
-            made.append(
+        for half_name, factor, product in ((a, "cos", cosine), (b, "sin", sine)):
+            operations.append(
                 Op(
                     f"{name}.{part}_{factor}",
-                    (f"{y}.{made_of}", factor),
+                    (f"{y}.{half_name}", factor),
                     (Tensor(product, half),),
                     (),
-                    (Keep(factor, f"{y}.{made_of}"),),
+                    (Keep(factor, f"{y}.{half_name}"),),
                     source=f"{ops.DERIVATIVES}: mul.Tensor",
                 )
             )
         if part == "one":
-            made.append(ops.view(f"{name}.minus", sine, f"{sine}.negative", half, gradient="new"))
+            operations.append(ops.view(f"{name}.minus", sine, f"{sine}.negative", half, gradient="new"))
             sine = f"{sine}.negative"
-        made.append(ops.add(f"{name}.{part}", cosine, sine, f"{y}.{part}", half))
+        operations.append(ops.add(f"{name}.{part}", cosine, sine, f"{y}.{part}", half))
     return (
-        *made,
+        *operations,
         *(ops.view(f"{name}.{part}_part", f"{y}.{part}", f"{y}.{part}.part", shape) for part in ("one", "two")),
         Op(
             f"{name}.cat",
@@ -132,11 +138,11 @@ def halves_rotated(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
             gradient="same",
             source=f"{_GPT_OSS} _apply_rotary_emb",
         ),
-        ops.leave(f"{y}.one", f"{y}.two"),
+        ops.release_names(f"{y}.one", f"{y}.two"),
     )
 
 
-def _projected(m: ModelSpec, x: str, name: str, value: str) -> tuple[Op, ...]:
+def _project_qkv(m: ModelSpec, x: str, name: str, value: str) -> tuple[Op, ...]:
     bias = m.get("attention_bias", False)
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
@@ -150,10 +156,10 @@ def _projected(m: ModelSpec, x: str, name: str, value: str) -> tuple[Op, ...]:
 def _gpt_oss_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "self_attn") -> tuple[Op, ...]:
     grouped = m.num_key_value_heads != m.num_attention_heads
     return (
-        *_projected(m, "n1", name, "d"),
-        *halves_rotated(f"{name}.rope_q", "q1", "q", "a"),
-        *halves_rotated(f"{name}.rope_k", "k1", "k", "k"),
-        ops.leave("q1", "k1"),
+        *_project_qkv(m, "n1", name, "d"),
+        *rotate_halves(f"{name}.rope_q", "q1", "q", "a"),
+        *rotate_halves(f"{name}.rope_k", "k1", "k", "k"),
+        ops.release_names("q1", "k1"),
         *cached(
             f"{name}.attention",
             wiring,
@@ -171,41 +177,41 @@ def _gpt_oss_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "
             layer.sliding,
         ),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", m.get("attention_bias", False)),
-        ops.leave("q", "k", "v", "o", "n1"),
+        ops.release_names("q", "k", "v", "o", "n1"),
     )
 
 
 def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """Multiplied by the weight while still in fp32, and cast after."""
+    """RMSNorm that multiplies by the weight in fp32 and casts afterwards."""
     *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, axis)
     n32, y32 = f"{y}.n32", f"{y}.y32"
     return (
         *normalise,
-        ops.weigh(f"{name}.weight", n32, y32, shape, Weight(f"{name}.weight", axis, "norm")),
-        ops.leave(f"{y}.mean", n32),
+        ops.multiply_weight(f"{name}.weight", n32, y32, shape, Weight(f"{name}.weight", axis, "norm")),
+        ops.release_names(f"{y}.mean", n32),
         ops.cast(f"{name}.cast", y32, y, shape, f"={x}"),
     )
 
 
 def _router(x: str, name: str = "mlp.router") -> tuple[Op, ...]:
-    """The largest logits, and a softmax over these alone in their own dtype."""
+    """The largest logits, and a softmax over only these, in their dtype."""
     product = ops.linear(name, x, "router.logits", "E", "h", "router", bias=True, flat=True)
     weights = tuple(w._replace(matrix=False) for w in product.weights)
     return (
         product._replace(weights=weights),
         routers.top_k(f"{name}.topk", "router.logits", "router.top"),
         *ops.softmax(f"{name}.softmax", "router.top", routers.SCORES, routers.PAIRS, "=router.top"),
-        ops.leave("router.top"),
+        ops.release_names("router.top"),
     )
 
 
 def gpt_oss(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Attention with sinks, and experts with biases whose gates are clamped."""
+    """Build gpt-oss: attention sinks, and experts with biases and clamped gates."""
     wiring = wiring._replace(backend="eager", masked="eager")
     mlp = (
         *_router("n2"),
         *experts.experts("n2", "mo", gate_up=(), down=(), act=experts.clamped(slices=True), biased=True),
-        ops.leave("router.logits", routers.CHOSEN, "n2", *returned(wiring)),
+        ops.release_names("router.logits", routers.CHOSEN, "n2", *returned(wiring)),
     )
 
     def block(layer: Layer) -> Block:
@@ -221,13 +227,13 @@ def gpt_oss(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def _mimo_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "self_attn") -> tuple[Op, ...]:
-    """Values narrower than keys, and scaled; a part of each head rotated; sinks where there is a window."""
-    made = (
-        *_projected(m, "n1", name, "dv"),
+    """Attention with scaled values narrower than keys, partial rotation, and sinks in sliding-window layers."""
+    operations = (
+        *_project_qkv(m, "n1", name, "dv"),
         ops.scale(f"{name}.v_scale", "v0", "v", "b s k dv"),
-        ops.leave("v0"),
+        ops.release_names("v0"),
         *rotate_part(f"{name}.rope", partial=True),
-        ops.leave("q1", "k1"),
+        ops.release_names("q1", "k1"),
         *cached(
             f"{name}.attention",
             wiring,
@@ -245,35 +251,35 @@ def _mimo_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "sel
             layer.sliding,
         ),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a dv", "attention"),
-        ops.leave("q", "k", "v", "o", "n1"),
+        ops.release_names("q", "k", "v", "o", "n1"),
     )
-    return ops.with_axes(made, {"k": f"k{layer.k}"})
+    return ops.with_axes(operations, {"k": f"k{layer.k}"})
 
 
-def unadapted(router: tuple[Op, ...]) -> tuple[Op, ...]:
-    """A router of a family whose parameters peft does not know by the names of linear layers."""
+def without_adapter_targets(router: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Return the router's ops without the linear-layer names by which peft would find its parameters."""
     return tuple(op._replace(weights=tuple(w._replace(stands_for=()) for w in op.weights)) for op in router)
 
 
 def mimo(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Layers with a window have more key heads, sinks, and a rotary table of their own."""
+    """Build MiMo-V2-Flash, whose sliding-window layers have more key heads, sinks and a separate rotary table."""
     wiring = wiring._replace(backend="eager", masked="eager")
     mixture = (
-        *unadapted(routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))),
+        *without_adapter_targets(routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))),
         *experts.experts("n2", "mo", gate_up=(), down=()),
-        ops.leave(*routers.HELD, "n2"),
+        ops.release_names(*routers.HELD, "n2"),
     )
 
     def block(layer: Layer) -> Block:
         ffn = mixture if layer.ffn == "experts" else gated_mlp("n2", "mo")
-        made = decoder_block(_mimo_attention(m, layer, wiring), ffn, held=returned(wiring))
-        return local(made) if layer.sliding else made
+        layer_block = decoder_block(_mimo_attention(m, layer, wiring), ffn, held=returned(wiring))
+        return local(layer_block) if layer.sliding else layer_block
 
-    two = any(layer.sliding for layer in m.layers)
+    has_sliding = any(layer.sliding for layer in m.layers)
     return Stack(
-        first(wiring, True, tables(two)),
+        first(wiring, True, tables(has_sliding)),
         runs(m, block),
-        last(m, wiring, True, local=two),
+        last(m, wiring, True, local=has_sliding),
     )
 
 

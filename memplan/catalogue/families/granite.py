@@ -1,4 +1,4 @@
-"""Granite: Llama whose embeddings, branches and logits are multiplied by numbers of the config."""
+"""Granite: Llama with embeddings, branches and logits multiplied by constants from the config."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from memplan.models.model import ModelSpec
 
 
 def granite(m: ModelSpec, wiring: Wiring) -> Stack:
-    """A product with a number keeps nothing, but its input and output are alive together: so are two logits."""
+    """Build Granite.
+
+    Multiplying by a constant keeps nothing, but input and output are alive together, so the logits exist twice.
+    """
     bias = m.get("attention_bias", False)
     block = decoder_block(
         llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias),
@@ -25,12 +28,12 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def granitemoe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """The same with experts, which peft and bitsandbytes both pass over."""
+    """Build Granite with experts, which both peft and bitsandbytes leave alone."""
     bias, name = m.get("attention_bias", False), "block_sparse_moe"
     routed = routers.late_softmax_router(f"{name}.router", "n2")
-    made = experts.experts("n2", "mo", f"{name}.experts", gate_up=(), down=())
+    expert_ops = experts.experts("n2", "mo", f"{name}.experts", gate_up=(), down=())
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias)
-    block = decoder_block(heads, experts.mixture("n2", routed, made), scaled_branch, held=returned(wiring))
+    block = decoder_block(heads, experts.mixture("n2", routed, expert_ops), scaled_branch, held=returned(wiring))
     return Stack(before(wiring, embedded=scaled_embeddings()), (Run((block,), "L"),), scaled_logits(after(m, wiring)))
 
 

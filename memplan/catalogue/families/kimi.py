@@ -1,22 +1,24 @@
-"""Kimi K2.5 and K3: DeepSeek V3's decoder and Kimi Linear's beside a tower for images and films, of which only the
-weights are counted."""
+"""Kimi K2.5 and K3: DeepSeek V3's and Kimi Linear's decoders, and a tower for images and videos.
+
+Only the weights of the tower are counted.
+"""
 
 from __future__ import annotations
 
 from memplan.catalogue.families.deepseek import deepseek_v3
 from memplan.catalogue.families.kimi_linear import kimi_linear
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import reweigh
+from memplan.catalogue.kernels.rewriting import rewrite_weights
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
-from memplan.catalogue.vision.vision import joined
+from memplan.catalogue.vision.vision import text_with_tower
 from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
 
 
 def kimi_k25(m: ModelSpec, wiring: Wiring) -> Stack:
-    """On text alone; what images would take is not written down. peft does not know what its experts stand for."""
+    """Build Kimi K2.5 for text only; what images take is not modelled. peft cannot tell what the experts stand for."""
     names = tuple(f"attn.{n}" for n in ("q_proj", "k_proj", "v_proj", "proj"))
     act = str(m.part("vision_config").get("hidden_act", "gelu_pytorch_tanh"))
     block = t.block(
@@ -47,13 +49,15 @@ def kimi_k25(m: ModelSpec, wiring: Wiring) -> Stack:
             t.linear(f"{p}.out_proj", "v.m2", "features", "h", "vm", g, "b merged"),
         ),
     )
-    text = reweigh(deepseek_v3(m, wiring), lambda w: w._replace(stands_for=()))
-    return joined(wiring, _masked(text), tower)
+    text = rewrite_weights(deepseek_v3(m, wiring), lambda w: w._replace(stands_for=()))
+    return text_with_tower(wiring, _with_text_ids(text), tower)
 
 
-def _masked(text: Stack) -> Stack:
-    """Embeddings are looked up for a copy of the ids, in which no token stands for an image; copy and mask stay until
-    the language model has returned."""
+def _with_text_ids(text: Stack) -> Stack:
+    """Look up the embeddings in a copy of the ids without image tokens.
+
+    The copy and the mask stay alive until the language model has returned.
+    """
     at = next(i for i, op in enumerate(text.before) if op.name == "model.embed_tokens")
     lookup = text.before[at]
     held = (Tensor("text_ids", "b s", "int64"), Tensor("image_mask", "b s", "bool"))
@@ -69,7 +73,7 @@ def _masked(text: Stack) -> Stack:
 
 
 def kimi_k3(m: ModelSpec, wiring: Wiring) -> Stack:
-    """On text alone. Of the tower there is what has weights: how it attends is not written down.
+    """Build Kimi K3 for text only. Of the tower only the weights are modelled, not how it attends.
 
     Source: modeling_kimi_k3.py of moonshotai/Kimi-K3, 2026.
     """
@@ -106,7 +110,7 @@ def kimi_k3(m: ModelSpec, wiring: Wiring) -> Stack:
             *t.rms_norm(f"{p}.post_norm", "v.m2", "features", "b merged h", "h", "projector"),
         ),
     )
-    return joined(wiring, kimi_linear(m, wiring), tower)
+    return text_with_tower(wiring, kimi_linear(m, wiring), tower)
 
 
 BUILDERS = {"kimi_k25": kimi_k25, "kimi_k3": kimi_k3}

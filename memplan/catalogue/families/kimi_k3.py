@@ -1,11 +1,11 @@
-"""What Kimi K3 adds to Kimi Linear: residuals that are chosen, bounded activations, experts in a narrower space.
+"""What Kimi K3 adds to Kimi Linear: attention residuals, bounded activations, and experts in a narrower space.
 
-transformers 5.24 has no class for it. The parts here follow the code published beside its weights; what they stand in,
-the delta rule, the router and the product of the experts, is taken as transformers computes Kimi Linear
-(`memplan.catalogue.families.kimi_linear`), and marked as assumed where the published code does it another way: that
-calls flash-linear-attention's kernels, and runs the routed experts without gradients.
+transformers 5.24 has no class for it. These parts follow the code published with its weights. The rest (the delta rule,
+the router and the product of the experts) is taken as transformers computes Kimi Linear
+(`memplan.catalogue.families.kimi_linear`), and is marked as assumed where the published code differs: that calls
+flash-linear-attention's kernels, and runs the routed experts without gradients.
 
-Letters of their own: `hl` the width of what the routed experts see.
+Axis `hl` is the width of what the routed experts read.
 
 Source: modeling_kimi_linear.py of moonshotai/Kimi-K3, 2026; Attention Residuals (arXiv:2603.15031).
 """
@@ -26,29 +26,29 @@ from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
 _CODE = "modeling_kimi_linear.py of moonshotai/Kimi-K3"
-EXPERTS = "the published code runs the routed experts without gradients; taken as transformers multiplies Kimi Linear's"
-DELTA_RULE = "the published code calls flash-linear-attention; taken as transformers' torch code of Kimi Linear"
+EXPERTS = "the published code runs the routed experts without gradients; computed here as in transformers' Kimi Linear"
+DELTA_RULE = "the published code calls flash-linear-attention; computed here as in transformers' torch Kimi Linear"
 
 Act = Callable[[str, str, str, str], tuple[Op, ...]]
 
 
-def assumed(operations: Iterable[Op], why: str) -> tuple[Op, ...]:
-    """The operations, each marked as assumed and `why`."""
+def mark_assumed(operations: Iterable[Op], why: str) -> tuple[Op, ...]:
+    """Return the operations, each with a source that says it is assumed, and `why`."""
     return tuple(op._replace(source=f"assumed: {why}; {op.source}".removesuffix("; ")) for op in operations)
 
 
 # Residuals
 
 
-def sums_of(number: int) -> str:
-    """The name of the `number` sums of earlier layers that a layer chooses from."""
+def residual_sums_name(number: int) -> str:
+    """Return the name of the `number` sums of earlier layers that a layer selects from."""
     return f"sums.{number}"
 
 
-def chosen(name: str, x: str, y: str, number: int) -> tuple[Op, ...]:
-    """_apply_attn_res: `number` sums of earlier layers and x, weighed by a softmax over one number each, and summed.
+def attention_residual(name: str, x: str, y: str, number: int) -> tuple[Op, ...]:
+    """_apply_attn_res: the sum of `number` sums of earlier layers and x, weighted by a softmax over one number each.
 
-    The weights of the norm and of the projection are multiplied with one another: no module is called.
+    The weights of the norm and of the projection are multiplied with each other; no module is called.
     """
     together, row, f = f"b s {number + 1} h", f"b s {number + 1}", "fp32"
     t = {
@@ -58,9 +58,11 @@ def chosen(name: str, x: str, y: str, number: int) -> tuple[Op, ...]:
             *("product", "numbers", "probs", "mix"),
         )
     }
-    norm, proj = _choosing(name)
+    norm, proj = _selection_weights(name)
     return (
-        Op(f"{name}.cat", (sums_of(number), x), (Tensor(t["all"], together),), gradient="view", source=_CODE),
+        Op(
+            f"{name}.cat", (residual_sums_name(number), x), (Tensor(t["all"], together),), gradient="view", source=_CODE
+        ),
         ops.cast(f"{name}.float", t["all"], t["all32"], together, f),
         Op(
             f"{name}.pow",
@@ -86,59 +88,64 @@ def chosen(name: str, x: str, y: str, number: int) -> tuple[Op, ...]:
         Op(f"{name}_norm.float", (), (Tensor(t["norm32"], "h", f),), (norm,), cast=True, source=_CODE),
         Op(f"{name}_proj", (), (Tensor(t["proj32"], "h", f),), (proj,), cast=True, source=_CODE),
         ops.mul(f"{name}.weight", t["norm32"], t["proj32"], t["weight"], "h"),
-        ops.leave(t["norm32"], t["proj32"]),
+        ops.release_names(t["norm32"], t["proj32"]),
         ops.spread(f"{name}.product", t["keys"], t["weight"], t["product"], together),
         *summed(f"{name}.sum", t["product"], t["numbers"], row),
         *ops.softmax(f"{name}.softmax", t["numbers"], t["probs"], row),
         ops.matmul(f"{name}.mix", t["probs"], t["all32"], t["mix"], "b s h"),
         ops.cast(f"{name}.cast", t["mix"], y, "b s h", f"={t['all']}"),
-        ops.leave(*(t[part] for part in ("all", "all32", "variance", "keys", "weight", "numbers", "probs", "mix"))),
+        ops.release_names(
+            *(t[part] for part in ("all", "all32", "variance", "keys", "weight", "numbers", "probs", "mix"))
+        ),
     )
 
 
-def _choosing(name: str) -> tuple[Weight, Weight]:
+def _selection_weights(name: str) -> tuple[Weight, Weight]:
     return (
         Weight(f"{name}_norm.weight", "h", "norm"),
-        Weight(f"{name}_proj.weight", "1 h", "attention", matrix=True, rows=1, direct=True),
+        Weight(f"{name}_proj.weight", "1 h", "attention", matrix=True, rows=1, bypasses_module=True),
     )
 
 
-def block(layer: Layer, attention: tuple[Op, ...], feed: tuple[Op, ...], held: tuple[str, ...] = ()) -> Block:
-    """KimiDecoderLayer._forward_attn_residual: what is chosen, normed, through attention from `n1` to `ao`; the same to
-    the MLP, from `n2` to `mo`; both outputs are added to the sum that the layers before handed on.
+def attention_residual_block(
+    layer: Layer, attention: tuple[Op, ...], feed: tuple[Op, ...], held: tuple[str, ...] = ()
+) -> Block:
+    """KimiDecoderLayer._forward_attn_residual.
 
-    A layer that opens a sum puts what it was given to those that later layers choose from.
+    The selected sum is normalised and goes through attention, from `n1` to `ao`; the next one through the MLP, from
+    `n2` to `mo`. Both outputs are added to the sum handed on by the layers before. A layer that opens a new sum appends
+    its input to the sums that later layers select from.
     """
-    number, first, name = layer.sums, "h1", "self_attention_res"
-    given = chosen(name, "x", first, number) if number else ()
-    if not number:  # the first layer has the weights, and nothing to choose from
-        first, given = "x", (Op(f"{name}_proj", weights=_choosing(name), gradient="none"),)
+    number, first, name = layer.choosable_sums, "h1", "self_attention_res"
+    selected = attention_residual(name, "x", first, number) if number else ()
+    if not number:  # the first layer has the weights, but nothing to select from
+        first, selected = "x", (Op(f"{name}_proj", weights=_selection_weights(name), gradient="none"),)
     opened: tuple[Op, ...] = ()
-    if layer.opens:
-        before = (sums_of(number),) if number else ()
-        made = Tensor(sums_of(number + 1), f"b s {number + 1} h")
-        opened = (Op("block_residual.cat", (*before, "x"), (made,), gradient="view", source=_CODE),)
-    total = "ao" if layer.opens else "x1"
+    if layer.opens_sum:
+        before = (residual_sums_name(number),) if number else ()
+        sums = Tensor(residual_sums_name(number + 1), f"b s {number + 1} h")
+        opened = (Op("block_residual.cat", (*before, "x"), (sums,), gradient="view", source=_CODE),)
+    total = "ao" if layer.opens_sum else "x1"
     return Block(
         "model.layers",
         (
-            *given,
+            *selected,
             *opened,
             *ops.rms_norm("input_layernorm", first, "n1", "b s h", "h"),
-            *((ops.leave("h1"),) if number else ()),
+            *((ops.release_names("h1"),) if number else ()),
             *attention,
-            *(() if layer.opens else (ops.add("residual_1", "x", "ao", "x1", "b s h"),)),
-            *chosen("mlp_res", total, "h2", number + layer.opens),
-            ops.leave("ao"),
+            *(() if layer.opens_sum else (ops.add("residual_1", "x", "ao", "x1", "b s h"),)),
+            *attention_residual("mlp_res", total, "h2", number + layer.opens_sum),
+            ops.release_names("ao"),
             *ops.rms_norm("post_attention_layernorm", "h2", "n2", "b s h", "h"),
-            ops.leave("h2"),
+            ops.release_names("h2"),
             *feed,
             ops.add("residual_2", total, "mo", "y", "b s h"),
-            ops.leave("positions", *held),
+            ops.release_names("positions", *held),
         ),
-        shares=(sums_of(number + 1),) if layer.opens else (),
+        shares=(residual_sums_name(number + 1),) if layer.opens_sum else (),
         returned=True,
-        replaces=(sums_of(number),) if layer.opens and number else (),
+        replaces=(residual_sums_name(number),) if layer.opens_sum and number else (),
     )
 
 
@@ -146,8 +153,10 @@ def block(layer: Layer, attention: tuple[Op, ...], feed: tuple[Op, ...], held: t
 
 
 def situ(name: str, x: str, y: str, shape: str, bounded: bool = True) -> tuple[Op, ...]:
-    """SituAndMul, all in fp32: `beta * tanh(gate / beta) * sigmoid(gate)` times the other half of x, `bounded` by a
-    tanh too. The gradient of either half is as wide as both."""
+    """SituAndMul, all in fp32: `beta * tanh(gate / beta) * sigmoid(gate)` times the other half of x.
+
+    `bounded`: the other half goes through a tanh as well. The gradient of either half is as wide as both.
+    """
     f, halves = "fp32", ("gate", "up")
     t = {part: f"{y}.{part}" for part in ("divided", "tanh", "curve", "open", "act", "over", "bent", "bound", "wide")}
     up = t["bound"] if bounded else f"{y}.up32"
@@ -170,28 +179,28 @@ def situ(name: str, x: str, y: str, shape: str, bounded: bool = True) -> tuple[O
                 ops.scale(f"{name}.divide_up", f"{y}.up32", t["over"], shape),
                 exp(f"{name}.tanh_up", t["over"], t["bent"], shape),
                 ops.scale(f"{name}.linear_beta", t["bent"], t["bound"], shape),
-                ops.leave(f"{y}.up", f"{y}.up32"),
+                ops.release_names(f"{y}.up", f"{y}.up32"),
             )
             if bounded
             else ()
         ),
         ops.mul(f"{name}.product", t["act"], up, t["wide"], shape),
         ops.cast(f"{name}.cast", t["wide"], y, shape, f"={x}"),
-        ops.leave(x, f"{y}.gate", f"{y}.gate32", t["act"], up),
+        ops.release_names(x, f"{y}.gate", f"{y}.gate32", t["act"], up),
     )
 
 
 def activation(m: ModelSpec) -> Act | None:
-    """What makes y of both products joined; None for Kimi Linear's gated MLP."""
-    return partial(situ, bounded=m.config.get("activation_situ_linear_beta") is not None) if _bounded(m) else None
+    """Return the builder of the activation of gate and up joined, or None for Kimi Linear's gated MLP."""
+    return partial(situ, bounded=m.config.get("activation_situ_linear_beta") is not None) if _uses_situ(m) else None
 
 
-def _bounded(m: ModelSpec) -> bool:
+def _uses_situ(m: ModelSpec) -> bool:
     return m.hidden_act == "situ"
 
 
 def mlp(x: str, y: str, act: Act | None, name: str = "mlp", width: str = "f") -> tuple[Op, ...]:
-    """KimiMLP: with `act`, both products are joined before it."""
+    """KimiMLP. With `act`, gate and up are concatenated before it."""
     if act is None:
         return gated_mlp(x, y, name, width=width)
     shape = f"b s {width}"
@@ -207,49 +216,51 @@ def mlp(x: str, y: str, act: Act | None, name: str = "mlp", width: str = "f") ->
         ),
         *act(f"{name}.act_fn", "gate_up", "product", shape),
         ops.linear(f"{name}.down_proj", "product", y, "h", width, "mlp"),
-        ops.leave("gate_up", x),
+        ops.release_names("gate_up", x),
     )
 
 
-def feed(m: ModelSpec, layer: Layer, routed: tuple[Op, ...]) -> tuple[Op, ...]:
-    """A layer's MLP: a dense one, or experts, in a narrower space where the config says so, and those of all tokens."""
+def kimi_mlp(m: ModelSpec, layer: Layer, routed: tuple[Op, ...]) -> tuple[Op, ...]:
+    """A layer's MLP: dense, or routed experts plus shared ones. Routed experts may read a narrower space."""
     act = activation(m)
     if layer.ffn == "dense":
         return mlp("n2", "mo", act)
-    low = m.config.get("routed_expert_hidden_size") is not None
-    x, made, width = ("latent", "routed.low", "hl") if low else ("n2", "routed", "h")
+    narrows = m.config.get("routed_expert_hidden_size") is not None
+    x, routed_out, width = ("latent", "routed.low", "hl") if narrows else ("n2", "routed", "h")
 
-    def of_experts(name: str, joined: str, inner: str) -> tuple[Op, ...]:
+    def expert_act(name: str, joined: str, inner: str) -> tuple[Op, ...]:
         return act(name, joined, inner, f"{routers.PAIRS} m") if act is not None else ()
 
-    every = experts.experts(x, made, width=width, act=of_experts if act is not None else None)
+    expert_ops = experts.experts(x, routed_out, width=width, act=expert_act if act is not None else None)
     down = up = ()
-    if low:
-        normed = "routed.normed" if m.get("latent_moe_use_norm", False) else made
-        norm = ops.rms_norm("mlp.routed_expert_norm", made, normed, "b s hl", "hl") if normed != made else ()
+    if narrows:
+        normed = "routed.normed" if m.get("latent_moe_use_norm", False) else routed_out
+        norm = (
+            ops.rms_norm("mlp.routed_expert_norm", routed_out, normed, "b s hl", "hl") if normed != routed_out else ()
+        )
         down = (ops.linear("mlp.routed_expert_down_proj", "n2", x, "hl", "h", "mlp", flat=True),)
         up = (
             *norm,
-            *((ops.leave(made),) if norm else ()),
+            *((ops.release_names(routed_out),) if norm else ()),
             ops.linear("mlp.routed_expert_up_proj", normed, "routed", "h", "hl", "mlp", flat=True),
         )
     return (
         *routed,
         *down,
-        *mixture(x, (), assumed(every, EXPERTS) if act is not None or low else every, leaves=False),
+        *mixture(x, (), mark_assumed(expert_ops, EXPERTS) if act is not None or narrows else expert_ops, leaves=False),
         *up,
         *mlp("n2", "shared", act, "mlp.shared_experts", width="fs"),
         ops.add("mlp.add", "routed", "shared", "mo", "b s h"),
-        ops.leave("routed", "shared", *routers.HELD, *((x,) if low else ()), "n2"),
+        ops.release_names("routed", "shared", *routers.HELD, *((x,) if narrows else ()), "n2"),
     )
 
 
-def of_its_own(m: ModelSpec) -> bool:
-    """Whether a config has anything of Kimi K3's: then transformers' class of Kimi Linear is not what it means."""
+def has_k3_parts(m: ModelSpec) -> bool:
+    """Whether the config has any of Kimi K3's parts, so that transformers' Kimi Linear class does not fit it."""
     kda = m.part("linear_attn_config")
     keys = ("attn_res_block_size", "routed_expert_hidden_size", "mla_use_output_gate")
     return (
         any(m.config.get(key) for key in keys)
-        or _bounded(m)
+        or _uses_situ(m)
         or any(kda.get(key) for key in ("use_full_rank_gate", "gate_lower_bound"))
     )

@@ -1,11 +1,17 @@
-"""Kimi Linear: a delta rule whose keys decay channel by channel, latent attention without rotation, experts.
+"""Kimi Linear: a delta rule with a decay per channel, latent attention without rotation, experts.
 
-transformers computes the delta rule with flash-linear-attention's kernels where they are installed, and else chunk by
-chunk in torch; this is the torch code, exact against a trace of it. It holds a number for every two rows of a chunk and
-every channel of a key, three times, which is most of what a layer takes: `_CUBE` below.
+transformers computes the delta rule with flash-linear-attention's kernels if they are installed, otherwise chunk by
+chunk in torch. This is the torch code, exact against a trace of it. In three tensors it holds a number for every two
+rows of a chunk and every channel of a key, which is most of what a layer takes: `_CUBE` below.
 
-Letters of their own: `lv` heads `ldk` wide, `convolved` channels of q, k and v together, `chunks` of `chunk` rows,
-`s_chunks` rows in all, `s_later` those of the `later` chunks, all but one.
+Axes (more in `memplan.program.axes.chunked`):
+
+lv, ldk    heads, and their width
+convolved  channels of q, k and v together
+chunk      rows of a chunk
+chunks     number of chunks, of which `later` are not the first
+s_chunks   rows of all chunks
+s_later    rows of the `later` chunks
 
 Source: transformers 5.24 models/kimi_linear/modeling_kimi_linear.py.
 """
@@ -17,21 +23,21 @@ from memplan.catalogue.attention.latent import attend, copied_key
 from memplan.catalogue.decoder.frame import before, decoder_block, lm_head, masks, returned, runs
 from memplan.catalogue.experts import routers
 from memplan.catalogue.families import kimi_k3
-from memplan.catalogue.families.kimi_k3 import chosen, sums_of
+from memplan.catalogue.families.kimi_k3 import attention_residual, residual_sums_name
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.recurrent import causal_conv, cumulate, exp, lowered, mask_fill, pad, unpadded
-from memplan.catalogue.kernels.recurrent_step import kda_step, kept
-from memplan.catalogue.kernels.rewriting import reweigh
+from memplan.catalogue.kernels.recurrent_step import cached_state, kda_step
+from memplan.catalogue.kernels.rewriting import rewrite_weights
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
-_GIVEN, _HEADS = "b s lv ldk", "b lv s ldk"
+_INPUT, _HEADS = "b s lv ldk", "b lv s ldk"
 _ROWS, _NUMBERS, _SQUARE = "b lv s_chunks ldk", "b lv s_chunks", "b lv s_chunks chunk"
 _CUBE, _BEFORE = "b lv s_chunks chunk ldk", "b lv s_later ldk"
 CHUNK = 64
-_LOCALS = ("inter", "intra", "recalled", "corrected")  # of the last chunk, until the function returns
+_LOCALS = ("inter", "intra", "recalled", "corrected")  # of the last chunk, held until the function returns
 
 
 def _l2_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
@@ -60,22 +66,24 @@ def _l2_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
             scratch_back=(Scratch(Tensor("quotient", _HEADS, f"={y}"), root),),
             source=f"{ops.DERIVATIVES}: div.Tensor",
         ),
-        ops.leave(root),
+        ops.release_names(root),
     )
 
 
-def _chunked(name: str, y: str, at_once: bool = False, records: bool = True) -> tuple[Op, ...]:
-    """`query`, `key`, `value`, `g` and `beta` to the heads' outputs: chunk_kimi_delta_attention.
+def _chunked_delta_rule(name: str, y: str, at_once: bool = False, records: bool = True) -> tuple[Op, ...]:
+    """chunk_kimi_delta_attention: from `query`, `key`, `value`, `g` and `beta` to the heads' outputs.
 
-    On the way back the most is there when the second chunk from the end is done. `at_once`: the rows of the inverse are
-    one operation. `records`: autograd does, and the loop over chunks is told by what it keeps.
+    Backward holds the most when the second chunk from the end is done.
+
+    at_once  the rows of the inverse are one operation
+    records  autograd records, and the loop over chunks is described by what it keeps
     """
     n, f, ones = name, "fp32", Tensor("ones", "chunk chunk", "bool")
-    given = {"query": _GIVEN, "key": _GIVEN, "value": _GIVEN, "beta": "b s lv", "g": _GIVEN}
+    inputs = {"query": _INPUT, "key": _INPUT, "value": _INPUT, "beta": "b s lv", "g": _INPUT}
     return (
         *(
             op
-            for t, shape in given.items()
+            for t, shape in inputs.items()
             for op in (
                 ops.copy(f"{n}.{t}_heads", t, f"{t}.heads", shape),
                 ops.cast(f"{n}.{t}_float", f"{t}.heads", f"{t}32", shape, f),
@@ -86,11 +94,11 @@ def _chunked(name: str, y: str, at_once: bool = False, records: bool = True) -> 
         pad(f"{n}.pad_query", "q.normed", "q.rows", _ROWS),
         ops.scale(f"{n}.scaling", "q.rows", "q", _ROWS),
         pad(f"{n}.pad_key", "k.normed", "k", _ROWS),
-        ops.leave("q.normed", "k.normed"),
+        ops.release_names("q.normed", "k.normed"),
         pad(f"{n}.pad_value", "value32", "v.rows", _ROWS),
         pad(f"{n}.pad_decay", "g32", "decay", _ROWS),
         pad(f"{n}.pad_beta", "beta32", "beta.rows", _NUMBERS),
-        ops.leave("value32", "g32", "beta32"),
+        ops.release_names("value32", "g32", "beta32"),
         ops.spread(f"{n}.v_beta", "v.rows", "beta.rows", "v.beta", _ROWS),
         ops.spread(f"{n}.k_beta", "k", "beta.rows", "k.beta", _ROWS),
         cumulate(f"{n}.cum_decay", "decay", "cum", _ROWS),
@@ -98,18 +106,18 @@ def _chunked(name: str, y: str, at_once: bool = False, records: bool = True) -> 
         *_pairs(n),
         *(_inverse_at_once if at_once else _inverse)(f"{n}.rows", "pairs.0"),
         ops.matmul(f"{n}.new_values", "attn", "v.beta", "values", _ROWS),
-        ops.leave("v.rows"),
+        ops.release_names("v.rows"),
         exp(f"{n}.decay_of_keys", "cum", "cum.exp", _ROWS)._replace(autocast=f),
         ops.mul(f"{n}.decayed_k_beta", "k.beta", "cum.exp", "k.beta.decayed", _ROWS),
-        ops.leave("cum.exp"),
+        ops.release_names("cum.exp"),
         ops.matmul(f"{n}.k_cumdecay", "attn", "k.beta.decayed", "k.cumulated", _ROWS),
-        ops.leave("k.beta.decayed"),
+        ops.release_names("k.beta.decayed"),
         Op(f"{n}.also_after", (), (Tensor("also after", "chunk chunk", "bool"),), scratch=(ones,)),
-        ops.leave("not before"),
-        *(_scan if records else _scan_alone)(f"{n}.scan"),
-        ops.copy(f"{n}.contiguous", "outputs", "outputs.rows", _GIVEN),
-        ops.cast(f"{n}.cast", "outputs.rows", y, _GIVEN, "=query"),
-        ops.leave(
+        ops.release_names("not before"),
+        *(_scan if records else _scan_one_chunk)(f"{n}.scan"),
+        ops.copy(f"{n}.contiguous", "outputs", "outputs.rows", _INPUT),
+        ops.cast(f"{n}.cast", "outputs.rows", y, _INPUT, "=query"),
+        ops.release_names(
             "outputs",
             "q",
             "k",
@@ -122,20 +130,20 @@ def _chunked(name: str, y: str, at_once: bool = False, records: bool = True) -> 
             "factors",
             "attn",
         ),
-        ops.leave(*(("scan.last",) if records else tuple(f"scan.{t}" for t in _LOCALS))),
-        ops.leave("values", "k.cumulated", f"row{CHUNK - 1}", f"rest{CHUNK - 1}"),
+        ops.release_names(*(("scan.last",) if records else tuple(f"scan.{t}" for t in _LOCALS))),
+        ops.release_names("values", "k.cumulated", f"row{CHUNK - 1}", f"rest{CHUNK - 1}"),
     )
 
 
-def _cube(name: str, x: str, other: str, y: str, shape: str = _CUBE) -> Op:
-    """Each row of one by each of the other, channel by channel."""
+def _pairwise_product(name: str, x: str, other: str, y: str, shape: str = _CUBE) -> Op:
+    """Multiply each row of one by each row of the other, channel by channel."""
     sums = tuple(Scratch(Tensor(f"before the sum of {of}", shape, "fp32"), of, summed=True) for of in (x, other))
     source = f"{ops.DERIVATIVES}: mul.Tensor"
     return Op(name, (x, other), (Tensor(y, shape),), (), (Keep(other, x), Keep(x, other)), (), sums, source=source)
 
 
 def _pairs(n: str) -> tuple[Op, ...]:
-    """How much each key of a chunk corrects each later one, `pairs.0`; `factors`, by which a key has decayed."""
+    """How much each key of a chunk corrects each later one (`pairs.0`), and how far a key has decayed (`factors`)."""
     return (
         Op(
             f"{n}.differences",
@@ -145,13 +153,13 @@ def _pairs(n: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: sub.Tensor",
         ),
         mask_fill(f"{n}.causal", "differences", "after", "differences.masked", _CUBE),
-        ops.leave("differences"),
+        ops.release_names("differences"),
         exp(f"{n}.decay", "differences.masked", "factors", _CUBE)._replace(autocast="fp32"),
-        ops.leave("differences.masked"),
-        _cube(f"{n}.keys", "k.beta", "k", "keys"),
+        ops.release_names("differences.masked"),
+        _pairwise_product(f"{n}.keys", "k.beta", "k", "keys"),
         Op(f"{n}.decayed_keys", ("keys", "factors"), (Tensor("keys.decayed", _CUBE),), gradient="none"),
-        ops.leave("keys.decayed"),
-        Op(  # whose gradient is that of its sum, expanded
+        ops.release_names("keys.decayed"),
+        Op(  # its gradient is the sum's, expanded
             f"{n}.sum",
             ("keys", "factors"),
             (Tensor("sums", _SQUARE),),
@@ -159,48 +167,50 @@ def _pairs(n: str) -> tuple[Op, ...]:
             (Keep("factors", "keys"), Keep("keys", "factors")),
             source=f"{ops.DERIVATIVES}: mul.Tensor, sum.dim_IntList",
         ),
-        ops.leave("keys"),
+        ops.release_names("keys"),
         mask_fill(f"{n}.strictly_causal", "sums", "not before", "sums.masked", _SQUARE),
-        ops.leave("sums"),
+        ops.release_names("sums"),
         ops.scale(f"{n}.negative", "sums.masked", "pairs.0", _SQUARE),
-        ops.leave("sums.masked"),
+        ops.release_names("sums.masked"),
     )
 
 
 def _inverse(n: str, x: str) -> tuple[Op, ...]:
-    """Forward substitution row by row in place, and the identity: a copy of each row is kept, and of those above it."""
+    """Forward substitution row by row, in place, plus the identity. Copies of each row and those above it are kept."""
     out: list[Op] = []
     whole = Tensor("whole", _SQUARE, "fp32")
     for i in range(1, CHUNK):
-        row, rest, made = f"row{i}", f"rest{i}", f"pairs.{i}"
-        one, square = f"b lv chunks {i}", f"b lv chunks {i} {i}"
+        row, rest, result = f"row{i}", f"rest{i}", f"pairs.{i}"
+        row_shape, square = f"b lv chunks {i}", f"b lv chunks {i} {i}"
         out += (
             Op(
                 f"{n}.{i}.clone",
                 (x,),
-                (Tensor(row, one), Tensor(rest, square)),
+                (Tensor(row, row_shape), Tensor(rest, square)),
                 scratch_back=(Scratch(whole),),
                 source=f"{ops.DERIVATIVES}: clone, slice",
             ),
             Op(
                 f"{n}.{i}.set",
                 (x, row, rest),
-                (Tensor(made, _SQUARE),),
+                (Tensor(result, _SQUARE),),
                 (),
                 (Keep(rest, row), Keep(row, rest)),
-                scratch=(Tensor("product", square, "fp32"), Tensor("sum", one, "fp32")),
+                scratch=(Tensor("product", square, "fp32"), Tensor("sum", row_shape, "fp32")),
                 scratch_back=(Scratch(Tensor("product", square, "fp32"), row),),
                 view=True,
                 source="torch 2.13 torch/csrc/autograd/functions/tensor.cpp CopySlices",
             ),
         )
-        x = made
-    return (*out, *_identity(n, x))
+        x = result
+    return (*out, *_add_identity(n, x))
 
 
 def _inverse_at_once(n: str, x: str) -> tuple[Op, ...]:
-    """All rows as one operation, for a model whose layers are many and differ: the same is kept, in one tensor, and
-    what is there on the way back is a row's."""
+    """`_inverse` as one operation, for models with many different layers.
+
+    It keeps the same elements in one tensor. In backward, what is alive is what one row needs.
+    """
     last, whole = CHUNK - 1, Tensor("whole", _SQUARE, "fp32")
     kept = sum(i + i * i for i in range(1, last))
     product = Tensor("product", f"b lv chunks {last} {last}", "fp32")
@@ -208,7 +218,13 @@ def _inverse_at_once(n: str, x: str) -> tuple[Op, ...]:
     names = ("rows.kept", *(t.name for t in rows))
     return (
         Op(f"{n}.clone", (x,), rows, gradient="none"),
-        Op(f"{n}.kept", (x,), (Tensor("rows.kept", f"b lv chunks {kept}", "fp32"),), gradient="none", recorded=True),
+        Op(
+            f"{n}.kept",
+            (x,),
+            (Tensor("rows.kept", f"b lv chunks {kept}", "fp32"),),
+            gradient="none",
+            needs_recording=True,
+        ),
         Op(
             f"{n}.set",
             (x, *names),
@@ -220,27 +236,26 @@ def _inverse_at_once(n: str, x: str) -> tuple[Op, ...]:
             view=True,
             source="torch 2.13 torch/csrc/autograd/functions/tensor.cpp CopySlices",
         ),
-        ops.leave("rows.kept")._replace(recorded=True),
-        *_identity(n, f"pairs.{last}"),
+        ops.release_names("rows.kept")._replace(needs_recording=True),
+        *_add_identity(n, f"pairs.{last}"),
     )
 
 
-def _identity(n: str, x: str) -> tuple[Op, ...]:
+def _add_identity(n: str, x: str) -> tuple[Op, ...]:
     eye = Tensor("eye", "chunk chunk", "fp32")
     return (
         Op(f"{n}.identity", (x,), (Tensor("attn", _SQUARE),), scratch=(eye,), gradient="same", source=ops.DERIVATIVES),
-        ops.leave(x),
+        ops.release_names(x),
     )
 
 
 def _scan(name: str) -> tuple[Op, ...]:
-    """The loop over chunks as one operation, and beside it what autograd keeps of all chunks.
+    """The loop over chunks as one operation, and what autograd keeps of all chunks.
 
-    The state before the first chunk asks for no gradient, and that after the last is thrown away: neither keeps what
-    the others do.
-    Autocast casts what is multiplied, chunk by chunk: each state and its corrected values twice.
+    The state before the first chunk has no gradient, and the one after the last is discarded; neither keeps what the
+    others do. Autocast casts what is multiplied chunk by chunk: each state and its corrected values twice.
     """
-    made = {
+    kept_shapes = {
         "q.factors": _ROWS,
         "q.decayed": _BEFORE,
         "q.k": _CUBE,
@@ -253,43 +268,43 @@ def _scan(name: str) -> tuple[Op, ...]:
     }
     twice = {f"{t}.{part}": t for t in ("states", "corrected") for part in ("low", "again")}
     once = {f"{t}.low": t for t in ("q.decayed", "intra", "k.decayed")}
-    shapes = {**made, "k.cumulated": _ROWS}
+    shapes = {**kept_shapes, "k.cumulated": _ROWS}
     low = {**twice, **once, "k.cumulated.low": "k.cumulated"}
-    given = ("q", "k", "cum", "factors", "values", "k.cumulated.low")
+    inputs = ("q", "k", "cum", "factors", "values", "k.cumulated.low")
     kept = ("q", "k", "factors", "also after", "q.factors", "q.k", "states", "k.factors", "end", *low)
     return (
         Op(
             f"{name}.kept",
             ("values",),
-            tuple(Tensor(t, shape, "fp32") for t, shape in made.items()),
+            tuple(Tensor(t, shape, "fp32") for t, shape in kept_shapes.items()),
             gradient="none",
-            recorded=True,
+            needs_recording=True,
         ),
-        *(lowered(f"{name}.{y}", t, y, shapes[t])._replace(recorded=True) for y, t in low.items()),
-        ops.leave("q.decayed", "intra", "corrected", "k.decayed")._replace(recorded=True),
+        *(lowered(f"{name}.{y}", t, y, shapes[t])._replace(needs_recording=True) for y, t in low.items()),
+        ops.release_names("q.decayed", "intra", "corrected", "k.decayed")._replace(needs_recording=True),
         Op(
             name,
-            (*given, *(t for t in kept if t not in given)),
+            (*inputs, *(t for t in kept if t not in inputs)),
             (Tensor("outputs", _ROWS, "fp32"), Tensor("scan.last", "4 b lv chunk ldk", "fp32")),
             (),
-            tuple(Keep(what, of) for of in given for what in kept),
+            tuple(Keep(what, of) for of in inputs for what in kept),
             scratch=(Tensor("decayed", "b lv chunk chunk ldk", "fp32"),),
             scratch_back=(Scratch(Tensor("of the chunk before", "b lv s_two chunk ldk", "fp32")),),
             source="transformers 5.24 models/kimi_linear/modeling_kimi_linear.py chunk_kimi_delta_attention",
         ),
-        ops.leave(*kept[4:])._replace(recorded=True),
+        ops.release_names(*kept[4:])._replace(needs_recording=True),
     )
 
 
-def _scan_alone(name: str) -> tuple[Op, ...]:
-    """The loop where nothing is kept: a chunk of it, after which only its sums and the state are there."""
+def _scan_one_chunk(name: str) -> tuple[Op, ...]:
+    """The loop if nothing is kept: one chunk of it, after which only its sums and the state are alive."""
     state, chunk, cube, f = "b lv ldk ldk", "b lv chunk ldk", "b lv chunk chunk ldk", "fp32"
     square = Tensor("scan.intra", "b lv chunk chunk", f)
-    some = tuple(Tensor(what, chunk, f) for what in ("product", "sum"))
+    chunk_scratch = tuple(Tensor(what, chunk, f) for what in ("product", "sum"))
     return (
         Op(f"{name}.zeros", ("values",), (Tensor("state.zero", state, f),)),
         Op(f"{name}.outputs", ("values",), (Tensor("outputs", _ROWS, f),)),
-        Op(f"{name}.inter", ("q", "cum", "state.zero"), (Tensor("scan.inter", chunk, f),), scratch=some),
+        Op(f"{name}.inter", ("q", "cum", "state.zero"), (Tensor("scan.inter", chunk, f),), scratch=chunk_scratch),
         Op(
             f"{name}.products",
             ("q", "k", "factors"),
@@ -299,35 +314,37 @@ def _scan_alone(name: str) -> tuple[Op, ...]:
         Op(f"{name}.intra", ("q", "k", "factors"), (square,), scratch=(square._replace(name="sum"),)),
         Op(f"{name}.recall", ("k.cumulated", "state.zero"), (Tensor("scan.recalled", chunk, f),)),
         Op(f"{name}.correct", ("values", "scan.recalled"), (Tensor("scan.corrected", chunk, f),)),
-        Op(f"{name}.out", ("scan.inter", "scan.intra", "scan.corrected", "outputs"), scratch=some),
+        Op(f"{name}.out", ("scan.inter", "scan.intra", "scan.corrected", "outputs"), scratch=chunk_scratch),
         Op(
             f"{name}.update",
             ("state.zero", "k", "cum", "scan.corrected"),
             (Tensor("state.now", state, f),),
-            scratch=(Tensor("decayed state", state, f), Tensor("product", state, f), some[0]),
+            scratch=(Tensor("decayed state", state, f), Tensor("product", state, f), chunk_scratch[0]),
         ),
-        ops.leave("factors", "also after"),
+        ops.release_names("factors", "also after"),
     )
 
 
 def _forget_gate(name: str, x: str, y: str, bounded: bool) -> tuple[Op, ...]:
-    """`-exp(A_log) * softplus(f_b(f_a(x)) + dt_bias)` in fp32, of which large ones are taken as they are. `bounded`:
-    `bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias))`."""
+    """`-exp(A_log) * softplus(f_b(f_a(x)) + dt_bias)` in fp32, where softplus returns large inputs unchanged.
+
+    `bounded`: `bound * sigmoid(exp(A_log) * (f_b(f_a(x)) + dt_bias))`.
+    """
     a, f = f"{name}.A_log", "fp32"
     return (
         ops.linear(f"{name}.f_a_proj", x, "f.low", "ldk", "h", "mixer"),
         ops.linear(f"{name}.f_b_proj", "f.low", "f", "lv ldk", "ldk", "mixer"),
-        ops.leave("f.low"),
-        ops.cast(f"{name}.float", "f", "f32", _GIVEN, f),
+        ops.release_names("f.low"),
+        ops.cast(f"{name}.float", "f", "f32", _INPUT, f),
         Op(
             f"{name}.dt",
             ("f32",),
-            (Tensor("dt", _GIVEN, f),),
+            (Tensor("dt", _INPUT, f),),
             (Weight(f"{name}.dt_bias", "lv ldk", "mixer", f),),
             gradient="same",
             source=f"{ops.DERIVATIVES}: add.Tensor",
         ),
-        ops.leave("f32"),
+        ops.release_names("f32"),
         Op(
             f"{a}.exp",
             (),
@@ -337,47 +354,50 @@ def _forget_gate(name: str, x: str, y: str, bounded: bool) -> tuple[Op, ...]:
             source=ops.DERIVATIVES,
         ),
         *(_bounded(name, y) if bounded else _softplus(name, y)),
-        ops.leave("f", "dt", "rate"),
+        ops.release_names("f", "dt", "rate"),
     )
 
 
 def _bounded(name: str, y: str) -> tuple[Op, ...]:
-    """Source: transformers 5.24 models/glm5_next/modeling_glm5_next.py Glm5NextTextForgetGate."""
+    """The bounded decay.
+
+    Source: transformers 5.24 models/glm5_next/modeling_glm5_next.py Glm5NextTextForgetGate.
+    """
     return (
-        ops.spread(f"{name}.decay", "dt", "rate", "decayed", _GIVEN),
-        routers.sigmoid(f"{name}.sigmoid", "decayed", "opened", _GIVEN),
-        ops.leave("decayed"),
-        ops.scale(name, "opened", y, _GIVEN),
-        ops.leave("opened"),
+        ops.spread(f"{name}.decay", "dt", "rate", "decayed", _INPUT),
+        routers.sigmoid(f"{name}.sigmoid", "decayed", "opened", _INPUT),
+        ops.release_names("decayed"),
+        ops.scale(name, "opened", y, _INPUT),
+        ops.release_names("opened"),
     )
 
 
 def _softplus(name: str, y: str) -> tuple[Op, ...]:
     f = "fp32"
     return (
-        Op(f"{name}.large", ("dt",), (Tensor("large", _GIVEN, "bool"),), gradient="none"),
-        exp(f"{name}.exp", "dt", "dt.exp", _GIVEN)._replace(autocast=f),
-        ops.add_number(f"{name}.one", "dt.exp", "dt.more", _GIVEN),
-        ops.activation(f"{name}.log", "dt.more", "dt.log", _GIVEN)._replace(autocast=f),
+        Op(f"{name}.large", ("dt",), (Tensor("large", _INPUT, "bool"),), gradient="none"),
+        exp(f"{name}.exp", "dt", "dt.exp", _INPUT)._replace(autocast=f),
+        ops.add_number(f"{name}.one", "dt.exp", "dt.more", _INPUT),
+        ops.activation(f"{name}.log", "dt.more", "dt.log", _INPUT)._replace(autocast=f),
         Op(
             f"{name}.where",
             ("dt", "dt.log", "large"),
-            (Tensor("softplus", _GIVEN, f),),
+            (Tensor("softplus", _INPUT, f),),
             (),
             (Keep("large", "dt"), Keep("large", "dt.log")),
             scratch_back=(Scratch(Tensor("zeros", "", f)),),
             source=f"{ops.DERIVATIVES}: where",
         ),
-        ops.leave("large", "dt.exp", "dt.more", "dt.log"),
+        ops.release_names("large", "dt.exp", "dt.more", "dt.log"),
         ops.scale(f"{name}.negative", "rate", "rate.negative", "lv"),
-        ops.spread(name, "softplus", "rate.negative", y, _GIVEN),
-        ops.leave("softplus", "rate.negative"),
+        ops.spread(name, "softplus", "rate.negative", y, _INPUT),
+        ops.release_names("softplus", "rate.negative"),
     )
 
 
 def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
-    """KimiLinearRMSNormGated: all in fp32, normalised, weighed, and times the sigmoid of the gate."""
-    shape, f = _GIVEN, "fp32"
+    """KimiLinearRMSNormGated, all in fp32: normalised, multiplied by the weight and by the sigmoid of the gate."""
+    shape, f = _INPUT, "fp32"
     *normed, cast, weighed, _ = ops.rms_norm(name, x, f"{y}.weighed", shape, "ldk")
     uncast = {cast.writes[0].name: cast.reads[0]}
     return (
@@ -388,32 +408,35 @@ def _gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
         ),
         ops.cast(f"{name}.gate_float", gate, f"{y}.gate", shape, f),
         routers.sigmoid(f"{name}.sigmoid", f"{y}.gate", f"{y}.open", shape),
-        ops.leave(f"{y}.gate"),
+        ops.release_names(f"{y}.gate"),
         ops.mul(f"{name}.product", f"{y}.weighed", f"{y}.open", f"{y}.wide", shape),
-        ops.leave(f"{y}.weighed", f"{y}.open"),
+        ops.release_names(f"{y}.weighed", f"{y}.open"),
         ops.cast(f"{name}.cast", f"{y}.wide", y, shape, f"={x}"),
-        ops.leave(f"{y}.wide"),
+        ops.release_names(f"{y}.wide"),
     )
 
 
 def _delta_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
-    """KimiLinearDeltaAttention; Kimi K3's output gate is one matrix, and its decay has a bound. The last state stays
-    to the end where a cache has a copy of it."""
+    """KimiLinearDeltaAttention.
+
+    Kimi K3's output gate is one matrix, and its decay has a bound. If a cache copies the last state, the state stays
+    alive to the end.
+    """
     parts, config = ("q", "k", "v"), m.part("linear_attn_config")
     gate: tuple[Op, ...] = (
         ops.linear(f"{name}.g_a_proj", x, "gate.low", "ldk", "h", "mixer"),
         ops.linear(f"{name}.g_b_proj", "gate.low", "out.gate", "lv ldk", "ldk", "mixer"),
-        ops.leave("gate.low"),
+        ops.release_names("gate.low"),
     )
     if config.get("use_full_rank_gate"):
         gate = (ops.linear(f"{name}.g_proj", x, "out.gate", "lv ldk", "h", "mixer"),)
-    differ = bool(m.config.get("attn_res_block_size"))
-    state = kept(wiring, f"{name}.state", "state", "b lv ldk ldk", "fp32", "g")
+    rows_at_once = bool(m.config.get("attn_res_block_size"))
+    state = cached_state(wiring, f"{name}.state", "state", "b lv ldk ldk", "fp32", "g")
     rule = f"{name}.rule"
     rule = (
         (*state, *kda_step(rule, "core"))
         if wiring.decodes
-        else (*_chunked(rule, "core", differ, wiring.records), *state)
+        else (*_chunked_delta_rule(rule, "core", rows_at_once, wiring.records), *state)
     )
     return (
         *(ops.linear(f"{name}.{t}_proj", x, f"{t}.flat", "lv ldk", "h", "mixer") for t in parts),
@@ -425,30 +448,29 @@ def _delta_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "
             source=f"{ops.DERIVATIVES}: cat",
         ),
         *causal_conv(f"{name}.conv1d", "qkv", "mixed", "convolved", False, wiring=wiring),
-        ops.split(f"{name}.split", "mixed", tuple(Tensor(t, _GIVEN) for t in ("query", "key", "value"))),
+        ops.split(f"{name}.split", "mixed", tuple(Tensor(t, _INPUT) for t in ("query", "key", "value"))),
         *_forget_gate(f"{name}.forget_gate", x, "g", config.get("gate_lower_bound") is not None),
         ops.linear(f"{name}.b_proj", x, "b_", "lv", "h", "mixer"),
         exp(f"{name}.sigmoid", "b_", "beta", "b s lv"),
-        ops.leave("b_"),
-        *(kimi_k3.assumed(rule, kimi_k3.DELTA_RULE) if kimi_k3.of_its_own(m) else rule),
+        ops.release_names("b_"),
+        *(kimi_k3.mark_assumed(rule, kimi_k3.DELTA_RULE) if kimi_k3.has_k3_parts(m) else rule),
         *gate,
         *_gated_norm(f"{name}.o_norm", "core", "out.gate", "gated"),
         ops.linear(f"{name}.o_proj", "gated", y, "h", "lv ldk", "mixer"),
-        ops.leave("mixed", "g", "beta", "core", "out.gate", "gated", x),
-        *((ops.leave("state.now"),) if wiring.caching else ()),
+        ops.release_names("mixed", "g", "beta", "core", "out.gate", "gated", x),
+        *((ops.release_names("state.now"),) if wiring.caching else ()),
     )
 
 
 def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
-    """Nothing is rotated: queries are as they are projected, and a part of the keys is the same for all heads. Kimi K3
-    gates what is attended to."""
+    """Latent attention without rotation. A part of the keys is shared by all heads. Kimi K3 gates the output."""
     g, bias = "attention", m.get("attention_bias", False)
     queries = (ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", g),)
     if m.get("q_lora_rank"):
         queries = (
             ops.linear(f"{name}.q_a_proj", x, "q.low", "ql", "h", g, bias),
             *ops.rms_norm(f"{name}.q_a_layernorm", "q.low", "q.normed", "b s ql", "ql"),
-            ops.leave("q.low"),
+            ops.release_names("q.low"),
             ops.linear(f"{name}.q_b_proj", "q.normed", "q0", "a d", "ql", g),
         )
     o, gate = "o", ()
@@ -458,9 +480,9 @@ def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = 
             (
                 ops.linear(f"{name}.g_proj", x, "o.gate", "a dv", "h", g),
                 routers.sigmoid(f"{name}.sigmoid", "o.gate", "o.open", "b s a dv"),
-                ops.leave("o.gate"),
+                ops.release_names("o.gate"),
                 ops.mul(f"{name}.gate", "o", "o.open", "o.gated", "b s a dv"),
-                ops.leave("o"),
+                ops.release_names("o"),
             ),
         )
     return (
@@ -478,44 +500,50 @@ def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = 
         *attend(f"{name}.attention", m, wiring._replace(caching=False), "mask", joined=False),
         *gate,
         ops.linear(f"{name}.o_proj", o, y, "h", "a dv", g, bias),
-        ops.leave("q0", "kv.low", "kv.normed", "k.turned", "q", "k", "v", o, *(("o.open",) if gate else ()), x),
+        ops.release_names("q0", "kv.low", "kv.normed", "k.turned", "q", "k", "v", o, *(("o.open",) if gate else ()), x),
     )
 
 
 def kimi_linear(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Positions are counted, and nothing reads them. peft does not know what the experts stand for. A config may have
-    any of Kimi K3's parts."""
+    """Build Kimi Linear. The config may have any of Kimi K3's parts.
+
+    Positions are counted, though nothing reads them. peft cannot tell which linear layers the experts stand for.
+    """
     routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     linear = (
         *unpadded(wiring, "n1", "n1.real", "b s h"),
         *_delta_attention(m, wiring, "n1.real", "ao"),
-        ops.leave("n1"),
+        ops.release_names("n1"),
     )
 
     def block(layer: Layer) -> Block:
-        ffn, is_linear = kimi_k3.feed(m, layer, routed), layer.mixer == "linear_attention"
+        ffn, is_linear = kimi_k3.kimi_mlp(m, layer, routed), layer.mixer == "linear_attention"
         mixed = linear if is_linear else _latent_attention(m, wiring, "n1", "ao")
         held = () if is_linear else returned(wiring)
-        if layer.opens or layer.sums:
-            return kimi_k3.block(layer, mixed, ffn, held)
+        if layer.opens_sum or layer.choosable_sums:
+            return kimi_k3.attention_residual_block(layer, mixed, ffn, held)
         return decoder_block(mixed, ffn, held=held)
 
     last, sums = m.layers[-1], ()
-    number, normed = last.sums + last.opens, "x"
+    number, normed = last.choosable_sums + last.opens_sum, "x"
     if number:
-        sums, normed = (sums_of(number),), "x.chosen"
-    made = masks(wiring, "embeds")
+        sums, normed = (residual_sums_name(number),), "x.chosen"
+    mask_ops = masks(wiring, "embeds")
     after = (
-        *((*chosen("model.output_attn_res", "x", normed, number), ops.leave("x")) if number else ()),
+        *(
+            (*attention_residual("model.output_attn_res", "x", normed, number), ops.release_names("x"))
+            if number
+            else ()
+        ),
         *ops.rms_norm("model.norm", normed, "n", "b s h", "h"),
-        ops.leave(normed, *sums, "embeds", "positions", *(op.name for op in made)),
-        lm_head("n"),  # its class ties it to nothing, whatever the config says
+        ops.release_names(normed, *sums, "embeds", "positions", *(op.name for op in mask_ops)),
+        lm_head("n"),  # the class never ties it, whatever the config says
     )
-    return reweigh(Stack(before(wiring, rotary=False), runs(m, block), after), _counted)
+    return rewrite_weights(Stack(before(wiring, rotary=False), runs(m, block), after), _counted_as_attention)
 
 
-def _counted(w: Weight) -> Weight:
-    """The delta rule's module is called self_attn, too."""
+def _counted_as_attention(w: Weight) -> Weight:
+    """Count the delta rule's weights as attention, because its module is also called self_attn."""
     return w._replace(stands_for=(), group="attention" if w.group == "mixer" else w.group)
 
 

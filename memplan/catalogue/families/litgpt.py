@@ -1,6 +1,6 @@
-"""LitGPT's own model: one class for all families, one projection for q, k and v, rotary tables in fp32.
+"""LitGPT's model: one class for all families, q, k and v in one projection, rotary tables in fp32.
 
-Source: litgpt 0.5.3 model.py; lit_gpt of October 2023, which differs in nothing that takes memory.
+Source: litgpt 0.5.3 model.py; lit_gpt of October 2023, which takes the same memory.
 """
 
 from __future__ import annotations
@@ -20,34 +20,46 @@ _SOURCE = "litgpt 0.5.3 model.py"
 _Q = "b s a d"
 
 
-class Kind(NamedTuple):
-    """What LitGPT's config says of a family."""
+class LitGPTKind(NamedTuple):
+    """What LitGPT's config says of a family.
+
+    rms        RMSNorm instead of LayerNorm
+    offset     norms multiply by `1 + weight`, as Gemma's do
+    gated      the MLP has a gate
+    parallel   attention and MLP run in parallel
+    shared     both read the same norm
+    bias       linear layers have biases
+    head_bias  the output projection has a bias
+    scaled     embeddings are scaled
+    post       norms after attention and MLP
+    capped     attention scores are soft-capped
+    """
 
     rms: bool = True
-    offset: bool = False  # Gemma's norms multiply by 1 + weight
+    offset: bool = False
     gated: bool = True
-    parallel: bool = False  # attention and MLP side by side
-    shared: bool = False  # after one norm
+    parallel: bool = False
+    shared: bool = False
     bias: bool = False
     head_bias: bool = False
-    scaled: bool = False  # embeddings
-    post: bool = False  # norms after attention and MLP
-    capped: bool = False  # scores
+    scaled: bool = False
+    post: bool = False
+    capped: bool = False
 
 
 KINDS = {
-    "llama": Kind(),
-    "mistral": Kind(),
-    "gemma": Kind(offset=True, scaled=True),
-    "gemma2": Kind(offset=True, scaled=True, post=True, capped=True),
-    "phi": Kind(rms=False, gated=False, parallel=True, shared=True, bias=True, head_bias=True),
-    "gpt_neox": Kind(rms=False, gated=False, parallel=True, bias=True),
-    "falcon": Kind(rms=False, gated=False, parallel=True, shared=True),
+    "llama": LitGPTKind(),
+    "mistral": LitGPTKind(),
+    "gemma": LitGPTKind(offset=True, scaled=True),
+    "gemma2": LitGPTKind(offset=True, scaled=True, post=True, capped=True),
+    "phi": LitGPTKind(rms=False, gated=False, parallel=True, shared=True, bias=True, head_bias=True),
+    "gpt_neox": LitGPTKind(rms=False, gated=False, parallel=True, bias=True),
+    "falcon": LitGPTKind(rms=False, gated=False, parallel=True, shared=True),
 }
 
 
 def build(m: ModelSpec, wiring: Wiring) -> Stack:
-    """The model as LitGPT has it. The output projection is never tied to the embeddings."""
+    """Build the model as LitGPT has it. Its output projection is never tied to the embeddings."""
     kind = KINDS[m.model_type]
     table = (Tensor("cos", "s rot", "fp32"), Tensor("sin", "s rot", "fp32"))
     embedding = ops.embedding("transformer.wte", "ids", "tokens" if kind.scaled else "embeds", "v", "h")
@@ -60,11 +72,11 @@ def build(m: ModelSpec, wiring: Wiring) -> Stack:
             *((ops.scale("scale_embeddings", "tokens", "embeds", "b s h"),) if kind.scaled else ()),
         ),
         (Run((_block(m, wiring, kind),), "L"),),
-        (*_norm(kind, "transformer.ln_f", "x", "n"), ops.leave("x"), lm_head("n", bias=kind.head_bias)),
+        (*_norm(kind, "transformer.ln_f", "x", "n"), ops.release_names("x"), lm_head("n", bias=kind.head_bias)),
     )
 
 
-def _block(m: ModelSpec, wiring: Wiring, kind: Kind) -> Block:
+def _block(m: ModelSpec, wiring: Wiring, kind: LitGPTKind) -> Block:
     ao, mo = ("ao.raw", "mo.raw") if kind.post else ("ao", "mo")
     feed = "n1" if kind.shared else "n2"
     after = (
@@ -73,13 +85,13 @@ def _block(m: ModelSpec, wiring: Wiring, kind: Kind) -> Block:
         *(_norm(kind, "post_mlp_norm", mo, "mo") if kind.post else ()),
     )
     if kind.parallel:
-        joined = (
+        residuals = (
             *after,
             ops.add("parallel", "mo", "ao", "branches", "b s h"),
             ops.add("residual", "branches", "x", "y", "b s h"),
         )
     else:
-        joined = (
+        residuals = (
             ops.add("residual_1", "ao", "x", "x1", "b s h"),
             *after,
             ops.add("residual_2", "mo", "x1", "y", "b s h"),
@@ -90,18 +102,18 @@ def _block(m: ModelSpec, wiring: Wiring, kind: Kind) -> Block:
             *_norm(kind, "norm_1", "x", "n1"),
             *_attention(m, wiring, kind, "n1", ao),
             *(_norm(kind, "post_attention_norm", ao, "ao") if kind.post else ()),
-            *joined,
-            ops.leave(feed, "ao", ao),
+            *residuals,
+            ops.release_names(feed, "ao", ao),
         ),
     )
 
 
-def _norm(kind: Kind, name: str, x: str, y: str) -> tuple[Op, ...]:
+def _norm(kind: LitGPTKind, name: str, x: str, y: str) -> tuple[Op, ...]:
     return _rms_norm(name, x, y, kind.offset) if kind.rms else (ops.layer_norm(name, x, y, "b s h", "h"),)
 
 
 def _rms_norm(name: str, x: str, y: str, offset: bool) -> tuple[Op, ...]:
-    """In fp32 to the end: x is kept, a number a row, and if the weight trains the normalised x."""
+    """RMSNorm, fp32 to the end: keeps x, one number per row and, if the weight trains, the normalised x."""
     shape, row = "b s h", "b s"
     x32, square, mean, rstd, n32, y32 = (f"{y}.{part}" for part in ("x32", "square", "mean", "rstd", "n32", "y32"))
     w = Weight(f"{name}.weight", "h", "norm")
@@ -139,14 +151,15 @@ def _rms_norm(name: str, x: str, y: str, offset: bool) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: mul.Tensor",
         ),
         ops.cast(f"{name}.cast", y32, y, shape, f"={x}"),
-        ops.leave(x32, mean, n32),
+        ops.release_names(x32, mean, n32),
     )
 
 
-def _attention(m: ModelSpec, wiring: Wiring, kind: Kind, x: str, y: str) -> tuple[Op, ...]:
-    """q, k and v are parts of one storage; the keys and values of a group are spread over its heads by a copy.
+def _attention(m: ModelSpec, wiring: Wiring, kind: LitGPTKind, x: str, y: str) -> tuple[Op, ...]:
+    """Attention. q, k and v are parts of one tensor; grouped keys and values are copied for every query head.
 
-    A cache has room for all tokens, and is of all heads, but of one where there is one: that is spread behind it.
+    A cache has room for all tokens and for all heads. A single key/value head is cached as one, and expanded
+    afterwards.
     """
     single = wiring.caching and m.num_key_value_heads == 1
     grouped = m.num_key_value_heads != m.num_attention_heads and not single
@@ -172,15 +185,15 @@ def _attention(m: ModelSpec, wiring: Wiring, kind: Kind, x: str, y: str) -> tupl
         ops.linear(f"{name}.attn", x, "qkv", "qkv", "h", "attention", kind.bias),
         *heads,
         *(op for t, of in pairs for op in _rope(f"{name}.rope_{t}", f"{t}1", f"{t}.turned", of)),
-        *(_join(f"{name}.{t}_cat", f"{t}.turned", f"{t}1", t, of) for t, of in pairs),
+        *(_concatenate(f"{name}.{t}_cat", f"{t}.turned", f"{t}1", t, of) for t, of in pairs),
         *attend,
         ops.linear(f"{name}.proj", "o", y, "h", "a d", "attention", kind.bias),
-        ops.leave("qkv", "q", "k", "v", "o", "q.turned", "k.turned", x),
+        ops.release_names("qkv", "q", "k", "v", "o", "q.turned", "k.turned", x),
     )
 
 
 def _rope(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
-    """The first `rot` numbers of every head, with fp32 tables: products in fp32, cast back."""
+    """Rotate the first `rot` dimensions of every head with fp32 tables: products in fp32, cast back."""
     shape, half = f"b s {heads} rot", f"b s {heads} rot2"
     part, cosine, turned, sine, total = (f"{y}.{t}" for t in ("part", "cosine", "half", "sine", "sum"))
     return (
@@ -189,21 +202,21 @@ def _rope(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
         Op(f"{name}.cos", (part, "cos"), (Tensor(cosine, shape),), (), (Keep("cos", part),), source=_SOURCE),
         Op(f"{name}.sin", (turned, "sin"), (Tensor(sine, shape),), (), (Keep("sin", turned),), source=_SOURCE),
         ops.add(f"{name}.add", cosine, sine, total, shape),
-        ops.leave(turned),
+        ops.release_names(turned),
         ops.cast(f"{name}.cast", total, y, shape, f"={x}"),
-        ops.leave(total),
+        ops.release_names(total),
     )
 
 
-def _join(name: str, turned: str, x: str, y: str, heads: str) -> Op:
-    """Turned and other numbers joined into new storage; the gradient is a view of two parts."""
+def _concatenate(name: str, turned: str, x: str, y: str, heads: str) -> Op:
+    """Concatenate the rotated and the other dimensions. Their gradient is a view of two parts."""
     return Op(
         name, (turned, x), (Tensor(y, f"b s {heads} d", f"={x}"),), gradient="new", source=f"{ops.DERIVATIVES}: cat"
     )
 
 
 def _sdpa(wiring: Wiring) -> Iterable[Op]:
-    """q is joined head by head, and a kernel lays out what it makes as it finds q: the heads are copied together."""
+    """torch's attention. q is stored head by head, and so is the kernel's output, which is copied together."""
     plain = wiring._replace(copies="")
     if wiring.backend == "math":
         return kernel("attn.attention", "q", "k", "v", "o", plain, False)
@@ -211,7 +224,7 @@ def _sdpa(wiring: Wiring) -> Iterable[Op]:
 
 
 def _capped() -> Iterable[Op]:
-    """Written out: capped scores, a mask of the model's dtype, the softmax in fp32."""
+    """Attention written out: soft-capped scores, a mask of the model's dtype, the softmax in fp32."""
     n, scores = "attn.attention", "b a s s"
     return (
         ops.matmul(f"{n}.scores", "q", "k", "scores", scores),
@@ -222,19 +235,19 @@ def _capped() -> Iterable[Op]:
         *ops.softmax(f"{n}.softmax", "masked", "softmax", scores, "fp32"),
         ops.cast(f"{n}.cast", "softmax", "probs", scores, "=q"),
         ops.matmul(f"{n}.product", "probs", "v", "heads", _Q),
-        ops.leave("probs", "mask"),
+        ops.release_names("probs", "mask"),
         ops.copy(f"{n}.reshape", "heads", "o", _Q, gradient="new"),
     )
 
 
-def _mlp(kind: Kind, x: str, y: str) -> tuple[Op, ...]:
+def _mlp(kind: LitGPTKind, x: str, y: str) -> tuple[Op, ...]:
     n, bias = "mlp", kind.bias
     if not kind.gated:
         return (
             ops.linear(f"{n}.fc", x, "up", "f", "h", "mlp", bias),
             ops.activation(f"{n}.gelu", "up", "act", "b s f"),
             ops.linear(f"{n}.proj", "act", y, "h", "f", "mlp", bias),
-            ops.leave("act", x),
+            ops.release_names("act", x),
         )
     return (
         ops.linear(f"{n}.fc_1", x, "gate", "f", "h", "mlp", bias),
@@ -242,5 +255,5 @@ def _mlp(kind: Kind, x: str, y: str) -> tuple[Op, ...]:
         ops.activation(f"{n}.silu", "gate", "act", "b s f"),
         ops.mul(f"{n}.product", "act", "up", "product", "b s f"),
         ops.linear(f"{n}.proj", "product", y, "h", "f", "mlp", bias),
-        ops.leave("gate", "up", "product", x),
+        ops.release_names("gate", "up", "product", x),
     )

@@ -1,4 +1,4 @@
-"""Llama and the families that are written like it: RMSNorm before, gated MLP, rotary positions, no biases or few."""
+"""Llama and the families built like it: pre-RMSNorm, a gated MLP, rotary positions, few or no biases."""
 
 from __future__ import annotations
 
@@ -17,25 +17,28 @@ from memplan.models.model import ModelSpec
 
 
 def rope_and_norm(name: str, q: str, k: str) -> tuple[Op, ...]:
-    """Hunyuan's RMSNorm over each head comes after the rotation."""
+    """Hunyuan's q and k: rotated, then an RMSNorm over each head."""
     return (
         *ops.rotate(f"{name}.rope_q", q, "q.rotated", QUERIES, "b s a rot2"),
         *ops.rotate(f"{name}.rope_k", k, "k.rotated", KEYS, "b s k rot2"),
-        ops.leave(q, k),
+        ops.release_names(q, k),
         *ops.rms_norm(f"{name}.query_layernorm", "q.rotated", "q", QUERIES, "d"),
-        ops.leave("q.rotated"),
+        ops.release_names("q.rotated"),
         *ops.rms_norm(f"{name}.key_layernorm", "k.rotated", "k", KEYS, "d"),
-        ops.leave("k.rotated"),
+        ops.release_names("k.rotated"),
     )
 
 
 def rope_and_scale(name: str, q: str, k: str) -> tuple[Op, ...]:
-    """Ministral 3 multiplies q by a number a position, `1 + beta * log(1 + floor(position / length))`, in q's dtype."""
+    """Ministral 3's q and k: rotated, then q times a per-position factor in q's dtype.
+
+    The factor is `1 + beta * log(1 + floor(position / length))`.
+    """
     steps = (Tensor("logarithm", "s", "fp32"), Tensor("scaled", "s", "fp32"))
     return (
         *ops.rotate(f"{name}.rope_q", q, "q.rotated", QUERIES, "b s a rot2"),
         *ops.rotate(f"{name}.rope_k", k, "k", KEYS, "b s k rot2"),
-        ops.leave(q, k),
+        ops.release_names(q, k),
         Op(f"{name}.factors", ("positions",), (Tensor("factors32", "s", "fp32"),), scratch=steps),
         Op(f"{name}.cast_factors", ("factors32",), (Tensor("factors", "s", "=q.rotated"),), cast=True),
         Op(
@@ -60,10 +63,14 @@ def llama(
     mixed: bool = False,
     mlp: Callable[[Layer], tuple[Op, ...]] | None = None,
 ) -> Stack:
-    """Llama, Mistral, Ministral 3, InternLM 3, Qwen2 (biases on q, k, v), Qwen3 (norms on q and k), Hunyuan, SmolLM 3.
+    """Build Llama, Mistral, Ministral 3, MiMo, Qwen2 or 3, or, through `configured`, InternLM 3, Hunyuan or SmolLM 3.
 
-    `mixed`: layers with and without a window; the mask of those without is made even if there are none. `mlp`: what a
-    layer has from `n2` to `mo` instead of a gated MLP.
+    bias      biases on q, k and v
+    out_bias  a bias on the output projection of the attention
+    qk_norm   RMSNorm on q and k
+    turn      builds the ops that rotate q and k
+    mixed     layers may differ in having a sliding window; the full mask is made even if no layer uses it
+    mlp       builds a layer's ops from `n2` to `mo`, in place of a gated MLP
     """
     gated = gated_mlp("n2", "mo", bias=m.get("mlp_bias", False))
 
@@ -87,7 +94,7 @@ def llama(
 
 
 def configured(m: ModelSpec, wiring: Wiring, **variant: Any) -> Stack:
-    """The config says whether the attention's projections have biases."""
+    """Build `llama` with biases in the attention only if the config's `attention_bias` is set."""
     bias = m.get("attention_bias", False)
     return llama(m, wiring, bias=bias, out_bias=bias, **variant)
 

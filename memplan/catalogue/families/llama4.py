@@ -1,5 +1,6 @@
-"""Llama 4: rotation by complex numbers, layers that attend in chunks, and experts that every token is given to, weighed
-by a score that is 0 for those it did not choose.
+"""Llama 4: complex rotation, layers that attend in chunks, and experts that each compute every token.
+
+A token's score is 0 for the experts it did not select.
 
 Source: transformers 5.24 models/llama4/modeling_llama4.py.
 """
@@ -7,8 +8,7 @@ Source: transformers 5.24 models/llama4/modeling_llama4.py.
 from __future__ import annotations
 
 from memplan.catalogue.attention.attention import attention, mask_name
-from memplan.catalogue.decoder.frame import after, decoder_block, masks, returned, runs
-from memplan.catalogue.decoder.frame import inputs as given
+from memplan.catalogue.decoder.frame import after, decoder_block, inputs, masks, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.experts import routers
 from memplan.catalogue.kernels import ops
@@ -20,11 +20,11 @@ from memplan.models.model import ModelSpec
 
 _SOURCE = "transformers 5.24 models/llama4/modeling_llama4.py"
 _Q, _K, _ROWS = "b s a d", "b s k d", "E b s"
-_TURNS = "1 s rot2 2"  # complex numbers of two fp32
+_TURNS = "1 s rot2 2"  # complex numbers, each two fp32
 
 
 def _rotary_table() -> tuple[Op, ...]:
-    """A complex number for every position and pair of a head's dimensions."""
+    """One complex number for every position and pair of a head's dimensions."""
     inverse = tuple(
         Weight(f"model.rotary_emb.{n}", "rot2", "buffer", "fp32", False) for n in ("inv_freq", "original_inv_freq")
     )
@@ -41,46 +41,49 @@ def _rotary_table() -> tuple[Op, ...]:
             "rotary.polar", ("angles",), (Tensor("polar", _TURNS, "fp32"),), scratch=(Tensor("ones", "s rot2", "fp32"),)
         ),
         Op("rotary.scale", ("polar",), (Tensor("turns", _TURNS, "fp32"),)),
-        ops.leave("angles", "polar"),
+        ops.release_names("angles", "polar"),
     )
 
 
-def turned(
+def rotate_complex(
     name: str,
     q: tuple[str, str, str],
     k: tuple[str, str, str],
     table: tuple[str, ...] = ("turns",),
     shape: str = _TURNS,
 ) -> tuple[Op, ...]:
-    """Heads (their name, what they become, their shape) in fp32, pair by pair times a complex number, and cast back."""
+    """Rotate heads as complex numbers, pair by pair and in fp32, and cast them back.
+
+    `q` and `k` are each the name of the heads, the name of the result, and the shape.
+    """
     heads = (q, k)
     return (
-        *(ops.cast(f"{name}.float_{x}", x, f"{x}.wide", whole, "fp32") for x, _, whole in heads),
+        *(ops.cast(f"{name}.float_{x}", x, f"{x}.wide", head_shape, "fp32") for x, _, head_shape in heads),
         *(
             Op(
                 f"{name}.turn_{x}",
                 (f"{x}.wide", *table),
-                (Tensor(f"{x}.turned", whole, "fp32"),),
+                (Tensor(f"{x}.turned", head_shape, "fp32"),),
                 (),
                 tuple(Keep(held, f"{x}.wide") for held in table),
                 scratch_back=(Scratch(Tensor("conjugate", shape, "fp32")),),
                 source=f"{ops.DERIVATIVES}: mul.Tensor",
             )
-            for x, _, whole in heads
+            for x, _, head_shape in heads
         ),
-        *(ops.cast(f"{name}.type_as_{x}", f"{x}.turned", y, whole, f"={x}") for x, y, whole in heads),
-        ops.leave(*(f"{x}.{part}" for x, *_ in heads for part in ("wide", "turned")), q[0], k[0]),
+        *(ops.cast(f"{name}.type_as_{x}", f"{x}.turned", y, head_shape, f"={x}") for x, y, head_shape in heads),
+        ops.release_names(*(f"{x}.{part}" for x, *_ in heads for part in ("wide", "turned")), q[0], k[0]),
     )
 
 
 def _norm_heads(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """Normalised without a weight."""
+    """RMSNorm without a weight."""
     *normalise, _, _, _ = ops.rms_norm(name, x, y, shape, "d")
     return (*normalise, ops.cast(f"{name}.type_as", f"{y}.n32", y, shape, f"={x}"))
 
 
-def _chunks(wiring: Wiring) -> tuple[Op, ...]:
-    """The mask of the layers that attend in chunks: as many as sequences, for each may begin elsewhere."""
+def _chunk_mask(wiring: Wiring) -> tuple[Op, ...]:
+    """The mask of layers that attend in chunks: one per sequence, because each may begin at another position."""
     if not wiring.has_mask(True) or wiring.backend == "eager":
         return masks(wiring, "embeds", True)
     parts = (Tensor("within the chunk", "b s s", "bool"),)
@@ -88,8 +91,8 @@ def _chunks(wiring: Wiring) -> tuple[Op, ...]:
     return (Op("window_mask", (), (Tensor("window_mask", "b s s", "bool"),), scratch=parts, source=source),)
 
 
-def _tempered(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """q times a number a position, in fp32, and cast back."""
+def _scale_by_position(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """Multiply q by a number for each position, in fp32, and cast it back."""
     return (
         Op(
             f"{name}.scales",
@@ -106,12 +109,12 @@ def _tempered(name: str, x: str, y: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: mul.Tensor",
         ),
         ops.cast(f"{name}.to", f"{x}.tempered", y, _Q, f"={x}"),
-        ops.leave(f"{x}.tempered", x),
+        ops.release_names(f"{x}.tempered", x),
     )
 
 
 def _attend(name: str, wiring: Wiring, grouped: bool, sliding: bool) -> tuple[Op, ...]:
-    """Written out, the softmax is in the scores' own dtype."""
+    """Attention. If it is written out, the softmax is in the dtype of the scores."""
     kernel = attention(name, "q", "k", "v", "o", wiring, grouped, sliding, mask_name(sliding))
     if (wiring.masked if wiring.has_mask(sliding) else wiring.backend) != "eager":
         return kernel
@@ -123,17 +126,17 @@ def _attend(name: str, wiring: Wiring, grouped: bool, sliding: bool) -> tuple[Op
 
 def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
     bias, normed = m.get("attention_bias", False), layer.rotary and m.get("use_qk_norm", True)
-    made: list[Op] = []
+    query_key_ops: list[Op] = []
     q, k = ("q2", "k2") if normed else ("q", "k")
     if layer.rotary:
-        made += turned(f"{name}.rope", ("q1", q, _Q), ("k1", k, _K))
+        query_key_ops += rotate_complex(f"{name}.rope", ("q1", q, _Q), ("k1", k, _K))
     if normed:
-        made += (*_norm_heads(f"{name}.qk_norm", "q2", "q", _Q), ops.leave("q2"))
-        made += (*_norm_heads(f"{name}.qk_norm", "k2", "k", _K), ops.leave("k2"))
+        query_key_ops += (*_norm_heads(f"{name}.qk_norm", "q2", "q", _Q), ops.release_names("q2"))
+        query_key_ops += (*_norm_heads(f"{name}.qk_norm", "k2", "k", _K), ops.release_names("k2"))
     if not layer.rotary:
         tempered = m.get("attn_temperature_tuning", True)
-        made += _tempered(name, "q1", "q") if tempered else (ops.view(f"{name}.q", "q1", "q", _Q),)
-        made.append(ops.view(f"{name}.k", "k1", "k", _K))
+        query_key_ops += _scale_by_position(name, "q1", "q") if tempered else (ops.view(f"{name}.q", "q1", "q", _Q),)
+        query_key_ops.append(ops.view(f"{name}.k", "k1", "k", _K))
     grouped = m.num_key_value_heads != m.num_attention_heads
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
@@ -141,15 +144,15 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
         ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", "attention", bias),
         ops.view(f"{name}.k_heads", "k0", "k1", _K),
         ops.linear(f"{name}.v_proj", x, "v", "k d", "h", "attention", bias),
-        *made,
+        *query_key_ops,
         *_attend(f"{name}.attention", wiring, grouped, layer.sliding),
         ops.linear(f"{name}.o_proj", "o", y, "h", "a d", "attention", bias),
-        ops.leave("q", "k", "v", "o", x),
+        ops.release_names("q", "k", "v", "o", x),
     )
 
 
 def _router(x: str, name: str) -> tuple[Op, ...]:
-    """The sigmoid of the largest logits, and 0 for the others."""
+    """The sigmoid of the largest logits, and 0 for the other experts."""
     return (
         routers.gate(name, x, stands_for=()),
         routers.top_k(f"{name}.topk", "router.logits", "router.top"),
@@ -164,12 +167,12 @@ def _router(x: str, name: str) -> tuple[Op, ...]:
         ops.cast(f"{name}.float", "router.sparse", "router.wide", "b s E", "fp32"),
         routers.sigmoid(f"{name}.sigmoid", "router.wide", "router.sigmoids", "b s E"),
         ops.cast(f"{name}.to", "router.sigmoids", "router.scores", "b s E", "=router.sparse"),
-        ops.leave("router.top", routers.CHOSEN, "router.sparse"),
+        ops.release_names("router.top", routers.CHOSEN, "router.sparse"),
     )
 
 
 def _product(name: str, x: str, y: str, out: str, into: str) -> Op:
-    """A batched product, an expert a batch."""
+    """A batched matrix product with one batch entry per expert."""
     w = Weight(name, f"E {out} {into}", "mlp", rows=1 + len(out.split()), chosen="e", stacked=True)
     return Op(
         name,
@@ -184,7 +187,7 @@ def _product(name: str, x: str, y: str, out: str, into: str) -> Op:
 
 
 def mixture(x: str, y: str, name: str = "feed_forward") -> tuple[Op, ...]:
-    """Every token to every expert, and to one that all share."""
+    """Give every token to every expert, multiplied by its score, and add a shared expert's output."""
     inner, shape = "routed", f"{_ROWS} h"
     return (
         *_router(x, f"{name}.router"),
@@ -199,7 +202,7 @@ def mixture(x: str, y: str, name: str = "feed_forward") -> tuple[Op, ...]:
             scratch_back=(Scratch(Tensor("product", shape, f"={inner}"), "routed.scores"),),
             source=f"{ops.DERIVATIVES}: mul.Tensor",
         ),
-        ops.leave("repeated", "routed.scores"),
+        ops.release_names("repeated", "routed.scores"),
         _product(f"{name}.experts.gate_up_proj", inner, "routed.gate_up", "2 m", "h"),
         ops.split(
             f"{name}.chunk", "routed.gate_up", (Tensor("routed.gate", f"{_ROWS} m"), Tensor("routed.up", f"{_ROWS} m"))
@@ -207,12 +210,12 @@ def mixture(x: str, y: str, name: str = "feed_forward") -> tuple[Op, ...]:
         ops.activation(f"{name}.act_fn", "routed.gate", "routed.act", f"{_ROWS} m"),
         ops.mul(f"{name}.product", "routed.up", "routed.act", "routed.product", f"{_ROWS} m"),
         _product(f"{name}.experts.down_proj", "routed.product", "routed_out", "h", "m"),
-        ops.leave("routed.gate", "routed.gate_up"),
+        ops.release_names("routed.gate", "routed.gate_up"),
         *ops.with_axes(_mlp(x, "shared", f"{name}.shared_expert"), {"f": "m"}),
         Op(f"{name}.sum", ("routed_out",), (Tensor("routed_sum", "b s h"),), autocast="wide", source="sum.dim_IntList"),
         ops.add(f"{name}.add", "shared", "routed_sum", y, "b s h")._replace(view=True),
-        ops.leave("routed_sum"),
-        ops.leave("router.logits", "router.scores", inner, "routed_out", x),
+        ops.release_names("routed_sum"),
+        ops.release_names("router.logits", "router.scores", inner, "routed_out", x),
     )
 
 
@@ -221,7 +224,7 @@ def _mlp(x: str, y: str, name: str) -> tuple[Op, ...]:
 
 
 def llama4(m: ModelSpec, wiring: Wiring) -> Stack:
-    """The decoder alone."""
+    """Build the text decoder."""
 
     def block(layer: Layer) -> Block:
         ffn = (
@@ -234,10 +237,10 @@ def llama4(m: ModelSpec, wiring: Wiring) -> Stack:
     sliding = tuple(sorted({layer.sliding for layer in m.layers}))
     return Stack(
         (
-            given(wiring.padded),
+            inputs(wiring.padded),
             ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
             positions(),
-            *(op for kind in sliding for op in (_chunks(wiring) if kind else masks(wiring, "embeds"))),
+            *(op for kind in sliding for op in (_chunk_mask(wiring) if kind else masks(wiring, "embeds"))),
             *_rotary_table(),
         ),
         runs(m, block),

@@ -1,32 +1,31 @@
-"""Llama 4 with images: tiles of one size, each with a token of its own beside its patches, heads turned by complex
-numbers, and four patches in one token of the language model.
+"""Llama 4 with images: tiles of one size with a class token each, complex rotation, four patches per text token.
 
 Source: transformers 5.24 models/llama4/modeling_llama4.py.
 """
 
 from __future__ import annotations
 
-from memplan.catalogue.families.llama4 import llama4, turned
+from memplan.catalogue.families.llama4 import llama4, rotate_complex
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
-from memplan.catalogue.vision.vision import joined, scattered
+from memplan.catalogue.vision.vision import scattered, text_with_tower
 from memplan.core.ir import Op, Run, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
 
 _LEAD = "b images grid"
 _TILE = "b images tile"
 _SHAPE, _HEADS = f"{_LEAD} vh", f"{_LEAD} va vd"
-_TURNS = "vpositions vd"  # complex numbers of two fp32
+_TURNS = "vpositions vd"  # complex numbers, each two fp32
 _NAME = "vision_model"
 _TABLE = f"{_NAME}.rotary_embedding.freqs_ci"
 
 
 def _patches() -> tuple[Op, ...]:
-    """Patches laid out as columns, which the linear layer copies into rows; the processor makes pixels in bf16.
+    """Patches unfolded into columns, which the linear layer copies into rows. The processor makes pixels in bf16.
 
-    The linear layer copies only if its weight trains; if not, nothing of the copy is kept.
+    The linear layer copies only if its weight trains; otherwise nothing of the copy is kept.
     """
     n = f"{_NAME}.patch_embedding"
     place = Weight(f"{_NAME}.positional_embedding_vlm", "vpositions vh", "vision", rows=1)
@@ -46,9 +45,9 @@ def _patches() -> tuple[Op, ...]:
             source="torch 2.13 aten/src/ATen/native/LinearAlgebra.cpp should_fold",
         ),
         t.linear(f"{n}.linear", "v.rows", "v.patches", "vh", "vin", lead=_TILE, bias=False, flat=False)._replace(
-            asks=True
+            requires_gradient=True
         ),
-        ops.leave("v.columns"),
+        ops.release_names("v.columns"),
         Op(
             f"{_NAME}.class_embedding",
             ("v.patches",),
@@ -70,23 +69,23 @@ def _block(wiring: Wiring) -> Run:
             t.linear(f"{name}.{x}_proj", "v.n1", y, "va vd", "vh", lead=_LEAD, flat=False)
             for x, y in (("q", "v.q0"), ("k", "v.k0"), ("v", "v.v"))
         ),
-        *turned(f"{name}.rope", ("v.q0", "v.q", _HEADS), ("v.k0", "v.k", _HEADS), (), _TURNS),
+        *rotate_complex(f"{name}.rope", ("v.q0", "v.q", _HEADS), ("v.k0", "v.k", _HEADS), (), _TURNS),
         t.attention(name, "v.q", "v.k", "v.v", "v.o", wiring.tower, t.BATCH),
         t.linear(f"{name}.o_proj", "v.o", "v.ao", "vh", "va vd", lead=_LEAD, flat=False),
-        ops.leave("v.q", "v.k", "v.v", "v.o", "v.n1"),
+        ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
     )
     feed = t.mlp("mlp", "v.n2", "v.mo", "gelu", lead=_LEAD, flat=False)
     norms = ("input_layernorm", "post_attention_layernorm")
     return Run((t.block(f"{_NAME}.model.layers", heads, feed, norms=norms, lead=_LEAD),), "vL1")
 
 
-def _adapted(m: ModelSpec) -> tuple[Op, ...]:
-    """Without the tile's own token, four patches side by side, which two copies take; two layers, each with a GELU."""
+def _adapter(m: ModelSpec) -> tuple[Op, ...]:
+    """The adapter, without class tokens: merge four patches in two copies, then two linear layers, each with a GELU."""
     n, lead, shuffled = f"{_NAME}.vision_adapter", "b merged", f"{_TILE} vh"
     drops = bool(m.part("vision_config").get("projector_dropout", 0.0))
     inner = "v.dropped" if drops else "v.m2"
     return (
-        ops.leave("embeds"),
+        ops.release_names("embeds"),
         *t.norm(f"{_NAME}.layernorm_post", "x", "v.last", _SHAPE, "vh"),
         ops.view(f"{n}.patches", "v.last", "v.seen", shuffled, gradient="new"),
         ops.copy(f"{n}.shuffle_columns", "v.seen", "v.half", shuffled, gradient="new"),
@@ -96,23 +95,32 @@ def _adapted(m: ModelSpec) -> tuple[Op, ...]:
         *((ops.dropout(f"{n}.mlp.dropout", "v.m2", inner, f"{lead} vp"),) if drops else ()),
         t.linear(f"{n}.mlp.fc2", inner, "v.m3", "vpo", "vpo", lead=lead, bias=False, flat=False),
         ops.activation(f"{n}.mlp.act_2", "v.m3", "v.adapted", f"{lead} vpo"),
-        ops.leave("v.square", "v.last", "x", "v.place"),
+        ops.release_names("v.square", "v.last", "x", "v.place"),
         t.linear("multi_modal_projector.linear_1", "v.adapted", "features", "h", "vo", "projector", lead, bias=False),
     )
 
 
-def _framed(x: str, shape: str) -> Op:
-    """The frame of the model for images has a name for it until the loss is there."""
+def _held_by_frame(x: str, shape: str) -> Op:
+    """A view that the forward of the multimodal model holds until the loss is computed."""
     return ops.view(f"frame.{x}", x, f"{x}.framed", shape)._replace(holds="forward")
 
 
 def with_tower(m: ModelSpec, wiring: Wiring) -> Stack:
-    """The loss is made in the frame of the model for images, which its decoder and the head have left by then."""
+    """Build Llama 4 with its vision tower.
+
+    The multimodal model's forward computes the loss after its decoder and its head have returned.
+    """
     text = llama4(m, wiring)
-    text = text._replace(before=(*text.before, _framed("embeds", "b s h")), after=(*text.after, ops.leave("n")))
-    tower = Tower((Tensor("pixel_values", f"{_TILE} vin", "bf16"),), _patches(), (_block(wiring),), _adapted(m))
-    frame = (_framed("v.adapted", "b merged vo"), _framed("image_embeds", "b merged h"), _framed("image_mask", "b s"))
-    return joined(wiring, text, tower, (*scattered(joined=False), *frame))
+    text = text._replace(
+        before=(*text.before, _held_by_frame("embeds", "b s h")), after=(*text.after, ops.release_names("n"))
+    )
+    tower = Tower((Tensor("pixel_values", f"{_TILE} vin", "bf16"),), _patches(), (_block(wiring),), _adapter(m))
+    frame = (
+        _held_by_frame("v.adapted", "b merged vo"),
+        _held_by_frame("image_embeds", "b merged h"),
+        _held_by_frame("image_mask", "b s"),
+    )
+    return text_with_tower(wiring, text, tower, (*scattered(joined=False), *frame))
 
 
 BUILDERS = {"llama4": with_tower}

@@ -1,10 +1,14 @@
-"""The first Mamba's state space: Mamba, Falcon Mamba and Jamba.
+"""Mamba 1's state space: Mamba, Falcon Mamba and Jamba.
 
-transformers scans with mamba-ssm's kernels where they are installed, and else token by token in a Python loop; this is
+transformers scans with mamba-ssm's kernels if they are installed, otherwise token by token in a Python loop. This is
 the loop, exact against a trace of it but for a few tokens' states.
 
-Letters of their own: `inner` channels with a state of `mn` numbers each, time steps of rank `dtr`, `dbc` numbers of
-which a token's time step and the two projections of its state are made.
+Axes:
+
+inner  channels, each with a state
+mn     numbers in a state
+dtr    rank of the time steps
+dbc    numbers that a token's time step and the two projections of its state are made of
 """
 
 from __future__ import annotations
@@ -13,10 +17,10 @@ from memplan.catalogue.decoder.attention import llama_attention
 from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.experts import experts, routers
-from memplan.catalogue.families.ssm import pure
+from memplan.catalogue.families.ssm import mixer_model
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.recurrent import causal_conv, exp, negative_exp, unpadded
-from memplan.catalogue.kernels.recurrent_step import kept, selective_state_update
+from memplan.catalogue.kernels.recurrent_step import cached_state, selective_state_update
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.models.layers import Layer
@@ -28,7 +32,7 @@ _PARTS = {"dt": "b s dtr", "B": "b s mn", "C": "b s mn"}
 
 
 def weightless_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """RMSNorm in fp32 without a weight; the module holds ones, and does not read them."""
+    """RMSNorm in fp32 without a weight. The module holds ones, and does not read them."""
     *normalise, _, _, returns = ops.rms_norm(name, x, y, shape, axis)
     ones = Weight(f"{name}.weight", axis, "buffer", "", False)
     return (
@@ -40,15 +44,17 @@ def weightless_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[O
 
 
 def _time_steps(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """The time step's projection multiplies by the layer's weight itself, and the product is laid out by channel. A
-    quantised layer is called, and its bias taken off again, which takes the same."""
+    """The time steps. The layer's weight is multiplied directly, and the product is laid out by channel.
+
+    A quantised layer is called, and its bias subtracted again, which takes the same.
+    """
     layer = ops.linear(f"{name}.dt_proj", x, "dt.flat", "inner", "dtr", "mixer")
     (matrix,) = layer.weights
     bias = Weight(f"{name}.dt_proj.bias", "inner", "mixer")
     return (
-        layer._replace(weights=(matrix._replace(direct=True),)),
+        layer._replace(weights=(matrix._replace(bypasses_module=True),)),
         ops.copy(f"{name}.by_channel", "dt.flat", "dt.channels", _ROWS, gradient="new"),
-        ops.leave("dt.flat"),
+        ops.release_names("dt.flat"),
         Op(
             f"{name}.dt_bias",
             ("dt.channels",),
@@ -62,10 +68,12 @@ def _time_steps(name: str, x: str, y: str) -> tuple[Op, ...]:
 
 
 def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """`x` and `gate.z` (`b inner s`), `dt.plus`, `rate`, `B.scan` and `C.scan` to the scan's output: transformers'
-    mamba_selective_scan, whose loop keeps every token's state, and a copy of it in the dtype of x."""
+    """mamba_selective_scan: from `x`, `gate.z` (`b inner s`), `dt.plus`, `rate`, `B.scan` and `C.scan` to the output.
+
+    The loop keeps every token's state, and a copy of it in the dtype of x.
+    """
     of = name
-    given = ("discrete.A", "delta.B.u", "C.scan")
+    operands = ("discrete.A", "delta.B.u", "C.scan")
     token, states = "b inner mn", ("states", "states.low", "state.first", "state.last")
     return (
         ops.spread(f"{of}.A_dt", "dt.plus", "rate", "A.dt", _STATES)._replace(
@@ -85,15 +93,17 @@ def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
                 Tensor("state.last", token, f"={x}"),
             ),
             gradient="none",
-            recorded=True,
+            needs_recording=True,
         ),
-        ops.cast(f"{of}.scan.low", "states", "states.low", "b inner earlier mn", f"={x}")._replace(recorded=True),
+        ops.cast(f"{of}.scan.low", "states", "states.low", "b inner earlier mn", f"={x}")._replace(
+            needs_recording=True
+        ),
         Op(
             f"{of}.scan",
-            (*given, *states),
+            (*operands, *states),
             (Tensor("scanned.tokens", _ROWS, f"={x}"), Tensor("state", token, "fp32")),
             (),
-            tuple(Keep(what, of_) for of_ in given for what in (given[0], given[2], *states)),
+            tuple(Keep(what, of_) for of_ in operands for what in (operands[0], operands[2], *states)),
             scratch=(Tensor("product", token, "fp32"), Tensor("state in the dtype of x", token, f"={x}")),
             scratch_back=(
                 Scratch(Tensor("of the token before", _STATES, "fp32")),
@@ -102,15 +112,15 @@ def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
             gradient="own",
             source=f"{_SOURCE} mamba_selective_scan",
         ),
-        ops.leave(*states)._replace(recorded=True),
+        ops.release_names(*states)._replace(needs_recording=True),
         ops.copy(f"{of}.stack", "scanned.tokens", "scanned", _ROWS),
         *_skip(of, x, y),
-        ops.leave("delta.B.u", "discrete.A", "discrete.B", "state", "scanned.tokens"),
+        ops.release_names("delta.B.u", "discrete.A", "discrete.B", "state", "scanned.tokens"),
     )
 
 
 def _skip(name: str, x: str, y: str) -> tuple[Op, ...]:
-    """`(scanned + x * D) * silu(z)`, in fp32 as D is."""
+    """`(scanned + x * D) * silu(z)`, in fp32 like D."""
     w = Weight(f"{name}.D", "inner", "mixer")
     return (
         Op(f"{name}.D_float", (), (Tensor("D32", "inner", "fp32"),), (w,), cast=True, source=_SOURCE),
@@ -131,8 +141,10 @@ def mamba_mixer(
     conv_bias: bool = True,
     norms: str = "",
 ) -> tuple[Op, ...]:
-    """Projection, convolution, projections of time step and state, the scan, a projection. `norms` of the three: none,
-    `weightless` or `weighed`."""
+    """Projection, convolution, projections of time step and state, the scan, and the output projection.
+
+    `norms` on time step, B and C: `weightless`, `weighed`, or empty for none.
+    """
     n = name
     norm = weightless_norm if norms == "weightless" else ops.rms_norm
     names = {t: f"{t}.scan" if norms else t for t in _PARTS}
@@ -147,7 +159,7 @@ def mamba_mixer(
         *unpadded(wiring, "mixed", "mixed.real", _ROWS),
         ops.copy(f"{n}.by_token", "mixed.real", "mixed.rows", "b s inner", gradient="same"),
         ops.linear(f"{n}.x_proj", "mixed.rows", "dbc", "dbc", "inner", "mixer"),
-        ops.leave("mixed.rows"),
+        ops.release_names("mixed.rows"),
         ops.split(f"{n}.split", "dbc", parts),
         *(
             op
@@ -158,18 +170,20 @@ def mamba_mixer(
         *_time_steps(n, names["dt"], "dt.plus"),
         *(ops.view(f"{n}.{t}", t, f"{t}.scan", _PARTS[t]) for t in "BC" if not norms),
         *(() if wiring.decodes else selective_scan(n, "mixed.real", "gated")),
-        *kept(wiring, f"{n}.state", "state.kept" if not wiring.decodes else "state", "b inner mn", "fp32", "rate"),
+        *cached_state(
+            wiring, f"{n}.state", "state.kept" if not wiring.decodes else "state", "b inner mn", "fp32", "rate"
+        ),
         *(selective_state_update(n, "gated") if wiring.decodes else ()),
         ops.cast(f"{n}.cast", "gated", "gated.low", _ROWS, f"={x}"),
         ops.copy(f"{n}.rows", "gated.low", "gated.rows", "b s inner", gradient="same"),
         ops.linear(f"{n}.out_proj", "gated.rows", y, "h", "inner", "mixer", bias),
-        ops.leave("gated", "gated.low", "dt.channels", "mixed.real", "xz", "rate", "dbc", "real", x),
-        *((ops.leave("state"),) if wiring.caching else ()),
+        ops.release_names("gated", "gated.low", "dt.channels", "mixed.real", "xz", "rate", "dbc", "real", x),
+        *((ops.release_names("state"),) if wiring.caching else ()),
     )
 
 
 def mamba(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Mamba and Falcon Mamba, which normalises what the scan is given."""
+    """Build Mamba, or Falcon Mamba, which normalises the inputs of the scan."""
     mixer = mamba_mixer(
         "n1",
         "mo",
@@ -178,11 +192,11 @@ def mamba(m: ModelSpec, wiring: Wiring) -> Stack:
         conv_bias=m.get("use_conv_bias", True),
         norms="weightless" if m.model_type == "falcon_mamba" else "",
     )
-    return pure(m, wiring, mixer)
+    return mixer_model(m, wiring, mixer)
 
 
 def jamba(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Attention in one layer of several, without positions, and experts in every other."""
+    """Build Jamba: attention without positions in one of several layers, and experts in every other one."""
     name = "feed_forward"
     mixer = mamba_mixer(
         "n1",
@@ -199,12 +213,12 @@ def jamba(m: ModelSpec, wiring: Wiring) -> Stack:
     mlp = gated_mlp("n2", "mo", name)
 
     def block(layer: Layer) -> Block:
-        mixes = layer.mixer == "attention"
+        attends = layer.mixer == "attention"
         return decoder_block(
-            heads if mixes else mixer,
+            heads if attends else mixer,
             mixture if layer.ffn == "experts" else mlp,
             norms=("input_layernorm", "pre_ff_layernorm"),
-            held=returned(wiring) if mixes else (),
+            held=returned(wiring) if attends else (),
         )
 
     last = after(m, wiring, rotary=False, name="model.final_layernorm")

@@ -1,6 +1,6 @@
-"""Megatron-core's GPT with Transformer Engine's layers: what its fused kernels keep, and the copies between them.
+"""Megatron-core's GPT with Transformer Engine's layers: what the fused kernels keep, and the copies between them.
 
-Hidden states are `s b h` there, which takes as much as `b s h`; what has batches first is copied.
+Its hidden states are `s b h`, which takes as much as `b s h`; batch-first tensors are copied.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from memplan.catalogue.attention.attention import flash
 from memplan.catalogue.decoder.frame import lm_head
 from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.families.gpt import position_table
-from memplan.catalogue.families.megatron_experts import buffer, mixture
+from memplan.catalogue.families.megatron_experts import gather_buffer, megatron_mixture
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.catalogue.kernels.wiring import Wiring
@@ -33,15 +33,16 @@ from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
 KIND = "megatron_gpt"
-_STREAMS = 4  # of grouped products, each with a workspace of its own
+_STREAMS = 4  # CUDA streams of grouped products, each with its own workspace
 CORE, ENGINE = "megatron-core 0.12", "TransformerEngine 2.3"
 _DPA = f"{ENGINE} pytorch/attention/dot_product_attention"
 _Q, _K, _PAIRS = "b s a d", "b s k d", "b a s s"
 
 
-def chosen(half: bool, capability: tuple[int, int] | None) -> str:
-    """The kernel of attention that Transformer Engine takes by itself: fused ones need 16 bits, and cuDNN's goes before
-    flash attention 2 from Hopper on.
+def default_attention_kernel(half: bool, capability: tuple[int, int] | None) -> str:
+    """Return the attention kernel that Transformer Engine selects by itself.
+
+    Fused kernels need 16 bits. From Hopper on, cuDNN's comes before flash attention 2.
 
     Source: TransformerEngine 2.3 pytorch/attention/dot_product_attention/utils.py get_attention_backend.
     """
@@ -50,8 +51,8 @@ def chosen(half: bool, capability: tuple[int, int] | None) -> str:
     return "cudnn" if capability is not None and capability >= (9, 0) else "flash_2"
 
 
-def workspace(m: ModelSpec, capability: tuple[int, int] | None) -> int:
-    """Bytes of Transformer Engine's own workspace for cuBLAS, beside torch's, where layers are its.
+def engine_workspace_bytes(m: ModelSpec, capability: tuple[int, int] | None) -> int:
+    """Return the bytes of Transformer Engine's cuBLAS workspace, separate from torch's; 0 without its layers.
 
     Source: TransformerEngine 2.3 pytorch/module/base.py get_cublas_workspace_size_bytes.
     """
@@ -78,20 +79,20 @@ def has_experts(m: ModelSpec) -> bool:
 
 
 def experts_and_width(m: ModelSpec) -> tuple[int, int]:
-    """How many experts a model has, and how wide each is; zeros of a dense one."""
+    """Return the number of experts and the width of each; zeros for a dense model."""
     return (experts_of(m), m.axes()["m"]) if experts_of(m) else (0, 0)
 
 
-def part_of_experts(m: ModelSpec, degrees: Degrees) -> ModelSpec:
-    """The model that one of the ranks that divide experts has."""
+def with_divided_experts(m: ModelSpec, degrees: Degrees) -> ModelSpec:
+    """Return the model as one of the ranks that divide its experts has it."""
     parts = {EXPERT_RANKS: degrees.ep, EXPERT_TENSOR_RANKS: degrees.etp, TENSOR_RANKS: degrees.tp}
     return ModelSpec({**m.config, **parts}, m.name, m.card, m.checkpoint)
 
 
 def _before(m: ModelSpec) -> tuple[Op, ...]:
-    """Tokens and positions looked up, added, and laid out with the sequence first.
+    """Look up tokens and positions, add them, and transpose to sequence-first.
 
-    The data loader gives a mask of booleans, too, which is there as long as the forward pass, used or not.
+    The data loader also makes a boolean mask, which stays alive for the forward pass, used or not.
     """
     learned, drops = positions_of(m) == "learned_absolute", m.probability("hidden_dropout") > 0
     laid = "laid" if drops else "embeds"
@@ -120,14 +121,14 @@ def _before(m: ModelSpec) -> tuple[Op, ...]:
         ),
         ops.copy("embedding.transpose_flat", "summed", laid, "b s h"),
         *((ops.dropout("embedding.dropout", laid, "embeds", "b s h"),) if drops else ()),
-        ops.leave("tokens", *(("places",) if learned else ())),
+        ops.release_names("tokens", *(("places",) if learned else ())),
         *((_angles(),) if positions_of(m) == "rope" else ()),
-        *buffer(m),
+        *gather_buffer(m),
     )
 
 
 def _angles() -> Op:
-    """A table for all tokens, made once and cached."""
+    """The table of angles for all tokens, made once and cached."""
     source = f"{CORE} models/common/embeddings/rotary_pos_embedding.py RotaryEmbedding"
     return Op("rotary_pos_emb", (), (Tensor("angles", "s rot", "fp32"),), holds="step", source=source)
 
@@ -135,11 +136,15 @@ def _angles() -> Op:
 def _after(m: ModelSpec) -> tuple[Op, ...]:
     tied = "embedding.word_embeddings.weight" if m.tie_word_embeddings else ""
     head = lm_head("n", tied)
-    return (_norm(m, "decoder.final_layernorm", "x", "n"), ops.leave("x", "embeds"), head._replace(name="output_layer"))
+    return (
+        _norm(m, "decoder.final_layernorm", "x", "n"),
+        ops.release_names("x", "embeds"),
+        head._replace(name="output_layer"),
+    )
 
 
 def _norm(m: ModelSpec, name: str, x: str, y: str, shape: str = "b s h", axis: str = "h") -> Op:
-    """One kernel, which keeps its input, and of each row one number in fp32, of LayerNorm two.
+    """One fused kernel, which keeps its input and one fp32 number per row, or two for LayerNorm.
 
     Source: TransformerEngine 2.3 pytorch/module/layernorm_linear.py.
     """
@@ -164,18 +169,18 @@ def _block(m: ModelSpec, wiring: Wiring, layer: Layer) -> Block:
         (
             _norm(m, "self_attention.linear_qkv.layer_norm", "x", "n1"),
             *_attention(m, wiring),
-            *_joined(m, "self_attn_bda", "self_attention.linear_proj.bias", "ao", "x", "x1"),
-            ops.leave("ao"),
+            *_bias_dropout_add(m, "self_attn_bda", "self_attention.linear_proj.bias", "ao", "x", "x1"),
+            ops.release_names("ao"),
             _norm(m, "pre_mlp_layernorm" if sparse else "mlp.linear_fc1.layer_norm", "x1", "n2"),
-            *(mixture(m, "n2", "mo") if sparse else _mlp(m, "n2", "mo")),
-            *_joined(m, "mlp_bda", "" if sparse else "mlp.linear_fc2.bias", "mo", "x1", "y"),
-            ops.leave("mo", "x1"),
+            *(megatron_mixture(m, "n2", "mo") if sparse else _mlp(m, "n2", "mo")),
+            *_bias_dropout_add(m, "mlp_bda", "" if sparse else "mlp.linear_fc2.bias", "mo", "x1", "y"),
+            ops.release_names("mo", "x1"),
         ),
     )
 
 
-def _joined(m: ModelSpec, name: str, bias: str, x: str, residual: str, y: str) -> tuple[Op, ...]:
-    """The bias, dropout and the residual in one compiled kernel: of it only the mask is kept.
+def _bias_dropout_add(m: ModelSpec, name: str, bias: str, x: str, residual: str, y: str) -> tuple[Op, ...]:
+    """Bias, dropout and residual in one compiled kernel, which keeps only the mask.
 
     Source: megatron-core 0.12 fusions/fused_bias_dropout.py.
     """
@@ -202,21 +207,22 @@ def _joined(m: ModelSpec, name: str, bias: str, x: str, residual: str, y: str) -
 
 
 def _mlp(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
-    """Up, the activation with the bias inside it, and down; the last bias is added with the residual."""
+    """Up-projection, activation with its bias, down-projection. The last bias is added with the residual."""
     gated, biased = is_gated(m), m.get("use_bias", True)
     up = f"{'2 ' if gated else ''}f"
     return (
         ops.linear("mlp.linear_fc1", x, "up", up, "h", "mlp"),
-        *_activated(m, "mlp.activation", "up", "act", biased),
+        *_bias_activation(m, "mlp.activation", "up", "act", biased),
         ops.linear("mlp.linear_fc2", "act", y, "h", "f", "mlp"),
-        ops.leave("act"),
+        ops.release_names("act"),
     )
 
 
-def _activated(m: ModelSpec, name: str, x: str, y: str, biased: bool) -> tuple[Op, ...]:
-    """One kernel that keeps what it is given, before the bias.
+def _bias_activation(m: ModelSpec, name: str, x: str, y: str, biased: bool) -> tuple[Op, ...]:
+    """Bias and activation in one kernel, which keeps its input without the bias.
 
-    relu squared has the bias added before, and so has the gelu that is not approximated.
+    Squared ReLU and the exact GELU have the bias added before.
+
     Source: megatron-core 0.12 fusions/fused_bias_gelu.py, fused_bias_swiglu.py, transformer/mlp.py.
     """
     gated = is_gated(m)
@@ -239,8 +245,9 @@ def _activated(m: ModelSpec, name: str, x: str, y: str, biased: bool) -> tuple[O
 
 
 def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
-    """One projection, whose output heads are views of: as long as one is kept, so is all of it. What cannot be seen in
-    one layout, because there are fewer key heads or because q and k were turned, is made contiguous.
+    """Attention with q, k and v in one projection. As long as one head view is kept, so is the projection's output.
+
+    Heads that do not share one layout, because there are fewer key heads or q and k were rotated, are made contiguous.
 
     Source: megatron-core 0.12 transformer/attention.py SelfAttention; TransformerEngine 2.3
     pytorch/attention/dot_product_attention/utils.py get_qkv_layout.
@@ -248,7 +255,7 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     name = "self_attention"
     grouped, rope = m.num_key_value_heads != m.num_attention_heads, positions_of(m) == "rope"
     normed = m.get("qk_layernorm", False)
-    apart = grouped or rope or normed
+    needs_copies = grouped or rope or normed
     heads = (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v0", _K))
     steps: list[Op] = []
     q, k = "q0", "k0"
@@ -259,24 +266,24 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         steps += (_norm(m, f"{name}.q_layernorm", q, "q2", _Q, "d"), _norm(m, f"{name}.k_layernorm", k, "k2", _K, "d"))
         q, k = "q2", "k2"
     if rope:
-        steps += (_turned(f"{name}.rope_q", q, "q", _Q), _turned(f"{name}.rope_k", k, "k", _K))
+        steps += (_fused_rope(f"{name}.rope_q", q, "q", _Q), _fused_rope(f"{name}.rope_k", k, "k", _K))
     else:
-        lies = normed or not apart
-        steps += (ops.view(f"{name}.q", q, "q", _Q), (ops.view if lies else ops.copy)(f"{name}.k", k, "k", _K))
+        is_contiguous = normed or not needs_copies
+        steps += (ops.view(f"{name}.q", q, "q", _Q), (ops.view if is_contiguous else ops.copy)(f"{name}.k", k, "k", _K))
     return (
         ops.linear(f"{name}.linear_qkv", "n1", "qkv", "qkv", "h", "attention", bias=m.get("use_bias", True)),
         ops.split(f"{name}.split", "qkv", heads),
         *steps,
-        *((ops.leave("q1"),) if grouped else ()),
-        (ops.copy if apart else ops.view)(f"{name}.v", "v0", "v", _K),
-        *_core(m, wiring, grouped, apart),
+        *((ops.release_names("q1"),) if grouped else ()),
+        (ops.copy if needs_copies else ops.view)(f"{name}.v", "v0", "v", _K),
+        *_core(m, wiring, grouped, needs_copies),
         ops.linear(f"{name}.linear_proj", "o", "ao", "h", "a d", "attention"),
-        ops.leave("qkv", "q", "k", "v", "o"),
+        ops.release_names("qkv", "q", "k", "v", "o"),
     )
 
 
-def _turned(name: str, x: str, y: str, shape: str) -> Op:
-    """One kernel, which keeps the angles."""
+def _fused_rope(name: str, x: str, y: str, shape: str) -> Op:
+    """Rotate in one kernel, which keeps the angles."""
     source = f"{CORE} models/common/embeddings/rope_utils.py fused_apply_rotary_pos_emb"
     return Op(name, (x, "angles"), (Tensor(y, shape, f"={x}"),), (), (Keep("angles", x),), source=source)
 
@@ -286,27 +293,27 @@ def _core(m: ModelSpec, wiring: Wiring, grouped: bool, contiguous: bool) -> tupl
     name = "self_attention.core_attention"
     match wiring.backend:
         case "eager":
-            made = _unfused(name, grouped, attention_drops(m))
+            operations = _unfused(name, grouped, attention_drops(m))
         case "cudnn":
-            made = (_cudnn(name),)
+            operations = (_cudnn(name),)
         case _:
-            made = _flash_2(name, grouped, contiguous)
-    return (_recomputed(name, made),) if wiring.recomputes else made
+            operations = _flash_2(name, grouped, contiguous)
+    return (_recomputed(name, operations),) if wiring.recomputes else operations
 
 
 def _cudnn(name: str) -> Op:
-    """cuDNN's kernel takes heads as they lie, and hands out what it makes with the sequence first.
+    """cuDNN's kernel, which reads heads in any layout and writes its output sequence-first.
 
-    What its backward takes beside is not published; as much as flash attention's is assumed.
+    What else its backward allocates is not published; it is assumed to be as much as flash attention's.
     """
     op = flash(name, "q", "k", "v", "o", False)
     return op._replace(source=f"{_DPA}/backends.py FusedAttnFunc")
 
 
 def _flash_2(name: str, grouped: bool, contiguous: bool) -> tuple[Op, ...]:
-    """Heads are copied so that batches come first, and what it makes is copied back; the kernel keeps its own.
+    """Flash attention 2. Heads are copied to batch-first, its output is copied back, and it keeps its own copies.
 
-    Of a single sequence what is contiguous already is no copy.
+    With a single sequence, heads that are already contiguous are not copied.
     """
     laid = "_flat" if contiguous else ""
     return (
@@ -314,13 +321,13 @@ def _flash_2(name: str, grouped: bool, contiguous: bool) -> tuple[Op, ...]:
         flash(name, "q.laid", "k.laid", "v.laid", "o.laid", grouped)._replace(
             source=f"{_DPA}/backends.py FlashAttention"
         ),
-        ops.leave("q.laid", "k.laid", "v.laid"),
+        ops.release_names("q.laid", "k.laid", "v.laid"),
         ops.copy(f"{name}.transpose_flat", "o.laid", "o", _Q),
     )
 
 
 def _unfused(name: str, grouped: bool, drops: bool) -> tuple[Op, ...]:
-    """Scores, a fused softmax in half precision with the scale and the mask inside it, dropout, the product with v."""
+    """Scores, a fused softmax in half precision with scale and mask, dropout, and the product with v."""
     k, v = ("k.all", "v.all") if grouped else ("k", "v")
     probs = "dropped" if drops else "probs"
     return (
@@ -338,20 +345,23 @@ def _unfused(name: str, grouped: bool, drops: bool) -> tuple[Op, ...]:
         *((ops.dropout(f"{name}.attention_dropout", "probs", probs, _PAIRS),) if drops else ()),
         ops.matmul(f"{name}.context", probs, v, "heads", _Q),
         ops.copy(f"{name}.transpose", "heads", "o", _Q),
-        ops.leave("scores", probs, *((k, v) if grouped else ())),
+        ops.release_names("scores", probs, *((k, v) if grouped else ())),
     )
 
 
-def _recomputed(name: str, made: tuple[Op, ...]) -> Op:
-    """The operations as one that keeps q, k and v, and makes what they keep again on the way back, where all of it is
-    there with the gradient of the largest.
+def _recomputed(name: str, operations: tuple[Op, ...]) -> Op:
+    """Return the operations as one that keeps q, k and v, and recomputes the rest in backward.
+
+    All that is recomputed is then alive together with the gradient of the largest.
 
     Source: megatron-core 0.12 transformer/attention.py _checkpointed_attention_forward.
     """
-    written = {t.name: t._replace(dtype=t.dtype or "=q") for op in made if not op.view for t in op.writes}
-    kept = [t for name, t in written.items() if name != "o" and any(k.what == name for op in made for k in op.keeps)]
+    written = {t.name: t._replace(dtype=t.dtype or "=q") for op in operations if not op.view for t in op.writes}
+    kept = [
+        t for name, t in written.items() if name != "o" and any(k.what == name for op in operations for k in op.keeps)
+    ]
     scratch = tuple(t for name, t in written.items() if name != "o")
-    back = [s.tensor for op in made for s in op.scratch_back]
+    back = [s.tensor for op in operations for s in op.scratch_back]
     back = [t._replace(dtype="=q" if t.dtype.startswith("=") else t.dtype) for t in back]
     pairs = [Tensor("gradient of probabilities", _PAIRS, "=q") for t in kept if t.name == "probs"]
     return Op(
@@ -367,9 +377,10 @@ def _recomputed(name: str, made: tuple[Op, ...]) -> Op:
     )
 
 
-def around(stack: Stack, degrees: Degrees) -> Stack:
-    """The rank's operations where ranks divide the sequence: keys and values go from rank to rank, joined, and what a
-    rank was sent last is kept.
+def ring_attention(stack: Stack, degrees: Degrees) -> Stack:
+    """Return the operations of one rank if ranks divide the sequence (context parallelism).
+
+    Keys and values are joined and sent from rank to rank; a rank keeps those it received last.
 
     Source: TransformerEngine 2.3 pytorch/attention/dot_product_attention/context_parallel.py AttnFuncWithCPAndKVP2P.
     """
@@ -380,16 +391,18 @@ def around(stack: Stack, degrees: Degrees) -> Stack:
             yield op
             return
         q, k, v = op.reads
-        own, joined, shape = f"{q}.own", "kv", "b s 2 k d"
-        yield ops.copy(f"{op.name}.contiguous", q, own, _Q) if q == "q" else ops.view(f"{op.name}.q", q, own, _Q)
+        local_q, joined, shape = f"{q}.own", "kv", "b s 2 k d"
+        yield (
+            ops.copy(f"{op.name}.contiguous", q, local_q, _Q) if q == "q" else ops.view(f"{op.name}.q", q, local_q, _Q)
+        )
         yield Op(f"{op.name}.join", (k, v), (Tensor(joined, shape, f"={k}"),), source=source)
-        names = {q: own, k: joined, v: joined}
+        names = {q: local_q, k: joined, v: joined}
         kept = dict.fromkeys(Keep(names.get(x.what, x.what), names.get(x.of, x.of)) for x in op.keeps)
-        received = Tensor("keys and values received", f"{degrees.cp - 1} {shape}", f"={own}")
-        step = Tensor("output of a step", _Q, f"={own}")
-        back = Tensor("keys and values and their gradients", f"4 {shape}", f"={own}")
+        received = Tensor("keys and values received", f"{degrees.cp - 1} {shape}", f"={local_q}")
+        step = Tensor("output of a step", _Q, f"={local_q}")
+        back = Tensor("keys and values and their gradients", f"4 {shape}", f"={local_q}")
         yield op._replace(
-            reads=(own, joined),
+            reads=(local_q, joined),
             keeps=tuple(kept),
             scratch=(received, step),
             scratch_back=(Scratch(back), *(s for s in op.scratch_back if "expanded" not in s.tensor.name)),

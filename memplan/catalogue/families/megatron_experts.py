@@ -1,9 +1,14 @@
-"""Megatron-core's mixtures of experts: a router, tokens sent to the ranks whose experts they chose, and experts' MLPs.
+"""Megatron-core's mixtures of experts: a router, tokens sent to the ranks of their experts, and expert MLPs.
 
-Of `E` experts, `m` wide, a token's are `e`. Ranks divide them: `eg` ranks exchange tokens, of whom `et` divide each
-expert's matrices, and a rank has `Eown` experts. It has `tokens_own` tokens, all ranks of its group `tokens_gathered`,
-and to its experts go `tokens_routed`, as many as to any other's: tokens are counted as spread evenly. The scores of the
-router are multiplied in after the activation.
+Tokens are counted as spread evenly over experts. The router's scores are multiplied in after the activation.
+
+E, e, m          experts, experts per token, width of an expert
+eg               ranks that exchange tokens
+et               ranks of those that divide each expert's matrices
+Eown             experts of this rank
+tokens_own       tokens of this rank
+tokens_gathered  tokens of all ranks of its group
+tokens_routed    rows that go to this rank's experts, as many as to any other's
 """
 
 from __future__ import annotations
@@ -18,55 +23,55 @@ _MOE = "megatron-core 0.12 transformer/moe"
 _ROWS, _ALL = "tokens_routed", "tokens_gathered"
 
 
-def mixture(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
-    """From `x` to `y`, with the expert that all tokens use, where there is one."""
+def megatron_mixture(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
+    """The mixture from `x` to `y`, with the shared expert if there is one."""
     shared = m.axes().get("fs", 0) > 0
     routed = "routed" if shared else y
     name = "mlp.shared_experts"
     return (
         *_router(m, x),
-        *(_sent_to_all(m, x, routed) if dispatches_all(m) else _sent(m, x, routed)),
+        *(_dispatch_all_gather(m, x, routed) if dispatches_all(m) else _dispatch_all_to_all(m, x, routed)),
         *(
             (
                 ops.linear(f"{name}.linear_fc1", x, "shared.up", "2 fs" if is_gated(m) else "fs", "h", "mlp"),
                 ops.activation(f"{name}.activation", "shared.up", "shared.act", "b s fs"),
-                ops.leave("shared.up"),
+                ops.release_names("shared.up"),
                 ops.linear(f"{name}.linear_fc2", "shared.act", "shared", "h", "fs", "mlp"),
-                ops.leave("shared.act"),
+                ops.release_names("shared.act"),
                 ops.add("mlp.add", "routed", "shared", y, "b s h"),
             )
             if shared
             else ()
         ),
-        ops.leave(x, "router.probs", "router.map"),
+        ops.release_names(x, "router.probs", "router.map"),
     )
 
 
 def _router(m: ModelSpec, x: str) -> tuple[Op, ...]:
-    """Scores of all experts for each token, those that are not chosen 0; in fp32, the input is cast for the product.
+    """Scores of all experts for each token, 0 for those not selected. For an fp32 router the input is cast.
 
-    Of the balancing loss what is kept is a few numbers a token and expert.
+    What the balancing loss keeps is a few numbers per token and expert.
     """
     name, wide = "mlp.router", router_in_fp32(m)
     dtype = "fp32" if wide else ""
     w = Weight(f"{name}.weight", "E h", "router", rows=1)
-    given = f"{x}.float" if wide else x
+    router_input = f"{x}.float" if wide else x
     cast = "router.weight" if wide else ""
     source = f"{_MOE}/router.py TopKRouter"
     scores, chosen = Tensor("router.chosen", "b s e", dtype), Tensor("router.indices", "b s e", "int64")
     return (
-        *((ops.cast(f"{name}.float", x, given, "b s h", "fp32"),) if wide else ()),
+        *((ops.cast(f"{name}.float", x, router_input, "b s h", "fp32"),) if wide else ()),
         Op(
             name,
-            (given,),
+            (router_input,),
             (Tensor("router.logits", "b s E", dtype), *((Tensor(cast, "E h", "fp32"),) if wide else ())),
             (w,),
-            (Keep(cast or w.name, given), Keep(given, w.name)),
+            (Keep(cast or w.name, router_input), Keep(router_input, w.name)),
             gradient="view",
             product="matrix",
             source=source,
         ),
-        *((ops.leave(given),) if wide else ()),
+        *((ops.release_names(router_input),) if wide else ()),
         Op(
             f"{name}.topk",
             ("router.logits",),
@@ -89,77 +94,79 @@ def _router(m: ModelSpec, x: str) -> tuple[Op, ...]:
     )
 
 
-def buffer(m: ModelSpec) -> tuple[Op, ...]:
-    """What all tokens are gathered into, in every layer.
+def gather_buffer(m: ModelSpec) -> tuple[Op, ...]:
+    """The buffer into which all tokens are gathered in every layer; empty if tokens are not gathered.
 
     Source: megatron-core 0.12 tensor_parallel/utils.py GlobalMemoryBuffer.
     """
     if not experts_of(m) or not dispatches_all(m) or m.axes()["eg"] == 1:
         return ()
-    made = Tensor("gathered", f"{_ALL} h", "=embeds")
+    gathered = Tensor("gathered", f"{_ALL} h", "=embeds")
     source = "megatron-core 0.12 tensor_parallel/utils.py GlobalMemoryBuffer"
-    return (Op("all-gather buffer", (), (made,), gradient="none", holds="step", source=source),)
+    return (Op("all-gather buffer", (), (gathered,), gradient="none", holds="step", source=source),)
 
 
-def _sent_to_all(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
-    """All tokens of all ranks are gathered into the buffer that ranks have for that, and each takes those that its
-    experts are chosen for. What they made is summed over ranks.
+def _dispatch_all_gather(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
+    """Gather all ranks' tokens into the shared buffer; each rank computes those that selected its experts.
+
+    The experts' outputs are summed over ranks.
 
     Source: megatron-core 0.12 transformer/moe/token_dispatcher.py MoEAllGatherTokenDispatcher.
     """
     name, source = "mlp.token_dispatcher", f"{_MOE}/token_dispatcher.py MoEAllGatherTokenDispatcher"
-    alone = m.axes()["eg"] == 1
+    is_single_rank = m.axes()["eg"] == 1
     return (
-        ops.view(f"{name}.gather", x, "tokens.all", f"{_ALL} h", "same" if alone else "new"),
-        _permuted(f"{name}.permute", "tokens.all", "rows", source),
-        ops.leave("tokens.all"),
+        ops.view(f"{name}.gather", x, "tokens.all", f"{_ALL} h", "same" if is_single_rank else "new"),
+        _permute(f"{name}.permute", "tokens.all", "rows", source),
+        ops.release_names("tokens.all"),
         *_experts(m, "rows", "made"),
-        _unpermuted(f"{name}.unpermute", "made", "experts.summed", f"{_ALL} h", source),
-        ops.leave("made", "order"),
+        _unpermute(f"{name}.unpermute", "made", "experts.summed", f"{_ALL} h", source),
+        ops.release_names("made", "order"),
         ops.view(f"{name}.combine", "experts.summed", y, "b s h")
-        if alone
+        if is_single_rank
         else Op(f"{name}.reduce_scatter", ("experts.summed",), (Tensor(y, "b s h"),), source=source),
-        ops.leave("experts.summed"),
+        ops.release_names("experts.summed"),
     )
 
 
-def _sent(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
-    """Each rank sends its tokens, once for each expert that they chose, to the ranks that have those, and gets back
-    what these made. Where a rank has several experts, what it was sent is sorted by them.
+def _dispatch_all_to_all(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
+    """Send each token to the ranks of the experts it selected, once for each expert, and receive their outputs.
+
+    A rank with several experts sorts what it receives by expert.
 
     Source: megatron-core 0.12 transformer/moe/token_dispatcher.py MoEAlltoAllTokenDispatcher.
     """
     name, source = "mlp.token_dispatcher", f"{_MOE}/token_dispatcher.py MoEAlltoAllTokenDispatcher"
     axes = m.axes()
-    exchanged, several = axes["eg"] > 1, axes["Eown"] > 1
-    there: list[Op] = []
-    back: list[Op] = []
-    rows, made = "sent", "made"
+    exchanged, has_several_experts = axes["eg"] > 1, axes["Eown"] > 1
+    outbound: list[Op] = []
+    inbound: list[Op] = []
+    rows, output = "sent", "made"
     if exchanged:
-        there += (_moved(f"{name}.all_to_all", rows, "received", source), ops.leave(rows))
+        outbound += (_move_rows(f"{name}.all_to_all", rows, "received", source), ops.release_names(rows))
         rows = "received"
-        if several:
-            there += (_moved(f"{name}.sort", rows, "rows", source), ops.leave(rows))
-            back += (_moved(f"{name}.unsort", made, "made.unsorted", source), ops.leave(made))
-            rows, made = "rows", "made.unsorted"
-        back += (_moved(f"{name}.all_to_all_back", made, "returned", source), ops.leave(made))
-        made = "returned"
+        if has_several_experts:
+            outbound += (_move_rows(f"{name}.sort", rows, "rows", source), ops.release_names(rows))
+            inbound += (_move_rows(f"{name}.unsort", output, "made.unsorted", source), ops.release_names(output))
+            rows, output = "rows", "made.unsorted"
+        inbound += (_move_rows(f"{name}.all_to_all_back", output, "returned", source), ops.release_names(output))
+        output = "returned"
     return (
-        _permuted(f"{name}.permute", x, "sent", source),
-        *there,
+        _permute(f"{name}.permute", x, "sent", source),
+        *outbound,
         *_experts(m, rows, "made"),
-        *back,
-        _unpermuted(f"{name}.unpermute", made, y, "b s h", source),
-        ops.leave(made, "order"),
+        *inbound,
+        _unpermute(f"{name}.unpermute", output, y, "b s h", source),
+        ops.release_names(output, "order"),
     )
 
 
-def _moved(name: str, x: str, y: str, source: str) -> Op:
+def _move_rows(name: str, x: str, y: str, source: str) -> Op:
     return Op(name, (x,), (Tensor(y, f"{_ROWS} h"),), source=source)
 
 
-def _permuted(name: str, x: str, y: str, source: str) -> Op:
-    """Rows of those tokens that are chosen, and their scores; on the way back they are added into zeros."""
+def _permute(name: str, x: str, y: str, source: str) -> Op:
+    """The rows of selected tokens, and their scores. In backward they are added into zeros."""
     order, probs = Tensor("order", _ROWS, "int64"), Tensor("probs", _ROWS, "=router.probs")
     return Op(
         name,
@@ -171,13 +178,13 @@ def _permuted(name: str, x: str, y: str, source: str) -> Op:
     )
 
 
-def _unpermuted(name: str, x: str, y: str, shape: str, source: str) -> Op:
-    """Rows added into zeros; their places are kept."""
+def _unpermute(name: str, x: str, y: str, shape: str, source: str) -> Op:
+    """Rows added into zeros. Their places are kept."""
     return Op(name, (x, "order"), (Tensor(y, shape, f"={x}"),), (), (Keep("order", x),), source=source)
 
 
 def _experts(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
-    """Grouped products, or one expert after the other, whose outputs are then joined; as much is kept.
+    """Grouped products, or one expert after the other with their outputs concatenated. Both keep the same.
 
     Source: megatron-core 0.12 transformer/moe/experts.py TEGroupedMLP, SequentialMLP.
     """
@@ -188,11 +195,11 @@ def _experts(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
     last = y if grouped or m.axes()["Eown"] == 1 else f"{y}.parts"
     return (
         _product(f"{name}.linear_fc1", x, "experts.up", wide, up),
-        ops.leave(x),
-        *_activated(m, name, "experts.up", "experts.act", gated),
+        ops.release_names(x),
+        *_weighted_activation(m, name, "experts.up", "experts.act", gated),
         _product(f"{name}.linear_fc2", "experts.act", last, f"{_ROWS} h", down),
-        *((ops.copy(f"{name}.cat", last, y, f"{_ROWS} h"), ops.leave(last)) if last != y else ()),
-        ops.leave("experts.act", "experts.up", "probs"),
+        *((ops.copy(f"{name}.cat", last, y, f"{_ROWS} h"), ops.release_names(last)) if last != y else ()),
+        ops.release_names("experts.act", "experts.up", "probs"),
     )
 
 
@@ -208,9 +215,11 @@ def _product(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
     )
 
 
-def _activated(m: ModelSpec, name: str, x: str, y: str, gated: bool) -> tuple[Op, ...]:
-    """Of a gate one kernel, which keeps what it is given and the scores; else the activation, its product with the
-    scores in their dtype, and a cast.
+def _weighted_activation(m: ModelSpec, name: str, x: str, y: str, gated: bool) -> tuple[Op, ...]:
+    """The activation, times the router's scores.
+
+    With a gate it is one kernel, which keeps its input and the scores. Otherwise it is the activation, its product with
+    the scores in their dtype, and a cast.
 
     Source: megatron-core 0.12 fusions/fused_bias_swiglu.py weighted_swiglu, transformer/moe/experts.py bias_act_func.
     """
@@ -233,5 +242,5 @@ def _activated(m: ModelSpec, name: str, x: str, y: str, gated: bool) -> tuple[Op
         ops.activation(f"{name}.activation", x, acted, shape),
         ops.spread(f"{name}.weigh", acted, "probs", weighed, shape),
         ops.cast(f"{name}.cast", weighed, y, shape, f"={acted}"),
-        ops.leave(acted, weighed),
+        ops.release_names(acted, weighed),
     )

@@ -1,4 +1,4 @@
-"""MiniCPM3: latent attention in a decoder that scales its embeddings, branches and logits."""
+"""MiniCPM3: latent attention in a decoder that scales its embeddings, branches and the input of its head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memplan.core.ir import Keep, Op, Run, Stack, Tensor
 from memplan.models.model import ModelSpec
 
 
-def stack(
+def model_around(
     m: ModelSpec,
     wiring: Wiring,
     blocks: tuple[Run, ...],
@@ -22,8 +22,13 @@ def stack(
     last: tuple[Op, ...] = (),
     made: tuple[Op, ...] | None = None,
 ) -> Stack:
-    """The model around its blocks. `table`: of rotations, instead of cos and sin. `last`: instead of the last norm.
-    `made`: the mask, instead of the one that is made where the kernel needs one."""
+    """Assemble the model around its blocks.
+
+    embedded  the embedding, in place of a plain lookup
+    table     the rotation table, in place of cos and sin
+    last      ops in place of the last norm
+    made      ops that make the mask, in place of those the kernel needs
+    """
     made = masks(wiring, "embeds") if made is None else made
     before = (
         inputs(wiring.padded),
@@ -35,14 +40,14 @@ def stack(
     held = ("turns",) if table else ("cos", "sin")
     after = (
         *(last or ops.rms_norm("model.norm", "x", "n", "b s h", "h")),
-        ops.leave("x", "embeds", "positions", *held, *(op.name for op in made)),
+        ops.release_names("x", "embeds", "positions", *held, *(op.name for op in made)),
         lm_head("n", "model.embed_tokens.weight" if m.tie_word_embeddings else ""),
     )
     return Stack(before, blocks, after)
 
 
 def _embedding(m: ModelSpec) -> Op:
-    """The number that embeddings are multiplied by is a tensor; a whole one is cast, and the cast kept."""
+    """The embedding, multiplied by a tensor. If `scale_emb` is an integer, the tensor is cast, and the cast is kept."""
     op = scaled_embedding()
     if not isinstance(m.get("scale_emb", 12), int):
         return op
@@ -56,9 +61,9 @@ def _embedding(m: ModelSpec) -> Op:
 
 
 def minicpm3(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Dense layers, whose branches are scaled, as are the embeddings and what the head reads.
+    """Build MiniCPM3: dense layers with scaled branches, scaled embeddings and a scaled input to the head.
 
-    What the decoder returns stays beside what the head reads until the model returns.
+    The decoder's unscaled output stays alive until the model returns.
     """
     block = decoder_block(
         latent_attention(m, wiring, "n1", "ao", halves, m.get("attention_bias", False)),
@@ -73,7 +78,7 @@ def minicpm3(m: ModelSpec, wiring: Wiring) -> Stack:
         ),
         ops.scale("logits_scaling", "unscaled", "n", "b s h"),
     )
-    return stack(m, wiring, (Run((block,), "L"),), _embedding(m), last=last)
+    return model_around(m, wiring, (Run((block,), "L"),), _embedding(m), last=last)
 
 
 BUILDERS = {"minicpm3": minicpm3}

@@ -1,5 +1,6 @@
-"""MiniMax-M3's decoder: an indexer chooses blocks of keys for every query, a mask of all heads tells attention of them,
-and gates are clamped in dense and expert layers alike.
+"""MiniMax-M3's text decoder: an indexer selects blocks of keys for every query, and all gates are clamped.
+
+Attention gets the selection as a mask for all heads.
 
 Source: transformers 5.24 models/minimax_m3_vl/modeling_minimax_m3_vl.py.
 """
@@ -12,7 +13,7 @@ from memplan.catalogue.decoder.gemma_norm import rms_norm
 from memplan.catalogue.decoder.rotation import heads_first, rotate_part
 from memplan.catalogue.decoder.windows import after, before, tables
 from memplan.catalogue.experts import experts, routers
-from memplan.catalogue.families.gpt_oss import unadapted
+from memplan.catalogue.families.gpt_oss import without_adapter_targets
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Stack, Tensor
@@ -30,75 +31,79 @@ def _mlp(x: str, y: str, name: str, width: str) -> tuple[Op, ...]:
         ops.linear(f"{name}.gate_up_proj", x, "gate_up", f"2 {width}", "h", "mlp"),
         *experts.clamped_gate(name, "gate_up", "product", shape),
         ops.linear(f"{name}.down_proj", "product", y, "h", width, "mlp"),
-        ops.leave(x),
+        ops.release_names(x),
     )
 
 
 def _mixture(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
-    """An expert that all share, then those chosen, scaled."""
+    """A shared expert, then the routed experts, scaled."""
     return (
         *_mlp(x, "shared", f"{name}.shared_experts", "fs"),
-        *unadapted(routers.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
+        *without_adapter_targets(routers.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
         *experts.experts(x, "chosen", gate_up=(), down=(), act=experts.clamped(slices=False)),
         ops.scale(f"{name}.scale", "chosen", "experts.scaled", "b s h"),
-        ops.leave("chosen"),
+        ops.release_names("chosen"),
         ops.add(f"{name}.add", "experts.scaled", "shared", y, "b s h"),
-        ops.leave("experts.scaled", "shared", *routers.HELD, x),
+        ops.release_names("experts.scaled", "shared", *routers.HELD, x),
     )
 
 
 def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
     grouped = m.num_key_value_heads != m.num_attention_heads
     indexed = layer.mixer == INDEXED
-    of = f"{name}.attention"
-    made = _masked(wiring._replace(caching=False), grouped, of) if indexed else _whole(wiring, grouped, of)
+    attention_name = f"{name}.attention"
+    attention_ops = (
+        _block_sparse_attention(wiring._replace(caching=False), grouped, attention_name)
+        if indexed
+        else _full_attention(wiring, grouped, attention_name)
+    )
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention"),
         ops.view(f"{name}.q_heads", "q0", "qh", _Q),
         *rms_norm(f"{name}.q_norm", "qh", "q1", _Q, "d"),
-        ops.leave("qh"),
+        ops.release_names("qh"),
         ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", "attention"),
         ops.view(f"{name}.k_heads", "k0", "kh", _K),
         *rms_norm(f"{name}.k_norm", "kh", "k1", _K, "d"),
-        ops.leave("kh"),
+        ops.release_names("kh"),
         ops.linear(f"{name}.v_proj", x, "v", "k d", "h", "attention"),
         *rotate_part(f"{name}.rope", partial=m.rotary_width < m.head_dim),
-        ops.leave("q1", "k1"),
-        *(cached(of, wiring, ()) if indexed else ()),
+        ops.release_names("q1", "k1"),
+        *(cached(attention_name, wiring, ()) if indexed else ()),
         *(_indexer(x, wiring, f"{name}.indexer") if indexed else ()),
         *(_block_mask(wiring) if indexed else ()),
-        *made,
+        *attention_ops,
         ops.linear(f"{name}.o_proj", "o", y, "h", "a d", "attention"),
-        ops.leave("q", "k", "v", "o", x, *(("block_mask", "blocks") if indexed else ())),
+        ops.release_names("q", "k", "v", "o", x, *(("block_mask", "blocks") if indexed else ())),
     )
 
 
-def _whole(wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
+def _full_attention(wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
     return heads_first(name, "q", "k", "v", "o", wiring, grouped)
 
 
-def _masked(wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
-    """The mask is one of numbers for every head already: what reads it makes no other of it."""
+def _block_sparse_attention(wiring: Wiring, grouped: bool, name: str) -> tuple[Op, ...]:
+    """Attention with the block mask, which has a number for every head already and is not copied."""
     kernel = attention(name, "q", "k", "v", "o", wiring._replace(padded=True), grouped, False, "block_mask")
     flat = (f"{name}.q_flat", f"{name}.k_flat") if wiring.backend in ("eager", "math") else ()
 
-    def as_given(op: Op) -> Op:
+    def use_block_mask(op: Op) -> Op:
         if op.name == f"{name}.mask":
             return ops.view(op.name, "block_mask", op.writes[0].name, "b a s s")
         if op.name == f"{name}.mask_float":
             return op._replace(writes=(op.writes[0]._replace(shape="b a s s"),))
         return ops.view(op.name, op.reads[0], op.writes[0].name, op.writes[0].shape) if op.name in flat else op
 
-    return tuple(map(as_given, kernel))
+    return tuple(map(use_block_mask, kernel))
 
 
-def _still(*operations: Op) -> tuple[Op, ...]:
-    """What chooses gets no gradient, though its weights train."""
+def _without_gradient(*operations: Op) -> tuple[Op, ...]:
+    """Return the ops without gradients: the indexer has none, though its weights are trainable."""
     return tuple(op._replace(gradient="none", keeps=(), scratch_back=(), unit="") for op in operations)
 
 
-def _turned(name: str, t: str, heads: str) -> tuple[Op, ...]:
-    """A part of every head rotated, and joined with the rest."""
+def _rotate_index_heads(name: str, t: str, heads: str) -> tuple[Op, ...]:
+    """Rotate a part of every indexer head, and concatenate it with the rest."""
     rot = f"b s {heads} irot"
     return (
         *ops.rotate(f"{name}.rope_{t}", f"index.{t}1", f"index.{t}.turned", rot, f"b s {heads} irot2"),
@@ -107,32 +112,32 @@ def _turned(name: str, t: str, heads: str) -> tuple[Op, ...]:
 
 
 def _indexer(x: str, wiring: Wiring, name: str) -> tuple[Op, ...]:
-    """Scores in fp32 of a few narrow heads against all keys: only the blocks of the largest are handed on.
+    """Scores in fp32 of a few narrow heads against all keys. The blocks with the largest scores are returned.
 
-    What autograd saves of them is there until the indexer returns.
+    What autograd saves of them stays alive until the indexer returns.
     """
     heads, one, scores, chosen = "b s i di", "b s 1 di", "b i s s", "b i s chosen_blocks"
     saved = tuple(f"index.{t}1.{part}" for t in "qk" for part in ("x32", "rstd", "n32", "factor"))
-    return _still(
+    return _without_gradient(
         ops.linear(f"{name}.q_proj", x, "index.q0", "i di", "h", "attention"),
         *rms_norm(f"{name}.q_norm", "index.q0", "index.q1", heads, "di"),
-        ops.leave("index.q0"),
+        ops.release_names("index.q0"),
         ops.linear(f"{name}.k_proj", x, "index.k0", "di", "h", "attention"),
         *rms_norm(f"{name}.k_norm", "index.k0", "index.k1", one, "di"),
-        ops.leave("index.k0"),
-        *_turned(name, "q", "i"),
-        *_turned(name, "k", "1"),
-        ops.leave("index.q1", "index.k1"),
+        ops.release_names("index.k0"),
+        *_rotate_index_heads(name, "q", "i"),
+        *_rotate_index_heads(name, "k", "1"),
+        ops.release_names("index.q1", "index.k1"),
         *(op._replace(holds="cache") for op in cached(f"{name}.keys", wiring, (), tensors=("index.k",))),
         ops.cast(f"{name}.float_q", "index.q", "index.q32", heads, "fp32"),
         ops.cast(f"{name}.float_k", "index.k", "index.k32", one, "fp32"),
         ops.copy(f"{name}.k_heads", "index.k32", "index.keys", "several s i di"),
         Op(f"{name}.scores", ("index.q32", "index.keys"), (Tensor("index.scores", scores, "fp32"),)),
-        ops.leave("index.k32"),
+        ops.release_names("index.k32"),
         Op(f"{name}.places", ("index.k",), (Tensor("index.places", "s", "int64"),)),
         Op(f"{name}.future", (), (Tensor("index.future", "b s s", "bool"),)),
         Op(f"{name}.masked", ("index.scores", "index.future"), (Tensor("index.masked", scores, "fp32"),)),
-        ops.leave("index.scores"),
+        ops.release_names("index.scores"),
         Op(f"{name}.pad", ("index.masked",), (Tensor("index.padded", "b i s padded_keys", "fp32"),)),
         Op(f"{name}.largest", ("index.masked", "index.padded"), (Tensor("index.blocks", "b i s key_blocks", "fp32"),)),
         Op(f"{name}.own", (), (Tensor("index.own", "b s", "int64"),)),
@@ -151,27 +156,27 @@ def _indexer(x: str, wiring: Wiring, name: str) -> tuple[Op, ...]:
             scratch=(Tensor("none", chosen, "bool"),),
             source=f"{_SOURCE} MiniMaxM3VLIndexer.forward",
         ),
-        ops.leave("index.q", "index.k", "index.places", "index.future", "index.masked", "index.padded"),
-        ops.leave("index.blocks", "index.own", "index.near", "index.local"),
-        ops.leave(*saved, "index.q32", "index.keys")._replace(recorded=True),
+        ops.release_names("index.q", "index.k", "index.places", "index.future", "index.masked", "index.padded"),
+        ops.release_names("index.blocks", "index.own", "index.near", "index.local"),
+        ops.release_names(*saved, "index.q32", "index.keys")._replace(needs_recording=True),
     )
 
 
 def _block_mask(wiring: Wiring) -> tuple[Op, ...]:
-    """A number for every head, query and key, made of the blocks chosen, and of the model's own mask if it has one."""
+    """The mask for every head, query and key, from the selected blocks and the model's own mask, if it has one."""
     every, dtype, chosen = "b a s s", "=q", "b i s chosen_blocks"
     source = f"{_SOURCE} MiniMaxM3VLIndexer.build_block_mask"
-    given = wiring.has_mask()
+    has_mask = wiring.has_mask()
     seen: tuple[Op, ...] = (
         Op("block_mask.places", ("k",), (Tensor("keep.places", "s", "int64"),)),
         Op("block_mask.future", ("keep.places",), (Tensor("keep.future", "b s s", "bool"),)),
         Op("block_mask.past", ("keep.future",), (Tensor("keep.seen", "b s s", "bool"),)),
     )
-    if given:
+    if has_mask:
         shown = "s s" if wiring.one_mask and not wiring.padded else "b s s"
         boolean = Op("block_mask.shown", ("mask",), (Tensor("keep.seen", shown, "bool"),))
         seen = (boolean if wiring.backend == "eager" else ops.view("block_mask.shown", "mask", "keep.seen", shown),)
-    return _still(
+    return _without_gradient(
         Op(
             "block_mask.safe",
             ("blocks",),
@@ -192,13 +197,13 @@ def _block_mask(wiring: Wiring) -> tuple[Op, ...]:
             scratch=(Tensor("not kept", every, "bool"),),
             source=source,
         ),
-        ops.leave("keep", "keep.heads", "keep.bias", "blocks.safe"),
-        ops.leave(*(("keep.seen",) if given else ("keep.places", "keep.future"))),
+        ops.release_names("keep", "keep.heads", "keep.bias", "blocks.safe"),
+        ops.release_names(*(("keep.seen",) if has_mask else ("keep.places", "keep.future"))),
     )
 
 
 def minimax_m3(m: ModelSpec, wiring: Wiring) -> Stack:
-    """The decoder alone."""
+    """Build the text decoder."""
 
     def block(layer: Layer) -> Block:
         ffn = _mixture("n2", "mo") if layer.ffn == "experts" else _mlp("n2", "mo", "mlp", "fd")

@@ -1,4 +1,4 @@
-"""Mistral 3 with images: Pixtral's tower beside a decoder of Mistral's or Ministral 3's.
+"""Mistral 3 with images: Pixtral's vision tower, and Mistral's or Ministral 3's decoder.
 
 Source: transformers 5.24 models/mistral3/modeling_mistral3.py, models/pixtral/modeling_pixtral.py.
 """
@@ -10,14 +10,14 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
-from memplan.catalogue.vision.vision import joined, scattered
+from memplan.catalogue.vision.vision import scattered, text_with_tower
 from memplan.core.ir import Op, Run, Stack, Tensor
 from memplan.models.configs.vision import decoder_of
 from memplan.models.model import ModelSpec
 
 
 def mistral3(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Pixtral: a tower like Mistral's language model, whose patches are merged four by four."""
+    """Build Mistral 3. Pixtral's tower is built like Mistral's language model, and merges its patches four by four."""
     shape, heads, half = f"{t.P} vh", f"{t.P} va vd", f"{t.P} va vd2"
     attend = (
         *(
@@ -29,10 +29,10 @@ def mistral3(m: ModelSpec, wiring: Wiring) -> Stack:
             )
         ),
         *(op for n in "qk" for op in t.rotated(f"attention.rope_{n}", f"v.{n}1", f"v.{n}", heads, half)),
-        ops.leave("v.q1", "v.k1"),
+        ops.release_names("v.q1", "v.k1"),
         t.attention("attention", "v.q", "v.k", "v.v1", "v.o", "efficient", t.PACKED, "v.mask"),
         t.linear("attention.o_proj", "v.o", "v.ao", "vh", "va vd", bias=False, flat=False),
-        ops.leave("v.q", "v.k", "v.v1", "v.o", "v.n1"),
+        ops.release_names("v.q", "v.k", "v.v1", "v.o", "v.n1"),
     )
     block = t.block(
         "vision_tower.transformer.layers",
@@ -51,7 +51,7 @@ def mistral3(m: ModelSpec, wiring: Wiring) -> Stack:
     n, bias = "multi_modal_projector", m.get("multimodal_projector_bias", False)
     g = "projector"
     after = (
-        ops.leave("v.patches", "v.mask", "v.cos", "v.sin", "v.positions"),
+        ops.release_names("v.patches", "v.mask", "v.cos", "v.sin", "v.positions"),
         *t.rms_norm(f"{n}.norm", "x", "v.normed", shape, "vh", g),
         ops.view(f"{n}.patch_merger.split", "v.normed", "v.images", shape, gradient="new"),
         ops.copy(f"{n}.patch_merger.unfold", "v.images", "v.unfolded", "b merged vm", gradient="new"),
@@ -60,12 +60,12 @@ def mistral3(m: ModelSpec, wiring: Wiring) -> Stack:
         t.linear(f"{n}.linear_1", "v.merged", "v.m1", "h", "vh", g, "b merged", bias=bias),
         ops.activation(f"{n}.act", "v.m1", "v.m2", "b merged h"),
         t.linear(f"{n}.linear_2", "v.m2", "features", "h", "h", g, "b merged", bias=bias),
-        *t.held("x", "features"),
-        ops.leave("v.unfolded", "v.square", "v.merged", "embeds"),
+        *t.returned_states("x", "features"),
+        ops.release_names("v.unfolded", "v.square", "v.merged", "embeds"),
     )
     tower = Tower((Tensor("pixel_values", f"{t.P} vin", "fp32"),), before, (Run((block,), "vL1"),), after)
     text = llama(m, wiring, turn=rope_and_scale) if decoder_of(m) == "ministral3" else llama(m, wiring)
-    return joined(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
+    return text_with_tower(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
 
 
 BUILDERS = {"mistral3": mistral3}

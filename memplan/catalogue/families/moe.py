@@ -1,4 +1,4 @@
-"""Decoders whose MLPs are mixtures of experts, and which are Llama or one of its like else."""
+"""Decoders whose MLPs are mixtures of experts, and which otherwise follow Llama or a family like it."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
-X, Y = "n2", "mo"  # what an MLP reads and writes
+X, Y = "n2", "mo"  # names of what an MLP reads and writes
 Ffn = Callable[[Layer], tuple[Op, ...]]
 
 
-def either(of_experts: tuple[Op, ...]) -> Ffn:
-    """A layer's MLP: the mixture, or a dense one where the layer has no experts."""
+def mlp_by_layer(of_experts: tuple[Op, ...]) -> Ffn:
+    """Return the builder of a layer's MLP: the mixture, or a dense MLP if the layer has no experts."""
     return lambda layer: of_experts if layer.ffn == "experts" else gated_mlp(X, Y)
 
 
 def before_5(m: ModelSpec) -> bool:
-    """Whether experts are modules, as a version before transformers 5 has them."""
+    """Whether experts are separate modules, as in versions of transformers before 5."""
     return m.get("experts_implementation", "") == "modules"
 
 
@@ -41,69 +41,69 @@ def _modules(
     name: str = "mlp",
     roles: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj"),
 ) -> tuple[Op, ...]:
-    """Router and experts before transformers 5: linear layers all."""
+    """Router and experts before transformers 5, when all of them were linear layers."""
     sizes, (gate, up, down) = m.axes(), roles
     return (
         *routers.softmax_router(f"{name}.gate", X, normalise, stands_for=(), module=True),
         *expert_loops.added(X, y, expert_loops.experts_of(m), sizes["e"], f"{name}.experts", (gate, up, down)),
-        *((ops.leave(*routers.HELD, X),) if y == Y else ()),
+        *((ops.release_names(*routers.HELD, X),) if y == Y else ()),
     )
 
 
 def mixtral(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Scores stay fp32, and so do the weighed rows and their sums."""
+    """Build Mixtral. Scores stay in fp32, and so do the weighted expert outputs and their sums."""
     if before_5(m):
-        return llama(m, wiring, mlp=either(_modules(m, True, name="block_sparse_moe", roles=("w1", "w3", "w2"))))
+        return llama(m, wiring, mlp=mlp_by_layer(_modules(m, True, name="block_sparse_moe", roles=("w1", "w3", "w2"))))
     x, noise = _noisy(m)
     routed = routers.softmax_router("mlp.gate", x, normalise=True, narrow=False, together=False)
-    made = experts.experts(x, Y, gate_up=("w1", "w3"), down=("w2",))
-    return llama(m, wiring, mlp=either((*noise, *mixture(X, routed, made))))
+    expert_ops = experts.experts(x, Y, gate_up=("w1", "w3"), down=("w2",))
+    return llama(m, wiring, mlp=mlp_by_layer((*noise, *mixture(X, routed, expert_ops))))
 
 
 def _noisy(m: ModelSpec) -> tuple[str, tuple[Op, ...]]:
-    """What router and experts read: where the config has noise for it, x times that."""
+    """Return the name of what router and experts read, and the ops that make it: x, times noise if configured."""
     if m.get("router_jitter_noise", 0.0) <= 0:
         return X, ()
     return "n2.noisy", routers.jitter("mlp.jitter", X, "n2.noisy")
 
 
 def qwen3_moe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Qwen3 with experts."""
+    """Build Qwen3 with experts."""
     normalise = m.get("norm_topk_prob", False)
     routed = routers.softmax_router("mlp.gate", X, normalise)
     bias = m.get("attention_bias", False)
-    ffn = either(_modules(m, normalise) if before_5(m) else mixture(X, routed, experts.experts(X, Y)))
+    ffn = mlp_by_layer(_modules(m, normalise) if before_5(m) else mixture(X, routed, experts.experts(X, Y)))
     return llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn)
 
 
 def qwen2_moe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Qwen2 with experts and a shared one, which a gate of its own scales. peft adapts linear layers alone.
+    """Build Qwen2 with experts and a shared expert that a separate gate scales. peft adapts only linear layers.
 
-    Where no window is used, the class has one of 0 tokens, and makes that mask for no layer.
-    Source: transformers 5.24 models/qwen2_moe/configuration_qwen2_moe.py.
+    If no sliding window is used, the config class has a window of 0 tokens, and makes the mask for it although no layer
+    reads it. Source: transformers 5.24 models/qwen2_moe/configuration_qwen2_moe.py.
     """
-    old, normalise = before_5(m), m.get("norm_topk_prob", False)
+    uses_modules, normalise = before_5(m), m.get("norm_topk_prob", False)
     shared = gated_mlp(X, "shared.whole", "mlp.shared_expert", width="fs", flat=True)
     routed = routers.softmax_router("mlp.gate", X, normalise, stands_for=())
-    now = mixture(X, routed, experts.experts(X, "routed", gate_up=(), down=()), leaves=False)
+    mixture_ops = mixture(X, routed, experts.experts(X, "routed", gate_up=(), down=()), leaves=False)
     ffn = (
-        *((*_modules(m, normalise, "routed"), *shared) if old else (*shared, *now)),
+        *((*_modules(m, normalise, "routed"), *shared) if uses_modules else (*shared, *mixture_ops)),
         ops.linear("mlp.shared_expert_gate", X, "shared.gate", "1", "h", "mlp", flat=True),
         routers.sigmoid("mlp.shared_expert_gate.sigmoid", "shared.gate", "shared.share", "b s 1"),
         _scaled("mlp.shared_expert_gate.product", "shared.share", "shared.whole", "shared"),
-        ops.leave("shared.whole"),
+        ops.release_names("shared.whole"),
         ops.add("mlp.add", "routed", "shared", Y, "b s h"),
-        ops.leave("routed", "shared", *routers.HELD, X),
+        ops.release_names("routed", "shared", *routers.HELD, X),
     )
-    made = llama(m, wiring, bias=m.get("qkv_bias", True), mixed=True, mlp=either(ffn))
-    if m.sliding_window is not None or old:
-        return made
+    stack = llama(m, wiring, bias=m.get("qkv_bias", True), mixed=True, mlp=mlp_by_layer(ffn))
+    if m.sliding_window is not None or uses_modules:
+        return stack
     unused, kinds = wiring._replace(windowed=True), (False, True)
-    return made._replace(before=before(unused, kinds), after=after(m, unused, kinds))
+    return stack._replace(before=before(unused, kinds), after=after(m, unused, kinds))
 
 
 def _scaled(name: str, share: str, x: str, y: str) -> Op:
-    """A row times its number: the product with x is made whole before it is summed for the number."""
+    """Multiply each row by its number. The product for that number's gradient is materialised before it is summed."""
     return Op(
         name,
         (share, x),
@@ -116,42 +116,42 @@ def _scaled(name: str, share: str, x: str, y: str) -> Op:
 
 
 def olmoe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """q and k are normalised across all heads."""
+    """Build OLMoE, which normalises q and k across all heads."""
     if m.get("clip_qkv", 0.0) > 0:
         raise UnsupportedModelError("clip_qkv: is not supported yet for olmoe", "clip_qkv")
     bias = m.get("attention_bias", False)
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, whole_norm=True)
     routed = routers.softmax_router("mlp.gate", X, normalise=m.get("norm_topk_prob", False))
-    made = mixture(X, routed, experts.experts(X, Y))
+    mixture_ops = mixture(X, routed, experts.experts(X, Y))
     if before_5(m):
-        made = _modules(m, m.get("norm_topk_prob", False))
-    block = decoder_block(heads, made, held=returned(wiring))
+        mixture_ops = _modules(m, m.get("norm_topk_prob", False))
+    block = decoder_block(heads, mixture_ops, held=returned(wiring))
     return Stack(before(wiring), runs(m, lambda _: block), after(m, wiring))
 
 
 def _partial_rope(m: ModelSpec) -> Callable[[str, str, str], tuple[Op, ...]]:
-    return lambda name, q, k: (*partly_rotated(name, q, k, m.rotary_width < m.head_dim), ops.leave(q, k))
+    return lambda name, q, k: (*partly_rotated(name, q, k, m.rotary_width < m.head_dim), ops.release_names(q, k))
 
 
 def minimax_m2(m: ModelSpec, wiring: Wiring) -> Stack:
-    """OLMoE's norms, a part of each head rotated, and scores that are sigmoids."""
+    """Build MiniMax-M2: OLMoE's norms, partly rotated heads, and sigmoid scores."""
     heads = llama_attention(m, wiring, "n1", "ao", whole_norm=True, turn=_partial_rope(m), attend=attend_heads_first)
     x, noise = _noisy(m)
     routed = routers.sigmoid_router("mlp.gate", x, "mlp.e_score_correction_bias")
-    made = experts.experts(x, Y, gate_up=("w1", "w3"), down=("w2",))
-    block = decoder_block(heads, (*noise, *mixture(X, routed, made)), held=returned(wiring))
+    expert_ops = experts.experts(x, Y, gate_up=("w1", "w3"), down=("w2",))
+    block = decoder_block(heads, (*noise, *mixture(X, routed, expert_ops)), held=returned(wiring))
     return Stack(before(wiring), runs(m, lambda _: block), after(m, wiring))
 
 
 def glm4_moe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Dense layers first; then experts and shared ones, a router in fp32, and a part of each head rotated."""
+    """Build GLM-4 MoE: dense layers first, then routed and shared experts; an fp32 router, and partly rotated heads."""
     routed = routers.grouped_router("mlp.gate", X, m.get("norm_topk_prob", True))
-    ffn = either(
+    ffn = mlp_by_layer(
         (
             *mixture(X, routed, experts.experts(X, "routed"), leaves=False),
             *gated_mlp(X, "shared", "mlp.shared_experts", width="fs"),
             ops.add("mlp.add", "routed", "shared", Y, "b s h"),
-            ops.leave("routed", "shared", *routers.HELD, X),
+            ops.release_names("routed", "shared", *routers.HELD, X),
         )
     )
     heads = llama_attention(
@@ -172,7 +172,10 @@ def glm4_moe(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def phimoe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """LayerNorms, and a router that draws. Noise on the input, where there is any, is multiplied in place, twice."""
+    """Build Phi-3.5-MoE: LayerNorms, and a router that samples.
+
+    If the config has input noise, the input is multiplied by it in place, twice.
+    """
     bias, sliding = m.get("attention_bias", False), (m.sliding_window is not None,)
     noisy = m.get("input_jitter_noise", 0.0) > 0
     x, seen = ("n2.noisy", "n2.noisier") if noisy else (X, X)
@@ -188,7 +191,7 @@ def phimoe(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def ernie4_5_moe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Ernie 4.5 with experts, and shared ones whose sum is made first."""
+    """Build Ernie 4.5 with experts. Shared experts, if any, are computed first."""
     bias, wiring = m.get("use_bias", False), wiring._replace(drops=False)
     shared = gated_mlp(X, "shared", "mlp.shared_experts", width="fs", bias=bias, flat=True)
     mixed = mixture(X, routers.biased_softmax_router("mlp.gate", X), experts.experts(X, "routed"), leaves=False)
@@ -196,9 +199,9 @@ def ernie4_5_moe(m: ModelSpec, wiring: Wiring) -> Stack:
         *shared,
         *mixed,
         ops.add("mlp.add", "routed", "shared", Y, "b s h"),
-        ops.leave("routed", "shared", *routers.HELD, X),
+        ops.release_names("routed", "shared", *routers.HELD, X),
     )
-    if not m.whole("moe_num_shared_experts", 2, least=0):
+    if not m.config_int("moe_num_shared_experts", 2, least=0):
         sparse = mixture(X, routers.biased_softmax_router("mlp.gate", X), experts.experts(X, Y))
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, turn=rope_in_fp32)
 
@@ -210,7 +213,7 @@ def ernie4_5_moe(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def hunyuan_v1_moe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Hunyuan with experts beside a shared MLP, and a router that is a linear layer in fp32.
+    """Build Hunyuan with experts next to a shared MLP. Its router is a linear layer in fp32.
 
     Source: transformers 5.24 models/hunyuan_v1_moe/modeling_hunyuan_v1_moe.py HunYuanMoEV1Gate.
     """
@@ -220,44 +223,44 @@ def hunyuan_v1_moe(m: ModelSpec, wiring: Wiring) -> Stack:
     routed = (
         ops.cast(f"{name}.float", X, "router.x", "b s h", f"={weight.name}"),
         product._replace(weights=(weight,)),
-        ops.leave("router.x"),
+        ops.release_names("router.x"),
         *ops.softmax(f"{name}.softmax", "router.logits", "router.probs", "b s E", "fp32"),
         routers.top_k(f"{name}.topk", "router.probs", "router.top"),
         *routers.normalised(f"{name}.normalise", "router.top", "router.normal"),
         ops.cast(f"{name}.cast", "router.normal", routers.SCORES, routers.PAIRS, "=router.logits"),
-        ops.leave("router.probs"),
+        ops.release_names("router.probs"),
     )
     ffn = (
         *gated_mlp(X, "shared", "mlp.shared_mlp"),
         *mixture(X, routed, experts.experts(X, "routed"), leaves=False),
         ops.add("mlp.add", "routed", "shared", Y, "b s h"),
-        ops.leave("routed", "shared", *routers.HELD, X),
+        ops.release_names("routed", "shared", *routers.HELD, X),
     )
     return llama(m, wiring, bias=bias, out_bias=bias, turn=rope_and_norm, mlp=lambda _: ffn)
 
 
 def deepseek(m: ModelSpec, wiring: Wiring) -> Stack:
-    """DeepSeek-MoE, by the code published with it: dense layers first, then experts that are modules, and shared ones.
+    """Build DeepSeek-MoE from its published code: dense layers first, then experts as modules, and shared experts.
 
-    Llama else. The loss of the router's own is a few numbers a sequence, and is not counted.
+    Everything else is Llama. The router's auxiliary loss is a few numbers per sequence, and is not counted.
     """
     scores, top, shape = "router.probs", "router.top", "b s E"
-    normalise = m.get("norm_topk_prob", False) and m.whole("num_experts_per_tok") > 1
+    normalise = m.get("norm_topk_prob", False) and m.config_int("num_experts_per_tok") > 1
     routed = (
         routers.gate("mlp.gate", X, stands_for=()),
         *ops.softmax("mlp.gate.softmax", "router.logits", scores, shape),
         routers.top_k("mlp.gate.topk", scores, top if normalise else routers.SCORES),
         *(routers.divided("mlp.gate.normalise", top, routers.SCORES) if normalise else ()),
-        ops.leave("router.logits", scores),
+        ops.release_names("router.logits", scores),
     )
     sizes = m.axes()
-    ffn = either(
+    ffn = mlp_by_layer(
         (
             *routed,
             *expert_loops.modules(X, "routed", expert_loops.experts_of(m), sizes["e"]),
             *gated_mlp(X, "shared", "mlp.shared_experts", width="fs"),
             ops.add("mlp.add", "routed", "shared", Y, "b s h"),
-            ops.leave("routed", "shared", routers.SCORES, routers.CHOSEN, X),
+            ops.release_names("routed", "shared", routers.SCORES, routers.CHOSEN, X),
         )
     )
     return llama(m, wiring, bias=m.get("attention_bias", False), out_bias=m.get("attention_bias", False), mlp=ffn)

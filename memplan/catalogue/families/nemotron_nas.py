@@ -1,6 +1,6 @@
-"""Nemotron-NAS (DeciLM): Llama whose layers were searched for, each with its own heads and FFN width, or without.
+"""Nemotron-NAS (DeciLM): Llama with layers found by search, each with its own heads and FFN width, or without either.
 
-transformers has no class for it: what is said here follows the code published beside the weights, which is Llama's.
+transformers has no class for it. This follows the code published with the weights, which is Llama's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from memplan.models.model import ModelSpec
 
 
 def nemotron_nas(m: ModelSpec, wiring: Wiring) -> Stack:
-    """A layer without attention or FFN has no norm for it either."""
+    """Build Nemotron-NAS. A layer without attention or FFN has no norm for it either."""
     runs = tuple(
         Run(tuple(_block(m, wiring, layer) for layer in run.pattern if layer.k or layer.f), run.times) for run in m.runs
     )
@@ -25,20 +25,20 @@ def nemotron_nas(m: ModelSpec, wiring: Wiring) -> Stack:
 
 def _block(m: ModelSpec, wiring: Wiring, layer: Layer) -> Block:
     bias, middle = m.get("attention_bias", False), "x1" if layer.k and layer.f else ("y" if layer.k else "x")
-    made: list[Op] = []
+    operations: list[Op] = []
     if layer.k:
-        made += ops.rms_norm("input_layernorm", "x", "n1", "b s h", "h")
-        made += llama_attention(
+        operations += ops.rms_norm("input_layernorm", "x", "n1", "b s h", "h")
+        operations += llama_attention(
             m, wiring, "n1", "ao", bias=bias, out_bias=bias, grouped=layer.k != m.num_attention_heads
         )
-        made.append(ops.add("residual_1", "x", "ao", middle, "b s h"))
+        operations.append(ops.add("residual_1", "x", "ao", middle, "b s h"))
     if layer.f:
-        made += ops.rms_norm("post_attention_layernorm", middle, "n2", "b s h", "h")
-        made += gated_mlp("n2", "mo", bias=m.get("mlp_bias", False))
-        made.append(ops.add("residual_2", middle, "mo", "y", "b s h"))
-    made.append(ops.leave("positions"))
-    own = {"k": f"k{layer.k}", "f": f"f{layer.f}"}
-    return Block("model.layers", ops.with_axes(tuple(made), own))
+        operations += ops.rms_norm("post_attention_layernorm", middle, "n2", "b s h", "h")
+        operations += gated_mlp("n2", "mo", bias=m.get("mlp_bias", False))
+        operations.append(ops.add("residual_2", middle, "mo", "y", "b s h"))
+    operations.append(ops.release_names("positions"))
+    axes = {"k": f"k{layer.k}", "f": f"f{layer.f}"}
+    return Block("model.layers", ops.with_axes(tuple(operations), axes))
 
 
 BUILDERS = {"nemotron-nas": nemotron_nas}

@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia), Phi, Nemotron, StarCoder 2: LayerNorm and an MLP without a gate, with rotary positions."""
+"""GPT-NeoX (Pythia), Phi, Nemotron, StarCoder 2: LayerNorm, an MLP without a gate, and rotary positions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from memplan.catalogue.attention.attention import one_head, repeats_by_view
 from memplan.catalogue.decoder.attention import llama_attention
 from memplan.catalogue.decoder.frame import before, decoder_block, lm_head, masks, returned, runs
 from memplan.catalogue.decoder.rotation import heads_first
-from memplan.catalogue.families.gpt import mlp, with_triangle
+from memplan.catalogue.families.gpt import mlp, with_causal_buffers
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import dropped, drops
 from memplan.catalogue.kernels.wiring import Wiring
@@ -36,19 +36,19 @@ def after(
     sliding: bool = False,
     bias: bool = False,
 ) -> tuple[Op, ...]:
-    """The last norm and the output projection. `held`: the embeddings that the model has a name for to the end."""
+    """The last norm and the output projection. `held` is the embeddings, which the model holds to its end."""
     return (
         *last,
-        ops.leave("x", held, "positions", "cos", "sin", *(op.name for op in masks(wiring, "embeds", sliding))),
+        ops.release_names("x", held, "positions", "cos", "sin", *(op.name for op in masks(wiring, "embeds", sliding))),
         lm_head("n", f"{embedding}.weight" if m.tie_word_embeddings else "", bias),
     )
 
 
 def turned_parts(name: str, partial: bool, held: bool = False) -> tuple[Op, ...]:
-    """q1 and k1 to q and k: the first `rot` of each head's dimensions rotated, then joined with the rest.
+    """q1 and k1 to q and k: the first `rot` dimensions of each head rotated, then concatenated with the rest.
 
-    The rest is cut off, and its gradient made as wide as a head again, even where it is empty; the joined parts'
-    gradients are views of one. `held`: the rotated parts stay until both are joined.
+    Slicing off the rest gives it a gradient as wide as a head, even if it is empty. The gradients of the concatenated
+    parts are views of one tensor. `held`: the rotated parts stay alive until both are concatenated.
     """
     heads = {"q": "a", "k": "k"}
     return (
@@ -75,15 +75,15 @@ def turned_parts(name: str, partial: bool, held: bool = False) -> tuple[Op, ...]
             )
             for t in "qk"
         ),
-        *((ops.leave("q.turned", "k.turned"),) if held else ()),
+        *((ops.release_names("q.turned", "k.turned"),) if held else ()),
     )
 
 
-def _projections(name: str, made: tuple[str, str, str], bias: bool) -> tuple[Op, ...]:
-    """The gradients of q and k come head by head, and are copied."""
+def _projections(name: str, outputs: tuple[str, str, str], bias: bool) -> tuple[Op, ...]:
+    """q, k and v as heads. The gradients of q and k are stored head by head, and are copied."""
     return tuple(
         op
-        for t, y, heads, gradient in zip("qkv", made, "akk", ("new", "new", "same"), strict=True)
+        for t, y, heads, gradient in zip("qkv", outputs, "akk", ("new", "new", "same"), strict=True)
         for op in (
             ops.linear(f"{name}.{t}_proj", "n1", f"{t}0", f"{heads} d", "h", "attention", bias),
             ops.view(f"{name}.{t}_heads", f"{t}0", y, f"b s {heads} d", gradient),
@@ -92,17 +92,19 @@ def _projections(name: str, made: tuple[str, str, str], bias: bool) -> tuple[Op,
 
 
 def gpt_neox(m: ModelSpec, wiring: Wiring) -> Stack:
-    """q, k and v of a head side by side in one projection; attention and MLP side by side, or after each other."""
+    """Build GPT-NeoX: q, k and v of a head side by side in one projection; attention and MLP in parallel or in
+    sequence.
+    """
     drop, bias = drops(m, "hidden_dropout"), m.get("attention_bias", True)
     heads = (
         ops.linear("attention.query_key_value", "n1", "qkv", "3 a d", "h", "attention", bias),
         ops.view("attention.heads", "qkv", "qkv.heads", "b s a 3 d", gradient="new"),
         ops.split("attention.chunk", "qkv.heads", (Tensor("q1", _Q), Tensor("k1", _Q), Tensor("v", _Q))),
         *turned_parts("attention.rope", m.rotary_width < m.head_dim),
-        ops.leave("q1", "k1"),
+        ops.release_names("q1", "k1"),
         *heads_first("attention.attention", "q", "k", "v", "o", wiring, False),
         ops.linear("attention.dense", "o", "ao.whole", "h", "a d", "attention", bias),
-        ops.leave("qkv", "q", "k", "o", "n1"),
+        ops.release_names("qkv", "q", "k", "o", "n1"),
         *dropped("post_attention_dropout", "ao.whole", "ao", "b s h", drop),
     )
     parallel = m.get("use_parallel_residual", True)
@@ -120,9 +122,9 @@ def gpt_neox(m: ModelSpec, wiring: Wiring) -> Stack:
         if parallel
         else (ops.add("residual_1", "ao", "x", "x1", "b s h"), *feed, ops.add("residual_2", "mo", "x1", "y", "b s h"))
     )
-    ends = ops.leave("mo", "ao" if parallel else "x1", "positions", *returned(wiring))
+    ends = ops.release_names("mo", "ao" if parallel else "x1", "positions", *returned(wiring))
     operations = (*norm("input_layernorm", "x", "n1", "b s h", "h"), *heads, *joined, ends)
-    block = Block("gpt_neox.layers", with_triangle(m, wiring, operations, "attention"))
+    block = Block("gpt_neox.layers", with_causal_buffers(m, wiring, operations, "attention"))
     return Stack(
         before(wiring, embedded=embedded("gpt_neox.embed_in", drop)),
         (Run((block,), "L"),),
@@ -137,7 +139,7 @@ def gpt_neox(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def phi(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Attention and MLP side by side after one norm; the parts of q and k stay to the end of the attention."""
+    """Build Phi: one norm for attention and MLP in parallel. The parts of q and k stay alive to the attention's end."""
     name, drop = "self_attn", drops(m, "resid_pdrop")
     grouped = m.num_key_value_heads != m.num_attention_heads
     normed = bool(m.get("qk_layernorm", False))
@@ -152,15 +154,15 @@ def phi(m: ModelSpec, wiring: Wiring) -> Stack:
                 for op in norm(f"{name}.{t}_layernorm", f"{t}2", f"{t}1", shape, "d")
             ),
             *turned_parts(f"{name}.rope", m.rotary_width < m.head_dim),
-            *_attended(m, f"{name}.attention", wiring, grouped),
+            *_attention(m, f"{name}.attention", wiring, grouped),
             ops.linear(f"{name}.dense", "o", "ao.whole", "h", "a d", "attention", bias=True),
-            ops.leave("q", "k", "v", "o", "q1", "k1", "q.turned", "k.turned"),
+            ops.release_names("q", "k", "v", "o", "q1", "k1", "q.turned", "k.turned"),
             *dropped("resid_dropout", "ao.whole", "ao", "b s h", drop),
             *mlp(m, "n1", "mo", drop, ("fc1", "fc2")),
             ops.add("parallel", "ao", "mo", "branches", "b s h"),
             ops.add("residual", "branches", "x", "y", "b s h"),
-            ops.leave("n1"),
-            ops.leave("ao", "mo", "positions", *returned(wiring)),
+            ops.release_names("n1"),
+            ops.release_names("ao", "mo", "positions", *returned(wiring)),
         ),
     )
     last = norm("model.final_layernorm", "x", "n", "b s h", "h")
@@ -171,36 +173,36 @@ def phi(m: ModelSpec, wiring: Wiring) -> Stack:
     )
 
 
-def _attended(m: ModelSpec, name: str, wiring: Wiring, grouped: bool) -> tuple[Op, ...]:
+def _attention(m: ModelSpec, name: str, wiring: Wiring, grouped: bool) -> tuple[Op, ...]:
     if grouped and m.num_key_value_heads == 1 and repeats_by_view(wiring):
-        seen = wiring._replace(caching=False)
-        return (*one_head(name, wiring), *heads_first(name, "q", "k.all", "v.all", "o", seen, False))
+        uncached = wiring._replace(caching=False)
+        return (*one_head(name, wiring), *heads_first(name, "q", "k.all", "v.all", "o", uncached, False))
     return heads_first(name, "q", "k", "v", "o", wiring, grouped)
 
 
 def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
-    """LayerNorm whose weight is one less than what it multiplies by: under autocast it computes in 16 bits."""
+    """Build Nemotron, whose LayerNorms multiply by `weight + 1`, and run in 16 bits under autocast."""
     name, grouped = "self_attn", m.num_key_value_heads != m.num_attention_heads
     bias, mlp_bias = m.get("attention_bias", False), m.get("mlp_bias", False)
     heads = (
         *_projections(name, ("q1", "k1", "v"), bias),
         *turned_parts(f"{name}.rope", m.rotary_width < m.head_dim, held=True),
-        ops.leave("q1", "k1"),
-        *_attended(m, f"{name}.attention", wiring, grouped),
+        ops.release_names("q1", "k1"),
+        *_attention(m, f"{name}.attention", wiring, grouped),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", bias),
-        ops.leave("q", "k", "v", "o", "n1"),
+        ops.release_names("q", "k", "v", "o", "n1"),
     )
     feed = mlp(m, "n2", "mo", False, ("up_proj", "down_proj"), bias=mlp_bias)
-    block = decoder_block(heads, feed, norm=_one_more, held=returned(wiring))
+    block = decoder_block(heads, feed, norm=_layer_norm_plus_one, held=returned(wiring))
     return Stack(
         before(wiring),
         (Run((block,), "L"),),
-        after(m, wiring, _one_more("model.norm", "x", "n", "b s h", "h"), "model.embed_tokens", "embeds"),
+        after(m, wiring, _layer_norm_plus_one("model.norm", "x", "n", "b s h", "h"), "model.embed_tokens", "embeds"),
     )
 
 
-def _one_more(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """`weight + 1` is made in every call, and kept."""
+def _layer_norm_plus_one(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
+    """LayerNorm with `weight + 1`, which is computed in every call and kept."""
     layer = ops.layer_norm(name, x, y, shape, axis)
     weight, bias = layer.weights
     plus = f"{y}.weight"
@@ -215,13 +217,13 @@ def _one_more(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...
 
 
 def starcoder2(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Llama's attention with biases, dropout after it and after the MLP."""
+    """Build StarCoder 2: Llama's attention with biases, and dropout after it and after the MLP."""
     bias, drop = m.get("use_bias", True), drops(m, "residual_dropout")
 
     def block(layer: Layer) -> Block:
-        *heads, left = llama_attention(m, wiring, "n1", "ao.whole", bias=bias, out_bias=bias, sliding=layer.sliding)
+        *heads, release = llama_attention(m, wiring, "n1", "ao.whole", bias=bias, out_bias=bias, sliding=layer.sliding)
         return decoder_block(
-            (*heads, *dropped("residual_dropout", "ao.whole", "ao", "b s h", drop), left),
+            (*heads, *dropped("residual_dropout", "ao.whole", "ao", "b s h", drop), release),
             mlp(m, "n2", "mo", drop, bias=bias),
             norm=norm,
             held=returned(wiring),

@@ -1,4 +1,4 @@
-"""OLMo and EXAONE 4: Llama with other norms, and from OLMo 2 on with the norms at the end of each branch."""
+"""OLMo and EXAONE 4: Llama with other norms, from OLMo 2 on at the end of each branch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from memplan.catalogue.decoder.attention import llama_attention
 from memplan.catalogue.decoder.frame import decoder_block, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.decoder.windows import after, before, local, normed_block, tables
-from memplan.catalogue.families.gemma import norm_and_rope
+from memplan.catalogue.families.gemma import norm_then_rope
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
@@ -20,7 +20,7 @@ _Q, _K = "b s a d", "b s k d"
 
 
 def layer_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """OLMo's LayerNorm has no weight and is computed in fp32, which it keeps x in."""
+    """OLMo's LayerNorm has no weight, runs in fp32, and keeps x in fp32."""
     x32, y32 = f"{y}.x32", f"{y}.y32"
     return (
         ops.cast(f"{name}.float", x, x32, shape, "fp32"),
@@ -30,7 +30,7 @@ def layer_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ..
 
 
 def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """OLMo 2 multiplies by the weight before it casts: the normalised x is kept in fp32.
+    """OLMo 2's RMSNorm multiplies by the weight before it casts, and so keeps the normalised x in fp32.
 
     Source: transformers 5.24 models/olmo2/modeling_olmo2.py Olmo2RMSNorm.
     """
@@ -39,28 +39,28 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]
     w = Weight(f"{name}.weight", axis, "norm")
     return (
         *normalise,
-        ops.weigh(f"{name}.weight", n32, y32, shape, w),
+        ops.multiply_weight(f"{name}.weight", n32, y32, shape, w),
         ops.cast(f"{name}.cast", y32, y, shape, f"={x}"),
-        ops.leave(f"{y}.mean", n32),
+        ops.release_names(f"{y}.mean", n32),
     )
 
 
 def rope(name: str, q: str, k: str) -> tuple[Op, ...]:
-    """The rotary table is fp32, and so is what is multiplied by it; the result is cast back."""
+    """Rotate q and k. The rotary table is fp32, and so are its products, which are cast back."""
     return (
         *ops.rotate(f"{name}.rope_q", q, "q.rotated", _Q, "b s a rot2"),
         *ops.rotate(f"{name}.rope_k", k, "k.rotated", _K, "b s k rot2"),
         ops.cast(f"{name}.cast_q", "q.rotated", "q", _Q, f"={q}"),
         ops.cast(f"{name}.cast_k", "k.rotated", "k", _K, f"={k}"),
-        ops.leave("q.rotated", "k.rotated"),
-        ops.leave(q, k),
+        ops.release_names("q.rotated", "k.rotated"),
+        ops.release_names(q, k),
     )
 
 
 def _attention(
     m: ModelSpec, wiring: Wiring, projections: tuple[Op, ...], x: str, sliding: bool = False, name: str = "self_attn"
 ) -> tuple[Op, ...]:
-    """`projections` of x make `q0`, `k0` and `v`, not seen as heads yet."""
+    """Attention from `projections` of x, which write `q0`, `k0` and `v` before they are viewed as heads."""
     grouped = m.num_key_value_heads != m.num_attention_heads
     k, v, repeated, heads = "k", "v", (), wiring
     if grouped and m.num_key_value_heads == 1 and repeats_by_view(wiring, sliding):
@@ -74,7 +74,7 @@ def _attention(
         *repeated,
         *attention(f"{name}.attention", "q", k, v, "o", heads, grouped, sliding, mask_name(sliding)),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", m.get("attention_bias", False)),
-        ops.leave("q", "k", "v", "o", x),
+        ops.release_names("q", "k", "v", "o", x),
     )
 
 
@@ -84,7 +84,7 @@ def _projection(m: ModelSpec, t: str, x: str, y: str) -> Op:
 
 
 def normed_projections(m: ModelSpec, x: str) -> tuple[Op, ...]:
-    """OLMo 2 normalises q and k across all heads."""
+    """OLMo 2's q, k and v, with q and k normalised across all heads."""
     return (
         *(
             op
@@ -92,7 +92,7 @@ def normed_projections(m: ModelSpec, x: str) -> tuple[Op, ...]:
             for op in (
                 _projection(m, t, x, f"{t}.raw"),
                 *rms_norm(f"self_attn.{t}_norm", f"{t}.raw", f"{t}0", f"b s {width}", width),
-                ops.leave(f"{t}.raw"),
+                ops.release_names(f"{t}.raw"),
             )
         ),
         _projection(m, "v", x, "v"),
@@ -100,7 +100,7 @@ def normed_projections(m: ModelSpec, x: str) -> tuple[Op, ...]:
 
 
 def clipped_projections(m: ModelSpec, x: str) -> tuple[Op, ...]:
-    """OLMo 1 may clip q, k and v in place: autograd keeps a copy of what they were."""
+    """OLMo 1's q, k and v. If the config clips them in place, autograd keeps a copy of the unclipped values."""
     if m.get("clip_qkv", 0.0) <= 0:
         return tuple(_projection(m, t, x, "v" if t == "v" else f"{t}0") for t in "qkv")
     return (
@@ -125,7 +125,7 @@ def _clip(name: str, x: str, y: str, t: str) -> tuple[Op, ...]:
 
 
 def olmo(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Norms without weights, and a rotary table in fp32."""
+    """Build OLMo: norms without weights, and a rotary table in fp32."""
     heads = _attention(m, wiring, clipped_projections(m, "n1"), "n1")
     block = decoder_block(heads, gated_mlp("n2", "mo"), norm=layer_norm, held=returned(wiring))
     return Stack(
@@ -137,23 +137,30 @@ _AFTER = ("post_attention_layernorm", "post_feedforward_layernorm")
 
 
 def olmo2(m: ModelSpec, wiring: Wiring, mixed: bool = False) -> Stack:
-    """OLMo 2 and 3: the branches read the stream itself. OLMo 3's layers with a window have a table of their own."""
+    """Build OLMo 2 or 3, whose branches read the residual stream without a norm.
+
+    OLMo 3's sliding-window layers have a separate rotary table.
+    """
 
     def block(layer: Layer) -> Block:
         heads = _attention(m, wiring, normed_projections(m, "x"), "x", layer.sliding)
-        made = normed_block(heads, gated_mlp("x1", "mo"), rms_norm, None, _AFTER, returned(wiring))
-        return local(made) if layer.sliding else made
+        layer_block = normed_block(heads, gated_mlp("x1", "mo"), rms_norm, None, _AFTER, returned(wiring))
+        return local(layer_block) if layer.sliding else layer_block
 
-    two = any(layer.sliding for layer in m.layers)
-    return Stack(before(wiring, mixed, tables(two, "fp32")), runs(m, block), after(m, wiring, mixed, rms_norm, two))
+    has_sliding = any(layer.sliding for layer in m.layers)
+    return Stack(
+        before(wiring, mixed, tables(has_sliding, "fp32")),
+        runs(m, block),
+        after(m, wiring, mixed, rms_norm, has_sliding),
+    )
 
 
 def exaone4(m: ModelSpec, wiring: Wiring) -> Stack:
-    """OLMo 2's frame with Llama's norms, also over each head; layers without a window do not rotate."""
+    """Build EXAONE 4: OLMo 2's frame with Llama's norms, also over each head. Layers without a window do not rotate."""
     mixed = any(layer.sliding for layer in m.layers)
 
     def block(layer: Layer) -> Block:
-        turn = partial(norm_and_rope, norm=ops.rms_norm, rotary=layer.rotary)
+        turn = partial(norm_then_rope, norm=ops.rms_norm, rotary=layer.rotary)
         heads = llama_attention(m, wiring, "x", "ao", sliding=layer.sliding, turn=turn)
         return normed_block(heads, gated_mlp("x1", "mo"), ops.rms_norm, None, _AFTER, returned(wiring))
 

@@ -1,9 +1,9 @@
-"""OPT: LayerNorm, biases, ReLU, positions looked up for every token of the batch; the 350M model norms afterwards."""
+"""OPT: LayerNorm, biases, ReLU, positions looked up for every token of the batch; the 350M model is post-norm."""
 
 from __future__ import annotations
 
 from memplan.catalogue.decoder.frame import inputs, lm_head, masks, returned
-from memplan.catalogue.families.gpt import dropped_attention
+from memplan.catalogue.families.gpt import attention_with_dropout
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import activation, dropped, drops
 from memplan.catalogue.kernels.wiring import Wiring
@@ -14,26 +14,34 @@ _Q, _NAME = "b s a d", "model.decoder"
 
 
 def opt(m: ModelSpec, wiring: Wiring) -> Stack:
-    """`p` is the width of the embeddings and of the head; where it is not h, two projections lead in and out."""
-    made = ("wide" if _projected(m) else "tokens", "places", "positions", *(op.name for op in masks(wiring, "tokens")))
-    held = made if _reads_mask(wiring) else (*made, "position_mask")
+    """Build OPT. `p` is the width of embeddings and head; if it is not h, two projections lead in and out."""
+    embedded = (
+        "wide" if _projected(m) else "tokens",
+        "places",
+        "positions",
+        *(op.name for op in masks(wiring, "tokens")),
+    )
+    held = embedded if _reads_mask(wiring) else (*embedded, "position_mask")
     return Stack(_before(m, wiring), (Run((_block(m, wiring),), "L"),), _after(m, held))
 
 
 def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
-    """Positions are counted from the mask, in fp32 where there is none; what is added stays to the model's end. A token
-    alone has the last of all so far."""
+    """Embeddings and masks.
+
+    Positions are counted from the padding mask, or from an fp32 mask of ones if there is none. Both summands of the
+    embeddings stay alive to the end of the model. When decoding, positions are counted over all tokens so far.
+    """
     mask = "attention_mask" if _reads_mask(wiring) else "position_mask"
-    every = "b kv" if wiring.decodes else "b s"
+    tokens = "b kv" if wiring.decodes else "b s"
     return (
         inputs(wiring.padded),
         _narrow(ops.embedding(f"{_NAME}.embed_tokens", "ids", "tokens", "v", "p")),
-        *(() if _reads_mask(wiring) else (Op("position_mask", (), (Tensor(mask, every, "fp32"),)),)),
-        Op("positions.cumsum", (mask,), (Tensor("counted", every),)),
-        Op("positions.product", ("counted",), (Tensor("product", every),)),
-        Op("positions.minus_one", ("product",), (Tensor("less", every),)),
-        ops.cast("positions.long", "less", "positions", every, "int64"),
-        ops.leave("counted", "less"),
+        *(() if _reads_mask(wiring) else (Op("position_mask", (), (Tensor(mask, tokens, "fp32"),)),)),
+        Op("positions.cumsum", (mask,), (Tensor("counted", tokens),)),
+        Op("positions.product", ("counted",), (Tensor("product", tokens),)),
+        Op("positions.minus_one", ("product",), (Tensor("less", tokens),)),
+        ops.cast("positions.long", "less", "positions", tokens, "int64"),
+        ops.release_names("counted", "less"),
         *masks(wiring, "tokens"),
         Op("positions.offset", ("positions",), (Tensor("rows", "b s", "int64"),)),
         ops.embedding(f"{_NAME}.embed_positions", "rows", "places", str((m.max_position_embeddings or 0) + 2), "h"),
@@ -43,9 +51,11 @@ def _before(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
 
 
 def _reads_mask(wiring: Wiring) -> bool:
-    """Whether positions are counted from a padding mask. A pass over several tokens after those of a cache is given
-    none, though its attention has a mask."""
-    return wiring.padded and not wiring.several
+    """Whether positions are counted from a padding mask.
+
+    A pass over several tokens after cached ones is given no padding mask, though its attention has a mask.
+    """
+    return wiring.padded and not wiring.decodes_several
 
 
 def _narrow(op: Op) -> Op:
@@ -64,7 +74,7 @@ def _projection(name: str, x: str, y: str, out: str, into: str) -> Op:
 
 
 def _block(m: ModelSpec, wiring: Wiring) -> Block:
-    """Norms before attention and MLP, or after each residual."""
+    """One layer, with norms before attention and MLP, or after each residual."""
     drop = drops(m, "dropout")
     first, second = "self_attn_layer_norm", "final_layer_norm"
     if m.get("do_layer_norm_before", True):
@@ -86,26 +96,26 @@ def _block(m: ModelSpec, wiring: Wiring) -> Block:
             *dropped("dropout_2", "mo.whole", "mo", "b s h", drop),
             ops.add("residual_2", "x1", "mo", sum2, "b s h"),
             *norms[3],
-            ops.leave("positions", *returned(wiring)),
+            ops.release_names("positions", *returned(wiring)),
         ),
     )
 
 
 def _attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
-    """q is scaled before the heads are seen: new storage, and nothing more is kept."""
+    """Attention. q is scaled before it is viewed as heads, which makes a new tensor and keeps nothing more."""
     bias = m.get("enable_bias", True)
     backend = wiring.masked if wiring.has_mask() else wiring.backend
-    back = "new" if backend in ("eager", "math") else "same"
+    gradient = "new" if backend in ("eager", "math") else "same"
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
         ops.scale(f"{name}.scaling", "q0", "q1", _Q),
-        ops.view(f"{name}.q_heads", "q1", "q", _Q, back),
+        ops.view(f"{name}.q_heads", "q1", "q", _Q, gradient),
         ops.linear(f"{name}.k_proj", x, "k0", "a d", "h", "attention", bias),
         ops.linear(f"{name}.v_proj", x, "v", "a d", "h", "attention", bias),
-        ops.view(f"{name}.k_heads", "k0", "k", _Q, back),
-        *dropped_attention(m, wiring, f"{name}.attention", "attention_dropout", False),
+        ops.view(f"{name}.k_heads", "k0", "k", _Q, gradient),
+        *attention_with_dropout(m, wiring, f"{name}.attention", "attention_dropout", False),
         ops.linear(f"{name}.out_proj", "o", y, "h", "a d", "attention", bias),
-        ops.leave("q", "k", "v", x),
+        ops.release_names("q", "k", "v", x),
     )
 
 
@@ -120,7 +130,7 @@ def _mlp(m: ModelSpec, x: str, y: str) -> tuple[Op, ...]:
 
 
 def _relu(name: str, x: str, y: str) -> Op:
-    """Keeps what it makes, as the layer after it does."""
+    """ReLU, which keeps its output. So does the layer after it."""
     return Op(name, (x,), (Tensor(y, "b s f"),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: relu")
 
 
@@ -131,7 +141,7 @@ def _after(m: ModelSpec, held: tuple[str, ...]) -> tuple[Op, ...]:
         *((_norm(m, f"{_NAME}.final_layer_norm", "x", last),) if normed else ()),
         *((_projection("project_out", last, "n", "p", "h"),) if _projected(m) else ()),
         *((ops.view("last", "x", "n", "b s h"),) if last == "x" and not _projected(m) else ()),
-        ops.leave("x", "normed", *held) if last == "normed" else ops.leave("x", *held),
+        ops.release_names("x", "normed", *held) if last == "normed" else ops.release_names("x", *held),
         _head(m),
     )
 

@@ -1,4 +1,4 @@
-"""Phi-3, Phi-3.5, Phi-4: Llama with fused projections, whose parts are views of one storage."""
+"""Phi-3, Phi-3.5 and Phi-4: Llama with fused projections, whose parts are views of one tensor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ from memplan.models.model import ModelSpec
 
 
 def phi3(m: ModelSpec, wiring: Wiring) -> Stack:
-    """`qkv_proj` and `gate_up_proj` stay whole as long as one part is kept; q and k are put together again rotated."""
+    """Build Phi-3.
+
+    The outputs of `qkv_proj` and `gate_up_proj` stay alive as long as one of their parts is kept. Rotated q and k are
+    new tensors.
+    """
     sliding = m.sliding_window is not None
     branch = _dropped if float(m.get("resid_pdrop", 0.0)) > 0 else None
     heads = _attention(m, wiring, "n1", "ao", sliding)
@@ -26,7 +30,7 @@ def _dropped(name: str, x: str, y: str) -> tuple[Op, ...]:
 
 
 def _attention(m: ModelSpec, wiring: Wiring, x: str, y: str, sliding: bool, name: str = "self_attn") -> tuple[Op, ...]:
-    """The three slices of the projection give three gradients as wide as all of it, summed."""
+    """Attention. Each of the three slices has a gradient as wide as the whole projection; the three are summed."""
     grouped, partial = m.num_key_value_heads != m.num_attention_heads, m.rotary_width < m.head_dim
     kernel = attention if wiring.whole_rotary else heads_first
     return (
@@ -37,22 +41,22 @@ def _attention(m: ModelSpec, wiring: Wiring, x: str, y: str, sliding: bool, name
         ops.view(f"{name}.q_heads", "q0", "q1", QUERIES, gradient="new"),
         ops.view(f"{name}.k_heads", "k0", "k1", KEYS, gradient="new"),
         *(rope(name, "q1", "k1") if wiring.whole_rotary else rotate_part(f"{name}.rope", partial)),
-        ops.leave("q1", "k1"),
+        ops.release_names("q1", "k1"),
         *kernel(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, sliding),
         ops.linear(f"{name}.o_proj", "o", y, "h", "a d", "attention"),
-        ops.leave("qkv", "q", "k", "v", "o", x),
+        ops.release_names("qkv", "q", "k", "v", "o", x),
     )
 
 
 def _mlp(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
-    """The gradients of gate and up are joined into one; the projection's output stays for both."""
+    """Gated MLP. The gradients of gate and up are joined, and the projection's output stays alive for both."""
     return (
         ops.linear(f"{name}.gate_up_proj", x, "gate_up", "2 f", "h", "mlp"),
         ops.split(f"{name}.chunk", "gate_up", (Tensor("gate", "b s f"), Tensor("up", "b s f"))),
         ops.activation(f"{name}.activation_fn", "gate", "act", "b s f"),
         ops.mul(f"{name}.product", "up", "act", "product", "b s f"),
         ops.linear(f"{name}.down_proj", "product", y, "h", "f", "mlp"),
-        ops.leave("gate", x),
+        ops.release_names("gate", x),
     )
 
 

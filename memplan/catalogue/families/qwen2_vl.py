@@ -1,5 +1,7 @@
-"""Qwen2-VL and Qwen2.5-VL: tokens with positions in time, height and width, and a tower that sees all images as one
-sequence of patches; what Qwen3-VL has of them, too."""
+"""Qwen2-VL and Qwen2.5-VL: positions in time, height and width (M-RoPE), and a tower.
+
+The tower sees all images as one sequence of patches. Qwen3-VL shares parts of this.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
-from memplan.catalogue.vision.vision import joined, scattered
+from memplan.catalogue.vision.vision import scattered, text_with_tower
 from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
 from memplan.models.configs.vision import windowed_runs
 from memplan.models.model import ModelSpec
@@ -21,12 +23,12 @@ _QWEN = "transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py"
 
 
 def mrope_table(x: str, interleaved: bool) -> tuple[Op, ...]:
-    """cos and sin for positions in time, height and width of every token of every sequence, of which one table is made.
+    """One table of cos and sin from the positions in time, height and width of every token of every sequence.
 
-    `interleaved`: Qwen3-VL writes the three into one another.
+    `interleaved`: Qwen3-VL interleaves the three.
     """
     f, source = "fp32", f"{_QWEN} Qwen2VLRotaryEmbedding"
-    three, whole = "3 b s rot2", "b s rot"
+    three, table_shape = "3 b s rot2", "b s rot"
     names = ("inv_freq", "original_inv_freq")
     frequencies = tuple(Weight(f"model.rotary_emb.{n}", "rot2", "buffer", f, False) for n in names)
     half = () if interleaved else (Tensor("sections", "b s rot2", f),)
@@ -42,33 +44,33 @@ def mrope_table(x: str, interleaved: bool) -> tuple[Op, ...]:
         ),
         Op("rotary.cos", ("angles",), (Tensor("cos3", three, f),), scratch=(Tensor("cosine", three, f),)),
         Op("rotary.sin", ("angles",), (Tensor("sin3", three, f),), scratch=(Tensor("sine", three, f),)),
-        Op("rotary.cat_sin", ("sin3",), (Tensor("sin32", whole, f),), scratch=half),
-        Op("rotary.cat_cos", ("cos3",), (Tensor("cos32", whole, f),), scratch=half),
-        ops.cast("rotary.cast_cos", "cos32", "cos", whole, f"={x}"),
-        ops.cast("rotary.cast_sin", "sin32", "sin", whole, f"={x}"),
-        ops.leave("angles", "cos32", "sin32"),
+        Op("rotary.cat_sin", ("sin3",), (Tensor("sin32", table_shape, f),), scratch=half),
+        Op("rotary.cat_cos", ("cos3",), (Tensor("cos32", table_shape, f),), scratch=half),
+        ops.cast("rotary.cast_cos", "cos32", "cos", table_shape, f"={x}"),
+        ops.cast("rotary.cast_sin", "sin32", "sin", table_shape, f"={x}"),
+        ops.release_names("angles", "cos32", "sin32"),
     )
 
 
-def with_mrope(made: Stack, wiring: Wiring, interleaved: bool = False) -> Stack:
-    """The stack with Qwen-VL's positions and rotary table. Without images all three positions are the token's."""
-    start = next(i for i, op in enumerate(made.before) if op.name == "rotary.angles")
-    before = tuple(GIVEN if wiring.images and op.name == "positions" else op for op in made.before[:start])
-    made = made._replace(before=(*before, *mrope_table("embeds", interleaved)))
+def with_mrope(stack: Stack, wiring: Wiring, interleaved: bool = False) -> Stack:
+    """Return the stack with M-RoPE positions and table. Without images, all three positions are the token's."""
+    start = next(i for i, op in enumerate(stack.before) if op.name == "rotary.angles")
+    before = tuple(MROPE_POSITIONS if wiring.images and op.name == "positions" else op for op in stack.before[:start])
+    stack = stack._replace(before=(*before, *mrope_table("embeds", interleaved)))
     if interleaved and not wiring.images:
-        return made
-    return made._replace(runs=without_positions(made.runs))
+        return stack
+    return stack._replace(runs=without_positions(stack.runs))
 
 
-GIVEN = Op("positions", (), (Tensor("positions", "3 b s", "int64"),))  # in time, height and width
+MROPE_POSITIONS = Op("positions", (), (Tensor("positions", "3 b s", "int64"),))  # in time, height and width
 
 
 def without_positions(runs: tuple[Run, ...]) -> tuple[Run, ...]:
-    return tuple(r._replace(blocks=tuple(Block(b.name, _unplaced(b.ops)) for b in r.blocks)) for r in runs)
+    return tuple(r._replace(blocks=tuple(Block(b.name, _drop_positions(b.ops)) for b in r.blocks)) for r in runs)
 
 
-def _unplaced(operations: tuple[Op, ...]) -> tuple[Op, ...]:
-    """Blocks that are given no positions."""
+def _drop_positions(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Return the ops of a block that is given no positions."""
     return tuple(
         op._replace(reads=tuple(r for r in op.reads if r != "positions")) if op.name == "return" else op
         for op in operations
@@ -79,7 +81,7 @@ def _unplaced(operations: tuple[Op, ...]) -> tuple[Op, ...]:
 
 
 def qwen_inputs() -> tuple[Tensor, ...]:
-    """Pixels in fp32, the sizes of the images, and which tokens stand for them."""
+    """Pixels in fp32, the sizes of the images, and the token types that mark image tokens."""
     return (
         Tensor("pixel_values", f"{t.P} vin", "fp32"),
         Tensor("image_grid_thw", "b images 3", "int64"),
@@ -87,8 +89,8 @@ def qwen_inputs() -> tuple[Tensor, ...]:
     )
 
 
-def qwen_attention(wiring: Wiring, over: t.Kernel = t.IMAGE) -> tuple[Op, ...]:
-    """q, k and v in one projection; q and k rotated in fp32 and cast back.
+def qwen_attention(wiring: Wiring, over: t.TowerAttention = t.IMAGE) -> tuple[Op, ...]:
+    """Attention with q, k and v in one projection; q and k are rotated in fp32 and cast back.
 
     Source: transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py VisionAttention.
     """
@@ -100,15 +102,18 @@ def qwen_attention(wiring: Wiring, over: t.Kernel = t.IMAGE) -> tuple[Op, ...]:
         *(ops.cast(f"attn.float_{x}", f"v.{x}0", f"v.{x}32", shape, "fp32") for x in "qk"),
         *(op for x in "qk" for op in t.rotated(f"attn.rope_{x}", f"v.{x}32", f"v.{x}turned", shape, half)),
         *(ops.cast(f"attn.cast_{x}", f"v.{x}turned", f"v.{x}", shape, f"=v.{x}0") for x in "qk"),
-        ops.leave("v.q32", "v.k32", "v.q0", "v.k0"),
+        ops.release_names("v.q32", "v.k32", "v.q0", "v.k0"),
         *t.chunked("attn.attention", "v.q", "v.k", "v.v", "v.o", wiring, over),
         t.linear("attn.proj", "v.o", "v.ao", "vh", "va vd"),
-        ops.leave("v.o", "v.n1"),
+        ops.release_names("v.o", "v.n1"),
     )
 
 
 def merger(name: str, x: str, y: str, layers: tuple[str, str], normed: tuple[Op, ...]) -> tuple[Op, ...]:
-    """`normed` makes `{y}.normed` of x; patches of a square side by side; then two layers with a GELU between them."""
+    """Merge the patches of each square: norm, concatenate, then two linear layers with a GELU between them.
+
+    `normed` are the ops that write `{y}.normed` from x.
+    """
     first, second = layers
     lead, g = "b merged", "projector"
     return (
@@ -117,7 +122,7 @@ def merger(name: str, x: str, y: str, layers: tuple[str, str], normed: tuple[Op,
         t.linear(f"{name}.{first}", f"{y}.square", f"{y}.first", "vm", "vm", g, lead),
         ops.activation(f"{name}.gelu", f"{y}.first", f"{y}.act", f"{lead} vm"),
         t.linear(f"{name}.{second}", f"{y}.act", y, "h", "vm", g, lead),
-        ops.leave(f"{y}.normed", f"{y}.square", x),
+        ops.release_names(f"{y}.normed", f"{y}.square", x),
     )
 
 
@@ -130,11 +135,11 @@ def qwen_before(asks: bool, bias: bool = False) -> tuple[Op, ...]:
 
 
 def qwen_after(tail: tuple[Op, ...], *more: str) -> tuple[Op, ...]:
-    """From the last block to the features, which the tower returns with its last hidden states."""
+    """From the last block to the features, which the tower returns together with its last hidden states."""
     return (
         *tail,
-        *t.held("x", "features", *more),
-        ops.leave("v.positions", "v.cos", "v.sin", "pixel_values.cast"),
+        *t.returned_states("x", "features", *more),
+        ops.release_names("v.positions", "v.cos", "v.sin", "pixel_values.cast"),
     )
 
 
@@ -148,16 +153,18 @@ def qwen2_vl(m: ModelSpec, wiring: Wiring) -> Stack:
         qwen_after(merger("visual.merger", "x", "features", ("mlp.0", "mlp.2"), normed)),
     )
     text = with_mrope(llama(m, wiring, bias=True, mixed=True), wiring)
-    return joined(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
+    return text_with_tower(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
 
 
 def qwen2_5_vl(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Most blocks see windows of an image: patches are put in their order at the start, and what they make back at the
-    end."""
+    """Build Qwen2.5-VL, most of whose tower blocks attend within windows of an image.
+
+    Patches are sorted by window before the blocks, and their merged features are put back in order afterwards.
+    """
     feed = t.gated_mlp("mlp", "v.n2", "v.mo", bias=True)
 
-    def run(i: int, whole: bool) -> Run:
-        over = t.IMAGE if whole else t.WINDOW
+    def run(i: int, full_image: bool) -> Run:
+        over = t.IMAGE if full_image else t.WINDOW
         return Run((t.block("visual.blocks", qwen_attention(wiring, over), feed, t.rms_norm),), f"vL{i}")
 
     first, convolution, *table = qwen_before(asks=True)
@@ -170,7 +177,7 @@ def qwen2_5_vl(m: ModelSpec, wiring: Wiring) -> Stack:
         *renamed(tuple(table[1:-1]), {"v.cos": "v.cos0", "v.sin": "v.sin0"}),
         table[-1],
         *(indexed(f"visual.window_order_{n}", f"v.{n}0", f"v.{n}", f"{t.P} vd") for n in ("cos", "sin")),
-        ops.leave("v.cos0", "v.sin0"),
+        ops.release_names("v.cos0", "v.sin0"),
     )
     normed = t.rms_norm("visual.merger.ln_q", "x", "v.merged.normed", f"{t.P} vh", "vh", "projector")
     merged = merger("visual.merger", "x", "v.merged", ("mlp.0", "mlp.2"), normed)
@@ -178,15 +185,15 @@ def qwen2_5_vl(m: ModelSpec, wiring: Wiring) -> Stack:
     tower = Tower(
         qwen_inputs(),
         ordered,
-        tuple(run(i, whole) for i, (whole, _) in enumerate(windowed_runs(m), 1)),
+        tuple(run(i, full_image) for i, (full_image, _) in enumerate(windowed_runs(m), 1)),
         qwen_after((*merged, back)),
     )
     text = with_mrope(llama(m, wiring, bias=True, mixed=True), wiring)
-    return joined(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
+    return text_with_tower(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
 
 
 def indexed(name: str, x: str, y: str, shape: str) -> Op:
-    """Rows in another order, which is known on the host: nothing of it is kept on the GPU."""
+    """Reorder rows. The order is known on the host, and nothing is kept for backward on the GPU."""
     return Op(name, (x,), (Tensor(y, shape, f"={x}"),), source=f"{ops.DERIVATIVES}: index")
 
 

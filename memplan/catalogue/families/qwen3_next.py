@@ -1,11 +1,17 @@
-"""Gated delta networks: Qwen3-Next and Qwen3.5, where three layers of four are linear attention.
+"""Gated delta networks: Qwen3-Next and Qwen3.5, with linear attention in three of four layers.
 
-transformers computes the delta rule with flash-linear-attention's kernels where they are installed, and else chunk by
-chunk in torch; this is the torch code, exact against a trace of it.
+transformers computes the delta rule with flash-linear-attention's kernels if they are installed, otherwise chunk by
+chunk in torch. This is the torch code, exact against a trace of it.
 
-Letters of their own: `lk` key heads `ldk` wide, `lv` value heads `ldv` wide, `convolved` channels of q, k and v
-together, `chunks` of `chunk` rows, `s_chunks` rows in all, `s_conv` rows of a convolution padded at both ends. See
-`memplan.program.training.program.chunked` for those of a single chunk, of several, and of all but one.
+Axes (more in `memplan.program.axes.chunked`):
+
+lk, ldk    key heads, and their width
+lv, ldv    value heads, and their width
+convolved  channels of q, k and v together
+chunk      rows of a chunk
+chunks     number of chunks
+s_chunks   rows of all chunks
+s_conv     rows of a convolution padded at both ends
 """
 
 from __future__ import annotations
@@ -29,7 +35,7 @@ from memplan.catalogue.kernels.recurrent import (
     pad,
     unpadded,
 )
-from memplan.catalogue.kernels.recurrent_step import delta_step, kept
+from memplan.catalogue.kernels.recurrent_step import cached_state, delta_step
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models.layers import Layer
@@ -75,10 +81,14 @@ def l2_norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 
 
 def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op, ...]:
-    """`query`, `key` (`b s lk ldk`), `value`, `g` and `beta` to the heads' outputs, `b s lv ldv`: transformers'
-    torch_chunk_gated_delta_rule. `repeats`: each key head serves several value heads. `wide`: they are in fp32, so that
-    nothing lays them out head by head, but for padding, and every product of a whole number of chunks does for itself;
-    where they are not repeated, a product of one chunk reads them as the convolution left them.
+    """torch_chunk_gated_delta_rule: from `query`, `key` (`b s lk ldk`), `value`, `g` and `beta` to `b s lv ldv`.
+
+    repeats  each key head serves several value heads
+    wide     the inputs are fp32
+
+    No cast lays out `wide` inputs head by head. Padding does; if the sequence is a multiple of the chunk, every product
+    makes its own copy instead. Without `repeats`, the product of a single chunk reads them as the convolution left
+    them.
     """
     of = name
     whole = ("s_whole" if repeats else "s_whole_two") if wide else ""
@@ -93,17 +103,17 @@ def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op
         ops.cast(f"{of}.key_float", k, "k32", _QK, "fp32"),
         ops.cast(f"{of}.value_float", "value", "v32", _V, "fp32"),
         ops.cast(f"{of}.beta_float", "beta", "beta32", _ROWS, "fp32"),
-        *((ops.leave("query.all", "key.all"),) if repeats else ()),
+        *((ops.release_names("query.all", "key.all"),) if repeats else ()),
         *l2_norm(f"{of}.query_norm", "q32", "q.normed", _QK),
         *l2_norm(f"{of}.key_norm", "k32", "k.normed", _QK),
         ops.scale(f"{of}.scaling", "q.normed", "q.scaled", _QK),
         pad(f"{of}.pad_query", "q.scaled", "q.rows", _QK_CHUNKS),
         pad(f"{of}.pad_key", "k.normed", "k.rows", _QK_CHUNKS),
         pad(f"{of}.pad_value", "v32", "v.rows", _V_CHUNKS),
-        ops.leave("q.scaled", "k.normed", "v32"),
+        ops.release_names("q.scaled", "k.normed", "v32"),
         pad(f"{of}.pad_beta", "beta32", "beta.rows", _CHUNKS),
         pad(f"{of}.pad_decay", "g", "decay", _CHUNKS),
-        ops.leave("beta32"),
+        ops.release_names("beta32"),
         ops.spread(f"{of}.v_beta", "v.rows", "beta.rows", "v.beta", _V_CHUNKS),
         ops.spread(f"{of}.k_beta", "k.rows", "beta.rows", "k.beta", _QK_CHUNKS),
         ops.view(f"{of}.query_chunks", "q.rows", "q.chunks", _QK_CHUNKS),
@@ -150,41 +160,44 @@ def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op
         exp(f"{of}.chunk_decay", "cum", "cum.chunk", "b lv chunks")._replace(autocast="fp32"),
         *_scan(f"{of}.scan", wide and repeats),
         ops.copy(f"{of}.flatten", "outputs", "outputs.flat", _V_CHUNKS, gradient="same"),
-        ops.leave("outputs"),
+        ops.release_names("outputs"),
         ops.view(f"{of}.rows", "outputs.flat", "outputs.rows", _V, gradient="new"),
         ops.copy(f"{of}.cast", "outputs.rows", y, "b s lv ldv")._replace(
             writes=(Tensor(y, "b s lv ldv", "=query"),), gradient="new"
         ),
-        ops.leave("outputs.flat"),
-        ops.leave("q.decayed", "q.decayed.one", "k.decayed", "k.decayed.one"),
-        ops.leave("v.rows", "beta.rows", "decay", "v.beta", "k.beta", "later", "cum"),
-        ops.leave("pairs", "system", "intra", "k.beta.decayed", "values", "k.cumulated", "cum.chunk"),
-        ops.leave("corrected.last", "read"),
+        ops.release_names("outputs.flat"),
+        ops.release_names("q.decayed", "q.decayed.one", "k.decayed", "k.decayed.one"),
+        ops.release_names("v.rows", "beta.rows", "decay", "v.beta", "k.beta", "later", "cum"),
+        ops.release_names("pairs", "system", "intra", "k.beta.decayed", "values", "k.cumulated", "cum.chunk"),
+        ops.release_names("corrected.last", "read"),
     )
 
 
 def _product(name: str, a: str, b: str, y: str, copied: str) -> tuple[Op, ...]:
-    """Rows by columns of every chunk; `copied` rows are not laid out head by head but copied so, and that is kept."""
+    """Rows by columns of every chunk.
+
+    `copied` is the axis of rows that are not stored head by head: they are copied so, and the copies are kept.
+    """
     product = ops.matmul(name, a, b, y, _PAIRS)
     if not copied:
         return (product,)
     copies = (f"{y}.rows", f"{y}.columns")
     return (
-        *(_laid(f"{name}.flatten", x, t, copied) for x, t in zip((a, b), copies, strict=True)),
+        *(_copy_by_head(f"{name}.flatten", x, t, copied) for x, t in zip((a, b), copies, strict=True)),
         product._replace(keeps=(Keep(copies[1], a), Keep(copies[0], b))),
-        ops.leave(*copies),
+        ops.release_names(*copies),
     )
 
 
-def _laid(name: str, x: str, y: str, rows: str) -> Op:
-    """A copy that is laid out head by head."""
+def _copy_by_head(name: str, x: str, y: str, rows: str) -> Op:
+    """A copy that is stored head by head."""
     return Op(name, (x,), (Tensor(y, f"b lv {rows} ldk", "fp32"),), gradient="none")
 
 
 def _solve(name: str, x: str, y: str, shape: str, wide: bool) -> Op:
-    """A triangular system solved for every chunk. The gradient of the system is a product, negated, and its half.
+    """Solve a triangular system for every chunk. The system's gradient is a product, negated, and its triangle.
 
-    The queries that were padded, and so need no copy, are kept for their product with the keys.
+    Queries that were padded, and so need no copy, are kept for their product with the keys.
     """
     padded = (Scratch(Tensor("padded queries", "b lv s_padded ldk", "fp32")),) if wide else ()
     return Op(
@@ -199,30 +212,36 @@ def _solve(name: str, x: str, y: str, shape: str, wide: bool) -> Op:
 
 
 def _decayed(name: str, x: str, decay: str, y: str) -> Op:
-    """`x * decay`, told apart by whether there is one chunk, of which the scan keeps nothing, or several."""
+    """`x * decay`, with one output for a single chunk, of which the scan keeps nothing, and one for several."""
     op = ops.spread(name, x, decay, y, _QK_CHUNKS)
     return op._replace(writes=(Tensor(y, "b lv s_two ldk"), Tensor(f"{y}.one", "b lv s_one ldk")))
 
 
 def _scan(name: str, copied: bool) -> tuple[Op, ...]:
-    """The loop over chunks as one operation, and beside it what autograd keeps of all chunks.
+    """The loop over chunks as one operation, and what autograd keeps of all chunks.
 
-    Of each that is the state it began with, its corrected values, and what they are multiplied by: but not of the first
-    chunk, whose state is zero, what multiplies it, nor of the last what makes a state that nobody reads. Autocast casts
-    what is multiplied, chunk by chunk: each state and its corrected values twice. Where they are
-    `copied`, each chunk of the queries and keys is.
+    That is each chunk's first state, its corrected values, and what they are multiplied by, with two exceptions:
+    nothing that multiplies the zero state of the first chunk is kept, and nothing that makes the last state, which is
+    not read. Autocast casts what is multiplied chunk by chunk: each state and its corrected values twice. `copied`:
+    each chunk of the queries and keys is copied.
 
-    On the way back every chunk's part of a gradient is spread to the whole of it and added; the most is there when the
-    second chunk from the end is done: the gradients of all five and two of the outputs' or one more of the largest.
+    In backward every chunk's part of a gradient is expanded to the full size and added. The most is alive when the
+    second chunk from the end is done: the gradients of all five inputs, and two more of the outputs' or one more of the
+    largest.
     """
     some, state, chunk = "b lv s_later ldk", "b lv ldk ldv", "b lv chunk ldv"
     products = {"k.cumulated": some, "q.decayed": some, "intra": "b lv s_later chunk", "k.decayed": some}
     last = {"state.last": state, "corrected.last": chunk}
-    made = {**last, "states": "b lv later ldk ldv", "corrected": "b lv s_later ldv"}
-    again = {f"{t}.{part}": t for t in made for part in ("low", "again")}
-    unread = ("corrected.last.again", "k.decayed.last")  # what the last state is made of: with it, it goes
-    given = ("values", "k.cumulated", "q.decayed", "q.decayed.one", "intra", "k.decayed", "cum.chunk")
-    beside = (*(f"{t}.low" for t in products), "intra.last", "states", *(y for y in again if y not in unread))
+    kept_shapes = {**last, "states": "b lv later ldk ldv", "corrected": "b lv s_later ldv"}
+    casts = {f"{t}.{part}": t for t in kept_shapes for part in ("low", "again")}
+    last_operands = ("corrected.last.again", "k.decayed.last")  # released with the last state, made of them
+    operands = ("values", "k.cumulated", "q.decayed", "q.decayed.one", "intra", "k.decayed", "cum.chunk")
+    kept_reads = (
+        *(f"{t}.low" for t in products),
+        "intra.last",
+        "states",
+        *(y for y in casts if y not in last_operands),
+    )
     sums = (
         Tensor("decayed state", state, "fp32"),
         Tensor("product", state, "=k.decayed.low"),
@@ -231,53 +250,56 @@ def _scan(name: str, copied: bool) -> tuple[Op, ...]:
     parts = tuple(Scratch(Tensor(f"of a chunk {i}", "b lv slice ldv", "fp32")) for i in range(2))
 
     def part(t: str, y: str, shape: str, laid: str = "") -> tuple[Op, ...]:
-        """Some rows of `t`, cast or copied chunk by chunk; or else they are those of the whole."""
+        """Some rows of `t`, cast or copied chunk by chunk. If neither is needed, they are a view."""
         if copied and laid:
-            return (_laid(f"{name}.{y}", t, y, laid)._replace(recorded=True),)
+            return (_copy_by_head(f"{name}.{y}", t, y, laid)._replace(needs_recording=True),)
         rows = ops.view(f"{name}.{y}.rows", t, f"{y}.rows", shape, gradient="none")
-        return (rows._replace(recorded=True), lowered(f"{name}.{y}", f"{y}.rows", y, shape)._replace(recorded=True))
+        return (
+            rows._replace(needs_recording=True),
+            lowered(f"{name}.{y}", f"{y}.rows", y, shape)._replace(needs_recording=True),
+        )
 
     return (
         *(
-            Op(f"{name}.{t}", ("values",), (Tensor(t, shape, "fp32"),), gradient="none", recorded=t not in last)
-            for t, shape in made.items()
+            Op(f"{name}.{t}", ("values",), (Tensor(t, shape, "fp32"),), gradient="none", needs_recording=t not in last)
+            for t, shape in kept_shapes.items()
         ),
-        *(op for y, t in again.items() for op in part(t, y, made[t])),
+        *(op for y, t in casts.items() for op in part(t, y, kept_shapes[t])),
         *(
             op
             for t, shape in products.items()
             for op in part(t, f"{t}.low", shape, "s_laid" if t in ("q.decayed", "k.decayed") else "")
         ),
         *part("k.decayed", "k.decayed.last", "b lv chunk ldk", "copied"),
-        *(op._replace(recorded=False) for op in part("intra", "intra.last", "b lv chunk chunk")),
+        *(op._replace(needs_recording=False) for op in part("intra", "intra.last", "b lv chunk chunk")),
         Op(
             name,
-            (*given, *beside),
+            (*operands, *kept_reads),
             (Tensor("outputs", _V_CHUNKS, "fp32"), Tensor("read", chunk, "=intra.low")),
             (),
-            tuple(Keep(what, of) for of in given for what in (*beside, "cum.chunk")),
+            tuple(Keep(what, of) for of in operands for what in (*kept_reads, "cum.chunk")),
             scratch=(Tensor("of the outputs", chunk, "=intra.low"), Tensor("sum", chunk, "=intra.low")),
             scratch_back=(Scratch(Tensor("of the chunk before", "b lv s_two widest", "fp32")), *parts),
             source=f"{_SOURCE} torch_chunk_gated_delta_rule",
         ),
-        Op(f"{name}.update", ("state.last", "outputs", *unread), scratch=sums),
+        Op(f"{name}.update", ("state.last", "outputs", *last_operands), scratch=sums),
     )
 
 
 def gated_norm(name: str, x: str, gate: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """Qwen3NextRMSNormGated: normalised, and then multiplied by silu of the gate in fp32."""
+    """Qwen3NextRMSNormGated: normalised, then multiplied by silu of the gate in fp32."""
     return (
         *ops.rms_norm(name, x, f"{y}.normed", shape, axis),
         ops.cast(f"{name}.gate_float", gate, f"{y}.gate32", shape, "fp32"),
         ops.activation(f"{name}.silu", f"{y}.gate32", f"{y}.act", shape),
         ops.mul(f"{name}.product", f"{y}.normed", f"{y}.act", f"{y}.wide", shape),
         ops.cast(f"{name}.cast_back", f"{y}.wide", y, shape, f"={x}"),
-        ops.leave(x),
+        ops.release_names(x),
     )
 
 
 def split_projections(n: str, x: str) -> tuple[Op, ...]:
-    """Qwen3.5's: one each for q, k and v together, the gate `z`, `b` and `a`."""
+    """Qwen3.5's projections: one for q, k and v together, and one each for the gate `z`, `b` and `a`."""
     return (
         ops.linear(f"{n}.in_proj_qkv", x, "qkv.flat", "convolved", "h", "mixer"),
         ops.view(f"{n}.qkv", "qkv.flat", "qkv", "b s convolved", gradient="new"),
@@ -289,7 +311,10 @@ def split_projections(n: str, x: str) -> tuple[Op, ...]:
 
 
 def joined_projections(n: str, x: str) -> tuple[Op, ...]:
-    """Qwen3-Next's: q, k, v and z in one, by key head, b and a in another; all are copied out, q, k and v together."""
+    """Qwen3-Next's projections: q, k, v and z in one, grouped by key head, and b and a in another.
+
+    All are copied out; q, k and v are then concatenated.
+    """
     parts = tuple(Tensor(f"{t}.part", f"b s {w}") for t, w in (("q", "lk ldk"), ("k", "lk ldk"), ("v", "lv ldv")))
     return (
         ops.linear(f"{n}.in_proj_qkvz", x, "qkvz", "projected", "h", "mixer"),
@@ -314,13 +339,13 @@ def joined_projections(n: str, x: str) -> tuple[Op, ...]:
 def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "linear_attn") -> tuple[Op, ...]:
     """Projections, a convolution over q, k and v, the delta rule, a gated norm of each head, the output projection."""
     n = name
-    repeats = m.whole("linear_num_key_heads") != m.whole("linear_num_value_heads")
+    repeats = m.config_int("linear_num_key_heads") != m.config_int("linear_num_value_heads")
     parts = (Tensor("query", "b s lk ldk"), Tensor("key", "b s lk ldk"), Tensor("value", "b s lv ldv"))
     joined = m.model_type == "qwen3_next"
     return (
         *(joined_projections if joined else split_projections)(n, x),
         *causal_conv(f"{n}.conv1d", "qkv", "mixed", "convolved", False, wiring=wiring),
-        *((ops.leave("q.copy", "k.copy", "v.copy"),) if joined else ()),
+        *((ops.release_names("q.copy", "k.copy", "v.copy"),) if joined else ()),
         ops.split(f"{n}.split_qkv", "mixed", parts),
         exp(f"{n}.sigmoid", "b_", "beta", "b s lv"),
         *negative_exp(f"{n}.A_log", "decay_rate", "lv"),
@@ -335,18 +360,18 @@ def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "l
         ),
         ops.activation(f"{n}.softplus", "dt", "dt.plus", "b s lv"),
         ops.spread(f"{n}.g", "dt.plus", "decay_rate", "g", "b s lv"),
-        *(() if wiring.decodes else chunked_delta_rule(f"{n}.rule", "core", repeats, wiring.wide)),
-        *kept(wiring, f"{n}.state", "state", "b lv ldk ldv", "fp32", "g"),
+        *(() if wiring.decodes else chunked_delta_rule(f"{n}.rule", "core", repeats, wiring.has_fp32_inputs)),
+        *cached_state(wiring, f"{n}.state", "state", "b lv ldk ldv", "fp32", "g"),
         *(delta_step(f"{n}.rule", "core", repeats) if wiring.decodes else ()),
         *gated_norm(f"{n}.norm", "core", "z", "core.gated", "b s lv ldv", "ldv"),
         ops.linear(f"{n}.out_proj", "core.gated", y, "h", "lv ldv", "mixer"),
-        ops.leave("mixed", "z", "b_", "a_", "beta", "g", *(("qkvz", "ba") if joined else ()), x),
-        *((ops.leave("state.now"),) if wiring.decodes else ()),
+        ops.release_names("mixed", "z", "b_", "a_", "beta", "g", *(("qkvz", "ba") if joined else ()), x),
+        *((ops.release_names("state.now"),) if wiring.decodes else ()),
     )
 
 
 def gated_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
-    """Attention whose output is multiplied by the sigmoid of a gate that comes from the query's projection."""
+    """Attention whose output is multiplied by the sigmoid of a gate from the query projection."""
     g, bias = "attention", m.get("attention_bias", False)
     grouped = m.num_key_value_heads != m.num_attention_heads
     return (
@@ -354,63 +379,63 @@ def gated_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "s
         ops.split(f"{name}.chunk", "qg", (Tensor("q1", "b s a d"), Tensor("gate.part", "b s a d"))),
         ops.copy(f"{name}.gate", "gate.part", "gate.heads", "b s a d"),
         *rms_norm(f"{name}.q_norm", "q1", "q2", "b s a d", "d"),
-        ops.leave("q1"),
+        ops.release_names("q1"),
         ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", g, bias),
         ops.view(f"{name}.k_heads", "k0", "k1", "b s k d", "new"),
         *rms_norm(f"{name}.k_norm", "k1", "k2", "b s k d", "d"),
-        ops.leave("k1"),
+        ops.release_names("k1"),
         ops.linear(f"{name}.v_proj", x, "v", "k d", "h", g, bias),
         *partly_rotated(name, "q2", "k2", m.rotary_width < m.head_dim),
-        ops.leave("q2", "k2"),
+        ops.release_names("q2", "k2"),
         *attend_heads_first(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, False, mask_name(False)),
         exp(f"{name}.sigmoid", "gate.heads", "gate.open", "b s a d"),
         ops.mul(f"{name}.gated", "o", "gate.open", "o.gated", "b s a d"),
         ops.linear(f"{name}.o_proj", "o.gated", y, "h", "a d", g, bias),
-        ops.leave("q", "k", "v", "o", "gate.heads", "o.gated", x),
+        ops.release_names("q", "k", "v", "o", "gate.heads", "o.gated", x),
     )
 
 
 def table() -> tuple[Op, ...]:
-    """cos and sin of every sequence's positions by time, height and width, of which each frequency takes one's."""
+    """cos and sin from every sequence's positions in time, height and width; each frequency uses one of the three."""
     f, source = "fp32", f"{_SOURCE} Qwen3_5TextRotaryEmbedding"
-    whole = "3 b s rot2"
+    shape = "3 b s rot2"
     return (
         Op(
             "rotary.angles",
             ("positions",),
-            (Tensor("angles", whole, f),),
+            (Tensor("angles", shape, f),),
             tuple(
                 Weight(f"model.rotary_emb.{n}", "rot2", "buffer", f, False) for n in ("inv_freq", "original_inv_freq")
             ),
             scratch=(Tensor("positions", "3 b s", f),),
             source=source,
         ),
-        Op("rotary.cos", ("angles",), (Tensor("cos3", whole, f),), scratch=(Tensor("cosine", whole, f),)),
-        Op("rotary.sin", ("angles",), (Tensor("sin3", whole, f),), scratch=(Tensor("sine", whole, f),)),
+        Op("rotary.cos", ("angles",), (Tensor("cos3", shape, f),), scratch=(Tensor("cosine", shape, f),)),
+        Op("rotary.sin", ("angles",), (Tensor("sin3", shape, f),), scratch=(Tensor("sine", shape, f),)),
         Op("rotary.join_sin", ("sin3",), (Tensor("sin32", "b s rot", f),)),
         Op("rotary.join_cos", ("cos3",), (Tensor("cos32", "b s rot", f),)),
         Op("rotary.cast_cos", ("cos32",), (Tensor("cos", "b s rot", "=embeds"),), cast=True, source=source),
         Op("rotary.cast_sin", ("sin32",), (Tensor("sin", "b s rot", "=embeds"),), cast=True, source=source),
-        ops.leave("angles", "cos32", "sin32"),
+        ops.release_names("angles", "cos32", "sin32"),
     )
 
 
 def block(m: ModelSpec, wiring: Wiring, layer: Layer, mlp: tuple[Op, ...]) -> Block:
-    """One layer: linear or full attention, and the MLP or the experts that are given as `mlp`, from `n2` to `mo`."""
+    """One layer: linear or full attention, then `mlp`, the MLP or the experts from `n2` to `mo`."""
     if layer.mixer == "linear_attention":
         linear = (
             *unpadded(wiring, "n1", "n1.real", "b s h"),
             *gated_delta_net(m, wiring, "n1.real", "ao"),
-            ops.leave("n1"),
+            ops.release_names("n1"),
         )
-        return decoder_block(linear, mlp, norm=rms_norm, held=("cos", "sin"))  # every layer is given them
+        return decoder_block(linear, mlp, norm=rms_norm, held=("cos", "sin"))  # every layer takes them as arguments
     return decoder_block(gated_attention(m, wiring, "n1", "ao"), mlp, norm=rms_norm, held=returned(wiring))
 
 
 def shared_mixture(x: str, y: str, normalise: bool, by_name: bool) -> tuple[Op, ...]:
-    """Experts beside one that all tokens use, which a gate of its own scales, made first.
+    """Routed experts plus a shared expert that a separate gate scales, which is computed first.
 
-    `by_name`: peft takes the stacks of experts by the names that their linear layers had.
+    `by_name`: peft finds the stacked experts by the names that their linear layers had.
     """
     named = ("gate",), ("gate_proj", "up_proj"), ("down_proj",)
     router, up, down = named if by_name else ((), (), ())
@@ -421,24 +446,24 @@ def shared_mixture(x: str, y: str, normalise: bool, by_name: bool) -> tuple[Op, 
         ops.linear("mlp.shared_expert_gate", x, "shared.gate", "1", "h", "mlp", flat=True),
         exp("mlp.shared_expert_gate.sigmoid", "shared.gate", "shared.share", "b s 1"),
         ops.spread("mlp.shared_expert_gate.product", "shared.whole", "shared.share", "shared", "b s h"),
-        ops.leave("shared.whole"),
+        ops.release_names("shared.whole"),
         ops.add("mlp.add", "routed", "shared", y, "b s h"),
-        ops.leave("routed", "shared", *routers.HELD, x),
+        ops.release_names("routed", "shared", *routers.HELD, x),
     )
 
 
 def blocks(m: ModelSpec, wiring: Wiring) -> tuple[Run, ...]:
-    """The decoder's layers: with what each mixes tokens, and whether it has experts."""
-    older = m.model_type == "qwen3_next"
-    some = any(layer.ffn == "experts" for layer in m.layers)
-    normalise = m.get("norm_topk_prob", True) if older else True
-    mixture = shared_mixture("n2", "mo", normalise, older) if some else ()
+    """The decoder's layers, each with its mixer, and with experts or an MLP."""
+    is_next = m.model_type == "qwen3_next"
+    has_experts = any(layer.ffn == "experts" for layer in m.layers)
+    normalise = m.get("norm_topk_prob", True) if is_next else True
+    mixture = shared_mixture("n2", "mo", normalise, is_next) if has_experts else ()
     mlp = gated_mlp("n2", "mo")
     return runs(m, lambda layer: block(m, wiring, layer, mixture if layer.ffn == "experts" else mlp))
 
 
 def qwen3_5(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Qwen3.5's text models, with experts or without, and Qwen3-Next."""
+    """Build Qwen3.5's text models, with experts or without, and Qwen3-Next."""
     rotary = rotary_table("embeds") if m.model_type == "qwen3_next" else table()
     before = (
         inputs(wiring.padded),

@@ -1,14 +1,16 @@
-"""Qwen3-VL, dense and with experts, and Qwen3.5: a tower like Qwen2-VL's with learned positions, some of whose blocks
-hand their output to the language model, too (`deepstack`)."""
+"""Qwen3-VL, dense and with experts, and Qwen3.5 with images: a tower like Qwen2-VL's with learned positions.
+
+Some blocks of Qwen3-VL's tower also pass their output to the language model (`deepstack`).
+"""
 
 from __future__ import annotations
 
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.families import qwen3_next as delta
 from memplan.catalogue.families.llama import llama
-from memplan.catalogue.families.moe import either
+from memplan.catalogue.families.moe import mlp_by_layer
 from memplan.catalogue.families.qwen2_vl import (
-    GIVEN,
+    MROPE_POSITIONS,
     merger,
     qwen_after,
     qwen_attention,
@@ -21,16 +23,16 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
-from memplan.catalogue.vision.vision import joined, scattered
+from memplan.catalogue.vision.vision import scattered, text_with_tower
 from memplan.core.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight
-from memplan.models.configs.vision import deepstack, size, stretches
+from memplan.models.configs.vision import deepstack, run_lengths, size
 from memplan.models.model import ModelSpec
 
 _DEEPSTACK = "transformers 5.24 models/qwen3_vl/modeling_qwen3_vl.py Qwen3VLTextModel._deepstack_process"
 
 
 def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
-    """Learned positions are interpolated between four of a grid; the outputs of some blocks are merged on their own."""
+    """The tower: positions interpolated between four of a learned grid, and a merger for each deepstack block."""
     act = str(m.part("vision_config").get("hidden_act", "gelu_pytorch_tanh"))
     layers = ("linear_fc1", "linear_fc2")
     block = t.block("visual.blocks", qwen_attention(wiring), t.mlp("mlp", "v.n2", "v.mo", act, layers))
@@ -68,22 +70,28 @@ def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
         *table,
     )
     deep = deepstack(m)
-    count = len(tuple(stretches(size(m, "depth"), deep)))
+    count = len(tuple(run_lengths(size(m, "depth"), deep)))
     runs = [Run((block,), "vL1")]
     for i in range(1, count):
         name = f"visual.deepstack_merger_list.{i - 1}"
-        runs.append(Run((block,), f"vL{i + 1}", (*_deep(name, i - 1), ops.cast("stream", "x", "stream", shape, "=x"))))
+        runs.append(
+            Run(
+                (block,),
+                f"vL{i + 1}",
+                (*_deepstack_merger(name, i - 1), ops.cast("stream", "x", "stream", shape, "=x")),
+            )
+        )
     normed = t.norm("visual.merger.norm", "x", "features.normed", shape, "vh", "projector")
     last = max(deep, default=-1) == size(m, "depth") - 1
-    tail = (*(_deep(f"visual.deepstack_merger_list.{len(deep) - 1}", len(deep) - 1) if last else ()),)
+    tail = (*(_deepstack_merger(f"visual.deepstack_merger_list.{len(deep) - 1}", len(deep) - 1) if last else ()),)
     merged = merger("visual.merger", "x", "features", layers, normed)
     more = tuple(f"deep{i}" for i in range(len(deep)))
-    after = (*qwen_after((*tail, *merged), *more), ops.leave("v.corners", "v.weights", "v.position"))
+    after = (*qwen_after((*tail, *merged), *more), ops.release_names("v.corners", "v.weights", "v.position"))
     return Tower(qwen_inputs(), before, tuple(runs), after)
 
 
-def _deep(name: str, i: int) -> tuple[Op, ...]:
-    """What the `i`th of some blocks made, merged; here the norm is over merged patches."""
+def _deepstack_merger(name: str, i: int) -> tuple[Op, ...]:
+    """Merge the output of the `i`th deepstack block. The norm is over merged patches here."""
     normed = (
         ops.view(f"{name}.shuffle", "x", f"deep{i}.shuffled", "b merged vm"),
         *t.norm(f"{name}.norm", f"deep{i}.shuffled", f"deep{i}.normed", "b merged vm", "vm", "projector"),
@@ -91,12 +99,14 @@ def _deep(name: str, i: int) -> tuple[Op, ...]:
     return merger(name, "x", f"deep{i}", ("linear_fc1", "linear_fc2"), normed)
 
 
-def with_deepstack(m: ModelSpec, made: Stack) -> Stack:
-    """After each of the language model's first blocks the merged output of one of the tower's is added to the tokens of
-    images: hidden states are copied, and rows of the copy replaced."""
-    (run,), deep = made.runs, range(len(deepstack(m)))
+def with_deepstack(m: ModelSpec, stack: Stack) -> Stack:
+    """Add a deepstack block's merged output to the image tokens after each of the first decoder layers.
+
+    Hidden states are copied, and rows of the copy are replaced.
+    """
+    (run,), deep = stack.runs, range(len(deepstack(m)))
     if not deep:
-        return made
+        return stack
     joints = tuple(
         (
             Op(
@@ -127,11 +137,11 @@ def with_deepstack(m: ModelSpec, made: Stack) -> Stack:
         *(Run(run.blocks, "one", joint) for joint in joints[:-1]),
         Run(run.blocks, "after", joints[-1]),
     )
-    return made._replace(runs=runs)
+    return stack._replace(runs=runs)
 
 
-def _deep_embeds(m: ModelSpec) -> tuple[Op, ...]:
-    """What is added, each split into images and joined again."""
+def _deepstack_features(m: ModelSpec) -> tuple[Op, ...]:
+    """The deepstack features, each split by image and concatenated again."""
     shape = "b merged h"
     return tuple(
         op
@@ -144,10 +154,10 @@ def _deep_embeds(m: ModelSpec) -> tuple[Op, ...]:
 
 
 def _qwen3_vl(m: ModelSpec, wiring: Wiring, text: Stack) -> Stack:
-    made = with_mrope(text, wiring, interleaved=True)
+    decoder = with_mrope(text, wiring, interleaved=True)
     held = ("image_embeds", "image_mask", *(f"deep{i}.all" for i in range(len(deepstack(m)))))
-    made = with_deepstack(m, made) if wiring.images else made
-    return joined(wiring, made, qwen3_tower(m, wiring), (*scattered(), *_deep_embeds(m)), held)
+    decoder = with_deepstack(m, decoder) if wiring.images else decoder
+    return text_with_tower(wiring, decoder, qwen3_tower(m, wiring), (*scattered(), *_deepstack_features(m)), held)
 
 
 def qwen3_vl(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -156,20 +166,20 @@ def qwen3_vl(m: ModelSpec, wiring: Wiring) -> Stack:
 
 
 def qwen3_vl_moe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Qwen3-VL with experts, of which peft adapts nothing."""
+    """Build Qwen3-VL with experts. peft adapts neither them nor their router."""
     routed = routers.softmax_router("mlp.gate", "n2", normalise=True, stands_for=())
-    ffn = either(experts.mixture("n2", routed, experts.experts("n2", "mo", gate_up=(), down=())))
+    ffn = mlp_by_layer(experts.mixture("n2", routed, experts.experts("n2", "mo", gate_up=(), down=())))
     bias = m.get("attention_bias", False)
     return _qwen3_vl(m, wiring, llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn))
 
 
 def qwen3_5(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Qwen3.5 with a tower like Qwen3-VL's, none of whose blocks' output goes further by itself."""
+    """Build Qwen3.5 with a tower like Qwen3-VL's, but without deepstack."""
     text = delta.qwen3_5(m, wiring)
     if wiring.images:
-        before = tuple(GIVEN if op.name == "positions" else op for op in text.before)
+        before = tuple(MROPE_POSITIONS if op.name == "positions" else op for op in text.before)
         text = text._replace(before=before, runs=without_positions(text.runs))
-    return joined(wiring, text, qwen3_tower(m, wiring), scattered(), ("image_embeds", "image_mask"))
+    return text_with_tower(wiring, text, qwen3_tower(m, wiring), scattered(), ("image_embeds", "image_mask"))
 
 
 BUILDERS = {"qwen3_5": qwen3_5, "qwen3_5_moe": qwen3_5, "qwen3_vl": qwen3_vl, "qwen3_vl_moe": qwen3_vl_moe}

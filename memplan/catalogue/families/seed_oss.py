@@ -14,7 +14,7 @@ from memplan.models.model import ModelSpec
 
 
 def seed_oss(m: ModelSpec, wiring: Wiring) -> Stack:
-    """The config says which projections have biases, and how much is dropped.
+    """Build Seed-OSS. The config says which projections have biases, and the dropout probability.
 
     Source: transformers 5.24 models/seed_oss/modeling_seed_oss.py SeedOssAttention, SeedOssMLP.
     """

@@ -1,10 +1,16 @@
-"""State spaces: Mamba 2, and the hybrids that take its mixer.
+"""State spaces: Mamba 2, and the hybrids that use its mixer.
 
-transformers scans with mamba-ssm's and causal-conv1d's kernels where they are installed, and else chunk by chunk in
-torch; this is the torch code, exact against a trace of it.
+transformers scans with mamba-ssm's and causal-conv1d's kernels if they are installed, otherwise chunk by chunk in
+torch. This is the torch code, exact against a trace of it.
 
-Letters of their own: `mh` heads `mp` wide of a state of `mn` numbers each, in `mg` groups; `inner` = `mh mp` channels,
-`convolved` with the two projections of the state beside them, `projected` in all; `borders` of `chunks`.
+Axes (more in `memplan.program.axes.chunked`):
+
+mh, mp     heads, and their width
+mn         numbers in a state
+mg         groups of heads
+inner      `mh mp` channels
+convolved  `inner` and the two projections of the state
+projected  output channels of the input projection
 """
 
 from __future__ import annotations
@@ -17,7 +23,7 @@ from memplan.catalogue.decoder.windows import renamed
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.recurrent import causal_conv, cumulate, exp, mask_fill, negative_exp, pad, unpadded
-from memplan.catalogue.kernels.recurrent_step import kept, selective_state_update_2
+from memplan.catalogue.kernels.recurrent_step import cached_state, selective_state_update_2
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Scratch, Stack, Tensor, Weight
 from memplan.models.layers import Layer
@@ -48,14 +54,13 @@ def segment_sum(name: str, x: str, y: str, rows: str, columns: str) -> tuple[Op,
         cumulate(f"{name}.sums", f"{y}.terms", f"{y}.sums", pairs),
         mask(above),
         mask_fill(f"{name}.second_mask", f"{y}.sums", above, f"{y}.masked", pairs),
-        ops.leave(f"{y}.terms", f"{y}.sums"),
+        ops.release_names(f"{y}.terms", f"{y}.sums"),
         exp(f"{name}.exp", f"{y}.masked", y, pairs)._replace(autocast="fp32"),
     )
 
 
 def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
-    """`x`, `B` and `C` (`b s mg mn`), `dt` and `rate` to the scan's output, `b s_chunks mh mp` in fp32: transformers'
-    mamba2_chunk_scan."""
+    """mamba2_chunk_scan: from `x`, `B` and `C` (`b s mg mn`), `dt` and `rate` to `b s_chunks mh mp` in fp32."""
     of, new = name, "new"
     return (
         Op(
@@ -87,7 +92,7 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
         pad(f"{of}.chunks_of_steps", "steps", "steps.rows", "b s_chunks mh"),
         pad(f"{of}.chunks_of_B", "B.heads", "B.rows", _STATE_ROWS),
         pad(f"{of}.chunks_of_C", "C.heads", "C.rows", _STATE_ROWS),
-        ops.leave("x.dt", "steps", "B.heads", "C.heads"),
+        ops.release_names("x.dt", "steps", "B.heads", "C.heads"),
         cumulate(f"{of}.cumsum", "steps.rows", "cum", _ROWS),
         *segment_sum(f"{of}.segments", "steps.rows", "decay", _ROWS, "chunk"),
         ops.copy(f"{of}.C_of_scores", "C.rows", "C.scores", _STATE_ROWS),
@@ -107,7 +112,7 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
         ops.spread(f"{of}.B_decay", "B.rows", "cum.decay", "B.decayed", _STATE_ROWS),
         ops.copy(f"{of}.x_of_states", "x.chunks", "x.states", _X_ROWS),
         ops.copy(f"{of}.B_of_states", "B.decayed", "B.states", _STATE_ROWS),
-        _of_chunks(ops.matmul(f"{of}.states", "x.states", "B.states", "states.made", "b chunks mh mp mn")),
+        _uncounted(ops.matmul(f"{of}.states", "x.states", "B.states", "states.made", "b chunks mh mp mn")),
         Op(f"{of}.zeros", (), (Tensor("states.zero", "b 1 mh mp mn", "fp32"),)),
         Op(
             f"{of}.cat",
@@ -119,50 +124,54 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
         *segment_sum(f"{of}.chunk_segments", "cum.borders", "decay.chunks", "b mh borders", "borders"),
         ops.copy(f"{of}.states_by_head", "states.all", "states.flat", "b borders mh mp mn"),
         ops.matmul(f"{of}.recurrence", "decay.chunks", "states.flat", "states.new", "b borders mh mp mn"),
-        ops.leave("states.all"),
+        ops.release_names("states.all"),
         exp(f"{of}.decay_out", "cum", "cum.out", _ROWS)._replace(autocast="fp32"),
         ops.copy(f"{of}.C_of_states", "C.rows", "C.states", _STATE_ROWS),
         ops.view(f"{of}.before_chunks", "states.new", "states.start", "b chunks mh mp mn", gradient=new),
         ops.copy(f"{of}.states_in", "states.start", "states.in", "b chunks mh mp mn"),
-        _of_chunks(ops.matmul(f"{of}.C_times_states", "C.states", "states.in", "off", _X_ROWS)),
+        _uncounted(ops.matmul(f"{of}.C_times_states", "C.states", "states.in", "off", _X_ROWS)),
         ops.spread(f"{of}.off_diagonal", "off", "cum.out", "off.decayed", _X_ROWS),
         ops.add(f"{of}.add", "diagonal", "off.decayed", "sum", _X_ROWS),
         ops.copy(f"{of}.contiguous", "sum", "sum.flat", _X_ROWS),
-        ops.leave("sum"),
+        ops.release_names("sum"),
         ops.add(f"{of}.skip", "sum.flat", "x.skipped", y, _X_ROWS),
-        ops.leave("dt.step", "x.skipped", "steps.rows", "B.rows", "C.rows", "x.chunks", "cum", "decay"),
-        ops.leave("diagonal", "B.decayed", "states.zero", "states.new", "decay.chunks", "cum.out", "off.decayed"),
-        ops.leave("off", "cum.decay", "scores", "scores.decayed"),
+        ops.release_names("dt.step", "x.skipped", "steps.rows", "B.rows", "C.rows", "x.chunks", "cum", "decay"),
+        ops.release_names(
+            "diagonal", "B.decayed", "states.zero", "states.new", "decay.chunks", "cum.out", "off.decayed"
+        ),
+        ops.release_names("off", "cum.decay", "scores", "scores.decayed"),
     )
 
 
-def _of_chunks(product: Op) -> Op:
-    """A product of rows with what there is once a chunk: by their axes it would be counted once a chunk for each row,
-    and so its arithmetic, a hundredth of the projections', is left out."""
+def _uncounted(product: Op) -> Op:
+    """Return a product of rows with what exists once per chunk, without counting its arithmetic.
+
+    By its axes it would be counted once per chunk for each row. It is a hundredth of the projections'.
+    """
     return product._replace(product="")
 
 
 def _skip(name: str) -> Op:
     w = Weight(name, "mh", "mixer")
-    return ops.weigh(name, "x.rows", "x.skipped", _X_ROWS, w)
+    return ops.multiply_weight(name, "x.rows", "x.skipped", _X_ROWS, w)
 
 
 def gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
-    """MambaRMSNormGated: multiplied by silu of the gate in fp32, and then normalised group by group."""
+    """MambaRMSNormGated: multiplied by silu of the gate in fp32, then normalised group by group."""
     shape = "b s mg grouped"
     return (
         ops.cast(f"{name}.gate_float", gate, f"{y}.gate32", shape, "fp32"),
         ops.activation(f"{name}.silu", f"{y}.gate32", f"{y}.act", shape),
         ops.mul(f"{name}.product", x, f"{y}.act", f"{y}.gated", shape),
         *ops.rms_norm(name, f"{y}.gated", y, shape, "inner"),
-        ops.leave(x, f"{y}.act"),
+        ops.release_names(x, f"{y}.act"),
     )
 
 
 def mamba2_mixer(
     x: str, y: str, wiring: Wiring, name: str = "mixer", *, bias: bool = False, conv_bias: bool = True
 ) -> tuple[Op, ...]:
-    """One projection to the gate, the convolved channels and the time steps; the scan; a gated norm; a projection."""
+    """One projection to gate, convolved channels and time steps; the scan; a gated norm; the output projection."""
     n = name
     parts = (Tensor("gate.z", "b s inner"), Tensor("xbc", "b s convolved"), Tensor("dt", _STEPS))
     split = (Tensor("x.heads", _X), Tensor("B", "b s mg mn"), Tensor("C", "b s mg mn"))
@@ -173,23 +182,23 @@ def mamba2_mixer(
         ops.split(f"{n}.split", "zxbcdt", parts),
         *causal_conv(f"{n}.conv1d", "xbc", "mixed", "convolved", conv_bias, wiring=wiring),
         *unpadded(wiring, "mixed", "mixed.real", "b s convolved"),
-        ops.leave("mixed"),
+        ops.release_names("mixed"),
         ops.split(f"{n}.split_xbc", "mixed.real", split),
-        ops.leave("real"),  # its name is given to x
+        ops.release_names("real"),  # its variable is rebound
         *(() if wiring.decodes else chunk_scan(n, "scanned")),
-        *kept(wiring, f"{n}.state", "state", "b mh mp mn", "fp32", "dt"),
+        *cached_state(wiring, f"{n}.state", "state", "b mh mp mn", "fp32", "dt"),
         *(selective_state_update_2(n, "scanned") if wiring.decodes else ()),
         ops.view(f"{n}.cut", "scanned", "scanned.rows", "b s mg grouped", gradient="new"),
         *gated_norm(f"{n}.norm", "scanned.rows", "gate.z", "normed"),
         ops.cast(f"{n}.cast", "normed", "normed.low", "b s inner", f"={x}"),
         ops.linear(f"{n}.out_proj", "normed.low", y, "h", "inner", "mixer", bias),
-        ops.leave("mixed.real", "scanned", "normed", "zxbcdt", "rate", x),
-        *((ops.leave("states.new"),) if wiring.caching and not wiring.decodes else ()),
+        ops.release_names("mixed.real", "scanned", "normed", "zxbcdt", "rate", x),
+        *((ops.release_names("states.new"),) if wiring.caching and not wiring.decodes else ()),
     )
 
 
 def mamba2(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Mamba 2: a norm and the mixer in every block, the residual stream in fp32."""
+    """Build Mamba 2: a norm and the mixer in every block, and the residual stream in fp32."""
     mixer = mamba2_mixer(
         "n1",
         "mo",
@@ -197,12 +206,14 @@ def mamba2(m: ModelSpec, wiring: Wiring) -> Stack:
         bias=m.get("use_bias", False),
         conv_bias=m.get("use_conv_bias", True),
     )
-    return pure(m, wiring, mixer)
+    return mixer_model(m, wiring, mixer)
 
 
-def pure(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
-    """A model of nothing but mixers, from `n1` to `mo`, whose head casts its input to its weight's dtype and its
-    output to fp32."""
+def mixer_model(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
+    """Assemble a model of mixers only, each from `n1` to `mo`.
+
+    Its head casts its input to its weight's dtype, and its output to fp32.
+    """
     wide = m.get("residual_in_fp32", True)
     block = Block(
         "backbone.layers",
@@ -210,7 +221,7 @@ def pure(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
             ops.cast("to_weight", "x", "x.low", "b s h", "=embeds"),
             *ops.rms_norm("norm", "x.low", "n1", "b s h", "h"),
             *((ops.cast("residual", "x", "stream", "b s h", "fp32"),) if wide else ()),
-            ops.leave("x.low"),
+            ops.release_names("x.low"),
             *mixer,
             ops.add("add", "stream" if wide else "x", "mo", "y", "b s h"),
         ),
@@ -221,10 +232,10 @@ def pure(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
         *norm,
         weighed._replace(holds="forward"),
         returns,
-        ops.leave("x", "embeds"),
+        ops.release_names("x", "embeds"),
         ops.cast("head_input", "n.wide", "n", "b s h", "=embeds"),
         head._replace(writes=(head.writes[0]._replace(name="logits.low"),)),
-        ops.leave("n"),
+        ops.release_names("n"),
         ops.cast("logits_float", "logits.low", "logits", "b s v", "fp32"),
     )
     first = (inputs(wiring.padded), ops.embedding("backbone.embeddings", "ids", "embeds", "v", "h"))
@@ -232,8 +243,10 @@ def pure(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
 
 
 def granite(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Granite 4: Granite whose layers have attention or Mamba 2's mixer; experts, where there are any, beside a dense
-    MLP. Few rotate."""
+    """Build Granite 4: Granite with attention or Mamba 2's mixer in a layer, and experts, if any, next to a dense MLP.
+
+    Few checkpoints use rotation.
+    """
     rotary = m.get("position_embedding_type") == "rope"
     table = ("cos", "sin") if rotary else ()
     bias, name = m.get("attention_bias", False), "block_sparse_moe"
@@ -250,23 +263,27 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
     routed = routers.late_softmax_router(f"{name}.router", "n2")
     mixture = experts.mixture("n2", routed, experts.experts("n2", "routed", f"{name}.experts", gate_up=(), down=()))
     both = (*mixture, *dense, ops.add("add_experts", "routed", "dense.out", "mo", "b s h"))
-    ffn = (*both, ops.leave("routed", "dense.out")) if m.whole("num_local_experts", 8, least=0) else _named(dense, "mo")
+    ffn = (
+        (*both, ops.release_names("routed", "dense.out"))
+        if m.config_int("num_local_experts", 8, least=0)
+        else _write_to(dense, "mo")
+    )
 
     def block(layer: Layer) -> Block:
-        mixes = layer.mixer == "attention"
-        held = (*table, *(returned(wiring) if mixes else ()))
-        return decoder_block(heads if mixes else mixer, ffn, scaled_branch, held=held)
+        attends = layer.mixer == "attention"
+        held = (*table, *(returned(wiring) if attends else ()))
+        return decoder_block(heads if attends else mixer, ffn, scaled_branch, held=held)
 
     first = before(wiring, embedded=scaled_embeddings(), rotary=rotary)
     return Stack(first, runs(m, block), scaled_logits(after(m, wiring, rotary=rotary)))
 
 
-def _named(some: tuple[Op, ...], y: str) -> tuple[Op, ...]:
-    return renamed(some, {"dense.out": y})
+def _write_to(operations: tuple[Op, ...], y: str) -> tuple[Op, ...]:
+    return renamed(operations, {"dense.out": y})
 
 
 def wide_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """The weight multiplies in fp32, and its cast to that is kept."""
+    """RMSNorm that multiplies by the weight in fp32, and keeps the weight's cast."""
     *normalise, _, _, returns = ops.rms_norm(name, x, y, shape, axis)
     n32, factor, wide = f"{y}.n32", f"{y}.factor", f"{y}.y32"
     weight = (Weight(f"{name}.weight", axis, "norm"),)
@@ -281,7 +298,7 @@ def wide_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...
 
 
 def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Nemotron-H: each block is a mixer or an MLP alone; experts without gates, on fewer numbers a token in some."""
+    """Build Nemotron-H: each block is a mixer or an MLP. Experts have no gates, and some read a narrower latent."""
     n, bias = "mixer", m.get("mlp_bias", False)
     scan = mamba2_mixer(
         "n1",
@@ -304,10 +321,10 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
             (
                 ops.cast("to_weight", "x", "x.low", "b s h", "=norm.weight"),
                 *wide_norm("norm", "x.low", "n1", "b s h", "h"),
-                ops.leave("x.low"),
+                ops.release_names("x.low"),
                 *bodies[kind],
                 ops.add("add", "x", "mo", "y", "b s h"),
-                ops.leave("positions", *(returned(wiring) if kind == "attention" else ())),
+                ops.release_names("positions", *(returned(wiring) if kind == "attention" else ())),
             ),
         )
 
@@ -316,7 +333,7 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
     head = lm_head("n")
     last = (
         *wide_norm("model.norm_f", "x", "n", "b s h", "h"),
-        ops.leave("x", "embeds", "positions", *(op.name for op in masked)),
+        ops.release_names("x", "embeds", "positions", *(op.name for op in masked)),
         head._replace(writes=(head.writes[0]._replace(name="logits.low"),)),
         ops.cast("logits_float", "logits.low", "logits", "b s v", "fp32"),
     )
@@ -327,21 +344,21 @@ def _relu2_mlp(x: str, y: str, name: str, width: str, bias: bool) -> tuple[Op, .
     return (
         ops.linear(f"{name}.up_proj", x, "up", width, "h", "mlp", bias),
         *experts.relu_squared(f"{name}.act_fn", "up", "act", f"b s {width}"),
-        ops.leave("up"),
+        ops.release_names("up"),
         ops.linear(f"{name}.down_proj", "act", y, "h", width, "mlp", bias),
-        ops.leave(x),
+        ops.release_names(x),
     )
 
 
 def _nemotron_experts(m: ModelSpec, n: str, bias: bool) -> tuple[Op, ...]:
     latent = m.config.get("moe_latent_size") is not None
     x, routed, width = ("latent", "routed.latent", "latent") if latent else ("n1", "routed", "h")
-    made = experts.experts(x, routed, f"{n}.experts", (), (), plain=True, width=width)
+    expert_ops = experts.experts(x, routed, f"{n}.experts", (), (), plain=True, width=width)
     return (
         *routers.grouped_router(f"{n}.gate", "n1", m.get("norm_topk_prob", True)),
         *((ops.linear(f"{n}.fc1_latent_proj", "n1", "latent", width, "h", "mlp", bias, flat=True),) if latent else ()),
-        *made,
-        *((ops.leave("latent"),) if latent else ()),
+        *expert_ops,
+        *((ops.release_names("latent"),) if latent else ()),
         *(
             (ops.linear(f"{n}.fc2_latent_proj", routed, "routed", "h", width, "mlp", bias, flat=True),)
             if latent
@@ -349,7 +366,7 @@ def _nemotron_experts(m: ModelSpec, n: str, bias: bool) -> tuple[Op, ...]:
         ),
         *_relu2_mlp("n1", "shared", f"{n}.shared_experts", "fs", bias),
         ops.add(f"{n}.add", "routed", "shared", "mo", "b s h"),
-        ops.leave("routed", "shared", *routers.HELD, "n1"),
+        ops.release_names("routed", "shared", *routers.HELD, "n1"),
     )
 
 

@@ -1,4 +1,4 @@
-"""StableLM: Llama with LayerNorms, and a part of each head rotated; the 12B model has both branches side by side."""
+"""StableLM: Llama with LayerNorms and partly rotated heads; the 12B model runs attention and MLP in parallel."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ def layer_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ..
 
 
 def stablelm(m: ModelSpec, wiring: Wiring) -> Stack:
-    """What the attention and the block name stays to their ends."""
+    """Build StableLM. Local variables of attention and block stay alive to their ends."""
     parallel = m.get("use_parallel_residual", False)
     dropped = m.get("hidden_dropout", 0.0) > 0
     mo = "mo.whole" if dropped else "mo"
-    dropout = (ops.dropout("dropout", mo, "mo", "b s h"), ops.leave(mo)) if dropped else ()
+    dropout = (ops.dropout("dropout", mo, "mo", "b s h"), ops.release_names(mo)) if dropped else ()
     branches = (
         (
             *gated_mlp("n1", mo),
             *dropout,
             ops.add("residual_1", "x", "ao", "x1", "b s h"),
             ops.add("residual_2", "x1", "mo", "y", "b s h"),
-            ops.leave("x1"),
+            ops.release_names("x1"),
         )
         if parallel
         else (
@@ -46,14 +46,14 @@ def stablelm(m: ModelSpec, wiring: Wiring) -> Stack:
             *layer_norm("input_layernorm", "x", "n1", "b s h", "h"),
             *_attention(m, wiring),
             *branches,
-            ops.leave("n1", "ao", "mo", "positions", *returned(wiring)),
+            ops.release_names("n1", "ao", "mo", "positions", *returned(wiring)),
         ),
     )
     return Stack(before(wiring, False, tables()), runs(m, lambda _: block), after(m, wiring, False, layer_norm))
 
 
 def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
-    """With `qk_layernorm` each head has a LayerNorm of its own; all of them are one operation here."""
+    """Attention. With `qk_layernorm` every head has its own LayerNorm; together they are one operation here."""
     normed = m.get("qk_layernorm", False)
     ends = ("q.normed", "k.normed") if normed else ("q1", "k1")
 
@@ -68,7 +68,7 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         *llama_attention(
             m, wiring, "n1", "ao", bias=m.get("use_qkv_bias", False), turn=turn, attend=attend_heads_first
         ),
-        ops.leave("q.turned", "k.turned", *ends),
+        ops.release_names("q.turned", "k.turned", *ends),
     )
 
 
@@ -78,7 +78,7 @@ def _norm_heads(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
         ops.view(f"{name}.split", x, f"{y}.heads", shape, gradient="new"),
         ops.layer_norm(f"{name}.norms", f"{y}.heads", f"{y}.separate", shape, f"{heads} d", bias=False),
         ops.copy(f"{name}.cat", f"{y}.separate", y, shape),
-        ops.leave(f"{y}.separate", x),
+        ops.release_names(f"{y}.separate", x),
     )
 
 

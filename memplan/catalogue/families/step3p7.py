@@ -1,7 +1,8 @@
-"""Step-3.7: heads gated one by one, layers with and without a window, an expert that all share beside those chosen.
+"""Step-3.7: heads gated one by one, layers with and without a sliding window, a shared expert plus routed ones.
 
-transformers runs its experts in a loop over those that are chosen; here each has as many rows as the others, and
-where there are many, a group of them stands for one.
+transformers loops over the experts that tokens selected. Here all have the same number of rows, and if there are many,
+a group of experts counts as one.
+
 Source: transformers 5.24 models/step3p7/modeling_step3p7.py.
 """
 
@@ -13,7 +14,7 @@ from memplan.catalogue.decoder.gemma_norm import rms_norm
 from memplan.catalogue.decoder.rotation import rotate_part
 from memplan.catalogue.decoder.windows import after, before, local, tables
 from memplan.catalogue.experts import expert_loops, routers
-from memplan.catalogue.families.gpt_oss import unadapted
+from memplan.catalogue.families.gpt_oss import without_adapter_targets
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision.uncalled_towers import step_tower
@@ -25,11 +26,11 @@ _Q, _K = "b s a d", "b s k d"
 
 
 def _gate(name: str, gate: str, y: str, shape: str) -> tuple[Op, ...]:
-    """`min(act(gate), limit)`, bounded or not: without a limit it is compared with infinity."""
+    """`min(act(gate), limit)`. Without a limit the comparison is with infinity."""
     return (
         ops.activation(f"{name}.act_fn", gate, f"{y}.act", shape),
         ops.clamp(f"{name}.clamp_gate", f"{y}.act", f"{y}.gate", shape, 1),
-        ops.leave(f"{y}.act"),
+        ops.release_names(f"{y}.act"),
     )
 
 
@@ -41,52 +42,52 @@ def _expert(name: str, x: str, y: str) -> tuple[Op, ...]:
         *_gate(name, half.name, y, shape),
         ops.clamp(f"{name}.clamp_up", other.name, f"{y}.up", shape, 2),
         ops.mul(f"{name}.product", f"{y}.gate", f"{y}.up", y, shape),
-        ops.leave(f"{y}.gate", f"{y}.up"),
+        ops.release_names(f"{y}.gate", f"{y}.up"),
     )
 
 
 def _mlp(x: str, y: str, name: str, width: str, bias: bool) -> tuple[Op, ...]:
-    """The gate is bounded before the other half is projected, and both have names until the function returns."""
-    made = (
+    """Dense MLP. The gate is clamped before the other half is projected; both live until the function returns."""
+    operations = (
         ops.linear(f"{name}.gate_proj", x, "gate", "f", "h", "mlp", bias),
         *_gate(name, "gate", "product", "b s f"),
         ops.linear(f"{name}.up_proj", x, "up", "f", "h", "mlp", bias),
         ops.clamp(f"{name}.clamp_up", "up", "product.up", "b s f", 2),
         ops.mul(f"{name}.product", "product.gate", "product.up", "product", "b s f"),
         ops.linear(f"{name}.down_proj", "product", y, "h", "f", "mlp", bias),
-        ops.leave("product.gate", "product.up", x),
+        ops.release_names("product.gate", "product.up", x),
     )
-    return ops.with_axes(made, {"f": width})
+    return ops.with_axes(operations, {"f": width})
 
 
 def _mixture(x: str, y: str, number: int, bias: bool, name: str = "mlp") -> tuple[Op, ...]:
     parts = expert_loops.in_stacks(f"{name}.experts", _expert)
     return (
         *_mlp(x, "shared", f"{name}.shared_experts", "fs", bias),
-        *unadapted(routers.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
+        *without_adapter_targets(routers.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
         *expert_loops.loop(x, "chosen", f"{name}.experts", [parts] * number, expert_loops.OF_A_GROUP),
         ops.scale(f"{name}.scale", "chosen", "experts.scaled", "b s h"),
-        ops.leave("chosen"),
+        ops.release_names("chosen"),
         ops.add(f"{name}.add", "experts.scaled", "shared", y, "b s h"),
-        ops.leave("experts.scaled", "shared", *routers.HELD, x),
+        ops.release_names("experts.scaled", "shared", *routers.HELD, x),
     )
 
 
 def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
     bias = m.get("attention_bias", False)
-    made = (
+    operations = (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
         ops.view(f"{name}.q_heads", "q0", "qh", _Q),
         *rms_norm(f"{name}.q_norm", "qh", "q1", _Q, "d"),
-        ops.leave("qh"),
+        ops.release_names("qh"),
         ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", "attention", bias),
         ops.view(f"{name}.k_heads", "k0", "kh", _K),
         *rms_norm(f"{name}.k_norm", "kh", "k1", _K, "d"),
-        ops.leave("kh"),
+        ops.release_names("kh"),
         ops.linear(f"{name}.v_proj", x, "v", "k d", "h", "attention", bias),
         ops.linear(f"{name}.g_proj", x, "gates", "a", "h", "attention"),
         *rotate_part(f"{name}.rope", partial=m.rotary_width < m.head_dim),
-        ops.leave("q1", "k1"),
+        ops.release_names("q1", "k1"),
         *attention(f"{name}.attention", "q", "k", "v", "oh", wiring, True, layer.sliding, mask_name(layer.sliding)),
         routers.sigmoid(f"{name}.sigmoid", "gates", "gates.open", "b s a"),
         Op(
@@ -98,25 +99,25 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
             scratch_back=(Scratch(Tensor("product", _Q, "=o"), "gates.open"),),
             source=f"{ops.DERIVATIVES}: mul.Tensor",
         ),
-        ops.leave("oh", "gates.open"),
+        ops.release_names("oh", "gates.open"),
         ops.linear(f"{name}.o_proj", "o", y, "h", "a d", "attention", bias),
-        ops.leave("q", "k", "v", "o", "gates", x),
+        ops.release_names("q", "k", "v", "o", "gates", x),
     )
-    return ops.with_axes(made, {"a": "aw"}) if layer.sliding else made
+    return ops.with_axes(operations, {"a": "aw"}) if layer.sliding else operations
 
 
 def step3p7(m: ModelSpec, wiring: Wiring) -> Stack:
-    """A text: the vision tower is there, and not called."""
+    """Build the model as it reads a text: its vision tower is loaded, and not called."""
     bias, number = m.get("mlp_bias", False), m.axes()["groups"]
 
     def block(layer: Layer) -> Block:
         ffn = _mixture("n2", "mo", number, bias) if layer.ffn == "experts" else _mlp("n2", "mo", "mlp", "f", bias)
-        made = decoder_block(_heads(m, wiring, layer, "n1", "ao"), ffn, norm=rms_norm, held=returned(wiring))
-        return local(made) if layer.sliding else made
+        layer_block = decoder_block(_heads(m, wiring, layer, "n1", "ao"), ffn, norm=rms_norm, held=returned(wiring))
+        return local(layer_block) if layer.sliding else layer_block
 
-    two = any(layer.sliding for layer in m.layers)
-    first = before(wiring, two, tables(two))
-    return step_tower(m, Stack(first, runs(m, block), after(m, wiring, two, rms_norm, two)))
+    has_sliding = any(layer.sliding for layer in m.layers)
+    first = before(wiring, has_sliding, tables(has_sliding))
+    return step_tower(m, Stack(first, runs(m, block), after(m, wiring, has_sliding, rms_norm, has_sliding)))
 
 
 BUILDERS = {"step3p7": step3p7}

@@ -1,7 +1,7 @@
-"""torchtitan's own Llama: one projection for q, k and v, rotation of complex numbers in fp32, norms of one kernel.
+"""torchtitan's Llama: q, k and v in one projection, complex rotation in fp32, fused norms.
 
-Its tensor parallelism divides heads, the FFN's width and the vocabulary; with sequence parallelism a rank has a part of
-the tokens (`s_tp`) between a block's matrices, and what is gathered for them is kept for the backward pass.
+Its tensor parallelism divides heads, FFN width and vocabulary. With sequence parallelism a rank has a part of the
+tokens (`s_tp`) between a block's matrices, and the gathered inputs of the matrices are kept for backward.
 
 Source: torchtitan 0.3.0 models/llama3/, models/common/.
 """
@@ -22,12 +22,12 @@ KINDS = ("llama",)
 
 _SOURCE = "torchtitan 0.3.0 models/common"
 _ALL, _PART, _Q, _K = "b s h", "b s_tp h", "b s a d", "b s k d"
-_GATHERED = {"attention_norm": "n1", "ffn_norm": "n2", "norm": "n"}  # what is gathered for matrices, by the norm's name
+_GATHERED = {"attention_norm": "n1", "ffn_norm": "n2", "norm": "n"}  # norm: its output, gathered for the matrices
 _ROWS = ("wo", "w2")
 
 
 def build(m: ModelSpec, wiring: Wiring) -> Stack:
-    """The model as torchtitan has it. Every layer has the table of its rotation, for so many positions as are asked."""
+    """Build the model as torchtitan has it. Every layer holds a rotation table for all positions of the sequence."""
     positions = Op(
         "positions", (), (Tensor("positions", "b s", "int64"),), holds="step", source="torchtitan 0.3.0 trainer.py"
     )
@@ -36,7 +36,7 @@ def build(m: ModelSpec, wiring: Wiring) -> Stack:
     return Stack(
         (inputs(False), positions, tables, ops.embedding("tok_embeddings", "ids", "embeds", "v", "h")),
         (Run((_block(m, wiring),), "L"),),
-        (_norm("norm", "x", "n"), ops.leave("x"), lm_head("n", tied)),
+        (_norm("norm", "x", "n"), ops.release_names("x"), lm_head("n", tied)),
     )
 
 
@@ -47,18 +47,18 @@ def _block(m: ModelSpec, wiring: Wiring) -> Block:
             _norm("attention_norm", "x", "n1"),
             *_attention(m, wiring, "n1", "ao"),
             ops.add("residual_1", "x", "ao", "x1", _ALL),
-            ops.leave("ao"),
+            ops.release_names("ao"),
             _norm("ffn_norm", "x1", "n2"),
             *_ffn("n2", "mo"),
             ops.add("residual_2", "x1", "mo", "y", _ALL),
-            ops.leave("mo"),
+            ops.release_names("mo"),
         ),
-        whole=True,  # distributed/activation_checkpoint.py FullAC: early_stop is off
+        recomputes_all=True,  # distributed/activation_checkpoint.py FullAC: early_stop is off
     )
 
 
 def _norm(name: str, x: str, y: str) -> Op:
-    """`nn.RMSNorm`, one kernel: keeps x and an fp32 number a row."""
+    """`nn.RMSNorm`, one kernel: keeps x and one fp32 number per row."""
     w, rstd = Weight(f"{name}.weight", "h", "norm"), Tensor(f"{y}.rstd", "b s", "fp32")
     kept = (x, rstd.name, w.name)
     return Op(
@@ -72,7 +72,7 @@ def _norm(name: str, x: str, y: str) -> Op:
 
 
 def _attention(m: ModelSpec, wiring: Wiring, x: str, y: str) -> tuple[Op, ...]:
-    """The parts of the projection are copied out of it."""
+    """Attention. q, k and v are copied out of the projection."""
     n = "attention"
     parts = (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v0", _K))
     grouped = m.num_key_value_heads != m.num_attention_heads
@@ -83,16 +83,16 @@ def _attention(m: ModelSpec, wiring: Wiring, x: str, y: str) -> tuple[Op, ...]:
             ops.copy(f"{n}.qkv_linear.copy_{t[0]}", t, f"{t[0]}1" if t != "v0" else "v", _Q if t == "q0" else _K)
             for t in ("q0", "k0", "v0")
         ),
-        ops.leave("qkv", "q0", "k0", "v0"),
+        ops.release_names("qkv", "q0", "k0", "v0"),
         *_rope(f"{n}.rope"),
         *kernel(f"{n}.inner_attention", "q", "k", "v", "o", wiring, grouped),
         ops.linear(f"{n}.wo", "o", y, "h", "a d", "attention"),
-        ops.leave("q", "k", "v", "o"),
+        ops.release_names("q", "k", "v", "o"),
     )
 
 
 def _rope(n: str) -> Iterator[Op]:
-    """q and k as complex numbers in fp32, times the rows of the table that the positions ask for."""
+    """q and k as complex numbers in fp32, times the table's rows for their positions."""
     source = f"{_SOURCE}/rope.py ComplexRoPE"
     yield Op(f"{n}.rows", ("positions",), (Tensor("rows", "b s d", "fp32"),), source=source)
     for t, shape in (("q", _Q), ("k", _K)):
@@ -109,7 +109,7 @@ def _rope(n: str) -> Iterator[Op]:
         )
     for t, shape in (("q", _Q), ("k", _K)):
         yield ops.cast(f"{n}.cast_{t}", f"{t}.turned", t, shape, f"={t}1")
-    yield ops.leave(*(f"{t}{of}" for t in "qk" for of in ("1", ".complex", ".turned")), "rows")
+    yield ops.release_names(*(f"{t}{of}" for t in "qk" for of in ("1", ".complex", ".turned")), "rows")
 
 
 def _ffn(x: str, y: str) -> tuple[Op, ...]:
@@ -120,7 +120,7 @@ def _ffn(x: str, y: str) -> tuple[Op, ...]:
         ops.linear(f"{n}.w3", x, "up", "f", "h", "mlp"),
         ops.mul(f"{n}.product", "act", "up", "product", "b s f"),
         ops.linear(f"{n}.w2", "product", y, "h", "f", "mlp"),
-        ops.leave("gate", "act", "up", "product"),
+        ops.release_names("gate", "act", "up", "product"),
     )
 
 
@@ -128,16 +128,16 @@ def _ffn(x: str, y: str) -> tuple[Op, ...]:
 
 
 def divide(stack: Stack, sequence: bool) -> Stack:
-    """The rank's operations of a stack that was built of the rank's part of the model."""
+    """Return the rank's operations. `stack` must be built from the rank's part of the model."""
 
     def change(op: Op) -> Iterator[Op]:
         name = op.name.rpartition(".")[2]
         if op.name == "tok_embeddings":
-            yield from _looked_up(op, sequence)
+            yield from _parallel_embedding(op, sequence)
         elif name in _GATHERED:
-            yield from _gathered(op, sequence)
+            yield from _gathered_norm(op, sequence)
         elif matrix(op) and name in _ROWS:
-            yield from _summed(op, sequence)
+            yield from _reduced_product(op, sequence)
         elif sequence and op.name.startswith("residual"):
             yield op._replace(writes=tuple(t._replace(shape=_PART) for t in op.writes))
         else:
@@ -146,7 +146,7 @@ def divide(stack: Stack, sequence: bool) -> Stack:
     return rewrite(stack, change)
 
 
-_PARTS = (Tensor("the ranks' parts, one after the other", _ALL),)  # that a reduce-scatter of tokens reads
+_PARTS = (Tensor("the ranks' parts, one after the other", _ALL),)  # read by a reduce-scatter of tokens
 
 
 def _collective(name: str, x: str, y: str, shape: str, *scratch: Tensor, back: tuple[Tensor, ...] = ()) -> Op:
@@ -160,50 +160,52 @@ def _collective(name: str, x: str, y: str, shape: str, *scratch: Tensor, back: t
     )
 
 
-def _gathered(op: Op, sequence: bool) -> Iterator[Op]:
-    """A norm, and what matrices read of it: with the tokens divided those of all ranks, else the same, of which every
-    rank makes a summand of the gradient."""
+def _gathered_norm(op: Op, sequence: bool) -> Iterator[Op]:
+    """A norm and its output as matrices read it: gathered over ranks with sequence parallelism.
+
+    Otherwise the output is the same on all ranks, and every rank makes a summand of its gradient.
+    """
     y, rstd = op.writes
-    mine = f"{y.name}.part"
+    local_name = f"{y.name}.part"
     shape, rows = (_PART, "b s_tp") if sequence else (_ALL, "b s")
-    keeps = tuple(k._replace(what=mine if k.what == y.name else k.what) for k in op.keeps)
-    yield op._replace(writes=(y._replace(name=mine, shape=shape), rstd._replace(shape=rows)), keeps=keeps)
+    keeps = tuple(k._replace(what=local_name if k.what == y.name else k.what) for k in op.keeps)
+    yield op._replace(writes=(y._replace(name=local_name, shape=shape), rstd._replace(shape=rows)), keeps=keeps)
     if sequence:
-        yield _collective(f"{op.name}.all_gather", mine, y.name, _ALL, back=_PARTS)
-        yield ops.leave(mine)
+        yield _collective(f"{op.name}.all_gather", local_name, y.name, _ALL, back=_PARTS)
+        yield ops.release_names(local_name)
     else:
-        yield ops.view(f"{op.name}.input", mine, y.name, _ALL, gradient="new")
+        yield ops.view(f"{op.name}.input", local_name, y.name, _ALL, gradient="new")
 
 
-def _summed(op: Op, sequence: bool) -> Iterator[Op]:
-    """All ranks' summands of the output are added up, and with the tokens divided each rank's are kept."""
+def _reduced_product(op: Op, sequence: bool) -> Iterator[Op]:
+    """A product whose outputs are summed over ranks. With sequence parallelism each rank keeps its tokens' sums."""
     y = op.writes[0]
     summand = f"{op.name}.summand"
     yield op._replace(writes=(y._replace(name=summand),))
     kind = "reduce_scatter" if sequence else "all_reduce"
     yield _collective(f"{op.name}.{kind}", summand, y.name, _PART if sequence else _ALL, *_PARTS[:sequence])
-    yield ops.leave(summand)
+    yield ops.release_names(summand)
 
 
-def _looked_up(op: Op, sequence: bool) -> Iterator[Op]:
-    """Rows of other ranks' tokens are looked up anyhow, and made zero; then as after a matrix."""
+def _parallel_embedding(op: Op, sequence: bool) -> Iterator[Op]:
+    """Look up embeddings of a divided vocabulary. Other ranks' tokens are looked up too, set to zero, and summed."""
     (w,), (y,) = op.weights, op.writes
-    own, there = Tensor("own_ids", "b s", "int64"), Tensor("own", "b s", f"={w.name}")
-    yield Op(f"{op.name}.own", ("ids",), (own,), scratch=(Tensor("others", "b s", "bool"),), gradient="none")
+    local_ids, other_rows = Tensor("own_ids", "b s", "int64"), Tensor("own", "b s", f"={w.name}")
+    yield Op(f"{op.name}.own", ("ids",), (local_ids,), scratch=(Tensor("others", "b s", "bool"),), gradient="none")
     yield op._replace(
-        reads=(own.name,),
-        writes=(y._replace(name="rows.looked_up"), there),
-        keeps=tuple(k._replace(what=own.name) for k in op.keeps),
+        reads=(local_ids.name,),
+        writes=(y._replace(name="rows.looked_up"), other_rows),
+        keeps=tuple(k._replace(what=local_ids.name) for k in op.keeps),
     )
     yield Op(
         f"{op.name}.mask",
-        ("rows.looked_up", there.name),
+        ("rows.looked_up", other_rows.name),
         (Tensor("rows.summand", _ALL),),
         (),
-        (Keep(there.name, "rows.looked_up"),),
+        (Keep(other_rows.name, "rows.looked_up"),),
         source=f"{_SOURCE}/embedding.py Embedding",
     )
-    yield ops.leave("rows.looked_up", own.name, there.name)
+    yield ops.release_names("rows.looked_up", local_ids.name, other_rows.name)
     kind = "reduce_scatter" if sequence else "all_reduce"
     yield _collective(f"{op.name}.{kind}", "rows.summand", y.name, _PART if sequence else _ALL, *_PARTS[:sequence])
-    yield ops.leave("rows.summand")
+    yield ops.release_names("rows.summand")

@@ -1,4 +1,4 @@
-"""ViT: an image in patches, a class token before them, learned positions; norms before attention and MLP."""
+"""ViT: an image in patches, preceded by a class token, learned positions, and norms before attention and MLP."""
 
 from __future__ import annotations
 
@@ -15,23 +15,26 @@ _SOURCE = "transformers 5.24 models/vit/modeling_vit.py"
 
 
 def vit(m: ModelSpec, wiring: Wiring) -> Stack:
-    """With a head that classifies images, or the model alone with its pooler."""
+    """Build ViT with a head that classifies images, or as a model with its pooler only."""
     wiring = wiring._replace(causal=False, padded=False, caching=False)
     body = "" if m.objective == "feature_extraction" else "vit."
     last = (ops.layer_norm(f"{body}layernorm", "x", "n", "b s h", "h"),)
-    left = ops.leave("x", "embeds", "pixels")
+    release = ops.release_names("x", "embeds", "pixels")
     if m.objective == "feature_extraction":
-        after, loss = (*last, *pooler(f"{body}pooler", "n", "pooled"), left), (*mean_loss("pooled"), ops.leave("n"))
+        after, loss = (
+            (*last, *pooler(f"{body}pooler", "n", "pooled"), release),
+            (*mean_loss("pooled"), ops.release_names("n")),
+        )
     else:
         head = (first_token("classifier.first", "n", "first"), dense("classifier", "first", "logits", "c", "h"))
-        after, loss = (*last, left, *head), (*class_loss(m), ops.leave("n", "first"))
+        after, loss = (*last, release, *head), (*class_loss(m), ops.release_names("n", "first"))
     return Stack(_before(m, body), (Run((_block(m, wiring, body),), "L"),), after, loss)
 
 
 def _before(m: ModelSpec, body: str) -> tuple[Op, ...]:
-    """The images come in fp32 and are cast to the dtype of the patches' weights.
+    """Patch embeddings. Images arrive in fp32 and are cast to the dtype of the patches' weights.
 
-    cuDNN's own workspace for the patches is not counted.
+    cuDNN's workspace for this convolution is not counted.
     """
     name, patches = f"{body}embeddings", f"{body}embeddings.patch_embeddings.projection"
     w, bias = Weight(f"{patches}.weight", "h patch", "embedding", rows=1), Weight(f"{patches}.bias", "h", "embedding")
@@ -72,7 +75,7 @@ def _before(m: ModelSpec, body: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: add.Tensor",
         ),
         *((ops.dropout(f"{name}.dropout", "summed", "embeds", "b s h"),) if drop else ()),
-        ops.leave("pixels"),
+        ops.release_names("pixels"),
     )
 
 
@@ -86,17 +89,17 @@ def _block(m: ModelSpec, wiring: Wiring, body: str) -> Block:
             *projections(name, "n1", wiring, ("q_proj", "k_proj", "v_proj"), bias),
             *encoder_attention(m, wiring, f"{name}.attention", "attention_probs_dropout_prob", wide=True),
             ops.linear(f"{name}.o_proj", "o", "ao.whole", "h", "a d", "attention", bias=True),
-            ops.leave("q", "k", "v", "n1"),
+            ops.release_names("q", "k", "v", "n1"),
             *dropped("dropout_1", "ao.whole", "ao", "b s h", drop),
             ops.add("residual_1", "ao", "x", "x1", "b s h"),
             ops.layer_norm("layernorm_after", "x1", "n2", "b s h", "h"),
             ops.linear("mlp.fc1", "n2", "up", "f", "h", "mlp", bias=True),
             *activation(m, "mlp.activation_fn", "up", "act", "b s f"),
             ops.linear("mlp.fc2", "act", "mo.whole", "h", "f", "mlp", bias=True),
-            ops.leave("n2"),
+            ops.release_names("n2"),
             *dropped("dropout_2", "mo.whole", "mo", "b s h", drop),
             ops.add("residual_2", "mo", "x1", "y", "b s h"),
-            ops.leave(*returned(wiring)),
+            ops.release_names(*returned(wiring)),
         ),
     )
 

@@ -1,1 +1,1 @@
-"""Hardware: GPUs, links between them, their rates, and what driver and libraries take."""
+"""Hardware: GPUs, the links between them, their rates, and the memory that driver and libraries take."""

@@ -12,11 +12,12 @@ Grade = Literal["datasheet", "repo", "computed", "recalled"]
 
 
 class Source(NamedTuple):
-    """Where some facts of a row come from.
+    """The source of some facts of a row.
 
-    `grade` says how far to trust them: "datasheet" (the vendor's own page was read), "repo" (a public
-    repository or package, named in `source`), "computed" (a formula or a rule, named in `source`),
-    "recalled" (from memory, nothing to show).
+    facts   names of the fields
+    source  the page, repository, package or formula
+    grade   how far to trust it: `datasheet` (the vendor's page was read), `repo` (a public repository or package),
+            `computed` (a formula or rule), `recalled` (from memory, without a reference)
     """
 
     facts: tuple[str, ...]
@@ -25,7 +26,7 @@ class Source(NamedTuple):
 
 
 class Price(NamedTuple):
-    """What a provider asked for one GPU for one hour, in US dollars, on `date` (ISO 8601)."""
+    """A provider's price for one GPU for one hour, in US dollars, on `date` (ISO 8601)."""
 
     provider: str
     usd_per_hour: float
@@ -35,9 +36,9 @@ class Price(NamedTuple):
 
 
 class GPU(NamedTuple):
-    """One card, or one chip with memory of its own.
+    """One card, or one chip with its own memory.
 
-    A fact that is unknown, or that the card cannot do, is None. Rates are dense (no sparsity).
+    A fact is None if it is unknown or the card does not support it. Rates are dense (no sparsity).
     """
 
     name: str
@@ -49,34 +50,34 @@ class GPU(NamedTuple):
     market: Market
     """Read off the product's name: GeForce is "consumer", "Laptop" is "laptop", and so on."""
     memory_gb: float
-    """The size on the box. For Apple's chips the smallest of `memory_options_gb`: a chip's name alone does
-    not say how much memory a machine was bought with, and assuming more would promise what is not there."""
+    """The marketed size. For Apple's chips the smallest of `memory_options_gb`: the chip's name does not tell how much
+    memory a machine has, and assuming more could promise memory that does not exist."""
     driver_total: int
     """Bytes of one device: the total that nvidia-smi (rocm-smi, torch.xpu, XLA ...) reports."""
     driver_basis: Basis
-    """"driver": somebody's driver reported `driver_total`. "rule": nobody's was found; see `total_by_rule`."""
+    """"driver": a published driver reading. "rule": no reading was found; see `total_by_rule`."""
     sources: tuple[Source, ...]
     aliases: tuple[str, ...] = ()
     memory_options_gb: tuple[float, ...] = ()
-    """Every size the chip is sold with, where the name does not tell."""
+    """Every memory size the chip is sold with, if its name does not tell."""
     devices: int = 1
-    """How many devices torch sees on one card. `driver_total` is for one of them, the other facts for the card."""
+    """Number of devices that torch sees on one card. `driver_total` is for one device, the other facts for the card."""
     unified: bool = False
     """The memory is shared with the CPU and the operating system."""
     ecc: bool = False
-    """`driver_total` is with inline ECC on, which takes about 1/16 of GDDR memory; with ECC off more is usable."""
+    """`driver_total` was read with inline ECC on, which takes about 1/16 of GDDR memory; with ECC off more is free."""
     torch_total: int | None = None
-    """Bytes that torch shows as the device's total memory (the smallest reading found). Less than
-    `driver_total` on recent NVIDIA drivers, whose total includes a reserve that no program gets."""
+    """Bytes that torch shows as the device's total memory, the smallest reading found. Less than `driver_total` on
+    recent NVIDIA drivers, whose total includes a reserve that no program can use."""
     compute_capability: tuple[int, int] | None = None
     native_dtypes: tuple[str, ...] = ()
     bandwidth_gbps: float | None = None
     """GB/s of the card's memory, decimal."""
     bf16_tflops: float | None = None
-    """TFLOPS with fp32 accumulation, as are fp16, fp8 and fp4."""
+    """TFLOPS with fp32 accumulation, like the rates of fp16, fp8 and fp4."""
     fp16_tflops: float | None = None
     fp16_fp16acc_tflops: float | None = None
-    """TFLOPS with fp16 accumulation: twice as many on GeForce cards."""
+    """TFLOPS with fp16 accumulation: twice the fp32-accumulation rate on GeForce cards."""
     fp8_tflops: float | None = None
     fp4_tflops: float | None = None
     int8_tops: float | None = None
@@ -91,16 +92,15 @@ class GPU(NamedTuple):
 
     @property
     def usable(self) -> int:
-        """Bytes that the programs on one device get between them: what torch shows as its total memory.
+        """Bytes that all programs on one device can use together: the total memory that torch shows.
 
-        Where no such reading was found, NVIDIA's total less 3 %, and no less than 512 MiB: torch has shown
-        3.62 GiB of 4, 5.60 of 6, 7.51 of 8 and 11.50 of 12, and on larger cards left out 3.05 % at most
-        (RTX 5060 Ti, 497 MiB).
+        Without such a reading, the driver's total; for NVIDIA minus 3 %, at least 512 MiB: torch has shown 3.62 GiB of
+        4, 5.60 of 6, 7.51 of 8 and 11.50 of 12, and at most 3.05 % less on larger cards (RTX 5060 Ti, 497 MiB).
         """
         if self.torch_total is not None:
             return self.torch_total
         return self.driver_total - (max(self.driver_total * 3 // 100, 512 * MIB) if self.vendor == "NVIDIA" else 0)
 
     def source(self, fact: str) -> Source | None:
-        """The source of one fact, by its field name, or None where it has none (a fact that is None)."""
+        """Return the source of a fact, by field name; None if the fact is unknown."""
         return next((source for source in self.sources if fact in source.facts), None)

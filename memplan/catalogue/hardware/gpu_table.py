@@ -1,15 +1,14 @@
-"""The rows of `memplan.catalogue.hardware.gpus`: one literal a card, facts that are unknown left out.
+"""The GPU table: one literal per card, without facts that are unknown.
 
 Sizes and rates are in the units of `GPU`'s fields; `driver_total` and `torch_total` are bytes. A fact and its
-`Source` stand in the same row: whoever changes one changes the other. A row whose `driver_basis` is "rule"
-holds what `total_by_rule` gives, or a smaller number that was recalled; the tests say when a new reading
-moves it.
+`Source` are in the same row: change both together. If `driver_basis` is "rule", `driver_total` is the result of
+`total_by_rule`, or a smaller number that was recalled; a test fails if a new reading changes the rule's result.
 """
 
 from memplan.catalogue.hardware.gpu import GPU, Price, Source
 from memplan.core.units import MIB
 
-# --- what is cited ---------------------------------------------------------------------------------------
+# --- references ---
 
 RECALLED = "recalled, not looked up"
 RULE = "no reading found: memplan.catalogue.hardware.gpus.total_by_rule"
@@ -43,14 +42,14 @@ RATE_FORMULA = (
     " gives NVIDIA's whitepaper figures for the 3090, 4090 and 5090"
 )
 
-# --- facts that often come from one page ---
+# --- groups of facts that often share a source ---
 
 BOARD = ("memory_gb", "compute_capability", "bandwidth_gbps", "pcie", "tdp_watts")
 BOARD_BUT_BANDWIDTH = ("memory_gb", "compute_capability", "pcie", "tdp_watts")
 SIZE_SPEED_POWER = ("memory_gb", "bandwidth_gbps", "tdp_watts")
 BOARD_AND_FP16 = ("memory_gb", "bandwidth_gbps", "bf16_tflops", "fp16_tflops", "tdp_watts")
 
-# --- sources that many rows share ---
+# --- sources shared by many rows ---
 
 USABLE_SMI = Source(("driver_total",), SMI, "repo")
 USABLE_ROCM = Source(("driver_total",), ROCM, "repo")
@@ -93,7 +92,7 @@ RATES_HOPPER = Source(
 RATES_RECALLED = Source(("bf16_tflops", "fp16_tflops", "int8_tops"), RECALLED, "recalled")
 RATES_WMMA = Source(("bf16_tflops", "fp16_tflops", "fp8_tflops", "int8_tops"), WMMA_RATE, "recalled")
 
-# --- dtypes with hardware for them ---
+# --- dtypes with hardware support ---
 
 PASCAL = ("fp32", "int8")
 TURING_GTX = ("fp32", "fp16", "int8")

@@ -1,12 +1,13 @@
-"""GPUs: how many bytes a program gets on each, and where every fact comes from.
+"""Look up GPUs by name.
 
-The rows are in `memplan.catalogue.hardware.gpu_table`, one literal a card. `find_gpu` turns what people type, and what
-`nvidia-smi` and torch print, into a row. Bytes are integers. `memory_gb` is the number on the box.
+The rows are in `memplan.catalogue.hardware.gpu_table`, one literal per card. `find_gpu` accepts what people type and
+what `nvidia-smi` and torch print. Bytes are integers; `memory_gb` is the marketed size.
 
 >>> find_gpu("RTX 3090").driver_total
 25769803776
 >>> [gpu.name for gpu in ambiguous_with("v100 sxm")]
-['v100-sxm2-32gb']"""
+['v100-sxm2-32gb']
+"""
 
 from __future__ import annotations
 
@@ -23,23 +24,23 @@ from memplan.core.units import MIB
 @cache
 def all_gpus() -> tuple[GPU, ...]:
     """All cards, in table order."""
-    # Here and not above: `import memplan` must not pay for 184 rows that most runs read one of.
+    # Imported lazily so that `import memplan` does not pay for 184 rows, of which most runs use one.
     from memplan.catalogue.hardware.gpu_table import GPUS
 
     return GPUS
 
 
 def find_gpu(text: str) -> GPU:
-    """The card that `text` names: an id, an alias, what people type, or what nvidia-smi or torch print.
+    """Return the card that `text` names: an id, an alias, what people type, or what nvidia-smi or torch print.
 
-    Case, spaces, dashes, vendor and family words ("NVIDIA", "GeForce", "Tesla", "RTX") do not matter, and a
+    Case, spaces, dashes and words of vendor and product line ("NVIDIA", "GeForce", "Tesla", "RTX") do not matter, and a
     memory size may follow: "RTX 3090", "a100 80g", "NVIDIA A100-SXM4-80GB", "m3 max 64gb".
 
-    Where a name fits several cards, the answer is the one that owns the name as an alias (`a100` is the
-    80 GB SXM4 card, `v100` the 16 GB SXM2 card, `a800` the 80 GB SXM4 card, `h100` the SXM5 card), else the
-    first in the table, where the smaller memory comes first. `ambiguous_with` gives the others.
+    If several cards match, returns the one with that name as an alias (`a100` is the 80 GB SXM4 card, `v100` the 16 GB
+    SXM2 card, `a800` the 80 GB SXM4 card, `h100` the SXM5 card), else the first in the table, which lists smaller
+    memory first. `ambiguous_with` returns the others.
 
-    Raises UnknownNameError, naming the nearest ids, where nothing fits.
+    Raises UnknownNameError, with the nearest ids, if no card matches.
     """
     exact = _by_name().get(text.strip().lower())
     if exact is not None:
@@ -51,15 +52,14 @@ def find_gpu(text: str) -> GPU:
 
 
 def ambiguous_with(text: str) -> tuple[GPU, ...]:
-    """The other cards that `text` may mean, beside `find_gpu(text)`, in table order; empty where it is clear.
+    """Return the cards other than `find_gpu(text)` that `text` may mean, in table order.
 
-    For a chip that is sold with several memory sizes these are the other sizes. Raises UnknownNameError as
-    `find_gpu` does.
+    For a chip sold with several memory sizes these are the other sizes. Raises UnknownNameError like `find_gpu`.
     """
     chosen = find_gpu(text)
     cards = all_gpus()
-    if text.strip().lower() in _by_name():  # then every card it fits has all of its words
-        words = _read(text).words
+    if text.strip().lower() in _by_name():  # an exact name: other candidates must contain all of its words
+        words = _parse(text).words
         cards = tuple(c for c in cards if any(all(w in name for w in words) for name in (c.name, *c.aliases)))
     others = [gpu for gpu in _matches(text, cards) if gpu.name != chosen.name]
     typed = text.strip().lower().replace(" ", "-").removeprefix("nvidia-")
@@ -68,27 +68,26 @@ def ambiguous_with(text: str) -> tuple[GPU, ...]:
 
 
 def total_by_rule(gpu: GPU) -> int:
-    """Bytes to assume for one device of `gpu` where no driver's reading is known: never more than its like.
+    """Return the bytes to assume for one device of `gpu` without a driver reading: never more than on similar cards.
 
-    Unified memory is shared with the operating system, and its driver stops well below the marketed size:
+    Unified memory is shared with the operating system, and the driver's limit is well below the marketed size:
 
     - Apple: Metal's default working set, 2/3 of the memory up to 36 GB and 3/4 above. Recent systems allow
-      more on small machines (19 069 MB was reported on 24 GB), so this is the low side.
-    - AMD: 49/100. Linux lets the GPU map half of what memory the firmware leaves (62.82 of a nominal 128 GiB
-      in the documentation of amd-ttm); a larger share must be set by hand.
+      more on small machines (19 069 MB was reported on 24 GB), so this is a low estimate.
+    - AMD: 49/100. Linux lets the GPU map half of the memory that the firmware leaves (62.82 of a nominal 128 GiB
+      in amd-ttm's documentation); a larger share must be set by hand.
 
-    Other cards take after the readings in the table: the same vendor, with inline ECC on alike, of the
-    same generation and market (else of the generation, else of the vendor). Where one has the same
-    marketed size, the smallest of these readings. Else the smallest reading per marketed byte times the
-    marketed size, rounded down to a MiB:
+    For other cards, readings of cards in the table with the same vendor and ECC setting decide: those of the same
+    generation and market, else of the generation, else of the vendor. If any of them has the same marketed size, the
+    smallest such reading. Else the smallest reading per marketed byte, times the marketed size, rounded down to a MiB:
 
     - GeForce RTX 30: 24 564 MiB of 24 GB (RTX 3090 Ti) is the least, so 8 GB give 8 188 MiB
     - GeForce RTX 50: 8 151 MiB of 8 GB (RTX 5060), so 24 GB give 24 453 MiB
     - RTX A: 16 376 MiB of 16 GB (RTX A4000), so 20 GB give 20 470 MiB
     - Blackwell, data centre: 275 040 MiB of 288 GB (B300), so 192 GB give 183 360 MiB
     - RX 7000: 16 368 MiB of 16 GB (RX 7800 XT); Radeon PRO, with ECC: 46 064 MiB of 48 GB (W7900)
-    - Instinct before the MI200, as AMD's least: 16 304 MiB of 16 GB (RX 9070 XT)
-    - Intel Arc of the A series: 15 473 MiB of 16 GB (A770); of the B series: 11 605 MiB of 12 GB (B580)
+    - Instinct before the MI200, from AMD's smallest: 16 304 MiB of 16 GB (RX 9070 XT)
+    - Intel Arc A series: 15 473 MiB of 16 GB (A770); B series: 11 605 MiB of 12 GB (B580)
     - Gaudi: 94.62 GiB of 96 GB (Gaudi 2); Ascend 910B: 29.50 GiB of 32 GB; TPU: 30.75 GiB of 32 GB (v4)
     """
     marketed = _marketed(gpu)
@@ -100,14 +99,14 @@ def total_by_rule(gpu: GPU) -> int:
         if same_size:
             return min(same_size)
         if siblings:
-            # The least share, compared in parts of 2**40 so that no byte count passes through a float.
+            # Shares are compared in parts of 2**40 so that no byte count passes through a float.
             least = min(siblings, key=lambda other: (other.driver_total << 40) // _marketed(other))
             return marketed * least.driver_total // _marketed(least) // MIB * MIB
     raise LookupError(f"no reading to derive {gpu.name} from")
 
 
 def _marketed(gpu: GPU) -> int:
-    """Bytes of one device, had the box told binary sizes. Every marketed size in the table is a whole GB."""
+    """Marketed bytes of one device, counting a GB as a GiB. Every marketed size in the table is an integer."""
     return int(gpu.memory_gb) * 1024 * MIB // gpu.devices
 
 
@@ -126,7 +125,7 @@ def _sibling_pools(gpu: GPU) -> Iterator[list[GPU]]:
         and not other.unified
         and (other.vendor, other.ecc) == (gpu.vendor, gpu.ecc)
     ]
-    # "Blackwell Ultra" and "Blackwell", "CDNA3 gfx942" and "CDNA3 gfx940" are one generation.
+    # "Blackwell Ultra" and "Blackwell" are one generation, as are "CDNA3 gfx942" and "CDNA3 gfx940".
     generation = [other for other in vendor if _generation(other) == _generation(gpu)]
     yield [other for other in generation if _board_kind(other) == _board_kind(gpu)]
     yield generation
@@ -138,14 +137,14 @@ def _generation(gpu: GPU) -> str:
 
 
 def _board_kind(gpu: GPU) -> str:
-    # A laptop chip reserves what the desktop card of its generation does (8 151 MiB for both RTX 5060).
+    # A laptop chip reserves as much as the desktop card of its generation (8 151 MiB for both RTX 5060).
     return "consumer" if gpu.market == "laptop" else gpu.market
 
 
-# A name is read as a set of words, its numbers apart from its letters ("rtx3090" as "RTX 3090"), and a size.
+# A name is parsed into a set of words, with numbers split from letters ("rtx3090" as "RTX 3090"), and a size.
 _Words = frozenset[str]
 
-# Whose card a name speaks of. These words tell no two cards of one vendor apart, so they are not compared.
+# Words that give away the vendor. They do not distinguish cards of one vendor, so they are not compared.
 _BRANDS = {
     **dict.fromkeys(("nvidia", "geforce", "tesla", "quadro", "rtx", "gtx"), "NVIDIA"),
     **dict.fromkeys(("amd", "radeon", "rx", "instinct"), "AMD"),
@@ -154,14 +153,14 @@ _BRANDS = {
     **dict.fromkeys(("google", "tpu"), "Google"),
     "apple": "Apple",
 }
-# Other words that tell no two cards apart.
+# Other words that do not distinguish cards.
 _NOISE = {"r", "tm", "graphics", "gpu", "gpus", "accelerator", "data", "center", "centre"} | {
     *("generation", "edition", "blackwell", "workstation", "active", "oam")
 }
-# Words that tell cards apart, but that people leave out: "h100" for "h100-sxm".
-_LEFT_OUT = frozenset({"sxm", "pcie", "nvl", "server", "maxq"})
+# Words that distinguish cards but that people omit: "h100" for "h100-sxm".
+_OPTIONAL_WORDS = frozenset({"sxm", "pcie", "nvl", "server", "maxq"})
 
-# Names that an alias decides although cards of other names are called so, too.
+# Aliases that people also use for other cards.
 _ALSO_MEANT = {
     "rtx-6000": ("rtx-6000-ada", "rtx-pro-6000"),
     "rtx6000": ("rtx-6000-ada", "rtx-pro-6000"),
@@ -170,10 +169,10 @@ _ALSO_MEANT = {
     "ascend-910b": ("ascend-910b2", "ascend-910b4"),
 }
 
-# How nvidia-smi names a board by its memory alone: of the 80 GB cards, only the SXM5 one has HBM3.
+# nvidia-smi names this board only by its memory; the SXM5 card is the only 80 GB one with HBM3.
 _BY_MEMORY = (r"h100[ -]80gb[ -]hbm3", "h100 sxm 80gb")
 
-# Strings, because compiling them takes longer than the rest of this file's import, and `re` remembers them.
+# Kept as strings: compiling them takes longer than the rest of this file's import, and `re` caches them.
 _REMARK = r"\([^)]*\)|\d+[- ]cores?\b"
 _SIZE = r"(?<![a-z\d])(\d{1,4})[ -]?g(?:i?b)?(?![a-z\d])"
 _PART = r"[a-z]+|\d+"
@@ -182,23 +181,23 @@ _PART = r"[a-z]+|\d+"
 class _Name(NamedTuple):
     words: _Words
     size: int | None
-    """GB, where the name states it."""
+    """GB, if the name has it."""
     vendors: frozenset[str]
-    """Whose card it is, where the name says so."""
+    """Vendors that the name mentions."""
 
 
 class _Index(NamedTuple):
     owners: dict[tuple[_Words, int | None], GPU]
-    """By a name with its size: the card whose id or alias that is."""
+    """The card with that id or alias, by the words and size of the name."""
     loose: dict[_Words, list[GPU]]
-    """By a name without its size, and without the words people leave out: every card it fits."""
+    """All matching cards, by the words of a name without its size, and also without optional words."""
     squeezed: dict[str, GPU]
-    """By letters and digits alone, for what is typed without any space: "teslat4"."""
+    """The card by letters and digits only, for names typed without spaces: "teslat4"."""
 
 
 @cache
 def _by_name() -> dict[str, GPU]:
-    """Ids and aliases as they stand in the table."""
+    """Every card by id and alias."""
     return {name: gpu for gpu in all_gpus() for name in (gpu.name, *gpu.aliases)}
 
 
@@ -206,31 +205,31 @@ def _by_name() -> dict[str, GPU]:
 def _index(cards: tuple[GPU, ...]) -> _Index:
     index = _Index({}, {}, {})
     for gpu in cards:
-        own = (gpu.name, *gpu.aliases)
-        for name in own:
-            read = _read(name)
-            index.owners.setdefault((read.words, read.size), gpu)
-        for name in (*own, *gpu.title.split("/")):
+        names = (gpu.name, *gpu.aliases)
+        for name in names:
+            parsed = _parse(name)
+            index.owners.setdefault((parsed.words, parsed.size), gpu)
+        for name in (*names, *gpu.title.split("/")):
             index.squeezed.setdefault(_squeeze(name), gpu)
-            words = _read(name).words
-            for key in (words, words - _LEFT_OUT):
-                called_so = index.loose.setdefault(key, [])
-                if gpu not in called_so:
-                    called_so.append(gpu)
+            words = _parse(name).words
+            for key in (words, words - _OPTIONAL_WORDS):
+                candidates = index.loose.setdefault(key, [])
+                if gpu not in candidates:
+                    candidates.append(gpu)
     return index
 
 
-def _read(text: str) -> _Name:
+def _parse(text: str) -> _Name:
     plain = re.sub(_REMARK, " ", text.lower())
     plain = plain.replace("max-q", "maxq").replace("mobile", "laptop")
     plain = re.sub(*_BY_MEMORY, plain)
     sizes: list[str] = re.findall(_SIZE, plain)
-    # SXM2 to SXM5 follow from the card, as does the kind of memory.
+    # The SXM generation and the kind of memory follow from the card.
     plain = re.sub(r"(?<=\bsxm)\d|\bhbm\w*", " ", re.sub(_SIZE, " ", plain))
     parts: list[str] = re.findall(_PART, plain)
     words = {part for part in parts if part not in _BRANDS and part not in _NOISE}
     if "titan" in words and "rtx" in parts:
-        words.add("rtx")  # the one card whose brand is its name
+        words.add("rtx")  # for the Titan RTX, "RTX" is the name
     vendors = frozenset(_BRANDS[part] for part in parts if part in _BRANDS)
     return _Name(frozenset(words), int(sizes[-1]) if sizes else None, vendors)
 
@@ -240,28 +239,28 @@ def _squeeze(text: str) -> str:
 
 
 def _matches(text: str, cards: tuple[GPU, ...]) -> Iterator[GPU]:
-    """Every one of the cards that `text` fits, the one it means first."""
+    """Yield the cards that match `text`, the most likely first."""
     index = _index(cards)
-    words, size, vendors = _read(text)
+    words, size, vendors = _parse(text)
     if not words:
         return
-    found = list(_sized(index.loose.get(words, ()), size))
-    if not found and size is None:
+    matches = list(_sized(index.loose.get(words, ()), size))
+    if not matches and size is None:
         # "a100 80": a bare number may be the size.
         for number in sorted(word for word in words if word.isdigit() and len(word) <= 4):
-            found = list(_sized(index.loose.get(words - {number}, ()), int(number)))
-            if found:
+            matches = list(_sized(index.loose.get(words - {number}, ()), int(number)))
+            if matches:
                 words, size = words - {number}, int(number)
                 break
-    owner = index.owners.get((words, size)) or (None if found else index.squeezed.get(_squeeze(text)))
-    ranked = [owner, *(gpu for gpu in found if gpu.name != owner.name)] if owner else found
+    owner = index.owners.get((words, size)) or (None if matches else index.squeezed.get(_squeeze(text)))
+    ranked = [owner, *(gpu for gpu in matches if gpu.name != owner.name)] if owner else matches
     for gpu in ranked:
         if not vendors or gpu.vendor in vendors:
             yield gpu
 
 
 def _sized(cards: Iterable[GPU], size: int | None) -> Iterator[GPU]:
-    """The cards of that size; without a size all of them, each in every size it is sold with."""
+    """Yield the cards of a memory size; without a size, all of them in every size they are sold with."""
     for gpu in cards:
         if size is None:
             yield gpu
@@ -271,7 +270,7 @@ def _sized(cards: Iterable[GPU], size: int | None) -> Iterator[GPU]:
 
 
 def _with_memory(gpu: GPU, memory_gb: float) -> GPU:
-    """The chip with another of the sizes it is sold with, under a name of its own."""
+    """Return the chip with another memory size that it is sold with, under a name with that size."""
     if memory_gb == gpu.memory_gb:
         return gpu
     size = f"{memory_gb:g}"
@@ -280,7 +279,7 @@ def _with_memory(gpu: GPU, memory_gb: float) -> GPU:
 
 
 def _nearest(text: str) -> list[str]:
-    """The ids most like `text`, best first."""
+    """The ids most similar to `text`, best first."""
     import difflib
 
     known = {_squeeze(name): gpu.name for name, gpu in _by_name().items()}

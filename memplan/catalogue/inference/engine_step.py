@@ -1,16 +1,23 @@
-"""What a serving engine's step has in memory, kernel by kernel: no gradient is asked, so that little stays.
+"""Memory of a serving engine's step, kernel by kernel. No gradients are computed, so little stays alive.
 
 An engine packs the tokens of all requests into one row of `s`, and computes logits for the last token of each of `n`
-requests. Kernels are fused: norms add the residual as they go, rotary positions are written in place, gates and ups are
-one product. `Instant` is a moment at which memory is about to fall, with all that is alive then beside the weights.
+requests. Kernels are fused: norms add the residual, rotary embeddings are applied in place, and gate and up are one
+product. An `Instant` is a point just before memory is freed, with everything alive then except the weights.
 
-Letters of their own: `n` requests, `room` tokens of cached prompts whose latents are expanded, `qh` and `kh` the rank's
-query and key/value heads, `fp`, `mp` and `vp` its part of an FFN, of an expert and of the vocabulary, `all` tokens that
-meet at the experts and `se` their rows, `wide` and `narrow` the wider of an expert's gate and up and of its activations
-on one side, and of its outputs on the other, `ip`, `cp` and `pp` the rank's part of a mixer's channels, of what is
-convolved and of what is projected, `most` the tokens of the longest step.
+Axes of this module:
 
-Source: vllm 0.33.0 model_executor/models/llama.py and the layers that it names; sglang 0.5.23 has the same kernels."""
+    n             requests
+    room          tokens of cached prompts whose latents are expanded
+    qh, kh        the rank's query and key/value heads
+    fp, mp, vp    the rank's part of an FFN, of an expert and of the vocabulary
+    all, se       tokens that meet at the experts, and their rows
+    wide          the wider of an expert's gate and up together, and of its output
+    narrow        the wider of an expert's activations, and of its output
+    ip, cp, pp    the rank's part of a mixer's channels, of the convolved and of the projected ones
+    most          tokens of the longest step
+
+Source: vllm 0.33.0 model_executor/models/llama.py and the layers that it names; sglang 0.5.23 has the same kernels.
+"""
 
 from __future__ import annotations
 
@@ -27,24 +34,24 @@ _VLLM = "vllm 0.33.0 model_executor"
 
 
 def parts_of_rank(model: ModelSpec, tp: int, dense: int = 0, experts: int = 0) -> Mapping[str, int]:
-    """The axes of one of `tp` ranks. Key/value heads that are fewer than ranks are there several times.
+    """Return the axes of one of `tp` ranks. If key/value heads are fewer than ranks, ranks share copies of them.
 
-    `dense` ranks divide MLPs and the head, and `experts` the width of an expert, where those are not `tp` too.
+    `dense` ranks divide MLPs and the head, and `experts` ranks an expert's width, if they differ from `tp`.
     """
     axes, a = model.axes(), model.num_attention_heads
     vocabulary = -(-axes["v"] // 64) * 64
-    wide = {
+    parts = {
         "qh": -(-a // tp),
         "kh": -(-model.num_key_value_heads // tp),
         "fp": -(-max(layer.f for layer in model.layers) // (dense or tp)),
         "vp": -(-vocabulary // (dense or tp)),
     }
-    for own, of in (("mp", "m"), ("ip", "inner"), ("cp", "convolved"), ("pp", "projected")):
-        if of in axes:
-            wide[own] = -(-axes[of] // (experts or tp if own == "mp" else tp))
-    if "mp" in wide:
-        wide["wide"], wide["narrow"] = max(2 * wide["mp"], axes["h"]), max(wide["mp"], axes["h"])
-    return {**axes, "dv": axes.get("dv", axes["d"]), **wide}
+    for letter, axis in (("mp", "m"), ("ip", "inner"), ("cp", "convolved"), ("pp", "projected")):
+        if axis in axes:
+            parts[letter] = -(-axes[axis] // (experts or tp if letter == "mp" else tp))
+    if "mp" in parts:
+        parts["wide"], parts["narrow"] = max(2 * parts["mp"], axes["h"]), max(parts["mp"], axes["h"])
+    return {**axes, "dv": axes.get("dv", axes["d"]), **parts}
 
 
 def instants(
@@ -58,41 +65,43 @@ def instants(
     gathered: bool = False,
     room: str = "shared",
 ) -> tuple[Instant, ...]:
-    """The moments of a step that may have the most, of every kind of layer once, and of drawing the next tokens.
+    """Return the candidate peaks of a step: one of each kind of layer, and of sampling the next tokens.
 
-    `layers` are those of a pipeline's stage, of which the last `draws`, and all but the first are `fed`: what came from
-    the stage before has a place of its own. `gathered`: the tokens of other groups of ranks meet at the experts.
-    `room`: how buffers of experts are shared (`memplan.catalogue.profiles.engines.WORDS`, experts_room).
-
-    `eager`: the layers are run by Python as they are written, whose frames have names for a layer's input and for what
-    its norm made of that until the layer is over; compiled, what is read no more is gone.
+    layers    the layers of a pipeline stage
+    draws     this stage samples, as the last one does
+    fed       buffers hold the previous stage's outputs, in all stages but the first
+    gathered  tokens of other data-parallel groups meet at the experts
+    room      how experts share buffers (`memplan.catalogue.profiles.engines.WORDS`, experts_room)
+    eager     layers run in Python, whose frames hold a layer's input and its norm's output until the layer returns;
+              compiled code frees tensors after their last use
     """
     axes = model.axes()
     gated = model.model_type not in _UNGATED
-    found: dict[Instant, None] = {}
+    points: dict[Instant, None] = {}
     if "rc" in axes:
         from memplan.catalogue.inference.engine_step_deepseek_v4 import compressed_instants
 
-        found |= dict.fromkeys(compressed_instants(layers or model.layers))
-        every = (*found, *(_drawing(tp, sampler) if draws else ()))
+        points |= dict.fromkeys(compressed_instants(layers or model.layers))
+        complete = (*points, *(_sampling(tp, sampler) if draws else ()))
         return (
-            tuple(i._replace(alive=(*i.alive, Tensor("streams from before", "most nh"))) for i in every if fed) or every
+            tuple(i._replace(alive=(*i.alive, Tensor("streams from before", "most nh"))) for i in complete if fed)
+            or complete
         )
     for layer in dict.fromkeys(layers or model.layers):
-        found |= dict.fromkeys(_mixing(model, axes, layer))
-        found |= dict.fromkeys(_feeding(axes, layer, gated, gathered, room))
-    named = _NAMED if eager else ()
-    drawing = _drawing(tp, sampler) if draws else ()
-    every = (*(i._replace(alive=(*i.alive, *named)) for i in found), *drawing)
-    return tuple(i._replace(alive=(*i.alive, *_FED)) for i in every) if fed else every
+        points |= dict.fromkeys(_mixer(model, axes, layer))
+        points |= dict.fromkeys(_feed_forward(axes, layer, gated, gathered, room))
+    frame_locals = _FRAME_LOCALS if eager else ()
+    sampling = _sampling(tp, sampler) if draws else ()
+    complete = (*(i._replace(alive=(*i.alive, *frame_locals)) for i in points), *sampling)
+    return tuple(i._replace(alive=(*i.alive, *_FED)) for i in complete) if fed else complete
 
 
-# Of as many tokens as a step. Source: vllm 0.33.0 models/utils.py make_empty_intermediate_tensors_factory.
+# Sized for the longest step. Source: vllm 0.33.0 models/utils.py make_empty_intermediate_tensors_factory.
 _FED = (Tensor("hidden from the stage before", "most h"), Tensor("residual from the stage before", "most h"))
-_NAMED = (Tensor("the layer's input", "s h"), Tensor("the same after its norm", "s h"))
+_FRAME_LOCALS = (Tensor("the layer's input", "s h"), Tensor("the layer's input after its norm", "s h"))
 
 
-# FFNs of two matrices, with an activation between.
+# Families whose FFNs have two matrices with an activation between them.
 _UNGATED = frozenset(
     (
         *("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "mpt", "falcon", "phi", "starcoder2"),
@@ -101,13 +110,13 @@ _UNGATED = frozenset(
 )
 
 
-def _mixing(model: ModelSpec, axes: Mapping[str, int], layer: Layer) -> Iterator[Instant]:
-    """What mixes tokens."""
+def _mixer(model: ModelSpec, axes: Mapping[str, int], layer: Layer) -> Iterator[Instant]:
+    """Yield the instants of the layer's token mixer."""
     if layer.mixer == "linear_attention":
-        made = (Tensor("q, k, v and gates", "s pp" if "projected" in axes else "s cp"), Tensor("convolved", "s cp"))
+        inputs = (Tensor("q, k, v and gates", "s pp" if "projected" in axes else "s cp"), Tensor("convolved", "s cp"))
         yield Instant(
             "linear_attention.scan",
-            (_RESIDUAL, *made, Tensor("output", "s cp"), Tensor("chunks' states", "s cp", "fp32")),
+            (_RESIDUAL, *inputs, Tensor("output", "s cp"), Tensor("chunks' states", "s cp", "fp32")),
             f"{_VLLM}/layers/mamba/gdn: the kernel's scratch is assumed to be as wide in fp32",
             "assumed",
         )
@@ -141,10 +150,10 @@ def _mixing(model: ModelSpec, axes: Mapping[str, int], layer: Layer) -> Iterator
         )
         return
     heads = "s qh d"
-    own = () if keeps_nothing(layer) else (Tensor("k and v", "s kh 2 d"),)
+    keys_values = () if keeps_nothing(layer) else (Tensor("k and v", "s kh 2 d"),)
     yield Instant(
         "attention",
-        (_RESIDUAL, Tensor("q", heads), *own, Tensor("output", heads)),
+        (_RESIDUAL, Tensor("q", heads), *keys_values, Tensor("output", heads)),
         f"{_VLLM}/models/llama.py LlamaAttention.forward: q, k and v are one product, rotated in place",
     )
     yield Instant(
@@ -154,22 +163,24 @@ def _mixing(model: ModelSpec, axes: Mapping[str, int], layer: Layer) -> Iterator
     )
 
 
-def _feeding(axes: Mapping[str, int], layer: Layer, gated: bool, gathered: bool, room: str) -> Iterator[Instant]:
-    """The FFN, or the experts."""
+def _feed_forward(axes: Mapping[str, int], layer: Layer, gated: bool, gathered: bool, room: str) -> Iterator[Instant]:
+    """Yield the instants of the FFN, or of the experts."""
     if layer.ffn in ("none", ""):
         return
     if layer.ffn in ("experts", "hashed") and "m" in axes:
-        own = (Tensor("the rank's hidden", "s h"), Tensor("the rank's router's logits", "s E")) if gathered else ()
-        there = (_RESIDUAL, *own, Tensor("hidden", "all h"), Tensor("router's logits", "all E"))
+        rank_inputs = (
+            (Tensor("the rank's hidden", "s h"), Tensor("the rank's router's logits", "s E")) if gathered else ()
+        )
+        inputs = (_RESIDUAL, *rank_inputs, Tensor("hidden", "all h"), Tensor("router's logits", "all E"))
         if room == "two":
             rows = (Tensor("activated, then outputs", "se narrow"), Tensor("gates and ups, permuted", "se wide"))
             source = f"{_VLLM}/layers/fused_moe/experts/triton_moe.py workspace_shapes, which other kernels have too"
-            yield Instant("experts", (*there, *rows), source)
+            yield Instant("experts", (*inputs, *rows), source)
             return
         yield Instant(
             "experts",
             (
-                *there,
+                *inputs,
                 Tensor("gates and ups, then outputs", "se wide"),
                 Tensor("activated", "se mp"),
                 Tensor("sum", "all h"),
@@ -185,8 +196,11 @@ def _feeding(axes: Mapping[str, int], layer: Layer, gated: bool, gathered: bool,
     )
 
 
-def _drawing(tp: int, sampler: str) -> Iterator[Instant]:
-    """The head and the sampler: logits of the last token of every request; what the model returned is still there."""
+def _sampling(tp: int, sampler: str) -> Iterator[Instant]:
+    """Yield the instants of the head and the sampler.
+
+    Logits are for the last token of every request; the model's output is still alive.
+    """
     hidden = (Tensor("hidden", "s h"), Tensor("hidden of last tokens", "n h"))
     logits = (*hidden, Tensor("logits", "n v"))
     if tp > 1:
@@ -195,23 +209,23 @@ def _drawing(tp: int, sampler: str) -> Iterator[Instant]:
             (*logits, Tensor("the rank's logits", "n vp")),
             f"{_VLLM}/layers/logits_processor.py _gather_logits",
         )
-    wide = Tensor("logits in fp32", "n v", "fp32")
+    logits32 = Tensor("logits in fp32", "n v", "fp32")
     if sampler == "filtered":
         yield Instant(
             "sampler",
-            (*logits, wide, Tensor("the likeliest alone", "n v", "fp32"), Tensor("probabilities", "n v", "fp32")),
+            (*logits, logits32, Tensor("top-k logits", "n v", "fp32"), Tensor("probabilities", "n v", "fp32")),
             "vllm 0.33.0 v1/worker/gpu/sample/sampler.py Sampler.sample; v1/sample/ops/topk_topp_sampler.py "
             "flashinfer_sample, with top-k before top-p",
         )
         return
     scratch = (
         Tensor("sort's pairs of index and row", "n v", "int64"),
-        Tensor("the same, sorted", "n v", "int64"),
+        Tensor("sorted pairs of index and row", "n v", "int64"),
         Tensor("sort's keys", "n v", "fp32"),
     )
     yield Instant(
         "sampler.sort",
-        (*logits, wide, Tensor("sorted", "n v", "fp32"), Tensor("order", "n v", "int64"), *scratch),
+        (*logits, logits32, Tensor("sorted", "n v", "fp32"), Tensor("order", "n v", "int64"), *scratch),
         "vllm 0.11.0 v1/sample/ops/topk_topp_sampler.py apply_top_k_top_p; torch's sort's own scratch is assumed",
         "assumed",
     )

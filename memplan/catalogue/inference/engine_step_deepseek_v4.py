@@ -1,8 +1,12 @@
-"""Moments of a step of DeepSeek V4 in vLLM: streams side by side in place of one residual, heads padded to what the
-kernel has, and room for the keys that are gathered.
+"""Candidate peaks of a DeepSeek V4 step in vLLM.
 
-Letters of their own: `qp` the padded heads, `tk` entries that a token chooses, `reserved` bytes that attention has
-reserved for good, `logits` those that an indexer's logits may take.
+Several residual streams replace the single residual, heads are padded to the kernel's width, and there is room for
+gathered keys. Axes of this module:
+
+    qp        the padded heads
+    tk        entries that a token selects
+    reserved  bytes that attention reserves permanently
+    logits    bytes that an indexer's logits may take
 
 Source: vllm 0.33.0 models/deepseek_v4/attention.py, nvidia/model.py.
 """
@@ -19,30 +23,35 @@ LOGITS = 512 * 2**20  # VLLM_SPARSE_INDEXER_MAX_LOGITS_MB
 _ATTENTION = "vllm 0.33.0 models/deepseek_v4/attention.py"
 _STREAMS = Tensor("streams", "s nh")
 _ALWAYS = (_STREAMS, Tensor("room for gathered keys", "reserved", "int8"), Tensor("chosen entries", "most tk", "int32"))
-_MADE = (
+_ACTIVATIONS = (
     Tensor("hidden", "s h"),
     Tensor("q's latent and keys", "s ql"),
     Tensor("keys", "s d"),
     Tensor("output of padded heads", "s qp d"),
 )
 _SCORES = {
-    "sparse": (Tensor("keys and gates to compress", "s 4 d", "fp32"), Tensor("the indexer's", "s 4 id", "fp32")),
+    "sparse": (
+        Tensor("keys and gates to compress", "s 4 d", "fp32"),
+        Tensor("the indexer's keys and gates", "s 4 id", "fp32"),
+    ),
     "heavy": (Tensor("keys and gates to compress", "s 2 d", "fp32"),),
 }
 
 
 def compressed_instants(layers: tuple[Layer, ...]) -> Iterator[Instant]:
-    """Of every kind of attention that the layers have, and of their experts."""
+    """Yield the instants of each kind of attention in the layers, of the residual streams and of the experts."""
     for kind in dict.fromkeys(layer.mixer for layer in layers):
-        made = (*_ALWAYS, *_MADE, *_SCORES.get(kind, ()))
-        chosen = (Tensor("the indexer's q", "s ih id", "int8"),) if kind == "sparse" else ()
+        alive = (*_ALWAYS, *_ACTIVATIONS, *_SCORES.get(kind, ()))
+        index_q = (Tensor("the indexer's q", "s ih id", "int8"),) if kind == "sparse" else ()
         padded = Tensor("padded q", "s qp d")
         yield Instant(
-            f"{kind}.attention", (*made, Tensor("q", "s qh d"), padded), f"{_ATTENTION} _fused_qnorm_rope_kv_insert"
+            f"{kind}.attention", (*alive, Tensor("q", "s qh d"), padded), f"{_ATTENTION} _fused_qnorm_rope_kv_insert"
         )
-        if chosen:
+        if index_q:
             logits = Tensor("the indexer's logits", "logits", "int8")
-            yield Instant(f"{kind}.indexer", (*made, *chosen, padded, logits), f"{_ATTENTION} _sparse_indexer_and_attn")
+            yield Instant(
+                f"{kind}.indexer", (*alive, *index_q, padded, logits), f"{_ATTENTION} _sparse_indexer_and_attn"
+            )
     yield Instant(
         "streams",
         (*_ALWAYS, Tensor("streams, mixed", "s nh"), Tensor("hidden", "s h"), Tensor("hidden, mixed", "s h")),
@@ -52,8 +61,8 @@ def compressed_instants(layers: tuple[Layer, ...]) -> Iterator[Instant]:
     yield Instant(
         "experts",
         (_STREAMS, Tensor("chosen entries", "most tk", "int32"), Tensor("hidden", "all h"), *rows, _LOGITS),
-        "vllm 0.33.0 model_executor/layers/fused_moe/experts/triton_moe.py workspace_shapes; those of its kernels of "
-        "mxfp4 are assumed to be alike",
+        "vllm 0.33.0 model_executor/layers/fused_moe/experts/triton_moe.py workspace_shapes; assumed to hold for its "
+        "mxfp4 kernels too",
         "assumed",
     )
 

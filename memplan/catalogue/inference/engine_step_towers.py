@@ -1,8 +1,14 @@
-"""What the tower of a vision-language model has in memory in a serving engine, that runs it before its pool is made.
+"""Memory of a vision tower in a serving engine, which runs it before allocating the KV cache pool.
 
-Letters of their own: `vn` patches of all images of the batch, `vhp` and `vfp` the rank's part of the tower's width and
-of its FFN's, `vt` rows of what it makes. No gradient is asked; Python's frames hold a block's input, and arguments
-until the module that they were given to is done.
+Axes of this module:
+
+    vn   patches of all images in the batch
+    vhp  the rank's part of the tower's width
+    vfp  the rank's part of the tower's FFN width
+    vt   rows of its output
+
+No gradients are computed. Python frames hold a block's input, and arguments until the module that received them
+returns.
 
 Source: vllm 0.33.0 model_executor/models/qwen2_5_vl.py Qwen2_5_VisionBlock, Qwen2_5_VisionAttention; qwen3_vl.py,
 qwen2_vl.py, siglip.py, pixtral.py and mllama4.py are alike.
@@ -18,7 +24,7 @@ _AFTER, _OUTPUT = Tensor("after attention", "vn vh"), Tensor("the FFN's output",
 _TURNED = (Tensor("q and k, side by side", "vn 2 vhp"), Tensor("q and k, rotated", "vn 2 vhp"))
 _GATED = (Tensor("gate and up", "vn 2 vfp"), Tensor("activated", "vn vfp"), _OUTPUT)
 _PLAIN = (Tensor("up", "vn vfp"), Tensor("activated", "vn vfp"))
-# By family: the FFN's rows, and what else is there. Qwen2.5's norm adds the residual into a tensor of its own.
+# FFN tensors by family, and what else is alive. Qwen2.5's norm adds the residual into a new tensor.
 _ROWS = {
     "qwen2_5_vl": (*_GATED, Tensor("attention's output", "vn vh"), Tensor("the residual with it", "vn vh")),
     "mistral3": (*_GATED, _AFTER),
@@ -27,14 +33,14 @@ _NOT_ROTATED = frozenset(("gemma3",))
 
 
 def tower_instants(model_type: str) -> tuple[Instant, ...]:
-    """The moments of the tower that may have the most."""
+    """Return the tower's candidate peaks."""
     source = "vllm 0.33.0 model_executor/models/qwen2_5_vl.py Qwen2_5_VisionBlock.forward, and alike"
     held = (_PIXELS, _INPUT, _NORMED)
-    turned = () if model_type in _NOT_ROTATED else _TURNED
-    attention = (*held, Tensor("q, k and v", "vn 3 vhp"), *turned, Tensor("output", "vn vhp"))
+    rotated = () if model_type in _NOT_ROTATED else _TURNED
+    attention = (*held, Tensor("q, k and v", "vn 3 vhp"), *rotated, Tensor("output", "vn vhp"))
     rows = _ROWS.get(model_type, (*_PLAIN, _AFTER))
     return Instant("encoder.attention", attention, source), Instant("encoder.mlp", (*held, *rows), source)
 
 
-# What the tower has made, while the language model's own step runs.
-MADE = Tensor("what the encoder made", "vt h")
+# The tower's output, alive during the language model's step.
+MADE = Tensor("the encoder's output", "vt h")

@@ -1,4 +1,4 @@
-"""One moment of a serving engine's step, with the tensors alive at it."""
+"""A point in a serving engine's step, with the tensors alive at it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from memplan.core.ir import Tensor
 
 
 class Instant(NamedTuple):
-    """A moment of a step: where it is, what is alive, and where that was read."""
+    """A point in a step: where it is, which tensors are alive, and where that was read."""
 
     where: str
     alive: tuple[Tensor, ...]

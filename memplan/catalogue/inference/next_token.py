@@ -1,5 +1,6 @@
-"""How the next token comes of a pass's logits: chosen, drawn, ranked among beams, proposed by an assistant or looked
-up, and verified; and what the loop's names keep of the token or round before until they have another.
+"""How the next token is computed from a pass's logits: greedy choice, sampling, beam search, assisted generation.
+
+Also what the loop's names keep of the previous token or round until they are reassigned.
 
 Source: transformers 5.24 generation/utils.py and logits_process.py, candidate_generator.py.
 """
@@ -19,7 +20,7 @@ OF_PART = "logits of the part before"
 _BEFORE_ROUND = " of the round before"
 _FLOATS = ("logits in fp32", "copy of the logits")
 _WARPERS = "transformers 5.24 generation/logits_process.py"
-_TOP_P = (  # what TopPLogitsWarper has names for
+_TOP_P = (  # names in TopPLogitsWarper
     Tensor("sorted", "b v", "fp32"),
     Tensor("order", "b v", "int64"),
     Tensor("sums of their probabilities", "b v", "fp32"),
@@ -31,8 +32,10 @@ _CANDIDATES = "transformers 5.24 generation/candidate_generator.py AssistedCandi
 
 
 def named_before(now: Pass) -> Iterator[Tensor]:
-    """What the loop's names keep of the token before until they have another: its logits, and what was made of them; of
-    the part of a prompt before, what the model made of its last token."""
+    """Yield the tensors that the loop's names keep of the previous token until they are reassigned.
+
+    After a part of a prompt these are the logits of the part's last token.
+    """
     if now.part:
         yield Tensor(OF_PART, "b v", "=embeds")
         return
@@ -41,21 +44,23 @@ def named_before(now: Pass) -> Iterator[Tensor]:
         if now.follows:
             yield Tensor(f"logits{_BEFORE_ROUND}", f"b {outputs} v", now.verifies)
             names = _FLOATS if now.verifies != "fp32" else _FLOATS[1:]
-            names += ("probabilities",) if now.samples and now.looks else ()
+            names += ("probabilities",) if now.samples and now.uses_lookup else ()
             yield from (Tensor(f"{what}{_BEFORE_ROUND}", "b verified_before v", "fp32") for what in names)
         return
-    if now.proposes and not (now.samples and now.goes_on):  # a list has the logits, where they are not drawn from
+    if now.proposes and not (
+        now.samples and now.follows_passes
+    ):  # a list holds the logits, unless they are sampled from
         return
-    more = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
-    more = more or (("scores",) if now.suppresses else ())
-    for what in ("logits", *more):
+    names = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
+    names = names or (("scores",) if now.suppresses else ())
+    for what in ("logits", *names):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
     if now.beams:
         yield Tensor(f"order{_BEFORE}", "b", "int64")
 
 
 def next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> Iterator[Op]:
-    """The last token's logits, copied in fp32, and the token they say, are drawn for, or the sequences they rank."""
+    """Yield the choice of the next token from the last token's fp32 logits: argmax, sampling or beam ranking."""
     if not now.chooses:
         return
     logits = next(op for op in reversed(after) if op.writes).writes[0].name
@@ -66,57 +71,57 @@ def next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> It
         yield from _proposed(logits, now)
         return
 
-    def made(name: str, *reads: str, y: str, scratch: tuple[Tensor, ...] = (), shape: str = "b v") -> Op:
+    def logits_op(name: str, *reads: str, y: str, scratch: tuple[Tensor, ...] = (), shape: str = "b v") -> Op:
         return Op(f"generate.{name}", reads, (Tensor(y, shape, "fp32"),), scratch=scratch, source=GENERATE)
 
-    def forgotten(what: str) -> tuple[Op, ...]:
-        return (ops.leave(f"{what}{_BEFORE}"),) if now.decodes else ()
+    def release(what: str) -> tuple[Op, ...]:
+        return (ops.release_names(f"{what}{_BEFORE}"),) if now.decodes else ()
 
-    def chosen_of(scores: str, y: str) -> Op:
-        """Scores without those of tokens that are suppressed."""
-        tokens, which = Tensor("all tokens", "v", "int64"), Tensor("suppressed tokens", "v", "bool")
-        among = (tokens, which, Tensor("minus infinity", "", "fp32"))
-        return made("suppress", scores, y=y, scratch=among)
+    def suppressed(scores: str, y: str) -> Op:
+        """Set the scores of suppressed tokens to minus infinity."""
+        tokens, is_suppressed = Tensor("all tokens", "v", "int64"), Tensor("suppressed tokens", "v", "bool")
+        temporaries = (tokens, is_suppressed, Tensor("minus infinity", "", "fp32"))
+        return logits_op("suppress", scores, y=y, scratch=temporaries)
 
     exponentials = Tensor("exponentials", "b v", "fp32")
-    yield made("scores", logits, y="next token logits")
-    yield from forgotten("logits")
+    yield logits_op("scores", logits, y="next token logits")
+    yield from release("logits")
     if now.beams:
         scores = "log probabilities"
-        yield made("log_softmax", "next token logits", y=scores)
-        yield from forgotten("sums of log probabilities")
+        yield logits_op("log_softmax", "next token logits", y=scores)
+        yield from release("sums of log probabilities")
         if now.suppresses:
-            yield chosen_of(scores, f"{scores} left")
-            yield ops.leave(scores)
+            yield suppressed(scores, f"{scores} left")
+            yield ops.release_names(scores)
             scores = f"{scores} left"
         if now.samples:
-            given, scores = scores, "next token scores"
-            yield from _warped(given, scores)
-            yield ops.leave(given)
-        yield ops.leave(logits)
+            before, scores = scores, "next token scores"
+            yield from _warped(before, scores)
+            yield ops.release_names(before)
+        yield ops.release_names(logits)
         sums, beams = "sums of log probabilities", Tensor("scores of beams", "b", "fp32")
-        yield made("accumulate", scores, y=sums, scratch=(beams,))
-        yield ops.leave(scores)
+        yield logits_op("accumulate", scores, y=sums, scratch=(beams,))
+        yield ops.release_names(scores)
         if now.samples:
-            drawn = (Tensor("probabilities", "b v", "fp32"), exponentials)
-            yield Op("generate.multinomial", (sums,), scratch=drawn, source=_MULTINOMIAL)
+            scratch = (Tensor("probabilities", "b v", "fp32"), exponentials)
+            yield Op("generate.multinomial", (sums,), scratch=scratch, source=_MULTINOMIAL)
         yield Op("generate.order", (sums,), (Tensor("order", "b", "int64"),), source=GENERATE)
-        yield from forgotten("order")
+        yield from release("order")
         source = "transformers 5.24 generation/utils.py GenerationMixin._beam_search, cache_utils.py reorder_cache"
         for t in dict.fromkeys(cached):
             copy = t._replace(name=f"{t.name} in another order", dtype=f"={logits}")
             yield Op("generate.reorder", ("next token logits",), scratch=(copy,), source=source)
-        yield ops.leave("next token logits", sums, "order")
+        yield ops.release_names("next token logits", sums, "order")
         return
     if now.samples:
         scores = "next token logits"
         if now.suppresses:
-            yield chosen_of(scores, "scores left")
+            yield suppressed(scores, "scores left")
             scores = "scores left"
         yield from _warped(scores, "next token scores", ("scores left",) if now.suppresses else ())
-        yield from forgotten("scores")
-        yield made("softmax", "next token scores", y="next token probabilities")
-        yield from forgotten("probabilities")
+        yield from release("scores")
+        yield logits_op("softmax", "next token scores", y="next token probabilities")
+        yield from release("probabilities")
         yield Op(
             "generate.multinomial",
             ("next token probabilities",),
@@ -124,71 +129,75 @@ def next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> It
             scratch=(exponentials,),
             source=_MULTINOMIAL,
         )
-        yield ops.leave(logits, "next token logits", "next token scores", "next token probabilities")
+        yield ops.release_names(logits, "next token logits", "next token scores", "next token probabilities")
         return
     scores = "next token logits"
     if now.suppresses:
-        yield chosen_of(scores, "next token scores")
-        yield from forgotten("scores")
+        yield suppressed(scores, "next token scores")
+        yield from release("scores")
         scores = "next token scores"
     yield Op("generate.argmax", (scores,), (Tensor("next token", "b", "int64"),), source=GENERATE)
-    yield ops.leave(logits, "next token logits", scores)
+    yield ops.release_names(logits, "next token logits", scores)
 
 
 def looked_up(now: Pass) -> Op:
-    """The tokens are looked up; whether each may be is asked of a row of ones, as if those were its logits."""
+    """Look up proposed tokens in the text. Each is checked against a row of ones in place of logits."""
     ones, left = Tensor("ones", "b v", "fp32"), tuple(Tensor(name, "b v", "fp32") for name in ("top k", "scores"))
     source = "transformers 5.24 generation/candidate_generator.py PromptLookupCandidateGenerator.get_candidates"
     return Op("generate.lookup", (), scratch=(ones, *(left + _TOP_P if now.samples else ())), source=source)
 
 
 def _warped(x: str, y: str, done: tuple[str, ...] = ()) -> Iterator[Op]:
-    """The scores `y` of a token that are left of its logits `x` by temperature, top-k and top-p; temperature is the
-    last to read those that are `done` then."""
+    """Yield the scores `y` left of the logits `x` by temperature, top-k and top-p.
 
-    def made(name: str, x: str, y: str, scratch: tuple[Tensor, ...] = ()) -> Op:
+    Temperature is the last to read the tensors `done`.
+    """
+
+    def warper(name: str, x: str, y: str, scratch: tuple[Tensor, ...] = ()) -> Op:
         return Op(f"generate.{name}", (x,), (Tensor(y, "b v", "fp32"),), scratch=scratch, source=_WARPERS)
 
-    yield made("temperature", x, "warmed")
-    yield ops.leave(*done)
-    yield made("top_k", "warmed", "top k", (Tensor("not among the first", "b v", "bool"),))
-    yield ops.leave("warmed")
-    yield made("top_p", "top k", y, _TOP_P)
-    yield ops.leave("top k")
+    yield warper("temperature", x, "warmed")
+    yield ops.release_names(*done)
+    yield warper("top_k", "warmed", "top k", (Tensor("not among the first", "b v", "bool"),))
+    yield ops.release_names("warmed")
+    yield warper("top_p", "top k", y, _TOP_P)
+    yield ops.release_names("top k")
 
 
 def _verified(logits: str, now: Pass) -> Iterator[Op]:
-    """The logits of the proposed tokens in fp32, twice, and which of the tokens stay. Their names have those of the
-    round before until then."""
+    """Yield the verification of proposed tokens: their logits in fp32, copied once, and which tokens are accepted.
 
-    def forgotten(what: str) -> tuple[Op, ...]:
-        return (ops.leave(f"{what}{_BEFORE_ROUND}"),) if now.follows else ()
+    The loop's names keep the previous round's tensors until then.
+    """
 
-    def made(name: str, x: str, y: str, axis: str = "verified", source: str = _ROUND) -> Op:
+    def release(what: str) -> tuple[Op, ...]:
+        return (ops.release_names(f"{what}{_BEFORE_ROUND}"),) if now.follows else ()
+
+    def op(name: str, x: str, y: str, axis: str = "verified", source: str = _ROUND) -> Op:
         return Op(f"generate.{name}", (x,), (Tensor(y, f"b {axis} v", "fp32"),), source=source)
 
-    wide, copy = _FLOATS
-    if now.verifies == "fp32":  # which they are, as they were made
-        wide = logits
+    logits32, copy = _FLOATS
+    if now.verifies == "fp32":  # they are already fp32
+        logits32 = logits
     else:
-        yield from forgotten("logits")
-        yield made("float", logits, wide)
-    yield from forgotten(wide if wide != logits else "logits")
-    yield made("clone", wide, copy)
-    yield from forgotten(copy)
+        yield from release("logits")
+        yield op("float", logits, logits32)
+    yield from release(logits32 if logits32 != logits else "logits")
+    yield op("clone", logits32, copy)
+    yield from release(copy)
     if not now.samples:
-        found = tuple(Tensor(name, "b proposed", "bool") for name in ("same", "other"))
-        chosen = (Tensor("selected tokens", "b verified", "int64"),)
-        yield Op("generate.argmax", (wide,), chosen, source=_ROUND)
-        yield Op("generate.matches", ("selected tokens",), scratch=found, source=_ROUND)
-        yield ops.leave("selected tokens")
-        yield ops.leave(logits, wide, copy)
+        matches = tuple(Tensor(name, "b proposed", "bool") for name in ("same", "other"))
+        selected = (Tensor("selected tokens", "b verified", "int64"),)
+        yield Op("generate.argmax", (logits32,), selected, source=_ROUND)
+        yield Op("generate.matches", ("selected tokens",), scratch=matches, source=_ROUND)
+        yield ops.release_names("selected tokens")
+        yield ops.release_names(logits, logits32, copy)
         return
-    yield from _warped(wide, "scores of a row")
-    yield ops.leave("scores of a row")
+    yield from _warped(logits32, "scores of a row")
+    yield ops.release_names("scores of a row")
     if now.drafted:
         yield Op("generate.q", (), (Tensor("q", "b proposed v", "fp32"),), source=_SPECULATIVE)
-        yield made("p", wide, "p", source=_SPECULATIVE)
+        yield op("p", logits32, "p", source=_SPECULATIVE)
         yield Op(
             "generate.rejected",
             ("p", "q"),
@@ -196,18 +205,18 @@ def _verified(logits: str, now: Pass) -> Iterator[Op]:
             scratch=(Tensor("difference", "b v", "fp32"),),
             source=_SPECULATIVE,
         )
-        drawn = Tensor("exponentials", "b v", "fp32")
+        exponentials = Tensor("exponentials", "b v", "fp32")
         yield Op(
             "generate.multinomial",
             ("p less q",),
             (Tensor("drawn token", "b", "int64"),),
-            scratch=(drawn,),
+            scratch=(exponentials,),
             source=_MULTINOMIAL,
         )
-        yield ops.leave("p less q", "p", "q")
+        yield ops.release_names("p less q", "p", "q")
     else:
-        yield made("softmax", wide, "probabilities")
-        yield from forgotten("probabilities") if now.looks else ()
+        yield op("softmax", logits32, "probabilities")
+        yield from release("probabilities") if now.uses_lookup else ()
         yield Op(
             "generate.multinomial",
             ("probabilities",),
@@ -215,35 +224,37 @@ def _verified(logits: str, now: Pass) -> Iterator[Op]:
             scratch=(Tensor("exponentials", "b verified v", "fp32"),),
             source=_MULTINOMIAL,
         )
-        yield ops.leave("probabilities")
-    yield ops.leave(logits, wide, copy)
+        yield ops.release_names("probabilities")
+    yield ops.release_names(logits, logits32, copy)
 
 
 def _proposed(logits: str, now: Pass) -> Iterator[Op]:
-    """The token that an assistant proposes, and how sure it is of that. A list keeps its logits (or scores, where it is
-    drawn), which are joined when the last one is there."""
+    """Yield an assistant's choice of a token, and its confidence.
 
-    def forgotten(what: str) -> tuple[Op, ...]:
-        return (ops.leave(f"{what}{_BEFORE}"),) if now.goes_on else ()
+    A list keeps the logits (or the scores if sampling), which are stacked after the round's last token.
+    """
+
+    def release(what: str) -> tuple[Op, ...]:
+        return (ops.release_names(f"{what}{_BEFORE}"),) if now.follows_passes else ()
 
     kept = "next token logits"
     yield Op("generate.scores", (logits,), (Tensor(kept, "b v", "fp32"),), source=GENERATE)
-    chosen, more = Tensor("next token", "b", "int64"), ()
+    chosen, released = Tensor("next token", "b", "int64"), ()
     if now.samples:
-        yield from forgotten("logits")
+        yield from release("logits")
         yield from _warped(kept, "next token scores")
-        kept, more = "next token scores", ("next token logits", "next token probabilities")
-        yield Op("generate.softmax", (kept,), (Tensor(more[1], "b v", "fp32"),), source=GENERATE)
-        yield from forgotten("probabilities")
-        drawn = (Tensor("exponentials", "b v", "fp32"),)
-        yield Op("generate.multinomial", more[1:], (chosen,), scratch=drawn, source=_MULTINOMIAL)
+        kept, released = "next token scores", ("next token logits", "next token probabilities")
+        yield Op("generate.softmax", (kept,), (Tensor(released[1], "b v", "fp32"),), source=GENERATE)
+        yield from release("probabilities")
+        exponentials = (Tensor("exponentials", "b v", "fp32"),)
+        yield Op("generate.multinomial", released[1:], (chosen,), scratch=exponentials, source=_MULTINOMIAL)
     else:
         yield Op("generate.argmax", (kept,), (chosen,), source=GENERATE)
-    sure = (Tensor("probabilities of the token", "b v", "fp32"),)
+    confidence = (Tensor("probabilities of the token", "b v", "fp32"),)
     source = "transformers 5.24 generation/stopping_criteria.py ConfidenceCriteria"
-    yield Op("generate.confidence", (kept,), scratch=sure, source=source)
-    yield ops.leave(logits, *more)
+    yield Op("generate.confidence", (kept,), scratch=confidence, source=source)
+    yield ops.release_names(logits, *released)
     if now.stacks:
         joined = Tensor("logits of all proposed tokens", "b proposed v", "fp32")
         yield Op("generate.stack", (kept,), scratch=(joined,), source=_CANDIDATES)
-    yield ops.leave(kept)
+    yield ops.release_names(kept)

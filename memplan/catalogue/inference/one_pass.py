@@ -1,20 +1,20 @@
-"""One pass of inference: what it reads and writes of the cache, and how its model was loaded."""
+"""One pass of inference: how it uses the cache, and how its model was loaded."""
 
 from __future__ import annotations
 
 from typing import Literal, NamedTuple
 
-from memplan.catalogue.inference.quantized_caches import Stored
+from memplan.catalogue.inference.quantized_caches import CacheQuantization
 
 Cache = Literal["", "dynamic", "static", "legacy", "quantized", "offloaded", "offloaded_static"]
-Part = Literal["", "first", "middle", "last"]
+PromptPart = Literal["", "first", "middle", "last"]
 
 
-class Loaded(NamedTuple):
+class LoadOptions(NamedTuple):
     """How weights are loaded to run a model.
 
-    warms        what is allocated once and given back before it: nothing, `half` of the weights' bytes, or `all`
-    stores_head  the checkpoint has a head though it is tied, which goes when the model is whole
+    warms        allocated once and freed before loading: nothing, `half` of the weights' bytes, or `all`
+    stores_head  the checkpoint has a head although it is tied; it is freed once the model is complete
     backend      the kernel of packed weights (`memplan.catalogue.quantization.packed_kernels`)
     """
 
@@ -24,68 +24,69 @@ class Loaded(NamedTuple):
 
 
 class Pass(NamedTuple):
-    """One pass of inference: `forward`, `prefill` or `decode`, and what keeps its keys and values; `encode`, of an
-    encoder whose decoder generates; or `eval`, of a model that trains, with its loss.
+    """One pass of inference.
 
-    last_only   the head is given the last token alone, as transformers' logits_to_keep has it
-    wide        the model itself makes its logits fp32, all of them
-    room        of a prompt, attention has a mask, and so all keys that a static cache has room for
-    longer      the sequence is longer than the window of a layer that has one
-    few_rows    as many as a product with 4-bit weights has at most where it makes no whole matrix of them
-    beams       every sequence of the batch is one of several of a prompt, which are ranked and put in another order
-    samples     tokens are drawn, after temperature, top-k and top-p
-    crosses     an encoder has read what the sequences are about: their mask is of that, and not of their own tokens
-    suppresses  some tokens are never chosen: their scores are taken out in another tensor
-    lingers     the loop has a name for the prompt's logits, until the pass after it has returned its own
-    first       of the passes of a token, over what the prompt's left
-    around      autocast stands around all passes, and keeps its casts of weights from the first on
-    unpacks     it has so many rows that the kernel of packed weights makes whole matrices
-    loaded      how the weights came there
-    stored      how a quantised cache stores keys and values
-    anew        there are so many that were not quantised that all are, anew
-    part        of a prompt that is read in parts the `first`, a `middle` or the `last`; empty of one that is not
-    made        the dtype that a static cache was made in before the prompt, where the prompt's pass casts it
-    goes_on     there were passes before it, whatever its phase, and its tokens come after theirs
-    verifies    it reads tokens that were proposed, and has logits of the token before them and of each of them: as many
-                as the axis `verified` says. Its dtype, where it does
-    follows     another round was before this one, whose logits the loop has names for
-    drafted     those that proposed the tokens had logits for them: as many as the axis `proposed` says
-    looks       they were looked up in those before
-    proposes    it proposes a token, whose logits a list keeps
-    stacks      the token is a round's last, and the logits of all are joined
-    switches    every pass of the loop but its first `batches`
-    batches     experts are multiplied by copies of their matrices (`memplan.catalogue.experts.decoding_experts`)
-    records     a cache of a window keeps what that leaves out until tokens that were not accepted are cut off
+    phase                 `forward`, `prefill` or `decode`; `encode` for an encoder whose decoder generates; `eval` for
+                          a model in training, with its loss
+    cache                 how keys and values are cached
+    last_only             the head gets only the last token, as with transformers' logits_to_keep
+    casts_logits          the model itself casts all its logits to fp32
+    reads_capacity        attention has a mask, and reads a static cache's full capacity even in the prompt's pass
+    longer                the sequence is longer than the window of a sliding layer
+    few_rows              most rows of a product with 4-bit weights that does not dequantise the matrix
+    beams                 beam search: sequences of a prompt are ranked and reordered
+    samples               tokens are sampled, after temperature, top-k and top-p
+    has_encoder           the decoder of an encoder-decoder: the mask covers the encoder's tokens, not its own
+    suppresses            some tokens are never chosen: suppressing them copies the scores
+    holds_prompt_logits   the loop holds the prompt's logits until the next pass has returned its own
+    first                 the first pass after the prompt's
+    spans_autocast        one autocast context spans all passes, and keeps its casts of weights from the first on
+    unpacks               it has enough rows for the kernel of packed weights to dequantise matrices
+    loaded                how the weights were loaded
+    stored                how a quantised cache stores keys and values
+    requantises_cache     the residual of a quantised cache is full, so all tokens are quantised again
+    part                  `first`, `middle` or `last` part of a prompt that is read in chunks; otherwise empty
+    allocated_dtype       dtype in which a static cache was allocated before the prompt, if the prompt's pass casts it
+    follows_passes        passes came before it, whatever its phase, and its tokens follow theirs
+    verifies              dtype of the logits if it verifies proposed tokens; the axis `verified` counts those logits
+    follows               another round came before, whose logits the loop holds
+    drafted               an assistant proposed the tokens, and its logits are kept; the axis `proposed` counts them
+    uses_lookup           the tokens were proposed by prompt lookup
+    proposes              it proposes a token, whose logits a list keeps
+    stacks                the token is a round's last, and the round's logits are stacked
+    batches_later_passes  every pass of the loop but the first sets `batches`
+    batches               experts multiply copies of their matrices (`memplan.catalogue.experts.decoding_experts`)
+    records               a sliding layer's cache keeps tokens outside the window until rejected tokens are cut off
     """
 
     phase: str
     cache: Cache = ""
     last_only: bool = True
-    wide: bool = False
-    room: bool = False
+    casts_logits: bool = False
+    reads_capacity: bool = False
     longer: bool = False
     few_rows: int = 0
     beams: bool = False
     samples: bool = False
-    crosses: bool = False
+    has_encoder: bool = False
     suppresses: bool = False
-    lingers: bool = False
+    holds_prompt_logits: bool = False
     first: bool = False
-    around: bool = False
+    spans_autocast: bool = False
     unpacks: bool = False
-    loaded: Loaded = Loaded()
-    stored: Stored | None = None
-    anew: bool = False
-    part: Part = ""
-    made: str = ""
-    goes_on: bool = False
+    loaded: LoadOptions = LoadOptions()
+    stored: CacheQuantization | None = None
+    requantises_cache: bool = False
+    part: PromptPart = ""
+    allocated_dtype: str = ""
+    follows_passes: bool = False
     verifies: str = ""
     follows: bool = False
     drafted: bool = False
-    looks: bool = False
+    uses_lookup: bool = False
     proposes: bool = False
     stacks: bool = False
-    switches: bool = False
+    batches_later_passes: bool = False
     batches: bool = False
     records: bool = False
 
@@ -103,31 +104,30 @@ class Pass(NamedTuple):
 
     @property
     def decodes(self) -> bool:
-        return self.phase == "decode" or self.goes_on
+        return self.phase == "decode" or self.follows_passes
 
     @property
     def extends(self) -> bool:
-        """Whether there are earlier tokens: it decodes, or goes on with a prompt."""
+        """Whether earlier tokens exist: it decodes, or continues a prompt."""
         return self.decodes or self.part in ("middle", "last")
 
     @property
     def chooses(self) -> bool:
-        """Whether a token is chosen when it is over."""
+        """Whether a token is chosen at its end."""
         return self.generates and self.part in ("", "last")
 
     @property
     def static(self) -> bool:
-        """Whether the cache has its whole room from the start."""
+        """Whether the cache is allocated at full capacity from the start."""
         return self.cache in ("static", "offloaded_static")
 
     def offloads(self, axis: str) -> bool:
-        """Whether what a layer keeps goes to the host: of a cache of fixed size not what a window keeps."""
+        """Return whether a layer's cache is offloaded to the host. A static cache's sliding layers are not."""
         return self.cache == "offloaded" or (self.cache == "offloaded_static" and axis == "kv")
 
     def keys(self, axis: str) -> str:
-        """The tokens of keys that attention is given, by the axis that a cache of them has; empty where they are those
-        of the pass itself."""
+        """Return the axis of the keys attention reads, given the cache's axis; empty for only the pass's own keys."""
         if not self.static:
             return axis if self.extends else ""
         windowed = axis == "kv_window" and self.longer and not self.decodes
-        return f"{axis}_static" if self.decodes or (self.room and not windowed) else ""
+        return f"{axis}_static" if self.decodes or (self.reads_capacity and not windowed) else ""

@@ -1,4 +1,4 @@
-"""Activations and dropout: those of one kernel, and those that are written out."""
+"""Activations and dropout, fused in one kernel or written out as several operations."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from memplan.models.model import ModelSpec
 
 
 def drops(m: ModelSpec, *keys: str) -> bool:
-    """Whether the config's probability of dropout is above 0."""
+    """Return whether any of these dropout probabilities in the config is above 0."""
     return any(m.probability(key) > 0 for key in keys)
 
 
 def dropped(name: str, x: str, y: str, shape: str, drop: bool) -> tuple[Op, ...]:
-    """Dropout, or the same tensor."""
+    """Return dropout, or a view of x if `drop` is false."""
     return (ops.dropout(name, x, y, shape),) if drop else (ops.view(name, x, y, shape),)
 
 
 def activation(m: ModelSpec, name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """transformers' activation of that name: one kernel, but for those written out."""
+    """Return transformers' activation for `hidden_act`: one kernel, unless transformers writes it out."""
     match m.hidden_act:
         case "gelu_new":
             return gelu_new(name, x, y, shape)
@@ -31,12 +31,12 @@ def activation(m: ModelSpec, name: str, x: str, y: str, shape: str) -> tuple[Op,
 
 
 def relu(name: str, x: str, y: str, shape: str) -> Op:
-    """Keeps its output."""
+    """Return relu, which keeps its output."""
     return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: relu")
 
 
 def power(name: str, x: str, y: str, shape: str) -> Op:
-    """`x ** n` for a number n: in fp32 under autocast. Its backward makes the derivative in two steps."""
+    """Return `x ** n` for a number n, in fp32 under autocast. Backward computes the derivative in two steps."""
     return Op(
         name,
         (x,),
@@ -50,8 +50,8 @@ def power(name: str, x: str, y: str, shape: str) -> Op:
 
 
 def gelu_new(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """`0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3)))`, an operation at a time: x and three more are kept."""
-    half, cube, scaled, inner, outer, tanh, one = (
+    """Return `0.5 * x * (1 + tanh(c * (x + 0.044715 * x ** 3)))`, written out. It keeps x and three intermediates."""
+    half, cube, scaled, inner, outer, tanh, shifted = (
         f"{y}.{part}" for part in ("half", "cube", "scaled", "inner", "outer", "tanh", "one")
     )
     source = "transformers 5.24 activations.py NewGELUActivation"
@@ -69,6 +69,6 @@ def gelu_new(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
             (Keep(tanh, outer),),
             source=f"{ops.DERIVATIVES}: tanh",
         ),
-        Op(f"{name}.one", (tanh,), (Tensor(one, shape),), gradient="same", source=source),
-        ops.mul(name, half, one, y, shape),
+        Op(f"{name}.one", (tanh,), (Tensor(shifted, shape),), gradient="same", source=source),
+        ops.mul(name, half, shifted, y, shape),
     )

@@ -1,7 +1,7 @@
-"""Fused kernels in place of the operations they do at once: what they keep, and what they write over.
+"""Fused kernels that replace several operations with one: what they keep, and what they overwrite.
 
 A unit of operations (`Op.unit`) becomes one operation. Unsloth's, fms-acceleration's and Liger's kernels keep the same
-tensors; where they differ a docstring says so.
+tensors; docstrings note the differences.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from memplan.catalogue.kernels.rewriting import rewrite_lists
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, outside
 
 _LIGER = "liger-kernel 0.5.2 ops"
-_MULTIPROCESSORS = 108  # an A100's: Liger sums the weight's gradient in a row for each
+_MULTIPROCESSORS = 108  # of an A100: Liger sums the weight's gradient in one row per multiprocessor
 
 
 def _rms_norm(unit: tuple[Op, ...]) -> Op:
-    """Keeps its input and a number a row. The gradient of the input is written over that of the output.
+    """Keeps its input and one number per row. The input's gradient overwrites the output's gradient.
 
-    Unsloth's makes no gradient of the weight.
+    Unsloth's kernel computes no gradient of the weight.
     """
     first, weigh = unit[0], unit[-2]
     (x,), y, w = first.reads, weigh.writes[0], weigh.weights[0]
@@ -30,7 +30,7 @@ def _rms_norm(unit: tuple[Op, ...]) -> Op:
         (x,),
         (y._replace(dtype=f"={x}"), rstd),
         (w,),
-        (*(Keep(what, of) for of in (x, w.name) for what in (x, rstd.name)), Keep(w.name, x)),
+        (*(Keep(what, target) for target in (x, w.name) for what in (x, rstd.name)), Keep(w.name, x)),
         scratch_back=(Scratch(Tensor("partial sums", f"{_MULTIPROCESSORS} {w.shape}", "fp32"), w.name),),
         gradient="same",
         source=f"{_LIGER}/rms_norm.py",
@@ -38,7 +38,7 @@ def _rms_norm(unit: tuple[Op, ...]) -> Op:
 
 
 def _rope(unit: tuple[Op, ...]) -> Op:
-    """Written over its input, and backward over the gradient."""
+    """Overwrites its input, and its gradient in backward."""
     first, last = unit[0], unit[-1]
     x, y = first.reads[0], last.writes[0]
     keeps = (Keep("cos", x), Keep("sin", x))
@@ -48,7 +48,7 @@ def _rope(unit: tuple[Op, ...]) -> Op:
 
 
 def _swiglu(unit: tuple[Op, ...]) -> Op:
-    """Keeps the gate before its activation and what it multiplies; their gradients are written over them."""
+    """Keeps the gate before its activation and the factor it multiplies. Their gradients overwrite them."""
     activation, product = unit
     gate, y = activation.reads[0], product.writes[0]
     up = next(r for r in product.reads if r != activation.writes[0].name)
@@ -62,44 +62,44 @@ def _swiglu(unit: tuple[Op, ...]) -> Op:
     )
 
 
-class Kernel(NamedTuple):
-    """What makes one operation of a unit of `size`; a family that writes it otherwise has units of another size."""
+class FusedKernel(NamedTuple):
+    """A function that fuses a unit of `size` operations into one. Units of another size are left as they are."""
 
     size: int
     make: Callable[[tuple[Op, ...]], Op]
 
 
-KERNELS = {"rms_norm": Kernel(9, _rms_norm), "rope": Kernel(4, _rope), "swiglu": Kernel(2, _swiglu)}
+KERNELS = {"rms_norm": FusedKernel(9, _rms_norm), "rope": FusedKernel(4, _rope), "swiglu": FusedKernel(2, _swiglu)}
 
 
 def fuse(stack: Stack, kernels: Iterable[str]) -> Stack:
-    """The stack with those kernels wherever a unit is written as they expect it."""
+    """Return the stack with these kernels fused wherever a unit is written as they expect."""
     wanted = frozenset(KERNELS).intersection(kernels)
     return rewrite_lists(stack, lambda operations: _fused(operations, wanted)) if wanted else stack
 
 
 def fusible(stack: Stack) -> set[str]:
-    """The kernels that find something to do in the stack."""
+    """Return the kernels that can fuse at least one unit of the stack."""
     lists = (*outside(stack), *(block.ops for run in stack.runs for block in run.blocks))
-    return {_kernel(unit) for operations in lists for unit in _whole(operations, frozenset(KERNELS))}
+    return {_kernel(unit) for operations in lists for unit in _complete_units(operations, frozenset(KERNELS))}
 
 
 def _kernel(unit: str) -> str:
     return unit.partition(" ")[0]
 
 
-def _whole(operations: Iterable[Op], wanted: frozenset[str]) -> dict[str, tuple[Op, ...]]:
-    """The units those kernels may do at once, by name."""
-    units: dict[str, tuple[Op, ...]] = {}
+def _complete_units(operations: Iterable[Op], wanted: frozenset[str]) -> dict[str, tuple[Op, ...]]:
+    """Return the units, by name, that the `wanted` kernels can replace."""
+    units_by_name: dict[str, tuple[Op, ...]] = {}
     for op in operations:
         if _kernel(op.unit) in wanted:
-            units[op.unit] = (*units.get(op.unit, ()), op)
-    return {name: unit for name, unit in units.items() if len(unit) == KERNELS[_kernel(name)].size}
+            units_by_name[op.unit] = (*units_by_name.get(op.unit, ()), op)
+    return {name: unit for name, unit in units_by_name.items() if len(unit) == KERNELS[_kernel(name)].size}
 
 
 def _fused(operations: tuple[Op, ...], wanted: frozenset[str]) -> tuple[Op, ...]:
-    """A unit is done where its last operation was."""
-    units = _whole(operations, wanted)
+    """Return the operations with each unit replaced by one operation at the place of the unit's last."""
+    units = _complete_units(operations, wanted)
     out: list[Op] = []
     for op in operations:
         unit = units.get(op.unit)

@@ -1,6 +1,6 @@
-"""The kernels: what each reads, writes and keeps for backward. One constructor is one fact, with its source.
+"""Constructors of operations: what each kernel reads, writes and keeps for backward, with its source.
 
-Names that start with the operation's own name are its inner tensors. `x` is what it reads, `y` what it writes.
+In every constructor `x` names the input and `y` the output. Inner tensors are named after the output (`y.rstd`).
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def linear(
     lead: str = "b s",
     flat: bool = False,
 ) -> Op:
-    """`y[lead out] = x[lead into] @ W[out into].T`. The gradient of x needs W, the gradient of W needs x.
+    """Return `y[lead out] = x[lead into] @ W[out into].T`. The gradient of x needs W, the gradient of W needs x.
 
-    A three-dimensional input is seen through a view, and so is its gradient: autograd cannot add into it in place.
-    One that the model made two-dimensional before (`flat`) is not.
+    A three-dimensional input is flattened by a view, and so is its gradient, which autograd then cannot add into in
+    place. `flat`: the model has already flattened the input to two dimensions, so there is no view.
     """
     w = Weight(f"{name}.weight", f"{out} {into}", group, matrix=True, rows=len(out.split()))
     b = (Weight(f"{name}.bias", out, group),) if bias else ()
@@ -44,7 +44,7 @@ def linear(
 
 
 def axes_of(op: Op) -> tuple[str, str, str]:
-    """Of a linear layer: the axes that its input and output begin with, and the output's and the input's own."""
+    """Return the axes of a linear layer: the leading axes, the output axes and the input axes."""
     w = next(w for w in op.weights if w.matrix)
     axes = w.shape.split()
     out = " ".join(axes[: w.rows])
@@ -52,7 +52,7 @@ def axes_of(op: Op) -> tuple[str, str, str]:
 
 
 def cast(name: str, x: str, y: str, shape: str, dtype: str) -> Op:
-    """`x.to(dtype)`: nothing where the dtype is already that (the casting rules drop it)."""
+    """Return `x.to(dtype)`. The casting rules drop the operation if x has that dtype already."""
     return Op(name, (x,), (Tensor(y, shape, dtype),), cast=True, source=f"{DERIVATIVES}: _to_copy")
 
 
@@ -65,33 +65,33 @@ def mul(name: str, a: str, b: str, y: str, shape: str) -> Op:
 
 
 def scale(name: str, x: str, y: str, shape: str) -> Op:
-    """A product with a Python number keeps nothing."""
+    """Return the product with a Python number, which keeps nothing."""
     return Op(name, (x,), (Tensor(y, shape),), source=f"{DERIVATIVES}: mul.Scalar")
 
 
 def activation(name: str, x: str, y: str, shape: str) -> Op:
-    """silu, gelu (both kinds) and relu squared keep their input."""
+    """Return an activation that keeps its input: silu, gelu (exact or tanh) or relu squared."""
     return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), source=f"{DERIVATIVES}: silu, gelu")
 
 
 def add_number(name: str, x: str, y: str, shape: str) -> Op:
-    """A sum with a Python number hands the gradient on."""
+    """Return the sum with a Python number, which passes the incoming gradient on unchanged."""
     return Op(name, (x,), (Tensor(y, shape),), gradient="same", source=f"{DERIVATIVES}: add.Scalar")
 
 
 def clamp(name: str, x: str, y: str, shape: str, bounds: int) -> Op:
-    """Keeps its input, and compares it with each of its bounds again for the gradient."""
+    """Return a clamp with one or two `bounds`. It keeps its input and compares it with each bound again in backward."""
     masks = tuple(Scratch(Tensor(f"within bound {i}", shape, "bool")) for i in range(bounds))
     return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), scratch_back=masks, source=f"{DERIVATIVES}: clamp")
 
 
 def softmax(name: str, x: str, y: str, shape: str, dtype: str = "") -> tuple[Op, ...]:
-    """Keeps its output. Its backward first multiplies the gradient by it.
+    """Return a softmax, which keeps its output. Its backward first multiplies the gradient by that output.
 
-    A `dtype` is cast to before, and for good, but fp16: the kernel reads fp16 and hands back an fp16 gradient itself.
+    With a `dtype`, x is cast first. An fp16 input is not: the kernel reads fp16 and returns an fp16 gradient itself.
     """
     inner = f"{y}.in" if dtype else x
-    widened = Op(f"{name}.float", (x,), (Tensor(inner, shape, dtype),), cast=True, spared="fp16")
+    widened = Op(f"{name}.float", (x,), (Tensor(inner, shape, dtype),), cast=True, uncast_dtype="fp16")
     kernel = Op(
         name,
         (inner,),
@@ -112,12 +112,12 @@ def dropout(name: str, x: str, y: str, shape: str) -> Op:
 
 
 def view(name: str, x: str, y: str, shape: str, gradient: str = "same") -> Op:
-    """The same storage under another shape. `gradient="new"` where the gradient's layout forces a copy."""
+    """Return the same storage under another shape. `gradient="new"` if the gradient's layout forces a copy."""
     return Op(name, (x,), (Tensor(y, shape),), gradient=gradient, view=True)
 
 
 def matmul(name: str, a: str, b: str, y: str, shape: str) -> Op:
-    """A batched product of two activations keeps both; its gradients are seen through views."""
+    """Return a batched product of two activations. It keeps both, and their gradients are views."""
     return Op(
         name,
         (a, b),
@@ -132,20 +132,20 @@ def matmul(name: str, a: str, b: str, y: str, shape: str) -> Op:
 
 
 def copy(name: str, x: str, y: str, shape: str, gradient: str = "same") -> Op:
-    """`contiguous`, `clone`, `expand` and `reshape`: new storage that keeps nothing.
+    """Return new storage that keeps nothing: `contiguous`, `clone`, `expand` or `reshape`.
 
-    `gradient="new"` where the copy has more elements than x (repeated heads), whose gradients are summed.
+    `gradient="new"` if the copy has more elements than x (repeated heads), so that their gradients are summed.
     """
     return Op(name, (x,), (Tensor(y, shape),), gradient=gradient, source=f"{DERIVATIVES}: clone, expand")
 
 
 def unit(name: str, *operations: Op) -> tuple[Op, ...]:
-    """The operations as one unit, which a fused kernel may stand in for (`memplan.catalogue.kernels.fused`)."""
+    """Return the operations as one unit, which a fused kernel can replace (`memplan.catalogue.kernels.fused`)."""
     return tuple(op._replace(unit=name) for op in operations)
 
 
 def with_axes(operations: tuple[Op, ...], axes: Mapping[str, str]) -> tuple[Op, ...]:
-    """The operations with other axes in their shapes, for layers of other widths than the model's."""
+    """Return the operations with axes replaced in their shapes, for layers whose widths differ from the model's."""
 
     def shape(text: str) -> str:
         return " ".join(axes.get(axis, axis) for axis in text.split())
@@ -166,7 +166,7 @@ def with_axes(operations: tuple[Op, ...], axes: Mapping[str, str]) -> tuple[Op, 
 
 
 def renamed(op: Op, new: Callable[[str], str]) -> Op:
-    """The operation with other names for its tensors, wherever it uses them."""
+    """Return the operation with every tensor name mapped by `new`."""
 
     def tensor(t: Tensor) -> Tensor:
         like, slash, per = t.dtype[1:].partition("/")
@@ -184,16 +184,16 @@ def renamed(op: Op, new: Callable[[str], str]) -> Op:
     )
 
 
-def leave(*names: str) -> Op:
-    """A Python frame returns: what its local names held may go."""
+def release_names(*names: str) -> Op:
+    """A Python frame returns and drops its local names, so the tensors they held can be freed."""
     return Op("return", names)
 
 
 def rms_norm(name: str, x: str, y: str, shape: str, axis: str, *, of_x: bool = False) -> tuple[Op, ...]:
-    """LlamaRMSNorm as transformers writes it: fp32 inside, `weight * x.to(input dtype)` outside.
+    """Return LlamaRMSNorm as transformers writes it: fp32 inside, `weight * x.to(input dtype)` outside.
 
-    Keeps x in fp32, one fp32 number a row, and the normalised x in the input's dtype for the weight's gradient.
-    `of_x`: T5LayerNorm, which multiplies x as it is by that number, and casts to the weight's dtype.
+    Keeps x in fp32, one fp32 number per row, and the normalised x in the input's dtype for the weight's gradient.
+    `of_x`: T5LayerNorm, which multiplies x itself by that number and casts to the weight's dtype.
     """
     row = shape.rsplit(" ", 1)[0]
     x32, square, mean, shifted, rstd, n32, hat = (
@@ -204,7 +204,7 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str, *, of_x: bool = F
     source = "transformers 5.24 " + (
         "models/t5/modeling_t5.py T5LayerNorm" if of_x else "models/llama/modeling_llama.py LlamaRMSNorm"
     )
-    made = (
+    operations = (
         Op(f"{name}.float", (x,), (Tensor(x32, shape, "fp32"),), cast=True, source=source),
         Op(
             f"{name}.pow",
@@ -236,14 +236,14 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str, *, of_x: bool = F
             source=f"{DERIVATIVES}: mul.Tensor",
         ),
         Op(f"{name}.cast", (n32,), (Tensor(hat, shape, like),), cast=True, source=source),
-        weigh(f"{name}.weight", hat, y, shape, w),
-        leave(mean) if of_x else leave(mean, n32),
+        multiply_weight(f"{name}.weight", hat, y, shape, w),
+        release_names(mean) if of_x else release_names(mean, n32),
     )
-    return made if of_x else unit(f"rms_norm {name}", *made)
+    return operations if of_x else unit(f"rms_norm {name}", *operations)
 
 
-def weigh(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
-    """`w * x` for a weight along the last axis: the product with x is made whole before it is summed for w."""
+def multiply_weight(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
+    """Return `w * x` for a weight along the last axis. Backward sums a full-size product with x for w's gradient."""
     return Op(
         name,
         (x,),
@@ -256,7 +256,7 @@ def weigh(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
 
 
 def spread(name: str, x: str, small: str, y: str, shape: str) -> Op:
-    """`x * small`, which has fewer elements: the product for its gradient is made whole, and then summed."""
+    """Return `x * small`, broadcasting `small`. Backward sums a full-size product for the gradient of `small`."""
     return Op(
         name,
         (x, small),
@@ -271,7 +271,7 @@ def spread(name: str, x: str, small: str, y: str, shape: str) -> Op:
 def layer_norm(
     name: str, x: str, y: str, shape: str, axis: str, *, bias: bool = True, affine: bool = True, group: str = "norm"
 ) -> Op:
-    """`native_layer_norm` keeps x, and the mean and the inverse deviation of every row in fp32."""
+    """Return `native_layer_norm`, which keeps x, and the mean and the inverse deviation of every row in fp32."""
     row = shape.rsplit(" ", 1)[0]
     mean, rstd = Tensor(f"{y}.mean", row, "fp32"), Tensor(f"{y}.rstd", row, "fp32")
     names = (("weight",) if affine else ()) + (("bias",) if affine and bias else ())
@@ -292,12 +292,12 @@ def layer_norm(
 
 
 def split(name: str, x: str, parts: tuple[Tensor, ...]) -> Op:
-    """Views of parts of one tensor (`chunk`, `split`); their gradients are joined into one new storage."""
+    """Return views of parts of one tensor (`chunk`, `split`). Their gradients are joined in one new storage."""
     return Op(name, (x,), parts, gradient="new", view=True, source=f"{DERIVATIVES}: split")
 
 
 def softcap(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """`tanh(x / cap) * cap`: the tanh keeps its output."""
+    """Return `tanh(x / cap) * cap`. The tanh keeps its output."""
     return (
         scale(f"{name}.divide", x, f"{y}.divided", shape),
         Op(
@@ -313,7 +313,7 @@ def softcap(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 
 
 def rotate(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op, ...]:
-    """`x * cos + rotate_half(x) * sin`: keeps cos and sin, not x. `half` is the shape of half the heads' width."""
+    """Return `x * cos + rotate_half(x) * sin`, which keeps cos and sin but not x. `half`: the shape of half a head."""
     cosine, turned, sine = f"{y}.cosine", f"{y}.turned", f"{y}.sine"
     return unit(
         f"rope {name}",
@@ -332,7 +332,7 @@ def rotate(name: str, x: str, y: str, shape: str, half: str) -> tuple[Op, ...]:
 
 
 def rotate_half(name: str, x: str, y: str, shape: str, half: str) -> Op:
-    """One half of every head negated, and the two swapped; or of every pair of its numbers, which takes the same."""
+    """Negate one half of every head and swap the halves. Rotating pairs of numbers takes the same memory."""
     return Op(
         name,
         (x,),
@@ -344,7 +344,10 @@ def rotate_half(name: str, x: str, y: str, shape: str, half: str) -> Op:
 
 
 def embedding(name: str, ids: str, y: str, rows: str, axis: str) -> Op:
-    """Keeps the ids. Above 3072 ids its backward sorts them: `e` rows of fp32 partial sums (`h32`: h rounded to 32)."""
+    """Return an embedding lookup, which keeps the ids.
+
+    If there are more than 3072 ids, its backward sorts them and sums rows in fp32 (`h32`: h rounded up to 32).
+    """
     w = Weight(f"{name}.weight", f"{rows} {axis}", "embedding", rows=1)
     scratch = (
         *(Scratch(Tensor(part, "sorted_ids", "int64")) for part in ("ids", "positions", "sorted", "order")),

@@ -7,7 +7,7 @@ from memplan.core.ir import Op, Tensor, Weight
 
 
 def rotary_table(x: str, positions: str = "positions", dtype: str = "") -> tuple[Op, ...]:
-    """cos and sin for every position, made in fp32 and cast to the model's dtype (LlamaRotaryEmbedding) or `dtype`."""
+    """Return cos and sin of every position, computed in fp32 and cast to the dtype of `x` or to `dtype`."""
     f, source = "fp32", "transformers 5.24 models/llama/modeling_llama.py LlamaRotaryEmbedding"
     return (
         Op(
@@ -25,7 +25,7 @@ def rotary_table(x: str, positions: str = "positions", dtype: str = "") -> tuple
         Op("rotary.sin", ("both",), (Tensor("sin32", "s rot", f),), scratch=(Tensor("sine", "s rot", f),)),
         Op("rotary.cast_cos", ("cos32",), (Tensor("cos", "s rot", dtype or f"={x}"),), cast=True, source=source),
         Op("rotary.cast_sin", ("sin32",), (Tensor("sin", "s rot", dtype or f"={x}"),), cast=True, source=source),
-        ops.leave("angles", "both", "cos32", "sin32"),
+        ops.release_names("angles", "both", "cos32", "sin32"),
     )
 
 

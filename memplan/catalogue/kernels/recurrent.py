@@ -1,25 +1,25 @@
-"""What state spaces and linear attention share, as transformers' plain torch code computes them."""
+"""Operations shared by state-space models and linear attention, as transformers' plain torch code computes them."""
 
 from __future__ import annotations
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.recurrent_step import convolved, kept
+from memplan.catalogue.kernels.recurrent_step import cached_state, convolved
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 
 
 def exp(name: str, x: str, y: str, shape: str) -> Op:
-    """Keeps its output; so do sigmoid and tanh."""
+    """Return an operation that keeps its output: exp, sigmoid or tanh."""
     return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: exp, sigmoid")
 
 
 def pad(name: str, x: str, y: str, shape: str) -> Op:
-    """Rows up to a whole number of chunks: a copy, with none to add too."""
+    """Pad rows to a multiple of the chunk size. This copies even if there is nothing to add."""
     return Op(name, (x,), (Tensor(y, shape, f"={x}"),), source=f"{ops.DERIVATIVES}: constant_pad_nd")
 
 
 def cumulate(name: str, x: str, y: str, shape: str) -> Op:
-    """Running sums, whose gradient is flipped, summed and flipped back."""
+    """Return running sums. Their gradient is flipped, summed and flipped back."""
     turned = (Scratch(Tensor("flipped", shape, f"={y}")), Scratch(Tensor("sums", shape, f"={y}")))
     return Op(name, (x,), (Tensor(y, shape),), scratch_back=turned, source=f"{ops.DERIVATIVES}: cumsum")
 
@@ -50,27 +50,27 @@ def negative_exp(name: str, y: str, axis: str, group: str = "mixer") -> tuple[Op
 def causal_conv(
     name: str, x: str, y: str, axis: str, bias: bool, kernel: str = "kernel", wiring: Wiring | None = None
 ) -> tuple[Op, ...]:
-    """`silu(conv1d(x))` along the sequence, a filter for each of `axis` channels; x is `b s axis`, transposed.
+    """Return `silu(conv1d(x))` along the sequence, with one filter per channel of `axis`. x is a transposed `b s axis`.
 
-    The convolution pads both ends and the last rows are cut off by a view: `s_conv` rows are kept for silu. Inside, x
-    is made contiguous. Source: transformers' causal_conv1d_fn; torch 2.13 aten/src/ATen/native/Convolution.cpp.
+    The convolution pads both ends and a view drops the extra rows, so silu keeps `s_conv` rows. Inside, x is made
+    contiguous. Source: transformers' causal_conv1d_fn; torch 2.13 aten/src/ATen/native/Convolution.cpp.
     """
-    w = Weight(f"{name}.weight", f"{axis} 1 {kernel}", "mixer", viewed=True)
+    w = Weight(f"{name}.weight", f"{axis} 1 {kernel}", "mixer", is_read_as_view=True)
     weights = (w, *((Weight(f"{name}.bias", axis, "mixer"),) if bias else ()))
-    given, shape = f"{y}.given", f"b {axis} s"
-    contiguous = Tensor("contiguous input", shape, f"={given}")
-    state = kept(wiring, f"{name}.state", "conv.state", f"b {axis} {kernel}", f"={x}", x) if wiring else ()
+    cast_x, shape = f"{y}.given", f"b {axis} s"
+    contiguous = Tensor("contiguous input", shape, f"={cast_x}")
+    state = cached_state(wiring, f"{name}.state", "conv.state", f"b {axis} {kernel}", f"={x}", x) if wiring else ()
     if wiring and wiring.decodes:
         return (*state, *convolved(name, x, y, axis, weights))
     return (
         *state,
-        ops.cast(f"{name}.to_weight", x, given, f"b s {axis}", f"={w.name}"),
+        ops.cast(f"{name}.to_weight", x, cast_x, f"b s {axis}", f"={w.name}"),
         Op(
             name,
-            (given,),
+            (cast_x,),
             (Tensor(f"{y}.conv", f"b {axis} s_conv"),),
             weights,
-            (Keep(w.name, given), Keep(given, given), *(Keep(given, v.name) for v in weights)),
+            (Keep(w.name, cast_x), Keep(cast_x, cast_x), *(Keep(cast_x, v.name) for v in weights)),
             scratch=(contiguous,),
             scratch_back=(Scratch(contiguous),),
             autocast="lower",
@@ -83,13 +83,13 @@ def causal_conv(
 
 
 def lowered(name: str, x: str, y: str, shape: str) -> Op:
-    """Autocast's cast where a function is called; nothing without autocast."""
+    """Cast x to the compute dtype as autocast does for a function's arguments. Does nothing without autocast."""
     source = "torch 2.13 aten/src/ATen/autocast_mode.h lower_precision_fp"
     return Op(f"{name}.autocast", (x,), (Tensor(y, shape),), cast=True, autocast="lower", source=source)
 
 
 def unpadded(wiring: Wiring, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """What mixes tokens in sequence is given zeros for padding: `x` times the mask."""
+    """Multiply `x` by the padding mask, since sequence mixers need zeros at padded positions."""
     if not wiring.padded:
         return (ops.view("unpadded", x, y, shape),)
     return (

@@ -1,4 +1,4 @@
-"""Rewriting a stack: replace operations or weights, block by block."""
+"""Rewrite a stack: replace operations or weights, block by block."""
 
 from __future__ import annotations
 
@@ -8,28 +8,30 @@ from memplan.core.ir import Op, Run, Stack, Weight
 
 
 def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
-    """`change` applied to every operation of the stack; to one that several layers share, once."""
-    done: dict[int, tuple[Op, ...]] = {}
+    """Return the stack with `change` applied to every operation, once if several layers share it."""
+    rewritten: dict[int, tuple[Op, ...]] = {}
 
     def changed(op: Op) -> tuple[Op, ...]:
-        found = done.get(id(op))
-        if found is None:
-            made = change(op)
-            found = done[id(op)] = tuple(new._replace(skipped=True) for new in made) if op.skipped else tuple(made)
-        return found
+        new = rewritten.get(id(op))
+        if new is None:
+            made = tuple(change(op))
+            new = rewritten[id(op)] = tuple(o._replace(skipped=True) for o in made) if op.skipped else made
+        return new
 
-    return rewrite_lists(stack, lambda operations: tuple(new for op in operations for new in changed(op)))
+    return rewrite_lists(stack, lambda operations: tuple(o for op in operations for o in changed(op)))
 
 
 def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Stack:
-    """`change` applied to the operations before the blocks, of every block, after them, and of the loss; to a list that
-    several blocks share, once."""
-    done: dict[int, tuple[Op, ...]] = {}
+    """Return the stack with `change` applied to the operation lists before, in and after its blocks, and to the loss.
+
+    A list shared by several blocks is changed once.
+    """
+    rewritten: dict[int, tuple[Op, ...]] = {}
 
     def changed(operations: tuple[Op, ...]) -> tuple[Op, ...]:
-        if id(operations) not in done:
-            done[id(operations)] = change(operations)
-        return done[id(operations)]
+        if id(operations) not in rewritten:
+            rewritten[id(operations)] = change(operations)
+        return rewritten[id(operations)]
 
     runs = tuple(
         Run(tuple(b._replace(ops=changed(b.ops)) for b in r.blocks), r.times, change(r.before)) for r in stack.runs
@@ -37,8 +39,8 @@ def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...
     return Stack(change(stack.before), runs, change(stack.after), change(stack.loss))
 
 
-def reweigh(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
-    """`change` applied to every weight of the stack; buffers that have a dtype stay as they are."""
+def rewrite_weights(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
+    """Return the stack with `change` applied to every weight, except buffers with a dtype."""
 
     def changed(op: Op) -> Iterable[Op]:
         if not op.weights:
@@ -49,5 +51,5 @@ def reweigh(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
 
 
 def matrix(op: Op) -> Weight | None:
-    """The weight matrix of a linear layer, if the operation is one."""
+    """Return the weight matrix of a linear layer, or None if the operation is not one."""
     return next((w for w in op.weights if w.matrix), None)

@@ -1,4 +1,4 @@
-"""How a model's operations are wired: what a run's kernels, loop and degrees change in every family."""
+"""How a run's kernels, loop and parallel degrees change the operations of every model family."""
 
 from __future__ import annotations
 
@@ -6,31 +6,58 @@ from typing import NamedTuple
 
 
 class Wiring(NamedTuple):
-    """Which attention kernel runs where. `backend` without a mask, `masked` with one.
+    """The choices of kernels, mask, cache and pass that change a model's operations.
 
-    padded: a 2-D mask with zeros comes with the batch. windowed: the sequence is longer than the sliding window.
-    target: the dtype that flash attention 2 is given. copies: what is copied before a kernel: `heads`, k and v
-    repeated for every query head; `all`, q, k and v, one after the other. caches: the model returns k and v of
-    every layer though it trains. triangles: every layer holds a causal mask for all positions, used or not.
-    half_math: the plain product stays in the dtype of what it is given. whole_rotary: Phi-3 rotates whole heads,
-    and joins nothing. one_mask: eager's mask is one for the whole batch, unless it is padded. scales_apart: Gemma's
-    model scales the embeddings, not their module. float_masks: masks of torch's attention are of numbers, as
-    eager's. uncapped: torch's attention is taken where scores should be capped, and does not cap them. single: the
-    batch is one sequence, which only families in SINGLE treat differently. wide: what it is given is fp32. images:
-    the batch has some. tower: the kernel of the attention in the tower that sees them. causal: no token sees those
-    after it; an encoder's do, and there is a mask for padding only. checkpoints: blocks are checkpointed, as T5's
-    code asks. by_name: they are given masks and positions by name. recomputes: what attention makes of q, k and v
-    is made again on the way back. uneven: what tokens see of images is no multiple of 8 rows, to which the kernel
-    pads their mask. drops: the config's attention_dropout is above 0; the fused kernels have it inside them.
-    records: autograd does, and kernels hand it what it asks for. tables: every layer keeps rotary tables of its own
-    (`memplan.catalogue.attention.old_rotary_tables`). caching: keys and values join those of earlier tokens, and lie
-    head by head; but where they are handed_back as they came. decodes: there is one token a sequence, which sees all
-    before it; with `several` there are more, which come after those. last_only: the logits of a sequence's last token
-    are all that is asked for. generates: the pass is one of generation. part: of an encoder-decoder the `encoder` alone
-    runs, or the `decoder` over what the encoder has left; beams: several of each prompt read that; crossed: its keys
-    and values are cached already; static: of its own there is room for all tokens, which one token sees through a mask.
-    begins, fills: where keys stand for windows of tokens, the kinds of windows that the token is the first of, and the
-    last of.
+    Attention kernels: flash, flash_2, efficient, math or eager
+
+    backend       kernel of layers without a mask
+    masked        kernel of layers with a mask
+    tower         kernel of the vision tower
+    target        dtype that flash attention 2 casts fp32 heads to
+    copies        copied before the kernel: `heads`, k and v repeated per query head; `all`, then q, k and v
+    half_math     the math kernel computes in the inputs' dtype instead of fp32
+    uncapped      sdpa runs although scores should be soft-capped, and skips the cap
+    drops         attention_dropout is above 0; fused kernels apply it inside
+    recomputes    backward recomputes attention from q, k and v
+
+    Masks and inputs
+
+    padded              the batch comes with a 2-D mask that has zeros
+    windowed            the sequence is longer than the sliding window
+    causal              no token attends to later tokens; False in encoders, which mask only padding
+    one_mask            eager's mask is shared by the whole batch, unless it is padded
+    float_masks         sdpa masks are floats, as eager's are, instead of booleans
+    causal_buffers      every layer holds a causal mask for all positions as a buffer
+    pads_image_mask     the image tokens attended to are no multiple of 8, so the kernel pads their mask
+    images              the batch contains images
+    is_single_sequence  the batch is a single sequence; set only for the families in SINGLE
+    has_fp32_inputs     the inputs of attention are fp32
+
+    Model code
+
+    whole_rotary               Phi-3 rotates whole heads, without slicing and joining
+    scales_embeddings_outside  Gemma's model scales the embeddings, instead of the embedding module
+    tables                     how every layer's own rotary tables are used
+                               (`memplan.catalogue.attention.old_rotary_tables`)
+    caches                     the model returns k and v of every layer although it trains
+    checkpoints                blocks are checkpointed, which T5's code asks for
+    by_name                    masks and positions are passed to blocks as keyword arguments
+    records                    autograd records; kernels then also return what backward needs
+
+    Inference
+
+    caching               keys and values are joined with those of earlier tokens, head by head in memory
+    keeps_cache_layout    the cache returns keys and values in the layout in which they came
+    decodes               one new token per sequence, which attends to all earlier tokens
+    decodes_several       with `decodes`: more than one new token per sequence
+    generates             the pass belongs to `generate`
+    last_only             only the last token's logits of each sequence are computed
+    encoder_decoder_half  the half of an encoder-decoder that runs: `encoder`, or `decoder` on the encoder's output
+    beams                 several beams per prompt read the encoder's output
+    has_cross_cache       keys and values of cross-attention are cached already
+    static                the cache has room for all tokens, and a decoded token reads it through a mask
+    opened_windows        kinds of compressed-key windows that the token is the first of
+    filled_windows        kinds of compressed-key windows that the token is the last of
     """
 
     backend: str
@@ -40,51 +67,53 @@ class Wiring(NamedTuple):
     target: str = ""
     copies: str = ""
     caches: bool = False
-    triangles: bool = False
+    causal_buffers: bool = False
     tables: str = ""
     half_math: bool = False
     whole_rotary: bool = False
     uncapped: bool = False
     one_mask: bool = False
-    scales_apart: bool = False
+    scales_embeddings_outside: bool = False
     float_masks: bool = False
-    single: bool = False
-    wide: bool = False
+    is_single_sequence: bool = False
+    has_fp32_inputs: bool = False
     images: bool = False
     tower: str = "flash"
     causal: bool = True
     checkpoints: bool = False
-    uneven: bool = False
+    pads_image_mask: bool = False
     by_name: bool = False
     recomputes: bool = False
     drops: bool = False
     records: bool = True
     caching: bool = False
-    handed_back: bool = False
+    keeps_cache_layout: bool = False
     decodes: bool = False
     generates: bool = False
-    several: bool = False
+    decodes_several: bool = False
     last_only: bool = False
-    part: str = ""
+    encoder_decoder_half: str = ""
     beams: bool = False
-    crossed: bool = False
+    has_cross_cache: bool = False
     static: bool = False
-    begins: tuple[str, ...] = ()
-    fills: tuple[str, ...] = ()
+    opened_windows: tuple[str, ...] = ()
+    filled_windows: tuple[str, ...] = ()
 
     @property
-    def lays(self) -> bool:
-        """Whether a cache hands on keys and values that lie head by head."""
-        return self.caching and not self.handed_back
+    def is_head_major(self) -> bool:
+        """Whether a cache returns keys and values that are contiguous head by head."""
+        return self.caching and not self.keeps_cache_layout
 
     @property
-    def one(self) -> bool:
-        """Whether a sequence has one query, whose heads lie one after another as they are."""
-        return self.decodes and not self.several
+    def has_one_query(self) -> bool:
+        """Whether each sequence has a single query, whose heads are contiguous without a copy."""
+        return self.decodes and not self.decodes_several
 
     def has_mask(self, sliding: bool = False) -> bool:
-        """Whether transformers hands the attention of a layer a mask: a causal eager one always, and for padding and
-        windows sdpa too."""
+        """Return whether transformers passes the layer's attention a mask.
+
+        Eager always gets a causal one; sdpa gets one for padding and for sliding windows.
+        """
         if self.backend == "flash_2":
             return False
         causal = self.causal and (self.backend == "eager" or (self.static and self.decodes))

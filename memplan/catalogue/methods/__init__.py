@@ -1,1 +1,1 @@
-"""Training methods as rewrites of a stack: adapters, freezing, merging, saving."""
+"""Training methods as rewrites of a stack: adapters, freezing, merging and saving."""

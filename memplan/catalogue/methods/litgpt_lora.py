@@ -1,4 +1,4 @@
-"""LitGPT's LoRA: adapters in the model's own dtype; q, k and v have one matrix A and, by a convolution, a part of B.
+"""LitGPT's LoRA: adapters in the model's dtype. q, k and v share matrix A; each has its own B, applied by convolution.
 
 Source: litgpt 0.5.3 lora.py LoRALinear, LoRAQKVLinear; lit_gpt of October 2023.
 """
@@ -13,7 +13,7 @@ from memplan.core.ir import Keep, Op, Tensor, Weight
 
 _SOURCE = "litgpt 0.5.3 lora.py LoRAQKVLinear"
 
-# The switches of LitGPT's command, and the layers each one adapts.
+# LitGPT's command-line switches (`--lora_query` ...) and the layers each adapts.
 SWITCHES = {
     "query": ("attn.attn",),
     "key": ("attn.attn",),
@@ -23,7 +23,7 @@ SWITCHES = {
     "head": ("lm_head",),
 }
 
-# What other libraries call those layers.
+# Other libraries' names for those layers, with the switch that adapts them.
 ROLES = {
     "q_proj": "query",
     "k_proj": "key",
@@ -36,12 +36,15 @@ ROLES = {
 
 
 def takes(op: Op, switches: tuple[str, ...]) -> bool:
-    """Whether one of those switches adapts the layer."""
+    """Whether any of the switches adapts the layer."""
     return any(op.name in SWITCHES[switch] for switch in switches)
 
 
 def adapt(op: Op, switches: tuple[str, ...], dtype: str, compute: str, dropout: bool, older: bool) -> Iterator[Op]:
-    """A frozen linear layer and its adapter. `older`: bitsandbytes before 0.43 (see `quantised_linear`)."""
+    """Yield the operations of a frozen linear layer and its adapter.
+
+    older  bitsandbytes before 0.43 (see `quantised_linear`)
+    """
     (x,), y = op.reads, op.writes[0]
     n, p = op.name, y.name
     base = next(w for w in op.weights if w.matrix)
@@ -52,33 +55,35 @@ def adapt(op: Op, switches: tuple[str, ...], dtype: str, compute: str, dropout: 
         yield from quantised_linear(op, f"{n}.linear", result, compute, older)
     else:
         yield op._replace(name=f"{n}.linear", writes=(y._replace(name=result),))
-    seen = x
+    lora_input = x
     if dropout:
-        seen = f"{p}.dropped"
-        yield ops.dropout(f"{n}.lora_dropout", x, seen, f"b s {into}")
+        lora_input = f"{p}.dropped"
+        yield ops.dropout(f"{n}.lora_dropout", x, lora_input, f"b s {into}")
     roles = tuple(role for role in ("query", "key", "value") if role in switches)
     if n == "attn.attn":
-        yield from _joined(op, seen, roles, dtype)
+        yield from _qkv_adapter(op, lora_input, roles, dtype)
     else:
-        yield from (_adapter(o, dtype) for o in _product(op, seen, out, into))
+        yield from (_with_dtype(o, dtype) for o in _linear_adapter(op, lora_input, out, into))
     yield ops.scale(f"{n}.scaling", f"{p}.b", f"{p}.delta", y.shape)
     yield ops.add(f"{n}.add", result, f"{p}.delta", p, y.shape)
-    yield ops.leave(x, result, f"{p}.delta")
+    yield ops.release_names(x, result, f"{p}.delta")
 
 
-def _adapter(op: Op, dtype: str) -> Op:
+def _with_dtype(op: Op, dtype: str) -> Op:
     return op._replace(weights=tuple(w._replace(dtype=dtype) for w in op.weights))
 
 
-def _product(op: Op, x: str, out: str, into: str) -> Iterator[Op]:
+def _linear_adapter(op: Op, x: str, out: str, into: str) -> Iterator[Op]:
     p = op.writes[0].name
     yield ops.linear(f"{op.name}.lora_A", x, f"{p}.a", "r", into, "adapter")
     yield ops.linear(f"{op.name}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter")
 
 
-def _joined(op: Op, x: str, roles: tuple[str, ...], dtype: str) -> Iterator[Op]:
-    """A for all roles at once, B a convolution for each; zeros for those without are filled in by a copy that keeps
-    what it copies."""
+def _qkv_adapter(op: Op, x: str, roles: tuple[str, ...], dtype: str) -> Iterator[Op]:
+    """One A for all roles and one B per role, applied by convolution.
+
+    Roles without an adapter get zeros, by `index_copy`, which keeps what it copies for backward.
+    """
     n, p = op.name, op.writes[0].name
     count = len(roles)
     a = Weight(f"{n}.lora_A", f"{count} r h", "adapter", dtype, matrix=True, rows=2)
@@ -89,25 +94,25 @@ def _joined(op: Op, x: str, roles: tuple[str, ...], dtype: str) -> Iterator[Op]:
         Weight(f"{n}.lora_B.{role}", f"{shape} r", "adapter", dtype, matrix=True, rows=2)
         for role, shape in heads.items()
     )
-    made = tuple(Tensor(f"{p}.{role}", f"b s {shape}") for role, shape in heads.items())
+    outputs = tuple(Tensor(f"{p}.{role}", f"b s {shape}") for role, shape in heads.items())
     yield Op(
         f"{n}.conv1d",
         (f"{p}.a",),
-        made,
+        outputs,
         b,
         (*(Keep(w.name, f"{p}.a") for w in b), *(Keep(f"{p}.a", w.name) for w in b)),
         product="matrix",
         source=f"{ops.DERIVATIVES}: convolution",
     )
-    names = tuple(t.name for t in made)
-    whole = count == 3
+    names = tuple(t.name for t in outputs)
+    adapts_all = count == 3
     yield Op(
         f"{n}.zero_pad",
         names,
         (Tensor(f"{p}.b", op.writes[0].shape),),
         (),
-        () if whole else tuple(Keep(name, name) for name in names),
-        scratch=() if whole else (Tensor("zeros", op.writes[0].shape),),
+        () if adapts_all else tuple(Keep(name, name) for name in names),
+        scratch=() if adapts_all else (Tensor("zeros", op.writes[0].shape),),
         source=f"{ops.DERIVATIVES}: index_copy",
     )
-    yield ops.leave(f"{p}.a", *names)
+    yield ops.release_names(f"{p}.a", *names)

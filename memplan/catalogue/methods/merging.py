@@ -1,7 +1,7 @@
-"""Merging adapters: what peft makes on the device to add one layer's product B A to the weight it is beside.
+"""Merging adapters: the tensors peft makes on the device to add one layer's product B A to its weight.
 
-peft goes from layer to layer (`merge_and_unload`), so one layer's tensors are there at a time. `merge` lists what is
-alive at each point at which memory is about to fall. Shapes are the weight's own; dtypes are literal.
+peft merges layer by layer (`merge_and_unload`), so only one layer's tensors are alive at a time. `merge` lists the
+live tensors at every point just before memory falls. Shapes are the weight's; dtypes are literal.
 
 Source: peft 0.21.2 tuners/lora/layer.py, bnb.py and variants.py, utils/integrations.py; bitsandbytes 0.50.2
 nn/modules.py Params4bit._quantize, Int8Params._quantize; transformers 5.24 integrations/moe.py.
@@ -21,8 +21,13 @@ _DORA = "peft 0.21.2 tuners/lora/variants.py DoraLinearVariant"
 _WIDTH = {"fp32": 2, "bf16": 1, "fp16": 1}
 
 
-class Adapted(NamedTuple):
-    """A weight that has an adapter: the block it is in, how that is called, and the dtype of A and B."""
+class AdaptedWeight(NamedTuple):
+    """A weight with an adapter.
+
+    block  name of the block it is in; empty outside of blocks
+    name   path of its layer
+    dtype  dtype of A and B
+    """
 
     weight: Weight
     block: str
@@ -33,12 +38,12 @@ class Adapted(NamedTuple):
 
     @property
     def mergeable(self) -> bool:
-        """Whether peft merges into how the weight is stored: not into GPTQ's and AWQ's."""
+        """Whether peft can merge into the weight's format: not into GPTQ or AWQ."""
         return not self.weight.stored or family_of(self.weight) in ("4bit", "int8")
 
 
-def adapted(stack: Stack) -> Iterator[Adapted]:
-    """The stack's weights that have adapters, in the model's order, each kind once."""
+def adapted_weights(stack: Stack) -> Iterator[AdaptedWeight]:
+    """Yield the stack's weights that have adapters, in the model's order, those of a repeated block once."""
     groups = [("", (*stack.before, *(op for run in stack.runs for op in run.before), *stack.after, *stack.loss))]
     groups += [(block.name, block.ops) for run in stack.runs for block in run.blocks]
     for block, operations in groups:
@@ -50,80 +55,86 @@ def adapted(stack: Stack) -> Iterator[Adapted]:
             w = weights.get(f"{path}.weight") or weights.get(path)
             if w is not None:
                 dora = f"{path}.lora_magnitude_vector.weight" in weights
-                yield Adapted(w, block, path, b.dtype, dora, half == "embedding_B")
+                yield AdaptedWeight(w, block, path, b.dtype, dora, half == "embedding_B")
 
 
-class Made(NamedTuple):
-    """What is alive beside the model at one point of a layer's merge, and where that was read."""
+class MergeMoment(NamedTuple):
+    """The tensors alive in addition to the model at one point of a layer's merge, and the source of that."""
 
     tensors: tuple[Tensor, ...]
     source: str
 
 
-def merge(one: Adapted) -> tuple[Made, ...]:
-    """What merging one layer makes.
+def merge_moments(one: AdaptedWeight) -> tuple[MergeMoment, ...]:
+    """Return the live tensors at each point of merging one layer.
 
-    The product is scaled into a tensor of its own. A whole weight is added to in place, whatever the two dtypes. A
-    quantised one is dequantised, the sum sent to the host, brought back and quantised there, before the old one goes.
+    The product is scaled into a new tensor. An unquantised weight is added to in place, whatever the two dtypes. A
+    quantised weight is dequantised; the sum goes to the host, comes back and is quantised before the old one is freed.
     """
     w = one.weight
 
-    def whole(name: str, dtype: str) -> Tensor:
+    def like_weight(name: str, dtype: str) -> Tensor:
         return Tensor(name, w.shape, dtype)
 
-    product, delta = whole("product of B and A", one.dtype), whole("scaled product of B and A", one.dtype)
+    product, delta = like_weight("product of B and A", one.dtype), like_weight("scaled product of B and A", one.dtype)
     if w.stored:
         return tuple(_requantised(one, product, delta))
     wide = max(one.dtype, w.dtype, key=lambda dtype: _WIDTH[dtype])
     if one.dora:
-        base = whole("copy of the weight", w.dtype)
-        scaled, summed = whole("scaled product, times one", one.dtype), whole("adapted weight", wide)
-        cast = (whole("merged weight", w.dtype),) if wide != w.dtype else ()
+        base = like_weight("copy of the weight", w.dtype)
+        scaled, summed = like_weight("scaled product, times one", one.dtype), like_weight("adapted weight", wide)
+        cast = (like_weight("merged weight", w.dtype),) if wide != w.dtype else ()
         return (
-            Made((product, delta), _DORA),
-            Made((delta, base, scaled, summed), _DORA),
-            Made((delta, base, summed, whole("adapted weight, scaled", wide), *cast), _DORA),
+            MergeMoment((product, delta), _DORA),
+            MergeMoment((delta, base, scaled, summed), _DORA),
+            MergeMoment((delta, base, summed, like_weight("adapted weight, scaled", wide), *cast), _DORA),
         )
     source = f"{_LORA} Linear.merge"
     cast = (one.embedding or w.stacked) and one.dtype != w.dtype
     return (
-        Made((product, delta), source),
-        *((Made((delta, whole("the same as the weight's", w.dtype)), source),) if cast else ()),
+        MergeMoment((product, delta), source),
+        *(
+            (MergeMoment((delta, like_weight("scaled product, in the weight's dtype", w.dtype)), source),)
+            if cast
+            else ()
+        ),
     )
 
 
-def _requantised(one: Adapted, product: Tensor, delta: Tensor) -> Iterator[Made]:
+def _requantised(one: AdaptedWeight, product: Tensor, delta: Tensor) -> Iterator[MergeMoment]:
     w = one.weight
-    four = family_of(w) == "4bit"
-    source = f"{_BNB} {'Linear4bit' if four else 'Linear8bitLt'}.merge"
-    base = Tensor("dequantised weight", w.shape, w.dtype if four else "fp32")
+    is_4bit = family_of(w) == "4bit"
+    source = f"{_BNB} {'Linear4bit' if is_4bit else 'Linear8bitLt'}.merge"
+    base = Tensor("dequantised weight", w.shape, w.dtype if is_4bit else "fp32")
     wide = max(one.dtype, base.dtype, key=lambda dtype: _WIDTH[dtype])
     merged = Tensor("merged weight", w.shape, wide)
-    if one.dora:  # autograd records it: what is scaled stays for the gradient of the factor
+    if one.dora:  # autograd records the product and keeps its inputs for the gradient of the factor
         source = f"{_DORA}.merge_safe"
-        again, copy = (
+        second, copy = (
             Tensor(name, w.shape, base.dtype) for name in ("weight, dequantised again", "copy of the weight")
         )
         scaled, summed = Tensor("scaled product, times one", w.shape, one.dtype), merged._replace(name="adapted weight")
-        product_ = merged._replace(name="adapted weight, scaled")
+        rescaled = merged._replace(name="adapted weight, scaled")
         merged = merged._replace(dtype=base.dtype)
-        yield Made((base, product, delta), source)
-        yield Made((base, delta, again, copy), source)
-        yield Made((base, delta, copy, scaled, summed), source)
-        yield Made((base, delta, copy, again, summed, product_, *((merged,) if wide != base.dtype else ())), source)
-        beside = (base, summed, merged)
+        yield MergeMoment((base, product, delta), source)
+        yield MergeMoment((base, delta, second, copy), source)
+        yield MergeMoment((base, delta, copy, scaled, summed), source)
+        yield MergeMoment(
+            (base, delta, copy, second, summed, rescaled, *((merged,) if wide != base.dtype else ())), source
+        )
+        live = (base, summed, merged)
     else:
-        yield Made((base, product, delta), source)
-        if not four and one.dtype != "fp32":
+        yield MergeMoment((base, product, delta), source)
+        if not is_4bit and one.dtype != "fp32":
             half = Tensor("dequantised weight, cast", w.shape, one.dtype)
-            yield Made((base, delta, half, merged._replace(dtype=one.dtype)), source)
+            yield MergeMoment((base, delta, half, merged._replace(dtype=one.dtype)), source)
             merged = merged._replace(dtype=one.dtype)
-        beside = (base, delta, merged)
-    if not four:
-        yield Made((*beside, Tensor("merged weight, from the host", w.shape, "fp16"), *w.stored), source)
+        live = (base, delta, merged)
+    if not is_4bit:
+        yield MergeMoment((*live, Tensor("merged weight, from the host", w.shape, "fp16"), *w.stored), source)
         return
-    back = merged._replace(name="merged weight, from the host")
-    scales = absmax(w)  # of a doubly quantised matrix: in fp32, and less their mean
+    from_host = merged._replace(name="merged weight, from the host")
+    scales = absmax(w)  # with double quantisation: fp32, and once more minus their mean
     packed, *others = w.stored
-    centred = tuple(t._replace(name="absmax less its mean") for t in scales)
-    yield Made((*beside, back, packed, *(scales or others), *centred, *(others if scales else ())), source)
+    centred = tuple(t._replace(name="absmax minus its mean") for t in scales)
+    yield MergeMoment((*live, from_host, packed, *(scales or others), *centred, *(others if scales else ())), source)

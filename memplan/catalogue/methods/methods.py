@@ -1,6 +1,7 @@
-"""Methods as rewrites of a stack: freezing, adapters, quantised storage, the dtypes of weights.
+"""Methods as rewrites of a stack: freezing, adapters, quantised storage, weight dtypes.
 
-A rewrite takes operations and returns operations; nothing else in the package knows what LoRA is."""
+A rewrite takes operations and returns operations; nothing else in the package knows what LoRA is.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import matrix, reweigh, rewrite, rewrite_lists
+from memplan.catalogue.kernels.rewriting import matrix, rewrite, rewrite_lists, rewrite_weights
 from memplan.catalogue.methods import litgpt_lora
 from memplan.catalogue.methods.fused_lora import fuse_lora
-from memplan.catalogue.methods.parameter_lora import adapt_parameters, standing
+from memplan.catalogue.methods.parameter_lora import adapt_parameters, represented_layers
 from memplan.catalogue.quantization.inference_formats import (
-    Running,
+    InferenceFormat,
     product,
     resident,
     takes_alone,
@@ -26,30 +27,37 @@ from memplan.core.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight, opera
 
 
 class Adapter(NamedTuple):
-    """How a LoRA-like adapter computes; `compute` is what the 4-bit layer inside it does.
+    """How a LoRA-like adapter computes.
 
-    `again`: DoRA multiplies by the base weight once more though nothing is dropped, as peft did until 0.13. `keeps` and
-    `copies`: as in `quantised_linear`.
+    dtype                dtype of its matrices
+    compute              compute dtype of a 4-bit base layer
+    dropout              whether its input is dropped out
+    dora                 whether it is a DoRA adapter
+    second_base_product  DoRA multiplies by the base weight a second time even without dropout, as peft did until 0.13
+    keeps_matrix         see `quantised_linear`
+    copies               see `quantised_linear`
     """
 
     dtype: str
     compute: str
     dropout: bool
     dora: bool
-    again: bool = False
-    keeps: bool = False
+    second_base_product: bool = False
+    keeps_matrix: bool = False
     copies: bool = True
 
 
 def head_of(stack: Stack) -> Op | None:
-    """The output projection of a language model, which PEFT's `all-linear` and quantisation leave alone: the last
-    operation with a matrix. None in a model without one."""
+    """The output projection of a language model, which PEFT's `all-linear` and quantisation skip; None without one.
+
+    It is the last operation with a matrix.
+    """
     last = next((op for op in reversed(stack.after) if any(w.rows for w in op.weights)), None)
     return None if last is None or any(w.group == "head" for w in last.weights) else last
 
 
 def inside(path: str, modules: tuple[str, ...]) -> bool:
-    """Whether a module's path is one of the `modules`, or inside one.
+    """Whether a module's path is, or lies inside, one of the `modules`.
 
     Source: peft 0.21 tuners/tuners_utils.py _check_target_module_exists.
     """
@@ -59,8 +67,8 @@ def inside(path: str, modules: tuple[str, ...]) -> bool:
 def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     """peft's LoRA layer around a frozen linear layer: `result + lora_B(lora_A(dropout(x))) * scaling`.
 
-    Around a full-width layer, one of FP8 and one of GPTQ the input is cast to the adapter's dtype and the sum back to
-    the result's; around a 4-bit layer the result is cloned first, and under autocast nothing is cast.
+    If the base is unquantised, FP8 or GPTQ, the input is cast to the adapter's dtype and the sum back to the result's.
+    If it is 4-bit, the result is cloned first, and nothing is cast under autocast.
     Source: peft 0.21 tuners/lora/layer.py Linear.forward, tuners/lora/bnb.py Linear4bit.forward, Linear8bitLt.forward,
     tuners/lora/gptq.py, tuners/lora/awq.py; 0.13 tuners/lora/gptq.py, which casts as around a 4-bit layer.
     """
@@ -70,18 +78,20 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     flat = op.gradient == "new"
     w = matrix(op)
     assert w is not None
-    how = family_of(w) if w.stored else ""
-    quantised = how in ("4bit", "int8", "awq") or (how == "gptq" and not adapter.keeps)
+    scheme = family_of(w) if w.stored else ""
+    quantised = scheme in ("4bit", "int8", "awq") or (scheme == "gptq" and not adapter.keeps_matrix)
     casts = not (quantised and autocast)
     result = f"{p}.base"
     yield from (
-        quantised_linear(op, f"{n}.base_layer", result, adapter.compute, keeps=adapter.keeps, copies=adapter.copies)
-        if how
-        else (_renamed(op, result),)
+        quantised_linear(
+            op, f"{n}.base_layer", result, adapter.compute, keeps=adapter.keeps_matrix, copies=adapter.copies
+        )
+        if scheme
+        else (_as_base_layer(op, result),)
     )
     if w.stored and w.stored[0].dtype == "uint8/2":
         yield ops.copy(f"{n}.clone", result, f"{p}.clone", y.shape)
-        yield ops.leave(result)
+        yield ops.release_names(result)
         result = f"{p}.clone"
     inner = x
     if casts:
@@ -101,19 +111,19 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
         if casts:
             yield ops.cast(f"{n}.cast_back", f"{p}.delta", f"{p}.delta.cast", y.shape, f"={result}")
         add = ops.add(f"{n}.add", result, f"{p}.delta.cast" if casts else f"{p}.delta", p, y.shape)
-        yield add._replace(view=how == "gptq")  # peft's older GPTQ layer adds into the result
+        yield add._replace(view=scheme == "gptq")  # peft's older GPTQ layer adds into the result in place
     else:
         yield ops.add(f"{n}.add", result, f"{p}.delta", f"{p}.sum", y.shape)
         if adapter.dora:
-            yield ops.leave(adapted)
+            yield ops.release_names(adapted)
         yield ops.cast(f"{n}.cast_back", f"{p}.sum", p, y.shape, f"={result}" if casts else f"={p}.sum")
-    yield ops.leave(x, inner)  # the call of a module holds its arguments until it returns
+    yield ops.release_names(x, inner)  # a module call holds its arguments until it returns
 
 
 def _lora_embedding(op: Op, dtype: str) -> Iterator[Op]:
-    """peft's LoRA around an embedding: rows of A looked up like the embedding's, then multiplied by B.
+    """peft's LoRA around an embedding: rows of A are looked up as the embedding's are, then multiplied by B.
 
-    A is stored transposed, so its gradient is made once for the lookup and copied into A's layout.
+    A is stored transposed, so its gradient is computed for the lookup and then copied into A's layout.
     Source: peft 0.21 tuners/lora/layer.py Embedding.forward.
     """
     (ids,), y = op.reads, op.writes[0]
@@ -148,21 +158,19 @@ def _lora_embedding(op: Op, dtype: str) -> Iterator[Op]:
     yield ops.cast(f"{n}.cast_back", f"{p}.sum", p, y.shape, f"={p}.base")
 
 
-def _renamed(op: Op, result: str) -> Op:
+def _as_base_layer(op: Op, result: str) -> Op:
     return op._replace(name=f"{op.name}.base_layer", writes=(op.writes[0]._replace(name=result),))
 
 
 _DORA = "peft 0.21 tuners/lora/dora.py"
-_TRANSPOSED = (
-    f"{_DORA} with utils/other.py transpose, which makes a parameter of the weight, where no cast made it less"
-)
+_TRANSPOSED = f"{_DORA} with utils/other.py transpose, which wraps the weight in a parameter, unless a cast copied it"
 
 
 def _dora(op: Op, x: str, result: str, adapter: Adapter, low: str) -> Iterator[Op]:
-    """DoRA: the norm of `W + scaling * B A` row by row, as a constant, scales the product and the base result.
+    """DoRA: the row norms of `W + scaling * B A`, as constants, scale the product and the base result.
 
-    The product B A is made by running the adapter on an identity matrix as wide as the input. `low`: what autocast
-    multiplies in.
+    The product B A is computed by running the adapter on an identity matrix as wide as the input. `low` is the dtype
+    that autocast multiplies in.
     Source: peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward.
     """
     y = op.writes[0]
@@ -175,14 +183,14 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, low: str) -> Iterator[O
     magnitude = Weight(f"{op.name}.lora_magnitude_vector.weight", out, "adapter", adapter.dtype)
     yield Op(f"{n}.eye", (), (Tensor(f"{p}.eye", f"{into} {into}", adapter.dtype),))
     yield Op(f"{n}.eye.cast", (f"{p}.eye",), (Tensor(f"{p}.eye_in", f"{into} {into}"),), cast=True, autocast="lower")
-    for half, read, made, shape in (
+    for half, read, written, shape in (
         (ops.linear(f"{op.name}.lora_A", "", "", "r", into, "adapter"), f"{p}.eye_in", f"{p}.eye_a", f"{into} r"),
         (ops.linear(f"{op.name}.lora_B", "", "", out, "r", "adapter"), f"{p}.eye_a", f"{p}.eye_b", full),
     ):
         name = f"{n}.eye_{half.name[-1]}"
-        write = Tensor(made, shape)
-        yield Op(name, (read,), (write,), half.weights, gradient="none", autocast="lower", product="matrix")
-    yield ops.leave(f"{p}.eye")
+        output = Tensor(written, shape)
+        yield Op(name, (read,), (output,), half.weights, gradient="none", autocast="lower", product="matrix")
+    yield ops.release_names(f"{p}.eye")
     yield ops.cast(f"{n}.product", f"{p}.eye_b", f"{p}.product", full, like)
     if w.stored:
         yield dequantise(w, f"{n}.dequantise", f"{p}.w4", full)
@@ -203,12 +211,12 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, low: str) -> Iterator[O
     yield ops.linear(f"{op.name}.lora_A", x, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
     yield ops.linear(f"{op.name}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
     base = result
-    if adapter.dropout or adapter.again:  # the base result must see the same dropped input
+    if adapter.dropout or adapter.second_base_product:  # the base result must see the same dropped input
         base = f"{p}.dropped_base"
         weight, wraps = f"{p}.w", ()
         if w.transposed and not w.stored and w.dtype == adapter.dtype:
             wraps = (Tensor(f"{p}.transposed", full, w.dtype),)
-        if wraps and low and w.dtype == "fp32":  # autocast keeps what it casts of a parameter
+        if wraps and low and w.dtype == "fp32":  # autocast caches the cast of a parameter
             weight = f"{p}.low"
             yield Op(
                 f"{n}.transposed",
@@ -236,34 +244,48 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, low: str) -> Iterator[O
         base = f"{p}.unbiased"
         yield Op(f"{n}.unbias", (result,), (Tensor(base, y.shape),), bias, gradient="same")
     yield Op(f"{n}.minus_one", (f"{p}.scale",), (Tensor(f"{p}.less", out),), gradient="same")
-    for a, b, made in ((f"{p}.less", base, f"{p}.base_part"), (f"{p}.scale", f"{p}.b", f"{p}.lora_part")):
+    for a, b, output in ((f"{p}.less", base, f"{p}.base_part"), (f"{p}.scale", f"{p}.b", f"{p}.lora_part")):
         yield Op(
             f"{n}.times",
             (a, b),
-            (Tensor(made, y.shape),),
+            (Tensor(output, y.shape),),
             (),
             (Keep(b, a), Keep(a, b)),
-            scratch_back=(Scratch(Tensor("product", y.shape, f"={made}"), a),),
+            scratch_back=(Scratch(Tensor("product", y.shape, f"={output}"), a),),
             source=f"{ops.DERIVATIVES}: mul.Tensor",
         )
     yield ops.scale(f"{n}.scaling", f"{p}.lora_part", f"{p}.lora_scaled", y.shape)
     yield ops.add(f"{n}.sum", f"{p}.base_part", f"{p}.lora_scaled", f"{p}.delta", y.shape)
-    yield ops.leave(*(f"{p}.{t}" for t in ("product", "w", "norm", "scale", "b")), base)
-    yield ops.leave(f"{p}.eye_in", f"{p}.eye_a")._replace(recorded=True)  # by the graph of the product
+    yield ops.release_names(*(f"{p}.{t}" for t in ("product", "w", "norm", "scale", "b")), base)
+    yield ops.release_names(f"{p}.eye_in", f"{p}.eye_a")._replace(
+        needs_recording=True
+    )  # the product's graph holds them
 
 
 class Recipe(NamedTuple):
-    """What a run asks of the methods, resolved: structure only, no sizes.
+    """The resolved training method: structure only, no sizes.
 
-    kind: a method's, or `stored` where nothing trains over quantised weights.
-    weights: dtype the model is loaded in. compute: what quantised layers compute in. quantization: "" or a format.
-    preparation: "", "fp32" (prepare_model_for_kbit_training) or "trl" (that, with most embeddings and heads cast back).
-    targets: names of linear layers, or ("all-linear",). fused: adapted layers are one function where one exists.
-    library: whose adapters they are, `peft` or `litgpt`, whose targets are the switches of its command. again, keeps:
-    see `Adapter`. frozen: parts of the model that neither train nor are adapted, see `PARTS`. packed: quantised weights
-    are loaded as they are stored, and not made from whole ones. copies: a product with packed weights makes a whole
-    matrix of them first, as of more than a few rows, and in training. running: how matrices of a format run that
-    nothing trains over.
+    kind           name of the method, or `stored` for quantised weights without training
+    weights        dtype the model is loaded in
+    compute        compute dtype of quantised layers
+    autocast       whether the run uses autocast
+    targets        names of the adapted linear layers, ("all-linear",), or LitGPT's command-line switches
+    saved          peft's `modules_to_save`
+    dropout        whether the adapters have dropout
+    adapter_dtype  dtype of the adapters
+    quantization   format of the quantised weights, or ""
+    double_quant   whether bitsandbytes' scales are quantised too
+    block_size     weights per scale
+    skip           modules that are not quantised
+    preparation    "", "fp32" (prepare_model_for_kbit_training) or "trl" (most embeddings and heads cast back after it)
+    fused          adapted layers are fused into one autograd function if one exists
+    library        whose adapters they are: `peft` or `litgpt`
+    again          see `Adapter`
+    frozen         parts of the model that neither train nor are adapted, see `PARTS`
+    keeps          see `Adapter`
+    packed         quantised weights are loaded from a quantised checkpoint, not quantised while loading
+    copies         a product dequantises packed weights first, as it does for more than a few rows and in training
+    running        how matrices run whose format nothing can train over
     """
 
     kind: str
@@ -286,23 +308,23 @@ class Recipe(NamedTuple):
     keeps: bool = False
     packed: bool = False
     copies: bool = True
-    running: Running | None = None
+    running: InferenceFormat | None = None
 
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
 
 
-# What may be frozen by itself, and the groups of its weights; the language model is all the others.
+# The parts of a model that can be frozen separately, with the groups of their weights. `language` is the remainder.
 PARTS = {"vision": ("vision",), "projector": ("projector",), "language": ()}
 
 
 def apply(stack: Stack, recipe: Recipe) -> Stack:
-    """The stack as the method trains it: dtypes on every weight, adapters around their targets."""
-    return _unreached(_left_out(_applied(stack, recipe)))
+    """Return the stack as the method trains it: dtypes on every weight, adapters around their targets."""
+    return _idle_unreached(_drop_skipped(_rewritten(stack, recipe)))
 
 
-def _left_out(stack: Stack) -> Stack:
-    """Of operations that a run leaves out, only the weights."""
+def _drop_skipped(stack: Stack) -> Stack:
+    """Reduce operations that the run skips to their weights."""
 
     def change(op: Op) -> Iterable[Op]:
         if not op.skipped:
@@ -310,37 +332,39 @@ def _left_out(stack: Stack) -> Stack:
         weights = tuple(w._replace(trains=False, idle=w.trains) for w in op.weights)
         return (Op(op.name, weights=weights, gradient="none"),) if weights else ()
 
-    return rewrite_lists(stack, lambda some: tuple(new for op in some for new in change(op)))
+    return rewrite_lists(stack, lambda listed: tuple(new for op in listed for new in change(op)))
 
 
-def _unreached(stack: Stack) -> Stack:
-    """Weights that only operations without a gradient use never get one."""
+def _idle_unreached(stack: Stack) -> Stack:
+    """Mark weights as idle if only operations without a gradient use them."""
     reached = {w.name for op in operations(stack) if op.gradient != "none" for w in op.weights}
     if all(w.name in reached or not w.trains for op in operations(stack) for w in op.weights):
         return stack
-    return reweigh(stack, lambda w: w if w.name in reached or not w.trains else w._replace(trains=False, idle=True))
+    return rewrite_weights(
+        stack, lambda w: w if w.name in reached or not w.trains else w._replace(trains=False, idle=True)
+    )
 
 
 def is_frozen(w: Weight, frozen: tuple[str, ...]) -> bool:
-    """Whether a weight is of a part of the model that neither trains nor is adapted."""
+    """Whether a weight belongs to a frozen part of the model, which neither trains nor is adapted."""
     part = next((part for part, groups in PARTS.items() if w.group in groups), "language")
     return part in frozen
 
 
-def _applied(stack: Stack, recipe: Recipe) -> Stack:
+def _rewritten(stack: Stack, recipe: Recipe) -> Stack:
     if recipe.kind in ("full", "freeze"):
-        return reweigh(
+        return rewrite_weights(
             stack,
             lambda w: w._replace(dtype=w.dtype or recipe.weights, trains=w.trains and not is_frozen(w, recipe.frozen)),
         )
     head = head_of(stack)
-    wide = frozenset(w.name for w in head.weights) if head and "lm_head" in recipe.skip else frozenset[str]()
-    narrow = _narrowed(stack) if recipe.preparation == "trl" else frozenset[str]()
-    stack = reweigh(stack, lambda w: _frozen(w, recipe, wide, narrow))
+    unquantised = frozenset(w.name for w in head.weights) if head and "lm_head" in recipe.skip else frozenset[str]()
+    cast_back = _cast_back_by_trl(stack) if recipe.preparation == "trl" else frozenset[str]()
+    stack = rewrite_weights(stack, lambda w: _frozen(w, recipe, unquantised, cast_back))
     if recipe.running is not None and recipe.running.kernel == "triton":
         stack = rewrite_lists(stack, with_triton)
     if recipe.saved:
-        stack = rewrite(stack, lambda op: (_saved(op, recipe.saved),))
+        stack = rewrite(stack, lambda op: (_with_saved_copies(op, recipe.saved),))
     adapter = Adapter(
         recipe.adapter_dtype,
         recipe.compute,
@@ -350,8 +374,8 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
         recipe.keeps,
         recipe.copies,
     )
-    stood_for = standing(operations(stack))
-    every = recipe.targets == ("all-linear",)
+    stood_for = represented_layers(operations(stack))
+    all_linear = recipe.targets == ("all-linear",)
 
     def takes(op: Op) -> bool:
         if recipe.library == "litgpt":
@@ -359,65 +383,66 @@ def _applied(stack: Stack, recipe: Recipe) -> Stack:
         w, name = matrix(op), op.name.rpartition(".")[2]
         if w is None or is_frozen(w, recipe.frozen) or inside(op.name, recipe.saved) or name in stood_for:
             return False
-        return _named(op, recipe) or (every and (head is None or op.name != head.name))
+        return _is_target(op, recipe) or (all_linear and (head is None or op.name != head.name))
 
     def takes_parameter(w: Weight) -> bool:
-        return not is_frozen(w, recipe.frozen) and (every or any(name in recipe.targets for name in w.stands_for))
+        return not is_frozen(w, recipe.frozen) and (all_linear or any(name in recipe.targets for name in w.stands_for))
 
     if stood_for:
-        stack = rewrite_lists(stack, lambda some: adapt_parameters(some, takes_parameter, recipe.adapter_dtype))
+        stack = rewrite_lists(stack, lambda listed: adapt_parameters(listed, takes_parameter, recipe.adapter_dtype))
 
     older = recipe.library == "litgpt"
 
     if recipe.fused:
         stack = rewrite_lists(
             stack,
-            lambda some: (
-                some
-                if any(op.skipped for op in some)
-                else fuse_lora(some, takes, recipe.adapter_dtype, recipe.compute, recipe.dropout)
+            lambda listed: (
+                listed
+                if any(op.skipped for op in listed)
+                else fuse_lora(listed, takes, recipe.adapter_dtype, recipe.compute, recipe.dropout)
             ),
         )
 
     def change(op: Op) -> Iterable[Op]:
-        made = changed(op)
-        return made if op.gradient != "none" else (o._replace(gradient="none") for o in made)
+        new = replacement(op)
+        return new if op.gradient != "none" else (o._replace(gradient="none") for o in new)
 
-    def changed(op: Op) -> Iterable[Op]:
+    def replacement(op: Op) -> Iterable[Op]:
         w = matrix(op)
-        if any(v.group == "adapter" and v.matrix for v in op.weights):  # joined already
+        if any(v.group == "adapter" and v.matrix for v in op.weights):  # fused already
             return (op,)
         stacked = next((v for v in op.weights if v.stacked and v.stored and not v.kernel), None)
         if stacked is not None:
             return (experts_fp8(op, stacked, recipe.compute),)
         if w is None:
-            looks_up = any(v.rows and v.group == "embedding" for v in op.weights)
-            return tuple(_lora_embedding(op, recipe.adapter_dtype)) if looks_up and _named(op, recipe) else (op,)
+            is_embedding = any(v.rows and v.group == "embedding" for v in op.weights)
+            adapts = is_embedding and _is_target(op, recipe)
+            return tuple(_lora_embedding(op, recipe.adapter_dtype)) if adapts else (op,)
         if takes(op) and recipe.library == "litgpt":
             return tuple(
                 litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout, older)
             )
         if takes(op):
             called = op if op.reads else _as_called(op)
-            adapted = tuple(_dressed(o, recipe) for o in adapt(called, adapter, recipe.autocast))
-            return (_idle(op, adapted), op) if w.direct and not w.stored else adapted
+            adapted = tuple(_with_adapter_dtype(o, recipe) for o in adapt(called, adapter, recipe.autocast))
+            return (_idle_adapters(op, adapted), op) if w.bypasses_module and not w.stored else adapted
         if w.kernel and recipe.running is not None:
             return (op,) if op.skipped else tuple(product(op, op.name, op.writes[0].name, recipe.running))
         if w.stored:
-            made = op.writes[0].name
-            return tuple(quantised_linear(op, op.name, made, recipe.compute, older, recipe.keeps, recipe.copies))
+            result = op.writes[0].name
+            return tuple(quantised_linear(op, op.name, result, recipe.compute, older, recipe.keeps, recipe.copies))
         return (op,)
 
     return rewrite(stack, change)
 
 
 def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, dict[str, int]]:
-    """Only the last `trainable` layers train: runs are split where the frozen layers end.
+    """Return the stack with only the last `trainable` layers training, runs split where the frozen layers end.
 
-    Embeddings, final norm and head are frozen too, as LLaMA-Factory's freeze tuning has it.
+    Embeddings, final norm and head are frozen too, as in LLaMA-Factory's freeze tuning.
     """
 
-    def still(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+    def frozen_ops(operations: tuple[Op, ...]) -> tuple[Op, ...]:
         return tuple(o._replace(weights=tuple(w._replace(trains=False) for w in o.weights)) for o in operations)
 
     axes = dict(axes)
@@ -425,110 +450,116 @@ def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, d
     runs: list[Run] = []
     for run in stack.runs:
         period, copies = len(run.blocks), axes[run.times]
-        whole = min(copies, frozen // period)
-        part = min(period * (copies - whole), frozen - whole * period)
-        frozen -= whole * period + part
-        stilled = tuple(b._replace(ops=still(b.ops)) for b in run.blocks)
-        mixed = (*stilled[:part], *run.blocks[part:])
-        between = still(run.before)
+        periods = min(copies, frozen // period)
+        part = min(period * (copies - periods), frozen - periods * period)
+        frozen -= periods * period + part
+        frozen_blocks = tuple(b._replace(ops=frozen_ops(b.ops)) for b in run.blocks)
+        mixed = (*frozen_blocks[:part], *run.blocks[part:])
+        between = frozen_ops(run.before)
         for blocks, name, count in (
-            (stilled, "frozen", whole),
+            (frozen_blocks, "frozen", periods),
             (mixed, "mixed", 1 if part else 0),
-            (run.blocks, "trained", copies - whole - (1 if part else 0)),
+            (run.blocks, "trained", copies - periods - (1 if part else 0)),
         ):
             axes[f"{run.times}.{name}"] = count
             if count:
                 runs.append(Run(blocks, f"{run.times}.{name}", between))
                 between = ()
-    return Stack(still(stack.before), tuple(runs), still(stack.after), stack.loss), axes
+    return Stack(frozen_ops(stack.before), tuple(runs), frozen_ops(stack.after), stack.loss), axes
 
 
-def _saved(op: Op, saved: tuple[str, ...]) -> Op:
-    """peft's `modules_to_save`: a copy of the module trains, and the frozen original stays beside it."""
-    own = [w for w in op.weights if w.group != "buffer"]
-    ours = {w.name: f"{w.name}.saved" for w in own if inside(w.name.rpartition(".")[0], saved)}
+def _with_saved_copies(op: Op, saved: tuple[str, ...]) -> Op:
+    """peft's `modules_to_save`: a copy of the module trains, and the frozen original stays in memory."""
+    parameters = [w for w in op.weights if w.group != "buffer"]
+    copy_of = {w.name: f"{w.name}.saved" for w in parameters if inside(w.name.rpartition(".")[0], saved)}
     if op.name.rpartition(".")[2] in saved:
-        ours = {w.name: f"{w.name}.saved" for w in own}
-    if not ours:
+        copy_of = {w.name: f"{w.name}.saved" for w in parameters}
+    if not copy_of:
         return op
     copies = tuple(
-        w._replace(name=ours[w.name], group="adapter", trains=True, matrix=False) for w in op.weights if w.name in ours
+        w._replace(name=copy_of[w.name], group="adapter", trains=True, matrix=False)
+        for w in op.weights
+        if w.name in copy_of
     )
-    keeps = tuple(k._replace(what=ours.get(k.what, k.what), of=ours.get(k.of, k.of)) for k in op.keeps)
-    scratch = tuple(s._replace(of=ours.get(s.of, s.of)) for s in op.scratch_back)
+    keeps = tuple(k._replace(what=copy_of.get(k.what, k.what), of=copy_of.get(k.of, k.of)) for k in op.keeps)
+    scratch = tuple(s._replace(of=copy_of.get(s.of, s.of)) for s in op.scratch_back)
     return op._replace(weights=(*copies, *op.weights), keeps=keeps, scratch_back=scratch)
 
 
 def _as_called(op: Op) -> Op:
-    """A layer that is not called, of which the model reads the weight alone, as if it were: adapters are around it."""
+    """A layer whose weight the model reads without calling it, as if it were called, so that adapters can wrap it."""
     w = next(w for w in op.weights if w.matrix)
     out, into = (" ".join(axes) for axes in (w.shape.split()[: w.rows], w.shape.split()[w.rows :]))
     return ops.linear(op.name, "of nothing", "nothing", out, into, w.group)
 
 
-def _idle(op: Op, adapted: tuple[Op, ...]) -> Op:
-    """The adapters alone, around a layer that nobody calls."""
-    own = {w.name: w._replace(trains=False, idle=True) for o in adapted for w in o.weights if w.group == "adapter"}
-    return Op(f"{op.name}.adapters", weights=tuple(own.values()), gradient="none")
+def _idle_adapters(op: Op, adapted: tuple[Op, ...]) -> Op:
+    """Only the weights of the adapters around a layer that is never called."""
+    idle = {w.name: w._replace(trains=False, idle=True) for o in adapted for w in o.weights if w.group == "adapter"}
+    return Op(f"{op.name}.adapters", weights=tuple(idle.values()), gradient="none")
 
 
-def _dressed(op: Op, recipe: Recipe) -> Op:
+def _with_adapter_dtype(op: Op, recipe: Recipe) -> Op:
     adapters = tuple(
         w if w.dtype or w.group != "adapter" else w._replace(dtype=recipe.adapter_dtype) for w in op.weights
     )
     return op._replace(weights=adapters)
 
 
-# trl casts back to half precision what has one of these in its module's name.
+# trl casts modules back to half precision if their name contains one of these.
 # Source: trl 0.12 trainer/utils.py peft_module_casting_to_bf16.
-_NARROWED = ("lm_head", "embed_tokens", "wte", "wpe")
+_CAST_BACK = ("lm_head", "embed_tokens", "wte", "wpe")
 
 
-def _narrowed(stack: Stack) -> frozenset[str]:
-    """The weights that trl casts back: a tied one goes by either name, a bias by none."""
+def _cast_back_by_trl(stack: Stack) -> frozenset[str]:
+    """Names of the weights that trl casts back. A tied weight counts under either name; biases are not cast."""
     return frozenset(
         w.name
-        for some in outside(stack)
-        for op in some
+        for listed in outside(stack)
+        for op in listed
         for w in op.weights
-        if w.rows and any(part in name for part in _NARROWED for name in (op.name, w.name))
+        if w.rows and any(part in name for part in _CAST_BACK for name in (op.name, w.name))
     )
 
 
-def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], narrow: frozenset[str]) -> Weight:
-    """A base weight under an adapter: frozen, quantised unless it is the head's, or cast unless it is `narrow`."""
-    left = (*recipe.skip, *recipe.saved)
-    how = recipe.running
-    if how is not None and w.name not in head and runs_so(w, how, left):
-        w = w._replace(dtype=w.dtype or recipe.weights, trains=False, kernel=how.kernel)
-        whole = w.stacked and how.whole
-        return w if whole else w._replace(stored=resident(w, how))
-    if how is not None:
-        wide = "fp32" if wide_bias(w, how) else recipe.weights
+def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozenset[str]) -> Weight:
+    """A base weight under an adapter: frozen, and either quantised or cast.
+
+    head       names of the head's weights, which are not quantised
+    cast_back  names of the weights that stay in half precision
+    """
+    skipped = (*recipe.skip, *recipe.saved)
+    running = recipe.running
+    if running is not None and w.name not in head and runs_in_format(w, running, skipped):
+        w = w._replace(dtype=w.dtype or recipe.weights, trains=False, kernel=running.kernel)
+        is_dequantised = w.stacked and running.whole
+        return w if is_dequantised else w._replace(stored=resident(w, running))
+    if running is not None:
+        wide = "fp32" if wide_bias(w, running) else recipe.weights
         return w._replace(dtype=w.dtype or wide, trains=False)
-    takes = quantisable(w, left) or (w.stacked and recipe.quantization == "fp8")
+    takes = can_quantise(w, skipped) or (w.stacked and recipe.quantization == "fp8")
     if recipe.quantization and takes and w.name not in head:
-        kept = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
+        storage = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
         dtype = "fp16" if recipe.library == "litgpt" else w.dtype or recipe.weights  # lightning quantises from fp16
-        return w._replace(dtype=dtype, trains=False, stored=kept)
-    dtype = "fp32" if recipe.preparation and w.name not in narrow else w.dtype or recipe.weights
+        return w._replace(dtype=dtype, trains=False, stored=storage)
+    dtype = "fp32" if recipe.preparation and w.name not in cast_back else w.dtype or recipe.weights
     return w._replace(dtype=dtype, trains=False)
 
 
-def runs_so(w: Weight, how: Running, skip: tuple[str, ...]) -> bool:
-    """Whether a weight is of those that run so: matrices of linear layers, experts, or one of the two."""
+def runs_in_format(w: Weight, how: InferenceFormat, skip: tuple[str, ...]) -> bool:
+    """Whether a weight runs in the format of `how`, which covers linear layers, stacked experts, or both."""
     if w.stacked:
         return takes_experts(how) and not inside(w.name.rpartition(".")[0], skip)
-    return not takes_alone(how) and quantisable(w, skip)
+    return not takes_alone(how) and can_quantise(w, skip)
 
 
-def quantisable(w: Weight, skip: tuple[str, ...] = ()) -> bool:
-    """Whether bitsandbytes takes it: the matrix of a plain linear layer.
+def can_quantise(w: Weight, skip: tuple[str, ...] = ()) -> bool:
+    """Whether bitsandbytes can quantise the weight: it is the matrix of a plain linear layer.
 
     Source: transformers 5.24 integrations/bitsandbytes.py replace_with_bnb_linear.
     """
-    return w.matrix and not w.viewed and not inside(w.name.rpartition(".")[0], skip)
+    return w.matrix and not w.is_read_as_view and not inside(w.name.rpartition(".")[0], skip)
 
 
-def _named(op: Op, recipe: Recipe) -> bool:
+def _is_target(op: Op, recipe: Recipe) -> bool:
     return op.name.rpartition(".")[2] in recipe.targets

@@ -1,8 +1,8 @@
-"""peft's LoRA on parameters that are no linear layers: stacks of experts' matrices, and routers.
+"""peft's LoRA on parameters that are not linear layers: stacked expert matrices, and routers.
 
-A stack is folded: `W + scaling * B A` is made whole, for all experts, whenever the module runs, and stays until it
-returns; where activations ask for a gradient autograd keeps it for backward. The rank is one for each of the linear
-layers that the stack stands for. A router's product B A is made and added.
+A stack is folded: `W + scaling * B A` is computed for all experts whenever the module runs and lives until it returns;
+autograd keeps it for backward if the activations require a gradient. A stack that stands for two linear layers has
+twice the rank. A router's product B A is computed and added to its weight.
 Source: peft 0.21 tuners/lora/layer.py ParamWrapper, utils/transformers_weight_conversion.py.
 """
 
@@ -16,48 +16,48 @@ from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 _SOURCE = "peft 0.21 tuners/lora/layer.py ParamWrapper"
 
 
-def standing(operations: Iterable[Op]) -> frozenset[str]:
-    """The names of linear layers that parameters stand for: peft adapts no linear layer that is called so."""
+def represented_layers(operations: Iterable[Op]) -> frozenset[str]:
+    """Names of the linear layers that parameters stand for. peft adapts no real linear layer of such a name."""
     return frozenset(name for op in operations for w in op.weights for name in w.stands_for)
 
 
 def parameter(op: Op) -> Weight | None:
-    """The parameter of the operation that peft adapts, if there is one."""
+    """The operation's parameter that peft can adapt, if any."""
     return next((w for w in op.weights if w.stands_for and not w.matrix), None)
 
 
 def adapt_parameters(operations: tuple[Op, ...], takes: Callable[[Weight], bool], dtype: str) -> tuple[Op, ...]:
-    """The operations with adapters, in `dtype`, on those parameters that `takes` says yes to.
+    """Return the operations with adapters, in `dtype`, on the parameters that `takes` accepts.
 
-    What a module's stacks are folded from is cast where the module begins, the last stack's first, and stays until it
-    returns, with what they are folded to.
+    A and B of a module's stacks are cast when the module begins, the last stack's first. The casts and the folded
+    weights live until the module returns.
     """
-    taken = {op.name: w for op in operations if (w := parameter(op)) is not None and takes(w)}
+    adapted = {op.name: w for op in operations if (w := parameter(op)) is not None and takes(w)}
     modules: dict[str, list[Weight]] = {}
-    for name, w in taken.items():
+    for name, w in adapted.items():
         if w.stacked:
             modules.setdefault(name.rpartition(".")[0], []).append(w)
-    begun, out = set[str](), list[Op]()
+    entered, out = set[str](), list[Op]()
     for op in operations:
         module = op.name.rpartition(".")[0]
         stacks = modules.get(module, [])
-        if stacks and module not in begun:
-            begun.add(module)
+        if stacks and module not in entered:
+            entered.add(module)
             out += [cast for w in reversed(stacks) for cast in _casts(w, dtype)]
-        if op.name in taken:
-            w = taken[op.name]
-            made = (_fold(w, dtype),) if w.stacked else tuple(_add(w, dtype))
-            out += (*made, _reading(op, w, made[-1].writes[0].name))
+        if op.name in adapted:
+            w = adapted[op.name]
+            adapter = (_fold(w, dtype),) if w.stacked else tuple(_add(w, dtype))
+            out += (*adapter, _with_tensor_for_weight(op, w, adapter[-1].writes[0].name))
         elif op.name == f"{module}.return":
-            held = [t for w in stacks for t in (f"{w.name}.folded", *(c.writes[0].name for c in _casts(w, dtype)))]
-            out.append(op._replace(reads=(*op.reads, *held)))
+            live = [t for w in stacks for t in (f"{w.name}.folded", *(c.writes[0].name for c in _casts(w, dtype)))]
+            out.append(op._replace(reads=(*op.reads, *live)))
         else:
             out.append(op)
     return tuple(out)
 
 
-def _reading(op: Op, w: Weight, name: str) -> Op:
-    """The operation with the tensor `name` instead of the weight."""
+def _with_tensor_for_weight(op: Op, w: Weight, name: str) -> Op:
+    """The operation reading the tensor `name` instead of the weight."""
     keeps = tuple(
         k._replace(what=name if k.what == w.name else k.what, of=name if k.of == w.name else k.of) for k in op.keeps
     )
@@ -65,7 +65,7 @@ def _reading(op: Op, w: Weight, name: str) -> Op:
 
 
 def _matrices(w: Weight, dtype: str) -> tuple[Weight, Weight]:
-    """A and B; those of a stack hold the rows and columns of all experts."""
+    """The adapter's A and B. For a stack they hold the rows and columns of all experts."""
     axes = w.shape.split()
     out, into = axes[: w.rows], axes[w.rows :]
     ranks = ["r", *([str(len(w.stands_for))] if len(w.stands_for) > 1 else [])]
@@ -77,7 +77,7 @@ def _matrices(w: Weight, dtype: str) -> tuple[Weight, Weight]:
 
 
 def _casts(w: Weight, dtype: str) -> tuple[Op, ...]:
-    """A and B in the dtype of their stack, where that is another."""
+    """Casts of A and B to the stack's dtype; empty if they already have it."""
     if w.dtype == dtype:
         return ()
     return tuple(
@@ -87,18 +87,19 @@ def _casts(w: Weight, dtype: str) -> tuple[Op, ...]:
 
 
 def _fold(w: Weight, dtype: str) -> Op:
-    """One product added to the stack."""
+    """The stack plus the product B A, in one `baddbmm`."""
     both, casts = _matrices(w, dtype), _casts(w, dtype)
-    seen = [c.writes[0].name for c in casts] or [v.name for v in both]
-    a, b = seen
+    inputs = [c.writes[0].name for c in casts] or [v.name for v in both]
+    a, b = inputs
     return Op(
         f"{w.name}.fold",
-        tuple(seen) if casts else (),
+        tuple(inputs) if casts else (),
         (Tensor(f"{w.name}.folded", w.shape, w.dtype),),
         (w, *(() if casts else both)),
         (Keep(a, b), Keep(b, a)),
         scratch_back=tuple(
-            Scratch(Tensor(f"product for {v.name}", v.shape, w.dtype), name) for v, name in zip(both, seen, strict=True)
+            Scratch(Tensor(f"product for {v.name}", v.shape, w.dtype), name)
+            for v, name in zip(both, inputs, strict=True)
         ),
         product="fold",
         source=f"{_SOURCE}, torch 2.13 tools/autograd/derivatives.yaml: baddbmm",

@@ -1,1 +1,1 @@
-"""Optimizers: their states, and the temporaries of a step."""
+"""Optimizers: their states and the temporaries of a step."""

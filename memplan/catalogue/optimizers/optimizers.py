@@ -1,7 +1,7 @@
-"""The optimizers, one row each: the states it keeps, what a step needs besides, and where that was read.
+"""The optimizers, one row each: its states, the temporaries of a step, and the source of both.
 
-Rows are in the words of `memplan.catalogue.optimizers.parameter_rules` (which parameters, what shapes) and
-`memplan.catalogue.optimizers.step_loops`.
+`memplan.catalogue.optimizers.parameter_rules` defines which parameters and shapes a row may name,
+`memplan.catalogue.optimizers.step_loops` the loops.
 """
 
 from __future__ import annotations
@@ -48,9 +48,14 @@ _TRAINER = "transformers 5.24 trainer_optimizer.py"
 
 
 class Rule(NamedTuple):
-    """A state of the parameters it is `of`, on the host for some.
+    """One state tensor per parameter.
 
-    `dtype` is a literal, `own` for the parameter's, or `moment` for the optimizer's choice for moments.
+    what      name of the state
+    shape     its shape
+    dtype     a literal, `own` for the parameter's dtype, or `moment` for the optimizer's dtype of moments
+    of        the parameters that have it
+    host      the parameters whose state is in host memory
+    momentum  the state exists only with momentum
     """
 
     what: str
@@ -58,23 +63,29 @@ class Rule(NamedTuple):
     dtype: Literal["moment", "own", "fp32", "uint8"] = "moment"
     of: Which = everything
     host: Which = nothing
-    momentum: bool = False  # only with momentum
+    momentum: bool = False
 
 
-class Optimizer(NamedTuple):
-    """One optimizer: what it keeps, and what a step needs.
+class OptimizerRow(NamedTuple):
+    """One optimizer: its states, and the temporaries of a step.
 
-    states      of every parameter; where it is projected, of a parameter of the projected shape
-    basis       derived (traced or exact) or assumed, in part at least
-    moments     the dtype of moments, where it is not the parameter's
-    shared      once for all parameters, if there is one that each is `of`
-    projector   of every projected parameter; `rank` is what it is projected to
-    lists       how many lists of moments a foreach step makes, for the parameters the loop does not take
-    since       the step from which on it makes them
-    at_once     its states are there before the first step
-    loop        what the turn of a parameter does that the loop `takes`; `projected` that of a projected one
-    alone       the loop that torch runs with foreach=False, where it takes that
-    apex        whether mixed precision runs it as apex does: all at once, in fp32, with nothing of its own
+    states              per parameter, in the projected shape if the parameter is projected
+    source              where the row was read
+    scratch             the temporaries, in words
+    basis               `derived` (traced or exact), or `assumed` if any part of it is
+    moments             dtype of moments; empty for the parameter's
+    shared              one tensor for all parameters, if any parameter matches its `of`
+    projector           per projected parameter
+    rank                rank of the projection
+    lists               number of lists of moments that a foreach step makes, over parameters without a loop
+    first_list_step     the first step that makes those lists
+    exists_before_step  states exist before the first step
+    loop                what the turn of a parameter does
+    takes               the parameters that have a loop
+    projected           loop of a projected parameter
+    foreach_loop        loop of torch's foreach=False; None if it has no such argument
+    apex                mixed precision runs it as apex does: all parameters at once, in fp32, without temporaries
+    frees_gradients     each gradient is freed in backward, once its parameter has been updated
     """
 
     states: tuple[Rule, ...]
@@ -86,12 +97,12 @@ class Optimizer(NamedTuple):
     projector: tuple[Rule, ...] = ()
     rank: Rank | None = None
     lists: int = 0
-    since: int = 1
-    at_once: bool = False
+    first_list_step: int = 1
+    exists_before_step: bool = False
     loop: Loop = ()
     takes: Which = everything
     projected: Loop = ()
-    alone: Loop | None = None
+    foreach_loop: Loop | None = None
     apex: bool = False
     frees_gradients: bool = False
 
@@ -107,7 +118,7 @@ _ONE_LIST = "one more copy of the second moments, all at once"
 
 
 def _eight_bit(shapes: tuple[Shape, ...], of: Which, host: Which = nothing) -> tuple[Rule, ...]:
-    """bitsandbytes' states 1, 2 in 8 bits with an fp32 scale for every 256 of some parameters, of others in fp32."""
+    """bitsandbytes' 8-bit states with an fp32 scale per 256 elements; parameters outside `of` have fp32 states."""
     return tuple(
         rule
         for i, shape in enumerate(shapes, 1)
@@ -120,24 +131,24 @@ def _eight_bit(shapes: tuple[Shape, ...], of: Which, host: Which = nothing) -> t
 
 
 def _maps(count: int, of: Which) -> tuple[Rule, ...]:
-    """The values that 8 bits stand for."""
+    """Code books: the 256 values that 8 bits can stand for."""
     return tuple(Rule(f"qmap{i}", vector(256), "fp32", of=of) for i in range(1, count + 1))
 
 
-def _bitsandbytes(shapes: tuple[Shape, ...], bits: int, is_paged: bool = False) -> Optimizer:
-    """Its kernels update in place. Paged states are fetched to the card at every step while there is room for them."""
+def _bitsandbytes(shapes: tuple[Shape, ...], bits: int, is_paged: bool = False) -> OptimizerRow:
+    """bitsandbytes' kernels update in place. Paged states are fetched to the GPU at every step while there is room."""
     source = f"{_TRAINER}, trainer.py; bitsandbytes 0.50 optim/optimizer.py Optimizer2State, Optimizer1State"
     host = paged if is_paged else nothing
     if bits == 32:
-        return Optimizer(
+        return OptimizerRow(
             tuple(Rule(f"state{i}", s, host=host) for i, s in enumerate(shapes, 1)), source, moments="fp32"
         )
     states = _eight_bit(shapes, large_no_embedding, host)
-    return Optimizer(states, source, shared=_maps(len(shapes), large_no_embedding))
+    return OptimizerRow(states, source, shared=_maps(len(shapes), large_no_embedding))
 
 
-def _torchao(bits: int) -> Optimizer:
-    """The Trainer's blocks are of 256 in both widths. Moments that are not quantised are the parameter's dtype."""
+def _torchao(bits: int) -> OptimizerRow:
+    """The Trainer uses blocks of 256 for both widths. Unquantised moments have the parameter's dtype."""
     states = tuple(
         rule
         for moment in ("exp_avg", "exp_avg_sq")
@@ -148,7 +159,7 @@ def _torchao(bits: int) -> Optimizer:
             Rule(moment, of=other_than(quantised)),
         )
     )
-    return Optimizer(
+    return OptimizerRow(
         states,
         f"torchao 0.18 optim/adam.py, subclass_{bits}bit.py; temporaries as in the code Inductor generates",
         f"the largest parameter's new moments in fp32{', and their codes in int64' if bits == 4 else ''}",
@@ -157,24 +168,25 @@ def _torchao(bits: int) -> Optimizer:
     )
 
 
-_ADAMW = Optimizer(
+_ADAMW = OptimizerRow(
     _ADAM,
     "torch 2.13 optim/adam.py _multi_tensor_adam",
     _ONE_LIST,
     lists=1,
-    alone=loops.ADAMW,
+    foreach_loop=loops.ADAMW,
     apex=True,
 )
-_ONE, _BOTH, _MIX = (same,), (same, same), (twice, same)
+_LION, _SQUARES, _ADAM_MOMENTS, _ADEMAMIX = (same,), (same,), (same, same), (twice, same)
 _NO_WORKSPACE = "without cuSOLVER's workspace for the SVD of one gradient"
 _SVD = "torch 2.13 linalg.svd, without the workspace that cuSOLVER asks for at run time"
 
-# fp32 gradients: the slice is a view of all singular vectors on the narrow side. Others: a copy in their dtype.
+# With fp32 gradients the projection is a slice, so all singular vectors of the narrow side stay alive. Other gradients
+# have a copy in their dtype.
 _GALORE_PROJECTOR = (
     Rule("projection", some_vectors, "own", of=other_than(fp32)),
     Rule("projection", all_vectors, "fp32", of=fp32),
 )
-_GALORE = Optimizer(
+_GALORE = OptimizerRow(
     _ADAM,
     f"galore-torch 1.0 adamw.py, galore_projector.py; {_SVD}",
     f"one target's update in full, twice, and its SVD when the projection is renewed ({_NO_WORKSPACE})",
@@ -184,8 +196,8 @@ _GALORE = Optimizer(
     loop=loops.GALORE_OTHERS,
     projected=loops.GALORE_ADAMW,
 )
-_GALORE_8 = Optimizer(
-    (*_eight_bit(_BOTH, large), Rule("unorm_vec", vector(1), "fp32")),
+_GALORE_8 = OptimizerRow(
+    (*_eight_bit(_ADAM_MOMENTS, large), Rule("unorm_vec", vector(1), "fp32")),
     f"galore-torch 1.0 adamw8bit.py with bitsandbytes 0.50 (which reads its arguments as max_unorm=100); {_SVD}",
     f"one target and its update in full, while gradients shrink, and its SVD when it is projected ({_NO_WORKSPACE})",
     "assumed",
@@ -195,7 +207,7 @@ _GALORE_8 = Optimizer(
     loop=loops.GALORE_8BIT_OTHERS,
     projected=loops.GALORE_8BIT,
 )
-_GALORE_FACTORED = Optimizer(
+_GALORE_FACTORED = OptimizerRow(
     _FACTORED,
     f"galore-torch 1.0 adafactor.py, galore_projector.py (which sees an fp32 gradient: always the view); {_SVD}",
     f"one target's parameter, gradient and updates in fp32, and its SVD when it is projected ({_NO_WORKSPACE})",
@@ -205,7 +217,7 @@ _GALORE_FACTORED = Optimizer(
     loop=loops.ADAFACTOR,
     projected=loops.GALORE_ADAFACTOR,
 )
-_APOLLO_ADAMW = Optimizer(
+_APOLLO_ADAMW = OptimizerRow(
     _ADAM,
     "apollo-torch 1.0 apollo.py, random_projector.py",
     "one target's scaled gradient in full, twice",
@@ -216,31 +228,31 @@ _APOLLO_ADAMW = Optimizer(
 )
 
 
-def one_each(row: Optimizer) -> Optimizer:
-    """An optimizer for every parameter, which steps in backward as soon as its gradient is there.
+def stepped_in_backward(row: OptimizerRow) -> OptimizerRow:
+    """Return the row with one optimizer per parameter, which steps in backward as soon as the gradient is ready.
 
-    What parameters would share, each has then for itself.
+    Every parameter then has its own copy of the shared states.
     """
     return row._replace(states=(*row.states, *row.shared), shared=(), frees_gradients=True)
 
 
-def _layerwise(row: Optimizer) -> Optimizer:
-    return one_each(row)._replace(source=f"{_TRAINER} _setup_low_rank_optimizer; {row.source}")
+def _layerwise(row: OptimizerRow) -> OptimizerRow:
+    return stepped_in_backward(row)._replace(source=f"{_TRAINER} _setup_low_rank_optimizer; {row.source}")
 
 
-_SCHEDULE_FREE = Optimizer((Rule("z", dtype="own"), Rule("exp_avg_sq")), "", _ONE_LIST, lists=1)
+_SCHEDULE_FREE = OptimizerRow((Rule("z", dtype="own"), Rule("exp_avg_sq")), "", _ONE_LIST, lists=1)
 
-OPTIMIZERS: Mapping[str, Optimizer] = {
+OPTIMIZERS: Mapping[str, OptimizerRow] = {
     "adamw_torch": _ADAMW,
-    "adamw_torch_fused": Optimizer(  # the step count is on the GPU too
+    "adamw_torch_fused": OptimizerRow(  # also keeps the step count on the GPU
         (*_ADAM, Rule("step", scalar, "fp32")),
         "torch 2.13 optim/adam.py _fused_adam",
         apex=True,
     ),
     "adamw_torch_xla": _ADAMW._replace(
-        source="pytorch/xla amp/syncfree/adamw.py: as torch's", basis="assumed", alone=None
+        source="pytorch/xla amp/syncfree/adamw.py: as torch's", basis="assumed", foreach_loop=None
     ),
-    "adamw_torch_npu_fused": Optimizer(
+    "adamw_torch_npu_fused": OptimizerRow(
         _ADAM,
         "Ascend torch_npu optim/npu_fused_adamw.py",
         "two more copies of the moments, all at once",
@@ -248,67 +260,69 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
         lists=2,
         apex=True,
     ),
-    "adafactor": Optimizer(
+    "adafactor": OptimizerRow(
         _FACTORED,
         "transformers 5.24 optimization.py Adafactor",
-        "one parameter's gradient, value and updates in fp32, and the update of the one before",
+        "one parameter's gradient, value and updates in fp32, and the previous parameter's update",
         loop=loops.ADAFACTOR,
     ),
-    "adamw_anyprecision": Optimizer(
+    "adamw_anyprecision": OptimizerRow(
         _ADAM,
         f"{_TRAINER}; torchdistx 0552f1b optimizers/anyprecision_optimizer.py",
-        "one parameter's update, and the variance of the one before",
+        "one parameter's update, and the previous parameter's variance",
         moments="fp32",
         loop=loops.ANYPRECISION,
     ),
     "adamw_torch_4bit": _torchao(4),
     "adamw_torch_8bit": _torchao(8),
-    "ademamix": _bitsandbytes(_MIX, 32),
-    "sgd": Optimizer((Rule("momentum_buffer", momentum=True),), "torch 2.13 optim/sgd.py", alone=(), apex=True),
-    "adagrad": Optimizer(  # made at construction: accelerate 1.15 optimizer.py moves the step count to the GPU
+    "ademamix": _bitsandbytes(_ADEMAMIX, 32),
+    "sgd": OptimizerRow(
+        (Rule("momentum_buffer", momentum=True),), "torch 2.13 optim/sgd.py", foreach_loop=(), apex=True
+    ),
+    "adagrad": OptimizerRow(  # accelerate 1.15 optimizer.py moves `step`, made by the constructor, to the GPU
         (Rule("sum"), Rule("step", scalar, "fp32")),
         "torch 2.13 optim/adagrad.py; accelerate 1.15 optimizer.py AcceleratedOptimizer",
         "two more copies of the sums, all at once",
         lists=2,
-        at_once=True,
-        alone=loops.ROOT,
+        exists_before_step=True,
+        foreach_loop=loops.ROOT,
         apex=True,
     ),
-    "adamw_bnb_8bit": _bitsandbytes(_BOTH, 8),
-    "adamw_8bit": _bitsandbytes(_BOTH, 8),
-    "ademamix_8bit": _bitsandbytes(_MIX, 8),
-    "lion_8bit": _bitsandbytes(_ONE, 8),
-    "lion_32bit": _bitsandbytes(_ONE, 32),
-    "paged_adamw_32bit": _bitsandbytes(_BOTH, 32, True),
-    "paged_adamw_8bit": _bitsandbytes(_BOTH, 8, True),
-    "paged_ademamix_32bit": _bitsandbytes(_MIX, 32, True),
-    "paged_ademamix_8bit": _bitsandbytes(_MIX, 8, True),
-    "paged_lion_32bit": _bitsandbytes(_ONE, 32, True),
-    "paged_lion_8bit": _bitsandbytes(_ONE, 8, True),
-    "rmsprop": Optimizer(
+    "adamw_bnb_8bit": _bitsandbytes(_ADAM_MOMENTS, 8),
+    "adamw_8bit": _bitsandbytes(_ADAM_MOMENTS, 8),
+    "ademamix_8bit": _bitsandbytes(_ADEMAMIX, 8),
+    "lion_8bit": _bitsandbytes(_LION, 8),
+    "lion_32bit": _bitsandbytes(_LION, 32),
+    "paged_adamw_32bit": _bitsandbytes(_ADAM_MOMENTS, 32, True),
+    "paged_adamw_8bit": _bitsandbytes(_ADAM_MOMENTS, 8, True),
+    "paged_ademamix_32bit": _bitsandbytes(_ADEMAMIX, 32, True),
+    "paged_ademamix_8bit": _bitsandbytes(_ADEMAMIX, 8, True),
+    "paged_lion_32bit": _bitsandbytes(_LION, 32, True),
+    "paged_lion_8bit": _bitsandbytes(_LION, 8, True),
+    "rmsprop": OptimizerRow(
         (Rule("square_avg"), Rule("momentum_buffer", momentum=True)),
         "torch 2.13 optim/rmsprop.py",
         _ONE_LIST,
         lists=1,
-        alone=loops.ROOT,
+        foreach_loop=loops.ROOT,
         apex=True,
     ),
-    "rmsprop_bnb": _bitsandbytes(_ONE, 32),
-    "rmsprop_bnb_8bit": _bitsandbytes(_ONE, 8),
-    "rmsprop_bnb_32bit": _bitsandbytes(_ONE, 32),
+    "rmsprop_bnb": _bitsandbytes(_SQUARES, 32),
+    "rmsprop_bnb_8bit": _bitsandbytes(_SQUARES, 8),
+    "rmsprop_bnb_32bit": _bitsandbytes(_SQUARES, 32),
     "galore_adamw": _GALORE,
     "galore_adamw_8bit": _GALORE_8,
     "galore_adafactor": _GALORE_FACTORED,
     "galore_adamw_layerwise": _layerwise(_GALORE),
     "galore_adamw_8bit_layerwise": _layerwise(_GALORE_8),
-    "lomo": Optimizer(
+    "lomo": OptimizerRow(
         (),
         "lomo-optim 0.1 lomo.py",
         "one parameter and its gradient in fp32",
         loop=loops.LOMO,
         frees_gradients=True,
     ),
-    "adalomo": Optimizer(  # also for frozen parameters, which are not given here
+    "adalomo": OptimizerRow(  # it also keeps states of frozen parameters, which are not counted here
         (
             Rule("exp_avg_sq_row", first_axis, "fp32", of=matrix),
             Rule("exp_avg_sq_col", second_axis, "fp32", of=matrix),
@@ -316,22 +330,22 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
         ),
         "lomo-optim 0.1 adalomo.py",
         "one parameter's gradient and updates in fp32",
-        at_once=True,
+        exists_before_step=True,
         loop=loops.ADALOMO,
         frees_gradients=True,
     ),
-    "grokadamw": Optimizer(
+    "grokadamw": OptimizerRow(
         tuple(Rule(what, host=everything) for what in ("exp_avg", "exp_avg_sq", "grok_ema")),
         "grokadamw 0.1 grokadamw.py",
         "one parameter's states, brought to the GPU, and its updates",
         loop=loops.GROKADAMW,
     ),
-    "schedule_free_radam": _SCHEDULE_FREE._replace(source="schedulefree 1.4 radam_schedulefree.py", since=5),
+    "schedule_free_radam": _SCHEDULE_FREE._replace(source="schedulefree 1.4 radam_schedulefree.py", first_list_step=5),
     "schedule_free_adamw": _SCHEDULE_FREE._replace(source="schedulefree 1.4 adamw_schedulefree.py"),
-    "schedule_free_sgd": Optimizer((Rule("z", dtype="own"),), "schedulefree 1.4 sgd_schedulefree.py"),
+    "schedule_free_sgd": OptimizerRow((Rule("z", dtype="own"),), "schedulefree 1.4 sgd_schedulefree.py"),
     "apollo_adamw": _APOLLO_ADAMW,
     "apollo_adamw_layerwise": _layerwise(_APOLLO_ADAMW),
-    "stable_adamw": Optimizer(  # with Triton, whose kernels take an empty compensation too
+    "stable_adamw": OptimizerRow(  # with Triton, whose kernels take a kahan_comp of one element with fp32 parameters
         (
             *_ADAM,
             Rule("kahan_comp", dtype="own", of=other_than(fp32)),
@@ -341,8 +355,8 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
         ),
         "torch-optimi 0.3 stableadamw.py",
     ),
-    "none": Optimizer((), "no optimizer"),
-    "muon": Optimizer(  # torch's takes matrices only; what it advises for the rest is AdamW
+    "none": OptimizerRow((), "no optimizer"),
+    "muon": OptimizerRow(  # torch's Muon takes only matrices and recommends AdamW for the rest
         (
             Rule("momentum_buffer", of=hidden_matrix),
             Rule("exp_avg", of=other_than(hidden_matrix)),
@@ -356,11 +370,10 @@ OPTIMIZERS: Mapping[str, Optimizer] = {
     ),
 }
 
-# torch's own, whose update the host can compute as well. Source: torchao 0.18 optim/cpu_offload.py, which takes classes
-# of torch.optim.
+# torch.optim classes, the optimizers whose update the host can compute. Source: torchao 0.18 optim/cpu_offload.py.
 ON_HOST = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop")
 
-# Names that stand for nothing that could run, and why.
+# Names of transformers' OptimizerNames that cannot run, with the reason.
 REFUSED: Mapping[str, str] = {
     "galore_adafactor_layerwise": (
         "transformers 5.24's Trainer cannot build it (ValueError: Cannot combine manual `lr` and `relative_step=True` "

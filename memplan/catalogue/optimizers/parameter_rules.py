@@ -1,4 +1,4 @@
-"""What a row of an optimizer says of a parameter: which ones it means, and the shapes of what it keeps of them."""
+"""The vocabulary of optimizer rows: which parameters have a state, and the state's shape."""
 
 from __future__ import annotations
 
@@ -8,17 +8,19 @@ from typing import NamedTuple
 
 from memplan.core.units import ITEMSIZE, rounded
 
-RANK = 128  # of GaLore and APOLLO, the Trainer's default
+RANK = 128  # the Trainer's default for GaLore and APOLLO
 
 
 class Parameter(NamedTuple):
     """A trainable parameter as the optimizer sees it.
 
-    `copies` are equal ones in a row: a sequence of parameters with the same number above 1 repeats as a whole, as the
-    blocks of a model do. The first of such blocks may stand before it with copies=1.
-
-    embedding   the weight of an nn.Embedding. bitsandbytes keeps its state in fp32 under the Trainer
-    target      the matrix of a linear layer that low-rank optimizers take
+    name       path of the parameter
+    shape      its shape
+    dtype      its dtype
+    copies     repetitions; a sequence of parameters with the same number above 1 repeats as a unit, like the blocks of
+               a model, and the first of those blocks may come before it with copies=1
+    embedding  the weight of an nn.Embedding, whose bitsandbytes state stays in fp32 under the Trainer
+    target     the matrix of a linear layer that low-rank optimizers project
     """
 
     name: str
@@ -35,7 +37,7 @@ Rank = Callable[[Parameter], int]
 
 
 def bytes_of(shape: tuple[int, ...], dtype: str) -> int:
-    """What the allocator takes for one tensor."""
+    """Bytes of one tensor, rounded up as the allocator does."""
     return rounded(prod(shape) * ITEMSIZE[dtype])
 
 
@@ -53,7 +55,7 @@ def nothing(p: Parameter) -> bool:
 
 
 def other_than(which: Which) -> Which:
-    """All parameters but those."""
+    """All parameters that `which` does not select."""
     return lambda p: not which(p)
 
 
@@ -63,37 +65,37 @@ def fp32(p: Parameter) -> bool:
 
 
 def matrix(p: Parameter) -> bool:
-    """Everything with at least two axes, kernels of convolutions too."""
+    """Parameters with at least two axes, including convolution kernels."""
     return len(p.shape) > 1
 
 
 def hidden_matrix(p: Parameter) -> bool:
-    """Matrices of two axes that embed nothing."""
+    """Two-dimensional parameters that are not embeddings."""
     return len(p.shape) == 2 and not p.embedding
 
 
 def large(p: Parameter) -> bool:
-    """What bitsandbytes keeps in 8 bits: its min_8bit_size."""
+    """Parameters with 8-bit states in bitsandbytes: at least its min_8bit_size."""
     return prod(p.shape) >= 4096
 
 
 def large_no_embedding(p: Parameter) -> bool:
-    """The same under the Trainer (transformers 5.24 trainer.py), which has it keep embeddings in 32 bits."""
+    """Parameters with 8-bit states under the Trainer, which leaves out embeddings: transformers 5.24 trainer.py."""
     return large(p) and not p.embedding
 
 
 def paged(p: Parameter) -> bool:
-    """Has states in managed memory, the host's, which torch does not count. bitsandbytes 0.50 optim/optimizer.py."""
+    """Parameters whose states are in managed host memory, uncounted by torch: bitsandbytes 0.50 optim/optimizer.py."""
     return prod(p.shape) >= 100_000
 
 
 def quantised(p: Parameter) -> bool:
-    """What torchao quantises the moments of: torchao 0.18 optim/adam.py _new_buffer."""
+    """Parameters whose moments torchao quantises: torchao 0.18 optim/adam.py _new_buffer."""
     return prod(p.shape) >= 4096 and prod(p.shape) % 256 == 0
 
 
 def quantised_in_parts(p: Parameter) -> bool:
-    """The same, but where a row is a block, or there is one row, one kernel does all, with nothing in memory."""
+    """Quantised parameters that need temporaries. One kernel does it all if a row is one block, or there is one row."""
     return quantised(p) and sum(n > 1 for n in p.shape) > 1 and p.shape[-1] != 256
 
 
@@ -101,80 +103,80 @@ def quantised_in_parts(p: Parameter) -> bool:
 
 
 def same(p: Parameter) -> tuple[int, ...]:
-    """The parameter's own."""
+    """The parameter's shape."""
     return p.shape
 
 
 def twice(p: Parameter) -> tuple[int, ...]:
-    """Two of the parameter's in one tensor."""
+    """Two of the parameter's shape in one tensor."""
     return (2, *p.shape)
 
 
 def scalar(p: Parameter) -> tuple[int, ...]:
-    """A number, without axes."""
+    """A 0-dimensional tensor."""
     return ()
 
 
 def vector(length: int) -> Shape:
-    """As long for every parameter."""
+    """A vector of the same length for every parameter."""
     return lambda p: (length,)
 
 
 def rows(p: Parameter) -> tuple[int, ...]:
-    """A number for every row."""
+    """One number per row."""
     return p.shape[:-1]
 
 
 def columns(p: Parameter) -> tuple[int, ...]:
-    """A number for every column."""
+    """One number per column."""
     return (*p.shape[:-2], p.shape[-1])
 
 
 def first_axis(p: Parameter) -> tuple[int, ...]:
-    """A vector as long as the first axis, however many there are."""
+    """A vector as long as the first axis, whatever the number of axes."""
     return p.shape[:1]
 
 
 def second_axis(p: Parameter) -> tuple[int, ...]:
-    """A vector as long as the second axis, however many there are."""
+    """A vector as long as the second axis, whatever the number of axes."""
     return p.shape[1:2]
 
 
 def packed(p: Parameter) -> tuple[int, ...]:
-    """Two elements in a byte."""
+    """Two elements per byte."""
     return (prod(p.shape) // 2,)
 
 
 def blocks(p: Parameter) -> tuple[int, ...]:
-    """A number for every 256 elements and for the rest."""
+    """One number per block of 256 elements, the last possibly partial."""
     return (-(-prod(p.shape) // 256),)
 
 
 def blocks_twice(p: Parameter) -> tuple[int, ...]:
-    """The blocks of `twice`, whose halves are cut up each for itself."""
+    """The blocks of `twice`, each half divided separately."""
     return (2, *blocks(p))
 
 
-# Ranks that a matrix is projected to, and the projections
+# Ranks of projections, and their shapes
 
 
 def fixed_rank(p: Parameter) -> int:
-    """APOLLO's: a random matrix has any rank."""
+    """APOLLO's rank: a random matrix can have any."""
     return RANK
 
 
 def capped_rank(p: Parameter) -> int:
-    """GaLore's: there are no more singular vectors than the matrix has."""
+    """GaLore's rank: at most the number of the matrix's singular vectors."""
     return min(RANK, *p.shape)
 
 
 def random_projection(p: Parameter) -> tuple[int, ...]:
-    """As many random vectors along the narrow side as APOLLO's rank."""
+    """APOLLO's random vectors along the narrow side, one per rank."""
     return (fixed_rank(p), min(p.shape))
 
 
 def some_vectors(p: Parameter) -> tuple[int, ...]:
-    """As many singular vectors of the narrow side as GaLore's rank."""
+    """GaLore's singular vectors of the narrow side, one per rank."""
     return (capped_rank(p), min(p.shape))
 
 

@@ -1,9 +1,9 @@
-"""Optimizers: the states each keeps, and what its step needs besides. Here the rows of `optimizers` become bytes.
+"""Bytes of an optimizer's states and of the temporaries of its step.
 
-What a row says of a parameter is in `parameters`, what a parameter's turn does to the memory in `loops`, and how that
-is played through in `stepping`.
+Turns the rows of `optimizers` into bytes, with the rules of `parameter_rules` and the loops of `step_loops`, which
+`step_language` plays through.
 
-Left out is what is a few bytes in host memory: torch's `step` of every parameter, where it is not on the GPU.
+Left out: torch's `step` count of every parameter when it is in host memory, a few bytes each.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from itertools import groupby
 from math import prod
 from typing import NamedTuple
 
-from memplan.catalogue.optimizers.optimizers import OPTIMIZERS, REFUSED, Optimizer, Rule, one_each
+from memplan.catalogue.optimizers.optimizers import OPTIMIZERS, REFUSED, OptimizerRow, Rule, stepped_in_backward
 from memplan.catalogue.optimizers.parameter_rules import Parameter, bytes_of, large_no_embedding
-from memplan.catalogue.optimizers.step_language import Step, Turn, largest_update, makes_states, peak
+from memplan.catalogue.optimizers.step_language import StepInstruction, Turn, largest_update, makes_states, peak
 from memplan.core.errors import SpecError, UnknownNameError
 from memplan.core.units import ITEMSIZE, rounded
 
@@ -33,10 +33,15 @@ __all__ = [
 
 
 class State(NamedTuple):
-    """One kind of state tensor of one parameter, times the parameter's copies.
+    """One kind of state tensor of one parameter.
 
-    `parameter` is empty for a tensor that all parameters share. `bytes` are of one, rounded to 512, or as they are
-    where the tensor lives on the host.
+    what       name of the state
+    parameter  name of the parameter; empty for a tensor that all parameters share
+    shape      shape of one tensor
+    dtype      dtype of one tensor
+    bytes      bytes of one tensor: rounded to 512 on the GPU, exact on the host
+    count      number of copies
+    host       whether it is in host memory
     """
 
     what: str
@@ -49,23 +54,25 @@ class State(NamedTuple):
 
 
 class OptimizerMemory(NamedTuple):
-    """What an optimizer holds, and what its step needs beside parameters, gradients and all states.
+    """An optimizer's states, and the temporaries of its step in addition to parameters, gradients and states.
 
-    first, later    bytes alive only inside the first step, and at most inside any other
-    scratch         in words, what that is
-    listed          of it, the lists with a tensor for every parameter: bytes of one, and how many like it
-    at_once         the states are there before the first step
-    frees_gradients gradients go in backward, as they come, and step() does nothing
-    backward        bytes alive inside backward because of that: one parameter's update, beside the gradient that
-                    backward has just made
-    basis           derived (traced or exact), measured or assumed
+    states           the state tensors
+    first            bytes alive only inside the first step
+    later            most bytes alive only inside any later step
+    scratch          those temporaries, in words
+    foreach_lists    their share in lists with one tensor per parameter: (bytes of one tensor, number of tensors)
+    at_once          states exist before the first step
+    frees_gradients  gradients are freed in backward as they come, and step() does nothing
+    backward         bytes of one parameter's update inside backward, not counting its gradient, if it frees gradients
+    source           where the facts come from
+    basis            derived (traced or exact), measured or assumed
     """
 
     states: tuple[State, ...]
     first: int
     later: int
     scratch: str
-    listed: tuple[tuple[int, int], ...]
+    foreach_lists: tuple[tuple[int, int], ...]
     at_once: bool
     frees_gradients: bool
     backward: int
@@ -74,18 +81,18 @@ class OptimizerMemory(NamedTuple):
 
 
 def optimizer_names() -> tuple[str, ...]:
-    """Every name that `optimizer_memory` answers: of transformers' OptimizerNames all that run, `none` and `muon`."""
+    """Every name that `optimizer_memory` accepts: all of transformers' OptimizerNames that run, `none` and `muon`."""
     return tuple(OPTIMIZERS)
 
 
 def takes_foreach(name: str) -> bool:
-    """Whether torch steps it with lists or, on demand, one parameter at a time."""
+    """Whether it has torch's `foreach` argument: lists of all parameters, or one parameter at a time."""
     row = OPTIMIZERS.get(name)
-    return row is not None and row.alone is not None
+    return row is not None and row.foreach_loop is not None
 
 
 def spares_embeddings(name: str) -> bool:
-    """Whether the Trainer has the optimizer keep embeddings' states in fp32, where it would quantise them otherwise."""
+    """Whether the Trainer makes the optimizer keep embeddings' states in fp32 instead of quantising them."""
     row = OPTIMIZERS.get(name)
     return row is not None and any(rule.of is large_no_embedding for rule in row.states)
 
@@ -101,15 +108,15 @@ def optimizer_memory(
     in_backward: bool = False,
     on_host: bool = False,
 ) -> OptimizerMemory:
-    """What the optimizer `name` holds for `parameters`: one group, in order, without weight decay.
+    """Return the memory of the optimizer `name` for `parameters`: one group, in order, without weight decay.
 
-    foreach     for torch's own (see `takes_foreach`): True or None for lists, False for a loop
-    state_dtype of moments, instead of the optimizer's own choice
-    momentum    of sgd and rmsprop
-    master      mixed precision: parameters of another dtype have a copy in this one, and the optimizer works on that.
-                torch's optimizers then run as apex's multi-tensor kernels do, without a step of each parameter's own
-    in_backward every parameter has an optimizer of its own, which steps in a hook as soon as the gradient is there
-    on_host     all it holds is in host memory, and the update is computed there (see `_moved`)
+    foreach      for torch's optimizers (see `takes_foreach`): True or None for lists, False for a loop
+    state_dtype  dtype of moments, instead of the optimizer's choice
+    momentum     momentum of sgd and rmsprop
+    master       mixed precision: the optimizer updates a copy in this dtype of every parameter in another dtype.
+                 torch's optimizers then run like apex's multi-tensor kernels, without a `step` per parameter
+    in_backward  every parameter has its own optimizer, which steps in a hook as soon as the gradient is ready
+    on_host      states are in host memory, and the update is computed there (see `_offloaded`)
 
     Raises UnknownNameError, and SpecError for a name of OptimizerNames that cannot run.
     """
@@ -118,9 +125,9 @@ def optimizer_memory(
     row = OPTIMIZERS.get(name)
     if row is None:
         raise UnknownNameError("optimizer.name", name, OPTIMIZERS)
-    row = _as_asked(row, foreach, momentum, bool(master))
+    row = _with_options(row, foreach, momentum, bool(master))
     if in_backward and not row.frees_gradients:
-        row = one_each(row)
+        row = stepped_in_backward(row)
     masters: list[State] = []
     states: list[State] = []
     turns: list[tuple[int, Turn]] = []
@@ -131,35 +138,35 @@ def optimizer_memory(
         kind = Parameter("", p.shape, master or p.dtype, 1, p.embedding, p.target)
         if kind not in cache:
             cache[kind] = _states(row, kind, state_dtype or row.moments or kind.dtype)
-        own, turn = cache[kind]
-        states += [State(s.what, p.name, s.shape, s.dtype, s.bytes, p.copies, s.host) for s in own]
+        parameter_states, turn = cache[kind]
+        states += [State(s.what, p.name, s.shape, s.dtype, s.bytes, p.copies, s.host) for s in parameter_states]
         turns.append((p.copies, turn))
     if any(turn.shared for _, turn in turns):
         states += [_state(rule, parameters[0], "fp32") for rule in row.shared]
-    first, later = (0, 0) if row.frees_gradients else _step(row, turns, states)
-    backward = _largest_alone(row, [turn for _, turn in cache.values()]) if row.frees_gradients else 0
+    first, later = (0, 0) if row.frees_gradients else _step_bytes(row, turns, states)
+    backward = _largest_single_step(row, [turn for _, turn in cache.values()]) if row.frees_gradients else 0
     exact = not state_dtype and (not master or row.apex)
     memory = OptimizerMemory(
         states=(*masters, *states),
         first=first,
         later=later,
         scratch=row.scratch if first or later or backward else "",
-        listed=tuple(_listed(row, turns)) if first or later else (),
-        at_once=row.at_once,
+        foreach_lists=tuple(_listed(row, turns)) if first or later else (),
+        at_once=row.exists_before_step,
         frees_gradients=row.frees_gradients,
         backward=backward,
         source=f"{row.source}; master weights as apex and Megatron-LM keep them" if master else row.source,
         basis=row.basis if exact else "assumed",
     )
-    return _moved(memory, parameters, master) if on_host else memory
+    return _offloaded(memory, parameters, master) if on_host else memory
 
 
-def _moved(memory: OptimizerMemory, parameters: Sequence[Parameter], master: str | None = None) -> OptimizerMemory:
-    """The same in host memory, which then has a copy of every parameter, or its master, and of its gradient too.
+def _offloaded(memory: OptimizerMemory, parameters: Sequence[Parameter], master: str | None = None) -> OptimizerMemory:
+    """The optimizer in host memory, which then also holds a copy of every parameter (or its master) and gradient.
 
-    Gradients are copied there and parameters back, each over the tensor that is there, so that the step needs nothing
-    on the GPU: where dtypes differ the host converts, as in torch's blocking copies. Stepping in backward, a gradient
-    goes as soon as it has been copied. Left out: torchao leaves parameters of fewer than 4096 elements where they are.
+    Gradients are copied to the host and parameters back, both into existing tensors, so the step needs nothing on the
+    GPU; if dtypes differ the host converts, as in torch's blocking copies. When stepping in backward, a gradient is
+    freed as soon as it has been copied. Left out: torchao keeps parameters of fewer than 4096 elements on the GPU.
 
     Source: torchao 0.18 optim/cpu_offload.py CPUOffloadOptimizer; torch 2.13 aten/src/ATen/native/cuda/Copy.cu.
     """
@@ -175,21 +182,21 @@ def _moved(memory: OptimizerMemory, parameters: Sequence[Parameter], master: str
         first=0,
         later=0,
         scratch="",
-        listed=(),
+        foreach_lists=(),
         backward=0,
         source=f"{memory.source}; moved to the host as torchao 0.18 optim/cpu_offload.py does",
     )
 
 
-def _as_asked(row: Optimizer, foreach: bool | None, momentum: float | None, mixed: bool) -> Optimizer:
-    """The row as the arguments change it."""
+def _with_options(row: OptimizerRow, foreach: bool | None, momentum: float | None, mixed: bool) -> OptimizerRow:
+    """The row adjusted for the options of the run."""
     if not momentum:
         row = row._replace(states=tuple(r for r in row.states if not r.momentum))
     if row.apex and mixed:
         return row._replace(states=tuple(r for r in row.states if r.what != "step"), lists=0)
-    if foreach is not False or row.alone is None:
+    if foreach is not False or row.foreach_loop is None:
         return row
-    return row._replace(lists=0, loop=row.alone, scratch="one parameter's update, and that of the one before")
+    return row._replace(lists=0, loop=row.foreach_loop, scratch="one parameter's update and the previous parameter's")
 
 
 def _state(rule: Rule, p: Parameter, moment: str) -> State:
@@ -199,7 +206,7 @@ def _state(rule: Rule, p: Parameter, moment: str) -> State:
     return State(rule.what, "", shape, dtype, size if host else rounded(size), 1, host)
 
 
-def _states(row: Optimizer, p: Parameter, moment: str) -> tuple[list[State], Turn]:
+def _states(row: OptimizerRow, p: Parameter, moment: str) -> tuple[list[State], Turn]:
     """The states of one parameter, and its turn in the loop."""
     rank = row.rank(p) if row.rank and p.target and len(p.shape) == 2 else 0
     low = p
@@ -215,32 +222,32 @@ def _states(row: Optimizer, p: Parameter, moment: str) -> tuple[list[State], Tur
     return projector + states, Turn(p.shape, low.shape, rank, p.dtype, moment, made, shared, loop)
 
 
-def _step(row: Optimizer, turns: Sequence[tuple[int, Turn]], states: Sequence[State]) -> tuple[int, int]:
-    """Bytes beside all states, in the first step and at most in a later one."""
+def _step_bytes(row: OptimizerRow, turns: Sequence[tuple[int, Turn]], states: Sequence[State]) -> tuple[int, int]:
+    """Bytes in addition to all states in the first step, and the most in a later step."""
     lists = sum(bytes_ * n for bytes_, n in _listed(row, turns))
-    order = sorted(turns, key=lambda turn: turn[1].rank > 0)  # the Trainer's groups: first the others, then targets
+    order = sorted(turns, key=lambda turn: turn[1].rank > 0)  # the Trainer puts targets in its last parameter group
     runs = [(n, [turn for _, turn in run]) for n, run in groupby(order, key=lambda turn: turn[0])]
-    later = max(peak(runs, Step.LATER), peak(runs, Step.PROJECTING) if row.projected else 0)
+    later = max(peak(runs, StepInstruction.LATER), peak(runs, StepInstruction.PROJECTING) if row.projected else 0)
     first = later
     if makes_states((*row.loop, *row.projected)):
-        first = max(0, peak(runs, Step.FIRST) - sum(s.bytes * s.count for s in states if not s.host))
-    return max(first, lists if row.since == 1 else 0), max(later, lists)
+        first = max(0, peak(runs, StepInstruction.FIRST) - sum(s.bytes * s.count for s in states if not s.host))
+    return max(first, lists if row.first_list_step == 1 else 0), max(later, lists)
 
 
-def _listed(row: Optimizer, turns: Sequence[tuple[int, Turn]]) -> Iterator[tuple[int, int]]:
-    """The lists of a step: a moment's bytes for every parameter that is not looped over, and how many like it."""
+def _listed(row: OptimizerRow, turns: Sequence[tuple[int, Turn]]) -> Iterator[tuple[int, int]]:
+    """The lists of a foreach step: (bytes of one moment, number of copies) for every parameter without a loop."""
     for _ in range(row.lists):
         yield from ((bytes_of(turn.shape, turn.moment), n) for n, turn in turns if not turn.loop)
 
 
-def _largest_alone(row: Optimizer, turns: Sequence[Turn]) -> int:
-    """Bytes beside all states when a parameter is stepped by itself: of the one that needs most."""
+def _largest_single_step(row: OptimizerRow, turns: Sequence[Turn]) -> int:
+    """The most bytes, in addition to all states, that stepping one parameter by itself needs."""
     lists = max((row.lists * bytes_of(turn.shape, turn.moment) for turn in turns if not turn.loop), default=0)
     return max(lists, largest_update(turns))
 
 
 def clipping(parameters: Sequence[Parameter]) -> int:
-    """Bytes of `clip_grad_norm_`: a norm of every gradient, and either the kernel's partial sums or their stack.
+    """Bytes of `clip_grad_norm_`: one norm per gradient, plus the kernel's partial sums or the stacked norms.
 
     Gradients are in the parameters' dtypes. Source: torch 2.13 nn/utils/clip_grad.py, ATen's ForeachReduceOp.cu.
     """
@@ -257,8 +264,9 @@ def clipping(parameters: Sequence[Parameter]) -> int:
     return 512 * tensors + max(partial, stack + 512)
 
 
-# What torch's GradScaler holds for fp16 beside at most 1536 bytes while it unscales, in place: the first two rows from
-# its first use on, the last from unscale_ to update. It takes no fp16 gradients. Source: torch 2.13 amp/grad_scaler.py.
+# Tensors of torch's GradScaler for fp16: the first two live from its first use on, the last from unscale_ to update.
+# Left out: up to 1536 bytes while it unscales in place. It refuses fp16 gradients.
+# Source: torch 2.13 amp/grad_scaler.py.
 GRAD_SCALER = (
     State("scale", "", (), "fp32", 512, 1),
     State("growth_tracker", "", (), "int32", 512, 1),

@@ -1,8 +1,8 @@
-"""A step of an optimizer that goes parameter by parameter: what may happen to the memory in it, and how much that is.
+"""A language for optimizer steps that loop over parameters, and an interpreter that finds their peak.
 
-A loop is what one parameter's turn does, line by line, in the order of the optimizer's source. Storages have the names
-of its variables. What a turn leaves behind is still there in the next one, until its name is taken again: so it is in
-Python, where a variable keeps its tensor until the loop comes by once more.
+A loop lists what one parameter's turn allocates and frees, in the order of the optimizer's source, with storages named
+after its variables. A storage that a turn leaves behind lives on in the next turn until its name is assigned again, as
+a Python variable keeps its tensor until the loop body rebinds it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from enum import Enum, auto
 from typing import NamedTuple
 
 
-class Step(Enum):
-    """The kinds of steps. Steps 1, 201, 401 ... make new projections: `FIRST` does, and `PROJECTING` are the others."""
+class StepInstruction(Enum):
+    """Kinds of steps. Steps 1, 201, 401 ... make new projections: step 1 is `FIRST`, the others are `PROJECTING`."""
 
     FIRST = auto()
     LATER = auto()
@@ -21,12 +21,16 @@ class Step(Enum):
 
 
 class Turn(NamedTuple):
-    """A parameter whose turn it is: its shape, and `low`, what it is projected to (its own, where `rank` is 0).
+    """The turn of one parameter.
 
-    moment      the dtype of moments
-    made        bytes of the states it gets on the GPU: those of the projector by name, all others as `states`
-    shared      bytes of those that come with the first parameter that has them
-    loop        what its turn does
+    shape        shape of the parameter
+    low          its projected shape; the parameter's if `rank` is 0
+    rank         rank of the projection; 0 without one
+    dtype        dtype of the parameter
+    moment       dtype of the moments
+    state_bytes  bytes of the states it gets on the GPU: the projector's by name, all others as `states`
+    shared       bytes of the shared states, which are created with the first parameter that has them
+    loop         the actions of the turn
     """
 
     shape: tuple[int, ...]
@@ -34,7 +38,7 @@ class Turn(NamedTuple):
     rank: int
     dtype: str
     moment: str
-    made: Mapping[str, int]
+    state_bytes: Mapping[str, int]
     shared: int
     loop: Loop
 
@@ -62,7 +66,7 @@ class Free(NamedTuple):
     names: tuple[str, ...]
 
 
-class Keep(NamedTuple):
+class KeepTemporary(NamedTuple):
     """See `keep`."""
 
     what: str
@@ -75,13 +79,13 @@ class Hold(NamedTuple):
     sign: int
 
 
-Action = New | Rename | Free | Keep | Hold
+Action = New | Rename | Free | KeepTemporary | Hold
 
 
 class Only(NamedTuple):
     """See `later` and `projecting`."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[StepInstruction, ...]
     actions: tuple[Action, ...]
 
 
@@ -90,62 +94,63 @@ Loop = tuple[Line, ...]
 
 
 def new(name: str, size: Size) -> New:
-    """A new storage for the name. What it named before goes afterwards, so for a moment both are there."""
+    """Assign a new storage to `name`. The old one is freed afterwards, so both are alive for a moment."""
     return New(name, size)
 
 
 def rename(old: str, to: str) -> Rename:
-    """`to = old`: the storage has another name, and what that named goes."""
+    """`to = old`: give the storage another name and free what that name held before."""
     return Rename(old, to)
 
 
 def free(*names: str) -> Free:
-    """The storages go, those that are there."""
+    """Free the storages; names without a storage are ignored."""
     return Free(names)
 
 
-def keep(what: str) -> Keep:
-    """States are made, where this is the first step: those of the projector by name, all others as `states`."""
-    return Keep(what)
+def keep(what: str) -> KeepTemporary:
+    """In the first step, create states: one of the projector's by name, or all others as `states`."""
+    return KeepTemporary(what)
 
 
 def hold(size: Size) -> Hold:
-    """Something is there until the step ends, for every parameter that had its turn."""
+    """Allocate bytes that stay until the step ends, for every parameter that has had its turn."""
     return Hold(size, 1)
 
 
 def lose(size: Size) -> Hold:
-    """Something that was there before the step is away until it ends."""
+    """Free bytes from before the step until it ends."""
     return Hold(size, -1)
 
 
 def later(*actions: Action) -> Only:
-    """In all steps but the first."""
-    return Only((Step.LATER, Step.PROJECTING), actions)
+    """Run the actions in every step but the first."""
+    return Only((StepInstruction.LATER, StepInstruction.PROJECTING), actions)
 
 
 def projecting(*actions: Action) -> Only:
-    """In steps that make new projections."""
-    return Only((Step.FIRST, Step.PROJECTING), actions)
+    """Run the actions in steps that make new projections."""
+    return Only((StepInstruction.FIRST, StepInstruction.PROJECTING), actions)
 
 
 def makes_states(loop: Loop) -> bool:
-    """Whether states come up within the loop, so that the first step begins without them."""
-    return any(isinstance(action, Keep) for action in _actions(loop, Step.FIRST))
+    """Whether the loop creates states, so that the first step begins without them."""
+    return any(isinstance(action, KeepTemporary) for action in _actions(loop, StepInstruction.FIRST))
 
 
-_Live = tuple[tuple[str, int], ...]  # storages, by name
+_Live = tuple[tuple[str, int], ...]  # (name, bytes) of each live storage
 
 
-def peak(runs: Iterable[tuple[int, Sequence[Turn]]], step: Step) -> int:
-    """The most that is alive in a step over all turns, beside what there is before it. Runs are repeated turns.
+def peak(runs: Iterable[tuple[int, Sequence[Turn]]], step: StepInstruction) -> int:
+    """Return the most bytes alive in a step over all turns, in addition to those alive before it.
 
-    The first copy of a run follows something else than the others; those between the second and the last only add up.
+    runs  turns with the number of times they repeat. The first copy of a run can start from other leftovers than the
+          rest; copies between the second and the last all add the same.
     """
     live: _Live = ()
     kept = most = 0
     have_shared = False
-    done: dict[tuple[int, int, _Live], tuple[int, int, _Live]] = {}
+    cache: dict[tuple[int, int, _Live], tuple[int, int, _Live]] = {}
     for copies, run in runs:
         before = kept
         for skipped in (0, 0, copies - 3)[:copies]:
@@ -154,20 +159,23 @@ def peak(runs: Iterable[tuple[int, Sequence[Turn]]], step: Step) -> int:
                 shared = 0 if have_shared else turn.shared
                 have_shared = have_shared or turn.shared > 0
                 key = (id(turn), shared, live)  # a model has few kinds of turns, and they leave little behind
-                if key not in done:
-                    done[key] = _take(turn, step, live, shared)
-                highest, grown, live = done[key]
+                if key not in cache:
+                    cache[key] = _play(turn, step, live, shared)
+                highest, added, live = cache[key]
                 most = max(most, kept + highest)
-                kept += grown
+                kept += added
     return most
 
 
 def largest_update(turns: Iterable[Turn]) -> int:
-    """The most that one parameter's update has alive, each on its own, where all states are there already."""
-    return max((_take(turn, step)[0] for turn in turns for step in (Step.LATER, Step.PROJECTING)), default=0)
+    """Return the most bytes that any single parameter's update has alive, once all states exist."""
+    return max(
+        (_play(turn, step)[0] for turn in turns for step in (StepInstruction.LATER, StepInstruction.PROJECTING)),
+        default=0,
+    )
 
 
-def _actions(loop: Loop, step: Step) -> Iterator[Action]:
+def _actions(loop: Loop, step: StepInstruction) -> Iterator[Action]:
     for line in loop:
         if not isinstance(line, Only):
             yield line
@@ -175,8 +183,8 @@ def _actions(loop: Loop, step: Step) -> Iterator[Action]:
             yield from line.actions
 
 
-def _take(turn: Turn, step: Step, before: _Live = (), shared: int = 0) -> tuple[int, int, _Live]:
-    """One turn: the most it has alive, what it adds for the rest of the step, and what it leaves behind."""
+def _play(turn: Turn, step: StepInstruction, before: _Live = (), shared: int = 0) -> tuple[int, int, _Live]:
+    """Return a turn's peak bytes, the bytes it adds for the rest of the step, and the storages it leaves behind."""
     live = dict(before)
     most = now = sum(live.values())
     kept = 0
@@ -192,9 +200,9 @@ def _take(turn: Turn, step: Step, before: _Live = (), shared: int = 0) -> tuple[
                 live[to] = live.pop(old)
             case Free(names):
                 now -= sum(live.pop(name, 0) for name in names)
-            case Keep(what):
-                if step is Step.FIRST:
-                    kept += turn.made[what] + (shared if what == "states" else 0)
+            case KeepTemporary(what):
+                if step is StepInstruction.FIRST:
+                    kept += turn.state_bytes[what] + (shared if what == "states" else 0)
                     most = max(most, kept + now)
             case Hold(size_of, sign):
                 kept += sign * size_of(turn)

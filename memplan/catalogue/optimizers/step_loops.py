@@ -1,7 +1,6 @@
-"""What one parameter's turn does to the memory, optimizer by optimizer, in the lines of
-`memplan.catalogue.optimizers.step_language`.
+"""The loops of each optimizer's step, in `memplan.catalogue.optimizers.step_language`.
 
-The first half are the sizes of storages, the second the loops.
+Sizes of storages come first, then the loops.
 """
 
 from __future__ import annotations
@@ -53,11 +52,11 @@ def int64(t: Turn) -> int:
 
 
 def upcast(t: Turn) -> int:
-    """Of `.float()`, which copies nothing where it is fp32 already."""
+    """Bytes of `.float()`, which does not copy an fp32 tensor."""
     return 0 if t.dtype == "fp32" else fp32(t)
 
 
-# Sizes of what a matrix is projected to
+# Sizes of a projected matrix
 
 
 def low(t: Turn) -> int:
@@ -76,27 +75,27 @@ def low_fp32(t: Turn) -> int:
 
 
 def low_rows(t: Turn) -> int:
-    """An fp32 number for every row, where it has rows."""
+    """One fp32 number per row; 0 for a vector."""
     return bytes_of(t.low[:-1], "fp32") if len(t.low) > 1 else 0
 
 
 def low_columns(t: Turn) -> int:
-    """An fp32 number for every column, where it has columns."""
+    """One fp32 number per column; 0 for a vector."""
     return bytes_of((*t.low[:-2], t.low[-1]), "fp32") if len(t.low) > 1 else 0
 
 
 def norm_if_small(t: Turn) -> int:
-    """What bitsandbytes keeps in 32 bits it takes the norm of, of `.float()`, which copies what is not fp32."""
+    """Bytes of the norm that bitsandbytes takes of parameters with 32-bit states, including the copy of `.float()`."""
     if prod(t.low) >= 4096:
         return 0
     return (0 if t.dtype == "fp32" else low_fp32(t)) + 512
 
 
-# Sizes of a projection, and of what it is made from
+# Sizes of a projection and its inputs
 
 
 def svd_u(t: Turn) -> int:
-    """Left singular vectors, as many as the narrow side is wide."""
+    """Left singular vectors, one per element of the narrow side."""
     return bytes_of((t.shape[0], min(t.shape)), "fp32")
 
 
@@ -106,22 +105,22 @@ def svd_s(t: Turn) -> int:
 
 
 def svd_vh(t: Turn) -> int:
-    """Right singular vectors, as many as the narrow side is wide."""
+    """Right singular vectors, one per element of the narrow side."""
     return bytes_of((min(t.shape), t.shape[1]), "fp32")
 
 
 def rank_squared(t: Turn) -> int:
-    """A square in fp32."""
+    """A rank by rank matrix in fp32."""
     return bytes_of((t.rank, t.rank), "fp32")
 
 
 def projection_fp32(t: Turn) -> int:
-    """The projection before it has the parameter's dtype."""
+    """The projection before it is cast to the parameter's dtype."""
     return bytes_of((t.rank, min(t.shape)), "fp32")
 
 
 def projection_cast(t: Turn) -> int:
-    """The projection in the parameter's dtype: nothing new where that is fp32."""
+    """The projection in the parameter's dtype; 0 if that is fp32, which needs no copy."""
     return 0 if t.dtype == "fp32" else bytes_of((t.rank, min(t.shape)), t.dtype)
 
 
@@ -129,22 +128,22 @@ def projection_cast(t: Turn) -> int:
 
 
 def scales(t: Turn) -> int:
-    """An fp32 number for every 256 elements."""
+    """One fp32 number per 256 elements."""
     return rounded(4 * (prod(t.shape) // 256))
 
 
 def gram(t: Turn) -> int:
-    """A matrix times itself transposed, over the long side, in bf16."""
+    """The product of a matrix and its transpose, over the long side, in bf16."""
     return bytes_of((min(t.shape), min(t.shape)), "bf16")
 
 
 def long_vector(t: Turn) -> int:
-    """A number for every vector along the narrow side."""
+    """One number per vector along the narrow side."""
     return bytes_of((max(t.shape),), t.dtype)
 
 
 def number(t: Turn) -> int:
-    """A tensor with one number: the least the allocator gives."""
+    """A tensor with one number: the allocator's smallest block."""
     return 512
 
 
@@ -168,7 +167,7 @@ MUON: Loop = (
     free("update", "orthogonal", "gram", "gram_update", "next"),
 )
 
-# What Inductor makes of torchao's single_param_adam: both new moments, before they are quantised.
+# torchao's single_param_adam as Inductor compiles it: both new moments exist before they are quantised.
 TORCHAO_8BIT: Loop = (
     new("exp_avg", fp32),
     new("exp_avg_sq", fp32),
@@ -183,7 +182,7 @@ TORCHAO_4BIT: Loop = (
     free("codes", "codes_sq"),
 )
 
-# Each state is copied to the GPU for the parameter's turn, and back.
+# States live on the host: each is copied to the GPU for its parameter's turn, and back.
 GROKADAMW: Loop = (
     new("new_exp_avg", moment),
     new("new_exp_avg_sq", moment),
@@ -197,7 +196,7 @@ GROKADAMW: Loop = (
     free("root"),
 )
 
-# Loops in backward. The gradient that waited is updated with when the next one comes.
+# Loops that run in backward: a parameter is updated with its gradient when the next parameter's gradient comes.
 
 LOMO: Loop = (
     new("gradient", own),
@@ -219,8 +218,8 @@ ADALOMO: Loop = (
     free("gradient", "update", "parameter"),
 )
 
-# GaLore: the singular vectors of the gradient, and a slice of them as the projection. cuSOLVER overwrites its input, so
-# torch hands it a copy; its own workspace is not in it. torch 2.13 aten/.../linalg/BatchLinearAlgebraLib.cpp.
+# GaLore projects with a slice of the gradient's singular vectors. cuSOLVER overwrites its input, so torch gives it a
+# copy; cuSOLVER's workspace is left out. torch 2.13 aten/.../linalg/BatchLinearAlgebraLib.cpp.
 
 _SVD: tuple[Action, ...] = (
     new("u", svd_u),
@@ -243,7 +242,7 @@ _GALORE_PROJECTION: Loop = (
 )
 _SCALED_BACK: Loop = (new("full", own), new("scaled", own))
 
-# Of parameters that are no targets; APOLLO's are the same.
+# Parameters that are not targets, in GaLore and APOLLO.
 GALORE_OTHERS: Loop = (
     free("gradient"),
     keep("states"),
@@ -266,7 +265,7 @@ GALORE_8BIT_OTHERS: Loop = (
     new("norm", norm_if_small),
     free("norm"),
 )
-# The parameter is put aside and its gradient replaced by the projected one, which stays until zero_grad.
+# The parameter's data is set aside, and the projected gradient replaces the gradient until zero_grad.
 GALORE_8BIT: Loop = (
     *_GALORE_PROJECTION,
     new("gradient", low),
@@ -282,7 +281,7 @@ GALORE_8BIT: Loop = (
     free("full", "scaled", "data"),
 )
 
-# transformers' Adafactor, and GaLore's copy of it. Their `update` and fp32 parameter live on in the next turn.
+# transformers' Adafactor, and GaLore's copy of it. `update` and the fp32 parameter live on into the next turn.
 
 _FACTORED_UPDATE: Loop = (
     keep("states"),
@@ -314,7 +313,7 @@ GALORE_ADAFACTOR: Loop = (
     rename("scaled", to="update"),
 )
 
-# The fp32 copy of the gradient is made only to read its shape. From the second step on growth is limited.
+# The fp32 copy of the gradient is made only to read its shape. The norm's growth is limited from the second step on.
 APOLLO: Loop = (
     free("gradient"),
     projecting(

@@ -1,4 +1,4 @@
-"""Which modules of a model transformers' device_map deals to which GPU, by their bytes, in the model's order.
+"""Which GPU transformers' device_map places each module on: by bytes, in the model's order.
 
 Source: transformers 5.24 integrations/accelerate.py get_balanced_memory, infer_auto_device_map;
 quantizers/quantizer_bnb_4bit.py adjust_max_memory.
@@ -11,13 +11,20 @@ from collections.abc import Sequence
 HOST = -1  # instead of a GPU's number
 
 
-def shares(
+def gpu_shares(
     modules: Sequence[int], layers: slice, leaf: int, gpus: int, policy: str, free: int | None, quantised: bool
 ) -> list[int | None]:
-    """How many bytes of modules each GPU may be given, None for any number. `layers`: those of the `modules` that are
-    layers; `leaf`: the largest module without modules; `free`: what a GPU has free, None where nothing is known of it.
+    """Return how many bytes of modules each GPU may take; None means no limit.
 
-    Raises nothing. A model on one GPU is given nine tenths of what that has, unless it is dealt in sequence.
+    modules    bytes of each module
+    layers     which of the modules are layers
+    leaf       bytes of the largest module without submodules
+    gpus       number of GPUs
+    policy     `balanced`, `balanced_low_0` or `sequential`
+    free       free bytes of a GPU, if known
+    quantised  whether bitsandbytes quantises the model, which leaves a tenth of each GPU free
+
+    A single GPU gets nine tenths of its free bytes, unless the policy is `sequential`.
     """
     room: list[int | None] = [free] * gpus
     if policy != "sequential":
@@ -36,10 +43,16 @@ def shares(
     return [None if n is None else n * 9 // 10 for n in room] if quantised else room
 
 
-def place(modules: Sequence[int], room: Sequence[int | None], offloads: bool) -> list[int]:
-    """Place modules of so many bytes one after another, until a GPU has its share. The first GPU leaves room for the
-    largest module to come. What no GPU takes is on the host, or on the last GPU unless that `offloads`."""
-    on: list[int] = []
+def place_modules(modules: Sequence[int], room: Sequence[int | None], offloads: bool) -> list[int]:
+    """Return each module's GPU, filling the GPUs in order up to their shares.
+
+    modules   bytes of each module
+    room      bytes each GPU may take, from `shares`
+    offloads  modules that fit no GPU go to the host (`HOST`); otherwise to the last GPU
+
+    The first GPU leaves room for the largest module still to come.
+    """
+    placement: list[int] = []
     gpu = used = 0
     for i, size in enumerate(modules):
         while gpu < len(room):
@@ -49,5 +62,5 @@ def place(modules: Sequence[int], room: Sequence[int | None], offloads: bool) ->
             gpu, used = gpu + 1, 0
         if gpu < len(room):
             used += size
-        on.append(gpu if gpu < len(room) else HOST if offloads else len(room) - 1)
-    return on
+        placement.append(gpu if gpu < len(room) else HOST if offloads else len(room) - 1)
+    return placement

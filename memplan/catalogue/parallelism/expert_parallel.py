@@ -1,9 +1,9 @@
-"""Expert parallelism: each rank has some experts whole, and tokens are sent to the ranks whose experts they chose.
+"""Expert parallelism: each rank holds some experts entirely, and tokens are sent to the ranks of their experts.
 
-As transformers does it in training. Ranks that divide matrices, and so have the same tokens, divide these first. Each
-row of a token and an expert is sent to the expert's rank (`tokens_sent`), computed there with those of other ranks
-(`tokens_received`), sent back, weighed by the router's scores and summed. How many rows a rank receives is in the data:
-as many as it sends, times `parallelism.expert_imbalance`.
+As in transformers' training. Tensor-parallel ranks, which have the same tokens, split them first. Each (token, expert)
+row is sent to the expert's rank (`tokens_sent`), computed there together with rows from other ranks
+(`tokens_received`), sent back, weighted by the router's scores and summed. The number of rows that a rank receives
+depends on the data: assumed is the number it sends, times `parallelism.expert_imbalance`.
 
 Source: transformers 5.24 distributed/expert_parallel.py AllToAllEP.
 """
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.degrees import Degrees
-from memplan.catalogue.experts.experts import moved
+from memplan.catalogue.experts.experts import gather_rows
 from memplan.catalogue.experts.routers import CHOSEN, PAIRS, SCORES, masked
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import rewrite_lists
@@ -33,8 +33,7 @@ FAMILIES = (
 
 
 def check(model: ModelSpec, degrees: Degrees) -> None:
-    """Raise SpecError for a family whose experts transformers has no plan to divide, or memplan does not follow, and
-    for a number of experts that the ranks do not divide."""
+    """Raise SpecError if the family has no supported expert-parallel plan, or the ranks do not divide its experts."""
     ep, field = degrees.ep, "parallelism.ep"
     if "E" not in model.axes():
         raise SpecError(f"{field}: {ep} ranks divide experts, and {model.model_type} has none", field)
@@ -46,15 +45,15 @@ def check(model: ModelSpec, degrees: Degrees) -> None:
 
 
 def divide(stack: Stack, degrees: Degrees) -> Stack:
-    """The rank's operations: what was the experts', of its own experts and of the rows that it receives."""
+    """Return the rank's operations, with the experts' operations on its own experts and the rows it receives."""
 
     def change(operations: tuple[Op, ...]) -> tuple[Op, ...]:
-        return tuple(_changed(operations, degrees))
+        return tuple(_with_dispatch(operations, degrees))
 
     return rewrite_lists(stack, change)
 
 
-def _changed(operations: tuple[Op, ...], degrees: Degrees) -> Iterator[Op]:
+def _with_dispatch(operations: tuple[Op, ...], degrees: Degrees) -> Iterator[Op]:
     section: list[Op] = []
     for op in operations:
         if section or op.name.endswith("experts.sort"):
@@ -67,7 +66,7 @@ def _changed(operations: tuple[Op, ...], degrees: Degrees) -> Iterator[Op]:
 
 
 def _dispatched(section: list[Op], degrees: Degrees) -> Iterator[Op]:
-    """The operations of a module of experts, from the sorting of rows to the return, around what is sent."""
+    """The operations of one experts module, from sorting the rows to its return, between the two all-to-alls."""
     name = section[0].name.removesuffix(".sort")
     (gather,) = (op for op in section if op.name == f"{name}.gather")
     (cast,) = (op for op in section if op.name == f"{name}.cast")
@@ -75,12 +74,12 @@ def _dispatched(section: list[Op], degrees: Degrees) -> Iterator[Op]:
     width = gather.writes[0].shape.removeprefix(f"{PAIRS} ")
     shared = degrees.tp > 1
     mine, chosen, scores = ("ep.x", "ep.chosen", "ep.scores") if shared else (x, CHOSEN, SCORES)
-    lead, one_each = (_PART if shared else "b s"), (f"{_PART} e" if shared else PAIRS)
-    yield lent(name)
+    lead, pairs = (_PART if shared else "b s"), (f"{_PART} e" if shared else PAIRS)
+    yield local_parameters(name)
     if shared:
         yield ops.copy(f"{name}.slice", x, mine, f"{lead} {width}", "new")._replace(source=_SOURCE)
-        yield ops.copy(f"{name}.slice_chosen", CHOSEN, chosen, one_each, "none")
-        yield ops.copy(f"{name}.slice_scores", SCORES, scores, one_each, "new")
+        yield ops.copy(f"{name}.slice_chosen", CHOSEN, chosen, pairs, "none")
+        yield ops.copy(f"{name}.slice_scores", SCORES, scores, pairs, "new")
     yield Op(
         f"{name}.argsort",
         (chosen,),
@@ -90,11 +89,11 @@ def _dispatched(section: list[Op], degrees: Degrees) -> Iterator[Op]:
         source=_SOURCE,
     )
     yield Op(f"{name}.sent_token", ("ep.order",), (Tensor("ep.token", _SENT, "int64"),), gradient="none")
-    yield moved(f"{name}.send_rows", mine, "ep.token", "ep.sent", f"{_SENT} {width}")
-    yield ops.leave("ep.token")
+    yield gather_rows(f"{name}.send_rows", mine, "ep.token", "ep.sent", f"{_SENT} {width}")
+    yield ops.release_names("ep.token")
     counts = (Tensor("ep.send_counts", "E", "int64"), Tensor("ep.receive_counts", "E", "int64"))
-    every = (Tensor("a one for each", _SENT, "int64"),)
-    yield Op(f"{name}.send_counts", (chosen,), counts, scratch=every, gradient="none", source=_SOURCE)
+    ones = (Tensor("ones to count with", _SENT, "int64"),)
+    yield Op(f"{name}.send_counts", (chosen,), counts, scratch=ones, gradient="none", source=_SOURCE)
     yield Op(f"{name}.all_to_all", ("ep.sent",), (Tensor("ep.received", f"{_RECEIVED} {width}"),), source=_SOURCE)
     ids = Tensor("ep.ids", _RECEIVED, "int64")
     yield Op(
@@ -106,7 +105,7 @@ def _dispatched(section: list[Op], degrees: Degrees) -> Iterator[Op]:
         source=_SOURCE,
     )
     yield Op(f"{name}.ones", ("ep.ids",), (Tensor("ep.ones", _RECEIVED, "=ep.received"),), gradient="none")
-    yield ops.leave("ep.sent", "ep.send_counts", "ep.receive_counts", mine, chosen)
+    yield ops.release_names("ep.sent", "ep.send_counts", "ep.receive_counts", mine, chosen)
     yield from _computed(section, name, degrees, {x: "ep.received", SCORES: "ep.ones", CHOSEN: "ep.ids", y: "ep.made"})
     yield Op(f"{name}.all_to_all_back", ("ep.made",), (Tensor("ep.returned", f"{_SENT} {width}"),), source=_SOURCE)
     yield Op(
@@ -117,31 +116,31 @@ def _dispatched(section: list[Op], degrees: Degrees) -> Iterator[Op]:
         (Keep("ep.order", "ep.returned"),),
         source=f"{ops.DERIVATIVES}: index_put_",
     )
-    weighed = f"{_SENT} {width}"
+    rows_shape = f"{_SENT} {width}"
     yield Op(  # the gradient of a sum is a view
         f"{name}.weigh_rows",
         ("ep.rows", scores),
         (Tensor("ep.summed", f"{lead} {width}"),),
         (),
         (Keep(scores, "ep.rows"), Keep("ep.rows", scores)),
-        scratch=(Tensor("weighed", weighed),),
-        scratch_back=(Scratch(Tensor("product", weighed, "=ep.summed"), scores, summed=True),),
+        scratch=(Tensor("weighted rows", rows_shape),),
+        scratch_back=(Scratch(Tensor("product", rows_shape, "=ep.summed"), scores, summed=True),),
         autocast="wide",
         source=f"{ops.DERIVATIVES}: mul.Tensor, sum.dim_IntList",
     )
-    yield ops.leave("ep.returned", "ep.rows")
+    yield ops.release_names("ep.returned", "ep.rows")
     last = "ep.summed"
     if shared:
         last = "ep.gathered"
         yield Op(f"{name}.all_gather", ("ep.summed",), (Tensor(last, f"b s {width}"),), source=_SOURCE)
-        yield ops.leave("ep.summed")
-    yield ops.leave("ep.received", "ep.ids", "ep.ones", "ep.made", "ep.order", scores)
+        yield ops.release_names("ep.summed")
+    yield ops.release_names("ep.received", "ep.ids", "ep.ones", "ep.made", "ep.order", scores)
     yield ops.cast(f"{name}.lower", last, y, f"b s {width}", f"={x}")
-    yield ops.leave(last)._replace(name=f"{name}.returned", returns=name)
+    yield ops.release_names(last)._replace(name=f"{name}.returned", returns=name)
 
 
-def lent(name: str) -> Op:
-    """The module of that name runs with its parameters' own parts, which DTensor hands out before.
+def local_parameters(name: str) -> Op:
+    """An operation that hands the local shards of a module's DTensor parameters to the operations after it.
 
     Source: transformers 5.24 distributed/parallel_utils.py _use_local_dtensor_params.
     """
@@ -149,16 +148,16 @@ def lent(name: str) -> Op:
 
 
 def _computed(section: list[Op], name: str, degrees: Degrees, names: dict[str, str]) -> Iterator[Op]:
-    """The experts' own operations, on rows that are all for one expert each. Rows of none of the rank's are masked.
+    """The experts' operations on received rows, each for one expert. Rows for none of the rank's experts are masked.
 
     Source: transformers 5.24 integrations/moe.py grouped_mm_experts_forward.
     """
-    names, waiting = dict(names), list[Op]()
+    names, pending = dict(names), list[Op]()
     for op in section:
-        if op.name != ops.leave().name:  # what a product was given is let go before its rows are masked
-            yield from waiting
-            waiting = []
-        yield _of_received(op, names, degrees.ep)
+        if op.name != ops.release_names().name:  # a product's input is freed before its output is masked
+            yield from pending
+            pending = []
+        yield _on_received_rows(op, names, degrees.ep)
         (y, *_) = (t.name for t in op.writes) if op.writes else ("",)
         if op.name == f"{name}.sort":
             mask = Tensor("ep.mask", _RECEIVED, "bool")
@@ -170,13 +169,13 @@ def _computed(section: list[Op], name: str, degrees: Degrees, names: dict[str, s
             names[y] = new
         elif y in ("experts.gate_up", "experts.down"):
             new = f"{y}.masked"
-            waiting = [masked(f"{op.name}.mask", y, "ep.mask", new, op.writes[0].shape.replace(PAIRS, _RECEIVED))]
+            pending = [masked(f"{op.name}.mask", y, "ep.mask", new, op.writes[0].shape.replace(PAIRS, _RECEIVED))]
             names[y] = new
-    yield ops.leave("ep.mask")
+    yield ops.release_names("ep.mask")
 
 
-def _of_received(op: Op, names: dict[str, str], ep: int) -> Op:
-    """The operation on rows that were received, and on the rank's experts."""
+def _on_received_rows(op: Op, names: dict[str, str], ep: int) -> Op:
+    """The operation on the received rows and the rank's experts."""
 
     def name(old: str) -> str:
         return names.get(old, old)

@@ -1,8 +1,8 @@
-"""Tensor and sequence parallelism as Megatron-core has them (Korthikanti et al. 2022, arXiv:2205.05198).
+"""Megatron-core's tensor and sequence parallelism (Korthikanti et al. 2022, arXiv:2205.05198).
 
-A rank's model has fewer heads, a narrower FFN and a smaller vocabulary, and its collectives write over what they read.
-With sequence parallelism a rank has a part of the tokens (`s_tp`) wherever no matrix is: what a matrix reads is
-gathered into one buffer that all matrices share, again on the way back, and what it makes is summed and divided.
+A rank's model has fewer heads, a narrower FFN and a smaller vocabulary, and its collectives work in place. With
+sequence parallelism a rank has a part of the tokens (`s_tp`) outside of matrix products: the input of a product is
+all-gathered into one buffer that all products share, in backward too, and its output is reduce-scattered.
 """
 
 from __future__ import annotations
@@ -18,12 +18,16 @@ _ALL = "b s h"
 
 
 def divide(stack: Stack, columns: tuple[str, ...], rows: tuple[str, ...], sequence: bool) -> Stack:
-    """The rank's operations of a stack that was built of the rank's part of the model. `columns` and `rows` are what
-    linear layers are called of which it has some rows or some columns; `sequence`: tokens are divided too."""
-    stack = rewrite(stack, _one)
+    """Return the rank's operations, given a stack built from the rank's part of the model.
+
+    columns   names of column-parallel linear layers
+    rows      names of row-parallel linear layers
+    sequence  whether the tokens are divided too
+    """
+    stack = rewrite(stack, _with_tensor_parallelism)
     if not sequence:
         return stack
-    before = _tokens_divided(_scattered(stack.before), columns, rows)
+    before = _with_sequence_parallelism(_scattered(stack.before), columns, rows)
     buffer = Op(
         "all-gather buffer",
         (),
@@ -34,30 +38,32 @@ def divide(stack: Stack, columns: tuple[str, ...], rows: tuple[str, ...], sequen
     )
     runs = tuple(
         run._replace(
-            before=_tokens_divided(run.before, columns, rows),
-            blocks=tuple(b._replace(ops=_tokens_divided(b.ops, columns, rows)) for b in run.blocks),
+            before=_with_sequence_parallelism(run.before, columns, rows),
+            blocks=tuple(b._replace(ops=_with_sequence_parallelism(b.ops, columns, rows)) for b in run.blocks),
         )
         for run in stack.runs
     )
     heads = tuple(op.name.rpartition(".")[2] for op in stack.after if matrix(op))
-    larger = any(op.name == buffer.name for op in before)  # of a mixture of experts, who share it
+    has_buffer = any(
+        op.name == buffer.name for op in before
+    )  # a mixture of experts brings a larger one, which is shared
     return Stack(
-        before if larger else (*before, buffer),
+        before if has_buffer else (*before, buffer),
         runs,
-        _tokens_divided(stack.after, (*columns, *heads), rows),
+        _with_sequence_parallelism(stack.after, (*columns, *heads), rows),
         stack.loss,
     )
 
 
-def _one(op: Op) -> Iterator[Op]:
-    """An operation whose collective writes over what it reads; a table of which a rank has some rows."""
+def _with_tensor_parallelism(op: Op) -> Iterator[Op]:
+    """A linear layer with its collective in place, or an embedding table of which a rank holds some rows."""
     if matrix(op):
         yield op._replace(gradient="new", source=_LINEAR)
     elif any(w.group == "embedding" and w.rows and w.shape.startswith("v ") for w in op.weights):
-        (w, *_), own = op.weights, Tensor(f"{op.name}.own_ids", "b s", "int64")
-        keeps = tuple(Keep(own.name, k.of) if k.of == w.name else k for k in op.keeps)
+        (w, *_), local_ids = op.weights, Tensor(f"{op.name}.own_ids", "b s", "int64")
+        keeps = tuple(Keep(local_ids.name, k.of) if k.of == w.name else k for k in op.keeps)
         yield op._replace(
-            writes=(*op.writes, own),
+            writes=(*op.writes, local_ids),
             keeps=keeps,
             scratch=(*op.scratch, Tensor("tokens of other ranks", "b s", "bool")),
             source=f"{_SOURCE}/layers.py VocabParallelEmbedding",
@@ -67,56 +73,58 @@ def _one(op: Op) -> Iterator[Op]:
 
 
 def _scattered(before: tuple[Op, ...]) -> tuple[Op, ...]:
-    """What comes before the blocks, with the tokens divided where the embeddings are done.
+    """The operations before the blocks, with the tokens scattered once the embeddings are complete.
 
-    The lookup alone is summed and divided at once; with positions added, the sum is copied, and then dropped from.
+    A lookup that writes `embeds` itself is reduce-scattered (see `_reduce_scattered_lookup`). If positions are added,
+    the sum is scattered by a copy, before any dropout.
     """
-    at = next(i for i, op in enumerate(before) if any(t.name == "embeds" for t in op.writes))
-    last, whole = before[at], Tensor("embeds.whole", _ALL)
+    index = next(i for i, op in enumerate(before) if any(t.name == "embeds" for t in op.writes))
+    last, full = before[index], Tensor("embeds.whole", _ALL)
     if last.weights:
         return before
     if len(last.writes) > 1:  # dropout
         (x,) = last.reads
-        copy = _divided(f"{last.name}.scatter", x, "scattered", "copied")
+        scatter = _scatter(f"{last.name}.scatter", x, "scattered")
         keeps = tuple(k._replace(of="scattered" if k.of == x else k.of) for k in last.keeps)
-        return (*before[:at], copy, last._replace(reads=("scattered",), keeps=keeps), *before[at + 1 :])
-    made = last._replace(writes=(whole,))
-    return (*before[:at], made, _divided("scatter", whole.name, "embeds", "copied"), *before[at + 1 :])
+        return (*before[:index], scatter, last._replace(reads=("scattered",), keeps=keeps), *before[index + 1 :])
+    last = last._replace(writes=(full,))
+    return (*before[:index], last, _scatter("scatter", full.name, "embeds"), *before[index + 1 :])
 
 
-def _divided(name: str, x: str, y: str, how: str) -> Op:
-    """A rank's tokens of what is there for all; the gradient is gathered into new storage."""
-    source = f"{_SOURCE}/mappings.py " + ("scatter" if how == "copied" else "reduce_scatter")
-    return Op(name, (x,), (Tensor(y, "b s_tp h"),), source=f"{source}_to_sequence_parallel_region")
+def _scatter(name: str, x: str, y: str, kind: str = "scatter") -> Op:
+    """A rank's tokens of `x`, by `scatter` or `reduce_scatter`; the gradient is gathered into new storage."""
+    source = f"{_SOURCE}/mappings.py {kind}_to_sequence_parallel_region"
+    return Op(name, (x,), (Tensor(y, "b s_tp h"),), source=source)
 
 
-def _tokens_divided(operations: tuple[Op, ...], columns: tuple[str, ...], rows: tuple[str, ...]) -> tuple[Op, ...]:
-    """The operations with the tokens divided wherever no matrix is: between one that gathers and one that scatters,
-    all are there."""
-    inside: set[str] = {"tokens", "summed", "embeds.whole", "places"}
+def _with_sequence_parallelism(
+    operations: tuple[Op, ...], columns: tuple[str, ...], rows: tuple[str, ...]
+) -> tuple[Op, ...]:
+    """The operations with the tokens divided, except between a product that gathers and one that scatters."""
+    of_all_tokens: set[str] = {"tokens", "summed", "embeds.whole", "places"}
     out: list[Op] = []
     for op in operations:
         name = op.name.rpartition(".")[2]
         if matrix(op) and name in columns:
-            inside.update(t.name for t in op.writes)
-            whole = Scratch(Tensor("gradient of all tokens", _ALL, f"={op.reads[0]}"), op.reads[0])
-            out.append(op._replace(scratch_back=(*op.scratch_back, whole)))
+            of_all_tokens.update(t.name for t in op.writes)
+            gradient = Scratch(Tensor("gradient of all tokens", _ALL, f"={op.reads[0]}"), op.reads[0])
+            out.append(op._replace(scratch_back=(*op.scratch_back, gradient)))
         elif matrix(op) and name in rows:
             y, summand = op.writes[0], f"{op.name}.summand"
             out.append(op._replace(writes=(y._replace(name=summand),)))
-            out.append(_divided(f"{op.name}.reduce_scatter", summand, y.name, "summed"))
-        elif not inside.isdisjoint(op.reads):
-            inside.update(t.name for t in op.writes if op.name != "return" and "s_tp" not in t.shape)
+            out.append(_scatter(f"{op.name}.reduce_scatter", summand, y.name, "reduce_scatter"))
+        elif not of_all_tokens.isdisjoint(op.reads):
+            of_all_tokens.update(t.name for t in op.writes if op.name != "return" and "s_tp" not in t.shape)
             out.append(op)
         elif any(w.group == "embedding" and w.rows for w in op.weights):
-            out.append(_looked_up(op))
+            out.append(_reduce_scattered_lookup(op))
         else:
             out.append(op._replace(**_with_part_of_tokens(op)) if op.reads else op)
     return tuple(out)
 
 
-def _looked_up(op: Op) -> Op:
-    """The lookup that makes the embeddings by itself: of all tokens, then summed and divided."""
+def _reduce_scattered_lookup(op: Op) -> Op:
+    """A lookup that writes the embeddings itself: it covers all tokens and is then reduce-scattered."""
     y, *others = op.writes
     if y.name != "embeds":
         return op
@@ -129,7 +137,7 @@ def _looked_up(op: Op) -> Op:
 
 
 def _part(t: Tensor) -> Tensor:
-    """A rank's tokens of it; the whole, where it is of pairs of tokens, as masks are, or of none."""
+    """A rank's tokens of a tensor; unchanged if it has no token axis or, like a mask, covers pairs of tokens."""
     first, *others = t.shape.removeprefix("b ").split() or [""]
     if not t.shape.startswith("b ") or first != "s" or any(axis.startswith("s") for axis in others):
         return t

@@ -1,7 +1,7 @@
-"""How libraries divide a run among ranks: rows, each with its source.
+"""How libraries shard a run among ranks: rows, each with its source.
 
-What is a formula in the literature (16 bytes a parameter by the number of ranks) is here which tensors are divided,
-how they are padded, and which ones come beside them.
+Instead of the literature's formula (16 bytes per parameter, divided by the number of ranks), the rows say which tensors
+are divided, how they are padded, and which buffers come in addition.
 """
 
 from __future__ import annotations
@@ -18,9 +18,13 @@ from memplan.core.units import ITEMSIZE, MIB, rounded
 class Strategy(NamedTuple):
     """What a strategy divides among the ranks, and how.
 
-    parameters, gradients, states   whether a rank holds only its part of them
-    flat     of a unit's weights together, one after the other; otherwise every weight by its first axis
-    gathers  units are gathered by FSDP's hooks
+    name        value of `parallelism.strategy`
+    parameters  whether a rank holds only its part of the parameters
+    gradients   whether a rank holds only its part of the gradients
+    states      whether a rank holds only its part of the optimizer's states
+    flat        a unit's weights are concatenated and divided together; otherwise each weight by its first axis
+    gathers     FSDP's hooks gather the units
+    source      where the facts come from
     """
 
     name: str
@@ -55,60 +59,69 @@ STRATEGIES = {
     )
 }
 
-# Modules outside of blocks that FSDP2 makes units of their own, by the start of their weights' names.
+# Modules outside of blocks that FSDP2 wraps as separate units, by the prefix of their weights' names.
 # Source: transformers 5.24 models/siglip/modeling_siglip.py, gemma4/modeling_gemma4.py _no_split_modules.
 STEMS = {"gemma3": "vision_tower.embeddings.", "gemma4": "model.vision_tower.patch_embedder."}
 
 # Families whose _no_split_modules name the embeddings: accelerate 1.15 wraps them, and then the table inside them.
 WRAPPED_TWICE = ("bert", "roberta", "vit", "xlm-roberta")
 
-STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}  # of DeepSpeed's ZeRO
+STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}  # DeepSpeed's ZeRO stages
 
-# A rank's part of a weight has another shape than the weight, so only an optimizer that takes every number by itself
-# has the same states of it.
+# A rank's part of a weight differs from the weight in shape, so only elementwise optimizers keep the same states of it.
 ELEMENTWISE = ("adamw_torch", "adamw_torch_fused", "sgd", "adagrad", "rmsprop", "none")
 
-# DeepSpeed's partition is one flat fp32 parameter, of which bitsandbytes' kernels keep states as of any other; it is
-# none of the embeddings that transformers asks fp32 states for.
-OF_FLAT_PARTS = ("adamw_8bit", "adamw_bnb_8bit", "lion_8bit", "lion_32bit", "rmsprop_bnb_8bit", "rmsprop_bnb_32bit")
+# DeepSpeed's partition is one flat fp32 parameter, which bitsandbytes' kernels treat like any other. It is not an
+# nn.Embedding, so transformers' request for fp32 states of embeddings does not apply.
+ALLOWED_ON_FLAT_PARTITIONS = (
+    "adamw_8bit",
+    "adamw_bnb_8bit",
+    "lion_8bit",
+    "lion_32bit",
+    "rmsprop_bnb_8bit",
+    "rmsprop_bnb_32bit",
+)
 
-# FSDP1 gives the optimizer what its part has of each weight, a plain vector (use_orig_params), of which bitsandbytes'
-# kernels keep states as of any parameter. They do not take FSDP2's parts, which are DTensors: bitsandbytes 0.50 has no
-# sharding rule for its operations (optimizer_update_8bit_blockwise and _32bit), and torch 2.13 stops; traced.
-OF_SLICES = (
-    *OF_FLAT_PARTS,
+# FSDP1 gives the optimizer the rank's slice of each weight as a plain vector (use_orig_params), which bitsandbytes'
+# kernels treat like any parameter. They refuse FSDP2's DTensors: bitsandbytes 0.50 has no sharding rule for
+# optimizer_update_8bit_blockwise and _32bit, so torch 2.13 raises; traced.
+ALLOWED_ON_SLICES = (
+    *ALLOWED_ON_FLAT_PARTITIONS,
     *("paged_adamw_32bit", "paged_adamw_8bit", "paged_lion_32bit", "paged_lion_8bit", "rmsprop_bnb"),
     *("ademamix", "ademamix_8bit", "paged_ademamix_32bit", "paged_ademamix_8bit"),
 )
 
-# The bytes of gradients that DDP's reducer gathers for one all-reduce, after the first step. The buckets hold all
-# gradients again (gradient_as_bucket_view is off, in torch and in transformers' Trainer).
+# Bytes of gradients that DDP's reducer collects for one all-reduce, after the first step. The buckets are a second copy
+# of all gradients (gradient_as_bucket_view is off in torch and in transformers' Trainer).
 FIRST_BUCKET, BUCKET = MIB, 25 * MIB
 BUCKETS_SOURCE = "torch 2.13 nn/parallel/distributed.py, csrc/distributed/c10d/reducer.cpp"
 
-# What DDP broadcasts at once when it is made: weights are flattened into buffers of so many bytes, two at a time.
+# When DDP is constructed it flattens weights into broadcast buffers of this many bytes, two at a time.
 BROADCAST, BROADCASTS = 250 * MIB, 2
 
-ALIGNMENT = 2  # numbers of a flat group that every rank's partition is a multiple of: nccl_start_alignment_factor
+ALIGNMENT = 2  # every rank's partition of a flat group is a multiple of it, in numbers: nccl_start_alignment_factor
 
 
-class Knobs(NamedTuple):
-    """How DeepSpeed is configured, with its own defaults; sizes in numbers. Source: 0.19.8 runtime/zero/config.py.
+class ZeroSettings(NamedTuple):
+    """DeepSpeed's ZeRO configuration with its defaults. Sizes are in numbers, not bytes.
 
-    reduce_bucket   gradients that are copied into a bucket before they are reduced
-    prefetch        weights that are fetched ahead of their use
-    persistent      weights so small that they are not divided
-    live            weights that may be whole for anything to be fetched ahead
-    reuse           how soon a weight is used again that stays whole
-    sub_group       numbers that the optimizer takes at once
-    overlaps        gradients are reduced while others are computed: at stages 1 and 2 into a second bucket
-    contiguous      gradients are copied into buckets; otherwise they wait where they are
-    round_robin     weights are laid one after the other by turns of the ranks
-    divides_loading at stage 3 each weight is divided as it is loaded (deepspeed.zero.Init), by all ranks
-    flattens        at stages 1 and 2 weights are laid together on the GPU, which has them twice then; else on the host
-    optimizer       where its states are if not on the GPU: cpu or nvme; `parameters` likewise
-    pins            whether host memory of the optimizer is pinned, and of the parameters
-    swaps           NVMe's buffers of the optimizer, of the parameters, numbers of one, numbers kept in host memory
+    reduce_bucket    gradients copied into a bucket before they are reduced
+    prefetch         weights fetched ahead of their use
+    persistent       largest weight that is not divided
+    live             most gathered weights with which anything is still fetched ahead
+    reuse            a weight used again within this many numbers stays gathered
+    sub_group        numbers that the optimizer updates at once
+    overlaps         gradients are reduced while others are computed; at stages 1 and 2 into a second bucket
+    contiguous       gradients are copied into buckets; otherwise they stay in place until they are reduced
+    round_robin      weights are assigned to the ranks in turn
+    divides_loading  at stage 3 all ranks divide each weight as it is loaded (deepspeed.zero.Init)
+    flattens         at stages 1 and 2 weights are concatenated on the GPU, briefly a second copy; else on the host
+    optimizer        device of offloaded optimizer states: `cpu`, `nvme`, or empty for the GPU
+    parameters       device of offloaded parameters, likewise
+    pins             whether host memory is pinned: the optimizer's, the parameters'
+    swaps            NVMe buffers: number of the optimizer's, of the parameters', their size, numbers kept on the host
+
+    Source: DeepSpeed 0.19.8 runtime/zero/config.py.
     """
 
     reduce_bucket: int = 500_000_000
@@ -128,58 +141,58 @@ class Knobs(NamedTuple):
     swaps: tuple[int, int, int, int] = (4, 5, 100_000_000, 1_000_000_000)
 
 
-# Bytes on the GPU of the norm of gradients that FSDP has in host memory, which ranks sum there: FSDP2's (False) one
-# number, FSDP1's (True) four. Source: torch 2.13 nn/utils/clip_grad.py, distributed/fsdp/fully_sharded_data_parallel.py
-# clip_grad_norm_; traced.
+# GPU bytes of the norm of gradients that FSDP keeps in host memory, which ranks all-reduce on the GPU: one number in
+# FSDP2 (False), four in FSDP1 (True). Source: torch 2.13 nn/utils/clip_grad.py,
+# distributed/fsdp/fully_sharded_data_parallel.py clip_grad_norm_; traced.
 NORM_OF_HOST = {False: 512, True: 4 * 512}
 
-PARAMETER_START = 64  # numbers that Megatron aligns every weight of its buffers to
-BUCKET_END = 128  # and, with the number of ranks, the end of a bucket
+PARAMETER_START = 64  # Megatron aligns the start of every weight in its buffers to this many numbers
+BUCKET_END = 128  # and the end of a bucket to a multiple of this and of the number of ranks
 
-ALIGNED = 16  # bytes that FSDP1 aligns every weight of a flat parameter to, under use_orig_params
+FLAT_PARAMETER_ALIGNMENT = 16  # FSDP1 aligns every weight of a flat parameter to this many bytes, under use_orig_params
 
 
 def part(numbers: int, world: int) -> int:
-    """What the rank that has most holds of so many numbers."""
+    """The share of `numbers` of the rank that holds most."""
     return -(-numbers // world)
 
 
 def rows_of(shape: tuple[int, ...], world: int) -> tuple[int, ...]:
-    """The part of a weight that the rank with most holds: so many rows of its first axis."""
+    """Shape of the part of a weight, divided along its first axis, of the rank that holds most."""
     return (part(shape[0], world), *shape[1:]) if shape else (1,)
 
 
 def aligned(numbers: int, dtype: str) -> int:
-    """How many numbers a weight takes in a flat parameter."""
-    step = ALIGNED // ITEMSIZE[dtype]
+    """Return how many numbers a weight takes up in a flat parameter, with alignment."""
+    step = FLAT_PARAMETER_ALIGNMENT // ITEMSIZE[dtype]
     return -(-numbers // step) * step
 
 
 def buckets(parameters: Sequence[Parameter]) -> Iterator[tuple[int, int]]:
-    """DDP's buckets: bytes of one and how many such, for parameters in the model's order.
+    """Yield DDP's buckets as (bytes of one, number of them), for parameters in the model's order.
 
-    Gradients come last parameter first, each goes into the open bucket of its dtype, and a bucket that has reached
-    its size is closed. Source: `compute_bucket_assignment_by_size` in reducer.cpp.
+    Gradients arrive from the last parameter to the first; each goes into the open bucket of its dtype, and a bucket is
+    closed once it has reached its size. Source: `compute_bucket_assignment_by_size` in reducer.cpp.
     """
     sizes: dict[str, list[int]] = {}
-    for p in _one_by_one(parameters):
+    for p in _repeated(parameters):
         sizes.setdefault(p.dtype, []).append(prod(p.shape) * ITEMSIZE[p.dtype])
-    for each in sizes.values():
+    for gradients in sizes.values():
         closed: list[int] = []
         filled = 0
-        for bytes_ in reversed(each):
+        for bytes_ in reversed(gradients):
             filled += bytes_
             if filled >= (BUCKET if closed else FIRST_BUCKET):
                 closed.append(filled)
                 filled = 0
         if filled:
             closed.append(filled)
-        for bytes_, alike in groupby(sorted(closed, reverse=True)):
-            yield rounded(bytes_), len(list(alike))
+        for bytes_, same_size in groupby(sorted(closed, reverse=True)):
+            yield rounded(bytes_), len(list(same_size))
 
 
-def _one_by_one(parameters: Sequence[Parameter]) -> Iterator[Parameter]:
-    """Every parameter by itself: those in a row with the same number of copies are blocks, one after the other."""
+def _repeated(parameters: Sequence[Parameter]) -> Iterator[Parameter]:
+    """Yield every copy of every parameter, in order. Adjacent parameters with equal `copies` repeat as one block."""
     for copies, group in groupby(parameters, key=lambda p: p.copies):
         block = list(group)
         for _ in range(copies):

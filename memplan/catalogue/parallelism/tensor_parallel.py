@@ -1,8 +1,8 @@
-"""Tensor parallelism: one rank's part of a model, as a library divides it, and the collectives between the ranks.
+"""Tensor parallelism: one rank's part of a model, as a library divides it, and the collectives between ranks.
 
-A rank has a part of the heads and of the FFN's width, and so is a model of fewer heads and a narrower FFN; what it has
-of a matrix is written in its shape (`v/4 h`: a fourth of the rows). Norms, the residual stream and what is made outside
-of the blocks every rank has whole.
+A rank has a part of the heads and of the FFN's width, so it is described as a model with fewer heads and a narrower
+FFN; its part of any other matrix shows in the shape (`v/4 h`: a quarter of the rows). Norms, the residual stream and
+tensors outside of the blocks are replicated on every rank.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from memplan.catalogue.families import litgpt, torchtitan
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite
 from memplan.catalogue.parallelism import megatron_parallel
-from memplan.catalogue.parallelism.expert_parallel import lent
+from memplan.catalogue.parallelism.expert_parallel import local_parameters
 from memplan.core.errors import SpecError
 from memplan.core.ir import Op, Scratch, Stack, Tensor, Weight, operations
 from memplan.models.configs.megatron import padded
@@ -25,15 +25,15 @@ from memplan.models.model import ModelSpec
 _SOURCE = "transformers 5.24 distributed/tensor_parallel.py"
 
 
-class Plan(NamedTuple):
-    """How transformers divides a family: its linear layers by the last part of their names.
+class TensorParallelPlan(NamedTuple):
+    """How transformers divides a family's linear layers, given by the last part of their names.
 
-    columns    each rank has some rows of the matrix, and makes as much of the output, which stays divided
-    rows       each rank has some columns, and makes a summand of the output; all summands are added up
-    gathered   as `columns`, and the output is gathered at once, because something reads all of it
-    split      as `rows`, of an input that every rank has whole
-    experts    each rank has a part of every expert's width
-    whole      modules whose layers every rank has whole, whatever they are called
+    columns     column parallel: each rank computes a part of the output, which stays divided
+    rows        row parallel: each rank computes a partial sum of the output; an all-reduce adds them up
+    gathered    like `columns`, but the output is gathered at once because something reads all of it
+    split       like `rows`, but the input is replicated and each rank takes its slice
+    experts     each rank has a part of every expert's width
+    replicated  modules that are replicated on every rank, whatever their layers are called
     """
 
     columns: tuple[str, ...] = ()
@@ -41,33 +41,33 @@ class Plan(NamedTuple):
     gathered: tuple[str, ...] = ()
     split: tuple[str, ...] = ()
     experts: bool = False
-    whole: tuple[str, ...] = ()
+    replicated: tuple[str, ...] = ()
 
     @property
     def heads(self) -> bool:
-        """Whether a rank computes the attention of some heads only."""
+        """Whether each rank computes only some attention heads."""
         return not {"q_proj", "q_b_proj", "query_key_value", "c_attn", "qkv_proj", "linear_qkv", "attn"}.isdisjoint(
             self.columns
         )
 
     @property
     def width(self) -> bool:
-        """Whether a rank computes a part of the FFN's width only."""
+        """Whether each rank computes only a part of the FFN's width."""
         return not {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_fc2", "proj"}.isdisjoint(self.rows)
 
 
 _QKV, _GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-_LLAMA = Plan((*_QKV, *_GATED), ("o_proj", "down_proj"))
-_OLMO_2 = Plan(_GATED, ("down_proj",), _QKV, ("o_proj",))
-_GLM = Plan(_QKV, ("o_proj",), ("gate_up_proj",), ("down_proj",))
+_LLAMA = TensorParallelPlan((*_QKV, *_GATED), ("o_proj", "down_proj"))
+_OLMO_2 = TensorParallelPlan(_GATED, ("down_proj",), _QKV, ("o_proj",))
+_GLM = TensorParallelPlan(_QKV, ("o_proj",), ("gate_up_proj",), ("down_proj",))
 _MIXTURE = _LLAMA._replace(experts=True)
-_OF_WIDTH = Plan(_GATED, ("down_proj",), experts=True)
-_LATENT = Plan(("q_proj", "q_b_proj", "kv_b_proj", *_GATED), ("o_proj", "down_proj"))
+_FFN_ONLY = TensorParallelPlan(_GATED, ("down_proj",), experts=True)
+_LATENT = TensorParallelPlan(("q_proj", "q_b_proj", "kv_b_proj", *_GATED), ("o_proj", "down_proj"))
 _DELTA = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
 
-# Source: transformers 5.24 models/*/configuration_*.py base_model_tp_plan. The embeddings and the head are divided by
-# the vocabulary in all of them (distributed/mixin.py init_parallel_plans, the classes' _tp_plan).
-PLANS: dict[str, Plan] = {
+# Source: transformers 5.24 models/*/configuration_*.py base_model_tp_plan. All families divide embeddings and head by
+# the vocabulary (distributed/mixin.py init_parallel_plans, the classes' _tp_plan).
+PLANS: dict[str, TensorParallelPlan] = {
     **dict.fromkeys(
         (
             *("cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "internlm3"),
@@ -78,43 +78,47 @@ PLANS: dict[str, Plan] = {
     **dict.fromkeys(("glm", "glm4"), _GLM),
     **dict.fromkeys(("olmo2", "olmo3"), _OLMO_2),
     **dict.fromkeys(("ernie4_5_moe", "glm4_moe", "mixtral", "qwen3_moe"), _MIXTURE),
-    **dict.fromkeys(("minimax_m2", "olmoe"), Plan((), (), _QKV, ("o_proj",), experts=True)),
-    **dict.fromkeys(("granitemoe", "granitemoehybrid", "hunyuan_v1_moe", "jamba", "phimoe"), Plan(experts=True)),
-    **dict.fromkeys(("deepseek_v3", "kimi_linear"), _OF_WIDTH),
+    **dict.fromkeys(("minimax_m2", "olmoe"), TensorParallelPlan((), (), _QKV, ("o_proj",), experts=True)),
+    **dict.fromkeys(
+        ("granitemoe", "granitemoehybrid", "hunyuan_v1_moe", "jamba", "phimoe"), TensorParallelPlan(experts=True)
+    ),
+    **dict.fromkeys(("deepseek_v3", "kimi_linear"), _FFN_ONLY),
     **dict.fromkeys(("deepseek_v2", "deepseek_v32", "glm_moe_dsa"), _LATENT._replace(experts=True)),
-    "glm4_moe_lite": _LATENT._replace(experts=True, whole=("shared_experts",)),
+    "glm4_moe_lite": _LATENT._replace(experts=True, replicated=("shared_experts",)),
     "minicpm3": _LATENT,
-    **dict.fromkeys(("gpt_oss", "hunyuan_v1_dense"), Plan()),
+    **dict.fromkeys(("gpt_oss", "hunyuan_v1_dense"), TensorParallelPlan()),
     **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _MIXTURE._replace(gathered=_DELTA)),
     "qwen3_5_text": _LLAMA._replace(gathered=_DELTA),
-    "qwen2_moe": _MIXTURE._replace(whole=("shared_expert",)),
-    "gpt_neox": Plan(("query_key_value", "dense_h_to_4h"), ("dense", "dense_4h_to_h")),
-    "gptj": Plan((*_QKV, "fc_in"), ("out_proj", "fc_out")),
-    "nemotron": Plan((*_QKV, "up_proj"), ("o_proj", "down_proj")),
-    "phi": Plan((*_QKV, "fc1"), ("dense", "fc2")),
-    "phi3": Plan((), (), ("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
-    "starcoder2": Plan((*_QKV, "c_fc"), ("o_proj", "c_proj")),
+    "qwen2_moe": _MIXTURE._replace(replicated=("shared_expert",)),
+    "gpt_neox": TensorParallelPlan(("query_key_value", "dense_h_to_4h"), ("dense", "dense_4h_to_h")),
+    "gptj": TensorParallelPlan((*_QKV, "fc_in"), ("out_proj", "fc_out")),
+    "nemotron": TensorParallelPlan((*_QKV, "up_proj"), ("o_proj", "down_proj")),
+    "phi": TensorParallelPlan((*_QKV, "fc1"), ("dense", "fc2")),
+    "phi3": TensorParallelPlan((), (), ("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
+    "starcoder2": TensorParallelPlan((*_QKV, "c_fc"), ("o_proj", "c_proj")),
 }
 
 
-# Megatron-core has one projection of q, k and v, whose rows lie group by group, and one of gate and up.
-MEGATRON: dict[str, Plan] = {
+# Megatron-core fuses q, k and v into one projection, with rows ordered by query group, and gate and up into another.
+MEGATRON: dict[str, TensorParallelPlan] = {
     **{name: plan for name, plan in PLANS.items() if not plan.gathered and not plan.experts},
-    **dict.fromkeys(("glm", "glm4"), Plan((*_QKV, "gate_up_proj"), ("o_proj", "down_proj"))),
-    "gpt2": Plan(("c_attn", "c_fc"), ("c_proj",)),
-    "megatron_gpt": Plan(("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")),
-    "phi3": Plan(("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
+    **dict.fromkeys(("glm", "glm4"), TensorParallelPlan((*_QKV, "gate_up_proj"), ("o_proj", "down_proj"))),
+    "gpt2": TensorParallelPlan(("c_attn", "c_fc"), ("c_proj",)),
+    "megatron_gpt": TensorParallelPlan(("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")),
+    "phi3": TensorParallelPlan(("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
 }
-_TITAN: dict[str, Plan] = dict.fromkeys(
-    torchtitan.KINDS, Plan(("qkv_proj",), ("down_proj",))
-)  # heads and width are divided
-# LitGPT divides what is in its blocks, and has embeddings and head whole. Source: litgpt 0.5.3 generate/tp.py.
-_LITGPT: dict[str, Plan] = dict.fromkeys(litgpt.KINDS, Plan(("attn", "fc", "fc_1", "fc_2"), ("proj",)))
+_TITAN: dict[str, TensorParallelPlan] = dict.fromkeys(
+    torchtitan.KINDS, TensorParallelPlan(("qkv_proj",), ("down_proj",))
+)
+# LitGPT divides the layers of its blocks and replicates embeddings and head. Source: litgpt 0.5.3 generate/tp.py.
+_LITGPT: dict[str, TensorParallelPlan] = dict.fromkeys(
+    litgpt.KINDS, TensorParallelPlan(("attn", "fc", "fc_1", "fc_2"), ("proj",))
+)
 STYLES = {"transformers": PLANS, "megatron": MEGATRON, "torchtitan": _TITAN, "litgpt": _LITGPT}
 
 
-def part_of(model: ModelSpec, degrees: Degrees) -> ModelSpec:
-    """The model that one rank computes: as many heads as it has, and as much of the FFN's width."""
+def local_model(model: ModelSpec, degrees: Degrees) -> ModelSpec:
+    """Return the model that one rank computes, with its share of the heads, FFN width and vocabulary."""
     t, plan, v = degrees.tp, STYLES[degrees.style][model.model_type], model.vocab_size
     a, k, f = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
     if plan.heads:
@@ -126,28 +130,31 @@ def part_of(model: ModelSpec, degrees: Degrees) -> ModelSpec:
     return model.narrowed(a, k, -(-f // t) if plan.width else f, v)
 
 
-def axes_of_part(model: ModelSpec, degrees: Degrees) -> dict[str, int]:
-    """How wide a rank's parts of the experts are, which it has whole where ranks have other experts each; and of those
-    that all tokens use, where they are divided."""
+def local_expert_axes(model: ModelSpec, degrees: Degrees) -> dict[str, int]:
+    """Return the widths of a rank's parts of the experts and of the shared experts; empty if nothing is divided.
+
+    Under expert parallelism, ranks hold different experts, each of full width.
+    """
     t, plan, axes = degrees.tp, STYLES[degrees.style][model.model_type], model.axes()
     if not plan.experts or "m" not in axes:
         return {}
-    shared = {"fs": axes["fs"] // t} if "fs" in axes and plan.width and not plan.whole else {}
+    shared = {"fs": axes["fs"] // t} if "fs" in axes and plan.width and not plan.replicated else {}
     return {"m": axes["m"] // (t if degrees.ep == 1 else 1), **shared}
 
 
-# What has a plan in transformers 5.24, and fails in its own code.
+# Families with a plan in transformers 5.24 that fails in transformers' own code.
 _FAILS = {
-    "llama4_text": "its experts' output is added to in place (modeling_llama4.py), which autograd refuses of a tensor "
-    "that DTensor hands out",
+    "llama4_text": "modeling_llama4.py adds to its experts' output in place, which autograd refuses for a tensor taken "
+    "from a DTensor",
 }
 
 
 def check(model: ModelSpec, degrees: Degrees, itemsize: int, adapted: tuple[str, ...] = ()) -> None:
-    """Raise SpecError for a family that cannot be divided, naming those that can, or by a degree that does not divide
-    its heads, naming every number that it does not divide. `adapted` are the targets that experts' matrices stand for.
+    """Raise SpecError if the family has no tensor-parallel plan, or the degree does not divide its heads or widths.
 
-    Rows that are multiplied in one grouped product are a multiple of 16 bytes, of numbers of `itemsize`.
+    The message names the supported families, or every number that is not divided. `adapted` are adapter targets that
+    expert matrices stand for. torch's grouped products need rows of a multiple of 16 bytes, at `itemsize` bytes per
+    number.
     Source: torch 2.13 aten/src/ATen/native/GroupedMMUtils.h check_valid_strides_and_return_transposed.
     """
     t, field = degrees.tp, "parallelism.tp"
@@ -165,7 +172,7 @@ def check(model: ModelSpec, degrees: Degrees, itemsize: int, adapted: tuple[str,
         "key/value heads": model.num_key_value_heads if plan.heads else 0,
         "of the FFN's width": model.intermediate_size if degrees.style == "megatron" else 0,
         "of an expert's width": width,
-        "of the shared experts' width": axes.get("fs", 0) if plan.experts and plan.width and not plan.whole else 0,
+        "of the shared experts' width": axes.get("fs", 0) if plan.experts and plan.width and not plan.replicated else 0,
     }
     left = [f"{n} {what}" for what, n in counted.items() if n % t]
     if left:
@@ -185,19 +192,19 @@ def check(model: ModelSpec, degrees: Degrees, itemsize: int, adapted: tuple[str,
 
 
 def check_sequence(sequence: int, degrees: Degrees) -> None:
-    """Raise SpecError where ranks that divide the tokens would not have the same number of them."""
+    """Raise SpecError if sequence-parallel ranks would have different numbers of tokens."""
     t, field = degrees.tp, "parallelism.sequence_parallel"
     if degrees.sequence_parallel and sequence % t:
         raise SpecError(f"{field}: {t} ranks do not divide a sequence of {sequence} tokens", field)
 
 
 def divide(stack: Stack, model_type: str, degrees: Degrees, records: bool = True) -> Stack:
-    """The rank's operations of a stack that was built of the rank's part of the model, its adapters around it.
+    """Return the rank's operations, given a stack built from the rank's part of the model, adapters included.
 
-    Where autograd does not record (`records`), linear layers are given tensors of the rank's own instead of DTensors.
+    `records`: autograd records the pass. If not, linear layers take local tensors instead of DTensors.
     """
     t, plan = degrees.tp, STYLES[degrees.style][model_type]
-    records = records or degrees.style == "litgpt"  # whose all-reduce writes another tensor
+    records = records or degrees.style == "litgpt"  # LitGPT's all-reduce always writes a new tensor
     if degrees.style == "megatron":
         return megatron_parallel.divide(stack, plan.columns, plan.rows, degrees.sequence_parallel)
     if degrees.style == "torchtitan":
@@ -206,11 +213,11 @@ def divide(stack: Stack, model_type: str, degrees: Degrees, records: bool = True
 
     def change(op: Op) -> Iterator[Op]:
         if plan.experts and degrees.ep == 1 and op.name.endswith("experts.sort"):
-            yield lent(op.name.removesuffix(".sort"))
+            yield local_parameters(op.name.removesuffix(".sort"))
         if degrees.style == "litgpt" and _module(op)[0] not in (*plan.columns, *plan.rows):
             yield op
             return
-        if not op.weights or not set(plan.whole).isdisjoint(op.name.split(".")):
+        if not op.weights or not set(plan.replicated).isdisjoint(op.name.split(".")):
             yield op
             return
         w, (name, half) = matrix(op), _module(op)
@@ -235,10 +242,10 @@ def divide(stack: Stack, model_type: str, degrees: Degrees, records: bool = True
 
 
 def _module(op: Op) -> tuple[str, str]:
-    """The linear layer that the operation is of, and which half of an adapter around it, if that.
+    """Return the linear layer of an operation, and which half of its adapter the operation is, if any.
 
-    Of a layer whose output stays divided the second half is divided as it is, of one whose input is the first half;
-    the other half every rank has whole, and both around any other layer.
+    lora_B of a column-parallel layer is divided like the layer, and lora_A of a row-parallel layer; other adapter
+    matrices are replicated.
     Source: peft 0.21 tuners/lora/model.py _create_and_replace, add_lora_tp_hooks_dtensor.
     """
     path, _, last = op.name.rpartition(".")
@@ -247,8 +254,8 @@ def _module(op: Op) -> tuple[str, str]:
     return last, ""
 
 
-def _with(op: Op, **names: str) -> Op:
-    """The operation with other names for tensors it reads or writes."""
+def _with_names(op: Op, **names: str) -> Op:
+    """The operation with new names for tensors it reads or writes."""
 
     def new(name: str) -> str:
         return names.get(name, name)
@@ -260,44 +267,45 @@ def _with(op: Op, **names: str) -> Op:
     )
 
 
-def _received(op: Op) -> tuple[Op, str]:
-    """Every rank reads the same input, and makes a summand of its gradient, which are added up into another tensor."""
+def _replicated_input(op: Op) -> tuple[Op, str]:
+    """A view of the replicated input, and its name. In backward an all-reduce sums its gradient into a new tensor."""
     (x,) = op.reads
     lead, _, into = ops.axes_of(op)
-    here = f"{op.name}.input"
-    return ops.view(here, x, here, f"{lead} {into}", "new")._replace(source=f"{_SOURCE} ColwiseParallel"), here
+    name = f"{op.name}.input"
+    return ops.view(name, x, name, f"{lead} {into}", "new")._replace(source=f"{_SOURCE} ColwiseParallel"), name
 
 
 def _columns(op: Op) -> Iterator[Op]:
-    """The output stays divided."""
-    view, here = _received(op)
+    """A column-parallel layer, whose output stays divided."""
+    view, x = _replicated_input(op)
     yield view
-    yield _with(op, **{op.reads[0]: here})
+    yield _with_names(op, **{op.reads[0]: x})
 
 
-def _summed(name: str, x: str, y: str, shape: str, style: str) -> Op:
-    """An all-reduce writes another tensor than it reads, and hands the gradient on."""
+def _all_reduce(name: str, x: str, y: str, shape: str, style: str) -> Op:
+    """An all-reduce into a new tensor; in backward the gradient passes through."""
     return Op(name, (x,), (Tensor(y, shape),), gradient="same", source=f"{_SOURCE} {style}")
 
 
 def _rows(op: Op) -> Iterator[Op]:
-    """The ranks' summands are added up."""
+    """A row-parallel layer and the all-reduce of its partial sums."""
     y = op.writes[0]
     summand = f"{op.name}.summand"
-    yield _with(op, **{y.name: summand})
-    yield _summed(f"{op.name}.all_reduce", summand, y.name, y.shape, "RowwiseParallel")
+    yield _with_names(op, **{y.name: summand})
+    yield _all_reduce(f"{op.name}.all_reduce", summand, y.name, y.shape, "RowwiseParallel")
 
 
 def _rows_in_place(op: Op, x: str = "") -> Iterator[Op]:
-    """The ranks' summands are added up where they lie, and the bias then makes another tensor. The input, or what it
-    is a part of (`x`), is there until then.
+    """A row-parallel layer whose partial sums are all-reduced in place; adding the bias then makes a new tensor.
+
+    Until then the input, or the tensor `x` that it is a slice of, stays alive.
 
     Source: transformers 5.24 distributed/tensor_parallel.py RowwiseParallel.transform_output_post_forward.
     """
     matrices = tuple(w for w in op.weights if w.matrix or w.stored)
     biases = tuple(w for w in op.weights if w not in matrices)
     y, summand = op.writes[0], f"{op.name}.summand"
-    yield _with(op, **{y.name: summand})._replace(weights=matrices)
+    yield _with_names(op, **{y.name: summand})._replace(weights=matrices)
     inputs = tuple(dict.fromkeys((*op.reads[:1], *filter(None, (x,)))))
     if not biases:
         yield ops.view(f"{op.name}.all_reduce", summand, y.name, y.shape)._replace(source=f"{_SOURCE} RowwiseParallel")
@@ -307,63 +315,63 @@ def _rows_in_place(op: Op, x: str = "") -> Iterator[Op]:
 
 
 def _part(axes: str, t: int) -> str:
-    """A rank's part of the product of axes, of the rank that has most."""
+    """The share of the product of axes of the rank that has most."""
     return f"{axes.replace(' ', '*')}/{t}"
 
 
 def _gathered(op: Op, t: int, records: bool = True) -> Iterator[Op]:
-    """The output is gathered, a rank's part after the other, and copied so that they lie side by side."""
-    view, here = _received(op)
+    """A column-parallel layer whose output is all-gathered rank by rank, then copied into one contiguous tensor."""
+    view, x = _replicated_input(op)
     lead, out, into = ops.axes_of(op)
-    y, mine, every = op.writes[0], f"{op.name}.part", f"{op.name}.parts"
+    y, local, gathered = op.writes[0], f"{op.name}.part", f"{op.name}.parts"
     part = _part(out, t)
 
     def divided(w: Weight) -> Weight:
         return w._replace(shape=f"{part} {into}", rows=1) if w.matrix else w._replace(shape=part)
 
     yield view
-    yield _with(op, **{op.reads[0]: here})._replace(
-        writes=(Tensor(mine, f"{lead} {part}"),), weights=tuple(map(divided, op.weights))
+    yield _with_names(op, **{op.reads[0]: x})._replace(
+        writes=(Tensor(local, f"{lead} {part}"),), weights=tuple(map(divided, op.weights))
     )
     yield Op(
         f"{op.name}.gather",
-        (mine,) if records else (mine, here),  # the layer's call has its input
+        (local,) if records else (local, x),  # the layer's call still holds its input
         (y,),
-        scratch=(Tensor(every, f"{t} {lead} {part}", f"={mine}"),),
+        scratch=(Tensor(gathered, f"{t} {lead} {part}", f"={local}"),),
         source=f"{_SOURCE} ColwiseParallel",
     )
 
 
 def _split(op: Op, t: int, records: bool = True) -> Iterator[Op]:
-    """Of an input that is whole the rank's part is copied; the summands are added up."""
+    """A row-parallel layer that first copies its slice of a replicated input; the partial sums are all-reduced."""
     lead, out, into = ops.axes_of(op)
-    x, y, mine, summand = op.reads[0], op.writes[0], f"{op.name}.input", f"{op.name}.summand"
+    x, y, local, summand = op.reads[0], op.writes[0], f"{op.name}.input", f"{op.name}.summand"
     part = _part(into, t)
-    yield ops.copy(f"{op.name}.split", x, mine, f"{lead} {part}", "new")
+    yield ops.copy(f"{op.name}.split", x, local, f"{lead} {part}", "new")
     weights = tuple(w._replace(shape=f"{out} {part}") if w.matrix else w for w in op.weights)
     if not records:
-        yield from _rows_in_place(_with(op, **{x: mine})._replace(weights=weights), x)
+        yield from _rows_in_place(_with_names(op, **{x: local})._replace(weights=weights), x)
         return
-    yield _with(op, **{x: mine, y.name: summand})._replace(weights=weights)
-    yield _summed(f"{op.name}.all_reduce", summand, y.name, y.shape, "RowwiseParallel")
+    yield _with_names(op, **{x: local, y.name: summand})._replace(weights=weights)
+    yield _all_reduce(f"{op.name}.all_reduce", summand, y.name, y.shape, "RowwiseParallel")
 
 
 def _embedding(op: Op, t: int, tied: bool) -> Op:
-    """Each rank looks up the tokens whose rows it has, and the others' are added up.
+    """A lookup of the tokens whose rows the rank has; an all-reduce sums the ranks' results.
 
-    The gradient is made of the whole table, and so stays, unless it is added to the head's of a part: the rank's part
-    is copied out, and the sum is another tensor.
+    The gradient is computed for the full table and stays that size. If the table is `tied` to the head, the rank's part
+    is copied out instead and added to the head's gradient, into a new tensor.
     Source: torch 2.13 distributed/tensor/_ops/_embedding_ops.py, which divides no gradient by rows.
     """
     y, (w, *others) = op.writes[0], op.weights
     rows, axis = w.shape.split()
     part = f"{_part(rows, t)} {axis}"
     table = w._replace(shape=part, gradient="" if tied else w.shape)
-    of_all = (Tensor("gradient of all rows", w.shape, f"={w.name}"), Tensor("sum of gradients", part, f"={w.name}"))
-    back = tuple(Scratch(tensor, w.name) for tensor in of_all) if tied else ()
+    gradients = (Tensor("gradient of all rows", w.shape, f"={w.name}"), Tensor("sum of gradients", part, f"={w.name}"))
+    backward = tuple(Scratch(tensor, w.name) for tensor in gradients) if tied else ()
     return op._replace(
         weights=(table, *others),
         scratch=(*op.scratch, Tensor("the rank's summand", y.shape, y.dtype)),
-        scratch_back=(*op.scratch_back, *back),
+        scratch_back=(*op.scratch_back, *backward),
         source=f"{_SOURCE} EmbeddingParallel",
     )

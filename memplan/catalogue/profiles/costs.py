@@ -1,7 +1,7 @@
-"""What a change that saves memory costs: in the result, and in time where counted operations do not tell.
+"""What memory-saving changes cost: in quality, and in time if counting operations does not tell.
 
-A row compares a run with the change to the same run without it. Changes that come together have each its own row: from
-full to QLoRA is `method_lora` and `method_qlora`.
+A row compares a run with the change to the same run without it. A combined change has several rows: going from full
+training to QLoRA is `method_lora` and `method_qlora`.
 """
 
 from __future__ import annotations
@@ -11,14 +11,17 @@ from typing import Literal, NamedTuple
 from memplan.core.errors import UnknownNameError
 
 
-class Cost(NamedTuple):
-    """One change.
+class LeverCost(NamedTuple):
+    """The cost of one change.
 
-    lever       its key
-    low, high   the time of a step as a multiple of the time without it; None where the operations are counted
-    basis       of the time: derived, measured or assumed
-    quality     what it does to the result, in a sentence
-    severity    0 the same result, 1 hardly seen, 2 seen in some tasks, 3 a different result must be expected
+    lever           its key
+    low             lower end of the step time, as a multiple of the time without it; None if operations are counted
+    high            upper end, likewise
+    basis           basis of the time: derived, measured or assumed
+    time_source     source of the time
+    quality         its effect on the result, in a sentence
+    quality_source  source of the effect
+    severity        0 same result, 1 hardly noticeable, 2 noticeable in some tasks, 3 expect a different result
     """
 
     lever: str
@@ -40,7 +43,7 @@ _CHECKPOINT = "torch documentation, torch.utils.checkpoint"
 _STATES = "counted: the bytes of states, gradients and parameters that a step reads and writes"
 
 COSTS = (
-    Cost(
+    LeverCost(
         "checkpointing",
         None,
         None,
@@ -52,7 +55,7 @@ COSTS = (
         "draws the same numbers",
         0,
     ),
-    Cost(
+    LeverCost(
         "reentrant",
         None,
         None,
@@ -62,17 +65,17 @@ COSTS = (
         f"{_CHECKPOINT}, use_reentrant",
         0,
     ),
-    Cost(
+    LeverCost(
         "attention_flash",
         None,
         None,
         "derived",
-        "counted: scores are neither written nor read, and made once more in backward",
+        "counted: scores are neither written nor read, and recomputed in backward",
         "none: attention is exact, summed in another order",
         "Dao et al. 2022, FlashAttention, arXiv:2205.14135; Dao 2023, FlashAttention-2, arXiv:2307.08691",
         0,
     ),
-    Cost(
+    LeverCost(
         "fused_loss",
         None,
         None,
@@ -83,7 +86,7 @@ COSTS = (
         "Language Models, arXiv:2411.09009",
         0,
     ),
-    Cost(
+    LeverCost(
         "chunked_loss",
         None,
         None,
@@ -93,112 +96,111 @@ COSTS = (
         "torchtune documentation, modules.loss.CEWithChunkedOutputLoss",
         0,
     ),
-    Cost(
+    LeverCost(
         "optimizer_fused",
         None,
         None,
         "derived",
-        f"{_STATES}: once, where lists are read and written again for every operation",
+        f"{_STATES}: only once, while lists are read and written again for every operation",
         "none: the same update, rounded elsewhere",
         "torch documentation, torch.optim: foreach and fused implementations of one algorithm",
         0,
     ),
-    Cost(
+    LeverCost(
         "optimizer_8bit",
         None,
         None,
         "derived",
         _STATES,
-        "hardly any: as good as with 32-bit states over language modelling, translation, GLUE and images, at the same "
+        "hardly any: as good as 32-bit states in language modelling, translation, GLUE and images, at the same "
         "learning rate",
         _EIGHT_BITS,
         1,
     ),
-    Cost(
+    LeverCost(
         "optimizer_paged",
         1.0,
         2.0,
         "assumed",
-        f"{_QLORA}: as fast as unpaged at batch 16, where only bursts are paged; the high end is assumed, for states "
-        "that pass over the bus at every step",
+        f"{_QLORA}: as fast as unpaged at batch 16, with only bursts paged; the high end is assumed, for states that "
+        "cross the bus at every step",
         "hardly any: that of 8-bit states; paging changes no number",
         f"{_EIGHT_BITS}; {_QLORA}, section 3",
         1,
     ),
-    Cost(
+    LeverCost(
         "optimizer_adafactor",
         None,
         None,
         "derived",
         _STATES,
-        "another optimizer: as good as Adam in translation, with a learning rate and schedule of its own to be found",
+        "another optimizer: as good as Adam in translation, but it needs its own learning rate and schedule",
         "Shazeer and Stern 2018, Adafactor, arXiv:1804.04235",
         2,
     ),
-    Cost(
+    LeverCost(
         "optimizer_sgd",
         None,
         None,
         "derived",
         _STATES,
-        "another optimizer, and a worse one for transformers unless much is tuned anew",
+        "another optimizer, and a worse one for transformers unless it is carefully retuned",
         "Zhang et al. 2020, Why are Adaptive Methods Good for Attention Models?, arXiv:1912.03194",
         3,
     ),
-    Cost(
+    LeverCost(
         "in_backward",
         0.95,
         1.15,
         "assumed",
-        "assumed: the update is the same, in a kernel or more for each parameter; gradients are read while in cache",
-        "gradients cannot be clipped by their whole norm nor accumulated, so the batch is one micro-batch",
+        "assumed: the update is the same, in one or more kernels per parameter; gradients are read while in cache",
+        "gradients can be neither accumulated nor clipped by their global norm, so the batch is one micro-batch",
         f"Lv et al. 2023, LOMO, arXiv:2306.09782; {_TORCHTUNE}: not compatible with gradient accumulation",
         2,
     ),
-    Cost(
+    LeverCost(
         "micro_batch",
         None,
         None,
         "derived",
-        "counted: every pass reads the weights, launches its kernels and adds up the gradients; that short products "
-        "get less of a card's peak is not",
-        "none with the same batch in all, where the loss is divided by the tokens of all passes (transformers from "
-        "4.46 on)",
+        "counted: every pass reads the weights, launches its kernels and accumulates gradients. Not counted: small "
+        "products reach less of a card's peak",
+        "none at the same total batch, if the loss is divided by the tokens of all passes (transformers from 4.46 on)",
         "Hugging Face blog 2024, Fixing Gradient Accumulation, huggingface.co/blog/gradient_accumulation",
         0,
     ),
-    Cost(
+    LeverCost(
         "sequence",
         None,
         None,
         "derived",
-        "counted: fewer tokens a step, and fewer pairs of them in attention",
-        "longer examples are cut or dropped: what was beyond the end is not learned",
+        "counted: fewer tokens per step, and fewer pairs of tokens in attention",
+        "longer examples are truncated or dropped: tokens beyond the limit are not learned",
         "TRL documentation, SFTConfig.max_length; Ding et al. 2024, Fewer Truncations Improve Language Modeling, "
         "arXiv:2404.10830",
         3,
     ),
-    Cost(
+    LeverCost(
         "rank",
         None,
         None,
         "derived",
         "counted: narrower products of the adapters",
-        "less can be learned: not seen in small data sets, and sooner the more data there is",
+        "less capacity to learn: not noticeable on small data sets, more so the more data there is",
         f"Hu et al. 2021, LoRA, arXiv:2106.09685, table 6; {_REGRET}",
         2,
     ),
-    Cost(
+    LeverCost(
         "targets",
         None,
         None,
         "derived",
         "counted: fewer adapters",
-        "adapters on attention alone learn less than on all linear layers, at equal numbers of parameters too",
+        "adapters on attention alone learn less than on all linear layers, even at equal numbers of parameters",
         f"{_QLORA}, figure 2; {_LORA_LEARNS_LESS}; {_REGRET}",
         2,
     ),
-    Cost(
+    LeverCost(
         "precision_pure",
         None,
         None,
@@ -208,110 +210,110 @@ COSTS = (
         "Zamirai et al. 2020, Revisiting BFloat16 Training, arXiv:2010.06192",
         2,
     ),
-    Cost(
+    LeverCost(
         "method_lora",
         None,
         None,
         "derived",
         "counted: no gradients of frozen weights, and the adapters' products",
         "learns less than full training in code, mathematics and continued pretraining, and forgets less; as good on "
-        "data sets of the usual size for instructions",
+        "instruction data sets of usual size",
         f"{_LORA_LEARNS_LESS}; {_REGRET}",
         2,
     ),
-    Cost(
+    LeverCost(
         "method_qlora",
         None,
         None,
         "derived",
-        "counted: weights are dequantised whenever they are used. Published: 39 % more time than LoRA for 33 % less "
-        "memory (Raschka 2023, Practical Tips for Finetuning LLMs Using LoRA)",
+        "counted: weights are dequantised at every use. Published: 39 % more time than LoRA for 33 % less memory "
+        "(Raschka 2023, Practical Tips for Finetuning LLMs Using LoRA)",
         "hardly any: NF4 with double quantisation was as good as LoRA in 16 bits from 7B to 65B",
         f"{_QLORA}, tables 3 and 4",
         1,
     ),
-    Cost(
+    LeverCost(
         "double_quant",
         None,
         None,
         "derived",
         "counted: the scales are dequantised too",
-        "hardly any: no loss was found, for 0.37 bits a parameter",
+        "hardly any: no loss of quality was found, at 0.37 bits saved per parameter",
         f"{_QLORA}, section 3 and table 4",
         1,
     ),
-    Cost(
+    LeverCost(
         "evaluation_batch",
         1.0,
         1.0,
         "derived",
-        "a step is as fast as before; the evaluation takes more passes for as many sequences",
-        "none to the model; a loss that is averaged by batches weighs short ones otherwise",
+        "a step is as fast as before; the evaluation needs more passes for the same number of sequences",
+        "none to the model; an evaluation loss averaged over batches changes slightly with their size",
         "transformers documentation, TrainingArguments: per_device_eval_batch_size; 5.24 trainer.py "
         "Trainer.evaluation_loop: a batch's loss counts once for each of its sequences",
         0,
     ),
-    Cost(
+    LeverCost(
         "evaluation_host",
         1.0,
         1.0,
         "derived",
-        "a step is as fast as before; the evaluation waits for its logits to pass over the bus",
-        "none: the same logits, in the host's memory, which must hold them all",
+        "a step is as fast as before; the evaluation waits for its logits to cross the bus",
+        "none: the same logits, in host memory, which must hold all of them",
         "transformers documentation, TrainingArguments: eval_accumulation_steps",
         0,
     ),
-    Cost(
+    LeverCost(
         "evaluation_argmax",
         1.0,
         1.0,
         "derived",
         "a step is as fast as before",
-        "none to the model; metrics see the likeliest token and no probabilities: accuracy can be had, perplexity not",
+        "none to the model; metrics get only the most likely token: accuracy still works, perplexity does not",
         "transformers documentation, Trainer: preprocess_logits_for_metrics",
         0,
     ),
-    Cost(
+    LeverCost(
         "offload_activations",
         None,
         None,
         "assumed",
-        "counted: the bytes that pass over the bus, at a rate that is assumed, none of it hidden by the computation. "
-        "Published: about 1 %, copied beside it (Unsloth's README)",
-        "none: the same numbers, copied there and back",
+        "counted: the bytes that cross the bus, at an assumed rate, without overlap with computation. Published: about "
+        "1 % with overlap (Unsloth's README)",
+        "none: the same numbers, copied to the host and back",
         f"{_TORCHTUNE}: activation offloading; Unsloth blog 2024, Unsloth Gradient Checkpointing",
         0,
     ),
-    Cost(
+    LeverCost(
         "offload_optimizer",
         None,
         None,
         "assumed",
-        "counted: gradients and weights pass over the bus and the host reads and writes the states, at rates that are "
-        "assumed, once however many passes are accumulated. Published: 40 TFLOPS for 10B parameters on a V100 (Ren et "
-        "al. 2021, arXiv:2101.06840)",
+        "counted: gradients and weights cross the bus and the host reads and writes the states, at assumed rates, once "
+        "per step whatever the accumulation. Published: 40 TFLOPS for 10B parameters on a V100 (Ren et al. 2021, "
+        "arXiv:2101.06840)",
         "none: the same update, computed by the host",
         "Ren et al. 2021, ZeRO-Offload, arXiv:2101.06840",
         0,
     ),
-    Cost(
+    LeverCost(
         "more_gpus",
         1.0,
         1.5,
         "assumed",
-        "assumed, at the same batch per GPU: ZeRO's stages 1 and 2 send what data parallelism sends, stage 3 half as "
-        "much again (Rajbhandari et al. 2020, arXiv:1910.02054, section 7); how fast that goes depends on the links",
-        "none with the same batch in all: accumulate less, or every GPU adds to it",
+        "assumed, at the same batch per GPU: ZeRO stages 1 and 2 send as much as data parallelism, stage 3 50 % more "
+        "(Rajbhandari et al. 2020, arXiv:1910.02054, section 7); its speed depends on the links",
+        "none at the same total batch: accumulate less, because every GPU adds to the batch",
         "Rajbhandari et al. 2020, ZeRO, arXiv:1910.02054",
         0,
     ),
-    Cost(
+    LeverCost(
         "expandable_segments",
         1.0,
         1.05,
         "assumed",
-        "assumed: mapping pages takes time in the first steps, and nothing once the segments have grown",
-        "none: the allocator alone",
+        "assumed: mapping pages takes time in the first steps, and none once the segments have grown",
+        "none: only the allocator changes",
         "torch documentation, CUDA semantics: PYTORCH_CUDA_ALLOC_CONF",
         0,
     ),
@@ -320,9 +322,9 @@ COSTS = (
 _BY_LEVER = {cost.lever: cost for cost in COSTS}
 
 
-def cost_of(lever: str) -> Cost:
-    """The row of a lever. Raises UnknownNameError, which names the nearest."""
-    found = _BY_LEVER.get(lever)
-    if found is None:
+def cost_of(lever: str) -> LeverCost:
+    """Return the cost of a lever. Raises UnknownNameError with the nearest names."""
+    cost = _BY_LEVER.get(lever)
+    if cost is None:
         raise UnknownNameError("lever", lever, _BY_LEVER)
-    return found
+    return cost

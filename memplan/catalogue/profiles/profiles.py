@@ -1,7 +1,7 @@
-"""Profiles: what a framework and its version decide where a run leaves it open, as rows with their sources.
+"""Profiles: the defaults and implementation details of a framework version, as rows with their sources.
 
-A row sets a field of the run (`kernels.loss`) or one of the words in `WORDS`, which say how the version's code is
-written. A profile has the rows of the one it is `like`, and its own over them.
+A row sets a default for a field of the run (`kernels.loss`), or one of the words in `WORDS`, which describe the
+version's code. A profile inherits the rows of the one it is `like`, and overrides them with its own.
 """
 
 from __future__ import annotations
@@ -14,62 +14,69 @@ from memplan.catalogue.profiles.engines import engine_names, find_engine
 from memplan.catalogue.quantization.quantization import FEW_ROWS
 from memplan.core.errors import SpecError, UnknownNameError
 
-# What a row may set beside fields of a run.
+# Words that a row may set in addition to fields of a run.
 WORDS = {
-    "logits": "how the loss of all logits is written: padded, shifted, model, half, in_place (catalogue/losses.py)",
-    "sdpa_copies": "what is copied before torch's attention: heads (repeated k and v), all (q, k and v), or nothing",
-    "flash_2_copies": "the same before flash attention 2",
-    "code": "whose model it is: transformers, litgpt, torchtitan",
-    "converts": "what the model returns is cast to fp32",
-    "lingers": "the loop's names keep a pass's outputs and graph until the next pass has made its own",
-    "dora_again": "DoRA multiplies by the base weight once more though nothing is dropped",
-    "frozen_inputs": "under checkpointing the embeddings' output asks for a gradient also where they are frozen",
-    "has_family": "the framework has the model's family at that version",
-    "masks_padding": "in training the model is given an attention mask if batches are padded",
+    "logits": "how the loss over all logits is written: padded, shifted, model, half, in_place (kernels/losses.py)",
+    "sdpa_copies": "tensors copied before torch's attention: heads (repeated k and v), all (q, k and v), or none",
+    "flash_2_copies": "tensors copied before flash attention 2, likewise",
+    "code": "whose implementation of the model runs: transformers, litgpt, torchtitan",
+    "converts": "the model's output is cast to fp32",
+    "lingers": "variables of the training loop hold a pass's outputs and graph until the next pass replaces them",
+    "dora_again": "DoRA multiplies by the base weight a second time even without dropout",
+    "frozen_inputs": "under checkpointing the embeddings' output requires a gradient even if the embeddings are frozen",
+    "has_family": "the version supports the model's family",
+    "masks_padding": "training passes the model an attention mask if batches are padded",
     "triangles": "every layer holds a causal mask for all positions, used or not",
-    "no_sdpa": "the version has no sdpa for the family, and takes eager attention",
-    "no_checkpoints": "the family's code has no checkpointing, and takes no notice of being asked",
-    "whole_rotary": "Phi-3 rotates whole heads and joins nothing",
-    "uncapped": "sdpa is taken where scores are to be capped, and does not cap them",
-    "one_mask": "eager's causal mask is one for the whole batch, unless there is padding",
-    "float_masks": "torch's attention is given masks of numbers in the model's dtype, as eager attention",
-    "scales_apart": "Gemma's model scales the embeddings, not their module",
-    "rotary_tables": "rotary tables that every layer keeps: gathered, computed anew, or none (catalogue/tables.py)",
-    "half_math": "torch's plain attention stays in the dtype of what it is given",
+    "no_sdpa": "the version has no sdpa for the family, and uses eager attention",
+    "no_checkpoints": "the family's code ignores gradient checkpointing",
+    "whole_rotary": "Phi-3 rotates entire heads, without a concatenation",
+    "uncapped": "sdpa is used although scores should be capped, and does not cap them",
+    "one_mask": "eager attention has one causal mask for the entire batch, unless there is padding",
+    "float_masks": "torch's attention gets masks of numbers in the model's dtype, like eager attention",
+    "scales_apart": "Gemma's model scales the embeddings, instead of the embedding module",
+    "rotary_tables": "rotary tables kept by every layer: gathered, computed, or none (attention/old_rotary_tables.py)",
+    "half_math": "torch's plain attention stays in the dtype of its inputs",
     "caches": "the model returns every layer's keys and values, checkpointed or not",
-    "experts": "how experts are written: stacked (one parameter of three dimensions), modules (linear layers), own",
-    "keeps_matrix": "a product with a GPTQ matrix keeps it dequantised for the backward pass",
-    "trains_fp8": "adapters train over a checkpoint that is stored in fp8, and do not dequantise it",
-    "by_name": "a checkpointed block is given masks and positions by name: reentrant ones keep these with the graph",
-    "adds_products": "Liger's fused loss adds half-precision products into the head's gradient, and makes none apart",
-    "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (catalogue/pipeline.py)",
-    "device_map": "for which module a GPU's share leaves room beside layers: largest (of those without modules), mean",
+    "experts": "how experts are written: stacked (one 3-D parameter), modules (linear layers), own (the framework's)",
+    "keeps_matrix": "a product with a GPTQ matrix keeps the dequantised matrix for backward",
+    "trains_fp8": "adapters train over fp8 weights without dequantising them",
+    "by_name": "a checkpointed block takes masks and positions as keywords, which a reentrant one keeps with the graph",
+    "adds_products": "Liger's fused loss adds half-precision products directly into the head's gradient",
+    "pipeline": "what runs a pipeline's stages: megatron, torch, device_map (parallelism/pipeline.py)",
+    "device_map": "the module for which a GPU's share leaves room in addition to layers: largest (leaf module), mean",
     "tensor_parallel": "whose tensor parallelism it is: transformers, megatron, torchtitan, litgpt, or none",
-    "cache": "what keeps keys and values in generation: dynamic, legacy (catalogue/decoding.py)",
-    "further_caches": "generate has quantised and offloaded caches, and reads prompts in chunks, as in 5.24",
-    "forward_caches": "a forward pass keeps keys, values and states though it is asked not to",
-    "last_logits": "generation asks the model for the last token's logits alone",
-    "wide_logits": "the model's own code makes its logits fp32 though it has no labels, all of them",
-    "gptq-int4": "the kernel of GPTQ's 4 bits where it makes something beside its output (catalogue/packed.py)",
-    "gptq-int8": "the same of GPTQ's 8 bits",
-    "awq-int4": "the same of AWQ",
-    "warms": "what is allocated once before weights are loaded, and carved up for them: nothing, half or all of them",
-    "stores_head": "a checkpoint in AWQ has the head beside embeddings it is tied to, and both are loaded",
-    "runs_formats": "whether formats that nothing trains over were read (catalogue/running.py)",
-    "few_rows": "rows at most of a product with 4-bit weights that makes no whole matrix (catalogue/quantization.py)",
-    "fsdp_casts": "FSDP2's mixed precision is all there is: no autocast around it",
-    "fsdp_reduces": "the dtype that FSDP2 reduces gradients in, where it is not the one weights are gathered in",
-    "quantised_there": "under FSDP a quantised model is whole on every GPU before it is divided",
-    "saved_tensors": "what puts all that autograd saves into host memory: torch (save_on_cpu), or nothing counted yet",
-    "gathers_again": "a checkpointed block is recomputed with its FSDP wrapper, which gathers its weights once more",
+    "cache": "what keeps keys and values in generation: dynamic, legacy, static (inference/decoding.py)",
+    "further_caches": "generate has quantised and offloaded caches and prefills prompts in chunks, as in 5.24",
+    "forward_caches": "a forward pass keeps keys, values and states even with use_cache=False",
+    "last_logits": "generation asks the model only for the last token's logits",
+    "wide_logits": "the model's code casts all logits to fp32, even without labels",
+    "gptq-int4": "GPTQ's 4-bit kernel, if it allocates more than its output (quantization/packed_kernels.py)",
+    "gptq-int8": "GPTQ's 8-bit kernel, likewise",
+    "awq-int4": "AWQ's kernel, likewise",
+    "warms": "weights for which memory is allocated in advance, before they are loaded: none, half or all",
+    "stores_head": "an AWQ checkpoint stores a tied head separately from the embeddings, and both are loaded",
+    "runs_formats": "whether formats that nothing trains over were read (quantization/inference_formats.py)",
+    "few_rows": "most rows of a 4-bit product that does not dequantise the matrix (quantization/quantization.py)",
+    "fsdp_casts": "FSDP2's mixed precision only: no autocast around it",
+    "fsdp_reduces": "the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights",
+    "quantised_there": "under FSDP every GPU holds the entire quantised model before it is divided",
+    "saved_tensors": "what moves everything autograd saves to host memory: torch (save_on_cpu), or not counted yet",
+    "gathers_again": "a checkpointed block is recomputed inside its FSDP wrapper, which gathers its weights again",
 }
 
-# Rows that hold only for some runs.
-WHEN = {"": "always", "quantised": "of quantised weights"}
+# Conditions under which a row holds.
+WHEN = {"": "always", "quantised": "for quantised weights"}
 
 
-class Row(NamedTuple):
-    """`field` is `value`; `when` is a word of `WHEN`; `model_types`: only of these families."""
+class ProfileSetting(NamedTuple):
+    """One setting of a profile.
+
+    field        a field of the run, or a word of `WORDS`
+    value        its value
+    source       where the value was read
+    when         a key of `WHEN`
+    model_types  the families it holds for; empty for all
+    """
 
     field: str
     value: Any
@@ -81,28 +88,33 @@ class Row(NamedTuple):
 class Profile(NamedTuple):
     """A framework at a version.
 
-    read    the versions of the libraries that were read
-    like    the profile whose rows it has too
-    waits   what the framework does that no answer counts yet
+    name   value of `profile`
+    title  the framework and its version, as shown
+    read   the library versions that were read
+    like   the profile whose rows it inherits
+    rows   its own rows
+    waits  what the framework does that is not counted yet
     """
 
     name: str
     title: str
     read: str
     like: str
-    rows: tuple[Row, ...]
+    rows: tuple[ProfileSetting, ...]
     waits: tuple[str, ...] = ()
 
 
-# Families whose loss was in the logits' own dtype until transformers 4.49, and two whose model itself made it fp32.
+# Before transformers 4.49: families whose loss stayed in the logits' dtype, and families whose model cast it to fp32.
 _HALF = ("gpt2", "gpt_bigcode", "gpt_neox", "opt", "bloom", "mpt", "falcon", "stablelm")
 _OWN_CAST = ("gpt_neo", "gptj")
 _OWN_LOSS = (
-    Row("logits", "half", "transformers 4.48.1 models/gpt_bigcode/modeling_gpt_bigcode.py, and alike", "", _HALF),
-    Row("logits", "model", "transformers 4.48.1 models/gptj/modeling_gptj.py", "", _OWN_CAST),
+    ProfileSetting(
+        "logits", "half", "transformers 4.48.1 models/gpt_bigcode/modeling_gpt_bigcode.py, and alike", "", _HALF
+    ),
+    ProfileSetting("logits", "model", "transformers 4.48.1 models/gptj/modeling_gptj.py", "", _OWN_CAST),
 )
 
-# Families that transformers has had since a version, by the last version that was read before it.
+# Families by the last version that was read without them.
 # Source: models/auto/configuration_auto.py of each, and model_type in models/*/configuration_*.py.
 _SINCE = {
     "4.55.2": (
@@ -131,20 +143,20 @@ _SINCE = {
 }
 
 
-def _since(version: str, *more: str) -> Row:
-    """The row that says which families a version does not have."""
+def _since(version: str, *more: str) -> ProfileSetting:
+    """Return the row that lists the families missing from a version, and from the `more` versions read after it."""
     missing = tuple(name for later in (version, *more) for name in _SINCE[later])
-    return Row("has_family", False, f"transformers {version} models/auto/configuration_auto.py", "", missing)
+    return ProfileSetting("has_family", False, f"transformers {version} models/auto/configuration_auto.py", "", missing)
 
 
-# Families whose masks transformers made once and in the model's dtype until 4.52, whatever the attention.
+# Families whose masks transformers made once and in the model's dtype until 4.52, with any attention.
 _FLOAT_MASKS = (
     *("cohere", "dbrx", "deepseek_v3", "gemma", "glm", "glm4", "gpt2", "gpt_bigcode", "gpt_neox", "granite"),
     *("granitemoe", "llama", "mistral", "mixtral", "nemotron", "olmo", "olmo2", "olmoe", "opt", "phi", "phi3"),
     *("phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "stablelm", "starcoder2"),
 )
 
-_BEFORE_2_5 = "torch before 2.5 attention.cpp, as intel-extension-for-pytorch 2.1 copied it: it casts nothing to fp32"
+_BEFORE_2_5 = "torch before 2.5 attention.cpp, as copied by intel-extension-for-pytorch 2.1: no cast to fp32"
 
 PROFILES = (
     Profile(
@@ -153,125 +165,173 @@ PROFILES = (
         "transformers 5.24, peft 0.21, bitsandbytes 0.50, torch 2.13",
         "",
         (
-            Row("optimizer.name", "adamw_torch_fused", "transformers 5.24 training_args.py TrainingArguments.optim"),
-            Row("kernels.checkpointing", "full", "assumed: most runs that are short of memory have it on"),
-            Row("kernels.reentrant", False, "transformers 5.24 modeling_utils.py activation_checkpointing_enable"),
-            Row("kernels.loss", "hf", "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"),
-            Row("kernels.fused", (), "transformers 5.24: none unless asked for"),
-            Row("method.adapter_dtype", "fp32", "peft 0.21 tuners/tuners_utils.py cast_adapter_dtype"),
-            Row(
+            ProfileSetting(
+                "optimizer.name", "adamw_torch_fused", "transformers 5.24 training_args.py TrainingArguments.optim"
+            ),
+            ProfileSetting("kernels.checkpointing", "full", "assumed: most runs that are short of memory use it"),
+            ProfileSetting(
+                "kernels.reentrant", False, "transformers 5.24 modeling_utils.py activation_checkpointing_enable"
+            ),
+            ProfileSetting("kernels.loss", "hf", "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"),
+            ProfileSetting("kernels.fused", (), "transformers 5.24: none unless asked for"),
+            ProfileSetting("method.adapter_dtype", "fp32", "peft 0.21 tuners/tuners_utils.py cast_adapter_dtype"),
+            ProfileSetting(
                 "method.quantization.skip",
                 ("lm_head",),
                 "transformers 5.24 quantizers/base.py get_modules_to_not_convert",
             ),
-            Row(
+            ProfileSetting(
                 "method.quantization.kbit_preparation",
                 True,
-                "peft 0.21 utils/other.py prepare_model_for_kbit_training, as its documentation has it called",
+                "peft 0.21 utils/other.py prepare_model_for_kbit_training, called as in peft's documentation",
             ),
-            Row("logits", "padded", "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"),
-            Row("sdpa_copies", "", "transformers 5.24 integrations/sdpa_attention.py use_gqa_in_sdpa"),
-            Row("flash_2_copies", "", "transformers 5.24 integrations/flash_attention.py"),
-            Row("code", "transformers", "transformers 5.24"),
-            Row("dora_again", False, "peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward"),
-            Row(
+            ProfileSetting("logits", "padded", "transformers 5.24 loss/loss_utils.py ForCausalLMLoss"),
+            ProfileSetting("sdpa_copies", "", "transformers 5.24 integrations/sdpa_attention.py use_gqa_in_sdpa"),
+            ProfileSetting("flash_2_copies", "", "transformers 5.24 integrations/flash_attention.py"),
+            ProfileSetting("code", "transformers", "transformers 5.24"),
+            ProfileSetting("dora_again", False, "peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward"),
+            ProfileSetting(
                 "has_family",
                 True,
                 "transformers 5.24 models/auto/configuration_auto.py, or the code next to the weights",
             ),
-            Row("masks_padding", True, "transformers 5.24 data/data_collator.py DataCollatorWithPadding, and alike"),
-            Row("triangles", False, "transformers 5.24 models/gpt2/modeling_gpt2.py"),
-            Row("rotary_tables", "", "transformers 5.24 models/llama/modeling_llama.py LlamaRotaryEmbedding"),
-            Row("no_sdpa", False, "transformers 5.24: families without one are written so in the catalogue"),
-            Row(
+            ProfileSetting(
+                "masks_padding", True, "transformers 5.24 data/data_collator.py DataCollatorWithPadding, and alike"
+            ),
+            ProfileSetting("triangles", False, "transformers 5.24 models/gpt2/modeling_gpt2.py"),
+            ProfileSetting(
+                "rotary_tables", "", "transformers 5.24 models/llama/modeling_llama.py LlamaRotaryEmbedding"
+            ),
+            ProfileSetting(
+                "no_sdpa", False, "transformers 5.24: the catalogue's families without sdpa are written without it"
+            ),
+            ProfileSetting(
                 "no_sdpa",
                 True,
-                "transformers 5.24 models/gpt_oss/modeling_gpt_oss.py _supports_sdpa, and alike: it knows no sinks",
+                "transformers 5.24 models/gpt_oss/modeling_gpt_oss.py _supports_sdpa, and alike: sdpa has no sinks",
                 "",
                 ("gpt_oss", "mimo_v2_flash"),
             ),
-            Row("no_checkpoints", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
-            Row("whole_rotary", False, "transformers 5.24 models/phi3/modeling_phi3.py apply_rotary_pos_emb"),
-            Row("uncapped", False, "transformers 5.24 models/gemma2/modeling_gemma2.py: no sdpa"),
-            Row("one_mask", False, "transformers 5.24 masking_utils.py eager_mask"),
-            Row("float_masks", False, "transformers 5.24 masking_utils.py sdpa_mask"),
-            Row("scales_apart", False, "transformers 5.24 models/gemma/modeling_gemma.py GemmaTextScaledWordEmbedding"),
-            Row("half_math", False, "torch 2.13 aten/src/ATen/native/transformers/attention.cpp"),
-            Row("frozen_inputs", True, "transformers 5.24 modeling_utils.py _activation_checkpointing_enable"),
-            Row("lingers", False, "assumed: the step is a function of its own, as in transformers' Trainer"),
-            Row("converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"),
-            Row("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
-            Row("by_name", True, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer.__call__"),
-            Row(
+            ProfileSetting("no_checkpoints", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
+            ProfileSetting(
+                "whole_rotary", False, "transformers 5.24 models/phi3/modeling_phi3.py apply_rotary_pos_emb"
+            ),
+            ProfileSetting("uncapped", False, "transformers 5.24 models/gemma2/modeling_gemma2.py: no sdpa"),
+            ProfileSetting("one_mask", False, "transformers 5.24 masking_utils.py eager_mask"),
+            ProfileSetting("float_masks", False, "transformers 5.24 masking_utils.py sdpa_mask"),
+            ProfileSetting(
+                "scales_apart", False, "transformers 5.24 models/gemma/modeling_gemma.py GemmaTextScaledWordEmbedding"
+            ),
+            ProfileSetting("half_math", False, "torch 2.13 aten/src/ATen/native/transformers/attention.cpp"),
+            ProfileSetting(
+                "frozen_inputs", True, "transformers 5.24 modeling_utils.py _activation_checkpointing_enable"
+            ),
+            ProfileSetting("lingers", False, "assumed: the step is a separate function, as in transformers' Trainer"),
+            ProfileSetting(
+                "converts", False, "accelerate does so only for a Trainer's run under autocast (loop.trainer)"
+            ),
+            ProfileSetting("caches", False, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer"),
+            ProfileSetting("by_name", True, "transformers 5.24 modeling_layers.py GradientCheckpointingLayer.__call__"),
+            ProfileSetting(
                 "by_name",
                 False,
                 "transformers 5.24 models/t5/modeling_t5.py T5Stack.forward, and alike",
                 "",
                 ("bert", "gpt2", "roberta", "t5", "whisper", "xlm-roberta"),
             ),
-            Row("cache", "dynamic", "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
-            Row("further_caches", True, "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
-            Row(
+            ProfileSetting("cache", "dynamic", "transformers 5.24 generation/utils.py _prepare_cache_for_generation"),
+            ProfileSetting(
+                "further_caches", True, "transformers 5.24 generation/utils.py _prepare_cache_for_generation"
+            ),
+            ProfileSetting(
                 "gptq-int4", "", "gptqmodel 7.7 utils/importer.py: Marlin comes before ExLlama, and has no such buffers"
             ),
-            Row("gptq-int8", "", "gptqmodel 7.7 utils/importer.py: Marlin"),
-            Row("awq-int4", "", "gptqmodel 7.7 utils/importer.py: Marlin"),
-            Row("warms", "all", "transformers 5.24 modeling_utils.py caching_allocator_warmup"),
-            Row("stores_head", False, "transformers 5.24 core_model_loading.py: tied weights are loaded once"),
-            Row("runs_formats", True, "transformers 5.24 quantizers, integrations: catalogue/running.py"),
-            Row("few_rows", FEW_ROWS, "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit"),
-            Row("last_logits", True, "transformers 5.24 generation/utils.py prepare_inputs_for_generation"),
-            Row("quantised_there", True, "transformers 5.24 quantizers/quantizer_bnb_4bit.py update_device_map"),
-            Row("cache", "legacy", "Qwen-7B's own modeling_qwen.py QWenAttention.forward: torch.cat", "", ("qwen",)),
-            Row(
+            ProfileSetting("gptq-int8", "", "gptqmodel 7.7 utils/importer.py: Marlin"),
+            ProfileSetting("awq-int4", "", "gptqmodel 7.7 utils/importer.py: Marlin"),
+            ProfileSetting("warms", "all", "transformers 5.24 modeling_utils.py caching_allocator_warmup"),
+            ProfileSetting(
+                "stores_head", False, "transformers 5.24 core_model_loading.py: tied weights are loaded once"
+            ),
+            ProfileSetting(
+                "runs_formats", True, "transformers 5.24 quantizers, integrations: quantization/inference_formats.py"
+            ),
+            ProfileSetting("few_rows", FEW_ROWS, "bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit"),
+            ProfileSetting("last_logits", True, "transformers 5.24 generation/utils.py prepare_inputs_for_generation"),
+            ProfileSetting(
+                "quantised_there", True, "transformers 5.24 quantizers/quantizer_bnb_4bit.py update_device_map"
+            ),
+            ProfileSetting(
+                "cache", "legacy", "Qwen-7B's own modeling_qwen.py QWenAttention.forward: torch.cat", "", ("qwen",)
+            ),
+            ProfileSetting(
                 "cache",
                 "legacy",
-                "the modeling_*.py published with the weights: tuples, which generate has until the model returns",
+                "the modeling_*.py published with the weights: tuples, which generate holds until the model returns",
                 "",
                 ("baichuan", "chatglm"),
             ),
-            Row(
+            ProfileSetting(
                 "cache",
                 "dynamic",
-                "modeling_minicpm.py MiniCPMModel.forward: what it is given; transformers 4.42 generation/utils.py",
+                "modeling_minicpm.py MiniCPMModel.forward: the cache passed in; transformers 4.42 generation/utils.py",
                 "",
                 ("minicpm",),
             ),
-            Row("last_logits", False, "Qwen-7B's own modeling_qwen.py QWenLMHeadModel.forward", "", ("qwen",)),
-            Row(
+            ProfileSetting(
+                "last_logits", False, "Qwen-7B's own modeling_qwen.py QWenLMHeadModel.forward", "", ("qwen",)
+            ),
+            ProfileSetting(
                 "last_logits",
                 False,
                 "the modeling_*.py published with the weights: no logits_to_keep; ChatGLM's has return_last_logit",
                 "",
                 ("baichuan", "internlm2", "minicpm"),
             ),
-            Row("wide_logits", False, "transformers 5.24 models/llama/modeling_llama.py LlamaForCausalLM.forward"),
-            Row(
+            ProfileSetting(
+                "wide_logits", False, "transformers 5.24 models/llama/modeling_llama.py LlamaForCausalLM.forward"
+            ),
+            ProfileSetting(
                 "wide_logits",
                 True,
                 "the modeling_internlm2.py and modeling_minicpm.py published with the weights: logits.float()",
                 "",
                 ("internlm2", "minicpm"),
             ),
-            Row("forward_caches", False, "transformers 5.24 models/llama/modeling_llama.py LlamaModel.forward"),
-            Row(
+            ProfileSetting(
+                "forward_caches", False, "transformers 5.24 models/llama/modeling_llama.py LlamaModel.forward"
+            ),
+            ProfileSetting(
                 "forward_caches",
                 True,
                 "transformers 5.24 models/granitemoe/modeling_granitemoe.py, and alike: seen in traces",
                 "",
                 ("granitemoe", "granitemoehybrid", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"),
             ),
-            Row("gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps what checkpoints itself"),
-            Row("fsdp_casts", False, "accelerate 1.15 accelerator.py prepare_model: autocast around the model too"),
-            Row("fsdp_reduces", "", "accelerate 1.15 utils/dataclasses.py set_mixed_precision: one dtype for all"),
-            Row("pipeline", "device_map", "transformers 5.24 has no other for training: integrations/accelerate.py"),
-            Row("device_map", "largest", "transformers 5.24 integrations/accelerate.py get_balanced_memory"),
-            Row("tensor_parallel", "transformers", "transformers 5.24 distributed/tensor_parallel.py"),
-            Row("experts", "stacked", "transformers 5.24 integrations/moe.py"),
-            Row("keeps_matrix", True, "gptqmodel 7.7 nn_modules/qlinear/torch.py TorchLinear._forward_eager"),
-            Row("trains_fp8", True, "transformers 5.24 integrations/finegrained_fp8.py FP8LinearFunction"),
-            Row("saved_tensors", "torch", "assumed: the script runs forward in it, as torch's documentation shows"),
-            Row("adds_products", True, "liger-kernel 0.8.5 ops/fused_linear_cross_entropy.py: addmm, from 0.8.3 on"),
+            ProfileSetting(
+                "gathers_again", False, "transformers 5.24 modeling_layers.py: FSDP wraps layers that checkpoint inside"
+            ),
+            ProfileSetting(
+                "fsdp_casts", False, "accelerate 1.15 accelerator.py prepare_model: autocast around the model too"
+            ),
+            ProfileSetting(
+                "fsdp_reduces", "", "accelerate 1.15 utils/dataclasses.py set_mixed_precision: one dtype for all"
+            ),
+            ProfileSetting(
+                "pipeline", "device_map", "transformers 5.24 integrations/accelerate.py: the only one for training"
+            ),
+            ProfileSetting("device_map", "largest", "transformers 5.24 integrations/accelerate.py get_balanced_memory"),
+            ProfileSetting("tensor_parallel", "transformers", "transformers 5.24 distributed/tensor_parallel.py"),
+            ProfileSetting("experts", "stacked", "transformers 5.24 integrations/moe.py"),
+            ProfileSetting(
+                "keeps_matrix", True, "gptqmodel 7.7 nn_modules/qlinear/torch.py TorchLinear._forward_eager"
+            ),
+            ProfileSetting("trains_fp8", True, "transformers 5.24 integrations/finegrained_fp8.py FP8LinearFunction"),
+            ProfileSetting(
+                "saved_tensors", "torch", "assumed: the script runs forward inside it, as in torch's documentation"
+            ),
+            ProfileSetting(
+                "adds_products", True, "liger-kernel 0.8.5 ops/fused_linear_cross_entropy.py: addmm, from 0.8.3 on"
+            ),
         ),
     ),
     Profile(
@@ -280,10 +340,10 @@ PROFILES = (
         "transformers 5.14.1, liger-kernel 0.8.0",
         "transformers-5",
         (
-            Row(
+            ProfileSetting(
                 "adds_products",
                 False,
-                "liger-kernel 0.8.0 ops/fused_linear_cross_entropy.py: a chunk's product, and that in fp32",
+                "liger-kernel 0.8.0 ops/fused_linear_cross_entropy.py: a chunk's product, and its fp32 copy",
             ),
         ),
     ),
@@ -294,75 +354,91 @@ PROFILES = (
         "transformers-5",
         (
             _since("4.51.3", "4.55.2"),
-            Row(
+            ProfileSetting(
                 "optimizer.name", "adamw_torch", "transformers 4.51.3 training_args.py TrainingArguments.default_optim"
             ),
-            Row("kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"),
-            Row(
+            ProfileSetting(
+                "kernels.reentrant", True, "transformers 4.51.3 modeling_utils.py gradient_checkpointing_enable"
+            ),
+            ProfileSetting(
                 "warms",
                 "half",
                 "transformers 4.51.3 modeling_utils.py caching_allocator_warmup, factor=4",
                 "quantised",
             ),
-            Row("awq-int4", "gemm", "transformers 4.51.3 integrations/awq.py replace_with_awq_linear"),
-            Row(
+            ProfileSetting("awq-int4", "gemm", "transformers 4.51.3 integrations/awq.py replace_with_awq_linear"),
+            ProfileSetting(
                 "stores_head",
                 True,
                 "autoawq 0.2.9 models/base.py BaseAWQForCausalLM.save_quantized: every tensor cloned",
             ),
-            Row("runs_formats", False, "transformers 4.51 has other layers for them, which were not read"),
-            Row("few_rows", 1, "bitsandbytes 0.45 autograd/_functions.py matmul_4bit"),
-            Row("further_caches", False, "transformers 4.51.3 cache_utils.py QuantizedCache: not read"),
-            Row("frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: of models with adapters alone"),
-            Row("device_map", "mean", "transformers 4.51.3 modeling_utils.py: accelerate's get_balanced_memory"),
-            Row("tensor_parallel", "", "transformers 4.51.3 integrations/tensor_parallel.py: not read"),
-            Row("keeps_matrix", False, "auto-gptq 0.7 qlinear_tritonv2.py QuantLinearFunction"),
-            Row("trains_fp8", False, "transformers 4.51.3 quantizers/quantizer_finegrained_fp8.py is_trainable"),
-            Row(
+            ProfileSetting(
+                "runs_formats", False, "transformers 4.51 has other layers for these formats, which were not read"
+            ),
+            ProfileSetting("few_rows", 1, "bitsandbytes 0.45 autograd/_functions.py matmul_4bit"),
+            ProfileSetting("further_caches", False, "transformers 4.51.3 cache_utils.py QuantizedCache: not read"),
+            ProfileSetting(
+                "frozen_inputs", False, "transformers 4.51.3 modeling_utils.py: only for models with adapters"
+            ),
+            ProfileSetting(
+                "device_map", "mean", "transformers 4.51.3 modeling_utils.py: accelerate's get_balanced_memory"
+            ),
+            ProfileSetting("tensor_parallel", "", "transformers 4.51.3 integrations/tensor_parallel.py: not read"),
+            ProfileSetting("keeps_matrix", False, "auto-gptq 0.7 qlinear_tritonv2.py QuantLinearFunction"),
+            ProfileSetting(
+                "trains_fp8", False, "transformers 4.51.3 quantizers/quantizer_finegrained_fp8.py is_trainable"
+            ),
+            ProfileSetting(
                 "experts", "modules", "transformers 4.51.3 models/mixtral/modeling_mixtral.py MixtralBlockSparseTop2MLP"
             ),
-            Row("sdpa_copies", "all", "transformers 4.51.3 integrations/sdpa_attention.py sdpa_attention_forward"),
-            Row(
+            ProfileSetting(
+                "sdpa_copies", "all", "transformers 4.51.3 integrations/sdpa_attention.py sdpa_attention_forward"
+            ),
+            ProfileSetting(
                 "no_checkpoints",
                 True,
                 "transformers 4.51.3 models/starcoder2/modeling_starcoder2.py: nothing calls a checkpoint",
                 "",
                 ("starcoder2",),
             ),
-            Row(
+            ProfileSetting(
                 "uncapped", True, "transformers 4.51.3 models/gemma2/modeling_gemma2.py _supports_sdpa", "", ("gemma2",)
             ),
-            Row("by_name", False, "transformers 4.51.3 models/llama/modeling_llama.py LlamaModel.forward"),
-            Row(
+            ProfileSetting("by_name", False, "transformers 4.51.3 models/llama/modeling_llama.py LlamaModel.forward"),
+            ProfileSetting(
                 "quantised_there",
                 False,
                 "transformers 4.51.3 modeling_utils.py _load_state_dict_into_meta_model: back to the host, by weight",
             ),
-            Row(
+            ProfileSetting(
                 "gathers_again",
                 True,
                 "transformers 4.51.3 models/llama/modeling_llama.py: the model checkpoints blocks",
             ),
-            Row("one_mask", True, "transformers 4.51.3 models/llama/modeling_llama.py: expanded, and copied if padded"),
-            Row(
+            ProfileSetting(
+                "one_mask", True, "transformers 4.51.3 models/llama/modeling_llama.py: expanded, and copied if padded"
+            ),
+            ProfileSetting(
                 "one_mask", False, "transformers 4.51.3 models/bloom/modeling_bloom.py: its own, copied", "", ("bloom",)
             ),
-            Row(
+            ProfileSetting(
                 "float_masks",
                 True,
                 "transformers 4.51.3 models/llama/modeling_llama.py LlamaModel._update_causal_mask, and alike",
                 "",
                 _FLOAT_MASKS,
             ),
-            Row(
+            ProfileSetting(
                 "scales_apart",
                 True,
                 "transformers 4.51.3 models/gemma/modeling_gemma.py normalizer",
                 "",
                 ("gemma", "gemma2"),
             ),
-            Row("triangles", True, "transformers 4.51.3 models/gpt2/modeling_gpt2.py GPT2Attention", "", ("gpt2",)),
-            Row(
+            ProfileSetting(
+                "triangles", True, "transformers 4.51.3 models/gpt2/modeling_gpt2.py GPT2Attention", "", ("gpt2",)
+            ),
+            ProfileSetting(
                 "caches",
                 True,
                 "transformers 4.51.3 models/gpt_bigcode/modeling_gpt_bigcode.py: checkpointing leaves use_cache on",
@@ -378,17 +454,21 @@ PROFILES = (
         "transformers-4.51",
         (
             _since("4.48.1"),
-            Row("warms", "", "transformers 4.48.1 modeling_utils.py _load_state_dict_into_meta_model: one by one"),
-            Row(
+            ProfileSetting(
+                "warms", "", "transformers 4.48.1 modeling_utils.py _load_state_dict_into_meta_model: one by one"
+            ),
+            ProfileSetting(
                 "gptq-int4",
                 "exllama_v1",
                 "transformers 4.46.3 utils/quantization_config.py GPTQConfig.post_init: version 1, unless asked",
             ),
-            Row("gptq-int8", "cuda_old", "auto-gptq 0.7.1 utils/import_utils.py dynamically_import_QuantLinear"),
-            Row("logits", "shifted", "transformers 4.48.1 loss/loss_utils.py ForCausalLMLoss"),
-            Row("whole_rotary", True, "transformers 4.48.1 models/phi3/modeling_phi3.py", "", ("phi3",)),
-            Row("dora_again", True, "peft 0.13.2 tuners/lora/dora.py DoraLinearLayer.forward"),
-            Row(
+            ProfileSetting(
+                "gptq-int8", "cuda_old", "auto-gptq 0.7.1 utils/import_utils.py dynamically_import_QuantLinear"
+            ),
+            ProfileSetting("logits", "shifted", "transformers 4.48.1 loss/loss_utils.py ForCausalLMLoss"),
+            ProfileSetting("whole_rotary", True, "transformers 4.48.1 models/phi3/modeling_phi3.py", "", ("phi3",)),
+            ProfileSetting("dora_again", True, "peft 0.13.2 tuners/lora/dora.py DoraLinearLayer.forward"),
+            ProfileSetting(
                 "triangles",
                 True,
                 "transformers 4.48.1 models/gpt_neox/modeling_gpt_neox.py GPTNeoXAttention",
@@ -405,22 +485,24 @@ PROFILES = (
         "transformers-4.48",
         (
             _since("4.46.3"),
-            Row(
+            ProfileSetting(
                 "no_checkpoints",
                 False,
                 "transformers 4.46.3 models/starcoder2/modeling_starcoder2.py",
                 "",
                 ("starcoder2",),
             ),
-            Row(
+            ProfileSetting(
                 "uncapped",
                 False,
                 "transformers 4.46.3 models/gemma2/modeling_gemma2.py: eager instead",
                 "",
                 ("gemma2",),
             ),
-            Row("sdpa_copies", "heads", "transformers 4.46.3 models/llama/modeling_llama.py LlamaSdpaAttention"),
-            Row(
+            ProfileSetting(
+                "sdpa_copies", "heads", "transformers 4.46.3 models/llama/modeling_llama.py LlamaSdpaAttention"
+            ),
+            ProfileSetting(
                 "flash_2_copies",
                 "heads",
                 "transformers 4.46.3 models/mistral/modeling_mistral.py MistralFlashAttention2, and alike",
@@ -436,11 +518,15 @@ PROFILES = (
         "transformers-4.46",
         (
             _since("4.45.2"),
-            Row("no_sdpa", True, "transformers 4.45.2 models/opt/modeling_opt.py OPT_ATTENTION_CLASSES", "", ("opt",)),
-            Row("logits", "model", "transformers 4.45.2 models/llama/modeling_llama.py LlamaForCausalLM.forward"),
+            ProfileSetting(
+                "no_sdpa", True, "transformers 4.45.2 models/opt/modeling_opt.py OPT_ATTENTION_CLASSES", "", ("opt",)
+            ),
+            ProfileSetting(
+                "logits", "model", "transformers 4.45.2 models/llama/modeling_llama.py LlamaForCausalLM.forward"
+            ),
             *_OWN_LOSS,
         ),
-        ("OPT's own eager attention clamps its scores to the lowest number, and keeps one more tensor of them",),
+        ("OPT's eager attention, which clamps its scores to the lowest number and keeps one more tensor of them",),
     ),
     Profile(
         "transformers-4.38",
@@ -449,40 +535,42 @@ PROFILES = (
         "transformers-4.45",
         (
             _since("4.38.2"),
-            Row("method.adapter_dtype", "weights", "peft 0.9.0 tuners/lora/layer.py LoraLayer.update_layer"),
-            Row(
+            ProfileSetting("method.adapter_dtype", "weights", "peft 0.9.0 tuners/lora/layer.py LoraLayer.update_layer"),
+            ProfileSetting(
                 "method.adapter_dtype",
                 "fp32",
-                "peft 0.9.0 tuners/lora/layer.py LoraLayer.update_layer: quantised weights are no floating ones",
+                "peft 0.9.0 tuners/lora/layer.py LoraLayer.update_layer: quantised weights are not floating point",
                 "quantised",
             ),
-            Row(
+            ProfileSetting(
                 "no_sdpa",
                 True,
                 "transformers 4.38.2 models/phi/modeling_phi.py, and alike: no _supports_sdpa",
                 "",
                 ("gpt2", "gpt_neox", "opt", "phi", "stablelm"),
             ),
-            Row("half_math", True, _BEFORE_2_5),
-            Row(
+            ProfileSetting("half_math", True, _BEFORE_2_5),
+            ProfileSetting(
                 "rotary_tables",
                 "gathered",
                 "transformers 4.38.2 models/qwen2/modeling_qwen2.py Qwen2RotaryEmbedding, and alike",
                 "",
                 ("falcon", "gpt_neox", "mistral", "mixtral", "phi", "qwen2", "qwen2_moe", "stablelm"),
             ),
-            Row(
+            ProfileSetting(
                 "rotary_tables",
                 "computed",
                 "transformers 4.38.2 models/llama/modeling_llama.py LlamaRotaryEmbedding",
                 "",
                 ("llama",),
             ),
-            Row("last_logits", False, "transformers 4.38.2 models/llama/modeling_llama.py LlamaForCausalLM.forward"),
-            Row(
+            ProfileSetting(
+                "last_logits", False, "transformers 4.38.2 models/llama/modeling_llama.py LlamaForCausalLM.forward"
+            ),
+            ProfileSetting(
                 "cache",
                 "legacy",
-                "transformers 4.38.2 cache_utils.py DynamicCache.to_legacy_cache: generate has the tuple of before",
+                "transformers 4.38.2 cache_utils.py DynamicCache.to_legacy_cache: generate holds the previous tuple",
             ),
         ),
     ),
@@ -493,14 +581,14 @@ PROFILES = (
         "transformers-4.38",
         (
             _since("4.35.2"),
-            Row(
+            ProfileSetting(
                 "no_sdpa",
                 True,
                 "transformers 4.35.2 models/llama/modeling_llama.py, and alike: no _supports_sdpa",
                 "",
                 ("gpt2", "gpt_bigcode", "gpt_neox", "llama", "mistral", "opt", "phi"),
             ),
-            Row(
+            ProfileSetting(
                 "rotary_tables",
                 "gathered",
                 "transformers 4.35.2 models/llama/modeling_llama.py LlamaRotaryEmbedding",
@@ -515,14 +603,14 @@ PROFILES = (
         "trl 0.24.0 with transformers 5",
         "transformers-5",
         (
-            Row(
+            ProfileSetting(
                 "method.quantization.kbit_preparation",
                 "trl",
                 "trl 0.24.0 models/utils.py prepare_peft_model, under bf16",
             ),
-            Row("saved_tensors", "", "trl 0.24.0 models/activation_offloading.py OffloadActivations"),
+            ProfileSetting("saved_tensors", "", "trl 0.24.0 models/activation_offloading.py OffloadActivations"),
         ),
-        ("token accuracy copies the shifted logits after the loss: never as much as the loss itself has had",),
+        ("the copy of the shifted logits for token accuracy, after the loss: always less than the loss itself takes",),
     ),
     Profile(
         "trl-0.13",
@@ -530,12 +618,12 @@ PROFILES = (
         "trl 0.13.0 with transformers 4.48.1 and peft 0.13.2",
         "transformers-4.48",
         (
-            Row(
+            ProfileSetting(
                 "method.quantization.kbit_preparation",
                 "trl",
                 "trl 0.13.0 trainer/sft_trainer.py, peft_module_casting_to_bf16 under bf16",
             ),
-            Row("saved_tensors", "", "trl 0.13.0: none"),
+            ProfileSetting("saved_tensors", "", "trl 0.13.0: none"),
         ),
     ),
     Profile(
@@ -545,21 +633,21 @@ PROFILES = (
         "transformers-5",
         (
             _since("4.55.2"),
-            Row("kernels.reentrant", True, "axolotl 0.12.2 utils/config/__init__.py normalize_config"),
-            Row("tensor_parallel", "", "axolotl 0.12.2, with transformers 4.55: not read"),
-            Row(
+            ProfileSetting("kernels.reentrant", True, "axolotl 0.12.2 utils/config/__init__.py normalize_config"),
+            ProfileSetting("tensor_parallel", "", "axolotl 0.12.2, with transformers 4.55: not read"),
+            ProfileSetting(
                 "method.quantization.kbit_preparation",
                 False,
-                "axolotl 0.12.2 loaders/model.py: norms and embeddings are cast back where there is an adapter",
+                "axolotl 0.12.2 loaders/model.py: norms and embeddings are cast back if there is an adapter",
             ),
-            Row("experts", "modules", "transformers 4.55.2 models/mixtral/modeling_mixtral.py"),
-            Row(
+            ProfileSetting("experts", "modules", "transformers 4.55.2 models/mixtral/modeling_mixtral.py"),
+            ProfileSetting(
                 "saved_tensors",
                 "",
                 "axolotl 0.12.2 core/trainers/mixins/activation_checkpointing.py: trl's",
             ),
         ),
-        ("sample packing and Axolotl's own offloading of activations",),
+        ("sample packing and Axolotl's activation offloading",),
     ),
     Profile(
         "llamafactory-0.9",
@@ -567,21 +655,23 @@ PROFILES = (
         "llamafactory 0.9.3 with transformers 4.51.3 and peft 0.15.2",
         "transformers-4.51",
         (
-            Row("kernels.reentrant", True, "llamafactory 0.9.3 hparams/model_args.py use_reentrant_gc"),
-            Row(
+            ProfileSetting("kernels.reentrant", True, "llamafactory 0.9.3 hparams/model_args.py use_reentrant_gc"),
+            ProfileSetting(
                 "frozen_inputs",
                 True,
                 "llamafactory 0.9.3 model/model_utils/checkpointing.py prepare_model_for_training",
             ),
-            Row("method.adapter_dtype", "fp32", "llamafactory 0.9.3 model/adapter.py cast_trainable_params_to_fp32"),
-            Row("saved_tensors", "", "llamafactory 0.9.3: none"),
-            Row(
+            ProfileSetting(
+                "method.adapter_dtype", "fp32", "llamafactory 0.9.3 model/adapter.py cast_trainable_params_to_fp32"
+            ),
+            ProfileSetting("saved_tensors", "", "llamafactory 0.9.3: none"),
+            ProfileSetting(
                 "method.quantization.kbit_preparation",
                 False,
                 "llamafactory 0.9.3 model/model_utils/checkpointing.py prepare_model_for_training: no casts by default",
             ),
         ),
-        ("full and freeze tuning cast what trains to fp32 unless pure_bf16 is set: say precision amp for that",),
+        ("full and freeze tuning cast trainable parameters to fp32 unless pure_bf16 is set: set precision amp",),
     ),
     Profile(
         "unsloth-2025",
@@ -589,36 +679,41 @@ PROFILES = (
         "unsloth 2025.1.5 with transformers 4.48",
         "transformers-4.48",
         (
-            Row("has_family", False, "unsloth 2025.1.5 models/loader.py FastLanguageModel.from_pretrained"),
-            Row(
+            ProfileSetting("has_family", False, "unsloth 2025.1.5 models/loader.py FastLanguageModel.from_pretrained"),
+            ProfileSetting(
                 "has_family",
                 True,
                 "unsloth 2025.1.5 models/loader.py FastLanguageModel.from_pretrained",
                 "",
                 ("cohere", "gemma", "gemma2", "granite", "llama", "mistral", "qwen2"),
             ),
-            Row("logits", "padded", "unsloth 2025.1.5 models/llama.py CausalLM_fast_forward"),
-            Row("kernels.loss", "fused", "unsloth 2025.1.5 models/llama.py fused_linear_cross_entropy"),
-            Row("saved_tensors", "", "unsloth 2025.1.5: none but its checkpoints'"),
-            Row(
+            ProfileSetting("logits", "padded", "unsloth 2025.1.5 models/llama.py CausalLM_fast_forward"),
+            ProfileSetting("kernels.loss", "fused", "unsloth 2025.1.5 models/llama.py fused_linear_cross_entropy"),
+            ProfileSetting("saved_tensors", "", "unsloth 2025.1.5: only checkpointed inputs"),
+            ProfileSetting(
                 "masks_padding",
                 False,
                 "unsloth 2025.1.5 models/llama.py LlamaModel_fast_forward: attention_mask = None while it trains",
             ),
-            Row(
+            ProfileSetting(
                 "kernels.fused",
                 ("rope", "rms_norm", "swiglu", "cross_entropy", "lora"),
                 "unsloth 2025.1.5 kernels/",
             ),
-            Row("sdpa_copies", "heads", "unsloth 2025.1.5 models/llama.py LlamaAttention_fast_forward"),
-            Row("method.adapter_dtype", "fp32", "unsloth 2025.1.5 models/_utils.py prepare_model_for_kbit_training"),
-            Row(
+            ProfileSetting("sdpa_copies", "heads", "unsloth 2025.1.5 models/llama.py LlamaAttention_fast_forward"),
+            ProfileSetting(
+                "method.adapter_dtype", "fp32", "unsloth 2025.1.5 models/_utils.py prepare_model_for_kbit_training"
+            ),
+            ProfileSetting(
                 "method.quantization.kbit_preparation",
                 False,
                 "unsloth 2025.1.5 models/_utils.py prepare_model_for_kbit_training: casts adapters only",
             ),
         ),
-        ('what use_gradient_checkpointing="unsloth" leaves on the GPU (kernels.checkpointing offload is the rest)',),
+        (
+            'tensors that use_gradient_checkpointing="unsloth" leaves on the GPU; kernels.checkpointing offload counts '
+            "the rest",
+        ),
     ),
     Profile(
         "torchtune",
@@ -626,18 +721,22 @@ PROFILES = (
         "torchtune 0.6.1, recipes/configs/llama3_1",
         "transformers-5",
         (
-            Row("kernels.loss", "chunked", "torchtune 0.6.1 modules/loss/ce_chunked_output_loss.py"),
-            Row("kernels.reentrant", False, "torchtune 0.6.1 training/activations.py"),
-            Row("saved_tensors", "", "torchtune 0.6.1 training/_activation_offloading.py OffloadActivations"),
-            Row("masks_padding", False, "torchtune 0.6.1 data/_collate.py padded_collate_sft: tokens and labels"),
-            Row("method.adapter_dtype", "weights", "torchtune 0.6.1 modules/peft/lora.py under dtype: bf16"),
-            Row("method.quantization.kbit_preparation", False, "torchtune 0.6.1: no counterpart"),
-            Row("sdpa_copies", "heads", "torchtune 0.6.1 modules/attention.py"),
-            Row("tensor_parallel", "", "torchtune 0.6.1 training/_distributed.py: not read"),
-            Row("experts", "own", "torchtune 0.6.1 modules/moe/experts.py"),
+            ProfileSetting("kernels.loss", "chunked", "torchtune 0.6.1 modules/loss/ce_chunked_output_loss.py"),
+            ProfileSetting("kernels.reentrant", False, "torchtune 0.6.1 training/activations.py"),
+            ProfileSetting(
+                "saved_tensors", "", "torchtune 0.6.1 training/_activation_offloading.py OffloadActivations"
+            ),
+            ProfileSetting(
+                "masks_padding", False, "torchtune 0.6.1 data/_collate.py padded_collate_sft: tokens and labels"
+            ),
+            ProfileSetting("method.adapter_dtype", "weights", "torchtune 0.6.1 modules/peft/lora.py under dtype: bf16"),
+            ProfileSetting("method.quantization.kbit_preparation", False, "torchtune 0.6.1: no counterpart"),
+            ProfileSetting("sdpa_copies", "heads", "torchtune 0.6.1 modules/attention.py"),
+            ProfileSetting("tensor_parallel", "", "torchtune 0.6.1 training/_distributed.py: not read"),
+            ProfileSetting("experts", "own", "torchtune 0.6.1 modules/moe/experts.py"),
         ),
         (
-            "torchtune's RMSNorm and rotary positions, in fp32 throughout: transformers' are counted",
+            "torchtune's RMSNorm and rotary embeddings, in fp32 throughout: transformers' are counted instead",
             "compiled models, packed samples and offloaded activations",
         ),
     ),
@@ -647,12 +746,12 @@ PROFILES = (
         "torchtune 0.1.1, recipes/full_finetune_single_device.py",
         "torchtune",
         (
-            Row(
+            ProfileSetting(
                 "kernels.loss", "hf", "torchtune 0.1.1 recipes/full_finetune_single_device.py: torch's CrossEntropyLoss"
             ),
-            Row("logits", "model", "torchtune 0.1.1 modules/transformer.py TransformerDecoder.forward"),
+            ProfileSetting("logits", "model", "torchtune 0.1.1 modules/transformer.py TransformerDecoder.forward"),
         ),
-        ("the recipe keeps the shifted logits through backward: say loop.hold_outputs",),
+        ("the recipe keeps the shifted logits through backward: set loop.hold_outputs",),
     ),
     Profile(
         "torchtitan",
@@ -660,27 +759,29 @@ PROFILES = (
         "torchtitan 0.3.0",
         "transformers-5",
         (
-            Row("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
-            Row("saved_tensors", "", "torchtitan 0.3.0: none"),
-            Row(
+            ProfileSetting("kernels.reentrant", False, "torchtitan 0.3.0 distributed/activation_checkpoint.py"),
+            ProfileSetting("saved_tensors", "", "torchtitan 0.3.0: none"),
+            ProfileSetting(
                 "masks_padding",
                 False,
-                "torchtitan 0.3.0 hf_datasets/text_datasets.py: packed samples, filled up with tokens; "
+                "torchtitan 0.3.0 hf_datasets/text_datasets.py: packed samples, filled to the full length; "
                 "models/common/attention.py ScaledDotProductAttention.forward takes no mask",
             ),
-            Row("fsdp_casts", True, "torchtitan 0.3.0 distributed/fsdp.py apply_fsdp_to_decoder"),
-            Row("fsdp_reduces", "fp32", "torchtitan 0.3.0 config/configs.py TrainingConfig.mixed_precision_reduce"),
-            Row("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
-            Row("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
-            Row("tensor_parallel", "torchtitan", "torchtitan 0.3.0 models/common/decoder_sharding.py"),
-            Row("code", "torchtitan", "torchtitan 0.3.0 models/llama3/model.py", "", ("llama",)),
-            Row("logits", "plain", "torchtitan 0.3.0 components/loss.py CrossEntropyLoss", "", ("llama",)),
-            Row("experts", "own", "torchtitan 0.3.0 models/common"),
+            ProfileSetting("fsdp_casts", True, "torchtitan 0.3.0 distributed/fsdp.py apply_fsdp_to_decoder"),
+            ProfileSetting(
+                "fsdp_reduces", "fp32", "torchtitan 0.3.0 config/configs.py TrainingConfig.mixed_precision_reduce"
+            ),
+            ProfileSetting("pipeline", "torch", "torchtitan 0.3.0 distributed/pipeline_parallel.py"),
+            ProfileSetting("sdpa_copies", "", "torchtitan 0.3.0 models/common"),
+            ProfileSetting("tensor_parallel", "torchtitan", "torchtitan 0.3.0 models/common/decoder_sharding.py"),
+            ProfileSetting("code", "torchtitan", "torchtitan 0.3.0 models/llama3/model.py", "", ("llama",)),
+            ProfileSetting("logits", "plain", "torchtitan 0.3.0 components/loss.py CrossEntropyLoss", "", ("llama",)),
+            ProfileSetting("experts", "own", "torchtitan 0.3.0 models/common"),
         ),
         (
-            "FSDP2 keeps fp32 shards and computes in bf16: say precision amp",
-            "its own layers are those of Llama, in full training; others are counted with transformers' layers",
-            "the loss in chunks, selective checkpointing of operations, and compiled blocks and loss",
+            "FSDP2 keeps fp32 shards and computes in bf16: set precision amp",
+            "TorchTitan's layers, except for Llama in full training: transformers' are counted instead",
+            "the chunked loss, selective checkpointing of operations, and compiled blocks and loss",
         ),
     ),
     Profile(
@@ -689,18 +790,22 @@ PROFILES = (
         "megatron-core 0.12.0",
         "transformers-5",
         (
-            Row("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
-            Row("kernels.reentrant", True, "megatron-core 0.12.0 tensor_parallel/random.py CheckpointFunction"),
-            Row("saved_tensors", "", "megatron-core 0.12.0 transformer/transformer_config.py cpu_offloading: not read"),
-            Row("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
-            Row("pipeline", "megatron", "megatron-core 0.12.0 pipeline_parallel/schedules.py"),
-            Row("tensor_parallel", "megatron", "megatron-core 0.12.0 tensor_parallel/layers.py"),
-            Row("experts", "own", "megatron-core 0.12.0 transformer/moe/experts.py"),
+            ProfileSetting("kernels.checkpointing", "none", "megatron-core 0.12.0 transformer/transformer_config.py"),
+            ProfileSetting(
+                "kernels.reentrant", True, "megatron-core 0.12.0 tensor_parallel/random.py CheckpointFunction"
+            ),
+            ProfileSetting(
+                "saved_tensors", "", "megatron-core 0.12.0 transformer/transformer_config.py cpu_offloading: not read"
+            ),
+            ProfileSetting("logits", "in_place", "megatron-core 0.12.0 tensor_parallel/cross_entropy.py"),
+            ProfileSetting("pipeline", "megatron", "megatron-core 0.12.0 pipeline_parallel/schedules.py"),
+            ProfileSetting("tensor_parallel", "megatron", "megatron-core 0.12.0 tensor_parallel/layers.py"),
+            ProfileSetting("experts", "own", "megatron-core 0.12.0 transformer/moe/experts.py"),
         ),
         (
-            "gradients and masters in fp32: say precision mixed with grads fp32",
-            "its own layers are those of a megatron_gpt config; other models are counted with transformers' layers",
-            "latent attention, FP8, and the fused cross-entropy; context parallelism but of a megatron_gpt config",
+            "gradients and master weights in fp32: set precision mixed with grads fp32",
+            "Megatron-core's layers, except for a megatron_gpt config: transformers' are counted instead",
+            "latent attention, FP8, fused cross-entropy, and context parallelism except for a megatron_gpt config",
         ),
     ),
     Profile(
@@ -709,12 +814,12 @@ PROFILES = (
         "fsdp_qlora train.py at 02586ac with transformers 4.38",
         "transformers-4.38",
         (
-            Row("kernels.reentrant", False, "fsdp_qlora train.py CheckpointImpl.NO_REENTRANT"),
-            Row("saved_tensors", "", "fsdp_qlora train.py: none"),
-            Row("optimizer.name", "adamw_torch", "fsdp_qlora train.py torch.optim.AdamW"),
-            Row("method.quantization.kbit_preparation", False, "fsdp_qlora train.py: model.to(torch_dtype)"),
+            ProfileSetting("kernels.reentrant", False, "fsdp_qlora train.py CheckpointImpl.NO_REENTRANT"),
+            ProfileSetting("saved_tensors", "", "fsdp_qlora train.py: none"),
+            ProfileSetting("optimizer.name", "adamw_torch", "fsdp_qlora train.py torch.optim.AdamW"),
+            ProfileSetting("method.quantization.kbit_preparation", False, "fsdp_qlora train.py: model.to(torch_dtype)"),
         ),
-        ("quantised weights that FSDP divides are in bf16 storage: say quantization.storage; offloaded parameters",),
+        ("FSDP divides quantised weights in bf16 storage: set quantization.storage", "offloaded parameters"),
     ),
     Profile(
         "litgpt-2024",
@@ -722,28 +827,32 @@ PROFILES = (
         "litgpt 0.5.3, lightning 2.2.5, bitsandbytes 0.42",
         "transformers-5",
         (
-            Row("code", "litgpt", "litgpt 0.5.3 model.py"),
-            Row("saved_tensors", "", "litgpt 0.5.3: none"),
-            Row("masks_padding", False, "litgpt 0.5.3 data/base.py _sft_collate_fn: ids and labels alone"),
-            Row("tensor_parallel", "litgpt", "litgpt 0.5.3 generate/tp.py: of generation alone"),
-            Row("optimizer.name", "adamw_torch", "litgpt 0.5.3 finetune/lora.py: torch's AdamW"),
-            Row("optimizer.name", "paged_adamw_32bit", "litgpt 0.5.3 utils.py instantiate_bnb_optimizer", "quantised"),
-            Row("kernels.checkpointing", "none", "litgpt 0.5.3 finetune/lora.py: only under FSDP"),
-            Row("kernels.loss", "chunked_lm_head", "litgpt 0.5.3 finetune/lora.py lm_head_chunk_size=128"),
-            Row("method.adapter_dtype", "weights", "litgpt 0.5.3 lora.py, under lightning's bf16-true"),
-            Row("method.quantization.skip", (), "litgpt 0.5.3 finetune/lora.py BitsandbytesPrecision"),
-            Row("method.quantization.kbit_preparation", False, "litgpt 0.5.3 finetune/lora.py"),
-            Row("cache", "static", "litgpt 0.5.3 generate/base.py main: set_kv_cache, for all tokens"),
-            Row("further_caches", False, "litgpt 0.5.3 model.py KVCache: none but that"),
-            Row("last_logits", False, "litgpt 0.5.3 model.py GPT.forward"),
-            Row("few_rows", 1, "bitsandbytes 0.42 autograd/_functions.py matmul_4bit"),
-            Row("warms", "", "litgpt 0.5.3 generate/base.py main: init_module on the GPU, tensor by tensor"),
-            Row("converts", True, "lightning 2.2.5 fabric/plugins/precision/half.py convert_output"),
-            Row("lingers", True, "litgpt 0.5.3 finetune/lora.py fit; batches that are cut are all as long"),
+            ProfileSetting("code", "litgpt", "litgpt 0.5.3 model.py"),
+            ProfileSetting("saved_tensors", "", "litgpt 0.5.3: none"),
+            ProfileSetting("masks_padding", False, "litgpt 0.5.3 data/base.py _sft_collate_fn: only ids and labels"),
+            ProfileSetting("tensor_parallel", "litgpt", "litgpt 0.5.3 generate/tp.py: only for generation"),
+            ProfileSetting("optimizer.name", "adamw_torch", "litgpt 0.5.3 finetune/lora.py: torch's AdamW"),
+            ProfileSetting(
+                "optimizer.name", "paged_adamw_32bit", "litgpt 0.5.3 utils.py instantiate_bnb_optimizer", "quantised"
+            ),
+            ProfileSetting("kernels.checkpointing", "none", "litgpt 0.5.3 finetune/lora.py: only under FSDP"),
+            ProfileSetting("kernels.loss", "chunked_lm_head", "litgpt 0.5.3 finetune/lora.py lm_head_chunk_size=128"),
+            ProfileSetting("method.adapter_dtype", "weights", "litgpt 0.5.3 lora.py, under lightning's bf16-true"),
+            ProfileSetting("method.quantization.skip", (), "litgpt 0.5.3 finetune/lora.py BitsandbytesPrecision"),
+            ProfileSetting("method.quantization.kbit_preparation", False, "litgpt 0.5.3 finetune/lora.py"),
+            ProfileSetting("cache", "static", "litgpt 0.5.3 generate/base.py main: set_kv_cache, for all tokens"),
+            ProfileSetting("further_caches", False, "litgpt 0.5.3 model.py KVCache: the only cache"),
+            ProfileSetting("last_logits", False, "litgpt 0.5.3 model.py GPT.forward"),
+            ProfileSetting("few_rows", 1, "bitsandbytes 0.42 autograd/_functions.py matmul_4bit"),
+            ProfileSetting("warms", "", "litgpt 0.5.3 generate/base.py main: init_module on the GPU, tensor by tensor"),
+            ProfileSetting("converts", True, "lightning 2.2.5 fabric/plugins/precision/half.py convert_output"),
+            ProfileSetting(
+                "lingers", True, "litgpt 0.5.3 finetune/lora.py fit; truncated batches all have the same length"
+            ),
         ),
         (
-            "of quantised weights: bitsandbytes' StableEmbedding, if it is there (in 0.5.3 it is)",
-            "every block is checkpointed under FSDP: say kernels.checkpointing full",
+            "bitsandbytes' StableEmbedding, which 0.5.3 uses with quantised weights",
+            "every block is checkpointed under FSDP: set kernels.checkpointing full",
         ),
     ),
     Profile(
@@ -752,8 +861,8 @@ PROFILES = (
         "lit_gpt at 98898ca and alike, torch 2.1, bitsandbytes 0.41",
         "litgpt-2024",
         (
-            Row("lingers", False, "lit_gpt finetune/lora.py: the longest sample comes first, and once"),
-            Row("half_math", True, _BEFORE_2_5),
+            ProfileSetting("lingers", False, "lit_gpt finetune/lora.py: the longest sample comes first, only once"),
+            ProfileSetting("half_math", True, _BEFORE_2_5),
         ),
     ),
 )
@@ -762,26 +871,26 @@ _BY_NAME = {profile.name: profile for profile in PROFILES}
 
 
 def find_profile(name: str) -> Profile:
-    """The profile of that name. Raises UnknownNameError, which names the nearest."""
-    found = _BY_NAME.get(name)
-    if found is None and find_engine(name) is not None:
-        raise SpecError(f"profile: {name} serves models, which is task generate alone (--method generate)", "profile")
-    if found is None:
+    """Return the profile named `name`. Raises SpecError for a serving engine, else UnknownNameError."""
+    profile = _BY_NAME.get(name)
+    if profile is None and find_engine(name) is not None:
+        raise SpecError(f"profile: {name} is a serving engine, which needs --method generate", "profile")
+    if profile is None:
         engines = [engine for engine in engine_names() if engine[:3] == name.lower()[:3]]
         raise UnknownNameError("profile", name, (*_BY_NAME, *engines))
-    return found
+    return profile
 
 
-def rows(profile: Profile) -> Iterator[Row]:
-    """The profile's rows, those of what it is like first: a later one goes over an earlier one."""
+def rows(profile: Profile) -> Iterator[ProfileSetting]:
+    """Yield the inherited rows, then the profile's own; later rows override earlier ones."""
     if profile.like:
         yield from rows(_BY_NAME[profile.like])
     yield from profile.rows
 
 
 @lru_cache(maxsize=1024)
-def decided(name: str, model_type: str, quantised: bool) -> dict[str, Any]:
-    """What the profile sets for such a run, by field. Raises UnknownNameError."""
+def profile_settings(name: str, model_type: str, quantised: bool) -> dict[str, Any]:
+    """Return the profile's settings for a run, by field or word. Raises UnknownNameError."""
     return {
         row.field: row.value
         for row in rows(find_profile(name))

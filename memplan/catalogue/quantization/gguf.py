@@ -1,9 +1,9 @@
-"""What llama.cpp calls a model's tensors, and which type of ggml its quantize tool chooses for each: data and rules.
+"""llama.cpp's names for a model's tensors, and the ggml type its quantize tool chooses for each: data and rules.
 
-A file quantised as `Q4_K_M` has tensors of several types: some layers' values and down projections in more bits, the
-output in Q6_K, norms and routers in F32. The choice goes by the tensor's name and layer, and by a few sizes.
-Sources: llama.cpp as in llama-cpp-python 0.3.36, src/llama-quant.cpp tensor_allows_quantization,
-llama_tensor_get_type_impl, tensor_type_fallback; conversion/base.py; gguf-py/gguf/constants.py, tensor_mapping.py.
+A `Q4_K_M` file has tensors of several types: more bits for some layers' value and down projections, Q6_K for the
+output, F32 for norms and routers. The choice depends on the tensor's name and layer, and on a few sizes. Sources:
+llama.cpp as in llama-cpp-python 0.3.36, src/llama-quant.cpp tensor_allows_quantization, llama_tensor_get_type_impl,
+tensor_type_fallback; conversion/base.py; gguf-py/gguf/constants.py, tensor_mapping.py.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from memplan.models.headers import GGML_TYPES
 SOURCE = "llama.cpp src/llama-quant.cpp llama_tensor_get_type (llama-cpp-python 0.3.36)"
 BLOCKS = {kind.name: (kind.elements, kind.bytes) for kind in GGML_TYPES.values()}
 
-# The types of file that the tool makes, and the type that most of its tensors have: llama_ftype_get_default_type.
+# The tool's file types, with the type of most tensors in each: llama_ftype_get_default_type.
 FILE_TYPES = {
     "F32": "F32",
     "F16": "F16",
@@ -56,7 +56,7 @@ FILE_TYPES = {
 }
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # tools/quantize/quantize.cpp QUANT_OPTIONS
 
-# model_type -> general.architecture, of the families whose tensors are named below.
+# model_type -> general.architecture, for the families whose tensors are named below.
 ARCHITECTURES = {
     "baichuan": "baichuan",
     "bloom": "bloom",
@@ -129,7 +129,7 @@ ARCHITECTURES = {
     "starcoder2": "starcoder2",
 }
 
-# What a module outside of the layers is called, by its name's end.
+# Names of modules outside of the layers, by the last part of their path.
 OUTSIDE = {
     **dict.fromkeys(("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"), "token_embd"),
     "embeddings": "token_embd",
@@ -139,7 +139,7 @@ OUTSIDE = {
     **dict.fromkeys(("lm_head", "output", "embed_out"), "output"),
 }
 
-# What a module of a layer is called, by its path there.
+# Names of modules in a layer, by their path in it.
 INSIDE = {
     **dict.fromkeys(("input_layernorm", "ln_1", "norm_1", "ln_attn", "attention_norm"), "attn_norm"),
     "norm": "attn_norm",
@@ -234,7 +234,7 @@ INSIDE = {
     "linear_attn.out_proj": "ssm_out",
 }
 
-# Families that call a module as others do and mean another.
+# Families in which a module's name means something else than in the others.
 _NORM_AFTER = ("gemma2", "gemma3", "gemma3_text", "exaone4", "olmo2", "olmo3")
 _HYBRID = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text")
 OWN: dict[str, dict[str, str]] = {
@@ -243,11 +243,11 @@ OWN: dict[str, dict[str, str]] = {
 }
 
 
-# Architectures whose files have the heads of each layer, none where it has no attention.
+# Architectures whose files list the heads of each layer, with 0 for layers without attention.
 BY_LAYER = ("granitehybrid", "jamba", "nemotron_h")
-BARE = ("ssm_a", "ssm_d")  # names without a kind of parameter after them
+BARE = ("ssm_a", "ssm_d")  # names without `.weight` or `.bias`
 
-# Parameters that the conversion takes apart, and what the parts are called, in the order of their rows.
+# Parameters that the conversion splits, and the names of their parts in the order of the rows.
 PARTS = {
     "attention.wqkv": ("attn_q", "attn_k", "attn_v"),
     "self_attn.W_pack": ("attn_q", "attn_k", "attn_v"),
@@ -263,14 +263,14 @@ PARTS = {
 
 
 class Sizes(NamedTuple):
-    """What the choice of types goes by beside a tensor's name and shape.
+    """Facts besides a tensor's name and shape on which the choice of types depends.
 
-    layers     of the model
-    experts    in a layer, 0 where there are none
-    ratio      query heads to a head of keys and values, of the first layer; 0 where that has no attention
-    seventy    llama.cpp calls the model 70B
+    layers     layers of the model
+    experts    experts in a layer, 0 if there are none
+    ratio      query heads per key/value head in the first layer; 0 if it has no attention
+    seventy    llama.cpp classifies the model as 70B
     tied       there is no output.weight
-    values     how many tensors of values there are
+    values     number of value tensors
     imatrix    the file is quantised with an importance matrix
     """
 
@@ -285,10 +285,10 @@ class Sizes(NamedTuple):
 
 
 _TWO_BITS = ("IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ1_S", "IQ1_M")
-# Files that the tool makes only with an importance matrix: tensor_requires_imatrix.
+# File types that require an importance matrix: tensor_requires_imatrix.
 NEEDS_IMATRIX = frozenset((*_TWO_BITS, "IQ3_XXS", "IQ3_XS", "Q2_K_S"))
-# Parts of names that are never quantised, of the families above.
-_LEFT = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
+# Parts of the names of tensors that are never quantised, for the families above.
+_UNQUANTISED = ("_norm.weight", "ffn_gate_inp.weight", "ssm_conv1d")
 _FALLBACK = {
     **dict.fromkeys(("IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ3_XXS", "IQ3_S", "IQ4_XS"), "IQ4_NL"),
     **dict.fromkeys(("Q2_0", "Q2_K", "Q3_K", "TQ1_0", "TQ2_0"), "Q4_0"),
@@ -299,13 +299,13 @@ _FALLBACK = {
 
 
 def category(name: str) -> str:
-    """What the tool takes a tensor for: tensor_get_category."""
+    """Return the tool's category of a tensor: tensor_get_category."""
     if name == "output.weight":
         return "output"
     if name == "token_embd.weight":
         return "token_embd"
-    whole = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight", "attn_k.weight", "attn_q.weight")
-    for part in (*whole, "attn_output.weight", "ffn_up", "ffn_gate", "ffn_down"):
+    names = ("attn_qkv.weight", "attn_kv_b.weight", "attn_v.weight", "attn_k.weight", "attn_q.weight")
+    for part in (*names, "attn_output.weight", "ffn_up", "ffn_gate", "ffn_down"):
         if part in name:
             return part.removesuffix(".weight")
     return ""
@@ -315,15 +315,20 @@ VALUES = ("attn_v", "attn_qkv", "attn_kv_b")
 
 
 def quantises(name: str, shape: tuple[int, ...]) -> bool:
-    """Whether the tool quantises a tensor; shapes are torch's. Source: tensor_allows_quantization."""
+    """Return whether the tool quantises a tensor. Shapes are in torch's order. Source: tensor_allows_quantization."""
     dims = len(shape) - next((i for i, n in enumerate(shape) if n != 1), len(shape) - 1)  # ggml_n_dims
-    return dims > 1 and name.endswith("weight") and name != "position_embd.weight" and all(p not in name for p in _LEFT)
+    return (
+        dims > 1
+        and name.endswith("weight")
+        and name != "position_embd.weight"
+        and all(p not in name for p in _UNQUANTISED)
+    )
 
 
 def types_of(
     tensors: Iterable[tuple[str, tuple[int, ...]]], file_type: str, sizes: Sizes
 ) -> Iterator[tuple[str, tuple[int, ...], str]]:
-    """Names, shapes and ggml types of a file's tensors; shapes are torch's, and tensors are in the file's order."""
+    """Yield name, shape and ggml type of each tensor of a file. Shapes are in torch's order, tensors in the file's."""
     counts = {"values": 0, "ffn_down": 0, "ffn_gate": 0, "ffn_up": 0}
     for name, shape in tensors:
         default = FILE_TYPES[file_type]
@@ -337,7 +342,10 @@ def types_of(
 
 
 def _fitting(kind: str, columns: int) -> str:
-    """The type itself, or one of smaller blocks where rows are not made of whole ones. Source: tensor_type_fallback."""
+    """Return the type, or a fallback with smaller blocks if rows are no multiple of its blocks.
+
+    Source: tensor_type_fallback.
+    """
     if columns % BLOCKS[kind][0] == 0:
         return kind
     other = _FALLBACK.get(kind, "F16")
@@ -345,12 +353,15 @@ def _fitting(kind: str, columns: int) -> str:
 
 
 def _more_bits(i: int, n: int) -> bool:
-    """The first and last eighth of the layers, and every third between. Source: use_more_bits."""
+    """Return whether a layer gets more bits: the first and last eighth, and every third between.
+
+    Source: use_more_bits.
+    """
     return i < n // 8 or i >= 7 * n // 8 or (i - n // 8) % 3 == 2
 
 
-def _chosen(name: str, shape: tuple[int, ...], file: str, sizes: Sizes, counts: dict[str, int]) -> str:
-    """The type that the mixture `file` has for a tensor. Source: llama_tensor_get_type_impl, in its order."""
+def _chosen(name: str, shape: tuple[int, ...], file: str, sizes: Sizes, counts: dict[str, int]) -> str:  # noqa: PLR0911 (a return for each of llama.cpp's rules)
+    """Return the type that the file type `file` gives a tensor. Source: llama_tensor_get_type_impl, in its order."""
     kind, default = category(name), FILE_TYPES[file]
     if kind == "output" or (kind == "token_embd" and sizes.tied):
         return _output(file, default, shape[-1], sizes)
@@ -361,9 +372,9 @@ def _chosen(name: str, shape: tuple[int, ...], file: str, sizes: Sizes, counts: 
     if file in _TWO_BITS:
         return _two_bits(kind, file, default, sizes, counts)
     if kind in VALUES:
-        made = _values(file, default, sizes, counts["values"])
+        value_type = _values(file, default, sizes, counts["values"])
         counts["values"] += 1
-        return made
+        return value_type
     if kind in ("attn_k", "attn_q"):
         if kind == "attn_k" and sizes.experts == 8:
             return "Q8_0"
@@ -414,35 +425,35 @@ def _two_bits(kind: str, file: str, default: str, sizes: Sizes, counts: dict[str
 
 
 def _values(file: str, default: str, sizes: Sizes, i: int) -> str:
-    shared = sizes.ratio >= 4
-    made = default
+    is_grouped = sizes.ratio >= 4
+    value_type = default
     match file:
         case "Q2_K":
-            made = "Q4_K" if shared else "Q3_K"
+            value_type = "Q4_K" if is_grouped else "Q3_K"
         case "IQ3_XXS":
-            made = "Q4_K" if shared else "IQ3_XXS" if sizes.imatrix else "IQ3_S"
-        case "Q2_K_S" | "IQ3_XS" | "IQ3_S" if shared:
-            made = "Q4_K"
+            value_type = "Q4_K" if is_grouped else "IQ3_XXS" if sizes.imatrix else "IQ3_S"
+        case "Q2_K_S" | "IQ3_XS" | "IQ3_S" if is_grouped:
+            value_type = "Q4_K"
         case "IQ3_M":
-            made = "Q4_K"
+            value_type = "Q4_K"
         case "Q3_K_M":
-            made = "Q5_K" if i < 2 else "Q4_K"
+            value_type = "Q5_K" if i < 2 else "Q4_K"
         case "Q3_K_L":
-            made = "Q5_K"
-        case "IQ4_NL" | "IQ4_XS" if shared:
-            made = "Q5_K"
+            value_type = "Q5_K"
+        case "IQ4_NL" | "IQ4_XS" if is_grouped:
+            value_type = "Q5_K"
         case "Q4_K_M" | "Q5_K_M" if _more_bits(i, sizes.values):
-            made = "Q6_K"
+            value_type = "Q6_K"
         case "Q4_K_S" if i < 4:
-            made = "Q5_K"
+            value_type = "Q5_K"
         case _:
             pass
-    if sizes.seventy and made in ("Q3_K", "Q4_K"):
-        made = "Q5_K"
-    return "Q8_0" if sizes.experts == 8 else made
+    if sizes.seventy and value_type in ("Q3_K", "Q4_K"):
+        value_type = "Q5_K"
+    return "Q8_0" if sizes.experts == 8 else value_type
 
 
-def _down(file: str, default: str, sizes: Sizes, i: int) -> str:
+def _down(file: str, default: str, sizes: Sizes, i: int) -> str:  # noqa: PLR0911 (a return for each of llama.cpp's rules)
     n, falcon = sizes.layers, sizes.architecture == "falcon"
     first = i < n // 8
     match file:
@@ -476,13 +487,25 @@ def _down(file: str, default: str, sizes: Sizes, i: int) -> str:
             return default
 
 
-_OF_EIGHT = ("Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS")
+_Q5_WITH_8_EXPERTS = (
+    "Q2_K",
+    "IQ3_XS",
+    "IQ3_XXS",
+    "Q3_K_S",
+    "Q3_K_M",
+    "IQ4_NL",
+    "Q4_K_S",
+    "Q4_K_M",
+    "IQ3_S",
+    "IQ3_M",
+    "IQ4_XS",
+)
 
 
 def _attention_output(file: str, default: str, sizes: Sizes) -> str:
     if sizes.architecture == "falcon":
         return "Q4_K" if file == "Q3_K_L" else default
     if sizes.experts == 8:
-        return "Q5_K" if file in _OF_EIGHT else default
+        return "Q5_K" if file in _Q5_WITH_8_EXPERTS else default
     larger = {"Q2_K": "Q3_K", "IQ3_XXS": "IQ3_S", "Q3_K_M": "Q4_K", "Q3_K_L": "Q5_K", "IQ3_M": "Q4_K"}
     return larger.get(file, default)

@@ -1,11 +1,10 @@
-"""Kernels of packed weights, GPTQ's and AWQ's: the buffers they are given when the model is loaded, and what their
-products make beside their output.
+"""Kernels of packed GPTQ and AWQ weights: buffers allocated at load, and temporaries of their products.
 
-    exllama_v1, exllama_v2  GPTQ's 4 bits: packed weights as they are for few rows, and a matrix in a buffer that all
-                            layers share for more, so that a product makes nothing
-    cuda_old                GPTQ's 8 bits: a kernel of its own for few rows, and torch's operations for more, which
-                            shift every word of 32 bits as many times as it has weights
-    gemm                    AWQ's 4 bits: a kernel of its own for some rows, and a matrix in half precision for more
+exllama_v1, exllama_v2  GPTQ, 4 bits: few rows read the packed weights; for more, the matrix is dequantised into a
+                        buffer that all layers share, so a product allocates nothing
+cuda_old                GPTQ, 8 bits: a special kernel for few rows; for more, torch operations that shift every
+                        32-bit word once per weight in it
+gemm                    AWQ, 4 bits: a special kernel for few rows; for more, a matrix in half precision
 """
 
 from __future__ import annotations
@@ -17,13 +16,13 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.core.ir import Op, Stack, Tensor, Weight
 
-# By format, the kernels that may be asked for.
+# The kernels a user can choose, by format.
 BACKENDS = {
     "gptq-int4": ("exllama_v1", "exllama_v2"),
     "gptq-int8": ("cuda_old",),
     "awq-int4": ("gemm",),
 }
-# Rows from which on a product makes a whole matrix.
+# Number of rows from which a product dequantises the matrix.
 # Source: auto-gptq 0.7.1 nn_modules/qlinear/qlinear_cuda_old.py kernel_switch_threshold; autoawq 0.2.9
 # modules/linear/gemm.py WQLinearMMFunction.forward, 0.1.8 the same.
 MANY_ROWS = {"cuda_old": 128, "gemm": 1024}
@@ -32,17 +31,17 @@ _SOURCES = {
     "gemm": "autoawq 0.2.9 modules/linear/gemm.py WQLinearMMFunction.forward",
 }
 _BUFFERS = "auto-gptq 0.7.1 modeling/_utils.py autogptq_post_init"
-# How many rows version 2 of ExLlama's has room for, in 4 bytes a number.
+# Rows for which ExLlama version 2 has room, at 4 bytes a number.
 # Source: auto-gptq 0.7.1 nn_modules/qlinear/qlinear_exllamav2.py QuantLinear.scratch_space_fixed
 _ROWS_OF_2 = 2048 * 8
-_SPARE_OF_2 = 128  # bytes that it adds to either part
+_SPARE_OF_2 = 128  # padding of each part, in bytes
 
 
 def with_buffers(stack: Stack, backend: str, weights: Iterable[Weight], axes: Mapping[str, int]) -> Stack:
-    """The stack with the buffers of ExLlama's kernels, for matrices of GPTQ's without an order of inputs (`desc_act`).
+    """Return the stack with ExLlama's buffers, for GPTQ matrices without `desc_act`.
 
-    Version 1 has the largest matrix in half precision and a row of the widest input or output; version 2 the largest
-    sum of a matrix in half precision and fp32 outputs of 2,048 tokens of eight sequences.
+    Version 1 has room for the largest matrix in half precision and for a row of the widest input or output. Version 2
+    has room for the largest sum of a half-precision matrix and fp32 outputs of eight sequences of 2,048 tokens.
     """
     shapes = [
         (_product(w.shape.split()[: w.rows], axes), _product(w.shape.split()[w.rows :], axes))
@@ -59,8 +58,8 @@ def with_buffers(stack: Stack, backend: str, weights: Iterable[Weight], axes: Ma
     else:
         parts = (2 * out * into + _SPARE_OF_2 + 4 * _ROWS_OF_2 * out + _SPARE_OF_2 for out, into in shapes)
         sizes = {"scratch": max(parts) // 2}
-    made = (Weight(f"exllama.{name}", str(n), "buffer", "fp16", False) for name, n in sizes.items())
-    return stack._replace(before=(*stack.before, Op("exllama", (), (), tuple(made), source=_BUFFERS)))
+    buffers = (Weight(f"exllama.{name}", str(n), "buffer", "fp16", False) for name, n in sizes.items())
+    return stack._replace(before=(*stack.before, Op("exllama", (), (), tuple(buffers), source=_BUFFERS)))
 
 
 def _product(tokens: list[str], axes: Mapping[str, int]) -> int:
@@ -68,10 +67,10 @@ def _product(tokens: list[str], axes: Mapping[str, int]) -> int:
 
 
 def unpacked(stack: Stack, backend: str) -> Stack:
-    """The stack where products of many rows make whole matrices.
+    """Return the stack with products of many rows dequantising their matrices.
 
-    AWQ's are there in half precision beside the output. Of GPTQ's 8 bits a matrix is there in words of 32 bits and in
-    16, at the most; then in half precision for the product.
+    AWQ's half-precision matrix exists in addition to the output. GPTQ's 8-bit matrix peaks as 32-bit and 16-bit words,
+    and then exists in half precision for the product.
     """
 
     def change(op: Op) -> Iterator[Op]:
@@ -80,13 +79,13 @@ def unpacked(stack: Stack, backend: str) -> Stack:
             yield op
             return
         if backend == "gemm":
-            whole = Tensor("dequantised", w.shape, "fp16")
-            yield op._replace(scratch=(*op.scratch, whole), source=_SOURCES[backend])
+            dequantised = Tensor("dequantised", w.shape, "fp16")
+            yield op._replace(scratch=(*op.scratch, dequantised), source=_SOURCES[backend])
             return
         name = f"{op.writes[0].name}.matrix"
         words = Tensor("words", w.shape, "int32")
         yield Op(f"{op.name}.unpack", (), (Tensor(name, w.shape, "fp16"),), scratch=(words,), source=_SOURCES[backend])
         yield op._replace(reads=(*op.reads, name))
-        yield ops.leave(name)
+        yield ops.release_names(name)
 
     return rewrite(stack, change)

@@ -1,4 +1,4 @@
-"""Quantised weights: what is stored, and what computing with them makes."""
+"""Quantised weights that can be trained over: what is stored, and what computing with them allocates."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ from memplan.catalogue.kernels import ops
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 
 _BNB = "bitsandbytes 0.50"
-_GPTQ, _AWQ = "gptqmodel 7.7; auto-gptq 0.7 stores the same", "gptqmodel 7.7; autoawq 0.2.9 stores the same"
+_GPTQ = "gptqmodel 7.7; auto-gptq 0.7 stores the same tensors"
+_AWQ = "gptqmodel 7.7; autoawq 0.2.9 stores the same tensors"
 
 
-class Format(NamedTuple):
-    """How a matrix is stored and multiplied by: the library, which of its words the tensors have, and the source.
+class TrainableFormat(NamedTuple):
+    """How a matrix is stored and multiplied.
 
-    `needs` is what the library must be told or have before adapters train over it; `basis` is derived, or assumed
-    where what computing makes was read and not seen.
+    library  library whose names the stored tensors have
+    source   where it was read
+    needs    what the library needs before adapters can train over it
+    basis    `derived`, or `assumed` if the temporaries of computing were read and not traced
     """
 
     library: str
@@ -26,12 +29,12 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "nf4": Format(_BNB, "bitsandbytes 0.50 functional.py quantize_4bit, QuantState"),
-    "fp4": Format(_BNB, "bitsandbytes 0.50 functional.py quantize_4bit, QuantState"),
-    "int8": Format(_BNB, "bitsandbytes 0.50 backends for LLM.int8"),
+    "nf4": TrainableFormat(_BNB, "bitsandbytes 0.50 functional.py quantize_4bit, QuantState"),
+    "fp4": TrainableFormat(_BNB, "bitsandbytes 0.50 functional.py quantize_4bit, QuantState"),
+    "int8": TrainableFormat(_BNB, "bitsandbytes 0.50 backends for LLM.int8"),
     **dict.fromkeys(
         ("gptq-int4", "gptq-int8"),
-        Format(
+        TrainableFormat(
             _GPTQ,
             "gptqmodel 7.7 nn_modules/qlinear/__init__.py _register_gptq_buffers, torch.py TorchLinear._forward_eager, "
             "which tritonv2.py calls in training; auto-gptq 0.7 qlinear_tritonv2.py",
@@ -39,33 +42,33 @@ FORMATS = {
             "assumed",
         ),
     ),
-    "awq-int4": Format(
+    "awq-int4": TrainableFormat(
         _AWQ,
         "gptqmodel 7.7 nn_modules/qlinear/__init__.py AWQuantLinear, gemm_awq.py AwqGemmFn; of up to 1,024 tokens its "
         "kernel's partial sums are not counted",
         "a backend that trains: AwqConfig(backend='auto_trainable'); transformers loads it in fp16",
         "assumed",
     ),
-    "fp8": Format(
+    "fp8": TrainableFormat(
         "transformers 5.24",
         "transformers 5.24 integrations/finegrained_fp8.py FP8Linear, FP8LinearFunction, _dequantize_fp8_weight",
         "compute capability 8.9",
         "assumed",
     ),
 }
-# Rows that bitsandbytes multiplies by packed weights whatever the card and the matrix; before 0.50 it was one. Of up to
-# 1,536 it chooses by both.
+# Most rows that bitsandbytes always multiplies by packed weights; before 0.50 it was one. Up to 1,536 rows it decides
+# by GPU and matrix.
 # Source: bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit; 0.41 to 0.49 autograd/_functions.py matmul_4bit.
 FEW_ROWS = 4
-WHOLE = -1  # the block size of one scale a column
+WHOLE = -1  # the block size if there is one scale per column
 FP8_BLOCK = 128
 
 
 def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple[Tensor, ...]:
-    """The tensors that hold a quantised matrix. A dtype `x/n` is one x for every n elements, rounded up.
+    """Return the tensors that hold a quantised matrix. A dtype `x/n` is one x for every n elements, rounded up.
 
-    GPTQ has words of int32, a half-precision scale and a zero a group of inputs (or one group, `WHOLE`), and every
-    input's group; AWQ the same without the last. FP8 has a byte a weight, and a scale a square of 128.
+    GPTQ has int32 words, a half-precision scale and a zero point per group of inputs (or one group, `WHOLE`), and every
+    input's group. AWQ has no groups of inputs. FP8 has a byte per weight and a scale per square of 128.
     """
     tokens = w.shape.split(" ")
     out, into = tokens[: w.rows], tokens[w.rows :]
@@ -80,7 +83,7 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple
             *((Tensor("g_idx", " ".join(into), "int32"),) if format != "awq-int4" else ()),
         )
     if format == "fp8":
-        each = " ".join(tokens[: 1 if w.stacked else 0])  # a scale for itself of every expert
+        each = " ".join(tokens[: 1 if w.stacked else 0])  # every expert has its own scale
         squares = f"{'*'.join(out[1:] if w.stacked else out)}/{FP8_BLOCK} {'*'.join(into)}/{FP8_BLOCK}"
         blocks = f"{each} {squares}".strip() if block_size != WHOLE else each
         return (Tensor("fp8", w.shape, "fp8"), Tensor("weight_scale_inv", blocks, "fp32"))
@@ -101,7 +104,7 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple
 
 
 def family_of(w: Weight) -> str:
-    """Whose words a quantised matrix is stored in: gptq, awq, fp8, int8, or 4bit for bitsandbytes' four bits."""
+    """Return the family of a stored matrix's format: gptq, awq, fp8, int8, or 4bit for bitsandbytes' four bits."""
     names = [t.name for t in w.stored]
     if "qweight" in names:
         return "gptq" if "g_idx" in names else "awq"
@@ -109,34 +112,34 @@ def family_of(w: Weight) -> str:
 
 
 def storage_of(w: Weight) -> str:
-    """The library that stores a quantised matrix so."""
+    """Return the library that stores a quantised matrix in this format."""
     return {"gptq": _GPTQ, "awq": _AWQ, "fp8": FORMATS["fp8"].library}.get(family_of(w), _BNB)
 
 
 def absmax(w: Weight) -> tuple[Tensor, ...]:
-    """The fp32 scales of a doubly quantised matrix, made again whenever it is dequantised."""
+    """Return the fp32 scales of a doubly quantised matrix, computed whenever it is dequantised."""
     nested = w.stored[1].dtype.startswith("uint8/")
     block_size = w.stored[1].dtype.partition("/")[2]
     return (Tensor("absmax", w.shape, f"fp32/{block_size}"),) if nested else ()
 
 
 def dequantise(w: Weight, name: str, y: str, shape: str, dtype: str = "") -> Op:
-    """The matrix in the dtype it had before it was quantised."""
+    """Return the matrix in the dtype it had before it was quantised."""
     return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=absmax(w), source=f"{_BNB} dequantize_4bit")
 
 
 def quantised_linear(
     op: Op, name: str, y: str, compute: str, older: bool = False, keeps: bool = False, copies: bool = True
 ) -> Iterator[Op]:
-    """The linear layer of the library that stores `op`'s matrix in its place, writing `y`; `compute` is what 4-bit ones
-    compute in.
+    """Return the linear layer with which the matrix's library replaces `op`, writing `y`.
 
-    `older`: before bitsandbytes 0.43 a 4-bit layer held its input to the end of the step. `keeps`: of GPTQ, torch keeps
-    the dequantised matrix for the backward pass, as gptqmodel has it and auto-gptq had not. `copies`: a kernel that
-    reads 4-bit weights as they are is not taken.
+    compute  dtype in which 4-bit layers compute
+    older    before bitsandbytes 0.43 a 4-bit layer held its input to the end of the step
+    keeps    torch keeps GPTQ's dequantised matrix for backward, as with gptqmodel but not auto-gptq
+    copies   no kernel that reads packed 4-bit weights is used
     """
     w = next(w for w in op.weights if w.matrix)
-    if op.skipped:  # its bias is as it was loaded
+    if op.skipped:  # its bias keeps the loaded dtype
         return iter((op,))
     match family_of(w):
         case "int8":
@@ -150,31 +153,36 @@ def quantised_linear(
 
 
 def _linear_kept(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
-    """The matrix is dequantised, in the dtype of its scales, cast to the input's and multiplied as any other: torch
-    keeps it for the gradient of the input. Scales are taken to be in the dtype the model is loaded in."""
+    """Return a GPTQ linear layer whose dequantised matrix torch keeps for the gradient of the input.
+
+    The matrix is dequantised to the dtype of its scales and cast to the input's. The scales are assumed to have the
+    dtype in which the model is loaded.
+    """
     (x,), shape = op.reads, op.writes[0].shape
-    row, made, full = FORMATS["gptq-int4"], f"{y}.dequantised", f"{y}.matrix"
+    row, dequantised, matrix = FORMATS["gptq-int4"], f"{y}.dequantised", f"{y}.matrix"
     source = f"{row.basis}: {row.source}"
-    yield Op(f"{name}.dequantise", (), (Tensor(made, w.shape, w.dtype),), (w,), source=source)
-    yield ops.cast(f"{name}.cast", made, full, w.shape, f"={x}")
-    yield ops.leave(made)
+    yield Op(f"{name}.dequantise", (), (Tensor(dequantised, w.shape, w.dtype),), (w,), source=source)
+    yield ops.cast(f"{name}.cast", dequantised, matrix, w.shape, f"={x}")
+    yield ops.release_names(dequantised)
     yield Op(
         name,
-        (x, full),
+        (x, matrix),
         (Tensor(y, shape),),
         tuple(v._replace(trains=False) for v in op.weights if not v.matrix),
-        (Keep(full, x),),
+        (Keep(matrix, x),),
         gradient=op.gradient,
         autocast="lower",
         product="matrix",
         source=source,
     )
-    yield ops.leave(full)
+    yield ops.release_names(matrix)
 
 
 def _linear_fp8(op: Op, w: Weight, name: str, y: str, compute: str) -> Iterator[Op]:
-    """The input is quantised for the kernel, and nothing of it kept; backward dequantises the matrix, and spreads its
-    scales over its rows."""
+    """Return an FP8 linear layer, which quantises its input and keeps none of it.
+
+    Backward dequantises the matrix, and broadcasts its scales over its rows.
+    """
     (x,), shape = op.reads, op.writes[0].shape
     lead, _, into = ops.axes_of(op)
     row, rows = FORMATS["fp8"], f"{lead} {into}"
@@ -195,9 +203,9 @@ def _linear_fp8(op: Op, w: Weight, name: str, y: str, compute: str) -> Iterator[
 
 
 def _linear_int8(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
-    """LLM.int8: the input is quantised row by row and kept whole by the backward node, checkpointing or not.
+    """Return an LLM.int8 layer: the input is quantised by row, and the backward node keeps it, checkpointing or not.
 
-    Columns with outliers are multiplied apart; how many there are depends on the data, and they are not counted.
+    Columns with outliers are multiplied separately; their number depends on the data, and they are not counted.
     Source: bitsandbytes 0.50 autograd/_functions.py MatMul8bitLt, backends/cuda/ops.py.
     """
     (x,), shape = op.reads, op.writes[0].shape
@@ -227,11 +235,13 @@ def _linear_int8(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
 
 
 def experts_fp8(op: Op, w: Weight, compute: str) -> Op:
-    """A grouped product with the matrices of experts in FP8: as `_linear_fp8`, but that backward dequantises only as
-    many experts at once as take 1 GiB."""
+    """Return a grouped product with experts in FP8.
+
+    Like `_linear_fp8`, but backward dequantises only as many experts at once as fit in 1 GiB.
+    """
     row, tokens = FORMATS["fp8"], w.shape.split(" ")
     out, into = " ".join(tokens[1 : w.rows]), " ".join(tokens[w.rows :])
-    rows, some = f"{op.writes[0].shape.removesuffix(out)}{into}", f"{fp8_chunk(w)} {out} {into}"
+    rows, chunk = f"{op.writes[0].shape.removesuffix(out)}{into}", f"{fp8_chunk(w)} {out} {into}"
     return op._replace(
         scratch=(
             *op.scratch,
@@ -240,20 +250,20 @@ def experts_fp8(op: Op, w: Weight, compute: str) -> Op:
         ),
         scratch_back=(
             *op.scratch_back,
-            Scratch(Tensor("dequantised experts", some, compute)),
-            Scratch(Tensor("scales of rows", some, f"{compute}/{FP8_BLOCK}")),
+            Scratch(Tensor("dequantised experts", chunk, compute)),
+            Scratch(Tensor("scales of rows", chunk, f"{compute}/{FP8_BLOCK}")),
         ),
         source=f"{row.basis}: {row.source}, FP8GroupedMatmulFunction",
     )
 
 
 def fp8_chunk(w: Weight) -> str:
-    """The axis that says how many experts of a stack are dequantised at once."""
+    """Return the axis that counts the experts of a stack that are dequantised at once."""
     return f"chunk:{w.name}"
 
 
 def fp8_experts_at_once(elements: int, experts: int, itemsize: int) -> int:
-    """How many experts of a stack of so many elements are dequantised at once.
+    """Return how many experts of a stack of `elements` weights are dequantised at once.
 
     Source: transformers 5.24 integrations/finegrained_fp8.py FP8GroupedMatmulFunction.dequant_budget_bytes.
     """
@@ -261,34 +271,36 @@ def fp8_experts_at_once(elements: int, experts: int, itemsize: int) -> int:
 
 
 def _source(w: Weight) -> str:
-    """Where it is read what a product with a matrix of packed weights makes."""
+    """Return the source of the temporaries of a product with packed weights."""
     row = {"gptq": FORMATS["gptq-int4"], "awq": FORMATS["awq-int4"]}.get(family_of(w))
     return f"{row.basis}: {row.source}" if row else f"{_BNB} MatMul4Bit"
 
 
 def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool, copies: bool = True) -> Iterator[Op]:
-    """Nothing of the input is kept; the matrix is dequantised in both directions.
+    """Return a 4-bit linear layer. It keeps nothing of the input and dequantises the matrix in both directions.
 
-    The input is cast to the layer's compute dtype and the result back; the first call casts the bias, for good. Forward
-    dequantises to the compute dtype at once, backward to the dtype the matrix had and then casts that.
-    Before 0.43 forward did as backward does, and the backward node referred to the input (`older`). Without `copies` a
-    kernel reads the packed weights themselves.
-    Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward, autograd/_functions.py MatMul4Bit; 0.41.3 and 0.42.
+    The input is cast to the layer's compute dtype and the result back; the first call casts the bias permanently.
+    Forward dequantises directly to the compute dtype, backward to the matrix's original dtype and then casts. Before
+    0.43 forward did as backward does, and the backward node referenced the input (`older`). Without `copies` a kernel
+    reads the packed weights. Source: bitsandbytes 0.50 nn/modules.py Linear4bit.forward, autograd/_functions.py
+    MatMul4Bit; 0.41.3 and 0.42.
     """
     (x,), shape = op.reads, op.writes[0].shape
     lead, _, into = ops.axes_of(op)
     full = Tensor("dequantised", w.shape, compute)
     back = (Scratch(Tensor("dequantised", w.shape, w.dtype)), *((Scratch(full),) if compute != w.dtype else ()))
     scales = absmax(w)
-    whole = tuple(t.tensor for t in back)
-    before = whole if len(whole) > 1 else (*scales, *whole)  # scales are gone when the matrix is cast
+    dequantised = tuple(t.tensor for t in back)
+    forward_scratch = (
+        dequantised if len(dequantised) > 1 else (*scales, *dequantised)
+    )  # the cast finds the scales freed
     yield ops.cast(f"{name}.cast", x, f"{y}.in", f"{lead} {into}", compute)
     yield Op(
         name,
         (f"{y}.in",),
         (Tensor(f"{y}.out", shape, compute),),
         tuple(v if v.matrix else v._replace(dtype=compute) for v in op.weights),
-        scratch=() if not copies else (*scales, *scales, full) if not older else before,
+        scratch=() if not copies else (*scales, *scales, full) if not older else forward_scratch,
         scratch_back=(*(Scratch(t, early=True) for t in scales), *back),
         gradient=op.gradient,
         captures=(f"{y}.in",) if older else (),
@@ -296,4 +308,4 @@ def _linear_4bit(op: Op, w: Weight, name: str, y: str, compute: str, older: bool
         source=_source(w),
     )
     yield ops.cast(f"{name}.cast_back", f"{y}.out", y, shape, f"={x}")
-    yield ops.leave(f"{y}.in")
+    yield ops.release_names(f"{y}.in")

@@ -1,7 +1,7 @@
-"""Formats of weights that those who run a model choose from, the mildest first, as each framework can read them.
+"""Weight formats from which a user who runs a model can choose, mildest first, for each framework.
 
-What a format does to the result is what its source measured, on that source's model; other models, smaller ones above
-all, lose more or less.
+The effect on quality is what the source measured on its own model. Other models, especially smaller ones, may lose more
+or less.
 """
 
 from __future__ import annotations
@@ -9,11 +9,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-class Step(NamedTuple):
-    """`format` as `method.quantization.format` has it, and what it does to the result, in words, by whom.
+class FormatChoice(NamedTuple):
+    """A format and its cost in quality.
 
-    capability  the least compute capability of an NVIDIA card whose kernels read it, in tenths
-    kernels     who says so
+    format      value of `method.quantization.format`
+    quality     effect on quality, in words
+    source      who measured it
+    capability  minimum compute capability of an NVIDIA GPU whose kernels read it, times ten
+    kernels     source of that minimum
     """
 
     format: str
@@ -28,19 +31,19 @@ _EIGHT = "Dettmers et al. 2022, LLM.int8(), arXiv:2208.07339"
 _QLORA = "Dettmers et al. 2023, QLoRA, arXiv:2305.14314, table 4"
 _HELP = "llama.cpp tools/quantize/quantize.cpp QUANT_OPTIONS"
 _SCHEMES = "layers/quantization/compressed_tensors/schemes get_min_capability"
-_FP8 = "none that was seen; inputs in 8 bits too where the card has units for them"
+_FP8 = "none measured; 8-bit inputs too if the GPU has units for them"
 
 
-def _compressed(fp8: int, int8: int, int4: int, read: str) -> tuple[Step, ...]:
-    """What engines read in compressed-tensors."""
+def _compressed(fp8: int, int8: int, int4: int, read: str) -> tuple[FormatChoice, ...]:
+    """Return the compressed-tensors formats that an engine reads."""
     return (
-        Step("fp8-channel", _FP8, _DEATH, fp8, f"{read} {_SCHEMES}"),
-        Step("w8a8-int8", "1 to 3 % in benchmarks, inputs in 8 bits too", _DEATH, int8, f"{read} {_SCHEMES}"),
-        Step("w4a16", "as good as 8-bit integers", _DEATH, int4, f"{read} {_SCHEMES}"),
+        FormatChoice("fp8-channel", _FP8, _DEATH, fp8, f"{read} {_SCHEMES}"),
+        FormatChoice("w8a8-int8", "1 to 3 % in benchmarks; 8-bit inputs too", _DEATH, int8, f"{read} {_SCHEMES}"),
+        FormatChoice("w4a16", "as good as 8-bit integers", _DEATH, int4, f"{read} {_SCHEMES}"),
     )
 
 
-# Perplexity of Llama 3 8B above that of its 16-bit weights, as llama-quantize's help prints it.
+# Increase of Llama 3 8B's perplexity over 16-bit weights, as printed by llama-quantize's help.
 _PERPLEXITY = (
     ("Q8_0", "0.0026"),
     ("Q6_K", "0.0217"),
@@ -54,26 +57,26 @@ _PERPLEXITY = (
     ("Q2_K", "3.5199"),
 )
 
-# By an engine's name; transformers' for all other profiles.
-FORMATS: dict[str, tuple[Step, ...]] = {
+# By engine; all other profiles use transformers' formats.
+FORMATS: dict[str, tuple[FormatChoice, ...]] = {
     "transformers": (
-        Step("int8", "none that was seen", _EIGHT, 75, "bitsandbytes' documentation, installation: LLM.int8()"),
-        Step("nf4", "a point or less in MMLU", _QLORA),
+        FormatChoice("int8", "none measured", _EIGHT, 75, "bitsandbytes' documentation, installation: LLM.int8()"),
+        FormatChoice("nf4", "at most one point in MMLU", _QLORA),
     ),
     "vllm-0.33": _compressed(75, 75, 75, "vllm 0.33.0"),
     "vllm-0.11": _compressed(80, 75, 80, "vllm 0.11.0"),
     "sglang-0.5": _compressed(80, 80, 80, "sglang 0.5.23"),
     "tgi-3": (
-        Step("fp8-channel", _FP8, _DEATH, 80, "assumed: Marlin's kernels"),
-        Step("gptq-int4", "as good as 8-bit integers", _DEATH),
+        FormatChoice("fp8-channel", _FP8, _DEATH, 80, "assumed: Marlin's kernels"),
+        FormatChoice("gptq-int4", "as good as 8-bit integers", _DEATH),
     ),
-    "llama.cpp-2026": tuple(Step(name, f"perplexity +{more}", _HELP) for name, more in _PERPLEXITY),
+    "llama.cpp-2026": tuple(FormatChoice(name, f"perplexity +{more}", _HELP) for name, more in _PERPLEXITY),
 }
 
 
-def formats(profile: str, capability: tuple[int, int] | None) -> tuple[Step, ...]:
-    """Those of a profile that a card of that compute capability reads; of a card that has none all."""
-    found = FORMATS.get(profile, FORMATS["transformers"])
+def formats(profile: str, capability: tuple[int, int] | None) -> tuple[FormatChoice, ...]:
+    """Return a profile's formats that a GPU of that compute capability can read; all of them without a capability."""
+    steps = FORMATS.get(profile, FORMATS["transformers"])
     if capability is None:
-        return found
-    return tuple(step for step in found if capability >= divmod(step.capability, 10))
+        return steps
+    return tuple(step for step in steps if capability >= divmod(step.capability, 10))

@@ -1,1 +1,1 @@
-"""Vision towers, and the parts of a vision-language model that a text-only step leaves alone."""
+"""Vision towers, and the towers that a text-only step does not run."""

@@ -1,7 +1,7 @@
-"""The vision towers of vision-language models, from pixels to what the language model reads in place of their tokens.
+"""Vision towers of vision-language models, from pixels to the features that replace image tokens.
 
-A tower sees the images of a whole batch: as one sequence of patches (`b patches`), or image by image. How large they
-are is the run's: see `memplan.models.configs.vision`.
+A tower processes the images of a whole batch as one sequence of patches (`b patches`), or image by image. Their sizes
+are set per run: see `memplan.models.configs.vision`.
 """
 
 from __future__ import annotations
@@ -21,8 +21,13 @@ _ATEN = "torch 2.13 aten/src/ATen/native"
 
 
 class Tower(NamedTuple):
-    """The operations before its blocks, which read `pixel_values` and write `embeds`; the runs of its blocks; those
-    after, which read `x` and write `features`. `inputs`: what a processor makes of images for it."""
+    """A vision tower.
+
+    inputs  what an image processor makes for it
+    before  operations before its blocks: read `pixel_values`, write `embeds`
+    runs    runs of its blocks
+    after   operations after its blocks: read `x`, write `features`
+    """
 
     inputs: tuple[Tensor, ...]
     before: tuple[Op, ...]
@@ -41,7 +46,7 @@ def linear(
     bias: bool = True,
     flat: bool = True,
 ) -> Op:
-    """A linear layer over patches, which lie in two dimensions (`flat`) or in three."""
+    """Return a linear layer over patches, whose input is two-dimensional if `flat`, else three-dimensional."""
     return ops.linear(name, x, y, out, into, group, bias, lead=lead, flat=flat)
 
 
@@ -50,7 +55,10 @@ def norm(name: str, x: str, y: str, shape: str, axis: str, group: str = "vision"
 
 
 def strided_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    """LayerNorm of hidden states that lie column by column, as a convolution leaves them: copied in both directions."""
+    """Return a LayerNorm of hidden states that are contiguous by column, as a convolution leaves them.
+
+    They are copied in forward and in backward.
+    """
     (op,) = norm(name, x, y, shape, axis)
     copy = Tensor("contiguous", shape, f"={x}")
     return (
@@ -67,14 +75,14 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str, group: str = "vis
 
 
 def grouped(operations: tuple[Op, ...], group: str) -> tuple[Op, ...]:
-    """The operations, their weights counted under another group."""
+    """Return the operations with their weights counted under another group."""
     return tuple(op._replace(weights=tuple(w._replace(group=group) for w in op.weights)) for op in operations)
 
 
 def convolution(name: str, x: str, y: str, shape: str, bias: bool, asks: bool) -> tuple[Op, ...]:
-    """Patches to hidden states; pixels are cast to the weight's dtype before, and stay in it as long as the tower runs.
+    """Turn patches into hidden states. Pixels are cast to the weight's dtype; the tower holds the cast to its end.
 
-    `asks`: transformers takes it for the tower's input embeddings, whose output asks for a gradient with checkpointing.
+    `asks`: transformers treats it as the tower's input embeddings, whose output requires a gradient with checkpointing.
     """
     w = Weight(f"{name}.weight", "vh vin", "vision")
     b = (Weight(f"{name}.bias", "vh", "vision"),) if bias else ()
@@ -88,7 +96,7 @@ def convolution(name: str, x: str, y: str, shape: str, bias: bool, asks: bool) -
             (w, *b),
             (Keep(pixels, w.name), Keep(w.name, w.name)),
             autocast="lower",
-            asks=asks,
+            requires_gradient=asks,
             product="matrix",
             source=f"{ops.DERIVATIVES}: convolution",
         ),
@@ -96,9 +104,9 @@ def convolution(name: str, x: str, y: str, shape: str, bias: bool, asks: bool) -
 
 
 def axial_table(prefix: str = "visual.rotary_pos_emb", width: str = "vd4", like: str = "") -> tuple[Op, ...]:
-    """cos and sin of every patch's row and column, in fp32, and the positions they are of.
+    """Return fp32 cos and sin of every patch's row and column, and their positions.
 
-    `like`: in Pixtral's, whose rows and columns have frequencies of their own, they are cast to its dtype.
+    `like`: cast to the dtype of that tensor, as in Pixtral, whose rows and columns also have separate frequencies.
     """
     source = "transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py Qwen2VLVisionRotaryEmbedding"
     f, half, whole, positions = "fp32", f"{P} vd2", f"{P} vd", f"{P} 2"
@@ -126,20 +134,20 @@ def axial_table(prefix: str = "visual.rotary_pos_emb", width: str = "vd4", like:
             ops.cast(f"visual.rotary.to_{t}", last[t], f"v.{t}", whole, f"={like}")
             for t in (("cos", "sin") if like else ())
         ),
-        ops.leave("v.angles", *(last.values() if like else ())),
+        ops.release_names("v.angles", *(last.values() if like else ())),
     )
 
 
 def rotated(
     name: str, x: str, y: str, shape: str, half: str, table: tuple[str, str] = ("v.cos", "v.sin")
 ) -> tuple[Op, ...]:
-    """`ops.rotate` with the tower's own table."""
-    turned = ops.rotate(name, x, y, shape, half)
-    return renamed(turned, {"cos": table[0], "sin": table[1]})
+    """Return `ops.rotate` with the tower's own table."""
+    operations = ops.rotate(name, x, y, shape, half)
+    return renamed(operations, {"cos": table[0], "sin": table[1]})
 
 
 def quick_gelu(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """`x * sigmoid(1.702 x)`: keeps x and the sigmoid."""
+    """Return `x * sigmoid(1.702 x)`, which keeps x and the sigmoid."""
     return (
         ops.scale(f"{name}.scale", x, f"{y}.scaled", shape),
         Op(
@@ -155,7 +163,7 @@ def quick_gelu(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 
 
 def acted(act: str, name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
-    """The activation of that name in transformers. Raises UnsupportedModelError for one that is not written down."""
+    """Return transformers' activation named `act`. Raises UnsupportedModelError if it is not modelled."""
     if act == "quick_gelu":
         return quick_gelu(name, x, y, shape)
     if act not in ONE_KERNEL:
@@ -169,25 +177,25 @@ def acted(act: str, name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 def mlp(
     name: str, x: str, y: str, act: str, layers: tuple[str, str] = ("fc1", "fc2"), lead: str = P, flat: bool = True
 ) -> tuple[Op, ...]:
-    """Two layers with an activation between them."""
+    """Return two linear layers with an activation between them."""
     first, second = layers
     return (
         linear(f"{name}.{first}", x, "v.up", "vf", "vh", lead=lead, flat=flat),
         *acted(act, f"{name}.act_fn", "v.up", "v.act", f"{lead} vf"),
         linear(f"{name}.{second}", "v.act", y, "vh", "vf", lead=lead, flat=flat),
-        ops.leave(x),
+        ops.release_names(x),
     )
 
 
 def gated_mlp(name: str, x: str, y: str, bias: bool, flat: bool = True) -> tuple[Op, ...]:
-    """`down_proj(act(gate_proj(x)) * up_proj(x))`."""
+    """Return `down_proj(act(gate_proj(x)) * up_proj(x))`."""
     return (
         linear(f"{name}.gate_proj", x, "v.gate", "vf", "vh", bias=bias, flat=flat),
         ops.activation(f"{name}.act_fn", "v.gate", "v.act", f"{P} vf"),
         linear(f"{name}.up_proj", x, "v.up", "vf", "vh", bias=bias, flat=flat),
         ops.mul(f"{name}.product", "v.act", "v.up", "v.product", f"{P} vf"),
         linear(f"{name}.down_proj", "v.product", y, "vh", "vf", bias=bias, flat=flat),
-        ops.leave(x),
+        ops.release_names(x),
     )
 
 
@@ -199,7 +207,7 @@ def block(
     norms: tuple[str, str] = ("norm1", "norm2"),
     lead: str = P,
 ) -> Block:
-    """Norm, attention from `v.n1` to `v.ao`, residual; norm, MLP from `v.n2` to `v.mo`, residual."""
+    """Return a block: norm, attention from `v.n1` to `v.ao`, residual; norm, MLP from `v.n2` to `v.mo`, residual."""
     shape = f"{lead} vh"
     return Block(
         name,
@@ -214,13 +222,13 @@ def block(
     )
 
 
-class Kernel(NamedTuple):
-    """What one call of attention, or all that are alike, see: the queries, and their axes.
+class TowerAttention(NamedTuple):
+    """What one attention call, or each of several equal calls, processes.
 
-    calls      the axis that counts the calls in a sequence; empty for one call
-    q, lse     the queries' axes, and those of the sums over keys but for the kernel's rounding
-    rows       the axis of the rows of a call, whose rounded ones have its name
-    batch      axes of what a call sees at once beside its rows, where it sees several images
+    calls  axis that counts the calls in a sequence; empty for one call
+    q      axes of the queries
+    rows   axis of a call's rows; axes of rounded rows start with its name
+    batch  further axes of a call that processes several images at once
     """
 
     calls: str
@@ -229,21 +237,23 @@ class Kernel(NamedTuple):
     batch: str
 
 
-IMAGE = Kernel("images", f"{P} va vd", "grid", "")
-WINDOW = Kernel("windows", f"{P} va vd", "window", "")
-BATCH = Kernel("", "b images grid va vd", "grid", "b images")
-PACKED = Kernel("", f"{P} va vd", "packed", "")
+IMAGE = TowerAttention("images", f"{P} va vd", "grid", "")
+WINDOW = TowerAttention("windows", f"{P} va vd", "window", "")
+BATCH = TowerAttention("", "b images grid va vd", "grid", "b images")
+PACKED = TowerAttention("", f"{P} va vd", "packed", "")
 
 
 def attention(
-    name: str, q: str, k: str, v: str, y: str, kernel: str, over: Kernel, mask: str = "", keys: str = ""
+    name: str, q: str, k: str, v: str, y: str, kernel: str, over: TowerAttention, mask: str = "", keys: str = ""
 ) -> Op:
-    """The flash or the memory-efficient kernel, see `memplan.catalogue.attention.attention`; of several calls the
-    scratch is that of one at a time, and the random generator's state takes 512 bytes in each. `keys`: the axis of what
-    a query attends to, where that is not all rows of a call."""
+    """Return the flash or memory-efficient kernel, see `memplan.catalogue.attention.attention`.
+
+    Several calls reuse the scratch of one, and each keeps 512 bytes of RNG state. `keys`: the axis of the keys that a
+    query attends to, if it is not all rows of a call.
+    """
     lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
     state = f"b {over.calls} 64" if over.calls else ""
-    kept = (q, k, v, y, lse, seed, offset, *((mask,) if mask else ()))
+    saved = (q, k, v, y, lse, seed, offset, *((mask,) if mask else ()))
     batch, rows = over.batch, over.rows
     if kernel == "flash":
         sums = f"{over.q.removesuffix(' vd')}"
@@ -272,7 +282,7 @@ def attention(
             Tensor(offset, state, "int64"),
         ),
         (),
-        tuple(Keep(what, of) for of in (q, k, v) for what in kept),
+        tuple(Keep(what, of) for of in (q, k, v) for what in saved),
         scratch_back=tuple(map(Scratch, scratch)),
         autocast="lower",
         product=f"whole attention over {keys or (P if rows == 'packed' else rows)}",
@@ -280,48 +290,48 @@ def attention(
     )
 
 
-def _together(name: str, q: str, k: str, v: str, y: str, target: str, keys: str) -> tuple[Op, ...]:
-    """Flash attention 2 takes all images, or all windows, as one packed sequence, in half precision.
+def _packed(name: str, q: str, k: str, v: str, y: str, target: str, keys: str) -> tuple[Op, ...]:
+    """Return flash attention 2 over all images, or all windows, packed in one half-precision sequence.
 
     Source: transformers 5.24 modeling_flash_attention_utils.py _flash_attention_forward.
     """
-    given = {x: f"{x}.target" if target else x for x in (q, k, v)}
+    inputs = {x: f"{x}.target" if target else x for x in (q, k, v)}
     return (
-        *(ops.cast(f"{name}.cast_{x}", x, to, PACKED.q, target) for x, to in given.items() if to != x),
-        attention(name, given[q], given[k], given[v], y, "flash", PACKED, keys=keys),
-        ops.leave(q, k, v, *given.values()),
+        *(ops.cast(f"{name}.cast_{x}", x, to, PACKED.q, target) for x, to in inputs.items() if to != x),
+        attention(name, inputs[q], inputs[k], inputs[v], y, "flash", PACKED, keys=keys),
+        ops.release_names(q, k, v, *inputs.values()),
     )
 
 
-def chunked(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, over: Kernel) -> tuple[Op, ...]:
-    """Attention image by image, or window by window: heads are split, each part attended to, what comes out joined.
+def chunked(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, over: TowerAttention) -> tuple[Op, ...]:
+    """Attend image by image, or window by window: split the heads, attend in each part, and concatenate the outputs.
 
-    The gradients of the parts are joined into new ones.
+    The gradients of the parts are concatenated in new tensors.
     """
     if wiring.tower == "flash_2":
-        return _together(name, q, k, v, y, wiring.target, over.rows)
+        return _packed(name, q, k, v, y, wiring.target, over.rows)
     parts = tuple(ops.view(f"{name}.split_{t}", t, f"{t}.parts", over.q, gradient="new") for t in (q, k, v))
     return (
         *parts,
         attention(name, f"{q}.parts", f"{k}.parts", f"{v}.parts", f"{y}.parts", wiring.tower, over),
         ops.copy(f"{name}.cat", f"{y}.parts", y, over.q),
-        ops.leave(f"{y}.parts", q, k, v),
+        ops.release_names(f"{y}.parts", q, k, v),
     )
 
 
 def plain_attention(names: tuple[str, ...], wiring: Wiring, lead: str, bias: bool) -> tuple[Op, ...]:
-    """q, k and v in projections of their own, and nothing rotated; attention image by image."""
+    """Return attention image by image, with separate q, k and v projections and no rotation."""
     q, k, v, o = names
     return (
         *(linear(n, "v.n1", f"v.{x}", "va vd", "vh", lead=lead, bias=bias) for n, x in ((q, "q"), (k, "k"), (v, "v"))),
         *chunked("attention", "v.q", "v.k", "v.v", "v.o", wiring, IMAGE),
         linear(o, "v.o", "v.ao", "vh", "va vd", lead=lead, bias=bias),
-        ops.leave("v.o", "v.n1"),
+        ops.release_names("v.o", "v.n1"),
     )
 
 
-def held(x: str, *more: str) -> tuple[Op, ...]:
-    """The model returns the tower's last hidden states, and what is made of them, with its own."""
+def returned_states(x: str, *more: str) -> tuple[Op, ...]:
+    """Return views of the tower's last hidden states and of tensors computed from them, which the model returns."""
     return tuple(
         ops.view(f"image_outputs.{name}", name, f"{name}.returned", shape)._replace(holds="forward")
         for name, shape in ((x, f"{P} vh"), *((m, "b merged h") for m in more))

@@ -1,8 +1,7 @@
-"""What vision-language models share: a tower, and a language model that reads what it makes of images in place of their
-tokens.
+"""Vision-language models: a tower, and a language model in which its features replace image tokens.
 
-Without images the tower's weights are there, and nothing of it runs. What towers are made of is in
-`memplan.catalogue.vision.towers`; each family has a module of its own.
+Without images only the tower's weights exist and nothing of it runs. Parts of towers are in
+`memplan.catalogue.vision.towers`; each family has its own module.
 """
 
 from __future__ import annotations
@@ -17,20 +16,21 @@ _INDEX = "torch 2.13 aten/src/ATen/native/cuda/IndexKernel.cpp masked_scatter__c
 
 
 def skipped(operations: tuple[Op, ...]) -> tuple[Op, ...]:
-    """The operations that have weights, which a run leaves out."""
-    return tuple(op._replace(skipped=True, unit="", asks=False) for op in operations if op.weights)
+    """Return the operations that have weights, marked as not run."""
+    return tuple(op._replace(skipped=True, unit="", requires_gradient=False) for op in operations if op.weights)
 
 
-def joined(
+def text_with_tower(
     wiring: Wiring, text: Stack, tower: Tower, scatter: tuple[Op, ...] = (), held: tuple[str, ...] = ()
 ) -> Stack:
-    """The tower, and then the text's stack on what `scatter` makes (`stream`) of its embeddings `text` and `features`.
+    """Return the tower followed by the text's stack.
 
-    `held`: what the model's frame refers to until its language model has returned.
+    scatter  operations that merge the embeddings `text` and the tower's `features` into `stream`
+    held     tensors that the model's frame references until its language model has returned
     """
     if not wiring.images:
         between = tuple(op for run in tower.runs for op in run.before)
-        still = tuple(
+        skipped_runs = tuple(
             Run(
                 tuple(Block(b.name, (ops.view("skip", "x", "y", "b s h"), *skipped(b.ops))) for b in run.blocks),
                 run.times,
@@ -38,7 +38,7 @@ def joined(
             for run in tower.runs
         )
         before = (*skipped((*tower.before, *between, *tower.after)), *text.before)
-        return text._replace(before=before, runs=(*still, *text.runs))
+        return text._replace(before=before, runs=(*skipped_runs, *text.runs))
     at = next(i for i, op in enumerate(text.before) if any(w.name == "embeds" for w in op.writes))
     inputs, *embedding = text.before[: at + 1]
     rest = renamed(text.before[at + 1 :], {"embeds": "stream"})
@@ -55,16 +55,16 @@ def joined(
 
 
 def outlived(after: tuple[Op, ...], held: tuple[str, ...]) -> tuple[Op, ...]:
-    """What follows the last block, where the frame of the decoder that returns lets go of `held`, too."""
-    done = next(i for i, op in enumerate(after) if op.name == "return" and "x" in op.reads)
-    return (*after[:done], after[done]._replace(reads=(*after[done].reads, *held)), *after[done + 1 :])
+    """Return the operations after the last block, with `held` released when the decoder's frame returns."""
+    index = next(i for i, op in enumerate(after) if op.name == "return" and "x" in op.reads)
+    return (*after[:index], after[index]._replace(reads=(*after[index].reads, *held)), *after[index + 1 :])
 
 
 def scattered(features: str = "features", joined: bool = True) -> tuple[Op, ...]:
-    """Features in place of the embeddings of the tokens that stand for them.
+    """Replace the embeddings of image tokens by the tower's features.
 
-    `joined`: they are split into images, and joined again. On the way back the mask is spread over the hidden axis, and
-    every place that it marks has an index of three numbers.
+    `joined`: features are split into images and concatenated again. Backward expands the mask to the hidden axis, and
+    each marked element takes an index of three numbers.
     """
     shape, whole = "b merged h", "b s h"
     parts = (

@@ -1,6 +1,6 @@
-"""What config classes of transformers fill in, a `Family` per model_type.
+"""Defaults and structure of transformers' config classes, one `Family` per model_type.
 
-One module per theme; each has `FAMILIES`. The dense decoders are the tables of `dense`.
+There is one module per kind of model, each with `FAMILIES`. Dense decoders are rows of the tables in `dense`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from importlib import import_module
 from memplan.models.configs.dense import dense_family
 from memplan.models.facts import Family
 
-# Which module knows which model_type: only the one asked for is imported.
+# Module -> its model_types, so that only the needed module is imported.
 _MODEL_TYPES: dict[str, str] = {
     "mla": "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_k3 "
     "kimi_linear minicpm3",
@@ -31,7 +31,7 @@ MODULES: dict[str, str] = {
 
 
 def family(model_type: str) -> Family:
-    """What its config class fills in. Raises KeyError for a model_type that memplan has no stack for."""
+    """Return the family of a model_type. Raises KeyError for an unsupported one."""
     module = MODULES.get(model_type)
     if module is None:
         return dense_family(model_type)

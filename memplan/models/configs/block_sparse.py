@@ -1,4 +1,4 @@
-"""MiniMax-M3 and Step-3.7: layers whose attention an indexer narrows to blocks of keys, or that gate each head."""
+"""MiniMax-M3, whose indexer limits attention to blocks of keys, and Step-3.7, whose attention gates each head."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memplan.models.configs.uncalled_towers import step_tower
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.layers import Layer
 
-_GROUPS = 16  # into which hundreds of experts in a loop are put, so that an answer does not take seconds
+_GROUPS = 16  # a loop over hundreds of experts is computed in this many groups, so an answer does not take seconds
 INDEXED = "attention to blocks of keys"
 _INDEXED = {"minimax_m3_sparse": True, "full_attention": False}
 _OLDER = {
@@ -24,7 +24,7 @@ _OLDER = {
 
 
 def _flags(m: ModelFacts, config: Mapping[str, Any], key: str) -> Sequence[bool] | None:
-    """What a list of ones and zeros of an older config says of the layers."""
+    """Return a flag per layer from an older config's list of ones and zeros, or None if there is no list."""
     value = config.get(key)
     if value is None:
         return None
@@ -38,7 +38,7 @@ def _minimax_layers(m: ModelFacts) -> tuple[Layer, ...]:
     older = _flags(m, m.part("sparse_attention_config"), "sparse_attention_freq")
     indexed = kinds(m, "layer_types", _INDEXED, older or [False] * n)
     sparse = kinds(m, "mlp_layer_types", SPARSE, _flags(m, m.config, "moe_layer_freq") or [True] * n)
-    dense = m.whole("dense_intermediate_size")
+    dense = m.config_int("dense_intermediate_size")
     return tuple(
         Layer(False, True, m.num_key_value_heads, dense, INDEXED if i else "attention", "experts" if e else "dense")
         for i, e in zip(indexed, sparse, strict=True)
@@ -46,26 +46,26 @@ def _minimax_layers(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def _index_size(m: ModelFacts, key: str) -> int:
-    """A size of the indexer, which older configs have in a part of their own."""
+    """Return a size of the indexer; older configs have them in a nested `sparse_attention_config`."""
     value = m.part("sparse_attention_config").get(_OLDER[key])
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else m.whole(key)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else m.config_int(key)
 
 
 def _minimax_axes(m: ModelFacts) -> Mapping[str, int]:
-    turned = min(m.rotary_width, _index_size(m, "index_head_dim"))
+    rotated = min(m.rotary_width, _index_size(m, "index_head_dim"))
     return {
-        "E": m.whole("num_local_experts"),
-        "e": m.whole("num_experts_per_tok"),
+        "E": m.config_int("num_local_experts"),
+        "e": m.config_int("num_experts_per_tok"),
         "m": m.intermediate_size,
-        "fd": m.whole("dense_intermediate_size"),
-        "fs": m.whole("shared_intermediate_size"),
+        "fd": m.config_int("dense_intermediate_size"),
+        "fs": m.config_int("shared_intermediate_size"),
         "i": _index_size(m, "index_n_heads"),
         "di": _index_size(m, "index_head_dim"),
         "ti": _index_size(m, "index_topk_blocks"),
         "key_block": _index_size(m, "index_block_size"),
         "near_blocks": _index_size(m, "index_local_blocks"),
-        "irot": turned,
-        "irot2": turned // 2,
+        "irot": rotated,
+        "irot2": rotated // 2,
         "rot": m.rotary_width,
         "rot2": m.rotary_width // 2,
     }
@@ -81,17 +81,19 @@ def _step_layers(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def _step_axes(m: ModelFacts) -> Mapping[str, int]:
-    every: Any = listed(m, "layer_types")
-    number = m.whole("n_routed_experts")
+    layer_types: Any = listed(m, "layer_types")
+    experts = m.config_int("n_routed_experts")
     return {
         **step_tower(m),
-        "E": number,
-        "E1": number + 1,
-        "groups": min(number, _GROUPS),
-        "e": m.whole("num_experts_per_tok"),
-        "m": m.whole("moe_intermediate_size"),
-        "fs": m.whole("share_expert_dim"),
-        "aw": m.whole("num_sliding_attention_heads", m.num_attention_heads) if every else m.num_attention_heads,
+        "E": experts,
+        "E1": experts + 1,
+        "groups": min(experts, _GROUPS),
+        "e": m.config_int("num_experts_per_tok"),
+        "m": m.config_int("moe_intermediate_size"),
+        "fs": m.config_int("share_expert_dim"),
+        "aw": m.config_int("num_sliding_attention_heads", m.num_attention_heads)
+        if layer_types
+        else m.num_attention_heads,
     }
 
 

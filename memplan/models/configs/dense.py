@@ -1,4 +1,4 @@
-"""What each dense decoder's config class calls its sizes and fills in."""
+"""Key names and defaults of the dense decoders' config classes."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from memplan.models.facts import DECODER, ONE_KERNEL, WRITTEN_OUT, Family
 
-# Where a family's config class has other names (its attribute_map and what it takes from older configs); ()
-# where it has none, so that a key of another family means nothing. Read where MODEL_TYPES is from.
+# Key names that differ from the standard ones (from a config class's attribute_map, and of older configs); () if the
+# class has no such key, so that another family's key is ignored. Same sources as MODEL_TYPES.
 _EQUAL_HEADS: dict[str, tuple[str, ...]] = {"num_key_value_heads": (), "head_dim": ()}
 _GPT: dict[str, tuple[str, ...]] = {
     **_EQUAL_HEADS,
@@ -73,7 +73,7 @@ _OWN_NAMES: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "nemotron-nas": {"num_key_value_heads": (), "intermediate_size": ()},
     "opt": {**_EQUAL_HEADS, "intermediate_size": ("ffn_dim",), "hidden_act": ("activation_function",)},
-    "qwen": {  # its first configs were written like GPT-2's
+    "qwen": {  # its first configs have GPT-2's names
         "hidden_size": ("hidden_size", "n_embd"),
         "num_hidden_layers": ("num_hidden_layers", "n_layer"),
         "num_attention_heads": ("num_attention_heads", "n_head"),
@@ -96,9 +96,9 @@ _GLM = {
     "partial_rotary_factor": 0.5,
 }
 
-# What a model's config class fills in where the config is silent, by model_type: only what memory depends on, and not
-# the sizes that no two models share. A window or a share of rotated dimensions counts where it stands here only.
-# Source: transformers 5.24 configuration classes; where it has none, the code published with the model's card.
+# Defaults of config classes, by model_type: only those that memory depends on, without sizes that every config has.
+# A sliding window or a partial rotary factor is read only from families that list it here.
+# Source: transformers 5.24 configuration classes; for families without one, the code published with the model.
 MODEL_TYPES: dict[str, dict[str, Any]] = {
     "baichuan": {"intermediate_size": None},  # 11008 in the code of the 7B model, 13696 in that of the 13B
     "bloom": {"tie_word_embeddings": True},
@@ -211,17 +211,17 @@ MODEL_TYPES: dict[str, dict[str, Any]] = {
     },
 }
 
-# Families that transformers builds with another's classes: the config differs, the model does not.
+# Families with another family's architecture: only the config's keys differ.
 _BUILT_AS = {"exaone": "llama"}
 
-# Families whose class has no such key; with it, the others add biases to the MLP's linears.
+# Families whose class ignores `mlp_bias`; in the others it adds biases to the MLP's linear layers.
 _NO_MLP_BIAS = frozenset(("hunyuan_v1_dense", "mimo", "ministral", "ministral3", "mistral", "qwen2", "qwen3"))
 
-# Other names of keys that are no sizes.
+# Aliases of keys that are not sizes.
 _RENAMED = {"internlm3": {"qkv_bias": "attention_bias", "bias": "mlp_bias"}}
 
-# Families whose decoders transformers 5.24 also builds to classify sequences, or to reward them: GenericForSequence-
-# Classification of modeling_layers.py.
+# Families with a class for sequence classification and reward models. Source: transformers 5.24
+# modeling_layers.py GenericForSequenceClassification.
 _CLASSIFIERS = frozenset(
     (
         *("exaone4", "gemma", "gemma2", "gemma3_text", "glm", "glm4", "hunyuan_v1_dense", "llama", "ministral"),
@@ -230,17 +230,17 @@ _CLASSIFIERS = frozenset(
     )
 )
 
-# Families whose MLPs, which no gate multiplies, have their activation written out where it is no kernel of its own.
+# Families with an ungated MLP, whose stacks also support activations composed of several kernels.
 _WRITE_OUT = frozenset(
     ("falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "nemotron", "opt", "phi", "starcoder2")
 )
 
 _LEARNED_POSITIONS = frozenset(("gpt2", "gpt_bigcode", "gpt_neo", "opt"))
-_POSITION_TABLES = _LEARNED_POSITIONS | {"gptj"}  # models that hold a row a position, and so must know how many
+_POSITION_TABLES = _LEARNED_POSITIONS | {"gptj"}  # a table with a row per position needs max_position_embeddings
 
 
 def dense_family(model_type: str) -> Family:
-    """A dense decoder, as a family."""
+    """Return the family of a dense decoder."""
     return Family(
         MODEL_TYPES[model_type],
         _OWN_NAMES.get(model_type, {}),

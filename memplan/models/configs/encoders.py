@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders: BERT and its kin, T5, Whisper, ViT."""
+"""Encoders and encoder-decoders: BERT, RoBERTa, T5, Whisper, ViT."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def _classes(m: ModelFacts) -> Mapping[str, int]:
     return {"c": m.num_labels}
 
 
-def _counted(m: ModelFacts) -> int:
-    """RoBERTa counts positions from after the padding's id: the first rows of its table are not used."""
-    return (m.max_position_embeddings or 0) - 1 - m.whole("pad_token_id", 1, 0)
+def _usable_positions(m: ModelFacts) -> int:
+    """Return RoBERTa's longest sequence: positions start after the padding id, so the table's first rows are unused."""
+    return (m.max_position_embeddings or 0) - 1 - m.config_int("pad_token_id", 1, 0)
 
 
 _ROBERTA = Family(
@@ -38,7 +38,7 @@ _ROBERTA = Family(
     axes=_classes,
     positions=True,
     objectives=_HEADS,
-    longest=_counted,
+    longest=_usable_positions,
     acts=WRITTEN_OUT,
 )
 
@@ -56,7 +56,7 @@ _VIT: dict[str, Any] = {
 
 
 def _side(m: ModelFacts, key: str) -> tuple[int, int]:
-    """Height and width, which a config gives as two numbers or as one."""
+    """Return height and width, which a config gives as two numbers or as one."""
     value: Any = m.get(key)
     sides = (value, value) if isinstance(value, int) else value
     if not (isinstance(sides, tuple) and len(sides) == 2 and all(type(n) is int and 1 <= n <= 2**16 for n in sides)):  # pyright: ignore[reportUnknownArgumentType, reportUnknownVariableType]
@@ -72,20 +72,20 @@ def _patches(m: ModelFacts) -> int:
 
 
 def _tokens(m: ModelFacts) -> int:
-    """The patches, and the class token before them."""
+    """Return the number of patches, plus the class token."""
     return _patches(m) + 1
 
 
 def _vit(m: ModelFacts) -> Mapping[str, int]:
     (height, width), (rows, columns) = _side(m, "image_size"), _side(m, "patch_size")
-    channels = m.whole("num_channels", 3)
+    channels = m.config_int("num_channels", 3)
     return {
         **_classes(m),
         "patches": _patches(m),
         "s": _tokens(m),
         "patch": channels * rows * columns,
         "pixels": channels * height * width,
-        "pooled": m.whole("pooler_output_size", m.hidden_size),
+        "pooled": m.config_int("pooler_output_size", m.hidden_size),
     }
 
 
@@ -108,27 +108,27 @@ _WHISPER: dict[str, Any] = {
 
 
 def _frames(m: ModelFacts) -> int:
-    """The encoder's positions: two frames of a recording each."""
-    return m.whole("max_source_positions", 1500)
+    """Return the encoder's positions; each covers two frames of the recording."""
+    return m.config_int("max_source_positions", 1500)
 
 
 def _targets(m: ModelFacts) -> int:
-    return m.whole("max_target_positions", 448)
+    return m.config_int("max_target_positions", 448)
 
 
 def _whisper(m: ModelFacts) -> Mapping[str, int]:
-    heads = m.whole("decoder_attention_heads", m.num_attention_heads)
+    heads = m.config_int("decoder_attention_heads", m.num_attention_heads)
     if heads != m.num_attention_heads:
         raise UnsupportedModelError(
-            f"decoder_attention_heads: {heads} beside {m.num_attention_heads} in the encoder is not supported yet",
+            f"decoder_attention_heads: {heads} is not supported yet with {m.num_attention_heads} in the encoder",
             "decoder_attention_heads",
         )
     return {
         "s": _frames(m),
         "frames": 2 * _frames(m),
-        "mel": m.whole("num_mel_bins", 80),
-        "D": m.whole("decoder_layers", 4, most=MOST_LAYERS),
-        "fd": m.whole("decoder_ffn_dim", 1536),
+        "mel": m.config_int("num_mel_bins", 80),
+        "D": m.config_int("decoder_layers", 4, most=MOST_LAYERS),
+        "fd": m.config_int("decoder_ffn_dim", 1536),
     }
 
 
@@ -144,11 +144,11 @@ _T5: dict[str, Any] = {
 
 
 def _any_target(m: ModelFacts) -> None:
-    """Positions are a bias, so that a sequence may be as long as it likes."""
+    """Return None, no limit: T5's positions are a bias of the scores."""
 
 
 def _t5(m: ModelFacts) -> Mapping[str, int]:
-    decoders = m.whole("num_decoder_layers", m.num_hidden_layers, most=MOST_LAYERS)
+    decoders = m.config_int("num_decoder_layers", m.num_hidden_layers, most=MOST_LAYERS)
     feeds = m.get("feed_forward_proj", "relu")
     if not isinstance(feeds, str) or feeds.removeprefix("gated-") not in WRITTEN_OUT:
         raise UnsupportedModelError(
@@ -161,7 +161,7 @@ def _t5(m: ModelFacts) -> Mapping[str, int]:
         "L2": m.num_hidden_layers - 1,
         "D1": 1,
         "D2": decoders - 1,
-        "buckets": m.whole("relative_attention_num_buckets", 32),
+        "buckets": m.config_int("relative_attention_num_buckets", 32),
         "a32": -(-m.num_attention_heads // 32) * 32,
     }
 
@@ -185,8 +185,11 @@ FAMILIES: dict[str, Family] = {
         },
         axes=_t5,
         objectives=("seq2seq_lm",),
-        whole=("wo",),  # _keep_in_fp32_modules
-        lacks=("flash_attention_2", "sdpa_math"),  # the first refused by transformers, the second not described yet
+        never_quantised=("wo",),  # _keep_in_fp32_modules
+        unsupported_attention=(
+            "flash_attention_2",
+            "sdpa_math",
+        ),  # the first refused by transformers, the second not described yet
         target=_any_target,
     ),
     "whisper": Family(
@@ -202,7 +205,7 @@ FAMILIES: dict[str, Family] = {
         },
         axes=_whisper,
         objectives=("seq2seq_lm",),
-        only=_frames,
+        fixed_length=_frames,
         target=_targets,
         acts=WRITTEN_OUT,
     ),
@@ -212,7 +215,7 @@ FAMILIES: dict[str, Family] = {
         required=("hidden_size", "num_hidden_layers", "num_attention_heads"),
         axes=_vit,
         objectives=("image_classification", "feature_extraction"),
-        only=_tokens,
+        fixed_length=_tokens,
         acts=WRITTEN_OUT,
     ),
 }

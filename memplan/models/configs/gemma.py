@@ -1,4 +1,4 @@
-"""Gemma 3n and Gemma 4: layers that differ in window, heads and width, and that share keys and values."""
+"""Gemma 3n and Gemma 4: layers that differ in window, heads and width, and share keys and values."""
 
 from __future__ import annotations
 
@@ -12,31 +12,33 @@ from memplan.models.configs.uncalled_towers import gemma4_towers
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.layers import Layer, as_json
 
-# What a layer's attention does with keys and values: makes them for itself, or for later layers too, or reuses those.
+# Mixers of layers that compute keys and values for themselves, compute them for later layers too, or reuse them.
 OWN, STORED, REUSED = "attention", "attention, shares its keys", "attention, shared keys"
-SPARSE = "sparse"  # an FFN that keeps only the largest of its gates
+SPARSE = "sparse"  # an FFN with sparse activation: only its largest gates are kept
 
 
 def _sharing(m: ModelFacts, sliding: Sequence[bool], reused: int) -> list[str]:
-    """The last `reused` layers take keys and values of the last layer before them that has a window, or none, as they.
+    """Return every layer's mixer; the last `reused` layers reuse keys and values.
+
+    Each takes those of the last layer before them of its kind (with a window or without).
 
     Source: transformers 5.24 models/gemma4/configuration_gemma4.py kv_sharing_modes.
     """
     first = max(0, m.num_hidden_layers - reused)
-    makers = sliding[:first]
-    if set(makers) != set(sliding):
+    owners = sliding[:first]
+    if set(owners) != set(sliding):
         raise ConfigError(
-            f"config: num_kv_shared_layers {reused} leaves no layer that makes keys for those that share them",
+            f"config: num_kv_shared_layers {reused} leaves no layer whose keys they could share",
             "num_kv_shared_layers",
         )
-    stored = {first - 1 - list(makers)[::-1].index(kind) for kind in set(sliding)}
+    stored = {first - 1 - list(owners)[::-1].index(kind) for kind in set(sliding)}
     return [REUSED if i >= first else STORED if i in stored else OWN for i in range(m.num_hidden_layers)]
 
 
 def _widths(m: ModelFacts) -> list[int]:
-    """Gemma 3n says a width of the FFN for all layers, or one for each."""
+    """Return every layer's FFN width; Gemma 3n's config has one for all layers or a list."""
     if not isinstance(m.config.get("intermediate_size"), (list, tuple)):
-        return [m.whole("intermediate_size")] * m.num_hidden_layers
+        return [m.config_int("intermediate_size")] * m.num_hidden_layers
     widths = listed(m, "intermediate_size") or ()
     for width in widths:
         if isinstance(width, bool) or not isinstance(width, int) or width < 1:
@@ -49,41 +51,41 @@ def _widths(m: ModelFacts) -> list[int]:
 def _gemma3n_layers(m: ModelFacts) -> tuple[Layer, ...]:
     n = m.num_hidden_layers
     sliding = kinds(m, "layer_types", SLIDING, window_everywhere_but(m, 5))
-    few = 10 if n > 10 else 0
-    shares: Sequence[Any] = listed(m, "activation_sparsity_pattern") or [0.95] * few + [0.0] * (n - few)
-    reused = m.whole("num_kv_shared_layers", least=0)
+    sparse = 10 if n > 10 else 0
+    sparsity: Sequence[Any] = listed(m, "activation_sparsity_pattern") or [0.95] * sparse + [0.0] * (n - sparse)
+    reused = m.config_int("num_kv_shared_layers", least=0)
     modes = _sharing(m, sliding, reused) if reused else [OWN] * n
     return tuple(
-        Layer(s, True, m.num_key_value_heads, f, mode, SPARSE if share else "dense")
-        for s, f, mode, share in zip(sliding, _widths(m), modes, shares, strict=True)
+        Layer(s, True, m.num_key_value_heads, f, mode, SPARSE if is_sparse else "dense")
+        for s, f, mode, is_sparse in zip(sliding, _widths(m), modes, sparsity, strict=True)
     )
 
 
 def _per_layer(m: ModelFacts) -> Iterator[tuple[str, int]]:
-    """Embeddings in every layer: their width, and that of all together, of a table that has rows of its own."""
-    width = m.whole("hidden_size_per_layer_input", least=0)
+    """Yield the axes of per-layer embeddings: their width, that of all layers together, and the rows of their table."""
+    width = m.config_int("hidden_size_per_layer_input", least=0)
     all_ = m.num_hidden_layers * width
     yield from (("ple", width), ("layers", m.num_hidden_layers), ("all_ple", all_), ("all_ple32", -(-all_ // 32) * 32))
-    yield "v_ple", m.whole("vocab_size_per_layer_input")
+    yield "v_ple", m.config_int("vocab_size_per_layer_input")
 
 
 def _gemma3n_axes(m: ModelFacts) -> Mapping[str, int]:
-    streams = m.whole("altup_num_inputs", least=2)
-    return {**dict(_per_layer(m)), "P": streams, "P1": streams - 1, "laurel": m.whole("laurel_rank")}
+    streams = m.config_int("altup_num_inputs", least=2)
+    return {**dict(_per_layer(m)), "P": streams, "P1": streams - 1, "laurel": m.config_int("laurel_rank")}
 
 
 def _gemma4_layers(m: ModelFacts) -> tuple[Layer, ...]:
-    """Layers without a window have heads of another width and number; those that reuse keys may have a double FFN."""
+    """Return the layers. Those without a window have other heads; those that reuse keys may have a double FFN width."""
     sliding = kinds(m, "layer_types", SLIDING, window_everywhere_but(m, 6))
-    sliding[-1] = False  # whatever the config says
-    wide = m.whole("global_head_dim")
-    for layer in m.part("per_layer_config").values():  # as transformers 5.24 writes it, without global_head_dim
+    sliding[-1] = False  # transformers overrides the config
+    wide = m.config_int("global_head_dim")
+    for layer in m.part("per_layer_config").values():  # transformers 5.24 writes it instead of global_head_dim
         if not isinstance(layer, FrozenDict) or layer.get("head_dim", wide) != wide:
             raise UnsupportedModelError(
-                f"per_layer_config: {as_json(layer)} is not supported yet; say global_head_dim, which is {wide} here",
+                f"per_layer_config: {as_json(layer)} is not supported yet; use global_head_dim, which is {wide} here",
                 "per_layer_config",
             )
-    modes = _sharing(m, sliding, m.whole("num_kv_shared_layers", least=0))
+    modes = _sharing(m, sliding, m.config_int("num_kv_shared_layers", least=0))
     ffn = "experts" if m.get("enable_moe_block", False) else "dense"
     double = m.get("use_double_wide_mlp", False)
     return tuple(
@@ -96,21 +98,21 @@ def _gemma4_layers(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def _full_heads(m: ModelFacts) -> int:
-    """Key/value heads of a layer without a window: a number of their own where keys are values too."""
-    few = m.whole("num_global_key_value_heads", m.num_key_value_heads)
-    return few if m.get("attention_k_eq_v", False) else m.num_key_value_heads
+    """Return the key/value heads of layers without a window, whose number may differ if keys are also the values."""
+    heads = m.config_int("num_global_key_value_heads", m.num_key_value_heads)
+    return heads if m.get("attention_k_eq_v", False) else m.num_key_value_heads
 
 
 def _gemma4_axes(m: ModelFacts) -> Mapping[str, int]:
-    wide = m.whole("global_head_dim")
-    of_experts = {"E": "num_experts", "e": "top_k_experts", "m": "moe_intermediate_size"}
+    wide = m.config_int("global_head_dim")
+    expert_keys = {"E": "num_experts", "e": "top_k_experts", "m": "moe_intermediate_size"}
     return {
         **dict(_per_layer(m)),
         "dg": wide,
         "dg2": wide // 2,
         "dg32": -(-wide // 64) * 64,
         "kg": _full_heads(m),
-        **({axis: m.whole(key) for axis, key in of_experts.items()} if m.get("enable_moe_block", False) else {}),
+        **({axis: m.config_int(key) for axis, key in expert_keys.items()} if m.get("enable_moe_block", False) else {}),
     }
 
 

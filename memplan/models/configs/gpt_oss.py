@@ -1,4 +1,4 @@
-"""gpt-oss and MiMo-V2-Flash: attention with sinks, which every query may attend to instead of a key."""
+"""gpt-oss and MiMo-V2-Flash: attention with sinks, learned logits that every query may attend to instead of a key."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def _gpt_oss_layers(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def _gpt_oss_axes(m: ModelFacts) -> Mapping[str, int]:
-    return {"E": m.whole("num_local_experts"), "e": m.whole("num_experts_per_tok"), "m": m.intermediate_size}
+    return {"E": m.config_int("num_local_experts"), "e": m.config_int("num_experts_per_tok"), "m": m.intermediate_size}
 
 
 def _mimo_layers(m: ModelFacts) -> tuple[Layer, ...]:
-    """Layers with a window have twice the key/value heads."""
-    every = [i > 0 and (i + 1) % 6 != 0 for i in range(m.num_hidden_layers)]
-    sliding = kinds(m, "layer_types", SLIDING, every)
+    """Sliding-window layers have twice as many key/value heads."""
+    windowed = [i > 0 and (i + 1) % 6 != 0 for i in range(m.num_hidden_layers)]
+    sliding = kinds(m, "layer_types", SLIDING, windowed)
     sparse = kinds(m, "mlp_layer_types", SPARSE, [i > 0 for i in range(m.num_hidden_layers)])
     return tuple(
         Layer(s, True, m.num_key_value_heads * (2 if s else 1), m.intermediate_size, ffn="experts" if e else "dense")
@@ -32,17 +32,17 @@ def _mimo_layers(m: ModelFacts) -> tuple[Layer, ...]:
 def _mimo_axes(m: ModelFacts) -> Mapping[str, int]:
     width = _mimo_rotary_width(m)
     return {
-        "E": m.whole("n_routed_experts"),
-        "e": m.whole("num_experts_per_tok"),
-        "m": m.whole("moe_intermediate_size"),
-        "dv": m.whole("v_head_dim"),
+        "E": m.config_int("n_routed_experts"),
+        "e": m.config_int("num_experts_per_tok"),
+        "m": m.config_int("moe_intermediate_size"),
+        "dv": m.config_int("v_head_dim"),
         "rot": width,
         "rot2": width // 2,
     }
 
 
 def _mimo_rotary_width(m: ModelFacts) -> int:
-    """As wide as `arange(0, d * share, 2)` twice: an odd width is rounded up."""
+    """Return twice the length of `arange(0, d * partial_rotary_factor, 2)`, so an odd width is rounded up."""
     width = int(m.head_dim * m.get("partial_rotary_factor", 0.334))
     return 2 * -(-width // 2)
 

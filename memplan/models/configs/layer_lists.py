@@ -1,4 +1,4 @@
-"""Lists of a config that say something of every layer, checked."""
+"""Reading a config's lists with one item per layer."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from memplan.models.layers import as_json
 
 
 def listed(m: ModelFacts, key: str) -> Sequence[Any] | None:
-    """The list of the config with an item for each layer; None where it has none.
+    """Return a config's list with one item per layer, or None if it has no such key.
 
-    Raises ConfigError where it is no list, or too short.
+    Raises ConfigError if it is not a list, or too short.
     """
     value = m.config.get(key)
     if value is None:
@@ -24,9 +24,9 @@ def listed(m: ModelFacts, key: str) -> Sequence[Any] | None:
 
 
 def kinds(m: ModelFacts, key: str, known: Mapping[str, bool], default: Sequence[bool]) -> list[bool]:
-    """What a list of words says of every layer, by the words it may have; `default` where the config has no such list.
+    """Return a flag per layer, translating the words of a config's list by `known`; `default` if there is no list.
 
-    Raises UnsupportedModelError for another word.
+    Raises UnsupportedModelError for an unknown word.
     """
     words = listed(m, key)
     if words is None:
@@ -42,5 +42,5 @@ SPARSE = {"sparse": True, "dense": False}
 
 
 def window_everywhere_but(m: ModelFacts, period: int) -> list[bool]:
-    """Every layer has a window, but each `period`-th."""
+    """Return flags that are true except for every `period`-th layer."""
     return [(i + 1) % period != 0 for i in range(m.num_hidden_layers)]

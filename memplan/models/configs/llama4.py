@@ -1,4 +1,4 @@
-"""Llama 4: attention in chunks with rotary positions, or whole without, and experts in every layer or every second."""
+"""Llama 4: chunked attention with rotary positions or full attention without, and experts in every n-th layer."""
 
 from __future__ import annotations
 
@@ -16,35 +16,35 @@ CHUNKED = {"chunked_attention": True, "full_attention": False}
 
 def _layers(m: ModelFacts) -> tuple[Layer, ...]:
     n = m.num_hidden_layers
-    every = m.whole("no_rope_layer_interval")
-    given = listed(m, "no_rope_layers") if m.config.get("no_rope_layers") else None
-    rotary = [bool(r) for r in given] if given is not None else [(i + 1) % every != 0 for i in range(n)]
+    every = m.config_int("no_rope_layer_interval")
+    flags = listed(m, "no_rope_layers") if m.config.get("no_rope_layers") else None
+    rotary = [bool(r) for r in flags] if flags is not None else [(i + 1) % every != 0 for i in range(n)]
     chunked = kinds(m, "layer_types", CHUNKED, [r and m.sliding_window is not None for r in rotary])
-    mixtures = _mixtures(m)
-    dense = m.whole("intermediate_size_mlp")
+    sparse = _sparse_layers(m)
+    dense = m.config_int("intermediate_size_mlp")
     return tuple(
-        Layer(c, r, m.num_key_value_heads, dense, ffn="experts" if i in mixtures else "dense")
+        Layer(c, r, m.num_key_value_heads, dense, ffn="experts" if i in sparse else "dense")
         for i, (c, r) in enumerate(zip(chunked, rotary, strict=True))
     )
 
 
-def _mixtures(m: ModelFacts) -> frozenset[int]:
-    """Which layers have experts."""
-    named: Any = m.config.get("moe_layers")
-    if named is None:
-        step = m.whole("interleave_moe_layer_step", least=0)
+def _sparse_layers(m: ModelFacts) -> frozenset[int]:
+    """Return the indices of the layers with experts."""
+    indices: Any = m.config.get("moe_layers")
+    if indices is None:
+        step = m.config_int("interleave_moe_layer_step", least=0)
         return frozenset(range(step - 1, m.num_hidden_layers, step)) if step else frozenset()
-    if not isinstance(named, (list, tuple)):
-        raise ConfigError(f"config: moe_layers must be a list of layers, not {as_json(named)}", "moe_layers")
-    return frozenset(i for i in named if isinstance(i, int))  # pyright: ignore[reportUnknownVariableType]
+    if not isinstance(indices, (list, tuple)):
+        raise ConfigError(f"config: moe_layers must be a list of layers, not {as_json(indices)}", "moe_layers")
+    return frozenset(i for i in indices if isinstance(i, int))  # pyright: ignore[reportUnknownVariableType]
 
 
 def _axes(m: ModelFacts) -> Mapping[str, int]:
     return {
-        "E": m.whole("num_local_experts"),
-        "e": m.whole("num_experts_per_tok"),
+        "E": m.config_int("num_local_experts"),
+        "e": m.config_int("num_experts_per_tok"),
         "m": m.intermediate_size,
-        "fd": m.whole("intermediate_size_mlp"),
+        "fd": m.config_int("intermediate_size_mlp"),
     }
 
 

@@ -1,21 +1,23 @@
-"""Megatron-core's GPT, as its arguments describe it in Hugging Face's words.
+"""Megatron-core's GPT, as a config with Hugging Face's names where there are any, else with Megatron's.
 
-    gated_mlp                 two matrices up, one gating the other (--swiglu)
-    norm_type                 layernorm or rmsnorm (--normalization)
-    position_embedding_type   learned_absolute, rope or none
-    use_bias                  linear layers have biases (--disable-bias-linear)
-    hidden_dropout            of embeddings and of both branches; attention_dropout is as much where it is not said
-    qk_layernorm              queries and keys are normalised, each head by itself
-    transformer_impl          transformer_engine, or local: the same layers of torch and apex
-    num_local_experts         experts (num_experts, n_routed_experts); num_experts_per_tok of them are a token's, each
-                              moe_intermediate_size wide; shared_expert_intermediate_size is all tokens' own
-    moe_layer_freq            every so many layers one has experts, or a list of ones and zeros
-    moe_capacity_factor       an expert takes so many times its even share of the tokens; null: it takes all it is sent
-    moe_token_dispatcher_type allgather or alltoall
-    moe_grouped_gemm          experts are multiplied together, and not one after the other
-    moe_router_dtype          fp32, or null for the model's
-
-What it calls otherwise (--untie-embeddings-and-output-weights) is said as Hugging Face says it.
+gated_mlp                        two up projections, one gating the other (--swiglu)
+norm_type                        layernorm or rmsnorm (--normalization)
+position_embedding_type          learned_absolute, rope or none
+use_bias                         linear layers have biases (unless --disable-bias-linear)
+hidden_dropout                   dropout of embeddings and of both residual branches
+attention_dropout                dropout of attention probabilities; default: hidden_dropout
+qk_layernorm                     queries and keys are normalised per head
+transformer_impl                 transformer_engine, or local for the same layers from torch and apex
+num_local_experts                experts (also num_experts, n_routed_experts)
+num_experts_per_tok              experts per token
+moe_intermediate_size            width of an expert
+shared_expert_intermediate_size  width of the shared expert
+moe_layer_freq                   n if every n-th layer has experts, or a list of ones and zeros
+moe_capacity_factor              capacity of an expert, as a multiple of an even share of the tokens; null for no
+                                 limit
+moe_token_dispatcher_type        allgather or alltoall
+moe_grouped_gemm                 experts are multiplied in one grouped kernel, not one after the other
+moe_router_dtype                 fp32, or null for the model's dtype
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from memplan.models.configs.layer_lists import listed
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.layers import Layer, as_json
 
-# How many ranks divide the experts, each expert's matrices, and all others, where a rank's part of a model is meant.
+# Keys that are added to the config of one rank's part of a model: the number of ranks that divide the experts, the
+# matrices of each expert, and all other matrices.
 EXPERT_RANKS, EXPERT_TENSOR_RANKS, TENSOR_RANKS = "expert_ranks", "expert_tensor_ranks", "tensor_ranks"
 
 NORMS = {"layernorm": True, "layer_norm": True, "rmsnorm": False, "rms_norm": False}
@@ -46,7 +49,7 @@ def has_mean(m: ModelFacts) -> bool:
 
 
 def positions_of(m: ModelFacts) -> str:
-    """How tokens are told their places: a word of `POSITIONS`."""
+    """Return the kind of position embeddings, one of `POSITIONS`."""
     word = _word(m, "position_embedding_type", "learned_absolute")
     if word not in POSITIONS:
         raise UnsupportedModelError(
@@ -57,7 +60,7 @@ def positions_of(m: ModelFacts) -> str:
 
 
 def uses_engine(m: ModelFacts) -> bool:
-    """Whether layers are Transformer Engine's."""
+    """Whether the layers are Transformer Engine's."""
     word = _word(m, "transformer_impl", "transformer_engine")
     if word not in ("transformer_engine", "local"):
         raise UnsupportedModelError(
@@ -73,12 +76,12 @@ def is_gated(m: ModelFacts) -> bool:
 
 
 def attention_drops(m: ModelFacts) -> bool:
-    """Whether probabilities of attention are dropped: as hidden states are, where that is not said."""
+    """Whether attention has dropout; by default, if hidden states have it."""
     return m.probability("hidden_dropout" if m.config.get("attention_dropout") is None else "attention_dropout") > 0
 
 
 def dispatches_all(m: ModelFacts) -> bool:
-    """Whether ranks gather all tokens, and take what is for their experts; else each sends its own."""
+    """Whether every rank gathers all tokens and picks those of its experts (allgather), instead of alltoall."""
     word = _word(m, "moe_token_dispatcher_type", "allgather")
     if word not in ("allgather", "alltoall"):
         raise UnsupportedModelError(
@@ -102,22 +105,22 @@ def router_in_fp32(m: ModelFacts) -> bool:
 
 
 def experts_of(m: ModelFacts) -> int:
-    """How many experts the model has; 0 of a dense one."""
+    """Return the number of experts; 0 for a dense model."""
     key = next((key for key in ("num_local_experts", "num_experts", "n_routed_experts") if m.config.get(key)), None)
-    return m.whole(key) if key else 0
+    return m.config_int(key) if key else 0
 
 
 def sparse(m: ModelFacts) -> list[bool]:
-    """Which layers have experts: every so many from the first on, or as a list says."""
+    """Return whether each layer has experts: every n-th from the first on, or as a list says."""
     value: object = m.config.get("moe_layer_freq")
     if isinstance(value, tuple):
         return [bool(flag) for flag in listed(m, "moe_layer_freq") or ()]
-    every = m.whole("moe_layer_freq", 1)
+    every = m.config_int("moe_layer_freq", 1)
     return [i % every == 0 for i in range(m.num_hidden_layers)]
 
 
 def padded(vocabulary: int, t: int = 1) -> int:
-    """The rows of the table of tokens that one of `t` ranks has: every rank a multiple of 128.
+    """Return the rows of the token embeddings on one of `t` ranks, each padded to a multiple of 128.
 
     Source: Megatron-LM 0.12 training/tokenizer/tokenizer.py _vocab_size_with_padding.
     """
@@ -129,30 +132,29 @@ def _word(m: ModelFacts, key: str, default: str) -> str:
     if value is None:
         return default
     if not isinstance(value, str):
-        raise ConfigError(f"config: {key} must be a word, not {as_json(value)}", key)
+        raise ConfigError(f"config: {key} must be a string, not {as_json(value)}", key)
     return value
 
 
 def _layers(m: ModelFacts) -> tuple[Layer, ...]:
-    """Checks what the config says, too."""
-    has_mean(m)
+    has_mean(m)  # called, as some below, to check the config
     uses_engine(m)
     unread = next((key for key in _UNREAD if m.config.get(key)), None)
     if unread is not None:
         raise UnsupportedModelError(f"{unread}: is not supported yet for megatron_gpt", unread)
     if positions_of(m) == "learned_absolute" and m.max_position_embeddings is None:
         raise ConfigError(
-            "config: no max_position_embeddings, which a table of positions has", "max_position_embeddings"
+            "config: no max_position_embeddings, which learned_absolute positions need", "max_position_embeddings"
         )
     if is_gated(m) and not m.config.get("intermediate_size"):
         raise ConfigError("config: no intermediate_size", "intermediate_size")
     layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
     if not experts_of(m):
         return (layer,) * m.num_hidden_layers
-    if m.whole("num_experts_per_tok") > experts_of(m):
+    chosen = m.config_int("num_experts_per_tok")
+    if chosen > experts_of(m):
         raise ConfigError(
-            f"config: num_experts_per_tok {m.whole('num_experts_per_tok')} is more than the {experts_of(m)} experts",
-            "num_experts_per_tok",
+            f"config: num_experts_per_tok {chosen} is more than the {experts_of(m)} experts", "num_experts_per_tok"
         )
     dispatches_all(m)
     router_in_fp32(m)
@@ -160,18 +162,18 @@ def _layers(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def _axes(m: ModelFacts) -> Mapping[str, int]:
-    """`eg` ranks exchange tokens, and `et` of them divide each expert's matrices."""
-    every = experts_of(m)
-    if not every:
+    """Return the axes; `eg` ranks exchange tokens, and `et` of them divide each expert's matrices."""
+    experts = experts_of(m)
+    if not experts:
         return {"v": padded(m.vocab_size)}
-    ep, et, t = m.whole(EXPERT_RANKS, 1), m.whole(EXPERT_TENSOR_RANKS, 1), m.whole(TENSOR_RANKS, 1)
-    shared = m.whole("shared_expert_intermediate_size", 0, least=0)
+    ep, et, t = m.config_int(EXPERT_RANKS, 1), m.config_int(EXPERT_TENSOR_RANKS, 1), m.config_int(TENSOR_RANKS, 1)
+    shared = m.config_int("shared_expert_intermediate_size", 0, least=0)
     return {
         "v": padded(m.vocab_size),
-        "E": every,
-        "Eown": every // ep,
-        "e": m.whole("num_experts_per_tok"),
-        "m": m.whole("moe_intermediate_size", m.intermediate_size * t) // et,
+        "E": experts,
+        "Eown": experts // ep,
+        "e": m.config_int("num_experts_per_tok"),
+        "m": m.config_int("moe_intermediate_size", m.intermediate_size * t) // et,
         "eg": ep * et,
         "et": et,
         "capacity": round(1000 * m.get("moe_capacity_factor", 1.0)),
@@ -180,7 +182,7 @@ def _axes(m: ModelFacts) -> Mapping[str, int]:
 
 
 def _longest(m: ModelFacts) -> int:
-    """Positions that are not looked up have no end."""
+    """Return the number of learned positions; other kinds of positions have no limit."""
     learned = positions_of(m) == "learned_absolute"
     return m.max_position_embeddings if learned and m.max_position_embeddings else 2**40
 

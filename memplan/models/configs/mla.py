@@ -1,4 +1,4 @@
-"""Multi-head latent attention: DeepSeek's families and those written like them."""
+"""Multi-head latent attention: DeepSeek's families and their relatives."""
 
 from __future__ import annotations
 
@@ -7,43 +7,43 @@ from typing import Any, cast
 
 from memplan.core.errors import ConfigError
 from memplan.models.configs.layer_lists import kinds, listed
-from memplan.models.configs.moe import DENSE, EXPERTS, after_first, sized
+from memplan.models.configs.moe import DENSE, EXPERTS, after_first, expert_axes
 from memplan.models.configs.ssm import mixers
 from memplan.models.configs.vision import size
 from memplan.models.facts import ONE_KERNEL, Family, ModelFacts
 from memplan.models.layers import Layer, as_json
 
-_SITU = (*ONE_KERNEL, "situ")  # of Kimi K3, whose parts a kimi_linear config may have
+_SITU = (*ONE_KERNEL, "situ")  # Kimi K3's activation; a kimi_linear config may have it too
 
-# A head as these configs' classes mean it is the part that is rotated.
+# These config classes' head_dim is the rotated part of a head.
 _NAMES: dict[str, tuple[str, ...]] = {"head_dim": ("qk_rope_head_dim",), "num_key_value_heads": ()}
 
 
 def latent_axes(m: ModelFacts) -> Mapping[str, int]:
-    """The axes of `memplan.catalogue.attention.latent`; a rank of 0 is none."""
-    plain, turned = m.whole("qk_nope_head_dim"), m.head_dim
-    values, rank = m.whole("v_head_dim", m.hidden_size // m.num_attention_heads), m.whole("kv_lora_rank")
+    """Return the axes of `memplan.catalogue.attention.latent`; a `ql` of 0 means that queries are not compressed."""
+    plain, rotated = m.config_int("qk_nope_head_dim"), m.head_dim
+    values, rank = m.config_int("v_head_dim", m.hidden_size // m.num_attention_heads), m.config_int("kv_lora_rank")
     return {
-        "d": plain + turned,
+        "d": plain + rotated,
         "dn": plain,
         "dv": values,
         "dkv": plain + values,
-        "ql": m.whole("q_lora_rank", 0, least=0),
+        "ql": m.config_int("q_lora_rank", 0, least=0),
         "kl": rank,
-        "klr": rank + turned,
+        "klr": rank + rotated,
     }
 
 
 def _routed(m: ModelFacts) -> Mapping[str, int]:
-    """The axes of latent attention and of experts: `fs` is the width of the shared ones together, `G` the groups."""
-    axes = sized("n_routed_experts")(m)
-    shared, groups = m.whole("n_shared_experts"), m.whole("n_group", 1)
+    """Return the axes of latent attention and experts; `fs` is the total width of shared experts, `G` the groups."""
+    axes = expert_axes("n_routed_experts")(m)
+    shared, groups = m.config_int("n_shared_experts"), m.config_int("n_group", 1)
     return {**latent_axes(m), **axes, "fs": axes["m"] * shared, "G": groups}
 
 
-def _listed(m: ModelFacts) -> tuple[Layer, ...]:
-    """Dense and sparse layers as a list says; without one, all but the first few are sparse."""
-    first = m.whole("first_k_dense_replace", 1, least=0)
+def _dense_or_sparse(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return dense and sparse layers by `mlp_layer_types`; without it, only the first few are dense."""
+    first = m.config_int("first_k_dense_replace", 1, least=0)
     kinds = cast(
         Sequence[Any], m.config.get("mlp_layer_types") or ("dense",) * first + ("sparse",) * m.num_hidden_layers
     )
@@ -53,7 +53,7 @@ def _listed(m: ModelFacts) -> tuple[Layer, ...]:
         or not set(map(str, kinds)) <= {"dense", "sparse"}
     ):
         raise ConfigError(
-            f"config: mlp_layer_types must be a list of {m.num_hidden_layers} times dense or sparse", "mlp_layer_types"
+            f"config: mlp_layer_types must be a list of {m.num_hidden_layers} words, dense or sparse", "mlp_layer_types"
         )
     layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
     return tuple(layer._replace(ffn=DENSE if kind == "dense" else EXPERTS) for kind in kinds[: m.num_hidden_layers])
@@ -81,33 +81,40 @@ _V3: dict[str, Any] = {
 }
 
 
-FULL, SHARED = "full", "shared"  # a layer has an indexer, or takes what the one before it chose
+FULL, SHARED = "full", "shared"  # the layer has an indexer, or reuses the previous layer's choice of tokens
 
 
-def _sparse(m: ModelFacts) -> tuple[Layer, ...]:
-    """Layers with an indexer of their own, and those that share the one's before: a list, letters, or every so many."""
+def _with_indexers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return layers with or without an indexer of their own, by a list, a string of letters, or a frequency."""
     count = m.num_hidden_layers
-    every, offset = max(1, m.whole("index_topk_freq", 1, least=0)), m.whole("index_skip_topk_offset", 2, least=0)
+    every, offset = (
+        max(1, m.config_int("index_topk_freq", 1, least=0)),
+        m.config_int("index_skip_topk_offset", 2, least=0),
+    )
     regular = tuple(FULL if max(i - offset + 1, 0) % every == 0 else SHARED for i in range(count))
-    given: Any = m.config.get("indexer_types") or m.config.get("index_topk_pattern") or regular
-    each = cast(Sequence[Any], given) if isinstance(given, (str, tuple)) else ()
-    kinds = [{"F": FULL, "S": SHARED}.get(str(kind), str(kind)) for kind in each]
+    pattern: Any = m.config.get("indexer_types") or m.config.get("index_topk_pattern") or regular
+    words = cast(Sequence[Any], pattern) if isinstance(pattern, (str, tuple)) else ()
+    kinds = [{"F": FULL, "S": SHARED}.get(str(word), str(word)) for word in words]
     if len(kinds) < count or not set(kinds) <= {FULL, SHARED} or kinds[0] != FULL:
         raise ConfigError(
-            f"config: indexer_types must be a list of {count} times full or shared, the first full", "indexer_types"
+            f"config: indexer_types must be a list of {count} words, full or shared, the first full", "indexer_types"
         )
-    return tuple(layer._replace(mixer=kind) for layer, kind in zip(_listed(m), kinds, strict=False))
+    return tuple(layer._replace(mixer=kind) for layer, kind in zip(_dense_or_sparse(m), kinds, strict=False))
 
 
-def _indexed(m: ModelFacts) -> Mapping[str, int]:
-    """Those and the axes of `memplan.catalogue.attention.sparse_indexer`."""
-    heads, width = m.whole("index_n_heads"), m.whole("index_head_dim")
+def _indexer_axes(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes of `_routed` and of `memplan.catalogue.attention.sparse_indexer`."""
+    heads, width = m.config_int("index_n_heads"), m.config_int("index_head_dim")
     return {**_routed(m), "ih": heads, "id": width, "idp": max(0, width - m.head_dim)}
 
 
-def _beside_a_tower(m: ModelFacts) -> Mapping[str, int]:
-    """Those of the decoder and of the tower, as `memplan.models.configs.vision` calls them; `vrows` squared are its
-    places, `vframes` the times it tells apart, `vp` the width that its projector normalises."""
+def _routed_with_tower(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes of Kimi K2.5's decoder and of its tower, the latter as in `memplan.models.configs.vision`.
+
+    vrows    rows, and columns, of the table of positions
+    vframes  positions in time
+    vp       width that the projector normalises
+    """
     hidden, heads = size(m, "hidden_size", 1152, "vt_hidden_size"), size(m, "num_attention_heads", 16)
     kernel, patch = size(m, "merge_kernel_size", 2), size(m, "patch_size", 14)
     return {
@@ -121,7 +128,7 @@ def _beside_a_tower(m: ModelFacts) -> Mapping[str, int]:
         "vin": 3 * patch**2,
         "vL1": size(m, "num_hidden_layers", 27, "vt_num_hidden_layers"),
         "vm": hidden * kernel**2,
-        "vp": m.whole("projection_hidden_size", 1152),
+        "vp": m.config_int("projection_hidden_size", 1152),
         "vrows": size(m, "pos_emb_height", 64, "init_pos_emb_height"),
         "vframes": size(m, "pos_emb_time", 4, "init_pos_emb_time") + 1,
     }
@@ -136,8 +143,11 @@ _MIXERS = {"linear_attention": "linear_attention", "full_attention": "attention"
 
 
 def _delta_layers(m: ModelFacts) -> tuple[Layer, ...]:
-    """Kimi Linear's: words, or lists of layers counted from 1; else every fourth attends, from the fifth. Kimi K3 sums
-    the outputs of so many layers, and chooses from the sums before in each."""
+    """Return Kimi Linear's and Kimi K3's layers.
+
+    Mixers are listed as words or as layer numbers from 1; by default every fourth layer from the fifth has attention.
+    Kimi K3 sums the outputs of every `attn_res_block_size` layers, and each layer chooses among the earlier sums.
+    """
     count, part = m.num_hidden_layers, m.part("linear_attn_config")
     default = ["attention" if i and i % 4 == 0 else "linear_attention" for i in range(count)]
     if m.config.get("layer_types") is None and "full_attn_layers" in part and "kda_layers" in part:
@@ -151,27 +161,30 @@ def _delta_layers(m: ModelFacts) -> tuple[Layer, ...]:
                 "linear_attn_config",
             )
         default = [listed[i + 1] for i in range(count)]
-    found = mixers(m, "layer_types", _MIXERS, default)
-    every = m.whole("attn_res_block_size", 0)
-    if every and -(-count // every) > _MOST_SUMS:
+    kinds = mixers(m, "layer_types", _MIXERS, default)
+    every = m.config_int("attn_res_block_size", 0)
+    if every and -(-count // every) > _MAX_SUMS:
         raise ConfigError(
-            f"config: attn_res_block_size {every} makes more than {_MOST_SUMS} sums of {count} layers",
+            f"config: attn_res_block_size {every} makes more than {_MAX_SUMS} sums of {count} layers",
             "attn_res_block_size",
         )
     return tuple(
-        layer._replace(mixer=mixer, sums=-(-i // every) if every else 0, opens=bool(every) and i % every == 0)
-        for i, (layer, mixer) in enumerate(zip(_listed(m), found, strict=True))
+        layer._replace(
+            mixer=mixer, choosable_sums=-(-i // every) if every else 0, opens_sum=bool(every) and i % every == 0
+        )
+        for i, (layer, mixer) in enumerate(zip(_dense_or_sparse(m), kinds, strict=True))
     )
 
 
-_MOST_SUMS = 128  # no model in use has more than 8; every layer chooses from those before it
+_MAX_SUMS = 128  # no known model has more than 8
 
 
 def _delta_axes(m: ModelFacts) -> Mapping[str, int]:
-    """Those of latent attention and of experts, and of `memplan.catalogue.families.kimi_linear`."""
+    """Return the axes of latent attention, experts and `memplan.catalogue.families.kimi_linear`."""
     part = m.part("linear_attn_config")
     width, heads, kernel = (
-        value if isinstance(value := part.get(old), int) and value > 0 else m.whole(new) for old, new in _LINEAR.items()
+        value if isinstance(value := part.get(old), int) and value > 0 else m.config_int(new)
+        for old, new in _LINEAR.items()
     )
     return {
         **_routed(m),
@@ -180,13 +193,15 @@ def _delta_axes(m: ModelFacts) -> Mapping[str, int]:
         "convolved": 3 * heads * width,
         "kernel": kernel,
         "chunk": 64,
-        "hl": m.whole("routed_expert_hidden_size", m.hidden_size),
+        "hl": m.config_int("routed_expert_hidden_size", m.hidden_size),
     }
 
 
-def _delta_beside_a_tower(m: ModelFacts) -> Mapping[str, int]:
-    """Those of `memplan.catalogue.families.kimi_linear` and of the tower, as `memplan.models.configs.vision` calls
-    them; `vq` is the width of its queries."""
+def _delta_with_tower(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes of Kimi K3's decoder and of its tower, the latter as in `memplan.models.configs.vision`.
+
+    `vq` is the width of the tower's queries.
+    """
     vision = m.part("vision_config")
     for key, only in (("mm_projector_type", "patchmergerv2"), ("norm_type", "rmsnorm"), ("mlp_type", "mlp2")):
         if vision.get(key, only) != only:
@@ -235,45 +250,51 @@ _KINDS = {
 
 
 def _compressed(m: ModelFacts) -> tuple[Layer, ...]:
-    """V4's layers: a list of kinds or of rates, else two heavy ones and both kinds in turn; the first few hashed."""
+    """Return DeepSeek-V4's layers by a list of kinds or of compression rates.
+
+    Without a list, two heavily compressed layers are followed by sparse and heavy ones in turn. The first layers choose
+    experts by a hash.
+    """
     count = m.num_hidden_layers
-    usual = ("heavy",) * min(count, 2) + tuple("sparse" if i % 2 else "heavy" for i in range(max(count - 2, 0)))
+    default = ("heavy",) * min(count, 2) + tuple("sparse" if i % 2 else "heavy" for i in range(max(count - 2, 0)))
     key = "layer_types" if m.config.get("layer_types") is not None else "compress_ratios"
-    given, known = listed(m, key), _KINDS if key == "layer_types" else _COMPRESSED
-    found = usual if given is None else tuple(known.get(kind, "") for kind in given)
-    if not all(found):
-        raise ConfigError(f"config: {key} must be a list of {count} kinds of layers that V4 has", key)
-    hashed = m.whole("num_hash_layers", 3, least=0)
-    feeds = kinds(m, "mlp_layer_types", {"hash_moe": True, "moe": False}, [i < hashed for i in range(count)])
-    layer = Layer(True, True, 1, m.whole("moe_intermediate_size"))
+    words, known = listed(m, key), _KINDS if key == "layer_types" else _COMPRESSED
+    compressions = default if words is None else tuple(known.get(word, "") for word in words)
+    if not all(compressions):
+        raise ConfigError(
+            f"config: {key} must be a list of {count} layers, each one of {', '.join(map(str, known))}", key
+        )
+    hashed = m.config_int("num_hash_layers", 3, least=0)
+    hashes = kinds(m, "mlp_layer_types", {"hash_moe": True, "moe": False}, [i < hashed for i in range(count)])
+    layer = Layer(True, True, 1, m.config_int("moe_intermediate_size"))
     return tuple(
-        layer._replace(sliding=kind == "sliding", mixer=kind, ffn="hashed" if feed else EXPERTS)
-        for kind, feed in zip(found, feeds, strict=True)
+        layer._replace(sliding=mixer == "sliding", mixer=mixer, ffn="hashed" if is_hashed else EXPERTS)
+        for mixer, is_hashed in zip(compressions, hashes, strict=True)
     )
 
 
-def _streamed(m: ModelFacts) -> Mapping[str, int]:
-    """The axes of `memplan.catalogue.families.deepseek_v4`."""
-    d, n, h, groups = m.head_dim, m.whole("hc_mult"), m.hidden_size, m.whole("o_groups")
-    turned = m.whole("qk_rope_head_dim", d // 8)
+def _v4_axes(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes of `memplan.catalogue.families.deepseek_v4`."""
+    d, n, h, groups = m.head_dim, m.config_int("hc_mult"), m.hidden_size, m.config_int("o_groups")
+    rotated = m.config_int("qk_rope_head_dim", d // 8)
     rates = m.part("compress_rates")
-    width, low = m.num_attention_heads * d // groups, m.whole("o_lora_rank")
+    width, low = m.num_attention_heads * d // groups, m.config_int("o_lora_rank")
     return {
-        **sized("n_routed_experts")(m),
-        "m": m.whole("intermediate_size", m.whole("moe_intermediate_size")),  # the class takes the two for one
-        "rot": turned,
-        "rot2": turned // 2,
+        **expert_axes("n_routed_experts")(m),
+        "m": m.config_int("intermediate_size", m.config_int("moe_intermediate_size")),  # aliases in the config class
+        "rot": rotated,
+        "rot2": rotated // 2,
         "n": n,
         "nh": n * h,
         "n2": n * n,
         "nw": (2 + n) * n,
-        "ql": m.whole("q_lora_rank"),
+        "ql": m.config_int("q_lora_rank"),
         "og": groups,
         "ol": low,
         "ogl": groups * low,
         "gd": width,
-        "ih": m.whole("index_n_heads"),
-        "id": m.whole("index_head_dim"),
+        "ih": m.config_int("index_n_heads"),
+        "id": m.config_int("index_head_dim"),
         "rc": int(rates.get("compressed_sparse_attention", 4)),
         "rh": int(rates.get("heavily_compressed_attention", 128)),
     }
@@ -311,8 +332,8 @@ FAMILIES = {
         },
         {"intermediate_size": ("moe_intermediate_size",)},
         layers=_compressed,
-        axes=_streamed,
-        whole=("weights_proj",),
+        axes=_v4_axes,
+        never_quantised=("weights_proj",),
     ),
     "deepseek_v2": Family(
         {
@@ -321,7 +342,7 @@ FAMILIES = {
             "moe_intermediate_size": 1407,
             "n_shared_experts": 2,
             "n_routed_experts": 64,
-            "num_experts_per_tok": 6,  # as DeepSeek's own class has it; transformers' has none, and does not run
+            "num_experts_per_tok": 6,  # from DeepSeek's own class; transformers' has no default and fails
             "first_k_dense_replace": 0,
             "topk_method": "greedy",
         },
@@ -331,13 +352,13 @@ FAMILIES = {
     ),
     "deepseek_v3": Family(_V3, _NAMES, layers=after_first, axes=_routed),
     "kimi_k25": Family(
-        {**_V3, "tie_word_embeddings": True}, _NAMES, layers=after_first, axes=_beside_a_tower, decoder="text_config"
+        {**_V3, "tie_word_embeddings": True}, _NAMES, layers=after_first, axes=_routed_with_tower, decoder="text_config"
     ),
     "kimi_k3": Family(
         _KIMI_LINEAR,
         _NAMES,
         layers=_delta_layers,
-        axes=_delta_beside_a_tower,
+        axes=_delta_with_tower,
         decoder="text_config",
         acts=_SITU,
         renamed=_KIMI_KEYS,
@@ -347,9 +368,9 @@ FAMILIES = {
     "deepseek_v32": Family(
         {**_V3, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64},
         _NAMES,
-        layers=_listed,
-        axes=_indexed,
-        whole=("weights_proj",),
+        layers=_dense_or_sparse,
+        axes=_indexer_axes,
+        never_quantised=("weights_proj",),
     ),
     "glm4_moe_lite": Family(
         {
@@ -366,7 +387,7 @@ FAMILIES = {
             "num_experts_per_tok": 4,
         },
         _NAMES,
-        layers=_listed,
+        layers=_dense_or_sparse,
         axes=_routed,
     ),
     "glm_moe_dsa": Family(
@@ -383,9 +404,9 @@ FAMILIES = {
             "index_n_heads": 32,
         },
         _NAMES,
-        layers=_sparse,
-        axes=_indexed,
-        whole=("weights_proj",),
+        layers=_with_indexers,
+        axes=_indexer_axes,
+        never_quantised=("weights_proj",),
     ),
     "minicpm3": Family(
         {

@@ -1,4 +1,4 @@
-"""Which model_type a config is of, and for one that memplan has no stack for the families nearest to it."""
+"""The model_type of a config, and the nearest supported families if it is not supported."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.models.configs import MODULES
 from memplan.models.configs.dense import MODEL_TYPES
 
-_LONGEST = 80  # letters of a name that an error repeats
+_MAX_SHOWN = 80  # characters of a name that an error message repeats
 
-# What a key of a config says of a model that memplan has no stack for yet, or that is no text decoder.
+# Config key -> the kind of an unsupported model that has it.
 _KINDS = {
     "num_experts": "mixture of experts",
     "num_local_experts": "mixture of experts",
@@ -35,7 +35,7 @@ _KINDS = {
     "is_encoder_decoder": "encoder-decoder",
     "add_cross_attention": "encoder-decoder",
 }
-# The same by what a model_type contains, where no key says so.
+# Part of a model_type -> the kind of model, if no config key tells.
 _KINDS_BY_NAME = {
     "bert": "encoder",
     "electra": "encoder",
@@ -55,21 +55,21 @@ def model_type_of(config: Mapping[str, Any]) -> str:
         raise ConfigError("config: no model_type, so not a Hugging Face model config", "model_type")
     if model_type in MODULES:
         return model_type
-    shown = repr(model_type) if len(model_type) <= _LONGEST else f"{model_type[:_LONGEST]!r}..."
-    kinds = dict.fromkeys(kind for key, kind in _KINDS.items() if _says(config, key))
+    shown = repr(model_type) if len(model_type) <= _MAX_SHOWN else f"{model_type[:_MAX_SHOWN]!r}..."
+    kinds = dict.fromkeys(kind for key, kind in _KINDS.items() if _is_set(config, key))
     if not kinds and config.get("text_config"):
         kinds = {"multimodal": None}
     if not kinds and model_type not in MODEL_TYPES:
         kinds = {kind: None for part, kind in _KINDS_BY_NAME.items() if part in model_type}
     if kinds or model_type not in MODEL_TYPES:
-        said = f" ({', '.join(kinds)})" if kinds else ""
+        listed = f" ({', '.join(kinds)})" if kinds else ""
         near = " or ".join(nearest_families(model_type, kinds))
-        hint = f"; did you mean {near}?" if near else ", and no family with a stack has a name like it"
-        raise UnsupportedModelError(f"model_type: {shown}{said} is not supported yet{hint}", "model_type")
+        hint = f"; did you mean {near}?" if near else ", and no supported family has a similar name"
+        raise UnsupportedModelError(f"model_type: {shown}{listed} is not supported yet{hint}", "model_type")
     return model_type
 
 
-# What a family is, by the module of `memplan.models.configs` that knows it; the others are dense decoders.
+# Module of `memplan.models.configs` -> the kind of its families; all others are dense decoders.
 _KINDS_OF_MODULES = {
     "vision": "vision-language",
     "llama4": "mixture of experts",
@@ -80,39 +80,39 @@ _KINDS_OF_MODULES = {
     "ssm": "state space, recurrent, linear attention",
     "encoders": "encoder",
 }
-_TOWERS = ("gemma4", "kimi_k25", "kimi_k3", "llama4")  # that other modules know
+_TOWERS = ("gemma4", "kimi_k25", "kimi_k3", "llama4")  # vision-language families of modules other than `vision`
 
 
-_ALIKE = 0.6  # of the letters of two names, at which one may be meant by the other
+_MIN_SIMILARITY = 0.6  # of two names, as difflib.SequenceMatcher.ratio()
 
 
 def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, ...]:
-    """The families with a stack that are most like `model_type`, which has none, and like what its config says; three
-    at most, and none where nothing is.
+    """Return at most three supported families similar to an unsupported `model_type` whose config has these `kinds`.
 
-    Those whose names begin alike come first, of these the ones of its kind, and of these the nearest versions.
+    Families with the longest common prefix come first, then those of the same kind, then the nearest versions.
 
     >>> nearest_families("qwen4"), nearest_families("qwen4", ["mixture of experts"])
     (('qwen3', 'qwen2', 'qwen'), ('qwen3_moe', 'qwen2_moe', 'qwen3_5'))
     """
-    said, (stem, version, rest) = " ".join(kinds), _words(model_type[:_LONGEST].lower())
-    alike = {name: difflib.SequenceMatcher(None, model_type[:_LONGEST].lower(), name).ratio() for name in _families()}
+    lowered = model_type[:_MAX_SHOWN].lower()
+    wanted, (stem, version, rest) = " ".join(kinds), _words(lowered)
+    similarity = {name: difflib.SequenceMatcher(None, lowered, name).ratio() for name in _families()}
 
     def distance(name: str) -> tuple[float, ...]:
         stem_of, version_of, rest_of = _words(name)
         common = next((i for i, (a, b) in enumerate(zip(stem, stem_of, strict=False)) if a != b), None)
         common = min(len(stem), len(stem_of)) if common is None else common
         kind = _kind(name)
-        other = float(not any(part in said for part in kind.split(", ")) if kind else bool(said))
+        other = float(not any(part in wanted for part in kind.split(", ")) if kind else bool(wanted))
         if not common:
-            return 0, other, -alike[name]
-        return -common, other, len(set(rest) ^ set(rest_of)), abs(version - version_of), -alike[name]
+            return 0, other, -similarity[name]
+        return -common, other, len(set(rest) ^ set(rest_of)), abs(version - version_of), -similarity[name]
 
-    def like(name: str) -> bool:
-        of_its_kind = any(part in said for part in _kind(name).split(", ") if part)
-        return of_its_kind or alike[name] >= _ALIKE or _words(name)[0][:1] == stem[:1]
+    def is_similar(name: str) -> bool:
+        same_kind = any(part in wanted for part in _kind(name).split(", ") if part)
+        return same_kind or similarity[name] >= _MIN_SIMILARITY or _words(name)[0][:1] == stem[:1]
 
-    return tuple(sorted((name for name in _families() if name != model_type and like(name)), key=distance)[:3])
+    return tuple(sorted((name for name in _families() if name != model_type and is_similar(name)), key=distance)[:3])
 
 
 def _families() -> tuple[str, ...]:
@@ -125,7 +125,7 @@ def _kind(name: str) -> str:
 
 
 def _words(name: str) -> tuple[list[str], float, list[str]]:
-    """The words that a name begins with, the version after them, and the other words.
+    """Split a name into its first words, the version after them, and the remaining words.
 
     >>> _words("kimi_k25"), _words("qwen3_5_moe"), _words("gemma3_text")
     ((['kimi', 'k'], 25.0, []), (['qwen'], 3.5, ['moe']), (['gemma'], 3.0, []))
@@ -137,6 +137,6 @@ def _words(name: str) -> tuple[list[str], float, list[str]]:
     return parts[:at], version, [part for part in parts[at + len(numbers) :] if part != "text"]
 
 
-def _says(config: Mapping[str, Any], key: str) -> bool:
-    """Whether the config has the key for a reason: one expert is no mixture."""
+def _is_set(config: Mapping[str, Any], key: str) -> bool:
+    """Whether the config has a telling value for the key: a single expert makes no mixture."""
     return bool(config.get(key)) and not (key.endswith("experts") and config[key] == 1)

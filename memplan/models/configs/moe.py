@@ -1,4 +1,4 @@
-"""Mixtures of experts that are decoders else: which layers have experts, how many, and how wide they are.
+"""Decoders with mixtures of experts: which layers have experts, how many, and how wide they are.
 
 Source: transformers 5.24 configuration classes.
 """
@@ -15,33 +15,34 @@ from memplan.models.layers import Layer, as_json, sliding_layers
 EXPERTS, DENSE = "experts", "dense"
 
 
-def sized(
+def expert_axes(
     experts: str = "num_experts",
     chosen: str = "num_experts_per_tok",
     width: str = "moe_intermediate_size",
     shared: str = "",
 ) -> Callable[[ModelFacts], Mapping[str, int]]:
-    """Axes of a config that calls these sizes so. `shared`: the width of the expert that all tokens use."""
+    """Return a function for the expert axes of configs with these keys; `shared` is the width of the shared expert."""
 
     def axes(m: ModelFacts) -> Mapping[str, int]:
-        every, some = m.whole(experts), m.whole(chosen)
-        if some > every:
-            raise ConfigError(f"config: {chosen} {some} is more than the {every} of {experts}", chosen)
-        return {"E": every, "e": some, "none": 0, "m": m.whole(width), **({"fs": m.whole(shared)} if shared else {})}
+        count, per_token = m.config_int(experts), m.config_int(chosen)
+        if per_token > count:
+            raise ConfigError(f"config: {chosen} {per_token} is more than the {count} of {experts}", chosen)
+        sizes = {"E": count, "e": per_token, "none": 0, "m": m.config_int(width)}
+        return {**sizes, **({"fs": m.config_int(shared)} if shared else {})}
 
     return axes
 
 
 def every_layer(m: ModelFacts) -> tuple[Layer, ...]:
-    """Experts in all layers."""
+    """Return layers that all have experts."""
     layer = Layer(m.sliding_window is not None, True, m.num_key_value_heads, m.intermediate_size, ffn=EXPERTS)
     return (layer,) * m.num_hidden_layers
 
 
-def stepped(m: ModelFacts) -> tuple[Layer, ...]:
-    """Experts in every `decoder_sparse_step`th layer but those that are named; windows as Qwen2-MoE has them."""
-    count, step = m.num_hidden_layers, m.whole("decoder_sparse_step", 1)
-    dense, last = numbers(m, "mlp_only_layers"), m.whole("max_window_layers", 28, least=0)
+def sparse_step_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return layers with experts in every `decoder_sparse_step`th but `mlp_only_layers`, with Qwen2-MoE's windows."""
+    count, step = m.num_hidden_layers, m.config_int("decoder_sparse_step", 1)
+    dense, last = numbers(m, "mlp_only_layers"), m.config_int("max_window_layers", 28, least=0)
     windows = [m.sliding_window is not None] * count
     if m.model_type == "qwen2_moe":
         windows = sliding_layers(m.config, [window and i % 2 == 0 and i < last for i, window in enumerate(windows)])
@@ -58,11 +59,11 @@ def stepped(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def numbers(m: ModelFacts, key: str) -> tuple[int, ...]:
-    """A list of layers' numbers; none where it is absent."""
+    """Return a config's list of layer indices, empty if it is absent. Raises ConfigError for anything else."""
     value: object = m.config.get(key)
     numbers = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()
     if (value is not None and not isinstance(value, tuple)) or not all(isinstance(n, int) for n in numbers):
-        raise ConfigError(f"config: {key} must be a list of layers' numbers, not {as_json(m.config[key])}", key)
+        raise ConfigError(f"config: {key} must be a list of layer indices, not {as_json(m.config[key])}", key)
     return cast(tuple[int, ...], numbers)
 
 
@@ -79,20 +80,20 @@ _QWEN2_MOE = {
 
 
 def after_first(m: ModelFacts) -> tuple[Layer, ...]:
-    """Experts in all layers but the first few."""
-    first = m.whole("first_k_dense_replace", least=0)
-    step = m.whole("moe_layer_freq", 1) if m.model_type == "deepseek" else 1
+    """Return layers with experts, except the first `first_k_dense_replace`."""
+    first = m.config_int("first_k_dense_replace", least=0)
+    step = m.config_int("moe_layer_freq", 1) if m.model_type == "deepseek" else 1
     layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
     count = m.num_hidden_layers
     return tuple(layer._replace(ffn=EXPERTS if i >= first and i % step == 0 else DENSE) for i in range(count))
 
 
 def between(m: ModelFacts) -> tuple[Layer, ...]:
-    """Experts in every so many layers from one to another."""
-    count, step = m.num_hidden_layers, m.whole("moe_layer_interval", 1)
-    first = m.whole("moe_layer_start_index", 1, least=0)
+    """Return layers with experts in every `moe_layer_interval`th layer of a range."""
+    count, step = m.num_hidden_layers, m.config_int("moe_layer_interval", 1)
+    first = m.config_int("moe_layer_start_index", 1, least=0)
     last: object = m.config.get("moe_layer_end_index")
-    end = count - 1 if last in (None, -1) else m.whole("moe_layer_end_index", least=0)
+    end = count - 1 if last in (None, -1) else m.config_int("moe_layer_end_index", least=0)
     layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
     return tuple(
         layer._replace(ffn=EXPERTS if first <= i <= end and (i + 1) % step == 0 else DENSE) for i in range(count)
@@ -100,15 +101,15 @@ def between(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def _ernie(m: ModelFacts) -> Mapping[str, int]:
-    axes = sized("moe_num_experts", "moe_k")(m)
-    return {**axes, "fs": axes["m"] * m.whole("moe_num_shared_experts", 2, least=0)}
+    axes = expert_axes("moe_num_experts", "moe_k")(m)
+    return {**axes, "fs": axes["m"] * m.config_int("moe_num_shared_experts", 2, least=0)}
 
 
 def _dbrx(m: ModelFacts) -> Mapping[str, int]:
-    """Sizes of the nested `ffn_config`."""
-    given, axes = m.part("ffn_config"), dict[str, int]()
+    """Return the sizes of the nested `ffn_config`."""
+    ffn, axes = m.part("ffn_config"), dict[str, int]()
     for axis, key, default in (("E", "moe_num_experts", 4), ("e", "moe_top_k", 1), ("f", "ffn_hidden_size", 3584)):
-        value: object = given.get(key)
+        value: object = ffn.get(key)
         value = default if value is None else value
         if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 2**21:
             raise ConfigError(f"config: {key} must be a whole number from 1 to {2**21:,}, not {as_json(value)}", key)
@@ -119,20 +120,20 @@ def _dbrx(m: ModelFacts) -> Mapping[str, int]:
 
 
 def _hunyuan(m: ModelFacts) -> Mapping[str, int]:
-    """The class has one expert where the config is silent, however many are to be chosen."""
-    experts = m.whole("num_experts", 1)
-    return {"E": experts, "e": min(m.whole("moe_topk", 1), experts), "m": m.intermediate_size}
+    """Return the axes; the config class's default is one expert, however many a token is to choose."""
+    experts = m.config_int("num_experts", 1)
+    return {"E": experts, "e": min(m.config_int("moe_topk", 1), experts), "m": m.intermediate_size}
 
 
 def _phi(m: ModelFacts) -> Mapping[str, int]:
-    if m.whole("num_experts_per_tok") != 2:
+    if m.config_int("num_experts_per_tok") != 2:
         raise ConfigError("config: num_experts_per_tok must be 2: phimoe draws two experts", "num_experts_per_tok")
-    return sized("num_local_experts", width="intermediate_size")(m)
+    return expert_axes("num_local_experts", width="intermediate_size")(m)
 
 
 def _glm(m: ModelFacts) -> Mapping[str, int]:
-    axes = sized("n_routed_experts")(m)
-    return {**axes, "fs": axes["m"] * m.whole("n_shared_experts")}
+    axes = expert_axes("n_routed_experts")(m)
+    return {**axes, "fs": axes["m"] * m.config_int("n_shared_experts")}
 
 
 FAMILIES: dict[str, Family] = {
@@ -152,7 +153,7 @@ FAMILIES: dict[str, Family] = {
         axes=_dbrx,
         decoder="attn_config",
     ),
-    "deepseek": Family(  # the code published with its weights; transformers 5.24 has no class for it
+    "deepseek": Family(  # source: the code published with its weights; transformers 5.24 has no class
         {
             "intermediate_size": 11008,
             "moe_intermediate_size": 1407,
@@ -195,7 +196,7 @@ FAMILIES: dict[str, Family] = {
         {"intermediate_size": 11008, "num_local_experts": 8, "num_experts_per_tok": 2},
         {"head_dim": ()},
         layers=every_layer,
-        axes=sized("num_local_experts", width="intermediate_size"),
+        axes=expert_axes("num_local_experts", width="intermediate_size"),
     ),
     "hunyuan_v1_moe": Family(
         {"intermediate_size": 11008, "num_experts": 1, "moe_topk": 1},
@@ -212,7 +213,7 @@ FAMILIES: dict[str, Family] = {
             "rotary_dim": None,
         },
         layers=every_layer,
-        axes=sized("num_local_experts", width="intermediate_size"),
+        axes=expert_axes("num_local_experts", width="intermediate_size"),
     ),
     "mixtral": Family(
         {
@@ -223,13 +224,13 @@ FAMILIES: dict[str, Family] = {
             "sliding_window": None,
         },
         layers=every_layer,
-        axes=sized("num_local_experts", width="intermediate_size"),
+        axes=expert_axes("num_local_experts", width="intermediate_size"),
     ),
     "olmoe": Family(
         {"intermediate_size": 2048, "num_experts": 64, "num_experts_per_tok": 8},
         {"head_dim": ()},
         layers=every_layer,
-        axes=sized(width="intermediate_size"),
+        axes=expert_axes(width="intermediate_size"),
     ),
     "phimoe": Family(
         {
@@ -242,7 +243,9 @@ FAMILIES: dict[str, Family] = {
         layers=every_layer,
         axes=_phi,
     ),
-    "qwen2_moe": Family(_QWEN2_MOE, layers=stepped, axes=sized(shared="shared_expert_intermediate_size")),
+    "qwen2_moe": Family(
+        _QWEN2_MOE, layers=sparse_step_layers, axes=expert_axes(shared="shared_expert_intermediate_size")
+    ),
     "qwen3_moe": Family(
         {
             "num_key_value_heads": 4,
@@ -253,8 +256,8 @@ FAMILIES: dict[str, Family] = {
             "use_sliding_window": False,
             "sliding_window": 4096,
         },
-        layers=stepped,
-        axes=sized(),
+        layers=sparse_step_layers,
+        axes=expert_axes(),
         renamed={"num_local_experts": "num_experts"},
     ),
 }

@@ -1,5 +1,7 @@
-"""State spaces, linear attention, and what alternates them with attention. Source: transformers 5.24 configuration
-classes."""
+"""State-space models, linear attention, and hybrids of them with attention.
+
+Source: transformers 5.24 configuration classes.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError
-from memplan.models.configs.moe import numbers, sized
+from memplan.models.configs.moe import expert_axes, numbers
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.layers import Layer, as_json
 
@@ -24,75 +26,76 @@ _DELTA: dict[str, Any] = {
 
 
 def words(m: ModelFacts, key: str, known: Mapping[str, str]) -> list[str]:
-    """The config's list of what its layers are, in its words, of which `known` has ours."""
+    """Return a config's list of layer kinds, translated by `known`. Raises ConfigError for any other list."""
     value: object = m.config.get(key)
-    given = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()
-    wrong = [word for word in given if word not in known]
-    if not given or wrong:
+    listed = cast(tuple[object, ...], value) if isinstance(value, tuple) else ()
+    wrong = [word for word in listed if word not in known]
+    if not listed or wrong:
         shown = as_json(wrong[0]) if wrong else as_json(m.config.get(key))
         raise ConfigError(f"config: {key} must be a list of {', '.join(known)}, not {shown}", key)
-    return [known[str(word)] for word in given]
+    return [known[str(word)] for word in listed]
 
 
 def mixers(m: ModelFacts, key: str, known: Mapping[str, str], default: list[str]) -> list[str]:
-    """What mixes tokens in every layer, by a list that may be absent."""
+    """Return the token mixer of every layer by a config's list, or `default` if there is no list."""
     if m.config.get(key) is None:
         return default
-    found = words(m, key, known)
-    if len(found) < m.num_hidden_layers:
+    listed = words(m, key, known)
+    if len(listed) < m.num_hidden_layers:
         raise ConfigError(f"config: {key} must be a list of at least {m.num_hidden_layers} layers", key)
-    return found[: m.num_hidden_layers]
+    return listed[: m.num_hidden_layers]
 
 
 def _delta_layers(m: ModelFacts) -> tuple[Layer, ...]:
-    every = m.whole("full_attention_interval")
+    every = m.config_int("full_attention_interval")
     default = ["linear_attention" if (i + 1) % every else "attention" for i in range(m.num_hidden_layers)]
     known = {"linear_attention": "linear_attention", "full_attention": "attention"}
-    mixed = mixers(m, "layer_types", known, default)
-    ffns = _qwen_experts(m)
     return tuple(
         Layer(False, True, m.num_key_value_heads, m.intermediate_size, mixer, ffn)
-        for mixer, ffn in zip(mixed, ffns, strict=True)
+        for mixer, ffn in zip(mixers(m, "layer_types", known, default), _qwen_ffns(m), strict=True)
     )
 
 
-def _qwen_experts(m: ModelFacts) -> list[str]:
-    """Qwen3-Next may keep some layers dense; Qwen3.5 has experts in all or in none."""
+def _qwen_ffns(m: ModelFacts) -> list[str]:
+    """Return the FFN of every layer: Qwen3-Next may have dense ones; Qwen3.5 has experts in all layers or in none."""
     if m.model_type != "qwen3_next":
         return ["experts" if m.model_type.startswith("qwen3_5_moe") else "dense"] * m.num_hidden_layers
-    every, named = m.whole("decoder_sparse_step"), numbers(m, "mlp_only_layers")
-    return ["dense" if i in named or (i + 1) % every else "experts" for i in range(m.num_hidden_layers)]
+    every, dense = m.config_int("decoder_sparse_step"), numbers(m, "mlp_only_layers")
+    return ["dense" if i in dense or (i + 1) % every else "experts" for i in range(m.num_hidden_layers)]
 
 
 def _delta_axes(m: ModelFacts) -> dict[str, int]:
-    lk, lv = m.whole("linear_num_key_heads"), m.whole("linear_num_value_heads")
-    dk, dv = m.whole("linear_key_head_dim"), m.whole("linear_value_head_dim")
+    lk, lv = m.config_int("linear_num_key_heads"), m.config_int("linear_num_value_heads")
+    dk, dv = m.config_int("linear_key_head_dim"), m.config_int("linear_value_head_dim")
     if lv % lk:
         raise ConfigError(
             f"config: linear_num_key_heads {lk} does not divide linear_num_value_heads {lv}", "linear_num_key_heads"
         )
-    some = m.model_type.startswith(("qwen3_5_moe", "qwen3_next"))
+    has_experts = m.model_type.startswith(("qwen3_5_moe", "qwen3_next"))
     return {
-        **(sized(shared="shared_expert_intermediate_size")(m) if some else {}),
+        **(expert_axes(shared="shared_expert_intermediate_size")(m) if has_experts else {}),
         "lk": lk,
         "lv": lv,
         "ldk": dk,
         "ldv": dv,
         "convolved": 2 * lk * dk + lv * dv,
         "projected": 2 * lk * dk + 2 * lv * dv,
-        "kernel": m.whole("linear_conv_kernel_dim"),
+        "kernel": m.config_int("linear_conv_kernel_dim"),
         "chunk": 64,
         "widest": max(64, dk, dv),
     }
 
 
-def _scan_axes(named: tuple[str, str], sizes: Iterable[int]) -> dict[str, int]:
-    """Of Mamba 2's mixer: heads, their width, state, groups, the convolution's kernel and the chunk. `named` are the
-    config's words for heads and groups."""
+def _scan_axes(keys: tuple[str, str], sizes: Iterable[int]) -> dict[str, int]:
+    """Return the axes of Mamba 2's mixer.
+
+    `sizes` are heads, head width, state, groups, convolution kernel and chunk; `keys` are the config's keys of heads
+    and groups, for the error message.
+    """
     heads, width, state, groups, kernel, chunk = sizes
     inner = heads * width
     if heads % groups:
-        raise ConfigError(f"config: {named[1]} {groups} does not divide {named[0]} {heads}", named[1])
+        raise ConfigError(f"config: {keys[1]} {groups} does not divide {keys[0]} {heads}", keys[1])
     return {
         "mh": heads,
         "mp": width,
@@ -109,30 +112,31 @@ def _scan_axes(named: tuple[str, str], sizes: Iterable[int]) -> dict[str, int]:
 
 def _mamba2_axes(m: ModelFacts) -> dict[str, int]:
     names = ("num_heads", "head_dim", "state_size", "n_groups", "conv_kernel", "chunk_size")
-    return _scan_axes(("num_heads", "n_groups"), (m.whole(name) for name in names))
+    return _scan_axes(("num_heads", "n_groups"), (m.config_int(name) for name in names))
 
 
-def _first_axes(m: ModelFacts, inner: int, state: str, rank: str, kernel: str) -> dict[str, int]:
-    n = m.whole(state)
-    steps = -(-m.hidden_size // 16) if m.config.get(rank) == "auto" else m.whole(rank)
-    return {"inner": inner, "mn": n, "dtr": steps, "dbc": steps + 2 * n, "kernel": m.whole(kernel)}
+def _mamba1_axes(m: ModelFacts, inner: int, state: str, rank: str, kernel: str) -> dict[str, int]:
+    """Return the axes of Mamba 1's mixer; `state`, `rank` and `kernel` are the config's keys."""
+    n = m.config_int(state)
+    steps = -(-m.hidden_size // 16) if m.config.get(rank) == "auto" else m.config_int(rank)
+    return {"inner": inner, "mn": n, "dtr": steps, "dbc": steps + 2 * n, "kernel": m.config_int(kernel)}
 
 
 def _mamba_axes(m: ModelFacts) -> dict[str, int]:
-    inner = m.whole("intermediate_size", m.whole("expand") * m.hidden_size)
-    return _first_axes(m, inner, "state_size", "time_step_rank", "conv_kernel")
+    inner = m.config_int("intermediate_size", m.config_int("expand") * m.hidden_size)
+    return _mamba1_axes(m, inner, "state_size", "time_step_rank", "conv_kernel")
 
 
 def _jamba_axes(m: ModelFacts) -> dict[str, int]:
-    inner = m.whole("mamba_expand") * m.hidden_size
-    first = _first_axes(m, inner, "mamba_d_state", "mamba_dt_rank", "mamba_d_conv")
-    return {**first, **sized(width="intermediate_size")(m)}
+    inner = m.config_int("mamba_expand") * m.hidden_size
+    mixer = _mamba1_axes(m, inner, "mamba_d_state", "mamba_dt_rank", "mamba_d_conv")
+    return {**mixer, **expert_axes(width="intermediate_size")(m)}
 
 
 def _jamba_layers(m: ModelFacts) -> tuple[Layer, ...]:
-    every, offset = m.whole("attn_layer_period"), m.whole("attn_layer_offset", least=0)
-    expert_every, expert_offset = m.whole("expert_layer_period"), m.whole("expert_layer_offset", least=0)
-    several = m.whole("num_experts") > 1
+    every, offset = m.config_int("attn_layer_period"), m.config_int("attn_layer_offset", least=0)
+    expert_every, expert_offset = m.config_int("expert_layer_period"), m.config_int("expert_layer_offset", least=0)
+    has_experts = m.config_int("num_experts") > 1
     return tuple(
         Layer(
             False,
@@ -140,13 +144,13 @@ def _jamba_layers(m: ModelFacts) -> tuple[Layer, ...]:
             m.num_key_value_heads,
             m.intermediate_size,
             _ATTENTION if i % every == offset else _MAMBA,
-            "experts" if several and i % expert_every == expert_offset else "dense",
+            "experts" if has_experts and i % expert_every == expert_offset else "dense",
         )
         for i in range(m.num_hidden_layers)
     )
 
 
-_FIRST: dict[str, Any] = {
+_MAMBA1: dict[str, Any] = {
     "state_size": 16,
     "expand": 2,
     "conv_kernel": 4,
@@ -157,12 +161,12 @@ _FIRST: dict[str, Any] = {
 }
 
 
-def _mixers_alone(m: ModelFacts) -> tuple[Layer, ...]:
+def _mixer_layers(m: ModelFacts) -> tuple[Layer, ...]:
     return (Layer(False, False, 1, m.intermediate_size, _MAMBA, "none"),) * m.num_hidden_layers
 
 
 _NO_HEADS: dict[str, tuple[str, ...]] = {"num_attention_heads": (), "num_key_value_heads": (), "head_dim": ()}
-_PURE = ("hidden_size", "num_hidden_layers", "vocab_size")
+_NO_ATTENTION = ("hidden_size", "num_hidden_layers", "vocab_size")
 
 _MAMBA, _ATTENTION = "mamba", "attention"
 _WORDS = {"mamba": _MAMBA, "linear_attention": _MAMBA, "attention": _ATTENTION, "full_attention": _ATTENTION}
@@ -170,28 +174,28 @@ _WORDS = {"mamba": _MAMBA, "linear_attention": _MAMBA, "attention": _ATTENTION, 
 
 def _granite_layers(m: ModelFacts) -> tuple[Layer, ...]:
     key = "layers_block_type" if m.config.get("layers_block_type") is not None else "layer_types"
-    ffn = "experts" if m.whole("num_local_experts", least=0) else "dense"
-    width = m.whole("shared_intermediate_size")
-    mixed = mixers(m, key, _WORDS, [_MAMBA] * m.num_hidden_layers)
-    return tuple(Layer(False, True, m.num_key_value_heads, width, mixer, ffn) for mixer in mixed)
+    ffn = "experts" if m.config_int("num_local_experts", least=0) else "dense"
+    width = m.config_int("shared_intermediate_size")
+    kinds = mixers(m, key, _WORDS, [_MAMBA] * m.num_hidden_layers)
+    return tuple(Layer(False, True, m.num_key_value_heads, width, mixer, ffn) for mixer in kinds)
 
 
 def _granite_axes(m: ModelFacts) -> dict[str, int]:
-    heads, inner = m.whole("mamba_n_heads"), m.whole("mamba_expand") * m.hidden_size
+    heads, inner = m.config_int("mamba_n_heads"), m.config_int("mamba_expand") * m.hidden_size
     width = m.config.get("mamba_d_head")
-    width = inner // heads if width == "auto" else m.whole("mamba_d_head")
+    width = inner // heads if width == "auto" else m.config_int("mamba_d_head")
     if heads * width != inner:
         raise ConfigError(
             f"config: mamba_n_heads {heads} x mamba_d_head {width} is not mamba_expand x hidden_size, {inner}",
             "mamba_n_heads",
         )
-    sizes = (m.whole(f"mamba_{name}") for name in ("d_state", "n_groups", "d_conv", "chunk_size"))
-    every = m.whole("num_local_experts", least=0)
-    chosen = {"E": every, "e": m.whole("num_experts_per_tok"), "m": m.intermediate_size} if every else {}
+    sizes = (m.config_int(f"mamba_{name}") for name in ("d_state", "n_groups", "d_conv", "chunk_size"))
+    count = m.config_int("num_local_experts", least=0)
+    experts = {"E": count, "e": m.config_int("num_experts_per_tok"), "m": m.intermediate_size} if count else {}
     return {
         **_scan_axes(("mamba_n_heads", "mamba_n_groups"), (heads, width, *sizes)),
-        **chosen,
-        "f": m.whole("shared_intermediate_size"),
+        **experts,
+        "f": m.config_int("shared_intermediate_size"),
     }
 
 
@@ -207,27 +211,29 @@ _LETTERS = {"M": _MAMBA, "*": _ATTENTION, "-": "dense", "E": "experts"}
 
 
 def _nemotron_layers(m: ModelFacts) -> tuple[Layer, ...]:
-    """A list of words, or of letters in older configs; the number of layers is its length, whatever else is said."""
+    """Return the layers of a list of words, or of letters in older configs, whose length is the number of layers."""
     key = next((k for k in ("layers_block_type", "layer_types") if m.config.get(k) is not None), None)
     letters: object = m.config.get("hybrid_override_pattern")
     if key is not None:
-        found = words(m, key, _NEMOTRON_WORDS)
+        kinds = words(m, key, _NEMOTRON_WORDS)
     elif letters is None:
-        found = [_MAMBA, "experts", _ATTENTION, "dense"]
+        kinds = [_MAMBA, "experts", _ATTENTION, "dense"]
     elif isinstance(letters, str) and letters and set(letters) <= set(_LETTERS):
-        found = [_LETTERS[letter] for letter in letters]
+        kinds = [_LETTERS[letter] for letter in letters]
     else:
         key = "hybrid_override_pattern"
-        raise ConfigError(f"config: {key} must be letters of {' '.join(_LETTERS)}, not {as_json(letters)}", key)
+        raise ConfigError(
+            f"config: {key} must consist of the letters {' '.join(_LETTERS)}, not {as_json(letters)}", key
+        )
     return tuple(
-        Layer(False, False, m.num_key_value_heads, m.intermediate_size, word, "none")
-        if word in (_MAMBA, _ATTENTION)
-        else Layer(False, False, m.num_key_value_heads, m.intermediate_size, "none", word)
-        for word in found
+        Layer(False, False, m.num_key_value_heads, m.intermediate_size, kind, "none")
+        if kind in (_MAMBA, _ATTENTION)
+        else Layer(False, False, m.num_key_value_heads, m.intermediate_size, "none", kind)
+        for kind in kinds
     )
 
 
-# Names that older configs have for sizes of the mixer.
+# Older configs' keys of the mixer's sizes.
 _OLDER = {
     "n_groups": "mamba_n_groups",
     "conv_kernel": "mamba_d_conv",
@@ -238,26 +244,27 @@ _OLDER = {
 def _nemotron_axes(m: ModelFacts) -> dict[str, int]:
     names = ("mamba_num_heads", "mamba_head_dim", "ssm_state_size", "n_groups", "conv_kernel", "chunk_size")
     older = (_OLDER.get(name, name) for name in names)
-    said = [old if m.config.get(old) is not None else name for old, name in zip(older, names, strict=True)]
-    sizes = map(m.whole, said)
+    keys = [old if m.config.get(old) is not None else name for old, name in zip(older, names, strict=True)]
+    sizes = map(m.config_int, keys)
     latent = m.config.get("moe_latent_size")
-    every, chosen = m.whole("n_routed_experts"), m.whole("num_experts_per_tok")
-    if chosen > every:
+    count, per_token = m.config_int("n_routed_experts"), m.config_int("num_experts_per_tok")
+    if per_token > count:
         raise ConfigError(
-            f"config: num_experts_per_tok {chosen} is more than the {every} of n_routed_experts", "num_experts_per_tok"
+            f"config: num_experts_per_tok {per_token} is more than the {count} of n_routed_experts",
+            "num_experts_per_tok",
         )
     return {
         **_scan_axes(("mamba_num_heads", "n_groups"), sizes),
-        "E": every,
-        "e": chosen,
-        "m": m.whole("moe_intermediate_size"),
-        "fs": m.whole("moe_shared_expert_intermediate_size"),
-        **({"latent": m.whole("moe_latent_size")} if latent is not None else {}),
+        "E": count,
+        "e": per_token,
+        "m": m.config_int("moe_intermediate_size"),
+        "fs": m.config_int("moe_shared_expert_intermediate_size"),
+        **({"latent": m.config_int("moe_latent_size")} if latent is not None else {}),
     }
 
 
 FAMILIES: dict[str, Family] = {
-    "falcon_mamba": Family(_FIRST, {**_NO_HEADS, "intermediate_size": ()}, _PURE, _mixers_alone, _mamba_axes),
+    "falcon_mamba": Family(_MAMBA1, {**_NO_HEADS, "intermediate_size": ()}, _NO_ATTENTION, _mixer_layers, _mamba_axes),
     "jamba": Family(
         {
             "num_key_value_heads": 8,
@@ -278,7 +285,7 @@ FAMILIES: dict[str, Family] = {
         layers=_jamba_layers,
         axes=_jamba_axes,
     ),
-    "mamba": Family(_FIRST, {**_NO_HEADS, "intermediate_size": ()}, _PURE, _mixers_alone, _mamba_axes),
+    "mamba": Family(_MAMBA1, {**_NO_HEADS, "intermediate_size": ()}, _NO_ATTENTION, _mixer_layers, _mamba_axes),
     "nemotron_h": Family(
         {
             "num_key_value_heads": 8,
@@ -333,8 +340,8 @@ FAMILIES: dict[str, Family] = {
             "residual_in_fp32": True,
         },
         {**_NO_HEADS, "intermediate_size": ()},
-        _PURE,
-        _mixers_alone,
+        _NO_ATTENTION,
+        _mixer_layers,
         _mamba2_axes,
     ),
     "qwen3_5_moe_text": Family(

@@ -1,4 +1,5 @@
-"""Sizes of the towers that Gemma 4 and Step-3.7 have beside their decoders, by the axes of their weights.
+"""Axes of the vision and audio towers of Gemma 4 and Step-3.7, whose weights are loaded but whose forward pass is not
+estimated.
 
 Source: transformers 5.24 configuration classes.
 """
@@ -28,26 +29,26 @@ def gemma4_towers(m: ModelFacts) -> Mapping[str, int]:
         "vin": 3 * patch * patch,
         "vpositions": size(m, "position_embedding_size", 10240),
     }
-    sound = m.part("audio_config")
-    if not sound:
+    audio = m.part("audio_config")
+    if not audio:
         return vision
-    width = _audio(sound, "hidden_size", 1024)
+    width = _audio(audio, "hidden_size", 1024)
     key = "subsampling_conv_channels"
-    channels: object = sound.get(key, (128, 32))
+    channels: object = audio.get(key, (128, 32))
     if not isinstance(channels, tuple) or len(cast(tuple[object, ...], channels)) != 2:
         raise ConfigError(f"config: audio_config.{key} must be two numbers, not {as_json(cast(object, channels))}", key)
     first, second = (_number(key, n) for n in cast(tuple[object, ...], channels))
     return {
         **vision,
-        "uL": _audio(sound, "num_hidden_layers", 12),
+        "uL": _audio(audio, "num_hidden_layers", 12),
         "uh": width,
         "uh2": width // 2,
-        "ud": width // _audio(sound, "num_attention_heads", 8),
-        "uo": _audio(sound, "output_proj_dims", 1536),
+        "ud": width // _audio(audio, "num_attention_heads", 8),
+        "uo": _audio(audio, "output_proj_dims", 1536),
         "uc0": first,
         "uc1": second,
         "uin": first // 4 * second,
-        "ukernel": _audio(sound, "conv_kernel_size", 5),
+        "ukernel": _audio(audio, "conv_kernel_size", 5),
     }
 
 

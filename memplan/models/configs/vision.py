@@ -1,7 +1,16 @@
-"""Vision-language models: a language model's config, and the sizes of the tower beside it.
+"""Vision-language models: the language model's config, and the sizes of the vision tower.
 
-A tower's axes: vh hidden, va heads, vd head dim, vf FFN width, vin numbers of a patch, vm width of merged patches; vL1,
-vL2 and so on count its layers. What images take of a run is in `memplan.models.configs.images`.
+A tower's axes:
+
+    vh            hidden size
+    va            heads
+    vd            head dim
+    vf            FFN width
+    vin           elements of a patch
+    vm            width of merged patches
+    vL1, vL2, ... layers of each run
+
+The axes set by a run's images are in `memplan.models.configs.images`.
 """
 
 from __future__ import annotations
@@ -13,13 +22,13 @@ from typing import Any, cast
 
 from memplan.core.errors import ConfigError
 from memplan.models.configs.dense import MODEL_TYPES
-from memplan.models.configs.moe import sized, stepped
+from memplan.models.configs.moe import expert_axes, sparse_step_layers
 from memplan.models.configs.ssm import FAMILIES as SSM
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.layers import MOST_LAYERS, Layer, as_json, layers_of
 
 _VISION = "vision_config"
-_MOST = 2**21
+_LIMIT = 2**21
 _COUNTS_LAYERS = ("depth", "num_hidden_layers", "num_global_layers")
 
 _QWEN3 = {
@@ -33,7 +42,7 @@ _QWEN3 = {
     "spatial_merge_size": 2,
     "num_position_embeddings": 2304,
 }
-# What the classes of `vision_config` fill in. Source: transformers 5.24 configuration classes.
+# Defaults of the config classes of `vision_config`. Source: transformers 5.24 configuration classes.
 _DEFAULTS: dict[str, Mapping[str, int | tuple[int, ...]]] = {
     "gemma3": {
         "hidden_size": 768,
@@ -106,9 +115,9 @@ _DEFAULTS: dict[str, Mapping[str, int | tuple[int, ...]]] = {
 
 
 def size(m: ModelFacts, key: str, default: int = 0, *others: str) -> int:
-    """A size of the tower's config, by the first of its names that is there; else the default, or that of its class.
+    """Return a size of the tower's config, by the first of its names that is set; else `default`, or the class's.
 
-    Raises ConfigError where it is no size.
+    Raises ConfigError if it is not a size.
     """
     part = m.part(_VISION)
     name = next((n for n in (key, *others) if part.get(n) is not None), key)
@@ -116,16 +125,16 @@ def size(m: ModelFacts, key: str, default: int = 0, *others: str) -> int:
     if value is None:
         return default or cast(int, _DEFAULTS[m.model_type][key])
     sides: tuple[Any, ...] = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
-    side = sides[0] if len(set(sides)) == 1 else None  # a square one
-    most = MOST_LAYERS if key in _COUNTS_LAYERS else _MOST
+    side = sides[0] if len(set(sides)) == 1 else None  # a pair must be a square
+    most = MOST_LAYERS if key in _COUNTS_LAYERS else _LIMIT
     if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= most:
-        said = as_json(cast(Any, value))
-        raise ConfigError(f"config: {_VISION}.{name} must be a whole number from 1 to {most:,}, not {said}", name)
+        shown = as_json(cast(Any, value))
+        raise ConfigError(f"config: {_VISION}.{name} must be a whole number from 1 to {most:,}, not {shown}", name)
     return side
 
 
 def places(m: ModelFacts, key: str) -> tuple[int, ...]:
-    """A list of layers of the tower. Raises ConfigError where it is none."""
+    """Return a list of layer indices of the tower's config. Raises ConfigError if it is not one."""
     value: object = m.part(_VISION).get(key)
     if value is None:
         return cast(tuple[int, ...], _DEFAULTS[m.model_type][key])
@@ -139,13 +148,19 @@ def places(m: ModelFacts, key: str) -> tuple[int, ...]:
 def _tower(
     m: ModelFacts,
     runs: Sequence[int],
-    colours: int,
+    channels: int,
     hidden: str = "hidden_size",
     heads: str = "num_attention_heads",
     ratio: str = "",
 ) -> dict[str, int]:
-    """The axes of a tower whose layers are `runs` of equal ones and whose patches have so many `colours`, over all
-    frames; its config says the FFN's width, or how many times the hidden size that is (`ratio`)."""
+    """Return the axes of a tower.
+
+    runs      number of layers of each run
+    channels  channels of a patch, over all frames
+    hidden    config key of the hidden size
+    heads     config key of the number of heads
+    ratio     config key of the FFN width as a multiple of the hidden size, if the config has no width
+    """
     h, a, side = size(m, hidden), size(m, heads), size(m, "patch_size")
     if h % a:
         raise ConfigError(f"config: {_VISION}: {a} heads do not divide {h}", _VISION)
@@ -158,25 +173,25 @@ def _tower(
         "vd2": d // 2,
         "vd4": d // 4,
         "vf": h * size(m, ratio) if ratio else size(m, "intermediate_size"),
-        "vin": colours * side**2,
+        "vin": channels * side**2,
         "patch": side,
         **{f"vL{i}": n for i, n in enumerate(runs, 1)},
     }
 
 
 def _qwen(m: ModelFacts, runs: Sequence[int], hidden: str = "hidden_size", ratio: str = "") -> dict[str, int]:
-    """A tower of Qwen's, which sees two frames of every image and merges patches of a square."""
-    colours = size(m, "in_channels") * size(m, "temporal_patch_size")
-    made = _tower(m, runs, colours, hidden, "num_heads", ratio)
-    return {**made, "vm": made["vh"] * size(m, "spatial_merge_size") ** 2}
+    """Return the axes of Qwen's tower, which sees every image as two frames and merges squares of patches."""
+    channels = size(m, "in_channels") * size(m, "temporal_patch_size")
+    axes = _tower(m, runs, channels, hidden, "num_heads", ratio)
+    return {**axes, "vm": axes["vh"] * size(m, "spatial_merge_size") ** 2}
 
 
 def qwen2_vl(m: ModelFacts) -> dict[str, int]:
     return _qwen(m, (size(m, "depth"),), "embed_dim", "mlp_ratio")
 
 
-def stretches(depth: int, ends: Sequence[int]) -> Iterator[int]:
-    """How many layers there are up to each of the places, that one included, and after the last."""
+def run_lengths(depth: int, ends: Sequence[int]) -> Iterator[int]:
+    """Yield the number of layers up to and including each of `ends`, and after the last."""
     start = 0
     for end in sorted({e + 1 for e in ends if e < depth} | {depth}):
         yield end - start
@@ -184,10 +199,10 @@ def stretches(depth: int, ends: Sequence[int]) -> Iterator[int]:
 
 
 def windowed_runs(m: ModelFacts) -> tuple[tuple[bool, int], ...]:
-    """Qwen2.5-VL's blocks in order: whether they see a whole image, and how many there are of the kind in a row."""
+    """Return Qwen2.5-VL's runs of blocks: whether they attend to the whole image, and how many they are."""
     full = set(places(m, "fullatt_block_indexes"))
     kinds = groupby(i in full for i in range(size(m, "depth")))
-    return tuple((whole, len(tuple(blocks))) for whole, blocks in kinds)
+    return tuple((is_full, len(tuple(blocks))) for is_full, blocks in kinds)
 
 
 def qwen2_5_vl(m: ModelFacts) -> dict[str, int]:
@@ -195,15 +210,15 @@ def qwen2_5_vl(m: ModelFacts) -> dict[str, int]:
 
 
 def deepstack(m: ModelFacts) -> tuple[int, ...]:
-    """The blocks of Qwen3's tower whose output goes to the language model, too. Qwen3.5's has none.
+    """Return the blocks of Qwen3-VL's tower whose output is also added to the language model; Qwen3.5 has none.
 
     Raises ConfigError for a list that names a block twice.
     """
     key = "deepstack_visual_indexes"
-    found = () if m.model_type.startswith("qwen3_5") else places(m, key)
-    if len(set(found)) < len(found):
-        raise ConfigError(f"config: {_VISION}.{key} names a layer twice: {as_json(cast(Any, found))}", key)
-    return tuple(i for i in found if i < size(m, "depth"))
+    indices = () if m.model_type.startswith("qwen3_5") else places(m, key)
+    if len(set(indices)) < len(indices):
+        raise ConfigError(f"config: {_VISION}.{key} names a layer twice: {as_json(cast(Any, indices))}", key)
+    return tuple(i for i in indices if i < size(m, "depth"))
 
 
 def qwen3_vl(m: ModelFacts) -> dict[str, int]:
@@ -211,39 +226,39 @@ def qwen3_vl(m: ModelFacts) -> dict[str, int]:
     return {
         "one": 1,
         "after": max(1, m.num_hidden_layers - len(deep)),
-        **_qwen(m, tuple(stretches(size(m, "depth"), deep))),
+        **_qwen(m, tuple(run_lengths(size(m, "depth"), deep))),
         "vpositions": size(m, "num_position_embeddings"),
     }
 
 
 def qwen3_vl_moe(m: ModelFacts) -> dict[str, int]:
-    return {**sized()(m), **qwen3_vl(m)}
+    return {**expert_axes()(m), **qwen3_vl(m)}
 
 
 def qwen3_5(m: ModelFacts) -> dict[str, int]:
-    """The tower's axes beside those of the text model."""
+    """Return the axes of the text model and the tower."""
     text = SSM["qwen3_5_text"].axes
     assert text is not None
     return {**text(m), **qwen3_vl(m)}
 
 
 def gemma3(m: ModelFacts) -> dict[str, int]:
-    made = _tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels"))
-    return {**made, "vpositions": rows(m) ** 2}
+    axes = _tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels"))
+    return {**axes, "vpositions": rows(m) ** 2}
 
 
 def mistral3(m: ModelFacts) -> dict[str, int]:
-    made = _tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels"))
-    return {**made, "vm": made["vh"] * m.whole("spatial_merge_size", 2) ** 2}
+    axes = _tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels"))
+    return {**axes, "vm": axes["vh"] * m.config_int("spatial_merge_size", 2) ** 2}
 
 
 def rows(m: ModelFacts) -> int:
-    """How many rows of patches an image has where all are of the tower's size, and how many columns."""
+    """Return the rows, and columns, of patches of an image of the tower's size."""
     return size(m, "image_size") // size(m, "patch_size")
 
 
 def llama4(m: ModelFacts) -> dict[str, int]:
-    """The tower's axes alone; vp and vpo wide are the layers of its adapter, vo what the projector reads."""
+    """Return the tower's axes; `vp` and `vpo` are the widths of its adapter's layers, `vo` that of its output."""
     return {
         **_tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels")),
         "vpositions": rows(m) ** 2 + 1,
@@ -254,18 +269,18 @@ def llama4(m: ModelFacts) -> dict[str, int]:
 
 
 def intermediate(m: ModelFacts) -> tuple[int, ...]:
-    """The layers of Llama 3.2's tower whose output goes to the language model, beside that of the last."""
-    found = places(m, "intermediate_layers_indices")
-    return tuple(sorted(i for i in set(found) if i < size(m, "num_hidden_layers")))
+    """Return the layers of Llama 3.2's tower whose output goes to the language model, besides that of the last."""
+    indices = places(m, "intermediate_layers_indices")
+    return tuple(sorted(i for i in set(indices) if i < size(m, "num_hidden_layers")))
 
 
-CROSS = (3, 8, 13, 18, 23, 28, 33, 38)  # Llama 3.2's layers that look at the image
+CROSS = (3, 8, 13, 18, 23, 28, 33, 38)  # Llama 3.2's default cross-attention layers
 
 
 def mllama(m: ModelFacts) -> dict[str, int]:
     inner = intermediate(m)
     ratios: object = m.part(_VISION).get("supported_aspect_ratios")
-    runs = (*stretches(size(m, "num_hidden_layers"), inner), size(m, "num_global_layers"))
+    runs = (*run_lengths(size(m, "num_hidden_layers"), inner), size(m, "num_global_layers"))
     return {
         **_tower(m, runs, size(m, "num_channels"), heads="attention_heads"),
         "vinner": len(inner),
@@ -278,7 +293,7 @@ def mllama(m: ModelFacts) -> dict[str, int]:
 
 
 def crossed(m: ModelFacts) -> tuple[Layer, ...]:
-    """Llama 3.2's layers: some have attention to the image in place of attention among tokens."""
+    """Return Llama 3.2's layers, some of which have cross-attention to the image in place of self-attention."""
     listed: object = m.config.get("cross_attention_layers")
     if listed is not None and not isinstance(listed, tuple):
         raise ConfigError(
@@ -292,8 +307,8 @@ def crossed(m: ModelFacts) -> tuple[Layer, ...]:
     )
 
 
-def like(model_type: str, m: ModelFacts) -> tuple[Layer, ...]:
-    """The layers of a decoder that has a model_type of its own without the tower."""
+def layers_like(model_type: str, m: ModelFacts) -> tuple[Layer, ...]:
+    """Return the layers of a decoder whose text-only version is `model_type`."""
     return layers_of(
         model_type,
         m.config,
@@ -307,11 +322,11 @@ def like(model_type: str, m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def _mistral(m: ModelFacts) -> tuple[Layer, ...]:
-    return like(decoder_of(m), m)
+    return layers_like(decoder_of(m), m)
 
 
 def decoder_of(m: ModelFacts) -> str:
-    """The model_type of Mistral 3's decoder."""
+    """Return the model_type of Mistral 3's decoder."""
     return str(m.part("text_config").get("model_type", "mistral"))
 
 
@@ -328,7 +343,7 @@ FAMILIES: dict[str, Family] = {
     "gemma3": Family(
         MODEL_TYPES["gemma3_text"],
         {"hidden_act": ("hidden_activation",)},
-        layers=partial(like, "gemma3_text"),
+        layers=partial(layers_like, "gemma3_text"),
         axes=gemma3,
         decoder="text_config",
     ),
@@ -338,8 +353,8 @@ FAMILIES: dict[str, Family] = {
     "mllama": Family(
         {"num_key_value_heads": 8, "intermediate_size": 14336}, layers=crossed, axes=mllama, decoder="text_config"
     ),
-    "qwen2_vl": Family(_QWEN2_VL, layers=partial(like, "qwen2"), axes=qwen2_vl, decoder="text_config"),
-    "qwen2_5_vl": Family(_QWEN2_VL, layers=partial(like, "qwen2"), axes=qwen2_5_vl, decoder="text_config"),
+    "qwen2_vl": Family(_QWEN2_VL, layers=partial(layers_like, "qwen2"), axes=qwen2_vl, decoder="text_config"),
+    "qwen2_5_vl": Family(_QWEN2_VL, layers=partial(layers_like, "qwen2"), axes=qwen2_5_vl, decoder="text_config"),
     "qwen3_5": SSM["qwen3_5_text"]._replace(axes=qwen3_5, decoder="text_config"),
     "qwen3_5_moe": SSM["qwen3_5_moe_text"]._replace(axes=qwen3_5, decoder="text_config"),
     "qwen3_vl_moe": Family(
@@ -351,7 +366,7 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 4,
             "tie_word_embeddings": False,
         },
-        layers=stepped,
+        layers=sparse_step_layers,
         axes=qwen3_vl_moe,
         decoder="text_config",
         renamed={"num_local_experts": "num_experts"},
@@ -362,9 +377,9 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-ELSEWHERE = ("kimi_k25", "kimi_k3", "llama4")  # families with a tower whose decoder another module knows
+ELSEWHERE = ("kimi_k25", "kimi_k3", "llama4")  # families with a tower in other modules, by their decoder
 
 
 def is_vision(model_type: str) -> bool:
-    """Whether the model has a tower."""
+    """Whether the model has a vision tower."""
     return model_type in FAMILIES or model_type in ELSEWHERE

@@ -1,1 +1,1 @@
-"""Fake tensors and devices: what torch must believe so that a step runs without data or a GPU."""
+"""Fake tensors and devices: patches that let a step run without data or a GPU."""

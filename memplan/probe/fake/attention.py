@@ -1,7 +1,7 @@
-"""Attention as CUDA runs it: which kernel `scaled_dot_product_attention` takes, and the flash-attn package's function.
+"""Attention as CUDA runs it: the kernel that `scaled_dot_product_attention` chooses, and the flash-attn functions.
 
-A build of torch without CUDA would always take the plain product. Which kernel runs is decided here by torch's rules
-from what the script has enabled, and the kernel's own operation is called, whose fake tensors are torch's.
+A build of torch without CUDA would always choose the math kernel. Here torch's rules for CUDA choose among the kernels
+that the script has enabled, and the chosen kernel's operation is called, for which torch has a fake implementation.
 
 Source: torch 2.13 aten/src/ATen/native/transformers/attention.cpp, cuda/sdp_utils.cpp.
 """
@@ -23,9 +23,12 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def choose(query: Any, key: Any, value: Any, mask: Any, grouped: bool, capability: tuple[int, int]) -> str:
-    """flash, efficient or math. Flash takes 16 bits, no mask, heads up to 256 wide and compute capability 8; the
-    memory-efficient kernel heads of a multiple of 16 bytes. Neither broadcasts one head of keys to many of queries
-    (check_batch_size_and_num_heads_dense)."""
+    """Return flash, efficient or math.
+
+    Flash needs a 16-bit dtype, no mask, heads up to 256 wide and compute capability 8; the memory-efficient kernel
+    needs head widths that are a multiple of 16 bytes. Neither broadcasts one key head to many query heads
+    (check_batch_size_and_num_heads_dense).
+    """
     if not grouped and not query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return "math"
     half = query.dtype in _HALF
@@ -37,7 +40,7 @@ def choose(query: Any, key: Any, value: Any, mask: Any, grouped: bool, capabilit
 
 
 def sdpa(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
-    """`torch.nn.functional.scaled_dot_product_attention` as a card of that compute capability runs it."""
+    """Return `torch.nn.functional.scaled_dot_product_attention` as a card of this compute capability runs it."""
 
     def scaled_dot_product_attention(
         query: Any,
@@ -49,8 +52,8 @@ def sdpa(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> Any:
-        query, key, value, mask = (_lowered(t) for t in (query, key, value, attn_mask))
-        with torch.autocast("cuda", enabled=False):  # an operation's inside is not cast again
+        query, key, value, mask = (_autocast(t) for t in (query, key, value, attn_mask))
+        with torch.autocast("cuda", enabled=False):  # inside the operation nothing is cast again
             if mask is not None and mask.dtype == torch.bool:
                 mask = _additive(mask, query)
             kernel = choose(query, key, value, mask, enable_gqa, capability)
@@ -63,15 +66,15 @@ def sdpa(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
     return scaled_dot_product_attention
 
 
-def _lowered(t: Any) -> Any:
-    """What autocast makes of an argument."""
+def _autocast(t: Any) -> Any:
+    """Return an argument as autocast casts it."""
     if t is None or not torch.is_autocast_enabled("cuda") or not t.is_floating_point() or t.dtype == torch.float64:
         return t
     return t.to(torch.get_autocast_dtype("cuda"))
 
 
 def _additive(mask: Any, query: Any) -> Any:
-    """convert_boolean_attn_mask: 0 where attended, minus infinity elsewhere."""
+    """Return the additive mask of a boolean one (convert_boolean_attn_mask): 0 or minus infinity."""
     zero = torch.scalar_tensor(0.0, dtype=query.dtype, device=query.device)
     return torch.where(mask, zero, torch.scalar_tensor(-math.inf, dtype=query.dtype, device=query.device))
 
@@ -85,7 +88,7 @@ def _flash(query: Any, key: Any, value: Any, dropout: float, causal: bool, scale
 
 
 def _padded(t: Any) -> Any:
-    """pad_last_dim<8>: heads as wide as the next multiple of 8."""
+    """Pad the head width to the next multiple of 8 (pad_last_dim<8>)."""
     missing = -t.shape[-1] % 8
     return F.pad(t, (0, missing)) if missing else t
 
@@ -94,29 +97,29 @@ def _efficient(
     query: Any, key: Any, value: Any, mask: Any, dropout: float, causal: bool, scale: float | None, grouped: bool
 ) -> Any:
     key, value = _repeated(query, key, value, grouped)
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+    needs_sums = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
     if mask is not None:
         last = mask.shape[-1]
         if last % 8:  # pad_bias<8>: rows of the mask start at multiples of 16 bytes
             mask = F.pad(mask, (0, -last % 8))[..., :last]
         mask = mask.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-    return _aten._scaled_dot_product_efficient_attention(query, key, value, mask, wanted, dropout, causal, scale=scale)[
-        0
-    ]
+    return _aten._scaled_dot_product_efficient_attention(
+        query, key, value, mask, needs_sums, dropout, causal, scale=scale
+    )[0]
 
 
 def _math(
     query: Any, key: Any, value: Any, mask: Any, dropout: float, causal: bool, scale: float | None, grouped: bool
 ) -> Any:
-    """_scaled_dot_product_attention_math: in fp32, the mask added in place, and a second result nobody takes."""
-    asked = query.dtype
-    if asked in _HALF:
+    """_scaled_dot_product_attention_math: in fp32, with the mask added in place and an unused second result."""
+    dtype = query.dtype
+    if dtype in _HALF:
         query, key, value = query.float(), key.float(), value.float()
         mask = None if mask is None else mask.float()
     if causal:
-        below = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
-        mask = _additive(below, query)
-        del below
+        causal_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device).tril()
+        mask = _additive(causal_mask, query)
+        del causal_mask
     root = math.sqrt(1.0 / math.sqrt(query.shape[-1]) if scale is None else scale)
     query = query * root
     key, value = _repeated(query, key, value, grouped)
@@ -128,14 +131,14 @@ def _math(
         scores = _aten._safe_softmax(scores, -1)
     if dropout > 0:
         scores = F.dropout(scores, dropout)
-    second = scores.to(asked)
-    out = torch.matmul(scores, value).to(asked)
+    second = scores.to(dtype)
+    out = torch.matmul(scores, value).to(dtype)
     del second
     return out
 
 
 def _repeated(query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any]:
-    """Keys and values for every query head, where `enable_gqa` asks for it."""
+    """Return keys and values repeated for every query head, if `enable_gqa` is set."""
     if not grouped or key.shape[1] == query.shape[1]:
         return key, value
     times = query.shape[1] // key.shape[1]
@@ -145,7 +148,7 @@ def _repeated(query: Any, key: Any, value: Any, grouped: bool) -> tuple[Any, Any
 # The flash-attn package
 
 
-def flash_attn_func(
+def flash_attn_func(  # noqa: PLR0913, PLR0917 (torch's own signature)
     q: Any,
     k: Any,
     v: Any,
@@ -158,13 +161,13 @@ def flash_attn_func(
     deterministic: bool = False,
     return_attn_probs: bool = False,
 ) -> Any:
-    """flash-attn's function of that name, for q [batch, rows, heads, width] and k, v with their own heads."""
+    """flash-attn's function: q [batch, rows, heads, width]; k and v may have fewer heads."""
     width = q.shape[-1]
     out = _FlashAttention.apply(*(_padded(t) for t in (q, k, v)))  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
     return out[..., :width]  # pyright: ignore[reportIndexIssue, reportUnknownVariableType, reportOptionalSubscript]
 
 
-def flash_attn_varlen_func(
+def flash_attn_varlen_func(  # noqa: PLR0913, PLR0917 (torch's own signature)
     q: Any,
     k: Any,
     v: Any,
@@ -182,12 +185,12 @@ def flash_attn_varlen_func(
     return_attn_probs: bool = False,
     block_table: Any = None,
 ) -> Any:
-    """The same for sequences without padding between them: q, k, v [tokens, heads, width]."""
+    """flash-attn's function for packed sequences: q, k, v [tokens, heads, width]."""
     return flash_attn_func(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)).squeeze(0)
 
 
 class _FlashAttention(torch.autograd.Function):
-    """What FlashAttnFunc keeps and allocates: q, k, v, the output, a row of fp32 sums and the generator's state.
+    """Allocates and saves what FlashAttnFunc does: q, k, v, the output, fp32 row sums and the generator's state.
 
     Source: flash-attn 2.8 flash_attn_interface.py FlashAttnFunc, csrc/flash_attn/flash_api.cpp mha_fwd, mha_bwd.
     """
@@ -206,13 +209,15 @@ class _FlashAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors[:3]
         batch, rows, heads, width = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        full = -(-rows // 128) * 128
-        wide = -(-width // (32 if width <= 128 else 64)) * (32 if width <= 128 else 64)
-        kept = [
-            torch.empty((batch, heads, full), dtype=torch.float32, device=q.device),
-            torch.empty((batch, full, heads, wide), dtype=torch.float32, device=q.device),
+        rounded_rows = -(-rows // 128) * 128
+        rounded_width = -(-width // (32 if width <= 128 else 64)) * (32 if width <= 128 else 64)
+        scratch = [
+            torch.empty((batch, heads, rounded_rows), dtype=torch.float32, device=q.device),
+            torch.empty((batch, rounded_rows, heads, rounded_width), dtype=torch.float32, device=q.device),
         ]
         if k.shape[2] != heads:  # gradients of k and v for every query head, then summed
-            kept += [torch.empty((batch, k.shape[1], heads, width), dtype=k.dtype, device=k.device) for _ in range(2)]
-        del kept
+            scratch += [
+                torch.empty((batch, k.shape[1], heads, width), dtype=k.dtype, device=k.device) for _ in range(2)
+            ]
+        del scratch
         return dq, dk, dv

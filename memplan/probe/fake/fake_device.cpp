@@ -1,6 +1,6 @@
-// One CUDA device that does nothing, for fake tensors: a guard with one stream, and hooks that say CUDA is there.
-// A build of torch with CUDA brings both itself. Its hooks are asked for while torch is imported, so that ours are
-// registered before, as the preferred ones; its guard registers itself then, so that ours is put in its place afterwards.
+// A CUDA device that does nothing, for fake tensors: a guard with one stream, and hooks that report CUDA as available.
+// A build of torch with CUDA has both. Its hooks are looked up while torch is imported, so ours are registered before,
+// as preferred; its guard is registered during the import, so ours replaces it afterwards.
 #include <ATen/CPUGeneratorImpl.h>
 #include <ATen/core/Generator.h>
 #include <ATen/detail/CUDAHooksInterface.h>

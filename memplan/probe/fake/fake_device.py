@@ -1,11 +1,11 @@
-"""A CUDA device that is not there: what torch must believe before it computes with fake tensors on "cuda".
+"""A fake CUDA device, which torch needs to compute with fake tensors on "cuda".
 
 Fake tensors have shapes and no data, so no kernel ever runs; but autograd and autocast ask for the device's guard and
-its streams. A build of torch without CUDA has none, and one with CUDA asks the driver. A few lines of C++ answer for
-both: one device, one stream, nothing done. They are compiled once for each installed torch, into the user's cache
+streams. A build of torch without CUDA has none, and one with CUDA asks the driver. A few lines of C++ stand in for
+both: one device and one stream that do nothing. They are compiled once per installed torch, into the user's cache
 folder, which needs a C++ compiler.
 
-All of it changes the process it is loaded into, so a trace runs in one of its own: see `memplan.probe.run.child`.
+This changes the process it is loaded into, so traces run in a separate one: see `memplan.probe.run.child`.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _SOURCE = Path(__file__).with_name("fake_device.cpp")
 
 
 def load() -> None:
-    """Make torch see one CUDA device. Before torch is imported, in a process that ends with the trace.
+    """Make torch see one CUDA device. Call it before torch is imported, in a process used only for traces.
 
-    Raises ProbeError where torch is imported already, where no C++ compiler is there, or where it fails.
+    Raises ProbeError if torch is already imported, or if the C++ compiler is missing or fails.
     """
     if "torch" in sys.modules:
-        raise ProbeError("probe: torch is imported already; a trace must come first in its process")
+        raise ProbeError("probe: torch is already imported; a trace must load its fake device first")
     library = ctypes.CDLL(str(shim()), ctypes.RTLD_GLOBAL)
     import torch  # noqa: F401  # pyright: ignore[reportUnusedImport]
 
@@ -49,16 +49,16 @@ def _torch_folder() -> Path:
 
 
 def shim() -> Path:
-    """The compiled library for the installed torch; compiled if it is not there, and put in place whole.
+    """Return the path of the library compiled for the installed torch, compiling it first if it is missing.
 
-    Raises ProbeError where there is no compiler, or it fails.
+    Raises ProbeError if the compiler is missing or fails.
     """
     if sys.platform == "win32":
         raise ProbeError("probe: a trace needs Linux or macOS; under Windows it runs in WSL")
     torch_folder = _torch_folder()
     source = _SOURCE.read_bytes()
-    named = f"{importlib.metadata.version('torch')} {torch_folder}".encode()
-    digest = hashlib.sha256(source + named).hexdigest()[:16]
+    torch_build = f"{importlib.metadata.version('torch')} {torch_folder}".encode()
+    digest = hashlib.sha256(source + torch_build).hexdigest()[:16]
     target = caches() / f"fake_device-{digest}.so"
     if target.exists():
         return target
@@ -66,19 +66,19 @@ def shim() -> Path:
     if compiler is None:
         raise ProbeError(
             "probe: a trace needs a C++ compiler once (c++, g++ or clang++), and none is on the PATH; "
-            "apt-get install g++, say"
+            "install one, for example with apt-get install g++"
         )
     with tempfile.TemporaryDirectory(dir=target.parent) as folder:
-        made = Path(folder) / target.name
+        compiled = Path(folder) / target.name
         command = [compiler, "-O1", "-shared", "-fPIC", "-std=c++20", f"-I{torch_folder / 'include'}"]
-        command += [str(_SOURCE), "-o", str(made), f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
+        command += [str(_SOURCE), "-o", str(compiled), f"-L{torch_folder / 'lib'}", "-lc10", "-ltorch_cpu"]
         command += [f"-Wl,-rpath,{torch_folder / 'lib'}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            compilation = subprocess.run(command, capture_output=True, text=True, check=False)
         except OSError as error:
             raise ProbeError(f"probe: the C++ compiler {compiler} does not start ({error.strerror})") from None
-        if done.returncode:
-            reason = next((line for line in done.stderr.splitlines() if "error" in line), "no reason given")
+        if compilation.returncode:
+            reason = next((line for line in compilation.stderr.splitlines() if "error" in line), "no reason given")
             raise ProbeError(f"probe: {compiler} cannot compile against torch's headers: {' '.join(reason.split())}")
-        made.replace(target)
+        compiled.replace(target)
     return target

@@ -1,6 +1,6 @@
-"""What torch's distributed modules must believe so that one rank of several runs on fake tensors, without the others.
+"""Patches of torch's distributed modules that let one rank run on fake tensors without the other ranks.
 
-All of it changes modules of the process: it belongs into a child that ends with its traces.
+They change modules of the process, so use them only in a child process that ends with its traces.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ def apply() -> None:
         return
     _done.append(True)
     library("torch.distributed._tools.fake_collectives")
-    _meshes_real()
-    _card_for_fsdp()
-    _no_look_at_the_others()
+    _use_real_meshes()
+    _patch_fsdp1()
+    _skip_shape_check()
 
 
-def _meshes_real() -> None:
-    """A mesh is a tensor of ranks, whose values are asked for."""
+def _use_real_meshes() -> None:
+    """Compute device meshes with real tensors, because the values of their ranks are read."""
     mesh: Any = library("torch.distributed.device_mesh").DeviceMesh
     for name in ("__init__", "__getitem__", "_flatten", "_unflatten"):
         if hasattr(mesh, name):
-            setattr(mesh, name, _unseen(getattr(mesh, name)))
-    mesh.mesh = property(_unseen(mesh.mesh.fget))
+            setattr(mesh, name, _outside_modes(getattr(mesh, name)))
+    mesh.mesh = property(_outside_modes(mesh.mesh.fget))
 
 
-def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
+def _outside_modes(function: Callable[..., Any]) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         with _disable_current_modes():
             return function(*args, **kwargs)
@@ -46,16 +46,16 @@ def _unseen(function: Callable[..., Any]) -> Callable[..., Any]:
     return call
 
 
-def _card_for_fsdp() -> None:
-    """There is a card, for FSDP1 that asks before its first step."""
+def _patch_fsdp1() -> None:
+    """Make FSDP1, which checks for a card before its first step, accept the fake one."""
     runtime: Any = library("torch.distributed.fsdp._runtime_utils")
-    begin: Callable[..., Any] = runtime._lazy_init
+    lazy_init: Callable[..., Any] = runtime._lazy_init
     cuda: Any = torch.cuda
 
     def _lazy_init(*args: Any, **kwargs: Any) -> Any:
         available, cuda.is_available = cuda.is_available, lambda: True
         try:
-            return begin(*args, **kwargs)
+            return lazy_init(*args, **kwargs)
         finally:
             cuda.is_available = available
 
@@ -67,7 +67,7 @@ def _card_for_fsdp() -> None:
     fake: Any = FakeTensor
     fake.data_ptr = _address
     fake.pin_memory = _pinned
-    flat._data_ptr_allocated = _filled
+    flat._data_ptr_allocated = _is_allocated
     for name in ("_common_utils", "_flat_param", "_runtime_utils"):
         module = library(f"torch.distributed.fsdp.{name}")
         if hasattr(module, "_no_dispatch_record_stream"):
@@ -75,7 +75,7 @@ def _card_for_fsdp() -> None:
 
 
 def _pinned(tensor: Any, *_: Any) -> Any:
-    """A copy in host memory: of pinned memory no fake tensor knows."""
+    """Return a copy in host memory: fake tensors do not support pinned memory."""
     return tensor.clone()
 
 
@@ -84,11 +84,11 @@ def _nothing(*_: Any, **__: Any) -> None:
 
 
 def _address(tensor: Any) -> int:
-    """Where a tensor lies: FSDP1 asks whether two are the same, and no tensor without data lies anywhere."""
+    """Return a unique stand-in for a tensor's address, by which FSDP1 tells whether two tensors are the same."""
     return _storage(tensor) + tensor.storage_offset() * tensor.element_size()
 
 
-def _filled(tensor: Any) -> bool:
+def _is_allocated(tensor: Any) -> bool:
     return tensor.untyped_storage().nbytes() > 0
 
 
@@ -96,20 +96,20 @@ def _storage(tensor: Any) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _no_look_at_the_others() -> None:
-    """DDP compares the ranks' shapes by their values, which are not there."""
+def _skip_shape_check() -> None:
+    """Disable DDP's comparison of shapes across ranks, which reads values."""
     library("torch.nn.parallel.distributed")._verify_param_shape_across_processes = _nothing
 
 
 class _Logger:
-    """DDP's statistics, for which a build without CUDA has no clock."""
+    """DDP's statistics, disabled because a build without CUDA has no timer for them."""
 
     def __getattr__(self, name: str) -> Any:
         return _nothing
 
 
-class _HostNumbers(TorchDispatchMode):
-    """What DDP writes down in host memory is there, and what others would answer is what was sent."""
+class _RealHostTensors(TorchDispatchMode):
+    """Give DDP real host tensors for its bookkeeping, and answer broadcasts with what was sent."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -122,21 +122,21 @@ class _HostNumbers(TorchDispatchMode):
 
 
 class _Reducer:
-    """torch's reducer, which has its buckets anew after the first backward pass and sends their order to the others."""
+    """torch's reducer, which rebuilds its buckets after the first backward pass and broadcasts their order."""
 
     def __init__(self, reducer: Any) -> None:
         self._reducer = reducer
 
     def _rebuild_buckets(self) -> bool:
-        with _HostNumbers():
+        with _RealHostTensors():
             return self._reducer._rebuild_buckets()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reducer, name)
 
 
-def answer_at_once(replicated: Any) -> None:
-    """Have DDP's buckets summed at once, in place, where its own hook would wait for the other ranks; unwatched."""
+def reduce_locally(replicated: Any) -> None:
+    """Reduce DDP's buckets immediately and in place, instead of waiting for the other ranks; disable its statistics."""
 
     def summed(_: Any, bucket: Any) -> Any:
         futures: Any = torch.futures

@@ -1,6 +1,6 @@
-"""What the libraries must believe so that, on fake tensors, they do what they do on a card.
+"""Patches that make the libraries behave on fake tensors as they do on a card.
 
-All of it changes modules of the process: it belongs into a child that ends with its traces.
+They change modules of the process, so use them only in a child process that ends with its traces.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.probe.fake import attention, experts, streams
 from memplan.probe.fake import transformers_4 as older
-from memplan.probe.fake.kernels import Card
-from memplan.probe.fake.parts import watch_parts_only
+from memplan.probe.fake.kernels import KernelCard
+from memplan.probe.fake.parts import hide_shape_propagation
 from memplan.probe.libraries import library
 
 _done: list[bool] = []
 
 
-def apply(card: Card) -> None:
-    """Patch the libraries for a trace as on `card`. Again for another card only what depends on it."""
+def apply(card: KernelCard) -> None:
+    """Patch the libraries for a trace on `card`. Later calls change only what depends on the card."""
     F.scaled_dot_product_attention = attention.sdpa(card.capability)  # pyright: ignore[reportAttributeAccessIssue]
     cuda: Any = torch.cuda
     cuda.get_device_capability = lambda *_, **__: card.capability  # pyright: ignore[reportUnknownLambdaType]
@@ -37,23 +37,23 @@ def apply(card: Card) -> None:
         _transformers()
         _peft()
         _bitsandbytes()
-        watch_parts_only()
-    library("bitsandbytes.functional").name2qmap.clear()  # tables of the run before
+        hide_shape_propagation()
+    library("bitsandbytes.functional").name2qmap.clear()  # tables of the previous run
     library("bitsandbytes.optim").GlobalOptimManager._instance = None
 
 
 def _torch() -> None:
-    """The foreach optimizers take fake tensors, modules move them by assignment, as they do real ones."""
+    """Let foreach optimizers take fake tensors and modules move them, and add the missing fake kernels."""
     for module in (library("torch.utils._foreach_utils"), library("torch.optim.optimizer")):
         types: Any = getattr(module, "_foreach_supported_types", None)
         if types is not None and FakeTensor not in types:
             types.append(FakeTensor)
     module_class: Any = nn.Module
-    moved: Callable[..., Any] = module_class._apply
+    original_apply: Callable[..., Any] = module_class._apply
 
     def _apply(self: Any, fn: Callable[[Any], Any], recurse: bool = True) -> Any:
         if not any(isinstance(p, FakeTensor) for p in self.parameters(recurse=True)):
-            return moved(self, fn, recurse)
+            return original_apply(self, fn, recurse)
         if recurse:
             for child in self.children():
                 _apply(child, fn)
@@ -77,16 +77,16 @@ def _torch() -> None:
     functional: Any = F
     if hasattr(F, "grouped_mm"):
         functional.grouped_mm = experts.grouped_mm(functional.grouped_mm)
-    # In a build without CUDA these two are composed of others above the modes; CUDA has a kernel for each.
+    # Without CUDA these two are decomposed before dispatch modes see them; CUDA has a kernel for each.
     if not torch.backends.cuda.is_built():
         kernels = torch.library.Library("aten", "IMPL")
         for name in ("silu_backward", "mish_backward"):
             kernels.impl(name, lambda gradient, x: torch.empty_like(x), "CUDA")  # pyright: ignore
-        _kept.append(kernels)
+        _registrations.append(kernels)
 
 
 def _data() -> None:
-    """A fake tensor that is given data of another device is there afterwards, as a real one is."""
+    """Move a fake tensor to the device of the data it is assigned, as a real tensor."""
     fake: Any = FakeTensor
     plain: Any = torch.Tensor.data
 
@@ -98,17 +98,18 @@ def _data() -> None:
     fake.data = property(plain.__get__, assign)
 
 
-_kept: list[Any] = []  # a torch.library registration ends with the object
+_registrations: list[Any] = []  # a torch.library registration ends with the object
 
 
 def _cuda(cuda: Any) -> None:
-    """There is a card, for those who ask; and nothing to wait for."""
+    """Make torch.cuda report a card, on which nothing takes time."""
     cuda.is_bf16_supported = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
     cuda.current_device = lambda: 0
     streams.apply(cuda, torch.accelerator)
     cuda.synchronize = cuda.empty_cache = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     cuda._lazy_init = lambda: None
-    library("torch.utils.checkpoint").DefaultDeviceType.set_device_type("cuda")  # of blocks given no tensor by position
+    # for checkpointed blocks that get no tensor by position
+    library("torch.utils.checkpoint").DefaultDeviceType.set_device_type("cuda")
     for name in ("torch.cuda.amp.common", "torch.amp.grad_scaler"):
         module = library(name)
         if hasattr(module, "amp_definitely_not_available"):
@@ -127,7 +128,7 @@ def _cuda(cuda: Any) -> None:
 
 
 def _transformers() -> None:
-    """No look at values that are not there: a mask of ones is what it is on a card that looks."""
+    """Skip the checks of values that fake tensors do not have, and make flash-attn available."""
     utils = library("transformers.utils.import_utils")
     utils.is_fake_tensor = lambda tensor: False  # pyright: ignore[reportUnknownLambdaType]
     with contextlib.suppress(Exception):
@@ -138,7 +139,7 @@ def _transformers() -> None:
     if not hasattr(flash, "_lazy_imports"):
         older.flash_attention()
         return
-    for check in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # of versions before 5.24 the second
+    for check in ("_flash_attn_can_dispatch", "_flash_attn_2_can_dispatch"):  # the second one before 5.24
         setattr(models.PreTrainedModel, check, lambda *_, **__: True)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
     versions: Any = getattr(models, "FLASH_ATTENTION_COMPATIBILITY_MATRIX", {})
     for version in versions.values():
@@ -156,7 +157,7 @@ def _transformers() -> None:
     imports: Callable[..., Any] = flash._lazy_imports
 
     def _lazy_imports(*args: Any, **kwargs: Any) -> Any:
-        """The package is there for those who import its functions, and not for those who look for its kernels."""
+        """Import transformers' flash-attn functions, with the package present only meanwhile."""
         sys.modules.update({"flash_attn": package, "flash_attn.bert_padding": padding})
         try:
             return imports(*args, **kwargs)
@@ -167,15 +168,15 @@ def _transformers() -> None:
 
 
 def _all_tokens(mask: Any) -> tuple[Any, Any, int]:
-    """Where the tokens are that are no padding: how many there are is in the data, so all are taken to be there."""
+    """Return the indices of tokens that are not padding. Their number depends on the data: all are counted."""
     batch, rows = mask.shape
     lengths = torch.arange(batch + 1, dtype=torch.int32, device=mask.device)
     return torch.arange(batch * rows, device=mask.device), lengths, rows
 
 
 def _peft() -> None:
-    """peft knows quantised weights by the name of bitsandbytes' classes, which hold no fake tensors."""
-    asked = library("peft.utils.integrations").dequantize_module_weight
+    """Let peft recognise quantised weights without bitsandbytes' classes, which cannot hold fake tensors."""
+    original = library("peft.utils.integrations").dequantize_module_weight
     functional = library("bitsandbytes.functional")
 
     def dequantize_module_weight(module: Any) -> Any:
@@ -187,15 +188,15 @@ def _peft() -> None:
             scales = getattr(weight, "SCB", None)
         if scales is not None:
             return functional.int8_vectorwise_dequant(weight.data, scales)
-        return asked(module)
+        return original(module)
 
     for name, module in list(sys.modules.items()):
-        if name.startswith("peft.") and getattr(module, "dequantize_module_weight", None) is asked:
+        if name.startswith("peft.") and getattr(module, "dequantize_module_weight", None) is original:
             vars(module)["dequantize_module_weight"] = dequantize_module_weight
 
 
 def _bitsandbytes() -> None:
-    """Paged states are no memory of torch's; tables of values are not looked at."""
+    """Keep paged states out of torch's device memory, and skip the values of quantisation tables."""
     functional = library("bitsandbytes.functional")
 
     def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Any:
@@ -204,7 +205,7 @@ def _bitsandbytes() -> None:
         return tensor
 
     def restore(module: Any) -> None:
-        """Weights that FSDP gathered are none of bitsandbytes' class, which holds no fake tensor."""
+        """Restore the quant state of gathered weights: bitsandbytes' class, which would, cannot hold fake tensors."""
         if getattr(module.weight, "quant_state", None) is None:
             module.weight.quant_state = module.quant_state
 

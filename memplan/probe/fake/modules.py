@@ -1,4 +1,4 @@
-"""Which module a storage is for: the one whose forward runs, and in backward the one whose gradient is computed."""
+"""Attribute storages to modules: the one whose forward runs, or in backward the one whose gradient is computed."""
 
 from __future__ import annotations
 
@@ -16,38 +16,38 @@ _NAME = "_name_in_the_trace"
 
 
 def plain(name: str) -> str:
-    """A module's or parameter's path without the wrappers that FSDP1 puts around units."""
+    """Return a module's or parameter's path without FSDP1's wrappers."""
     return name.replace("_fsdp_wrapped_module.", "").removesuffix("._fsdp_wrapped_module")
 
 
 @contextmanager
-def named(tracker: Tracker, model: Any) -> Generator[None]:
-    """While inside, every module's forward pass says so to the tracker, and checkpointed blocks that they run again."""
+def module_names(tracker: Tracker, model: Any) -> Generator[None]:
+    """Report to the tracker, inside the context, each module's forward pass and each recomputed checkpointed block."""
     for name, module in model.named_modules():
         vars(module)[_NAME] = plain(name)
     module_class: Any = nn.Module
     checkpoint: Any = library("torch.utils.checkpoint")
-    called, recomputation = module_class.__call__, checkpoint._recomputation_hook
+    original_call, recomputation = module_class.__call__, checkpoint._recomputation_hook
     sequence_number = _C._autograd._get_sequence_nr
-    running = _C._current_graph_task_id
+    graph_task_id = _C._current_graph_task_id
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         name = self.__dict__.get(_NAME)
         if name is None:
-            return called(self, *args, **kwargs)
+            return original_call(self, *args, **kwargs)
         outer, tracker.module = tracker.module, name
-        forward = running() == -1
+        forward = graph_task_id() == -1
         if forward:
             tracker.modules.append((sequence_number(), name))
         try:
-            return called(self, *args, **kwargs)
+            return original_call(self, *args, **kwargs)
         finally:
             tracker.module = outer
             if forward:
                 tracker.modules.append((sequence_number(), outer))
 
     class Recomputation:
-        """torch's hooks of a block that runs again, which note where that begins and ends."""
+        """torch's recomputation hooks, which also record the events between which a block is recomputed."""
 
         def __init__(self, *args: Any) -> None:
             self.hooks = recomputation(*args)
@@ -65,13 +65,13 @@ def named(tracker: Tracker, model: Any) -> Generator[None]:
     try:
         yield
     finally:
-        module_class.__call__, checkpoint._recomputation_hook = called, recomputation
+        module_class.__call__, checkpoint._recomputation_hook = original_call, recomputation
 
 
-def loss_apart(tracker: Tracker, base: Any) -> None:
-    """Have the model's loss function tell the tracker where a forward pass ends and the loss begins.
+def mark_loss_start(tracker: Tracker, base: Any) -> None:
+    """Have the model's loss function report to the tracker where the loss begins.
 
-    Models that compute their loss otherwise have no loss apart.
+    Models that compute their loss otherwise have no separate phase `loss`.
     """
     function: Any = getattr(base, "loss_function", None)
     if function is None:
@@ -82,9 +82,9 @@ def loss_apart(tracker: Tracker, base: Any) -> None:
         return function(*args, **kwargs)
 
     kind: Any = type(base)  # pyright: ignore[reportUnknownVariableType]
-    named = getattr(kind, "loss_function", None)
-    if isinstance(named, property) and named.fset is None:  # transformers 4.46 to 4.48
-        apart = {"__module__": kind.__module__, "loss_function": property(lambda _: loss_function)}  # pyright: ignore[reportUnknownLambdaType]
-        base.__class__ = type(kind.__name__, (kind,), apart)
+    attribute = getattr(kind, "loss_function", None)
+    if isinstance(attribute, property) and attribute.fset is None:  # transformers 4.46 to 4.48
+        namespace = {"__module__": kind.__module__, "loss_function": property(lambda _: loss_function)}  # pyright: ignore[reportUnknownLambdaType]
+        base.__class__ = type(kind.__name__, (kind,), namespace)
     else:
         base.loss_function = loss_function

@@ -1,4 +1,4 @@
-"""From what the tracker saw to what a trace reports: sizes, phases, and what every storage is."""
+"""Turn the tracker's records into a trace's report: sizes, phases, and the kind of every storage."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from memplan.probe.fake.tracker import Interval, Tracker
 
 Named = tuple[str, torch.Tensor]
 
-_NO_NODE = 2**62  # accumulations into parameters have a number beyond all others
+_NO_NODE = 2**62  # AccumulateGrad nodes have sequence numbers above this
 
 
-class Known:
-    """Which storages are parameters, buffers, gradients, states, and of what: asked while they are there."""
+class StorageLabels:
+    """Kinds and names of storages: parameters, buffers, gradients and states, noted while they are alive."""
 
     def __init__(self, tracker: Tracker) -> None:
         self.tracker = tracker
@@ -27,7 +27,7 @@ class Known:
         self.names: dict[int, str] = {}
 
     def note(self, kind: str, tensors: Iterable[Named]) -> None:
-        """These tensors' storages are of this kind, unless they are known already."""
+        """Record the kind and names of these tensors' storages, unless already recorded."""
         for name, tensor in tensors:
             number = self.tracker.number_of(tensor)
             if number is not None:
@@ -35,21 +35,21 @@ class Known:
                 self.names.setdefault(number, plain(name))
 
     def name_of(self, tensor: torch.Tensor) -> str:
-        """What a tensor that was noted is called; empty where it was not."""
+        """Return a recorded tensor's name; empty if it was not recorded."""
         number = self.tracker.number_of(tensor)
         return self.names.get(number, "") if number is not None else ""
 
 
 def parameters_of(model: Any) -> Iterator[Named]:
-    """Every parameter, and what a quantised one consists of beside its codes."""
+    """Yield every parameter, and the scales and tables of quantised ones."""
     for name, parameter in model.named_parameters():
         yield name, parameter
         state = getattr(parameter, "quant_state", None)
-        for holder, of in ((state, ""), (getattr(state, "state2", None), "nested ")):
+        for holder, prefix in ((state, ""), (getattr(state, "state2", None), "nested ")):
             for part in ("absmax", "code", "offset"):
                 tensor = getattr(holder, part, None)
                 if isinstance(tensor, torch.Tensor):
-                    yield f"{name} {of}{part}", tensor
+                    yield f"{name} {prefix}{part}", tensor
     for name, module in model.named_modules():
         state = getattr(module, "state", None)
         for holder in (state, getattr(module, "weight", None)):
@@ -60,23 +60,23 @@ def parameters_of(model: Any) -> Iterator[Named]:
 
 
 def buffers_of(model: Any) -> Iterator[Named]:
-    """Every buffer, and every other tensor a module holds."""
+    """Yield every buffer, and every other tensor that is an attribute of a module."""
     yield from model.named_buffers()
     for name, module in model.named_modules():
-        held = cast(dict[str, Any], vars(module))
-        for key, value in held.items():
+        attributes = cast(dict[str, Any], vars(module))
+        for key, value in attributes.items():
             if isinstance(value, torch.Tensor):
                 yield f"{name}.{key}".removeprefix("."), value
 
 
-def gradients_of(parameters: list[Any], known: Known) -> Iterator[Named]:
+def gradients_of(parameters: list[Any], known: StorageLabels) -> Iterator[Named]:
     for parameter in parameters:
         if parameter.grad is not None:
             yield f"gradient of {known.name_of(parameter)}", parameter.grad
 
 
-def states_of(optimizers: list[Any], known: Known) -> Iterator[Named]:
-    """What the optimizers keep of parameters, and the tables bitsandbytes' share."""
+def states_of(optimizers: list[Any], known: StorageLabels) -> Iterator[Named]:
+    """Yield the optimizers' states, and the tables that bitsandbytes' optimizers share."""
     for optimizer in optimizers:
         for parameter, state in cast(dict[Any, dict[str, Any]], optimizer.state).items():
             for key, value in state.items():
@@ -86,9 +86,9 @@ def states_of(optimizers: list[Any], known: Known) -> Iterator[Named]:
         yield from ((f"table {name}", table) for name, table in tables.items())
 
 
-def report(tracker: Tracker, known: Known) -> dict[str, Any]:
-    """Storages, events and phases as JSON holds them, in the order of `trace.Storage` and `trace.TracedPhase`."""
-    born, died = _lives(tracker)
+def report(tracker: Tracker, known: StorageLabels) -> dict[str, Any]:
+    """Return storages, events and phases as JSON, with the fields of `trace.TracedStorage` and `trace.TracedPhase`."""
+    born, died = _lifetimes(tracker)
     starts = [number for number, _ in tracker.modules]
     names = [name for _, name in tracker.modules]
     intervals = list(_with_loss(tracker.intervals))
@@ -99,9 +99,9 @@ def report(tracker: Tracker, known: Known) -> dict[str, Any]:
         if not module and 0 <= made.node < _NO_NODE and starts:
             module = names[max(0, bisect_right(starts, made.node) - 1)]
         size = rounded(made.asked) if made.asked else 0
-        lived = (born[number], died[number])
+        lifetime = (born[number], died[number])
         name = known.names.get(number, "")
-        storages.append([size, made.asked, made.shape, made.dtype, made.op, module, kind, *lived, name])
+        storages.append([size, made.asked, made.shape, made.dtype, made.op, module, kind, *lifetime, name])
     sizes = [storage[0] for storage in storages]
     allocated = list(accumulate(sizes[e] if e >= 0 else -sizes[~e] for e in tracker.events))
     return {
@@ -111,7 +111,7 @@ def report(tracker: Tracker, known: Known) -> dict[str, Any]:
     }
 
 
-def _lives(tracker: Tracker) -> tuple[list[int], list[int]]:
+def _lifetimes(tracker: Tracker) -> tuple[list[int], list[int]]:
     born, died = [0] * len(tracker.made), [len(tracker.events)] * len(tracker.made)
     for event, number in enumerate(tracker.events):
         if number >= 0:
@@ -122,7 +122,7 @@ def _lives(tracker: Tracker) -> tuple[list[int], list[int]]:
 
 
 def _with_loss(intervals: list[Interval]) -> Iterator[Interval]:
-    """Forward passes divided where the head is done."""
+    """Split each forward pass where its loss begins."""
     for interval in intervals:
         if interval.loss < 0:
             yield interval
@@ -132,7 +132,7 @@ def _with_loss(intervals: list[Interval]) -> Iterator[Interval]:
 
 
 def _phase(interval: Interval, allocated: list[int]) -> Iterator[Any]:
-    """What is there when a phase begins counts for its peak."""
+    """Yield the fields of a phase. Memory allocated when it begins counts towards its peak."""
     start = max(interval.start - 1, 0)
     inside = allocated[start : interval.end]
     peak = max(inside)
@@ -141,14 +141,14 @@ def _phase(interval: Interval, allocated: list[int]) -> Iterator[Any]:
 
 
 def _kind(born: int, died: int, intervals: list[Interval], recomputed: list[tuple[int, int]]) -> str:
-    """Activations are what outlives the forward pass, or the recomputed block, that made it."""
+    """Return activation for a storage that outlives the forward pass or recomputed block that created it, else temp."""
     within = next((i for i in intervals if i.start <= born < i.end), None)
     if within is None:
         return "other"
     end = within.end
     if within.name == "forward":  # the loss belongs to it
-        follows = next((i for i in intervals if i.name == "loss" and i.start == end), None)
-        end = follows.end if follows is not None else end
+        loss = next((i for i in intervals if i.name == "loss" and i.start == end), None)
+        end = loss.end if loss is not None else end
     if within.name in ("forward", "loss", "encode", "prefill", "decode"):
         return "activation" if died > end else "temp"
     block = next((b for b in recomputed if b[0] <= born < b[1]), None)

@@ -1,7 +1,7 @@
-"""CUDA's streams and events on a card that is not there: FSDP and DDP order their copies and sums by them.
+"""Fake CUDA streams and events, by which FSDP and DDP order their copies and reductions.
 
-A block of memory counts as free as soon as its tensor is gone, whichever streams used it, so that a trace sees the same
-without them.
+A block of memory counts as free as soon as its tensor is gone, whichever stream used it, so a trace is the same without
+real streams.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Event:
-    """An event that has always happened."""
+    """An event that has always completed."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         pass
@@ -30,7 +30,7 @@ class Event:
 
 
 class Stream:
-    """A stream on which everything is done at once."""
+    """A stream on which all work completes immediately."""
 
     def __init__(self, *_: Any, **__: Any) -> None:
         self.device_index = 0
@@ -58,7 +58,7 @@ class Stream:
 
 
 def apply(cuda: Any, accelerator: Any) -> None:
-    """Let torch's modules `cuda` and `accelerator` have these streams and one device, to which they are set."""
+    """Patch torch's modules `cuda` and `accelerator` with these streams and a single device."""
     current = Stream()
 
     def stream(_: Any) -> AbstractContextManager[None]:

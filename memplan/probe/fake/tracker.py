@@ -1,7 +1,7 @@
-"""Records when every storage on the device is allocated and freed, below autograd, and quickly.
+"""Record every allocation and free of a storage on the device, below autograd, and quickly.
 
-Every ATen call of the script comes here. What an operation makes depends on the shapes, strides and dtypes it is given
-alone: torch's fake tensors work it out once, and the same call is answered from memory afterwards.
+Every ATen call of the script is dispatched here. Its outputs depend only on the shapes, strides and dtypes of its
+inputs: torch's fake tensors compute them once, and repeated calls are answered from a cache.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from memplan.probe.fake.kernels import Card, Scratch, scratch_of, without_data
+from memplan.probe.fake.kernels import KernelCard, Scratch, data_free_kernels, scratch_of
 from memplan.probe.libraries import library
 
 _C: Any = library("torch._C")
@@ -26,17 +26,17 @@ _graph_task: Callable[[], int] = _C._current_graph_task_id
 _node: Callable[[], Any] = _C._current_autograd_node
 _subclass: Any = torch.Tensor._make_subclass  # pyright: ignore[reportPrivateUsage]
 
-# Calls whose answer depends on more than metadata, or which change that of their arguments.
-_NEVER_KEPT = frozenset(
+# Calls whose answer depends on more than metadata, or which change their arguments' metadata.
+_NEVER_CACHED = frozenset(
     ("set_", "resize_", "resize_as_", "_local_scalar_dense", "lift_fresh", "equal", "nonzero", "_resize_output_")
 )
 
-_TWICE = -2
+_SHARED = -2
 
-# Tensors made of others, which know what to do with themselves.
+# Tensor subclasses around inner tensors: they dispatch again with those.
 _WRAPPERS = frozenset(("DTensor", "AsyncCollectiveTensor", "PackedTensor", "WeightQBitsTensor"))
 
-# FunctionsManual.cpp writes into the gradient it has just made, unless a tensor subclass is about.
+# FunctionsManual.cpp writes in place into a new gradient, but not for tensor subclasses such as fake tensors.
 _IN_PLACE = {
     _aten._index_put_impl.default: _aten._index_put_impl_.default,
     _aten.index_put.default: _aten.index_put_.default,
@@ -47,11 +47,14 @@ _IN_PLACE = {
 }
 
 
-class Made(NamedTuple):
-    """What is known of a storage when it is made: bytes asked for, and of the first tensor in it shape and dtype.
+class StorageInfo(NamedTuple):
+    """What is known of a storage when it is created.
 
-    `module` is the path of the module whose forward ran, or of the one whose gradient this is about; `node` is a
-    number of autograd's order while backward runs, by which the module is found.
+    asked           bytes requested
+    shape, dtype    of the first tensor in the storage
+    op              the operation that created it
+    module          path of the module whose forward ran, or whose gradient was computed
+    node            sequence number of the running autograd node, by which the module is found; -1 outside backward
     """
 
     asked: int
@@ -63,7 +66,7 @@ class Made(NamedTuple):
 
 
 class _Output(NamedTuple):
-    """How one output is made again: a new storage, a view of the n-th tensor given, or that tensor itself."""
+    """How to recreate an output: as a new storage, a view of the n-th input tensor, or that tensor itself."""
 
     kind: str
     which: int
@@ -77,7 +80,7 @@ class _Output(NamedTuple):
 
 
 class _Answer(NamedTuple):
-    """What a call answers: its outputs, whether they come as a list or a tuple, and what its kernel allocates."""
+    """A cached call: its outputs, whether they are a list or a tuple, and its kernel's scratch memory."""
 
     outputs: tuple[_Output | None, ...]
     sequence: type[Any] | None
@@ -85,44 +88,45 @@ class _Answer(NamedTuple):
 
 
 class _FakeMode(FakeTensorMode):
-    """torch's fake tensors; a tensor that is copied with its module stays one of this mode's."""
+    """torch's fake tensor mode; tensors that are deep-copied stay in this mode."""
 
     def __deepcopy__(self, memo: Any) -> _FakeMode:
         return self
 
 
-class Memory(NamedTuple):
-    """What is known of operations on one kind of card, and stays known from run to run.
+class OperationCache(NamedTuple):
+    """What is known of operations on one kind of card, shared by all runs.
 
-    scratch     what kernels allocate inside themselves
-    instead     what is run in place of operations whose outputs depend on the data
+    scratch       memory that kernels allocate internally, by operation
+    replacements  replacements for operations whose outputs depend on the data
+    answers       cached calls
+    is_cacheable  whether an operation's calls can be cached
     """
 
     fake: AbstractContextManager[Any]
     scratch: Mapping[Any, Scratch]
-    instead: Mapping[Any, Callable[..., Any]]
+    replacements: Mapping[Any, Callable[..., Any]]
     answers: dict[Any, _Answer]
-    kept: dict[Any, bool]
+    is_cacheable: dict[Any, bool]
 
 
-def memory_of(card: Card, fake: bool = True) -> Memory:
-    """Nothing known yet but the rows of a card; for tensors with data where `fake` is false."""
+def new_operation_cache(card: KernelCard, fake: bool = True) -> OperationCache:
+    """Return an empty cache with the kernels of a card; for tensors with data if `fake` is false."""
     mode = _FakeMode(allow_non_fake_inputs=True) if fake else nullcontext()
-    return Memory(mode, scratch_of(card), without_data(), {}, {})
+    return OperationCache(mode, scratch_of(card), data_free_kernels(), {}, {})
 
 
 class _Storage(weakref.ref[Any]):
-    """A weak reference to a storage that knows its number, which is -1 while it is empty, and what it was `known` as
-    before."""
+    """A weak reference to a storage, with its number (-1 while it is empty) and what it was `known` as before."""
 
     __slots__ = ("key", "known", "number")
     key: int
-    known: Made
+    known: StorageInfo
     number: int
 
 
 class Interval(NamedTuple):
-    """A phase: its name, the step it is of (0: none), the events it spans, and where its loss began (-1: nowhere)."""
+    """A phase: its name, step (0: none), first and last event, and the event where its loss began (-1: none)."""
 
     name: str
     step: int
@@ -132,27 +136,29 @@ class Interval(NamedTuple):
 
 
 class Tracker(TorchDispatchMode):
-    """A dispatch mode over fake tensors, or real ones, that keeps the events of storages on `device`.
+    """A dispatch mode over fake or real tensors that records the events of storages on `device`.
 
-    `events` holds n where storage n is made and ~n where it is freed; `made[n]` is what it is. `intervals` are the
-    phases, `recomputed` the events between which a checkpointed block ran again.
+    events      n when storage n is created, ~n when it is freed
+    made        what is known of each storage
+    intervals   the phases
+    recomputed  first and last events of each recomputed checkpointed block
     """
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # nothing is compiled here, and the guard against it costs time in every call
+        return False  # nothing is compiled here, and the guard against dynamo costs time in every call
 
-    def __init__(self, device: str, memory: Memory, card: int | None = None) -> None:
-        """`card`: of several devices of that type the one that is watched; None for all."""
+    def __init__(self, device: str, memory: OperationCache, card: int | None = None) -> None:
+        """`card` is the index of the recorded device of that type; None records all."""
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.device = device
         self._card = card
         self._fake, self._scratch, self._instead, self._answers, self._kept = memory
-        self.made: list[Made] = []
+        self.made: list[StorageInfo] = []
         self.events: list[int] = []
         self.intervals: list[Interval] = []
         self.recomputed: list[tuple[int, int]] = []
-        self.modules: list[tuple[int, str]] = []  # autograd's sequence number when a module began or went on
+        self.modules: list[tuple[int, str]] = []  # autograd's sequence number when a module starts or resumes
         self.module = ""
         self.step = 0
         self.loss_at = -1
@@ -162,7 +168,7 @@ class Tracker(TorchDispatchMode):
         self._lifted: list[bool] = []
 
     def __enter__(self) -> Tracker:
-        """As fake tensors' own mode does: values from Python become tensors on the CPU, and are moved from there."""
+        """Create tensors from Python values on the CPU and move them from there, as the fake tensor mode does."""
         super().__enter__()
         self._lifted.append(_C._only_lift_cpu_tensors())
         _C._set_only_lift_cpu_tensors(True)
@@ -176,17 +182,17 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def phase(self, name: str) -> Generator[None]:
-        """The events inside are of this phase."""
+        """Record the events inside the context as this phase."""
         start, self.loss_at = len(self.events), -1
         yield
         loss_at = self.loss_at if name == "forward" else -1
         self.intervals.append(Interval(name, self.step, start, len(self.events), loss_at))
 
     def number_of(self, tensor: torch.Tensor) -> int | None:
-        """The number of the storage a tensor lies in; None where it is not on the device."""
-        whole: Any = getattr(tensor, "_local_tensor", tensor)  # of one that ranks divide, the part that is here
-        found = self._live.get(whole.untyped_storage()._cdata)
-        return None if found is None or found.number < 0 else found.number
+        """Return the number of a tensor's storage; None if it is not on the device."""
+        local: Any = getattr(tensor, "_local_tensor", tensor)  # a DTensor's shard on this rank
+        reference = self._live.get(local.untyped_storage()._cdata)
+        return None if reference is None or reference.number < 0 else reference.number
 
     # Storages
 
@@ -197,7 +203,7 @@ class Tracker(TorchDispatchMode):
             if running is not None:
                 node = running._sequence_nr()
         number = len(self.made)
-        self.made.append(Made(asked, shape, dtype, op, self.module, node))
+        self.made.append(StorageInfo(asked, shape, dtype, op, self.module, node))
         self.events.append(number)
         return number
 
@@ -213,15 +219,15 @@ class Tracker(TorchDispatchMode):
 
     @contextmanager
     def resizing(self) -> Generator[None]:
-        """While inside, a storage that is resized is seen: FSDP empties those it will fill again."""
+        """Record resized storages inside the context: FSDP empties storages and fills them again."""
         resize: Callable[..., Any] = torch.UntypedStorage.resize_
 
         def resize_(storage: Any, size: int) -> Any:
             before = storage.nbytes()
             out = resize(storage, size)
-            found = self._live.get(storage._cdata)
-            if found is not None and size != before:
-                self._resized(found, int(size))
+            reference = self._live.get(storage._cdata)
+            if reference is not None and size != before:
+                self._resized(reference, int(size))
             return out
 
         storage_class: Any = torch.UntypedStorage
@@ -232,7 +238,7 @@ class Tracker(TorchDispatchMode):
             storage_class.resize_ = resize
 
     def _resized(self, reference: _Storage, size: int) -> None:
-        """Another storage stands for one that has another size; none for one without."""
+        """Record a resized storage as freed and, unless it is empty, as a new one."""
         if reference.number >= 0:
             reference.known = self.made[reference.number]
             self.events.append(~reference.number)
@@ -242,17 +248,17 @@ class Tracker(TorchDispatchMode):
             reference.number = self._new(size, made.shape, made.dtype, made.op)
 
     def _inside(self, scratch: Sequence[tuple[str, int]]) -> None:
-        """What a kernel allocates and frees while it runs."""
+        """Record what a kernel allocates and frees while it runs."""
         numbers = [self._new(bytes_, (bytes_,), "uint8", what) for what, bytes_ in scratch if bytes_ > 0]
         self.events += [~number for number in reversed(numbers)]
 
     # Calls
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not _C._only_lift_cpu_tensors():  # autograd's own thread, which runs a checkpointed forward again
+        if not _C._only_lift_cpu_tensors():  # autograd's own thread, recomputing a checkpointed forward
             _C._set_only_lift_cpu_tensors(True)
         if any(getattr(kind, "__name__", "") in _WRAPPERS for kind in types):
-            return NotImplemented  # they call again with what they are made of
+            return NotImplemented  # they dispatch again with their inner tensors
         if func is _DEVICE and type(args[0]) is FakeTensor:
             return args[0].fake_device
         if _graph_task() != -1 and not torch.is_grad_enabled():
@@ -261,24 +267,24 @@ class Tracker(TorchDispatchMode):
                     func = _aten.add_.Tensor
             elif func in _IN_PLACE and _called_by_the_engine():
                 func = _IN_PLACE[func]
-        given: list[Any] = []
+        tensors: list[Any] = []
         key: list[Any] = [func]
         kept = self._kept.get(func)
         if kept is None:
-            kept = self._kept[func] = _is_kept(func) and func not in self._instead
-        kept = kept and _key_of(args, key, given) and (not kwargs or _key_of_keywords(kwargs, key, given))
+            kept = self._kept[func] = _is_cacheable(func) and func not in self._instead
+        kept = kept and _key_of(args, key, tensors) and (not kwargs or _key_of_keywords(kwargs, key, tensors))
         if kept:
-            if not given:  # what is made of nothing has the dtype that is the default at the time
+            if not tensors:  # without input tensors the output may have the current default dtype
                 key.append(torch.get_default_dtype())
             call = tuple(key)
             answer = self._answers.get(call)
             if answer is None:
-                return self._first(call, func, args, kwargs or {}, given)
-            return self._again(answer, func, given)
+                return self._first(call, func, args, kwargs or {}, tensors)
+            return self._again(answer, func, tensors)
         return self._ask(func, args, kwargs or {})
 
     def _ask(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """The call as torch's fake tensors answer it, its storages recorded."""
+        """Run the call on torch's fake tensors, and record its storages."""
         if func is _aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
             return _no_value(args[0])
         if func in self._instead:
@@ -294,8 +300,10 @@ class Tracker(TorchDispatchMode):
         return out
 
     def _here(self, args: Any, watched: bool = True) -> bool:
-        """Whether a call computes on a device of the type, the `watched` one: the tensors it is given first lie there,
-        where it is given any."""
+        """Return whether a call runs on the `watched` device, or else any device of its type.
+
+        That is the device of its first tensors; calls without tensors count too.
+        """
         first = next((tensor for arg in args for tensor in _tensors(arg)), None)
         return first is None or (self._watches(first.device) if watched else first.device.type == self.device)
 
@@ -309,18 +317,18 @@ class Tracker(TorchDispatchMode):
         if storage._cdata not in self._live:
             self._watch(storage, storage.nbytes(), tuple(tensor.shape), tensor.dtype, _name(func))
 
-    def _first(self, call: tuple[Any, ...], func: Any, args: Any, kwargs: Any, given: list[Any]) -> Any:
-        """The call for the first time: asked, and kept if it can be made again."""
+    def _first(self, call: tuple[Any, ...], func: Any, args: Any, kwargs: Any, tensors: list[Any]) -> Any:
+        """Run a call for the first time, and cache it if its outputs can be recreated."""
         out: Any = self._ask(func, args, kwargs)
         sequence = _sequence(out)
         outputs: list[_Output | None] = []
-        same = {id(tensor): i for i, tensor in enumerate(given)}
-        lies_in = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(given)}
+        same = {id(tensor): i for i, tensor in enumerate(tensors)}
+        input_storages = {tensor.untyped_storage()._cdata: i for i, tensor in enumerate(tensors)}
         for tensor in out if sequence is not None else (out,):
             if tensor is None:
                 outputs.append(None)
                 continue
-            described = _describe(tensor, same, lies_in) if isinstance(tensor, FakeTensor) else None
+            described = _describe(tensor, same, input_storages) if isinstance(tensor, FakeTensor) else None
             if described is None:
                 self._kept[func] = self._kept[func] and isinstance(tensor, (FakeTensor, list))
                 return out
@@ -330,15 +338,15 @@ class Tracker(TorchDispatchMode):
         self._answers[call] = _Answer(tuple(outputs), sequence, inside)
         return out
 
-    def _again(self, answer: _Answer, func: Any, given: list[Any]) -> Any:
-        """The call answered from memory: outputs made, their storages recorded."""
-        made: list[Any] = []
+    def _again(self, answer: _Answer, func: Any, tensors: list[Any]) -> Any:
+        """Answer a call from the cache: create its outputs and record their storages."""
+        outputs: list[Any] = []
         for output in answer.outputs:
             if output is None:
-                made.append(None)
+                outputs.append(None)
                 continue
             if output.kind == "same":
-                made.append(given[output.which])
+                outputs.append(tensors[output.which])
                 continue
             if output.kind == "new":
                 element = torch.empty_strided(output.shape, output.stride, dtype=output.dtype, device="meta")
@@ -346,37 +354,37 @@ class Tracker(TorchDispatchMode):
                     self._watch(element.untyped_storage(), output.asked, output.shape, output.dtype, _name(func))
             else:
                 element = torch.empty(0, dtype=output.dtype, device="meta")
-                storage = given[output.which].untyped_storage()
+                storage = tensors[output.which].untyped_storage()
                 element.set_(storage, output.offset, output.shape, output.stride)
             tensor = _subclass(FakeTensor, element, False, dispatch_device=True, device_for_backend_keys=output.device)
             tensor.__dict__.update(output.state)
-            made.append(tensor)
-        if answer.scratch and self._here(given):
+            outputs.append(tensor)
+        if answer.scratch and self._here(tensors):
             self._inside(answer.scratch)
-        return made[0] if answer.sequence is None else answer.sequence(made)
+        return outputs[0] if answer.sequence is None else answer.sequence(outputs)
 
     # Sums of gradients
 
     def _adds_in_place(self, args: Any) -> bool:
-        """Whether torch's engine, which adds gradients out of place only while a mode listens, would add in place.
+        """Return whether torch's engine would add gradients in place if no dispatch mode were active.
 
-        It does where it holds the last reference to a dense gradient.
+        It does so if it holds the last reference to a dense gradient.
         Source: torch 2.13 csrc/autograd/input_buffer.cpp accumulate.
         """
         old, new = args[0], args[1]
         if not isinstance(new, torch.Tensor) or old.shape != new.shape or old.dtype != new.dtype:
             return False
         storage = old.untyped_storage()
-        held = (old._use_count(), _C._storage_Use_Count(storage._cdata))
+        counts = (old._use_count(), _C._storage_Use_Count(storage._cdata))
         if self._calibrating:
-            self._last = held
+            self._last = counts
             return False
         last = self._last
         assert last is not None, "calibrate first"
-        return held[0] <= last[0] and held[1] <= last[1] and _is_dense(old) and _called_by_the_engine()
+        return counts[0] <= last[0] and counts[1] <= last[1] and _is_dense(old) and _called_by_the_engine()
 
     def calibrate(self) -> None:
-        """Find out how many references the engine's last one is, with a sum of two gradients."""
+        """Measure the reference count at which the engine holds the last reference, by summing two gradients."""
         self._calibrating = True
         with self:
             x = torch.ones(4, 4, device=self.device, requires_grad=True)
@@ -390,35 +398,36 @@ class Tracker(TorchDispatchMode):
         self._live.clear()
 
 
-answering: list[Callable[[torch.Tensor], bool | int | float]] = []  # what a script answers itself, the last of them
+# How a script answers for the value of a tensor without data; the last entry applies.
+scalar_answers: list[Callable[[torch.Tensor], bool | int | float]] = []
 
 
 def _no_value(tensor: torch.Tensor) -> bool | int | float:
-    """The value of a tensor without data, where a script asks for one: nothing was found, nothing is infinite."""
+    """Return a value for a tensor without data: false or zero, so nothing is found and nothing is infinite."""
     constant = getattr(tensor, "constant", None)
     if constant is not None:
         return constant.item()
-    if answering:
-        return answering[-1](tensor)
+    if scalar_answers:
+        return scalar_answers[-1](tensor)
     if tensor.dtype == torch.bool:
         return False
     return 0.0 if tensor.is_floating_point() else 0
 
 
-def _is_kept(func: Any) -> bool:
+def _is_cacheable(func: Any) -> bool:
     tags = {str(tag) for tag in func.tags}
     bad = ("Tag.data_dependent_output", "Tag.dynamic_output_shape", "Tag.inplace_view")
-    return func._schema.name.rpartition("::")[2] not in _NEVER_KEPT and not any(tag in tags for tag in bad)
+    return func._schema.name.rpartition("::")[2] not in _NEVER_CACHED and not any(tag in tags for tag in bad)
 
 
-def _key_of(values: Any, key: list[Any], given: list[Any]) -> bool:
-    """Append what `values` mean for the answer; False where that is not known. Tensors are appended to `given`."""
+def _key_of(values: Any, key: list[Any], tensors: list[Any]) -> bool:
+    """Append what the answer depends on to `key`, and tensors to `tensors`. Return False if a value is unsupported."""
     for value in values:
         kind = cast(type[Any], type(value))
         if kind is FakeTensor or isinstance(value, FakeTensor):
             if value.constant is not None:
                 return False
-            given.append(value)
+            tensors.append(value)
             key.append(value.shape)
             key.append(value.stride())
             key.append(value.storage_offset())
@@ -431,7 +440,7 @@ def _key_of(values: Any, key: list[Any], given: list[Any]) -> bool:
             key.append(value)
         elif kind is list or kind is tuple:
             key.append(len(value))
-            if not _key_of(value, key, given):
+            if not _key_of(value, key, tensors):
                 return False
         elif isinstance(value, (torch.Tensor, torch.SymInt, torch.SymFloat)):
             return False
@@ -440,18 +449,18 @@ def _key_of(values: Any, key: list[Any], given: list[Any]) -> bool:
     return True
 
 
-def _key_of_keywords(kwargs: Any, key: list[Any], given: list[Any]) -> bool:
+def _key_of_keywords(kwargs: Any, key: list[Any], tensors: list[Any]) -> bool:
     for name, value in kwargs.items():
         key.append(name)
-        if not _key_of((value,), key, given):
+        if not _key_of((value,), key, tensors):
             return False
     return True
 
 
-def _describe(tensor: Any, same: dict[int, int], lies_in: dict[int, int]) -> _Output | None:
-    """How to make `tensor` again; None where that is not plain.
+def _describe(tensor: Any, same: dict[int, int], input_storages: dict[int, int]) -> _Output | None:
+    """Return how to recreate `tensor`; None if that is not simple.
 
-    `same` and `lies_in` say which of the tensors given it may be, by identity, and in whose storage it may lie.
+    `same` and `input_storages` map identities and storages of the input tensors to their indices.
     """
     if tensor.constant is not None or tensor.dtype.is_complex or tensor.is_sparse:
         return None
@@ -462,14 +471,14 @@ def _describe(tensor: Any, same: dict[int, int], lies_in: dict[int, int]) -> _Ou
     offset = tensor.storage_offset()
     if id(tensor) in same:
         kind, index = "same", same[id(tensor)]
-    elif storage._cdata in lies_in:
-        kind, index = "view", lies_in[storage._cdata]
+    elif storage._cdata in input_storages:
+        kind, index = "view", input_storages[storage._cdata]
     elif offset:
         return None
     else:
         kind, index = "new", -1
-        lies_in[storage._cdata] = _TWICE
-    if index == _TWICE:
+        input_storages[storage._cdata] = _SHARED
+    if index == _SHARED:
         return None  # two outputs in one new storage
     asked = storage.nbytes()
     state: dict[str, Any] = tensor.__dict__.copy()
@@ -477,7 +486,7 @@ def _describe(tensor: Any, same: dict[int, int], lies_in: dict[int, int]) -> _Ou
 
 
 def _sequence(out: Any) -> Any:
-    """The kind of sequence of several outputs; None for one."""
+    """Return list or tuple for several outputs; None for one."""
     return list if isinstance(out, list) else tuple if isinstance(out, tuple) else None
 
 
@@ -494,7 +503,7 @@ def _name(func: Any) -> str:
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether no element lies on another and none of the storage between them is unused."""
+    """Return whether the elements fill their storage without overlaps or gaps."""
     expected = 1
     for stride, size in sorted((st, n) for st, n in zip(tensor.stride(), tensor.shape, strict=True) if n != 1):
         if stride != expected:
@@ -504,7 +513,7 @@ def _is_dense(tensor: torch.Tensor) -> bool:
 
 
 def _called_by_the_engine() -> bool:
-    """Whether no Python code but that which called backward stands above: not a custom function, hook or recompute."""
+    """Return whether autograd's engine made this call, not a custom function, a hook or a recomputation."""
     frame: Any = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]
     while frame is not None and frame.f_code.co_filename == __file__:
         frame = frame.f_back

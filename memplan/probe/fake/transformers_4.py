@@ -1,7 +1,8 @@
-"""What transformers before 5 needs beside `patches`, so that runs of its time can be traced with it.
+"""Further patches for tracing with transformers 4.
 
 transformers 4 imports flash-attn when its own modules are imported, asks the model's class whether it may use it, and
-reads in the positions' values whether sequences are packed; all are answered here as on a card, for whole sequences.
+reads from the values of the position ids whether sequences are packed. All answer here as on a card with flash-attn and
+unpacked sequences.
 """
 
 from __future__ import annotations
@@ -15,13 +16,17 @@ from typing import Any
 from memplan.probe.fake import attention
 from memplan.probe.libraries import library
 
-_THERE = ("is_flash_attn_2_available", "is_flash_attn_greater_or_equal", "is_flash_attn_greater_or_equal_2_10")
+_AVAILABILITY_CHECKS = (
+    "is_flash_attn_2_available",
+    "is_flash_attn_greater_or_equal",
+    "is_flash_attn_greater_or_equal_2_10",
+)
 
 
 def flash_attention() -> None:
-    """flash-attn's two functions, in the places where transformers 4 looks for them."""
+    """Put flash-attn's two functions in the places where transformers 4 looks for them."""
     for module in (library("transformers.utils.import_utils"), library("transformers.utils")):
-        for name in _THERE:
+        for name in _AVAILABILITY_CHECKS:
             setattr(module, name, _true)
     package: Any = ModuleType("flash_attn")
     package.__spec__ = ModuleSpec("flash_attn", None)
@@ -34,7 +39,7 @@ def flash_attention() -> None:
         module.flash_attn_varlen_func = attention.flash_attn_varlen_func
     flash._flash_supports_window_size = True
     flash.is_flash_attn_greater_or_equal = _true
-    flash._flash_attention_forward = _whole(flash._flash_attention_forward)
+    flash._flash_attention_forward = _without_positions(flash._flash_attention_forward)
     with contextlib.suppress(Exception):  # since 4.48
         library("transformers.integrations.flash_attention")._flash_attention_forward = flash._flash_attention_forward
     library("transformers.modeling_utils").PreTrainedModel._check_and_enable_flash_attn_2 = classmethod(_enable)
@@ -49,8 +54,8 @@ def _enable(cls: object, config: Any, *_: object, **__: object) -> Any:
     return config
 
 
-def _whole(forward: Any) -> Any:
-    """transformers' function without the positions, which it would look into for packed sequences."""
+def _without_positions(forward: Any) -> Any:
+    """Return transformers' function without position ids, whose values it would read to detect packed sequences."""
 
     def without(*args: Any, position_ids: Any = None, **kwargs: Any) -> Any:
         return forward(*args, **kwargs)

@@ -1,1 +1,1 @@
-"""Running probes: traces and measurements in processes of their own, suites, and kept rows."""
+"""Run probes: traces and measurements in their own processes, suites of runs, and files of measured rows."""

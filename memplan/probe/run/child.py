@@ -1,6 +1,6 @@
-"""The process that traces: `python -m memplan.probe.run.child`, a question a line on stdin, an answer a line on stdout.
+"""The tracing process, `python -m memplan.probe.run.child`: reads questions as lines on stdin, answers on stdout.
 
-It makes torch see a card that is not there, and the libraries believe so; it ends with its parent.
+It makes torch and the libraries see a CUDA device that does not exist, and ends with its parent.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from memplan.probe import limits
 from memplan.probe.fake import fake_device
 from memplan.spec.run import RunSpec
 
-_known: dict[Any, Any] = {}  # what traces before this one have learnt of operations, by card
+_memories: dict[Any, Any] = {}  # by card: what earlier traces have recorded about operations
 
 
 def main(memory: int = 0, seconds: int = 0) -> None:
-    """Answer until stdin ends. What the libraries print goes to stderr, and there is nobody whom they could ask.
+    """Answer questions until stdin ends. The libraries' output goes to stderr, and they cannot read stdin.
 
     With limits, `memory` bytes and `seconds` of processor time, the process is restricted: see `limits`.
     """
@@ -47,7 +47,7 @@ def main(memory: int = 0, seconds: int = 0) -> None:
                 question.get("parameters"),
                 restricted=bool(memory),
             )
-        except Exception as error:  # memplan's own, or of the libraries, on a run they do not take
+        except Exception as error:  # memplan's own errors, and whatever the libraries raise for an unsupported run
             ours = isinstance(error, MemplanError)
             answer = {
                 "error": type(error).__name__ if ours else "ProbeError",
@@ -61,30 +61,30 @@ def main(memory: int = 0, seconds: int = 0) -> None:
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
     sys.stderr.flush()
-    os._exit(0)  # torch's threads of a device that is not there cannot be joined
+    os._exit(0)  # torch's threads for the fake device cannot be joined
 
 
-# What Python, C++ and torch say.
+# How Python, C++ and torch report that memory ran out.
 _OUT_OF_MEMORY = ("MemoryError", "bad_alloc", "can't allocate memory")
-_TOO_LITTLE = "probe: the step cannot be traced: it takes more memory than the {} that a trace may have"
+_TOO_LITTLE = "probe: the step cannot be traced: it takes more memory than the {} that a trace may use"
 
 
 def _line_about(error: Exception) -> str:
-    """One line: what it was, and where in the libraries."""
+    """Return one line with the error and its place in the libraries."""
     frames = traceback.extract_tb(error.__traceback__)
-    outside = [frame for frame in frames if f"{os.sep}memplan{os.sep}" not in frame.filename]
-    where = outside[-1] if outside else frames[-1]
-    said = " ".join(str(error).split())
+    library_frames = [frame for frame in frames if f"{os.sep}memplan{os.sep}" not in frame.filename]
+    where = library_frames[-1] if library_frames else frames[-1]
+    message = " ".join(str(error).split())
     place = "/".join(Path(where.filename).parts[-3:])
     if type(error).__name__ in ("DynamicOutputShapeException", "DataDependentOutputException"):
-        return f"probe: the step cannot be traced: what it allocates depends on the data ({said:.100})"
-    return f"probe: the step cannot be traced: {type(error).__name__}: {said:.300} ({place}:{where.lineno})"
+        return f"probe: the step cannot be traced: what it allocates depends on the data ({message:.100})"
+    return f"probe: the step cannot be traced: {type(error).__name__}: {message:.300} ({place}:{where.lineno})"
 
 
 def _answer(
     run: RunSpec, steps: int, device: str, data: bool, most: int | None = None, *, restricted: bool = False
 ) -> dict[str, Any]:
-    """The trace of a run on `device`, of fake tensors or, with `data`, of real ones.
+    """Return the trace of a run on `device`, with fake tensors or, with `data`, real ones.
 
     Raises ProbeError for a model of more than `most` parameters, SpecError for a sequence beyond its learned positions.
     """
@@ -96,112 +96,112 @@ def _answer(
     from memplan.probe.fake import fake_tensor_patches as patches
     from memplan.probe.fake import recording
     from memplan.probe.fake.kernels import card_of
-    from memplan.probe.fake.modules import loss_apart, named
-    from memplan.probe.fake.tracker import Tracker, memory_of
+    from memplan.probe.fake.modules import mark_loss_start, module_names
+    from memplan.probe.fake.tracker import Tracker, new_operation_cache
     from memplan.probe.libraries import library, versions
     from memplan.probe.script import distributed_wrapping as wrapping
     from memplan.probe.script import script
     from memplan.probe.script.model import base_of, unwrapped
     from memplan.probe.script.side_tasks import run_all
 
-    for name in ("peft", "bitsandbytes"):  # what their imports make is none of the run's
+    for name in ("peft", "bitsandbytes"):  # imported here, so that tensors created on import are not recorded
         library(name)
     if restricted:
         limits.seal()
     torch.set_num_threads(1)
     torch.manual_seed(0)  # pyright: ignore[reportUnknownMemberType]
-    started = time.monotonic()
+    start = time.monotonic()
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     card = card_of(gpu.compute_capability if gpu is not None else None)
     patches.apply(card)
-    if (card, data) not in _known:
-        _known[card, data] = memory_of(card, fake=not data)
-    tracker = Tracker(device, _known[card, data], run.parallelism.stage)
+    if (card, data) not in _memories:
+        _memories[card, data] = new_operation_cache(card, fake=not data)
+    tracker = Tracker(device, _memories[card, data], run.parallelism.stage)
     tracker.calibrate()
-    known = recording.Known(tracker)
-    built: list[Any] = []
+    labels = recording.StorageLabels(tracker)
+    scripts: list[Any] = []
 
     @contextmanager
     def phase(name: str) -> Generator[None]:
         with tracker.phase(name):
             yield
-        if built:
-            _note(built[0], known, name)
+        if scripts:
+            _note(scripts[0], labels, name)
 
-    gc.disable()  # what lies in cycles stays: on a card it does until Python happens to look
+    gc.disable()  # tensors in reference cycles stay alive, as they do until Python happens to collect
     try:
         with wrapping.ranks(run), tracker.resizing(), tracker:
             training = script.build(run, device, phase)
-            built.append(training)
+            scripts.append(training)
             total, active = training.counted
             _check(training.model, run, total, most)
-            _note(training, known, "load")
-            loss_apart(tracker, base_of(training.model))
-            with named(tracker, unwrapped(training.model)):
+            _note(training, labels, "load")
+            mark_loss_start(tracker, base_of(training.model))
+            with module_names(tracker, unwrapped(training.model)):
                 for step in range(1, steps + 1):
                     tracker.step = step
                     training.step()
                 tracker.step = 0
                 run_all(training)
-        found = recording.report(tracker, known)
+        recorded = recording.report(tracker, labels)
     finally:
         gc.enable()
     answer = {
-        **found,
+        **recorded,
         "parameters": total,
         "trainable": training.trainable,
         "active": active,
         "built": type(base_of(training.model)).__name__,
         "versions": versions(),
-        "seconds": round(time.monotonic() - started, 3),
+        "seconds": round(time.monotonic() - start, 3),
         "notes": _notes(run, base_of(training.model)),
     }
     del training
-    built.clear()
+    scripts.clear()
     gc.collect()
     return answer
 
 
-def _note(training: Any, known: Any, phase: str) -> None:
-    """What is a parameter, a gradient, a state: looked up at the end of the phases that may make some."""
+def _note(training: Any, labels: Any, phase: str) -> None:
+    """Label parameters, gradients and optimizer states at the end of the phases that may create them."""
     from memplan.probe.fake import recording
     from memplan.probe.script.model import unwrapped
 
     if phase in ("load", "forward"):
         model = unwrapped(training.model)
-        known.note("parameter", recording.parameters_of(model))
-        known.note("buffer", recording.buffers_of(model))
+        labels.note("parameter", recording.parameters_of(model))
+        labels.note("buffer", recording.buffers_of(model))
         if training.assistant is not None:
-            known.note("parameter", _of_assistant(recording.parameters_of(training.assistant)))
-            known.note("buffer", _of_assistant(recording.buffers_of(training.assistant)))
+            labels.note("parameter", _assistant_tensors(recording.parameters_of(training.assistant)))
+            labels.note("buffer", _assistant_tensors(recording.buffers_of(training.assistant)))
     if phase in ("forward", "backward"):
-        known.note("gradient", recording.gradients_of(training.parameters, known))
+        labels.note("gradient", recording.gradients_of(training.parameters, labels))
     if phase in ("load", "backward", "step"):
-        known.note("optstate", recording.states_of(training.optimizers, known))
+        labels.note("optstate", recording.states_of(training.optimizers, labels))
     if training.scaler is not None:
         tensors = (getattr(training.scaler, name, None) for name in ("_scale", "_growth_tracker"))
-        known.note("other", (("scale of the loss", t) for t in tensors if t is not None))
+        labels.note("other", (("scale of the loss", t) for t in tensors if t is not None))
 
 
-def _of_assistant(tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """The assistant's tensors, told apart from the model's."""
+def _assistant_tensors(tensors: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Prefix the names of the assistant's tensors, to tell them from the model's."""
     return ((f"assistant.{name}", tensor) for name, tensor in tensors)
 
 
 def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:
-    """Raise for what would be traced, but is no model or does not run."""
+    """Raise for a model that is too large to trace, or whose learned positions are too few for the run."""
     if most is not None and total > most:
         raise ProbeError(f"model: {total:,} parameters; a trace takes at most {most:,}", "model")
     from memplan.probe.script.model import base_of
     from memplan.probe.script.parameter_counts import positions
-    from memplan.resolve.batches import prompt_of_decoder
+    from memplan.resolve.batches import decoder_prompt_tokens
 
     field, tokens = "batch.sequence", run.batch.sequence + run.batch.new_tokens
-    if getattr(base_of(model).config, "is_encoder_decoder", False):  # the tables are the decoder's
+    if getattr(base_of(model).config, "is_encoder_decoder", False):  # the position tables are the decoder's
         field, tokens = "batch.target_sequence", run.batch.target_sequence or 0
         if run.task == "generate":
             field = "batch.new_tokens"
-            tokens = prompt_of_decoder(run.batch, base_of(model).config.model_type) + run.batch.new_tokens
+            tokens = decoder_prompt_tokens(run.batch, base_of(model).config.model_type) + run.batch.new_tokens
     for name, rows in positions(model):
         if tokens > rows:
             raise SpecError(f"{field}: {tokens} tokens, but the model has learned positions for {rows} ({name})", field)
@@ -210,10 +210,10 @@ def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:
 def _notes(run: RunSpec, base: Any) -> list[str]:
     notes: list[str] = []
     if run.kernels.attention == "flash_attention_2" and run.loop.padded:
-        notes.append("how many tokens are padding is in the data: all are taken to be there")
-    had = getattr(base.config, "_attn_implementation", None)
-    if run.kernels.attention.startswith("sdpa") and had == "eager":
-        notes.append(f"transformers' {type(base).__name__} has no sdpa: its attention is eager")
+        notes.append("the number of padding tokens depends on the data: the trace counts every token")
+    implementation = getattr(base.config, "_attn_implementation", None)
+    if run.kernels.attention.startswith("sdpa") and implementation == "eager":
+        notes.append(f"transformers' {type(base).__name__} does not support sdpa: its attention is eager")
     return notes
 
 

@@ -1,8 +1,8 @@
-"""A training step for real on the local GPU: the side that runs in a process of its own, and speaks of every phase.
+"""The process that measures a real training step on the local GPU and reports every phase.
 
-It reads one request as JSON from standard input, and writes one event a line to standard output: `card`, then `begin`
-and `reading` around every phase, and at the end `done`, `out of memory`, `refused` or `failed`. What a killed process
-had written until then stays with the process that started it (`memplan.probe.run.process`).
+It reads one request as JSON from standard input and writes one event per line to standard output: `card`, then `begin`
+and `reading` around every phase, and at the end `done`, `out of memory`, `refused` or `failed`. If it is killed, its
+parent (`memplan.probe.run.process`) still has the events written so far.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from memplan.probe.libraries import library, versions
 from memplan.probe.run.driver import in_use
 from memplan.spec.run import RunSpec
 
-_LONGEST = 300  # letters of another library's error that are passed on
+_LONGEST = 300  # characters of a library's error that are passed on
 
 
-class Card(NamedTuple):
-    """The GPU as torch sees it: `total` bytes a program can have, `uuid` as nvidia-smi names it (empty if unknown)."""
+class LocalGPU(NamedTuple):
+    """The GPU as torch sees it: `total` bytes available to a program, `uuid` as in nvidia-smi (empty if unknown)."""
 
     name: str
     capability: tuple[int, int]
@@ -32,10 +32,11 @@ class Card(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """One phase's bytes.
+    """The bytes of one phase.
 
-    `allocated` and `reserved` are torch's peaks within the phase, `held` what is reserved at its end, and `used` what
-    the driver has given out on the whole card by then (cudaMemGetInfo's total less free: other programs' too).
+    allocated, reserved     torch's peaks within the phase
+    held                    bytes reserved at its end
+    used                    bytes in use on the card at its end, including other programs (cudaMemGetInfo: total - free)
     """
 
     phase: str
@@ -47,42 +48,42 @@ class Reading(NamedTuple):
 
 
 class Cuda(Protocol):
-    """The part of torch.cuda that a probe talks to. Tests put a fake in its place."""
+    """The part of torch.cuda that a probe uses. Tests replace it with a fake."""
 
-    def card(self) -> Card:
-        """The GPU. Raises MemplanError where there is none."""
+    def card(self) -> LocalGPU:
+        """Return the GPU. Raises MemplanError if there is none."""
         ...
 
-    def first_tensor(self) -> None:
-        """Make a tensor, and with it the CUDA context."""
+    def create_context(self) -> None:
+        """Create a tensor, and with it the CUDA context."""
         ...
 
     def reset(self) -> None:
-        """Peaks start again from what is held now."""
+        """Reset the peaks to the current values."""
         ...
 
     def peaks(self) -> tuple[int, int]:
-        """max_memory_allocated and max_memory_reserved since `reset`."""
+        """Return max_memory_allocated and max_memory_reserved since `reset`."""
         ...
 
     def held(self) -> int:
-        """memory_reserved now."""
+        """Return the current memory_reserved."""
         ...
 
     def used(self) -> int:
-        """What the driver has given out on the card, by cudaMemGetInfo."""
+        """Return the bytes in use on the card, by cudaMemGetInfo."""
         ...
 
     def shown(self) -> int | None:
-        """The same as nvidia-smi shows it; None where it does not answer."""
+        """Return the bytes in use as nvidia-smi shows them; None if it does not answer."""
         ...
 
     def wait(self) -> None:
-        """Until the card has done all it was asked, so that its errors come up where they belong."""
+        """Synchronise with the card, so that its errors are raised in the phase that caused them."""
         ...
 
-    def ran_out(self, error: BaseException) -> bool:
-        """Whether the error says that the card's memory is used up."""
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Return whether the error means that the card is out of memory."""
         ...
 
 
@@ -98,11 +99,11 @@ Emit = Callable[[dict[str, Any]], None]
 
 
 def watch(run: RunSpec, steps: int, cuda: Cuda, build: Build, emit: Emit) -> None:
-    """Build the run's model, take `steps` training steps, and emit an event at every phase.
+    """Build the run's model, take `steps` training steps, and emit events around every phase.
 
-    Never raises an Exception: what goes wrong is the last event.
+    Never raises an Exception: errors are reported as the last event.
     """
-    now: dict[str, Any] = {"phase": "context", "step": None}
+    place: dict[str, Any] = {"phase": "context", "step": None}
 
     def read(name: str, step: int | None) -> None:
         allocated, reserved = cuda.peaks()
@@ -111,39 +112,39 @@ def watch(run: RunSpec, steps: int, cuda: Cuda, build: Build, emit: Emit) -> Non
 
     @contextmanager
     def phase(name: str) -> Generator[None]:
-        now.update(phase=name)
-        emit({"event": "begin", **now})
+        place.update(phase=name)
+        emit({"event": "begin", **place})
         cuda.reset()
         try:
             yield
             cuda.wait()
         except BaseException:
-            with suppress(Exception):  # the first error says more than one of a device that no longer answers
-                read(name, now["step"])
+            with suppress(Exception):  # the first error is more useful than a second one from a broken device
+                read(name, place["step"])
             raise
-        read(name, now["step"])
+        read(name, place["step"])
 
     try:
         emit({"event": "card", **cuda.card()._asdict()})
-        cuda.first_tensor()
+        cuda.create_context()
         read("context", None)
         script = build(run, phase)
         for step in range(1, steps + 1):
-            now.update(step=step)
+            place.update(step=step)
             script.step()
         emit({"event": "done", "shown": cuda.shown()})
     except MemplanError as error:
-        emit({"event": "refused", **now, "message": str(error), "field": error.field})
+        emit({"event": "refused", **place, "message": str(error), "field": error.field})
     except Exception as error:
-        said = printable(" ".join(str(error).split()), _LONGEST)
-        if cuda.ran_out(error):
-            emit({"event": "out of memory", **now, "message": ". ".join(said.split(". ")[:2])})
+        message = printable(" ".join(str(error).split()), _LONGEST)
+        if cuda.is_out_of_memory(error):
+            emit({"event": "out of memory", **place, "message": ". ".join(message.split(". ")[:2])})
         else:
-            emit({"event": "failed", **now, "message": f"{type(error).__name__}: {said}"})
+            emit({"event": "failed", **place, "message": f"{type(error).__name__}: {message}"})
 
 
 class TorchCuda:
-    """torch.cuda, of the first GPU it is allowed to see.
+    """torch.cuda for the first visible GPU.
 
     Source: torch 2.13 torch/cuda/__init__.py and memory.py.
     """
@@ -151,7 +152,7 @@ class TorchCuda:
     def __init__(self, torch: Any) -> None:
         self._torch = torch
 
-    def card(self) -> Card:
+    def card(self) -> LocalGPU:
         torch = self._torch
         if not torch.cuda.is_available():
             built = torch.version.cuda or torch.version.hip
@@ -160,9 +161,9 @@ class TorchCuda:
         properties = torch.cuda.get_device_properties(0)
         uuid = str(getattr(properties, "uuid", ""))
         _, total = torch.cuda.mem_get_info(0)
-        return Card(properties.name, (properties.major, properties.minor), total, f"GPU-{uuid}" if uuid else "")
+        return LocalGPU(properties.name, (properties.major, properties.minor), total, f"GPU-{uuid}" if uuid else "")
 
-    def first_tensor(self) -> None:
+    def create_context(self) -> None:
         self._torch.empty(1, device="cuda:0")
 
     def reset(self) -> None:
@@ -179,32 +180,32 @@ class TorchCuda:
         return total - free
 
     def shown(self) -> int | None:
-        """By nvidia-smi, or else by NVML through torch, which counts the driver's own reserve in on recent drivers."""
+        """By nvidia-smi, or else NVML through torch, which includes the driver's own reserve on recent drivers."""
         shown = in_use(self.card().uuid)
         if shown is not None:
             return shown
         try:
             return self._torch.cuda.device_memory_used(0)
-        except Exception:  # ModuleNotFoundError without nvidia-ml-py, and whatever NVML raises where it may not look
+        except Exception:  # ModuleNotFoundError without nvidia-ml-py, or whatever NVML raises without permission
             return None
 
     def wait(self) -> None:
         self._torch.cuda.synchronize(0)
 
-    def ran_out(self, error: BaseException) -> bool:
-        """The allocator's own error, or CUDA's and cuBLAS's where their own memory cannot be had."""
+    def is_out_of_memory(self, error: BaseException) -> bool:
+        """Recognise the allocator's error, and those of CUDA and cuBLAS for their own memory."""
         if isinstance(error, self._torch.OutOfMemoryError):
             return True
-        said = str(error)
-        return isinstance(error, RuntimeError) and any(words in said for words in OUT_OF_MEMORY)
+        message = str(error)
+        return isinstance(error, RuntimeError) and any(words in message for words in OUT_OF_MEMORY)
 
 
-# How CUDA, cuBLAS and bitsandbytes say so where torch's allocator was not asked.
+# Out-of-memory errors of CUDA, cuBLAS and bitsandbytes, which bypass torch's allocator.
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Error out of memory at line")
 
 
-def look(cuda: Cuda, emit: Emit) -> None:
-    """Emit which card is here and which versions of the libraries, or why none can be used."""
+def report_card(cuda: Cuda, emit: Emit) -> None:
+    """Emit this machine's card and the libraries' versions, or why the card cannot be used."""
     try:
         emit({"event": "card", **cuda.card()._asdict()})
         emit({"event": "versions", **versions()})
@@ -212,12 +213,12 @@ def look(cuda: Cuda, emit: Emit) -> None:
     except MemplanError as error:
         emit({"event": "refused", "message": str(error), "field": error.field})
     except Exception as error:
-        said = printable(" ".join(str(error).split()), _LONGEST)
-        emit({"event": "failed", "message": f"{type(error).__name__}: {said}"})
+        message = printable(" ".join(str(error).split()), _LONGEST)
+        emit({"event": "failed", "message": f"{type(error).__name__}: {message}"})
 
 
 def main() -> None:
-    """Answer one request. What libraries print goes to standard error: standard output is for events."""
+    """Answer one request. The libraries' output goes to standard error: standard output is for events."""
     events = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
 
@@ -232,14 +233,14 @@ def main() -> None:
         emit({"event": "refused", "message": str(error), "field": error.field})
         return
     if "run" not in request:
-        look(cuda, emit)
+        report_card(cuda, emit)
         return
 
     def build(run: RunSpec, phase: Phase) -> Stepping:
-        from memplan.probe.script.script import build as built
+        from memplan.probe.script.script import build as build_script
 
         if run.parallelism.world > 1:
             raise SpecError("parallelism: one GPU is measured; --trace follows one rank of several", "parallelism")
-        return built(run, "cuda", phase)
+        return build_script(run, "cuda", phase)
 
     watch(RunSpec.model_validate(request["run"]), request["steps"], cuda, build, emit)

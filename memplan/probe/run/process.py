@@ -1,6 +1,6 @@
-"""A fresh process per run: started, listened to, and ended where it does not answer.
+"""Measure each run in a fresh process: start it, collect its events, and kill it if it does not answer.
 
-The process that starts them never imports torch, so it holds no GPU memory itself.
+The parent process never imports torch, so it holds no GPU memory itself.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from time import monotonic
 from typing import IO, Any, NamedTuple, cast
 
 from memplan.core.errors import MemplanError, printable
-from memplan.probe.run.cuda import OUT_OF_MEMORY, Card, Reading
+from memplan.probe.run.cuda import OUT_OF_MEMORY, LocalGPU, Reading
 from memplan.probe.run.driver import Ask, in_use, nvidia_smi
 from memplan.spec.run import RunSpec
 
-TIMEOUT = 1800  # seconds for one run, where nothing else is said
-_LOOK = 180  # seconds to import torch and ask the driver for the card
-_LAST_WORDS = 10  # seconds between the end of a process and of what it wrote
+TIMEOUT = 1800  # default seconds for one run
+_LOOK_TIMEOUT = 180  # seconds to import torch and query the card
+_DRAIN_TIMEOUT = 10  # seconds to read the rest of a finished process's output
 _LONGEST = 300
 
-# The child finds the same memplan, wherever this one lies, and takes no folder of the current one for a library (-P).
+# The child imports this same memplan, and no module from the current folder (-P).
 _CODE = (
     "import sys; home = sys.argv[1]; home in sys.path or sys.path.insert(0, home); "
     "from memplan.probe.run.cuda import main; main()"
@@ -36,20 +36,23 @@ _CODE = (
 COMMAND = (sys.executable, "-P", "-c", _CODE, str(Path(__file__).resolve().parents[3]))
 
 
-class Here(NamedTuple):
+class Machine(NamedTuple):
     """This machine: the card, the driver's version, the libraries' versions, and torch's allocator settings."""
 
-    card: Card
+    card: LocalGPU
     driver: str
     versions: dict[str, str]
     allocator: str
 
 
-class Measured(NamedTuple):
-    """What came of one run. `outcome` is one of `OUTCOMES`, `said` what was said where it was not measured.
+class MeasuredRun(NamedTuple):
+    """The result of measuring one run.
 
-    `before` is what others held on the card when the process started; None where nvidia-smi did not tell. `shown` is
-    what nvidia-smi showed at the end, for the whole card. `phase` and `step` are where the run ended.
+    outcome     one of `OUTCOMES`
+    before      bytes other programs held on the card when the process started; None if nvidia-smi did not tell
+    shown       bytes in use on the card at the end, as nvidia-smi shows them
+    phase, step where the run ended
+    said        the error message, if the run was not measured
     """
 
     run: RunSpec
@@ -62,45 +65,45 @@ class Measured(NamedTuple):
     step: int | None = None
     said: str = ""
 
-    def beside(self, reading: Reading) -> int:
-        """Bytes the driver counts for this process beside torch's segments: the context and the loaded kernels."""
+    def context_bytes(self, reading: Reading) -> int:
+        """Return the process's bytes outside torch's segments, as the driver counts them: the context and kernels."""
         return max(0, reading.used - (self.before or 0) - reading.held)
 
     @property
     def allocated(self) -> int:
-        """torch.cuda.max_memory_allocated over the whole run."""
+        """torch.cuda.max_memory_allocated over the run."""
         return max((r.allocated for r in self.readings), default=0)
 
     @property
     def reserved(self) -> int:
-        """torch.cuda.max_memory_reserved over the whole run."""
+        """torch.cuda.max_memory_reserved over the run."""
         return max((r.reserved for r in self.readings), default=0)
 
     @property
     def process(self) -> int:
-        """The most the driver counted for the process: torch's segments and what was beside them by then."""
-        return max((r.reserved + self.beside(r) for r in self.readings), default=0)
+        """The most bytes the driver counted for the process: torch's segments, the context and loaded kernels."""
+        return max((r.reserved + self.context_bytes(r) for r in self.readings), default=0)
 
 
 OUTCOMES = ("measured", "out of memory", "killed", "no answer", "refused", "failed")
-RESULTS = OUTCOMES[:2]  # those that say something about memory
+RESULTS = OUTCOMES[:2]  # the outcomes that tell something about memory
 
 Events = list[dict[str, Any]]
 
 
-class Ended(NamedTuple):
-    """A process that is over: its events, its exit code (None: it was ended for not answering), its last words."""
+class ProcessResult(NamedTuple):
+    """A finished process: its events, exit code (None: killed after the timeout) and last line on stderr."""
 
     events: Events
     code: int | None
     error: str
 
 
-Start = Callable[[dict[str, Any], float], Ended]
+Start = Callable[[dict[str, Any], float], ProcessResult]
 
 
-def start(request: dict[str, Any], timeout: float, command: Sequence[str] = COMMAND) -> Ended:
-    """Run the command on one request, for at most `timeout` seconds, and keep every event it wrote until its end."""
+def start(request: dict[str, Any], timeout: float, command: Sequence[str] = COMMAND) -> ProcessResult:
+    """Run the command on one request for at most `timeout` seconds, and return every event it wrote."""
     events: Events = []
     with tempfile.TemporaryFile() as asked, tempfile.TemporaryFile() as errors:
         asked.write(json.dumps(request).encode())
@@ -115,8 +118,8 @@ def start(request: dict[str, Any], timeout: float, command: Sequence[str] = COMM
             code = None
         finally:
             _end(process)
-            reader.join(_LAST_WORDS)
-        return Ended(events, code, _last_line(errors))
+            reader.join(_DRAIN_TIMEOUT)
+        return ProcessResult(events, code, _last_line(errors))
 
 
 def _collect(lines: IO[bytes], events: Events) -> None:
@@ -124,14 +127,14 @@ def _collect(lines: IO[bytes], events: Events) -> None:
         for line in lines:
             try:
                 event: object = json.loads(line)
-            except ValueError:  # the last one, cut where the process was killed
+            except ValueError:  # the last line, incomplete because the process was killed
                 continue
             if isinstance(event, dict):
                 events.append(cast(dict[str, Any], event))
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the process and what it started. One that waits for a driver may not end even so: it is left behind."""
+    """Kill the process group. A process that is stuck in the driver may survive; it is left behind."""
     if process.poll() is None:
         with suppress(ProcessLookupError, PermissionError):
             if hasattr(os, "killpg"):
@@ -139,69 +142,69 @@ def _end(process: subprocess.Popen[bytes]) -> None:
             else:
                 process.kill()
         with suppress(subprocess.TimeoutExpired):
-            process.wait(_LAST_WORDS)
+            process.wait(_DRAIN_TIMEOUT)
 
 
 def _last_line(file: IO[bytes]) -> str:
-    """The last line that says something, of what libraries wrote to standard error."""
+    """Return the last non-empty line of standard error."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 2**16))
     lines = [line.strip() for line in file.read().decode("utf-8", "replace").splitlines() if line.strip()]
     return printable(lines[-1], _LONGEST) if lines else ""
 
 
-def here(start: Start = start, ask: Ask = nvidia_smi) -> Here:
-    """The card and the libraries of this machine. Raises MemplanError where there is no card, or it does not answer."""
-    ended = start({}, _LOOK)
-    found = {str(event.pop("event", "")): event for event in ended.events}
+def local_machine(start: Start = start, ask: Ask = nvidia_smi) -> Machine:
+    """Return this machine's card and libraries. Raises MemplanError if there is no card or it does not answer."""
+    ended = start({}, _LOOK_TIMEOUT)
+    events = {str(event.pop("event", "")): event for event in ended.events}
     for event in ("refused", "failed"):
-        if event in found:
-            raise MemplanError(_with_field(found[event]), str(found[event].get("field", "cuda")))
-    if "card" not in found or "versions" not in found:
+        if event in events:
+            raise MemplanError(_error_message(events[event]), str(events[event].get("field", "cuda")))
+    if "card" not in events or "versions" not in events:
         if ended.code is None:
-            raise MemplanError(f"cuda: the driver did not answer in {_LOOK} seconds", "cuda")
+            raise MemplanError(f"cuda: the driver did not answer in {_LOOK_TIMEOUT} seconds", "cuda")
         raise MemplanError(f"cuda: the process that asks for the GPU {_how_it_ended(ended)}", "cuda")
-    card = _card(found["card"])
+    card = _card(events["card"])
     driver = ask("driver_version", card.uuid) or "unknown"
     settings = os.environ.get("PYTORCH_ALLOC_CONF") or os.environ.get("PYTORCH_CUDA_ALLOC_CONF") or ""
-    return Here(card, driver, {name: str(version) for name, version in found["versions"].items()}, settings)
+    return Machine(card, driver, {name: str(version) for name, version in events["versions"].items()}, settings)
 
 
-def _with_field(event: dict[str, Any]) -> str:
-    said, field = str(event.get("message", "")), str(event.get("field", ""))
-    return said if field and said.startswith(field) else f"cuda: {said}"
+def _error_message(event: dict[str, Any]) -> str:
+    message, field = str(event.get("message", "")), str(event.get("field", ""))
+    return message if field and message.startswith(field) else f"cuda: {message}"
 
 
-def _card(event: dict[str, Any]) -> Card:
+def _card(event: dict[str, Any]) -> LocalGPU:
     major, minor = event["capability"]
-    return Card(str(event["name"]), (int(major), int(minor)), int(event["total"]), str(event["uuid"]))
+    return LocalGPU(str(event["name"]), (int(major), int(minor)), int(event["total"]), str(event["uuid"]))
 
 
-def _how_it_ended(ended: Ended) -> str:
+def _how_it_ended(ended: ProcessResult) -> str:
     if ended.code is not None and ended.code < 0:
         with suppress(ValueError):
             name = signal.Signals(-ended.code).name
-            why = ", as the system does where the host's memory runs out" if name == "SIGKILL" else ""
-            return f"was killed by {name}{why}"
+            cause = ", as the system does when the host's memory runs out" if name == "SIGKILL" else ""
+            return f"was killed by {name}{cause}"
     return f"ended with code {ended.code}" + (f": {ended.error}" if ended.error else "")
 
 
 def measure(
     run: RunSpec,
-    machine: Here,
+    machine: Machine,
     steps: int = 2,
     timeout: float = TIMEOUT,
     start: Start = start,
     ask: Ask = nvidia_smi,
-) -> Measured:
-    """Take `steps` training steps of the run in a process of its own. What goes wrong is an outcome, never raised."""
+) -> MeasuredRun:
+    """Measure `steps` training steps of the run in a new process. Failures are outcomes; nothing is raised."""
     before = in_use(machine.card.uuid, ask)
-    began = monotonic()
+    started = monotonic()
     ended = start({"run": run.model_dump(mode="json"), "steps": steps}, timeout)
-    seconds = monotonic() - began
+    seconds = monotonic() - started
     readings = tuple(_readings(ended.events))
-    phase, step = _where(ended.events)
-    measured = Measured(run, "failed", readings, before, None, seconds, phase, step)
+    phase, step = _last_place(ended.events)
+    measured = MeasuredRun(run, "failed", readings, before, None, seconds, phase, step)
     last = ended.events[-1] if ended.events else {}
     match last.get("event"):
         case "done":
@@ -213,14 +216,14 @@ def measure(
             pass
     if ended.code is None:
         return measured._replace(outcome="no answer", said=f"no answer in {timeout:g} seconds")
-    if any(words in ended.error for words in OUT_OF_MEMORY):  # bitsandbytes ends the process itself
+    if any(words in ended.error for words in OUT_OF_MEMORY):  # bitsandbytes exits the process itself
         return measured._replace(outcome="out of memory", said=ended.error)
     killed = ended.code < 0
     return measured._replace(outcome="killed" if killed else "failed", said=f"the process {_how_it_ended(ended)}")
 
 
-def _where(events: Events) -> tuple[str, int | None]:
-    """The phase and the step that the last event about one is in."""
+def _last_place(events: Events) -> tuple[str, int | None]:
+    """Return the phase and step of the last event that has them."""
     for event in reversed(events):
         if "phase" in event:
             return str(event["phase"]), event["step"]

@@ -1,4 +1,4 @@
-"""Measured runs as lines of JSON: written as each one ends, read again to go on, to calibrate, or as golden runs."""
+"""Measured runs as lines of JSON, written as each run ends, and read to resume, to calibrate, or as golden runs."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, cast
 
 from memplan.core.errors import MemplanError, SpecError, printable
 from memplan.core.version import __version__
-from memplan.probe.run.process import Here, Measured
-from memplan.resolve.decide import filled
+from memplan.probe.run.process import Machine, MeasuredRun
+from memplan.resolve.decide import fill_from_profile
 from memplan.spec.run import RunSpec
 
 SOURCE = "memplan probe --cuda"
@@ -20,9 +20,9 @@ _MOST_BYTES = 2**26
 _LONGEST = 200
 
 
-def described(run: RunSpec) -> str:
-    """A run in a few words, with what its profile decides; others may be described alike."""
-    run = filled(run)
+def run_label(run: RunSpec) -> str:
+    """Return a short label of a run with its defaults filled in; not unique."""
+    run = fill_from_profile(run)
     model = run.model if isinstance(run.model, str) else str(run.model.config.get("model_type", "config"))
     words = [
         printable(Path(model).name or model, 40),
@@ -37,13 +37,13 @@ def described(run: RunSpec) -> str:
     return "-".join(word for word in words if word)
 
 
-def identity(run: RunSpec) -> str:
-    """A name for a run that says what it is, and that no other run has."""
-    return f"{described(run)}-{sha256(run.model_dump_json().encode()).hexdigest()[:6]}"
+def run_id(run: RunSpec) -> str:
+    """Return a unique, readable name of a run."""
+    return f"{run_label(run)}-{sha256(run.model_dump_json().encode()).hexdigest()[:6]}"
 
 
-def row(measured: Measured, machine: Here) -> dict[str, Any]:
-    """One line, as tests/golden has them: bytes of the whole run, of each phase and of each reading."""
+def row(measured: MeasuredRun, machine: Machine) -> dict[str, Any]:
+    """Return a measured run as a line in the format of tests/golden: bytes of the run, its phases and its readings."""
     readings = [r for r in measured.readings if r.phase != "context"]
     phases: dict[str, int] = {}
     for reading in readings:
@@ -51,7 +51,7 @@ def row(measured: Measured, machine: Here) -> dict[str, Any]:
         phases[name] = max(phases.get(name, 0), reading.allocated)
     first = next((r for r in measured.readings if r.phase == "context"), None)
     out: dict[str, Any] = {
-        "id": identity(measured.run),
+        "id": run_id(measured.run),
         "source": SOURCE,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "memplan": __version__,
@@ -67,19 +67,19 @@ def row(measured: Measured, machine: Here) -> dict[str, Any]:
         out |= {"phase": measured.phase, "step": measured.step, "said": measured.said}
     if first is not None:
         last = measured.readings[-1]
-        out["context"] = {"first": measured.beside(first), "last": measured.beside(last)}
+        out["context"] = {"first": measured.context_bytes(first), "last": measured.context_bytes(last)}
     out |= {"before": measured.before, "shown": measured.shown, "seconds": round(measured.seconds, 1)}
     out |= {"phases": phases, "readings": [r._asdict() for r in readings]}
     return {**out, "run": measured.run.model_dump(mode="json", exclude_defaults=True)}
 
 
 def stack(versions: Mapping[str, str]) -> str:
-    """Libraries with their versions, in words."""
+    """Return the libraries and their versions as text."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def append(path: Path, line: Mapping[str, Any]) -> None:
-    """Write one line to the end of a file, at once. Raises MemplanError where it cannot be written."""
+    """Append one line to a file. Raises MemplanError if it cannot be written."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -87,11 +87,11 @@ def append(path: Path, line: Mapping[str, Any]) -> None:
         raise MemplanError(f"output: {str(path)!r:.200} cannot be written ({error.strerror})", "output") from None
 
 
-def done(path: Path, outcomes: Sequence[str], mends: bool = True) -> set[RunSpec]:
-    """The runs that a file has a line of already, with one of the `outcomes`.
+def finished_runs(path: Path, outcomes: Sequence[str], mends: bool = True) -> set[RunSpec]:
+    """Return the runs that a file already has a line for with one of the `outcomes`.
 
-    A last line that was cut off counts as not there, and is taken off the file where it `mends`.
-    Raises SpecError where a line is no measured run.
+    An incomplete last line is ignored and, if `mends`, removed from the file. Raises SpecError if a line is not a
+    measured run.
     """
     if not path.exists():
         return set()
@@ -101,7 +101,7 @@ def done(path: Path, outcomes: Sequence[str], mends: bool = True) -> set[RunSpec
 
 
 def mend(path: Path) -> None:
-    """Take a last line without its end off the file: writing it was interrupted."""
+    """Remove an incomplete last line, left by an interrupted write, from the file."""
     try:
         raw = path.read_bytes()
         if raw and not raw.endswith(b"\n"):
@@ -112,19 +112,19 @@ def mend(path: Path) -> None:
 
 
 def read(path: Path, field: str, cut: bool = False) -> Iterator[tuple[RunSpec, Mapping[str, Any]]]:
-    """The lines of a file that have a run, each with it; the last may be `cut` off, and is left out then.
+    """Yield the runs of a file with their lines. With `cut`, an incomplete last line is skipped.
 
-    Raises SpecError, which names `field` and the line.
+    Raises SpecError naming `field` and the line.
     """
     for number, line in lines_of(path, field, cut):
-        if "run" in line:  # a golden file may begin with a line about itself
+        if "run" in line:  # a golden file may start with a header line
             yield run_of(line["run"], f"{field}: {printable(path.name, _LONGEST)}, line {number}", field), line
 
 
 def lines_of(path: Path, field: str, cut: bool = False) -> list[tuple[int, Mapping[str, Any]]]:
-    """A file's lines with their numbers, each a JSON object; the last may be `cut` off, and is left out then.
+    """Return a file's lines as JSON objects with their numbers. With `cut`, an incomplete last line is skipped.
 
-    Raises SpecError, which names `field` and the line.
+    Raises SpecError naming `field` and the line.
     """
     shown = printable(str(path), _LONGEST)
     try:
@@ -137,7 +137,7 @@ def lines_of(path: Path, field: str, cut: bool = False) -> list[tuple[int, Mappi
         raise SpecError(f"{field}: {shown!r} cannot be read ({getattr(error, 'strerror', error)})", field) from None
     if cut:
         text = text[: text.rfind("\n") + 1]
-    found: list[tuple[int, Mapping[str, Any]]] = []
+    parsed: list[tuple[int, Mapping[str, Any]]] = []
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -146,13 +146,13 @@ def lines_of(path: Path, field: str, cut: bool = False) -> list[tuple[int, Mappi
         except (ValueError, RecursionError):
             raise SpecError(f"{field}: {shown}, line {number} is not JSON", field) from None
         if not isinstance(value, dict):
-            raise SpecError(f"{field}: {shown}, line {number} is no JSON object", field)
-        found.append((number, cast(dict[str, Any], value)))
-    return found
+            raise SpecError(f"{field}: {shown}, line {number} is not a JSON object", field)
+        parsed.append((number, cast(dict[str, Any], value)))
+    return parsed
 
 
 def run_of(fields: object, where: str, field: str) -> RunSpec:
-    """A run from its fields. Raises SpecError, which says where it stands and what is wrong."""
+    """Return a run from its fields. Raises SpecError with `where` and what is wrong."""
     from pydantic import ValidationError
 
     from memplan.spec.failures import line_of
@@ -163,10 +163,10 @@ def run_of(fields: object, where: str, field: str) -> RunSpec:
         raise SpecError(f"{where}: {line_of(error)}", field) from None
 
 
-def named(lines: Sequence[Mapping[str, Any]]) -> str:
-    """How many lines there are of each outcome, in words.
+def outcome_counts(lines: Sequence[Mapping[str, Any]]) -> str:
+    """Return the number of lines of each outcome as text.
 
-    >>> named([{"outcome": "measured"}, {"outcome": "killed"}, {"outcome": "measured"}])
+    >>> outcome_counts([{"outcome": "measured"}, {"outcome": "killed"}, {"outcome": "measured"}])
     '2 measured, 1 killed'
     """
     counts: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""Suites: lists of runs to measure, from a file or chosen for a card, and the plan of one before it is started."""
+"""Suites: lists of runs to measure, from a file or chosen for a card, and the plan shown before one is started."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from memplan.core.errors import MemplanError, SpecError, printable
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import FITS, MAY_FIT, Demand
 from memplan.estimate.estimate import estimate
-from memplan.probe.refusals import settled
-from memplan.probe.run.rows import identity, lines_of, run_of
+from memplan.probe.refusals import checked_run
+from memplan.probe.run.rows import lines_of, run_id, run_of
 from memplan.spec.run import RunSpec
 
 LargestBatch = Callable[[RunSpec, Demand], int]
@@ -21,16 +21,16 @@ _LONGEST = 200
 
 
 def read_suite(name: str) -> list[RunSpec]:
-    """The runs in a file: lines of JSON (a run each, or a measured line whose run is meant), or `runs:` in YAML.
+    """Return the runs in a file: JSON lines (runs, or measured rows with a run), or the list `runs:` in YAML.
 
-    Raises SpecError, which says where, for what is no run.
+    Raises SpecError naming the line if an entry is not a run.
     """
     path, shown = Path(name), printable(name, _LONGEST)
     if name.lower().endswith(".jsonl"):
         runs = [
             run_of(line.get("run", line), f"suite: {shown}, line {number}", "suite")
             for number, line in lines_of(path, "suite")
-            if "about" not in line  # what a golden file says of itself
+            if "about" not in line  # the header line of a golden file
         ]
     else:
         from memplan.spec.file import read_spec
@@ -47,9 +47,9 @@ def read_suite(name: str) -> list[RunSpec]:
     return list(dict.fromkeys(runs))
 
 
-# --- the suite that memplan brings along -------------------------------------------------------------------
+# --- the built-in suite -------------------------------------------------------------------
 
-# Small to large, of several families; every card gets those that it holds.
+# Small to large, from several families; every card gets the models that it holds.
 MODELS = (
     *("qwen2.5-0.5b", "qwen3-0.6b", "llama-3.2-1b", "qwen2.5-1.5b", "gemma-2-2b", "llama-3.2-3b", "qwen3-4b"),
     *("mistral-7b-v0.3", "llama-3.1-8b", "gemma-2-9b", "qwen3-14b", "mistral-small-24b-2501", "qwen2.5-32b"),
@@ -57,7 +57,7 @@ MODELS = (
 )
 
 
-class Recipe(NamedTuple):
+class SuiteRecipe(NamedTuple):
     """How a model is trained: a method with its precision, optimizer, kernels and batch."""
 
     method: str
@@ -71,54 +71,50 @@ class Recipe(NamedTuple):
 
 
 RECIPES = (
-    Recipe("full", "pure", "adamw_torch_fused", "sdpa", "hf", "full", 1, 1024),
-    Recipe("lora", "pure", "adamw_torch_fused", "sdpa", "hf", "full", 4, 1024),
-    Recipe("qlora", "pure", "paged_adamw_8bit", "sdpa", "hf", "full", 1, 2048),
-    Recipe("dora", "pure", "adamw_torch_fused", "sdpa", "hf", "full", 1, 1024),
-    Recipe("freeze", "pure", "sgd", "sdpa", "chunked", "none", 1, 2048),
-    Recipe("qdora", "pure", "adamw_torch_fused", "sdpa", "fused", "full", 1, 1024),
-    Recipe("lora", "pure", "adamw_torch", "eager", "chunked", "none", 1, 1024),
-    Recipe("full", "amp", "adamw_torch", "sdpa", "chunked", "full", 1, 1024),
-    Recipe("qlora", "pure", "adamw_torch_fused", "sdpa", "chunked", "none", 1, 1024),
-    Recipe("full", "pure", "adamw_8bit", "sdpa", "hf", "none", 2, 512),
-    Recipe("lora", "amp", "adafactor", "sdpa_efficient", "hf", "full", 1, 1024),
-    Recipe("full", "pure", "adamw_torch", "sdpa", "fused", "full", 1, 2048),
-    Recipe("dora", "pure", "adamw_8bit", "sdpa_efficient", "chunked", "none", 1, 512),
-    Recipe("lora", "pure", "adamw_torch_fused", "sdpa_math", "hf", "full", 1, 2048),
-    Recipe("freeze", "amp", "adamw_torch_fused", "sdpa", "hf", "full", 2, 1024),
-    Recipe("full", "pure", "adafactor", "sdpa", "hf", "full", 4, 1024),
-    Recipe("qdora", "pure", "paged_adamw_8bit", "sdpa", "hf", "full", 2, 1024),
-    Recipe("qlora", "pure", "adamw_torch", "eager", "hf", "full", 4, 512),
+    SuiteRecipe("full", "pure", "adamw_torch_fused", "sdpa", "hf", "full", 1, 1024),
+    SuiteRecipe("lora", "pure", "adamw_torch_fused", "sdpa", "hf", "full", 4, 1024),
+    SuiteRecipe("qlora", "pure", "paged_adamw_8bit", "sdpa", "hf", "full", 1, 2048),
+    SuiteRecipe("dora", "pure", "adamw_torch_fused", "sdpa", "hf", "full", 1, 1024),
+    SuiteRecipe("freeze", "pure", "sgd", "sdpa", "chunked", "none", 1, 2048),
+    SuiteRecipe("qdora", "pure", "adamw_torch_fused", "sdpa", "fused", "full", 1, 1024),
+    SuiteRecipe("lora", "pure", "adamw_torch", "eager", "chunked", "none", 1, 1024),
+    SuiteRecipe("full", "amp", "adamw_torch", "sdpa", "chunked", "full", 1, 1024),
+    SuiteRecipe("qlora", "pure", "adamw_torch_fused", "sdpa", "chunked", "none", 1, 1024),
+    SuiteRecipe("full", "pure", "adamw_8bit", "sdpa", "hf", "none", 2, 512),
+    SuiteRecipe("lora", "amp", "adafactor", "sdpa_efficient", "hf", "full", 1, 1024),
+    SuiteRecipe("full", "pure", "adamw_torch", "sdpa", "fused", "full", 1, 2048),
+    SuiteRecipe("dora", "pure", "adamw_8bit", "sdpa_efficient", "chunked", "none", 1, 512),
+    SuiteRecipe("lora", "pure", "adamw_torch_fused", "sdpa_math", "hf", "full", 1, 2048),
+    SuiteRecipe("freeze", "amp", "adamw_torch_fused", "sdpa", "hf", "full", 2, 1024),
+    SuiteRecipe("full", "pure", "adafactor", "sdpa", "hf", "full", 4, 1024),
+    SuiteRecipe("qdora", "pure", "paged_adamw_8bit", "sdpa", "hf", "full", 2, 1024),
+    SuiteRecipe("qlora", "pure", "adamw_torch", "eager", "hf", "full", 4, 512),
 )
-SHORTER = (1, 2, 4)  # small cards hold few models, and so get each recipe with less of a sequence too
-ROOMY = 64  # runs that fit, where the card holds so many
-AT_THE_LIMIT = (
-    "full",
-    "lora",
-    "qlora",
-    "dora",
-)  # methods whose largest batch is run as well, and the first that is too large
+SHORTER = (1, 2, 4)  # small cards hold few models, so they also get each recipe with shorter sequences
+ROOMY = 64  # runs that fit, at most
+# Methods that are also run at the largest batch that fits, and at the smallest that does not.
+AT_THE_LIMIT = ("full", "lora", "qlora", "dora")
 
 
 def default_suite(gpu: GPU, largest_batch: LargestBatch) -> list[RunSpec]:
-    """Runs from 0.5 billion parameters to what the card holds, and for four methods the largest batch that fits and the
-    smallest that does not.
+    """Return runs from 0.5 billion parameters up to what the card holds.
 
-    Every model in turn adds the next recipe that the card holds, each beginning with another, until there are enough.
-    `largest_batch` finds the largest batch of a run that meets a demand.
+    For four methods also the largest batch that fits and the smallest that does not. The models take turns adding the
+    next recipe that the card holds, each starting at a different recipe, until there are enough. `largest_batch` finds
+    the largest batch of a run that meets a demand.
     """
-    turns = [_holding(model, n, gpu) for n, model in enumerate(MODELS)]
+    turns = [_runs_that_fit(model, n, gpu) for n, model in enumerate(MODELS)]
     runs: list[RunSpec] = []
     while turns and len(runs) < ROOMY:
-        taken = [(turn, next(turn, None)) for turn in turns]
-        turns = [turn for turn, run in taken if run is not None]
-        runs += [run for _, run in taken if run is not None]
+        next_runs = [(turn, next(turn, None)) for turn in turns]
+        turns = [turn for turn, run in next_runs if run is not None]
+        runs += [run for _, run in next_runs if run is not None]
     runs = list(dict.fromkeys(runs[:ROOMY]))
     return list(dict.fromkeys([*runs, *_at_the_limit(runs, largest_batch)]))
 
 
-def _holding(model: str, start: int, gpu: GPU) -> Iterator[RunSpec]:
-    """The runs of a model that the card holds, beginning with the recipe `start`; then again with shorter sequences."""
+def _runs_that_fit(model: str, start: int, gpu: GPU) -> Iterator[RunSpec]:
+    """Yield the runs of a model that the card holds, from recipe `start` on; then again with shorter sequences."""
     for shorter in SHORTER:
         for n in range(len(RECIPES)):
             recipe = RECIPES[(start + n) % len(RECIPES)]
@@ -127,8 +123,8 @@ def _holding(model: str, start: int, gpu: GPU) -> Iterator[RunSpec]:
                 yield run
 
 
-def run_with(model: str, recipe: Recipe, gpu: GPU) -> RunSpec:
-    """The run of a model by a recipe, in the 16-bit type that the card has."""
+def run_with(model: str, recipe: SuiteRecipe, gpu: GPU) -> RunSpec:
+    """Return the run of a model by a recipe, in the 16-bit dtype that the card supports."""
     from memplan.spec.training import precision_of
 
     half = "bf16" if "bf16" in gpu.native_dtypes else "fp16"
@@ -144,7 +140,7 @@ def run_with(model: str, recipe: Recipe, gpu: GPU) -> RunSpec:
 
 
 def _at_the_limit(runs: Sequence[RunSpec], largest_batch: LargestBatch) -> Iterator[RunSpec]:
-    """Of the largest model under each method: the largest batch that fits, and the smallest that does not."""
+    """Yield, for the largest model of each method, the largest batch that fits and the smallest that does not."""
     for kind in AT_THE_LIMIT:
         run = next((run for run in reversed(_by_size(runs)) if run.method.kind == kind), None)
         if run is not None:
@@ -162,16 +158,16 @@ def _with_batch(run: RunSpec, micro: int) -> RunSpec:
 
 # --- the plan ----------------------------------------------------------------------------------------------
 
-# What a run takes beside its memory. None of it was measured: a plan is to tell minutes from hours.
+# Assumptions about a run's time, not measured: a plan only has to tell minutes from hours.
 START_SECONDS = 40  # importing torch and transformers, and making a CUDA context
-PARAMETERS_A_SECOND = 500_000_000  # of random weights made, and quantised where they are
-PASSES = 8  # operations a parameter and token: 2 forward, 4 backward, 2 for what checkpointing computes again
+PARAMETERS_A_SECOND = 500_000_000  # random weights created, including quantisation
+PASSES = 8  # operations per parameter and token: 2 forward, 4 backward, 2 for recomputation by checkpointing
 SHARE_OF_PEAK = 0.2  # of the card's 16-bit rate that a small batch reaches
-TFLOPS = 50.0  # where the card's rate is not known
+TFLOPS = 50.0  # if the card's rate is unknown
 
 
-class Planned(NamedTuple):
-    """One run of a plan: what is expected of it, or why it cannot be estimated."""
+class PlannedRun(NamedTuple):
+    """One run of a plan: its estimate and expected seconds, or why it cannot be estimated."""
 
     run: RunSpec
     answer: Estimate | None
@@ -179,18 +175,18 @@ class Planned(NamedTuple):
     refused: str = ""
 
 
-def plan(runs: Sequence[RunSpec], gpu: GPU | None, steps: int) -> list[Planned]:
-    """What is expected of each run on the card. A run that memplan cannot answer is in it, with the reason."""
-    out: list[Planned] = []
+def plan(runs: Sequence[RunSpec], gpu: GPU | None, steps: int) -> list[PlannedRun]:
+    """Return each run with its estimate and expected time on the card, or with the reason why memplan refuses it."""
+    planned: list[PlannedRun] = []
     for run in runs:
         try:
-            settled(run)
+            checked_run(run)
             answer = estimate(run)
         except MemplanError as error:
-            out.append(Planned(run, None, START_SECONDS, str(error)))
+            planned.append(PlannedRun(run, None, START_SECONDS, str(error)))
             continue
-        out.append(Planned(run, answer, _seconds(run, answer, gpu, steps)))
-    return out
+        planned.append(PlannedRun(run, answer, _seconds(run, answer, gpu, steps)))
+    return planned
 
 
 def _seconds(run: RunSpec, answer: Estimate, gpu: GPU | None, steps: int) -> float:
@@ -200,15 +196,15 @@ def _seconds(run: RunSpec, answer: Estimate, gpu: GPU | None, steps: int) -> flo
     return START_SECONDS + parameters / PARAMETERS_A_SECOND + computing
 
 
-def minutes(planned: Sequence[Planned]) -> float:
-    """Expected minutes of all, assumed."""
+def minutes(planned: Sequence[PlannedRun]) -> float:
+    """Return the expected minutes of all runs. An assumption, not measured."""
     return sum(p.seconds for p in planned) / 60
 
 
-def as_json(planned: Planned) -> dict[str, Any]:
-    """One run of the plan, for programs."""
+def as_json(planned: PlannedRun) -> dict[str, Any]:
+    """Return one run of the plan as JSON types."""
     answer = planned.answer
-    out: dict[str, Any] = {"id": identity(planned.run), "minutes": round(planned.seconds / 60, 2), "basis": "assumed"}
+    out: dict[str, Any] = {"id": run_id(planned.run), "minutes": round(planned.seconds / 60, 2), "basis": "assumed"}
     if answer is None:
         return {**out, "refused": planned.refused, "run": planned.run.model_dump(mode="json", exclude_defaults=True)}
     return {

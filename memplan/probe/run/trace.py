@@ -1,10 +1,10 @@
-"""A traced step: what the real libraries allocate and free, recorded on fake CUDA tensors in a process of its own.
+"""Trace a step: record what the real libraries allocate and free, on fake CUDA tensors in a separate process.
 
     traced = trace(RunSpec(model="llama-3.1-8b", method="lora"))
     traced.peak, traced.peak_phase, traced.categories
 
-Nothing is imported into the caller's process: a child runs the script, as its torch is made to see a card that is not
-there (`memplan.probe.fake.fake_device`).
+Nothing is imported into the caller's process: a child process runs the script, whose torch sees a CUDA device that does
+not exist (`memplan.probe.fake.fake_device`).
 """
 
 from __future__ import annotations
@@ -29,23 +29,27 @@ from memplan.core import errors
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, ProbeError
 from memplan.core.frozen import FrozenDict
-from memplan.engine.allocator import Allocator, Block
+from memplan.engine.allocator import Allocator, AllocatorBlock
 from memplan.estimate.answer import KINDS
 from memplan.probe.libraries import QUIET, require
 from memplan.probe.limits import Limits
-from memplan.probe.refusals import settled
+from memplan.probe.refusals import checked_run
 from memplan.spec.run import RunSpec
 
 Device = Literal["cuda", "cpu"]
 
 
-class Storage(NamedTuple):
-    """One storage on the device, from the event it was made in to the one that freed it.
+class TracedStorage(NamedTuple):
+    """One storage on the device, from the event that created it to the event that freed it.
 
-    `bytes` are rounded up to 512 as the caching allocator does, `asked` as they were asked for; `shape` and `dtype`
-    are of the first tensor in it. `op` and `module` say which call made it, in whose forward or for whose gradient;
-    `kind` is one of `memplan.estimate.answer.KINDS`, `name` what a parameter, buffer, gradient or state is called, as
-    its module has it. `died` is the number of all events where it outlives them.
+    bytes           size rounded up to 512, as the caching allocator does
+    asked           size as requested
+    shape, dtype    of the first tensor in the storage
+    op              the operation that created it
+    module          the module whose forward ran, or whose gradient was computed
+    kind            one of `memplan.estimate.answer.KINDS`
+    born, died      its events; `died` is the number of events if it is never freed
+    name            of a parameter, buffer, gradient or optimizer state, as in its module
     """
 
     bytes: int
@@ -61,10 +65,14 @@ class Storage(NamedTuple):
 
 
 class TracedPhase(NamedTuple):
-    """One phase of one step (0 is before the first): its events, peak and what is left at its end, in bytes.
+    """One phase of one step (0: outside the steps).
 
-    `peak_at` is the event of the peak. `loss` is what follows the head in a forward pass, where the two can be told
-    apart; else it is in `forward`.
+    start, end  its events
+    peak        largest allocated bytes
+    peak_at     the event of the peak
+    left        bytes allocated at its end
+
+    The phase `loss` is the part of a forward pass after the head, if the two can be told apart.
     """
 
     phase: str
@@ -77,18 +85,18 @@ class TracedPhase(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Traced:
-    """A traced run. `events` hold n where storage n is made and ~n where it is freed.
+class TracedRun:
+    """A traced run. An event is n when storage n is created and ~n when it is freed.
 
-    parameters, trainable   numbers of parameters of the model without adapters, and of those that train
-    active                  of the former those that a token meets; None where the config does not tell
-    built                   transformers' class that was built
-    seconds                 of the trace itself, after imports
-    notes                   what the trace had to assume
+    parameters, trainable   number of parameters of the model without adapters, and number that are trained
+    active                  parameters used per token; None if the config does not tell
+    built                   the transformers class that was built
+    seconds                 duration of the trace, without imports
+    notes                   the trace's assumptions
     """
 
     run: RunSpec
-    storages: tuple[Storage, ...]
+    storages: tuple[TracedStorage, ...]
     events: tuple[int, ...]
     phases: tuple[TracedPhase, ...]
     parameters: int
@@ -111,31 +119,31 @@ class Traced:
 
     @property
     def peak(self) -> int:
-        """The most bytes allocated at any time, without cuBLAS's workspaces."""
+        """The largest number of bytes allocated at once, without cuBLAS's workspaces."""
         return self._top.peak
 
     @property
     def peak_phase(self) -> str:
-        """The phase of the peak, and its step: `backward 2`."""
+        """The phase and step of the peak, such as `backward 2`."""
         return f"{self._top.phase} {self._top.step}".removesuffix(" 0")
 
     @cached_property
-    def alive(self) -> tuple[Storage, ...]:
-        """What is allocated at the peak, largest first."""
+    def alive(self) -> tuple[TracedStorage, ...]:
+        """The storages allocated at the peak, largest first."""
         return self.alive_at(self._top.peak_at)
 
-    def alive_at(self, event: int) -> tuple[Storage, ...]:
-        """What is allocated right after an event, largest first."""
-        found = [s for s in self.storages if s.born <= event < s.died]
-        return tuple(sorted(found, key=lambda s: (-s.bytes, s.born)))
+    def alive_at(self, event: int) -> tuple[TracedStorage, ...]:
+        """Return the storages allocated right after an event, largest first."""
+        alive = [s for s in self.storages if s.born <= event < s.died]
+        return tuple(sorted(alive, key=lambda s: (-s.bytes, s.born)))
 
     @cached_property
     def categories(self) -> Mapping[str, int]:
-        """Bytes at the peak by kind. Sums to `peak`."""
+        """Bytes at the peak by kind; they sum to `peak`."""
         return self.categories_at(self._top.peak_at)
 
     def categories_at(self, event: int) -> Mapping[str, int]:
-        """Bytes right after an event by kind."""
+        """Return the bytes right after an event by kind."""
         out: dict[str, int] = dict.fromkeys(KINDS, 0)
         for storage in self.alive_at(event):
             out[storage.kind] += storage.bytes
@@ -143,29 +151,34 @@ class Traced:
 
     @cached_property
     def reserved(self) -> int:
-        """The most bytes torch's caching allocator would hold in segments: see `replayed`."""
+        """The most bytes torch's caching allocator would reserve: see `replayed`."""
         capability = find_gpu(self.run.gpu).compute_capability if self.run.gpu else None
         return replayed(self, cublas_workspace(capability).usual, self.run.loop.expandable_segments)
 
     def first(self, phase: str) -> int | None:
-        """The event with which a phase first begins; None where there is none of that name."""
+        """Return the first event of the first phase of that name; None if there is none."""
         return next((p.start for p in self.phases if p.phase == phase), None)
 
     def peak_of(self, phase: str, step: int) -> int | None:
-        """The peak of a phase in a step, over all its micro-batches; None where there was none."""
+        """Return the peak of a phase in a step, over all its micro-batches; None if there is no such phase."""
         return max((p.peak for p in self.phases if (p.phase, p.step) == (phase, step)), default=None)
 
 
-def replayed(traced: Traced, workspace: int, expandable: bool = False, capacity: int | None = None) -> int:
-    """The most bytes torch reserves for a trace's events, on a card with `capacity` for it, with a `workspace` of
-    cuBLAS's where forward and backward first need one. Raises OutOfMemoryError where the capacity does not suffice."""
-    allocator, blocks = Allocator(expandable, capacity), dict[int, Block]()
+def replayed(traced: TracedRun, workspace: int, expandable: bool = False, capacity: int | None = None) -> int:
+    """Return the most bytes that torch reserves for a trace's events.
+
+    workspace   bytes of cuBLAS's workspace, allocated when forward and when backward first need one
+    capacity    bytes available to torch; None for unlimited
+
+    Raises OutOfMemoryError if the capacity is too small.
+    """
+    allocator, blocks = Allocator(expandable, capacity), dict[int, AllocatorBlock]()
     sizes = [storage.bytes for storage in traced.storages]
-    begins = "encode" if traced.first("encode") is not None else "prefill"
-    needs = {traced.first(phase) for phase in ("forward", begins, "backward")}
+    first_phase = "encode" if traced.first("encode") is not None else "prefill"
+    workspace_events = {traced.first(phase) for phase in ("forward", first_phase, "backward")}
     alloc, free = allocator.alloc, allocator.free
-    for at, event in enumerate(traced.events):
-        if at in needs:
+    for index, event in enumerate(traced.events):
+        if index in workspace_events:
             alloc(workspace)
         if event >= 0:
             blocks[event] = alloc(sizes[event])
@@ -174,12 +187,12 @@ def replayed(traced: Traced, workspace: int, expandable: bool = False, capacity:
     return allocator.peak_reserved
 
 
-def trace(run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> Traced:
-    """Trace `steps` steps of a run: 2 show both the first, which makes the optimizer's states, and the later ones.
+def trace(run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> TracedRun:
+    """Trace `steps` steps of a run: 2 show both the first, which creates the optimizer's states, and later ones.
 
-    `device` and `data` are for checks of the trace itself: a small step on the CPU, without data or with, allocates the
-    same. It takes the seconds of importing torch, transformers and peft, and 2 to 30 more. Raises ProbeError where a
-    library, a compiler or a model class is missing or the script fails, SpecError for what the script does not run.
+    `device` and `data` are for testing the trace itself: a small step on the CPU allocates the same with and without
+    data. Takes 2 to 30 seconds after importing torch, transformers and peft. Raises ProbeError if a library, a compiler
+    or a model class is missing or the script fails, SpecError for a run that the script cannot run.
     """
     with Tracer() as tracer:
         return tracer.trace(run, steps, device=device, data=data)
@@ -187,10 +200,10 @@ def trace(run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool =
 
 def traces(
     runs: Iterable[RunSpec], steps: int = 2, *, device: Device = "cuda", data: bool = False
-) -> Iterator[Traced | MemplanError]:
-    """Trace many runs one after another: the libraries are imported once.
+) -> Iterator[TracedRun | MemplanError]:
+    """Trace many runs in turn, importing the libraries once.
 
-    An error is yielded in its place; the others go on.
+    An error is yielded in place of its trace; the other runs continue.
     """
     with Tracer() as tracer:
         for run in runs:
@@ -200,13 +213,13 @@ def traces(
                 yield error
 
 
-_CLOCKS = 4  # a process's traces together may take so many times one's seconds, of the processor
+_CLOCK_FACTOR = 4  # a process may use this many times the limit of one trace in processor time
 
 
 class Tracer:
-    """The process that traces: started when the first run is asked for, and again where one ended it.
+    """A tracing process, started on first use and restarted if it dies.
 
-    To be used in a `with` statement, at whose end it ends. With `limits` it is restricted: see `memplan.probe.limits`.
+    Use it in a `with` statement, which ends the process. `limits` restrict it: see `memplan.probe.limits`.
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
@@ -220,28 +233,28 @@ class Tracer:
     def __exit__(self, *_: object) -> None:
         self._end()
 
-    def trace(self, run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> Traced:
-        """As the function `trace`, without starting a process each time."""
+    def trace(self, run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> TracedRun:
+        """Like the function `trace`, without starting a process each time."""
         return read(run, self.answer(run, steps, device=device, data=data))
 
     def answer(self, run: RunSpec, steps: int = 2, *, device: Device = "cuda", data: bool = False) -> dict[str, Any]:
-        """The same as the process says it, in JSON's types: `read` makes a `Traced` of it."""
+        """Return the trace as JSON types, which `read` turns into a `TracedRun`."""
         require()
         if data and device != "cpu":
-            raise ProbeError("probe: a trace with data is of the CPU; --cuda measures the GPU that is here")
-        settled(run)
-        asked = {"run": run.model_dump(mode="json"), "steps": steps, "device": device, "data": data}
-        return self._ask({**asked, "parameters": self._limits.parameters if self._limits else None})
+            raise ProbeError("probe: a trace with data runs on the CPU only; --cuda measures the local GPU")
+        checked_run(run)
+        question = {"run": run.model_dump(mode="json"), "steps": steps, "device": device, "data": data}
+        return self._ask({**question, "parameters": self._limits.parameters if self._limits else None})
 
     def _ask(self, question: Mapping[str, Any]) -> dict[str, Any]:
-        """The process's answer to one question. Raises the error it met, or ProbeError where it died."""
+        """Return the process's answer to one question. Raises the error it reports, or ProbeError if it died."""
         process = self._process if self._process is not None and self._process.poll() is None else self._start()
         assert process.stdin is not None
         assert process.stdout is not None
-        late: list[bool] = []
+        timed_out: list[bool] = []
 
         def end() -> None:
-            late.append(True)
+            timed_out.append(True)
             process.kill()
 
         seconds = self._limits.seconds if self._limits else TIMEOUT_MAX
@@ -256,9 +269,9 @@ class Tracer:
             line = ""
         finally:
             clock.cancel()
-        if not line and late:
+        if not line and timed_out:
             process.wait()
-            raise ProbeError(f"probe: the trace was ended: it took more than {seconds:g} seconds")
+            raise ProbeError(f"probe: the trace was stopped: it took more than {seconds:g} seconds")
         if not line:
             raise self._died(process)
         answer: dict[str, Any] = json.loads(line)
@@ -276,7 +289,7 @@ class Tracer:
         environment = {**os.environ, **QUIET, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
         self._log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115 (closed with it)
         limits = self._limits
-        restrictions = [str(limits.memory), str(_CLOCKS * limits.seconds)] if limits else []
+        restrictions = [str(limits.memory), str(_CLOCK_FACTOR * limits.seconds)] if limits else []
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-W", "ignore", "-m", "memplan.probe.run.child", *restrictions],
             stdin=subprocess.PIPE,
@@ -291,16 +304,16 @@ class Tracer:
         code = process.wait()
         assert self._log is not None
         self._log.seek(0)
-        last = next((line for line in reversed(self._log.read().splitlines()) if line.strip()), "it said nothing")
-        how = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
-        return ProbeError(f"probe: the process that traces {how}: {' '.join(last.split()):.300}")
+        last = next((line for line in reversed(self._log.read().splitlines()) if line.strip()), "no output")
+        ending = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with code {code}"
+        return ProbeError(f"probe: the tracing process {ending}: {' '.join(last.split()):.300}")
 
     def _end(self) -> None:
         if self._process is not None:
             self._process.kill()
             for stream in (self._process.stdin, self._process.stdout):
                 if stream is not None:
-                    with contextlib.suppress(BrokenPipeError):  # what it has not read is lost
+                    with contextlib.suppress(BrokenPipeError):  # unread input is lost
                         stream.close()
             self._process.wait()
             self._process = None
@@ -309,10 +322,10 @@ class Tracer:
             self._log = None
 
 
-def read(run: RunSpec, answer: Mapping[str, Any]) -> Traced:
-    return Traced(
+def read(run: RunSpec, answer: Mapping[str, Any]) -> TracedRun:
+    return TracedRun(
         run=run,
-        storages=tuple(Storage(s[0], s[1], tuple(s[2]), *s[3:]) for s in answer["storages"]),
+        storages=tuple(TracedStorage(s[0], s[1], tuple(s[2]), *s[3:]) for s in answer["storages"]),
         events=tuple(answer["events"]),
         phases=tuple(TracedPhase(*p) for p in answer["phases"]),
         parameters=answer["parameters"],

@@ -1,1 +1,1 @@
-"""The training script that is traced and measured, on the real libraries."""
+"""The training script that probes trace and measure, on the real libraries."""

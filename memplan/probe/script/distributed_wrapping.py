@@ -1,6 +1,6 @@
-"""The model of a run wrapped for several GPUs, as accelerate 1.15 wraps it for transformers' Trainer.
+"""Wrap a run's model for several GPUs, as accelerate 1.15 does for transformers' Trainer.
 
-Only the first rank is there: torch's process group `fake` answers for the others, and sends nothing.
+Only the first rank runs: torch's process group `fake` stands in for the others, and sends nothing.
 
 Source: accelerate 1.15 accelerator.py prepare_model, utils/fsdp_utils.py fsdp2_prepare_model; transformers 5.24
 trainer.py, distributed/fsdp.py update_fsdp_plugin_peft.
@@ -27,15 +27,15 @@ from memplan.spec.run import RunSpec
 _SHARDED = ("fsdp", "fsdp2")
 
 
-def home(run: RunSpec, device: torch.device) -> torch.device:
-    """Where the model is made: FSDP divides one that is in host memory, or on the GPU where it is quantised before."""
+def load_device(run: RunSpec, device: torch.device) -> torch.device:
+    """Return where the model is built: on the host if FSDP shards it, unless it is quantised, which needs the GPU."""
     divides = run.parallelism.strategy in _SHARDED and run.parallelism.dp > 1
     return torch.device("cpu") if divides and run.method.quantization is None else device
 
 
 @contextmanager
 def ranks(run: RunSpec) -> Generator[None]:
-    """While inside, this process is the first of the run's ranks."""
+    """Make this process, inside the context, the first of the run's ranks."""
     distributed: Any = library("torch.distributed")
     if run.parallelism.dp == 1:
         yield
@@ -54,30 +54,30 @@ def ranks(run: RunSpec) -> Generator[None]:
 
 
 def wrap(model: Any, run: RunSpec, device: torch.device) -> Any:
-    """The model as the script calls it; itself on one GPU."""
+    """Return the wrapped model; the model itself on one GPU."""
     if run.parallelism.dp == 1:
         return model
     if run.precision.autocast and run.loop.trainer:
-        _cast(model, lower_of(run.precision), device)
+        _autocast_forward(model, lower_of(run.precision), device)
     match run.parallelism.strategy:
         case "ddp":
-            return _replicated(model, run, device)
+            return _wrap_ddp(model, run, device)
         case "fsdp":
-            return _flat(model, run, device)
+            return _wrap_fsdp1(model, run, device)
         case "fsdp2":
-            return _divided(model, run, device)
+            return _wrap_fsdp2(model, run, device)
         case other:
             raise AssertionError(other)
 
 
-def _cast(model: Any, dtype: torch.dtype, device: torch.device) -> None:
-    """The model computes under autocast, and what it returns is cast to fp32."""
-    converted = library("accelerate.utils.operations").convert_outputs_to_fp32
-    under: Any = torch.autocast(device.type, dtype=dtype)
-    model.forward = MethodType(converted(under(model.forward.__func__)), model)
+def _autocast_forward(model: Any, dtype: torch.dtype, device: torch.device) -> None:
+    """Run the model's forward under autocast, and cast its outputs to fp32."""
+    to_fp32 = library("accelerate.utils.operations").convert_outputs_to_fp32
+    autocast: Any = torch.autocast(device.type, dtype=dtype)
+    model.forward = MethodType(to_fp32(autocast(model.forward.__func__)), model)
 
 
-def _replicated(model: Any, run: RunSpec, device: torch.device) -> Any:
+def _wrap_ddp(model: Any, run: RunSpec, device: torch.device) -> Any:
     replicated = library("torch.nn.parallel").DistributedDataParallel
     p = run.parallelism
     wrapped = replicated(
@@ -87,26 +87,26 @@ def _replicated(model: Any, run: RunSpec, device: torch.device) -> Any:
         gradient_as_bucket_view=p.bucket_view,
         static_graph=p.static_graph,
     )
-    group.answer_at_once(wrapped)
+    group.reduce_locally(wrapped)
     return wrapped
 
 
 def _blocks(model: Any) -> set[type]:
-    """The classes of the blocks that are units, as a model's class names them."""
+    """Return the classes of blocks to wrap as FSDP units, as the model's class names them."""
     find = library("accelerate.utils.dataclasses").get_module_class_from_name
-    named = getattr(model, "_no_split_modules", None) or ()
-    found = (find(model, name) for name in named)
-    return {kind for kind in found if kind is not None}
+    names = getattr(model, "_no_split_modules", None) or ()
+    classes = (find(model, name) for name in names)
+    return {kind for kind in classes if kind is not None}
 
 
-def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
+def _wrap_fsdp1(model: Any, run: RunSpec, device: torch.device) -> Any:
     fsdp: Any = library("torch.distributed.fsdp")
     if run.method.kind in ADAPTERS:
         policy = library("peft.utils.other").fsdp_auto_wrap_policy(model)
     else:
         blocks = library("torch.distributed.fsdp.wrap").transformer_auto_wrap_policy
         policy = functools.partial(blocks, transformer_layer_cls=_blocks(model))
-    p, prefetch, lower = run.parallelism, fsdp.BackwardPrefetch, _mixed(run)
+    p, prefetch, lower = run.parallelism, fsdp.BackwardPrefetch, _mixed_precision_dtype(run)
     strategy = _STRATEGIES[p.shard_group is not None, p.reshard_after_forward is not False]
     if p.shard_group == 1:
         strategy = "NO_SHARD"
@@ -121,7 +121,7 @@ def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
         forward_prefetch=p.forward_prefetch,
         backward_prefetch={"pre": prefetch.BACKWARD_PRE, "post": prefetch.BACKWARD_POST}.get(p.backward_prefetch),
         use_orig_params=True,
-        sync_module_states=_sent(run),
+        sync_module_states=_loads_on_one_rank(run),
         limit_all_gathers=True,
         device_id=device,
     )
@@ -134,7 +134,7 @@ def _flat(model: Any, run: RunSpec, device: torch.device) -> Any:
     return wrapped
 
 
-# FSDP1's words, by whether groups of ranks are replicas, and whether weights go between forward and backward.
+# FSDP1's strategies, by whether groups of ranks are replicas, and whether weights are resharded after forward.
 _STRATEGIES = {
     (False, True): "FULL_SHARD",
     (False, False): "SHARD_GRAD_OP",
@@ -144,7 +144,7 @@ _STRATEGIES = {
 
 
 def _groups(run: RunSpec, device: torch.device) -> Any:
-    """The ranks as a mesh: replicas, where groups of ranks are, by those that divide the weights."""
+    """Return the ranks as a mesh: shards, or replicas by shards if groups of ranks are replicas."""
     world, group = run.parallelism.world, run.parallelism.shard_group
     shape = (world // group, group) if group else (world,)
     names = ("replicate", "shard")[-len(shape) :]
@@ -152,20 +152,20 @@ def _groups(run: RunSpec, device: torch.device) -> Any:
         return library("torch.distributed.device_mesh").init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
-def _mixed(run: RunSpec) -> torch.dtype | None:
-    """The dtype that FSDP's mixed precision gathers and reduces in; None where it is off."""
+def _mixed_precision_dtype(run: RunSpec) -> torch.dtype | None:
+    """Return the dtype in which FSDP's mixed precision gathers and reduces; None if it is off."""
     if run.precision.autocast:
         return lower_of(run.precision)
     q = run.method.quantization
     return DTYPES[q.storage] if q is not None and run.loop.trainer and q.storage in DTYPES else None
 
 
-def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
+def _wrap_fsdp2(model: Any, run: RunSpec, device: torch.device) -> Any:
     if run.parallelism.ep > 1:
         expert_parallel.shard(model)
         return model
     fsdp: Any = library("torch.distributed.fsdp")
-    mesh, lower = _groups(run, device), _mixed(run)
+    mesh, lower = _groups(run, device), _mixed_precision_dtype(run)
     if run.precision.autocast and run.method.quantization is None:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
@@ -176,7 +176,7 @@ def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
         root["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=True)
     unit = {**root, "reshard_after_forward": run.parallelism.reshard_after_forward is not False}
     shard = fsdp.fully_shard
-    loaded: Any = model.state_dict() if _sent(run) else {}
+    loaded: Any = model.state_dict() if _loads_on_one_rank(run) else {}
     buffers = {name: buffer for name, buffer in model.named_buffers() if name not in loaded} if loaded else {}
     if loaded:
         model = model.to(torch.device("meta"))
@@ -187,27 +187,27 @@ def _divided(model: Any, run: RunSpec, device: torch.device) -> Any:
             shard(module, **unit)
     table, head = _embeddings(model)
     tied = table is not None and head is not None and table.weight is head.weight
-    shared = _sharing(model, table, head)
+    sharing = _sharing_modules(model, table, head)
     if not tied and table is not None and not isinstance(table, fsdp.FSDPModule):
-        shard([table, *shared], **unit)
+        shard([table, *sharing], **unit)
     norm = library("accelerate.utils.fsdp_utils")._find_final_norm(model)
-    tail = (norm, table, *shared, head) if tied else (norm, head)
-    own = [module for module in tail if module is not None and not isinstance(module, fsdp.FSDPModule)]
-    if own:
-        shard(own, **{**unit, "reshard_after_forward": False})
+    tail = (norm, table, *sharing, head) if tied else (norm, head)
+    unwrapped = [module for module in tail if module is not None and not isinstance(module, fsdp.FSDPModule)]
+    if unwrapped:
+        shard(unwrapped, **{**unit, "reshard_after_forward": False})
     shard(model, **root)
     if loaded:
-        _send(model, run, device, loaded, buffers)
+        _load_shards(model, run, device, loaded, buffers)
     return model
 
 
-def _sent(run: RunSpec) -> bool:
-    """Whether one process loads the model and sends the others their parts."""
+def _loads_on_one_rank(run: RunSpec) -> bool:
+    """Return whether one process loads the model and sends the others their shards."""
     return run.parallelism.cpu_ram_efficient_loading and run.method.quantization is None
 
 
-def _send(model: Any, run: RunSpec, device: torch.device, loaded: Any, buffers: dict[str, Any]) -> None:
-    """What accelerate does of a model on the meta device that is divided: a weight after the other comes whole."""
+def _load_shards(model: Any, run: RunSpec, device: torch.device, loaded: Any, buffers: dict[str, Any]) -> None:
+    """Load a sharded model on the meta device as accelerate does: weights arrive in full, one after the other."""
     first = SimpleNamespace(is_main_process=True)
     load = library("accelerate.utils.fsdp_utils").fsdp2_load_full_state_dict
     load(first, model, loaded, cpu_offload=run.parallelism.offload.parameters)
@@ -218,36 +218,39 @@ def _send(model: Any, run: RunSpec, device: torch.device, loaded: Any, buffers: 
 
 
 def _embeddings(model: Any) -> tuple[Any, Any]:
-    """The model's input embeddings and its head, None where it has none."""
-    none: Any = lambda: None  # noqa: E731
-    return getattr(model, "get_input_embeddings", none)(), getattr(model, "get_output_embeddings", none)()
+    """Return the model's input embeddings and its head, each None if missing."""
+    missing: Any = lambda: None  # noqa: E731
+    return getattr(model, "get_input_embeddings", missing)(), getattr(model, "get_output_embeddings", missing)()
 
 
-def _sharing(model: Any, table: Any, head: Any) -> list[Any]:
-    """Further modules that look tokens up in the table, as T5's encoder and decoder do. accelerate 1.15 leaves them to
-    the root, which torch 2.13 refuses: it asks for all modules that share a parameter in one group."""
+def _sharing_modules(model: Any, table: Any, head: Any) -> list[Any]:
+    """Return further modules that share the embedding table, as T5's encoder and decoder do.
+
+    accelerate 1.15 leaves them to the root, which torch 2.13 refuses: modules that share a parameter must be in one
+    group.
+    """
     weight = getattr(table, "weight", None)
     return [m for m in model.modules() if m not in (table, head) and getattr(m, "weight", None) is weight is not None]
 
 
 def _bottom_up(module: Any) -> Generator[Any]:
-    """Every module below this one, children first."""
+    """Yield every module below this one, children first."""
     for child in module.children():
         yield from _bottom_up(child)
         yield child
 
 
-def accumulating(model: Any, run: RunSpec) -> AbstractContextManager[None]:
-    """While inside, backward keeps the gradients whole: they are reduced in the last micro-batch only."""
+def unreduced_gradients(model: Any, run: RunSpec) -> AbstractContextManager[None]:
+    """Skip the reduction of gradients inside the context: only the last micro-batch reduces them."""
     if run.parallelism.dp == 1:
         return nullcontext()
     if run.parallelism.strategy == "fsdp2":
-        return _unreduced(model)
+        return _without_reduction(model)
     return model.no_sync()
 
 
 @contextmanager
-def _unreduced(model: Any) -> Generator[None]:
+def _without_reduction(model: Any) -> Generator[None]:
     model.set_requires_gradient_sync(False)
     try:
         yield
@@ -256,11 +259,11 @@ def _unreduced(model: Any) -> Generator[None]:
 
 
 def clip(model: Any, run: RunSpec, parameters: list[Any]) -> None:
-    """Clip the gradients' norm, FSDP1's by its own method."""
-    most = float(run.loop.clip_grad_norm or 0)
+    """Clip the gradients' norm; with FSDP1 by its own method."""
+    max_norm = float(run.loop.clip_grad_norm or 0)
     if run.parallelism.tp > 1 or run.parallelism.ep > 1:
-        tensor_parallel.clip(parameters, most)
+        tensor_parallel.clip(parameters, max_norm)
     elif run.parallelism.dp > 1 and run.parallelism.strategy == "fsdp":
-        model.clip_grad_norm_(most)
+        model.clip_grad_norm_(max_norm)
     else:
-        torch.nn.utils.clip_grad_norm_(parameters, most, foreach=True)
+        torch.nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)

@@ -1,4 +1,4 @@
-"""Experts divided among ranks as transformers divides them, on a process group that sends nothing: one rank's part."""
+"""Divide experts among ranks as transformers does, on a fake process group: this process is one rank."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memplan.spec.run import RunSpec
 
 
 def divide(model: Any, run: RunSpec, tp_mesh: Any, ep_mesh: Any, config: Any) -> None:
-    """Give a model without memory the rank's experts, and have it send the others' tokens there.
+    """Reduce a model on the meta device to the rank's experts, and have it send tokens to the other ranks.
 
     Source: transformers 5.24 distributed/mixin.py maybe_distribute_model.
     """
@@ -23,9 +23,8 @@ def divide(model: Any, run: RunSpec, tp_mesh: Any, ep_mesh: Any, config: Any) ->
             _spread(module, run.parallelism.ep)
 
 
-def divide_alone(model: Any, run: RunSpec) -> None:
-    """The same where ranks divide the batch, and their weights by FSDP2: those of experts among the ranks that have the
-    same.
+def divide_experts_for_fsdp2(model: Any, run: RunSpec) -> None:
+    """Divide experts among data-parallel ranks; FSDP2 shards each expert among the ranks that have it.
 
     Source: transformers 5.24 distributed/utils.py initialize_distributed_mesh.
     """
@@ -37,14 +36,14 @@ def divide_alone(model: Any, run: RunSpec) -> None:
             ((1, 1, p.dp, 1), ("pp", "dp_replicate", "fsdp", "tp")),
             ((1, 1, config.efsdp_size, p.ep), ("pp", "dp_replicate", "efsdp", "ep")),
         )
-        made = [meshes.init_device_mesh("cuda", shape, mesh_dim_names=names) for shape, names in shapes]
-    manager = library("transformers.distributed.utils").TransformersDeviceMesh(*made)
+        created = [meshes.init_device_mesh("cuda", shape, mesh_dim_names=names) for shape, names in shapes]
+    manager = library("transformers.distributed.utils").TransformersDeviceMesh(*created)
     model.config.distributed_config, model._mesh_manager = config, manager
     divide(model, run, manager.get_mesh("tp"), manager.get_mesh("ep"), config)
 
 
 def shard(model: Any) -> None:
-    """FSDP2 around the model, as transformers has it for a model whose experts ranks divide."""
+    """Apply FSDP2 as transformers does to an expert-parallel model."""
     with library("torch.utils._python_dispatch")._disable_current_modes():
         _, experts, units = model._resolve_parallel_plans(model.config.distributed_config)
     sharding: Any = library("transformers.distributed.fsdp")
@@ -52,7 +51,7 @@ def shard(model: Any) -> None:
 
 
 def _spread(experts: Any, ranks: int) -> None:
-    """How many rows go to which rank is in the data: as many to each."""
+    """Send equal numbers of rows to all ranks, because the real numbers depend on the data."""
     forward = experts.forward
 
     def spread(*args: Any, **kwargs: Any) -> Any:
@@ -63,7 +62,7 @@ def _spread(experts: Any, ranks: int) -> None:
 
 
 class _Evenly(TorchFunctionMode):
-    """Counts of rows by rank, that are sent and that are received, are read as equal ones of all that are chosen."""
+    """Replace the counts of rows sent to and received from each rank by equal shares of all rows."""
 
     def __init__(self, ranks: int) -> None:
         super().__init__()
@@ -73,10 +72,10 @@ class _Evenly(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.argsort:
             self._rows = args[0].numel()
-        made = func(*args, **(kwargs or {}))
-        if func is torch.stack and made.shape == (2, self._ranks):
-            made.tolist = self._counts
-        return made
+        output = func(*args, **(kwargs or {}))
+        if func is torch.stack and output.shape == (2, self._ranks):
+            output.tolist = self._counts
+        return output
 
     def _counts(self) -> list[list[int]]:
         each, over = divmod(self._rows, self._ranks)

@@ -1,7 +1,7 @@
-"""Images as a model's processor hands them on: pixels, their sizes, and the tokens that stand for them.
+"""Image inputs as a model's processor produces them: pixels, image sizes, and placeholder tokens.
 
-What a tower computes from the sizes has them as numbers. In a trace tensors have no data, and so those functions are
-asked about a copy that has.
+Vision towers compute from the values of the image sizes. In a trace tensors have no data, so those functions are called
+with a copy of the sizes that has.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from memplan.models.configs.images import PACKS, Picture, axes_of, picture_of
 from memplan.probe.libraries import library
 from memplan.spec.run import RunSpec
 
-_IMAGE = 1  # what mm_token_type_ids and token_type_ids call an image's token
+_IMAGE = 1  # the value of image tokens in mm_token_type_ids and token_type_ids
 
 
-class Grid:
-    """The sizes of all images of a batch, [images, 3] int64: a tensor on the device, and the numbers in it."""
+class ImageGrid:
+    """The sizes of all images in a batch, [images, 3] int64: a tensor on the device, and its values."""
 
     def __init__(self, rows: list[tuple[int, int, int]], device: torch.device) -> None:
         self.rows = rows
@@ -32,7 +32,7 @@ class Grid:
 
 
 class Counts:
-    """Numbers that stand for a tensor of them."""
+    """The values of a tensor of integers, in place of the tensor."""
 
     def __init__(self, numbers: list[int]) -> None:
         self.numbers = numbers
@@ -44,22 +44,22 @@ class Counts:
         return self.numbers
 
 
-class Ends:
-    """Where sequences end in a packed one, as int32 on the device; differences of it are their lengths."""
+class CumulativeLengths:
+    """Cumulative sequence lengths (cu_seqlens), int32 on the device; their differences are the lengths."""
 
     def __init__(self, lengths: list[int], device: torch.device) -> None:
         self.lengths = lengths
         self.tensor = torch.zeros(len(lengths) + 1, dtype=torch.int32, device=device)
 
-    def __getitem__(self, _: slice) -> Ends:
+    def __getitem__(self, _: slice) -> CumulativeLengths:
         return self
 
-    def __sub__(self, _: Ends) -> Counts:
+    def __sub__(self, _: CumulativeLengths) -> Counts:
         return Counts(self.lengths)
 
 
-def pictures(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
-    """What the model is given of the run's images, beside `ids` [batch, sequence], in which their tokens are put."""
+def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
+    """Return the model's image inputs, and write the images' placeholder tokens into `ids` [batch, sequence]."""
     model = find_model(run.model)
     picture = picture_of(model, run.batch.image_size)
     each, device = run.batch.images, ids.device
@@ -75,9 +75,9 @@ def pictures(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
     match model.model_type:
         case family if family in PACKS:
             rows = [(1, picture.rows, picture.columns)] * images
-            grid = Grid(rows, device)
+            grid = ImageGrid(rows, device)
             if _has_no_data(ids):
-                _know(base, grid)
+                _patch_sizes(base, grid)
             pixels = torch.empty(images * picture.patches, axes["vin"], device=device).normal_()
             sizes = grid if _has_no_data(ids) else grid.tensor
             return {"pixel_values": pixels, "image_grid_thw": sizes, "mm_token_type_ids": kinds}
@@ -88,12 +88,12 @@ def pictures(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
         case "mistral3":
             sizes: Any = [(picture.rows * side, picture.columns * side)] * images
             if _has_no_data(ids):
-                _know_sizes(base, merged // each)
+                _patch_mistral_sizes(base, merged // each)
             return {"pixel_values": _pixels(images, picture, side, device), "image_sizes": sizes}
         case "mllama":
             tiles, channels = axes["vtiles"], axes["vin"] // side**2
             sides = picture.columns * side
-            rows = ids.shape[0], each  # as many as sequences: generation repeats them for every beam
+            rows = ids.shape[0], each  # one row per sequence: generation repeats them for every beam
             ones = torch.ones(*rows, tiles, dtype=torch.int64, device=device)
             return {
                 "pixel_values": torch.empty(*rows, tiles, channels, sides, sides, device=device).normal_(),
@@ -117,41 +117,41 @@ def _has_no_data(t: torch.Tensor) -> bool:
 
 
 def _module(base: Any) -> Any:
-    """The file of transformers that the model is from: FSDP2 gives a divided model a class of its own."""
+    """Return the model's transformers module, looking past the class that FSDP2 gives a sharded model."""
     return next(sys.modules[k.__module__] for k in type(base).__mro__ if k.__module__.startswith("transformers."))
 
 
 def _outside(compute: Callable[[], Any]) -> Any:
-    """What is computed with data, on the host, unseen by the trace."""
+    """Compute with real tensors on the host, outside the trace."""
     dispatch: Any = library("torch.utils._python_dispatch")
     with dispatch._disable_current_modes():
         return compute()
 
 
-def _know(base: Any, grid: Grid) -> None:
-    """Have the model ask about the sizes of images where it would read them from the device."""
+def _patch_sizes(base: Any, grid: ImageGrid) -> None:
+    """Patch the model to use known image sizes instead of reading them from the device."""
     module = _module(base)
     utils: Any = sys.modules["transformers.vision_utils"]
     sizes: Any = _outside(lambda: torch.tensor(grid.rows, dtype=torch.int64))
     device = grid.tensor.device
 
-    def ends(found: Any) -> Ends:
-        return Ends(_outside(lambda: list((found[1:] - found[:-1]).tolist())), device)
+    def ends(computed: Any) -> CumulativeLengths:
+        return CumulativeLengths(_outside(lambda: list((computed[1:] - computed[:-1]).tolist())), device)
 
     def seqlens(_: Any, config: Any, *args: Any, **kwargs: Any) -> Any:
         return ends(_outside(lambda: utils.get_vision_cu_seqlens(sizes))), None
 
     def windows(_: Any, *args: Any, kwargs: Any = None, **options: Any) -> Any:
-        index, found = _outside(lambda: utils.get_vision_window_index(sizes, *args, **options))
-        return torch.zeros(index.shape, dtype=torch.int64), ends(found)
+        index, computed = _outside(lambda: utils.get_vision_window_index(sizes, *args, **options))
+        return torch.zeros(index.shape, dtype=torch.int64), ends(computed)
 
     def positions(_: Any, *args: Any, kwargs: Any = None, **options: Any) -> Any:
-        found = _outside(lambda: utils.get_vision_position_ids(sizes, *args, **options))
-        return torch.zeros(found.shape, dtype=torch.int64, device=device)
+        computed = _outside(lambda: utils.get_vision_position_ids(sizes, *args, **options))
+        return torch.zeros(computed.shape, dtype=torch.int64, device=device)
 
     def interpolated(_: Any, *args: Any, kwargs: Any = None, **options: Any) -> Any:
-        found = _outside(lambda: utils.get_vision_interpolation_indices_and_weights(sizes, *args, **options))
-        return tuple(torch.zeros(t.shape, dtype=t.dtype, device=device) for t in found)
+        computed = _outside(lambda: utils.get_vision_interpolation_indices_and_weights(sizes, *args, **options))
+        return tuple(torch.zeros(t.shape, dtype=t.dtype, device=device) for t in computed)
 
     for name, function in {
         "get_vision_attention_seqlens": seqlens,
@@ -174,7 +174,7 @@ def _know(base: Any, grid: Grid) -> None:
 
 
 def _deepstack(hidden: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -> torch.Tensor:
-    """As Qwen3-VL's, with indices of as many places as there is to put there. Of them autograd keeps the mask alone."""
+    """Qwen3-VL's DeepStack with one index per image token; as in the original, autograd keeps only the mask."""
     count, device = visual.shape[0], hidden.device
 
     def pack(saved: torch.Tensor) -> Any:
@@ -183,8 +183,8 @@ def _deepstack(hidden: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -
     def unpack(kept: Any) -> Any:
         return torch.zeros(count, dtype=torch.int64, device=device) if kept is None else kept
 
-    where: Any = torch.nonzero_static(mask, size=count)
-    rows, columns = where.unbind(1)
+    places: Any = torch.nonzero_static(mask, size=count)
+    rows, columns = places.unbind(1)
     visual = visual.to(device, hidden.dtype)
     hidden = hidden.clone()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
@@ -193,14 +193,14 @@ def _deepstack(hidden: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -
     return hidden
 
 
-def _know_sizes(base: Any, tokens: int) -> None:
-    """Mistral 3 reads the sizes from a tensor that it makes of numbers."""
+def _patch_mistral_sizes(base: Any, tokens: int) -> None:
+    """Patch Mistral 3, which puts the sizes into a tensor and reads them from it, to use the known sizes."""
     module = _module(base)
     module.torch = _Torch(tokens)
 
 
 class _Torch:
-    """torch, but for a tensor of the images' sizes: what is asked of it is how many tokens each has."""
+    """torch, except that a tensor of image sizes only holds the number of tokens of each image."""
 
     def __init__(self, tokens: int) -> None:
         self.tokens = tokens

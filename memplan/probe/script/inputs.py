@@ -1,4 +1,4 @@
-"""What a model is given and is to answer: token ids, images or recordings, and labels of the run's objective."""
+"""The inputs of a model (token ids, images or audio) and the labels of the run's objective."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from memplan.spec.run import RunSpec
 
 
 def inputs_of(run: RunSpec, model: Any, device: torch.device) -> dict[str, Any]:
-    """The model's inputs by their names: ids [micro, sequence], pixel_values [micro, channels, height, width] or
-    input_features [micro, mel bins, frames].
+    """Return the model's inputs by name.
 
-    Images come in fp32, which the model casts itself; recordings, which it does not, in the dtype of its weights.
+    input_ids       [micro, sequence]
+    pixel_values    [micro, channels, height, width], in fp32, which the model casts itself
+    input_features  [micro, mel bins, frames], in the dtype of the weights, because the model does not cast them
     """
     base = base_of(model)
     config = base.config
-    decodes = run.task == "generate" and not config.is_encoder_decoder  # an encoder reads what beams share
+    decodes = run.task == "generate" and not config.is_encoder_decoder  # an encoder runs once for all beams
     micro = run.batch.micro * (run.generation.num_beams if decodes else 1)
     match base.main_input_name:
         case "pixel_values":
@@ -34,7 +35,7 @@ def inputs_of(run: RunSpec, model: Any, device: torch.device) -> dict[str, Any]:
 
 
 def labels_of(run: RunSpec, objective: str, model: Any, inputs: Mapping[str, Any], device: torch.device) -> Any:
-    """The labels of the objective; None where there are none."""
+    """Return the labels of the objective; None if it has none."""
     micro, config = run.batch.micro, base_of(model).config
     match objective:
         case "feature_extraction":

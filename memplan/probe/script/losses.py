@@ -1,7 +1,6 @@
-"""Losses of other libraries than transformers, written out for what they allocate: see
-`memplan.catalogue.kernels.losses`.
+"""Losses of other libraries, written to allocate what they do: see `memplan.catalogue.kernels.losses`.
 
-Each takes the model's body and head apart, as those libraries do, so that all logits are never there at once.
+Each calls the model's body and head separately, as those libraries do, to avoid having all logits at once.
 """
 
 from __future__ import annotations
@@ -20,22 +19,24 @@ _TOKENS = 128  # litgpt 0.5 lm_head_chunk_size
 _IGNORED = -100
 
 
-class Computed(NamedTuple):
-    """The loss, and what a script that holds its outputs keeps through backward."""
+class LossOutput(NamedTuple):
+    """The loss, and the outputs that a script may hold through backward."""
 
     loss: torch.Tensor
     outputs: Any
 
 
-def compute(kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, **options: Any) -> Computed:
-    """The loss of a model's `inputs` by the name it has in `kernels.loss`; without `labels` the mean of what the model
-    makes of each sequence."""
+def compute(kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, **options: Any) -> LossOutput:
+    """Return the loss `kind`, a name from `kernels.loss`, of the model on `inputs`.
+
+    Without `labels` the loss is the mean of the pooled output.
+    """
     if labels is None:
         outputs = model(**inputs, **options)
-        return Computed(outputs.pooler_output.mean(), outputs)
+        return LossOutput(outputs.pooler_output.mean(), outputs)
     if kind == "hf":
         outputs = model(**inputs, labels=labels, **options)
-        return Computed(outputs.loss, outputs)
+        return LossOutput(outputs.loss, outputs)
     ids = inputs["input_ids"]
     base = base_of(model)
     body = getattr(base, base.base_model_prefix)
@@ -47,13 +48,13 @@ def compute(kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, **opt
             return _chunked_lm_head(_logits(body, head, ids, options, _by_tokens), labels)
         case "fused":
             hidden = body(input_ids=ids, **options).last_hidden_state
-            return Computed(_fused(hidden, labels, base.get_output_embeddings()), None)
+            return LossOutput(_fused(hidden, labels, base.get_output_embeddings()), None)
         case other:
             raise AssertionError(other)
 
 
 def _logits(body: Any, head: Any, ids: Any, options: dict[str, Any], split: Callable[[Any], Any]) -> list[Any]:
-    """Logits of every chunk of the hidden states, which go when all are made, as they do where a model returns."""
+    """Return the logits of every chunk. The hidden states are freed on return, as when a model returns."""
     return [head(chunk) for chunk in split(body(input_ids=ids, **options).last_hidden_state)]
 
 
@@ -66,16 +67,16 @@ def _by_tokens(hidden: Any) -> Any:
 
 
 def _head(base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """From hidden states to logits, with what some families do to the logits afterwards."""
+    """Return a function from hidden states to logits, including some families' scaling and soft capping."""
     matrix, config = base.get_output_embeddings(), base.config
     cap = getattr(config, "final_logit_softcapping", None)
-    divided = getattr(config, "logits_scaling", None)
+    divisor = getattr(config, "logits_scaling", None)
     factor = getattr(config, "logit_scale", None)
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         out = matrix(hidden)
-        if divided is not None:
-            out = out / divided
+        if divisor is not None:
+            out = out / divisor
         if factor is not None:
             out = out * factor
         if cap is not None:
@@ -88,22 +89,22 @@ def _head(base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _shifted(labels: torch.Tensor) -> torch.Tensor:
-    """Labels moved by one, the last of every row ignored."""
+    """Return the labels shifted by one, with the last of every row ignored."""
     return F.pad(labels, (0, 1), value=_IGNORED)[..., 1:].contiguous()
 
 
-def _chunked(chunks: list[Any], labels: torch.Tensor) -> Computed:
-    """torchtune's: a head for every chunk of the sequence, then a loss of every chunk in fp32."""
+def _chunked(chunks: list[Any], labels: torch.Tensor) -> LossOutput:
+    """torchtune's loss: the head on every chunk of the sequence, then each chunk's loss in fp32."""
     targets: Any = [chunk.reshape(-1) for chunk in _into_eight(_shifted(labels))]
     logits = [chunk.reshape(-1, chunk.size(-1)) for chunk in chunks]
     loss: Any = 0.0
     for chunk, target in zip(logits, targets, strict=True):
         loss = loss + F.cross_entropy(chunk.float(), target, ignore_index=_IGNORED, reduction="sum")
-    return Computed(loss, None)
+    return LossOutput(loss, None)
 
 
-def _chunked_lm_head(kept: list[Any], labels: Any) -> Computed:
-    """LitGPT's: logits 128 tokens at a time, kept by the training loop, their losses in their own dtype."""
+def _chunked_lm_head(kept: list[Any], labels: Any) -> LossOutput:
+    """LitGPT's loss: the head on 128 tokens at a time, losses in the logits' dtype; the loop holds the logits."""
     kept[-1] = kept[-1][..., :-1, :]
     logits = [chunk.reshape(-1, chunk.size(-1)) for chunk in kept]
     targets = [chunk.reshape(-1) for chunk in _by_tokens(labels[..., 1:])]
@@ -111,38 +112,38 @@ def _chunked_lm_head(kept: list[Any], labels: Any) -> Computed:
         F.cross_entropy(chunk, target, ignore_index=_IGNORED, reduction="none")
         for chunk, target in zip(logits, targets, strict=True)
     ]
-    return Computed(torch.cat(losses).sum(), kept)
+    return LossOutput(torch.cat(losses).sum(), kept)
 
 
 def _fused(hidden: torch.Tensor, labels: torch.Tensor, matrix: Any) -> torch.Tensor:
-    """Liger's: the gradients are made beside the loss."""
+    """Liger's loss, which computes the gradients together with the loss."""
     target = _shifted(labels).view(-1)
     return _FusedLinearCrossEntropy.apply(hidden.view(-1, hidden.shape[-1]), matrix.weight, target)  # pyright: ignore
 
 
-# As Liger's: products in forward are cast as autocast says, and backward runs in the mode forward ran in.
+# As in Liger: autocast applies to forward's products, and backward runs in forward's autocast mode.
 _amp: Any = torch.amp
 _forward: Callable[[Any], Any] = _amp.custom_fwd(device_type="cuda")
 _backward: Callable[[Any], Any] = _amp.custom_bwd(device_type="cuda")
 
 
 class _FusedLinearCrossEntropy(torch.autograd.Function):
-    """What liger-kernel 0.8's function of that name allocates: chunks of logits become their gradients in place."""
+    """Allocates what liger-kernel 0.8's function does: chunks of logits become their gradients in place."""
 
     @staticmethod
     @_forward
     def forward(ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         tokens, width = hidden.shape
         vocabulary = weight.shape[0]
-        share = -(-tokens // -(-vocabulary // width))
-        size = min(1 << (share - 1).bit_length(), tokens)
+        chunk_tokens = -(-tokens // -(-vocabulary // width))
+        size = min(1 << (chunk_tokens - 1).bit_length(), tokens)
         hidden_gradient = torch.zeros_like(hidden)
         weight_gradient = torch.zeros_like(weight) if weight.requires_grad else None
         losses = torch.zeros(tokens, dtype=torch.float32, device=hidden.device)
-        counted = target != _IGNORED
-        number = counted.sum().item()
-        plain = hidden.dtype == weight.dtype and _uncast(hidden)
-        buffer = torch.empty((size, vocabulary), dtype=hidden.dtype, device=hidden.device) if plain else None
+        valid = target != _IGNORED
+        count = valid.sum().item()
+        uses_buffer = hidden.dtype == weight.dtype and _keeps_dtype(hidden)
+        buffer = torch.empty((size, vocabulary), dtype=hidden.dtype, device=hidden.device) if uses_buffer else None
         for start in range(0, tokens, size):
             part = hidden[start : start + size]
             if buffer is not None:
@@ -151,7 +152,7 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
             else:
                 logits = part @ weight.t()
             if not isinstance(logits, FakeTensor):
-                _into_gradient(logits, target[start : start + size], losses[start : start + size], int(number))
+                _into_gradient(logits, target[start : start + size], losses[start : start + size], int(count))
             if buffer is not None:
                 torch.mm(logits, weight, out=hidden_gradient[start : start + size])
             else:
@@ -167,23 +168,23 @@ class _FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @_backward
     def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
-        hidden_gradient, weight_gradient = ctx.saved_tensors  # scaled in place by a kernel of Liger's
+        hidden_gradient, weight_gradient = ctx.saved_tensors  # one of Liger's kernels scales them in place
         hidden_gradient.mul_(gradient)
         if weight_gradient is not None:
             weight_gradient.mul_(gradient)
         return hidden_gradient, weight_gradient, None
 
 
-def _uncast(hidden: torch.Tensor) -> bool:
-    """Whether autocast, if it is on, would leave the product as it is."""
-    on = torch.is_autocast_enabled("cuda")
-    return not on or torch.get_autocast_dtype("cuda") == hidden.dtype
+def _keeps_dtype(hidden: torch.Tensor) -> bool:
+    """Return whether autocast is off or would not change the product's dtype."""
+    enabled = torch.is_autocast_enabled("cuda")
+    return not enabled or torch.get_autocast_dtype("cuda") == hidden.dtype
 
 
 def _into_gradient(logits: torch.Tensor, target: torch.Tensor, losses: torch.Tensor, number: int) -> None:
-    """Logits become the gradient of their mean cross entropy over `number` tokens in place.
+    """Turn logits, in place, into the gradient of their mean cross entropy over `number` tokens.
 
-    One kernel of Liger's does it and allocates nothing; here numbers of a row are beside them for a while.
+    One of Liger's kernels does it without allocating; here there are a few temporaries of one number per row.
     """
     ignored = target == _IGNORED
     rows = target.clamp(min=0).unsqueeze(1)
@@ -198,7 +199,7 @@ def _into_gradient(logits: torch.Tensor, target: torch.Tensor, losses: torch.Ten
 
 
 def _add_product(into: torch.Tensor, logits: torch.Tensor, part: torch.Tensor) -> None:
-    """Add the chunk's part of the weight's gradient: in place, where cards add half-precision products that way."""
+    """Add the chunk's part of the weight's gradient; in place on cards that can for half precision."""
     half = logits.dtype in (torch.float16, torch.bfloat16)
     ampere = torch.cuda.get_device_capability(into.device)[0] >= 8 if into.is_cuda else False
     if ampere and half and into.dtype == torch.float32:

@@ -1,4 +1,4 @@
-"""The model of a run: built from its config with random weights, quantised, adapted, its layers frozen or not."""
+"""Build a run's model from its config with random weights: quantise it, add adapters, freeze layers."""
 
 from __future__ import annotations
 
@@ -13,42 +13,42 @@ from torch import nn
 
 from memplan.core.errors import MemplanError, ProbeError, SpecError
 from memplan.models.cards import find_config
-from memplan.models.objectives import saved_with
+from memplan.models.objectives import modules_to_train
 from memplan.probe.libraries import library, model_class
 from memplan.probe.script import expert_parallel
-from memplan.probe.script.device_map import dispatch, homes, is_dispatched, map_of
-from memplan.probe.script.quantized import is_quantisable, quantise
+from memplan.probe.script.device_map import device_lookup, dispatch, is_dispatched, map_of
+from memplan.probe.script.quantized import quantisable_names, quantise
 from memplan.probe.script.tensor_parallel import divide, is_part, local_of, part_of
 from memplan.resolve.decide import decide, objective_of
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# What a config says about a file or a program, and not about the model.
+# Config keys that describe a file or a program rather than the model.
 _NOT_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
 _NEITHER = ("_name_or_path", "quantization_config", "_attn_implementation", "attn_implementation")
 _ADAPTERS = ("lora", "qlora", "dora", "qdora")
 
 
 def lower_of(precision: Precision) -> torch.dtype:
-    """The dtype that autocast computes in."""
+    """Return the dtype that autocast computes in."""
     return DTYPES[precision.compute or ("bf16" if precision.weights == "fp32" else precision.weights)]
 
 
 def build_model(run: RunSpec, device: torch.device) -> Any:
-    """The model as it trains: on `device`, weights random, of the dtypes and with the adapters that the run asks for.
+    """Return the run's model on `device`, with random weights, in the run's dtypes and with its adapters.
 
-    Built without memory, then made weight by weight, so that loading never holds the model in two dtypes.
-    Raises ProbeError where transformers lacks the class, ConfigError for a config that is none.
+    The model is built on the meta device and then allocated weight by weight, so that loading never holds it in two
+    dtypes. Raises ProbeError if transformers does not have the class, ConfigError for an invalid config.
     """
     model = _empty_model(run)
-    task = run.task == "train"
+    trains = run.task == "train"
     places = map_of(model, run) if is_dispatched(run) else {"": 0}
-    _materialise(model, run, homes(places, device) if is_dispatched(run) else lambda _: device)
+    _materialise(model, run, device_lookup(places, device) if is_dispatched(run) else lambda _: device)
     if is_dispatched(run):
         dispatch(model, places, device)
     kind = run.method.kind
-    if task and run.method.quantization is not None:
+    if trains and run.method.quantization is not None:
         _prepare(model, run)
     if run.method.frozen:
         parts = re.compile(_parts(run.method.frozen))
@@ -59,64 +59,63 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
         model = _adapt(model, run)
     elif kind == "freeze":
         _freeze(model, run.method.trainable_layers)
-    if task and run.kernels.checkpointing != "none":
+    if trains and run.kernels.checkpointing != "none":
         _checkpoint(model, bool(run.kernels.reentrant), run.kernels.checkpointing == "offload")
-    model.train(task)
+    model.train(trains)
     return model
 
 
 def _empty_model(run: RunSpec) -> Any:
-    """The model on the meta device: shapes and dtypes, no memory."""
-    given: Mapping[str, Any] = find_config(run.model)
-    model_type = str(given.get("model_type", ""))
+    """Return the model on the meta device: shapes and dtypes, no memory."""
+    fields: Mapping[str, Any] = find_config(run.model)
+    model_type = str(fields.get("model_type", ""))
     objective = objective_of(run)
-    auto = model_class(model_type, sees=bool(given.get("vision_config")), objective=objective)
+    auto = model_class(model_type, sees=bool(fields.get("vision_config")), objective=objective)
     transformers = library("transformers")
-    kept = {key: _plain(value) for key, value in given.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
+    model_fields = {key: _plain(value) for key, value in fields.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
     options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights], "trust_remote_code": False}
     if run.kernels.attention in ("eager", "flash_attention_2"):
-        options["attn_implementation"] = run.kernels.attention  # else sdpa's, or eager where a class has no other
+        options["attn_implementation"] = run.kernels.attention  # else sdpa, or eager if the class supports nothing else
     config: Any
     try:
-        config = transformers.AutoConfig.for_model(model_type, **kept)
+        config = transformers.AutoConfig.for_model(model_type, **model_fields)
         if objective == "seq2seq_lm" and getattr(config, "decoder_start_token_id", None) is None:
-            config.decoder_start_token_id = 0  # which token a decoder begins with is no matter of memory
+            config.decoder_start_token_id = 0  # the start token's value does not affect memory
         if objective == "sequence_classification" and getattr(config, "pad_token_id", None) is None:
-            config.pad_token_id = 0  # a decoder looks for the last token that is none
-        if not hasattr(config, "dtype"):  # as it was called before transformers 4.56
+            config.pad_token_id = 0  # decoders look for the last token that is not padding
+        if not hasattr(config, "dtype"):  # its name before transformers 4.56
             options["torch_dtype"] = options.pop("dtype")
         with torch.device("meta"):
             model: Any = getattr(transformers, auto).from_config(config, **options)
         if run.parallelism.tp > 1:
             divide(model, run)
         elif run.parallelism.ep > 1:
-            expert_parallel.divide_alone(model, run)
-        model.tie_weights()  # as loading does: not every version has done it by now
-        _untie(model, given)
-        _let_return(model, model_type)
+            expert_parallel.divide_experts_for_fsdp2(model, run)
+        model.tie_weights()  # as loading does: not every version has tied them by now
+        _untie(model, fields)
+        _add_output_field(model, model_type)
         return model
     except MemplanError:
         raise
-    except Exception as error:  # whatever a model class makes of a config that is not its own
+    except Exception as error:  # a model class may raise anything for a foreign config
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ProbeError(
             f"model: transformers cannot build {model_type} from this config: {reason:.300}", "model"
         ) from (error)
 
 
-def _untie(model: Any, given: Mapping[str, Any]) -> None:
-    """T5's config class ties the head whatever the config says, but loading does not where the checkpoint has a weight
-    of its own for it, as the config says.
+def _untie(model: Any, config: Mapping[str, Any]) -> None:
+    """Untie the head if the config says so: T5's config class always ties it, but loading a separate weight does not.
 
     Source: transformers 5.24 models/t5/configuration_t5.py, modeling_utils.py tie_weights.
     """
     head, table = model.get_output_embeddings(), model.get_input_embeddings
-    if given.get("tie_word_embeddings") is False and head is not None and head.weight is table().weight:
+    if config.get("tie_word_embeddings") is False and head is not None and head.weight is table().weight:
         head.weight = nn.Parameter(torch.empty_like(head.weight), head.weight.requires_grad)
 
 
-def _let_return(model: Any, model_type: str) -> None:
-    """Llama 4's model for images hands on outputs for which its decoder's have no name, and fails with its loss made.
+def _add_output_field(model: Any, model_type: str) -> None:
+    """Add the output field that Llama 4's vision-language model reads and its decoder's outputs do not have.
 
     Source: transformers 5.24 models/llama4/modeling_llama4.py Llama4ForConditionalGeneration.forward.
     """
@@ -127,7 +126,7 @@ def _let_return(model: Any, model_type: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Lists and dicts, as JSON has them, for what the spec keeps frozen."""
+    """Return JSON lists and dicts for the spec's frozen containers."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in cast(Mapping[str, Any], value).items()}
     if isinstance(value, (tuple, list)):
@@ -136,22 +135,24 @@ def _plain(value: Any) -> Any:
 
 
 def _materialise(model: Any, run: RunSpec, home: Callable[[str], torch.device]) -> None:
-    """Give every parameter and buffer memory on the device that `home` has for its name, in the model's order; a shared
-    one stays shared."""
-    made: dict[int, torch.Tensor] = {}
+    """Allocate every parameter and buffer on the device that `home` returns for its name, in the model's order.
+
+    Shared tensors stay shared.
+    """
+    allocated: dict[int, torch.Tensor] = {}
     quantization = run.method.quantization
-    saved = saved_with(objective_of(run), run.method.modules_to_save, hasattr(model, "score"))
-    quantised = set(is_quantisable(model, quantization, saved)) if quantization is not None else set[str]()
+    saved = modules_to_train(objective_of(run), run.method.modules_to_save, hasattr(model, "score"))
+    quantised = set(quantisable_names(model, quantization, saved)) if quantization is not None else set[str]()
     compute = DTYPES[str(run.precision.compute or run.precision.weights)]
 
-    def real(t: torch.Tensor, name: str) -> torch.Tensor:
-        if id(t) not in made:
+    def allocate(t: torch.Tensor, name: str) -> torch.Tensor:
+        if id(t) not in allocated:
             device = home(name)
             new = part_of(t, _random(local_of(t), device)) if is_part(t) else _random(t, device)
-            made[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
-        return made[id(t)]
+            allocated[id(t)] = nn.Parameter(new, t.requires_grad) if isinstance(t, nn.Parameter) else new
+        return allocated[id(t)]
 
-    if quantised:  # as transformers' quantizers mark a model: flash attention 2 asks for it
+    if quantised:  # transformers' quantizers set it, and flash attention 2 reads it
         for module in model.modules():
             if hasattr(module, "config"):
                 module.config._is_quantized = True
@@ -161,20 +162,20 @@ def _materialise(model: Any, run: RunSpec, home: Callable[[str], torch.device]) 
             continue
         for key, parameter in module._parameters.items():
             if parameter is not None and parameter.is_meta:
-                module._parameters[key] = real(parameter, f"{name}.{key}")
+                module._parameters[key] = allocate(parameter, f"{name}.{key}")
         buffers = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
         for key, buffer in buffers.items():
-            module._buffers[key] = real(buffer, f"{name}.{key}")
-        held = cast(dict[str, Any], vars(module))
-        for key, value in list(held.items()):
+            module._buffers[key] = allocate(buffer, f"{name}.{key}")
+        attributes = cast(dict[str, Any], vars(module))
+        for key, value in list(attributes.items()):
             if isinstance(value, torch.Tensor) and value.is_meta:
-                setattr(module, key, real(value, f"{name}.{key}"))
+                setattr(module, key, allocate(value, f"{name}.{key}"))
         if buffers:
             _compute_buffers(model, module)
 
 
 def _random(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Memory like `t`, filled so that a step computes numbers: matrices small and random, norms 1."""
+    """Return a tensor like `t`, filled so that a step computes finite numbers: small random matrices, norms of 1."""
     new = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device)
     if not t.is_floating_point():
         return new.zero_()
@@ -182,7 +183,7 @@ def _random(t: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _compute_buffers(model: Any, module: Any) -> None:
-    """What a module computes once (rotary frequencies) is no random number: transformers' own initialisation."""
+    """Run transformers' initialisation for computed buffers, such as rotary frequencies."""
     initialise = getattr(module, "_init_weights", None) or getattr(model, "_init_weights", None)
     if initialise is not None and not module._parameters:
         with torch.no_grad():
@@ -190,7 +191,7 @@ def _compute_buffers(model: Any, module: Any) -> None:
 
 
 def _prepare(model: Any, run: RunSpec) -> None:
-    """peft's `prepare_model_for_kbit_training`; `trl` casts embeddings and heads back, as trl's 0.12 did."""
+    """Run peft's `prepare_model_for_kbit_training`; `trl` casts embeddings and head back, as TRL 0.12 did."""
     quantization = run.method.quantization
     preparation = quantization.kbit_preparation if quantization is not None else False
     if preparation is False:
@@ -206,7 +207,7 @@ def _prepare(model: Any, run: RunSpec) -> None:
                     weight.data = weight.data.to(DTYPES[run.precision.weights])
 
 
-# peft's words for what a model is trained for; it has none for the others.
+# peft's task types by objective; it has none for the others.
 _TASKS = {
     "causal_lm": "CAUSAL_LM",
     "seq2seq_lm": "SEQ_2_SEQ_LM",
@@ -217,12 +218,12 @@ _TASKS = {
 
 
 def _arguments(model: Any) -> Mapping[str, Any]:
-    """What the model's `forward` may be given, by name."""
+    """Return the parameters of the model's `forward` by name."""
     return inspect.signature(model.forward).parameters
 
 
 def _adapt(model: Any, run: RunSpec) -> Any:
-    """peft's adapters around the targets, in `adapter_dtype` (peft's own default is fp32)."""
+    """Return the model with peft's adapters on the targets, in `adapter_dtype` (default: fp32, as in peft)."""
     peft, method, objective = library("peft"), run.method, objective_of(run)
     config = peft.LoraConfig(
         task_type=_TASKS.get(objective) if "input_ids" in _arguments(model) else None,
@@ -231,14 +232,14 @@ def _adapt(model: Any, run: RunSpec) -> Any:
         lora_dropout=method.dropout,
         target_modules=_targets(run),
         exclude_modules=_parts(method.frozen) or None,
-        modules_to_save=list(saved_with(objective, method.modules_to_save, hasattr(model, "score"))) or None,
+        modules_to_save=list(modules_to_train(objective, method.modules_to_save, hasattr(model, "score"))) or None,
         use_dora="dora" in method.kind,
         use_rslora=bool(method.options.get("use_rslora", False)),
     )
     dtype = method.adapter_dtype or "fp32"
     try:
         adapted: Any = peft.get_peft_model(model, config, autocast_adapter_dtype=dtype == "fp32")
-    except ValueError as error:  # targets that are not there, or that peft cannot adapt
+    except ValueError as error:  # targets that are missing, or that peft cannot adapt
         raise ProbeError(
             f"method.targets: peft refuses: {' '.join(str(error).split()):.300}", "method.targets"
         ) from error
@@ -248,7 +249,7 @@ def _adapt(model: Any, run: RunSpec) -> Any:
     return adapted
 
 
-# The parts of vision-language models, by the paths of their modules and parameters.
+# Patterns for the paths of modules and parameters in each part of vision-language models.
 _PROJECTOR = r"visual\.(deepstack_)?merger|multi_modal_projector"
 _PARTS = {
     "vision": rf"(?!.*({_PROJECTOR})).*(visual\.|vision_tower|vision_model).*",
@@ -258,24 +259,24 @@ _PARTS = {
 
 
 def _parts(names: Iterable[str]) -> str:
-    """An expression for the paths of the parts of those names; empty where there are none."""
+    """Return a regular expression for the paths in the named parts; empty if there are none."""
     return "|".join(f"({_PARTS[name]})" for name in names)
 
 
 def _targets(run: RunSpec) -> str | list[str]:
-    """The modules to adapt, by the names they have in this model where memplan knows it (q_proj of a fused qkv)."""
+    """Return the modules to adapt, by their names in this model if memplan knows it (q_proj may be a fused qkv)."""
     named = run.method.targets
     if named == "all-linear":
         return "all-linear"
     try:
         known = decide(run).structure.graph.recipe.targets
-    except MemplanError:  # a family without a stack, or a field only the estimate refuses: the names as they are
+    except MemplanError:  # a family without a stack, or a field that only the estimate refuses: use the names unchanged
         known = named
     return list(known)
 
 
 def _freeze(model: Any, trainable: int) -> None:
-    """Only the last `trainable` layers train, as LLaMA-Factory's freeze tuning has it."""
+    """Freeze all but the last `trainable` layers, like LLaMA-Factory's freeze tuning."""
     layers = max(_module_lists(model), key=len, default=None)
     if layers is None:
         raise SpecError("method.kind: freeze needs a model with a list of layers", "method.kind")
@@ -291,26 +292,26 @@ def _module_lists(model: Any) -> Iterator[nn.ModuleList]:
 
 
 def _wrappers() -> tuple[type[Any], ...]:
-    """torch's modules around a model that several GPUs train; none where nobody has imported them."""
+    """Return torch's wrapper classes for training on several GPUs that are already imported."""
     modules = (("torch.nn.parallel", "DistributedDataParallel"), ("torch.distributed.fsdp", "FullyShardedDataParallel"))
     return tuple(getattr(sys.modules[name], kind) for name, kind in modules if name in sys.modules)
 
 
 def unwrapped(model: Any) -> Any:
-    """The model inside torch's wrappers for several GPUs, or the model itself."""
+    """Return the model inside torch's wrappers for several GPUs, or the model itself."""
     while isinstance(model, _wrappers()):
         model = model.module
     return model
 
 
 def base_of(model: Any) -> Any:
-    """transformers' model inside torch's wrappers and peft's, or the model itself."""
+    """Return transformers' model inside torch's and peft's wrappers, or the model itself."""
     model = unwrapped(model)
     return model.base_model.model if hasattr(model, "peft_config") else model
 
 
 def _checkpoint(model: Any, reentrant: bool, offload: bool) -> None:
-    """transformers' gradient checkpointing of every layer, its inputs in host memory with `offload`."""
+    """Enable transformers' gradient checkpointing of every layer; `offload` keeps the layers' inputs on the host."""
     base = base_of(model)
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable({"use_reentrant": reentrant}, **({"offload": True} if offload else {}))

@@ -1,4 +1,4 @@
-"""The optimizers a probe runs, made as transformers' Trainer makes them."""
+"""The optimizers that a probe runs, created as transformers' Trainer creates them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,17 @@ _LR = 1e-4
 
 
 def make_optimizer(wanted: Optimizer, parameters: Iterable[nn.Parameter]) -> Any:
-    """One group of `parameters` without weight decay; None for `none`. Names are those of `probe.refusals`."""
+    """Return an optimizer with one group of `parameters` and no weight decay; None for `none`.
+
+    The names are those of `probe.refusals`.
+    """
     params = list(parameters)
     name = wanted.name
     if name == "none":
         return None
     if name in BITSANDBYTES:
         kind, bits, paged = BITSANDBYTES[name]
-        options = {"is_paged": True} if paged else {}  # not every class can be
+        options = {"is_paged": True} if paged else {}  # not every class accepts it
         return getattr(library("bitsandbytes.optim"), kind)(params, lr=_LR, optim_bits=bits, **options)
     if name == "adafactor":
         adafactor = library("transformers.optimization").Adafactor
@@ -40,13 +43,13 @@ def make_optimizer(wanted: Optimizer, parameters: Iterable[nn.Parameter]) -> Any
         case "rmsprop":
             return torch.optim.RMSprop(params, lr=_LR, momentum=momentum, foreach=foreach)
         case "adagrad":
-            return _on_the_device(torch.optim.Adagrad(params, lr=_LR, foreach=foreach))
+            return _with_states_on_device(torch.optim.Adagrad(params, lr=_LR, foreach=foreach))
         case other:
             raise AssertionError(other)
 
 
-class OnHost:
-    """An optimizer whose states and step are on the host, as torchao's CPUOffloadOptimizer has them."""
+class HostOptimizer:
+    """An optimizer with its states and step on the host, like torchao's CPUOffloadOptimizer."""
 
     def __init__(self, wanted: Optimizer, parameters: Iterable[nn.Parameter]) -> None:
         self.pairs = [(p, nn.Parameter(p.detach().to("cpu", copy=True))) for p in parameters]
@@ -62,8 +65,8 @@ class OnHost:
             parameter.copy_(host)
 
 
-def _on_the_device(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Move every state beside its parameter, as accelerate 1.15 does with what exists before the first step."""
+def _with_states_on_device(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Move the states to their parameters' devices, as accelerate 1.15 does before the first step."""
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             if isinstance(value, torch.Tensor):
@@ -71,8 +74,8 @@ def _on_the_device(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     return optimizer
 
 
-def spare_embeddings(model: nn.Module, wanted: Optimizer) -> None:
-    """What the Trainer tells bitsandbytes: embeddings keep their states in 32 bits."""
+def keep_embedding_states_in_32_bits(model: nn.Module, wanted: Optimizer) -> None:
+    """Have bitsandbytes keep the states of embeddings in 32 bits, as the Trainer does."""
     if wanted.name in BITSANDBYTES and BITSANDBYTES[wanted.name][1] == 8:
         manager = library("bitsandbytes.optim").GlobalOptimManager.get_instance()
         for module in model.modules():

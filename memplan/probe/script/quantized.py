@@ -1,6 +1,6 @@
-"""Quantised layers, as transformers puts bitsandbytes' in place of linear ones: real weights, and weights without data.
+"""Replace linear layers by bitsandbytes' quantised layers, as transformers does, with real or fake weights.
 
-bitsandbytes' own parameter classes cannot hold a fake tensor: a plain parameter with their attributes stands in.
+bitsandbytes' parameter classes cannot hold a fake tensor, so a plain parameter with the same attributes stands in.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from memplan.spec.formats import Quantization
 STORAGE = {"uint8": torch.uint8, "bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def is_quantisable(model: Any, quantization: Quantization, saved: tuple[str, ...] = ()) -> Iterator[str]:
-    """The names of the modules that are replaced: plain linear layers but the head, what `skip` names, and what is
-    `saved` as a copy that trains.
+def quantisable_names(model: Any, quantization: Quantization, saved: tuple[str, ...] = ()) -> Iterator[str]:
+    """Yield the names of the modules to quantise, and mark the model as quantised.
+
+    All plain linear layers except the head, those that `skip` names, and those in `saved` (trained as full copies).
 
     Source: transformers 5.24 integrations/bitsandbytes.py replace_with_bnb_linear.
     """
@@ -37,9 +38,9 @@ def is_quantisable(model: Any, quantization: Quantization, saved: tuple[str, ...
 
 
 def quantise(module: Any, quantization: Quantization, compute: torch.dtype, device: torch.device) -> Any:
-    """A quantised layer in place of `module`, whose weight is on the meta device.
+    """Return a quantised layer that replaces `module`, whose weight is on the meta device.
 
-    The weight is made on `device` in the dtype it has, quantised, and gone.
+    The weight is created on `device` in its own dtype, quantised and freed.
     """
     transposed = type(module) is not nn.Linear  # transformers' Conv1D keeps [in, out]
     shape = module.weight.shape[::-1] if transposed else module.weight.shape
@@ -63,7 +64,7 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization, compute: torch.
         "quant_type": quantization.format,
         "quant_storage": STORAGE[quantization.storage],
     }
-    layer = _unmade(bnb.nn.Linear4bit, weight)
+    layer = _bare_layer(bnb.nn.Linear4bit, weight)
     if not isinstance(weight, FakeTensor):
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, module=layer, **settings).to(weight.device)
         layer.quant_state = layer.weight.quant_state
@@ -79,9 +80,9 @@ def _four_bits(weight: torch.Tensor, quantization: Quantization, compute: torch.
 
 
 def _int8(weight: torch.Tensor, quantization: Quantization, compute: torch.dtype) -> Any:
-    """LLM.int8 with transformers' threshold for outliers, 6."""
+    """Return an LLM.int8 layer with transformers' outlier threshold, 6."""
     bnb = library("bitsandbytes")
-    layer = _unmade(bnb.nn.Linear8bitLt, weight)
+    layer = _bare_layer(bnb.nn.Linear8bitLt, weight)
     layer.state, layer.index = bnb.MatmulLtState(), None
     layer.state.threshold, layer.state.has_fp16_weights, layer.state.use_pool = 6.0, False, True
     if not isinstance(weight, FakeTensor):
@@ -94,8 +95,8 @@ def _int8(weight: torch.Tensor, quantization: Quantization, compute: torch.dtype
     return layer
 
 
-def _unmade(kind: Any, weight: torch.Tensor) -> Any:
-    """A layer of bitsandbytes' class without what its constructor allocates."""
+def _bare_layer(kind: Any, weight: torch.Tensor) -> Any:
+    """Return a layer of a bitsandbytes class without running its constructor, which allocates weights."""
     layer = kind.__new__(kind)
     nn.Module.__init__(layer)
     layer.out_features, layer.in_features = weight.shape

@@ -1,4 +1,4 @@
-"""What a training run does beside its steps, as transformers' Trainer and peft do it, with what the script has."""
+"""Evaluate, save and merge after the training steps, as transformers' Trainer and peft do."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from memplan.spec.training import Evaluation
 
 
 def run_all(script: Script) -> None:
-    """Evaluate, save and merge as the run asks for, once its steps are over, each in a phase of its own."""
+    """Evaluate, save and merge if the run asks for it, each in its own phase."""
     also = script.run.also
-    with script.attends():
+    with script.attention_backend():
         if also.evaluation is not None:
             evaluate(script, also.evaluation)
         if also.saving is not None:
@@ -28,10 +28,10 @@ def run_all(script: Script) -> None:
 
 
 def evaluate(script: Script, e: Evaluation) -> None:
-    """Batches one after the other, and what is kept of them; then a prompt's tokens, where some are generated.
+    """Evaluate batches in a loop that keeps their logits and labels, then generate if the run asks for it.
 
-    As transformers 5.24 trainer.py has it, evaluation_loop and prediction_step; its names are kept, for they decide
-    what stays until when.
+    Follows transformers 5.24 trainer.py evaluation_loop and prediction_step, with its local variables, because they
+    determine how long tensors live.
     """
     containers: Any = library("transformers.trainer_pt_utils").EvalLoopContainer
     trained, phase = script.run, script.phase
@@ -56,8 +56,8 @@ def evaluate(script: Script, e: Evaluation) -> None:
                 del losses, logits, labels
         all_preds.tensors = all_labels.tensors = None
     if e.new_tokens:
-        asked = script.run.model_copy(update={"task": "generate"})
-        script.run = changed(asked, "batch", new_tokens=e.new_tokens, target_sequence=None)
+        generation_run = script.run.model_copy(update={"task": "generate"})
+        script.run = changed(generation_run, "batch", new_tokens=e.new_tokens, target_sequence=None)
 
         def generate(name: str) -> AbstractContextManager[None]:
             return phase("generate")
@@ -69,7 +69,7 @@ def evaluate(script: Script, e: Evaluation) -> None:
 
 
 def _predict(script: Script, keeps: bool) -> tuple[Any, Any, Any]:
-    """Loss, logits and labels of a batch: the last two only where the loop `keeps` them."""
+    """Return loss, logits and labels of a batch; the last two are None unless the loop `keeps` them."""
     with torch.no_grad():
         loss, outputs, labels = script.predict()
         loss = loss.detach().mean()
@@ -80,7 +80,7 @@ def _predict(script: Script, keeps: bool) -> tuple[Any, Any, Any]:
 
 
 def save(script: Script) -> None:
-    """The state dict as save_pretrained turns it back into a checkpoint's, tensor by tensor on the host.
+    """Convert the state dict back into a checkpoint's format, as save_pretrained does.
 
     Source: transformers 5.24 modeling_utils.py save_pretrained.
     """
@@ -97,13 +97,13 @@ def save(script: Script) -> None:
 
 
 def merge(script: Script) -> None:
-    """`merge_and_unload`, with stand-ins for bitsandbytes' parameters, which hold no tensors without data."""
-    bnb, own = library("bitsandbytes"), library("peft.tuners.lora.bnb")
+    """Run `merge_and_unload`, with stand-ins for bitsandbytes' parameters, which cannot hold fake tensors."""
+    bnb, lora_bnb = library("bitsandbytes"), library("peft.tuners.lora.bnb")
     integrations: Any = library("peft.utils.integrations")
-    kept = (bnb.nn.Params4bit, bnb.nn.Int8Params)
+    original_classes = (bnb.nn.Params4bit, bnb.nn.Int8Params)
     bnb.nn.Params4bit, bnb.nn.Int8Params = _FourBits, _Int8
-    dequantise = own.dequantize_bnb_weight
-    own.dequantize_bnb_weight = integrations.dequantize_bnb_weight = _dequantised
+    dequantise = lora_bnb.dequantize_bnb_weight
+    lora_bnb.dequantize_bnb_weight = integrations.dequantize_bnb_weight = _dequantised
     for module in script.model.modules():
         if isinstance(module, bnb.nn.Linear4bit):
             module.weight.module = module  # as Params4bit has it
@@ -111,12 +111,15 @@ def merge(script: Script) -> None:
         with script.phase("merge"):
             script.model.merge_and_unload()
     finally:
-        bnb.nn.Params4bit, bnb.nn.Int8Params = kept
-        own.dequantize_bnb_weight = integrations.dequantize_bnb_weight = dequantise
+        bnb.nn.Params4bit, bnb.nn.Int8Params = original_classes
+        lora_bnb.dequantize_bnb_weight = integrations.dequantize_bnb_weight = dequantise
 
 
 def _dequantised(weight: Any, state: Any = None) -> Any:
-    """Source: peft 0.21 utils/integrations.py dequantize_bnb_weight, which goes by the name of the weight's class."""
+    """Dequantise without checking the weight's class.
+
+    Source: peft 0.21 utils/integrations.py dequantize_bnb_weight.
+    """
     functional: Any = library("bitsandbytes").functional
     if hasattr(weight, "quant_state"):
         return functional.dequantize_4bit(weight.data, weight.quant_state)
@@ -126,7 +129,7 @@ def _dequantised(weight: Any, state: Any = None) -> Any:
 
 
 class _FourBits:
-    """Params4bit: quantised where it is moved. Source: bitsandbytes 0.50 nn/modules.py Params4bit._quantize."""
+    """Stands in for Params4bit: quantised when moved. Source: bitsandbytes 0.50 nn/modules.py Params4bit._quantize."""
 
     def __init__(self, data: Any, **settings: Any) -> None:
         self._data, self._settings = data.detach(), settings
@@ -136,8 +139,8 @@ class _FourBits:
             self._data.contiguous().to(device),
             ("blocksize", "compress_statistics", "quant_type", "quant_storage"),
         )
-        made, state = library("bitsandbytes").functional.quantize_4bit(w, **{key: self._settings[key] for key in keys})
-        weight = nn.Parameter(made, requires_grad=False)
+        codes, state = library("bitsandbytes").functional.quantize_4bit(w, **{key: self._settings[key] for key in keys})
+        weight = nn.Parameter(codes, requires_grad=False)
         for key, value in {**self._settings, "quant_state": state, "bnb_quantized": True}.items():
             if key != "requires_grad":
                 setattr(weight, key, value)
@@ -146,7 +149,7 @@ class _FourBits:
 
 
 class _Int8:
-    """Int8Params: the same. Source: bitsandbytes 0.50 nn/modules.py Int8Params._quantize."""
+    """Stands in for Int8Params: quantised when moved. Source: bitsandbytes 0.50 nn/modules.py Int8Params._quantize."""
 
     def __init__(self, data: Any, requires_grad: bool, has_fp16_weights: bool) -> None:
         self._data, self._fp16 = data.detach(), has_fp16_weights

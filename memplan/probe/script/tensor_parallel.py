@@ -1,4 +1,4 @@
-"""A model divided among ranks as transformers divides it, on a process group that sends nothing: one rank's part."""
+"""Divide a model among ranks as transformers does, on a fake process group: this process is one rank."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from memplan.spec.run import RunSpec
 
 
 def mesh_of(degree: int, rank: int = 0) -> Any:
-    """A mesh of `degree` ranks of which this process is one, and the others are not there."""
+    """Return a mesh of `degree` ranks, of which only this process exists."""
     dist = library("torch.distributed")
     if dist.is_initialized():
         dist.destroy_process_group()
     store = library("torch.testing._internal.distributed.fake_pg").FakeStore()
     dist.init_process_group("fake", rank=rank, world_size=degree, store=store)
-    with library("torch.utils._python_dispatch")._disable_current_modes():  # it looks for its rank in real numbers
+    with library("torch.utils._python_dispatch")._disable_current_modes():  # it looks up its rank in a tensor with data
         return library("torch.distributed.device_mesh").init_device_mesh("cuda", (degree,))
 
 
 def divide(model: Any, run: RunSpec) -> None:
-    """Give a model without memory the rank's part of every weight, and the collectives, as its plans say.
+    """Replace the weights of a model on the meta device by the rank's shards and add collectives, by the model's plan.
 
     Source: transformers 5.24 distributed/mixin.py maybe_distribute_model.
     """
@@ -34,11 +34,11 @@ def divide(model: Any, run: RunSpec) -> None:
     if not model.tp_plan:
         raise ProbeError(f"parallelism.tp: transformers has no plan for {type(model).__name__}", "parallelism.tp")
     head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is table.weight:  # they are tied when both are divided
+    if head.weight is table.weight:  # they are tied again once both are divided
         head.weight = torch.nn.Parameter(torch.empty_like(head.weight), head.weight.requires_grad)
     model._device_mesh, model._tp_size = mesh_of(degree), degree
     config: Any = library("transformers.distributed").DistributedConfig(tp_size=degree, ep_size=ep)
-    model.config.distributed_config = config  # by which peft knows
+    model.config.distributed_config = config  # peft reads it
     plan, _, _ = model._resolve_parallel_plans(config)
     library("transformers.distributed.tensor_parallel").apply_tensor_parallelism(model, model._device_mesh, plan)
     if ep > 1:
@@ -46,25 +46,24 @@ def divide(model: Any, run: RunSpec) -> None:
 
 
 def is_part(tensor: Any) -> bool:
-    """Whether it is a rank's part of a tensor that is divided, or is replicated among ranks that divide others."""
+    """Return whether the tensor is a DTensor: a rank's shard, or replicated on a mesh."""
     return isinstance(tensor, library("torch.distributed.tensor").DTensor)
 
 
 def local_of(tensor: Any) -> Any:
-    """What this rank has of it; the tensor itself, where it is not divided."""
+    """Return this rank's shard of a DTensor; other tensors unchanged."""
     return tensor._local_tensor if is_part(tensor) else tensor
 
 
 def part_of(tensor: Any, local: torch.Tensor) -> Any:
-    """A part of the same tensor, in `local`."""
+    """Return a DTensor like `tensor` whose shard is `local`."""
     return library("torch.distributed.tensor").DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )
 
 
 def by_mesh(parameters: Iterable[Any]) -> list[list[Any]]:
-    """The parameters that are parts of divided ones, by their ranks, and those that are not: no call takes
-    both.
+    """Group the parameters by device mesh, with plain ones in a group of their own: no call takes both.
 
     Source: transformers 5.24 trainer.py create_optimizer, _mixed_mesh_grad_norm.
     """
@@ -75,13 +74,13 @@ def by_mesh(parameters: Iterable[Any]) -> list[list[Any]]:
 
 
 def group_by_mesh(optimizer: Any) -> None:
-    """A group of each kind of parameters."""
+    """Split the optimizer's parameter group by device mesh."""
     (group,) = optimizer.param_groups
     optimizer.param_groups = [{**group, "params": params} for params in by_mesh(group["params"])]
 
 
 def clip(parameters: Iterable[Any], norm: float) -> None:
-    """Clip gradients, the norm of each kind of parameters by itself."""
+    """Clip gradients, with a separate norm for each device mesh."""
     groups = by_mesh(p for p in parameters if p.grad is not None)
     clipping: Any = library("torch.nn.utils")
     linalg: Any = library("torch.linalg")
@@ -92,10 +91,10 @@ def clip(parameters: Iterable[Any], norm: float) -> None:
 
 
 @contextmanager
-def attends_around(degree: int) -> Generator[None]:
-    """While inside, each rank has a part of the tokens, and torch's attention passes keys and values around.
+def ring_attention_backend(degree: int) -> Generator[None]:
+    """Run torch's ring attention inside the context: each rank has a part of the tokens and passes on keys and values.
 
-    Of more than two ranks one in the middle has most: see `memplan.catalogue.parallelism.context_parallel`.
+    Among more than two ranks the middle one needs most: see `memplan.catalogue.parallelism.context_parallel`.
     Source: torch 2.13 distributed/tensor/experimental/_context_parallel/_attention.py context_parallel.
     """
     cp: Any = library("torch.distributed.tensor.experimental._context_parallel._attention")
@@ -108,63 +107,63 @@ def attends_around(degree: int) -> Generator[None]:
 
 
 def part_of_tokens(run: RunSpec) -> RunSpec:
-    """The run of sequences as long as one rank's part of them."""
+    """Return the run with sequences as long as one context-parallel rank's part."""
     batch = run.batch.model_copy(update={"sequence": run.batch.sequence // run.parallelism.cp})
     return run.model_copy(update={"batch": batch})
 
 
 @contextmanager
-def exchanges_heads(degree: int) -> Generator[None]:
-    """While inside, each rank has a part of the tokens, and attention has some heads of all, as DeepSpeed has it.
+def ulysses_attention(degree: int) -> Generator[None]:
+    """Run DeepSpeed's Ulysses attention inside the context: ranks divide tokens, but heads within attention.
 
     Source: DeepSpeed 0.19.8 runtime/sequence_parallel/ulysses_sp.py UlyssesSPAttentionHF.
     """
     attention: Any = library("transformers.modeling_utils").ALL_ATTENTION_FUNCTIONS
-    plain = attention["sdpa"]
+    sdpa = attention["sdpa"]
 
     def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, *args: Any, **kwargs: Any) -> Any:
         parts: list[Any] = [t.permute(2, 0, 1, 3) for t in (query, key, value)]
-        received = [_combined(t, degree) for t in parts]
+        received = [_gather_tokens(t, degree) for t in parts]
         for i in range(len(received)):
             received[i] = received[i].permute(1, 2, 0, 3).contiguous()
-        context, _ = plain(module, *received, mask, *args, **kwargs)
+        context, _ = sdpa(module, *received, mask, *args, **kwargs)
         context = context.transpose(0, 1)
         context = context.reshape(*context.shape[:2], -1)
-        out = _parted(context, degree).transpose(0, 1)
+        out = _scatter_tokens(context, degree).transpose(0, 1)
         return out.reshape(*out.shape[:2], -1), None
 
     attention["sdpa"] = forward
     try:
         yield
     finally:
-        attention["sdpa"] = plain
+        attention["sdpa"] = sdpa
 
 
-def _combined(t: Any, n: int) -> Any:
-    """Tokens of this rank with all heads, for all tokens with some: [s, b, a, d] to [s n, b, a / n, d]."""
+def _gather_tokens(t: Any, n: int) -> Any:
+    """Exchange this rank's tokens with all heads for all tokens with some: [s, b, a, d] to [s n, b, a / n, d]."""
     s, b, heads, d = t.shape
     if heads < n:
         t = t.repeat_interleave(n // heads, dim=2)
     t = t.reshape(s, b, n, -1, d)
-    out: Any = _exchanged(t.permute(2, 0, 1, 3, 4).contiguous())
+    out: Any = _all_to_all(t.permute(2, 0, 1, 3, 4).contiguous())
     return out.reshape(n * s, *out.shape[2:]).contiguous()
 
 
-def _parted(t: Any, n: int) -> Any:
-    """And back: [s n, b, h / n] to [s, b, h]."""
+def _scatter_tokens(t: Any, n: int) -> Any:
+    """Exchange all tokens with some heads for this rank's with all: [s n, b, h / n] to [s, b, h]."""
     t = t.reshape(n, t.shape[0] // n, *t.shape[1:]).contiguous()
-    out: Any = _exchanged(t)
+    out: Any = _all_to_all(t)
     out = out.permute(1, 2, 0, 3)
     return out.reshape(*out.shape[:2], -1).contiguous()
 
 
-def _exchanged(t: Any) -> Any:
+def _all_to_all(t: Any) -> Any:
     function: Any = _AllToAll
     return function.apply(t)
 
 
 class _AllToAll(torch.autograd.Function):
-    """Another tensor of the same size, there and back."""
+    """An all-to-all exchange: a new tensor of the same size, in forward and in backward."""
 
     @staticmethod
     def forward(ctx: Any, t: Any) -> Any:

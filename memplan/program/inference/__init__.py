@@ -1,1 +1,1 @@
-"""Inference: its passes, rounds of assisted generation, and the allocator's replay."""
+"""Inference: passes, rounds of assisted generation, and the allocator's replay."""

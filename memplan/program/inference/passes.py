@@ -1,9 +1,10 @@
-"""The passes of a run in which nothing trains: what each is given, and how much of it is alive at most.
+"""The passes of an inference run, and the peak bytes of each.
 
-Of the passes that decode tokens the first and the last are walked: caches grow from one to the other, but those of a
-layer that keeps a window only, which are as long as the prompt until the first of them is over. A model's numbers are
-put in once; batch, prompt and tokens then take microseconds. A moment that another of its pass never falls below is
-left out (`memplan.engine.walk.prune`)."""
+Only the first and the last decoding pass are computed, as caches grow from one to the other. (A layer with a sliding
+window is the exception: its cache is as long as the prompt until the first decoding pass is over.) A model's numbers
+are filled in once; after that another batch, prompt or number of tokens takes microseconds. Moments that can never be
+the peak are left out (`memplan.engine.walk.prune`).
+"""
 
 from __future__ import annotations
 
@@ -13,8 +14,8 @@ from typing import NamedTuple
 
 from memplan.catalogue.attention import compressed_tokens
 from memplan.catalogue.inference import offloaded_caches, quantized_caches
-from memplan.catalogue.inference.one_pass import Part
-from memplan.catalogue.inference.quantized_caches import Stored
+from memplan.catalogue.inference.one_pass import PromptPart
+from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.quantization.packed_kernels import MANY_ROWS
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.ir import Division
@@ -22,20 +23,37 @@ from memplan.engine.lower import Moment
 from memplan.engine.step import Lowered
 from memplan.engine.walk import ONE, Term, Variable, alive, chain, largest, prune, rows, size, values
 from memplan.program.axes import axes_of, blocks_of_keys
-from memplan.program.graph import Graph, Held, built, inferred
-from memplan.program.run import Decided
+from memplan.program.graph import Graph, TensorGroup, lower_inference, operations_of
+from memplan.program.run import ResolvedRun
 
 
-class Step(NamedTuple):
-    """One pass of a run: its graph, and how long its sequences are: `fed` tokens, `before` them `past` ones, of which a
-    layer with a window has `past_window`. A static cache has `room` for so many. Of a quantised one `quantized` are so
-    before the pass, and the rest of its `past` waits. `source` tokens were read by an encoder, of so many `prompts`.
-    `division`: its weights are divided among ranks.
+class InferenceStep(NamedTuple):
+    """One pass of an inference run, with the lengths of its sequences in tokens.
 
-    In assisted generation the last `cropped` of the past tokens are in the cache's tensors, but were cut off. The cache
-    of a layer with a window has `grown` tokens after the pass, of which attention sees `window`. `rows` logits are
-    returned, `before` were so in the round before, of `outputs` rows; `proposed` tokens there are. `assists`: the pass
-    is the assistant's. `beside`: what is there throughout it, with the cache that the `other` model's pass left."""
+    graph        its operations
+    batch        sequences
+    fed          tokens that the pass reads
+    past         tokens already in the cache
+    past_window  tokens in the cache of a layer with a sliding window
+    window       tokens that attention sees in a layer with a sliding window
+    room         tokens that a static cache has room for
+    source       tokens that an encoder has read
+    prompts      prompts that an encoder has read
+    division     how weights are divided among ranks
+    quantized    tokens of `past` that a quantised cache has quantised before the pass
+
+    For assisted generation:
+
+    cropped       last tokens of `past` that were rejected but are still in the cache's tensors
+    grown         tokens in the cache of a layer with a sliding window after the pass
+    rows          rows of logits that the pass returns
+    before        rows of logits that the previous round used
+    outputs       rows of logits that the previous round returned
+    proposed      tokens proposed in the round
+    assists       the pass is the assistant's
+    loop_tensors  tensors that the generation loop holds throughout the pass
+    other         latest pass of the other model, whose cache stays allocated
+    """
 
     graph: Graph
     batch: int
@@ -54,227 +72,237 @@ class Step(NamedTuple):
     outputs: int = 1
     proposed: int = 0
     assists: bool = False
-    beside: tuple[Held, ...] = ()
-    other: Step | None = None
+    loop_tensors: tuple[TensorGroup, ...] = ()
+    other: InferenceStep | None = None
     quantized: int = 0
 
     @property
     def residual(self) -> int:
-        """Tokens of a quantised cache that were not quantised when the pass began."""
+        """Tokens of a quantised cache that are not quantised before the pass."""
         return self.past - self.quantized
 
     @property
     def residual_after(self) -> int:
-        """Those when it is over."""
-        now = self.graph.inference
-        if now is None or now.stored is None:
+        """Tokens of a quantised cache that are not quantised after the pass."""
+        pass_ = self.graph.inference
+        if pass_ is None or pass_.stored is None:
             return 0
-        return now.stored.after(self.quantized, self.residual, self.fed)[1]
+        return pass_.stored.after(self.quantized, self.residual, self.fed)[1]
 
     @property
     def phase(self) -> str:
         return self.graph.inference.phase if self.graph.inference else ""
 
 
-class Most(NamedTuple):
-    """The most bytes of a pass beside the weights, and the moment they are there at."""
+class PassPeak(NamedTuple):
+    """The peak bytes of a pass without the weights, and the index of the peak's moment."""
 
     bytes: int
     moment: int
 
 
-def encoder_step(decided: Decided) -> Step:
-    """The pass of an encoder, whose decoder generates after it: of every prompt once, however many beams there are."""
+def encoder_step(decided: ResolvedRun) -> InferenceStep:
+    """Return the encoder's pass before its decoder generates. It reads each prompt once, for all beams together."""
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
-    wiring = graph.wiring._replace(part="encoder", caching=False, beams=decided.beams > 1)
-    one = graph._replace(wiring=wiring, inference=graph.inference._replace(phase="encode", cache=""))
-    return Step(one, batch.micro, batch.sequence, source=batch.sequence, prompts=batch.micro)
+    wiring = graph.wiring._replace(encoder_decoder_half="encoder", caching=False, beams=decided.beams > 1)
+    encoder = graph._replace(wiring=wiring, inference=graph.inference._replace(phase="encode", cache=""))
+    return InferenceStep(encoder, batch.micro, batch.sequence, source=batch.sequence, prompts=batch.micro)
 
 
-def looks_across(graph: Graph) -> bool:
-    """Whether layers attend to images beside the tokens, and cache keys and values of them."""
+def cross_attends_to_images(graph: Graph) -> bool:
+    """Whether some layers cross-attend to images, and cache their keys and values."""
     return graph.wiring.images and any(layer.mixer == "cross_attention" for layer in graph.model.layers)
 
 
 def compresses(graph: Graph) -> bool:
-    """Whether layers keep keys that stand for windows of tokens."""
+    """Whether some layers keep compressed keys, one for each window of tokens."""
     return any(layer.mixer in ("sparse", "heavy") for layer in graph.model.layers)
 
 
-def over_source(graph: Graph) -> Graph:
-    """An encoder-decoder's decoder alone, over what the encoder has left."""
-    return graph._replace(wiring=graph.wiring._replace(part="decoder"))
+def decoder_graph(graph: Graph) -> Graph:
+    """Return the graph of an encoder-decoder's decoder alone, which reads the encoder's output."""
+    return graph._replace(wiring=graph.wiring._replace(encoder_decoder_half="decoder"))
 
 
-def decoder_steps(graph: Graph, decided: Decided) -> tuple[Step, ...]:
-    """The passes of a decoder: those over its prompt, and those of a token that are walked."""
+def decoder_steps(graph: Graph, decided: ResolvedRun) -> tuple[InferenceStep, ...]:
+    """Return the passes of a decoder: those over its prompt, and the decoding passes that can be the largest."""
     decoding = (_token(graph, past, decided) for past in _decoding(decided))
     return (*_prompt(graph, decided), *decoding)
 
 
-def token_after(past: int, decided: Decided) -> Step:
-    """The pass that decodes the token after so many."""
+def token_after(past: int, decided: ResolvedRun) -> InferenceStep:
+    """Return the pass that decodes the token after `past` tokens."""
     graph = decided.structure.graph
-    return _token(over_source(graph) if graph.model.is_encoder_decoder else graph, past, decided)
+    return _token(decoder_graph(graph) if graph.model.is_encoder_decoder else graph, past, decided)
 
 
-def _length(decided: Decided) -> int:
-    """The tokens of the decoder's prompt."""
+def _length(decided: ResolvedRun) -> int:
+    """Return the tokens of the decoder's prompt."""
     batch = decided.batch
     return (batch.target_sequence or 1) if decided.structure.graph.model.is_encoder_decoder else batch.sequence
 
 
-def _room(decided: Decided) -> int:
-    """The tokens that a cache of fixed size has room for: the last one is never fed to the model."""
+def _room(decided: ResolvedRun) -> int:
+    """Return the tokens that a static cache has room for. The last token is never fed to the model."""
     return _length(decided) + decided.batch.new_tokens - 1
 
 
-def _source(graph: Graph, decided: Decided) -> tuple[int, int]:
-    """The tokens that an encoder has read, and of how many prompts."""
-    return (decided.batch.sequence if graph.wiring.part else 0, decided.batch.micro)
+def _source(graph: Graph, decided: ResolvedRun) -> tuple[int, int]:
+    """Return the tokens and the number of prompts that an encoder has read."""
+    return (decided.batch.sequence if graph.wiring.encoder_decoder_half else 0, decided.batch.micro)
 
 
-def _prompt(graph: Graph, decided: Decided) -> Iterator[Step]:
-    """The passes that read the prompt: one, or of one that is read in parts the first two and those that are the last
-    of a whole part and of all. What waits in a quantised cache grows from part to part, so that there it is all since
-    tokens were last quantised."""
-    now, prompt, window = graph.inference, _length(decided), graph.model.sliding_window or 0
-    assert now is not None
+def _prompt(graph: Graph, decided: ResolvedRun) -> Iterator[InferenceStep]:
+    """Yield the passes that read the prompt: one, or for a prompt read in parts the first two and the last two.
+
+    The unquantised tokens of a quantised cache grow from part to part, so with such a cache all parts since tokens
+    were last quantised are included.
+    """
+    pass_, prompt, window = graph.inference, _length(decided), graph.model.sliding_window or 0
+    assert pass_ is not None
     rows, part = decided.batch.micro * decided.beams, min(decided.part or prompt, prompt)
     if part == prompt:
-        if graph.wiring.part:  # one token sees all there are
-            alone = now.static and prompt == 1
-            graph = graph._replace(wiring=graph.wiring._replace(decodes=prompt == 1, static=now.static))
-            graph = graph._replace(inference=now._replace(room=now.room or alone))
+        if graph.wiring.encoder_decoder_half:  # a prompt of one token sees the entire static cache
+            is_single = pass_.static and prompt == 1
+            graph = graph._replace(wiring=graph.wiring._replace(decodes=prompt == 1, static=pass_.static))
+            graph = graph._replace(inference=pass_._replace(reads_capacity=pass_.reads_capacity or is_single))
         seen = min(prompt, window or prompt)
-        yield Step(graph, rows, prompt, 0, 0, seen, _room(decided), *_source(graph, decided))
+        yield InferenceStep(graph, rows, prompt, 0, 0, seen, _room(decided), *_source(graph, decided))
         return
     starts = range(0, prompt, part)
-    walked = {*starts[:2], *starts[-2:]}
-    if now.stored is not None and now.stored.grouped:
-        walked.update(starts[-1 - -(-now.stored.residual // part) :])
-    for past in sorted(walked):
+    candidates = {*starts[:2], *starts[-2:]}
+    if pass_.stored is not None and pass_.stored.grouped:
+        candidates.update(starts[-1 - -(-pass_.stored.residual // part) :])
+    for past in sorted(candidates):
         fed = min(part, prompt - past)
-        quantized = now.stored.quantized_of(past // part, part) if now.stored is not None else 0
-        after = now.stored.after(quantized, past - quantized, fed)[0] if now.stored is not None else 0
-        anew = now.stored is not None and now.stored.grouped and after != quantized
-        which: Part = "first" if not past else "last" if past + fed == prompt else "middle"
-        own = graph._replace(inference=now._replace(part=which, anew=anew and bool(past)))
+        quantized = pass_.stored.quantized_of(past // part, part) if pass_.stored is not None else 0
+        after = pass_.stored.after(quantized, past - quantized, fed)[0] if pass_.stored is not None else 0
+        requantises = pass_.stored is not None and pass_.stored.grouped and after != quantized
+        which: PromptPart = "first" if not past else "last" if past + fed == prompt else "middle"
+        part_graph = graph._replace(inference=pass_._replace(part=which, requantises_cache=requantises and bool(past)))
         if past:
-            masked = own.wiring.padded or own.wiring.backend != "flash_2"
+            masked = part_graph.wiring.padded or part_graph.wiring.backend != "flash_2"
             longer = bool(window) and past + fed > window
-            wiring = own.wiring._replace(padded=masked, windowed=bool(window), handed_back=False, images=False)
-            inference = own.inference._replace(longer=longer) if own.inference else None
-            own = own._replace(wiring=wiring, inference=inference)
+            wiring = part_graph.wiring._replace(
+                padded=masked, windowed=bool(window), keeps_cache_layout=False, images=False
+            )
+            inference = part_graph.inference._replace(longer=longer) if part_graph.inference else None
+            part_graph = part_graph._replace(wiring=wiring, inference=inference)
         kept = min(past, window - 1) if window else past
-        if past and window and now.cache == "dynamic":  # the pass before left a view of all that it had
+        if past and window and pass_.cache == "dynamic":  # the previous pass left a view of all its tokens
             kept = min(past - part, window - 1) + part
         seen = (min(past, window - 1) if window else past) + fed
-        yield Step(own, rows, fed, past, kept, seen, _room(decided), quantized=quantized)
+        yield InferenceStep(part_graph, rows, fed, past, kept, seen, _room(decided), quantized=quantized)
 
 
-def _token(graph: Graph, past: int, decided: Decided) -> Step:
-    """The pass of the graph that decodes the token after so many."""
-    prompt, rows, now = _length(decided), decided.batch.micro * decided.beams, graph.inference
-    assert now is not None
-    window, many = graph.model.sliding_window or 0, MANY_ROWS.get(now.loaded.backend, 0)
+def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
+    """Return the graph's pass that decodes the token after `past` tokens."""
+    prompt, rows, pass_ = _length(decided), decided.batch.micro * decided.beams, graph.inference
+    assert pass_ is not None
+    window, min_rows = graph.model.sliding_window or 0, MANY_ROWS.get(pass_.loaded.backend, 0)
 
     def windowed(tokens: int) -> int:
         return min(tokens, window) if window else tokens
 
-    crosses = bool(graph.wiring.part)
+    crosses = bool(graph.wiring.encoder_decoder_half)
     longer = bool(window) and past + 1 > window
-    static = now.static
+    static = pass_.static
     wiring = graph.wiring._replace(
         decodes=True,
         images=False,
         tower="",
         windowed=bool(window) and past + 1 >= window,
-        crossed=crosses or looks_across(graph),
-        handed_back=False,
+        has_cross_cache=crosses or cross_attends_to_images(graph),
+        keeps_cache_layout=False,
         static=static,
     )
-    if static and not crosses and wiring.backend == "flash_2":  # a mask says which keys are there: they are gathered
+    if static and not crosses and wiring.backend == "flash_2":  # a mask selects the filled keys, which are gathered
         wiring = wiring._replace(padded=True)
     if compresses(graph):
         begins, fills = compressed_tokens.first_and_last(graph.model.axes(), past)
-        wiring = wiring._replace(begins=begins, fills=fills)
+        wiring = wiring._replace(opened_windows=begins, filled_windows=fills)
     recipe = graph.recipe
-    if rows <= now.few_rows:
+    if rows <= pass_.few_rows:
         recipe = recipe._replace(copies=False)
-    lingers = past == prompt and not (now.last_only or crosses)
-    unpacks = bool(many) and rows >= many
-    token = now._replace(phase="decode", longer=longer, lingers=lingers, first=past == prompt, unpacks=unpacks)
-    token = token._replace(batches=now.switches)
+    lingers = past == prompt and not (pass_.last_only or crosses)
+    unpacks = bool(min_rows) and rows >= min_rows
+    token = pass_._replace(
+        phase="decode", longer=longer, holds_prompt_logits=lingers, first=past == prompt, unpacks=unpacks
+    )
+    token = token._replace(batches=pass_.batches_later_passes)
     if crosses:
-        token = token._replace(room=now.room or (static and prompt == 1))
+        token = token._replace(reads_capacity=pass_.reads_capacity or (static and prompt == 1))
     quantized = 0
-    if now.stored is not None:
-        before, waiting = _of_prompt(decided, now.stored)
-        quantized = _quantized(before, waiting, past - prompt, now.stored)
-        anew = now.stored.after(quantized, past - quantized, 1)[0] != quantized
-        token = token._replace(anew=anew and now.stored.grouped)
-    one = graph._replace(wiring=wiring, recipe=recipe, inference=token)
-    # what the prompt's pass left of a window is a view of all that it had
-    kept = _left_of_prompt(decided, window) if past == prompt else windowed(past)
-    if (decided.beams > 1 or now.cache == "offloaded") and window:  # but a copy of it is of the window alone
+    if pass_.stored is not None:
+        before, waiting = _quantised_prompt(decided, pass_.stored)
+        quantized = _quantised_after(before, waiting, past - prompt, pass_.stored)
+        requantises = pass_.stored.after(quantized, past - quantized, 1)[0] != quantized
+        token = token._replace(requantises_cache=requantises and pass_.stored.grouped)
+    decoding = graph._replace(wiring=wiring, recipe=recipe, inference=token)
+    # the prompt's pass leaves the window as a view of all its tokens
+    kept = _tokens_behind_view(decided, window) if past == prompt else windowed(past)
+    if (decided.beams > 1 or pass_.cache == "offloaded") and window:  # here it was copied, and has the window only
         kept = min(past, window - 1)
-    return Step(
-        one, rows, 1, past, kept, windowed(past + 1), _room(decided), *_source(graph, decided), quantized=quantized
+    seen = windowed(past + 1)
+    return InferenceStep(
+        decoding, rows, 1, past, kept, seen, _room(decided), *_source(graph, decided), quantized=quantized
     )
 
 
-def _left_of_prompt(decided: Decided, window: int) -> int:
-    """The tokens of what the last pass over the prompt had of a layer with a window."""
+def _tokens_behind_view(decided: ResolvedRun, window: int) -> int:
+    """Return the tokens that the prompt's last pass had in a layer with a window, of which it leaves a view."""
     prompt = _length(decided)
     before = (prompt - 1) // decided.part * decided.part if decided.part else 0
     return (min(before, window - 1) if window else before) + prompt - before
 
 
-def _of_prompt(decided: Decided, stored: Stored | None) -> tuple[int, int]:
-    """How many tokens of the prompt a quantised cache has quantised when all are read, and how many wait."""
+def _quantised_prompt(decided: ResolvedRun, stored: CacheQuantization | None) -> tuple[int, int]:
+    """Return how many tokens of the prompt are quantised and how many are not, once a quantised cache has them all."""
     prompt = _length(decided)
     part = min(decided.part or prompt, prompt)
     if stored is None:
         return 0, 0
-    last = (prompt - 1) // part * part
-    quantized = stored.quantized_of(last // part, part)
-    return stored.after(quantized, last - quantized, prompt - last)
+    last_part = (prompt - 1) // part * part
+    quantized = stored.quantized_of(last_part // part, part)
+    return stored.after(quantized, last_part - quantized, prompt - last_part)
 
 
-def _decoding(decided: Decided) -> Iterable[int]:
-    """The tokens before each of the passes that decode and are walked: the first and the last. Of a quantised cache
-    also the last that quantises all anew, with the one before it, when most tokens wait; where keys stand for windows
-    of tokens, also those that fill some."""
-    now, prompt, new = decided.structure.graph.inference, _length(decided), decided.batch.new_tokens - 1
+def _decoding(decided: ResolvedRun) -> Iterable[int]:
+    """Return the number of past tokens of each decoding pass that can be the largest.
+
+    These are the first and the last pass. With a quantised cache, also the last pass that quantises all tokens again,
+    and the one before it, when most tokens are unquantised. With compressed keys, also passes that complete a window.
+    """
+    pass_, prompt, new = decided.structure.graph.inference, _length(decided), decided.batch.new_tokens - 1
     if not new:
         return ()
-    found = {prompt, prompt + new - 1}
-    if now is not None and now.stored is not None and now.stored.grouped:
-        _, waiting = _of_prompt(decided, now.stored)
-        anew = prompt - waiting + (waiting + new) // now.stored.residual * now.stored.residual - 1
-        found |= {past for past in (anew - 1, anew) if past >= prompt}
+    candidates = {prompt, prompt + new - 1}
+    if pass_ is not None and pass_.stored is not None and pass_.stored.grouped:
+        _, waiting = _quantised_prompt(decided, pass_.stored)
+        requantising = prompt - waiting + (waiting + new) // pass_.stored.residual * pass_.stored.residual - 1
+        candidates |= {past for past in (requantising - 1, requantising) if past >= prompt}
     if compresses(decided.structure.graph):
-        found |= compressed_tokens.turning_points(decided.structure.graph.model.axes(), prompt, prompt + new - 1)
-    return sorted(found)
+        candidates |= compressed_tokens.turning_points(decided.structure.graph.model.axes(), prompt, prompt + new - 1)
+    return sorted(candidates)
 
 
-def _quantized(quantized: int, waiting: int, tokens: int, stored: Stored) -> int:
-    """How many are quantised once so many `tokens` were added to the prompt, one after the other."""
-    more = waiting + tokens
-    return quantized + (more // stored.residual * stored.residual if stored.grouped else more)
+def _quantised_after(quantized: int, waiting: int, tokens: int, stored: CacheQuantization) -> int:
+    """Return how many tokens are quantised after `tokens` were decoded one by one. `quantized` and `waiting` count the
+    prompt's tokens."""
+    unquantised = waiting + tokens
+    return quantized + (unquantised // stored.residual * stored.residual if stored.grouped else unquantised)
 
 
-def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
-    """Every axis of a pass with its number."""
+def numbers_of(step: InferenceStep, decided: ResolvedRun) -> dict[str, int]:
+    """Return the sizes of every axis of a pass."""
     if step.assists:
         assert decided.assistant is not None
         assert decided.assistant.drafts is not None
         decided = decided.assistant.drafts
-    fixed = built(step.graph)[1]
+    fixed = operations_of(step.graph)[1]
     window = step.graph.model.sliding_window
-    more = {
+    sizes = {
         "kv": step.past - step.cropped + step.fed,
         "past": step.past,
         "kv_window": step.window,
@@ -298,22 +326,22 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         "rows": step.prompts * decided.beams,
     }
     if step.graph.model.config.get("index_topk"):
-        more["chosen_keys"] = min(more["kv"], step.graph.model.whole("index_topk"))
+        sizes["chosen_keys"] = min(sizes["kv"], step.graph.model.config_int("index_topk"))
     if step.phase == "decode" and compresses(step.graph):
-        top = step.graph.model.whole("index_topk")
-        more |= compressed_tokens.axes_of_token(fixed, step.past, _length(decided), step.window, top)
+        top = step.graph.model.config_int("index_topk")
+        sizes |= compressed_tokens.axes_of_token(fixed, step.past, _length(decided), step.window, top)
     if "key_block" in fixed:
         static = step.graph.inference is not None and step.graph.inference.keys("kv") == "kv_static"
-        more |= blocks_of_keys(fixed, step.room if static else more["kv"], ONE_RUN)
+        sizes |= blocks_of_keys(fixed, step.room if static else sizes["kv"], ONE_RUN)
     for name in ("kv", "kv_window", "kv_static", "kv_window_static", "source"):
-        more |= {f"{name}{to}": -(-more[name] // to) * to for to in (8, 32, 128)}
-        more[f"{name}1"] = more[name] + 1
-        more[f"{name}_even"] = 0 if more[name] % 8 else more[name]
-        more[f"{name}_uneven"] = more[name] if more[name] % 8 else 0
-        more[f"{name}_uneven8"] = more[f"{name}8"] if more[name] % 8 else 0
+        sizes |= {f"{name}{to}": -(-sizes[name] // to) * to for to in (8, 32, 128)}
+        sizes[f"{name}1"] = sizes[name] + 1
+        sizes[f"{name}_even"] = 0 if sizes[name] % 8 else sizes[name]
+        sizes[f"{name}_uneven"] = sizes[name] if sizes[name] % 8 else 0
+        sizes[f"{name}_uneven8"] = sizes[f"{name}8"] if sizes[name] % 8 else 0
     axes = axes_of(
         step.graph,
-        contenders(step.graph, step.division).needs.difference(more),
+        contenders(step.graph, step.division).needs.difference(sizes),
         step.batch,
         step.fed,
         decided.half,
@@ -322,22 +350,27 @@ def numbers_of(step: Step, decided: Decided) -> dict[str, int]:
         decided.pictures,
         decided.batch.target_sequence,
     )
-    return {**fixed, **axes, **more}
+    return {**fixed, **axes, **sizes}
 
 
 def bytes_of(low: Lowered, axes: Mapping[str, int]) -> list[int]:
-    """The bytes of a storage of each of a pass's sizes."""
+    """Return the bytes of one storage of each size of the pass."""
     return [size(key[0], key[1], axes)[1] for key in low.sizes]
 
 
 def live(low: Lowered, moment: Moment, axes: Mapping[str, int], sizes: list[int]) -> int:
-    """Bytes alive at a moment of a pass."""
+    """Return the bytes alive at a moment of a pass."""
     return sum(sizes[key] * count for key, count in alive(moment, low.runs, axes).items())
 
 
 class Contenders(NamedTuple):
-    """The moments of a pass that can be its peak, over the sizes that the run decides; `products` bound them. `needs`
-    are the axes of its sizes that are not the model's."""
+    """The moments of a pass that can be its peak.
+
+    variables  sizes that the run decides
+    products   products that bound the moments
+    terms      the moments, linear in `variables`
+    needs      axes of `variables` that are not the model's
+    """
 
     variables: tuple[Variable, ...]
     products: tuple[Variable, ...]
@@ -350,20 +383,20 @@ _AT_LEAST_ONE = frozenset(("b", "s", "s1", "s8", "s32", "s128", "kv", "kv1", "kv
 
 @lru_cache(maxsize=512)
 def contenders(graph: Graph, division: Division | None = None) -> Contenders:
-    """The moments of a pass that can be its peak: milliseconds, and then kept."""
-    low, own = inferred(graph, division=division), built(graph)[1]
-    fixed = {axis: n for axis, n in own.items() if axis not in _AT_LEAST_ONE}  # Whisper's `s` is its encoder's
-    fixed["kernel1"] = own.get("kernel", 0) + 1
+    """Return the moments of a pass that can be its peak. Takes milliseconds, then is cached."""
+    low, axes = lower_inference(graph, division=division), operations_of(graph)[1]
+    fixed = {axis: n for axis, n in axes.items() if axis not in _AT_LEAST_ONE}  # Whisper's `s` is its encoder's
+    fixed["kernel1"] = axes.get("kernel", 0) + 1
     sizes = [size(key[0], key[1], fixed) for key in low.sizes]
     variables = tuple(sorted({variable for variable, _ in sizes}))
-    along = chain([v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)] or [ONE])  # others may be of no tokens
-    every = rows(low.moments, low.runs, fixed, sizes, variables)
-    terms = prune(((row, i) for i, row in enumerate(every)), variables, along)
+    along = chain([v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)] or [ONE])  # other axes may be 0
+    coefficients = rows(low.moments, low.runs, fixed, sizes, variables)
+    terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
     return Contenders(variables, tuple(map(Variable, along)), terms, needs.difference(fixed))
 
 
-def most_of(graph: Graph, axes: Mapping[str, int], division: Division | None = None) -> Most:
-    """The most bytes alive at a moment of a pass."""
-    found = contenders(graph, division)
-    return Most(*largest(found.terms, values(found.variables, axes), values(found.products, axes)))
+def pass_peak(graph: Graph, axes: Mapping[str, int], division: Division | None = None) -> PassPeak:
+    """Return the peak bytes of a pass, and its moment."""
+    moments = contenders(graph, division)
+    return PassPeak(*largest(moments.terms, values(moments.variables, axes), values(moments.products, axes)))

@@ -1,4 +1,4 @@
-"""Passes of inference replayed through a model of torch's allocator: what it holds beside what is allocated."""
+"""Inference passes replayed through a model of torch's allocator, to estimate what it reserves."""
 
 from __future__ import annotations
 
@@ -9,22 +9,28 @@ from typing import NamedTuple
 
 from memplan.catalogue.attention import compressed_tokens
 from memplan.catalogue.inference import quantized_caches
-from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
+from memplan.engine.allocator import Allocator, AllocatorBlock, OutOfMemoryError
 from memplan.engine.lower import COMPUTING
-from memplan.engine.record import FREED, Recorded, unrolled
+from memplan.engine.record import FREED, AllocationTrace, unrolled
 from memplan.engine.walk import size
-from memplan.program.graph import Graph, Held, parameters_of, recorded_inference
-from memplan.program.inference.passes import Step
+from memplan.program.graph import Graph, TensorGroup, parameters_of, recorded_inference
+from memplan.program.inference.passes import InferenceStep
 from memplan.program.loading import loading
 from memplan.program.training.replay import replay_loading, replay_stretches
 
 
-class Replay(NamedTuple):
-    """What decides the allocations of a run: its models, its passes, their axes, cuBLAS's workspace, how the allocator
-    works."""
+class InferenceReplay(NamedTuple):
+    """Everything that decides the allocations of an inference run.
+
+    models      graphs of the models, in the order they are loaded
+    steps       passes to replay
+    axes        sizes of the axes of each pass
+    workspace   bytes of cuBLAS's workspace
+    expandable  expandable segments are on
+    """
 
     models: tuple[Graph, ...]
-    steps: tuple[Step, ...]
+    steps: tuple[InferenceStep, ...]
     axes: tuple[tuple[tuple[str, int], ...], ...]
     workspace: int
     expandable: bool
@@ -34,29 +40,29 @@ class Replay(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _reserved(replay: Replay, capacity: int | None) -> int | None:
-    """The peak of what torch reserves, on a card with `capacity` bytes for it; None where it runs out of memory."""
+def _reserved(replay: InferenceReplay, capacity: int | None) -> int | None:
+    """Return the peak bytes that torch reserves, or None if they exceed `capacity`."""
     allocator = Allocator(replay.expandable, capacity)
     try:
         for graph in replay.models:
             load(graph, allocator)
         allocator.alloc(replay.workspace)
-        left: dict[bool, list[Left]] = {False: [], True: []}  # the model's, the assistant's
-        beside: dict[tuple[Held, int], Block] = {}
+        left: dict[bool, list[InheritedTensor]] = {False: [], True: []}  # by whether the assistant's pass left them
+        loop: dict[tuple[TensorGroup, int], AllocatorBlock] = {}  # tensors that the generation loop holds
         for step, axes in zip(replay.steps, replay.axes, strict=True):
-            there = {(h, i) for h in step.beside for i in range(h.copies)}
-            for gone in [key for key in beside if key not in there]:
-                allocator.free(beside.pop(gone))
-            beside |= {key: allocator.alloc(key[0].bytes) for key in sorted(there - beside.keys())}
-            whose = step.assists
-            left[whose] = replayed(recorded_inference(step.graph), dict(axes), allocator, left[whose])
+            needed = {(h, i) for h in step.loop_tensors for i in range(h.copies)}
+            for released in [key for key in loop if key not in needed]:
+                allocator.free(loop.pop(released))
+            loop |= {key: allocator.alloc(key[0].bytes) for key in sorted(needed - loop.keys())}
+            model = step.assists
+            left[model] = replay_pass(recorded_inference(step.graph), dict(axes), allocator, left[model])
     except OutOfMemoryError:
         return None
     return allocator.peak_reserved
 
 
 def load(graph: Graph, allocator: Allocator) -> None:
-    """Replay loading, from one block for many weights where the version makes that first."""
+    """Replay loading. Versions of transformers that warm up the allocator first allocate one block for many weights."""
     warms = graph.inference.loaded.warms if graph.inference else ""
     if warms:
         total = sum(h.bytes * h.copies for h in parameters_of(graph))
@@ -64,54 +70,65 @@ def load(graph: Graph, allocator: Allocator) -> None:
     replay_loading(loading(graph), allocator)
 
 
-class Left(NamedTuple):
-    """A tensor that one pass leaves for the next: its size as axes and as bytes, and the block that it is in."""
+class InheritedTensor(NamedTuple):
+    """A tensor that one pass leaves for the next.
+
+    key    its shape in axes, and its dtype
+    bytes  its size
+    block  the block it is in
+    """
 
     key: tuple[str, ...]
     bytes: int
-    block: Block
+    block: AllocatorBlock
 
 
-def replayed(recording: Recorded, axes: Mapping[str, int], allocator: Allocator, left: Iterable[Left]) -> list[Left]:
-    """Replay a pass, which begins with what the one before `left`, in order; returns what it leaves itself."""
+def replay_pass(
+    recording: AllocationTrace, axes: Mapping[str, int], allocator: Allocator, left: Iterable[InheritedTensor]
+) -> list[InheritedTensor]:
+    """Replay a pass that begins with the tensors `left` by the previous one. Return the tensors it leaves itself."""
     bytes_ = [size(key[0], key[1], axes)[1] for key in recording.sizes]
-    blocks: dict[int, Block] = {}
-    given = _Given(left)
+    blocks: dict[int, AllocatorBlock] = {}
+    inherited = _Inherited(left)
     stretches = deque(recording.forward)
-    while given.remaining and stretches:  # what was left comes first, as it is
+    while inherited.remaining and stretches:  # the first allocations are the inherited tensors
         for number, event in unrolled((stretches.popleft(),)):
             if event == FREED:
                 allocator.free(blocks.pop(number))
-            elif given.remaining:
-                blocks[number] = given.take(recording.sizes[event], bytes_[event])
+            elif inherited.remaining:
+                blocks[number] = inherited.take(recording.sizes[event], bytes_[event])
             else:
                 blocks[number] = allocator.alloc(bytes_[event])
     replay_stretches(stretches, bytes_, [COMPUTING] * len(bytes_), allocator, blocks)
     keys = {number + shift: key for events, shift, _ in recording.forward for number, key in events if key != FREED}
-    return [Left(recording.sizes[keys[number]], bytes_[keys[number]], block) for number, block in blocks.items()]
+    return [
+        InheritedTensor(recording.sizes[keys[number]], bytes_[keys[number]], block) for number, block in blocks.items()
+    ]
 
 
-class _Given:
-    """The tensors a pass begins with, each to be taken once: the first that is alike and as large, else the first
-    that is alike, else the first."""
+class _Inherited:
+    """The tensors a pass begins with, each taken once.
 
-    def __init__(self, left: Iterable[Left]) -> None:
+    `take` prefers the first tensor of the same kind and size, then the first of the same kind, then the first.
+    """
+
+    def __init__(self, left: Iterable[InheritedTensor]) -> None:
         self._left = list(left)
         self._taken: set[int] = set()
         self._queues: dict[object, deque[int]] = {}
-        for i, one in enumerate(self._left):
-            alike = _left(one.key)
-            for kind in ((alike, one.bytes), alike, None):
-                self._queues.setdefault(kind, deque()).append(i)
+        for i, tensor in enumerate(self._left):
+            kind = _kind(tensor.key)
+            for match in ((kind, tensor.bytes), kind, None):
+                self._queues.setdefault(match, deque()).append(i)
 
     @property
     def remaining(self) -> int:
         return len(self._left) - len(self._taken)
 
-    def take(self, key: tuple[str, ...], bytes_: int) -> Block:
-        alike = _left(key)
-        for kind in ((alike, bytes_), alike, None):
-            queue = self._queues.get(kind, ())
+    def take(self, key: tuple[str, ...], bytes_: int) -> AllocatorBlock:
+        kind = _kind(key)
+        for match in ((kind, bytes_), kind, None):
+            queue = self._queues.get(match, ())
             while queue:
                 i = queue.popleft()
                 if i not in self._taken:
@@ -128,7 +145,6 @@ _TOKENS: dict[str, str] = {
 
 
 @lru_cache(maxsize=1024)
-def _left(key: tuple[str, ...]) -> tuple[str, ...]:
-    """What a tensor is known by that one pass leaves and the next finds: its shape, however many tokens it has, and
-    its dtype."""
+def _kind(key: tuple[str, ...]) -> tuple[str, ...]:
+    """Return a key that matches a tensor across passes: its shape regardless of the number of tokens, and its dtype."""
     return (" ".join(_TOKENS.get(axis, axis) for axis in key[0].split()), *key[1:])

@@ -1,4 +1,4 @@
-"""From a card's bytes to a pool: what the engine takes of the card, less weights, a step and recorded graphs."""
+"""How a serving engine divides a GPU's bytes: the pool gets what weights, a step and CUDA graphs leave of its share."""
 
 from __future__ import annotations
 
@@ -9,41 +9,48 @@ from math import ceil
 from typing import NamedTuple
 
 from memplan.catalogue.hardware.overhead import Communicator, Overhead, cuda_context, nccl
-from memplan.catalogue.profiles.engines import beside_of, graphs_of
+from memplan.catalogue.profiles.engines import cuda_graph_memory, loaded_kernels
 from memplan.core.units import MIB
-from memplan.program.serving.engine_step import Step, largest
-from memplan.program.serving.parallel import each
+from memplan.program.serving.engine_step import EngineStep, largest
+from memplan.program.serving.parallel import stage_settings
 from memplan.program.serving.pool import Pool
 from memplan.program.serving.settings import Settings
-from memplan.program.serving.weights import Held, held
+from memplan.program.serving.weights import WeightGroup, rank_weights
 
 _MODULES = {"vllm": "vllm", "sglang": "sglang", "tgi": "tgi", "llama.cpp": "llama_cpp"}
 
 
 class Budget(NamedTuple):
-    """A card's bytes, divided.
+    """How a serving engine divides a GPU's bytes.
 
-    taken      what the engine takes of the card for itself; of a run without a card, just what it needs
-    weights    by kind; `step` is the profile run's largest moment, `decoding` that of a step of one token a request
-    graphs     recorded graphs, `beside` what the driver loads, `context` what it has for the process, NCCL's too
-    available  bytes that are left for the pool; `pool` is what becomes of them
-    aside      what is set aside for steps and graphs, where that is not what was measured of them
-    wished     the answer shows the pool that the run's requests need, as they do not fit in the one there is
+    settings           the run's settings
+    taken              bytes that the engine takes for itself; for a run without a GPU, just what it needs
+    weights            weights by kind
+    step               peak of the profile run's step
+    decoding           peak of a step with one token per request
+    graphs             CUDA graphs
+    driver_kernels     kernels that the driver loads
+    context            CUDA context
+    nccl               NCCL's buffers
+    available          bytes left for the pool
+    pool               the pool made of them
+    aside              bytes set aside for steps and graphs, if the engine does not measure them (SGLang)
+    shows_needed_pool  the report shows the pool that the run's requests need, as they do not fit in the actual one
     """
 
     settings: Settings
     taken: int
-    weights: tuple[Held, ...]
-    step: Step
-    decoding: Step
+    weights: tuple[WeightGroup, ...]
+    step: EngineStep
+    decoding: EngineStep
     graphs: Overhead
-    beside: Overhead
+    driver_kernels: Overhead
     context: Overhead
     nccl: tuple[Overhead, ...]
     available: int
     pool: Pool
     aside: int | None = None
-    wished: bool = False
+    shows_needed_pool: bool = False
 
     @property
     def parameters(self) -> int:
@@ -51,9 +58,9 @@ class Budget(NamedTuple):
 
     @property
     def shown(self) -> int:
-        """Bytes of the pool in an answer."""
+        """Bytes of the pool in a report."""
         s = self.settings
-        return max(self.pool.bytes, self.pool.needs(s.context, s.batch)) if self.wished else self.pool.bytes
+        return max(self.pool.bytes, self.pool.needs(s.context, s.batch)) if self.shows_needed_pool else self.pool.bytes
 
     @property
     def fits(self) -> bool:
@@ -62,63 +69,68 @@ class Budget(NamedTuple):
 
     @property
     def room(self) -> int:
-        """Bytes of the pool beyond what the run's requests need; negative where they do not fit, or where what is set
-        aside for steps does not hold one."""
+        """Bytes of the pool beyond what the run's requests need. Negative if they do not fit, or if a step does not fit
+        in the bytes set aside for it."""
         s = self.settings
         room = self.available - self.pool.needs(s.context, s.batch)
         return room if self.aside is None else min(room, self.aside - self.step.bytes - self.graphs.usual)
 
 
 def pool_of(s: Settings, available: int) -> Pool:
-    """What so many bytes on each rank become with the engine."""
+    """Return the engine's pool for `available` bytes on each rank."""
     return import_module(f"memplan.program.serving.{_MODULES[s.engine.kind]}").pool(s, available)
 
 
 @lru_cache(maxsize=1024)
 def budget(s: Settings, total: int | None, level: str = "usual") -> Budget:
-    """How the engine divides a card of `total` bytes that a program can have; without, just enough for the run. Where
-    cards have different parts of the layers, it is about that with the smallest pool, which is all that others use of
-    theirs; and of equal pools with the largest part.
+    """Return how the engine divides a GPU.
 
-    `level` is low, usual or high: which end of what was measured beside torch's tensors.
+    total  bytes of the GPU that a program can have; None for just enough for the run
+    level  `low`, `usual` or `high`: which measured value to use for memory outside torch's tensors
+
+    If GPUs have different layers, it is the GPU with the smallest pool, as the others use no more of theirs; among
+    equal pools, the GPU with the largest part of the model.
     """
-    found = [_of_card(one, total, level) for one in each(s)]
-    return min(found, key=lambda b: (b.pool.blocks, -b.taken if total is None else b.room))
+    budgets = [_stage_budget(of_stage, total, level) for of_stage in stage_settings(s)]
+    return min(budgets, key=lambda b: (b.pool.blocks, -b.taken if total is None else b.room))
 
 
 @lru_cache(maxsize=1024)
-def _of_card(s: Settings, total: int | None, level: str) -> Budget:
-    graphs, beside, context, ranks = _overheads(s)
-    weights = held(s)
+def _stage_budget(s: Settings, total: int | None, level: str) -> Budget:
+    graphs, kernels, context, ranks = _overheads(s)
+    weights = rank_weights(s)
     step = largest(s, s.steps, s.requests, profiled=True)
     decoding = largest(s, min(s.requests, s.steps), s.requests)
     parameters = sum(h.bytes for h in weights)
-    before, aside = _at(s, level)
+    before, aside = _overhead_bytes(s, level)
     if total is None:
         needs = pool_of(s, 0).needs(s.context, s.batch)
         available, taken = needs, parameters + step.bytes + aside + needs
     else:
         taken, available = _left(s, total, before, parameters, step.bytes, aside)
-    found = Budget(s, taken, weights, step, decoding, graphs, beside, context, ranks, available, pool_of(s, available))
+    pool = pool_of(s, available)
+    result = Budget(s, taken, weights, step, decoding, graphs, kernels, context, ranks, available, pool)
     if s.engine.kind == "sglang" and total is not None:
-        return found._replace(aside=total - before - taken)
-    return found
+        return result._replace(aside=total - before - taken)
+    return result
 
 
-def _of_the_longest_prompts(s: Settings) -> int:
-    """Bytes of the cache that TGI makes to measure a step, whose tokens the pool has beside its share of what is left.
-    Source: text-generation-inference server/text_generation_server/models/flash_causal_lm.py FlashCausalLM.warmup."""
+def _warm_up_cache(s: Settings) -> int:
+    """Return the bytes of the cache that TGI's warm-up makes for the longest prompts, which becomes part of the pool.
+
+    Source: text-generation-inference server/text_generation_server/models/flash_causal_lm.py FlashCausalLM.warmup.
+    """
     return pool_of(s, 0).needs(s.steps, 1)
 
 
-FIT_MARGIN = 1024 * MIB  # llama.cpp common/common.h common_params.fit_params_target: left free on every card
+FIT_MARGIN = 1024 * MIB  # left free on every GPU: llama.cpp common/common.h common_params.fit_params_target
 
 
 def layers_that_fit(s: Settings) -> int | None:
-    """Layers, the head one more, that llama.cpp's --fit lays on its cards where --gpu-layers says nothing: as many as
-    leave a GiB of each free; None of another engine, or without a card.
+    """Return how many layers llama.cpp's --fit puts on its GPUs if --gpu-layers is not given; the head counts as one.
 
-    Whole layers are counted: of a mixture of experts --fit leaves parts of layers with the host.
+    These are as many as leave a GiB of each GPU free. None for another engine, or without a GPU. Only whole layers are
+    counted; for a mixture of experts --fit also leaves parts of layers on the host.
     Source: llama.cpp common/fit.cpp common_params_fit_impl.
     """
     if s.gpu is None or s.engine.kind != "llama.cpp":
@@ -126,8 +138,8 @@ def layers_that_fit(s: Settings) -> int | None:
     total, low, high = s.gpu.usable, 0, s.model.num_hidden_layers + 1
 
     def fits(layers: int) -> bool:
-        one = s._replace(serving=s.serving.model_copy(update={"gpu_layers": layers}))
-        return all(_of_card(card, total, "usual").room >= FIT_MARGIN for card in each(one))
+        settings = s._replace(serving=s.serving.model_copy(update={"gpu_layers": layers}))
+        return all(_stage_budget(card, total, "usual").room >= FIT_MARGIN for card in stage_settings(settings))
 
     while low < high:
         middle = (low + high + 1) // 2
@@ -136,52 +148,57 @@ def layers_that_fit(s: Settings) -> int | None:
 
 
 def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhead, ...]]:
-    """Recorded graphs, what is loaded beside torch, the driver's context, and NCCL's."""
+    """Return the overheads of CUDA graphs, of loaded kernels, of the CUDA context, and of NCCL."""
     capability = s.gpu.compute_capability if s.gpu else None
     kind = s.engine.kind
     r = s.ranks
     divided = (("tp", max(r.tp, r.dense)), ("pp", r.pp), ("ep" if r.ep > 1 else "dp", r.sharing))
     groups = tuple(Communicator(what, ranks) for what, ranks in divided if ranks > 1)
-    return graphs_of(kind, bool(s.serving.cuda_graphs)), beside_of(kind), cuda_context(capability), nccl(groups)
+    return (
+        cuda_graph_memory(kind, bool(s.serving.cuda_graphs)),
+        loaded_kernels(kind),
+        cuda_context(capability),
+        nccl(groups),
+    )
 
 
-def _at(s: Settings, level: str) -> tuple[int, int]:
-    """What is there before the engine looks at its card, and what it takes off for graphs and loaded kernels."""
-    graphs, beside, context, ranks = _overheads(s)
-    aside = getattr(beside, level) + (getattr(graphs, level) if s.words.get("counts_graphs") else 0)
+def _overhead_bytes(s: Settings, level: str) -> tuple[int, int]:
+    """Return the bytes in use before the engine measures its GPU, and those it sets aside for graphs and kernels."""
+    graphs, kernels, context, ranks = _overheads(s)
+    aside = getattr(kernels, level) + (getattr(graphs, level) if s.words.get("counts_graphs") else 0)
     return sum(getattr(row, level) for row in (context, *ranks)), aside
 
 
 def card_for(b: Budget, level: str = "usual") -> int:
-    """Bytes that a card must have, at the engine's share of it, for the run's requests to fit at once; of several that
-    which needs most."""
+    """Return the bytes that a GPU needs for the run's requests to fit at once, given the engine's share of it. If GPUs
+    have different layers, the most that any of them needs."""
     total = b.settings.gpu.usable if b.settings.gpu else None
-    return max(_card_for(_of_card(one, total, level), level) for one in each(b.settings))
+    return max(_card_for(_stage_budget(of_stage, total, level), level) for of_stage in stage_settings(b.settings))
 
 
 def _card_for(b: Budget, level: str) -> int:
     s = b.settings
     share = Fraction(s.serving.memory_utilization or 1).limit_denominator(10**6)
-    (before, aside), graphs = _at(s, level), getattr(b.graphs, level)
+    (before, aside), graphs = _overhead_bytes(s, level), getattr(b.graphs, level)
     needs, step = b.pool.needs(s.context, s.batch), b.step.bytes
     match s.engine.kind:
         case "vllm":
-            found = (b.parameters + step + aside + needs) / share
+            total = (b.parameters + step + aside + needs) / share
         case "sglang":
-            found = before + (b.parameters + aside + needs) / share
+            total = before + (b.parameters + aside + needs) / share
             if share < 1:
-                found = max(found, before + (step + graphs) / (1 - share))
+                total = max(total, before + (step + graphs) / (1 - share))
         case "tgi":
-            first = _of_the_longest_prompts(s)
-            made = first + Fraction((needs - first) * 1000, s.words["wiggle"])
-            found = (before + b.parameters + step + aside + made) / share
+            warm_up = _warm_up_cache(s)
+            pool = warm_up + Fraction((needs - warm_up) * 1000, s.words["wiggle"])
+            total = (before + b.parameters + step + aside + pool) / share
         case _:
-            found = Fraction(before + b.parameters + step + needs)
-    return ceil(found)
+            total = Fraction(before + b.parameters + step + needs)
+    return ceil(total)
 
 
 def _left(s: Settings, total: int, before: int, parameters: int, step: int, aside: int) -> tuple[int, int]:
-    """What the engine takes of the card, and what of that is left for the pool."""
+    """Return the bytes that the engine takes of the GPU, and those left for the pool."""
     share = s.serving.memory_utilization or 1
     match s.engine.kind:
         case "vllm":
@@ -189,12 +206,12 @@ def _left(s: Settings, total: int, before: int, parameters: int, step: int, asid
 
             taken = requested(s, total)
             return taken, taken - parameters - step - aside
-        case "sglang":  # of what was free before the weights came, all but a share
+        case "sglang":  # a share of the memory that was free before the weights were loaded
             free = total - before
             return round(free * share), int(free - parameters - aside - free * (1 - share))
         case "tgi":
             taken = int(total * share) - before
-            first = _of_the_longest_prompts(s)
-            return taken, (taken - parameters - step - aside - first) * s.words["wiggle"] // 1000 + first
+            warm_up = _warm_up_cache(s)
+            return taken, (taken - parameters - step - aside - warm_up) * s.words["wiggle"] // 1000 + warm_up
         case _:
             return total - before, total - before - parameters - step

@@ -1,14 +1,14 @@
-"""Speculative decoding of serving engines: what proposes tokens, its weights, its layers' keys and values in the pool,
-and what the engine makes for it.
+"""Speculative decoding in serving engines: a draft's layers, and their keys and values in the pool.
 
-A draft model has weights, caches and steps of its own. A head of EAGLE's is a layer or few beside the model, given its
-hidden states; EAGLE 3's has those of three layers and a vocabulary of its own. Layers that predict tokens ahead (MTP)
-are in the model's own checkpoint, each as its last layer. Both read the model's embeddings and, but for EAGLE 3, use
-its head. N-grams take no layers.
+A draft model has weights, caches and steps of its own. An EAGLE head is one or a few layers that read the model's
+hidden states; an EAGLE 3 head reads those of three layers and has a vocabulary of its own. Multi-token prediction (MTP)
+layers are in the model's own checkpoint, each like its last layer. EAGLE and MTP use the model's embeddings and, except
+EAGLE 3, its head. N-grams need no layers.
 
 Source: vllm 0.33.0 config/speculative.py, v1/worker/gpu/spec_decode, model_executor/models/llama_eagle.py and
 llama_eagle3.py, deepseek_mtp.py; sglang 0.5.23 arg_groups/speculative_hook.py, model_executor/pool_configurator.py;
-llama.cpp (llama-cpp-python 0.3.36) common/speculative.cpp, common/common.cpp common_base_params_to_speculative."""
+llama.cpp (llama-cpp-python 0.3.36) common/speculative.cpp, common/common.cpp common_base_params_to_speculative.
+"""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from memplan.models.model import ModelSpec
 from memplan.program.serving.settings import Settings
 
 COMPRESSED = "deepseek_v4"
-LAYERS_AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # what configs call layers that predict ahead
+LAYERS_AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # config keys of the number of MTP layers
 
 
 def layers_ahead(model: ModelSpec) -> int:
-    """How many layers of the checkpoint predict tokens ahead."""
-    return next((model.whole(name) for name in LAYERS_AHEAD if model.config.get(name)), 0)
+    """Return the number of multi-token prediction layers in the checkpoint."""
+    return next((model.config_int(name) for name in LAYERS_AHEAD if model.config.get(name)), 0)
 
 
 def layers_of(s: Settings) -> tuple[LayerCache, ...]:
-    """What the draft's layers keep in the engine's pool."""
+    """Return the caches of the draft's layers in the engine's pool."""
     draft = s.draft
     if draft is None or draft.settings is None or s.engine.kind == "llama.cpp":
         return ()
@@ -35,9 +35,9 @@ def layers_of(s: Settings) -> tuple[LayerCache, ...]:
     return caches(draft.settings.model)
 
 
-def ahead_of(s: Settings) -> int:
-    """Slots that a request has beyond its tokens: for those that were proposed, and for those that a draft with layers
-    is about to.
+def lookahead_slots(s: Settings) -> int:
+    """Return a request's slots beyond its tokens: for proposed tokens, and for those that a draft with layers will
+    propose next.
 
     Source: vllm 0.33.0 v1/core/sched/scheduler.py schedule, config/vllm.py num_lookahead_tokens.
     """

@@ -1,4 +1,4 @@
-"""The most that a step of a serving engine has beside weights and pool, and the tensors it is."""
+"""The peak of a serving engine's step, without weights and pool, and the tensors alive at it."""
 
 from __future__ import annotations
 
@@ -13,12 +13,19 @@ from memplan.catalogue.inference.engine_step_towers import MADE, tower_instants
 from memplan.catalogue.inference.instant import Instant
 from memplan.core.units import ITEMSIZE
 from memplan.program.serving.compressed import MODEL_TYPE, room_of
-from memplan.program.serving.images import seen
+from memplan.program.serving.images import profiled_items
 from memplan.program.serving.settings import Settings
 
 
 class Alive(NamedTuple):
-    """One tensor: what it is, its shape in letters and in numbers, dtype and bytes."""
+    """One tensor.
+
+    what   its name
+    shape  its shape in axes
+    dims   its shape in numbers
+    dtype  its dtype
+    bytes  its size
+    """
 
     what: str
     shape: str
@@ -27,8 +34,8 @@ class Alive(NamedTuple):
     bytes: int
 
 
-class Step(NamedTuple):
-    """The largest moment of a step."""
+class EngineStep(NamedTuple):
+    """The peak of a step: where it is, the tensors alive, and how that is known."""
 
     where: str
     alive: tuple[Alive, ...]
@@ -41,25 +48,26 @@ class Step(NamedTuple):
 
 
 @lru_cache(maxsize=512)
-def largest(s: Settings, tokens: int, requests: int, profiled: bool = False) -> Step:
-    """The largest moment of a step of `tokens` of `requests`; of that which an engine measures, its encoder's too."""
-    own, draft = _model_step(s, tokens, requests, profiled), _draft_step(s, tokens, requests)
+def largest(s: Settings, tokens: int, requests: int, profiled: bool = False) -> EngineStep:
+    """Return the peak of a step over `tokens` tokens of `requests` requests. The step that an engine profiles
+    (`profiled`) also runs the encoder."""
+    model, draft = _model_step(s, tokens, requests, profiled), _draft_step(s, tokens, requests)
     if draft is None:
-        return own
-    if s.engine.kind == "llama.cpp":  # whose drafts have a context with a buffer of its own
-        return own._replace(alive=(*own.alive, *(a._replace(what=f"draft: {a.what}") for a in draft.alive)))
-    return max(own, draft, key=lambda step: step.bytes)
+        return model
+    if s.engine.kind == "llama.cpp":  # a draft has a context with its own compute buffer
+        return model._replace(alive=(*model.alive, *(a._replace(what=f"draft: {a.what}") for a in draft.alive)))
+    return max(model, draft, key=lambda step: step.bytes)
 
 
-def _model_step(s: Settings, tokens: int, requests: int, profiled: bool) -> Step:
+def _model_step(s: Settings, tokens: int, requests: int, profiled: bool) -> EngineStep:
     if s.engine.kind == "llama.cpp":
         from memplan.program.serving.llama_cpp import compute_buffer
 
-        one = s._replace(serving=s.serving.model_copy(update={"max_num_batched_tokens": tokens}))
-        buffer = compute_buffer(one)
+        settings = s._replace(serving=s.serving.model_copy(update={"max_num_batched_tokens": tokens}))
+        buffer = compute_buffer(settings)
         alive = tuple(Alive(what, "", dims, "", bytes_) for what, dims, bytes_ in buffer.alive)
-        source = "llama.cpp src/llama-context.cpp sched_reserve, without data, and the logs that tests hold it to"
-        return Step(buffer.where, alive, source, "measured")
+        source = "llama.cpp src/llama-context.cpp sched_reserve, and the published logs that tests compare it with"
+        return EngineStep(buffer.where, alive, source, "measured")
     r, stage = s.ranks, s.stage
     axes = {**parts_of_rank(s.model, s.tp, r.dense, r.etp), "s": tokens, "n": min(tokens, requests), "most": s.steps}
     axes["all"] = tokens * r.sharing
@@ -69,54 +77,56 @@ def _model_step(s: Settings, tokens: int, requests: int, profiled: bool) -> Step
         axes |= {**room_of(s), "logits": LOGITS}
     eager = s.engine.kind != "vllm" or not s.serving.cuda_graphs  # vLLM's enforce_eager compiles nothing either
     layers = s.model.layers[stage.first : stage.last]
-    ends, gathered = (stage.headed, stage.fed), r.sharing > 1
+    ends, gathered = (stage.headed, stage.receives_hidden), r.sharing > 1
     room = s.words.get("experts_room", "shared")
-    whole = instants(s.model, r.dense, s.words["sampler"], eager, layers, *ends, gathered, room)
-    found = [_step(s, instant, axes) for instant in (*whole, *_encoder(s, axes, whole if profiled else ()))]
-    return max(found, key=lambda step: step.bytes)
+    text = instants(s.model, r.dense, s.words["sampler"], eager, layers, *ends, gathered, room)
+    steps = [_step(s, instant, axes) for instant in (*text, *_encoder(s, axes, text if profiled else ()))]
+    return max(steps, key=lambda step: step.bytes)
 
 
-def _draft_step(s: Settings, tokens: int, requests: int) -> Step | None:
-    """The largest moment of the draft's own step, with the model's hidden states beside it; None where that is no more
-    than one layer of the model takes."""
+def _draft_step(s: Settings, tokens: int, requests: int) -> EngineStep | None:
+    """Return the peak of the draft's own step, with the model's hidden states; None if there is none, or if it takes no
+    more than a layer of the model."""
     draft = s.draft
     if draft is None or draft.settings is None or draft.method == "mtp":
         return None
-    own = largest(draft.settings, tokens, requests)
+    step = largest(draft.settings, tokens, requests)
     if s.engine.kind == "llama.cpp":
-        return own
+        return step
     shape = (tokens, s.model.hidden_size)
     hidden = Alive("hidden", "s h", shape, s.dtype, shape[0] * shape[1] * ITEMSIZE[s.dtype])
-    return own._replace(where=f"draft: {own.where}", alive=(*own.alive, hidden))
+    return step._replace(where=f"draft: {step.where}", alive=(*step.alive, hidden))
 
 
 def _encoder(s: Settings, axes: dict[str, int], steps: tuple[Instant, ...]) -> tuple[Instant, ...]:
-    """The moments of the tower, whose axes are added, and those of the step with what it has made beside them."""
-    found = seen(s) if steps else None
-    if found is None:
+    """Return the moments of the vision tower, and those of the step with the tower's output. Adds the tower's axes to
+    `axes`."""
+    images = profiled_items(s) if steps else None
+    if images is None:
         return ()
-    axes["vn"], axes["vt"] = found.items * found.patches, found.items * found.tokens * found.levels
+    axes["vn"], axes["vt"] = images.items * images.patches, images.items * images.tokens * images.levels
     axes["vhp"], axes["vfp"] = -(-axes["vh"] // s.tp), -(-axes["vf"] // s.tp)
     later = tuple(i._replace(alive=(*i.alive, MADE)) for i in steps)
     return *tower_instants(s.model.model_type), *later
 
 
 def _room(s: Settings) -> int:
-    """Tokens of cached prompts whose keys and values a step of latents has room for; 0 of an engine that makes none.
+    """Return the tokens of cached prompts for which a step with latent attention has a workspace of keys and values; 0
+    without such a workspace.
 
     Source: vllm 0.33.0 model_executor/layers/attention/mla_attention.py determine_chunked_prefill_workspace_size.
     """
-    made = s.words.get("latent_workspace")
+    workspace = s.words.get("latent_workspace")
     sparse = any(part.name == "index keys" for c in caches(s.model) for part in c.parts)
-    if made is None or (made == "dense" and sparse):
+    if workspace is None or (workspace == "dense" and sparse):
         return 0
     return min(max(8 * s.longest, 4 * (s.serving.max_num_seqs or 1) * s.block), 64 * 1024)
 
 
-def _step(s: Settings, instant: Instant, axes: dict[str, int]) -> Step:
+def _step(s: Settings, instant: Instant, axes: dict[str, int]) -> EngineStep:
     alive: list[Alive] = []
     for t in instant.alive:
         dims = tuple(int(a) if a.isdigit() else axes[a] for a in t.shape.split())
         dtype = t.dtype or s.dtype
         alive.append(Alive(t.name, t.shape, dims, dtype, prod(dims) * ITEMSIZE[dtype]))
-    return Step(instant.where, tuple(alive), instant.source, instant.basis)
+    return EngineStep(instant.where, tuple(alive), instant.source, instant.basis)

@@ -1,4 +1,4 @@
-"""llama.cpp: a cache for so many slots of so many tokens, made at the start, and one buffer to compute in.
+"""llama.cpp: a cache with a fixed number of slots of a fixed length, allocated at the start, and one compute buffer.
 
 Source: llama.cpp (llama-cpp-python 0.3.36) src/llama-context.cpp, src/llama-kv-cache.cpp, src/llama-kv-cache-iswa.cpp,
 src/llama-memory-recurrent.cpp, src/llama-graph.cpp.
@@ -18,7 +18,7 @@ from memplan.program.serving.rank_share import TOWERS, layer_of
 from memplan.program.serving.settings import Settings
 from memplan.program.stored.weights import stored_weights
 
-_PAD = 256  # tokens that lengths are rounded up to
+_PAD = 256  # tokens: lengths are rounded up to a multiple
 
 
 def padded(tokens: int) -> int:
@@ -26,42 +26,43 @@ def padded(tokens: int) -> int:
 
 
 def pool(s: Settings, available: int) -> Slots:
-    """The cache of the card's layers, whatever is left there."""
+    """Return the cache of the GPU's layers, which does not depend on `available`."""
     del available
     slots, longest = s.serving.max_num_seqs or 1, padded(s.longest)
-    total = sum(_layer(s, c, slots, longest) for c in s.caches)
-    if s.draft is not None and s.draft.settings is not None:  # a context of its own, as long and of as many slots
+    total = sum(_cache_bytes(s, c, slots, longest) for c in s.caches)
+    if s.draft is not None and s.draft.settings is not None:  # a second context with equal slots
         total += pool(s.draft.settings, 0).total
     return Slots(longest * slots, slots, total, longest)
 
 
-def _layer(s: Settings, c: LayerCache, slots: int, longest: int) -> int:
-    """Bytes of one layer's cells. A layer with a window has those of it, of one step, and no more than the others."""
+def _cache_bytes(s: Settings, c: LayerCache, slots: int, longest: int) -> int:
+    """Return the bytes of one layer's cache."""
     if c.kind == "state":
         kernel = s.model.axes()["kernel"]
-        shifted = sum(p.elements // kernel for p in c.parts if p.name.startswith(CONVOLUTION))  # a column less is kept
-        return slots * (sum(p.elements for p in c.parts) - shifted) * ITEMSIZE["fp32"]
+        dropped = sum(p.elements // kernel for p in c.parts if p.name.startswith(CONVOLUTION))  # one column less
+        return slots * (sum(p.elements for p in c.parts) - dropped) * ITEMSIZE["fp32"]
     return slots * _cells(s, c, longest) * sum(s.cache_bytes(p) for p in c.parts)
 
 
-# Families of whose windows llama.cpp's graphs know nothing: src/models/llama.cpp, phi3.cpp, phimoe.cpp, starcoder2.cpp.
+# Families whose windows llama.cpp's graphs ignore: src/models/llama.cpp, phi3.cpp, phimoe.cpp, starcoder2.cpp.
 _WINDOWLESS = frozenset(("mistral", "phi3", "phimoe", "starcoder2"))
 
 
 def _cells(s: Settings, c: LayerCache, longest: int) -> int:
+    """Return the tokens of one slot: with a window, the window and one step, but no more than without."""
     if _windowed(s, c) and c.window is not None:
         return padded(min(longest, c.window + s.steps))
     return longest
 
 
 def _windowed(s: Settings, c: LayerCache) -> bool:
-    """Whether a layer keeps a window alone: chunks are one too. Source: src/llama-kv-cache-iswa.cpp."""
-    known = c.kind in ("sliding", "chunked") and s.model.model_type not in _WINDOWLESS
-    return known and bool(s.serving.hybrid_cache)
+    """Whether a layer caches only a sliding window or a chunk. Source: src/llama-kv-cache-iswa.cpp."""
+    has_window = c.kind in ("sliding", "chunked") and s.model.model_type not in _WINDOWLESS
+    return has_window and bool(s.serving.hybrid_cache)
 
 
-class Buffer(NamedTuple):
-    """What is alive at the largest moment of a graph: what it is, its shape in numbers, bytes; all in fp32."""
+class ComputeBuffer(NamedTuple):
+    """The peak of a graph: where it is, and the tensors alive, each with its shape in numbers and its bytes."""
 
     where: str
     alive: tuple[tuple[str, tuple[int, ...], int], ...]
@@ -77,57 +78,63 @@ _Row = tuple[str, tuple[int, ...], int]
 
 
 def pipelined(s: Settings) -> bool:
-    """Whether steps follow each other through the cards, so that what a card is given is there four times: where all
-    layers are on several cards. Source: src/llama-context.cpp, pipeline_parallel."""
+    """Whether several GPUs that have all layers pipeline their steps, which takes four copies of a GPU's inputs.
+
+    Source: src/llama-context.cpp, pipeline_parallel.
+    """
     return s.ranks.cards > 1 and (s.serving.gpu_layers or 0) > s.model.num_hidden_layers
 
 
 def outputs(s: Settings) -> int:
-    """Tokens of a step that have logits: llama-server's, one for each slot. Source: tools/server/server-context.cpp
-    server_output_limits."""
+    """Return the tokens of a step that get logits: in llama-server, one for each slot.
+
+    Source: tools/server/server-context.cpp server_output_limits.
+    """
     return min(s.steps, s.serving.max_num_seqs or 1)
 
 
-def compute_buffer(s: Settings, logits: int | None = None) -> Buffer:
-    """The card's graph of a step of `ubatch` tokens at the cache's full length; `logits` of them have some.
+def compute_buffer(s: Settings, logits: int | None = None) -> ComputeBuffer:
+    """Return the compute buffer of the GPU's graph for a step of `ubatch` tokens with a full cache; `logits` tokens get
+    logits.
 
-    llama.cpp reserves it without data, and what it reserves for 40 models, cards and settings is what tests hold this
-    to. A dense layer is met to the byte: at the largest moment three rows of the FFN's width are there, and three of
-    the hidden width, one of which is a hole that a freed row has left. What is an input stays there four times where
-    steps follow each other through several cards.
+    llama.cpp reserves it before it has data, and tests compare this with what it reserves for 40 models, GPUs and
+    settings. For a dense layer it is exact to the byte: at the peak there are three rows of the FFN's width, and three
+    of the hidden width, one of which is a hole left by a freed row. With pipelined steps there are four copies of each
+    input.
     """
     logits = outputs(s) if logits is None else logits
     layers = _computed(s)
     if not layers and not s.stage.headed:
-        return Buffer("nothing", ())
-    found = [_drawing(s, logits)] if s.stage.headed else []
+        return ComputeBuffer("nothing", ())
+    buffers = [_output(s, logits)] if s.stage.headed else []
     if layers:
-        found += [*_feeding(s, layers), *_mixing(s, layers)]
-    given = tuple(_given(s, logits))
+        buffers += [*_ffn(s, layers), *_mixer(s, layers)]
+    inputs = tuple(_inputs(s, logits))
     if pipelined(s):
-        crossing = ("hidden", "the FFN's output") if s.stage.fed else ("embeddings",)
-        given = (*given, *(_row(what, s.steps, s.model.hidden_size) for what in crossing))
-        given = tuple((f"{what}, {_COPIES} times", shape, _COPIES * bytes_) for what, shape, bytes_ in given)
-        return max((b._replace(alive=(*b.alive, *given)) for b in found), key=lambda b: b.bytes)
-    later = tuple(row for row in given if row[0] != "mask") if _left(s) else given  # by then the mask is gone
-    beside = {"output": (), "attention": given}
-    held = [b._replace(alive=(*b.alive, *beside.get(b.where, later))) for b in found]
-    return max((*held, *_of_the_host(s, layers)), key=lambda b: b.bytes)
+        received = ("hidden", "the FFN's output") if s.stage.receives_hidden else ("embeddings",)
+        inputs = (*inputs, *(_row(what, s.steps, s.model.hidden_size) for what in received))
+        inputs = tuple((f"{what}, {_COPIES} times", shape, _COPIES * bytes_) for what, shape, bytes_ in inputs)
+        return max((b._replace(alive=(*b.alive, *inputs)) for b in buffers), key=lambda b: b.bytes)
+    later = tuple(row for row in inputs if row[0] != "mask") if _host_layers(s) else inputs  # the mask is freed by then
+    inputs_at = {"output": (), "attention": inputs}
+    with_inputs = [b._replace(alive=(*b.alive, *inputs_at.get(b.where, later))) for b in buffers]
+    return max((*with_inputs, *_offloaded_layer(s, layers)), key=lambda b: b.bytes)
 
 
-def _left(s: Settings) -> int:
-    """Layers that the host has."""
+def _host_layers(s: Settings) -> int:
+    """Return the number of layers on the host."""
     return max(0, s.model.num_hidden_layers + 1 - (s.serving.gpu_layers or 0))
 
 
 def _computed(s: Settings) -> tuple[Layer, ...]:
-    """The layers that the card computes: its own, and the first card those of the host too, of a step of 32 tokens or
-    more. Source: ggml-cuda.cu ggml_backend_cuda_device_offload_op."""
+    """Return the layers that the GPU computes: its own, and on the first GPU also the host's if a step has 32 or more
+    tokens.
+
+    Source: ggml-cuda.cu ggml_backend_cuda_device_offload_op.
+    """
     first, last = s.stage.first, s.stage.last
-    mine = s.model.layers[first:last]
-    return (
-        (*s.model.layers[: _left(s)], *mine) if _left(s) and not s.stage.number and s.steps >= _LEAST_COPIED else mine
-    )
+    mine, on_host = s.model.layers[first:last], _host_layers(s)
+    return (*s.model.layers[:on_host], *mine) if on_host and not s.stage.number and s.steps >= _LEAST_COPIED else mine
 
 
 _LEAST_COPIED = 32  # tokens: ggml-cuda.cu ggml_backend_cuda_device_offload_op min_batch_size
@@ -137,10 +144,12 @@ def _row(what: str, *shape: int, size: int = _F32) -> _Row:
     return what, shape, size * prod(shape)
 
 
-def _given(s: Settings, logits: int) -> Iterator[_Row]:
-    """What a step is given beside tokens: masks, positions, where keys and values go, and which tokens have logits.
+def _inputs(s: Settings, logits: int) -> Iterator[_Row]:
+    """Yield a step's inputs besides tokens: masks, positions, indices of keys and values, and which tokens get logits.
+
     Source: src/llama-graph.cpp build_attn_inp_kv, build_inp_pos, build_inp_out_ids; src/llama-kv-cache.cpp
-    build_input_v_idxs, which has an index for every number of values that are stored turned."""
+    build_input_v_idxs, which has an index for every element of values that are stored transposed.
+    """
     steps, longest, flash = s.steps, padded(s.longest), s.serving.flash_attention
     kinds = dict.fromkeys((_cells(s, c, longest), _windowed(s, c)) for c in caches(s.model) if c.kind != "state")
     yield _row("positions", steps, size=_I32)
@@ -155,13 +164,13 @@ def _given(s: Settings, logits: int) -> Iterator[_Row]:
         yield "which tokens have logits", (logits,), -(-logits * _I32 // 32) * 32
 
 
-def _drawing(s: Settings, logits: int) -> Buffer:
+def _output(s: Settings, logits: int) -> ComputeBuffer:
     hidden = _row("hidden", s.steps, s.model.hidden_size)
-    return Buffer("output", (_row("logits", logits, s.model.vocab_size), hidden))
+    return ComputeBuffer("output", (_row("logits", logits, s.model.vocab_size), hidden))
 
 
-def _feeding(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
-    """The FFN, or the experts, whose outputs lie beside the rows they are made of where no freed row is as wide."""
+def _ffn(s: Settings, layers: tuple[Layer, ...]) -> Iterator[ComputeBuffer]:
+    """Yield the buffers of the FFN and of the experts. Outputs of experts reuse a freed row if it is wide enough."""
     m, steps = s.model, s.steps
     axes, h = m.axes(), m.hidden_size
     width = max((layer.f for layer in layers if layer.ffn not in ("experts", "hashed", "none", "")), default=0)
@@ -169,24 +178,27 @@ def _feeding(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
     if width:
         rows = three[:2] if m.model_type in _ONE_PRODUCT else three
         gates = tuple(_row(what, steps, width) for what in ("gate", "up", "activated"))
-        yield Buffer("mlp", (*rows, *gates))
+        yield ComputeBuffer("mlp", (*rows, *gates))
     if "E" in axes and any(layer.ffn in ("experts", "hashed") for layer in layers):
         e, wide = axes["e"], axes.get("m") or max(layer.f for layer in layers)
         gates = tuple(_row(f"experts' {what}", steps, e, wide) for what in ("gate", "up", "activated"))
         if h <= 2 * wide:
-            yield Buffer("experts", (*three, *gates))
+            yield ComputeBuffer("experts", (*three, *gates))
         else:
-            more = (_row("experts' outputs", steps, e, h), _row("their sum", steps, h))
-            yield Buffer("experts", (*three, *gates, *more))
+            extra = (_row("experts' outputs", steps, e, h), _row("their sum", steps, h))
+            yield ComputeBuffer("experts", (*three, *gates, *extra))
 
 
-# Families whose gate and up are one product in a GGUF file.
+# Families whose gate and up projections are one matrix in a GGUF file.
 _ONE_PRODUCT = frozenset(("phi3", "glm", "glm4", "chatglm"))
 
 
-def _mixing(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
-    """Attention: of latents in their space, with keys as wide as a latent; scores where they are written out. And scans
-    of state spaces, whose states lie behind what they make."""
+def _mixer(s: Settings, layers: tuple[Layer, ...]) -> Iterator[ComputeBuffer]:
+    """Yield the buffers of attention and of state-space scans.
+
+    Latent attention runs in the latent space, with keys as wide as a latent. Scores exist without flash attention. A
+    scan's output tensor ends with its states.
+    """
     m, steps = s.model, s.steps
     axes, h, a = m.axes(), m.hidden_size, m.num_attention_heads
     rows = (_row("hidden", steps, h), _row("residual", steps, h))
@@ -195,45 +207,49 @@ def _mixing(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
         inner, state = axes["inner"], (_row("states", 1, axes["inner"] * axes["mn"]))
         if "convolved" in axes:
             wide, ahead = axes["convolved"], steps + axes["kernel"] - 1
-            own = (_row("projected", steps, axes["projected"]), _row("with earlier columns", ahead, wide))
-            own = (*own, _row("convolved", steps, wide))
+            tensors = (_row("projected", steps, axes["projected"]), _row("with earlier columns", ahead, wide))
+            tensors = (*tensors, _row("convolved", steps, wide))
         else:
-            own = (_row("projected", steps, 2 * inner), _row("convolved", steps, inner), _row("steps", steps, inner))
-        yield Buffer("scan", (*rows, *own, _row("output", steps, inner), state))
+            tensors = (_row("projected", steps, 2 * inner),)
+            tensors = (*tensors, _row("convolved", steps, inner), _row("steps", steps, inner))
+        yield ComputeBuffer("scan", (*rows, *tensors, _row("output", steps, inner), state))
     if not mixers - {"mamba", "none", "linear_attention"}:
         return
     if "kl" in axes:
-        latent, whole = axes["kl"], axes["klr"]
-        own = (
-            *(_row("q", steps, a, axes["d"]), _row("q in the latent's space", steps, a, whole)),
+        latent, key = axes["kl"], axes["klr"]
+        tensors = (
+            *(_row("q", steps, a, axes["d"]), _row("q in the latent's space", steps, a, key)),
             *(_row("output in the latent's space", steps, a, latent), _row("latent, and normed", 2, steps, latent)),
         )
         rows = (*rows, _row("normed", steps, h), _row("room of a freed row", steps, h))
     elif "d" in axes:
-        own = (_row("q", steps, a, axes["d"]), _row("output", steps, a, axes["d"]))
+        tensors = (_row("q", steps, a, axes["d"]), _row("output", steps, a, axes["d"]))
     else:
         return
     scores = () if s.serving.flash_attention else (_row("scores", a, steps, padded(s.longest)),)
-    yield Buffer("attention", (*rows, *own, *scores))
+    yield ComputeBuffer("attention", (*rows, *tensors, *scores))
 
 
-def _of_the_host(s: Settings, layers: tuple[Layer, ...]) -> Iterator[Buffer]:
-    """What the first card has of a layer of the host's: its largest matrix beside the FFN's rows, or its keys and
-    values. Source: ggml/src/ggml-backend.cpp ggml_backend_sched_backend_id_from_cur, ggml_backend_sched_split_graph."""
-    left = _left(s)
-    if s.stage.number or not left or s.steps < _LEAST_COPIED:
+def _offloaded_layer(s: Settings, layers: tuple[Layer, ...]) -> Iterator[ComputeBuffer]:
+    """Yield the buffers of a host layer computed on the first GPU: its largest matrix with the FFN's rows, or its keys
+    and values.
+
+    Source: ggml/src/ggml-backend.cpp ggml_backend_sched_backend_id_from_cur, ggml_backend_sched_split_graph.
+    """
+    on_host = _host_layers(s)
+    if s.stage.number or not on_host or s.steps < _LEAST_COPIED:
         return
     largest = 0
     for w in stored_weights(s.model, s.quantization, s.dtype):
         layer = layer_of(w.name)
-        if w.group not in TOWERS and layer is not None and layer < left:
-            both = w.shape[1:2] == (2 * s.model.axes().get("m", 0),)  # gates and ups, which a file has one by one
-            largest = max(largest, w.bytes // 2 if both else w.bytes)
-    rows = max(_feeding(s, layers), key=lambda b: b.bytes, default=Buffer("", ()))
-    yield Buffer("a layer of the host's", (*rows.alive, ("a matrix of the host's", (), largest)))
+        if w.group not in TOWERS and layer is not None and layer < on_host:
+            is_gate_up = w.shape[1:2] == (2 * s.model.axes().get("m", 0),)  # two matrices in a file
+            largest = max(largest, w.bytes // 2 if is_gate_up else w.bytes)
+    rows = max(_ffn(s, layers), key=lambda b: b.bytes, default=ComputeBuffer("", ()))
+    yield ComputeBuffer("a layer of the host's", (*rows.alive, ("a matrix of the host's", (), largest)))
     longest = padded(s.longest)
-    caches_ = [c for c in caches(s.model)[:left] if c.parts and c.kind != "state"]
-    kept = max((_cells(s, c, longest) * sum(s.cache_bytes(p) for p in c.parts) for c in caches_), default=0)
+    caches_ = [c for c in caches(s.model)[:on_host] if c.parts and c.kind != "state"]
+    largest_cache = max((_cells(s, c, longest) * sum(s.cache_bytes(p) for p in c.parts) for c in caches_), default=0)
     mask = _row("mask", s.steps, longest, size=2 if s.serving.flash_attention else 4)
-    cache = ("keys and values of the host's", (), kept)
-    yield Buffer("attention of the host's", (_row("six rows", 6, s.steps, s.model.hidden_size), mask, cache))
+    cache = ("keys and values of the host's", (), largest_cache)
+    yield ComputeBuffer("attention of the host's", (_row("six rows", 6, s.steps, s.model.hidden_size), mask, cache))

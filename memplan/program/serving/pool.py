@@ -1,4 +1,4 @@
-"""The pool of a serving engine: blocks or tokens of every layer's cache, and how many requests they hold."""
+"""The KV cache pool of a serving engine: its blocks or token slots, and how many requests fit in them."""
 
 from __future__ import annotations
 
@@ -7,55 +7,56 @@ from typing import NamedTuple, Protocol
 
 
 class Pool(Protocol):
-    """What an engine makes of the bytes it has for caches."""
+    """How an engine uses the bytes it has for caches."""
 
     @property
     def tokens(self) -> int:
-        """How many tokens of one sequence the engine says it holds."""
+        """Tokens of one sequence that fit, as the engine reports them."""
         ...
 
     @property
     def blocks(self) -> int:
-        """How many blocks there are; of an engine without blocks, tokens."""
+        """Number of blocks; for an engine without blocks, of token slots."""
         ...
 
     @property
     def block(self) -> int:
-        """Tokens of a block, the fewest of any layer."""
+        """Tokens of a block, the fewest among all layers."""
         ...
 
     @property
     def block_bytes(self) -> int:
-        """Bytes of one block in all layers that have it, on each rank."""
+        """Bytes of one block on each rank, in all layers that share it."""
         ...
 
     @property
     def bytes(self) -> int:
-        """Bytes that the pool takes on each rank."""
+        """Bytes of the pool on each rank."""
         ...
 
     def concurrency(self, context: int) -> Fraction:
-        """How many requests of so many tokens it holds at once; a part of one where it holds none."""
+        """Return how many requests of `context` tokens fit at once; less than 1 if a single one does not fit."""
         ...
 
     def holds(self, context: int, requests: int) -> bool:
-        """Whether so many requests of so many tokens fit at once."""
+        """Whether `requests` requests of `context` tokens fit at once."""
         ...
 
     def needs(self, context: int, requests: int) -> int:
-        """Bytes of a pool that holds so many requests of so many tokens."""
+        """Return the bytes of a pool that fits `requests` requests of `context` tokens."""
         ...
 
 
-class Group(NamedTuple):
+class CacheGroup(NamedTuple):
     """Layers that share a table of blocks.
 
     kind    full, sliding, chunked, or state
-    layers  how many there are
-    page    bytes of one layer's block on a rank, padding included; `own` without it
+    layers  number of layers
+    page    bytes of one layer's block on a rank, with padding
     block   tokens of a block
-    window  the tokens that a layer with a window sees
-    states  blocks that a request holds of a state
+    own     bytes of one layer's block on a rank, without padding
+    window  tokens that a layer with a sliding window sees
+    states  blocks of a state that a request holds
     """
 
     kind: str
@@ -67,9 +68,9 @@ class Group(NamedTuple):
     states: int = 1
 
     def blocks_of(self, context: int, in_flight: int) -> int:
-        """Blocks that one request of `context` tokens holds, with `in_flight` tokens under way at once."""
+        """Return the blocks that one request of `context` tokens holds, with `in_flight` tokens computed at once."""
         match self.kind:
-            case "sliding":  # one more, as a window may begin within a block
+            case "sliding":  # one more, as a window may begin inside a block
                 return -(-min(self.window - 1 + in_flight, context) // self.block) + 1
             case "chunked":
                 return -(-min(self.window + in_flight, context) // self.block)
@@ -80,15 +81,24 @@ class Group(NamedTuple):
 
 
 class Blocks(NamedTuple):
-    """Blocks that groups of layers draw from one pool."""
+    """A pool of blocks that all groups of layers share.
 
-    groups: tuple[Group, ...]
+    groups     groups of layers
+    number     number of blocks
+    in_flight  tokens that may be computed at once
+    longest    tokens of the longest request
+    by_group   the engine reports tokens as the blocks of one group
+    reserved   blocks that are never given out
+    ahead      slots of a request beyond its tokens, up to the longest request
+    """
+
+    groups: tuple[CacheGroup, ...]
     number: int
     in_flight: int
     longest: int
-    by_group: bool  # tokens are counted as blocks of one group
-    reserved: int  # blocks that are never given out
-    ahead: int = 0  # slots of a request beyond its tokens, but for those beyond the longest request
+    by_group: bool
+    reserved: int
+    ahead: int = 0
 
     @property
     def blocks(self) -> int:
@@ -113,7 +123,7 @@ class Blocks(NamedTuple):
         return int(self.concurrency(self.longest) * self.longest)
 
     def of_request(self, context: int) -> int:
-        """Blocks that one request of so many tokens holds."""
+        """Return the blocks that one request of `context` tokens holds."""
         context = max(context, min(context + self.ahead, self.longest))
         return sum(g.blocks_of(context, self.in_flight) for g in self.groups)
 
@@ -127,17 +137,24 @@ class Blocks(NamedTuple):
         return (self.of_request(context) * requests + self.reserved) * self.block_bytes
 
 
-def block_bytes(groups: tuple[Group, ...]) -> int:
-    """Bytes of a block: of the group that has most. Groups lie over each other, block by block."""
+def block_bytes(groups: tuple[CacheGroup, ...]) -> int:
+    """Return the bytes of a block: those of the largest group, as all groups use the same blocks."""
     return max(g.layers * g.page for g in groups)
 
 
 class Tokens(NamedTuple):
-    """Slots for tokens: so many for layers that keep all, so many for those with a window, and states of requests.
+    """Pools of token slots, one for layers with full attention and one for layers with a sliding window, and states.
 
-    full, sliding  slots, and bytes of one in all such layers
-    states         states that requests may have, beside one that pads; None where there are none
-    more_bytes     what a draft's slot takes beyond what was counted for it when slots were (negative: less)
+    full           slots of layers with full attention
+    full_bytes     bytes of a slot in all layers with full attention
+    page           slots of a page
+    sliding        slots of layers with a sliding window
+    sliding_bytes  bytes of a slot in all layers with a sliding window
+    window         tokens of the window
+    states         states for requests, in addition to one for padding; None without such layers
+    state_bytes    bytes of one state
+    per_request    states of one request
+    more_bytes     bytes of a draft's slot beyond the engine's own estimate of it; negative if it takes less
     """
 
     full: int
@@ -157,7 +174,7 @@ class Tokens(NamedTuple):
 
     @property
     def _keeps(self) -> bool:
-        """Whether any layer keeps keys."""
+        """Whether any layer caches keys."""
         return bool(self.full_bytes or self.sliding_bytes)
 
     @property
@@ -178,7 +195,7 @@ class Tokens(NamedTuple):
         return slots + (self.states + 1) * self.state_bytes if self.states else slots
 
     def _slots(self, context: int) -> tuple[int, int]:
-        """Slots that a request takes, without and with a window."""
+        """Return the slots that a request takes in layers without and with a window."""
 
         def paged(tokens: int) -> int:
             return -(-tokens // self.page) * self.page
@@ -189,9 +206,9 @@ class Tokens(NamedTuple):
 
     def concurrency(self, context: int) -> Fraction:
         full, sliding = self._slots(context)
-        found = [Fraction(have, take) for have, take in ((self.full, full), (self.sliding, sliding)) if take]
-        found += [Fraction(self.states, self.per_request)] if self.states is not None else []
-        return min(found)
+        requests = [Fraction(slots, taken) for slots, taken in ((self.full, full), (self.sliding, sliding)) if taken]
+        requests += [Fraction(self.states, self.per_request)] if self.states is not None else []
+        return min(requests)
 
     def holds(self, context: int, requests: int) -> bool:
         return self.concurrency(context) >= requests
@@ -203,7 +220,13 @@ class Tokens(NamedTuple):
 
 
 class Slots(NamedTuple):
-    """A cache made for so many requests of so many tokens, and no more: what llama.cpp has."""
+    """A cache for a fixed number of requests of a fixed length, as in llama.cpp.
+
+    cells     tokens of all requests
+    requests  number of requests
+    total     bytes of the cache
+    longest   tokens of one request
+    """
 
     cells: int
     requests: int

@@ -1,4 +1,4 @@
-"""A run on a serving engine with nothing left open."""
+"""The fully resolved settings of a run on a serving engine."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.inference.cache_formats import cache_format
-from memplan.catalogue.inference.caches import LayerCache, Part, caches
-from memplan.catalogue.profiles.engines import Engine
+from memplan.catalogue.inference.caches import CachePart, LayerCache, caches
+from memplan.catalogue.profiles.engines import ServingEngine
 from memplan.core.frozen import FrozenDict
 from memplan.models.model import ModelSpec
 from memplan.program.serving.layer_ranges import Stage
@@ -16,15 +16,24 @@ from memplan.spec.serving import Serving
 
 
 class Settings(NamedTuple):
-    """Everything that decides an answer.
+    """Everything that decides the memory of a serving run on one GPU.
 
-    dtype          what the model computes in, and what of it is not quantised
-    words          what the engine's rows say beside the fields (`memplan.catalogue.profiles.engines.WORDS`)
-    context        tokens of one of the run's requests; `batch` of them are to fit at once
-    ranks          how the cards divide the model; `stage` is what the one that this is about has of the layers
+    engine        engine and version
+    words         the engine's settings that are no fields of `serving` (`memplan.catalogue.profiles.engines.WORDS`)
+    model         the model
+    gpu           the GPU, if one was given
+    dtype         dtype the model computes in, and of unquantised weights
+    quantization  format of quantised weights
+    serving       the run's serving options, with every null filled in
+    context       tokens of one request
+    prompt        tokens of one request's prompt
+    batch         requests that must fit at once
+    ranks         how GPUs divide the model
+    stage         layers on this GPU
+    draft         what proposes tokens in speculative decoding
     """
 
-    engine: Engine
+    engine: ServingEngine
     words: FrozenDict
     model: ModelSpec
     gpu: GPU | None
@@ -34,33 +43,33 @@ class Settings(NamedTuple):
     context: int
     prompt: int
     batch: int
-    ranks: Ranks
+    ranks: ServingRanks
     stage: Stage
     draft: Draft | None = None
 
     @property
     def tp(self) -> int:
-        """Ranks that divide attention, and all that nothing else is said of."""
+        """Tensor-parallel degree of attention, and of everything without a degree of its own."""
         return self.ranks.tp
 
     @property
     def caches(self) -> tuple[LayerCache, ...]:
-        """What the stage's layers keep."""
+        """Caches of the stage's layers."""
         return caches(self.model)[self.stage.first : self.stage.last]
 
     @property
     def longest(self) -> int:
-        """The most tokens of a request that the engine admits."""
+        """Tokens of the longest request that the engine accepts."""
         return self.serving.max_model_len or self.context
 
     @property
     def steps(self) -> int:
-        """Tokens of one step."""
+        """Most tokens of one step."""
         return self.serving.max_num_batched_tokens or 1
 
     @property
     def requests(self) -> int:
-        """Requests of one step."""
+        """Most requests of one step."""
         return min(self.serving.max_num_seqs or 1, self.steps)
 
     @property
@@ -74,15 +83,15 @@ class Settings(NamedTuple):
 
     @property
     def packed(self) -> bool:
-        """Whether keys and values are stored in eight bits, by one scale."""
+        """Whether keys and values are stored in eight bits, with one scale for all."""
         return self.cache_dtype in EIGHT_BITS
 
-    def cache_bytes(self, p: Part) -> int:
-        """Bytes of a token's part of a cache of keys and values on one rank."""
-        kept = cache_format(self.cache_dtype)
+    def cache_bytes(self, p: CachePart) -> int:
+        """Return the bytes of one token's cache entry on one rank."""
+        stored = cache_format(self.cache_dtype)
         if not p.heads:
-            return kept.head(p.elements)
-        return -(-p.heads // self.tp) * kept.head(p.elements // p.heads)
+            return stored.head(p.elements)
+        return -(-p.heads // self.tp) * stored.head(p.elements // p.heads)
 
 
 EIGHT_BITS = ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn")
@@ -90,8 +99,12 @@ COMPRESSED, COMPRESSES, ENTRIES = "deepseek_v4", "vllm-0.33", 256
 
 
 class Draft(NamedTuple):
-    """What proposes tokens: by which method, so many in a step, and the engine's settings for its model, whose layers
-    are those that have keys and values; None of n-grams."""
+    """What proposes tokens in speculative decoding.
+
+    method    draft_model, eagle, eagle3, mtp or ngram
+    tokens    tokens proposed in a step
+    settings  settings of the draft's model, with only the layers that have keys and values; None for n-grams
+    """
 
     method: str
     tokens: int
@@ -102,15 +115,16 @@ class Draft(NamedTuple):
         return self.settings.model if self.settings else None
 
 
-class Ranks(NamedTuple):
-    """How many cards divide what.
+class ServingRanks(NamedTuple):
+    """How many GPUs divide each part of a model.
 
-    tp       attention, and all that nothing else is said of
-    dense    MLPs and the head
-    ep       experts, one by one; etp their width
-    sharing  groups of ranks whose tokens meet at the experts
-    pp       stages of layers
-    cards    of llama.cpp
+    tp       tensor-parallel degree of attention, and of everything without a degree of its own
+    dense    tensor-parallel degree of MLPs and the head
+    ep       ranks that divide the experts, each with whole ones
+    etp      ranks that divide the width of each expert
+    sharing  data-parallel groups whose tokens share the experts
+    pp       pipeline stages
+    cards    GPUs of llama.cpp
     """
 
     tp: int = 1

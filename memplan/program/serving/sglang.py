@@ -1,4 +1,4 @@
-"""SGLang's pools: slots for tokens, of layers that keep all and of those with a window, and states of requests.
+"""SGLang's pools: token slots for layers with full attention and with a sliding window, and states of requests.
 
 Source: sglang 0.5.23 arg_groups/memory_hook.py handle_gpu_memory_settings, model_executor/pool_configurator.py,
 mem_cache/kv_cache_configurator.py _profile_available_bytes and _handle_max_mamba_cache.
@@ -11,17 +11,20 @@ from memplan.core.errors import SpecError
 from memplan.core.units import GIB, ITEMSIZE, MIB
 from memplan.models.model import ModelSpec
 from memplan.program.serving.draft import layers_of
-from memplan.program.serving.parallel import each
+from memplan.program.serving.parallel import stage_settings
 from memplan.program.serving.pool import Tokens
-from memplan.program.serving.settings import Ranks, Settings
+from memplan.program.serving.settings import ServingRanks, Settings
 
 _FP8_LATENT, _FP8_INDEX = 656, 4
 _STATES_A_REQUEST = 3  # with a radix cache: mem_cache/kv_cache_configurator.py _calculate_mamba_ratio
 
 
-def static_fraction(total: int, chunk: int, graphs: int, ranks: Ranks, latent: bool, captures: bool) -> float:
-    """The share of a card's bytes for weights and pools: what is left after an allowance in MiB for activations of a
-    chunk of tokens, for graphs of up to so many requests, and for what attention that is data parallel pads."""
+def static_fraction(total: int, chunk: int, graphs: int, ranks: ServingRanks, latent: bool, captures: bool) -> float:
+    """Return the share of a GPU's bytes for weights and pools (`mem_fraction_static`).
+
+    The rest is an allowance for activations of a chunk of tokens, for CUDA graphs of up to `graphs` requests if the
+    engine `captures` them, and for the padding of data-parallel attention.
+    """
     reserved = 512 + 1.5 * max(chunk, 2048) + ranks.tp * ranks.sharing * ranks.pp / 8 * 1024
     if captures:
         reserved += 2 * graphs + (1.5 * 1024 if latent else 8 * prefill_graphs(chunk))
@@ -33,46 +36,52 @@ def static_fraction(total: int, chunk: int, graphs: int, ranks: Ranks, latent: b
     return round((mib - reserved) / mib, 3)
 
 
-def seeing(model: ModelSpec) -> float:
-    """What a tower leaves of that share: less the larger it is. Source: arg_groups/memory_hook.py
-    adjust_mem_fraction_for_vlm, which reads `num_hidden_layers` and `hidden_size` of the tower's config and has 24 and
-    1,024 where there are none."""
+def tower_factor(model: ModelSpec) -> float:
+    """Return the factor by which a vision tower reduces that share; the larger the tower, the smaller the factor.
+
+    Source: arg_groups/memory_hook.py adjust_mem_fraction_for_vlm, which reads `num_hidden_layers` and `hidden_size` of
+    the tower's config, by default 24 and 1,024.
+    """
     tower = model.part("vision_config")
     if not tower:
         return 1.0
     layers, hidden = tower.get("num_hidden_layers", 24), tower.get("hidden_size", 1024)
     if not isinstance(layers, int) or not isinstance(hidden, int):
         layers, hidden = 24, 1024
-    more = layers * hidden**2 / (24 * 1024**2) - 1
-    return 0.95 * max(0.8, min(1.05, 1 - 0.1 * more))
+    excess = layers * hidden**2 / (24 * 1024**2) - 1
+    return 0.95 * max(0.8, min(1.05, 1 - 0.1 * excess))
 
 
 def prefill_graphs(tokens: int) -> int:
-    """How many steps of a prompt's tokens are recorded. Source: arg_groups/cuda_graph_hook.py
-    generate_prefill_cuda_graph_batch_sizes."""
+    """Return how many prefill steps are captured as CUDA graphs.
+
+    Source: arg_groups/cuda_graph_hook.py generate_prefill_cuda_graph_batch_sizes.
+    """
     sizes = ((4, 32, 4), (48, 256, 16), (288, 512, 32), (576, 1024, 64), (1280, 4096, 256), (4608, tokens, 512))
     return sum(len(range(first, min(last, tokens) + 1, step)) for first, last, step in sizes)
 
 
 def pool(s: Settings, available: int) -> Tokens:
-    """What `available` bytes on each rank become."""
+    """Return the token slots and states that fit in `available` bytes on each rank."""
     layers = [c for c in s.caches if c.parts]
     full = sum(_token(s, c) for c in layers if c.kind in ("attention", "latent", "chunked"))
     sliding = sum(_token(s, c) for c in layers if c.kind == "sliding")
     window = max((c.window or 0 for c in layers if c.kind == "sliding"), default=0)
-    state = max(sum(_state(one, c) for c in one.caches if c.kind == "state") for one in each(s))
+    state = max(
+        sum(_state(of_stage, c) for c in of_stage.caches if c.kind == "state") for of_stage in stage_settings(s)
+    )
     if state and "state_share" not in s.words:
         raise SpecError(f"model: {s.model.model_type} keeps states, not supported yet with {s.engine.name}", "model")
-    if s.model.part("vision_config"):  # for what the tower has made. Source: mm_runtime_reservation_gb
+    if s.model.part("vision_config"):  # kept for the tower's outputs. Source: mm_runtime_reservation_gb
         available -= s.words.get("pictures_mib", 0) * MIB
     page, available = s.block, max(0, available)
     states = None
     if state:
         share = s.words["state_share"]
-        states = max(0, available * share // (1000 + share) // state - 1)  # one more pads
+        states = max(0, available * share // (1000 + share) // state - 1)  # one more is for padding
         available = max(0, available - (states + 1) * state)
     per_request = _STATES_A_REQUEST if s.serving.prefix_caching else 1
-    if not full and not sliding:  # as many tokens as the longest request, which take nothing
+    if not full and not sliding:  # tokens take no memory: as many slots as the longest request
         return Tokens(s.longest, 0, page, states=states, state_bytes=state, per_request=per_request)
     if not s.serving.hybrid_cache:
         full, sliding = full + sliding, 0
@@ -83,7 +92,7 @@ def pool(s: Settings, available: int) -> Tokens:
             f"{s.engine.name}",
             "serving.speculative_method",
         )
-    # it takes a draft's layers to be as wide as the model's: model_executor/pool_configurator.py
+    # SGLang assumes that a draft's layers are as wide as the model's: model_executor/pool_configurator.py
     share = full * len(drafted) // max(1, len(layers))
     more, full = sum(_token(s, c) for c in drafted) - share, full + share
     if full and sliding:
@@ -98,12 +107,12 @@ def pool(s: Settings, available: int) -> Tokens:
 
 
 def _token(s: Settings, c: LayerCache) -> int:
-    """A token in one layer on one rank."""
+    """Return the bytes of one token in one layer on one rank."""
     index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
-    kept = [p for p in c.parts if p.name != "index keys"]
+    others = [p for p in c.parts if p.name != "index keys"]
     if index and c.kind == "latent" and s.packed:
         return _FP8_LATENT + index
-    return sum(s.cache_bytes(p) for p in kept) + index
+    return sum(s.cache_bytes(p) for p in others) + index
 
 
 def _state(s: Settings, c: LayerCache) -> int:
@@ -113,6 +122,6 @@ def _state(s: Settings, c: LayerCache) -> int:
         convolved = p.name.startswith(CONVOLUTION)
         if convolved:
             elements = elements // kernel * (kernel - 1)
-        kept = s.words["state_dtype"]
-        total += elements * ITEMSIZE[s.dtype if convolved or kept == "model" else kept]
+        dtype = s.words["state_dtype"]
+        total += elements * ITEMSIZE[s.dtype if convolved or dtype == "model" else dtype]
     return total

@@ -1,7 +1,7 @@
-"""Text Generation Inference's pool: tokens of every layer, in what is left after a prompt's pass.
+"""Text Generation Inference's pool: slots for tokens, in the memory left after a prefill step.
 
-Its warm-up reads the longest prompts into a cache of their own, and gives 0.9 of what is free after that to the pool,
-beside as many tokens as those had: `memplan.program.serving.budget`.
+Its warm-up runs the longest prompts with a cache of their own. The pool then gets the tokens of that cache and 0.9 of
+the memory that was left (see `memplan.program.serving.budget`).
 
 Source: text-generation-inference server/text_generation_server/models/flash_causal_lm.py FlashCausalLM.warmup.
 """
@@ -14,5 +14,5 @@ from memplan.program.serving.settings import Settings
 
 
 def pool(s: Settings, available: int) -> Tokens:
-    """What `available` bytes on each rank become: slots for tokens, of all layers alike."""
+    """Return the slots for tokens that fit in `available` bytes on each rank, equal for all layers."""
     return sglang.pool(s, available)

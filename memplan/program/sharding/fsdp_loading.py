@@ -1,8 +1,8 @@
-"""What loading a model takes on a GPU where FSDP divides it, event by event: see `memplan.program.loading.loading`.
+"""Loading a model that FSDP shards, event by event (see `memplan.program.loading.loading`).
 
-Under FSDP2 with `cpu_ram_efficient_loading` each weight is sent whole, and divided, one after the other. Otherwise a
-unit's weights are brought together from the host, FSDP1's copied into one tensor, and the rank's parts copied out;
-blocks come first. A quantised model is whole on every GPU before that, but of older versions of transformers.
+FSDP2 with `cpu_ram_efficient_loading` broadcasts each weight whole and then shards it, one after another. Otherwise a
+unit's weights are copied from the host together, FSDP1 flattens them, and the rank's parts are copied out; blocks come
+first. A quantised model is whole on every GPU before that, except with older versions of transformers.
 
 Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model, fsdp2_load_full_state_dict, accelerator.py
 prepare_model; torch 2.13 distributed/fsdp/_init_utils.py, _flat_param.py, _fully_shard/_fsdp_param.py,
@@ -19,7 +19,7 @@ from memplan.catalogue.parallelism.sharding import aligned, part, rows_of
 from memplan.core.ir import Weight, outside
 from memplan.engine.gather import REST
 from memplan.engine.walk import size
-from memplan.program.graph import Graph, built, parameters_of
+from memplan.program.graph import Graph, operations_of, parameters_of
 from memplan.program.loading import in_order
 from memplan.program.sharding.ranks import Ranks, kept_dtype, shape_in, shared_tables, units_of
 
@@ -27,8 +27,8 @@ Events = Iterator[tuple[int, int]]
 
 
 def loading_events(graph: Graph, ranks: Ranks, together: bool = False) -> Events:
-    """What loading allocates and frees, in order. `together`: equal tensors that come and go at once are told as one,
-    for thousands of ranks have thousands."""
+    """Yield what loading allocates and frees, in order. With `together`, equal tensors that are allocated and freed at
+    once are merged into one event, as thousands of ranks have thousands of them."""
     numbers = count()
     if ranks.efficient and not ranks.row.flat:
         yield from _one_by_one(graph, ranks, numbers, together)
@@ -41,48 +41,48 @@ def loading_events(graph: Graph, ranks: Ranks, together: bool = False) -> Events
 
 
 def _one_by_one(graph: Graph, ranks: Ranks, numbers: Iterator[int], together: bool) -> Events:
-    """Every weight as it is sent: whole, cut into parts of which the last are copied to be padded, and the rank's own.
-    A weight with several names is sent once for each."""
-    _, axes = built(graph)
+    """Yield the events of broadcasting every weight: whole, then padded copies of the last parts, then the rank's part.
+    A weight with several names is sent once for each name."""
+    _, axes = operations_of(graph)
     for w in in_order(graph):
         if w.group != "buffer":
-            yield from _sent(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together)
-    again: list[int] = []
+            yield from _broadcast(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together)
+    duplicates: list[int] = []
     for w in _named_again(graph):
-        sent = list(_sent(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together))
-        yield from sent
-        again += [] if ranks.offloads else [_part_of(sent)]
-    for number in again:  # all are tied at last
+        events = list(_broadcast(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together))
+        yield from events
+        duplicates += [] if ranks.offloads else [_remaining_storage(events)]
+    for number in duplicates:  # freed when all weights are tied at the end
         yield number, 0
 
 
-def _part_of(events: list[tuple[int, int]]) -> int:
-    """The storage that a weight's events leave."""
-    gone = {number for number, bytes_ in events if not bytes_}
-    return next(number for number, _ in events if number not in gone)
+def _remaining_storage(events: list[tuple[int, int]]) -> int:
+    """Return the storage that is left alive after a weight's events."""
+    freed = {number for number, bytes_ in events if not bytes_}
+    return next(number for number, _ in events if number not in freed)
 
 
-def _sent(shape: tuple[int, ...], dtype: str, ranks: Ranks, numbers: Iterator[int], together: bool) -> Events:
+def _broadcast(shape: tuple[int, ...], dtype: str, ranks: Ranks, numbers: Iterator[int], together: bool) -> Events:
     bytes_ = size(str(prod(shape)), dtype, {})[1]
-    mine = size(str(prod(rows_of(shape, ranks.world))), dtype, {})[1]
-    each = part(shape[0], ranks.world) if shape else 1
-    padded = ranks.world - shape[0] // each if shape else 0
-    copies, of_one = (1, padded * mine) if together and padded else (padded, mine)
-    whole, *cut = (next(numbers) for _ in range(1 + copies))
+    part_bytes = size(str(prod(rows_of(shape, ranks.world))), dtype, {})[1]
+    rows = part(shape[0], ranks.world) if shape else 1
+    padded = ranks.world - shape[0] // rows if shape else 0
+    copies, copy_bytes = (1, padded * part_bytes) if together and padded else (padded, part_bytes)
+    whole, *padded_parts = (next(numbers) for _ in range(1 + copies))
     yield whole, bytes_
-    for number in cut:
-        yield number, of_one
-    own = next(numbers)
-    yield own, mine
-    for number in (*cut, whole):
+    for number in padded_parts:
+        yield number, copy_bytes
+    local = next(numbers)
+    yield local, part_bytes
+    for number in (*padded_parts, whole):
         yield number, 0
     if ranks.offloads:
-        yield own, 0
+        yield local, 0
 
 
 def _named_again(graph: Graph) -> list[Weight]:
-    """The weight of every further name: a head that is the embeddings' table, and encoder and decoder that share it."""
-    stack, _ = built(graph)
+    """Return a weight for every additional name it has: a tied head, and tables that encoder and decoder share."""
+    stack, _ = operations_of(graph)
     before = {w.name: w for ops in outside(stack)[:-1] for op in ops for w in op.weights if w.group != "buffer"}
     after = {w.name for op in (*stack.after, *stack.loss) for w in op.weights}
     tied = [w for name, w in before.items() if name in after]
@@ -90,66 +90,68 @@ def _named_again(graph: Graph) -> list[Weight]:
 
 
 def _unit_by_unit(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Events:
-    """Every unit whole, then the rank's parts of it; FSDP1 casts those that train at last."""
+    """Yield the events of loading each unit whole and cutting out the rank's parts. FSDP1 casts trained parts last."""
     units: list[list[Weight]] = []
     places: list[int] = []
     for place, copies, weights in _ordered(graph, ranks):
         units += [weights] * copies
         places += [place] * copies
-    there: dict[tuple[int, int], int] = {}
-    if ranks.there and any(w.stored for weights in units for w in weights):
-        every = [(i, j) for i in sorted(range(len(units)), key=places.__getitem__) for j in range(len(units[i]))]
-        for i, j in sorted(every, key=lambda at: units[at[0]][at[1]].group == "adapter"):  # which come last
-            found: list[int] = []
-            yield from _brought(graph, ranks, units[i][j], numbers, found)
-            there[i, j] = found[0]
-    widened: list[tuple[int, int]] = []
+    loaded: dict[tuple[int, int], int] = {}
+    if ranks.loads_whole and any(w.stored for weights in units for w in weights):
+        indices = [(i, j) for i in sorted(range(len(units)), key=places.__getitem__) for j in range(len(units[i]))]
+        for i, j in sorted(indices, key=lambda at: units[at[0]][at[1]].group == "adapter"):  # adapters come last
+            storages: list[int] = []
+            yield from _load(graph, ranks, units[i][j], numbers, storages)
+            loaded[i, j] = storages[0]
+    to_cast: list[tuple[int, int]] = []
     for i, weights in enumerate(units):
-        alone = [[j] for j, w in enumerate(weights) if w.group == "adapter"] if ranks.row.flat else []
-        apart = {j for group in alone for j in group}
-        rest = [j for j in range(len(weights)) if j not in apart]
-        for group in (*alone, *([rest] if rest else ())):
+        adapters = [[j] for j, w in enumerate(weights) if w.group == "adapter"] if ranks.row.flat else []
+        nested = {j for group in adapters for j in group}
+        rest = [j for j in range(len(weights)) if j not in nested]
+        for group in (*adapters, *([rest] if rest else ())):
             whole: list[int] = []
-            if there:
-                whole = [there[i, j] for j in group]
+            if loaded:
+                whole = [loaded[i, j] for j in group]
             else:
                 for j in group:
-                    yield from _brought(graph, ranks, weights[j], numbers, whole)
-            divide = _laid if ranks.row.flat else _cut
-            yield from divide(graph, ranks, [weights[j] for j in group], whole, numbers, widened)
-    for _, bytes_ in widened:
+                    yield from _load(graph, ranks, weights[j], numbers, whole)
+            shard = _flatten if ranks.row.flat else _shard_each
+            yield from shard(graph, ranks, [weights[j] for j in group], whole, numbers, to_cast)
+    for _, bytes_ in to_cast:
         yield next(numbers), bytes_
-    for number, _ in widened:  # which the parameters' own views have until they are used
+    for number, _ in to_cast:  # the parameters are views of the uncast parts until they are used
         yield number, 0
 
 
 def _ordered(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int, list[Weight]]]:
-    """Units in the order they are made: blocks, what is outside of them; or that, and then all blocks as one. With
-    each, its place in the model and how many such there are."""
-    found = list(enumerate(units_of(graph, ranks)))
-    yield from ((i, copies, weights) for i, (unit, where, copies, weights) in found if where and unit != REST)
-    yield from ((i, copies, weights) for i, (unit, where, copies, weights) in found if not where and unit != REST)
-    rest = [w for _, (unit, _, copies, weights) in found if unit == REST for _ in range(copies) for w in weights]
+    """Yield the units in the order they are created, with their place in the model and the number of copies.
+
+    Blocks come before units outside of blocks. If blocks are no units of their own, all of them are one last unit.
+    """
+    units = list(enumerate(units_of(graph, ranks)))
+    yield from ((i, copies, weights) for i, (unit, where, copies, weights) in units if where and unit != REST)
+    yield from ((i, copies, weights) for i, (unit, where, copies, weights) in units if not where and unit != REST)
+    rest = [w for _, (unit, _, copies, weights) in units if unit == REST for _ in range(copies) for w in weights]
     if rest:
-        yield next(i for i, (unit, *_) in found if unit == REST), 1, rest
+        yield next(i for i, (unit, *_) in units if unit == REST), 1, rest
 
 
-def _loaded(w: Weight, ranks: Ranks) -> str:
-    """The dtype a weight is loaded in: FSDP2's are cast on the host, FSDP1's once they are divided."""
+def _loaded_dtype(w: Weight, ranks: Ranks) -> str:
+    """Return the dtype a weight is loaded in. FSDP2's weights are cast on the host, FSDP1's once they are sharded."""
     if w.stored or not ranks.row.flat or w.group == "adapter":
         return kept_dtype(w, ranks)
     return ranks.frozen or w.dtype
 
 
-def _brought(graph: Graph, ranks: Ranks, w: Weight, numbers: Iterator[int], whole: list[int]) -> Events:
-    """One weight on the GPU, its number added to `whole`; a quantised one is there as it was loaded until that is
-    done."""
-    _, axes = built(graph)
+def _load(graph: Graph, ranks: Ranks, w: Weight, numbers: Iterator[int], whole: list[int]) -> Events:
+    """Load one weight and append its storage to `whole`. A weight to be quantised exists in its loaded dtype until it
+    is quantised."""
+    _, axes = operations_of(graph)
     if not w.stored:
         whole.append(next(numbers))
-        yield whole[-1], size(str(prod(shape_in(w, axes, ranks.storage))), _loaded(w, ranks), {})[1]
+        yield whole[-1], size(str(prod(shape_in(w, axes, ranks.storage))), _loaded_dtype(w, ranks), {})[1]
         return
-    loaded, quantises = next(numbers), ranks.there and not graph.recipe.packed
+    loaded, quantises = next(numbers), ranks.loads_whole and not graph.recipe.packed
     if quantises:
         yield loaded, size(w.shape, graph.recipe.weights, axes)[1]
     for t in w.stored:
@@ -161,45 +163,45 @@ def _brought(graph: Graph, ranks: Ranks, w: Weight, numbers: Iterator[int], whol
         yield loaded, 0
 
 
-def _laid(
+def _flatten(
     graph: Graph,
     ranks: Ranks,
     weights: list[Weight],
     whole: list[int],
     numbers: Iterator[int],
-    widened: list[tuple[int, int]],
+    to_cast: list[tuple[int, int]],
 ) -> Events:
-    """Weights that are laid one after the other, and the rank's part of that; `widened` is what is cast later."""
-    _, axes = built(graph)
+    """Flatten weights into one tensor and copy out the rank's part. Parts to be cast later are added to `to_cast`."""
+    _, axes = operations_of(graph)
     first = weights[0]
-    dtype = ranks.storage if first.stored else _loaded(first, ranks)
-    laid = sum(aligned(prod(shape_in(w, axes, ranks.storage)), dtype) for w in weights)
+    dtype = ranks.storage if first.stored else _loaded_dtype(first, ranks)
+    total = sum(aligned(prod(shape_in(w, axes, ranks.storage)), dtype) for w in weights)
     flat, mine = next(numbers), next(numbers)
-    own = part(laid, ranks.among)
-    yield flat, size(str(laid), dtype, {})[1]
-    if ranks.whole:  # and that is the rank's
+    local = part(total, ranks.shard_count)
+    yield flat, size(str(total), dtype, {})[1]
+    if ranks.is_unsharded:  # the rank keeps the whole flat tensor
         flat, mine = mine, flat
     else:
-        yield mine, size(str(own), dtype, {})[1]
+        yield mine, size(str(local), dtype, {})[1]
         whole = [flat, *whole]
     for number in whole:
         yield number, 0
     if ranks.offloads:
         yield mine, 0
     elif kept_dtype(first, ranks) != dtype:
-        widened.append((mine, size(str(own), kept_dtype(first, ranks), {})[1]))
+        to_cast.append((mine, size(str(local), kept_dtype(first, ranks), {})[1]))
 
 
-def _cut(
+def _shard_each(
     graph: Graph,
     ranks: Ranks,
     weights: list[Weight],
     whole: list[int],
     numbers: Iterator[int],
-    widened: list[tuple[int, int]],
+    to_cast: list[tuple[int, int]],
 ) -> Events:
-    """Weights each of which is divided by itself, and that go when all are."""
-    _, axes = built(graph)
+    """Copy out the rank's part of each weight, and free the whole weights when all are sharded."""
+    _, axes = operations_of(graph)
     for w in weights:
         mine = next(numbers)
         yield mine, size(str(prod(rows_of(shape_in(w, axes, ranks.storage), ranks.world))), kept_dtype(w, ranks), {})[1]

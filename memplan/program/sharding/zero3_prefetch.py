@@ -1,8 +1,8 @@
-"""Which weights are whole at once under ZeRO's stage 3: DeepSpeed's coordinator, run on a pass of the graph.
+"""Which weights are whole at once in ZeRO stage 3: DeepSpeed's parameter coordinator, simulated on a pass of the graph.
 
-Every module asks for its weights before it runs, then for the next ones up to a bucket, and lets go of its own
-afterwards, unless they are used again soon. What several weights are gathered into at once is there until the last of
-them has been asked for: each is copied out of it.
+Every module fetches its weights before it runs, prefetches the next ones up to a bucket, and releases its own
+afterwards unless they are used again soon. An all-gather of several weights writes one tensor, which exists until the
+last of them has been requested, as each is copied out of it.
 
 Source: DeepSpeed 0.19.8 runtime/zero/partitioned_param_coordinator.py, partition_parameters.py (all_gather_coalesced).
 """
@@ -16,23 +16,27 @@ from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
-from memplan.catalogue.parallelism.sharding import Knobs
+from memplan.catalogue.parallelism.sharding import ZeroSettings
 from memplan.core.ir import Op
 from memplan.core.units import ITEMSIZE
-from memplan.program.graph import Graph, built
+from memplan.program.graph import Graph, operations_of
 from memplan.program.sharding.ranks import Ranks, numbers_of
 
 
 class Whole(NamedTuple):
-    """Bytes at the moment of a phase when most are there: of whole weights, and of what all-gathers wrote."""
+    """Bytes at a phase's peak: of whole weights, and of all-gather outputs."""
 
     weights: int
     written: int
 
 
 class Gathering(NamedTuple):
-    """The allocations and frees of a pass on the stream that gathers: a number and bytes, which are 0 of a free. Most
-    are there after the first `most` of them: `bytes`."""
+    """The allocations and frees of a pass on the gathering stream.
+
+    events  storage numbers with their bytes, or with 0 for a free
+    most    number of events up to the peak
+    bytes   bytes at the peak
+    """
 
     events: tuple[tuple[int, int], ...]
     most: int
@@ -40,44 +44,44 @@ class Gathering(NamedTuple):
 
 
 class _Visit(NamedTuple):
-    """A module that is run, forward or backward, and the weights that it reads: their places in a list of sizes."""
+    """One run of a module in a phase, and the indices of the weights it reads."""
 
     phase: str
     weights: tuple[int, ...]
 
 
 @lru_cache(maxsize=256)
-def whole(graph: Graph, ranks: Ranks) -> dict[str, Whole]:
-    """The most that is whole beside the weights that always are, by phase.
+def gathered_peak(graph: Graph, ranks: Ranks) -> dict[str, Whole]:
+    """Return the peak of gathered weights by phase, without weights that are always whole.
 
-    A loss that multiplies by the output projection itself reads a weight that is no module's own: DeepSpeed has the
-    model ask for it, which runs throughout.
+    A fused loss reads the output projection outside of its module: DeepSpeed attributes it to the model itself, so it
+    stays gathered throughout.
     """
-    ran, outer = _ran(graph, ranks)
+    coordinator, outer = _run(graph, ranks)
     held = sum(outer)
-    return {phase: Whole(most.weights + held, most.written) for phase, most in ran.most.items()}
+    return {phase: Whole(most.weights + held, most.written) for phase, most in coordinator.most.items()}
 
 
 @lru_cache(maxsize=256)
 def gathered(graph: Graph, ranks: Ranks) -> Gathering:
-    """What is gathered, in order: a weight by itself into what it is then in, several into one tensor, from which each
-    is copied."""
-    ran, outer = _ran(graph, ranks)
-    events = [*((-1 - i, bytes_) for i, bytes_ in enumerate(outer)), *ran.events]
+    """Return what a pass gathers, in order. A single weight is gathered in place; several are gathered into one tensor
+    and copied out of it."""
+    coordinator, outer = _run(graph, ranks)
+    events = [*((-1 - i, bytes_) for i, bytes_ in enumerate(outer)), *coordinator.events]
     alive: dict[int, int] = {}
-    there = best = most = 0
+    live = peak = most = 0
     for at, (number, bytes_) in enumerate(events, 1):
         if bytes_:
             alive[number] = bytes_
-        there += bytes_ or -alive.pop(number)
-        if there > best:
-            best, most = there, at
-    return Gathering((*events, *((number, 0) for number in alive)), most, best)
+        live += bytes_ or -alive.pop(number)
+        if live > peak:
+            peak, most = live, at
+    return Gathering((*events, *((number, 0) for number in alive)), most, peak)
 
 
 @lru_cache(maxsize=64)
-def _ran(graph: Graph, ranks: Ranks) -> tuple[_Coordinator, tuple[int, ...]]:
-    """The coordinator after a pass, and the bytes of the weights that the model itself asks for."""
+def _run(graph: Graph, ranks: Ranks) -> tuple[_Coordinator, tuple[int, ...]]:
+    """Return the coordinator after a pass, and the bytes of the weights that the model itself fetches."""
     knobs = ranks.knobs
     order = _Order(graph, ranks.storage)
     sizes = [n for n, _ in order.sizes]
@@ -90,63 +94,63 @@ def _ran(graph: Graph, ranks: Ranks) -> tuple[_Coordinator, tuple[int, ...]]:
 
 
 class _Order:
-    """The modules in the order that a pass runs them: forward, and on the way back, of a checkpointed block, again."""
+    """The order in which a pass runs modules: forward, then backward, with the recomputation of checkpointed blocks."""
 
     def __init__(self, graph: Graph, storage: str) -> None:
-        stack, self._axes = built(graph)
+        stack, self._axes = operations_of(graph)
         self._storage = storage
         self.sizes: list[tuple[int, int]] = []
         self._outside: dict[str, int] = {}
         forward: list[_Visit] = []
-        back: list[list[_Visit]] = []
+        backward: list[list[_Visit]] = []
 
-        def run(ops: Iterable[Op], known: dict[str, int], phase: str, again: bool) -> None:
-            modules = [tuple(places) for places in self._modules(ops, known)]
-            forward.extend(_Visit(phase, places) for places in modules)
-            way = [_Visit("backward", places) for places in modules]
-            back.append([*(way if again else ()), *reversed(way)])
+        def add(ops: Iterable[Op], known: dict[str, int], phase: str, recomputes: bool) -> None:
+            modules = [tuple(weights) for weights in self._modules(ops, known)]
+            forward.extend(_Visit(phase, weights) for weights in modules)
+            visits = [_Visit("backward", weights) for weights in modules]
+            backward.append([*(visits if recomputes else ()), *reversed(visits)])
 
-        run(stack.before, self._outside, "forward", again=False)
-        for one in stack.runs:
-            run(one.before, self._outside, "forward", again=False)
-            for _ in range(self._axes[one.times]):
-                for block in one.blocks:
-                    run(block.ops, {}, "forward", graph.checkpoint and not block.lasting)
-        run(stack.after, self._outside, "forward", again=False)
+        add(stack.before, self._outside, "forward", recomputes=False)
+        for run in stack.runs:
+            add(run.before, self._outside, "forward", recomputes=False)
+            for _ in range(self._axes[run.times]):
+                for block in run.blocks:
+                    add(block.ops, {}, "forward", graph.checkpoint and not block.never_checkpointed)
+        add(stack.after, self._outside, "forward", recomputes=False)
         loss = [op for op in stack.loss if any(w.group != "buffer" for w in op.weights)]
-        run(loss, self._outside, "loss", again=False)
+        add(loss, self._outside, "loss", recomputes=False)
         names = {w.name for op in loss for w in op.weights if w.group != "buffer"}
         self.of_loss = [self._outside[name] for name in names]
-        self.visits = [*forward, *(visit for visits in reversed(back) for visit in visits)]
+        self.visits = [*forward, *(visit for visits in reversed(backward) for visit in visits)]
 
     def _modules(self, ops: Iterable[Op], known: dict[str, int]) -> Iterator[list[int]]:
-        """The weights of one module after the other."""
+        """Yield the indices of each module's weights."""
         last = ""
-        places: list[int] = []
+        weights: list[int] = []
         for op in ops:
             for w in op.weights:
                 if w.group == "buffer":
                     continue
                 module = w.name.rpartition(".")[0]
-                if places and module != last:
-                    yield places
-                    places = []
+                if weights and module != last:
+                    yield weights
+                    weights = []
                 last = module
                 if w.name not in known:
                     known[w.name] = len(self.sizes)
                     numbers, dtype = numbers_of(w, self._axes, self._storage)
                     self.sizes.append((numbers, ITEMSIZE[dtype]))
-                if known[w.name] not in places:
-                    places.append(known[w.name])
-        if places:
-            yield places
+                if known[w.name] not in weights:
+                    weights.append(known[w.name])
+        if weights:
+            yield weights
 
 
 class _Coordinator:
-    """One pass, once the order of modules is known: from the third on."""
+    """DeepSpeed's coordinator in one pass, from the third pass on, when it knows the order of modules."""
 
     def __init__(
-        self, visits: list[_Visit], sizes: list[int], bytes_: list[int], always: frozenset[int], knobs: Knobs
+        self, visits: list[_Visit], sizes: list[int], bytes_: list[int], always: frozenset[int], knobs: ZeroSettings
     ) -> None:
         self.visits, self.sizes, self.bytes, self.always, self.knobs = visits, sizes, bytes_, always, knobs
         self.traversed = [0, *accumulate(sum(sizes[i] for i in visit.weights) for visit in visits)]
@@ -156,76 +160,75 @@ class _Coordinator:
                 self.uses.setdefault(i, []).append(step)
         self.queue = deque((i, step) for step, visit in enumerate(visits) for i in sorted(visit.weights))
         self.fetched_for: dict[int, int] = {}
-        self.there: set[int] = set()
-        self.flying: dict[int, int] = {}  # a weight that is asked for, and the all-gather that brings it
+        self.gathered: set[int] = set()
+        self.in_flight: dict[int, int] = {}  # a weight being gathered, and the index of its all-gather
         self.groups: list[list[int]] = []
-        self.waiting: dict[int, set[int]] = {}  # of an all-gather of several, those not yet asked for
+        self.waiting: dict[int, set[int]] = {}  # weights of an all-gather that have not been requested yet
         self.weights = self.written = self.numbers = 0
-        self.most: dict[str, Whole] = {}  # that is whole, by phase
+        self.most: dict[str, Whole] = {}  # peak by phase
         self.events: list[tuple[int, int]] = []  # see Gathering
-        self._made: dict[int, int] = {}  # the number of what a weight is in; of what an all-gather wrote, from sizes on
+        self._numbers: dict[int, int] = {}  # storage number of a weight, or of all-gather i at index len(sizes) + i
 
     def run(self) -> None:
-        """One pass."""
+        """Run one pass."""
         for step, visit in enumerate(self.visits):
             self._fetch(step, visit)
             self._prefetch(step, visit)
             self._note(visit.phase)
             self._release(step, visit)
             if visit.phase == "forward":
-                left = Whole(self.weights, self.written)
-                self.most["loss"] = left  # what the loss finds, unless it asks for more
+                self.most["loss"] = Whole(self.weights, self.written)  # unless the loss fetches more
 
-    def _born(self, what: int, bytes_: int) -> None:
-        self._made[what] = len(self.events)
-        self.events.append((self._made[what], bytes_))
+    def _allocate(self, index: int, bytes_: int) -> None:
+        self._numbers[index] = len(self.events)
+        self.events.append((self._numbers[index], bytes_))
 
-    def _gone(self, what: int) -> None:
-        self.events.append((self._made.pop(what), 0))
+    def _free(self, index: int) -> None:
+        self.events.append((self._numbers.pop(index), 0))
 
     def _note(self, phase: str) -> None:
         now = Whole(self.weights, self.written)
         self.most[phase] = max(self.most.get(phase, now), now, key=sum)
 
-    def _gather(self, some: list[int]) -> None:
-        """One weight is gathered in place; of several the all-gather writes one tensor."""
+    def _gather(self, weights: list[int]) -> None:
+        """Start an all-gather: of one weight in place, of several into one tensor."""
         group = len(self.groups)
-        self.groups.append(some)
-        self.numbers += sum(self.sizes[i] for i in some)
-        bytes_ = sum(self.bytes[i] for i in some)
-        if len(some) > 1:
-            self.waiting[group] = set(some)
+        self.groups.append(weights)
+        self.numbers += sum(self.sizes[i] for i in weights)
+        bytes_ = sum(self.bytes[i] for i in weights)
+        if len(weights) > 1:
+            self.waiting[group] = set(weights)
             self.written += bytes_
-            self._born(len(self.sizes) + group, bytes_)
+            self._allocate(len(self.sizes) + group, bytes_)
         else:
             self.weights += bytes_
-            self._born(some[0], bytes_)
-        self.flying.update(dict.fromkeys(some, group))
+            self._allocate(weights[0], bytes_)
+        self.in_flight.update(dict.fromkeys(weights, group))
 
     def _fetch(self, step: int, visit: _Visit) -> None:
-        asked = [i for i in visit.weights if i not in self.always]
-        missing = [i for i in asked if i not in self.there and i not in self.flying]
+        requested = [i for i in visit.weights if i not in self.always]
+        missing = [i for i in requested if i not in self.gathered and i not in self.in_flight]
         if missing:
             self._gather(missing)
-        for i in asked:
-            if i in self.flying:
+        for i in requested:
+            if i in self.in_flight:
                 self._wait(i, visit.phase)
 
     def _wait(self, i: int, phase: str) -> None:
-        group = self.flying.pop(i)
-        if i not in self.there:
-            self.there.update(self.groups[group])
+        group = self.in_flight.pop(i)
+        if i not in self.gathered:
+            self.gathered.update(self.groups[group])
             if group in self.waiting:
                 self.weights += sum(self.bytes[j] for j in self.groups[group])
                 for j in self.groups[group]:
-                    self._born(j, self.bytes[j])
+                    self._allocate(j, self.bytes[j])
         self._note(phase)
         if group in self.waiting:
             self.waiting[group].discard(i)
             if not self.waiting[group]:
                 del self.waiting[group]
                 self.written -= sum(self.bytes[j] for j in self.groups[group])
-                self._gone(len(self.sizes) + group)
+                self._free(len(self.sizes) + group)
 
     def _prefetch(self, step: int, visit: _Visit) -> None:
         fresh = sum(self.fetched_for.get(i, -1) < step for i in visit.weights)
@@ -233,20 +236,20 @@ class _Coordinator:
             i, used = self.queue.popleft()
             self.fetched_for[i] = used
         most = min(self.knobs.live - self.numbers, self.knobs.prefetch)
-        some: list[int] = []
+        weights: list[int] = []
         numbers = 0
         while self.queue and numbers < most:
             i, used = self.queue.popleft()
             self.fetched_for[i] = max(self.fetched_for.get(i, -1), used)
-            if i not in self.always and i not in self.there and i not in self.flying and i not in some:
-                some.append(i)
+            if i not in self.always and i not in self.gathered and i not in self.in_flight and i not in weights:
+                weights.append(i)
                 numbers += self.sizes[i]
-        if some:
-            self._gather(some)
+        if weights:
+            self._gather(weights)
 
     def _release(self, step: int, visit: _Visit) -> None:
         for i in visit.weights:
-            if i in self.always or i not in self.there or self.fetched_for.get(i, -1) > step:
+            if i in self.always or i not in self.gathered or self.fetched_for.get(i, -1) > step:
                 continue
             uses = self.uses[i]
             following = bisect_left(uses, step + 1)
@@ -254,7 +257,7 @@ class _Coordinator:
                 distance = self.traversed[uses[following]] - self.traversed[step + 1]
                 if distance < self.knobs.reuse:
                     continue
-            self.there.discard(i)
-            self._gone(i)
+            self.gathered.discard(i)
+            self._free(i)
             self.weights -= self.bytes[i]
             self.numbers -= self.sizes[i]

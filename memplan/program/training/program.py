@@ -1,4 +1,4 @@
-"""A run's program: one model, method and set of kernels, lowered once; batch and sequence are put in afterwards."""
+"""A run's program: one model, method and set of kernels, lowered once. Batch and sequence are filled in afterwards."""
 
 from __future__ import annotations
 
@@ -21,24 +21,22 @@ from memplan.engine.step import Lowered
 from memplan.engine.walk import Term, Variable, alive, chain, prune, rows, size
 from memplan.program.graph import (
     Graph,
-    Held,
-    active,
-    built,
+    TensorGroup,
+    active_elements,
     elements,
-    first_alike,
-    handed_on,
-    lowered,
-    optimized,
+    first_equal_stage,
+    is_optimized,
+    lower_training,
+    operations_of,
     shape_of,
     shared_buffers,
+    stage_boundaries,
     weights_of,
 )
 from memplan.program.loading import loading, most_at_once
-from memplan.program.sharding import fsdp_loading as dividing
-from memplan.program.sharding import fsdp_pipeline as unsharded
-from memplan.program.sharding import megatron, zero
+from memplan.program.sharding import fsdp_loading, fsdp_pipeline, megatron, zero
 from memplan.program.sharding.ranks import (
-    ONE,
+    SINGLE_RANK,
     Ranks,
     division,
     gradients_held,
@@ -50,8 +48,12 @@ from memplan.program.sharding.ranks import (
 
 
 class Pipe(NamedTuple):
-    """How microbatches pass through a pipeline: see `memplan.catalogue.parallelism.pipeline`. `engine` names what runs
-    it, and is empty where nothing is; one pass of all `microbatches` is a step."""
+    """How microbatches pass through a pipeline (see `memplan.catalogue.parallelism.pipeline`).
+
+    engine        library that runs the pipeline, empty without one
+    schedule      1f1b, gpipe or device_map
+    microbatches  microbatches of one step
+    """
 
     engine: str = ""
     schedule: str = ""
@@ -59,11 +61,26 @@ class Pipe(NamedTuple):
 
 
 class Structure(NamedTuple):
-    """Everything of a run but its batch and sequence: what decides which tensors exist and when they are alive.
+    """Everything in a run except batch and sequence: it decides which tensors exist and when they are alive.
 
-    `holds_outputs`: what the script holds of a pass is there in the optimizer's step too. `on_host`: the optimizer and
-    its step are in host memory. `buffers`: gradients lie in buffers that ranks reduce as they are, and weights are not
-    sent around. `workspace`: bytes of one that the model's own kernels have throughout.
+    graph          operations of the forward and backward pass
+    accumulates    a step has several micro-batches
+    optimizer      name of the optimizer
+    foreach        the optimizer steps lists of parameters; None for its default
+    state_dtype    dtype of optimizer states, None for the optimizer's own
+    momentum       momentum of the optimizer, None for its default
+    in_backward    the optimizer steps inside backward
+    grads          dtype of gradient buffers that exist throughout, None without such buffers
+    master         dtype of master weights, None without them
+    clips          gradients are clipped
+    scales         a gradient scaler is used
+    trainer        the script is transformers' Trainer
+    holds_outputs  outputs that the script references stay alive in the optimizer step
+    on_host        the optimizer's states and step are in host memory
+    ranks          how ranks divide weights, gradients and states
+    buffers        gradients live in buffers that ranks reduce in place, and no weights are broadcast
+    workspace      bytes of a workspace that the model's own kernels hold throughout
+    pipe           how microbatches pass through a pipeline
     """
 
     graph: Graph
@@ -80,19 +97,23 @@ class Structure(NamedTuple):
     trainer: bool = False
     holds_outputs: bool = False
     on_host: bool = False
-    ranks: Ranks = ONE
+    ranks: Ranks = SINGLE_RANK
     buffers: bool = False
     workspace: int = 0
     pipe: Pipe = Pipe()
 
 
-class Flown(NamedTuple):
-    """A moment of a pipeline: that of a pass through a chunk of the rank's layers, with what is there beside it. With
-    `moment` RETURNED it is when the model has returned, and its logits are there as well; with REDUCED, when a chunk's
-    gradients are reduced; with GATHERED, when its weights are gathered before its first pass. The first pass of a
-    rank's only chunk gathers them as it goes (`opens`)."""
+class ScheduleMoment(NamedTuple):
+    """One moment of a pipeline rank: a moment of a pass, and where the schedule is at that time.
 
-    beside: pipeline.Moment
+    schedule_position  the pass in the schedule: chunk, direction, and other microbatches in flight
+    moment             index of the pass's moment; or RETURNED, when the model has returned its logits; REDUCED, when
+                       the chunk's gradients are reduced; GATHERED, when the chunk's weights are gathered before its
+                       first pass
+    opens              the pass gathers the weights itself: the first pass of a rank with a single chunk
+    """
+
+    schedule_position: pipeline.PipelineMoment
     moment: int
     opens: bool = False
 
@@ -101,21 +122,33 @@ RETURNED, REDUCED, GATHERED = -1, -2, -3
 
 
 class Program(NamedTuple):
-    """A structure with its model's numbers put in. Bytes of moments are over `variables`; all else is constant.
+    """A structure with its model's numbers filled in. Moments are linear in `variables`; other bytes are constant.
 
-    held            what the script holds from backward into the optimizer's step, over `variables`; empty for nothing
-    products        the chain of products that bounds moments, largest first
-    first, later    the moments of a step's first micro-batch and of the others, by phase
-    where           what the operations of those moments are called, by pass and moment
-    flown           what a pipeline's moments are, by pass and moment
-    parameters      bytes of weights and buffers; `loading` at most while they are loaded
-    gradients       bytes of all gradients together, when backward is done; `buffered` of those in a dtype of their own,
-                    which have buffers throughout; `accumulated` of those that a later micro-batch finds, where they
-                    are there throughout a phase of it
-    reducing        bytes of what ranks have throughout to reduce gradients; `passing` of what they have in a phase of a
-                    pass
-    states          bytes of the optimizer's states on the GPU, `host` of those beside it
-    away            what checkpoints, or all operations, keep in host memory: shape, dtype and how many
+    structure             the structure
+    variables             sizes that batch and sequence decide
+    held                  coefficients of what the script holds into the optimizer step, empty if it holds nothing
+    products              chain of products that bounds moments, largest first
+    needs                 names of the axes of `variables`
+    first                 moments of a step's first micro-batch, by phase
+    later                 moments of a step's later micro-batches, by phase
+    where                 name of each moment's operation, for the first and for later micro-batches
+    schedule_moments      position of each moment in a pipeline's schedule, for first and later micro-batches
+    parameters            bytes of weights and buffers
+    loading               peak bytes while loading
+    gradients             bytes of all gradients when backward is done
+    buffered              bytes of gradients with buffers of their own that exist throughout
+    accumulated           bytes of gradients that exist throughout a phase of a later micro-batch, by phase
+    reducing              bytes that gradient reduction holds throughout
+    passing               bytes that ranks hold during a phase of a pass, by phase
+    optimizer             memory of the optimizer
+    states                bytes of optimizer states on the GPU
+    scaler                bytes of the gradient scaler
+    host                  bytes of optimizer states and offloaded parts in host memory
+    host_activations      activations kept in host memory: shape, dtype and count
+    clipping              bytes between backward and the update
+    total_parameters      parameters of the model, without adapters
+    trainable_parameters  parameters that train
+    active_parameters     parameters that one token uses, without adapters
     """
 
     structure: Structure
@@ -126,7 +159,7 @@ class Program(NamedTuple):
     first: dict[str, tuple[Term, ...]]
     later: dict[str, tuple[Term, ...]]
     where: tuple[dict[int, str], dict[int, str]]
-    flown: tuple[tuple[Flown, ...], tuple[Flown, ...]]
+    schedule_moments: tuple[tuple[ScheduleMoment, ...], tuple[ScheduleMoment, ...]]
     parameters: int
     loading: int
     gradients: int
@@ -138,14 +171,14 @@ class Program(NamedTuple):
     states: int
     scaler: int
     host: int
-    away: tuple[tuple[str, str, int], ...]
+    host_activations: tuple[tuple[str, str, int], ...]
     clipping: int
     total_parameters: int
     trainable_parameters: int
     active_parameters: int
 
-    def standing(self, workspace: int) -> int:
-        """Bytes that are there between two steps; `workspace` is cuBLAS's for one handle."""
+    def between_steps(self, workspace: int) -> int:
+        """Return the bytes allocated between two steps. `workspace` is cuBLAS's for one handle."""
         return self.parameters + self.buffered + self.reducing + self.scaler + self.states + 2 * workspace
 
 
@@ -153,13 +186,15 @@ PHASES = ("forward", "loss", "backward")
 
 
 def pass_of(structure: Structure, later: bool = False, opens: bool = False) -> Lowered:
-    """The moments of the first forward and backward pass of a step, or of a `later` one; where weights stay whole, of
-    the one that gathers them, if it `opens` the step."""
-    return _lowered(structure.graph, _opening(structure) if opens else _way(structure, later))
+    """Return the moments of the first forward and backward pass of a step, or of a `later` pass.
+
+    With `opens`, the moments of the pass that gathers weights for the rest of the step (see `stays_whole`).
+    """
+    return _lowered(structure.graph, _opening_options(structure) if opens else _options(structure, later))
 
 
-class _Way(NamedTuple):
-    """How a graph's pass is run, see `memplan.program.graph.lowered`."""
+class _Options(NamedTuple):
+    """Arguments of `memplan.program.graph.lower_training` for one pass."""
 
     grads_exist: bool
     updates: tuple[tuple[str, int], ...]
@@ -167,60 +202,60 @@ class _Way(NamedTuple):
     division: Division | None
 
 
-def _way(structure: Structure, later: bool) -> _Way:
-    exist = later or spends_gradients(structure)
-    follows = later or not structure.accumulates  # without accumulation, of every step but the first
-    found = division_in_pass(structure, later)
-    if found is not None and later and structure.ranks.delayed:
-        found = found._replace(sums=True)
-    return _Way(exist, updates_of(structure), follows, found)
+def _options(structure: Structure, later: bool) -> _Options:
+    exist = later or leaves_no_gradients(structure)
+    follows = later or not structure.accumulates  # without accumulation, the pass of every step but the first
+    units = division_in_pass(structure, later)
+    if units is not None and later and structure.ranks.delayed:
+        units = units._replace(sums=True)
+    return _Options(exist, updates_of(structure), follows, units)
 
 
-def _opening(structure: Structure) -> _Way:
-    """The way of the pass that gathers weights which stay whole."""
-    found = unsharded.opening(structure.graph, structure.ranks) if stays_whole(structure) else None
-    return _way(structure, later=False)._replace(division=found)
+def _opening_options(structure: Structure) -> _Options:
+    """Return the options of the pass that gathers the weights for a step."""
+    units = fsdp_pipeline.opening(structure.graph, structure.ranks) if stays_whole(structure) else None
+    return _options(structure, later=False)._replace(division=units)
 
 
-def _lowered(graph: Graph, way: _Way) -> Lowered:
-    return lowered(graph, way.grads_exist, way.updates, way.follows, way.division)
+def _lowered(graph: Graph, options: _Options) -> Lowered:
+    return lower_training(graph, options.grads_exist, options.updates, options.follows, options.division)
 
 
 def division_of(structure: Structure) -> Division | None:
-    """The units of weights that a pass gathers, where ranks hold parts of them."""
+    """Return the FSDP units of the weights, or None if weights are not sharded."""
     return division(structure.graph, structure.ranks)
 
 
 def stays_whole(structure: Structure) -> bool:
-    """Whether weights that ranks have parts of are whole for a step's passes, and their gradients until its end."""
+    """Whether sharded weights stay gathered for all passes of a step, and their gradients whole to its end."""
     return bool(structure.pipe.engine) and division_of(structure) is not None
 
 
 def division_in_pass(structure: Structure, later: bool) -> Division | None:
-    """What a pass gathers and reduces of it."""
+    """Return the units that one pass gathers and reduces, or None if it does neither."""
     if stays_whole(structure):
-        return unsharded.passing(structure.graph, structure.ranks, later)
+        return fsdp_pipeline.passing(structure.graph, structure.ranks, later)
     return division_of(structure)
 
 
-def spends_gradients(structure: Structure) -> bool:
-    """Whether a pass leaves no gradient: each is used up as it comes, or added to what is there, or sent away."""
+def leaves_no_gradients(structure: Structure) -> bool:
+    """Whether a pass leaves no new gradient: each one is consumed, added to an existing one, or sent away at once."""
     if in_buckets(structure) and not structure.ranks.delayed:
         return True
     return structure.grads is not None or frees_gradients(structure) or zero.stage(structure.ranks) > 1
 
 
 def updates_of(structure: Structure) -> tuple[tuple[str, int], ...]:
-    """What each weight's update takes where it comes as soon as its gradient is there, by the weight's path."""
+    """Return the bytes of each weight's update inside backward, by the weight's path; empty if updates come later."""
     if not frees_gradients(structure):
         return ()
     trained = {p.name: p._replace(copies=1) for p in trained_parameters(structure)}
-    found = ((name, optimizer_of(structure, [p]).backward) for name, p in trained.items())
-    return tuple((name, bytes_) for name, bytes_ in found if bytes_)
+    updates = ((name, optimizer_of(structure, [p]).backward) for name, p in trained.items())
+    return tuple((name, bytes_) for name, bytes_ in updates if bytes_)
 
 
 class _Moments(NamedTuple):
-    """A structure's moments with its model's numbers put in: see `Program`."""
+    """A structure's moments with its model's numbers filled in. Fields as in `Program`."""
 
     variables: tuple[Variable, ...]
     held: tuple[int, ...]
@@ -229,21 +264,21 @@ class _Moments(NamedTuple):
     first: dict[str, tuple[Term, ...]]
     later: dict[str, tuple[Term, ...]]
     where: tuple[dict[int, str], dict[int, str]]
-    flown: tuple[tuple[Flown, ...], tuple[Flown, ...]] = ((), ())
+    schedule_moments: tuple[tuple[ScheduleMoment, ...], tuple[ScheduleMoment, ...]] = ((), ())
 
 
 @lru_cache(maxsize=512)
-def _moments(graph: Graph, ways: tuple[_Way, ...], holds_outputs: bool) -> _Moments:
-    """The moments of a step's passes. Optimizers that leave the passes as they are share them."""
-    _, axes = built(graph)
-    passes = [_lowered(graph, way) for way in ways]
+def _moments(graph: Graph, options: tuple[_Options, ...], holds_outputs: bool) -> _Moments:
+    """Return the moments of a step's passes, cached for all optimizers with the same options."""
+    _, axes = operations_of(graph)
+    passes = [_lowered(graph, of_pass) for of_pass in options]
     sizes = [[size(key[0], key[1], axes) for key in low.sizes] for low in passes]
     variables = (walk.ONE, *sorted({v for of_pass in sizes for v, _ in of_pass} - {walk.ONE}))
 
     def pruned(low: Lowered, of_pass: list[tuple[Variable, int]]) -> dict[str, tuple[Term, ...]]:
-        every = rows(low.moments, low.runs, axes, of_pass, variables)
-        found = {phase: [i for i, m in enumerate(low.moments) if m.phase == phase] for phase in PHASES}
-        return {phase: prune(((every[i], i) for i in moments), variables) for phase, moments in found.items()}
+        coefficients = rows(low.moments, low.runs, axes, of_pass, variables)
+        of_phase = {phase: [i for i, m in enumerate(low.moments) if m.phase == phase] for phase in PHASES}
+        return {phase: prune(((coefficients[i], i) for i in moments), variables) for phase, moments in of_phase.items()}
 
     held: tuple[int, ...] = ()
     if holds_outputs:
@@ -256,225 +291,235 @@ def _moments(graph: Graph, ways: tuple[_Way, ...], holds_outputs: bool) -> _Mome
         needs=frozenset(axis for v in variables for axis in v.axes),
         first=by_pass[0],
         later=by_pass[-1],
-        where=(_where(passes[0], by_pass[0]), _where(passes[-1], by_pass[-1])),
+        where=(_operation_names(passes[0], by_pass[0]), _operation_names(passes[-1], by_pass[-1])),
     )
 
 
 def chunks_of(structure: Structure) -> tuple[Structure, ...]:
-    """Each chunk of layers that a rank of a pipeline has, as if it were a stage by itself."""
+    """Return each chunk of a pipeline rank's layers as a structure of its own."""
     graph = structure.graph
     return tuple(structure._replace(graph=graph._replace(degrees=chunk)) for chunk in graph.degrees.chunks)
 
 
-def flying(structure: Structure) -> tuple[pipeline.Moment, ...]:
-    """What may be there beside a pass of a pipeline's rank."""
+def schedule_positions(structure: Structure) -> tuple[pipeline.PipelineMoment, ...]:
+    """Return every position of a pipeline rank's schedule that can be the peak."""
     d, pipe = structure.graph.degrees, structure.pipe
     return pipeline.moments(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
 
 
-def beside_of(
-    structure: Structure, moment: pipeline.Moment | None, reduces: bool = False
+def stage_buffers(
+    structure: Structure, moment: pipeline.PipelineMoment | None, reduces: bool = False
 ) -> Iterator[tuple[Tensor, str, int]]:
-    """What a pipeline's rank has of hidden states and their gradients beside the passes' own: each tensor, which it is,
-    and how many. In the optimizer's step where there is no `moment`; with `reduces`, when gradients are reduced after
-    it."""
+    """Yield the hidden states and gradients that a pipeline rank buffers between passes: tensor, kind and count.
+
+    Without `moment`, those alive in the optimizer step; with `reduces`, those alive when gradients are reduced after
+    the moment.
+    """
     d, pipe = structure.graph.degrees, structure.pipe
     engine = pipeline.ENGINES[pipe.engine]
     if moment is None:
-        found = pipeline.lasting(engine, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
+        counts = pipeline.step_buffers(engine, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
     elif reduces:
-        found = pipeline.reducing(engine, moment, d.pp, d.stage, pipe.microbatches)
+        counts = pipeline.extra_tensors_in_reduction(engine, moment, d.pp, d.stage, pipe.microbatches)
     else:
-        found = pipeline.beside(engine, pipe.schedule, moment, d.pp, d.stage, pipe.microbatches)
+        counts = pipeline.extra_tensors(engine, pipe.schedule, moment, d.pp, d.stage, pipe.microbatches)
     chunks = chunks_of(structure)
     for tensor in shared_buffers(structure.graph):
         yield tensor, "buffer", 1
-    for (what, chunk), count in found.items():
+    for (what, chunk), count in counts.items():
         graph = chunks[chunk].graph
-        tensor = _logits(graph) if what == "logits" else handed_on(graph)[what == "sent"]
+        tensor = _logits(graph) if what == "logits" else stage_boundaries(graph)[what == "sent"]
         if count and tensor is not None:
             yield tensor, what, count
 
 
 def returned(structure: Structure) -> Tensor | None:
-    """The logits that a model moves from its last GPU to the first one, where it does."""
+    """Return the logits if one process copies them from the last GPU to this first one, else None."""
     d, pipe = structure.graph.degrees, structure.pipe
-    if not pipe.engine or not pipeline.ENGINES[pipe.engine].moves or d.stage:
+    if not pipe.engine or not pipeline.ENGINES[pipe.engine].moves_tensors or d.stage:
         return None
     last = structure.graph._replace(degrees=d._replace(stage=d.pp - 1))
-    made = {t.name for op in built(last)[0].after for t in op.writes if "v" in t.shape.split()}
-    found = [key for key in lowered(last).sizes if key[2] == "activation" and key[5] in made]
-    return Tensor("logits", *found[-1][:2]) if found else None
+    names = {t.name for op in operations_of(last)[0].after for t in op.writes if "v" in t.shape.split()}
+    logits = [key for key in lower_training(last).sizes if key[2] == "activation" and key[5] in names]
+    return Tensor("logits", *logits[-1][:2]) if logits else None
 
 
 def _logits(graph: Graph) -> Tensor | None:
-    """What the last stage's model returns, where that has logits."""
-    low = lowered(graph)
+    """Return the logits that the script holds, or None if the stage has none."""
+    low = lower_training(graph)
     held = (low.sizes[key] for key, n in sorted(low.held.counts.items()) if n)
     return next((Tensor("logits", key[0], key[1]) for key in held if "v" in key[0].split()), None)
 
 
-class _Passed(NamedTuple):
-    """The largest moments of a pass over some variables, by phase, and what is kept when forward is done."""
+class _PassTerms(NamedTuple):
+    """The largest moments of a pass, by phase, and what it keeps for backward. Both are over some variables."""
 
     terms: dict[str, tuple[Term, ...]]
     kept: tuple[int, ...]
 
 
 @lru_cache(maxsize=512)
-def _sizes(graph: Graph, way: _Way) -> tuple[tuple[Variable, int], ...]:
-    axes = built(graph)[1]
-    return tuple(size(key[0], key[1], axes) for key in _lowered(graph, way).sizes)
+def _sizes(graph: Graph, options: _Options) -> tuple[tuple[Variable, int], ...]:
+    axes = operations_of(graph)[1]
+    return tuple(size(key[0], key[1], axes) for key in _lowered(graph, options).sizes)
 
 
 @lru_cache(maxsize=512)
-def _passed(graph: Graph, way: _Way, variables: tuple[Variable, ...]) -> _Passed:
-    low, axes = _lowered(graph, way), built(graph)[1]
-    every = rows((*low.moments, low.kept), low.runs, axes, _sizes(graph, way), variables)
-    found = {phase: [i for i, m in enumerate(low.moments) if m.phase == phase] for phase in PHASES}
-    terms = {phase: prune(((every[i], i) for i in found[phase]), variables) if found[phase] else () for phase in PHASES}
-    return _Passed(terms, every[-1])
+def _pass_terms(graph: Graph, options: _Options, variables: tuple[Variable, ...]) -> _PassTerms:
+    low, axes = _lowered(graph, options), operations_of(graph)[1]
+    coefficients = rows((*low.moments, low.kept), low.runs, axes, _sizes(graph, options), variables)
+    of_phase = {phase: [i for i, m in enumerate(low.moments) if m.phase == phase] for phase in PHASES}
+    terms = {
+        phase: prune(((coefficients[i], i) for i in moments), variables) if moments else ()
+        for phase, moments in of_phase.items()
+    }
+    return _PassTerms(terms, coefficients[-1])
 
 
-def _flown(structure: Structure) -> _Moments:
-    """The moments of a pipeline's rank: those of a pass with the microbatches in flight, and what is between stages."""
-    chunks = [s._replace(graph=first_alike(s.graph)) for s in chunks_of(structure)]
-    moments = flying(structure)
-    graded = {(m.chunk, m.graded[m.chunk]) for m in moments} | {(i, False) for i in range(len(chunks))}
-    ways = {(i, later): _way(chunks[i], later) for i, later in graded}
-    axes = built(structure.graph)[1]
+def _buffer_sizes(
+    structure: Structure, axes: Mapping[str, int], moment: pipeline.PipelineMoment | None, reduces: bool = False
+) -> list[tuple[tuple[Variable, int], int]]:
+    """Return the size and count of every tensor that a stage buffers between passes."""
+    return [(size(t.shape, t.dtype, axes), n) for t, _, n in stage_buffers(structure, moment, reduces)]
 
-    def between(moment: pipeline.Moment | None, reduces: bool = False) -> list[tuple[tuple[Variable, int], int]]:
-        return [(size(t.shape, t.dtype, axes), n) for t, _, n in beside_of(structure, moment, reduces)]
+
+def _pipeline_moments(structure: Structure) -> _Moments:  # noqa: PLR0915 (one schedule, moment after moment)
+    """Return the moments of a pipeline rank: a pass, other microbatches in flight, and the buffers between stages."""
+    chunks = [s._replace(graph=first_equal_stage(s.graph)) for s in chunks_of(structure)]
+    moments = schedule_positions(structure)
+    graded = {(m.chunk, m.has_gradient[m.chunk]) for m in moments} | {(i, False) for i in range(len(chunks))}
+    options = {(i, later): _options(chunks[i], later) for i, later in graded}
+    axes = operations_of(structure.graph)[1]
 
     ends, starts = reductions_of(structure), openings_of(structure)
-    opening = _opening(chunks[0]) if starts else None
-    beside = {m: between(m) for m in (*moments, *starts, None)}
-    used = {v for (i, _), way in ways.items() for v, _ in _sizes(chunks[i].graph, way)}
-    ending = {r.after: between(r.after, reduces=True) for r in ends}
+    opening = _opening_options(chunks[0]) if starts else None
+    buffers = {m: _buffer_sizes(structure, axes, m) for m in (*moments, *starts, None)}
+    used = {v for (i, _), of_pass in options.items() for v, _ in _sizes(chunks[i].graph, of_pass)}
+    ending = {r.after: _buffer_sizes(structure, axes, r.after, reduces=True) for r in ends}
     if opening is not None:
         used.update(v for v, _ in _sizes(chunks[0].graph, opening))
-    used.update(v for of in (*beside.values(), *ending.values()) for (v, _), _ in of)
+    used.update(v for tensors in (*buffers.values(), *ending.values()) for (v, _), _ in tensors)
     logits = returned(structure)
     if logits is not None:
         used.add(size(logits.shape, logits.dtype, axes)[0])
     variables = (walk.ONE, *sorted(used - {walk.ONE}))
     index = {v: i for i, v in enumerate(variables)}
-    passed = {key: _passed(chunks[key[0]].graph, way, variables) for key, way in ways.items()}
+    pass_terms = {key: _pass_terms(chunks[key[0]].graph, of_pass, variables) for key, of_pass in options.items()}
     accumulated = [accumulated_bytes(s) for s in chunks]
-    gone = [gone_bytes(s) if ends else 0 for s in chunks]
+    released = [released_bytes(s) if ends else 0 for s in chunks]
 
-    def row_of(moment: pipeline.Moment | None, reduces: bool = False) -> list[int]:
+    def row_of(moment: pipeline.PipelineMoment | None, reduces: bool = False) -> list[int]:
         row = [0] * len(variables)
-        for (variable, bytes_), count in ending[moment] if reduces and moment else beside[moment]:
+        for (variable, bytes_), count in ending[moment] if reduces and moment else buffers[moment]:
             row[index[variable]] += bytes_ * count
         for i, count in enumerate(moment.others if moment else ()):
             if count:
-                row = [a + count * b for a, b in zip(row, passed[i, False].kept, strict=True)]
-        if moment and not moment.first and not reduces:  # of gradients that are not all there yet, or not any more
-            row[0] -= sum(n for n, there in zip(accumulated, moment.graded, strict=True) if not there)
-            row[0] -= sum(n for n, over in zip(gone, moment.done, strict=True) if over)
+                row = [a + count * b for a, b in zip(row, pass_terms[i, False].kept, strict=True)]
+        if moment and not moment.first and not reduces:  # gradients that do not exist yet, or not any more
+            row[0] -= sum(n for n, exists in zip(accumulated, moment.has_gradient, strict=True) if not exists)
+            row[0] -= sum(n for n, over in zip(released, moment.done, strict=True) if over)
         return row
 
-    def gathering_and_reducing() -> Iterator[tuple[bool, str, tuple[int, ...], Flown, str]]:
-        """Where weights stay whole for a step: whether before any gradient, the phase, bytes, the moment, its name."""
+    def gathering_and_reducing() -> Iterator[tuple[bool, str, tuple[int, ...], ScheduleMoment, str]]:
+        """Yield moments outside of passes: whether no gradient exists yet, phase, bytes, moment and name."""
         whole = sum(h.bytes * h.copies for h in passing_of(structure, "forward")) if starts or ends else 0
         for start in starts:
             row = row_of(start)
             if opening is None or len(chunks) > 1:
-                flown = Flown(start, GATHERED)
-                row[0] += sum(h.bytes * h.copies for h in gathered_of(structure, flown))
-                yield True, "forward", tuple(row), flown, "all_gather"
+                scheduled = ScheduleMoment(start, GATHERED)
+                row[0] += sum(h.bytes * h.copies for h in gathered_of(structure, scheduled))
+                yield True, "forward", tuple(row), scheduled, "all_gather"
                 continue
             row[0] -= whole
-            low, terms = _lowered(chunks[0].graph, opening), _passed(chunks[0].graph, opening, variables).terms
-            for phase, term in ((of, term) for of in ("forward", "loss") for term in terms[of]):
-                flown = Flown(start, term.moment, opens=True)
-                yield True, phase, tuple(map(add, row, term.coefficients)), flown, low.moments[term.moment].where
+            low, terms = _lowered(chunks[0].graph, opening), _pass_terms(chunks[0].graph, opening, variables).terms
+            for phase, term in ((name, term) for name in ("forward", "loss") for term in terms[name]):
+                scheduled = ScheduleMoment(start, term.moment, opens=True)
+                yield True, phase, tuple(map(add, row, term.coefficients)), scheduled, low.moments[term.moment].where
         for end in ends:
-            flown = Flown(end.after, REDUCED)
+            scheduled = ScheduleMoment(end.after, REDUCED)
             row = row_of(end.after, reduces=True)
-            row[0] += sum(h.bytes * h.copies for h in reduced_of(structure, flown))
+            row[0] += sum(h.bytes * h.copies for h in reduced_of(structure, scheduled))
             row[0] -= whole + accumulated_bytes(structure)
-            yield not structure.accumulates, "backward", tuple(row), flown, "reduce_scatter"
+            yield not structure.accumulates, "backward", tuple(row), scheduled, "reduce_scatter"
 
-    tables: list[tuple[dict[str, tuple[Term, ...]], tuple[Flown, ...], dict[int, str]]] = []
+    tables: list[tuple[dict[str, tuple[Term, ...]], tuple[ScheduleMoment, ...], dict[int, str]]] = []
     for first in (True, False):
-        found: dict[str, list[tuple[tuple[int, ...], int]]] = {phase: [] for phase in PHASES}
-        places: list[Flown] = []
+        table: dict[str, list[tuple[tuple[int, ...], int]]] = {phase: [] for phase in PHASES}
+        places: list[ScheduleMoment] = []
         where: dict[int, str] = {}
         for moment in (m for m in moments if m.first == first):
-            own, row = passed[moment.chunk, moment.graded[moment.chunk]], row_of(moment)
-            low = _lowered(chunks[moment.chunk].graph, ways[moment.chunk, moment.graded[moment.chunk]])
+            key, row = (moment.chunk, moment.has_gradient[moment.chunk]), row_of(moment)
+            of_pass, low = pass_terms[key], _lowered(chunks[moment.chunk].graph, options[key])
             for phase in ("backward",) if moment.backward else ("forward", "loss"):
-                for term in own.terms[phase]:
-                    found[phase].append((tuple(map(add, row, term.coefficients)), len(places)))
+                for term in of_pass.terms[phase]:
+                    table[phase].append((tuple(map(add, row, term.coefficients)), len(places)))
                     where[len(places)] = low.moments[term.moment].where
-                    places.append(Flown(moment, term.moment))
+                    places.append(ScheduleMoment(moment, term.moment))
             if logits is not None and not moment.backward:
                 variable, bytes_ = size(logits.shape, logits.dtype, axes)
-                whole = [a + b for a, b in zip(row, own.kept, strict=True)]
-                whole[index[variable]] += bytes_
-                found["loss"].append((tuple(whole), len(places)))
+                total = [a + b for a, b in zip(row, of_pass.kept, strict=True)]
+                total[index[variable]] += bytes_
+                table["loss"].append((tuple(total), len(places)))
                 where[len(places)] = "return"
-                places.append(Flown(moment, RETURNED))
-        for at_first, phase, row, flown, name in gathering_and_reducing():
+                places.append(ScheduleMoment(moment, RETURNED))
+        for at_first, phase, row, scheduled, name in gathering_and_reducing():
             if at_first == first:
-                found[phase].append((row, len(places)))
+                table[phase].append((row, len(places)))
                 where[len(places)] = name
-                places.append(flown)
-        terms = {phase: prune(some, variables) if some else () for phase, some in found.items()}
+                places.append(scheduled)
+        terms = {phase: prune(of_phase, variables) if of_phase else () for phase, of_phase in table.items()}
         tables.append((terms, tuple(places), where))
     (first_terms, *_), (later_terms, *_) = tables
     return _Moments(
         variables=variables,
-        held=tuple(row_of(None)) if beside[None] else (),
+        held=tuple(row_of(None)) if buffers[None] else (),
         products=tuple(map(Variable, chain(variables))),
         needs=frozenset(axis for v in variables for axis in v.axes),
         first=first_terms,
         later=later_terms if structure.accumulates else first_terms,
         where=(tables[0][2], tables[1][2]),
-        flown=(tables[0][1], tables[1][1]),
+        schedule_moments=(tables[0][1], tables[1][1]),
     )
 
 
-def gone_bytes(chunk: Structure) -> int:
-    """Bytes of whole weights and gradients that go when a chunk's gradients are reduced, less what comes for them."""
-    whole = (*unsharded.weights(chunk.graph, chunk.ranks), *unsharded.gradients(chunk.graph, chunk.ranks))
+def released_bytes(chunk: Structure) -> int:
+    """Return the bytes that reducing a chunk's gradients releases: whole weights and gradients, minus the rank's parts
+    of the reduced gradients."""
+    whole = (*fsdp_pipeline.weights(chunk.graph, chunk.ranks), *fsdp_pipeline.gradients(chunk.graph, chunk.ranks))
     parts = gradients_held(chunk.graph, chunk.ranks)
     return sum(h.bytes * h.copies for h in whole) - sum(h.bytes * h.copies for h in parts)
 
 
 def accumulated_bytes(structure: Structure) -> int:
-    """Bytes of gradients that a later microbatch finds, where they have no buffers of their own."""
+    """Return the bytes of gradients that a later micro-batch finds, without those in buffers of their own."""
     if structure.grads or not structure.accumulates or (in_buckets(structure) and not structure.ranks.delayed):
         return 0
     return sum(h.bytes * h.copies for h in accumulated_of(structure))
 
 
-def _every_moment(structure: Structure) -> _Moments:
+def _all_moments(structure: Structure) -> _Moments:
     if structure.pipe.engine:
-        return _flown(structure)
-    ways = tuple(_way(structure, later) for later in (False, True)[: 1 + structure.accumulates])
-    return _moments(structure.graph, ways, structure.holds_outputs)
+        return _pipeline_moments(structure)
+    options = tuple(_options(structure, later) for later in (False, True)[: 1 + structure.accumulates])
+    return _moments(structure.graph, options, structure.holds_outputs)
 
 
 @lru_cache(maxsize=2048)
 def program(structure: Structure) -> Program:
-    """Lower the structure and put its model's numbers in: milliseconds, and then kept."""
+    """Lower the structure and fill in its model's numbers. Takes milliseconds, then is cached."""
     whole = structure.graph._replace(degrees=WHOLE)
-    moments = _every_moment(structure)
-    weights, numbers = tuple(weights_of(whole)), built(whole)[1]
+    moments = _all_moments(structure)
+    weights, numbers = tuple(weights_of(whole)), operations_of(whole)[1]
     resident = tuple(resident_of(structure))
     trained = trained_parameters(structure)
     optimizer = _optimizer(structure, trained)
-    spent = frees_gradients(structure) or in_buckets(structure)
-    gradients = 0 if spent else sum(h.bytes * h.copies for h in gradients_of(structure))
+    consumed = frees_gradients(structure) or in_buckets(structure)
+    gradients = 0 if consumed else sum(h.bytes * h.copies for h in gradients_of(structure))
     return Program(
         structure=structure,
         **moments._asdict(),
         parameters=sum(h.bytes * h.copies for h in resident),
-        loading=_loading(structure),
+        loading=_loading_peak(structure),
         gradients=0 if structure.grads else gradients,
         buffered=gradients if structure.grads else 0,
         accumulated={
@@ -487,87 +532,89 @@ def program(structure: Structure) -> Program:
         scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
         host=sum(h.bytes * h.copies for h in host_of(structure))
         + sum(s.bytes * s.count for s in optimizer.states if s.host),
-        away=tuple(_away(structure)),
+        host_activations=tuple(_offloaded_activations(structure)),
         clipping=_clipping(structure, trained),
         total_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
-        trainable_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if optimized(w, whole) or w.idle),
-        active_parameters=sum(active(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")),
+        trainable_parameters=sum(elements(w, numbers) * n for w, n, _ in weights if is_optimized(w, whole) or w.idle),
+        active_parameters=sum(
+            active_elements(w, numbers) * n for w, n, _ in weights if w.group not in ("adapter", "buffer")
+        ),
     )
 
 
-def _away(structure: Structure) -> Iterator[tuple[str, str, int]]:
-    """What a pass keeps in host memory, of every microbatch in flight."""
+def _offloaded_activations(structure: Structure) -> Iterator[tuple[str, str, int]]:
+    """Yield the activations kept in host memory for all microbatches in flight: shape, dtype and count."""
     most = [1] * len(chunks_of(structure))
     if structure.pipe.engine:
-        most = [max(m.others[i] + (m.chunk == i) for m in flying(structure)) for i in range(len(most))]
+        most = [max(m.others[i] + (m.chunk == i) for m in schedule_positions(structure)) for i in range(len(most))]
     for chunk, flights in zip(chunks_of(structure), most, strict=True):
-        low = _lowered(chunk.graph, _way(chunk, later=False))
-        for key, count in alive(low.host, low.runs, built(chunk.graph)[1]).items():
+        low = _lowered(chunk.graph, _options(chunk, later=False))
+        for key, count in alive(low.host, low.runs, operations_of(chunk.graph)[1]).items():
             shape, dtype, *_ = low.sizes[key]
             yield shape, dtype, count * flights
 
 
 def host_bytes(program: Program, axes: Mapping[str, int]) -> int:
-    """Bytes in host memory for a run with these `axes`: of the optimizer, and of passes; not rounded."""
-    if not program.away:
+    """Return the bytes in host memory of the optimizer and of passes, for a run with these `axes`. Not rounded."""
+    if not program.host_activations:
         return program.host
-    numbers = {**built(program.structure.graph)[1], **axes}
+    numbers = {**operations_of(program.structure.graph)[1], **axes}
 
-    def one(shape: str, dtype: str) -> int:
+    def bytes_of(shape: str, dtype: str) -> int:
         return ITEMSIZE[dtype] * prod(int(t) if t.isdigit() else numbers[t] for t in shape.split())
 
-    return program.host + sum(one(shape, dtype) * count for shape, dtype, count in program.away)
+    return program.host + sum(bytes_of(shape, dtype) * count for shape, dtype, count in program.host_activations)
 
 
 def _optimizer(structure: Structure, trained: list[Parameter]) -> OptimizerMemory:
-    """The optimizer's memory; at ZeRO's stage 3 it steps one sub-group after the other, with that one's scratch."""
-    found = _with_parts(optimizer_of(structure, trained), structure)
+    """Return the optimizer's memory. ZeRO stage 3 steps one sub-group after another, with the scratch of one."""
+    memory = _with_local_gradients(optimizer_of(structure, trained), structure)
     if structure.ranks.knobs.optimizer or structure.ranks.offloads:
-        states = tuple(s._replace(bytes=0, host=True) for s in found.states)
-        return found._replace(states=states, first=0, later=0, scratch="", listed=())
+        states = tuple(s._replace(bytes=0, host=True) for s in memory.states)
+        return memory._replace(states=states, first=0, later=0, scratch="", foreach_lists=())
     if zero.stage(structure.ranks) < 3:
-        return found
+        return memory
     sub_group = Parameter("", (zero.in_sub_group(structure.graph, structure.ranks),), "fp32")
-    one = optimizer_of(structure, [sub_group])
-    return found._replace(first=one.first, later=one.later, listed=one.listed)
+    of_one = optimizer_of(structure, [sub_group])
+    return memory._replace(first=of_one.first, later=of_one.later, foreach_lists=of_one.foreach_lists)
 
 
-def _with_parts(found: OptimizerMemory, structure: Structure) -> OptimizerMemory:
-    """The same, where gradients are of whole weights of which a rank has parts: one copy of those parts at a time.
+def _with_local_gradients(memory: OptimizerMemory, structure: Structure) -> OptimizerMemory:
+    """Return the memory with a copy of the rank's parts of gradients that are whole though the weights are sharded.
 
     Source: torch 2.13 distributed/tensor/_dispatch.py redistribute_local_args.
     """
-    _, axes = built(structure.graph)
+    _, axes = operations_of(structure.graph)
     whole = [(w, n) for w, n, _ in weights_of(structure.graph) if w.gradient and w.trains]
-    parted = sum(size(w.shape, w.dtype, axes)[1] * n for w, n in whole)
-    if max(found.first, found.later) >= parted or found.frees_gradients or structure.optimizer == "none":
-        return found
+    local = sum(size(w.shape, w.dtype, axes)[1] * n for w, n in whole)
+    if max(memory.first, memory.later) >= local or memory.frees_gradients or structure.optimizer == "none":
+        return memory
     scratch = "the rank's parts of whole gradients"
-    return found._replace(first=max(found.first, parted), later=max(found.later, parted), scratch=scratch)
+    return memory._replace(first=max(memory.first, local), later=max(memory.later, local), scratch=scratch)
 
 
 def _clipping(structure: Structure, trained: list[Parameter]) -> int:
-    """Bytes between backward and the update: norms of gradients, or what DeepSpeed makes the update's of."""
+    """Return the bytes between backward and the update: gradient norms, or DeepSpeed's gradient conversion."""
     if zero.stage(structure.ranks):
-        return sum(h.bytes for h in converting_of(structure))
+        return sum(h.bytes for h in gradient_conversion_of(structure))
     if structure.ranks.offloads:
         return NORM_OF_HOST[structure.ranks.row.flat] if structure.clips else 0
     return clipping(trained) if structure.clips and not frees_gradients(structure) else 0
 
 
-def converting_of(structure: Structure) -> tuple[Held, ...]:
-    """What DeepSpeed makes the partition's gradient of, beside it."""
+def gradient_conversion_of(structure: Structure) -> tuple[TensorGroup, ...]:
+    """Return DeepSpeed's temporaries while it builds the fp32 gradient of the partition."""
     return tuple(zero.converting(structure.graph, structure.ranks)) if zero.stage(structure.ranks) else ()
 
 
-def host_of(structure: Structure) -> tuple[Held, ...]:
-    """What DeepSpeed or FSDP has in a rank's host memory."""
+def host_of(structure: Structure) -> tuple[TensorGroup, ...]:
+    """Return what DeepSpeed or FSDP offloads to a rank's host memory."""
     ranks = structure.ranks
     if ranks.offloads:
         trained = trained_parameters(structure)
-        alone = optimizer_of(structure._replace(foreach=False if structure.foreach else None), trained)
+        memory = optimizer_of(structure._replace(foreach=False if structure.foreach else None), trained)
         adds = structure.accumulates and not ranks.delayed
-        return tuple(offloaded(structure.graph, ranks, alone, adds))
+        return tuple(offloaded(structure.graph, ranks, memory, adds))
     if not zero.stage(ranks) or not (ranks.knobs.optimizer or ranks.knobs.parameters):
         return ()
     states = optimizer_of(structure, trained_parameters(structure)).states
@@ -575,87 +622,86 @@ def host_of(structure: Structure) -> tuple[Held, ...]:
 
 
 def host_notes(structure: Structure, node: int) -> Iterator[str]:
-    """What to know of the host memory that the ranks of a `node`, so many, share."""
+    """Yield notes on the host memory that the `node` ranks of one node share."""
     return zero.host_notes(structure.ranks, host_of(structure), node)
 
 
-def passing_of(structure: Structure, phase: str) -> tuple[Held, ...]:
-    """What ranks have in a phase of a pass beside the moments' tensors."""
+def passing_of(structure: Structure, phase: str) -> tuple[TensorGroup, ...]:
+    """Return what ranks hold during a phase of a pass, in addition to the moments' tensors."""
     if stays_whole(structure):
-        return tuple(unsharded.weights(structure.graph, structure.ranks))
-    return tuple(zero.passing(structure.graph, structure.ranks, phase)) if zero.stage(structure.ranks) else ()
+        return tuple(fsdp_pipeline.weights(structure.graph, structure.ranks))
+    return tuple(zero.held_in_phase(structure.graph, structure.ranks, phase)) if zero.stage(structure.ranks) else ()
 
 
-def reduced_of(structure: Structure, flown: Flown) -> Iterator[Held]:
-    """The weights and gradients at a moment at which a chunk's gradients are reduced: other chunks have theirs whole,
-    or are done."""
+def reduced_of(structure: Structure, scheduled: ScheduleMoment) -> Iterator[TensorGroup]:
+    """Yield the weights and gradients alive while a chunk's gradients are reduced, those of other chunks included."""
     for i, chunk in enumerate(chunks_of(structure)):
-        if i == flown.beside.chunk:
-            yield from unsharded.reduction(chunk.graph, chunk.ranks).held
+        if i == scheduled.schedule_position.chunk:
+            yield from fsdp_pipeline.reduction(chunk.graph, chunk.ranks).held
         else:
-            yield from whole_of(chunk, flown.beside, i)
+            yield from whole_of(chunk, scheduled.schedule_position, i)
 
 
-def gathered_of(structure: Structure, flown: Flown) -> tuple[Held, ...]:
-    """What an all-gather wrote, before it is copied into the weights of a chunk that is gathered before its first pass:
-    all chunks' are asked for at once."""
-    chunk = chunks_of(structure)[flown.beside.chunk]
-    return unsharded.message(chunk.graph, chunk.ranks)
+def gathered_of(structure: Structure, scheduled: ScheduleMoment) -> tuple[TensorGroup, ...]:
+    """Return the all-gather's output before it is copied into the weights of a chunk gathered before its first pass.
+    All chunks' gathers are issued at once."""
+    chunk = chunks_of(structure)[scheduled.schedule_position.chunk]
+    return fsdp_pipeline.message(chunk.graph, chunk.ranks)
 
 
-def whole_of(chunk: Structure, moment: pipeline.Moment, i: int) -> Iterator[Held]:
-    """The weights and gradients that a chunk of a rank's layers, the `i`th, has beside the passes at a moment, where
-    its weights are whole for a step: none, once it is done, but the rank's part of its gradients."""
+def whole_of(chunk: Structure, moment: pipeline.PipelineMoment, i: int) -> Iterator[TensorGroup]:
+    """Yield the whole weights and gradients of the rank's `i`th chunk at a moment (see `stays_whole`). Once the chunk
+    is done, only the rank's part of its gradients is left."""
     if moment.done[i]:
         yield from gradients_held(chunk.graph, chunk.ranks)
         return
-    yield from unsharded.weights(chunk.graph, chunk.ranks)
-    if moment.graded[i] and chunk.accumulates:
-        yield from unsharded.gradients(chunk.graph, chunk.ranks)
+    yield from fsdp_pipeline.weights(chunk.graph, chunk.ranks)
+    if moment.has_gradient[i] and chunk.accumulates:
+        yield from fsdp_pipeline.gradients(chunk.graph, chunk.ranks)
 
 
-def reductions_of(structure: Structure) -> tuple[pipeline.Reduced, ...]:
-    """When the gradients of a rank's chunks are reduced, where that is at the end of their passes."""
+def reductions_of(structure: Structure) -> tuple[pipeline.GradientReduction, ...]:
+    """Return when each chunk's gradients are reduced, if that happens once at the end of its passes."""
     if not stays_whole(structure):
         return ()
     d, pipe = structure.graph.degrees, structure.pipe
     return pipeline.reductions(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
 
 
-def openings_of(structure: Structure) -> tuple[pipeline.Moment, ...]:
-    """Each chunk's first pass forward, where its weights are gathered for a step: none where later passes find more in
-    gradients than an all-gather writes."""
+def openings_of(structure: Structure) -> tuple[pipeline.PipelineMoment, ...]:
+    """Return each chunk's first forward pass, which gathers its weights for the step. Empty if accumulated gradients
+    outweigh an all-gather's output, as these moments cannot be the peak then."""
     if not stays_whole(structure):
         return ()
     graph, ranks = structure.graph, structure.ranks
-    written = sum(h.bytes for h in unsharded.message(graph, ranks))
-    if structure.accumulates and sum(h.bytes * h.copies for h in unsharded.gradients(graph, ranks)) >= written:
+    written = sum(h.bytes for h in fsdp_pipeline.message(graph, ranks))
+    if structure.accumulates and sum(h.bytes * h.copies for h in fsdp_pipeline.gradients(graph, ranks)) >= written:
         return ()
     d, pipe = structure.graph.degrees, structure.pipe
-    first: dict[int, pipeline.Moment] = {}
-    for one in pipeline.distinct_passes(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches):
-        first.setdefault(one.chunk, one)
+    first: dict[int, pipeline.PipelineMoment] = {}
+    for moment in pipeline.distinct_passes(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches):
+        first.setdefault(moment.chunk, moment)
         if len(first) == d.virtual_stages:
             break
     return tuple(first.values())
 
 
 def loading_of(structure: Structure, together: bool = False) -> Iterator[tuple[int, int]]:
-    """What loading allocates and frees, in order, see `memplan.program.loading.loading`; `together` as
-    `memplan.program.sharding.fsdp_loading.loading_events` has it."""
+    """Yield what loading allocates and frees (see `memplan.program.loading.loading`). For `together` see
+    `memplan.program.sharding.fsdp_loading.loading_events`."""
     if zero.stage(structure.ranks):
         return zero.loading_events(structure.graph, structure.ranks)
     if megatron.divides(structure.ranks):
         return megatron.loading_events(structure.graph, structure.ranks, str(structure.grads))
-    if structure.graph.code == "torchtitan":  # made where it lies: trainer.py to_empty
+    if structure.graph.code == "torchtitan":  # allocates each part once, uninitialised: trainer.py to_empty
         return enumerate(h.bytes for h in resident_of(structure) for _ in range(h.copies))
     if division_of(structure) is not None:
-        return dividing.loading_events(structure.graph, structure.ranks, together)
+        return fsdp_loading.loading_events(structure.graph, structure.ranks, together)
     return loading(structure.graph)
 
 
-def _loading(structure: Structure) -> int:
-    """The most bytes at once until the first step. DDP sends the first rank's weights to the others."""
+def _loading_peak(structure: Structure) -> int:
+    """Return the peak bytes before the first step. DDP broadcasts the first rank's weights to the others."""
     most = most_at_once(loading_of(structure, together=True))
     if structure.ranks.strategy != "ddp" or structure.ranks.world == 1 or structure.buffers:
         return most
@@ -663,8 +709,8 @@ def _loading(structure: Structure) -> int:
     return max(most, resident + min(resident, BROADCASTS * BROADCAST))
 
 
-def resident_of(structure: Structure) -> Iterator[Held]:
-    """The weights and buffers that a rank holds."""
+def resident_of(structure: Structure) -> Iterator[TensorGroup]:
+    """Yield the weights and buffers that a rank holds."""
     if zero.stage(structure.ranks):
         return zero.parameters(structure.graph, structure.ranks)
     if megatron.divides(structure.ranks):
@@ -672,29 +718,31 @@ def resident_of(structure: Structure) -> Iterator[Held]:
     return parameters_held(structure.graph, structure.ranks)
 
 
-def reducing_of(structure: Structure) -> tuple[Held, ...]:
-    """The buckets that gradients are copied into, to be summed over ranks, and at ZeRO's stage 3 where the sums go; and
-    a workspace of the model's own."""
+def reducing_of(structure: Structure) -> tuple[TensorGroup, ...]:
+    """Return what gradient reduction holds throughout: buckets, and in ZeRO stage 3 the reduced partition. For a model
+    with a workspace of its own, that workspace."""
     if structure.workspace:
         source = "TransformerEngine 2.3 pytorch/module/base.py get_workspace"
         shape = str(structure.workspace)
-        return (Held("other", "workspace of Transformer Engine", "", shape, "uint8", 1, structure.workspace, source),)
+        return (
+            TensorGroup("other", "workspace of Transformer Engine", "", shape, "uint8", 1, structure.workspace, source),
+        )
     if zero.stage(structure.ranks):
         return tuple(zero.reducing(structure.graph, structure.ranks))
     if structure.ranks.world == 1 or structure.ranks.strategy != "ddp":
         return ()
     return tuple(
-        Held("other", "bucket of gradients", "", str(bytes_), "uint8", count, bytes_, BUCKETS_SOURCE)
+        TensorGroup("other", "bucket of gradients", "", str(bytes_), "uint8", count, bytes_, BUCKETS_SOURCE)
         for bytes_, count in buckets(trained_parameters(structure))
     )
 
 
-def _where(low: Lowered, terms: dict[str, tuple[Term, ...]]) -> dict[int, str]:
+def _operation_names(low: Lowered, terms: dict[str, tuple[Term, ...]]) -> dict[int, str]:
     return {t.moment: low.moments[t.moment].where for phase in terms.values() for t in phase}
 
 
-def gradients_of(structure: Structure) -> Iterator[Held]:
-    """The gradient of every weight that trains, or the rank's part of it, as the optimizer reads it."""
+def gradients_of(structure: Structure) -> Iterator[TensorGroup]:
+    """Yield the gradients that the optimizer reads: whole, or the rank's part of them."""
     if zero.stage(structure.ranks):
         yield from zero.stepping(structure.graph, structure.ranks)
         return
@@ -707,25 +755,25 @@ def gradients_of(structure: Structure) -> Iterator[Held]:
     yield from _whole_gradients(structure)
 
 
-def _whole_gradients(structure: Structure) -> Iterator[Held]:
-    _, axes = built(structure.graph)
+def _whole_gradients(structure: Structure) -> Iterator[TensorGroup]:
+    _, axes = operations_of(structure.graph)
     for w, count, where in weights_of(structure.graph):
         if w.trains:
             dtype = structure.grads or w.dtype
             shape = w.gradient or w.shape
             bytes_ = size(shape, dtype, axes)[1]
-            yield Held("gradient", f"{w.name}.grad", where.rstrip("."), shape, dtype, count, bytes_, "autograd")
+            yield TensorGroup("gradient", f"{w.name}.grad", where.rstrip("."), shape, dtype, count, bytes_, "autograd")
 
 
 def stay_throughout(structure: Structure, phase: str) -> bool:
-    """Whether the gradients that a later micro-batch finds are there throughout a phase of it: not where ranks reduce
-    them then, unit by unit."""
+    """Whether accumulated gradients exist throughout a phase of a later micro-batch. They do not if ranks reduce them
+    unit by unit in that phase."""
     whole = stays_whole(structure)
     return whole or not (phase == "backward" and structure.ranks.delayed and division_of(structure) is not None)
 
 
-def accumulated_of(structure: Structure) -> Iterator[Held]:
-    """The gradients that a later micro-batch finds."""
+def accumulated_of(structure: Structure) -> Iterator[TensorGroup]:
+    """Yield the gradients that a later micro-batch finds."""
     match zero.stage(structure.ranks):
         case 1:
             return _whole_gradients(structure)
@@ -734,21 +782,22 @@ def accumulated_of(structure: Structure) -> Iterator[Held]:
         case _:
             pass
     if stays_whole(structure):
-        return unsharded.gradients(structure.graph, structure.ranks)
+        return fsdp_pipeline.gradients(structure.graph, structure.ranks)
     if structure.ranks.delayed and division_of(structure) is not None:
         return whole_gradients(structure.graph, structure.ranks)
     return gradients_of(structure)
 
 
 def trained_parameters(structure: Structure) -> list[Parameter]:
-    """The parameters the optimizer is given, in the model's order; a run of layers as its first and the others."""
+    """Return the parameters passed to the optimizer, in the model's order. A run of equal layers is its first layer
+    and one entry for the others."""
     if zero.stage(structure.ranks):
         return zero.trained(structure.graph, structure.ranks)
     if megatron.divides(structure.ranks):
         return megatron.trained(structure.graph, structure.ranks)
     if division_of(structure) is not None:
         return trained_parts(structure.graph, structure.ranks, structure.trainer)
-    _, axes = built(structure.graph)
+    _, axes = operations_of(structure.graph)
     out: list[Parameter] = []
     blocks: dict[str, list[tuple[Parameter, int]]] = {}
     for w, count, where in weights_of(structure.graph):
@@ -774,13 +823,13 @@ def _flush(blocks: dict[str, list[tuple[Parameter, int]]], out: list[Parameter])
 
 
 def in_buckets(structure: Structure) -> bool:
-    """Whether gradients lie in the buckets that ranks reduce, and nowhere else: of several micro-batches where they are
-    reduced in the last only, not before that."""
+    """Whether gradients are views of DDP's buckets and have no memory of their own. If only a step's last micro-batch
+    reduces, that is true of that micro-batch alone."""
     return structure.ranks.views and structure.ranks.world > 1
 
 
 def frees_gradients(structure: Structure) -> bool:
-    """Whether each gradient is used up as soon as it is made: by the optimizer's kind, or stepping in backward."""
+    """Whether each gradient is consumed as soon as it is computed, by a fused optimizer or by stepping in backward."""
     return structure.in_backward or optimizer_memory(structure.optimizer, ()).frees_gradients
 
 
@@ -800,10 +849,11 @@ def optimizer_of(structure: Structure, trained: list[Parameter]) -> OptimizerMem
 def phase_peaks(
     program: Program, workspace: int, moving: Sequence[Size], held: Size
 ) -> Iterator[tuple[str, int | None, Size]]:
-    """The peak of every phase after loading, in order, with its step where the first differs from later ones.
+    """Yield the phase, step and peak bytes of every phase after loading; the step is None if all steps are equal.
 
-    `moving` is the most that the forward pass, the loss and the backward pass hold beside what is there throughout;
-    `held`, what the script holds of them into the optimizer's step; `workspace` is cuBLAS's for one handle.
+    workspace  cuBLAS's workspace for one handle
+    moving     peak of the forward pass, the loss and the backward pass, without what exists throughout
+    held       bytes that the script holds into the optimizer step
     """
     p = program
     fixed = p.parameters + p.buffered + p.reducing + p.scaler + workspace
@@ -812,26 +862,27 @@ def phase_peaks(
         for phase, most in zip(PHASES, moving, strict=True):
             second = workspace if phase == "backward" or step != 1 else 0
             yield phase, step, fixed + second + states + p.passing[phase] + most
-        yield "step", step, fixed + workspace + p.gradients + held + max(_stepping(p, step), states + p.clipping)
+        yield "step", step, fixed + workspace + p.gradients + held + max(_update(p, step), states + p.clipping)
 
 
 def steps(program: Program) -> tuple[int | None, ...]:
-    """1 and 2 where the first step is not as the later ones; else None, for any."""
-    made = program.states and not program.optimizer.at_once
-    return (1, 2) if made or program.optimizer.first != program.optimizer.later else (None,)
+    """Return (1, 2) if the first step differs from later ones, else (None,)."""
+    creates_states = program.states and not program.optimizer.at_once
+    return (1, 2) if creates_states or program.optimizer.first != program.optimizer.later else (None,)
 
 
 def step_where(program: Program, step: int | None) -> str:
-    """What of a step's end takes the most: the update, or the clipping before it."""
-    clipped = _states(program, step) + program.clipping
-    return "optimizer" if _stepping(program, step) >= clipped else "clipping"
+    """Return which part of a step's end takes more memory: `optimizer`, or `clipping` before it."""
+    clipping = _states(program, step) + program.clipping
+    return "optimizer" if _update(program, step) >= clipping else "clipping"
 
 
 def _states(program: Program, step: int | None) -> int:
-    """The states there are before the update."""
+    """Return the bytes of optimizer states before the update."""
     return program.states if step == 2 or program.optimizer.at_once else 0
 
 
-def _stepping(program: Program, step: int | None) -> int:
+def _update(program: Program, step: int | None) -> int:
+    """Return the bytes of optimizer states and of the update's temporaries."""
     optimizer = program.optimizer
     return program.states + (optimizer.first if step == 1 else optimizer.later)

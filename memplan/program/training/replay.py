@@ -1,9 +1,9 @@
-"""What torch's allocator reserves for a run: its allocations, in order, replayed through the allocator's model.
+"""Memory that torch's allocator reserves for a run, from replaying its allocations through a model of the allocator.
 
-A run loads its weights, then makes steps: each a recorded forward and backward pass, the clipping of gradients and
-the optimizer's update, which makes its states in the first step. The first and the second are replayed: a third finds
-segments as the second did. Where the states are few beside the weights, as with adapters, the second alone is: the
-first would hardly leave it other segments.
+A run loads its weights, then makes steps: a recorded forward and backward pass, gradient clipping, and the optimizer's
+update, which creates its states in the first step. The first two steps are replayed; a third would find the same
+segments as the second. If optimizer states are small compared to the weights, as with adapters, only the second step
+is replayed, as the first would hardly change its segments.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from functools import lru_cache, partial, reduce
 from itertools import islice
 from typing import Literal
 
-from memplan.catalogue.hardware.overhead import COPIES_AGAIN
-from memplan.catalogue.parallelism.pipeline import enough, passes
+from memplan.catalogue.hardware.overhead import EXTRA_LOSS_COPIES
+from memplan.catalogue.parallelism.pipeline import distinct_microbatches, passes
 from memplan.core.ir import Tensor
 from memplan.core.units import ITEMSIZE
-from memplan.engine.allocator import Allocator, Block
+from memplan.engine.allocator import Allocator, AllocatorBlock
 from memplan.engine.lower import COMPUTING, GATHERING, LENT, REDUCING
-from memplan.engine.record import FREED, Event, Recorded, Stretch
+from memplan.engine.record import FREED, AllocationTrace, Event, EventSpan
 from memplan.engine.walk import size
-from memplan.program.graph import built, recorded
+from memplan.program.graph import operations_of, record_training
 from memplan.program.loading import EMPTIED
 from memplan.program.sharding import zero
 from memplan.program.sharding.zero3_prefetch import Gathering
@@ -30,111 +30,120 @@ from memplan.program.training.program import (
     Program,
     Structure,
     accumulated_of,
-    beside_of,
     chunks_of,
     division_in_pass,
     division_of,
     gradients_of,
+    leaves_no_gradients,
     loading_of,
     passing_of,
     reducing_of,
-    spends_gradients,
+    stage_buffers,
     stay_throughout,
     stays_whole,
     updates_of,
 )
 
-STREAMS = 4  # that have pools of their own
+STREAMS = 4  # each has a memory pool of its own
 NOTHING = Gathering((), 0, 0)
-IN_FLIGHT = 2  # _max_num_inflight_all_gathers
-FEW_RANKS = 64  # of more the parts of a weight are replayed as one tensor: they are thousands, and gone at once
-FEW = 16  # states are few where so many times their bytes are fewer than the weights'
-GPIPE_EVENTS = 500_000  # allocations and frees of a step of GPipe that are replayed, on all stages together
-LONG_PASS = 100_000  # events, of which a replay takes half a second; dense models have a tenth of that
-MICROBATCHES = 32_768  # of a step of another schedule, whose microbatches add buffers alone, on all stages together
+IN_FLIGHT = 2  # FSDP1's _max_num_inflight_all_gathers
+FEW_RANKS = 64  # with more ranks a weight's parts are replayed as one tensor: there are thousands, all freed at once
+FEW = 16  # optimizer states are small if 16 times their bytes are less than the weights
+GPIPE_EVENTS = 500_000  # most allocations and frees replayed for a step of GPipe, over all stages
+LONG_PASS = 100_000  # events, which take half a second to replay; dense models have a tenth of that
+MICROBATCHES = 32_768  # most microbatches replayed for a step of other schedules, where they only add buffers
 
 
-def pass_of(structure: Structure, later: bool) -> Recorded:
-    """A pass of the structure: the first of a step, or a `later` micro-batch's."""
-    grads_exist = later or spends_gradients(structure)
+def pass_of(structure: Structure, later: bool) -> AllocationTrace:
+    """Return the recording of a step's first pass, or of a `later` micro-batch's."""
+    grads_exist = later or leaves_no_gradients(structure)
     late = zero.late(structure.graph, structure.ranks)
-    return recorded(structure.graph, grads_exist, updates_of(structure), division_in_pass(structure, later), late)
+    return record_training(
+        structure.graph, grads_exist, updates_of(structure), division_in_pass(structure, later), late
+    )
 
 
-def segments(
+def replay_steps(
     program: Program,
     axes: Mapping[str, int],
     workspace: int,
     expandable: bool = False,
     capacity: int | None = None,
-    asides: Iterable[Callable[[Allocator], None]] = (),
+    replay_side_tasks: Iterable[Callable[[Allocator], None]] = (),
 ) -> int:
-    """The most bytes torch reserves for a run, on a card with `capacity` for it.
+    """Return the peak bytes that torch reserves for a run.
 
-    `axes` are the run's; `workspace` is cuBLAS's for one handle: the forward pass has one, backward another. `asides`
-    are what comes after the steps. Raises OutOfMemoryError where the capacity does not suffice.
+    axes        sizes of the run's axes
+    workspace   cuBLAS's workspace for one handle; forward has one, backward another
+    expandable  expandable segments are on
+    capacity    bytes of the GPU that torch may reserve, None for no limit
+    side_tasks  tasks after the steps, such as evaluation or saving
+
+    Raises OutOfMemoryError if `capacity` is exceeded.
     """
     structure = program.structure
-    _, own = built(structure.graph)
-    numbers = {**own, **axes}
+    _, model_axes = operations_of(structure.graph)
+    numbers = {**model_axes, **axes}
     allocator = Allocator(expandable, capacity, STREAMS)
     _load(structure, allocator)
-    alike = program.states * FEW < program.parameters
-    if program.optimizer.at_once or alike:
+    has_small_states = program.states * FEW < program.parameters
+    if program.optimizer.at_once or has_small_states:
         _make_states(program, allocator)
     handles = iter((workspace, workspace))
-    waiting: list[Block] = []  # what the loop's names keep of the pass before
-    for step in (2,) if alike else (1, 2):
-        gradients: list[Block] = []
+    waiting: list[AllocatorBlock] = []  # outputs of the previous pass that the training loop still references
+    for step in (2,) if has_small_states else (1, 2):
+        gradients: list[AllocatorBlock] = []
         if structure.pipe.engine:
-            gradients += _fly(structure, axes, allocator, handles)
+            gradients += _pipeline_step(structure, axes, allocator, handles)
         for later in (False, True)[: 0 if structure.pipe.engine else 1 + structure.accumulates]:
-            weights, reducing = _Gathered(structure, allocator), list[Block]()
-            between: list[Block] = []
+            weights, reducing = _GatheredWeights(structure, allocator), list[AllocatorBlock]()
+            between: list[AllocatorBlock] = []
             if not zero.stage(structure.ranks):
                 between = [allocator.alloc(held.bytes) for held in passing_of(structure, "backward")]
-            if later and not stay_throughout(structure, "backward"):  # whole until then
+            if later and not stay_throughout(structure, "backward"):  # accumulated gradients are whole until reduced
                 between += [allocator.alloc(h.bytes) for h in accumulated_of(structure) for _ in range(h.copies)]
             recording = pass_of(structure, later)
             start = partial(_reduce, structure, allocator, reducing)
-            made, held = _pass(recording, numbers, allocator, handles, waiting, start)
-            gradients += made
-            if structure.graph.lingers or (structure.holds_outputs and later == structure.accumulates):
+            new_gradients, held = _pass(recording, numbers, allocator, handles, waiting, start)
+            gradients += new_gradients
+            if structure.graph.holds_previous_outputs or (structure.holds_outputs and later == structure.accumulates):
                 waiting = held
             else:
                 _free(held, allocator)
             _free(between, allocator)
             _free(reducing, allocator)
             weights.end()
-        if zero.stage(structure.ranks):  # the update's gradients are made of these
+        if zero.stage(structure.ranks):  # replaced by the fp32 gradients that the update reads
             _free(gradients, allocator)
             gradients = [allocator.alloc(program.gradients)]
         _update(program, step, allocator)
-        if not structure.graph.lingers:
+        if not structure.graph.holds_previous_outputs:
             _free(waiting, allocator)
         _free(gradients, allocator)  # zero_grad
-    for aside in asides:
+    for aside in replay_side_tasks:
         aside(allocator)
     return allocator.peak_reserved
 
 
-def _reduce(structure: Structure, allocator: Allocator, made: list[Block]) -> None:
-    """What DeepSpeed reduces gradients by, from the head's backward on."""
+def _reduce(structure: Structure, allocator: Allocator, blocks: list[AllocatorBlock]) -> None:
+    """Allocate DeepSpeed's buffers for reducing gradients, which exist from the head's backward on."""
     if zero.stage(structure.ranks):
-        held = zero.on_streams(structure.graph, structure.ranks)
-        made += [allocator.alloc(bytes_, stream) for stream, bytes_ in held]
+        buffers = zero.on_streams(structure.graph, structure.ranks)
+        blocks += [allocator.alloc(bytes_, stream) for stream, bytes_ in buffers]
 
 
-class _Gathered:
-    """The weights that ZeRO's stage 3 gathers in a pass, up to the moment when they are most; the `end` is what comes
-    after that. When they come and go beside the pass's own tensors matters on a full card alone."""
+class _GatheredWeights:
+    """Weights that ZeRO stage 3 gathers in a pass, replayed up to their peak when created and to their end by `end`.
+
+    How they interleave with the pass's own tensors only matters on a full GPU.
+    """
 
     def __init__(self, structure: Structure, allocator: Allocator) -> None:
         self._allocator = allocator
-        self._blocks: dict[int, Block] = {}
-        self._stream, found = zero.gathering(structure.graph, structure.ranks) or (COMPUTING, NOTHING)
-        self._rest = found.events[found.most :]
-        self._replay(found.events[: found.most])
+        self._blocks: dict[int, AllocatorBlock] = {}
+        self._stream, gathering = zero.gathering(structure.graph, structure.ranks) or (COMPUTING, NOTHING)
+        self._rest = gathering.events[gathering.most :]
+        self._replay(gathering.events[: gathering.most])
 
     def _replay(self, events: Iterable[tuple[int, int]]) -> None:
         for number, bytes_ in events:
@@ -147,13 +156,13 @@ class _Gathered:
         self._replay(self._rest)
 
 
-class _Flight:
-    """A microbatch's pass through a chunk: its blocks, and how they go on."""
+class _MicrobatchInFlight:
+    """The blocks of one microbatch between its forward and its backward pass through a chunk of layers."""
 
     def __init__(self, structure: Structure, axes: Mapping[str, int], allocator: Allocator) -> None:
         self._structure, self._allocator = structure, allocator
-        self._axes = {**built(structure.graph)[1], **axes}
-        self._blocks: dict[int, Block] = {}
+        self._axes = {**operations_of(structure.graph)[1], **axes}
+        self._blocks: dict[int, AllocatorBlock] = {}
 
     def forward(self, handles: Iterator[int]) -> None:
         recording = pass_of(self._structure, later=False)
@@ -161,8 +170,8 @@ class _Flight:
             self._allocator.alloc(handle)
         self._replay(recording.forward, recording)
 
-    def backward(self, later: bool, handles: Iterator[int]) -> list[Block]:
-        """Returns the gradients it leaves."""
+    def backward(self, later: bool, handles: Iterator[int]) -> list[AllocatorBlock]:
+        """Replay the backward pass and return the gradients it leaves."""
         recording = pass_of(self._structure, later)
         self._replay(recording.loss, recording)
         for handle in islice(handles, 1):
@@ -170,46 +179,48 @@ class _Flight:
         self._replay((*recording.backward, *recording.end), recording)
         return list(self._blocks.values())
 
-    def _replay(self, part: Sequence[Stretch], recording: Recorded) -> None:
+    def _replay(self, part: Sequence[EventSpan], recording: AllocationTrace) -> None:
         bytes_ = [_bytes(key[0], key[1], self._axes) for key in recording.sizes]
         replay_stretches(part, bytes_, [stream % LENT for stream in recording.streams], self._allocator, self._blocks)
 
 
-def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]) -> list[Block]:
-    """Replay a step of a pipeline's rank, and return the gradients it leaves.
+def _pipeline_step(
+    structure: Structure, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]
+) -> list[AllocatorBlock]:
+    """Replay a step of a pipeline rank, and return the gradients it leaves.
 
-    Weights that are gathered for the step come first; they and whole gradients go when these have been reduced, which
-    is replayed as if it were one collective for all.
+    Weights gathered for the step come first. They and the whole gradients are freed when the gradients have been
+    reduced, which is replayed as a single collective.
     """
     d, pipe = structure.graph.degrees, structure.pipe
-    few = enough(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
+    few = distinct_microbatches(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
     moments = [*passes(pipe.schedule, d.pp, d.stage, d.virtual_stages, few)]
-    numbers = {**built(structure.graph)[1], **axes}
-    between = {m: Counter({t: n for t, _, n in beside_of(structure, m)}) for m in dict.fromkeys(moments)}
-    throughout = reduce(lambda a, b: a & b, between.values())
+    numbers = {**operations_of(structure.graph)[1], **axes}
+    buffers_at = {m: Counter({t: n for t, _, n in stage_buffers(structure, m)}) for m in dict.fromkeys(moments)}
+    throughout = reduce(lambda a, b: a & b, buffers_at.values())
 
-    def made(tensors: Counter[Tensor]) -> list[Block]:
+    def allocated(tensors: Counter[Tensor]) -> list[AllocatorBlock]:
         sizes = {t: _bytes(t.shape, t.dtype, numbers) for t in tensors}
         return [allocator.alloc(sizes[t]) for t in tensors.elements()]
 
-    if stays_whole(structure):  # what an all-gather wrote is there until the next one's has been copied
-        found = division_of(structure)
-        messages = [unit.message for _, unit in found.units] if found else []
-        sent = max(messages, key=lambda some: sum(_bytes(t.shape, t.dtype, {}) for t in some), default=())
-        _free([allocator.alloc(_bytes(t.shape, t.dtype, {}), GATHERING) for t in (*sent, *sent)], allocator)
+    if stays_whole(structure):  # an all-gather's output stays until the next one's has been copied
+        division = division_of(structure)
+        messages = [unit.message for _, unit in division.units] if division else []
+        largest = max(messages, key=lambda tensors: sum(_bytes(t.shape, t.dtype, {}) for t in tensors), default=())
+        _free([allocator.alloc(_bytes(t.shape, t.dtype, {}), GATHERING) for t in (*largest, *largest)], allocator)
     whole = [allocator.alloc(h.bytes) for h in passing_of(structure, "forward") for _ in range(h.copies)]
-    buffers = made(throughout)
+    buffers = allocated(throughout)
     chunks = chunks_of(structure)
-    flights: list[deque[_Flight]] = [deque() for _ in chunks]
-    gradients: list[Block] = []
+    in_flight: list[deque[_MicrobatchInFlight]] = [deque() for _ in chunks]
+    gradients: list[AllocatorBlock] = []
     for moment in moments:
-        beside = made(between[moment] - throughout)
+        temporary = allocated(buffers_at[moment] - throughout)
         if moment.backward:
-            gradients += flights[moment.chunk].popleft().backward(moment.graded[moment.chunk], handles)
+            gradients += in_flight[moment.chunk].popleft().backward(moment.has_gradient[moment.chunk], handles)
         else:
-            flights[moment.chunk].append(_Flight(chunks[moment.chunk], axes, allocator))
-            flights[moment.chunk][-1].forward(handles)
-        _free(beside, allocator)
+            in_flight[moment.chunk].append(_MicrobatchInFlight(chunks[moment.chunk], axes, allocator))
+            in_flight[moment.chunk][-1].forward(handles)
+        _free(temporary, allocator)
     _free(buffers, allocator)
     if not stays_whole(structure):
         _free(whole, allocator)
@@ -223,8 +234,10 @@ def _fly(structure: Structure, axes: Mapping[str, int], allocator: Allocator, ha
 
 
 def replayed_microbatches(structure: Structure) -> int:
-    """How many microbatches of a pipeline's step are replayed at most, an even number of rounds through the stages; of
-    GPipe, whose microbatches are all in flight at once, by how many allocations each makes."""
+    """Return the most microbatches of a pipeline step to replay, an even number of rounds through the stages.
+
+    For GPipe, whose microbatches are all in flight at once, it depends on how many allocations each one makes.
+    """
     d, pipe = structure.graph.degrees, structure.pipe
     if pipe.schedule == "gpipe":
         events = pass_of(chunks_of(structure)[0], later=False).length
@@ -236,26 +249,26 @@ def replayed_microbatches(structure: Structure) -> int:
 
 
 def largest_message(structure: Structure) -> tuple[Tensor, ...]:
-    """What the largest reduce-scatter of a rank's units reads."""
-    found = division_of(structure)
-    every = ((*unit.joined, *unit.padded) for _, unit in found.units) if found else ()
-    return max(every, key=lambda some: sum(_bytes(t.shape, t.dtype, {}) for t in some), default=())
+    """Return the input of the largest reduce-scatter among a rank's units."""
+    division = division_of(structure)
+    inputs = ((*unit.joined, *unit.padded) for _, unit in division.units) if division else ()
+    return max(inputs, key=lambda tensors: sum(_bytes(t.shape, t.dtype, {}) for t in tensors), default=())
 
 
 def replay_loading(events: Iterable[tuple[int, int]], allocator: Allocator) -> None:
-    """What loading allocates and frees, see `memplan.program.loading.loading`, through a model of torch's allocator."""
-    blocks: dict[int, Block] = {}
+    """Replay the events of `memplan.program.loading.loading` through a model of torch's allocator."""
+    blocks: dict[int, AllocatorBlock] = {}
     for number, bytes_ in events:
         if bytes_:
             blocks[number] = allocator.alloc(bytes_)
         elif number == EMPTIED:
             allocator.release()
-        elif number in blocks:  # a tensor without elements has no block
+        elif number in blocks:  # an empty tensor has no block
             allocator.free(blocks.pop(number))
 
 
 def _load(structure: Structure, allocator: Allocator) -> None:
-    """Load the model; gradients that have buffers of their own come with the optimizer."""
+    """Replay loading the model, and allocate gradient and reduction buffers, which exist before the first step."""
     replay_loading(loading_of(structure, together=structure.ranks.world > FEW_RANKS), allocator)
     for held in (*(gradients_of(structure) if structure.grads else ()), *reducing_of(structure)):
         for _ in range(held.copies):
@@ -263,34 +276,35 @@ def _load(structure: Structure, allocator: Allocator) -> None:
 
 
 def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
-    """What no replay explains, in bytes: see `memplan.catalogue.hardware.overhead.COPIES_AGAIN`."""
-    stack, own = built(structure.graph)
+    """Return measured bytes that no replay explains: see `memplan.catalogue.hardware.overhead.EXTRA_LOSS_COPIES`."""
+    stack, model_axes = operations_of(structure.graph)
     heads = [op for op in stack.after if any("v" in t.shape.split() for t in op.writes)]
     if "cross_entropy" not in structure.graph.fused or len(heads) != 1:
         return 0
     shifted = [key[1] for key in pass_of(structure, later=False).sizes if key[0] == "shifted_rows v"]
     dtype = max(shifted, key=lambda name: ITEMSIZE[name], default="fp32")
-    return COPIES_AGAIN * _bytes("shifted_rows v" if shifted else "b s v", dtype, {**own, **axes})
+    return EXTRA_LOSS_COPIES * _bytes("shifted_rows v" if shifted else "b s v", dtype, {**model_axes, **axes})
 
 
 def streams_apart(structure: Structure) -> int:
-    """The most bytes that lie free in pools of other streams while the one that computes could do with them.
+    """Return the most bytes that can lie free in pools of communication streams, where the compute stream cannot use
+    them.
 
-    What is gathered, and reduced: under FSDP at most two units and one at once. A replay has those pools; a bound that
-    does without one has to leave room for them.
+    Under FSDP these are at most two gathered units and one being reduced. A replay models the pools; a bound without a
+    replay has to leave room for them.
     """
     graph, ranks = structure.graph, structure.ranks
     if zero.stage(ranks):
-        stream, gathered = zero.gathering(graph, ranks) or (COMPUTING, NOTHING)
-        apart = zero.on_streams(graph, ranks)
-        return (gathered.bytes if stream else 0) + sum(bytes_ for where, bytes_ in apart if where)
-    return _of_streams(structure) if ranks.world > 1 else 0
+        stream, gathering = zero.gathering(graph, ranks) or (COMPUTING, NOTHING)
+        buffers = zero.on_streams(graph, ranks)
+        return (gathering.bytes if stream else 0) + sum(bytes_ for stream, bytes_ in buffers if stream)
+    return _fsdp_streams(structure) if ranks.world > 1 else 0
 
 
 @lru_cache(maxsize=1024)
-def _of_streams(structure: Structure) -> int:
-    found = division_of(structure)
-    units = [u for _, unit in found.units for u in (unit, *(inner for _, inner in unit.modules))] if found else []
+def _fsdp_streams(structure: Structure) -> int:
+    division = division_of(structure)
+    units = [u for _, unit in division.units for u in (unit, *(inner for _, inner in unit.modules))] if division else []
 
     def most(name: Literal["whole", "message", "joined"]) -> int:
         return max((sum(_bytes(t.shape, t.dtype, {}) for t in getattr(unit, name)) for unit in units), default=0)
@@ -303,45 +317,47 @@ def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:
 
 
 def _pass(
-    recording: Recorded,
+    recording: AllocationTrace,
     axes: Mapping[str, int],
     allocator: Allocator,
     handles: Iterator[int],
-    waiting: list[Block],
-    reduce_by: Callable[[], None],
-) -> tuple[list[Block], list[Block]]:
-    """Replay a pass; what it leaves are gradients, and what the script holds of it.
+    waiting: list[AllocatorBlock],
+    start_reducing: Callable[[], None],
+) -> tuple[list[AllocatorBlock], list[AllocatorBlock]]:
+    """Replay a pass. Return the gradients it leaves, and the tensors that the script still holds.
 
-    `handles` are the workspaces not there yet: one comes with the first product forward, one with the first backward,
-    which is the head's. `waiting` goes when backward comes to it, and what a rank is to `reduce_by` comes.
+    handles         workspaces not allocated yet: one comes with the first forward product, one with the first backward
+                    product, the head's
+    waiting         blocks of the previous pass, freed when this pass replaces them
+    start_reducing  allocates the buffers for reducing gradients when backward begins
     """
     bytes_ = [_bytes(key[0], key[1], axes) for key in recording.sizes]
-    blocks: dict[int, Block] = {}
-    ahead = _Ahead(allocator, recording, bytes_, blocks) if any(recording.streams) else None
+    blocks: dict[int, AllocatorBlock] = {}
+    streams = _StreamReplay(allocator, recording, bytes_, blocks) if any(recording.streams) else None
     for part, is_backward in (((*recording.forward, *recording.loss), False), (recording.backward, True)):
         if is_backward:
-            reduce_by()
+            start_reducing()
         for handle in islice(handles, 1):
             allocator.alloc(handle)
-        if ahead is not None:
-            ahead.replay(part)
-        else:  # the same, of one stream
+        if streams is not None:
+            streams.replay(part)
+        else:  # a single stream
             replay_stretches(part, bytes_, recording.streams, allocator, blocks)
         _free(waiting, allocator)
-    if ahead is not None:
-        ahead.end()
+    if streams is not None:
+        streams.end()
     held = [blocks.pop(number + shift) for events, shift, _ in recording.end for number, _ in events]
     return list(blocks.values()), held
 
 
 def replay_stretches(
-    part: Iterable[Stretch],
+    part: Iterable[EventSpan],
     bytes_: Sequence[int],
     streams: Sequence[int],
     allocator: Allocator,
-    blocks: dict[int, Block],
+    blocks: dict[int, AllocatorBlock],
 ) -> None:
-    """Replay a part of a pass. `bytes_` and `streams` have an entry for each of its sizes; `blocks` are those alive."""
+    """Replay a part of a pass. `bytes_` and `streams` are indexed by size; `blocks` maps live storages to blocks."""
     alloc, free = allocator.alloc, allocator.free
     for events, shift in _iterations(part, allocator):
         for number, key in events:
@@ -351,11 +367,11 @@ def replay_stretches(
                 blocks[number + shift] = alloc(bytes_[key], streams[key])
 
 
-def _iterations(part: Iterable[Stretch], allocator: Allocator) -> Iterator[tuple[tuple[Event, ...], int]]:
-    """The events to replay, and the shift of their numbers.
+def _iterations(part: Iterable[EventSpan], allocator: Allocator) -> Iterator[tuple[tuple[Event, ...], int]]:
+    """Yield the events to replay, with the offset of their storage numbers.
 
-    Events that are repeated free all they allocate. Once they ask the driver for nothing, they leave the allocator as
-    they found it, and repeating them would change nothing.
+    Repeated events free all they allocate. Once a repetition asks the driver for nothing, it leaves the allocator
+    unchanged, and the remaining repetitions are skipped.
     """
     for events, shift, times in part:
         for _ in range(times):
@@ -365,26 +381,30 @@ def _iterations(part: Iterable[Stretch], allocator: Allocator) -> Iterator[tuple
                 break
 
 
-class _Ahead:
-    """A pass on several streams, of a process that runs ahead of its GPU.
+class _StreamReplay:
+    """Replay of a pass on several streams, by a process that runs ahead of its GPU.
 
-    FSDP1 lets go of a unit's weights while the GPU still has to compute with them, and of a unit's gradients while they
-    are to be reduced: torch's allocator hands such blocks out again once the other stream is done with them. The
-    process waits for that where it asks for weights and two it let go of are still used: for the earlier of them, and
-    so for the gradients of the unit before that one. FSDP2 has its streams wait for each other, and nothing is late.
+    FSDP1 frees a unit's weights while the GPU still has to compute with them, and a unit's gradients before they are
+    reduced. torch's allocator reuses such blocks only once the other stream is done with them. The process waits for
+    that when it asks for weights while two freed units are still in use: it waits for the earlier unit, and so for the
+    gradients of the unit before that. FSDP2 has its streams wait for each other, so nothing is freed early.
 
     Source: torch 2.13 distributed/fsdp/_runtime_utils.py _unshard, _post_backward_hook, _limiter_utils.py
     _FreeEventQueue; c10/cuda/CUDACachingAllocator.cpp recordStream.
     """
 
-    def __init__(self, allocator: Allocator, recording: Recorded, bytes_: list[int], blocks: dict[int, Block]) -> None:
+    def __init__(
+        self, allocator: Allocator, recording: AllocationTrace, bytes_: list[int], blocks: dict[int, AllocatorBlock]
+    ) -> None:
         self._allocator, self._bytes, self._blocks, self._streams = allocator, bytes_, blocks, recording.streams
-        self._late = LENT in recording.streams
+        self._frees_early = LENT in recording.streams
         self._kinds: dict[int, int] = {}
-        self._weights: deque[tuple[Block, list[Block]]] = deque()  # each with the gradients let go of before it
-        self._gradients: list[Block] = []
+        self._weights: deque[tuple[AllocatorBlock, list[AllocatorBlock]]] = (
+            deque()
+        )  # each with the gradients freed before it
+        self._gradients: list[AllocatorBlock] = []
 
-    def replay(self, part: Iterable[Stretch]) -> None:
+    def replay(self, part: Iterable[EventSpan]) -> None:
         for events, shift in _iterations(part, self._allocator):
             self._replay((number + shift, key) for number, key in events)
 
@@ -397,7 +417,7 @@ class _Ahead:
                 if stream == GATHERING and len(self._weights) >= IN_FLIGHT:
                     self._wait()
                 blocks[number] = alloc(bytes_[key], COMPUTING if stream == LENT else stream)
-                if stream and self._late:
+                if stream and self._frees_early:
                     self._kinds[number] = stream
                 continue
             block, stream = blocks.pop(number), self._kinds.pop(number, COMPUTING)
@@ -415,13 +435,13 @@ class _Ahead:
         _free(gradients, self._allocator)
 
     def end(self) -> None:
-        """The process waits for all before the optimizer's step."""
+        """Free everything: the process waits for all streams before the optimizer step."""
         while self._weights:
             self._wait()
         _free(self._gradients, self._allocator)
 
 
-def _free(blocks: list[Block], allocator: Allocator) -> None:
+def _free(blocks: list[AllocatorBlock], allocator: Allocator) -> None:
     while blocks:
         allocator.free(blocks.pop())
 
@@ -432,12 +452,12 @@ def _update(program: Program, step: int, allocator: Allocator) -> None:
     if step == 1 and not program.optimizer.at_once:
         _make_states(program, allocator)
     scratch = program.optimizer.first if step == 1 else program.optimizer.later
-    listed = program.optimizer.listed
-    together = sum(bytes_ * count for bytes_, count in listed)
-    made = [allocator.alloc(bytes_) for bytes_, count in listed for _ in range(count)] if scratch >= together else []
-    if scratch > together or (scratch and not made):
-        made.append(allocator.alloc(scratch - together if made else scratch))
-    for block in made:
+    listed = program.optimizer.foreach_lists
+    total = sum(bytes_ * count for bytes_, count in listed)
+    blocks = [allocator.alloc(bytes_) for bytes_, count in listed for _ in range(count)] if scratch >= total else []
+    if scratch > total or (scratch and not blocks):
+        blocks.append(allocator.alloc(scratch - total if blocks else scratch))
+    for block in blocks:
         allocator.free(block)
 
 

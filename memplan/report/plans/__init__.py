@@ -1,4 +1,4 @@
-"""Answers of `memplan plan`, one module a mode: text for people, JSON and CSV for programs."""
+"""Reports of `memplan plan`, one module per mode: text for people, JSON and CSV for programs."""
 
 from __future__ import annotations
 
@@ -13,23 +13,25 @@ from memplan.estimate.answer import SCHEMA_VERSION, Estimate
 from memplan.estimate.demand import Demand
 from memplan.report.blocks import Block, page, terminal
 from memplan.report.plans import advice, cluster, inference, ladder, levers, offers, reach
-from memplan.report.plans.advice import Advised
-from memplan.report.plans.cluster import Divided
-from memplan.report.plans.inference import Asked, Places
-from memplan.report.plans.ladder import Rungs
+from memplan.report.plans.advice import AdviceReport
+from memplan.report.plans.cluster import ClusterReport
+from memplan.report.plans.inference import Places, QuestionsReport
+from memplan.report.plans.ladder import LadderReport
 from memplan.report.plans.levers import Levers
-from memplan.report.plans.offers import Bought
-from memplan.report.plans.reach import Far
+from memplan.report.plans.offers import OffersReport
+from memplan.report.plans.reach import ReachReport
 from memplan.report.text import Screen
 
-Planned: TypeAlias = Levers | Far | Rungs | Bought | Advised | Divided | Asked | Places
+Planned: TypeAlias = (
+    Levers | ReachReport | LadderReport | OffersReport | AdviceReport | ClusterReport | QuestionsReport | Places
+)
 
 FORMATS = ("table", "json", "markdown")
-IN_ROWS = ("max", "ladder", "buy", "nodes")  # modes that are there as CSV too
+IN_ROWS = ("max", "ladder", "buy", "nodes")  # modes that have a CSV format
 
 
 def render(format: str, planned: Planned, explain: bool, to: Screen) -> str:
-    """The answer as table, json, markdown or csv; a table fits the screen `to`."""
+    """Return the answer as table, json, markdown or csv; a table fits the screen `to`."""
     match format:
         case "json":
             return json.dumps(dump(planned), indent=2, ensure_ascii=False) + "\n"
@@ -45,38 +47,38 @@ def _blocks(planned: Planned, explain: bool) -> Iterator[Block]:
     match planned:
         case Levers():
             return levers.blocks(planned, explain)
-        case Far():
+        case ReachReport():
             return reach.blocks(planned, explain)
-        case Rungs():
+        case LadderReport():
             return ladder.blocks(planned, explain)
-        case Bought():
+        case OffersReport():
             return offers.blocks(planned, explain)
-        case Advised():
+        case AdviceReport():
             return advice.blocks(planned, explain)
-        case Divided():
+        case ClusterReport():
             return cluster.blocks(planned, explain)
-        case Asked():
+        case QuestionsReport():
             return inference.blocks(planned, explain)
         case Places():
             return inference.place_blocks(planned)
 
 
 def dump(planned: Planned) -> dict[str, Any]:
-    """The answer as its published schema has it."""
+    """Return the answer as a dict that follows its published schema."""
     match planned:
         case Levers():
             return {**_common("levers", planned.plan.answer, planned.plan.demand), **levers.dump(planned)}
-        case Far():
+        case ReachReport():
             return {**_common("max", planned.answer, planned.demand), **reach.dump(planned)}
-        case Rungs():
+        case LadderReport():
             return {**_common("ladder", planned.answer, planned.demand), **ladder.dump(planned)}
-        case Bought():
+        case OffersReport():
             return {**_common("buy", planned.answer, planned.demand), **offers.dump(planned)}
-        case Advised():
+        case AdviceReport():
             return {**_common("advice", planned.answer, planned.demand), **advice.dump(planned)}
-        case Divided():
+        case ClusterReport():
             return {**_common("nodes", planned.cluster.asked, planned.demand), **cluster.dump(planned)}
-        case Asked():
+        case QuestionsReport():
             return {**_common("generate", planned.answer, planned.demand), **inference.dump(planned)}
         case Places():
             return {**_common("places", planned.answer, planned.demand), **inference.place_dump(planned)}
@@ -96,20 +98,20 @@ def _common(mode: str, answer: Estimate, demand: Demand) -> dict[str, Any]:
 
 
 def _rows(planned: Planned) -> tuple[list[str], list[dict[str, object]]]:
-    """Titles, and rows under them."""
+    """Return column titles and rows."""
     match planned:
-        case Far():
+        case ReachReport():
             rows = reach.rows(planned)
-        case Rungs():
+        case LadderReport():
             rows = ladder.rows(planned)
-        case Bought():
+        case OffersReport():
             return offers.rows(planned)
-        case Divided():
+        case ClusterReport():
             return cluster.rows(planned)
         case Places():
             return inference.titles(), inference.rows(planned)
-        case Levers() | Advised() | Asked():
-            raise AssertionError("changes have parts, and are no rows")
+        case Levers() | AdviceReport() | QuestionsReport():
+            raise AssertionError("this mode has no CSV format")
     return list(rows[0]), rows
 
 

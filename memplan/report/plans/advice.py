@@ -1,4 +1,4 @@
-"""The decision in steps: what was asked at each, the answer with its figures, and every way that fits."""
+"""Report of the advice: each step's question, its answer with figures, and every option that fits."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
 from memplan.estimate.estimate import estimate
 from memplan.frameworks import lines
-from memplan.planning.advice import Advice, Choice, Step
+from memplan.planning.advice import Advice, AdviceOption, AdviceStep
 from memplan.report import wording as words
 from memplan.report.blocks import Block, Heading, Pairs, Paste, Table, Text
-from memplan.report.plans.wording import change_dump, factors, figures, state, time_dump, wish
+from memplan.report.plans.wording import change_dump, conditions, factors, figures, state, time_dump
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
 from memplan.spec.run import RunSpec
 
 
-class Advised(NamedTuple):
-    """The answer as asked, and the advice on its model, batch, sequence and GPU."""
+class AdviceReport(NamedTuple):
+    """The estimate of the run as given, and the advice for its model, batch, sequence and GPU."""
 
     answer: Estimate
     demand: Demand
@@ -30,25 +30,25 @@ class Advised(NamedTuple):
         return [choice.answer for step in self.advice.steps for choice in step.options if choice.fits]
 
 
-def blocks(advised: Advised, explain: bool = False) -> Iterator[Block]:
+def blocks(advised: AdviceReport, explain: bool = False) -> Iterator[Block]:
     run, best = advised.answer.run, advised.advice.best
-    gpu, asked = words.card(advised.answer), wish(advised.demand)
+    gpu, condition = words.card(advised.answer), conditions(advised.demand)
     on = f" on {gpu.title}, {words.tenths(gpu.usable)} GiB usable" if gpu else ""
     batch = f"batch {run.batch.micro:,} of {run.batch.sequence:,} tokens"
-    yield Text(f"{words.model(advised.answer)}, {batch}{on}{f' ({asked})' if asked else ''}", "bold")
+    yield Text(f"{words.model(advised.answer)}, {batch}{on}{f' ({condition})' if condition else ''}", "bold")
     if best is None:
-        yield Text("Nothing that was tried fits.", "bold red")
+        yield Text("None of the options fits.", "bold red")
     else:
         style = f"bold {COLOURS[str(best.answer.verdict.answer)]}"
-        yield Text(f"The way that changes the result least: {best.title}: {state(best.answer)}.", style)
+        yield Text(f"Changes the result least: {best.title}: {state(best.answer)}.", style)
     for n, step in enumerate(advised.advice.steps, 1):
         yield Heading(f"{n}. {step.title}: {step.answer}")
         yield Text(f"{step.question} {step.answer.capitalize()}: {step.reason}.")
-        yield from _ways(step, explain)
+        yield from _options(step, explain)
     if best is not None:
         yield Heading(f"How: {best.title}")
         yield from _how(best, advised.answer)
-    yield Text("× time is of a step over as many tokens, full fine-tuning in pure bf16 being 1.")
+    yield Text("× time: step time for the same number of tokens, relative to full fine-tuning in pure bf16.")
     if explain:
         for step in advised.advice.steps:
             for choice in step.options:
@@ -57,18 +57,18 @@ def blocks(advised: Advised, explain: bool = False) -> Iterator[Block]:
                     yield from _how(choice, advised.answer)
 
 
-def _ways(step: Step, explain: bool) -> Iterator[Block]:
-    """Those that fit; with `explain` the others too, and who says what of the result."""
+def _options(step: AdviceStep, explain: bool) -> Iterator[Block]:
+    """Yield the options that fit; with `explain` also the others, and sources."""
     shown = [choice for choice in step.options if choice.fits or explain]
     if not shown:
         return
     columns = (
-        Column("way", wraps=True),
+        Column("option", wraps=True),
         Column("answer", optional=True),
         Column("GiB", right=True),
         Column("free", right=True),
         Column("× time", right=True, optional=True),
-        Column("what it does to the result", wraps=True, optional=True),
+        Column("effect on the result", wraps=True, optional=True),
     )
     rows = [
         (
@@ -84,8 +84,8 @@ def _ways(step: Step, explain: bool) -> Iterator[Block]:
     yield Table(columns, rows, [f"|{COLOURS[row[1]]}||||" for row in rows])
 
 
-def _beyond(choice: Choice, above: Sequence[Choice]) -> str:
-    """What it does to the result beyond what one above does."""
+def _beyond(choice: AdviceOption, above: Sequence[AdviceOption]) -> str:
+    """Return the effect on the result, relative to an option above with the same effect or part of it."""
     for other in reversed(above):
         if choice.quality == other.quality and choice.quality != _NOTHING:
             return f"as {other.title}"
@@ -97,8 +97,11 @@ def _beyond(choice: Choice, above: Sequence[Choice]) -> str:
 _NOTHING = "none"
 
 
-def least(asked: Estimate, answer: Estimate) -> RunSpec:
-    """The run of `answer`, with the parts that come out as those of the run asked left as they were asked."""
+def simplest_run(asked: Estimate, answer: Estimate) -> RunSpec:
+    """Return the run of `answer` with the fewest explicit fields.
+
+    Parts that are decided as in `asked` keep what the user wrote, if the result is the same run.
+    """
     same = {
         part: getattr(asked.asked, part) for part in _PARTS if getattr(asked.run, part) == getattr(answer.run, part)
     }
@@ -109,13 +112,13 @@ def least(asked: Estimate, answer: Estimate) -> RunSpec:
 _PARTS = ("method", "precision", "optimizer", "batch", "kernels", "loop", "parallelism")
 
 
-def _how(choice: Choice, asked: Estimate) -> Iterator[Block]:
-    own, *frameworks = lines(asked.asked, least(asked, choice.answer))
+def _how(choice: AdviceOption, asked: Estimate) -> Iterator[Block]:
+    own, *frameworks = lines(asked.asked, simplest_run(asked, choice.answer))
     yield Pairs([("options", " ".join(own.lines) or "as asked"), *([("", own.note)] if own.note else [])])
-    yield from (Paste(of.title, of.lines, of.note) for of in frameworks if of.lines or of.note)
+    yield from (Paste(config.title, config.lines, config.note) for config in frameworks if config.lines or config.note)
 
 
-def dump(advised: Advised) -> dict[str, Any]:
+def dump(advised: AdviceReport) -> dict[str, Any]:
     asked, best = advised.answer, advised.advice.best
     return {
         "steps": [
@@ -132,13 +135,13 @@ def dump(advised: Advised) -> dict[str, Any]:
     }
 
 
-def choice_dump(choice: Choice, asked: Estimate) -> dict[str, Any]:
+def choice_dump(choice: AdviceOption, asked: Estimate) -> dict[str, Any]:
     return {
         "title": choice.title,
         "fits": choice.fits,
         "time": time_dump(choice.time),
         "quality": choice.quality,
         "quality_source": choice.source,
-        **change_dump(asked.asked, least(asked, choice.answer)),
+        **change_dump(asked.asked, simplest_run(asked, choice.answer)),
         **figures(choice.answer),
     }

@@ -1,4 +1,4 @@
-"""A map of batch and sequence: how much of the card each run takes, and whether it fits."""
+"""A map over batch and sequence: how much of the card each run takes, and whether it fits."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from memplan.planning.sweep import Grid
 from memplan.report.table import COLOURS
 from memplan.report.text import Screen, paragraph
 
-_SHADES = "░▒▓█"  # of four equal shares of the card
-_SIGNS = {"tight": "?", "does not fit": "x"}  # instead of a shade, where there is no colour
-_WIDE = 5  # columns of a cell, with the gap before it
+_SHADES = "░▒▓█"  # by quarter of the card
+_SIGNS = {"tight": "?", "does not fit": "x"}  # replace the shade if there is no colour
+_CELL_WIDTH = 5  # including the gap before it
 _CANNOT = "-"
 
 
 def heat(around: Grid, to: Screen) -> Iterator[str]:
-    """A row for each batch and a column for each sequence, as many beside one another as there is room for."""
+    """Yield a row per batch and a column per sequence, wrapped to the width of the screen."""
     answers, card = around.answers, _usable(around)
-    assert answers is not None  # there is a GPU
+    assert answers is not None  # the run has a GPU
     batches, sequences = around.axes["batch"], around.axes["sequence"]
     label = max(len("batch"), *(len(short(b)) for b in batches))
-    beside = max(1, (to.width - label) // _WIDE)
-    for start in range(0, len(sequences), beside):
+    per_line = max(1, (to.width - label) // _CELL_WIDTH)
+    for start in range(0, len(sequences), per_line):
         if start:
             yield ""
-        columns = range(start, min(start + beside, len(sequences)))
-        heads = "".join(short(sequences[n]).rjust(_WIDE) for n in columns)
+        columns = range(start, min(start + per_line, len(sequences)))
+        heads = "".join(short(sequences[n]).rjust(_CELL_WIDTH) for n in columns)
         yield to.paint(f"{'batch':>{label}}{heads}", "bold")
         for i, batch in enumerate(batches):
             cells = [(int(answers[i, j]), int(around.allocated[i, j])) for j in columns]
@@ -38,9 +38,9 @@ def heat(around: Grid, to: Screen) -> Iterator[str]:
 
 def _cell(code: int, share: float, to: Screen) -> str:
     if code < 0:
-        return _CANNOT.rjust(_WIDE)
+        return _CANNOT.rjust(_CELL_WIDTH)
     answer = ANSWERS[code]
-    return " " + to.paint(_sign(answer, share, to) * (_WIDE - 1), COLOURS[answer])
+    return " " + to.paint(_sign(answer, share, to) * (_CELL_WIDTH - 1), COLOURS[answer])
 
 
 def _sign(answer: str, share: float, to: Screen) -> str:
@@ -63,7 +63,7 @@ def _legend(to: Screen) -> Iterator[str]:
 
 
 def short(n: int) -> str:
-    """A number in four letters where a power of two is meant.
+    """Shorten a multiple of a power of two.
 
     >>> short(512), short(2048), short(131072), short(2**20), short(1000)
     ('512', '2k', '128k', '1M', '1000')

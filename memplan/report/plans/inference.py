@@ -1,4 +1,4 @@
-"""The questions of those who run a model, answered: on a card, and on which cards."""
+"""Reports about running a model: on one card, and on which cards."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any, NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
-from memplan.planning.inference import Choice, Most, Placed, Questions, lengths
-from memplan.planning.roofline import Pace, Seconds
+from memplan.planning.inference import CardFit, Limit, Questions, Variant, lengths
+from memplan.planning.roofline import DecodingPace, Seconds
 from memplan.report import wording as words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
-from memplan.report.plans.wording import figures, span, wish
+from memplan.report.plans.wording import conditions, figures, span
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
 
 
-class Asked(NamedTuple):
-    """The questions about a run on its card."""
+class QuestionsReport(NamedTuple):
+    """The questions about a run on its card, answered."""
 
     questions: Questions
 
@@ -32,12 +32,12 @@ class Asked(NamedTuple):
 
     @property
     def found(self) -> list[Estimate]:
-        """What meets the demand: the run as asked, or what would do in its place."""
+        """Answers that meet the demand: the run itself, or alternatives to it."""
         q = self.questions
         if q.fits:
             return [q.answer]
-        tried = (*q.degrees, *q.placed, *q.formats, *q.caches)
-        return [choice.answer for choice in tried if choice.fits and choice.answer]
+        choices = (*q.degrees, *q.placed, *q.formats, *q.caches)
+        return [choice.answer for choice in choices if choice.fits and choice.answer]
 
 
 class Places(NamedTuple):
@@ -45,33 +45,34 @@ class Places(NamedTuple):
 
     answer: Estimate
     demand: Demand
-    places: tuple[Placed, ...]
+    places: tuple[CardFit, ...]
 
     @property
     def found(self) -> list[Estimate]:
         return [placed.answer for placed in self.places]
 
 
-def blocks(asked: Asked, explain: bool = False) -> Iterator[Block]:
+def blocks(asked: QuestionsReport, explain: bool = False) -> Iterator[Block]:
     q = asked.questions
     answer = q.answer
-    said = wish(q.demand)
-    yield Text(f"{words.verdict(answer)}{f' ({said})' if said else ''}", f"bold {COLOURS[answer.verdict.answer or '']}")
+    condition = conditions(q.demand)
+    suffix = f" ({condition})" if condition else ""
+    yield Text(f"{words.verdict(answer)}{suffix}", f"bold {COLOURS[answer.verdict.answer or '']}")
     yield Pairs(list(_answers(q)))
     if any(choice.answer for choice in q.degrees[1:]):
-        layers = answer.run.profile.startswith("llama.cpp")
-        yield Heading("GPUs that its layers lie on" if layers else "GPUs that divide it by tensor parallelism")
+        splits_layers = answer.run.profile.startswith("llama.cpp")
+        yield Heading("Layers split over several GPUs" if splits_layers else "Tensor parallelism over several GPUs")
         yield _choices("GPUs", q.degrees)
     refused = [choice.refused for choice in q.degrees if choice.refused]
     if refused:
-        yield Text(f"Not divided by more: {refused[0]}.")
+        yield Text(f"Not divided further: {refused[0]}.")
     if any(choice.answer for choice in q.placed):
-        yield Heading("GPUs of one process that each have some layers (device_map auto)")
+        yield Heading("Layers placed on the GPUs of one process (device_map auto)")
         yield _choices("GPUs", q.placed)
-    yield Heading("Formats of the weights, the mildest first")
+    yield Heading("Weight formats, mildest first")
     yield _choices("format", q.formats, explain)
     if q.caches:
-        yield Heading("Other caches, the mildest first")
+        yield Heading("Other caches, mildest first")
         yield _choices("cache", q.caches, explain)
     yield from _speed(q, explain)
     yield from (Text(f"Note: {note}.") for note in answer.notes)
@@ -80,10 +81,10 @@ def blocks(asked: Asked, explain: bool = False) -> Iterator[Block]:
 def _answers(q: Questions) -> Iterator[tuple[str, str]]:
     prompt, new = lengths(q.answer)
     yield "requests at once", _most(q.requests, f"of {prompt + new:,} tokens")
-    longest = _most(q.context, "tokens of one request alone")
+    longest = _most(q.context, "tokens in a single request")
     admitted = (q.answer.serving or {}).get("max_model_len", 0)
     if 0 < q.context.value < admitted:
-        longest += f"; the engine is to be told --max-model-len {q.context.value}"
+        longest += f"; start the engine with --max-model-len {q.context.value}"
     yield "longest context", longest
     if not q.fits:
         if q.mildest:
@@ -95,9 +96,9 @@ def _answers(q: Questions) -> Iterator[tuple[str, str]]:
         if cache is not None:
             yield "mildest cache", cache.name
         if not (q.mildest or q.fewest or cache):
-            yield "what would do", "no format and no number of these GPUs that was tried"
+            yield "what would fit", "none of the formats and numbers of these GPUs that were tried"
     if q.prompt is not None:
-        yield "first token", f"after {_seconds(q.prompt.step)}, of {prompt:,} tokens read"
+        yield "first token", f"after {_seconds(q.prompt.step)}, for a prompt of {prompt:,} tokens"
     if q.decoding is not None:
         yield "tokens a second", _rate(q.decoding)
     if q.full is not None and q.full.requests != (q.decoding.requests if q.decoding else 0):
@@ -106,28 +107,28 @@ def _answers(q: Questions) -> Iterator[tuple[str, str]]:
         yield "tokens a second", q.unpaced
 
 
-def _most(most: Most, what: str) -> str:
-    ends = {
+def _most(most: Limit, what: str) -> str:
+    limits = {
         "memory": "memory",
         "positions": "the model's positions",
         "max_num_seqs": "the engine's max_num_seqs",
-        "assistant": "transformers generates for one at a time with an assistant",
+        "assistant": "assisted generation, which takes one at a time",
         "nothing": "nothing: it takes no memory",
     }
     if not most.value:
         return "none fits"
-    return f"{most.value:,} {what}; what ends it: {ends[most.binds]}"
+    return f"{most.value:,} {what}, limited by {limits[most.binds]}"
 
 
-def _rate(pace: Pace) -> str:
+def _rate(pace: DecodingPace) -> str:
     together = rate(pace.tokens_per_second)
     if pace.requests == 1:
-        return f"{together}, of one request"
-    return f"{together}, of {pace.requests:,} requests at once; {rate(pace.per_request)} each"
+        return f"{together} for one request"
+    return f"{together} for {pace.requests:,} requests at once; {rate(pace.per_request)} each"
 
 
 def rate(of: Seconds) -> str:
-    """A range of tokens a second, with no more digits than it deserves.
+    """Format a range of tokens per second, rounded to its precision.
 
     >>> rate(Seconds(24.72, 59.63)), rate(Seconds(0.42, 1.9)), rate(Seconds(1234.5, 5678.9))
     ('25–60', '0.4–1.9', '1,234–5,679')
@@ -136,29 +137,29 @@ def rate(of: Seconds) -> str:
     return f"{of.low:,.{digits}f}–{of.high:,.{digits}f}"
 
 
-def _seconds(of: Seconds) -> str:
-    if of.high < 1:
-        return f"{1000 * of.low:,.0f}–{1000 * of.high:,.0f} ms"
-    return f"{of.low:,.1f}–{of.high:,.1f} s"
+def _seconds(seconds: Seconds) -> str:
+    if seconds.high < 1:
+        return f"{1000 * seconds.low:,.0f}–{1000 * seconds.high:,.0f} ms"
+    return f"{seconds.low:,.1f}–{seconds.high:,.1f} s"
 
 
-def _choices(title: str, choices: Sequence[Choice], explain: bool = False) -> Table:
-    steps = any(choice.step for choice in choices)
+def _choices(title: str, choices: Sequence[Variant], explain: bool = False) -> Table:
+    has_steps = any(choice.step for choice in choices)
     columns = [
         Column(title, wraps=True),
         Column("weights GiB", right=True, optional=True),
         Column("answer", wraps=True),
         Column("requests", right=True),
         Column("tokens/s", right=True, optional=True),
-        *((Column("what is lost", wraps=True, optional=not explain),) if steps else ()),
+        *((Column("what is lost", wraps=True, optional=not explain),) if has_steps else ()),
     ]
     shown = [choice for choice in choices if choice.answer is not None]
-    rows = [tuple(_cells(choice, steps, explain)) for choice in shown]
+    rows = [tuple(_cells(choice, has_steps, explain)) for choice in shown]
     styles = ["||" + COLOURS[str(c.answer.verdict.answer)] + "|" * (len(columns) - 3) for c in shown if c.answer]
     return Table(columns, rows, styles)
 
 
-def _cells(choice: Choice, steps: bool, explain: bool) -> Iterator[str]:
+def _cells(choice: Variant, has_steps: bool, explain: bool) -> Iterator[str]:
     assert choice.answer is not None
     yield choice.name
     yield words.tenths(choice.weights)
@@ -166,17 +167,17 @@ def _cells(choice: Choice, steps: bool, explain: bool) -> Iterator[str]:
     yield f"{choice.answer.verdict.answer}{host}"
     yield f"{choice.requests:,}"
     yield rate(choice.pace.tokens_per_second) if choice.pace else "–"
-    if steps:
+    if has_steps:
         step = choice.step
         yield "" if step is None else f"{step.quality} [{step.source}]" if explain else step.quality
 
 
 def _speed(q: Questions, explain: bool) -> Iterator[Block]:
-    """What the ranges rest on."""
+    """Yield the rates behind the speeds."""
     paces = [pace for pace in (q.decoding, q.full, q.prompt) if pace is not None]
     if not paces:
         return
-    yield Heading("Speeds lie between these ends; none is measured here")
+    yield Heading("Speeds are ranges between these rates; none was measured on this machine")
     if q.decoding is not None:
         yield Text(_reads(q.decoding))
     assumed = list(dict.fromkeys(row for pace in paces for row in pace.assumed))
@@ -189,23 +190,21 @@ def _speed(q: Questions, explain: bool) -> Iterator[Block]:
     yield from (Text(f"Note: {note}.") for note in (q.decoding.notes if q.decoding else ()))
 
 
-def _reads(pace: Pace) -> str:
+def _reads(pace: DecodingPace) -> str:
     low, high = (gib(n) for n in pace.work.caches)
     caches = low if low == high else f"{low} to {high}"
-    one, other = pace.bound
-    waits = one if one == other else f"{one}, or at worst for {other}"
-    return f"A step reads {gib(pace.work.bytes)} of weights and {caches} of caches on each GPU, and waits for {waits}."
+    best, worst = pace.bound
+    bound = best if best == worst else f"{best}, or at worst by {worst}"
+    return f"A step reads {gib(pace.work.bytes)} of weights and {caches} of caches on each GPU; it is bound by {bound}."
 
 
 def place_blocks(places: Places) -> Iterator[Block]:
-    said = wish(places.demand)
-    asked = f" ({said})" if said else ""
+    condition = conditions(places.demand)
+    suffix = f" ({condition})" if condition else ""
     if not places.places:
-        yield Text(f"No card that was looked at holds it{asked}.", "bold red")
+        yield Text(f"None of the cards tried holds it{suffix}.", "bold red")
         return
-    yield Text(
-        f"Cards that hold it{asked}, the cheapest an hour first, those without a dated price last.", "bold green"
-    )
+    yield Text(f"Cards that hold it{suffix}, cheapest per hour first, those without a dated price last.", "bold green")
     columns = [
         Column("card", wraps=True),
         Column("GPUs", right=True),
@@ -213,15 +212,15 @@ def place_blocks(places: Places) -> Iterator[Block]:
         Column("requests", right=True),
         Column("tokens/s", right=True),
         Column("USD/h", right=True, optional=True),
-        Column("priced", optional=True),
+        Column("price date", optional=True),
     ]
     yield Table(columns, [tuple(_placed(placed)) for placed in places.places])
     yield Text(
-        "Of several GPUs, GiB are of each, prices of all together. Speeds are ranges: with --gpu, on what they rest."
+        "With several GPUs, GiB are per GPU and prices are for all of them. Speeds are ranges; --gpu shows their rates."
     )
 
 
-def _placed(placed: Placed) -> Iterator[str]:
+def _placed(placed: CardFit) -> Iterator[str]:
     yield placed.gpu.name
     yield str(placed.tp)
     yield words.tenths(placed.answer.bytes.used)
@@ -235,7 +234,7 @@ def _placed(placed: Placed) -> Iterator[str]:
 # --- JSON ----------------------------------------------------------------------------------------------------
 
 
-def dump(asked: Asked) -> dict[str, Any]:
+def dump(asked: QuestionsReport) -> dict[str, Any]:
     q = asked.questions
     return {
         "fits": q.fits,
@@ -254,7 +253,7 @@ def dump(asked: Asked) -> dict[str, Any]:
     }
 
 
-def _choice(choice: Choice) -> dict[str, Any]:
+def _choice(choice: Variant) -> dict[str, Any]:
     answer, step = choice.answer, choice.step
     return {
         "name": choice.name,
@@ -269,7 +268,7 @@ def _choice(choice: Choice) -> dict[str, Any]:
     }
 
 
-def _pace(pace: Pace | None) -> dict[str, Any] | None:
+def _pace(pace: DecodingPace | None) -> dict[str, Any] | None:
     if pace is None:
         return None
     return {
@@ -309,11 +308,11 @@ def titles() -> list[str]:
 
 
 def rows(places: Places) -> list[dict[str, object]]:
-    """For CSV: a row a card; `low` and `high` are tokens a second."""
+    """Return a CSV row per card; `low` and `high` are tokens per second."""
     return [dict(zip(titles(), _row(placed), strict=True)) for placed in places.places]
 
 
-def _row(placed: Placed) -> Iterator[object]:
+def _row(placed: CardFit) -> Iterator[object]:
     pace, price = placed.pace.tokens_per_second if placed.pace else None, placed.price
     yield from (placed.gpu.name, placed.tp, placed.answer.bytes.used, placed.answer.verdict.answer, placed.requests)
     yield from (round(pace.low, 2), round(pace.high, 2)) if pace else ("", "")

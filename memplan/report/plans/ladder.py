@@ -1,4 +1,4 @@
-"""The ladder: the plain run, and what each change brings to all those before it."""
+"""Report of the ladder: a plain run, and what each change saves on top of the previous ones."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from memplan.report import wording as words
 from memplan.report.blocks import Block, Heading, Pairs, Table, Text
 from memplan.report.plans.wording import (
     change_dump,
+    conditions,
     factors,
     figures,
     freed,
@@ -20,14 +21,13 @@ from memplan.report.plans.wording import (
     qualities,
     signed,
     state,
-    wish,
 )
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
 
 
-class Rungs(NamedTuple):
-    """The answer as asked, and the ladder of its model, batch and GPU."""
+class LadderReport(NamedTuple):
+    """The estimate of the run as given, and the ladder for its model, batch and GPU."""
 
     answer: Estimate
     demand: Demand
@@ -40,7 +40,7 @@ class Rungs(NamedTuple):
 
     @property
     def found(self) -> list[Estimate]:
-        """Those that meet the demand; without a GPU all."""
+        """Answers that meet the demand; all of them if there is no GPU."""
         return [answer for answer in self.every if answer.gpu is None or self.demand.met(answer)]
 
     @property
@@ -48,7 +48,7 @@ class Rungs(NamedTuple):
         return min(self.every, key=lambda answer: answer.bytes.used)
 
 
-def blocks(rungs: Rungs, explain: bool = False) -> Iterator[Block]:
+def blocks(rungs: LadderReport, explain: bool = False) -> Iterator[Block]:
     plain = rungs.ladder.plain
     gpu, batch = words.card(plain), plain.run.batch
     on = f" on {gpu.title}, {words.tenths(gpu.usable)} GiB usable" if gpu else ""
@@ -57,25 +57,29 @@ def blocks(rungs: Rungs, explain: bool = False) -> Iterator[Block]:
         f"{words.tenths(plain.bytes.used)} to {words.tenths(rungs.lowest.bytes.used)} GiB used",
         "bold",
     )
-    asked = wish(rungs.demand)
+    condition = conditions(rungs.demand)
+    suffix = f" ({condition})" if condition else ""
     if not rungs.found:
-        yield Text(f"No rung fits{f' ({asked})' if asked else ''}. The lowest: {state(rungs.lowest)}.", "bold red")
+        yield Text(f"No rung fits{suffix}. The lowest: {state(rungs.lowest)}.", "bold red")
     elif gpu:
         first = next(n for n, answer in enumerate(rungs.every) if answer in rungs.found)
         title = rungs.ladder.rungs[first - 1].lever.title if first else "the plain run"
-        yield Text(f"The first to fit{f' ({asked})' if asked else ''} is {title}: {state(rungs.every[first])}.")
+        yield Text(f"The first to fit{suffix} is {title}: {state(rungs.every[first])}.")
     yield _table(rungs)
-    yield Text("Each rung has all those before it, and GiB are used; × time is of the rung alone, over as many tokens.")
+    yield Text(
+        "Each rung includes all those above it. GiB are used memory; × time is the effect of the rung alone, for the "
+        "same number of tokens."
+    )
     if explain:
         yield Heading("Results")
-        rungs_ = rungs.ladder.rungs
-        yield Pairs([(r.lever.title, text) for r in rungs_ for text in qualities((r.lever,), explain=True)])
+        effects = rungs.ladder.rungs
+        yield Pairs([(e.lever.title, text) for e in effects for text in qualities((e.lever,), explain=True)])
 
 
-_BAR = 14  # letters of a bar
+_BAR_WIDTH = 14
 
 
-def _table(rungs: Rungs) -> Table:
+def _table(rungs: LadderReport) -> Table:
     plain = rungs.ladder.plain
     columns = [
         Column("rung", wraps=True),
@@ -91,7 +95,7 @@ def _table(rungs: Rungs) -> Table:
     for rung in rungs.ladder.rungs:
         time = factors(rung.time, "–")
         result = SEVERITIES[rung.lever.severity]
-        rows.append((rung.lever.title, signed(freed(rung)), rung.after, time, _most(rung), result))
+        rows.append((rung.lever.title, signed(freed(rung)), rung.after, time, _most_saved_in(rung), result))
     full = max(answer.bytes.used for answer in rungs.every)
     full = max(full, plain.gpu.usable if plain.gpu else 0)
     cells: list[tuple[str, ...]] = []
@@ -105,23 +109,23 @@ def _table(rungs: Rungs) -> Table:
     return Table(columns, cells, styles)
 
 
-def _most(rung: Effect) -> str:
-    """The phase whose peak falls most; of several that of the peak before."""
+def _most_saved_in(rung: Effect) -> str:
+    """Return the phase whose peak falls most; a tie goes to the phase of the previous peak."""
     fallen = {(n, phase == rung.before.peak.phase): phase for phase, n in rung.phases.items() if n > 0}
     return fallen[max(fallen)] if fallen else ""
 
 
 def _bar(answer: Estimate, full: int) -> str:
-    """What is used, and where the card ends."""
-    length = (answer.bytes.used * _BAR + full // 2) // full
-    bar = "█" * length + " " * (_BAR + 1 - length)
+    """Return a bar of the used memory, with a mark where the card ends."""
+    length = (answer.bytes.used * _BAR_WIDTH + full // 2) // full
+    bar = "█" * length + " " * (_BAR_WIDTH + 1 - length)
     if answer.gpu is None:
         return bar.rstrip()
-    end = (answer.gpu.usable * _BAR + full // 2) // full
+    end = (answer.gpu.usable * _BAR_WIDTH + full // 2) // full
     return f"{bar[:end]}│{bar[end + 1 :]}".rstrip()
 
 
-def dump(rungs: Rungs) -> dict[str, Any]:
+def dump(rungs: LadderReport) -> dict[str, Any]:
     asked = rungs.answer.asked
     return {
         "plain": {**change_dump(asked, rungs.ladder.plain.asked), **figures(rungs.ladder.plain)},
@@ -132,8 +136,8 @@ def dump(rungs: Rungs) -> dict[str, Any]:
     }
 
 
-def rows(rungs: Rungs) -> list[dict[str, object]]:
-    """For CSV: the plain run, then a row a rung."""
+def rows(rungs: LadderReport) -> list[dict[str, object]]:
+    """Return CSV rows: the plain run, then each rung."""
     plain = rungs.ladder.plain
     out = [_row("plain", plain, 0, ("", ""), 0)]
     for rung in rungs.ladder.rungs:

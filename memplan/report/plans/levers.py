@@ -1,4 +1,4 @@
-"""What makes a run fit, and what each change saves and costs; of a run that fits, what every change would free."""
+"""Report of the changes that make a run fit, or of what each would free in a run that fits, and their costs."""
 
 from __future__ import annotations
 
@@ -11,68 +11,78 @@ from memplan.planning.plan import SEVERITIES, Effect, Plan
 from memplan.planning.reach import Reach
 from memplan.report import wording as words
 from memplan.report.blocks import Block, Heading, Table, Text
-from memplan.report.plans.reach import how_far, reach_dump
-from memplan.report.plans.wording import factors, freed, lever_dump, proposal_dump, proposed, qualities, signed, wish
+from memplan.report.plans.reach import limits_table, reach_dump
+from memplan.report.plans.wording import (
+    conditions,
+    factors,
+    freed,
+    lever_dump,
+    proposal_dump,
+    proposed,
+    qualities,
+    signed,
+)
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
 
 
 class Levers(NamedTuple):
-    """A plan, and how far the run goes as it is."""
+    """A plan, and the limits of the unchanged run."""
 
     plan: Plan
     reach: tuple[Reach, ...]
 
     @property
     def found(self) -> list[Estimate]:
-        """What meets the demand: the run as asked, or what is proposed."""
+        """Answers that meet the demand: the unchanged run, or the proposals."""
         return [self.plan.answer] if self.plan.fits else [p.answer for p in self.plan.proposals]
 
 
 def blocks(levers: Levers, explain: bool = False) -> Iterator[Block]:
     plan = levers.plan
     yield Text(words.verdict(plan.answer), f"bold {COLOURS[plan.answer.verdict.answer or '']}")
-    asked = wish(plan.demand)
+    condition = conditions(plan.demand)
+    suffix = f" ({condition})" if condition else ""
     if plan.fits:
-        yield Text(f"Nothing has to change{f' ({asked})' if asked else ''}. What each change alone would free:")
+        yield Text(f"Nothing has to change{suffix}. Each change alone would free:")
         yield _singles(plan, explain)
     elif plan.proposals:
-        yield from _ways(plan, asked, explain)
+        yield from _proposals(plan, suffix, explain)
     else:
-        yield from _none(plan, asked, explain)
-    yield Heading("How far it goes, all else as asked")
-    yield how_far(levers.reach)
+        yield from _nearest(plan, suffix, explain)
+    yield Heading("Limits, with everything else unchanged")
+    yield limits_table(levers.reach)
 
 
-def _ways(plan: Plan, asked: str, explain: bool) -> Iterator[Block]:
-    many = len(plan.proposals)
-    ways = f"{many} ways to make it fit" if many > 1 else "One way to make it fit"
-    first = ", those that change the result least first, more GPUs last" if many > 1 else ""
-    yield Text(f"{ways}{f' ({asked})' if asked else ''}{first}.")
+def _proposals(plan: Plan, suffix: str, explain: bool) -> Iterator[Block]:
+    n_proposals = len(plan.proposals)
+    ways = f"{n_proposals} ways to make it fit" if n_proposals > 1 else "One way to make it fit"
+    order = ", those that change the result least first, more GPUs last" if n_proposals > 1 else ""
+    yield Text(f"{ways}{suffix}{order}.")
     for n, proposal in enumerate(plan.proposals):
-        number = f"{n + 1}. " if many > 1 else ""
+        number = f"{n + 1}. " if n_proposals > 1 else ""
         yield from proposed(proposal, plan.answer.asked, number, explain=explain, full=explain or n == 0)
 
 
-def _none(plan: Plan, asked: str, explain: bool) -> Iterator[Block]:
+def _nearest(plan: Plan, suffix: str, explain: bool) -> Iterator[Block]:
     nearest = plan.nearest
-    yield Text(f"Nothing that was tried makes it fit{f' ({asked})' if asked else ''}: {plan.tried:,} runs.")
+    yield Text(f"None of the {plan.tried:,} runs tried fits{suffix}.")
     if nearest is None or not nearest.levers:
         return
-    missing = lacks(plan)
-    miss = f"lacks {gib(missing)}" if missing else "is only tight (--tight would take it)"
-    yield Text(f"The nearest is all that lowers the peak, which {miss}:")
+    missing = missing_bytes(plan)
+    miss = f"needs {gib(missing)} more" if missing else "is only tight (--tight accepts it)"
+    yield Text(f"Even with every change that lowers the peak it {miss}:")
     yield from proposed(nearest, plan.answer.asked, "", explain=explain, full=explain)
 
 
-def lacks(plan: Plan) -> int:
-    """The bytes by which the nearest misses; of a run that is tight, none may be missing."""
+def missing_bytes(plan: Plan) -> int:
+    """Return the bytes by which the nearest proposal misses; 0 is possible if it is tight."""
     answer = plan.nearest.answer if plan.nearest else plan.answer
     return max(0, plan.demand.headroom - (answer.verdict.headroom or 0))
 
 
 def singles(plan: Plan) -> list[Effect]:
-    """Every change alone, the largest saving first, those that save nothing left out."""
+    """Return the effect of every change that saves anything alone, largest saving first."""
     return sorted((e for e in plan.levers if freed(e) > 0), key=lambda effect: (-freed(effect), effect.lever.severity))
 
 

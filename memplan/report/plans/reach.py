@@ -1,4 +1,4 @@
-"""How far a run goes: the largest values that fit, and what ends each; the frontier of batch and sequence, as a map."""
+"""Report of a run's limits: the largest values that fit, what limits each, and a map over batch and sequence."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
 from memplan.report.blocks import Block, Drawing, Heading, Table, Text
 from memplan.report.plans.heat import heat
-from memplan.report.plans.wording import figures, state, wish
+from memplan.report.plans.wording import conditions, figures, state
 from memplan.report.table import COLOURS
 from memplan.report.text import Column
 
 
-class Far(NamedTuple):
-    """The answer asked, the largest value of an axis, and the frontier where the axis is one of its two."""
+class ReachReport(NamedTuple):
+    """The estimate of the run, the largest value of an axis, and the frontier if the axis is batch or sequence."""
 
     answer: Estimate
     demand: Demand
@@ -34,21 +34,21 @@ class Far(NamedTuple):
 
 _NONE = {"batch": "no batch", "sequence": "no sequence", "rank": "no rank", "model": "no bundled model"}
 _ENDS = {
-    "positions": "the model has no more positions",
-    "rank": "no matrix has longer sides",
-    "models": "no bundled model is larger",
+    "positions": "the model's number of positions",
+    "rank": "the dimensions of the matrices",
+    "models": "the bundled models: none is larger",
     "nothing": "nothing: it takes no memory",
 }
 
 
 def value(reach: Reach) -> str:
-    """The largest value in words: "batch 2", "5,293 tokens"; or that there is none."""
+    """Return the largest value as text ("batch 2", "5,293 tokens"), or that there is none."""
     if not reach.value:
         return _NONE[reach.axis]
-    return _called(reach.axis, reach.value)
+    return _with_unit(reach.axis, reach.value)
 
 
-def _called(axis: str, value: int | str) -> str:
+def _with_unit(axis: str, value: int | str) -> str:
     if isinstance(value, str):
         return value
     if axis == "sequence":
@@ -56,8 +56,8 @@ def _called(axis: str, value: int | str) -> str:
     return f"{axis} {value:,}"
 
 
-def ends(reach: Reach) -> str:
-    """What ends it: "memory: batch 3 would not fit, 2.76 GiB too much"."""
+def limit_text(reach: Reach) -> str:
+    """Return what limits the value: "memory: batch 3 would not fit, 2.76 GiB too much"."""
     if reach.binds != "memory":
         return _ENDS[reach.binds]
     if reach.beyond is None:
@@ -69,7 +69,7 @@ def _next(reach: Reach) -> str:
     assert reach.beyond is not None
     if reach.axis == "model":
         return words.model(reach.beyond)
-    return _called(reach.axis, int(reach.value) + 1)
+    return _with_unit(reach.axis, int(reach.value) + 1)
 
 
 def _missed(answer: Estimate) -> str:
@@ -79,26 +79,26 @@ def _missed(answer: Estimate) -> str:
     return f"would {would}, {by}"
 
 
-def how_far(reached: Sequence[Reach]) -> Table:
-    """A row for each axis."""
-    rows = [(value(r), words.tenths(r.answer.bytes.used) if r.answer else "", ends(r)) for r in reached]
-    return Table([Column("at most"), Column("GiB used", right=True), Column("what ends it", wraps=True)], rows)
+def limits_table(reached: Sequence[Reach]) -> Table:
+    """Return a table with a row per axis."""
+    rows = [(value(r), words.tenths(r.answer.bytes.used) if r.answer else "", limit_text(r)) for r in reached]
+    return Table([Column("at most"), Column("GiB used", right=True), Column("limited by", wraps=True)], rows)
 
 
-def blocks(far: Far, explain: bool = False) -> Iterator[Block]:
+def blocks(far: ReachReport, explain: bool = False) -> Iterator[Block]:
     reach = far.reach
-    said = wish(far.demand)
-    with_ = f" (with {said})" if said else ""
+    condition = conditions(far.demand)
+    suffix = f" (with {condition})" if condition else ""
     gpu = words.card(far.answer)
     on = f" on {gpu.title}" if gpu else ""
     if reach.answer is None:
-        yield Text(f"{_NONE[reach.axis].capitalize()} fits{on}{with_}.", "bold red")
+        yield Text(f"{_NONE[reach.axis].capitalize()} fits{on}{suffix}.", "bold red")
         if reach.beyond is not None:
             yield Text(f"The nearest: {_next(reach)} {_missed(reach.beyond)}.")
     else:
         style = f"bold {COLOURS.get(reach.answer.verdict.answer or '', '')}".strip()
-        yield Text(f"at most {value(reach)}{on}{with_}: {state(reach.answer)}", style)
-        yield Text(f"What ends it: {ends(reach)}.")
+        yield Text(f"at most {value(reach)}{on}{suffix}: {state(reach.answer)}", style)
+        yield Text(f"Limited by {limit_text(reach)}.")
         yield Text(f"The peak is {words.moment(reach.answer)}. {words.headroom(reach.answer)}")
     if far.frontier is not None and reach.answer is not None:
         yield from _frontier(far.frontier)
@@ -110,12 +110,12 @@ def blocks(far: Far, explain: bool = False) -> Iterator[Block]:
 def _frontier(frontier: Frontier) -> Iterator[Block]:
     rows = [(f"{b:,}", f"{s:,}" if s else "none", f"{b * s:,}") for b, s in frontier.longest]
     yield Heading("Longest sequence for every batch")
-    columns = (Column("batch", right=True), Column("tokens", right=True), Column("tokens a pass", right=True))
+    columns = (Column("batch", right=True), Column("tokens", right=True), Column("tokens per pass", right=True))
     yield Table(columns, rows)
     yield Drawing(partial(heat, frontier.around))
 
 
-def dump(far: Far) -> dict[str, Any]:
+def dump(far: ReachReport) -> dict[str, Any]:
     return {
         "reach": [reach_dump(far.reach)],
         "frontier": [{"batch": b, "sequence": s} for b, s in far.frontier.longest] if far.frontier else [],
@@ -136,7 +136,7 @@ def reach_dump(reach: Reach) -> dict[str, Any]:
 def _map(frontier: Frontier) -> dict[str, Any]:
     around = frontier.around
     answers = around.answers
-    assert answers is not None  # there is a GPU
+    assert answers is not None  # the run has a GPU
     return {
         "batch": list(around.axes["batch"]),
         "sequence": list(around.axes["sequence"]),
@@ -145,8 +145,8 @@ def _map(frontier: Frontier) -> dict[str, Any]:
     }
 
 
-def rows(far: Far) -> list[dict[str, object]]:
-    """For CSV: the frontier, or the one value."""
+def rows(far: ReachReport) -> list[dict[str, object]]:
+    """Return CSV rows: the frontier, or the single value."""
     if far.frontier is not None:
         return [{"batch": b, "sequence": s} for b, s in far.frontier.longest]
     answer = far.reach.answer

@@ -1,4 +1,4 @@
-"""What reports of plans share: a change's saving, time and result in words, and the same for JSON."""
+"""Shared parts of plan reports: a change's saving, time and effect on the result, as text and for JSON."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BASIS = {"derived": "counted", "measured": "measured", "assumed": "assumed"}
 
 
 def state(answer: Estimate) -> str:
-    """A verdict in a few words: "fits, 11.0 of 11.7 GiB used, 0.7 free"."""
+    """Return a short verdict: "fits, 11.0 of 11.7 GiB used, 0.7 free"."""
     used, headroom = tenths(answer.bytes.used), answer.verdict.headroom
     if answer.gpu is None or headroom is None:
         return f"{used} GiB used"
@@ -30,28 +30,28 @@ def state(answer: Estimate) -> str:
     return f"{answer.verdict.answer}, {used} of {tenths(answer.gpu.usable)} GiB used, {left}{each}"
 
 
-def wish(demand: Demand) -> str:
-    """What is asked beyond that a run fits; empty where nothing is."""
-    asked = [f"{gib(demand.headroom)} free"] if demand.headroom else []
-    asked += ["tight counts as fitting"] if demand.tight else []
-    return ", ".join(asked)
+def conditions(demand: Demand) -> str:
+    """Return the conditions other than fitting; empty if there are none."""
+    conditions = [f"{gib(demand.headroom)} free"] if demand.headroom else []
+    conditions += ["tight counts as fitting"] if demand.tight else []
+    return ", ".join(conditions)
 
 
 def times(time: Time | None) -> str:
-    """How many times longer a step takes.
+    """Return the change in step time as text.
 
     >>> times(Time(1.018, 1.2, "derived")), times(Time(1.001, 1.004, "assumed")), times(Time(1.0, 12.34, "assumed"))
-    ('1.02 to 1.20 times the time (counted)', 'as long (assumed)', '1.0 to 12.3 times the time (assumed)')
+    ('1.02 to 1.20 times as long (counted)', 'unchanged (assumed)', '1.0 to 12.3 times as long (assumed)')
     """
     if time is None:
-        return "not known: the catalogue has no rate for this card"
+        return "unknown: the catalogue has no rate for this card"
     span = factors(time)
-    text = "as long" if span == "1.00" else f"{span} times the time"
+    text = "unchanged" if span == "1.00" else f"{span} times as long"
     return f"{text} ({BASIS[time.basis]})"
 
 
 def factors(time: Time | None, between: str = " to ") -> str:
-    """The same as figures alone; empty where the time is not known."""
+    """Return the change in step time as a range of factors; empty if unknown."""
     if time is None:
         return ""
     digits = 2 if time.high < 10 else 1
@@ -60,30 +60,30 @@ def factors(time: Time | None, between: str = " to ") -> str:
 
 
 def saved(effect: Effect) -> str:
-    """Of what is used, and of the peak of each phase: "1.50 GiB used; allocated in loss 1.96, backward 1.50"."""
-    by_phase = [f"{phase} {signed(of)}" for phase, of in effect.phases.items() if abs(of) >= GIB // 100]
+    """Return the savings in used bytes and by phase: "1.50 GiB used; allocated in loss 1.96, backward 1.50"."""
+    by_phase = [f"{phase} {signed(n)}" for phase, n in effect.phases.items() if abs(n) >= GIB // 100]
     text = f"{signed(freed(effect))} GiB used"
     return f"{text}; allocated in {', '.join(by_phase)}" if by_phase else text
 
 
 def freed(effect: Effect) -> int:
-    """Bytes of what is used; less than nothing where more is taken."""
+    """Return the used bytes that a change saves; negative if it needs more."""
     return effect.before.bytes.used - effect.after.bytes.used
 
 
 def signed(n: int) -> str:
-    """What is saved, in GiB; with a minus where more is taken."""
+    """Format signed bytes in GiB."""
     return hundredths(n) if n >= 0 else f"-{hundredths(-n)}"
 
 
 def together(levers: Sequence[Lever]) -> str:
-    """The levers' titles as one."""
+    """Join the levers' titles."""
     *others, last = [lever.title for lever in levers]
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def proposed(proposal: Proposal, asked: RunSpec, number: str, *, explain: bool, full: bool) -> Iterator[Block]:
-    """What one proposal changes, saves and costs; `full` with lines to paste for frameworks, `explain` with sources."""
+    """Yield what a proposal changes, saves and costs; `full` adds lines to paste for frameworks, `explain` sources."""
     yield Heading(f"{number}{together(proposal.levers)}: {state(proposal.answer)}")
     several = len(proposal.levers) > 1
     rows: list[tuple[str, str]] = []
@@ -99,26 +99,26 @@ def proposed(proposal: Proposal, asked: RunSpec, number: str, *, explain: bool, 
     if own.lines and own.note:
         rows.append(("", own.note))
     if not full:
-        rows += [(of.framework, "; ".join(filter(None, (*of.lines, of.note)))) for of in frameworks]
+        rows += [(config.framework, "; ".join(filter(None, (*config.lines, config.note)))) for config in frameworks]
     yield Pairs(rows)
     if full:
-        yield from (Paste(of.title, of.lines, of.note) for of in frameworks)
+        yield from (Paste(config.title, config.lines, config.note) for config in frameworks)
 
 
 def qualities(levers: Iterable[Lever], *, explain: bool) -> Iterator[str]:
-    """What the changes do to the result, a sentence each; with its source where asked."""
+    """Yield a sentence per change about its effect on the result, with the source if `explain` is true."""
     for cost in dict.fromkeys(cost for lever in levers for cost in lever.costs):
         yield f"{cost.quality} [{cost.quality_source}]" if explain else cost.quality
 
 
 def timed(levers: Iterable[Lever]) -> Iterator[tuple[str, str]]:
-    """Where the changes' times come from."""
+    """Yield the sources of the changes' times."""
     for n, cost in enumerate(dict.fromkeys(cost for lever in levers for cost in lever.costs)):
         yield "" if n else "time's source", cost.time_source
 
 
 def span(of: Range | tuple[float, float]) -> str:
-    """A range of amounts, each with two figures that count, so that small ones are not nothing.
+    """Format a range of amounts; small ones keep two significant digits.
 
     >>> span((0.0056, 0.0095)), span((1, 2.5)), span((120, 3000)), span((0, 0.5)), span((2, 2))
     ('0.0056–0.0095', '1.00–2.50', '120–3,000', '0.00–0.50', '2.00')
@@ -133,7 +133,7 @@ _UNITS = ((86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"))
 
 
 def duration(seconds: Range) -> str:
-    """A range of seconds in the unit that suits its usual figure.
+    """Format a range of seconds in the unit that suits its usual figure.
 
     >>> duration(Range(133.4, 172.1, 228.3)), duration(Range(2e5, 3e5, 4e5)), duration(Range(0.2, 0.35, 0.5))
     ('2.2–3.8 min', '2.3–4.6 days', '200–500 ms')
@@ -149,7 +149,7 @@ def duration(seconds: Range) -> str:
 
 
 def figures(answer: Estimate) -> dict[str, Any]:
-    """A run as decided, its bytes and verdict."""
+    """Return the decided run, its bytes and its verdict."""
     return {
         "run": answer.run.model_dump(mode="json"),
         "bytes": answer.bytes.as_dict(),
@@ -176,12 +176,12 @@ def time_dump(time: Time | None) -> dict[str, Any] | None:
 
 
 def change_dump(asked: RunSpec, changed: RunSpec) -> dict[str, Any]:
-    """What to write for a change: memplan's options, each framework's lines, and what must be known beside them."""
+    """Return how to write a change: memplan's options, each framework's lines, and notes on them."""
     own, *frameworks = lines(asked, changed)
     return {
         "options": " ".join(own.lines),
-        "lines": {of.framework: list(of.lines) for of in frameworks},
-        "notes": {of.framework: of.note for of in (own, *frameworks) if of.note},
+        "lines": {config.framework: list(config.lines) for config in frameworks},
+        "notes": {config.framework: config.note for config in (own, *frameworks) if config.note},
     }
 
 
