@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import Overhead
@@ -12,9 +12,11 @@ from memplan.core.cached_property import cached_property
 from memplan.core.errors import InternalError
 from memplan.core.frozen import FrozenDict
 from memplan.core.version import __version__
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.usage import Band, Usage
 from memplan.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 SCHEMA_VERSION = 1
 ANSWERS = ("fits", "tight", "does not fit")

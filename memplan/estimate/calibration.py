@@ -12,7 +12,6 @@ from typing import Annotated, NamedTuple, Self
 
 from pydantic import Field, ValidationError, model_validator
 
-from memplan.catalogue.hardware.gpu import GPU
 from memplan.core.errors import MemplanError, SpecError, printable
 from memplan.core.user_folders import calibrations
 from memplan.spec.base import Part
@@ -237,10 +236,3 @@ def _parsed(raw: bytes, path: Path) -> Calibration:
 
 def _shown(path: Path) -> str:
     return printable(str(path), _LONGEST)
-
-
-def calibration_of(gpu: GPU | None, calibration: Calibration | None) -> Calibration | None:
-    """Return the profile if it belongs to the run's card, else None."""
-    if calibration is None or gpu is None or calibration.gpu != gpu.name:
-        return None
-    return calibration

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from memplan.catalogue.profiles.engines import find_engine
 from memplan.estimate import inference
 from memplan.estimate.answer import Card, Estimate, Host, HostPhase, Parameters, Peak
-from memplan.estimate.calibration import Calibration, calibration_of
 from memplan.estimate.host import host_memory
 from memplan.estimate.training import TrainingDetails, decided_parallelism, usage_of
+from memplan.estimate.usage import calibration_of
 from memplan.estimate.walk import walk_fullest_rank
 from memplan.models.model import ModelSpec
 from memplan.program.run import ResolvedRun
@@ -17,6 +19,9 @@ from memplan.resolve.communicators import NODE
 from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Also
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 
 def estimate(run: RunSpec, calibration: Calibration | None = None, model: ModelSpec | None = None) -> Estimate:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.catalogue.hardware.overhead import cublas_workspace, cuda_context, nccl
 from memplan.catalogue.parallelism.device_map_packing import HOST
@@ -20,7 +20,6 @@ from memplan.core.units import ITEMSIZE
 from memplan.engine.allocator import SMALL_REQUEST, Allocator
 from memplan.engine.walk import alive
 from memplan.estimate.answer import Bytes, Line, Peak, Phase, Rank, Verdict
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.lines import alive_lines, held_line
 from memplan.estimate.usage import Usage, process_overhead
 from memplan.program.graph import (
@@ -46,6 +45,9 @@ from memplan.program.inference.passes import (
 from memplan.program.inference.replay import InferenceReplay, load
 from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 
 class InferenceWalk(NamedTuple):

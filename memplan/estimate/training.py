@@ -6,15 +6,17 @@ Pure: no network, no printing, no state but caches; the same run gives the same 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.estimate.answer import Bytes, Line, Peak, Phase, Rank, Verdict
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.usage import TrainingReplay, Usage, resident, run_overhead
 from memplan.estimate.walk import TrainingWalk, walk
 from memplan.program.run import ResolvedRun
 from memplan.program.training.pipeline import every_stage, in_flight, layers_of, parameters_of
 from memplan.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 
 def usage_of(run: RunSpec, decided: ResolvedRun, walked: TrainingWalk, calibration: Calibration | None) -> Usage:

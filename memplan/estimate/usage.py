@@ -7,7 +7,7 @@ takes microseconds. A verdict that is clear without a replay does not run one.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import (
@@ -23,7 +23,6 @@ from memplan.catalogue.hardware.overhead import (
 from memplan.core.arithmetic import ONE_RUN, Arithmetic, Size
 from memplan.core.cached_property import cached_property
 from memplan.engine.allocator import Allocator, OutOfMemoryError
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.side_task import SideTask
 from memplan.program.training.program import Program, Structure, chunks_of, program
 from memplan.program.training.replay import (
@@ -34,6 +33,9 @@ from memplan.program.training.replay import (
     replayed_microbatches,
     streams_apart,
 )
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 
 class Allocations(Protocol):
@@ -359,3 +361,10 @@ def run_overhead(
 ) -> ProcessOverhead:
     """Return what a process takes outside torch's segments, on the run's card with these `communicators`."""
     return process_overhead(cuda_context(gpu.compute_capability if gpu else None), calibration, nccl(communicators))
+
+
+def calibration_of(gpu: GPU | None, calibration: Calibration | None) -> Calibration | None:
+    """Return the profile if it belongs to the run's card, else None."""
+    if calibration is None or gpu is None or calibration.gpu != gpu.name:
+        return None
+    return calibration

@@ -20,9 +20,9 @@ from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, SpecError
 from memplan.engine.walk import values
 from memplan.estimate.answer import ANSWERS
-from memplan.estimate.calibration import Calibration, calibration_of
+from memplan.estimate.calibration import Calibration
 from memplan.estimate.estimate import estimate
-from memplan.estimate.usage import SegmentRoom, enough_for_segments, resident, room, run_overhead
+from memplan.estimate.usage import SegmentRoom, calibration_of, enough_for_segments, resident, room, run_overhead
 from memplan.estimate.walk import workspace_of
 from memplan.models.cards import find_model
 from memplan.models.configs.images import picture_of, takes_images

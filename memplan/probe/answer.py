@@ -21,8 +21,7 @@ from memplan.core.cached_property import cached_property
 from memplan.core.errors import UnsupportedModelError, printable
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.estimate.answer import Card, Estimate, Holding, Line, Parameters, Peak, Phase, Rank
-from memplan.estimate.calibration import calibration_of
-from memplan.estimate.usage import Usage, run_overhead
+from memplan.estimate.usage import Usage, calibration_of, run_overhead
 from memplan.models.cards import PublishedModel, facts_of, find_config
 from memplan.models.gguf import parameters_in
 from memplan.models.headers import Checkpoint
