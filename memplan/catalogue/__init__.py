@@ -1,4 +1,4 @@
-"""What each kernel, method and optimizer keeps in memory, as data in the language of `memplan.core.ir`.
+"""The memory that each kernel, method and optimizer takes, as data in the language of `memplan.core.ir`.
 
 Each module of `families` covers one family of models. Its `BUILDERS` maps a model_type to the function that returns
 the model's stack.

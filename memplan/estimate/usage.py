@@ -60,7 +60,7 @@ class Allocations(Protocol):
 
 
 class TrainingReplay(NamedTuple):
-    """What determines the allocations of a training run.
+    """The inputs that determine the allocations of a training run.
 
     workspace   bytes of cuBLAS's workspace
     expandable  whether the allocator uses expandable segments

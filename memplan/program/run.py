@@ -49,7 +49,7 @@ TOKENS = 20  # default tokens per round: transformers 5.24 configuration_utils.p
 
 
 class Assistant(NamedTuple):
-    """What proposes tokens in assisted generation.
+    """The assistant that proposes tokens in assisted generation.
 
     tokens           most tokens proposed in a round
     drafts           the assistant model's resolved run; None for prompt lookup

@@ -1,4 +1,4 @@
-"""What proposes tokens in speculative decoding, and the settings of a draft model."""
+"""The draft of speculative decoding: its method, and the settings of a draft model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What Kimi K3 adds to Kimi Linear: attention residuals, bounded activations, and experts in a narrower space.
+"""Parts that Kimi K3 adds to Kimi Linear: attention residuals, bounded activations, and experts in a narrower space.
 
 transformers 5.24 has no class for it. These parts follow the code published with its weights. The rest (the delta rule,
 the router and the product of the experts) is taken as transformers computes Kimi Linear

@@ -21,7 +21,7 @@ _Q = "b s a d"
 
 
 class LitGPTKind(NamedTuple):
-    """What LitGPT's config says of a family.
+    """A family's row, as LitGPT's config describes it.
 
     rms        RMSNorm instead of LayerNorm
     offset     norms multiply by `1 + weight`, as Gemma's do

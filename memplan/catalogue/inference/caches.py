@@ -1,4 +1,4 @@
-"""What every layer of a model caches while it generates, as data.
+"""The cache of every layer of a model while it generates, as data.
 
 A layer's cache has parts. Some grow by one entry per token (or per several tokens), for a window of the last tokens, or
 for the tokens an encoder has read. States have a size that does not depend on the number of tokens. How entries are
@@ -72,7 +72,7 @@ class CachePart(NamedTuple):
 
 
 class LayerCache(NamedTuple):
-    """What one layer caches for a sequence.
+    """The cache of one layer for one sequence.
 
     kind    attention, sliding, chunked, latent, compressed, state or cross; "" if it caches nothing
     parts   its tensors

@@ -16,7 +16,7 @@ from memplan.core.units import ITEMSIZE, MIB, rounded
 
 
 class Strategy(NamedTuple):
-    """What a strategy divides among the ranks, and how.
+    """The states that a strategy divides among the ranks, and how.
 
     name        value of `parallelism.strategy`
     parameters  whether a rank holds only its part of the parameters

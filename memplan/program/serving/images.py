@@ -20,7 +20,7 @@ VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen
 
 
 class ProfiledItems(NamedTuple):
-    """What the encoder is profiled with.
+    """The items that the encoder is profiled with.
 
     kind     image or video
     items    items at once

@@ -99,7 +99,7 @@ COMPRESSED, COMPRESSES, ENTRIES = "deepseek_v4", "vllm-0.33", 256
 
 
 class Draft(NamedTuple):
-    """What proposes tokens in speculative decoding.
+    """The draft that proposes tokens in speculative decoding.
 
     method    draft_model, eagle, eagle3, mtp or ngram
     tokens    tokens proposed in a step
