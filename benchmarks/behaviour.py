@@ -475,7 +475,6 @@ _REFUSED_MODELS = (
     "mamba-130m --tp 2",
     "emit smollm2-135m",
     "serve",
-    "--version",
 )
 
 _FORMATS = tuple(

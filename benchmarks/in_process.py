@@ -20,13 +20,13 @@ from typing import Any
 from memplan import RunSpec, estimate
 from memplan.core.arithmetic import ONE_RUN
 from memplan.engine.walk import largest, values
-from memplan.estimate.usage import reserved
-from memplan.estimate.walk import ProgramValues, walk
+from memplan.estimate.training import reserved
+from memplan.estimate.training_peaks import ProgramValues, training_peaks
 from memplan.models.cards import load_card
 from memplan.planning.offers import offers
 from memplan.planning.plan import plan
 from memplan.program.axes import run_axes
-from memplan.program.training.program import PHASES
+from memplan.program.training.passes import PHASES
 from memplan.resolve.decide import decide
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -57,12 +57,12 @@ def median_us(function: Callable[[Any], object], arguments: Sequence[Any], round
 def engine_walk(run: RunSpec) -> Callable[[RunSpec], object]:
     """Run only the engine's walk: from a batch to the peak of every phase."""
     decided = decide(run)
-    program = walk(run, decided).program
+    program = training_peaks(decided).program
 
     def walked(run: RunSpec) -> object:
         axes = run_axes(program, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN)
-        numbers = ProgramValues(values(program.variables, axes), values(program.products, axes))
-        return [largest(program.first[phase], *numbers) for phase in PHASES]
+        numbers = ProgramValues(values(program.moments.variables, axes), values(program.moments.products, axes))
+        return [largest(program.moments.first[phase], *numbers) for phase in PHASES]
 
     return walked
 

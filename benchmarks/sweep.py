@@ -32,14 +32,12 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from typing import Any, NamedTuple
 
-from typer.main import get_command
-
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
-from memplan.cli import app
-from memplan.cli.compare import command
-from memplan.cli.runs import is_default, runs_of
+from memplan.cli.compare import command_of_run
+from memplan.cli.options import given_options
+from memplan.cli.runs import runs_of
 from memplan.models.cards import card_names, find_model, load_card
 from memplan.resolve.defaults import NEW_TOKENS
 from tests.encoders import SMALL
@@ -187,12 +185,6 @@ def models() -> tuple[str, ...]:
     return (*names, *(f"{name} (small)" for name in FAMILIES if name not in carded))
 
 
-@cache
-def _words() -> Any:
-    estimate_params = get_command(app).commands["estimate"].params  # type: ignore[attr-defined]
-    return command(estimate_params).words
-
-
 def run_of(model: str, options: str) -> RunSpec:
     """Return the run of the command line `MODEL OPTIONS`. Raises the errors the command would report.
 
@@ -202,8 +194,7 @@ def run_of(model: str, options: str) -> RunSpec:
     small, _, is_small = model.partition(" ")
     named: Any = {"config": {"model_type": small, **FAMILIES[small]}} if is_small else model
     found = RunSpec.model_validate({"model": named}).model
-    params: Mapping[str, Any] = _words().make_context("run", ["x", *options.split()]).params
-    given = {name: value for name, value in params.items() if not is_default(name, value)}
+    given = given_options(command_of_run().make_context("run", ["x", *options.split()]))
     spec = find_model(found)
     if spec.learned_positions and spec.only_sequence is None:
         new = given.get("new_tokens", NEW_TOKENS) if "generate" in options else 0

@@ -18,8 +18,10 @@ from typing import NamedTuple
 import pytest
 from typer.main import get_command
 
-from benchmarks import accuracy
+from benchmarks import accuracy, manual
 from memplan.cli import app
+from memplan.cli.estimate import ESTIMATE_OPTIONS
+from memplan.spec.options import flag
 from tests.sampling import ALL, sampled
 
 COMMAND = get_command(app)
@@ -140,6 +142,13 @@ def test_links_between_pages_lead_somewhere() -> None:
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text("utf-8")):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_manual_has_the_help_of_the_commands() -> None:
+    page = manual.PAGE.read_text("utf-8")
+    assert manual.written(page) == page
+    missing = [flag(name) for group in ESTIMATE_OPTIONS.values() for name in group if f"  {flag(name)} " not in page]
+    assert missing == ["--model"]
 
 
 @ALL

@@ -9,12 +9,22 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from memplan.cli import estimate, lists
 from memplan.cli.answering import UsageError, fail, run_and_report, show, unwritten, usage
-from memplan.cli.options import Grouped
 
+# Command -> module whose function `command` makes it.
+COMMANDS = {
+    "estimate": "estimate",
+    "models": "lists",
+    "gpus": "lists",
+    "profiles": "lists",
+    "schema": "lists",
+    "compare": "compare",
+    "plan": "plan",
+    "probe": "probe",
+    "calibrate": "calibrate",
+    "card": "card",
+}
 RESERVED_COMMANDS = ("check", "diff", "emit", "serve")  # names reserved for future commands, so not taken as models
-LAZY_COMMANDS = ("compare", "plan", "probe", "calibrate", "card")  # commands imported on demand
 
 
 class Memplan(TyperGroup):
@@ -23,27 +33,31 @@ class Memplan(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         group_options = {option for param in self.get_params(ctx) for option in param.opts}
         first = args[0].partition("=")[0] if args else ""
+        if first in group_options:
+            return super().parse_args(ctx, args)
         if first in RESERVED_COMMANDS:
-            ctx.fail(f"{first} is not supported yet; commands are {', '.join(self.list_commands(ctx))}")
-        if first not in self.list_commands(ctx) and first not in group_options and (args or not ctx.resilient_parsing):
+            ctx.fail(f"{first} is not supported yet; commands are {', '.join(COMMANDS)}")
+        if first not in COMMANDS and (args or not ctx.resilient_parsing):
             args = ["estimate", *args]
-        return super().parse_args(ctx, args)
+        params, self.params, self.add_help_option = self.params, [], False  # typer is slow at options, given or not
+        try:
+            return super().parse_args(ctx, args)
+        finally:
+            self.params, self.add_help_option = params, True
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*super().list_commands(ctx), *LAZY_COMMANDS]
+        return list(COMMANDS)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name not in LAZY_COMMANDS:
-            return super().get_command(ctx, cmd_name)
-        return import_module(f"memplan.cli.{cmd_name}").command(self.commands["estimate"].params)
+        module = COMMANDS.get(cmd_name)
+        return module and import_module(f"memplan.cli.{module}").command(cmd_name)
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         """Complete commands, and the models and options of `estimate`."""
-        estimate_ = self.commands["estimate"]
-        with estimate_.make_context("estimate", [], parent=ctx, resilient_parsing=True) as inner:
-            more = estimate_.shell_complete(inner, incomplete)
-            if not incomplete.startswith("-"):
-                more = estimate_.params[0].shell_complete(inner, incomplete)
+        estimate = self.get_command(ctx, "estimate")
+        with estimate.make_context("estimate", [], parent=ctx, resilient_parsing=True) as inner:
+            complete = estimate if incomplete.startswith("-") else estimate.params[0]
+            more = complete.shell_complete(inner, incomplete)
         return [*super().shell_complete(ctx, incomplete), *more]
 
     def main(
@@ -87,8 +101,11 @@ def main() -> None:
 def _version(asked: bool) -> None:
     if asked:
         from memplan.core.version import __version__
+        from memplan.engine.native import library
 
-        raise typer.Exit(run_and_report(lambda: show(f"memplan {__version__}\n") or 0))
+        replays = "in Python" if library() is None else "compiled"
+        text = f"memplan {__version__}\nreplays of torch's allocator: {replays}\n"
+        raise typer.Exit(run_and_report(lambda: show(text) or 0))
 
 
 @app.callback()
@@ -98,8 +115,3 @@ def _root(  # pyright: ignore[reportUnusedFunction]
     ] = False,
 ) -> None:
     pass
-
-
-app.command(cls=Grouped)(estimate.estimate)
-for _command in (lists.models, lists.gpus, lists.profiles, lists.schema):
-    app.command()(_command)

@@ -10,13 +10,13 @@ from typing import Any
 
 import typer
 
+from memplan.core.errors import InternalError, MemplanError, printable
+
 # click's error about wrong usage, wherever this typer keeps its click
 UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def fail(line: str, code: int) -> int:
-    from memplan.core.errors import printable
-
     if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison] (where it was closed)
         with suppress(OSError):
             sys.stderr.write(f"memplan: {printable(line)}\n")
@@ -46,8 +46,6 @@ def usage(error: Any) -> str:
 
 def run_and_report(work: Callable[[], int], given: Iterable[str] = ()) -> int:
     """Run `work` and return its exit code; errors become one line on standard error and their own code."""
-    from memplan.core.errors import MemplanError
-
     try:
         return work()
     except MemplanError as error:
@@ -76,8 +74,6 @@ def _unexpected(error: Exception) -> str:
     """Return a line about an unexpected error, or raise it if MEMPLAN_TRACEBACK is set."""
     from traceback import extract_tb
 
-    from memplan.core.errors import InternalError, printable
-
     if os.environ.get("MEMPLAN_TRACEBACK"):
         raise error
     frame = extract_tb(error.__traceback__)[-1]
@@ -89,8 +85,6 @@ def show(text: str, format: str = "table", output: str | None = None) -> None:
     """Write to a file or standard output, which may be closed. A broken pipe is ignored."""
     if output is not None:
         from pathlib import Path
-
-        from memplan.core.errors import MemplanError
 
         try:
             Path(output).write_text(text, encoding="utf-8", errors="backslashreplace")
@@ -110,8 +104,6 @@ def show(text: str, format: str = "table", output: str | None = None) -> None:
     except BrokenPipeError as error:
         unwritten(error)
     except OSError as error:
-        from memplan.core.errors import MemplanError
-
         raise MemplanError(unwritten(error)) from None
 
 

@@ -7,20 +7,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
 
 import typer
-from typer.main import get_command
 
 from memplan.cli.answering import run_and_report, show
+from memplan.cli.options import typer_command
+from memplan.core.errors import MemplanError, SpecError
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration, Measurement
     from memplan.spec.run import RunSpec
 
 
-def command(_: Sequence[Any]) -> Any:
-    """Return the command, which takes none of the options of a run."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command("calibrate")(calibrate)
-    return get_command(app)
+def command(name: str) -> Any:
+    return typer_command(calibrate, name)
 
 
 def calibrate(
@@ -58,7 +56,6 @@ class MeasuredLine(NamedTuple):
 
 
 def _calibrate(files: Sequence[str], output: str | None) -> int:
-    from memplan.core.errors import SpecError
     from memplan.estimate.calibration import calibrate_card, file_of, write
     from memplan.probe.run.rows import read
 
@@ -96,7 +93,6 @@ def _calibrate(files: Sequence[str], output: str | None) -> int:
 
 def _line(run: RunSpec, line: Mapping[str, Any]) -> MeasuredLine | str:
     """Return the measurement of a line, or the reason why it cannot be used."""
-    from memplan.core.errors import MemplanError
     from memplan.estimate.calibration import Measurement
     from memplan.estimate.estimate import estimate
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
@@ -10,10 +9,10 @@ from typer.main import get_command
 
 from memplan.cli.answering import run_and_report, show
 from memplan.cli.options import complete_model
+from memplan.core.errors import SpecError, printable
 
 
-def command(_: Sequence[Any]) -> Any:
-    """Return the command, which takes none of the options of a run."""
+def command(_: str) -> Any:
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback(help="Model cards: facts about a model, with their sources.")(lambda: None)
     app.command("new")(new)
@@ -61,7 +60,6 @@ def _new(name: str, online: bool, revision: str | None, hf_id: str | None, out: 
     import re
 
     from memplan.cli.runs import revised
-    from memplan.core.errors import SpecError, printable
     from memplan.models.cards import PublishedModel, facts_of
     from memplan.models.model import ModelSpec
     from memplan.report.model_card import ID, CardFacts, card, id_in

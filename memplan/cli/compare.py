@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-from typer.main import get_command
-
-from memplan.cli import LAZY_COMMANDS, RESERVED_COMMANDS
-from memplan.cli.answering import UsageError, run_and_report, show, usage
-from memplan.cli.options import Grouped, complete_model
+from memplan.cli import COMMANDS, RESERVED_COMMANDS
+from memplan.cli.answering import UsageError, show, usage
+from memplan.cli.estimate import ESTIMATE_OPTIONS
+from memplan.cli.options import OptionsCommand, given_options, own, without
 from memplan.cli.own_profile import own_profile
-from memplan.cli.runs import exit_code, format_of, is_default, runs_of
+from memplan.cli.runs import exit_code, format_of, runs_of, screen_of
+from memplan.core.errors import FactsMissingError, MemplanError, SpecError, printable
 
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
@@ -25,57 +24,33 @@ if TYPE_CHECKING:
 _OF_COMPARISON = ("format", "json", "output", "strict")  # options of the comparison rather than of one run
 _OF_ESTIMATE = ("explain", "online", "revision", "spec")  # options of `estimate` only
 _FILES = (".json", ".yaml", ".yml")
-_COMMANDS = ("memplan", "estimate", "models", "gpus", "profiles", "schema", *LAZY_COMMANDS, *RESERVED_COMMANDS)
+RUNS = own(
+    "A model with its own options in quotes, as in 'qwen2-7b --method lora', or a run's file (.json, .yaml). Its "
+    "options override those outside the quotes, which apply to all runs.",
+    list[str],
+    metavar="RUN",
+    is_argument=True,
+)
 
 
-class Compare(Grouped):
-    """The runs, and options that apply to all of them. The arguments are read from the context."""
-
-    words: Any = None  # the command that parses the options of one run
-
-    def invoke(self, ctx: Any) -> int:
-        params: Mapping[str, Any] = ctx.params
-        given = {name: value for name, value in params.items() if not is_default(name, value)}
-        return run_and_report(lambda: _compare(given, self.words), given)
+def command(name: str) -> OptionsCommand:
+    options = {"Runs": {"runs": RUNS}, **without(ESTIMATE_OPTIONS, "model", *_OF_ESTIMATE)}
+    return OptionsCommand(name, compare, options)
 
 
-def command(estimate: Sequence[Any]) -> Any:
-    """Return the command, with the options of `estimate` that describe a run and the output."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command("compare", cls=Compare)(compare)
-    compare_command: Any = get_command(app)
-    compare_command.params = [*compare_command.params, *(p for p in estimate if p.name not in ("model", *_OF_ESTIMATE))]
-    run_app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    run_app.command("run", add_help_option=False)(compare)
-    compare_command.words = get_command(run_app)
-    compare_command.words.params = list(estimate)
-    return compare_command
+def command_of_run() -> OptionsCommand:
+    """Return the command that parses the options of one run."""
+    return OptionsCommand("run", compare, ESTIMATE_OPTIONS, add_help_option=False)
 
 
-def compare(
-    runs: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="RUN",
-            help="A model with its own options in quotes, as in 'qwen2-7b --method lora', or a run's file (.json, "
-            ".yaml). Its options override those outside the quotes, which apply to all runs.",
-            autocompletion=complete_model,
-            rich_help_panel="Runs",
-        ),
-    ],
-) -> None:
+def compare(given: Mapping[str, Any]) -> int:
     """Compare runs side by side: which settings differ, which categories of memory, and which tensors.
 
     Every run is estimated on every --gpu. Exit codes: 0 all fit, or no GPU given; 1 one does not fit; 2 wrong input; 3
     a model's config is not available; 4 with --strict, something unsupported was left out.
     """
-
-
-def _compare(given: Mapping[str, Any], words: Any) -> int:
-    from memplan.core.errors import SpecError
     from memplan.planning.comparison import compare_answers
     from memplan.report.comparison import FORMATS, render
-    from memplan.report.text import Screen, screen
 
     format = format_of(given)
     if format not in FORMATS:
@@ -87,11 +62,11 @@ def _compare(given: Mapping[str, Any], words: Any) -> int:
     def profile(gpu: str | None, wanted: bool) -> Calibration | None:
         return own_profile(gpu, {"calibration": wanted})
 
+    words = command_of_run()
     answers = [a for n, text in enumerate(given["runs"], 1) for a in _answers(f"run {n}", text, shared, words, profile)]
     if len(answers) < 2:
         raise SpecError("runs: only one is given; add another to compare it with, or several cards with --gpu")
-    to = Screen() if "output" in given else screen()
-    show(render(format, compare_answers(answers), to), format, given.get("output"))
+    show(render(format, compare_answers(answers), screen_of(given)), format, given.get("output"))
     return exit_code(answers, "strict" in given)
 
 
@@ -99,14 +74,13 @@ def _answers(
     which: str,
     text: str,
     shared: Mapping[str, Any],
-    words: Any,
+    words: OptionsCommand,
     profile: Callable[[str | None, bool], Calibration | None],
 ) -> list[Estimate]:
     """Return the answers of one run, one per card. Errors are one line that says which run they are about."""
     from pydantic import ValidationError
 
     from memplan.cli.request import override
-    from memplan.core.errors import FactsMissingError, MemplanError, SpecError
     from memplan.estimate.estimate import estimate
     from memplan.probe.route import estimates
     from memplan.spec.failures import line_of
@@ -127,17 +101,14 @@ def _answers(
         raise SpecError(f"{which}: {line_of(error, sorted(options))}") from None
 
 
-def _given(text: str, words: Any) -> dict[str, Any]:
+def _given(text: str, words: OptionsCommand) -> dict[str, Any]:
     """Parse one run: a model or a file, and its options. Raises SpecError or typer's usage error."""
-    from memplan.core.errors import SpecError, printable
-
     typed = _typed(text)
     if not typed:
         raise SpecError("is empty; write a model and its options, as in 'qwen2-7b --method lora', or a run's file")
-    if typed[0] in _COMMANDS:
+    if typed[0] in ("memplan", *COMMANDS, *RESERVED_COMMANDS):
         raise SpecError(f"{typed[0]} is not a model; a run is a model and its options, as in 'qwen2-7b --method lora'")
-    params: Mapping[str, Any] = words.make_context("run", typed).params
-    given = {name: value for name, value in params.items() if not is_default(name, value)}
+    given = given_options(words.make_context("run", typed))
     for name, value in given.items():
         if name in _OF_COMPARISON:
             raise SpecError(f"--{name} applies to the whole comparison; put it outside the quotes")
@@ -152,8 +123,6 @@ def _given(text: str, words: Any) -> dict[str, Any]:
 
 def _typed(text: str) -> list[str]:
     """Split one run into words. A file's name may contain spaces and backslashes, so it is not split."""
-    from memplan.core.errors import SpecError
-
     if text.lower().endswith(_FILES) and Path(text).is_file():
         return [text]
     try:

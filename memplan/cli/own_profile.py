@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from memplan.cli.answering import warn
+from memplan.core.errors import printable
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
@@ -36,7 +37,6 @@ def profile_of(gpu: str) -> tuple[Calibration | None, str]:
     Raises SpecError if the card's file holds no profile.
     """
     from memplan.catalogue.hardware.gpus import find_gpu
-    from memplan.core.errors import printable
     from memplan.core.version import __version__
     from memplan.estimate.calibration import file_of, local
 

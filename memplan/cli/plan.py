@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from math import isfinite
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-from typer.main import get_command
-
-from memplan.cli.answering import run_and_report, show
-from memplan.cli.options import Grouped, complete_gpu, option
+from memplan.cli.answering import show
+from memplan.cli.estimate import ESTIMATE_OPTIONS
+from memplan.cli.options import OptionsCommand, Switch, own, without
 from memplan.cli.own_profile import own_profile
-from memplan.cli.runs import format_of, is_default, runs_of
+from memplan.cli.runs import check_count, format_of, runs_of, screen_of
+from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError
+from memplan.spec.options import MODEL
 
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
@@ -22,149 +22,78 @@ if TYPE_CHECKING:
     from memplan.report.plans import Planned
     from memplan.spec.run import RunSpec
 
-# Options of `estimate` that plan does not take, or that mean something else here.
-_EXCLUDED = ("explain", "online", "revision", "via", "cache")
 _OF_TRAINING = ("ladder", "advice", "nodes")
 _MODES = ("max", "ladder", "buy", "advice", "nodes")
-_SWITCHES = ("tight", "ladder", "buy", "advice", "each")
 _OF_BUYING = ("tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count")
 _OF_NODES = ("network_gbps", "global_batch", "emit")
 _OF_BOTH = ("most", "each")
 _DIVIDING = ("gpus", "tp", "pp", "cp", "ep", "zero", "fsdp")  # with --nodes these fix part of the search
 _AXES = ("batch", "sequence", "rank", "model")
 _MARKETS = ("consumer", "workstation", "data centre", "laptop", "integrated")
-PLAN, BUYING, CLUSTER = "Plan", "What to buy", "A cluster"
-
-
-class PlanCommand(Grouped):
-    """The run, and what to plan for it. The arguments are read from the context."""
-
-    def invoke(self, ctx: Any) -> int:
-        params: Mapping[str, Any] = ctx.params
-        given = {
-            name: value
-            for name, value in params.items()
-            if not is_default(name, value) and not (name in _SWITCHES and value is False)
-        }
-        return run_and_report(lambda: _plan(given), given)
-
-
-def command(estimate: Sequence[Any]) -> Any:
-    """Return the command, with the options of `estimate` that describe a run and the output."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command("plan", cls=PlanCommand)(plan)
-    plan_command: Any = get_command(app)
-    [model, *others] = [param for param in estimate if param.name not in _EXCLUDED]
-    plan_command.params = [model, *plan_command.params, *others]
-    return plan_command
-
-
-def _words(*words: str) -> Any:
-    return lambda incomplete: [word for word in words if word.startswith(incomplete)]  # pyright: ignore
-
-
-def plan(  # noqa: PLR0913, PLR0917 (an option each)
-    headroom: Annotated[str | None, option("Bytes to leave free, as in 2GiB or 2e9. Default 0.", of=PLAN)] = None,
-    tight: Annotated[bool, option("Count a tight run as fitting. Default off.", "--tight", of=PLAN)] = False,
-    max: Annotated[
-        str | None,
-        option(
+PLAN_OPTIONS = {
+    "Plan": {
+        "headroom": own("Bytes to leave free, as in 2GiB or 2e9. Default 0."),
+        "tight": own("Count a tight run as fitting. Default off.", Switch),
+        "max": own(
             "Find the largest batch, sequence, rank or model that fits. Default the changes that make it fit.",
-            of=PLAN,
-            complete=_words(*_AXES),
+            choices=_AXES,
         ),
-    ] = None,
-    ladder: Annotated[
-        bool, option("Apply changes one by one to a plain run, with what each saves. Default off.", "--ladder", of=PLAN)
-    ] = False,
-    advice: Annotated[
-        bool, option("Choose a method step by step, with figures for each. Default off.", "--advice", of=PLAN)
-    ] = False,
-    buy: Annotated[
-        bool,
-        option("List cards that hold the run, cheapest first. Default if no --gpu is given.", "--buy", of=PLAN),
-    ] = False,
-    explain: Annotated[
-        bool,
-        option("Show sources, and lines to paste for every proposal. Default off.", "--explain", of=PLAN),
-    ] = False,
-    tokens: Annotated[
-        str | None, option("Training tokens, as in 100M or 2e9: adds their time and cost. Default none.", of=BUYING)
-    ] = None,
-    vendor: Annotated[
-        list[str] | None, option("NVIDIA, AMD, Intel, Apple; repeat it for several. Default all.", of=BUYING)
-    ] = None,
-    market: Annotated[
-        list[str] | None,
-        option(
+        "ladder": own("Apply changes one by one to a plain run, with what each saves. Default off.", Switch),
+        "advice": own("Choose a method step by step, with figures for each. Default off.", Switch),
+        "buy": own("List cards that hold the run, cheapest first. Default if no --gpu is given.", Switch),
+        "explain": own("Show sources, and lines to paste for every proposal. Default off.", Switch),
+    },
+    "What to buy": {
+        "tokens": own("Training tokens, as in 100M or 2e9: adds their time and cost. Default none."),
+        "vendor": own("NVIDIA, AMD, Intel, Apple; repeat it for several. Default all.", list[str]),
+        "market": own(
             "consumer, workstation, datacenter, laptop, integrated; repeat it for several. Default all.",
-            of=BUYING,
-            complete=_words("consumer", "workstation", "datacenter", "laptop", "integrated"),
+            list[str],
+            choices=("consumer", "workstation", "datacenter", "laptop", "integrated"),
         ),
-    ] = None,
-    min_memory: Annotated[
-        str | None, option("Least usable bytes of one card, as in 20GiB. Default 0.", of=BUYING)
-    ] = None,
-    max_memory: Annotated[str | None, option("Most usable bytes of one card. Default no limit.", of=BUYING)] = None,
-    max_price: Annotated[
-        float | None, option("Most US dollars per hour for all cards together. Default no limit.", of=BUYING)
-    ] = None,
-    have: Annotated[
-        str | None,
-        option("Only these cards, which you have: 2x3090,1xa100. Default any.", of=BUYING, complete=complete_gpu),
-    ] = None,
-    count: Annotated[
-        list[int] | None, option("Number of cards; repeat it for several. Default 1 to 8, 16, 32, 64.", of=BUYING)
-    ] = None,
-    most: Annotated[
-        int | None, option("Most offers, or grids of a cluster, to list. Default 20 offers, 5 grids.", of=BUYING)
-    ] = None,
-    each: Annotated[
-        bool,
-        option(
+        "min_memory": own("Least usable bytes of one card, as in 20GiB. Default 0."),
+        "max_memory": own("Most usable bytes of one card. Default no limit."),
+        "max_price": own("Most US dollars per hour for all cards together. Default no limit.", float),
+        "have": own("Only these cards, which you have: 2x3090,1xa100. Default any."),
+        "count": own("Number of cards; repeat it for several. Default 1 to 8, 16, 32, 64.", list[int]),
+        "most": own("Most offers, or grids of a cluster, to list. Default 20 offers, 5 grids.", int),
+        "each": own(
             "List every count of a card, not only the smallest that fits; every grid that fits. Default off.",
-            "--each",
-            of=BUYING,
+            Switch,
         ),
-    ] = False,
-    nodes: Annotated[
-        int | None,
-        option(
+    },
+    "A cluster": {
+        "nodes": own(
             "Find how to divide the run over this many nodes, each with --gpus of --gpu; --tp, --pp, --cp, --ep, "
             "--zero and --fsdp fix part of the search. Default none.",
-            of=CLUSTER,
+            int,
         ),
-    ] = None,
-    network_gbps: Annotated[
-        float | None,
-        option("Network Gb/s per GPU, one way. Default that of the vendor's own servers.", of=CLUSTER),
-    ] = None,
-    global_batch: Annotated[
-        int | None,
-        option("Sequences per step, all GPUs together. Default --batch-size x --grad-accum x all GPUs.", of=CLUSTER),
-    ] = None,
-    emit: Annotated[
-        str | None,
-        option(
+        "network_gbps": own("Network Gb/s per GPU, one way. Default that of the vendor's own servers.", float),
+        "global_batch": own(
+            "Sequences per step, all GPUs together. Default --batch-size x --grad-accum x all GPUs.", int
+        ),
+        "emit": own(
             "Print, instead of the plan, the config file or command of the fastest grid for accelerate, deepspeed, "
             "torchrun, torchtitan or megatron. Default none.",
-            of=CLUSTER,
-            complete=_words("accelerate", "deepspeed", "torchrun", "torchtitan", "megatron"),
+            choices=("accelerate", "deepspeed", "torchrun", "torchtitan", "megatron"),
         ),
-    ] = None,
-) -> None:
+    },
+}
+
+
+def command(name: str) -> OptionsCommand:
+    others = without(ESTIMATE_OPTIONS, "model", "explain", "online", "revision", "via", "cache")
+    return OptionsCommand(name, plan, {"Model": {"model": MODEL}, **PLAN_OPTIONS, **others})
+
+
+def plan(given: Mapping[str, Any]) -> int:
     """Find what makes a run fit, with what each change saves and costs; what its limits are; what to buy for it.
 
     Exit codes: 0 the run or a proposal fits; 1 nothing does; 2 wrong input; 3 the model's config is not available; 4
     with --strict, something unsupported was left out.
     """
-
-
-def _plan(given: Mapping[str, Any]) -> int:
-    from memplan.core.errors import SpecError, UnsupportedModelError
     from memplan.probe.route import without_a_trace
     from memplan.report.plans import render
-    from memplan.report.text import Screen, screen
 
     mode = _mode(given)
     divides = _DIVIDING if mode == "nodes" else ()
@@ -186,15 +115,12 @@ def _plan(given: Mapping[str, Any]) -> int:
         raise without_a_trace(error, "a plan") from None
     if "emit" in given:
         return _emitted(planned, given)
-    to = Screen() if "output" in given else screen()
-    show(render(format, planned, "explain" in given, to), format, given.get("output"))
+    show(render(format, planned, "explain" in given, screen_of(given)), format, given.get("output"))
     return _exit_code(planned.found, "strict" in given)
 
 
 def _check_task(run: RunSpec, mode: str, given: Mapping[str, Any]) -> None:
     """Raise SpecError if the mode or one of its options does not apply to the run's task."""
-    from memplan.core.errors import SpecError
-
     if run.task == "train":
         return
     if mode in _OF_TRAINING:
@@ -208,8 +134,6 @@ def _check_task(run: RunSpec, mode: str, given: Mapping[str, Any]) -> None:
 
 def _mode(given: Mapping[str, Any]) -> str:
     """Return the mode that was given; empty if none was."""
-    from memplan.core.errors import SpecError, UnknownNameError
-
     first, *others = [mode for mode in _MODES if mode in given] or [""]
     if others:
         raise SpecError(f"{first}: cannot be combined with --{others[0]}", first)
@@ -219,7 +143,6 @@ def _mode(given: Mapping[str, Any]) -> str:
 
 
 def _format(given: Mapping[str, Any], mode: str) -> str:
-    from memplan.core.errors import SpecError
     from memplan.report.plans import FORMATS, IN_ROWS
 
     format = format_of(given)
@@ -235,7 +158,6 @@ def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
     """Return what counts as fitting. Raises SpecError if the mode or the demand does not apply to the run."""
     from memplan.catalogue.hardware.gpus import find_gpu
     from memplan.catalogue.methods.methods import ADAPTERS
-    from memplan.core.errors import SpecError
     from memplan.core.units import size_of
     from memplan.estimate.demand import Demand
 
@@ -293,17 +215,9 @@ def _generating(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any
 
     if mode == "levers":
         return QuestionsReport(questions(run, demand, own))
-    found = places(run, _wanted(given), _most_of(given), demand)
+    check_count("most", given.get("most"))
+    found = places(run, _wanted(given), given.get("most", 20), demand)
     return Places(estimate(run.model_copy(update={"gpu": None})), demand, found)
-
-
-def _most_of(given: Mapping[str, Any]) -> int:
-    from memplan.core.errors import SpecError
-
-    most: int = given.get("most", 20)
-    if most < 1:
-        raise SpecError(f"most: must be at least 1, not {most}", "most")
-    return most
 
 
 def _levers(run: RunSpec, demand: Demand, own: Calibration | None) -> Planned:
@@ -318,16 +232,14 @@ def _levers(run: RunSpec, demand: Demand, own: Calibration | None) -> Planned:
 
 
 def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, Any]) -> Planned:
-    from memplan.core.errors import SpecError
     from memplan.core.units import amount_of
     from memplan.planning.offers import offers
     from memplan.report.plans.offers import OffersReport
 
     most = given.get("most", 20)
     tokens = amount_of(given["tokens"], "tokens") if "tokens" in given else None
-    for name, n in (("most", most), ("tokens", tokens)):
-        if n is not None and n < 1:
-            raise SpecError(f"{name}: must be at least 1, not {n}", name)
+    check_count("most", most)
+    check_count("tokens", tokens)
     found = offers(run, _wanted(given), tokens=tokens, most=most, each="each" in given, demand=demand)
     return OffersReport(answer, demand, found, tokens, _nearest(run, found))
 
@@ -335,7 +247,6 @@ def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, 
 def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibration | None) -> Planned:
     from memplan.catalogue.hardware.gpus import find_gpu
     from memplan.cli.request import strategy_of
-    from memplan.core.errors import SpecError
     from memplan.planning.cluster import DEGREES, FixedDegrees, cluster_of, search
     from memplan.report.plans.cluster import ClusterReport
 
@@ -344,8 +255,7 @@ def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibr
     if "gpus" not in given:
         raise SpecError("gpus: give the number of GPUs per node", "gpus")
     for name in (*DEGREES, "global_batch", "most"):
-        if given.get(name, 1) < 1:
-            raise SpecError(f"{name}: must be at least 1, not {given[name]}", name)
+        check_count(name, given.get(name))
     assert run.gpu is not None  # checked by `_demand`
     cluster = cluster_of(find_gpu(run.gpu), given["nodes"], given["gpus"], given.get("network_gbps"))
     degrees = {name: given.get(name) for name in DEGREES}
@@ -366,7 +276,6 @@ def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibr
 
 def _emitted(planned: Planned, given: Mapping[str, Any]) -> int:
     """Print only the fastest grid's file. Raises SpecError if nothing fits."""
-    from memplan.core.errors import SpecError
     from memplan.frameworks.emit import emit
     from memplan.frameworks.whole_file import Nodes
     from memplan.report.plans.cluster import ClusterReport
@@ -395,7 +304,6 @@ def _nearest(run: RunSpec, found: Offers) -> Estimate | None:
 
 def _wanted(given: Mapping[str, Any]) -> CardFilter:
     from memplan.catalogue.hardware.gpus import all_gpus
-    from memplan.core.errors import SpecError
     from memplan.core.units import gib, size_of
     from memplan.planning.offers import ANY, COUNTS
 
@@ -426,7 +334,6 @@ _MAX_COUNT = 4096  # cards of one type
 
 
 def _owned(text: str) -> tuple[OwnedCards, ...]:
-    from memplan.core.errors import UnknownNameError
     from memplan.planning.offers import parse_owned_cards
 
     try:
@@ -437,8 +344,6 @@ def _owned(text: str) -> tuple[OwnedCards, ...]:
 
 def _named(field: str, word: str, choices: Sequence[str]) -> str:
     """Return the matching choice, ignoring case, spaces and hyphens, and accepting `datacenter`."""
-    from memplan.core.errors import UnknownNameError
-
     normalized = "".join(word.lower().split()).replace("-", "").replace("datacenter", "datacentre")
     for choice in choices:
         if normalized == choice.lower().replace(" ", ""):

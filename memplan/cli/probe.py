@@ -6,31 +6,57 @@ import json as json_
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import typer
-from typer.main import get_command
-
-from memplan.cli.answering import run_and_report, show
-from memplan.cli.options import Grouped, option
-from memplan.cli.runs import is_default, runs_of
+from memplan.cli.answering import show
+from memplan.cli.estimate import ESTIMATE_OPTIONS
+from memplan.cli.options import OptionsCommand, Switch, own, without
+from memplan.cli.runs import check_count, runs_of, screen_of
+from memplan.core.errors import (
+    FactsMissingError,
+    MemplanError,
+    SpecError,
+    UnknownNameError,
+    UnsupportedModelError,
+    printable,
+)
+from memplan.spec.options import flag
 
 if TYPE_CHECKING:
     from memplan.catalogue.hardware.gpu import GPU
     from memplan.estimate.answer import Estimate
     from memplan.probe.run.process import Machine
-    from memplan.report.text import Screen
     from memplan.spec.run import RunSpec
 
-PROBE = "Probe"
 MODES = ("trace", "cuda", "gradients")
 # Options of `estimate` that a probe does not take, or has its own version of.
 _EXCLUDED = ("online", "revision", "format", "json", "output", "explain", "strict", "via", "cache")
-_SWITCHES = (*MODES, "dry_run", "json")
+PROBE_OPTIONS = {
+    "trace": own("Trace the step on tensors without data, on any machine. Default off.", Switch),
+    "cuda": own("Run the step on the local GPU, in a separate process. Default off.", Switch),
+    "gradients": own(
+        "Compare LoRA's gradients computed by hand, by torch and by peft, for every shape of layer; in fp32 unless "
+        "--dtype is given. Default off.",
+        Switch,
+    ),
+    "suite": own(
+        "Measure the runs in a file: lines of JSON, or YAML with a list under runs. Without a file, memplan chooses "
+        "runs for the card. Default one run.",
+        metavar="[FILE]",
+    ),
+    "dry_run": own("Only list the runs, what to expect, and how long they take. Default off.", Switch),
+    "steps": own("Training steps of each run. Default 2.", int),
+    "timeout": own("Seconds after which a run is killed. Default 1800.", float),
+    "json": own("As JSON. Default off.", Switch),
+    "output": own(
+        "Write to this file; a suite appends a line after each run, and resumes where it stopped. Default standard "
+        "output.",
+    ),
+}
 
 
-class Probe(Grouped):
-    """The options of a run, from `estimate`, and the probe's own. The arguments are read from the context."""
+class Probe(OptionsCommand):
+    """The command, whose --suite may have no value."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Read --suite without a file as memplan's default suite."""
@@ -41,76 +67,22 @@ class Probe(Grouped):
                 typed.append("default")
         return super().parse_args(ctx, typed)
 
-    def invoke(self, ctx: Any) -> int:
-        params: Mapping[str, Any] = ctx.params
-        given = {k: v for k, v in params.items() if not is_default(k, v) and not (v is False and k in _SWITCHES)}
-        return run_and_report(lambda: _probe(given), given)
+
+def command(name: str) -> OptionsCommand:
+    return Probe(name, probe, {**without(ESTIMATE_OPTIONS, *_EXCLUDED), "Probe": PROBE_OPTIONS})
 
 
-def command(estimate: Sequence[Any]) -> Any:
-    """Return the command, with the options of `estimate` that describe a run."""
-    app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
-    app.command("probe", cls=Probe)(probe)
-    probe_command: Any = get_command(app)
-    probe_command.params = [*(param for param in estimate if param.name not in _EXCLUDED), *probe_command.params]
-    return probe_command
-
-
-def probe(
-    trace: Annotated[
-        bool, option("Trace the step on tensors without data, on any machine. Default off.", "--trace", of=PROBE)
-    ] = False,
-    cuda: Annotated[
-        bool, option("Run the step on the local GPU, in a separate process. Default off.", "--cuda", of=PROBE)
-    ] = False,
-    gradients: Annotated[
-        bool,
-        option(
-            "Compare LoRA's gradients computed by hand, by torch and by peft, for every shape of layer; in fp32 unless "
-            "--dtype is given. Default off.",
-            "--gradients",
-            of=PROBE,
-        ),
-    ] = False,
-    suite: Annotated[
-        str | None,
-        option(
-            "Measure the runs in a file: lines of JSON, or YAML with a list under runs. Without a file, memplan "
-            "chooses runs for the card. Default one run.",
-            of=PROBE,
-            metavar="[FILE]",
-        ),
-    ] = None,
-    dry_run: Annotated[
-        bool, option("Only list the runs, what to expect, and how long they take. Default off.", "--dry-run", of=PROBE)
-    ] = False,
-    steps: Annotated[int, option("Training steps of each run. Default 2.", of=PROBE)] = 2,
-    timeout: Annotated[float, option("Seconds after which a run is killed. Default 1800.", of=PROBE)] = 1800,
-    json: Annotated[bool, option("As JSON. Default off.", "--json", of=PROBE)] = False,
-    output: Annotated[
-        str | None,
-        option(
-            "Write to this file; a suite appends a line after each run, and resumes where it stopped. "
-            "Default standard output.",
-            of=PROBE,
-        ),
-    ] = None,
-) -> None:
+def probe(given: Mapping[str, Any]) -> int:
     """Find what a run really takes, traced without a GPU or measured on this machine's, next to the estimate.
 
     Exit codes: 0 there is a result, which may be running out of memory; 1 a run was killed, failed or timed out, or
     gradients differ; 2 wrong input, or no GPU or library to probe with; 3 the model's config is not available.
     """
-
-
-def _probe(given: Mapping[str, Any]) -> int:
-    from memplan.core.errors import SpecError
-
+    given = {"steps": 2, "timeout": 1800.0, **given}
     modes = [mode for mode in MODES if mode in given]
     if len(modes) > 1:
         raise SpecError(f"probe: --{modes[0]} and --{modes[1]} exclude each other", "probe")
-    if given["steps"] < 1:
-        raise SpecError(f"steps: must be at least 1, not {given['steps']}", "steps")
+    check_count("steps", given["steps"])
     if not given["timeout"] > 0:
         raise SpecError(f"timeout: must be more than 0, not {given['timeout']:g}", "timeout")
     mode = modes[0] if modes else ""
@@ -130,18 +102,10 @@ def _probe(given: Mapping[str, Any]) -> int:
 
 
 def _run(given: Mapping[str, Any]) -> RunSpec:
-    from memplan.core.errors import SpecError
-
     runs = runs_of(given)
     if len(runs) > 1:
         raise SpecError("gpu: a probe runs on one card; name one", "gpu")
     return runs[0]
-
-
-def _screen(given: Mapping[str, Any]) -> Screen:
-    from memplan.report.text import Screen, screen
-
-    return Screen() if "output" in given else screen()
 
 
 def _json(value: object) -> str:
@@ -150,7 +114,6 @@ def _json(value: object) -> str:
 
 def _estimated(run: RunSpec) -> tuple[Estimate | None, str]:
     """Return the estimate, or why there is none: a probe also runs models that memplan cannot estimate."""
-    from memplan.core.errors import FactsMissingError, MemplanError, UnknownNameError
     from memplan.estimate.estimate import estimate
 
     try:
@@ -167,7 +130,6 @@ def _estimated(run: RunSpec) -> tuple[Estimate | None, str]:
 def _machine(asked: str | None) -> tuple[Machine, GPU | None]:
     """Return this machine and its card's catalogue row. Raises MemplanError if there is no GPU, or another one."""
     from memplan.catalogue.hardware.gpus import find_gpu
-    from memplan.core.errors import SpecError, UnknownNameError
     from memplan.probe.libraries import require
     from memplan.probe.run.process import local_machine
 
@@ -183,7 +145,6 @@ def _machine(asked: str | None) -> tuple[Machine, GPU | None]:
 
 
 def _measured(given: Mapping[str, Any]) -> int:
-    from memplan.core.errors import MemplanError
     from memplan.probe.run.process import RESULTS, measure
     from memplan.probe.run.rows import row as line_of
     from memplan.report import measurement as probed
@@ -201,14 +162,13 @@ def _measured(given: Mapping[str, Any]) -> int:
         text = _json({**line_of(measured, machine), "estimate": _short(answer)})
     else:
         notes = [*probed.notes(measured, machine, row.usable if row else None), *([why] if why else [])]
-        text = probed.run(measured, machine, answer, notes, _screen(given))
+        text = probed.run(measured, machine, answer, notes, screen_of(given))
     show(text, "json" if "json" in given else "table", given.get("output"))
     return int(measured.outcome not in RESULTS)
 
 
 def _on(run: RunSpec, row: GPU | None) -> RunSpec:
     """Return the run on a card. A local config.json is inlined, so that the result's line is self-contained."""
-    from memplan.core.errors import UnsupportedModelError
     from memplan.models.cards import find_config, find_model
     from memplan.spec.generation import InlineModel
 
@@ -237,8 +197,6 @@ def _short(answer: Estimate | None) -> dict[str, Any] | None:
 
 def _print_progress(line: str) -> None:
     """Print a line on standard error and flush it."""
-    from memplan.core.errors import printable
-
     if sys.stderr is not None:  # pyright: ignore[reportUnnecessaryComparison] (where it was closed)
         sys.stderr.write(f"memplan: {printable(line)}\n")
         sys.stderr.flush()
@@ -248,14 +206,12 @@ def _print_progress(line: str) -> None:
 
 
 def _suite(given: Mapping[str, Any], mode: str) -> int:
-    from memplan.core.errors import SpecError
-
     if mode == "gradients":
         raise SpecError("suite: --gradients takes one model; leave out --suite", "suite")
     allowed = ("suite", "dry_run", "steps", "timeout", "json", "output", "gpu", *MODES)
     extra = next((name for name in given if name not in allowed), None)
     if extra is not None:
-        what = "the model" if extra == "model" else "--" + extra.replace("_", "-")
+        what = "the model" if extra == "model" else flag(extra)
         raise SpecError(f"suite: its runs have their own options; leave out {what}", "suite")
     asked: Sequence[str] = given.get("gpu", ())
     if len(asked) > 1:
@@ -274,7 +230,6 @@ def _suite(given: Mapping[str, Any], mode: str) -> int:
 def _row(asked: Sequence[str], needed: bool) -> GPU | None:
     """Return the given card or, if the default suite needs one, this machine's card."""
     from memplan.catalogue.hardware.gpus import find_gpu
-    from memplan.core.errors import MemplanError, SpecError
 
     if asked:
         return find_gpu(asked[0])
@@ -398,7 +353,7 @@ def _traced(given: Mapping[str, Any]) -> int:
     if "json" in given:
         text = _json(report.compared(traced, answer))
     else:
-        text = report.run(traced, answer, [*traced.notes, *([why] if why else [])], _screen(given))
+        text = report.run(traced, answer, [*traced.notes, *([why] if why else [])], screen_of(given))
     show(text, "json" if "json" in given else "table", given.get("output"))
     return 0
 
@@ -420,7 +375,6 @@ def _traced_suite(runs: Sequence[RunSpec], given: Mapping[str, Any]) -> int:
 
 
 def _gradients(given: Mapping[str, Any]) -> int:
-    from memplan.core.errors import SpecError
     from memplan.probe.gradients import as_json, compare
     from memplan.report import measurement as probed
 
@@ -434,6 +388,6 @@ def _gradients(given: Mapping[str, Any]) -> int:
     if "json" in given:
         text = _json([as_json(c) for c in compared])
     else:
-        text = probed.gradients(compared, run.precision.weights, run.method.rank, _screen(given))
+        text = probed.gradients(compared, run.precision.weights, run.method.rank, screen_of(given))
     show(text, "json" if "json" in given else "table", given.get("output"))
     return int(not all(c.agree for c in compared))

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
-from memplan.spec.options import FIELDS, WORDS
+from memplan.spec.options import FIELDS, OPTIONS, listed
 
 if TYPE_CHECKING:
     from memplan.spec.training import Method
@@ -18,15 +18,16 @@ def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> 
     if type(out.get("gpu")) is int:  # YAML's `gpu: 3090`
         out["gpu"] = str(out["gpu"])
     _drop_stale(out, given)
-    for name, path in FIELDS.items():
-        if name in given:
-            _put(out, path, given[name])
     if given.get("precision") in _DTYPES and given.get("dtype", given["precision"]) != given["precision"]:
         raise SpecError(f"precision: --precision {given['precision']} and --dtype {given['dtype']} differ", "precision")
     word = out.get("precision")
     if "dtype" in given and "precision" not in given and isinstance(word, str):
         given = {**given, "precision": word}  # the file's precision, in the typed dtype
-    for path, value in _words(given):
+    for group in OPTIONS.values():
+        for name, option in group.items():
+            if name in given and not option.combined:
+                _put(out, option.field, option.parse(given[name]) if option.parse else given[name])
+    for path, value in _combined(given):
         _put(out, path, value)
     _spread(out, given)
     return out
@@ -84,12 +85,11 @@ def override(shared: Mapping[str, Any], own: Mapping[str, Any]) -> dict[str, Any
 
     If the run has another method, shared options that only apply to the shared method are dropped.
     """
-    paths = {**FIELDS, **WORDS}
-    own_paths = {paths[name] for name in own if name in paths}
-    dropped = {name for name in shared if paths.get(name) in own_paths}
+    own_paths = {FIELDS[name] for name in own if name in FIELDS}
+    dropped = {name for name in shared if FIELDS.get(name) in own_paths}
     if "method" in shared and own.get("method", shared["method"]) != shared["method"]:
         kept = _METHOD_FIELDS.get(own["method"], ())
-        for name, path in paths.items():
+        for name, path in FIELDS.items():
             part, _, field = path.partition(".")
             if part == "method" and field != "kind" and field.partition(".")[0] not in kept:
                 dropped.add(name)
@@ -120,37 +120,20 @@ def _expanded(part: str, word: str) -> dict[str, Any]:
     return precision_of(word) if part == "precision" else {_MAIN.get(part, "kind"): word}
 
 
-def _words(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
-    """Yield the fields of options whose values need parsing."""
+def _combined(given: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+    """Yield the fields of options that set several fields, or one field together."""
     method = given.get("method")
     if method in ("generate", "forward"):
         yield "task", method
     elif method is not None:
         yield "method.kind", method
-    for name in ("targets", "modules_to_save"):
-        if name in given:
-            value = given[name]
-            yield f"method.{name}", value if value == "all-linear" else _listed(value)
-    if "frozen" in given:
-        yield "method.frozen", _listed(given["frozen"])
-    if "image_size" in given:
-        yield "batch.image_size", _pixels(given["image_size"])
-    if "tensor_split" in given:
-        yield "serving.tensor_split", _proportions(given["tensor_split"])
-    if "fused" in given:
-        yield "kernels.fused", _listed(given["fused"])
-    if "kbit_preparation" in given:
-        word = given["kbit_preparation"].lower()
-        yield "method.quantization.kbit_preparation", {"true": True, "false": False}.get(word, word)
     if "checkpointing" in given or "gradient_checkpointing" in given:
         yield "kernels.checkpointing", _checkpointing(given.get("checkpointing"), given.get("gradient_checkpointing"))
-    if "save" in given:
-        yield "also.saving", {} if given["save"] else None
     if "precision" in given:
         yield "precision", _precision(given["precision"], given.get("dtype"))
     elif "dtype" in given:
         yield "precision.weights", given["dtype"]
-    for word in _listed(given.get("offload", "")):
+    for word in listed(given.get("offload", "")):
         if word == "none":  # overrides the file
             yield "parallelism.offload", {}
             continue
@@ -169,33 +152,6 @@ def _checkpointing(word: str | None, on: bool | None) -> str:
             f"kernels.checkpointing: {flag} and --checkpointing {word} exclude each other", "kernels.checkpointing"
         )
     return word
-
-
-def _proportions(text: str) -> list[float]:
-    """Parse numbers separated by commas or slashes, as llama.cpp does."""
-    try:
-        return [float(part) for part in text.replace("/", ",").split(",")]
-    except ValueError:
-        raise SpecError(
-            f"serving.tensor_split: {text!r:.40} is not a list of proportions; write 3,1 for two cards",
-            "serving.tensor_split",
-        ) from None
-
-
-def _pixels(text: str) -> int | list[int]:
-    """Parse the side of an image, or its height and width."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
-        raise SpecError(
-            f"batch.image_size: {text!r:.40} is not a size in pixels; write 1024, or height x width as 768x1024",
-            "batch.image_size",
-        )
-    height, *width = map(int, sides)
-    return [height, *width] if width else height
-
-
-def _listed(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
 
 
 def _precision(word: str, dtype: str | None) -> dict[str, Any]:
@@ -255,13 +211,13 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
 def unused_option_error(given: Iterable[str], method: Method) -> MemplanError | None:
     """Return an error about an option in `given` that has no effect with the run's method; None if all have."""
     from memplan.catalogue.methods.methods import ADAPTERS
-    from memplan.resolve.refusals import no_adapters, only_freeze
+    from memplan.resolve.refusals.settings import no_adapters, only_freeze
 
     if "trainable_layers" in given and method.kind != "freeze":
         return only_freeze(method.kind)
     for name in ("rank", "targets", "lora_dropout", "modules_to_save"):
         if name in given and method.kind not in ADAPTERS:
-            return no_adapters(method.kind, FIELDS.get(name) or WORDS[name])
+            return no_adapters(method.kind, FIELDS[name])
     q = method.quantization
     if "double_quant" in given and q is not None and q.format not in ("nf4", "fp4") and q.double_quant:
         field = "method.quantization.double_quant"

@@ -5,23 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from memplan.core.errors import SpecError, UnknownNameError, printable
+
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
+    from memplan.report.text import Screen
     from memplan.spec.run import RunSpec
-
-
-def is_default(name: str, value: object) -> bool:
-    """Whether an option was not given. Its default means only that."""
-    return value in (None, [], ()) or (value is False and name in _SWITCHES)
-
-
-_SWITCHES = ("online", "json", "explain", "strict", "ranks")
 
 
 def runs_of(given: Mapping[str, Any]) -> list[RunSpec]:
     """Return the run that options and a spec file describe, once per GPU. Raises SpecError naming the wrong field."""
     from memplan.cli.request import spec_of, unused_option_error, with_framework_config
-    from memplan.core.errors import SpecError, printable
     from memplan.spec.run import RunSpec
 
     spec = None
@@ -51,8 +45,6 @@ def runs_of(given: Mapping[str, Any]) -> list[RunSpec]:
 
 def revised(model: object, revision: str) -> str:
     """Return a Hugging Face id with its revision."""
-    from memplan.core.errors import SpecError
-
     if not isinstance(model, str) or "@" in model or not revision.strip():
         raise SpecError("revision: only applies to a Hugging Face id that has no @revision itself", "revision")
     return f"{model}@{revision}"
@@ -60,7 +52,6 @@ def revised(model: object, revision: str) -> str:
 
 def format_of(given: Mapping[str, Any]) -> str:
     """Return the requested format, or the one that the output file's suffix implies."""
-    from memplan.core.errors import SpecError, UnknownNameError
     from memplan.report import FORMATS
 
     if "json" in given and given.get("format", "json") != "json":
@@ -71,6 +62,19 @@ def format_of(given: Mapping[str, Any]) -> str:
     if format not in FORMATS:
         raise UnknownNameError("format", format, FORMATS)
     return format
+
+
+def check_count(name: str, number: int | None) -> None:
+    """Raise SpecError if a number was given that is below 1."""
+    if number is not None and number < 1:
+        raise SpecError(f"{name}: must be at least 1, not {number}", name)
+
+
+def screen_of(given: Mapping[str, Any]) -> Screen:
+    """Return what a table is written for: the terminal, or a file of any width without colour."""
+    from memplan.report.text import Screen, screen
+
+    return Screen() if "output" in given else screen()
 
 
 def exit_code(answers: Sequence[Estimate], strict: bool) -> int:

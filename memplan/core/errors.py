@@ -3,7 +3,7 @@
 MemplanError                2
   UnknownNameError          2   an unknown name, with the nearest known ones
   SpecError                 2   a run that contradicts itself or is not supported yet
-  ConfigError               2   a config.json or card that cannot be read as a model
+  ConfigError               2   a config.json, model card or GPU table that cannot be read
     UnsupportedModelError   2   a model family that is not supported yet
   ProbeError                2   a run or a machine that the probe cannot use: a library, a class or a GPU is missing
   FactsMissingError         3   the model's config is not available (offline, gated)
@@ -90,8 +90,13 @@ class SpecError(MemplanError):
     """A run that contradicts itself or is not supported yet."""
 
 
+def refused(field: str, message: str) -> SpecError:
+    """Return the error that `field` cannot be what it is; the message says what is wrong and what to use instead."""
+    return SpecError(f"{field}: {message}", field)
+
+
 class ConfigError(MemplanError):
-    """A config.json or card that cannot be read as a model: invalid JSON, a missing key, a value out of range."""
+    """A config.json, model card or GPU table that cannot be read: invalid JSON, a missing key, a value out of range."""
 
 
 class UnsupportedModelError(ConfigError):

@@ -18,6 +18,8 @@ release_cached_blocks, try_allocate_expandable_block; BlockComparatorSize, by wh
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 from memplan.core.units import MIB
 
@@ -28,8 +30,72 @@ OWN_SEGMENT = 10 * MIB  # kMinLargeAlloc: the smallest request with a segment of
 OWN_SEGMENT_STEP = 2 * MIB  # kRoundLarge
 
 
+FREED, RELEASED = -1, -2  # in place of an event's key: the storage is freed; free segments go back to the driver
+Event = tuple[int, int]  # the number of a storage, and the index of its size, or FREED or RELEASED
+Block = Any  # an allocator's own handle of one of its blocks
+
+
 class OutOfMemoryError(Exception):
     """A request does not fit the capacity, even after releasing all free segments."""
+
+
+class LiveBlocks(Protocol):
+    """The blocks of live storages, by the storages' numbers."""
+
+    def __setitem__(self, number: int, block: Block, /) -> None: ...
+
+    def pop(self, number: int, /) -> Block:
+        """Remove and return a block. Raises KeyError if there is none of that number."""
+        ...
+
+    def values(self) -> Iterable[Block]: ...
+
+
+class Allocator(Protocol):
+    """One device's allocator. All sizes are in bytes.
+
+    allocated  size of allocated blocks, as torch.cuda.memory_allocated counts them
+    reserved   size of segments
+    requests   number of requests to the driver
+    """
+
+    @property
+    def allocated(self) -> int: ...
+
+    @property
+    def reserved(self) -> int: ...
+
+    @property
+    def peak_allocated(self) -> int: ...
+
+    @property
+    def peak_reserved(self) -> int: ...
+
+    @property
+    def requests(self) -> int: ...
+
+    def alloc(self, size: int, stream: int = 0) -> Block:
+        """Return a block of at least `size` bytes. Raises OutOfMemoryError if it does not fit the capacity."""
+        ...
+
+    def free(self, block: Block) -> None:
+        """Free a block and merge it with free neighbours."""
+
+    def release(self) -> None:
+        """Return free segments to the driver, as torch does in empty_cache() and when the GPU is full."""
+
+    def live_blocks(self) -> LiveBlocks:
+        """Return an empty table of live blocks for `replay`."""
+        ...
+
+    def replay(
+        self, events: Sequence[Event], sizes: Sequence[int], streams: Sequence[int], live: LiveBlocks, shift: int = 0
+    ) -> None:
+        """Allocate and free as the events say, with `shift` added to their numbers.
+
+        `sizes` and `streams` are indexed by the events' keys. Raises as `alloc` does, and KeyError if an unknown
+        storage is freed.
+        """
 
 
 class BlockPool:
@@ -88,12 +154,8 @@ class AllocatorBlock:
         self.after: AllocatorBlock | None = None
 
 
-class Allocator:
-    """One device's allocator. All sizes are in bytes.
-
-    allocated   size of allocated blocks, as torch.cuda.memory_allocated counts them
-    reserved    size of segments
-    requests    number of requests to the driver
+class PythonAllocator:
+    """`Allocator` in Python, which the compiled one (native.c) equals.
 
     expandable  whether `expandable_segments:True` is set
     capacity    memory that the driver can give; None for no limit
@@ -108,7 +170,6 @@ class Allocator:
         self._pools = [BlockPool(is_small) for _ in range(streams) for is_small in (False, True)]
 
     def alloc(self, size: int, stream: int = 0) -> AllocatorBlock:
-        """Return a block of at least `size` bytes. Raises OutOfMemoryError if it does not fit the capacity."""
         size = (size + 511) & -512  # rounded(), inlined because every event of a replay comes here
         is_small = size <= SMALL_REQUEST
         pool = self._pools[2 * stream + is_small]
@@ -142,7 +203,6 @@ class Allocator:
         return block
 
     def free(self, block: AllocatorBlock) -> None:
-        """Free a block and merge it with free neighbours."""
         size = block.size
         if not size:
             return
@@ -169,7 +229,6 @@ class Allocator:
         pool.add(block, size)
 
     def release(self) -> None:
-        """Return free segments to the driver, as torch does in empty_cache() and when the GPU is full."""
         for pool in self._pools:
             if self.expandable:
                 self._unmap(pool)
@@ -178,6 +237,21 @@ class Allocator:
                 if block.before is None and block.after is None:
                     pool.remove(block, block.size)
                     self.reserved -= block.size
+
+    def live_blocks(self) -> LiveBlocks:
+        return dict[int, AllocatorBlock]()
+
+    def replay(
+        self, events: Sequence[Event], sizes: Sequence[int], streams: Sequence[int], live: LiveBlocks, shift: int = 0
+    ) -> None:
+        alloc, free = self.alloc, self.free
+        for number, key in events:
+            if key >= 0:
+                live[number + shift] = alloc(sizes[key], streams[key])
+            elif key == FREED:
+                free(live.pop(number + shift))
+            else:
+                self.release()
 
     def _reserve(self, size: int, pool: BlockPool) -> AllocatorBlock:
         """Return a new segment as one block."""

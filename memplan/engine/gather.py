@@ -12,7 +12,8 @@ from functools import partial
 from typing import NamedTuple
 
 from memplan.core.ir import Division, Op, Unit
-from memplan.engine.lower import CASTING, COMPUTING, GATHERING, LENT, REDUCING, Frame, Storage, Tape
+from memplan.engine.storages import CASTING, COMPUTING, GATHERING, LENT, REDUCING, Storage
+from memplan.engine.tape import Frame, Tape
 
 BEFORE, AFTER, TIED, ROOT, REST = "before", "after", "tied", "root", "rest"
 OUTSIDE = (ROOT, BEFORE, TIED, AFTER)  # units of weights outside of blocks

@@ -11,16 +11,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import NamedTuple
 
-from memplan.core.ir import Division, Op, SavedTensors, Stack, Tensor
+from memplan.core.ir import Division, Op, Stack, Tensor
+from memplan.engine.allocator import FREED, Event
 from memplan.engine.gather import Gatherer
-from memplan.engine.lower import COMPUTING, Frame, Moment, Storage, Tape, Way
-from memplan.engine.step import run_pass
+from memplan.engine.moments import Moment
+from memplan.engine.step import PLAIN, ExecutionOptions, run_pass
+from memplan.engine.storages import COMPUTING, Storage, Way
+from memplan.engine.tape import Frame, Tape
 
-FREED = -1
 RUN = 3  # copies of a run that are run: the first, the last, and one that stands for the others
 _STEP = 1 << 32  # difference between the numbers of corresponding storages in consecutive skipped copies
-
-Event = tuple[int, int]
 
 
 class EventSpan(NamedTuple):
@@ -172,19 +172,15 @@ class Recorder(Tape):
         self.copies.append(self._entered._replace(end=len(self.events)))
 
 
-def record(  # noqa: PLR0913, PLR0917 (those of `lower`)
+def record(
     stack: Stack,
     depth: Mapping[str, int],
-    autocast: str | None = None,
-    checkpoint: bool = False,
-    reentrant: bool = False,
+    options: ExecutionOptions = PLAIN,
+    *,
     grads_exist: bool = False,
-    input_grad: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
-    to_host: bool = False,
     copies: int = RUN,
     division: Division | None = None,
-    saves: SavedTensors | None = None,
     late: frozenset[str] = frozenset(),
 ) -> AllocationTrace:
     """Return the allocations and frees of one forward and backward pass.
@@ -192,9 +188,8 @@ def record(  # noqa: PLR0913, PLR0917 (those of `lower`)
     The arguments are those of `lower`; `copies` is the number of copies to run of each block, `late` as in `Recorder`.
     """
     tape = Recorder(grads_exist, updates, late)
-    tape.saves = saves
     gatherer = Gatherer(tape, division._replace(sums=False) if division else None, grads_exist)
-    run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host, copies)
+    run_pass(tape, gatherer, stack, depth, options, one_by_one=copies)
     return tape.recorded(*_Expansion(tape, tape.turn, tape.outside[1], tape.over).parts)
 
 
@@ -213,7 +208,7 @@ def record_inference(
     """
     tape = Recorder()
     gatherer = Gatherer(tape, division, grads_exist=False)
-    run_pass(tape, gatherer, stack, depth, autocast, False, False, False, one_by_one=copies, records=False, casts=casts)
+    run_pass(tape, gatherer, stack, depth, ExecutionOptions(autocast), one_by_one=copies, records=False, casts=casts)
     recalled, others = _Expansion(tape, tape.recalled).parts
     return tape.recorded((*recalled, *others), (), (), ())
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from memplan.core.arithmetic import Size
 from memplan.core.ir import AT_LEAST
 from memplan.core.units import ITEMSIZE, rounded
-from memplan.engine.lower import Moment
+from memplan.engine.moments import Moment
 
 
 class Variable(NamedTuple):

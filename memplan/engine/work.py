@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from memplan.core.ir import Op, SavedTensors, Stack, Tensor
+from memplan.core.ir import Op, Stack, Tensor
 from memplan.engine.gather import Gatherer
-from memplan.engine.lower import Frame, Node, Storage, Tape
-from memplan.engine.step import run_pass
+from memplan.engine.step import PLAIN, ExecutionOptions, run_pass
+from memplan.engine.storages import Storage
+from memplan.engine.tape import Frame, Node, Tape
 
 
 class Call(NamedTuple):
@@ -72,17 +73,11 @@ def _known(frame: Frame, op: Op) -> dict[str, Tensor]:
 def work(
     stack: Stack,
     depth: Mapping[str, int],
-    autocast: str | None = None,
-    checkpoint: bool = False,
-    reentrant: bool = False,
-    input_grad: bool = False,
-    to_host: bool = False,
-    saves: SavedTensors | None = None,
+    options: ExecutionOptions = PLAIN,
 ) -> tuple[Call, ...]:
     """Return the computations of one forward and backward pass, in order. The arguments are those of `lower`."""
     tape = CallRecorder()
-    tape.saves = saves
     gatherer = Gatherer(tape, None, grads_exist=False)
-    runs = run_pass(tape, gatherer, stack, depth, autocast, checkpoint, reentrant, input_grad, to_host).runs
+    runs = run_pass(tape, gatherer, stack, depth, options).runs
     copies = [depth[axis] - counted + 1 for axis, counted in runs]
     return tuple(call._replace(copies=1 if run is None else copies[run]) for call, run in tape.calls)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import Overhead
@@ -12,7 +12,8 @@ from memplan.core.cached_property import cached_property
 from memplan.core.errors import InternalError
 from memplan.core.frozen import FrozenDict
 from memplan.core.version import __version__
-from memplan.estimate.usage import Band, Usage
+from memplan.estimate.usage import Band, Replay, Usage, calibration_of
+from memplan.models.model import ModelSpec
 from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
@@ -37,7 +38,28 @@ class Parameters(NamedTuple):
     active: int
 
 
-class Bytes:
+class _Lazy:
+    """Figures that are computed when asked for, and equal if they all are."""
+
+    __slots__ = ("_usage",)
+
+    def __init__(self, usage: Usage) -> None:
+        self._usage = usage
+
+    def as_dict(self) -> Mapping[str, object]:
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, type(self)) and self.as_dict() == other.as_dict()
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.as_dict().values()))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.as_dict().items())})"
+
+
+class Bytes(_Lazy):
     """Peak bytes.
 
     allocated  torch's tensors, as torch.cuda.max_memory_allocated counts them
@@ -47,10 +69,7 @@ class Bytes:
     `reserved` and `used` are computed when asked for.
     """
 
-    __slots__ = ("_usage",)
-
-    def __init__(self, usage: Usage) -> None:
-        self._usage = usage
+    __slots__ = ()
 
     @property
     def allocated(self) -> int:
@@ -67,15 +86,6 @@ class Bytes:
     def as_dict(self) -> dict[str, int]:
         return {"allocated": self.allocated, "reserved": self.reserved, "used": self.used}
 
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Bytes) and self.as_dict() == other.as_dict()
-
-    def __hash__(self) -> int:
-        return hash(tuple(self.as_dict().values()))
-
-    def __repr__(self) -> str:
-        return f"Bytes(allocated={self.allocated}, reserved={self.reserved}, used={self.used})"
-
 
 class Card(NamedTuple):
     """The GPU of the run: the usable bytes of one, and how many there are."""
@@ -85,17 +95,14 @@ class Card(NamedTuple):
     count: int  # pyright: ignore[reportIncompatibleMethodOverride] (the contract's word)
 
 
-class Verdict:
+class Verdict(_Lazy):
     """Whether the run fits.
 
     answer    fits, tight or does not fit; None without a GPU
     headroom  usable bytes minus used ones
     """
 
-    __slots__ = ("_usable", "_usage")
-
-    def __init__(self, usage: Usage, usable: int | None) -> None:
-        self._usage, self._usable = usage, usable
+    __slots__ = ()
 
     @property
     def answer(self) -> str | None:
@@ -103,19 +110,10 @@ class Verdict:
 
     @property
     def headroom(self) -> int | None:
-        return None if self._usable is None else self._usable - self._usage.used
+        return None if self._usage.usable is None else self._usage.usable - self._usage.used
 
     def as_dict(self) -> dict[str, str | int | None]:
         return {"answer": self.answer, "headroom": self.headroom}
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Verdict) and self.as_dict() == other.as_dict()
-
-    def __hash__(self) -> int:
-        return hash(tuple(self.as_dict().values()))
-
-    def __repr__(self) -> str:
-        return f"Verdict(answer={self.answer!r}, headroom={self.headroom})"
 
 
 class Peak(NamedTuple):
@@ -183,6 +181,12 @@ class Rank(NamedTuple):
     peak: Peak
     verdict: Verdict
 
+    @classmethod
+    def of(cls, usage: Usage, top: Phase, stage: int, layers: int, parameters: int, in_flight: int = 1) -> Rank:
+        """Return the ranks of a stage from what one takes of its card, and the phase of its peak."""
+        peak = Peak(top.phase, top.where)
+        return cls(stage, layers, parameters, in_flight, Bytes(usage), peak, Verdict(usage))
+
     def as_dict(self) -> dict[str, Any]:
         parts = {"bytes": self.bytes.as_dict(), "peak": self.peak._asdict(), "verdict": self.verdict.as_dict()}
         return {**self._asdict(), **parts}
@@ -213,20 +217,96 @@ class Line(NamedTuple):
 KINDS = ("parameter", "gradient", "optstate", "activation", "temp", "buffer", "other")
 
 
-class Details(Protocol):
-    """The parts of an answer that are computed when asked for."""
+class Walk(Replay):
+    """A run on one rank, walked through its phases. Training, inference, serving and a trace each implement it.
 
-    def lines(self) -> Iterable[Line]:
-        """Yield every tensor alive at the peak, largest first."""
-        ...
+    An `Estimate` is made of one walk: it reads the peaks at once and everything else when asked. Bytes are of one GPU.
+
+    phases         peak of each phase, in the order they run
+    is_calibrated  whether a machine's own profile says something about the run
+
+    The other attributes are as in `Estimate`.
+    """
+
+    run: RunSpec
+    phases: Sequence[Phase]
+    via: str = "engine"
+    unsupported: tuple[str, ...] = ()
+    is_calibrated: bool = True
+
+    @property
+    def top(self) -> Phase:
+        """The phase of the peak."""
+        return max(self.phases, key=lambda phase: phase.peak)
+
+    @property
+    def peak(self) -> int:
+        return self.top.peak
+
+    @property
+    def fullness(self) -> tuple[int, int]:
+        """Sort key of ranks that differ: the one with the most comes last."""
+        return 0, self.peak
+
+    def with_side_tasks(self, model: ModelSpec | None) -> Walk:
+        """Return the walk with what the run asks for in addition (`also`). `model` is the run's, if looked up already.
+
+        Raises SpecError for a side task that the run cannot have.
+        """
+        del model
+        return self
+
+    @property
+    def parts(self) -> Mapping[str, object]:
+        """The parts of the run with every null filled in."""
+        raise NotImplementedError
+
+    @property
+    def parameters(self) -> Parameters:
+        raise NotImplementedError
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak bytes of one process in host memory."""
+        return 0
+
+    def host(self) -> Host:
+        """Return host memory, phase by phase."""
+        return Host(1, (HostPhase("step", self.host_bytes, self.host_bytes, 0),))
+
+    def notes(self) -> Iterable[str]:
+        """Yield notes for the report."""
+        raise NotImplementedError
+
+    def serving(self) -> Mapping[str, Any] | None:
+        """Return how a serving engine divides its card; None without an engine."""
+        return None
+
+    def usage(self, calibration: Calibration | None) -> Usage:
+        """Return what the rank takes of its card."""
+        return Usage(self, calibration)
+
+    def lines(self, at: Phase) -> Iterable[Line]:
+        """Return every tensor alive at the peak of a phase, largest first."""
+        raise NotImplementedError
 
     def moments(self) -> Iterable[Phase]:
         """Yield the bytes allocated whenever memory is about to fall, in order, in the step with the peak."""
-        ...
+        raise NotImplementedError
 
-    def ranks(self) -> Iterable[Rank]:
+    def ranks(self, calibration: Calibration | None) -> Iterable[Rank]:
         """Yield the ranks that differ, by stage; nothing if all are alike."""
-        ...
+        del calibration
+        return ()
+
+    def counts(self, at: Phase) -> Iterable[Mapping[int, int]] | None:
+        """Return for each moment of a phase how many tensors of each size in bytes are alive; None if unknown."""
+        del at
+
+
+def largest_first(lines: Iterable[Line]) -> list[Line]:
+    """Return a ledger's lines in its order."""
+    return sorted(lines, key=lambda line: (-line.bytes, line.where, line.what))
 
 
 class Estimate:
@@ -236,66 +316,43 @@ class Estimate:
     """
 
     asked: RunSpec
+    walk: Walk
     parameters: Parameters
     bytes: Bytes
     gpu: Card | None
     verdict: Verdict
     peak: Peak
     phases: tuple[Phase, ...]
-    host_bytes: int
-    host: Host
     unsupported: tuple[str, ...]
     notes: tuple[str, ...]
     calibration: Calibration | None
     via: str
-    details: Details
-    serving: Mapping[str, Any] | None
-    _parts: Mapping[str, object]
     _usage: Usage
 
-    def __init__(  # noqa: PLR0913, PLR0917 (a part of the answer each)
-        self,
-        asked: RunSpec,
-        parts: Mapping[str, object],
-        parameters: Parameters,
-        usage: Usage,
-        gpu: Card | None,
-        peak: Peak,
-        phases: tuple[Phase, ...],
-        host_bytes: int,
-        notes: tuple[str, ...],
-        details: Details,
-        calibration: Calibration | None,
-        via: str = "engine",
-        unsupported: tuple[str, ...] = (),
-        serving: Mapping[str, Any] | None = None,
-        host: Host | None = None,
-    ) -> None:
-        """Create the answer from `parts`, the run's with every null filled in.
+    def __init__(self, walk: Walk, calibration: Calibration | None = None) -> None:
+        """Create the answer for the run of a walk. A `calibration` of another card is ignored.
 
-        `serving` is how a serving engine divides its card.
         Raises InternalError if a phase's peak is not a byte count.
         """
+        phases, top, gpu = tuple(walk.phases), walk.top, walk.gpu
         for phase in phases:
             if type(phase.peak) is not int or phase.peak < 0:
                 raise InternalError(f"{phase.phase} takes {phase.peak} bytes at {phase.where or 'its peak'}")
+        calibration = calibration_of(gpu, calibration) if walk.is_calibrated else None
+        usage = walk.usage(calibration)
         vars(self).update(
-            asked=asked,
-            parameters=parameters,
+            asked=walk.run,
+            walk=walk,
+            parameters=walk.parameters,
             bytes=Bytes(usage),
-            gpu=gpu,
-            verdict=Verdict(usage, gpu.usable if gpu else None),
-            peak=peak,
+            gpu=Card(gpu.name, gpu.usable, walk.run.parallelism.world) if gpu else None,
+            verdict=Verdict(usage),
+            peak=Peak(top.phase, top.where),
             phases=phases,
-            host_bytes=host_bytes,
-            host=host or Host(1, (HostPhase("step", host_bytes, host_bytes, 0),)),
-            unsupported=unsupported,
-            notes=notes,
+            unsupported=walk.unsupported,
+            notes=(*walk.notes(), *((calibration.named(),) if calibration else ())),
             calibration=calibration,
-            via=via,
-            details=details,
-            serving=FrozenDict(serving) if serving is not None else None,
-            _parts=parts,
+            via=walk.via,
             _usage=usage,
         )
 
@@ -309,7 +366,23 @@ class Estimate:
     def run(self) -> RunSpec:
         """The run with every null filled in, as its profile decides."""
         gpu = self.gpu.name if self.gpu else None
-        return self.asked.model_copy(update={**self._parts, "gpu": gpu})
+        return self.asked.model_copy(update={**self.walk.parts, "gpu": gpu})
+
+    @cached_property
+    def host_bytes(self) -> int:
+        """Peak bytes of one process in host memory."""
+        return self.walk.host_bytes
+
+    @cached_property
+    def host(self) -> Host:
+        """Host memory, phase by phase."""
+        return self.walk.host()
+
+    @cached_property
+    def serving(self) -> Mapping[str, Any] | None:
+        """How a serving engine divides its card; None without an engine."""
+        facts = self.walk.serving()
+        return None if facts is None else FrozenDict(facts)
 
     @property
     def fits(self) -> bool:
@@ -344,7 +417,7 @@ class Estimate:
 
         Raises InternalError if it does not, or if a line is negative.
         """
-        lines = tuple(self.details.lines())
+        lines = tuple(self.walk.lines(self.walk.top))
         for line in lines:
             if line.bytes < 0 or line.count < 1:
                 raise InternalError(f"{line.count} × {line.what} take {line.bytes} bytes at the peak")
@@ -356,7 +429,7 @@ class Estimate:
     @cached_property
     def timeline(self) -> tuple[Phase, ...]:
         """The bytes allocated whenever memory is about to fall, in order, in the step with the peak."""
-        return tuple(self.details.moments())
+        return tuple(self.walk.moments())
 
     @cached_property
     def ranks(self) -> tuple[Rank, ...]:
@@ -364,7 +437,7 @@ class Estimate:
 
         The answer is that of the stage with the most, or of the stage that the run asks for.
         """
-        return tuple(self.details.ranks())
+        return tuple(self.walk.ranks(self.calibration))
 
     @cached_property
     def categories(self) -> dict[str, int]:

@@ -11,20 +11,19 @@ safe_open. Measured: a Llama of 509 MiB in bf16, loaded on Linux, takes 88 MiB o
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
-from math import prod
 from typing import NamedTuple
 
-from memplan.catalogue.profiles.profiles import find_profile, profile_settings
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import Host, HostPhase
 from memplan.estimate.side_task import SideTask
 from memplan.program.graph import Graph, elements, operations_of
 from memplan.program.loading import in_order
-from memplan.program.sharding import zero
-from memplan.program.sharding.ranks import Ranks, kept_dtype, pieces
-from memplan.program.training.program import Structure
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.sharding.ranks import Ranks, kept_dtype
+from memplan.program.structure import Structure
 from memplan.resolve.communicators import NODE
 from memplan.spec.parallelism import Parallelism
 
@@ -64,9 +63,8 @@ def host_memory(
 
 def _is_loaded_by_transformers(structure: Structure, profile: str) -> bool:
     """Return whether transformers 5 loads the model."""
-    name = find_profile(profile).name
-    words: Mapping[str, object] = profile_settings(name, structure.graph.model.model_type, False)
-    return words["tensor_parallel"] == "transformers" and not structure.buffers
+    library = library_behaviour(profile, structure.graph.model.model_type, False)
+    return library.sharding.tensor_parallel == "transformers" and not structure.buffers
 
 
 def _loading_phase(structure: Structure, ranks: int) -> HostPhase:
@@ -75,10 +73,8 @@ def _loading_phase(structure: Structure, ranks: int) -> HostPhase:
     If FSDP broadcasts the weights, one process per node loads them; the others only hold shards that are offloaded.
     """
     graph, sharding = structure.graph, structure.ranks
-    loaded = _loaded_bytes(graph, sharding, straight=graph.degrees.tp > 1 or structure.pipe.schedule == "device_map")
-    shards = (
-        sum(prod(p.shape) * ITEMSIZE[p.dtype] * p.copies for p in pieces(graph, sharding)) if sharding.offloads else 0
-    )
+    straight = graph.degrees.tp > 1 or structure.pipe.schedule == "device_map" or sharding_of(structure).loads_parts
+    loaded, shards = _loaded_bytes(graph, sharding, straight), sharding_of(structure).host_shards()
     # FSDP2 keeps all weights until the last is sharded, FSDP1 frees them unit by unit
     largest = max(loaded.own, shards) if sharding.offloads and sharding.row.flat else loaded.own + shards
     together = largest + (ranks - 1) * shards if sharding.efficient else ranks * largest
@@ -93,8 +89,7 @@ def _loaded_bytes(graph: Graph, ranks: Ranks, straight: bool) -> LoadedBytes:
     on loading.
     """
     _, axes = operations_of(graph)
-    divides = zero.stage(ranks) == 3 and ranks.knobs.divides_loading
-    straight = straight or bool(graph.recipe.quantization) or divides
+    straight = straight or bool(graph.recipe.quantization)
     dtype = ranks.frozen or graph.recipe.weights
     config_dtype = graph.model.config.get("dtype") or graph.model.config.get("torch_dtype")
     stored = _STORED.get(str(config_dtype), dtype)

@@ -5,60 +5,45 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
-from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.catalogue.optimizers.states import State
 from memplan.catalogue.parallelism.pipeline import ENGINES, PipelineMoment
 from memplan.catalogue.parallelism.sharding import MEGATRON
-from memplan.engine.lower import Moment as LoweredMoment
+from memplan.engine.moments import Moment as LoweredMoment
 from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, moment_bytes, size, values
-from memplan.estimate.answer import Line, Phase
-from memplan.estimate.lines import alive_lines, held_line, in_letters, in_numbers
-from memplan.estimate.side_task import SideTask
-from memplan.estimate.walk import TrainingWalk
-from memplan.program.graph import TensorGroup, operations_of, parameters_of
-from memplan.program.inference.passes import bytes_of, live
-from memplan.program.run import ResolvedRun
-from memplan.program.training.program import (
-    GATHERED,
-    PHASES,
-    REDUCED,
-    RETURNED,
-    ScheduleMoment,
-    Structure,
-    accumulated_bytes,
-    accumulated_of,
-    chunks_of,
-    gathered_of,
-    gradient_conversion_of,
-    gradients_of,
-    pass_of,
-    passing_of,
-    reduced_of,
-    reducing_of,
-    released_bytes,
-    resident_of,
-    returned,
-    schedule_positions,
-    stage_buffers,
-    stays_whole,
-    whole_of,
+from memplan.estimate.answer import Line, Phase, largest_first
+from memplan.estimate.lines import (
+    alive_lines,
+    held_line,
+    in_letters,
+    in_numbers,
+    pass_lines,
+    weight_line,
+    workspace_line,
 )
+from memplan.estimate.side_task import SideTask
+from memplan.estimate.training_peaks import TrainingPeaks
+from memplan.program.graph import TensorGroup, operations_of, parameters_of
+from memplan.program.run import ResolvedRun
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.structure import Structure, chunks_of
+from memplan.program.training.passes import GATHERED, PHASES, REDUCED, RETURNED, ScheduleMoment, pass_of
+from memplan.program.training.pipeline_moments import returned, schedule_positions, stage_buffers
 
 
-def lines(walked: TrainingWalk, decided: ResolvedRun) -> list[Line]:
+def lines(walked: TrainingPeaks, decided: ResolvedRun) -> list[Line]:
     """Return every tensor alive at the peak, largest first."""
     structure = decided.structure
     axes = {**operations_of(structure.graph)[1], **walked.axes}
     if walked.side_task is not None:
         out = [*_side_task_lines(walked, walked.side_task, decided, axes)]
-        return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
+        return largest_first(out)
     out = [*_resident(walked, decided, axes)]
     later, index = walked.moments[walked.peak]
-    holds = walked.phases[walked.peak].phase == "step" and bool(walked.program.held)
+    holds = walked.phases[walked.peak].phase == "step" and bool(walked.program.moments.held)
     if structure.pipe.engine:
         if index >= 0:
-            in_pipeline = walked.program.schedule_moments[later][index]
+            in_pipeline = walked.program.moments.schedule_moments[later][index]
             out += _pipeline_lines(walked, in_pipeline)
             out += _hidden_state_lines(structure, in_pipeline.schedule_position, axes, in_pipeline.moment == REDUCED)
             out += _returned(structure, axes) if in_pipeline.moment == RETURNED else ()
@@ -67,33 +52,33 @@ def lines(walked: TrainingWalk, decided: ResolvedRun) -> list[Line]:
     elif index >= 0 or holds:
         low = pass_of(structure, structure.accumulates if holds else later)
         out += _alive(structure, low, low.held if holds else low.moments[index], walked)
-    return sorted(out, key=lambda line: (-line.bytes, line.where, line.what))
+    return largest_first(out)
 
 
 def _side_task_lines(
-    walked: TrainingWalk, aside: SideTask, decided: ResolvedRun, axes: Mapping[str, int]
+    walked: TrainingPeaks, aside: SideTask, decided: ResolvedRun, axes: Mapping[str, int]
 ) -> Iterator[Line]:
     """Yield the tensors alive at the peak of a side task: what persists between steps, and its own."""
-    structure, p = decided.structure, walked.program
+    sharding, p = sharding_of(decided.structure), walked.program
     if aside.own_process_graph is None:
-        for held in resident_of(structure):
-            yield held_line(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
-        yield _workspaces(walked, decided, 2)
+        for held in sharding.weights():
+            yield weight_line(held, axes)
+        yield workspace_line(decided.gpu, 2)
         yield from _between_steps(walked, states=True)
-        for held in gradients_of(structure) if p.buffered else ():
+        for held in sharding.gradients() if p.buffered else ():
             yield held_line(held, axes, "in gradient buffers")
-        for held in passing_of(structure, "forward") if aside.phase == "eval" else ():
+        for held in sharding.held_in("forward") if aside.phase == "eval" else ():
             yield held_line(held, axes, "between ranks")
     else:
         numbers = operations_of(aside.own_process_graph)[1]
         for held in parameters_of(aside.own_process_graph):
-            yield held_line(held, numbers, "a buffer of the model" if held.kind == "buffer" else "loaded to be merged")
+            yield weight_line(held, numbers, "loaded to be merged")
         if aside.loads == aside.peak:
             yield _scratch("weights before conversion", aside.loads - aside.persistent_bytes, "loading", "derived")
-            yield _workspaces(walked, decided, 1)
+            yield workspace_line(decided.gpu, 1)
             return
-        yield _workspaces(walked, decided, 1)
-    numbers = axes if not aside.passes else {**axes, **dict(aside.passes[0][1])}
+        yield workspace_line(decided.gpu, 1)
+    numbers = {**axes, **aside.passes[0].axes} if aside.passes else axes
     for held in aside.held:
         yield held_line(
             held,
@@ -102,10 +87,8 @@ def _side_task_lines(
         )
     i, moment = aside.top
     if i >= 0:
-        step, pass_axes = aside.passes[i]
-        low = aside.low(i, labelled=True)
-        stack, fixed = operations_of(step.graph)
-        yield from alive_lines(stack, {**fixed, **dict(pass_axes)}, low, low.moments[moment])
+        each = aside.passes[i]
+        yield from pass_lines(each, each.low(labelled=True).moments[moment])
 
 
 # Why a side task holds its tensors.
@@ -117,7 +100,7 @@ _WHY_HELD = {
 }
 
 
-def _pipeline_lines(walked: TrainingWalk, scheduled: ScheduleMoment) -> Iterator[Line]:
+def _pipeline_lines(walked: TrainingPeaks, scheduled: ScheduleMoment) -> Iterator[Line]:
     """Yield what is alive at a moment of a pipeline rank: the pass's own tensors, and what passes in flight keep."""
     position = scheduled.schedule_position
     total = sum(position.others) + 1
@@ -175,7 +158,7 @@ def _hidden_state_lines(
         yield Line(what, "activation", where, shape, dims, tensor.dtype, count, bytes_, why, engine.source)
 
 
-def _alive(structure: Structure, low: Lowered, moment: LoweredMoment, walked: TrainingWalk) -> Iterator[Line]:
+def _alive(structure: Structure, low: Lowered, moment: LoweredMoment, walked: TrainingPeaks) -> Iterator[Line]:
     """Yield the tensors alive at a moment of a pass."""
     stack, fixed = operations_of(structure.graph)
     axes = {**fixed, **walked.axes}
@@ -183,7 +166,7 @@ def _alive(structure: Structure, low: Lowered, moment: LoweredMoment, walked: Tr
     yield from alive_lines(stack, axes, low, moment, (optimizer.source, optimizer.basis))
 
 
-def timeline(walked: TrainingWalk) -> Iterator[Phase]:
+def timeline(walked: TrainingPeaks) -> Iterator[Phase]:
     """Yield the bytes allocated whenever memory is about to fall, in order, in the later steps (or the only kind)."""
     p = walked.program
     base = p.parameters + p.buffered + p.reducing + p.scaler + p.states + 2 * walked.workspace
@@ -205,25 +188,23 @@ def timeline(walked: TrainingWalk) -> Iterator[Phase]:
 
 def _side_task_moments(aside: SideTask) -> Iterator[Phase]:
     """Yield the moments of a side task; of the passes that generate, the first and the last."""
-    for i, (_, axes) in enumerate(aside.passes):
-        low, numbers = aside.low(i), dict(axes)
-        sizes = bytes_of(low, numbers)
-        for moment in low.moments if aside.top != (-1, -1) else ():
-            bytes_ = aside.persistent_bytes + aside.held_bytes + live(low, moment, numbers, sizes)
-            yield Phase(aside.phase, None, bytes_, moment.where)
     if aside.top == (-1, -1):
         yield Phase(aside.phase, None, aside.peak, aside.where)
+        return
+    for each in aside.passes:
+        held = aside.persistent_bytes + aside.held_bytes
+        yield from (Phase(aside.phase, None, held + bytes_, where) for where, bytes_ in each.moments())
 
 
-def _live(structure: Structure, low: Lowered, moment: LoweredMoment, walked: TrainingWalk) -> int:
+def _live(structure: Structure, low: Lowered, moment: LoweredMoment, walked: TrainingPeaks) -> int:
     """Return the bytes alive at a moment of a pass."""
     _, axes = operations_of(structure.graph)
     combination = moment_bytes(alive(moment, low.runs, axes), [size(key[0], key[1], axes) for key in low.sizes])
-    numbers = dict(zip(walked.program.variables, walked.numbers.values, strict=True))
+    numbers = dict(zip(walked.program.moments.variables, walked.numbers.values, strict=True))
     return sum(n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in combination.items())
 
 
-def _fullest_passes(walked: TrainingWalk) -> Iterator[tuple[Structure, Lowered, tuple[str, ...], dict[str, int]]]:
+def _fullest_passes(walked: TrainingPeaks) -> Iterator[tuple[Structure, Lowered, tuple[str, ...], dict[str, int]]]:
     """Yield the pass through each chunk with the most in flight, forward and then backward."""
     structure = walked.program.structure
     chunks, moments = chunks_of(structure), schedule_positions(structure)
@@ -239,30 +220,31 @@ def _fullest_passes(walked: TrainingWalk) -> Iterator[tuple[Structure, Lowered, 
             for j, other in enumerate(chunks):
                 kept = pass_of(other)
                 extra += fullest.others[j] * _live(other, kept, kept.kept, walked)
-                extra += accumulated_bytes(other) if fullest.has_gradient[j] else 0
-                extra -= released_bytes(other) if fullest.done[j] and stays_whole(structure) else 0
+                extra += sharding_of(other).accumulated_bytes() if fullest.has_gradient[j] else 0
+                extra -= sharding_of(other).released() if fullest.done[j] else 0
             phases = ("backward",) if backward else ("forward", "loss")
             yield chunk, low, phases, dict.fromkeys(phases, extra)
 
 
-def _resident(walked: TrainingWalk, decided: ResolvedRun, axes: Mapping[str, int]) -> Iterator[Line]:
+def _resident(walked: TrainingPeaks, decided: ResolvedRun, axes: Mapping[str, int]) -> Iterator[Line]:
     """Yield parameters, states, gradients and workspaces: what is held around the tensors of a moment."""
     p, structure = walked.program, decided.structure
     phase = walked.phases[walked.peak]
     later, _ = walked.moments[walked.peak]
-    for held in resident_of(structure):
-        yield held_line(held, axes, "a buffer of the model" if held.kind == "buffer" else "the model's weights")
+    sharding = sharding_of(structure)
+    for held in sharding.weights():
+        yield weight_line(held, axes)
     if phase.phase == "load":
         if p.loading > p.parameters:
             what = _LOADING_EXTRA.get(structure.ranks.strategy, "weights before conversion")
             bytes_ = p.loading - p.parameters
             yield _scratch(f"{what}, beyond those kept", bytes_, "loading", "derived")
         return
-    yield _workspaces(walked, decided, 2 if phase.phase in ("backward", "step") or phase.step != 1 else 1)
+    yield workspace_line(decided.gpu, 2 if phase.phase in ("backward", "step") or phase.step != 1 else 1)
     stepping = phase.phase == "step" and phase.where == "optimizer"
     yield from _between_steps(walked, phase.step == 2 or stepping or p.optimizer.at_once)
     in_pipeline = _pipeline_state(walked)
-    if in_pipeline is not None and stays_whole(structure):
+    if in_pipeline is not None and sharding.gathers_for_step:
         for held in _unsharded(structure, in_pipeline, later):
             yield held_line(held, axes, _WHY_UNSHARDED[held.kind])
         return
@@ -275,11 +257,11 @@ def _resident(walked: TrainingWalk, decided: ResolvedRun, axes: Mapping[str, int
         if stepping and scratch:
             yield _scratch(p.optimizer.scratch, scratch, "inside the optimizer's step", p.optimizer.basis)
         if not stepping:
-            converting = gradient_conversion_of(structure)
+            converting = tuple(sharding.gradient_conversion())
             yield from (held_line(held, axes, "converted to the fp32 gradient of the partition") for held in converting)
             if not converting:
                 yield _scratch("norms of gradients", p.clipping, "inside clip_grad_norm_", "derived")
-    for held in passing_of(structure, phase.phase) if phase.phase in PHASES else ():
+    for held in sharding.held_in(phase.phase) if phase.phase in PHASES else ():
         yield held_line(held, axes, "between ranks")
 
 
@@ -290,25 +272,7 @@ _LOADING_EXTRA = {
 }
 
 
-def _workspaces(walked: TrainingWalk, decided: ResolvedRun, handles: int) -> Line:
-    """Return cuBLAS's workspaces."""
-    workspace = cublas_workspace(decided.gpu.compute_capability if decided.gpu else None)
-    return Line(
-        workspace.what,
-        "other",
-        "torch",
-        "",
-        (),
-        "uint8",
-        handles,
-        handles * workspace.usual,
-        "one for each thread that multiplies matrices",
-        workspace.source,
-        workspace.basis,
-    )
-
-
-def _between_steps(walked: TrainingWalk, states: bool) -> Iterator[Line]:
+def _between_steps(walked: TrainingPeaks, states: bool) -> Iterator[Line]:
     """Yield what persists between steps besides weights: optimizer states, if `states`, and reduction buffers."""
     p, structure = walked.program, walked.program.structure
     axes = {**operations_of(structure.graph)[1], **walked.axes}
@@ -335,7 +299,7 @@ def _between_steps(walked: TrainingWalk, states: bool) -> Iterator[Line]:
         yield Line(
             "GradScaler", "other", "torch", "", (), "fp32", 3, p.scaler, "scale of fp16 losses", "torch 2.13 amp"
         )
-    for held in reducing_of(structure):
+    for held in sharding_of(structure).reduction_buffers():
         yield held_line(held, axes, "gradients are summed over ranks in it")
 
 
@@ -349,43 +313,41 @@ _WHY_UNSHARDED = {
 
 def _unsharded(structure: Structure, scheduled: ScheduleMoment, later: bool) -> Iterator[TensorGroup]:
     """Yield the unsharded weights and gradients that a rank holds at a moment of its pipeline, and the reduced ones."""
+    sharding, position = sharding_of(structure), scheduled.schedule_position
     if scheduled.moment == REDUCED:
-        yield from reduced_of(structure, scheduled)
+        yield from sharding.reduced(position)
         return
     if scheduled.moment == GATHERED:
-        yield from gathered_of(structure, scheduled)
-    for i, chunk in enumerate(chunks_of(structure) if not scheduled.opens else ()):
-        extra = (
-            scheduled.schedule_position
-            if later
-            else scheduled.schedule_position._replace(
-                has_gradient=(False,) * len(scheduled.schedule_position.has_gradient)
-            )
-        )
-        yield from whole_of(chunk, extra, i)
+        yield from sharding.gathered(position)
+    if not later:
+        position = position._replace(has_gradient=(False,) * len(position.has_gradient))
+    for chunk in range(len(position.others) if not scheduled.opens else 0):
+        yield from sharding.held_at(position, chunk)
 
 
-def _pipeline_state(walked: TrainingWalk) -> ScheduleMoment | None:
+def _pipeline_state(walked: TrainingPeaks) -> ScheduleMoment | None:
     """Return the pipeline rank's state at its peak, if the peak is in a pass."""
     later, index = walked.moments[walked.peak]
     return (
-        walked.program.schedule_moments[later][index] if walked.program.structure.pipe.engine and index >= 0 else None
+        walked.program.moments.schedule_moments[later][index]
+        if walked.program.structure.pipe.engine and index >= 0
+        else None
     )
 
 
-def _gradients(walked: TrainingWalk) -> Iterator[TensorGroup]:
+def _gradients(walked: TrainingPeaks) -> Iterator[TensorGroup]:
     """Yield the gradients held around a moment."""
     p, structure = walked.program, walked.program.structure
     later, index = walked.moments[walked.peak]
     if not later:
-        yield from gradients_of(structure)
+        yield from sharding_of(structure).gradients()
     elif not structure.pipe.engine or p.buffered:
-        yield from accumulated_of(structure)
+        yield from sharding_of(structure).accumulated()
     else:
         for chunk, is_accumulated in zip(
-            chunks_of(structure), p.schedule_moments[later][index].schedule_position.has_gradient, strict=True
+            chunks_of(structure), p.moments.schedule_moments[later][index].schedule_position.has_gradient, strict=True
         ):
-            yield from accumulated_of(chunk) if is_accumulated else ()
+            yield from sharding_of(chunk).accumulated() if is_accumulated else ()
 
 
 def _scratch(what: str, bytes_: int, why: str, basis: str) -> Line:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.core.ir import Stack, operations
-from memplan.engine.lower import Moment
+from memplan.engine.moments import Moment
 from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, shared, size
 from memplan.estimate.answer import Line
-from memplan.program.graph import TensorGroup
+from memplan.program.graph import TensorGroup, operations_of
+from memplan.program.inference.passes import SizedPass
 
 UPDATE = "update of "  # the engine's prefix for the scratch of an update in backward
 
@@ -45,6 +48,24 @@ def alive_lines(
                 _why(kind, name, op, keepers),
                 *(update if name.startswith(UPDATE) else _source_and_basis(source)),
             )
+
+
+def pass_lines(each: SizedPass, moment: Moment | None = None) -> Iterator[Line]:
+    """Yield the tensors alive at a moment of a pass, or those that it leaves for the next one."""
+    low = each.low(labelled=True)
+    return alive_lines(operations_of(each.step.graph)[0], each.axes, low, moment or low.left)
+
+
+def weight_line(held: TensorGroup, axes: Mapping[str, int], why: str = "the model's weights") -> Line:
+    """Return the line of a weight or a buffer of the model."""
+    return held_line(held, axes, "a buffer of the model" if held.kind == "buffer" else why)
+
+
+def workspace_line(gpu: GPU | None, handles: int = 1) -> Line:
+    """Return the line of cuBLAS's workspaces, of one handle or more."""
+    row = cublas_workspace(gpu.compute_capability if gpu else None)
+    why, bytes_ = "one for each thread that multiplies matrices", handles * row.usual
+    return Line(row.what, "other", "torch", "", (), "uint8", handles, bytes_, why, row.source, row.basis)
 
 
 def held_line(held: TensorGroup, axes: Mapping[str, int], why: str) -> Line:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.catalogue.hardware.overhead import Overhead
 from memplan.core.cached_property import cached_property
-from memplan.engine.allocator import OutOfMemoryError
-from memplan.estimate.answer import Card, Estimate, Line, Parameters, Peak, Phase, Rank
-from memplan.estimate.usage import Band, ProcessOverhead, Usage
+from memplan.estimate.answer import Line, Parameters, Phase, Walk, largest_first
+from memplan.estimate.usage import ProcessOverhead, Usage
 from memplan.models.model import ModelSpec
 from memplan.program.graph import active_elements, elements
 from memplan.program.serving.budget import Budget, budget, card_for, layers_that_fit
@@ -21,35 +20,73 @@ from memplan.program.serving.settings import Settings
 from memplan.resolve.serving import resolve_serving
 from memplan.spec.run import RunSpec
 
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
+
 COVERAGE = 0.94
 
 
-def serve(run: RunSpec, model: ModelSpec | None = None) -> Estimate:
-    """Return how a serving engine divides its card, and whether the run's requests fit at once.
+class ServingWalk(Walk):
+    """The walk of a run on a serving engine: how it divides the card that has the smallest pool.
 
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
-    s = resolve_serving(run, model)
-    total = s.gpu.usable if s.gpu else None
-    b = budget(s, total)
-    usage = ServingUsage(s, b)
-    b = usage.budget
-    phases = _phases(b)
-    peak = max(range(len(phases)), key=lambda i: (phases[i].peak, -i))
-    return Estimate(
-        run,
-        {"serving": s.serving},
-        parameters_of(s.model),
-        usage,
-        Card(s.gpu.name, s.gpu.usable, run.parallelism.world) if s.gpu else None,
-        Peak(phases[peak].phase, phases[peak].where),
-        phases,
-        host_of_adapters(s),
-        tuple(_notes(b, run)),
-        ServingDetails(b),
-        None,
-        serving=facts(b),
-    )
+
+    is_calibrated = False  # a profile is of processes that do not divide their card
+
+    def __init__(self, run: RunSpec, model: ModelSpec | None = None) -> None:
+        self.run, self.settings = run, resolve_serving(run, model)
+        self.gpu = self.settings.gpu
+        self.verdict = self._verdict()
+        b = self._at("usual")
+        self.budget = b._replace(shows_needed_pool=self.verdict == "does not fit")
+        self.resident = self.load = b.parameters
+        graphs, step, decoding = b.graphs.usual, b.step, b.decoding
+        held = b.parameters + graphs + self.budget.shown
+        self.phases = (
+            Phase("load", None, b.parameters, ""),
+            Phase("prefill", None, held + step.bytes, step.where),
+            Phase("decode", None, held + decoding.bytes, decoding.where),
+        )
+
+    def _at(self, level: str) -> Budget:
+        """Return the budget at the `low`, `usual` or `high` end of what the process takes outside torch's tensors."""
+        return budget(self.settings, self.gpu.usable if self.gpu else None, level)
+
+    def _verdict(self) -> str | None:
+        """Return fits if the requests fit for every measured overhead, tight if for some; None without a card."""
+        if self.gpu is None:
+            return None
+        return "fits" if self._at("high").fits else "tight" if self._at("low").fits else "does not fit"
+
+    @property
+    def parts(self) -> Mapping[str, object]:
+        return {"serving": self.settings.serving}
+
+    @property
+    def parameters(self) -> Parameters:
+        return parameters_of(self.settings.model)
+
+    @property
+    def host_bytes(self) -> int:
+        return host_of_adapters(self.settings)
+
+    def serving(self) -> Mapping[str, Any]:
+        return facts(self.budget)
+
+    def notes(self) -> Iterable[str]:
+        return _notes(self.budget, self.run)
+
+    def usage(self, calibration: Calibration | None) -> Usage:
+        del calibration
+        return ServingUsage(self)
+
+    def lines(self, at: Phase) -> list[Line]:
+        step = self.budget.decoding if at.phase == "decode" else self.budget.step
+        return largest_first(_lines(self.budget, step))
+
+    def moments(self) -> Iterable[Phase]:
+        return self.phases
 
 
 @lru_cache(maxsize=512)
@@ -153,31 +190,6 @@ def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
         yield f"not counted: {'; '.join(s.engine.waits)}"
 
 
-def _phases(b: Budget) -> tuple[Phase, ...]:
-    graphs = b.graphs.usual
-    resident = b.parameters + graphs + b.shown
-    return (
-        Phase("load", None, b.parameters, ""),
-        Phase("prefill", None, resident + b.step.bytes, b.step.where),
-        Phase("decode", None, resident + b.decoding.bytes, b.decoding.where),
-    )
-
-
-class ServingDetails(NamedTuple):
-    """The ledger and timeline of a serving answer."""
-
-    budget: Budget
-
-    def lines(self) -> Iterable[Line]:
-        return sorted(_lines(self.budget, self.budget.step), key=lambda line: (-line.bytes, line.where, line.what))
-
-    def moments(self) -> Iterable[Phase]:
-        return _phases(self.budget)
-
-    def ranks(self) -> Iterable[Rank]:
-        return ()
-
-
 def _lines(b: Budget, step: EngineStep) -> Iterable[Line]:
     for h in b.weights:
         if h.bytes:
@@ -204,65 +216,33 @@ def _is_divided(s: Settings) -> bool:
     return max(r.dense, r.ep * r.etp, r.pp, r.cards) > 1
 
 
-class _NoReplay:
-    """Stands in for a replay: an engine's share of its card is arithmetic."""
-
-    is_long = False
-
-    def reserved(self, capacity: int | None = None) -> int | None:
-        raise OutOfMemoryError
-
-    def free_in_other_streams(self) -> int:
-        return 0
-
-    def unreplayed_bytes(self) -> int:
-        return 0
-
-
 class ServingUsage(Usage):
-    """What a serving engine takes of a card.
+    """What a serving engine takes of a card, which is arithmetic and needs no replay."""
 
-    It fits if the run's requests fit for every measured overhead outside torch's tensors, and is tight if they fit for
-    some.
-    """
+    def __init__(self, walk: ServingWalk) -> None:
+        super().__init__(walk)
+        self._verdict, self._budget = walk.verdict, walk.budget
 
-    def __init__(self, s: Settings, b: Budget) -> None:
-        self._settings, self._gpu = s, s.gpu
-        self._budget = b = b._replace(shows_needed_pool=self.answer == "does not fit")
-        held = b.parameters + b.graphs.usual + b.shown + b.step.bytes
-        super().__init__(_NoReplay(), b.parameters, b.parameters, held, s.gpu, ProcessOverhead(0, 0, 0, 0, COVERAGE))
-
-    @property
-    def budget(self) -> Budget:
-        """The budget that the answer shows."""
-        return self._budget
-
-    def _fits_at(self, level: str) -> bool:
-        return self._gpu is not None and budget(self._settings, self._gpu.usable, level).fits
+    @cached_property
+    def _overhead(self) -> ProcessOverhead:
+        return ProcessOverhead(0, 0, 0, 0, COVERAGE)
 
     @property
     def answer(self) -> str | None:
-        if self._gpu is None:
-            return None
-        if self.fits:
-            return "fits"
-        return "tight" if self._fits_at("low") else "does not fit"
+        return self._verdict
 
     @cached_property
     def fits(self) -> bool:
-        return self._fits_at("high")
+        return self.answer == "fits"
 
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
         """Only known for the run's own card, because how an engine is started depends on the card."""
-        return self.fits if self._gpu is not None and usable == self._gpu.usable else None
+        return self.fits if usable == self.usable else None
 
     @property
     def least(self) -> int:
-        return (
-            self._budget.parameters
-            + self._budget.step.bytes
-            + self._budget.pool.needs(self._settings.context, self._settings.batch)
-        )
+        b, s = self._budget, self._budget.settings
+        return b.parameters + b.step.bytes + b.pool.needs(s.context, s.batch)
 
     @property
     def overheads(self) -> tuple[Overhead, ...]:
@@ -270,36 +250,12 @@ class ServingUsage(Usage):
         b = self._budget
         return (b.context, *b.nccl, b.driver_kernels)
 
-    def _beside_torch(self, level: str) -> int:
-        return sum(getattr(row, level) for row in self.overheads)
-
-    @cached_property
-    def used(self) -> int:
-        used = self.reserved + self._beside_torch("usual")
-        if self._gpu is None:
-            return used
-        if self._budget.shows_needed_pool:  # the engine would take its share of a large enough card
-            return max(used, card_for(self._budget))
-        return max(min(used, self._gpu.usable), self.reserved)
-
     @cached_property
     def reserved(self) -> int:
         return self.allocated
 
-    @property
-    def band(self) -> Band:
+    def _shown_at(self, level: str) -> int:
         b = self._budget
-        low = self.reserved - b.graphs.usual + b.graphs.low + self._beside_torch("low")
-        high = self.reserved - b.graphs.usual + b.graphs.high + self._beside_torch("high")
-        low, high = min(low, self.used), max(high, self.used)
-        if self._gpu is not None:
-            usable = self._gpu.usable
-            match self.answer:
-                case "fits":
-                    high = min(high, usable)
-                case "tight":
-                    low, high = min(low, usable), max(high, usable + 1)
-                case _:
-                    low = max(low, card_for(b, "low"), usable + 1)
-                    high = max(high, card_for(b, "high"), usable + 1)
-        return Band(min(low, high), high, COVERAGE)
+        shown = self.reserved - b.graphs.usual + sum(getattr(row, level) for row in (b.graphs, *self.overheads))
+        # the engine would take its share of a large enough card
+        return max(shown, card_for(b, level)) if b.shows_needed_pool else shown

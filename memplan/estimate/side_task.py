@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from memplan.engine.allocator import Allocator, AllocatorBlock
-from memplan.engine.step import Lowered
-from memplan.program.graph import Graph, TensorGroup, lower_inference, recorded_inference
-from memplan.program.inference.passes import InferenceStep
+from memplan.engine.allocator import Allocator, Block
+from memplan.program.graph import Graph, TensorGroup
+from memplan.program.inference.passes import SizedPass
 from memplan.program.inference.replay import InheritedTensor, load, replay_pass
 
 _REPLAYED = 8  # batches whose passes are replayed, in addition to the last one
@@ -20,7 +19,7 @@ class SideTask(NamedTuple):
     where              the operation at the peak
     persistent_bytes   bytes held throughout; for a separate process (`own_process_graph`), its weights
     held               tensors held in addition, also during a pass
-    passes             the model's passes with their axes
+    passes             the model's passes
     top                the pass and the moment of the peak; (-1, -1) if it is in no pass
     moving             bytes alive at that moment
     kept               bytes of each tensor that an evaluation keeps of a batch on the GPU
@@ -35,7 +34,7 @@ class SideTask(NamedTuple):
     where: str
     persistent_bytes: int
     held: tuple[TensorGroup, ...] = ()
-    passes: tuple[tuple[InferenceStep, tuple[tuple[str, int], ...]], ...] = ()
+    passes: tuple[SizedPass, ...] = ()
     top: tuple[int, int] = (-1, -1)
     moving: int = 0
     kept: tuple[int, ...] = ()
@@ -54,11 +53,6 @@ class SideTask(NamedTuple):
     def peak(self) -> int:
         return max(self.loads, self.persistent_bytes + self.moving + self.held_bytes)
 
-    def low(self, i: int, labelled: bool = False) -> Lowered:
-        """Return the lowered moments of a pass."""
-        step, _ = self.passes[i]
-        return lower_inference(step.graph, labelled, step.division)
-
     def replay(self, allocator: Allocator) -> None:
         """Replay the task's allocations and frees. A separate process starts by loading the model."""
         if self.own_process_graph is not None:
@@ -73,15 +67,15 @@ class SideTask(NamedTuple):
 
     def _replay_passes(self, allocator: Allocator) -> None:
         left: list[InheritedTensor] = []
-        for step, axes in self.passes:
-            left = replay_pass(recorded_inference(step.graph, step.division), dict(axes), allocator, left)
+        for each in self.passes:
+            left = replay_pass(each, allocator, left)
         while left:
             allocator.free(left.pop().block)
 
     def _replay_batches(self, allocator: Allocator) -> None:
         """Replay the batches whose predictions are kept; only the first few and the last replay their passes."""
-        together: list[AllocatorBlock] = []
-        last: list[AllocatorBlock] = []
+        together: list[Block] = []
+        last: list[Block] = []
         for count in range(1, self.batches + 1):
             if count <= _REPLAYED or count == self.batches:
                 self._replay_passes(allocator)
@@ -96,6 +90,6 @@ class SideTask(NamedTuple):
         _free([*together, *last], allocator)
 
 
-def _free(blocks: list[AllocatorBlock], allocator: Allocator) -> None:
+def _free(blocks: list[Block], allocator: Allocator) -> None:
     while blocks:
         allocator.free(blocks.pop())

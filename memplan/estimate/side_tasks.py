@@ -10,32 +10,33 @@ memplan.program.training.saving.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
-from memplan.catalogue.inference.decoding import NOT_YET, SUPPRESSES, returned_by
+from memplan.catalogue.inference.decoding import returned_by
 from memplan.catalogue.inference.one_pass import Cache, Pass
 from memplan.catalogue.methods.merging import adapted_weights, merge_moments
-from memplan.catalogue.profiles.profiles import find_profile
-from memplan.catalogue.profiles.profiles import profile_settings as words_of
+from memplan.catalogue.profiles.behaviour import LibraryBehaviour
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import SpecError, UnsupportedModelError
 from memplan.core.ir import Tensor
 from memplan.core.units import ITEMSIZE
 from memplan.engine.walk import size
 from memplan.estimate.side_task import SideTask
-from memplan.estimate.walk import TrainingWalk
+from memplan.estimate.training_peaks import TrainingPeaks
 from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, TensorGroup, elements, lower_inference, operations_of, parameters_of
-from memplan.program.inference.passes import InferenceStep, numbers_of, pass_peak
+from memplan.program.inference.passes import InferenceStep, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.loading import loading, most_at_once
 from memplan.program.run import ResolvedRun
-from memplan.program.training.program import division_in_pass
+from memplan.program.sharding.choice import sharding_of
 from memplan.program.training.saving import saving_peak
 from memplan.resolve.batches import check_batch, with_lengths
 from memplan.resolve.decide import decide
 from memplan.resolve.inference import keeps_every_cache
-from memplan.resolve.refusals import refuse_also
+from memplan.resolve.refusals.refuse import refuse
+from memplan.resolve.refusals.side_tasks import refused_side_tasks
 from memplan.spec.run import RunSpec, changed
 from memplan.spec.training import Also, Evaluation, Loop
 
@@ -44,13 +45,13 @@ _CONTAINER = "transformers 5.24 trainer_pt_utils.py EvalLoopContainer.add"
 
 
 def side_tasks_of(
-    run: RunSpec, walked: TrainingWalk, decided: ResolvedRun, model: ModelSpec | None
+    run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, model: ModelSpec | None
 ) -> tuple[SideTask, ...]:
     """Return the run's side tasks, in the order they run. Raises SpecError."""
     also = run.also
     if also == Also():
         return ()
-    refuse_also(run, decided.structure.graph)
+    refuse(refused_side_tasks(run, decided.structure.graph))
     standing = walked.program.between_steps(walked.workspace)
     tasks: list[SideTask] = []
     if also.evaluation is not None:
@@ -68,7 +69,7 @@ def notes_of(run: RunSpec, asked: tuple[SideTask, ...]) -> Iterator[str]:
     e = run.also.evaluation
     if e is None:
         return
-    step, _ = asked[0].passes[0]
+    step = asked[0].passes[0].step
     longer = run.batch.model_copy(update={"sequence": e.sequence or run.batch.sequence})
     note = check_batch(longer, step.graph.model)
     if note is not None and e.sequence is not None and e.sequence > run.batch.sequence:
@@ -81,37 +82,34 @@ def notes_of(run: RunSpec, asked: tuple[SideTask, ...]) -> Iterator[str]:
 
 
 def _evaluation(
-    run: RunSpec, e: Evaluation, walked: TrainingWalk, model: ModelSpec | None, standing: int
+    run: RunSpec, e: Evaluation, walked: TrainingPeaks, model: ModelSpec | None, standing: int
 ) -> Iterator[SideTask]:
     """Yield an evaluation, and the generation in it."""
     decided_ = _evaluation_run(run, e, model)
-    words = words_of(
-        find_profile(run.profile).name, decided_.structure.graph.model.model_type, run.method.quantization is not None
-    )
-    division = division_in_pass(decided_.structure, later=False)
-    caching = bool(run.loop.use_cache) or words["forward_caches"]
-    cache = words["cache"] if caching else ""
-    one_pass = Pass("eval", cache, casts_logits=words["logits"] == "model")
+    kind, quantised = decided_.structure.graph.model.model_type, run.method.quantization is not None
+    library = library_behaviour(run.profile, kind, quantised)
+    division = sharding_of(decided_.structure).division()
+    caching = bool(run.loop.use_cache) or library.generation.forward_caches
+    cache = library.generation.cache if caching else ""
+    one_pass = Pass("eval", cache, casts_logits=library.loss.logits == "model")
     graph = _evaluation_graph(decided_.structure.graph, one_pass, caching=caching)
     step = InferenceStep(graph, e.micro, decided_.batch.sequence, division=division)
-    axes = numbers_of(step, decided_)
-    low = lower_inference(graph, division=division)
-    moving, moment = pass_peak(graph, axes, division)
+    batch = sized(step, decided_)
+    moving, moment = batch.peak
     standing += walked.program.passing["forward"]
-    passes = ((step, tuple(axes.items())),)
-    kept = _kept(e, graph, axes, run.parallelism.dp)
+    kept = _kept(e, graph, batch.axes, run.parallelism.dp)
     loss = TensorGroup("activation", "loss of a batch, referenced by the loop", "evaluation", "", "fp32", 1, 512, _LOOP)
     referenced = () if e.batch_metrics else (loss,)  # with batch_metrics the loop drops its references
     during, joined = (*kept.during, *referenced), (*kept.joined, *referenced)
-    where, batches = low.moments[moment].where, batches_on_gpu(e) if kept.each else 1
+    where, batches = batch.low().moments[moment].where, batches_on_gpu(e) if kept.each else 1
     task = SideTask(
-        "eval", where, standing, during, passes, (0, moment), moving, kept.each, batches, e.concatenates, kept.host
+        "eval", where, standing, during, (batch,), (0, moment), moving, kept.each, batches, e.concatenates, kept.host
     )
     if sum(h.bytes * h.copies for h in joined) > moving + task.held_bytes:
         task = task._replace(where="evaluation.concat", held=joined, moving=0, top=(-1, -1))
     yield task
     if e.new_tokens:
-        yield _generation(e, decided_, graph, words, one_pass.casts_logits, standing)
+        yield _generation(e, decided_, graph, library, one_pass.casts_logits, standing)
 
 
 def _evaluation_run(run: RunSpec, e: Evaluation, model: ModelSpec | None) -> ResolvedRun:
@@ -228,26 +226,26 @@ def _batch_logits(graph: Graph) -> Tensor | None:
 
 
 def _generation(
-    e: Evaluation, decided_: ResolvedRun, graph: Graph, words: Mapping[str, Any], wide: bool, standing: int
+    e: Evaluation, decided_: ResolvedRun, graph: Graph, library: LibraryBehaviour, wide: bool, standing: int
 ) -> SideTask:
     """Return the generation of tokens after each of an evaluation's sequences."""
-    kind = graph.model.model_type
-    if graph.model.objective not in ("causal_lm", "seq2seq_lm") or kind in NOT_YET:
+    kind, facts = graph.model.model_type, graph.model.family.generation
+    if graph.model.objective not in ("causal_lm", "seq2seq_lm") or not facts.is_modelled:
         raise SpecError(
             f"also.evaluation.new_tokens: generation is not supported yet for {graph.model.name or kind}",
             "also.evaluation.new_tokens",
         )
-    cache: Cache = "legacy" if words["cache"] == "legacy" else "dynamic"
+    cache: Cache = "legacy" if library.generation.cache == "legacy" else "dynamic"
     crosses = graph.model.is_encoder_decoder  # its head reads every token of the decoder's prompt
     last_only, few_rows, switches = (
-        words["last_logits"] and not crosses,
-        words["few_rows"],
-        words["experts"] == "stacked",
+        library.generation.last_logits and not crosses,
+        library.weights.few_rows,
+        library.model.experts == "stacked",
     )
     one_pass = Pass(
         "prefill", cache, last_only, wide, few_rows=few_rows, has_encoder=crosses, batches_later_passes=switches
     )
-    one_pass = one_pass._replace(suppresses=kind in SUPPRESSES)
+    one_pass = one_pass._replace(suppresses=facts.suppresses)
     evaluation_graph = _evaluation_graph(graph, one_pass, caching=True)
     if not keeps_every_cache(evaluation_graph):
         raise UnsupportedModelError(
@@ -257,20 +255,16 @@ def _generation(
     asked = decided_.batch.model_copy(update={"new_tokens": e.new_tokens, "target_sequence": None})
     batch = with_lengths(asked, graph.model, generates=True)
     prompted = decided_._replace(structure=decided_.structure._replace(graph=evaluation_graph), batch=batch)
-    passes: list[tuple[InferenceStep, tuple[tuple[str, int], ...]]] = []
-    peaks: list[tuple[int, int]] = []
-    for step in steps_of(prompted):
-        axes = numbers_of(step, prompted)
-        passes.append((step, tuple(axes.items())))
-        peaks.append(pass_peak(step.graph, axes))
-    top = max(range(len(peaks)), key=lambda i: peaks[i][0])
+    passes = tuple(sized(step, prompted) for step in steps_of(prompted))
+    peaks = [each.peak for each in passes]
+    top = max(range(len(peaks)), key=lambda i: peaks[i].bytes)
     moving, moment = peaks[top]
-    where = f"{passes[top][0].phase}: {lower_inference(passes[top][0].graph).moments[moment].where}"
-    return SideTask("generate", where, standing, (), tuple(passes), (top, moment), moving)
+    where = f"{passes[top].phase}: {passes[top].low().moments[moment].where}"
+    return SideTask("generate", where, standing, (), passes, (top, moment), moving)
 
 
 def _merge(
-    run: RunSpec, walked: TrainingWalk, decided: ResolvedRun, model: ModelSpec | None, standing: int
+    run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun, model: ModelSpec | None, standing: int
 ) -> SideTask:
     """Return the merge of adapters, layer by layer: the peak is the largest layer's product."""
     merging = run.also.merging

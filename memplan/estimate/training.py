@@ -1,74 +1,214 @@
-"""The answer for a training run: what a rank takes of its card, and the ledger, timeline and ranks.
-
-Pure: no network, no printing, no state but caches; the same run gives the same answer on any thread.
-"""
+"""The walk of a training run on the rank with the most: what torch reserves, the ledger, the timeline and the ranks."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
-from memplan.estimate.answer import Bytes, Line, Peak, Phase, Rank, Verdict
-from memplan.estimate.usage import TrainingReplay, Usage, resident, run_overhead
-from memplan.estimate.walk import TrainingWalk, walk
+from memplan.core.cached_property import cached_property
+from memplan.engine.allocator import OutOfMemoryError
+from memplan.engine.native import exact, new_allocator
+from memplan.engine.walk import alive, size
+from memplan.estimate import ledger
+from memplan.estimate.answer import Host, Line, Parameters, Phase, Rank, Walk
+from memplan.estimate.host import host_memory
+from memplan.estimate.side_task import SideTask
+from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
+from memplan.models.model import ModelSpec
+from memplan.program.graph import operations_of
 from memplan.program.run import ResolvedRun
-from memplan.program.training.pipeline import every_stage, in_flight, layers_of, parameters_of
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.structure import Structure, chunks_of
+from memplan.program.training.passes import pass_of as lowered_pass
+from memplan.program.training.pipeline import in_flight, layers_of, parameters_of
+from memplan.program.training.program import Program, host_bytes, host_notes, program
+from memplan.program.training.replay import (
+    LONG_PASS,
+    cached_logits,
+    pass_of,
+    replay_steps,
+    replayed_microbatches,
+)
+from memplan.resolve.batches import check_batch
+from memplan.resolve.communicators import NODE
 from memplan.spec.run import RunSpec
+from memplan.spec.training import Also
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
 
-def usage_of(run: RunSpec, decided: ResolvedRun, walked: TrainingWalk, calibration: Calibration | None) -> Usage:
-    """Return what a rank takes of its card."""
-    axes, expandable = tuple(walked.axes.items()), run.loop.expandable_segments
-    replay = TrainingReplay(decided.structure, axes, walked.workspace, expandable, walked.side_tasks)
-    overhead = run_overhead(decided.gpu, decided.communicators, calibration)
-    held = min((resident(walked.program), *(a.persistent_bytes for a in walked.side_tasks)))
-    load = max((walked.phases[0].peak, *(a.loads for a in walked.side_tasks)))
-    return Usage(replay, held, load, walked.top.peak, decided.gpu, overhead)
+class TrainingWalk(Walk):
+    """The walk of a training run on one rank: its steps and, with `with_side_tasks`, what runs in addition to them."""
+
+    def __init__(self, run: RunSpec, decided: ResolvedRun) -> None:
+        self.run, self.decided, self.gpu = run, decided, decided.gpu
+        self.communicators = decided.communicators
+        self._side_notes: tuple[str, ...] = ()
+        self._take(training_peaks(decided))
+
+    def _take(self, peaks: TrainingPeaks) -> None:
+        self.peaks, self.phases = peaks, peaks.phases
+        p, tasks = peaks.program, peaks.side_tasks
+        self.resident = min((resident_bytes(p), *(task.persistent_bytes for task in tasks)))
+        self.load = max((peaks.phases[0].peak, *(task.loads for task in tasks)))
+
+    def with_side_tasks(self, model: ModelSpec | None) -> TrainingWalk:
+        if self.run.also != Also():
+            from memplan.estimate.side_tasks import notes_of, side_tasks_of
+
+            self._take(self.peaks.followed_by(side_tasks_of(self.run, self.peaks, self.decided, model)))
+            self._side_notes = tuple(notes_of(self.run, self.peaks.side_tasks))
+        return self
+
+    @property
+    def top(self) -> Phase:
+        return self.peaks.top
+
+    @property
+    def parts(self) -> Mapping[str, object]:
+        structure = self.decided.structure
+        parts: dict[str, object] = {**self.decided.parts, "objective": structure.graph.model.objective}
+        if structure.pipe.engine:
+            stage = {"stage": structure.graph.degrees.stage, "schedule": structure.pipe.schedule}
+            parts["parallelism"] = self.run.parallelism.model_copy(update=stage)
+        return parts
+
+    @property
+    def parameters(self) -> Parameters:
+        p = self.peaks.program
+        return Parameters(p.counts.total, p.counts.trainable, p.counts.active)
+
+    def notes(self) -> Iterator[str]:
+        note = check_batch(self.decided.batch, self.decided.structure.graph.model)
+        yield from self.decided.notes
+        yield from host_notes(self.decided.structure, self.run.parallelism.gpus_per_node or NODE)
+        yield from (note,) if note else ()
+        yield from self._side_notes
+
+    @cached_property
+    def _host_bytes_in_steps(self) -> int:
+        return host_bytes(self.peaks.program, self.peaks.axes)
+
+    @property
+    def host_bytes(self) -> int:
+        return self._host_bytes_in_steps + max((task.host for task in self.peaks.side_tasks), default=0)
+
+    def host(self) -> Host:
+        in_steps, tasks = self._host_bytes_in_steps, self.peaks.side_tasks
+        return host_memory(self.decided.structure, self.run.parallelism, self.run.profile, in_steps, tasks)
+
+    def lines(self, at: Phase) -> list[Line]:
+        return ledger.lines(self.peaks.at(at), self.decided)
+
+    def moments(self) -> Iterator[Phase]:
+        return ledger.timeline(self.peaks)
+
+    def counts(self, at: Phase) -> Iterator[dict[int, int]] | None:
+        later, moment = self.peaks.moments[self.peaks.phases.index(at)]
+        if moment < 0:
+            return None
+        low = lowered_pass(self.decided.structure, later)
+        axes = {**operations_of(self.decided.structure.graph)[1], **self.peaks.axes}
+        sizes = [size(key[0], key[1], axes)[1] for key in low.sizes]
+        moments = (moment for moment in low.moments if moment.phase == at.phase)
+        return (_tally(alive(moment, low.runs, axes), sizes) for moment in moments)
+
+    def ranks(self, calibration: Calibration | None) -> Iterator[Rank]:
+        for decided in self.decided.every_stage() if self.decided.has_stages else ():
+            walk, structure = TrainingWalk(self.run, decided), decided.structure
+            numbers, stage = parameters_of(structure), structure.graph.degrees.stage
+            yield Rank.of(walk.usage(calibration), walk.top, stage, layers_of(structure), numbers, in_flight(structure))
+
+    @cached_property
+    def replay(self) -> TrainingReplay:
+        """The inputs that determine the allocations."""
+        peaks, expandable = self.peaks, self.run.loop.expandable_segments
+        axes = tuple(peaks.axes.items())
+        return TrainingReplay(self.decided.structure, axes, peaks.workspace, expandable, peaks.side_tasks)
+
+    @property
+    def is_long(self) -> bool:
+        return sum(pass_of(chunk, later=False).length for chunk in chunks_of(self.decided.structure)) > LONG_PASS
+
+    def reserved(self, capacity: int | None = None) -> int | None:
+        return reserved(self.replay, capacity)
+
+    def free_in_other_streams(self) -> int:
+        return sharding_of(self.decided.structure).idle_in_streams()
+
+    def unreplayed_bytes(self) -> int:
+        return cached_logits(self.decided.structure, self.peaks.axes)
 
 
-def decided_parallelism(run: RunSpec, decided: ResolvedRun) -> dict[str, object]:
-    """Return the decided parallelism: the pipeline's schedule, and the stage that the answer is for."""
-    structure = decided.structure
-    if not structure.pipe.engine:
-        return {}
-    update = {"stage": structure.graph.degrees.stage, "schedule": structure.pipe.schedule}
-    return {"parallelism": run.parallelism.model_copy(update=update)}
+def resident_bytes(p: Program) -> int:
+    """Return the bytes held throughout, once the optimizer has created its states.
+
+    Gradient buckets are not among them, because they may end up anywhere.
+    """
+    return p.parameters + p.buffered + p.scaler + p.states
 
 
-class TrainingDetails(NamedTuple):
-    """The ledger, timeline and ranks of a training answer, from a walk of the run's program."""
+def _tally(counts: Mapping[int, int], sizes: list[int]) -> dict[int, int]:
+    """Return how many tensors of each size in bytes there are, from counts by the index of their size."""
+    tally: dict[int, int] = {}
+    for key, count in counts.items():
+        tally[sizes[key]] = tally.get(sizes[key], 0) + count
+    return tally
 
-    run: RunSpec
-    walked: TrainingWalk
-    decided: ResolvedRun
-    calibration: Calibration | None
 
-    def lines(self) -> Iterable[Line]:
-        from memplan.estimate.ledger import lines
+class TrainingReplay(NamedTuple):
+    """The inputs that determine the allocations of a training run, by which its replays are cached.
 
-        return lines(self.walked, self.decided)
+    workspace   bytes of cuBLAS's workspace
+    expandable  whether the allocator uses expandable segments
+    side_tasks  the run's side tasks
+    """
 
-    def moments(self) -> Iterable[Phase]:
-        from memplan.estimate.ledger import timeline
+    structure: Structure
+    axes: tuple[tuple[str, int], ...]
+    workspace: int
+    expandable: bool
+    side_tasks: tuple[SideTask, ...] = ()
 
-        return timeline(self.walked)
 
-    def ranks(self) -> Iterable[Rank]:
-        if self.decided.structure.graph.degrees.pp == 1:
-            return
-        for structure in every_stage(self.decided.structure):
-            decided = self.decided._replace(structure=structure)
-            walked = walk(self.run, decided)
-            usage = usage_of(self.run, decided, walked, self.calibration)
-            yield Rank(
-                structure.graph.degrees.stage,
-                layers_of(structure),
-                parameters_of(structure),
-                in_flight(structure),
-                Bytes(usage),
-                Peak(walked.top.phase, walked.top.where),
-                Verdict(usage, decided.gpu.usable if decided.gpu else None),
-            )
+@lru_cache(maxsize=1024)
+@exact
+def reserved(replay: TrainingReplay, capacity: int | None = None) -> int | None:
+    """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""
+    short, extra = shorten_replay(replay)
+    if short is not replay:
+        peak = reserved(short, None if capacity is None else capacity - extra)
+        return None if peak is None else peak + extra
+    after = [task.replay for task in replay.side_tasks if task.own_process_graph is None]
+    alone = [task.replay for task in replay.side_tasks if task.own_process_graph is not None]
+    p, axes = program(replay.structure), dict(replay.axes)
+    try:
+        peaks = [replay_steps(p, axes, replay.workspace, replay.expandable, capacity, after)]
+        for replay_task in alone:
+            allocator = new_allocator(replay.expandable, capacity)
+            replay_task(allocator)
+            peaks.append(allocator.peak_reserved)
+        return max(peaks)
+    except OutOfMemoryError:
+        return None
+
+
+@lru_cache(maxsize=1024)
+def shorten_replay(replay: TrainingReplay) -> tuple[TrainingReplay, int]:
+    """Return a replay with fewer microbatches, and the bytes that the others add to its peak.
+
+    Each of the others is assumed to add what one of the second half of those replayed adds.
+    """
+    pipe = replay.structure.pipe
+    few = replayed_microbatches(replay.structure) if pipe.engine else pipe.microbatches
+    if pipe.microbatches <= few:
+        return replay, 0
+
+    def with_microbatches(count: int) -> TrainingReplay:
+        return replay._replace(structure=replay.structure._replace(pipe=pipe._replace(microbatches=count)))
+
+    short, half = with_microbatches(few), with_microbatches(few // 2)
+    growth = (reserved(short) or 0) - (reserved(half) or 0)
+    return short, max(0, growth) * (pipe.microbatches - few) // (few - few // 2)

@@ -6,8 +6,7 @@ takes microseconds. A verdict that is clear without a replay does not run one.
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import (
@@ -22,112 +21,46 @@ from memplan.catalogue.hardware.overhead import (
 )
 from memplan.core.arithmetic import ONE_RUN, Arithmetic, Size
 from memplan.core.cached_property import cached_property
-from memplan.engine.allocator import Allocator, OutOfMemoryError
-from memplan.estimate.side_task import SideTask
-from memplan.program.training.program import Program, Structure, chunks_of, program
-from memplan.program.training.replay import (
-    LONG_PASS,
-    cached_logits,
-    pass_of,
-    replay_steps,
-    replayed_microbatches,
-    streams_apart,
-)
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
 
-class Allocations(Protocol):
-    """A run's allocations in order, to be replayed through a model of torch's allocator."""
+class Replay:
+    """A run's allocations in order on one rank, to be replayed through a model of torch's allocator.
 
-    def reserved(self, capacity: int | None = None) -> int | None:
-        """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""
-        ...
+    gpu            the GPU, if one was given
+    communicators  NCCL communicators that the rank is in
+    resident       bytes held throughout
+    load           peak bytes while the model is loaded
+    """
+
+    gpu: GPU | None
+    communicators: tuple[Communicator, ...] = ()
+    resident: int
+    load: int
+
+    @property
+    def peak(self) -> int:
+        """Peak bytes of the run."""
+        raise NotImplementedError
 
     @property
     def is_long(self) -> bool:
         """Whether a replay takes seconds. If so, none is run for a full card."""
-        ...
+        return False
+
+    def reserved(self, capacity: int | None = None) -> int | None:
+        """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""
+        raise NotImplementedError
 
     def free_in_other_streams(self) -> int:
         """Return the bytes that may be free in other streams' pools: a bound without a replay leaves room for them."""
-        ...
+        return 0
 
     def unreplayed_bytes(self) -> int:
         """Return the bytes in segments that a replay does not see."""
-        ...
-
-
-class TrainingReplay(NamedTuple):
-    """The inputs that determine the allocations of a training run.
-
-    workspace   bytes of cuBLAS's workspace
-    expandable  whether the allocator uses expandable segments
-    side_tasks  the run's side tasks
-    """
-
-    structure: Structure
-    axes: tuple[tuple[str, int], ...]
-    workspace: int
-    expandable: bool
-    side_tasks: tuple[SideTask, ...] = ()
-
-    def reserved(self, capacity: int | None = None) -> int | None:
-        return reserved(self, capacity)
-
-    @property
-    def is_long(self) -> bool:
-        return sum(pass_of(chunk, later=False).length for chunk in chunks_of(self.structure)) > LONG_PASS
-
-    def free_in_other_streams(self) -> int:
-        return streams_apart(self.structure)
-
-    def unreplayed_bytes(self) -> int:
-        return cached_logits(self.structure, dict(self.axes))
-
-
-@lru_cache(maxsize=1024)
-def reserved(replay: TrainingReplay, capacity: int | None = None) -> int | None:
-    """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""
-    short, extra = shorten_replay(replay)
-    if short is not replay:
-        peak = reserved(short, None if capacity is None else capacity - extra)
-        return None if peak is None else peak + extra
-    p = program(replay.structure)
-    after = [task.replay for task in replay.side_tasks if task.own_process_graph is None]
-    allocators = [
-        Allocator(replay.expandable, capacity) for task in replay.side_tasks if task.own_process_graph is not None
-    ]
-    try:
-        most = replay_steps(p, dict(replay.axes), replay.workspace, replay.expandable, capacity, after)
-        for task, allocator in zip(
-            (a for a in replay.side_tasks if a.own_process_graph is not None), allocators, strict=True
-        ):
-            task.replay(allocator)
-        return max(most, *(allocator.peak_reserved for allocator in allocators), 0)
-    except OutOfMemoryError:
-        return None
-
-
-@lru_cache(maxsize=1024)
-def shorten_replay(replay: TrainingReplay) -> tuple[TrainingReplay, int]:
-    """Return a replay with fewer microbatches, and the bytes that the others add to its peak.
-
-    Each of the others is assumed to add what one of the second half of those replayed adds.
-    """
-    structure = replay.structure
-    pipe = structure.pipe
-    few = replayed_microbatches(structure) if pipe.engine else pipe.microbatches
-    if pipe.microbatches <= few:
-        return replay, 0
-
-    def with_microbatches(count: int) -> TrainingReplay:
-        return replay._replace(structure=structure._replace(pipe=pipe._replace(microbatches=count)))
-
-    short, half = with_microbatches(few), with_microbatches(few // 2)
-    growth = (reserved(short) or 0) - (reserved(half) or 0)
-    return short, max(0, growth) * (pipe.microbatches - few) // (few - few // 2)
+        return 0
 
 
 class ProcessOverhead(NamedTuple):
@@ -150,35 +83,28 @@ class ProcessOverhead(NamedTuple):
     rows: tuple[Overhead, ...] = ()
 
 
-def process_overhead(
-    context: Overhead, calibration: Calibration | None = None, nccl: tuple[Overhead, ...] = ()
+def run_overhead(
+    gpu: GPU | None, communicators: tuple[Communicator, ...], calibration: Calibration | None
 ) -> ProcessOverhead:
-    """Return the overhead from the catalogue's rows, or from a machine's own profile.
+    """Return what a process takes outside torch's segments, from the catalogue's rows or a machine's own profile.
 
-    NCCL rows mean several ranks: a profile of one rank says nothing about their errors, and assumed rows widen the
+    Communicators mean several ranks: a profile of one rank says nothing about their errors, and assumed rows widen the
     band.
     """
-    context_row = context
+    context = cuda_context(gpu.compute_capability if gpu else None)
     if calibration:
         measured = calibration.context
-        context_row = context._replace(
+        context = context._replace(
             low=measured.low, usual=measured.usual, high=measured.high, basis="measured", source="this machine"
         )
-    rows = (context_row, *nccl)
+    buffers = nccl(communicators)
+    rows = (context, *buffers)
     bytes_ = sum(row.usual for row in rows)
-    if nccl:
-        assumed = [row for row in nccl if row.basis == "assumed"]
+    if buffers:
+        assumed = [row for row in buffers if row.basis == "assumed"]
         less, more = sum(row.usual - row.low for row in assumed), sum(row.high - row.usual for row in assumed)
-        return ProcessOverhead(
-            bytes_,
-            PREDICTION_BAND_OF_RANKS.low * 1000,
-            0,
-            PREDICTION_BAND_OF_RANKS.high * 1000,
-            COVERAGE,
-            less,
-            more,
-            rows,
-        )
+        band = PREDICTION_BAND_OF_RANKS
+        return ProcessOverhead(bytes_, band.low * 1000, 0, band.high * 1000, COVERAGE, less, more, rows)
     if calibration is None:
         return ProcessOverhead(bytes_, PREDICTION_BAND.low * 1000, 0, PREDICTION_BAND.high * 1000, COVERAGE, rows=rows)
     error = calibration.used_error
@@ -206,14 +132,6 @@ def room(usable: int, overhead: ProcessOverhead) -> SegmentRoom:
     return SegmentRoom(left(overhead.high, overhead.more), left(overhead.low, -overhead.less))
 
 
-def resident(p: Program) -> int:
-    """Return the bytes held throughout, once the optimizer has created its states.
-
-    Gradient buckets are not among them, because they may end up anywhere.
-    """
-    return p.parameters + p.buffered + p.scaler + p.states
-
-
 def enough_for_segments(allocated: Size, resident: int, load: int, by: Arithmetic[Size]) -> Size:
     """Return how many bytes of segments are enough on a full card, however the tensors are placed.
 
@@ -231,16 +149,20 @@ class Usage:
     on a card that holds its tensors but has less room than that.
     """
 
-    def __init__(
-        self, replay: Allocations, resident: int, load: int, peak: int, gpu: GPU | None, overhead: ProcessOverhead
-    ) -> None:
-        """`resident` bytes are held throughout; `load` is the peak of loading, `peak` that of the run."""
+    def __init__(self, replay: Replay, calibration: Calibration | None = None) -> None:
         self._replay = replay
-        self._load = load
-        self._resident = resident
-        self._gpu = gpu
-        self._overhead = overhead
-        self.allocated = peak
+        self._gpu = replay.gpu
+        self._calibration = calibration
+        self.allocated = replay.peak
+
+    @property
+    def usable(self) -> int | None:
+        """Usable bytes of the card; None without one."""
+        return None if self._gpu is None else self._gpu.usable
+
+    @cached_property
+    def _overhead(self) -> ProcessOverhead:
+        return run_overhead(self._gpu, self._replay.communicators, self._calibration)
 
     @property
     def overheads(self) -> tuple[Overhead, ...]:
@@ -297,7 +219,7 @@ class Usage:
     @cached_property
     def used(self) -> int:
         """What the card shows for the process; for a run that does not fit, what a larger card would show."""
-        used = self._shown(self.reserved, self._overhead.usual)
+        used = self._shown_at("usual")
         if self._gpu is None or self.answer == "does not fit":
             return max(used, self.reserved)
         return max(min(used, self._gpu.usable), self.reserved)
@@ -314,8 +236,7 @@ class Usage:
 
     @property
     def band(self) -> Band:
-        low = min(self._shown(self.reserved, self._overhead.low, -self._overhead.less), self.used)
-        high = max(self._shown(self.reserved, self._overhead.high, self._overhead.more), self.used)
+        low, high = min(self._shown_at("low"), self.used), max(self._shown_at("high"), self.used)
         if self._gpu is not None:
             usable = self._gpu.usable
             match self.answer:
@@ -324,13 +245,13 @@ class Usage:
                 case "tight":
                     low, high = min(low, usable), max(high, usable + 1)
                 case _:
-                    low = max(low, usable + 1)
+                    low, high = max(low, usable + 1), max(high, usable + 1)
         return Band(low, high, self._overhead.coverage)
 
     @property
     def enough(self) -> int:
         """Bytes of segments that are enough on a full card, if all are of one stream."""
-        return enough_for_segments(self.allocated, self._resident, self._load, ONE_RUN)
+        return enough_for_segments(self.allocated, self._replay.resident, self._replay.load, ONE_RUN)
 
     @cached_property
     def _roomy(self) -> int:
@@ -343,6 +264,11 @@ class Usage:
             return self._roomy <= capacity
         return capacity >= self.allocated and self._replay.reserved(capacity) is not None
 
+    def _shown_at(self, level: str) -> int:
+        """Return what the card shows at the `low`, `usual` or `high` end of what was measured."""
+        more = {"low": -self._overhead.less, "usual": 0, "high": self._overhead.more}[level]
+        return self._shown(self.reserved, getattr(self._overhead, level), more)
+
     def _shown(self, segments: int, error: int, more: int = 0) -> int:
         """Return what the card shows for `segments`, with an `error` in millionths and `more` bytes of context."""
         return (segments + self._overhead.context + more) * (1_000_000 + error) // 1_000_000
@@ -354,13 +280,6 @@ class Band(NamedTuple):
     low: int
     high: int
     coverage: float
-
-
-def run_overhead(
-    gpu: GPU | None, communicators: tuple[Communicator, ...], calibration: Calibration | None
-) -> ProcessOverhead:
-    """Return what a process takes outside torch's segments, on the run's card with these `communicators`."""
-    return process_overhead(cuda_context(gpu.compute_capability if gpu else None), calibration, nccl(communicators))
 
 
 def calibration_of(gpu: GPU | None, calibration: Calibration | None) -> Calibration | None:

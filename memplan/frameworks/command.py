@@ -10,62 +10,19 @@ from typing import Any, NamedTuple, cast
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.core.errors import SpecError
 from memplan.frameworks.change_table import Lines, differing, value_of
+from memplan.spec.options import OPTIONS as GROUPS
+from memplan.spec.options import flag
 from memplan.spec.parallelism import Offload, Parallelism
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method, Optimizer, Precision, precision_of
 
-# The option for each field. `_has_option` lists the exceptions.
+_LEFT_TO_A_FILE = ("quant_storage", "gpus_per_node", "save", "merge")
+# Field of a training run -> the option that sets it. `_has_option` lists the exceptions.
 OPTIONS = {
-    "method.kind": "--method",
-    "method.rank": "--rank",
-    "method.targets": "--targets",
-    "method.dropout": "--lora-dropout",
-    "method.modules_to_save": "--modules-to-save",
-    "method.trainable_layers": "--trainable-layers",
-    "method.frozen": "--frozen",
-    "method.quantization.format": "--quant-format",
-    "method.quantization.double_quant": "--double-quant",
-    "method.quantization.kbit_preparation": "--kbit-preparation",
-    "optimizer.name": "--optimizer",
-    "optimizer.foreach": "--foreach",
-    "optimizer.in_backward": "--in-backward",
-    "batch.micro": "--batch-size",
-    "batch.sequence": "--seq-len",
-    "batch.target_sequence": "--target-len",
-    "objective": "--objective",
-    "batch.accumulation": "--grad-accum",
-    "batch.images": "--images",
-    "batch.image_size": "--image-size",
-    "kernels.attention": "--attention",
-    "kernels.checkpointing": "--checkpointing",
-    "kernels.reentrant": "--reentrant",
-    "kernels.loss": "--loss",
-    "kernels.fused": "--fused",
-    "also.evaluation.micro": "--eval-batch-size",
-    "also.evaluation.sequence": "--eval-seq-len",
-    "also.evaluation.kept_batches": "--eval-keep-logits",
-    "also.evaluation.accumulation": "--eval-accumulation-steps",
-    "also.evaluation.preprocess": "--eval-preprocess",
-    "also.evaluation.new_tokens": "--eval-generate",
-    "loop.hold_outputs": "--hold-outputs",
-    "loop.padded": "--padded",
-    "loop.trainer": "--trainer",
-    "loop.expandable_segments": "--expandable-segments",
-    "parallelism.world": "--gpus",
-    "parallelism.tp": "--tp",
-    "parallelism.sequence_parallel": "--sequence-parallel",
-    "parallelism.pp": "--pp",
-    "parallelism.virtual_stages": "--virtual-stages",
-    "parallelism.schedule": "--schedule",
-    "parallelism.first_stage_layers": "--first-stage-layers",
-    "parallelism.last_stage_layers": "--last-stage-layers",
-    "parallelism.ends_as_layers": "--ends-as-layers",
-    "parallelism.device_map": "--device-map",
-    "parallelism.stage": "--stage",
-    "parallelism.cp": "--cp",
-    "parallelism.ep": "--ep",
-    "profile": "--profile",
-    "gpu": "--gpu",
+    option.field: flag(name)
+    for heading, group in GROUPS.items()
+    for name, option in group.items()
+    if heading not in ("Generation", "Serving engines") and name not in _LEFT_TO_A_FILE
 }
 _ADAPTER_FIELDS = ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
 _CHECKPOINTING = {"full": "--gradient-checkpointing", "none": "--no-gradient-checkpointing"}

@@ -21,17 +21,6 @@ from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec
 from memplan.spec.run import RunSpec
 
-# Megatron-LM's flags for a family, in addition to its sizes.
-_LLAMA = ("--swiglu", "--normalization RMSNorm", "--position-embedding-type rope", "--disable-bias-linear")
-_FAMILY_FLAGS = {
-    "llama": _LLAMA,
-    "mistral": _LLAMA,
-    "mixtral": _LLAMA,
-    "qwen2": (*_LLAMA, "--add-qkv-bias"),
-    "qwen3": (*_LLAMA, "--qk-layernorm"),
-    "qwen3_moe": (*_LLAMA, "--qk-layernorm"),
-}
-
 
 def _model(run: RunSpec) -> ModelSpec:
     return find_model(run.model)
@@ -66,10 +55,10 @@ def _checkpoints_fully(run: RunSpec) -> bool:
 
 
 def _family_remark(run: RunSpec) -> str:
-    kind = _model(run).model_type
-    if kind in (*_FAMILY_FLAGS, "megatron_gpt"):
+    m = _model(run)
+    if m.family.parallel.megatron_flags is not None:
         return ""
-    return f"add the flags for norms, activation, biases and positions of {kind}"
+    return f"add the flags for norms, activation, biases and positions of {m.model_type}"
 
 
 def _masters_remark(run: RunSpec) -> str:
@@ -94,10 +83,7 @@ def _offload_remark(run: RunSpec) -> str:
 def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes: Nodes) -> str:
     flags = [f"--{key}" if value is True else f"--{key} {value}" for key, value in values.items() if value is not False]
     m = _model(run)
-    if m.model_type == "megatron_gpt":
-        flags += _megatron_gpt_flags(m)
-    elif m.model_type in _FAMILY_FLAGS:
-        flags += _FAMILY_FLAGS[m.model_type]
+    flags += _megatron_gpt_flags(m) if m.is_megatron else m.family.parallel.megatron_flags or ()
     return command(f"{torchrun(nodes)} pretrain_gpt.py", flags, [*head_node(nodes), *remarks])
 
 

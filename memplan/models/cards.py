@@ -13,11 +13,11 @@ from typing import Any, NamedTuple, Protocol, cast
 
 from memplan.core.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, printable
 from memplan.core.frozen import FrozenDict
+from memplan.core.package_data import data_path
 from memplan.models.gguf import config_of
 from memplan.models.headers import WEIGHTS, Checkpoint, read_checkpoint, read_gguf, refuse_pickle
 from memplan.models.model import ModelSpec
 
-_PACKAGE = Path(__file__).resolve().parents[1]
 _MAX_CONFIG_BYTES = 2**24  # a config.json has a few kilobytes; anything far larger is another kind of file
 _MAX_SHOWN = 200  # characters of a path that an error message repeats
 
@@ -30,9 +30,8 @@ class InlineConfig(Protocol):
 
 
 def card_folder() -> Path:
-    """Return the folder `model_cards`: inside the installed package, or next to it in a checkout."""
-    installed = _PACKAGE / "model_cards"
-    return installed if installed.is_dir() else _PACKAGE.parent / "model_cards"
+    """Return the folder of the bundled cards."""
+    return data_path("model_cards")
 
 
 @cache

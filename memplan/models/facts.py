@@ -6,14 +6,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.core.frozen import FrozenDict, frozen
+from memplan.models.family_facts import (
+    EMPTY,
+    AttentionFacts,
+    CheckpointFacts,
+    ConfigKeys,
+    GenerationFacts,
+    ParallelFacts,
+    Picture,
+    ServingFacts,
+    TrainingFacts,
+)
 from memplan.models.headers import Checkpoint
-from memplan.models.layers import MOST_LAYERS, Layer, LayerRun, as_json, layers_of, runs_of
+from memplan.models.layers import MOST_LAYERS, Layer, LayerRun, as_json, runs_of
 from memplan.models.objectives import objective_of
 
 # Largest accepted sizes: far above any existing model, so that a larger value must be a mistake.
@@ -37,7 +47,6 @@ NAMES: dict[str, tuple[str, ...]] = {
         "hidden_act",
     )
 }
-DECODER = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size")  # required keys of a decoder
 
 # transformers' activations that run as one kernel, which saves its input. Source: torch 2.13 derivatives.yaml.
 ONE_KERNEL = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "hardswish", "leaky_relu", "mish", "relu6")
@@ -45,46 +54,104 @@ ONE_KERNEL = ("silu", "swish", "gelu", "gelu_pytorch_tanh", "hardswish", "leaky_
 WRITTEN_OUT = (*ONE_KERNEL, "gelu_new", "relu", "relu2")
 
 
-class Family(NamedTuple):
-    """Facts of one model_type.
+class LengthFacts(NamedTuple):
+    """How long its sequences may be.
 
-    defaults               defaults of its config class that memory depends on
-    names                  standard name -> keys of its configs, in the order they are looked up; () if it has no such
-                           key
-    required               standard names that a config must have
-    layers                 the layers, one by one; None if all are equal
-    axes                   additional axes for shapes, on top of those of `ModelFacts.axes`
-    decoder                key of the nested config whose keys are read as the config's own
-    built_as               model_type whose classes transformers builds from this config instead
-    positions              positions are looked up in a table, so longer sequences cannot run
-    objectives             supported objectives (`memplan.models.objectives`), the default first
-    longest                longest sequence, if not `max_position_embeddings`
-    never_quantised        modules that transformers never quantises (`_keep_in_fp32_modules`)
-    unsupported_attention  attention implementations that its classes do not support
-    fixed_length           fixed sequence length of an image or audio encoder: patches or frames
-    target                 longest decoder sequence of an encoder-decoder; returns None if it has no position table
-    acts                   supported activations, by transformers' names
-    renamed                aliases of keys that are not sizes: older names, and names that its config class writes
-    fixed                  keys that its classes ignore, with the value they behave as
+    learned  positions are looked up in a table, so longer sequences cannot run
+    longest  longest sequence, if not `max_position_embeddings`
+    fixed    fixed sequence length of an image or audio encoder: patches or frames
+    target   longest decoder sequence of an encoder-decoder; returns None if it has no position table
+    """
+
+    learned: bool = False
+    longest: Callable[[ModelFacts], int] | None = None
+    fixed: Callable[[ModelFacts], int] | None = None
+    target: Callable[[ModelFacts], int | None] | None = None
+
+
+class ImageFacts(NamedTuple):
+    """Its vision tower.
+
+    defaults         defaults of the config class of `vision_config`
+    picture          an image of a height and width in pixels as its processor resizes it; None if only the tower's
+                     weights are estimated
+    largest          the image with the most tokens, if it is not one of the tower's own size
+    axes             the axes set by a run's images and an image, if not only the number and sizes of grids
+    is_called        images can be read; else only the tower's weights are loaded
+    is_fixed         its processor resizes every image to the same size
+    is_packed        the tower reads all images as one packed sequence, which is split only for sdpa
+    has_masks        the tower's layers take masks, which offloading checkpoints would also move
+    by_keyword       the tower passes hidden states to its layers by keyword, and its processor returns bf16 pixels
+    video            how vLLM counts a video's patches: frames, as long as a request has room for, or pixels; "" if it
+                     takes no videos
+    boundary_tokens  tokens that its processor adds around an image's
+    ffn              FFN of the tower: plain, gated, or fused, with a norm that adds the residual into a new tensor
+    is_rotated       the tower rotates queries and keys
+    """
+
+    defaults: Mapping[str, int | tuple[int, ...]] = EMPTY
+    picture: Callable[[ModelFacts, int, int], Picture] | None = None
+    largest: Callable[[ModelFacts], Picture] | None = None
+    axes: Callable[[ModelFacts, int, Picture], Mapping[str, int]] | None = None
+    is_called: bool = True
+    is_fixed: bool = False
+    is_packed: bool = False
+    has_masks: bool = False
+    by_keyword: bool = False
+    video: Literal["", "frames", "pixels"] = ""
+    boundary_tokens: int = 0
+    ffn: Literal["plain", "gated", "fused"] = "plain"
+    is_rotated: bool = True
+
+
+class Family(NamedTuple):
+    """Every fact of one model_type. No other module compares a model_type or keeps a table of them.
+
+    defaults    defaults of its config class that memory depends on
+    keys        how its configs are read
+    layers      the layers, one by one; None if all are equal
+    axes        additional axes for shapes, on top of those of `ModelFacts.axes`
+    kv_heads    the number of key/value heads, if no key of the config gives it
+    built_as    model_type whose classes transformers builds from this config instead
+    objectives  supported objectives (`memplan.models.objectives`), the default first
+    acts        supported activations, by transformers' names, if not those of all gated or ungated MLPs
+    gated       its MLPs have a gate; else two matrices with an activation between them
+    lengths     how long its sequences may be
+    stack       module of `memplan.catalogue.families` that builds it
+    attention   how its attention runs
+    training    how adapters, quantisation and placement treat its modules
+    generation  how it generates
+    checkpoint  how its weights are stored
+    parallel    how libraries divide it among GPUs
+    serving     what serving engines do differently
+    images      its vision tower; None if it has none
+    note        what an answer should say about it; "" for nothing
     """
 
     defaults: Mapping[str, Any]
-    names: Mapping[str, tuple[str, ...]] = MappingProxyType({})
-    required: tuple[str, ...] = DECODER
+    keys: ConfigKeys = ConfigKeys()
     layers: Callable[[ModelFacts], tuple[Layer, ...]] | None = None
     axes: Callable[[ModelFacts], Mapping[str, int]] | None = None
-    decoder: str = ""
+    kv_heads: Callable[[ModelFacts, int | None], int] | None = None
     built_as: str = ""
-    positions: bool = False
     objectives: tuple[str, ...] = ("causal_lm",)
-    longest: Callable[[ModelFacts], int] | None = None
-    never_quantised: tuple[str, ...] = ()
-    unsupported_attention: tuple[str, ...] = ()
-    fixed_length: Callable[[ModelFacts], int] | None = None
-    target: Callable[[ModelFacts], int | None] | None = None
-    acts: tuple[str, ...] = ONE_KERNEL
-    renamed: Mapping[str, str] = MappingProxyType({})
-    fixed: Mapping[str, Any] = MappingProxyType({})
+    acts: tuple[str, ...] = ()
+    gated: bool = True
+    lengths: LengthFacts = LengthFacts()
+    stack: str = ""
+    attention: AttentionFacts = AttentionFacts()
+    training: TrainingFacts = TrainingFacts()
+    generation: GenerationFacts = GenerationFacts()
+    checkpoint: CheckpointFacts = CheckpointFacts()
+    parallel: ParallelFacts = ParallelFacts()
+    serving: ServingFacts = ServingFacts()
+    images: ImageFacts | None = None
+    note: Callable[[ModelFacts], str] | None = None
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """The supported activations."""
+        return self.acts or (ONE_KERNEL if self.gated else WRITTEN_OUT)
 
 
 def _part(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -119,31 +186,34 @@ class ModelFacts:
         self.name = name
         self.card: Mapping[str, Any] = frozen(published or {})
         self.checkpoint = checkpoint
-        self._family = family
+        self.family = family
         self.model_type = family.built_as or model_type
-        self._defaults = family.defaults
-        self._names = {**NAMES, **family.names}
-        if family.decoder:
+        self._defaults, keys = family.defaults, family.keys
+        self._names = {**NAMES, **keys.names}
+        if keys.decoder:
             outer = {key: config[key] for key in ("model_type", "tie_word_embeddings") if key in config}
-            config = {**config, **_part(config, family.decoder), **outer}
-        renamed = {new: config[old] for old, new in family.renamed.items() if old in config}
-        self.config: FrozenDict = frozen({**self._defaults, **config, **renamed, **family.fixed})
+            config = {**config, **_part(config, keys.decoder), **outer}
+        renamed = {new: config[old] for old, new in keys.renamed.items() if old in config}
+        self.config: FrozenDict = frozen({**self._defaults, **config, **renamed, **keys.fixed})
         self._given = frozenset(config)
         for key in _NESTED:
             self.part(key)
         sizes = {name: self._size(name) for name in NAMES if name != "hidden_act"}
         ffn = ("intermediate_size",) if any(name in self._defaults for name in self._names["intermediate_size"]) else ()
-        for required in (*self._family.required, *ffn):
+        for required in (*keys.required, *ffn):
             if sizes[required] is None:
                 raise ConfigError(f"config: no {' or '.join(self._names[required])}", required)
         self.hidden_size = sizes["hidden_size"] or 0
         self.num_hidden_layers = sizes["num_hidden_layers"] or 0
         self.num_attention_heads = sizes["num_attention_heads"] or 1
-        self.num_key_value_heads = self._key_value_heads(sizes["num_key_value_heads"])
+        stated = sizes["num_key_value_heads"]
+        self.num_key_value_heads = (
+            family.kv_heads(self, stated) if family.kv_heads is not None else stated or self.num_attention_heads
+        )
         self.vocab_size = sizes["vocab_size"] or 0
         self.intermediate_size = sizes["intermediate_size"] or 4 * self.hidden_size
         self.max_position_embeddings = sizes["max_position_embeddings"]
-        divides = sizes["head_dim"] is not None or "num_attention_heads" not in self._family.required
+        divides = sizes["head_dim"] is not None or "num_attention_heads" not in keys.required
         if not divides and self.hidden_size % self.num_attention_heads:
             raise ConfigError(
                 f"config: num_attention_heads {self.num_attention_heads} does not divide "
@@ -159,23 +229,19 @@ class ModelFacts:
             )
         self.hidden_act = self._activation()
         self.tie_word_embeddings = bool(self.get("tie_word_embeddings", False))
-        self.objective = objective_of(config, self._family.objectives)
+        self.objective = objective_of(config, self.family.objectives)
         self.layers = self._layers()
         self.num_hidden_layers = self.num_hidden_layers or len(self.layers)  # NemotronH has only a list of layers
 
     def _layers(self) -> tuple[Layer, ...]:
-        if self._family.layers is not None:
-            return self._family.layers(self)
-        return layers_of(
-            self.model_type,
-            self.config,
-            self.num_hidden_layers,
-            self.sliding_window,
-            self.num_attention_heads,
-            self.num_key_value_heads,
-            self.intermediate_size,
-            self.hidden_size,
-        )
+        if self.family.layers is not None:
+            return self.family.layers(self)
+        return (self.equal_layer,) * self.num_hidden_layers
+
+    @property
+    def equal_layer(self) -> Layer:
+        """The layer of a model whose layers are all equal."""
+        return Layer(self.sliding_window is not None, True, self.num_key_value_heads, self.intermediate_size)
 
     def get(self, key: str, default: Any = None) -> Any:
         """Return a key of the config, or `default` if it is absent or null.
@@ -226,27 +292,14 @@ class ModelFacts:
         """Return a nested config, empty if it is absent or null. Raises ConfigError if it is not a mapping."""
         return _part(self.config, key)
 
-    def _key_value_heads(self, stated: int | None) -> int:
-        """Return the number of key/value heads; `stated` is the config's `num_key_value_heads`."""
-        a = self.num_attention_heads
-        match self.model_type:
-            case "gpt_bigcode":
-                return 1 if self.get("multi_query", False) else a
-            case "falcon" if not self.get("new_decoder_architecture", False):
-                return 1 if self.get("multi_query", False) else a
-            case "chatglm" if not self.get("multi_query_attention", False):
-                return a
-            case _:
-                return stated or a
-
     def _activation(self) -> str:
         """Return transformers' name of the MLP's activation. Raises UnsupportedModelError if it is not supported."""
         key = self._key("hidden_act")
         name = self.config.get(key) if key is not None else None
-        if name is not None and name not in self._family.acts:
+        if name is not None and name not in self.family.activations:
             raise UnsupportedModelError(
                 f"{key}: {as_json(name)} is not supported yet for model_type {self.model_type}; "
-                f"supported: {', '.join(self._family.acts)}",
+                f"supported: {', '.join(self.family.activations)}",
                 str(key),
             )
         return str(name or "silu")
@@ -267,24 +320,29 @@ class ModelFacts:
         return window if used else None
 
     @property
+    def is_megatron(self) -> bool:
+        """Whether Megatron-core's own layers run it."""
+        return self.family.stack == "megatron"
+
+    @property
+    def has_tower(self) -> bool:
+        """Whether it has a vision tower that can be called or frozen."""
+        return self.family.images is not None and self.family.images.is_called
+
+    @property
+    def has_compressed_cache(self) -> bool:
+        """Whether it caches compressed keys."""
+        return self.family.generation.cache == "compressed"
+
+    @property
     def learned_positions(self) -> bool:
         """Whether positions are looked up in a table, so longer sequences cannot run."""
-        return self._family.positions
+        return self.family.lengths.learned
 
     @property
     def objectives(self) -> tuple[str, ...]:
         """The objectives that its family supports, the default first."""
-        return self._family.objectives
-
-    @property
-    def unquantised(self) -> tuple[str, ...]:
-        """Modules that transformers neither quantises nor loads in fp16."""
-        return self._family.never_quantised
-
-    @property
-    def unsupported_attention(self) -> tuple[str, ...]:
-        """Attention implementations that its classes do not support."""
-        return self._family.unsupported_attention
+        return self.family.objectives
 
     @cached_property
     def num_labels(self) -> int:
@@ -295,21 +353,25 @@ class ModelFacts:
     @property
     def longest_sequence(self) -> int | None:
         """The longest sequence that the model has positions for, in tokens."""
-        return self._family.longest(self) if self._family.longest is not None else self.max_position_embeddings
+        return (
+            self.family.lengths.longest(self)
+            if self.family.lengths.longest is not None
+            else self.max_position_embeddings
+        )
 
     @property
     def only_sequence(self) -> int | None:
         """The fixed sequence length of an image or audio encoder; None for other models."""
-        return self._family.fixed_length(self) if self._family.fixed_length is not None else None
+        return self.family.lengths.fixed(self) if self.family.lengths.fixed is not None else None
 
     @property
     def is_encoder_decoder(self) -> bool:
-        return self._family.target is not None
+        return self.family.lengths.target is not None
 
     @property
     def longest_target(self) -> int | None:
         """The longest decoder sequence of an encoder-decoder, in tokens; None for no limit."""
-        return self._family.target(self) if self._family.target is not None else None
+        return self.family.lengths.target(self) if self.family.lengths.target is not None else None
 
     @cached_property
     def rotary_width(self) -> int:
@@ -371,7 +433,7 @@ class ModelFacts:
             "p": p,
             "p32": -(-p // 32) * 32,
             "c": self.num_labels,
-            **(self._family.axes(self) if self._family.axes is not None else {}),
+            **(self.family.axes(self) if self.family.axes is not None else {}),
         }
 
     def _key(self, name: str) -> str | None:
@@ -385,12 +447,7 @@ class ModelFacts:
         return self._whole(key, _LIMITS.get(name, _LIMIT)) if key is not None else None
 
     def _whole(self, key: str, limit: int) -> int | None:
-        value = self.config.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-            raise ConfigError(f"config: {key} must be a whole number from 1 to {limit:,}, not {as_json(value)}", key)
-        return value
+        return self.config_int(key, most=limit) if self.config.get(key) is not None else None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ModelFacts) and self._known == other._known

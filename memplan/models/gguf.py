@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError, UnknownNameError, UnsupportedModelError, printable
+from memplan.models.configs import families, family
 from memplan.models.headers import ArrayLength, Gguf, StoredTensor
 
 # Keys below the architecture's prefix -> transformers' names in most families.
@@ -27,116 +28,16 @@ _KEYS = {
     "attention.layer_norm_epsilon": "layer_norm_eps",
     "rope.freq_base": "rope_theta",
 }
-_CAPPED = {"attn_logit_softcapping": "attn_logit_softcapping", "final_logit_softcapping": "final_logit_softcapping"}
-_EXPERTS = {"expert_used_count": "num_experts_per_tok", "expert_feed_forward_length": "moe_intermediate_size"}
-_GPT = {
-    "context_length": "n_positions",
-    "block_count": "n_layer",
-    "embedding_length": "n_embd",
-    "feed_forward_length": "n_inner",
-    "attention.head_count": "n_head",
-}
 
-# Routed and shared experts, after the first dense layers.
-_DEEPSEEK: dict[str, str | None] = {
-    "expert_count": "n_routed_experts",
-    "expert_shared_count": "n_shared_experts",
-    "leading_dense_block_count": "first_k_dense_replace",
-    **_EXPERTS,
-}
-_LATENT: dict[str, str | None] = {
-    "attention.key_length": None,
-    "attention.head_count_kv": None,
-    "attention.q_lora_rank": "q_lora_rank",
-    "attention.kv_lora_rank": "kv_lora_rank",
-    "rope.dimension_count": "qk_rope_head_dim",
-}
-_DELTA: dict[str, str | None] = {
-    "ssm.conv_kernel": "linear_conv_kernel_dim",
-    "ssm.state_size": "linear_key_head_dim",
-    "ssm.group_count": "linear_num_key_heads",
-    "ssm.time_step_rank": "linear_num_value_heads",
-    "full_attention_interval": "full_attention_interval",
-    "expert_count": "num_experts",
-    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-    **_EXPERTS,
-}
 
-# general.architecture -> model_type, and keys in addition to or instead of those of `_KEYS`; None leaves a key out.
-ARCHITECTURES: dict[str, tuple[str, Mapping[str, str | None]]] = {
-    "command-r": ("cohere", {}),
-    "cohere2": ("cohere2", {}),
-    "deepseek2": ("deepseek_v2", {**_LATENT, **_DEEPSEEK}),
-    "ernie4_5": ("ernie4_5", {}),
-    "exaone4": ("exaone4", {}),
-    "falcon": ("falcon", {"attention.head_count_kv": "num_kv_heads", "feed_forward_length": "ffn_hidden_size"}),
-    "gemma": ("gemma", {}),
-    "gemma2": ("gemma2", _CAPPED),
-    "gemma3": ("gemma3_text", {}),
-    "glm4": ("glm4", {}),
-    "glm4moe": ("glm4_moe", _DEEPSEEK),
-    "gpt-oss": (
-        "gpt_oss",
-        {
-            "feed_forward_length": None,
-            "expert_feed_forward_length": "intermediate_size",
-            "expert_count": "num_local_experts",
-            "expert_used_count": "num_experts_per_tok",
-        },
-    ),
-    "gpt2": ("gpt2", {**dict.fromkeys(_KEYS), **_GPT}),
-    "granite": ("granite", {}),
-    "granitemoe": ("granitemoe", {"expert_count": "num_local_experts", "expert_used_count": "num_experts_per_tok"}),
-    "hunyuan-dense": ("hunyuan_v1_dense", {}),
-    "internlm2": ("internlm2", {"attention.key_length": None}),
-    "llama": ("llama", {"rope.dimension_count": "head_dim"}),
-    "minicpm": ("minicpm", {"attention.key_length": None}),
-    "mistral3": ("ministral3", {}),
-    "nemotron": ("nemotron", {}),
-    "olmo": ("olmo", {}),
-    "olmo2": ("olmo2", {}),
-    "olmoe": ("olmoe", {"expert_count": "num_experts", "expert_used_count": "num_experts_per_tok"}),
-    "phi2": ("phi", {}),
-    "phi3": ("phi3", {"attention.sliding_window": None}),
-    "qwen2": ("qwen2", {}),
-    "qwen2moe": (
-        "qwen2_moe",
-        {
-            "expert_count": "num_experts",
-            "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
-            **_EXPERTS,
-        },
-    ),
-    "qwen3": ("qwen3", {}),
-    "qwen3moe": ("qwen3_moe", {"expert_count": "num_experts", **_EXPERTS}),
-    "qwen3next": ("qwen3_next", _DELTA),
-    "seed_oss": ("seed_oss", {}),
-    "smollm3": ("smollm3", {}),
-    "stablelm": ("stablelm", {}),
-    "starcoder2": ("starcoder2", {}),
-}
+def architectures() -> dict[str, str]:
+    """Map each architecture that is read to its model_type."""
+    return {
+        row.checkpoint.gguf: model_type
+        for model_type, row in families().items()
+        if row.checkpoint.gguf_keys is not None and not row.keys.decoder
+    }
 
-# Boolean keys of a family's config, each with the tensor of the first layer that exists if it is true.
-_SWITCHES: dict[str, dict[str, str]] = {
-    "cohere": {"use_qk_norm": "attn_q_norm.weight"},
-    "falcon": {"new_decoder_architecture": "attn_norm_2.weight", "bias": "attn_qkv.bias"},
-    "glm4": {"attention_bias": "attn_q.bias"},
-    "glm4_moe": {"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm.weight"},
-    "gpt_oss": {"attention_bias": "attn_q.bias"},
-    "granite": {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_down.bias"},
-    "internlm2": {"bias": "attn_q.bias"},
-    "llama": {"attention_bias": "attn_q.bias", "mlp_bias": "ffn_down.bias"},
-    "minicpm": {"attention_bias": "attn_q.bias"},
-    "phi": {"qk_layernorm": "attn_q_norm.weight"},
-    "qwen3": {"attention_bias": "attn_q.bias"},
-    "seed_oss": {
-        "attention_bias": "attn_q.bias",
-        "attention_out_bias": "attn_output.bias",
-        "mlp_bias": "ffn_down.bias",
-    },
-    "stablelm": {"use_qkv_bias": "attn_q.bias", "qk_layernorm": "attn_q_norm.weight"},
-    "starcoder2": {"use_bias": "attn_q.bias"},
-}
 
 # Tensors that are not parameters of transformers' model, which computes these tables from its config.
 TABLES = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
@@ -154,14 +55,16 @@ def config_of(file: Gguf, where: str) -> dict[str, Any]:
     if file.metadata.get("general.type", "model") != "model":
         kind = printable(str(file.metadata["general.type"]), 40)
         raise ConfigError(f"model: {where} is a GGUF file of the kind {kind}, not a model", "model")
-    if architecture not in ARCHITECTURES:
-        near = " or ".join(UnknownNameError("model", architecture, ARCHITECTURES).nearest)
+    known = architectures()
+    if architecture not in known:
+        near = " or ".join(UnknownNameError("model", architecture, sorted(known)).nearest)
         raise UnsupportedModelError(
             f"model: {where} has GGUF's architecture {printable(architecture, 40)!r}, which is not supported yet as "
             f"GGUF; give its config.json. The nearest supported: {near}",
             "model",
         )
-    model_type, own = ARCHITECTURES[architecture]
+    model_type = known[architecture]
+    own = family(model_type).checkpoint.gguf_keys or {}
     shapes = {tensor.name: tensor.shape for tensor in file.tensors}
     config: dict[str, Any] = {"model_type": model_type}
     for key, name in {**_KEYS, **own}.items():
@@ -173,7 +76,7 @@ def config_of(file: Gguf, where: str) -> dict[str, Any]:
         config["num_experts_per_tok"] = file.metadata.get("llama.expert_used_count", 2)
     config["vocab_size"] = _vocabulary(file.metadata, shapes, architecture, where)
     config["tie_word_embeddings"] = "output.weight" not in shapes
-    for name, tensor in _SWITCHES.get(config["model_type"], {}).items():
+    for name, tensor in family(config["model_type"]).checkpoint.gguf_switches.items():
         config[name] = f"blk.0.{tensor}" in shapes
     if model_type == "stablelm":  # a second norm per layer means that attention and MLP do not share one
         config["use_parallel_residual"] = "blk.0.ffn_norm.weight" not in shapes

@@ -35,6 +35,9 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
 # `modules_to_save=["classifier"]`.
 # Source: peft 0.21 peft_model.py PeftModelForSequenceClassification, PeftModelForTokenClassification.
 _CLASSIFIES = ("sequence_classification", "token_classification", "image_classification")
+# Objectives of decoders that have a class for sequence classification and reward models.
+# Source: transformers 5.24 modeling_layers.py GenericForSequenceClassification.
+CLASSIFIER = ("causal_lm", "sequence_classification")
 _OTHER_HEADS = ("QuestionAnswering", "MultipleChoice", "Reward")
 _MAX_SHOWN = 80  # characters of a name that an error message repeats
 

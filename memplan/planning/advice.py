@@ -8,7 +8,6 @@ from math import inf
 from typing import Any, NamedTuple
 
 from memplan.catalogue.profiles.costs import cost_of
-from memplan.core.errors import MemplanError, SpecError
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
 from memplan.estimate.calibration import Calibration
@@ -18,6 +17,7 @@ from memplan.planning.levers import ATTENTION, FIRST, sequence_of, spread, with_
 from memplan.planning.offers import CardFilter, Offer, offers
 from memplan.planning.plan import Time, time_between
 from memplan.planning.reach import largest_sequence, smaller_models
+from memplan.planning.trials import attempt, needed_gpu
 from memplan.spec.run import RunSpec, changed
 from memplan.spec.training import Method
 
@@ -76,8 +76,7 @@ def advise(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None 
 
     Raises SpecError if the run names no GPU, and whatever `estimate` raises for the model.
     """
-    if run.gpu is None:
-        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
+    needed_gpu(run)
     plain = _plain(run)
     table = _Table(plain, demand, calibration)
     full = _step(
@@ -130,9 +129,8 @@ class _Table:
 
     def choice(self, option: _Option) -> AdviceOption | None:
         """Return the estimated option; None if memplan refuses the run."""
-        try:
-            answer = estimate(option.run, self._calibration)
-        except MemplanError:
+        answer = attempt(option.run, self._calibration)
+        if answer is None:
             return None
         rows = [cost_of(key) for key in option.costs]
         return AdviceOption(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.profiles.engines import find_engine
-from memplan.catalogue.profiles.profiles import profile_settings
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.catalogue.quantization.weight_formats import FormatChoice
 from memplan.estimate.answer import Estimate
 from memplan.spec.generation import CacheConfig
@@ -37,8 +37,8 @@ def alternative_caches(answer: Estimate) -> Iterator[tuple[FormatChoice, RunSpec
             step = _Q8 if engine.kind == "llama.cpp" else _FP8
             yield step, changed(run, "serving", cache_dtype=step.format)
         return
-    words = profile_settings(run.profile, "", False)
-    if not words["further_caches"] or run.generation.cache_implementation not in (None, "dynamic"):
+    library = library_behaviour(run.profile, "", False)
+    if not library.generation.further_caches or run.generation.cache_implementation not in (None, "dynamic"):
         return
     if run.generation.prefill_chunk_size is None and answer.run.batch.sequence > CHUNK:
         yield _CHUNKS, changed(run, "generation", prefill_chunk_size=CHUNK)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from math import gcd, prod
 from typing import Any, NamedTuple
 
-from memplan.catalogue.families.megatron import KIND
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.links import network, node_link
 from memplan.catalogue.parallelism.sharding import STAGES, STRATEGIES
@@ -25,6 +25,7 @@ from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec
 from memplan.planning.levers import spread, with_fields
 from memplan.planning.traffic import Cluster, ParallelGrid, StepTime, TrafficFacts, min_state_bytes, step, traffic_facts
+from memplan.planning.trials import attempt
 from memplan.spec.parallelism import Offload, Parallelism
 from memplan.spec.run import RunSpec
 
@@ -231,12 +232,10 @@ class _Trials:
     def set_nearest_by_states(self, known: TrafficFacts, grids: list[ParallelGrid]) -> None:
         """Take as nearest the grid with the fewest bytes of weights, gradients and states; no grid can hold them."""
         for grid in sorted(grids, key=lambda grid: min_state_bytes(known, grid)):
-            try:
-                answer = estimate(run_of(self._run, self._cluster, grid), self._calibration)
-            except MemplanError:
-                continue
-            self._nearest = GridFit(grid, answer, step(known, self._cluster, grid))
-            return
+            answer = attempt(partial(run_of, self._run, self._cluster, grid), self._calibration)
+            if answer is not None:
+                self._nearest = GridFit(grid, answer, step(known, self._cluster, grid))
+                return
 
     def reasons(self) -> Iterator[RefusedGrids]:
         for kind, grids in self.refused.most_common():
@@ -328,7 +327,7 @@ def _grids(
 ) -> Iterator[ParallelGrid]:
     world, micro = cluster.world, run.batch.micro
     degrees = degrees_of(run, model, world)
-    may_share_tp = model.model_type != KIND  # transformers may divide experts among the tensor-parallel ranks
+    may_share_tp = not model.is_megatron  # transformers may divide experts among the tensor-parallel ranks
     for name in DEGREES:
         asked = getattr(pinned, name)
         if asked is not None:
@@ -392,9 +391,7 @@ def _together(run: RunSpec, cluster: Cluster, asked: Estimate, calibration: Cali
     peaks: list[int | None] = []
     for strategy in ("ddp", "fsdp2") if cluster.world > 1 else ():
         grid = ParallelGrid(cluster.world, 1, 1, 1, 1, strategy, run.batch.micro, run.batch.accumulation)
-        try:
-            peaks.append(estimate(run_of(run, cluster, grid), calibration).bytes.allocated)
-        except MemplanError:
-            peaks.append(None)
+        answer = attempt(partial(run_of, run, cluster, grid), calibration)
+        peaks.append(answer.bytes.allocated if answer else None)
     ddp, fsdp2 = peaks or (None, None)
     return PeakComparison(asked.bytes.allocated, ddp, fsdp2)

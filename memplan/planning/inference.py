@@ -7,6 +7,7 @@ Every answer has been estimated in full, except the speed, which is a range (`me
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 from memplan.catalogue.hardware import token_rates
@@ -26,6 +27,7 @@ from memplan.planning.offers import ANY, CardFilter, wanted_cards
 from memplan.planning.reach import reach
 from memplan.planning.roofline import DecodingPace, Load, decode, prefill
 from memplan.planning.step_time import Hourly, hourly
+from memplan.planning.trials import attempt, last, needed_gpu
 from memplan.program.serving.rank_share import bytes_on_rank
 from memplan.program.serving.settings import Settings
 from memplan.program.stored.weights import UNQUANTISED, StoredWeight, stored_weights
@@ -142,14 +144,13 @@ def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | No
     Raises SpecError if the run names no GPU or its task is not generate, and whatever `estimate` raises.
     """
     _check(run)
-    if run.gpu is None:
-        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
-    demand.check(find_gpu(run.gpu))
+    gpu = needed_gpu(run)
+    demand.check(gpu)
     answer = estimate(run, calibration)
     most = _requests(run, answer, demand, calibration)
-    base = _Base(answer, most)
+    base = _Base(answer, most, demand, calibration)
     load, unpaced = load_of(answer)
-    gpu, (tokens, new), micro = find_gpu(run.gpu), lengths(answer), run.batch.micro
+    (tokens, new), micro = lengths(answer), run.batch.micro
     decoding = full = prompt = None
     if load is not None:
         decoding = decode(load, gpu, tokens, new, micro)
@@ -160,10 +161,10 @@ def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | No
         demand,
         most,
         _context(run, answer, demand, calibration),
-        tuple(_degrees(run, base, demand, calibration)),
-        tuple(_placements(run, base, demand, calibration)),
-        tuple(_formats(run, base, demand, calibration)),
-        tuple(_caches(base, demand, calibration)),
+        tuple(_degrees(run, base)),
+        tuple(_placements(run, base)),
+        tuple(_formats(run, base)),
+        tuple(_caches(base)),
         decoding,
         full,
         prompt,
@@ -252,10 +253,12 @@ def _check(run: RunSpec) -> None:
 
 
 class _Base(NamedTuple):
-    """The answer of the run itself, and its most concurrent requests."""
+    """The answer of the run itself, its most concurrent requests, and what every variant of it is held to."""
 
     answer: Estimate
     most: Limit
+    demand: Demand
+    calibration: Calibration | None
 
 
 def _requests(
@@ -276,16 +279,7 @@ def _requests(
 def _largest(run: RunSpec, guess: int, demand: Demand, calibration: Calibration | None) -> int:
     """Return the largest number of requests that meets the demand, searching from what the cache pool holds."""
 
-    def holds(n: int) -> bool:
-        return demand.met(estimate(changed(run, "batch", micro=n), calibration))
-
-    low, high = 0, guess + 1
-    while holds(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    return last(lambda n: demand.met(estimate(changed(run, "batch", micro=n), calibration)), 0, guess + 1)
 
 
 def _context(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibration | None) -> Limit:
@@ -306,16 +300,12 @@ def _context(run: RunSpec, answer: Estimate, demand: Demand, calibration: Calibr
 
 
 def _met(run: RunSpec, demand: Demand, calibration: Calibration | None) -> bool:
-    try:
-        return demand.met(estimate(run, calibration))
-    except MemplanError:
-        return False
+    answer = attempt(run, calibration)
+    return answer is not None and demand.met(answer)
 
 
-def _degrees(run: RunSpec, base: _Base, demand: Demand, calibration: Calibration | None) -> Iterator[Variant]:
-    for tp in DEGREES:
-        divided = with_tp(run, tp)
-        yield _choice(str(tp), divided, base, demand, calibration)
+def _degrees(run: RunSpec, base: _Base) -> Iterator[Variant]:
+    return (_choice(str(tp), with_tp(run, tp), base) for tp in DEGREES)
 
 
 def with_tp(run: RunSpec, tp: int) -> RunSpec:
@@ -326,7 +316,7 @@ def with_tp(run: RunSpec, tp: int) -> RunSpec:
     return run.model_copy(update={"parallelism": Parallelism(world=tp, tp=tp)})
 
 
-def _placements(run: RunSpec, base: _Base, demand: Demand, calibration: Calibration | None) -> Iterator[Variant]:
+def _placements(run: RunSpec, base: _Base) -> Iterator[Variant]:
     """Yield the run with a device_map over more and more GPUs, until one of them gets no layers.
 
     On one GPU that holds the run, it is the run itself.
@@ -335,19 +325,12 @@ def _placements(run: RunSpec, base: _Base, demand: Demand, calibration: Calibrat
         divided = with_layers(run, gpus)
         if divided is None:
             continue
-        if gpus == 1 and demand.met(base.answer):
+        if gpus == 1 and base.demand.met(base.answer):
             divided = run
-        if _leaves_empty(divided, calibration):
+        answer = attempt(divided, base.calibration)
+        if answer is not None and any("stay empty" in note for note in answer.notes):
             return
-        yield _choice(str(gpus), divided, base, demand, calibration)
-
-
-def _leaves_empty(run: RunSpec, calibration: Calibration | None) -> bool:
-    """Whether a device_map leaves a GPU without layers."""
-    try:
-        return any("stay empty" in note for note in estimate(run, calibration).notes)
-    except MemplanError:
-        return False
+        yield _choice(str(gpus), divided, base)
 
 
 def with_layers(run: RunSpec, gpus: int) -> RunSpec | None:
@@ -357,18 +340,18 @@ def with_layers(run: RunSpec, gpus: int) -> RunSpec | None:
     return run.model_copy(update={"parallelism": Parallelism(world=gpus, device_map="auto")})
 
 
-def _formats(run: RunSpec, base: _Base, demand: Demand, calibration: Calibration | None) -> Iterator[Variant]:
+def _formats(run: RunSpec, base: _Base) -> Iterator[Variant]:
     """Yield the run in its own weight format, then in each smaller one."""
-    yield _choice(_format(base.answer) or f"as asked, {run.precision.weights}", run, base, demand, calibration)
+    yield _choice(_format(base.answer) or f"as asked, {run.precision.weights}", run, base)
     for step in _smaller_formats(base.answer):
-        yield _choice(step.format, with_format(run, step.format), base, demand, calibration, step)
+        yield _choice(step.format, with_format(run, step.format), base, step)
 
 
-def _caches(base: _Base, demand: Demand, calibration: Calibration | None) -> Iterator[Variant]:
+def _caches(base: _Base) -> Iterator[Variant]:
     """Yield the run with each other cache that allows more requests, or as many with less memory."""
     most = base.most.value
     for step, run in alternative_caches(base.answer):
-        choice = _choice(step.format, run, base, demand, calibration, step)
+        choice = _choice(step.format, run, base, step)
         is_smaller = choice.answer is not None and choice.answer.bytes.used < base.answer.bytes.used
         if choice.requests > most or (is_smaller and choice.requests == most):
             yield choice
@@ -399,11 +382,8 @@ def mildest_format(
 ) -> tuple[str, Estimate] | None:
     """Return the mildest smaller weight format that fits, and the estimate with it; None if there is none."""
     for step in _smaller_formats(answer):
-        try:
-            other = estimate(with_format(answer.asked, step.format), calibration)
-        except MemplanError:
-            continue
-        if demand.met(other):
+        other = attempt(partial(with_format, answer.asked, step.format), calibration)
+        if other is not None and demand.met(other):
             return step.format, other
     return None
 
@@ -423,14 +403,9 @@ def _format(answer: Estimate) -> str:
     return requested.format if isinstance(requested, Quantization) else requested or ""
 
 
-def _choice(
-    name: str,
-    run: RunSpec,
-    base: _Base,
-    demand: Demand,
-    calibration: Calibration | None,
-    step: FormatChoice | None = None,
-) -> Variant:
+def _choice(name: str, run: RunSpec, base: _Base, step: FormatChoice | None = None) -> Variant:
+    """Return the run as a variant of the base."""
+    demand, calibration = base.demand, base.calibration
     try:
         is_base = run == base.answer.asked
         answer = base.answer if is_base else estimate(run, calibration)
@@ -470,19 +445,15 @@ def _fits_on(
     run: RunSpec, gpu: GPU, counts: tuple[int, ...], wanted: CardFilter, demand: Demand
 ) -> Iterator[_PricedFit]:
     """Yield the numbers of the card that hold the run without using the host, fewest first."""
-    price = hourly(gpu)
     for n in counts:
-        total = None if price is None else price._replace(low=price.low * n, high=price.high * n)
+        total = hourly(gpu, n)
         if wanted.usd_per_hour is not None and (total is None or total.low > wanted.usd_per_hour):
             continue
         divisions = [with_tp(run, n)] if n in DEGREES else []
         divisions += [mapped for mapped in (with_layers(run, n),) if mapped is not None and n in PLACED and n > 1]
         for divided in divisions:
-            try:
-                answer = estimate(divided.model_copy(update={"gpu": gpu.name}))
-            except MemplanError:
-                continue
-            if demand.met(answer) and not answer.host_bytes:
+            answer = attempt(divided.model_copy(update={"gpu": gpu.name}))
+            if answer is not None and demand.met(answer) and not answer.host_bytes:
                 yield _PricedFit(gpu, n, answer, total)
                 break
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
-from memplan.core.errors import MemplanError
 from memplan.estimate.answer import Estimate
 from memplan.estimate.calibration import Calibration
 from memplan.estimate.estimate import estimate
 from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.plan import Effect
+from memplan.planning.trials import attempt
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method
@@ -55,14 +56,10 @@ def ladder(run: RunSpec, calibration: Calibration | None = None) -> Ladder:
     below = plain
     for key in RUNGS:
         lever = _rung(below, key)
-        if lever is None:
-            continue
-        try:
-            above = estimate(pull(below.asked, (lever,)), calibration)
-        except MemplanError:
-            continue
-        rungs.append(Effect(lever, below, above))
-        below = above
+        above = attempt(partial(pull, below.asked, (lever,)), calibration) if lever else None
+        if lever and above:
+            rungs.append(Effect(lever, below, above))
+            below = above
     return Ladder(plain, tuple(rungs))
 
 

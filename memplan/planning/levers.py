@@ -98,18 +98,22 @@ def levers_of(run: RunSpec) -> tuple[Lever, ...]:
     return tuple(sorted(levers, key=lambda lever: lever.tier))
 
 
+def _lever(key: str, title: str, group: str, *fields: tuple[str, Any]) -> Lever:
+    """Return the lever with one cost row that sets the fields."""
+    return Lever((key,), title, group, fields)
+
+
 def _segments(run: RunSpec) -> Iterator[Lever]:
     if not run.loop.expandable_segments:
-        fields = (("loop.expandable_segments", True),)
-        yield Lever(("expandable_segments",), "expandable segments", "allocator", fields)
+        yield _lever("expandable_segments", "expandable segments", "allocator", ("loop.expandable_segments", True))
 
 
 def _optimizer(run: RunSpec) -> Iterator[Lever]:
     name = str(run.optimizer.name)
 
     def switch(key: str, title: str, to: str) -> Lever:
-        cleared = tuple((f"optimizer.{field}", None) for field in ("foreach", "state_dtype", "momentum"))
-        return Lever((key,), title, "optimizer", (("optimizer.name", to), *cleared))
+        cleared = ((f"optimizer.{field}", None) for field in ("foreach", "state_dtype", "momentum"))
+        return _lever(key, title, "optimizer", ("optimizer.name", to), *cleared)
 
     if name == "adamw_torch":
         yield switch("optimizer_fused", "the fused optimizer", "adamw_torch_fused")
@@ -121,43 +125,39 @@ def _optimizer(run: RunSpec) -> Iterator[Lever]:
     elif name == "adamw_8bit":
         yield switch("optimizer_paged", "paged 8-bit optimizer states", "paged_adamw_8bit")
     if run.batch.accumulation == 1 and not run.optimizer.in_backward:
-        fields = (("optimizer.in_backward", True),)
-        yield Lever(("in_backward",), "the optimizer's step in backward", "in backward", fields)
+        field = ("optimizer.in_backward", True)
+        yield _lever("in_backward", "the optimizer's step in backward", "in backward", field)
 
 
 def _loss(run: RunSpec) -> Iterator[Lever]:
     if run.kernels.loss == "hf":
-        yield Lever(("chunked_loss",), "a chunked loss", "loss", (("kernels.loss", "chunked"),))
+        yield _lever("chunked_loss", "a chunked loss", "loss", ("kernels.loss", "chunked"))
     if run.kernels.loss in ("hf", "chunked"):
         fields: Fields = (("kernels.loss", "fused"),)
         fused = run.kernels.fused or ()
         if "cross_entropy" in fused:  # the fused loss replaces the cross-entropy kernel
             fields += (("kernels.fused", tuple(name for name in fused if name != "cross_entropy")),)
-        yield Lever(("fused_loss",), "a fused loss", "loss", fields)
+        yield _lever("fused_loss", "a fused loss", "loss", *fields)
 
 
 def _attention(run: RunSpec) -> Iterator[Lever]:
     if run.kernels.attention in ("eager", "sdpa_math"):
-        yield Lever(("attention_flash",), "sdpa attention", "attention", (("kernels.attention", "sdpa"),))
+        yield _lever("attention_flash", "sdpa attention", "attention", ("kernels.attention", "sdpa"))
     if run.kernels.attention != "flash_attention_2" and run.precision.compute != "fp32":
-        flash = (("kernels.attention", "flash_attention_2"),)
-        yield Lever(("attention_flash",), "flash attention 2", "attention", flash)
+        flash = ("kernels.attention", "flash_attention_2")
+        yield _lever("attention_flash", "flash attention 2", "attention", flash)
 
 
 def _checkpointing(run: RunSpec) -> Iterator[Lever]:
     if run.kernels.checkpointing == "none":
-        full = (("kernels.checkpointing", "full"),)
-        yield Lever(("checkpointing",), "gradient checkpointing", "checkpointing", full)
+        full = ("kernels.checkpointing", "full")
+        yield _lever("checkpointing", "gradient checkpointing", "checkpointing", full)
     if run.kernels.checkpointing in ("none", "full"):
-        keys = (
-            ("offload_activations",)
-            if run.kernels.checkpointing == "full"
-            else ("checkpointing", "offload_activations")
-        )
+        keys = ("checkpointing", "offload_activations")[run.kernels.checkpointing == "full" :]
         host = (("kernels.checkpointing", "offload"),)
         yield Lever(keys, "checkpoints on the host", "checkpointing", host)
     if run.kernels.reentrant and run.kernels.checkpointing != "none":
-        yield Lever(("reentrant",), "non-reentrant checkpointing", "reentrant", (("kernels.reentrant", False),))
+        yield _lever("reentrant", "non-reentrant checkpointing", "reentrant", ("kernels.reentrant", False))
 
 
 def _micro_batch(run: RunSpec) -> Iterator[Lever]:
@@ -169,7 +169,7 @@ def _micro_batch(run: RunSpec) -> Iterator[Lever]:
         if total % smaller == 0:
             fields = (("batch.micro", smaller), ("batch.accumulation", total // smaller))
             title = f"micro-batch {smaller:,} with {total // smaller:,} passes a step"
-            yield Lever(("micro_batch",), title, "batch", fields)
+            yield _lever("micro_batch", title, "batch", *fields)
 
 
 def _halves(n: int, least: int = 1) -> Iterator[int]:
@@ -185,23 +185,21 @@ def _evaluation(run: RunSpec) -> Iterator[Lever]:
         return
     if evaluation.kept_batches and not evaluation.batch_metrics:
         if evaluation.accumulation != 1:
-            fields = (("also.evaluation.accumulation", 1),)
-            yield Lever(
-                ("evaluation_host",), "evaluation logits moved to the host after every batch", "kept logits", fields
-            )
+            title = "evaluation logits moved to the host after every batch"
+            yield _lever("evaluation_host", title, "kept logits", ("also.evaluation.accumulation", 1))
         if evaluation.preprocess is None:
-            fields = (("also.evaluation.preprocess", "argmax"),)
-            yield Lever(("evaluation_argmax",), "evaluation keeps argmax tokens, not logits", "what is kept", fields)
+            title = "evaluation keeps argmax tokens, not logits"
+            yield _lever("evaluation_argmax", title, "what is kept", ("also.evaluation.preprocess", "argmax"))
     for smaller in _halves(evaluation.micro):
-        fields = (("also.evaluation.micro", smaller),)
-        yield Lever(("evaluation_batch",), f"evaluation batch size {smaller:,}", "evaluation", fields)
+        title = f"evaluation batch size {smaller:,}"
+        yield _lever("evaluation_batch", title, "evaluation", ("also.evaluation.micro", smaller))
 
 
 def _offload(run: RunSpec) -> Iterator[Lever]:
     offload = run.parallelism.offload
     if not offload.optimizer:
         host = Offload.model_validate({**dict(offload), "optimizer": True})
-        yield Lever(("offload_optimizer",), "the optimizer on the host", "offload", (("parallelism.offload", host),))
+        yield _lever("offload_optimizer", "the optimizer on the host", "offload", ("parallelism.offload", host))
 
 
 # From the least communication to the most: gradients once; the same with states and gradients sharded; weights too,
@@ -227,23 +225,23 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
 def _more_gpus(run: RunSpec) -> Iterator[Lever]:
     if run.parallelism.world == 1:
         for world in (2, 4, 8):
-            fields = spread(run, world, _SHARDING)
-            yield Lever(("more_gpus",), f"{world} GPUs, sharded by {_SHARDING}", "gpus", fields)
+            title = f"{world} GPUs, sharded by {_SHARDING}"
+            yield _lever("more_gpus", title, "gpus", *spread(run, world, _SHARDING))
 
 
 def _double_quant(run: RunSpec) -> Iterator[Lever]:
     q = run.method.quantization
     if q is not None and q.format in ("nf4", "fp4") and not q.double_quant:
         double = Quantization.model_validate({**dict(q), "double_quant": True})
-        yield Lever(("double_quant",), "double quantisation", "quantisation", (("method.quantization", double),))
+        yield _lever("double_quant", "double quantisation", "quantisation", ("method.quantization", double))
 
 
 def _precision(run: RunSpec) -> Iterator[Lever]:
     p = run.precision
     if run.method.quantization is None and (p.weights == "fp32" or p.master is not None):
         pure = Precision(weights="bf16")
-        fields = tuple((f"precision.{name}", getattr(pure, name)) for name in Precision.model_fields)
-        yield Lever(("precision_pure",), "pure bf16", "precision", fields)
+        fields = ((f"precision.{name}", getattr(pure, name)) for name in Precision.model_fields)
+        yield _lever("precision_pure", "pure bf16", "precision", *fields)
 
 
 _TO_LORA = (("method.kind", "lora"), ("method.trainable_layers", Method().trainable_layers))
@@ -253,7 +251,7 @@ _QUANTISED = {"full": "qlora", "freeze": "qlora", "lora": "qlora", "dora": "qdor
 def _method(run: RunSpec) -> Iterator[Lever]:
     kind = run.method.kind
     if kind not in ADAPTERS:
-        yield Lever(("method_lora",), "LoRA", "method", _TO_LORA)
+        yield _lever("method_lora", "LoRA", "method", *_TO_LORA)
     if kind in _QUANTISED and not find_config(run.model).get("quantization_config"):
         # a quantised checkpoint keeps the format it is stored in
         to = _QUANTISED[kind]
@@ -269,7 +267,7 @@ _MIN_RANK = 4
 def _rank(run: RunSpec) -> Iterator[Lever]:
     if run.method.kind in ADAPTERS:
         for rank in _halves(run.method.rank, _MIN_RANK):
-            yield Lever(("rank",), f"rank {rank:,}", "rank", (("method.rank", rank),))
+            yield _lever("rank", f"rank {rank:,}", "rank", ("method.rank", rank))
 
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -281,9 +279,8 @@ def _targets(run: RunSpec) -> Iterator[Lever]:
         return
     for targets in (ATTENTION, FIRST):
         if run.method.targets == "all-linear" or set(targets) < set(run.method.targets):
-            yield Lever(
-                ("targets",), f"adapters on {', '.join(targets)} only", "targets", (("method.targets", targets),)
-            )
+            title = f"adapters on {', '.join(targets)} only"
+            yield _lever("targets", title, "targets", ("method.targets", targets))
 
 
 _MIN_SEQUENCE = 128  # tokens; shorter sequences make no sensible training run
@@ -296,4 +293,4 @@ def _sequence(run: RunSpec) -> Iterator[Lever]:
 
 def sequence_of(tokens: int) -> Lever:
     """Return the lever that sets the sequence length."""
-    return Lever(("sequence",), f"sequences of {tokens:,} tokens", "sequence", (("batch.sequence", tokens),))
+    return _lever("sequence", f"sequences of {tokens:,} tokens", "sequence", ("batch.sequence", tokens))

@@ -23,6 +23,7 @@ from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.planning.levers import STRATEGIES, spread, with_fields
 from memplan.planning.step_time import Cost, Hourly, Pace, Range, Work, cost, hourly, step_pace, work
+from memplan.planning.trials import attempt
 from memplan.spec.run import RunSpec
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
@@ -214,11 +215,12 @@ def _miss(choice: _Candidate, answer: Estimate, demand: Demand) -> NearestMiss:
 
 def _on(run: RunSpec, gpu: GPU, count: int, strategy: str, calibration: Calibration | None) -> Estimate | None:
     """Estimate the run on `count` cards; None if it cannot run there."""
-    try:
-        sharded = with_fields(run, spread(run, count, strategy)) if count > 1 else run
-        return estimate(sharded.model_copy(update={"gpu": gpu.name}), calibration)
-    except MemplanError:  # flash attention on a card that is too old, an optimizer that a strategy cannot shard
-        return None
+
+    def sharded() -> RunSpec:
+        fields = spread(run, count, strategy) if count > 1 else ()
+        return with_fields(run, fields).model_copy(update={"gpu": gpu.name})
+
+    return attempt(sharded, calibration)  # refused: flash attention on a card that is too old, say
 
 
 def _candidates(
@@ -227,7 +229,7 @@ def _candidates(
     """Yield what the bounds do not rule out, the fewest cards and the least communication first."""
     most = max(counts)
     for count in counts:
-        price = _total_price(hourly(gpu), count)
+        price = hourly(gpu, count)
         if wanted.usd_per_hour is not None and (price is None or price.low > wanted.usd_per_hour):
             continue
         for strategy in STRATEGIES if count > 1 else (_NO_STRATEGY,):
@@ -256,10 +258,6 @@ def _with_communication(seconds: Range, count: int) -> Range:
     if count == 1 or row.low is None or row.high is None:
         return seconds
     return Range(seconds.low * row.low, seconds.usual * (row.low + row.high) / 2, seconds.high * row.high)
-
-
-def _total_price(price: Hourly | None, count: int) -> Hourly | None:
-    return None if price is None else price._replace(low=price.low * count, high=price.high * count)
 
 
 def _order(choice: _Candidate) -> tuple[float, float, float, str]:

@@ -14,7 +14,7 @@ from typing import NamedTuple
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus
 from memplan.catalogue.methods.methods import ADAPTERS
-from memplan.core.errors import MemplanError, SpecError, UnknownNameError
+from memplan.core.errors import SpecError, UnknownNameError
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import Estimate, Holding
 from memplan.estimate.calibration import Calibration
@@ -22,10 +22,10 @@ from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import card_names, find_model, load_card
 from memplan.planning.sweep import FIELDS, Grid, grid
+from memplan.planning.trials import MAX_VALUE, attempt, last, needed_gpu
 from memplan.spec.run import RunSpec, changed
 
 AXES = (*FIELDS, "model")
-_MAX_VALUE = 2**32  # ends the search for a run that takes no memory
 _SAMPLING = {"batch": (64, 1), "sequence": (16, 64), "rank": (64, 1)}  # samples beyond the bisection, their multiple
 
 
@@ -81,7 +81,7 @@ def reach(
     tried = _tried(run, axis, calibration)
     samples, multiple = _SAMPLING[axis]
     value = _largest(tried, demand, samples if samples_beyond else 0, multiple)
-    beyond = tried(value + 1) if value < _MAX_VALUE else None
+    beyond = tried(value + 1) if value < MAX_VALUE else None
     ends = {"batch": "nothing", "sequence": "positions", "rank": "rank"}
     return Reach(axis, value, tried(value) if value else None, beyond, "memory" if beyond else ends[axis])
 
@@ -89,17 +89,9 @@ def reach(
 def _tried(run: RunSpec, axis: str, calibration: Calibration | None) -> Callable[[int], Estimate | None]:
     """Return a function that estimates the run at a value of the axis; its result is None if memplan refuses the run,
     for example if there are more tokens than learned positions."""
-    if run.gpu is None:
-        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
+    needed_gpu(run)
     part, field = FIELDS[axis]
-
-    def tried(value: int) -> Estimate | None:
-        try:
-            return estimate(changed(run, part, **{field: value}), calibration)
-        except MemplanError:
-            return None
-
-    return tried
+    return lambda value: attempt(lambda: changed(run, part, **{field: value}), calibration)
 
 
 def _largest(tried: Callable[[int], Estimate | None], demand: Demand, looks: int, multiple: int) -> int:
@@ -117,44 +109,30 @@ def _largest(tried: Callable[[int], Estimate | None], demand: Demand, looks: int
             and demand.fits_card_of(answer, answer.gpu.usable) is not False
         )
 
-    low = _last(holds, 0)
+    low = last(holds, 0)
     if multiple > 1 and low:  # bisection over round values may find a larger one
-        low = max(low, multiple * _last(lambda n: holds(multiple * n), low // multiple))
-        if low < _MAX_VALUE and holds(low + 1):
-            low = _last(holds, low)
-    if not low or low >= _MAX_VALUE or not looks:
+        low = max(low, multiple * last(lambda n: holds(multiple * n), low // multiple))
+        if low < MAX_VALUE and holds(low + 1):
+            low = last(holds, low)
+    if not low or low >= MAX_VALUE or not looks:
         return low
-    end = _last(may_hold, low)  # allocated bytes rule out everything beyond
+    end = last(may_hold, low)  # allocated bytes rule out everything beyond
     step = max(1, -(-(end - low) // looks))
     step = -(-step // multiple) * multiple if step > 1 else 1
     further = next((n for n in range(end // step * step, low, -step) if holds(n)), low)
-    return low if further == low else _last(holds, further)
-
-
-def _last(holds: Callable[[int], bool], low: int) -> int:
-    """Return the last value before one that does not hold, by doubling and bisection; `low` holds or is 0."""
-    high = 2 * low or 1
-    while holds(high):
-        if high >= _MAX_VALUE:
-            return high
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
+    return low if further == low else last(holds, further)
 
 
 def _largest_model(run: RunSpec, demand: Demand, calibration: Calibration | None) -> Reach:
     """Return the bundled model with most parameters that fits."""
-    usable = _usable(run)
+    usable, trains = needed_gpu(run).usable, estimate(run).parameters.trainable > 0
     beyond: Estimate | None = None
     for name in by_size():
         other = run.model_copy(update={"model": name})
-        if _min_weight_bytes(other) > usable:
+        if _min_weight_bytes(other, trains) > usable:
             continue
-        try:
-            answer = estimate(other, calibration)
-        except MemplanError:
+        answer = attempt(other, calibration)
+        if answer is None:
             continue
         if demand.met(answer):
             return Reach("model", name, answer, beyond, "memory" if beyond or name != by_size()[0] else "models")
@@ -177,20 +155,13 @@ def smaller_models(run: RunSpec) -> Iterator[str]:
     yield from (name for name in smaller if name not in family)
 
 
-def _usable(run: RunSpec) -> int:
-    answer = estimate(run)
-    if answer.gpu is None:
-        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
-    return answer.gpu.usable
-
-
-def _min_weight_bytes(run: RunSpec) -> int:
+def _min_weight_bytes(run: RunSpec, trains: bool) -> int:
     """Return a lower bound of a GPU's bytes of weights.
 
     Assumes four bits per parameter for quantised training, one bit for inference, and even shares for all ranks.
     """
     parameters = int(find_model(run.model).card["parameters"])
-    if run.task != "train":
+    if not trains:
         return parameters // 8 // run.parallelism.world
     total = parameters // 2 if run.method.quantization else parameters * ITEMSIZE[run.precision.weights]
     return total // run.parallelism.world
@@ -211,7 +182,7 @@ def frontier(run: RunSpec, demand: Demand = FITS, calibration: Calibration | Non
     """Return the frontier for batches of 1, 2, 4 and so on. Raises as `reach` does."""
     longest: list[tuple[int, int]] = []
     batch = 1
-    while batch <= _MAX_VALUE:
+    while batch <= MAX_VALUE:
         tokens = largest_sequence(changed(run, "batch", micro=batch), demand, calibration)
         if tokens < _MIN_TOKENS and longest:
             break
@@ -236,10 +207,7 @@ def cards_that_hold(run: RunSpec, vendor: str = "", calibration: Calibration | N
 
     @cache
     def answer_on(gpu: GPU) -> Estimate | None:
-        try:
-            return estimate(run.model_copy(update={"gpu": gpu.name}), calibration)
-        except MemplanError:  # flash attention on a card that is too old, say
-            return None
+        return attempt(run.model_copy(update={"gpu": gpu.name}), calibration)
 
     for gpu in cards:
         kind = answer_on(largest[gpu.compute_capability])

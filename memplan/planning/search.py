@@ -11,12 +11,11 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 
-from memplan.core.errors import MemplanError
 from memplan.estimate.answer import Estimate, phase_peaks
 from memplan.estimate.calibration import Calibration
 from memplan.estimate.demand import Demand
-from memplan.estimate.estimate import estimate
 from memplan.planning.levers import Lever, levers_of, pull, sequence_of
+from memplan.planning.trials import attempt
 from memplan.spec.run import RunSpec
 
 Set = tuple[Lever, ...]
@@ -42,10 +41,7 @@ class Trials:
         """Return the estimate with the levers pulled; None if the run cannot have them together."""
         key = frozenset(levers)
         if key not in self._answers:
-            try:
-                self._answers[key] = estimate(pull(self.run, key), self._calibration)
-            except MemplanError:
-                self._answers[key] = None
+            self._answers[key] = attempt(lambda: pull(self.run, key), self._calibration)
         return self._answers[key]
 
     def fits(self, levers: Iterable[Lever]) -> bool:

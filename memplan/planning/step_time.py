@@ -26,12 +26,13 @@ from memplan.engine.work import Call
 from memplan.program.axes import run_axes
 from memplan.program.graph import Graph, operations_of, work_of_pass
 from memplan.program.run import ResolvedRun
-from memplan.program.sharding.ranks import pieces
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.structure import Structure
 from memplan.program.training.pipeline import idle, may_be_worst
-from memplan.program.training.program import Structure, gradients_of, host_bytes, host_of, program, trained_parameters
+from memplan.program.training.program import host_bytes, program
 from memplan.resolve.batches import check_batch
 from memplan.resolve.decide import decide
-from memplan.resolve.refusals import refuse_unless_training
+from memplan.resolve.refusals.across_parts import refuse_unless_training
 from memplan.spec.run import RunSpec
 
 PARTS = ("forward", "recomputed", "inputs", "weights")
@@ -275,7 +276,7 @@ def _copied(structure: Structure, passes: int) -> int:
     """
     ranks = structure.ranks
     if ranks.offloads:
-        parts = sum(prod(p.shape) * ITEMSIZE[p.dtype] * p.copies for p in pieces(structure.graph, ranks))
+        parts = sharding_of(structure).host_shards()
         gathered = 1 if ranks.keeps else 2
         return passes * gathered * parts + (1 if ranks.delayed else passes) * _weights(structure)
     return _gradients(structure) + _weights(structure) if structure.on_host else 0
@@ -285,17 +286,17 @@ def _fsdp_host_update(structure: Structure) -> int:
     """Return the bytes of a rank's weights, gradients and states that FSDP updates on the host."""
     if not structure.ranks.offloads:
         return 0
-    states = sum(h.bytes * h.copies for h in host_of(structure) if h.kind == "optstate")
+    states = sum(h.bytes * h.copies for h in sharding_of(structure).host() if h.kind == "optstate")
     return 2 * _weights(structure) + states
 
 
 def _gradients(structure: Structure) -> int:
-    return sum(h.bytes * h.copies for h in gradients_of(structure))
+    return sum(h.bytes * h.copies for h in sharding_of(structure).gradients())
 
 
 def _weights(structure: Structure) -> int:
     """Return the bytes of the trained parameters."""
-    return sum(prod(t.shape) * ITEMSIZE[t.dtype] * t.copies for t in trained_parameters(structure))
+    return sum(prod(t.shape) * ITEMSIZE[t.dtype] * t.copies for t in sharding_of(structure).trained())
 
 
 @lru_cache(maxsize=2048)
@@ -500,13 +501,13 @@ class Hourly(NamedTuple):
     date: str
 
 
-def hourly(gpu: GPU) -> Hourly | None:
-    """Return the range of the card's dated prices; None if there are none."""
+def hourly(gpu: GPU, count: int = 1) -> Hourly | None:
+    """Return the range of the dated prices of `count` cards together; None if there are none."""
     dated = [price for price in gpu.prices if price.date]
     if not dated:
         return None
     prices = [price.usd_per_hour for price in dated]
-    return Hourly(min(prices), max(prices), max(price.date for price in dated))
+    return Hourly(min(prices) * count, max(prices) * count, max(price.date for price in dated))
 
 
 class Cost(NamedTuple):

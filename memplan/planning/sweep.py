@@ -22,17 +22,19 @@ from memplan.engine.walk import values
 from memplan.estimate.answer import ANSWERS
 from memplan.estimate.calibration import Calibration
 from memplan.estimate.estimate import estimate
-from memplan.estimate.usage import SegmentRoom, calibration_of, enough_for_segments, resident, room, run_overhead
-from memplan.estimate.walk import workspace_of
+from memplan.estimate.training import resident_bytes
+from memplan.estimate.training_peaks import workspace_of
+from memplan.estimate.usage import SegmentRoom, calibration_of, enough_for_segments, room, run_overhead
 from memplan.models.cards import find_model
 from memplan.models.configs.images import picture_of, takes_images
 from memplan.program.axes import run_axes
 from memplan.program.run import ResolvedRun
-from memplan.program.training.program import PHASES, Program, phase_peaks, program
-from memplan.program.training.replay import streams_apart
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.training.passes import PHASES
+from memplan.program.training.program import Program, phase_peaks, program
 from memplan.resolve.batches import check_batch
 from memplan.resolve.decide import decide
-from memplan.resolve.refusals import refuse_unless_training
+from memplan.resolve.refusals.across_parts import refuse_unless_training
 from memplan.spec.run import RunSpec, changed
 from memplan.spec.training import Also
 
@@ -199,7 +201,7 @@ def _same_program(run: RunSpec, batches: list[int], sequences: list[int]) -> Ite
     ends = {0, len(sequences)}
     if model.sliding_window is not None:
         ends.add(bisect_left(sequences, model.sliding_window))
-    if run.batch.images and takes_images(model.model_type):
+    if run.batch.images and takes_images(model):
         tokens = run.batch.images * picture_of(model, run.batch.image_size).tokens
         ends.add(bisect_left(sequences, tokens))  # the images do not fit into shorter sequences
     if run.kernels.loss == "chunked_lm_head":
@@ -230,7 +232,7 @@ def _fill(
     target = _target(decided, run)
     lengths = (decided.pictures, target)
     top = run_axes(p, batches[-1], sequences[-1], decided.half, decided.large_tiles, ONE_RUN, *lengths)
-    if _upper_bound(p, values(p.variables, top)) >= _MAX_EXACT:
+    if _upper_bound(p, values(p.moments.variables, top)) >= _MAX_EXACT:
         _one_by_one(out, run, calibration, batches, sequences)
         return
     b, s = np.array(batches)[:, None], np.array(sequences)[None, :]
@@ -251,8 +253,10 @@ def _target(decided: ResolvedRun, run: RunSpec) -> int | None:
 
 def _upper_bound(p: Program, values: Sequence[int]) -> int:
     """Return the largest variable or moment, given the largest value of every variable."""
-    rows = [term.coefficients for terms in (p.first, p.later) for phase in terms.values() for term in phase]
-    return max(*values, *(sum(map(mul, row, values)) for row in (*rows, p.held)))
+    rows = [
+        term.coefficients for terms in (p.moments.first, p.moments.later) for phase in terms.values() for term in phase
+    ]
+    return max(*values, *(sum(map(mul, row, values)) for row in (*rows, p.moments.held)))
 
 
 def _one_by_one(
@@ -280,7 +284,9 @@ class _Walk:
         p = program(decided.structure)
         self._program, self._decided, self._target = p, decided, target
         no_gradients = dict.fromkeys(PHASES, 0)
-        passes = [(p.first, no_gradients)] + ([(p.later, p.accumulated)] if p.structure.accumulates else [])
+        passes = [(p.moments.first, no_gradients)] + (
+            [(p.moments.later, p.accumulated)] if p.structure.accumulates else []
+        )
         self._terms: list[tuple[str, slice, int]] = []  # per phase and pass: rows of its moments, constant bytes
         rows: list[tuple[int, ...]] = []
         for phase in PHASES:
@@ -288,12 +294,12 @@ class _Walk:
                 start = len(rows)
                 rows += [term.coefficients for term in terms[phase]]
                 self._terms.append((phase, slice(start, len(rows)), constant[phase]))
-        if p.held:
-            rows.append(p.held)
+        if p.moments.held:
+            rows.append(p.moments.held)
         matrix = np.array(rows, float)
-        used = [v for v in range(len(p.variables)) if matrix[:, v].any()]
+        used = [v for v in range(len(p.moments.variables)) if matrix[:, v].any()]
         self._matrix = matrix[:, used]
-        self._variables = [p.variables[v] for v in used]
+        self._variables = [p.moments.variables[v] for v in used]
         self._block = max(64, _BLAS_SERIAL // self._matrix.size)
         peaks: dict[str, tuple[int, int]] = {"load": (p.loading, 0)}  # constant bytes, and order
         for i, (phase, _, bytes_) in enumerate(phase_peaks(p, workspace_of(decided), [0, 0, 0], 0), 1):
@@ -303,7 +309,7 @@ class _Walk:
         self._room: SegmentRoom | None = None
         if gpu is not None:
             left = room(gpu.usable, run_overhead(gpu, decided.communicators, calibration))
-            self._room = left._replace(sure=left.sure - streams_apart(decided.structure))
+            self._room = left._replace(sure=left.sure - sharding_of(decided.structure).idle_in_streams())
 
     def over(self, b: NDArray[np.int64], s: NDArray[np.int64], out: _Arrays) -> None:
         """Answer the runs of a column of batches and a row of sequences."""
@@ -326,7 +332,7 @@ class _Walk:
             peak = moments[rows].max(axis=0)
             peak += constant
             variable[phase] = np.maximum(variable[phase], peak) if phase in variable else peak
-        if p.held:
+        if p.moments.held:
             variable["step"] = moments[-1]
         allocated = np.zeros(shape)
         for phase, bytes_ in self._constant:
@@ -336,7 +342,7 @@ class _Walk:
         out.allocated[...] = allocated
         if self._room is not None:
             # Verdicts that bounds decide; see memplan.estimate.usage.Usage.told.
-            lives = enough_for_segments(out.allocated, resident(p), p.loading, _many()) <= self._room.sure
+            lives = enough_for_segments(out.allocated, resident_bytes(p), p.loading, _many()) <= self._room.sure
             out.clear[...] = UNCLEAR
             np.copyto(out.clear, FITS, where=lives)
             np.copyto(out.clear, DOES_NOT_FIT, where=out.allocated > self._room.possible)

@@ -138,9 +138,9 @@ def _held(run: RunSpec, p: Program) -> tuple[int, int, int]:
     """
     if run.parallelism.offload.parameters:
         return 0, 0, 0
-    if p.trainable_parameters == p.total_parameters:
+    if p.counts.trainable == p.counts.total:
         return (p.parameters, 0, 0) if run.parallelism.offload.optimizer else (p.parameters, p.gradients, p.states)
-    return p.parameters - p.trainable_parameters * 4, 0, 0
+    return p.parameters - p.counts.trainable * 4, 0, 0
 
 
 def traffic_facts(bare: RunSpec, answer: Estimate, asked: RunSpec | None = None) -> TrafficFacts:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,9 +20,10 @@ from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import UnsupportedModelError, printable
+from memplan.core.frozen import FrozenDict
 from memplan.engine.allocator import OutOfMemoryError
-from memplan.estimate.answer import Card, Estimate, Holding, Line, Parameters, Peak, Phase, Rank
-from memplan.estimate.usage import Usage, calibration_of, run_overhead
+from memplan.estimate.answer import Estimate, Holding, Line, Parameters, Phase, Walk, largest_first
+from memplan.estimate.lines import workspace_line
 from memplan.models.cards import PublishedModel, facts_of, find_config
 from memplan.models.gguf import parameters_in
 from memplan.models.headers import Checkpoint
@@ -117,10 +119,6 @@ def _capability(gpu: str | None) -> tuple[int, int]:
 
 def _answer(run: RunSpec, traced: TracedRun, notes: list[str], calibration: Calibration | None) -> Estimate:
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
-    workspace = cublas_workspace(gpu.compute_capability if gpu else None)
-    details = TraceDetails(traced, workspace.usual, run.loop.expandable_segments)
-    top = details.top
-    calibration = calibration_of(gpu, calibration)
     complete = fill_defaults(run)
     notes = [
         _traced_note(traced),
@@ -128,27 +126,10 @@ def _answer(run: RunSpec, traced: TracedRun, notes: list[str], calibration: Cali
         *(gpu_notes(gpu, str(run.gpu)) if gpu is not None else ()),
         *dtype_notes(gpu, str(complete.precision.compute)),
         *traced.notes,
-        *((calibration.named(),) if calibration else ()),
     ]
-    usage = Usage(details, details.resident, details.load, top.peak, gpu, run_overhead(gpu, (), calibration))
-    return Estimate(
-        run,
-        {
-            **{name: getattr(complete, name) for name in ("method", "precision", "optimizer", "kernels", "loop")},
-            "objective": objective_of(run),
-        },
-        Parameters(traced.parameters, traced.trainable, _active(traced)),
-        usage,
-        Card(gpu.name, gpu.usable, 1) if gpu else None,
-        Peak(top.phase, top.where),
-        details.phases,
-        0,
-        tuple(notes),
-        details,
-        calibration,
-        "trace",
-        tuple(_gaps(run, traced)),
-    )
+    names = ("method", "precision", "optimizer", "kernels", "loop")
+    parts = {**{name: getattr(complete, name) for name in names}, "objective": objective_of(run)}
+    return Estimate(TraceWalk(run, traced, gpu, parts, notes), calibration)
 
 
 def _traced_note(traced: TracedRun) -> str:
@@ -174,26 +155,51 @@ def _gaps(run: RunSpec, traced: TracedRun) -> Iterator[str]:
         yield "host_bytes: a trace does not see the host's memory"
 
 
-class TraceDetails:
-    """Details of an answer from a trace, with `workspace` bytes of cuBLAS for every thread that multiplies matrices."""
+class TraceWalk(Walk):
+    """The walk of a traced run on a card, which decides the bytes of cuBLAS's workspaces."""
 
-    is_long = False
+    via = "trace"
 
-    def __init__(self, traced: TracedRun, workspace: int, expandable: bool) -> None:
-        self.traced = traced
-        self._workspace = workspace
-        self._expandable = expandable
+    def __init__(
+        self,
+        run: RunSpec,
+        traced: TracedRun,
+        gpu: GPU | None,
+        parts: Mapping[str, object] = FrozenDict(),
+        notes: Sequence[str] = (),
+    ) -> None:
+        self.run, self.traced, self.gpu = run, traced, gpu
+        self._parts, self._notes = parts, notes
+        self._workspace = cublas_workspace(gpu.compute_capability if gpu else None).usual
         self._reserved: dict[int | None, int | None] = {}
+        self.phases = self._peaks()
+        self.load = max((phase.peak for phase in self.phases if phase.phase == "load"), default=0)
+        # parameters, buffers and optimizer states that stay to the end
+        end, kinds = len(traced.events), ("parameter", "buffer", "optstate")
+        self.resident = sum(s.bytes for s in traced.storages if s.died == end and s.kind in kinds)
+        self.unsupported = tuple(_gaps(run, traced))
 
-    def with_workspace(self, workspace: int) -> TraceDetails:
-        """Return these details on a card with another size of cuBLAS workspace."""
-        return TraceDetails(self.traced, workspace, self._expandable)
+    def on(self, gpu: GPU) -> TraceWalk:
+        """Return the walk on another card with equally large workspaces. Both share their replays."""
+        walk = copy(self)
+        walk.gpu = gpu
+        return walk
+
+    @property
+    def parts(self) -> Mapping[str, object]:
+        return self._parts
+
+    @property
+    def parameters(self) -> Parameters:
+        return Parameters(self.traced.parameters, self.traced.trainable, _active(self.traced))
+
+    def notes(self) -> Sequence[str]:
+        return self._notes
 
     # The peaks
 
-    @cached_property
-    def phases(self) -> tuple[Phase, ...]:
-        """The peak of every phase. The first step is separate only if it differs from the later ones."""
+    def _peaks(self) -> tuple[Phase, ...]:
+        """Return the peak of every phase. The first step is separate only if it differs from the later ones."""
         tops = [self._phase(name, step, group) for (name, step), group in self._groups.items()]
         load, aside = ([p for p in tops if not p.step and (p.phase == "load") == loads] for loads in (True, False))
         first, later = ([phase for phase in tops if phase.step == step] for step in (1, 2))
@@ -225,23 +231,10 @@ class TraceDetails:
         """Return the bytes of workspaces that a phase has in later steps but not in the first."""
         return (self._handles(phase, 2) - self._handles(phase, 1)) * self._workspace
 
-    @cached_property
+    @property
     def top(self) -> Phase:
         """The phase of the peak; the last one if several are equally large."""
-        most = max(phase.peak for phase in self.phases)
-        return [phase for phase in self.phases if phase.peak == most][-1]
-
-    @property
-    def load(self) -> int:
-        """The peak of loading, in bytes."""
-        return max((phase.peak for phase in self.phases if phase.phase == "load"), default=0)
-
-    @cached_property
-    def resident(self) -> int:
-        """Bytes of parameters, buffers and optimizer states that stay to the end."""
-        end = len(self.traced.events)
-        kinds = ("parameter", "buffer", "optstate")
-        return sum(s.bytes for s in self.traced.storages if s.died == end and s.kind in kinds)
+        return max(reversed(self.phases), key=lambda phase: phase.peak)
 
     def _place(self, phase: str, event: int) -> str:
         """Return the module and operation at an event."""
@@ -264,30 +257,24 @@ class TraceDetails:
         path = re.sub(r"\.base_layer(?=\.weight|\.bias)|\.default(?=\.|$)", "", path)
         return f"{before} of {path}" if before else path
 
-    # torch's segments: implements `memplan.estimate.usage.Allocations`
+    # torch's segments
 
     def reserved(self, capacity: int | None = None) -> int | None:
         if capacity not in self._reserved:
             try:
-                held = replayed(self.traced, self._workspace, self._expandable, capacity)
+                held = replayed(self.traced, self._workspace, self.run.loop.expandable_segments, capacity)
             except OutOfMemoryError:
                 held = None
             self._reserved[capacity] = held
         return self._reserved[capacity]
 
-    def free_in_other_streams(self) -> int:
-        return 0
+    # The ledger and the timeline
 
-    def unreplayed_bytes(self) -> int:
-        return 0
-
-    # The ledger and the timeline: implements `memplan.estimate.answer.Details`
-
-    def lines(self) -> Iterator[Line]:
-        """Yield the tensors alive at the peak, equal tensors of all layers in one line, largest first."""
-        step = self.top.step if self.top.step is not None else max(p.step for p in self.traced.phases)
-        stepless = (self.top.phase, 0)  # loading and side tasks belong to no step
-        group = self._groups[stepless if stepless in self._groups else (self.top.phase, step)]
+    def lines(self, at: Phase) -> list[Line]:
+        """Return the tensors alive at the peak of a phase, equal tensors of all layers in one line, largest first."""
+        step = at.step if at.step is not None else max(p.step for p in self.traced.phases)
+        stepless = (at.phase, 0)  # loading and side tasks belong to no step
+        group = self._groups[stepless if stepless in self._groups else (at.phase, step)]
         top = max(group, key=lambda phase: phase.peak)
         source = _versions(self.traced.versions)
         counts = Counter(self._row(storage) for storage in self.traced.alive_at(top.peak_at) if storage.bytes)
@@ -295,16 +282,8 @@ class TraceDetails:
             Line(what, kind, where, "", shape, dtype, count, bytes_ * count, why, source, "traced")
             for (what, kind, where, shape, dtype, bytes_, why), count in counts.items()
         ]
-        handles = self._handles(self.top.phase, step)
-        if handles:
-            gpu = self.traced.run.gpu
-            row = cublas_workspace(find_gpu(gpu).compute_capability if gpu is not None else None)
-            why = "one for each thread that multiplies matrices"
-            bytes_held = handles * row.usual
-            rows.append(
-                Line(row.what, "other", "torch", "", (), "uint8", handles, bytes_held, why, row.source, row.basis)
-            )
-        yield from sorted(rows, key=lambda line: (-line.bytes, line.where, line.what))
+        handles = self._handles(at.phase, step)
+        return largest_first([*rows, *([workspace_line(self.gpu, handles)] if handles else [])])
 
     def _row(self, storage: TracedStorage) -> tuple[str, str, str, tuple[int, ...], str, int, str]:
         """Return the key by which storages are grouped into one line."""
@@ -329,10 +308,6 @@ class TraceDetails:
                     size = traced.allocated[event] + self._handles(name, last) * self._workspace
                     yield Phase(name, None, size, self._place(phase.phase, event))
 
-    def ranks(self) -> Iterator[Rank]:
-        """Yield nothing: a trace covers one GPU."""
-        yield from ()
-
 
 _PHASES = {"clip": "step"}
 _DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
@@ -356,22 +331,23 @@ def gpus_that_hold(answer: Estimate, vendor: str = "") -> Iterator[Holding]:
     Only cards of compute capability 8 and later, whose kernels allocate alike except for small scratch; nothing for a
     run on an older card.
     """
-    details = answer.details
-    assert isinstance(details, TraceDetails)
-    if _capability(details.traced.run.gpu) < A100:
+    walk = answer.walk
+    assert isinstance(walk, TraceWalk)
+    if _capability(walk.run.gpu) < A100:
         return
-    by_workspace: dict[int, TraceDetails] = {}
+    by_workspace: dict[int, TraceWalk] = {}  # cards with equal workspaces share their replays
     for gpu in sorted(all_gpus(), key=lambda gpu: (gpu.usable, gpu.name)):
         if vendor not in ("", gpu.vendor) or (gpu.compute_capability or A100) < A100:
             continue
         workspace = cublas_workspace(gpu.compute_capability).usual
-        details_on_card = by_workspace.setdefault(workspace, details.with_workspace(workspace))
-        verdict = _verdict(details_on_card, gpu)
+        if workspace not in by_workspace:
+            by_workspace[workspace] = TraceWalk(walk.run, walk.traced, gpu)
+        verdict = _verdict(by_workspace[workspace].on(gpu))
         if verdict in ("fits", "tight"):
             yield Holding(gpu, verdict)
 
 
-def _verdict(details: TraceDetails, gpu: GPU) -> str:
+def _verdict(walk: TraceWalk) -> str:
     """Return fits, tight or does not fit, from a replay without a capacity if that decides it."""
-    usage = Usage(details, details.resident, details.load, details.top.peak, gpu, run_overhead(gpu, (), None))
-    return "fits" if usage.fits_card_of(gpu.usable, replayed=True) else str(usage.answer)
+    usage = walk.usage(None)
+    return "fits" if usage.fits_card_of(usage.usable or 0, replayed=True) else str(usage.answer)

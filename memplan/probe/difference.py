@@ -9,21 +9,12 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple, Protocol
+from typing import Literal, NamedTuple
 
 from memplan.catalogue.hardware.overhead import cublas_workspace
-from memplan.engine.walk import alive, size
-from memplan.estimate import inference, ledger
-from memplan.estimate.answer import Estimate
+from memplan.estimate.answer import Estimate, Phase, Walk
 from memplan.estimate.answer import Line as Estimated
-from memplan.estimate.side_tasks import side_tasks_of
-from memplan.estimate.walk import TrainingWalk, walk
 from memplan.probe.run.trace import TracedPhase, TracedRun, TracedStorage
-from memplan.program.graph import operations_of
-from memplan.program.run import ResolvedRun
-from memplan.program.training.program import pass_of
-from memplan.resolve.decide import decide
-from memplan.spec.run import RunSpec
 
 Verdict = Literal["lacks", "too many", "lives too long", "goes too early"]
 
@@ -69,26 +60,14 @@ def difference(traced: TracedRun, answer: Estimate) -> tuple[Mismatch, ...]:
 
     Loading is skipped unless it is the peak of either side, because its tensors depend on the order of loading.
     """
-    decided = decide(answer.asked)
-    estimated = (
-        _Trained(_walk_with_side_tasks(answer.asked, decided), decided)
-        if answer.asked.task == "train"
-        else _Inferred(decided)
-    )
     lines: list[Mismatch] = []
     loads = "load" in (traced.peak_phase, answer.peak.phase)
     for pair in _pairs(traced, answer):
         if pair.line.phase == "load" and not loads:
             continue
-        phase_lines = (line for line in _lines(pair, traced, estimated) if line.bytes)
+        phase_lines = (line for line in _lines(pair, traced, answer.walk) if line.bytes)
         lines += sorted(phase_lines, key=lambda line: (-abs(line.bytes), line.what))
     return tuple(lines)
-
-
-def _walk_with_side_tasks(run: RunSpec, decided: ResolvedRun) -> TrainingWalk:
-    """Return the walk of the steps, followed by the side tasks (evaluation, saving, merging)."""
-    walked = walk(run, decided)
-    return walked.followed_by(side_tasks_of(run, walked, decided, None))
 
 
 class _Pair(NamedTuple):
@@ -149,56 +128,14 @@ def _place(traced: TracedRun, phase: TracedPhase) -> str:
     return f"{storage.module}.{storage.op}".removeprefix(".")
 
 
-class _Tensors(Protocol):
-    """An estimate's tensors in memory, by phase number."""
-
-    def lines(self, phase: int) -> Sequence[Estimated]:
-        """Return the tensors alive at the phase's peak."""
-        ...
-
-    def most(self, phase: int) -> Mapping[int, int]:
-        """Return the largest number of tensors of each size alive at once in the phase."""
-        ...
-
-
-class _Trained(NamedTuple):
-    walked: TrainingWalk
-    decided: ResolvedRun
-
-    def lines(self, phase: int) -> Sequence[Estimated]:
-        return ledger.lines(self.walked._replace(peak=phase), self.decided)
-
-    def most(self, phase: int) -> Mapping[int, int]:
-        return _most_estimated(self.walked, self.decided, phase)
-
-
-class _Inferred:
-    def __init__(self, decided: ResolvedRun) -> None:
-        self._walked = inference.walk(decided)
-
-    def lines(self, phase: int) -> Sequence[Estimated]:
-        return self._walked.lines(self._walked.phases[phase].phase)
-
-    def most(self, phase: int) -> Mapping[int, int]:
-        most, stays = Counter[int](), Counter[int]()
-        name = self._walked.phases[phase].phase
-        for counts in self._walked.counts(name):
-            for bytes_, count in counts.items():
-                most[bytes_] = max(most[bytes_], count)
-        for line in self.lines(phase):
-            if line.kind in ("parameter", "buffer") and line.count:
-                stays[line.bytes // line.count] += line.count
-        return most + stays
-
-
-def _lines(pair: _Pair, traced: TracedRun, estimated: _Tensors) -> Iterator[Mismatch]:
+def _lines(pair: _Pair, traced: TracedRun, walk: Walk) -> Iterator[Mismatch]:
     name, step = pair.line.phase, pair.line.step
     traced_by_size: dict[int, list[TracedStorage]] = defaultdict(list)
     for storage in traced.alive_at(pair.traced.peak_at):
         traced_by_size[storage.bytes].append(storage)
     estimated_by_size: dict[int, list[Estimated]] = defaultdict(list)
     lumps: list[Estimated] = []
-    for line in estimated.lines(pair.number):
+    for line in walk.lines(walk.phases[pair.number]):
         if line.what.startswith("cuBLAS"):
             continue
         if line.shape or line.dtype or line.kind != "temp":
@@ -206,7 +143,7 @@ def _lines(pair: _Pair, traced: TracedRun, estimated: _Tensors) -> Iterator[Mism
         else:
             lumps.append(line)  # a step's scratch, estimated as one number
     most_traced = _most_traced(traced, pair.traced)
-    most_estimated = estimated.most(pair.number)
+    most_estimated = _most_estimated(walk, walk.phases[pair.number])
     scratch: list[TracedStorage] = []
     for bytes_ in {*traced_by_size, *estimated_by_size}:
         have, want = Counter[str](), Counter[str]()
@@ -295,24 +232,16 @@ def _most_traced(traced: TracedRun, phase: TracedPhase) -> Mapping[int, int]:
     return most
 
 
-def _most_estimated(walked: TrainingWalk, decided: ResolvedRun, index: int) -> Mapping[int, int]:
+def _most_estimated(walk: Walk, at: Phase) -> Mapping[int, int]:
     """Return the largest number of tensors of each size that the estimate has alive at once in a phase."""
-    later, moment = walked.moments[index]
-    most = Counter[int]()
-    if moment < 0:
+    moments = walk.counts(at)
+    most, stays = Counter[int](), Counter[int]()
+    if moments is None:
         return most
-    low = pass_of(decided.structure, later)
-    axes = {**operations_of(decided.structure.graph)[1], **walked.axes}
-    sizes = [size(key[0], key[1], axes)[1] for key in low.sizes]
-    stays = Counter[int]()
-    for line in ledger.lines(walked._replace(peak=index), decided):
+    for counts in moments:
+        for bytes_, count in counts.items():
+            most[bytes_] = max(most[bytes_], count)
+    for line in walk.lines(at):
         if line.kind in ("parameter", "buffer", "optstate") and line.count:
             stays[line.bytes // line.count] += line.count
-    for at in low.moments:
-        if at.phase == walked.phases[index].phase:
-            counts = Counter[int]()
-            for key, count in alive(at, low.runs, axes).items():
-                counts[sizes[key]] += count
-            for bytes_, count in counts.items():
-                most[bytes_] = max(most[bytes_], count)
     return most + stays

@@ -10,7 +10,8 @@ from memplan.models.cards import find_config, find_model
 from memplan.resolve.decide import fill_from_profile
 from memplan.resolve.parallelism import check_product
 from memplan.resolve.quantized_checkpoint import method_for_training
-from memplan.resolve.refusals import refuse_for_optimizer_offload
+from memplan.resolve.refusals.refuse import refuse
+from memplan.resolve.refusals.settings import optimizer_offload
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec
 
@@ -82,7 +83,7 @@ def _refuse(run: RunSpec) -> None:
             "parallelism.tp",
         )
     if offload.optimizer:
-        refuse_for_optimizer_offload(str(run.optimizer.name))
+        refuse(optimizer_offload(str(run.optimizer.name)))
         if run.loop.grad_scaler:
             raise SpecError(
                 "loop.grad_scaler: a probe scales no losses for an optimizer on the host", "loop.grad_scaler"

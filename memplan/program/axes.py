@@ -70,7 +70,9 @@ def run_axes(
     pictures  axes that images decide
     target    length of the decoder's sequence in an encoder-decoder; default: as long as the encoder's
     """
-    return axes_of(program.structure.graph, program.needs, micro, sequence, half, large_tiles, by, pictures, target)
+    return axes_of(
+        program.structure.graph, program.moments.needs, micro, sequence, half, large_tiles, by, pictures, target
+    )
 
 
 def axes_of(
@@ -94,13 +96,7 @@ def axes_of(
     axes = {
         "b": b,
         "s": s,
-        "s1": s + 1,
-        "s8": -(-s // 8) * 8,
-        "s_even": by.choose(s % 8 == 0, s, 0),
-        "s_uneven": by.choose(s % 8 == 0, 0, s),
-        "s_uneven8": by.choose(s % 8 == 0, 0, -(-s // 8) * 8),
-        "s32": -(-s // 32) * 32,
-        "s128": -(-s // 128) * 128,
+        **rounded_axes("s", s, by),
         "targets": by.choose(has_several, tokens, s + 1),
         "padded_labels": by.choose(has_several, b * (s + 1), 0),
         "shifted_rows": b * (s - 1),
@@ -129,6 +125,20 @@ def axes_of(
         for derive in _derived(needs):
             axes.update(derive(run))
     return axes
+
+
+def rounded_axes(name: str, length: Size, by: Arithmetic[Size]) -> dict[str, Size]:
+    """Return the axes of a length: one more, and rounded up to multiples; an even length is a multiple of 8."""
+    up_to_8 = -(-length // 8) * 8
+    return {
+        f"{name}1": length + 1,
+        f"{name}8": up_to_8,
+        f"{name}32": -(-length // 32) * 32,
+        f"{name}128": -(-length // 128) * 128,
+        f"{name}_even": by.choose(length % 8 == 0, length, 0),
+        f"{name}_uneven": by.choose(length % 8 == 0, 0, length),
+        f"{name}_uneven8": by.choose(length % 8 == 0, 0, up_to_8),
+    }
 
 
 def _workspaces(run: _Run) -> Iterator[tuple[str, Any]]:
@@ -170,10 +180,7 @@ def _second_sequence(run: _Run) -> Iterator[tuple[str, Any]]:
         return
     t, targets, widths = run.t, run.b * run.t, run.model.head_widths
     yield "t", t
-    for rounded in (8, 32, 128):
-        yield f"t{rounded}", -(-t // rounded) * rounded
-    yield "t_uneven", run.by.choose(t % 8 == 0, 0, t)
-    yield "t_uneven8", run.by.choose(t % 8 == 0, 0, -(-t // 8) * 8)
+    yield from rounded_axes("t", t, run.by).items()
     yield "sorted_targets", run.by.choose(targets > 3072, targets, 0)
     yield "target_segments", _segments(run, targets, run.model.vocab_size)
     for name, keys in (("efficient_workspace_t", t), ("efficient_workspace_cross", run.s)):

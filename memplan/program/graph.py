@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple, TypedDict, cast
+from types import MappingProxyType
+from typing import Any, NamedTuple, cast
 
 from memplan.catalogue import build
 from memplan.catalogue.attention.old_rotary_tables import own_tables
@@ -24,11 +25,12 @@ from memplan.catalogue.parallelism.device_maps import ModulePlacement, axes_of, 
 from memplan.catalogue.quantization.inference_formats import bytes_at_once, chunk_of
 from memplan.catalogue.quantization.packed_kernels import unpacked, with_buffers
 from memplan.catalogue.quantization.quantization import fp8_chunk, fp8_experts_at_once, storage_of
-from memplan.core.errors import InternalError, SpecError
+from memplan.core.errors import InternalError, refused
 from memplan.core.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
 from memplan.core.units import ITEMSIZE
+from memplan.engine.copies import made_by, stream_of
 from memplan.engine.record import AllocationTrace, EventSpan, record, record_inference
-from memplan.engine.step import Lowered, infer, lower, made_by, stream_of
+from memplan.engine.step import ExecutionOptions, Lowered, infer, lower
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
 from memplan.models.model import ModelSpec
@@ -36,6 +38,8 @@ from memplan.models.model import ModelSpec
 
 class Graph(NamedTuple):
     """Everything that decides which operations a forward and a backward pass run, and which tensors they keep.
+
+    It is one flat record, though long, because it is the key of every cached lowering.
 
     model                   the model's config
     recipe                  the method: dtypes, adapters, quantisation
@@ -117,6 +121,29 @@ class TensorGroup(NamedTuple):
     source: str
 
 
+NO_AXES: Mapping[str, int] = MappingProxyType({})
+
+
+def tensor_group(
+    kind: str,
+    what: str,
+    shape: str | int,
+    dtype: str,
+    source: str,
+    where: str = "",
+    copies: int = 1,
+    axes: Mapping[str, int] = NO_AXES,
+) -> TensorGroup:
+    """Return a group of tensors of a shape, or of a number of elements. `axes` are the sizes of the shape's axes."""
+    shape = str(shape)
+    return TensorGroup(kind, what, where, shape, dtype, copies, size(shape, dtype, axes)[1], source)
+
+
+def total_bytes(groups: Iterable[TensorGroup]) -> int:
+    """Return the bytes of all tensors of the groups."""
+    return sum(group.bytes * group.copies for group in groups)
+
+
 _ANY_RANK = 0  # adapters of every rank run the same operations, so all ranks share one lowering
 
 
@@ -147,24 +174,22 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if degrees.tp > 1:
         part = tensor_parallel.local_expert_axes(model, degrees)
         model = tensor_parallel.local_model(model, degrees)
-    if megatron.has_experts(model) and max(degrees.ep, degrees.etp, degrees.tp) > 1:
+    if max(degrees.ep, degrees.etp, degrees.tp) > 1 and megatron.has_experts(model):
         model = megatron.with_divided_experts(model, degrees)
     axes = {**model.axes(), **part, "r": graph.rank}
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.wiring.tables:
         stack = own_tables(stack, model.max_position_embeddings or 2048, recipe.weights, graph.wiring.tables)
     if graph.wiring.by_name:
-        runs = (r._replace(blocks=tuple(b._replace(by_name=True) for b in r.blocks)) for r in stack.runs)
-        stack = stack._replace(runs=tuple(runs))
+        stack = _with_blocks(stack, lambda block: block._replace(by_name=True))
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     stack = apply(stack, recipe)
     if graph.flattens_frozen:
-        runs = (r._replace(blocks=tuple(map(_with_all_gradients, r.blocks))) for r in stack.runs)
-        stack = stack._replace(runs=tuple(runs))
+        stack = _with_blocks(stack, _with_all_gradients)
     if degrees.tp > 1:
-        stack = tensor_parallel.divide(stack, model.model_type, degrees, records=graph.inference is None)
-    is_megatron = model.model_type == megatron.KIND
+        stack = tensor_parallel.divide(stack, model, degrees, records=graph.inference is None)
+    is_megatron = model.is_megatron
     if degrees.ep > 1 and not is_megatron:
         stack = expert_parallel.divide(stack, degrees)
     if degrees.cp > 1:
@@ -227,6 +252,11 @@ def without_dropout(model: ModelSpec) -> ModelSpec:
     return model if config == model.config else ModelSpec(config, model.name, model.card, model.checkpoint)
 
 
+def _with_blocks(stack: Stack, change: Callable[[Block], Block]) -> Stack:
+    """Return the stack with every block changed."""
+    return stack._replace(runs=tuple(run._replace(blocks=tuple(map(change, run.blocks))) for run in stack.runs))
+
+
 def _with_all_gradients(block: Block) -> Block:
     """Return the block with a gradient for every weight, frozen ones included."""
 
@@ -251,9 +281,7 @@ def _stage(graph: Graph) -> tuple[Stack, dict[str, int]]:
     stack, axes = operations_of(_whole_model(graph))
     layers, stages = graph.degrees.layers, tuple(chunk.stage for chunk in graph.degrees.chunks)
     if pipeline_stages.cannot_be_staged(stack) or sum(layers) != pipeline_stages.depth_of(stack, axes):
-        field = "parallelism.pp"
-        raise SpecError(f"{field}: stages of {graph.model.model_type} models are not supported yet", field)
-
+        raise refused("parallelism.pp", f"stages of {graph.model.model_type} models are not supported yet")
     return pipeline_stages.stage_stack(
         stack, axes, layers, stages, *stage_boundaries(graph), graph.keeps_sent, graph.moves_sent
     )
@@ -267,7 +295,7 @@ def stage_boundaries(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
 
     def stream(until: int) -> Tensor:
         upto, numbers = pipeline_stages.first_layers(stack, axes, until)
-        return stream_of(upto, _options(graph)["autocast"], {run.times: numbers[run.times] for run in upto.runs})
+        return stream_of(upto, _options(graph).autocast, {run.times: numbers[run.times] for run in upto.runs})
 
     received = stream(sum(layers[: stages[0]])) if stages[0] else None
     sent = stream(sum(layers[: stages[-1] + 1])) if stages[-1] < len(layers) - 1 else None
@@ -278,7 +306,7 @@ def stage_boundaries(graph: Graph) -> tuple[Tensor | None, Tensor | None]:
 def shared_buffers(graph: Graph) -> tuple[Tensor, ...]:
     """Return the buffers that all passes of a pipeline rank share, with the axis of layers cut to the rank's own."""
     stack, _ = operations_of(_whole_model(graph))
-    autocast, d = _options(graph)["autocast"], graph.degrees
+    autocast, d = _options(graph).autocast, graph.degrees
     layers = str(sum(d.layers[d.stage :: d.pp]))
     buffers = (t for op in pipeline_stages.lasting_buffers(stack) for t in made_by(op, stack, autocast))
     return tuple(t._replace(shape=" ".join(layers if a == "L" else a for a in t.shape.split())) for t in buffers)
@@ -302,72 +330,54 @@ def first_equal_stage(graph: Graph) -> Graph:
     return graph._replace(degrees=degrees._replace(stage=first))
 
 
-def lower_training(
-    graph: Graph,
-    grads_exist: bool = False,
-    updates: tuple[tuple[str, int], ...] = (),
-    follows: bool = False,
-    division: Division | None = None,
-) -> Lowered:
-    """Return the graph's moments, with tensors counted by name.
+class TrainingPass(NamedTuple):
+    """What decides the moments of a training pass in addition to its graph.
 
     grads_exist  the pass leaves no new gradients: they exist already, or each is consumed as soon as it is computed
     updates      bytes that an update inside backward takes in addition to the gradient, by the weight's path
     follows      another pass ran before, and the training loop may still reference its outputs
     division     how weights are divided among ranks
     """
-    return _lowered(
-        first_equal_stage(graph)._replace(rank=_ANY_RANK),
-        grads_exist,
-        updates,
-        graph.holds_previous_outputs and follows,
-        division,
-    )
+
+    grads_exist: bool = False
+    updates: tuple[tuple[str, int], ...] = ()
+    follows: bool = False
+    division: Division | None = None
+
+
+def lower_training(graph: Graph, options: TrainingPass = TrainingPass()) -> Lowered:  # noqa: B008 (immutable)
+    """Return the graph's moments, with tensors counted by name."""
+    follows = options.follows and graph.holds_previous_outputs
+    return _lowered(first_equal_stage(graph)._replace(rank=_ANY_RANK), options._replace(follows=follows))
 
 
 @lru_cache(maxsize=128)
-def _lowered(
-    graph: Graph,
-    grads_exist: bool,
-    updates: tuple[tuple[str, int], ...],
-    keeps_last_outputs: bool,
-    division: Division | None,
-) -> Lowered:
+def _lowered(graph: Graph, options: TrainingPass) -> Lowered:
     stack, depth = _stack(graph)
     return lower(
         stack,
         depth,
-        **_options(graph),
-        grads_exist=grads_exist,
+        _options(graph),
+        grads_exist=options.grads_exist,
         labelled=True,
-        updates=dict(updates),
-        keeps_last_outputs=keeps_last_outputs,
-        division=division,
+        updates=dict(options.updates),
+        keeps_last_outputs=options.follows,
+        division=options.division,
     )
 
 
-def record_training(
-    graph: Graph,
-    grads_exist: bool = False,
-    updates: tuple[tuple[str, int], ...] = (),
-    division: Division | None = None,
-    late: frozenset[str] = frozenset(),
-) -> AllocationTrace:
-    """Return the graph's allocations and frees in order. Arguments as of `lowered`; `late` as of `record`."""
-    return _recorded(first_equal_stage(graph)._replace(rank=_ANY_RANK), grads_exist, updates, division, late)
+def record_training(graph: Graph, options: TrainingPass, late: frozenset[str]) -> AllocationTrace:
+    """Return the graph's allocations and frees in order. `late` as of `record`."""
+    return _recorded(first_equal_stage(graph)._replace(rank=_ANY_RANK), options._replace(follows=False), late)
 
 
 @lru_cache(maxsize=64)
-def _recorded(
-    graph: Graph,
-    grads_exist: bool,
-    updates: tuple[tuple[str, int], ...],
-    division: Division | None,
-    late: frozenset[str],
-) -> AllocationTrace:
+def _recorded(graph: Graph, options: TrainingPass, late: frozenset[str]) -> AllocationTrace:
     stack, depth = _stack(graph)
-    options, exist = _options(graph), grads_exist
-    return record(stack, depth, **options, grads_exist=exist, updates=dict(updates), division=division, late=late)
+    exist, updates = options.grads_exist, dict(options.updates)
+    return record(
+        stack, depth, _options(graph), grads_exist=exist, updates=updates, division=options.division, late=late
+    )
 
 
 def lower_inference(graph: Graph, labelled: bool = False, division: Division | None = None) -> Lowered:
@@ -384,7 +394,7 @@ def _on_first_gpu(graph: Graph) -> Graph:
 def _inferred(graph: Graph, labelled: bool, division: Division | None) -> Lowered:
     stack, depth = _stack(graph)
     phase = graph.inference.phase if graph.inference else ""
-    return infer(stack, depth, _options(graph)["autocast"], phase, labelled, division, _casts(graph))
+    return infer(stack, depth, _options(graph).autocast, phase, labelled, division, _casts(graph))
 
 
 def recorded_inference(graph: Graph, division: Division | None = None) -> AllocationTrace:
@@ -407,7 +417,7 @@ def _recorded_on_gpu(graph: Graph, division: Division | None) -> AllocationTrace
 @lru_cache(maxsize=64)
 def _recorded_inference(graph: Graph, division: Division | None) -> AllocationTrace:
     stack, depth = _stack(graph)
-    return record_inference(stack, depth, _options(graph)["autocast"], division, _casts(graph))
+    return record_inference(stack, depth, _options(graph).autocast, division, _casts(graph))
 
 
 def _casts(graph: Graph) -> str:
@@ -421,29 +431,18 @@ def _casts(graph: Graph) -> str:
 def work_of_pass(graph: Graph) -> tuple[Call, ...]:
     """Return the matrix products and other work of one forward and backward pass, in order."""
     stack, depth = _stack(graph)
-    return work(stack, depth, **_options(graph))
+    return work(stack, depth, _options(graph))
 
 
-class _Options(TypedDict):
-    """Options of the engine that a graph decides."""
-
-    autocast: str | None
-    checkpoint: bool
-    reentrant: bool
-    input_grad: bool
-    to_host: bool
-    saves: SavedTensors | None
-
-
-def _options(graph: Graph) -> _Options:
-    return {
-        "autocast": graph.recipe.compute if graph.recipe.autocast else None,
-        "checkpoint": graph.checkpoint,
-        "reentrant": graph.reentrant,
-        "input_grad": graph.input_requires_grad,
-        "to_host": graph.to_host,
-        "saves": graph.saves,
-    }
+def _options(graph: Graph) -> ExecutionOptions:
+    return ExecutionOptions(
+        autocast=graph.recipe.compute if graph.recipe.autocast else None,
+        checkpoint=graph.checkpoint,
+        reentrant=graph.reentrant,
+        input_grad=graph.input_requires_grad,
+        to_host=graph.to_host,
+        saves=graph.saves,
+    )
 
 
 def _stack(graph: Graph) -> tuple[Stack, dict[str, int]]:
@@ -512,6 +511,4 @@ def parameters_of(graph: Graph) -> Iterator[TensorGroup]:
             if w.kernel and graph.recipe.running is not None:
                 source = graph.recipe.running.of(w).source
             kind = "buffer" if w.group == "buffer" else "parameter"
-            yield TensorGroup(
-                kind, what, where.rstrip("."), t.shape, t.dtype, count, size(t.shape, t.dtype, axes)[1], source
-            )
+            yield tensor_group(kind, what, t.shape, t.dtype, source, where.rstrip("."), count, axes)

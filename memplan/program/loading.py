@@ -2,16 +2,56 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from memplan.catalogue.quantization.inference_formats import LoadStep, is_freed, laying, quantising, unpacking
 from memplan.catalogue.quantization.storage import parts_of
 from memplan.core.ir import Op, Tensor, Weight
 from memplan.engine.walk import size
-from memplan.program.graph import Graph, operations_of
+from memplan.program.graph import NO_AXES, Graph, operations_of
 
 EMPTIED = -1  # in place of a storage's number: torch.cuda.empty_cache()
+
+
+class LoadingTape:
+    """What loading allocates and frees, in order.
+
+    events  a storage's number with its bytes, or with 0 when it is freed
+    """
+
+    def __init__(self, axes: Mapping[str, int] = NO_AXES) -> None:
+        self.events: list[tuple[int, int]] = []
+        self._axes = axes
+        self._sizes: dict[tuple[str | int, str], int] = {}
+        self._storages = 0
+
+    def alloc(self, shape: str | int, dtype: str) -> int:
+        """Allocate a tensor of a shape, or of a number of elements. Return the number of its storage."""
+        return self.alloc_bytes(self.bytes_of(shape, dtype))
+
+    def bytes_of(self, shape: str | int, dtype: str) -> int:
+        """Return the rounded bytes of a tensor."""
+        key = shape, dtype
+        if key not in self._sizes:
+            self._sizes[key] = size(str(shape), dtype, self._axes)[1]
+        return self._sizes[key]
+
+    def alloc_bytes(self, bytes_: int) -> int:
+        """Allocate a storage of rounded bytes, and return its number."""
+        self.events.append((self._storages, bytes_))
+        self._storages += 1
+        return self._storages - 1
+
+    def free(self, *numbers: int) -> None:
+        self.events += [(number, 0) for number in numbers]
+
+    def empty_cache(self) -> None:
+        self.events.append((EMPTIED, 0))
+
+    def alive(self) -> list[int]:
+        """Return the storages that are alive, in the order they were allocated."""
+        bytes_of = dict(self.events)
+        return [number for number, bytes_ in bytes_of.items() if bytes_]
 
 
 def most_at_once(events: Iterable[tuple[int, int]]) -> int:
@@ -31,10 +71,15 @@ def most_at_once(events: Iterable[tuple[int, int]]) -> int:
     return most
 
 
-def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[tuple[int, int]]:  # noqa: PLR0912, PLR0915 (one loader, step after step)
-    """Yield what loading allocates and frees, in order: a storage's number with its bytes, or with 0 when it is freed.
+def loading(graph: Graph) -> list[tuple[int, int]]:
+    """Return what loading a model allocates and frees, in order (see `LoadingTape`)."""
+    tape = LoadingTape(operations_of(graph)[1])
+    load(graph, tape)
+    return tape.events
 
-    If `places` is given, it is filled with the final storage of every unquantised weight.
+
+def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912 (a branch for each way to load)
+    """Record how a model is loaded, and return its unquantised weights by their final storage.
 
     A weight to be quantised exists in its loaded dtype until it is quantised, unless the checkpoint has it packed. A
     weight to be cast exists in its loaded dtype until all weights are loaded; TRL's preparation casts most weights
@@ -43,151 +88,123 @@ def loading(graph: Graph, places: dict[int, Weight] | None = None) -> Iterator[t
     although it is tied to the embeddings, both exist to the end.
     """
     stack, axes = operations_of(graph)
-    loaded = graph.recipe.weights
-    sizes_of: dict[int, tuple[int, tuple[int, ...]]] = {}  # bytes of a weight as loaded, and of its final tensors
-
-    def sizes(w: Weight) -> tuple[int, tuple[int, ...]]:
-        if id(w) not in sizes_of:
-            ends = tuple(size(t.shape, t.dtype, axes)[1] for t in w.stored or (Tensor("", w.shape, w.dtype),))
-            sizes_of[id(w)] = size(w.shape, loaded, axes)[1], ends
-        return sizes_of[id(w)]
-
-    numbers = itertools.count()
-    weights = list(in_order(graph, by_name=graph.recipe.running is not None))
+    loaded, how = graph.recipe.weights, graph.recipe.running
+    weights = list(in_order(graph, by_name=how is not None))
     if graph.placed is not None:  # weights on other GPUs have no bytes here
-        weights = [w for w in weights if sizes(w)[0]]
-    widened, how = "fp32" if graph.recipe.preparation else "", graph.recipe.running
-    unpacked_later: list[tuple[Weight, list[int]]] = []  # by the first call of the model
-    waiting: list[tuple[int, Weight, str]] = []
+        weights = [w for w in weights if size(w.shape, loaded, axes)[1]]
+    adapters = [w for w in weights if w.group == "adapter"]
+    unpacked_later: dict[int, list[list[int]]] = {}  # by the first call of the model: quantised numbers by weight
+    unquantised: dict[int, Weight] = {}
     for w in weights:
         if w.group == "adapter":
             continue
-        whole, ends = sizes(w)
         if w.kernel and how is not None and how.whole:
             codes: list[int] = []
             for part in parts_of(w, how.of(w)):
-                number = next(numbers)
-                yield number, size(part.shape, part.dtype, axes)[1]
+                number = tape.alloc(part.shape, part.dtype)
                 codes += [number] if is_freed(part, w, how) else []
             if w.stacked or how.at_once:
-                yield from _steps(unpacking(w, how), codes, numbers, axes)
+                _record(tape, unpacking(w, how), codes)
             else:
-                unpacked_later.append((w, codes))
-            continue
-        if w.kernel and how is not None and how.lays:
-            first = next(numbers)
-            yield first, ends[0]
-            for bytes_ in ends[1:]:
-                yield next(numbers), bytes_
-            yield from _steps(laying(w, how), [first], numbers, axes)
-            continue
-        if w.stored and graph.recipe.packed:
-            for bytes_ in ends:
-                yield next(numbers), bytes_
-            continue
-        first = next(numbers)
-        yield first, ends[0] if w.group == "buffer" else whole
-        if w.kernel and how is not None:
-            for bytes_ in ends[1:]:  # scales come first
-                yield next(numbers), bytes_
-            codes_made = (Tensor("", str(ends[0]), "uint8"),)
-            yield from _steps(quantising(w, how), [], numbers, axes, codes_made)
-            yield first, 0
-        elif w.stored:
-            for bytes_ in ends:
-                yield next(numbers), bytes_
-            yield first, 0
-        elif w.group != "buffer":
-            waiting.append((first, w, loaded))
-    for target in (widened, ""):  # all to fp32 if the preparation does that, then each to its final dtype
-        for i, (first, w, dtype) in enumerate(waiting):
-            to = target or w.dtype
-            if to != dtype:
-                number = next(numbers)
-                yield number, size(w.shape, to, axes)[1]
-                yield first, 0
-                waiting[i] = (number, w, to)
+                unpacked_later.setdefault(id(w), []).append(codes)
+        elif w.kernel and how is not None and how.lays:
+            codes = _alloc(tape, w.stored)
+            _record(tape, laying(w, how), codes[:1])
+        elif w.stored and graph.recipe.packed:
+            _alloc(tape, w.stored)
+        elif w.group == "buffer":
+            tape.alloc(w.shape, w.dtype)
+        else:
+            first = tape.alloc(w.shape, loaded)
+            if w.kernel and how is not None:
+                _alloc(tape, w.stored[1:])  # scales come first
+                _record(tape, quantising(w, how), (), w.stored[:1])
+                tape.free(first)
+            elif w.stored:
+                _alloc(tape, w.stored)
+                tape.free(first)
+            else:
+                unquantised[first] = w
+    if graph.recipe.preparation:
+        unquantised = _cast(tape, unquantised, loaded, "fp32")
+        loaded = "fp32"
+    unquantised = _cast(tape, unquantised, loaded)
     if unpacked_later and how is not None:  # layer by layer
-        codes_of: dict[int, list[list[int]]] = {}
-        for w, codes in reversed(unpacked_later):
-            codes_of.setdefault(id(w), []).append(codes)
         for w in in_order(graph):
-            if id(w) in codes_of:
-                yield from _steps(unpacking(w, how), codes_of[id(w)].pop(), numbers, axes)
-    if places is not None:
-        places.update((number, w) for number, w, _ in waiting)
-    for w in weights:
-        if w.group == "adapter":
-            number = next(numbers)
-            yield number, sizes(w)[1][0]
-            if places is not None:
-                places[number] = w
+            if id(w) in unpacked_later:
+                _record(tape, unpacking(w, how), unpacked_later[id(w)].pop(0))
+    unquantised |= {tape.alloc(w.shape, w.dtype): w for w in adapters}
     if graph.inference is not None and graph.inference.loaded.stores_head:
-        heads = [w for op in stack.after for w in op.weights if w.group == "embedding"]  # tied to the embeddings
-        for first, w in zip(numbers, heads, strict=False):
-            yield first, size(w.shape, loaded, axes)[1]
-            yield first, 0
+        for w in (w for op in stack.after for w in op.weights if w.group == "embedding"):  # tied to the embeddings
+            tape.free(tape.alloc(w.shape, graph.recipe.weights))
+    return unquantised
 
 
-def _steps(
-    steps: Iterable[LoadStep],
-    codes: list[int],
-    numbers: Iterator[int],
-    axes: Mapping[str, int],
-    parts: tuple[Tensor, ...] = (),
-) -> Iterator[tuple[int, int]]:
-    """Yield allocations and frees while a matrix is unpacked or quantised. `codes` are the storages of its quantised
+def _alloc(tape: LoadingTape, tensors: Iterable[Tensor]) -> list[int]:
+    return [tape.alloc(t.shape, t.dtype) for t in tensors]
+
+
+def _cast(tape: LoadingTape, weights: dict[int, Weight], loaded: str, dtype: str = "") -> dict[int, Weight]:
+    """Cast each weight to `dtype`, by default to its final one, and return the weights by their new storage."""
+    out: dict[int, Weight] = {}
+    for number, w in weights.items():
+        to = dtype or w.dtype
+        if to == loaded:
+            out[number] = w
+        else:
+            out[tape.alloc(w.shape, to)] = w
+            tape.free(number)
+    return out
+
+
+def _record(
+    tape: LoadingTape, steps: Iterable[LoadStep], codes: Sequence[int] = (), parts: Sequence[Tensor] = ()
+) -> None:
+    """Record allocations and frees while a matrix is unpacked or quantised. `codes` are the storages of its quantised
     numbers, alive before; `parts` are the tensors that quantising makes of it."""
     alive: dict[str, int] = {}
     for step in steps:
         if step.made is None and step.name == "codes":
-            yield from ((number, 0) for number in codes)
+            tape.free(*codes)
         elif step.made is None:
-            yield alive.pop(step.name), 0
+            tape.free(alive.pop(step.name))
         else:
             for t in parts if step.name == "codes" else (step.made,):
-                alive[step.name] = number = next(numbers)
-                yield number, size(t.shape, t.dtype, axes)[1]
+                alive[step.name] = tape.alloc(t.shape, t.dtype)
 
 
 def in_order(graph: Graph, by_name: bool = False) -> Iterator[Weight]:
     """Yield every weight once: before the layers, layer by layer, after them. With `by_name`, in the order in which
     transformers 5.24 sorts names: core_model_loading.py dot_natural_key."""
+    weights = _by_block(graph)
     if by_name:
-        yield from (w for _, w in sorted(_by_path(graph), key=lambda pair: pair[0]))
-        return
+        weights = sorted(weights, key=_natural_key)
+    return (w for _, w in weights)
+
+
+def _natural_key(weight: tuple[str, Weight]) -> tuple[tuple[int, str], ...]:
+    """Return a weight's path split at dots, in which numbers sort numerically."""
+    block, w = weight
+    name = f"{w.name}_blocks" if block and w.stacked else w.name  # gpt-oss' files have them after their biases
+    return tuple((int(part), "") if part.isdigit() else (-1, part) for part in f"{block}{name}".split("."))
+
+
+def _by_block(graph: Graph) -> Iterable[tuple[str, Weight]]:
+    """Yield every weight once, with the path of its block."""
     stack, axes = operations_of(graph)
     outside: set[str] = set()
-    yield from _weights(stack.before, outside)
+    number: dict[str, int] = {}
+    yield from (("", w) for w in _weights(stack.before, outside))
     for run in stack.runs:
-        yield from _weights(run.before, outside)
-        blocks = [list(_weights(block.ops, set())) for block in run.blocks]
+        yield from (("", w) for w in _weights(run.before, outside))
+        blocks = [(block.name, list(_weights(block.ops, set()))) for block in run.blocks]
         for _ in range(axes[run.times]):
-            for block in blocks:
-                yield from block
-    yield from _weights((*stack.after, *stack.loss), outside)
-
-
-def _by_path(graph: Graph) -> Iterator[tuple[tuple[tuple[int, str], ...], Weight]]:
-    """Yield every weight with its path split at dots, in which numbers sort numerically."""
-    stack, axes = operations_of(graph)
-    outside: set[str] = set()
-
-    def path(name: str) -> tuple[tuple[int, str], ...]:
-        return tuple((int(part), "") if part.isdigit() else (-1, part) for part in name.split("."))
-
-    for w in _weights((*stack.before, *(op for run in stack.runs for op in run.before)), outside):
-        yield path(w.name), w
-    place: dict[str, int] = {}
-    for run in stack.runs:
-        for _ in range(axes[run.times]):
-            for block in run.blocks:
-                place[block.name] = at = place.get(block.name, -1) + 1
-                for w in _weights(block.ops, set()):
-                    name = f"{w.name}_blocks" if w.stacked else w.name  # gpt-oss' files have them after their biases
-                    yield path(f"{block.name}.{at}.{name}"), w
-    for w in _weights((*stack.after, *stack.loss), outside):
-        yield path(w.name), w
+            for name, weights in blocks:
+                number[name] = number.get(name, -1) + 1
+                path = f"{name}.{number[name]}."
+                for w in weights:
+                    yield path, w
+    yield from (("", w) for w in _weights((*stack.after, *stack.loss), outside))
 
 
 def _weights(ops: Iterable[Op], seen: set[str]) -> Iterator[Weight]:

@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import Communicator
-from memplan.program.training.program import Structure
+from memplan.program.inference import gpus
+from memplan.program.structure import Structure
+from memplan.program.training import pipeline
 from memplan.spec.base import Part
 from memplan.spec.generation import Generation
 from memplan.spec.run import Batch
@@ -43,6 +45,27 @@ class ResolvedRun(NamedTuple):
     beams: int = 1
     part: int = 0
     assistant: Assistant | None = None
+
+    @property
+    def trains(self) -> bool:
+        """Whether the run trains; if not, it runs the model forward."""
+        return self.structure.graph.inference is None
+
+    @property
+    def has_stages(self) -> bool:
+        """Whether layers are spread over several GPUs, which then differ: in a pipeline, or by a device map."""
+        graph = self.structure.graph
+        return graph.degrees.pp > 1 or (graph.placed is not None and graph.placed.cards > 1)
+
+    def every_stage(self) -> Iterator[ResolvedRun]:
+        """Yield the run on the ranks of each stage, or on each GPU of a device map."""
+        stages = pipeline.every_stage if self.trains else gpus.every_gpu
+        return (self._replace(structure=structure) for structure in stages(self.structure))
+
+    def fullest_stages(self) -> Iterator[ResolvedRun]:
+        """Yield the run on the stages, or the GPUs of a device map, that may hold the most."""
+        stages = pipeline.may_be_worst if self.trains else gpus.may_be_fullest
+        return (self._replace(structure=structure) for structure in stages(self.structure))
 
 
 TOKENS = 20  # default tokens per round: transformers 5.24 configuration_utils.py num_assistant_tokens

@@ -9,32 +9,31 @@ from memplan.catalogue.kernels.fused import fusible
 from memplan.catalogue.kernels.rewriting import matrix
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods.methods import Recipe, apply
-from memplan.core.ir import Stack, operations
-from memplan.engine.step import read_dtype
+from memplan.core.ir import Stack, Weight, operations, outside
+from memplan.engine.copies import read_dtype
 from memplan.models.model import ModelSpec
-from memplan.program.graph import matrix_shape
+from memplan.program.graph import Graph, matrix_shape, operations_of
 
 
 @lru_cache(maxsize=256)
 def attention_dtype(model: ModelSpec, recipe: Recipe) -> str:
     """Return the dtype of the queries passed to attention, before attention casts them. For a model without attention,
     the dtype of the delta rule's inputs."""
-    axes = model.axes()
-    stack = apply(build(model, Wiring("flash_2", "flash_2")), recipe)
-    autocast = recipe.compute if recipe.autocast else None
-    depth = {run.times: axes[run.times] for run in stack.runs}
-    dtypes = (read_dtype(stack, output, autocast, depth) for output in (".lse", "beta"))
-    return next(filter(None, dtypes), recipe.weights)
+    return _read_dtype(model, recipe, Wiring("flash_2", "flash_2"), (".lse", "beta"))
 
 
 @lru_cache(maxsize=256)
 def tower_dtype(model: ModelSpec, recipe: Recipe) -> str:
     """Return the dtype of the queries passed to attention in the vision tower."""
-    axes = model.axes()
-    stack = apply(build(model, Wiring("flash", "flash", images=True)), recipe)
+    return _read_dtype(model, recipe, Wiring("flash", "flash", images=True), (("v.o.parts.lse", "v.o.lse"),))
+
+
+def _read_dtype(model: ModelSpec, recipe: Recipe, wiring: Wiring, outputs: tuple[str | tuple[str, ...], ...]) -> str:
+    """Return the dtype that the operation with the first of the outputs reads."""
+    stack, axes = apply(build(model, wiring), recipe), model.axes()
     autocast = recipe.compute if recipe.autocast else None
     depth = {run.times: axes[run.times] for run in stack.runs}
-    return read_dtype(stack, ("v.o.parts.lse", "v.o.lse"), autocast, depth) or recipe.weights
+    return next(filter(None, (read_dtype(stack, end, autocast, depth) for end in outputs)), recipe.weights)
 
 
 @lru_cache(maxsize=32)
@@ -106,3 +105,28 @@ def modules(model: ModelSpec) -> set[str]:
     return {name for path in paths for name in path.split(".")} | {
         op.name.rpartition(".")[2] for op in stack.after if matrix(op)
     }
+
+
+def input_table(graph: Graph) -> frozenset[str]:
+    """Return the names of the input embeddings' weights: the token table, or the patch projection."""
+    embeddings = [
+        op.weights
+        for ops in outside(operations_of(graph)[0])[:-1]
+        for op in ops
+        if any(w.group == "embedding" for w in op.weights)
+    ]
+    tables = [weights for weights in embeddings if weights[0].shape.startswith("v ")]
+    return frozenset(w.name for weights in (tables or embeddings)[:1] for w in weights)
+
+
+def ties_head(graph: Graph) -> bool:
+    """Whether the head's weight is the embeddings' table."""
+    stack, table = operations_of(graph)[0], input_table(graph)
+    return any(w.name in table for op in (*stack.after, *stack.loss) for w in op.weights)
+
+
+def shared_tables(graph: Graph) -> list[Weight]:
+    """Return the embedding tables that encoder and decoder share."""
+    before, *between = outside(operations_of(graph)[0])[:-1]
+    tables = {w.name: w for op in before for w in op.weights if w.group == "embedding"}
+    return [w for name, w in tables.items() if any(name == v.name for ops in between for op in ops for v in op.weights)]

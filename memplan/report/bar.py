@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from itertools import groupby
 
 from memplan.estimate.answer import Estimate
+from memplan.report.blocks import Styled
 from memplan.report.text import Screen
 from memplan.report.wording import parts, tenths
 
@@ -18,17 +19,19 @@ MARKS = {
     "temp": ("T", "yellow"),
     "buffer": ("B", "white"),
     "other": ("W", "red"),
-    "allocator": ("+", "grey"),
-    "context": ("c", "grey"),
+    "allocator": ("+", "bright_black"),
+    "context": ("c", "bright_black"),
 }
+_REST = {"": (" ", ""), "free": ("·", "dim"), "card": ("│", "bold")}
 
 
-def mark(key: str, to: Screen) -> str:
-    """Return a part's sign in the bar, without colour."""
-    return "█" if to.colour else MARKS[key][0]
+def mark(key: str, to: Screen) -> Styled:
+    """Return a part's sign in the bar, and its colour."""
+    letter, colour = MARKS[key]
+    return "█" if to.colour else letter, colour
 
 
-def bar(answer: Estimate, to: Screen) -> Iterator[str]:
+def bar(answer: Estimate, to: Screen) -> Iterator[list[Styled]]:
     """Yield two lines: the used parts with free space up to the card's end, and the band."""
     usable = answer.gpu.usable if answer.gpu else None
     width = to.width - 1
@@ -45,7 +48,8 @@ def bar(answer: Estimate, to: Screen) -> Iterator[str]:
     cells += ["free" if n < at(usable or 0) else "" for n in range(len(cells), width + 1)]
     if usable is not None:
         cells[at(usable)] = "card"
-    yield "".join(_run(key, len(list(group)), to) for key, group in groupby(cells)).rstrip()
+    runs = [(_REST.get(key) or mark(key, to), len(list(group))) for key, group in groupby(cells)]
+    yield [(sign * n, style) for (sign, style), n in runs]
     low, high = at(answer.band.low), max(at(answer.band.high), at(answer.band.low) + 1)
     line = " " * low + "├" + "─" * (high - low - 1) + "┤"
     label = f"{tenths(answer.band.low)} to {tenths(answer.band.high)} GiB in {answer.band.coverage:.0%} of runs"
@@ -53,16 +57,4 @@ def bar(answer: Estimate, to: Screen) -> Iterator[str]:
         line = f"{line} {label}"
     elif len(label) < low:
         line = f"{label} ".rjust(low) + line[low:]
-    yield to.paint(line, "dim")
-
-
-def _run(key: str, cells: int, to: Screen) -> str:
-    match key:
-        case "":
-            return " " * cells
-        case "free":
-            return to.paint("·" * cells, "dim")
-        case "card":
-            return to.paint("│", "bold")
-        case _:
-            return to.paint(mark(key, to) * cells, MARKS[key][1])
+    yield [(line, "dim")]

@@ -1,38 +1,90 @@
-"""Blocks of a report, each defined once and shown in a terminal or as markdown."""
+"""What a report is made of, as data: a terminal, a pipe and a markdown page render the same blocks."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple, TypeAlias
+from dataclasses import dataclass
+from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
-from memplan.report import markdown
-from memplan.report.text import Column, Screen, paragraph, table
+from memplan.report.text import Screen
+
+GAP = 2  # columns between the columns of a table
+_MIN_WIDTH = 8  # narrowest column that wrapping leaves
+_MIN_READABLE = 32  # narrower optional columns are dropped instead of wrapped
+
+T = TypeVar("T")
+Styled: TypeAlias = tuple[str, str]  # a text and its style, in rich's words: "bold red"
 
 
 class Text(NamedTuple):
-    """A paragraph; `style` has names from `memplan.report.text.STYLES`."""
+    """A paragraph; in a pipe all lines but the first are indented."""
 
     text: str
     style: str = ""
+    indent: str = "  "
 
 
 class Heading(NamedTuple):
     text: str
-    style: str = "bold"
+    indent: str = "  "
 
 
 class Pairs(NamedTuple):
-    """Pairs of a name and a text. An empty name continues the one above."""
+    """Indented pairs of a name and a text. An empty name continues the one above."""
 
     rows: Sequence[tuple[str, str]]
 
 
-class Table(NamedTuple):
-    """A table; `styles` are those of `memplan.report.text.table`."""
+class Facts(NamedTuple):
+    """A name and one or two texts per row. An empty title is left out; a page also shows the columns' `heads`."""
 
-    columns: Sequence[Column]
+    title: str
     rows: Sequence[Sequence[str]]
-    styles: Sequence[str] = ()
+    heads: Sequence[str] = ("",)
+
+
+class Notes(NamedTuple):
+    """A list of sentences. An empty title is left out."""
+
+    texts: Sequence[str]
+    title: str = "Notes"
+
+
+@dataclass(frozen=True)
+class Column(Generic[T]):
+    """A column of a table.
+
+    If a table is too wide, `optional` columns are dropped from the right, then others wrap. An optional column that
+    wraps stays as long as it is readable.
+
+    cell    the text of a row
+    right   whether it is aligned to the right
+    style   the style of a row's cell, or of all cells
+    """
+
+    title: str
+    cell: Callable[[T], str]
+    right: bool = False
+    wraps: bool = False
+    optional: bool = False
+    style: Callable[[T], str] | str = ""
+
+
+class Table(NamedTuple, Generic[T]):
+    columns: Sequence[Column[T]]
+    rows: Sequence[T]
+
+    def cells(self) -> list[list[Styled]]:
+        """Return each row's texts and styles."""
+        return [
+            [(c.cell(row), c.style if isinstance(c.style, str) else c.style(row)) for c in self.columns]
+            for row in self.rows
+        ]
+
+
+def styled(i: int, title: str = "", *, right: bool = False, wraps: bool = False) -> Column[Sequence[Styled]]:
+    """Return column `i` of rows that are made of styled texts."""
+    return Column(title, lambda row: row[i][0], right, wraps, style=lambda row: row[i][1])
 
 
 class Paste(NamedTuple):
@@ -47,72 +99,34 @@ class Paste(NamedTuple):
 class Drawing(NamedTuple):
     """A drawing made of text; `draw` returns its lines for a screen."""
 
-    draw: Callable[[Screen], Iterable[str]]
+    draw: Callable[[Screen], Iterable[Sequence[Styled]]]
 
 
-Block: TypeAlias = Text | Heading | Pairs | Table | Paste | Drawing
+Block: TypeAlias = Text | Heading | Pairs | Facts | Notes | Table[Any] | Paste | Drawing
 
 
-def terminal(blocks: Iterable[Block], to: Screen) -> Iterator[str]:
-    """Yield the lines on a screen, with a blank line between blocks except below headings and between texts."""
+def spaced(blocks: Iterable[Block]) -> Iterator[tuple[bool, Block]]:
+    """Yield each block and whether a blank line precedes it: not below headings, nor between texts."""
     before: Block | None = None
     for block in blocks:
         continues = type(before) is type(block) and isinstance(block, (Text, Paste))
-        if before is not None and not isinstance(before, Heading) and not continues:
-            yield ""
-        yield from _on_screen(block, to)
+        yield before is not None and not isinstance(before, Heading) and not continues, block
         before = block
 
 
-def _on_screen(block: Block, to: Screen) -> Iterator[str]:
-    match block:
-        case Text() | Heading():
-            yield from (to.paint(line, block.style) for line in paragraph(block.text, to, "  "))
-        case Pairs():
-            rows = [("", *row) for row in block.rows]
-            yield from table(
-                [Column(""), Column("", wraps=True), Column("", wraps=True)], rows, to, ["|dim|"] * len(rows)
-            )
-        case Table():
-            yield from table(block.columns, block.rows, to, block.styles)
-        case Paste():
-            yield from (to.paint(line, "dim") for line in paragraph(f"  {block.title}", to, "  "))
-            for text in (*block.lines, *([f"({block.note})"] if block.note else [])):
-                yield from paragraph(f"    {text}", to, "      ")
-        case Drawing():
-            yield from block.draw(to)
+def fit(columns: Sequence[Column[Any]], cells: Sequence[Sequence[Styled]], width: int) -> dict[int, int]:
+    """Return the width of each column that is shown, by its number."""
+    widths = {i: max([len(c.title), *(len(row[i][0]) for row in cells)]) for i, c in enumerate(columns)}
 
+    def excess() -> int:
+        return sum(widths.values()) + GAP * (len(widths) - 1) - width
 
-def page(blocks: Iterable[Block]) -> Iterator[str]:
-    """Yield the lines of a markdown page."""
-    before: Block | None = None
-    for block in blocks:
-        lines = list(_on_page(block))
-        if lines and before is not None:
-            yield ""
-        yield from lines
-        before = block if lines else before
+    def spare() -> int:
+        return sum(max(0, widths[i] - _MIN_READABLE) for i in widths if columns[i].optional and columns[i].wraps)
 
-
-def _on_page(block: Block) -> Iterator[str]:
-    plain = markdown.plain
-    match block:
-        case Text():
-            yield f"**{plain(block.text)}**" if "bold" in block.style else plain(block.text)
-        case Heading():
-            yield f"**{plain(block.text)}**"
-        case Pairs():
-            for name, text in block.rows:
-                yield f"- {plain(name)}: {plain(text)}" if name else f"  - {plain(text)}"
-        case Table():
-            shown = [n for n, column in enumerate(block.columns) if column.title]
-            titles = [plain(block.columns[n].title) for n in shown]
-            align = "".join("r" if block.columns[n].right else "l" for n in shown)
-            yield from markdown.table(titles, [[row[n] for n in shown] for row in block.rows], align)
-        case Paste():
-            yield f"{plain(block.title)}:{f' {plain(block.note)}' if block.note else ''}"
-            if block.lines:
-                yield ""
-                yield from (f"```{block.language}", *block.lines, "```")
-        case Drawing():
-            yield from ("```text", *block.draw(Screen()), "```")
+    while excess() > spare() and (optional := [i for i in widths if columns[i].optional]):
+        del widths[optional[-1]]
+    wrapping = [i for i in widths if columns[i].wraps]
+    while excess() > 0 and any(widths[i] > _MIN_WIDTH for i in wrapping):
+        widths[max(wrapping, key=lambda i: widths[i])] -= 1
+    return widths

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import StringIO
+from typing import NamedTuple
 
 from memplan.estimate.answer import Estimate, Line
 from memplan.report.wording import CATEGORIES, PhaseRow, model, notes, peak_phase, phase_rows
@@ -15,8 +16,20 @@ def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = Fal
     rows: list[dict[str, object]] = []
     for answer in answers:
         rows += _ledger(answer) if explain else _ranks(answer) if ranks and answer.ranks else [facts(answer)]
+    return written(rows)
+
+
+class CsvRows(NamedTuple):
+    """Rows by column title; `titles` are those of the first row if empty. Values may be left out."""
+
+    rows: Sequence[Mapping[str, object]]
+    titles: Sequence[str] = ()
+
+
+def written(rows: Sequence[Mapping[str, object]], titles: Sequence[str] = ()) -> str:
+    """Return the rows as CSV; the titles are those of the first row if none are given."""
     out = StringIO()
-    writer = csv.DictWriter(out, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(out, titles or list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return out.getvalue()

@@ -6,12 +6,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby, pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from memplan.core.units import GIB
 from memplan.estimate.answer import Estimate, Phase
 from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
+from memplan.report.blocks import Column, Table
 
 _STYLE = """
 :root { color-scheme: light dark; --text: #1d2330; --soft: #667085; --line: #d5d9e2; --page: #ffffff;
@@ -50,18 +51,17 @@ def _page(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[s
         yield "<section>"
         yield f'<p class="{_class(answer)}"><strong>{escape(words.verdict(answer))}</strong></p>'
         yield bar(answer)
-        summary = f"The peak is {words.moment(answer)}. {words.headroom(answer)} {words.host(answer)}".rstrip()
-        yield f"<p>{escape(summary)}</p>"
+        yield f"<p>{escape(words.summary(answer))}</p>"
         yield from _advice(answer)
         yield "<h2>At the peak</h2>"
-        yield _categories(answer)
+        yield _table(_parts(answer), sum_last=True)
         yield "<h2>By phase</h2>"
-        yield _phases(answer)
+        yield _table(words.phase_table(answer))
         if answer.serving is not None:
             from memplan.report.serving import pool
 
             yield "<h2>Keys and values</h2>"
-            yield _table(("", ""), pool(answer))
+            yield _pairs(pool(answer))
         yield "<h2>The step</h2>"
         yield timeline(answer)
         yield (
@@ -70,31 +70,31 @@ def _page(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[s
         )
         if ranks and answer.ranks:
             yield f"<h2>{escape(words.ranks_title(answer))}</h2>"
-            yield _table(words.RANKS, words.rank_rows(answer))
+            yield _table(words.ranks_table(answer), aligned=False)
         if explain:
             yield "<h2>Alive at the peak</h2>"
-            yield _ledger(answer)
+            yield _table(words.ledger_table(answer), sum_last=True)
         yield "</section>"
     yield "<h2>Assumed</h2>"
-    yield _table(("", ""), assumptions_.assumptions(answers[0]))
+    yield _pairs(assumptions_.assumptions(answers[0]))
     notes = words.notes(answers)
     if notes:
         yield "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
 
 
 def _advice(answer: Estimate) -> Iterator[str]:
-    from memplan.report.advice import cards, help_line
+    from memplan.report.next_steps import cards, help_line
 
     line = help_line(answer)
     if line:
         yield f"<p>{escape(line)}</p>"
     for title, by_size in cards(answer):
         yield f"<p>{escape(title)}</p>"
-        yield _table(("", ""), [(str(size), ", ".join(names)) for size, names in by_size.items()], numbers=(0,))
+        yield _pairs([(str(size), ", ".join(names)) for size, names in by_size.items()], numbers=True)
 
 
 def _class(answer: Estimate) -> str:
-    return {"fits": "fits", "tight": "tight", "does not fit": "nofit"}.get(answer.verdict.answer or "", "")
+    return {"does not fit": "nofit"}.get(answer.verdict.answer or "", answer.verdict.answer or "")
 
 
 def bar(answer: Estimate) -> str:
@@ -204,39 +204,31 @@ def _ticks(full: int) -> list[int]:
     return list(range(0, full, step))
 
 
-def _categories(answer: Estimate) -> str:
-    rows = [
-        (f"\0{p.key}\0{p.label}", words.hundredths(p.bytes), words.share(p.bytes, answer.bytes.used), p.largest)
-        for p in words.parts(answer)
-    ]
-    rows.append(("used", words.hundredths(answer.bytes.used), "100.0%", "as nvidia-smi shows it"))
-    return _table(("", "GiB", "share", "largest"), rows, numbers=(1, 2), sum_last=True)
+def _parts(answer: Estimate) -> Table[words.MemoryPart]:
+    """Return the parts of the used memory, each behind its colour in the bar."""
+    table = words.part_table(answer)
+    marked: Column[words.MemoryPart] = Column("", lambda part: f"\0{part.key}\0{part.label}")
+    return Table([marked, *table.columns[1:]], table.rows)
 
 
-def _phases(answer: Estimate) -> str:
-    return _table(("phase", "step 1, GiB", "later, GiB", "largest at"), words.phase_cells(answer), numbers=(1, 2))
+def _table(table: Table[Any], sum_last: bool = False, aligned: bool = True) -> str:
+    """Return a table; numbers may be aligned to the right, and the last row may be a sum."""
+    columns = [column for column in table.columns if column.title != "kind"]  # the bar and its table show the kinds
+    rows = [[text for text, _ in row] for row in Table(columns, table.rows).cells()]
+    right = [aligned and column.right for column in columns]
+    return _rows([column.title for column in columns], rows, right, len(rows) - 1 if sum_last else -1)
 
 
-def _ledger(answer: Estimate) -> str:
-    rows = [
-        (f"{x.bytes:,}", str(x.count), x.what, x.where, words.shape(x), words.dtype(x), x.why, x.source, x.basis)
-        for x in answer.ledger
-    ]
-    rows.append((f"{sum(x.bytes for x in answer.ledger):,}", "", "allocated", "", "", "", "", "", ""))
-    titles = ("bytes", "n", "tensor", "where", "shape", "dtype", "why", "source", "basis")
-    return _table(titles, rows, numbers=(0, 1), sum_last=True)
+def _pairs(rows: Sequence[tuple[str, str]], numbers: bool = False) -> str:
+    return _rows(("", ""), rows, (numbers, False))
 
 
-def _table(
-    titles: Sequence[str], rows: Sequence[Sequence[str]], numbers: Sequence[int] = (), sum_last: bool = False
-) -> str:
+def _rows(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool], last: int = -1) -> str:
     def row(cells: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{' class=n' if i in numbers else ''}>{_cell(cell)}</{tag}>" for i, cell in enumerate(cells)
-        )
+        both = zip(cells, right, strict=True)
+        return "".join(f"<{tag}{' class=n' if is_right else ''}>{_cell(cell)}</{tag}>" for cell, is_right in both)
 
     head = [f"<tr>{row(titles, 'th')}</tr>"] if any(titles) else []
-    last = len(rows) - 1 if sum_last else -1
     body = [f"<tr{' class=sum' if i == last else ''}>{row(r, 'td')}</tr>" for i, r in enumerate(rows)]
     return "\n".join(["<table>", *head, *body, "</table>"])
 

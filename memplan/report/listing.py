@@ -7,18 +7,22 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
+from operator import itemgetter
 from typing import Any, cast
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
-from memplan.catalogue.profiles import engines
-from memplan.catalogue.profiles.engines import ENGINES, ServingEngine
-from memplan.catalogue.profiles.profiles import PROFILES, WHEN, Profile, ProfileSetting
+from memplan.catalogue.profiles.behaviour import PRINTED
+from memplan.catalogue.profiles.engines import ENGINES, EngineDefaults
+from memplan.catalogue.profiles.profile_table import WHEN, EngineSetting, Profile, ServingEngine, Setting
+from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.core.errors import UnknownNameError
 from memplan.core.units import GIB
 from memplan.models.cards import card_names, load_card
 from memplan.models.model import ModelSpec
-from memplan.report.text import Column, Screen, screen, table
+from memplan.report.blocks import Column, Table
+from memplan.report.display import display
+from memplan.report.text import Screen, screen
 
 
 def models(text: str, as_json: bool) -> str:
@@ -26,26 +30,15 @@ def models(text: str, as_json: bool) -> str:
     matches = _search("model", text, map(load_card, card_names()), _model_words)
     if as_json:
         return _json([_model_facts(model) for model in matches])
-    columns = (
-        Column("model"),
-        Column("parameters", right=True),
-        Column("layers", right=True),
-        Column("positions", right=True, optional=True),
-        Column("licence", optional=True),
-        Column("Hugging Face id", optional=True),
-    )
-    rows = [
-        (
-            model.name,
-            f"{model.card['parameters']:,}",
-            str(model.num_hidden_layers),
-            str(model.max_position_embeddings or ""),
-            str(model.card.get("licence", "")),
-            str(model.card["hf_id"]),
-        )
-        for model in matches
+    columns: list[Column[ModelSpec]] = [
+        Column("model", lambda model: model.name),
+        Column("parameters", lambda model: f"{model.card['parameters']:,}", right=True),
+        Column("layers", lambda model: str(model.num_hidden_layers), right=True),
+        Column("positions", lambda model: str(model.max_position_embeddings or ""), right=True, optional=True),
+        Column("licence", lambda model: str(model.card.get("licence", "")), optional=True),
+        Column("Hugging Face id", lambda model: str(model.card["hf_id"]), optional=True),
     ]
-    return "\n".join(table(columns, rows, _screen())) + "\n"
+    return display([Table(columns, matches)], _screen())
 
 
 def _screen() -> Screen:
@@ -79,26 +72,23 @@ def cards(text: str, as_json: bool) -> str:
     matches = _search("gpu", text, all_gpus(), lambda gpu: (*_gpu_words(gpu), *([text] if gpu.name == named else [])))
     if as_json:
         return _json([_gpu_facts(gpu) for gpu in matches])
-    columns = (
-        Column("GPU"),
-        Column("usable GiB", right=True),
-        Column("capability", right=True, optional=True),
-        Column("bf16", optional=True),
-        Column("GB/s", right=True, optional=True),
-        Column("USD an hour", optional=True),
-    )
-    rows = [
-        (
-            gpu.name,
-            f"{gpu.usable / GIB:.2f}" + (f" × {gpu.devices}" if gpu.devices > 1 else ""),
-            "{}.{}".format(*gpu.compute_capability) if gpu.compute_capability else "",
-            "yes" if "bf16" in gpu.native_dtypes else "no",
-            f"{gpu.bandwidth_gbps:g}" if gpu.bandwidth_gbps else "",
-            _price(gpu),
-        )
-        for gpu in matches
+    columns: list[Column[GPU]] = [
+        Column("GPU", lambda gpu: gpu.name),
+        Column("usable GiB", _usable, right=True),
+        Column("capability", _capability, right=True, optional=True),
+        Column("bf16", lambda gpu: "yes" if "bf16" in gpu.native_dtypes else "no", optional=True),
+        Column("GB/s", lambda gpu: f"{gpu.bandwidth_gbps:g}" if gpu.bandwidth_gbps else "", right=True, optional=True),
+        Column("USD an hour", _price, optional=True),
     ]
-    return "\n".join(table(columns, rows, _screen())) + "\n"
+    return display([Table(columns, matches)], _screen())
+
+
+def _usable(gpu: GPU) -> str:
+    return f"{gpu.usable / GIB:.2f}" + (f" × {gpu.devices}" if gpu.devices > 1 else "")
+
+
+def _capability(gpu: GPU) -> str:
+    return "{}.{}".format(*gpu.compute_capability) if gpu.compute_capability else ""
 
 
 def _gpu_words(gpu: GPU) -> tuple[str, ...]:
@@ -124,25 +114,29 @@ def profiles(text: str, as_json: bool) -> str:
     matches = _search("profile", text, (*PROFILES, *ENGINES), lambda profile: (profile.name, profile.title))
     if as_json:
         return _json([_profile_facts(profile) for profile in matches])
-    columns = (Column("profile"), Column("sets"), Column("to"), Column("source", optional=True))
+    titles = ("profile", "sets", "to", "source")
+    columns: list[Column[tuple[str, ...]]] = [
+        Column(title, itemgetter(n), optional=title == "source") for n, title in enumerate(titles)
+    ]
     rows: list[tuple[str, ...]] = []
     for profile in matches:
         base = f"as {profile.like}, except:" if profile.like else ""
         rows.append((profile.name, profile.title, base, profile.read))
         rows += [("", _field(row), _format(row.value), row.source) for row in profile.rows]
         rows += [("", "not counted yet", wait, "") for wait in profile.waits]
-    return "\n".join(table(columns, rows, _screen())) + "\n"
+    return display([Table(columns, rows)], _screen())
 
 
-def _field(row: ProfileSetting | engines.EngineSetting) -> str:
+def _field(row: Setting | EngineSetting) -> str:
     """Return the field, and which runs it is set for."""
-    if isinstance(row, engines.EngineSetting):
-        field = row.field if row.field in engines.WORDS else f"serving.{row.field}"
+    field = PRINTED.get(row.field, row.field)
+    if isinstance(row, EngineSetting):
+        field = f"serving.{field}" if row.field in EngineDefaults._fields else field
         return field if row.basis == "derived" else f"{field} ({row.basis})"
     conditions = [WHEN[row.when]] if row.when else []
     if row.model_types:
         conditions.append("of " + ", ".join(row.model_types))
-    return f"{row.field} {' '.join(conditions)}".strip()
+    return f"{field} {' '.join(conditions)}".strip()
 
 
 def _format(value: Any) -> str:
@@ -154,7 +148,10 @@ def _format(value: Any) -> str:
 
 
 def _profile_facts(profile: Profile | ServingEngine) -> dict[str, Any]:
-    return {**profile._asdict(), "rows": [row._asdict() for row in profile.rows]}
+    return {
+        **profile._asdict(),
+        "rows": [{**row._asdict(), "field": PRINTED.get(row.field, row.field)} for row in profile.rows],
+    }
 
 
 def _search(field: str, text: str, rows: Iterable[Any], words: Callable[[Any], Iterable[str]]) -> Sequence[Any]:

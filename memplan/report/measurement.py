@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, NamedTuple
 from memplan.core.errors import printable
 from memplan.core.units import MIB, gib
 from memplan.estimate.answer import Estimate
-from memplan.report.text import Column, Screen, hanging, paragraph, table
+from memplan.report.blocks import Block, Column, Facts, Notes, Table, Text
+from memplan.report.display import display
+from memplan.report.text import Screen
 from memplan.report.wording import hundredths, tenths
 
 if TYPE_CHECKING:
@@ -68,34 +70,24 @@ def difference(measured: int, estimated: int | None) -> str:
 
 def run(measured: MeasuredRun, machine: Machine, answer: Estimate | None, notes: Iterable[str], to: Screen) -> str:
     """Report one measured run: the outcome, every phase next to the estimate, and notes."""
-    columns = (
-        Column("phase"),
-        Column("step", right=True),
-        Column("GiB allocated", right=True),
-        Column("estimated", right=True),
-        Column("difference", right=True),
-        Column("reserved", right=True, optional=True),
-        Column("used", right=True, optional=True),
-    )
-    rows = [
-        (
-            p.phase,
-            str(p.step or ""),
-            hundredths(p.allocated),
-            hundredths(p.estimated) if p.estimated is not None else "",
-            difference(p.allocated, p.estimated),
-            hundredths(p.reserved),
-            hundredths(p.used),
-        )
-        for p in peaks(measured, answer)
-    ]
-    lines = [*paragraph(outcome(measured, machine), to), ""]
+    rows = peaks(measured, answer)
+    blocks: list[Block] = [Text(outcome(measured, machine), indent="")]
     if rows:
-        lines += [*table(columns, rows, to), "", *_totals(measured, to), ""]
-    lines += hanging("driver", [machine.driver], to, 9)
-    lines += hanging("versions", [f"{name} {version}" for name, version in machine.versions.items()], to, 9)
-    lines += [line for note in notes for line in paragraph(f"- {note}", to, "  ")]
-    return "\n".join(lines) + "\n"
+        blocks += [Table(_PEAKS, rows), Facts("", [(f"{name:9}", text) for name, text in _totals(measured)])]
+    versions = "  ".join(f"{name} {version}" for name, version in machine.versions.items())
+    blocks += [Facts("", [("driver   ", machine.driver), ("versions ", versions)]), Notes(list(notes), "")]
+    return display(blocks, to)
+
+
+_PEAKS: tuple[Column[Peaks], ...] = (
+    Column("phase", lambda p: p.phase),
+    Column("step", lambda p: str(p.step or ""), right=True),
+    Column("GiB allocated", lambda p: hundredths(p.allocated), right=True),
+    Column("estimated", lambda p: hundredths(p.estimated) if p.estimated is not None else "", right=True),
+    Column("difference", lambda p: difference(p.allocated, p.estimated), right=True),
+    Column("reserved", lambda p: hundredths(p.reserved), right=True, optional=True),
+    Column("used", lambda p: hundredths(p.used), right=True, optional=True),
+)
 
 
 def outcome(measured: MeasuredRun, machine: Machine) -> str:
@@ -111,15 +103,14 @@ def outcome(measured: MeasuredRun, machine: Machine) -> str:
     return f"{measured.outcome}{where}{when} on {card}: {measured.said}"
 
 
-def _totals(measured: MeasuredRun, to: Screen) -> Iterator[str]:
+def _totals(measured: MeasuredRun) -> Iterator[tuple[str, str]]:
     """Yield the memory that the run took, by each counter."""
     first, last = measured.readings[0], measured.readings[-1]
-    yield from hanging("allocated", [f"{gib(measured.allocated)}  torch.cuda.max_memory_allocated"], to, 9)
-    yield from hanging("reserved", [f"{gib(measured.reserved)}  torch.cuda.max_memory_reserved"], to, 9)
-    context = gib(measured.context_bytes(last))
+    yield "allocated", f"{gib(measured.allocated)}  torch.cuda.max_memory_allocated"
+    yield "reserved", f"{gib(measured.reserved)}  torch.cuda.max_memory_reserved"
     initial = f" ({gib(measured.context_bytes(first))} after the first tensor)" if first.phase == "context" else ""
-    yield from hanging("context", [f"{context}{initial}  CUDA context and loaded kernels"], to, 9)
-    yield from hanging("used", [f"{gib(measured.process)}  by the driver"], to, 9)
+    yield "context", f"{gib(measured.context_bytes(last))}{initial}  CUDA context and loaded kernels"
+    yield "used", f"{gib(measured.process)}  by the driver"
 
 
 def notes(measured: MeasuredRun, machine: Machine, row_usable: int | None) -> Iterator[str]:
@@ -160,41 +151,27 @@ def plan(planned: Sequence[PlannedRun], have: Sequence[bool], to: Screen) -> str
     from memplan.probe.run.rows import run_label
     from memplan.probe.run.suite import minutes
 
-    columns = (
-        Column("run", wraps=True),
-        Column("expected"),
-        Column("GiB allocated", right=True),
-        Column("used", right=True),
-        Column("minutes", right=True, optional=True),
-    )
-    rows = [
-        (
-            run_label(p.run),
-            "already done" if is_done else expected(p),
-            tenths(p.answer.bytes.allocated) if p.answer else "",
-            tenths(p.answer.bytes.used) if p.answer else "",
-            f"{p.seconds / 60:.1f}",
-        )
-        for p, is_done in zip(planned, have, strict=True)
+    done = [p for p, is_done in zip(planned, have, strict=True) if is_done]
+    columns: list[Column[PlannedRun]] = [
+        Column("run", lambda p: run_label(p.run), wraps=True),
+        Column("expected", lambda p: "already done" if p in done else expected(p)),
+        Column("GiB allocated", lambda p: tenths(p.answer.bytes.allocated) if p.answer else "", right=True),
+        Column("used", lambda p: tenths(p.answer.bytes.used) if p.answer else "", right=True),
+        Column("minutes", lambda p: f"{p.seconds / 60:.1f}", right=True, optional=True),
     ]
-    pending = [p for p, is_done in zip(planned, have, strict=True) if not is_done]
+    pending = [p for p in planned if p not in done]
     counts: dict[str, int] = {}
     for p in pending:
         counts[expected(p)] = counts.get(expected(p), 0) + 1
     words = ", ".join(f"{n} {word}" for word, n in counts.items())
     to_do = f"{len(pending)} {'run' if len(pending) == 1 else 'runs'} to do" + (f" ({words})" if words else "")
-    lines = [
-        *table(columns, rows, to),
-        "",
-        *paragraph(
-            f"{to_do}, about {_minutes(minutes(pending))}. "
-            "The minutes are assumed: 40 seconds to start, half a billion parameters created per second, and a fifth "
-            "of the card's 16-bit rate.",
-            to,
-        ),
-        *(line for p in pending if p.refused for line in paragraph(f"- {run_label(p.run)}: {p.refused}", to, "  ")),
-    ]
-    return "\n".join(lines) + "\n"
+    assumed = (
+        "The minutes are assumed: 40 seconds to start, half a billion parameters created per second, and a fifth of "
+        "the card's 16-bit rate."
+    )
+    refused = [Text(f"- {run_label(p.run)}: {p.refused}") for p in pending if p.refused]
+    text = Text(f"{to_do}, about {_minutes(minutes(pending))}. {assumed}", indent="")
+    return display([Table(columns, planned), text, *refused], to)
 
 
 def _minutes(minutes: float) -> str:
@@ -227,33 +204,17 @@ def progress(number: int, of: int, measured: MeasuredRun, answer: Estimate | Non
 
 def gradients(compared: Sequence[GradientCheck], dtype: str, rank: int, to: Screen) -> str:
     """Report LoRA's gradients by autograd and by peft against those computed by hand, a row per shape."""
-    columns = (
-        Column("W"),
-        Column("layers", wraps=True, optional=True),
-        Column("autograd", right=True),
-        Column("peft", right=True),
-        Column("tolerance", right=True),
-        Column(""),
+    columns: list[Column[GradientCheck]] = [
+        Column("W", lambda c: f"{c.shape.out} × {c.shape.into}"),
+        Column("layers", lambda c: ", ".join(c.shape.layers), wraps=True, optional=True),
+        Column("autograd", lambda c: f"{max(c.autograd.values()):.1e}", right=True),
+        Column("peft", lambda c: f"{max(c.peft.values()):.1e}", right=True),
+        Column("tolerance", lambda c: f"{c.tolerance:.1e}", right=True),
+        Column("", lambda c: "agree" if c.agree else "differ", style=lambda c: "green" if c.agree else "red"),
+    ]
+    same = "agree" if all(c.agree for c in compared) else "do not agree"
+    text = (
+        f"The gradients of A, B and x by torch.autograd and by peft {same} with those by hand: rank {rank}, in "
+        f"{dtype}, against fp64. Differences are over the largest gradient."
     )
-    rows = [
-        (
-            f"{c.shape.out} × {c.shape.into}",
-            ", ".join(c.shape.layers),
-            f"{max(c.autograd.values()):.1e}",
-            f"{max(c.peft.values()):.1e}",
-            f"{c.tolerance:.1e}",
-            "agree" if c.agree else "differ",
-        )
-        for c in compared
-    ]
-    same = all(c.agree for c in compared)
-    lines = [
-        *paragraph(
-            f"The gradients of A, B and x by torch.autograd and by peft {'agree' if same else 'do not agree'} with "
-            f"those by hand: rank {rank}, in {dtype}, against fp64. Differences are over the largest gradient.",
-            to,
-        ),
-        "",
-        *table(columns, rows, to),
-    ]
-    return "\n".join(lines) + "\n"
+    return display([Text(text, indent=""), Table(columns, compared)], to)

@@ -12,35 +12,17 @@ from memplan.models.model import ModelSpec
 from memplan.program.stored.checkpoint import built_tensors, compare_checkpoint
 
 # Config keys that no model's memory depends on: token ids, generation, labels, and how it was saved.
-_IGNORED = frozenset(
-    (
-        *("_attn_implementation", "_attn_implementation_autoset", "_commit_hash", "_name_or_path", "auto_map"),
-        *("bad_words_ids", "begin_suppress_tokens", "bos_token_id", "decoder_start_token_id", "diversity_penalty"),
-        *(
-            "do_sample",
-            "early_stopping",
-            "encoder_no_repeat_ngram_size",
-            "eos_token_id",
-            "exponential_decay_length_pen",
-        ),
-        *("exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id"),
-        *(
-            "generation_config",
-            "id2label",
-            "initializer_range",
-            "label2id",
-            "length_penalty",
-            "max_length",
-            "max_new_tokens",
-            "min_length",
-        ),
-        *("no_repeat_ngram_size", "num_beam_groups", "num_beams", "num_return_sequences", "output_attentions"),
-        *("output_hidden_states", "output_scores", "pad_token_id", "prefix", "problem_type", "repetition_penalty"),
-        *("return_dict", "return_dict_in_generate", "sep_token_id", "suppress_tokens", "task_specific_params"),
-        *("temperature", "tokenizer_class", "top_k", "top_p", "transformers.js_config", "transformers_version"),
-        *("typical_p", "unk_token_id", "unsloth_fixed", "use_cache"),
-    )
-)
+_IGNORED = """
+    _attn_implementation _attn_implementation_autoset _commit_hash _name_or_path auto_map bad_words_ids
+    begin_suppress_tokens bos_token_id decoder_start_token_id diversity_penalty do_sample early_stopping
+    encoder_no_repeat_ngram_size eos_token_id exponential_decay_length_pen exponential_decay_length_penalty
+    finetuning_task forced_bos_token_id forced_eos_token_id generation_config id2label initializer_range label2id
+    length_penalty max_length max_new_tokens min_length no_repeat_ngram_size num_beam_groups num_beams
+    num_return_sequences output_attentions output_hidden_states output_scores pad_token_id prefix problem_type
+    repetition_penalty return_dict return_dict_in_generate sep_token_id suppress_tokens task_specific_params
+    temperature tokenizer_class top_k top_p transformers.js_config transformers_version typical_p unk_token_id
+    unsloth_fixed use_cache
+"""
 # A Hub id: owner and name, each starting with a letter or digit, then also dots, underscores and hyphens.
 ID = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 _UNPACKED = ("BF16", "F16", "F32", "F64")  # safetensors dtypes with one parameter per element
@@ -63,7 +45,7 @@ class CardFacts(NamedTuple):
 
 def card(model: ModelSpec, config: Mapping[str, Any], facts: CardFacts) -> str:
     """Return the card of a model as TOML, given its published config."""
-    kept = {key: value for key, value in config.items() if key not in _IGNORED}
+    kept = {key: value for key, value in config.items() if key not in _IGNORED.split()}
     values = {key: value for key, value in kept.items() if value is not None}
     nulls = list(_nulls(kept))
     parameters = sum(built.elements for built in built_tensors(model).values())

@@ -69,8 +69,7 @@ def run_schema() -> dict[str, Any]:
 
 def answer_schema() -> dict[str, Any]:
     """Return the schema of an answer; the command prints a list of answers for several GPUs."""
-    schema = answer_model().model_json_schema(mode="serialization", schema_generator=_Schema)
-    return {"$schema": DRAFT, **schema}
+    return _written(answer_model())
 
 
 def answer_model() -> type[BaseModel]:
@@ -105,8 +104,11 @@ def answer_model() -> type[BaseModel]:
 
 def comparison_schema() -> dict[str, Any]:
     """Return the schema of `memplan compare`: the answers, and the difference of each later answer from the first."""
-    schema = comparison_model().model_json_schema(mode="serialization", schema_generator=_Schema)
-    return {"$schema": DRAFT, **schema}
+    return _written(comparison_model())
+
+
+def _written(model: type[BaseModel]) -> dict[str, Any]:
+    return {"$schema": DRAFT, **model.model_json_schema(mode="serialization", schema_generator=_Schema)}
 
 
 def comparison_model() -> type[BaseModel]:

@@ -1,223 +1,180 @@
-"""The terminal report: the verdict first, then what takes the memory, when, and the assumptions."""
+"""The report as text: the verdict first, then what takes the memory, when, and the assumptions."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
+from operator import itemgetter
 
-from memplan.estimate.answer import Estimate
+from memplan.estimate.answer import Estimate, Line
 from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
-from memplan.report.bar import MARKS, bar, mark
-from memplan.report.text import Column, Screen, hanging, paragraph, screen, table
-
-COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+from memplan.report.bar import bar, mark
+from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Notes, Table, Text
+from memplan.report.display import display
+from memplan.report.text import Screen, screen
 
 
 def render(answers: Sequence[Estimate], explain: bool = False, to: Screen | None = None, ranks: bool = False) -> str:
     to = to or screen()
-    if len(answers) == 1:
-        return "\n".join(_answer(answers[0], explain, to, ranks)) + "\n"
-    return "\n".join(_comparison(answers, explain, to, ranks)) + "\n"
+    blocks = _answer(answers[0], explain, to, ranks) if len(answers) == 1 else _comparison(answers, explain, ranks)
+    return display(blocks, to)
 
 
-def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterator[str]:
-    style = f"bold {COLOURS.get(answer.verdict.answer or '', '')}".strip()
-    yield from (to.paint(line, style) for line in paragraph(words.verdict(answer), to, "  "))
-    yield ""
-    yield from bar(answer, to)
-    yield ""
-    yield from _categories(answer, to)
-    yield ""
-    yield from _phases(answer, to)
-    yield from _pool(answer, to)
-    yield ""
-    yield from paragraph(f"The peak is {words.moment(answer)}.", to)
-    yield from paragraph(words.headroom(answer), to)
-    yield from paragraph(words.host(answer), to)
+def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterator[Block]:
+    yield Text(words.verdict(answer), f"bold {words.colour(answer)}")
+    yield Drawing(partial(bar, answer))
+    yield _categories(answer, to)
+    yield _phases(answer)
+    if answer.serving is not None:
+        from memplan.report.serving import pool
+
+        yield Facts("Keys and values", pool(answer))
+    yield Text(f"The peak is {words.moment(answer)}.", indent="")
+    yield Text(words.headroom(answer), indent="")
+    yield Text(words.host(answer), indent="")
     if ranks:
-        yield from _ranks(answer, to)
-    yield from _help(answer, to)
-    yield from _rest(answer, explain, to)
+        yield from _ranks(answer)
+    yield from _next_steps(answer)
+    yield Facts("Assumed", assumptions_.assumptions(answer))
+    yield from _notes([answer])
+    if explain:
+        yield from _ledger(answer)
 
 
-def _pool(answer: Estimate, to: Screen) -> Iterator[str]:
-    """Yield what a serving engine's pool holds."""
-    if answer.serving is None:
-        return
-    from memplan.report.serving import pool
-
-    yield ""
-    yield to.paint("Keys and values", "bold")
-    yield from table([Column(""), Column("", wraps=True)], pool(answer), to, ["dim|"] * 9)
+def _ranks(answer: Estimate) -> Iterator[Block]:
+    if answer.ranks:
+        yield Heading(words.ranks_title(answer), indent="")
+        yield words.ranks_table(answer)
+        yield Text("")  # a blank line before what follows
 
 
-def _ranks(answer: Estimate, to: Screen) -> Iterator[str]:
-    """Yield a table of the ranks that differ."""
-    if not answer.ranks:
-        return
-    number = ("stage", "layers", "in flight", "GiB allocated", "used")
-    columns = [Column(title, right=title in number, wraps=title == "peak") for title in words.RANKS]
-    rows = words.rank_rows(answer)
-    yield ""
-    yield from (to.paint(line, "bold") for line in paragraph(words.ranks_title(answer), to))
-    yield from table(columns, rows, to, [f"|||||{COLOURS.get(row[5], '')}|" for row in rows])
-    yield ""
-
-
-def _help(answer: Estimate, to: Screen) -> Iterator[str]:
+def _next_steps(answer: Estimate) -> Iterator[Block]:
     """Yield what would make a run fit that does not, and which cards hold a run without a GPU."""
     if answer.verdict.answer == "does not fit":
-        from memplan.report.advice import help_line
+        from memplan.report.next_steps import help_line
 
-        yield from paragraph(help_line(answer), to, "  ")
+        yield Text(help_line(answer))
     if answer.gpu is None:
-        from memplan.report.advice import cards
+        from memplan.report.next_steps import cards
 
         for title, by_size in cards(answer):
-            yield ""
-            yield from (to.paint(line, "bold") for line in paragraph(title, to))
-            for size, names in by_size.items():
-                yield from hanging(f"{size:4}", names, to, 4)
+            yield Heading(title, indent="")
+            yield Facts("", [(f"{size:4}", "  ".join(names)) for size, names in by_size.items()])
 
 
-def _rest(answer: Estimate, explain: bool, to: Screen) -> Iterator[str]:
-    yield ""
-    yield from _assumptions(answer, to)
-    yield from _notes([answer], to)
-    if explain:
-        yield ""
-        yield from _ledger(answer, to)
-
-
-def _notes(answers: Sequence[Estimate], to: Screen) -> Iterator[str]:
+def _notes(answers: Sequence[Estimate]) -> Iterator[Block]:
     notes = words.notes(answers)
     if notes:
-        yield ""
-        yield to.paint("Notes", "bold")
-        for note in notes:
-            yield from paragraph(f"- {note}", to, "  ")
+        yield Notes(notes)
 
 
-def _comparison(answers: Sequence[Estimate], explain: bool, to: Screen, ranks: bool) -> Iterator[str]:
-    columns = (
-        Column("GPU", wraps=True),
-        Column("answer"),
-        Column("GiB used", right=True),
-        Column("usable", right=True),
-        Column("free", right=True),
-        Column(f"{answers[0].band.coverage:.0%} of runs", optional=True),
-    )
-    rows = [
-        (
-            str(answer.run.gpu),
-            str(answer.verdict.answer),
-            words.tenths(answer.bytes.used),
-            words.tenths(answer.gpu.usable if answer.gpu else 0),
-            words.tenths(answer.verdict.headroom or 0),
-            f"{words.tenths(answer.band.low)} to {words.tenths(answer.band.high)}",
-        )
-        for answer in answers
+def _comparison(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[Block]:
+    columns: list[Column[Estimate]] = [
+        Column("GPU", lambda answer: str(answer.run.gpu), wraps=True),
+        Column("answer", lambda answer: str(answer.verdict.answer), style=words.colour),
+        Column("GiB used", lambda answer: words.tenths(answer.bytes.used), right=True),
+        Column("usable", lambda answer: words.tenths(answer.gpu.usable if answer.gpu else 0), right=True),
+        Column("free", lambda answer: words.tenths(answer.verdict.headroom or 0), right=True),
+        Column(f"{answers[0].band.coverage:.0%} of runs", words.band_ends, optional=True),
     ]
-    yield from table(columns, rows, to, [f"|{COLOURS[row[1]]}||||" for row in rows])
-    yield ""
-    yield from _moments(answers, to)
-    yield from paragraph(words.host(answers[0]), to)
-    for answer in answers if ranks else ():
-        if answer.ranks:
-            yield ""
-            yield to.paint(str(answer.run.gpu), "bold")
-            yield from _ranks(answer, to)
+    yield Table(columns, answers)
+    yield from _moments(answers)
+    yield Text(words.host(answers[0]), indent="")
+    for answer in answers:
+        if ranks and answer.ranks:
+            yield Text(str(answer.run.gpu), "bold")
+            yield from _ranks(answer)
     for answer in answers:
         if answer.verdict.answer == "does not fit":
-            yield ""
-            yield to.paint(str(answer.run.gpu), "bold")
-            yield from _help(answer, to)
-    yield ""
-    yield from _assumptions(answers[0], to)
-    yield from _notes(answers, to)
-    if explain:
-        for answer in answers:
-            yield ""
-            yield to.paint(str(answer.run.gpu), "bold")
-            yield from _ledger(answer, to)
+            yield Heading(str(answer.run.gpu))
+            yield from _next_steps(answer)
+    yield Facts("Assumed", assumptions_.assumptions(answers[0]))
+    yield from _notes(answers)
+    for answer in answers if explain else ():
+        yield Heading(str(answer.run.gpu))
+        yield from _ledger(answer)
 
 
-def _moments(answers: Sequence[Estimate], to: Screen) -> Iterator[str]:
+def _moments(answers: Sequence[Estimate]) -> Iterator[Text]:
     """Yield the moments of the peaks, grouping GPUs that share one."""
     gpus: dict[str, list[str]] = {}
     for answer in answers:
         gpus.setdefault(words.moment(answer), []).append(str(answer.run.gpu))
     for moment, names in gpus.items():
         on = f" on {', '.join(dict.fromkeys(names))}" if len(gpus) > 1 else ""
-        yield from paragraph(f"The peak{on} is {moment}.", to)
+        yield Text(f"The peak{on} is {moment}.", indent="")
 
 
-def _categories(answer: Estimate, to: Screen) -> Iterator[str]:
-    held = answer.bytes
-    columns = (
-        Column(""),
-        Column("at the peak", wraps=True),
-        Column("GiB", right=True),
-        Column("share", right=True),
-        Column("largest", wraps=True, optional=True),
-    )
-    rows: list[tuple[str, ...]] = []
-    styles: list[str] = []
-
-    def add(sign: str, label: str, n: int, largest: str, style: str) -> None:
-        rows.append((sign, label, words.hundredths(n), words.share(n, held.used), largest))
-        styles.append(style)
-
+def _categories(answer: Estimate, to: Screen) -> Table[words.MemoryPart]:
+    """Return the parts of the used memory, with a sum above what no tensor takes, and one at the end."""
+    held, parts = answer.bytes, words.parts(answer)
     counter = "ggml's buffers" if words.without_torch(answer) else "torch.cuda.max_memory_allocated"
-    for part in words.parts(answer):
-        if part.key in ("allocator", "context") and not any(row[1] == "allocated" for row in rows):
-            add("", "allocated", held.allocated, counter, "bold")
-        add(mark(part.key, to), part.label, part.bytes, part.largest, f"{MARKS[part.key][1]}||||dim")
-    add("", "used", held.used, "nvidia-smi", "bold")
-    yield from table(columns, rows, to, styles)
+    n_tensors = sum(part.key in words.CATEGORIES for part in parts)
+    parts.insert(n_tensors, words.MemoryPart("", "allocated", held.allocated, counter))
+    parts.append(words.MemoryPart("", "used", held.used, "nvidia-smi"))
+
+    def bold(part: words.MemoryPart) -> str:
+        return "" if part.key else "bold"
+
+    columns: list[Column[words.MemoryPart]] = [
+        Column(
+            "",
+            lambda part: mark(part.key, to)[0] if part.key else "",
+            style=lambda p: mark(p.key, to)[1] if p.key else "",
+        ),
+        Column("at the peak", lambda part: part.label, wraps=True, style=bold),
+        Column("GiB", lambda part: words.hundredths(part.bytes), right=True, style=bold),
+        Column("share", lambda part: words.share(part.bytes, held.used), right=True, style=bold),
+        Column("largest", lambda p: p.largest, wraps=True, optional=True, style=lambda p: "dim" if p.key else "bold"),
+    ]
+    return Table(columns, parts)
 
 
-def _phases(answer: Estimate, to: Screen) -> Iterator[str]:
+def _phases(answer: Estimate) -> Table[words.PhaseRow]:
     differ = words.steps_differ(answer)
-    columns = [Column("phase"), Column("step 1" if differ else "GiB", right=True)]
-    columns += [Column("later", right=True)] if differ else []
-    columns += [Column(""), Column("largest at", wraps=True, optional=True)]
-    rows: list[tuple[str, ...]] = []
-    styles: list[str] = []
-    for row in words.phase_rows(answer):
-        runs_once = row.phase == "load"
-        later = ["" if runs_once else words.hundredths(row.later)] if differ else []
-        rows.append((row.phase, words.hundredths(row.first), *later, "← peak" if row.peak else "", row.where))
-        styles.append("bold" if row.peak else "")
-    yield from table(columns, rows, to, styles)
+
+    def bold(row: words.PhaseRow) -> str:
+        return "bold" if row.peak else ""
+
+    columns: list[Column[words.PhaseRow]] = [
+        Column("phase", lambda row: row.phase, style=bold),
+        Column("step 1" if differ else "GiB", lambda row: words.hundredths(row.first), right=True, style=bold),
+        *([Column("later", words.later_peak, right=True, style=bold)] if differ else []),
+        Column("", lambda row: "← peak" if row.peak else "", style=bold),
+        Column("largest at", lambda row: row.where, wraps=True, optional=True, style=bold),
+    ]
+    return Table(columns, words.phase_rows(answer))
 
 
-def _assumptions(answer: Estimate, to: Screen) -> Iterator[str]:
-    yield to.paint("Assumed", "bold")
-    yield from table([Column(""), Column("", wraps=True)], assumptions_.assumptions(answer), to, ["dim|"] * 20)
-
-
-def _ledger(answer: Estimate, to: Screen) -> Iterator[str]:
+def _ledger(answer: Estimate) -> Iterator[Block]:
     """Yield every tensor alive at the peak, then the sums by kind and in all, then the numbered sources."""
-    yield from (to.paint(line, "bold") for line in paragraph(f"Alive at the peak, {words.moment(answer)}", to))
+    yield Heading(f"Alive at the peak, {words.moment(answer)}", indent="")
     sources = list(dict.fromkeys(line.source for line in answer.ledger if line.source))
     number = {source: f"[{n}]" for n, source in enumerate(sources, 1)}
-    width = max((len(f"{line.bytes:,}") for line in answer.ledger), default=0)
-    indent = " " * (width + 2 if to.width >= 60 else 2)
-    for line in answer.ledger:
+
+    def tensor(line: Line) -> str:
         place = f" at {line.where}" if line.where else ""
         basis = "" if line.basis == "derived" else f" ({line.basis})"
-        tensor = f"{words.times(line)}{line.what}{place}: {words.shape(line)} {words.dtype(line)}".rstrip(": ")
-        text = f"{line.bytes:>{width},}  {tensor}; {line.why}{basis} {number.get(line.source, '')}"
-        yield from paragraph(text.rstrip() if len(indent) > 2 else text.strip(), to, indent)
-    yield ""
-    held = {kind: n for kind, n in answer.categories.items() if n}
-    sums = [(f"{n:,}", words.CATEGORIES[kind]) for kind, n in held.items()]
-    sums.append((f"{sum(held.values()):,}", "bytes allocated"))
+        what = f"{words.times(line)}{line.what}{place}: {words.shape(line)} {words.dtype(line)}".rstrip(": ")
+        return f"{what}; {line.why}{basis} {number.get(line.source, '')}".rstrip()
+
+    lines: list[Column[Line]] = [
+        Column("", lambda line: f"{line.bytes:,}", right=True),
+        Column("", tensor, wraps=True),
+    ]
+    yield Table(lines, list(answer.ledger))
+    held = {words.CATEGORIES[kind]: n for kind, n in answer.categories.items() if n}
+    sums = [*held.items(), ("bytes allocated", sum(held.values()))]
     overheads = answer.beside if len(answer.beside) > 1 else ()
-    sums += [(f"{row.usual:,}", f"{row.what} ({row.basis})") for row in overheads]
-    styles = [*[""] * len(held), "bold", *[""] * len(overheads)]
-    yield from table((Column("sum", right=True), Column("", wraps=True)), sums, to, styles)
-    yield ""
-    for source in sources:
-        yield from paragraph(f"{number[source]} {source}", to, "    ")
+    sums += [(f"{row.what} ({row.basis})", row.usual) for row in overheads]
+
+    def bold(row: tuple[str, int]) -> str:
+        return "bold" if row[0] == "bytes allocated" else ""
+
+    columns: list[Column[tuple[str, int]]] = [
+        Column("sum", lambda row: f"{row[1]:,}", right=True, style=bold),
+        Column("", itemgetter(0), wraps=True, style=bold),
+    ]
+    yield Table(columns, sums)
+    yield from (Text(f"{number[source]} {source}", indent="    ") for source in sources)

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from memplan.core.errors import MemplanError
 from memplan.core.units import gib
 from memplan.core.version import __version__
 from memplan.estimate.answer import Estimate, Line
+from memplan.report.blocks import Block, Column, Drawing, Facts, Notes, Styled, Table, Text
+from memplan.report.display import display
 from memplan.report.measurement import difference
-from memplan.report.text import Column, Screen, hanging, paragraph, table
+from memplan.report.text import Screen
 from memplan.report.wording import CATEGORIES, hundredths, tenths
 
 if TYPE_CHECKING:
-    from memplan.probe.run.trace import TracedRun
+    from memplan.probe.difference import Mismatch, PhaseLine
+    from memplan.probe.run.trace import TracedPhase, TracedRun
     from memplan.spec.run import RunSpec
 
 _HEIGHT = 8  # lines of the plot
@@ -26,30 +31,27 @@ _SHORT = {"forward": "fwd", "loss": "fwd", "backward": "bwd", "clip": "clip", "s
 
 def run(traced: TracedRun, answer: Estimate | None, notes: Iterable[str], to: Screen) -> str:
     """Report one traced run: bytes over time, phases and categories next to the estimate, and every difference."""
-    lines = [
-        *paragraph(
+    if answer is not None:
+        notes = ["cuBLAS's workspaces are left out on both sides: a trace does not see them", *notes]
+    versions = "  ".join(f"{name} {version}" for name, version in traced.versions.items())
+    blocks: list[Block] = [
+        Text(
             f"traced: {hundredths(traced.peak)} GiB at the peak, in {traced.peak_phase}; "
             f"{hundredths(traced.reserved)} GiB in torch's segments, by a model of its allocator; "
             f"{len(traced.events):,} allocations and frees, in {traced.seconds:.1f} seconds after imports",
-            to,
+            indent="",
         ),
-        "",
-        *plot(traced.allocated, [(p.phase, p.start) for p in traced.phases], to),
-        "",
-        *(_traced_phases(traced, to) if answer is None else _phases(traced, answer, to)),
-        "",
-        *_categories(traced, answer, to),
-        "",
+        Drawing(partial(plot, traced.allocated, [(p.phase, p.start) for p in traced.phases])),
+        Table(_TRACED_PHASES, traced.phases) if answer is None else _phases(traced, answer),
+        _categories(traced, answer),
+        *(_differences(traced, answer) if answer is not None else ()),
+        Facts("", [("versions ", versions)]),
+        Notes(list(notes), ""),
     ]
-    if answer is not None:
-        lines += [*_differences(traced, answer, to), ""]
-        notes = ["cuBLAS's workspaces are left out on both sides: a trace does not see them", *notes]
-    lines += hanging("versions", [f"{name} {version}" for name, version in traced.versions.items()], to, 9)
-    lines += [line for note in notes for line in paragraph(f"- {note}", to, "  ")]
-    return "\n".join(lines) + "\n"
+    return display(blocks, to)
 
 
-def plot(allocated: Sequence[int], phases: Sequence[tuple[str, int]], to: Screen) -> Iterator[str]:
+def plot(allocated: Sequence[int], phases: Sequence[tuple[str, int]], to: Screen) -> Iterator[list[Styled]]:
     """Plot the bytes allocated after every event, the maximum per column; below it, where each phase begins."""
     columns = min(to.width - _LABEL_WIDTH - 1, len(allocated))
     if columns < 1:
@@ -60,7 +62,7 @@ def plot(allocated: Sequence[int], phases: Sequence[tuple[str, int]], to: Screen
     for row in range(_HEIGHT, 0, -1):
         label = tenths(most * row // _HEIGHT) if row in (_HEIGHT, _HEIGHT // 2) else ""
         bar = "".join("█" if top * _HEIGHT > most * (row - 1) else " " for top in tops)
-        yield f"{label:>{_LABEL_WIDTH}} {bar}".rstrip()
+        yield [(f"{label:>{_LABEL_WIDTH}} ", ""), (bar, "blue")]
     marks = [" "] * columns
     free = 0
     for name, start in phases:
@@ -68,85 +70,66 @@ def plot(allocated: Sequence[int], phases: Sequence[tuple[str, int]], to: Screen
         if at >= free and at + len(name) <= columns:
             marks[at : at + len(name)] = name
             free = at + len(name) + 1
-    yield f"{'GiB':>{_LABEL_WIDTH}} {''.join(marks)}".rstrip()
+    yield [(f"{'GiB':>{_LABEL_WIDTH}} {''.join(marks)}", "")]
 
 
-def _traced_phases(traced: TracedRun, to: Screen) -> Iterator[str]:
-    columns = (Column("phase"), Column("step", right=True), Column("GiB traced", right=True))
-    yield from table(columns, [(p.phase, str(p.step or ""), hundredths(p.peak)) for p in traced.phases], to)
+_TRACED_PHASES: tuple[Column[TracedPhase], ...] = (
+    Column("phase", lambda p: p.phase),
+    Column("step", lambda p: str(p.step or ""), right=True),
+    Column("GiB traced", lambda p: hundredths(p.peak), right=True),
+)
 
 
-def _phases(traced: TracedRun, answer: Estimate, to: Screen) -> Iterator[str]:
+def _phases(traced: TracedRun, answer: Estimate) -> Table[PhaseLine]:
     from memplan.probe.difference import phases
 
-    columns = (
-        Column("phase"),
-        Column("step", right=True),
-        Column("GiB traced", right=True),
-        Column("estimated", right=True),
-        Column("difference", right=True),
-        Column("largest at", optional=True, wraps=True),
-    )
-    rows = [
-        (
-            p.phase,
-            str(p.step or ""),
-            hundredths(p.traced),
-            hundredths(p.estimated),
-            difference(p.traced, p.estimated),
-            p.traced_at,
-        )
-        for p in phases(traced, answer)
+    columns: list[Column[PhaseLine]] = [
+        Column("phase", lambda p: p.phase),
+        Column("step", lambda p: str(p.step or ""), right=True),
+        Column("GiB traced", lambda p: hundredths(p.traced), right=True),
+        Column("estimated", lambda p: hundredths(p.estimated), right=True),
+        Column("difference", lambda p: difference(p.traced, p.estimated), right=True),
+        Column("largest at", lambda p: p.traced_at, optional=True, wraps=True),
     ]
-    yield from table(columns, rows, to)
+    return Table(columns, phases(traced, answer))
 
 
-def _differences(traced: TracedRun, answer: Estimate, to: Screen) -> Iterator[str]:
+_DIFFERENCES: tuple[Column[Mismatch], ...] = (
+    Column("the estimate", lambda line: line.verdict),
+    Column("bytes", lambda line: f"{'+' if line.bytes > 0 else ''}{gib(line.bytes)}", right=True),
+    Column("tensors", lambda line: str(line.count), right=True),
+    Column("what", lambda line: f"{line.what} {'·'.join(map(str, line.shape))} {line.dtype}".rstrip(), wraps=True),
+    Column("where", lambda line: line.where, wraps=True, optional=True),
+)
+
+
+def _differences(traced: TracedRun, answer: Estimate) -> Iterator[Block]:
     """Yield the lines in which trace and estimate differ at the trace's peak, and how many there are elsewhere."""
     from memplan.probe.difference import difference as lines_of
 
     lines = lines_of(traced, answer)
     phase, _, step = traced.peak_phase.partition(" ")
-    at_peak = [line for line in lines if (line.phase, str(line.step or "")) == (phase, step)]
+    at_peak = [line for line in lines if (line.phase, str(line.step or "")) == (phase, step)][:_MAX_ROWS]
     if not lines:
-        yield "Trace and estimate have the same tensors alive at every phase's peak."
-        return
-    if not at_peak:
-        yield "Trace and estimate have the same tensors alive at the peak."
-    columns = (
-        Column("the estimate"),
-        Column("bytes", right=True),
-        Column("tensors", right=True),
-        Column("what", wraps=True),
-        Column("where", wraps=True, optional=True),
-    )
-    rows = [
-        (
-            line.verdict,
-            f"{'+' if line.bytes > 0 else ''}{gib(line.bytes)}",
-            str(line.count),
-            f"{line.what} {'·'.join(map(str, line.shape))} {line.dtype}".rstrip(),
-            line.where,
-        )
-        for line in at_peak[:_MAX_ROWS]
-    ]
-    if at_peak:
-        yield from table(columns, rows, to)
-    rest = len(lines) - len(at_peak[:_MAX_ROWS])
+        yield Text("Trace and estimate have the same tensors alive at every phase's peak.")
+    elif not at_peak:
+        yield Text("Trace and estimate have the same tensors alive at the peak.")
+    else:
+        yield Table(_DIFFERENCES, at_peak)
+    rest = len(lines) - len(at_peak)
     if rest:
-        yield from paragraph(f"{rest} further lines, most of them at the peaks of other phases; --json has all.", to)
+        yield Text(f"{rest} further lines, most of them at the peaks of other phases; --json has all.", indent="")
 
 
-def _categories(traced: TracedRun, answer: Estimate | None, to: Screen) -> Iterator[str]:
-    columns = [Column("at the peak"), Column("GiB traced", right=True)]
-    if answer is not None:
-        columns.append(Column("estimated", right=True))
-    rows: list[tuple[str, ...]] = []
-    for kind, label in CATEGORIES.items():
-        estimated = _estimated_kind(answer, kind) if answer is not None else 0
-        if traced.categories[kind] or estimated:
-            rows.append((label, hundredths(traced.categories[kind]), hundredths(estimated))[: len(columns)])
-    yield from table(columns, rows, to)
+def _categories(traced: TracedRun, answer: Estimate | None) -> Table[tuple[str, int, int]]:
+    estimated = {kind: _estimated_kind(answer, kind) if answer else 0 for kind in CATEGORIES}
+    columns: list[Column[tuple[str, int, int]]] = [
+        Column("at the peak", itemgetter(0)),
+        Column("GiB traced", lambda row: hundredths(row[1]), right=True),
+        *([Column("estimated", lambda row: hundredths(row[2]), right=True)] if answer else []),
+    ]
+    rows = [(label, traced.categories[kind], estimated[kind]) for kind, label in CATEGORIES.items()]
+    return Table(columns, [row for row in rows if row[1] or row[2]])
 
 
 def _estimated_kind(answer: Estimate, kind: str) -> int:

@@ -9,7 +9,8 @@ from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.core.errors import printable
 from memplan.core.units import GIB, decimal, gib, rounded
-from memplan.estimate.answer import Estimate, Line, Phase
+from memplan.estimate.answer import Estimate, Line, Phase, Rank
+from memplan.report.blocks import Column, Table
 
 CATEGORIES = {
     "parameter": "parameters",
@@ -71,6 +72,12 @@ def card(answer: Estimate) -> GPU | None:
     return find_gpu(answer.gpu.name) if answer.gpu else None
 
 
+def on_card(answer: Estimate) -> str:
+    """Return the GPU and its usable memory: " on GeForce RTX 3090, 23.3 GiB usable"; empty without a GPU."""
+    gpu = card(answer)
+    return f" on {gpu.title}, {tenths(gpu.usable)} GiB usable" if gpu else ""
+
+
 def model(answer: Estimate) -> str:
     """Return the model's name."""
     asked = answer.asked.model
@@ -119,10 +126,22 @@ def verdict(answer: Estimate) -> str:
             return f"does not fit: needs {used} of {have} on {gpu.title}, {tenths(-headroom)} GiB too much"
 
 
+COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+
+
+def colour(answer: Estimate | Rank) -> str:
+    """Return the colour of the verdict; empty without a GPU."""
+    return COLOURS.get(answer.verdict.answer or "", "")
+
+
 def band(answer: Estimate) -> str:
     """Return the band as text."""
-    low, high, coverage = answer.band
-    return f"{coverage:.0%} of runs take {tenths(low)} to {tenths(high)} GiB"
+    return f"{answer.band.coverage:.0%} of runs take {band_ends(answer)} GiB"
+
+
+def band_ends(answer: Estimate) -> str:
+    """Return the ends of the band in GiB, without the unit."""
+    return f"{tenths(answer.band.low)} to {tenths(answer.band.high)}"
 
 
 def headroom(answer: Estimate) -> str:
@@ -209,6 +228,11 @@ def host(answer: Estimate) -> str:
     return f"Host memory: {each}; the peak is {when}."
 
 
+def summary(answer: Estimate) -> str:
+    """Return a paragraph of when the peak is, what is left, and the host memory."""
+    return f"The peak is {moment(answer)}. {headroom(answer)} {host(answer)}".rstrip()
+
+
 class PhaseRow(NamedTuple):
     """One phase: its peak in the first step and in later ones, which may be equal."""
 
@@ -229,36 +253,73 @@ def phase_rows(answer: Estimate) -> list[PhaseRow]:
     return out
 
 
-def phase_cells(answer: Estimate) -> list[tuple[str, str, str, str]]:
-    """Return the phases as table rows: name, peak in the first step and in later ones in GiB, and where it is."""
-    return [
-        (
-            f"{row.phase} (peak)" if row.peak else row.phase,
-            hundredths(row.first),
-            "" if row.phase == "load" else hundredths(row.later),
-            row.where,
-        )
-        for row in phase_rows(answer)
+def later_peak(row: PhaseRow) -> str:
+    """Return a phase's peak in later steps in GiB; empty for loading, which runs once."""
+    return "" if row.phase == "load" else hundredths(row.later)
+
+
+def phase_table(answer: Estimate) -> Table[PhaseRow]:
+    """Return the phases as a table for a page."""
+    columns: list[Column[PhaseRow]] = [
+        Column("phase", lambda row: f"{row.phase} (peak)" if row.peak else row.phase),
+        Column("step 1, GiB", lambda row: hundredths(row.first), right=True),
+        Column("later, GiB", later_peak, right=True),
+        Column("largest at", lambda row: row.where),
     ]
+    return Table(columns, phase_rows(answer))
 
 
-RANKS = ("stage", "layers", "in flight", "GiB allocated", "used", "answer", "peak")
+def part_table(answer: Estimate) -> Table[MemoryPart]:
+    """Return the parts of the used memory and their sum, as a table for a page."""
+    used = answer.bytes.used
 
+    def bold(part: MemoryPart) -> str:
+        return "" if part.key else "bold"
 
-def rank_rows(answer: Estimate) -> list[tuple[str, ...]]:
-    """Return the ranks that differ as table rows, with a mark on the reported one."""
-    return [
-        (
-            f"{rank.stage} *" if rank.stage == answer.run.parallelism.stage else str(rank.stage),
-            str(rank.layers),
-            str(rank.in_flight),
-            hundredths(rank.bytes.allocated),
-            hundredths(rank.bytes.used),
-            rank.verdict.answer or "",
-            f"{rank.peak.phase} {rank.peak.where}".strip(),
-        )
-        for rank in answer.ranks
+    columns: list[Column[MemoryPart]] = [
+        Column("at the peak", lambda part: part.label, style=bold),
+        Column("GiB", lambda part: hundredths(part.bytes), right=True, style=bold),
+        Column("share", lambda part: share(part.bytes, used), right=True, style=bold),
+        Column("largest", lambda part: part.largest),
     ]
+    return Table(columns, [*parts(answer), MemoryPart("", "used", used, "as nvidia-smi shows it")])
+
+
+def ledger_table(answer: Estimate) -> Table[Line]:
+    """Return the ledger and its sum, as a table for a page."""
+
+    def bold(line: Line) -> str:
+        return "" if line.kind else "bold"
+
+    columns: list[Column[Line]] = [
+        Column("bytes", lambda line: f"{line.bytes:,}", right=True, style=bold),
+        Column("n", lambda line: str(line.count) if line.kind else "", right=True),
+        Column("tensor", lambda line: line.what, style=bold),
+        Column("kind", lambda line: line.kind),
+        Column("where", lambda line: line.where),
+        Column("shape", shape),
+        Column("dtype", dtype),
+        Column("why", lambda line: line.why),
+        Column("source", lambda line: line.source),
+        Column("basis", lambda line: line.basis),
+    ]
+    total = sum(line.bytes for line in answer.ledger)
+    return Table(columns, [*answer.ledger, Line("allocated", "", "", "", (), "", 0, total, "", "", "")])
+
+
+def ranks_table(answer: Estimate) -> Table[Rank]:
+    """Return a table of the ranks that differ, with a mark on the reported one."""
+    reported = answer.run.parallelism.stage
+    columns: list[Column[Rank]] = [
+        Column("stage", lambda rank: f"{rank.stage} *" if rank.stage == reported else str(rank.stage), right=True),
+        Column("layers", lambda rank: str(rank.layers), right=True),
+        Column("in flight", lambda rank: str(rank.in_flight), right=True),
+        Column("GiB allocated", lambda rank: hundredths(rank.bytes.allocated), right=True),
+        Column("used", lambda rank: hundredths(rank.bytes.used), right=True),
+        Column("answer", lambda rank: rank.verdict.answer or "", style=colour),
+        Column("peak", lambda rank: f"{rank.peak.phase} {rank.peak.where}".strip(), wraps=True),
+    ]
+    return Table(columns, answer.ranks)
 
 
 def ranks_title(answer: Estimate) -> str:

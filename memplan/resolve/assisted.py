@@ -17,9 +17,8 @@ from collections.abc import Callable
 from typing import Any
 
 from memplan.catalogue.inference.caches import caches as caches_of
-from memplan.catalogue.inference.decoding import CACHED_BY_ITS_CODE
 from memplan.catalogue.profiles.profiles import find_profile
-from memplan.core.errors import ConfigError, MemplanError, SpecError, errors_about
+from memplan.core.errors import ConfigError, MemplanError, errors_about, refused
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec
 from memplan.program.inference.assisted import longest_draft
@@ -64,11 +63,10 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: ResolvedRun, decid
     if proposed > MOST_PROPOSED:
         is_growing = asked.num_assistant_tokens is None or tokens > asked.num_assistant_tokens
         field = f"generation.num_assistant_tokens{'_schedule' if is_growing else ''}"
-        raise SpecError(
-            f"{field}: up to {proposed:,} tokens would be proposed per round (batch.new_tokens "
-            f"{run.batch.new_tokens:,}), and memplan counts at most {MOST_PROPOSED:,}; "
-            f"use {'constant' if is_growing else 'fewer'}",
+        raise refused(
             field,
+            f"up to {proposed:,} tokens would be proposed per round (batch.new_tokens {run.batch.new_tokens:,}), and "
+            f"memplan counts at most {MOST_PROPOSED:,}; use {'constant' if is_growing else 'fewer'}",
         )
     drafting_run, draft_model = _assistant_run(run), None
     if asked.assistant_early_exit:
@@ -83,7 +81,7 @@ def decide_assistant(run: RunSpec, model: ModelSpec, decided: ResolvedRun, decid
         drafts = decide(drafting_run, draft_model)
     except MemplanError as error:
         field = _EXIT if asked.assistant_early_exit else _MODEL
-        raise SpecError(f"{field}: {error}", field) from None
+        raise refused(field, f"{error}") from None
     if asked.assistant_early_exit:  # the assistant shares the model's weights
         graph = decided.structure.graph
         first = drafts.structure.graph._replace(recipe=graph.recipe, wiring=graph.wiring, rank=graph.rank)
@@ -116,10 +114,10 @@ def model_of_first_layers(model: ModelSpec, layers: int) -> ModelSpec:
     except ConfigError:
         shortened = None
     if shortened is None or shortened.layers != model.layers[:layers]:
-        raise SpecError(
-            f"{_EXIT}: is not supported yet for {model.name or model.model_type}, whose layers depend on the number of "
-            "layers; use assistant_model",
+        raise refused(
             _EXIT,
+            f"is not supported yet for {model.name or model.model_type}, whose layers depend on the number of layers; "
+            "use assistant_model",
         )
     return shortened
 
@@ -131,110 +129,87 @@ def _refuse(run: RunSpec, model: ModelSpec, current: bool) -> None:
     assistants = [name for name in given if name != "prompt_lookup_num_tokens"]
     if len(given) > 1:
         field = f"generation.{given[1]}"
-        raise SpecError(f"{field}: cannot be combined with {given[0]}; set only one of them", field)
+        raise refused(field, f"cannot be combined with {given[0]}; set only one of them")
     for name in ("num_assistant_tokens", "num_assistant_tokens_schedule"):
         if getattr(asked, name) is not None and not assistants:
             field = f"generation.{name}"
-            raise SpecError(f"{field}: needs an assistant; set assistant_model or assistant_early_exit", field)
+            raise refused(field, "needs an assistant; set assistant_model or assistant_early_exit")
     for name in ("assistant_dtype", "assistant_quantization"):
         if getattr(asked, name) is not None and asked.assistant_model is None:
             field = f"generation.{name}"
-            raise SpecError(
-                f"{field}: only applies to an assistant with weights of its own; set assistant_model", field
-            )
+            raise refused(field, "only applies to an assistant with weights of its own; set assistant_model")
     if not given:
         return
     field = f"generation.{given[0]}"
     if not current:
-        raise SpecError(f"{field}: is only modelled for transformers 5; use profile transformers-5", field)
+        raise refused(field, "is only modelled for transformers 5; use profile transformers-5")
     if run.batch.micro > 1:
-        raise SpecError(
-            f"batch.micro: with an assistant transformers generates one sequence at a time, not {run.batch.micro}; use "
-            "1",
+        raise refused(
             "batch.micro",
+            f"with an assistant transformers generates one sequence at a time, not {run.batch.micro}; use 1",
         )
     if asked.num_beams > 1:
-        raise SpecError(
-            f"generation.num_beams: transformers has no beam search with an assistant; use 1, not {asked.num_beams}",
-            "generation.num_beams",
+        raise refused(
+            "generation.num_beams", f"transformers has no beam search with an assistant; use 1, not {asked.num_beams}"
         )
     if asked.cache_implementation == "legacy":
-        raise SpecError(
-            "generation.cache_implementation: legacy belongs to versions whose assistants are not supported yet; use "
-            "dynamic or static",
+        raise refused(
             "generation.cache_implementation",
+            "legacy belongs to versions whose assistants are not supported yet; use dynamic or static",
         )
     window, cache_length = model.sliding_window, run.batch.sequence + run.batch.new_tokens - 1
     if asked.cache_implementation == "static" and window is not None and cache_length > window:
-        raise SpecError(
-            f"generation.cache_implementation: an assistant has to crop the cache, and a static cache with a window of "
-            f"{window} tokens cannot be cropped once it holds {cache_length}; use dynamic",
+        raise refused(
             "generation.cache_implementation",
+            f"an assistant has to crop the cache, and a static cache with a window of {window} tokens cannot be "
+            f"cropped once it holds {cache_length}; use dynamic",
         )
     if run.batch.images:
-        raise SpecError(
-            f"batch.images: {run.batch.images} is not supported yet with an assistant; supported: 0", "batch.images"
-        )
-    if model.model_type in CACHED_BY_ITS_CODE:
-        raise SpecError(f"{field}: is not supported yet for models that run code published with their weights", field)
+        raise refused("batch.images", f"{run.batch.images} is not supported yet with an assistant; supported: 0")
+    if model.family.generation.published_cache:
+        raise refused(field, "is not supported yet for models that run code published with their weights")
     if model.is_encoder_decoder:
-        raise SpecError(
-            f"{field}: an assistant is not supported yet for encoder-decoders such as {model.name or model.model_type}",
-            field,
+        raise refused(
+            field, f"an assistant is not supported yet for encoder-decoders such as {model.name or model.model_type}"
         )
     _refuse_states(model, field)
     if asked.assistant_early_exit is not None:
         _refuse_exit(model, asked.assistant_early_exit, field)
 
 
-# Families that ignore the `config.num_hidden_layers` that an early exit lowers: all layers run, but the cache has room
-# for fewer.
-# Source: transformers 5.24 models/*/modeling_*.py; candidate_generator.py EarlyExitCandidateGenerator.get_candidates
-_IGNORE_EARLY_EXIT = frozenset(
-    (
-        *("bloom", "cohere2", "exaone4", "falcon", "gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gpt_oss", "gptj"),
-        *("mpt", "nemotron", "opt", "stablelm"),
-    )
-)
-
-
 def _refuse_exit(model: ModelSpec, layers: int, field: str) -> None:
     """Raise SpecError if the early exit is none, or makes transformers fail for this model."""
     name = model.name or model.model_type
     if layers >= model.num_hidden_layers:
-        raise SpecError(
-            f"{field}: {layers} of {model.num_hidden_layers} layers is not an early exit; use fewer layers", field
-        )
-    if model.model_type in _IGNORE_EARLY_EXIT:
-        raise SpecError(
-            f"{field}: transformers runs all layers of {name} with a cache for {layers} and fails; use assistant_model",
-            field,
+        raise refused(field, f"{layers} of {model.num_hidden_layers} layers is not an early exit; use fewer layers")
+    if model.family.generation.ignores_early_exit:
+        raise refused(
+            field, f"transformers runs all layers of {name} with a cache for {layers} and fails; use assistant_model"
         )
     if model.config.get("text_config"):
-        raise SpecError(
-            f"{field}: transformers sets num_hidden_layers on {name}'s outer config instead of its text_config, and "
-            "fails; use assistant_model",
+        raise refused(
             field,
+            f"transformers sets num_hidden_layers on {name}'s outer config instead of its text_config, and fails; use "
+            "assistant_model",
         )
 
 
 def _refuse_states(model: ModelSpec, field: str) -> None:
     if any(part.per in ("sequence", "rest") for layer in caches_of(model) for part in layer.parts):
-        raise SpecError(
-            f"{field}: {model.name or model.model_type} keeps states, which cannot be rolled back to an earlier token",
-            field,
+        raise refused(
+            field, f"{model.name or model.model_type} keeps states, which cannot be rolled back to an earlier token"
         )
 
 
 def _refuse_pair(model: ModelSpec, assistant: ModelSpec) -> None:
     field = _MODEL
     if assistant.objective != "causal_lm":
-        raise SpecError(f"{field}: {assistant.name or assistant.model_type} is not a causal language model", field)
+        raise refused(field, f"{assistant.name or assistant.model_type} is not a causal language model")
     _refuse_states(assistant, field)
     if model.vocab_size != assistant.vocab_size:
-        raise SpecError(
-            f"{field}: {assistant.name or assistant.model_type} has a vocabulary of {assistant.vocab_size}, "
-            f"{model.name or model.model_type} one of {model.vocab_size}: transformers would translate between the two "
-            "tokenizers (universal assisted decoding), which is not supported yet",
+        raise refused(
             field,
+            f"{assistant.name or assistant.model_type} has a vocabulary of {assistant.vocab_size}, "
+            f"{model.name or model.model_type} one of {model.vocab_size}: transformers would translate between the "
+            "two tokenizers (universal assisted decoding), which is not supported yet",
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
+from memplan.models.facts import Family
 from memplan.models.model import ModelSpec
 from memplan.spec.run import Batch, RunSpec
 
@@ -17,39 +18,30 @@ def image_axes(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
     batch, name = run.batch, model.name or model.model_type
     if not batch.images:
         if batch.image_size is not None:
-            raise SpecError("batch.image_size: there are no images; set batch.images too", "batch.image_size")
+            raise refused("batch.image_size", "there are no images; set batch.images too")
         return ()
     from memplan.models.configs.images import axes_of, picture_of, takes_images
-    from memplan.models.configs.vision import is_vision
 
-    if not is_vision(model.model_type) and not model.part("vision_config"):
-        raise SpecError(f"batch.images: {name} has no vision tower", "batch.images")
-    if not takes_images(model.model_type):
-        raise SpecError(
-            f"batch.images: images are not supported yet for {model.model_type}; supported: 0 (text only)",
-            "batch.images",
-        )
+    if not model.has_tower and not model.part("vision_config"):
+        raise refused("batch.images", f"{name} has no vision tower")
+    if not takes_images(model):
+        raise refused("batch.images", f"images are not supported yet for {model.model_type}; supported: 0 (text only)")
     if run.profile != _IMAGES_PROFILE:
-        raise SpecError(f"batch.images: needs profile {_IMAGES_PROFILE}, not {run.profile}", "batch.images")
+        raise refused("batch.images", f"needs profile {_IMAGES_PROFILE}, not {run.profile}")
     picture = picture_of(model, batch.image_size)
     tokens = batch.images * picture.tokens
     if tokens > batch.sequence:
-        raise SpecError(
-            f"batch.images: {batch.images} images of {picture.tokens} tokens each do not fit batch.sequence "
-            f"{batch.sequence}, which must be at least {tokens}",
+        raise refused(
             "batch.images",
+            f"{batch.images} images of {picture.tokens} tokens each do not fit batch.sequence {batch.sequence}, which "
+            f"must be at least {tokens}",
         )
     return tuple(axes_of(model, batch.images, picture).items())
 
 
-# Tokens a decoder starts generating from, if more than the start token. Whisper: start, language, task, no timestamps.
-# Source: transformers 5.24 models/whisper/generation_whisper.py _retrieve_init_tokens.
-_PROMPT_TOKENS = {"whisper": 4}
-
-
-def decoder_prompt_tokens(batch: Batch, model_type: str) -> int:
+def decoder_prompt_tokens(batch: Batch, row: Family) -> int:
     """Return how many tokens an encoder-decoder's decoder starts generating from."""
-    return batch.target_sequence or _PROMPT_TOKENS.get(model_type, 1)
+    return batch.target_sequence or row.generation.prompt_tokens
 
 
 def with_lengths(batch: Batch, model: ModelSpec, generates: bool = False) -> Batch:
@@ -61,34 +53,28 @@ def with_lengths(batch: Batch, model: ModelSpec, generates: bool = False) -> Bat
     name = model.name or model.model_type
     fixed = model.only_sequence
     if fixed is not None and batch.sequence not in (fixed, Batch().sequence):
-        raise SpecError(
-            f"batch.sequence: the encoder of {name} always reads {fixed} tokens, not {batch.sequence}; leave it out",
-            "batch.sequence",
+        raise refused(
+            "batch.sequence", f"the encoder of {name} always reads {fixed} tokens, not {batch.sequence}; leave it out"
         )
     if not model.is_encoder_decoder:
         if batch.target_sequence is not None:
-            raise SpecError(
-                f"batch.target_sequence: {name} is not an encoder-decoder; use batch.sequence",
-                "batch.target_sequence",
-            )
+            raise refused("batch.target_sequence", f"{name} is not an encoder-decoder; use batch.sequence")
         return batch if fixed is None else batch.model_copy(update={"sequence": fixed})
     sequence = fixed or batch.sequence
     if generates:
-        target, new_tokens = decoder_prompt_tokens(batch, model.model_type), batch.new_tokens
+        target, new_tokens = decoder_prompt_tokens(batch, model.family), batch.new_tokens
         if model.longest_target is not None and target + new_tokens > model.longest_target:
-            raise SpecError(
-                f"batch.new_tokens: {new_tokens} new tokens after a decoder prompt of {target} exceed the "
-                f"{model.longest_target} learned positions of {name}; at most "
-                f"{max(0, model.longest_target - target)} fit",
+            raise refused(
                 "batch.new_tokens",
+                f"{new_tokens} new tokens after a decoder prompt of {target} exceed the {model.longest_target} "
+                f"learned positions of {name}; at most {max(0, model.longest_target - target)} fit",
             )
         return batch.model_copy(update={"sequence": sequence, "target_sequence": target})
     target = batch.target_sequence or model.longest_target or sequence
     if model.longest_target is not None and target > model.longest_target:
-        raise SpecError(
-            f"batch.target_sequence: {target} tokens exceed the {model.longest_target} learned positions of {name}'s "
-            "decoder",
+        raise refused(
             "batch.target_sequence",
+            f"{target} tokens exceed the {model.longest_target} learned positions of {name}'s decoder",
         )
     return batch.model_copy(update={"sequence": sequence, "target_sequence": target})
 
@@ -102,9 +88,8 @@ def check_batch(batch: Batch, model: ModelSpec) -> str | None:
     if most is None or batch.sequence <= most or model.only_sequence is not None:
         return None
     if model.learned_positions:
-        raise SpecError(
-            f"batch.sequence: {batch.sequence} tokens exceed the {most} learned positions of "
-            f"{model.name or model.model_type}",
+        raise refused(
             "batch.sequence",
+            f"{batch.sequence} tokens exceed the {most} learned positions of {model.name or model.model_type}",
         )
     return f"sequence {batch.sequence} exceeds the {most} positions of the model's config"

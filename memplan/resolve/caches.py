@@ -6,14 +6,11 @@ QuantoQuantizedLayer, HQQQuantizedLayer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from memplan.catalogue.inference.caches import LayerCache, caches
-from memplan.catalogue.inference.decoding import CACHED_BY_ITS_CODE, NO_STATIC_CACHE, RETURNS_TUPLES
 from memplan.catalogue.inference.one_pass import Cache
 from memplan.catalogue.inference.quantized_caches import AXES, NBITS, USUAL, CacheQuantization
-from memplan.core.errors import SpecError
+from memplan.catalogue.profiles.behaviour import LibraryBehaviour
+from memplan.core.errors import refused
 from memplan.models.configs.gemma import REUSED
 from memplan.models.model import ModelSpec
 from memplan.spec.generation import CacheConfig, Generation
@@ -41,23 +38,23 @@ def cache_implementation(generation: Generation) -> Cache:
     return "offloaded_static" if kind == "offloaded_hybrid" else kind or ""
 
 
-def decided_cache(generation: Generation, words: Mapping[str, Any], profile: str) -> Generation:
+def decided_cache(generation: Generation, library: LibraryBehaviour, profile: str) -> Generation:
     """Return the generation settings with the cache filled in, by default the profile's own.
 
     Raises SpecError for a cache the profile's library does not have, or settings that belong to another cache.
     """
-    kind = cache_implementation(generation) or words["cache"]
+    kind = cache_implementation(generation) or library.generation.cache
     is_new = kind in ("quantized", "offloaded", "offloaded_static")
-    if is_new and not words["further_caches"]:
-        raise SpecError(
-            f"{_KIND}: {kind} is not supported yet with profile {profile}; supported: dynamic, static, legacy, and "
-            f"{kind} with transformers-5",
+    if is_new and not library.generation.further_caches:
+        raise refused(
             _KIND,
+            f"{kind} is not supported yet with profile {profile}; supported: dynamic, static, legacy, and {kind} with "
+            "transformers-5",
         )
-    if generation.prefill_chunk_size is not None and not words["further_caches"]:
-        raise SpecError(f"{_CHUNKS}: is not supported yet with profile {profile}; use transformers-5", _CHUNKS)
+    if generation.prefill_chunk_size is not None and not library.generation.further_caches:
+        raise refused(_CHUNKS, f"is not supported yet with profile {profile}; use transformers-5")
     if generation.cache_config is not None and kind != "quantized":
-        raise SpecError(f"{_CONFIG}: only applies to a quantised cache, not {kind}; set {_KIND} quantized", _CONFIG)
+        raise refused(_CONFIG, f"only applies to a quantised cache, not {kind}; set {_KIND} quantized")
     config = _complete(generation.cache_config or CacheConfig()) if kind == "quantized" else None
     return generation.model_copy(update={"cache_implementation": kind, "cache_config": config})
 
@@ -75,10 +72,10 @@ def cache_storage(generation: Generation, model: ModelSpec, batch: Batch) -> Cac
     for layer in kept:
         other = _TYPES.get(layer.kind) or ("indexed_attention" if _indexed(layer) else "")
         if other:
-            raise SpecError(
-                f"{_KIND}: transformers' quantized cache needs full attention in every layer, and "
-                f"{model.name or model.model_type} has {other} layers; use dynamic, static or offloaded",
+            raise refused(
                 _KIND,
+                "transformers' quantized cache needs full attention in every layer, and "
+                f"{model.name or model.model_type} has {other} layers; use dynamic, static or offloaded",
             )
     rows = batch.micro * generation.num_beams
     for tokens in _lengths_when_quantised(how, batch):
@@ -88,14 +85,13 @@ def cache_storage(generation: Generation, model: ModelSpec, batch: Batch) -> Cac
             )
             if wrong:
                 field = f"{_CONFIG}.q_group_size"
-                raise SpecError(f"{field}: {how.group} {wrong}, for the {part.name} of {tokens:,} tokens", field)
+                raise refused(field, f"{how.group} {wrong}, for the {part.name} of {tokens:,} tokens")
     waiting, part = min(how.residual, batch.sequence) if how.grouped else 0, generation.prefill_chunk_size
     if part is not None and waiting > WAITING_PARTS * part:
-        raise SpecError(
-            f"{_CHUNKS}: {part:,} takes {-(-waiting // part):,} passes for the {waiting:,} tokens read before the "
-            f"cache is quantised, and memplan counts at most {WAITING_PARTS:,}; use {-(-waiting // WAITING_PARTS):,} "
-            "or more",
+        raise refused(
             _CHUNKS,
+            f"{part:,} takes {-(-waiting // part):,} passes for the {waiting:,} tokens read before the cache is "
+            f"quantised, and memplan counts at most {WAITING_PARTS:,}; use {-(-waiting // WAITING_PARTS):,} or more",
         )
     return how
 
@@ -103,31 +99,25 @@ def cache_storage(generation: Generation, model: ModelSpec, batch: Batch) -> Cac
 def refuse_cache(run: RunSpec, generation: Generation, model: ModelSpec, batch: Batch) -> None:
     """Raise SpecError for a cache or a prefill chunk size that transformers, or memplan so far, does not support."""
     name, kind = model.name or model.model_type, cache_implementation(generation)
+    published = model.family.generation.published_cache
     is_new = kind in ("quantized", "offloaded", "offloaded_static")
     if any(layer.kind == "compressed" for layer in caches(model)):
         if kind in ("static", "offloaded_static"):
-            raise SpecError(
-                f"{_KIND}: transformers' {kind} cache has no layers for the compressed keys of {name} and fails; use "
-                "dynamic",
+            raise refused(
                 _KIND,
+                f"transformers' {kind} cache has no layers for the compressed keys of {name} and fails; use dynamic",
             )
         if kind != "dynamic":
-            raise SpecError(
-                f"{_KIND}: {kind} is not supported yet for {name}, whose keys are compressed; use dynamic",
-                _KIND,
-            )
+            raise refused(_KIND, f"{kind} is not supported yet for {name}, whose keys are compressed; use dynamic")
         if generation.num_beams > 1:
-            raise SpecError(
-                f"generation.num_beams: {generation.num_beams} is not supported yet for {name}, whose keys are "
-                "compressed; supported: 1",
+            raise refused(
                 "generation.num_beams",
+                f"{generation.num_beams} is not supported yet for {name}, whose keys are compressed; supported: 1",
             )
     if is_new or generation.prefill_chunk_size is not None:
         field = _KIND if is_new else _CHUNKS
         if kind == "quantized" and model.is_encoder_decoder:
-            raise SpecError(
-                f"{_KIND}: transformers' quantized cache is for decoder-only models; use dynamic or static", _KIND
-            )
+            raise refused(_KIND, "transformers' quantized cache is for decoder-only models; use dynamic or static")
         crosses = any(part.per == "source" for layer in caches(model) for part in layer.parts)
         unsupported = (
             ("an encoder-decoder", model.is_encoder_decoder),
@@ -135,37 +125,37 @@ def refuse_cache(run: RunSpec, generation: Generation, model: ModelSpec, batch: 
             ("assisted generation", generation.assisted),
             ("several GPUs", run.parallelism.world > 1),
             ("autocast", run.precision.autocast),
-            ("code published with the weights", model.model_type in CACHED_BY_ITS_CODE),
+            ("code published with the weights", bool(published)),
         )
         for what, there in unsupported:
             if there:
-                raise SpecError(f"{field}: is not supported yet with {what}; leave it out", field)
-    tuples = model.model_type in RETURNS_TUPLES and kind == "dynamic"
-    if tuples or (model.model_type in NO_STATIC_CACHE and kind == "static"):
-        what = "returns its cache as tuples" if model.model_type in RETURNS_TUPLES else "has no cache of fixed size"
-        raise SpecError(
-            f"{_KIND}: the code published with {name}'s weights {what}, so {kind} is not possible; leave it out", _KIND
+                raise refused(field, f"is not supported yet with {what}; leave it out")
+    has_tuples = published == "tuples"
+    if (has_tuples and kind == "dynamic") or (published in ("tuples", "grows") and kind == "static"):
+        what = "returns its cache as tuples" if has_tuples else "has no cache of fixed size"
+        raise refused(
+            _KIND, f"the code published with {name}'s weights {what}, so {kind} is not possible; leave it out"
         )
     if generation.prefill_chunk_size is not None:
         parts = {part.per for layer in caches(model) for part in layer.parts}
         shares, states = any(layer.mixer == REUSED for layer in model.layers), parts != {"token"}
         if batch.images:
-            raise SpecError(f"{_CHUNKS}: transformers reads a prompt with images in one pass; leave it out", _CHUNKS)
+            raise refused(_CHUNKS, "transformers reads a prompt with images in one pass; leave it out")
         if kind in ("static", "offloaded_static"):
-            raise SpecError(f"{_CHUNKS}: is not supported yet with a {kind} cache; use dynamic", _CHUNKS)
+            raise refused(_CHUNKS, f"is not supported yet with a {kind} cache; use dynamic")
         if shares or states or any(map(_indexed, caches(model))):
             what = "share keys" if shares else "keep states" if states else "keep index keys"
-            raise SpecError(f"{_CHUNKS}: is not supported yet for {name}, whose layers {what}", _CHUNKS)
+            raise refused(_CHUNKS, f"is not supported yet for {name}, whose layers {what}")
     if kind == "offloaded" and any(map(_indexed, caches(model))):
-        raise SpecError(
-            f"{_KIND}: transformers' {kind} cache fails for {name}: it concatenates index keys on the host with index "
-            "keys on the GPU; use dynamic",
+        raise refused(
             _KIND,
+            f"transformers' {kind} cache fails for {name}: it concatenates index keys on the host with index keys on "
+            "the GPU; use dynamic",
         )
     if kind == "offloaded_static" and any(map(_indexed, caches(model))):
-        raise SpecError(f"{_KIND}: {kind} is not supported yet for {name}, which has index keys; use dynamic", _KIND)
+        raise refused(_KIND, f"{kind} is not supported yet for {name}, which has index keys; use dynamic")
     if kind in ("static", "offloaded_static") and any(layer.mixer == REUSED for layer in model.layers):
-        raise SpecError(f"{_KIND}: {kind} is not supported yet for {name}, whose layers share keys; use dynamic", _KIND)
+        raise refused(_KIND, f"{kind} is not supported yet for {name}, whose layers share keys; use dynamic")
 
 
 def _complete(config: CacheConfig) -> CacheConfig:
@@ -181,7 +171,7 @@ def _stored(config: CacheConfig) -> CacheQuantization:
         for name in ("nbits", "axis_key", "axis_value", "q_group_size", "residual_length"):
             if getattr(c, name) is not None:
                 field = f"{_CONFIG}.{name}"
-                raise SpecError(f"{field}: fp8 uses one scale per layer; only quanto and hqq have {name}", field)
+                raise refused(field, f"fp8 uses one scale per layer; only quanto and hqq have {name}")
         return CacheQuantization("fp8", 8)
     settings = {name: int(getattr(c, name)) for name in ("nbits", "axis_key", "axis_value")}
     how = CacheQuantization(c.backend, **settings, group=int(c.q_group_size or 0), residual=int(c.residual_length or 0))
@@ -193,13 +183,12 @@ def _stored(config: CacheConfig) -> CacheQuantization:
     for name, choices in known.items():
         if getattr(how, name) not in choices:
             field = f"{_CONFIG}.{name}"
-            raise SpecError(
-                f"{field}: {c.backend} does not support {getattr(how, name)}; choose {', '.join(map(str, choices))}",
-                field,
+            raise refused(
+                field, f"{c.backend} does not support {getattr(how, name)}; choose {', '.join(map(str, choices))}"
             )
     if how.backend == "hqq" and how.nbits == 3 and (how.axis_key or how.axis_value):
         field = f"{_CONFIG}.{'axis_key' if how.axis_key else 'axis_value'}"
-        raise SpecError(f"{field}: hqq cannot read back what it stores in 3 bits along axis 1; use 0", field)
+        raise refused(field, "hqq cannot read back what it stores in 3 bits along axis 1; use 0")
     return how
 
 

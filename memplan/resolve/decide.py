@@ -5,24 +5,27 @@ from __future__ import annotations
 from memplan.catalogue.kernels.losses import CHUNK
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
-from memplan.catalogue.profiles.profiles import find_profile, profile_settings
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec, with_objective
 from memplan.program.run import ResolvedRun
 from memplan.program.stack_facts import tower_dtype
 from memplan.resolve.batches import image_axes, with_lengths
-from memplan.resolve.defaults import with_new_tokens, with_use_cache
-from memplan.resolve.refusals import refuse
-from memplan.resolve.training import (
+from memplan.resolve.defaults import (
     PEFT_ALPHA,
-    decide_training,
-    divides_weights,
     fill_optimizer,
     fill_parts,
     fill_precision,
-    without_preparation,
+    with_new_tokens,
+    with_use_cache,
 )
+from memplan.resolve.open_run import BatchFacts, Parts
+from memplan.resolve.parallelism import divides_weights
+from memplan.resolve.ranks import without_preparation
+from memplan.resolve.refusals.across_parts import contradictions
+from memplan.resolve.refusals.refuse import refuse
+from memplan.resolve.training import decide_training
 from memplan.spec.run import RunSpec
 
 
@@ -31,37 +34,32 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
 
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
-    refuse(run)
+    refuse(contradictions(run))
     model = with_objective(model or find_model(run.model), run.objective)
     if run.task != "train":
         run = with_use_cache(with_new_tokens(run))
         from memplan.resolve.assisted import with_assistant
         from memplan.resolve.inference import decide_inference
 
-        return with_assistant(run, model, decide_inference(run, model), decide)
+        return with_assistant(run, model, decide_inference(run, model, run.task == "generate"), decide)
     window = model.sliding_window
     pictures = image_axes(model, run)
     batch = with_lengths(run.batch, model)
-    decided = decide_training(
-        model,
-        run.method,
-        run.precision,
-        run.optimizer,
-        run.kernels,
-        run.loop,
-        run.profile,
-        run.gpu,
-        run.batch.accumulation > 1,
-        window is not None and batch.sequence >= window,
-        batch.micro == 1,
-        batch.sequence <= CHUNK,
-        run.parallelism,
-        bool(run.batch.images),
-        dict(pictures).get("seen", 0) % 8 != 0,
-        run.batch.accumulation if run.parallelism.pp > 1 else 1,
+    facts = BatchFacts(
+        accumulates=batch.accumulation > 1,
+        windowed=window is not None and batch.sequence >= window,
+        is_single_sequence=batch.micro == 1,
+        is_single_chunk=batch.sequence <= CHUNK,
+        images=bool(batch.images),
+        has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
+        microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
     )
-    context_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
-    tensor_parallel.check_sequence(batch.sequence, decided.structure.graph.degrees)
+    decided = decide_training(model, Parts.of(run), facts)
+    degrees = decided.structure.graph.degrees
+    if degrees.cp > 1:
+        context_parallel.check_sequence(batch.sequence, degrees)
+    if degrees.tp > 1:
+        tensor_parallel.check_sequence(batch.sequence, degrees)
     loop = with_use_cache(run).loop
     decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch, "loop": loop})
     if not pictures:
@@ -81,9 +79,9 @@ def objective_of(run: RunSpec) -> str:
 def fill_from_profile(run: RunSpec) -> RunSpec:
     """Return the run with its profile's defaults filled in, as they are for any model. Raises UnknownNameError."""
     run = with_use_cache(with_new_tokens(run))
-    words = profile_settings(find_profile(run.profile).name, "", run.method.quantization is not None)
+    defaults = library_behaviour(run.profile, "", run.method.quantization is not None).defaults
     method = without_preparation(run.method) if divides_weights(run.parallelism) else run.method
-    method, optimizer, kernels = fill_parts(method, run.optimizer, run.kernels, run.precision, words)
+    method, optimizer, kernels = fill_parts(method, run.optimizer, run.kernels, run.precision, defaults)
     return run.model_copy(update={"method": method, "optimizer": optimizer, "kernels": kernels})
 
 

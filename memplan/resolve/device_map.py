@@ -13,7 +13,7 @@ from memplan.catalogue.hardware.overhead import cuda_context
 from memplan.catalogue.parallelism.device_map_packing import HOST, gpu_shares, place_modules
 from memplan.catalogue.parallelism.device_maps import ModulePlacement
 from memplan.catalogue.parallelism.pipeline_stages import cannot_be_staged
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.ir import Op, Stack, Weight
 from memplan.core.units import ITEMSIZE, gib
 from memplan.engine.walk import size
@@ -59,20 +59,20 @@ def place_on_devices(
     room = gpu_shares(sizes, span, largest_leaf, p.world, policy, free, stored in _BITSANDBYTES)
     on = place_modules(sizes, room, stored not in _BITSANDBYTES)
     if set(on) == {HOST}:
-        raise SpecError(
-            f"parallelism.device_map: {p.device_map or 'auto'} keeps {gib(max(sizes))} free for the largest module, "
-            f"which leaves {gpu.name if gpu else 'the GPU'} no room for any, and runs the model on the host",
+        raise refused(
             "parallelism.device_map",
+            f"{p.device_map or 'auto'} keeps {gib(max(sizes))} free for the largest module, which leaves "
+            f"{gpu.name if gpu else 'the GPU'} no room for any, and runs the model on the host",
         )
     numbers = {card: i for i, card in enumerate(sorted({*on} - {HOST}))} | {HOST: HOST}
     on = [numbers[card] for card in on]
     card_of = {module.path: card for module, card in zip(modules, on, strict=True)}
     first, *_ = on
     if first == HOST:
-        raise SpecError(
-            "parallelism.device_map: the GPU has no room for both the embeddings and the largest layer; embeddings on "
-            "the host are not supported yet",
+        raise refused(
             "parallelism.device_map",
+            "the GPU has no room for both the embeddings and the largest layer; embeddings on the host are not "
+            "supported yet",
         )
     ends = tuple((path, card_of.get(path, first)) for path in _ends(stack))
     placed = ModulePlacement(
@@ -82,13 +82,12 @@ def place_on_devices(
         ends,
         len(numbers) - 1,
         stays=stored in _BUFFERS,
-        embeds=max(on[-1], 0) if graph.model.model_type in _LATE_DROPOUT else None,
+        embeds=max(on[-1], 0) if graph.model.family.training.late_dropout else None,
     )
     if p.stage is not None and p.stage >= placed.cards:
-        raise SpecError(
-            f"parallelism.stage: device_map only uses {placed.cards} of {p.world} GPUs; choose a stage from 0 to "
-            f"{placed.cards - 1}",
+        raise refused(
             "parallelism.stage",
+            f"device_map only uses {placed.cards} of {p.world} GPUs; choose a stage from 0 to {placed.cards - 1}",
         )
     return placed, tuple(_notes(placed, p, room, sizes, on, stored))
 
@@ -101,20 +100,17 @@ def place_litgpt_blocks(graph: Graph, p: Parallelism) -> tuple[ModulePlacement, 
     Source: litgpt 0.5.3 generate/sequentially.py sequential.
     """
     if p.device_map not in (None, "sequential"):
-        raise SpecError(
-            f"parallelism.device_map: LitGPT does not support {p.device_map}; use sequential",
-            "parallelism.device_map",
-        )
+        raise refused("parallelism.device_map", f"LitGPT does not support {p.device_map}; use sequential")
     stack, axes = operations_of(graph)
     gpus = max(p.world, p.pp)
     layers = sum(len(run.blocks) * axes[run.times] for run in stack.runs)
     per_gpu = -(-layers // gpus)
     used = -(-layers // per_gpu)
     if used != gpus:
-        raise SpecError(
-            f"parallelism.world: LitGPT places {per_gpu} of {layers} blocks per GPU, which leaves {gpus - used} of "
-            f"{gpus} GPUs empty; use {used}",
+        raise refused(
             "parallelism.world",
+            f"LitGPT places {per_gpu} of {layers} blocks per GPU, which leaves {gpus - used} of {gpus} GPUs empty; "
+            f"use {used}",
         )
     starts, ends = (dict.fromkeys(some, 0) for some in (_starts(stack), _ends(stack)))
     placed = ModulePlacement(
@@ -124,9 +120,6 @@ def place_litgpt_blocks(graph: Graph, p: Parallelism) -> tuple[ModulePlacement, 
 
 
 _ROTARY = "rotary_emb"
-# Families that create the embedding dropout after the layers, so that it is placed on the last GPU.
-# Source: transformers 5.24 models/phi/modeling_phi.py PhiModel.
-_LATE_DROPOUT = frozenset(("phi",))
 
 
 def _check(graph: Graph, stack: Stack) -> None:
@@ -134,10 +127,10 @@ def _check(graph: Graph, stack: Stack) -> None:
     groups = {w.group for op in (*stack.before, *stack.after) for w in op.weights}
     is_unsupported = cannot_be_staged(stack) or model.is_encoder_decoder or model.objective != "causal_lm"
     if is_unsupported or not groups.isdisjoint(("vision", "projector", "audio")):
-        raise SpecError(
-            f"parallelism.device_map: is not supported yet for {model.name or model.model_type}; supported: text "
-            "decoders whose layers share only hidden states",
+        raise refused(
             "parallelism.device_map",
+            f"is not supported yet for {model.name or model.model_type}; supported: text decoders whose layers share "
+            "only hidden states",
         )
 
 

@@ -1,264 +1,344 @@
-"""Fill in what an inference run leaves open, and refuse what its model cannot do."""
+"""Fill in what an inference run leaves open, and refuse what its model cannot do, in steps."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass, field
 
-from memplan.catalogue.attention.attention import SINGLE
 from memplan.catalogue.attention.efficient_workspace import large_tiles
-from memplan.catalogue.degrees import WHOLE, Degrees
-from memplan.catalogue.experts.expert_loops import AS_MODULES
-from memplan.catalogue.families.litgpt import KINDS
-from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.catalogue.families.litgpt import KINDS, has_family
 from memplan.catalogue.inference.caches import caches as caches_of
-from memplan.catalogue.inference.decoding import CACHED_BY_ITS_CODE, NOT_YET, SUPPRESSES, keeping
+from memplan.catalogue.inference.decoding import keeping
 from memplan.catalogue.inference.one_pass import LoadOptions, Pass
 from memplan.catalogue.methods.methods import ADAPTERS, Recipe
-from memplan.catalogue.parallelism.tensor_parallel import check
-from memplan.catalogue.profiles.profiles import find_profile, profile_settings
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.catalogue.quantization.inference_formats import MADE_WHEN_LOADED, RUNS, InferenceFormat
 from memplan.catalogue.quantization.packed_kernels import BACKENDS
-from memplan.core.errors import SpecError, UnsupportedModelError
-from memplan.core.units import ITEMSIZE
+from memplan.core.errors import UnsupportedModelError, refused
 from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, operations_of
 from memplan.program.inference.passes import cross_attends_to_images, decoder_graph
 from memplan.program.run import ResolvedRun
 from memplan.program.stack_facts import tower_dtype
-from memplan.program.stored.checkpoint import notes as stored_notes
-from memplan.program.training.program import Structure
+from memplan.program.structure import Structure
+from memplan.resolve import steps
 from memplan.resolve.batches import image_axes, with_lengths
 from memplan.resolve.caches import cache_implementation, cache_storage, decided_cache, refuse_cache
 from memplan.resolve.communicators import communicators
-from memplan.resolve.defaults import adapted_experts, check_classes
+from memplan.resolve.defaults import fill_precision, with_adapter_dtype, with_defaults
 from memplan.resolve.device_map import place_litgpt_blocks, place_on_devices
 from memplan.resolve.inference_formats import format_running, note_of
-from memplan.resolve.kernels import (
-    attention_compute_dtype,
-    attention_wiring,
-    tower_kernel,
-    version_attention,
-    with_profile_wiring,
-)
 from memplan.resolve.method import method_recipe, quantised_recipe
-from memplan.resolve.notes import (
-    dtype_notes,
-    expert_notes,
-    gpu_notes,
-    kernel_notes,
-    published_code_note,
-    unknown_note,
-    unmasked_note,
-)
+from memplan.resolve.notes import expert_notes, published_code_note
+from memplan.resolve.open_run import BatchFacts, OpenRun, Parts
 from memplan.resolve.parallelism import degrees_of
 from memplan.resolve.quantized_checkpoint import method_for_inference
-from memplan.resolve.refusals import refuse_for_tensor_parallel, refuse_parts, refuse_training_settings
+from memplan.resolve.refusals.across_parts import training_settings
+from memplan.resolve.refusals.models import model_classes
+from memplan.resolve.refusals.refuse import refuse
+from memplan.resolve.refusals.settings import settings
 from memplan.spec.base import Part
 from memplan.spec.formats import Quantization
-from memplan.spec.run import RunSpec
-from memplan.spec.training import Kernels, Method, Optimizer, Precision
+from memplan.spec.generation import Generation
+from memplan.spec.run import Batch, RunSpec
+from memplan.spec.training import Method, Precision
 
 
-def decide_inference(run: RunSpec, model: ModelSpec) -> ResolvedRun:  # noqa: PLR0912, PLR0915 (one default after the other)
+@dataclass(kw_only=True)
+class OpenInference(OpenRun):
+    """A forward or generate run while it is resolved.
+
+    asked        the run as it was asked for
+    generates    the run generates tokens
+    batch        its batch, whose lengths are filled in
+    generation   its generation, whose cache is filled in
+    pictures     the axes that images decide
+    uses_cache   the model returns its cache
+    one_pass     how the pass uses the cache, and how the weights are loaded
+    """
+
+    asked: RunSpec
+    generates: bool
+    batch: Batch
+    generation: Generation
+    pictures: tuple[tuple[str, int], ...] = ()
+    uses_cache: bool = False
+    one_pass: Pass = field(init=False)
+    graph: Graph = field(init=False)
+
+    @property
+    def keeps_formats(self) -> bool:
+        """Whether weights run in formats that nothing trains over."""
+        return self.code == "transformers" and self.library.weights.runs_formats
+
+
+def decide_inference(run: RunSpec, model: ModelSpec, generates: bool) -> ResolvedRun:
     """Return a forward or generate run with every null filled in, except what proposes its tokens.
 
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
-    refuse_training_settings(run)
-    profile = find_profile(run.profile).name
-    words = profile_settings(profile, model.model_type, run.method.quantization is not None)
-    if words["code"] not in ("transformers", "litgpt") or words["pipeline"] != "device_map":
-        raise SpecError(
-            f"profile: inference is not supported with {run.profile}; use a transformers or LitGPT profile", "profile"
-        )
-    if words["code"] == "litgpt" and model.model_type not in KINDS:
-        raise SpecError(
-            f"profile: LitGPT does not have model_type {model.model_type}; supported: {', '.join(KINDS)}", "profile"
-        )
-    generates = run.task == "generate"
-    if generates and model.objective not in ("causal_lm", "seq2seq_lm"):
-        raise SpecError(
-            f"task: generate is not supported yet for {model.objective}, the objective of "
-            f"{model.name or model.model_type}; use forward",
-            "task",
-        )
-    if generates and model.model_type in NOT_YET:
-        raise UnsupportedModelError(
-            f"task: generate is not supported yet for model_type {model.model_type}; use forward", "task"
-        )
-    check_classes(model, run.kernels, run.profile)
-    if model.is_encoder_decoder and model.unquantised and run.precision.weights == "fp16":
-        raise SpecError(
-            f"precision.weights: fp16 is not supported yet for {model.name or model.model_type}, because transformers "
-            f"then keeps {', '.join(model.unquantised)} in fp32; use bf16 or fp32",
-            "precision.weights",
-        )
-    gpu = find_gpu(run.gpu) if run.gpu is not None else None
-    capability = gpu.compute_capability if gpu else None
-    precision = _precision(run.precision)
-    if words["experts"] == "modules" and model.model_type in AS_MODULES:  # experts are linear layers
-        model = ModelSpec({**model.config, "experts_implementation": "modules"}, model.name, model.card)
-    formats = words["code"] == "transformers" and words["runs_formats"]
-    checkpoint = method_for_inference(model, run.method, precision.weights, capability, formats)
-    method, running = checkpoint.method, checkpoint.running
-    published_format = model.card.get("stored") if method.kind not in ADAPTERS and method.quantization is None else None
-    if (
-        formats and published_format == "mxfp4" and not model.config.get("quantization_config")
-    ):  # as from_pretrained loads it
-        method = method.model_copy(update={"quantization": Quantization(format=published_format)})
-    if running is None and formats and method.kind not in ADAPTERS and method.quantization is not None:
-        running = format_running(model, method.quantization, precision.weights, capability)
-        checkpoint = checkpoint._replace(
-            notes=(*checkpoint.notes, *((note_of(running),) if running is not None else ()))
-        )
-    if method.kind in ADAPTERS:
-        dtype = method.adapter_dtype or words["method.adapter_dtype"]
-        method = method.model_copy(update={"adapter_dtype": precision.weights if dtype == "weights" else dtype})
-    method = _fill_quantization(method, words["method.quantization.skip"], {f: words[f] for f in BACKENDS})
-    kernels = run.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
-    refuse_parts(method, run.precision, run.optimizer, kernels, run_formats=tuple(RUNS) if running is not None else ())
-    degrees = _degrees(run, model, method, kernels, precision, words)
-    notes = [*gpu_notes(gpu, str(run.gpu))] if gpu is not None else []
-    notes += [*dtype_notes(gpu, str(precision.compute)), *stored_notes(model), *checkpoint.notes, *kernel_notes(model)]
-    recipe, more_notes = _recipe(model, method, precision, str(words["code"]), checkpoint.as_stored, running)
-    notes += more_notes
-    attention, _, more_notes = version_attention(model, kernels, run.profile, words)
-    notes += more_notes
-    returns_cache = generates or words["code"] == "transformers"  # LitGPT's forward only has a cache when told to
-    caches = bool(run.loop.use_cache) and returns_cache and model.objective in ("causal_lm", "seq2seq_lm")
-    pictures = image_axes(model, run)
-    batch = with_lengths(run.batch, model, generates)
-    window, attention_dtype = model.sliding_window, attention_compute_dtype(model, recipe)
-    chunk = min(run.generation.prefill_chunk_size or batch.sequence, batch.sequence)
-    windowed = window is not None and chunk >= window
-    if not words["has_family"]:
-        notes.append(unknown_note(model, run.profile))
-    padded = run.loop.padded and words["code"] != "litgpt"  # LitGPT only masks its cache
-    if run.loop.padded and not padded:
-        notes.append(unmasked_note(run.profile))
-    wiring = attention_wiring(model, attention, attention_dtype, recipe, capability, padded, windowed)
-    wiring = with_profile_wiring(wiring, words, attention)._replace(
-        is_single_sequence=batch.micro * run.generation.num_beams == 1 and model.model_type in SINGLE,
-        has_fp32_inputs=attention_dtype == "fp32",
-        images=bool(batch.images),
-        pads_image_mask=dict(pictures).get("seen", 0) % 8 != 0,
-        tower=tower_kernel(model, recipe, kernels, capability) if batch.images else "",
-        records=False,
-        caching=caches or words["forward_caches"],
-        last_only=generates and words["last_logits"] and not model.is_encoder_decoder,
+    refuse(training_settings(run))
+    r = OpenInference(
+        model=model,
+        batch_facts=BatchFacts(),
+        trains=False,
+        asked=run,
         generates=generates,
+        batch=run.batch,
+        generation=run.generation,
+        **Parts.of(run)._asdict(),
     )
-    generation = decided_cache(run.generation, words, run.profile) if generates else run.generation
-    if model.is_encoder_decoder and generation.cache_implementation == "legacy":
-        raise SpecError(
-            f"generation.cache_implementation: legacy is not supported yet for {model.name or model.model_type}; "
-            "supported: dynamic, static",
-            "generation.cache_implementation",
+    for step in STEPS:
+        step(r)
+    names = "method", "precision", "kernels", "batch", "generation"
+    parts: dict[str, Part] = {name: getattr(r, name) for name in names}
+    parts["loop"] = run.loop.model_copy(update={"use_cache": r.uses_cache})
+    return ResolvedRun(
+        Structure(r.graph, accumulates=False, optimizer="none", clips=False),
+        r.batch,
+        r.gpu,
+        r.attention_dtype != "fp32",
+        large_tiles(r.capability),
+        tuple(r.notes),
+        parts,
+        r.pictures,
+        communicators(run.parallelism) if r.degrees.tp > 1 else (),
+        beams=r.generation.num_beams,
+        part=r.generation.prefill_chunk_size or 0,
+    )
+
+
+def _look_up_library(r: OpenInference) -> None:
+    """Look up what the profile's library does for the model, and refuse what it cannot run."""
+    model, kind = r.model, r.model.model_type
+    r.library = library_behaviour(r.profile, kind, r.method.quantization is not None)
+    if r.code not in ("transformers", "litgpt") or r.library.sharding.pipeline != "device_map":
+        raise refused("profile", f"inference is not supported with {r.profile}; use a transformers or LitGPT profile")
+    if r.code == "litgpt" and not has_family(model):
+        raise refused("profile", f"LitGPT does not have model_type {kind}; supported: {', '.join(KINDS)}")
+    if r.generates and model.objective not in ("causal_lm", "seq2seq_lm"):
+        raise refused(
+            "task",
+            f"generate is not supported yet for {model.objective}, the objective of {r.name}; use forward",
         )
-    if generates:
-        refuse_cache(run, generation, model, batch)
-    stored = cache_storage(generation, model, batch)
-    one_pass = Pass(
-        "prefill" if generates else "forward",
-        cache_implementation(generation) or ("dynamic" if wiring.caching else ""),
-        words["last_logits"] and not model.is_encoder_decoder,
-        words["logits"] == "model" or (generates and words["wide_logits"]),
-        wiring.has_mask(),
-        windowed and chunk > (window or 0),
-        words["few_rows"],
+    if r.generates and not model.family.generation.is_modelled:
+        raise UnsupportedModelError(f"task: generate is not supported yet for model_type {kind}; use forward", "task")
+    refuse(model_classes(r))
+    never_quantised = model.family.training.never_quantised
+    if model.is_encoder_decoder and never_quantised and r.precision.weights == "fp16":
+        raise refused(
+            "precision.weights",
+            f"fp16 is not supported yet for {r.name}, because transformers then keeps {', '.join(never_quantised)} "
+            "in fp32; use bf16 or fp32",
+        )
+
+
+def _fill_parts(r: OpenInference) -> None:
+    """Fill in the compute dtype, and the kernels of a run without a backward pass."""
+    r.precision = fill_precision(r.precision, trains=False)
+    r.kernels = r.kernels.model_copy(update={"checkpointing": "none", "reentrant": False, "fused": ()})
+
+
+def _read_checkpoint(r: OpenInference) -> None:
+    """Fill in the quantisation of the checkpoint, and the format that it runs in."""
+    model, weights = r.model, r.precision.weights
+    checkpoint = method_for_inference(model, r.method, weights, r.capability, r.keeps_formats)
+    method = checkpoint.method
+    if r.keeps_formats and method.kind not in ADAPTERS:
+        is_plain = method.quantization is None and not model.config.get("quantization_config")
+        if is_plain and model.card.get("stored") == "mxfp4":  # as from_pretrained loads it
+            method = method.model_copy(update={"quantization": Quantization(format="mxfp4")})
+        if checkpoint.running is None and method.quantization is not None:
+            running = format_running(model, method.quantization, weights, r.capability)
+            if running is not None:
+                checkpoint = checkpoint._replace(running=running, notes=(*checkpoint.notes, note_of(running)))
+    r.checkpoint = checkpoint
+    r.run_formats = tuple(RUNS) if checkpoint.running is not None else ()
+    r.method = _fill_quantization(r, with_adapter_dtype(method, r.precision, r.library.defaults))
+
+
+def _fill_quantization(r: OpenInference, method: Method) -> Method:
+    """Return the method with its quantisation filled in: nothing is prepared for training, and packed weights have a
+    kernel.
+    """
+    q, field = method.quantization, "method.quantization"
+    if q is None:
+        return method
+    if q.kbit_preparation:
+        raise refused(f"{field}.kbit_preparation", "only applies to training; leave it out")
+    known = BACKENDS.get(q.format, ())
+    if q.backend and q.backend not in (*known, *RUNS.get(q.format, ())):
+        choices = ", ".join(known) or "none"
+        raise refused(f"{field}.backend", f"{q.backend} does not run {q.format}; choose {choices}")
+    backend = r.library.weights.kernel(q.format) or RUNS.get(q.format, ("",))[0]
+    skip = r.library.defaults.method_quantization_skip
+    filled = with_defaults(q, kbit_preparation=False, skip=skip, backend=backend)
+    return method.model_copy(update={"quantization": filled})
+
+
+def _refuse_settings(r: OpenInference) -> None:
+    refuse(settings(r))
+
+
+def _divide_ranks(r: OpenInference) -> None:
+    """Fill in the degrees of a tensor-parallel rank."""
+    if r.parallelism.tp > 1:
+        r.degrees = degrees_of(r.parallelism, r.style)
+
+
+def _choose_recipe(r: OpenInference) -> None:
+    """Choose the dtypes, the adapters, and what is quantised."""
+    if r.parallelism.tp > 1:
+        r.degrees = r.degrees._replace(etp=1)
+    r.recipe, notes = _recipe(r.model, r.method, r.precision, r.code, r.checkpoint.as_stored, r.checkpoint.running)
+    r.notes += notes
+
+
+def _read_batch(r: OpenInference) -> None:
+    """Fill in the lengths of the batch, and what the wiring depends on of it."""
+    run, model = r.asked, r.model
+    returns_cache = r.generates or r.code == "transformers"  # LitGPT's forward only has a cache when told to
+    r.uses_cache = bool(run.loop.use_cache) and returns_cache and model.objective in ("causal_lm", "seq2seq_lm")
+    r.pictures = image_axes(model, run)
+    r.batch = with_lengths(run.batch, model, r.generates)
+    r.batch_facts = BatchFacts(
+        windowed=model.sliding_window is not None and _chunk(r) >= model.sliding_window,
+        is_single_sequence=r.batch.micro * run.generation.num_beams == 1,
+        images=bool(r.batch.images),
+        has_uneven_patches=dict(r.pictures).get("seen", 0) % 8 != 0,
+    )
+
+
+def _chunk(r: OpenInference) -> int:
+    """Return the prompt tokens of the longest pass."""
+    return min(r.generation.prefill_chunk_size or r.batch.sequence, r.batch.sequence)
+
+
+def _wire_inference(r: OpenInference) -> None:
+    """Add to the wiring what only matters without a backward pass."""
+    r.wiring = r.wiring._replace(
+        records=False,
+        caching=r.uses_cache or r.library.generation.forward_caches,
+        last_only=r.generates and _takes_last(r),
+        generates=r.generates,
+    )
+
+
+def _takes_last(r: OpenInference) -> bool:
+    """Whether the head reads only the last token."""
+    return r.library.generation.last_logits and not r.model.is_encoder_decoder
+
+
+def _choose_cache(r: OpenInference) -> None:
+    """Fill in the cache of a run that generates."""
+    if r.generates:
+        r.generation = decided_cache(r.generation, r.library, r.profile)
+    if r.model.is_encoder_decoder and r.generation.cache_implementation == "legacy":
+        raise refused(
+            "generation.cache_implementation",
+            f"legacy is not supported yet for {r.name}; supported: dynamic, static",
+        )
+    if r.generates:
+        refuse_cache(r.asked, r.generation, r.model, r.batch)
+
+
+def _build_pass(r: OpenInference) -> None:
+    """Describe the pass over the prompt."""
+    library, generation, q = r.library, r.generation, r.method.quantization
+    stores_head = library.weights.stores_head and q is not None and q.format == "awq-int4"
+    stored = cache_storage(generation, r.model, r.batch)
+    r.one_pass = Pass(
+        "prefill" if r.generates else "forward",
+        cache_implementation(generation) or ("dynamic" if r.wiring.caching else ""),
+        _takes_last(r),
+        library.loss.logits == "model" or (r.generates and library.generation.casts_all_logits),
+        r.wiring.has_mask(),
+        r.batch_facts.windowed and _chunk(r) > (r.model.sliding_window or 0),
+        library.weights.few_rows,
         generation.num_beams > 1,
         generation.do_sample,
-        generates and model.is_encoder_decoder,
-        generates and model.model_type in SUPPRESSES,
-        spans_autocast=generates and precision.autocast,
-        loaded=LoadOptions(words["warms"], _stores_head(method, words["stores_head"]), _backend(method)),
+        r.generates and r.model.is_encoder_decoder,
+        r.generates and r.model.family.generation.suppresses,
+        spans_autocast=r.generates and r.precision.autocast,
+        loaded=LoadOptions(library.weights.preallocates, stores_head, (q.backend or "") if q is not None else ""),
         stored=stored,
-        batches_later_passes=generates and words["experts"] == "stacked",
+        batches_later_passes=r.generates and library.model.experts == "stacked",
     )
-    wiring = wiring._replace(keeps_cache_layout=stored is not None)
-    graph = Graph(
-        model,
-        recipe,
-        wiring,
+    r.wiring = r.wiring._replace(keeps_cache_layout=stored is not None)
+
+
+def _build_graph(r: OpenInference) -> None:
+    """Build the graph, and place its modules on the GPUs of one process."""
+    p = r.parallelism
+    r.graph = Graph(
+        r.model,
+        r.recipe,
+        r.wiring,
         checkpoint=False,
         loss="",
         hold_outputs=False,
         adds_in_place=True,
-        rank=method.rank,
+        rank=r.method.rank,
         trainable_layers=0,
-        code=words["code"],
-        degrees=degrees,
-        inference=one_pass,
+        code=r.code,
+        degrees=r.degrees,
+        inference=r.one_pass,
     )
-    if run.parallelism.pp > 1 or run.parallelism.device_map is not None:
-        if words["code"] == "litgpt":
-            placed, more_notes = place_litgpt_blocks(graph, run.parallelism)
-            if recipe.weights != "fp32":  # LitGPT creates its caches in fp32
-                graph = graph._replace(inference=one_pass._replace(allocated_dtype="fp32"))
-        else:
-            placed, more_notes = place_on_devices(graph, run.parallelism, gpu, words["device_map"] == "largest")
-        notes += more_notes
-        graph = graph._replace(placed=placed._replace(card=run.parallelism.stage or 0))
-    if caches and not generates and not keeps_every_cache(graph):
-        notes.append(
-            f"the cache of {model.model_type} is only counted in part; set loop.use_cache false to leave it out"
-        )
-    if generates and not keeps_every_cache(graph):
+    if p.pp == 1 and p.device_map is None:
+        return
+    if r.code == "litgpt":
+        placed, notes = place_litgpt_blocks(r.graph, p)
+        if r.recipe.weights != "fp32":  # LitGPT creates its caches in fp32
+            r.graph = r.graph._replace(inference=r.one_pass._replace(allocated_dtype="fp32"))
+    else:
+        placed, notes = place_on_devices(r.graph, p, r.gpu, r.library.sharding.device_map == "largest")
+    r.notes += notes
+    r.graph = r.graph._replace(placed=placed._replace(card=p.stage or 0))
+
+
+def _check_caches(r: OpenInference) -> None:
+    """Note or refuse a cache that is only counted in part, and note what is unusual about the experts."""
+    kind = r.model.model_type
+    if r.uses_cache and not r.generates and not keeps_every_cache(r.graph):
+        r.notes.append(f"the cache of {kind} is only counted in part; set loop.use_cache false to leave it out")
+    if r.generates and not keeps_every_cache(r.graph):
         raise UnsupportedModelError(
-            f"kernels.attention: generate with {kernels.attention} is not supported yet for model_type "
-            f"{model.model_type}",
+            f"kernels.attention: generate with {r.kernels.attention} is not supported yet for model_type {kind}",
             "kernels.attention",
         )
-    notes += expert_notes(graph, capability)
-    if generates and model.model_type in CACHED_BY_ITS_CODE:
-        notes.append(published_code_note(model.model_type))
-    parts: dict[str, Part] = {
-        "method": method,
-        "precision": precision,
-        "kernels": kernels,
-        "batch": batch,
-        "generation": generation,
-        "loop": run.loop.model_copy(update={"use_cache": caches}),
-    }
-    if pictures:
-        pictures = (*pictures, ("tower_half", int(tower_dtype(model, recipe) != "fp32")))
-    structure = Structure(graph, accumulates=False, optimizer="none", clips=False)
-    return ResolvedRun(
-        structure,
-        batch,
-        gpu,
-        attention_dtype != "fp32",
-        large_tiles(capability),
-        tuple(notes),
-        parts,
-        tuple(pictures),
-        communicators(run.parallelism) if degrees.tp > 1 else (),
-        beams=generation.num_beams,
-        part=generation.prefill_chunk_size or 0,
-    )
+    r.notes += expert_notes(r.graph, r.capability)
+    if r.generates and r.model.family.generation.published_cache:
+        r.notes.append(published_code_note(kind))
 
 
-def _degrees(
-    run: RunSpec,
-    model: ModelSpec,
-    method: Method,
-    kernels: Kernels,
-    precision: Precision,
-    words: Mapping[str, Any],
-) -> Degrees:
-    """Return the degrees of a rank. Raises SpecError for what tensor-parallel ranks cannot run."""
-    p = run.parallelism
-    if p.tp == 1:
-        return WHOLE
-    untrained, plain_kernels = Optimizer(name="none"), kernels.model_copy(update={"loss": "hf"})
-    style = words["tensor_parallel"]
-    refuse_for_tensor_parallel(
-        p, method, precision, untrained, plain_kernels, run.profile, style, own=False, trains=False
-    )
-    degrees = degrees_of(p, style)
-    check(model, degrees, ITEMSIZE[precision.weights], adapted_experts(model, method))
-    return degrees._replace(etp=1)
+def _check_tower(r: OpenInference) -> None:
+    """Add the dtype of the vision tower to the axes of images."""
+    if r.pictures:
+        r.pictures = (*r.pictures, ("tower_half", int(tower_dtype(r.model, r.recipe) != "fp32")))
+
+
+STEPS: tuple[Callable[[OpenInference], None], ...] = (
+    _look_up_library,
+    steps.find_card,
+    _fill_parts,
+    steps.write_experts,
+    _read_checkpoint,
+    _refuse_settings,
+    _divide_ranks,
+    steps.divide_matrices,
+    steps.note_card,
+    steps.note_weights,
+    _choose_recipe,
+    steps.choose_attention,
+    _read_batch,
+    steps.wire,
+    _wire_inference,
+    _choose_cache,
+    _build_pass,
+    _build_graph,
+    _check_caches,
+    _check_tower,
+)
 
 
 def keeps_every_cache(graph: Graph) -> bool:
@@ -280,43 +360,6 @@ def keeps_every_cache(graph: Graph) -> bool:
         if any(part.per != "source" or has_cross_attention for part in layer.parts)
     ]
     return kept == len(expected)
-
-
-def _precision(p: Precision) -> Precision:
-    compute = p.compute or ("bf16" if p.autocast and p.weights == "fp32" else p.weights)
-    return p.model_copy(update={"compute": compute})
-
-
-def _stores_head(method: Method, awq: bool) -> bool:
-    q = method.quantization
-    return awq and q is not None and q.format == "awq-int4"
-
-
-def _backend(method: Method) -> str:
-    q = method.quantization
-    return (q.backend or "") if q is not None else ""
-
-
-def _fill_quantization(method: Method, skip: tuple[str, ...], backends: Mapping[str, str]) -> Method:
-    """Return the method with its quantisation filled in: nothing is prepared for training, and packed weights have a
-    kernel.
-    """
-    q = method.quantization
-    if q is None:
-        return method
-    if q.kbit_preparation:
-        field = "method.quantization.kbit_preparation"
-        raise SpecError(f"{field}: only applies to training; leave it out", field)
-    known = BACKENDS.get(q.format, ())
-    if q.backend and q.backend not in (*known, *RUNS.get(q.format, ())):
-        field = "method.quantization.backend"
-        raise SpecError(f"{field}: {q.backend} does not run {q.format}; choose {', '.join(known) or 'none'}", field)
-    update = {
-        "kbit_preparation": False,
-        "skip": skip if q.skip is None else q.skip,
-        "backend": (backends.get(q.format, "") or RUNS.get(q.format, ("",))[0]) if q.backend is None else q.backend,
-    }
-    return method.model_copy(update={"quantization": q.model_copy(update=update)})
 
 
 def _recipe(

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from memplan.catalogue.quantization.inference_formats import FOUR_BITS, KERNELS, RUNS, InferenceFormat
 from memplan.catalogue.quantization.quantization import WHOLE
 from memplan.catalogue.quantization.storage import Layout, plain
-from memplan.core.errors import SpecError
+from memplan.core.errors import SpecError, refused
 from memplan.models.model import ModelSpec
 from memplan.program.stored.checkpoint import parameters
 from memplan.program.stored.quantization_config import FIELD, scheme_of
@@ -202,9 +202,7 @@ def _check_kernel(kernel: str, format: str, dtype: str, capability: tuple[int, i
             f"method.quantization.backend: {kernel} needs compute capability {need} for {format}, not {have}", "gpu"
         )
     if row.dtypes and dtype not in row.dtypes:
-        raise SpecError(
-            f"precision.weights: {kernel} runs {format} with {', '.join(row.dtypes)}, not {dtype}", "precision.weights"
-        )
+        raise refused("precision.weights", f"{kernel} runs {format} with {', '.join(row.dtypes)}, not {dtype}")
 
 
 def format_running(
@@ -220,19 +218,15 @@ def format_running(
     field = "method.quantization"
     kernel = quantization.backend or known[0]
     if kernel not in known:
-        raise SpecError(
-            f"{field}.backend: {kernel} does not run {quantization.format}; choose {', '.join(known)}",
-            f"{field}.backend",
-        )
+        raise refused(f"{field}.backend", f"{kernel} does not run {quantization.format}; choose {', '.join(known)}")
     if kernel in ("triton", "dequantised"):
         if not any(w.stacked for _, w, _ in parameters(model)):
-            raise SpecError(
-                f"{field}.backend: {kernel} only runs mxfp4 experts, and {model.model_type} has no experts; use "
-                "decompressed",
+            raise refused(
                 f"{field}.backend",
+                f"{kernel} only runs mxfp4 experts, and {model.model_type} has no experts; use decompressed",
             )
-        if model.model_type != "gpt_oss":
-            raise SpecError(f"{field}.format: transformers only runs mxfp4 experts for gpt_oss", f"{field}.format")
+        if not model.family.checkpoint.runs_mxfp4:
+            raise refused(f"{field}.format", "transformers only runs mxfp4 experts for gpt_oss")
         if kernel == "triton" and capability is not None and capability < KERNELS["triton"].needs:
             kernel = "dequantised"
     _check_kernel(kernel, quantization.format, dtype, capability)

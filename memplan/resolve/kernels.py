@@ -2,38 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from memplan.catalogue.attention.attention import NO_FLASH_2
 from memplan.catalogue.families import megatron
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods.methods import Recipe
+from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.catalogue.profiles.profiles import find_profile
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.program.stack_facts import attention_dtype, fusible_kernels, tower_dtype
 from memplan.spec.training import Kernels, Method
 
 
 def version_attention(
-    model: ModelSpec, kernels: Kernels, profile: str, words: Mapping[str, Any]
+    model: ModelSpec, kernels: Kernels, profile: str, library: LibraryBehaviour
 ) -> tuple[str, bool, list[str]]:
     """Return the attention and whether blocks are checkpointed, as this version of the framework does it, and notes.
 
     Raises SpecError for an attention that the framework's own model does not have.
     """
     attention, checkpoints, notes = kernels.attention, kernels.checkpointing not in ("none", "selective"), list[str]()
-    if attention == "eager" and words["code"] in ("litgpt", "torchtitan"):
-        raise SpecError(
-            f"kernels.attention: {find_profile(profile).title} has no eager attention; supported: sdpa, "
-            "sdpa_efficient, sdpa_math",
+    if attention == "eager" and library.model.code in ("litgpt", "torchtitan"):
+        raise refused(
             "kernels.attention",
+            f"{find_profile(profile).title} has no eager attention; supported: sdpa, sdpa_efficient, sdpa_math",
         )
-    if words["no_sdpa"] and attention == "sdpa":
+    if library.attention.no_sdpa and attention == "sdpa":
         attention = "eager"
         notes.append(f"{profile} has no sdpa for {model.model_type}: counted with eager attention")
-    if words["no_checkpoints"] and checkpoints:
+    if library.checkpointing.no_checkpoints and checkpoints:
         checkpoints = False
         notes.append(f"{profile} ignores gradient checkpointing for {model.model_type}: nothing is recomputed")
     return attention, checkpoints, notes
@@ -46,18 +42,19 @@ def attention_compute_dtype(model: ModelSpec, recipe: Recipe) -> str:
     return attention_dtype(model, recipe) if recipe.preparation else recipe.weights
 
 
-def with_profile_wiring(wiring: Wiring, words: Mapping[str, Any], attention: str) -> Wiring:
+def with_profile_wiring(wiring: Wiring, library: LibraryBehaviour, attention: str) -> Wiring:
     """Return the wiring with what the profile says about the code around attention."""
+    around = library.attention
     return wiring._replace(
-        copies=words["flash_2_copies" if attention == "flash_attention_2" else "sdpa_copies"],
-        causal_buffers=words["triangles"],
-        tables=words["rotary_tables"],
-        half_math=words["half_math"],
-        whole_rotary=words["whole_rotary"],
-        uncapped=words["uncapped"],
-        one_mask=words["one_mask"],
-        scales_embeddings_outside=words["scales_apart"],
-        float_masks=words["float_masks"],
+        copies=around.flash_2_copies if attention == "flash_attention_2" else around.sdpa_copies,
+        causal_buffers=around.causal_buffers,
+        tables=around.rotary_tables,
+        half_math=around.half_math,
+        whole_rotary=around.rotates_entire_heads,
+        uncapped=around.sdpa_skips_cap,
+        one_mask=around.one_mask,
+        scales_embeddings_outside=library.model.scales_embeddings_outside,
+        float_masks=around.float_masks,
     )
 
 
@@ -83,18 +80,17 @@ def attention_wiring(
     widths = model.head_widths
     aligned = all(width % (8 if half else 4) == 0 for width in widths)
     efficient = "efficient" if aligned else "math"
-    if model.model_type == megatron.KIND and attention.startswith("sdpa_"):
-        raise SpecError(
-            f"kernels.attention: {attention} is a torch kernel, and Megatron-core uses Transformer Engine's; use sdpa "
-            "(Transformer Engine's own choice), flash_attention_2 or eager",
+    if model.is_megatron and attention.startswith("sdpa_"):
+        raise refused(
             "kernels.attention",
+            f"{attention} is a torch kernel, and Megatron-core uses Transformer Engine's; use sdpa (Transformer "
+            "Engine's own choice), flash_attention_2 or eager",
         )
-    if model.model_type == megatron.KIND and attention != "eager" and not megatron.uses_engine(model):
-        raise SpecError(
-            f"kernels.attention: transformer_impl local only has unfused attention; use eager, not {attention}",
-            "kernels.attention",
+    if model.is_megatron and attention != "eager" and not megatron.uses_engine(model):
+        raise refused(
+            "kernels.attention", f"transformer_impl local only has unfused attention; use eager, not {attention}"
         )
-    if model.model_type == megatron.KIND and attention == "sdpa":
+    if model.is_megatron and attention == "sdpa":
         kernel = megatron.default_attention_kernel(half, capability)
         return Wiring(kernel, kernel)
     if attention == "eager":
@@ -104,19 +100,16 @@ def attention_wiring(
     if attention == "sdpa_efficient":
         return Wiring(efficient, efficient, padded, windowed)
     if attention == "flash_attention_2":
-        if model.model_type in NO_FLASH_2:
-            raise SpecError(
-                f"kernels.attention: {model.model_type} does not run with flash_attention_2: "
-                f"{NO_FLASH_2[model.model_type]}; use sdpa",
-                "kernels.attention",
+        reason = model.family.attention.no_flash_2
+        if reason:
+            raise refused(
+                "kernels.attention", f"{model.model_type} does not run with flash_attention_2: {reason}; use sdpa"
             )
         target = recipe.compute if recipe.autocast else recipe.weights
         if target == "fp32":
-            raise SpecError("kernels.attention: flash_attention_2 needs bf16 or fp16", "kernels.attention")
+            raise refused("kernels.attention", "flash_attention_2 needs bf16 or fp16")
         if capability is not None and capability < (8, 0):
-            raise SpecError(
-                "kernels.attention: flash_attention_2 needs compute capability 8.0 or later", "kernels.attention"
-            )
+            raise refused("kernels.attention", "flash_attention_2 needs compute capability 8.0 or later")
         return Wiring("flash_2", "flash_2", padded, windowed, target)
     flash = half and widths[0] == widths[1] <= 256 and (capability is None or capability >= (8, 0))
     return Wiring("flash" if flash else efficient, efficient, padded, windowed)
@@ -124,43 +117,41 @@ def attention_wiring(
 
 def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple[int, int] | None) -> str:
     """Return the attention kernel of the vision tower, by the same rules as `attention_wiring`."""
-    from memplan.models.configs.images import PACKS
-
-    known = ("sdpa", "sdpa_efficient", *(("flash_attention_2",) if model.model_type in PACKS else ()))
+    images = model.family.images
+    assert images is not None
+    known = ("sdpa", "sdpa_efficient", *(("flash_attention_2",) if images.is_packed else ()))
     if kernels.attention not in known:
-        raise SpecError(
-            f"kernels.attention: {kernels.attention} is not supported yet with images of {model.model_type}; "
-            f"supported: {', '.join(known)}",
+        raise refused(
             "kernels.attention",
+            f"{kernels.attention} is not supported yet with images of {model.model_type}; supported: "
+            f"{', '.join(known)}",
         )
-    if kernels.checkpointing == "offload" and model.model_type in ("mistral3", "mllama"):
-        raise SpecError(
-            f"kernels.checkpointing: offload is not supported yet with images of {model.model_type}, whose masks would "
-            "be offloaded too; supported: none, full",
+    if kernels.checkpointing == "offload" and images.has_masks:
+        raise refused(
             "kernels.checkpointing",
+            f"offload is not supported yet with images of {model.model_type}, whose masks would be offloaded too; "
+            "supported: none, full",
         )
-    if model.model_type == "llama4" and (kernels.checkpointing == "offload" or kernels.reentrant):
+    if images.by_keyword and (kernels.checkpointing == "offload" or kernels.reentrant):
         field, value = ("reentrant", "true") if kernels.reentrant else ("checkpointing", "offload")
-        raise SpecError(
-            f"kernels.{field}: {value} is not supported yet with images of llama4, whose vision tower passes hidden "
+        raise refused(
+            f"kernels.{field}",
+            f"{value} is not supported yet with images of {model.model_type}, whose vision tower passes hidden "
             "states to its layers by keyword: they are neither offloaded nor get gradients from reentrant "
             "checkpointing; supported: none, full, not reentrant",
-            f"kernels.{field}",
         )
-    if model.model_type == "llama4" and not (recipe.autocast or recipe.quantization or recipe.weights == "bf16"):
-        raise SpecError(
-            f"precision.weights: llama4's processor returns bf16 pixels, which a vision tower in {recipe.weights} "
-            "rejects; supported: bf16, or autocast",
+    if images.by_keyword and not (recipe.autocast or recipe.quantization or recipe.weights == "bf16"):
+        raise refused(
             "precision.weights",
+            f"{model.model_type}'s processor returns bf16 pixels, which a vision tower in {recipe.weights} rejects; "
+            "supported: bf16, or autocast",
         )
     if kernels.attention == "flash_attention_2":
         return "flash_2"
     d = model.axes()["vd"]
     half = tower_dtype(model, recipe) != "fp32"
     if d % (8 if half else 4):
-        raise SpecError(
-            f"batch.images: sdpa is not supported yet for the vision tower's head width of {d}", "batch.images"
-        )
+        raise refused("batch.images", f"sdpa is not supported yet for the vision tower's head width of {d}")
     flash = kernels.attention == "sdpa" and half and d <= 256 and (capability is None or capability >= (8, 0))
     return "flash" if flash else "efficient"
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from memplan.catalogue.methods.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.methods.methods import PARTS, Recipe, inside
-from memplan.core.errors import SpecError, UnknownNameError
+from memplan.core.errors import UnknownNameError, refused
 from memplan.models.model import ModelSpec
 from memplan.program.stack_facts import (
     adaptable,
@@ -30,15 +30,10 @@ def frozen_parts(model: ModelSpec, method: Method) -> tuple[str, ...]:
             raise UnknownNameError("method.frozen", part, tuple(PARTS))
     if not method.frozen:
         return ()
-    from memplan.models.configs.vision import is_vision
-
-    if not is_vision(model.model_type):
-        raise SpecError(
-            f"method.frozen: {model.model_type} only has a language model, with no other parts to freeze",
-            "method.frozen",
-        )
+    if not model.has_tower:
+        raise refused("method.frozen", f"{model.model_type} only has a language model, with no other parts to freeze")
     if set(method.frozen) == set(PARTS):
-        raise SpecError("method.frozen: nothing is left to train", "method.frozen")
+        raise refused("method.frozen", "nothing is left to train")
     return tuple(part for part in PARTS if part in method.frozen)
 
 
@@ -49,14 +44,11 @@ def method_recipe(
     compute, autocast = str(precision.compute), precision.autocast
     if method.kind in ("full", "freeze"):
         if method.quantization is not None:
-            raise SpecError(
-                f"method.quantization: {method.kind} cannot train quantised weights; use qlora or qdora",
-                "method.quantization",
-            )
+            raise refused("method.quantization", f"{method.kind} cannot train quantised weights; use qlora or qdora")
         return Recipe(method.kind, precision.weights, compute, autocast), []
     q = method.quantization
     if method.kind in ("lora", "dora") and q is not None and not stored:
-        raise SpecError(f"method.quantization: use q{method.kind} for quantised weights", "method.quantization")
+        raise refused("method.quantization", f"use q{method.kind} for quantised weights")
     targets, notes = _targets(model, method) if code == "transformers" else (_switches(method), [])
     saved = _modules(model, "method.modules_to_save", method.modules_to_save)
     recipe = Recipe(
@@ -90,7 +82,7 @@ def quantised_recipe(model: ModelSpec, recipe: Recipe, q: Quantization, stored: 
             *(n for n in q.skip or () if n == "lm_head"),
             *_modules(model, "method.quantization.skip", (n for n in q.skip or () if n != "lm_head")),
             *used_directly,
-            *model.unquantised,
+            *model.family.training.never_quantised,
         ),
         preparation=preparation,
         packed=stored or q.format not in ("nf4", "fp4", "int8"),
@@ -112,31 +104,19 @@ _FUSED_NAMES = {
 # Layers of these models that peft refuses to wrap, because fused kernels read their weights.
 # Source: peft 0.21 tuners/tuners_utils.py _check_lora_target_modules_mamba.
 _READ_BY_KERNELS = ("out_proj", "conv1d")
-_WITH_KERNELS = frozenset(("falcon_mamba", "mamba", "mamba2", "nemotron_h"))
 
 
 def _refuse_read_by_kernels(model: ModelSpec, targets: Iterable[str], layers: Iterable[str]) -> None:
-    if model.model_type not in _WITH_KERNELS:
+    if not model.family.training.fused_mixers:
         return
     names = dict.fromkeys(path.rpartition(".")[2] for path in layers if "embed" not in path and path != "lm_head")
     named = next((name for name in targets if name in _READ_BY_KERNELS), None)
     if named is not None or tuple(targets) == ("all-linear",):
         adaptable_names = ", ".join(name for name in names if name not in _READ_BY_KERNELS)
-        raise SpecError(
-            f"method.targets: peft cannot adapt {named or 'out_proj'} in {model.model_type} models; choose from "
-            f"{adaptable_names}",
+        raise refused(
             "method.targets",
+            f"peft cannot adapt {named or 'out_proj'} in {model.model_type} models; choose from {adaptable_names}",
         )
-
-
-# Families whose router peft's all-linear wraps too, which then fails.
-# Source: peft 0.21 tuners/lora/layer.py Linear.forward;
-# transformers 5.24 models/llama4/modeling_llama4.py Llama4Router.
-_ROUTER_NOTE = (
-    "peft's all-linear also wraps Llama 4's router and fails in the first step; name layers such as q_proj instead. "
-    "Counted with all linear layers except the router"
-)
-_ALL_LINEAR_FAILS = {"llama4": _ROUTER_NOTE, "llama4_text": _ROUTER_NOTE}
 
 
 def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[str]]:
@@ -148,10 +128,9 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     names = {path.rpartition(".")[2] for path in layers}
     wrapped = multi_output_linears(model)
     for name in wrapped if method.targets == "all-linear" else wrapped.intersection(map(_end, method.targets)):
-        raise SpecError(
-            f"method.targets: {name} of {model.model_type} returns more than one tensor, so peft cannot wrap it; name "
-            "other targets",
+        raise refused(
             "method.targets",
+            f"{name} of {model.model_type} returns more than one tensor, so peft cannot wrap it; name other targets",
         )
     asked = (method.targets,) if isinstance(method.targets, str) else tuple(method.targets)
     _refuse_read_by_kernels(model, tuple(target.rpartition(".")[2] for target in asked), layers)
@@ -165,21 +144,20 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
             and not inside(path, method.modules_to_save)
         }
         if not inner:
-            raise SpecError(f"method: {model.model_type} has no linear layers to adapt", "method")
+            raise refused("method", f"{model.model_type} has no linear layers to adapt")
         gated = router_and_mixer_paths(model)  # may have fewer rows than the rank, and are adapted all the same
         for path, dims in sorted(inner.items(), key=lambda item: min(item[1])):
             if path not in gated and method.rank > min(dims):
                 _refuse_rank(method.rank, path, dims)
         if groups:
             _check_parameters(method, "all-linear")
-        notes = (
-            [f"method.targets: {_ALL_LINEAR_FAILS[model.model_type]}"] if model.model_type in _ALL_LINEAR_FAILS else []
-        )
+        note = model.family.training.all_linear_note
+        notes = [f"method.targets: {note}"] if note else []
         return ("all-linear",), [*notes, *_same_named_note(same_named)]
     if not method.targets:
-        raise SpecError("method.targets: is empty; name at least one module, or all-linear", "method.targets")
+        raise refused("method.targets", "is empty; name at least one module, or all-linear")
     if "all-linear" in method.targets:
-        raise SpecError("method.targets: all-linear stands alone, not in a list", "method.targets")
+        raise refused("method.targets", "all-linear stands alone, not in a list")
     resolved: list[str] = []
     notes: list[str] = []
     for target in method.targets:
@@ -201,10 +179,10 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     for group in groups:
         missing = [name for name in group if name not in resolved]
         if missing and len(missing) < len(group):
-            raise SpecError(
-                f"method.targets: {' and '.join(group)} are one parameter in this family, and peft can only adapt them "
-                f"together; add {' and '.join(missing)}",
+            raise refused(
                 "method.targets",
+                f"{' and '.join(group)} are one parameter in this family, and peft can only adapt them together; add "
+                f"{' and '.join(missing)}",
             )
     return tuple(dict.fromkeys(resolved)), notes + (
         _same_named_note(same_named) if expert_names.intersection(resolved) else []
@@ -222,11 +200,9 @@ def _check_parameters(method: Method, target: str) -> None:
     """
     which = f"{target} here names experts or a router, which are bare parameters"
     if "dora" in method.kind:
-        raise SpecError(f"method.kind: {which}, and peft has no DoRA for them; name other targets", "method.kind")
+        raise refused("method.kind", f"{which}, and peft has no DoRA for them; name other targets")
     if method.dropout:
-        raise SpecError(
-            f"method.dropout: {which}, and peft has no dropout for them; use 0, or name other targets", "method.dropout"
-        )
+        raise refused("method.dropout", f"{which}, and peft has no dropout for them; use 0, or name other targets")
 
 
 def _same_named_note(paths: list[str]) -> list[str]:
@@ -242,32 +218,27 @@ def check_time_steps(model: ModelSpec, method: Method) -> None:
     Source: transformers 5.24 models/mamba/modeling_mamba.py MambaMixer.forward; Falcon Mamba and Jamba call the layer.
     """
     q, field = method.quantization, "method.quantization.skip"
-    if model.model_type == "mamba" and q is not None and "dt_proj" not in (q.skip or ()):
-        raise SpecError(
-            f"{field}: mamba models read dt_proj's weight directly, so it cannot be quantised; add lm_head and dt_proj",
-            field,
-        )
-
-
-# Linear layers that cannot be quantised, because the family's own forward changes or reads their weights.
-# Source: transformers 5.24 models/gemma3n/modeling_gemma3n.py Gemma3nTextAltUp.predict, correct;
-# modeling_kimi_linear.py of moonshotai/Kimi-K3, _apply_attn_res.
-_RESIDUAL_PROJECTIONS = ("self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj")
-_USED_DIRECTLY = {
-    "gemma3n_text": ("clamps", ("prediction_coefs", "correction_coefs")),
-    **dict.fromkeys(("kimi_k3", "kimi_linear"), ("multiplies by", _RESIDUAL_PROJECTIONS)),
-}
+    for layer in model.family.training.skips:
+        if q is not None and layer not in (q.skip or ()):
+            raise refused(
+                field,
+                f"{model.model_type} models read {layer}'s weight directly, so it cannot be quantised; add lm_head and "
+                f"{layer}",
+            )
 
 
 def _used_directly(model: ModelSpec, skip: tuple[str, ...]) -> tuple[tuple[str, ...], list[str]]:
     """Return the layers whose weights the family uses directly, unless `skip` names them, and a note on them."""
-    does, names = _USED_DIRECTLY.get(model.model_type, ("", ()))
-    layers = () if names is _RESIDUAL_PROJECTIONS and not model.config.get("attn_res_block_size") else names
-    missing = tuple(name for name in layers if name not in skip)
+    reads = model.family.training.direct_reads
+    if reads is None or (reads.key and not model.config.get(reads.key)):
+        return (), []
+    missing = tuple(name for name in reads.layers if name not in skip)
     if not missing:
         return (), []
     names = ", ".join(missing)
-    return missing, [f"{names}: counted unquantised, as the model {does} them; add them to method.quantization.skip"]
+    return missing, [
+        f"{names}: counted unquantised, as the model {reads.verb} them; add them to method.quantization.skip"
+    ]
 
 
 def check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
@@ -276,19 +247,16 @@ def check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
     if q is None:
         return
     for name in multi_output_linears(model).difference(q.skip or ()):
-        raise SpecError(
-            f"{field}: {name} of {model.model_type} returns more than one tensor, which bitsandbytes' layer cannot; "
-            "add it",
+        raise refused(
             field,
+            f"{name} of {model.model_type} returns more than one tensor, which bitsandbytes' layer cannot; add it",
         )
     if "lm_head" in (q.skip or ()):
         return
     if model.tie_word_embeddings:
-        raise SpecError(
-            f"{field}: lm_head shares its weight with the embeddings, which are not quantised; add lm_head", field
-        )
+        raise refused(field, "lm_head shares its weight with the embeddings, which are not quantised; add lm_head")
     if kernels.loss == "fused":
-        raise SpecError(f"{field}: the fused loss needs an unquantised lm_head; add lm_head", field)
+        raise refused(field, "the fused loss needs an unquantised lm_head; add lm_head")
 
 
 def _switches(method: Method) -> tuple[str, ...]:
@@ -303,9 +271,7 @@ def _switches(method: Method) -> tuple[str, ...]:
 
 
 def _refuse_rank(rank: int, path: str, dims: tuple[int, int]) -> None:
-    raise SpecError(
-        f"method.rank: {rank} is larger than the smaller side of {path} ({dims[0]} x {dims[1]})", "method.rank"
-    )
+    raise refused("method.rank", f"{rank} is larger than the smaller side of {path} ({dims[0]} x {dims[1]})")
 
 
 def _modules(model: ModelSpec, field: str, named: Iterable[str]) -> tuple[str, ...]:
@@ -327,7 +293,5 @@ def _last(name: str, field: str, paths: Iterable[str]) -> str:
     last = name.rpartition(".")[2]
     same_named = [path for path in paths if path.rpartition(".")[2] == last]
     if "." in name and not all(f".{path}".endswith(f".{name}") for path in same_named):
-        raise SpecError(
-            f"{field}: {name!r} is not every {last}, and adapting only some of them is not supported yet", field
-        )
+        raise refused(field, f"{name!r} is not every {last}, and adapting only some of them is not supported yet")
     return last

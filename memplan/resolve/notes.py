@@ -6,18 +6,17 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from memplan.catalogue.degrees import Degrees
-from memplan.catalogue.families.kimi_k3 import has_k3_parts
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import ambiguous_with
 from memplan.catalogue.parallelism.pipeline import ENGINES
-from memplan.catalogue.parallelism.sharding import WRAPPED_TWICE
 from memplan.catalogue.profiles.profiles import find_profile
 from memplan.core.errors import SpecError
 from memplan.core.ir import operations
 from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, elements, operations_of, weights_of
-from memplan.program.sharding.ranks import Ranks, shared_tables
-from memplan.program.training.program import Pipe
+from memplan.program.sharding.ranks import Ranks
+from memplan.program.stack_facts import shared_tables
+from memplan.program.structure import Pipe
 from memplan.resolve.parallelism import replicas
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.training import Method, Precision
@@ -53,7 +52,7 @@ def wrapping_notes(graph: Graph, ranks: Ranks) -> Iterator[str]:
             f"accelerate 1.15 cannot wrap {family} for fsdp2: torch rejects a table shared by modules of two groups; "
             "counted with all of them in one fully_shard call"
         )
-    if family in WRAPPED_TWICE and ranks.wraps:
+    if graph.model.family.parallel.wraps_twice and ranks.wraps:
         yield (
             f"accelerate 1.15 cannot wrap {family} for fsdp2: it wraps the embeddings and then the table inside them; "
             "counted with only the table as a unit, as your own script could wrap it"
@@ -72,19 +71,9 @@ def kernel_notes(model: ModelSpec) -> Iterator[str]:
             f"{model.model_type}: layers without attention are counted with transformers' torch code; with {package} "
             "and causal-conv1d installed, or their kernels from the Hub, their activations take less"
         )
-    if model.model_type in ("kimi_k3", "kimi_linear") and has_k3_parts(model):
-        yield (
-            "kimi_k3: transformers 5.24 has no class for it. The parts that differ from Kimi Linear (attention "
-            "residuals, bounded activation and decay, gates, a narrower space for experts) follow the "
-            "modeling_kimi_linear.py published with its weights. That code calls flash-linear-attention and runs "
-            "routed experts without gradients, so we assume that it trains and generates like transformers' Kimi "
-            "Linear. None of it was traced"
-        )
-    if model.model_type == "llama4":
-        yield (
-            "llama4: transformers 5.24's image-text model fails when it returns its loss, with or without images (its "
-            "decoder outputs have no image_outputs); counted as if they had"
-        )
+    note = model.family.note(model) if model.family.note is not None else ""
+    if note:
+        yield note
 
 
 def published_code_note(model_type: str) -> str:
@@ -158,7 +147,7 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
             "and computes gradients even of frozen matrices: not counted"
         )
     ranks = graph.degrees.ep
-    if ranks > 1 and graph.degrees.imbalance == 1000 and graph.model.model_type != "megatron_gpt":
+    if ranks > 1 and graph.degrees.imbalance == 1000 and not graph.model.is_megatron:
         yield (
             f"tokens are assumed to spread evenly over the experts of {ranks} ranks; a rank that receives more needs "
             f"more memory: set parallelism.expert_imbalance to the multiple of the mean, up to {ranks}"

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from memplan.catalogue.degrees import WHOLE, Degrees
-from memplan.core.errors import SpecError
+from memplan.catalogue.parallelism.sharding import STAGES, STRATEGIES
+from memplan.core.errors import SpecError, refused
 from memplan.spec.parallelism import Parallelism
+
+# Strategies of FSDP and of DeepSpeed.
+FSDP = tuple(name for name, row in STRATEGIES.items() if row.gathers)
+ZERO = tuple(STAGES)
 
 
 def degrees_of(p: Parallelism, style: str) -> Degrees:
@@ -31,7 +36,7 @@ def check_product(p: Parallelism) -> SpecError | None:
         return None
     field = "parallelism.world" if p.world > 1 else "parallelism.dp"
     degrees = " x ".join(f"{name} {getattr(p, name)}" for name in ("dp", "tp", "pp", "cp"))
-    return SpecError(f"{field}: a world of {p.world} GPUs is not {degrees} = {product}", field)
+    return refused(field, f"a world of {p.world} GPUs is not {degrees} = {product}")
 
 
 def replicas(p: Parallelism) -> int:
@@ -40,3 +45,8 @@ def replicas(p: Parallelism) -> int:
     Ranks of context parallelism count: each has all the weights.
     """
     return p.dp * p.cp
+
+
+def divides_weights(p: Parallelism) -> bool:
+    """Return whether FSDP shards the weights over ranks."""
+    return replicas(p) > 1 and p.strategy in FSDP

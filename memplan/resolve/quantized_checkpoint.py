@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, cast
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.quantization.inference_formats import InferenceFormat
 from memplan.catalogue.quantization.quantization import FORMATS, FP8_BLOCK, WHOLE
-from memplan.core.errors import ConfigError, SpecError, printable
+from memplan.core.errors import ConfigError, SpecError, printable, refused
 from memplan.models.layers import as_json
 from memplan.models.model import ModelSpec
 from memplan.program.stack_facts import adaptable, stacks
@@ -94,14 +94,9 @@ def method_for_training(
         )
     if actual is None:
         return CheckpointMethod(method)
-    if asked not in (None, _PLAIN) and asked.format != actual.format:
-        raise SpecError(
-            f"method.quantization: the checkpoint is stored in {stored.words}, not {asked.format}; leave it out, or "
-            "use the unquantised checkpoint",
-            "method.quantization.format",
-        )
+    _check_format(asked, actual, stored.words)
     if "dora" in method.kind and actual.format not in ("nf4", "fp4", "int8"):
-        raise SpecError(f"method.kind: peft has no DoRA over {actual.format}; use lora", "method.kind")
+        raise refused("method.kind", f"peft has no DoRA over {actual.format}; use lora")
     _check_sizes(model, actual)
     row = FORMATS[actual.format]
     needs = f"; it needs {row.needs}" if row.needs else ""

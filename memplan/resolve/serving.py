@@ -7,23 +7,21 @@ from typing import Any
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.inference.cache_formats import cache_format, formats_of
-from memplan.catalogue.profiles.engines import ENGINES, ServingEngine, engine_settings, find_engine
-from memplan.core.errors import SpecError, UnknownNameError
-from memplan.core.frozen import frozen
+from memplan.catalogue.profiles.engines import ENGINES, EngineDefaults, ServingEngine, engine_settings, find_engine
+from memplan.core.errors import UnknownNameError, refused
 from memplan.core.units import GIB
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec
 from memplan.program.serving.parallel import stages_of
-from memplan.program.serving.settings import COMPRESSED, COMPRESSES, ENTRIES, ServingRanks, Settings
+from memplan.program.serving.settings import COMPRESSES, ENTRIES, ServingRanks, Settings
 from memplan.program.stored.weights import format_of
+from memplan.resolve.defaults import NEW_TOKENS
 from memplan.resolve.serving_draft import decide_draft
 from memplan.resolve.serving_parallel import attention_free, ranks_of
 from memplan.spec.generation import Generation
 from memplan.spec.run import Batch, RunSpec
 from memplan.spec.serving import Serving
 from memplan.spec.training import Also, Kernels, Loop, Method, Optimizer, Precision
-
-NEW_TOKENS = 256  # default
 
 
 def serving_engine(run: RunSpec) -> ServingEngine | None:
@@ -33,9 +31,7 @@ def serving_engine(run: RunSpec) -> ServingEngine | None:
     """
     engine = find_engine(run.profile)
     if engine is not None and run.task != "generate":
-        raise SpecError(
-            f"profile: {run.profile} is a serving engine and needs task generate, not {run.task}", "profile"
-        )
+        raise refused("profile", f"{run.profile} is a serving engine and needs task generate, not {run.task}")
     return engine
 
 
@@ -48,23 +44,23 @@ def resolve_serving(run: RunSpec, model: ModelSpec | None = None) -> Settings:
     engine = serving_engine(run)
     if engine is None:
         raise UnknownNameError("profile", run.profile, [e.name for e in ENGINES])
-    defaults = engine_settings(engine)
+    defaults, behaviour = engine_settings(engine)
     model = model or find_model(run.model)
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     _refuse(run, engine, model)
     ranks = ranks_of(run, engine, model)
-    _refuse_card(gpu, engine, defaults)
+    _refuse_card(gpu, engine, behaviour.capability)
     context = run.batch.sequence + (run.batch.new_tokens or NEW_TOKENS)
     serving = _with_defaults(run.serving, engine, defaults, model, gpu, run, context, ranks)
     if serving.max_model_len is not None and context > serving.max_model_len:
-        raise SpecError(
-            f"serving.max_model_len: {serving.max_model_len:,} is less than the {context:,} tokens of a request "
-            "(batch.sequence + batch.new_tokens)",
+        raise refused(
             "serving.max_model_len",
+            f"{serving.max_model_len:,} is less than the {context:,} tokens of a request (batch.sequence + "
+            "batch.new_tokens)",
         )
     settings = Settings(
         engine,
-        frozen(defaults),
+        behaviour,
         model,
         gpu,
         run.precision.weights,
@@ -96,14 +92,15 @@ def _with_draft(run: RunSpec, s: Settings) -> Settings:
 def _with_defaults(
     s: Serving,
     engine: ServingEngine,
-    defaults: dict[str, Any],
+    defaults: EngineDefaults,
     model: ModelSpec,
     gpu: GPU | None,
     run: RunSpec,
     context: int,
     ranks: ServingRanks,
 ) -> Serving:
-    fields = {name: defaults[name] for name in type(s).model_fields if getattr(s, name) is None and name in defaults}
+    fields: dict[str, Any] = {name: value for name, value in defaults._asdict().items() if value is not None}
+    fields = {name: value for name, value in fields.items() if getattr(s, name) is None}
     if run.method.quantization is None and engine.kind != "llama.cpp":
         fields["weights"] = model.card.get("stored")  # the format the checkpoint is published in
     if s.max_model_len is None:
@@ -133,10 +130,10 @@ def _with_defaults(
             share = static_fraction(total, chunk, requests, ranks, _uses_mla(model), graphs)
             if share <= 0:
                 field = "serving.max_num_batched_tokens"
-                raise SpecError(
-                    f"{field}: a step of {chunk:,} tokens leaves SGLang none of the card's {total / GIB:.1f} GiB for "
-                    "weights and a KV cache; use fewer tokens, or set memory_utilization",
+                raise refused(
                     field,
+                    f"a step of {chunk:,} tokens leaves SGLang none of the card's {total / GIB:.1f} GiB for weights "
+                    "and a KV cache; use fewer tokens, or set memory_utilization",
                 )
             fields["memory_utilization"] = share * tower_factor(model)
     if engine.kind == "llama.cpp":
@@ -171,61 +168,53 @@ def _default_steps(engine: ServingEngine, gpu: GPU | None, tp: int) -> tuple[int
 _SGLANG = ((20, 2048, 8, 8), (35, 4096, 48, 160), (60, 4096, 32, 160), (90, 8192, 256, 512), (160, 8192, 256, 512))
 
 
-def _refuse_card(gpu: GPU | None, engine: ServingEngine, words: dict[str, Any]) -> None:
+def _refuse_card(gpu: GPU | None, engine: ServingEngine, least: int) -> None:
     """Raise SpecError for a card that is too old for the engine's kernels."""
-    least = words.get("capability", 0)
     if gpu is not None and gpu.compute_capability is not None and gpu.compute_capability < divmod(least, 10):
         has = ".".join(map(str, gpu.compute_capability))
-        raise SpecError(
-            f"gpu: {engine.title} needs compute capability {least / 10:g}, and {gpu.title} has {has}", "gpu"
-        )
+        raise refused("gpu", f"{engine.title} needs compute capability {least / 10:g}, and {gpu.title} has {has}")
 
 
 def _refuse(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> None:  # noqa: PLR0912 (a branch for each refusal)
     """Raise SpecError for settings that do not apply to a serving engine, or are not supported yet."""
     for field, usual in (("optimizer", Optimizer()), ("kernels", Kernels()), ("loop", Loop())):
         if getattr(run, field) != usual:
-            raise SpecError(f"{field}: only applies to training, not to {engine.name}", field)
+            raise refused(field, f"only applies to training, not to {engine.name}")
     if run.also != Also():
-        raise SpecError(f"also: only applies to training, not to {engine.name}", "also")
+        raise refused("also", f"only applies to training, not to {engine.name}")
     if run.generation != Generation():
-        raise SpecError(
-            f"generation: only applies to transformers' generate; configure {engine.name} with serving", "generation"
-        )
+        raise refused("generation", f"only applies to transformers' generate; configure {engine.name} with serving")
     if run.objective not in (None, "causal_lm"):
-        raise SpecError(f"objective: {engine.name} needs causal_lm, not {run.objective}", "objective")
+        raise refused("objective", f"{engine.name} needs causal_lm, not {run.objective}")
     if run.precision != Precision(weights=run.precision.weights, compute=run.precision.compute):
-        raise SpecError(f"precision: {engine.name} only takes precision.weights", "precision")
+        raise refused("precision", f"{engine.name} only takes precision.weights")
     if run.precision.compute not in (None, run.precision.weights):
-        raise SpecError(
-            f"precision.compute: {engine.name} computes in {run.precision.weights}, the dtype of unquantised weights",
-            "precision.compute",
+        raise refused(
+            "precision.compute", f"{engine.name} computes in {run.precision.weights}, the dtype of unquantised weights"
         )
     if run.method != Method(quantization=run.method.quantization):
-        raise SpecError(
-            f"method.kind: {engine.name} does not train; to serve adapters set serving.lora_slots and lora_rank",
-            "method.kind",
+        raise refused(
+            "method.kind", f"{engine.name} does not train; to serve adapters set serving.lora_slots and lora_rank"
         )
     if run.serving.weights is not None and run.method.quantization is not None:
-        raise SpecError("serving.weights: is the same as method.quantization; set only one of them", "serving.weights")
+        raise refused("serving.weights", "is the same as method.quantization; set only one of them")
     if run.batch != Batch(micro=run.batch.micro, sequence=run.batch.sequence, new_tokens=run.batch.new_tokens):
-        raise SpecError(
-            f"batch: {engine.name} only takes micro, sequence and new_tokens; image tokens count towards the sequence",
-            "batch",
+        raise refused(
+            "batch", f"{engine.name} only takes micro, sequence and new_tokens; image tokens count towards the sequence"
         )
-    if model.model_type == "whisper" and engine.kind == "vllm":
-        raise SpecError(
-            f"model: whisper models are not supported yet with {engine.name}, which reserves memory for the encoder's "
-            "audio before it creates the KV cache; use transformers-5",
+    if model.is_encoder_decoder and model.only_sequence and engine.kind == "vllm":
+        raise refused(
             "model",
+            f"{model.model_type} models are not supported yet with {engine.name}, which reserves memory for the "
+            "encoder's audio before it creates the KV cache; use transformers-5",
         )
     if (
         model.is_encoder_decoder
         or model.objectives[0] != "causal_lm"
-        or model.model_type in _NOT_YET
-        or (model.model_type == COMPRESSED and engine.name != COMPRESSES)
+        or not model.family.serving.is_modelled
+        or (model.has_compressed_cache and engine.name != COMPRESSES)
     ):
-        raise SpecError(f"model: {model.model_type} models are not supported yet with {engine.name}", "model")
+        raise refused("model", f"{model.model_type} models are not supported yet with {engine.name}")
     s = run.serving
     for name in ("weights", "draft_weights"):
         value = getattr(s, name)
@@ -237,56 +226,49 @@ def _refuse(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> None:  # n
             raise UnknownNameError(f"serving.{name}", value, e.nearest, ranked=True) from None
     for name in ("limit_images", "limit_videos"):
         if getattr(s, name) is not None and engine.kind != "vllm":
-            raise SpecError(f"serving.{name}: only applies to vLLM, not to {engine.name}", f"serving.{name}")
+            raise refused(f"serving.{name}", f"only applies to vLLM, not to {engine.name}")
     if s.lora_cpu_slots is not None:
         field, slots = "serving.lora_cpu_slots", s.lora_slots or 0
         if engine.kind != "vllm":
-            raise SpecError(f"{field}: only applies to vLLM (max_cpu_loras), not to {engine.name}", field)
+            raise refused(field, f"only applies to vLLM (max_cpu_loras), not to {engine.name}")
         if s.lora_cpu_slots < slots:
-            raise SpecError(f"{field}: {s.lora_cpu_slots} is less than the {slots} slots (serving.lora_slots)", field)
+            raise refused(field, f"{s.lora_cpu_slots} is less than the {slots} slots (serving.lora_slots)")
     for name in ("lora_rank", "lora_cpu_slots"):
         if getattr(s, name) is not None and not s.lora_slots:
-            raise SpecError(f"serving.{name}: needs slots for adapters; set lora_slots too", f"serving.{name}")
+            raise refused(f"serving.{name}", "needs slots for adapters; set lora_slots too")
     _refuse_cache(run, engine, model)
     if engine.kind != "llama.cpp":
         for name in ("gpu_layers", "flash_attention"):
             if getattr(s, name) is not None:
-                raise SpecError(f"serving.{name}: only applies to llama.cpp, not to {engine.name}", f"serving.{name}")
+                raise refused(f"serving.{name}", f"only applies to llama.cpp, not to {engine.name}")
     elif s.memory_utilization is not None:
         field = "serving.memory_utilization"
-        raise SpecError(f"{field}: does not apply to llama.cpp, which takes what it needs", field)
+        raise refused(field, "does not apply to llama.cpp, which takes what it needs")
 
 
 def _refuse_cache(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> None:
     """Raise SpecError for a cache format that the engine, the card or the model does not support."""
     s, field = run.serving, "serving.cache_dtype"
-    if model.model_type == COMPRESSED:
+    if model.has_compressed_cache:
         if s.block_size not in (None, ENTRIES):
-            raise SpecError(f"serving.block_size: must be {ENTRIES} for {model.model_type}", "serving.block_size")
+            raise refused("serving.block_size", f"must be {ENTRIES} for {model.model_type}")
         if not (s.cache_dtype or "auto").startswith(("auto", "fp8")):
-            raise SpecError(f"{field}: {engine.title} only stores the cache of {model.model_type} in fp8", field)
+            raise refused(field, f"{engine.title} only stores the cache of {model.model_type} in fp8")
     if s.cache_dtype in (None, "auto"):
         return
     cache = cache_format(s.cache_dtype)
     if engine.name not in cache.engines:
-        raise SpecError(
-            f"{field}: {engine.name} has no {cache.name} cache; choose auto, {', '.join(formats_of(engine.name))}",
-            field,
+        raise refused(
+            field, f"{engine.name} has no {cache.name} cache; choose auto, {', '.join(formats_of(engine.name))}"
         )
     if cache.numbers > 1 and engine.kind == "llama.cpp" and s.flash_attention is False:
-        raise SpecError(
-            "serving.flash_attention: llama.cpp quantises values only with flash attention", "serving.flash_attention"
-        )
+        raise refused("serving.flash_attention", "llama.cpp quantises values only with flash attention")
     if not cache.latent and _uses_mla(model):
-        raise SpecError(f"{field}: {engine.title} cannot store MLA latents in {cache.name}; use bf16 or fp8", field)
+        raise refused(field, f"{engine.title} cannot store MLA latents in {cache.name}; use bf16 or fp8")
     capability = find_gpu(run.gpu).compute_capability if run.gpu is not None else None
     if capability is not None and capability < divmod(cache.capability, 10):
-        raise SpecError(
-            f"{field}: {cache.name} needs compute capability {cache.capability / 10:g}, and {run.gpu} has "
-            f"{'.'.join(map(str, capability))}",
+        raise refused(
             field,
+            f"{cache.name} needs compute capability {cache.capability / 10:g}, and {run.gpu} has "
+            f"{'.'.join(map(str, capability))}",
         )
-
-
-# Models whose cache layout in serving engines memplan has not read.
-_NOT_YET = frozenset(("mllama", "megatron_gpt"))

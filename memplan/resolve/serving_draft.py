@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from memplan.core.errors import SpecError, errors_about
+from memplan.core.errors import errors_about, refused
 from memplan.models.cards import find_config, find_model
+from memplan.models.configs import families
 from memplan.models.model import ModelSpec
-from memplan.program.serving.draft import COMPRESSED, LAYERS_AHEAD, layers_ahead
+from memplan.program.serving.draft import LAYERS_AHEAD, layers_ahead
 from memplan.program.serving.layer_ranges import whole
 from memplan.program.serving.settings import Draft, Settings
 
@@ -25,26 +26,24 @@ def decide_draft(s: Settings) -> Draft | None:
     if method is None:
         for name in ("num_speculative_tokens", "draft_weights"):
             if getattr(asked, name) is not None:
-                raise SpecError(
-                    f"serving.{name}: needs speculative decoding; set speculative_method too", f"serving.{name}"
-                )
+                raise refused(f"serving.{name}", "needs speculative decoding; set speculative_method too")
         return None
     field = "serving.speculative_method"
     if method not in METHODS[kind]:
         known = ", ".join(METHODS[kind]) or "none"
-        raise SpecError(f"{field}: {method} is not supported yet with {s.engine.name}; supported: {known}", field)
+        raise refused(field, f"{method} is not supported yet with {s.engine.name}; supported: {known}")
     if method == "draft_model" and s.engine.name == "vllm-0.11":
-        raise SpecError(f"{field}: vLLM 0.11 has no draft models; use eagle, eagle3, mtp or ngram", field)
+        raise refused(field, "vLLM 0.11 has no draft models; use eagle, eagle3, mtp or ngram")
     needs_model = method in ("draft_model", *_HEADS)
     if needs_model != (asked.draft_model is not None):
         why = f"is required with {method}" if needs_model else f"does not apply to {method}; leave it out"
-        raise SpecError(f"serving.draft_model: {why}", "serving.draft_model")
-    if s.model.model_type == COMPRESSED:
-        raise SpecError(f"{field}: is not supported yet with {COMPRESSED}'s compressed cache", field)
+        raise refused("serving.draft_model", f"{why}")
+    if s.model.has_compressed_cache:
+        raise refused(field, f"is not supported yet with {s.model.model_type}'s compressed cache")
     if s.ranks.pp > 1 or s.ranks.cards > 1:
-        raise SpecError(f"{field}: {method} is not supported yet with {s.engine.name} on several stages or GPUs", field)
+        raise refused(field, f"{method} is not supported yet with {s.engine.name} on several stages or GPUs")
     if asked.draft_weights is not None and not needs_model:
-        raise SpecError(f"serving.draft_weights: {method} has no draft model", "serving.draft_weights")
+        raise refused("serving.draft_weights", f"{method} has no draft model")
     model = _draft_model(s, method) if method != "ngram" else None
     tokens = asked.num_speculative_tokens or _default_tokens(s, method)
     if model is None:
@@ -65,11 +64,17 @@ def decide_draft(s: Settings) -> Draft | None:
     return Draft(method, tokens, draft)
 
 
+def _sglang_tokens(s: Settings, method: str) -> int:
+    if method == "ngram":
+        return 12
+    return s.model.family.serving.draft_tokens if method != "draft_model" else 4
+
+
 def _default_tokens(s: Settings, method: str) -> int:
     """Return the default number of proposed tokens."""
     match s.engine.kind:
         case "sglang":  # arg_groups/speculative_hook.py _auto_choose_speculative_params, _handle_ngram
-            return 12 if method == "ngram" else 8 if s.model.model_type == "llama" and method != "draft_model" else 4
+            return _sglang_tokens(s, method)
         case "llama.cpp":
             return 3  # common/common.h common_params_speculative_draft.n_max
         case _:
@@ -77,7 +82,7 @@ def _default_tokens(s: Settings, method: str) -> int:
             if method == "mtp" and ahead:
                 return ahead
             field = "serving.num_speculative_tokens"
-            raise SpecError(f"{field}: vLLM has no default for {method}; set it", field)
+            raise refused(field, f"vLLM has no default for {method}; set it")
 
 
 def _draft_model(s: Settings, method: str) -> ModelSpec:
@@ -86,10 +91,10 @@ def _draft_model(s: Settings, method: str) -> ModelSpec:
     if method == "mtp":
         ahead = layers_ahead(s.model)
         if not ahead:
-            raise SpecError(
-                f"serving.speculative_method: mtp needs multi-token prediction layers, and "
-                f"{s.model.name or s.model.model_type} has none ({' or '.join(LAYERS_AHEAD)} in its config)",
+            raise refused(
                 "serving.speculative_method",
+                f"mtp needs multi-token prediction layers, and {s.model.name or s.model.model_type} has none "
+                f"({' or '.join(LAYERS_AHEAD)} in its config)",
             )
         return s.model
     assert name is not None
@@ -97,17 +102,17 @@ def _draft_model(s: Settings, method: str) -> ModelSpec:
         with errors_about("serving.draft_model"):
             draft = find_model(name)
         if draft.vocab_size != s.model.vocab_size and s.engine.kind != "llama.cpp":
-            raise SpecError(
-                f"serving.draft_model: has a vocabulary of {draft.vocab_size}, but "
-                f"{s.model.name or s.model.model_type} one of {s.model.vocab_size}; {s.engine.title} needs them equal",
+            raise refused(
                 "serving.draft_model",
+                f"has a vocabulary of {draft.vocab_size}, but {s.model.name or s.model.model_type} one of "
+                f"{s.model.vocab_size}; {s.engine.title} needs them equal",
             )
         return draft
     with errors_about("serving.draft_model"):
         config = dict(find_config(name))
-    if config.get("model_type") != "llama":
-        raise SpecError(
-            f"serving.draft_model: {method} heads need a config of model_type llama, not {config.get('model_type')}",
-            "serving.draft_model",
+    row = families().get(str(config.get("model_type")))
+    if row is None or not row.serving.has_draft_heads:
+        raise refused(
+            "serving.draft_model", f"{method} heads need a config of model_type llama, not {config.get('model_type')}"
         )
     return ModelSpec({**config, "architectures": ("LlamaForCausalLM",)})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue.inference.caches import caches
 from memplan.catalogue.profiles.engines import ServingEngine
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.program.serving.settings import ServingRanks
 from memplan.spec.parallelism import Parallelism
@@ -23,33 +23,24 @@ def ranks_of(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> ServingRa
     other = next((name for name in Parallelism.model_fields if getattr(p, name) != getattr(usual, name)), None)
     if other is not None or p.strategy not in ("none", "ddp"):
         field = f"parallelism.{other or 'strategy'}"
-        raise SpecError(f"{field}: {engine.name} only takes dp, tp, pp and ep", field)
+        raise refused(field, f"{engine.name} only takes dp, tp, pp and ep")
     if p.world != p.dp * p.tp * p.pp:
-        raise SpecError(
-            f"parallelism.world: {p.world} GPUs are not dp {p.dp} x tp {p.tp} x pp {p.pp}", "parallelism.world"
-        )
+        raise refused("parallelism.world", f"{p.world} GPUs are not dp {p.dp} x tp {p.tp} x pp {p.pp}")
     if engine.kind == "llama.cpp":
         return _llama_cpp_gpus(run)
     for name in ("split_mode", "tensor_split", "main_gpu"):
         if getattr(s, name) is not None:
-            raise SpecError(f"serving.{name}: only applies to llama.cpp, not to {engine.name}", f"serving.{name}")
+            raise refused(f"serving.{name}", f"only applies to llama.cpp, not to {engine.name}")
     if s.dp_attention is not None and engine.kind != "sglang":
         why = ", which always shares experts between dp groups" if engine.kind == "vllm" else ""
-        raise SpecError(
-            f"serving.dp_attention: only applies to SGLang, not to {engine.name}{why}", "serving.dp_attention"
-        )
+        raise refused("serving.dp_attention", f"only applies to SGLang, not to {engine.name}{why}")
     if engine.kind == "tgi" and (p.pp > 1 or p.ep > 1):
         field = "pp" if p.pp > 1 else "ep"
-        raise SpecError(f"parallelism.{field}: {engine.name} only supports tp", f"parallelism.{field}")
+        raise refused(f"parallelism.{field}", f"{engine.name} only supports tp")
     if model.num_attention_heads % p.tp and not attention_free(model):
-        raise SpecError(
-            f"parallelism.tp: {p.tp} does not divide {model.num_attention_heads} attention heads", "parallelism.tp"
-        )
+        raise refused("parallelism.tp", f"{p.tp} does not divide {model.num_attention_heads} attention heads")
     if p.pp > model.num_hidden_layers:
-        raise SpecError(
-            f"parallelism.pp: {p.pp} stages are more than the model's {model.num_hidden_layers} layers",
-            "parallelism.pp",
-        )
+        raise refused("parallelism.pp", f"{p.pp} stages are more than the model's {model.num_hidden_layers} layers")
     return _grouped_ranks(run, engine, model)
 
 
@@ -60,19 +51,17 @@ def _grouped_ranks(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> Ser
     sharing = p.dp if shares_experts else 1
     expert_ranks = p.tp * sharing
     if p.ep > 1 and not experts:
-        raise SpecError(f"parallelism.ep: {model.model_type} models have no experts to divide", "parallelism.ep")
+        raise refused("parallelism.ep", f"{model.model_type} models have no experts to divide")
     if p.ep > 1 and engine.kind == "vllm" and p.ep != expert_ranks:
-        raise SpecError(
-            f"parallelism.ep: vLLM's --enable-expert-parallel uses all tp x dp ranks; use "
-            f"{f'1 or {expert_ranks}' if expert_ranks > 1 else 1}, not {p.ep}",
+        raise refused(
             "parallelism.ep",
+            "vLLM's --enable-expert-parallel uses all tp x dp ranks; use "
+            f"{f'1 or {expert_ranks}' if expert_ranks > 1 else 1}, not {p.ep}",
         )
     if expert_ranks % p.ep:
-        raise SpecError(
-            f"parallelism.ep: {p.ep} does not divide the {expert_ranks} ranks that hold experts", "parallelism.ep"
-        )
+        raise refused("parallelism.ep", f"{p.ep} does not divide the {expert_ranks} ranks that hold experts")
     if p.ep > experts > 0:
-        raise SpecError(f"parallelism.ep: {p.ep} ranks are more than the model's {experts} experts", "parallelism.ep")
+        raise refused("parallelism.ep", f"{p.ep} ranks are more than the model's {experts} experts")
     dense = expert_ranks if run.serving.dp_attention else p.tp
     return ServingRanks(p.tp, dense, p.ep, expert_ranks // p.ep, sharing, p.pp)
 
@@ -81,35 +70,25 @@ def _llama_cpp_gpus(run: RunSpec) -> ServingRanks:
     """Return llama.cpp's GPUs, from --gpus or --pp."""
     p, s = run.parallelism, run.serving
     if s.dp_attention is not None:
-        raise SpecError("serving.dp_attention: only applies to SGLang, not to llama.cpp", "serving.dp_attention")
+        raise refused("serving.dp_attention", "only applies to SGLang, not to llama.cpp")
     if p.tp > 1 or p.ep > 1:
         field = "tp" if p.tp > 1 else "ep"
-        raise SpecError(
-            f"parallelism.{field}: llama.cpp splits by layers (serving.split_mode layer); only set the number of GPUs",
-            f"parallelism.{field}",
+        raise refused(
+            f"parallelism.{field}", "llama.cpp splits by layers (serving.split_mode layer); only set the number of GPUs"
         )
     if s.split_mode in ("row", "tensor"):
         why = {
             "row": "llama.cpp of 2026 has no row-split CUDA buffers; use layer or none",
             "tensor": "is experimental in llama.cpp of 2026 and not supported yet; use layer or none",
         }
-        raise SpecError(f"serving.split_mode: {s.split_mode}: {why[s.split_mode]}", "serving.split_mode")
+        raise refused("serving.split_mode", f"{s.split_mode}: {why[s.split_mode]}")
     if s.main_gpu is not None and s.split_mode != "none":
-        raise SpecError(
-            "serving.main_gpu: only applies to split_mode none; with layer use tensor_split",
-            "serving.main_gpu",
-        )
+        raise refused("serving.main_gpu", "only applies to split_mode none; with layer use tensor_split")
     if s.main_gpu is not None and s.main_gpu >= p.world:
-        raise SpecError(
-            f"serving.main_gpu: {s.main_gpu} is not one of {p.world} GPUs, counted from 0", "serving.main_gpu"
-        )
+        raise refused("serving.main_gpu", f"{s.main_gpu} is not one of {p.world} GPUs, counted from 0")
     if s.tensor_split is not None:
         if s.split_mode == "none":
-            raise SpecError(
-                "serving.tensor_split: has no effect with split_mode none, which uses one GPU", "serving.tensor_split"
-            )
+            raise refused("serving.tensor_split", "has no effect with split_mode none, which uses one GPU")
         if len(s.tensor_split) > p.world:
-            raise SpecError(
-                f"serving.tensor_split: has {len(s.tensor_split)} parts for {p.world} GPUs", "serving.tensor_split"
-            )
+            raise refused("serving.tensor_split", f"has {len(s.tensor_split)} parts for {p.world} GPUs")
     return ServingRanks(cards=1 if s.split_mode == "none" else p.world)

@@ -55,6 +55,9 @@ Names = Annotated[tuple[str, ...], BeforeValidator(_sort_set)]
 
 
 class Part(BaseModel, frozen=True):
-    """Base class of a run and its parts: frozen, and unknown keys are errors."""
+    """Base class of a run and its parts: frozen, and unknown keys are errors.
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+    Validators are built for the first run, not on import: help only needs the fields. Defaults are constructed without.
+    """
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, defer_build=True)

@@ -7,11 +7,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memplan.core.errors import MemplanError, nearest, printable
-from memplan.spec.options import FIELDS, WORDS, option_of
+from memplan.spec.fields import part_of
+from memplan.spec.options import FIELDS, option_of
 from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
-    from pydantic import BaseModel, ValidationError
+    from pydantic import ValidationError
 
 _MAX_CHOICES = 20  # listed in full if none is near the given value
 _MAX_SHOWN = 60  # characters of a value or key that an error message repeats
@@ -32,7 +33,7 @@ def _first_invalid(error: ValidationError) -> tuple[str, str]:
     """Return the first invalid field of a pydantic error, and the message about it."""
     errors = _without_other_members(error.errors(include_url=False))
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    model = _model_of(RunSpec)
+    model: Any = RunSpec
     names: list[str] = []
     for part in first["loc"]:
         fields = getattr(model, "model_fields", {})
@@ -42,7 +43,7 @@ def _first_invalid(error: ValidationError) -> tuple[str, str]:
             break  # an index, or another member of a union
         names.append(str(part))
         if part in fields:
-            model = _model_of(fields[part].annotation)
+            model = part_of(fields[part].annotation)
     field = ".".join(printable(name, _MAX_SHOWN) or "''" for name in names) or "run"
     tried = [e for e in errors if e["loc"][: len(names)] == first["loc"][: len(names)]]
     others = len(errors) - len(tried)
@@ -63,15 +64,6 @@ def _without_other_members(errors: Sequence[Any]) -> Sequence[Any]:
         return not (error["type"] == "literal_error" and isinstance(value, (list, tuple)))
 
     return [error for error in errors if is_relevant(error)] or errors
-
-
-def _model_of(annotation: Any) -> type[BaseModel] | None:
-    from pydantic import BaseModel
-
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
 
 
 def message_of(error: Any) -> str:
@@ -129,7 +121,7 @@ def _no_such_key(names: list[str]) -> str:
 
     key, siblings = names[-1], list(getattr(_parent(names), "model_fields", {}))
     near = [path for path in _paths(RunSpec) if path.rpartition(".")[2] == key]
-    near += [path for name, path in {**FIELDS, **WORDS}.items() if name == key]
+    near += [path for name, path in FIELDS.items() if name == key]
     near = near or get_close_matches(key.lower()[:_MAX_SHOWN], siblings, n=1, cutoff=0.6)
     return "no such key; " + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(siblings)}")
 
@@ -138,7 +130,7 @@ def _paths(model: Any, start: str = "") -> Iterator[str]:
     """The dotted path of every field of `model`, nested ones included."""
     for name, field in model.model_fields.items():
         yield f"{start}{name}"
-        inner = _model_of(field.annotation)
+        inner = part_of(field.annotation)
         if inner is not None:
             yield from _paths(inner, f"{start}{name}.")
 
@@ -146,7 +138,7 @@ def _paths(model: Any, start: str = "") -> Iterator[str]:
 def _parent(names: list[str]) -> Any:
     model: Any = RunSpec
     for name in names[:-1]:
-        model = _model_of(model.model_fields[name].annotation)
+        model = part_of(model.model_fields[name].annotation)
     return model
 
 

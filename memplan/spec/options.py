@@ -1,116 +1,427 @@
-"""The run field that each command-line option sets."""
+"""The command-line options that set a field of a run, a row each."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
 
-# Options that set exactly one field.
-FIELDS = {
-    "model": "model",
-    "gpus": "parallelism.world",
-    "batch_size": "batch.micro",
-    "seq_len": "batch.sequence",
-    "target_len": "batch.target_sequence",
-    "objective": "objective",
-    "grad_accum": "batch.accumulation",
-    "images": "batch.images",
-    "new_tokens": "batch.new_tokens",
-    "cache_implementation": "generation.cache_implementation",
-    "cache_backend": "generation.cache_config.backend",
-    "cache_bits": "generation.cache_config.nbits",
-    "cache_group_size": "generation.cache_config.q_group_size",
-    "cache_residual": "generation.cache_config.residual_length",
-    "prefill_chunk_size": "generation.prefill_chunk_size",
-    "num_beams": "generation.num_beams",
-    "do_sample": "generation.do_sample",
-    "assistant_model": "generation.assistant_model",
-    "assistant_dtype": "generation.assistant_dtype",
-    "assistant_quant_format": "generation.assistant_quantization.format",
-    "num_assistant_tokens": "generation.num_assistant_tokens",
-    "num_assistant_tokens_schedule": "generation.num_assistant_tokens_schedule",
-    "prompt_lookup_num_tokens": "generation.prompt_lookup_num_tokens",
-    "assistant_early_exit": "generation.assistant_early_exit",
-    "eval_batch_size": "also.evaluation.micro",
-    "eval_seq_len": "also.evaluation.sequence",
-    "eval_keep_logits": "also.evaluation.kept_batches",
-    "eval_accumulation_steps": "also.evaluation.accumulation",
-    "eval_preprocess": "also.evaluation.preprocess",
-    "eval_generate": "also.evaluation.new_tokens",
-    "merge": "also.merging",
-    "rank": "method.rank",
-    "lora_dropout": "method.dropout",
-    "trainable_layers": "method.trainable_layers",
-    "quant_format": "method.quantization.format",
-    "double_quant": "method.quantization.double_quant",
-    "quant_storage": "method.quantization.storage",
-    "optimizer": "optimizer.name",
-    "foreach": "optimizer.foreach",
-    "in_backward": "optimizer.in_backward",
-    "attention": "kernels.attention",
-    "reentrant": "kernels.reentrant",
-    "loss": "kernels.loss",
-    "hold_outputs": "loop.hold_outputs",
-    "padded": "loop.padded",
-    "trainer": "loop.trainer",
-    "expandable_segments": "loop.expandable_segments",
-    "tp": "parallelism.tp",
-    "sequence_parallel": "parallelism.sequence_parallel",
-    "pp": "parallelism.pp",
-    "gpus_per_node": "parallelism.gpus_per_node",
-    "stage": "parallelism.stage",
-    "virtual_stages": "parallelism.virtual_stages",
-    "schedule": "parallelism.schedule",
-    "first_stage_layers": "parallelism.first_stage_layers",
-    "last_stage_layers": "parallelism.last_stage_layers",
-    "ends_as_layers": "parallelism.ends_as_layers",
-    "device_map": "parallelism.device_map",
-    "cp": "parallelism.cp",
-    "ep": "parallelism.ep",
-    "stored": "serving.weights",
-    "max_model_len": "serving.max_model_len",
-    "max_num_seqs": "serving.max_num_seqs",
-    "max_num_batched_tokens": "serving.max_num_batched_tokens",
-    "memory_utilization": "serving.memory_utilization",
-    "block_size": "serving.block_size",
-    "cache_dtype": "serving.cache_dtype",
-    "cuda_graphs": "serving.cuda_graphs",
-    "prefix_caching": "serving.prefix_caching",
-    "gpu_layers": "serving.gpu_layers",
-    "split_mode": "serving.split_mode",
-    "main_gpu": "serving.main_gpu",
-    "dp_attention": "serving.dp_attention",
-    "limit_images": "serving.limit_images",
-    "limit_videos": "serving.limit_videos",
-    "lora_slots": "serving.lora_slots",
-    "lora_rank": "serving.lora_rank",
-    "lora_cpu_slots": "serving.lora_cpu_slots",
-    "speculative_method": "serving.speculative_method",
-    "draft_model": "serving.draft_model",
-    "draft_weights": "serving.draft_weights",
-    "num_speculative_tokens": "serving.num_speculative_tokens",
-    "profile": "profile",
+from memplan.core.errors import SpecError
+
+
+class Option(NamedTuple):
+    """A command-line option. Its type, choices and default are those of the field, if it sets one.
+
+    field        dotted path of the run's field that it sets, and that errors about it name; empty if it sets none
+    help         what it does. `{choices}` stands for the choices. The default follows, unless the text has its own
+    type         type of its value, if not that of the field; `list[...]` for an option that is repeated
+    choices      words that the shell completes, if not those of the field
+    parse        turns its text into the field's value; an option without one has the field's type
+    metavar      name of its value in help, if not the type
+    combined     whether the command reads it together with other options, instead of setting its field alone
+    is_argument  whether it is typed without its name
+    """
+
+    field: str
+    help: str
+    type: Any = None
+    choices: tuple[str, ...] = ()
+    parse: Callable[[Any], Any] | None = None
+    metavar: str | None = None
+    combined: bool = False
+    is_argument: bool = False
+
+
+def listed(text: str) -> list[str]:
+    """Parse words separated by commas."""
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def names(text: str) -> str | list[str]:
+    """Parse `all-linear`, or names separated by commas."""
+    return text if text == "all-linear" else listed(text)
+
+
+def pixels(text: str) -> int | list[int]:
+    """Parse the side of an image, or its height and width."""
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
+        raise SpecError(
+            f"batch.image_size: {text!r:.40} is not a size in pixels; write 1024, or height x width as 768x1024",
+            "batch.image_size",
+        )
+    height, *width = map(int, sides)
+    return [height, *width] if width else height
+
+
+def proportions(text: str) -> list[float]:
+    """Parse numbers separated by commas or slashes, as llama.cpp does."""
+    try:
+        return [float(part) for part in text.replace("/", ",").split(",")]
+    except ValueError:
+        raise SpecError(
+            f"serving.tensor_split: {text!r:.40} is not a list of proportions; write 3,1 for two cards",
+            "serving.tensor_split",
+        ) from None
+
+
+def kbit_preparation(text: str) -> bool | str:
+    """Parse `true` or `false`; any other word is left to the field."""
+    word = text.lower()
+    return {"true": True, "false": False}.get(word, word)
+
+
+def saving(wanted: bool) -> dict[str, Any] | None:
+    """Return the default `Saving`, or None."""
+    return {} if wanted else None
+
+
+MODEL = Option(
+    "model",
+    "A card's name (qwen2-7b), a Hugging Face id, or the path of a config.json, its folder, or a GGUF file.",
+    metavar="MODEL",
+    is_argument=True,
+)
+# Heading in help -> name on the command line, with underscores -> option.
+OPTIONS: dict[str, dict[str, Option]] = {
+    "Model": {"model": MODEL},
+    "Training": {
+        "method": Option(
+            "method.kind",
+            "full, lora, qlora, dora, qdora, freeze; for inference generate or forward.",
+            choices=("full", "lora", "qlora", "dora", "qdora", "freeze", "generate", "forward"),
+            combined=True,
+        ),
+        "objective": Option(
+            "objective",
+            "Training objective, which decides head and loss: {choices}. Default from the config's architectures.",
+        ),
+        "batch_size": Option("batch.micro", "Sequences per GPU and pass."),
+        "seq_len": Option("batch.sequence", "Tokens per sequence."),
+        "target_len": Option(
+            "batch.target_sequence",
+            "Decoder tokens of an encoder-decoder. Default the encoder's length, or the decoder's positions; 1 when "
+            "generating (4 for Whisper).",
+        ),
+        "grad_accum": Option("batch.accumulation", "Passes per optimizer step."),
+        "images": Option("batch.images", "Images in each sequence; their tokens count towards --seq-len."),
+        "image_size": Option(
+            "batch.image_size",
+            "Pixels of an image: 1024, or height x width as 768x1024. Default the vision tower's size.",
+            parse=pixels,
+        ),
+        "frozen": Option(
+            "method.frozen",
+            "Parts that neither train nor get adapters, comma-separated: vision, projector, language.",
+            parse=listed,
+            choices=("vision", "projector", "language"),
+        ),
+        "gradient_checkpointing": Option(
+            "kernels.checkpointing",
+            "Keep only each layer's input and recompute the rest in backward. Default on.",
+            type=bool,
+            combined=True,
+        ),
+        "checkpointing": Option(
+            "kernels.checkpointing",
+            "Kind of checkpointing: none, full, or offload (layer inputs in host memory). Default full.",
+            choices=("none", "full", "offload"),
+            combined=True,
+        ),
+        "trainable_layers": Option("method.trainable_layers", "Last layers that --method freeze trains."),
+        "offload": Option(
+            "parallelism.offload",
+            "What is kept in host memory: optimizer (with its step), parameters (FSDP, with the optimizer, or ZeRO "
+            "3), activations (all that autograd saves); none overrides the file. Default none.",
+            choices=("optimizer", "parameters", "activations", "none"),
+            combined=True,
+        ),
+        "hold_outputs": Option("loop.hold_outputs", "The script keeps the model's outputs through the backward pass."),
+        "padded": Option("loop.padded", "Batches are padded, and so have an attention mask."),
+        "trainer": Option(
+            "loop.trainer",
+            "The loop is transformers' Trainer, which keeps embedding states in fp32 with bitsandbytes' 8-bit "
+            "optimizers.",
+        ),
+        "expandable_segments": Option(
+            "loop.expandable_segments", "Use expandable segments in torch's allocator (PYTORCH_CUDA_ALLOC_CONF)."
+        ),
+    },
+    "Evaluation, saving and merging": {
+        "eval_batch_size": Option(
+            "also.evaluation.micro",
+            "Also count an evaluation, with this many sequences per GPU and pass (per_device_eval_batch_size). "
+            "Default none; 8 with another --eval option.",
+        ),
+        "eval_seq_len": Option("also.evaluation.sequence", "Tokens per sequence of an evaluation. Default --seq-len."),
+        "eval_keep_logits": Option(
+            "also.evaluation.kept_batches",
+            "Batches whose logits are kept on the GPU, as for compute_metrics. Default 0: only the loss.",
+        ),
+        "eval_accumulation_steps": Option(
+            "also.evaluation.accumulation", "Batches after which kept logits move to the host. Default after the last."
+        ),
+        "eval_preprocess": Option(
+            "also.evaluation.preprocess",
+            "argmax keeps the likeliest tokens instead of logits (preprocess_logits_for_metrics). Default logits.",
+        ),
+        "eval_generate": Option(
+            "also.evaluation.new_tokens",
+            "Tokens generated after each sequence of an evaluation (predict_with_generate).",
+        ),
+        "save": Option("also.saving", "Also count saving a checkpoint. Default off.", parse=saving, type=bool),
+        "merge": Option(
+            "also.merging",
+            "Also count merging the adapters: into the trained model, or into one reloaded for it.",
+            choices=("trained", "reloaded"),
+        ),
+    },
+    "Generation": {
+        "new_tokens": Option(
+            "batch.new_tokens", "Tokens generated after a --seq-len prompt. Default 256, with --method generate."
+        ),
+        "cache_implementation": Option(
+            "generation.cache_implementation",
+            "KV cache: dynamic, static, quantized, offloaded, offloaded_static, legacy. Default the profile's.",
+            choices=("dynamic", "static", "quantized", "offloaded", "offloaded_static", "legacy"),
+        ),
+        "cache_backend": Option(
+            "generation.cache_config.backend",
+            "Backend of a quantized cache: quanto (2 or 4 bits), hqq (1, 2, 3, 4, 8) or fp8.",
+        ),
+        "cache_bits": Option(
+            "generation.cache_config.nbits", "Bits per number of a quantized cache (nbits). Default 4."
+        ),
+        "cache_group_size": Option(
+            "generation.cache_config.q_group_size", "Numbers per scale of a quantized cache (q_group_size). Default 64."
+        ),
+        "cache_residual": Option(
+            "generation.cache_config.residual_length",
+            "Most recent tokens that a quantized cache keeps unquantised (residual_length). Default 128.",
+        ),
+        "prefill_chunk_size": Option("generation.prefill_chunk_size", "Prompt tokens read in one pass. Default all."),
+        "num_beams": Option("generation.num_beams", "Beams per prompt."),
+        "do_sample": Option(
+            "generation.do_sample", "Sample with temperature, top-k and top-p instead of greedy decoding."
+        ),
+        "assistant_model": Option(
+            "generation.assistant_model", "Smaller model that proposes tokens, which the model verifies in one pass."
+        ),
+        "assistant_dtype": Option(
+            "generation.assistant_dtype", "Dtype of the assistant's weights: {choices}. Default the model's."
+        ),
+        "assistant_quant_format": Option(
+            "generation.assistant_quantization.format",
+            "Weight format of the assistant, as for --quant-format. Default not quantised.",
+        ),
+        "num_assistant_tokens": Option(
+            "generation.num_assistant_tokens", "Tokens that an assistant proposes in a round. Default 20."
+        ),
+        "num_assistant_tokens_schedule": Option(
+            "generation.num_assistant_tokens_schedule",
+            "How the number of proposed tokens changes: {choices}. Default constant.",
+        ),
+        "prompt_lookup_num_tokens": Option(
+            "generation.prompt_lookup_num_tokens",
+            "Tokens proposed in a round by prompt lookup, without an assistant. Default 0.",
+        ),
+        "assistant_early_exit": Option(
+            "generation.assistant_early_exit", "First layers of the model that propose tokens in place of an assistant."
+        ),
+    },
+    "Adapters and quantisation": {
+        "rank": Option("method.rank", "Rank of the adapters."),
+        "targets": Option("method.targets", "all-linear, or comma-separated module names.", parse=names),
+        "lora_dropout": Option("method.dropout", "Dropout before adapters, 0 to 1."),
+        "modules_to_save": Option(
+            "method.modules_to_save", "Comma-separated names of modules that train in full.", parse=names
+        ),
+        "quant_format": Option(
+            "method.quantization.format",
+            "Format of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; for inference also "
+            "w4a16, fp8-channel, mxfp4 and others. Default nf4, or the format of a quantised checkpoint.",
+        ),
+        "double_quant": Option("method.quantization.double_quant", "Also quantise the quantisation scales."),
+        "quant_storage": Option(
+            "method.quantization.storage", "The dtype 4-bit weights are stored in: uint8, or bf16, fp16, fp32 for FSDP."
+        ),
+        "kbit_preparation": Option(
+            "method.quantization.kbit_preparation",
+            "Casts of prepare_model_for_kbit_training: true, false, or trl (embeddings, head and adapters cast back, "
+            "as TRL does). Default true.",
+            parse=kbit_preparation,
+        ),
+    },
+    "Precision and optimizer": {
+        "dtype": Option("precision.weights", "Weights: {choices}.", combined=True),
+        "precision": Option(
+            "precision",
+            "pure (all in --dtype), amp (fp32 weights, autocast to --dtype), mixed (weights and gradients in --dtype, "
+            "fp32 masters and states). Default pure.",
+            choices=("pure", "amp", "mixed"),
+            combined=True,
+        ),
+        "optimizer": Option(
+            "optimizer.name", "A name from transformers' OptimizerNames, or none. Default adamw_torch_fused."
+        ),
+        "foreach": Option(
+            "optimizer.foreach",
+            "torch's optimizers step all parameters in lists, not one at a time. Default on if torch supports both.",
+        ),
+        "in_backward": Option(
+            "optimizer.in_backward",
+            "Step each parameter in backward as soon as its gradient is ready; without clipping, and with "
+            "--grad-accum 1.",
+        ),
+    },
+    "Kernels": {
+        "attention": Option("kernels.attention", "{choices}."),
+        "loss": Option(
+            "kernels.loss",
+            "hf, chunked, fused (with the head's matrix product, as in Liger and Cut Cross-Entropy), chunked_lm_head. "
+            "Default hf.",
+        ),
+        "fused": Option("kernels.fused", "Comma-separated fused kernels: {choices}.", parse=listed),
+        "reentrant": Option("kernels.reentrant", "Use torch's reentrant checkpointing. Default the profile's."),
+        "profile": Option(
+            "profile", "Framework and version that fill in defaults (vllm: its newest); memplan profiles lists them."
+        ),
+    },
+    "Serving engines": {
+        "stored": Option(
+            "serving.weights", "Weight format: fp8, w4a16, awq-int4, or a GGUF type. Default the checkpoint's."
+        ),
+        "max_model_len": Option(
+            "serving.max_model_len", "Most tokens of a request that the engine admits. Default the model's positions."
+        ),
+        "max_num_seqs": Option(
+            "serving.max_num_seqs", "Most requests in a step; llama.cpp's slots. Default the engine's for the card."
+        ),
+        "max_num_batched_tokens": Option(
+            "serving.max_num_batched_tokens",
+            "Most tokens in a step: SGLang's chunked prefill size, llama.cpp's ubatch. Default the engine's.",
+        ),
+        "memory_utilization": Option(
+            "serving.memory_utilization",
+            "Share of the card's memory (gpu_memory_utilization, mem_fraction_static). Default the engine's.",
+        ),
+        "block_size": Option("serving.block_size", "Tokens per cache block. Default the engine's."),
+        "cache_dtype": Option(
+            "serving.cache_dtype",
+            "Dtype of an engine's KV cache, by the engine's names: fp8, nvfp4, q8_0 and others. Default the model's "
+            "dtype.",
+        ),
+        "cuda_graphs": Option("serving.cuda_graphs", "Capture decoding steps in CUDA graphs. Default on."),
+        "prefix_caching": Option("serving.prefix_caching", "Keep cache blocks of earlier requests. Default on."),
+        "gpu_layers": Option(
+            "serving.gpu_layers", "Layers on the card; the head counts as one more (llama.cpp). Default all."
+        ),
+        "split_mode": Option(
+            "serving.split_mode",
+            "How llama.cpp divides a model over GPUs: layer (some layers on each) or none (all on one). Default layer.",
+        ),
+        "tensor_split": Option(
+            "serving.tensor_split",
+            "Proportions of the layers on llama.cpp's GPUs, as in 3,1. Default equal parts.",
+            parse=proportions,
+        ),
+        "main_gpu": Option(
+            "serving.main_gpu", "GPU that has all layers with --split-mode none (llama.cpp). Default 0."
+        ),
+        "dp_attention": Option(
+            "serving.dp_attention",
+            "Attention is data parallel over --gpus, and everything else tensor parallel (SGLang). Default off.",
+        ),
+        "limit_images": Option(
+            "serving.limit_images", "Most images per request (vLLM's limit_mm_per_prompt). Default no limit."
+        ),
+        "limit_videos": Option(
+            "serving.limit_videos", "Most videos per request (vLLM's limit_mm_per_prompt). Default no limit."
+        ),
+        "lora_slots": Option("serving.lora_slots", "Most adapters in a step (vLLM's max_loras). Default 0."),
+        "lora_rank": Option("serving.lora_rank", "Largest rank of those adapters. Default 16."),
+        "lora_cpu_slots": Option(
+            "serving.lora_cpu_slots", "Adapters in host memory (vLLM's max_cpu_loras). Default --lora-slots."
+        ),
+        "speculative_method": Option(
+            "serving.speculative_method",
+            "Speculative decoding: {choices}. Default none, or draft_model if one is named.",
+        ),
+        "draft_model": Option(
+            "serving.draft_model", "Smaller model that proposes tokens, or the config of an EAGLE head."
+        ),
+        "draft_weights": Option(
+            "serving.draft_weights", "Weight format of the draft model. Default the model's dtype."
+        ),
+        "num_speculative_tokens": Option(
+            "serving.num_speculative_tokens", "Tokens proposed per step. Default the engine's."
+        ),
+    },
+    "GPUs": {
+        "gpu": Option(
+            "gpu",
+            "A card's name (3090, a800, h100); repeat it to compare cards. Default none: lists every card that holds "
+            "the run.",
+            type=list[str],
+            metavar="NAME",
+            combined=True,
+        ),
+    },
+    "Several GPUs": {
+        "gpus": Option("parallelism.world", "Total number of GPUs."),
+        "zero": Option("parallelism.strategy", "DeepSpeed's ZeRO stage, 0 to 3.", type=int, combined=True),
+        "deepspeed": Option(
+            "parallelism.zero",
+            "A DeepSpeed config, for its ZeRO stage, buckets, offload, precision and batch; options override it. "
+            "Default none.",
+            metavar="FILE",
+            combined=True,
+        ),
+        "fsdp": Option(
+            "parallelism.strategy",
+            "full_shard, shard_grad_op, hybrid_shard, no_shard, fsdp2.",
+            choices=("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "fsdp2"),
+            combined=True,
+        ),
+        "tp": Option("parallelism.tp", "Tensor-parallel GPUs."),
+        "sequence_parallel": Option(
+            "parallelism.sequence_parallel", "Tensor-parallel GPUs also divide the tokens between matrix products."
+        ),
+        "pp": Option("parallelism.pp", "Pipeline stages."),
+        "virtual_stages": Option("parallelism.virtual_stages", "Chunks of layers per stage, interleaved by 1F1B."),
+        "schedule": Option(
+            "parallelism.schedule",
+            "Pipeline schedule of the --grad-accum microbatches: 1f1b, gpipe, or device_map (as in transformers, one "
+            "GPU after another). Default the profile's.",
+        ),
+        "first_stage_layers": Option(
+            "parallelism.first_stage_layers", "Layers on the first stage. Default the profile's division."
+        ),
+        "last_stage_layers": Option(
+            "parallelism.last_stage_layers", "Layers on the last stage. Default the profile's division."
+        ),
+        "ends_as_layers": Option(
+            "parallelism.ends_as_layers",
+            "Embeddings and head count as one layer each when stages are divided. Default the profile's.",
+        ),
+        "device_map": Option(
+            "parallelism.device_map", "How transformers places a model that runs on --gpus and the host: {choices}."
+        ),
+        "gpus_per_node": Option(
+            "parallelism.gpus_per_node", "GPUs per machine, which share its host memory. Default 8."
+        ),
+        "stage": Option("parallelism.stage", "Report this stage, counted from 0. Default the one that holds most."),
+        "cp": Option("parallelism.cp", "Context-parallel GPUs."),
+        "ep": Option("parallelism.ep", "Expert-parallel GPUs."),
+    },
 }
 
-# Options that set several fields or are parsed first, and the field that errors about them name.
-WORDS = {
-    "method": "method.kind",
-    "targets": "method.targets",
-    "modules_to_save": "method.modules_to_save",
-    "frozen": "method.frozen",
-    "image_size": "batch.image_size",
-    "kbit_preparation": "method.quantization.kbit_preparation",
-    "dtype": "precision.weights",
-    "precision": "precision",
-    "gradient_checkpointing": "kernels.checkpointing",
-    "checkpointing": "kernels.checkpointing",
-    "fused": "kernels.fused",
-    "zero": "parallelism.strategy",
-    "deepspeed": "parallelism.zero",
-    "save": "also.saving",
-    "tensor_split": "serving.tensor_split",
-    "fsdp": "parallelism.strategy",
-    "offload": "parallelism.offload",
-}
+# Option -> the field that it sets.
+FIELDS = {name: option.field for options in OPTIONS.values() for name, option in options.items()}
+
+
+def flag(name: str) -> str:
+    """Return an option as it is typed."""
+    return f"--{name.replace('_', '-')}"
 
 
 def option_of(field: str, given: Iterable[str]) -> str:
@@ -118,7 +429,7 @@ def option_of(field: str, given: Iterable[str]) -> str:
     if field == "task" and "method" in given:  # --method generate and --method forward set the task
         return "--method"
     for name in given:
-        path = FIELDS.get(name) or WORDS.get(name) or name
+        path = FIELDS.get(name, name)
         if name != "model" and (path == field or path.startswith(f"{field}.")):
-            return "--" + name.replace("_", "-")
+            return flag(name)
     return ""

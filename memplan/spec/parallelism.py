@@ -76,8 +76,8 @@ class Zero(Part, frozen=True):
     contiguous_gradients: Flag = True
     round_robin_gradients: Flag = False
     zero3_init_flag: Flag = True
-    offload_optimizer: OffloadedOptimizer = OffloadedOptimizer()
-    offload_param: OffloadedParameters = OffloadedParameters()
+    offload_optimizer: OffloadedOptimizer = OffloadedOptimizer.model_construct()
+    offload_param: OffloadedParameters = OffloadedParameters.model_construct()
 
 
 class Parallelism(Part, frozen=True):
@@ -135,8 +135,8 @@ class Parallelism(Part, frozen=True):
     cpu_ram_efficient_loading: Flag = True
     bucket_view: Flag = False
     static_graph: Flag = False
-    offload: Offload = Offload()
-    zero: Zero = Zero()
+    offload: Offload = Offload.model_construct()
+    zero: Zero = Zero.model_construct()
     gpus_per_node: GPUs | None = None
     stage: Rank | None = None
     schedule: Literal["1f1b", "gpipe", "device_map"] | None = None

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, GetCoreSchemaHandler
+from pydantic_core import CoreSchema
 
 from memplan.models.objectives import Objective
 from memplan.spec.base import Count, Natural, Part, Pixels
@@ -95,18 +96,26 @@ class RunSpec(Part, frozen=True):
     model: str | InlineModel
     task: Literal["train", "forward", "generate"] = "train"
     objective: Objective | None = None
-    method: Method = Method()
-    precision: Precision = Precision()
-    optimizer: Optimizer = Optimizer()
-    batch: Batch = Batch()
-    kernels: Kernels = Kernels()
-    loop: Loop = Loop()
-    generation: Generation = Generation()
-    also: Also = Also()
-    parallelism: Parallelism = Parallelism()
-    serving: Serving = Serving()
+    method: Method = Method.model_construct()
+    precision: Precision = Precision.model_construct()
+    optimizer: Optimizer = Optimizer.model_construct()
+    batch: Batch = Batch.model_construct()
+    kernels: Kernels = Kernels.model_construct()
+    loop: Loop = Loop.model_construct()
+    generation: Generation = Generation.model_construct()
+    also: Also = Also.model_construct()
+    parallelism: Parallelism = Parallelism.model_construct()
+    serving: Serving = Serving.model_construct()
     profile: ProfileName = "transformers-5"
     gpu: str | None = None
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        """Build the parts before the run: pydantic 2.9 cannot write a default whose own class is not built."""
+        for part in Part.__subclasses__():
+            if part is not cls:
+                part.model_rebuild()
+        return handler(source)
 
 
 def changed(run: RunSpec, part: str, **values: Any) -> RunSpec:

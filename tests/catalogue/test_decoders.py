@@ -11,7 +11,6 @@ import pytest
 from benchmarks.accuracy import compared_with_trace
 from memplan import RunSpec, estimate
 from memplan.catalogue import build
-from memplan.catalogue.attention.attention import NO_FLASH_2
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.errors import MemplanError, SpecError
 from memplan.models.model import ModelSpec
@@ -95,7 +94,7 @@ def test_attention_sinks_are_computed_without_sdpa_and_noted(name: str) -> None:
 @pytest.mark.parametrize("name", [*FAMILIES, "step3p7"])
 def test_models_unsupported_by_flash_attention_2_are_refused(name: str) -> None:
     asked = run(name, kernels={"attention": "flash_attention_2"})
-    if ModelSpec(config(name)).model_type not in NO_FLASH_2:
+    if not ModelSpec(config(name)).family.attention.no_flash_2:
         assert estimate(asked).bytes.allocated > 0
         return
     with pytest.raises(SpecError, match="does not run with flash_attention_2"):

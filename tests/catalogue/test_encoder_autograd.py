@@ -12,8 +12,9 @@ from memplan.catalogue.kernels import losses
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods import methods
 from memplan.engine.step import lower
-from memplan.models.configs.dense import _CLASSIFIERS as CLASSIFIERS
+from memplan.models.configs import families
 from memplan.models.model import ModelSpec, with_objective
+from memplan.models.objectives import CLASSIFIER
 from memplan.probe.libraries import model_class
 from tests.encoders import SMALL
 from tests.tiny import TINY
@@ -51,7 +52,7 @@ def test_a_bert_keeps_what_autograd_saves(objective: str, dtype: str) -> None:
     assert mine == saves(objective, DTYPES[dtype])
 
 
-@pytest.mark.parametrize("model_type", sorted(CLASSIFIERS))
+@pytest.mark.parametrize("model_type", [name for name, row in families().items() if row.objectives == CLASSIFIER])
 def test_a_decoder_that_classifies_has_the_parameters_transformers_builds(model_type: str) -> None:
     transformers = pytest.importorskip("transformers")
     name = model_class(model_type, objective="sequence_classification")

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 from benchmarks.golden import SLACK
 from memplan import RunSpec, estimate
 from memplan.catalogue.experts import expert_loops, routers
-from memplan.catalogue.experts.expert_loops import AS_MODULES
 from memplan.core.errors import ConfigError, MemplanError
 from memplan.core.ir import Tensor
 from memplan.models.cards import load_card
+from memplan.models.configs import families
 from memplan.models.configs.moe import FAMILIES
 from memplan.models.model import ModelSpec
 from memplan.planning.step_time import work
 from memplan.program.graph import parameters_of, weights_of
-from memplan.program.training.program import program, trained_parameters
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.training.program import program
 from memplan.resolve.decide import decide
 from tests.sampling import examples, sampled
 from tests.tiny import TINY
@@ -162,7 +163,7 @@ def test_active_parameters_exclude_unchosen_experts() -> None:
 
 def test_optimizers_see_a_stack_as_one_parameter_of_three_axes() -> None:
     structure = decide(run("olmoe")).structure
-    shapes = {p.name: p.shape for p in trained_parameters(structure)}
+    shapes = {p.name: p.shape for p in sharding_of(structure).trained()}
     assert shapes["model.layers.mlp.experts.gate_up_proj"] == (8, 2 * 176, 64)
     assert shapes["model.layers.mlp.experts.down_proj"] == (8, 64, 176)
     assert shapes["model.layers.mlp.gate.weight"] == (8, 64)
@@ -242,7 +243,9 @@ def test_a_profile_whose_version_writes_experts_otherwise_is_refused() -> None:
     assert estimate(run("mixtral", profile="trl-0.24")).fits is not None
 
 
-@pytest.mark.parametrize("model_type", sampled(AS_MODULES, 4))
+@pytest.mark.parametrize(
+    "model_type", sampled([name for name, row in families().items() if row.training.experts_were], 4)
+)
 def test_before_transformers_5_experts_were_linear_layers_like_any(model_type: str) -> None:
     def asked(profile: str, **fields: Any) -> Any:
         return estimate(run(model_type, profile=profile, **fields))

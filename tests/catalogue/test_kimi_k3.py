@@ -14,7 +14,7 @@ from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods import methods
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.errors import ConfigError, SpecError
-from memplan.engine.step import lower
+from memplan.engine.step import ExecutionOptions, lower
 from memplan.models.model import ModelSpec
 from memplan.program.axes import chunked
 from tests.catalogue.test_autograd import in_bytes, saved_bytes
@@ -121,7 +121,7 @@ def test_earlier_sums_are_freed_when_a_layer_starts_the_next() -> None:
     depth = {run.times: run.number for run in model.runs}
     alive: dict[bool, list[int]] = {}
     for checkpoint in (False, True):
-        low = lower(made, depth, checkpoint=checkpoint, labelled=True)
+        low = lower(made, depth, ExecutionOptions(checkpoint=checkpoint), labelled=True)
         last = next(m for m in low.moments if m.where.startswith("model.layers.4.mlp."))
         of = [key for key, size in enumerate(low.sizes) if size[5] in ("sums.1", "sums.2", "sums.3")]
         alive[checkpoint] = [last.counts.get(key, 0) for key in of]

@@ -11,7 +11,9 @@ from memplan.core.errors import MemplanError, UnknownNameError
 from memplan.core.units import rounded
 from memplan.engine.walk import alive, size
 from memplan.program.graph import operations_of, parameters_of
-from memplan.program.training.program import gradients_of, pass_of, program
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.training.passes import pass_of
+from memplan.program.training.program import program
 from memplan.resolve.decide import decide
 from tests.tiny import TINY
 
@@ -324,7 +326,7 @@ def test_every_trained_weight_ends_with_a_gradient() -> None:
             run = RunSpec(model="llama-3.2-1b", method={"kind": kind, "targets": targets})
             structure = decide(run).structure
             _, axes = operations_of(structure.graph)
-            all_of_them = sum(h.bytes * h.copies for h in gradients_of(structure))
+            all_of_them = sum(h.bytes * h.copies for h in sharding_of(structure).gradients())
             for later in (False, True):  # a later micro-batch adds to existing gradients
                 low = pass_of(structure, later)
                 left = sum(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from typing import Any
 
 import pytest
@@ -11,18 +12,20 @@ from typer.testing import CliRunner
 from benchmarks.accuracy import compared_with_trace
 from benchmarks.golden import rows
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.profiles.engines import engine_names
+from memplan.catalogue.profiles.behaviour import PRINTED, LibraryBehaviour, RunDefaults
+from memplan.catalogue.profiles.engines import EngineBehaviour, EngineDefaults, engine_names
+from memplan.catalogue.profiles.profile_table import WHEN, Profile, field_types, tables
 from memplan.catalogue.profiles.profiles import (
     PROFILES,
-    WHEN,
-    WORDS,
-    Profile,
-    ProfileSetting,
+    behaviour_of,
     find_profile,
-    profile_settings,
+    library_behaviour,
 )
+from memplan.catalogue.profiles.profiles import rows as profile_rows
 from memplan.cli import app
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
+from memplan.core.frozen import frozen
+from memplan.core.package_data import data_path
 from memplan.core.units import rounded
 from memplan.engine.walk import alive, size
 from memplan.program.graph import lower_training, operations_of
@@ -32,6 +35,7 @@ from tests.sampling import sampled
 from tests.tiny import TINY
 
 NAMES = [profile.name for profile in PROFILES]
+FIELDS = [field for record in field_types(LibraryBehaviour).values() for field in record._fields]
 PARTS = ("kernels", "optimizer", "method", "quantization")
 LLAMA = {
     "model_type": "llama",
@@ -86,7 +90,7 @@ def test_a_profile_states_the_source_of_each_row(profile: Profile) -> None:
     assert profile.title
     assert profile.read
     for row in profile.rows:
-        assert row.field in WORDS or row.field.split(".")[-2] in PARTS
+        assert row.field in FIELDS or row.field.split(".")[-2] in PARTS
         assert row.source
         assert row.when in WHEN
     like = profile
@@ -172,11 +176,78 @@ def test_open_fields_get_transformers_5s_defaults() -> None:
 
 
 def test_a_row_may_be_for_some_families_or_quantised_weights_only() -> None:
-    assert profile_settings("transformers-4.48", "llama", False)["logits"] == "shifted"
-    assert profile_settings("transformers-4.48", "gpt_bigcode", False)["logits"] == "half"
-    assert profile_settings("transformers-4.51", "gpt_bigcode", False)["logits"] == "padded"
-    assert profile_settings("litgpt-2023", "llama", False)["optimizer.name"] == "adamw_torch"
-    assert profile_settings("litgpt-2023", "llama", True)["optimizer.name"] == "paged_adamw_32bit"
+    assert library_behaviour("transformers-4.48", "llama", False).loss.logits == "shifted"
+    assert library_behaviour("transformers-4.48", "gpt_bigcode", False).loss.logits == "half"
+    assert library_behaviour("transformers-4.51", "gpt_bigcode", False).loss.logits == "padded"
+    assert library_behaviour("litgpt-2023", "llama", False).defaults.optimizer_name == "adamw_torch"
+    assert library_behaviour("litgpt-2023", "llama", True).defaults.optimizer_name == "paged_adamw_32bit"
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("quantised", [False, True])
+def test_every_row_sets_a_field_to_a_value_of_its_type(name: str, quantised: bool) -> None:
+    families = {family for row in find_profile(name).rows for family in row.model_types}
+    for family in ("", *families):
+        behaviour = library_behaviour(name, family, quantised)
+        for field, value in behaviour.defaults._asdict().items():
+            row = [r for r in profile_rows(find_profile(name)) if r.field.replace(".", "_") == field]
+            assert value in [r.value for r in row]
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "error"),
+    [
+        ("lingers", True, "lingers is no field that a profile sets"),
+        ("kernels_losses", "hf", "kernels_losses is no field"),
+        ("logits", "shifty", "logits cannot be 'shifty'"),
+        ("no_sdpa", 1, "no_sdpa cannot be 1"),
+        ("no_sdpa", "true", "no_sdpa cannot be 'true'"),
+        ("few_rows", True, "few_rows cannot be True"),
+        ("few_rows", None, "few_rows cannot be None"),
+        ("method_quantization_kbit_preparation", 1, "method_quantization_kbit_preparation cannot be 1"),
+        ("kernels_fused", "rope", "kernels_fused cannot be 'rope'"),
+        ("kernels_fused", ["rope"], "kernels_fused cannot be"),
+        ("method_quantization_skip", (1,), "method_quantization_skip cannot be"),
+    ],
+)
+def test_a_wrong_row_is_an_error_that_names_it(field: str, value: object, error: str) -> None:
+    valid = {f: v for record in library_behaviour("transformers-5", "", False) for f, v in record._asdict().items()}
+    assert behaviour_of(valid, "mine") == library_behaviour("transformers-5", "", False)
+    with pytest.raises(ValueError, match=f"profile mine: {error}"):
+        behaviour_of({**valid, field: value}, "mine")
+
+
+def test_the_file_of_profiles_is_read_as_toml_reads_it() -> None:
+    document = tomllib.loads(data_path("profiles.toml").read_text("utf-8"))
+    read = tables()
+    assert read["families"][""] == frozen(document["families"])
+    for kind in ("profile", "engine"):
+        assert {name: dict(table) for name, table in read[kind].items()} == {
+            name: {**frozen(table), "rows": [frozen(row) for row in table["rows"]]}
+            for name, table in document[kind].items()
+        }
+
+
+def test_every_group_of_families_is_named_by_a_row() -> None:
+    conditions = {c for table in tables()["profile"].values() for row in table["rows"] for c in row[3:]}
+    assert set(tables()["families"][""]) <= conditions
+    assert not {c for c in conditions if " " in c} - set(tables()["families"][""])
+
+
+def test_a_profile_sets_every_field() -> None:
+    valid = {f: v for record in library_behaviour("transformers-5", "", False) for f, v in record._asdict().items()}
+    del valid["cache"]
+    with pytest.raises(ValueError, match="profile mine: does not set cache"):
+        behaviour_of(valid, "mine")
+
+
+def test_fields_are_unique_and_records_short() -> None:
+    assert len(set(FIELDS)) == len(FIELDS)
+    assert all(len(record._fields) <= 20 for record in field_types(LibraryBehaviour).values())
+    printed = [PRINTED.get(field, field) for field in (*FIELDS, *EngineDefaults._fields, *EngineBehaviour._fields)]
+    assert len(set(printed)) == len(printed)
+    assert set(PRINTED) <= {*FIELDS, *EngineBehaviour._fields}
+    assert all(field.split("_")[0] in ("optimizer", "kernels", "method") for field in RunDefaults._fields)
 
 
 # Bytes per bf16 logit at the loss's forward and backward peaks. In 4.45 the model frees the logits at once.
@@ -454,11 +525,10 @@ def test_the_command_lists_every_profile_and_what_it_sets() -> None:
     for profile in PROFILES:
         assert any(line.startswith(f"{profile.name} ") for line in text.splitlines())
         for row in profile.rows:
-            assert row.field in text
+            assert PRINTED.get(row.field, row.field) in text
             assert row.source in text
-        assert [
-            ProfileSetting(**{**r, "model_types": tuple(r["model_types"])}).field for r in facts[profile.name]["rows"]
-        ] == [row.field for row in profile.rows]
+        printed = [{**row._asdict(), "field": PRINTED.get(row.field, row.field)} for row in profile.rows]
+        assert facts[profile.name]["rows"] == json.loads(json.dumps(printed))
         for wait in profile.waits:
             assert wait in text
     found = CliRunner().invoke(app, ["profiles", "litgpt"]).output

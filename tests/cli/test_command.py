@@ -20,9 +20,12 @@ import memplan
 from memplan.catalogue.profiles.engines import engine_names
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.cli import app
-from memplan.cli.options import METHODS
+from memplan.cli.estimate import ESTIMATE_OPTIONS
+from memplan.cli.options import parameters
 from memplan.cli.request import spec_of
+from memplan.engine.native import library
 from memplan.report.schema import run_schema
+from memplan.spec.fields import field_of
 from memplan.spec.options import FIELDS
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Kernels, MethodKind
@@ -97,7 +100,7 @@ def test_an_unexpected_error_is_one_line_that_asks_for_a_report(
     def broken(given: object) -> int:
         raise KeyError("mask\n")
 
-    monkeypatch.setattr("memplan.cli.estimate._estimate", broken)
+    monkeypatch.setattr("memplan.cli.estimate.estimate", broken)
     fails(
         memplan_(*QLORA), 2, "contradicts itself", "KeyError", "mask", "test_command.py", "report this run at https://"
     )
@@ -161,19 +164,21 @@ def test_every_field_an_option_sets_is_one_of_a_run() -> None:
             node = (schema["$defs"][names[0]] if names else node)["properties"][part]
 
 
-def test_the_methods_named_in_help_are_those_of_a_run() -> None:
-    assert set(METHODS) == set(get_args(MethodKind))
+PARAMETERS = {parameter.name: parameter for parameter in parameters(ESTIMATE_OPTIONS)}
 
 
-def test_the_choices_that_completion_knows_are_those_of_a_run() -> None:
-    parameters = {p.name: p for p in COMMAND.commands["estimate"].params}  # type: ignore[attr-defined]
+def completed(option: str) -> list[str]:
     with COMMAND.make_context("memplan", ["qwen2-7b"]) as context:
-        for name in ("attention", "loss"):
-            offered = [item.value for item in parameters[name].shell_complete(context, "")]
-            words = str(Kernels.model_fields[name].annotation)
-            assert set(offered) == set(re.findall(r"'(\w+)'", words))
-        offered = [item.value for item in parameters["profile"].shell_complete(context, "")]
-        assert offered == [*(profile.name for profile in PROFILES), *engine_names()]
+        return [item.value for item in PARAMETERS[option].shell_complete(context, "")]
+
+
+def test_the_choices_of_an_option_are_those_of_its_field() -> None:
+    assert set(completed("method")) == {*get_args(MethodKind), "generate", "forward"}
+    assert set(completed("cache_implementation")) < set(field_of("generation.cache_implementation").choices)
+    for name in ("attention", "loss"):
+        words = str(Kernels.model_fields[name].annotation)
+        assert set(completed(name)) == set(re.findall(r"'(\w+)'", words))
+    assert completed("profile") == [*(profile.name for profile in PROFILES), *engine_names()]
 
 
 PARALLEL = {
@@ -718,23 +723,14 @@ def test_gpus_are_listed_and_searched(memplan_: Memplan) -> None:
 def test_help_names_every_option_with_its_default(memplan_: Memplan) -> None:
     ran = memplan_("estimate", "--help")
     assert ran.code == 0
-    for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
+    for parameter in PARAMETERS.values():
         if parameter.param_type_name == "option" and "--help" not in parameter.opts:
             assert parameter.opts[0] in ran.out
             assert "Default " in (parameter.help or "") or parameter.opts[0] in ("--json", "--spec")
 
 
-def test_the_manual_has_every_option_as_help_has_it() -> None:
-    manual = " ".join((Path(memplan.__file__).parents[1] / "docs" / "cli.md").read_text("utf-8").split())
-    for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
-        if parameter.param_type_name == "option" and "--help" not in parameter.opts:
-            assert parameter.opts[0] in manual
-            assert " ".join(parameter.help.split()) in manual, parameter.opts
-            assert parameter.rich_help_panel in manual
-
-
 def test_help_calls_no_option_unsupported() -> None:
-    for parameter in COMMAND.commands["estimate"].params:  # type: ignore[attr-defined]
+    for parameter in PARAMETERS.values():
         panel = getattr(parameter, "rich_help_panel", None) or ""
         assert "refused" not in f"{panel} {parameter.help}", parameter.name
 
@@ -749,7 +745,9 @@ def test_a_listing_in_a_pipe_has_every_column(memplan_: Memplan, monkeypatch: py
 
 
 def test_version(memplan_: Memplan) -> None:
-    assert memplan_("--version") == Ran(0, f"memplan {memplan.__version__}\n", "")
+    replays = "in Python" if library() is None else "compiled"
+    text = f"memplan {memplan.__version__}\nreplays of torch's allocator: {replays}\n"
+    assert memplan_("--version") == Ran(0, text, "")
 
 
 COMPLETIONS = {

@@ -10,25 +10,27 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
-from memplan.engine.allocator import Allocator, OutOfMemoryError
+from memplan.engine.allocator import OutOfMemoryError, PythonAllocator
 from memplan.engine.record import FREED, RUN, AllocationTrace, record, record_inference, unrolled
+from memplan.engine.step import ExecutionOptions
 from memplan.engine.walk import size
-from memplan.estimate.inference import walk as generate
-from memplan.estimate.usage import reserved
-from memplan.estimate.walk import walk
+from memplan.estimate.training_peaks import training_peaks
 from memplan.program.graph import operations_of
-from memplan.program.training.program import PHASES, Structure, frees_gradients, updates_of
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.structure import Structure
+from memplan.program.training.passes import PHASES, updates_of
 from memplan.program.training.replay import pass_of, replay_steps
 from memplan.resolve.decide import decide
 from tests.estimate.test_laws import laws, runs
 from tests.sampling import examples, sampled
 from tests.tiny import TINY
+from tests.walks import walk
 
 MIB = 2**20
 
 
 def test_requests_round_to_512_bytes_and_small_ones_share_2_mib_segments() -> None:
-    a = Allocator()
+    a = PythonAllocator()
     for asked in (1, 512, 513):
         a.alloc(asked)
     assert (a.allocated, a.reserved) == (512 + 512 + 1024, 2 * MIB)
@@ -40,7 +42,7 @@ def test_requests_round_to_512_bytes_and_small_ones_share_2_mib_segments() -> No
 
 def test_medium_requests_share_20_mib_segments_and_larger_ones_have_their_own() -> None:
     """Requests up to 10 MiB share segments of 20 MiB; larger ones have their own, rounded up to 2 MiB."""
-    a = Allocator()
+    a = PythonAllocator()
     a.alloc(MIB + 1)
     a.alloc(9 * MIB)
     a.alloc(9 * MIB)
@@ -56,7 +58,7 @@ def test_medium_requests_share_20_mib_segments_and_larger_ones_have_their_own() 
 
 
 def test_a_block_is_split_if_more_than_1_mib_remains() -> None:
-    a = Allocator()
+    a = PythonAllocator()
     a.free(a.alloc(40 * MIB))
     whole = a.alloc(39 * MIB)  # 1 MiB would remain, too little to split off
     assert a.allocated == 40 * MIB
@@ -68,7 +70,7 @@ def test_a_block_is_split_if_more_than_1_mib_remains() -> None:
 
 
 def test_the_smallest_block_that_holds_a_request_serves_it_and_neighbours_merge() -> None:
-    a = Allocator()
+    a = PythonAllocator()
     blocks = [a.alloc(n * MIB) for n in (64, 32, 48)]
     for block in blocks:
         a.free(block)
@@ -77,7 +79,7 @@ def test_the_smallest_block_that_holds_a_request_serves_it_and_neighbours_merge(
     assert a.reserved == (64 + 32 + 48) * MIB
     a.alloc(64 * MIB)
     assert a.reserved == (64 + 32 + 48) * MIB
-    b = Allocator()
+    b = PythonAllocator()
     b.free(b.alloc(64 * MIB))
     halves = [b.alloc(32 * MIB), b.alloc(32 * MIB)]
     for block in halves:
@@ -87,11 +89,11 @@ def test_the_smallest_block_that_holds_a_request_serves_it_and_neighbours_merge(
 
 
 def test_a_full_card_releases_only_fully_free_segments() -> None:
-    a = Allocator(capacity=100 * MIB)
+    a = PythonAllocator(capacity=100 * MIB)
     a.free(a.alloc(60 * MIB))
     a.alloc(80 * MIB)
     assert (a.reserved, a.peak_reserved) == (80 * MIB, 80 * MIB)
-    b = Allocator(capacity=100 * MIB)
+    b = PythonAllocator(capacity=100 * MIB)
     b.free(b.alloc(60 * MIB))
     b.alloc(2 * MIB)  # a piece of the 60
     with pytest.raises(OutOfMemoryError):
@@ -99,7 +101,7 @@ def test_a_full_card_releases_only_fully_free_segments() -> None:
 
 
 def test_expandable_segments_grow_by_pages_and_leave_nothing_over() -> None:
-    a = Allocator(expandable=True)
+    a = PythonAllocator(expandable=True)
     a.free(a.alloc(60 * MIB))
     a.alloc(50 * MIB)
     a.alloc(30 * MIB)  # 10 remain, and one more page makes 30
@@ -113,7 +115,7 @@ def test_expandable_segments_grow_by_pages_and_leave_nothing_over() -> None:
 
 @pytest.mark.parametrize(("capacity", "lives"), [(61, False), (62, True)])
 def test_a_full_card_uses_the_free_end_of_an_expandable_segment(capacity: int, lives: bool) -> None:
-    a = Allocator(expandable=True, capacity=capacity * MIB)
+    a = PythonAllocator(expandable=True, capacity=capacity * MIB)
     a.free(a.alloc(30 * MIB))  # two pages of 20, both free
     a.alloc(MIB)  # a page of 2 in the small pool
     if lives:  # the two pages are released, and three new ones mapped
@@ -202,7 +204,7 @@ class Plain:
 def test_every_block_is_placed_by_the_rules(
     calls: list[tuple[bool, int]], expandable: bool, capacity: int | None
 ) -> None:
-    allocator, plain = Allocator(expandable, capacity), Plain(expandable, capacity)
+    allocator, plain = PythonAllocator(expandable, capacity), Plain(expandable, capacity)
     out: list[tuple[Any, list[int]]] = []
     for frees, asked in calls:
         if frees and out:
@@ -226,7 +228,7 @@ def test_every_block_is_placed_by_the_rules(
 def test_allocations_never_exceed_reserved_memory_and_are_all_freed(
     calls: list[tuple[bool, int]], expandable: bool
 ) -> None:
-    a = Allocator(expandable)
+    a = PythonAllocator(expandable)
     out: list[Any] = []
     for free, asked in calls:
         if free and out:
@@ -263,7 +265,7 @@ def sizes_of(structure: Structure, axes: dict[str, int], events: Any, keys: Any)
 @given(runs())
 def test_a_pass_replays_to_the_peak_of_its_moments_and_leaves_gradients(run: dict[str, Any]) -> None:
     decided = decide(RunSpec(**run))
-    walked = walk(RunSpec(**run), decided)
+    walked = training_peaks(decided)
     structure, p = decided.structure, walked.program
     sequence = pass_of(structure, later=False)
     live = highest = 0
@@ -302,14 +304,16 @@ def test_skipped_copies_give_the_same_sequence_as_running_all(run: dict[str, Any
         return record(
             stack,
             {r.times: axes[r.times] for r in stack.runs},
-            recipe.compute if recipe.autocast else None,
-            graph.checkpoint,
-            graph.reentrant,
-            frees_gradients(structure),
-            graph.input_requires_grad,
-            dict(updates_of(structure)),
-            graph.to_host,
-            copies,
+            ExecutionOptions(
+                recipe.compute if recipe.autocast else None,
+                graph.checkpoint,
+                graph.reentrant,
+                graph.input_requires_grad,
+                graph.to_host,
+            ),
+            grads_exist=sharding_of(structure).frees_gradients,
+            updates=dict(updates_of(structure)),
+            copies=copies,
         )
 
     few, every = sequence(RUN), sequence(10**6)
@@ -330,7 +334,7 @@ def test_skipped_copies_give_the_same_sequence_as_running_all(run: dict[str, Any
 )
 def test_skipped_copies_of_an_inference_pass_equal_the_others(asked: dict[str, Any]) -> None:
     run = RunSpec.model_validate({"task": "generate", **asked})
-    for graph in {step.graph for step in generate(decide(run)).steps}:
+    for graph in {each.step.graph for each in walk(run).passes}:
         stack, axes = operations_of(graph)
         depth = {r.times: axes[r.times] for r in stack.runs}
         few, every = (record_inference(stack, depth, copies=copies) for copies in (RUN, 10**6))
@@ -344,14 +348,14 @@ def test_a_run_stays_within_the_bound_that_saves_a_replay(run: dict[str, Any]) -
     usage = answer._usage
     assert answer.bytes.allocated <= answer.bytes.reserved
     assert answer.bytes.allocated <= usage.enough
-    assert reserved(usage._replay, usage.enough) is not None
+    assert answer.walk.reserved(usage.enough) is not None
 
 
 @settings(laws, max_examples=examples(6))
 @given(runs())
 def test_roomy_cards_do_not_limit_replays_and_cards_below_the_tensors_fail(run: dict[str, Any]) -> None:
     decided = decide(RunSpec(**run))
-    w = walk(RunSpec(**run), decided)
+    w = training_peaks(decided)
     free = replay_steps(w.program, w.axes, w.workspace)
     assert replay_steps(w.program, w.axes, w.workspace, capacity=free) == free
     with pytest.raises(OutOfMemoryError):

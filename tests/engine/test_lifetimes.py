@@ -10,9 +10,9 @@ from memplan.catalogue.kernels.rewriting import rewrite_weights
 from memplan.core.errors import InternalError
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, UndefinedName, Weight, undefined_names
 from memplan.engine.dtypes import BlockDtypes, Scope, promote
-from memplan.engine.lower import Tape
 from memplan.engine.record import FREED, record
-from memplan.engine.step import Lowered, infer, lower
+from memplan.engine.step import PLAIN, ExecutionOptions, Lowered, infer, lower
+from memplan.engine.tape import Tape
 from memplan.engine.walk import Term, alive, largest
 
 AXES = {"L": 4, "n": 1}
@@ -40,8 +40,16 @@ def kept(low: Lowered) -> dict[str, int]:
     return {low.sizes[key][0]: n for key, n in counts.items() if n and low.sizes[key][0]}
 
 
-def run(ops: Iterable[Op], copies: str = "n", **options: bool) -> Lowered:
-    return lower(stack(ops, copies=copies), AXES, **options)
+def run(
+    ops: Iterable[Op],
+    copies: str = "n",
+    checkpoint: bool = False,
+    reentrant: bool = False,
+    to_host: bool = False,
+    grads_exist: bool = False,
+) -> Lowered:
+    options = ExecutionOptions(checkpoint=checkpoint, reentrant=reentrant, to_host=to_host)
+    return lower(stack(ops, copies=copies), AXES, options, grads_exist=grads_exist)
 
 
 def op(name: str, reads: str, writes: str, *keeps: Keep, **more: object) -> Op:
@@ -233,17 +241,19 @@ def two_streams(copies: str, times: int) -> Stack:
     )
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint": True}, {"checkpoint": True, "reentrant": True}])
-def test_repeated_layers_with_operations_between_them_equal_running_every_copy(options: dict[str, bool]) -> None:
+@pytest.mark.parametrize(
+    "options", [PLAIN, ExecutionOptions(checkpoint=True), ExecutionOptions(checkpoint=True, reentrant=True)]
+)
+def test_repeated_layers_with_operations_between_them_equal_running_every_copy(options: ExecutionOptions) -> None:
     sizes = {"x": 1, "p": 10, "q": 100, "t": 1000, "logits": 10_000, "e": 10**5, "wa": 10**6, "wd": 10**7, "wh": 10**8}
-    short, long = (lower(two_streams(*way), AXES, **options) for way in (("L", 1), ("n", 4)))
+    short, long = (lower(two_streams(*way), AXES, options) for way in (("L", 1), ("n", 4)))
     for phase in ("forward", "loss", "backward"):
         assert peak(short, phase, sizes) == peak(long, phase, sizes)
     assert kept(short) == kept(long)
     left = alive(short.left, short.runs, AXES)
     # the gradients of every weight, the shared one's once, and nothing else
     assert {short.sizes[key][0]: n for key, n in left.items() if n} == {"e": 1, "wa": 4, "wd": 4, "wh": 1}
-    events = record(two_streams("L", 1), AXES, **options)
+    events = record(two_streams("L", 1), AXES, options)
     live = most = 0
     alive_now: dict[int, int] = {}
     for number, size in events.events:
@@ -358,7 +368,7 @@ def test_a_tensor_lives_until_an_operation_that_only_a_recomputation_runs() -> N
     """An autograd function runs it to save tensors for backward, but not in a checkpointed block's forward."""
     record_states = Op("record", ("a",), (Tensor("states", "states", "fp32"),), needs_recording=True)
     ops = (op("f", "x", "a", Keep("x", "x")), op("g", "a", "b"), record_states, op("h", "b", "y", Keep("b", "b")))
-    low = lower(stack(ops), AXES, checkpoint=True)
+    low = lower(stack(ops), AXES, ExecutionOptions(checkpoint=True))
     assert peak(low, "forward", {"a": 100, "states": 10}) == 100
     assert peak(low, "backward", {"a": 100, "states": 10}) == 110
 

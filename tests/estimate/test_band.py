@@ -13,7 +13,7 @@ import pytest
 from memplan import RunSpec, estimate
 from memplan.catalogue.hardware.overhead import COVERAGE, EXTRA_LOSS_COPIES, PREDICTION_BAND
 from memplan.core.units import MIB
-from memplan.estimate.walk import walk
+from memplan.estimate.training_peaks import training_peaks
 from memplan.program.training.replay import cached_logits, replay_steps
 from memplan.resolve.decide import decide
 from tests.sampling import ALL
@@ -80,7 +80,7 @@ def test_a_fused_cross_entropy_holds_a_copy_of_logits_missing_from_replays() -> 
         run = RunSpec(**row["run"])
         if "process" in row and run.method.kind != "full" and "cross_entropy" in (run.kernels.fused or ()):
             decided = decide(run)
-            walked = walk(run, decided)
+            walked = training_peaks(decided)
             copy = cached_logits(decided.structure, walked.axes)
             replayed = replay_steps(walked.program, walked.axes, walked.workspace)
             if copy and replayed + copy < estimate(run).gpu.usable:

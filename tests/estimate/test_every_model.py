@@ -15,9 +15,9 @@ from benchmarks.sweep import FAMILIES, OPTIONS, ask, models, pairs
 from memplan import MemplanError, RunSpec
 from memplan.engine.record import FREED
 from memplan.engine.walk import alive, size, values
-from memplan.estimate.walk import walk
+from memplan.estimate.training_peaks import training_peaks
 from memplan.program.graph import operations_of
-from memplan.program.training.program import pass_of
+from memplan.program.training.passes import pass_of
 from memplan.program.training.replay import pass_of as recorded_pass_of
 from memplan.resolve.decide import decide
 from tests.sampling import COMPLETE, sampled
@@ -54,7 +54,7 @@ def _peaks(run: RunSpec) -> tuple[int, int]:
     """Return the most bytes alive in a pass, by its moments and by its recorded sequence."""
     decided = decide(run)
     structure = decided.structure
-    axes = {**operations_of(structure.graph)[1], **walk(run, decided).axes}
+    axes = {**operations_of(structure.graph)[1], **training_peaks(decided).axes}
 
     def bytes_of(shape: str, dtype: str) -> int:
         variable, n = size(shape, dtype, axes)

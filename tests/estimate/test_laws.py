@@ -20,13 +20,14 @@ from memplan.core.arithmetic import ONE_RUN
 from memplan.core.errors import MemplanError
 from memplan.core.ir import Stack, operations, undefined_names
 from memplan.engine.walk import alive, largest, moment_bytes, rows, size, values
-from memplan.models.configs.images import PICTURES
+from memplan.models.configs.images import takes_images
 from memplan.models.model import ModelSpec
 from memplan.program.axes import run_axes
 from memplan.program.graph import operations_of
 from memplan.program.inference.steps import steps_of
+from memplan.program.training.passes import PHASES, pass_of
 from memplan.program.training.pipeline import every_stage
-from memplan.program.training.program import PHASES, pass_of, program
+from memplan.program.training.program import program
 from memplan.resolve.decide import decide
 from tests.encoders import SMALL as ENCODERS
 from tests.sampling import COMPLETE, examples, sampled
@@ -94,8 +95,9 @@ def allocated(run: dict[str, Any], **changes: Any) -> int:
 def test_no_tensor_has_a_weights_name(name: str) -> None:
     """Gradients are named after their tensors, so equal names would be confused."""
     config = {"model_type": name, **{**DECODERS, **TOWERS, **ENCODERS}[name]}
-    for wiring in (Wiring("flash", "efficient"), Wiring("eager", "eager", padded=True, images=name in PICTURES)):
-        made = tuple(operations(build(ModelSpec(config), wiring)))
+    model = ModelSpec(config)
+    for wiring in (Wiring("flash", "efficient"), Wiring("eager", "eager", padded=True, images=takes_images(model))):
+        made = tuple(operations(build(model, wiring)))
         weights = {w.name for op in made for w in op.weights}
         assert weights.isdisjoint(t.name for op in made for t in op.writes)
 
@@ -302,14 +304,14 @@ def test_pruned_moments_never_miss_the_peak(run: dict[str, Any], micro: int, seq
     }
     low = pass_of(decided.structure)
     sizes = [size(k[0], k[1], operations_of(decided.structure.graph)[1]) for k in low.sizes]
-    numbers, products = values(p.variables, axes), values(p.products, axes)
+    numbers, products = values(p.moments.variables, axes), values(p.moments.products, axes)
     for phase in PHASES:
         every = []
         for m in low.moments:
             if m.phase == phase:
                 combination = moment_bytes(alive(m, low.runs, axes), sizes)
                 every.append(sum(n * values([v], axes)[0] for v, n in combination.items()))
-        assert largest(p.first[phase], numbers, products)[0] == max(every)
+        assert largest(p.moments.first[phase], numbers, products)[0] == max(every)
 
 
 @pytest.mark.parametrize("family", ["gemma2", "kimi_linear", "mamba2", "qwen3_next"])
@@ -319,14 +321,14 @@ def test_pruned_moments_of_layers_that_differ_never_miss_the_peak(family: str) -
     run = RunSpec.model_validate({"model": model, "kernels": {"checkpointing": "none"}})
     structure = decide(run).structure
     p, low, own = program(structure), pass_of(structure), operations_of(structure.graph)[1]
-    every = rows(low.moments, low.runs, own, [size(key[0], key[1], own) for key in low.sizes], p.variables)
+    every = rows(low.moments, low.runs, own, [size(key[0], key[1], own) for key in low.sizes], p.moments.variables)
     for micro, sequence in ((1, 1), (1, 2), (3, 1), (1, 63), (2, 64), (1, 65), (5, 257), (1, 4096)):
         axes = run_axes(p, micro, sequence, True, True, ONE_RUN)
-        numbers = values(p.variables, axes), values(p.products, axes)
+        numbers = values(p.moments.variables, axes), values(p.moments.products, axes)
         for phase in PHASES:
             of_phase = [row for row, m in zip(every, low.moments, strict=True) if m.phase == phase]
             most = max(sum(map(mul, row, numbers[0])) for row in of_phase)
-            assert largest(p.first[phase], *numbers)[0] == most, (micro, sequence, phase)
+            assert largest(p.moments.first[phase], *numbers)[0] == most, (micro, sequence, phase)
 
 
 @pytest.mark.parametrize("name", optimizer_names())

@@ -20,6 +20,8 @@ from memplan.catalogue.hardware.gpus import all_gpus
 from memplan.catalogue.hardware.overhead import COVERAGE, PREDICTION_BAND, cuda_context
 from memplan.core.errors import InternalError
 from memplan.estimate.answer import Line, Phase
+from memplan.estimate.training import TrainingWalk
+from memplan.resolve.decide import decide
 from tests.sampling import ALL, examples
 from tests.tiny import SMALLEST
 
@@ -316,22 +318,21 @@ def test_a_cards_peculiarities_are_notes(gpu: str, said: str) -> None:
     assert any(note.startswith(said) for note in about) if said else about == []
 
 
-class _Details:
-    """Details of a deliberately wrong answer."""
+class _WrongWalk(TrainingWalk):
+    """The walk of a deliberately wrong answer."""
 
-    def __init__(self, *lines: Line) -> None:
-        self._lines = lines
+    def __init__(self, phase: Phase, *lines: Line) -> None:
+        super().__init__(RUN, decide(RUN))
+        self.phases = [phase]
+        self._lines = list(lines)
 
-    def lines(self) -> tuple[Line, ...]:
+    def lines(self, at: Phase) -> list[Line]:
+        del at
         return self._lines
-
-    moments = ranks = lines
 
 
 def _answer(phase: Phase, *lines: Line) -> Estimate:
-    a = estimate(RUN)
-    given = (a.asked, {}, a.parameters, a._usage, a.gpu, a.peak, (phase,), 0, ())
-    return Estimate(*given, _Details(*lines), None)  # type: ignore[arg-type]
+    return Estimate(_WrongWalk(phase, *lines))
 
 
 @pytest.mark.parametrize("peak", [-1, 1.5])

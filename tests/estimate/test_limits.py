@@ -13,8 +13,9 @@ from pydantic import ValidationError
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.parallelism import pipeline
-from memplan.engine.allocator import Allocator, AllocatorBlock
-from memplan.estimate import usage
+from memplan.engine import native
+from memplan.engine.allocator import AllocatorBlock, PythonAllocator
+from memplan.estimate import training
 from memplan.models.cards import find_model
 from memplan.program.inference import replay as replays
 from memplan.program.serving.layer_ranges import by_card
@@ -23,7 +24,7 @@ from memplan.program.sharding import zero
 from memplan.program.training import replay as segments
 from memplan.resolve.assisted import MOST_PROPOSED
 from memplan.resolve.caches import WAITING_PARTS, cache_storage
-from memplan.resolve.refusals import KEPT_BATCHES
+from memplan.resolve.refusals.side_tasks import KEPT_BATCHES
 from memplan.spec.generation import CacheConfig, Generation
 from memplan.spec.run import Batch
 from tests.sampling import examples
@@ -135,14 +136,15 @@ MOST_ALLOCATIONS = 500_000  # per answer: about a second
 @pytest.fixture
 def allocations(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Count replayed allocations, and fail a test that replays too many."""
-    count, alloc = [0], Allocator.alloc
+    count, alloc = [0], PythonAllocator.alloc
 
-    def counted(self: Allocator, size: int, stream: int = 0) -> AllocatorBlock:
+    def counted(self: PythonAllocator, size: int, stream: int = 0) -> AllocatorBlock:
         count[0] += 1
         assert count[0] < MOST_ALLOCATIONS
         return alloc(self, size, stream)
 
-    monkeypatch.setattr(Allocator, "alloc", counted)
+    monkeypatch.setattr(PythonAllocator, "alloc", counted)
+    monkeypatch.setattr(native, "library", lambda: None)
     return count
 
 
@@ -303,11 +305,11 @@ def test_reserved_of_a_long_pipeline_step_equals_its_extrapolation_from_shorter_
     every = estimate(run).bytes.reserved
     monkeypatch.setattr(segments, "GPIPE_EVENTS", 70_000)
     monkeypatch.setattr(segments, "MICROBATCHES", 32)
-    usage.reserved.cache_clear()
-    usage.shorten_replay.cache_clear()
+    training.reserved.cache_clear()
+    training.shorten_replay.cache_clear()
     assert estimate(run).bytes.reserved == pytest.approx(every, rel=0.02)
-    usage.reserved.cache_clear()
-    usage.shorten_replay.cache_clear()
+    training.reserved.cache_clear()
+    training.shorten_replay.cache_clear()
 
 
 sizes_of_weights = st.lists(st.integers(1, 300), min_size=1, max_size=8)

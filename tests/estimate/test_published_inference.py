@@ -10,9 +10,9 @@ import pytest
 from benchmarks.golden import RUNNING, RUNNING_NEAR, Ran, not_expressed, ran, rows, running
 from memplan import RunSpec, estimate, find_gpu
 from memplan.core.errors import SpecError
-from memplan.estimate.inference import loaded, walk
-from memplan.resolve.decide import decide
+from memplan.estimate.inference import loaded
 from tests.sampling import ALL, sampled
+from tests.walks import lines_at, walk
 
 ROWS: list[dict[str, Any]] = rows("inference.jsonl")
 MIB = 2**20
@@ -156,7 +156,7 @@ def test_many_rows_of_packed_weights_make_a_whole_matrix(format: str, rows: int,
 def test_block_remainders_count_when_weights_are_loaded_one_by_one() -> None:
     """A matrix of 135 MiB has a block of 136, whose last MiB is too small to split off: three per layer, 40 layers."""
     run = generating("llama-2-13b", "transformers-4.35", precision="fp16")
-    _, unsplit, most = loaded(walk(decide(run)).models, False)
+    _, unsplit, most = loaded(walk(run).models, False)
     assert 135 * MIB == 2 * 13824 * 5120
     assert unsplit == 40 * 3 * MIB
     assert most == estimate(run).phases[0].peak
@@ -167,7 +167,7 @@ def test_block_remainders_count_when_weights_are_loaded_one_by_one() -> None:
 
 def test_an_awq_checkpoint_is_loaded_with_its_head_even_if_tied() -> None:
     run = generating("qwen2.5-1.5b", "transformers-4.46", method={"quantization": {"format": "awq-int4"}})
-    load, resting = estimate(run).phases[0].peak, walk(decide(run)).resident_bytes
+    load, resting = estimate(run).phases[0].peak, walk(run).persistent_bytes
     head = 151936 * 1536 * 2
     workspace = 8_519_680
     assert 0 <= load - (resting - workspace) - head < 2 * MIB  # plus the remainder of its block
@@ -176,7 +176,7 @@ def test_an_awq_checkpoint_is_loaded_with_its_head_even_if_tied() -> None:
 def test_in_4_38_the_prompts_logits_outlive_its_pass() -> None:
     """The loop's variable still holds the output of the prompt's pass: the prompt's fp32 logits."""
     run = generating("qwen2-72b", "transformers-4.38", batch={"sequence": 14336, "new_tokens": 2})
-    lines = {line.what: line.bytes for line in walk(decide(run)).lines("decode")}
+    lines = {line.what: line.bytes for line in lines_at(run, "decode")}
     assert lines["logits of the prompt"] == 14336 * 152064 * 4
 
 
@@ -214,7 +214,7 @@ def test_litgpts_cache_has_all_heads_or_one_and_room_for_all_tokens(
     model: str, heads: int, layers: int, width: int
 ) -> None:
     run = litgpt(model)
-    lines = walk(decide(run)).lines("decode")
+    lines = lines_at(run, "decode")
     cached = sum(line.bytes for line in lines if "cache" in line.what and line.kind == "activation" and line.shape)
     room = 10 + 50 - 1  # the last token is not cached
     assert cached == layers * 2 * -(-heads * room * width * 2 // 512) * 512
@@ -224,7 +224,7 @@ def test_litgpts_cache_has_all_heads_or_one_and_room_for_all_tokens(
 def test_litgpt_dequantises_its_4_bit_head_twice_to_read_a_prompt() -> None:
     """bitsandbytes before 0.43 dequantises to fp16, the dtype LitGPT quantised from, and then casts."""
     quantization = {"format": "nf4", "double_quant": False, "skip": []}
-    lines = walk(decide(litgpt("llama-2-7b", method={"quantization": quantization}))).lines("prefill")
+    lines = lines_at(litgpt("llama-2-7b", method={"quantization": quantization}), "prefill")
     assert [line.bytes for line in lines if line.what == "dequantised"] == [32000 * 4096 * 2] * 2
 
 

@@ -15,7 +15,14 @@ from pydantic import ValidationError
 from typer.main import get_command
 
 from memplan import RunSpec, estimate
-from memplan.catalogue.profiles.engines import ENGINES, WORDS, engine_settings, rows
+from memplan.catalogue.profiles.engines import (
+    ENGINES,
+    EngineBehaviour,
+    EngineDefaults,
+    EngineSetting,
+    engine_settings,
+    rows,
+)
 from memplan.cli import app
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
 from memplan.estimate.serving import pool_tokens, requests
@@ -23,6 +30,7 @@ from memplan.models.cards import find_model, load_card
 from memplan.planning.inference import with_tp
 from memplan.program.serving.budget import budget, card_for, layers_that_fit, pool_of
 from memplan.program.serving.compressed import room_of
+from memplan.program.serving.draft_weights import rank_weights
 from memplan.program.serving.engine_step import largest
 from memplan.program.serving.images import profiled_items
 from memplan.program.serving.llama_cpp import compute_buffer
@@ -31,7 +39,6 @@ from memplan.program.serving.pool import Blocks
 from memplan.program.serving.rank_share import TOWERS, bytes_on_rank, has_whole_shared_experts, heads_of
 from memplan.program.serving.settings import ServingRanks, Settings
 from memplan.program.serving.sglang import static_fraction
-from memplan.program.serving.weights import rank_weights
 from memplan.program.stored.weights import stored_weights
 from memplan.report.schema import answer_model
 from memplan.resolve.serving import resolve_serving
@@ -216,11 +223,23 @@ def test_every_engine_row_states_its_source() -> None:
     for engine in ENGINES:
         assert engine.read
         for row in engine.rows:
-            assert row.field in WORDS or row.field in Serving.model_fields, row.field
+            assert row.field in (*EngineBehaviour._fields, *EngineDefaults._fields), row.field
             assert row.source
             assert (row.basis == "assumed") == row.source.startswith("assumed") or engine.kind in ("tgi", "llama.cpp")
         assert len({row.field for row in engine.rows}) == len(engine.rows)
-        assert {row.field for row in rows(engine)} == set(engine_settings(engine))
+        values = {row.field: row.value for row in rows(engine)}
+        settled = {k: v for record in engine_settings(engine) for k, v in record._asdict().items()}
+        assert values == {field: settled[field] for field in values}
+    assert set(EngineDefaults._fields) <= set(Serving.model_fields)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("sampler", "random"), ("block_size", "16"), ("wiggle", 1), ("towers", 1)]
+)
+def test_a_wrong_engine_row_is_an_error_that_names_it(field: str, value: object) -> None:
+    engine = ENGINES[0]._replace(rows=(EngineSetting(field, value, "a test"),))
+    with pytest.raises(ValueError, match=rf"profile vllm-0.33: {field} (is no field|cannot be)"):
+        engine_settings(engine)
 
 
 def test_vllm_divides_its_share_of_a_card() -> None:

@@ -15,6 +15,7 @@ from memplan.catalogue.methods.saving import checkpoint_copies
 from memplan.core.errors import MemplanError
 from memplan.core.ir import Weight
 from memplan.estimate.answer import phase_peaks
+from memplan.models.configs import family
 from memplan.planning.sweep import STEP_PHASES, grid
 from tests.sampling import ALL, examples, sampled
 
@@ -165,8 +166,8 @@ def test_a_model_reloaded_to_merge_is_whole_and_has_no_states() -> None:
 
 def test_experts_are_split_into_copies_to_be_saved() -> None:
     stack = Weight("mlp.experts.gate_up_proj", "E 2 m h", "mlp", "bf16", rows=3, stacked=True)
-    assert [t.shape for t in checkpoint_copies(stack, "qwen3_moe")] == ["E m h", "E m h"]
-    assert not [*checkpoint_copies(stack, "gpt_oss")]
+    assert [t.shape for t in checkpoint_copies(stack, family("qwen3_moe").checkpoint.experts)] == ["E m h", "E m h"]
+    assert not [*checkpoint_copies(stack, family("gpt_oss").checkpoint.experts)]
     full, adapters = (asked({"saving": {}}, model="qwen3-30b-a3b", method=method) for method in ("full", "lora"))
     copies = 48 * 2 * 128 * 768 * 2048 * 2  # layers x gate and up x experts x width x hidden, bf16
     states = 2 * full.parameters.total * 2

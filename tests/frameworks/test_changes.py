@@ -11,22 +11,18 @@ import pytest
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from typer.main import get_command
 
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.states import optimizer_names
-from memplan.cli import app
-from memplan.cli.runs import is_default, runs_of
+from memplan.cli.estimate import command
+from memplan.cli.options import given_options
+from memplan.cli.runs import runs_of
 from memplan.core.errors import SpecError
 from memplan.frameworks import FRAMEWORKS, Lines, lines, options
 from memplan.frameworks.change_table import differing
 from memplan.frameworks.change_table import yaml as in_yaml
-from memplan.frameworks.command import OPTIONS
-from memplan.spec.options import FIELDS, WORDS
 from memplan.spec.run import RunSpec
 from tests.sampling import examples
-
-ESTIMATE = get_command(app).commands["estimate"]  # type: ignore[attr-defined]
 
 
 def run(**fields: Any) -> RunSpec:
@@ -40,9 +36,8 @@ def typed_over(asked: RunSpec, typed: str) -> RunSpec:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         file.write_text(asked.model_dump_json())
-        with ESTIMATE.make_context("estimate", [*shlex.split(typed), "--spec", str(file)]) as context:
-            given_ = {name: value for name, value in context.params.items() if not is_default(name, value)}
-        return runs_of(given_)[0]
+        with command("estimate").make_context("estimate", [*shlex.split(typed), "--spec", str(file)]) as context:
+            return runs_of(given_options(context))[0]
 
 
 # --- memplan's options ---
@@ -205,14 +200,6 @@ def test_a_decided_field_cannot_be_left_open_again() -> None:
     assert lines(asked, run())[0] == Lines(
         "memplan", "memplan options", (), "set in a file for --spec: kernels.checkpointing, gpu"
     )
-
-
-def test_every_option_is_the_commands_own_of_that_field() -> None:
-    own = {field: "--" + name.replace("_", "-") for name, field in {**WORDS, **FIELDS}.items()}
-    own["gpu"] = "--gpu"
-    assert {field: own[field] for field in OPTIONS} == OPTIONS
-    spoken = {flag for param in ESTIMATE.params for flag in (*param.opts, *param.secondary_opts)}
-    assert set(OPTIONS.values()) <= spoken
 
 
 # --- the frameworks ---

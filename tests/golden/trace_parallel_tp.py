@@ -20,16 +20,18 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.catalogue.parallelism.context_parallel import FAMILIES
-from memplan.catalogue.parallelism.expert_parallel import FAMILIES as EXPERTS
-from memplan.catalogue.parallelism.tensor_parallel import PLANS
 from memplan.core.errors import MemplanError
 from memplan.estimate.estimate import estimate
+from memplan.models.configs import families
 from memplan.probe.libraries import versions
 from memplan.spec.run import RunSpec
 from tests.golden.trace_families import config_of
 from tests.golden.trace_runs import write
 from tests.tiny import TINY
+
+FAMILIES = [name for name, row in families().items() if row.parallel.context]
+EXPERTS = [name for name, row in families().items() if row.parallel.experts]
+PLANS = {name: row.parallel.plan for name, row in families().items() if row.parallel.plan is not None}
 
 _KINDS: tuple[dict[str, Any], ...] = (
     {"kernels": {"checkpointing": "none"}},

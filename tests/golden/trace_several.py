@@ -19,15 +19,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from memplan.catalogue.parallelism.tensor_parallel import PLANS
 from memplan.core.errors import MemplanError
 from memplan.estimate.estimate import estimate
+from memplan.models.configs import families
 from memplan.probe.libraries import versions
 from memplan.probe.run.trace import traces
 from memplan.spec.run import RunSpec
 from tests.golden.trace_families import config_of
 from tests.golden.trace_inference import SHORT, row
 from tests.tiny import TINY
+
+PLANS = {name: row.parallel.plan for name, row in families().items() if row.parallel.plan is not None}
 
 TP: tuple[dict[str, Any], ...] = (
     {"task": "forward", "batch": SHORT},

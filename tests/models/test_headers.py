@@ -15,9 +15,7 @@ from hypothesis import strategies as st
 
 from memplan import RunSpec, card_names, estimate, find_model, load_card
 from memplan.core.errors import ConfigError, MemplanError
-from memplan.models.configs import MODULES
-from memplan.models.configs.dense import MODEL_TYPES
-from memplan.models.gguf import ARCHITECTURES, config_of
+from memplan.models.gguf import architectures, config_of
 from memplan.models.headers import GGML_TYPES, ArrayLength, StoredTensor, read_gguf, read_safetensors, stored_bytes
 from memplan.program.stored.checkpoint import built_tensors, notes
 from tests.checkpoints import (
@@ -449,7 +447,7 @@ def test_blocks_of_ggml_are_as_long_as_transformers_has_them() -> None:
 
 
 def test_every_family_of_gguf_files_is_one_of_memplan() -> None:
-    assert {model_type for model_type, _ in ARCHITECTURES.values()} <= {*MODEL_TYPES, *MODULES}
+    assert set(FAMILIES) <= set(architectures())
 
 
 def test_parts_of_a_gguf_file_are_read_together(tmp_path: Path) -> None:

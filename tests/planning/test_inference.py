@@ -215,7 +215,7 @@ def test_formats_that_a_card_has_no_kernels_for_are_not_proposed() -> None:
 
 
 def test_a_run_that_does_not_fit_gets_the_mildest_fitting_format() -> None:
-    from memplan.report.advice import help_line
+    from memplan.report.next_steps import help_line
 
     for profile, option in (("vllm-0.33", "--stored fp8-channel"), ("transformers-5", "--quant-format int8")):
         answer = estimate(run_of("llama-3.1-8b", profile, "t4", batch={"sequence": 4000}))

@@ -402,8 +402,11 @@ def test_the_plot_is_as_high_as_the_most_in_each_column() -> None:
     from memplan.report.text import Screen
     from memplan.report.trace import plot
 
-    lines = list(plot([8, 16, 4, 0], [("load", 0)], Screen(100)))
+    def drawn(*of: Any) -> list[str]:
+        return ["".join(text for text, _ in line).rstrip() for line in plot(*of)]
+
+    lines = drawn([8, 16, 4, 0], [("load", 0)], Screen(100))
     assert [line[8:] for line in lines[:8]] == [" █"] * 4 + ["██"] * 2 + ["███"] * 2
     assert lines[8] == "    GiB load"
-    assert list(plot([], [], Screen(100))) == []
-    assert max(map(len, plot(range(1000), [("load", 0), ("forward", 500)], Screen(60)))) <= 60
+    assert drawn([], [], Screen(100)) == []
+    assert max(map(len, drawn(range(1000), [("load", 0), ("forward", 500)], Screen(60)))) <= 60

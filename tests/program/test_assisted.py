@@ -16,7 +16,6 @@ from memplan.cli import app
 from memplan.core.errors import MemplanError
 from memplan.core.units import ITEMSIZE, rounded
 from memplan.estimate.answer import phase_peaks
-from memplan.estimate.inference import walk
 from memplan.models.cards import find_model
 from memplan.planning.inference import Limit, load_of, most_requests
 from memplan.program.inference.assisted import longest_draft, round_of, steps_of
@@ -26,6 +25,7 @@ from memplan.resolve.decide import decide
 from tests.program.test_inference import generating, without_workspace
 from tests.sampling import ALL, examples, sampled
 from tests.tiny import TINY
+from tests.walks import lines_at, walk
 
 CASES: list[dict[str, Any]] = sampled(rows("traced_assisted.jsonl"), 10)
 BF16, FP32 = ITEMSIZE["bf16"], ITEMSIZE["fp32"]
@@ -72,7 +72,7 @@ def assisted(tokens: int = 5, model: str = "llama-3.1-8b", assistant: Any = "lla
 
 def held(run: RunSpec, phase: str, what: str, whose: str = "") -> int:
     """Return the bytes of tensors named `what` alive at a phase's peak, of the model or (`whose`) the assistant."""
-    lines = walk(decide(run)).lines(phase)
+    lines = lines_at(run, phase)
     return sum(n.bytes for n in lines if what in n.what and n.where.startswith("assistant.") == bool(whose))
 
 
@@ -99,7 +99,7 @@ def test_both_caches_hold_keys_and_values_of_all_tokens_including_proposed() -> 
 
 def test_the_logits_of_a_round_are_kept_three_times_until_the_next() -> None:
     tokens, v = 7, 128256
-    lines = {line.what: line.bytes for line in walk(decide(assisted(tokens))).lines("decode")}
+    lines = {line.what: line.bytes for line in lines_at(assisted(tokens), "decode")}
     rows_ = tokens + 1
     assert lines["logits of the round before"] == rounded(rows_ * v * BF16)
     assert lines["logits in fp32 of the round before"] == rounded(rows_ * v * FP32)
@@ -158,12 +158,12 @@ def test_tokens_decoded_copy_the_experts_they_choose() -> None:
     model = {"config": {"model_type": "mixtral", **TINY["mixtral"]}}
     config = TINY["mixtral"]
     run = generating(model, batch={"micro": 5, "sequence": 9, "new_tokens": 3})
-    lines = {line.what: line.bytes for line in walk(decide(run)).lines("decode")}
+    lines = {line.what: line.bytes for line in lines_at(run, "decode")}
     matrix = config["hidden_size"] * config["intermediate_size"] * BF16
     chosen = 5 * config["num_experts_per_tok"]
     assert lines["mlp.experts.gate_up_proj selected"] == rounded(chosen * 2 * matrix)
     assert lines["mlp.experts.down_proj selected"] == rounded(chosen * matrix)
-    prompt = [line.what for line in walk(decide(run)).lines("prefill")]
+    prompt = [line.what for line in lines_at(run, "prefill")]
     assert not any("selected" in what for what in prompt)
 
 
@@ -202,10 +202,10 @@ def test_more_never_takes_less(fields: dict[str, Any], axis: str, more: int) -> 
 @given(runs())
 def test_the_ledger_sums_to_the_peak_of_every_phase(fields: dict[str, Any]) -> None:
     run = RunSpec(**fields)
-    answer, walked = estimate(run), walk(decide(run))
+    answer, walked = estimate(run), walk(run)
     assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
     for phase in walked.phases:
-        assert sum(line.bytes for line in walked.lines(phase.phase)) == phase.peak
+        assert sum(line.bytes for line in walked.lines(phase)) == phase.peak
     assert answer.bytes.reserved >= answer.bytes.allocated
     alone = estimate(RunSpec(**{**fields, "generation": {}}))
     assert answer.bytes.allocated >= alone.bytes.allocated

@@ -10,13 +10,15 @@ import pytest
 from benchmarks.accuracy import TRACED as PHASES
 from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.parallelism.context_parallel import FAMILIES
 from memplan.core.errors import SpecError
-from memplan.estimate.walk import walk
+from memplan.estimate.training_peaks import training_peaks
+from memplan.models.configs import families
 from memplan.program.sharding.ranks import SINGLE_RANK
 from memplan.resolve.decide import decide
 from tests.program.test_tensor_parallel import LLAMA
 from tests.sampling import sampled
+
+FAMILIES = [name for name, row in families().items() if row.parallel.context]
 
 TRACED: list[dict[str, Any]] = rows("traced_parallel_cp.jsonl")
 EXCHANGED: list[dict[str, Any]] = rows("traced_parallel_ulysses.jsonl")
@@ -33,7 +35,7 @@ def peaks(case: dict[str, Any], strategy: str = "fsdp2") -> dict[tuple[int, str]
     """Return the rank's peaks with full weights, as in the trace, without cuBLAS's workspaces."""
     asked = dict(case["run"])
     decided = decide(RunSpec(**{**asked, "parallelism": {**asked["parallelism"], "strategy": strategy}}))
-    walked = walk(RunSpec(**asked), decided._replace(structure=decided.structure._replace(ranks=SINGLE_RANK)))
+    walked = training_peaks(decided._replace(structure=decided.structure._replace(ranks=SINGLE_RANK)))
     found: dict[tuple[int, str], int] = {}
     for phase in walked.phases:
         if phase.phase in PHASES:

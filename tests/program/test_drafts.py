@@ -10,8 +10,8 @@ from memplan import Estimate, RunSpec, estimate
 from memplan.core.errors import MemplanError
 from memplan.core.units import MIB
 from memplan.program.serving.draft import layers_of, lookahead_slots
+from memplan.program.serving.draft_weights import rank_weights
 from memplan.program.serving.model_weights import TABLE
-from memplan.program.serving.weights import rank_weights
 from memplan.resolve.serving import resolve_serving
 from memplan.spec.run import changed
 

@@ -9,13 +9,15 @@ import pytest
 
 from benchmarks.accuracy import compared_with_trace, rows, without_workspaces
 from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.parallelism.expert_parallel import FAMILIES
-from memplan.catalogue.parallelism.tensor_parallel import PLANS
 from memplan.core.errors import SpecError
 from memplan.core.units import rounded
 from memplan.estimate.answer import Line
+from memplan.models.configs import families
 from tests.sampling import sampled
 from tests.tiny import TINY
+
+FAMILIES = [name for name, row in families().items() if row.parallel.experts]
+PLANS = {name: row.parallel.plan for name, row in families().items() if row.parallel.plan is not None}
 
 TRACED: list[dict[str, Any]] = rows("traced_parallel_moe.jsonl")
 MIXTRAL = {"model_type": "mixtral", **TINY["mixtral"]}

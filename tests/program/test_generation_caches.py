@@ -15,13 +15,14 @@ from memplan.catalogue.inference.quantized_caches import quantised as store
 from memplan.core.errors import MemplanError
 from memplan.core.units import rounded
 from memplan.estimate.answer import phase_peaks
-from memplan.estimate.inference import walk
 from memplan.program.graph import operations_of
 from memplan.program.inference.steps import steps_of
 from memplan.resolve.decide import decide
 from tests.program.test_inference import without_workspace
 from tests.sampling import examples, sampled
 from tests.tiny import TINY
+from tests.walks import left as left_by
+from tests.walks import lines_at, walk
 
 # Families whose passes differ by some 512-byte tensors even with a dynamic cache.
 ROUGHER = {"jamba": 1e-3, "llama4_text": 2e-3}
@@ -57,9 +58,8 @@ def quantised(model: Any = "llama-3.1-8b", batch: Any = None, **config: Any) -> 
 
 def left(run: RunSpec, step: int = -1) -> dict[str, int]:
     """Return the bytes of each kind of tensor that a pass leaves."""
-    walked = walk(decide(run))
     found: dict[str, int] = {}
-    for name, bytes_ in walked.left(walked.steps[step], walked.axes[step]):
+    for name, bytes_ in left_by(walk(run).passes[step]):
         what = name.removesuffix(" before")  # present before, and unchanged
         found[what] = found.get(what, 0) + bytes_
     return found
@@ -155,7 +155,7 @@ def test_an_offloaded_cache_has_two_layers_on_the_card() -> None:
     run = offloaded("llama-3.1-8b", **batch)
     # key and value of the last layer including the new token, its old values, and those of the first layer, which is
     # next and includes the new token
-    lines = walk(decide(run)).lines("decode")
+    lines = lines_at(run, "decode")
     kept = sum(line.bytes for line in lines if "cache" in line.what and line.kind == "activation")
     assert kept == 2 * layer * 1024 + layer // 2 * 1023
     plain = estimate(generating(batch=batch))
@@ -236,16 +236,16 @@ def test_chunked_prefill_leaves_the_same_cache_as_one_pass(sequence: int, chunk:
         chunked(n, sequence, model=model, generation={"cache_implementation": kind})
         for n in (None, min(chunk, sequence))
     ]
-    walked = [walk(decide(run)) for run in runs]
+    walked = [walk(run) for run in runs]
     if not away and model == "llama-3.2-1b":
         at_once, in_parts = (left(run, 0 if i == 0 else _last_of_prompt(run)) for i, run in enumerate(runs))
         assert in_parts == at_once
     assert walked[0].host_bytes == walked[1].host_bytes
-    assert [step for step in walked[0].steps if step.phase == "decode"][-1].past == walked[1].steps[-1].past
+    assert [p for p in walked[0].passes if p.phase == "decode"][-1].step.past == walked[1].passes[-1].step.past
 
 
 def _last_of_prompt(run: RunSpec) -> int:
-    return max(i for i, step in enumerate(walk(decide(run)).steps) if step.phase == "prefill")
+    return max(i for i, each in enumerate(walk(run).passes) if each.phase == "prefill")
 
 
 @settings(max_examples=examples(12), deadline=None)
@@ -254,12 +254,12 @@ def test_a_quantised_cache_has_every_token_once(sequence: int, chunk: int, new: 
     config = {"residual_length": residual, "q_group_size": 1024}
     generation = {"cache_implementation": "quantized", "cache_config": config, "prefill_chunk_size": chunk}
     run = generating("llama-3.1-8b", batch={"sequence": sequence, "new_tokens": new}, generation=generation)
-    walked = walk(decide(run))
-    for step in walked.steps:
+    walked = walk(run)
+    for step in (each.step for each in walked.passes):
         assert 0 <= step.quantized <= step.past
         assert step.residual < max(residual, 1) + (step.quantized == 0)
         assert step.residual_after < residual
-    assert walked.steps[-1].past == sequence + new - 2
+    assert walked.passes[-1].step.past == sequence + new - 2
 
 
 # --- refusals

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 from memplan import RunSpec, estimate
 from memplan.catalogue.quantization.gguf import (
     ALIASES,
-    ARCHITECTURES,
     BLOCKS,
     FILE_TYPES,
     NEEDS_IMATRIX,
@@ -143,7 +142,7 @@ def test_gguf_tensors_are_aligned() -> None:
     assert file.bytes - file.header < sum(t.bytes for t in file.tensors) + 32 * (len(file.tensors) + 1)
 
 
-KNOWN = [name for name in card_names() if load_card(name).model_type in ARCHITECTURES]
+KNOWN = [name for name in card_names() if load_card(name).family.checkpoint.gguf]
 
 
 @pytest.mark.parametrize("name", sampled(KNOWN, 6))

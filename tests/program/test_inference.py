@@ -16,7 +16,6 @@ from memplan.catalogue.inference import caches
 from memplan.core.errors import MemplanError
 from memplan.core.units import ITEMSIZE, rounded
 from memplan.estimate.answer import phase_peaks
-from memplan.estimate.inference import walk
 from memplan.program.graph import operations_of
 from memplan.program.inference.passes import numbers_of, pass_peak, token_after
 from memplan.resolve.decide import decide
@@ -25,6 +24,7 @@ from tests.encoders import SMALL
 from tests.sampling import ALL, examples, sampled
 from tests.tiny import TINY
 from tests.tiny_vision import TINY as TOWERS
+from tests.walks import left, lines_at, walk
 
 CASES: list[dict[str, Any]] = sampled(rows("traced_inference.jsonl"))
 
@@ -73,7 +73,7 @@ def test_the_mean_error_of_all_passes_is_below_0_1_per_cent() -> None:
 
 def cached(run: RunSpec, phase: str) -> int:
     """Return the bytes of caches alive at a phase's peak."""
-    lines = walk(decide(run)).lines(phase)
+    lines = lines_at(run, phase)
     return sum(line.bytes for line in lines if "cache" in line.what and line.kind == "activation")
 
 
@@ -161,10 +161,10 @@ def test_a_prompts_cache_matches_the_catalogue(model_type: str) -> None:
     model = {"config": {"model_type": model_type, **TINY[model_type]}}
     run = generating(model, batch={"micro": 64, "sequence": 16, "new_tokens": 3})
     decided = decide(run)
-    walked = walk(decided)
-    left = walked.left(walked.steps[0], walked.axes[0])
+    walked = walk(run, decided)
+    kept = left(walked.passes[0])
     said = caches.bytes_of(caches.caches(decided.structure.graph.model), 16)
-    assert sum(n for what, n in left if "length" not in what) == 64 * said
+    assert sum(n for what, n in kept if "length" not in what) == 64 * said
 
 
 # Two-byte numbers that a prompt token leaves per layer, including everything that k and v are views of.
@@ -179,10 +179,11 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_custom_model_code_keeps_the_prompts_keys_and_values_unchanged(name: str) -> None:
-    decided = decide(generating(name, batch={"micro": 1, "sequence": 512, "new_tokens": 3}))
-    walked = walk(decided)
-    left = sum(n for _, n in walked.left(walked.steps[0], walked.axes[0]))
-    assert left == decided.structure.graph.model.num_hidden_layers * 512 * PUBLISHED[name] * 2
+    run = generating(name, batch={"micro": 1, "sequence": 512, "new_tokens": 3})
+    decided = decide(run)
+    walked = walk(run, decided)
+    kept = sum(n for _, n in left(walked.passes[0]))
+    assert kept == decided.structure.graph.model.num_hidden_layers * 512 * PUBLISHED[name] * 2
     answer = estimate(generating(name, batch={"new_tokens": 3}))
     assert any("published with its weights" in note for note in answer.notes)
 
@@ -190,7 +191,7 @@ def test_custom_model_code_keeps_the_prompts_keys_and_values_unchanged(name: str
 def test_baichuans_alibi_covers_all_positions_and_pairs() -> None:
     heads, longest, bf16 = 40, 4096, 2
     run = generating("baichuan2-13b", batch={"micro": 2, "sequence": 1000, "new_tokens": 25})
-    lines = {line.what: line.bytes for line in walk(decide(run)).lines("decode")}
+    lines = {line.what: line.bytes for line in lines_at(run, "decode")}
     assert lines["model.future_mask"] == heads * longest**2 * bf16
     assert lines["mask"] == rounded(2 * heads * 1001**2 * bf16)  # also in a token's pass
     for name in ("expanded", "filled"):  # local variables of the forward pass, alive through all layers
@@ -247,11 +248,8 @@ def test_the_first_glm_4_turns_nothing_sequence_first(vocabulary: int, turned: b
 
 def test_autocast_keeps_its_casts_from_the_prompt_on() -> None:
     run = generating("llama-3.2-1b", precision={"weights": "fp32", "autocast": True}, batch={"new_tokens": 9})
-    walked = walk(decide(run))
-    cast = [
-        sum(n for what, n in walked.left(s, a) if "autocast" in what)
-        for s, a in zip(walked.steps, walked.axes, strict=True)
-    ]
+    walked = walk(run)
+    cast = [sum(n for what, n in left(each) if "autocast" in what) for each in walked.passes]
     tables = 128256 * 2048  # embeddings are looked up, and the tied head is cast
     assert cast[0] == cast[-1]
     layers = 16 * (2 * 2048 * 2048 + 2 * 512 * 2048 + 3 * 8192 * 2048)
@@ -270,9 +268,10 @@ def over_source(name: str, **fields: Any) -> RunSpec:
 
 @pytest.mark.parametrize("name", ["t5", "flan-t5", "whisper"])
 def test_a_decoder_caches_its_tokens_and_the_encoders_output(name: str) -> None:
-    decided = decide(over_source(name, batch={"micro": 64}))
-    walked, source = walk(decided), decided.batch.sequence
-    encoded, first, *_ = (dict(walked.left(s, a)) for s, a in zip(walked.steps, walked.axes, strict=True))
+    run = over_source(name, batch={"micro": 64})
+    decided = decide(run)
+    walked, source = walk(run, decided), decided.batch.sequence
+    encoded, first, *_ = (dict(left(each)) for each in walked.passes)
     table = caches.caches(decided.structure.graph.model)
     prompt = decided.batch.target_sequence or 0
     assert prompt == (4 if name == "whisper" else 1)
@@ -284,15 +283,14 @@ def test_a_decoder_caches_its_tokens_and_the_encoders_output(name: str) -> None:
 
 def test_cross_attention_layers_cache_the_towers_output() -> None:
     config = {"config": {"model_type": "mllama", **TOWERS["mllama"]}}
-    decided = decide(generating(config, batch={"micro": 64, "sequence": 75, "images": 1, "new_tokens": 3}))
-    walked = walk(decided)
+    run = generating(config, batch={"micro": 64, "sequence": 75, "images": 1, "new_tokens": 3})
+    decided = decide(run)
+    walked = walk(run, decided)
     rows = 4 * ((56 // 14) ** 2 + 1)  # tiles per image, patches per tile and a class token
     said = caches.bytes_of(caches.caches(decided.structure.graph.model), 75, source=rows)
-    for step, axes in zip(walked.steps[:1], walked.axes[:1], strict=True):
-        assert sum(n for what, n in walked.left(step, axes) if "length" not in what) == 64 * said
-    text = decide(generating(config, batch={"micro": 64, "sequence": 75, "new_tokens": 3}))
-    alone = walk(text)
-    assert sum(n for _, n in alone.left(alone.steps[0], alone.axes[0])) < 64 * said
+    assert sum(n for what, n in left(walked.passes[0]) if "length" not in what) == 64 * said
+    alone = walk(generating(config, batch={"micro": 64, "sequence": 75, "new_tokens": 3}))
+    assert sum(n for _, n in left(alone.passes[0])) < 64 * said
 
 
 def test_the_encoder_reads_once_however_many_beams_there_are() -> None:
@@ -303,9 +301,8 @@ def test_the_encoder_reads_once_however_many_beams_there_are() -> None:
 
 
 def test_an_encoders_weights_stay_while_its_decoder_runs() -> None:
-    walked = walk(decide(over_source("whisper")))
     for phase in ("load", "encode", "prefill", "decode"):
-        held = {line.where for line in walked.lines(phase) if line.kind == "parameter"}
+        held = {line.where for line in lines_at(over_source("whisper"), phase) if line.kind == "parameter"}
         assert any(where.startswith("model.encoder") for where in held), phase
         assert any(where.startswith("model.decoder") for where in held), phase
 
@@ -385,24 +382,24 @@ def test_more_never_takes_less(fields: dict[str, Any], axis: str, more: int) -> 
 @given(generations())
 def test_the_ledger_sums_to_the_peak_of_every_phase(fields: dict[str, Any]) -> None:
     run = RunSpec(**fields)
-    answer, walked = estimate(run), walk(decide(run))
+    answer, walked = estimate(run), walk(run)
     assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
     for phase in walked.phases:
-        assert sum(line.bytes for line in walked.lines(phase.phase)) == phase.peak
+        assert sum(line.bytes for line in walked.lines(phase)) == phase.peak
     assert answer.bytes.reserved >= answer.bytes.allocated
 
 
 @laws
 @given(generations())
 def test_a_pass_leaves_only_its_cache(fields: dict[str, Any]) -> None:
-    walked = walk(decide(RunSpec(**fields)))
-    for step, axes in zip(walked.steps, walked.axes, strict=True):
-        left = walked.left(step, axes)
-        assert {what for what, _ in left if "length" not in what} == {"key cache", "value cache"}
+    walked = walk(RunSpec(**fields))
+    for each in walked.passes:
+        kept, axes = left(each), each.axes
+        assert {what for what, _ in kept if "length" not in what} == {"key cache", "value cache"}
         heads, width = axes["k"] * axes["d"], ITEMSIZE[fields["precision"]]
-        tokens = axes["past"] + step.fed
+        tokens = axes["past"] + each.step.fed
         most = 2 * walked.decided.structure.graph.model.num_hidden_layers * rounded(axes["b"] * tokens * heads * width)
-        assert most // 2 <= sum(n for what, n in left if "length" not in what) <= most
+        assert most // 2 <= sum(n for what, n in kept if "length" not in what) <= most
 
 
 @laws
@@ -475,9 +472,9 @@ def test_a_model_with_only_large_windows_cannot_use_prompt_lookup() -> None:
 
 def test_a_decoded_token_leaves_partial_windows_waiting() -> None:
     """After 99 tokens 24 small windows and no large one are full, so 3 and 99 tokens wait."""
-    walked = walk(decide(windows_of_tokens(batch={"micro": 2, "sequence": 90, "new_tokens": 10})))
-    (last,) = (i for i, step in enumerate(walked.steps) if step.past == 98)
-    left = sum(n for what, n in walked.left(walked.steps[last], walked.axes[last]) if "length" not in what)
+    walked = walk(windows_of_tokens(batch={"micro": 2, "sequence": 90, "new_tokens": 10}))
+    (last,) = (each for each in walked.passes if each.step.past == 98)
+    kept = sum(n for what, n in left(last) if "length" not in what)
     rows, bf16, fp32 = 2, 2, 4
     small = sum(
         rounded(rows * 24 * width * bf16)  # keys of windows
@@ -488,7 +485,7 @@ def test_a_decoded_token_leaves_partial_windows_waiting() -> None:
     )
     large = 2 * rounded(rows * 99 * 32 * bf16)
     window = rounded(rows * 64 * 32 * bf16)  # with the oldest token, because the rest is a view; a plain layer has two
-    assert left == 5 * window + 2 * small + large
+    assert kept == 5 * window + 2 * small + large
 
 
 @settings(laws, max_examples=examples(6))
@@ -497,7 +494,7 @@ def test_the_most_expensive_tokens_that_fill_windows_are_walked(prompt: int, new
     config = {"model_type": "deepseek_v4", **TINY["deepseek_v4"], "sliding_window": 8}
     run = generating({"config": config}, batch={"micro": 2, "sequence": prompt, "new_tokens": new})
     decided = decide(run)
-    walked = walk(decided)
+    walked = walk(run, decided)
     every = (token_after(past, decided) for past in range(prompt, prompt + new - 1))
     most = max(pass_peak(step.graph, numbers_of(step, decided)).bytes for step in every)
-    assert max(p.bytes for step, p in zip(walked.steps, walked.peaks, strict=True) if step.phase == "decode") == most
+    assert max(n for each, n in zip(walked.passes, walked.peaks, strict=True) if each.phase == "decode") == most

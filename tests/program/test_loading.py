@@ -13,7 +13,7 @@ from benchmarks.accuracy import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.core.errors import SpecError
 from memplan.program.loading import most_at_once
-from memplan.program.training.program import loading_of
+from memplan.program.sharding.choice import sharding_of
 from memplan.report.wording import host
 from memplan.resolve.decide import decide
 from tests.sampling import sampled
@@ -42,7 +42,7 @@ def test_grouped_loading_steps_equal_single_ones(world: int) -> None:
         "parallelism": {"world": world, "dp": world, "strategy": "fsdp2"},
     }
     structure = decide(RunSpec.model_validate(run)).structure
-    each, together = (list(loading_of(structure, together=way)) for way in (False, True))
+    each, together = (list(sharding_of(structure).loading_events(together=way)) for way in (False, True))
     assert len(together) < len(each)
     assert most_at_once(together) == most_at_once(each)
 
@@ -52,7 +52,7 @@ def test_a_buffer_without_elements_takes_no_storage() -> None:
     assert most_at_once([(0, 0), (1, 512), (2, 0), (1, 0), (3, 256)]) == 512
     model = {"config": {"model_type": "glm4", **TINY["glm4"], "head_dim": 1}}
     run = RunSpec.model_validate({"model": model, "parallelism": {"world": 2, "dp": 2, "strategy": "zero3"}})
-    assert any(bytes_ == 0 for _, bytes_ in loading_of(decide(run).structure))
+    assert any(bytes_ == 0 for _, bytes_ in sharding_of(decide(run).structure).loading_events())
     assert estimate(run).bytes.reserved > 0
 
 

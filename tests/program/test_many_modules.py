@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
+from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.core.errors import ConfigError
-from memplan.engine.allocator import Allocator, AllocatorBlock, OutOfMemoryError
+from memplan.engine.allocator import AllocatorBlock, OutOfMemoryError, PythonAllocator
 from memplan.engine.record import FREED, AllocationTrace, Event, EventSpan, unrolled
 from memplan.engine.walk import ONE, Term, Variable, chain, largest, prune, rows, size, values, without_midpoints
-from memplan.estimate.usage import Usage, run_overhead
+from memplan.estimate.usage import Replay, Usage, run_overhead
 from memplan.program.graph import operations_of
-from memplan.program.training.program import PHASES, pass_of
+from memplan.program.training.passes import PHASES, pass_of
 from memplan.program.training.replay import LONG_PASS, replay_stretches
 from memplan.program.training.replay import pass_of as recording_of
 from memplan.resolve.decide import decide
@@ -121,7 +122,7 @@ def test_more_than_can_be_estimated_one_by_one_is_refused_by_name(
 CALLS = st.lists(st.tuples(st.booleans(), st.integers(1, 24 * MIB)), max_size=40)
 
 
-def run_calls(allocator: Allocator, calls: list[tuple[bool, int]]) -> list[AllocatorBlock]:
+def run_calls(allocator: PythonAllocator, calls: list[tuple[bool, int]]) -> list[AllocatorBlock]:
     """Allocate, or free one of the remaining blocks."""
     alive: list[AllocatorBlock] = []
     for frees, asked in calls:
@@ -156,7 +157,7 @@ def test_a_loop_leaves_the_allocator_as_all_its_iterations_would(
     loop = EventSpan(events, times=times)
     found: list[Any] = []
     for stretch in (loop, EventSpan(tuple(unrolled((loop,))))):
-        allocator = Allocator(expandable, mib and mib * MIB)
+        allocator = PythonAllocator(expandable, mib and mib * MIB)
         try:
             run_calls(allocator, before)
             replay_stretches((stretch,), bytes_, [0] * len(bytes_), allocator, {})
@@ -231,10 +232,18 @@ def test_pruning_keeps_the_first_of_the_largest_moments(
     assert largest(terms, numbers, products) == (most, next(i for i, total in totals.items() if total == most))
 
 
-class Long:
+class Long(Replay):
     """Allocations with a long replay: 20 GiB are reserved on a card with room."""
 
     is_long = True
+    resident = load = 8 * GIB
+
+    def __init__(self, gpu: GPU, tensors: int) -> None:
+        self.gpu, self._tensors = gpu, tensors
+
+    @property
+    def peak(self) -> int:
+        return self._tensors
 
     def reserved(self, capacity: int | None = None) -> int | None:
         assert capacity is None, "a full card is not replayed"
@@ -242,9 +251,6 @@ class Long:
 
     def free_in_other_streams(self) -> int:
         return 10 * GIB
-
-    def unreplayed_bytes(self) -> int:
-        return 0
 
 
 @pytest.mark.parametrize(
@@ -254,7 +260,7 @@ def test_a_long_replay_runs_only_without_capacity_and_smaller_cards_are_tight(
     card: str, tensors: int, answer: str
 ) -> None:
     gpu = find_gpu(card)
-    usage = Usage(Long(), 8 * GIB, 8 * GIB, tensors * GIB, gpu, run_overhead(gpu, (), None))
+    usage = Usage(Long(gpu, tensors * GIB))
     assert usage.answer == answer
     assert usage.reserved == (gpu.usable - run_overhead(gpu, (), None).context if answer == "tight" else 20 * GIB)
 

@@ -15,7 +15,6 @@ from memplan.catalogue.quantization.storage import KINDS, plain
 from memplan.core.errors import MemplanError
 from memplan.core.ir import Weight, operations
 from memplan.core.units import rounded
-from memplan.estimate.inference import walk
 from memplan.models.cards import load_card
 from memplan.planning.inference import load_of
 from memplan.program.graph import operations_of, parameters_of
@@ -23,6 +22,7 @@ from memplan.program.loading import loading, most_at_once
 from memplan.resolve.decide import decide
 from tests.checkpoints import TINY
 from tests.sampling import examples, sampled
+from tests.walks import lines_at
 
 TRACED = sampled([row for row in rows("traced_inference.jsonl") if ", " in row.get("name", "")], every=8)
 INT4 = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 64}
@@ -107,7 +107,7 @@ def test_optimised_inference_keeps_fp8_where_the_card_has_it() -> None:
 def test_inputs_in_8_bits_are_rounded_in_four_tensors() -> None:
     """For a down projection: the inputs divided by scales, rounded, less zero points, and cast."""
     tokens, into, bf16 = 2 * 64, 192, 2
-    lines = walk(decide(run_of(compressed(FP8, ROWS), kernels={"attention": "flash_attention_2"}))).lines("prefill")
+    lines = lines_at(run_of(compressed(FP8, ROWS), kernels={"attention": "flash_attention_2"}), "prefill")
     made = [line for line in lines if line.where.startswith("model.layers.mlp.down_proj.")]
     assert sorted(line.bytes for line in made if line.bytes >= bf16 * tokens * into) == 4 * [bf16 * tokens * into]
 
@@ -115,7 +115,7 @@ def test_inputs_in_8_bits_are_rounded_in_four_tensors() -> None:
 @pytest.mark.parametrize("format", ["torchao-int8", "quanto-int8"])
 def test_a_product_makes_one_whole_copy_of_its_matrix(format: str) -> None:
     wide = {**TINY, "intermediate_size": 8192}
-    lines = walk(decide(run_of(config=wide, **named(format)))).lines("decode")
+    lines = lines_at(run_of(config=wide, **named(format)), "decode")
     copies = [line.bytes for line in lines if line.kind == "activation" and line.bytes >= 2 * 64 * 8192]
     assert copies == [2 * 64 * 8192]
 

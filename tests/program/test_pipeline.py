@@ -19,8 +19,9 @@ from memplan.core.errors import SpecError
 from memplan.engine.walk import alive, size
 from memplan.planning.step_time import work
 from memplan.program.graph import lower_training, operations_of, weights_of
+from memplan.program.sharding.choice import sharding_of
 from memplan.program.training.pipeline import every_stage, parameters_of
-from memplan.program.training.program import program, trained_parameters
+from memplan.program.training.program import program
 from memplan.resolve.decide import decide
 from tests.sampling import examples
 from tests.tiny import TINY
@@ -98,7 +99,7 @@ def test_the_stages_together_have_the_models_parameters(run: dict[str, Any]) -> 
     structure = decide(RunSpec(**of_experts(run))).structure
     model = structure.graph.model
     twice = model.vocab_size * model.hidden_size if model.tie_word_embeddings else 0
-    assert sum(map(parameters_of, every_stage(structure))) == program(structure).total_parameters + twice
+    assert sum(map(parameters_of, every_stage(structure))) == program(structure).counts.total + twice
 
 
 @pytest.mark.parametrize("profile", ["transformers-5", "megatron-core", "torchtitan"])
@@ -488,7 +489,7 @@ def test_a_stage_holds_the_microbatches_of_torchs_schedule(case: dict[str, Any])
                 name = f"{'step' if p.phase == 'step' else 'passes'} {step}"
                 handles = 1 if step == 1 and p.phase in ("forward", "loss") else 2
                 mine[name] = max(mine.get(name, 0), p.peak - handles * workspace)
-    counters = 512 * sum(p.copies for p in trained_parameters(structure))  # AdamW's counters, on the host
+    counters = 512 * sum(p.copies for p in sharding_of(structure).trained())  # AdamW's counters, on the host
     for name, on_host in (("passes 1", 0), ("passes 2", counters), ("step 2", counters)):
         assert mine[name] + on_host == pytest.approx(case["peaks"][name], rel=0.01), name
 

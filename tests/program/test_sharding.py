@@ -29,22 +29,14 @@ from memplan.core.ir import Division
 from memplan.core.units import ITEMSIZE, MIB, rounded
 from memplan.engine.walk import alive, size
 from memplan.estimate.usage import room
-from memplan.program.graph import TensorGroup, lower_training, operations_of, weights_of
-from memplan.program.sharding.ranks import pieces
-from memplan.program.sharding.zero import partition
-from memplan.program.training.program import (
-    Structure,
-    accumulated_of,
-    division_of,
-    gradients_of,
-    passing_of,
-    program,
-    reducing_of,
-    resident_of,
-)
-from memplan.program.training.replay import streams_apart
+from memplan.program.graph import TensorGroup, TrainingPass, lower_training, operations_of, total_bytes, weights_of
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.sharding.fsdp_units import pieces
+from memplan.program.structure import Structure
+from memplan.program.training.program import program
 from memplan.resolve.decide import decide
 from tests.estimate.test_band import shortest
+from tests.program.test_zero import zero_of
 from tests.sampling import ALL, examples
 from tests.tiny import TINY
 
@@ -105,16 +97,16 @@ def persistent(run: dict[str, Any], strategy: str, world: int) -> int:
     structure = decide(RunSpec(**divided(run, strategy, world))).structure
     gradients = kept(structure, strategy, world)
     states = program(structure).states
-    return sum(h.bytes * h.copies for h in (*resident_of(structure), *gradients)) + states
+    return sum(h.bytes * h.copies for h in (*sharding_of(structure).weights(), *gradients)) + states
 
 
 def kept(structure: Structure, strategy: str, world: int) -> list[TensorGroup]:
     """Return the gradients that a rank keeps; at ZeRO stage 2 without those of weights shared with other ranks."""
-    gradients = [*accumulated_of(structure)] if strategy in ZERO else [*gradients_of(structure)]
-    gradients += [h for h in reducing_of(structure) if h.kind == "gradient"]
+    gradients = [*sharding_of(structure).accumulated()] if strategy in ZERO else [*sharding_of(structure).gradients()]
+    gradients += [h for h in sharding_of(structure).reduction_buffers() if h.kind == "gradient"]
     if strategy != "zero2" or world == 1:
         return gradients
-    own = partition(structure.graph, structure.ranks)
+    own = zero_of(structure).partition
     return [h._replace(bytes=own * ITEMSIZE[h.dtype]) for h in gradients]
 
 
@@ -259,10 +251,10 @@ def test_strategies_shard_what_their_rows_state(row: Strategy) -> None:
     """On four ranks, bytes per parameter: weights 2, gradients 2, and Adam's two moments with a master, if any."""
     run = {"model": "llama-3.1-8b", "precision": "pure" if row.gathers else "mixed"}
     structure = decide(RunSpec(**divided(run, row.name, 4))).structure
-    parameters = program(structure).total_parameters
+    parameters = program(structure).counts.total
     gradients = kept(structure, row.name, 4)
-    weights = sum(h.bytes * h.copies for h in resident_of(structure) if "fp32 partition" not in h.what)
-    masters = sum(h.bytes for h in resident_of(structure) if "fp32 partition" in h.what)
+    weights = sum(h.bytes * h.copies for h in sharding_of(structure).weights() if "fp32 partition" not in h.what)
+    masters = sum(h.bytes for h in sharding_of(structure).weights() if "fp32 partition" in h.what)
     whole = 4 if row.gathers else 12
     for divides, found, each in (
         (row.parameters, weights, 2),
@@ -295,8 +287,8 @@ def test_zeros_partitions_are_the_trained_weights_and_padding(run: dict[str, Any
     """A flat group is padded to a multiple of two numbers per rank; at stage 3 each weight to one."""
     for strategy in ZERO:
         structure = decide(RunSpec(**divided(run, strategy, world))).structure
-        trained = program(structure).trainable_parameters
-        padding = world * partition(structure.graph, structure.ranks) - trained
+        trained = program(structure).counts.trainable
+        padding = world * zero_of(structure).partition - trained
         weights = sum(n for w, n, _ in weights_of(structure.graph) if w.trains)
         assert 0 <= padding < (world * weights if strategy == "zero3" else 2 * world)
 
@@ -318,7 +310,7 @@ def test_ddp_adds_its_buckets_and_nothing_else(run: dict[str, Any], world: int) 
     """The buckets hold all gradients again, whatever the number of ranks."""
     plain, ranks = answer(run, "none", 1), answer(run, "ddp", world)
     added = {p.peak - q.peak for p, q in zip(ranks.phases, plain.phases, strict=True) if p.phase != "load"}
-    program = plain.details.walked.program
+    program = plain.walk.peaks.program
     assert len(added) == 1
     assert 0 <= program.gradients - added.pop() < 512 * 2000
 
@@ -463,7 +455,7 @@ def test_two_3090s_hold_a_run_that_one_does_not() -> None:
 
 def test_every_strategy_divides_the_layers_of_every_family_that_checkpoints() -> None:
     structure = decide(RunSpec(**divided({"model": "gemma-3-1b"}, "fsdp2", 2))).structure
-    found = division_of(structure)
+    found = sharding_of(structure).division()
     assert found is not None
     assert {name for name, _ in found.units} >= {"tied", "0.0"}
 
@@ -515,9 +507,9 @@ def test_litgpt_computes_gradients_of_frozen_weights_in_adapted_blocks() -> None
     structure = decide(RunSpec(**run, profile="litgpt-2024", parallelism=parallelism)).structure
     linear = 32 * (4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096)
     adapters = 32 * 2 * 16 * (4096 + 4096)
-    graded = sum(h.bytes * h.copies for h in gradients_of(structure))
+    graded = sum(h.bytes * h.copies for h in sharding_of(structure).gradients())
     assert graded == pytest.approx(2 * (linear + adapters) / 2, rel=1e-4)
-    assert program(structure).trainable_parameters == adapters
+    assert program(structure).counts.trainable == adapters
     assert program(structure).states <= 2 * 2 * adapters
 
 
@@ -530,21 +522,21 @@ def test_a_hook_on_frozen_blocks_inputs_keeps_one_more_hidden_state(layers: int)
     run = {"model": {"config": {**HOOKED, "num_hidden_layers": layers}}, "method": "lora", "batch": {"sequence": 4096}}
     run |= {"loop": {"trainer": True}, "kernels": {"attention": "flash_attention_2", "loss": "fused"}}
     parallelism = {"world": 2, "dp": 2, "strategy": "fsdp"}
-    replay = estimate(RunSpec(**run, profile="transformers-4.48", parallelism=parallelism))._usage._replay
-    found = division_of(replay.structure)
+    replay = estimate(RunSpec(**run, profile="transformers-4.48", parallelism=parallelism)).walk.replay
+    found = sharding_of(replay.structure).division()
     assert found is not None
     assert found.hooks
     axes = {**operations_of(replay.structure.graph)[1], **dict(replay.axes)}
 
     def most(division: Division) -> int:
-        low = lower_training(replay.structure.graph, division=division)
+        low = lower_training(replay.structure.graph, TrainingPass(division=division))
         bytes_ = [size(key[0], key[1], axes)[1] for key in low.sizes]
         backward = (alive(m, low.runs, axes) for m in low.moments if m.phase == "backward")
         return max(sum(bytes_[key] * count for key, count in there.items()) for there in backward)
 
     hidden = 4096 * HOOKED["hidden_size"] * 2
     more = most(found) - most(found._replace(hooks=False))
-    graded = sum(h.bytes * h.copies for h in gradients_of(replay.structure))  # until then, the adapters' gradients
+    graded = total_bytes(sharding_of(replay.structure).gradients())  # until then, the adapters' gradients
     assert 0 <= more - (layers - 2) * hidden <= graded
 
 
@@ -565,7 +557,7 @@ def test_memory_held_by_other_streams_is_reserved_before_a_run_fits() -> None:
     parallelism = {"world": 2, "dp": 2, "strategy": "fsdp2"}
     answer = estimate(RunSpec(model="llama-3.2-1b", parallelism=parallelism, gpu="rtx-3090"))
     usage = answer._usage
-    apart = streams_apart(usage._replay.structure)
+    apart = sharding_of(answer.walk.decided.structure).idle_in_streams()
     assert apart > 0
     least = next(n for n in range(usage.enough, 2 * usage.enough, 2**20) if answer.fits_card_of(n))
     assert room(least - 2**20, usage._overhead).sure < usage.enough + apart <= room(least, usage._overhead).sure
@@ -575,7 +567,7 @@ def passing(strategy: str) -> dict[str, int]:
     """Return a rank's bytes in backward outside the moments' tensors, by name."""
     parallelism = {"world": 4, "dp": 4, "strategy": strategy}
     structure = decide(RunSpec(model="llama-3.2-1b", parallelism=parallelism)).structure
-    return {held.what: held.bytes for held in passing_of(structure, "backward")}
+    return {held.what: held.bytes for held in sharding_of(structure).held_in("backward")}
 
 
 @pytest.mark.parametrize("strategy", ["zero1", "zero2", "zero3"])

@@ -16,17 +16,19 @@ import pytest
 from benchmarks.accuracy import compared_with_trace, rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.hardware.overhead import cublas_workspace
-from memplan.catalogue.parallelism.expert_parallel import FAMILIES as EXPERTS
-from memplan.catalogue.parallelism.tensor_parallel import PLANS
 from memplan.core.errors import SpecError
 from memplan.core.ir import operations
 from memplan.core.units import rounded
 from memplan.estimate.answer import Line
+from memplan.models.configs import families
 from memplan.program.graph import operations_of
-from memplan.program.training.program import gradients_of
+from memplan.program.sharding.choice import sharding_of
 from memplan.resolve.decide import decide
 from tests.sampling import sampled
 from tests.tiny import TINY
+
+EXPERTS = [name for name, row in families().items() if row.parallel.experts]
+PLANS = {name: row.parallel.plan for name, row in families().items() if row.parallel.plan is not None}
 
 TRACED: list[dict[str, Any]] = rows("traced_parallel_tp.jsonl")
 DENSE = {name for name, plan in PLANS.items() if not plan.experts} - {
@@ -117,7 +119,7 @@ def test_the_embeddings_gradient_covers_the_full_table() -> None:
     """DTensor has no rule that would shard it by rows."""
     for tied, parts in ((False, 1), (True, 4)):  # if tied, it is added to the head's shard
         structure = decide(run(4, {"tie_word_embeddings": tied})).structure
-        (held,) = (held for held in gradients_of(structure) if held.what == "model.embed_tokens.weight.grad")
+        (held,) = (held for held in sharding_of(structure).gradients() if held.what == "model.embed_tokens.weight.grad")
         assert held.bytes == 2 * 4096 * 512 // parts
 
 
@@ -138,7 +140,11 @@ def test_megatron_pads_the_vocabulary_and_keeps_no_gradient_of_a_whole_table() -
     table = weights(megatron(4, config={"vocab_size": 4097}))[" lm_head.weight"]
     assert table.dims == (9 * 128, 512)  # 4097 / (128 * 4), rounded up, times 128
     asked = run(4, profile="megatron-core")
-    (held,) = (held for held in gradients_of(decide(asked).structure) if held.what == "model.embed_tokens.weight.grad")
+    (held,) = (
+        held
+        for held in sharding_of(decide(asked).structure).gradients()
+        if held.what == "model.embed_tokens.weight.grad"
+    )
     assert held.bytes == 2 * 4096 * 512 // 4
 
 

@@ -17,24 +17,14 @@ from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.parallelism.sharding import ZeroSettings
 from memplan.core.errors import SpecError
 from memplan.core.units import ITEMSIZE
-from memplan.engine.lower import COMPUTING, REDUCING
+from memplan.engine.storages import COMPUTING, REDUCING
 from memplan.program.graph import TensorGroup, operations_of, weights_of
-from memplan.program.sharding import megatron
-from memplan.program.sharding import zero3_prefetch as fetching
-from memplan.program.sharding.zero import in_sub_group, late, on_streams, partition
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.sharding.megatron import buffers
+from memplan.program.sharding.zero import ZeroSharding
 from memplan.program.sharding.zero3_prefetch import gathered_peak
-from memplan.program.training.program import (
-    Structure,
-    accumulated_of,
-    gradients_of,
-    host_of,
-    loading_of,
-    passing_of,
-    program,
-    reducing_of,
-    resident_of,
-)
-from memplan.program.training.replay import streams_apart
+from memplan.program.structure import Structure
+from memplan.program.training.program import program
 from memplan.resolve.decide import decide
 from tests.sampling import examples
 
@@ -66,6 +56,12 @@ def structure(*args: Any, **fields: Any) -> Structure:
 
 def answer(*args: Any, **fields: Any) -> Estimate:
     return estimate(spec(*args, **fields))
+
+
+def zero_of(run: Structure) -> ZeroSharding:
+    sharding = sharding_of(run)
+    assert isinstance(sharding, ZeroSharding)
+    return sharding
 
 
 def exact(run: Structure, some: Iterable[TensorGroup]) -> int:
@@ -100,13 +96,17 @@ def test_a_rank_holds_the_papers_share_and_padding(stage: int, world: int) -> No
     """To the byte, with shards of parameters and padding; at stage 2 without the gradients of weights that a rank
     shares with others."""
     run = structure(STAGES[stage - 1], world, zero={"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    own = partition(run.graph, run.ranks)
+    own = zero_of(run).partition
     padded = own * world
     weights = sum(n for w, n, _ in weights_of(run.graph) if w.trains)
     assert 0 <= padded - PARAMETERS < (2 * world if stage < 3 else weights * world)
-    kept = {1: accumulated_of(run), 2: (), 3: (h for h in reducing_of(run) if h.kind == "gradient")}[stage]
+    kept = {
+        1: sharding_of(run).accumulated(),
+        2: (),
+        3: (h for h in sharding_of(run).reduction_buffers() if h.kind == "gradient"),
+    }[stage]
     states = sum(prod(s.shape) * ITEMSIZE[s.dtype] * s.count for s in program(run).optimizer.states if s.shape)
-    held = exact(run, (h for h in resident_of(run) if h.kind == "parameter")) + exact(run, kept) + states
+    held = exact(run, (h for h in sharding_of(run).weights() if h.kind == "parameter")) + exact(run, kept) + states
     held += 2 * own if stage == 2 else 0
     whole = {1: 4, 2: 2, 3: 0}[stage] * PARAMETERS
     assert held == whole + {1: 12, 2: 14, 3: 16}[stage] * padded // world
@@ -123,7 +123,11 @@ RUN: dict[str, Any] = {"model": "llama-3.2-1b", "batch": {"sequence": 64}}
 def test_a_larger_bucket_is_never_smaller(strategy: str, small: int, more: int) -> None:
     """The bucket itself; the reduced copy has the size of its contents."""
     peaks = [
-        sum(h.bytes for h in (*reducing_of(run), *passing_of(run, "backward")) if h.what == "bucket of gradients")
+        sum(
+            h.bytes
+            for h in (*sharding_of(run).reduction_buffers(), *sharding_of(run).held_in("backward"))
+            if h.what == "bucket of gradients"
+        )
         for size in (small, small + more)
         for run in [structure(strategy, 4, zero={"reduce_bucket_size": size}, **RUN)]
     ]
@@ -133,7 +137,7 @@ def test_a_larger_bucket_is_never_smaller(strategy: str, small: int, more: int) 
 @pytest.mark.parametrize("strategy", STAGES[:2])
 def test_overlapping_takes_a_second_bucket_below_stage_three(strategy: str) -> None:
     def buckets(run: Structure) -> int:
-        return sum(h.copies * h.bytes for h in passing_of(run, "backward") if h.what == "bucket of gradients")
+        return sum(h.copies * h.bytes for h in sharding_of(run).held_in("backward") if h.what == "bucket of gradients")
 
     alone, overlapping = (structure(strategy, 4, zero={"overlap_comm": flag}, **RUN) for flag in (False, True))
     assert buckets(overlapping) == 2 * buckets(alone) == pytest.approx(2 * 2 * 500_000_000, abs=1024)
@@ -144,17 +148,17 @@ def test_overlapping_takes_a_second_bucket_below_stage_three(strategy: str) -> N
 def test_a_rank_keeps_the_gradients_of_weights_that_are_others_in_part() -> None:
     """On 64 ranks the embeddings span five partitions, and each of those ranks has their full gradient."""
     run = structure("zero2", 64)
-    (kept,) = accumulated_of(run)
-    own = partition(run.graph, run.ranks)
+    (kept,) = sharding_of(run).accumulated()
+    own = zero_of(run).partition
     assert own < EMBEDDING
     assert EMBEDDING + own // 2 < int(kept.shape) < EMBEDDING + 2 * own
 
 
 def test_a_gradient_larger_than_the_bucket_waits_outside_it() -> None:
-    found = {h.what: h.bytes for h in passing_of(structure("zero3", 8), "backward")}
+    found = {h.what: h.bytes for h in sharding_of(structure("zero3", 8)).held_in("backward")}
     assert found["bucket as it is reduced"] == 2 * EMBEDDING  # 5e8 numbers, divisible by 8 ranks: no copy
     larger = structure("zero3", 8, zero={"reduce_bucket_size": 600_000_000})
-    found = {h.what: h.bytes for h in passing_of(larger, "backward")}
+    found = {h.what: h.bytes for h in sharding_of(larger).held_in("backward")}
     assert 2 * EMBEDDING < found["bucket as it is reduced"] <= 2 * 600_000_000
 
 
@@ -175,7 +179,7 @@ def test_auto_is_of_the_hidden_size_and_the_trainers() -> None:
 def test_sub_groups_collect_partitions_up_to_their_size() -> None:
     run = structure("zero3", 8, zero={"sub_group_size": 100_000_000})
     layers = -(-(100_000_000 - EMBEDDING // 8) // (LAYER // 8))
-    assert 100_000_000 <= in_sub_group(run.graph, run.ranks) < EMBEDDING // 8 + (layers + 1) * LAYER // 8
+    assert 100_000_000 <= zero_of(run).updated_at_once < EMBEDDING // 8 + (layers + 1) * LAYER // 8
     assert answer("zero3", 8, zero={"sub_group_size": 100_000_000}).phases[-1].peak < answer("zero3", 8).phases[-1].peak
 
 
@@ -216,7 +220,7 @@ def test_a_weight_reused_within_the_reuse_distance_stays_gathered() -> None:
 @given(st.integers(0, 10**9), st.integers(0, 2 * 10**9), st.sampled_from(["none", "full"]))
 def test_gathered_weights_and_messages_never_exceed_the_model(prefetch: int, reuse: int, checkpointing: str) -> None:
     run = structure("zero3", 4, **RUN, kernels={"checkpointing": checkpointing})
-    numbers = program(run).total_parameters
+    numbers = program(run).counts.total
     for found in gathered_peak(
         run.graph, run.ranks._replace(knobs=ZeroSettings(prefetch=prefetch, reuse=reuse, live=10**12))
     ).values():
@@ -258,9 +262,9 @@ def test_at_stage_three_only_gradients_are_pinned() -> None:
 def test_nvme_leaves_buffers_in_host_memory() -> None:
     zero = {"offload_optimizer": {"device": "nvme", "buffer_count": 5}, "sub_group_size": 10**8}
     run = structure("zero3", 8, ("optimizer",), zero)
-    found = {h.what: h.bytes * h.copies for h in host_of(run)}
-    assert found["buffer of a sub-group on NVMe"] == 5 * 4 * in_sub_group(run.graph, run.ranks)
-    assert not any(h.kind == "optstate" for h in host_of(run))
+    found = {h.what: h.bytes * h.copies for h in sharding_of(run).host()}
+    assert found["buffer of a sub-group on NVMe"] == 5 * 4 * zero_of(run).updated_at_once
+    assert not any(h.kind == "optstate" for h in sharding_of(run).host())
     on_cpu = answer("zero3", 8, ("optimizer",), {"sub_group_size": 10**8})
     assert answer("zero3", 8, ("optimizer",), zero).host_bytes < on_cpu.host_bytes
 
@@ -370,9 +374,9 @@ def test_reserved_memory_under_zero_has_one_per_cent_mean_error() -> None:
 
 
 def test_the_gathered_peak_is_the_largest_set_alive_at_once() -> None:
-    """Its events in order reach the maximum that `passing` counts, and nothing at the end."""
+    """Its events in order reach the maximum that `held_in` counts, and nothing at the end."""
     run = structure("zero3", 8)
-    events, most, bytes_ = fetching.gathered(run.graph, run.ranks)
+    _, events, most, bytes_ = sharding_of(run).gathering()
     sizes = {number: size for number, size in events if size}
     live = list(accumulate(size or -sizes[number] for number, size in events))
     assert live[most - 1] == max(live) == bytes_
@@ -383,18 +387,18 @@ def test_the_gathered_peak_is_the_largest_set_alive_at_once() -> None:
 @pytest.mark.parametrize("strategy", STAGES)
 def test_without_overlap_nothing_runs_on_another_stream(strategy: str) -> None:
     together, apart = (structure(strategy, 8, zero={"overlap_comm": flag}) for flag in (False, True))
-    assert {stream for stream, bytes_ in on_streams(together.graph, together.ranks) if bytes_} == {COMPUTING}
-    assert REDUCING in {stream for stream, bytes_ in on_streams(apart.graph, apart.ranks) if bytes_}
-    assert streams_apart(together) == 0 < streams_apart(apart)
+    assert {stream for stream, bytes_ in sharding_of(together).reduction_streams() if bytes_} == {COMPUTING}
+    assert REDUCING in {stream for stream, bytes_ in sharding_of(apart).reduction_streams() if bytes_}
+    assert sharding_of(together).idle_in_streams() == 0 < sharding_of(apart).idle_in_streams()
 
 
 def test_a_gradient_outside_buckets_waits_in_place() -> None:
     """Those of head and embeddings have 525,336,576 numbers, but a bucket has 500,000,000."""
     run = structure("zero3", 8)
-    assert len(late(run.graph, run.ranks)) == 2
-    assert sum(bytes_ for stream, bytes_ in on_streams(run.graph, run.ranks) if stream == COMPUTING) == 0
+    assert len(sharding_of(run).late_gradients()) == 2
+    assert sum(bytes_ for stream, bytes_ in sharding_of(run).reduction_streams() if stream == COMPUTING) == 0
     wider = structure("zero3", 8, zero={"reduce_bucket_size": EMBEDDING})
-    assert late(wider.graph, wider.ranks) == frozenset()
+    assert sharding_of(wider).late_gradients() == frozenset()
 
 
 def test_flattened_weights_free_their_original_segments() -> None:
@@ -402,12 +406,12 @@ def test_flattened_weights_free_their_original_segments() -> None:
     stays."""
     run = structure("zero2", 8)
     alive: dict[int, int] = {}
-    for number, bytes_ in loading_of(run):
+    for number, bytes_ in sharding_of(run).loading_events():
         if bytes_:
             alive[number] = bytes_
         else:
             alive.pop(number, None)
-    assert max(alive.values()) == 2 * 8 * partition(run.graph, run.ranks)
+    assert max(alive.values()) == 2 * 8 * zero_of(run).partition
     assert len(alive) < 10
 
 
@@ -421,21 +425,21 @@ def test_megatron_divides_twelve_bytes_of_eighteen(world: int) -> None:
     Weights start at multiples of 64, and their total is padded to a multiple of 128 and of the ranks.
     """
     run = structure("megatron_dist_opt", world)
-    whole = megatron.buffer(run.graph, run.ranks)
+    whole = sum(b.numbers for b in buffers(run.graph, run.ranks))
     weights = sum(n for w, n, _ in weights_of(run.graph) if w.trains)
     assert whole % world == whole % 128 == 0
     assert 0 <= whole - PARAMETERS < 64 * weights + lcm(world, 128)
     states = sum(prod(s.shape) * ITEMSIZE[s.dtype] * s.count for s in program(run).optimizer.states)
-    held = exact(run, (h for h in resident_of(run) if h.kind == "parameter"))
+    held = exact(run, (h for h in sharding_of(run).weights() if h.kind == "parameter"))
     assert held == 2 * whole
-    assert exact(run, gradients_of(run)) == 4 * whole
+    assert exact(run, sharding_of(run).gradients()) == 4 * whole
     assert states == 12 * whole // world
 
 
 def test_replicas_with_fp32_gradients_and_masters_have_eighteen_bytes_a_parameter() -> None:
     precision = {"weights": "bf16", "grads": "fp32", "master": "fp32"}
     run = structure("ddp", 8, precision=precision)
-    held = exact(run, (h for h in (*resident_of(run), *gradients_of(run)) if h.kind != "buffer"))
+    held = exact(run, (h for h in (*sharding_of(run).weights(), *sharding_of(run).gradients()) if h.kind != "buffer"))
     assert held + sum(prod(s.shape) * 4 * s.count for s in program(run).optimizer.states) == 18 * PARAMETERS
 
 
@@ -472,10 +476,12 @@ def test_stage_three_divides_packed_weights_and_not_their_scales(storage: str, w
     linear = PARAMETERS - 2 * EMBEDDING - 65 * 4096
 
     def of(run: Structure, *words: str) -> int:
-        return sum(h.bytes * h.copies for h in resident_of(run) if all(word in h.what for word in words))
+        return sum(h.bytes * h.copies for h in sharding_of(run).weights() if all(word in h.what for word in words))
 
     packed = sum(
-        h.bytes * h.copies for h in resident_of(divided) if h.dtype == storage and "proj.weight, one of" in h.what
+        h.bytes * h.copies
+        for h in sharding_of(divided).weights()
+        if h.dtype == storage and "proj.weight, one of" in h.what
     )
     assert of(whole_, "(packed)") == linear // 2
     assert packed == pytest.approx(linear / 2 / world, rel=1e-4)
@@ -484,24 +490,24 @@ def test_stage_three_divides_packed_weights_and_not_their_scales(storage: str, w
 
 def test_adapters_are_in_the_dtype_of_all_and_their_masters_divided() -> None:
     run = structure("zero2", 4, method={"kind": "lora", "rank": 8})
-    (master,) = (h for h in resident_of(run) if "fp32 partition" in h.what)
-    trained = program(run).trainable_parameters
+    (master,) = (h for h in sharding_of(run).weights() if "fp32 partition" in h.what)
+    trained = program(run).counts.trainable
     assert 0 <= 4 * int(master.shape) - trained < 8
-    assert {h.dtype for h in resident_of(run) if "lora" in h.what} == {"bf16"}
+    assert {h.dtype for h in sharding_of(run).weights() if "lora" in h.what} == {"bf16"}
 
 
 @pytest.mark.parametrize("kind", ["freeze", "dora", "qdora"])
 def test_only_trained_weights_are_partitioned_with_any_method(kind: str) -> None:
     run = structure("zero2", 4, **{**RUN, "method": kind})
-    (master,) = (h for h in resident_of(run) if "fp32 partition" in h.what)
-    assert 0 <= 4 * int(master.shape) - program(run).trainable_parameters < 8
+    (master,) = (h for h in sharding_of(run).weights() if "fp32 partition" in h.what)
+    assert 0 <= 4 * int(master.shape) - program(run).counts.trainable < 8
 
 
 @pytest.mark.parametrize(("name", "moments"), [("adamw_8bit", 2), ("lion_8bit", 1)])
 def test_eight_bit_states_are_of_the_flat_partition(name: str, moments: int) -> None:
     """One byte per number and an fp32 absmax per 256; no exception for small weights or embeddings."""
     run = structure("zero2", 8, optimizer=name)
-    own = partition(run.graph, run.ranks)
+    own = zero_of(run).partition
     states = sum(s.bytes * s.count for s in program(run).optimizer.states if s.shape and s.bytes > 10**5)
     assert states == pytest.approx(moments * own * (1 + 4 / 256), rel=1e-4)
 

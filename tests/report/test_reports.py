@@ -7,9 +7,11 @@ import csv
 import io
 import json
 import re
+import subprocess
 import sys
 from html.parser import HTMLParser
 from itertools import pairwise
+from operator import itemgetter
 from typing import Any
 
 import pytest
@@ -24,12 +26,13 @@ from memplan.core.units import GIB
 from memplan.estimate.answer import KINDS
 from memplan.planning.reach import cards_that_hold, largest_batch, largest_sequence
 from memplan.report import FORMATS, render, table
-from memplan.report.advice import cards, help_line
 from memplan.report.assumptions import assumptions
 from memplan.report.bar import bar
+from memplan.report.blocks import Block, Column, Facts, Notes, Table, Text
+from memplan.report.display import display, paragraph, plain
+from memplan.report.next_steps import cards, help_line
 from memplan.report.schema import answer_model, answer_schema, run_schema
-from memplan.report.text import ASCII, Column, Screen, paragraph, screen
-from memplan.report.text import table as text_table
+from memplan.report.text import ASCII, Screen, screen
 from memplan.report.wording import dtype, hundredths, moment, parts, shape, share, verdict
 from memplan.spec.run import changed
 from tests.sampling import ALL, examples
@@ -185,27 +188,63 @@ def test_the_verdict_comes_first_and_nothing_is_left_out(answer: Estimate) -> No
     assert [note for note in answer.notes if note not in text.replace("\n  ", " ")] == []
 
 
-def test_colour_adds_codes_and_changes_nothing_else() -> None:
-    plain, coloured = (table.render([FITS], to=Screen(80, colour)) for colour in (False, True))
-    assert "\x1b" not in plain
-    bare = re.sub(r"\x1b\[[\d;]*m", "", coloured)
-    assert bare != coloured
-    assert re.sub("[PGSATBW+c]+|█+", "", bare) == re.sub("[PGSATBW+c]+|█+", "", plain)
-    assert [line for line in bare.splitlines() if len(line) > 80] == []
+COLOUR = re.compile(r"\x1b\[[\d;]*m")
+BAR = re.compile(r"^[PGSATBWc+█]{4,}.*$|^[PGSATBWc+█] |^─+$", re.M)  # the bar, its signs in the table, rules
+
+
+def characters(text: str) -> list[str]:
+    """Return the characters of a report but spaces, and but what a terminal shows in another way."""
+    return sorted(re.sub(r"\s", "", BAR.sub("", COLOUR.sub("", text))))
+
+
+@every_case
+@pytest.mark.parametrize("width", [40, 60, 80, 120])
+def test_a_terminal_shows_the_same_text_as_a_pipe(answer: Estimate, width: int) -> None:
+    piped, uncoloured, coloured = (
+        table.render([answer], to=to) for to in (Screen(width), Screen(width, True), Screen(width, True, True))
+    )
+    assert "\x1b" not in piped + uncoloured
+    assert "\x1b[1" in coloured
+    assert characters(uncoloured) == characters(coloured) == characters(piped)
+    bare = COLOUR.sub("", coloured)
+    assert [line for line in (*uncoloured.splitlines(), *bare.splitlines()) if len(line) > width] == []
+    assert [line for line in uncoloured.splitlines() if line != line.rstrip()] == []
+
+
+def test_a_terminal_reads_no_markup_and_gets_no_control_characters() -> None:
+    text = "[red]a[/red] :smile: \x1b[31mb\x07"
+    blocks: list[Block] = [Text(text), Facts("", [("name", text)]), Notes([text]), Table([Column(text, str)], [text])]
+    for colour in (False, True):
+        shown = display(blocks, Screen(120, True, colour))
+        unwrapped = COLOUR.sub("", shown).replace("\n", "").replace(" ", "")
+        assert unwrapped.count("[red]a[/red]:smile:\\x1b[31mb\\x07") == 5
+        assert "\x07" not in shown
+
+
+def test_a_pipe_does_not_import_rich() -> None:
+    code = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(*sys.modules, file=sys.stderr))\n"
+        "from memplan.cli import main\nmain()"
+    )
+    command = [sys.executable, "-c", code, "smollm2-135m", "--gpu", "3060"]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "memplan.report.table" in ran.stderr.split()
+    assert "rich" not in ran.stderr.split()
 
 
 @pytest.mark.parametrize(
-    ("terminal", "environment", "coloured"),
+    ("terminal", "environment", "expected"),
     [
-        (True, {"TERM": "xterm"}, True),
-        (True, {"TERM": "xterm", "NO_COLOR": "1"}, False),
-        (True, {"TERM": "xterm", "NO_COLOR": ""}, True),
-        (True, {"TERM": "dumb"}, False),
-        (False, {"TERM": "xterm"}, False),
+        (True, {"TERM": "xterm"}, Screen(50, True, True)),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}, Screen(50, True)),
+        (True, {"TERM": "xterm", "NO_COLOR": ""}, Screen(50, True, True)),
+        (True, {"TERM": "dumb"}, Screen(50)),
+        (False, {"TERM": "xterm"}, Screen(50)),
     ],
 )
 def test_colour_is_for_terminals_that_want_it(
-    monkeypatch: pytest.MonkeyPatch, terminal: bool, environment: dict[str, str], coloured: bool
+    monkeypatch: pytest.MonkeyPatch, terminal: bool, environment: dict[str, str], expected: Screen
 ) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     for name, value in environment.items():
@@ -213,13 +252,13 @@ def test_colour_is_for_terminals_that_want_it(
     monkeypatch.setattr(sys.stdout, "isatty", lambda: terminal)
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setenv("COLUMNS", "50")
-    assert screen() == Screen(50, coloured)
+    assert screen() == expected
 
 
 @every_case
 @pytest.mark.parametrize("width", [40, 100])
 def test_the_bar_is_to_scale(answer: Estimate, width: int) -> None:
-    drawn, band = bar(answer, Screen(width))
+    drawn, band = ("".join(text for text, _ in line) for line in bar(answer, Screen(width)))
     full = max(answer.band.high, answer.bytes.used, answer.gpu.usable if answer.gpu else 0)
     for part in parts(answer):
         letter = {"temp": "T", "optstate": "S", "context": "c", "allocator": "+", "other": "W"}.get(part.key)
@@ -239,30 +278,34 @@ def test_the_bar_is_to_scale(answer: Estimate, width: int) -> None:
 def test_a_table_with_room_to_wrap_fits_any_screen(
     rows: list[tuple[str, ...]], width: int, right: tuple[bool, ...]
 ) -> None:
-    columns = [Column("title", right=r, wraps=True) for r in right]
-    lines = list(text_table(columns, rows, Screen(width)))
+    columns = [Column[Any]("title", itemgetter(n), right=r, wraps=True) for n, r in enumerate(right)]
+    lines = list(plain([Table(columns, rows)], Screen(width)))
     assert [line for line in lines if len(line) > width] == []
     # Every letter is shown, in its column's order.
     assert sorted("".join(lines[1:]).replace(" ", "")) == sorted("".join(map("".join, rows)).replace(" ", ""))
 
 
 def test_optional_columns_go_before_anything_wraps() -> None:
-    columns = [Column("one", wraps=True), Column("two", optional=True), Column("three", optional=True)]
-    row = [("a" * 20, "b" * 20, "c" * 20)]
-    assert list(text_table(columns, row, Screen(50))) == ["one" + " " * 19 + "two", "a" * 20 + "  " + "b" * 20]
-    assert list(text_table(columns, row, Screen(10))) == ["one", "a" * 10, "a" * 10]
+    columns = [
+        Column[Any]("one", itemgetter(0), wraps=True),
+        Column[Any]("two", itemgetter(1), optional=True),
+        Column[Any]("three", itemgetter(2), optional=True),
+    ]
+    shown = [Table(columns, [("a" * 20, "b" * 20, "c" * 20)])]
+    assert list(plain(shown, Screen(50))) == ["one" + " " * 19 + "two", "a" * 20 + "  " + "b" * 20]
+    assert list(plain(shown, Screen(10))) == ["one", "a" * 10, "a" * 10]
+    assert display(shown, Screen(10, True)) == f"one\n{'─' * 10}\n{'a' * 10}\n{'a' * 10}\n"
 
 
 def test_an_optional_column_wraps_while_it_can_be_read() -> None:
-    columns = [Column("one"), Column("two", wraps=True, optional=True)]
-    row = [("a" * 20, " ".join(["word"] * 10))]
-    readable = list(text_table(columns, row, Screen(54)))
-    assert readable == [
+    columns = [Column[Any]("one", itemgetter(0)), Column[Any]("two", itemgetter(1), wraps=True, optional=True)]
+    shown = [Table(columns, [("a" * 20, " ".join(["word"] * 10))])]
+    assert list(plain(shown, Screen(54))) == [
         "one" + " " * 19 + "two",
         "a" * 20 + "  word word word word word word",
         " " * 22 + "word word word word",
     ]
-    assert list(text_table(columns, row, Screen(53))) == ["one", "a" * 20]
+    assert list(plain(shown, Screen(53))) == ["one", "a" * 20]
 
 
 def test_eighty_columns_show_the_largest_tensors() -> None:
@@ -271,8 +314,8 @@ def test_eighty_columns_show_the_largest_tensors() -> None:
 
 
 def test_replacement_characters_have_the_same_width() -> None:
-    assert all(len(stand_in) == 1 and stand_in.isascii() for stand_in in ASCII.values())
-    assert paragraph("a b c", Screen(3), " ") == ["a b", " c"]
+    assert all(chr(stand_in).isascii() for stand_in in ASCII.values())
+    assert paragraph("a b c", 3, " ") == ["a b", " c"]
 
 
 @every_case

@@ -8,34 +8,10 @@ from __future__ import annotations
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Keep, Op, Scratch, Tensor
+from memplan.models.model import ModelSpec
 
+QUERIES, KEYS, SCORES = "b s a d", "b s k d", "b a s s"
 _ATEN = "torch 2.13 aten/src/ATen/native/transformers"
-
-
-# Families that flash attention 2 does not support, and why.
-# Source: transformers 5.24, `_supports_flash_attn` and `_compatible_flash_implementations` of their classes.
-_IMAGES = "it drops the mask over image tokens"
-NO_FLASH_2 = {
-    "deepseek_v32": "its class does not support it",
-    "deepseek_v4": "it does not support attention sinks, nor heads wider than 256",
-    "gemma4": _IMAGES,
-    "gemma4_text": "its widest heads are wider than 256",
-    "glm_moe_dsa": "its class does not support it",
-    "gpt_oss": "it does not support attention sinks",
-    "llama4": "it does not support chunked attention",
-    "llama4_text": "it does not support chunked attention",
-    "mimo_v2_flash": "it does not support attention sinks",
-    "mllama": "its class does not support it",
-    "minimax_m3_vl_text": "it does not support block masks",
-    "step3p7": "its class does not support it",
-}
-
-# Families whose heads are views of a wider, joined projection. A single sequence's heads can be flattened by a view.
-JOINED = (
-    *("bloom", "deepseek_v2", "deepseek_v3", "falcon", "glm4_moe_lite", "gpt_bigcode", "gpt_neox", "kimi_k25"),
-    *("deepseek_v4", "megatron_gpt", "minicpm3", "mpt", "phi3"),
-)
-SINGLE = (*JOINED, "t5")  # also families that treat a single sequence differently
 
 
 def flattened(op: Op) -> Op:
@@ -96,6 +72,19 @@ def one_head(name: str, wiring: Wiring, sliding: bool = False) -> tuple[Op, ...]
     """
     views = tuple(ops.view(f"{name.rpartition('.')[0]}.repeat_{t}", t, f"{t}.all", "b s a d", "new") for t in "kv")
     return cached(name, wiring, views, sliding)
+
+
+def keys_and_values(
+    m: ModelSpec, name: str, wiring: Wiring, sliding: bool = False, grouped: bool | None = None
+) -> tuple[tuple[Op, ...], str, str, Wiring, bool]:
+    """Return operations that make a kernel's keys and values, their names, and the kernel's `wiring` and `grouped`.
+
+    A single head that all queries share is viewed for every query head, if the kernel accepts such a view.
+    """
+    grouped = m.num_key_value_heads != m.num_attention_heads if grouped is None else grouped
+    if not (grouped and m.num_key_value_heads == 1 and repeats_by_view(wiring, sliding)):
+        return (), "k", "v", wiring, grouped
+    return one_head(name, wiring, sliding), "k.all", "v.all", wiring._replace(caching=False), False
 
 
 def read_shared_cache(name: str, tensors: tuple[str, ...], sliding: bool = False) -> Op:
@@ -214,9 +203,9 @@ def _flash_2(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped:
     tokens, out = f"{y}.tokens", f"{y}.gathered"
     operations.append(Op(f"{name}.tokens", (), (Tensor(tokens, "b s", "int64"),), gradient="none"))
     for x in (k, v, q):
-        operations.append(_gather(f"{name}.gather_{x}", inputs[x], f"{x}.gathered", shapes[x], tokens))
+        operations.append(ops.index(f"{name}.gather_{x}", inputs[x], tokens, f"{x}.gathered", shapes[x]))
     operations.append(flash(name, f"{q}.gathered", f"{k}.gathered", f"{v}.gathered", out, grouped))
-    operations.append(_gather(f"{name}.pad", out, y, shapes[q], tokens))
+    operations.append(ops.index(f"{name}.pad", out, tokens, y, shapes[q]))
     return (
         *operations,
         ops.release_names(tokens, *(f"{x}.gathered" for x in shapes), *(inputs[x] for x in shapes if inputs[x] != x)),
@@ -235,12 +224,6 @@ def _padded_flash_2(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, w
         ops.release_names("v.heads"),
         ops.view(f"{name}.cut", out, f"{y}.cut", f"b s a {width}", gradient="new"),
         ops.copy(f"{name}.contiguous", f"{y}.cut", y, f"b s a {width}"),
-    )
-
-
-def _gather(name: str, x: str, y: str, shape: str, tokens: str) -> Op:
-    return Op(
-        name, (x, tokens), (Tensor(y, shape, f"={x}"),), (), (Keep(tokens, x),), source=f"{ops.DERIVATIVES}: index"
     )
 
 

@@ -47,19 +47,6 @@ HEAVY = Windows("heavy", "wh", "uh", "rh", "kh", "kh1")
 # Norms, rotations, small products
 
 
-def times(name: str, x: str, factor: str, y: str, shape: str) -> Op:
-    """Return `x * factor`, broadcasting `factor`. Backward sums a full-size product for the factor's gradient."""
-    return Op(
-        name,
-        (x, factor),
-        (Tensor(y, shape),),
-        (),
-        (Keep(factor, x), Keep(x, factor)),
-        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), factor),),
-        source=f"{ops.DERIVATIVES}: mul.Tensor",
-    )
-
-
 def summed(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
     """Sum over an axis that `shape` no longer has. The gradient is broadcast by a view."""
     return (
@@ -94,7 +81,7 @@ def plain_norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
     return (
         *(op._replace(unit="") for op in (first, square, mean, eps, rsqrt)),
         ops.cast(f"{name}.to", f"{y}.rstd", f"{y}.inverse", row, f"={x}"),
-        times(f"{name}.scale", x, f"{y}.inverse", y, shape),
+        ops.spread(f"{name}.scale", x, f"{y}.inverse", y, shape),
     )
 
 

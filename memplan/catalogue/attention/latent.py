@@ -15,17 +15,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from memplan.catalogue.attention.attention import attention, cached
+from memplan.catalogue.attention.attention import QUERIES, attention, cached
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import rotary_table
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Keep, Op, Scratch, Tensor
 from memplan.models.model import ModelSpec
 
-_Q, _VALUES = "b s a d", "b s a dv"
+_VALUES = "b s a dv"
 _SOURCE = "transformers 5.24 models/deepseek_v3/modeling_deepseek_v3.py"
 
-Turn = Callable[[str], tuple[Op, ...]]
+PartRotation = Callable[[str], tuple[Op, ...]]  # makes `q.turned` and `k.turned`
 rotated_halves = ops.rotate
 
 
@@ -119,72 +119,74 @@ def concat_parts(name: str, parts: tuple[str, ...], y: str, shape: str) -> tuple
     """Concatenate parts in new storage. Their gradients are views of one tensor."""
     return (
         *(ops.view(f"{name}.{i}", part, f"{part}.part", shape) for i, part in enumerate(parts)),
-        Op(
-            name,
-            tuple(f"{part}.part" for part in parts),
-            (Tensor(y, shape),),
-            gradient="same",
-            source=f"{ops.DERIVATIVES}: cat",
-        ),
+        ops.cat(name, tuple(f"{part}.part" for part in parts), y, shape),
     )
 
 
 def latent_attention(
     m: ModelSpec,
     wiring: Wiring,
-    x: str,
-    y: str,
-    turn: Turn,
-    bias: bool = False,
-    name: str = "self_attn",
+    rotate: PartRotation,
     sparse: tuple[Op, ...] = (),
     mask: str = "mask",
     held: tuple[str, ...] = (),
 ) -> tuple[Op, ...]:
-    """Return attention whose queries and keys have a rotated and an unrotated part; values have their own width.
+    """Return attention, from `n1` to `ao`, whose queries and keys have a rotated and an unrotated part.
+
+    Values have their own width.
 
     Queries are concatenated. A key is copied part by part into empty storage; in backward each copy takes its part of a
     full-size copy of the gradient (torch's CopySlices). Queries and keys are contiguous head by head, values in the
     layout of their projection.
 
-    turn    rotates the parts
+    rotate  rotates the parts
     sparse  operations that compute the `mask` for attention from the normalised queries, `q.normed`
     held    tensors of `sparse` that live until the function returns
     """
-    group = "attention"
-    if m.get("q_lora_rank"):
-        queries = (
-            ops.linear(f"{name}.q_a_proj", x, "q.low", "ql", "h", group, bias),
-            *ops.rms_norm(f"{name}.q_a_layernorm", "q.low", "q.normed", "b s ql", "ql"),
-            ops.release_names("q.low"),
-            ops.linear(f"{name}.q_b_proj", "q.normed", "q0", "a d", "ql", group),
-        )
-    else:
-        queries = (ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", group),)
+    name, x, group, bias = "self_attn", "n1", "attention", m.get("attention_bias", False)
     return (
-        *queries,
-        ops.view(f"{name}.q_heads", "q0", "q1", _Q, gradient="new"),
+        *latent_queries(m, name, x, bias),
+        ops.view(f"{name}.q_heads", "q0", "q1", QUERIES, gradient="new"),
         ops.split(f"{name}.q_split", "q1", (Tensor("q.pass", "b s a dn"), Tensor("q.rot", "b s a rot"))),
         ops.linear(f"{name}.kv_a_proj_with_mqa", x, "kv.low", "klr", "h", group, bias),
         ops.split(f"{name}.kv_split", "kv.low", (Tensor("kv.latent", "b s kl"), Tensor("k.rot", "b s rot"))),
         *ops.rms_norm(f"{name}.kv_a_layernorm", "kv.latent", "kv.normed", "b s kl", "kl"),
-        *turn(name),
+        *rotate(name),
         *cached(f"{name}.attention", wiring, (), tensors=("kv.normed", "k.turned")),
-        *concat_parts(f"{name}.q_cat", ("q.pass", "q.turned"), "q", _Q),
-        ops.linear(f"{name}.kv_b_proj", "kv.normed", "kv", "a dkv", "kl", group),
-        ops.view(f"{name}.kv_heads", "kv", "kv.heads", "b s a dkv", gradient="new"),
-        ops.split(f"{name}.expand_kv", "kv.heads", (Tensor("k.pass", "b s a dn"), Tensor("v", _VALUES))),
-        ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
-        *copied_key(name),
+        *concat_parts(f"{name}.q_cat", ("q.pass", "q.turned"), "q", QUERIES),
+        *expanded_keys(name),
         *sparse,
         *attend(f"{name}.attention", m, wiring._replace(caching=False), mask),
-        ops.linear(f"{name}.o_proj", "o", y, "h", "a dv", group, bias),
+        ops.linear(f"{name}.o_proj", "o", "ao", "h", "a dv", group, bias),
         ops.release_names("q0", "kv.low", "kv.normed", "q.turned", "k.turned", "q", "k", "v", "o", x),
         *((ops.release_names("q.normed", "index.others", mask, *held),) if sparse else ()),
     )
 
 
-def copied_key(name: str) -> tuple[Op, ...]:
+def latent_queries(m: ModelSpec, name: str, x: str, bias: bool) -> tuple[Op, ...]:
+    """Return the queries `q0`, projected from their narrow vector, if the config has one, or from x."""
+    if not m.get("q_lora_rank"):
+        return (ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention"),)
+    return (
+        ops.linear(f"{name}.q_a_proj", x, "q.low", "ql", "h", "attention", bias),
+        *ops.rms_norm(f"{name}.q_a_layernorm", "q.low", "q.normed", "b s ql", "ql"),
+        ops.release_names("q.low"),
+        ops.linear(f"{name}.q_b_proj", "q.normed", "q0", "a d", "ql", "attention"),
+    )
+
+
+def expanded_keys(name: str) -> tuple[Op, ...]:
+    """Return values, and keys joined from the heads' own part and the part that all heads share (`k.turned`)."""
+    return (
+        ops.linear(f"{name}.kv_b_proj", "kv.normed", "kv", "a dkv", "kl", "attention"),
+        ops.view(f"{name}.kv_heads", "kv", "kv.heads", "b s a dkv", gradient="new"),
+        ops.split(f"{name}.expand_kv", "kv.heads", (Tensor("k.pass", "b s a dn"), Tensor("v", _VALUES))),
+        ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
+        *_copied_key(name),
+    )
+
+
+def _copied_key(name: str) -> tuple[Op, ...]:
     """Return the key, joined from `k.pass` and `k.shared` in the values' dtype.
 
     Source: torch 2.13 torch/csrc/autograd/functions/tensor.cpp CopySlices::apply, CopyBackwards::apply.
@@ -194,15 +196,15 @@ def copied_key(name: str) -> tuple[Op, ...]:
         Op(
             f"{name}.copy_pass",
             ("k.pass",),
-            (Tensor("k.begun", _Q, "=k.pass"),),
-            scratch_back=(Scratch(Tensor("gradient of the whole", _Q, "=k.pass")),),
+            (Tensor("k.begun", QUERIES, "=k.pass"),),
+            scratch_back=(Scratch(Tensor("gradient of the whole", QUERIES, "=k.pass")),),
             gradient="own",
             source=source,
         ),
         Op(
             f"{name}.copy_rotated",
             ("k.begun", "k.shared"),
-            (Tensor("k", _Q),),
+            (Tensor("k", QUERIES),),
             scratch_back=(Scratch(Tensor("zeros", "b s a rot", "=k.begun")),),
             gradient="own",
             view=True,
@@ -223,11 +225,11 @@ def attend(name: str, m: ModelSpec, wiring: Wiring, mask: str, joined: bool = Tr
     match wiring.masked if wiring.has_mask() else wiring.backend:
         case "flash" | "flash_2" if same_width:
             heads = attention(name, "q", "k", "v", "o.heads", wiring, False)
-            return (*heads, ops.copy(f"{name}.contiguous", "o.heads", "o", _Q))
+            return (*heads, ops.copy(f"{name}.contiguous", "o.heads", "o", QUERIES))
         case "eager" | "math":
             flat = (*((f"{name}.q_flat",) if joined else ()), f"{name}.k_flat")
             return tuple(
-                ops.view(op.name, op.reads[0], op.writes[0].name, _Q) if op.name in flat else op for op in kernel
+                ops.view(op.name, op.reads[0], op.writes[0].name, QUERIES) if op.name in flat else op for op in kernel
             )
         case _:
             return kernel

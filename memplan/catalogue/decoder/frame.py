@@ -1,4 +1,4 @@
-"""A decoder's frame: inputs and masks, the operations before and after the layers, and the runs of equal layers."""
+"""A decoder's frame: inputs and masks, the operations before and after the layers, blocks, and runs of equal layers."""
 
 from __future__ import annotations
 
@@ -7,10 +7,19 @@ from collections.abc import Callable
 from memplan.catalogue.attention.attention import mask, mask_name
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import positions, rotary_table
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Run, Tensor, Weight
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
+
+Ops = tuple[Op, ...]
+Norm = Callable[[str, str, str, str, str], Ops]  # name, input, output, shape, axis of the weight
+Branch = Callable[[str, str, str], Ops]  # name, input, output
+
+FULL, BOTH = (False,), (False, True)  # kinds of layers: without and with a sliding window
+PRE_NORM = ("input_layernorm", "", "post_attention_layernorm", "")
+LOCAL = {"cos": "cos.local", "sin": "sin.local"}  # names of the sliding layers' rotary table, if they have their own
 
 
 def inputs(padded: bool) -> Op:
@@ -32,7 +41,7 @@ def lm_head(x: str, tied_to: str = "", bias: bool = False) -> Op:
     return op._replace(weights=(tied, *op.weights[1:]), keeps=keeps)
 
 
-def masks(wiring: Wiring, x: str, sliding: bool = False) -> tuple[Op, ...]:
+def masks(wiring: Wiring, x: str, sliding: bool = False) -> Ops:
     """Return the mask of the full or of the sliding layers, if one is built.
 
     Without padding sdpa builds a single mask for the batch: for a sliding window, or for a static cache's full length.
@@ -48,44 +57,77 @@ def masks(wiring: Wiring, x: str, sliding: bool = False) -> tuple[Op, ...]:
     return (Op(name, (), (Tensor(name, "s s", dtype),), scratch=parts, source="transformers 5.24 masking_utils.py"),)
 
 
+def masks_of(wiring: Wiring, kinds: tuple[bool, ...]) -> Ops:
+    """Return the masks of several kinds of layers."""
+    return tuple(op for kind in kinds for op in masks(wiring, "embeds", kind))
+
+
+def rotary_tables(local: bool = False, dtype: str = "") -> Ops:
+    """Return the rotary table, and if `local` the sliding layers' own table."""
+    table = rotary_table("embeds", dtype=dtype)
+    if not local:
+        return table
+    buffers = tuple(w._replace(name=f"{w.name}.local") for w in table[0].weights)
+    local_names = {t.name: f"{t.name}.local" for op in table for t in op.writes}
+    return (*table, *renamed((table[0]._replace(weights=buffers), *table[1:]), local_names))
+
+
+def table_names(local: bool = False) -> tuple[str, ...]:
+    """Return the names of `rotary_tables`."""
+    return (*LOCAL, *(LOCAL.values() if local else ()))
+
+
 def before(
     wiring: Wiring,
-    sliding: tuple[bool, ...] = (False,),
-    embedded: tuple[Op, ...] = (),
-    table_dtype: str = "",
-    rotary: bool = True,
-) -> tuple[Op, ...]:
+    kinds: tuple[bool, ...] = FULL,
+    *,
+    embedded: Ops = (),
+    table: Ops | None = None,
+    made: Ops | None = None,
+) -> Ops:
     """Return the operations before the first block.
 
-    sliding   the kinds of layers in the model
+    kinds     kinds of layers whose masks are made: without and with a sliding window
     embedded  replaces plain embeddings
-    rotary    heads are rotated, with one table for all layers
+    table     replaces the rotary table
+    made      replaces the masks
     """
     return (
         inputs(wiring.padded),
         *(embedded or (ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),)),
         positions(),
-        *(op for kind in sliding for op in masks(wiring, "embeds", kind)),
-        *(rotary_table("embeds", dtype=table_dtype) if rotary else ()),
+        *(masks_of(wiring, kinds) if made is None else made),
+        *(rotary_tables() if table is None else table),
     )
 
 
-def after(
+def after(  # noqa: PLR0913 (each is a way in which families differ)
     m: ModelSpec,
     wiring: Wiring,
-    sliding: tuple[bool, ...] = (False,),
-    bias: bool = False,
-    norm: Callable[[str, str, str, str, str], tuple[Op, ...]] = ops.rms_norm,
-    rotary: bool = True,
+    kinds: tuple[bool, ...] = FULL,
+    *,
+    norm: Norm = ops.rms_norm,
     name: str = "model.norm",
-) -> tuple[Op, ...]:
-    """Return the last norm and the output projection. `rotary` as in `before`."""
-    mask_names = [op.name for kind in sliding for op in masks(wiring, "embeds", kind)]
-    table = ("cos", "sin") if rotary else ()
+    last: Ops = (),
+    bias: bool = False,
+    table: tuple[str, ...] = tuple(LOCAL),
+    made: Ops | None = None,
+    embedding: str = "model.embed_tokens",
+    held: str = "embeds",
+) -> Ops:
+    """Return the last norm and the output projection.
+
+    kinds, made  as in `before`
+    name, last   the last norm's name; the operations in place of it
+    table        names of the rotary table
+    embedding    name of the embedding, whose weight the head may use
+    held         the embeddings that the model's frame references
+    """
+    mask_names = (op.name for op in (masks_of(wiring, kinds) if made is None else made))
     return (
-        *norm(name, "x", "n", "b s h", "h"),
-        ops.release_names("x", "embeds", "positions", *table, *mask_names),
-        lm_head("n", "model.embed_tokens.weight" if m.tie_word_embeddings else "", bias),
+        *(last or norm(name, "x", "n", "b s h", "h")),
+        ops.release_names("x", held, "positions", *table, *mask_names),
+        lm_head("n", f"{embedding}.weight" if m.tie_word_embeddings else "", bias),
     )
 
 
@@ -95,33 +137,54 @@ def returned(wiring: Wiring) -> tuple[str, ...]:
 
 
 def decoder_block(
-    attention_ops: tuple[Op, ...],
-    mlp_ops: tuple[Op, ...],
-    branch: Callable[[str, str, str], tuple[Op, ...]] | None = None,
-    norm: Callable[[str, str, str, str, str], tuple[Op, ...]] = ops.rms_norm,
-    norms: tuple[str, str] = ("input_layernorm", "post_attention_layernorm"),
+    attention_ops: Ops,
+    mlp_ops: Ops,
+    *,
+    norm: Norm = ops.rms_norm,
+    norms: tuple[str, str, str, str] = PRE_NORM,
+    branch: Branch | None = None,
     held: tuple[str, ...] = (),
+    first_held: tuple[str, ...] = (),
 ) -> Block:
-    """Return a block: norm, attention from `n1` to `ao`, residual; norm, MLP from `n2` to `mo`, residual.
+    """Return a block: norm, attention to `ao`, norm, residual; norm, MLP to `mo`, norm, residual.
 
-    `branch(name, x, y)` transforms each branch before it is added. `held` tensors live to the end of the block.
+    norms       names of the four norms; empty for a norm that the block does not have. Attention reads `n1` and the
+                MLP `n2`, or `x` and `x1` without a norm before them
+    branch      changes each branch before it is added
+    held        tensors that live to the end of the block; `first_held` are released before them
     """
-    ao, mo = ("ao", "mo") if branch is None else ("ao.branch", "mo.branch")
+    before_attention, after_attention, before_mlp, after_mlp = norms
+
+    def ended(name: str, x: str, end: str) -> tuple[str, Ops, Ops]:
+        """Return what is added, the operations that make it, and those after it is added."""
+        if end:
+            return f"{x}.normed", (*norm(end, x, f"{x}.normed", "b s h", "h"), ops.release_names(x)), ()
+        if branch:
+            return f"{x}.branch", branch(name, x, f"{x}.branch"), (ops.release_names(x),)
+        return x, (), ()
+
+    ao, attention_end, released = ended("attention_branch", "ao", after_attention)
+    mo, mlp_end, _ = ended("mlp_branch", "mo", after_mlp)
     return Block(
         "model.layers",
         (
-            *norm(norms[0], "x", "n1", "b s h", "h"),
+            *(norm(before_attention, "x", "n1", "b s h", "h") if before_attention else ()),
             *attention_ops,
-            *(branch("attention_branch", "ao", ao) if branch else ()),
+            *attention_end,
             ops.add("residual_1", "x", ao, "x1", "b s h"),
-            *((ops.release_names("ao"),) if branch else ()),
-            *norm(norms[1], "x1", "n2", "b s h", "h"),
+            *released,
+            *(norm(before_mlp, "x1", "n2", "b s h", "h") if before_mlp else ()),
             *mlp_ops,
-            *(branch("mlp_branch", "mo", mo) if branch else ()),
+            *mlp_end,
             ops.add("residual_2", "x1", mo, "y", "b s h"),
-            ops.release_names("positions", *(("mo",) if branch else ()), *held),
+            ops.release_names(*first_held, "positions", *(("mo",) if branch else ()), *held),
         ),
     )
+
+
+def local(block: Block) -> Block:
+    """Return the block using the sliding layers' rotary table."""
+    return block._replace(ops=renamed(block.ops, LOCAL))
 
 
 def runs(m: ModelSpec, block: Callable[[Layer], Block]) -> tuple[Run, ...]:

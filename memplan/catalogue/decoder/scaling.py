@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memplan.catalogue.kernels import ops
 from memplan.core.ir import Op, Tensor, Weight
+from memplan.models.model import ModelSpec
+
+
+def scaled_branches(m: ModelSpec) -> Callable[[str, str, str], tuple[Op, ...]]:
+    return scaled_branch
 
 
 def scaled_embeddings() -> tuple[Op, ...]:
@@ -24,8 +31,9 @@ def scaled_logits(last: tuple[Op, ...]) -> tuple[Op, ...]:
     return (*last[:-1], unscaled, ops.scale("logits_scaling", "unscaled_logits", "logits", "b s v"))
 
 
-def scaled_embedding(name: str = "model.embed_tokens") -> Op:
+def scaled_embedding() -> Op:
     """Return an embedding whose module multiplies the rows it looks up by a scale stored as a buffer."""
+    name = "model.embed_tokens"
     lookup = ops.embedding(name, "ids", "embeds", "v", "h")
     scale = Weight(f"{name}.embed_scale", "", "buffer", "fp32", False)
     unscaled = Tensor("unscaled", "b s h", f"={lookup.weights[0].name}")

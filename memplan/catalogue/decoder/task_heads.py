@@ -22,7 +22,7 @@ def labels_of(m: ModelSpec) -> Tensor:
             return Tensor("labels", "b", "fp32" if m.num_labels == 1 else "int64")
 
 
-def decoder(name: str, x: str, tied_to: str, bias: str = "", tokens: str = "s") -> Op:
+def vocabulary_projection(name: str, x: str, tied_to: str, bias: str = "", tokens: str = "s") -> Op:
     """Return the projection to the vocabulary, with the embeddings' weight and its own bias, named `bias`."""
     op = ops.linear(name, x, "logits", "v", "h", "lm_head")
     own_name = op.weights[0].name
@@ -37,13 +37,13 @@ def decoder(name: str, x: str, tied_to: str, bias: str = "", tokens: str = "s") 
 def language_model_loss(tokens: str = "s") -> tuple[Op, ...]:
     """Return cross entropy of all logits. A decoder (`t` tokens) no longer holds its last block's output."""
     held = ("logits", "x") if tokens == "s" else ("logits",)
-    return (*nll("loss", "logits", "log_probs", "labels", f"b {tokens} v", "loss"), ops.release_names(*held))
+    return (*nll("loss", "logits", "log_probs", "labels", f"b {tokens} v"), ops.release_names(*held))
 
 
 def class_loss(m: ModelSpec, shape: str = "b c") -> tuple[Op, ...]:
     """Return cross entropy of the classes, or for a single class its squared error, which keeps both inputs."""
     if m.num_labels > 1 or shape != "b c":
-        return (*nll("loss", "logits", "log_probs", "labels", shape, "loss"), ops.release_names("logits", "x"))
+        return (*nll("loss", "logits", "log_probs", "labels", shape), ops.release_names("logits", "x"))
     kept = (Keep("logits", "logits"), Keep("labels", "logits"))
     error = Op("loss.mse", ("logits", "labels"), (Tensor("loss"),), (), kept, source=f"{ops.DERIVATIVES}: mse_loss")
     return (error, ops.release_names("logits", "x"))
@@ -81,15 +81,11 @@ def dense(name: str, x: str, y: str, out: str, into: str, tokens: bool = False) 
     return ops.linear(name, x, y, out, into, "head", bias=True, lead="b s" if tokens else "b", flat=not tokens)
 
 
-def tanh(name: str, x: str, y: str, shape: str) -> Op:
-    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: tanh")
-
-
 def pooler(name: str, x: str, out: str = "h") -> tuple[Op, ...]:
     """Return `pooled`, computed from the first token of x."""
     return (
         first_token(f"{name}.first", x, "first"),
         dense(f"{name}.dense", "first", "pooled.dense", out, "h"),
-        tanh(f"{name}.activation", "pooled.dense", "pooled", f"b {out}"),
+        ops.keeping_output(f"{name}.activation", "pooled.dense", "pooled", f"b {out}", "tanh"),
         ops.release_names("first"),
     )

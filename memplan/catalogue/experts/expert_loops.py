@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from memplan.catalogue.experts.experts import gather_rows, stack, weighed
+from memplan.catalogue.experts.experts import stack, weighed
 from memplan.catalogue.experts.routers import CHOSEN, PAIRS, SCORES
 from memplan.catalogue.kernels import ops
 from memplan.core.errors import ConfigError
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 from memplan.models.model import ModelSpec
 
-AS_MODULES = ("mixtral", "olmoe", "qwen2_moe", "qwen3_moe")  # also modelled for transformers before 5
 MOST_EXPERTS = 512  # in a layer, if looped over; no model in use has more than 160
 MOST_MODULES = 16_384  # in all layers; no model in use has more than 12,032
 ROWS = "routed"
@@ -59,9 +58,9 @@ def loop(x: str, y: str, name: str, experts: Sequence[Expert], each: str = ROWS,
         places, added = f"{t}.places", f"{t}.sum"
         operations += (
             Op(f"{n}.where", ("experts.mask",), (Tensor(places, f"2 {each}", "int64"),), gradient="none"),
-            gather_rows(f"{n}.gather", x, places, f"{t}.in", rows),
+            ops.index(f"{n}.gather", x, places, f"{t}.in", rows),
             *expert(n, t),
-            gather_rows(f"{n}.scores", SCORES, places, f"{t}.scores", each),
+            ops.index(f"{n}.scores", SCORES, places, f"{t}.scores", each),
             weighed(n, f"{t}.out", f"{t}.scores", f"{t}.weighted", rows),
             ops.cast(f"{n}.cast", f"{t}.weighted", f"{t}.added", rows, f"={x}"),
             Op(
@@ -116,7 +115,7 @@ def modules(x: str, y: str, number: int, used: int, name: str = "mlp.experts") -
             mask = Tensor(f"{t}.{part}", PAIRS, "bool")
             operations.append(Op(f"{n}.{part}", (CHOSEN,), (mask,), gradient="none"))
             if part == "picked":
-                operations.append(gather_rows(f"{n}.pick", rows, mask.name, f"{t}.in", f"{ROWS} h"))
+                operations.append(ops.index(f"{n}.pick", rows, mask.name, f"{t}.in", f"{ROWS} h"))
                 operations += _module(n, t, i < used)
         result = f"{t}.all"
         operations.append(

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from memplan.catalogue.experts.routers import CHOSEN, HELD, PAIRS, SCORES, sigmoid
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import power, relu
-from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+from memplan.core.ir import Keep, Op, Tensor, Weight
 
 _MOE = "transformers 5.24 integrations/moe.py"
 
@@ -23,6 +23,16 @@ _MOE = "transformers 5.24 integrations/moe.py"
 def mixture(x: str, routed: tuple[Op, ...], expert_ops: tuple[Op, ...], leaves: bool = True) -> tuple[Op, ...]:
     """Return the router, then the experts. `leaves`: the module returns right after them."""
     return (*routed, *expert_ops, *((ops.release_names(*HELD, x),) if leaves else ()))
+
+
+def scaled_and_shared(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """Scale the output of the `chosen` experts, and add the `shared` expert's."""
+    return (
+        ops.scale(f"{name}.scale", "chosen", "experts.scaled", "b s h"),
+        ops.release_names("chosen"),
+        ops.add(f"{name}.add", "experts.scaled", "shared", y, "b s h"),
+        ops.release_names("experts.scaled", "shared", *HELD, x),
+    )
 
 
 def stack(name: str, shape: str, rows: int, stands_for: tuple[str, ...]) -> Weight:
@@ -88,9 +98,9 @@ def experts(
             source=_MOE,
         ),
         Op(f"{name}.token", (t["order"],), (Tensor(t["token"], PAIRS, "int64"),), gradient="none"),
-        gather_rows(f"{name}.gather", x, t["token"], t["rows"], rows_shape),
+        ops.index(f"{name}.gather", x, t["token"], t["rows"], rows_shape),
         ops.release_names(t["token"]),
-        gather_rows(f"{name}.scores", SCORES, t["order"], t["scores"], PAIRS),
+        ops.index(f"{name}.scores", SCORES, t["order"], t["scores"], PAIRS),
         Op(f"{name}.ids", (t["ids"],), (Tensor(t["counted"], PAIRS, "int32"),), gradient="none"),
         Op(f"{name}.count", (t["counted"],), (Tensor(t["counts"], "E", "int32"),), gradient="none"),
         Op(f"{name}.cumsum", (t["counts"],), (Tensor(t["offsets"], "E", "int32"),), gradient="none"),
@@ -110,7 +120,7 @@ def experts(
             scratch=(Tensor("arange", PAIRS, "int64"),),
             gradient="none",
         ),
-        gather_rows(f"{name}.reorder", t["weighted"], t["places"], t["ordered"], rows_shape),
+        ops.index(f"{name}.reorder", t["weighted"], t["places"], t["ordered"], rows_shape),
         Op(
             f"{name}.sum",
             (t["ordered"],),
@@ -128,16 +138,7 @@ def experts(
 def of_each(w: Weight, out: str, y: str) -> tuple[Op, ...]:
     """Gather the bias of each row's expert."""
     bias = Weight(f"{w.name}_bias", f"E {out}", "mlp", rows=1, chosen="e")
-    return (
-        Op(
-            f"{w.name}.bias_of_each",
-            ("experts.ids",),
-            (Tensor(y, f"{PAIRS} {out}", f"={bias.name}"),),
-            (bias,),
-            (Keep("experts.ids", bias.name),),
-            source=f"{ops.DERIVATIVES}: index",
-        ),
-    )
+    return (ops.lookup(f"{w.name}.bias_of_each", "experts.ids", y, f"{PAIRS} {out}", bias, "index"),)
 
 
 def add_of_each(w: Weight, x: str, bias: str, y: str, out: str) -> tuple[Op, ...]:
@@ -184,12 +185,6 @@ def clamped_gate(name: str, x: str, y: str, shape: str, slices: bool = False) ->
 _KEPT = ("ids", "order", "rows", "scores", "counted", "counts", "offsets", "down", "places", "ordered")
 
 
-def gather_rows(name: str, x: str, indices: str, y: str, shape: str) -> Op:
-    return Op(
-        name, (x, indices), (Tensor(y, shape, f"={x}"),), (), (Keep(indices, x),), source=f"{ops.DERIVATIVES}: index"
-    )
-
-
 def gated(name: str, x: str, y: str) -> tuple[Op, ...]:
     """Return `act(gate) * up` of the two halves of x, whose gradients are joined."""
     shape, gate, up, act = f"{PAIRS} m", f"{y}.gate", f"{y}.up", f"{y}.act"
@@ -212,12 +207,4 @@ def relu_squared(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
 
 def weighed(name: str, x: str, scores: str, y: str, shape: str = f"{PAIRS} h") -> Op:
     """Multiply each row by its score. Backward sums a full-size product with x for the gradient of the scores."""
-    return Op(
-        f"{name}.weigh",
-        (x, scores),
-        (Tensor(y, shape),),
-        (),
-        (Keep(scores, x), Keep(x, scores)),
-        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), scores, summed=True),),
-        source=f"{ops.DERIVATIVES}: mul.Tensor",
-    )
+    return ops.spread(f"{name}.weigh", x, scores, y, shape, summed=True)

@@ -19,6 +19,11 @@ def hold_router_logits(op: Op) -> Op:
     return op._replace(holds="forward") if any(t.name == "router.logits" for t in op.writes) else op
 
 
+def without_adapter_targets(router: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Return the router's ops without the linear-layer names by which peft would find its parameters."""
+    return tuple(op._replace(weights=tuple(w._replace(stands_for=()) for w in op.weights)) for op in router)
+
+
 def gate(
     name: str, x: str, y: str = "router.logits", stands_for: tuple[str, ...] = ("gate",), matrix: bool = False
 ) -> Op:
@@ -28,23 +33,31 @@ def gate(
     return product._replace(weights=(weight,))
 
 
-def top_k(name: str, x: str, values: str, indices: str = CHOSEN) -> Op:
+def fp32_gate(name: str, x: str, autocast: str = "lower") -> tuple[Op, ...]:
+    """Return one logit per expert, from x in fp32 and an fp32 weight."""
+    product = gate(name, "router.x")
+    return (
+        ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),
+        product._replace(weights=(product.weights[0]._replace(dtype="fp32"),), autocast=autocast),
+        ops.release_names("router.x"),
+    )
+
+
+def top_k(name: str, x: str, values: str) -> Op:
     """Return the `e` largest of a token's `E` numbers. The gradient has all `E` again."""
     return Op(
         name,
         (x,),
-        (Tensor(values, PAIRS, f"={x}"), Tensor(indices, PAIRS, "int64")),
+        (Tensor(values, PAIRS, f"={x}"), Tensor(CHOSEN, PAIRS, "int64")),
         (),
-        (Keep(indices, x),),
+        (Keep(CHOSEN, x),),
         source=f"{ops.DERIVATIVES}: topk",
     )
 
 
 def gathered(name: str, x: str, indices: str, y: str) -> Op:
     """Gather a token's numbers, out of `E`, at its chosen experts."""
-    return Op(
-        name, (x, indices), (Tensor(y, PAIRS, f"={x}"),), (), (Keep(indices, x),), source=f"{ops.DERIVATIVES}: gather"
-    )
+    return ops.with_constant(name, x, indices, y, PAIRS, "gather", f"={x}")
 
 
 def normalised(name: str, x: str, y: str) -> tuple[Op, ...]:
@@ -62,13 +75,6 @@ def normalised(name: str, x: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def masked(name: str, x: str, mask: str, y: str, shape: str) -> Op:
-    """Return `x.masked_fill(mask, 0)`, which keeps the mask."""
-    return Op(
-        name, (x, mask), (Tensor(y, shape, f"={x}"),), (), (Keep(mask, x),), source=f"{ops.DERIVATIVES}: masked_fill"
-    )
-
-
 def sigmoid(name: str, x: str, y: str, shape: str) -> Op:
     """Return a sigmoid, which keeps its output."""
     return Op(name, (x,), (Tensor(y, shape, f"={x}"),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: sigmoid")
@@ -80,14 +86,7 @@ def divided(name: str, x: str, y: str, by: str = "sum") -> tuple[Op, ...]:
     kept = (Keep(x, x), Keep(total, x)) if by == "norm" else ()
     return (
         Op(f"{name}.{by}", (x,), (Tensor(total, "b s 1", f"={x}"),), (), kept, source=f"{ops.DERIVATIVES}: {by}"),
-        Op(
-            name,
-            (x, total),
-            (Tensor(y, PAIRS),),
-            (),
-            (Keep(total, x), Keep(x, total), Keep(total, total)),
-            source=f"{ops.DERIVATIVES}: div.Tensor",
-        ),
+        ops.divide(name, x, total, y, PAIRS),
         ops.release_names(total, x),
     )
 
@@ -139,7 +138,7 @@ def late_softmax_router(name: str, x: str) -> tuple[Op, ...]:
     )
 
 
-def sigmoid_router(name: str, x: str, bias: str, normalise: bool = True) -> tuple[Op, ...]:
+def sigmoid_router(name: str, x: str, bias: str) -> tuple[Op, ...]:
     """Return sigmoids in fp32. A bias, the buffer `bias`, is used to choose the largest but not in their scores.
 
     Source: transformers 5.24 models/minimax_m2/modeling_minimax_m2.py MiniMaxM2TopKRouter.
@@ -152,26 +151,20 @@ def sigmoid_router(name: str, x: str, bias: str, normalise: bool = True) -> tupl
         _biased(name, scores, bias),
         top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
         gathered(f"{name}.gather", scores, CHOSEN, "router.picked"),
-        *(normalised(f"{name}.normalise", "router.picked", SCORES) if normalise else ()),
+        *normalised(f"{name}.normalise", "router.picked", SCORES),
         ops.release_names(scores, "router.biased", "router.top"),
     )
 
 
-def grouped_router(name: str, x: str, normalise: bool, wide: bool = True) -> tuple[Op, ...]:
-    """Return a sigmoid router that chooses only from the best groups of experts and scales the scores.
-
-    `wide`: the product is in fp32.
+def grouped_router(name: str, x: str, normalise: bool) -> tuple[Op, ...]:
+    """Return an fp32 sigmoid router that chooses only from the best groups of experts and scales the scores.
 
     Source: transformers 5.24 models/glm4_moe/modeling_glm4_moe.py Glm4MoeTopkRouter.
     """
     scores, shape, choice = "router.sigmoids", "b s E", "router.choice"
-    product = gate(name, "router.x" if wide else x)
-    weight = product.weights[0]._replace(dtype="fp32") if wide else product.weights[0]
     unscaled = "router.normal" if normalise else "router.picked"
     return (
-        *((ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),) if wide else ()),
-        product._replace(weights=(weight,)),
-        *((ops.release_names("router.x"),) if wide else ()),
+        *fp32_gate(name, x),
         sigmoid(f"{name}.sigmoid", "router.logits", scores, shape),
         _biased(name, scores, f"{name}.e_score_correction_bias"),
         Op(
@@ -196,6 +189,38 @@ def grouped_router(name: str, x: str, normalise: bool, wide: bool = True) -> tup
     )
 
 
+def scaled_softmax_router(name: str, x: str, limited: bool) -> tuple[Op, ...]:
+    """Return an fp32 softmax over all experts, then the largest scores, scaled.
+
+    `limited`: experts are selected from the best groups only; the scores of the other groups are set to 0.
+
+    Source: transformers 5.24 models/deepseek_v2/modeling_deepseek_v2.py DeepseekV2TopkRouter.
+    """
+    shape, probs, top = "b s E", "router.probs", "router.top"
+    scores = "router.limited" if limited else probs
+    groups = (
+        Op(
+            f"{name}.groups",
+            (probs,),
+            (Tensor("router.mask", shape, "fp32"),),
+            scratch=(Tensor("groups", "b s G", "fp32"), Tensor("their best", "b s G", "int64")),
+            gradient="none",
+            source="transformers 5.24 models/deepseek_v2/modeling_deepseek_v2.py DeepseekV2TopkRouter",
+        ),
+        Op(f"{name}.others", ("router.mask",), (Tensor("router.others", shape, "bool"),), gradient="none"),
+        ops.masked_fill(f"{name}.masked_fill", probs, "router.others", scores, shape),
+        ops.release_names("router.others"),
+    )
+    return (
+        *fp32_gate(name, x),
+        *ops.softmax(f"{name}.softmax", "router.logits", probs, shape, "fp32"),
+        *(groups if limited else ()),
+        top_k(f"{name}.topk", scores, top),
+        ops.scale(f"{name}.scale", top, SCORES, PAIRS),
+        ops.release_names(probs, scores, top, *(("router.mask",) if limited else ())),
+    )
+
+
 def sparse_mixer(name: str, x: str) -> tuple[Op, ...]:
     """Return two experts, drawn one after the other, each by a softmax over the logits near the largest.
 
@@ -207,22 +232,11 @@ def sparse_mixer(name: str, x: str) -> tuple[Op, ...]:
     return (
         product._replace(weights=(product.weights[0]._replace(returns_more=True),)),
         *_draw(name, logits, "first"),
-        Op(
-            f"{name}.scatter",
-            (logits, "first.chosen"),
-            (Tensor("second.logits", shape, f"={logits}"),),
-            (),
-            (Keep("first.chosen", logits),),
-            source=f"{ops.DERIVATIVES}: scatter.value",
+        ops.with_constant(
+            f"{name}.scatter", logits, "first.chosen", "second.logits", shape, "scatter.value", f"={logits}"
         ),
         *_draw(name, "second.logits", "second"),
-        Op(
-            f"{name}.cat",
-            ("first.score", "second.score"),
-            (Tensor(SCORES, PAIRS, f"={logits}"),),
-            gradient="same",
-            source=f"{ops.DERIVATIVES}: cat",
-        ),
+        ops.cat(f"{name}.cat", ("first.score", "second.score"), SCORES, PAIRS, dtype=f"={logits}"),
         Op(f"{name}.cat_chosen", ("first.chosen", "second.chosen"), (Tensor(CHOSEN, PAIRS, "int64"),), gradient="none"),
         ops.release_names(
             *(f"{t}.{part}" for t in ("first", "second") for part in ("chosen", "gates", "own", "score", "mask"))
@@ -244,14 +258,7 @@ def _draw(name: str, x: str, t: str) -> tuple[Op, ...]:
             scratch=tuple(Tensor(part, shape, like) for part in ("factor", "distance", "share")),
             gradient="none",
         ),
-        Op(
-            f"{name}.{t}.masked_fill",
-            (x, f"{t}.mask"),
-            (Tensor(f"{t}.near", shape, like),),
-            (),
-            (Keep(f"{t}.mask", x),),
-            source=f"{ops.DERIVATIVES}: masked_fill.Scalar",
-        ),
+        ops.with_constant(f"{name}.{t}.masked_fill", x, f"{t}.mask", f"{t}.near", shape, "masked_fill.Scalar", like),
         Op(
             f"{name}.{t}.draw",
             (f"{t}.near",),
@@ -294,12 +301,10 @@ def biased_softmax_router(name: str, x: str) -> tuple[Op, ...]:
 
     Source: transformers 5.24 models/ernie4_5_moe/modeling_ernie4_5_moe.py Ernie4_5_MoeTopKRouter.
     """
-    probs, shape, product = "router.probs", "b s E", gate(name, "router.x")
+    probs, shape = "router.probs", "b s E"
     bias = Weight(f"{name}.moe_statics.e_score_correction_bias", "E", "router", "fp32", False)
     return (
-        ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),
-        product._replace(weights=(product.weights[0]._replace(dtype="fp32"),), autocast=""),
-        ops.release_names("router.x"),
+        *fp32_gate(name, x, autocast=""),
         *ops.softmax(f"{name}.softmax", "router.logits", probs, shape),
         Op(f"{name}.bias", (probs,), (Tensor("router.biased", shape, "fp32"),), (bias,), gradient="none"),
         top_k(f"{name}.topk", "router.biased", "router.top")._replace(gradient="none"),
@@ -314,18 +319,7 @@ def biased_softmax_router(name: str, x: str) -> tuple[Op, ...]:
             (Keep("router.total", "router.total"),),
             source=f"{ops.DERIVATIVES}: clamp",
         ),
-        Op(
-            f"{name}.normalise",
-            ("router.picked", "router.least"),
-            (Tensor("router.normal", PAIRS),),
-            (),
-            (
-                Keep("router.least", "router.picked"),
-                Keep("router.picked", "router.least"),
-                Keep("router.least", "router.least"),
-            ),
-            source=f"{ops.DERIVATIVES}: div.Tensor",
-        ),
+        ops.divide(f"{name}.normalise", "router.picked", "router.least", "router.normal", PAIRS),
         ops.cast(f"{name}.cast", "router.normal", SCORES, PAIRS, f"={x}"),
         ops.release_names(probs, "router.top", "router.picked", "router.normal", "router.total", "router.least"),
     )

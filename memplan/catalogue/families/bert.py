@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from functools import partial
 
-from memplan.catalogue.attention.attention import attention
+from memplan.catalogue.attention.attention import QUERIES, attention
 from memplan.catalogue.decoder.frame import masks, returned
 from memplan.catalogue.decoder.task_heads import (
     class_loss,
-    decoder,
     dense,
     first_token,
     labels_of,
     language_model_loss,
     mean_loss,
     pooler,
-    tanh,
+    vocabulary_projection,
 )
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import activation, dropped, drops
@@ -23,7 +22,6 @@ from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
 
-_Q = "b s a d"
 _SOURCE = "transformers 5.24 models/bert/modeling_bert.py BertEmbeddings"
 
 
@@ -144,8 +142,8 @@ def plain_attention_ops(
     flatten_query, flatten_key = (ops.view if is_view else ops.copy for is_view in (one, laid))
     steps = ["scaled", *(f"with.{a}" for a in added)]
     return (
-        flatten_query(f"{n}.q_flat", "q", "q.flat", _Q)._replace(autocast="lower"),
-        flatten_key(f"{n}.k_flat", "k", "k.flat", _Q)._replace(autocast="lower"),
+        flatten_query(f"{n}.q_flat", "q", "q.flat", QUERIES)._replace(autocast="lower"),
+        flatten_key(f"{n}.k_flat", "k", "k.flat", QUERIES)._replace(autocast="lower"),
         ops.matmul(f"{n}.scores", "q.flat", "k.flat", "scores", scores),
         ops.scale(f"{n}.scaling", "scores", "scaled", scores),
         *(
@@ -154,9 +152,9 @@ def plain_attention_ops(
         ),
         *ops.softmax(f"{n}.softmax", steps[-1], "probs.whole", scores),
         *dropped(f"{n}.dropout", "probs.whole", "probs", scores, drop),
-        flatten_key(f"{n}.v_flat", "v", "v.flat", _Q)._replace(autocast="lower"),
-        ops.matmul(f"{n}.product", "probs", "v.flat", "heads", _Q),
-        ops.copy(f"{n}.contiguous", "heads", "o", _Q, gradient="new"),
+        flatten_key(f"{n}.v_flat", "v", "v.flat", QUERIES)._replace(autocast="lower"),
+        ops.matmul(f"{n}.product", "probs", "v.flat", "heads", QUERIES),
+        ops.copy(f"{n}.contiguous", "heads", "o", QUERIES, gradient="new"),
     )
 
 
@@ -167,9 +165,9 @@ def projections(name: str, x: str, wiring: Wiring, parts: tuple[str, str, str], 
     q, k, v = parts
     return (
         ops.linear(f"{name}.{q}", x, "q0", "a d", "h", "attention", bias),
-        ops.view(f"{name}.q_heads", "q0", "q", _Q, back),
+        ops.view(f"{name}.q_heads", "q0", "q", QUERIES, back),
         ops.linear(f"{name}.{k}", x, "k0", "a d", "h", "attention", bias),
-        ops.view(f"{name}.k_heads", "k0", "k", _Q, back),
+        ops.view(f"{name}.k_heads", "k0", "k", QUERIES, back),
         ops.linear(f"{name}.{v}", x, "v", "a d", "h", "attention", bias),
     )
 
@@ -217,7 +215,7 @@ def _head(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[tuple
                 first_token("classifier.first", "x", "first"),
                 *dropped("classifier.dropout", "first", "dropped", "b h", drop),
                 dense("classifier.dense", "dropped", "wide", "h", "h"),
-                tanh("classifier.tanh", "wide", "pooled", "b h"),
+                ops.keeping_output("classifier.tanh", "wide", "pooled", "b h", "tanh"),
                 *dropped("classifier.dropout_2", "pooled", "out", "b h", drop),
                 dense("classifier.out_proj", "out", "logits", "c", "h"),
                 ops.release_names("out"),
@@ -252,7 +250,7 @@ def _language_model(m: ModelSpec, body: str, roberta: bool) -> tuple[Op, ...]:
         ops.linear(f"{name}.dense", "x", "wide", "h", "h", "lm_head", bias=True),
         *act,
         ops.layer_norm(norm, "act", "n", "b s h", "h"),
-        decoder(names[0], "n", tied, names[1]),
+        vocabulary_projection(names[0], "n", tied, names[1]),
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import cached, mask
+from memplan.catalogue.attention.attention import QUERIES, SCORES, cached, mask
 from memplan.catalogue.decoder.frame import inputs, lm_head
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import dropped, drops
@@ -10,7 +10,6 @@ from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor
 from memplan.models.model import ModelSpec
 
-_Q, _SCORES = "b s a d", "b a s s"
 _BLOOM = "transformers 5.24 models/bloom/modeling_bloom.py"
 _MPT = "transformers 5.24 models/mpt/modeling_mpt.py"
 
@@ -62,32 +61,32 @@ def _bloom_block(m: ModelSpec, wiring: Wiring) -> Block:
 def _bloom_attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention") -> tuple[Op, ...]:
     return (
         ops.linear(f"{name}.query_key_value", "n1", "qkv", "qkv", "h", "attention", bias=True),
-        *(ops.view(f"{name}.{t}_select", "qkv", f"{t}.view", _Q, gradient="new") for t in "qkv"),
+        *(ops.view(f"{name}.{t}_select", "qkv", f"{t}.view", QUERIES, gradient="new") for t in "qkv"),
         *cached(name, wiring, (), tensors=("k.view", "v.view")),
         *(
             (ops.view if (wiring.has_one_query if t == "q" else wiring.is_head_major) else ops.copy)(
-                f"{name}.{t}_flat", f"{t}.view", t, _Q
+                f"{name}.{t}_flat", f"{t}.view", t, QUERIES
             )
             for t in "qkv"
         ),
         Op(
             f"{name}.baddbmm",
             ("alibi", "q", "k"),
-            (Tensor("scores", _SCORES, "=q"),),
+            (Tensor("scores", SCORES, "=q"),),
             (),
             (Keep("k", "q"), Keep("q", "k")),
-            scratch_back=(Scratch(Tensor("unscaled gradient", _Q, "=q")),),
+            scratch_back=(Scratch(Tensor("unscaled gradient", QUERIES, "=q")),),
             autocast="lower",
             product="matrix",
             source=f"{ops.DERIVATIVES}: baddbmm",
         ),
-        Op(f"{name}.add_mask", ("scores", "mask"), (Tensor("masked", _SCORES),), gradient="same"),
-        *ops.softmax(f"{name}.softmax", "masked", "softmax", _SCORES, "fp32"),
-        ops.cast(f"{name}.cast", "softmax", "probs.whole", _SCORES, "=q"),
-        *dropped(f"{name}.attention_dropout", "probs.whole", "probs", _SCORES, drops(m, "attention_dropout")),
-        _bmm(f"{name}.product", "probs", "v", "heads", _Q),
-        ops.view(f"{name}.permute", "heads", "permuted", _Q, gradient="new"),
-        (ops.view if wiring.has_one_query else ops.copy)(f"{name}.merge", "permuted", "o", _Q),
+        Op(f"{name}.add_mask", ("scores", "mask"), (Tensor("masked", SCORES),), gradient="same"),
+        *ops.softmax(f"{name}.softmax", "masked", "softmax", SCORES, "fp32"),
+        ops.cast(f"{name}.cast", "softmax", "probs.whole", SCORES, "=q"),
+        *dropped(f"{name}.attention_dropout", "probs.whole", "probs", SCORES, drops(m, "attention_dropout")),
+        _bmm(f"{name}.product", "probs", "v", "heads", QUERIES),
+        ops.view(f"{name}.permute", "heads", "permuted", QUERIES, gradient="new"),
+        (ops.view if wiring.has_one_query else ops.copy)(f"{name}.merge", "permuted", "o", QUERIES),
         ops.linear(f"{name}.dense", "o", "ao", "h", "a d", "attention", bias=True),
     )
 
@@ -167,31 +166,24 @@ def _mpt_attention(drop: bool, clipped: bool, wiring: Wiring, name: str = "attn"
     return (
         projected,
         *((clip,) if clipped else ()),
-        ops.split(f"{name}.chunk", "qkv", tuple(Tensor(f"{t}.part", _Q) for t in "qkv")),
-        *(ops.view(f"{name}.{t}_heads", f"{t}.part", t, _Q, gradients[t]) for t in "qkv"),
+        ops.split(f"{name}.chunk", "qkv", tuple(Tensor(f"{t}.part", QUERIES) for t in "qkv")),
+        *(ops.view(f"{name}.{t}_heads", f"{t}.part", t, QUERIES, gradients[t]) for t in "qkv"),
         *cached(name, wiring, ()),
         *(
-            (ops.view if wiring.is_head_major and t == "k" else ops.copy)(f"{name}.{t}_flat", t, f"{t}.flat", _Q)
+            (ops.view if wiring.is_head_major and t == "k" else ops.copy)(f"{name}.{t}_flat", t, f"{t}.flat", QUERIES)
             for t in "qk"
         ),
-        ops.matmul(f"{name}.scores", "q.flat", "k.flat", "scores", _SCORES),
-        ops.scale(f"{name}.scaling", "scores", "scaled", _SCORES),
-        Op(f"{name}.add_alibi", ("scaled", "alibi"), (Tensor("biased", _SCORES),), gradient="same"),
-        Op(
-            f"{name}.masked_fill",
-            ("biased", "mask"),
-            (Tensor("filled", _SCORES, "=biased"),),
-            (),
-            (Keep("mask", "biased"),),
-            source=f"{ops.DERIVATIVES}: masked_fill",
-        ),
-        *ops.softmax(f"{name}.softmax", "filled", "softmax", _SCORES),
-        ops.cast(f"{name}.cast", "softmax", "probs.whole", _SCORES, "=v"),
-        *dropped(f"{name}.attn_dropout", "probs.whole", "probs", _SCORES, drop),
-        (ops.view if wiring.is_head_major else ops.copy)(f"{name}.v_flat", "v", "v.flat", _Q),
-        ops.matmul(f"{name}.product", "probs", "v.flat", "heads", _Q),
-        ops.view(f"{name}.permute", "heads", "permuted", _Q, gradient="new"),
-        ops.copy(f"{name}.contiguous", "permuted", "o", _Q),
+        ops.matmul(f"{name}.scores", "q.flat", "k.flat", "scores", SCORES),
+        ops.scale(f"{name}.scaling", "scores", "scaled", SCORES),
+        Op(f"{name}.add_alibi", ("scaled", "alibi"), (Tensor("biased", SCORES),), gradient="same"),
+        ops.with_constant(f"{name}.masked_fill", "biased", "mask", "filled", SCORES, "masked_fill", "=biased"),
+        *ops.softmax(f"{name}.softmax", "filled", "softmax", SCORES),
+        ops.cast(f"{name}.cast", "softmax", "probs.whole", SCORES, "=v"),
+        *dropped(f"{name}.attn_dropout", "probs.whole", "probs", SCORES, drop),
+        (ops.view if wiring.is_head_major else ops.copy)(f"{name}.v_flat", "v", "v.flat", QUERIES),
+        ops.matmul(f"{name}.product", "probs", "v.flat", "heads", QUERIES),
+        ops.view(f"{name}.permute", "heads", "permuted", QUERIES, gradient="new"),
+        ops.copy(f"{name}.contiguous", "permuted", "o", QUERIES),
         ops.linear(f"{name}.out_proj", "o", "ao", "h", "a d", "attention"),
         ops.release_names("qkv", "filled", "o"),
     )

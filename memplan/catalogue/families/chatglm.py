@@ -7,16 +7,15 @@ kernel. Its rotation is compiled by TorchScript; here nothing is fused.
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import attention, cached
+from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, cached
 from memplan.catalogue.decoder.frame import inputs, lm_head, runs
 from memplan.catalogue.decoder.mlp import fused_mlp
-from memplan.catalogue.families.olmo import rms_norm
+from memplan.catalogue.decoder.norms import rms_norm_in_fp32
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
 
-_Q, _K = "b s a d", "b s k d"
 _SOURCE = "modeling_chatglm.py"
 _READ = f"assumed: read in the {_SOURCE} published with the weights, not traced"
 
@@ -108,7 +107,7 @@ def _after(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
 
 def half_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
     """RMSNorm that squares a cast of x and multiplies x itself: both are kept, and so is the fp32 result."""
-    cast, square, mean, eps, rsqrt, scale, *rest = rms_norm(name, x, y, shape, axis)
+    cast, square, mean, eps, rsqrt, scale, *rest = rms_norm_in_fp32(name, x, y, shape, axis)
     rstd = scale.reads[1]
     product = scale._replace(reads=(x, rstd), keeps=(Keep(rstd, x), Keep(x, rstd)))
     return (cast, square, mean, eps, rsqrt, product, *rest)
@@ -124,23 +123,23 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str = "self_attention") -> tu
     uncached = wiring._replace(caching=False)
     return (
         ops.linear(f"{name}.query_key_value", "n1", "qkv", "qkv", "h", "attention", qkv_bias),
-        ops.split(f"{name}.split", "qkv", (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v0", _K))),
+        ops.split(f"{name}.split", "qkv", (Tensor("q0", QUERIES), Tensor("k0", KEYS), Tensor("v0", KEYS))),
         *_rotate_pairs(f"{name}.rope_q", "q", "a"),
         *_rotate_pairs(f"{name}.rope_k", "k", "k"),
         *_cache(f"{name}.cache", wiring),
         *(
             (
-                ops.copy(f"{name}.expand_k", "k.rotated", "k", _Q, gradient="new"),
+                ops.copy(f"{name}.expand_k", "k.rotated", "k", QUERIES, gradient="new"),
                 ops.release_names("k.rotated"),
-                ops.copy(f"{name}.expand_v", "v0", "v", _Q, gradient="new"),
+                ops.copy(f"{name}.expand_v", "v0", "v", QUERIES, gradient="new"),
             )
             if m.num_key_value_heads != m.num_attention_heads
-            else (ops.view(f"{name}.k", "k.rotated", "k", _Q), ops.view(f"{name}.v", "v0", "v", _Q))
+            else (ops.view(f"{name}.k", "k.rotated", "k", QUERIES), ops.view(f"{name}.v", "v0", "v", QUERIES))
         ),
         *((Op(f"{name}.invert", ("mask",), (Tensor("inverted", "b s s", "bool"),)),) if wiring.padded else ()),
         *attention(f"{name}.core_attention", "q.rotated", "k", "v", heads, uncached, False, mask=inverted),
         *((ops.release_names("inverted"),) if wiring.padded else ()),
-        *((ops.copy(f"{name}.sequence_first", heads, "o", _Q),) if heads != "o" else ()),
+        *((ops.copy(f"{name}.sequence_first", heads, "o", QUERIES),) if heads != "o" else ()),
         ops.linear(f"{name}.dense", "o", "ao", "h", "a d", "attention", bias),
         ops.release_names("qkv", "q.rotated", "k", "v", "o"),
     )

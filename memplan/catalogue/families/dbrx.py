@@ -2,54 +2,40 @@
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import attention, mask_name
+from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, mask_name
 from memplan.catalogue.decoder.attention import rope
-from memplan.catalogue.decoder.frame import inputs, lm_head, masks, returned
+from memplan.catalogue.decoder.frame import after, before, lm_head, returned
 from memplan.catalogue.experts import expert_loops, routers
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import drops
-from memplan.catalogue.kernels.positions import positions, rotary_table
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Run, Stack, Tensor
 from memplan.models.model import ModelSpec
 
-_Q, _K = "b s a d", "b s k d"
 _SOURCE = "transformers 5.24 models/dbrx/modeling_dbrx.py"
 
 
 def dbrx(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build DBRX. Noise multiplies the router's input in place, so the experts read it too."""
-    dropped, norm = drops(m, "resid_pdrop"), "norm_attn_norm"
+    dropped, name = drops(m, "resid_pdrop"), "norm_attn_norm"
     block = Block(
         "transformer.blocks",
         (
-            *_layer_norm(f"{norm}.norm_1", "x", "n1"),
-            *_attention(m, wiring, f"{norm}.attn"),
-            *_dropped(f"{norm}.dropout", "ao", "ao.branch", dropped),
+            *_layer_norm(f"{name}.norm_1", "x", "n1"),
+            *_attention(m, wiring, f"{name}.attn"),
+            *_dropped(f"{name}.dropout", "ao", "ao.branch", dropped),
             ops.add("residual_1", "ao.branch" if dropped else "ao", "x", "x1", "b s h"),
-            *_layer_norm(f"{norm}.norm_2", "x1", "n2"),
+            *_layer_norm(f"{name}.norm_2", "x1", "n2"),
             *_ffn(m),
             *_dropped("dropout", "mo", "mo.branch", dropped),
             ops.add("residual_2", "x1", "mo.branch" if dropped else "mo", "y", "b s h"),
             ops.release_names("positions", *returned(wiring)),
         ),
     )
-    mask_names = [op.name for op in masks(wiring, "embeds")]
-    return Stack(
-        (
-            inputs(wiring.padded),
-            ops.embedding("transformer.wte", "ids", "embeds", "v", "h"),
-            positions(),
-            *masks(wiring, "embeds"),
-            *rotary_table("embeds"),
-        ),
-        (Run((block,), "L"),),
-        (
-            ops.layer_norm("transformer.norm_f", "x", "n", "b s h", "h", bias=False),
-            ops.release_names("x", "embeds", "positions", "cos", "sin", *mask_names),
-            lm_head("n"),
-        ),
-    )
+    embedded = (ops.embedding("transformer.wte", "ids", "embeds", "v", "h"),)
+    norm = (ops.layer_norm("transformer.norm_f", "x", "n", "b s h", "h", bias=False),)
+    last = (*after(m, wiring, last=norm)[:-1], lm_head("n"))  # never tied
+    return Stack(before(wiring, embedded=embedded), (Run((block,), "L"),), last)
 
 
 def _layer_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
@@ -71,8 +57,8 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str) -> tuple[Op, ...]:
     return (
         ops.linear(f"{name}.Wqkv", "n1", "projected" if clipped else "qkv", "qkv", "h", "attention"),
         *((clamp, ops.release_names("projected")) if clipped else ()),
-        ops.split(f"{name}.split", "qkv", (Tensor("q1", _Q), Tensor("k1", _K), Tensor("v", _K))),
-        *rope(name, "q1", "k1"),
+        ops.split(f"{name}.split", "qkv", (Tensor("q1", QUERIES), Tensor("k1", KEYS), Tensor("v", KEYS))),
+        *rope(m, name, "q1", "k1"),
         *attention(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, False, mask_name(False)),
         ops.linear(f"{name}.out_proj", "o", "ao", "h", "a d", "attention"),
         ops.release_names("qkv", "q", "k", "v", "o", "n1"),

@@ -3,101 +3,58 @@
 from __future__ import annotations
 
 from memplan.catalogue.attention import sparse_indexer as lightning
-from memplan.catalogue.attention.latent import Turn, complex_pairs, complex_table, halves, latent_attention, pairs
-from memplan.catalogue.decoder.frame import decoder_block, returned, runs
+from memplan.catalogue.attention.latent import complex_pairs, complex_table, halves, latent_attention, pairs
+from memplan.catalogue.decoder.decoder import Decoder, decoder
+from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
-from memplan.catalogue.experts import experts, routers
-from memplan.catalogue.experts.experts import mixture
-from memplan.catalogue.families.minicpm3 import model_around
+from memplan.catalogue.experts import routers
+from memplan.catalogue.families.mixtures import sigmoid_mixture, with_shared_experts
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.core.ir import Block, Op, Stack, Tensor
+from memplan.core.ir import Block, Op, Stack
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
-_V2 = "transformers 5.24 models/deepseek_v2/modeling_deepseek_v2.py DeepseekV2TopkRouter"
+
+def _complex_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, ...]:
+    return latent_attention(m, wiring, complex_pairs)
 
 
-def feed(layer: Layer, routed: tuple[Op, ...], bias: bool = False) -> tuple[Op, ...]:
-    """A layer's MLP: dense, or the routed experts plus the shared ones, which are computed as one."""
-    if layer.ffn == "dense":
-        return gated_mlp("n2", "mo", bias=bias)
-    return (
-        *mixture("n2", routed, experts.experts("n2", "routed"), leaves=False),
-        *gated_mlp("n2", "shared", "mlp.shared_experts", bias, width="fs"),
-        ops.add("mlp.add", "routed", "shared", "mo", "b s h"),
-        ops.release_names("routed", "shared", *routers.HELD, "n2"),
-    )
-
-
-def _softmax_router(name: str, x: str, limited: bool) -> tuple[Op, ...]:
-    """Softmax over all experts, then the largest scores, scaled.
-
-    `limited`: experts are selected from the best groups only; the scores of the other groups are set to 0.
-    """
-    shape, probs, top = "b s E", "router.probs", "router.top"
-    scores = "router.limited" if limited else probs
-    product = routers.gate(name, "router.x")
-    groups = (
-        Op(
-            f"{name}.groups",
-            (probs,),
-            (Tensor("router.mask", shape, "fp32"),),
-            scratch=(Tensor("groups", "b s G", "fp32"), Tensor("their best", "b s G", "int64")),
-            gradient="none",
-            source=_V2,
-        ),
-        Op(f"{name}.others", ("router.mask",), (Tensor("router.others", shape, "bool"),), gradient="none"),
-        routers.masked(f"{name}.masked_fill", probs, "router.others", scores, shape),
-        ops.release_names("router.others"),
-    )
-    return (
-        ops.cast(f"{name}.float", x, "router.x", "b s h", "fp32"),
-        product._replace(weights=(product.weights[0]._replace(dtype="fp32"),)),
-        ops.release_names("router.x"),
-        *ops.softmax(f"{name}.softmax", "router.logits", probs, shape, "fp32"),
-        *(groups if limited else ()),
-        routers.top_k(f"{name}.topk", scores, top),
-        ops.scale(f"{name}.scale", top, routers.SCORES, routers.PAIRS),
-        ops.release_names(probs, scores, top, *(("router.mask",) if limited else ())),
-    )
+def _softmax_mixture(m: ModelSpec) -> tuple[Op, ...]:
+    limited = m.get("topk_method", "") == "group_limited_greedy"
+    return with_shared_experts(routers.scaled_softmax_router("mlp.gate", "n2", limited), m.get("mlp_bias", False))
 
 
 def deepseek_v2(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build DeepSeek V2: complex rotation, and a softmax router."""
-    bias = m.get("attention_bias", False)
-    heads = latent_attention(m, wiring, "n1", "ao", complex_pairs, bias)
-    routed = _softmax_router("mlp.gate", "n2", m.get("topk_method", "") == "group_limited_greedy")
-    blocks = runs(
-        m,
-        lambda layer: decoder_block(heads, feed(layer, routed, m.get("mlp_bias", False)), held=returned(wiring)),
-    )
-    return model_around(m, wiring, blocks, table=complex_table())
+    row = Decoder(attention=_complex_attention, mlp_bias="mlp_bias", experts=_softmax_mixture)
+    first, last = before(wiring, table=complex_table()), after(m, wiring, table=("turns",))
+    return decoder(m, wiring, row)._replace(before=first, after=last)
 
 
-def deepseek_v3(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build DeepSeek V3 and R1, Kimi K2, Moonlight, GLM 4.7 Flash: sigmoid scores, and a bias that balances experts."""
-    turn: Turn = pairs if m.get("rope_interleave", True) else halves
-    heads = latent_attention(m, wiring, "n1", "ao", turn, m.get("attention_bias", False))
-    routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
-    return model_around(
-        m, wiring, runs(m, lambda layer: decoder_block(heads, feed(layer, routed), held=returned(wiring)))
-    )
+def _rotated_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, ...]:
+    return latent_attention(m, wiring, pairs if m.get("rope_interleave", True) else halves)
+
+
+# DeepSeek V3 and R1, Kimi K2, Moonlight, GLM 4.7 Flash: sigmoid scores, and a bias that balances experts.
+DEEPSEEK_V3 = Decoder(attention=_rotated_attention, experts=sigmoid_mixture)
+
+
+def _indexed_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, ...]:
+    return _sparse_attention(m, wiring, lightning.indexer("self_attn", "n1", "q.normed", wiring, False))
 
 
 def deepseek_v32(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build DeepSeek V3.2, whose queries select the keys they attend to."""
-    routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
-    heads = _sparse_attention(m, wiring, lightning.indexer("self_attn", "n1", "q.normed", wiring, False))
-    blocks = runs(m, lambda layer: decoder_block(heads, feed(layer, routed), held=returned(wiring)))
-    return model_around(m, wiring, blocks, made=lightning.causal_mask(wiring))
+    stack, made = decoder(m, wiring, DEEPSEEK_V3._replace(attention=_indexed_attention)), lightning.causal_mask(wiring)
+    return stack._replace(before=before(wiring, made=made), after=after(m, wiring, made=made))
 
 
 def _sparse_attention(m: ModelSpec, wiring: Wiring, chosen: tuple[Op, ...], keeps: bool = False) -> tuple[Op, ...]:
     """Latent attention to the keys that `chosen` selects. `keeps`: the block returns the selection with its output."""
     sparse = (*chosen, *lightning.sparse_mask("self_attn", wiring))
-    bias, held = m.get("attention_bias", False), () if keeps else (lightning.KEYS,)
-    return latent_attention(m, wiring, "n1", "ao", pairs, bias, sparse=sparse, mask=lightning.MASK, held=held)
+    held = () if keeps else (lightning.KEYS,)
+    return latent_attention(m, wiring, pairs, sparse=sparse, mask=lightning.MASK, held=held)
 
 
 def glm_moe_dsa(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -105,23 +62,23 @@ def glm_moe_dsa(m: ModelSpec, wiring: Wiring) -> Stack:
 
     A checkpoint keeps the selection of every layer, which is not counted.
     """
-    routed = routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
     indexer = lightning.indexer("self_attn", "n1", "q.normed", wiring, True)
+    mixture, made = sigmoid_mixture(m), lightning.causal_mask(wiring)
 
     def block(layer: Layer) -> Block:
-        shared = layer.mixer == "shared"
+        shared, mlp = layer.mixer == "shared", mixture if layer.ffn == "experts" else gated_mlp("n2", "mo")
         heads = _sparse_attention(m, wiring, () if shared else indexer, keeps=True)
-        layer_block = decoder_block(heads, feed(layer, routed), held=returned(wiring))
+        layer_block = decoder_block(heads, mlp, held=returned(wiring))
         return layer_block._replace(ops=(*layer_block.ops, *lightning.handed_on())) if shared else layer_block
 
-    model = model_around(m, wiring, runs(m, block), made=lightning.causal_mask(wiring))
-    return model._replace(after=(*model.after[:-1], ops.release_names(lightning.KEYS), model.after[-1]))
+    *last, head = after(m, wiring, made=made)
+    return Stack(before(wiring, made=made), runs(m, block), (*last, ops.release_names(lightning.KEYS), head))
 
 
 BUILDERS = {
     "deepseek_v2": deepseek_v2,
-    "deepseek_v3": deepseek_v3,
+    "deepseek_v3": DEEPSEEK_V3,
     "deepseek_v32": deepseek_v32,
-    "glm4_moe_lite": deepseek_v3,
+    "glm4_moe_lite": DEEPSEEK_V3,
     "glm_moe_dsa": glm_moe_dsa,
 }

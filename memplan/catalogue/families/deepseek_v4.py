@@ -47,7 +47,6 @@ from memplan.catalogue.attention.compressed_keys import (
     plain_norm,
     summed,
     table,
-    times,
     turned,
 )
 from memplan.catalogue.attention.compressed_tokens import token_compressed, token_compressor
@@ -348,15 +347,7 @@ def attention(x: str, y: str, w: Windows, wiring: Wiring) -> tuple[Op, ...]:
         flatten(f"{n}.flatten", "o.low.raw", "o.low", "b s ogl"),
         ops.release_names("o.low.raw", "o.grouped"),
         ops.linear(f"{n}.o_b_proj", "o.low", y, "h", "ogl", g),
-        ops.release_names(
-            "q",
-            "q.normed",
-            keys,
-            "o.back",
-            "o.low",
-            x,
-            *seen,
-        ),
+        ops.release_names("q", "q.normed", keys, "o.back", "o.low", x, *seen),
     )
 
 
@@ -507,7 +498,7 @@ def deepseek_v4(m: ModelSpec, wiring: Wiring) -> Stack:
         ),
         routers.sigmoid(f"{h}.sigmoid", "head.sum", "head.gate", "b s n"),
         Op(f"{h}.eps", ("head.gate",), (Tensor("head.pre", "b s n"),), gradient="same"),
-        times(f"{h}.weigh", "x", "head.pre", "head.weighed", STREAMS),
+        ops.spread(f"{h}.weigh", "x", "head.pre", "head.weighed", STREAMS),
         *summed(f"{h}.collapse", "head.weighed", "head.one", "b s h"),
         ops.cast(f"{h}.to", "head.one", "hidden", "b s h", "=x"),
         ops.release_names("head.normed", "head.mixes", "head.pre"),

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue.attention.compressed_keys import (
-    plain_norm,
-    summed,
-    times,
-)
+from memplan.catalogue.attention.compressed_keys import plain_norm, summed
 from memplan.catalogue.experts import routers
 from memplan.catalogue.kernels import ops
-from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+from memplan.core.ir import Keep, Op, Tensor, Weight
 
 STREAMS = "b s n h"
 
@@ -61,7 +57,7 @@ def project_streams(name: str, x: str, out: str, weight: str, t: str) -> tuple[O
 
 def _scaled(name: str, x: str, y: str, shape: str, t: str) -> tuple[Op, ...]:
     return (
-        times(f"{name}.scale", x, f"{t}.scales", f"{y}.scaled", shape),
+        ops.spread(f"{name}.scale", x, f"{t}.scales", f"{y}.scaled", shape),
         Op(f"{name}.shift", (f"{y}.scaled", f"{t}.bases"), (Tensor(y, shape),), gradient="same"),
     )
 
@@ -73,15 +69,7 @@ def sinkhorn(name: str, iterations: int) -> Iterator[Op]:
         total, shifted = f"{t}.{i}.total", f"{t}.{i}.shifted"
         yield from summed(f"{name}.sum_{i}", f"{t}.{i}", total, "b s n")
         yield Op(f"{name}.eps_{i}", (total,), (Tensor(shifted, "b s n"),), gradient="same")
-        yield Op(
-            f"{name}.divide_{i}",
-            (f"{t}.{i}", shifted),
-            (Tensor(f"{t}.{i + 1}", "b s n2"),),
-            (),
-            (Keep(shifted, f"{t}.{i}"), Keep(f"{t}.{i}", shifted), Keep(shifted, shifted)),
-            scratch_back=(Scratch(Tensor("quotient", "b s n2", f"={t}.{i}"), shifted),),
-            source=f"{ops.DERIVATIVES}: div.Tensor",
-        )
+        yield ops.divide(f"{name}.divide_{i}", f"{t}.{i}", shifted, f"{t}.{i + 1}", "b s n2", quotient=f"={t}.{i}")
 
 
 def combine_streams(name: str, x: str, y: str, iterations: int) -> tuple[Op, ...]:
@@ -91,7 +79,7 @@ def combine_streams(name: str, x: str, y: str, iterations: int) -> tuple[Op, ...
     return (
         *stream_weights(name, x),
         *sinkhorn(f"{name}.comb", iterations),
-        times(f"{name}.weigh", x, f"{t}.pre", f"{t}.weighed", STREAMS),
+        ops.spread(f"{name}.weigh", x, f"{t}.pre", f"{t}.weighed", STREAMS),
         *summed(f"{name}.collapse", f"{t}.weighed", f"{t}.one", "b s h"),
         ops.cast(f"{name}.to", f"{t}.one", y, "b s h", f"={x}"),
         ops.release_names(f"{t}.mixes", f"{t}.pre", f"{t}.bases", f"{t}.scales"),

@@ -6,30 +6,23 @@ A key/value head shared by all queries is passed as one head, which only torch's
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import attention, cached, mask
-from memplan.catalogue.decoder.frame import inputs, lm_head, returned
+from memplan.catalogue.attention.attention import KEYS, QUERIES, SCORES, attention, cached, mask
+from memplan.catalogue.decoder.frame import before, lm_head, returned
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import activation, dropped, drops
-from memplan.catalogue.kernels.positions import positions, rotary_table
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
 
-_Q, _K, _SCORES = "b s a d", "b s k d", "b a s s"
 _SOURCE = "transformers 5.24 models/falcon/modeling_falcon.py"
 
 
 def falcon(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Falcon. The 7B model shares one key/value head; the 40B and 180B models copy theirs for each query head."""
     mask_ops = () if wiring.backend == "flash_2" else _mask(wiring, m.get("alibi", False))
+    embedded = (ops.embedding("transformer.word_embeddings", "ids", "embeds", "v", "h"),)
     return Stack(
-        (
-            inputs(wiring.padded),
-            ops.embedding("transformer.word_embeddings", "ids", "embeds", "v", "h"),
-            positions(),
-            *mask_ops,
-            *rotary_table("embeds"),
-        ),
+        before(wiring, embedded=embedded, made=mask_ops),
         (Run((_block(m, wiring),), "L"),),
         (
             ops.layer_norm("transformer.ln_f", "x", "n", "b s h", "h"),
@@ -52,7 +45,7 @@ def _mask(wiring: Wiring, alibi: bool) -> tuple[Op, ...]:
         return (
             *(() if wiring.padded else (Op("ones", (), (Tensor("ones", "b s", "int64"),)),)),
             Op("alibi", (), (Tensor("alibi", "b a s", "=embeds"),)),
-            Op("mask", (), (Tensor("mask", _SCORES, "=embeds"),), scratch=parts, source=_SOURCE),
+            Op("mask", (), (Tensor("mask", SCORES, "=embeds"),), scratch=parts, source=_SOURCE),
         )
     if wiring.backend == "eager" or wiring.padded:
         return mask(wiring, "embeds")
@@ -124,14 +117,14 @@ def _attention(
     m: ModelSpec, wiring: Wiring, x: str, y: str, bias: bool, name: str = "self_attention"
 ) -> tuple[Op, ...]:
     shared = m.num_key_value_heads == 1 and m.num_attention_heads > 1 and not m.get("new_decoder_architecture", False)
-    kv = ("k", _K) if shared else ("a", _Q)
+    kv = ("k", KEYS) if shared else ("a", QUERIES)
     alibi = m.get("alibi", False)
     rotated = (
-        *ops.rotate(f"{name}.rope_q", "q1", "q", _Q, "b s a rot2"),
+        *ops.rotate(f"{name}.rope_q", "q1", "q", QUERIES, "b s a rot2"),
         *ops.rotate(f"{name}.rope_k", "k1", "k", kv[1], f"b s {kv[0]} rot2"),
         ops.release_names("q1", "k1"),
     )
-    unrotated = (ops.view(f"{name}.q", "q1", "q", _Q), ops.view(f"{name}.k", "k1", "k", kv[1]))
+    unrotated = (ops.view(f"{name}.q", "q1", "q", QUERIES), ops.view(f"{name}.k", "k1", "k", kv[1]))
     return (
         *_linear(f"{name}.query_key_value", x, "qkv", "qkv", "h", "attention", bias),
         *(
@@ -151,7 +144,7 @@ def _attention(
 def _shared_head(name: str) -> tuple[Op, ...]:
     """A view of the projection for q, copies for k and v. Three gradients as wide as the projection are summed."""
     return (
-        ops.view(f"{name}.q_slice", "qkv", "q1", _Q, gradient="new"),
+        ops.view(f"{name}.q_slice", "qkv", "q1", QUERIES, gradient="new"),
         *(_index_copy(name, t, y) for t, y in (("k", "k1"), ("v", "v"))),
     )
 
@@ -161,7 +154,7 @@ def _index_copy(name: str, t: str, y: str) -> Op:
     return Op(
         f"{name}.{t}_index",
         ("qkv",),
-        (Tensor(y, _K), Tensor(index, "1", "int64")),
+        (Tensor(y, KEYS), Tensor(index, "1", "int64")),
         (),
         (Keep(index, "qkv"),),
         source=f"{ops.DERIVATIVES}: index",
@@ -171,18 +164,19 @@ def _index_copy(name: str, t: str, y: str) -> Op:
 def _per_head_views(name: str) -> tuple[Op, ...]:
     """q, k and v of a head side by side: views, whose gradients are each as wide as the whole projection."""
     return tuple(
-        ops.view(f"{name}.{t}_slice", "qkv", y, _Q, gradient="new") for t, y in (("q", "q1"), ("k", "k1"), ("v", "v"))
+        ops.view(f"{name}.{t}_slice", "qkv", y, QUERIES, gradient="new")
+        for t, y in (("q", "q1"), ("k", "k1"), ("v", "v"))
     )
 
 
 def _per_group(name: str) -> tuple[Op, ...]:
     """q is copied out from between the k and v of its group; k and v are copied for every query head."""
     return (
-        ops.view(f"{name}.q_slice", "qkv", "q0", _Q, gradient="new"),
+        ops.view(f"{name}.q_slice", "qkv", "q0", QUERIES, gradient="new"),
         *(_index_copy(name, t, f"{t}.group") for t in "kv"),
-        ops.copy(f"{name}.q_flatten", "q0", "q1", _Q),
-        ops.copy(f"{name}.k_flatten", "k.group", "k1", _Q, gradient="new"),
-        ops.copy(f"{name}.v_flatten", "v.group", "v", _Q, gradient="new"),
+        ops.copy(f"{name}.q_flatten", "q0", "q1", QUERIES),
+        ops.copy(f"{name}.k_flatten", "k.group", "k1", QUERIES, gradient="new"),
+        ops.copy(f"{name}.v_flatten", "v.group", "v", QUERIES, gradient="new"),
         ops.release_names("k.group", "v.group"),
     )
 
@@ -237,16 +231,16 @@ def _with_padded_biases(name: str, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
 
 def _per_head_mask(op: Op) -> Op:
     """Return the op of a mask that has a bias for every head, and the model's dtype, already."""
-    written = op.writes[0]._replace(shape=_SCORES)
-    return op._replace(writes=(written,)) if op.cast else ops.view(op.name, "mask", written.name, _SCORES)
+    written = op.writes[0]._replace(shape=SCORES)
+    return op._replace(writes=(written,)) if op.cast else ops.view(op.name, "mask", written.name, SCORES)
 
 
 def _scores(name: str, q: str, k: str, shared: bool, autocast: str) -> tuple[Op, ...]:
     """Scores of q and k, which a batched product needs contiguous, and k for every query head."""
     return (
-        ops.copy(f"{name}.q_flat", q, "q.flat", _Q),
-        ops.copy(f"{name}.k_flat", k, "k.flat", _Q, gradient="new" if shared else "same"),
-        ops.matmul(f"{name}.scores", "q.flat", "k.flat", "scores", _SCORES)._replace(autocast=autocast),
+        ops.copy(f"{name}.q_flat", q, "q.flat", QUERIES),
+        ops.copy(f"{name}.k_flat", k, "k.flat", QUERIES, gradient="new" if shared else "same"),
+        ops.matmul(f"{name}.scores", "q.flat", "k.flat", "scores", SCORES)._replace(autocast=autocast),
     )
 
 
@@ -255,32 +249,32 @@ def _eager(name: str, shared: bool, kv: str) -> tuple[Op, ...]:
     return (
         *_autocast_inputs(name, ("q", "k"), kv),
         *_scores(name, "q.low", "k.low", shared, "lower"),
-        ops.view(f"{name}.divide", "scores", "divided", _SCORES, gradient="new"),
-        Op(f"{name}.add_mask", ("divided", "mask"), (Tensor("masked", _SCORES),), gradient="same"),
-        *ops.softmax(f"{name}.softmax", "masked", "probs", _SCORES),
+        ops.view(f"{name}.divide", "scores", "divided", SCORES, gradient="new"),
+        Op(f"{name}.add_mask", ("divided", "mask"), (Tensor("masked", SCORES),), gradient="same"),
+        *ops.softmax(f"{name}.softmax", "masked", "probs", SCORES),
         ops.release_names("scores"),
-        ops.copy(f"{name}.v_flat", "v", "v.flat", _Q, gradient="new" if shared else "same"),
-        ops.matmul(f"{name}.product", "probs", "v.flat", "heads", _Q),
-        ops.copy(f"{name}.reshape", "heads", "o", _Q, gradient="new"),
+        ops.copy(f"{name}.v_flat", "v", "v.flat", QUERIES, gradient="new" if shared else "same"),
+        ops.matmul(f"{name}.product", "probs", "v.flat", "heads", QUERIES),
+        ops.copy(f"{name}.reshape", "heads", "o", QUERIES, gradient="new"),
     )
 
 
 def _eager_with_alibi(name: str, drop: bool) -> tuple[Op, ...]:
     """Eager attention with ALiBi. Scores and biases are added in fp32, and every step stays alive to the end."""
     return (
-        *_autocast_inputs(name, ("q", "k"), _Q),
+        *_autocast_inputs(name, ("q", "k"), QUERIES),
         *_scores(name, "q.low", "k.low", False, "lower"),
-        ops.cast(f"{name}.float", "scores", "wide", _SCORES, "fp32"),
-        Op(f"{name}.add_alibi", ("wide", "alibi"), (Tensor("logits", _SCORES),), gradient="same"),
-        ops.view(f"{name}.scaling", "logits", "scaled", _SCORES, gradient="new"),
-        Op(f"{name}.add_mask", ("scaled", "mask"), (Tensor("masked", _SCORES),), gradient="same"),
-        ops.cast(f"{name}.cast", "masked", "masked.low", _SCORES, "=n1"),
-        *ops.softmax(f"{name}.softmax", "masked.low", "probs.whole", _SCORES),
+        ops.cast(f"{name}.float", "scores", "wide", SCORES, "fp32"),
+        Op(f"{name}.add_alibi", ("wide", "alibi"), (Tensor("logits", SCORES),), gradient="same"),
+        ops.view(f"{name}.scaling", "logits", "scaled", SCORES, gradient="new"),
+        Op(f"{name}.add_mask", ("scaled", "mask"), (Tensor("masked", SCORES),), gradient="same"),
+        ops.cast(f"{name}.cast", "masked", "masked.low", SCORES, "=n1"),
+        *ops.softmax(f"{name}.softmax", "masked.low", "probs.whole", SCORES),
         ops.release_names("masked"),
-        *dropped(f"{name}.attention_dropout", "probs.whole", "probs", _SCORES, drop),
-        ops.copy(f"{name}.v_flat", "v", "v.flat", _Q),
-        ops.matmul(f"{name}.product", "probs", "v.flat", "heads", _Q),
-        ops.copy(f"{name}.reshape", "heads", "o", _Q, gradient="new"),
+        *dropped(f"{name}.attention_dropout", "probs.whole", "probs", SCORES, drop),
+        ops.copy(f"{name}.v_flat", "v", "v.flat", QUERIES),
+        ops.matmul(f"{name}.product", "probs", "v.flat", "heads", QUERIES),
+        ops.copy(f"{name}.reshape", "heads", "o", QUERIES, gradient="new"),
         ops.release_names("scores", "wide", "logits", "probs", "heads"),
     )
 
@@ -291,22 +285,22 @@ def _math(name: str, shared: bool, kv: str, to: str) -> tuple[Op, ...]:
     return (
         *_autocast_inputs(name, ("q", "k", "v"), kv),
         Op(f"{name}.mask", ("mask",), (Tensor("bias", "b s s", "=q.low"),), source=ops.DERIVATIVES),
-        ops.cast(f"{name}.q_float", "q.low", "q32", _Q, to),
+        ops.cast(f"{name}.q_float", "q.low", "q32", QUERIES, to),
         ops.cast(f"{name}.k_float", "k.low", "k32", kv, to),
         ops.cast(f"{name}.v_float", "v.low", "v32", kv, to),
         ops.cast(f"{name}.mask_float", "bias", "bias32", "b s s", to),
-        ops.scale(f"{name}.scale_q", "q32", "q.scaled", _Q),
+        ops.scale(f"{name}.scale_q", "q32", "q.scaled", QUERIES),
         ops.scale(f"{name}.scale_k", "k32", "k.scaled", kv),
         *_scores(name, "q.scaled", "k.scaled", shared, ""),
         ops.release_names("k.scaled"),
-        *ops.softmax(f"{name}.softmax", "scores", "probs", _SCORES, to),
-        ops.cast(f"{name}.second", "probs", "second", _SCORES, "=q.low"),
-        ops.copy(f"{name}.v_flat", "v32", "v.flat", _Q, gradient="new" if shared else "same"),
-        ops.matmul(f"{name}.product", "probs", "v.flat", "product", _Q)._replace(autocast=""),
-        ops.view(f"{name}.unflatten", "product", "heads32", _Q, gradient="new"),
-        ops.cast(f"{name}.cast", "heads32", "heads", _Q, "=q.low"),
+        *ops.softmax(f"{name}.softmax", "scores", "probs", SCORES, to),
+        ops.cast(f"{name}.second", "probs", "second", SCORES, "=q.low"),
+        ops.copy(f"{name}.v_flat", "v32", "v.flat", QUERIES, gradient="new" if shared else "same"),
+        ops.matmul(f"{name}.product", "probs", "v.flat", "product", QUERIES)._replace(autocast=""),
+        ops.view(f"{name}.unflatten", "product", "heads32", QUERIES, gradient="new"),
+        ops.cast(f"{name}.cast", "heads32", "heads", QUERIES, "=q.low"),
         ops.release_names("second", "q.scaled", "probs", "k32", "v32", "bias32", "bias", *low),
-        ops.copy(f"{name}.contiguous", "heads", "o", _Q),
+        ops.copy(f"{name}.contiguous", "heads", "o", QUERIES),
     )
 
 
@@ -316,7 +310,7 @@ def _autocast_inputs(name: str, tensors: tuple[str, ...], kv: str) -> tuple[Op, 
         Op(
             f"{name}.{t}.autocast",
             (t,),
-            (Tensor(f"{t}.low", _Q if t == "q" else kv),),
+            (Tensor(f"{t}.low", QUERIES if t == "q" else kv),),
             cast=True,
             autocast="lower",
             source="torch 2.13 aten/src/ATen/autocast_mode.h lower_precision_fp",

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from functools import partial
-
-from memplan.catalogue.attention.attention import attention
-from memplan.catalogue.decoder.attention import llama_attention, rope
-from memplan.catalogue.decoder.frame import decoder_block, returned, runs
-from memplan.catalogue.decoder.gemma_norm import rms_norm
-from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.attention.attention import KEYS, QUERIES, attention
+from memplan.catalogue.decoder.attention import rope
+from memplan.catalogue.decoder.decoder import Decoder, decoder
+from memplan.catalogue.decoder.frame import BOTH, Norm
+from memplan.catalogue.decoder.norms import gemma_norm
 from memplan.catalogue.decoder.scaling import scaled_embedding
-from memplan.catalogue.decoder.windows import Norm, after, before, local, normed_block, tables
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.core.ir import Block, Op, Stack
-from memplan.models.layers import Layer
+from memplan.core.ir import Op, Stack
 from memplan.models.model import ModelSpec
 
-_Q, _K = "b s a d", "b s k d"
 
-
-def norm_then_rope(name: str, q: str, k: str, norm: Norm = rms_norm, rotary: bool = True) -> tuple[Op, ...]:
+def norm_then_rope(m: ModelSpec, name: str, q: str, k: str) -> tuple[Op, ...]:
     """q and k normalised head by head, then rotated."""
-    q2, k2 = ("q.normed", "k.normed") if rotary else ("q", "k")
+    return (*norm_heads(name, q, k, "q.normed", "k.normed", gemma_norm), *rope(m, name, "q.normed", "k.normed"))
+
+
+def norm_heads(name: str, q: str, k: str, q_normed: str, k_normed: str, norm: Norm) -> tuple[Op, ...]:
     return (
-        *norm(f"{name}.q_norm", q, q2, _Q, "d"),
+        *norm(f"{name}.q_norm", q, q_normed, QUERIES, "d"),
         ops.release_names(q),
-        *norm(f"{name}.k_norm", k, k2, _K, "d"),
+        *norm(f"{name}.k_norm", k, k_normed, KEYS, "d"),
         ops.release_names(k),
-        *(rope(name, q2, k2) if rotary else ()),
     )
 
 
@@ -66,50 +62,21 @@ def capped_attention(
     return (*kernel[:i], *capped, add._replace(reads=("capped", *others)), *kernel[i + 1 :])
 
 
+_GEMMA = Decoder(bias="attention_bias", out_bias="attention_bias", norm=gemma_norm, embedded=(scaled_embedding(),))
+# A norm before and after each branch, layers with and without a sliding window.
+_GEMMA_2 = _GEMMA._replace(
+    norms=(
+        "input_layernorm",
+        "post_attention_layernorm",
+        "pre_feedforward_layernorm",
+        "post_feedforward_layernorm",
+    ),
+    masks=BOTH,
+)
+
+
 def gemma(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build Gemma: Llama's block with Gemma's norms."""
-    bias = m.get("attention_bias", False)
-    heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias)
-    block = decoder_block(heads, gated_mlp("n2", "mo"), norm=rms_norm, held=returned(wiring))
-    stack = Stack(
-        before(wiring, False, tables(), scaled_embedding()),
-        runs(m, lambda _: block),
-        after(m, wiring, False, rms_norm),
-    )
-    return scaled_apart(wiring, stack)
-
-
-def alternating(m: ModelSpec, wiring: Wiring, own_table: bool = False, capped: bool = False) -> Stack:
-    """Build Gemma 2 or 3: a norm before and after each branch, layers with and without a sliding window.
-
-    own_table  Gemma 3: q and k are normalised, and sliding-window layers have a separate rotary table
-    capped     attention scores are soft-capped
-    """
-    bias = m.get("attention_bias", False)
-    heads = (
-        partial(llama_attention, turn=norm_then_rope)
-        if own_table
-        else partial(llama_attention, attend=capped_attention if capped else attention)
-    )
-
-    def block(layer: Layer) -> Block:
-        layer_block = normed_block(
-            heads(m, wiring, "n1", "ao", bias=bias, out_bias=bias, sliding=layer.sliding),
-            gated_mlp("n2", "mo"),
-            rms_norm,
-            ("input_layernorm", "pre_feedforward_layernorm"),
-            ("post_attention_layernorm", "post_feedforward_layernorm"),
-            returned(wiring),
-        )
-        return local(layer_block) if own_table and layer.sliding else layer_block
-
-    has_sliding = own_table and any(layer.sliding for layer in m.layers)
-    last = after(m, wiring, True, rms_norm, has_sliding)
-    return Stack(
-        before(wiring, True, tables(has_sliding), scaled_embedding()),
-        runs(m, block),
-        capped_logits(last) if m.get("final_logit_softcapping", 0.0) > 0 else last,
-    )
+    return scaled_apart(wiring, decoder(m, wiring, _GEMMA))
 
 
 def gemma2(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -120,7 +87,18 @@ def gemma2(m: ModelSpec, wiring: Wiring) -> Stack:
     """
     inside = wiring.backend == "flash_2" or (wiring.uncapped and wiring.backend != "eager")
     wiring = wiring if inside else wiring._replace(backend="eager", masked="eager")
-    return scaled_apart(wiring, alternating(m, wiring, capped=not inside and m.get("attn_logit_softcapping", 0.0) > 0))
+    capped = not inside and m.get("attn_logit_softcapping", 0.0) > 0
+    row = _capped(m, _GEMMA_2._replace(attend=capped_attention if capped else attention))
+    return scaled_apart(wiring, decoder(m, wiring, row))
 
 
-BUILDERS = {"gemma": gemma, "gemma2": gemma2, "gemma3_text": partial(alternating, own_table=True)}
+def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Gemma 3's decoder: q and k are normalised, and layers with a sliding window have their own rotary table."""
+    return decoder(m, wiring, _capped(m, _GEMMA_2._replace(rotate=norm_then_rope, local_table=True)))
+
+
+def _capped(m: ModelSpec, row: Decoder) -> Decoder:
+    return row._replace(logits=capped_logits) if m.get("final_logit_softcapping", 0.0) > 0 else row
+
+
+BUILDERS = {"gemma": gemma, "gemma2": gemma2, "gemma3_text": gemma3}

@@ -5,8 +5,8 @@ Source: transformers 5.24 models/gemma3/modeling_gemma3.py, models/siglip/modeli
 
 from __future__ import annotations
 
-from memplan.catalogue.decoder.gemma_norm import rms_norm as gemma_norm
-from memplan.catalogue.families.gemma import alternating
+from memplan.catalogue.decoder.norms import gemma_norm
+from memplan.catalogue.families.gemma import gemma3 as gemma3_text
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
@@ -87,7 +87,7 @@ def gemma3(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     inputs = (Tensor("pixel_values", f"{lead} vin", "fp32"), Tensor("token_type_ids", "b s", "int64"))
     tower = Tower(inputs, before, (Run((block,), "vL1"),), after)
-    text = alternating(m, wiring._replace(padded=wiring.padded or wiring.images), own_table=True)
+    text = gemma3_text(m, wiring._replace(padded=wiring.padded or wiring.images))
     if wiring.images and not wiring.padded:
         first = text.before[0]
         without_mask = first._replace(writes=tuple(w for w in first.writes if w.name != "attention_mask"))

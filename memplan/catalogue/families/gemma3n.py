@@ -10,12 +10,23 @@ Source: transformers 5.24 models/gemma3n/modeling_gemma3n.py.
 
 from __future__ import annotations
 
-from memplan.catalogue.decoder.frame import inputs, masks, returned, runs
+from memplan.catalogue.decoder.frame import (
+    BOTH,
+    after,
+    inputs,
+    local,
+    masks,
+    returned,
+    rotary_tables,
+    runs,
+    table_names,
+)
 from memplan.catalogue.decoder.scaling import scaled_embedding
-from memplan.catalogue.decoder.windows import after, local, tables
 from memplan.catalogue.families.gemma import capped_logits
 from memplan.catalogue.families.gemma4 import (
+    gated_embedding,
     layer_embedding,
+    per_layer_inputs,
     project_heads,
     project_key,
     project_query,
@@ -56,14 +67,7 @@ def _modality_router(x: str, y: str, name: str = "altup") -> tuple[Op, ...]:
         ops.release_names(f"{y}.normed"),
         ops.linear(f"{name}.modality_router", f"{y}.in", f"{y}.routed", "P", "h", "router"),
         ops.cast(f"{name}.float", f"{y}.routed", f"{y}.wide", "b s P", "fp32"),
-        Op(
-            f"{name}.tanh",
-            (f"{y}.wide",),
-            (Tensor(f"{y}.tanh", "b s P"),),
-            (),
-            (Keep(f"{y}.tanh", f"{y}.wide"),),
-            source=f"{ops.DERIVATIVES}: tanh",
-        ),
+        ops.keeping_output(f"{name}.tanh", f"{y}.wide", f"{y}.tanh", "b s P", "tanh"),
         ops.cast(f"{name}.type_as", f"{y}.tanh", y, "b s P", f"={x}"),
         ops.release_names(f"{y}.in", f"{y}.routed"),
     )
@@ -106,28 +110,10 @@ def _correct(x: str, y: str, name: str = "altup") -> tuple[Op, ...]:
             scratch_back=(Scratch(Tensor("within", "P P", "bool")),),
             source=f"{ops.DERIVATIVES}: clamp",
         ),
-        Op(
-            f"{name}.correct.linear",
-            ("modes.corrected", clamped.name),
-            (Tensor("coefs.correct", "b s P"),),
-            (),
-            (Keep(clamped.name, "modes.corrected"), Keep("modes.corrected", clamped.name)),
-            gradient="view",
-            autocast="lower",
-            product="matrix",
-            source=f"{ops.DERIVATIVES}: mm",
-        ),
+        ops.matmul(f"{name}.correct.linear", "modes.corrected", clamped.name, "coefs.correct", "b s P", "mm"),
         module._replace(skipped=True),
         ops.add_number(f"{name}.plus_one", "coefs.correct", "coefs.plus_one", "b s P"),
-        Op(
-            f"{name}.weigh",
-            ("innovations", "coefs.plus_one"),
-            (Tensor("corrections", _ALL),),
-            (),
-            (Keep("coefs.plus_one", "innovations"), Keep("innovations", "coefs.plus_one")),
-            scratch_back=(Scratch(Tensor("product", _ALL, "=corrections"), "coefs.plus_one"),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        ops.spread(f"{name}.weigh", "innovations", "coefs.plus_one", "corrections", _ALL),
         ops.add(f"{name}.add_predicted", "corrections", "predicted", y, _ALL)._replace(view=True),
         ops.release_names("modes.corrected", "innovations", clamped.name, "coefs.plus_one"),
     )
@@ -148,23 +134,11 @@ def _sparse_gates(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: std.correction",
         ),
         Op(f"{name}.multiplier", (x,), (Tensor(f"{y}.multiplier", "", f"={x}"),), gradient="none"),
-        Op(
-            f"{name}.deviations",
-            (deviation, f"{y}.multiplier"),
-            (Tensor(f"{deviation}.scaled", _ROW, f"={x}"),),
-            (),
-            (Keep(f"{y}.multiplier", deviation),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
+        ops.with_constant(
+            f"{name}.deviations", deviation, f"{y}.multiplier", f"{deviation}.scaled", _ROW, "mul.Tensor", f"={x}"
         ),
         ops.add(f"{name}.cutoff", mean, f"{deviation}.scaled", cut, _ROW),
-        Op(
-            f"{name}.less_cutoff",
-            (x, cut),
-            (Tensor(shifted, shape),),
-            gradient="same",
-            scratch_back=(Scratch(Tensor("negative", shape, f"={x}"), cut),),
-            source=f"{ops.DERIVATIVES}: sub.Tensor",
-        ),
+        ops.subtract(f"{name}.less_cutoff", x, cut, shifted, shape),
         Op(f"{name}.relu", (shifted,), (Tensor(y, shape),), (), (Keep(y, shifted),), source=f"{ops.DERIVATIVES}: relu"),
         ops.release_names(x, mean, deviation, cut),
     )
@@ -222,16 +196,7 @@ def _per_layer_gate(x: str, y: str) -> tuple[Op, ...]:
         ops.copy("altup.first.clone", "first.view", "first", _ONE),
         ops.multiply_weight("altup", "first", "first.scaled", _ONE, Weight("altup.correct_output_scale", "h", "mlp")),
         ops.release_names("first"),
-        ops.linear("per_layer_input_gate", "first.scaled", "own.gate", "ple", "h", "mlp"),
-        ops.release_names("first.scaled"),
-        ops.activation("own.act_fn", "own.gate", "own.act", "b s ple"),
-        ops.release_names("own.gate"),
-        ops.mul("own.product", "own.act", "per_layer", "own.gated", "b s ple"),
-        ops.release_names("own.act"),
-        ops.linear("per_layer_projection", "own.gated", "own.out", "h", "ple", "mlp"),
-        ops.release_names("own.gated"),
-        *rms_norm("post_per_layer_input_norm", "own.out", "own.normed", _ONE, "h"),
-        ops.release_names("own.out"),
+        *gated_embedding("first.scaled", "first.scaled"),
         Op(
             "altup.add_to_rest",
             (x, "own.normed"),
@@ -287,16 +252,7 @@ def _magnitude(name: str, x: str, y: str) -> tuple[Op, ...]:
 
 
 def _square(name: str, x: str, y: str) -> Op:
-    return Op(
-        f"{name}.pow",
-        (x,),
-        (Tensor(f"{y}.square", _ONE),),
-        (),
-        (Keep(x, x),),
-        scratch_back=(Scratch(Tensor("pow", _ONE, f"={x}")), Scratch(Tensor("2x", _ONE, f"={x}"))),
-        autocast="fp32",
-        source=f"{ops.DERIVATIVES}: pow.Tensor_Scalar",
-    )
+    return ops.square(f"{name}.pow", x, f"{y}.square", _ONE, f"={x}")._replace(autocast="fp32")
 
 
 def _project_to_magnitude(
@@ -377,11 +333,10 @@ def gemma3n(m: ModelSpec, wiring: Wiring) -> Stack:
             )
         ),
         *_stack_streams("model.stack", ("tokens", *(f"stream{i}" for i in others)), "embeds"),
-        *tables(),
-        *(tables(True)[len(tables()) :] if has_sliding else ()),
+        *rotary_tables(has_sliding),
     )
     newest = f"stream{max(others)}"  # held by the model's variables until its last loop assigns them
-    last = after(m, wiring, True, rms_norm, has_sliding)
+    last = after(m, wiring, BOTH, norm=rms_norm, table=table_names(has_sliding))
     norm = len(rms_norm("model.norm", "x", "n", "b s h", "h"))
     mean = (
         _stream("model.first_for_magnitude", "x", "x.first"),
@@ -421,8 +376,6 @@ def gemma3n(m: ModelSpec, wiring: Wiring) -> Stack:
 
 def _per_layer_inputs() -> tuple[Op, ...]:
     """Per-layer embeddings. Token ids beyond their table are looked up as its first."""
-    from memplan.catalogue.families.gemma4 import per_layer_inputs
-
     return (
         Op(
             "model.in_table",

@@ -7,11 +7,20 @@ Source: transformers 5.24 models/gemma4/modeling_gemma4.py.
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import attention, cached, mask_name, read_shared_cache
-from memplan.catalogue.decoder.frame import inputs, masks, returned, runs
+from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, cached, mask_name, read_shared_cache
+from memplan.catalogue.decoder.frame import (
+    BOTH,
+    after,
+    inputs,
+    local,
+    masks,
+    returned,
+    rotary_tables,
+    runs,
+    table_names,
+)
 from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.decoder.scaling import scaled_embedding
-from memplan.catalogue.decoder.windows import after, local, tables
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.families.gemma import capped_logits
 from memplan.catalogue.inference.decoding import for_last
@@ -25,7 +34,6 @@ from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
 _SOURCE = "transformers 5.24 models/gemma4/modeling_gemma4.py"
-_Q, _K = "b s a d", "b s k d"
 
 _WIDEST = 256  # widest head that flash attention takes, and that sdpa attention repeats by itself
 
@@ -82,10 +90,10 @@ def project_query(name: str, x: str, bias: bool) -> tuple[Op, ...]:
     """q: projected, normalised head by head, rotated."""
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
-        ops.view(f"{name}.q_heads", "q0", "q1", _Q),
-        *rms_norm(f"{name}.q_norm", "q1", "q2", _Q, "d"),
+        ops.view(f"{name}.q_heads", "q0", "q1", QUERIES),
+        *rms_norm(f"{name}.q_norm", "q1", "q2", QUERIES, "d"),
         ops.release_names("q1"),
-        *ops.rotate(f"{name}.rope_q", "q2", "q", _Q, "b s a rot2"),
+        *ops.rotate(f"{name}.rope_q", "q2", "q", QUERIES, "b s a rot2"),
         ops.release_names("q2"),
     )
 
@@ -93,8 +101,8 @@ def project_query(name: str, x: str, bias: bool) -> tuple[Op, ...]:
 def project_key(name: str) -> tuple[Op, ...]:
     """k, from the projected heads `k1`: normalised, rotated."""
     return (
-        *rms_norm(f"{name}.k_norm", "k1", "k2", _K, "d"),
-        *ops.rotate(f"{name}.rope_k", "k2", "k", _K, "b s k rot2"),
+        *rms_norm(f"{name}.k_norm", "k1", "k2", KEYS, "d"),
+        *ops.rotate(f"{name}.rope_k", "k2", "k", KEYS, "b s k rot2"),
         ops.release_names("k2"),
     )
 
@@ -103,7 +111,7 @@ def project_heads(name: str, x: str, t: str, bias: bool) -> tuple[Op, ...]:
     """The projected heads `k1` or `v1`, not yet normalised."""
     return (
         ops.linear(f"{name}.{t}_proj", x, f"{t}0", "k d", "h", "attention", bias),
-        ops.view(f"{name}.{t}_heads", f"{t}0", f"{t}1", _K),
+        ops.view(f"{name}.{t}_heads", f"{t}0", f"{t}1", KEYS),
     )
 
 
@@ -127,7 +135,7 @@ def shared_attention(
     kernel = wiring.masked if masked else wiring.backend
     expands_by_view = kernel == "efficient" and repeats_first
     if grouped and layer.k == 1 and (expands_by_view or (kernel == "eager" and not wiring.records)):
-        repeated = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, "new") for t in (keys, values))
+        repeated = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", QUERIES, "new") for t in (keys, values))
         keys, values, grouped = f"{keys}.all", f"{values}.all", False  # expanding a single head makes no copy
     stored = shared_names(layer.sliding) if layer.mixer == STORED else ()
     cache_ops = cached(f"{name}.attention", wiring, (), layer.sliding)
@@ -137,7 +145,7 @@ def shared_attention(
     wiring = wiring._replace(caching=False)
     return (
         *(reuse_ops if layer.mixer == REUSED else cache_ops),
-        *(ops.view(f"{name}.store_{t}", t, kept, _K) for t, kept in zip("kv", stored, strict=False)),
+        *(ops.view(f"{name}.store_{t}", t, kept, KEYS) for t, kept in zip("kv", stored, strict=False)),
         *repeated,
         *attention(
             f"{name}.attention", "q", keys, values, "o", wiring, grouped, layer.sliding, mask_name(layer.sliding)
@@ -158,13 +166,13 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
     wide = not layer.sliding and m.config_int("global_head_dim") > _WIDEST
     key_value_ops: tuple[Op, ...] = ()
     if layer.mixer != REUSED:
-        v = (ops.view(f"{name}.v_is_k", "k1", "v1", _K),) if keys_are_values else project_heads(name, x, "v", bias)
+        v = (ops.view(f"{name}.v_is_k", "k1", "v1", KEYS),) if keys_are_values else project_heads(name, x, "v", bias)
         key_value_ops = (
             *project_heads(name, x, "k", bias),
             *v,
             *project_key(name),
             ops.release_names("k1"),
-            *rms_norm(f"{name}.v_norm", "v1", "v", _K, "d", affine=False),
+            *rms_norm(f"{name}.v_norm", "v1", "v", KEYS, "d", affine=False),
             ops.release_names("v1"),
         )
     held_names = () if layer.mixer == REUSED else ("k", "v")
@@ -179,7 +187,17 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
 def per_layer(x: str, y: str) -> tuple[Op, ...]:
     """Gate `x` by the layer's slice of the per-layer embeddings, project, normalise, and add it to x."""
     return (
+        *gated_embedding(x),
+        ops.add("residual_3", x, "own.normed", y, "b s h"),
+        ops.release_names("own.normed"),
+    )
+
+
+def gated_embedding(x: str, *leaving: str) -> tuple[Op, ...]:
+    """Gate `x` by the layer's slice of the per-layer embeddings, project and normalise it; x may be `leaving`."""
+    return (
         ops.linear("per_layer_input_gate", x, "own.gate", "ple", "h", "mlp"),
+        *((ops.release_names(*leaving),) if leaving else ()),
         ops.activation("own.act_fn", "own.gate", "own.act", "b s ple"),
         ops.release_names("own.gate"),
         ops.mul("own.product", "own.act", "per_layer", "own.gated", "b s ple"),
@@ -188,7 +206,6 @@ def per_layer(x: str, y: str) -> tuple[Op, ...]:
         ops.release_names("own.gated"),
         *rms_norm("post_per_layer_input_norm", "own.out", "own.normed", "b s h", "h"),
         ops.release_names("own.out"),
-        *((ops.add("residual_3", x, "own.normed", y, "b s h"), ops.release_names("own.normed")) if y else ()),
     )
 
 
@@ -249,14 +266,7 @@ def _router(x: str) -> tuple[Op, ...]:
         *ops.softmax("router.softmax", "router.logits", "router.probs", "b s E", "fp32"),
         routers.top_k("router.topk", "router.probs", "router.top"),
         *routers.normalised("router.normalise", "router.top", "router.normal"),
-        Op(
-            "router.scale_of",
-            (routers.CHOSEN,),
-            (Tensor("router.own", routers.PAIRS, f"={scale.name}"),),
-            (scale,),
-            (Keep(routers.CHOSEN, scale.name),),
-            source=f"{ops.DERIVATIVES}: index",
-        ),
+        ops.lookup("router.scale_of", routers.CHOSEN, "router.own", routers.PAIRS, scale, "index"),
         ops.mul("router.weigh", "router.normal", "router.own", routers.SCORES, routers.PAIRS),
         ops.release_names("router.input", "router.logits", "router.normal", "router.own"),
     )
@@ -337,7 +347,7 @@ def gemma4(m: ModelSpec, wiring: Wiring, is_multimodal: bool = False) -> Stack:
         return local(layer_block) if layer.sliding else layer_block
 
     has_sliding = any(layer.sliding for layer in m.layers)
-    last = after(m, wiring, True, rms_norm, has_sliding)
+    last = after(m, wiring, BOTH, norm=rms_norm, table=table_names(has_sliding))
     last = for_last(last) if cuts else last
     return Stack(
         (
@@ -351,8 +361,8 @@ def gemma4(m: ModelSpec, wiring: Wiring, is_multimodal: bool = False) -> Stack:
             positions(),
             *masks(wiring, "embeds", False),
             *masks(wiring, "embeds", True),
-            *ops.with_axes(tables(), GLOBAL),
-            *(tables(True)[len(tables()) :] if has_sliding else ()),
+            *ops.with_axes(rotary_tables(), GLOBAL),
+            *(rotary_tables(True)[len(rotary_tables()) :] if has_sliding else ()),
         ),
         runs(m, block),
         release_shared(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import attention, cached, mask_name
+from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, cached, mask_name
 from memplan.catalogue.decoder.frame import inputs, lm_head, masks, returned
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import activation, dropped, drops
@@ -10,8 +10,6 @@ from memplan.catalogue.kernels.positions import positions
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
-
-_Q, _K = "b s a d", "b s k d"
 
 
 def learned(m: ModelSpec, wiring: Wiring, drop: bool, name: str = "transformer") -> tuple[Op, ...]:
@@ -32,14 +30,7 @@ def learned(m: ModelSpec, wiring: Wiring, drop: bool, name: str = "transformer")
 
 def position_table(name: str, ids: str, y: str, shape: str, rows: str = "s") -> Op:
     w = Weight(f"{name}.weight", shape, "embedding", rows=1)
-    return Op(
-        name,
-        (ids,),
-        (Tensor(y, f"{rows} h", f"={w.name}"),),
-        (w,),
-        (Keep(ids, w.name),),
-        source=f"{ops.DERIVATIVES}: embedding",
-    )
+    return ops.lookup(name, ids, y, f"{rows} h", w)
 
 
 def after(m: ModelSpec, wiring: Wiring, norm: str = "transformer.ln_f", held: tuple[str, ...] = ()) -> tuple[Op, ...]:
@@ -119,9 +110,9 @@ def _fused_attention(
         ops.linear(f"{name}.c_attn", "n1", "qkv", "qkv", "h", "attention", bias=True),
         *((ops.view(f"{name}.heads", "qkv", qkv, "b s a 3 d", gradient="new"),) if by_head else ()),
         *((ops.view(f"{name}.present", qkv, "present", "b s qkv")._replace(holds="forward"),) if wiring.caches else ()),
-        ops.split(f"{name}.split", qkv, (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v", _K))),
-        ops.view(f"{name}.q_heads", "q0", "q", _Q, back),
-        ops.view(f"{name}.k_heads", "k0", "k", _K, back),
+        ops.split(f"{name}.split", qkv, (Tensor("q0", QUERIES), Tensor("k0", KEYS), Tensor("v", KEYS))),
+        ops.view(f"{name}.q_heads", "q0", "q", QUERIES, back),
+        ops.view(f"{name}.k_heads", "k0", "k", KEYS, back),
         *heads,
         ops.linear(f"{name}.c_proj", "o", "ao.whole", "h", "a d", "attention", bias=True),
         *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", drops(m, "resid_pdrop")),
@@ -136,7 +127,7 @@ def attention_with_dropout(
     k, v, spread = "k", "v", ()
     if m.num_key_value_heads == 1 and wiring.has_mask(sliding):  # expanding a single head makes no copy
         k, v, grouped = "k.all", "v.all", False
-        spread = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", _Q, gradient="new") for t in "kv")
+        spread = tuple(ops.view(f"{name}.repeat_{t}", t, f"{t}.all", QUERIES, gradient="new") for t in "kv")
         spread, wiring = cached(name, wiring, spread, sliding), wiring._replace(caching=False)
     wiring = wiring._replace(drops=drops(m, key))
     return (*spread, *attention(name, "q", k, v, "o", wiring, grouped, sliding, mask_name(sliding)))
@@ -164,9 +155,9 @@ def written_out(
     n, scores = name, "b a s s"
     q_in, k_in = (f"{q}.wide", f"{k}.wide") if wide else (q, k)
     return (
-        *(ops.cast(f"{n}.{t}_float", t, f"{t}.wide", _Q, "fp32") for t in (q, k) if wide),
-        ops.copy(f"{n}.q_flat", q_in, "q.flat", _Q)._replace(autocast="lower"),
-        *(() if laid else (ops.copy(f"{n}.k_flat", k_in, "k.flat", _Q)._replace(autocast="lower"),)),
+        *(ops.cast(f"{n}.{t}_float", t, f"{t}.wide", QUERIES, "fp32") for t in (q, k) if wide),
+        ops.copy(f"{n}.q_flat", q_in, "q.flat", QUERIES)._replace(autocast="lower"),
+        *(() if laid else (ops.copy(f"{n}.k_flat", k_in, "k.flat", QUERIES)._replace(autocast="lower"),)),
         ops.matmul(f"{n}.scores", "q.flat", k_in if laid else "k.flat", "scores", scores),
         *(
             biased
@@ -176,10 +167,10 @@ def written_out(
         ops.cast(f"{n}.cast", "softmax", "probs.whole", scores, f"={v}"),
         *((ops.release_names("masked"),) if wide and biased is None else ()),  # GPT-J casts in the same statement
         *dropped(f"{n}.attn_dropout", "probs.whole", "probs", scores, drop),
-        *(() if laid else (ops.copy(f"{n}.v_flat", v, "v.flat", _Q),)),
-        ops.matmul(f"{n}.product", "probs", v if laid else "v.flat", "heads", _Q),
+        *(() if laid else (ops.copy(f"{n}.v_flat", v, "v.flat", QUERIES),)),
+        ops.matmul(f"{n}.product", "probs", v if laid else "v.flat", "heads", QUERIES),
         ops.release_names(*held),
-        ops.copy(f"{n}.reshape", "heads", y, _Q, gradient="new"),
+        ops.copy(f"{n}.reshape", "heads", y, QUERIES, gradient="new"),
     )
 
 
@@ -221,7 +212,7 @@ def gpt_neo(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     heads = (
         *(ops.linear(f"{name}.{t}_proj", "n1", f"{t}0", "a d", "h", "attention") for t in "qkv"),
-        *(ops.view(f"{name}.{t}_heads", f"{t}0", t, _Q, back if t != "v" else "same") for t in "qkv"),
+        *(ops.view(f"{name}.{t}_heads", f"{t}0", t, QUERIES, back if t != "v" else "same") for t in "qkv"),
         *kernel,
         ops.linear(f"{name}.out_proj", "o", "ao.whole", "h", "a d", "attention", bias=True),
         *dropped(f"{name}.resid_dropout", "ao.whole", "ao", "b s h", resid),
@@ -273,13 +264,13 @@ def _gptj_attention(m: ModelSpec, kernel: tuple[Op, ...], name: str = "attn") ->
     """
     return (
         *(ops.linear(f"{name}.{t}_proj", "n1", f"{t}0", "a d", "h", "attention") for t in "qkv"),
-        *(ops.view(f"{name}.{t}_heads", f"{t}0", f"{t}1" if t != "v" else t, _Q) for t in "qkv"),
+        *(ops.view(f"{name}.{t}_heads", f"{t}0", f"{t}1" if t != "v" else t, QUERIES) for t in "qkv"),
         *(
             op
             for t in "kq"
             for op in (
                 ops.view(f"{name}.{t}_slice", f"{t}1", f"{t}.rot", "b s a rot", gradient="new"),
-                ops.view(f"{name}.{t}_rest", f"{t}1", f"{t}.pass", _Q, gradient="new"),
+                ops.view(f"{name}.{t}_rest", f"{t}1", f"{t}.pass", QUERIES, gradient="new"),
             )
         ),
         *(op for t in "kq" for op in _rotate_pairs(f"{name}.rope_{t}", t)),
@@ -302,13 +293,13 @@ def _rotate_pairs(name: str, t: str) -> tuple[Op, ...]:
         ops.rotate_half(f"{name}.rotate_every_two", f"{t}.rot", pairs, shape, half),
         Op(f"{name}.sin", (pairs, f"{t}.sin"), (Tensor(sine, shape),), (), (Keep(f"{t}.sin", pairs),)),
         ops.add(f"{name}.add", cosine, sine, f"{t}.turned", shape),
-        ops.view(f"{name}.part", f"{t}.turned", f"{t}.part", _Q),
+        ops.view(f"{name}.part", f"{t}.turned", f"{t}.part", QUERIES),
         ops.release_names(f"{t}.sin", f"{t}.cos"),
     )
 
 
 def _concatenated(name: str, t: str) -> Op:
-    return Op(name, (f"{t}.part", f"{t}.pass"), (Tensor(t, _Q),), gradient="same", source=f"{ops.DERIVATIVES}: cat")
+    return ops.cat(name, (f"{t}.part", f"{t}.pass"), t, QUERIES)
 
 
 def mlp(

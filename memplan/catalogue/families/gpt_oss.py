@@ -8,23 +8,21 @@ Source: transformers 5.24 models/gpt_oss/modeling_gpt_oss.py, models/mimo_v2_fla
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import cached, mask_name
-from memplan.catalogue.decoder.frame import decoder_block, returned, runs
-from memplan.catalogue.decoder.mlp import gated_mlp
-from memplan.catalogue.decoder.rotation import rotate_part
-from memplan.catalogue.decoder.windows import after as last
-from memplan.catalogue.decoder.windows import before as first
-from memplan.catalogue.decoder.windows import local, tables
+from memplan.catalogue.attention.attention import SCORES, cached, mask_name
+from memplan.catalogue.decoder.attention import project_heads
+from memplan.catalogue.decoder.decoder import Decoder, decoder
+from memplan.catalogue.decoder.frame import BOTH, after, before, decoder_block, returned, runs
+from memplan.catalogue.decoder.rotation import PHI3, partly_rotated
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.positions import rotary_table
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.core.ir import Block, Keep, Op, Stack, Tensor, Weight
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
 _GPT_OSS = "transformers 5.24 models/gpt_oss/modeling_gpt_oss.py"
-_SCORES, _WITH_SINK = "b a s s", "b a s s1"
+_WITH_SINK = "b a s s1"
 
 
 def sink_attention(
@@ -48,7 +46,7 @@ def sink_attention(
     drop      dropout on the probabilities, before they are cast
     laid      k and v are stored head by head, as in a cache
     """
-    scores, heads = (_WITH_SINK if sinks else _SCORES), f"b s a {value}"
+    scores, heads = (_WITH_SINK if sinks else SCORES), f"b s a {value}"
     n, joined, kept = name, *(("joined", "kept") if sinks else ("masked", "softmax"))
     return (
         ops.copy(f"{n}.repeat_k", "k", "k.heads", "b s a d", gradient="new")
@@ -58,9 +56,9 @@ def sink_attention(
         (ops.view if laid and not grouped else ops.copy)(
             f"{n}.repeat_v", "v.view", "v.heads", heads, gradient="new" if grouped else "same"
         ),
-        ops.matmul(f"{n}.scores", "q", "k.heads", "scores", _SCORES),
-        ops.scale(f"{n}.scaling", "scores", "scaled", _SCORES),
-        Op(f"{n}.add_mask", ("scaled", mask), (Tensor("masked", _SCORES),), gradient="same", source="add.Tensor"),
+        ops.matmul(f"{n}.scores", "q", "k.heads", "scores", SCORES),
+        ops.scale(f"{n}.scaling", "scores", "scaled", SCORES),
+        Op(f"{n}.add_mask", ("scaled", mask), (Tensor("masked", SCORES),), gradient="same", source="add.Tensor"),
         *(_append_sinks(n) if sinks else ()),
         *((ops.release_names("masked"),) if sinks and one_name else ()),
         Op(
@@ -71,19 +69,12 @@ def sink_attention(
             (Keep("largest.at", joined),),
             source=f"{ops.DERIVATIVES}: max.dim",
         ),
-        Op(
-            f"{n}.minus",
-            (joined, "largest"),
-            (Tensor("shifted", scores),),
-            gradient="same",
-            scratch_back=(Scratch(Tensor("negative", scores, f"={joined}"), "largest"),),
-            source=f"{ops.DERIVATIVES}: sub.Tensor",
-        ),
+        ops.subtract(f"{n}.minus", joined, "largest", "shifted", scores),
         ops.release_names(joined, "largest"),
         *ops.softmax(f"{n}.softmax", "shifted", "softmax", scores, "=shifted"),
-        *((ops.view(f"{n}.drop_sink", "softmax", "kept", _SCORES, gradient="new"),) if sinks else ()),
-        *((ops.dropout(f"{n}.dropout", kept, "dropped", _SCORES),) if drop else ()),
-        ops.cast(f"{n}.cast", "dropped" if drop else kept, "probs", _SCORES, "=v.heads"),
+        *((ops.view(f"{n}.drop_sink", "softmax", "kept", SCORES, gradient="new"),) if sinks else ()),
+        *((ops.dropout(f"{n}.dropout", kept, "dropped", SCORES),) if drop else ()),
+        ops.cast(f"{n}.cast", "dropped" if drop else kept, "probs", SCORES, "=v.heads"),
         ops.release_names("shifted" if one_name else "masked"),
         ops.matmul(f"{n}.product", "probs", "v.heads", "heads", heads),
         ops.copy(f"{n}.contiguous", "heads", y, heads, gradient="new"),
@@ -115,14 +106,7 @@ def rotate_halves(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
         cosine, sine = f"{y}.{part}.cosine", f"{y}.{part}.sine"
         for half_name, factor, product in ((a, "cos", cosine), (b, "sin", sine)):
             operations.append(
-                Op(
-                    f"{name}.{part}_{factor}",
-                    (f"{y}.{half_name}", factor),
-                    (Tensor(product, half),),
-                    (),
-                    (Keep(factor, f"{y}.{half_name}"),),
-                    source=f"{ops.DERIVATIVES}: mul.Tensor",
-                )
+                ops.with_constant(f"{name}.{part}_{factor}", f"{y}.{half_name}", factor, product, half, "mul.Tensor")
             )
         if part == "one":
             operations.append(ops.view(f"{name}.minus", sine, f"{sine}.negative", half, gradient="new"))
@@ -142,41 +126,23 @@ def rotate_halves(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
     )
 
 
-def _project_qkv(m: ModelSpec, x: str, name: str, value: str) -> tuple[Op, ...]:
-    bias = m.get("attention_bias", False)
-    return (
-        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
-        ops.view(f"{name}.q_heads", "q0", "q1", "b s a d", gradient="new"),
-        ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", "attention", bias),
-        ops.view(f"{name}.k_heads", "k0", "k1", "b s k d", gradient="new"),
-        ops.linear(f"{name}.v_proj", x, "v0" if value == "dv" else "v", f"k {value}", "h", "attention", bias),
-    )
+def _attend(
+    wiring: Wiring, layer: Layer, sinks: bool, grouped: bool, value: str, one_name: bool = False
+) -> tuple[Op, ...]:
+    name, mask = "self_attn.attention", mask_name(layer.sliding)
+    kernel = sink_attention(name, "o", mask, sinks, grouped, value, one_name, wiring.drops, wiring.caching)
+    return cached(name, wiring, kernel, layer.sliding)
 
 
 def _gpt_oss_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "self_attn") -> tuple[Op, ...]:
-    grouped = m.num_key_value_heads != m.num_attention_heads
+    grouped, bias = m.num_key_value_heads != m.num_attention_heads, m.get("attention_bias", False)
     return (
-        *_project_qkv(m, "n1", name, "d"),
+        *project_heads(name, "n1", bias, gradient="new"),
         *rotate_halves(f"{name}.rope_q", "q1", "q", "a"),
         *rotate_halves(f"{name}.rope_k", "k1", "k", "k"),
         ops.release_names("q1", "k1"),
-        *cached(
-            f"{name}.attention",
-            wiring,
-            sink_attention(
-                f"{name}.attention",
-                "o",
-                mask_name(layer.sliding),
-                True,
-                grouped,
-                "d",
-                False,
-                wiring.drops,
-                wiring.caching,
-            ),
-            layer.sliding,
-        ),
-        ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", m.get("attention_bias", False)),
+        *_attend(wiring, layer, True, grouped, "d"),
+        ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", bias),
         ops.release_names("q", "k", "v", "o", "n1"),
     )
 
@@ -220,67 +186,38 @@ def gpt_oss(m: ModelSpec, wiring: Wiring) -> Stack:
     table = tuple(op for op in rotary_table("embeds") if op.name != "rotary.cat")
     halves = tuple(op._replace(reads=tuple("angles" if r == "both" else r for r in op.reads)) for op in table)
     return Stack(
-        first(wiring, True, ops.with_axes(halves, {"rot": "rot2"})),
+        before(wiring, BOTH, table=ops.with_axes(halves, {"rot": "rot2"})),
         runs(m, block),
-        last(m, wiring, True, rms_norm),
+        after(m, wiring, BOTH, norm=rms_norm),
     )
 
 
-def _mimo_attention(m: ModelSpec, layer: Layer, wiring: Wiring, name: str = "self_attn") -> tuple[Op, ...]:
+def _mimo_attention(m: ModelSpec, wiring: Wiring, layer: Layer, name: str = "self_attn") -> tuple[Op, ...]:
     """Attention with scaled values narrower than keys, partial rotation, and sinks in sliding-window layers."""
     operations = (
-        *_project_qkv(m, "n1", name, "dv"),
+        *project_heads(name, "n1", m.get("attention_bias", False), gradient="new", value=("v0", "dv")),
         ops.scale(f"{name}.v_scale", "v0", "v", "b s k dv"),
         ops.release_names("v0"),
-        *rotate_part(f"{name}.rope", partial=True),
+        *partly_rotated(m, f"{name}.rope", "q1", "k1", PHI3, partial=True),
         ops.release_names("q1", "k1"),
-        *cached(
-            f"{name}.attention",
-            wiring,
-            sink_attention(
-                f"{name}.attention",
-                "o",
-                mask_name(layer.sliding),
-                layer.sliding,
-                layer.k != m.num_attention_heads,
-                "dv",
-                one_name=True,
-                drop=wiring.drops,
-                laid=wiring.caching,
-            ),
-            layer.sliding,
-        ),
+        *_attend(wiring, layer, layer.sliding, layer.k != m.num_attention_heads, "dv", one_name=True),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a dv", "attention"),
         ops.release_names("q", "k", "v", "o", "n1"),
     )
     return ops.with_axes(operations, {"k": f"k{layer.k}"})
 
 
-def without_adapter_targets(router: tuple[Op, ...]) -> tuple[Op, ...]:
-    """Return the router's ops without the linear-layer names by which peft would find its parameters."""
-    return tuple(op._replace(weights=tuple(w._replace(stands_for=()) for w in op.weights)) for op in router)
-
-
 def mimo(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build MiMo-V2-Flash, whose sliding-window layers have more key heads, sinks and a separate rotary table."""
-    wiring = wiring._replace(backend="eager", masked="eager")
-    mixture = (
-        *without_adapter_targets(routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True))),
-        *experts.experts("n2", "mo", gate_up=(), down=()),
-        ops.release_names(*routers.HELD, "n2"),
-    )
+    return decoder(m, wiring._replace(backend="eager", masked="eager"), _MIMO)
 
-    def block(layer: Layer) -> Block:
-        ffn = mixture if layer.ffn == "experts" else gated_mlp("n2", "mo")
-        layer_block = decoder_block(_mimo_attention(m, layer, wiring), ffn, held=returned(wiring))
-        return local(layer_block) if layer.sliding else layer_block
 
-    has_sliding = any(layer.sliding for layer in m.layers)
-    return Stack(
-        first(wiring, True, tables(has_sliding)),
-        runs(m, block),
-        last(m, wiring, True, local=has_sliding),
-    )
+def _mimo_mixture(m: ModelSpec) -> tuple[Op, ...]:
+    routed = routers.without_adapter_targets(routers.grouped_router("mlp.gate", "n2", m.get("norm_topk_prob", True)))
+    return experts.mixture("n2", routed, experts.experts("n2", "mo", gate_up=(), down=()))
+
+
+_MIMO = Decoder(attention=_mimo_attention, experts=_mimo_mixture, local_table=True, masks=BOTH)
 
 
 BUILDERS = {"gpt_oss": gpt_oss, "mimo_v2_flash": mimo}

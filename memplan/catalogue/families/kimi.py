@@ -5,7 +5,8 @@ Only the weights of the tower are counted.
 
 from __future__ import annotations
 
-from memplan.catalogue.families.deepseek import deepseek_v3
+from memplan.catalogue.decoder.decoder import decoder
+from memplan.catalogue.families.deepseek import DEEPSEEK_V3
 from memplan.catalogue.families.kimi_linear import kimi_linear
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import rewrite_weights
@@ -49,7 +50,7 @@ def kimi_k25(m: ModelSpec, wiring: Wiring) -> Stack:
             t.linear(f"{p}.out_proj", "v.m2", "features", "h", "vm", g, "b merged"),
         ),
     )
-    text = rewrite_weights(deepseek_v3(m, wiring), lambda w: w._replace(stands_for=()))
+    text = rewrite_weights(decoder(m, wiring, DEEPSEEK_V3), lambda w: w._replace(stands_for=()))
     return text_with_tower(wiring, _with_text_ids(text), tower)
 
 

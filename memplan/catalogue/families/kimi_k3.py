@@ -21,7 +21,7 @@ from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.experts.experts import mixture
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.recurrent import exp
-from memplan.core.ir import Block, Keep, Op, Scratch, Tensor, Weight
+from memplan.core.ir import Block, Op, Tensor, Weight
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
@@ -64,26 +64,10 @@ def attention_residual(name: str, x: str, y: str, number: int) -> tuple[Op, ...]
             f"{name}.cat", (residual_sums_name(number), x), (Tensor(t["all"], together),), gradient="view", source=_CODE
         ),
         ops.cast(f"{name}.float", t["all"], t["all32"], together, f),
-        Op(
-            f"{name}.pow",
-            (t["all32"],),
-            (Tensor(t["square"], together),),
-            (),
-            (Keep(t["all32"], t["all32"]),),
-            scratch_back=(Scratch(Tensor("pow", together, f)), Scratch(Tensor("2x", together, f))),
-            source=f"{ops.DERIVATIVES}: pow.Tensor_Scalar",
-        ),
+        ops.square(f"{name}.pow", t["all32"], t["square"], together),
         Op(f"{name}.mean", (t["square"],), (Tensor(t["variance"], row),), source=f"{ops.DERIVATIVES}: mean.dim"),
         ops.add_number(f"{name}.eps", t["variance"], t["shifted"], row),
-        Op(
-            f"{name}.rsqrt",
-            (t["shifted"],),
-            (Tensor(t["rstd"], row),),
-            (),
-            (Keep(t["rstd"], t["shifted"]),),
-            scratch_back=(Scratch(Tensor("cube", row, f)), Scratch(Tensor("half", row, f))),
-            source=f"{ops.DERIVATIVES}: rsqrt",
-        ),
+        ops.rsqrt(f"{name}.rsqrt", t["shifted"], t["rstd"], row),
         ops.spread(f"{name}.scale", t["all32"], t["rstd"], t["keys"], together),
         Op(f"{name}_norm.float", (), (Tensor(t["norm32"], "h", f),), (norm,), cast=True, source=_CODE),
         Op(f"{name}_proj", (), (Tensor(t["proj32"], "h", f),), (proj,), cast=True, source=_CODE),
@@ -207,13 +191,7 @@ def mlp(x: str, y: str, act: Act | None, name: str = "mlp", width: str = "f") ->
     return (
         ops.linear(f"{name}.gate_proj", x, "gate", width, "h", "mlp"),
         ops.linear(f"{name}.up_proj", x, "up", width, "h", "mlp"),
-        Op(
-            f"{name}.cat",
-            ("gate", "up"),
-            (Tensor("gate_up", f"b s 2 {width}"),),
-            gradient="view",
-            source=f"{ops.DERIVATIVES}: cat",
-        ),
+        ops.cat(f"{name}.cat", ("gate", "up"), "gate_up", f"b s 2 {width}", gradient="view"),
         *act(f"{name}.act_fn", "gate_up", "product", shape),
         ops.linear(f"{name}.down_proj", "product", y, "h", width, "mlp"),
         ops.release_names("gate_up", x),
@@ -252,15 +230,4 @@ def kimi_mlp(m: ModelSpec, layer: Layer, routed: tuple[Op, ...]) -> tuple[Op, ..
         *mlp("n2", "shared", act, "mlp.shared_experts", width="fs"),
         ops.add("mlp.add", "routed", "shared", "mo", "b s h"),
         ops.release_names("routed", "shared", *routers.HELD, *((x,) if narrows else ()), "n2"),
-    )
-
-
-def has_k3_parts(m: ModelSpec) -> bool:
-    """Whether the config has any of Kimi K3's parts, so that transformers' Kimi Linear class does not fit it."""
-    kda = m.part("linear_attn_config")
-    keys = ("attn_res_block_size", "routed_expert_hidden_size", "mla_use_output_gate")
-    return (
-        any(m.config.get(key) for key in keys)
-        or _uses_situ(m)
-        or any(kda.get(key) for key in ("use_full_rank_gate", "gate_lower_bound"))
     )

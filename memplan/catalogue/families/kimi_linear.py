@@ -19,17 +19,18 @@ Source: transformers 5.24 models/kimi_linear/modeling_kimi_linear.py.
 from __future__ import annotations
 
 from memplan.catalogue.attention.attention import cached
-from memplan.catalogue.attention.latent import attend, copied_key
+from memplan.catalogue.attention.latent import attend, expanded_keys, latent_queries
 from memplan.catalogue.decoder.frame import before, decoder_block, lm_head, masks, returned, runs
 from memplan.catalogue.experts import routers
 from memplan.catalogue.families import kimi_k3
 from memplan.catalogue.families.kimi_k3 import attention_residual, residual_sums_name
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.recurrent import causal_conv, cumulate, exp, lowered, mask_fill, pad, unpadded
+from memplan.catalogue.kernels.recurrent import causal_conv, cumulate, differences, exp, lowered, pad, unpadded
 from memplan.catalogue.kernels.recurrent_step import cached_state, kda_step
 from memplan.catalogue.kernels.rewriting import rewrite_weights
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.models.configs.mla import has_k3_parts
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
@@ -45,27 +46,11 @@ def _l2_norm(name: str, x: str, y: str) -> tuple[Op, ...]:
     row = "b lv s"
     square, total, shifted, root = (f"{y}.{part}" for part in ("square", "sum", "shifted", "root"))
     return (
-        Op(
-            f"{name}.square",
-            (x,),
-            (Tensor(square, _HEADS),),
-            (),
-            (Keep(x, x),),
-            scratch_back=(Scratch(Tensor("other factor", _HEADS, f"={x}")),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        ops.product_with_itself(f"{name}.square", x, square, _HEADS),
         Op(f"{name}.sum", (square,), (Tensor(total, row),), source=f"{ops.DERIVATIVES}: sum.dim_IntList"),
         ops.add_number(f"{name}.eps", total, shifted, row),
         exp(f"{name}.sqrt", shifted, root, row),
-        Op(
-            name,
-            (x, root),
-            (Tensor(y, _HEADS),),
-            (),
-            (Keep(root, x), Keep(x, root), Keep(root, root)),
-            scratch_back=(Scratch(Tensor("quotient", _HEADS, f"={y}"), root),),
-            source=f"{ops.DERIVATIVES}: div.Tensor",
-        ),
+        ops.divide(name, x, root, y, _HEADS, quotient=f"={y}"),
         ops.release_names(root),
     )
 
@@ -118,41 +103,25 @@ def _chunked_delta_rule(name: str, y: str, at_once: bool = False, records: bool 
         ops.copy(f"{n}.contiguous", "outputs", "outputs.rows", _INPUT),
         ops.cast(f"{n}.cast", "outputs.rows", y, _INPUT, "=query"),
         ops.release_names(
-            "outputs",
-            "q",
-            "k",
-            "beta.rows",
-            "v.beta",
-            "k.beta",
-            "cum",
-            "after",
-            "also after",
-            "factors",
-            "attn",
+            "outputs", "q", "k", "beta.rows", "v.beta", "k.beta", "cum", "after", "also after", "factors", "attn"
         ),
         ops.release_names(*(("scan.last",) if records else tuple(f"scan.{t}" for t in _LOCALS))),
         ops.release_names("values", "k.cumulated", f"row{CHUNK - 1}", f"rest{CHUNK - 1}"),
     )
 
 
-def _pairwise_product(name: str, x: str, other: str, y: str, shape: str = _CUBE) -> Op:
+def _pairwise_product(name: str, x: str, other: str, y: str) -> Op:
     """Multiply each row of one by each row of the other, channel by channel."""
-    sums = tuple(Scratch(Tensor(f"before the sum of {of}", shape, "fp32"), of, summed=True) for of in (x, other))
+    sums = tuple(Scratch(Tensor(f"before the sum of {of}", _CUBE, "fp32"), of, summed=True) for of in (x, other))
     source = f"{ops.DERIVATIVES}: mul.Tensor"
-    return Op(name, (x, other), (Tensor(y, shape),), (), (Keep(other, x), Keep(x, other)), (), sums, source=source)
+    return Op(name, (x, other), (Tensor(y, _CUBE),), (), (Keep(other, x), Keep(x, other)), (), sums, source=source)
 
 
 def _pairs(n: str) -> tuple[Op, ...]:
     """How much each key of a chunk corrects each later one (`pairs.0`), and how far a key has decayed (`factors`)."""
     return (
-        Op(
-            f"{n}.differences",
-            ("cum",),
-            (Tensor("differences", _CUBE),),
-            scratch_back=(Scratch(Tensor("negative", _CUBE, "fp32")),),
-            source=f"{ops.DERIVATIVES}: sub.Tensor",
-        ),
-        mask_fill(f"{n}.causal", "differences", "after", "differences.masked", _CUBE),
+        differences(f"{n}.differences", "cum", "differences", _CUBE),
+        ops.masked_fill(f"{n}.causal", "differences", "after", "differences.masked", _CUBE),
         ops.release_names("differences"),
         exp(f"{n}.decay", "differences.masked", "factors", _CUBE)._replace(autocast="fp32"),
         ops.release_names("differences.masked"),
@@ -168,7 +137,7 @@ def _pairs(n: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: mul.Tensor, sum.dim_IntList",
         ),
         ops.release_names("keys"),
-        mask_fill(f"{n}.strictly_causal", "sums", "not before", "sums.masked", _SQUARE),
+        ops.masked_fill(f"{n}.strictly_causal", "sums", "not before", "sums.masked", _SQUARE),
         ops.release_names("sums"),
         ops.scale(f"{n}.negative", "sums.masked", "pairs.0", _SQUARE),
         ops.release_names("sums.masked"),
@@ -336,14 +305,7 @@ def _forget_gate(name: str, x: str, y: str, bounded: bool) -> tuple[Op, ...]:
         ops.linear(f"{name}.f_b_proj", "f.low", "f", "lv ldk", "ldk", "mixer"),
         ops.release_names("f.low"),
         ops.cast(f"{name}.float", "f", "f32", _INPUT, f),
-        Op(
-            f"{name}.dt",
-            ("f32",),
-            (Tensor("dt", _INPUT, f),),
-            (Weight(f"{name}.dt_bias", "lv ldk", "mixer", f),),
-            gradient="same",
-            source=f"{ops.DERIVATIVES}: add.Tensor",
-        ),
+        ops.add_weight(f"{name}.dt", "f32", "dt", _INPUT, Weight(f"{name}.dt_bias", "lv ldk", "mixer", f), f),
         ops.release_names("f32"),
         Op(
             f"{a}.exp",
@@ -440,20 +402,14 @@ def _delta_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "
     )
     return (
         *(ops.linear(f"{name}.{t}_proj", x, f"{t}.flat", "lv ldk", "h", "mixer") for t in parts),
-        Op(
-            f"{name}.cat",
-            tuple(f"{t}.flat" for t in parts),
-            (Tensor("qkv", "b s convolved"),),
-            gradient="view",
-            source=f"{ops.DERIVATIVES}: cat",
-        ),
+        ops.cat(f"{name}.cat", tuple(f"{t}.flat" for t in parts), "qkv", "b s convolved", gradient="view"),
         *causal_conv(f"{name}.conv1d", "qkv", "mixed", "convolved", False, wiring=wiring),
         ops.split(f"{name}.split", "mixed", tuple(Tensor(t, _INPUT) for t in ("query", "key", "value"))),
         *_forget_gate(f"{name}.forget_gate", x, "g", config.get("gate_lower_bound") is not None),
         ops.linear(f"{name}.b_proj", x, "b_", "lv", "h", "mixer"),
         exp(f"{name}.sigmoid", "b_", "beta", "b s lv"),
         ops.release_names("b_"),
-        *(kimi_k3.mark_assumed(rule, kimi_k3.DELTA_RULE) if kimi_k3.has_k3_parts(m) else rule),
+        *(kimi_k3.mark_assumed(rule, kimi_k3.DELTA_RULE) if has_k3_parts(m) else rule),
         *gate,
         *_gated_norm(f"{name}.o_norm", "core", "out.gate", "gated"),
         ops.linear(f"{name}.o_proj", "gated", y, "h", "lv ldk", "mixer"),
@@ -465,14 +421,6 @@ def _delta_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "
 def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
     """Latent attention without rotation. A part of the keys is shared by all heads. Kimi K3 gates the output."""
     g, bias = "attention", m.get("attention_bias", False)
-    queries = (ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", g),)
-    if m.get("q_lora_rank"):
-        queries = (
-            ops.linear(f"{name}.q_a_proj", x, "q.low", "ql", "h", g, bias),
-            *ops.rms_norm(f"{name}.q_a_layernorm", "q.low", "q.normed", "b s ql", "ql"),
-            ops.release_names("q.low"),
-            ops.linear(f"{name}.q_b_proj", "q.normed", "q0", "a d", "ql", g),
-        )
     o, gate = "o", ()
     if m.get("mla_use_output_gate", False):
         o, gate = (
@@ -486,17 +434,13 @@ def _latent_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = 
             ),
         )
     return (
-        *queries,
+        *latent_queries(m, name, x, bias),
         ops.view(f"{name}.q_heads", "q0", "q", "b s a d", gradient="new"),
         ops.linear(f"{name}.kv_a_proj_with_mqa", x, "kv.low", "klr", "h", g, bias),
         ops.split(f"{name}.kv_split", "kv.low", (Tensor("kv.latent", "b s kl"), Tensor("k.turned", "b s rot"))),
         *ops.rms_norm(f"{name}.kv_a_layernorm", "kv.latent", "kv.normed", "b s kl", "kl"),
         *cached(f"{name}.attention", wiring, (), tensors=("kv.normed", "k.turned")),
-        ops.linear(f"{name}.kv_b_proj", "kv.normed", "kv", "a dkv", "kl", g),
-        ops.view(f"{name}.kv_heads", "kv", "kv.heads", "b s a dkv", gradient="new"),
-        ops.split(f"{name}.expand_kv", "kv.heads", (Tensor("k.pass", "b s a dn"), Tensor("v", "b s a dv"))),
-        ops.view(f"{name}.k_expand", "k.turned", "k.shared", "b s a rot", gradient="new"),
-        *copied_key(name),
+        *expanded_keys(name),
         *attend(f"{name}.attention", m, wiring._replace(caching=False), "mask", joined=False),
         *gate,
         ops.linear(f"{name}.o_proj", o, y, "h", "a dv", g, bias),
@@ -539,7 +483,7 @@ def kimi_linear(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.release_names(normed, *sums, "embeds", "positions", *(op.name for op in mask_ops)),
         lm_head("n"),  # the class never ties it, whatever the config says
     )
-    return rewrite_weights(Stack(before(wiring, rotary=False), runs(m, block), after), _counted_as_attention)
+    return rewrite_weights(Stack(before(wiring, table=()), runs(m, block), after), _counted_as_attention)
 
 
 def _counted_as_attention(w: Weight) -> Weight:

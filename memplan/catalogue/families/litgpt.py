@@ -8,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import NamedTuple
 
+from memplan.catalogue.attention.attention import QUERIES, cached
 from memplan.catalogue.attention.attention import attention as kernel
-from memplan.catalogue.attention.attention import cached
 from memplan.catalogue.decoder.frame import inputs, lm_head, masks
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
@@ -17,7 +17,6 @@ from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
 
 _SOURCE = "litgpt 0.5.3 model.py"
-_Q = "b s a d"
 
 
 class LitGPTKind(NamedTuple):
@@ -56,6 +55,10 @@ KINDS = {
     "gpt_neox": LitGPTKind(rms=False, gated=False, parallel=True, bias=True),
     "falcon": LitGPTKind(rms=False, gated=False, parallel=True, shared=True),
 }
+
+
+def has_family(m: ModelSpec) -> bool:
+    return m.model_type in KINDS
 
 
 def build(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -166,7 +169,7 @@ def _attention(m: ModelSpec, wiring: Wiring, kind: LitGPTKind, x: str, y: str) -
     of_keys = "k" if single else "a"
     name = "attn"
     parts = (
-        Tensor("q0", _Q),
+        Tensor("q0", QUERIES),
         Tensor("k0", "b s k d"),
         Tensor("v0", "b s k d"),
     )
@@ -175,7 +178,7 @@ def _attention(m: ModelSpec, wiring: Wiring, kind: LitGPTKind, x: str, y: str) -
     heads = (
         ops.view(f"{name}.heads", "qkv", "qkv.heads", "b s qkv", gradient="new"),
         ops.split(f"{name}.split", "qkv.heads", parts),
-        copy(f"{name}.q_heads", "q0", "q1", _Q),
+        copy(f"{name}.q_heads", "q0", "q1", QUERIES),
         copy(f"{name}.k_heads", "k0", "k1", f"b s {of_keys} d", spread),
         copy(f"{name}.v_heads", "v0", "v", f"b s {of_keys} d", spread),
     )
@@ -210,9 +213,7 @@ def _rope(name: str, x: str, y: str, heads: str) -> tuple[Op, ...]:
 
 def _concatenate(name: str, turned: str, x: str, y: str, heads: str) -> Op:
     """Concatenate the rotated and the other dimensions. Their gradient is a view of two parts."""
-    return Op(
-        name, (turned, x), (Tensor(y, f"b s {heads} d", f"={x}"),), gradient="new", source=f"{ops.DERIVATIVES}: cat"
-    )
+    return ops.cat(name, (turned, x), y, f"b s {heads} d", dtype=f"={x}", gradient="new")
 
 
 def _sdpa(wiring: Wiring) -> Iterable[Op]:
@@ -220,7 +221,10 @@ def _sdpa(wiring: Wiring) -> Iterable[Op]:
     plain = wiring._replace(copies="")
     if wiring.backend == "math":
         return kernel("attn.attention", "q", "k", "v", "o", plain, False)
-    return (*kernel("attn.attention", "q", "k", "v", "heads", plain, False), ops.copy("attn.reshape", "heads", "o", _Q))
+    return (
+        *kernel("attn.attention", "q", "k", "v", "heads", plain, False),
+        ops.copy("attn.reshape", "heads", "o", QUERIES),
+    )
 
 
 def _capped() -> Iterable[Op]:
@@ -234,9 +238,9 @@ def _capped() -> Iterable[Op]:
         Op(f"{n}.add_mask", ("capped", "mask"), (Tensor("masked", scores),), gradient="same", source=_SOURCE),
         *ops.softmax(f"{n}.softmax", "masked", "softmax", scores, "fp32"),
         ops.cast(f"{n}.cast", "softmax", "probs", scores, "=q"),
-        ops.matmul(f"{n}.product", "probs", "v", "heads", _Q),
+        ops.matmul(f"{n}.product", "probs", "v", "heads", QUERIES),
         ops.release_names("probs", "mask"),
-        ops.copy(f"{n}.reshape", "heads", "o", _Q, gradient="new"),
+        ops.copy(f"{n}.reshape", "heads", "o", QUERIES, gradient="new"),
     )
 
 

@@ -7,36 +7,27 @@ Source: transformers 5.24 models/llama4/modeling_llama4.py.
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import attention, mask_name
-from memplan.catalogue.decoder.frame import after, decoder_block, inputs, masks, returned, runs
+from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, mask_name
+from memplan.catalogue.decoder.attention import project_heads
+from memplan.catalogue.decoder.frame import after, before, decoder_block, masks, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.experts import routers
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.positions import positions
+from memplan.catalogue.kernels.positions import rotary_angles
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
 _SOURCE = "transformers 5.24 models/llama4/modeling_llama4.py"
-_Q, _K, _ROWS = "b s a d", "b s k d", "E b s"
+_ROWS = "E b s"
 _TURNS = "1 s rot2 2"  # complex numbers, each two fp32
 
 
 def _rotary_table() -> tuple[Op, ...]:
     """One complex number for every position and pair of a head's dimensions."""
-    inverse = tuple(
-        Weight(f"model.rotary_emb.{n}", "rot2", "buffer", "fp32", False) for n in ("inv_freq", "original_inv_freq")
-    )
     return (
-        Op(
-            "rotary.angles",
-            ("positions",),
-            (Tensor("angles", "s rot2", "fp32"),),
-            inverse,
-            scratch=(Tensor("positions", "s", "fp32"),),
-            source=f"{_SOURCE} Llama4TextRotaryEmbedding",
-        ),
+        rotary_angles(f"{_SOURCE} Llama4TextRotaryEmbedding"),
         Op(
             "rotary.polar", ("angles",), (Tensor("polar", _TURNS, "fp32"),), scratch=(Tensor("ones", "s rot2", "fp32"),)
         ),
@@ -100,15 +91,8 @@ def _scale_by_position(name: str, x: str, y: str) -> tuple[Op, ...]:
             (Tensor("temperatures", "s", "fp32"),),
             scratch=(Tensor("positions", "s", "int64"), Tensor("logarithm", "s", "fp32")),
         ),
-        Op(
-            f"{name}.temper",
-            (x, "temperatures"),
-            (Tensor(f"{x}.tempered", _Q),),
-            (),
-            (Keep("temperatures", x),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
-        ops.cast(f"{name}.to", f"{x}.tempered", y, _Q, f"={x}"),
+        ops.with_constant(f"{name}.temper", x, "temperatures", f"{x}.tempered", QUERIES, "mul.Tensor"),
+        ops.cast(f"{name}.to", f"{x}.tempered", y, QUERIES, f"={x}"),
         ops.release_names(f"{x}.tempered", x),
     )
 
@@ -129,21 +113,19 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
     query_key_ops: list[Op] = []
     q, k = ("q2", "k2") if normed else ("q", "k")
     if layer.rotary:
-        query_key_ops += rotate_complex(f"{name}.rope", ("q1", q, _Q), ("k1", k, _K))
+        query_key_ops += rotate_complex(f"{name}.rope", ("q1", q, QUERIES), ("k1", k, KEYS))
     if normed:
-        query_key_ops += (*_norm_heads(f"{name}.qk_norm", "q2", "q", _Q), ops.release_names("q2"))
-        query_key_ops += (*_norm_heads(f"{name}.qk_norm", "k2", "k", _K), ops.release_names("k2"))
+        query_key_ops += (*_norm_heads(f"{name}.qk_norm", "q2", "q", QUERIES), ops.release_names("q2"))
+        query_key_ops += (*_norm_heads(f"{name}.qk_norm", "k2", "k", KEYS), ops.release_names("k2"))
     if not layer.rotary:
         tempered = m.get("attn_temperature_tuning", True)
-        query_key_ops += _scale_by_position(name, "q1", "q") if tempered else (ops.view(f"{name}.q", "q1", "q", _Q),)
-        query_key_ops.append(ops.view(f"{name}.k", "k1", "k", _K))
+        query_key_ops += (
+            _scale_by_position(name, "q1", "q") if tempered else (ops.view(f"{name}.q", "q1", "q", QUERIES),)
+        )
+        query_key_ops.append(ops.view(f"{name}.k", "k1", "k", KEYS))
     grouped = m.num_key_value_heads != m.num_attention_heads
     return (
-        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
-        ops.view(f"{name}.q_heads", "q0", "q1", _Q),
-        ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", "attention", bias),
-        ops.view(f"{name}.k_heads", "k0", "k1", _K),
-        ops.linear(f"{name}.v_proj", x, "v", "k d", "h", "attention", bias),
+        *project_heads(name, x, bias),
         *query_key_ops,
         *_attend(f"{name}.attention", wiring, grouped, layer.sliding),
         ops.linear(f"{name}.o_proj", "o", y, "h", "a d", "attention", bias),
@@ -156,13 +138,8 @@ def _router(x: str, name: str) -> tuple[Op, ...]:
     return (
         routers.gate(name, x, stands_for=()),
         routers.top_k(f"{name}.topk", "router.logits", "router.top"),
-        Op(
-            f"{name}.scatter",
-            ("router.top", routers.CHOSEN),
-            (Tensor("router.sparse", "b s E", "=router.top"),),
-            (),
-            (Keep(routers.CHOSEN, "router.top"),),
-            source=f"{ops.DERIVATIVES}: scatter.src",
+        ops.with_constant(
+            f"{name}.scatter", "router.top", routers.CHOSEN, "router.sparse", "b s E", "scatter.src", "=router.top"
         ),
         ops.cast(f"{name}.float", "router.sparse", "router.wide", "b s E", "fp32"),
         routers.sigmoid(f"{name}.sigmoid", "router.wide", "router.sigmoids", "b s E"),
@@ -193,15 +170,7 @@ def mixture(x: str, y: str, name: str = "feed_forward") -> tuple[Op, ...]:
         *_router(x, f"{name}.router"),
         ops.copy(f"{name}.repeat", x, "repeated", shape, gradient="new"),
         ops.copy(f"{name}.scores", "router.scores", "routed.scores", _ROWS, gradient="same"),
-        Op(
-            f"{name}.weigh",
-            ("repeated", "routed.scores"),
-            (Tensor(inner, shape),),
-            (),
-            (Keep("routed.scores", "repeated"), Keep("repeated", "routed.scores")),
-            scratch_back=(Scratch(Tensor("product", shape, f"={inner}"), "routed.scores"),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        ops.spread(f"{name}.weigh", "repeated", "routed.scores", inner, shape),
         ops.release_names("repeated", "routed.scores"),
         _product(f"{name}.experts.gate_up_proj", inner, "routed.gate_up", "2 m", "h"),
         ops.split(
@@ -211,16 +180,12 @@ def mixture(x: str, y: str, name: str = "feed_forward") -> tuple[Op, ...]:
         ops.mul(f"{name}.product", "routed.up", "routed.act", "routed.product", f"{_ROWS} m"),
         _product(f"{name}.experts.down_proj", "routed.product", "routed_out", "h", "m"),
         ops.release_names("routed.gate", "routed.gate_up"),
-        *ops.with_axes(_mlp(x, "shared", f"{name}.shared_expert"), {"f": "m"}),
+        *ops.with_axes(gated_mlp(x, "shared", f"{name}.shared_expert"), {"f": "m"}),
         Op(f"{name}.sum", ("routed_out",), (Tensor("routed_sum", "b s h"),), autocast="wide", source="sum.dim_IntList"),
         ops.add(f"{name}.add", "shared", "routed_sum", y, "b s h")._replace(view=True),
         ops.release_names("routed_sum"),
         ops.release_names("router.logits", "router.scores", inner, "routed_out", x),
     )
-
-
-def _mlp(x: str, y: str, name: str) -> tuple[Op, ...]:
-    return gated_mlp(x, y, name)
 
 
 def llama4(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -230,26 +195,16 @@ def llama4(m: ModelSpec, wiring: Wiring) -> Stack:
         ffn = (
             mixture("n2", "mo")
             if layer.ffn == "experts"
-            else ops.with_axes(_mlp("n2", "mo", "feed_forward"), {"f": "fd"})
+            else ops.with_axes(gated_mlp("n2", "mo", "feed_forward"), {"f": "fd"})
         )
         return decoder_block(_heads(m, wiring, layer, "n1", "ao"), ffn, held=("ao", *returned(wiring)))
 
-    sliding = tuple(sorted({layer.sliding for layer in m.layers}))
+    kinds = sorted({layer.sliding for layer in m.layers})
+    made = tuple(op for kind in kinds for op in (_chunk_mask(wiring) if kind else masks(wiring, "embeds")))
     return Stack(
-        (
-            inputs(wiring.padded),
-            ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
-            positions(),
-            *(op for kind in sliding for op in (_chunk_mask(wiring) if kind else masks(wiring, "embeds"))),
-            *_rotary_table(),
-        ),
+        before(wiring, made=made, table=_rotary_table()),
         runs(m, block),
-        tuple(
-            op._replace(reads=tuple("turns" if r == "cos" else r for r in op.reads if r != "sin"))
-            if op.name == "return"
-            else op
-            for op in after(m, wiring, sliding)
-        ),
+        after(m, wiring, made=made, table=("turns",)),
     )
 
 

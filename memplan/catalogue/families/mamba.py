@@ -55,14 +55,7 @@ def _time_steps(name: str, x: str, y: str) -> tuple[Op, ...]:
         layer._replace(weights=(matrix._replace(bypasses_module=True),)),
         ops.copy(f"{name}.by_channel", "dt.flat", "dt.channels", _ROWS, gradient="new"),
         ops.release_names("dt.flat"),
-        Op(
-            f"{name}.dt_bias",
-            ("dt.channels",),
-            (Tensor("dt.biased", _ROWS, "=dt.channels"),),
-            (bias,),
-            gradient="same",
-            source=f"{ops.DERIVATIVES}: add.Tensor",
-        ),
+        ops.add_weight(f"{name}.dt_bias", "dt.channels", "dt.biased", _ROWS, bias, "=dt.channels"),
         ops.activation(f"{name}.softplus", "dt.biased", y, _ROWS)._replace(autocast="fp32"),
     )
 
@@ -132,20 +125,21 @@ def _skip(name: str, x: str, y: str) -> tuple[Op, ...]:
 
 
 def mamba_mixer(
-    x: str,
-    y: str,
+    m: ModelSpec,
     wiring: Wiring,
+    y: str,
     name: str = "mixer",
-    *,
-    bias: bool = False,
-    conv_bias: bool = True,
+    keys: tuple[str, str] = ("use_bias", "use_conv_bias"),
     norms: str = "",
 ) -> tuple[Op, ...]:
     """Projection, convolution, projections of time step and state, the scan, and the output projection.
 
-    `norms` on time step, B and C: `weightless`, `weighed`, or empty for none.
+    It reads `n1`.
+
+    keys   of the config, which say whether projections and convolution have biases
+    norms  of time step, B and C: `weightless`, `weighed`, or empty for none
     """
-    n = name
+    x, n, bias, conv_bias = "n1", name, m.get(keys[0], False), m.get(keys[1], True)
     norm = weightless_norm if norms == "weightless" else ops.rms_norm
     names = {t: f"{t}.scan" if norms else t for t in _PARTS}
     parts = tuple(Tensor(t, shape) for t, shape in _PARTS.items())
@@ -184,29 +178,14 @@ def mamba_mixer(
 
 def mamba(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Mamba, or Falcon Mamba, which normalises the inputs of the scan."""
-    mixer = mamba_mixer(
-        "n1",
-        "mo",
-        wiring,
-        bias=m.get("use_bias", False),
-        conv_bias=m.get("use_conv_bias", True),
-        norms="weightless" if m.model_type == "falcon_mamba" else "",
-    )
+    mixer = mamba_mixer(m, wiring, "mo", norms="weightless" if m.model_type == "falcon_mamba" else "")
     return mixer_model(m, wiring, mixer)
 
 
 def jamba(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Jamba: attention without positions in one of several layers, and experts in every other one."""
     name = "feed_forward"
-    mixer = mamba_mixer(
-        "n1",
-        "ao",
-        wiring,
-        "mamba",
-        bias=m.get("mamba_proj_bias", False),
-        conv_bias=m.get("mamba_conv_bias", True),
-        norms="weighed",
-    )
+    mixer = mamba_mixer(m, wiring, "ao", "mamba", ("mamba_proj_bias", "mamba_conv_bias"), "weighed")
     heads = llama_attention(m, wiring, "n1", "ao", rotary=False)
     routed = routers.softmax_router(f"{name}.router", "n2", normalise=False, stands_for=())
     mixture = experts.mixture("n2", routed, experts.experts("n2", "mo", f"{name}.experts", (), ()))
@@ -217,12 +196,12 @@ def jamba(m: ModelSpec, wiring: Wiring) -> Stack:
         return decoder_block(
             heads if attends else mixer,
             mixture if layer.ffn == "experts" else mlp,
-            norms=("input_layernorm", "pre_ff_layernorm"),
+            norms=("input_layernorm", "", "pre_ff_layernorm", ""),
             held=returned(wiring) if attends else (),
         )
 
-    last = after(m, wiring, rotary=False, name="model.final_layernorm")
-    return Stack(before(wiring, rotary=False), runs(m, block), last)
+    last = after(m, wiring, table=(), name="model.final_layernorm")
+    return Stack(before(wiring, table=()), runs(m, block), last)
 
 
 BUILDERS = {"falcon_mamba": mamba, "jamba": jamba, "mamba": mamba}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue.attention.attention import flash
+from memplan.catalogue.attention.attention import KEYS, QUERIES, SCORES, flash
 from memplan.catalogue.decoder.frame import lm_head
 from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.families.gpt import position_table
@@ -36,7 +36,6 @@ KIND = "megatron_gpt"
 _STREAMS = 4  # CUDA streams of grouped products, each with its own workspace
 CORE, ENGINE = "megatron-core 0.12", "TransformerEngine 2.3"
 _DPA = f"{ENGINE} pytorch/attention/dot_product_attention"
-_Q, _K, _PAIRS = "b s a d", "b s k d", "b a s s"
 
 
 def default_attention_kernel(half: bool, capability: tuple[int, int] | None) -> str:
@@ -150,16 +149,7 @@ def _norm(m: ModelSpec, name: str, x: str, y: str, shape: str = "b s h", axis: s
     """
     if has_mean(m):
         return ops.layer_norm(name, x, y, shape, axis)
-    rstd, w = Tensor(f"{y}.rstd", shape.rpartition(" ")[0], "fp32"), Weight(f"{name}.weight", axis, "norm")
-    kept = (x, rstd.name, w.name)
-    return Op(
-        name,
-        (x,),
-        (Tensor(y, shape, f"={x}"), rstd),
-        (w,),
-        (*(Keep(what, x) for what in kept), *(Keep(what, w.name) for what in kept[:2])),
-        source=f"{ENGINE} pytorch/module/layernorm_linear.py",
-    )
+    return ops.fused_rms_norm(name, x, y, shape, axis, f"{ENGINE} pytorch/module/layernorm_linear.py")
 
 
 def _block(m: ModelSpec, wiring: Wiring, layer: Layer) -> Block:
@@ -256,26 +246,32 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     grouped, rope = m.num_key_value_heads != m.num_attention_heads, positions_of(m) == "rope"
     normed = m.get("qk_layernorm", False)
     needs_copies = grouped or rope or normed
-    heads = (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v0", _K))
+    heads = (Tensor("q0", QUERIES), Tensor("k0", KEYS), Tensor("v0", KEYS))
     steps: list[Op] = []
     q, k = "q0", "k0"
     if grouped:
-        steps.append(ops.copy(f"{name}.query", q, "q1", _Q))
+        steps.append(ops.copy(f"{name}.query", q, "q1", QUERIES))
         q = "q1"
     if normed:
-        steps += (_norm(m, f"{name}.q_layernorm", q, "q2", _Q, "d"), _norm(m, f"{name}.k_layernorm", k, "k2", _K, "d"))
+        steps += (
+            _norm(m, f"{name}.q_layernorm", q, "q2", QUERIES, "d"),
+            _norm(m, f"{name}.k_layernorm", k, "k2", KEYS, "d"),
+        )
         q, k = "q2", "k2"
     if rope:
-        steps += (_fused_rope(f"{name}.rope_q", q, "q", _Q), _fused_rope(f"{name}.rope_k", k, "k", _K))
+        steps += (_fused_rope(f"{name}.rope_q", q, "q", QUERIES), _fused_rope(f"{name}.rope_k", k, "k", KEYS))
     else:
         is_contiguous = normed or not needs_copies
-        steps += (ops.view(f"{name}.q", q, "q", _Q), (ops.view if is_contiguous else ops.copy)(f"{name}.k", k, "k", _K))
+        steps += (
+            ops.view(f"{name}.q", q, "q", QUERIES),
+            (ops.view if is_contiguous else ops.copy)(f"{name}.k", k, "k", KEYS),
+        )
     return (
         ops.linear(f"{name}.linear_qkv", "n1", "qkv", "qkv", "h", "attention", bias=m.get("use_bias", True)),
         ops.split(f"{name}.split", "qkv", heads),
         *steps,
         *((ops.release_names("q1"),) if grouped else ()),
-        (ops.copy if needs_copies else ops.view)(f"{name}.v", "v0", "v", _K),
+        (ops.copy if needs_copies else ops.view)(f"{name}.v", "v0", "v", KEYS),
         *_core(m, wiring, grouped, needs_copies),
         ops.linear(f"{name}.linear_proj", "o", "ao", "h", "a d", "attention"),
         ops.release_names("qkv", "q", "k", "v", "o"),
@@ -317,12 +313,15 @@ def _flash_2(name: str, grouped: bool, contiguous: bool) -> tuple[Op, ...]:
     """
     laid = "_flat" if contiguous else ""
     return (
-        *(ops.copy(f"{name}.{t}{laid}", t, f"{t}.laid", shape) for t, shape in (("q", _Q), ("k", _K), ("v", _K))),
+        *(
+            ops.copy(f"{name}.{t}{laid}", t, f"{t}.laid", shape)
+            for t, shape in (("q", QUERIES), ("k", KEYS), ("v", KEYS))
+        ),
         flash(name, "q.laid", "k.laid", "v.laid", "o.laid", grouped)._replace(
             source=f"{_DPA}/backends.py FlashAttention"
         ),
         ops.release_names("q.laid", "k.laid", "v.laid"),
-        ops.copy(f"{name}.transpose_flat", "o.laid", "o", _Q),
+        ops.copy(f"{name}.transpose_flat", "o.laid", "o", QUERIES),
     )
 
 
@@ -331,20 +330,20 @@ def _unfused(name: str, grouped: bool, drops: bool) -> tuple[Op, ...]:
     k, v = ("k.all", "v.all") if grouped else ("k", "v")
     probs = "dropped" if drops else "probs"
     return (
-        *(ops.copy(f"{name}.repeat_{t}", t, f"{t}.all", _Q, "new") for t in "kv" if grouped),
-        ops.matmul(f"{name}.scores", "q", k, "scores", _PAIRS),
+        *(ops.copy(f"{name}.repeat_{t}", t, f"{t}.all", QUERIES, "new") for t in "kv" if grouped),
+        ops.matmul(f"{name}.scores", "q", k, "scores", SCORES),
         Op(
             f"{name}.softmax",
             ("scores",),
-            (Tensor("probs", _PAIRS),),
+            (Tensor("probs", SCORES),),
             (),
             (Keep("probs", "scores"),),
             gradient="same",
             source=f"{_DPA}/softmax.py ScaledMaskedSoftmax, whose backward writes over the gradient it is given",
         ),
-        *((ops.dropout(f"{name}.attention_dropout", "probs", probs, _PAIRS),) if drops else ()),
-        ops.matmul(f"{name}.context", probs, v, "heads", _Q),
-        ops.copy(f"{name}.transpose", "heads", "o", _Q),
+        *((ops.dropout(f"{name}.attention_dropout", "probs", probs, SCORES),) if drops else ()),
+        ops.matmul(f"{name}.context", probs, v, "heads", QUERIES),
+        ops.copy(f"{name}.transpose", "heads", "o", QUERIES),
         ops.release_names("scores", probs, *((k, v) if grouped else ())),
     )
 
@@ -363,15 +362,15 @@ def _recomputed(name: str, operations: tuple[Op, ...]) -> Op:
     scratch = tuple(t for name, t in written.items() if name != "o")
     back = [s.tensor for op in operations for s in op.scratch_back]
     back = [t._replace(dtype="=q" if t.dtype.startswith("=") else t.dtype) for t in back]
-    pairs = [Tensor("gradient of probabilities", _PAIRS, "=q") for t in kept if t.name == "probs"]
+    pairs = [Tensor("gradient of probabilities", SCORES, "=q") for t in kept if t.name == "probs"]
     return Op(
         name,
         ("q", "k", "v"),
-        (Tensor("o", _Q),),
+        (Tensor("o", QUERIES),),
         (),
         tuple(Keep(what, of) for of in "qkv" for what in "qkv"),
         scratch=scratch,
-        scratch_back=tuple(map(Scratch, (*kept, Tensor("o again", _Q, "=q"), *back, *pairs))),
+        scratch_back=tuple(map(Scratch, (*kept, Tensor("o again", QUERIES, "=q"), *back, *pairs))),
         product="attention",
         source=f"{CORE} transformer/attention.py _checkpointed_attention_forward",
     )
@@ -393,13 +392,15 @@ def ring_attention(stack: Stack, degrees: Degrees) -> Stack:
         q, k, v = op.reads
         local_q, joined, shape = f"{q}.own", "kv", "b s 2 k d"
         yield (
-            ops.copy(f"{op.name}.contiguous", q, local_q, _Q) if q == "q" else ops.view(f"{op.name}.q", q, local_q, _Q)
+            ops.copy(f"{op.name}.contiguous", q, local_q, QUERIES)
+            if q == "q"
+            else ops.view(f"{op.name}.q", q, local_q, QUERIES)
         )
         yield Op(f"{op.name}.join", (k, v), (Tensor(joined, shape, f"={k}"),), source=source)
         names = {q: local_q, k: joined, v: joined}
         kept = dict.fromkeys(Keep(names.get(x.what, x.what), names.get(x.of, x.of)) for x in op.keeps)
         received = Tensor("keys and values received", f"{degrees.cp - 1} {shape}", f"={local_q}")
-        step = Tensor("output of a step", _Q, f"={local_q}")
+        step = Tensor("output of a step", QUERIES, f"={local_q}")
         back = Tensor("keys and values and their gradients", f"4 {shape}", f"={local_q}")
         yield op._replace(
             reads=(local_q, joined),

@@ -8,21 +8,20 @@ Source: transformers 5.24 models/minimax_m3_vl/modeling_minimax_m3_vl.py.
 from __future__ import annotations
 
 from memplan.catalogue.attention.attention import attention, cached
-from memplan.catalogue.decoder.frame import decoder_block, returned, runs
-from memplan.catalogue.decoder.gemma_norm import rms_norm
-from memplan.catalogue.decoder.rotation import heads_first, rotate_part
-from memplan.catalogue.decoder.windows import after, before, tables
+from memplan.catalogue.decoder.attention import project_heads
+from memplan.catalogue.decoder.decoder import Decoder
+from memplan.catalogue.decoder.frame import FULL
+from memplan.catalogue.decoder.norms import gemma_norm
+from memplan.catalogue.decoder.rotation import PHI3, heads_first, partly_rotated
 from memplan.catalogue.experts import experts, routers
-from memplan.catalogue.families.gpt_oss import without_adapter_targets
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.core.ir import Block, Op, Stack, Tensor
+from memplan.core.ir import Op, Tensor
 from memplan.models.configs.block_sparse import INDEXED
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
 _SOURCE = "transformers 5.24 models/minimax_m3_vl/modeling_minimax_m3_vl.py"
-_Q, _K = "b s a d", "b s k d"
 
 
 def _mlp(x: str, y: str, name: str, width: str) -> tuple[Op, ...]:
@@ -35,20 +34,23 @@ def _mlp(x: str, y: str, name: str, width: str) -> tuple[Op, ...]:
     )
 
 
-def _mixture(x: str, y: str, name: str = "mlp") -> tuple[Op, ...]:
+def _dense_mlp(x: str, y: str, bias: bool) -> tuple[Op, ...]:
+    return _mlp(x, y, "mlp", "fd")
+
+
+def _mixture(m: ModelSpec) -> tuple[Op, ...]:
     """A shared expert, then the routed experts, scaled."""
+    x, y, name, gate = "n2", "mo", "mlp", "mlp.gate"
     return (
         *_mlp(x, "shared", f"{name}.shared_experts", "fs"),
-        *without_adapter_targets(routers.sigmoid_router(f"{name}.gate", x, f"{name}.gate.e_score_correction_bias")),
+        *routers.without_adapter_targets(routers.sigmoid_router(gate, x, f"{gate}.e_score_correction_bias")),
         *experts.experts(x, "chosen", gate_up=(), down=(), act=experts.clamped(slices=False)),
-        ops.scale(f"{name}.scale", "chosen", "experts.scaled", "b s h"),
-        ops.release_names("chosen"),
-        ops.add(f"{name}.add", "experts.scaled", "shared", y, "b s h"),
-        ops.release_names("experts.scaled", "shared", *routers.HELD, x),
+        *experts.scaled_and_shared(name, x, y),
     )
 
 
-def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str = "self_attn") -> tuple[Op, ...]:
+def _heads(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, ...]:
+    name, x, y = "self_attn", "n1", "ao"
     grouped = m.num_key_value_heads != m.num_attention_heads
     indexed = layer.mixer == INDEXED
     attention_name = f"{name}.attention"
@@ -58,16 +60,8 @@ def _heads(m: ModelSpec, wiring: Wiring, layer: Layer, x: str, y: str, name: str
         else _full_attention(wiring, grouped, attention_name)
     )
     return (
-        ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention"),
-        ops.view(f"{name}.q_heads", "q0", "qh", _Q),
-        *rms_norm(f"{name}.q_norm", "qh", "q1", _Q, "d"),
-        ops.release_names("qh"),
-        ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", "attention"),
-        ops.view(f"{name}.k_heads", "k0", "kh", _K),
-        *rms_norm(f"{name}.k_norm", "kh", "k1", _K, "d"),
-        ops.release_names("kh"),
-        ops.linear(f"{name}.v_proj", x, "v", "k d", "h", "attention"),
-        *rotate_part(f"{name}.rope", partial=m.rotary_width < m.head_dim),
+        *project_heads(name, x, norm=gemma_norm),
+        *partly_rotated(m, f"{name}.rope", "q1", "k1", PHI3),
         ops.release_names("q1", "k1"),
         *(cached(attention_name, wiring, ()) if indexed else ()),
         *(_indexer(x, wiring, f"{name}.indexer") if indexed else ()),
@@ -120,10 +114,10 @@ def _indexer(x: str, wiring: Wiring, name: str) -> tuple[Op, ...]:
     saved = tuple(f"index.{t}1.{part}" for t in "qk" for part in ("x32", "rstd", "n32", "factor"))
     return _without_gradient(
         ops.linear(f"{name}.q_proj", x, "index.q0", "i di", "h", "attention"),
-        *rms_norm(f"{name}.q_norm", "index.q0", "index.q1", heads, "di"),
+        *gemma_norm(f"{name}.q_norm", "index.q0", "index.q1", heads, "di"),
         ops.release_names("index.q0"),
         ops.linear(f"{name}.k_proj", x, "index.k0", "di", "h", "attention"),
-        *rms_norm(f"{name}.k_norm", "index.k0", "index.k1", one, "di"),
+        *gemma_norm(f"{name}.k_norm", "index.k0", "index.k1", one, "di"),
         ops.release_names("index.k0"),
         *_rotate_index_heads(name, "q", "i"),
         *_rotate_index_heads(name, "k", "1"),
@@ -202,14 +196,12 @@ def _block_mask(wiring: Wiring) -> tuple[Op, ...]:
     )
 
 
-def minimax_m3(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build the text decoder."""
-
-    def block(layer: Layer) -> Block:
-        ffn = _mixture("n2", "mo") if layer.ffn == "experts" else _mlp("n2", "mo", "mlp", "fd")
-        return decoder_block(_heads(m, wiring, layer, "n1", "ao"), ffn, norm=rms_norm, held=returned(wiring))
-
-    return Stack(before(wiring, False, tables()), runs(m, block), after(m, wiring, False, rms_norm))
-
-
-BUILDERS = {"minimax_m3_vl_text": minimax_m3}
+BUILDERS = {
+    "minimax_m3_vl_text": Decoder(
+        attention=_heads,
+        mlp=_dense_mlp,
+        experts=_mixture,
+        norm=gemma_norm,
+        masks=FULL,
+    )
+}

@@ -5,7 +5,8 @@ Source: transformers 5.24 models/mistral3/modeling_mistral3.py, models/pixtral/m
 
 from __future__ import annotations
 
-from memplan.catalogue.families.llama import llama, rope_and_scale
+from memplan.catalogue.decoder.decoder import decoder
+from memplan.catalogue.families.dense import MINISTRAL_3, MISTRAL
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
@@ -64,7 +65,7 @@ def mistral3(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.release_names("v.unfolded", "v.square", "v.merged", "embeds"),
     )
     tower = Tower((Tensor("pixel_values", f"{t.P} vin", "fp32"),), before, (Run((block,), "vL1"),), after)
-    text = llama(m, wiring, turn=rope_and_scale) if decoder_of(m) == "ministral3" else llama(m, wiring)
+    text = decoder(m, wiring, MINISTRAL_3 if decoder_of(m) == "ministral3" else MISTRAL)
     return text_with_tower(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
 
 

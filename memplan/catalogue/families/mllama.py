@@ -7,18 +7,18 @@ from __future__ import annotations
 
 from memplan.catalogue.attention.attention import to_images
 from memplan.catalogue.decoder.attention import llama_attention
+from memplan.catalogue.decoder.decoder import Decoder, decoder
 from memplan.catalogue.decoder.encoder_decoder import cached_across
 from memplan.catalogue.decoder.frame import decoder_block, returned
 from memplan.catalogue.decoder.mlp import gated_mlp
-from memplan.catalogue.decoder.windows import renamed
-from memplan.catalogue.families.llama import llama
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
 from memplan.catalogue.vision.vision import outlived, skipped, text_with_tower
-from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
-from memplan.models.configs.vision import intermediate, run_lengths, size
+from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
+from memplan.models.configs.towers import intermediate, run_lengths, size
 from memplan.models.model import ModelSpec
 
 _MLLAMA = "transformers 5.24 models/mllama/modeling_mllama.py"
@@ -37,7 +37,7 @@ def mllama(m: ModelSpec, wiring: Wiring) -> Stack:
     if not (wiring.images or wiring.has_cross_cache):
         cross_ops = (ops.view("skip", "x", "y", "b s h"), *skipped(cross_ops))
     cross = Block("model.layers", cross_ops)
-    text = llama(m, wiring)
+    text = decoder(m, wiring, Decoder(mlp_bias="mlp_bias"))
     runs = tuple(
         Run(tuple(cross if layer.mixer == "cross_attention" else plain for layer in run.pattern), run.times)
         for run in m.runs
@@ -110,14 +110,7 @@ def _cross_attention(grouped: bool, wiring: Wiring) -> tuple[Op, ...]:
         ops.release_names("ao", "ao.gated"),
         *ops.rms_norm("post_attention_layernorm", "x1", "n2", shape, "h"),
         *gated_mlp("n2", "mo"),
-        Op(
-            "mlp.rows_seen",
-            ("mo", "rows_seen"),
-            (Tensor("mo.seen", shape),),
-            (),
-            (Keep("rows_seen", "mo"),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        ops.with_constant("mlp.rows_seen", "mo", "rows_seen", "mo.seen", shape, "mul.Tensor"),
         ops.release_names("mo"),
         *_gated("cross_attn_mlp_gate", "mo.seen", "mo.gated", shape, g),
         ops.add("residual_2", "x1", "mo.gated", "y", shape),
@@ -142,15 +135,7 @@ def _gated(name: str, x: str, y: str, shape: str, group: str = "vision") -> tupl
     gate = f"{y}.gate"
     return (
         _gate(name, gate, group),
-        Op(
-            f"{name}.mul",
-            (gate, x),
-            (Tensor(y, shape),),
-            (),
-            (Keep(x, gate), Keep(gate, x)),
-            scratch_back=(Scratch(Tensor("product", shape, f"={y}"), gate),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        ops.spread(f"{name}.mul", x, gate, y, shape, small_first=True),
     )
 
 
@@ -199,14 +184,7 @@ def _add_tile_embedding(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]
 
 
 def _by_ratio(name: str, y: str, shape: str, w: Weight) -> Op:
-    return Op(
-        name,
-        ("aspect_ratio_ids",),
-        (Tensor(y, f"b images {shape}", f"={w.name}"),),
-        (w,),
-        (Keep("aspect_ratio_ids", w.name),),
-        source=f"{ops.DERIVATIVES}: embedding",
-    )
+    return ops.lookup(name, "aspect_ratio_ids", y, f"b images {shape}", w)
 
 
 def _mllama_tower(m: ModelSpec) -> Tower:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import one_head, repeats_by_view
+from memplan.catalogue.attention.attention import KEYS, QUERIES, keys_and_values
 from memplan.catalogue.decoder.attention import llama_attention
-from memplan.catalogue.decoder.frame import before, decoder_block, lm_head, masks, returned, runs
-from memplan.catalogue.decoder.rotation import heads_first
+from memplan.catalogue.decoder.decoder import Decoder, decoder
+from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
+from memplan.catalogue.decoder.norms import layer_norm
+from memplan.catalogue.decoder.rotation import NEOX, heads_first, partly_rotated
 from memplan.catalogue.families.gpt import mlp, with_causal_buffers
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import dropped, drops
@@ -14,69 +16,11 @@ from memplan.core.ir import Block, Op, Run, Stack, Tensor
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
-_Q, _K = "b s a d", "b s k d"
-
-
-def norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
-    return (ops.layer_norm(name, x, y, shape, axis),)
-
 
 def embedded(name: str, drop: bool) -> tuple[Op, ...]:
     tokens = "tokens" if drop else "embeds"
     embedding = ops.embedding(name, "ids", tokens, "v", "h")
     return (embedding, ops.dropout("embedding_dropout", tokens, "embeds", "b s h")) if drop else (embedding,)
-
-
-def after(
-    m: ModelSpec,
-    wiring: Wiring,
-    last: tuple[Op, ...],
-    embedding: str,
-    held: str,
-    sliding: bool = False,
-    bias: bool = False,
-) -> tuple[Op, ...]:
-    """The last norm and the output projection. `held` is the embeddings, which the model holds to its end."""
-    return (
-        *last,
-        ops.release_names("x", held, "positions", "cos", "sin", *(op.name for op in masks(wiring, "embeds", sliding))),
-        lm_head("n", f"{embedding}.weight" if m.tie_word_embeddings else "", bias),
-    )
-
-
-def turned_parts(name: str, partial: bool, held: bool = False) -> tuple[Op, ...]:
-    """q1 and k1 to q and k: the first `rot` dimensions of each head rotated, then concatenated with the rest.
-
-    Slicing off the rest gives it a gradient as wide as a head, even if it is empty. The gradients of the concatenated
-    parts are views of one tensor. `held`: the rotated parts stay alive until both are concatenated.
-    """
-    heads = {"q": "a", "k": "k"}
-    return (
-        *(
-            ops.view(f"{name}.{t}_{part}", f"{t}1", f"{t}.{part}", f"b s {heads[t]} {width}", gradient)
-            for t in "qk"
-            for part, width, gradient in (("rot", "rot", "new" if partial else "same"), ("pass", "d", "new"))
-        ),
-        *(
-            op
-            for t in "qk"
-            for op in (
-                *ops.rotate(f"{name}.{t}", f"{t}.rot", f"{t}.turned", f"b s {heads[t]} rot", f"b s {heads[t]} rot2"),
-                ops.view(f"{name}.{t}.part", f"{t}.turned", f"{t}.part", f"b s {heads[t]} d"),
-            )
-        ),
-        *(
-            Op(
-                f"{name}.{t}.cat",
-                (f"{t}.part", f"{t}.pass"),
-                (Tensor(t, f"b s {heads[t]} d"),),
-                gradient="same",
-                source=f"{ops.DERIVATIVES}: cat",
-            )
-            for t in "qk"
-        ),
-        *((ops.release_names("q.turned", "k.turned"),) if held else ()),
-    )
 
 
 def _projections(name: str, outputs: tuple[str, str, str], bias: bool) -> tuple[Op, ...]:
@@ -99,8 +43,8 @@ def gpt_neox(m: ModelSpec, wiring: Wiring) -> Stack:
     heads = (
         ops.linear("attention.query_key_value", "n1", "qkv", "3 a d", "h", "attention", bias),
         ops.view("attention.heads", "qkv", "qkv.heads", "b s a 3 d", gradient="new"),
-        ops.split("attention.chunk", "qkv.heads", (Tensor("q1", _Q), Tensor("k1", _Q), Tensor("v", _Q))),
-        *turned_parts("attention.rope", m.rotary_width < m.head_dim),
+        ops.split("attention.chunk", "qkv.heads", (Tensor("q1", QUERIES), Tensor("k1", QUERIES), Tensor("v", QUERIES))),
+        *partly_rotated(m, "attention.rope", "q1", "k1", NEOX),
         ops.release_names("q1", "k1"),
         *heads_first("attention.attention", "q", "k", "v", "o", wiring, False),
         ops.linear("attention.dense", "o", "ao.whole", "h", "a d", "attention", bias),
@@ -110,7 +54,7 @@ def gpt_neox(m: ModelSpec, wiring: Wiring) -> Stack:
     parallel = m.get("use_parallel_residual", True)
     layers = ("dense_h_to_4h", "dense_4h_to_h")
     feed = (
-        *norm("post_attention_layernorm", "x" if parallel else "x1", "n2", "b s h", "h"),
+        *layer_norm("post_attention_layernorm", "x" if parallel else "x1", "n2", "b s h", "h"),
         *mlp(m, "n2", "mo", drop, layers),
     )
     joined = (
@@ -123,38 +67,29 @@ def gpt_neox(m: ModelSpec, wiring: Wiring) -> Stack:
         else (ops.add("residual_1", "ao", "x", "x1", "b s h"), *feed, ops.add("residual_2", "mo", "x1", "y", "b s h"))
     )
     ends = ops.release_names("mo", "ao" if parallel else "x1", "positions", *returned(wiring))
-    operations = (*norm("input_layernorm", "x", "n1", "b s h", "h"), *heads, *joined, ends)
+    operations = (*layer_norm("input_layernorm", "x", "n1", "b s h", "h"), *heads, *joined, ends)
     block = Block("gpt_neox.layers", with_causal_buffers(m, wiring, operations, "attention"))
-    return Stack(
-        before(wiring, embedded=embedded("gpt_neox.embed_in", drop)),
-        (Run((block,), "L"),),
-        after(
-            m,
-            wiring,
-            norm("gpt_neox.final_layer_norm", "x", "n", "b s h", "h"),
-            "gpt_neox.embed_in",
-            "tokens" if drop else "embeds",
-        ),
-    )
+    embedding, held = "gpt_neox.embed_in", "tokens" if drop else "embeds"
+    last = after(m, wiring, norm=layer_norm, name="gpt_neox.final_layer_norm", embedding=embedding, held=held)
+    return Stack(before(wiring, embedded=embedded(embedding, drop)), (Run((block,), "L"),), last)
 
 
 def phi(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Phi: one norm for attention and MLP in parallel. The parts of q and k stay alive to the attention's end."""
     name, drop = "self_attn", drops(m, "resid_pdrop")
-    grouped = m.num_key_value_heads != m.num_attention_heads
     normed = bool(m.get("qk_layernorm", False))
     block = Block(
         "model.layers",
         (
-            *norm("input_layernorm", "x", "n1", "b s h", "h"),
+            *layer_norm("input_layernorm", "x", "n1", "b s h", "h"),
             *_projections(name, ("q2", "k2", "v") if normed else ("q1", "k1", "v"), True),
             *(
                 op
-                for t, shape in ((("q", _Q), ("k", _K)) if normed else ())
-                for op in norm(f"{name}.{t}_layernorm", f"{t}2", f"{t}1", shape, "d")
+                for t, shape in ((("q", QUERIES), ("k", KEYS)) if normed else ())
+                for op in layer_norm(f"{name}.{t}_layernorm", f"{t}2", f"{t}1", shape, "d")
             ),
-            *turned_parts(f"{name}.rope", m.rotary_width < m.head_dim),
-            *_attention(m, f"{name}.attention", wiring, grouped),
+            *partly_rotated(m, f"{name}.rope", "q1", "k1", NEOX),
+            *_attention(m, wiring),
             ops.linear(f"{name}.dense", "o", "ao.whole", "h", "a d", "attention", bias=True),
             ops.release_names("q", "k", "v", "o", "q1", "k1", "q.turned", "k.turned"),
             *dropped("resid_dropout", "ao.whole", "ao", "b s h", drop),
@@ -165,40 +100,39 @@ def phi(m: ModelSpec, wiring: Wiring) -> Stack:
             ops.release_names("ao", "mo", "positions", *returned(wiring)),
         ),
     )
-    last = norm("model.final_layernorm", "x", "n", "b s h", "h")
     return Stack(
         before(wiring, embedded=embedded("model.embed_tokens", drops(m, "embd_pdrop"))),
         (Run((block,), "L"),),
-        after(m, wiring, last, "model.embed_tokens", "embeds", bias=True),
+        after(m, wiring, norm=layer_norm, name="model.final_layernorm", bias=True),
     )
 
 
-def _attention(m: ModelSpec, name: str, wiring: Wiring, grouped: bool) -> tuple[Op, ...]:
-    if grouped and m.num_key_value_heads == 1 and repeats_by_view(wiring):
-        uncached = wiring._replace(caching=False)
-        return (*one_head(name, wiring), *heads_first(name, "q", "k.all", "v.all", "o", uncached, False))
-    return heads_first(name, "q", "k", "v", "o", wiring, grouped)
+def _attention(m: ModelSpec, wiring: Wiring, name: str = "self_attn.attention") -> tuple[Op, ...]:
+    repeated, k, v, wiring, grouped = keys_and_values(m, name, wiring)
+    return (*repeated, *heads_first(name, "q", k, v, "o", wiring, grouped))
+
+
+def _nemotron_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, ...]:
+    name, bias = "self_attn", m.get("attention_bias", False)
+    return (
+        *_projections(name, ("q1", "k1", "v"), bias),
+        *partly_rotated(m, f"{name}.rope", "q1", "k1", NEOX),
+        ops.release_names("q.turned", "k.turned"),
+        ops.release_names("q1", "k1"),
+        *_attention(m, wiring),
+        ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", bias),
+        ops.release_names("q", "k", "v", "o", "n1"),
+    )
 
 
 def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Nemotron, whose LayerNorms multiply by `weight + 1`, and run in 16 bits under autocast."""
-    name, grouped = "self_attn", m.num_key_value_heads != m.num_attention_heads
-    bias, mlp_bias = m.get("attention_bias", False), m.get("mlp_bias", False)
-    heads = (
-        *_projections(name, ("q1", "k1", "v"), bias),
-        *turned_parts(f"{name}.rope", m.rotary_width < m.head_dim, held=True),
-        ops.release_names("q1", "k1"),
-        *_attention(m, f"{name}.attention", wiring, grouped),
-        ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", "attention", bias),
-        ops.release_names("q", "k", "v", "o", "n1"),
-    )
-    feed = mlp(m, "n2", "mo", False, ("up_proj", "down_proj"), bias=mlp_bias)
-    block = decoder_block(heads, feed, norm=_layer_norm_plus_one, held=returned(wiring))
-    return Stack(
-        before(wiring),
-        (Run((block,), "L"),),
-        after(m, wiring, _layer_norm_plus_one("model.norm", "x", "n", "b s h", "h"), "model.embed_tokens", "embeds"),
-    )
+
+    def feed(x: str, y: str, bias: bool) -> tuple[Op, ...]:
+        return mlp(m, x, y, False, ("up_proj", "down_proj"), bias=bias)
+
+    row = Decoder(attention=_nemotron_attention, mlp=feed, mlp_bias="mlp_bias", norm=_layer_norm_plus_one)
+    return decoder(m, wiring, row)
 
 
 def _layer_norm_plus_one(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
@@ -225,22 +159,15 @@ def starcoder2(m: ModelSpec, wiring: Wiring) -> Stack:
         return decoder_block(
             (*heads, *dropped("residual_dropout", "ao.whole", "ao", "b s h", drop), release),
             mlp(m, "n2", "mo", drop, bias=bias),
-            norm=norm,
+            norm=layer_norm,
             held=returned(wiring),
         )
 
     sliding, embedding_drop = m.layers[0].sliding, drops(m, "embedding_dropout")
     return Stack(
-        before(wiring, (sliding,), embedded("model.embed_tokens", embedding_drop)),
+        before(wiring, (sliding,), embedded=embedded("model.embed_tokens", embedding_drop)),
         runs(m, block),
-        after(
-            m,
-            wiring,
-            norm("model.norm", "x", "n", "b s h", "h"),
-            "model.embed_tokens",
-            "tokens" if embedding_drop else "embeds",
-            sliding,
-        ),
+        after(m, wiring, (sliding,), norm=layer_norm, held="tokens" if embedding_drop else "embeds"),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memplan.catalogue.attention.attention import QUERIES
 from memplan.catalogue.decoder.frame import inputs, lm_head, masks, returned
 from memplan.catalogue.families.gpt import attention_with_dropout
 from memplan.catalogue.kernels import ops
@@ -10,7 +11,7 @@ from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor
 from memplan.models.model import ModelSpec
 
-_Q, _NAME = "b s a d", "model.decoder"
+_NAME = "model.decoder"
 
 
 def opt(m: ModelSpec, wiring: Wiring) -> Stack:
@@ -108,11 +109,11 @@ def _attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "self_a
     gradient = "new" if backend in ("eager", "math") else "same"
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias),
-        ops.scale(f"{name}.scaling", "q0", "q1", _Q),
-        ops.view(f"{name}.q_heads", "q1", "q", _Q, gradient),
+        ops.scale(f"{name}.scaling", "q0", "q1", QUERIES),
+        ops.view(f"{name}.q_heads", "q1", "q", QUERIES, gradient),
         ops.linear(f"{name}.k_proj", x, "k0", "a d", "h", "attention", bias),
         ops.linear(f"{name}.v_proj", x, "v", "a d", "h", "attention", bias),
-        ops.view(f"{name}.k_heads", "k0", "k", _Q, gradient),
+        ops.view(f"{name}.k_heads", "k0", "k", QUERIES, gradient),
         *attention_with_dropout(m, wiring, f"{name}.attention", "attention_dropout", False),
         ops.linear(f"{name}.out_proj", "o", y, "h", "a d", "attention", bias),
         ops.release_names("q", "k", "v", x),

@@ -7,9 +7,9 @@ and Qwen still pass one, which flash attention refuses.
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import attention, cached, flash, mask
+from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, cached, flash, mask
 from memplan.catalogue.decoder.attention import llama_attention
-from memplan.catalogue.decoder.frame import decoder_block, inputs, lm_head
+from memplan.catalogue.decoder.frame import after, before, decoder_block, inputs, lm_head
 from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.decoder.scaling import scaled_branch
 from memplan.catalogue.kernels import ops
@@ -18,7 +18,6 @@ from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
 
-_Q, _K = "b s a d", "b s k d"
 _BAICHUAN = "modeling_baichuan.py"
 _READ = f"assumed: read in the {_BAICHUAN} published with the weights, not traced"
 
@@ -32,13 +31,13 @@ def internlm2(m: ModelSpec, wiring: Wiring) -> Stack:
     grouped, bias = m.num_key_value_heads != m.num_attention_heads, m.get("bias", False)
     heads = (
         ops.linear(f"{name}.wqkv", "n1", "qkv", "qkv", "h", "attention", bias),
-        ops.view(f"{name}.q_slice", "qkv", "q.slice", _Q, gradient="new"),
-        ops.copy(f"{name}.q_heads", "q.slice", "q1", _Q),
-        ops.view(f"{name}.k_slice", "qkv", "k1", _K, gradient="new"),
-        ops.view(f"{name}.v_slice", "qkv", "v", _K, gradient="new"),
+        ops.view(f"{name}.q_slice", "qkv", "q.slice", QUERIES, gradient="new"),
+        ops.copy(f"{name}.q_heads", "q.slice", "q1", QUERIES),
+        ops.view(f"{name}.k_slice", "qkv", "k1", KEYS, gradient="new"),
+        ops.view(f"{name}.v_slice", "qkv", "v", KEYS, gradient="new"),
         *rotary_table("v"),
-        *ops.rotate(f"{name}.rope_q", "q1", "q", _Q, "b s a rot2"),
-        *ops.rotate(f"{name}.rope_k", "k1", "k", _K, "b s k rot2"),
+        *ops.rotate(f"{name}.rope_q", "q1", "q", QUERIES, "b s a rot2"),
+        *ops.rotate(f"{name}.rope_k", "k1", "k", KEYS, "b s k rot2"),
         ops.release_names("q1", "k1"),
         *as_published(f"{name}.attention", wiring, ("k", "v"), "modeling_internlm2.py InternLM2SdpaAttention.forward"),
         *repeated_attention(f"{name}.attention", "q", "k", "v", "o", wiring._replace(caching=False), grouped),
@@ -46,21 +45,11 @@ def internlm2(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.release_names("qkv", "o", "n1", "cos", "sin"),
     )
     mlp = gated_mlp("n2", "mo", "feed_forward", projections=("w1", "w3", "w2"))
-    block = decoder_block(heads, mlp, norms=("attention_norm", "ffn_norm"))
-    return Stack(
-        (
-            inputs(wiring.padded),
-            ops.embedding("model.tok_embeddings", "ids", "embeds", "v", "h"),
-            positions(),
-            *masks,
-        ),
-        (Run((block,), "L"),),
-        (
-            *ops.rms_norm("model.norm", "x", "n", "b s h", "h"),
-            ops.release_names("x", "embeds", "positions", *(op.name for op in masks)),
-            _renamed(lm_head("n"), "lm_head.weight", "output.weight"),
-        ),
-    )
+    block = decoder_block(heads, mlp, norms=("attention_norm", "", "ffn_norm", ""))
+    embedded = (ops.embedding("model.tok_embeddings", "ids", "embeds", "v", "h"),)
+    *last, _ = after(m, wiring, made=masks, table=())
+    head = _renamed(lm_head("n"), "lm_head.weight", "output.weight")
+    return Stack(before(wiring, embedded=embedded, made=masks, table=()), (Run((block,), "L"),), (*last, head))
 
 
 def as_published(name: str, wiring: Wiring, tensors: tuple[str, ...], code: str) -> tuple[Op, ...]:
@@ -91,15 +80,15 @@ def repeated_attention(
     match wiring.masked if wiring.has_mask(sliding) else wiring.backend:
         case "flash" if grouped:
             return (
-                ops.copy(f"{name}.repeat_k", k, f"{k}.repeated", _Q, gradient="new"),
-                ops.copy(f"{name}.repeat_v", v, f"{v}.repeated", _Q, gradient="new"),
+                ops.copy(f"{name}.repeat_k", k, f"{k}.repeated", QUERIES, gradient="new"),
+                ops.copy(f"{name}.repeat_v", v, f"{v}.repeated", QUERIES, gradient="new"),
                 flash(name, q, f"{k}.repeated", f"{v}.repeated", y, False),
             )
         case "efficient" if wiring.has_mask(sliding):
             same = () if grouped else (k, v)
             contiguous = {t: f"{t}.contiguous" for t in (q, *same)}
             return (
-                *(ops.copy(f"{name}.{t}", t, contiguous[t], _Q) for t in (q, *same)),
+                *(ops.copy(f"{name}.{t}", t, contiguous[t], QUERIES) for t in (q, *same)),
                 *attention(
                     name, contiguous[q], contiguous.get(k, k), contiguous.get(v, v), y, wiring, grouped, sliding, mask
                 ),
@@ -126,10 +115,10 @@ def minicpm(m: ModelSpec, wiring: Wiring) -> Stack:
         "ao",
         bias=bias,
         out_bias=bias,
-        turn=lambda name, q, k: _rope_in_fp32(name, q, k, m.max_position_embeddings or 2048, at_once=True),
+        rotate=lambda m, name, q, k: _rope_in_fp32(name, q, k, m.max_position_embeddings or 2048, at_once=True),
         attend=_cached_and_repeated,
     )
-    block = decoder_block(heads, gated_mlp("n2", "mo"), scaled_branch)
+    block = decoder_block(heads, gated_mlp("n2", "mo"), branch=scaled_branch)
     return Stack(
         (
             inputs(wiring.padded),
@@ -154,15 +143,18 @@ def _rope_in_fp32(name: str, q: str, k: str, longest: int, at_once: bool) -> tup
     `at_once`: q and k are cast once for both products (MiniCPM); otherwise once for each (Baichuan).
     """
     tables = tuple(Weight(f"{name}.rotary_emb.{t}", f"{longest} d", "buffer", "fp32", False) for t in _TABLES)
-    cast = (ops.cast(f"{name}.float_q", q, "q.wide", _Q, "fp32"), ops.cast(f"{name}.float_k", k, "k.wide", _K, "fp32"))
+    cast = (
+        ops.cast(f"{name}.float_q", q, "q.wide", QUERIES, "fp32"),
+        ops.cast(f"{name}.float_k", k, "k.wide", KEYS, "fp32"),
+    )
     return (
         Op(f"{name}.cos", ("positions",), (Tensor("cos", "s rot", "fp32"),), tables[:1]),
         Op(f"{name}.sin", ("positions",), (Tensor("sin", "s rot", "fp32"),), tables[1:]),
         *(cast if at_once else ()),
         *_rotated_in_fp32(f"{name}.rope_q", q, "q", "a", at_once),
         *_rotated_in_fp32(f"{name}.rope_k", k, "k", "k", at_once),
-        ops.cast(f"{name}.cast_q", "q.rotated", "q", _Q, f"={q}"),
-        ops.cast(f"{name}.cast_k", "k.rotated", "k", _K, f"={k}"),
+        ops.cast(f"{name}.cast_q", "q.rotated", "q", QUERIES, f"={q}"),
+        ops.cast(f"{name}.cast_k", "k.rotated", "k", KEYS, f"={k}"),
         ops.release_names("q.rotated", "k.rotated", *(("q.wide", "k.wide") if at_once else ())),
         ops.release_names(q, k),
     )
@@ -217,7 +209,7 @@ def _packed_projection(name: str) -> tuple[Op, ...]:
     return (
         ops.linear(f"{name}.W_pack", "n1", "packed", "3 a d", "h", "attention"),
         ops.view(f"{name}.unflatten", "packed", "proj", "b s 3 a d", gradient="new"),
-        *(ops.view(f"{name}.{t}_slice", "proj", f"{t}.slice", _Q, gradient="new") for t in "qkv"),
+        *(ops.view(f"{name}.{t}_slice", "proj", f"{t}.slice", QUERIES, gradient="new") for t in "qkv"),
     )
 
 
@@ -262,7 +254,7 @@ def _unrotated_attention(wiring: Wiring, name: str = "self_attn") -> tuple[Op, .
 
 
 def _heads(name: str, tensors: str, gradient: str) -> tuple[Op, ...]:
-    return tuple(ops.view(f"{name}.{t}_heads", f"{t}.slice", f"{t}1", _Q, gradient) for t in tensors)
+    return tuple(ops.view(f"{name}.{t}_heads", f"{t}.slice", f"{t}1", QUERIES, gradient) for t in tensors)
 
 
 def _half_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
@@ -297,17 +289,7 @@ def _norm_head(x: str, wiring: Wiring) -> tuple[Op, ...]:
             scratch_back=full,
             source="torch 2.13 torch/nn/functional.py normalize",
         ),
-        Op(
-            "lm_head",
-            (x, "normalised"),
-            (Tensor("logits", "b s v"),),
-            (),
-            (Keep("normalised", x), Keep(x, "normalised")),
-            gradient="view",
-            autocast="lower",
-            product="matrix",
-            source=f"{ops.DERIVATIVES}: mm",
-        ),
+        ops.matmul("lm_head", x, "normalised", "logits", "b s v", "mm"),
     )
 
 
@@ -383,8 +365,8 @@ def _alibi_attention(name: str, q: str, k: str, v: str, y: str, wiring: Wiring) 
     """
     scores, copy_or_view = "b a s s", ops.view if wiring.decodes else ops.copy
     return (
-        ops.copy(f"{name}.{q}_flat", q, f"{q}.flat", _Q),
-        copy_or_view(f"{name}.{k}_flat", k, f"{k}.flat", _Q),
+        ops.copy(f"{name}.{q}_flat", q, f"{q}.flat", QUERIES),
+        copy_or_view(f"{name}.{k}_flat", k, f"{k}.flat", QUERIES),
         ops.matmul(f"{name}.scores", f"{q}.flat", f"{k}.flat", "scores", scores),
         ops.release_names(f"{q}.flat", f"{k}.flat"),
         ops.scale(f"{name}.scaling", "scores", "scaled", scores),
@@ -405,9 +387,9 @@ def _alibi_attention(name: str, q: str, k: str, v: str, y: str, wiring: Wiring) 
         ),
         *ops.softmax(f"{name}.softmax", "cut", "probs", scores),
         ops.release_names("cut"),
-        copy_or_view(f"{name}.v_flat", v, f"{v}.flat", _Q),
-        ops.matmul(f"{name}.product", "probs", f"{v}.flat", "heads", _Q),
-        ops.copy(f"{name}.reshape", "heads", y, _Q, gradient="new"),
+        copy_or_view(f"{name}.v_flat", v, f"{v}.flat", QUERIES),
+        ops.matmul(f"{name}.product", "probs", f"{v}.flat", "heads", QUERIES),
+        ops.copy(f"{name}.reshape", "heads", y, QUERIES, gradient="new"),
     )
 
 
@@ -421,7 +403,7 @@ def qwen(m: ModelSpec, wiring: Wiring) -> Stack:
     block = (
         *ops.rms_norm("ln_1", "x", "n1", "b s h", "h")[:-1],
         ops.linear(f"{name}.c_attn", "n1", "qkv", "3 a d", "h", "attention", bias=True),
-        ops.split(f"{name}.split", "qkv", tuple(Tensor(t, _Q) for t in ("q1", "k1", "v"))),
+        ops.split(f"{name}.split", "qkv", tuple(Tensor(t, QUERIES) for t in ("q1", "k1", "v"))),
         *_rope_with_empty_rest(f"{name}.rope_q", "q1", "q"),
         *_rope_with_empty_rest(f"{name}.rope_k", "k1", "k"),
         *_attention_with_layer_masks(f"{name}.attention", "q", "k", "v", "o", wiring),
@@ -461,16 +443,16 @@ def qwen(m: ModelSpec, wiring: Wiring) -> Stack:
 def _rope_with_empty_rest(name: str, x: str, y: str) -> tuple[Op, ...]:
     """Rotate in fp32 and concatenate with the dimensions that are not rotated, though there are none."""
     wide, summed, joined = f"{y}.wide", f"{y}.summed", f"{y}.joined"
-    cosine, turned, *rest = ops.rotate(name, f"{y}.rot", summed, _Q, "b s a rot2")
+    cosine, turned, *rest = ops.rotate(name, f"{y}.rot", summed, QUERIES, "b s a rot2")
     return (
-        ops.cast(f"{name}.float", x, wide, _Q, "fp32"),
-        ops.view(f"{name}.rot", wide, f"{y}.rot", _Q),
-        ops.view(f"{name}.pass", wide, f"{y}.pass", _Q, gradient="new"),
+        ops.cast(f"{name}.float", x, wide, QUERIES, "fp32"),
+        ops.view(f"{name}.rot", wide, f"{y}.rot", QUERIES),
+        ops.view(f"{name}.pass", wide, f"{y}.pass", QUERIES, gradient="new"),
         cosine,
         turned._replace(scratch_back=(Scratch(Tensor("negative", "b s a rot2", "fp32")),), gradient="view"),
         *rest,
-        Op(f"{name}.cat", (summed, f"{y}.pass"), (Tensor(joined, _Q),), gradient="same"),
-        ops.cast(f"{name}.cast", joined, y, _Q, f"={x}"),
+        Op(f"{name}.cat", (summed, f"{y}.pass"), (Tensor(joined, QUERIES),), gradient="same"),
+        ops.cast(f"{name}.cast", joined, y, QUERIES, f"={x}"),
         ops.release_names(wide, summed),
     )
 

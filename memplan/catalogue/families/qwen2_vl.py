@@ -5,15 +5,17 @@ The tower sees all images as one sequence of patches. Qwen3-VL shares parts of t
 
 from __future__ import annotations
 
-from memplan.catalogue.decoder.windows import renamed
-from memplan.catalogue.families.llama import llama
+from memplan.catalogue.decoder.decoder import decoder
+from memplan.catalogue.families.dense import QWEN_2
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.positions import rotary_angles
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
 from memplan.catalogue.vision.vision import scattered, text_with_tower
-from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
-from memplan.models.configs.vision import windowed_runs
+from memplan.core.ir import Block, Op, Run, Stack, Tensor
+from memplan.models.configs.towers import windowed_runs
 from memplan.models.model import ModelSpec
 
 _QWEN = "transformers 5.24 models/qwen2_vl/modeling_qwen2_vl.py"
@@ -27,21 +29,10 @@ def mrope_table(x: str, interleaved: bool) -> tuple[Op, ...]:
 
     `interleaved`: Qwen3-VL interleaves the three.
     """
-    f, source = "fp32", f"{_QWEN} Qwen2VLRotaryEmbedding"
-    three, table_shape = "3 b s rot2", "b s rot"
-    names = ("inv_freq", "original_inv_freq")
-    frequencies = tuple(Weight(f"model.rotary_emb.{n}", "rot2", "buffer", f, False) for n in names)
+    f, three, table_shape = "fp32", "3 b s rot2", "b s rot"
     half = () if interleaved else (Tensor("sections", "b s rot2", f),)
     return (
-        Op(
-            "rotary.angles",
-            ("positions",),
-            (Tensor("angles", three, f),),
-            frequencies,
-            scratch=(Tensor("positions", "3 b s", f),),
-            gradient="none",
-            source=source,
-        ),
+        rotary_angles(f"{_QWEN} Qwen2VLRotaryEmbedding", "3 b s")._replace(gradient="none"),
         Op("rotary.cos", ("angles",), (Tensor("cos3", three, f),), scratch=(Tensor("cosine", three, f),)),
         Op("rotary.sin", ("angles",), (Tensor("sin3", three, f),), scratch=(Tensor("sine", three, f),)),
         Op("rotary.cat_sin", ("sin3",), (Tensor("sin32", table_shape, f),), scratch=half),
@@ -152,7 +143,7 @@ def qwen2_vl(m: ModelSpec, wiring: Wiring) -> Stack:
         (Run((block,), "vL1"),),
         qwen_after(merger("visual.merger", "x", "features", ("mlp.0", "mlp.2"), normed)),
     )
-    text = with_mrope(llama(m, wiring, bias=True, mixed=True), wiring)
+    text = with_mrope(decoder(m, wiring, QWEN_2), wiring)
     return text_with_tower(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
 
 
@@ -188,7 +179,7 @@ def qwen2_5_vl(m: ModelSpec, wiring: Wiring) -> Stack:
         tuple(run(i, full_image) for i, (full_image, _) in enumerate(windowed_runs(m), 1)),
         qwen_after((*merged, back)),
     )
-    text = with_mrope(llama(m, wiring, bias=True, mixed=True), wiring)
+    text = with_mrope(decoder(m, wiring, QWEN_2), wiring)
     return text_with_tower(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
 
 

@@ -17,20 +17,19 @@ s_conv     rows of a convolution padded at both ends
 from __future__ import annotations
 
 from memplan.catalogue.attention.attention import mask_name
-from memplan.catalogue.decoder.frame import decoder_block, inputs, masks, returned, runs
-from memplan.catalogue.decoder.gemma_norm import rms_norm
+from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.decoder.norms import gemma_norm
 from memplan.catalogue.decoder.rotation import attend_heads_first, partly_rotated
-from memplan.catalogue.decoder.windows import after
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.positions import positions, rotary_table
+from memplan.catalogue.kernels.positions import rotary_angles, rotary_table
 from memplan.catalogue.kernels.recurrent import (
     causal_conv,
     cumulate,
+    differences,
     exp,
     lowered,
-    mask_fill,
     negative_exp,
     pad,
     unpadded,
@@ -56,26 +55,10 @@ def l2_norm(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
     row = shape.rsplit(" ", 1)[0]
     square, total, shifted, inverse = (f"{y}.{part}" for part in ("square", "sum", "shifted", "inverse"))
     return (
-        Op(
-            f"{name}.square",
-            (x,),
-            (Tensor(square, shape),),
-            (),
-            (Keep(x, x),),
-            scratch_back=(Scratch(Tensor("other factor", shape, f"={x}")),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        ops.product_with_itself(f"{name}.square", x, square, shape),
         Op(f"{name}.sum", (square,), (Tensor(total, row),), source=f"{ops.DERIVATIVES}: sum.dim_IntList"),
-        Op(f"{name}.eps", (total,), (Tensor(shifted, row),), gradient="same", source=f"{ops.DERIVATIVES}: add.Scalar"),
-        Op(
-            f"{name}.rsqrt",
-            (shifted,),
-            (Tensor(inverse, row),),
-            (),
-            (Keep(inverse, shifted),),
-            scratch_back=(Scratch(Tensor("cube", row, "fp32")), Scratch(Tensor("half", row, "fp32"))),
-            source=f"{ops.DERIVATIVES}: rsqrt",
-        ),
+        ops.add_number(f"{name}.eps", total, shifted, row),
+        ops.rsqrt(f"{name}.rsqrt", shifted, inverse, row),
         ops.spread(f"{name}.scale", x, inverse, y, shape),
     )
 
@@ -127,14 +110,8 @@ def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op
             scratch=(Tensor("ones", "chunk chunk", "bool"),),
         ),
         cumulate(f"{of}.cum_decay", "decay", "cum", _CHUNKS),
-        Op(
-            f"{of}.differences",
-            ("cum",),
-            (Tensor("pairs.difference", _PAIRS),),
-            scratch_back=(Scratch(Tensor("negative", _PAIRS, "fp32")),),
-            source=f"{ops.DERIVATIVES}: sub.Tensor",
-        ),
-        mask_fill(f"{of}.causal", "pairs.difference", "later", "pairs.masked", _PAIRS),
+        differences(f"{of}.differences", "cum", "pairs.difference", _PAIRS),
+        ops.masked_fill(f"{of}.causal", "pairs.difference", "later", "pairs.masked", _PAIRS),
         exp(f"{of}.pairwise_decay", "pairs.masked", "pairs", _PAIRS)._replace(autocast="fp32"),
         *_product(f"{of}.keys", "k.beta.chunks", "k.chunks", "keys", whole),
         ops.mul(f"{of}.ut_system", "keys", "pairs", "system", _PAIRS),
@@ -147,13 +124,7 @@ def chunked_delta_rule(name: str, y: str, repeats: bool, wide: bool) -> tuple[Op
         Op(f"{of}.zeros", (), (Tensor("outputs.zero", _V_CHUNKS, "fp32"),)),
         exp(f"{of}.decay_of_queries", "cum", "cum.query", _CHUNKS)._replace(autocast="fp32"),
         _decayed(f"{of}.decayed_query", "q.chunks", "cum.query", "q.decayed"),
-        Op(
-            f"{of}.to_the_end",
-            ("cum",),
-            (Tensor("cum.left", _CHUNKS),),
-            scratch_back=(Scratch(Tensor("negative", _CHUNKS, "fp32")),),
-            source=f"{ops.DERIVATIVES}: sub.Tensor",
-        ),
+        differences(f"{of}.to_the_end", "cum", "cum.left", _CHUNKS),
         exp(f"{of}.decay_of_states", "cum.left", "cum.key", _CHUNKS)._replace(autocast="fp32"),
         ops.view(f"{of}.several_keys", "k.chunks", "k.several", "b lv s_two ldk"),
         _decayed(f"{of}.decayed_key", "k.several", "cum.key", "k.decayed")._replace(gradient="view"),
@@ -327,12 +298,7 @@ def joined_projections(n: str, x: str) -> tuple[Op, ...]:
         ops.copy(f"{n}.a", "a.part", "a_", "b s lv"),
         ops.copy(f"{n}.query", "q.part", "q.copy", "b s lk ldk"),
         ops.copy(f"{n}.key", "k.part", "k.copy", "b s lk ldk"),
-        Op(
-            f"{n}.cat",
-            ("q.copy", "k.copy", "v.copy"),
-            (Tensor("qkv", "b s convolved"),),
-            source=f"{ops.DERIVATIVES}: cat",
-        ),
+        ops.cat(f"{n}.cat", ("q.copy", "k.copy", "v.copy"), "qkv", "b s convolved", gradient="new"),
     )
 
 
@@ -350,14 +316,7 @@ def gated_delta_net(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "l
         exp(f"{n}.sigmoid", "b_", "beta", "b s lv"),
         *negative_exp(f"{n}.A_log", "decay_rate", "lv"),
         ops.cast(f"{n}.a_float", "a_", "a32", "b s lv", "fp32"),
-        Op(
-            f"{n}.dt",
-            ("a32",),
-            (Tensor("dt", "b s lv", "fp32"),),
-            (Weight(f"{n}.dt_bias", "lv", "mixer"),),
-            gradient="same",
-            source=f"{ops.DERIVATIVES}: add.Tensor",
-        ),
+        ops.add_weight(f"{n}.dt", "a32", "dt", "b s lv", Weight(f"{n}.dt_bias", "lv", "mixer"), "fp32"),
         ops.activation(f"{n}.softplus", "dt", "dt.plus", "b s lv"),
         ops.spread(f"{n}.g", "dt.plus", "decay_rate", "g", "b s lv"),
         *(() if wiring.decodes else chunked_delta_rule(f"{n}.rule", "core", repeats, wiring.has_fp32_inputs)),
@@ -378,14 +337,14 @@ def gated_attention(m: ModelSpec, wiring: Wiring, x: str, y: str, name: str = "s
         ops.linear(f"{name}.q_proj", x, "qg", "a 2 d", "h", g, bias),
         ops.split(f"{name}.chunk", "qg", (Tensor("q1", "b s a d"), Tensor("gate.part", "b s a d"))),
         ops.copy(f"{name}.gate", "gate.part", "gate.heads", "b s a d"),
-        *rms_norm(f"{name}.q_norm", "q1", "q2", "b s a d", "d"),
+        *gemma_norm(f"{name}.q_norm", "q1", "q2", "b s a d", "d"),
         ops.release_names("q1"),
         ops.linear(f"{name}.k_proj", x, "k0", "k d", "h", g, bias),
         ops.view(f"{name}.k_heads", "k0", "k1", "b s k d", "new"),
-        *rms_norm(f"{name}.k_norm", "k1", "k2", "b s k d", "d"),
+        *gemma_norm(f"{name}.k_norm", "k1", "k2", "b s k d", "d"),
         ops.release_names("k1"),
         ops.linear(f"{name}.v_proj", x, "v", "k d", "h", g, bias),
-        *partly_rotated(name, "q2", "k2", m.rotary_width < m.head_dim),
+        *partly_rotated(m, name, "q2", "k2"),
         ops.release_names("q2", "k2"),
         *attend_heads_first(f"{name}.attention", "q", "k", "v", "o", wiring, grouped, False, mask_name(False)),
         exp(f"{name}.sigmoid", "gate.heads", "gate.open", "b s a d"),
@@ -400,16 +359,7 @@ def table() -> tuple[Op, ...]:
     f, source = "fp32", f"{_SOURCE} Qwen3_5TextRotaryEmbedding"
     shape = "3 b s rot2"
     return (
-        Op(
-            "rotary.angles",
-            ("positions",),
-            (Tensor("angles", shape, f),),
-            tuple(
-                Weight(f"model.rotary_emb.{n}", "rot2", "buffer", f, False) for n in ("inv_freq", "original_inv_freq")
-            ),
-            scratch=(Tensor("positions", "3 b s", f),),
-            source=source,
-        ),
+        rotary_angles(source, "3 b s"),
         Op("rotary.cos", ("angles",), (Tensor("cos3", shape, f),), scratch=(Tensor("cosine", shape, f),)),
         Op("rotary.sin", ("angles",), (Tensor("sin3", shape, f),), scratch=(Tensor("sine", shape, f),)),
         Op("rotary.join_sin", ("sin3",), (Tensor("sin32", "b s rot", f),)),
@@ -428,8 +378,8 @@ def block(m: ModelSpec, wiring: Wiring, layer: Layer, mlp: tuple[Op, ...]) -> Bl
             *gated_delta_net(m, wiring, "n1.real", "ao"),
             ops.release_names("n1"),
         )
-        return decoder_block(linear, mlp, norm=rms_norm, held=("cos", "sin"))  # every layer takes them as arguments
-    return decoder_block(gated_attention(m, wiring, "n1", "ao"), mlp, norm=rms_norm, held=returned(wiring))
+        return decoder_block(linear, mlp, norm=gemma_norm, held=("cos", "sin"))  # every layer takes them as arguments
+    return decoder_block(gated_attention(m, wiring, "n1", "ao"), mlp, norm=gemma_norm, held=returned(wiring))
 
 
 def shared_mixture(x: str, y: str, normalise: bool, by_name: bool) -> tuple[Op, ...]:
@@ -465,14 +415,7 @@ def blocks(m: ModelSpec, wiring: Wiring) -> tuple[Run, ...]:
 def qwen3_5(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Qwen3.5's text models, with experts or without, and Qwen3-Next."""
     rotary = rotary_table("embeds") if m.model_type == "qwen3_next" else table()
-    before = (
-        inputs(wiring.padded),
-        ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),
-        positions(),
-        *masks(wiring, "embeds"),
-        *rotary,
-    )
-    return Stack(before, blocks(m, wiring), after(m, wiring, False, rms_norm))
+    return Stack(before(wiring, table=rotary), blocks(m, wiring), after(m, wiring, norm=gemma_norm))
 
 
 BUILDERS = {"qwen3_5_moe_text": qwen3_5, "qwen3_5_text": qwen3_5, "qwen3_next": qwen3_5}

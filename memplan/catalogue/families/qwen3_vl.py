@@ -5,10 +5,10 @@ Some blocks of Qwen3-VL's tower also pass their output to the language model (`d
 
 from __future__ import annotations
 
+from memplan.catalogue.decoder.decoder import decoder
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.families import qwen3_next as delta
-from memplan.catalogue.families.llama import llama
-from memplan.catalogue.families.moe import mlp_by_layer
+from memplan.catalogue.families.dense import QWEN_3
 from memplan.catalogue.families.qwen2_vl import (
     MROPE_POSITIONS,
     merger,
@@ -25,7 +25,7 @@ from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
 from memplan.catalogue.vision.vision import scattered, text_with_tower
 from memplan.core.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight
-from memplan.models.configs.vision import deepstack, run_lengths, size
+from memplan.models.configs.towers import deepstack, run_lengths, size
 from memplan.models.model import ModelSpec
 
 _DEEPSTACK = "transformers 5.24 models/qwen3_vl/modeling_qwen3_vl.py Qwen3VLTextModel._deepstack_process"
@@ -48,22 +48,8 @@ def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
         ),
         pixels,
         patches._replace(writes=(patches.writes[0]._replace(name="v.patches"),)),
-        Op(
-            "visual.pos_embed",
-            ("v.corners",),
-            (Tensor("v.four", four, f"={embedding.name}"),),
-            (embedding,),
-            (Keep("v.corners", embedding.name),),
-            source=f"{ops.DERIVATIVES}: embedding",
-        ),
-        Op(
-            "visual.pos_embed.weigh",
-            ("v.four", "v.weights"),
-            (Tensor("v.weighed", four, "fp32"),),
-            (),
-            (Keep("v.weights", "v.four"),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        ),
+        ops.lookup("visual.pos_embed", "v.corners", "v.four", four, embedding),
+        ops.with_constant("visual.pos_embed.weigh", "v.four", "v.weights", "v.weighed", four, "mul.Tensor", "fp32"),
         Op("visual.pos_embed.sum", ("v.weighed",), (Tensor("v.position", shape),), source=f"{ops.DERIVATIVES}: sum"),
         ops.cast("visual.pos_embed.to", "v.position", "v.place", shape, "=v.patches"),
         ops.add("visual.place", "v.patches", "v.place", "embeds", shape),
@@ -161,16 +147,17 @@ def _qwen3_vl(m: ModelSpec, wiring: Wiring, text: Stack) -> Stack:
 
 
 def qwen3_vl(m: ModelSpec, wiring: Wiring) -> Stack:
-    bias = m.get("attention_bias", False)
-    return _qwen3_vl(m, wiring, llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True))
+    return _qwen3_vl(m, wiring, decoder(m, wiring, QWEN_3))
 
 
 def qwen3_vl_moe(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build Qwen3-VL with experts. peft adapts neither them nor their router."""
+    return _qwen3_vl(m, wiring, decoder(m, wiring, QWEN_3._replace(mlp_bias=False, experts=_mixture)))
+
+
+def _mixture(m: ModelSpec) -> tuple[Op, ...]:
+    """Qwen3's experts. peft adapts neither them nor their router."""
     routed = routers.softmax_router("mlp.gate", "n2", normalise=True, stands_for=())
-    ffn = mlp_by_layer(experts.mixture("n2", routed, experts.experts("n2", "mo", gate_up=(), down=())))
-    bias = m.get("attention_bias", False)
-    return _qwen3_vl(m, wiring, llama(m, wiring, bias=bias, out_bias=bias, qk_norm=True, mlp=ffn))
+    return experts.mixture("n2", routed, experts.experts("n2", "mo", gate_up=(), down=()))
 
 
 def qwen3_5(m: ModelSpec, wiring: Wiring) -> Stack:

@@ -19,13 +19,21 @@ from memplan.catalogue.decoder.attention import llama_attention
 from memplan.catalogue.decoder.frame import after, before, decoder_block, inputs, lm_head, masks, returned, runs
 from memplan.catalogue.decoder.mlp import fused_mlp
 from memplan.catalogue.decoder.scaling import scaled_branch, scaled_embeddings, scaled_logits
-from memplan.catalogue.decoder.windows import renamed
 from memplan.catalogue.experts import experts, routers
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.recurrent import causal_conv, cumulate, exp, mask_fill, negative_exp, pad, unpadded
+from memplan.catalogue.kernels.recurrent import (
+    causal_conv,
+    cumulate,
+    differences,
+    exp,
+    negative_exp,
+    pad,
+    unpadded,
+)
 from memplan.catalogue.kernels.recurrent_step import cached_state, selective_state_update_2
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.core.ir import Block, Op, Scratch, Stack, Tensor, Weight
+from memplan.core.ir import Block, Op, Stack, Tensor, Weight
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
@@ -50,10 +58,10 @@ def segment_sum(name: str, x: str, y: str, rows: str, columns: str) -> tuple[Op,
 
     return (
         mask(upper),
-        mask_fill(f"{name}.first_mask", x, upper, f"{y}.terms", pairs),
+        ops.masked_fill(f"{name}.first_mask", x, upper, f"{y}.terms", pairs),
         cumulate(f"{name}.sums", f"{y}.terms", f"{y}.sums", pairs),
         mask(above),
-        mask_fill(f"{name}.second_mask", f"{y}.sums", above, f"{y}.masked", pairs),
+        ops.masked_fill(f"{name}.second_mask", f"{y}.sums", above, f"{y}.masked", pairs),
         ops.release_names(f"{y}.terms", f"{y}.sums"),
         exp(f"{name}.exp", f"{y}.masked", y, pairs)._replace(autocast="fp32"),
     )
@@ -63,14 +71,7 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
     """mamba2_chunk_scan: from `x`, `B` and `C` (`b s mg mn`), `dt` and `rate` to `b s_chunks mh mp` in fp32."""
     of, new = name, "new"
     return (
-        Op(
-            f"{of}.dt",
-            ("dt",),
-            (Tensor("dt.biased", _STEPS, "=dt"),),
-            (Weight(f"{of}.dt_bias", "mh", "mixer"),),
-            gradient="same",
-            source=f"{ops.DERIVATIVES}: add.Tensor",
-        ),
+        ops.add_weight(f"{of}.dt", "dt", "dt.biased", _STEPS, Weight(f"{of}.dt_bias", "mh", "mixer"), "=dt"),
         ops.activation(f"{of}.softplus", "dt.biased", "dt.plus", _STEPS)._replace(autocast="fp32"),
         ops.clamp(f"{of}.clamp", "dt.plus", "dt.step", _STEPS, 2),
         ops.cast(f"{of}.x_float", "x.heads", "x32", _X, "fp32"),
@@ -101,25 +102,14 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
         ops.mul(f"{of}.decayed_scores", "scores", "decay", "scores.decayed", _PAIRS),
         ops.copy(f"{of}.values", "x.chunks", "x.values", _X_ROWS),
         ops.matmul(f"{of}.diagonal", "scores.decayed", "x.values", "diagonal", _X_ROWS),
-        Op(
-            f"{of}.to_the_end",
-            ("cum",),
-            (Tensor("cum.left", _ROWS),),
-            scratch_back=(Scratch(Tensor("negative", _ROWS, "fp32")),),
-            source=f"{ops.DERIVATIVES}: sub.Tensor",
-        ),
+        differences(f"{of}.to_the_end", "cum", "cum.left", _ROWS),
         exp(f"{of}.decay_of_states", "cum.left", "cum.decay", _ROWS)._replace(autocast="fp32"),
         ops.spread(f"{of}.B_decay", "B.rows", "cum.decay", "B.decayed", _STATE_ROWS),
         ops.copy(f"{of}.x_of_states", "x.chunks", "x.states", _X_ROWS),
         ops.copy(f"{of}.B_of_states", "B.decayed", "B.states", _STATE_ROWS),
         _uncounted(ops.matmul(f"{of}.states", "x.states", "B.states", "states.made", "b chunks mh mp mn")),
         Op(f"{of}.zeros", (), (Tensor("states.zero", "b 1 mh mp mn", "fp32"),)),
-        Op(
-            f"{of}.cat",
-            ("states.zero", "states.made"),
-            (Tensor("states.all", "b borders mh mp mn"),),
-            source=f"{ops.DERIVATIVES}: cat",
-        ),
+        ops.cat(f"{of}.cat", ("states.zero", "states.made"), "states.all", "b borders mh mp mn", gradient="new"),
         pad(f"{of}.pad_decay", "cum", "cum.borders", "b mh borders"),
         *segment_sum(f"{of}.chunk_segments", "cum.borders", "decay.chunks", "b mh borders", "borders"),
         ops.copy(f"{of}.states_by_head", "states.all", "states.flat", "b borders mh mp mn"),
@@ -169,10 +159,13 @@ def gated_norm(name: str, x: str, gate: str, y: str) -> tuple[Op, ...]:
 
 
 def mamba2_mixer(
-    x: str, y: str, wiring: Wiring, name: str = "mixer", *, bias: bool = False, conv_bias: bool = True
+    m: ModelSpec, wiring: Wiring, y: str, name: str = "mixer", keys: tuple[str, str] = ("use_bias", "use_conv_bias")
 ) -> tuple[Op, ...]:
-    """One projection to gate, convolved channels and time steps; the scan; a gated norm; the output projection."""
-    n = name
+    """One projection to gate, convolved channels and time steps; the scan; a gated norm; the output projection.
+
+    It reads `n1`. `keys` of the config say whether projections and convolution have biases.
+    """
+    x, n, bias, conv_bias = "n1", name, m.get(keys[0], False), m.get(keys[1], True)
     parts = (Tensor("gate.z", "b s inner"), Tensor("xbc", "b s convolved"), Tensor("dt", _STEPS))
     split = (Tensor("x.heads", _X), Tensor("B", "b s mg mn"), Tensor("C", "b s mg mn"))
     return (
@@ -199,14 +192,7 @@ def mamba2_mixer(
 
 def mamba2(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Mamba 2: a norm and the mixer in every block, and the residual stream in fp32."""
-    mixer = mamba2_mixer(
-        "n1",
-        "mo",
-        wiring,
-        bias=m.get("use_bias", False),
-        conv_bias=m.get("use_conv_bias", True),
-    )
-    return mixer_model(m, wiring, mixer)
+    return mixer_model(m, wiring, mamba2_mixer(m, wiring, "mo"))
 
 
 def mixer_model(m: ModelSpec, wiring: Wiring, mixer: tuple[Op, ...]) -> Stack:
@@ -250,14 +236,7 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
     rotary = m.get("position_embedding_type") == "rope"
     table = ("cos", "sin") if rotary else ()
     bias, name = m.get("attention_bias", False), "block_sparse_moe"
-    mixer = mamba2_mixer(
-        "n1",
-        "ao",
-        wiring,
-        "mamba",
-        bias=m.get("mamba_proj_bias", False),
-        conv_bias=m.get("mamba_conv_bias", True),
-    )
+    mixer = mamba2_mixer(m, wiring, "ao", "mamba", ("mamba_proj_bias", "mamba_conv_bias"))
     heads = llama_attention(m, wiring, "n1", "ao", bias=bias, out_bias=bias, rotary=rotary)
     dense = fused_mlp("n2", "dense.out", "shared_mlp", ("input_linear", "output_linear"))
     routed = routers.late_softmax_router(f"{name}.router", "n2")
@@ -272,10 +251,10 @@ def granite(m: ModelSpec, wiring: Wiring) -> Stack:
     def block(layer: Layer) -> Block:
         attends = layer.mixer == "attention"
         held = (*table, *(returned(wiring) if attends else ()))
-        return decoder_block(heads if attends else mixer, ffn, scaled_branch, held=held)
+        return decoder_block(heads if attends else mixer, ffn, branch=scaled_branch, held=held)
 
-    first = before(wiring, embedded=scaled_embeddings(), rotary=rotary)
-    return Stack(first, runs(m, block), scaled_logits(after(m, wiring, rotary=rotary)))
+    first = before(wiring, embedded=scaled_embeddings(), table=None if rotary else ())
+    return Stack(first, runs(m, block), scaled_logits(after(m, wiring, table=table)))
 
 
 def _write_to(operations: tuple[Op, ...], y: str) -> tuple[Op, ...]:
@@ -300,15 +279,8 @@ def wide_norm(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...
 def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Nemotron-H: each block is a mixer or an MLP. Experts have no gates, and some read a narrower latent."""
     n, bias = "mixer", m.get("mlp_bias", False)
-    scan = mamba2_mixer(
-        "n1",
-        "mo",
-        wiring,
-        bias=m.get("use_bias", False),
-        conv_bias=m.get("use_conv_bias", True),
-    )
     bodies = {
-        "mamba": scan,
+        "mamba": mamba2_mixer(m, wiring, "mo"),
         "attention": llama_attention(m, wiring, "n1", "mo", rotary=False, name=n),
         "dense": _relu2_mlp("n1", "mo", n, "f", bias),
         "experts": _nemotron_experts(m, n, bias),
@@ -337,7 +309,7 @@ def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
         head._replace(writes=(head.writes[0]._replace(name="logits.low"),)),
         ops.cast("logits_float", "logits.low", "logits", "b s v", "fp32"),
     )
-    return Stack(before(wiring, embedded=embedded, rotary=False), runs(m, block), last)
+    return Stack(before(wiring, embedded=embedded, table=()), runs(m, block), last)
 
 
 def _relu2_mlp(x: str, y: str, name: str, width: str, bias: bool) -> tuple[Op, ...]:

@@ -16,11 +16,11 @@ from memplan.catalogue.decoder.encoder_decoder import (
     read_encoder_results,
 )
 from memplan.catalogue.decoder.frame import masks
-from memplan.catalogue.decoder.task_heads import decoder, labels_of, language_model_loss
-from memplan.catalogue.decoder.windows import renamed
+from memplan.catalogue.decoder.task_heads import labels_of, language_model_loss, vocabulary_projection
 from memplan.catalogue.families.bert import plain_attention_ops, projections
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import dropped, drops, gelu_new, relu
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
@@ -53,7 +53,7 @@ def t5(m: ModelSpec, wiring: Wiring) -> Stack:
     first, later = (_decoder(m, decoder_wiring, cross_wiring, place) for place in (True, False))
     after = (
         *decoding(last, wiring),
-        decoder("lm_head", "n", tied, tokens="s" if wiring.encoder_decoder_half else "t"),
+        vocabulary_projection("lm_head", "n", tied, tokens="s" if wiring.encoder_decoder_half else "t"),
         *((ops.release_names("returned"),) if wiring.encoder_decoder_half else ()),
     )
     numbers = m.axes()

@@ -10,18 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan.catalogue.attention.attention import KEYS, QUERIES
 from memplan.catalogue.attention.attention import attention as kernel
 from memplan.catalogue.decoder.frame import inputs, lm_head
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor
 from memplan.models.model import ModelSpec
 
 KINDS = ("llama",)
 
 _SOURCE = "torchtitan 0.3.0 models/common"
-_ALL, _PART, _Q, _K = "b s h", "b s_tp h", "b s a d", "b s k d"
+_ALL, _PART = "b s h", "b s_tp h"
 _GATHERED = {"attention_norm": "n1", "ffn_norm": "n2", "norm": "n"}  # norm: its output, gathered for the matrices
 _ROWS = ("wo", "w2")
 
@@ -59,28 +60,19 @@ def _block(m: ModelSpec, wiring: Wiring) -> Block:
 
 def _norm(name: str, x: str, y: str) -> Op:
     """`nn.RMSNorm`, one kernel: keeps x and one fp32 number per row."""
-    w, rstd = Weight(f"{name}.weight", "h", "norm"), Tensor(f"{y}.rstd", "b s", "fp32")
-    kept = (x, rstd.name, w.name)
-    return Op(
-        name,
-        (x,),
-        (Tensor(y, _ALL, f"={x}"), rstd),
-        (w,),
-        (*(Keep(what, x) for what in kept), *(Keep(what, w.name) for what in kept[:2])),
-        source=f"{ops.DERIVATIVES}: _fused_rms_norm",
-    )
+    return ops.fused_rms_norm(name, x, y, _ALL, "h", f"{ops.DERIVATIVES}: _fused_rms_norm")
 
 
 def _attention(m: ModelSpec, wiring: Wiring, x: str, y: str) -> tuple[Op, ...]:
     """Attention. q, k and v are copied out of the projection."""
     n = "attention"
-    parts = (Tensor("q0", _Q), Tensor("k0", _K), Tensor("v0", _K))
+    parts = (Tensor("q0", QUERIES), Tensor("k0", KEYS), Tensor("v0", KEYS))
     grouped = m.num_key_value_heads != m.num_attention_heads
     return (
         ops.linear(f"{n}.qkv_linear.wqkv", x, "qkv", "qkv", "h", "attention"),
         ops.split(f"{n}.qkv_linear.split", "qkv", parts),
         *(
-            ops.copy(f"{n}.qkv_linear.copy_{t[0]}", t, f"{t[0]}1" if t != "v0" else "v", _Q if t == "q0" else _K)
+            ops.copy(f"{n}.qkv_linear.copy_{t[0]}", t, f"{t[0]}1" if t != "v0" else "v", QUERIES if t == "q0" else KEYS)
             for t in ("q0", "k0", "v0")
         ),
         ops.release_names("qkv", "q0", "k0", "v0"),
@@ -95,9 +87,9 @@ def _rope(n: str) -> Iterator[Op]:
     """q and k as complex numbers in fp32, times the table's rows for their positions."""
     source = f"{_SOURCE}/rope.py ComplexRoPE"
     yield Op(f"{n}.rows", ("positions",), (Tensor("rows", "b s d", "fp32"),), source=source)
-    for t, shape in (("q", _Q), ("k", _K)):
+    for t, shape in (("q", QUERIES), ("k", KEYS)):
         yield ops.cast(f"{n}.float_{t}", f"{t}1", f"{t}.complex", shape, "fp32")
-    for t, shape in (("q", _Q), ("k", _K)):
+    for t, shape in (("q", QUERIES), ("k", KEYS)):
         yield Op(
             f"{n}.turn_{t}",
             (f"{t}.complex", "rows"),
@@ -107,7 +99,7 @@ def _rope(n: str) -> Iterator[Op]:
             scratch_back=(Scratch(Tensor("conjugate rows", "b s d", "fp32")),),
             source=source,
         )
-    for t, shape in (("q", _Q), ("k", _K)):
+    for t, shape in (("q", QUERIES), ("k", KEYS)):
         yield ops.cast(f"{n}.cast_{t}", f"{t}.turned", t, shape, f"={t}1")
     yield ops.release_names(*(f"{t}{of}" for t in "qk" for of in ("1", ".complex", ".turned")), "rows")
 

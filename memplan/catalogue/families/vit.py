@@ -66,14 +66,7 @@ def _before(m: ModelSpec, body: str) -> tuple[Op, ...]:
             source=f"{ops.DERIVATIVES}: convolution",
         ),
         Op(f"{name}.cat", ("patches",), (Tensor("tokens", "b s h"),), (token,), gradient="same", source=_SOURCE),
-        Op(
-            f"{name}.add_positions",
-            ("tokens",),
-            (Tensor("summed" if drop else "embeds", "b s h"),),
-            (table,),
-            gradient="same",
-            source=f"{ops.DERIVATIVES}: add.Tensor",
-        ),
+        ops.add_weight(f"{name}.add_positions", "tokens", "summed" if drop else "embeds", "b s h", table),
         *((ops.dropout(f"{name}.dropout", "summed", "embeds", "b s h"),) if drop else ()),
         ops.release_names("pixels"),
     )

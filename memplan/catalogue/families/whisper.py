@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import attention, laid_out_as
+from memplan.catalogue.attention.attention import QUERIES, attention, laid_out_as
 from memplan.catalogue.decoder.encoder_decoder import (
     attend_to_encoder,
     cached_across,
@@ -12,16 +12,15 @@ from memplan.catalogue.decoder.encoder_decoder import (
     read_encoder_results,
 )
 from memplan.catalogue.decoder.frame import masks, returned
-from memplan.catalogue.decoder.task_heads import decoder, labels_of, language_model_loss
-from memplan.catalogue.decoder.windows import renamed
+from memplan.catalogue.decoder.task_heads import labels_of, language_model_loss, vocabulary_projection
 from memplan.catalogue.families.bert import plain_attention_ops
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import activation, dropped, drops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
 
-_Q = "b s a d"
 _SOURCE = "transformers 5.24 models/whisper/modeling_whisper.py"
 _ENCODER, _DECODER = "model.encoder", "model.decoder"
 
@@ -36,7 +35,7 @@ def whisper(m: ModelSpec, wiring: Wiring) -> Stack:
     )
     after = (
         *decoding(last, wiring),
-        decoder("proj_out", "n", tied, tokens="s" if wiring.encoder_decoder_half else "t"),
+        vocabulary_projection("proj_out", "n", tied, tokens="s" if wiring.encoder_decoder_half else "t"),
     )
     encoder = Run((_encoder(m, encoder_wiring),), "L")
     if wiring.encoder_decoder_half == "encoder":
@@ -133,14 +132,7 @@ def _decoder_embeddings(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
     return (
         Op("position_ids", (), (Tensor("position_ids", "b s", "int64"),), scratch=(Tensor("arange", "s", "int64"),)),
         ops.embedding(f"{_DECODER}.embed_tokens", "decoder_ids", "tokens", "v", "h"),
-        Op(
-            f"{_DECODER}.embed_positions",
-            ("position_ids",),
-            (Tensor("places", "b s h", f"={places.name}"),),
-            (places,),
-            (Keep("position_ids", places.name),),
-            source=f"{ops.DERIVATIVES}: index",
-        ),
+        ops.lookup(f"{_DECODER}.embed_positions", "position_ids", "places", "b s h", places, "index"),
         ops.add(f"{_DECODER}.add_positions", "tokens", "places", "summed.decoder" if drop else "stream", "b s h"),
         *((ops.dropout(f"{_DECODER}.dropout", "summed.decoder", "stream", "b s h"),) if drop else ()),
         *masks(wiring, "tokens"),
@@ -172,16 +164,16 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: 
         kernel = laid_out_as("o", _without_head_copies(n, heads), backend == "flash")
     key_value_ops = (
         ops.linear(f"{name}.k_proj", source, "k0", "a d", "h", "attention"),
-        ops.copy(f"{name}.k_contiguous", "k0", "k", _Q),
+        ops.copy(f"{name}.k_contiguous", "k0", "k", QUERIES),
         ops.linear(f"{name}.v_proj", source, "v0", "a d", "h", "attention", bias=True),
-        ops.copy(f"{name}.v_contiguous", "v0", "v", _Q),
+        ops.copy(f"{name}.v_contiguous", "v0", "v", QUERIES),
     )
     self_cache = (Op(f"{n}.cache", ("k", "v"), caches="kv"),)
     cache = () if not caching else cached_across(n, "q", wiring.has_cross_cache) if states else self_cache
     return (
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias=True),
-        ops.scale(f"{name}.scaling", "q0", "q1", _Q),
-        ops.copy(f"{name}.q_contiguous", "q1", "q", _Q),
+        ops.scale(f"{name}.scaling", "q0", "q1", QUERIES),
+        ops.copy(f"{name}.q_contiguous", "q1", "q", QUERIES),
         *(() if states and wiring.has_cross_cache else key_value_ops),
         *cache,
         *kernel,

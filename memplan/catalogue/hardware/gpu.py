@@ -1,4 +1,4 @@
-"""A GPU's row: memory, compute capability, dtypes, prices, and the source of each."""
+"""A GPU: memory, compute capability, dtypes, prices, and the source of each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Grade = Literal["datasheet", "repo", "computed", "recalled"]
 
 
 class Source(NamedTuple):
-    """The source of some facts of a row.
+    """The source of some facts of a card.
 
     facts   names of the fields
     source  the page, repository, package or formula
@@ -38,7 +38,8 @@ class Price(NamedTuple):
 class GPU(NamedTuple):
     """One card, or one chip with its own memory.
 
-    A fact is None if it is unknown or the card does not support it. Rates are dense (no sparsity).
+    A fact is None if it is unknown or the card does not support it. Rates are dense (no sparsity). There are 30 fields
+    because each fact has its own: `Source.facts` names them, and `memplan gpus --json` prints them all.
     """
 
     name: str

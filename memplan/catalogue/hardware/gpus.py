@@ -1,7 +1,7 @@
 """Look up GPUs by name.
 
-The rows are in `memplan.catalogue.hardware.gpu_table`, one literal per card. `find_gpu` accepts what people type and
-what `nvidia-smi` and torch print. Bytes are integers; `memory_gb` is the marketed size.
+The cards are in `gpus.toml`, which `gpu_table.py` reads. `find_gpu` accepts what people type and what `nvidia-smi` and
+torch print. Bytes are integers; `memory_gb` is the marketed size.
 
 >>> find_gpu("RTX 3090").driver_total
 25769803776
@@ -17,6 +17,7 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.gpu_table import CardNames, gpu_table
 from memplan.core.errors import UnknownNameError
 from memplan.core.units import MIB
 
@@ -24,10 +25,7 @@ from memplan.core.units import MIB
 @cache
 def all_gpus() -> tuple[GPU, ...]:
     """All cards, in table order."""
-    # Imported lazily so that `import memplan` does not pay for 184 rows, of which most runs use one.
-    from memplan.catalogue.hardware.gpu_table import GPUS
-
-    return GPUS
+    return tuple(gpu_table().gpu(names.name) for names in gpu_table().names)
 
 
 def find_gpu(text: str) -> GPU:
@@ -42,10 +40,10 @@ def find_gpu(text: str) -> GPU:
 
     Raises UnknownNameError, with the nearest ids, if no card matches.
     """
-    exact = _by_name().get(text.strip().lower())
+    exact = gpu_table().owners.get(text.strip().lower())
     if exact is not None:
-        return exact
-    first = next(_matches(text, all_gpus()), None)
+        return gpu_table().gpu(exact)
+    first = next(_matches(text, gpu_table().names), None)
     if first is None:
         raise UnknownNameError("gpu", text, _nearest(text), ranked=True)
     return first
@@ -57,13 +55,13 @@ def ambiguous_with(text: str) -> tuple[GPU, ...]:
     For a chip sold with several memory sizes these are the other sizes. Raises UnknownNameError like `find_gpu`.
     """
     chosen = find_gpu(text)
-    cards = all_gpus()
-    if text.strip().lower() in _by_name():  # an exact name: other candidates must contain all of its words
+    cards = gpu_table().names
+    if text.strip().lower() in gpu_table().owners:  # an exact name: other candidates must contain all of its words
         words = _parse(text).words
         cards = tuple(c for c in cards if any(all(w in name for w in words) for name in (c.name, *c.aliases)))
     others = [gpu for gpu in _matches(text, cards) if gpu.name != chosen.name]
     typed = text.strip().lower().replace(" ", "-").removeprefix("nvidia-")
-    others += [_by_name()[name] for name in _ALSO_MEANT.get(typed, ())]
+    others += [gpu_table().gpu(name) for name in _ALSO_MEANT.get(typed, ())]
     return tuple(others)
 
 
@@ -187,35 +185,33 @@ class _Name(NamedTuple):
 
 
 class _Index(NamedTuple):
-    owners: dict[tuple[_Words, int | None], GPU]
-    """The card with that id or alias, by the words and size of the name."""
-    loose: dict[_Words, list[GPU]]
-    """All matching cards, by the words of a name without its size, and also without optional words."""
-    squeezed: dict[str, GPU]
-    """The card by letters and digits only, for names typed without spaces: "teslat4"."""
+    """Ids of cards, by parts of their names.
 
+    owners    the card with that id or alias, by the words and size of the name
+    loose     all matching cards, by the words of a name without its size, and also without optional words
+    squeezed  the card by letters and digits only, for names typed without spaces: "teslat4"
+    """
 
-@cache
-def _by_name() -> dict[str, GPU]:
-    """Every card by id and alias."""
-    return {name: gpu for gpu in all_gpus() for name in (gpu.name, *gpu.aliases)}
+    owners: dict[tuple[_Words, int | None], str]
+    loose: dict[_Words, list[str]]
+    squeezed: dict[str, str]
 
 
 @lru_cache(maxsize=64)
-def _index(cards: tuple[GPU, ...]) -> _Index:
+def _index(cards: tuple[CardNames, ...]) -> _Index:
     index = _Index({}, {}, {})
-    for gpu in cards:
-        names = (gpu.name, *gpu.aliases)
+    for card in cards:
+        names = (card.name, *card.aliases)
         for name in names:
             parsed = _parse(name)
-            index.owners.setdefault((parsed.words, parsed.size), gpu)
-        for name in (*names, *gpu.title.split("/")):
-            index.squeezed.setdefault(_squeeze(name), gpu)
+            index.owners.setdefault((parsed.words, parsed.size), card.name)
+        for name in (*names, *card.title.split("/")):
+            index.squeezed.setdefault(_squeeze(name), card.name)
             words = _parse(name).words
             for key in (words, words - _OPTIONAL_WORDS):
                 candidates = index.loose.setdefault(key, [])
-                if gpu not in candidates:
-                    candidates.append(gpu)
+                if card.name not in candidates:
+                    candidates.append(card.name)
     return index
 
 
@@ -238,7 +234,7 @@ def _squeeze(text: str) -> str:
     return "".join(re.findall(_PART, text.lower()))
 
 
-def _matches(text: str, cards: tuple[GPU, ...]) -> Iterator[GPU]:
+def _matches(text: str, cards: tuple[CardNames, ...]) -> Iterator[GPU]:
     """Yield the cards that match `text`, the most likely first."""
     index = _index(cards)
     words, size, vendors = _parse(text)
@@ -253,15 +249,15 @@ def _matches(text: str, cards: tuple[GPU, ...]) -> Iterator[GPU]:
                 words, size = words - {number}, int(number)
                 break
     owner = index.owners.get((words, size)) or (None if matches else index.squeezed.get(_squeeze(text)))
-    ranked = [owner, *(gpu for gpu in matches if gpu.name != owner.name)] if owner else matches
+    ranked = [gpu_table().gpu(owner), *(gpu for gpu in matches if gpu.name != owner)] if owner else matches
     for gpu in ranked:
         if not vendors or gpu.vendor in vendors:
             yield gpu
 
 
-def _sized(cards: Iterable[GPU], size: int | None) -> Iterator[GPU]:
+def _sized(cards: Iterable[str], size: int | None) -> Iterator[GPU]:
     """Yield the cards of a memory size; without a size, all of them in every size they are sold with."""
-    for gpu in cards:
+    for gpu in map(gpu_table().gpu, cards):
         if size is None:
             yield gpu
             yield from (_with_memory(gpu, other) for other in gpu.memory_options_gb if other != gpu.memory_gb)
@@ -282,6 +278,6 @@ def _nearest(text: str) -> list[str]:
     """The ids most similar to `text`, best first."""
     import difflib
 
-    known = {_squeeze(name): gpu.name for name, gpu in _by_name().items()}
+    known = {_squeeze(name): card for name, card in gpu_table().owners.items()}
     near = difflib.get_close_matches(_squeeze(text), known, n=8, cutoff=0.0)
     return list(dict.fromkeys(known[name] for name in near))

@@ -1,7 +1,7 @@
 """Links between GPUs, and the share of their bandwidth that collectives reach: rows, each with basis and source.
 
-Bandwidths are bytes per second out of one GPU, in one direction. A card's own facts are in
-`memplan.catalogue.hardware.gpu_table`. No share is derived.
+Bandwidths are bytes per second out of one GPU, in one direction. A card's own facts are in `gpus.toml`. No share is
+derived.
 """
 
 from __future__ import annotations
@@ -39,32 +39,19 @@ _TUNING = (
     "of the kernel"
 )
 
-NVLINK_SHARE = Rate(
-    _SHARE,
-    40,
-    70,
-    100,
-    "measured",
+_WITHIN = (
     f"within one node 183 of 450 GB/s in all-gathers of 256 MiB, 480 in all-reduces of 8 GiB, which the switch sums "
-    f"({_VOLTAGE_PARK}); 195 of 300 between A100 (li-plus/playground cuda/nccl.md); the usual value is in between",
+    f"({_VOLTAGE_PARK}); 195 of 300 between A100 (li-plus/playground cuda/nccl.md); the usual value is in between"
 )
-NETWORK_SHARE = Rate(
-    _SHARE,
-    50,
-    80,
-    90,
-    "measured",
+_BETWEEN = (
     f"on 4 nodes 331, 324 and 286 of 400 GB/s per node in all-reduces, all-gathers, broadcasts ({_VOLTAGE_PARK}); the "
-    "low end, for Ethernet and larger clusters, is assumed",
+    "low end, for Ethernet and larger clusters, is assumed"
 )
-PCIE_SHARE = Rate(
-    _SHARE,
-    20,
-    45,
-    80,
-    "assumed",
-    "most of it through a switch, about half through host memory; cards without peer access copy twice",
-)
+_THROUGH = "most of it through a switch, about half through host memory; cards without peer access copy twice"
+
+NVLINK_SHARE = Rate(_SHARE, 40, 70, 100, "measured", _WITHIN)
+NETWORK_SHARE = Rate(_SHARE, 50, 80, 90, "measured", _BETWEEN)
+PCIE_SHARE = Rate(_SHARE, 20, 45, 80, "assumed", _THROUGH)
 NVLINK_HOP = Rate(_HOP, 6, 19, 34, "assumed", _TUNING)
 PCIE_HOP = Rate(_HOP, 10, 25, 57, "assumed", _TUNING)
 NETWORK_HOP = Rate(_HOP, 27, 40, 140, "assumed", _TUNING)
@@ -118,15 +105,9 @@ def network(gpu: GPU, gbps: float | None = None) -> Link:
 # Percent of a collective's time that is not overlapped with computation, by kind of parallelism. If the computation is
 # too short to hide the rest, more of it shows.
 _SHOWN = "communication that is not overlapped with computation: %"
+_REDUCED = "gradients are reduced and weights gathered while other layers compute, except the first and the last"
 EXPOSED = {
-    "dp": Rate(
-        _SHOWN,
-        0,
-        20,
-        100,
-        "assumed",
-        "gradients are reduced and weights gathered while other layers compute, except the first and the last",
-    ),
+    "dp": Rate(_SHOWN, 0, 20, 100, "assumed", _REDUCED),
     "tp": Rate(_SHOWN, 100, 100, 100, "assumed", "the next product waits for the sum; asynchronous TP is left out"),
     "pp": Rate(_SHOWN, 0, 50, 100, "assumed", "sent while the next microbatch computes, or waited for"),
     "cp": Rate(_SHOWN, 0, 30, 100, "assumed", "keys and values travel while attention computes with the previous ones"),

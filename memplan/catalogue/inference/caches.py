@@ -9,13 +9,14 @@ Source: transformers 5.24 cache_utils.py DynamicCache and the modeling files tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from memplan.core.errors import UnsupportedModelError
 from memplan.core.units import ITEMSIZE
 from memplan.models.configs.gemma import REUSED
+from memplan.models.family_facts import Cache
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 
@@ -95,11 +96,6 @@ class LayerCache(NamedTuple):
         """Elements cached for every token in the layer's window."""
         return sum(p.elements // p.every for p in self.parts if p.per == "token")
 
-    @property
-    def sequence_elements(self) -> int:
-        """Elements of its states, whatever the sequence's length."""
-        return sum(p.elements for p in self.parts if p.per == "sequence")
-
     def bytes_of(self, tokens: int, dtype: str = "bf16", cache_dtype: str = "", source: int = 0, tp: int = 1) -> int:
         """Return the bytes of a sequence of `tokens` on each of `tp` ranks, with `source` tokens read by an encoder."""
         stored = cache_dtype or dtype
@@ -115,13 +111,14 @@ def caches(model: ModelSpec, latent: Latent = "latent") -> tuple[LayerCache, ...
 
     Raises UnsupportedModelError for an encoder, which cannot generate.
     """
-    model_type = model.model_type
-    if model_type in _NO_DECODER:
-        raise UnsupportedModelError(f"model_type: {model_type} is an encoder, which generates nothing", "model_type")
+    if model.objectives[0] not in ("causal_lm", "seq2seq_lm"):
+        raise UnsupportedModelError(
+            f"model_type: {model.model_type} is an encoder, which generates nothing", "model_type"
+        )
     axes = model.axes()
-    if model_type in _ENCODER_DECODERS:
+    if model.is_encoder_decoder:
         return (_encoder_decoder(model, axes),) * axes_of_decoder(axes)
-    cache_of = _LATENT.get(model_type) or _OTHERS.get(model_type) or _attention
+    cache_of = _KINDS[model.family.generation.cache]
     return tuple(
         LayerCache("") if keeps_nothing(layer) else cache_of(model, axes, layer, latent) for layer in model.layers
     )
@@ -155,8 +152,6 @@ def keeps_nothing(layer: Layer) -> bool:
     return layer.mixer in (REUSED, "none") or (layer.k == 0 and layer.mixer == "attention")
 
 
-_NO_DECODER = frozenset(("bert", "roberta", "xlm-roberta", "vit"))
-_ENCODER_DECODERS = frozenset(("t5", "whisper"))
 _Axes = Mapping[str, int]
 
 
@@ -176,7 +171,12 @@ def _attention(m: ModelSpec, axes: _Axes, layer: Layer, _: Latent) -> LayerCache
     source = "transformers 5.24 cache_utils.py DynamicLayer, DynamicSlidingWindowLayer"
     if not layer.sliding:
         return LayerCache("attention", parts, None, source)
-    return LayerCache("chunked" if m.model_type.startswith("llama4") else "sliding", parts, m.sliding_window, source)
+    return LayerCache("sliding", parts, m.sliding_window, source)
+
+
+def _chunked(m: ModelSpec, axes: _Axes, layer: Layer, kept: Latent) -> LayerCache:
+    cache = _attention(m, axes, layer, kept)
+    return cache._replace(kind="chunked") if layer.sliding else cache
 
 
 def _gemma4(m: ModelSpec, axes: _Axes, layer: Layer, _: Latent) -> LayerCache:
@@ -320,19 +320,15 @@ CONVOLUTION = "convolution's last tokens"  # prefix of the names of the convolut
 _CacheOf = Callable[[ModelSpec, _Axes, Layer, Latent], LayerCache]
 
 
-def _each(cache_of: _CacheOf, model_types: str) -> Iterator[tuple[str, _CacheOf]]:
-    return ((model_type, cache_of) for model_type in model_types.split())
-
-
-_LATENT: dict[str, _CacheOf] = dict(
-    _each(_latent, "deepseek_v2 deepseek_v3 deepseek_v32 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 minicpm3")
-)
-_OTHERS: dict[str, _CacheOf] = {
-    "deepseek_v4": _compressed,
-    "minimax_m3_vl_text": _indexed_blocks,
-    "mllama": _cross_layers,
-    **dict(_each(_gemma4, "gemma4 gemma4_text")),
-    **dict(_each(_mamba1, "falcon_mamba jamba mamba")),
-    **dict(_each(_mamba2, "granitemoehybrid mamba2 nemotron_h")),
-    **dict(_each(_delta, "kimi_k3 kimi_linear qwen3_5 qwen3_5_moe qwen3_5_moe_text qwen3_5_text qwen3_next")),
+_KINDS: dict[Cache, _CacheOf] = {
+    "attention": _attention,
+    "chunked": _chunked,
+    "compressed": _compressed,
+    "cross_layers": _cross_layers,
+    "delta": _delta,
+    "indexed_blocks": _indexed_blocks,
+    "latent": _latent,
+    "mamba-1": _mamba1,
+    "mamba-2": _mamba2,
+    "two_widths": _gemma4,
 }

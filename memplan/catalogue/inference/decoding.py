@@ -30,19 +30,6 @@ _CACHE = "transformers 5.24 cache_utils.py"
 _LITGPT = "litgpt 0.5.3 generate/sequentially.py sequential, model.py"
 
 
-# Families whose decoding is not modelled yet: Megatron's runs in its own inference engine.
-NOT_YET = frozenset(("megatron_gpt",))
-# Families whose code, published with their weights, has its own cache.
-CACHED_BY_ITS_CODE = ("baichuan", "chatglm", "internlm2", "minicpm", "qwen")
-# The ones that always return tuples, and the ones that do not support a static cache: only InternLM2's modeling code
-# sets `_supports_static_cache`.
-RETURNS_TUPLES = ("baichuan", "chatglm", "qwen")
-NO_STATIC_CACHE = (*RETURNS_TUPLES, "minicpm")
-# Families whose generation config suppresses tokens, which makes a further row of scores without them.
-# Source: transformers 5.24 models/whisper/generation_whisper.py _retrieve_logit_processors.
-SUPPRESSES = frozenset(("whisper",))
-
-
 def inference(stack: Stack, now: Pass) -> Stack:
     """Return the stack as the pass runs it.
 
@@ -370,10 +357,7 @@ def along(op: Op, axis: str, of_keys: bool = False) -> Op:
             tokens[i] = axis + tokens[i][1:]
         return " ".join(tokens)
 
-    def tensor(t: Tensor) -> Tensor:
-        return t._replace(shape=shape(t.shape))
-
-    return op._replace(writes=tuple(map(tensor, op.writes)), scratch=tuple(map(tensor, op.scratch)))
+    return ops.with_shapes(op, shape)
 
 
 def _head(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
@@ -389,11 +373,7 @@ def _head(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
 
 def _of_rows(op: Op) -> Op:
     """Return the operation for the tokens whose logits are computed."""
-
-    def tensor(t: Tensor) -> Tensor:
-        return t._replace(shape=" ".join("verified" if token == "s" else token for token in t.shape.split()))
-
-    return op._replace(writes=tuple(map(tensor, op.writes)), scratch=tuple(map(tensor, op.scratch)))
+    return ops.with_shapes(op, lambda text: " ".join("verified" if axis == "s" else axis for axis in text.split()))
 
 
 def _last_hidden(operations: tuple[Op, ...]) -> Iterator[Op]:
@@ -424,10 +404,7 @@ def _of_last(op: Op, once: bool = False) -> Op:
         places = [i for i, token in enumerate(tokens) if token in TOKENS][: 1 if once else None]
         return " ".join(token for i, token in enumerate(tokens) if i not in places)
 
-    def tensor(t: Tensor) -> Tensor:
-        return t._replace(shape=shape(t.shape))
-
-    return op._replace(writes=tuple(map(tensor, op.writes)), scratch=tuple(map(tensor, op.scratch)))
+    return ops.with_shapes(op, shape)
 
 
 def _cast_logits(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:

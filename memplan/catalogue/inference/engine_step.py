@@ -71,12 +71,12 @@ def instants(
     draws     this stage samples, as the last one does
     fed       buffers hold the previous stage's outputs, in all stages but the first
     gathered  tokens of other data-parallel groups meet at the experts
-    room      how experts share buffers (`memplan.catalogue.profiles.engines.WORDS`, experts_room)
+    room      how experts share buffers (`memplan.catalogue.profiles.engines.EngineBehaviour`)
     eager     layers run in Python, whose frames hold a layer's input and its norm's output until the layer returns;
               compiled code frees tensors after their last use
     """
     axes = model.axes()
-    gated = model.model_type not in _UNGATED
+    gated = model.family.gated
     points: dict[Instant, None] = {}
     if "rc" in axes:
         from memplan.catalogue.inference.engine_step_deepseek_v4 import compressed_instants
@@ -88,7 +88,7 @@ def instants(
             or complete
         )
     for layer in dict.fromkeys(layers or model.layers):
-        points |= dict.fromkeys(_mixer(model, axes, layer))
+        points |= dict.fromkeys(_mixer(axes, layer))
         points |= dict.fromkeys(_feed_forward(axes, layer, gated, gathered, room))
     frame_locals = _FRAME_LOCALS if eager else ()
     sampling = _sampling(tp, sampler) if draws else ()
@@ -101,16 +101,7 @@ _FED = (Tensor("hidden from the stage before", "most h"), Tensor("residual from 
 _FRAME_LOCALS = (Tensor("the layer's input", "s h"), Tensor("the layer's input after its norm", "s h"))
 
 
-# Families whose FFNs have two matrices with an activation between them.
-_UNGATED = frozenset(
-    (
-        *("gpt2", "gpt_bigcode", "gpt_neo", "gpt_neox", "gptj", "opt", "bloom", "mpt", "falcon", "phi", "starcoder2"),
-        *("nemotron", "nemotron_h", "t5", "whisper"),
-    )
-)
-
-
-def _mixer(model: ModelSpec, axes: Mapping[str, int], layer: Layer) -> Iterator[Instant]:
+def _mixer(axes: Mapping[str, int], layer: Layer) -> Iterator[Instant]:
     """Yield the instants of the layer's token mixer."""
     if layer.mixer == "linear_attention":
         inputs = (Tensor("q, k, v and gates", "s pp" if "projected" in axes else "s cp"), Tensor("convolved", "s cp"))

@@ -18,28 +18,28 @@ from __future__ import annotations
 
 from memplan.catalogue.inference.instant import Instant
 from memplan.core.ir import Tensor
+from memplan.models.facts import ImageFacts
 
 _PIXELS, _INPUT, _NORMED = Tensor("pixels", "vn vin"), Tensor("the block's input", "vn vh"), Tensor("normed", "vn vh")
 _AFTER, _OUTPUT = Tensor("after attention", "vn vh"), Tensor("the FFN's output", "vn vh")
 _TURNED = (Tensor("q and k, side by side", "vn 2 vhp"), Tensor("q and k, rotated", "vn 2 vhp"))
 _GATED = (Tensor("gate and up", "vn 2 vfp"), Tensor("activated", "vn vfp"), _OUTPUT)
 _PLAIN = (Tensor("up", "vn vfp"), Tensor("activated", "vn vfp"))
-# FFN tensors by family, and what else is alive. Qwen2.5's norm adds the residual into a new tensor.
+# Tensors of each kind of FFN, and what else is alive: a fused norm adds the residual into a new tensor.
 _ROWS = {
-    "qwen2_5_vl": (*_GATED, Tensor("attention's output", "vn vh"), Tensor("the residual with it", "vn vh")),
-    "mistral3": (*_GATED, _AFTER),
+    "plain": (*_PLAIN, _AFTER),
+    "gated": (*_GATED, _AFTER),
+    "fused": (*_GATED, Tensor("attention's output", "vn vh"), Tensor("the residual with it", "vn vh")),
 }
-_NOT_ROTATED = frozenset(("gemma3",))
 
 
-def tower_instants(model_type: str) -> tuple[Instant, ...]:
+def tower_instants(images: ImageFacts) -> tuple[Instant, ...]:
     """Return the tower's candidate peaks."""
     source = "vllm 0.33.0 model_executor/models/qwen2_5_vl.py Qwen2_5_VisionBlock.forward, and alike"
     held = (_PIXELS, _INPUT, _NORMED)
-    rotated = () if model_type in _NOT_ROTATED else _TURNED
+    rotated = _TURNED if images.is_rotated else ()
     attention = (*held, Tensor("q, k and v", "vn 3 vhp"), *rotated, Tensor("output", "vn vhp"))
-    rows = _ROWS.get(model_type, (*_PLAIN, _AFTER))
-    return Instant("encoder.attention", attention, source), Instant("encoder.mlp", (*held, *rows), source)
+    return Instant("encoder.attention", attention, source), Instant("encoder.mlp", (*held, *_ROWS[images.ffn]), source)
 
 
 # The tower's output, alive during the language model's step.

@@ -71,8 +71,8 @@ def next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> It
         yield from _proposed(logits, now)
         return
 
-    def logits_op(name: str, *reads: str, y: str, scratch: tuple[Tensor, ...] = (), shape: str = "b v") -> Op:
-        return Op(f"generate.{name}", reads, (Tensor(y, shape, "fp32"),), scratch=scratch, source=GENERATE)
+    def logits_op(name: str, *reads: str, y: str, scratch: tuple[Tensor, ...] = ()) -> Op:
+        return Op(f"generate.{name}", reads, (Tensor(y, "b v", "fp32"),), scratch=scratch, source=GENERATE)
 
     def release(what: str) -> tuple[Op, ...]:
         return (ops.release_names(f"{what}{_BEFORE}"),) if now.decodes else ()
@@ -83,7 +83,6 @@ def next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> It
         temporaries = (tokens, is_suppressed, Tensor("minus infinity", "", "fp32"))
         return logits_op("suppress", scores, y=y, scratch=temporaries)
 
-    exponentials = Tensor("exponentials", "b v", "fp32")
     yield logits_op("scores", logits, y="next token logits")
     yield from release("logits")
     if now.beams:
@@ -103,7 +102,7 @@ def next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> It
         yield logits_op("accumulate", scores, y=sums, scratch=(beams,))
         yield ops.release_names(scores)
         if now.samples:
-            scratch = (Tensor("probabilities", "b v", "fp32"), exponentials)
+            scratch = tuple(Tensor(what, "b v", "fp32") for what in ("probabilities", "exponentials"))
             yield Op("generate.multinomial", (sums,), scratch=scratch, source=_MULTINOMIAL)
         yield Op("generate.order", (sums,), (Tensor("order", "b", "int64"),), source=GENERATE)
         yield from release("order")
@@ -122,13 +121,7 @@ def next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> It
         yield from release("scores")
         yield logits_op("softmax", "next token scores", y="next token probabilities")
         yield from release("probabilities")
-        yield Op(
-            "generate.multinomial",
-            ("next token probabilities",),
-            (Tensor("next token", "b", "int64"),),
-            scratch=(exponentials,),
-            source=_MULTINOMIAL,
-        )
+        yield _drawn("next token probabilities", "next token")
         yield ops.release_names(logits, "next token logits", "next token scores", "next token probabilities")
         return
     scores = "next token logits"
@@ -138,6 +131,13 @@ def next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> It
         scores = "next token scores"
     yield Op("generate.argmax", (scores,), (Tensor("next token", "b", "int64"),), source=GENERATE)
     yield ops.release_names(logits, "next token logits", scores)
+
+
+def _drawn(probabilities: str, token: str, rows: str = "b") -> Op:
+    """Draw a token for each row of probabilities."""
+    exponentials = (Tensor("exponentials", f"{rows} v", "fp32"),)
+    drawn = (Tensor(token, rows, "int64"),)
+    return Op("generate.multinomial", (probabilities,), drawn, scratch=exponentials, source=_MULTINOMIAL)
 
 
 def looked_up(now: Pass) -> Op:
@@ -205,25 +205,12 @@ def _verified(logits: str, now: Pass) -> Iterator[Op]:
             scratch=(Tensor("difference", "b v", "fp32"),),
             source=_SPECULATIVE,
         )
-        exponentials = Tensor("exponentials", "b v", "fp32")
-        yield Op(
-            "generate.multinomial",
-            ("p less q",),
-            (Tensor("drawn token", "b", "int64"),),
-            scratch=(exponentials,),
-            source=_MULTINOMIAL,
-        )
+        yield _drawn("p less q", "drawn token")
         yield ops.release_names("p less q", "p", "q")
     else:
         yield op("softmax", logits32, "probabilities")
         yield from release("probabilities") if now.uses_lookup else ()
-        yield Op(
-            "generate.multinomial",
-            ("probabilities",),
-            (Tensor("selected tokens", "b verified", "int64"),),
-            scratch=(Tensor("exponentials", "b verified v", "fp32"),),
-            source=_MULTINOMIAL,
-        )
+        yield _drawn("probabilities", "selected tokens", "b verified")
         yield ops.release_names("probabilities")
     yield ops.release_names(logits, logits32, copy)
 
@@ -246,8 +233,7 @@ def _proposed(logits: str, now: Pass) -> Iterator[Op]:
         kept, released = "next token scores", ("next token logits", "next token probabilities")
         yield Op("generate.softmax", (kept,), (Tensor(released[1], "b v", "fp32"),), source=GENERATE)
         yield from release("probabilities")
-        exponentials = (Tensor("exponentials", "b v", "fp32"),)
-        yield Op("generate.multinomial", released[1:], (chosen,), scratch=exponentials, source=_MULTINOMIAL)
+        yield _drawn(released[1], chosen.name)
     else:
         yield Op("generate.argmax", (kept,), (chosen,), source=GENERATE)
     confidence = (Tensor("probabilities of the token", "b v", "fp32"),)

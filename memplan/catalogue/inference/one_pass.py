@@ -26,6 +26,8 @@ class LoadOptions(NamedTuple):
 class Pass(NamedTuple):
     """One pass of inference.
 
+    It has more than 20 fields because each changes the operations by itself, and a stack is cached by all of them.
+
     phase                 `forward`, `prefill` or `decode`; `encode` for an encoder whose decoder generates; `eval` for
                           a model in training, with its loss
     cache                 how keys and values are cached

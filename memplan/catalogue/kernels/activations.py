@@ -32,7 +32,7 @@ def activation(m: ModelSpec, name: str, x: str, y: str, shape: str) -> tuple[Op,
 
 def relu(name: str, x: str, y: str, shape: str) -> Op:
     """Return relu, which keeps its output."""
-    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: relu")
+    return ops.keeping_output(name, x, y, shape, "relu")
 
 
 def power(name: str, x: str, y: str, shape: str) -> Op:
@@ -61,14 +61,7 @@ def gelu_new(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
         ops.scale(f"{name}.cubed", cube, scaled, shape),
         ops.add(f"{name}.sum", x, scaled, inner, shape),
         ops.scale(f"{name}.outer", inner, outer, shape),
-        Op(
-            f"{name}.tanh",
-            (outer,),
-            (Tensor(tanh, shape),),
-            (),
-            (Keep(tanh, outer),),
-            source=f"{ops.DERIVATIVES}: tanh",
-        ),
+        ops.keeping_output(f"{name}.tanh", outer, tanh, shape, "tanh"),
         Op(f"{name}.one", (tanh,), (Tensor(shifted, shape),), gradient="same", source=source),
         ops.mul(name, half, shifted, y, shape),
     )

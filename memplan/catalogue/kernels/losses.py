@@ -134,22 +134,14 @@ def cross_entropy(
         return (
             *(() if fused else (_float(logits, source),)),
             _targets(source),
-            *kernel("loss", kernel_logits, "log_probs", "targets", "b s v", "loss"),
+            *kernel("loss", kernel_logits, "log_probs", "targets", "b s v"),
             ops.release_names(kernel_logits, "padded_labels", "targets", logits, "n"),
         )
-    if form in ("plain", "parallel"):
-        source = "torchtitan 0.3.0 components/loss.py"
-        parallel = _vocabulary_parallel("loss", "logits32", "labels") if form == "parallel" else None
+    if form in _LABELS_SHIFTED:
+        source, kernel = _LABELS_SHIFTED[form]
         return (
             _float(logits, source),
-            *(parallel or nll("loss", "logits32", "log_probs", "labels", "b s v", "loss")),
-            ops.release_names("logits32", logits, "n"),
-        )
-    if form == "in_place":
-        source = "megatron-core 0.12 tensor_parallel/cross_entropy.py"
-        return (
-            _float(logits, source),
-            *_overwriting("loss", "logits32", "", "labels", "b s v", "loss"),
+            *kernel("loss", "logits32", "log_probs", "labels", "b s v"),
             ops.release_names("logits32", logits, "n"),
         )
     source, kernel_logits = _SHIFTED[form], logits if form == "half" else "logits32"
@@ -161,26 +153,25 @@ def cross_entropy(
             if form == "model" and held
             else ()
         ),
-        *_shifted(kernel_logits, source, single),
-        *kernel("loss", "shifted", "log_probs", "targets", "shifted_rows v", "loss"),
+        *_shifted(kernel_logits, Tensor("shifted", "shifted_rows v"), source, single),
+        *kernel("loss", "shifted", "log_probs", "targets", "shifted_rows v"),
         ops.release_names("shifted", "targets", kernel_logits, *((logits,) if form == "shifted" else ()), "n"),
     )
 
 
-def _vocabulary_parallel(n: str, logits: str, targets: str) -> tuple[Op, ...]:
+def _vocabulary_parallel(loss: str, logits: str, log_probs: str, targets: str, shape: str) -> tuple[Op, ...]:
     """Return the vocabulary-parallel loss.
 
     It keeps log-probabilities; backward adds their exponents to a matrix of zeros with one number per row.
     """
-    shape, source = "b s v", "torchtitan 0.3.0 components/loss.py _LossParallelCrossEntropy"
     shifted = Tensor("shifted", shape, "fp32")
     return (
         Op(
-            f"{n}.cross_entropy",
+            f"{loss}.cross_entropy",
             (logits, targets),
-            (Tensor("loss", "", "fp32"), Tensor("log_probs", shape, "fp32")),
+            (Tensor(loss, "", "fp32"), Tensor(log_probs, shape, "fp32")),
             (),
-            (Keep("log_probs", logits), Keep(targets, logits)),
+            (Keep(log_probs, logits), Keep(targets, logits)),
             scratch=(shifted, *(Tensor(what, "b s", "fp32") for what in ("maxima", "sums", "own"))),
             scratch_back=(
                 *(Scratch(shifted._replace(name=what)) for what in ("zeros", "exponents")),
@@ -188,7 +179,7 @@ def _vocabulary_parallel(n: str, logits: str, targets: str) -> tuple[Op, ...]:
                 *(Scratch(Tensor(what, "b s", "fp32")) for what in ("updates", "gradients")),
                 Scratch(Tensor("others", "b s", "bool")),
             ),
-            source=source,
+            source="torchtitan 0.3.0 components/loss.py _LossParallelCrossEntropy",
         ),
     )
 
@@ -203,13 +194,12 @@ def _float(logits: str, source: str) -> Op:
     return Op("loss.float", (logits,), (Tensor("logits32", "b s v", "fp32"),), cast=True, source=source)
 
 
-def _shifted(logits: str, source: str, single: bool) -> tuple[Op, ...]:
-    """Drop the last row of logits and the first label. The logits' gradient gets its full size back in a new tensor."""
-    rows = Tensor("shifted", "shifted_rows v")
-    copy = Op("loss.shift", (logits,), (rows,), gradient="new", view=single, source=source)
+def _shifted(x: str, rows: Tensor, source: str, single: bool) -> tuple[Op, ...]:
+    """Drop the last row of `x` and the first label. The gradient of `x` gets its full size back in a new tensor."""
+    labels = (Tensor("targets", "shifted_labels", "int64"),)
     return (
-        copy,
-        Op("loss.shift_labels", ("labels",), (Tensor("targets", "shifted_labels", "int64"),), source=source),
+        Op("loss.shift", (x,), (rows,), gradient="new", view=single, source=source),
+        Op("loss.shift_labels", ("labels",), labels, source=source),
     )
 
 
@@ -220,13 +210,13 @@ _SHIFTED = {
 }
 
 
-def _overwriting(n: str, logits: str, made: str, targets: str, shape: str, loss: str) -> tuple[Op, ...]:
+def _overwriting(loss: str, logits: str, log_probs: str, targets: str, shape: str) -> tuple[Op, ...]:
     """Keep the logits and one fp32 number per row, and return the logits' storage as their gradient."""
     rows = shape.removesuffix(" v")
-    sums = f"{n}.logsumexp"
+    sums = f"{loss}.logsumexp"
     return (
         Op(
-            f"{n}.cross_entropy",
+            f"{loss}.cross_entropy",
             (logits, targets),
             (Tensor(loss, "", "fp32"), Tensor(sums, rows, "fp32")),
             (),
@@ -238,12 +228,12 @@ def _overwriting(n: str, logits: str, made: str, targets: str, shape: str, loss:
     )
 
 
-def nll(n: str, logits: str, log_probs: str, targets: str, shape: str, loss: str) -> tuple[Op, ...]:
+def nll(loss: str, logits: str, log_probs: str, targets: str, shape: str) -> tuple[Op, ...]:
     """Return log_softmax and nll_loss. cross_entropy passes a dtype to log_softmax, so autocast does not cast it."""
     weight = f"{loss}.total_weight"
     return (
         Op(
-            f"{n}.log_softmax",
+            f"{loss}.log_softmax",
             (logits,),
             (Tensor(log_probs, shape),),
             (),
@@ -251,7 +241,7 @@ def nll(n: str, logits: str, log_probs: str, targets: str, shape: str, loss: str
             source=f"{ops.DERIVATIVES}: _log_softmax",
         ),
         Op(
-            f"{n}.nll",
+            f"{loss}.nll",
             (log_probs, targets),
             (Tensor(loss), Tensor(weight)),
             (),
@@ -260,6 +250,13 @@ def nll(n: str, logits: str, log_probs: str, targets: str, shape: str, loss: str
             source=f"{ops.DERIVATIVES}: nll_loss_forward",
         ),
     )
+
+
+_LABELS_SHIFTED = {  # forms whose labels come shifted
+    "plain": ("torchtitan 0.3.0 components/loss.py", nll),
+    "parallel": ("torchtitan 0.3.0 components/loss.py", _vocabulary_parallel),
+    "in_place": ("megatron-core 0.12 tensor_parallel/cross_entropy.py", _overwriting),
+}
 
 
 def _chunked(head: tuple[Op, ...]) -> Iterator[Op]:
@@ -274,7 +271,7 @@ def _chunked(head: tuple[Op, ...]) -> Iterator[Op]:
     logits = _last_writer(head).writes[0].name
     for i in chunks:
         yield Op(f"loss.float{i}", (f"{logits}{i}",), (Tensor(f"logits32{i}", "b lc v", "fp32"),), cast=True)
-        yield from nll(f"loss{i}", f"logits32{i}", f"log_probs{i}", "targets", "b lc v", f"loss{i}")
+        yield from nll(f"loss{i}", f"logits32{i}", f"log_probs{i}", "targets", "b lc v")
         yield ops.release_names(f"logits32{i}")
     parts = tuple(f"loss{i}" for i in chunks)
     yield Op("loss.sum", parts, (Tensor("loss", "", "fp32"),), gradient="same", source=source)
@@ -287,15 +284,7 @@ def _chunk_of(op: Op, i: int | str, rows: str = "lc") -> Op:
     def rename(name: str) -> str:
         return name if any(name == w.name for w in op.weights) else f"{name}{i}"
 
-    def rows_of(t: Tensor) -> Tensor:
-        return t._replace(shape=t.shape.replace("b s ", f"b {rows} ", 1))
-
-    chunk = ops.renamed(op, rename)
-    return chunk._replace(
-        writes=tuple(map(rows_of, chunk.writes)),
-        scratch=tuple(map(rows_of, chunk.scratch)),
-        scratch_back=tuple(s._replace(tensor=rows_of(s.tensor)) for s in chunk.scratch_back),
-    )
+    return ops.with_shapes(ops.renamed(op, rename), lambda shape: shape.replace("b s ", f"b {rows} ", 1))
 
 
 def _intermediates_by_chunk(head: tuple[Op, ...], chunk: str = "128") -> Iterator[Op]:
@@ -447,10 +436,8 @@ def _fused(matrix: Weight, autocast: str | None, in_place: bool, shifted: bool, 
             product = Tensor("product of a chunk", matrix.shape, autocast or "")
             temporaries = (product, *((Tensor("product in fp32", matrix.shape, "fp32"),) if half else ()))
     chunk = Tensor("logits of a chunk", "fc v", autocast or "")
-    copied = Op("loss.shift", ("n",), (Tensor(hidden, rows),), gradient="new", view=single, source=source)
-    labels = Op("loss.shift_labels", ("labels",), (Tensor("targets", "shifted_labels", "int64"),), source=source)
     return (
-        *((copied, labels) if shifted else (_targets(source),)),
+        *(_shifted("n", Tensor(hidden, rows), source, single) if shifted else (_targets(source),)),
         Op(
             "loss.fused",
             (hidden, "targets"),

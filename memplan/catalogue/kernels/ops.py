@@ -64,6 +64,76 @@ def mul(name: str, a: str, b: str, y: str, shape: str) -> Op:
     return Op(name, (a, b), (Tensor(y, shape),), (), (Keep(b, a), Keep(a, b)), source=f"{DERIVATIVES}: mul.Tensor")
 
 
+def divide(name: str, x: str, by: str, y: str, shape: str, quotient: str = "") -> Op:
+    """Return `x / by`. If `by` is smaller, backward sums a full-size `quotient` of that dtype for its gradient."""
+    scratch = (Scratch(Tensor("quotient", shape, quotient), by),) if quotient else ()
+    keeps = (Keep(by, x), Keep(x, by), Keep(by, by))
+    return Op(name, (x, by), (Tensor(y, shape),), (), keeps, (), scratch, source=f"{DERIVATIVES}: div.Tensor")
+
+
+def with_constant(name: str, x: str, constant: str, y: str, shape: str, kernel: str, dtype: str = "") -> Op:
+    """Return an operation of x and a tensor without a gradient, which it keeps: an index, a mask, a constant factor."""
+    written = (Tensor(y, shape, dtype),)
+    return Op(name, (x, constant), written, (), (Keep(constant, x),), source=f"{DERIVATIVES}: {kernel}")
+
+
+def index(name: str, x: str, indices: str, y: str, shape: str) -> Op:
+    """Return the rows of x at `indices`, or those where a mask is set."""
+    return with_constant(name, x, indices, y, shape, "index", f"={x}")
+
+
+def masked_fill(name: str, x: str, mask: str, y: str, shape: str) -> Op:
+    """Return x with a number where the mask is set."""
+    return with_constant(name, x, mask, y, shape, "masked_fill", f"={x}")
+
+
+def cat(name: str, parts: tuple[str, ...], y: str, shape: str, dtype: str = "", gradient: str = "same") -> Op:
+    """Return the parts joined in new storage. By default their gradients are views of the incoming one."""
+    return Op(name, parts, (Tensor(y, shape, dtype),), gradient=gradient, source=f"{DERIVATIVES}: cat")
+
+
+def add_weight(name: str, x: str, y: str, shape: str, w: Weight, dtype: str = "") -> Op:
+    """Return `x + w` in a new tensor."""
+    return Op(name, (x,), (Tensor(y, shape, dtype),), (w,), gradient="same", source=f"{DERIVATIVES}: add.Tensor")
+
+
+def lookup(name: str, ids: str, y: str, shape: str, w: Weight, kernel: str = "embedding") -> Op:
+    """Return the rows of a small table that `ids` choose. It keeps the ids, and backward sorts nothing."""
+    written = (Tensor(y, shape, f"={w.name}"),)
+    return Op(name, (ids,), written, (w,), (Keep(ids, w.name),), source=f"{DERIVATIVES}: {kernel}")
+
+
+def square(name: str, x: str, y: str, shape: str, dtype: str = "fp32") -> Op:
+    """Return `x.pow(2)`, which keeps x. Backward makes x to the power of 1, and twice that, in `dtype`."""
+    steps = tuple(Scratch(Tensor(step, shape, dtype)) for step in ("pow", "2x"))
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), (), steps, source=f"{DERIVATIVES}: pow.Tensor_Scalar")
+
+
+def product_with_itself(name: str, x: str, y: str, shape: str) -> Op:
+    """Return `x * x`, which keeps x. Backward makes one product for each factor."""
+    other = Scratch(Tensor("other factor", shape, f"={x}"))
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), (), (other,), source=f"{DERIVATIVES}: mul.Tensor")
+
+
+def rsqrt(name: str, x: str, y: str, shape: str) -> Op:
+    """Return `1 / sqrt(x)` in fp32, which keeps its output."""
+    steps = tuple(Scratch(Tensor(step, shape, "fp32")) for step in ("cube", "half"))
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), (), steps, source=f"{DERIVATIVES}: rsqrt")
+
+
+def subtract(name: str, x: str, small: str, y: str, shape: str) -> Op:
+    """Return `x - small`, broadcasting `small`, whose gradient is negated in full size before it is summed."""
+    negative = Scratch(Tensor("negative", shape, f"={x}"), small)
+    return Op(
+        name,
+        (x, small),
+        (Tensor(y, shape),),
+        gradient="same",
+        scratch_back=(negative,),
+        source=f"{DERIVATIVES}: sub.Tensor",
+    )
+
+
 def scale(name: str, x: str, y: str, shape: str) -> Op:
     """Return the product with a Python number, which keeps nothing."""
     return Op(name, (x,), (Tensor(y, shape),), source=f"{DERIVATIVES}: mul.Scalar")
@@ -72,6 +142,11 @@ def scale(name: str, x: str, y: str, shape: str) -> Op:
 def activation(name: str, x: str, y: str, shape: str) -> Op:
     """Return an activation that keeps its input: silu, gelu (exact or tanh) or relu squared."""
     return Op(name, (x,), (Tensor(y, shape),), (), (Keep(x, x),), source=f"{DERIVATIVES}: silu, gelu")
+
+
+def keeping_output(name: str, x: str, y: str, shape: str, kernel: str) -> Op:
+    """Return an activation that keeps its output: tanh, sigmoid, relu or exp."""
+    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{DERIVATIVES}: {kernel}")
 
 
 def add_number(name: str, x: str, y: str, shape: str) -> Op:
@@ -116,8 +191,8 @@ def view(name: str, x: str, y: str, shape: str, gradient: str = "same") -> Op:
     return Op(name, (x,), (Tensor(y, shape),), gradient=gradient, view=True)
 
 
-def matmul(name: str, a: str, b: str, y: str, shape: str) -> Op:
-    """Return a batched product of two activations. It keeps both, and their gradients are views."""
+def matmul(name: str, a: str, b: str, y: str, shape: str, kernel: str = "bmm") -> Op:
+    """Return a product of two activations, batched by default. It keeps both, and their gradients are views."""
     return Op(
         name,
         (a, b),
@@ -127,7 +202,7 @@ def matmul(name: str, a: str, b: str, y: str, shape: str) -> Op:
         gradient="view",
         autocast="lower",
         product="matrix",
-        source=f"{DERIVATIVES}: bmm",
+        source=f"{DERIVATIVES}: {kernel}",
     )
 
 
@@ -150,18 +225,25 @@ def with_axes(operations: tuple[Op, ...], axes: Mapping[str, str]) -> tuple[Op, 
     def shape(text: str) -> str:
         return " ".join(axes.get(axis, axis) for axis in text.split())
 
-    def tensor(t: Tensor) -> Tensor:
-        return t._replace(shape=shape(t.shape))
-
     return tuple(
-        op._replace(
-            writes=tuple(map(tensor, op.writes)),
+        with_shapes(op, shape)._replace(
             weights=tuple(w._replace(shape=shape(w.shape)) for w in op.weights),
             keeps=tuple(k._replace(seen=shape(k.seen)) for k in op.keeps),
-            scratch=tuple(map(tensor, op.scratch)),
-            scratch_back=tuple(s._replace(tensor=tensor(s.tensor)) for s in op.scratch_back),
         )
         for op in operations
+    )
+
+
+def with_shapes(op: Op, new: Callable[[str], str]) -> Op:
+    """Return the operation with the shapes of its outputs and temporaries mapped by `new`."""
+
+    def tensor(t: Tensor) -> Tensor:
+        return t._replace(shape=new(t.shape))
+
+    return op._replace(
+        writes=tuple(map(tensor, op.writes)),
+        scratch=tuple(map(tensor, op.scratch)),
+        scratch_back=tuple(s._replace(tensor=tensor(s.tensor)) for s in op.scratch_back),
     )
 
 
@@ -196,7 +278,7 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str, *, of_x: bool = F
     `of_x`: T5LayerNorm, which multiplies x itself by that number and casts to the weight's dtype.
     """
     row = shape.rsplit(" ", 1)[0]
-    x32, square, mean, shifted, rstd, n32, hat = (
+    x32, squared, mean, shifted, rstd, n32, hat = (
         f"{y}.{part}" for part in ("x32", "square", "mean", "shifted", "rstd", "n32", "hat")
     )
     w = Weight(f"{name}.weight", axis, "norm")
@@ -206,26 +288,10 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str, *, of_x: bool = F
     )
     operations = (
         Op(f"{name}.float", (x,), (Tensor(x32, shape, "fp32"),), cast=True, source=source),
-        Op(
-            f"{name}.pow",
-            (x32,),
-            (Tensor(square, shape),),
-            (),
-            (Keep(x32, x32),),
-            scratch_back=(Scratch(Tensor("pow", shape, "fp32")), Scratch(Tensor("2x", shape, "fp32"))),
-            source=f"{DERIVATIVES}: pow.Tensor_Scalar",
-        ),
-        Op(f"{name}.mean", (square,), (Tensor(mean, row),), source=f"{DERIVATIVES}: mean.dim"),
+        square(f"{name}.pow", x32, squared, shape),
+        Op(f"{name}.mean", (squared,), (Tensor(mean, row),), source=f"{DERIVATIVES}: mean.dim"),
         Op(f"{name}.eps", (mean,), (Tensor(shifted, row),), gradient="same", source=f"{DERIVATIVES}: add.Scalar"),
-        Op(
-            f"{name}.rsqrt",
-            (shifted,),
-            (Tensor(rstd, row),),
-            (),
-            (Keep(rstd, shifted),),
-            scratch_back=(Scratch(Tensor("cube", row, "fp32")), Scratch(Tensor("half", row, "fp32"))),
-            source=f"{DERIVATIVES}: rsqrt",
-        ),
+        rsqrt(f"{name}.rsqrt", shifted, rstd, row),
         Op(
             f"{name}.scale",
             (scaled, rstd),
@@ -242,6 +308,14 @@ def rms_norm(name: str, x: str, y: str, shape: str, axis: str, *, of_x: bool = F
     return operations if of_x else unit(f"rms_norm {name}", *operations)
 
 
+def fused_rms_norm(name: str, x: str, y: str, shape: str, axis: str, source: str) -> Op:
+    """Return an RMSNorm in one kernel, which keeps x and one fp32 number per row."""
+    w, rstd = Weight(f"{name}.weight", axis, "norm"), Tensor(f"{y}.rstd", shape.rpartition(" ")[0], "fp32")
+    kept = (x, rstd.name, w.name)
+    keeps = (*(Keep(what, x) for what in kept), *(Keep(what, w.name) for what in kept[:2]))
+    return Op(name, (x,), (Tensor(y, shape, f"={x}"), rstd), (w,), keeps, source=source)
+
+
 def multiply_weight(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
     """Return `w * x` for a weight along the last axis. Backward sums a full-size product with x for w's gradient."""
     return Op(
@@ -255,15 +329,20 @@ def multiply_weight(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
     )
 
 
-def spread(name: str, x: str, small: str, y: str, shape: str) -> Op:
-    """Return `x * small`, broadcasting `small`. Backward sums a full-size product for the gradient of `small`."""
+def spread(name: str, x: str, small: str, y: str, shape: str, *, summed: bool = False, small_first: bool = False) -> Op:
+    """Return `x * small`, broadcasting `small`. Backward sums a full-size product for the gradient of `small`.
+
+    summed       see `Scratch`
+    small_first  the code writes `small * x`
+    """
+    a, b = (small, x) if small_first else (x, small)
     return Op(
         name,
-        (x, small),
+        (a, b),
         (Tensor(y, shape),),
         (),
-        (Keep(small, x), Keep(x, small)),
-        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), small),),
+        (Keep(b, a), Keep(a, b)),
+        scratch_back=(Scratch(Tensor("product", shape, f"={y}"), small, summed=summed),),
         source=f"{DERIVATIVES}: mul.Tensor",
     )
 
@@ -300,14 +379,7 @@ def softcap(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
     """Return `tanh(x / cap) * cap`. The tanh keeps its output."""
     return (
         scale(f"{name}.divide", x, f"{y}.divided", shape),
-        Op(
-            f"{name}.tanh",
-            (f"{y}.divided",),
-            (Tensor(f"{y}.tanh", shape),),
-            (),
-            (Keep(f"{y}.tanh", f"{y}.divided"),),
-            source=f"{DERIVATIVES}: tanh",
-        ),
+        keeping_output(f"{name}.tanh", f"{y}.divided", f"{y}.tanh", shape, "tanh"),
         scale(f"{name}.multiply", f"{y}.tanh", y, shape),
     )
 

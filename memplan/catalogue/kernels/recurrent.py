@@ -10,12 +10,18 @@ from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 
 def exp(name: str, x: str, y: str, shape: str) -> Op:
     """Return an operation that keeps its output: exp, sigmoid or tanh."""
-    return Op(name, (x,), (Tensor(y, shape),), (), (Keep(y, x),), source=f"{ops.DERIVATIVES}: exp, sigmoid")
+    return ops.keeping_output(name, x, y, shape, "exp, sigmoid")
 
 
 def pad(name: str, x: str, y: str, shape: str) -> Op:
     """Pad rows to a multiple of the chunk size. This copies even if there is nothing to add."""
     return Op(name, (x,), (Tensor(y, shape, f"={x}"),), source=f"{ops.DERIVATIVES}: constant_pad_nd")
+
+
+def differences(name: str, x: str, y: str, shape: str) -> Op:
+    """Return differences of the running sums x. The gradient of what is subtracted is negated in full size."""
+    negative = (Scratch(Tensor("negative", shape, "fp32")),)
+    return Op(name, (x,), (Tensor(y, shape),), scratch_back=negative, source=f"{ops.DERIVATIVES}: sub.Tensor")
 
 
 def cumulate(name: str, x: str, y: str, shape: str) -> Op:
@@ -24,15 +30,9 @@ def cumulate(name: str, x: str, y: str, shape: str) -> Op:
     return Op(name, (x,), (Tensor(y, shape),), scratch_back=turned, source=f"{ops.DERIVATIVES}: cumsum")
 
 
-def mask_fill(name: str, x: str, mask: str, y: str, shape: str) -> Op:
-    return Op(
-        name, (x, mask), (Tensor(y, shape, f"={x}"),), (), (Keep(mask, x),), source=f"{ops.DERIVATIVES}: masked_fill"
-    )
-
-
-def negative_exp(name: str, y: str, axis: str, group: str = "mixer") -> tuple[Op, ...]:
+def negative_exp(name: str, y: str, axis: str) -> tuple[Op, ...]:
     """`-exp(A_log.float())`."""
-    w = Weight(name, axis, group)
+    w = Weight(name, axis, "mixer")
     return (
         Op(
             f"{name}.exp",
@@ -47,19 +47,17 @@ def negative_exp(name: str, y: str, axis: str, group: str = "mixer") -> tuple[Op
     )
 
 
-def causal_conv(
-    name: str, x: str, y: str, axis: str, bias: bool, kernel: str = "kernel", wiring: Wiring | None = None
-) -> tuple[Op, ...]:
+def causal_conv(name: str, x: str, y: str, axis: str, bias: bool, wiring: Wiring | None = None) -> tuple[Op, ...]:
     """Return `silu(conv1d(x))` along the sequence, with one filter per channel of `axis`. x is a transposed `b s axis`.
 
     The convolution pads both ends and a view drops the extra rows, so silu keeps `s_conv` rows. Inside, x is made
     contiguous. Source: transformers' causal_conv1d_fn; torch 2.13 aten/src/ATen/native/Convolution.cpp.
     """
-    w = Weight(f"{name}.weight", f"{axis} 1 {kernel}", "mixer", is_read_as_view=True)
+    w = Weight(f"{name}.weight", f"{axis} 1 kernel", "mixer", is_read_as_view=True)
     weights = (w, *((Weight(f"{name}.bias", axis, "mixer"),) if bias else ()))
     cast_x, shape = f"{y}.given", f"b {axis} s"
     contiguous = Tensor("contiguous input", shape, f"={cast_x}")
-    state = cached_state(wiring, f"{name}.state", "conv.state", f"b {axis} {kernel}", f"={x}", x) if wiring else ()
+    state = cached_state(wiring, f"{name}.state", "conv.state", f"b {axis} kernel", f"={x}", x) if wiring else ()
     if wiring and wiring.decodes:
         return (*state, *convolved(name, x, y, axis, weights))
     return (

@@ -84,6 +84,26 @@ def selective_state_update_2(name: str, y: str) -> tuple[Op, ...]:
     )
 
 
+def _state_updated(
+    n: str, shape: str, row: str, decay: str, key: str, delta: tuple[Op, ...], source: str
+) -> tuple[Op, ...]:
+    """Decay the state, add the product of the key and the `delta` computed from what it recalls, and read it.
+
+    shape, row  shapes of the state and of a value
+    """
+    temporaries = (Tensor("queries times state", shape, "fp32"), Tensor("sum", row, "fp32"))
+    recalled, keyed = (Tensor("recalled", row, "fp32"),), (Tensor("keys times state", shape, "fp32"),)
+    return (
+        Op(f"{n}.decay", ("state", decay), (Tensor("decayed", shape, "fp32"),), source=source),
+        Op(f"{n}.recall", ("decayed", key), recalled, scratch=keyed, source=source),
+        *delta,
+        Op(f"{n}.write", (key, "delta"), (Tensor("written", shape, "fp32"),), source=source),
+        Op(f"{n}.update", ("decayed", "written"), (Tensor("state.now", shape, "fp32"),), source=source),
+        ops.release_names("decayed", "written"),
+        Op(f"{n}.read", ("state.now", "q.scaled"), (), scratch=temporaries, source=source),
+    )
+
+
 def delta_step(name: str, y: str, repeats: bool) -> tuple[Op, ...]:
     """Return the delta rule for one token: `query`, `key`, `value`, `beta`, `g` to the output, in the value's dtype."""
     n, shape, qk, v = name, "b lv ldk ldv", "b lv ldk", "b lv ldv"
@@ -96,24 +116,10 @@ def delta_step(name: str, y: str, repeats: bool) -> tuple[Op, ...]:
         *(Op(f"{n}.{t}_norm", (f"{t}.wide",), (Tensor(f"{t}.unit", qk, "fp32"),)) for t in (q, k)),
         Op(f"{n}.scale", (f"{q}.unit",), (Tensor("q.scaled", qk, "fp32"),)),
         Op(f"{n}.outputs", ("value.wide",), (Tensor("outputs", v, "fp32"),)),
-        Op(f"{n}.decay", ("state", "g"), (Tensor("decayed", shape, "fp32"),), source=_DELTA),
-        Op(
-            f"{n}.recall",
-            ("decayed", f"{k}.unit"),
-            (Tensor("recalled", v, "fp32"),),
-            scratch=(Tensor("keys times state", shape, "fp32"),),
-            source=_DELTA,
-        ),
-        Op(f"{n}.delta", ("value.wide", "recalled", "beta"), (Tensor("delta", v, "fp32"),)),
-        Op(f"{n}.write", (f"{k}.unit", "delta"), (Tensor("written", shape, "fp32"),), source=_DELTA),
-        Op(f"{n}.update", ("decayed", "written"), (Tensor("state.now", shape, "fp32"),), source=_DELTA),
-        ops.release_names("decayed", "written"),
-        Op(
-            f"{n}.read",
-            ("state.now", "q.scaled"),
-            (),
-            scratch=(Tensor("queries times state", shape, "fp32"), Tensor("sum", v, "fp32")),
-            source=_DELTA,
+        *_state_updated(
+            *(n, shape, v, "g", f"{k}.unit"),
+            (Op(f"{n}.delta", ("value.wide", "recalled", "beta"), (Tensor("delta", v, "fp32"),)),),
+            _DELTA,
         ),
         ops.cast(f"{n}.cast_back", "outputs", y, "b s lv ldv", "=value"),
         ops.release_names("q.scaled", f"{k}.unit", "value.wide", "delta", "recalled"),
@@ -146,25 +152,13 @@ def kda_step(name: str, y: str) -> tuple[Op, ...]:
         Op(f"{n}.scale", ("query.unit",), (Tensor("q.scaled", row, f),)),
         Op(f"{n}.outputs", ("value.wide",), (Tensor("outputs", row, f),)),
         Op(f"{n}.decay_of_keys", ("g",), (Tensor("g.exp", row, f),)),
-        Op(f"{n}.decay", ("state", "g.exp"), (Tensor("decayed", shape, f),), source=_KDA),
-        Op(
-            f"{n}.recall",
-            ("decayed", "key.unit"),
-            (Tensor("recalled", row, f),),
-            scratch=(Tensor("keys times state", shape, f),),
-            source=_KDA,
-        ),
-        Op(f"{n}.less", ("value.wide", "recalled"), (Tensor("less", row, f),)),
-        Op(f"{n}.delta", ("less", "beta.wide"), (Tensor("delta", row, f),)),
-        Op(f"{n}.write", ("key.unit", "delta"), (Tensor("written", shape, f),), source=_KDA),
-        Op(f"{n}.update", ("decayed", "written"), (Tensor("state.now", shape, f),), source=_KDA),
-        ops.release_names("decayed", "written"),
-        Op(
-            f"{n}.read",
-            ("state.now", "q.scaled"),
-            (),
-            scratch=(Tensor("queries times state", shape, f), Tensor("sum", row, f)),
-            source=_KDA,
+        *_state_updated(
+            *(n, shape, row, "g.exp", "key.unit"),
+            (
+                Op(f"{n}.less", ("value.wide", "recalled"), (Tensor("less", row, f),)),
+                Op(f"{n}.delta", ("less", "beta.wide"), (Tensor("delta", row, f),)),
+            ),
+            _KDA,
         ),
         ops.cast(f"{n}.cast_back", "outputs", y, "b s lv ldk", "=query"),
         ops.release_names("q.scaled", "key.unit", "value.wide", "beta.wide", "g.exp", "delta", "recalled"),

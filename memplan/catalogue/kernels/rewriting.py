@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from memplan.catalogue.kernels import ops
 from memplan.core.ir import Op, Run, Stack, Weight
 
 
@@ -48,6 +49,15 @@ def rewrite_weights(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:
         return (op._replace(weights=tuple(w if w.group == "buffer" and w.dtype else change(w) for w in op.weights)),)
 
     return rewrite(stack, changed)
+
+
+def renamed(operations: tuple[Op, ...], names: dict[str, str]) -> tuple[Op, ...]:
+    """Return the operations with some tensors renamed."""
+
+    def new(name: str) -> str:
+        return names.get(name, name)
+
+    return tuple(ops.renamed(op, new) for op in operations)
 
 
 def matrix(op: Op) -> Weight | None:

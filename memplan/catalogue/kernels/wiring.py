@@ -8,6 +8,8 @@ from typing import NamedTuple
 class Wiring(NamedTuple):
     """The choices of kernels, mask, cache and pass that change a model's operations.
 
+    It has more than 20 fields because each is a choice that some family's code reads by itself.
+
     Attention kernels: flash, flash_2, efficient, math or eager
 
     backend       kernel of layers without a mask

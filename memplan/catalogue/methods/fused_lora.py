@@ -121,66 +121,63 @@ def _dropped(layer: FusedLayer) -> Tensor:
     return Tensor(f"{layer.op.writes[0].name}.dropped", f"{layer.lead} {layer.into}")
 
 
-def _fused_qkv(layers: list[FusedLayer], compute: str, dropout: bool) -> Iterator[Op]:
-    """q, k and v in one function, which writes the gradient of their input over the input."""
-    x = layers[0].op.reads[0]
+def _function(
+    layers: list[FusedLayer],
+    name: str,
+    outputs: Sequence[Tensor],
+    compute: str,
+    dropout: bool,
+    inner: tuple[Tensor, ...] = (),
+    overwrites: bool = True,
+) -> Op:
+    """One function over layers that read the same input.
+
+    inner       outputs that it keeps for its backward
+    overwrites  the gradient of the input is written over the input
+    """
+    first = layers[0]
+    (x,) = first.op.reads
     dropped = tuple(_dropped(layer)._replace(dtype=f"={x}") for layer in layers) if dropout else ()
-    kept = (x, *(t.name for t in dropped))
+    kept = (x, *(t.name for t in (*inner, *dropped)))
     targets = (x, *(w.name for layer in layers for w in (layer.a, layer.b)))
-    shape = f"{layers[0].lead} {layers[0].into}"
-    yield from _dequantise_bases(layers, x, compute)
-    yield Op(
-        f"{layers[0].op.name.rpartition('.')[0]}.lora_qkv",
+    return Op(
+        name,
         (x,),
-        (*(layer.op.writes[0]._replace(dtype=compute) for layer in layers), *dropped),
+        (*(y._replace(dtype=compute) for y in outputs), *inner, *dropped),
         _weights(layers),
-        _keeps(targets, kept, x),
-        scratch=(Tensor("product", layers[0].op.writes[0].shape, compute),),
-        scratch_back=_backward_scratch(x, shape, dropout, layers, compute),
+        _keeps(targets, kept, x if overwrites else ""),
+        scratch=(Tensor("product", first.op.writes[0].shape, compute),),
+        scratch_back=_backward_scratch(x, f"{first.lead} {first.into}", dropout, layers, compute),
         product="matrix",
         source=_SOURCE,
     )
+
+
+def _fused_qkv(layers: list[FusedLayer], compute: str, dropout: bool) -> Iterator[Op]:
+    """q, k and v in one function."""
+    yield from _dequantise_bases(layers, layers[0].op.reads[0], compute)
+    name = f"{layers[0].op.name.rpartition('.')[0]}.lora_qkv"
+    yield _function(layers, name, [layer.op.writes[0] for layer in layers], compute, dropout)
 
 
 def _fused_linear(layer: FusedLayer, compute: str, dropout: bool) -> Iterator[Op]:
-    (x,), y = layer.op.reads, layer.op.writes[0]
-    dropped = (_dropped(layer)._replace(dtype=f"={x}"),) if dropout else ()
-    yield from _dequantise_bases([layer], x, compute)
-    yield Op(
-        layer.op.name,
-        (x,),
-        (y._replace(dtype=compute), *dropped),
-        _weights([layer]),
-        _keeps((x, layer.a.name, layer.b.name), (x, *(t.name for t in dropped))),
-        scratch=(Tensor("product", y.shape, compute),),
-        scratch_back=_backward_scratch(x, f"{layer.lead} {layer.into}", dropout, [layer], compute),
-        gradient="view",
-        product="matrix",
-        source=_SOURCE,
-    )
+    op = layer.op
+    yield from _dequantise_bases([layer], op.reads[0], compute)
+    fused = _function([layer], op.name, op.writes, compute, dropout, overwrites=False)
+    yield fused._replace(gradient="view")
 
 
 def _fused_mlp(layers: list[FusedLayer], compute: str, dropout: bool) -> Iterator[Op]:
     """A gated MLP in one function: it keeps its input, gate and up, and recomputes their product in backward."""
-    x, y = layers[0].op.reads[0], layers[-1].op.writes[0]
-    dropped = tuple(_dropped(layer)._replace(dtype=f"={x}") for layer in layers) if dropout else ()
-    inner_shape = layers[0].op.writes[0].shape
-    inner = tuple(Tensor(name, inner_shape, compute) for name in ("gate", "up"))
-    kept = (x, *(t.name for t in (*inner, *dropped)))
-    targets = (x, *(w.name for layer in layers for w in (layer.a, layer.b)))
+    gate, x = layers[0].op, layers[0].op.reads[0]
+    shape = gate.writes[0].shape
+    inner = tuple(Tensor(name, shape, compute) for name in ("gate", "up"))
+    name = f"{gate.name.rpartition('.')[0]}.lora_mlp"
     yield from _dequantise_bases(layers, x, compute)
-    yield Op(
-        f"{layers[0].op.name.rpartition('.')[0]}.lora_mlp",
-        (x,),
-        (y._replace(dtype=compute), *inner, *dropped),
-        _weights(layers),
-        _keeps(targets, kept, x),
-        scratch=(Tensor("product", inner_shape, compute), Tensor("product of an adapter", inner_shape, compute)),
-        scratch_back=(
-            Scratch(Tensor("gradient of product", inner_shape, compute)),
-            *_backward_scratch(x, f"{layers[0].lead} {layers[0].into}", dropout, layers, compute),
-        ),
-        product="matrix",
-        source=_SOURCE,
+    fused = _function(layers, name, [layers[-1].op.writes[0]], compute, dropout, inner)
+    gradient = Scratch(Tensor("gradient of product", shape, compute))
+    yield fused._replace(
+        scratch=(*fused.scratch, Tensor("product of an adapter", shape, compute)),
+        scratch_back=(gradient, *fused.scratch_back),
     )
     yield ops.release_names(x)

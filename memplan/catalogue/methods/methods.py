@@ -26,25 +26,59 @@ from memplan.catalogue.quantization.quantization import dequantise, experts_fp8,
 from memplan.core.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight, operations, outside
 
 
-class Adapter(NamedTuple):
-    """How a LoRA-like adapter computes.
+class Recipe(NamedTuple):
+    """The resolved training method: structure only, no sizes.
 
-    dtype                dtype of its matrices
-    compute              compute dtype of a 4-bit base layer
-    dropout              whether its input is dropped out
-    dora                 whether it is a DoRA adapter
-    second_base_product  DoRA multiplies by the base weight a second time even without dropout, as peft did until 0.13
-    keeps_matrix         see `quantised_linear`
-    copies               see `quantised_linear`
+    It has more than 20 fields because each rewrites the operations by itself, and a stack is cached by all of them.
+
+    kind           name of the method, or `stored` for quantised weights without training
+    weights        dtype the model is loaded in
+    compute        compute dtype of quantised layers
+    autocast       whether the run uses autocast
+    targets        names of the adapted linear layers, ("all-linear",), or LitGPT's command-line switches
+    saved          peft's `modules_to_save`
+    dropout        whether the adapters have dropout
+    adapter_dtype  dtype of the adapters
+    quantization   format of the quantised weights, or ""
+    double_quant   whether bitsandbytes' scales are quantised too
+    block_size     weights per scale
+    skip           modules that are not quantised
+    preparation    "", "fp32" (prepare_model_for_kbit_training) or "trl" (most embeddings and heads cast back after it)
+    fused          adapted layers are fused into one autograd function if one exists
+    library        whose adapters they are: `peft` or `litgpt`
+    again          DoRA multiplies by the base weight a second time even without dropout, as peft did until 0.13
+    frozen         parts of the model that neither train nor are adapted, see `PARTS`
+    keeps          torch keeps GPTQ's dequantised matrix for backward, see `quantised_linear`
+    packed         quantised weights are loaded from a quantised checkpoint, not quantised while loading
+    copies         a product dequantises packed weights first, as it does for more than a few rows and in training
+    running        how matrices run whose format nothing can train over
     """
 
-    dtype: str
+    kind: str
+    weights: str
     compute: str
-    dropout: bool
-    dora: bool
-    second_base_product: bool = False
-    keeps_matrix: bool = False
+    autocast: bool = False
+    targets: tuple[str, ...] = ()
+    saved: tuple[str, ...] = ()
+    dropout: bool = False
+    adapter_dtype: str = "fp32"
+    quantization: str = ""
+    double_quant: bool = True
+    block_size: int = 64
+    skip: tuple[str, ...] = ("lm_head",)
+    preparation: str = ""
+    fused: bool = False
+    library: str = "peft"
+    again: bool = False
+    frozen: tuple[str, ...] = ()
+    keeps: bool = False
+    packed: bool = False
     copies: bool = True
+    running: InferenceFormat | None = None
+
+    @property
+    def is_dora(self) -> bool:
+        return "dora" in self.kind
 
 
 def head_of(stack: Stack) -> Op | None:
@@ -64,7 +98,7 @@ def inside(path: str, modules: tuple[str, ...]) -> bool:
     return not set(path.split(".")).isdisjoint(modules)
 
 
-def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
+def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
     """peft's LoRA layer around a frozen linear layer: `result + lora_B(lora_A(dropout(x))) * scaling`.
 
     If the base is unquantised, FP8 or GPTQ, the input is cast to the adapter's dtype and the sum back to the result's.
@@ -79,13 +113,11 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     w = matrix(op)
     assert w is not None
     scheme = family_of(w) if w.stored else ""
-    quantised = scheme in ("4bit", "int8", "awq") or (scheme == "gptq" and not adapter.keeps_matrix)
-    casts = not (quantised and autocast)
+    quantised = scheme in ("4bit", "int8", "awq") or (scheme == "gptq" and not recipe.keeps)
+    casts = not (quantised and recipe.autocast)
     result = f"{p}.base"
     yield from (
-        quantised_linear(
-            op, f"{n}.base_layer", result, adapter.compute, keeps=adapter.keeps_matrix, copies=adapter.copies
-        )
+        quantised_linear(op, f"{n}.base_layer", result, recipe.compute, keeps=recipe.keeps, copies=recipe.copies)
         if scheme
         else (_as_base_layer(op, result),)
     )
@@ -96,25 +128,25 @@ def adapt(op: Op, adapter: Adapter, autocast: bool) -> Iterator[Op]:
     inner = x
     if casts:
         inner = f"{p}.x"
-        yield ops.cast(f"{n}.cast", x, inner, f"{lead} {into}", adapter.dtype)
+        yield ops.cast(f"{n}.cast", x, inner, f"{lead} {into}", recipe.adapter_dtype)
     adapted = inner
-    if adapter.dropout:
+    if recipe.dropout:
         adapted = f"{p}.dropped"
         yield ops.dropout(f"{n}.lora_dropout", inner, adapted, f"{lead} {into}")
-    if adapter.dora:
-        yield from _dora(op, adapted, result, adapter, adapter.compute if autocast else "")
+    if recipe.is_dora:
+        yield from _dora(op, adapted, result, recipe)
     else:
         yield ops.linear(f"{n}.lora_A", adapted, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
         yield ops.linear(f"{n}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
         yield ops.scale(f"{n}.scaling", f"{p}.b", f"{p}.delta", y.shape)
-    if quantised and not adapter.dora:
+    if quantised and not recipe.is_dora:
         if casts:
             yield ops.cast(f"{n}.cast_back", f"{p}.delta", f"{p}.delta.cast", y.shape, f"={result}")
         add = ops.add(f"{n}.add", result, f"{p}.delta.cast" if casts else f"{p}.delta", p, y.shape)
         yield add._replace(view=scheme == "gptq")  # peft's older GPTQ layer adds into the result in place
     else:
         yield ops.add(f"{n}.add", result, f"{p}.delta", f"{p}.sum", y.shape)
-        if adapter.dora:
+        if recipe.is_dora:
             yield ops.release_names(adapted)
         yield ops.cast(f"{n}.cast_back", f"{p}.sum", p, y.shape, f"={result}" if casts else f"={p}.sum")
     yield ops.release_names(x, inner)  # a module call holds its arguments until it returns
@@ -166,11 +198,10 @@ _DORA = "peft 0.21 tuners/lora/dora.py"
 _TRANSPOSED = f"{_DORA} with utils/other.py transpose, which wraps the weight in a parameter, unless a cast copied it"
 
 
-def _dora(op: Op, x: str, result: str, adapter: Adapter, low: str) -> Iterator[Op]:
+def _dora(op: Op, x: str, result: str, recipe: Recipe) -> Iterator[Op]:
     """DoRA: the row norms of `W + scaling * B A`, as constants, scale the product and the base result.
 
-    The product B A is computed by running the adapter on an identity matrix as wide as the input. `low` is the dtype
-    that autocast multiplies in.
+    The product B A is computed by running the adapter on an identity matrix as wide as the input.
     Source: peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward.
     """
     y = op.writes[0]
@@ -180,8 +211,8 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, low: str) -> Iterator[O
     w = matrix(op)
     assert w is not None
     full, like = f"{out} {into}", f"={x}"
-    magnitude = Weight(f"{op.name}.lora_magnitude_vector.weight", out, "adapter", adapter.dtype)
-    yield Op(f"{n}.eye", (), (Tensor(f"{p}.eye", f"{into} {into}", adapter.dtype),))
+    magnitude = Weight(f"{op.name}.lora_magnitude_vector.weight", out, "adapter", recipe.adapter_dtype)
+    yield Op(f"{n}.eye", (), (Tensor(f"{p}.eye", f"{into} {into}", recipe.adapter_dtype),))
     yield Op(f"{n}.eye.cast", (f"{p}.eye",), (Tensor(f"{p}.eye_in", f"{into} {into}"),), cast=True, autocast="lower")
     for half, read, written, shape in (
         (ops.linear(f"{op.name}.lora_A", "", "", "r", into, "adapter"), f"{p}.eye_in", f"{p}.eye_a", f"{into} r"),
@@ -211,17 +242,17 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, low: str) -> Iterator[O
     yield ops.linear(f"{op.name}.lora_A", x, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
     yield ops.linear(f"{op.name}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
     base = result
-    if adapter.dropout or adapter.second_base_product:  # the base result must see the same dropped input
+    if recipe.dropout or recipe.again:  # the base result must see the same dropped input
         base = f"{p}.dropped_base"
         weight, wraps = f"{p}.w", ()
-        if w.transposed and not w.stored and w.dtype == adapter.dtype:
+        if w.transposed and not w.stored and w.dtype == recipe.adapter_dtype:
             wraps = (Tensor(f"{p}.transposed", full, w.dtype),)
-        if wraps and low and w.dtype == "fp32":  # autocast caches the cast of a parameter
+        if wraps and recipe.autocast and w.dtype == "fp32":  # autocast caches the cast of a parameter
             weight = f"{p}.low"
             yield Op(
                 f"{n}.transposed",
                 (f"{p}.w",),
-                (Tensor(weight, full, low),),
+                (Tensor(weight, full, recipe.compute),),
                 cast=True,
                 holds="forward",
                 wraps=wraps,
@@ -260,55 +291,6 @@ def _dora(op: Op, x: str, result: str, adapter: Adapter, low: str) -> Iterator[O
     yield ops.release_names(f"{p}.eye_in", f"{p}.eye_a")._replace(
         needs_recording=True
     )  # the product's graph holds them
-
-
-class Recipe(NamedTuple):
-    """The resolved training method: structure only, no sizes.
-
-    kind           name of the method, or `stored` for quantised weights without training
-    weights        dtype the model is loaded in
-    compute        compute dtype of quantised layers
-    autocast       whether the run uses autocast
-    targets        names of the adapted linear layers, ("all-linear",), or LitGPT's command-line switches
-    saved          peft's `modules_to_save`
-    dropout        whether the adapters have dropout
-    adapter_dtype  dtype of the adapters
-    quantization   format of the quantised weights, or ""
-    double_quant   whether bitsandbytes' scales are quantised too
-    block_size     weights per scale
-    skip           modules that are not quantised
-    preparation    "", "fp32" (prepare_model_for_kbit_training) or "trl" (most embeddings and heads cast back after it)
-    fused          adapted layers are fused into one autograd function if one exists
-    library        whose adapters they are: `peft` or `litgpt`
-    again          see `Adapter`
-    frozen         parts of the model that neither train nor are adapted, see `PARTS`
-    keeps          see `Adapter`
-    packed         quantised weights are loaded from a quantised checkpoint, not quantised while loading
-    copies         a product dequantises packed weights first, as it does for more than a few rows and in training
-    running        how matrices run whose format nothing can train over
-    """
-
-    kind: str
-    weights: str
-    compute: str
-    autocast: bool = False
-    targets: tuple[str, ...] = ()
-    saved: tuple[str, ...] = ()
-    dropout: bool = False
-    adapter_dtype: str = "fp32"
-    quantization: str = ""
-    double_quant: bool = True
-    block_size: int = 64
-    skip: tuple[str, ...] = ("lm_head",)
-    preparation: str = ""
-    fused: bool = False
-    library: str = "peft"
-    again: bool = False
-    frozen: tuple[str, ...] = ()
-    keeps: bool = False
-    packed: bool = False
-    copies: bool = True
-    running: InferenceFormat | None = None
 
 
 ADAPTERS = ("lora", "qlora", "dora", "qdora")
@@ -365,15 +347,6 @@ def _rewritten(stack: Stack, recipe: Recipe) -> Stack:
         stack = rewrite_lists(stack, with_triton)
     if recipe.saved:
         stack = rewrite(stack, lambda op: (_with_saved_copies(op, recipe.saved),))
-    adapter = Adapter(
-        recipe.adapter_dtype,
-        recipe.compute,
-        recipe.dropout,
-        "dora" in recipe.kind,
-        recipe.again,
-        recipe.keeps,
-        recipe.copies,
-    )
     stood_for = represented_layers(operations(stack))
     all_linear = recipe.targets == ("all-linear",)
 
@@ -424,7 +397,7 @@ def _rewritten(stack: Stack, recipe: Recipe) -> Stack:
             )
         if takes(op):
             called = op if op.reads else _as_called(op)
-            adapted = tuple(_with_adapter_dtype(o, recipe) for o in adapt(called, adapter, recipe.autocast))
+            adapted = tuple(_with_adapter_dtype(o, recipe) for o in adapt(called, recipe))
             return (_idle_adapters(op, adapted), op) if w.bypasses_module and not w.stored else adapted
         if w.kernel and recipe.running is not None:
             return (op,) if op.skipped else tuple(product(op, op.name, op.writes[0].name, recipe.running))

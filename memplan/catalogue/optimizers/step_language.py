@@ -47,14 +47,14 @@ Size = Callable[[Turn], int]  # bytes of a storage
 
 
 class New(NamedTuple):
-    """See `new`."""
+    """Assign a new storage to `name`. The old one is freed afterwards, so both are alive for a moment."""
 
     name: str
     size: Size
 
 
 class Rename(NamedTuple):
-    """See `rename`."""
+    """`to = old`: give the storage another name and free what that name held before."""
 
     old: str
     to: str
@@ -66,8 +66,8 @@ class Free(NamedTuple):
     names: tuple[str, ...]
 
 
-class KeepTemporary(NamedTuple):
-    """See `keep`."""
+class CreateState(NamedTuple):
+    """In the first step, create states: one of the projector's by name, or all others as `states`."""
 
     what: str
 
@@ -79,7 +79,7 @@ class Hold(NamedTuple):
     sign: int
 
 
-Action = New | Rename | Free | KeepTemporary | Hold
+Action = New | Rename | Free | CreateState | Hold
 
 
 class Only(NamedTuple):
@@ -93,24 +93,9 @@ Line = Action | Only
 Loop = tuple[Line, ...]
 
 
-def new(name: str, size: Size) -> New:
-    """Assign a new storage to `name`. The old one is freed afterwards, so both are alive for a moment."""
-    return New(name, size)
-
-
-def rename(old: str, to: str) -> Rename:
-    """`to = old`: give the storage another name and free what that name held before."""
-    return Rename(old, to)
-
-
 def free(*names: str) -> Free:
     """Free the storages; names without a storage are ignored."""
     return Free(names)
-
-
-def keep(what: str) -> KeepTemporary:
-    """In the first step, create states: one of the projector's by name, or all others as `states`."""
-    return KeepTemporary(what)
 
 
 def hold(size: Size) -> Hold:
@@ -135,7 +120,7 @@ def projecting(*actions: Action) -> Only:
 
 def makes_states(loop: Loop) -> bool:
     """Whether the loop creates states, so that the first step begins without them."""
-    return any(isinstance(action, KeepTemporary) for action in _actions(loop, StepInstruction.FIRST))
+    return any(isinstance(action, CreateState) for action in _actions(loop, StepInstruction.FIRST))
 
 
 _Live = tuple[tuple[str, int], ...]  # (name, bytes) of each live storage
@@ -200,7 +185,7 @@ def _play(turn: Turn, step: StepInstruction, before: _Live = (), shared: int = 0
                 live[to] = live.pop(old)
             case Free(names):
                 now -= sum(live.pop(name, 0) for name in names)
-            case KeepTemporary(what):
+            case CreateState(what):
                 if step is StepInstruction.FIRST:
                     kept += turn.state_bytes[what] + (shared if what == "states" else 0)
                     most = max(most, kept + now)

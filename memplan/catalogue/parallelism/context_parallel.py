@@ -18,27 +18,21 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.core.errors import SpecError
 from memplan.core.ir import Op, Scratch, Stack, Tensor
+from memplan.models.configs import families
 from memplan.models.model import ModelSpec
 
 _SOURCE = "torch 2.13 distributed/tensor/experimental/_context_parallel/_attention.py _templated_ring_attention"
 _Q, _K = "b s a d", "b s k d"
 
-# Dense decoders that call torch's attention once, directly on the heads from the projections.
-FAMILIES = (
-    *("cohere", "ernie4_5", "gemma", "granite", "internlm3", "llama", "ministral3", "mistral", "olmo"),
-    *("olmo2", "qwen2", "qwen3", "seed_oss", "smollm3"),
-)
-
-
 _CONTEXTS = {"ring": "ring attention", "ulysses": "Ulysses"}
 
 
-def check(model_type: str, backend: str, masked: bool, degrees: Degrees) -> None:
+def check(model: ModelSpec, backend: str, masked: bool, degrees: Degrees) -> None:
     """Raise SpecError if the family or the attention kernel does not support context parallelism."""
     field = "parallelism.cp"
-    if model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
-        raise SpecError(f"{field}: {degrees.cp} is not supported yet for {model_type}; supported: {known}", field)
+    if not model.family.parallel.context:
+        known = ", ".join(name for name, row in families().items() if row.parallel.context)
+        raise SpecError(f"{field}: {degrees.cp} is not supported yet for {model.model_type}; supported: {known}", field)
     if masked or backend != "flash":
         why = "a mask" if masked else f"{backend} attention"
         raise SpecError(

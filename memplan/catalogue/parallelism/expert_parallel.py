@@ -13,23 +13,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.degrees import Degrees
-from memplan.catalogue.experts.experts import gather_rows
-from memplan.catalogue.experts.routers import CHOSEN, PAIRS, SCORES, masked
+from memplan.catalogue.experts.routers import CHOSEN, PAIRS, SCORES
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import rewrite_lists
 from memplan.core.errors import SpecError
-from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
+from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
+from memplan.models.configs import families
 from memplan.models.model import ModelSpec
 
 _SOURCE = "transformers 5.24 distributed/expert_parallel.py AllToAllEP"
 _PART, _SENT, _RECEIVED = "tokens_part", "tokens_sent", "tokens_received"
-
-# Source: transformers 5.24 models/*/configuration_*.py base_model_ep_plan.
-FAMILIES = (
-    *("deepseek_v2", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "glm4_moe", "glm4_moe_lite", "glm_moe_dsa"),
-    *("gpt_oss", "granitemoe", "granitemoehybrid", "hunyuan_v1_moe", "jamba", "kimi_linear", "minimax_m2", "mixtral"),
-    *("olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe_text", "qwen3_moe", "qwen3_next"),
-)
 
 
 def check(model: ModelSpec, degrees: Degrees) -> None:
@@ -37,8 +30,8 @@ def check(model: ModelSpec, degrees: Degrees) -> None:
     ep, field = degrees.ep, "parallelism.ep"
     if "E" not in model.axes():
         raise SpecError(f"{field}: {ep} ranks divide experts, and {model.model_type} has none", field)
-    if model.model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
+    if not model.family.parallel.experts:
+        known = ", ".join(name for name, row in families().items() if row.parallel.experts)
         raise SpecError(f"{field}: {ep} is not supported yet for {model.model_type}; supported: {known}", field)
     if model.axes()["E"] % ep:
         raise SpecError(f"{field}: {ep} does not divide {model.axes()['E']} experts", field)
@@ -89,7 +82,7 @@ def _dispatched(section: list[Op], degrees: Degrees) -> Iterator[Op]:
         source=_SOURCE,
     )
     yield Op(f"{name}.sent_token", ("ep.order",), (Tensor("ep.token", _SENT, "int64"),), gradient="none")
-    yield gather_rows(f"{name}.send_rows", mine, "ep.token", "ep.sent", f"{_SENT} {width}")
+    yield ops.index(f"{name}.send_rows", mine, "ep.token", "ep.sent", f"{_SENT} {width}")
     yield ops.release_names("ep.token")
     counts = (Tensor("ep.send_counts", "E", "int64"), Tensor("ep.receive_counts", "E", "int64"))
     ones = (Tensor("ones to count with", _SENT, "int64"),)
@@ -165,11 +158,13 @@ def _computed(section: list[Op], name: str, degrees: Degrees, names: dict[str, s
         elif op.name == f"{name}.gather":
             shape = op.writes[0].shape.replace(PAIRS, _RECEIVED)
             new = f"{y}.masked"
-            yield masked(f"{name}.mask_rows", y, "ep.mask", new, shape)._replace(view=True)
+            yield ops.masked_fill(f"{name}.mask_rows", y, "ep.mask", new, shape)._replace(view=True)
             names[y] = new
         elif y in ("experts.gate_up", "experts.down"):
             new = f"{y}.masked"
-            pending = [masked(f"{op.name}.mask", y, "ep.mask", new, op.writes[0].shape.replace(PAIRS, _RECEIVED))]
+            pending = [
+                ops.masked_fill(f"{op.name}.mask", y, "ep.mask", new, op.writes[0].shape.replace(PAIRS, _RECEIVED))
+            ]
             names[y] = new
     yield ops.release_names("ep.mask")
 
@@ -184,18 +179,5 @@ def _on_received_rows(op: Op, names: dict[str, str], ep: int) -> Op:
         rows = old.replace(PAIRS, _RECEIVED)
         return " ".join(f"E/{ep}" if axis == "E" else axis for axis in rows.replace("b s", _RECEIVED).split())
 
-    def tensor(t: Tensor) -> Tensor:
-        like = f"={name(t.dtype[1:])}" if t.dtype.startswith("=") else t.dtype
-        return Tensor(name(t.name), shape(t.shape), like)
-
-    def weight(w: Weight) -> Weight:
-        return w._replace(shape=shape(w.shape))
-
-    return op._replace(
-        reads=tuple(map(name, op.reads)),
-        writes=tuple(map(tensor, op.writes)),
-        weights=tuple(map(weight, op.weights)),
-        keeps=tuple(k._replace(what=name(k.what), of=name(k.of)) for k in op.keeps),
-        scratch=tuple(map(tensor, op.scratch)),
-        scratch_back=tuple(s._replace(tensor=tensor(s.tensor), of=name(s.of)) for s in op.scratch_back),
-    )
+    weights = tuple(w._replace(shape=shape(w.shape)) for w in op.weights)
+    return ops.with_shapes(ops.renamed(op, name), shape)._replace(weights=weights)

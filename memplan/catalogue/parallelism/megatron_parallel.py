@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
 
@@ -119,7 +120,7 @@ def _with_sequence_parallelism(
         elif any(w.group == "embedding" and w.rows for w in op.weights):
             out.append(_reduce_scattered_lookup(op))
         else:
-            out.append(op._replace(**_with_part_of_tokens(op)) if op.reads else op)
+            out.append(ops.with_shapes(op, _part) if op.reads else op)
     return tuple(out)
 
 
@@ -136,17 +137,9 @@ def _reduce_scattered_lookup(op: Op) -> Op:
     )
 
 
-def _part(t: Tensor) -> Tensor:
-    """A rank's tokens of a tensor; unchanged if it has no token axis or, like a mask, covers pairs of tokens."""
-    first, *others = t.shape.removeprefix("b ").split() or [""]
-    if not t.shape.startswith("b ") or first != "s" or any(axis.startswith("s") for axis in others):
-        return t
-    return t._replace(shape=" ".join(("b", "s_tp", *others)))
-
-
-def _with_part_of_tokens(op: Op) -> dict[str, tuple[Tensor, ...] | tuple[Scratch, ...]]:
-    return {
-        "writes": tuple(map(_part, op.writes)),
-        "scratch": tuple(map(_part, op.scratch)),
-        "scratch_back": tuple(s._replace(tensor=_part(s.tensor)) for s in op.scratch_back),
-    }
+def _part(shape: str) -> str:
+    """The shape of a rank's tokens; unchanged if it has no token axis or, like a mask's, covers pairs of tokens."""
+    first, *others = shape.removeprefix("b ").split() or [""]
+    if not shape.startswith("b ") or first != "s" or any(axis.startswith("s") for axis in others):
+        return shape
+    return " ".join(("b", "s_tp", *others))

@@ -19,6 +19,7 @@ class PipelineEngine(NamedTuple):
     title                the library, as shown
     schedules            its schedules: `1f1b`, `gpipe`, or `device_map` (each microbatch forward and back before the
                          next)
+    source               where the facts come from
     interleaves          a rank can have several chunks of layers
     needs_equal_stages   stages must have equal numbers of layers, except for a given first or last one. Otherwise
                          embeddings and head count as a layer each, and earlier stages take the remainder
@@ -28,64 +29,49 @@ class PipelineEngine(NamedTuple):
     buffers              receive buffers exist for every microbatch throughout
     moves_tensors        one process has all stages, copies tensors from GPU to GPU and the model's output to the first,
                          and places layers by their bytes
-    source               where the facts come from
     """
 
     name: str
     title: str
     schedules: tuple[str, ...]
-    interleaves: bool
-    needs_equal_stages: bool
-    needs_full_pipeline: bool
-    keeps: bool
-    buffers: bool
-    moves_tensors: bool
     source: str
+    interleaves: bool = False
+    needs_equal_stages: bool = False
+    needs_full_pipeline: bool = False
+    keeps: bool = False
+    buffers: bool = False
+    moves_tensors: bool = False
 
 
-ENGINES = {
-    row.name: row
-    for row in (
-        PipelineEngine(
-            "megatron",
-            "megatron-core's schedules",
-            ("1f1b",),
-            True,
-            True,
-            False,
-            False,
-            False,
-            False,
-            "megatron-core 0.12.0 pipeline_parallel/schedules.py; Megatron-LM training/arguments.py "
-            "deallocate_pipeline_outputs",
-        ),
-        PipelineEngine(
-            "torch",
-            "torch.distributed.pipelining",
-            ("1f1b", "gpipe"),
-            True,
-            False,
-            True,
-            True,
-            True,
-            False,
-            "torch 2.13 distributed/pipelining/stage.py, schedules.py; torchtitan 0.3.0 "
-            "distributed/pipeline_parallel.py",
-        ),
-        PipelineEngine(
-            "device_map",
-            "transformers' device_map",
-            ("device_map",),
-            False,
-            False,
-            False,
-            False,
-            False,
-            True,
-            "transformers 5.24 integrations/accelerate.py; accelerate 1.15 hooks.py AlignDevicesHook",
-        ),
-    )
-}
+_ENGINES = (
+    PipelineEngine(
+        "megatron",
+        "megatron-core's schedules",
+        ("1f1b",),
+        "megatron-core 0.12.0 pipeline_parallel/schedules.py; Megatron-LM training/arguments.py "
+        "deallocate_pipeline_outputs",
+        interleaves=True,
+        needs_equal_stages=True,
+    ),
+    PipelineEngine(
+        "torch",
+        "torch.distributed.pipelining",
+        ("1f1b", "gpipe"),
+        "torch 2.13 distributed/pipelining/stage.py, schedules.py; torchtitan 0.3.0 distributed/pipeline_parallel.py",
+        interleaves=True,
+        needs_full_pipeline=True,
+        keeps=True,
+        buffers=True,
+    ),
+    PipelineEngine(
+        "device_map",
+        "transformers' device_map",
+        ("device_map",),
+        "transformers 5.24 integrations/accelerate.py; accelerate 1.15 hooks.py AlignDevicesHook",
+        moves_tensors=True,
+    ),
+)
+ENGINES = {engine.name: engine for engine in _ENGINES}
 
 
 # The order of microbatches.

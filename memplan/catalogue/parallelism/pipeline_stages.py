@@ -33,7 +33,7 @@ def split(
     Raises SpecError.
     """
     if stages * chunks > layers:
-        raise _unsplit(layers, stages, chunks, f"are more than its {layers} layers")
+        raise _unsplit(stages, chunks, f"are more than its {layers} layers")
     if first is None and last is None:
         return _equal_stages(
             layers, stages, chunks, not engine.needs_equal_stages if ends is None else ends, engine.needs_equal_stages
@@ -47,14 +47,14 @@ def split(
     if open_ranks and (rest <= 0 or rest % (open_ranks * chunks)):
         ends_given = ((n, end) for n, end in ((first, "first"), (last, "last")) if n is not None)
         given = "".join(f", {n} of them on the {end} stage" for n, end in ends_given)
-        raise _unsplit(layers, stages, chunks, f"do not divide {layers} layers{given}")
+        raise _unsplit(stages, chunks, f"do not divide {layers} layers{given}")
     per_rank = [rest // open_ranks if open_ranks else 0] * stages
     if first is not None:
         per_rank[0] = first
     if last is not None:
         per_rank[-1] = last
     if sum(per_rank) != layers or any(n % chunks for n in per_rank):
-        raise _unsplit(layers, stages, chunks, f"do not divide {layers} layers as {' + '.join(map(str, per_rank))}")
+        raise _unsplit(stages, chunks, f"do not divide {layers} layers as {' + '.join(map(str, per_rank))}")
     return tuple(per_rank[i % stages] // chunks for i in range(stages * chunks))
 
 
@@ -75,12 +75,12 @@ def _equal_stages(layers: int, stages: int, chunks: int, ends: bool, even: bool)
         unequal = "set --first-stage-layers or --last-stage-layers for unequal stages"
         hint = "--ends-as-layers does" if ends_would_fit else unequal
         counted = ", embeddings and head counted as one each" if ends else ""
-        raise _unsplit(layers, stages, chunks, f"do not divide {layers} layers{counted}; {hint}")
+        raise _unsplit(stages, chunks, f"do not divide {layers} layers{counted}; {hint}")
     counts = [each + (i < remainder) for i in range(parts)]
     counts[0] -= ends
     counts[-1] -= ends
     if not all(counts):
-        raise _unsplit(layers, stages, chunks, f"leave one without any of {layers} layers, which is not supported yet")
+        raise _unsplit(stages, chunks, f"leave one without any of {layers} layers, which is not supported yet")
     return tuple(counts)
 
 
@@ -118,7 +118,7 @@ def divide_by_device_map(
     return LayerDivision(counts, placement[0] == used[0], set(placement[1 + len(layers) :]) == {used[-1]})
 
 
-def _unsplit(layers: int, stages: int, chunks: int, why: str) -> SpecError:
+def _unsplit(stages: int, chunks: int, why: str) -> SpecError:
     of_chunks = f" x virtual_stages {chunks} = {stages * chunks} stages" if chunks > 1 else " stages"
     return SpecError(f"parallelism.pp: pp {stages}{of_chunks} {why}", "parallelism.pp")
 

@@ -59,13 +59,6 @@ STRATEGIES = {
     )
 }
 
-# Modules outside of blocks that FSDP2 wraps as separate units, by the prefix of their weights' names.
-# Source: transformers 5.24 models/siglip/modeling_siglip.py, gemma4/modeling_gemma4.py _no_split_modules.
-STEMS = {"gemma3": "vision_tower.embeddings.", "gemma4": "model.vision_tower.patch_embedder."}
-
-# Families whose _no_split_modules name the embeddings: accelerate 1.15 wraps them, and then the table inside them.
-WRAPPED_TWICE = ("bert", "roberta", "vit", "xlm-roberta")
-
 STAGES = {"zero1": 1, "zero2": 2, "zero3": 3}  # DeepSpeed's ZeRO stages
 
 # A rank's part of a weight differs from the weight in shape, so only elementwise optimizers keep the same states of it.

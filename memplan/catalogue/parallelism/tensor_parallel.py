@@ -8,8 +8,7 @@ tensors outside of the blocks are replicated on every rank.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
 
 from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.families import litgpt, torchtitan
@@ -19,107 +18,49 @@ from memplan.catalogue.parallelism import megatron_parallel
 from memplan.catalogue.parallelism.expert_parallel import local_parameters
 from memplan.core.errors import SpecError
 from memplan.core.ir import Op, Scratch, Stack, Tensor, Weight, operations
+from memplan.models.configs import families
 from memplan.models.configs.megatron import padded
+from memplan.models.facts import Family
 from memplan.models.model import ModelSpec
+from memplan.models.tensor_plans import TensorParallelPlan
 
 _SOURCE = "transformers 5.24 distributed/tensor_parallel.py"
 
 
-class TensorParallelPlan(NamedTuple):
-    """How transformers divides a family's linear layers, given by the last part of their names.
-
-    columns     column parallel: each rank computes a part of the output, which stays divided
-    rows        row parallel: each rank computes a partial sum of the output; an all-reduce adds them up
-    gathered    like `columns`, but the output is gathered at once because something reads all of it
-    split       like `rows`, but the input is replicated and each rank takes its slice
-    experts     each rank has a part of every expert's width
-    replicated  modules that are replicated on every rank, whatever their layers are called
-    """
-
-    columns: tuple[str, ...] = ()
-    rows: tuple[str, ...] = ()
-    gathered: tuple[str, ...] = ()
-    split: tuple[str, ...] = ()
-    experts: bool = False
-    replicated: tuple[str, ...] = ()
-
-    @property
-    def heads(self) -> bool:
-        """Whether each rank computes only some attention heads."""
-        return not {"q_proj", "q_b_proj", "query_key_value", "c_attn", "qkv_proj", "linear_qkv", "attn"}.isdisjoint(
-            self.columns
-        )
-
-    @property
-    def width(self) -> bool:
-        """Whether each rank computes only a part of the FFN's width."""
-        return not {"down_proj", "c_proj", "fc2", "fc_out", "dense_4h_to_h", "linear_fc2", "proj"}.isdisjoint(self.rows)
-
-
-_QKV, _GATED = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
-_LLAMA = TensorParallelPlan((*_QKV, *_GATED), ("o_proj", "down_proj"))
-_OLMO_2 = TensorParallelPlan(_GATED, ("down_proj",), _QKV, ("o_proj",))
-_GLM = TensorParallelPlan(_QKV, ("o_proj",), ("gate_up_proj",), ("down_proj",))
-_MIXTURE = _LLAMA._replace(experts=True)
-_FFN_ONLY = TensorParallelPlan(_GATED, ("down_proj",), experts=True)
-_LATENT = TensorParallelPlan(("q_proj", "q_b_proj", "kv_b_proj", *_GATED), ("o_proj", "down_proj"))
-_DELTA = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj")
-
-# Source: transformers 5.24 models/*/configuration_*.py base_model_tp_plan. All families divide embeddings and head by
-# the vocabulary (distributed/mixin.py init_parallel_plans, the classes' _tp_plan).
-PLANS: dict[str, TensorParallelPlan] = {
-    **dict.fromkeys(
-        (
-            *("cohere", "cohere2", "ernie4_5", "exaone4", "gemma", "gemma2", "gemma3_text", "granite", "internlm3"),
-            *("llama", "ministral", "ministral3", "mistral", "olmo", "qwen2", "qwen3", "seed_oss", "smollm3"),
-        ),
-        _LLAMA,
-    ),
-    **dict.fromkeys(("glm", "glm4"), _GLM),
-    **dict.fromkeys(("olmo2", "olmo3"), _OLMO_2),
-    **dict.fromkeys(("ernie4_5_moe", "glm4_moe", "mixtral", "qwen3_moe"), _MIXTURE),
-    **dict.fromkeys(("minimax_m2", "olmoe"), TensorParallelPlan((), (), _QKV, ("o_proj",), experts=True)),
-    **dict.fromkeys(
-        ("granitemoe", "granitemoehybrid", "hunyuan_v1_moe", "jamba", "phimoe"), TensorParallelPlan(experts=True)
-    ),
-    **dict.fromkeys(("deepseek_v3", "kimi_linear"), _FFN_ONLY),
-    **dict.fromkeys(("deepseek_v2", "deepseek_v32", "glm_moe_dsa"), _LATENT._replace(experts=True)),
-    "glm4_moe_lite": _LATENT._replace(experts=True, replicated=("shared_experts",)),
-    "minicpm3": _LATENT,
-    **dict.fromkeys(("gpt_oss", "hunyuan_v1_dense"), TensorParallelPlan()),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _MIXTURE._replace(gathered=_DELTA)),
-    "qwen3_5_text": _LLAMA._replace(gathered=_DELTA),
-    "qwen2_moe": _MIXTURE._replace(replicated=("shared_expert",)),
-    "gpt_neox": TensorParallelPlan(("query_key_value", "dense_h_to_4h"), ("dense", "dense_4h_to_h")),
-    "gptj": TensorParallelPlan((*_QKV, "fc_in"), ("out_proj", "fc_out")),
-    "nemotron": TensorParallelPlan((*_QKV, "up_proj"), ("o_proj", "down_proj")),
-    "phi": TensorParallelPlan((*_QKV, "fc1"), ("dense", "fc2")),
-    "phi3": TensorParallelPlan((), (), ("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
-    "starcoder2": TensorParallelPlan((*_QKV, "c_fc"), ("o_proj", "c_proj")),
-}
-
-
-# Megatron-core fuses q, k and v into one projection, with rows ordered by query group, and gate and up into another.
-MEGATRON: dict[str, TensorParallelPlan] = {
-    **{name: plan for name, plan in PLANS.items() if not plan.gathered and not plan.experts},
-    **dict.fromkeys(("glm", "glm4"), TensorParallelPlan((*_QKV, "gate_up_proj"), ("o_proj", "down_proj"))),
-    "gpt2": TensorParallelPlan(("c_attn", "c_fc"), ("c_proj",)),
-    "megatron_gpt": TensorParallelPlan(("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")),
-    "phi3": TensorParallelPlan(("qkv_proj", "gate_up_proj"), ("o_proj", "down_proj")),
-}
+# torchtitan and LitGPT each divide all of their models alike. LitGPT divides the layers of its blocks and replicates
+# embeddings and head. Source: litgpt 0.5.3 generate/tp.py.
 _TITAN: dict[str, TensorParallelPlan] = dict.fromkeys(
     torchtitan.KINDS, TensorParallelPlan(("qkv_proj",), ("down_proj",))
 )
-# LitGPT divides the layers of its blocks and replicates embeddings and head. Source: litgpt 0.5.3 generate/tp.py.
 _LITGPT: dict[str, TensorParallelPlan] = dict.fromkeys(
     litgpt.KINDS, TensorParallelPlan(("attn", "fc", "fc_1", "fc_2"), ("proj",))
 )
-STYLES = {"transformers": PLANS, "megatron": MEGATRON, "torchtitan": _TITAN, "litgpt": _LITGPT}
+
+
+def plan_of(model_type: str, row: Family, style: str) -> TensorParallelPlan | None:
+    """Return how a library divides a family's linear layers, or None if it does not."""
+    facts = row.parallel
+    match style:
+        case "torchtitan":
+            return _TITAN.get(model_type)
+        case "litgpt":
+            return _LITGPT.get(model_type)
+        case "megatron":
+            is_plain = facts.plan is not None and not facts.plan.gathered and not facts.plan.experts
+            return facts.megatron or (facts.plan if is_plain else None)
+        case _:
+            return facts.plan
+
+
+def _plan(model: ModelSpec, style: str) -> TensorParallelPlan:
+    plan = plan_of(model.model_type, model.family, style)
+    assert plan is not None
+    return plan
 
 
 def local_model(model: ModelSpec, degrees: Degrees) -> ModelSpec:
     """Return the model that one rank computes, with its share of the heads, FFN width and vocabulary."""
-    t, plan, v = degrees.tp, STYLES[degrees.style][model.model_type], model.vocab_size
+    t, plan, v = degrees.tp, _plan(model, degrees.style), model.vocab_size
     a, k, f = model.num_attention_heads, model.num_key_value_heads, model.intermediate_size
     if plan.heads:
         a, k = a // t, k // t
@@ -135,18 +76,11 @@ def local_expert_axes(model: ModelSpec, degrees: Degrees) -> dict[str, int]:
 
     Under expert parallelism, ranks hold different experts, each of full width.
     """
-    t, plan, axes = degrees.tp, STYLES[degrees.style][model.model_type], model.axes()
+    t, plan, axes = degrees.tp, _plan(model, degrees.style), model.axes()
     if not plan.experts or "m" not in axes:
         return {}
     shared = {"fs": axes["fs"] // t} if "fs" in axes and plan.width and not plan.replicated else {}
     return {"m": axes["m"] // (t if degrees.ep == 1 else 1), **shared}
-
-
-# Families with a plan in transformers 5.24 that fails in transformers' own code.
-_FAILS = {
-    "llama4_text": "modeling_llama4.py adds to its experts' output in place, which autograd refuses for a tensor taken "
-    "from a DTensor",
-}
 
 
 def check(model: ModelSpec, degrees: Degrees, itemsize: int, adapted: tuple[str, ...] = ()) -> None:
@@ -158,12 +92,12 @@ def check(model: ModelSpec, degrees: Degrees, itemsize: int, adapted: tuple[str,
     Source: torch 2.13 aten/src/ATen/native/GroupedMMUtils.h check_valid_strides_and_return_transposed.
     """
     t, field = degrees.tp, "parallelism.tp"
-    plan = STYLES[degrees.style].get(model.model_type)
+    plan = plan_of(model.model_type, model.family, degrees.style)
     if plan is None:
-        if degrees.style != "megatron" and model.model_type in _FAILS:
-            reason = _FAILS[model.model_type]
-            raise SpecError(f"{field}: transformers 5.24 does not run {model.model_type} on {t}: {reason}", field)
-        known = ", ".join(sorted(STYLES[degrees.style]))
+        fails = model.family.parallel.fails
+        if degrees.style != "megatron" and fails:
+            raise SpecError(f"{field}: transformers 5.24 does not run {model.model_type} on {t}: {fails}", field)
+        known = ", ".join(name for name, row in families().items() if plan_of(name, row, degrees.style))
         raise SpecError(f"{field}: {t} is not supported yet for {model.model_type}; supported: {known}", field)
     axes = model.axes()
     width = axes.get("m", 0) if plan.experts and degrees.ep == 1 else 0
@@ -198,12 +132,12 @@ def check_sequence(sequence: int, degrees: Degrees) -> None:
         raise SpecError(f"{field}: {t} ranks do not divide a sequence of {sequence} tokens", field)
 
 
-def divide(stack: Stack, model_type: str, degrees: Degrees, records: bool = True) -> Stack:
+def divide(stack: Stack, model: ModelSpec, degrees: Degrees, records: bool = True) -> Stack:
     """Return the rank's operations, given a stack built from the rank's part of the model, adapters included.
 
     `records`: autograd records the pass. If not, linear layers take local tensors instead of DTensors.
     """
-    t, plan = degrees.tp, STYLES[degrees.style][model_type]
+    t, plan = degrees.tp, _plan(model, degrees.style)
     records = records or degrees.style == "litgpt"  # LitGPT's all-reduce always writes a new tensor
     if degrees.style == "megatron":
         return megatron_parallel.divide(stack, plan.columns, plan.rows, degrees.sequence_parallel)
@@ -254,17 +188,9 @@ def _module(op: Op) -> tuple[str, str]:
     return last, ""
 
 
-def _with_names(op: Op, **names: str) -> Op:
+def _with_names(op: Op, names: Mapping[str, str]) -> Op:
     """The operation with new names for tensors it reads or writes."""
-
-    def new(name: str) -> str:
-        return names.get(name, name)
-
-    return op._replace(
-        reads=tuple(map(new, op.reads)),
-        writes=tuple(t._replace(name=new(t.name)) for t in op.writes),
-        keeps=tuple(k._replace(what=new(k.what), of=new(k.of)) for k in op.keeps),
-    )
+    return ops.renamed(op, lambda name: names.get(name, name))
 
 
 def _replicated_input(op: Op) -> tuple[Op, str]:
@@ -279,7 +205,7 @@ def _columns(op: Op) -> Iterator[Op]:
     """A column-parallel layer, whose output stays divided."""
     view, x = _replicated_input(op)
     yield view
-    yield _with_names(op, **{op.reads[0]: x})
+    yield _with_names(op, {op.reads[0]: x})
 
 
 def _all_reduce(name: str, x: str, y: str, shape: str, style: str) -> Op:
@@ -291,7 +217,7 @@ def _rows(op: Op) -> Iterator[Op]:
     """A row-parallel layer and the all-reduce of its partial sums."""
     y = op.writes[0]
     summand = f"{op.name}.summand"
-    yield _with_names(op, **{y.name: summand})
+    yield _with_names(op, {y.name: summand})
     yield _all_reduce(f"{op.name}.all_reduce", summand, y.name, y.shape, "RowwiseParallel")
 
 
@@ -305,7 +231,7 @@ def _rows_in_place(op: Op, x: str = "") -> Iterator[Op]:
     matrices = tuple(w for w in op.weights if w.matrix or w.stored)
     biases = tuple(w for w in op.weights if w not in matrices)
     y, summand = op.writes[0], f"{op.name}.summand"
-    yield _with_names(op, **{y.name: summand})._replace(weights=matrices)
+    yield _with_names(op, {y.name: summand})._replace(weights=matrices)
     inputs = tuple(dict.fromkeys((*op.reads[:1], *filter(None, (x,)))))
     if not biases:
         yield ops.view(f"{op.name}.all_reduce", summand, y.name, y.shape)._replace(source=f"{_SOURCE} RowwiseParallel")
@@ -330,7 +256,7 @@ def _gathered(op: Op, t: int, records: bool = True) -> Iterator[Op]:
         return w._replace(shape=f"{part} {into}", rows=1) if w.matrix else w._replace(shape=part)
 
     yield view
-    yield _with_names(op, **{op.reads[0]: x})._replace(
+    yield _with_names(op, {op.reads[0]: x})._replace(
         writes=(Tensor(local, f"{lead} {part}"),), weights=tuple(map(divided, op.weights))
     )
     yield Op(
@@ -350,9 +276,9 @@ def _split(op: Op, t: int, records: bool = True) -> Iterator[Op]:
     yield ops.copy(f"{op.name}.split", x, local, f"{lead} {part}", "new")
     weights = tuple(w._replace(shape=f"{out} {part}") if w.matrix else w for w in op.weights)
     if not records:
-        yield from _rows_in_place(_with_names(op, **{x: local})._replace(weights=weights), x)
+        yield from _rows_in_place(_with_names(op, {x: local})._replace(weights=weights), x)
         return
-    yield _with_names(op, **{x: local, y.name: summand})._replace(weights=weights)
+    yield _with_names(op, {x: local, y.name: summand})._replace(weights=weights)
     yield _all_reduce(f"{op.name}.all_reduce", summand, y.name, y.shape, "RowwiseParallel")
 
 

@@ -18,116 +18,20 @@ BLOCKS = {kind.name: (kind.elements, kind.bytes) for kind in GGML_TYPES.values()
 
 # The tool's file types, with the type of most tensors in each: llama_ftype_get_default_type.
 FILE_TYPES = {
-    "F32": "F32",
-    "F16": "F16",
-    "BF16": "BF16",
-    "Q1_0": "Q1_0",
-    "Q2_0": "Q2_0",
-    "Q4_0": "Q4_0",
-    "Q4_1": "Q4_1",
-    "Q5_0": "Q5_0",
-    "Q5_1": "Q5_1",
-    "Q8_0": "Q8_0",
-    "Q2_K": "Q2_K",
+    **{name: name for name in ("F32", "F16", "BF16", "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K")},
     "Q2_K_S": "Q2_K",
-    "Q3_K_S": "Q3_K",
-    "Q3_K_M": "Q3_K",
-    "Q3_K_L": "Q3_K",
-    "Q4_K_S": "Q4_K",
-    "Q4_K_M": "Q4_K",
-    "Q5_K_S": "Q5_K",
-    "Q5_K_M": "Q5_K",
-    "Q6_K": "Q6_K",
-    "IQ1_S": "IQ1_S",
-    "IQ1_M": "IQ1_M",
-    "IQ2_XXS": "IQ2_XXS",
-    "IQ2_XS": "IQ2_XS",
+    **dict.fromkeys(("Q3_K_S", "Q3_K_M", "Q3_K_L"), "Q3_K"),
+    **dict.fromkeys(("Q4_K_S", "Q4_K_M"), "Q4_K"),
+    **dict.fromkeys(("Q5_K_S", "Q5_K_M"), "Q5_K"),
+    **{name: name for name in ("Q6_K", "IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS")},
     "IQ2_S": "IQ2_XS",
     "IQ2_M": "IQ2_S",
     "IQ3_XXS": "IQ3_XXS",
-    "IQ3_XS": "IQ3_S",
-    "IQ3_S": "IQ3_S",
-    "IQ3_M": "IQ3_S",
-    "IQ4_NL": "IQ4_NL",
-    "IQ4_XS": "IQ4_XS",
-    "TQ1_0": "TQ1_0",
-    "TQ2_0": "TQ2_0",
+    **dict.fromkeys(("IQ3_XS", "IQ3_S", "IQ3_M"), "IQ3_S"),
+    **{name: name for name in ("IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0")},
     "MXFP4_MOE": "MXFP4",
 }
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # tools/quantize/quantize.cpp QUANT_OPTIONS
-
-# model_type -> general.architecture, for the families whose tensors are named below.
-ARCHITECTURES = {
-    "baichuan": "baichuan",
-    "bloom": "bloom",
-    "cohere": "command-r",
-    "cohere2": "cohere2",
-    "deepseek_v2": "deepseek2",
-    "deepseek_v3": "deepseek2",
-    "deepseek_v32": "deepseek32",
-    "ernie4_5": "ernie4_5",
-    "exaone4": "exaone4",
-    "falcon": "falcon",
-    "falcon_mamba": "mamba",
-    "gemma": "gemma",
-    "gemma2": "gemma2",
-    "gemma3": "gemma3",
-    "gemma3_text": "gemma3",
-    "glm4": "glm4",
-    "glm4_moe": "glm4moe",
-    "glm4_moe_lite": "deepseek2",
-    "glm_moe_dsa": "glm-dsa",
-    "gpt2": "gpt2",
-    "gpt_bigcode": "starcoder",
-    "gpt_neox": "gptneox",
-    "gpt_oss": "gpt-oss",
-    "granite": "granite",
-    "granitemoe": "granitemoe",
-    "granitemoehybrid": "granitehybrid",
-    "hunyuan_v1_dense": "hunyuan-dense",
-    "internlm2": "internlm2",
-    "internlm3": "llama",
-    "jamba": "jamba",
-    "kimi_k25": "deepseek2",
-    "llama": "llama",
-    "llama4": "llama4",
-    "mamba": "mamba",
-    "mamba2": "mamba2",
-    "mimo": "qwen2",
-    "minicpm": "minicpm",
-    "minimax_m2": "minimax-m2",
-    "ministral3": "mistral3",
-    "mistral": "llama",
-    "mistral3": "mistral3",
-    "mixtral": "llama",
-    "mpt": "mpt",
-    "nemotron": "nemotron",
-    "nemotron_h": "nemotron_h",
-    "olmo": "olmo",
-    "olmo2": "olmo2",
-    "olmo3": "olmo2",
-    "olmoe": "olmoe",
-    "phi": "phi2",
-    "phi3": "phi3",
-    "phimoe": "phimoe",
-    "qwen": "qwen",
-    "qwen2": "qwen2",
-    "qwen2_5_vl": "qwen2vl",
-    "qwen2_moe": "qwen2moe",
-    "qwen2_vl": "qwen2vl",
-    "qwen3": "qwen3",
-    "qwen3_5": "qwen35",
-    "qwen3_5_moe": "qwen35moe",
-    "qwen3_5_text": "qwen35",
-    "qwen3_moe": "qwen3moe",
-    "qwen3_next": "qwen3next",
-    "qwen3_vl": "qwen3vl",
-    "qwen3_vl_moe": "qwen3vlmoe",
-    "seed_oss": "seed_oss",
-    "smollm3": "smollm3",
-    "stablelm": "stablelm",
-    "starcoder2": "starcoder2",
-}
 
 # Names of modules outside of the layers, by the last part of their path.
 OUTSIDE = {
@@ -233,15 +137,6 @@ INSIDE = {
     "linear_attn.norm": "ssm_norm",
     "linear_attn.out_proj": "ssm_out",
 }
-
-# Families in which a module's name means something else than in the others.
-_NORM_AFTER = ("gemma2", "gemma3", "gemma3_text", "exaone4", "olmo2", "olmo3")
-_HYBRID = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "qwen3_5_text")
-OWN: dict[str, dict[str, str]] = {
-    **{family: {"post_attention_layernorm": "post_attention_norm"} for family in (*_NORM_AFTER, *_HYBRID)},
-    "qwen": {"mlp.w2": "ffn_gate", "mlp.w1": "ffn_up"},
-}
-
 
 # Architectures whose files list the heads of each layer, with 0 for layers without attention.
 BY_LAYER = ("granitehybrid", "jamba", "nemotron_h")
@@ -488,17 +383,7 @@ def _down(file: str, default: str, sizes: Sizes, i: int) -> str:  # noqa: PLR091
 
 
 _Q5_WITH_8_EXPERTS = (
-    "Q2_K",
-    "IQ3_XS",
-    "IQ3_XXS",
-    "Q3_K_S",
-    "Q3_K_M",
-    "IQ4_NL",
-    "Q4_K_S",
-    "Q4_K_M",
-    "IQ3_S",
-    "IQ3_M",
-    "IQ4_XS",
+    *("Q2_K", "IQ3_XS", "IQ3_XXS", "Q3_K_S", "Q3_K_M", "IQ4_NL", "Q4_K_S", "Q4_K_M", "IQ3_S", "IQ3_M", "IQ4_XS"),
 )
 
 

@@ -11,7 +11,7 @@ dequantised   gpt-oss' experts, and FP8 in squares on a GPU without its kernels,
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
 from memplan.catalogue.experts.routers import CHOSEN, SCORES
@@ -200,6 +200,12 @@ _UNPACKING: dict[str, _Steps] = {
     "mxfp4": _MXFP4,
     "nvfp4": _NVFP4,
 }
+# Experts of gpt-oss, looked up in chunks.
+_GPT_OSS: _Steps = (
+    *(("wide exponents", "int32/32"), ("exponents", "int32/32"), ("wide exponents", ""), ("table", "=")),
+    *(("whole", "="), ("bits", "uint8"), ("indices", "int32"), ("bits", ""), ("numbers", "="), ("numbers", "")),
+    *(("indices", ""), ("weight", "="), ("whole", ""), ("exponents", ""), ("table", ""), ("codes", "")),
+)
 # Steps of quantising a matrix while loading it; `codes` stays.
 # Source: torchao 0.18 quantization/quant_primitives.py quantize_affine, float8/inference.py; optimum-quanto 0.2.7
 # tensor/weights/quantization.py, library/quantize.py, tensor/optimizers.
@@ -240,24 +246,18 @@ class LoadStep(NamedTuple):
 def unpacking(w: Weight, how: InferenceFormat) -> Iterator[LoadStep]:
     """Yield the allocations and frees while a packed matrix is dequantised. Its codes are freed last.
 
-    Experts in MXFP4 are looked up in chunks of at most `MOST_ROWS` rows of 16 bytes. compressed-tensors dequantises
-    experts one by one into a tensor for all, then joins gates and ups.
+    Experts in MXFP4 are looked up in chunks of at most `MOST_ROWS` rows of 16 bytes. transformers dequantises other
+    experts one by one and joins them; compressed-tensors does so into a tensor for all, then joins gates and ups.
     """
     if how.of(w).format == "mxfp4" and how.kernel == "dequantised":
-        yield from _of_gpt_oss(w)
-        return
-    if w.stacked and how.kernel == "dequantised":  # one expert at a time, then joined
-        dequantised = Tensor("weight", w.shape, w.dtype)
-        yield from (
-            LoadStep("apart", dequantised),
-            LoadStep("codes"),
-            LoadStep("weight", dequantised),
-            LoadStep("apart"),
-        )
+        chunk = chunk_of(w)
+        chunked = (Tensor("bits", chunk, "uint8"), Tensor("indices", chunk, "int32"), Tensor("numbers", chunk, w.dtype))
+        table = Tensor("table", "16", w.dtype)
+        yield from _steps(w, _GPT_OSS, {t.name: t for t in (*chunked, table)})
         return
     if w.stacked:
         dequantised = Tensor("weight", w.shape, w.dtype)
-        joins = w.name.endswith("gate_up_proj")
+        joins = how.kernel == "dequantised" or w.name.endswith("gate_up_proj")
         yield LoadStep("apart" if joins else "weight", dequantised)
         yield LoadStep("codes")
         if joins:
@@ -265,9 +265,8 @@ def unpacking(w: Weight, how: InferenceFormat) -> Iterator[LoadStep]:
             yield LoadStep("apart")
         return
     scales = next((t._replace(dtype=_like(t, w)) for t in parts_of(w, how.of(w)) if _replaced(t, how)), None)
-    shapes = {_OWN: scales, _PLACES: Tensor(_PLACES, str(6 * 128), "int32")}
-    for step in _steps(w, _FP8 if how.kernel == "dequantised" else _UNPACKING[how.layout.format]):
-        yield step._replace(made=shapes.get(step.name, step.made)) if step.made else step
+    others = {_PLACES: Tensor(_PLACES, str(6 * 128), "int32"), **({_OWN: scales} if scales else {})}
+    yield from _steps(w, _FP8 if how.kernel == "dequantised" else _UNPACKING[how.layout.format], others)
     yield LoadStep("codes")
     if scales is not None and how.at_once:
         yield LoadStep(_OWN)
@@ -296,32 +295,13 @@ def quantising(w: Weight, how: InferenceFormat) -> Iterator[LoadStep]:
     yield from _steps(w, steps) if steps else iter((LoadStep("codes", Tensor("codes")),))
 
 
-def _steps(w: Weight, steps: _Steps) -> Iterator[LoadStep]:
+def _steps(w: Weight, steps: _Steps, others: Mapping[str, Tensor] | None = None) -> Iterator[LoadStep]:
+    """Yield the steps with their tensors: those of `others` by name, the rest in the matrix's shape."""
     for name, dtype in steps:
         kind, _, per = dtype.partition("/")
         kind = w.dtype if kind == "=" else kind
-        yield LoadStep(name, Tensor(name, w.shape, f"{kind}/{per}" if per else kind) if dtype else None)
-
-
-def _of_gpt_oss(w: Weight) -> Iterator[LoadStep]:
-    chunk = chunk_of(w)
-    exponents = Tensor("exponents", w.shape, "int32/32")
-    yield LoadStep("wide exponents", exponents)
-    yield LoadStep("exponents", exponents)
-    yield LoadStep("wide exponents")
-    yield LoadStep("table", Tensor("table", "16", w.dtype))
-    yield LoadStep("whole", Tensor("whole", w.shape, w.dtype))
-    yield LoadStep("bits", Tensor("bits", chunk, "uint8"))
-    yield LoadStep("indices", Tensor("indices", chunk, "int32"))
-    yield LoadStep("bits")
-    yield LoadStep("numbers", Tensor("numbers", chunk, w.dtype))
-    yield LoadStep("numbers")
-    yield LoadStep("indices")
-    yield LoadStep("weight", Tensor("weight", w.shape, w.dtype))
-    yield LoadStep("whole")
-    yield LoadStep("exponents")
-    yield LoadStep("table")
-    yield LoadStep("codes")
+        made = (others or {}).get(name) or Tensor(name, w.shape, f"{kind}/{per}" if per else kind)
+        yield LoadStep(name, made if dtype else None)
 
 
 def chunk_of(w: Weight) -> str:

@@ -123,7 +123,7 @@ def absmax(w: Weight) -> tuple[Tensor, ...]:
     return (Tensor("absmax", w.shape, f"fp32/{block_size}"),) if nested else ()
 
 
-def dequantise(w: Weight, name: str, y: str, shape: str, dtype: str = "") -> Op:
+def dequantise(w: Weight, name: str, y: str, shape: str) -> Op:
     """Return the matrix in the dtype it had before it was quantised."""
     return Op(name, (), (Tensor(y, shape, w.dtype),), (w,), scratch=absmax(w), source=f"{_BNB} dequantize_4bit")
 

@@ -1,7 +1,7 @@
 """Vision towers of vision-language models, from pixels to the features that replace image tokens.
 
 A tower processes the images of a whole batch as one sequence of patches (`b patches`), or image by image. Their sizes
-are set per run: see `memplan.models.configs.vision`.
+are set per run: see `memplan.models.configs.images`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from memplan.catalogue.decoder.windows import renamed
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.errors import UnsupportedModelError
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Tensor, Weight

@@ -6,8 +6,8 @@ Without images only the tower's weights exist and nothing of it runs. Parts of t
 
 from __future__ import annotations
 
-from memplan.catalogue.decoder.windows import renamed
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision.towers import Tower
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor
@@ -60,7 +60,7 @@ def outlived(after: tuple[Op, ...], held: tuple[str, ...]) -> tuple[Op, ...]:
     return (*after[:index], after[index]._replace(reads=(*after[index].reads, *held)), *after[index + 1 :])
 
 
-def scattered(features: str = "features", joined: bool = True) -> tuple[Op, ...]:
+def scattered(joined: bool = True) -> tuple[Op, ...]:
     """Replace the embeddings of image tokens by the tower's features.
 
     `joined`: features are split into images and concatenated again. Backward expands the mask to the hidden axis, and
@@ -69,11 +69,11 @@ def scattered(features: str = "features", joined: bool = True) -> tuple[Op, ...]
     shape, whole = "b merged h", "b s h"
     parts = (
         (
-            ops.view("images.split", features, "images.parts", shape, gradient="new"),
+            ops.view("images.split", "features", "images.parts", shape, gradient="new"),
             ops.copy("images.cat", "images.parts", "images.all", shape),
         )
         if joined
-        else (ops.view("images.view", features, "images.all", shape),)
+        else (ops.view("images.view", "features", "images.all", shape),)
     )
     spread = Tensor("mask spread", whole, "bool")
     return (

@@ -1,38 +1,68 @@
-"""Defaults and structure of transformers' config classes, one `Family` per model_type.
+"""Every fact of a family of models, one `Family` per model_type.
 
-There is one module per kind of model, each with `FAMILIES`. Dense decoders are rows of the tables in `dense`.
+There is one module per kind of model, each with `FAMILIES`.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 
-from memplan.models.configs.dense import dense_family
 from memplan.models.facts import Family
 
-# Module -> its model_types, so that only the needed module is imported.
-_MODEL_TYPES: dict[str, str] = {
-    "mla": "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_k3 "
-    "kimi_linear minicpm3",
-    "moe": "dbrx deepseek ernie4_5_moe glm4_moe granitemoe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe "
-    "qwen2_moe qwen3_moe",
-    "vision": "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe",
-    "ssm": "falcon_mamba granitemoehybrid jamba mamba mamba2 nemotron_h qwen3_5_moe_text qwen3_5_text qwen3_next",
-    "block_sparse": "minimax_m3_vl_text step3p7",
-    "gemma": "gemma3n_text gemma4 gemma4_text",
-    "llama4": "llama4 llama4_text",
-    "gpt_oss": "gpt_oss mimo_v2_flash",
-    "megatron": "megatron_gpt",
-    "encoders": "bert roberta xlm-roberta t5 whisper vit",
+# Module -> the kind of its families, as an error message calls them, and their model_types. Only the needed module is
+# imported.
+_FAMILIES: dict[str, tuple[str, str]] = {
+    "dense": (
+        "",
+        "baichuan bloom chatglm cohere cohere2 ernie4_5 exaone exaone4 falcon gemma gemma2 gemma3_text glm "
+        "glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite hunyuan_v1_dense internlm2 internlm3 llama mimo "
+        "minicpm ministral ministral3 mistral mpt nemotron nemotron-nas olmo olmo2 olmo3 opt phi phi3 qwen "
+        "qwen2 qwen3 seed_oss smollm3 stablelm starcoder2",
+    ),
+    "mla": (
+        "mixture of experts, multi-head latent attention",
+        "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_k3 "
+        "kimi_linear minicpm3",
+    ),
+    "moe": (
+        "mixture of experts",
+        "dbrx deepseek ernie4_5_moe glm4_moe granitemoe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe "
+        "qwen2_moe qwen3_moe",
+    ),
+    "vision": (
+        "vision-language",
+        "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe",
+    ),
+    "ssm": (
+        "state space, recurrent, linear attention",
+        "falcon_mamba granitemoehybrid jamba mamba mamba2 nemotron_h qwen3_5_moe_text qwen3_5_text qwen3_next",
+    ),
+    "block_sparse": ("mixture of experts", "minimax_m3_vl_text step3p7"),
+    "gemma": ("", "gemma3n_text gemma4 gemma4_text"),
+    "llama4": ("mixture of experts", "llama4 llama4_text"),
+    "gpt_oss": ("mixture of experts", "gpt_oss mimo_v2_flash"),
+    "megatron": ("", "megatron_gpt"),
+    "encoders": ("encoder", "bert roberta xlm-roberta t5 whisper vit"),
 }
 MODULES: dict[str, str] = {
-    model_type: module for module, model_types in _MODEL_TYPES.items() for model_type in model_types.split()
+    model_type: module for module, (_, model_types) in _FAMILIES.items() for model_type in model_types.split()
 }
+DENSE = "dense"  # the module of dense decoders
 
 
 def family(model_type: str) -> Family:
     """Return the family of a model_type. Raises KeyError for an unsupported one."""
-    module = MODULES.get(model_type)
-    if module is None:
-        return dense_family(model_type)
-    return import_module(f"memplan.models.configs.{module}").FAMILIES[model_type]
+    return import_module(f"memplan.models.configs.{MODULES[model_type]}").FAMILIES[model_type]
+
+
+def kind_of(model_type: str) -> str:
+    """Return the kinds of a family, as an error message calls them; "" for a dense decoder."""
+    return _FAMILIES[MODULES[model_type]][0]
+
+
+@cache
+def families() -> dict[str, Family]:
+    """Return every family by model_type, in alphabetical order, without those that transformers builds as another."""
+    rows = ((model_type, family(model_type)) for model_type in sorted(MODULES))
+    return {model_type: row for model_type, row in rows if not row.built_as}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
-from memplan.core.errors import ConfigError
 from memplan.models.configs.layer_lists import SLIDING, SPARSE, kinds, listed
 from memplan.models.configs.uncalled_towers import step_tower
 from memplan.models.facts import Family, ModelFacts
+from memplan.models.family_facts import AttentionFacts, CheckpointFacts, ConfigKeys, GenerationFacts
 from memplan.models.layers import Layer
 
 _GROUPS = 16  # a loop over hundreds of experts is computed in this many groups, so an answer does not take seconds
@@ -25,12 +25,8 @@ _OLDER = {
 
 def _flags(m: ModelFacts, config: Mapping[str, Any], key: str) -> Sequence[bool] | None:
     """Return a flag per layer from an older config's list of ones and zeros, or None if there is no list."""
-    value = config.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, (list, tuple)) or len(cast(Sequence[Any], value)) < m.num_hidden_layers:
-        raise ConfigError(f"config: {key} must be a list of at least {m.num_hidden_layers} layers", key)
-    return [bool(flag) for flag in cast(Sequence[Any], value)[: m.num_hidden_layers]]
+    ones = listed(m, key, config)
+    return None if ones is None else [bool(flag) for flag in ones]
 
 
 def _minimax_layers(m: ModelFacts) -> tuple[Layer, ...]:
@@ -118,6 +114,9 @@ FAMILIES = {
         },
         layers=_minimax_layers,
         axes=_minimax_axes,
+        stack="minimax_m3",
+        attention=AttentionFacts(no_flash_2="it does not support block masks"),
+        generation=GenerationFacts(cache="indexed_blocks"),
     ),
     "step3p7": Family(
         {
@@ -134,8 +133,11 @@ FAMILIES = {
             "share_expert_dim": 1280,
             "sliding_window": None,
         },
+        keys=ConfigKeys(decoder="text_config"),
         layers=_step_layers,
         axes=_step_axes,
-        decoder="text_config",
+        stack="step3p7",
+        attention=AttentionFacts(no_flash_2="its class does not support it"),
+        checkpoint=CheckpointFacts(experts="split"),
     ),
 }

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from memplan.core.errors import ConfigError, UnsupportedModelError
-from memplan.models.facts import WRITTEN_OUT, Family, ModelFacts
+from memplan.models.facts import WRITTEN_OUT, Family, LengthFacts, ModelFacts
+from memplan.models.family_facts import AttentionFacts, ConfigKeys, GenerationFacts, ParallelFacts, TrainingFacts
 from memplan.models.layers import MOST_LAYERS, as_json
 
 _NO_GROUPS: dict[str, tuple[str, ...]] = {"num_key_value_heads": (), "head_dim": ()}
@@ -32,14 +33,18 @@ def _usable_positions(m: ModelFacts) -> int:
     return (m.max_position_embeddings or 0) - 1 - m.config_int("pad_token_id", 1, 0)
 
 
-_ROBERTA = Family(
-    {**_BERT, "pad_token_id": 1},
-    _NO_GROUPS,
+_ENCODER = Family(
+    _BERT,
+    ConfigKeys(_NO_GROUPS),
     axes=_classes,
-    positions=True,
     objectives=_HEADS,
-    longest=_usable_positions,
-    acts=WRITTEN_OUT,
+    gated=False,
+    lengths=LengthFacts(learned=True),
+    stack="bert",
+    parallel=ParallelFacts(wraps_twice=True),
+)
+_ROBERTA = _ENCODER._replace(
+    defaults={**_BERT, "pad_token_id": 1}, lengths=LengthFacts(learned=True, longest=_usable_positions)
 )
 
 _VIT: dict[str, Any] = {
@@ -168,54 +173,61 @@ def _t5(m: ModelFacts) -> Mapping[str, int]:
 
 # Source: transformers 5.24 configuration classes.
 FAMILIES: dict[str, Family] = {
-    "bert": Family(_BERT, _NO_GROUPS, axes=_classes, positions=True, objectives=_HEADS, acts=WRITTEN_OUT),
+    "bert": _ENCODER,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "t5": Family(
         _T5,
-        {
-            "hidden_size": ("d_model", "hidden_size"),
-            "num_hidden_layers": ("num_layers", "num_hidden_layers"),
-            "num_attention_heads": ("num_heads", "num_attention_heads"),
-            "num_key_value_heads": (),
-            "head_dim": ("d_kv", "head_dim"),
-            "intermediate_size": ("d_ff",),
-            "max_position_embeddings": (),
-            "hidden_act": (),
-        },
+        keys=ConfigKeys(
+            {
+                "hidden_size": ("d_model", "hidden_size"),
+                "num_hidden_layers": ("num_layers", "num_hidden_layers"),
+                "num_attention_heads": ("num_heads", "num_attention_heads"),
+                "num_key_value_heads": (),
+                "head_dim": ("d_kv", "head_dim"),
+                "intermediate_size": ("d_ff",),
+                "max_position_embeddings": (),
+                "hidden_act": (),
+            }
+        ),
         axes=_t5,
         objectives=("seq2seq_lm",),
-        never_quantised=("wo",),  # _keep_in_fp32_modules
-        unsupported_attention=(
-            "flash_attention_2",
-            "sdpa_math",
-        ),  # the first refused by transformers, the second not described yet
-        target=_any_target,
+        gated=False,
+        lengths=LengthFacts(target=_any_target),
+        stack="t5",
+        # transformers refuses the first; the second is not described yet
+        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math"), single_sequence="layers"),
+        training=TrainingFacts(never_quantised=("wo",)),
     ),
     "whisper": Family(
         _WHISPER,
-        {
-            **_NO_GROUPS,
-            "hidden_size": ("d_model", "hidden_size"),
-            "num_hidden_layers": ("encoder_layers", "num_hidden_layers"),
-            "num_attention_heads": ("encoder_attention_heads", "num_attention_heads"),
-            "intermediate_size": ("encoder_ffn_dim",),
-            "max_position_embeddings": (),
-            "hidden_act": ("activation_function",),
-        },
+        keys=ConfigKeys(
+            {
+                **_NO_GROUPS,
+                "hidden_size": ("d_model", "hidden_size"),
+                "num_hidden_layers": ("encoder_layers", "num_hidden_layers"),
+                "num_attention_heads": ("encoder_attention_heads", "num_attention_heads"),
+                "intermediate_size": ("encoder_ffn_dim",),
+                "max_position_embeddings": (),
+                "hidden_act": ("activation_function",),
+            }
+        ),
         axes=_whisper,
         objectives=("seq2seq_lm",),
-        fixed_length=_frames,
-        target=_targets,
-        acts=WRITTEN_OUT,
+        gated=False,
+        lengths=LengthFacts(fixed=_frames, target=_targets),
+        stack="whisper",
+        generation=GenerationFacts(suppresses=True, prompt_tokens=4),
     ),
-    "vit": Family(
-        _VIT,
-        {**_NO_GROUPS, "max_position_embeddings": (), "vocab_size": ()},
-        required=("hidden_size", "num_hidden_layers", "num_attention_heads"),
+    "vit": _ENCODER._replace(
+        defaults=_VIT,
+        keys=ConfigKeys(
+            {**_NO_GROUPS, "max_position_embeddings": (), "vocab_size": ()},
+            required=("hidden_size", "num_hidden_layers", "num_attention_heads"),
+        ),
         axes=_vit,
         objectives=("image_classification", "feature_extraction"),
-        fixed_length=_tokens,
-        acts=WRITTEN_OUT,
+        lengths=LengthFacts(fixed=_tokens),
+        stack="vit",
     ),
 }

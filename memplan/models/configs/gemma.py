@@ -9,7 +9,15 @@ from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.core.frozen import FrozenDict
 from memplan.models.configs.layer_lists import SLIDING, kinds, listed, window_everywhere_but
 from memplan.models.configs.uncalled_towers import gemma4_towers
-from memplan.models.facts import Family, ModelFacts
+from memplan.models.facts import Family, ImageFacts, ModelFacts
+from memplan.models.family_facts import (
+    AttentionFacts,
+    ConfigKeys,
+    DirectReads,
+    GenerationFacts,
+    ParallelFacts,
+    TrainingFacts,
+)
 from memplan.models.layers import Layer, as_json
 
 # Mixers of layers that compute keys and values for themselves, compute them for later layers too, or reuse them.
@@ -28,8 +36,7 @@ def _sharing(m: ModelFacts, sliding: Sequence[bool], reused: int) -> list[str]:
     owners = sliding[:first]
     if set(owners) != set(sliding):
         raise ConfigError(
-            f"config: num_kv_shared_layers {reused} leaves no layer whose keys they could share",
-            "num_kv_shared_layers",
+            f"config: num_kv_shared_layers {reused} leaves no layer whose keys they could share", "num_kv_shared_layers"
         )
     stored = {first - 1 - list(owners)[::-1].index(kind) for kind in set(sliding)}
     return [REUSED if i >= first else STORED if i in stored else OWN for i in range(m.num_hidden_layers)]
@@ -120,21 +127,28 @@ def _gemma4_axes_with_towers(m: ModelFacts) -> Mapping[str, int]:
     return {**_gemma4_axes(m), **gemma4_towers(m)}
 
 
-_GEMMA4 = {
-    "tie_word_embeddings": True,
-    "intermediate_size": 9216,
-    "num_key_value_heads": 4,
-    "head_dim": 256,
-    "global_head_dim": 512,
-    "num_global_key_value_heads": None,
-    "sliding_window": 512,
-    "vocab_size_per_layer_input": 262_144,
-    "hidden_size_per_layer_input": 256,
-    "num_kv_shared_layers": 0,
-    "attention_k_eq_v": False,
-}
-
 # Source: transformers 5.24 models/gemma3n/configuration_gemma3n.py, models/gemma4/configuration_gemma4.py.
+_GEMMA4 = Family(
+    {
+        "tie_word_embeddings": True,
+        "intermediate_size": 9216,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "num_global_key_value_heads": None,
+        "sliding_window": 512,
+        "vocab_size_per_layer_input": 262_144,
+        "hidden_size_per_layer_input": 256,
+        "num_kv_shared_layers": 0,
+        "attention_k_eq_v": False,
+    },
+    ConfigKeys({"hidden_act": ("hidden_activation",)}),
+    _gemma4_layers,
+    _gemma4_axes,
+    stack="gemma4",
+    attention=AttentionFacts(no_flash_2="its widest heads are wider than 256"),
+    generation=GenerationFacts(cache="two_widths"),
+)
 FAMILIES = {
     "gemma3n_text": Family(
         {
@@ -150,16 +164,19 @@ FAMILIES = {
             "num_kv_shared_layers": 15,
             "laurel_rank": 64,
         },
-        {"intermediate_size": (), "hidden_act": ("hidden_activation",)},
+        keys=ConfigKeys({"intermediate_size": (), "hidden_act": ("hidden_activation",)}),
         layers=_gemma3n_layers,
         axes=_gemma3n_axes,
+        stack="gemma3n",
+        # Source: modeling_gemma3n.py Gemma3nTextAltUp.predict, correct
+        training=TrainingFacts(direct_reads=DirectReads("clamps", ("prediction_coefs", "correction_coefs"))),
     ),
-    "gemma4_text": Family(_GEMMA4, {"hidden_act": ("hidden_activation",)}, layers=_gemma4_layers, axes=_gemma4_axes),
-    "gemma4": Family(
-        _GEMMA4,
-        {"hidden_act": ("hidden_activation",)},
-        layers=_gemma4_layers,
+    "gemma4_text": _GEMMA4,
+    "gemma4": _GEMMA4._replace(
+        keys=_GEMMA4.keys._replace(decoder="text_config"),
         axes=_gemma4_axes_with_towers,
-        decoder="text_config",
+        attention=AttentionFacts(no_flash_2="it drops the mask over image tokens"),
+        parallel=ParallelFacts(wrapped_stem="model.vision_tower.patch_embedder."),
+        images=ImageFacts(is_called=False),
     ),
 }

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 
 from memplan.models.configs.layer_lists import SLIDING, SPARSE, kinds, window_everywhere_but
 from memplan.models.facts import Family, ModelFacts
+from memplan.models.family_facts import AttentionFacts, CheckpointFacts, GenerationFacts, ParallelFacts, ServingFacts
 from memplan.models.layers import Layer
+from memplan.models.tensor_plans import TensorParallelPlan
 
 
 def _gpt_oss_layers(m: ModelFacts) -> tuple[Layer, ...]:
@@ -62,6 +64,22 @@ FAMILIES = {
         },
         layers=_gpt_oss_layers,
         axes=_gpt_oss_axes,
+        stack="gpt_oss",
+        attention=AttentionFacts(no_flash_2="it does not support attention sinks"),
+        generation=GenerationFacts(ignores_early_exit=True),
+        checkpoint=CheckpointFacts(
+            runs_mxfp4=True,
+            gguf="gpt-oss",
+            gguf_keys={
+                "feed_forward_length": None,
+                "expert_feed_forward_length": "intermediate_size",
+                "expert_count": "num_local_experts",
+                "expert_used_count": "num_experts_per_tok",
+            },
+            gguf_switches={"attention_bias": "attn_q.bias"},
+        ),
+        parallel=ParallelFacts(TensorParallelPlan(), experts=True),
+        serving=ServingFacts(shares_gate_a=True),
     ),
     "mimo_v2_flash": Family(
         {
@@ -77,5 +95,8 @@ FAMILIES = {
         },
         layers=_mimo_layers,
         axes=_mimo_axes,
+        stack="gpt_oss",
+        attention=AttentionFacts(no_flash_2="it does not support attention sinks"),
+        checkpoint=CheckpointFacts(experts="split"),
     ),
 }

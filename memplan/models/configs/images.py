@@ -11,40 +11,18 @@ A run's images set these axes:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from math import ceil, floor, sqrt
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.core.errors import ConfigError, SpecError
-from memplan.models.configs.vision import llama4, rows, size
-from memplan.models.facts import ModelFacts
+from memplan.models.configs.towers import llama4, rows, size
+from memplan.models.facts import ImageFacts, ModelFacts
+from memplan.models.family_facts import Picture
 from memplan.models.layers import as_json
 
 _VISION = "vision_config"
-
-
-class Picture(NamedTuple):
-    """One image as the vision tower sees it.
-
-    rows        rows of patches, of each tile
-    columns     columns of patches, of each tile
-    tokens      tokens of the sequence that stand for the image
-    merge       patches per side that are merged into one token
-    tiles       tiles that the image is cut into
-    added_rows  rows that the tower adds to each tile
-    """
-
-    rows: int
-    columns: int
-    tokens: int
-    merge: int = 1
-    tiles: int = 1
-    added_rows: int = 0
-
-    @property
-    def patches(self) -> int:
-        return self.rows * self.columns
 
 
 def _qwen(least: int, most: int, m: ModelFacts, height: int, width: int) -> Picture:
@@ -162,29 +140,7 @@ def _mllama(m: ModelFacts, height: int, width: int) -> Picture:
     return Picture(rows(m) * size(m, "max_num_tiles"), rows(m), 1)
 
 
-# Fewest and most pixels of an image. Source: preprocessor_config.json as published with Qwen2-VL 2B to 72B and
-# Qwen2.5-VL 3B to 72B; with Qwen3-VL, Qwen3.5 and Qwen3.6. (Without that file, transformers 5.24's
-# Qwen2VLImageProcessor takes 56 x 56 to 28 x 28 x 1280 for all.)
-_QWEN2 = partial(_qwen, 56 * 56, 3584 * 3584)
-_QWEN3 = partial(_qwen, 256 * 256, 4096 * 4096)
 _MAX_ASPECT_RATIO = 200  # source: `smart_resize`
-
-PICTURES: dict[str, Callable[[ModelFacts, int, int], Picture]] = {
-    "gemma3": _gemma3,
-    "llama4": _llama4,
-    "mistral3": _mistral3,
-    "mllama": _mllama,
-    **dict.fromkeys(("qwen2_vl", "qwen2_5_vl"), _QWEN2),
-    **dict.fromkeys(("qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe"), _QWEN3),
-}
-# Families whose tower reads all images as one packed sequence, which is split only for sdpa.
-PACKS = ("qwen2_vl", "qwen2_5_vl", "qwen3_5", "qwen3_5_moe", "qwen3_vl", "qwen3_vl_moe")
-FIXED = ("gemma3", "mllama")  # families whose tower reads images of one fixed size
-
-
-def takes_images(model_type: str) -> bool:
-    """Whether the model has a vision tower whose memory is estimated."""
-    return model_type in PICTURES
 
 
 def picture_of(m: ModelFacts, pixels: int | tuple[int, int] | None) -> Picture:
@@ -192,34 +148,62 @@ def picture_of(m: ModelFacts, pixels: int | tuple[int, int] | None) -> Picture:
 
     Raises SpecError if the result depends on the size and none is given.
     """
-    if pixels is None and m.model_type not in FIXED:
+    images = tower_of(m)
+    if pixels is None and not images.is_fixed:
         raise SpecError(
             f"batch.image_size: the tokens of an image of {m.name or m.model_type} depend on its size; give the pixels "
             "of a side, or height and width",
             "batch.image_size",
         )
     height, width = pixels if isinstance(pixels, tuple) else (pixels or 1, pixels or 1)
-    return PICTURES[m.model_type](m, height, width)
+    return _picture(m, height, width)
+
+
+def takes_images(m: ModelFacts) -> bool:
+    """Whether the model has a vision tower whose memory is estimated."""
+    return m.family.images is not None and m.family.images.picture is not None
+
+
+def tower_of(m: ModelFacts) -> ImageFacts:
+    """Return the facts of the model's vision tower, which it must have."""
+    assert m.family.images is not None
+    return m.family.images
+
+
+def _picture(m: ModelFacts, height: int, width: int) -> Picture:
+    picture = tower_of(m).picture
+    assert picture is not None
+    return picture(m, height, width)
 
 
 def largest_picture(m: ModelFacts) -> Picture:
     """Return the image with the most tokens."""
-    processor = PICTURES[m.model_type]
-    if isinstance(processor, partial):  # only the number of pixels matters, so one row of merged patches will do
-        merge = size(m, "spatial_merge_size")
-        tokens = processor.args[1] // (size(m, "patch_size") * merge) ** 2
-        return Picture(merge, merge * tokens, tokens, merge)
-    if m.model_type == "llama4":
-        side = size(m, "image_size") * round(sqrt(_MAX_TILES))
-        return processor(m, side, side)
+    largest = tower_of(m).largest
+    if largest is not None:
+        return largest(m)
     side = size(m, "image_size")
-    return processor(m, side, side)
+    return _picture(m, side, side)
+
+
+def _largest_merged(most: int, m: ModelFacts) -> Picture:
+    """Return one row of merged patches: only their number matters."""
+    merge = size(m, "spatial_merge_size")
+    tokens = most // (size(m, "patch_size") * merge) ** 2
+    return Picture(merge, merge * tokens, tokens, merge)
+
+
+def _largest_tiled(m: ModelFacts) -> Picture:
+    side = size(m, "image_size") * round(sqrt(_MAX_TILES))
+    return _picture(m, side, side)
 
 
 def axes_of(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
     """Return the axes set by the images of a run: of all images of a sequence, of one image, and of its windows."""
-    if m.model_type == "mllama":
-        return _tiled(m, images, picture)
+    axes = tower_of(m).axes
+    return axes(m, images, picture) if axes is not None else _axes(images, picture)
+
+
+def _axes(images: int, picture: Picture) -> Mapping[str, int]:
     grid, images = picture.patches + picture.added_rows, images * picture.tiles
     rows, columns = picture.rows // picture.merge, picture.columns // picture.merge
     return {
@@ -228,7 +212,6 @@ def axes_of(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
         "merged": images * rows * columns,
         "tile": picture.patches,
         **_rounded("grid", grid),
-        **(_windows(m, images, rows, columns) if m.model_type == "qwen2_5_vl" else {}),
     }
 
 
@@ -237,15 +220,13 @@ def _rounded(name: str, rows: int) -> dict[str, int]:
     return {name: rows, **{f"{name}{n}": -(-rows // n) * n for n in (32, 128)}}
 
 
-def _windows(m: ModelFacts, images: int, rows: int, columns: int) -> Mapping[str, int]:
-    """Return the axes of Qwen2.5-VL's attention windows: their number, and the patches of a full window.
-
-    `rows` and `columns` are those of an image after merging.
-    """
-    merge = size(m, "spatial_merge_size")
+def _windowed(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
+    """Return the axes of Qwen2.5-VL's images and attention windows: their number, and the patches of a full window."""
+    merge, rows, columns = picture.merge, picture.rows // picture.merge, picture.columns // picture.merge
     side = max(1, size(m, "window_size") // merge // size(m, "patch_size"))
     return {
-        "windows": images * -(-rows // side) * -(-columns // side),
+        **_axes(images, picture),
+        "windows": images * picture.tiles * -(-rows // side) * -(-columns // side),
         **_rounded("window", min(side, rows) * min(side, columns) * merge**2),
     }
 
@@ -267,3 +248,118 @@ def _tiled(m: ModelFacts, images: int, picture: Picture) -> Mapping[str, int]:
         "seen": seen,
         "seen8": -(-seen // 8) * 8,
     }
+
+
+# Fewest and most pixels of an image. Source: preprocessor_config.json as published with Qwen2-VL 2B to 72B and
+# Qwen2.5-VL 3B to 72B; with Qwen3-VL, Qwen3.5 and Qwen3.6. (Without that file, transformers 5.24's
+# Qwen2VLImageProcessor takes 56 x 56 to 28 x 28 x 1280 for all.)
+_PIXELS_2, _PIXELS_3 = (56 * 56, 3584 * 3584), (256 * 256, 4096 * 4096)
+
+_QWEN: dict[str, int | tuple[int, ...]] = {
+    "num_heads": 16,
+    "in_channels": 3,
+    "patch_size": 14,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+}
+# Source of the towers' defaults: transformers 5.24 configuration classes.
+QWEN2_VL = ImageFacts(
+    {**_QWEN, "depth": 32, "embed_dim": 1280, "mlp_ratio": 4},
+    partial(_qwen, *_PIXELS_2),
+    partial(_largest_merged, _PIXELS_2[1]),
+    is_packed=True,
+    video="frames",
+)
+QWEN2_5_VL = QWEN2_VL._replace(
+    defaults={
+        **_QWEN,
+        "depth": 32,
+        "hidden_size": 3584,
+        "intermediate_size": 3420,
+        "window_size": 112,
+        "fullatt_block_indexes": (7, 15, 23, 31),
+    },
+    axes=_windowed,
+    ffn="fused",
+)
+QWEN3_VL = ImageFacts(
+    {
+        **_QWEN,
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "patch_size": 16,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": (8, 16, 24),
+    },
+    partial(_qwen, *_PIXELS_3),
+    partial(_largest_merged, _PIXELS_3[1]),
+    is_packed=True,
+    video="pixels",
+)
+QWEN3_5 = QWEN3_VL._replace(defaults={**QWEN3_VL.defaults, "deepstack_visual_indexes": ()})
+GEMMA3 = ImageFacts(
+    {
+        "hidden_size": 768,
+        "num_attention_heads": 12,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "num_channels": 3,
+        "patch_size": 16,
+        "image_size": 224,
+    },
+    _gemma3,
+    is_fixed=True,
+    boundary_tokens=4,  # transformers processing_gemma3.py full_image_sequence
+    is_rotated=False,
+)
+MISTRAL3 = ImageFacts(
+    {
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_channels": 3,
+        "patch_size": 16,
+        "image_size": 1024,
+    },
+    _mistral3,
+    has_masks=True,
+    ffn="gated",
+)
+MLLAMA = ImageFacts(
+    {
+        "hidden_size": 1280,
+        "attention_heads": 16,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_global_layers": 8,
+        "num_channels": 3,
+        "patch_size": 14,
+        "image_size": 448,
+        "max_num_tiles": 4,
+        "vision_output_dim": 7680,
+        "intermediate_layers_indices": (3, 7, 15, 23, 30),
+    },
+    _mllama,
+    axes=_tiled,
+    is_fixed=True,
+    has_masks=True,
+)
+LLAMA4 = ImageFacts(
+    {
+        "hidden_size": 768,
+        "num_attention_heads": 16,
+        "intermediate_size": 5632,
+        "num_hidden_layers": 34,
+        "num_channels": 3,
+        "patch_size": 14,
+        "image_size": 448,
+        "projector_input_dim": 4096,
+        "projector_output_dim": 4096,
+        "vision_output_dim": 7680,
+    },
+    _llama4,
+    _largest_tiled,
+    by_keyword=True,
+)

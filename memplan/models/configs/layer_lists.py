@@ -10,12 +10,12 @@ from memplan.models.facts import ModelFacts
 from memplan.models.layers import as_json
 
 
-def listed(m: ModelFacts, key: str) -> Sequence[Any] | None:
-    """Return a config's list with one item per layer, or None if it has no such key.
+def listed(m: ModelFacts, key: str, config: Mapping[str, Any] | None = None) -> Sequence[Any] | None:
+    """Return a list of the config, or of a nested one, with one item per layer, or None if it has no such key.
 
     Raises ConfigError if it is not a list, or too short.
     """
-    value = m.config.get(key)
+    value = (m.config if config is None else config).get(key)
     if value is None:
         return None
     if not isinstance(value, (list, tuple)) or len(cast(Sequence[Any], value)) < m.num_hidden_layers:

@@ -6,9 +6,18 @@ from collections.abc import Mapping
 from typing import Any
 
 from memplan.core.errors import ConfigError
+from memplan.models.configs import images
 from memplan.models.configs.layer_lists import kinds, listed
-from memplan.models.configs.vision import llama4 as tower
+from memplan.models.configs.towers import llama4 as tower
 from memplan.models.facts import Family, ModelFacts
+from memplan.models.family_facts import (
+    AttentionFacts,
+    CheckpointFacts,
+    ConfigKeys,
+    GenerationFacts,
+    ParallelFacts,
+    TrainingFacts,
+)
 from memplan.models.layers import Layer, as_json
 
 CHUNKED = {"chunked_attention": True, "full_attention": False}
@@ -66,14 +75,43 @@ _TEXT = {
     "attn_temperature_tuning": True,
 }
 
+_ROUTER_NOTE = (  # source: peft 0.21 tuners/lora/layer.py Linear.forward; modeling_llama4.py Llama4Router
+    "peft's all-linear also wraps Llama 4's router and fails in the first step; name layers such as q_proj instead. "
+    "Counted with all linear layers except the router"
+)
+
+
+def _note(_: ModelFacts) -> str:
+    return (
+        "llama4: transformers 5.24's image-text model fails when it returns its loss, with or without images (its "
+        "decoder outputs have no image_outputs); counted as if they had"
+    )
+
+
 # Source: transformers 5.24 models/llama4/configuration_llama4.py.
+_TEXT_ONLY = Family(
+    _TEXT,
+    ConfigKeys({"sliding_window": ("attention_chunk_size",)}),
+    _layers,
+    _axes,
+    stack="llama4",
+    attention=AttentionFacts(no_flash_2="it does not support chunked attention"),
+    training=TrainingFacts(all_linear_note=_ROUTER_NOTE),
+    generation=GenerationFacts(cache="chunked"),
+    parallel=ParallelFacts(
+        fails="modeling_llama4.py adds to its experts' output in place, which autograd refuses for a tensor taken from "
+        "a DTensor"
+    ),
+)
 FAMILIES = {
-    "llama4_text": Family(_TEXT, {"sliding_window": ("attention_chunk_size",)}, layers=_layers, axes=_axes),
-    "llama4": Family(
-        _TEXT,
-        {"sliding_window": ("attention_chunk_size",)},
-        layers=_layers,
+    "llama4_text": _TEXT_ONLY,
+    "llama4": _TEXT_ONLY._replace(
+        keys=_TEXT_ONLY.keys._replace(decoder="text_config"),
         axes=_axes_with_tower,
-        decoder="text_config",
+        stack="llama4_vision",
+        checkpoint=CheckpointFacts(gguf="llama4"),
+        parallel=ParallelFacts(),
+        images=images.LLAMA4,
+        note=_note,
     ),
 }

@@ -26,8 +26,10 @@ from collections.abc import Mapping
 
 from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.models.configs.layer_lists import listed
-from memplan.models.facts import Family, ModelFacts
+from memplan.models.facts import Family, LengthFacts, ModelFacts
+from memplan.models.family_facts import AttentionFacts, GenerationFacts, ParallelFacts, ServingFacts
 from memplan.models.layers import Layer, as_json
+from memplan.models.tensor_plans import TensorParallelPlan
 
 # Keys that are added to the config of one rank's part of a model: the number of ranks that divide the experts, the
 # matrices of each expert, and all other matrices.
@@ -42,32 +44,19 @@ def has_mean(m: ModelFacts) -> bool:
     """Whether norms are LayerNorms, with a mean and a bias, and not RMSNorms."""
     word = _word(m, "norm_type", "layernorm").lower()
     if word not in NORMS:
-        raise UnsupportedModelError(
-            f"norm_type: {as_json(word)} is not supported; supported: layernorm, rmsnorm", "norm_type"
-        )
+        raise _unsupported("norm_type", word, ("layernorm", "rmsnorm"), "not supported")
     return NORMS[word]
 
 
 def positions_of(m: ModelFacts) -> str:
     """Return the kind of position embeddings, one of `POSITIONS`."""
-    word = _word(m, "position_embedding_type", "learned_absolute")
-    if word not in POSITIONS:
-        raise UnsupportedModelError(
-            f"position_embedding_type: {as_json(word)} is not supported yet; supported: {', '.join(POSITIONS)}",
-            "position_embedding_type",
-        )
-    return word
+    return _choice(m, "position_embedding_type", "learned_absolute", POSITIONS)
 
 
 def uses_engine(m: ModelFacts) -> bool:
     """Whether the layers are Transformer Engine's."""
-    word = _word(m, "transformer_impl", "transformer_engine")
-    if word not in ("transformer_engine", "local"):
-        raise UnsupportedModelError(
-            f"transformer_impl: {as_json(word)} is not supported; supported: transformer_engine, local",
-            "transformer_impl",
-        )
-    return word == "transformer_engine"
+    known = ("transformer_engine", "local")
+    return _choice(m, "transformer_impl", known[0], known, "not supported") == known[0]
 
 
 def is_gated(m: ModelFacts) -> bool:
@@ -82,13 +71,7 @@ def attention_drops(m: ModelFacts) -> bool:
 
 def dispatches_all(m: ModelFacts) -> bool:
     """Whether every rank gathers all tokens and picks those of its experts (allgather), instead of alltoall."""
-    word = _word(m, "moe_token_dispatcher_type", "allgather")
-    if word not in ("allgather", "alltoall"):
-        raise UnsupportedModelError(
-            f"moe_token_dispatcher_type: {as_json(word)} is not supported yet; supported: allgather, alltoall",
-            "moe_token_dispatcher_type",
-        )
-    return word == "allgather"
+    return _choice(m, "moe_token_dispatcher_type", "allgather", ("allgather", "alltoall")) == "allgather"
 
 
 def groups_products(m: ModelFacts) -> bool:
@@ -96,12 +79,7 @@ def groups_products(m: ModelFacts) -> bool:
 
 
 def router_in_fp32(m: ModelFacts) -> bool:
-    word = _word(m, "moe_router_dtype", "")
-    if word not in ("", "fp32"):
-        raise UnsupportedModelError(
-            f"moe_router_dtype: {as_json(word)} is not supported yet; supported: fp32, null", "moe_router_dtype"
-        )
-    return word == "fp32"
+    return _choice(m, "moe_router_dtype", "", ("fp32", "")) == "fp32"
 
 
 def experts_of(m: ModelFacts) -> int:
@@ -134,6 +112,18 @@ def _word(m: ModelFacts, key: str, default: str) -> str:
     if not isinstance(value, str):
         raise ConfigError(f"config: {key} must be a string, not {as_json(value)}", key)
     return value
+
+
+def _choice(m: ModelFacts, key: str, default: str, known: tuple[str, ...], refused: str = "not supported yet") -> str:
+    word = _word(m, key, default)
+    if word not in known:
+        raise _unsupported(key, word, known, refused)
+    return word
+
+
+def _unsupported(key: str, word: str, known: tuple[str, ...], refused: str) -> UnsupportedModelError:
+    names = ", ".join(name or "null" for name in known)
+    return UnsupportedModelError(f"{key}: {as_json(word)} is {refused}; supported: {names}", key)
 
 
 def _layers(m: ModelFacts) -> tuple[Layer, ...]:
@@ -199,8 +189,14 @@ FAMILIES = {
         },
         layers=_layers,
         axes=_axes,
-        positions=True,
-        longest=_longest,
         acts=("gelu", "gelu_pytorch_tanh", "silu", "swiglu", "relu2", "squared_relu"),
-    ),
+        lengths=LengthFacts(learned=True, longest=_longest),
+        stack="megatron",
+        attention=AttentionFacts(single_sequence="views"),
+        generation=GenerationFacts(is_modelled=False),
+        parallel=ParallelFacts(
+            megatron=TensorParallelPlan(("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")), megatron_flags=()
+        ),
+        serving=ServingFacts(is_modelled=False),
+    )
 }

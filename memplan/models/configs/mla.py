@@ -6,11 +6,22 @@ from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError
+from memplan.models import tensor_plans as plans
 from memplan.models.configs.layer_lists import kinds, listed
-from memplan.models.configs.moe import DENSE, EXPERTS, after_first, expert_axes
+from memplan.models.configs.moe import DENSE, EXPERTS, GGUF_SHARED_EXPERTS, after_first, expert_axes
 from memplan.models.configs.ssm import mixers
-from memplan.models.configs.vision import size
-from memplan.models.facts import ONE_KERNEL, Family, ModelFacts
+from memplan.models.configs.towers import size
+from memplan.models.facts import ONE_KERNEL, Family, ImageFacts, ModelFacts
+from memplan.models.family_facts import (
+    AttentionFacts,
+    CheckpointFacts,
+    ConfigKeys,
+    DirectReads,
+    GenerationFacts,
+    ParallelFacts,
+    ServingFacts,
+    TrainingFacts,
+)
 from memplan.models.layers import Layer, as_json
 
 _SITU = (*ONE_KERNEL, "situ")  # Kimi K3's activation; a kimi_linear config may have it too
@@ -109,7 +120,7 @@ def _indexer_axes(m: ModelFacts) -> Mapping[str, int]:
 
 
 def _routed_with_tower(m: ModelFacts) -> Mapping[str, int]:
-    """Return the axes of Kimi K2.5's decoder and of its tower, the latter as in `memplan.models.configs.vision`.
+    """Return the axes of Kimi K2.5's decoder and of its tower, the latter as in `memplan.models.configs.towers`.
 
     vrows    rows, and columns, of the table of positions
     vframes  positions in time
@@ -198,7 +209,7 @@ def _delta_axes(m: ModelFacts) -> Mapping[str, int]:
 
 
 def _delta_with_tower(m: ModelFacts) -> Mapping[str, int]:
-    """Return the axes of Kimi K3's decoder and of its tower, the latter as in `memplan.models.configs.vision`.
+    """Return the axes of Kimi K3's decoder and of its tower, the latter as in `memplan.models.configs.towers`.
 
     `vq` is the width of the tower's queries.
     """
@@ -300,6 +311,34 @@ def _v4_axes(m: ModelFacts) -> Mapping[str, int]:
     }
 
 
+# Source: modeling_kimi_linear.py of moonshotai/Kimi-K3, _apply_attn_res.
+_RESIDUAL_PROJECTIONS = DirectReads(
+    "multiplies by", ("self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj"), "attn_res_block_size"
+)
+
+
+def has_k3_parts(m: ModelFacts) -> bool:
+    """Whether the config has any of Kimi K3's parts, so that transformers' Kimi Linear class does not fit it."""
+    kda = m.part("linear_attn_config")
+    keys = ("attn_res_block_size", "routed_expert_hidden_size", "mla_use_output_gate")
+    return (
+        any(m.config.get(key) for key in keys)
+        or m.hidden_act == "situ"
+        or any(kda.get(key) for key in ("use_full_rank_gate", "gate_lower_bound"))
+    )
+
+
+def _k3_note(m: ModelFacts) -> str:
+    return _K3_NOTE if has_k3_parts(m) else ""
+
+
+_K3_NOTE = (
+    "kimi_k3: transformers 5.24 has no class for it. The parts that differ from Kimi Linear (attention residuals, "
+    "bounded activation and decay, gates, a narrower space for experts) follow the modeling_kimi_linear.py published "
+    "with its weights. That code calls flash-linear-attention and runs routed experts without gradients, so we assume "
+    "that it trains and generates like transformers' Kimi Linear. None of it was traced"
+)
+
 # Source: transformers 5.24 configuration classes.
 _KIMI_KEYS = {
     "model_max_length": "max_position_embeddings",
@@ -311,7 +350,67 @@ _KIMI_KEYS = {
     "num_shared_experts": "n_shared_experts",
 }
 
+_V2_KEYS = {  # of a GGUF file
+    "attention.key_length": None,
+    "attention.head_count_kv": None,
+    "attention.q_lora_rank": "q_lora_rank",
+    "attention.kv_lora_rank": "kv_lora_rank",
+    "rope.dimension_count": "qk_rope_head_dim",
+    **GGUF_SHARED_EXPERTS,
+}
+_DEEPSEEK_V3 = Family(
+    _V3,
+    ConfigKeys(_NAMES),
+    after_first,
+    _routed,
+    stack="deepseek",
+    attention=AttentionFacts(single_sequence="views"),
+    generation=GenerationFacts(cache="latent"),
+    checkpoint=CheckpointFacts(experts="split", gguf="deepseek2"),
+    parallel=ParallelFacts(plans.FFN, experts=True),
+)
+_INDEXED = _DEEPSEEK_V3._replace(
+    defaults={**_V3, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64},
+    layers=_dense_or_sparse,
+    axes=_indexer_axes,
+    attention=AttentionFacts(no_flash_2="its class does not support it"),
+    training=TrainingFacts(never_quantised=("weights_proj",)),
+    checkpoint=CheckpointFacts(experts="split", gguf="deepseek32"),
+    parallel=ParallelFacts(plans.LATENT_EXPERTS, experts=True),
+)
+_KIMI = Family(
+    _KIMI_LINEAR,
+    ConfigKeys(_NAMES, renamed=_KIMI_KEYS),
+    _delta_layers,
+    _delta_axes,
+    acts=_SITU,
+    stack="kimi_linear",
+    attention=AttentionFacts(rotary=False),
+    training=TrainingFacts(direct_reads=_RESIDUAL_PROJECTIONS),
+    generation=GenerationFacts(cache="delta"),
+    checkpoint=CheckpointFacts(experts="split"),
+    parallel=ParallelFacts(plans.FFN, experts=True),
+    serving=ServingFacts(fp32_states=True),
+    note=_k3_note,
+)
+
 FAMILIES = {
+    "deepseek_v2": _DEEPSEEK_V3._replace(
+        defaults={
+            **_DEEPSEEK,
+            "intermediate_size": 11008,
+            "moe_intermediate_size": 1407,
+            "n_shared_experts": 2,
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 6,  # from DeepSeek's own class; transformers' has no default and fails
+            "first_k_dense_replace": 0,
+            "topk_method": "greedy",
+        },
+        checkpoint=CheckpointFacts(experts="split", gguf="deepseek2", gguf_keys=_V2_KEYS),
+        parallel=_INDEXED.parallel,
+    ),
+    "deepseek_v3": _DEEPSEEK_V3,
+    "deepseek_v32": _INDEXED,
     "deepseek_v4": Family(
         {
             "head_dim": 512,
@@ -330,50 +429,20 @@ FAMILIES = {
             "index_head_dim": 128,
             "index_topk": 512,
         },
-        {"intermediate_size": ("moe_intermediate_size",)},
+        keys=ConfigKeys({"intermediate_size": ("moe_intermediate_size",)}),
         layers=_compressed,
         axes=_v4_axes,
-        never_quantised=("weights_proj",),
+        stack="deepseek_v4",
+        attention=AttentionFacts(
+            no_flash_2="it does not support attention sinks, nor heads wider than 256", single_sequence="views"
+        ),
+        training=TrainingFacts(never_quantised=("weights_proj",)),
+        generation=GenerationFacts(cache="compressed"),
+        checkpoint=CheckpointFacts(experts="split"),
+        serving=ServingFacts(whole=frozenset(("attn_hc", "ffn_hc", "hc_head", "compressor", "kv_proj"))),
     ),
-    "deepseek_v2": Family(
-        {
-            **_DEEPSEEK,
-            "intermediate_size": 11008,
-            "moe_intermediate_size": 1407,
-            "n_shared_experts": 2,
-            "n_routed_experts": 64,
-            "num_experts_per_tok": 6,  # from DeepSeek's own class; transformers' has no default and fails
-            "first_k_dense_replace": 0,
-            "topk_method": "greedy",
-        },
-        _NAMES,
-        layers=after_first,
-        axes=_routed,
-    ),
-    "deepseek_v3": Family(_V3, _NAMES, layers=after_first, axes=_routed),
-    "kimi_k25": Family(
-        {**_V3, "tie_word_embeddings": True}, _NAMES, layers=after_first, axes=_routed_with_tower, decoder="text_config"
-    ),
-    "kimi_k3": Family(
-        _KIMI_LINEAR,
-        _NAMES,
-        layers=_delta_layers,
-        axes=_delta_with_tower,
-        decoder="text_config",
-        acts=_SITU,
-        renamed=_KIMI_KEYS,
-    ),
-    "kimi_linear": Family(_KIMI_LINEAR, _NAMES, layers=_delta_layers, axes=_delta_axes, acts=_SITU, renamed=_KIMI_KEYS),
-    "kimi_k2": Family(_V3, _NAMES, layers=after_first, axes=_routed, built_as="deepseek_v3"),
-    "deepseek_v32": Family(
-        {**_V3, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64},
-        _NAMES,
-        layers=_dense_or_sparse,
-        axes=_indexer_axes,
-        never_quantised=("weights_proj",),
-    ),
-    "glm4_moe_lite": Family(
-        {
+    "glm4_moe_lite": _DEEPSEEK_V3._replace(
+        defaults={
             **_V3,
             "first_k_dense_replace": None,
             "intermediate_size": 10240,
@@ -386,12 +455,11 @@ FAMILIES = {
             "topk_group": 1,
             "num_experts_per_tok": 4,
         },
-        _NAMES,
         layers=_dense_or_sparse,
-        axes=_routed,
+        parallel=ParallelFacts(plans.LATENT._replace(experts=True, replicated=("shared_experts",)), experts=True),
     ),
-    "glm_moe_dsa": Family(
-        {
+    "glm_moe_dsa": _INDEXED._replace(
+        defaults={
             **_V3,
             "intermediate_size": 12288,
             "q_lora_rank": 2048,
@@ -403,11 +471,27 @@ FAMILIES = {
             "index_head_dim": 128,
             "index_n_heads": 32,
         },
-        _NAMES,
         layers=_with_indexers,
-        axes=_indexer_axes,
-        never_quantised=("weights_proj",),
+        checkpoint=CheckpointFacts(experts="split", gguf="glm-dsa"),
     ),
+    "kimi_k2": _DEEPSEEK_V3._replace(built_as="deepseek_v3"),
+    "kimi_k25": _DEEPSEEK_V3._replace(
+        defaults={**_V3, "tie_word_embeddings": True},
+        keys=ConfigKeys(_NAMES, decoder="text_config"),
+        axes=_routed_with_tower,
+        stack="kimi",
+        parallel=ParallelFacts(),
+        images=ImageFacts(),
+    ),
+    "kimi_k3": _KIMI._replace(
+        keys=_KIMI.keys._replace(decoder="text_config"),
+        axes=_delta_with_tower,
+        stack="kimi",
+        checkpoint=CheckpointFacts(),
+        parallel=ParallelFacts(),
+        images=ImageFacts(),
+    ),
+    "kimi_linear": _KIMI,
     "minicpm3": Family(
         {
             "tie_word_embeddings": True,
@@ -418,7 +502,11 @@ FAMILIES = {
             "qk_rope_head_dim": 32,
             "max_position_embeddings": 32768,
         },
-        _NAMES,
+        keys=ConfigKeys(_NAMES),
         axes=latent_axes,
+        stack="minicpm3",
+        attention=AttentionFacts(single_sequence="views"),
+        generation=GenerationFacts(cache="latent"),
+        parallel=ParallelFacts(plans.LATENT),
     ),
 }

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from memplan.core.errors import ConfigError, UnsupportedModelError
-from memplan.models.configs import MODULES
-from memplan.models.configs.dense import MODEL_TYPES
+from memplan.models.configs import DENSE, MODULES, family, kind_of
 
 _MAX_SHOWN = 80  # characters of a name that an error message repeats
 
@@ -53,34 +52,21 @@ def model_type_of(config: Mapping[str, Any]) -> str:
     model_type = config.get("model_type")
     if not isinstance(model_type, str):
         raise ConfigError("config: no model_type, so not a Hugging Face model config", "model_type")
-    if model_type in MODULES:
+    is_dense = MODULES.get(model_type) == DENSE
+    if model_type in MODULES and not is_dense:
         return model_type
     shown = repr(model_type) if len(model_type) <= _MAX_SHOWN else f"{model_type[:_MAX_SHOWN]!r}..."
     kinds = dict.fromkeys(kind for key, kind in _KINDS.items() if _is_set(config, key))
     if not kinds and config.get("text_config"):
         kinds = {"multimodal": None}
-    if not kinds and model_type not in MODEL_TYPES:
+    if not kinds and not is_dense:
         kinds = {kind: None for part, kind in _KINDS_BY_NAME.items() if part in model_type}
-    if kinds or model_type not in MODEL_TYPES:
+    if kinds or not is_dense:
         listed = f" ({', '.join(kinds)})" if kinds else ""
         near = " or ".join(nearest_families(model_type, kinds))
         hint = f"; did you mean {near}?" if near else ", and no supported family has a similar name"
         raise UnsupportedModelError(f"model_type: {shown}{listed} is not supported yet{hint}", "model_type")
     return model_type
-
-
-# Module of `memplan.models.configs` -> the kind of its families; all others are dense decoders.
-_KINDS_OF_MODULES = {
-    "vision": "vision-language",
-    "llama4": "mixture of experts",
-    "moe": "mixture of experts",
-    "mla": "mixture of experts, multi-head latent attention",
-    "block_sparse": "mixture of experts",
-    "gpt_oss": "mixture of experts",
-    "ssm": "state space, recurrent, linear attention",
-    "encoders": "encoder",
-}
-_TOWERS = ("gemma4", "kimi_k25", "kimi_k3", "llama4")  # vision-language families of modules other than `vision`
 
 
 _MIN_SIMILARITY = 0.6  # of two names, as difflib.SequenceMatcher.ratio()
@@ -96,7 +82,7 @@ def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, .
     """
     lowered = model_type[:_MAX_SHOWN].lower()
     wanted, (stem, version, rest) = " ".join(kinds), _words(lowered)
-    similarity = {name: difflib.SequenceMatcher(None, lowered, name).ratio() for name in _families()}
+    similarity = {name: difflib.SequenceMatcher(None, lowered, name).ratio() for name in MODULES}
 
     def distance(name: str) -> tuple[float, ...]:
         stem_of, version_of, rest_of = _words(name)
@@ -112,16 +98,12 @@ def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, .
         same_kind = any(part in wanted for part in _kind(name).split(", ") if part)
         return same_kind or similarity[name] >= _MIN_SIMILARITY or _words(name)[0][:1] == stem[:1]
 
-    return tuple(sorted((name for name in _families() if name != model_type and is_similar(name)), key=distance)[:3])
-
-
-def _families() -> tuple[str, ...]:
-    return (*MODEL_TYPES, *MODULES)
+    return tuple(sorted((name for name in MODULES if name != model_type and is_similar(name)), key=distance)[:3])
 
 
 def _kind(name: str) -> str:
-    tower = name in _TOWERS or "_vl" in name.removesuffix("_text")
-    return "vision-language" if tower else _KINDS_OF_MODULES.get(MODULES.get(name, ""), "")
+    tower = family(name).images is not None or "_vl" in name.removesuffix("_text")
+    return "vision-language" if tower else kind_of(name)
 
 
 def _words(name: str) -> tuple[list[str], float, list[str]]:

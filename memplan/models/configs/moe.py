@@ -6,11 +6,15 @@ Source: transformers 5.24 configuration classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import cast
 
 from memplan.core.errors import ConfigError
+from memplan.models import tensor_plans as plans
+from memplan.models.configs.layer_lists import SLIDING, kinds
 from memplan.models.facts import Family, ModelFacts
-from memplan.models.layers import Layer, as_json, sliding_layers
+from memplan.models.family_facts import CheckpointFacts, ConfigKeys, ParallelFacts, ServingFacts, TrainingFacts
+from memplan.models.layers import Layer, as_json
 
 EXPERTS, DENSE = "experts", "dense"
 
@@ -39,13 +43,17 @@ def every_layer(m: ModelFacts) -> tuple[Layer, ...]:
     return (layer,) * m.num_hidden_layers
 
 
-def sparse_step_layers(m: ModelFacts) -> tuple[Layer, ...]:
-    """Return layers with experts in every `decoder_sparse_step`th but `mlp_only_layers`, with Qwen2-MoE's windows."""
+def sparse_step_layers(m: ModelFacts, alternates: bool = False) -> tuple[Layer, ...]:
+    """Return layers with experts in every `decoder_sparse_step`th but `mlp_only_layers`.
+
+    `alternates`: of the layers up to `max_window_layers`, every other one has a window, as in Qwen2-MoE.
+    """
     count, step = m.num_hidden_layers, m.config_int("decoder_sparse_step", 1)
     dense, last = numbers(m, "mlp_only_layers"), m.config_int("max_window_layers", 28, least=0)
     windows = [m.sliding_window is not None] * count
-    if m.model_type == "qwen2_moe":
-        windows = sliding_layers(m.config, [window and i % 2 == 0 and i < last for i, window in enumerate(windows)])
+    if alternates:
+        default = [window and i % 2 == 0 and i < last for i, window in enumerate(windows)]
+        windows = kinds(m, "layer_types", SLIDING, default)
     return tuple(
         Layer(
             window,
@@ -79,10 +87,13 @@ _QWEN2_MOE = {
 }
 
 
-def after_first(m: ModelFacts) -> tuple[Layer, ...]:
-    """Return layers with experts, except the first `first_k_dense_replace`."""
+def after_first(m: ModelFacts, steps: bool = False) -> tuple[Layer, ...]:
+    """Return layers with experts, except the first `first_k_dense_replace`.
+
+    `steps`: only every `moe_layer_freq`th of the others has experts.
+    """
     first = m.config_int("first_k_dense_replace", least=0)
-    step = m.config_int("moe_layer_freq", 1) if m.model_type == "deepseek" else 1
+    step = m.config_int("moe_layer_freq", 1) if steps else 1
     layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
     count = m.num_hidden_layers
     return tuple(layer._replace(ffn=EXPERTS if i >= first and i % step == 0 else DENSE) for i in range(count))
@@ -136,22 +147,48 @@ def _glm(m: ModelFacts) -> Mapping[str, int]:
     return {**axes, "fs": axes["m"] * m.config_int("n_shared_experts")}
 
 
+# Keys of a GGUF file.
+_GGUF_CHOSEN = {"expert_used_count": "num_experts_per_tok"}
+GGUF_EXPERTS = {**_GGUF_CHOSEN, "expert_feed_forward_length": "moe_intermediate_size"}
+GGUF_SHARED_EXPERTS = {
+    "expert_count": "n_routed_experts",
+    "expert_shared_count": "n_shared_experts",
+    "leading_dense_block_count": "first_k_dense_replace",
+    **GGUF_EXPERTS,
+}
+GGUF_BOTH_EXPERTS = {
+    "expert_count": "num_experts",
+    "expert_shared_feed_forward_length": "shared_expert_intermediate_size",
+    **GGUF_EXPERTS,
+}
+_MOE = Family(
+    {},
+    layers=every_layer,
+    axes=expert_axes("num_local_experts", width="intermediate_size"),
+    stack="mixtures",
+    checkpoint=CheckpointFacts(experts="split"),
+    parallel=ParallelFacts(plans.MIXTURE, experts=True),
+)
+
 FAMILIES: dict[str, Family] = {
     "dbrx": Family(
         {"d_model": 2048, "n_heads": 16, "n_layers": 24, "vocab_size": 32000, "kv_n_heads": 1, "max_seq_len": 2048},
-        {
-            "hidden_size": ("hidden_size", "d_model"),
-            "num_hidden_layers": ("num_hidden_layers", "n_layers"),
-            "num_attention_heads": ("num_attention_heads", "n_heads"),
-            "num_key_value_heads": ("kv_n_heads",),
-            "intermediate_size": (),
-            "head_dim": (),
-            "max_position_embeddings": ("max_position_embeddings", "max_seq_len"),
-            "hidden_act": (),
-        },
+        keys=ConfigKeys(
+            {
+                "hidden_size": ("hidden_size", "d_model"),
+                "num_hidden_layers": ("num_hidden_layers", "n_layers"),
+                "num_attention_heads": ("num_attention_heads", "n_heads"),
+                "num_key_value_heads": ("kv_n_heads",),
+                "intermediate_size": (),
+                "head_dim": (),
+                "max_position_embeddings": ("max_position_embeddings", "max_seq_len"),
+                "hidden_act": (),
+            },
+            decoder="attn_config",
+        ),
         layers=every_layer,
         axes=_dbrx,
-        decoder="attn_config",
+        stack="dbrx",
     ),
     "deepseek": Family(  # source: the code published with its weights; transformers 5.24 has no class
         {
@@ -162,11 +199,12 @@ FAMILIES: dict[str, Family] = {
             "n_shared_experts": None,
             "first_k_dense_replace": 0,
         },
-        layers=after_first,
+        layers=partial(after_first, steps=True),
         axes=_glm,
+        stack="mixtures",
     ),
-    "ernie4_5_moe": Family(
-        {
+    "ernie4_5_moe": _MOE._replace(
+        defaults={
             "tie_word_embeddings": True,
             "num_key_value_heads": 4,
             "intermediate_size": 12288,
@@ -177,8 +215,8 @@ FAMILIES: dict[str, Family] = {
         layers=between,
         axes=_ernie,
     ),
-    "glm4_moe": Family(
-        {
+    "glm4_moe": _MOE._replace(
+        defaults={
             "num_key_value_heads": 8,
             "intermediate_size": 10944,
             "moe_intermediate_size": 1408,
@@ -188,23 +226,32 @@ FAMILIES: dict[str, Family] = {
             "first_k_dense_replace": 1,
             "partial_rotary_factor": 0.5,
         },
-        {},
         layers=after_first,
         axes=_glm,
+        checkpoint=CheckpointFacts(
+            experts="split",
+            gguf="glm4moe",
+            gguf_keys=GGUF_SHARED_EXPERTS,
+            gguf_switches={"attention_bias": "attn_q.bias", "use_qk_norm": "attn_q_norm.weight"},
+        ),
     ),
     "granitemoe": Family(
         {"intermediate_size": 11008, "num_local_experts": 8, "num_experts_per_tok": 2},
-        {"head_dim": ()},
+        keys=ConfigKeys({"head_dim": ()}),
         layers=every_layer,
         axes=expert_axes("num_local_experts", width="intermediate_size"),
+        stack="mixtures",
+        checkpoint=CheckpointFacts(gguf="granitemoe", gguf_keys={"expert_count": "num_local_experts", **_GGUF_CHOSEN}),
+        parallel=ParallelFacts(plans.EXPERTS, experts=True),
+        serving=ServingFacts(adapts_tables=True),
     ),
-    "hunyuan_v1_moe": Family(
-        {"intermediate_size": 11008, "num_experts": 1, "moe_topk": 1},
-        layers=every_layer,
+    "hunyuan_v1_moe": _MOE._replace(
+        defaults={"intermediate_size": 11008, "num_experts": 1, "moe_topk": 1},
         axes=_hunyuan,
+        parallel=ParallelFacts(plans.EXPERTS, experts=True),
     ),
-    "minimax_m2": Family(
-        {
+    "minimax_m2": _MOE._replace(
+        defaults={
             "num_key_value_heads": 8,
             "head_dim": 128,
             "intermediate_size": 1536,
@@ -212,42 +259,55 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 8,
             "rotary_dim": None,
         },
-        layers=every_layer,
-        axes=expert_axes("num_local_experts", width="intermediate_size"),
+        checkpoint=CheckpointFacts(experts="split", gguf="minimax-m2"),
+        parallel=ParallelFacts(plans.GATHERED, experts=True),
     ),
-    "mixtral": Family(
-        {
+    "mixtral": _MOE._replace(
+        defaults={
             "num_key_value_heads": 8,
             "intermediate_size": 14336,
             "num_local_experts": 8,
             "num_experts_per_tok": 2,
             "sliding_window": None,
         },
-        layers=every_layer,
-        axes=expert_axes("num_local_experts", width="intermediate_size"),
+        training=TrainingFacts(experts_were=True),
+        checkpoint=CheckpointFacts(experts="split", gguf="llama"),
+        parallel=ParallelFacts(plans.MIXTURE, experts=True, megatron_flags=plans.MEGATRON_FLAGS),
+        serving=ServingFacts(adapts_tables=True),
     ),
-    "olmoe": Family(
-        {"intermediate_size": 2048, "num_experts": 64, "num_experts_per_tok": 8},
-        {"head_dim": ()},
-        layers=every_layer,
+    "olmoe": _MOE._replace(
+        defaults={"intermediate_size": 2048, "num_experts": 64, "num_experts_per_tok": 8},
+        keys=ConfigKeys({"head_dim": ()}),
         axes=expert_axes(width="intermediate_size"),
+        training=TrainingFacts(experts_were=True),
+        checkpoint=CheckpointFacts(
+            experts="split", gguf="olmoe", gguf_keys={"expert_count": "num_experts", **_GGUF_CHOSEN}
+        ),
+        parallel=ParallelFacts(plans.GATHERED, experts=True),
     ),
-    "phimoe": Family(
-        {
+    "phimoe": _MOE._replace(
+        defaults={
             "num_key_value_heads": 8,
             "intermediate_size": 6400,
             "num_local_experts": 16,
             "num_experts_per_tok": 2,
             "sliding_window": None,
         },
-        layers=every_layer,
         axes=_phi,
+        checkpoint=CheckpointFacts(experts="split", gguf="phimoe"),
+        parallel=ParallelFacts(plans.EXPERTS, experts=True),
+        serving=ServingFacts(adapts_tables=True, llama_cpp_window=False),
     ),
-    "qwen2_moe": Family(
-        _QWEN2_MOE, layers=sparse_step_layers, axes=expert_axes(shared="shared_expert_intermediate_size")
+    "qwen2_moe": _MOE._replace(
+        defaults=_QWEN2_MOE,
+        layers=partial(sparse_step_layers, alternates=True),
+        axes=expert_axes(shared="shared_expert_intermediate_size"),
+        training=TrainingFacts(experts_were=True),
+        checkpoint=CheckpointFacts(experts="split", gguf="qwen2moe", gguf_keys=GGUF_BOTH_EXPERTS),
+        parallel=ParallelFacts(plans.MIXTURE._replace(replicated=("shared_expert",)), experts=True),
     ),
-    "qwen3_moe": Family(
-        {
+    "qwen3_moe": _MOE._replace(
+        defaults={
             "num_key_value_heads": 4,
             "intermediate_size": 6144,
             "moe_intermediate_size": 768,
@@ -256,8 +316,14 @@ FAMILIES: dict[str, Family] = {
             "use_sliding_window": False,
             "sliding_window": 4096,
         },
+        keys=ConfigKeys(renamed={"num_local_experts": "num_experts"}),
         layers=sparse_step_layers,
         axes=expert_axes(),
-        renamed={"num_local_experts": "num_experts"},
+        training=TrainingFacts(experts_were=True),
+        checkpoint=CheckpointFacts(
+            experts="split", gguf="qwen3moe", gguf_keys={"expert_count": "num_experts", **GGUF_EXPERTS}
+        ),
+        parallel=ParallelFacts(plans.MIXTURE, experts=True, megatron_flags=(*plans.MEGATRON_FLAGS, "--qk-layernorm")),
+        serving=ServingFacts(adapts_tables=True),
     ),
 }

@@ -9,8 +9,18 @@ from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError
-from memplan.models.configs.moe import expert_axes, numbers
+from memplan.models import tensor_plans as plans
+from memplan.models.configs.moe import GGUF_BOTH_EXPERTS, expert_axes, numbers
 from memplan.models.facts import Family, ModelFacts
+from memplan.models.family_facts import (
+    AttentionFacts,
+    CheckpointFacts,
+    ConfigKeys,
+    GenerationFacts,
+    ParallelFacts,
+    ServingFacts,
+    TrainingFacts,
+)
 from memplan.models.layers import Layer, as_json
 
 _DELTA: dict[str, Any] = {
@@ -58,8 +68,8 @@ def _delta_layers(m: ModelFacts) -> tuple[Layer, ...]:
 
 def _qwen_ffns(m: ModelFacts) -> list[str]:
     """Return the FFN of every layer: Qwen3-Next may have dense ones; Qwen3.5 has experts in all layers or in none."""
-    if m.model_type != "qwen3_next":
-        return ["experts" if m.model_type.startswith("qwen3_5_moe") else "dense"] * m.num_hidden_layers
+    if "decoder_sparse_step" not in m.family.defaults:
+        return ["experts" if "num_experts" in m.family.defaults else "dense"] * m.num_hidden_layers
     every, dense = m.config_int("decoder_sparse_step"), numbers(m, "mlp_only_layers")
     return ["dense" if i in dense or (i + 1) % every else "experts" for i in range(m.num_hidden_layers)]
 
@@ -71,7 +81,7 @@ def _delta_axes(m: ModelFacts) -> dict[str, int]:
         raise ConfigError(
             f"config: linear_num_key_heads {lk} does not divide linear_num_value_heads {lv}", "linear_num_key_heads"
         )
-    has_experts = m.model_type.startswith(("qwen3_5_moe", "qwen3_next"))
+    has_experts = "num_experts" in m.family.defaults
     return {
         **(expert_axes(shared="shared_expert_intermediate_size")(m) if has_experts else {}),
         "lk": lk,
@@ -234,11 +244,7 @@ def _nemotron_layers(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 # Older configs' keys of the mixer's sizes.
-_OLDER = {
-    "n_groups": "mamba_n_groups",
-    "conv_kernel": "mamba_d_conv",
-    "chunk_size": "mamba_chunk_size",
-}
+_OLDER = {"n_groups": "mamba_n_groups", "conv_kernel": "mamba_d_conv", "chunk_size": "mamba_chunk_size"}
 
 
 def _nemotron_axes(m: ModelFacts) -> dict[str, int]:
@@ -263,8 +269,46 @@ def _nemotron_axes(m: ModelFacts) -> dict[str, int]:
     }
 
 
+_MAMBA_ROW = Family(
+    _MAMBA1,
+    ConfigKeys({**_NO_HEADS, "intermediate_size": ()}, _NO_ATTENTION),
+    _mixer_layers,
+    _mamba_axes,
+    stack="mamba",
+    attention=AttentionFacts(rotary=False),
+    training=TrainingFacts(fused_mixers=True),
+    generation=GenerationFacts(cache="mamba-1"),
+    checkpoint=CheckpointFacts(gguf="mamba"),
+)
+_EXPERTS = {"num_key_value_heads": 2, "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512}
+_POST_NORM = {"post_attention_layernorm": "post_attention_norm"}
+_GGUF_DELTA = {
+    "ssm.conv_kernel": "linear_conv_kernel_dim",
+    "ssm.state_size": "linear_key_head_dim",
+    "ssm.group_count": "linear_num_key_heads",
+    "ssm.time_step_rank": "linear_num_value_heads",
+    "full_attention_interval": "full_attention_interval",
+    **GGUF_BOTH_EXPERTS,
+}
+_QWEN3_NEXT = Family(
+    {
+        **_DELTA,
+        **_EXPERTS,
+        "intermediate_size": 5632,
+        "decoder_sparse_step": 1,
+        "num_experts": 512,
+        "num_experts_per_tok": 10,
+    },
+    layers=_delta_layers,
+    axes=_delta_axes,
+    stack="qwen3_next",
+    generation=GenerationFacts(cache="delta"),
+    checkpoint=CheckpointFacts(experts="split", gguf="qwen3next", gguf_keys=_GGUF_DELTA, gguf_modules=_POST_NORM),
+    parallel=ParallelFacts(plans.MIXTURE_DELTA, experts=True),
+)
+
 FAMILIES: dict[str, Family] = {
-    "falcon_mamba": Family(_MAMBA1, {**_NO_HEADS, "intermediate_size": ()}, _NO_ATTENTION, _mixer_layers, _mamba_axes),
+    "falcon_mamba": _MAMBA_ROW,
     "jamba": Family(
         {
             "num_key_value_heads": 8,
@@ -281,11 +325,17 @@ FAMILIES: dict[str, Family] = {
             "mamba_dt_rank": "auto",
             "mamba_conv_bias": True,
         },
-        {"head_dim": ()},
+        keys=ConfigKeys({"head_dim": ()}),
         layers=_jamba_layers,
         axes=_jamba_axes,
+        stack="mamba",
+        attention=AttentionFacts(rotary=False),
+        generation=GenerationFacts(cache="mamba-1"),
+        checkpoint=CheckpointFacts(experts="split", gguf="jamba"),
+        parallel=ParallelFacts(plans.EXPERTS, experts=True),
+        serving=ServingFacts(adapts_tables=True),
     ),
-    "mamba": Family(_MAMBA1, {**_NO_HEADS, "intermediate_size": ()}, _NO_ATTENTION, _mixer_layers, _mamba_axes),
+    "mamba": _MAMBA_ROW._replace(training=TrainingFacts(skips=("dt_proj",), fused_mixers=True)),
     "nemotron_h": Family(
         {
             "num_key_value_heads": 8,
@@ -303,11 +353,19 @@ FAMILIES: dict[str, Family] = {
             "moe_shared_expert_intermediate_size": 7688,
             "mlp_hidden_act": "relu2",
         },
-        {"hidden_act": ("mlp_hidden_act",)},
-        required=("hidden_size", "num_attention_heads", "vocab_size"),
+        keys=ConfigKeys(
+            {"hidden_act": ("mlp_hidden_act",)}, required=("hidden_size", "num_attention_heads", "vocab_size")
+        ),
         layers=_nemotron_layers,
         axes=_nemotron_axes,
         acts=("relu2",),
+        gated=False,
+        stack="ssm",
+        attention=AttentionFacts(rotary=False),
+        training=TrainingFacts(fused_mixers=True),
+        generation=GenerationFacts(cache="mamba-2"),
+        checkpoint=CheckpointFacts(gguf="nemotron_h"),
+        serving=ServingFacts(adapts_tables=True, fp32_states=True),
     ),
     "granitemoehybrid": Family(
         {
@@ -324,12 +382,17 @@ FAMILIES: dict[str, Family] = {
             "mamba_chunk_size": 256,
             "mamba_conv_bias": True,
         },
-        {"head_dim": ()},
+        keys=ConfigKeys({"head_dim": ()}),
         layers=_granite_layers,
         axes=_granite_axes,
+        stack="ssm",
+        generation=GenerationFacts(cache="mamba-2"),
+        checkpoint=CheckpointFacts(gguf="granitehybrid"),
+        parallel=ParallelFacts(plans.EXPERTS, experts=True),
+        serving=ServingFacts(adapts_tables=True),
     ),
-    "mamba2": Family(
-        {
+    "mamba2": _MAMBA_ROW._replace(
+        defaults={
             "num_heads": 128,
             "head_dim": 64,
             "state_size": 128,
@@ -339,39 +402,22 @@ FAMILIES: dict[str, Family] = {
             "use_conv_bias": True,
             "residual_in_fp32": True,
         },
-        {**_NO_HEADS, "intermediate_size": ()},
-        _NO_ATTENTION,
-        _mixer_layers,
-        _mamba2_axes,
+        axes=_mamba2_axes,
+        stack="ssm",
+        generation=GenerationFacts(cache="mamba-2"),
+        checkpoint=CheckpointFacts(gguf="mamba2"),
     ),
-    "qwen3_5_moe_text": Family(
-        {
-            **_DELTA,
-            "num_key_value_heads": 2,
-            "num_experts": 256,
-            "num_experts_per_tok": 8,
-            "moe_intermediate_size": 512,
-            "shared_expert_intermediate_size": 512,
-        },
-        {"intermediate_size": ()},
-        layers=_delta_layers,
-        axes=_delta_axes,
+    "qwen3_5_moe_text": _QWEN3_NEXT._replace(
+        defaults={**_DELTA, **_EXPERTS, "num_experts": 256, "num_experts_per_tok": 8},
+        keys=ConfigKeys({"intermediate_size": ()}),
+        checkpoint=CheckpointFacts(experts="split"),
+        serving=ServingFacts(adapts_tables=True),
     ),
-    "qwen3_5_text": Family(
-        {**_DELTA, "num_key_value_heads": 4, "intermediate_size": 12288}, layers=_delta_layers, axes=_delta_axes
+    "qwen3_5_text": _QWEN3_NEXT._replace(
+        defaults={**_DELTA, "num_key_value_heads": 4, "intermediate_size": 12288},
+        checkpoint=CheckpointFacts(gguf="qwen35", gguf_modules=_POST_NORM),
+        parallel=ParallelFacts(plans.LLAMA_DELTA),
+        serving=ServingFacts(adapts_tables=True),
     ),
-    "qwen3_next": Family(
-        {
-            **_DELTA,
-            "num_key_value_heads": 2,
-            "intermediate_size": 5632,
-            "decoder_sparse_step": 1,
-            "num_experts": 512,
-            "num_experts_per_tok": 10,
-            "moe_intermediate_size": 512,
-            "shared_expert_intermediate_size": 512,
-        },
-        layers=_delta_layers,
-        axes=_delta_axes,
-    ),
+    "qwen3_next": _QWEN3_NEXT,
 }

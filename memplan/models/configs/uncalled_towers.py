@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import cast
 
 from memplan.core.errors import ConfigError
-from memplan.models.configs.vision import size
+from memplan.models.configs.towers import size
 from memplan.models.facts import ModelFacts
 from memplan.models.layers import as_json
 

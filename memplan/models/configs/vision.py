@@ -1,295 +1,42 @@
 """Vision-language models: the language model's config, and the sizes of the vision tower.
 
-A tower's axes:
-
-    vh            hidden size
-    va            heads
-    vd            head dim
-    vf            FFN width
-    vin           elements of a patch
-    vm            width of merged patches
-    vL1, vL2, ... layers of each run
-
-The axes set by a run's images are in `memplan.models.configs.images`.
+Source: transformers 5.24 configuration classes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
-from itertools import groupby
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError
-from memplan.models.configs.dense import MODEL_TYPES
+from memplan.models.configs import images, towers
+from memplan.models.configs.dense import FAMILIES as DENSE
 from memplan.models.configs.moe import expert_axes, sparse_step_layers
 from memplan.models.configs.ssm import FAMILIES as SSM
+from memplan.models.configs.windows import windows_after
 from memplan.models.facts import Family, ModelFacts
-from memplan.models.layers import MOST_LAYERS, Layer, as_json, layers_of
-
-_VISION = "vision_config"
-_LIMIT = 2**21
-_COUNTS_LAYERS = ("depth", "num_hidden_layers", "num_global_layers")
-
-_QWEN3 = {
-    "depth": 27,
-    "hidden_size": 1152,
-    "num_heads": 16,
-    "intermediate_size": 4304,
-    "in_channels": 3,
-    "patch_size": 16,
-    "temporal_patch_size": 2,
-    "spatial_merge_size": 2,
-    "num_position_embeddings": 2304,
-}
-# Defaults of the config classes of `vision_config`. Source: transformers 5.24 configuration classes.
-_DEFAULTS: dict[str, Mapping[str, int | tuple[int, ...]]] = {
-    "gemma3": {
-        "hidden_size": 768,
-        "num_attention_heads": 12,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_channels": 3,
-        "patch_size": 16,
-        "image_size": 224,
-    },
-    "llama4": {
-        "hidden_size": 768,
-        "num_attention_heads": 16,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 34,
-        "num_channels": 3,
-        "patch_size": 14,
-        "image_size": 448,
-        "projector_input_dim": 4096,
-        "projector_output_dim": 4096,
-        "vision_output_dim": 7680,
-    },
-    "mistral3": {
-        "hidden_size": 1024,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_channels": 3,
-        "patch_size": 16,
-        "image_size": 1024,
-    },
-    "mllama": {
-        "hidden_size": 1280,
-        "attention_heads": 16,
-        "intermediate_size": 5120,
-        "num_hidden_layers": 32,
-        "num_global_layers": 8,
-        "num_channels": 3,
-        "patch_size": 14,
-        "image_size": 448,
-        "max_num_tiles": 4,
-        "vision_output_dim": 7680,
-        "intermediate_layers_indices": (3, 7, 15, 23, 30),
-    },
-    "qwen2_vl": {
-        "depth": 32,
-        "embed_dim": 1280,
-        "num_heads": 16,
-        "mlp_ratio": 4,
-        "in_channels": 3,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-    },
-    "qwen2_5_vl": {
-        "depth": 32,
-        "hidden_size": 3584,
-        "num_heads": 16,
-        "intermediate_size": 3420,
-        "in_channels": 3,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "spatial_merge_size": 2,
-        "window_size": 112,
-        "fullatt_block_indexes": (7, 15, 23, 31),
-    },
-    **{key: {**_QWEN3, "deepstack_visual_indexes": ()} for key in ("qwen3_5", "qwen3_5_moe")},
-    **{key: {**_QWEN3, "deepstack_visual_indexes": (8, 16, 24)} for key in ("qwen3_vl", "qwen3_vl_moe")},
-}
-
-
-def size(m: ModelFacts, key: str, default: int = 0, *others: str) -> int:
-    """Return a size of the tower's config, by the first of its names that is set; else `default`, or the class's.
-
-    Raises ConfigError if it is not a size.
-    """
-    part = m.part(_VISION)
-    name = next((n for n in (key, *others) if part.get(n) is not None), key)
-    value: object = part.get(name)
-    if value is None:
-        return default or cast(int, _DEFAULTS[m.model_type][key])
-    sides: tuple[Any, ...] = cast(tuple[Any, ...], value) if isinstance(value, tuple) else (value,)
-    side = sides[0] if len(set(sides)) == 1 else None  # a pair must be a square
-    most = MOST_LAYERS if key in _COUNTS_LAYERS else _LIMIT
-    if isinstance(side, bool) or not isinstance(side, int) or not 1 <= side <= most:
-        shown = as_json(cast(Any, value))
-        raise ConfigError(f"config: {_VISION}.{name} must be a whole number from 1 to {most:,}, not {shown}", name)
-    return side
-
-
-def places(m: ModelFacts, key: str) -> tuple[int, ...]:
-    """Return a list of layer indices of the tower's config. Raises ConfigError if it is not one."""
-    value: object = m.part(_VISION).get(key)
-    if value is None:
-        return cast(tuple[int, ...], _DEFAULTS[m.model_type][key])
-    listed = cast(tuple[object, ...], value) if isinstance(value, tuple) else ("",)
-    numbers = tuple(n for n in listed if isinstance(n, int) and not isinstance(n, bool) and n >= 0)
-    if len(numbers) < len(listed):
-        raise ConfigError(f"config: {_VISION}.{key} must be a list of layers, not {as_json(cast(Any, value))}", key)
-    return numbers
-
-
-def _tower(
-    m: ModelFacts,
-    runs: Sequence[int],
-    channels: int,
-    hidden: str = "hidden_size",
-    heads: str = "num_attention_heads",
-    ratio: str = "",
-) -> dict[str, int]:
-    """Return the axes of a tower.
-
-    runs      number of layers of each run
-    channels  channels of a patch, over all frames
-    hidden    config key of the hidden size
-    heads     config key of the number of heads
-    ratio     config key of the FFN width as a multiple of the hidden size, if the config has no width
-    """
-    h, a, side = size(m, hidden), size(m, heads), size(m, "patch_size")
-    if h % a:
-        raise ConfigError(f"config: {_VISION}: {a} heads do not divide {h}", _VISION)
-    d = h // a
-    return {
-        "vh": h,
-        "va": a,
-        "vd": d,
-        "vd32": -(-d // 32) * 32 if d <= 128 else -(-d // 64) * 64,
-        "vd2": d // 2,
-        "vd4": d // 4,
-        "vf": h * size(m, ratio) if ratio else size(m, "intermediate_size"),
-        "vin": channels * side**2,
-        "patch": side,
-        **{f"vL{i}": n for i, n in enumerate(runs, 1)},
-    }
-
-
-def _qwen(m: ModelFacts, runs: Sequence[int], hidden: str = "hidden_size", ratio: str = "") -> dict[str, int]:
-    """Return the axes of Qwen's tower, which sees every image as two frames and merges squares of patches."""
-    channels = size(m, "in_channels") * size(m, "temporal_patch_size")
-    axes = _tower(m, runs, channels, hidden, "num_heads", ratio)
-    return {**axes, "vm": axes["vh"] * size(m, "spatial_merge_size") ** 2}
-
-
-def qwen2_vl(m: ModelFacts) -> dict[str, int]:
-    return _qwen(m, (size(m, "depth"),), "embed_dim", "mlp_ratio")
-
-
-def run_lengths(depth: int, ends: Sequence[int]) -> Iterator[int]:
-    """Yield the number of layers up to and including each of `ends`, and after the last."""
-    start = 0
-    for end in sorted({e + 1 for e in ends if e < depth} | {depth}):
-        yield end - start
-        start = end
-
-
-def windowed_runs(m: ModelFacts) -> tuple[tuple[bool, int], ...]:
-    """Return Qwen2.5-VL's runs of blocks: whether they attend to the whole image, and how many they are."""
-    full = set(places(m, "fullatt_block_indexes"))
-    kinds = groupby(i in full for i in range(size(m, "depth")))
-    return tuple((is_full, len(tuple(blocks))) for is_full, blocks in kinds)
-
-
-def qwen2_5_vl(m: ModelFacts) -> dict[str, int]:
-    return _qwen(m, tuple(n for _, n in windowed_runs(m)))
-
-
-def deepstack(m: ModelFacts) -> tuple[int, ...]:
-    """Return the blocks of Qwen3-VL's tower whose output is also added to the language model; Qwen3.5 has none.
-
-    Raises ConfigError for a list that names a block twice.
-    """
-    key = "deepstack_visual_indexes"
-    indices = () if m.model_type.startswith("qwen3_5") else places(m, key)
-    if len(set(indices)) < len(indices):
-        raise ConfigError(f"config: {_VISION}.{key} names a layer twice: {as_json(cast(Any, indices))}", key)
-    return tuple(i for i in indices if i < size(m, "depth"))
-
-
-def qwen3_vl(m: ModelFacts) -> dict[str, int]:
-    deep = deepstack(m)
-    return {
-        "one": 1,
-        "after": max(1, m.num_hidden_layers - len(deep)),
-        **_qwen(m, tuple(run_lengths(size(m, "depth"), deep))),
-        "vpositions": size(m, "num_position_embeddings"),
-    }
+from memplan.models.family_facts import (
+    AttentionFacts,
+    CheckpointFacts,
+    ConfigKeys,
+    GenerationFacts,
+    ParallelFacts,
+    ServingFacts,
+)
+from memplan.models.layers import Layer, as_json
 
 
 def qwen3_vl_moe(m: ModelFacts) -> dict[str, int]:
-    return {**expert_axes()(m), **qwen3_vl(m)}
+    return {**expert_axes()(m), **towers.qwen3_vl(m)}
 
 
 def qwen3_5(m: ModelFacts) -> dict[str, int]:
     """Return the axes of the text model and the tower."""
     text = SSM["qwen3_5_text"].axes
     assert text is not None
-    return {**text(m), **qwen3_vl(m)}
-
-
-def gemma3(m: ModelFacts) -> dict[str, int]:
-    axes = _tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels"))
-    return {**axes, "vpositions": rows(m) ** 2}
-
-
-def mistral3(m: ModelFacts) -> dict[str, int]:
-    axes = _tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels"))
-    return {**axes, "vm": axes["vh"] * m.config_int("spatial_merge_size", 2) ** 2}
-
-
-def rows(m: ModelFacts) -> int:
-    """Return the rows, and columns, of patches of an image of the tower's size."""
-    return size(m, "image_size") // size(m, "patch_size")
-
-
-def llama4(m: ModelFacts) -> dict[str, int]:
-    """Return the tower's axes; `vp` and `vpo` are the widths of its adapter's layers, `vo` that of its output."""
-    return {
-        **_tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels")),
-        "vpositions": rows(m) ** 2 + 1,
-        "vp": size(m, "projector_input_dim"),
-        "vpo": size(m, "projector_output_dim"),
-        "vo": size(m, "vision_output_dim"),
-    }
-
-
-def intermediate(m: ModelFacts) -> tuple[int, ...]:
-    """Return the layers of Llama 3.2's tower whose output goes to the language model, besides that of the last."""
-    indices = places(m, "intermediate_layers_indices")
-    return tuple(sorted(i for i in set(indices) if i < size(m, "num_hidden_layers")))
+    return {**text(m), **towers.qwen3_vl(m)}
 
 
 CROSS = (3, 8, 13, 18, 23, 28, 33, 38)  # Llama 3.2's default cross-attention layers
-
-
-def mllama(m: ModelFacts) -> dict[str, int]:
-    inner = intermediate(m)
-    ratios: object = m.part(_VISION).get("supported_aspect_ratios")
-    runs = (*run_lengths(size(m, "num_hidden_layers"), inner), size(m, "num_global_layers"))
-    return {
-        **_tower(m, runs, size(m, "num_channels"), heads="attention_heads"),
-        "vinner": len(inner),
-        "vo": size(m, "vision_output_dim"),
-        "vrows": rows(m) ** 2 + 1,
-        "vtiles": size(m, "max_num_tiles"),
-        "vratios": (len(cast(tuple[object, ...], ratios)) if isinstance(ratios, tuple) else 8) + 1,
-        "v8": m.vocab_size + 8,
-    }
 
 
 def crossed(m: ModelFacts) -> tuple[Layer, ...]:
@@ -307,22 +54,10 @@ def crossed(m: ModelFacts) -> tuple[Layer, ...]:
     )
 
 
-def layers_like(model_type: str, m: ModelFacts) -> tuple[Layer, ...]:
-    """Return the layers of a decoder whose text-only version is `model_type`."""
-    return layers_of(
-        model_type,
-        m.config,
-        m.num_hidden_layers,
-        m.sliding_window,
-        m.num_attention_heads,
-        m.num_key_value_heads,
-        m.intermediate_size,
-        m.hidden_size,
-    )
-
-
 def _mistral(m: ModelFacts) -> tuple[Layer, ...]:
-    return layers_like(decoder_of(m), m)
+    """Return the layers of Mistral 3's decoder, which may be any dense decoder."""
+    decoder = DENSE.get(decoder_of(m))
+    return (m.equal_layer,) * m.num_hidden_layers if decoder is None or decoder.layers is None else decoder.layers(m)
 
 
 def decoder_of(m: ModelFacts) -> str:
@@ -338,25 +73,64 @@ _QWEN2_VL: dict[str, Any] = {
     "max_window_layers": 80,
 }
 
-# Source: transformers 5.24 configuration classes.
+_TEXT = ConfigKeys(decoder="text_config")
+_QWEN2 = Family(
+    _QWEN2_VL,
+    _TEXT,
+    windows_after,
+    towers.qwen2_vl,
+    stack="qwen2_vl",
+    checkpoint=CheckpointFacts(gguf="qwen2vl"),
+    images=images.QWEN2_VL,
+)
+
 FAMILIES: dict[str, Family] = {
-    "gemma3": Family(
-        MODEL_TYPES["gemma3_text"],
-        {"hidden_act": ("hidden_activation",)},
-        layers=partial(layers_like, "gemma3_text"),
-        axes=gemma3,
-        decoder="text_config",
+    "gemma3": DENSE["gemma3_text"]._replace(
+        keys=DENSE["gemma3_text"].keys._replace(decoder="text_config"),
+        axes=towers.gemma3,
+        objectives=("causal_lm",),
+        stack="gemma3_vision",
+        parallel=ParallelFacts(wrapped_stem="vision_tower.embeddings."),
+        images=images.GEMMA3,
     ),
     "mistral3": Family(
-        {**MODEL_TYPES["mistral"], "tie_word_embeddings": True}, layers=_mistral, axes=mistral3, decoder="text_config"
+        {**DENSE["mistral"].defaults, "tie_word_embeddings": True},
+        _TEXT,
+        _mistral,
+        towers.mistral3,
+        stack="mistral3",
+        checkpoint=CheckpointFacts(gguf="mistral3"),
+        serving=ServingFacts(adapts_tables=True),
+        images=images.MISTRAL3,
     ),
     "mllama": Family(
-        {"num_key_value_heads": 8, "intermediate_size": 14336}, layers=crossed, axes=mllama, decoder="text_config"
+        {"num_key_value_heads": 8, "intermediate_size": 14336},
+        _TEXT,
+        crossed,
+        towers.mllama,
+        stack="mllama",
+        attention=AttentionFacts(no_flash_2="its class does not support it"),
+        generation=GenerationFacts(cache="cross_layers"),
+        serving=ServingFacts(is_modelled=False),
+        images=images.MLLAMA,
     ),
-    "qwen2_vl": Family(_QWEN2_VL, layers=partial(layers_like, "qwen2"), axes=qwen2_vl, decoder="text_config"),
-    "qwen2_5_vl": Family(_QWEN2_VL, layers=partial(layers_like, "qwen2"), axes=qwen2_5_vl, decoder="text_config"),
-    "qwen3_5": SSM["qwen3_5_text"]._replace(axes=qwen3_5, decoder="text_config"),
-    "qwen3_5_moe": SSM["qwen3_5_moe_text"]._replace(axes=qwen3_5, decoder="text_config"),
+    "qwen2_vl": _QWEN2,
+    "qwen2_5_vl": _QWEN2._replace(axes=towers.qwen2_5_vl, images=images.QWEN2_5_VL),
+    "qwen3_5": SSM["qwen3_5_text"]._replace(
+        keys=SSM["qwen3_5_text"].keys._replace(decoder="text_config"),
+        axes=qwen3_5,
+        stack="qwen3_vl",
+        parallel=ParallelFacts(),
+        images=images.QWEN3_5,
+    ),
+    "qwen3_5_moe": SSM["qwen3_5_moe_text"]._replace(
+        keys=SSM["qwen3_5_moe_text"].keys._replace(decoder="text_config"),
+        axes=qwen3_5,
+        stack="qwen3_vl",
+        checkpoint=SSM["qwen3_5_text"].checkpoint._replace(gguf="qwen35moe"),
+        parallel=ParallelFacts(),
+        images=images.QWEN3_5,
+    ),
     "qwen3_vl_moe": Family(
         {
             "num_key_value_heads": 16,
@@ -366,20 +140,19 @@ FAMILIES: dict[str, Family] = {
             "num_experts_per_tok": 4,
             "tie_word_embeddings": False,
         },
-        layers=sparse_step_layers,
-        axes=qwen3_vl_moe,
-        decoder="text_config",
-        renamed={"num_local_experts": "num_experts"},
+        _TEXT._replace(renamed={"num_local_experts": "num_experts"}),
+        sparse_step_layers,
+        qwen3_vl_moe,
+        stack="qwen3_vl",
+        checkpoint=CheckpointFacts(experts="transposed", gguf="qwen3vlmoe"),
+        images=images.QWEN3_VL,
     ),
     "qwen3_vl": Family(
-        {"num_key_value_heads": 32, "intermediate_size": 22016, "head_dim": 128}, axes=qwen3_vl, decoder="text_config"
+        {"num_key_value_heads": 32, "intermediate_size": 22016, "head_dim": 128},
+        _TEXT,
+        axes=towers.qwen3_vl,
+        stack="qwen3_vl",
+        checkpoint=CheckpointFacts(gguf="qwen3vl"),
+        images=images.QWEN3_VL,
     ),
 }
-
-
-ELSEWHERE = ("kimi_k25", "kimi_k3", "llama4")  # families with a tower in other modules, by their decoder
-
-
-def is_vision(model_type: str) -> bool:
-    """Whether the model has a vision tower."""
-    return model_type in FAMILIES or model_type in ELSEWHERE

@@ -192,7 +192,7 @@ def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:
     """Raise for a model that is too large to trace, or whose learned positions are too few for the run."""
     if most is not None and total > most:
         raise ProbeError(f"model: {total:,} parameters; a trace takes at most {most:,}", "model")
-    from memplan.probe.script.model import base_of
+    from memplan.probe.script.model import base_of, facts_of
     from memplan.probe.script.parameter_counts import positions
     from memplan.resolve.batches import decoder_prompt_tokens
 
@@ -201,7 +201,7 @@ def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:
         field, tokens = "batch.target_sequence", run.batch.target_sequence or 0
         if run.task == "generate":
             field = "batch.new_tokens"
-            tokens = decoder_prompt_tokens(run.batch, base_of(model).config.model_type) + run.batch.new_tokens
+            tokens = decoder_prompt_tokens(run.batch, facts_of(model)) + run.batch.new_tokens
     for name, rows in positions(model):
         if tokens > rows:
             raise SpecError(f"{field}: {tokens} tokens, but the model has learned positions for {rows} ({name})", field)

@@ -29,7 +29,8 @@ from memplan.core import errors
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, ProbeError
 from memplan.core.frozen import FrozenDict
-from memplan.engine.allocator import Allocator, AllocatorBlock
+from memplan.engine.allocator import Block
+from memplan.engine.native import new_allocator
 from memplan.estimate.answer import KINDS
 from memplan.probe.libraries import QUIET, require
 from memplan.probe.limits import Limits
@@ -172,7 +173,7 @@ def replayed(traced: TracedRun, workspace: int, expandable: bool = False, capaci
 
     Raises OutOfMemoryError if the capacity is too small.
     """
-    allocator, blocks = Allocator(expandable, capacity), dict[int, AllocatorBlock]()
+    allocator, blocks = new_allocator(expandable, capacity), dict[int, Block]()
     sizes = [storage.bytes for storage in traced.storages]
     first_phase = "encode" if traced.first("encode") is not None else "prefill"
     workspace_events = {traced.first(phase) for phase in ("forward", first_phase, "backward")}

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from memplan.models.cards import find_model
-from memplan.models.configs.images import PACKS, Picture, axes_of, picture_of
+from memplan.models.configs.images import Picture, axes_of, picture_of, tower_of
 from memplan.probe.libraries import library
 from memplan.spec.run import RunSpec
 
@@ -73,7 +73,7 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
     if _has_no_data(ids):
         _module(base).torch_compilable_check = lambda *_, **__: None  # pyright: ignore[reportUnknownLambdaType]
     match model.model_type:
-        case family if family in PACKS:
+        case _ if tower_of(model).is_packed:
             rows = [(1, picture.rows, picture.columns)] * images
             grid = ImageGrid(rows, device)
             if _has_no_data(ids):

@@ -13,6 +13,8 @@ from torch import nn
 
 from memplan.core.errors import MemplanError, ProbeError, SpecError
 from memplan.models.cards import find_config
+from memplan.models.configs import families
+from memplan.models.facts import Family
 from memplan.models.objectives import modules_to_train
 from memplan.probe.libraries import library, model_class
 from memplan.probe.script import expert_parallel
@@ -308,6 +310,11 @@ def base_of(model: Any) -> Any:
     """Return transformers' model inside torch's and peft's wrappers, or the model itself."""
     model = unwrapped(model)
     return model.base_model.model if hasattr(model, "peft_config") else model
+
+
+def facts_of(model: Any) -> Family:
+    """Return the facts of a model's family; those of a family without any, if memplan does not know it."""
+    return families().get(base_of(model).config.model_type, Family({}))
 
 
 def _checkpoint(model: Any, reentrant: bool, offload: bool) -> None:

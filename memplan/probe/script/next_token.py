@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 
-from memplan.catalogue.inference.decoding import SUPPRESSES
 from memplan.probe.libraries import library
 from memplan.spec.generation import Generation
 
@@ -119,9 +118,8 @@ class Beams(Greedy):
                     layer.values = layer.values.index_select(0, self.order)
 
 
-def token_chooser(generation: Generation, model_type: str) -> Greedy:
-    """Return the run's way of choosing tokens."""
-    suppresses = model_type in SUPPRESSES
+def token_chooser(generation: Generation, suppresses: bool) -> Greedy:
+    """Return the run's way of choosing tokens; `suppresses`: some tokens are never chosen."""
     if generation.num_beams > 1:
         return Beams(generation.num_beams, generation.do_sample, suppresses)
     return Sampling(suppresses) if generation.do_sample else Greedy(suppresses)

@@ -22,7 +22,7 @@ from memplan.probe.script.distributed_wrapping import clip, load_device, unreduc
 from memplan.probe.script.images import image_inputs
 from memplan.probe.script.inputs import inputs_of, labels_of
 from memplan.probe.script.losses import compute
-from memplan.probe.script.model import base_of, build_model, lower_of
+from memplan.probe.script.model import base_of, build_model, facts_of, lower_of
 from memplan.probe.script.next_token import token_chooser
 from memplan.probe.script.optimizers import HostOptimizer, keep_embedding_states_in_32_bits, make_optimizer
 from memplan.probe.script.parameter_counts import parameters
@@ -226,7 +226,8 @@ class Script:
         accepted = inspect.signature(base_of(model).forward).parameters
         keeps = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
         cache_argument = next((name for name in ("cache_params", "cache") if name in accepted), "past_key_values")
-        chooser = token_chooser(self.run.generation, base_of(model).config.model_type)
+        facts = facts_of(model)
+        chooser = token_chooser(self.run.generation, facts.generation.suppresses)
         with torch.no_grad(), self._cast():
             with self.phase("prefill"):
                 inputs, options = self._inputs()
@@ -244,7 +245,7 @@ class Script:
                 chooser.reorder(cache)
             decode_mode = getattr(base_of(model), "_optimize_model_for_decode", nullcontext)  # since transformers 5
             # state space models get no mask while decoding, because the one new token is not padding
-            passes_mask = padded and base_of(model).config.model_type not in ("falcon_mamba", "mamba", "mamba2")
+            passes_mask = padded and "num_attention_heads" in facts.keys.required
             with self.phase("decode"), decode_mode():
                 for _ in range(self.run.batch.new_tokens - 1):
                     ids = torch.cat([ids, token], dim=-1)
@@ -280,7 +281,8 @@ class Script:
         model, run = self.model, self.run
         base = base_of(model)
         beams = run.generation.num_beams
-        chooser = token_chooser(run.generation, base.config.model_type)
+        facts = facts_of(model)
+        chooser = token_chooser(run.generation, facts.generation.suppresses)
         with torch.no_grad(), self._cast():
             with self.phase("encode"):
                 sources, options = self._inputs()
@@ -290,7 +292,7 @@ class Script:
                     mask = torch.ones_like(sources["input_ids"])
                 arguments = {"attention_mask": mask} if padded else {}
                 encoded = base.get_encoder()(**sources, **arguments, return_dict=True)
-                prompt = decoder_prompt_tokens(run.batch, base.config.model_type)
+                prompt = decoder_prompt_tokens(run.batch, facts)
                 ids = torch.ones((run.batch.micro, prompt), dtype=torch.int64, device=self.device)
                 del arguments, options
                 if beams > 1:
@@ -358,7 +360,7 @@ class Script:
             return transformers.EncoderDecoderCache(
                 transformers.DynamicCache(config=config), transformers.DynamicCache(config=config)
             )
-        longest = decoder_prompt_tokens(batch, base.config.model_type) + batch.new_tokens - 1
+        longest = decoder_prompt_tokens(batch, facts_of(self.model)) + batch.new_tokens - 1
         encoder_tokens = getattr(base.config, "max_source_positions", None) or batch.sequence
         caches = (transformers.StaticCache(config=config, max_cache_len=n) for n in (longest, encoder_tokens))
         return transformers.EncoderDecoderCache(*caches)

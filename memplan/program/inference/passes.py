@@ -8,7 +8,7 @@ the peak are left out (`memplan.engine.walk.prune`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,11 +18,12 @@ from memplan.catalogue.inference.one_pass import PromptPart
 from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.quantization.packed_kernels import MANY_ROWS
 from memplan.core.arithmetic import ONE_RUN
+from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
-from memplan.engine.lower import Moment
+from memplan.engine.moments import Moment
 from memplan.engine.step import Lowered
 from memplan.engine.walk import ONE, Term, Variable, alive, chain, largest, prune, rows, size, values
-from memplan.program.axes import axes_of, blocks_of_keys
+from memplan.program.axes import axes_of, blocks_of_keys, rounded_axes
 from memplan.program.graph import Graph, TensorGroup, lower_inference, operations_of
 from memplan.program.run import ResolvedRun
 
@@ -334,11 +335,7 @@ def numbers_of(step: InferenceStep, decided: ResolvedRun) -> dict[str, int]:
         static = step.graph.inference is not None and step.graph.inference.keys("kv") == "kv_static"
         sizes |= blocks_of_keys(fixed, step.room if static else sizes["kv"], ONE_RUN)
     for name in ("kv", "kv_window", "kv_static", "kv_window_static", "source"):
-        sizes |= {f"{name}{to}": -(-sizes[name] // to) * to for to in (8, 32, 128)}
-        sizes[f"{name}1"] = sizes[name] + 1
-        sizes[f"{name}_even"] = 0 if sizes[name] % 8 else sizes[name]
-        sizes[f"{name}_uneven"] = sizes[name] if sizes[name] % 8 else 0
-        sizes[f"{name}_uneven8"] = sizes[f"{name}8"] if sizes[name] % 8 else 0
+        sizes |= rounded_axes(name, sizes[name], ONE_RUN)
     axes = axes_of(
         step.graph,
         contenders(step.graph, step.division).needs.difference(sizes),
@@ -353,14 +350,48 @@ def numbers_of(step: InferenceStep, decided: ResolvedRun) -> dict[str, int]:
     return {**fixed, **axes, **sizes}
 
 
-def bytes_of(low: Lowered, axes: Mapping[str, int]) -> list[int]:
-    """Return the bytes of one storage of each size of the pass."""
-    return [size(key[0], key[1], axes)[1] for key in low.sizes]
+class SizedPass(NamedTuple):
+    """A pass with a number for each of its axes. Bytes are without the weights."""
+
+    step: InferenceStep
+    axes: FrozenDict
+
+    @property
+    def phase(self) -> str:
+        return self.step.phase
+
+    @property
+    def peak(self) -> PassPeak:
+        return pass_peak(self.step.graph, self.axes, self.step.division)
+
+    def low(self, labelled: bool = False) -> Lowered:
+        """Return the lowered moments of the pass; its tensors have names if `labelled`."""
+        return lower_inference(self.step.graph, labelled, self.step.division)
+
+    def bytes_of_sizes(self) -> list[int]:
+        """Return the bytes of one storage of each size of the pass."""
+        return [size(key[0], key[1], self.axes)[1] for key in self.low().sizes]
+
+    def counts(self, moment: Moment, sizes: Sequence[int]) -> dict[int, int]:
+        """Return how many storages of each size in bytes are alive at a moment; `sizes` are those of the pass."""
+        tally: dict[int, int] = {}
+        for key, count in alive(moment, self.low().runs, self.axes).items():
+            tally[sizes[key]] = tally.get(sizes[key], 0) + count
+        return tally
+
+    def bytes_at(self, moment: Moment, sizes: Sequence[int]) -> int:
+        """Return the bytes alive at a moment; `sizes` are those of the pass."""
+        return sum(sizes[key] * count for key, count in alive(moment, self.low().runs, self.axes).items())
+
+    def moments(self) -> Iterator[tuple[str, int]]:
+        """Yield where each moment of the pass is, and the bytes alive at it."""
+        sizes = self.bytes_of_sizes()
+        yield from ((moment.where, self.bytes_at(moment, sizes)) for moment in self.low().moments)
 
 
-def live(low: Lowered, moment: Moment, axes: Mapping[str, int], sizes: list[int]) -> int:
-    """Return the bytes alive at a moment of a pass."""
-    return sum(sizes[key] * count for key, count in alive(moment, low.runs, axes).items())
+def sized(step: InferenceStep, decided: ResolvedRun) -> SizedPass:
+    """Return a pass of the run with a number for each of its axes."""
+    return SizedPass(step, FrozenDict(numbers_of(step, decided)))
 
 
 class Contenders(NamedTuple):

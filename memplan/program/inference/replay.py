@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from functools import lru_cache
 from typing import NamedTuple
 
 from memplan.catalogue.attention import compressed_tokens
 from memplan.catalogue.inference import quantized_caches
-from memplan.engine.allocator import Allocator, AllocatorBlock, OutOfMemoryError
-from memplan.engine.lower import COMPUTING
-from memplan.engine.record import FREED, AllocationTrace, unrolled
+from memplan.engine.allocator import FREED, Allocator, Block, OutOfMemoryError
+from memplan.engine.native import exact, new_allocator
+from memplan.engine.record import unrolled
+from memplan.engine.storages import COMPUTING
 from memplan.engine.walk import size
 from memplan.program.graph import Graph, TensorGroup, parameters_of, recorded_inference
-from memplan.program.inference.passes import InferenceStep
+from memplan.program.inference.passes import SizedPass
 from memplan.program.loading import loading
 from memplan.program.training.replay import replay_loading, replay_stretches
 
@@ -23,39 +24,36 @@ class InferenceReplay(NamedTuple):
     """Everything that decides the allocations of an inference run.
 
     models      graphs of the models, in the order they are loaded
-    steps       passes to replay
-    axes        sizes of the axes of each pass
+    passes      passes to replay
     workspace   bytes of cuBLAS's workspace
     expandable  expandable segments are on
     """
 
     models: tuple[Graph, ...]
-    steps: tuple[InferenceStep, ...]
-    axes: tuple[tuple[tuple[str, int], ...], ...]
+    passes: tuple[SizedPass, ...]
     workspace: int
     expandable: bool
 
-    def reserved(self, capacity: int | None = None) -> int | None:
-        return _reserved(self, capacity)
-
 
 @lru_cache(maxsize=1024)
-def _reserved(replay: InferenceReplay, capacity: int | None) -> int | None:
+@exact
+def reserved(replay: InferenceReplay, capacity: int | None = None) -> int | None:
     """Return the peak bytes that torch reserves, or None if they exceed `capacity`."""
-    allocator = Allocator(replay.expandable, capacity)
+    allocator = new_allocator(replay.expandable, capacity)
     try:
         for graph in replay.models:
             load(graph, allocator)
         allocator.alloc(replay.workspace)
         left: dict[bool, list[InheritedTensor]] = {False: [], True: []}  # by whether the assistant's pass left them
-        loop: dict[tuple[TensorGroup, int], AllocatorBlock] = {}  # tensors that the generation loop holds
-        for step, axes in zip(replay.steps, replay.axes, strict=True):
+        loop: dict[tuple[TensorGroup, int], Block] = {}  # tensors that the generation loop holds
+        for each in replay.passes:
+            step = each.step
             needed = {(h, i) for h in step.loop_tensors for i in range(h.copies)}
             for released in [key for key in loop if key not in needed]:
                 allocator.free(loop.pop(released))
             loop |= {key: allocator.alloc(key[0].bytes) for key in sorted(needed - loop.keys())}
             model = step.assists
-            left[model] = replay_pass(recorded_inference(step.graph), dict(axes), allocator, left[model])
+            left[model] = replay_pass(each, allocator, left[model])
     except OutOfMemoryError:
         return None
     return allocator.peak_reserved
@@ -80,15 +78,14 @@ class InheritedTensor(NamedTuple):
 
     key: tuple[str, ...]
     bytes: int
-    block: AllocatorBlock
+    block: Block
 
 
-def replay_pass(
-    recording: AllocationTrace, axes: Mapping[str, int], allocator: Allocator, left: Iterable[InheritedTensor]
-) -> list[InheritedTensor]:
+def replay_pass(each: SizedPass, allocator: Allocator, left: Iterable[InheritedTensor]) -> list[InheritedTensor]:
     """Replay a pass that begins with the tensors `left` by the previous one. Return the tensors it leaves itself."""
-    bytes_ = [size(key[0], key[1], axes)[1] for key in recording.sizes]
-    blocks: dict[int, AllocatorBlock] = {}
+    recording = recorded_inference(each.step.graph, each.step.division)
+    bytes_ = [size(key[0], key[1], each.axes)[1] for key in recording.sizes]
+    blocks = allocator.live_blocks()
     inherited = _Inherited(left)
     stretches = deque(recording.forward)
     while inherited.remaining and stretches:  # the first allocations are the inherited tensors
@@ -100,10 +97,14 @@ def replay_pass(
             else:
                 blocks[number] = allocator.alloc(bytes_[event])
     replay_stretches(stretches, bytes_, [COMPUTING] * len(bytes_), allocator, blocks)
-    keys = {number + shift: key for events, shift, _ in recording.forward for number, key in events if key != FREED}
-    return [
-        InheritedTensor(recording.sizes[keys[number]], bytes_[keys[number]], block) for number, block in blocks.items()
-    ]
+    alive: dict[int, int] = {}  # number -> index of its size
+    for events, shift, _ in recording.forward:
+        for number, key in events:
+            if key == FREED:
+                del alive[number + shift]
+            else:
+                alive[number + shift] = key
+    return [InheritedTensor(recording.sizes[key], bytes_[key], blocks.pop(number)) for number, key in alive.items()]
 
 
 class _Inherited:
@@ -125,7 +126,7 @@ class _Inherited:
     def remaining(self) -> int:
         return len(self._left) - len(self._taken)
 
-    def take(self, key: tuple[str, ...], bytes_: int) -> AllocatorBlock:
+    def take(self, key: tuple[str, ...], bytes_: int) -> Block:
         kind = _kind(key)
         for match in ((kind, bytes_), kind, None):
             queue = self._queues.get(match, ())

@@ -15,14 +15,6 @@ from memplan.program.stored.weights import StoredWeight, stored_weights
 
 # Matrices that ranks divide by their inputs: A is divided, B is whole.
 _ROWS = frozenset(("o_proj", "down_proj", "out_proj", "c_proj", "dense", "dense_4h_to_h", "fc2", "w2", "wo", "fc_out"))
-# Families whose embeddings and head also take adapters. Source: vllm 0.33.0 model_executor/models, embedding_modules.
-_TABLES = frozenset(
-    (
-        *("cohere", "cohere2", "exaone4", "granite", "granitemoe", "granitemoehybrid", "granitemoeshared", "jamba"),
-        *("llama", "minicpm", "mistral", "mistral3", "mixtral", "nemotron", "nemotron_h", "phimoe", "qwen3"),
-        *("qwen3_5", "qwen3_5_moe", "qwen3_5_text", "qwen3_5_moe_text", "qwen3_moe", "solar"),
-    )
-)
 
 
 def slot(s: Settings, divided: bool = True) -> int:
@@ -37,7 +29,7 @@ def _widths(s: Settings, w: StoredWeight, divided: bool) -> Iterator[int]:
     """Yield the columns of A and the rows of B, on a rank or in total."""
     words, last = frozenset(w.name.split(".")), w.name.removesuffix(".weight").rpartition(".")[2]
     vllm = s.engine.kind == "vllm"
-    if w.group in ("embedding", "lm_head") and vllm and s.model.model_type in _TABLES and len(w.shape) == 2:
+    if w.group in ("embedding", "lm_head") and vllm and s.model.family.serving.adapts_tables and len(w.shape) == 2:
         yield from w.shape  # whole on every rank
         if w.group == "embedding" and s.model.tie_word_embeddings:
             yield from w.shape
@@ -52,7 +44,7 @@ def _widths(s: Settings, w: StoredWeight, divided: bool) -> Iterator[int]:
         ep, etp = (s.ranks.ep, s.ranks.etp) if divided else (1, 1)
         mine = -(-w.shape[0] // ep)
         if last.startswith("gate_up"):
-            yield mine * into * (1 if s.model.model_type == "gpt_oss" else 2)
+            yield mine * into * (1 if s.model.family.serving.shares_gate_a else 2)
             yield mine * -(-out // etp)
         else:
             yield mine * -(-into // etp)

@@ -11,13 +11,14 @@ from typing import NamedTuple
 from memplan.catalogue.hardware.overhead import Communicator, Overhead, cuda_context, nccl
 from memplan.catalogue.profiles.engines import cuda_graph_memory, loaded_kernels
 from memplan.core.units import MIB
+from memplan.program.serving.draft_weights import rank_weights
 from memplan.program.serving.engine_step import EngineStep, largest
+from memplan.program.serving.model_weights import WeightGroup
 from memplan.program.serving.parallel import stage_settings
 from memplan.program.serving.pool import Pool
 from memplan.program.serving.settings import Settings
-from memplan.program.serving.weights import WeightGroup, rank_weights
 
-_MODULES = {"vllm": "vllm", "sglang": "sglang", "tgi": "tgi", "llama.cpp": "llama_cpp"}
+_MODULES = {"vllm": "vllm", "sglang": "sglang", "tgi": "sglang", "llama.cpp": "llama_cpp"}
 
 
 class Budget(NamedTuple):
@@ -165,7 +166,7 @@ def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhea
 def _overhead_bytes(s: Settings, level: str) -> tuple[int, int]:
     """Return the bytes in use before the engine measures its GPU, and those it sets aside for graphs and kernels."""
     graphs, kernels, context, ranks = _overheads(s)
-    aside = getattr(kernels, level) + (getattr(graphs, level) if s.words.get("counts_graphs") else 0)
+    aside = getattr(kernels, level) + (getattr(graphs, level) if s.behaviour.counts_graphs else 0)
     return sum(getattr(row, level) for row in (context, *ranks)), aside
 
 
@@ -190,7 +191,7 @@ def _card_for(b: Budget, level: str) -> int:
                 total = max(total, before + (step + graphs) / (1 - share))
         case "tgi":
             warm_up = _warm_up_cache(s)
-            pool = warm_up + Fraction((needs - warm_up) * 1000, s.words["wiggle"])
+            pool = warm_up + Fraction((needs - warm_up) * 1000, s.behaviour.pool_share)
             total = (before + b.parameters + step + aside + pool) / share
         case _:
             total = Fraction(before + b.parameters + step + needs)
@@ -202,9 +203,7 @@ def _left(s: Settings, total: int, before: int, parameters: int, step: int, asid
     share = s.serving.memory_utilization or 1
     match s.engine.kind:
         case "vllm":
-            from memplan.program.serving.vllm import requested
-
-            taken = requested(s, total)
+            taken = ceil(total * share)  # v1/worker/utils.py request_memory
             return taken, taken - parameters - step - aside
         case "sglang":  # a share of the memory that was free before the weights were loaded
             free = total - before
@@ -212,6 +211,6 @@ def _left(s: Settings, total: int, before: int, parameters: int, step: int, asid
         case "tgi":
             taken = int(total * share) - before
             warm_up = _warm_up_cache(s)
-            return taken, (taken - parameters - step - aside - warm_up) * s.words["wiggle"] // 1000 + warm_up
+            return taken, (taken - parameters - step - aside - warm_up) * s.behaviour.pool_share // 1000 + warm_up
         case _:
             return total - before, total - before - parameters - step

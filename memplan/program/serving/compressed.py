@@ -16,7 +16,6 @@ from collections.abc import Mapping
 from memplan.program.serving.pool import CacheGroup
 from memplan.program.serving.settings import Settings
 
-MODEL_TYPE = "deepseek_v4"
 _ALIGNMENT = 576  # bytes: pages are multiples of it
 _LATENT, _INDEX = 584, 132  # bytes of a token: 448 in fp8, 64 in bf16 and 8 scales; 128 in fp8 and a scale
 _BLOCK, _WINDOW_BLOCK = 256, 64

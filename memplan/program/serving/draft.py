@@ -16,7 +16,6 @@ from memplan.catalogue.inference.caches import LayerCache, caches
 from memplan.models.model import ModelSpec
 from memplan.program.serving.settings import Settings
 
-COMPRESSED = "deepseek_v4"
 LAYERS_AHEAD = ("num_nextn_predict_layers", "mtp_num_hidden_layers")  # config keys of the number of MTP layers
 
 

@@ -1,4 +1,4 @@
-"""Weights of a draft on a rank, and the buffers that the engine makes for it.
+"""Weights on one rank of a serving engine: the model's, its draft's, and the buffers that it makes for the draft.
 
 Source: vllm 0.33.0 model_executor/models/llama_eagle.py and llama_eagle3.py, deepseek_mtp.py,
 v1/worker/gpu/spec_decode; sglang 0.5.23 speculative/eagle_worker_v2.py.
@@ -7,6 +7,7 @@ v1/worker/gpu/spec_decode; sglang 0.5.23 speculative/eagle_worker_v2.py.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from memplan.core.units import ITEMSIZE
 from memplan.program.serving.draft import layers_ahead
@@ -14,6 +15,12 @@ from memplan.program.serving.model_weights import TABLE, WeightGroup, model_weig
 from memplan.program.serving.rank_share import bytes_on_rank, layer_of, rows_of
 from memplan.program.serving.settings import Draft, Settings
 from memplan.program.stored.weights import stored_weights
+
+
+@lru_cache(maxsize=256)
+def rank_weights(s: Settings) -> tuple[WeightGroup, ...]:
+    """Return the weights on one GPU, by group and dtype."""
+    return (*model_weights(s), *draft_weights(s))
 
 
 def draft_weights(s: Settings) -> Iterator[WeightGroup]:

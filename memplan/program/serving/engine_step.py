@@ -12,7 +12,7 @@ from memplan.catalogue.inference.engine_step_deepseek_v4 import LOGITS
 from memplan.catalogue.inference.engine_step_towers import MADE, tower_instants
 from memplan.catalogue.inference.instant import Instant
 from memplan.core.units import ITEMSIZE
-from memplan.program.serving.compressed import MODEL_TYPE, room_of
+from memplan.program.serving.compressed import room_of
 from memplan.program.serving.images import profiled_items
 from memplan.program.serving.settings import Settings
 
@@ -71,15 +71,15 @@ def _model_step(s: Settings, tokens: int, requests: int, profiled: bool) -> Engi
     r, stage = s.ranks, s.stage
     axes = {**parts_of_rank(s.model, s.tp, r.dense, r.etp), "s": tokens, "n": min(tokens, requests), "most": s.steps}
     axes["all"] = tokens * r.sharing
-    axes["se"] = min(axes["all"], s.words.get("experts_chunk") or axes["all"]) * axes.get("e", 0)
+    axes["se"] = min(axes["all"], s.behaviour.experts_chunk or axes["all"]) * axes.get("e", 0)
     axes["room"] = _room(s)
-    if s.model.model_type == MODEL_TYPE:
+    if s.model.has_compressed_cache:
         axes |= {**room_of(s), "logits": LOGITS}
     eager = s.engine.kind != "vllm" or not s.serving.cuda_graphs  # vLLM's enforce_eager compiles nothing either
     layers = s.model.layers[stage.first : stage.last]
     ends, gathered = (stage.headed, stage.receives_hidden), r.sharing > 1
-    room = s.words.get("experts_room", "shared")
-    text = instants(s.model, r.dense, s.words["sampler"], eager, layers, *ends, gathered, room)
+    room = s.behaviour.experts_room
+    text = instants(s.model, r.dense, s.behaviour.sampler, eager, layers, *ends, gathered, room)
     steps = [_step(s, instant, axes) for instant in (*text, *_encoder(s, axes, text if profiled else ()))]
     return max(steps, key=lambda step: step.bytes)
 
@@ -101,13 +101,13 @@ def _draft_step(s: Settings, tokens: int, requests: int) -> EngineStep | None:
 def _encoder(s: Settings, axes: dict[str, int], steps: tuple[Instant, ...]) -> tuple[Instant, ...]:
     """Return the moments of the vision tower, and those of the step with the tower's output. Adds the tower's axes to
     `axes`."""
-    images = profiled_items(s) if steps else None
-    if images is None:
+    images, tower = profiled_items(s) if steps else None, s.model.family.images
+    if images is None or tower is None:
         return ()
     axes["vn"], axes["vt"] = images.items * images.patches, images.items * images.tokens * images.levels
     axes["vhp"], axes["vfp"] = -(-axes["vh"] // s.tp), -(-axes["vf"] // s.tp)
     later = tuple(i._replace(alive=(*i.alive, MADE)) for i in steps)
-    return *tower_instants(s.model.model_type), *later
+    return *tower_instants(tower), *later
 
 
 def _room(s: Settings) -> int:
@@ -116,9 +116,9 @@ def _room(s: Settings) -> int:
 
     Source: vllm 0.33.0 model_executor/layers/attention/mla_attention.py determine_chunked_prefill_workspace_size.
     """
-    workspace = s.words.get("latent_workspace")
+    workspace = s.behaviour.latent_workspace
     sparse = any(part.name == "index keys" for c in caches(s.model) for part in c.parts)
-    if workspace is None or (workspace == "dense" and sparse):
+    if not workspace or (workspace == "dense" and sparse):
         return 0
     return min(max(8 * s.longest, 4 * (s.serving.max_num_seqs or 1) * s.block), 64 * 1024)
 

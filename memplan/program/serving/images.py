@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from memplan.models.configs.images import largest_picture, takes_images
-from memplan.models.configs.vision import places, size
+from memplan.models.configs.images import largest_picture, takes_images, tower_of
+from memplan.models.configs.towers import places, size
 from memplan.program.serving.settings import Settings
 
-_BOUNDARY_TOKENS = 4  # around an image's tokens in Gemma 3: transformers processing_gemma3.py full_image_sequence
+_DEEP = "deepstack_visual_indexes"
 _UNLIMITED = 999  # config/multimodal.py MultiModalConfig.get_limit_per_prompt
 _FRAMES = 14  # qwen2_vl.py _MAX_FRAMES_PER_VIDEO; two frames are one row of patches
 _VIDEO_PIXELS = 25_165_824 // 2  # pixels of a pair of frames: Qwen3-VL video_preprocessor_config.json size.longest_edge
-VIDEOS = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe")
 
 
 class ProfiledItems(NamedTuple):
@@ -39,35 +38,35 @@ class ProfiledItems(NamedTuple):
 def profiled_items(s: Settings) -> ProfiledItems | None:
     """Return what the encoder is profiled with, or None if there is no encoder or the engine does not profile it."""
     m, limits = s.model, {"image": s.serving.limit_images, "video": s.serving.limit_videos}
-    if s.engine.kind != "vllm" or not takes_images(m.model_type) or s.stage.number:
+    if s.engine.kind != "vllm" or not takes_images(m) or s.stage.number:
         return None
     allowed = {kind: item for kind, item in _largest(s).items() if limits[kind] != 0}
     if not allowed:
         return None
-    kind = max(allowed, key=lambda k: (allowed[k][1], k if s.words["embeds"] else ""))
+    kind = max(allowed, key=lambda k: (allowed[k][1], k if s.behaviour.counts_only_embeddings else ""))
     patches, tokens = allowed[kind]
     limit = _UNLIMITED if limits[kind] is None else limits[kind] or 0
     room = max(s.steps, tokens) // tokens
     requested = (s.serving.max_num_seqs or 1) * max(1, min(limit, s.longest // tokens))
-    levels = 1 + len(places(m, "deepstack_visual_indexes")) if m.model_type in VIDEOS[2:] else 1
+    levels = 1 + len(places(m, _DEEP)) if _DEEP in tower_of(m).defaults else 1
     return ProfiledItems(kind, max(1, min(room, requested)), patches, tokens, levels)
 
 
 def _largest(s: Settings) -> dict[str, tuple[int, int]]:
     """Return the patches and tokens of the largest item of each kind."""
-    m = s.model
-    picture = largest_picture(m)
+    m, embeds = s.model, s.behaviour.counts_only_embeddings
+    picture, tower = largest_picture(m), tower_of(m)
     patches = (picture.patches + picture.added_rows) * picture.tiles
-    tokens = picture.tokens + (_BOUNDARY_TOKENS if m.model_type == "gemma3" else 0)
-    if s.words["embeds"]:
+    tokens = picture.tokens + tower.boundary_tokens
+    if embeds:
         tokens = picture.patches // picture.merge**2 * picture.tiles
     items = {"image": (patches, tokens)}
-    if m.model_type in VIDEOS[:2]:  # as many pairs of frames as the longest request has room for
+    if tower.video == "frames":  # as many pairs of frames as the longest request has room for
         frames = max(1, s.longest // tokens * 2)
-        limit = 1 if s.words["embeds"] else s.serving.limit_videos or _UNLIMITED  # 0.11 divides frames among videos
+        limit = 1 if embeds else s.serving.limit_videos or _UNLIMITED  # 0.11 divides frames among videos
         rows = -(-max(1, min(frames // limit, _FRAMES)) // 2)
         items["video"] = (rows * patches, rows * tokens)
-    elif m.model_type in VIDEOS and s.words["embeds"]:  # 0.11 also counts timestamps of a video: not modelled
+    elif tower.video == "pixels" and embeds:  # 0.11 also counts timestamps of a video: not modelled
         merged = size(m, "spatial_merge_size")
         tokens = _VIDEO_PIXELS // (size(m, "patch_size") * merged) ** 2
         items["video"] = (tokens * merged**2, tokens)

@@ -44,10 +44,6 @@ def _cache_bytes(s: Settings, c: LayerCache, slots: int, longest: int) -> int:
     return slots * _cells(s, c, longest) * sum(s.cache_bytes(p) for p in c.parts)
 
 
-# Families whose windows llama.cpp's graphs ignore: src/models/llama.cpp, phi3.cpp, phimoe.cpp, starcoder2.cpp.
-_WINDOWLESS = frozenset(("mistral", "phi3", "phimoe", "starcoder2"))
-
-
 def _cells(s: Settings, c: LayerCache, longest: int) -> int:
     """Return the tokens of one slot: with a window, the window and one step, but no more than without."""
     if _windowed(s, c) and c.window is not None:
@@ -57,7 +53,7 @@ def _cells(s: Settings, c: LayerCache, longest: int) -> int:
 
 def _windowed(s: Settings, c: LayerCache) -> bool:
     """Whether a layer caches only a sliding window or a chunk. Source: src/llama-kv-cache-iswa.cpp."""
-    has_window = c.kind in ("sliding", "chunked") and s.model.model_type not in _WINDOWLESS
+    has_window = c.kind in ("sliding", "chunked") and s.model.family.serving.llama_cpp_window
     return has_window and bool(s.serving.hybrid_cache)
 
 
@@ -176,7 +172,7 @@ def _ffn(s: Settings, layers: tuple[Layer, ...]) -> Iterator[ComputeBuffer]:
     width = max((layer.f for layer in layers if layer.ffn not in ("experts", "hashed", "none", "")), default=0)
     three = (_row("hidden", steps, h), _row("residual", steps, h), _row("room of a freed row", steps, h))
     if width:
-        rows = three[:2] if m.model_type in _ONE_PRODUCT else three
+        rows = three[:2] if m.family.checkpoint.gguf_fuses else three
         gates = tuple(_row(what, steps, width) for what in ("gate", "up", "activated"))
         yield ComputeBuffer("mlp", (*rows, *gates))
     if "E" in axes and any(layer.ffn in ("experts", "hashed") for layer in layers):
@@ -187,10 +183,6 @@ def _ffn(s: Settings, layers: tuple[Layer, ...]) -> Iterator[ComputeBuffer]:
         else:
             extra = (_row("experts' outputs", steps, e, h), _row("their sum", steps, h))
             yield ComputeBuffer("experts", (*three, *gates, *extra))
-
-
-# Families whose gate and up projections are one matrix in a GGUF file.
-_ONE_PRODUCT = frozenset(("phi3", "glm", "glm4", "chatglm"))
 
 
 def _mixer(s: Settings, layers: tuple[Layer, ...]) -> Iterator[ComputeBuffer]:

@@ -13,19 +13,12 @@ from memplan.catalogue.quantization.engine_repacking import Mxfp4Kernel, mxfp4_k
 from memplan.core.units import ITEMSIZE
 from memplan.models.model import ModelSpec
 from memplan.program.serving.adapters import slot
-from memplan.program.serving.images import VIDEOS, profiled_items
+from memplan.program.serving.images import profiled_items
 from memplan.program.serving.rank_share import bytes_on_rank, is_on_stage
 from memplan.program.serving.settings import Settings
 from memplan.program.stored.quantization_config import FIELD
 from memplan.program.stored.weights import StoredWeight, stored_weights
 
-# Families without rotary positions.
-_NOT_ROTATED = frozenset(
-    (
-        *("gpt2", "gpt_bigcode", "gpt_neo", "opt", "bloom", "mpt", "mamba", "mamba2", "falcon_mamba", "jamba"),
-        *("nemotron_h", "kimi_linear", "kimi_k3"),
-    )
-)
 TABLE = "table"  # the group of the runner's buffers for requests
 MXFP4_GROUP = 32  # numbers that share a scale
 
@@ -85,7 +78,7 @@ def kernel_of(s: Settings) -> Mxfp4Kernel | None:
     q = s.quantization
     config: Mapping[str, Any] = s.model.config.get(FIELD) or {}
     format_ = q if isinstance(q, str) else q.format if q is not None else str(config.get("quant_method"))
-    if format_.lower() != "mxfp4" or s.model.model_type != "gpt_oss":
+    if format_.lower() != "mxfp4" or not s.model.family.checkpoint.runs_mxfp4:
         return None
     return mxfp4_kernel(s.engine.name, s.gpu.compute_capability if s.gpu else None)
 
@@ -110,7 +103,7 @@ def _rounded_up(n: int, multiple: int) -> int:
 
 def _rotary_tables(s: Settings) -> Iterator[WeightGroup]:
     """Yield the cosines and sines of every position, in one table for all layers with the same rotary parameters."""
-    if s.engine.kind == "llama.cpp" or s.model.model_type in _NOT_ROTATED or not s.model.max_position_embeddings:
+    if s.engine.kind == "llama.cpp" or not s.model.family.attention.rotary or not s.model.max_position_embeddings:
         return
     axes = s.model.axes()
     if "rc" in axes:
@@ -133,7 +126,7 @@ def _rotary_rows(model: ModelSpec) -> Iterator[int]:
     factor (linear_scaling_rope.py), and sliding-window layers with other rotary parameters have a table of their own.
     """
     rows = model.max_position_embeddings or 0
-    if model.model_type in VIDEOS:
+    if model.family.images is not None and model.family.images.video:
         rows *= 4
     scaling: Mapping[str, Any] = model.config.get("rope_scaling") or {}
     factor: object = scaling.get("factor", 1)
@@ -146,7 +139,7 @@ def _rotary_rows(model: ModelSpec) -> Iterator[int]:
 def _runner(s: Settings) -> Iterator[WeightGroup]:
     """Yield the buffers that vLLM's runner allocates before it profiles a step, for its most requests or tokens."""
     requests, vocabulary = s.serving.max_num_seqs or 1, s.model.vocab_size
-    if s.words.get("runner") == "requests" and s.stage.headed:
+    if s.behaviour.runner == "requests" and s.stage.headed:
         source = "vllm 0.33.0 v1/worker/gpu/sample"
         counts = requests * vocabulary * 4
         yield WeightGroup("counts of the tokens of every request", TABLE, 1, "int32", counts, f"{source}/penalties.py")
@@ -160,11 +153,11 @@ def _runner(s: Settings) -> Iterator[WeightGroup]:
             "what requests ask of sampling", TABLE, 7, "int32", rows, f"{source}/logit_bias.py, bad_words.py"
         )
     images = profiled_items(s)
-    if images is not None and s.words.get("runner") == "requests":
+    if images is not None and s.behaviour.runner == "requests":
         wide = images.levels * s.steps * s.model.hidden_size * ITEMSIZE[s.dtype]
         source = "vllm 0.33.0 v1/worker/gpu/mm/encoder_runner.py inputs_embeds, models/qwen3_vl.py"
         yield WeightGroup("embeddings of a step", TABLE, images.levels, s.dtype, wide, source)
-    if s.words.get("runner") == "tokens":
+    if s.behaviour.runner == "tokens":
         source = "vllm 0.11.0 v1/worker/gpu_model_runner.py inputs_embeds, block_table.py"
         wide = s.steps * s.model.hidden_size * ITEMSIZE[s.dtype]
         yield WeightGroup("embeddings of a step", TABLE, 1, s.dtype, wide, source)

@@ -10,7 +10,6 @@ from memplan.program.stored.weights import StoredWeight
 
 # Projections to a latent, and an indexer's, which every rank has whole.
 WHOLE = frozenset(("q_a_proj", "kv_a_proj_with_mqa", "kv_a_proj", "indexer", "wk", "wq_b", "weights_proj"))
-_WHOLE_IN_DEEPSEEK_V4 = frozenset(("attn_hc", "ffn_hc", "hc_head", "compressor", "kv_proj"))
 _FUSED = frozenset(("qkv_proj", "c_attn", "query_key_value", "Wqkv", "W_pack", "wqkv", "qkv"))
 _KEYS = frozenset(("k_proj", "v_proj"))
 _POSITIONS = frozenset(("wpe", "embed_positions", "position_embeddings", "position_embedding"))
@@ -27,7 +26,7 @@ def is_on_stage(s: Settings, w: StoredWeight) -> bool:
     stage, llama_cpp = s.stage, s.engine.kind == "llama.cpp"
     if w.group in TOWERS:  # llama.cpp loads a tower from a file of its own
         text_only = s.engine.kind == "vllm" and s.serving.limit_images == 0 and s.serving.limit_videos in (0, None)
-        return not (llama_cpp or text_only) and (stage.number == 0 or s.words.get("towers", "all") == "all")
+        return not (llama_cpp or text_only) and (stage.number == 0 or s.behaviour.towers == "all")
     layer = layer_of(w.name)
     if layer is not None:
         return stage.first <= layer < stage.last
@@ -60,7 +59,7 @@ def bytes_on_rank(s: Settings, w: StoredWeight) -> int:
         tp = 1 if words & SHARED and has_whole_shared_experts(s) else s.ranks.dense
     if tp == 1 or len(w.shape) < 2 or w.group in ("norm", "router") or words & WHOLE or words & _POSITIONS:
         return w.bytes
-    if s.model.model_type == "deepseek_v4" and words & _WHOLE_IN_DEEPSEEK_V4:
+    if words & s.model.family.serving.whole:
         return w.bytes
     if w.group in TOWERS:
         return -(-w.bytes // tp)

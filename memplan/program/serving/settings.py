@@ -6,9 +6,9 @@ from typing import NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.inference.cache_formats import cache_format
-from memplan.catalogue.inference.caches import CachePart, LayerCache, caches
-from memplan.catalogue.profiles.engines import ServingEngine
-from memplan.core.frozen import FrozenDict
+from memplan.catalogue.inference.caches import CONVOLUTION, CachePart, LayerCache, caches
+from memplan.catalogue.profiles.engines import EngineBehaviour, ServingEngine
+from memplan.core.units import ITEMSIZE
 from memplan.models.model import ModelSpec
 from memplan.program.serving.layer_ranges import Stage
 from memplan.spec.formats import Quantization
@@ -19,7 +19,7 @@ class Settings(NamedTuple):
     """Everything that decides the memory of a serving run on one GPU.
 
     engine        engine and version
-    words         the engine's settings that are no fields of `serving` (`memplan.catalogue.profiles.engines.WORDS`)
+    behaviour     what the engine's code does
     model         the model
     gpu           the GPU, if one was given
     dtype         dtype the model computes in, and of unquantised weights
@@ -34,7 +34,7 @@ class Settings(NamedTuple):
     """
 
     engine: ServingEngine
-    words: FrozenDict
+    behaviour: EngineBehaviour
     model: ModelSpec
     gpu: GPU | None
     dtype: str
@@ -79,7 +79,7 @@ class Settings(NamedTuple):
     @property
     def cache_dtype(self) -> str:
         asked = self.serving.cache_dtype or "auto"
-        return ("fp8" if self.model.model_type == COMPRESSED else self.dtype) if asked == "auto" else asked
+        return ("fp8" if self.model.has_compressed_cache else self.dtype) if asked == "auto" else asked
 
     @property
     def packed(self) -> bool:
@@ -93,9 +93,31 @@ class Settings(NamedTuple):
             return stored.head(p.elements)
         return -(-p.heads // self.tp) * stored.head(p.elements // p.heads)
 
+    def token_bytes(self, c: LayerCache, packed: bool) -> int:
+        """Return the bytes of one token in one layer on one rank; a sparse latent may be `packed` in fp8."""
+        index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
+        if index and c.kind == "latent" and packed:
+            return _FP8_LATENT + index
+        return sum(self.cache_bytes(p) for p in c.parts if p.name != "index keys") + index
 
+    def state_bytes(self, c: LayerCache, dtype: str) -> int:
+        """Return the bytes of one layer's states of a request on one rank, in `dtype`.
+
+        Convolutions keep one column less than their kernel is wide, in the model's dtype.
+        """
+        kernel, total = self.model.axes()["kernel"], 0
+        for p in c.parts:
+            if p.name.startswith(CONVOLUTION):
+                total += p.on(self.tp) // kernel * (kernel - 1) * ITEMSIZE[self.dtype]
+            else:
+                total += p.on(self.tp) * ITEMSIZE[dtype]
+        return total
+
+
+_FP8_LATENT = 656  # bytes of a sparse latent: 512 numbers in fp8, 4 scales in fp32, 64 rotated numbers in bf16
+_FP8_INDEX = 4  # bytes of the scale of an index key in fp8
 EIGHT_BITS = ("fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn")
-COMPRESSED, COMPRESSES, ENTRIES = "deepseek_v4", "vllm-0.33", 256
+COMPRESSES, ENTRIES = "vllm-0.33", 256  # the engine with compressed caches, and the tokens of its blocks
 
 
 class Draft(NamedTuple):

@@ -2,20 +2,23 @@
 
 Source: sglang 0.5.23 arg_groups/memory_hook.py handle_gpu_memory_settings, model_executor/pool_configurator.py,
 mem_cache/kv_cache_configurator.py _profile_available_bytes and _handle_max_mamba_cache.
+
+Text Generation Inference has the same slots. Its warm-up runs the longest prompts with a cache of their own; the pool
+gets the tokens of that cache and 0.9 of the memory that was left (see `memplan.program.serving.budget`).
+
+Source: text-generation-inference server/text_generation_server/models/flash_causal_lm.py FlashCausalLM.warmup.
 """
 
 from __future__ import annotations
 
-from memplan.catalogue.inference.caches import CONVOLUTION, LayerCache
 from memplan.core.errors import SpecError
-from memplan.core.units import GIB, ITEMSIZE, MIB
+from memplan.core.units import GIB, MIB
 from memplan.models.model import ModelSpec
 from memplan.program.serving.draft import layers_of
 from memplan.program.serving.parallel import stage_settings
 from memplan.program.serving.pool import Tokens
 from memplan.program.serving.settings import ServingRanks, Settings
 
-_FP8_LATENT, _FP8_INDEX = 656, 4
 _STATES_A_REQUEST = 3  # with a radix cache: mem_cache/kv_cache_configurator.py _calculate_mamba_ratio
 
 
@@ -64,20 +67,22 @@ def prefill_graphs(tokens: int) -> int:
 def pool(s: Settings, available: int) -> Tokens:
     """Return the token slots and states that fit in `available` bytes on each rank."""
     layers = [c for c in s.caches if c.parts]
-    full = sum(_token(s, c) for c in layers if c.kind in ("attention", "latent", "chunked"))
-    sliding = sum(_token(s, c) for c in layers if c.kind == "sliding")
+    full = sum(s.token_bytes(c, s.packed) for c in layers if c.kind in ("attention", "latent", "chunked"))
+    sliding = sum(s.token_bytes(c, s.packed) for c in layers if c.kind == "sliding")
     window = max((c.window or 0 for c in layers if c.kind == "sliding"), default=0)
+    dtype = s.dtype if s.behaviour.state_dtype == "model" else s.behaviour.state_dtype
     state = max(
-        sum(_state(of_stage, c) for c in of_stage.caches if c.kind == "state") for of_stage in stage_settings(s)
+        sum(of_stage.state_bytes(c, dtype) for c in of_stage.caches if c.kind == "state")
+        for of_stage in stage_settings(s)
     )
-    if state and "state_share" not in s.words:
+    if state and not s.behaviour.state_share:
         raise SpecError(f"model: {s.model.model_type} keeps states, not supported yet with {s.engine.name}", "model")
     if s.model.part("vision_config"):  # kept for the tower's outputs. Source: mm_runtime_reservation_gb
-        available -= s.words.get("pictures_mib", 0) * MIB
+        available -= s.behaviour.image_cache_mib * MIB
     page, available = s.block, max(0, available)
     states = None
     if state:
-        share = s.words["state_share"]
+        share = s.behaviour.state_share
         states = max(0, available * share // (1000 + share) // state - 1)  # one more is for padding
         available = max(0, available - (states + 1) * state)
     per_request = _STATES_A_REQUEST if s.serving.prefix_caching else 1
@@ -94,9 +99,9 @@ def pool(s: Settings, available: int) -> Tokens:
         )
     # SGLang assumes that a draft's layers are as wide as the model's: model_executor/pool_configurator.py
     share = full * len(drafted) // max(1, len(layers))
-    more, full = sum(_token(s, c) for c in drafted) - share, full + share
+    more, full = sum(s.token_bytes(c, s.packed) for c in drafted) - share, full + share
     if full and sliding:
-        share = s.words["window_share"]
+        share = s.behaviour.window_share
         slots = available * 1000 // (1000 * full + share * sliding) // page * page
         windowed = slots * share // 1000 // page * page
         return Tokens(slots, full, page, windowed, sliding, window, states, state, per_request)
@@ -104,24 +109,3 @@ def pool(s: Settings, available: int) -> Tokens:
     if full:
         return Tokens(slots, full, page, states=states, state_bytes=state, per_request=per_request, more_bytes=more)
     return Tokens(0, 0, page, slots, sliding, window, states, state, per_request)
-
-
-def _token(s: Settings, c: LayerCache) -> int:
-    """Return the bytes of one token in one layer on one rank."""
-    index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
-    others = [p for p in c.parts if p.name != "index keys"]
-    if index and c.kind == "latent" and s.packed:
-        return _FP8_LATENT + index
-    return sum(s.cache_bytes(p) for p in others) + index
-
-
-def _state(s: Settings, c: LayerCache) -> int:
-    kernel, total = s.model.axes()["kernel"], 0
-    for p in c.parts:
-        elements = p.on(s.tp)
-        convolved = p.name.startswith(CONVOLUTION)
-        if convolved:
-            elements = elements // kernel * (kernel - 1)
-        dtype = s.words["state_dtype"]
-        total += elements * ITEMSIZE[s.dtype if convolved or dtype == "model" else dtype]
-    return total

@@ -6,19 +6,14 @@ _align_hybrid_block_size. Differences in 0.11 are in the engine's rows.
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
-from memplan.catalogue.inference.caches import CONVOLUTION, CachePart, LayerCache, caches
+from memplan.catalogue.inference.caches import LayerCache, caches
 from memplan.core.errors import SpecError
-from memplan.core.units import ITEMSIZE
 from memplan.program.serving import compressed
 from memplan.program.serving.draft import layers_of, lookahead_slots
 from memplan.program.serving.pool import Blocks, CacheGroup, block_bytes
 from memplan.program.serving.settings import Settings
-
-_FP8_LATENT = 656  # bytes of a sparse latent: 512 numbers in fp8, 4 scales in fp32, 64 rotated numbers in bf16
-_FP8_INDEX = 4  # bytes of the scale of an index key in fp8
 
 
 class _Kind(NamedTuple):
@@ -42,8 +37,8 @@ def pool(s: Settings, available: int) -> Blocks:
         max(0, available) // block_bytes(groups),
         _in_flight(s) * s.steps,
         s.longest,
-        s.words["group_tokens"],
-        int(s.words["null_block"]),
+        s.behaviour.group_tokens,
+        int(s.behaviour.null_block),
         lookahead_slots(s),
     )
 
@@ -51,7 +46,7 @@ def pool(s: Settings, available: int) -> Blocks:
 def _in_flight(s: Settings) -> int:
     """Return the steps in flight: one for each pipeline stage, and one more if the next is scheduled ahead. 0.11 counts
     only one."""
-    steps = int(s.words["in_flight"])
+    steps = s.behaviour.steps_in_flight
     return steps if steps == 1 else s.ranks.pp - 1 + steps
 
 
@@ -60,7 +55,7 @@ def groups_of(s: Settings) -> tuple[CacheGroup, ...]:
 
     Raises SpecError for a model whose caches this version cannot put into one pool.
     """
-    if s.model.model_type == compressed.MODEL_TYPE:
+    if s.model.has_compressed_cache:
         return compressed.groups_of(s)
     model_caches = caches(s.model)
     layers = [c for c in (*model_caches, *layers_of(s)) if c.parts]
@@ -84,18 +79,10 @@ def groups_of(s: Settings) -> tuple[CacheGroup, ...]:
 
 def _kind(s: Settings, c: LayerCache) -> _Kind:
     if c.kind == "state":
-        return _Kind("state", sum(_state_bytes(s, p) for p in c.parts))
+        return _Kind("state", s.state_bytes(c, _state_dtype(s)))
     kind = {"sliding": "sliding", "chunked": "chunked"}.get(c.kind, "full")
-    return _Kind(kind, _token_bytes(s, c), c.window or 0)
-
-
-def _state_bytes(s: Settings, p: CachePart) -> int:
-    """Return the bytes of a state on one rank. A convolution keeps one column less than its kernel is wide."""
-    kernel = s.model.axes()["kernel"]
-    elements = p.on(s.tp)
-    if p.name.startswith(CONVOLUTION):
-        return elements // kernel * (kernel - 1) * ITEMSIZE[s.dtype]
-    return elements * ITEMSIZE[_state_dtype(s)]
+    packed = s.packed or (s.behaviour.packs_latents and s.serving.cache_dtype == "auto")
+    return _Kind(kind, s.token_bytes(c, packed), c.window or 0)
 
 
 def _state_dtype(s: Settings) -> str:
@@ -104,24 +91,14 @@ def _state_dtype(s: Settings) -> str:
     dtype = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(str(name))
     if dtype is not None:
         return dtype
-    if s.model.model_type in ("nemotron_h", "kimi_linear", "kimi_k3"):
+    if s.model.family.serving.fp32_states:
         return "fp32"
-    return s.dtype if s.words["state_dtype"] == "model" else s.words["state_dtype"]
-
-
-def _token_bytes(s: Settings, c: LayerCache) -> int:
-    """Return the bytes of one token in one layer on one rank."""
-    index = sum(p.elements + _FP8_INDEX for p in c.parts if p.name == "index keys")
-    others = [p for p in c.parts if p.name != "index keys"]
-    packed = s.packed or (s.words["packs_latents"] and s.serving.cache_dtype == "auto")
-    if index and c.kind == "latent" and packed:
-        return _FP8_LATENT + index
-    return sum(s.cache_bytes(p) for p in others) + index
+    return s.dtype if s.behaviour.state_dtype == "model" else s.behaviour.state_dtype
 
 
 def _aligned(s: Settings, state: int, per_token: int) -> int:
     """Return the tokens of a block that is at least as large as a state."""
-    least = max(s.block, s.words["latent_block"] if "kl" in s.model.axes() else 16)
+    least = max(s.block, s.behaviour.latent_block if "kl" in s.model.axes() else 16)
     return max(s.block, least * -(-state // (least * per_token)))
 
 
@@ -140,7 +117,7 @@ def _equal_pages(s: Settings, groups: list[CacheGroup]) -> list[CacheGroup]:
         if g.page == largest or g.kind == "state":
             out.append(g._replace(page=largest))
             continue
-        if not s.words["mixes_pages"]:
+        if not s.behaviour.mixes_pages:
             raise SpecError(
                 f"profile: {s.engine.name} cannot have caches of {g.page:,} and {largest:,} bytes a block in one pool; "
                 "vllm-0.33 can",
@@ -170,8 +147,3 @@ def _equal_groups(layers: list[CacheGroup], in_stage: list[bool]) -> tuple[Cache
         groups = -(-len(mine) // size)
         out += [kind._replace(layers=size if all(in_stage) else sum(mine[i::groups])) for i in range(groups)]
     return tuple(out)
-
-
-def requested(s: Settings, total: int) -> int:
-    """Return the GPU bytes that the engine takes for itself. Source: v1/worker/utils.py request_memory."""
-    return math.ceil(total * (s.serving.memory_utilization or 1))

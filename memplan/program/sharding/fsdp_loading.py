@@ -1,4 +1,4 @@
-"""Loading a model that FSDP shards, event by event (see `memplan.program.loading.loading`).
+"""Loading a model that FSDP shards, event by event (see `memplan.program.loading`).
 
 FSDP2 with `cpu_ram_efficient_loading` broadcasts each weight whole and then shards it, one after another. Otherwise a
 unit's weights are copied from the host together, FSDP1 flattens them, and the rank's parts are copied out; blocks come
@@ -12,200 +12,155 @@ distributed/tensor/placement_types.py Shard._shard_tensor.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import count
 from math import prod
 
 from memplan.catalogue.parallelism.sharding import aligned, part, rows_of
 from memplan.core.ir import Weight, outside
 from memplan.engine.gather import REST
-from memplan.engine.walk import size
 from memplan.program.graph import Graph, operations_of, parameters_of
-from memplan.program.loading import in_order
-from memplan.program.sharding.ranks import Ranks, kept_dtype, shape_in, shared_tables, units_of
+from memplan.program.loading import LoadingTape, in_order
+from memplan.program.sharding.fsdp_units import units_of
+from memplan.program.sharding.ranks import Ranks, kept_dtype, shape_in
+from memplan.program.stack_facts import shared_tables
 
-Events = Iterator[tuple[int, int]]
 
-
-def loading_events(graph: Graph, ranks: Ranks, together: bool = False) -> Events:
-    """Yield what loading allocates and frees, in order. With `together`, equal tensors that are allocated and freed at
+def loading_events(graph: Graph, ranks: Ranks, together: bool = False) -> list[tuple[int, int]]:
+    """Return what loading allocates and frees, in order. With `together`, equal tensors that are allocated and freed at
     once are merged into one event, as thousands of ranks have thousands of them."""
-    numbers = count()
+    loader = _Loader(graph, ranks)
     if ranks.efficient and not ranks.row.flat:
-        yield from _one_by_one(graph, ranks, numbers, together)
+        loader.load_one_by_one(together)
     else:
-        yield from _unit_by_unit(graph, ranks, numbers)
+        loader.load_unit_by_unit()
     for held in parameters_of(graph):
         if held.kind == "buffer":
             for _ in range(held.copies):
-                yield next(numbers), held.bytes
+                loader.tape.alloc_bytes(held.bytes)
+    return loader.tape.events
 
 
-def _one_by_one(graph: Graph, ranks: Ranks, numbers: Iterator[int], together: bool) -> Events:
-    """Yield the events of broadcasting every weight: whole, then padded copies of the last parts, then the rank's part.
-    A weight with several names is sent once for each name."""
-    _, axes = operations_of(graph)
-    for w in in_order(graph):
-        if w.group != "buffer":
-            yield from _broadcast(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together)
-    duplicates: list[int] = []
-    for w in _named_again(graph):
-        events = list(_broadcast(shape_in(w, axes, ranks.storage), kept_dtype(w, ranks), ranks, numbers, together))
-        yield from events
-        duplicates += [] if ranks.offloads else [_remaining_storage(events)]
-    for number in duplicates:  # freed when all weights are tied at the end
-        yield number, 0
+class _Loader:
+    """Records how a rank loads its parts of a model."""
 
+    def __init__(self, graph: Graph, ranks: Ranks) -> None:
+        self.graph, self.ranks = graph, ranks
+        self.axes = operations_of(graph)[1]
+        self.tape = LoadingTape(self.axes)
+        self.to_cast: list[tuple[int, int, str]] = []  # FSDP1: the rank's parts that are cast last
 
-def _remaining_storage(events: list[tuple[int, int]]) -> int:
-    """Return the storage that is left alive after a weight's events."""
-    freed = {number for number, bytes_ in events if not bytes_}
-    return next(number for number, _ in events if number not in freed)
+    def _shape(self, w: Weight) -> tuple[int, ...]:
+        return shape_in(w, self.axes, self.ranks.storage)
 
+    def load_one_by_one(self, together: bool) -> None:
+        """Broadcast every weight: whole, then padded copies of the last parts, then the rank's part. A weight with
+        several names is sent once for each name; its further copies are freed when all weights are tied at the end."""
+        for w in in_order(self.graph):
+            if w.group != "buffer":
+                self._broadcast(w, together)
+        again = [self._broadcast(w, together) for w in self._named_again()]
+        if not self.ranks.offloads:
+            self.tape.free(*again)
 
-def _broadcast(shape: tuple[int, ...], dtype: str, ranks: Ranks, numbers: Iterator[int], together: bool) -> Events:
-    bytes_ = size(str(prod(shape)), dtype, {})[1]
-    part_bytes = size(str(prod(rows_of(shape, ranks.world))), dtype, {})[1]
-    rows = part(shape[0], ranks.world) if shape else 1
-    padded = ranks.world - shape[0] // rows if shape else 0
-    copies, copy_bytes = (1, padded * part_bytes) if together and padded else (padded, part_bytes)
-    whole, *padded_parts = (next(numbers) for _ in range(1 + copies))
-    yield whole, bytes_
-    for number in padded_parts:
-        yield number, copy_bytes
-    local = next(numbers)
-    yield local, part_bytes
-    for number in (*padded_parts, whole):
-        yield number, 0
-    if ranks.offloads:
-        yield local, 0
-
-
-def _named_again(graph: Graph) -> list[Weight]:
-    """Return a weight for every additional name it has: a tied head, and tables that encoder and decoder share."""
-    stack, _ = operations_of(graph)
-    before = {w.name: w for ops in outside(stack)[:-1] for op in ops for w in op.weights if w.group != "buffer"}
-    after = {w.name for op in (*stack.after, *stack.loss) for w in op.weights}
-    tied = [w for name, w in before.items() if name in after]
-    return [*tied, *shared_tables(graph), *shared_tables(graph)]
-
-
-def _unit_by_unit(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Events:
-    """Yield the events of loading each unit whole and cutting out the rank's parts. FSDP1 casts trained parts last."""
-    units: list[list[Weight]] = []
-    places: list[int] = []
-    for place, copies, weights in _ordered(graph, ranks):
-        units += [weights] * copies
-        places += [place] * copies
-    loaded: dict[tuple[int, int], int] = {}
-    if ranks.loads_whole and any(w.stored for weights in units for w in weights):
-        indices = [(i, j) for i in sorted(range(len(units)), key=places.__getitem__) for j in range(len(units[i]))]
-        for i, j in sorted(indices, key=lambda at: units[at[0]][at[1]].group == "adapter"):  # adapters come last
-            storages: list[int] = []
-            yield from _load(graph, ranks, units[i][j], numbers, storages)
-            loaded[i, j] = storages[0]
-    to_cast: list[tuple[int, int]] = []
-    for i, weights in enumerate(units):
-        adapters = [[j] for j, w in enumerate(weights) if w.group == "adapter"] if ranks.row.flat else []
-        nested = {j for group in adapters for j in group}
-        rest = [j for j in range(len(weights)) if j not in nested]
-        for group in (*adapters, *([rest] if rest else ())):
-            whole: list[int] = []
-            if loaded:
-                whole = [loaded[i, j] for j in group]
-            else:
-                for j in group:
-                    yield from _load(graph, ranks, weights[j], numbers, whole)
-            shard = _flatten if ranks.row.flat else _shard_each
-            yield from shard(graph, ranks, [weights[j] for j in group], whole, numbers, to_cast)
-    for _, bytes_ in to_cast:
-        yield next(numbers), bytes_
-    for number, _ in to_cast:  # the parameters are views of the uncast parts until they are used
-        yield number, 0
-
-
-def _ordered(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int, list[Weight]]]:
-    """Yield the units in the order they are created, with their place in the model and the number of copies.
-
-    Blocks come before units outside of blocks. If blocks are no units of their own, all of them are one last unit.
-    """
-    units = list(enumerate(units_of(graph, ranks)))
-    yield from ((i, copies, weights) for i, (unit, where, copies, weights) in units if where and unit != REST)
-    yield from ((i, copies, weights) for i, (unit, where, copies, weights) in units if not where and unit != REST)
-    rest = [w for _, (unit, _, copies, weights) in units if unit == REST for _ in range(copies) for w in weights]
-    if rest:
-        yield next(i for i, (unit, *_) in units if unit == REST), 1, rest
-
-
-def _loaded_dtype(w: Weight, ranks: Ranks) -> str:
-    """Return the dtype a weight is loaded in. FSDP2's weights are cast on the host, FSDP1's once they are sharded."""
-    if w.stored or not ranks.row.flat or w.group == "adapter":
-        return kept_dtype(w, ranks)
-    return ranks.frozen or w.dtype
-
-
-def _load(graph: Graph, ranks: Ranks, w: Weight, numbers: Iterator[int], whole: list[int]) -> Events:
-    """Load one weight and append its storage to `whole`. A weight to be quantised exists in its loaded dtype until it
-    is quantised."""
-    _, axes = operations_of(graph)
-    if not w.stored:
-        whole.append(next(numbers))
-        yield whole[-1], size(str(prod(shape_in(w, axes, ranks.storage))), _loaded_dtype(w, ranks), {})[1]
-        return
-    loaded, quantises = next(numbers), ranks.loads_whole and not graph.recipe.packed
-    if quantises:
-        yield loaded, size(w.shape, graph.recipe.weights, axes)[1]
-    for t in w.stored:
-        number = next(numbers)
-        yield number, size(t.shape, t.dtype, axes)[1]
-        if t.name == "packed":
-            whole.append(number)
-    if quantises:
-        yield loaded, 0
-
-
-def _flatten(
-    graph: Graph,
-    ranks: Ranks,
-    weights: list[Weight],
-    whole: list[int],
-    numbers: Iterator[int],
-    to_cast: list[tuple[int, int]],
-) -> Events:
-    """Flatten weights into one tensor and copy out the rank's part. Parts to be cast later are added to `to_cast`."""
-    _, axes = operations_of(graph)
-    first = weights[0]
-    dtype = ranks.storage if first.stored else _loaded_dtype(first, ranks)
-    total = sum(aligned(prod(shape_in(w, axes, ranks.storage)), dtype) for w in weights)
-    flat, mine = next(numbers), next(numbers)
-    local = part(total, ranks.shard_count)
-    yield flat, size(str(total), dtype, {})[1]
-    if ranks.is_unsharded:  # the rank keeps the whole flat tensor
-        flat, mine = mine, flat
-    else:
-        yield mine, size(str(local), dtype, {})[1]
-        whole = [flat, *whole]
-    for number in whole:
-        yield number, 0
-    if ranks.offloads:
-        yield mine, 0
-    elif kept_dtype(first, ranks) != dtype:
-        to_cast.append((mine, size(str(local), kept_dtype(first, ranks), {})[1]))
-
-
-def _shard_each(
-    graph: Graph,
-    ranks: Ranks,
-    weights: list[Weight],
-    whole: list[int],
-    numbers: Iterator[int],
-    to_cast: list[tuple[int, int]],
-) -> Events:
-    """Copy out the rank's part of each weight, and free the whole weights when all are sharded."""
-    _, axes = operations_of(graph)
-    for w in weights:
-        mine = next(numbers)
-        yield mine, size(str(prod(rows_of(shape_in(w, axes, ranks.storage), ranks.world))), kept_dtype(w, ranks), {})[1]
+    def _broadcast(self, w: Weight, together: bool) -> int:
+        """Broadcast a weight, and return the storage of the rank's part."""
+        tape, ranks, shape, dtype = self.tape, self.ranks, self._shape(w), kept_dtype(w, self.ranks)
+        own = prod(rows_of(shape, ranks.world))
+        padded = ranks.world - shape[0] // part(shape[0], ranks.world) if shape else 0
+        whole = tape.alloc(prod(shape), dtype)
+        if together and padded:
+            copies = [tape.alloc_bytes(padded * tape.bytes_of(own, dtype))]
+        else:
+            copies = [tape.alloc(own, dtype) for _ in range(padded)]
+        local = tape.alloc(own, dtype)
+        tape.free(*copies, whole)
         if ranks.offloads:
-            yield mine, 0
-    for number in whole:
-        yield number, 0
+            tape.free(local)
+        return local
+
+    def _named_again(self) -> list[Weight]:
+        """Return a weight for every additional name it has: a tied head, and tables that encoder and decoder share."""
+        stack, _ = operations_of(self.graph)
+        before = {w.name: w for ops in outside(stack)[:-1] for op in ops for w in op.weights if w.group != "buffer"}
+        after = {w.name for op in (*stack.after, *stack.loss) for w in op.weights}
+        tied = [w for name, w in before.items() if name in after]
+        return [*tied, *shared_tables(self.graph), *shared_tables(self.graph)]
+
+    def load_unit_by_unit(self) -> None:
+        """Load each unit whole and cut out the rank's parts. FSDP1 casts trained parts last."""
+        units: list[list[Weight]] = []
+        places: list[int] = []
+        for place, copies, weights in self._ordered():
+            units += [weights] * copies
+            places += [place] * copies
+        loaded: dict[tuple[int, int], int] = {}
+        if self.ranks.loads_whole and any(w.stored for weights in units for w in weights):
+            indices = [(i, j) for i in sorted(range(len(units)), key=places.__getitem__) for j in range(len(units[i]))]
+            for i, j in sorted(indices, key=lambda at: units[at[0]][at[1]].group == "adapter"):  # adapters come last
+                loaded[i, j] = self._load(units[i][j])
+        shard = self._flatten if self.ranks.row.flat else self._shard_each
+        for i, weights in enumerate(units):
+            adapters = [[j] for j, w in enumerate(weights) if w.group == "adapter"] if self.ranks.row.flat else []
+            rest = [j for j in range(len(weights)) if [j] not in adapters]
+            for group in (*adapters, *([rest] if rest else ())):
+                whole = [loaded[i, j] if loaded else self._load(weights[j]) for j in group]
+                shard([weights[j] for j in group], whole)
+        for _, numbers, dtype in self.to_cast:
+            self.tape.alloc(numbers, dtype)
+        self.tape.free(*(number for number, _, _ in self.to_cast))  # until used, the parameters are views of these
+
+    def _ordered(self) -> Iterator[tuple[int, int, list[Weight]]]:
+        """Yield the units in the order they are created, with their place in the model and the number of copies.
+
+        Blocks come before units outside of blocks. If blocks are no units of their own, all of them are one last unit.
+        """
+        units = list(enumerate(units_of(self.graph, self.ranks)))
+        yield from ((i, copies, weights) for i, (unit, where, copies, weights) in units if where and unit != REST)
+        yield from ((i, copies, weights) for i, (unit, where, copies, weights) in units if not where and unit != REST)
+        rest = [w for _, (unit, _, copies, weights) in units if unit == REST for _ in range(copies) for w in weights]
+        if rest:
+            yield next(i for i, (unit, *_) in units if unit == REST), 1, rest
+
+    def _loaded_dtype(self, w: Weight) -> str:
+        """Return the dtype a weight is loaded in. FSDP2's weights are cast on the host, FSDP1's once they are
+        sharded."""
+        if w.stored or not self.ranks.row.flat or w.group == "adapter":
+            return kept_dtype(w, self.ranks)
+        return self.ranks.frozen or w.dtype
+
+    def _load(self, w: Weight) -> int:
+        """Load one weight and return its storage. A weight to be quantised exists in its loaded dtype until it is
+        quantised."""
+        if not w.stored:
+            return self.tape.alloc(prod(self._shape(w)), self._loaded_dtype(w))
+        recipe, whole = self.graph.recipe, 0
+        quantises = self.ranks.loads_whole and not recipe.packed
+        loaded = [self.tape.alloc(w.shape, recipe.weights)] if quantises else []
+        for t in w.stored:
+            number = self.tape.alloc(t.shape, t.dtype)
+            whole = number if t.name == "packed" else whole
+        self.tape.free(*loaded)
+        return whole
+
+    def _flatten(self, weights: list[Weight], whole: list[int]) -> None:
+        """Flatten weights into one tensor and copy out the rank's part."""
+        first, tape = weights[0], self.tape
+        dtype, kept = self.ranks.storage if first.stored else self._loaded_dtype(first), kept_dtype(first, self.ranks)
+        total = sum(aligned(prod(self._shape(w)), dtype) for w in weights)
+        local = part(total, self.ranks.shard_count)
+        flat = mine = tape.alloc(total, dtype)
+        if not self.ranks.is_unsharded:  # else the rank keeps the whole flat tensor
+            mine = tape.alloc(local, dtype)
+            tape.free(flat)
+        tape.free(*whole)
+        if self.ranks.offloads:
+            tape.free(mine)
+        elif kept != dtype:
+            self.to_cast.append((mine, local, kept))
+
+    def _shard_each(self, weights: list[Weight], whole: list[int]) -> None:
+        """Copy out the rank's part of each weight, and free the whole weights when all are sharded."""
+        for w in weights:
+            mine = self.tape.alloc(prod(rows_of(self._shape(w), self.ranks.world)), kept_dtype(w, self.ranks))
+            if self.ranks.offloads:
+                self.tape.free(mine)
+        self.tape.free(*whole)

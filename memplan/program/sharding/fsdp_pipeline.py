@@ -8,116 +8,146 @@ distributed/fsdp.py get_fsdp_reshard_after_forward_policy. Bytes are those of th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import lru_cache
 from itertools import groupby
-from typing import NamedTuple
+from typing import ClassVar
 
+from memplan.catalogue.parallelism import pipeline
+from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
 from memplan.core.ir import Division, Tensor, Unit
 from memplan.engine.gather import AFTER, OUTSIDE
-from memplan.engine.walk import size
-from memplan.program.graph import Graph, TensorGroup
-from memplan.program.sharding.ranks import Piece, Ranks, division, pieces
+from memplan.program.graph import Graph, TensorGroup, tensor_group, total_bytes
+from memplan.program.sharding.fsdp import FullySharded, tensor_bytes
+from memplan.program.sharding.fsdp_units import Piece, division, pieces
+from memplan.program.sharding.ranks import Ranks
+from memplan.program.structure import chunks_of
 
 _STAGE = "torch 2.13 distributed/pipelining/stage.py"
 
 
-def weights(graph: Graph, ranks: Ranks) -> Iterator[TensorGroup]:
-    """Yield the gathered weights, which exist in addition to the rank's parts."""
-    for p in pieces(graph, ranks):
-        yield _whole(p, p.copies)
+class ShardedStage(FullySharded):
+    """One of the ranks that share a pipeline stage and shard it with FSDP2."""
 
+    gathers_for_step: ClassVar[bool] = True
 
-def gradients(graph: Graph, ranks: Ranks) -> Iterator[TensorGroup]:
-    """Yield the whole gradients that every microbatch but the last leaves."""
-    for p in pieces(graph, ranks):
-        if p.trains:
-            yield _gradient(p, ranks, p.copies)
+    def division(self, later: bool = False, opens: bool = False) -> Division | None:
+        """Return the units that matter to a pass, or None if gradients accumulate in the dtype they are computed in.
+
+        Otherwise a unit's gradients stay until its backward is over, and are then cast, or added to the gradients of
+        earlier passes (`later`). Of the units that the first pass gathers (`opens`), the parts to send are left out:
+        they are smaller than the weights copied out of the message after they are freed.
+        """
+        if opens:
+            return self.units._replace(units=tuple((n, Unit(unit.whole, unit.message)) for n, unit in self.units.units))
+        reduces = self.ranks.reduces
+        if all(reduces in ("", p.sent) for p in self.pieces if p.trains):
+            return None
+        units: list[tuple[str, Unit]] = []
+        for name, group in groupby(self.pieces, key=lambda piece: piece.unit):
+            trained = [p for p in group if p.trains]
+            summed = tuple(Tensor(f"{p.name}.grad, whole", str(p.made), reduces) for p in trained)
+            units.append((name, Unit((), parts=() if later else summed)))
+        return Division(tuple(units), self.units.outside, False, "never", _STAGE)
+
+    def held_in(self, phase: str) -> Iterator[TensorGroup]:
+        """Yield the gathered weights, which exist in addition to the rank's parts."""
+        return (_whole(p, p.copies) for p in self.pieces)
+
+    def accumulated(self) -> Iterator[TensorGroup]:
+        """Yield the whole gradients that every microbatch but the last leaves."""
+        return (_gradient(p, self.ranks, p.copies) for p in self.pieces if p.trains)
+
+    def accumulates_in(self, phase: str) -> bool:
+        return True
+
+    def step_messages(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        units = [unit for _, unit in self.units.units]
+        gathered = max((unit.message for unit in units), key=tensor_bytes, default=())
+        return gathered, max(((*unit.joined, *unit.padded) for unit in units), key=tensor_bytes, default=())
+
+    def reductions(self) -> tuple[GradientReduction, ...]:
+        return pipeline.reductions(*self.run.schedule)
+
+    def openings(self) -> tuple[PipelineMoment, ...]:
+        """Return each chunk's first forward pass, which gathers its weights for the step. Empty if accumulated
+        gradients outweigh an all-gather's output, as these moments cannot be the peak then."""
+        if self.run.accumulates and total_bytes(self.accumulated()) >= total_bytes(self._message()):
+            return ()
+        first: dict[int, PipelineMoment] = {}
+        for moment in pipeline.distinct_passes(*self.run.schedule):
+            first.setdefault(moment.chunk, moment)
+            if len(first) == self.graph.degrees.virtual_stages:
+                break
+        return tuple(first.values())
+
+    def _message(self) -> Iterator[TensorGroup]:
+        return (_tensor(t, "temp", 1) for t in self.step_messages()[0])
+
+    def _chunks(self) -> list[ShardedStage]:
+        return [ShardedStage(chunk) for chunk in chunks_of(self.run)]
+
+    def gathered(self, moment: PipelineMoment) -> Iterator[TensorGroup]:
+        """Yield the output of the all-gather for the moment's chunk. All chunks' gathers are issued at once."""
+        return self._chunks()[moment.chunk]._message()
+
+    def reduced(self, moment: PipelineMoment) -> Iterator[TensorGroup]:
+        for i, chunk in enumerate(self._chunks()):
+            if i == moment.chunk:
+                yield from reduction(chunk.graph, chunk.ranks)
+            else:
+                yield from self.held_at(moment, i)
+
+    def held_at(self, moment: PipelineMoment, chunk: int) -> Iterator[TensorGroup]:
+        """Yield the whole weights and gradients of the rank's `chunk` at a moment. Once the chunk is done, only the
+        rank's part of its gradients is left."""
+        own = self._chunks()[chunk]
+        if moment.done[chunk]:
+            yield from own.gradients()
+            return
+        yield from own.held_in("forward")
+        if moment.has_gradient[chunk] and self.run.accumulates:
+            yield from own.accumulated()
+
+    def released(self) -> int:
+        """Return the bytes that reducing a chunk's gradients releases: whole weights and gradients, minus the rank's
+        parts of the reduced gradients."""
+        return total_bytes((*self.held_in("backward"), *self.accumulated())) - total_bytes(self.gradients())
 
 
 def _whole(p: Piece, copies: int) -> TensorGroup:
-    return _held("parameter", f"gathered {p.name}", p.where, p.whole, p.sent, copies)
+    return tensor_group("parameter", f"gathered {p.name}", p.whole, p.sent, _STAGE, p.where, copies)
 
 
 def _gradient(p: Piece, ranks: Ranks, copies: int) -> TensorGroup:
-    return _held("gradient", f"{p.name}.grad, whole", p.where, p.made, ranks.reduces or p.sent, copies)
-
-
-def _held(kind: str, what: str, where: str, numbers: int, dtype: str, copies: int) -> TensorGroup:
-    return TensorGroup(kind, what, where, str(numbers), dtype, copies, size(str(numbers), dtype, {})[1], _STAGE)
-
-
-def passing(graph: Graph, ranks: Ranks, later: bool) -> Division | None:
-    """Return the units that matter to a pass, or None if gradients accumulate in the dtype they are computed in.
-
-    Otherwise a unit's gradients stay until its backward is over, and are then cast, or added to the gradients of
-    earlier passes (`later`).
-    """
-    if all(ranks.reduces in ("", p.sent) for p in pieces(graph, ranks) if p.trains):
-        return None
-    full = division(graph, ranks)
-    assert full is not None
-    units: list[tuple[str, Unit]] = []
-    for name, group in groupby(pieces(graph, ranks), key=lambda piece: piece.unit):
-        trained = [p for p in group if p.trains]
-        summed = tuple(Tensor(f"{p.name}.grad, whole", str(p.made), ranks.reduces) for p in trained)
-        units.append((name, Unit((), parts=() if later else summed)))
-    return Division(tuple(units), full.outside, False, "never", _STAGE)
-
-
-def opening(graph: Graph, ranks: Ranks) -> Division | None:
-    """Return the units that the first forward pass of a step gathers, or None if weights are not sharded.
-
-    The parts to send are left out: they are smaller than the weights copied out of the message after they are freed.
-    """
-    full = division(graph, ranks)
-    units = tuple((name, Unit(unit.whole, unit.message)) for name, unit in full.units) if full else ()
-    return full._replace(units=units) if full else None
-
-
-def message(graph: Graph, ranks: Ranks) -> tuple[TensorGroup, ...]:
-    """Return the output of the largest all-gather among the units."""
-    full = division(graph, ranks)
-    largest = max((unit.message for _, unit in full.units), key=_tensor_bytes) if full else ()
-    return tuple(_tensor(t, "temp", 1) for t in largest)
-
-
-class Reduction(NamedTuple):
-    """The peak while a chunk's gradients are reduced: its weights and gradients, and their bytes."""
-
-    held: tuple[TensorGroup, ...]
-    bytes: int
+    return tensor_group("gradient", f"{p.name}.grad, whole", p.made, ranks.reduces or p.sent, _STAGE, p.where, copies)
 
 
 @lru_cache(maxsize=512)
-def reduction(graph: Graph, ranks: Ranks) -> Reduction:
-    """Return the peak while a chunk's gradients are reduced.
+def reduction(graph: Graph, ranks: Ranks) -> tuple[TensorGroup, ...]:
+    """Return a chunk's weights and gradients at the peak while its gradients are reduced.
 
     For each unit its weights are freed, its gradients are copied into the input of a reduce-scatter and freed, and the
     rank's part is allocated. The input of a reduce-scatter stays until that of the next one exists.
     """
-    full = division(graph, ranks)
-    units = dict(full.units) if full else {}
+    units = dict(division(graph, ranks).units)
     by_unit = {name: list(group) for name, group in groupby(pieces(graph, ranks), key=lambda piece: piece.unit)}
     done = dict.fromkeys(by_unit, 0)
-    alive = sum(_bytes([_whole(p, p.copies) for p in group]) for group in by_unit.values())
-    alive += sum(_bytes([_gradient(p, ranks, p.copies) for p in group if p.trains]) for group in by_unit.values())
+    alive = total_bytes(_whole(p, p.copies) for p in pieces(graph, ranks))
+    alive += total_bytes(_gradient(p, ranks, p.copies) for p in pieces(graph, ranks) if p.trains)
     peak = 0
     at_peak: tuple[dict[str, int], str, int] = ({}, "", 0)
     for name in _order(by_unit):
         group, unit = by_unit[name], units[name]
-        whole, gradient = (
-            _bytes([_whole(p, 1) for p in group]),
-            _bytes([_gradient(p, ranks, 1) for p in group if p.trains]),
-        )
-        alive -= whole
-        joined, received, parts = (_tensor_bytes(tensors) for tensors in (unit.joined, unit.received, unit.parts))
+        alive -= total_bytes(_whole(p, 1) for p in group)
+        gradient = total_bytes(_gradient(p, ranks, 1) for p in group if p.trains)
+        joined, received, parts = (tensor_bytes(tensors) for tensors in (unit.joined, unit.received, unit.parts))
         for moment, now in enumerate((alive + joined, alive - gradient + joined + received + parts)):
             if now > peak:
                 peak, at_peak = now, (dict(done), name, moment)
         alive += parts - gradient + (received if ranks.replicated else 0)  # replicas sum `received` at the end
         done[name] += 1
-    return Reduction(tuple(_alive(by_unit, units, ranks, *at_peak)), peak)
+    return tuple(_alive(by_unit, units, ranks, *at_peak))
 
 
 def _alive(
@@ -143,7 +173,7 @@ def _alive(
 
 
 def _tensor(t: Tensor, kind: str, copies: int) -> TensorGroup:
-    return TensorGroup(kind, t.name, "", t.shape, t.dtype, copies, size(t.shape, t.dtype, {})[1], _STAGE)
+    return tensor_group(kind, t.name, t.shape, t.dtype, _STAGE, copies=copies)
 
 
 def _order(by_unit: dict[str, list[Piece]]) -> Iterator[str]:
@@ -156,11 +186,3 @@ def _order(by_unit: dict[str, list[Piece]]) -> Iterator[str]:
         names = [*group]
         for _ in range(by_unit[names[0]][0].copies):
             yield from names
-
-
-def _bytes(held: Iterable[TensorGroup]) -> int:
-    return sum(h.bytes * h.copies for h in held)
-
-
-def _tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(size(t.shape, t.dtype, {})[1] for t in tensors)

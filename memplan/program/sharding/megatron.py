@@ -13,23 +13,18 @@ core/optimizer/distrib_optimizer.py.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from math import lcm
 from typing import NamedTuple
 
 from memplan.catalogue.optimizers.parameter_rules import Parameter
-from memplan.catalogue.parallelism.sharding import BUCKET_END, MEGATRON, PARAMETER_START, part
-from memplan.engine.walk import size
-from memplan.program.graph import Graph, TensorGroup, elements, operations_of, parameters_of
-from memplan.program.loading import in_order, loading
+from memplan.catalogue.parallelism.sharding import BUCKET_END, PARAMETER_START, part
+from memplan.core.cached_property import cached_property
+from memplan.program.graph import Graph, TensorGroup, elements, operations_of, parameters_of, tensor_group
+from memplan.program.loading import LoadingTape, in_order, load
 from memplan.program.sharding.ranks import Ranks
-
-
-def divides(ranks: Ranks) -> bool:
-    """Whether ranks shard optimizer states with Megatron's distributed optimizer."""
-    return ranks.strategy == MEGATRON and ranks.world > 1
+from memplan.program.sharding.sharding import Sharding
 
 
 class Buffer(NamedTuple):
@@ -67,62 +62,52 @@ def buffers(graph: Graph, ranks: Ranks) -> tuple[Buffer, ...]:
     return tuple(out)
 
 
-def buffer(graph: Graph, ranks: Ranks) -> int:
-    """Return the elements of all buffers of weights, which equals those of gradients."""
-    return sum(b.numbers for b in buffers(graph, ranks))
-
-
 def _padded(numbers: int, step: int) -> int:
     return part(numbers, step) * step
 
 
-def _dtype(graph: Graph) -> str:
-    return next(w.dtype for w in in_order(graph) if w.trains)
+class DistributedOptimizer(Sharding):
+    """One of the ranks among which Megatron's distributed optimizer shards its states."""
 
+    @property
+    def buffers(self) -> tuple[Buffer, ...]:
+        """The buffers of weights, which equal those of gradients."""
+        return buffers(self.graph, self.ranks)
 
-def parameters(graph: Graph, ranks: Ranks) -> Iterator[TensorGroup]:
-    """Yield weights, buffers, and the padding of the weight buffers."""
-    yield from parameters_of(graph)
-    for b in buffers(graph, ranks):
-        if b.numbers > b.weights:
-            what = f"padding of the buffer of weights{b.what}"
-            yield _held("parameter", what, b.numbers - b.weights, _dtype(graph), ranks)
+    @cached_property
+    def _dtype(self) -> str:
+        return next(w.dtype for w in in_order(self.graph) if w.trains)
 
+    def weights(self) -> Iterator[TensorGroup]:
+        """Yield weights, buffers, and the padding of the weight buffers."""
+        yield from super().weights()
+        for b in self.buffers:
+            if b.numbers > b.weights:
+                what, padding = f"padding of the buffer of weights{b.what}", b.numbers - b.weights
+                yield tensor_group("parameter", what, padding, self._dtype, self.ranks.row.source)
 
-def gradients(graph: Graph, ranks: Ranks, dtype: str) -> Iterator[TensorGroup]:
-    """Yield the main gradients, which stay from step to step."""
-    for b in buffers(graph, ranks):
-        yield _held("gradient", f"main gradients{b.what}", b.numbers, dtype, ranks)
+    def gradients(self) -> Iterator[TensorGroup]:
+        """Yield the main gradients, which stay from step to step."""
+        for b in self.buffers:
+            what, dtype = f"main gradients{b.what}", str(self.run.grads)
+            yield tensor_group("gradient", what, b.numbers, dtype, self.ranks.row.source)
 
+    def trained(self) -> list[Parameter]:
+        """Return the parameters passed to the optimizer: the rank's part of each buffer."""
+        return [Parameter(f"part{b.what}", (b.numbers // b.ranks,), self._dtype) for b in self.buffers]
 
-def trained(graph: Graph, ranks: Ranks) -> list[Parameter]:
-    """Return the parameters passed to the optimizer: the rank's part of each buffer."""
-    return [Parameter(f"part{b.what}", (b.numbers // b.ranks,), _dtype(graph)) for b in buffers(graph, ranks)]
-
-
-def loading_events(graph: Graph, ranks: Ranks, dtype: str) -> Iterator[tuple[int, int]]:
-    """Yield what loading allocates and frees (see `memplan.program.loading.loading`): after loading, both buffers are
-    allocated, and every weight is copied into its buffer."""
-    alive: dict[int, int] = {}
-    last = 0
-    for last, bytes_ in loading(graph):
-        yield last, bytes_
-        if bytes_:
-            alive[last] = bytes_
-        else:
-            del alive[last]
-    numbers = itertools.count(last + 1)
-    whole = buffer(graph, ranks)
-    main = next(numbers)
-    yield next(numbers), size(str(whole), _dtype(graph), {})[1]
-    yield main, size(str(whole), dtype, {})[1]
-    for number in alive:
-        yield number, 0
-    for held in parameters_of(graph):
-        if held.kind == "buffer":
-            yield next(numbers), held.bytes * held.copies
-    yield main, 0  # from here on it is counted as gradients
-
-
-def _held(kind: str, what: str, numbers: int, dtype: str, ranks: Ranks) -> TensorGroup:
-    return TensorGroup(kind, what, "", str(numbers), dtype, 1, size(str(numbers), dtype, {})[1], ranks.row.source)
+    def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
+        """Return what loading allocates and frees: after loading, both buffers are allocated, and every weight is
+        copied into its buffer."""
+        tape = LoadingTape(operations_of(self.graph)[1])
+        load(self.graph, tape)
+        loaded = tape.alive()
+        numbers = sum(b.numbers for b in self.buffers)
+        tape.alloc(numbers, self._dtype)
+        main = tape.alloc(numbers, str(self.run.grads))
+        tape.free(*loaded)
+        for held in parameters_of(self.graph):
+            if held.kind == "buffer":
+                tape.alloc_bytes(held.bytes * held.copies)
+        tape.free(main)  # from here on it is counted as gradients
+        return tape.events

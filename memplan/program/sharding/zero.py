@@ -1,4 +1,4 @@
-"""Memory of a rank under DeepSpeed ZeRO, on its GPU and in host memory.
+"""Memory of a rank under DeepSpeed ZeRO, on its GPU and in host memory. Stage 3 is in `zero3`.
 
 Trained weights are flattened, and each rank has an fp32 copy of its partition of them, which the optimizer updates.
 Gradients are copied into a bucket as they are computed, and reduced when it is full. If the optimizer is offloaded, the
@@ -6,63 +6,30 @@ fp32 copy, its gradient and the states are in host memory, and each reduced grad
 
 Left out: transformers' Trainer has two parameter groups, with and without weight decay, each with its own padding.
 
-Source: DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py, stage3.py, partition_parameters.py and
-partitioned_param_coordinator.py, comm/coalesced_collectives.py, swap_tensor/.
+Source: DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py, swap_tensor/.
 """
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from memplan.catalogue.optimizers.parameter_rules import Parameter
-from memplan.catalogue.optimizers.states import State
+from memplan.catalogue.optimizers.states import OptimizerMemory
 from memplan.catalogue.parallelism.sharding import ALIGNMENT, STAGES, part
-from memplan.core.ir import Weight
-from memplan.core.units import ITEMSIZE, gib
-from memplan.engine.lower import COMPUTING, GATHERING, REDUCING
-from memplan.engine.walk import size
-from memplan.program.graph import Graph, TensorGroup, elements, operations_of, parameters_of, weights_of
-from memplan.program.loading import EMPTIED, in_order, loading
-from memplan.program.sharding.ranks import Ranks, is_scale, numbers_of
-from memplan.program.sharding.zero3_prefetch import Gathering, gathered, gathered_peak
-
-NORM_CHUNK = 250_000_000  # elements of one norm computation in stage 3: _constant_buffered_norm2
+from memplan.core.cached_property import cached_property
+from memplan.core.units import ITEMSIZE
+from memplan.engine.storages import COMPUTING, REDUCING
+from memplan.program.graph import Graph, TensorGroup, elements, operations_of, tensor_group, total_bytes, weights_of
+from memplan.program.loading import LoadingTape, in_order, load
+from memplan.program.sharding.ranks import Ranks, pinned_bytes
+from memplan.program.sharding.sharding import Sharding, stepped_on_host
+from memplan.program.structure import Structure
 
 
-def stage(ranks: Ranks) -> int:
-    """Return the ZeRO stage: 1, 2 or 3, or 0 if DeepSpeed shards nothing."""
-    return STAGES.get(ranks.strategy, 0) if ranks.world > 1 else 0
-
-
-def partition(graph: Graph, ranks: Ranks) -> int:
-    """Return the number of elements of a rank's partition of the trained weights, with padding."""
-    _, axes = operations_of(graph)
-    sizes = [(elements(w, axes), copies) for w, copies, _ in weights_of(graph) if w.trains]
-    if stage(ranks) == 3:
-        return sum(part(numbers, ranks.world) * copies for numbers, copies in sizes)
-    return ALIGNMENT * part(sum(n * copies for n, copies in sizes), ALIGNMENT * ranks.world)
-
-
-def _trained_elements(graph: Graph) -> tuple[int, str]:
-    """Return the number of trained elements, and their dtype. DeepSpeed casts the entire model to one dtype."""
-    _, axes = operations_of(graph)
-    weights = [(elements(w, axes) * copies, w.dtype) for w, copies, _ in weights_of(graph) if w.trains]
-    return sum(n for n, _ in weights), weights[0][1]
-
-
-@lru_cache(maxsize=128)
-def _weight_sizes(graph: Graph) -> tuple[int, ...]:
-    """Return the number of elements of each trained weight, in the model's order."""
-    _, axes = operations_of(graph)
-    cached: dict[int, int] = {}
-    return tuple(cached.setdefault(id(w), elements(w, axes)) for w in in_order(graph) if w.trains)
-
-
-class _Reduction(NamedTuple):
+class Reduction(NamedTuple):
     """Memory for reducing gradients, in elements.
 
     owned    stages 1 and 2: all weights that overlap a rank's partition, for the rank with most, as their gradients are
@@ -78,36 +45,39 @@ class _Reduction(NamedTuple):
     copied: int
 
 
+@lru_cache(maxsize=128)
+def weight_sizes(graph: Graph) -> tuple[int, ...]:
+    """Return the number of elements of each trained weight, in the model's order."""
+    _, axes = operations_of(graph)
+    cached: dict[int, int] = {}
+    return tuple(cached.setdefault(id(w), elements(w, axes)) for w in in_order(graph) if w.trains)
+
+
 @lru_cache(maxsize=256)
-def _reduction(graph: Graph, ranks: Ranks) -> _Reduction:
+def _reduction(graph: Graph, ranks: Ranks, partition: int) -> Reduction:
     """Return the memory for reducing gradients, by filling buckets with the gradients from the last weight on."""
-    sizes, knobs, world = _weight_sizes(graph), ranks.knobs, ranks.world
-    if stage(ranks) == 3:
-        flushes = _fills(range(len(sizes))[::-1], sizes, knobs.reduce_bucket)
-        return _peaks(0, [_scattered(f, sizes, ranks) for f in flushes])
+    sizes, knobs = weight_sizes(graph), ranks.knobs
     order = range(len(sizes))
     if knobs.round_robin:
-        order = [i for rank in range(min(world, len(sizes))) for i in range(rank, len(sizes), world)]
+        order = [i for rank in range(min(ranks.world, len(sizes))) for i in range(rank, len(sizes), ranks.world)]
     starts = dict(zip(order, (0, *accumulate(sizes[i] for i in order)), strict=False))
-    partition_size = partition(graph, ranks)
-    flushes = _fills(range(len(sizes))[::-1], sizes, knobs.reduce_bucket)
     of_flushes: list[tuple[int, int]] = []
-    for flush in flushes:
+    for flush in fills(range(len(sizes))[::-1], sizes, knobs.reduce_bucket):
         numbers = sum(sizes[i] for i in flush)
         is_oversized = numbers > knobs.reduce_bucket
-        waits = numbers if stage(ranks) == 2 and (is_oversized or not knobs.contiguous) else 0
+        waits = numbers if STAGES[ranks.strategy] == 2 and (is_oversized or not knobs.contiguous) else 0
         if not knobs.contiguous:  # all gradients of a bucket together
             copied = numbers if len(flush) > 1 else 0
         else:
-            copied = _copied(((starts[i], sizes[i]) for i in flush), partition_size, knobs.reduce_bucket)
+            copied = _copied(((starts[i], sizes[i]) for i in flush), partition, knobs.reduce_bucket)
         of_flushes.append((waits, copied))
-    return _peaks(_most_owned(starts, sizes, partition_size), of_flushes)
+    return reduction_of(_most_owned(starts, sizes, partition), of_flushes)
 
 
-def _peaks(owned: int, flushes: list[tuple[int, int]]) -> _Reduction:
+def reduction_of(owned: int, flushes: list[tuple[int, int]]) -> Reduction:
     """Return the peaks over all flushes, each given as waiting and copied elements."""
     peak = max(map(sum, flushes))
-    return _Reduction(owned, peak, max(waits for waits, _ in flushes), max(copied for _, copied in flushes))
+    return Reduction(owned, peak, max(waits for waits, _ in flushes), max(copied for _, copied in flushes))
 
 
 def _most_owned(starts: Mapping[int, int], sizes: Sequence[int], partition_size: int) -> int:
@@ -119,7 +89,7 @@ def _most_owned(starts: Mapping[int, int], sizes: Sequence[int], partition_size:
     return max(owned.values())
 
 
-def _fills(order: Iterable[int], sizes: tuple[int, ...], bucket: int) -> list[list[int]]:
+def fills(order: Iterable[int], sizes: tuple[int, ...], bucket: int) -> list[list[int]]:
     """Return the gradients reduced together, bucket by bucket: a bucket is reduced when the next gradient does not fit.
     A gradient larger than the bucket is reduced by itself."""
     out: list[list[int]] = []
@@ -131,16 +101,6 @@ def _fills(order: Iterable[int], sizes: tuple[int, ...], bucket: int) -> list[li
         out[-1].append(i)
         filled += sizes[i]
     return out
-
-
-def _scattered(flush: list[int], sizes: tuple[int, ...], ranks: Ranks) -> tuple[int, int]:
-    """Return the elements waiting outside the bucket in stage 3, and those of the copy being reduced. A single weight
-    that divides evenly is reduced without a copy."""
-    numbers = sum(sizes[i] for i in flush)
-    waits = numbers if numbers > ranks.knobs.reduce_bucket or not ranks.knobs.contiguous else 0
-    if len(flush) == 1 and not numbers % ranks.world:
-        return waits, 0
-    return waits, sum(part(sizes[i], ranks.world) for i in flush) * ranks.world
 
 
 def _copied(weights: Iterable[tuple[int, int]], partition_size: int, bucket: int) -> int:
@@ -173,369 +133,223 @@ def _copied(weights: Iterable[tuple[int, int]], partition_size: int, bucket: int
     return most
 
 
-def parameters(graph: Graph, ranks: Ranks) -> Iterator[TensorGroup]:
-    """Yield weights, buffers and the fp32 partition of the weights.
+class ZeroSharding(Sharding):
+    """One of the ranks that DeepSpeed shards a run among; here stages 1 and 2, which keep all weights on every rank."""
 
-    In stage 3 small weights stay whole in addition to their part. The scales of 4-bit weights are not parameters and
-    stay whole too.
-    """
-    source, knobs = ranks.row.source, ranks.knobs
-    if stage(ranks) < 3:
-        yield from parameters_of(graph)
-    else:
-        yield from _stage_3_weights(graph, ranks)
-        yield from (held for held in parameters_of(graph) if held.kind == "buffer" or is_scale(held))
-    if not knobs.optimizer:
-        yield _held("parameter", "fp32 partition of the weights", "", partition(graph, ranks), "fp32", 1, source)
+    replaces_gradients: ClassVar[bool] = True
+    saves_from_host: ClassVar[bool] = True
 
+    def __init__(self, run: Structure) -> None:
+        super().__init__(run)
+        self.knobs = run.ranks.knobs
+        self.stage = STAGES[run.ranks.strategy]
+        self.sends_gradients = self.stage > 1
 
-def _stage_3_weights(graph: Graph, ranks: Ranks) -> Iterator[TensorGroup]:
-    _, axes = operations_of(graph)
-    for w, copies, block in weights_of(graph):
-        if w.group == "buffer":
-            continue
-        numbers, dtype = numbers_of(w, axes, ranks.storage)
-        kinds = [] if ranks.knobs.parameters else [(f"one of {ranks.world} parts", part(numbers, ranks.world))]
-        if numbers <= ranks.knobs.persistent:
-            kinds.append(("whole", numbers))
-        for kind, count in kinds:
-            what = f"{w.name}, {kind}"
-            yield _held("parameter", what, block.rstrip("."), count, dtype, copies, ranks.row.source)
+    @cached_property
+    def dtype(self) -> str:
+        """The dtype of trained weights: DeepSpeed casts the entire model to one."""
+        return next(w.dtype for w, _, _ in weights_of(self.graph) if w.trains)
 
+    @cached_property
+    def sizes(self) -> list[tuple[int, int]]:
+        """The elements of each trained weight, and the number of layers that have one like it."""
+        _, axes = operations_of(self.graph)
+        return [(elements(w, axes), copies) for w, copies, _ in weights_of(self.graph) if w.trains]
 
-def trained(graph: Graph, ranks: Ranks) -> list[Parameter]:
-    """Return the parameter passed to the optimizer: the partition."""
-    return [Parameter("partition", (partition(graph, ranks),), "fp32")]
+    @cached_property
+    def partition(self) -> int:
+        """The elements of the rank's partition of the trained weights, with padding."""
+        return ALIGNMENT * part(sum(n * copies for n, copies in self.sizes), ALIGNMENT * self.ranks.world)
 
+    @property
+    def updated_at_once(self) -> int:
+        """The elements that the optimizer updates at once."""
+        return self.partition
 
-def in_sub_group(graph: Graph, ranks: Ranks) -> int:
-    """Return the elements that the optimizer updates at once: the partition, or in stage 3 a sub-group of it."""
-    return max(_sub_groups(graph, ranks)) if stage(ranks) == 3 else partition(graph, ranks)
+    @cached_property
+    def reduction(self) -> Reduction:
+        """The memory for reducing gradients."""
+        return _reduction(self.graph, self.ranks, self.partition)
 
+    def group(self, kind: str, what: str, numbers: int, dtype: str, where: str = "", copies: int = 1) -> TensorGroup:
+        """Return a group of tensors of `numbers` elements."""
+        return tensor_group(kind, what, numbers, dtype, self.ranks.row.source, where, copies)
 
-def stepping(graph: Graph, ranks: Ranks) -> Iterator[TensorGroup]:
-    """Yield the gradients that the optimizer step reads, if it runs on the GPU."""
-    if not ranks.knobs.optimizer:
-        numbers = in_sub_group(graph, ranks)
-        yield _held("gradient", "fp32 gradient of the partition", "", numbers, "fp32", 1, ranks.row.source)
+    def weights(self) -> Iterator[TensorGroup]:
+        """Yield weights, buffers and the fp32 partition of the weights."""
+        yield from super().weights()
+        yield from self.master()
 
+    def master(self) -> Iterator[TensorGroup]:
+        """Yield the fp32 partition of the weights."""
+        if not self.knobs.optimizer:
+            yield self.group("parameter", "fp32 partition of the weights", self.partition, "fp32")
 
-def converting(graph: Graph, ranks: Ranks) -> Iterator[TensorGroup]:
-    """Yield the temporaries while the fp32 gradient partition is built: the reduced gradients and their flattened
-    copy."""
-    _, dtype = _trained_elements(graph)
-    if ranks.knobs.optimizer:
-        return
-    flat = in_sub_group(graph, ranks)
-    if stage(ranks) < 3:
-        owned = _reduction(graph, ranks).owned
-        yield _held("gradient", "reduced gradients", "", owned, dtype, 1, ranks.row.source)
-    if dtype != "fp32":
-        yield _held("temp", "reduced gradients, flattened", "", flat, dtype, 1, ranks.row.source)
+    def trained(self) -> list[Parameter]:
+        """Return the parameter passed to the optimizer: the partition."""
+        return [Parameter("partition", (self.partition,), "fp32")]
 
+    def gradients(self) -> Iterator[TensorGroup]:
+        """Yield the gradients that the optimizer step reads, if it runs on the GPU."""
+        if not self.knobs.optimizer:
+            yield self.group("gradient", "fp32 gradient of the partition", self.updated_at_once, "fp32")
 
-def accumulated(graph: Graph, ranks: Ranks) -> Iterator[TensorGroup]:
-    """Yield the gradients that a later micro-batch finds: in stage 2 the reduced gradients.
+    def reduced_gradients(self) -> Iterator[TensorGroup]:
+        """Yield the reduced gradients that are whole, if they stay on the GPU."""
+        if not self.knobs.optimizer:
+            yield self.group("gradient", "reduced gradients", self.reduction.owned, self.dtype)
 
-    In stage 3 they are in `reducing`. In stage 1 they are whole, and not counted here. Offloaded, they are in host
-    memory.
-    """
-    if stage(ranks) == 2 and not ranks.knobs.optimizer:
-        _, dtype = _trained_elements(graph)
-        owned = _reduction(graph, ranks).owned
-        yield _held("gradient", "reduced gradients", "", owned, dtype, 1, ranks.row.source)
+    def gradient_conversion(self) -> Iterator[TensorGroup]:
+        """Yield the reduced gradients and their flattened copy while the fp32 gradient partition is built."""
+        yield from self.reduced_gradients()
+        if self.dtype != "fp32" and not self.knobs.optimizer:
+            yield self.group("temp", "reduced gradients, flattened", self.updated_at_once, self.dtype)
 
+    def accumulated(self) -> Iterator[TensorGroup]:
+        """Yield the gradients that a later micro-batch finds: whole in stage 1, reduced in stage 2. Offloaded reduced
+        gradients are in host memory."""
+        return Sharding.gradients(self) if self.stage == 1 else self.reduced_gradients()
 
-def reducing(graph: Graph, ranks: Ranks) -> Iterator[TensorGroup]:
-    """Yield what gradient reduction holds throughout: in stage 3 the partition of gradients and the bucket; in lower
-    stages with the optimizer offloaded, a buffer for the largest gradient."""
-    _, dtype = _trained_elements(graph)
-    knobs, source = ranks.knobs, ranks.row.source
-    if stage(ranks) == 3:
-        if not knobs.optimizer:
-            yield _held("gradient", "reduced gradients", "", partition(graph, ranks), dtype, 1, source)
-        if knobs.contiguous:
-            yield _held("other", "bucket of gradients", "", knobs.reduce_bucket, dtype, 1, source)
-    elif knobs.optimizer:
-        yield _held("other", "buffer of the largest gradient", "", max(_weight_sizes(graph)), dtype, 1, source)
+    def optimizer(self, trained: list[Parameter]) -> OptimizerMemory:
+        memory = super().optimizer(trained)
+        return stepped_on_host(memory) if self.knobs.optimizer else memory
 
+    def clipping(self, trained: list[Parameter]) -> int:
+        return sum(h.bytes for h in self.gradient_conversion())
 
-def held_in_phase(graph: Graph, ranks: Ranks, phase: str) -> Iterator[TensorGroup]:
-    """Yield what exists during a phase of a pass.
+    def reduction_buffers(self) -> Iterable[TensorGroup]:
+        return super().reduction_buffers() or self._buffers()
 
-    A bucket is copied once to be reduced. Stage 1 does that when backward is over, other stages as soon as the bucket
-    is full, so the reduced gradients of the rank with the last layers exist early. In stage 3 the weights in use and
-    the prefetched ones are whole (`memplan.program.sharding.zero3_prefetch`).
-    """
-    source, knobs = ranks.row.source, ranks.knobs
-    _, dtype = _trained_elements(graph)
-    if stage(ranks) == 3:
-        peak = gathered_peak(graph, ranks)[phase]
-        yield _in_bytes("parameter", "gathered weights", peak.weights, source)
-        yield _in_bytes("temp", "weights as the all-gather writes them", peak.written, source)
-    if phase != "backward":
-        return
-    reduction = _reduction(graph, ranks)
-    if stage(ranks) < 3:
+    def _buffers(self) -> Iterator[TensorGroup]:
+        """Yield what gradient reduction holds throughout: with the optimizer offloaded, a buffer for the largest
+        gradient."""
+        if self.knobs.optimizer:
+            yield self.group("other", "buffer of the largest gradient", max(weight_sizes(self.graph)), self.dtype)
+
+    def held_in(self, phase: str) -> Iterator[TensorGroup]:
+        """Yield what exists during a phase of a pass.
+
+        A bucket is copied once to be reduced. Stage 1 does that when backward is over, other stages as soon as the
+        bucket is full, so the reduced gradients of the rank with the last layers exist early.
+        """
+        if phase != "backward":
+            return
+        yield from self._buckets()
+        yield self.group("temp", "bucket as it is reduced", self.reduction.waiting, self.dtype)
+        if self.knobs.optimizer:
+            yield self.group("temp", "a reduced gradient on its way to the host", self._offload_temporaries(), "uint8")
+
+    def _buckets(self) -> Iterator[TensorGroup]:
+        knobs = self.knobs
         if knobs.contiguous or knobs.optimizer:
-            count = 1 + knobs.overlaps
-            yield _held("other", "bucket of gradients", "", knobs.reduce_bucket, dtype, count, source)
-        if not knobs.optimizer:
-            yield _held("gradient", "reduced gradients", "", reduction.owned, dtype, 1, source)
-    yield _held("temp", "bucket as it is reduced", "", reduction.waiting, dtype, 1, source)
-    if knobs.optimizer:
-        copied = _offload_temporaries(graph, ranks, dtype)
-        yield _in_bytes("temp", "a reduced gradient on its way to the host", copied, source)
+            copies = 1 + knobs.overlaps
+            yield self.group("other", "bucket of gradients", knobs.reduce_bucket, self.dtype, copies=copies)
+        yield from self.reduced_gradients()
 
+    def reduction_streams(self) -> Iterator[tuple[int, int]]:
+        """Yield the stream and bytes of each tensor that `held_in` yields for backward, without gathered weights.
 
-def on_streams(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int]]:
-    """Yield the stream and bytes of each tensor that `passing` yields in backward, without gathered weights.
+        With `overlap_comm` gradients are reduced on a separate stream, and in stage 2 the results stay in that stream's
+        pool. A waiting gradient was allocated on the compute stream.
+        """
+        item, reducing = ITEMSIZE[self.dtype], REDUCING if self.knobs.overlaps else COMPUTING
+        for held in self._buckets():
+            stream = reducing if held.kind == "gradient" and self.stage == 2 else COMPUTING
+            yield from [(stream, int(held.shape) * item)] * held.copies
+        yield COMPUTING, self._waiting_elements() * item
+        yield reducing, self.reduction.copied * item
+        if self.knobs.optimizer:
+            yield reducing, self._offload_temporaries()
 
-    With `overlap_comm` gradients are reduced on a separate stream, and in stage 2 the results stay in that stream's
-    pool. A waiting gradient was allocated on the compute stream.
-    """
-    knobs, at = ranks.knobs, stage(ranks)
-    _, dtype = _trained_elements(graph)
-    reduction, item = _reduction(graph, ranks), ITEMSIZE[dtype]
-    reducing = REDUCING if knobs.overlaps else COMPUTING
-    if at < 3:
-        if knobs.contiguous or knobs.optimizer:
-            yield from [(COMPUTING, knobs.reduce_bucket * item)] * (1 + knobs.overlaps)
-        if not knobs.optimizer:
-            yield (reducing if at == 2 else COMPUTING), reduction.owned * item
-    yield COMPUTING, _waiting_elements(graph, ranks, reduction.waits) * item
-    yield reducing, reduction.copied * item
-    if knobs.optimizer:
-        yield reducing, _offload_temporaries(graph, ranks, dtype)
+    def late_gradients(self) -> frozenset[str]:
+        """Return the names of weights outside of blocks whose gradients exceed the bucket. Each gradient waits where it
+        was computed until the next one triggers its reduction."""
+        if self.stage < 2 or not self.knobs.contiguous:
+            return frozenset()
+        _, axes = operations_of(self.graph)
+        large = (w for w, _, block in weights_of(self.graph) if w.trains and not block)
+        return frozenset(w.name for w in large if elements(w, axes) > self.knobs.reduce_bucket)
 
+    def _waiting_elements(self) -> int:
+        """Return the waiting elements of gradients that are not late."""
+        if not self.knobs.contiguous:
+            return self.reduction.waits
+        _, axes = operations_of(self.graph)
+        inside = (elements(w, axes) for w, _, block in weights_of(self.graph) if w.trains and block)
+        return max((numbers for numbers in inside if numbers > self.knobs.reduce_bucket), default=0)
 
-def late(graph: Graph, ranks: Ranks) -> frozenset[str]:
-    """Return the names of weights outside of blocks whose gradients exceed the bucket. Each gradient waits where it was
-    computed until the next one triggers its reduction."""
-    if stage(ranks) < 2 or not ranks.knobs.contiguous:
-        return frozenset()
-    _, axes = operations_of(graph)
-    large = (w for w, _, block in weights_of(graph) if w.trains and not block)
-    return frozenset(w.name for w in large if elements(w, axes) > ranks.knobs.reduce_bucket)
+    def idle_in_streams(self) -> int:
+        gathering = self.gathering()
+        gathered = gathering.bytes if gathering.stream else 0
+        return gathered + sum(bytes_ for stream, bytes_ in self.reduction_streams() if stream)
 
+    def _offload_temporaries(self) -> int:
+        """Return the temporary bytes to offload a reduced gradient, whose norm is computed in fp64."""
+        return 8 * min(max(weight_sizes(self.graph)), self.partition)
 
-def _waiting_elements(graph: Graph, ranks: Ranks, waits: int) -> int:
-    """Return the waiting elements of gradients that are not `late`."""
-    if not ranks.knobs.contiguous:
-        return waits
-    _, axes = operations_of(graph)
-    inside = (elements(w, axes) for w, _, block in weights_of(graph) if w.trains and block)
-    return max((numbers for numbers in inside if numbers > ranks.knobs.reduce_bucket), default=0)
-
-
-def gathering(graph: Graph, ranks: Ranks) -> tuple[int, Gathering] | None:
-    """Return the stream that stage 3 gathers weights on, and its allocations in a pass; None in other stages."""
-    if stage(ranks) < 3:
-        return None
-    return (GATHERING if ranks.knobs.overlaps else COMPUTING), gathered(graph, ranks)
-
-
-def _offload_temporaries(graph: Graph, ranks: Ranks, dtype: str) -> int:
-    """Return the temporary bytes to offload a reduced gradient, whose norm is computed in fp64. Stage 3 copies it to
-    the host and back first."""
-    if stage(ranks) == 3:
-        largest = part(max(_weight_sizes(graph)), ranks.world)
-        return largest * ITEMSIZE[dtype] + max(8 * min(largest, NORM_CHUNK), 4 * largest)
-    return 8 * min(max(_weight_sizes(graph)), partition(graph, ranks))
-
-
-def loading_events(graph: Graph, ranks: Ranks) -> Iterator[tuple[int, int]]:
-    """Yield what loading allocates and frees (see `memplan.program.loading.loading`).
-
-    Below stage 3 trained weights are flattened. In stage 3 each weight is sharded as it is loaded, or once the entire
-    model is on the GPU; then the parts of trained weights are flattened via the host.
-    """
-    numbers = itertools.count()
-    _, dtype = _trained_elements(graph)
-    if stage(ranks) == 3:
-        yield from _sharding_events(graph, ranks, numbers)
-        if not ranks.knobs.parameters:
-            yield next(numbers), size(str(partition(graph, ranks)), dtype, {})[1]
-    else:
-        last, ends = 0, dict[int, Weight]()
-        for last, bytes_ in loading(graph, ends):
-            yield last, bytes_
-        numbers = itertools.count(last + 1)
-        frees = [(number, 0) for number, w in ends.items() if w.trains]
-        flat = (next(numbers), size(str(partition(graph, ranks) * ranks.world), dtype, {})[1])
-        yield EMPTIED, 0
-        yield from [flat, *frees] if ranks.knobs.flattens else [*frees, (EMPTIED, 0), flat]
-    yield from _masters(graph, ranks, numbers)
-
-
-def _masters(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Iterator[tuple[int, int]]:
-    """Yield the events that create the fp32 partition and initialise the optimizer with zero gradients.
-
-    The partition is made from a copy: below stage 3 in the weights' dtype, in stage 3 in fp32, one sub-group after
-    another.
-    """
-    _, dtype = _trained_elements(graph)
-    on_gpu, at = not ranks.knobs.optimizer, stage(ranks)
-    groups = _sub_groups(graph, ranks) if at == 3 else (partition(graph, ranks),)
-
-    def bytes_of(count: int, kind: str = "fp32") -> int:
-        return size(str(count), kind, {})[1]
-
-    for count in groups:
-        copied = next(numbers)
-        if at < 3 or on_gpu:
-            yield copied, bytes_of(count, "fp32" if at == 3 else dtype)
-        if on_gpu:
-            yield next(numbers), bytes_of(count)
-        if at < 3 or on_gpu:
-            yield copied, 0
-    if on_gpu:
-        zeros = next(numbers)
-        yield zeros, bytes_of(max(groups))
-        yield zeros, 0
-
-
-def flattens(graph: Graph, room: int) -> bool:
-    """Whether a GPU with `room` bytes can hold the weights and a second copy of the trained ones.
-
-    Source: DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py (flatten_on_accelerator).
-    """
-    trained, dtype = _trained_elements(graph)
-    return sum(h.bytes * h.copies for h in parameters_of(graph)) + trained * ITEMSIZE[dtype] <= room
-
-
-def _sharding_events(graph: Graph, ranks: Ranks, numbers: Iterator[int]) -> Iterator[tuple[int, int]]:
-    """Yield the events that load each weight and cut out the rank's part. Trained parts move to the host at the end."""
-    _, axes = operations_of(graph)
-    knobs = ranks.knobs
-    weights = list(in_order(graph))
-    loaded: dict[int, int] = {}
-
-    def load(i: int, w: Weight) -> Iterator[tuple[int, int]]:
-        scales = [t for t in w.stored if t.name != "packed"]
-        for t in scales:
-            yield next(numbers), size(t.shape, t.dtype, axes)[1]
-        loaded[i] = next(numbers)
-        count, dtype = numbers_of(w, axes, ranks.storage)
-        yield loaded[i], size(str(count), dtype, {})[1]
-
-    if not knobs.divides_loading:
-        for i, w in enumerate(weights):
-            yield from load(i, w)
-    trained_parts: list[int] = []
-    for i, w in enumerate(weights):
-        count, dtype = numbers_of(w, axes, ranks.storage)
-        if i not in loaded:
-            yield from load(i, w)
-        if w.group == "buffer":
-            continue
-        if not knobs.parameters:
-            local = next(numbers)
-            yield local, size(str(part(count, ranks.world)), dtype, {})[1]
-            if w.trains:
-                trained_parts.append(local)
-        if count <= knobs.persistent:
-            yield next(numbers), size(str(count), dtype, {})[1]
-        yield loaded[i], 0
-    for local in trained_parts:
-        yield local, 0
-    yield EMPTIED, 0
-
-
-def in_host_memory(graph: Graph, ranks: Ranks, states: Iterable[State], accumulates: bool) -> Iterator[TensorGroup]:
-    """Yield what a rank holds in host memory, including the optimizer's `states`, rounded as torch allocates it.
-
-    torch rounds pinned memory up to a power of two. The fp32 partition is pinned only below stage 3; states never are.
-    Source also: torch 2.13 ATen/core/CachingHostAllocator.h; DeepSpeed ops/adam/cpu_adam.py.
-    """
-    knobs, source = ranks.knobs, ranks.row.source
-    pinned, pinned_parameters = knobs.pins
-    numbers, (_, dtype) = partition(graph, ranks), _trained_elements(graph)
-    count, buffers, buffer, in_memory = knobs.swaps
-    if knobs.optimizer and stage(ranks) == 3:
-        yield _on_host("reduced gradients", numbers, dtype, pinned, source)
-        if knobs.optimizer == "nvme":
-            sub_group = in_sub_group(graph, ranks)
-            yield _on_host("buffer of a sub-group on NVMe", sub_group, "fp32", False, source)._replace(copies=count)
+    def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
+        """Return what loading allocates and frees: loaded trained weights are flattened."""
+        tape = LoadingTape(operations_of(self.graph)[1])
+        whole = [number for number, w in load(self.graph, tape).items() if w.trains]
+        tape.empty_cache()
+        if self.knobs.flattens:
+            tape.alloc(self.partition * self.ranks.world, self.dtype)
+            tape.free(*whole)
         else:
-            for group in _sub_groups(graph, ranks):
-                yield _on_host("fp32 gradient of a sub-group", group, "fp32", pinned, source)
-            yield _on_host("fp32 partition of the weights", numbers, "fp32", False, source)
-    elif knobs.optimizer:
-        yield _on_host("fp32 partition of the weights", numbers, "fp32", pinned, source)
-        yield _on_host("fp32 gradient of the partition", numbers, "fp32", pinned, source)
-        yield _on_host("partition as it goes back to the GPU", numbers, dtype, pinned, source)
-        yield _on_host("buffer of the largest gradient", max(_weight_sizes(graph)), dtype, pinned, source)
-        if accumulates:
-            owned = _reduction(graph, ranks).owned
-            yield _on_host("gradients of earlier micro-batches", owned, dtype, pinned, source)
-    if knobs.optimizer and knobs.optimizer != "nvme":
-        for state in states:
-            bytes_ = ITEMSIZE[state.dtype] * numbers if state.shape else 0
+            tape.free(*whole)
+            tape.empty_cache()
+            tape.alloc(self.partition * self.ranks.world, self.dtype)
+        self.record_masters(tape, (self.partition,), self.dtype)
+        return tape.events
+
+    def record_masters(self, tape: LoadingTape, groups: Sequence[int], dtype: str) -> None:
+        """Record that the fp32 partition is made from a copy, group by group, and the optimizer is initialised with
+        zero gradients."""
+        for numbers in groups:
+            copied = tape.alloc(numbers, dtype)
+            if not self.knobs.optimizer:
+                tape.alloc(numbers, "fp32")
+            tape.free(copied)
+        if not self.knobs.optimizer:
+            tape.free(tape.alloc(max(groups), "fp32"))
+
+    def on_gpu(self, room: int) -> Structure:
+        """Return the run on GPUs with `room` usable bytes: weights are flattened there if it can hold a second copy of
+        the trained ones, else on the host.
+
+        Source: DeepSpeed 0.19.8 runtime/zero/stage_1_and_2.py (flatten_on_accelerator).
+        """
+        copy = sum(n * copies for n, copies in self.sizes) * ITEMSIZE[self.dtype]
+        flattens = total_bytes(super().weights()) + copy <= room
+        return self.run._replace(ranks=self.ranks._replace(knobs=self.knobs._replace(flattens=flattens)))
+
+    def host(self) -> Iterator[TensorGroup]:
+        """Yield what a rank holds in host memory, including the optimizer's states, rounded as torch allocates it.
+
+        torch rounds pinned memory up to a power of two. The fp32 partition is pinned only below stage 3; states never
+        are. Source also: DeepSpeed ops/adam/cpu_adam.py.
+        """
+        if not self.knobs.optimizer:
+            return
+        yield from self._optimizer_on_host()
+        for state in self.memory_of(self.trained()).states if self.knobs.optimizer != "nvme" else ():
+            bytes_ = ITEMSIZE[state.dtype] * self.partition if state.shape else 0
             if bytes_:
-                yield TensorGroup("optstate", state.what, "", str(numbers), state.dtype, state.count, bytes_, source)
-    if knobs.parameters:
-        _, axes = operations_of(graph)
-        frozen = [(w, n) for w, n, _ in weights_of(graph) if not w.trains and w.group != "buffer"]
-        kept = min(numbers, in_memory) if knobs.parameters == "nvme" else numbers
-        if kept:
-            yield _on_host("weights' parts", kept, dtype, True, source)
-        if knobs.parameters == "nvme":
-            yield _on_host("buffers of parts on NVMe", buffers * buffer, dtype, True, source)
-        else:
-            for w, n in frozen:
-                local = part(elements(w, axes), ranks.world)
-                held = _on_host(f"{w.name}, one of {ranks.world} parts", local, w.dtype, pinned_parameters, source)
-                yield held._replace(copies=n)
+                shape, source = str(self.partition), self.ranks.row.source
+                yield TensorGroup("optstate", state.what, "", shape, state.dtype, state.count, bytes_, source)
 
+    def _optimizer_on_host(self) -> Iterator[TensorGroup]:
+        pinned, dtype = self.knobs.pins[0], self.dtype
+        yield self.on_host("fp32 partition of the weights", self.partition, "fp32", pinned)
+        yield self.on_host("fp32 gradient of the partition", self.partition, "fp32", pinned)
+        yield self.on_host("partition as it goes back to the GPU", self.partition, dtype, pinned)
+        yield self.on_host("buffer of the largest gradient", max(weight_sizes(self.graph)), dtype, pinned)
+        if self.run.accumulates:
+            yield self.on_host("gradients of earlier micro-batches", self.reduction.owned, dtype, pinned)
 
-@lru_cache(maxsize=256)
-def _sub_groups(graph: Graph, ranks: Ranks) -> tuple[int, ...]:
-    """Return the elements of each sub-group, which takes weights' parts until it reaches its size."""
-    numbers, most = partition(graph, ranks), ranks.knobs.sub_group
-    if most >= numbers:
-        return (numbers,)
-    out, filled = list[int](), 0
-    for weight in _weight_sizes(graph):
-        filled += part(weight, ranks.world)
-        if filled >= most:
-            out.append(filled)
-            filled = 0
-    return (*out, filled) if filled else tuple(out)
-
-
-def host_notes(ranks: Ranks, held: Iterable[TensorGroup], node: int) -> Iterator[str]:
-    """Yield a note on host memory under DeepSpeed or FSDP, which the `node` ranks of a node share, if any is used."""
-    node = min(ranks.world, node)
-    rows = sorted(held, key=lambda h: -h.bytes * h.copies)
-    if rows:
-        by_name: dict[str, int] = {}
-        for h in rows:
-            what = h.what if stage(ranks) else _KINDS[h.kind]
-            by_name[what] = by_name.get(what, 0) + h.bytes * h.copies
-        total = sum(by_name.values())
-        largest = "; ".join(f"{what} {gib(bytes_)}" for what, bytes_ in [*by_name.items()][:5])
-        yield f"host memory: {gib(total)} a rank, {gib(node * total)} for {node} ranks of a node: {largest}"
-
-
-_KINDS = {
-    "parameter": "parts of weights, pinned",
-    "gradient": "parts of gradients, pinned",
-    "optstate": "the optimizer's states",
-    "temp": "what the update makes",
-}
-
-
-def _on_host(what: str, numbers: int, dtype: str, pinned: bool, source: str) -> TensorGroup:
-    bytes_ = numbers * ITEMSIZE[dtype]
-    if pinned:
-        bytes_ = 1 << (bytes_ - 1).bit_length()
-    return TensorGroup("other", f"{what}, pinned" if pinned else what, "", str(numbers), dtype, 1, bytes_, source)
-
-
-def _held(kind: str, what: str, where: str, numbers: int, dtype: str, copies: int, source: str) -> TensorGroup:
-    return TensorGroup(kind, what, where, str(numbers), dtype, copies, size(str(numbers), dtype, {})[1], source)
-
-
-def _in_bytes(kind: str, what: str, bytes_: int, source: str) -> TensorGroup:
-    return _held(kind, what, "", bytes_, "uint8", 1, source)
+    def on_host(self, what: str, numbers: int, dtype: str, pinned: bool, copies: int = 1) -> TensorGroup:
+        """Return a group of tensors of `numbers` elements in host memory."""
+        bytes_, source = numbers * ITEMSIZE[dtype], self.ranks.row.source
+        if pinned:
+            what, bytes_ = f"{what}, pinned", pinned_bytes(bytes_)
+        return TensorGroup("other", what, "", str(numbers), dtype, copies, bytes_, source)

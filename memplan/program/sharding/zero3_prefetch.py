@@ -19,8 +19,10 @@ from typing import NamedTuple
 from memplan.catalogue.parallelism.sharding import ZeroSettings
 from memplan.core.ir import Op
 from memplan.core.units import ITEMSIZE
+from memplan.engine.storages import COMPUTING, GATHERING
 from memplan.program.graph import Graph, operations_of
 from memplan.program.sharding.ranks import Ranks, numbers_of
+from memplan.program.sharding.sharding import Gathering
 
 
 class Whole(NamedTuple):
@@ -28,19 +30,6 @@ class Whole(NamedTuple):
 
     weights: int
     written: int
-
-
-class Gathering(NamedTuple):
-    """The allocations and frees of a pass on the gathering stream.
-
-    events  storage numbers with their bytes, or with 0 for a free
-    most    number of events up to the peak
-    bytes   bytes at the peak
-    """
-
-    events: tuple[tuple[int, int], ...]
-    most: int
-    bytes: int
 
 
 class _Visit(NamedTuple):
@@ -76,7 +65,8 @@ def gathered(graph: Graph, ranks: Ranks) -> Gathering:
         live += bytes_ or -alive.pop(number)
         if live > peak:
             peak, most = live, at
-    return Gathering((*events, *((number, 0) for number in alive)), most, peak)
+    stream = GATHERING if ranks.knobs.overlaps else COMPUTING
+    return Gathering(stream, (*events, *((number, 0) for number in alive)), most, peak)
 
 
 @lru_cache(maxsize=64)

@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from memplan.catalogue.quantization.gguf import (
     ALIASES,
-    ARCHITECTURES,
     BARE,
     BLOCKS,
     BY_LAYER,
@@ -18,7 +17,6 @@ from memplan.catalogue.quantization.gguf import (
     INSIDE,
     NEEDS_IMATRIX,
     OUTSIDE,
-    OWN,
     PARTS,
     SOURCE,
     VALUES,
@@ -27,6 +25,7 @@ from memplan.catalogue.quantization.gguf import (
     types_of,
 )
 from memplan.core.errors import UnknownNameError, UnsupportedModelError, printable
+from memplan.models.configs import families
 from memplan.models.model import ModelSpec
 from memplan.program.stored.checkpoint import CheckpointParameter, parameters
 
@@ -100,9 +99,10 @@ def gguf_file(model: ModelSpec, file_type: str, imatrix: bool | None = None) -> 
 
     Raises UnsupportedModelError for a family whose GGUF tensor names are not known.
     """
-    architecture = ARCHITECTURES.get(model.model_type)
-    if architecture is None:
-        near = " or ".join(UnknownNameError("model", model.model_type, ARCHITECTURES).nearest)
+    architecture = model.family.checkpoint.gguf
+    if not architecture:
+        known = [name for name, row in families().items() if row.checkpoint.gguf]
+        near = " or ".join(UnknownNameError("model", model.model_type, known).nearest)
         raise UnsupportedModelError(
             f"model: tensor names of {printable(model.model_type, 40)} in GGUF are not known yet; the nearest known: "
             f"{near}",
@@ -161,7 +161,7 @@ def _names(model: ModelSpec, path: str, inside: bool) -> tuple[str, ...]:
     if not inside:
         name = OUTSIDE.get(path.rpartition(".")[2])
         return (name,) if name else ()
-    name = OWN.get(model.model_type, {}).get(path) or INSIDE.get(path)
+    name = model.family.checkpoint.gguf_modules.get(path) or INSIDE.get(path)
     names = PARTS.get(path) or ((name,) if name else ())
     dense = path.startswith("shared_mlp.") and "E" not in model.axes()  # a shared MLP in a model without experts
     return tuple(name.removesuffix("_shexp") for name in names) if dense else names

@@ -34,12 +34,12 @@ class Scheme(NamedTuple):
     layout_of: LayoutOf
 
 
-def scheme_of(config: Config, dtype: str, experts: str = "", family: str = "") -> Scheme:
+def scheme_of(config: Config, dtype: str, experts: str = "", has_half_scales: bool = False) -> Scheme:
     """Return how a `quantization_config` says the checkpoint is stored.
 
-    dtype    the model's dtype
-    experts  `expert_dtype` of the model's config
-    family   the model's model_type
+    dtype            the model's dtype
+    experts          `expert_dtype` of the model's config
+    has_half_scales  block scales of its FP8 checkpoints are in the model's dtype, not in fp32 as DeepSeek's
 
     Raises SpecError for a method or setting that is not supported yet, and ConfigError for an invalid config.
     """
@@ -56,20 +56,13 @@ def scheme_of(config: Config, dtype: str, experts: str = "", family: str = "") -
         return scheme
     # DeepSeek-V4: experts with two weights a byte, and scales that are exponents
     inner, mxfp4, has_fp4_experts = scheme.layout_of, plain("mxfp4"), experts == "fp4"
-    scales = "uint8" if has_fp4_experts else dtype if family in _SCALES_IN_16_BITS else ""
+    scales = "uint8" if has_fp4_experts else dtype if has_half_scales else ""
 
     def layout_of(name: str, w: Weight) -> Layout | None:
         layout = mxfp4 if has_fp4_experts and w.stacked else inner(name, w)
         return layout._replace(scales=scales or layout.scales) if layout is not None else None
 
     return Scheme("fp8, experts mxfp4" if has_fp4_experts else scheme.words, layout_of)
-
-
-# Families whose own FP8 checkpoints have block scales in the model's dtype, instead of fp32 as DeepSeek's.
-# Source: the header of Qwen/Qwen3-1.7B-FP8, with 196 scales in BF16, quoted in
-# https://github.com/modular/modular/issues/7142; for Qwen3's dense models
-# https://github.com/HabanaAI/vllm-fork/pull/2141.
-_SCALES_IN_16_BITS = frozenset(("qwen3",))
 
 
 def takes_quantisation(w: Weight) -> bool:

@@ -143,7 +143,7 @@ def _one_format(model: ModelSpec, quantization: str | Quantization, dtype: str) 
         layout, skip = plain(q.format, group, dtype, q.double_quant), q.skip
     else:
         layout, skip = plain(quantization, None, dtype), None
-    layout_of = uniform_layout(layout, [*((_HEAD,) if skip is None else skip), *model.unquantised])
+    layout_of = uniform_layout(layout, [*((_HEAD,) if skip is None else skip), *model.family.training.never_quantised])
     if not KINDS[layout.format].alone or not any(parameter.weight.stacked for parameter in parameters(model)):
         return layout_of
 
@@ -169,7 +169,10 @@ def _published_layout(model: ModelSpec, dtype: str) -> LayoutOf:
     if not isinstance(config, Mapping) or not config:
         return unquantised_layout
     return scheme_of(
-        cast(Mapping[str, Any], config), dtype, str(model.config.get("expert_dtype", "")), model.model_type
+        cast(Mapping[str, Any], config),
+        dtype,
+        str(model.config.get("expert_dtype", "")),
+        model.family.checkpoint.half_scales,
     ).layout_of
 
 

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping
 
 from memplan.catalogue.parallelism.pipeline import ENGINES, PipelineEngine, most_in_flight
 from memplan.catalogue.parallelism.pipeline_stages import divide_by_device_map, split
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.ir import Op, Weight
 from memplan.core.units import ITEMSIZE
 from memplan.engine.walk import size
 from memplan.program.graph import Graph, elements, first_equal_stage, operations_of, weights_of
-from memplan.program.training.program import Pipe, Structure
+from memplan.program.structure import Pipe, Structure
 from memplan.spec.parallelism import Parallelism
 
 _MAX_UNSHARDED = 3  # chunks that torch 2.13 gathers at once: schedules.py _add_unshard_reshard max_active_stages
@@ -23,8 +23,6 @@ def pipeline_stage(graph: Graph, p: Parallelism, profiles: str, microbatches: in
     `profiles` names the profile's engine in `memplan.catalogue.parallelism.pipeline`. Raises SpecError for a pipeline
     that the engine does not run.
     """
-    if p.pp == 1:
-        return graph, Pipe()
     row = ENGINES[_engine(p, profiles)]
     schedule = p.schedule or row.schedules[0]
     _check(p, row, schedule, microbatches)
@@ -35,9 +33,8 @@ def pipeline_stage(graph: Graph, p: Parallelism, profiles: str, microbatches: in
         parts = split(row, len(graph.model.layers), p.pp, p.virtual_stages, *ends)
     stages = len(parts) // p.virtual_stages
     if p.stage is not None and p.stage >= stages:
-        raise SpecError(
-            f"parallelism.stage: {row.title} puts layers on {stages} of pp {p.pp} GPUs; stages are 0 to {stages - 1}",
-            "parallelism.stage",
+        raise refused(
+            "parallelism.stage", f"{row.title} puts layers on {stages} of pp {p.pp} GPUs; stages are 0 to {stages - 1}"
         )
     if stages == 1:
         return graph, Pipe()
@@ -62,20 +59,19 @@ def _device_map_layers(graph: Graph, p: Parallelism) -> tuple[int, ...]:
     """
     field = "parallelism.schedule"
     if p.world != p.pp:
-        raise SpecError(
-            f"{field}: device_map is one process on pp {p.pp} GPUs, not a world of {p.world}; use schedule 1f1b",
-            field,
+        raise refused(
+            field, f"device_map is one process on pp {p.pp} GPUs, not a world of {p.world}; use schedule 1f1b"
         )
     if graph.model.tie_word_embeddings:
-        raise SpecError(
-            f"{field}: device_map puts a tied head on the first GPU, with the embeddings, which is not supported yet; "
-            "supported: 1f1b, gpipe",
+        raise refused(
             field,
+            "device_map puts a tied head on the first GPU, with the embeddings, which is not supported yet; "
+            "supported: 1f1b, gpipe",
         )
     stack, axes = operations_of(graph)
     stored = graph.recipe.quantization
     if stored not in ("", "nf4", "fp4", "int8"):
-        raise SpecError(f"{field}: device_map is not supported yet with {stored}; supported: nf4, fp4, int8", field)
+        raise refused(field, f"device_map is not supported yet with {stored}; supported: nf4, fp4, int8")
 
     def bytes_of(ops: Iterable[Op]) -> dict[str, int]:
         weights = {w.name: w for op in ops for w in op.weights}
@@ -89,10 +85,10 @@ def _device_map_layers(graph: Graph, p: Parallelism) -> tuple[int, ...]:
         sum(before.values()), [sum(layer.values()) for layer in layers], ends, largest, p.pp, bool(stored)
     )
     if not by_gpu.embeds_first or not by_gpu.ends_last:
-        raise SpecError(
-            f"parallelism.pp: device_map leaves one of {p.pp} GPUs without layers but with embeddings or the head, "
-            "which is not supported yet",
+        raise refused(
             "parallelism.pp",
+            f"device_map leaves one of {p.pp} GPUs without layers but with embeddings or the head, "
+            "which is not supported yet",
         )
     return by_gpu.layers
 
@@ -108,63 +104,53 @@ def _loaded_bytes(w: Weight, graph: Graph, axes: Mapping[str, int]) -> int:
 
 def _check(p: Parallelism, engine: PipelineEngine, schedule: str, microbatches: int) -> None:
     if schedule not in engine.schedules:
-        raise SpecError(
-            f"parallelism.schedule: {engine.title} has no {schedule}; it has {', '.join(engine.schedules)}",
-            "parallelism.schedule",
-        )
+        raise refused("parallelism.schedule", f"{engine.title} has no {schedule}; it has {', '.join(engine.schedules)}")
     if p.virtual_stages > 1 and not engine.interleaves:
-        raise SpecError(
-            f"parallelism.virtual_stages: {engine.title} runs one chunk of layers on each GPU, not {p.virtual_stages}; "
-            "schedule 1f1b interleaves several",
+        raise refused(
             "parallelism.virtual_stages",
+            f"{engine.title} runs one chunk of layers on each GPU, not {p.virtual_stages}; "
+            "schedule 1f1b interleaves several",
         )
     if p.strategy == "fsdp2" and p.dp * p.cp > 1 and not engine.buffers:
-        raise SpecError(
-            f"parallelism.strategy: {engine.title} do not run fsdp2 in pp {p.pp} stages; torch.distributed.pipelining "
-            "does (profile torchtitan)",
+        raise refused(
             "parallelism.strategy",
+            f"{engine.title} do not run fsdp2 in pp {p.pp} stages; torch.distributed.pipelining "
+            "does (profile torchtitan)",
         )
     if p.strategy == "fsdp2" and p.dp * p.cp > 1 and p.virtual_stages > _MAX_UNSHARDED:
-        raise SpecError(
-            f"parallelism.virtual_stages: {p.virtual_stages} are not supported yet with fsdp2, as torch gathers "
-            f"{_MAX_UNSHARDED} chunks at once; supported: 1 to {_MAX_UNSHARDED}",
+        raise refused(
             "parallelism.virtual_stages",
+            f"{p.virtual_stages} are not supported yet with fsdp2, as torch gathers "
+            f"{_MAX_UNSHARDED} chunks at once; supported: 1 to {_MAX_UNSHARDED}",
         )
     if schedule == "gpipe" and p.virtual_stages > 1:
-        raise SpecError(
-            f"parallelism.virtual_stages: {p.virtual_stages} are not supported yet with gpipe; 1f1b interleaves them",
-            "parallelism.virtual_stages",
+        raise refused(
+            "parallelism.virtual_stages", f"{p.virtual_stages} are not supported yet with gpipe; 1f1b interleaves them"
         )
-    few = f"batch.accumulation: a step of {microbatches} microbatches has fewer than pp {p.pp}"
     if p.virtual_stages > 1 and engine.needs_equal_stages and microbatches % p.pp:
-        raise SpecError(
-            f"batch.accumulation: {microbatches} microbatches a step are no multiple of pp {p.pp}, as {engine.title} "
-            f"requires with virtual_stages {p.virtual_stages}",
+        raise refused(
             "batch.accumulation",
+            f"{microbatches} microbatches a step are no multiple of pp {p.pp}, as {engine.title} "
+            f"requires with virtual_stages {p.virtual_stages}",
         )
     if p.virtual_stages == 1 and schedule == "1f1b" and engine.needs_full_pipeline and microbatches < p.pp:
-        raise SpecError(
-            f"{few}, which {engine.title} does not run as 1f1b; accumulate at least {p.pp}, or use schedule gpipe",
+        raise refused(
             "batch.accumulation",
+            f"a step of {microbatches} microbatches has fewer than pp {p.pp}, which {engine.title} does not run "
+            f"as 1f1b; accumulate at least {p.pp}, or use schedule gpipe",
         )
     rounds = max(1, microbatches // p.pp)
     if p.virtual_stages > 1 and microbatches % rounds:
-        raise SpecError(
-            f"batch.accumulation: {microbatches} microbatches a step do not divide into {rounds} equal rounds through "
-            f"pp {p.pp} x virtual_stages {p.virtual_stages}",
+        raise refused(
             "batch.accumulation",
+            f"{microbatches} microbatches a step do not divide into {rounds} equal rounds through "
+            f"pp {p.pp} x virtual_stages {p.virtual_stages}",
         )
 
 
 def in_flight(structure: Structure) -> int:
     """Return the most microbatches in flight on a rank; with several chunks, the most passes through a chunk."""
-    d, pipe = structure.graph.degrees, structure.pipe
-    return most_in_flight(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches) if pipe.engine else 1
-
-
-def one_process(structure: Structure) -> bool:
-    """Whether one process runs all stages, each on its own GPU."""
-    return bool(structure.pipe.engine) and ENGINES[structure.pipe.engine].moves_tensors
+    return most_in_flight(*structure.schedule) if structure.pipe.engine else 1
 
 
 def idle(structure: Structure) -> float:
@@ -173,7 +159,7 @@ def idle(structure: Structure) -> float:
     Source: Narayanan et al. 2021 (arXiv:2104.04473), 2.2.
     """
     d, m = structure.graph.degrees, structure.pipe.microbatches
-    if one_process(structure):
+    if structure.is_one_process:
         return d.pp - 1
     return (d.pp - 1) / (d.virtual_stages * m)
 

@@ -10,42 +10,28 @@ from __future__ import annotations
 
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial, reduce
+from functools import reduce
 from itertools import islice
-from typing import Literal
 
 from memplan.catalogue.hardware.overhead import EXTRA_LOSS_COPIES
 from memplan.catalogue.parallelism.pipeline import distinct_microbatches, passes
 from memplan.core.ir import Tensor
 from memplan.core.units import ITEMSIZE
-from memplan.engine.allocator import Allocator, AllocatorBlock
-from memplan.engine.lower import COMPUTING, GATHERING, LENT, REDUCING
-from memplan.engine.record import FREED, AllocationTrace, Event, EventSpan
+from memplan.engine.allocator import FREED, RELEASED, Allocator, Block, Event, LiveBlocks
+from memplan.engine.native import new_allocator
+from memplan.engine.record import AllocationTrace, EventSpan
+from memplan.engine.storages import COMPUTING, GATHERING, LENT, REDUCING
 from memplan.engine.walk import size
 from memplan.program.graph import operations_of, record_training
 from memplan.program.loading import EMPTIED
-from memplan.program.sharding import zero
-from memplan.program.sharding.zero3_prefetch import Gathering
-from memplan.program.training.program import (
-    Program,
-    Structure,
-    accumulated_of,
-    chunks_of,
-    division_in_pass,
-    division_of,
-    gradients_of,
-    leaves_no_gradients,
-    loading_of,
-    passing_of,
-    reducing_of,
-    stage_buffers,
-    stay_throughout,
-    stays_whole,
-    updates_of,
-)
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.sharding.sharding import Sharding
+from memplan.program.structure import Structure, chunks_of
+from memplan.program.training.passes import recorded_options
+from memplan.program.training.pipeline_moments import stage_buffers
+from memplan.program.training.program import Program
 
 STREAMS = 4  # each has a memory pool of its own
-NOTHING = Gathering((), 0, 0)
 IN_FLIGHT = 2  # FSDP1's _max_num_inflight_all_gathers
 FEW_RANKS = 64  # with more ranks a weight's parts are replayed as one tensor: there are thousands, all freed at once
 FEW = 16  # optimizer states are small if 16 times their bytes are less than the weights
@@ -56,11 +42,8 @@ MICROBATCHES = 32_768  # most microbatches replayed for a step of other schedule
 
 def pass_of(structure: Structure, later: bool) -> AllocationTrace:
     """Return the recording of a step's first pass, or of a `later` micro-batch's."""
-    grads_exist = later or leaves_no_gradients(structure)
-    late = zero.late(structure.graph, structure.ranks)
-    return record_training(
-        structure.graph, grads_exist, updates_of(structure), division_in_pass(structure, later), late
-    )
+    late = sharding_of(structure).late_gradients()
+    return record_training(structure.graph, recorded_options(structure, later), late)
 
 
 def replay_steps(
@@ -81,39 +64,38 @@ def replay_steps(
 
     Raises OutOfMemoryError if `capacity` is exceeded.
     """
-    structure = program.structure
+    structure, sharding = program.structure, sharding_of(program.structure)
     _, model_axes = operations_of(structure.graph)
     numbers = {**model_axes, **axes}
-    allocator = Allocator(expandable, capacity, STREAMS)
-    _load(structure, allocator)
+    allocator = new_allocator(expandable, capacity, STREAMS)
+    _load(sharding, allocator)
     has_small_states = program.states * FEW < program.parameters
     if program.optimizer.at_once or has_small_states:
         _make_states(program, allocator)
     handles = iter((workspace, workspace))
-    waiting: list[AllocatorBlock] = []  # outputs of the previous pass that the training loop still references
+    waiting: list[Block] = []  # outputs of the previous pass that the training loop still references
     for step in (2,) if has_small_states else (1, 2):
-        gradients: list[AllocatorBlock] = []
+        gradients: list[Block] = []
         if structure.pipe.engine:
             gradients += _pipeline_step(structure, axes, allocator, handles)
         for later in (False, True)[: 0 if structure.pipe.engine else 1 + structure.accumulates]:
-            weights, reducing = _GatheredWeights(structure, allocator), list[AllocatorBlock]()
-            between: list[AllocatorBlock] = []
-            if not zero.stage(structure.ranks):
-                between = [allocator.alloc(held.bytes) for held in passing_of(structure, "backward")]
-            if later and not stay_throughout(structure, "backward"):  # accumulated gradients are whole until reduced
-                between += [allocator.alloc(h.bytes) for h in accumulated_of(structure) for _ in range(h.copies)]
-            recording = pass_of(structure, later)
-            start = partial(_reduce, structure, allocator, reducing)
-            new_gradients, held = _pass(recording, numbers, allocator, handles, waiting, start)
+            gathering, gathered = sharding.gathering(), dict[int, Block]()
+            # how the gathered weights interleave with the pass's own tensors only matters on a full GPU
+            _gather(gathering.events[: gathering.most], gathering.stream, allocator, gathered)
+            between: list[Block] = []
+            if later and not sharding.accumulates_in("backward"):  # accumulated gradients are whole until reduced
+                between = [allocator.alloc(h.bytes) for h in sharding.accumulated() for _ in range(h.copies)]
+            recording, reducing = pass_of(structure, later), sharding.reduction_streams()
+            new_gradients, held, buffers = _pass(recording, numbers, allocator, handles, waiting, reducing)
             gradients += new_gradients
             if structure.graph.holds_previous_outputs or (structure.holds_outputs and later == structure.accumulates):
                 waiting = held
             else:
                 _free(held, allocator)
             _free(between, allocator)
-            _free(reducing, allocator)
-            weights.end()
-        if zero.stage(structure.ranks):  # replaced by the fp32 gradients that the update reads
+            _free(buffers, allocator)
+            _gather(gathering.events[gathering.most :], gathering.stream, allocator, gathered)
+        if sharding.replaces_gradients:
             _free(gradients, allocator)
             gradients = [allocator.alloc(program.gradients)]
         _update(program, step, allocator)
@@ -125,35 +107,13 @@ def replay_steps(
     return allocator.peak_reserved
 
 
-def _reduce(structure: Structure, allocator: Allocator, blocks: list[AllocatorBlock]) -> None:
-    """Allocate DeepSpeed's buffers for reducing gradients, which exist from the head's backward on."""
-    if zero.stage(structure.ranks):
-        buffers = zero.on_streams(structure.graph, structure.ranks)
-        blocks += [allocator.alloc(bytes_, stream) for stream, bytes_ in buffers]
-
-
-class _GatheredWeights:
-    """Weights that ZeRO stage 3 gathers in a pass, replayed up to their peak when created and to their end by `end`.
-
-    How they interleave with the pass's own tensors only matters on a full GPU.
-    """
-
-    def __init__(self, structure: Structure, allocator: Allocator) -> None:
-        self._allocator = allocator
-        self._blocks: dict[int, AllocatorBlock] = {}
-        self._stream, gathering = zero.gathering(structure.graph, structure.ranks) or (COMPUTING, NOTHING)
-        self._rest = gathering.events[gathering.most :]
-        self._replay(gathering.events[: gathering.most])
-
-    def _replay(self, events: Iterable[tuple[int, int]]) -> None:
-        for number, bytes_ in events:
-            if bytes_:
-                self._blocks[number] = self._allocator.alloc(bytes_, self._stream)
-            else:
-                self._allocator.free(self._blocks.pop(number))
-
-    def end(self) -> None:
-        self._replay(self._rest)
+def _gather(events: Iterable[tuple[int, int]], stream: int, allocator: Allocator, blocks: dict[int, Block]) -> None:
+    """Replay allocations and frees of weights that a pass gathers apart from its own operations."""
+    for number, bytes_ in events:
+        if bytes_:
+            blocks[number] = allocator.alloc(bytes_, stream)
+        else:
+            allocator.free(blocks.pop(number))
 
 
 class _MicrobatchInFlight:
@@ -162,7 +122,7 @@ class _MicrobatchInFlight:
     def __init__(self, structure: Structure, axes: Mapping[str, int], allocator: Allocator) -> None:
         self._structure, self._allocator = structure, allocator
         self._axes = {**operations_of(structure.graph)[1], **axes}
-        self._blocks: dict[int, AllocatorBlock] = {}
+        self._blocks = allocator.live_blocks()
 
     def forward(self, handles: Iterator[int]) -> None:
         recording = pass_of(self._structure, later=False)
@@ -170,7 +130,7 @@ class _MicrobatchInFlight:
             self._allocator.alloc(handle)
         self._replay(recording.forward, recording)
 
-    def backward(self, later: bool, handles: Iterator[int]) -> list[AllocatorBlock]:
+    def backward(self, later: bool, handles: Iterator[int]) -> list[Block]:
         """Replay the backward pass and return the gradients it leaves."""
         recording = pass_of(self._structure, later)
         self._replay(recording.loss, recording)
@@ -186,12 +146,13 @@ class _MicrobatchInFlight:
 
 def _pipeline_step(
     structure: Structure, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]
-) -> list[AllocatorBlock]:
+) -> list[Block]:
     """Replay a step of a pipeline rank, and return the gradients it leaves.
 
     Weights gathered for the step come first. They and the whole gradients are freed when the gradients have been
     reduced, which is replayed as a single collective.
     """
+    sharding = sharding_of(structure)
     d, pipe = structure.graph.degrees, structure.pipe
     few = distinct_microbatches(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
     moments = [*passes(pipe.schedule, d.pp, d.stage, d.virtual_stages, few)]
@@ -199,20 +160,19 @@ def _pipeline_step(
     buffers_at = {m: Counter({t: n for t, _, n in stage_buffers(structure, m)}) for m in dict.fromkeys(moments)}
     throughout = reduce(lambda a, b: a & b, buffers_at.values())
 
-    def allocated(tensors: Counter[Tensor]) -> list[AllocatorBlock]:
+    def allocated(tensors: Counter[Tensor]) -> list[Block]:
         sizes = {t: _bytes(t.shape, t.dtype, numbers) for t in tensors}
         return [allocator.alloc(sizes[t]) for t in tensors.elements()]
 
-    if stays_whole(structure):  # an all-gather's output stays until the next one's has been copied
-        division = division_of(structure)
-        messages = [unit.message for _, unit in division.units] if division else []
-        largest = max(messages, key=lambda tensors: sum(_bytes(t.shape, t.dtype, {}) for t in tensors), default=())
-        _free([allocator.alloc(_bytes(t.shape, t.dtype, {}), GATHERING) for t in (*largest, *largest)], allocator)
-    whole = [allocator.alloc(h.bytes) for h in passing_of(structure, "forward") for _ in range(h.copies)]
+    # an all-gather's output stays until the next one's has been copied
+    gathers, reductions = sharding.step_messages()
+    messages = [_bytes(t.shape, t.dtype, {}) for t in gathers]
+    _free([allocator.alloc(bytes_, GATHERING) for bytes_ in messages * 2], allocator)
+    whole = [allocator.alloc(h.bytes) for h in sharding.held_in("forward") for _ in range(h.copies)]
     buffers = allocated(throughout)
     chunks = chunks_of(structure)
     in_flight: list[deque[_MicrobatchInFlight]] = [deque() for _ in chunks]
-    gradients: list[AllocatorBlock] = []
+    gradients: list[Block] = []
     for moment in moments:
         temporary = allocated(buffers_at[moment] - throughout)
         if moment.backward:
@@ -222,13 +182,13 @@ def _pipeline_step(
             in_flight[moment.chunk][-1].forward(handles)
         _free(temporary, allocator)
     _free(buffers, allocator)
-    if not stays_whole(structure):
+    if not sharding.gathers_for_step:
         _free(whole, allocator)
         return gradients
-    joined = [allocator.alloc(_bytes(t.shape, t.dtype, {})) for t in largest_message(structure)]
+    joined = [allocator.alloc(_bytes(t.shape, t.dtype, {})) for t in reductions]
     _free(whole, allocator)
     _free(gradients, allocator)
-    parts = [allocator.alloc(h.bytes, REDUCING) for h in gradients_of(structure) for _ in range(h.copies)]
+    parts = [allocator.alloc(h.bytes, REDUCING) for h in sharding.gradients() for _ in range(h.copies)]
     _free(joined, allocator)
     return parts
 
@@ -248,29 +208,27 @@ def replayed_microbatches(structure: Structure) -> int:
     return max(6, rounds // 2 * 2) * d.pp
 
 
-def largest_message(structure: Structure) -> tuple[Tensor, ...]:
-    """Return the input of the largest reduce-scatter among a rank's units."""
-    division = division_of(structure)
-    inputs = ((*unit.joined, *unit.padded) for _, unit in division.units) if division else ()
-    return max(inputs, key=lambda tensors: sum(_bytes(t.shape, t.dtype, {}) for t in tensors), default=())
-
-
 def replay_loading(events: Iterable[tuple[int, int]], allocator: Allocator) -> None:
     """Replay the events of `memplan.program.loading.loading` through a model of torch's allocator."""
-    blocks: dict[int, AllocatorBlock] = {}
+    keys: dict[int, int] = {}  # size -> its index
+    live: set[int] = set()
+    indexed: list[Event] = []
     for number, bytes_ in events:
         if bytes_:
-            blocks[number] = allocator.alloc(bytes_)
+            live.add(number)
+            indexed.append((number, keys.setdefault(bytes_, len(keys))))
         elif number == EMPTIED:
-            allocator.release()
-        elif number in blocks:  # an empty tensor has no block
-            allocator.free(blocks.pop(number))
+            indexed.append((number, RELEASED))
+        elif number in live:  # an empty tensor has no block
+            live.remove(number)
+            indexed.append((number, FREED))
+    allocator.replay(indexed, list(keys), [COMPUTING] * len(keys), allocator.live_blocks())
 
 
-def _load(structure: Structure, allocator: Allocator) -> None:
+def _load(sharding: Sharding, allocator: Allocator) -> None:
     """Replay loading the model, and allocate gradient and reduction buffers, which exist before the first step."""
-    replay_loading(loading_of(structure, together=structure.ranks.world > FEW_RANKS), allocator)
-    for held in (*(gradients_of(structure) if structure.grads else ()), *reducing_of(structure)):
+    replay_loading(sharding.loading_events(together=sharding.ranks.world > FEW_RANKS), allocator)
+    for held in (*(sharding.gradients() if sharding.run.grads else ()), *sharding.reduction_buffers()):
         for _ in range(held.copies):
             allocator.alloc(held.bytes)
 
@@ -286,32 +244,6 @@ def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
     return EXTRA_LOSS_COPIES * _bytes("shifted_rows v" if shifted else "b s v", dtype, {**model_axes, **axes})
 
 
-def streams_apart(structure: Structure) -> int:
-    """Return the most bytes that can lie free in pools of communication streams, where the compute stream cannot use
-    them.
-
-    Under FSDP these are at most two gathered units and one being reduced. A replay models the pools; a bound without a
-    replay has to leave room for them.
-    """
-    graph, ranks = structure.graph, structure.ranks
-    if zero.stage(ranks):
-        stream, gathering = zero.gathering(graph, ranks) or (COMPUTING, NOTHING)
-        buffers = zero.on_streams(graph, ranks)
-        return (gathering.bytes if stream else 0) + sum(bytes_ for stream, bytes_ in buffers if stream)
-    return _fsdp_streams(structure) if ranks.world > 1 else 0
-
-
-@lru_cache(maxsize=1024)
-def _fsdp_streams(structure: Structure) -> int:
-    division = division_of(structure)
-    units = [u for _, unit in division.units for u in (unit, *(inner for _, inner in unit.modules))] if division else []
-
-    def most(name: Literal["whole", "message", "joined"]) -> int:
-        return max((sum(_bytes(t.shape, t.dtype, {}) for t in getattr(unit, name)) for unit in units), default=0)
-
-    return 2 * max(most("whole"), most("message")) + most("joined")
-
-
 def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:
     return size(shape, dtype, axes)[1]
 
@@ -321,33 +253,35 @@ def _pass(
     axes: Mapping[str, int],
     allocator: Allocator,
     handles: Iterator[int],
-    waiting: list[AllocatorBlock],
-    start_reducing: Callable[[], None],
-) -> tuple[list[AllocatorBlock], list[AllocatorBlock]]:
-    """Replay a pass. Return the gradients it leaves, and the tensors that the script still holds.
+    waiting: list[Block],
+    reducing: Iterable[tuple[int, int]],
+) -> tuple[list[Block], list[Block], list[Block]]:
+    """Replay a pass. Return the gradients it leaves, the tensors that the script still holds, and the buffers for
+    reducing gradients.
 
-    handles         workspaces not allocated yet: one comes with the first forward product, one with the first backward
-                    product, the head's
-    waiting         blocks of the previous pass, freed when this pass replaces them
-    start_reducing  allocates the buffers for reducing gradients when backward begins
+    handles   workspaces not allocated yet: one comes with the first forward product, one with the first backward
+              product, the head's
+    waiting   blocks of the previous pass, freed when this pass replaces them
+    reducing  stream and bytes of the buffers for reducing gradients, which exist from the head's backward on
     """
-    bytes_ = [_bytes(key[0], key[1], axes) for key in recording.sizes]
-    blocks: dict[int, AllocatorBlock] = {}
-    streams = _StreamReplay(allocator, recording, bytes_, blocks) if any(recording.streams) else None
+    sizes = [_bytes(key[0], key[1], axes) for key in recording.sizes]
+    blocks = allocator.live_blocks()
+    streams = _StreamReplay(allocator, recording, sizes, blocks) if any(recording.streams) else None
+    buffers: list[Block] = []
     for part, is_backward in (((*recording.forward, *recording.loss), False), (recording.backward, True)):
         if is_backward:
-            start_reducing()
+            buffers = [allocator.alloc(bytes_, stream) for stream, bytes_ in reducing]
         for handle in islice(handles, 1):
             allocator.alloc(handle)
         if streams is not None:
             streams.replay(part)
         else:  # a single stream
-            replay_stretches(part, bytes_, recording.streams, allocator, blocks)
+            replay_stretches(part, sizes, recording.streams, allocator, blocks)
         _free(waiting, allocator)
     if streams is not None:
         streams.end()
     held = [blocks.pop(number + shift) for events, shift, _ in recording.end for number, _ in events]
-    return list(blocks.values()), held
+    return list(blocks.values()), held, buffers
 
 
 def replay_stretches(
@@ -355,16 +289,11 @@ def replay_stretches(
     bytes_: Sequence[int],
     streams: Sequence[int],
     allocator: Allocator,
-    blocks: dict[int, AllocatorBlock],
+    blocks: LiveBlocks,
 ) -> None:
     """Replay a part of a pass. `bytes_` and `streams` are indexed by size; `blocks` maps live storages to blocks."""
-    alloc, free = allocator.alloc, allocator.free
     for events, shift in _iterations(part, allocator):
-        for number, key in events:
-            if key == FREED:
-                free(blocks.pop(number + shift))
-            else:
-                blocks[number + shift] = alloc(bytes_[key], streams[key])
+        allocator.replay(events, bytes_, streams, blocks, shift)
 
 
 def _iterations(part: Iterable[EventSpan], allocator: Allocator) -> Iterator[tuple[tuple[Event, ...], int]]:
@@ -393,16 +322,12 @@ class _StreamReplay:
     _FreeEventQueue; c10/cuda/CUDACachingAllocator.cpp recordStream.
     """
 
-    def __init__(
-        self, allocator: Allocator, recording: AllocationTrace, bytes_: list[int], blocks: dict[int, AllocatorBlock]
-    ) -> None:
+    def __init__(self, allocator: Allocator, recording: AllocationTrace, bytes_: list[int], blocks: LiveBlocks) -> None:
         self._allocator, self._bytes, self._blocks, self._streams = allocator, bytes_, blocks, recording.streams
         self._frees_early = LENT in recording.streams
         self._kinds: dict[int, int] = {}
-        self._weights: deque[tuple[AllocatorBlock, list[AllocatorBlock]]] = (
-            deque()
-        )  # each with the gradients freed before it
-        self._gradients: list[AllocatorBlock] = []
+        self._weights: deque[tuple[Block, list[Block]]] = deque()  # each with the gradients freed before it
+        self._gradients: list[Block] = []
 
     def replay(self, part: Iterable[EventSpan]) -> None:
         for events, shift in _iterations(part, self._allocator):
@@ -441,7 +366,7 @@ class _StreamReplay:
         _free(self._gradients, self._allocator)
 
 
-def _free(blocks: list[AllocatorBlock], allocator: Allocator) -> None:
+def _free(blocks: list[Block], allocator: Allocator) -> None:
     while blocks:
         allocator.free(blocks.pop())
 

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 from typing import Any, NamedTuple
 
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
 from memplan.estimate.estimate import estimate
 from memplan.frameworks import lines
-from memplan.planning.advice import Advice, AdviceOption, AdviceStep
+from memplan.planning.advice import Advice, AdviceOption
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Heading, Pairs, Paste, Table, Text
-from memplan.report.plans.wording import change_dump, conditions, factors, figures, state, time_dump
-from memplan.report.table import COLOURS
-from memplan.report.text import Column
+from memplan.report.blocks import Block, Column, Heading, Pairs, Paste, Table, Text
+from memplan.report.plans.changes import change_dump, conditions, factors, figures, option_rows, state, time_dump
 from memplan.spec.run import RunSpec
 
 
@@ -25,63 +24,74 @@ class AdviceReport(NamedTuple):
     demand: Demand
     advice: Advice
 
+    mode = "advice"
+
     @property
     def found(self) -> list[Estimate]:
         return [choice.answer for step in self.advice.steps for choice in step.options if choice.fits]
 
-
-def blocks(advised: AdviceReport, explain: bool = False) -> Iterator[Block]:
-    run, best = advised.answer.run, advised.advice.best
-    gpu, condition = words.card(advised.answer), conditions(advised.demand)
-    on = f" on {gpu.title}, {words.tenths(gpu.usable)} GiB usable" if gpu else ""
-    batch = f"batch {run.batch.micro:,} of {run.batch.sequence:,} tokens"
-    yield Text(f"{words.model(advised.answer)}, {batch}{on}{f' ({condition})' if condition else ''}", "bold")
-    if best is None:
-        yield Text("None of the options fits.", "bold red")
-    else:
-        style = f"bold {COLOURS[str(best.answer.verdict.answer)]}"
-        yield Text(f"Changes the result least: {best.title}: {state(best.answer)}.", style)
-    for n, step in enumerate(advised.advice.steps, 1):
-        yield Heading(f"{n}. {step.title}: {step.answer}")
-        yield Text(f"{step.question} {step.answer.capitalize()}: {step.reason}.")
-        yield from _options(step, explain)
-    if best is not None:
-        yield Heading(f"How: {best.title}")
-        yield from _how(best, advised.answer)
-    yield Text("× time: step time for the same number of tokens, relative to full fine-tuning in pure bf16.")
-    if explain:
-        for step in advised.advice.steps:
+    def blocks(self, explain: bool = False) -> Iterator[Block]:
+        run, best = self.answer.run, self.advice.best
+        batch = f"batch {run.batch.micro:,} of {run.batch.sequence:,} tokens"
+        where = f"{words.on_card(self.answer)}{conditions(self.demand)}"
+        yield Text(f"{words.model(self.answer)}, {batch}{where}", "bold")
+        if best is None:
+            yield Text("None of the options fits.", "bold red")
+        else:
+            style = f"bold {words.colour(best.answer)}"
+            yield Text(f"Changes the result least: {best.title}: {state(best.answer)}.", style)
+        for n, step in enumerate(self.advice.steps, 1):
+            yield Heading(f"{n}. {step.title}: {step.answer}")
+            yield Text(f"{step.question} {step.answer.capitalize()}: {step.reason}.")
+            shown = [choice for choice in step.options if choice.fits or explain]
+            if shown:
+                yield _options(shown, explain)
+        if best is not None:
+            yield from _how(best, self.answer)
+        yield Text("× time: step time for the same number of tokens, relative to full fine-tuning in pure bf16.")
+        for step in self.advice.steps if explain else ():
             for choice in step.options:
                 if choice.fits and choice is not best:
-                    yield Heading(f"How: {choice.title}")
-                    yield from _how(choice, advised.answer)
+                    yield from _how(choice, self.answer)
+
+    def dump(self) -> dict[str, Any]:
+        asked, best = self.answer, self.advice.best
+        return {
+            "steps": [
+                {
+                    "title": step.title,
+                    "question": step.question,
+                    "answer": step.answer,
+                    "reason": step.reason,
+                    "choices": [choice_dump(choice, asked) for choice in step.options],
+                }
+                for step in self.advice.steps
+            ],
+            "best": choice_dump(best, asked) if best else None,
+        }
 
 
-def _options(step: AdviceStep, explain: bool) -> Iterator[Block]:
-    """Yield the options that fit; with `explain` also the others, and sources."""
-    shown = [choice for choice in step.options if choice.fits or explain]
-    if not shown:
-        return
-    columns = (
-        Column("option", wraps=True),
-        Column("answer", optional=True),
-        Column("GiB", right=True),
-        Column("free", right=True),
-        Column("× time", right=True, optional=True),
-        Column("effect on the result", wraps=True, optional=True),
-    )
-    rows = [
-        (
-            choice.title,
-            str(choice.answer.verdict.answer),
-            words.tenths(choice.answer.bytes.used),
-            words.tenths(choice.answer.verdict.headroom or 0),
-            factors(choice.time, "–"),
-            f"{choice.quality} [{choice.source}]" if explain and choice.source else _beyond(choice, shown[:n]),
-        )
-        for n, choice in enumerate(shown)
+def _options(shown: Sequence[AdviceOption], explain: bool) -> Table[AdviceOption]:
+    """Return the options that fit; with `explain` also the others, and sources."""
+
+    def effect(choice: AdviceOption) -> str:
+        if explain and choice.source:
+            return f"{choice.quality} [{choice.source}]"
+        return _beyond(choice, list(takewhile(lambda other: other is not choice, shown)))
+
+    columns: list[Column[AdviceOption]] = [
+        Column("option", lambda choice: choice.title, wraps=True),
+        Column("answer", _verdict, optional=True, style=lambda choice: words.colour(choice.answer)),
+        Column("GiB", lambda choice: words.tenths(choice.answer.bytes.used), right=True),
+        Column("free", lambda choice: words.tenths(choice.answer.verdict.headroom or 0), right=True),
+        Column("× time", lambda choice: factors(choice.time, "–"), right=True, optional=True),
+        Column("effect on the result", effect, wraps=True, optional=True),
     ]
-    yield Table(columns, rows, [f"|{COLOURS[row[1]]}||||" for row in rows])
+    return Table(columns, shown)
+
+
+def _verdict(choice: AdviceOption) -> str:
+    return str(choice.answer.verdict.answer)
 
 
 def _beyond(choice: AdviceOption, above: Sequence[AdviceOption]) -> str:
@@ -113,26 +123,10 @@ _PARTS = ("method", "precision", "optimizer", "batch", "kernels", "loop", "paral
 
 
 def _how(choice: AdviceOption, asked: Estimate) -> Iterator[Block]:
+    yield Heading(f"How: {choice.title}")
     own, *frameworks = lines(asked.asked, simplest_run(asked, choice.answer))
-    yield Pairs([("options", " ".join(own.lines) or "as asked"), *([("", own.note)] if own.note else [])])
+    yield Pairs(option_rows(own, without="as asked"))
     yield from (Paste(config.title, config.lines, config.note) for config in frameworks if config.lines or config.note)
-
-
-def dump(advised: AdviceReport) -> dict[str, Any]:
-    asked, best = advised.answer, advised.advice.best
-    return {
-        "steps": [
-            {
-                "title": step.title,
-                "question": step.question,
-                "answer": step.answer,
-                "reason": step.reason,
-                "choices": [choice_dump(choice, asked) for choice in step.options],
-            }
-            for step in advised.advice.steps
-        ],
-        "best": choice_dump(best, asked) if best else None,
-    }
 
 
 def choice_dump(choice: AdviceOption, asked: Estimate) -> dict[str, Any]:

@@ -11,12 +11,12 @@ from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
 from memplan.frameworks.command import option_lines
 from memplan.planning.cluster import ClusterSearch, GridFit
-from memplan.planning.traffic import ParallelGrid, Traffic, groups
+from memplan.planning.step_time import Range
+from memplan.planning.traffic import ParallelGrid, groups
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Heading, Pairs, Table, Text
-from memplan.report.plans.wording import conditions, duration, figures, state
-from memplan.report.table import COLOURS
-from memplan.report.text import Column
+from memplan.report.blocks import Block, Column, Heading, Pairs, Table, Text
+from memplan.report.csv import CsvRows
+from memplan.report.plans.changes import conditions, duration, figures, option_rows, picked, state
 
 DEGREES = ("dp", "tp", "pp", "cp", "ep")
 _NAMES = {
@@ -34,9 +34,80 @@ class ClusterReport(NamedTuple):
     demand: Demand
     cluster: ClusterSearch
 
+    mode = "nodes"
+
+    @property
+    def answer(self) -> Estimate:
+        return self.cluster.asked
+
     @property
     def found(self) -> list[Estimate]:
         return [placed.answer for placed in self.cluster.placed]
+
+    def blocks(self, explain: bool = False) -> Iterator[Block]:
+        found, condition = self.cluster, conditions(self.demand)
+        grids = f"{found.grids:,} grid{'s' if found.grids > 1 else ''} of degrees and strategies on {_cluster(found)}"
+        best = found.best
+        if best is None:
+            yield Text(f"Nothing fits{condition} among {grids}.", "bold red")
+            if found.nearest is not None:
+                yield Text(f"The nearest is {grid_title(found.nearest.grid)}: {state(found.nearest.answer)}.")
+        else:
+            step = f", a step of {_sequences(found)} in {duration(best.step.seconds)}" if _timed(best) else ""
+            yield Text(
+                f"Fastest of {grids}{condition}: {grid_title(best.grid)}; {state(best.answer)}{step}.", "bold green"
+            )
+            yield _table(found)
+            yield Text(
+                f"GiB are of tensors on the rank that holds most. Every grid processes {_sequences(found)} a step, in "
+                "the number of passes shown. Ranks are numbered with tp first, then cp, dp and pp, so tp stays inside "
+                "a node if it is no larger than one."
+            )
+        yield Text(compare_with_one_gpu(found))
+        yield Text(_counts(found))
+        for refused in found.refused[: None if explain else 4]:
+            yield Text(f"Refused, {refused.grids:,}: {refused.reason}")
+        if best is not None:
+            yield Text(_basis(found))
+            yield Pairs(option_rows(option_lines(found.asked.run, best.answer.run)))
+        if explain:
+            yield Heading("Sources")
+            yield Pairs(list(_sources(found)))
+
+    def dump(self) -> dict[str, Any]:
+        found = self.cluster
+        c = found.cluster
+        return {
+            "cluster": {
+                "gpu": c.gpu.name,
+                "nodes": c.nodes,
+                "gpus": c.each,
+                "world": c.world,
+                "inside": _link(c.inside),
+                "network": _link(c.network),
+            },
+            "sequences": found.sequences,
+            "grids": [_placed(found, placed) for placed in found.placed],
+            "best": _proposed(found, found.best) if found.best else None,
+            "nearest": _proposed(found, found.nearest) if found.nearest else None,
+            "counts": {
+                "grids": found.grids,
+                "fit": len(found.placed),
+                "slower": found.slower,
+                "missed": found.missed,
+                "too_large": found.too_large,
+                "refused": sum(r.grids for r in found.refused),
+            },
+            "refused": [refused._asdict() for refused in found.refused],
+            "together": {**found.together._asdict(), "text": compare_with_one_gpu(found)},
+        }
+
+    def rows(self) -> CsvRows:
+        """Return the grids that fit, or the nearest miss if none does."""
+        found = self.cluster
+        shown = found.placed or ((found.nearest,) if found.nearest is not None else ())
+        titles = [*_GRID, "verdict", "allocated", "sent", *(f"step_seconds_{end}" for end in Range._fields)]
+        return CsvRows([_row(placed) for placed in shown], titles)
 
 
 def grid_title(grid: ParallelGrid) -> str:
@@ -49,40 +120,6 @@ def grid_title(grid: ParallelGrid) -> str:
     strategy = f", {grid.strategy}" if grid.strategy != "none" else ""
     experts = f", experts over {grid.ep:,}" if grid.ep > 1 else ""
     return f"{' x '.join(degrees) or 'one GPU'}{strategy}{experts}"
-
-
-def blocks(divided: ClusterReport, explain: bool = False) -> Iterator[Block]:
-    found, condition = divided.cluster, conditions(divided.demand)
-    suffix = f" ({condition})" if condition else ""
-    grids = f"{found.grids:,} grid{'s' if found.grids > 1 else ''} of degrees and strategies on {_cluster(found)}"
-    best = found.best
-    if best is None:
-        yield Text(f"Nothing fits{suffix} among {grids}.", "bold red")
-        if found.nearest is not None:
-            yield Text(f"The nearest is {grid_title(found.nearest.grid)}: {state(found.nearest.answer)}.")
-    else:
-        step = f", a step of {_sequences(found)} in {duration(best.step.seconds)}" if _timed(best) else ""
-        yield Text(
-            f"Fastest of {grids}{suffix}: {grid_title(best.grid)}; {state(best.answer)}{step}.",
-            "bold green",
-        )
-        yield _table(found)
-        yield Text(
-            f"GiB are of tensors on the rank that holds most. Every grid processes {_sequences(found)} a step, in the "
-            "number of passes shown. Ranks are numbered with tp first, then cp, dp and pp, so tp stays inside a node "
-            "if it is no larger than one."
-        )
-    yield Text(compare_with_one_gpu(found))
-    yield Text(_counts(found))
-    for refused in found.refused[: None if explain else 4]:
-        yield Text(f"Refused, {refused.grids:,}: {refused.reason}")
-    if best is not None:
-        yield Text(_basis(found))
-        own = option_lines(found.asked.run, best.answer.run)
-        yield Pairs([("options", " ".join(own.lines)), *([("", own.note)] if own.note else [])])
-    if explain:
-        yield Heading("Sources")
-        yield Pairs(list(_sources(found)))
 
 
 def _cluster(found: ClusterSearch) -> str:
@@ -135,27 +172,20 @@ def _counts(found: ClusterSearch) -> str:
     return f"Of {found.grids:,} grid{'s' if found.grids > 1 else ''} {counted}."
 
 
-def _table(found: ClusterSearch) -> Table:
-    columns = [
-        Column("grid", wraps=True),
-        Column("GiB", right=True),
-        Column("step", right=True),
-        Column("GB sent", right=True, optional=True),
-        Column("between nodes", optional=True),
-        Column("passes", right=True, optional=True),
+def _table(found: ClusterSearch) -> Table[GridFit]:
+    columns: list[Column[GridFit]] = [
+        Column("grid", lambda placed: grid_title(placed.grid), wraps=True),
+        Column("GiB", _allocated, right=True, style=lambda placed: words.colour(placed.answer)),
+        Column("step", lambda placed: duration(placed.step.seconds) if _timed(placed) else "", right=True),
+        Column("GB sent", lambda placed: f"{placed.step.bytes / 1e9:,.1f}", right=True, optional=True),
+        Column("between nodes", lambda p: ", ".join(crossing(found, p.grid)) or "nothing", optional=True),
+        Column("passes", lambda placed: f"{placed.grid.accumulation:,}", right=True, optional=True),
     ]
-    rows = [tuple(_cells(found, placed)) for placed in found.placed]
-    styles = [f"|{COLOURS[str(placed.answer.verdict.answer)]}||||" for placed in found.placed]
-    return Table(columns, rows, styles)
+    return Table(columns, found.placed)
 
 
-def _cells(found: ClusterSearch, placed: GridFit) -> Iterator[str]:
-    yield grid_title(placed.grid)
-    yield words.tenths(placed.answer.bytes.allocated)
-    yield duration(placed.step.seconds) if _timed(placed) else ""
-    yield f"{placed.step.bytes / 1e9:,.1f}"
-    yield ", ".join(crossing(found, placed.grid)) or "nothing"
-    yield f"{placed.grid.accumulation:,}"
+def _allocated(placed: GridFit) -> str:
+    return words.tenths(placed.answer.bytes.allocated)
 
 
 def crossing(found: ClusterSearch, grid: ParallelGrid) -> list[str]:
@@ -194,74 +224,36 @@ def _sources(found: ClusterSearch) -> Iterator[tuple[str, str]]:
 # --- JSON and CSV ------------------------------------------------------------------------------------------
 
 
-def dump(divided: ClusterReport) -> dict[str, Any]:
-    found = divided.cluster
-    c = found.cluster
-    best = found.best or found.nearest
-    return {
-        "cluster": {
-            "gpu": c.gpu.name,
-            "nodes": c.nodes,
-            "gpus": c.each,
-            "world": c.world,
-            "inside": _link(c.inside),
-            "network": _link(c.network),
-        },
-        "sequences": found.sequences,
-        "grids": [_placed(found, placed) for placed in found.placed],
-        "best": None if found.best is None or best is None else _proposed(found, best),
-        "nearest": None if found.nearest is None or best is None else _proposed(found, best),
-        "counts": {
-            "grids": found.grids,
-            "fit": len(found.placed),
-            "slower": found.slower,
-            "missed": found.missed,
-            "too_large": found.too_large,
-            "refused": sum(r.grids for r in found.refused),
-        },
-        "refused": [refused._asdict() for refused in found.refused],
-        "together": {**found.together._asdict(), "text": compare_with_one_gpu(found)},
-    }
+_GRID = (*DEGREES, "strategy", "micro", "accumulation")
 
 
 def _link(link: Link) -> dict[str, Any]:
-    share = {"low": link.share.low, "usual": link.share.usual, "high": link.share.high}
     return {
         "name": link.name,
         "bytes_per_second": link.bytes,
         "basis": link.basis,
         "source": link.source,
-        "share": share,
+        "share": picked(link.share, "low", "usual", "high"),
         "share_basis": link.share.basis,
         "share_source": link.share.source,
     }
 
 
 def _grid(found: ClusterSearch, placed: GridFit) -> dict[str, Any]:
-    grid = placed.grid
     return {
-        **{name: getattr(grid, name) for name in DEGREES},
-        "strategy": grid.strategy,
-        "micro": grid.micro,
-        "accumulation": grid.accumulation,
-        "between_nodes": crossing(found, grid),
+        **picked(placed.grid, *_GRID),
+        "between_nodes": crossing(found, placed.grid),
         "step": {
-            "seconds": placed.step.seconds._asdict(),
-            "computing": placed.step.computing._asdict(),
-            "bubble": placed.step.bubble._asdict(),
-            "sent": [_sent(sent) for sent in placed.step.sent],
+            **picked(placed.step, "seconds", "computing", "bubble"),
+            "sent": [
+                {
+                    **picked(sent, "kind", "bytes", "link"),
+                    "between_nodes": sent.crosses,
+                    **picked(sent, "seconds", "shown"),
+                }
+                for sent in placed.step.sent
+            ],
         },
-    }
-
-
-def _sent(sent: Traffic) -> dict[str, Any]:
-    return {
-        "kind": sent.kind,
-        "bytes": sent.bytes,
-        "link": sent.link,
-        "between_nodes": sent.crosses,
-        "seconds": sent.seconds._asdict(),
-        "shown": sent.shown._asdict(),
     }
 
 
@@ -275,33 +267,15 @@ def _placed(found: ClusterSearch, placed: GridFit) -> dict[str, Any]:
 
 def _proposed(found: ClusterSearch, placed: GridFit) -> dict[str, Any]:
     own = option_lines(found.asked.run, placed.answer.run)
-    return {
-        **_grid(found, placed),
-        "options": " ".join(own.lines),
-        "note": own.note,
-        **figures(placed.answer),
-    }
-
-
-def rows(divided: ClusterReport) -> tuple[list[str], list[dict[str, object]]]:
-    """Return CSV titles and a row per grid, or the nearest miss if none fits."""
-    found = divided.cluster
-    shown = found.placed or ((found.nearest,) if found.nearest is not None else ())
-    titles = [*DEGREES, "strategy", "micro", "accumulation", "verdict", "allocated", "sent"]
-    titles += [f"step_seconds_{end}" for end in ("low", "usual", "high")]
-    return titles, [_row(placed) for placed in shown]
+    return {**_grid(found, placed), "options": " ".join(own.lines), "note": own.note, **figures(placed.answer)}
 
 
 def _row(placed: GridFit) -> dict[str, object]:
-    grid, seconds = placed.grid, placed.step.seconds
-    timed = {f"step_seconds_{end}": s for end, s in seconds._asdict().items()} if _timed(placed) else {}
+    seconds = placed.step.seconds._asdict() if _timed(placed) else {}
     return {
-        **{name: getattr(grid, name) for name in DEGREES},
-        "strategy": grid.strategy,
-        "micro": grid.micro,
-        "accumulation": grid.accumulation,
+        **picked(placed.grid, *_GRID),
         "verdict": placed.answer.verdict.answer,
         "allocated": placed.answer.bytes.allocated,
         "sent": placed.step.bytes,
-        **timed,
+        **{f"step_seconds_{end}": value for end, value in seconds.items()},
     }

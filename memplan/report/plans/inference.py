@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+from memplan.catalogue.hardware.token_rates import Span
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
 from memplan.planning.inference import CardFit, Limit, Questions, Variant, lengths
 from memplan.planning.roofline import DecodingPace, Seconds
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Heading, Pairs, Table, Text
-from memplan.report.plans.wording import conditions, figures, span
-from memplan.report.table import COLOURS
-from memplan.report.text import Column
+from memplan.report.blocks import Block, Column, Heading, Pairs, Table, Text
+from memplan.report.csv import CsvRows
+from memplan.report.plans.changes import conditions, figures, picked, span
 
 
 class QuestionsReport(NamedTuple):
     """The questions about a run on its card, answered."""
 
     questions: Questions
+
+    mode = "generate"
 
     @property
     def answer(self) -> Estimate:
@@ -39,6 +41,41 @@ class QuestionsReport(NamedTuple):
         choices = (*q.degrees, *q.placed, *q.formats, *q.caches)
         return [choice.answer for choice in choices if choice.fits and choice.answer]
 
+    def blocks(self, explain: bool = False) -> Iterator[Block]:
+        q, answer = self.questions, self.answer
+        yield Text(f"{words.verdict(answer)}{conditions(q.demand)}", f"bold {words.colour(answer)}")
+        yield Pairs(list(_answers(q)))
+        if any(choice.answer for choice in q.degrees[1:]):
+            splits_layers = answer.run.profile.startswith("llama.cpp")
+            yield Heading("Layers split over several GPUs" if splits_layers else "Tensor parallelism over several GPUs")
+            yield _choices("GPUs", q.degrees)
+        refused = [choice.refused for choice in q.degrees if choice.refused]
+        if refused:
+            yield Text(f"Not divided further: {refused[0]}.")
+        if any(choice.answer for choice in q.placed):
+            yield Heading("Layers placed on the GPUs of one process (device_map auto)")
+            yield _choices("GPUs", q.placed)
+        yield Heading("Weight formats, mildest first")
+        yield _choices("format", q.formats, explain)
+        if q.caches:
+            yield Heading("Other caches, mildest first")
+            yield _choices("cache", q.caches, explain)
+        yield from _speed(q, explain)
+        yield from (Text(f"Note: {note}.") for note in answer.notes)
+
+    def dump(self) -> dict[str, Any]:
+        q = self.questions
+        return {
+            **picked(q, "fits", "requests", "context"),
+            **{name: [_choice(c) for c in getattr(q, name)] for name in ("degrees", "placed", "formats", "caches")},
+            "mildest": q.mildest.name if q.mildest else None,
+            "fewest": int(q.fewest.name) if q.fewest else None,
+            "decoding": _pace(q.decoding),
+            "full": _pace(q.full),
+            "prompt": _pace(q.prompt),
+            "unpaced": q.unpaced,
+        }
+
 
 class Places(NamedTuple):
     """Cards that hold a run."""
@@ -47,35 +84,55 @@ class Places(NamedTuple):
     demand: Demand
     places: tuple[CardFit, ...]
 
+    mode = "places"
+
     @property
     def found(self) -> list[Estimate]:
         return [placed.answer for placed in self.places]
 
+    def blocks(self, explain: bool = False) -> Iterator[Block]:
+        condition = conditions(self.demand)
+        if not self.places:
+            yield Text(f"None of the cards tried holds it{condition}.", "bold red")
+            return
+        order = "cheapest per hour first, those without a dated price last"
+        yield Text(f"Cards that hold it{condition}, {order}.", "bold green")
+        yield Table(_PLACES, self.places)
+        yield Text(
+            "With several GPUs, GiB are per GPU and prices are for all of them. Speeds are ranges; --gpu shows their "
+            "rates."
+        )
 
-def blocks(asked: QuestionsReport, explain: bool = False) -> Iterator[Block]:
-    q = asked.questions
-    answer = q.answer
-    condition = conditions(q.demand)
-    suffix = f" ({condition})" if condition else ""
-    yield Text(f"{words.verdict(answer)}{suffix}", f"bold {COLOURS[answer.verdict.answer or '']}")
-    yield Pairs(list(_answers(q)))
-    if any(choice.answer for choice in q.degrees[1:]):
-        splits_layers = answer.run.profile.startswith("llama.cpp")
-        yield Heading("Layers split over several GPUs" if splits_layers else "Tensor parallelism over several GPUs")
-        yield _choices("GPUs", q.degrees)
-    refused = [choice.refused for choice in q.degrees if choice.refused]
-    if refused:
-        yield Text(f"Not divided further: {refused[0]}.")
-    if any(choice.answer for choice in q.placed):
-        yield Heading("Layers placed on the GPUs of one process (device_map auto)")
-        yield _choices("GPUs", q.placed)
-    yield Heading("Weight formats, mildest first")
-    yield _choices("format", q.formats, explain)
-    if q.caches:
-        yield Heading("Other caches, mildest first")
-        yield _choices("cache", q.caches, explain)
-    yield from _speed(q, explain)
-    yield from (Text(f"Note: {note}.") for note in answer.notes)
+    def dump(self) -> dict[str, Any]:
+        return {
+            "places": [
+                {
+                    "gpu": placed.gpu.name,
+                    "gpus": placed.tp,
+                    "price": placed.price._asdict() if placed.price else None,
+                    "requests": placed.requests,
+                    "tokens_per_second": placed.pace.tokens_per_second._asdict() if placed.pace else None,
+                    **figures(placed.answer),
+                }
+                for placed in self.places
+            ]
+        }
+
+    def rows(self) -> CsvRows:
+        """Return the cards; `low` and `high` are tokens per second."""
+        return CsvRows([_row(placed) for placed in self.places], _TITLES)
+
+
+_PLACES: tuple[Column[CardFit], ...] = (
+    Column("card", lambda placed: placed.gpu.name, wraps=True),
+    Column("GPUs", lambda placed: str(placed.tp), right=True),
+    Column("GiB used", lambda placed: words.tenths(placed.answer.bytes.used), right=True, optional=True),
+    Column("requests", lambda placed: f"{placed.requests:,}", right=True),
+    Column("tokens/s", lambda placed: rate(placed.pace.tokens_per_second) if placed.pace else "–", right=True),
+    Column("USD/h", lambda p: span((p.price.low, p.price.high)) if p.price else "–", right=True, optional=True),
+    Column("price date", lambda placed: placed.price.date if placed.price else "", optional=True),
+)
+_TITLES = ("gpu", "gpus", "used", "verdict", "requests", "low", "high", "usd_per_hour")
 
 
 def _answers(q: Questions) -> Iterator[tuple[str, str]]:
@@ -143,33 +200,30 @@ def _seconds(seconds: Seconds) -> str:
     return f"{seconds.low:,.1f}–{seconds.high:,.1f} s"
 
 
-def _choices(title: str, choices: Sequence[Variant], explain: bool = False) -> Table:
-    has_steps = any(choice.step for choice in choices)
-    columns = [
-        Column(title, wraps=True),
-        Column("weights GiB", right=True, optional=True),
-        Column("answer", wraps=True),
-        Column("requests", right=True),
-        Column("tokens/s", right=True, optional=True),
-        *((Column("what is lost", wraps=True, optional=not explain),) if has_steps else ()),
-    ]
-    shown = [choice for choice in choices if choice.answer is not None]
-    rows = [tuple(_cells(choice, has_steps, explain)) for choice in shown]
-    styles = ["||" + COLOURS[str(c.answer.verdict.answer)] + "|" * (len(columns) - 3) for c in shown if c.answer]
-    return Table(columns, rows, styles)
-
-
-def _cells(choice: Variant, has_steps: bool, explain: bool) -> Iterator[str]:
-    assert choice.answer is not None
-    yield choice.name
-    yield words.tenths(choice.weights)
-    host = f", {gib(choice.answer.host_bytes)} on the host" if choice.answer.host_bytes else ""
-    yield f"{choice.answer.verdict.answer}{host}"
-    yield f"{choice.requests:,}"
-    yield rate(choice.pace.tokens_per_second) if choice.pace else "–"
-    if has_steps:
+def _choices(title: str, choices: Sequence[Variant], explain: bool = False) -> Table[Variant]:
+    def loss(choice: Variant) -> str:
         step = choice.step
-        yield "" if step is None else f"{step.quality} [{step.source}]" if explain else step.quality
+        return "" if step is None else f"{step.quality} [{step.source}]" if explain else step.quality
+
+    columns: list[Column[Variant]] = [
+        Column(title, lambda choice: choice.name, wraps=True),
+        Column("weights GiB", lambda choice: words.tenths(choice.weights), right=True, optional=True),
+        Column(
+            "answer", _verdict, wraps=True, style=lambda choice: words.colour(choice.answer) if choice.answer else ""
+        ),
+        Column("requests", lambda choice: f"{choice.requests:,}", right=True),
+        Column("tokens/s", lambda c: rate(c.pace.tokens_per_second) if c.pace else "–", right=True, optional=True),
+    ]
+    if any(choice.step for choice in choices):
+        columns.append(Column("what is lost", loss, wraps=True, optional=not explain))
+    return Table(columns, [choice for choice in choices if choice.answer is not None])
+
+
+def _verdict(choice: Variant) -> str:
+    answer = choice.answer
+    assert answer is not None  # refused ones are not shown
+    host = f", {gib(answer.host_bytes)} on the host" if answer.host_bytes else ""
+    return f"{answer.verdict.answer}{host}"
 
 
 def _speed(q: Questions, explain: bool) -> Iterator[Block]:
@@ -180,13 +234,13 @@ def _speed(q: Questions, explain: bool) -> Iterator[Block]:
     yield Heading("Speeds are ranges between these rates; none was measured on this machine")
     if q.decoding is not None:
         yield Text(_reads(q.decoding))
-    assumed = list(dict.fromkeys(row for pace in paces for row in pace.assumed))
-    columns = [Column("assumed", wraps=True), Column("low", right=True), Column("high", right=True)]
-    rows = [(row.what, f"{row.low:g}", f"{row.high:g}") for row in assumed]
-    if explain:
-        columns.append(Column("source", wraps=True))
-        rows = [(*cells, row.source) for cells, row in zip(rows, assumed, strict=True)]
-    yield Table(columns, rows)
+    columns: list[Column[Span]] = [
+        Column("assumed", lambda row: row.what, wraps=True),
+        Column("low", lambda row: f"{row.low:g}", right=True),
+        Column("high", lambda row: f"{row.high:g}", right=True),
+        *([Column("source", lambda row: row.source, wraps=True)] if explain else []),
+    ]
+    yield Table(columns, list(dict.fromkeys(row for pace in paces for row in pace.assumed)))
     yield from (Text(f"Note: {note}.") for note in (q.decoding.notes if q.decoding else ()))
 
 
@@ -198,69 +252,13 @@ def _reads(pace: DecodingPace) -> str:
     return f"A step reads {gib(pace.work.bytes)} of weights and {caches} of caches on each GPU; it is bound by {bound}."
 
 
-def place_blocks(places: Places) -> Iterator[Block]:
-    condition = conditions(places.demand)
-    suffix = f" ({condition})" if condition else ""
-    if not places.places:
-        yield Text(f"None of the cards tried holds it{suffix}.", "bold red")
-        return
-    yield Text(f"Cards that hold it{suffix}, cheapest per hour first, those without a dated price last.", "bold green")
-    columns = [
-        Column("card", wraps=True),
-        Column("GPUs", right=True),
-        Column("GiB used", right=True, optional=True),
-        Column("requests", right=True),
-        Column("tokens/s", right=True),
-        Column("USD/h", right=True, optional=True),
-        Column("price date", optional=True),
-    ]
-    yield Table(columns, [tuple(_placed(placed)) for placed in places.places])
-    yield Text(
-        "With several GPUs, GiB are per GPU and prices are for all of them. Speeds are ranges; --gpu shows their rates."
-    )
-
-
-def _placed(placed: CardFit) -> Iterator[str]:
-    yield placed.gpu.name
-    yield str(placed.tp)
-    yield words.tenths(placed.answer.bytes.used)
-    yield f"{placed.requests:,}"
-    pace, price = placed.pace, placed.price
-    yield rate(pace.tokens_per_second) if pace else "–"
-    yield span((price.low, price.high)) if price else "–"
-    yield price.date if price else ""
-
-
-# --- JSON ----------------------------------------------------------------------------------------------------
-
-
-def dump(asked: QuestionsReport) -> dict[str, Any]:
-    q = asked.questions
-    return {
-        "fits": q.fits,
-        "requests": q.requests._asdict(),
-        "context": q.context._asdict(),
-        "degrees": [_choice(choice) for choice in q.degrees],
-        "placed": [_choice(choice) for choice in q.placed],
-        "formats": [_choice(choice) for choice in q.formats],
-        "caches": [_choice(choice) for choice in q.caches],
-        "mildest": q.mildest.name if q.mildest else None,
-        "fewest": int(q.fewest.name) if q.fewest else None,
-        "decoding": _pace(q.decoding),
-        "full": _pace(q.full),
-        "prompt": _pace(q.prompt),
-        "unpaced": q.unpaced,
-    }
+# --- JSON and CSV ------------------------------------------------------------------------------------------
 
 
 def _choice(choice: Variant) -> dict[str, Any]:
     answer, step = choice.answer, choice.step
     return {
-        "name": choice.name,
-        "refused": choice.refused,
-        "fits": choice.fits,
-        "weights": choice.weights,
-        "requests": choice.requests,
+        **picked(choice, "name", "refused", "fits", "weights", "requests"),
         "at": figures(answer) if answer else None,
         "tokens_per_second": choice.pace.tokens_per_second._asdict() if choice.pace else None,
         "quality": step.quality if step else None,
@@ -273,10 +271,7 @@ def _pace(pace: DecodingPace | None) -> dict[str, Any] | None:
         return None
     return {
         "seconds": pace.step._asdict(),
-        "tokens": pace.tokens,
-        "requests": pace.requests,
-        "tokens_per_second": pace.tokens_per_second._asdict(),
-        "per_request": pace.per_request._asdict(),
+        **picked(pace, "tokens", "requests", "tokens_per_second", "per_request"),
         "bound": list(pace.bound),
         "weight_bytes": pace.work.bytes,
         "cache_bytes": list(pace.work.caches),
@@ -287,33 +282,8 @@ def _pace(pace: DecodingPace | None) -> dict[str, Any] | None:
     }
 
 
-def place_dump(places: Places) -> dict[str, Any]:
-    return {
-        "places": [
-            {
-                "gpu": placed.gpu.name,
-                "gpus": placed.tp,
-                "price": placed.price._asdict() if placed.price else None,
-                "requests": placed.requests,
-                "tokens_per_second": placed.pace.tokens_per_second._asdict() if placed.pace else None,
-                **figures(placed.answer),
-            }
-            for placed in places.places
-        ]
-    }
-
-
-def titles() -> list[str]:
-    return ["gpu", "gpus", "used", "verdict", "requests", "low", "high", "usd_per_hour"]
-
-
-def rows(places: Places) -> list[dict[str, object]]:
-    """Return a CSV row per card; `low` and `high` are tokens per second."""
-    return [dict(zip(titles(), _row(placed), strict=True)) for placed in places.places]
-
-
-def _row(placed: CardFit) -> Iterator[object]:
+def _row(placed: CardFit) -> dict[str, object]:
     pace, price = placed.pace.tokens_per_second if placed.pace else None, placed.price
-    yield from (placed.gpu.name, placed.tp, placed.answer.bytes.used, placed.answer.verdict.answer, placed.requests)
-    yield from (round(pace.low, 2), round(pace.high, 2)) if pace else ("", "")
-    yield price.low if price else ""
+    card = (placed.gpu.name, placed.tp, placed.answer.bytes.used, placed.answer.verdict.answer, placed.requests)
+    speed = (round(pace.low, 2), round(pace.high, 2)) if pace else ("", "")
+    return dict(zip(_TITLES, (*card, *speed, price.low if price else ""), strict=True))

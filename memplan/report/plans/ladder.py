@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from memplan.estimate.answer import Estimate
@@ -10,8 +10,9 @@ from memplan.estimate.demand import Demand
 from memplan.planning.ladder import Ladder
 from memplan.planning.plan import SEVERITIES, Effect
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Heading, Pairs, Table, Text
-from memplan.report.plans.wording import (
+from memplan.report.blocks import Block, Column, Heading, Pairs, Table, Text
+from memplan.report.csv import CsvRows
+from memplan.report.plans.changes import (
     change_dump,
     conditions,
     factors,
@@ -22,8 +23,17 @@ from memplan.report.plans.wording import (
     signed,
     state,
 )
-from memplan.report.table import COLOURS
-from memplan.report.text import Column
+
+
+class Rung(NamedTuple):
+    """A row of the ladder: the plain run, without an effect, or the run after one more change."""
+
+    answer: Estimate
+    effect: Effect | None = None
+
+    @property
+    def title(self) -> str:
+        return self.effect.lever.title if self.effect else "plain"
 
 
 class LadderReport(NamedTuple):
@@ -33,86 +43,105 @@ class LadderReport(NamedTuple):
     demand: Demand
     ladder: Ladder
 
+    mode = "ladder"
+
     @property
-    def every(self) -> list[Estimate]:
-        """The plain run's answer, then each rung's."""
-        return [self.ladder.plain, *(rung.after for rung in self.ladder.rungs)]
+    def every(self) -> list[Rung]:
+        """The plain run, then each rung."""
+        return [Rung(self.ladder.plain), *(Rung(effect.after, effect) for effect in self.ladder.rungs)]
 
     @property
     def found(self) -> list[Estimate]:
         """Answers that meet the demand; all of them if there is no GPU."""
-        return [answer for answer in self.every if answer.gpu is None or self.demand.met(answer)]
+        return [answer for answer, _ in self.every if answer.gpu is None or self.demand.met(answer)]
 
     @property
     def lowest(self) -> Estimate:
-        return min(self.every, key=lambda answer: answer.bytes.used)
+        return min((answer for answer, _ in self.every), key=lambda answer: answer.bytes.used)
 
+    def blocks(self, explain: bool = False) -> Iterator[Block]:
+        plain, condition = self.ladder.plain, conditions(self.demand)
+        batch = plain.run.batch
+        yield Text(
+            f"{words.model(plain)}, batch {batch.micro:,} of {batch.sequence:,} tokens{words.on_card(plain)}: from "
+            f"{words.tenths(plain.bytes.used)} to {words.tenths(self.lowest.bytes.used)} GiB used",
+            "bold",
+        )
+        if not self.found:
+            yield Text(f"No rung fits{condition}. The lowest: {state(self.lowest)}.", "bold red")
+        elif plain.gpu:
+            first = next(rung for rung in self.every if rung.answer in self.found)
+            title = first.title if first.effect else "the plain run"
+            yield Text(f"The first to fit{condition} is {title}: {state(first.answer)}.")
+        yield self._table()
+        yield Text(
+            "Each rung includes all those above it. GiB are used memory; × time is the effect of the rung alone, for "
+            "the same number of tokens."
+        )
+        if explain:
+            yield Heading("Results")
+            effects = self.ladder.rungs
+            yield Pairs([(e.lever.title, text) for e in effects for text in qualities((e.lever,), explain=True)])
 
-def blocks(rungs: LadderReport, explain: bool = False) -> Iterator[Block]:
-    plain = rungs.ladder.plain
-    gpu, batch = words.card(plain), plain.run.batch
-    on = f" on {gpu.title}, {words.tenths(gpu.usable)} GiB usable" if gpu else ""
-    yield Text(
-        f"{words.model(plain)}, batch {batch.micro:,} of {batch.sequence:,} tokens{on}: from "
-        f"{words.tenths(plain.bytes.used)} to {words.tenths(rungs.lowest.bytes.used)} GiB used",
-        "bold",
-    )
-    condition = conditions(rungs.demand)
-    suffix = f" ({condition})" if condition else ""
-    if not rungs.found:
-        yield Text(f"No rung fits{suffix}. The lowest: {state(rungs.lowest)}.", "bold red")
-    elif gpu:
-        first = next(n for n, answer in enumerate(rungs.every) if answer in rungs.found)
-        title = rungs.ladder.rungs[first - 1].lever.title if first else "the plain run"
-        yield Text(f"The first to fit{suffix} is {title}: {state(rungs.every[first])}.")
-    yield _table(rungs)
-    yield Text(
-        "Each rung includes all those above it. GiB are used memory; × time is the effect of the rung alone, for the "
-        "same number of tokens."
-    )
-    if explain:
-        yield Heading("Results")
-        effects = rungs.ladder.rungs
-        yield Pairs([(e.lever.title, text) for e in effects for text in qualities((e.lever,), explain=True)])
+    def _table(self) -> Table[Rung]:
+        usable = self.ladder.plain.gpu.usable if self.ladder.plain.gpu else 0
+        full = max(usable, *(answer.bytes.used for answer, _ in self.every))
 
+        def of(cell: Callable[[Effect], str]) -> Callable[[Rung], str]:
+            return lambda rung: cell(rung.effect) if rung.effect else ""
 
-_BAR_WIDTH = 14
+        def colour(rung: Rung) -> str:
+            return words.colour(rung.answer) or "blue"
 
+        columns: list[Column[Rung]] = [
+            Column("rung", lambda rung: rung.title, wraps=True),
+            Column("saves", of(lambda effect: signed(freed(effect))), right=True),
+            Column("GiB", lambda rung: words.tenths(rung.answer.bytes.used), right=True),
+            *([Column("answer", lambda rung: rung.answer.verdict.answer or "", style=colour)] if usable else []),
+            Column("× time", of(lambda effect: factors(effect.time, "–")), right=True, optional=True),
+            Column("", lambda rung: _bar(rung.answer, full), optional=True, style=colour),
+            Column("most saved in", of(_most_saved_in), optional=True),
+            Column("result", of(lambda effect: SEVERITIES[effect.lever.severity]), optional=True),
+        ]
+        return Table(columns, self.every)
 
-def _table(rungs: LadderReport) -> Table:
-    plain = rungs.ladder.plain
-    columns = [
-        Column("rung", wraps=True),
-        Column("saves", right=True),
-        Column("GiB", right=True),
-        *([Column("answer")] if plain.gpu else []),
-        Column("× time", right=True, optional=True),
-        Column("", optional=True),
-        Column("most saved in", optional=True),
-        Column("result", optional=True),
-    ]
-    rows = [("plain", "", plain, "", "", "")]
-    for rung in rungs.ladder.rungs:
-        time = factors(rung.time, "–")
-        result = SEVERITIES[rung.lever.severity]
-        rows.append((rung.lever.title, signed(freed(rung)), rung.after, time, _most_saved_in(rung), result))
-    full = max(answer.bytes.used for answer in rungs.every)
-    full = max(full, plain.gpu.usable if plain.gpu else 0)
-    cells: list[tuple[str, ...]] = []
-    styles: list[str] = []
-    for title, saves, answer, time, phase, result in rows:
-        verdict = answer.verdict.answer or ""
-        middle = (verdict,) if plain.gpu else ()
-        cells.append((title, saves, words.tenths(answer.bytes.used), *middle, time, _bar(answer, full), phase, result))
-        colour = COLOURS.get(verdict, "blue")
-        styles.append("|".join(("", "", "", *((colour,) if plain.gpu else ()), "", colour, "", "")))
-    return Table(columns, cells, styles)
+    def dump(self) -> dict[str, Any]:
+        asked = self.answer.asked
+        return {
+            "plain": {**change_dump(asked, self.ladder.plain.asked), **figures(self.ladder.plain)},
+            "rungs": [
+                {**lever_dump(rung), **change_dump(asked, rung.after.asked), **figures(rung.after)}
+                for rung in self.ladder.rungs
+            ],
+        }
+
+    def rows(self) -> CsvRows:
+        """Return the plain run, then each rung."""
+        return CsvRows([self._row(rung) for rung in self.every])
+
+    @staticmethod
+    def _row(rung: Rung) -> dict[str, object]:
+        time = rung.effect.time if rung.effect else None
+        return {
+            "rung": rung.title,
+            "saves": rung.effect.saves if rung.effect else 0,
+            "allocated": rung.answer.bytes.allocated,
+            "used": rung.answer.bytes.used,
+            "headroom": "" if rung.answer.verdict.headroom is None else rung.answer.verdict.headroom,
+            "verdict": rung.answer.verdict.answer or "",
+            "time_low": time.low if time else "",
+            "time_high": time.high if time else "",
+            "severity": rung.effect.lever.severity if rung.effect else 0,
+        }
 
 
 def _most_saved_in(rung: Effect) -> str:
     """Return the phase whose peak falls most; a tie goes to the phase of the previous peak."""
     fallen = {(n, phase == rung.before.peak.phase): phase for phase, n in rung.phases.items() if n > 0}
     return fallen[max(fallen)] if fallen else ""
+
+
+_BAR_WIDTH = 14
 
 
 def _bar(answer: Estimate, full: int) -> str:
@@ -123,38 +152,3 @@ def _bar(answer: Estimate, full: int) -> str:
         return bar.rstrip()
     end = (answer.gpu.usable * _BAR_WIDTH + full // 2) // full
     return f"{bar[:end]}│{bar[end + 1 :]}".rstrip()
-
-
-def dump(rungs: LadderReport) -> dict[str, Any]:
-    asked = rungs.answer.asked
-    return {
-        "plain": {**change_dump(asked, rungs.ladder.plain.asked), **figures(rungs.ladder.plain)},
-        "rungs": [
-            {**lever_dump(rung), **change_dump(asked, rung.after.asked), **figures(rung.after)}
-            for rung in rungs.ladder.rungs
-        ],
-    }
-
-
-def rows(rungs: LadderReport) -> list[dict[str, object]]:
-    """Return CSV rows: the plain run, then each rung."""
-    plain = rungs.ladder.plain
-    out = [_row("plain", plain, 0, ("", ""), 0)]
-    for rung in rungs.ladder.rungs:
-        time = rung.time[:2] if rung.time else ("", "")
-        out.append(_row(rung.lever.title, rung.after, rung.saves, time, rung.lever.severity))
-    return out
-
-
-def _row(title: str, answer: Estimate, saves: int, time: tuple[object, object], severity: int) -> dict[str, object]:
-    return {
-        "rung": title,
-        "saves": saves,
-        "allocated": answer.bytes.allocated,
-        "used": answer.bytes.used,
-        "headroom": "" if answer.verdict.headroom is None else answer.verdict.headroom,
-        "verdict": answer.verdict.answer or "",
-        "time_low": time[0],
-        "time_high": time[1],
-        "severity": severity,
-    }

@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
+from memplan.estimate.demand import Demand
 from memplan.planning.plan import SEVERITIES, Effect, Plan
 from memplan.planning.reach import Reach
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Heading, Table, Text
-from memplan.report.plans.reach import limits_table, reach_dump
-from memplan.report.plans.wording import (
+from memplan.report.blocks import Block, Column, Heading, Table, Text
+from memplan.report.plans.changes import (
     conditions,
     factors,
     freed,
@@ -22,8 +22,7 @@ from memplan.report.plans.wording import (
     qualities,
     signed,
 )
-from memplan.report.table import COLOURS
-from memplan.report.text import Column
+from memplan.report.plans.reach import limits_table, reach_dump
 
 
 class Levers(NamedTuple):
@@ -32,41 +31,59 @@ class Levers(NamedTuple):
     plan: Plan
     reach: tuple[Reach, ...]
 
+    mode = "levers"
+
+    @property
+    def answer(self) -> Estimate:
+        return self.plan.answer
+
+    @property
+    def demand(self) -> Demand:
+        return self.plan.demand
+
     @property
     def found(self) -> list[Estimate]:
         """Answers that meet the demand: the unchanged run, or the proposals."""
         return [self.plan.answer] if self.plan.fits else [p.answer for p in self.plan.proposals]
 
+    def blocks(self, explain: bool = False) -> Iterator[Block]:
+        plan, condition = self.plan, conditions(self.demand)
+        yield Text(words.verdict(plan.answer), f"bold {words.colour(plan.answer)}")
+        if plan.fits:
+            yield Text(f"Nothing has to change{condition}. Each change alone would free:")
+            yield _singles(plan, explain)
+        elif plan.proposals:
+            yield from _proposals(plan, condition, explain)
+        else:
+            yield from _nearest(plan, condition, explain)
+        yield Heading("Limits, with everything else unchanged")
+        yield limits_table(self.reach)
 
-def blocks(levers: Levers, explain: bool = False) -> Iterator[Block]:
-    plan = levers.plan
-    yield Text(words.verdict(plan.answer), f"bold {COLOURS[plan.answer.verdict.answer or '']}")
-    condition = conditions(plan.demand)
-    suffix = f" ({condition})" if condition else ""
-    if plan.fits:
-        yield Text(f"Nothing has to change{suffix}. Each change alone would free:")
-        yield _singles(plan, explain)
-    elif plan.proposals:
-        yield from _proposals(plan, suffix, explain)
-    else:
-        yield from _nearest(plan, suffix, explain)
-    yield Heading("Limits, with everything else unchanged")
-    yield limits_table(levers.reach)
+    def dump(self) -> dict[str, Any]:
+        plan, asked = self.plan, self.answer.asked
+        return {
+            "fits": plan.fits,
+            "proposals": [proposal_dump(proposal, asked) for proposal in plan.proposals],
+            "nearest": proposal_dump(plan.nearest, asked) if plan.nearest else None,
+            "tried": plan.tried,
+            "levers": [lever_dump(effect) for effect in singles(plan)] if plan.fits else [],
+            "reach": [reach_dump(reach) for reach in self.reach],
+        }
 
 
-def _proposals(plan: Plan, suffix: str, explain: bool) -> Iterator[Block]:
+def _proposals(plan: Plan, condition: str, explain: bool) -> Iterator[Block]:
     n_proposals = len(plan.proposals)
     ways = f"{n_proposals} ways to make it fit" if n_proposals > 1 else "One way to make it fit"
     order = ", those that change the result least first, more GPUs last" if n_proposals > 1 else ""
-    yield Text(f"{ways}{suffix}{order}.")
+    yield Text(f"{ways}{condition}{order}.")
     for n, proposal in enumerate(plan.proposals):
         number = f"{n + 1}. " if n_proposals > 1 else ""
         yield from proposed(proposal, plan.answer.asked, number, explain=explain, full=explain or n == 0)
 
 
-def _nearest(plan: Plan, suffix: str, explain: bool) -> Iterator[Block]:
+def _nearest(plan: Plan, condition: str, explain: bool) -> Iterator[Block]:
     nearest = plan.nearest
-    yield Text(f"None of the {plan.tried:,} runs tried fits{suffix}.")
+    yield Text(f"None of the {plan.tried:,} runs tried fits{condition}.")
     if nearest is None or not nearest.levers:
         return
     missing = missing_bytes(plan)
@@ -86,35 +103,15 @@ def singles(plan: Plan) -> list[Effect]:
     return sorted((e for e in plan.levers if freed(e) > 0), key=lambda effect: (-freed(effect), effect.lever.severity))
 
 
-def _singles(plan: Plan, explain: bool) -> Table:
-    columns = [
-        Column("change", wraps=True),
-        Column("GiB freed", right=True),
-        Column("then", right=True),
-        Column("× time", right=True),
-        Column("result", wraps=True, optional=True),
-    ]
-    rows = [
-        (
-            effect.lever.title,
-            signed(freed(effect)),
-            words.tenths(effect.after.bytes.used),
-            factors(effect.time, "–"),
-            "; ".join(qualities((effect.lever,), explain=True)) if explain else SEVERITIES[effect.lever.severity],
-        )
-        for effect in singles(plan)
-    ]
-    return Table(columns, rows)
+def _singles(plan: Plan, explain: bool) -> Table[Effect]:
+    def result(effect: Effect) -> str:
+        return "; ".join(qualities((effect.lever,), explain=True)) if explain else SEVERITIES[effect.lever.severity]
 
-
-def dump(levers: Levers) -> dict[str, Any]:
-    plan = levers.plan
-    asked = plan.answer.asked
-    return {
-        "fits": plan.fits,
-        "proposals": [proposal_dump(proposal, asked) for proposal in plan.proposals],
-        "nearest": proposal_dump(plan.nearest, asked) if plan.nearest else None,
-        "tried": plan.tried,
-        "levers": [lever_dump(effect) for effect in singles(plan)] if plan.fits else [],
-        "reach": [reach_dump(reach) for reach in levers.reach],
-    }
+    columns: list[Column[Effect]] = [
+        Column("change", lambda effect: effect.lever.title, wraps=True),
+        Column("GiB freed", lambda effect: signed(freed(effect)), right=True),
+        Column("then", lambda effect: words.tenths(effect.after.bytes.used), right=True),
+        Column("× time", lambda effect: factors(effect.time, "–"), right=True),
+        Column("result", result, wraps=True, optional=True),
+    ]
+    return Table(columns, singles(plan))

@@ -9,13 +9,12 @@ from memplan.catalogue.hardware.rates import Rate
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
-from memplan.planning.offers import Offer, Offers
+from memplan.planning.offers import NearestMiss, Offer, Offers
 from memplan.planning.step_time import Cost, Hourly, Range
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Heading, Pairs, Table, Text
-from memplan.report.plans.wording import conditions, duration, figures, span, state
-from memplan.report.table import COLOURS
-from memplan.report.text import Column
+from memplan.report.blocks import Block, Column, Heading, Pairs, Table, Text
+from memplan.report.csv import CsvRows
+from memplan.report.plans.changes import conditions, duration, figures, picked, span, state
 
 
 class OffersReport(NamedTuple):
@@ -32,41 +31,61 @@ class OffersReport(NamedTuple):
     tokens: int | None
     nearest: Estimate | None = None
 
+    mode = "buy"
+
     @property
     def found(self) -> list[Estimate]:
         return [offer.answer for offer in self.offers.offers]
 
+    @property
+    def considered(self) -> str:
+        n, what = self.offers.considered, "of card, count and strategy"
+        return f"{n:,} combinations {what}" if n > 1 else f"one combination {what}"
 
-def _considered(bought: OffersReport) -> str:
-    n = bought.offers.considered
-    return f"{n:,} combinations of card, count and strategy" if n > 1 else "one combination of card, count and strategy"
+    def blocks(self, explain: bool = False) -> Iterator[Block]:
+        offers, condition = self.offers.offers, conditions(self.demand)
+        if self.answer.gpu is not None:
+            yield Text(f"As asked: {words.verdict(self.answer)}.")
+        if not offers:
+            yield Text(f"Nothing holds it{condition} among {self.considered}.", "bold red")
+            yield Text(missed(self))
+            return
+        best = offers[0]
+        cost, tokens = (best.whole, f"{self.tokens:,}") if self.tokens is not None else (best.million, "a million")
+        price = f", {span(cost.usd)} US dollars for {tokens} tokens" if cost and cost.usd else ""
+        which = f"{'Cheapest' if price else 'Fastest'} of {self.considered}"
+        yield Text(f"{which}{condition}: {_title(best)}{price}.", "bold green")
+        yield _table(self)
+        if any(offer.count > 1 for offer in offers):
+            yield Text("With several cards, GiB are per card, and prices and times are for all of them together.")
+        yield Text(_basis(offers))
+        yield Text(_prices(offers))
+        for note in dict.fromkeys(offer.pace.note for offer in offers if offer.pace and offer.pace.note):
+            yield Text(f"Note: {note}.")
+        if explain:
+            yield Heading("Sources")
+            yield Pairs(list(_sources(offers)))
 
+    def dump(self) -> dict[str, Any]:
+        miss, answer = self.offers.nearest, self.nearest
+        nearest = {**_cards(miss), **figures(answer), "lacks": missing_bytes(self)} if miss and answer else None
+        return {
+            "offers": [_offer(offer) for offer in self.offers.offers],
+            "considered": self.offers.considered,
+            "nearest": nearest,
+            "tokens": self.tokens,
+        }
 
-def blocks(bought: OffersReport, explain: bool = False) -> Iterator[Block]:
-    offers = bought.offers.offers
-    if bought.answer.gpu is not None:
-        yield Text(f"As asked: {words.verdict(bought.answer)}.")
-    condition = conditions(bought.demand)
-    suffix = f" ({condition})" if condition else ""
-    if not offers:
-        yield Text(f"Nothing holds it{suffix} among {_considered(bought)}.", "bold red")
-        yield Text(missed(bought))
-        return
-    best = offers[0]
-    cost, tokens = (best.whole, f"{bought.tokens:,}") if bought.tokens is not None else (best.million, "a million")
-    price = f", {span(cost.usd)} US dollars for {tokens} tokens" if cost and cost.usd else ""
-    which = f"{'Cheapest' if price else 'Fastest'} of {_considered(bought)}"
-    yield Text(f"{which}{suffix}: {_title(best)}{price}.", "bold green")
-    yield _table(bought)
-    if any(offer.count > 1 for offer in offers):
-        yield Text("With several cards, GiB are per card, and prices and times are for all of them together.")
-    yield Text(_basis(offers))
-    yield Text(_prices(offers))
-    for note in dict.fromkeys(offer.pace.note for offer in offers if offer.pace and offer.pace.note):
-        yield Text(f"Note: {note}.")
-    if explain:
-        yield Heading("Sources")
-        yield Pairs(list(_sources(offers)))
+    def rows(self) -> CsvRows:
+        """Return the offers, or the nearest miss if there is none."""
+        offers, miss = self.offers.offers, self.offers.nearest
+        if not offers and miss is not None and self.nearest is not None:
+            offers = (Offer(miss.gpu, miss.count, miss.strategy, self.nearest, None, None, None, None),)
+        total = ("whole_seconds", "whole_usd") if self.tokens is not None else ()
+        ranges = ("usd_per_hour", "step_seconds", "million_seconds", "million_usd", *total)
+        titles = ["gpu", "count", "strategy", "verdict", "used", "headroom", "priced"]
+        titles += [f"{name}_{end}" for name in ranges for end in ("low", "high")]
+        return CsvRows([_row(offer, ranges) for offer in offers], titles)
 
 
 def missed(bought: OffersReport) -> str:
@@ -96,35 +115,40 @@ def _card(name: str, count: int, strategy: str) -> str:
     return name if count == 1 else f"{count} × {name}, {strategy}"
 
 
-def _table(bought: OffersReport) -> Table:
-    offers, with_total = bought.offers.offers, bought.tokens is not None
-    total = (Column("total USD", right=True), Column("total time", right=True, optional=True))
-    columns = [
-        Column("card", wraps=True),
-        Column("GiB used", right=True),
-        Column("free", right=True, optional=with_total),
-        *(total if with_total else ()),
-        Column("USD/M tokens", right=True, optional=with_total),
-        Column("time/M", right=True, optional=True),
-        Column("USD/h", right=True, optional=True),
-        Column("step", right=True, optional=True),
-        Column("price date", optional=True),
+def _table(bought: OffersReport) -> Table[Offer]:
+    with_total = bought.tokens is not None
+
+    def colour(offer: Offer) -> str:
+        return words.colour(offer.answer)
+
+    total: list[Column[Offer]] = [
+        Column("total USD", lambda offer: _usd(offer.whole), right=True),
+        Column("total time", lambda offer: _time(offer.whole), right=True, optional=True),
     ]
-    colours = [COLOURS[str(offer.answer.verdict.answer)] for offer in offers]
-    styles = ["|".join(("", colour, colour, *[""] * (len(columns) - 3))) for colour in colours]
-    return Table(columns, [tuple(_cells(offer, with_total)) for offer in offers], styles)
+    columns: list[Column[Offer]] = [
+        Column("card", _title, wraps=True),
+        Column("GiB used", lambda offer: words.tenths(offer.answer.bytes.used), right=True, style=colour),
+        Column("free", _free, right=True, optional=with_total, style=colour),
+        *(total if with_total else []),
+        Column("USD/M tokens", lambda offer: _usd(offer.million), right=True, optional=with_total),
+        Column("time/M", lambda offer: _time(offer.million), right=True, optional=True),
+        Column("USD/h", lambda o: span((o.price.low, o.price.high)) if o.price else "", right=True, optional=True),
+        Column("step", lambda offer: duration(offer.pace.seconds) if offer.pace else "", right=True, optional=True),
+        Column("price date", lambda offer: offer.price.date if offer.price else "", optional=True),
+    ]
+    return Table(columns, bought.offers.offers)
 
 
-def _cells(offer: Offer, with_total: bool) -> Iterator[str]:
-    yield _title(offer)
-    yield words.tenths(offer.answer.bytes.used)
-    yield words.tenths(offer.answer.verdict.headroom or 0)
-    for cost in (offer.whole, offer.million) if with_total else (offer.million,):
-        yield span(cost.usd) if cost and cost.usd else ""
-        yield duration(cost.seconds) if cost else ""
-    yield span((offer.price.low, offer.price.high)) if offer.price else ""
-    yield duration(offer.pace.seconds) if offer.pace else ""
-    yield offer.price.date if offer.price else ""
+def _free(offer: Offer) -> str:
+    return words.tenths(offer.answer.verdict.headroom or 0)
+
+
+def _usd(cost: Cost | None) -> str:
+    return span(cost.usd) if cost and cost.usd else ""
+
+
+def _time(cost: Cost | None) -> str:
+    return duration(cost.seconds) if cost else ""
 
 
 def _basis(offers: Sequence[Offer]) -> str:
@@ -175,66 +199,19 @@ def _sources(offers: Sequence[Offer]) -> Iterator[tuple[str, str]]:
 # --- JSON and CSV ------------------------------------------------------------------------------------------
 
 
-def dump(bought: OffersReport) -> dict[str, Any]:
-    miss = bought.offers.nearest
-    return {
-        "offers": [_offer(offer) for offer in bought.offers.offers],
-        "considered": bought.offers.considered,
-        "nearest": None
-        if miss is None or bought.nearest is None
-        else {
-            "gpu": miss.gpu.name,
-            "count": miss.count,
-            "strategy": miss.strategy,
-            **figures(bought.nearest),
-            "lacks": missing_bytes(bought),
-        },
-        "tokens": bought.tokens,
-    }
+def _cards(cards: Offer | NearestMiss) -> dict[str, Any]:
+    return {"gpu": cards.gpu.name, "count": cards.count, "strategy": cards.strategy}
 
 
 def _offer(offer: Offer) -> dict[str, Any]:
-    pace = offer.pace
     return {
-        "gpu": offer.gpu.name,
-        "count": offer.count,
-        "strategy": offer.strategy,
+        **_cards(offer),
         **figures(offer.answer),
         "price": offer.price._asdict() if offer.price else None,
-        "step": None
-        if pace is None
-        else {
-            "seconds": pace.seconds._asdict(),
-            "tokens": pace.tokens,
-            "bound": pace.bound,
-            "basis": pace.basis,
-            "note": pace.note,
-        },
-        "million": _cost(offer.million),
-        "whole": _cost(offer.whole),
+        "step": picked(offer.pace, "seconds", "tokens", "bound", "basis", "note") if offer.pace else None,
+        "million": picked(offer.million, *Cost._fields) if offer.million else None,
+        "whole": picked(offer.whole, *Cost._fields) if offer.whole else None,
     }
-
-
-def _cost(cost: Cost | None) -> dict[str, Any] | None:
-    if cost is None:
-        return None
-    return {
-        "tokens": cost.tokens,
-        "seconds": cost.seconds._asdict(),
-        "usd": cost.usd._asdict() if cost.usd else None,
-    }
-
-
-def rows(bought: OffersReport) -> tuple[list[str], list[dict[str, object]]]:
-    """Return CSV titles and a row per offer, or the nearest miss if there is none."""
-    offers, miss = bought.offers.offers, bought.offers.nearest
-    if not offers and miss is not None and bought.nearest is not None:
-        offers = (Offer(miss.gpu, miss.count, miss.strategy, bought.nearest, None, None, None, None),)
-    total = ("whole_seconds", "whole_usd") if bought.tokens is not None else ()
-    ranges = ("usd_per_hour", "step_seconds", "million_seconds", "million_usd", *total)
-    titles = ["gpu", "count", "strategy", "verdict", "used", "headroom", "priced"]
-    titles += [f"{name}_{end}" for name in ranges for end in ("low", "high")]
-    return titles, [_row(offer, ranges) for offer in offers]
 
 
 def _row(offer: Offer, ranges: Sequence[str]) -> dict[str, object]:
@@ -249,13 +226,10 @@ def _row(offer: Offer, ranges: Sequence[str]) -> dict[str, object]:
     }
     known = {name: value for name in ranges if (value := values[name]) is not None}
     return {
-        "gpu": offer.gpu.name,
-        "count": offer.count,
-        "strategy": offer.strategy,
+        **_cards(offer),
         "verdict": offer.answer.verdict.answer,
         "used": offer.answer.bytes.used,
         "headroom": offer.answer.verdict.headroom,
         "priced": offer.price.date if offer.price else "",
-        **{f"{name}_low": value.low for name, value in known.items()},
-        **{f"{name}_high": value.high for name, value in known.items()},
+        **{f"{name}_{end}": getattr(value, end) for name, value in known.items() for end in ("low", "high")},
     }

@@ -12,11 +12,10 @@ from memplan.estimate.demand import Demand
 from memplan.planning.reach import Frontier, Reach
 from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Drawing, Heading, Table, Text
-from memplan.report.plans.heat import heat
-from memplan.report.plans.wording import conditions, figures, state
-from memplan.report.table import COLOURS
-from memplan.report.text import Column
+from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Table, Text
+from memplan.report.csv import CsvRows
+from memplan.report.heat import heat
+from memplan.report.plans.changes import conditions, figures, state
 
 
 class ReachReport(NamedTuple):
@@ -27,10 +26,59 @@ class ReachReport(NamedTuple):
     reach: Reach
     frontier: Frontier | None
 
+    mode = "max"
+
     @property
     def found(self) -> list[Estimate]:
         return [] if self.reach.answer is None else [self.reach.answer]
 
+    def blocks(self, explain: bool = False) -> Iterator[Block]:
+        reach = self.reach
+        gpu = words.card(self.answer)
+        where = f"{f' on {gpu.title}' if gpu else ''}{conditions(self.demand, 'with ')}"
+        if reach.answer is None:
+            yield Text(f"{_NONE[reach.axis].capitalize()} fits{where}.", "bold red")
+            if reach.beyond is not None:
+                yield Text(f"The nearest: {_next(reach)} {_missed(reach.beyond)}.")
+            return
+        yield Text(f"at most {value(reach)}{where}: {state(reach.answer)}", f"bold {words.colour(reach.answer)}")
+        yield Text(f"Limited by {limit_text(reach)}.")
+        yield Text(f"The peak is {words.moment(reach.answer)}. {words.headroom(reach.answer)}")
+        if self.frontier is not None:
+            yield Heading("Longest sequence for every batch")
+            yield Table(_FRONTIER, self.frontier.longest)
+            yield Drawing(partial(heat, self.frontier.around))
+        if explain:
+            yield Facts("Assumed", assumptions_.assumptions(reach.answer))
+
+    def dump(self) -> dict[str, Any]:
+        return {
+            "reach": [reach_dump(self.reach)],
+            "frontier": [{"batch": b, "sequence": s} for b, s in self.frontier.longest] if self.frontier else [],
+            "map": _map(self.frontier) if self.frontier else None,
+        }
+
+    def rows(self) -> CsvRows:
+        """Return the frontier, or the single value."""
+        if self.frontier is not None:
+            return CsvRows([{"batch": b, "sequence": s} for b, s in self.frontier.longest])
+        reach, answer = self.reach, self.reach.answer
+        row = {
+            "axis": reach.axis,
+            "value": reach.value or "",
+            "binds": reach.binds,
+            "used": answer.bytes.used if answer else "",
+            "headroom": answer.verdict.headroom if answer else "",
+            "verdict": answer.verdict.answer if answer else "",
+        }
+        return CsvRows([row])
+
+
+_FRONTIER: tuple[Column[tuple[int, int]], ...] = (
+    Column("batch", lambda pair: f"{pair[0]:,}", right=True),
+    Column("tokens", lambda pair: f"{pair[1]:,}" if pair[1] else "none", right=True),
+    Column("tokens per pass", lambda pair: f"{pair[0] * pair[1]:,}", right=True),
+)
 
 _NONE = {"batch": "no batch", "sequence": "no sequence", "rank": "no rank", "model": "no bundled model"}
 _ENDS = {
@@ -79,48 +127,16 @@ def _missed(answer: Estimate) -> str:
     return f"would {would}, {by}"
 
 
-def limits_table(reached: Sequence[Reach]) -> Table:
+def limits_table(reached: Sequence[Reach]) -> Table[Reach]:
     """Return a table with a row per axis."""
-    rows = [(value(r), words.tenths(r.answer.bytes.used) if r.answer else "", limit_text(r)) for r in reached]
-    return Table([Column("at most"), Column("GiB used", right=True), Column("limited by", wraps=True)], rows)
+    return Table(_LIMITS, reached)
 
 
-def blocks(far: ReachReport, explain: bool = False) -> Iterator[Block]:
-    reach = far.reach
-    condition = conditions(far.demand)
-    suffix = f" (with {condition})" if condition else ""
-    gpu = words.card(far.answer)
-    on = f" on {gpu.title}" if gpu else ""
-    if reach.answer is None:
-        yield Text(f"{_NONE[reach.axis].capitalize()} fits{on}{suffix}.", "bold red")
-        if reach.beyond is not None:
-            yield Text(f"The nearest: {_next(reach)} {_missed(reach.beyond)}.")
-    else:
-        style = f"bold {COLOURS.get(reach.answer.verdict.answer or '', '')}".strip()
-        yield Text(f"at most {value(reach)}{on}{suffix}: {state(reach.answer)}", style)
-        yield Text(f"Limited by {limit_text(reach)}.")
-        yield Text(f"The peak is {words.moment(reach.answer)}. {words.headroom(reach.answer)}")
-    if far.frontier is not None and reach.answer is not None:
-        yield from _frontier(far.frontier)
-    if explain and reach.answer is not None:
-        yield Heading("Assumed")
-        yield Table([Column(""), Column("", wraps=True)], assumptions_.assumptions(reach.answer))
-
-
-def _frontier(frontier: Frontier) -> Iterator[Block]:
-    rows = [(f"{b:,}", f"{s:,}" if s else "none", f"{b * s:,}") for b, s in frontier.longest]
-    yield Heading("Longest sequence for every batch")
-    columns = (Column("batch", right=True), Column("tokens", right=True), Column("tokens per pass", right=True))
-    yield Table(columns, rows)
-    yield Drawing(partial(heat, frontier.around))
-
-
-def dump(far: ReachReport) -> dict[str, Any]:
-    return {
-        "reach": [reach_dump(far.reach)],
-        "frontier": [{"batch": b, "sequence": s} for b, s in far.frontier.longest] if far.frontier else [],
-        "map": _map(far.frontier) if far.frontier else None,
-    }
+_LIMITS: tuple[Column[Reach], ...] = (
+    Column("at most", value),
+    Column("GiB used", lambda reach: words.tenths(reach.answer.bytes.used) if reach.answer else "", right=True),
+    Column("limited by", limit_text, wraps=True),
+)
 
 
 def reach_dump(reach: Reach) -> dict[str, Any]:
@@ -143,20 +159,3 @@ def _map(frontier: Frontier) -> dict[str, Any]:
         "allocated": around.allocated.tolist(),
         "verdict": [[ANSWERS[code] if code >= 0 else None for code in row] for row in answers.tolist()],
     }
-
-
-def rows(far: ReachReport) -> list[dict[str, object]]:
-    """Return CSV rows: the frontier, or the single value."""
-    if far.frontier is not None:
-        return [{"batch": b, "sequence": s} for b, s in far.frontier.longest]
-    answer = far.reach.answer
-    return [
-        {
-            "axis": far.reach.axis,
-            "value": far.reach.value or "",
-            "binds": far.reach.binds,
-            "used": answer.bytes.used if answer else "",
-            "headroom": answer.verdict.headroom if answer else "",
-            "verdict": answer.verdict.answer if answer else "",
-        }
-    ]

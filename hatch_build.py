@@ -1,0 +1,43 @@
+"""Build hook: compiles memplan/engine/native.c if there is a C compiler. memplan works without it, more slowly."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+ROOT = Path(__file__).parent
+
+
+def compile_library() -> Path | None:
+    """Return the path of the compiled library, built with `$CC` or cc; None if that does not work."""
+    sys.path.insert(0, str(ROOT))
+    from memplan.engine.native import SOURCE, library_path
+
+    path, part = library_path(), library_path().with_suffix(f".{os.getpid()}")
+    command = [*shlex.split(os.environ.get("CC") or "cc"), "-O2", "-shared", "-fPIC", "-o", str(part), str(SOURCE)]
+    try:
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+        part.replace(path)
+    except (OSError, subprocess.SubprocessError):
+        part.unlink(missing_ok=True)
+        return None
+    return path
+
+
+class NativeLibraryHook(BuildHookInterface[Any]):
+    """Puts the library into the wheel, which is then one of this platform."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile the library; an editable install finds it in the checkout."""
+        path = compile_library()
+        if path is not None and version != "editable":
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-{sysconfig.get_platform().replace('-', '_').replace('.', '_')}"
+            build_data["force_include"][str(path)] = f"memplan/engine/{path.name}"

@@ -1,0 +1,69 @@
+"""Dense decoders that differ from Llama by known parts: one row a family, in the words of `Decoder`."""
+
+from __future__ import annotations
+
+from memplan.catalogue.decoder.decoder import Decoder, branch_dropout, decoder
+from memplan.catalogue.decoder.frame import BOTH, FULL
+from memplan.catalogue.decoder.mlp import fused_mlp
+from memplan.catalogue.decoder.norms import layer_norm_in_fp32
+from memplan.catalogue.decoder.rotation import (
+    attend_heads_first,
+    fused_heads,
+    partial_rope_of_pairs,
+    rope_and_norm,
+    rope_and_scale,
+)
+from memplan.catalogue.decoder.rotation_fp32 import norm_and_rope_of_casts, rope_in_fp32, rope_of_casts
+from memplan.catalogue.decoder.scaling import scaled_branches, scaled_embeddings, scaled_logits
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.core.ir import Stack
+from memplan.models.model import ModelSpec
+
+LLAMA = Decoder(bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
+MISTRAL = Decoder(mlp_bias="mlp_bias")
+MINISTRAL_3 = MISTRAL._replace(rotate=rope_and_scale)
+QWEN_2 = Decoder(bias=True, mlp_bias="mlp_bias", masks=FULL)
+QWEN_3 = LLAMA._replace(qk_norm="each")
+GRANITE = LLAMA._replace(branch=scaled_branches, embedded=scaled_embeddings(), logits=scaled_logits)
+ERNIE = Decoder(bias="use_bias", out_bias="use_bias", mlp_bias="use_bias", rotate=rope_in_fp32, table_dtype="fp32")
+_GLM = Decoder(bias="attention_bias", rotate=partial_rope_of_pairs, attend=attend_heads_first, mlp=fused_mlp)
+_COHERE = Decoder(
+    bias="attention_bias",
+    out_bias="attention_bias",
+    rotate=norm_and_rope_of_casts,
+    norm=layer_norm_in_fp32,
+    parallel=True,
+    held=("n1", "ao", "mo"),
+    logits=scaled_logits,
+)
+
+
+def ernie4_5(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Ernie 4.5. Its attention never applies dropout, whatever the config says."""
+    return decoder(m, wiring._replace(drops=False), ERNIE)
+
+
+BUILDERS = {
+    "cohere": _COHERE,
+    "cohere2": _COHERE._replace(rotate=rope_of_casts, masks=BOTH),
+    "ernie4_5": ernie4_5,
+    "glm": _GLM,
+    "glm4": _GLM._replace(
+        norms=("input_layernorm", "post_self_attn_layernorm", "post_attention_layernorm", "post_mlp_layernorm")
+    ),
+    "granite": GRANITE,
+    "hunyuan_v1_dense": LLAMA._replace(rotate=rope_and_norm),
+    "internlm3": LLAMA,
+    "llama": LLAMA,
+    "mimo": Decoder(bias=True, mlp_bias="mlp_bias"),
+    "ministral": MISTRAL._replace(masks=FULL),
+    "ministral3": MINISTRAL_3,
+    "mistral": MISTRAL,
+    "phi3": Decoder(attention=fused_heads, mlp=fused_mlp, branch=branch_dropout("resid_pdrop", "dropout")),
+    "qwen2": QWEN_2,
+    "qwen3": QWEN_3._replace(masks=FULL),
+    "seed_oss": LLAMA._replace(
+        out_bias="attention_out_bias", branch=branch_dropout("residual_dropout", "residual_dropout")
+    ),
+    "smollm3": LLAMA._replace(masks=FULL),
+}

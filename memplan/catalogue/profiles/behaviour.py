@@ -1,0 +1,229 @@
+"""What a framework's version does, as typed records: defaults of a run, and details of the library's code.
+
+A row of a profile (`memplan.catalogue.profiles.setting`) sets one field of one of these records. Field names are unique
+across them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+from memplan.catalogue.inference.one_pass import Cache
+
+
+class RunDefaults(NamedTuple):
+    """Defaults of the fields of a run. `kernels_loss` is the field `kernels.loss`, and so on."""
+
+    optimizer_name: str
+    kernels_checkpointing: Literal["none", "full"]
+    kernels_reentrant: bool
+    kernels_loss: Literal["hf", "chunked", "fused", "chunked_lm_head"]
+    kernels_fused: tuple[str, ...]
+    method_adapter_dtype: Literal["fp32", "weights"]
+    method_quantization_skip: tuple[str, ...]
+    method_quantization_kbit_preparation: Literal[True, False, "trl"]
+
+
+class ModelBehaviour(NamedTuple):
+    """The implementation of the model.
+
+    code                       whose it is: transformers, litgpt or torchtitan
+    has_family                 the version supports the model's family
+    experts                    how experts are written: stacked (one 3-D parameter), modules (linear layers), own (the
+                               framework's)
+    returns_caches             the model returns every layer's keys and values in training, checkpointed or not
+    scales_embeddings_outside  Gemma's model scales the embeddings, instead of the embedding module
+    dora_multiplies_twice      DoRA multiplies by the base weight a second time even without dropout
+    """
+
+    code: Literal["transformers", "litgpt", "torchtitan"]
+    has_family: bool
+    experts: Literal["stacked", "modules", "own"]
+    returns_caches: bool
+    scales_embeddings_outside: bool
+    dora_multiplies_twice: bool
+
+
+class LossBehaviour(NamedTuple):
+    """The logits, the loss and the outputs.
+
+    logits                  how the loss over all logits is written (`memplan.catalogue.kernels.losses`)
+    casts_outputs           the model's output is cast to fp32
+    adds_products           Liger's fused loss adds half-precision products directly into the head's gradient
+    holds_previous_outputs  variables of the training loop hold a pass's outputs and graph until the next pass replaces
+                            them
+    """
+
+    logits: Literal["padded", "shifted", "model", "half", "in_place", "plain", "parallel"]
+    casts_outputs: bool
+    adds_products: bool
+    holds_previous_outputs: bool
+
+
+class AttentionBehaviour(NamedTuple):
+    """The code around attention kernels.
+
+    sdpa_copies           tensors copied before torch's attention: heads (repeated k and v), all (q, k and v), or none
+    flash_2_copies        tensors copied before flash attention 2, likewise
+    no_sdpa               the version has no sdpa for the family, and uses eager attention
+    sdpa_skips_cap        sdpa is used although scores should be capped, and does not cap them
+    half_math             torch's plain attention stays in the dtype of its inputs
+    rotary_tables         rotary tables kept by every layer: gathered, computed, or none
+                          (`memplan.catalogue.attention.old_rotary_tables`)
+    rotates_entire_heads  Phi-3 rotates entire heads, without a concatenation
+    causal_buffers        every layer holds a causal mask for all positions, used or not
+    one_mask              eager attention has one causal mask for the entire batch, unless there is padding
+    float_masks           torch's attention gets masks of numbers in the model's dtype, like eager attention
+    masks_padding         training passes the model an attention mask if batches are padded
+    """
+
+    sdpa_copies: Literal["", "heads", "all"]
+    flash_2_copies: Literal["", "heads", "all"]
+    no_sdpa: bool
+    sdpa_skips_cap: bool
+    half_math: bool
+    rotary_tables: Literal["", "gathered", "computed"]
+    rotates_entire_heads: bool
+    causal_buffers: bool
+    one_mask: bool
+    float_masks: bool
+    masks_padding: bool
+
+
+class CheckpointingBehaviour(NamedTuple):
+    """Activation checkpointing and offloading.
+
+    no_checkpoints   the family's code ignores gradient checkpointing
+    frozen_inputs    the embeddings' output requires a gradient even if the embeddings are frozen
+    passes_keywords  a block takes masks and positions as keywords, which a reentrant one keeps with the graph
+    saved_tensors    what moves everything autograd saves to host memory: torch (save_on_cpu), or not counted yet
+    """
+
+    no_checkpoints: bool
+    frozen_inputs: bool
+    passes_keywords: bool
+    saved_tensors: Literal["", "torch"]
+
+
+class ShardingBehaviour(NamedTuple):
+    """How the library divides a model among GPUs.
+
+    pipeline                   what runs a pipeline's stages (`memplan.catalogue.parallelism.pipeline`)
+    device_map                 the module for which a GPU's share leaves room in addition to layers: largest (leaf
+                               module), mean
+    tensor_parallel            whose tensor parallelism it is, if it was read
+    fsdp_casts                 FSDP2's mixed precision only: no autocast around it
+    fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
+    quantises_before_sharding  under FSDP every GPU holds the entire quantised model before it is divided
+    regathers_weights          a checkpointed block is recomputed inside its FSDP wrapper, which gathers its weights
+                               again
+    """
+
+    pipeline: Literal["megatron", "torch", "device_map"]
+    device_map: Literal["largest", "mean"]
+    tensor_parallel: Literal["", "transformers", "megatron", "torchtitan", "litgpt"]
+    fsdp_casts: bool
+    fsdp_reduces: Literal["", "fp32"]
+    quantises_before_sharding: bool
+    regathers_weights: bool
+
+
+class GenerationBehaviour(NamedTuple):
+    """Forward passes without a backward pass, and generation.
+
+    cache             what keeps keys and values in generation (`memplan.catalogue.inference.decoding`)
+    further_caches    generate has quantised and offloaded caches and prefills prompts in chunks, as in 5.24
+    forward_caches    a forward pass keeps keys, values and states even with use_cache=False
+    last_logits       generation asks the model only for the last token's logits
+    casts_all_logits  the model's code casts all logits to fp32, even without labels
+    """
+
+    cache: Cache
+    further_caches: bool
+    forward_caches: bool
+    last_logits: bool
+    casts_all_logits: bool
+
+
+class WeightsBehaviour(NamedTuple):
+    """Loading a checkpoint, and quantised weights.
+
+    preallocates      weights for which memory is allocated in advance, before they are loaded: none, half or all
+    stores_head       an AWQ checkpoint stores a tied head separately from the embeddings, and both are loaded
+    gptq_int4_kernel  GPTQ's 4-bit kernel, if it allocates more than its output
+                      (`memplan.catalogue.quantization.packed_kernels`)
+    gptq_int8_kernel  GPTQ's 8-bit kernel, likewise
+    awq_int4_kernel   AWQ's kernel, likewise
+    keeps_matrix      a product with a GPTQ matrix keeps the dequantised matrix for backward
+    trains_fp8        adapters train over fp8 weights without dequantising them
+    runs_formats      formats that nothing trains over were read (`memplan.catalogue.quantization.inference_formats`)
+    few_rows          most rows of a 4-bit product that does not dequantise the matrix
+    """
+
+    preallocates: Literal["", "half", "all"]
+    stores_head: bool
+    gptq_int4_kernel: Literal["", "exllama_v1"]
+    gptq_int8_kernel: Literal["", "cuda_old"]
+    awq_int4_kernel: Literal["", "gemm"]
+    keeps_matrix: bool
+    trains_fp8: bool
+    runs_formats: bool
+    few_rows: int
+
+    def kernel(self, format: str) -> str:
+        """Return the kernel that runs packed weights of a format; "" if it needs nothing but its output."""
+        kernels = {
+            "gptq-int4": self.gptq_int4_kernel,
+            "gptq-int8": self.gptq_int8_kernel,
+            "awq-int4": self.awq_int4_kernel,
+        }
+        return kernels.get(format, "")
+
+
+class LibraryBehaviour(NamedTuple):
+    """Everything that a profile decides.
+
+    defaults       defaults of the run's fields
+    model          the implementation of the model
+    loss           the logits, the loss and the outputs
+    attention      the code around attention kernels
+    checkpointing  activation checkpointing and offloading
+    sharding       division of a model among GPUs
+    generation     forward passes and generation
+    weights        loading and quantised weights
+    """
+
+    defaults: RunDefaults
+    model: ModelBehaviour
+    loss: LossBehaviour
+    attention: AttentionBehaviour
+    checkpointing: CheckpointingBehaviour
+    sharding: ShardingBehaviour
+    generation: GenerationBehaviour
+    weights: WeightsBehaviour
+
+
+# What `memplan profiles` calls a field, if not by its name. These names are part of its output.
+PRINTED: Mapping[str, str] = {
+    "returns_caches": "caches",
+    "scales_embeddings_outside": "scales_apart",
+    "dora_multiplies_twice": "dora_again",
+    "casts_outputs": "converts",
+    "holds_previous_outputs": "lingers",
+    "sdpa_skips_cap": "uncapped",
+    "rotates_entire_heads": "whole_rotary",
+    "causal_buffers": "triangles",
+    "passes_keywords": "by_name",
+    "quantises_before_sharding": "quantised_there",
+    "regathers_weights": "gathers_again",
+    "casts_all_logits": "wide_logits",
+    "preallocates": "warms",
+    "gptq_int4_kernel": "gptq-int4",
+    "gptq_int8_kernel": "gptq-int8",
+    "awq_int4_kernel": "awq-int4",
+    "counts_only_embeddings": "embeds",
+    "image_cache_mib": "pictures_mib",
+    "pool_share": "wiggle",
+    "steps_in_flight": "in_flight",
+}

@@ -1,0 +1,157 @@
+"""The table of profiles and serving engines, `profiles.toml`: its rows, and the check that they set fields that exist.
+
+tomllib takes longer for the file than many commands take to answer. Here every line is a header, a comment, a row or
+`key = value`, with a value that TOML and JSON write alike; a test compares all of them with what tomllib reads.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cache
+from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
+
+from memplan.core.frozen import frozen
+from memplan.core.package_data import data_path
+
+# Conditions under which a row holds.
+WHEN = {"": "always", "quantised": "for quantised weights"}
+
+
+class Setting(NamedTuple):
+    """One row of a profile.
+
+    field        a field of the run, or of a record in `memplan.catalogue.profiles.behaviour`
+    value        its value
+    source       where the value was read
+    when         a key of `WHEN`
+    model_types  the families it holds for; empty for all
+    """
+
+    field: str
+    value: Any
+    source: str
+    when: str = ""
+    model_types: tuple[str, ...] = ()
+
+
+class Profile(NamedTuple):
+    """A framework at a version.
+
+    name   value of `profile`
+    title  the framework and its version, as shown
+    read   the library versions that were read
+    like   the profile whose rows it inherits
+    rows   its own rows
+    waits  what the framework does that is not counted yet
+    """
+
+    name: str
+    title: str
+    read: str
+    like: str
+    rows: tuple[Setting, ...]
+    waits: tuple[str, ...] = ()
+
+
+class EngineSetting(NamedTuple):
+    """One setting of an engine.
+
+    field   a field of `EngineDefaults` or `EngineBehaviour`
+    value   its value
+    source  where the value was read
+    basis   `derived` if it was read in the engine's code, else `assumed`
+    """
+
+    field: str
+    value: Any
+    source: str
+    basis: str = "derived"
+
+
+Kind = Literal["vllm", "sglang", "tgi", "llama.cpp"]
+
+
+class ServingEngine(NamedTuple):
+    """A serving engine at a version.
+
+    name   value of `profile`
+    title  the engine and its version, as shown
+    kind   the module of `memplan.program.serving` that lays out its pool
+    read   the files that were read
+    like   the engine whose rows it inherits
+    rows   its own rows
+    waits  what the engine does that is not counted yet
+    """
+
+    name: str
+    title: str
+    kind: Kind
+    read: str
+    like: str
+    rows: tuple[EngineSetting, ...]
+    waits: tuple[str, ...] = ()
+
+
+@cache
+def tables() -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+    """Return the file's tables by kind (profile, engine, families) and name."""
+    found: dict[str, dict[str, dict[str, Any]]] = {}
+    table: dict[str, Any] = {}
+    rows: list[object] = []
+    for line in data_path("profiles.toml").read_text("utf-8").splitlines():
+        if line.startswith("["):
+            kind, _, name = line[1:-1].partition(".")
+            table = found.setdefault(kind, {}).setdefault(name.strip('"'), {})
+        elif line.startswith("  ["):
+            rows.append(frozen(json.loads(line.removesuffix(","))))
+        elif line == "rows = [":
+            table["rows"] = rows = []
+        elif " = " in line and not line.startswith("#"):
+            key, _, value = line.partition(" = ")
+            table[key.strip('"')] = frozen(json.loads(value))
+    return found
+
+
+def profiles() -> Iterator[Profile]:
+    """Yield the profiles of the file."""
+    groups = tables()["families"][""]
+    for name, table in tables()["profile"].items():
+        rows: list[Setting] = []
+        for field, value, source, *conditions in table["rows"]:
+            when = "quantised" if "quantised" in conditions else ""
+            families = [f for c in conditions if c != when for f in groups.get(c, (c,))]
+            rows.append(Setting(field, value, source, when, tuple(families)))
+        yield Profile(name, table["title"], table["read"], table.get("like", ""), tuple(rows), table.get("waits", ()))
+
+
+def engines() -> Iterator[ServingEngine]:
+    """Yield the serving engines of the file."""
+    for name, table in tables()["engine"].items():
+        rows = tuple(EngineSetting(*row) for row in table["rows"])
+        kind, read, like, waits = table["kind"], table["read"], table.get("like", ""), table.get("waits", ())
+        yield ServingEngine(name, table["title"], kind, read, like, rows, waits)
+
+
+@cache
+def field_types(record: type[Any]) -> Mapping[str, Any]:
+    """Return the types of a record's fields."""
+    return {name: hint for name, hint in get_type_hints(record).items() if name in record._fields}
+
+
+def check_values(values: Iterable[tuple[str, object]], types: Mapping[str, Any], owner: str) -> None:
+    """Raise ValueError for a (field, value) pair that has no type in `types`, or whose value is not of that type."""
+    for field, value in values:
+        if field not in types:
+            raise ValueError(f"profile {owner}: {field} is no field that a profile sets")
+        if not _is_of(value, types[field]):
+            raise ValueError(f"profile {owner}: {field} cannot be {value!r}; it is {types[field]}")
+
+
+def _is_of(value: object, hint: Any) -> bool:
+    """Whether the value is of the type, of one of a union's types, or one of a Literal's words."""
+    if get_origin(hint) is Literal:
+        return any(type(value) is type(word) and value == word for word in get_args(hint))
+    if hint == tuple[str, ...]:
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in cast(tuple[object, ...], value))
+    return type(value) in (get_args(hint) or (hint,))

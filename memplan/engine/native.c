@@ -1,0 +1,341 @@
+/* The model of torch's caching allocator in C: the decisions of allocator.py, whose docstrings explain them, for
+ * replays of millions of events. tests/engine/test_native.py holds both to each other.
+ *
+ * A caller's storages have numbers, which a hash table maps to blocks. replay() is the entry point of whole passes:
+ * each event is a number and the index of a size, FREED, or RELEASED, which returns free segments to the driver.
+ */
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+enum { FREED = -1, RELEASED = -2, FULL = -1, EMPTY = -2, NONE = -1 };
+static const int64_t MIB = 1 << 20, MOST = (int64_t)1 << 61; /* bytes reserved that are still counted exactly */
+
+typedef struct { int64_t start, size; int32_t before, after; int16_t pool; int16_t is_free; } Block;
+typedef struct { int64_t size, start; int32_t block; } Free;
+typedef struct { int32_t count; Free free[128]; } Chunk;
+typedef struct { Chunk **chunks; int32_t count, room, last, is_small; int64_t end; } Pool; /* free by size, then start */
+typedef struct { int32_t chunk, index; } Place;
+typedef struct {
+    int64_t allocated, reserved, peak_allocated, peak_reserved, requests, capacity, missing; /* read by native.py */
+    int32_t expandable, pool_count, block_count, block_room, unused;
+    Pool *pools;
+    Block *blocks;
+} Allocator;
+typedef struct { int64_t *numbers; int32_t *blocks; int64_t count, room; } Live; /* open addressing; block NONE: vacant */
+
+/* free blocks of a pool: sorted, in chunks, because mixtures of experts leave hundreds of thousands */
+
+static int is_less(const Free *f, int64_t size, int64_t start) {
+    return f->size < size || (f->size == size && f->start < start);
+}
+
+static Place find(const Pool *p, int64_t size, int64_t start) { /* of the first block that is not less, or the end */
+    int32_t low = 0, high = p->count;
+    while (low < high) {
+        int32_t middle = (low + high) / 2;
+        const Chunk *c = p->chunks[middle];
+        if (is_less(&c->free[c->count - 1], size, start)) low = middle + 1; else high = middle;
+    }
+    Place at = {low, 0};
+    if (low == p->count) return at;
+    for (high = p->chunks[low]->count; at.index < high;) {
+        int32_t middle = (at.index + high) / 2;
+        if (is_less(&p->chunks[low]->free[middle], size, start)) at.index = middle + 1; else high = middle;
+    }
+    return at;
+}
+
+static void delete_at(Pool *p, Place at) {
+    Chunk *c = p->chunks[at.chunk];
+    memmove(c->free + at.index, c->free + at.index + 1, (size_t)(--c->count - at.index) * sizeof(Free));
+    if (c->count) return;
+    free(c);
+    memmove(p->chunks + at.chunk, p->chunks + at.chunk + 1, (size_t)(--p->count - at.chunk) * sizeof(Chunk *));
+}
+
+static Chunk *insert_chunk(Pool *p, int32_t at) {
+    if (p->count == p->room) p->chunks = realloc(p->chunks, (size_t)(p->room = 2 * p->room + 4) * sizeof(Chunk *));
+    memmove(p->chunks + at + 1, p->chunks + at, (size_t)(p->count++ - at) * sizeof(Chunk *));
+    p->chunks[at] = malloc(sizeof(Chunk));
+    p->chunks[at]->count = 0;
+    return p->chunks[at];
+}
+
+static void insert(Pool *p, Free f) {
+    Place at = find(p, f.size, f.start);
+    if (!p->count) insert_chunk(p, 0);
+    else if (at.chunk == p->count) at = (Place){at.chunk - 1, p->chunks[at.chunk - 1]->count};
+    Chunk *c = p->chunks[at.chunk];
+    int32_t half = sizeof c->free / sizeof(Free) / 2;
+    if (c->count == 2 * half) { /* the upper half becomes a chunk of its own */
+        Chunk *upper = insert_chunk(p, at.chunk + 1);
+        memcpy(upper->free, c->free + half, (size_t)half * sizeof(Free));
+        upper->count = c->count = half;
+        if (at.index > half) { c = upper; at.index -= half; }
+    }
+    memmove(c->free + at.index + 1, c->free + at.index, (size_t)(c->count++ - at.index) * sizeof(Free));
+    c->free[at.index] = f;
+}
+
+static void add(Allocator *a, int32_t block) {
+    Block *b = &a->blocks[block];
+    insert(&a->pools[b->pool], (Free){b->size, b->start, block});
+    b->is_free = 1;
+}
+
+static void take(Allocator *a, int32_t block) {
+    Block *b = &a->blocks[block];
+    Pool *p = &a->pools[b->pool];
+    delete_at(p, find(p, b->size, b->start));
+    b->is_free = 0;
+}
+
+/* blocks; those out of use are chained by `after` */
+
+static int32_t new_block(Allocator *a, Block content) {
+    int32_t block = a->unused;
+    if (block != NONE) a->unused = a->blocks[block].after;
+    else {
+        if (a->block_count == a->block_room)
+            a->blocks = realloc(a->blocks, (size_t)(a->block_room = 2 * a->block_room + 256) * sizeof(Block));
+        block = a->block_count++;
+    }
+    a->blocks[block] = content;
+    return block;
+}
+
+static void recycle(Allocator *a, int32_t block) { a->blocks[block].after = a->unused; a->unused = block; }
+
+static void link(Allocator *a, Pool *p, int32_t before, int32_t after) { /* a pool ends with its last block */
+    a->blocks[before].after = after;
+    if (after == NONE) p->last = before; else a->blocks[after].before = before;
+}
+
+/* the driver */
+
+static int64_t page_size(const Pool *p) { return p->is_small ? 2 * MIB : 20 * MIB; }
+
+static int is_full(const Allocator *a, int64_t more) { return a->capacity >= 0 && a->reserved + more > a->capacity; }
+
+static void unmap(Allocator *a, Pool *p) {
+    int32_t block = p->last;
+    if (block == NONE || !a->blocks[block].is_free) return;
+    int64_t less = a->blocks[block].size / page_size(p) * page_size(p);
+    if (!less) return;
+    take(a, block);
+    p->end -= less;
+    a->reserved -= less;
+    if (a->blocks[block].size -= less) { add(a, block); return; }
+    p->last = a->blocks[block].before;
+    if (p->last != NONE) a->blocks[p->last].after = NONE;
+    recycle(a, block);
+}
+
+void release(Allocator *a) {
+    for (int32_t n = 0; n < a->pool_count; n++) {
+        Pool *p = &a->pools[n];
+        if (a->expandable) { unmap(a, p); continue; }
+        for (Place at = {p->count - 1, 0}; at.chunk >= 0; at.chunk--)
+            for (at.index = p->chunks[at.chunk]->count - 1; at.index >= 0; at.index--) {
+                int32_t block = p->chunks[at.chunk]->free[at.index].block;
+                Block *b = &a->blocks[block];
+                if (b->before != NONE || b->after != NONE) continue;
+                a->reserved -= b->size;
+                recycle(a, block);
+                delete_at(p, at);
+            }
+    }
+}
+
+static int request(Allocator *a, int64_t more) {
+    if (is_full(a, more)) release(a);
+    if (is_full(a, more) || a->reserved > MOST - more) { a->missing = is_full(a, more) ? more : 0; return 0; }
+    a->requests++;
+    a->reserved += more;
+    if (a->reserved > a->peak_reserved) a->peak_reserved = a->reserved;
+    return 1;
+}
+
+static int32_t reserve(Allocator *a, int64_t size, int16_t pool) {
+    Pool *p = &a->pools[pool];
+    int64_t segment = p->is_small ? 2 * MIB : size < 10 * MIB ? 20 * MIB : (size + 2 * MIB - 1) / (2 * MIB) * (2 * MIB);
+    if (!request(a, segment)) return FULL;
+    p->end += segment;
+    return new_block(a, (Block){p->end - segment, segment, NONE, NONE, pool, 0});
+}
+
+static int64_t missing(const Allocator *a, const Pool *p, int64_t size) {
+    int64_t free = p->last != NONE && a->blocks[p->last].is_free ? a->blocks[p->last].size : 0, page = page_size(p);
+    return (size - free + page - 1) / page * page;
+}
+
+static int32_t grow(Allocator *a, int64_t size, int16_t pool) {
+    Pool *p = &a->pools[pool];
+    if (is_full(a, missing(a, p, size))) release(a);
+    int64_t more = missing(a, p, size);
+    if (!request(a, more)) return FULL;
+    int32_t last = p->last, block = last;
+    if (last != NONE && a->blocks[last].is_free) {
+        take(a, last);
+        a->blocks[last].size += more;
+    } else {
+        block = new_block(a, (Block){p->end, more, last, NONE, pool, 0});
+        if (last != NONE) a->blocks[last].after = block;
+    }
+    p->last = block;
+    p->end = a->blocks[block].start + a->blocks[block].size;
+    return block;
+}
+
+/* allocating and freeing */
+
+int32_t alloc(Allocator *a, int64_t size, int32_t stream) {
+    size = (size + 511) / 512 * 512;
+    if (!size) return EMPTY;
+    int is_small = size <= MIB;
+    int16_t pool = (int16_t)(2 * stream + is_small);
+    Pool *p = &a->pools[pool];
+    Place at = find(p, size, 0);
+    int32_t block;
+    if (at.chunk < p->count) {
+        block = p->chunks[at.chunk]->free[at.index].block;
+        a->blocks[block].is_free = 0;
+        delete_at(p, at);
+    } else {
+        block = a->expandable ? grow(a, size, pool) : reserve(a, size, pool);
+        if (block == FULL) return FULL;
+    }
+    int64_t rest = a->blocks[block].size - size;
+    if (rest > MIB || (rest && (is_small || a->expandable))) {
+        Block b = a->blocks[block];
+        int32_t other = new_block(a, (Block){b.start + size, rest, block, NONE, pool, 1});
+        link(a, p, other, b.after);
+        a->blocks[block].after = other;
+        a->blocks[block].size = size;
+        add(a, other);
+    }
+    a->allocated += a->blocks[block].size;
+    if (a->allocated > a->peak_allocated) a->peak_allocated = a->allocated;
+    return block;
+}
+
+void free_block(Allocator *a, int32_t block) {
+    if (block == EMPTY) return;
+    Block *b = &a->blocks[block];
+    Pool *p = &a->pools[b->pool];
+    a->allocated -= b->size;
+    int32_t after = b->after, before = b->before;
+    if (after != NONE && a->blocks[after].is_free) {
+        take(a, after);
+        b->size += a->blocks[after].size;
+        link(a, p, block, a->blocks[after].after);
+        recycle(a, after);
+    }
+    if (before != NONE && a->blocks[before].is_free) {
+        take(a, before);
+        a->blocks[before].size += b->size;
+        link(a, p, before, b->after);
+        recycle(a, block);
+        block = before;
+    }
+    add(a, block);
+}
+
+Allocator *allocator_new(int32_t expandable, int64_t capacity, int32_t streams) {
+    Allocator *a = calloc(1, sizeof(Allocator));
+    a->expandable = expandable;
+    a->capacity = capacity;
+    a->unused = NONE;
+    a->pool_count = 2 * streams;
+    a->pools = calloc((size_t)a->pool_count, sizeof(Pool));
+    for (int32_t n = 0; n < a->pool_count; n++) { a->pools[n].is_small = n % 2; a->pools[n].last = NONE; }
+    return a;
+}
+
+void allocator_delete(Allocator *a) {
+    for (int32_t n = 0; n < a->pool_count; n++) {
+        while (a->pools[n].count) free(a->pools[n].chunks[--a->pools[n].count]);
+        free(a->pools[n].chunks);
+    }
+    free(a->pools);
+    free(a->blocks);
+    free(a);
+}
+
+/* live storages, by number */
+
+static int64_t slot(const Live *l, int64_t number) { /* of the number, or the vacant one where it belongs */
+    int64_t i = (int64_t)(((uint64_t)number * 0x9E3779B97F4A7C15u) >> 20) & (l->room - 1);
+    while (l->blocks[i] != NONE && l->numbers[i] != number) i = (i + 1) & (l->room - 1);
+    return i;
+}
+
+void live_set(Live *l, int64_t number, int32_t block) {
+    if (2 * (l->count + 1) > l->room) {
+        Live old = *l;
+        l->room = old.room ? 2 * old.room : 256;
+        l->numbers = malloc((size_t)l->room * sizeof(int64_t));
+        l->blocks = malloc((size_t)l->room * sizeof(int32_t));
+        memset(l->blocks, 0xFF, (size_t)l->room * sizeof(int32_t)); /* all NONE */
+        for (int64_t i = 0; i < old.room; i++)
+            if (old.blocks[i] != NONE) {
+                int64_t at = slot(l, old.numbers[i]);
+                l->numbers[at] = old.numbers[i];
+                l->blocks[at] = old.blocks[i];
+            }
+        free(old.numbers);
+        free(old.blocks);
+    }
+    int64_t i = slot(l, number);
+    l->count += l->blocks[i] == NONE;
+    l->numbers[i] = number;
+    l->blocks[i] = block;
+}
+
+int32_t live_pop(Live *l, int64_t number) { /* NONE if it is not there */
+    if (!l->room) return NONE;
+    int64_t i = slot(l, number), next = i;
+    int32_t block = l->blocks[i];
+    if (block == NONE) return NONE;
+    l->count--;
+    l->blocks[i] = NONE;
+    while (l->blocks[next = (next + 1) & (l->room - 1)] != NONE) { /* close the gap in the chain behind it */
+        int32_t moved = l->blocks[next];
+        l->blocks[next] = NONE;
+        int64_t at = slot(l, l->numbers[next]);
+        l->numbers[at] = l->numbers[next];
+        l->blocks[at] = moved;
+    }
+    return block;
+}
+
+int64_t live_blocks(const Live *l, int32_t *out) { /* their number; written to `out` if there is one */
+    for (int64_t i = 0, n = 0; out && i < l->room; i++)
+        if (l->blocks[i] != NONE) out[n++] = l->blocks[i];
+    return l->count;
+}
+
+Live *live_new(void) { return calloc(1, sizeof(Live)); }
+
+void live_delete(Live *l) { free(l->numbers); free(l->blocks); free(l); }
+
+/* Replays `count` events, pairs of a number and a key, with `shift` added to every number. `sizes` and `streams` are
+ * indexed by key. Returns the index of the event that did not fit or freed an unknown number, or -1. */
+int64_t replay(Allocator *a, Live *l, const int64_t *events, int64_t count, int64_t shift, const int64_t *sizes,
+               const int32_t *streams) {
+    for (int64_t i = 0; i < count; i++) {
+        int64_t number = events[2 * i] + shift, key = events[2 * i + 1];
+        if (key == RELEASED) release(a);
+        else if (key == FREED) {
+            int32_t block = live_pop(l, number);
+            if (block == NONE) return i;
+            free_block(a, block);
+        } else {
+            int32_t block = alloc(a, sizes[key], streams[key]);
+            if (block == FULL) return i;
+            live_set(l, number, block);
+        }
+    }
+    return -1;
+}

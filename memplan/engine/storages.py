@@ -1,0 +1,246 @@
+"""`LiveStorages`: which storages are alive, and a moment whenever memory is about to fall.
+
+A repeated block is run once; what every further copy adds is counted per copy. Structure only: no sizes, no depth.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from typing import Literal
+
+from memplan.core.errors import InternalError
+from memplan.core.ir import Op, Tensor
+from memplan.engine.moments import Counts, Moment
+
+Way = Literal["past", "forward", "backward"]  # past: the allocations left by the previous pass
+_MAX_CHANGES = 32  # changes of a moment before a new shared count is started
+
+# The streams that a process allocates on, each with its own allocator pools: for computing, and for FSDP and DeepSpeed
+# gathering weights, casting a rank's shard before that, and reducing gradients. A LENT storage is allocated for
+# computing and read for reducing.
+COMPUTING, GATHERING, CASTING, REDUCING, LENT = range(5)
+
+
+class Storage:
+    """One live storage.
+
+    size    index of its shape and dtype
+    refs    number of references
+    fresh   whether autograd may add into it in place
+    number  its index among all storages, if events are recorded
+    shared  made outside of a run and used by all its copies
+    run     the run whose every copy has a storage like it
+    """
+
+    __slots__ = ("fresh", "number", "refs", "run", "shared", "size")
+
+    def __init__(self, size: int, fresh: bool) -> None:
+        self.size = size
+        self.refs = 1
+        self.fresh = fresh
+        self.number = -1
+        self.shared = False
+        self.run: int | None = None
+
+
+class LiveStorages:
+    """Counts the live storages by size, and collects moments.
+
+    `labelled`: count tensors not only by shape and dtype, but also by kind, block, operation, name and source.
+    """
+
+    def __init__(self, labelled: bool = False) -> None:
+        self.sizes: dict[tuple[str, ...], int] = {}
+        self.moments: list[Moment] = []
+        self.phase = "forward"
+        self.stream = COMPUTING  # stream of new allocations
+        self._labelled = labelled
+        self._counts: Counts = {}
+        self._base: Counts = {}  # earlier counts, shared by the moments since
+        self._changes: Counts = {}  # differences from `_base`
+        self._per_copy: Mapping[int, Counts] = {}  # never changed in place, because moments share it
+        self._rising = False
+        self._where = ""
+        self._block = ""
+        self._op = Op("")
+        self._in_run: int | None = None
+        self._born: set[Storage] = set()  # live storages that the current run made
+
+    def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
+        key = (tensor.shape, tensor.dtype)
+        if self._labelled:
+            key = (*key, kind, self._block, self._op.name, of + tensor.name, self._op.source)
+        storage = Storage(self.sizes.setdefault(key, len(self.sizes)), fresh)
+        self._count(storage.size, 1)
+        self._rising = True
+        self._peak_where = self._where
+        if self._in_run is not None:
+            self._born.add(storage)
+        return storage
+
+    def alloc_buffers(self, tensors: Iterable[Tensor], kind: str, stream: int = COMPUTING) -> list[Storage]:
+        """Allocate the buffers of a collective on its stream."""
+        self.stream = stream
+        storages = [self.alloc(t, kind) for t in tensors]
+        self.stream = COMPUTING
+        return storages
+
+    def drop(self, storage: Storage) -> None:
+        storage.refs -= 1
+        if storage.refs > 0:
+            return
+        if storage.refs < 0:
+            raise self._freed_twice(storage.size)
+        if storage.shared and self._in_run is not None:
+            self._deferred.append(storage)  # only the run's last copy frees it
+            return
+        self.note()
+        self._count(storage.size, -1)
+        self._born.discard(storage)
+        if storage.run is not None and storage.run != self._in_run:
+            self._count_in_copies(storage.run, storage.size, -1)
+            if self._per_copy[storage.run][storage.size] < 0:
+                raise self._freed_twice(storage.size)
+
+    def _freed_twice(self, size: int) -> InternalError:
+        shape, dtype, *labels = [*self.sizes][size]
+        name = " ".join(filter(None, (shape, dtype, *labels[3:4])))
+        return InternalError(f"a tensor ({name}) is freed twice, in {self.phase} at {self._where}")
+
+    def _count(self, size: int, n: int) -> None:
+        left = self._counts.get(size, 0) + n
+        if left:
+            self._counts[size] = left
+        else:
+            self._counts.pop(size, None)
+        self._changes[size] = self._changes.get(size, 0) + n
+
+    def _count_in_copies(self, run: int, size: int, n: int) -> None:
+        copies = self._per_copy.get(run, {})
+        self._per_copy = {**self._per_copy, run: {**copies, size: copies.get(size, 0) + n}}
+
+    def of_copies(self, storage: Storage, run: int) -> None:
+        """Count a storage made outside of a run once per copy of the run."""
+        storage.run = run
+        self._count_in_copies(run, storage.size, 1)
+
+    def recall(self, blocks: Iterable[tuple[str, Iterable[Op]]], run: int | None = None) -> list[dict[str, Storage]]:
+        """Allocate what the previous pass left for each block (a name and operations); once per copy if in a `run`."""
+        pasts: list[dict[str, Storage]] = []
+        for name, ops in blocks:
+            pasts.append({})
+            for op in ops:
+                self._block, self._op = name, op
+                for t in op.past:
+                    pasts[-1][t.name] = storage = self.alloc(t, "activation")
+                    if run is not None:
+                        self.of_copies(storage, run)
+        return pasts
+
+    def note(self) -> None:
+        """Record the moment, if memory rose since the last one."""
+        if self._rising:
+            self._rising = False
+            if len(self._changes) > _MAX_CHANGES:
+                self._base, self._changes = dict(self._counts), {}
+            changes = dict(self._changes)
+            self.moments.append(Moment(self.phase, self._peak_where, self._base, changes, self._per_copy))
+
+    def snapshot(self) -> Moment:
+        """Return the storages alive now."""
+        return Moment(self.phase, self._where, dict(self._counts), {}, self._per_copy)
+
+    # copies of equal blocks, and runs of them
+
+    def enter_copy(self, number: int, way: Way, skipped: int) -> None:
+        """Called before a copy is run; `number` is its index, and `skipped` equal copies after it are not run."""
+
+    def leave_copy(self) -> None:
+        """Called after a copy was run."""
+
+    def enter_run(self, run: int, first: Mapping[str, str]) -> None:
+        """Begin the one copy that stands for all copies of a run.
+
+        `first` maps the names of the last copy's layers to those of the first copy.
+        """
+        self.note()
+        self._in_run = run
+        self._first = first
+        self._born = set()
+        self._deferred: list[Storage] = []
+        self._before = dict(self._counts)
+        self._first_moment = len(self.moments)
+
+    def _first_copy(self, where: str) -> str:
+        last = next(layer for layer in self._first if where.startswith(layer))
+        return self._first[last] + where.removeprefix(last)
+
+    def leave_run(self, *passed_on: Storage) -> None:
+        """End the copy: count what it left once per further copy, except the storages `passed_on` to the next one."""
+        self.note()
+        run = self._in_run
+        assert run is not None
+        old, before, now = self._per_copy.get(run, {}), self._before, self._counts
+        new = {k: old.get(k, 0) + now.get(k, 0) - before.get(k, 0) for k in sorted({*old, *before, *now})}
+        new = {k: n for k, n in new.items() if n}
+        keys, freed = list(self.sizes), Counter[tuple[str, ...]]()  # by shape and dtype, without labels
+        for counts, sign in ((old, 1), (new, -1)) if old else ():
+            for k, n in counts.items():
+                freed[keys[k][:2]] += sign * n
+        frees_past = any(freed[keys[k][:2]] > 0 for k in old)  # frees what the previous pass left: the first may peak
+        renamed = self._renamed(new, passed_on)
+        shared: Mapping[int, Counts] | None = None
+        with_new = with_old = self._per_copy
+        for i in range(self._first_moment, len(self.moments)):
+            m = self.moments[i]
+            if m.per_copy is not shared:
+                shared = m.per_copy
+                with_new, with_old = {**shared, run: new}, {**shared, run: old}
+            last = m._replace(changes=self._as_last(m, renamed), per_copy=with_new)
+            if self.phase == "backward":
+                self.moments.append(last._replace(where=self._first_copy(m.where)))
+            else:  # every copy leaves more alive, so the last one peaks
+                self.moments[i] = last
+                if frees_past:
+                    self.moments.append(m._replace(where=self._first_copy(m.where), per_copy=with_old))
+        negative = next((key for key, n in new.items() if n < 0), None)
+        if negative is not None:
+            raise self._freed_twice(negative)
+        self._per_copy = {**self._per_copy, run: new}
+        for storage in self._born:
+            storage.run = run
+        for storage in passed_on:  # exists once, not once per copy
+            storage.run = None
+        self._in_run = None
+        for storage in self._deferred:
+            storage.refs += 1
+            self.drop(storage)
+
+    def _renamed(self, left: Counts, passed_on: Iterable[Storage]) -> dict[int, int]:
+        """Map the sizes of a run's inputs to those of its outputs if only their labels differ.
+
+        From the second copy on, the input is the previous copy's output. Both are removed from what each copy `left`.
+        """
+        out: dict[int, int] = {}
+        if min(left.values(), default=0) >= 0:
+            return out
+        keys = list(self.sizes)
+        for storage in passed_on:
+            entered = next((k for k, n in left.items() if n < 0 and keys[k][:2] == keys[storage.size][:2]), None)
+            if entered is not None and storage in self._born:
+                out[entered] = storage.size
+                left[entered] += 1
+                left[storage.size] = left.get(storage.size, 0) - 1
+        return out
+
+    def _as_last(self, moment: Moment, renamed: Mapping[int, int]) -> Counts:
+        """Return the changes of a moment in the last of several copies, given the same moment in the run's one copy."""
+        if not renamed:
+            return moment.changes
+        out = dict(moment.changes)
+        for entered, name in renamed.items():
+            alive = moment.shared.get(entered, 0) + out.get(entered, 0) - self._counts.get(entered, 0)
+            out[entered] = out.get(entered, 0) - alive
+            out[name] = out.get(name, 0) + alive
+        return out

@@ -1,0 +1,566 @@
+"""`Tape`: running operations forward and backward as torch does: reference counts, saved tensors, gradient buffers."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from types import MappingProxyType
+
+from memplan.core.ir import Op, SavedTensors, Tensor, Unit
+from memplan.engine.dtypes import FLOATING, Scope
+from memplan.engine.moments import Moment
+from memplan.engine.storages import CASTING, GATHERING, LENT, REDUCING, LiveStorages, Storage
+
+
+def leaves(op: Op) -> tuple[str, ...]:
+    """Return the outputs that are autograd leaves requiring a gradient."""
+    return tuple(t.name for t in op.writes) if op.requires_gradient and op.gradient == "none" else ()
+
+
+class Node:
+    """One operation of the backward graph.
+
+    targets  reads and weights that need a gradient
+    pins     names of the tensors it keeps
+    kept     the storages it keeps
+    away     tensors it keeps in host memory
+    fetched  copies of those on the GPU, during its backward
+    """
+
+    __slots__ = ("away", "fetched", "kept", "op", "pins", "targets")
+
+    def __init__(self, op: Op, targets: tuple[str, ...], pins: tuple[str, ...]) -> None:
+        self.op, self.targets, self.pins = op, targets, pins
+        self.kept: list[Storage] = []
+        self.away: dict[str, Tensor] = {}
+        self.fetched: dict[str, Storage] = {}
+
+
+class Frame:
+    """One execution of a list of operations, and the backward graph it leaves."""
+
+    def __init__(
+        self,
+        ops: Sequence[Op],
+        scope: Scope,
+        outer: dict[str, Storage],
+        flows: Iterable[str],
+        block: str = "",
+        layer: int | None = None,
+    ) -> None:
+        self.block = block
+        uses = Counter(w.name for op in ops if block and op.gradient != "none" for w in op.weights if w.trains)
+        self.uses = {name: n for name, n in uses.items() if n > 1}  # weight -> operations of the block that use it
+        self.where = "" if layer is None else f"{block}.{layer}."
+        self.ops = ops
+        self.scope = scope
+        self.outer = outer
+        self.flows = set(flows)
+        self.nodes: list[Node] = []
+        self.names: dict[str, Storage] = {}
+        self.checkpointed = False
+        self.reentrant = False
+        self.recomputed = False
+        self.whole = False  # a checkpoint recomputes all of it
+        self.exported: Container[str] = ()
+        self.checkpoint: list[Storage] = []  # kept by the checkpoint: the block's inputs
+        self.named: list[Storage] = []  # kept by the checkpoint until the graph is freed: keyword arguments
+        self.to_host = False  # the checkpoint keeps `x` in host memory
+        self.shares: Container[str] = ()  # outputs for later blocks, referenced by all checkpoints
+        self.shared: list[Storage] = []
+        self.lends = False  # its outputs for later blocks are in a dictionary, so reentrant ones keep their graph
+        self.past: Mapping[str, Storage] = {}  # left by the previous pass
+
+    def __getitem__(self, name: str) -> Storage:
+        return self.names[name] if name in self.names else self.outer[name]
+
+    def storage(self, name: str) -> Storage | None:
+        """Return the storage of a tensor; None for a weight, which is always alive and not counted here."""
+        return self.names.get(name) or self.outer.get(name)
+
+
+class Tape(LiveStorages):
+    """Runs frames forward and backward and collects moments.
+
+    grads_exist  whether the gradients exist already, as in a later micro-batch
+    labelled     as in `LiveStorages`
+    updates      weight path -> scratch bytes of its update in backward, as soon as its gradient is there
+    """
+
+    def __init__(
+        self, grads_exist: bool = False, labelled: bool = False, updates: Mapping[str, int] = MappingProxyType({})
+    ) -> None:
+        super().__init__(labelled)
+        self._updates = updates
+        self._grads_exist = grads_exist
+        self._held: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
+        self.host = Moment("forward", "", {}, {}, {})  # tensors in host memory at the end of forward
+        self.saves: SavedTensors | None = None  # how saved tensors are offloaded, if they are
+        self._pending: dict[str, Storage] = {}  # gradients of weights that other operations will still add to
+        self.uses: dict[str, int] = {}  # weight outside of blocks -> operations that use it, if more than one
+        self._shared: list[Storage] = []  # recomputed outputs for other blocks, and what their graph keeps
+        self.nested: Mapping[str, Unit] = {}  # weights that are gathered for the operation that uses them
+        self.reaches_first: Callable[[], None] | None = None  # called before the first such operation's backward
+        self.waiting: list[Storage] | None = None  # gradients that stay until their unit's gradients are complete
+        self.waiting_outside: Mapping[str, list[Storage]] = {}  # likewise, by the name of a weight outside of blocks
+        self.reach: Callable[[Frame, Op], None] | None = None  # called before an operation outside of blocks runs
+        self.module: Callable[[str, str, Frame], None] | None = None  # called when a module begins and returns
+        self.hooks = False  # a hook keeps the input of a recomputed block, and its gradient
+        self._hooked: list[tuple[Storage, int | None]] = []  # storages kept by hooks, and their run
+        self._last_use_cache: dict[tuple[int, bool], tuple[Sequence[Op], list[tuple[str, ...]]]] = {}
+        self._lent: dict[str, list[tuple[str, Storage]]] = {}  # module -> gradients of the weights it lends
+
+    def enter(self, frame: Frame, op: Op) -> None:
+        """Attribute the following allocations to this operation."""
+        self._where, self._block, self._op = f"{frame.where}{op.name}", frame.block, op
+
+    # hooks for subclasses
+
+    def computed(self, frame: Frame, op: Op) -> None:
+        """Called before an operation computes its outputs, in forward or recomputed in backward."""
+
+    def differentiated(self, frame: Frame, node: Node, of: tuple[Tensor, ...]) -> None:
+        """Called before a node computes the gradients of its targets from those `of` its outputs."""
+
+    # forward
+
+    def forward(
+        self,
+        frame: Frame,
+        exported: Container[str],
+        owned: Mapping[str, Storage] = MappingProxyType({}),
+        grad: bool = True,
+        checkpoint: bool = False,
+    ) -> dict[str, Storage]:
+        """Run the frame's operations and return the remaining references, to the `exported` names.
+
+        `owned` are references handed in, which are dropped after their last reader. Under a checkpoint nothing is kept.
+        """
+        frame.nodes = self._graph(frame, grad)
+        frame.checkpointed = checkpoint
+        frame.exported = exported
+        left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint, holds=self._held)
+        if not any(node.pins for node in frame.nodes):  # nothing needs recomputation
+            frame.checkpoint += frame.named
+            self._release_checkpoint(frame)
+            return left
+        self._held["nodes"] += frame.named
+        if frame.to_host:
+            self._offload(frame.scope["x"])
+        return left
+
+    def _offload(self, tensor: Tensor) -> None:
+        """Count a copy of `tensor` in host memory; in a run, one per copy of the run."""
+        key = self.sizes.setdefault((tensor.shape, tensor.dtype), len(self.sizes))
+        counts, per_copy = self.host.shared, self.host.per_copy
+        counts[key] = counts.get(key, 0) + 1
+        if self._in_run is not None:
+            counts = per_copy.get(self._in_run, {})
+            counts = {**counts, key: counts.get(key, 0) + 1}
+            self.host = self.host._replace(per_copy={**per_copy, self._in_run: counts})
+
+    def _offload_saved(self, frame: Frame, node: Node) -> Container[str]:
+        """Offload the node's saved tensors and return their names.
+
+        Recomputed tensors are not offloaded, nor are quantised weights, which autograd does not save.
+        """
+        if self.saves is None or self.phase == "backward":
+            return ()
+        seen = {k.what: k.seen for k in node.op.keeps if k.seen}
+        stored = {w.name for w in node.op.weights if w.stored}
+        for what in node.pins:
+            if what not in stored and (self.saves.weights or frame.storage(what) is not None):
+                tensor = frame.scope[what]
+                node.away[what] = tensor._replace(shape=seen.get(what, tensor.shape))
+                self._offload(node.away[what])
+        return node.away
+
+    def _fetch(self, frame: Frame) -> list[Storage]:
+        """Copy the checkpoint's input back from host memory, if it is there; the caller drops the copy."""
+        if not frame.to_host:
+            return []
+        self._where, self._block, self._op = f"{frame.where}checkpoint", frame.block, Op("checkpoint")
+        copy = self.alloc(frame.scope["x"], "activation")
+        frame.outer = {**frame.outer, "x": copy}
+        return [copy]
+
+    def _graph(self, frame: Frame, grad: bool) -> list[Node]:
+        nodes: list[Node] = []
+        for op in frame.ops:
+            targets: tuple[str, ...] = ()
+            pins: tuple[str, ...] = ()
+            if grad and op.gradient != "none":
+                targets = tuple(r for r in dict.fromkeys(op.reads) if r in frame.flows)
+                targets += tuple(w.name for w in op.weights if w.trains)
+                targets += tuple(t.name for t in op.wraps)
+                if targets:
+                    frame.flows.update(t.name for t in op.writes if t.dtype in FLOATING)
+                    pins = tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets))
+            elif grad:
+                frame.flows.update(leaves(op))
+            nodes.append(Node(op, targets, pins))
+        return nodes
+
+    def _run(  # noqa: PLR0912 (a branch for each word of an operation)
+        self,
+        frame: Frame,
+        end: int,
+        exported: Container[str],
+        owned: Mapping[str, Storage],
+        keep: bool,
+        holds: dict[str, list[Storage]],
+    ) -> dict[str, Storage]:
+        """Run the first `end` operations; if that is not all, the last one only if it keeps one of its outputs.
+
+        Storages held to the end of the forward pass or of the step are added to `holds`.
+        """
+        ops, names = frame.ops, frame.names
+        ends = self._last_uses(ops, keep)
+        is_cut_off = end < len(ops)
+        mine = dict(owned)  # references held by Python variables
+        for i, op in enumerate(ops[:end]):
+            if op.lends:
+                self._call_module_hook("begins", op.lends, frame)
+            self.enter(frame, op)
+            node = frame.nodes[i]
+            for t in op.past:
+                names[t.name] = mine[t.name] = frame.past[t.name]
+            skipped = op.needs_recording and not keep
+            if not skipped and not (is_cut_off and i == end - 1 and all(t.name not in node.pins for t in op.writes)):
+                if self.reach is not None and op.writes and not frame.block:
+                    self.reach(frame, op)
+                    self.enter(frame, op)
+                self.computed(frame, op)
+                gathered = self._gather(op)
+                for t in op.writes:
+                    if op.view:
+                        names[t.name] = frame[op.reads[0]]
+                    else:
+                        names[t.name] = mine[t.name] = self.alloc(t, "activation")
+                for scratch in [*(self.alloc(t, "temp") for t in op.scratch), *gathered]:
+                    self.drop(scratch)
+            if keep and node.pins:
+                away = self._offload_saved(frame, node)
+                for what in node.pins:
+                    storage = frame.storage(what)
+                    if storage is not None and what not in away:  # a weight is alive anyway
+                        storage.refs += 1
+                        node.kept.append(storage)
+            if op.holds:
+                for t in op.writes:
+                    names[t.name].refs += 1
+                    holds.setdefault(op.holds, []).append(names[t.name])
+            if op.releases:
+                for storage in holds.pop("states", ()):
+                    self.drop(storage)
+            if op.captures and node.targets and (keep or not frame.reentrant):
+                for name in op.captures:
+                    frame[name].refs += 1
+                    holds["nodes"].append(frame[name])
+            if op.requires_gradient and (keep or not frame.reentrant):
+                for name in leaves(op):  # referenced by the node that accumulates its gradient
+                    names[name].refs += 1
+                    holds["nodes"].append(names[name])
+            for name in ends[i]:
+                if name not in exported and name in mine:
+                    self.drop(mine.pop(name))
+            if op.returns:
+                self._call_module_hook("returns", op.returns, frame)
+        for name in [n for n in mine if n not in exported]:
+            self.drop(mine.pop(name))
+        return mine
+
+    def _last_uses(self, ops: Sequence[Op], keep: bool) -> list[tuple[str, ...]]:
+        """Return, for each operation, the tensors that it uses and no later operation reads.
+
+        A view counts as a use of its base. The result is cached, because copies of a layer have the same operations.
+        """
+        known = self._last_use_cache.get((id(ops), keep))
+        if known is not None:
+            return known[1]
+        root: dict[str, str] = {}
+        last: dict[str, int] = {}
+        for i, op in enumerate(ops):
+            for r in () if op.needs_recording and not keep else op.reads:
+                last[root.get(r, r)] = i
+            if op.view:
+                root[op.writes[0].name] = root.get(op.reads[0], op.reads[0])
+                for t in op.writes[1:]:
+                    root[t.name] = root[op.writes[0].name]
+        ends: list[tuple[str, ...]] = []
+        for i, op in enumerate(ops):
+            used = (*(t.name for t in op.writes), *op.reads, *(t.name for t in op.past))
+            ends.append(tuple(n for n in dict.fromkeys(root.get(n, n) for n in used) if last.get(n, i) == i))
+        self._last_use_cache[id(ops), keep] = ops, ends
+        return ends
+
+    def _call_module_hook(self, event: str, module: str, frame: Frame) -> None:
+        if self.module is not None:
+            self.module(event, module, frame)
+
+    def _gather(self, op: Op) -> list[Storage]:
+        """Gather the weights that are gathered only for this operation, and return them."""
+        gathered: list[Storage] = []
+        if not self.nested:
+            return gathered
+        for unit in (self.nested[w.name] for w in op.weights if w.name in self.nested):
+            cast = self.alloc_buffers(unit.cast, "temp", CASTING)
+            gathered += self.alloc_buffers(unit.whole, "parameter", GATHERING)
+            for storage in cast:
+                self.drop(storage)
+        return gathered
+
+    def end_forward(self) -> None:
+        """Close the autocast context and free the model's outputs."""
+        for storage in self._held.pop("forward"):
+            self.drop(storage)
+
+    def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
+        """Free what is held to the end of the step, with its `gradients`, then what the graph's nodes reference.
+
+        Returns the storages freed by either.
+        """
+        freed: list[Moment] = []
+        for name, more in (("step", gradients), ("nodes", ())):
+            before = self.snapshot()
+            for storage in (*self._held.pop(name), *more):
+                self.drop(storage)
+            freed.append(before.less(self.snapshot()))
+        return freed[0], freed[1]
+
+    # backward
+
+    def backward(self, frame: Frame, grads: dict[str, Storage]) -> None:
+        """Run the frame's graph backward. `grads` maps tensor names to gradients, in the end those of the inputs."""
+        if frame.checkpointed and frame.reentrant:
+            self._reenter(frame, grads)
+            return
+        savers = [i for i, node in enumerate(frame.nodes) if node.pins]
+        gathers = (i for i, op in enumerate(frame.ops) if any(w.name in self.nested for w in op.weights))
+        first = next(gathers, None) if self.nested else None
+        self._lent = {op.lends: [] for op in frame.ops if op.lends}
+        for i in reversed(range(len(frame.nodes))):
+            node = frame.nodes[i]
+            if node.op.returns:
+                self._call_module_hook("differentiated", node.op.returns, frame)
+            if node.op.lends:
+                for name, storage in self._lent.pop(node.op.lends, ()):
+                    self._weight_gradient(frame, name, storage)
+                self._call_module_hook("reduced", node.op.lends, frame)
+            if not node.targets:
+                continue
+            if frame.checkpointed and node.pins:
+                self._recompute(frame, len(frame.ops) if frame.whole else savers[-1] + 1)
+            if i == first and self.reaches_first is not None:
+                self.reaches_first()
+            self.enter(frame, node.op)
+            self._backward(frame, node, grads)
+            if savers and i == savers[0]:
+                self._release_checkpoint(frame)
+        self._release_checkpoint(frame)
+
+    def _release_checkpoint(self, frame: Frame) -> None:
+        while frame.checkpoint:
+            self.drop(frame.checkpoint.pop())
+
+    def _recompute(self, frame: Frame, end: int) -> None:
+        frame.checkpointed = False
+        frame.recomputed = True
+        frame.names = {}
+        fetched = self._fetch(frame)
+        holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
+        outputs = self._run(frame, end, frame.shares, {}, keep=True, holds=holds)
+        for storage in (*holds["forward"], *holds["step"], *holds["nodes"], *fetched):
+            self.drop(storage)
+        self._replace_shared(frame, outputs)
+
+    def _replace_shared(self, frame: Frame, outputs: Mapping[str, Storage]) -> None:
+        """Replace a block's outputs for later blocks by the recomputed ones.
+
+        Their graph, with everything it keeps, stays alive as long as any checkpoint.
+        """
+        for storage in frame.shared:
+            self.drop(storage)
+        frame.shared = []
+        wanted = set(outputs)
+        kept: list[Storage] = []
+        for node in reversed(frame.nodes):
+            if node.targets and not wanted.isdisjoint(t.name for t in node.op.writes):
+                wanted.update(node.op.reads)
+                kept += node.kept
+        for storage in kept:
+            storage.refs += 1
+        self._shared += (*outputs.values(), *kept)
+
+    def end_hooks(self) -> None:
+        """Free what the hooks on recomputed blocks reference, at the end of the pass."""
+        while self._hooked:
+            storage, run = self._hooked.pop()
+            storage.run = run
+            self.drop(storage)
+
+    def end_blocks(self) -> None:
+        """Free the blocks' recomputed outputs for other blocks, once no checkpoint is left."""
+        while self._shared:
+            self.drop(self._shared.pop())
+
+    def _reenter(self, frame: Frame, grads: dict[str, Storage]) -> None:
+        """Run reentrant checkpointing's inner backward pass: recompute all of the frame, then run its graph backward.
+
+        The frame's inputs and outputs and the outputs' gradients stay alive until it is over.
+        """
+        if not any(t.name in grads for op in frame.ops for t in op.writes):
+            self._release_checkpoint(frame)
+            return
+        frame.checkpointed = False
+        frame.names = {}
+        gradients, inputs = list(grads.values()), [*self._fetch(frame), *frame.checkpoint]
+        frame.checkpoint = []
+        for storage in gradients:
+            storage.refs += 1
+        holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
+        returned = self._run(frame, len(frame.ops), frame.exported, {}, keep=True, holds=holds)
+        for storage in holds["forward"]:
+            self.drop(storage)
+        before = len(self._held["nodes"])
+        self.backward(frame, grads)
+        holds["nodes"] += self._held["nodes"][before:]
+        del self._held["nodes"][before:]
+        for name in [t.name for op in frame.ops for t in op.writes if t.name in grads]:  # unused
+            self.drop(grads.pop(name))
+        if frame.lends and "x" in grads:  # the shared outputs' graph references the block's input, with its gradient
+            for storage in (inputs[0], grads["x"]):
+                storage.refs += 1
+                self._shared.append(storage)
+        if self.hooks and "x" in grads:
+            for storage in (inputs[0], grads["x"]):
+                storage.refs += 1
+                self._hooked.append((storage, self._in_run))
+        for storage in (*gradients, *returned.values(), *inputs, *holds["step"], *holds["nodes"]):
+            self.drop(storage)
+
+    def _backward(self, frame: Frame, node: Node, grads: dict[str, Storage]) -> None:
+        op = node.op
+        incoming = [(t, grads.pop(t.name)) for t in op.writes if t.name in grads]
+        if not incoming:
+            self._release(node)
+            return
+        gathered = self._gather(op)
+        self.differentiated(frame, node, tuple(t for t, _ in incoming))
+        node.fetched = {what: self.alloc(tensor, "activation") for what, tensor in node.away.items()}
+        node.kept += node.fetched.values()
+        scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in node.targets)]
+        early = [self.alloc(s.tensor, "temp") for s in scratch if s.early]
+        late = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
+        for storage in early:
+            self.drop(storage)
+        raw = [self._gradient(frame, node, target, incoming) for target in node.targets]
+        for storage in late:
+            self.drop(storage)
+        if frame.recomputed or node.fetched:  # unpacked tensors are freed when the function returns, before the casts
+            self._release(node)
+        gradients = [
+            (target, self._own_dtype(frame, node, target, storage) if wide else storage)
+            for target, (storage, wide) in zip(node.targets, raw, strict=True)
+        ]
+        for _, storage in incoming:
+            self.drop(storage)
+        self._release(node)
+        weights, wrapped = {w.name for w in op.weights}, {t.name for t in op.wraps}
+        for target, storage in gradients:
+            if target in wrapped:
+                self._held["nodes"].append(storage)
+            elif target in self.nested:
+                self._reduce(self.nested[target], storage, gathered)
+            elif target in weights:
+                self._weight_gradient(frame, target, storage)
+            else:
+                grads[target] = self._sum(frame.scope[target], grads.get(target), storage)
+        for storage in gathered:
+            self.drop(storage)
+
+    def _reduce(self, unit: Unit, gradient: Storage, gathered: list[Storage]) -> None:
+        """Reduce the gradient of a weight that was gathered for its operation, and free the `gathered` weight."""
+        joined = self.alloc_buffers(unit.joined, "temp", LENT) + self.alloc_buffers(unit.padded, "temp", REDUCING)
+        copied = self.alloc_buffers(unit.parts, "gradient") if unit.laid else []
+        for storage in (gradient, *gathered):
+            self.drop(storage)
+        gathered.clear()
+        received = self.alloc_buffers(unit.received, "temp", REDUCING)
+        parts = copied or self.alloc_buffers(unit.parts, "gradient", REDUCING)
+        for storage in (*received, *joined, *(parts if self._grads_exist else ())):
+            self.drop(storage)
+
+    def _release(self, node: Node) -> None:
+        for storage in node.kept:
+            self.drop(storage)
+        node.kept, node.fetched = [], {}
+
+    def _own_dtype(self, frame: Frame, node: Node, target: str, wide: Storage) -> Storage:
+        """Cast a gradient from the promoted dtype, or sum it, once all gradients of the node are computed."""
+        gradient = self.alloc(frame.scope[target], _kind(node.op, target), of="gradient of ")
+        self.drop(wide)
+        return gradient
+
+    def _gradient(
+        self, frame: Frame, node: Node, target: str, incoming: list[tuple[Tensor, Storage]]
+    ) -> tuple[Storage, bool]:
+        """Return the gradient of `target`, and whether it is still to be cast from the promoted dtype or summed."""
+        op, like = node.op, frame.scope[target]
+        shape = next((w.gradient for w in op.weights if w.gradient and w.name == target), "")
+        like = like._replace(shape=shape) if shape else like
+        becomes = next((k.what for k in op.keeps if k.is_gradient and k.of == target), None)
+        if becomes is not None:
+            kept = node.fetched[becomes] if becomes in node.fetched else frame[becomes]
+            kept.refs += 1
+            return kept, False
+        unsummed = next((s.tensor for s in op.scratch_back if s.summed and s.of == target), None)
+        if unsummed is not None:
+            return self.alloc(unsummed, "temp", of="gradient of "), True
+        if op.gradient == "same":
+            out, storage = incoming[0]
+            aliased = op.view and target == op.reads[0]
+            if aliased or (out.shape, out.dtype) == (like.shape, like.dtype):
+                storage.refs += 1
+                return storage, False
+        out = op.writes[0]
+        if op.cast or op.gradient in ("same", "own") or out.dtype == like.dtype:
+            return self.alloc(like, _kind(op, target), fresh=op.gradient != "view", of="gradient of "), False
+        return self.alloc(like._replace(dtype=out.dtype), "temp", of="gradient of "), True
+
+    def _sum(self, like: Tensor, old: Storage | None, new: Storage, kind: str = "temp") -> Storage:
+        """Add two gradients as autograd does: in place into the older one if nothing else references it."""
+        if old is None:
+            return new
+        if old.refs == 1 and old.fresh:
+            self.drop(new)
+            return old
+        total = self.alloc(like, kind, of="gradient of ")
+        self.drop(old)
+        self.drop(new)
+        return total
+
+    def _weight_gradient(self, frame: Frame, name: str, storage: Storage) -> None:
+        lent = self._lent.get(name.rpartition(".")[0])
+        if lent is not None:
+            lent.append((name, storage))
+            return
+        uses = frame.uses if frame.block else self.uses
+        left = uses.get(name, 1) - 1
+        total = self._sum(frame.scope[name], self._pending.pop(name, None), storage, "gradient")
+        if left:
+            uses[name] = left
+            self._pending[name] = total
+            return
+        update = self._updates.get(f"{frame.block}.{name}" if frame.block else name)
+        if update:
+            self.drop(self.alloc(Tensor(f"update of {name}", str(update), "uint8"), "temp"))
+        waiting = self.waiting if frame.block else self.waiting_outside.get(name, self.waiting)
+        if waiting is not None:
+            waiting.append(total)
+        elif self._grads_exist:
+            self.drop(total)
+
+
+def _kind(op: Op, target: str) -> str:
+    return "gradient" if any(t.name == target for t in (*op.weights, *op.wraps)) else "temp"

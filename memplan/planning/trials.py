@@ -1,0 +1,46 @@
+"""Estimates of runs that memplan may refuse, and the last value of a search that holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.core.errors import MemplanError, SpecError
+from memplan.estimate.answer import Estimate
+from memplan.estimate.calibration import Calibration
+from memplan.estimate.estimate import estimate
+from memplan.spec.run import RunSpec
+
+MAX_VALUE = 2**32  # ends a search for a run that takes no memory
+
+
+def attempt(run: RunSpec | Callable[[], RunSpec], calibration: Calibration | None = None) -> Estimate | None:
+    """Return the estimate of a run, or of the run that a function builds; None if memplan refuses it."""
+    try:
+        return estimate(run if isinstance(run, RunSpec) else run(), calibration)
+    except MemplanError:
+        return None
+
+
+def needed_gpu(run: RunSpec) -> GPU:
+    """Return the run's GPU. Raises SpecError if it names none."""
+    if run.gpu is None:
+        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
+    return find_gpu(run.gpu)
+
+
+def last(holds: Callable[[int], bool], low: int, high: int = 0) -> int:
+    """Return the last value before one that does not hold, by doubling and bisection; `low` holds or is 0.
+
+    The first value tried is `high`, by default twice `low`.
+    """
+    high = high or 2 * low or 1
+    while holds(high):
+        if high >= MAX_VALUE:
+            return high
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low

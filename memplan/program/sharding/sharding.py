@@ -1,0 +1,326 @@
+"""What one rank holds of a training run, and when. A strategy that shards the run overrides what it changes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import ClassVar, NamedTuple
+
+from memplan.catalogue.optimizers.parameter_rules import Parameter
+from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory
+from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
+from memplan.catalogue.parallelism.sharding import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
+from memplan.core.ir import Division, Tensor
+from memplan.engine.storages import COMPUTING
+from memplan.engine.walk import size
+from memplan.program.graph import (
+    TensorGroup,
+    operations_of,
+    parameters_of,
+    shape_of,
+    tensor_group,
+    total_bytes,
+    weights_of,
+)
+from memplan.program.loading import loading, most_at_once
+from memplan.program.structure import Structure
+
+Saved = tuple[tuple[TensorGroup, ...], str]  # what is gathered at once to be saved, and the name of the moment
+
+
+class Gathering(NamedTuple):
+    """The allocations and frees of weights that a pass gathers apart from its own operations.
+
+    stream  the stream they are allocated on
+    events  storage numbers with their bytes, or with 0 for a free
+    most    number of events up to the peak
+    bytes   bytes at the peak
+    """
+
+    stream: int = COMPUTING
+    events: tuple[tuple[int, int], ...] = ()
+    most: int = 0
+    bytes: int = 0
+
+
+class Sharding:
+    """A rank's part of a training run. This base class is the run on one GPU, which shards nothing.
+
+    `memplan.program.sharding.choice.sharding_of` chooses the class.
+
+    gradients_in_buckets  gradients are views of communication buckets and have no memory of their own
+    sends_gradients       a pass leaves no gradient of its own: each is reduced as soon as it is computed
+    replaces_gradients    the update reads other gradients, which replace those that a pass leaves
+    gathers_for_step      sharded weights stay gathered for all passes of a step, and their gradients whole to its end
+    loads_parts           each weight is sharded as it is loaded
+    state_dict            kind of state dict saved by default: `whole` if nothing is sharded, `full` if it is gathered,
+                          `sharded` if every rank writes its own parts
+    saves_from_host       the state dict is on the host before it is converted to the checkpoint's format
+    """
+
+    gradients_in_buckets: bool = False
+    sends_gradients: bool = False
+    replaces_gradients: ClassVar[bool] = False
+    gathers_for_step: ClassVar[bool] = False
+    loads_parts: bool = False
+    state_dict: str = "whole"
+    saves_from_host: ClassVar[bool] = False
+
+    def __init__(self, run: Structure) -> None:
+        self.run = run
+        self.graph = run.graph
+        self.ranks = run.ranks
+
+    # passes
+
+    @property
+    def frees_gradients(self) -> bool:
+        """Whether each gradient is consumed as soon as it is computed, by a fused optimizer or by stepping in
+        backward."""
+        return self.run.in_backward or optimizer_memory(self.run.optimizer, ()).frees_gradients
+
+    @property
+    def leaves_no_gradients(self) -> bool:
+        """Whether a pass leaves no new gradient: each one is consumed, added to an existing one, or sent away at
+        once."""
+        return self.sends_gradients or self.run.grads is not None or self.frees_gradients
+
+    def division(self, later: bool = False, opens: bool = False) -> Division | None:
+        """Return the units of weights that one pass gathers and reduces, or None if it does neither. With `opens`, the
+        units of the pass that gathers weights for the rest of the step."""
+        return None
+
+    def held_in(self, phase: str) -> Iterable[TensorGroup]:
+        """Return what ranks hold during a phase of a pass, in addition to the moments' tensors."""
+        return ()
+
+    # memory between passes
+
+    def weights(self) -> Iterator[TensorGroup]:
+        """Yield the weights and buffers that a rank holds."""
+        return parameters_of(self.graph)
+
+    def gradients(self) -> Iterator[TensorGroup]:
+        """Yield the gradients that the optimizer reads: whole, or the rank's part of them."""
+        _, axes = operations_of(self.graph)
+        for w, count, where in weights_of(self.graph):
+            if w.trains:
+                dtype, shape = self.run.grads or w.dtype, w.gradient or w.shape
+                name, block = f"{w.name}.grad", where.rstrip(".")
+                yield tensor_group("gradient", name, shape, dtype, "autograd", block, count, axes)
+
+    def accumulated(self) -> Iterator[TensorGroup]:
+        """Yield the gradients that a later micro-batch finds."""
+        return self.gradients()
+
+    def accumulated_bytes(self) -> int:
+        """Return the bytes of gradients that a later micro-batch finds, without those in buffers of their own."""
+        return 0 if self.run.grads or not self.run.accumulates else total_bytes(self.accumulated())
+
+    def accumulates_in(self, phase: str) -> bool:
+        """Whether accumulated gradients exist throughout a phase of a later micro-batch. They do not if ranks reduce
+        them unit by unit in that phase."""
+        return True
+
+    def reduction_buffers(self) -> Iterable[TensorGroup]:
+        """Return what gradient reduction holds throughout. For a model with a workspace of its own, that workspace."""
+        if not self.run.workspace:
+            return ()
+        source = "TransformerEngine 2.3 pytorch/module/base.py get_workspace"
+        return (tensor_group("other", "workspace of Transformer Engine", self.run.workspace, "uint8", source),)
+
+    # the optimizer's step
+
+    def trained(self) -> list[Parameter]:
+        """Return the parameters passed to the optimizer, in the model's order. A run of equal layers is its first layer
+        and one entry for the others."""
+        _, axes = operations_of(self.graph)
+        out: list[Parameter] = []
+        blocks: dict[str, list[tuple[Parameter, int]]] = {}
+        for w, count, where in weights_of(self.graph):
+            if not w.trains:
+                continue
+            embedding = self.run.trainer and w.group == "embedding" and not w.matrix
+            target = w.matrix and not w.transposed
+            p = Parameter(f"{where}{w.name}", shape_of(w, axes), w.dtype, 1, embedding=embedding, target=target)
+            if where:
+                blocks.setdefault(where, []).append((p, count))
+            else:
+                out += [copy for block in blocks.values() for copy in with_copies(block)]
+                out.append(p)
+                blocks.clear()
+        return [*out, *(copy for block in blocks.values() for copy in with_copies(block))]
+
+    def memory_of(self, trained: list[Parameter], in_lists: bool = True) -> OptimizerMemory:
+        """Return the memory of the run's optimizer for these parameters, in lists or one after another."""
+        run, foreach = self.run, self.run.foreach if in_lists or not self.run.foreach else False
+        return optimizer_memory(
+            run.optimizer,
+            trained,
+            foreach=foreach,
+            state_dtype=run.state_dtype,
+            momentum=run.momentum,
+            master=run.master,
+            in_backward=run.in_backward,
+            on_host=run.on_host and not run.ranks.knobs.optimizer,
+        )
+
+    def optimizer(self, trained: list[Parameter]) -> OptimizerMemory:
+        """Return the optimizer's memory. If tensor parallelism shards weights whose gradients are whole, the update
+        begins with a copy of the rank's parts of these gradients.
+
+        Source: torch 2.13 distributed/tensor/_dispatch.py redistribute_local_args.
+        """
+        memory = self.memory_of(trained)
+        _, axes = operations_of(self.graph)
+        whole = [(w, n) for w, n, _ in weights_of(self.graph) if w.gradient and w.trains]
+        local = sum(size(w.shape, w.dtype, axes)[1] * n for w, n in whole)
+        if max(memory.first, memory.later) >= local or memory.frees_gradients or self.run.optimizer == "none":
+            return memory
+        scratch = "the rank's parts of whole gradients"
+        return memory._replace(first=max(memory.first, local), later=max(memory.later, local), scratch=scratch)
+
+    def clipping(self, trained: list[Parameter]) -> int:
+        """Return the bytes between backward and the update: norms of gradients, or gradients that are converted."""
+        return clipping(trained) if self.run.clips and not self.frees_gradients else 0
+
+    def gradient_conversion(self) -> Iterable[TensorGroup]:
+        """Return the temporaries while the gradients of the update are built from those of the passes."""
+        return ()
+
+    def host(self) -> Iterable[TensorGroup]:
+        """Return what is offloaded to a rank's host memory."""
+        return ()
+
+    def host_shards(self) -> int:
+        """Return the bytes of a rank's parts of weights in host memory, not rounded."""
+        return 0
+
+    def host_name(self, held: TensorGroup) -> str:
+        """Return what a note on host memory calls the tensors."""
+        return held.what
+
+    # loading
+
+    def loading_events(self, together: bool = False) -> Iterable[tuple[int, int]]:
+        """Return what loading allocates and frees (see `memplan.program.loading.loading`). With `together`, equal
+        tensors that are allocated and freed at once may be merged, as thousands of ranks have thousands of them."""
+        if self.graph.code == "torchtitan":  # allocates each part once, uninitialised: trainer.py to_empty
+            return enumerate(h.bytes for h in self.weights() for _ in range(h.copies))
+        return loading(self.graph)
+
+    def loading_peak(self) -> int:
+        """Return the peak bytes before the first step."""
+        return most_at_once(self.loading_events(together=True))
+
+    def on_gpu(self, room: int) -> Structure:
+        """Return the run on GPUs with `room` usable bytes."""
+        return self.run
+
+    def mixed_dtypes(self) -> tuple[str, ...]:
+        """Return the dtypes of weights that must have one dtype to be sharded together, if they have several."""
+        return ()
+
+    # pipeline stages, whose weights may be gathered for all passes of a step
+
+    def reductions(self) -> tuple[GradientReduction, ...]:
+        """Return when each chunk's gradients are reduced, if that happens once at the end of its passes."""
+        return ()
+
+    def openings(self) -> tuple[PipelineMoment, ...]:
+        """Return each chunk's first forward pass, if it gathers the chunk's weights for the step and can be the
+        peak."""
+        return ()
+
+    def gathered(self, moment: PipelineMoment) -> Iterable[TensorGroup]:
+        """Return the output of the all-gather for the moment's chunk, before it is copied into the weights."""
+        return ()
+
+    def reduced(self, moment: PipelineMoment) -> Iterable[TensorGroup]:
+        """Return the weights and gradients of all chunks while the gradients of the moment's chunk are reduced."""
+        return ()
+
+    def held_at(self, moment: PipelineMoment, chunk: int) -> Iterable[TensorGroup]:
+        """Return the whole weights and gradients of the rank's `chunk` at a moment, or the reduced gradients."""
+        return ()
+
+    def released(self) -> int:
+        """Return the bytes that the reduction of a chunk's gradients releases."""
+        return 0
+
+    # a replay of the allocations
+
+    def late_gradients(self) -> frozenset[str]:
+        """Return the names of weights outside of blocks whose gradients wait for the next gradient to be reduced."""
+        return frozenset()
+
+    def gathering(self) -> Gathering:
+        """Return the weights that a pass gathers apart from its own operations."""
+        return Gathering()
+
+    def reduction_streams(self) -> Iterable[tuple[int, int]]:
+        """Return the stream and bytes of each tensor that is allocated in backward to reduce gradients."""
+        return ()
+
+    def idle_in_streams(self) -> int:
+        """Return the most bytes that can lie free in the pools of communication streams, where the compute stream
+        cannot use them. A replay models the pools; a bound without a replay has to leave room for them."""
+        return 0
+
+    def step_messages(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the output of the largest all-gather and the input of the largest reduce-scatter of a step, if weights
+        are gathered for a step."""
+        return (), ()
+
+    # saving
+
+    def gathers_to_save(self, states: str) -> Iterator[Saved]:
+        """Yield what each gather of a full state dict holds on the GPU. `states` is the widest dtype of optimizer
+        states that are saved too, if any."""
+        return iter(())
+
+    def saved_bytes(self, states: int) -> int:
+        """Return the host bytes of a full state dict: of the weights or of the optimizer's states, which are written
+        one after the other. `states` are the rank's bytes of those that are saved."""
+        return 0
+
+
+class DataParallel(Sharding):
+    """One of several equal ranks, which reduce their gradients.
+
+    With gradient_as_bucket_view gradients are views of the buckets. If only a step's last micro-batch reduces, that is
+    true of that micro-batch alone.
+    """
+
+    def __init__(self, run: Structure) -> None:
+        super().__init__(run)
+        self.gradients_in_buckets = run.ranks.views
+        self.sends_gradients = run.ranks.views and not run.ranks.delayed
+
+    def accumulated(self) -> Iterator[TensorGroup]:
+        return iter(()) if self.sends_gradients else super().accumulated()
+
+    def reduction_buffers(self) -> Iterable[TensorGroup]:
+        return super().reduction_buffers() or [
+            tensor_group("other", "bucket of gradients", bytes_, "uint8", BUCKETS_SOURCE, copies=count)
+            for bytes_, count in buckets(self.trained())
+        ]
+
+    def loading_peak(self) -> int:
+        """Return the peak bytes before the first step. The first rank's weights are broadcast to the others."""
+        most = super().loading_peak()
+        if self.run.buffers:
+            return most
+        resident = total_bytes(self.weights())
+        return max(most, resident + min(resident, BROADCASTS * BROADCAST))
+
+
+def with_copies(block: Iterable[tuple[Parameter, int]]) -> list[Parameter]:
+    """Return the parameters of a block, then those of the blocks like it, given the number of all these blocks."""
+    block = list(block)
+    return [*(p for p, _ in block), *(p._replace(copies=n - 1) for p, n in block if n > 1)]
+
+
+def stepped_on_host(memory: OptimizerMemory) -> OptimizerMemory:
+    """Return the memory of an optimizer whose states and update are in host memory."""
+    states = tuple(s._replace(bytes=0, host=True) for s in memory.states)
+    return memory._replace(states=states, first=0, later=0, scratch="", foreach_lists=())

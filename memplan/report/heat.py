@@ -1,0 +1,72 @@
+"""A map over batch and sequence: how much of the card each run takes, and whether it fits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.estimate.answer import ANSWERS
+from memplan.planning.sweep import Grid
+from memplan.report.blocks import Styled
+from memplan.report.display import paragraph
+from memplan.report.text import Screen
+from memplan.report.wording import COLOURS
+
+_SHADES = "░▒▓█"  # by quarter of the card
+_SIGNS = {"tight": "?", "does not fit": "x"}  # replace the shade if there is no colour
+_CELL_WIDTH = 5  # including the gap before it
+_CANNOT = "-"
+
+
+def heat(around: Grid, to: Screen) -> Iterator[list[Styled]]:
+    """Yield a row per batch and a column per sequence, wrapped to the width of the screen."""
+    answers, card = around.answers, find_gpu(str(around.run.gpu)).usable
+    assert answers is not None  # the run has a GPU
+    batches, sequences = around.axes["batch"], around.axes["sequence"]
+    label = max(len("batch"), *(len(short(b)) for b in batches))
+    per_line = max(1, (to.width - label) // _CELL_WIDTH)
+    for start in range(0, len(sequences), per_line):
+        if start:
+            yield []
+        columns = range(start, min(start + per_line, len(sequences)))
+        heads = "".join(short(sequences[n]).rjust(_CELL_WIDTH) for n in columns)
+        yield [(f"{'batch':>{label}}{heads}", "bold")]
+        for i, batch in enumerate(batches):
+            cells = [_cell(int(answers[i, j]), int(around.allocated[i, j]) / card, to) for j in columns]
+            yield [(f"{short(batch):>{label}}", ""), *cells]
+    yield []
+    yield from _legend(to)
+
+
+def _cell(code: int, share: float, to: Screen) -> Styled:
+    if code < 0:
+        return _CANNOT.rjust(_CELL_WIDTH), ""
+    shade = _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
+    sign = shade if to.colour else _SIGNS.get(ANSWERS[code], shade)
+    return f" {sign * (_CELL_WIDTH - 1)}", COLOURS[ANSWERS[code]]
+
+
+def _legend(to: Screen) -> Iterator[list[Styled]]:
+    shades = ", ".join(
+        f"{sign} {'below ' if n < 3 else 'from '}{25 * (n + 1) if n < 3 else 75} %" for n, sign in enumerate(_SHADES)
+    )
+    rest = f"{_CANNOT} cannot run; sequences in tokens"
+    if to.colour:
+        yield [part for answer in ANSWERS for part in (("█", COLOURS[answer]), (f" {answer}  ", ""))]
+        text = f"of the card allocated: {shades}; {rest}"
+    else:
+        signs = ", ".join(f"{sign} {answer}" for answer, sign in _SIGNS.items())
+        text = f"fits with {shades} of the card allocated; {signs}; {rest}"
+    yield from ([(line, "")] for line in paragraph(text, to.width))
+
+
+def short(n: int) -> str:
+    """Shorten a multiple of a power of two.
+
+    >>> short(512), short(2048), short(131072), short(2**20), short(1000)
+    ('512', '2k', '128k', '1M', '1000')
+    """
+    for size, letter in ((2**30, "G"), (2**20, "M"), (2**10, "k")):
+        if n >= size and n % size == 0:
+            return f"{n // size}{letter}"
+    return str(n)

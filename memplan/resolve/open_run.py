@@ -1,0 +1,142 @@
+"""A run while its open fields are filled in, and the steps that training and inference share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from memplan.catalogue.degrees import WHOLE, Degrees
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.catalogue.methods.methods import Recipe
+from memplan.catalogue.profiles.behaviour import LibraryBehaviour
+from memplan.models.model import ModelSpec
+from memplan.resolve.parallelism import ZERO, divides_weights, replicas
+from memplan.resolve.quantized_checkpoint import CheckpointMethod
+from memplan.spec.parallelism import Parallelism
+from memplan.spec.run import RunSpec
+from memplan.spec.training import Kernels, Loop, Method, Optimizer, Precision
+
+
+class BatchFacts(NamedTuple):
+    """What the structure of a run depends on of its batch.
+
+    accumulates         gradients are accumulated over micro-batches
+    windowed            the sequence reaches the sliding window
+    is_single_sequence  the micro-batch is one sequence
+    is_single_chunk     the sequence is one chunk of the loss
+    images              the batch has images
+    has_uneven_patches  the image patches are not a multiple of 8
+    microbatches        micro-batches per step of a pipeline, else 1
+    """
+
+    accumulates: bool = False
+    windowed: bool = False
+    is_single_sequence: bool = False
+    is_single_chunk: bool = False
+    images: bool = False
+    has_uneven_patches: bool = False
+    microbatches: int = 1
+
+
+class Parts(NamedTuple):
+    """The parts of a run that its structure depends on, apart from the batch."""
+
+    method: Method
+    precision: Precision
+    optimizer: Optimizer
+    kernels: Kernels
+    loop: Loop
+    parallelism: Parallelism
+    profile: str
+    gpu_name: str | None
+
+    @classmethod
+    def of(cls, run: RunSpec) -> Parts:
+        """Return the parts of a run as they were asked for."""
+        parts = run.method, run.precision, run.optimizer, run.kernels, run.loop, run.parallelism
+        return cls(*parts, run.profile, run.gpu)
+
+
+@dataclass(kw_only=True)
+class OpenRun:
+    """A run while it is resolved: its parts, which steps fill in, and what the steps find out.
+
+    batch_facts      what the structure depends on of the batch
+    trains           the run trains
+    library          what the profile's library does
+    checkpoint       the method applied to the checkpoint
+    storages         dtypes that 4-bit weights may be stored in
+    run_formats      formats in which the run's weights can run without being trained over
+    degrees          the part of the model and of the sequence that one rank computes
+    recipe           dtypes, adapters and quantisation of the weights
+    attention        the attention of this version of the framework
+    attention_dtype  the dtype it computes in
+    checkpoints      blocks are checkpointed
+    wiring           attention kernels, masks and caches
+    notes            notes for the report, in order
+    """
+
+    model: ModelSpec
+    profile: str
+    gpu_name: str | None
+    method: Method
+    precision: Precision
+    optimizer: Optimizer
+    kernels: Kernels
+    loop: Loop
+    parallelism: Parallelism
+    batch_facts: BatchFacts
+    trains: bool
+    gpu: GPU | None = None
+    library: LibraryBehaviour = field(init=False)
+    checkpoint: CheckpointMethod = field(init=False)
+    storages: tuple[str, ...] = ("uint8",)
+    run_formats: tuple[str, ...] = ()
+    degrees: Degrees = WHOLE
+    recipe: Recipe = field(init=False)
+    attention: str = ""
+    attention_dtype: str = ""
+    checkpoints: bool = False
+    wiring: Wiring = field(init=False)
+    notes: list[str] = field(default_factory=list[str])
+
+    @property
+    def capability(self) -> tuple[int, int] | None:
+        """Compute capability of the GPU."""
+        return self.gpu.compute_capability if self.gpu else None
+
+    @property
+    def copies(self) -> int:
+        """Ranks that hold the same part of the model."""
+        return replicas(self.parallelism)
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP shards the weights over ranks."""
+        return divides_weights(self.parallelism)
+
+    @property
+    def under_deepspeed(self) -> bool:
+        """Whether DeepSpeed shards the run over ranks."""
+        return self.copies > 1 and self.parallelism.strategy in ZERO
+
+    @property
+    def is_megatron_model(self) -> bool:
+        """Whether the model is Megatron-core's own."""
+        return self.model.is_megatron
+
+    @property
+    def code(self) -> str:
+        """Library that implements the model."""
+        return self.library.model.code
+
+    @property
+    def style(self) -> str:
+        """The profile's tensor parallelism, which identifies its library."""
+        return self.library.sharding.tensor_parallel
+
+    @property
+    def name(self) -> str:
+        """The model's name, or its type."""
+        return self.model.name or self.model.model_type

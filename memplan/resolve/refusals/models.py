@@ -1,0 +1,120 @@
+"""What a model and its method cannot train: losses, frozen or idle weights, units of several dtypes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.core.errors import SpecError, refused
+from memplan.program.graph import weights_of
+from memplan.program.sharding.choice import sharding_of
+from memplan.program.stack_facts import parameter_targets, ties_head
+from memplan.program.structure import Structure
+from memplan.resolve.open_run import OpenRun
+
+
+def model_classes(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for an attention kernel that the model's classes reject, and a profile whose classes were not read.
+
+    Profiles other than transformers-5 have only been read for causal language models.
+    """
+    if r.kernels.attention in r.model.family.attention.unsupported:
+        yield refused(
+            "kernels.attention",
+            f"{r.kernels.attention} is not supported for {r.name}, which adds its positions to the attention scores; "
+            "supported: sdpa, sdpa_efficient, eager",
+        )
+    objective = r.model.objective
+    if objective != "causal_lm" and r.profile != "transformers-5":
+        yield refused("profile", f"{r.profile} is not supported yet for {objective}; supported: transformers-5")
+
+
+def training_objective(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for a loss, a version or a dtype that does not go with the model's objective."""
+    if r.model.objective == "causal_lm":
+        return
+    yield from model_classes(r)
+    if r.model.is_encoder_decoder and r.precision.weights == "fp16":
+        yield refused(
+            "precision.weights",
+            f"fp16 is not supported yet for {r.name}, whose layers clamp their fp16 outputs; use bf16, fp32, or fp16 "
+            "autocast",
+        )
+    if r.kernels.loss != "hf":
+        yield refused(
+            "kernels.loss",
+            f"{r.kernels.loss} only applies to causal language models; {r.name} is trained for {r.model.objective}, so "
+            "use hf",
+        )
+
+
+def adapted_parameters(r: OpenRun) -> Iterator[SpecError]:
+    """Yield an error for adapters on parameters under FSDP1.
+
+    peft reads such an adapter's weights without calling the module that holds them; FSDP1 makes each of these modules a
+    unit, which it only gathers when it is called.
+
+    Source: peft 0.21 tuners/lora/layer.py ParamWrapper._activate_lora, utils/other.py fsdp_auto_wrap_policy.
+    """
+    names = sorted({name for group in parameter_targets(r.model) for name in group})
+    named = [name for name in names if r.method.targets == "all-linear" or name in r.method.targets]
+    if r.method.kind in ADAPTERS and named:
+        yield refused(
+            "method.targets",
+            f"peft 0.21 cannot adapt {', '.join(named)} under FSDP1, because they are parameters, not linear layers, "
+            "and peft reads their adapters without calling the modules that FSDP1 gathers; name linear layers such "
+            "as q_proj and v_proj, or use fsdp2",
+        )
+
+
+def trained_weights(structure: Structure) -> Iterator[SpecError]:
+    """Yield errors if nothing is left to train, if ranks would wait for gradients that never come, or if weights of
+    several dtypes would be sharded together."""
+    graph, ranks = structure.graph, structure.ranks
+    weights, recipe = [w for w, _, _ in weights_of(graph)], graph.recipe
+    adapts = recipe.kind in ADAPTERS
+    if recipe.frozen and adapts and not any(w.group == "adapter" for w in weights):
+        yield refused("method.frozen", "freezes all of method.targets, so nothing is left to adapt")
+    if adapts and not any(w.trains for w in weights):
+        yield refused(
+            "method.targets",
+            f"{graph.model.model_type} models never call {', '.join(recipe.targets)}, so their adapters get no "
+            "gradients; name other targets too",
+        )
+    idle = next((w for w in weights if w.idle and w.group != "adapter"), None) if ranks.world > 1 else None
+    if idle is not None and idle.group not in ("vision", "projector", "audio"):
+        yield refused(
+            "method.kind",
+            f"{idle.name} of {graph.model.model_type} is trainable but never gets a gradient, which several GPUs "
+            "would wait for; use lora, or one GPU",
+        )
+    if idle is not None:
+        yield refused(
+            "batch.images",
+            "without images the vision tower gets no gradients, which several GPUs would wait for; set images, or "
+            "freeze vision and projector (method.frozen)",
+        )
+    if graph.flattens_frozen and ranks.row.gathers and any(w.stored for w in weights):
+        yield refused(
+            "method.quantization",
+            "quantised weights are not supported under fsdp with LitGPT, which flattens adapters and frozen weights "
+            "together; supported: lora, or profile transformers-5",
+        )
+    dtypes, field = " and ".join(sharding_of(structure).mixed_dtypes()), "parallelism.strategy"
+    if dtypes and ranks.row.flat:
+        yield refused(
+            field,
+            f"fsdp flattens the weights of a unit in one dtype, but these are {dtypes}; use fsdp2, or one dtype for "
+            "weights and quantised storage with kbit_preparation false",
+        )
+    if ranks.expert_replicas and ties_head(graph):
+        yield refused(
+            "parallelism.ep",
+            f"{graph.degrees.ep} is not supported yet with fsdp2 for models with tied embeddings; supported: 1",
+        )
+    if dtypes:
+        yield refused(
+            field,
+            f"fsdp2 reduces the gradients of a unit in one dtype, but those of {graph.model.model_type} are {dtypes}; "
+            + ("use ep 1" if ranks.expert_replicas else "use precision amp, which keeps trainable weights in fp32"),
+        )

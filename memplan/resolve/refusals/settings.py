@@ -1,0 +1,121 @@
+"""Methods, precisions, optimizers and kernels that are refused whatever the number of GPUs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import cast, get_args
+
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.optimizers.optimizers import ON_HOST, OPTIMIZERS
+from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE
+from memplan.core.errors import SpecError, refused
+from memplan.resolve.open_run import OpenRun
+from memplan.resolve.refusals.refuse import not_yet
+from memplan.spec.formats import Quantization, TrainedOver
+from memplan.spec.training import Method, Optimizer, Precision
+
+_PLAIN = Method()
+_FLOATS = ("bf16", "fp16", "fp32")
+_GROUPED_FORMATS = ("gptq-int4", "gptq-int8", "awq-int4")
+_WHOLE_FORMATS = (*_GROUPED_FORMATS, "fp8", "int8")
+
+
+def settings(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for settings that the run's parts do not support."""
+    method, kernels = r.method, r.kernels
+    if kernels.checkpointing == "selective" and not r.is_megatron_model:
+        yield not_yet("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
+    if kernels.compile:
+        yield not_yet("kernels.compile", True, "false")
+    yield from _method(method, r.storages, r.run_formats)
+    yield from _precision(r.precision, method.quantization)
+    yield from _optimizer(r.optimizer)
+
+
+def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iterator[SpecError]:
+    if m.kind not in ADAPTERS:
+        for field in ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options"):
+            if getattr(m, field) != getattr(_PLAIN, field):
+                yield no_adapters(m.kind, f"method.{field}")
+    if m.kind != "freeze" and m.trainable_layers != _PLAIN.trainable_layers:
+        yield only_freeze(m.kind)
+    for name, value in m.options.items():
+        field = f"method.options.{name}"
+        if name == "use_dora":
+            yield refused(field, "use method.kind dora or qdora")
+        elif name != "use_rslora" or not isinstance(value, bool):
+            yield not_yet(field, value, "use_rslora true or false, which changes no memory")
+    if m.quantization is not None:
+        yield from _quantization(m.quantization, storages, runs)
+
+
+def no_adapters(kind: str, field: str) -> SpecError:
+    """Return the error that `field` needs adapters, and the method has none."""
+    return refused(field, f"method.kind {kind} has no adapters; {', '.join(ADAPTERS)} have")
+
+
+def only_freeze(kind: str) -> SpecError:
+    """Return the error that trainable_layers needs method freeze."""
+    field = "method.trainable_layers"
+    return refused(field, f"only applies to method.kind freeze, not {kind}")
+
+
+def _quantization(q: Quantization, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iterator[SpecError]:
+    field = "method.quantization"
+    trained = cast(tuple[str, ...], get_args(TrainedOver))
+    if q.format in runs and q.format not in trained:
+        return
+    if q.format not in trained:
+        elsewhere = "others, such as w4a16, for inference; GGUF types with serving engines"
+        yield not_yet(f"{field}.format", q.format, f"{', '.join((*trained, *runs))}; {elsewhere}")
+    if q.block_size < (16 if q.format in _GROUPED_FORMATS else 32) and not (
+        q.block_size == WHOLE and q.format in _WHOLE_FORMATS
+    ):
+        size = "one scale per column" if q.block_size == WHOLE else f"blocks of {q.block_size}"
+        yield refused(f"{field}.block_size", f"{q.format} has no {size}")
+    if q.format == "fp8" and q.block_size not in (WHOLE, FP8_BLOCK):
+        yield not_yet(f"{field}.block_size", q.block_size, f"{FP8_BLOCK}, or {WHOLE} for one scale per matrix")
+    if q.storage not in storages:
+        choices = (
+            f"{', '.join(storages)}: FSDP cannot shard integers" if "uint8" not in storages else ", ".join(storages)
+        )
+        if storages == ("uint8",):
+            choices += f"; {', '.join(_FLOATS)} with FSDP"
+        yield not_yet(f"{field}.storage", q.storage, choices)
+    if q.format == "int8" and q.block_size != Quantization().block_size:
+        yield refused(f"{field}.block_size", "int8 has no blocks; nf4 and fp4 have")
+
+
+def _precision(p: Precision, quantization: Quantization | None) -> Iterator[SpecError]:
+    if p.compute in ("fp8", "float8"):
+        yield not_yet("precision.compute", p.compute, "bf16, fp16, fp32")
+    elif p.autocast and p.compute == "fp32":
+        yield refused("precision.compute", "autocast computes in bf16 or fp16, not fp32")
+    elif not p.autocast and quantization is None and p.compute not in (None, p.weights):
+        yield refused(
+            "precision.compute", f"without autocast layers compute in the weights' dtype, {p.weights}, not {p.compute}"
+        )
+    if p.master is not None and (p.master != "fp32" or p.weights == "fp32"):
+        yield refused(
+            "precision.master", f"master weights are fp32 copies of bf16 or fp16 weights, not {p.master} of {p.weights}"
+        )
+
+
+def _optimizer(o: Optimizer) -> Iterator[SpecError]:
+    row = OPTIMIZERS.get(str(o.name))
+    if row is None:
+        return  # the catalogue refuses unknown names and suggests the nearest
+    states = [rule for rule in (*row.states, *row.projector) if o.momentum or not rule.momentum]
+    if o.momentum and not any(rule.momentum for rule in states):
+        names = ", ".join(name for name, other in OPTIMIZERS.items() if any(rule.momentum for rule in other.states))
+        yield refused("optimizer.momentum", f"{o.name} has no momentum; use {names}")
+    if o.state_dtype is not None and not any(rule.dtype == "moment" for rule in states):
+        yield refused("optimizer.state_dtype", f"{o.name} has no states whose dtype can be set")
+
+
+def optimizer_offload(optimizer: str) -> Iterator[SpecError]:
+    """Yield an error for an optimizer that cannot step on the host."""
+    if optimizer in OPTIMIZERS and optimizer not in ON_HOST:
+        yield refused(
+            "parallelism.offload", f"{optimizer} (optimizer.name) cannot step on the host; use {' or '.join(ON_HOST)}"
+        )

@@ -1,0 +1,121 @@
+"""The compiled allocator equals the one in Python."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memplan import RunSpec, estimate
+from memplan.engine import native
+from memplan.engine.allocator import (
+    FREED,
+    RELEASED,
+    Allocator,
+    Event,
+    LiveBlocks,
+    OutOfMemoryError,
+    PythonAllocator,
+)
+from memplan.engine.native import NativeAllocator
+from memplan.estimate.training import reserved
+from tests.estimate.test_laws import laws, runs
+from tests.sampling import examples
+
+MIB = 2**20
+STREAMS = 4
+
+pytestmark = pytest.mark.skipif(native.library() is None, reason="memplan was installed without a C compiler")
+
+SIZES = st.lists(
+    st.integers(0, 1024) | st.integers(0, 2 * MIB) | st.integers(0, 12 * MIB) | st.integers(0, 64 * MIB),
+    min_size=1,
+    max_size=12,
+)
+
+
+@st.composite
+def programs(draw: st.DrawFn) -> tuple[list[Event], list[int], list[int]]:
+    """Draw events, and the sizes and streams that they index."""
+    sizes = draw(SIZES)
+    streams = draw(st.lists(st.integers(0, STREAMS - 1), min_size=len(sizes), max_size=len(sizes)))
+    events: list[Event] = []
+    alive: list[int] = []
+    for number, (key, choice) in enumerate(draw(st.lists(st.tuples(st.integers(0, 25), st.integers(0)), max_size=150))):
+        if key == 25:
+            events.append((0, RELEASED))
+        elif key > 12 and alive:
+            events.append((alive.pop(choice % len(alive)), FREED))
+        else:
+            alive.append(number)
+            events.append((number, key % len(sizes)))
+    return events, sizes, streams
+
+
+def counters(allocator: Allocator, live: LiveBlocks) -> tuple[int, ...]:
+    peaks = allocator.peak_allocated, allocator.peak_reserved
+    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, len([*live.values()])
+
+
+@settings(laws, max_examples=examples(300))
+@given(programs(), st.booleans(), st.none() | st.integers(20, 400).map(MIB.__mul__), st.integers(0, 2**40))
+def test_every_event_has_the_same_result(
+    program: tuple[list[Event], list[int], list[int]], expandable: bool, capacity: int | None, shift: int
+) -> None:
+    events, sizes, streams = program
+    both = PythonAllocator(expandable, capacity, STREAMS), NativeAllocator(expandable, capacity, STREAMS)
+    live = [allocator.live_blocks() for allocator in both]
+    for event in events:
+        messages = ["", ""]
+        for i, allocator in enumerate(both):
+            try:
+                allocator.replay((event,), sizes, streams, live[i], shift)
+            except OutOfMemoryError as error:
+                messages[i] = str(error)
+        assert messages[0] == messages[1]
+        assert counters(both[0], live[0]) == counters(both[1], live[1])
+        if messages[0]:
+            return
+
+
+@pytest.mark.parametrize("kind", [PythonAllocator, NativeAllocator])
+def test_unknown_storages_are_refused_and_known_ones_handed_over(kind: Callable[[], Allocator]) -> None:
+    allocator = kind()
+    live = allocator.live_blocks()
+    allocator.replay(((7, 0), (8, 0)), [MIB], [0], live, 10)
+    allocator.free(live.pop(18))
+    assert allocator.allocated == MIB
+    with pytest.raises(KeyError, match="18"):
+        live.pop(18)
+    with pytest.raises(KeyError, match="18"):
+        allocator.replay(((8, FREED),), [], [], live, 10)
+    live[3] = allocator.alloc(2 * MIB)
+    assert len([*live.values()]) == 2
+
+
+def test_beyond_64_bits_a_replay_runs_in_python() -> None:
+    @native.exact
+    def reserved_by(*sizes: int) -> tuple[int, type]:
+        allocator = native.new_allocator()
+        for size in sizes:
+            allocator.alloc(size)
+        allocator.replay(((0, 0),), [sizes[0]], [0], allocator.live_blocks())
+        return allocator.reserved, type(allocator)
+
+    assert reserved_by(2 * MIB) == (20 * MIB, NativeAllocator)
+    assert reserved_by(2**70) == (2**71, PythonAllocator)
+    assert reserved_by(*[2**60] * 3) == (2**62, PythonAllocator)  # each fits, but not their sum
+    assert reserved_by(2 * MIB) == (20 * MIB, NativeAllocator)
+
+
+@settings(laws, max_examples=examples(10))
+@given(runs())
+def test_runs_reserve_the_same_without_the_compiled_library(run: dict[str, Any]) -> None:
+    replay, replay_again = estimate(RunSpec(**run)).walk.replay, reserved.__wrapped__
+    compiled = replay_again(replay)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "library", lambda: None)
+        assert replay_again(replay) == compiled
