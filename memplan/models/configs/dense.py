@@ -128,7 +128,6 @@ _GLM = _DENSE._replace(
         "attention_bias": True,
         "partial_rotary_factor": 0.5,
     },
-    stack="dense",
     checkpoint=CheckpointFacts(gguf_fuses=True),
     parallel=ParallelFacts(plans.GLM, megatron=plans.GLM_MEGATRON),
 )
@@ -167,7 +166,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "cohere": _DENSE._replace(
         defaults={"tie_word_embeddings": True, "intermediate_size": 22528},
-        stack="dense",
         checkpoint=CheckpointFacts(gguf="command-r", gguf_keys={}, gguf_switches={"use_qk_norm": "attn_q_norm.weight"}),
         serving=ServingFacts(adapts_tables=True),
         objectives=("causal_lm",),
@@ -175,7 +173,6 @@ FAMILIES: dict[str, Family] = {
     "cohere2": _DENSE._replace(
         defaults={"tie_word_embeddings": True, "intermediate_size": 22528, "sliding_window": 4096},
         layers=all_but_every(4, unrotated="always"),
-        stack="dense",
         generation=GenerationFacts(ignores_early_exit=True),
         checkpoint=CheckpointFacts(gguf="cohere2", gguf_keys={}),
         parallel=ParallelFacts(plans.LLAMA),
@@ -184,7 +181,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "ernie4_5": _DENSE._replace(
         defaults={"tie_word_embeddings": True, "head_dim": 128, "num_key_value_heads": 2, "intermediate_size": 3072},
-        stack="dense",
         checkpoint=CheckpointFacts(gguf="ernie4_5", gguf_keys={}),
         objectives=("causal_lm",),
     ),
@@ -292,7 +288,6 @@ FAMILIES: dict[str, Family] = {
         parallel=ParallelFacts(TensorParallelPlan((*plans.QKV, "fc_in"), ("out_proj", "fc_out"))),
     ),
     "granite": _DENSE._replace(
-        stack="dense",
         checkpoint=CheckpointFacts(gguf="granite", gguf_keys={}, gguf_switches=_BIASES),
         serving=ServingFacts(adapts_tables=True),
         objectives=("causal_lm",),
@@ -406,7 +401,6 @@ FAMILIES: dict[str, Family] = {
     ),
     "phi3": _DENSE._replace(
         defaults={"partial_rotary_factor": 1.0, "intermediate_size": 8192, "sliding_window": None},
-        stack="dense",
         attention=AttentionFacts(single_sequence="views"),
         checkpoint=CheckpointFacts(gguf="phi3", gguf_keys={"attention.sliding_window": None}, gguf_fuses=True),
         parallel=ParallelFacts(
@@ -456,7 +450,6 @@ FAMILIES: dict[str, Family] = {
             "attention_dropout": 0.1,
             "residual_dropout": 0.1,
         },
-        stack="dense",
         checkpoint=CheckpointFacts(
             gguf="seed_oss",
             gguf_keys={},
