@@ -117,7 +117,7 @@ def test_a_family_is_named_in_its_row_its_stack_and_the_index() -> None:
 def test_every_row_names_a_stack_that_exists(model_type: str) -> None:
     row = family(model_type)
     assert isinstance(row, Family)
-    assert find_spec(f"memplan.catalogue.families.{row.stack}") is not None
+    assert find_spec(f"memplan.catalogue.families.{row.stack}") is not None, f"stack={row.stack!r}: no such module"
     if row.built_as:
         other = family(row.built_as)
         assert row._replace(defaults={}, keys=other.keys, built_as="", objectives=()) == other._replace(

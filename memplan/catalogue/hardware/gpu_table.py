@@ -99,7 +99,6 @@ _FACTS: dict[str, _Kind] = {
     "tdp_watts": _count,
 }
 _FACTS_ON_PAGES = {**_FACTS, "page": _text}
-_READ: tuple[Grade, ...] = ("datasheet", "repo")  # grades of figures that were read somewhere
 _REQUIRED = ("title", "vendor", "architecture", "market", "native_dtypes")
 _REQUIRED_FACTS = ("memory_gb", "driver_total_mib")
 _PRICE_LIST: dict[str, _Kind] = dict.fromkeys(("source", "date"), _text)
@@ -189,7 +188,7 @@ class GPUTable:
             if not facts.keys().isdisjoint(fields):
                 _refuse(name, f"{min(facts.keys() & fields)} has two sources")
             if "driver_total_mib" in facts:
-                fields["driver_basis"] = "driver" if grade in _READ else "rule"
+                fields["driver_basis"] = "driver" if grade == "repo" else "rule"  # only such sources quote a driver
             fields |= facts
             sources.append(Source(tuple(map(_field, facts)), _filled(f"{name}, {key}", text, entries), grade))
         _require(name, fields, _REQUIRED_FACTS)
