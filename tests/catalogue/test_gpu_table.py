@@ -15,6 +15,9 @@ TEXT = """# A table of one card.
 [sources.datasheet]
 vendor = "the vendor's page {page} of 2026-09-01"
 
+[sources.repo]
+smi = "nvidia-smi output"
+
 [sources.recalled]
 recalled = "recalled ({tdp_watts} W)"
 
@@ -40,7 +43,7 @@ native_dtypes = "plain"
 # Read on 2026-09-02.
 vendor.page = "x1"
 vendor.memory_gb = 8
-vendor.driver_total_mib = 8188
+smi.driver_total_mib = 8188
 vendor.compute_capability = "12.0"
 vendor.bandwidth_gbps = 448.5
 recalled.tdp_watts = 150
@@ -68,10 +71,9 @@ def test_a_card_as_the_table_states_it() -> None:
         tdp_watts=150,
         sources=(
             Source(
-                ("memory_gb", "driver_total", "compute_capability", "bandwidth_gbps"),
-                "the vendor's page x1 of 2026-09-01",
-                "datasheet",
+                ("memory_gb", "compute_capability", "bandwidth_gbps"), "the vendor's page x1 of 2026-09-01", "datasheet"
             ),
+            Source(("driver_total",), "nvidia-smi output", "repo"),
             Source(("tdp_watts",), "recalled (150 W)", "recalled"),
         ),
         prices=(Price("Shop", 0.25, "2026-09-20", "on-demand, 1x", "shop.example"),),
@@ -85,8 +87,9 @@ def test_a_card_is_read_once() -> None:
     assert gpu_table() is gpu_table()
 
 
-def test_a_total_that_nobody_read_follows_the_rule() -> None:
-    text = TEXT.replace("vendor.driver_total_mib", "recalled.driver_total_mib")
+@pytest.mark.parametrize("source", ["recalled", "vendor"])
+def test_a_total_that_no_driver_showed_follows_the_rule(source: str) -> None:
+    text = TEXT.replace("smi.driver_total_mib", f"{source}.driver_total_mib")
     assert GPUTable(text).gpu("x1").driver_basis == "rule"
 
 
@@ -120,11 +123,11 @@ def test_a_total_that_nobody_read_follows_the_rule() -> None:
         ("vendor.memory_gb = 8", "", "x1: memory_gb is missing"),
         ("vendor.memory_gb = 8", "vendr.memory_gb = 8", "x1: unknown source 'vendr'; did you mean vendor?"),
         ("vendor.memory_gb = 8", "memory_gb = 8", "x1: unknown key 'memory_gb'"),
-        ("vendor.driver_total_mib = 8188", "", "x1: driver_total_mib is missing"),
+        ("smi.driver_total_mib = 8188", "", "x1: driver_total_mib is missing"),
         (
-            "vendor.driver_total_mib = 8188",
-            "vendor.driver_total_mib = 8188.5",
-            "x1, vendor: driver_total_mib must be an i",
+            "smi.driver_total_mib = 8188",
+            "smi.driver_total_mib = 8188.5",
+            "x1, smi: driver_total_mib must be an i",
         ),
         (
             'vendor.compute_capability = "12.0"',
