@@ -31,7 +31,7 @@ STREAMS = 4
 pytestmark = pytest.mark.skipif(native.library() is None, reason="memplan was installed without a C compiler")
 
 SIZES = st.lists(
-    st.integers(0, 1024) | st.integers(0, 2 * MIB) | st.integers(0, 12 * MIB) | st.integers(0, 64 * MIB),
+    st.integers(0, 2 * MIB) | st.integers(0, 64 * MIB) | st.integers(0, 48).map((MIB // 2).__mul__),
     min_size=1,
     max_size=12,
 )
@@ -60,7 +60,7 @@ def counters(allocator: Allocator, live: LiveBlocks) -> tuple[int, ...]:
     return allocator.allocated, allocator.reserved, *peaks, allocator.requests, len([*live.values()])
 
 
-@settings(laws, max_examples=examples(300))
+@settings(laws, max_examples=examples(1500))
 @given(programs(), st.booleans(), st.none() | st.integers(20, 400).map(MIB.__mul__), st.integers(0, 2**40))
 def test_every_event_has_the_same_result(
     program: tuple[list[Event], list[int], list[int]], expandable: bool, capacity: int | None, shift: int
