@@ -408,7 +408,7 @@ class Estimate:
 
     @property
     def beside(self) -> tuple[Overhead, ...]:
-        """What the process holds outside torch's segments: the CUDA context and NCCL's communicators."""
+        """Memory of the process outside torch's segments: the CUDA context and NCCL's communicators."""
         return self._usage.overheads
 
     @cached_property

@@ -246,7 +246,7 @@ class ServingUsage(Usage):
 
     @property
     def overheads(self) -> tuple[Overhead, ...]:
-        """What the process holds outside torch's tensors and the CUDA graphs."""
+        """Memory of the process outside torch's tensors and the CUDA graphs."""
         b = self._budget
         return (b.context, *b.nccl, b.driver_kernels)
 

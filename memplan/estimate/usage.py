@@ -166,7 +166,7 @@ class Usage:
 
     @property
     def overheads(self) -> tuple[Overhead, ...]:
-        """What the process holds outside torch's segments."""
+        """Memory of the process outside torch's segments."""
         return self._overhead.rows
 
     @property

@@ -37,7 +37,7 @@ Attention = Callable[[ModelSpec, Wiring, Layer], Ops]
 
 
 class Decoder(NamedTuple):
-    """What one family's decoder does otherwise. Shapes are `b s h`, of heads `b s a d` and `b s k d`.
+    """A family's decoder, by what differs from the plainest one. Shapes are `b s h`, of heads `b s a d` and `b s k d`.
 
     Attention, from `n1` to `ao`
 

@@ -1,4 +1,4 @@
-"""What a framework's version does, as typed records: defaults of a run, and details of the library's code.
+"""Typed records of a framework's version: defaults of a run, and details of the library's code.
 
 A row of a profile (`memplan.catalogue.profiles.setting`) sets one field of one of these records. Field names are unique
 across them.

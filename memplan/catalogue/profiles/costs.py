@@ -1,4 +1,4 @@
-"""What memory-saving changes cost: in quality, and in time if counting operations does not tell.
+"""Costs of memory-saving changes: in quality, and in time if counting operations does not tell.
 
 A row compares a run with the change to the same run without it. A combined change has several rows: going from full
 training to QLoRA is `method_lora` and `method_qlora`.

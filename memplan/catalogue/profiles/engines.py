@@ -39,7 +39,7 @@ class EngineDefaults(NamedTuple):
 
 
 class EngineBehaviour(NamedTuple):
-    """What an engine's code does. A default means that the engine has nothing of the kind.
+    """Details of an engine's code. A default means that the engine has nothing of the kind.
 
     counts_graphs           memory of CUDA graphs is measured and subtracted before the pool is allocated
     mixes_pages             layers whose pages differ in size are brought to one size, instead of refused

@@ -223,7 +223,7 @@ def block(
 
 
 class TowerAttention(NamedTuple):
-    """What one attention call, or each of several equal calls, processes.
+    """The work of one attention call, or of each of several equal calls.
 
     calls  axis that counts the calls in a sequence; empty for one call
     q      axes of the queries
