@@ -1,27 +1,35 @@
-"""Time a cold start of the command against a minimal one: wall time as a ratio, and peak memory.
+"""Time cold commands against a minimal one: CPU time as a ratio, and peak memory.
 
     python benchmarks/command.py [rounds]
 
 `benchmarks/floor.py` takes the same options with the same libraries and prints one table. If FITCHECK names the
-executable of fitcheck-llm, that answers the same question too, offline, from a config in its own cache.
+executable of fitcheck-llm, that answers the same question too, offline, from a config in its own cache. CPU time,
+because other work on the machine changes it less than wall time.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from memplan.models.cards import load_card
 
 HERE = Path(__file__).resolve().parent
 QUESTION = ["qwen2-7b", "--method", "qlora", "--gpu", "3090"]
+PLANS = (
+    "plan llama-3.1-8b --gpu 4090",
+    "plan qwen2-7b --method qlora --gpu 3090 --max sequence",
+    "plan qwen2-7b --method qlora --gpu 3090 --max batch",
+    "plan qwen2-7b --method lora --buy",
+    "plan qwen2.5-32b --method generate --gpu h100",
+)
 IMPORT_FLOOR = "import pydantic\nclass Model(pydantic.BaseModel, frozen=True):\n    name: str = ''\n    size: int = 1\n"
 
 
@@ -45,12 +53,13 @@ def fitcheck(folder: Path) -> tuple[list[str], dict[str, str]] | None:
 
 
 def run(command: list[str], env: dict[str, str]) -> float:
-    start = time.perf_counter()
+    """Return the seconds of CPU time that a command takes, in user and system mode."""
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = subprocess.run(command, check=False, env=env, capture_output=True, text=True)
-    taken = time.perf_counter() - start
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{' '.join(command)}: {done.stderr}")
-    return taken
+    return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def peak_mib(command: list[str], env: dict[str, str]) -> int:
@@ -77,6 +86,7 @@ def main() -> None:
             "memplan --json": ([*memplan, *QUESTION, "--json"], env, "floor"),
             "memplan, does not fit": ([*memplan, "qwen2-7b", "--gpu", "3090"], env, "floor"),
             "memplan, no card": ([*memplan, *QUESTION[:3]], env, "floor"),
+            **{f"memplan {line}": ([*memplan, *line.split()], env, "floor") for line in PLANS},
             "import pydantic, one model": ([*python, "-c", IMPORT_FLOOR], env, ""),
             "import memplan": ([*python, "-c", "import memplan"], env, "import pydantic, one model"),
             "import memplan's RunSpec and estimate": (
