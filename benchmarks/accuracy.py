@@ -20,14 +20,16 @@ from benchmarks.golden import (
     VERDICTS,
     Measured,
     Refused,
+    TraceFigures,
     not_expressed,
     other_tools,
     phase_peak,
     replayed,
     rows,
+    trace_figures,
     verdicts,
 )
-from memplan import Estimate, RunSpec, estimate, find_gpu
+from memplan import Estimate, find_gpu
 from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.models.cards import load_card
 
@@ -46,9 +48,9 @@ class Compared(NamedTuple):
     cause: str
 
 
-def without_workspaces(answer: Estimate) -> dict[tuple[int, str], int]:
-    """Return peaks by step and phase without cuBLAS's workspaces, which a trace does not see."""
-    workspace = cublas_workspace(find_gpu(answer.gpu.name).compute_capability if answer.gpu else None).usual
+def without_workspaces(answer: Estimate | TraceFigures) -> dict[tuple[int, str], int]:
+    """Return peaks of training by step and phase without cuBLAS's workspaces, which a trace does not see."""
+    workspace = _workspace(answer)
     found: dict[tuple[int, str], int] = {}
     for phase in answer.phases:
         if phase.phase in TRACED:
@@ -59,8 +61,22 @@ def without_workspaces(answer: Estimate) -> dict[tuple[int, str], int]:
     return found
 
 
+def _workspace(answer: Estimate | TraceFigures) -> int:
+    """Return the bytes of one of cuBLAS's workspaces."""
+    return cublas_workspace(find_gpu(answer.gpu.name).compute_capability if answer.gpu else None).usual
+
+
+def passes_without_workspace(figures: TraceFigures) -> dict[str, int]:
+    """Return the peak of every phase of running a model without what a trace does not see."""
+    found: dict[str, int] = {}
+    for phase in figures.phases:
+        workspace = 0 if phase.phase == "load" else _workspace(figures)
+        found[phase.phase] = max(found.get(phase.phase, 0), phase.peak - figures.unsplit - workspace)
+    return found
+
+
 def compared_with_trace(row: dict[str, Any], group: str = "") -> Compared:
-    mine = without_workspaces(estimate(RunSpec(**row["run"])))
+    mine = without_workspaces(trace_figures(row["run"]))
     errors: list[float] = []
     for step, peaks in row["steps"].items():
         expected = {"fwd": peaks["fwd"], "bwd": peaks["bwd"], "opt": max(peaks["opt"], peaks["clip"])}
@@ -103,15 +119,17 @@ def traced_losses() -> list[Compared]:
 
 
 @cache
+def traced_trainers() -> list[Compared]:
+    """Yield steps of trainers themselves, by profile."""
+    return [compared_with_trace(row, row["run"]["profile"]) for row in rows("traced_trainers.jsonl")]
+
+
+@cache
 def traced_passes() -> dict[str, list[float]]:
     """Return the errors of forward passes and generation, by phase of each run."""
     found: dict[str, list[float]] = {}
     for row in rows("traced_inference.jsonl"):
-        answer = estimate(RunSpec(**row["run"]))
-        gpu = answer.gpu
-        workspace = cublas_workspace(find_gpu(gpu.name).compute_capability if gpu else None).usual
-        ends = sum(line.bytes for line in answer.ledger if line.what == "left unsplit")  # invisible to a trace
-        mine = {phase.phase: phase.peak - workspace - ends for phase in answer.phases}
+        mine = passes_without_workspace(trace_figures(row["run"]))
         for phase, bytes_ in row["phases"].items():
             if phase != "load":
                 found.setdefault(phase, []).append(abs(mine[phase] / bytes_ - 1))
@@ -357,6 +375,8 @@ def page() -> Iterable[str]:
     yield from table("family", families)
     yield TRACED_LOSSES
     yield from table("loss", traced_losses())
+    yield TRACED_TRAINERS
+    yield from table("profile", traced_trainers())
     yield TRACED_PASSES
     yield from passes()
     yield ""
@@ -482,6 +502,10 @@ Other losses than transformers' on a small Qwen2, by every method and precision:
 kernels that compute nothing, torchtune's and LitGPT's written out.
 """
 
+TRACED_TRAINERS = """
+Steps of a trainer itself, as its release constructs it around a model and adapters: its preparation, casts, loss,
+metrics, clipping and optimizer (`tests/golden/trace_trainers.py`):
+"""
 TRACED_PASSES = """
 Passes in which nothing trains, of every family that generates, small, and of some cards at their own sizes
 (`tests/golden/trace_inference.py`): forward passes, prompts, and the tokens after them, with caches that grow, that

@@ -39,7 +39,7 @@ from typer.testing import CliRunner
 
 import memplan
 from benchmarks.sweep import FAMILIES, run_of
-from memplan.cli import app
+from memplan.cli.app import app
 from tests.checkpoints import TINY, folder_of, gguf_tensors, of_model, write_gguf
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -744,6 +744,7 @@ def _command(line: str) -> str:
         parts.append(f"crash: {result.exception!r}")
     model, _, options = words.partition(" ")
     is_estimate = model not in COMMANDS and not model.startswith("-") and "--deepspeed" not in options
+    is_estimate = is_estimate and not model.endswith(".yaml")  # a run's file
     if is_estimate and result.exit_code in (0, 1) and "--via" not in options:
         parts.append(_answer(model, options))
     return "\n".join(parts)

@@ -16,14 +16,17 @@ inference.jsonl         forward passes and generation; a figure may be of one `p
 from __future__ import annotations
 
 import json
+import os
+import pickle
 from collections.abc import Callable
 from functools import cache
+from hashlib import sha256
 from pathlib import Path
 from statistics import mean
 from typing import Any, NamedTuple
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
-from memplan.estimate.answer import phase_peaks
+from memplan.estimate.answer import Card, Parameters, Peak, Phase, phase_peaks
 
 GOLDEN = Path(__file__).resolve().parents[1] / "tests" / "golden"
 OTHER_TOOLS = Path(__file__).resolve().parent / "other_tools.jsonl"
@@ -31,6 +34,7 @@ MIB = 2**20
 LARGE = 4 * 2**30  # smaller errors are counted in bytes: workspaces and unsplit remainders of blocks dominate
 NEAR = 60 * MIB  # the largest error allowed for a peak below LARGE
 SLACK = 32 * MIB  # on a card the unsplit remainder of a block counts as allocated
+SHARED = "MEMPLAN_GOLDEN_FIGURES"  # environment variable: a folder of figures that processes of one session share
 
 
 def rows(name: str) -> list[dict[str, Any]]:
@@ -43,6 +47,44 @@ def phase_peak(answer: Estimate, phase: str) -> int:
     """Return the peak of forward (including the loss), backward or step in a later step."""
     those = ("forward", "loss") if phase == "forward" else (phase,)
     return max(p.peak for p in answer.phases if p.phase in those and p.step in (2, None))
+
+
+class TraceFigures(NamedTuple):
+    """The parts of an answer that a trace of the run shows, and the bytes left unsplit, which it does not show.
+
+    The attributes are as in `Estimate`; `unsplit` is 0 for training.
+    """
+
+    parameters: Parameters
+    phases: tuple[Phase, ...]
+    peak: Peak
+    gpu: Card | None
+    unsplit: int
+
+
+def trace_figures(run: dict[str, Any]) -> TraceFigures:
+    """Return the figures of a traced run, given as a row has it.
+
+    If there is a folder of shared figures, each run is estimated once among all processes, and read by the others.
+    """
+    folder = os.environ.get(SHARED)
+    if folder is None:
+        return _figures(run)
+    path = Path(folder) / sha256(json.dumps(run, sort_keys=True).encode()).hexdigest()
+    try:
+        return pickle.loads(path.read_bytes())
+    except FileNotFoundError:
+        found, part = _figures(run), path.with_suffix(f".{os.getpid()}")
+        part.write_bytes(pickle.dumps(found))
+        part.replace(path)  # so that no process reads a part of it
+        return found
+
+
+def _figures(run: dict[str, Any]) -> TraceFigures:
+    answer = estimate(RunSpec(**run))
+    lines = () if answer.run.task == "train" else answer.ledger
+    unsplit = sum(line.bytes for line in lines if line.what == "left unsplit")
+    return TraceFigures(answer.parameters, answer.phases, answer.peak, answer.gpu, unsplit)
 
 
 class Refused(NamedTuple):

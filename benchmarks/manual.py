@@ -11,7 +11,8 @@ from pathlib import Path
 
 from typer.main import get_command
 
-from memplan.cli import COMMANDS, app
+from memplan.cli.app import app
+from memplan.cli.plain import COMMANDS
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 _BLOCK = re.compile(r"(?<=^```text\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)

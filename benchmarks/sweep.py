@@ -36,7 +36,6 @@ from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.cli.compare import command_of_run
-from memplan.cli.options import given_options
 from memplan.cli.runs import runs_of
 from memplan.models.cards import card_names, find_model, load_card
 from memplan.resolve.defaults import NEW_TOKENS
@@ -194,7 +193,7 @@ def run_of(model: str, options: str) -> RunSpec:
     small, _, is_small = model.partition(" ")
     named: Any = {"config": {"model_type": small, **FAMILIES[small]}} if is_small else model
     found = RunSpec.model_validate({"model": named}).model
-    given = given_options(command_of_run().make_context("run", ["x", *options.split()]))
+    given = command_of_run().given(["x", *options.split()]) or {}
     spec = find_model(found)
     if spec.learned_positions and spec.only_sequence is None:
         new = given.get("new_tokens", NEW_TOKENS) if "generate" in options else 0

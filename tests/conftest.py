@@ -1,17 +1,20 @@
 """Settings for every test.
 
 No machine profile or terminal width changes an answer, garbage is rarely collected, only the first of the processes
-that tests start compiles its imports, and hypothesis draws `tests.sampling`'s number of examples without a deadline.
+that tests start compiles its imports, a traced run is estimated once for all tests of it, and hypothesis draws
+`tests.sampling`'s number of examples without a deadline.
 """
 
 from __future__ import annotations
 
 import gc
+import os
 import sys
 
 import pytest
 from hypothesis import settings
 
+from benchmarks.golden import SHARED
 from tests.sampling import examples
 
 gc.set_threshold(2_000_000, 10, 10)  # lowering creates many acyclic tuples: saves a fifth of the time
@@ -25,6 +28,14 @@ def _no_profile_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Non
     patch = pytest.MonkeyPatch()
     patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
     patch.delenv("COLUMNS", raising=False)  # pytest-xdist sets the terminal's width in its processes
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base  # by the processes of one session
+    (shared / "figures").mkdir(exist_ok=True)
+    patch.setenv(SHARED, str(shared / "figures"))
     if sys.dont_write_bytecode:
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
-        patch.setenv("PYTHONPYCACHEPREFIX", str(tmp_path_factory.mktemp("compiled")))
+        patch.setenv("PYTHONPYCACHEPREFIX", str(shared / "compiled"))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # modules and collected tests stay: the collections that pytest ends with need not visit them

@@ -1,117 +1,22 @@
 """The command `memplan`. Heavy modules are imported where they are used, as imports dominate a short command."""
 
 import gc
+import os
 import sys
-from collections.abc import Sequence
-from importlib import import_module
-from typing import Annotated, Any, NoReturn
 
-import typer
-from typer.core import TyperGroup
-
-from memplan.cli.answering import UsageError, fail, run_and_report, show, unwritten, usage
-
-# Command -> module whose function `command` makes it.
-COMMANDS = {
-    "estimate": "estimate",
-    "models": "lists",
-    "gpus": "lists",
-    "profiles": "lists",
-    "schema": "lists",
-    "compare": "compare",
-    "plan": "plan",
-    "probe": "probe",
-    "calibrate": "calibrate",
-    "card": "card",
-}
-RESERVED_COMMANDS = ("check", "diff", "emit", "serve")  # names reserved for future commands, so not taken as models
-
-
-class Memplan(TyperGroup):
-    """A first argument that is not a command is a model: `memplan MODEL` is `memplan estimate MODEL`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        group_options = {option for param in self.get_params(ctx) for option in param.opts}
-        first = args[0].partition("=")[0] if args else ""
-        if first in group_options:
-            return super().parse_args(ctx, args)
-        if first in RESERVED_COMMANDS:
-            ctx.fail(f"{first} is not supported yet; commands are {', '.join(COMMANDS)}")
-        if first not in COMMANDS and (args or not ctx.resilient_parsing):
-            args = ["estimate", *args]
-        params, self.params, self.add_help_option = self.params, [], False  # typer is slow at options, given or not
-        try:
-            return super().parse_args(ctx, args)
-        finally:
-            self.params, self.add_help_option = params, True
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        return list(COMMANDS)
-
-    def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        module = COMMANDS.get(cmd_name)
-        return module and import_module(f"memplan.cli.{module}").command(cmd_name)
-
-    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        """Complete commands, and the models and options of `estimate`."""
-        estimate = self.get_command(ctx, "estimate")
-        with estimate.make_context("estimate", [], parent=ctx, resilient_parsing=True) as inner:
-            complete = estimate if incomplete.startswith("-") else estimate.params[0]
-            more = complete.shell_complete(inner, incomplete)
-        return [*super().shell_complete(ctx, incomplete), *more]
-
-    def main(
-        self,
-        args: Sequence[str] | None = None,
-        prog_name: str | None = None,
-        complete_var: str | None = None,
-        standalone_mode: bool = True,
-        windows_expand_args: bool = True,
-        **extra: Any,
-    ) -> NoReturn:
-        """Run the command and exit. Every error that the user can fix is one line on standard error."""
-        try:
-            code = super().main(args, prog_name or "memplan", complete_var, False, windows_expand_args, **extra)
-        except UsageError as error:
-            code = fail(usage(error), error.exit_code)
-        except (typer.Abort, KeyboardInterrupt):
-            code = 130
-        except OSError as error:  # writing help or the version failed; other output handles its own errors
-            code = fail(unwritten(error), 2)
-        sys.exit(code or 0)
-
-
-app = typer.Typer(
-    cls=Memplan,
-    name="memplan",
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    help="How much GPU memory a language model takes to train or run, when, and whether it fits.",
-    epilog="memplan MODEL [options] is short for memplan estimate MODEL [options].",
-    context_settings={"help_option_names": ["--help", "-h"]},
-)
+from memplan.cli.plain import run_plain
 
 
 def main() -> None:
     """The entry point."""
     gc.disable()  # a command ends before collecting garbage pays off
+    completes = "_MEMPLAN_COMPLETE" in os.environ
+    try:
+        code = None if completes else run_plain(sys.argv[1:])
+    except KeyboardInterrupt:
+        code = 130
+    if code is not None:
+        sys.exit(code)
+    from memplan.cli.app import app
+
     app()
-
-
-def _version(asked: bool) -> None:
-    if asked:
-        from memplan.core.version import __version__
-        from memplan.engine.native import library
-
-        replays = "in Python" if library() is None else "compiled"
-        text = f"memplan {__version__}\nreplays of torch's allocator: {replays}\n"
-        raise typer.Exit(run_and_report(lambda: show(text) or 0))
-
-
-@app.callback()
-def _root(  # pyright: ignore[reportUnusedFunction]
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_version, is_eager=True)
-    ] = False,
-) -> None:
-    pass

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from memplan.cli.answering import run_and_report, show
-from memplan.cli.options import typer_command
+from memplan.cli.outcome import run_and_report, show
+from memplan.cli.typer_commands import typer_command
 from memplan.core.errors import MemplanError, SpecError
+from memplan.core.records import NamedTuple
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration, Measurement

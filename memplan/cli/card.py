@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 from typer.main import get_command
 
-from memplan.cli.answering import run_and_report, show
-from memplan.cli.options import complete_model
+from memplan.cli.outcome import run_and_report, show
+from memplan.cli.typer_commands import complete_model
 from memplan.core.errors import SpecError, printable
 
 

@@ -8,11 +8,12 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memplan.cli import COMMANDS, RESERVED_COMMANDS
-from memplan.cli.answering import UsageError, show, usage
+from memplan.cli.commands import Subcommand, own, without
 from memplan.cli.estimate import ESTIMATE_OPTIONS
-from memplan.cli.options import OptionsCommand, given_options, own, without
+from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
+from memplan.cli.plain import COMMANDS, RESERVED_COMMANDS
+from memplan.cli.run_files import run_file
 from memplan.cli.runs import exit_code, format_of, runs_of, screen_of
 from memplan.core.errors import FactsMissingError, MemplanError, SpecError, printable
 
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
     from memplan.spec.run import RunSpec
 
 _OF_COMPARISON = ("format", "json", "output", "strict")  # options of the comparison rather than of one run
-_OF_ESTIMATE = ("explain", "online", "revision", "spec")  # options of `estimate` only
+_OF_ESTIMATE = ("explain", "explain_run", "online", "revision", "spec")  # options of `estimate` only
 _FILES = (".json", ".yaml", ".yml")
 RUNS = own(
     "A model with its own options in quotes, as in 'qwen2-7b --method lora', or a run's file (.json, .yaml). Its "
@@ -30,17 +31,18 @@ RUNS = own(
     list[str],
     metavar="RUN",
     is_argument=True,
+    is_required=True,
 )
 
 
-def command(name: str) -> OptionsCommand:
+def command(name: str) -> Subcommand:
     options = {"Runs": {"runs": RUNS}, **without(ESTIMATE_OPTIONS, "model", *_OF_ESTIMATE)}
-    return OptionsCommand(name, compare, options)
+    return Subcommand(name, compare, options)
 
 
-def command_of_run() -> OptionsCommand:
+def command_of_run() -> Subcommand:
     """Return the command that parses the options of one run."""
-    return OptionsCommand("run", compare, ESTIMATE_OPTIONS, add_help_option=False)
+    return Subcommand("run", compare, ESTIMATE_OPTIONS)
 
 
 def compare(given: Mapping[str, Any]) -> int:
@@ -74,7 +76,7 @@ def _answers(
     which: str,
     text: str,
     shared: Mapping[str, Any],
-    words: OptionsCommand,
+    words: Subcommand,
     profile: Callable[[str | None, bool], Calibration | None],
 ) -> list[Estimate]:
     """Return the answers of one run, one per card. Errors are one line that says which run they are about."""
@@ -88,12 +90,12 @@ def _answers(
     given = dict(shared)
     try:
         given = override(shared, _given(text, words))
-        runs: list[RunSpec] = runs_of(given)
+        file = run_file(given)
+        runs: list[RunSpec] = runs_of(given, file)
         wanted: bool = given.get("calibration", True)
         calibrated = [(run, profile(run.gpu, wanted)) for run in runs]
-        return estimates(calibrated, given.get("via", "auto"), cache=given.get("cache", True), engine=estimate)
-    except UsageError as error:
-        raise SpecError(f"{which}: {usage(error)}") from None
+        answers = estimates(calibrated, given.get("via", "auto"), cache=given.get("cache", True), engine=estimate)
+        return answers if file is None else [answer.read_from((), file.notes) for answer in answers]
     except FactsMissingError as error:
         raise FactsMissingError(f"{which}: {line_of(error, given)}") from None
     except (MemplanError, ValidationError) as error:
@@ -101,14 +103,18 @@ def _answers(
         raise SpecError(f"{which}: {line_of(error, sorted(options))}") from None
 
 
-def _given(text: str, words: OptionsCommand) -> dict[str, Any]:
-    """Parse one run: a model or a file, and its options. Raises SpecError or typer's usage error."""
+def _given(text: str, words: Subcommand) -> dict[str, Any]:
+    """Parse one run: a model or a file, and its options. Raises SpecError."""
     typed = _typed(text)
     if not typed:
         raise SpecError("is empty; write a model and its options, as in 'qwen2-7b --method lora', or a run's file")
     if typed[0] in ("memplan", *COMMANDS, *RESERVED_COMMANDS):
         raise SpecError(f"{typed[0]} is not a model; a run is a model and its options, as in 'qwen2-7b --method lora'")
-    given = given_options(words.make_context("run", typed))
+    given = words.given(typed)
+    if given is None:
+        from memplan.cli.typer_commands import given_by_typer
+
+        given = given_by_typer(words, typed)
     for name, value in given.items():
         if name in _OF_COMPARISON:
             raise SpecError(f"--{name} applies to the whole comparison; put it outside the quotes")

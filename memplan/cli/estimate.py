@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from memplan.cli.answering import show
-from memplan.cli.options import OptionsCommand, Switch, own
+from memplan.cli.commands import Subcommand, Switch, own
+from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
+from memplan.cli.run_files import errors_of, headline, run_file
 from memplan.cli.runs import exit_code, format_of, runs_of
 from memplan.spec.options import OPTIONS
 
 ESTIMATE_OPTIONS = {
     **OPTIONS,
     "Input and output": {
-        "spec": own("A run as JSON or YAML (- is standard input); options override it."),
+        "spec": own("A run's file as JSON or YAML (- is standard input), as in place of MODEL; options override it."),
+        "framework": own(
+            "The framework that a run's file is of, as in axolotl or axolotl-0.12. Default told by its keys."
+        ),
+        "explain_run": own("List each value of a run's file, and where it is from. Default off.", Switch),
         "online": own(
             "Ask the Hugging Face Hub about a model without a card: its config and the headers of its weights. "
             "Default off.",
@@ -43,8 +48,8 @@ ESTIMATE_OPTIONS = {
 }
 
 
-def command(name: str) -> OptionsCommand:
-    return OptionsCommand(name, estimate, ESTIMATE_OPTIONS)
+def command(name: str) -> Subcommand:
+    return Subcommand(name, estimate, ESTIMATE_OPTIONS)
 
 
 def estimate(given: Mapping[str, Any]) -> int:
@@ -58,14 +63,25 @@ def estimate(given: Mapping[str, Any]) -> int:
     from memplan.report import render
 
     format = format_of(given)
-    runs = [(run, own_profile(run.gpu, given)) for run in runs_of(given)]
-    answers = estimates(
-        runs, given.get("via", "auto"), cache=given.get("cache", True), online="online" in given, engine=estimate
-    )
+    file = run_file(given)
+    with errors_of(file):
+        runs = [(run, own_profile(run.gpu, given)) for run in runs_of(given, file)]
+        answers = estimates(
+            runs, given.get("via", "auto"), cache=given.get("cache", True), online="online" in given, engine=estimate
+        )
+    if file is not None and not file.is_own:
+        answers = [answer.read_from(file.origins_of(answer.asked), file.notes) for answer in answers]
     to = None
     if "output" in given and format == "table":
         from memplan.report.text import Screen
 
         to = Screen()
-    show(render(format, answers, "explain" in given, to, "ranks" in given), format, given.get("output"))
+    text = headline(file, format) + render(format, answers, "explain" in given, to, "ranks" in given)
+    if "explain_run" in given and format == "table":
+        from memplan.estimate.effects import effects
+        from memplan.report.listing import wide_screen
+        from memplan.report.origins import render as render_origins
+
+        text += "\n" + render_origins(effects(answers[0], estimate), wide_screen() if to is None else to)
+    show(text, format, given.get("output"))
     return exit_code(answers, "strict" in given)

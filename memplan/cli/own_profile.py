@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from memplan.cli.answering import warn
+from memplan.cli.outcome import warn
 from memplan.core.errors import printable
 
 if TYPE_CHECKING:

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from memplan.cli.answering import show
+from memplan.cli.commands import Subcommand, Switch, own, without
 from memplan.cli.estimate import ESTIMATE_OPTIONS
-from memplan.cli.options import OptionsCommand, Switch, own, without
+from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
+from memplan.cli.run_files import headline, run_file
 from memplan.cli.runs import check_count, format_of, runs_of, screen_of
 from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError
 from memplan.spec.options import MODEL
@@ -81,9 +82,9 @@ PLAN_OPTIONS = {
 }
 
 
-def command(name: str) -> OptionsCommand:
-    others = without(ESTIMATE_OPTIONS, "model", "explain", "online", "revision", "via", "cache")
-    return OptionsCommand(name, plan, {"Model": {"model": MODEL}, **PLAN_OPTIONS, **others})
+def command(name: str) -> Subcommand:
+    others = without(ESTIMATE_OPTIONS, "model", "explain", "explain_run", "online", "revision", "via", "cache")
+    return Subcommand(name, plan, {"Model": {"model": MODEL}, **PLAN_OPTIONS, **others})
 
 
 def plan(given: Mapping[str, Any]) -> int:
@@ -97,7 +98,8 @@ def plan(given: Mapping[str, Any]) -> int:
 
     mode = _mode(given)
     divides = _DIVIDING if mode == "nodes" else ()
-    runs = runs_of({name: value for name, value in given.items() if name not in divides})
+    file = run_file(given)
+    runs = runs_of({name: value for name, value in given.items() if name not in divides}, file)
     if len(runs) > 1:
         raise SpecError("gpu: a plan is for one card; --buy --have compares several", "gpu")
     run = runs[0]
@@ -115,8 +117,10 @@ def plan(given: Mapping[str, Any]) -> int:
         raise without_a_trace(error, "a plan") from None
     if "emit" in given:
         return _emitted(planned, given)
-    show(render(format, planned, "explain" in given, screen_of(given)), format, given.get("output"))
-    return _exit_code(planned.found, "strict" in given)
+    text = render(format, planned, "explain" in given, screen_of(given))
+    show(headline(file, format, with_notes=True) + text, format, given.get("output"))
+    left_out = 4 if "strict" in given and file is not None and file.unread else 0
+    return left_out or _exit_code(planned.found, "strict" in given)
 
 
 def _check_task(run: RunSpec, mode: str, given: Mapping[str, Any]) -> None:

@@ -6,11 +6,12 @@ import json as json_
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from memplan.cli.answering import show
+from memplan.cli.commands import Subcommand, Switch, own, without
 from memplan.cli.estimate import ESTIMATE_OPTIONS
-from memplan.cli.options import OptionsCommand, Switch, own, without
+from memplan.cli.outcome import show
+from memplan.cli.run_files import run_file
 from memplan.cli.runs import check_count, runs_of, screen_of
 from memplan.core.errors import (
     FactsMissingError,
@@ -20,6 +21,7 @@ from memplan.core.errors import (
     UnsupportedModelError,
     printable,
 )
+from memplan.core.records import NamedTuple
 from memplan.spec.options import flag
 
 if TYPE_CHECKING:
@@ -55,21 +57,19 @@ PROBE_OPTIONS = {
 }
 
 
-class Probe(OptionsCommand):
-    """The command, whose --suite may have no value."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Read --suite without a file as memplan's default suite."""
-        typed = list[str]()
-        for n, word in enumerate(args):
-            typed.append(word)
-            if word == "--suite" and (n + 1 == len(args) or args[n + 1].startswith("-")):
-                typed.append("default")
-        return super().parse_args(ctx, typed)
+def _name_suite(words: list[str]) -> list[str]:
+    """Return the words with memplan's default suite where --suite has no file."""
+    typed: list[str] = []
+    for n, word in enumerate(words):
+        typed.append(word)
+        if word == "--suite" and (n + 1 == len(words) or words[n + 1].startswith("-")):
+            typed.append("default")
+    return typed
 
 
-def command(name: str) -> OptionsCommand:
-    return Probe(name, probe, {**without(ESTIMATE_OPTIONS, *_EXCLUDED), "Probe": PROBE_OPTIONS})
+def command(name: str) -> Subcommand:
+    options = {**without(ESTIMATE_OPTIONS, *_EXCLUDED), "Probe": PROBE_OPTIONS}
+    return Subcommand(name, probe, options, rewrite=_name_suite)
 
 
 def probe(given: Mapping[str, Any]) -> int:
@@ -102,7 +102,10 @@ def probe(given: Mapping[str, Any]) -> int:
 
 
 def _run(given: Mapping[str, Any]) -> RunSpec:
-    runs = runs_of(given)
+    file = run_file(given)
+    if file is not None and not file.is_own:
+        _print_progress(file.headline)
+    runs = runs_of(given, file)
     if len(runs) > 1:
         raise SpecError("gpu: a probe runs on one card; name one", "gpu")
     return runs[0]

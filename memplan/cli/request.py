@@ -12,8 +12,13 @@ if TYPE_CHECKING:
     from memplan.spec.training import Method
 
 
-def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the fields of a run: those of `spec`, overridden by the options `given`."""
+def spec_of(
+    given: Mapping[str, Any], spec: Mapping[str, Any] | None = None, *, keeps_strategy: bool = False
+) -> dict[str, Any]:
+    """Return the fields of a run: those of `spec`, overridden by the options `given`.
+
+    keeps_strategy  whether the strategy of `spec` holds for any number of GPUs, as in a framework's file
+    """
     out: dict[str, Any] = {str(k): v for k, v in (spec or {}).items()}
     if type(out.get("gpu")) is int:  # YAML's `gpu: 3090`
         out["gpu"] = str(out["gpu"])
@@ -29,7 +34,7 @@ def spec_of(given: Mapping[str, Any], spec: Mapping[str, Any] | None = None) -> 
                 _put(out, option.field, option.parse(given[name]) if option.parse else given[name])
     for path, value in _combined(given):
         _put(out, path, value)
-    _spread(out, given)
+    _spread(out, given, keeps_strategy)
     return out
 
 
@@ -155,7 +160,7 @@ def _checkpointing(word: str | None, on: bool | None) -> str:
 
 
 def _precision(word: str, dtype: str | None) -> dict[str, Any]:
-    """Return the fields of `pure` (one dtype), `amp` (autocast of fp32 weights) or `mixed` (fp32 master weights)."""
+    """Return the fields of a word for the precision, or of a dtype, which means `pure`."""
     from memplan.spec.training import precision_of
 
     if word in _DTYPES:
@@ -175,7 +180,7 @@ _DEFAULT_SHARD_GROUP = 8  # GPUs of a node
 _MAX_GPUS = 2**40
 
 
-def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
+def _spread(spec: dict[str, Any], given: Mapping[str, Any], keeps_strategy: bool) -> None:
     """Set how `--gpus` divide the work: by --tp, --pp and --cp, and the rest by ZeRO or FSDP or as plain replicas."""
     if not {"gpus", "tp", "pp", "cp", "zero", "fsdp"} & set(given):
         return
@@ -196,7 +201,8 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any]) -> None:
     replicas = world // model_ranks
     spec["parallelism"] = {**parallelism, "world": world, "dp": replicas}
     strategy = strategy_of(given, replicas)
-    set_by_file = "deepspeed" in given and "strategy" in parallelism and not {"zero", "fsdp"} & set(given)
+    set_by_file = (keeps_strategy or "deepspeed" in given) and "strategy" in parallelism
+    set_by_file = set_by_file and not {"zero", "fsdp"} & set(given)
     if strategy is not None and not set_by_file:
         spec["parallelism"]["strategy"] = strategy
     word = given.get("fsdp")

@@ -5,38 +5,40 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memplan.core.errors import SpecError, UnknownNameError, printable
+from memplan.core.errors import SpecError, UnknownNameError
+from memplan.spec.options import FIELDS
 
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
+    from memplan.frameworks.reading.run_file import RunFile
     from memplan.report.text import Screen
     from memplan.spec.run import RunSpec
 
 
-def runs_of(given: Mapping[str, Any]) -> list[RunSpec]:
-    """Return the run that options and a spec file describe, once per GPU. Raises SpecError naming the wrong field."""
+def runs_of(given: Mapping[str, Any], file: RunFile | None = None) -> list[RunSpec]:
+    """Return the run that options and a run's file describe, once per GPU. A file that is not read yet is read.
+
+    Raises SpecError naming the wrong field.
+    """
     from memplan.cli.request import spec_of, unused_option_error, with_framework_config
+    from memplan.cli.run_files import companions, run_file
     from memplan.spec.run import RunSpec
 
-    spec = None
-    if "spec" in given:
-        from memplan.spec.file import read_spec
-
-        spec = read_spec(given["spec"])
-    if "deepspeed" in given:
-        from memplan.frameworks.deepspeed import read_deepspeed
-
-        spec = with_framework_config(spec or {}, read_deepspeed(given["deepspeed"]))
-    fields = spec_of(given, spec)
+    file = file or run_file(given)
+    if file is not None and "spec" not in given:
+        given = {name: value for name, value in given.items() if name != "model"}
+    if file is not None:
+        given = {name: value for name, value in given.items() if FIELDS.get(name) not in file.typed}
+    spec = with_framework_config(file.fields if file is not None else {}, companions(given, file))
+    fields = spec_of(given, spec, keeps_strategy=file is not None and not file.is_own)
+    if "model" not in fields and file is not None and not file.is_own:
+        raise SpecError(f"model: {file.name} names none; write memplan MODEL --spec FILE", "model")
     if "model" not in fields:
         raise SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
     if "revision" in given:
         fields["model"] = revised(fields["model"], given["revision"])
     gpus = [*given.get("gpu", ())] or [fields.get("gpu")]
     runs = [RunSpec.model_validate({**fields, "gpu": gpu}) for gpu in gpus]
-    if str(runs[0].model).endswith((".yaml", ".yml")):
-        name = printable(str(runs[0].model), 200)
-        raise SpecError(f"model: {name} is not a model; pass a run's file with --spec", "model")
     unused = unused_option_error(given, runs[0].method)
     if unused is not None:
         raise unused

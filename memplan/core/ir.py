@@ -18,7 +18,8 @@ axes (a word such as `rot`), defined in `memplan.models.configs`.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+
+from memplan.core.records import NamedTuple
 
 # Axis -> an axis that it is never smaller than: `s128` is `s` rounded up, and `s` is at least its number of chunks.
 AT_LEAST = {
@@ -34,7 +35,8 @@ class Tensor(NamedTuple):
 
     `dtype` is a literal (`"fp32"`, `"bf16"`, `"fp16"`, `"int64"`, `"int32"`, `"bool"`, `"uint8"`), `""` for torch's
     type promotion of the operation's inputs, or `"=x"` for the dtype of the tensor `x`. With a suffix `/n` there is one
-    element per n elements of the shape, rounded up.
+    element per n elements of the shape, rounded up. A temporary with `!x` after its dtype is a cast of `x`, which does
+    not exist if `x` has that dtype already.
     """
 
     name: str
@@ -307,8 +309,11 @@ def named(op: Op) -> Iterator[str]:
         yield keep.what
         yield keep.of
     for tensor in (*op.past, *op.writes, *op.wraps, *op.scratch, *(s.tensor for s in op.scratch_back)):
-        if tensor.dtype.startswith("="):
-            yield tensor.dtype[1:].partition("/")[0]
+        dtype, _, source = tensor.dtype.partition("!")
+        if dtype.startswith("="):
+            yield dtype[1:].partition("/")[0]
+        if source:
+            yield source
 
 
 class SavedTensors(NamedTuple):
@@ -399,3 +404,30 @@ class Division(NamedTuple):
     returns: bool = False
     offloads_gradients: bool = False
     hooks: bool = False
+
+    def with_axes(self) -> tuple[Division, dict[str, str]]:
+        """Return the division with an axis for every number of elements, and each axis's number.
+
+        Divisions among different numbers of ranks are equal then, unless their tensors differ.
+        """
+        axes: dict[str, str] = {}  # number -> axis
+
+        def named(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+            return tuple(
+                t._replace(shape=axes.setdefault(t.shape, f"sharded{len(axes)}")) if t.shape.isdigit() else t
+                for t in tensors
+            )
+
+        def with_axes(unit: Unit) -> Unit:
+            lists = {field: named(getattr(unit, field)) for field in _TENSORS_OF_UNIT}
+            return unit._replace(
+                **lists,
+                nested=tuple((name, with_axes(inner)) for name, inner in unit.nested),
+                modules=tuple((path, with_axes(inner)) for path, inner in unit.modules),
+            )
+
+        units = tuple((name, with_axes(unit)) for name, unit in self.units)
+        return self._replace(units=units), {axis: number for number, axis in axes.items()}
+
+
+_TENSORS_OF_UNIT = ("whole", "message", "cast", "joined", "padded", "received", "parts", "summed", "divided")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from fractions import Fraction
 
 from memplan.core.errors import SpecError, printable
 
@@ -77,4 +76,6 @@ def _parse(text: str, field: str, units: dict[str, int], problem: str) -> int:
     unit = units.get(match[2].lower()) if match else None
     if match is None or unit is None:
         raise SpecError(f"{field}: {printable(text, 40)!r} is {problem}", field)
+    from fractions import Fraction
+
     return int(Fraction(match[1]) * unit)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from pathlib import Path
 
 from memplan.core.errors import MemplanError
@@ -48,6 +47,8 @@ def caches() -> Path:
             return folder
     except (OSError, RuntimeError):
         pass
+    import tempfile
+
     uid = os.getuid() if hasattr(os, "getuid") else None
     try:
         folder = Path(tempfile.gettempdir()) / f"memplan-{'user' if uid is None else uid}"

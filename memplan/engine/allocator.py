@@ -18,10 +18,11 @@ release_cached_blocks, try_allocate_expandable_block; BlockComparatorSize, by wh
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Sequence
+from collections.abc import MutableSequence, Sequence
 from typing import Any, Protocol
 
 from memplan.core.units import MIB
+from memplan.engine.events import FREED, RELEASED, Events
 
 SMALL_REQUEST = MIB  # kSmallSize: the largest request of the small pool
 SMALL_SEGMENT = 2 * MIB  # kSmallBuffer
@@ -29,26 +30,12 @@ LARGE_SEGMENT = 20 * MIB  # kLargeBuffer
 OWN_SEGMENT = 10 * MIB  # kMinLargeAlloc: the smallest request with a segment of its own
 OWN_SEGMENT_STEP = 2 * MIB  # kRoundLarge
 
-
-FREED, RELEASED = -1, -2  # in place of an event's key: the storage is freed; free segments go back to the driver
-Event = tuple[int, int]  # the number of a storage, and the index of its size, or FREED or RELEASED
 Block = Any  # an allocator's own handle of one of its blocks
+LiveBlocks = MutableSequence[Any]  # the block of each storage by its number, or the allocator's own sign for none
 
 
 class OutOfMemoryError(Exception):
     """A request does not fit the capacity, even after releasing all free segments."""
-
-
-class LiveBlocks(Protocol):
-    """The blocks of live storages, by the storages' numbers."""
-
-    def __setitem__(self, number: int, block: Block, /) -> None: ...
-
-    def pop(self, number: int, /) -> Block:
-        """Remove and return a block. Raises KeyError if there is none of that number."""
-        ...
-
-    def values(self) -> Iterable[Block]: ...
 
 
 class Allocator(Protocol):
@@ -59,20 +46,11 @@ class Allocator(Protocol):
     requests   number of requests to the driver
     """
 
-    @property
-    def allocated(self) -> int: ...
-
-    @property
-    def reserved(self) -> int: ...
-
-    @property
-    def peak_allocated(self) -> int: ...
-
-    @property
-    def peak_reserved(self) -> int: ...
-
-    @property
-    def requests(self) -> int: ...
+    allocated: int
+    reserved: int
+    peak_allocated: int
+    peak_reserved: int
+    requests: int
 
     def alloc(self, size: int, stream: int = 0) -> Block:
         """Return a block of at least `size` bytes. Raises OutOfMemoryError if it does not fit the capacity."""
@@ -84,17 +62,15 @@ class Allocator(Protocol):
     def release(self) -> None:
         """Return free segments to the driver, as torch does in empty_cache() and when the GPU is full."""
 
-    def live_blocks(self) -> LiveBlocks:
-        """Return an empty table of live blocks for `replay`."""
+    def live_blocks(self, storages: int) -> LiveBlocks:
+        """Return a table for `replay` in which none of the storages is live."""
         ...
 
-    def replay(
-        self, events: Sequence[Event], sizes: Sequence[int], streams: Sequence[int], live: LiveBlocks, shift: int = 0
-    ) -> None:
-        """Allocate and free as the events say, with `shift` added to their numbers.
+    def replay(self, events: Events, sizes: Sequence[int], live: LiveBlocks) -> None:
+        """Allocate and free as the events say. A storage that is live already is not allocated again.
 
-        `sizes` and `streams` are indexed by the events' keys. Raises as `alloc` does, and KeyError if an unknown
-        storage is freed.
+        Once a repetition of a span requests nothing from the driver, it leaves the allocator unchanged, and the
+        remaining repetitions are skipped. Raises as `alloc` does, and KeyError if an unknown storage is freed.
         """
 
 
@@ -238,20 +214,28 @@ class PythonAllocator:
                     pool.remove(block, block.size)
                     self.reserved -= block.size
 
-    def live_blocks(self) -> LiveBlocks:
-        return dict[int, AllocatorBlock]()
+    def live_blocks(self, storages: int) -> LiveBlocks:
+        return [None] * storages
 
-    def replay(
-        self, events: Sequence[Event], sizes: Sequence[int], streams: Sequence[int], live: LiveBlocks, shift: int = 0
-    ) -> None:
-        alloc, free = self.alloc, self.free
-        for number, key in events:
-            if key >= 0:
-                live[number + shift] = alloc(sizes[key], streams[key])
-            elif key == FREED:
-                free(live.pop(number + shift))
-            else:
-                self.release()
+    def replay(self, events: Events, sizes: Sequence[int], live: LiveBlocks) -> None:
+        alloc, free, streams = self.alloc, self.free, events.streams
+        for span in events.spans_of(events.every):
+            repeated = events.of(span)
+            for _ in range(span.times):
+                requests = self.requests
+                for number, key in repeated:
+                    if key == RELEASED:
+                        self.release()
+                    elif key != FREED:
+                        if live[number] is None:
+                            live[number] = alloc(sizes[key], streams[key])
+                    elif live[number] is None:
+                        raise KeyError(number)
+                    else:
+                        free(live[number])
+                        live[number] = None
+                if self.requests == requests:
+                    break
 
     def _reserve(self, size: int, pool: BlockPool) -> AllocatorBlock:
         """Return a new segment as one block."""

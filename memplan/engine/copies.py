@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Mapping
-from types import MappingProxyType
-from typing import NamedTuple
 
 from memplan.core.ir import Block, Op, Stack, Tensor
-from memplan.engine.dtypes import FLOATING, BlockDtypes, Scope
+from memplan.core.records import NamedTuple
+from memplan.engine.dtypes import Scope
 from memplan.engine.gather import unit_of
-from memplan.engine.tape import leaves
+from memplan.engine.operation_facts import gradient_flow, storages_behind
 
 
 class OpsBetweenRuns(NamedTuple):
@@ -121,7 +120,7 @@ def resolve_stack(
     leaf: tuple[str, ...] = ()
     if input_grad:
         before, leaf = require_input_gradient(before)
-    flowing = flowing_after(before, leaf)
+    flowing = {*leaf, *gradient_flow(before, leaf).flows}
     copies = resolve_copies(stack, before_scope, flowing, autocast, depth, input_grad, reentrant)
     if is_sharded:
         copies = [split for c in copies for split in split_ends(c, depth)]
@@ -182,7 +181,6 @@ def resolve_copies(
     out: list[Copies] = []
     flowing = set(flowing)
     x, flows = scope["embeds"]._replace(name="x"), scope["embeds"].name in flowing
-    resolved = BlockDtypes(autocast)
     at_input = True  # all blocks so far have returned their input unchanged
     for number, run in enumerate(stack.runs):
         units = tuple(unit_of(number, i) for i in range(len(run.blocks)))
@@ -194,7 +192,8 @@ def resolve_copies(
             if leaf:
                 between, leaf_names = require_input_gradient(between)
             joins = OpsBetweenRuns(between, scope, leaf_names, scope["stream"].name)
-            flowing = flowing_after(between, flowing.union(_x(flows), leaf_names))
+            flowing = flowing.union(_x(flows), leaf_names)
+            flowing |= gradient_flow(between, flowing).flows
             x, flows = scope["stream"]._replace(name="x"), joins.stream in flowing
             flowing -= {"x"}
         while less < depth[run.times]:
@@ -202,8 +201,10 @@ def resolve_copies(
             blocks: list[Block] = []
             scopes: list[Scope] = []
             for block in run.blocks:
-                ops, inner = resolved.resolve(block.ops, scope, x)
-                after_block = flowing_after(ops, flowing | _x(flows))
+                inner = Scope(scope, {"x": x})
+                ops = inner.resolve(block.ops, autocast)
+                after_block = flowing | _x(flows)
+                after_block |= gradient_flow(ops, after_block).flows
                 flows = "y" in after_block
                 x = inner["y"]._replace(name="x")
                 if block.shares:
@@ -240,17 +241,6 @@ def shares_with_gradient(block: Block, flowing: Container[str], reentrant: bool)
 def _returns_input(block: Block) -> bool:
     """Whether the block returns its input unchanged, as a block that is not run does."""
     return any(op.view and op.reads[0] == "x" and op.writes[0].name == "y" for op in block.ops)
-
-
-def flowing_after(ops: Iterable[Op], entering: Iterable[str]) -> set[str]:
-    """Return the names of tensors that need a gradient after the operations, given those before them."""
-    flows = set(entering)
-    for op in ops:
-        flows.update(leaves(op))
-        trains = op.wraps or any(w.trains for w in op.weights)
-        if op.gradient != "none" and (trains or not flows.isdisjoint(op.reads)):
-            flows.update(t.name for t in op.writes if t.dtype in FLOATING)
-    return flows
 
 
 def _x(flows: bool) -> frozenset[str]:
@@ -354,16 +344,3 @@ def _returned(stack: Stack, last: Scope, ops: tuple[Op, ...]) -> dict[str, str]:
     names = {r for op in stack.after for r in op.reads} - written - {"x", "y"} - shared
     behind = storages_behind(ops)
     return {name: behind[last[name].name] for name in names if name in last and last[name].name in behind}
-
-
-def storages_behind(ops: Iterable[Op], inputs: Mapping[str, str] = MappingProxyType({})) -> dict[str, str]:
-    """Map names to storages: those of `inputs` and those that the operations write or find left by the previous pass.
-
-    A view has the storage of its base.
-    """
-    behind = dict(inputs)
-    for op in ops:
-        behind.update((t.name, t.name) for t in op.past)
-        for t in op.writes:
-            behind[t.name] = behind[op.reads[0]] if op.view and op.reads[0] in behind else t.name
-    return behind

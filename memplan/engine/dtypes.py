@@ -7,11 +7,17 @@ dtype that a tensor already has are dropped, and the casts that autocast inserts
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from types import MappingProxyType
+from typing import TypeVar
 
-from memplan.core.ir import Op, Tensor, Weight, named
+from memplan.core.identity import Identity
+from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight, named
+from memplan.core.records import NamedTuple
 
 FLOATING = frozenset(("fp32", "bf16", "fp16"))
+K = TypeVar("K", Tensor, Weight)
+_Known = tuple[Tensor | None, Tensor | None, Weight | None]  # of a name: tensor, autocast's cast, trained weight
 _AUTOCAST = "torch 2.13 aten/src/ATen/autocast_mode.cpp cached_cast"
 
 
@@ -55,43 +61,122 @@ class Scope:
     def __contains__(self, name: str) -> bool:
         return name in self._tensors
 
-    def beyond(self, outer: Scope) -> Scope:
-        """Return the difference to the outer scope: tensors, casts and trained weights that are new or other."""
-        difference = Scope(casts=self.casts)
-        difference._tensors = {name: t for name, t in self._tensors.items() if outer._tensors.get(name) is not t}
-        difference._casts = {name: t for name, t in self._casts.items() if outer._casts.get(name) is not t}
-        difference._trained = {name: w for name, w in self._trained.items() if outer._trained.get(name) is not w}
-        return difference
-
-    def with_(self, difference: Scope) -> Scope:
-        """Return an inner scope with a difference that `beyond` returned."""
-        inner = Scope(self, difference._tensors)
-        inner._casts |= difference._casts
-        inner._trained |= difference._trained
-        return inner
-
-    def seen(self, names: Iterable[str]) -> tuple[object, ...]:
-        """Return a cache key for resolving operations that use these names."""
-        return tuple((self._tensors.get(name), self._casts.get(name), self._trained.get(name)) for name in names)
-
-    def resolve(self, ops: Iterable[Op], autocast: str | None) -> tuple[Op, ...]:
+    def resolve(self, ops: tuple[Op, ...], autocast: str | None) -> tuple[Op, ...]:
         """Return `ops` with literal dtypes, in torch's order; `autocast` is the compute dtype, or None."""
-        out: list[Op] = []
-        ops = tuple(ops)
-        for w in (w for op in ops for w in op.weights):  # a dtype may refer to a later operation's weight
-            self._tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
+        listed = _listed(Identity(ops))
+        outside: list[_Known] = []
+        for name in listed.names:
+            tensor = self._tensors.get(name)
+            trained = self._trained.get(name if tensor is None else tensor.name)
+            outside.append((tensor, self._casts.get(name), trained))
+        resolved = _resolved(listed, autocast, self.casts, tuple(outside))
+        self._tensors.update(resolved.tensors)
+        self._casts.update(resolved.casts)
+        self._trained.update(resolved.trained)
+        return resolved.ops
+
+
+class _Listed:
+    """Operations as a cache key, hashed once, and the names that they take from outside."""
+
+    def __init__(self, ops: tuple[Op, ...]) -> None:
+        self.ops = ops
+        names: dict[str, None] = {}
+        written: set[str] = set()
         for op in ops:
-            self._resolve(op, autocast, out)
+            names.update((name, None) for name in (*op.reads, *named(op)) if name not in written)
+            names.update((w.name, None) for w in op.weights)
+            written.update(t.name for t in (*op.writes, *op.wraps, *op.past))
+        self.names = tuple(names)
+        self._hash = hash(ops)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Listed) and self.ops == other.ops
+
+
+@lru_cache(maxsize=512)
+def _listed(ops: Identity[tuple[Op, ...]]) -> _Listed:
+    return _Listed(ops.value)
+
+
+class _Resolved(NamedTuple):
+    """Operations with literal dtypes, and what is known after them: tensors, autocast's casts, trained weights."""
+
+    ops: tuple[Op, ...]
+    tensors: Mapping[str, Tensor]
+    casts: Mapping[str, Tensor]
+    trained: Mapping[str, Weight]
+
+
+@lru_cache(maxsize=512)
+def _resolved(
+    listed: _Listed,
+    autocast: str | None,
+    casts: str,
+    outside: tuple[_Known, ...],
+) -> _Resolved:
+    """Resolve the operations, given what is known of each of their names outside."""
+    tensors: dict[str, Tensor] = {}
+    cached: dict[str, Tensor] = {}
+    trained: dict[str, Weight] = {}
+    for name, (tensor, cast, weight) in zip(listed.names, outside, strict=True):
+        if tensor is not None:
+            tensors[name] = tensor
+        if cast is not None:
+            cached[name] = cast
+        if weight is not None:
+            trained[weight.name] = weight
+    for tensor in [*tensors.values()]:  # a dropped cast is known by its own name and by that of its input
+        tensors.setdefault(tensor.name, tensor)
+    resolver = _Resolver(autocast, casts, tensors, cached, trained)
+    ops = resolver.resolve(listed.ops)
+    return _Resolved(
+        ops, _new(resolver.tensors, tensors), _new(resolver.casts, cached), _new(resolver.trained, trained)
+    )
+
+
+def _new(known: Mapping[str, K], old: Mapping[str, K]) -> dict[str, K]:
+    """Return the entries of `known` that are not in `old`."""
+    return {name: value for name, value in known.items() if old.get(name) is not value}
+
+
+class _Resolver:
+    """Resolves operations one by one, and notes the tensors, autocast's casts and the trained weights known so far."""
+
+    def __init__(
+        self,
+        autocast: str | None,
+        mode: str,
+        tensors: Mapping[str, Tensor],
+        casts: Mapping[str, Tensor],
+        trained: Mapping[str, Weight],
+    ) -> None:
+        self.tensors, self.casts, self.trained = dict(tensors), dict(casts), dict(trained)
+        self._autocast = autocast
+        self._mode = mode  # as `Scope.casts`
+
+    def resolve(self, ops: Iterable[Op]) -> tuple[Op, ...]:
+        """Return the operations with literal dtypes, in torch's order."""
+        out: list[Op] = []
+        for w in (w for op in ops for w in op.weights):  # a dtype may refer to a later operation's weight
+            self.tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
+        for op in ops:
+            self._resolve(op, out)
         return tuple(out)
 
-    def _resolve(self, op: Op, autocast: str | None, out: list[Op]) -> None:
-        tensors = self._tensors
+    def _resolve(self, op: Op, out: list[Op]) -> None:
+        tensors, autocast = self.tensors, self._autocast
         for w in op.weights:
             tensors[w.name] = Tensor(w.name, w.shape, w.dtype)
             if w.trains:
-                self._trained[w.name] = w
-        past = tuple(t._replace(dtype=_dtype_of(t.dtype, tensors)) if t.dtype.startswith("=") else t for t in op.past)
-        tensors.update((t.name, t) for t in past)
+                self.trained[w.name] = w
+        past = op.past
+        if past:
+            past = tuple(t._replace(dtype=_dtype_of(t.dtype, tensors)) if t.dtype.startswith("=") else t for t in past)
+            tensors.update((t.name, t) for t in past)
         if op.copies_layout and autocast and tensors[op.reads[0]].dtype in FLOATING - {autocast}:
             tensors[op.writes[0].name] = tensors[op.reads[0]]
             return
@@ -113,12 +198,15 @@ class Scope:
                     )
                     tensors[to.name] = to
                     new_name.update((name, to.name) for name in op.reads if tensors[name] is t)
-        reads = tuple(new_name.get(r, r) for r in op.reads)
-        if not self._trained.keys().isdisjoint(reads):  # the output of a dropped cast is the weight itself
-            weights += tuple(self._trained[r] for r in reads if r in self._trained)
-            reads = tuple(r for r in reads if r not in self._trained)
+        reads = tuple([new_name.get(r, r) for r in op.reads])
+        if not self.trained.keys().isdisjoint(reads):  # the output of a dropped cast is the weight itself
+            weights += tuple(self.trained[r] for r in reads if r in self.trained)
+            reads = tuple(r for r in reads if r not in self.trained)
         reads += tuple(new_name[w.name] for w in op.weights if w.name in new_name)
         inputs = [tensors[r].dtype for r in reads] + [w.dtype for w in weights]
+
+        def renamed(name: str) -> str:
+            return new_name.get(name, name)
 
         def literal(t: Tensor) -> Tensor:
             name, shape, dtype = t
@@ -127,6 +215,11 @@ class Scope:
             if autocast and op.autocast == "wide":
                 return Tensor(name, shape, "fp32")
             return t if dtype else Tensor(name, shape, promote(inputs))
+
+        def temporary(t: Tensor) -> Tensor | None:
+            dtype, _, source = t.dtype.partition("!")
+            made = literal(t._replace(dtype=dtype) if source else t)
+            return None if source and made.dtype == tensors[new_name.get(source, source)].dtype else made
 
         writes: list[Tensor] = []
         for t in op.writes:
@@ -144,15 +237,17 @@ class Scope:
                 reads=reads,
                 writes=tuple(writes),
                 weights=weights,
-                keeps=tuple(
-                    k._replace(what=new_name.get(k.what, k.what), of=new_name.get(k.of, k.of)) for k in op.keeps
-                ),
-                captures=tuple(new_name.get(c, c) for c in op.captures),
+                keeps=tuple([Keep(renamed(k.what), renamed(k.of), k.is_gradient, k.seen) for k in op.keeps]),
+                captures=tuple([renamed(c) for c in op.captures]),
                 wraps=wraps,
                 past=past,
-                scratch=tuple(literal(t) for t in op.scratch),
+                scratch=tuple([made for t in op.scratch if (made := temporary(t))]),
                 scratch_back=tuple(
-                    s._replace(tensor=literal(s.tensor), of=new_name.get(s.of, s.of)) for s in op.scratch_back
+                    [
+                        Scratch(made, renamed(s.of), s.early, s.summed)
+                        for s in op.scratch_back
+                        if (made := temporary(s.tensor))
+                    ]
                 ),
             )
         )
@@ -163,39 +258,17 @@ class Scope:
         Autocast caches the casts of trainable fp32 weights until it ends, and casts any other weight at every use.
         """
         cached = (w.trains or w.idle) and w.dtype == "fp32" and not w.is_read_as_view
-        if cached and w.name in self._casts:
-            return self._casts[w.name]
+        if cached and w.name in self.casts:
+            return self.casts[w.name]
         to = Tensor(f"autocast({w.name})" + ("" if cached else f" for {op.writes[0].name}"), w.shape, target)
         cast = Op(to.name, (), (to,), (w,), cast=True, holds="forward" if cached else "", source=_AUTOCAST)
-        if cached and self.casts:
+        if cached and self._mode:
             cast = cast._replace(holds="cache")
-        if cached and self.casts == "there":
+        if cached and self._mode == "there":
             before = to._replace(name=f"{to.name} before")
             cast = cast._replace(reads=(before.name,), weights=(), past=(before,), view=True, cast=False)
         out.append(cast)
-        self._tensors[to.name] = to
+        self.tensors[to.name] = to
         if cached:
-            self._casts[w.name] = to
+            self.casts[w.name] = to
         return to
-
-
-class BlockDtypes:
-    """Resolves the blocks of one pass; blocks with the same operations and the same inputs only once."""
-
-    def __init__(self, autocast: str | None) -> None:
-        self._autocast = autocast
-        self._names: dict[int, tuple[str, ...]] = {}
-        self._resolved: dict[object, tuple[tuple[Op, ...], Scope]] = {}
-
-    def resolve(self, ops: tuple[Op, ...], outer: Scope, x: Tensor) -> tuple[tuple[Op, ...], Scope]:
-        """Return the operations of a block whose input is `x`, with literal dtypes, and their scope."""
-        names = self._names.get(id(ops))
-        if names is None:
-            used = (name for op in ops for name in (*op.reads, *named(op), *(w.name for w in op.weights)))
-            names = self._names[id(ops)] = tuple(dict.fromkeys(used))
-        key = id(ops), x, outer.seen(names)
-        if key not in self._resolved:
-            inner = Scope(outer, {"x": x})
-            self._resolved[key] = inner.resolve(ops, self._autocast), inner.beyond(outer)
-        resolved, difference = self._resolved[key]
-        return resolved, outer.with_(difference)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Container
 from functools import partial
-from typing import NamedTuple
 
 from memplan.core.ir import Division, Op, Unit
+from memplan.core.records import NamedTuple
 from memplan.engine.storages import CASTING, COMPUTING, GATHERING, LENT, REDUCING, Storage
 from memplan.engine.tape import Frame, Tape
 

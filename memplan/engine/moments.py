@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+from memplan.core.records import NamedTuple
 
 Counts = dict[int, int]  # size -> number of live storages
 
@@ -13,26 +15,67 @@ class Moment(NamedTuple):
 
     phase     phase of the pass
     where     the operation
-    shared    live storages in the copies that are run, a dict that many moments share
-    changes   differences from `shared`
+    shared    live storages that `events` do not allocate, a dict that many moments share
+    events    the pass in the copies that are run: the size of each allocation, `~size` for a free; all moments share it
+    at        number of events before the moment
     per_copy  storages added by each copy of a run beyond the first, also shared by many moments
     """
 
     phase: str
     where: str
     shared: Counts
-    changes: Counts
+    events: Sequence[int]
+    at: int
     per_copy: Mapping[int, Counts]
 
     @property
     def counts(self) -> Counts:
         """The number of live storages of each size in the copies that are run."""
-        return _total(self.shared, self.changes)
+        return after(self.events[: self.at], self.shared)
 
     def less(self, other: Moment) -> Moment:
         """Return the storages alive at this moment but not at the other."""
         per_copy = {run: _negative(counts) for run, counts in other.per_copy.items()}
-        return next(add_to_each((self,), other._replace(shared=_negative(other.counts), changes={}, per_copy=per_copy)))
+        gone = Moment(other.phase, other.where, _negative(other.counts), (), 0, per_copy)
+        return next(add_to_each((self,), gone))
+
+
+class PassMoments(Sequence[Moment]):
+    """The moments of a pass. They are stored in columns, because they are many and live long."""
+
+    def __init__(self, moments: Iterable[Moment]) -> None:
+        self._columns: tuple[tuple[Any, ...], ...] = tuple(zip(*moments, strict=True))
+
+    def __len__(self) -> int:
+        return len(self._columns[0]) if self._columns else 0
+
+    def __iter__(self) -> Iterator[Moment]:
+        return map(Moment._make, zip(*self._columns, strict=True))
+
+    @overload
+    def __getitem__(self, index: int) -> Moment: ...
+    @overload
+    def __getitem__(self, index: slice) -> PassMoments: ...
+    def __getitem__(self, index: int | slice) -> Moment | PassMoments:
+        return (
+            PassMoments([*self][index]) if isinstance(index, slice) else Moment._make(c[index] for c in self._columns)
+        )
+
+    def renamed(self, names: Callable[[str], str]) -> PassMoments:
+        """Return the moments with other names of their operations."""
+        known = {where: names(where) for where in {moment.where for moment in self}}
+        return PassMoments(moment._replace(where=known[moment.where]) for moment in self)
+
+
+def after(events: Iterable[int], counts: Counts) -> Counts:
+    """Return the number of live storages of each size after the events, given those before them."""
+    out = dict(counts)
+    for event in events:
+        if event >= 0:
+            out[event] = out.get(event, 0) + 1
+        else:
+            out[~event] = out.get(~event, 0) - 1
+    return out
 
 
 def add_to_each(moments: Iterable[Moment], other: Moment) -> Iterator[Moment]:
@@ -40,9 +83,10 @@ def add_to_each(moments: Iterable[Moment], other: Moment) -> Iterator[Moment]:
     before: Moment | None = None
     shared: Counts = {}
     per_copy: Mapping[int, Counts] = {}
+    others = other.counts
     for moment in moments:
         if before is None or moment.shared is not before.shared:
-            shared = _total(moment.shared, other.counts)
+            shared = _total(moment.shared, others)
         if before is None or moment.per_copy is not before.per_copy:
             runs = {*moment.per_copy, *other.per_copy}
             per_copy = {run: _total(moment.per_copy.get(run, {}), other.per_copy.get(run, {})) for run in runs}

@@ -1,8 +1,7 @@
 /* The model of torch's caching allocator in C: the decisions of allocator.py, whose docstrings explain them, for
  * replays of millions of events. tests/engine/test_native.py holds both to each other.
  *
- * A caller's storages have numbers, which a hash table maps to blocks. replay() is the entry point of whole passes:
- * each event is a number and the index of a size, FREED, or RELEASED, which returns free segments to the driver.
+ * replay() is the entry point of complete runs. FULL equals NONE: the block of a storage that did not fit.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -22,7 +21,6 @@ typedef struct {
     Pool *pools;
     Block *blocks;
 } Allocator;
-typedef struct { int64_t *numbers; int32_t *blocks; int64_t count, room; } Live; /* open addressing; block NONE: vacant */
 
 /* free blocks of a pool: sorted, in chunks, because mixtures of experts leave hundreds of thousands */
 
@@ -263,79 +261,26 @@ void allocator_delete(Allocator *a) {
     free(a);
 }
 
-/* live storages, by number */
-
-static int64_t slot(const Live *l, int64_t number) { /* of the number, or the vacant one where it belongs */
-    int64_t i = (int64_t)(((uint64_t)number * 0x9E3779B97F4A7C15u) >> 20) & (l->room - 1);
-    while (l->blocks[i] != NONE && l->numbers[i] != number) i = (i + 1) & (l->room - 1);
-    return i;
-}
-
-void live_set(Live *l, int64_t number, int32_t block) {
-    if (2 * (l->count + 1) > l->room) {
-        Live old = *l;
-        l->room = old.room ? 2 * old.room : 256;
-        l->numbers = malloc((size_t)l->room * sizeof(int64_t));
-        l->blocks = malloc((size_t)l->room * sizeof(int32_t));
-        memset(l->blocks, 0xFF, (size_t)l->room * sizeof(int32_t)); /* all NONE */
-        for (int64_t i = 0; i < old.room; i++)
-            if (old.blocks[i] != NONE) {
-                int64_t at = slot(l, old.numbers[i]);
-                l->numbers[at] = old.numbers[i];
-                l->blocks[at] = old.blocks[i];
+/* Replays `count` spans of events, see events.py. `sizes` and `streams` are indexed by key, `live` maps the numbers of
+ * live storages to their blocks, all others to NONE. Returns the index of the event that did not fit, or that freed an
+ * unknown storage: then `missing` is its number. Otherwise returns -1. */
+int64_t replay(Allocator *a, int32_t *live, const int32_t *numbers, const int32_t *keys, const int64_t *spans,
+               int64_t count, const int64_t *sizes, const int32_t *streams) {
+    for (const int64_t *span = spans; span < spans + 4 * count; span += 4) {
+        int64_t first = span[0], end = first + span[1], shift = span[2], requests = NONE;
+        for (int64_t times = span[3]; times > 0 && requests != a->requests; times--) {
+            requests = a->requests;
+            for (int64_t i = first; i < end; i++) {
+                int32_t key = keys[i], *block = &live[numbers[i] + shift];
+                if (key == RELEASED) release(a);
+                else if (key == FREED) {
+                    a->missing = numbers[i] + shift;
+                    if (*block == NONE) return i;
+                    free_block(a, *block);
+                    *block = NONE;
+                } else if (*block == NONE && (*block = alloc(a, sizes[key], streams[key])) == FULL) return i;
             }
-        free(old.numbers);
-        free(old.blocks);
-    }
-    int64_t i = slot(l, number);
-    l->count += l->blocks[i] == NONE;
-    l->numbers[i] = number;
-    l->blocks[i] = block;
-}
-
-int32_t live_pop(Live *l, int64_t number) { /* NONE if it is not there */
-    if (!l->room) return NONE;
-    int64_t i = slot(l, number), next = i;
-    int32_t block = l->blocks[i];
-    if (block == NONE) return NONE;
-    l->count--;
-    l->blocks[i] = NONE;
-    while (l->blocks[next = (next + 1) & (l->room - 1)] != NONE) { /* close the gap in the chain behind it */
-        int32_t moved = l->blocks[next];
-        l->blocks[next] = NONE;
-        int64_t at = slot(l, l->numbers[next]);
-        l->numbers[at] = l->numbers[next];
-        l->blocks[at] = moved;
-    }
-    return block;
-}
-
-int64_t live_blocks(const Live *l, int32_t *out) { /* their number; written to `out` if there is one */
-    for (int64_t i = 0, n = 0; out && i < l->room; i++)
-        if (l->blocks[i] != NONE) out[n++] = l->blocks[i];
-    return l->count;
-}
-
-Live *live_new(void) { return calloc(1, sizeof(Live)); }
-
-void live_delete(Live *l) { free(l->numbers); free(l->blocks); free(l); }
-
-/* Replays `count` events, pairs of a number and a key, with `shift` added to every number. `sizes` and `streams` are
- * indexed by key. Returns the index of the event that did not fit or freed an unknown number, or -1. */
-int64_t replay(Allocator *a, Live *l, const int64_t *events, int64_t count, int64_t shift, const int64_t *sizes,
-               const int32_t *streams) {
-    for (int64_t i = 0; i < count; i++) {
-        int64_t number = events[2 * i] + shift, key = events[2 * i + 1];
-        if (key == RELEASED) release(a);
-        else if (key == FREED) {
-            int32_t block = live_pop(l, number);
-            if (block == NONE) return i;
-            free_block(a, block);
-        } else {
-            int32_t block = alloc(a, sizes[key], streams[key]);
-            if (block == FULL) return i;
-            live_set(l, number, block);
         }
     }
-    return -1;
+    return NONE;
 }

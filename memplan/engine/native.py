@@ -9,17 +9,17 @@ from __future__ import annotations
 import ctypes
 import zlib
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import cache, wraps
-from itertools import chain
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from memplan.engine.allocator import Allocator, Event, LiveBlocks, OutOfMemoryError, PythonAllocator
+from memplan.engine.allocator import Allocator, LiveBlocks, OutOfMemoryError, PythonAllocator
+from memplan.engine.events import Events
 
 SOURCE = Path(__file__).with_name("native.c")
-_NONE = -1  # the handle of no block; the index of no event
+NONE = -1  # the block of no storage; the index of no event
 _COUNTERS = ("allocated", "reserved", "peak_allocated", "peak_reserved", "requests", "capacity", "missing")
 
 
@@ -80,81 +80,36 @@ def library() -> Any:
         ("alloc", i32, state, i64, i32),
         ("free_block", None, state, i32),
         ("release", None, state),
-        ("live_new", pointer),
-        ("live_delete", None, pointer),
-        ("live_set", None, pointer, i64, i32),
-        ("live_pop", i32, pointer, i64),
-        ("live_blocks", i64, pointer, pointer),
-        ("replay", i64, state, pointer, pointer, i64, i64, pointer, pointer),
+        ("replay", i64, state, pointer, pointer, pointer, pointer, i64, pointer, pointer),
     ):
         function = getattr(loaded, name)
         function.restype, function.argtypes = returns, takes
     return loaded
 
 
-class NativeLiveBlocks:
-    """The handles of live storages' blocks, by the storages' numbers."""
-
-    def __init__(self) -> None:
-        self._library = library()
-        self.pointer = self._library.live_new()
-
-    def __del__(self) -> None:
-        self._library.live_delete(self.pointer)
-
-    def __setitem__(self, number: int, block: int) -> None:
-        self._library.live_set(self.pointer, number, block)
-
-    def pop(self, number: int) -> int:
-        block = self._library.live_pop(self.pointer, number)
-        if block == _NONE:
-            raise KeyError(number)
-        return block
-
-    def values(self) -> Iterator[int]:
-        out = array("i", bytes(4 * self._library.live_blocks(self.pointer, None)))
-        self._library.live_blocks(self.pointer, out.buffer_info()[0])
-        return iter(out)
+def _counter(name: str) -> Any:
+    return property(lambda self: getattr(self._state.contents, name))  # pyright: ignore[reportUnknownLambdaType]
 
 
 class NativeAllocator:
     """One device's allocator, like `PythonAllocator`; its blocks' handles are numbers."""
+
+    allocated, reserved, peak_allocated, peak_reserved, requests = map(_counter, _COUNTERS[:5])
 
     def __init__(self, expandable: bool = False, capacity: int | None = None, streams: int = 1) -> None:
         self._library = library()
         self._state = self._library.allocator_new(
             expandable, -1 if capacity is None else min(capacity, 2 * _MOST), streams
         )
-        self._arrays: dict[int, tuple[object, array[int]]] = {}  # id of a sequence -> itself, and its copy for C
 
     def __del__(self) -> None:
         self._library.allocator_delete(self._state)
-
-    @property
-    def allocated(self) -> int:
-        return self._state.contents.allocated
-
-    @property
-    def reserved(self) -> int:
-        return self._state.contents.reserved
-
-    @property
-    def peak_allocated(self) -> int:
-        return self._state.contents.peak_allocated
-
-    @property
-    def peak_reserved(self) -> int:
-        return self._state.contents.peak_reserved
-
-    @property
-    def requests(self) -> int:
-        return self._state.contents.requests
 
     def alloc(self, size: int, stream: int = 0) -> int:
         if size > _MOST:
             raise OverflowError(size)
         block = self._library.alloc(self._state, size, stream)
-        if block == _NONE:
+        if block == NONE:
             raise self._full()
         return block
 
@@ -164,38 +119,26 @@ class NativeAllocator:
     def release(self) -> None:
         self._library.release(self._state)
 
-    def live_blocks(self) -> LiveBlocks:
-        return NativeLiveBlocks()
+    def live_blocks(self, storages: int) -> LiveBlocks:
+        return array("i", (NONE,)) * storages
 
-    def replay(
-        self, events: Sequence[Event], sizes: Sequence[int], streams: Sequence[int], live: LiveBlocks, shift: int = 0
-    ) -> None:
-        assert isinstance(live, NativeLiveBlocks)
+    def replay(self, events: Events, sizes: Sequence[int], live: LiveBlocks) -> None:
         if max(sizes, default=0) > _MOST:
             raise OverflowError(max(sizes))
-        pairs = self._array(events, "q")
-        failed: int = self._library.replay(
-            self._state,
-            live.pointer,
-            pairs.buffer_info()[0],
-            len(events),
-            shift,
-            self._array(sizes, "q").buffer_info()[0],
-            self._array(streams, "i").buffer_info()[0],
-        )
-        if failed != _NONE:
-            number, key = events[failed]
-            raise self._full() if key >= 0 else KeyError(number + shift)
-
-    def _array(self, values: Sequence[Any], kind: str) -> array[int]:
-        known = self._arrays.get(id(values))
-        if known is None:
-            flat = chain.from_iterable(values) if values and isinstance(values[0], tuple) else values
-            known = self._arrays[id(values)] = values, array(kind, flat)
-        return known[1]
+        assert isinstance(live, array)
+        assert len(live) >= events.storages
+        by_key, spans = array("q", sizes), len(events.spans) // 4
+        arrays = map(_address, (live, events.numbers, events.keys, events.spans))
+        failed: int = self._library.replay(self._state, *arrays, spans, _address(by_key), _address(events.streams))
+        if failed != NONE:
+            raise self._full() if events.keys[failed] >= 0 else KeyError(self._state.contents.missing)
 
     def _full(self) -> OutOfMemoryError | OverflowError:
         state = self._state.contents
         if not state.missing:
             return OverflowError(state.reserved)
         return OutOfMemoryError(f"{state.missing} bytes more than {state.reserved} of {state.capacity}")
+
+
+def _address(values: array[int]) -> int:
+    return values.buffer_info()[0]

@@ -1,74 +1,97 @@
 """Recording the allocations and frees of a pass in order, for the model of the allocator. Structure only: no sizes.
 
-Of a run of equal blocks three copies are run: the first, the last, and one in between whose events stand for all the
-others. Likewise one iteration stands for a loop over experts that keep nothing.
+Of a run of equal blocks only a few copies are run: the first, the last, and one in between whose events stand for all
+the others. Likewise one iteration stands for a loop over experts that keep nothing.
 """
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from copy import copy as copied
+from itertools import accumulate
 from types import MappingProxyType
-from typing import NamedTuple
 
+from memplan.core.cached_property import cached_property
 from memplan.core.ir import Division, Op, Stack, Tensor
-from memplan.engine.allocator import FREED, Event
+from memplan.core.records import NamedTuple
+from memplan.engine.events import FREED, Event, Events, EventSpan
 from memplan.engine.gather import Gatherer
 from memplan.engine.moments import Moment
 from memplan.engine.step import PLAIN, ExecutionOptions, run_pass
 from memplan.engine.storages import COMPUTING, Storage, Way
 from memplan.engine.tape import Frame, Tape
 
-RUN = 3  # copies of a run that are run: the first, the last, and one that stands for the others
-_STEP = 1 << 32  # difference between the numbers of corresponding storages in consecutive skipped copies
+# How many copies at either end of a run are run, and how far from it a copy frees storages. If forward prefetches, the
+# last copies in backward do so with a delay.
+REACH, REACH_OF_PREFETCHED = 1, 3
 
 
-class EventSpan(NamedTuple):
-    """Consecutive events, each the number of a storage and the index of its size, or FREED.
-
-    shift  added to every number, because equal copies have the same events with other storages
-    times  number of repetitions; above 1 only for events that free everything they allocate
-    """
-
-    events: tuple[Event, ...]
-    shift: int = 0
-    times: int = 1
-
-
-class AllocationTrace(NamedTuple):
+class AllocationTrace(Events):
     """The allocations and frees of a pass.
 
-    forward   the forward pass, with the loss
-    loss      the backward of the loss
-    backward  the backward pass, from the head on
+    sizes     shape and dtype of each key
+    forward   the spans of the forward pass, with the loss
+    loss      those of the backward of the loss
+    backward  those of the backward pass, from the head on
     end       frees of what the script and the graph's nodes held
-    sizes     shape and dtype
-    streams   for each size, the stream of its allocations
     """
 
-    forward: tuple[EventSpan, ...]
-    loss: tuple[EventSpan, ...]
-    backward: tuple[EventSpan, ...]
-    end: tuple[EventSpan, ...]
-    sizes: tuple[tuple[str, ...], ...]
-    streams: tuple[int, ...]
+    def __init__(
+        self,
+        sizes: tuple[tuple[str, ...], ...],
+        streams: Iterable[int],
+        storages: int,
+        events: Iterable[Event] = (),
+    ) -> None:
+        super().__init__(events, streams, storages)
+        self.sizes = sizes
+        self.cut()
 
-    @property
-    def events(self) -> Iterator[Event]:
-        """Every event, in order."""
-        return unrolled((*self.forward, *self.loss, *self.backward, *self.end))
+    def cut(self, *spans: int) -> None:
+        """Divide the trace into its parts, given the numbers of spans before each but the first."""
+        ends = [*spans, *(len(self.every),) * (4 - len(spans))]
+        self.forward, self.loss, self.backward, self.end = map(range, (0, *ends), ends)
+
+    def with_sizes(self, sizes: tuple[tuple[str, ...], ...]) -> AllocationTrace:
+        """Return the same events with other shapes and dtypes."""
+        other = copied(self)
+        other.sizes = sizes
+        return other
 
     @property
     def length(self) -> int:
         """The number of events. Repeated ones count once, because a replay rarely runs them twice."""
-        return sum(len(s.events) for s in (*self.forward, *self.loss, *self.backward, *self.end))
+        return sum(self.spans[1::4])
+
+    @cached_property
+    def left(self) -> tuple[Event, ...]:
+        """The allocations that the pass does not free, in order."""
+        alive: dict[int, int] = {}
+        changes: dict[tuple[int, int], tuple[list[Event], list[int]]] = {}
+        for first, length, shift, times in self.spans_of(self.every):
+            if times > 1:
+                continue
+            if (first, length) not in changes:
+                changes[first, length] = _changes(self.of(EventSpan(first, length)))
+            allocated, freed = changes[first, length]
+            alive.update((number + shift, key) for number, key in allocated)
+            for number in freed:
+                del alive[number + shift]
+        return tuple(alive.items())
 
 
-def unrolled(stretches: Iterable[EventSpan]) -> Iterator[Event]:
-    """Yield every event of the stretches, in order."""
-    for events, shift, times in stretches:
-        for _ in range(times):
-            yield from ((number + shift, key) for number, key in events)
+def _changes(events: Iterable[Event]) -> tuple[list[Event], list[int]]:
+    """Return the allocations that the events do not free, and the storages of earlier events that they free."""
+    alive: dict[int, int] = {}
+    freed: list[int] = []
+    for number, key in events:
+        if key != FREED:
+            alive[number] = key
+        elif alive.pop(number, None) is None:
+            freed.append(number)
+    return [*alive.items()], freed
 
 
 class _Copy(NamedTuple):
@@ -116,17 +139,16 @@ class Recorder(Tape):
         self.events.append((storage.number, key))
         return storage
 
-    def recorded(self, *parts: Sequence[EventSpan]) -> AllocationTrace:
-        """Return the pass from its four parts, see `AllocationTrace`."""
-        keys = list(self.sizes)
-        sizes, streams = zip(*((keys[size], stream) for size, stream in self._kinds), strict=True)
-        forward, loss, backward, end = map(tuple, parts)
-        return AllocationTrace(forward, loss, backward, end, sizes, streams)
+    @property
+    def keys(self) -> list[tuple[tuple[str, ...], int]]:
+        """The shape and dtype, and the stream, of each key."""
+        sizes = list(self.sizes)
+        return [(sizes[size], stream) for size, stream in self._kinds]
 
-    def computes(self, events: Iterable[Event]) -> bool:
-        """Whether the events allocate only on the compute stream."""
-        streams = [stream for _, stream in self._kinds]
-        return all(size == FREED or streams[size] == COMPUTING for _, size in events)
+    @property
+    def storages(self) -> int:
+        """The number of storages so far."""
+        return self._storages
 
     def drop(self, storage: Storage) -> None:
         super().drop(storage)
@@ -179,18 +201,19 @@ def record(
     *,
     grads_exist: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
-    copies: int = RUN,
     division: Division | None = None,
     late: frozenset[str] = frozenset(),
+    reach: int | None = None,
 ) -> AllocationTrace:
     """Return the allocations and frees of one forward and backward pass.
 
-    The arguments are those of `lower`; `copies` is the number of copies to run of each block, `late` as in `Recorder`.
+    The arguments are those of `lower`; `late` is as in `Recorder`, and `reach` how many copies are run at either end.
     """
+    reach = reach or (REACH_OF_PREFETCHED if division and division.prefetches_forward else REACH)
     tape = Recorder(grads_exist, updates, late)
     gatherer = Gatherer(tape, division._replace(sums=False) if division else None, grads_exist)
-    run_pass(tape, gatherer, stack, depth, options, one_by_one=copies)
-    return tape.recorded(*_Expansion(tape, tape.turn, tape.outside[1], tape.over).parts)
+    run_pass(tape, gatherer, stack, depth, options, one_by_one=2 * reach + 1)
+    return _Expansion(tape, reach, tape.turn, tape.outside[1], tape.over).trace
 
 
 def record_inference(
@@ -199,37 +222,46 @@ def record_inference(
     autocast: str | None = None,
     division: Division | None = None,
     casts: str = "",
-    copies: int = RUN,
+    reach: int = REACH,
 ) -> AllocationTrace:
-    """Return the allocations and frees of a forward pass without autograd.
+    """Return the allocations and frees of a forward pass without autograd, all on the compute stream.
 
     They begin with the allocations of what the previous pass left, and what this pass leaves is not freed. `division`
     and `casts` are those of `infer`.
     """
     tape = Recorder()
     gatherer = Gatherer(tape, division, grads_exist=False)
-    run_pass(tape, gatherer, stack, depth, ExecutionOptions(autocast), one_by_one=copies, records=False, casts=casts)
-    recalled, others = _Expansion(tape, tape.recalled).parts
-    return tape.recorded((*recalled, *others), (), (), ())
+    options, one_by_one = ExecutionOptions(autocast), 2 * reach + 1
+    run_pass(tape, gatherer, stack, depth, options, one_by_one=one_by_one, records=False, casts=casts)
+    trace = _Expansion(tape, reach).trace
+    trace.streams = array("i", (COMPUTING,)) * len(trace.sizes)
+    return trace
 
 
 class _Expansion:
     """The events of all copies, including those that were not run, in parts that begin at the `cuts`.
 
     A storage is identified by its copy and its index there, so every equal copy has a storage corresponding to it. A
-    skipped copy has the events of the copy that stands for it, with the corresponding storages.
+    skipped copy has the events of the copy that stands for it, with the corresponding storages: if that one frees a
+    storage of the copy before it, so do the skipped ones.
     """
 
-    def __init__(self, tape: Recorder, *cuts: int) -> None:
-        self.parts: list[list[EventSpan]] = [[]]
-        self._tape = tape
+    def __init__(self, tape: Recorder, reach: int, *cuts: int) -> None:
+        self._tape, self._reach = tape, reach
         self._cuts = deque(cuts)
         self._allocated: dict[tuple[int, Way], list[int]] = {}
         self._origin: dict[int, tuple[_Copy, int]] = {}  # storage -> its copy, and its index there
         for copy in tape.copies:
-            allocated = [number for number, size in tape.events[copy.start : copy.end] if size != FREED]
+            allocated = [number for number, key in tape.events[copy.start : copy.end] if key != FREED]
             self._allocated[copy.number, copy.way] = allocated
             self._origin.update((number, (copy, index)) for index, number in enumerate(allocated))
+        skipped = {copy.number: copy.skipped for copy in tape.copies}
+        positions = accumulate((1 + skipped[number] for number in range(len(skipped))), initial=0)
+        self._run = [(number, i) for number in range(len(skipped)) for i in range(1 + skipped[number])]
+        self._position = [*positions]  # of each copy that was run, among all copies
+        sizes, streams = zip(*tape.keys, strict=True)
+        self.trace = AllocationTrace(sizes, streams, tape.storages * (1 + max(skipped.values(), default=0)))
+        self._ends: list[int] = []  # spans before each cut
         at = 0
         for copy in tape.copies:
             self._add_recorded(at, copy.start, None)
@@ -240,77 +272,86 @@ class _Expansion:
                 self._add_skipped(copy, range(1, copy.skipped + 1))
             at = copy.end
         self._add_recorded(at, len(tape.events), None)
-        self.parts += ([] for _ in self._cuts)
+        self.trace.cut(*self._ends, *(len(self.trace.every) for _ in self._cuts))
 
     def _add_recorded(self, start: int, end: int, copy: _Copy | None) -> None:
         """Add the events of a copy that was run, or of the operations between copies."""
-        events: list[Event] = []
-        for at in range(start, end):
-            while self._cuts and at == self._cuts[0]:
-                self.parts[-1] += stretches(events, self._tape)
-                self.parts.append([])
-                self._cuts.popleft()
-                events = []
-            number, size = self._tape.events[at]
-            if size != FREED or number not in self._origin:
-                events.append((number, size))
-            elif copy is None:  # every copy's storage is freed
-                origin, _ = self._origin[number]
-                events += [(number + i * _STEP, FREED) for i in range(origin.skipped + 1)]
-            else:
-                events.append((self._freed_by(copy, number), FREED))
-        self.parts[-1] += stretches(events, self._tape)
+        while self._cuts and self._cuts[0] < end:
+            self._add_part(start, self._cuts[0], copy)
+            start = self._cuts.popleft()
+            self._ends.append(len(self.trace.every))
+        self._add_part(start, end, copy)
 
-    def _freed_by(self, copy: _Copy, number: int) -> int:
-        """Return the number of the storage that a copy frees, which may belong to a skipped copy next to it."""
-        origin, index = self._origin[number]
-        if origin.way == "forward" and origin.number == copy.number - 1:
-            return number + origin.skipped * _STEP
-        if origin.way == "backward" and origin.number == copy.number + 1 and copy.skipped:
-            return self._allocated[copy.number, copy.way][index] + _STEP
-        return number
+    def _add_part(self, start: int, end: int, copy: _Copy | None) -> None:
+        if copy is not None:
+            events = self._events_of(copy, start, end)
+        else:  # every copy's storage is freed
+            step = self._tape.storages
+            events = [
+                (number + i * step, key)
+                for number, key in self._tape.events[start:end]
+                for i in range(1 + (self._origin[number][0].skipped if number in self._origin and key == FREED else 0))
+            ]
+        self._store(events)
 
-    def _add_skipped(self, copy: _Copy, order: Iterable[int]) -> None:
-        """Add the events of the skipped copies that this one stands for; `order` has their distances from it."""
-        if not copy.skipped:
-            return
+    def _events_of(self, copy: _Copy, start: int, end: int, distance: int = 0) -> list[Event]:
+        """Return the events of a copy or, at a `distance` from it, of one that it stands for."""
+        shift = distance * self._tape.storages
         events: list[Event] = []
-        farthest: list[Event] = []  # of the last skipped copy, whose other neighbour was run
-        for number, size in self._tape.events[copy.start : copy.end]:
+        for number, key in self._tape.events[start:end]:
             origin, index = self._origin.get(number, (None, 0))
-            if size != FREED or (origin and origin.number == copy.number):
-                usual_number = farthest_number = number
-            elif origin and origin.way == "forward" and origin.number == copy.number - 1:
-                usual_number = farthest_number = self._allocated[copy.number, "forward"][index] - _STEP
-            elif origin and origin.way == "backward" and origin.number == copy.number + 1:
-                usual_number = self._allocated[copy.number, copy.way][index] + _STEP
-                farthest_number = number - copy.skipped * _STEP
-            else:
+            if origin is not None and origin.number == copy.number:
+                events.append((number + shift, key))
+            elif origin is not None and abs(origin.number - copy.number) <= self._reach:
+                position = self._position[copy.number] + distance + origin.number - copy.number
+                other, further = self._run[position]
+                allocated = self._allocated[other, origin.way]
+                events.append((allocated[index] + further * self._tape.storages, key))
+            elif not distance:
+                events.append((number, key))
+        return events
+
+    def _add_skipped(self, copy: _Copy, distances: range) -> None:
+        """Add the events of the skipped copies that this one stands for, given their distances from it."""
+        step = self._tape.storages
+        last = copy.skipped - (self._reach if copy.way == "backward" else 0)
+        spans: list[EventSpan] = []  # of the first whose neighbours are all skipped, too
+        known = 0  # its distance
+        for distance in distances:
+            if spans and self._reach <= distance <= last:
+                for span in spans:
+                    self.trace.append_span(span._replace(shift=(distance - known) * step))
                 continue
-            events.append((usual_number, size))
-            farthest.append((farthest_number, size))
-        usual, last = stretches(events, self._tape), stretches(farthest, self._tape)
-        for distance in order:
-            shift = distance * _STEP
-            self.parts[-1] += (s._replace(shift=shift) for s in (last if distance == copy.skipped else usual))
+            stored = self._store(self._events_of(copy, copy.start, copy.end, distance))
+            if self._reach <= distance <= last:
+                spans, known = stored, distance
 
+    def _store(self, events: Sequence[Event]) -> list[EventSpan]:
+        """Append events, and return their spans. Equal iterations that free everything they allocate become one."""
+        spans: list[EventSpan] = []
+        following = _next_with_same_live_set(events)
+        at = start = 0
+        while at < len(events):
+            length, times = following[at] - at, 1
+            while length and _repeats(events, following, at + (times - 1) * length, length):
+                times += 1
+            body = events[at : at + length] if times > 1 else ()
+            if body and self._computes(body) and _frees_what_it_allocates(body):
+                spans += [self._append(events[start:at]), self._append(body, times)]
+                start = at = at + times * length
+            else:
+                at += 1
+        return [*spans, self._append(events[start:])]
 
-def stretches(events: Sequence[Event], tape: Recorder) -> list[EventSpan]:
-    """Return the events as stretches. Equal iterations that free everything they allocate become one stretch."""
-    out: list[EventSpan] = []
-    following = _next_with_same_live_set(events)
-    at = start = 0
-    while at < len(events):
-        length, times = following[at] - at, 1
-        while length and _repeats(events, following, at + (times - 1) * length, length):
-            times += 1
-        body = tuple(events[at : at + length]) if times > 1 else ()
-        if body and tape.computes(body) and _frees_what_it_allocates(body):
-            out += [EventSpan(tuple(events[start:at])), EventSpan(body, times=times)]
-            start = at = at + times * length
-        else:
-            at += 1
-    return [stretch for stretch in (*out, EventSpan(tuple(events[start:]))) if stretch.events]
+    def _append(self, events: Sequence[Event], times: int = 1) -> EventSpan:
+        first = self.trace.store([number for number, _ in events], [key for _, key in events])
+        span = EventSpan(first, len(events), 0, times)
+        self.trace.append_span(span)
+        return span
+
+    def _computes(self, events: Iterable[Event]) -> bool:
+        """Whether the events allocate only on the compute stream."""
+        return all(key == FREED or self.trace.streams[key] == COMPUTING for _, key in events)
 
 
 def _next_with_same_live_set(events: Sequence[Event]) -> list[int]:

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
+from functools import lru_cache
 from itertools import accumulate
 from types import MappingProxyType
-from typing import NamedTuple
 
 from memplan.core.ir import Block, Division, SavedTensors, Stack
+from memplan.core.records import NamedTuple
 from memplan.engine.copies import (
     Copies,
     ResolvedStack,
     resolve_stack,
     shares_with_gradient,
-    storages_behind,
 )
 from memplan.engine.dtypes import FLOATING
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer
-from memplan.engine.moments import Moment, add_to_each
+from memplan.engine.moments import Moment, PassMoments, add_to_each
+from memplan.engine.operation_facts import leaves, storages_behind
 from memplan.engine.storages import Storage
-from memplan.engine.tape import Frame, Tape, leaves
+from memplan.engine.tape import Frame, Tape
 
 
 class ExecutionOptions(NamedTuple):
@@ -57,7 +58,7 @@ class Lowered(NamedTuple):
     runs     for each run, the axis of its number of copies, and how many of them the counts already include
     """
 
-    moments: tuple[Moment, ...]
+    moments: PassMoments
     kept: Moment
     left: Moment
     held: Moment
@@ -87,15 +88,30 @@ def lower(
                         assigned again
     division            how weights are sharded over ranks
     """
-    tape = Tape(grads_exist, labelled, updates)
-    passed = run_pass(tape, Gatherer(tape, division, grads_exist), stack, depth, options)
+    flags = grads_exist, labelled, tuple(updates.items()), keeps_last_outputs, division
+    return _at_depth(stack, depth, lambda few: _lowered(stack, few, options, *flags))
+
+
+@lru_cache(maxsize=128)
+def _lowered(
+    stack: Stack,
+    depth: tuple[tuple[str, int], ...],
+    options: ExecutionOptions,
+    grads_exist: bool,
+    labelled: bool,
+    updates: tuple[tuple[str, int], ...],
+    keeps_last_outputs: bool,
+    division: Division | None,
+) -> Lowered:
+    tape = Tape(grads_exist, labelled, dict(updates))
+    passed = run_pass(tape, Gatherer(tape, division, grads_exist), stack, dict(depth), options)
     (held,) = add_to_each((passed.held,), passed.nodes)
     moments = tape.moments
     for phase, before in (("forward", held), ("loss", passed.nodes)) if keeps_last_outputs else ():
         of_phase = [i for i, m in enumerate(moments) if m.phase == phase]
         for i, moment in zip(of_phase, add_to_each([moments[i] for i in of_phase], before), strict=True):
             moments[i] = moment
-    return Lowered(tuple(moments), passed.kept, tape.snapshot(), held, tape.host, tuple(tape.sizes), passed.runs)
+    return Lowered(PassMoments(moments), passed.kept, tape.snapshot(), held, tape.host, tuple(tape.sizes), passed.runs)
 
 
 def infer(
@@ -112,13 +128,68 @@ def infer(
     What it leaves for a later pass, such as key/value caches, is alive at its end (`left`). `division` is as in
     `lower`, `casts` as in `Scope`.
     """
+    return _at_depth(stack, depth, lambda few: _inferred(stack, few, autocast, phase, labelled, division, casts))
+
+
+@lru_cache(maxsize=128)
+def _inferred(
+    stack: Stack,
+    depth: tuple[tuple[str, int], ...],
+    autocast: str | None,
+    phase: str,
+    labelled: bool,
+    division: Division | None,
+    casts: str,
+) -> Lowered:
     tape = Tape(labelled=labelled)
     tape.phase = phase
     gatherer = Gatherer(tape, division, False)
-    passed = run_pass(tape, gatherer, stack, depth, ExecutionOptions(autocast), records=False, casts=casts)
+    passed = run_pass(tape, gatherer, stack, dict(depth), ExecutionOptions(autocast), records=False, casts=casts)
     return Lowered(
-        tuple(tape.moments), passed.kept, tape.snapshot(), passed.held, tape.host, tuple(tape.sizes), passed.runs
+        PassMoments(tape.moments), passed.kept, tape.snapshot(), passed.held, tape.host, tuple(tape.sizes), passed.runs
     )
+
+
+_FEW = 12  # copies of a run that are enough to tell all that differ
+
+
+def _at_depth(
+    stack: Stack, depth: Mapping[str, int], lowered: Callable[[tuple[tuple[str, int], ...]], Lowered]
+) -> Lowered:
+    """Return the pass of a stack, which models share that differ only in the number of layers.
+
+    `lowered` is called with the number of copies of each run: at most `_FEW`, if one copy stands for all others. Layers
+    are then numbered by the real depth: those of the first half from the start of their run, the others from its end.
+    """
+    few = {axis: min(n, _FEW) for axis, n in depth.items()}
+    low = lowered(tuple(few.items()))
+    if few == depth:
+        return low
+    alone = dict(low.runs)
+    if any(n > _FEW and alone.get(axis, n) > _FEW // 2 for axis, n in depth.items()):
+        return lowered(tuple(depth.items()))
+    layers: dict[tuple[str, str], str] = {}  # block and number -> number
+    starts, real_starts = Counter[str](), Counter[str]()
+    for run in stack.runs:
+        n, first, period = few[run.times], run.blocks[0].name, len(run.blocks)
+        for copy in range(n):
+            real = copy if copy < _FEW // 2 else copy + depth[run.times] - n
+            for i, block in enumerate(run.blocks):
+                number = str(starts[first] + copy * period + i)
+                layers[block.name, number] = str(real_starts[first] + real * period + i)
+        starts[first] += n * period
+        real_starts[first] += depth[run.times] * period
+    return low._replace(moments=low.moments.renamed(lambda where: _renumbered(where, layers)))
+
+
+def _renumbered(where: str, layers: Mapping[tuple[str, str], str]) -> str:
+    """Return the name of an operation with the layer's number replaced."""
+    for block in {block for block, _ in layers}:
+        if where.startswith(f"{block}."):
+            number, dot, operation = where.removeprefix(f"{block}.").partition(".")
+            if (block, number) in layers:
+                return f"{block}.{layers[block, number]}{dot}{operation}"
+    return where
 
 
 class PassResult(NamedTuple):

@@ -6,15 +6,15 @@ A repeated block is run once; what every further copy adds is counted per copy. 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
 
 from memplan.core.errors import InternalError
 from memplan.core.ir import Op, Tensor
-from memplan.engine.moments import Counts, Moment
+from memplan.engine.moments import Counts, Moment, after
 
 Way = Literal["past", "forward", "backward"]  # past: the allocations left by the previous pass
-_MAX_CHANGES = 32  # changes of a moment before a new shared count is started
+_NOTHING: Counts = {}
 
 # The streams that a process allocates on, each with its own allocator pools: for computing, and for FSDP and DeepSpeed
 # gathering weights, casting a rank's shard before that, and reducing gradients. A LENT storage is allocated for
@@ -56,9 +56,8 @@ class LiveStorages:
         self.phase = "forward"
         self.stream = COMPUTING  # stream of new allocations
         self._labelled = labelled
-        self._counts: Counts = {}
-        self._base: Counts = {}  # earlier counts, shared by the moments since
-        self._changes: Counts = {}  # differences from `_base`
+        self._changes: list[int] = []  # allocations and frees, as `Moment.events`
+        self._counted: tuple[int, Counts] = 0, {}  # how many of them are in the counts, and the counts
         self._per_copy: Mapping[int, Counts] = {}  # never changed in place, because moments share it
         self._rising = False
         self._where = ""
@@ -72,7 +71,7 @@ class LiveStorages:
         if self._labelled:
             key = (*key, kind, self._block, self._op.name, of + tensor.name, self._op.source)
         storage = Storage(self.sizes.setdefault(key, len(self.sizes)), fresh)
-        self._count(storage.size, 1)
+        self._changes.append(storage.size)
         self._rising = True
         self._peak_where = self._where
         if self._in_run is not None:
@@ -95,8 +94,9 @@ class LiveStorages:
         if storage.shared and self._in_run is not None:
             self._deferred.append(storage)  # only the run's last copy frees it
             return
-        self.note()
-        self._count(storage.size, -1)
+        if self._rising:
+            self.note()
+        self._changes.append(~storage.size)
         self._born.discard(storage)
         if storage.run is not None and storage.run != self._in_run:
             self._count_in_copies(storage.run, storage.size, -1)
@@ -108,13 +108,14 @@ class LiveStorages:
         name = " ".join(filter(None, (shape, dtype, *labels[3:4])))
         return InternalError(f"a tensor ({name}) is freed twice, in {self.phase} at {self._where}")
 
-    def _count(self, size: int, n: int) -> None:
-        left = self._counts.get(size, 0) + n
-        if left:
-            self._counts[size] = left
-        else:
-            self._counts.pop(size, None)
-        self._changes[size] = self._changes.get(size, 0) + n
+    @property
+    def _counts(self) -> Counts:
+        """The number of live storages of each size in the copies that are run; not to be changed."""
+        known, counts = self._counted
+        if known < len(self._changes):
+            counts = {size: n for size, n in after(self._changes[known:], counts).items() if n}
+            self._counted = len(self._changes), counts
+        return counts
 
     def _count_in_copies(self, run: int, size: int, n: int) -> None:
         copies = self._per_copy.get(run, {})
@@ -142,14 +143,12 @@ class LiveStorages:
         """Record the moment, if memory rose since the last one."""
         if self._rising:
             self._rising = False
-            if len(self._changes) > _MAX_CHANGES:
-                self._base, self._changes = dict(self._counts), {}
-            changes = dict(self._changes)
-            self.moments.append(Moment(self.phase, self._peak_where, self._base, changes, self._per_copy))
+            at = len(self._changes)
+            self.moments.append(Moment(self.phase, self._peak_where, _NOTHING, self._changes, at, self._per_copy))
 
     def snapshot(self) -> Moment:
         """Return the storages alive now."""
-        return Moment(self.phase, self._where, dict(self._counts), {}, self._per_copy)
+        return Moment(self.phase, self._where, self._counts, (), 0, self._per_copy)
 
     # copies of equal blocks, and runs of them
 
@@ -169,7 +168,7 @@ class LiveStorages:
         self._first = first
         self._born = set()
         self._deferred: list[Storage] = []
-        self._before = dict(self._counts)
+        self._before, self._entered_at = self._counts, len(self._changes)
         self._first_moment = len(self.moments)
 
     def _first_copy(self, where: str) -> str:
@@ -192,16 +191,15 @@ class LiveStorages:
         renamed = self._renamed(new, passed_on)
         shared: Mapping[int, Counts] | None = None
         with_new = with_old = self._per_copy
-        for i in range(self._first_moment, len(self.moments)):
-            m = self.moments[i]
+        first, run_moments = self._first_moment, self.moments[self._first_moment :]
+        for i, (m, others) in enumerate(zip(run_moments, self._as_last(run_moments, renamed), strict=True), first):
             if m.per_copy is not shared:
                 shared = m.per_copy
                 with_new, with_old = {**shared, run: new}, {**shared, run: old}
-            last = m._replace(changes=self._as_last(m, renamed), per_copy=with_new)
             if self.phase == "backward":
-                self.moments.append(last._replace(where=self._first_copy(m.where)))
+                self.moments.append(Moment(m.phase, self._first_copy(m.where), others, m.events, m.at, with_new))
             else:  # every copy leaves more alive, so the last one peaks
-                self.moments[i] = last
+                self.moments[i] = Moment(m.phase, m.where, others, m.events, m.at, with_new)
                 if frees_past:
                     self.moments.append(m._replace(where=self._first_copy(m.where), per_copy=with_old))
         negative = next((key for key, n in new.items() if n < 0), None)
@@ -234,13 +232,17 @@ class LiveStorages:
                 left[storage.size] = left.get(storage.size, 0) - 1
         return out
 
-    def _as_last(self, moment: Moment, renamed: Mapping[int, int]) -> Counts:
-        """Return the changes of a moment in the last of several copies, given the same moment in the run's one copy."""
-        if not renamed:
-            return moment.changes
-        out = dict(moment.changes)
-        for entered, name in renamed.items():
-            alive = moment.shared.get(entered, 0) + out.get(entered, 0) - self._counts.get(entered, 0)
-            out[entered] = out.get(entered, 0) - alive
-            out[name] = out.get(name, 0) + alive
-        return out
+    def _as_last(self, moments: Iterable[Moment], renamed: Mapping[int, int]) -> Iterator[Counts]:
+        """Yield what `shared` of the run's moments is in the last of several copies."""
+        alive = {entered: self._before.get(entered, 0) for entered in renamed}
+        at = self._entered_at
+        for moment in moments:
+            out = moment.shared
+            if renamed:
+                alive = after((e for e in self._changes[at : moment.at] if e in alive or ~e in alive), alive)
+                at, out = moment.at, dict(out)
+                for entered, name in renamed.items():
+                    n = alive[entered] - self._counts.get(entered, 0)
+                    out[entered] = out.get(entered, 0) - n
+                    out[name] = out.get(name, 0) + n
+            yield out

@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from memplan.core.ir import Op, SavedTensors, Tensor, Unit
-from memplan.engine.dtypes import FLOATING, Scope
+from memplan.engine.dtypes import Scope
 from memplan.engine.moments import Moment
+from memplan.engine.operation_facts import NO_BACKWARD, Backward, gradient_flow, last_uses, leaves, weights_used_again
 from memplan.engine.storages import CASTING, GATHERING, LENT, REDUCING, LiveStorages, Storage
 
-
-def leaves(op: Op) -> tuple[str, ...]:
-    """Return the outputs that are autograd leaves requiring a gradient."""
-    return tuple(t.name for t in op.writes) if op.requires_gradient and op.gradient == "none" else ()
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class Node:
     """One operation of the backward graph.
 
-    targets  reads and weights that need a gradient
-    pins     names of the tensors it keeps
-    kept     the storages it keeps
-    away     tensors it keeps in host memory
-    fetched  copies of those on the GPU, during its backward
+    backward  what its backward computes
+    targets   reads and weights that need a gradient
+    pins      names of the tensors it keeps
+    kept      the storages it keeps
+    away      tensors it keeps in host memory
+    fetched   copies of those on the GPU, during its backward
     """
 
-    __slots__ = ("away", "fetched", "kept", "op", "pins", "targets")
+    __slots__ = ("away", "backward", "fetched", "kept", "op", "pins", "targets")
 
-    def __init__(self, op: Op, targets: tuple[str, ...], pins: tuple[str, ...]) -> None:
-        self.op, self.targets, self.pins = op, targets, pins
+    def __init__(self, op: Op, backward: Backward) -> None:
+        self.op, self.backward = op, backward
+        self.targets, self.pins = backward.targets, backward.pins
         self.kept: list[Storage] = []
-        self.away: dict[str, Tensor] = {}
-        self.fetched: dict[str, Storage] = {}
+        self.away: Mapping[str, Tensor] = _NOTHING
+        self.fetched: Mapping[str, Storage] = _NOTHING
 
 
 class Frame:
@@ -41,7 +41,7 @@ class Frame:
 
     def __init__(
         self,
-        ops: Sequence[Op],
+        ops: tuple[Op, ...],
         scope: Scope,
         outer: dict[str, Storage],
         flows: Iterable[str],
@@ -49,8 +49,7 @@ class Frame:
         layer: int | None = None,
     ) -> None:
         self.block = block
-        uses = Counter(w.name for op in ops if block and op.gradient != "none" for w in op.weights if w.trains)
-        self.uses = {name: n for name, n in uses.items() if n > 1}  # weight -> operations of the block that use it
+        self.uses = weights_used_again(ops) if block else {}  # weight -> operations of the block that use it
         self.where = "" if layer is None else f"{block}.{layer}."
         self.ops = ops
         self.scope = scope
@@ -94,7 +93,7 @@ class Tape(LiveStorages):
         self._updates = updates
         self._grads_exist = grads_exist
         self._held: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
-        self.host = Moment("forward", "", {}, {}, {})  # tensors in host memory at the end of forward
+        self.host = Moment("forward", "", {}, (), 0, {})  # tensors in host memory at the end of forward
         self.saves: SavedTensors | None = None  # how saved tensors are offloaded, if they are
         self._pending: dict[str, Storage] = {}  # gradients of weights that other operations will still add to
         self.uses: dict[str, int] = {}  # weight outside of blocks -> operations that use it, if more than one
@@ -107,7 +106,6 @@ class Tape(LiveStorages):
         self.module: Callable[[str, str, Frame], None] | None = None  # called when a module begins and returns
         self.hooks = False  # a hook keeps the input of a recomputed block, and its gradient
         self._hooked: list[tuple[Storage, int | None]] = []  # storages kept by hooks, and their run
-        self._last_use_cache: dict[tuple[int, bool], tuple[Sequence[Op], list[tuple[str, ...]]]] = {}
         self._lent: dict[str, list[tuple[str, Storage]]] = {}  # module -> gradients of the weights it lends
 
     def enter(self, frame: Frame, op: Op) -> None:
@@ -119,8 +117,8 @@ class Tape(LiveStorages):
     def computed(self, frame: Frame, op: Op) -> None:
         """Called before an operation computes its outputs, in forward or recomputed in backward."""
 
-    def differentiated(self, frame: Frame, node: Node, of: tuple[Tensor, ...]) -> None:
-        """Called before a node computes the gradients of its targets from those `of` its outputs."""
+    def differentiated(self, frame: Frame, node: Node, incoming: list[tuple[Tensor, Storage]]) -> None:
+        """Called before a node computes the gradients of its targets from the `incoming` ones of its outputs."""
 
     # forward
 
@@ -168,12 +166,14 @@ class Tape(LiveStorages):
             return ()
         seen = {k.what: k.seen for k in node.op.keeps if k.seen}
         stored = {w.name for w in node.op.weights if w.stored}
+        away: dict[str, Tensor] = {}
         for what in node.pins:
             if what not in stored and (self.saves.weights or frame.storage(what) is not None):
                 tensor = frame.scope[what]
-                node.away[what] = tensor._replace(shape=seen.get(what, tensor.shape))
-                self._offload(node.away[what])
-        return node.away
+                away[what] = tensor._replace(shape=seen.get(what, tensor.shape))
+                self._offload(away[what])
+        node.away = away
+        return away
 
     def _fetch(self, frame: Frame) -> list[Storage]:
         """Copy the checkpoint's input back from host memory, if it is there; the caller drops the copy."""
@@ -185,21 +185,11 @@ class Tape(LiveStorages):
         return [copy]
 
     def _graph(self, frame: Frame, grad: bool) -> list[Node]:
-        nodes: list[Node] = []
-        for op in frame.ops:
-            targets: tuple[str, ...] = ()
-            pins: tuple[str, ...] = ()
-            if grad and op.gradient != "none":
-                targets = tuple(r for r in dict.fromkeys(op.reads) if r in frame.flows)
-                targets += tuple(w.name for w in op.weights if w.trains)
-                targets += tuple(t.name for t in op.wraps)
-                if targets:
-                    frame.flows.update(t.name for t in op.writes if t.dtype in FLOATING)
-                    pins = tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets))
-            elif grad:
-                frame.flows.update(leaves(op))
-            nodes.append(Node(op, targets, pins))
-        return nodes
+        if not grad:
+            return [Node(op, NO_BACKWARD) for op in frame.ops]
+        backwards, flows = gradient_flow(frame.ops, frame.flows)
+        frame.flows |= flows
+        return [*map(Node, frame.ops, backwards)]
 
     def _run(  # noqa: PLR0912 (a branch for each word of an operation)
         self,
@@ -215,7 +205,7 @@ class Tape(LiveStorages):
         Storages held to the end of the forward pass or of the step are added to `holds`.
         """
         ops, names = frame.ops, frame.names
-        ends = self._last_uses(ops, keep)
+        ends = last_uses(ops, keep)
         is_cut_off = end < len(ops)
         mine = dict(owned)  # references held by Python variables
         for i, op in enumerate(ops[:end]):
@@ -269,30 +259,6 @@ class Tape(LiveStorages):
         for name in [n for n in mine if n not in exported]:
             self.drop(mine.pop(name))
         return mine
-
-    def _last_uses(self, ops: Sequence[Op], keep: bool) -> list[tuple[str, ...]]:
-        """Return, for each operation, the tensors that it uses and no later operation reads.
-
-        A view counts as a use of its base. The result is cached, because copies of a layer have the same operations.
-        """
-        known = self._last_use_cache.get((id(ops), keep))
-        if known is not None:
-            return known[1]
-        root: dict[str, str] = {}
-        last: dict[str, int] = {}
-        for i, op in enumerate(ops):
-            for r in () if op.needs_recording and not keep else op.reads:
-                last[root.get(r, r)] = i
-            if op.view:
-                root[op.writes[0].name] = root.get(op.reads[0], op.reads[0])
-                for t in op.writes[1:]:
-                    root[t.name] = root[op.writes[0].name]
-        ends: list[tuple[str, ...]] = []
-        for i, op in enumerate(ops):
-            used = (*(t.name for t in op.writes), *op.reads, *(t.name for t in op.past))
-            ends.append(tuple(n for n in dict.fromkeys(root.get(n, n) for n in used) if last.get(n, i) == i))
-        self._last_use_cache[id(ops), keep] = ops, ends
-        return ends
 
     def _call_module_hook(self, event: str, module: str, frame: Frame) -> None:
         if self.module is not None:
@@ -445,13 +411,14 @@ class Tape(LiveStorages):
         if not incoming:
             self._release(node)
             return
+        backward = node.backward
         gathered = self._gather(op)
-        self.differentiated(frame, node, tuple(t for t, _ in incoming))
-        node.fetched = {what: self.alloc(tensor, "activation") for what, tensor in node.away.items()}
-        node.kept += node.fetched.values()
-        scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in node.targets)]
-        early = [self.alloc(s.tensor, "temp") for s in scratch if s.early]
-        late = [self.alloc(s.tensor, "temp") for s in scratch if not s.early]
+        self.differentiated(frame, node, incoming)
+        if node.away:
+            node.fetched = {what: self.alloc(tensor, "activation") for what, tensor in node.away.items()}
+            node.kept += node.fetched.values()
+        early = [self.alloc(t, "temp") for t in backward.early]
+        late = [self.alloc(t, "temp") for t in backward.late]
         for storage in early:
             self.drop(storage)
         raw = [self._gradient(frame, node, target, incoming) for target in node.targets]
@@ -460,19 +427,18 @@ class Tape(LiveStorages):
         if frame.recomputed or node.fetched:  # unpacked tensors are freed when the function returns, before the casts
             self._release(node)
         gradients = [
-            (target, self._own_dtype(frame, node, target, storage) if wide else storage)
+            self._own_dtype(frame, node, target, storage) if wide else storage
             for target, (storage, wide) in zip(node.targets, raw, strict=True)
         ]
         for _, storage in incoming:
             self.drop(storage)
         self._release(node)
-        weights, wrapped = {w.name for w in op.weights}, {t.name for t in op.wraps}
-        for target, storage in gradients:
-            if target in wrapped:
+        for target, storage in zip(node.targets, gradients, strict=True):
+            if target in backward.wraps:
                 self._held["nodes"].append(storage)
             elif target in self.nested:
                 self._reduce(self.nested[target], storage, gathered)
-            elif target in weights:
+            elif target in backward.weights:
                 self._weight_gradient(frame, target, storage)
             else:
                 grads[target] = self._sum(frame.scope[target], grads.get(target), storage)
@@ -494,11 +460,11 @@ class Tape(LiveStorages):
     def _release(self, node: Node) -> None:
         for storage in node.kept:
             self.drop(storage)
-        node.kept, node.fetched = [], {}
+        node.kept, node.fetched = [], _NOTHING
 
     def _own_dtype(self, frame: Frame, node: Node, target: str, wide: Storage) -> Storage:
         """Cast a gradient from the promoted dtype, or sum it, once all gradients of the node are computed."""
-        gradient = self.alloc(frame.scope[target], _kind(node.op, target), of="gradient of ")
+        gradient = self.alloc(frame.scope[target], _kind(node, target), of="gradient of ")
         self.drop(wide)
         return gradient
 
@@ -506,17 +472,16 @@ class Tape(LiveStorages):
         self, frame: Frame, node: Node, target: str, incoming: list[tuple[Tensor, Storage]]
     ) -> tuple[Storage, bool]:
         """Return the gradient of `target`, and whether it is still to be cast from the promoted dtype or summed."""
-        op, like = node.op, frame.scope[target]
-        shape = next((w.gradient for w in op.weights if w.gradient and w.name == target), "")
-        like = like._replace(shape=shape) if shape else like
-        becomes = next((k.what for k in op.keeps if k.is_gradient and k.of == target), None)
-        if becomes is not None:
+        op, backward, like = node.op, node.backward, frame.scope[target]
+        if target in backward.shapes:
+            like = like._replace(shape=backward.shapes[target])
+        if target in backward.becomes:
+            becomes = backward.becomes[target]
             kept = node.fetched[becomes] if becomes in node.fetched else frame[becomes]
             kept.refs += 1
             return kept, False
-        unsummed = next((s.tensor for s in op.scratch_back if s.summed and s.of == target), None)
-        if unsummed is not None:
-            return self.alloc(unsummed, "temp", of="gradient of "), True
+        if target in backward.sums:
+            return self.alloc(backward.sums[target], "temp", of="gradient of "), True
         if op.gradient == "same":
             out, storage = incoming[0]
             aliased = op.view and target == op.reads[0]
@@ -525,7 +490,7 @@ class Tape(LiveStorages):
                 return storage, False
         out = op.writes[0]
         if op.cast or op.gradient in ("same", "own") or out.dtype == like.dtype:
-            return self.alloc(like, _kind(op, target), fresh=op.gradient != "view", of="gradient of "), False
+            return self.alloc(like, _kind(node, target), fresh=op.gradient != "view", of="gradient of "), False
         return self.alloc(like._replace(dtype=out.dtype), "temp", of="gradient of "), True
 
     def _sum(self, like: Tensor, old: Storage | None, new: Storage, kind: str = "temp") -> Storage:
@@ -562,5 +527,5 @@ class Tape(LiveStorages):
             self.drop(total)
 
 
-def _kind(op: Op, target: str) -> str:
-    return "gradient" if any(t.name == target for t in (*op.weights, *op.wraps)) else "temp"
+def _kind(node: Node, target: str) -> str:
+    return "gradient" if target in node.backward.weights or target in node.backward.wraps else "temp"

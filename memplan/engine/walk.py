@@ -7,14 +7,15 @@ never larger than another one of its phase is left out; the rest are those that 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from math import prod
 from operator import ge, mul, sub
-from typing import Any, NamedTuple
+from typing import Any
 
 from memplan.core.arithmetic import Size
 from memplan.core.ir import AT_LEAST
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, rounded
 from memplan.engine.moments import Moment
 
@@ -35,7 +36,6 @@ class Variable(NamedTuple):
 
 
 ONE = Variable(())
-Bytes = dict[Variable, int]  # a linear combination
 
 
 class Term(NamedTuple):
@@ -91,7 +91,7 @@ def shared(axis: str, axes: Mapping[str, int]) -> int:
 
 def alive(moment: Moment, runs: Sequence[tuple[str, int]], axes: Mapping[str, int]) -> dict[int, int]:
     """Return the number of live storages of each size at a moment, with all copies of repeated blocks."""
-    out = dict(moment.counts)
+    out = moment.counts
     for run, counts in moment.per_copy.items():
         axis, counted = runs[run]
         copies = axes[axis] - counted
@@ -100,14 +100,21 @@ def alive(moment: Moment, runs: Sequence[tuple[str, int]], axes: Mapping[str, in
     return out
 
 
-def moment_bytes(counts: Mapping[int, int], sizes: Sequence[tuple[Variable, int]]) -> Bytes:
-    """Return the bytes alive at a moment."""
-    out: Bytes = {}
-    for key, count in counts.items():
-        if count:
-            variable, n = sizes[key]
-            out[variable] = out.get(variable, 0) + n * count
-    return out
+def counts_at_each(
+    moments: Iterable[Moment], runs: Sequence[tuple[str, int]], axes: Mapping[str, int], sizes: Sequence[int]
+) -> Iterator[dict[int, int]]:
+    """Yield how many storages of each size in bytes are alive at every moment, given the bytes of each size."""
+    distinct = [*dict.fromkeys(sizes)]
+    index = {bytes_: i for i, bytes_ in enumerate(distinct)}
+    for totals in _totals(moments, runs, axes, [(index[bytes_], 1) for bytes_ in sizes], len(distinct)):
+        yield dict(zip(distinct, totals, strict=True))
+
+
+def bytes_at_each(
+    moments: Iterable[Moment], runs: Sequence[tuple[str, int]], axes: Mapping[str, int], sizes: Sequence[int]
+) -> Iterator[int]:
+    """Yield the bytes alive at every moment, given the bytes of a storage of each size."""
+    yield from (total for (total,) in _totals(moments, runs, axes, [(0, bytes_) for bytes_ in sizes], 1))
 
 
 def rows(
@@ -119,34 +126,60 @@ def rows(
 ) -> list[tuple[int, ...]]:
     """Return the bytes alive at every moment as coefficients of `variables`, with all copies of repeated blocks."""
     index = {v: i for i, v in enumerate(variables)}
-    place = [(index[v], n) for v, n in sizes]
+    places = [(index[v], n) for v, n in sizes]
+    return [tuple(totals) for totals in _totals(moments, runs, axes, places, len(variables))]
+
+
+def _totals(
+    moments: Iterable[Moment],
+    runs: Sequence[tuple[str, int]],
+    axes: Mapping[str, int],
+    places: Sequence[tuple[int, int]],
+    width: int,
+) -> Iterator[list[int]]:
+    """Yield sums over the live storages at every moment, with all copies of repeated blocks.
+
+    places  for each size, which of the sums its storages add to, and how much
+    width   the number of sums
+    """
+    totals = [0] * width  # one list, changed from moment to moment
+    steps = [*places, *((i, -n) for i, n in reversed(places))]  # of each event: a free is a negative index
     copies = [axes[axis] - counted for axis, counted in runs]
 
-    def add(counts: Mapping[int, int], row: list[int], times: int = 1) -> None:
-        for key, count in counts.items():
-            i, n = place[key]
-            row[i] += n * count * times
+    def add(counts: Mapping[int, int], times: int) -> None:
+        for size, count in counts.items():
+            i, n = places[size]
+            totals[i] += n * count * times
 
     shared: Mapping[int, int] = {}
+    events: Sequence[int] = ()
+    at = 0
     per_copy: Mapping[int, Mapping[int, int]] = {}
-    common = [0] * len(variables)  # the row of `shared` and `per_copy`
-    out: list[tuple[int, ...]] = []
     for moment in moments:
         if moment.shared is not shared:
-            add(shared, common, -1)
+            add(shared, -1)
             shared = moment.shared
-            add(shared, common)
+            add(shared, 1)
         if moment.per_copy is not per_copy:
             for run in {*per_copy, *moment.per_copy}:
                 old, new = per_copy.get(run, {}), moment.per_copy.get(run, {})
                 if new is not old:
-                    add(old, common, -copies[run])
-                    add(new, common, copies[run])
+                    add(old, -copies[run])
+                    add(new, copies[run])
             per_copy = moment.per_copy
-        row = list(common)
-        add(moment.changes, row)
-        out.append(tuple(row))
-    return out
+        if moment.events is not events:
+            for event in events[:at]:
+                i, n = steps[event]
+                totals[i] -= n
+            events, at = moment.events, 0
+        for event in events[at : moment.at]:
+            i, n = steps[event]
+            totals[i] += n
+        for event in events[moment.at : at]:  # a moment of a copy that was run before the last one
+            i, n = steps[event]
+            totals[i] -= n
+        at = moment.at
+        yield totals
 
 
 def chain(variables: Sequence[Variable]) -> list[tuple[str, ...]]:
@@ -192,15 +225,14 @@ def prune(
     for row, moment in candidates:
         first.setdefault(row, moment)
     by_sums: list[_Candidate] = []
-    for row in without_midpoints(list(first)):
+    for row in without_midpoints(_local_maxima(first, others)):
         linear = [0] * len(products)
         for i, product, multiple in multiples:
-            linear[product] += row[i] * multiple
+            if row[i]:
+                linear[product] += row[i] * multiple
         rounding, apart = [row[i] for i in rounds], [row[i] for i in others]
-        slack = None if any(apart) else 511 * sum(rounding)
-        term = Term(row, tuple(linear), slack, first[row])
         sums = [*accumulate(linear)]
-        by_sums.append(_Candidate(sums, sums[-1], sum(apart), apart, rounding, term))
+        by_sums.append(_Candidate(sums, sums[-1], sum(apart), apart, rounding, row, linear))
     by_sums.sort(key=_sums, reverse=True)
     kept: list[Term] = []
     larger: list[_Candidate] = []  # those kept; the last one found to be larger is tried first, as it often is again
@@ -210,9 +242,28 @@ def prune(
                 larger.insert(0, larger.pop(at))
                 break
         else:
-            kept.append(candidate.term)
+            slack = None if any(candidate.apart) else 511 * sum(candidate.rounding)
+            kept.append(Term(candidate.row, tuple(candidate.linear), slack, first[candidate.row]))
             larger.append(candidate)
     return tuple(kept)
+
+
+def _local_maxima(rows: Iterable[tuple[int, ...]], others: Sequence[int]) -> list[tuple[int, ...]]:
+    """Leave out rows of which no coefficient is larger than that of the row before or after, as while memory rises.
+
+    Of two rows that can be equal, the first is kept: if the second has more of `others` only, which can be zero.
+    """
+    out: list[tuple[int, ...]] = []
+    totals: list[int] = []
+    for row in rows:
+        total = sum(row)
+        while out and total > totals[-1] and all(map(ge, row, out[-1])) and all(row[i] == out[-1][i] for i in others):
+            out.pop()
+            totals.pop()
+        if not (out and total <= totals[-1] and all(map(ge, out[-1], row))):
+            out.append(row)
+            totals.append(total)
+    return out
 
 
 def without_midpoints(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
@@ -244,13 +295,15 @@ def _midway(before: tuple[int, ...], row: tuple[int, ...], after: tuple[int, ...
 
 
 class _Candidate(NamedTuple):
-    """A term, and what `_always_at_least` compares.
+    """A row, and what `_always_at_least` compares.
 
     sums         running sums of its coefficients along the chain
     total        the last of those sums
     apart_total  sum of `apart`
     apart        coefficients of variables outside the chain
     rounding     coefficients of rounded variables
+    row          all coefficients
+    linear       coefficients of the chain's products
     """
 
     sums: list[int]
@@ -258,7 +311,8 @@ class _Candidate(NamedTuple):
     apart_total: int
     apart: list[int]
     rounding: list[int]
-    term: Term
+    row: tuple[int, ...]
+    linear: list[int]
 
 
 def _sums(candidate: _Candidate) -> list[int]:

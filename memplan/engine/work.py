@@ -6,9 +6,9 @@ One copy stands for a run of equal blocks, with the number of copies.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from memplan.core.ir import Op, Stack, Tensor
+from memplan.core.records import NamedTuple
 from memplan.engine.gather import Gatherer
 from memplan.engine.step import PLAIN, ExecutionOptions, run_pass
 from memplan.engine.storages import Storage
@@ -49,8 +49,8 @@ class CallRecorder(Tape):
         part = "recomputed" if self.phase == "backward" else "forward"
         self._add(Call(op, part, _known(frame, op), (), (), 1))
 
-    def differentiated(self, frame: Frame, node: Node, of: tuple[Tensor, ...]) -> None:
-        targets = tuple(frame.scope[t]._replace(name=t) for t in node.targets)
+    def differentiated(self, frame: Frame, node: Node, incoming: list[tuple[Tensor, Storage]]) -> None:
+        of, targets = tuple(t for t, _ in incoming), tuple(frame.scope[t]._replace(name=t) for t in node.targets)
         self._add(Call(node.op, "backward", _known(frame, node.op), of, targets, 1))
 
     def note(self) -> None:

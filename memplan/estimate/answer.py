@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import Overhead
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import InternalError
 from memplan.core.frozen import FrozenDict
+from memplan.core.records import NamedTuple
 from memplan.core.version import __version__
 from memplan.estimate.usage import Band, Replay, Usage, calibration_of
 from memplan.models.model import ModelSpec
@@ -18,6 +19,7 @@ from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
+    from memplan.frameworks.reading.config import FieldOrigin
 
 SCHEMA_VERSION = 1
 ANSWERS = ("fits", "tight", "does not fit")
@@ -243,10 +245,10 @@ class Walk(Replay):
     def peak(self) -> int:
         return self.top.peak
 
-    @property
-    def fullness(self) -> tuple[int, int]:
-        """Sort key of ranks that differ: the one with the most comes last."""
-        return 0, self.peak
+    @classmethod
+    def fullest(cls, walks: Sequence[Walk]) -> Walk:
+        """Return the walk of the rank with the most, among ranks that differ."""
+        return max(walks, key=lambda walk: walk.peak)
 
     def with_side_tasks(self, model: ModelSpec | None) -> Walk:
         """Return the walk with what the run asks for in addition (`also`). `model` is the run's, if looked up already.
@@ -325,6 +327,7 @@ class Estimate:
     phases: tuple[Phase, ...]
     unsupported: tuple[str, ...]
     notes: tuple[str, ...]
+    origins: tuple[FieldOrigin, ...]
     calibration: Calibration | None
     via: str
     _usage: Usage
@@ -351,10 +354,17 @@ class Estimate:
             phases=phases,
             unsupported=walk.unsupported,
             notes=(*walk.notes(), *((calibration.named(),) if calibration else ())),
+            origins=(),
             calibration=calibration,
             via=walk.via,
             _usage=usage,
         )
+
+    def read_from(self, origins: tuple[FieldOrigin, ...], unread: tuple[str, ...]) -> Estimate:
+        """Return the answer for a run that was read from a file: with each value's origin, and the keys left out."""
+        answer = object.__new__(Estimate)
+        vars(answer).update(vars(self), origins=origins, unsupported=(*self.unsupported, *unread))
+        return answer
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"an answer cannot be changed: {name}")
@@ -388,6 +398,11 @@ class Estimate:
     def fits(self) -> bool:
         """Whether the verdict is fits. Cheaper than the verdict."""
         return self._usage.fits
+
+    @property
+    def may_fit(self) -> bool:
+        """Whether a verdict that is not fits is tight. Cheaper than the verdict."""
+        return self._usage.may_fit
 
     @property
     def least(self) -> int:
@@ -470,6 +485,7 @@ class Estimate:
             "ranks": [rank.as_dict() for rank in self.ranks],
             "unsupported": list(self.unsupported),
             "notes": list(self.notes),
+            **({"origins": [origin._asdict() for origin in self.origins]} if self.origins else {}),
         }
 
     def model_dump_json(self, indent: int | None = None) -> str:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import floor
 from pathlib import Path
-from typing import Annotated, NamedTuple, Self
+from typing import Annotated, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from memplan.core.errors import MemplanError, SpecError, printable
+from memplan.core.records import NamedTuple
 from memplan.core.user_folders import calibrations
-from memplan.spec.base import Part
 
 COVERAGE = 0.95  # share of further runs that the band should hold
 MIN_RUNS = 19  # runs: their full range holds 90 % of further runs
@@ -25,7 +25,11 @@ Bytes = Annotated[int, Field(ge=0, le=2**50, strict=True)]
 Error = Annotated[float, Field(gt=-1, le=100)]  # relative: measured / estimated - 1
 
 
-class MeasuredRange(Part, frozen=True):
+class _Record(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """Base class of what is in the file."""
+
+
+class MeasuredRange(_Record, frozen=True):
     """The least, the median and the most bytes of the measured runs."""
 
     low: Bytes
@@ -38,7 +42,7 @@ class MeasuredRange(Part, frozen=True):
         return self
 
 
-class Errors(Part, frozen=True):
+class Errors(_Record, frozen=True):
     """Relative errors of an estimate, as measured / estimated - 1: the band's low end, the median, its high end."""
 
     low: Error
@@ -64,7 +68,7 @@ class CalibratedRange(NamedTuple):
     high: int
 
 
-class Calibration(Part, frozen=True):
+class Calibration(_Record, frozen=True):
     """The overhead of one card on one machine, from `runs` measured runs.
 
     context         bytes the driver counts outside torch's segments at the end of a run

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.core.errors import SpecError
+from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
 
@@ -17,7 +16,7 @@ class Demand(NamedTuple):
     headroom: int = 0
 
     def met(self, answer: Estimate) -> bool:
-        if answer.gpu is None or not (answer.fits or (self.tight and answer.verdict.answer == "tight")):
+        if answer.gpu is None or not (answer.fits or (self.tight and answer.may_fit)):
             return False
         if not self.headroom:
             return True

@@ -38,5 +38,5 @@ def walk(run: RunSpec, model: ModelSpec | None = None) -> Walk:
     column = TrainingWalk if decided.trains else InferenceWalk
     if decided.has_stages and run.parallelism.stage is None:
         walks: list[Walk] = [column(run, stage) for stage in decided.fullest_stages()]
-        return max(walks, key=lambda walk: walk.fullness).with_side_tasks(model)
+        return column.fullest(walks).with_side_tasks(model)
     return column(run, decided).with_side_tasks(model)

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
-from typing import NamedTuple
 
 from memplan.catalogue.profiles.profiles import library_behaviour
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import Host, HostPhase
 from memplan.estimate.side_task import SideTask

@@ -8,7 +8,7 @@ passes come from `memplan.program.inference.passes`, what torch reserves for the
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -77,11 +77,16 @@ class InferenceWalk(Walk):
         """Bytes held throughout all passes."""
         return self.resident + self.unsplit + self.workspace
 
-    @property
-    def fullness(self) -> tuple[int, int]:
-        """As in `Walk`, but what torch reserves differs by GPU, so that the verdict comes before the peak."""
-        verdict = self.usage(None).answer if self.gpu else None
-        return _WORST_LAST.index(verdict), self.peak
+    @classmethod
+    def fullest(cls, walks: Sequence[Walk]) -> Walk:
+        """Return the walk of the GPU with the worst verdict, and of equals the one with the largest peak.
+
+        What torch reserves differs by GPU.
+        """
+        full = [walk for walk in walks if not walk.usage(None).fits]
+        if len(full) < 2:  # how badly a single one fails does not matter
+            return full[0] if full else super().fullest(walks)
+        return max(full, key=lambda walk: (not walk.usage(None).may_fit, walk.peak))
 
     @property
     def parts(self) -> Mapping[str, object]:
@@ -148,8 +153,7 @@ class InferenceWalk(Walk):
     def counts(self, at: Phase) -> Iterator[dict[int, int]]:
         for each in self.passes:
             if each.phase == at.phase:
-                sizes = each.bytes_of_sizes()
-                yield from (each.counts(moment, sizes) for moment in each.low().moments)
+                yield from each.counts()
 
     def lines(self, at: Phase) -> list[Line]:
         out: list[Line] = []
@@ -189,7 +193,7 @@ class InferenceWalk(Walk):
         if step.other is None:
             return held
         other = sized(step.other, self.decided)
-        return held + other.bytes_at(other.low().left, other.bytes_of_sizes())
+        return held + other.bytes_left()
 
     def moments(self) -> Iterator[Phase]:
         for each in self.passes:
@@ -224,7 +228,6 @@ class InferenceWalk(Walk):
         return reserved(self._replay, capacity)
 
 
-_WORST_LAST = (None, "fits", "tight", "does not fit")
 _UNSPLIT = "torch 2.13 c10/cuda/CUDACachingAllocator.cpp should_split: the rest of an unsplit block counts as allocated"
 
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from memplan.catalogue.optimizers.states import State
 from memplan.catalogue.parallelism.pipeline import ENGINES, PipelineMoment
 from memplan.catalogue.parallelism.sharding import MEGATRON
 from memplan.engine.moments import Moment as LoweredMoment
 from memplan.engine.step import Lowered
-from memplan.engine.walk import alive, moment_bytes, size, values
+from memplan.engine.walk import bytes_at_each, size, values
 from memplan.estimate.answer import Line, Phase, largest_first
 from memplan.estimate.lines import (
     alive_lines,
@@ -177,10 +177,10 @@ def timeline(walked: TrainingPeaks) -> Iterator[Phase]:
         accumulated: dict[str, int] = p.accumulated if later else dict.fromkeys(PHASES, 0)
         passes = [(p.structure, pass_of(p.structure, later), PHASES, accumulated)]
     for structure, low, phases, extra in passes:
-        for moment in low.moments:
-            if moment.phase in phases:
-                bytes_ = extra[moment.phase] + _live(structure, low, moment, walked)
-                yield Phase(moment.phase, None, base + p.passing[moment.phase] + bytes_, moment.where)
+        moments = [moment for moment in low.moments if moment.phase in phases]
+        for moment, live in zip(moments, _live(structure, low, moments, walked), strict=True):
+            bytes_ = extra[moment.phase] + live
+            yield Phase(moment.phase, None, base + p.passing[moment.phase] + bytes_, moment.where)
     yield walked.phases[len(walked.phases) - len(walked.side_tasks) - 1]
     for aside in walked.side_tasks:
         yield from _side_task_moments(aside)
@@ -196,12 +196,13 @@ def _side_task_moments(aside: SideTask) -> Iterator[Phase]:
         yield from (Phase(aside.phase, None, held + bytes_, where) for where, bytes_ in each.moments())
 
 
-def _live(structure: Structure, low: Lowered, moment: LoweredMoment, walked: TrainingPeaks) -> int:
-    """Return the bytes alive at a moment of a pass."""
+def _live(structure: Structure, low: Lowered, moments: Iterable[LoweredMoment], walked: TrainingPeaks) -> Iterator[int]:
+    """Yield the bytes alive at every moment of a pass."""
     _, axes = operations_of(structure.graph)
-    combination = moment_bytes(alive(moment, low.runs, axes), [size(key[0], key[1], axes) for key in low.sizes])
     numbers = dict(zip(walked.program.moments.variables, walked.numbers.values, strict=True))
-    return sum(n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in combination.items())
+    sizes = [size(key[0], key[1], axes) for key in low.sizes]
+    bytes_ = [n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in sizes]
+    return bytes_at_each(moments, low.runs, axes, bytes_)
 
 
 def _fullest_passes(walked: TrainingPeaks) -> Iterator[tuple[Structure, Lowered, tuple[str, ...], dict[str, int]]]:
@@ -219,7 +220,7 @@ def _fullest_passes(walked: TrainingPeaks) -> Iterator[tuple[Structure, Lowered,
             extra = sum(size(t.shape, t.dtype, axes)[1] * n for t, _, n in stage_buffers(structure, fullest))
             for j, other in enumerate(chunks):
                 kept = pass_of(other)
-                extra += fullest.others[j] * _live(other, kept, kept.kept, walked)
+                extra += fullest.others[j] * next(_live(other, kept, (kept.kept,), walked))
                 extra += sharding_of(other).accumulated_bytes() if fullest.has_gradient[j] else 0
                 extra -= sharding_of(other).released() if fullest.done[j] else 0
             phases = ("backward",) if backward else ("forward", "loss")

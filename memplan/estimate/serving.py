@@ -235,6 +235,10 @@ class ServingUsage(Usage):
     def fits(self) -> bool:
         return self.answer == "fits"
 
+    @cached_property
+    def may_fit(self) -> bool:
+        return self.answer in ("fits", "tight")
+
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
         """Only known for the run's own card, because how an engine is started depends on the card."""
         return self.fits if usable == self.usable else None

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from memplan.core.records import NamedTuple
 from memplan.engine.allocator import Allocator, Block
 from memplan.program.graph import Graph, TensorGroup
 from memplan.program.inference.passes import SizedPass
-from memplan.program.inference.replay import InheritedTensor, load, replay_pass
+from memplan.program.inference.replay import NOTHING, load, replay_pass
 
 _REPLAYED = 8  # batches whose passes are replayed, in addition to the last one
 
@@ -66,11 +65,10 @@ class SideTask(NamedTuple):
             allocator.free(block)
 
     def _replay_passes(self, allocator: Allocator) -> None:
-        left: list[InheritedTensor] = []
+        left = NOTHING
         for each in self.passes:
             left = replay_pass(each, allocator, left)
-        while left:
-            allocator.free(left.pop().block)
+        _free([*left.blocks], allocator)
 
     def _replay_batches(self, allocator: Allocator) -> None:
         """Replay the batches whose predictions are kept; only the first few and the last replay their passes."""

@@ -11,7 +11,6 @@ memplan.program.training.saving.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from memplan.catalogue.inference.decoding import returned_by
 from memplan.catalogue.inference.one_pass import Cache, Pass
@@ -20,6 +19,7 @@ from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import SpecError, UnsupportedModelError
 from memplan.core.ir import Tensor
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.walk import size
 from memplan.estimate.side_task import SideTask

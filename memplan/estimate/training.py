@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.core.cached_property import cached_property
+from memplan.core.records import NamedTuple
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.engine.native import exact, new_allocator
-from memplan.engine.walk import alive, size
+from memplan.engine.walk import counts_at_each, size
 from memplan.estimate import ledger
 from memplan.estimate.answer import Host, Line, Parameters, Phase, Rank, Walk
 from memplan.estimate.host import host_memory
@@ -32,8 +33,7 @@ from memplan.program.training.replay import (
 )
 from memplan.resolve.batches import check_batch
 from memplan.resolve.communicators import NODE
-from memplan.spec.run import RunSpec
-from memplan.spec.training import Also
+from memplan.spec.run import RunSpec, is_default
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
@@ -55,7 +55,7 @@ class TrainingWalk(Walk):
         self.load = max((peaks.phases[0].peak, *(task.loads for task in tasks)))
 
     def with_side_tasks(self, model: ModelSpec | None) -> TrainingWalk:
-        if self.run.also != Also():
+        if not is_default(self.run, "also"):
             from memplan.estimate.side_tasks import notes_of, side_tasks_of
 
             self._take(self.peaks.followed_by(side_tasks_of(self.run, self.peaks, self.decided, model)))
@@ -113,7 +113,7 @@ class TrainingWalk(Walk):
         axes = {**operations_of(self.decided.structure.graph)[1], **self.peaks.axes}
         sizes = [size(key[0], key[1], axes)[1] for key in low.sizes]
         moments = (moment for moment in low.moments if moment.phase == at.phase)
-        return (_tally(alive(moment, low.runs, axes), sizes) for moment in moments)
+        return counts_at_each(moments, low.runs, axes, sizes)
 
     def ranks(self, calibration: Calibration | None) -> Iterator[Rank]:
         for decided in self.decided.every_stage() if self.decided.has_stages else ():
@@ -148,14 +148,6 @@ def resident_bytes(p: Program) -> int:
     Gradient buckets are not among them, because they may end up anywhere.
     """
     return p.parameters + p.buffered + p.scaler + p.states
-
-
-def _tally(counts: Mapping[int, int], sizes: list[int]) -> dict[int, int]:
-    """Return how many tensors of each size in bytes there are, from counts by the index of their size."""
-    tally: dict[int, int] = {}
-    for key, count in counts.items():
-        tally[sizes[key]] = tally.get(sizes[key], 0) + count
-    return tally
 
 
 class TrainingReplay(NamedTuple):

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from operator import mul
-from typing import NamedTuple
 
 from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.errors import InternalError
+from memplan.core.records import NamedTuple
 from memplan.engine.walk import largest, values
 from memplan.estimate.answer import Phase
 from memplan.estimate.side_task import SideTask
@@ -91,7 +91,9 @@ def training_peaks(decided: ResolvedRun) -> TrainingPeaks:
             micro, _, index = best[PHASES.index(phase)]
             phases.append(Phase(phase, step, bytes_, p.moments.where[micro][index]))
             moments.append((micro, index))
-    peak = max(range(len(phases)), key=lambda i: (phases[i].peak, i))
+    peak = 0
+    for i, phase in enumerate(phases):
+        peak = i if phase.peak >= phases[peak].peak else peak
     return TrainingPeaks(p, axes, numbers, workspace, phases, moments, peak)
 
 

@@ -6,7 +6,7 @@ takes microseconds. A verdict that is clear without a replay does not run one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import (
@@ -21,6 +21,7 @@ from memplan.catalogue.hardware.overhead import (
 )
 from memplan.core.arithmetic import ONE_RUN, Arithmetic, Size
 from memplan.core.cached_property import cached_property
+from memplan.core.records import NamedTuple
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
@@ -174,13 +175,14 @@ class Usage:
         """fits, tight or does not fit; None without a card."""
         if self._gpu is None:
             return None
+        self.fits_card_of(self._gpu.usable, replayed=True)  # by the replay that `used` takes too, if one is needed
         if self.fits:
             return "fits"
-        return "tight" if self._possible else "does not fit"
+        return "tight" if self.may_fit else "does not fit"
 
     @cached_property
     def fits(self) -> bool:
-        """Whether the run surely fits its card. Takes half the replays of `answer`."""
+        """Whether the run surely fits its card. Cheaper than `answer` if nothing else is asked."""
         if self._gpu is None:
             return False
         surely_fits = self.fits_card_of(self._gpu.usable)
@@ -210,7 +212,8 @@ class Usage:
         return room(usable, self._overhead).sure
 
     @cached_property
-    def _possible(self) -> bool:
+    def may_fit(self) -> bool:
+        """Whether the run fits its card if the process takes the least that was measured."""
         if self._gpu is None:
             return False
         capacity = room(self._gpu.usable, self._overhead).possible
@@ -254,15 +257,23 @@ class Usage:
         return enough_for_segments(self.allocated, self._replay.resident, self._replay.load, ONE_RUN)
 
     @cached_property
-    def _roomy(self) -> int:
+    def _replayed_with_room(self) -> int:
         peak = self._replay.reserved()
         assert peak is not None
-        return max(peak, self.allocated) + self._replay.unreplayed_bytes()
+        return peak
+
+    @property
+    def _roomy(self) -> int:
+        return max(self._replayed_with_room, self.allocated) + self._replay.unreplayed_bytes()
 
     def _lives_in(self, capacity: int) -> bool:
         if self._replay.is_long:
             return self._roomy <= capacity
-        return capacity >= self.allocated and self._replay.reserved(capacity) is not None
+        if capacity < self.allocated:
+            return False
+        # a run that never fills the card does not notice its capacity
+        with_room: int | None = vars(self).get("_replayed_with_room")
+        return (with_room is not None and with_room <= capacity) or self._replay.reserved(capacity) is not None
 
     def _shown_at(self, level: str) -> int:
         """Return what the card shows at the `low`, `usual` or `high` end of what was measured."""

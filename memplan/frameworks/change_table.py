@@ -8,8 +8,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, TypeAlias
+from typing import Any, Literal, TypeAlias
 
+from memplan.core.records import NamedTuple
 from memplan.spec.base import Part
 from memplan.spec.formats import Quantization
 from memplan.spec.run import RunSpec
@@ -25,12 +26,19 @@ class Key(NamedTuple):
     value   its value for a run, None if nothing is written; by default the first field's. Outside of the YAML file,
             the entire line
     place   where it is written
+    same    whether the first field has the value that a file gives the key, so that the row also reads it; always if
+            `value` is not given
     """
 
     key: str
     fields: tuple[str, ...]
     value: Callable[[RunSpec], Value] | None = None
     place: Literal["yaml", "Python", "shell"] = "yaml"
+    same: bool = False
+
+    @property
+    def is_same(self) -> bool:
+        return self.same or (self.value is None and self.place == "yaml")
 
 
 class Remark(NamedTuple):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.core.errors import SpecError
+from memplan.core.records import NamedTuple
 from memplan.frameworks.change_table import Lines, differing, value_of
+from memplan.models.peft_methods import PEFT_METHODS, has_rank
 from memplan.spec.options import OPTIONS as GROUPS
 from memplan.spec.options import flag
 from memplan.spec.parallelism import Offload, Parallelism
@@ -28,8 +30,8 @@ _ADAPTER_FIELDS = ("rank", "alpha", "targets", "dropout", "modules_to_save", "ad
 _CHECKPOINTING = {"full": "--gradient-checkpointing", "none": "--no-gradient-checkpointing"}
 
 
-class Command(NamedTuple):
-    """Command-line options.
+class ChangeOptions(NamedTuple):
+    """ChangeOptions-line options.
 
     options                the options, quoted for a shell
     fields_without_option  fields that no option can set to their value
@@ -60,7 +62,7 @@ def option_lines(asked: RunSpec, changed: RunSpec) -> Lines:
     return Lines("memplan", "memplan options", (command.options,) if command.options else (), note)
 
 
-def _command(asked: RunSpec, changed: RunSpec) -> Command:
+def _command(asked: RunSpec, changed: RunSpec) -> ChangeOptions:
     arguments: list[str] = []
     unsaid: list[str] = []
     for field, field_arguments in _arguments_by_field(asked, changed):
@@ -68,7 +70,7 @@ def _command(asked: RunSpec, changed: RunSpec) -> Command:
             unsaid.append(field)
         else:
             arguments += field_arguments
-    return Command(shlex.join(arguments), tuple(unsaid))
+    return ChangeOptions(shlex.join(arguments), tuple(unsaid))
 
 
 def _arguments_by_field(asked: RunSpec, changed: RunSpec) -> Iterator[tuple[str, list[str] | None]]:
@@ -123,7 +125,11 @@ def _has_option(run: RunSpec, field: str) -> bool:
     match field:
         case "method.trainable_layers":
             return kind == "freeze"
-        case "method.rank" | "method.targets" | "method.dropout" | "method.modules_to_save":
+        case "method.rank":
+            return kind in ADAPTERS and has_rank(kind)
+        case "method.options":
+            return kind in PEFT_METHODS
+        case "method.targets" | "method.dropout" | "method.modules_to_save":
             return kind in ADAPTERS
         case "method.quantization.double_quant":
             return quantization is not None and (quantization.format != "int8" or not quantization.double_quant)
@@ -145,6 +151,9 @@ def _arguments(field: str, value: Any) -> list[str] | None:
         return [option if value else option.replace("--", "--no-", 1)]
     if field == "batch.image_size" and isinstance(value, tuple):
         return [option, "x".join(map(str, cast(tuple[int, ...], value)))]
+    if isinstance(value, Mapping):
+        settings = cast(Mapping[str, Any], value).items()
+        return [option, ",".join(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in settings)]
     if isinstance(value, tuple):
         return [option, ",".join(cast(tuple[str, ...], value))]
     return [option, str(value)]
@@ -152,7 +161,7 @@ def _arguments(field: str, value: Any) -> list[str] | None:
 
 def _precision(wanted: Precision) -> list[str] | None:
     """The preset and dtype that give the precision, if any do."""
-    for preset, dtype in product(("pure", "amp", "mixed"), ("bf16", "fp16", "fp32")):
+    for preset, dtype in product(("pure", "amp", "autocast", "mixed"), ("bf16", "fp16", "fp32")):
         if (preset, dtype) != ("mixed", "fp32") and Precision.model_validate(precision_of(preset, dtype)) == wanted:
             return ["--precision", preset, *(["--dtype", dtype] if dtype != "bf16" else [])]
     return None

@@ -137,7 +137,8 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if plain in _SIZES:
             if stage == 3 or _SIZES[plain] not in _STAGE_3:  # accepted at every stage, used only at 3
-                zero[_SIZES[plain]] = value
+                each_its_own = plain == "sub_group_size" and value == 0  # groups of one parameter, as 1 makes them
+                zero[_SIZES[plain]] = 1 if each_its_own else value
         elif key in ("offload_optimizer", "offload_param"):
             device = _offload(f"zero_optimization.{key}", _mapping(value or {}, key))
             if device is not None:

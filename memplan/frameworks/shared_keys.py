@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.kernels.trl_losses import TRL_LOSSES
+from memplan.catalogue.methods.methods import LORA
 from memplan.core.errors import MemplanError
 from memplan.frameworks.change_table import Key, Remark, Value, field, value_of
 from memplan.models.cards import find_model
+from memplan.models.peft_methods import PEFT_METHODS
 from memplan.spec.run import RunSpec
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -32,8 +34,15 @@ def model(run: RunSpec) -> Value:
 
 
 def uses_adapters(run: RunSpec) -> bool:
-    """Whether the run trains adapters."""
-    return run.method.kind in ADAPTERS
+    """Whether the run trains LoRA's adapters, the only ones that the frameworks have keys for."""
+    return run.method.kind in LORA
+
+
+def other_adapters_remark(run: RunSpec) -> str:
+    """Return how to use a method of peft that the frameworks have no keys for."""
+    if run.method.kind not in PEFT_METHODS:
+        return ""
+    return f"only LoRA has keys: pass get_peft_model(model, config) with peft's own config of {run.method.kind}"
 
 
 def of_adapters(value: Callable[[RunSpec], Value]) -> Callable[[RunSpec], Value]:
@@ -173,7 +182,7 @@ def kernel_of_sdpa(run: RunSpec) -> Value:
 
 
 TRAINER_KEYS = (
-    Key("max_grad_norm", ("loop.clip_grad_norm",), clip),
+    Key("max_grad_norm", ("loop.clip_grad_norm",), clip, same=True),
     Key("torch_compile", ("kernels.compile",)),
     Key("deepspeed", (*PARALLEL, *HOST), deepspeed),
 )
@@ -232,7 +241,7 @@ def _no_optimizer_remark(run: RunSpec) -> str:
 def _chunked_head_remark(run: RunSpec) -> str:
     if run.kernels.loss == "chunked_lm_head":
         return "only LitGPT computes the head in chunks"
-    return ""
+    return "TRL's own loss, in SFTTrainer" if run.kernels.loss in TRL_LOSSES else ""
 
 
 def _foreach_remark(run: RunSpec) -> str:

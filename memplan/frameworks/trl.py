@@ -97,6 +97,9 @@ def _loss_remark(run: RunSpec) -> str:
         "fused": "SFTTrainer of TRL 1.16 never makes full logits and needs no key for that; Trainer and older TRL do",
         "chunked": "SFTTrainer of TRL 1.16 chunks its loss without a key; Trainer and older TRL cannot",
         "hf": "SFTTrainer of TRL 1.16 never makes full logits; Trainer and older TRL do",
+        "tiled_lm_head": "the default from TRL 1.15 on",
+        "chunked_nll": "the default of TRL 1.13 and 1.14; later ones tile the head instead",
+        "chunked_nll_fp32": "the default of TRL 1.6 to 1.12; later ones do not cast the head",
     }.get(str(run.kernels.loss), "")
 
 
@@ -130,9 +133,9 @@ TRL = Framework(
         Key("llm_int8_skip_modules", ("method.quantization.skip",), _skip, "Python"),
         Key("prepare_model_for_kbit_training", ("method.quantization.kbit_preparation",), _preparation, "Python"),
         Key("use_peft", (KIND,), shared_keys.uses_adapters),
-        Key("lora_r", ("method.rank",), shared_keys.RANK),
-        Key("lora_alpha", ("method.alpha",), of_adapters(shared_keys.alpha)),
-        Key("lora_dropout", ("method.dropout",), shared_keys.DROPOUT),
+        Key("lora_r", ("method.rank",), shared_keys.RANK, same=True),
+        Key("lora_alpha", ("method.alpha",), of_adapters(shared_keys.alpha), same=True),
+        Key("lora_dropout", ("method.dropout",), shared_keys.DROPOUT, same=True),
         Key("lora_target_modules", ("method.targets",), shared_keys.TARGETS),
         Key("lora_modules_to_save", ("method.modules_to_save",), of_adapters(shared_keys.saved)),
         Key("use_dora", (KIND,), shared_keys.dora),
@@ -165,6 +168,7 @@ TRL = Framework(
         Remark(("method.quantization.kbit_preparation",), _preparation_remark),
         Remark(("parallelism.strategy",), _fsdp1_remark),
         Remark(("kernels.fused",), _lora_kernels_remark),
+        Remark((KIND, "method.options"), shared_keys.other_adapters_remark),
         Remark(("optimizer.name",), _muon_remark),
     ),
 )

@@ -6,9 +6,10 @@ Unlike `memplan.frameworks.change_table`, which writes a change, these tables wr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from memplan.core.errors import SpecError
+from memplan.core.records import NamedTuple
 from memplan.frameworks.change_table import Value, yaml
 from memplan.spec.run import RunSpec
 

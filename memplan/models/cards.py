@@ -9,11 +9,13 @@ import re
 from collections.abc import Mapping, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, Protocol, cast
 
 from memplan.core.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, printable
 from memplan.core.frozen import FrozenDict
 from memplan.core.package_data import data_path
+from memplan.core.records import NamedTuple
+from memplan.core.toml import parsed
 from memplan.models.gguf import config_of
 from memplan.models.headers import WEIGHTS, Checkpoint, read_checkpoint, read_gguf, refuse_pickle
 from memplan.models.model import ModelSpec
@@ -191,10 +193,7 @@ def _inline(config: FrozenDict) -> ModelSpec:
 
 
 def _read_card(name: str) -> dict[str, Any]:
-    import tomllib
-
-    with (card_folder() / f"{name}.toml").open("rb") as file:
-        return tomllib.load(file)
+    return parsed((card_folder() / f"{name}.toml").read_text("utf-8"))
 
 
 @lru_cache(maxsize=4096)

@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple, cast
+from typing import Any, Literal, cast
 
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.core.frozen import FrozenDict, frozen
+from memplan.core.records import NamedTuple
 from memplan.models.family_facts import (
     EMPTY,
     AttentionFacts,

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from memplan.core.frozen import FrozenDict
+from memplan.core.records import NamedTuple
 from memplan.models.tensor_plans import TensorParallelPlan
 
 EMPTY: Mapping[str, Any] = FrozenDict()

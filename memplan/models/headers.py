@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, cast
 
 from memplan.core.errors import ConfigError, printable
+from memplan.core.records import NamedTuple
 
 _MAX_HEADER = 2**25  # bytes of a safetensors header or index; a model of a trillion parameters has 16 MB
 _MAX_METADATA = 2**26  # bytes before a GGUF file's tensors, including the tokenizer; usually 5 to 20 MB

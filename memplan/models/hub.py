@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.core.errors import ConfigError, FactsMissingError, printable
+from memplan.core.records import NamedTuple
 from memplan.models.headers import Checkpoint, StoredTensor, tensors_of
 
 _TIMEOUT = 20.0  # seconds for the Hub to list a repository's files

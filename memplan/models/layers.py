@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Hashable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from memplan.core.errors import ConfigError
+from memplan.core.records import NamedTuple
 
 K = TypeVar("K", bound=Hashable)
 

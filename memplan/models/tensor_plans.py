@@ -6,7 +6,7 @@ vocabulary (distributed/mixin.py init_parallel_plans, the classes' _tp_plan).
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from memplan.core.records import NamedTuple
 
 
 class TensorParallelPlan(NamedTuple):

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from itertools import islice
 from math import inf
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.catalogue.profiles.costs import cost_of
+from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.planning.levers import ATTENTION, FIRST, sequence_of, spread, with_fields
@@ -20,6 +20,9 @@ from memplan.planning.reach import largest_sequence, smaller_models
 from memplan.planning.trials import attempt, needed_gpu
 from memplan.spec.run import RunSpec, changed
 from memplan.spec.training import Method
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 RANKS = (256, 128, 64, 32, 16, 8)
 _MAX_MODELS = 12  # smaller models to try

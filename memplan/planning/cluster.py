@@ -11,14 +11,14 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from math import gcd, prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.links import network, node_link
 from memplan.catalogue.parallelism.sharding import STAGES, STRATEGIES
 from memplan.core.errors import MemplanError, SpecError
+from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import find_model
@@ -28,6 +28,9 @@ from memplan.planning.traffic import Cluster, ParallelGrid, StepTime, TrafficFac
 from memplan.planning.trials import attempt
 from memplan.spec.parallelism import Offload, Parallelism
 from memplan.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 MOST_GPUS = 65_536
 DEGREES = ("tp", "pp", "cp", "ep")

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.core.errors import SpecError
 from memplan.core.frozen import FrozenDict, frozen
+from memplan.core.records import NamedTuple
 from memplan.core.version import __version__
 from memplan.estimate.answer import SCHEMA_VERSION, Estimate, Line
 from memplan.estimate.estimate import estimate

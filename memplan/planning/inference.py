@@ -6,9 +6,11 @@ Every answer has been estimated in full, except the speed, which is a range (`me
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import heapq
+from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from math import inf
+from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware import token_rates
 from memplan.catalogue.hardware.gpu import GPU
@@ -17,8 +19,8 @@ from memplan.catalogue.profiles.engines import find_engine
 from memplan.catalogue.quantization.inference_formats import UNPACKED
 from memplan.catalogue.quantization.weight_formats import FormatChoice, formats
 from memplan.core.errors import MemplanError, SpecError
+from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import find_model
@@ -35,6 +37,9 @@ from memplan.resolve.serving import resolve_serving
 from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec, changed
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 DEGREES = (1, 2, 4, 8, 16)
 PLACED = (1, 2, 3, 4, 8)  # numbers of GPUs to try with a device_map
@@ -181,15 +186,25 @@ def places(run: RunSpec, wanted: CardFilter = ANY, most: int = 20, demand: Deman
     """
     _check(run)
     estimate(run.model_copy(update={"gpu": None}))
-    fitting: list[_PricedFit] = []
+    queue: list[tuple[tuple[float, int, str], _Cards, Iterator[_Cards]]] = []
+
+    def push(choices: Iterator[_Cards]) -> None:
+        cards = next(choices, None)
+        if cards is not None:
+            heapq.heappush(queue, (_order(cards), cards, choices))
+
     for gpu, counts in wanted_cards(wanted):
-        smallest = next(_fits_on(run, gpu, counts, wanted, demand), None)
-        fitting += [smallest] if smallest else []
-    cheapest = sorted(fitting, key=_order)[:most]
-    return tuple(
-        CardFit(gpu, tp, answer, _requests(answer.asked, answer, demand, None, False).value, _pace(answer, gpu), price)
-        for gpu, tp, answer, price in cheapest
-    )
+        push(_priced(gpu, sorted(counts), wanted))
+    fitting: list[CardFit] = []
+    while queue and len(fitting) < most:
+        _, cards, more = heapq.heappop(queue)
+        answer = _fitting_answer(run, cards, demand)
+        if answer is None:
+            push(more)
+            continue
+        requests = _requests(answer.asked, answer, demand, None, False).value
+        fitting.append(CardFit(cards.gpu, cards.count, answer, requests, _pace(answer, cards.gpu), cards.price))
+    return tuple(fitting)
 
 
 def most_requests(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> Limit:
@@ -432,32 +447,32 @@ def _pace(answer: Estimate, gpu: GPU) -> DecodingPace | None:
     return decode(load, gpu, *lengths(answer), answer.run.batch.micro) if load is not None else None
 
 
-class _PricedFit(NamedTuple):
-    """Cards that hold the run, and their price per hour."""
+class _Cards(NamedTuple):
+    """A number of cards, and their price per hour."""
 
     gpu: GPU
-    tp: int
-    answer: Estimate
+    count: int  # pyright: ignore[reportIncompatibleMethodOverride] (the contract's word)
     price: Hourly | None
 
 
-def _fits_on(
-    run: RunSpec, gpu: GPU, counts: tuple[int, ...], wanted: CardFilter, demand: Demand
-) -> Iterator[_PricedFit]:
-    """Yield the numbers of the card that hold the run without using the host, fewest first."""
-    for n in counts:
-        total = hourly(gpu, n)
-        if wanted.usd_per_hour is not None and (total is None or total.low > wanted.usd_per_hour):
-            continue
-        divisions = [with_tp(run, n)] if n in DEGREES else []
-        divisions += [mapped for mapped in (with_layers(run, n),) if mapped is not None and n in PLACED and n > 1]
-        for divided in divisions:
-            answer = attempt(divided.model_copy(update={"gpu": gpu.name}))
-            if answer is not None and demand.met(answer) and not answer.host_bytes:
-                yield _PricedFit(gpu, n, answer, total)
-                break
+def _priced(gpu: GPU, counts: Sequence[int], wanted: CardFilter) -> Iterator[_Cards]:
+    """Yield the counts of a card that do not cost too much."""
+    for count in counts:
+        price = hourly(gpu, count)
+        if wanted.usd_per_hour is None or (price is not None and price.low <= wanted.usd_per_hour):
+            yield _Cards(gpu, count, price)
 
 
-def _order(fit: _PricedFit) -> tuple[float, int, str]:
-    usd = fit.price.low if fit.price else float("inf")
-    return usd, fit.gpu.usable * fit.tp, fit.gpu.name
+def _fitting_answer(run: RunSpec, cards: _Cards, demand: Demand) -> Estimate | None:
+    """Return the estimate of the run on the cards, by tensor parallelism or else by a device_map; None if it does not
+    fit without using the host."""
+    n = cards.count
+    divisions = [with_tp(run, n)] if n in DEGREES else []
+    divisions += [mapped for mapped in (with_layers(run, n),) if mapped is not None and n in PLACED and n > 1]
+    answers = (attempt(divided.model_copy(update={"gpu": cards.gpu.name})) for divided in divisions)
+    return next((a for a in answers if a is not None and demand.met(a) and not a.host_bytes), None)
+
+
+def _order(cards: _Cards) -> tuple[float, int, str]:
+    """Sort key: cheapest first, then least memory. It grows with the count."""
+    return cards.price.low if cards.price else inf, cards.gpu.usable * cards.count, cards.gpu.name

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
+from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.estimate import estimate
 from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.plan import Effect
@@ -14,6 +14,9 @@ from memplan.planning.trials import attempt
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 # A script that does nothing about memory: fp32 weights under autocast, foreach AdamW, nothing recomputed.
 PLAIN: dict[str, Any] = {

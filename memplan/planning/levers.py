@@ -6,12 +6,14 @@ Levers of one group exclude each other and are listed from the mildest to the st
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
-from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.parallelism.sharding import STRATEGIES as ROWS
 from memplan.catalogue.profiles.costs import LeverCost, cost_of
+from memplan.core.records import NamedTuple
 from memplan.models.cards import find_config
+from memplan.models.peft_methods import has_rank
 from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Offload
 from memplan.spec.run import RunSpec, changed
@@ -265,7 +267,7 @@ _MIN_RANK = 4
 
 
 def _rank(run: RunSpec) -> Iterator[Lever]:
-    if run.method.kind in ADAPTERS:
+    if run.method.kind in ADAPTERS and has_rank(run.method.kind):
         for rank in _halves(run.method.rank, _MIN_RANK):
             yield _lever("rank", f"rank {rank:,}", "rank", ("method.rank", rank))
 
@@ -275,7 +277,7 @@ FIRST = ("q_proj", "v_proj")  # the LoRA paper's targets (Hu et al. 2021), and p
 
 
 def _targets(run: RunSpec) -> Iterator[Lever]:
-    if run.method.kind not in ADAPTERS:
+    if run.method.kind not in LORA:
         return
     for targets in (ATTENTION, FIRST):
         if run.method.targets == "all-linear" or set(targets) < set(run.method.targets):

@@ -11,20 +11,23 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from math import inf
-from typing import NamedTuple, get_args
+from typing import TYPE_CHECKING, get_args
 
 from memplan.catalogue.hardware.gpu import GPU, Market
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.catalogue.profiles.costs import cost_of
 from memplan.core.errors import MemplanError, SpecError
+from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.planning.levers import STRATEGIES, spread, with_fields
 from memplan.planning.step_time import Cost, Hourly, Pace, Range, Work, cost, hourly, step_pace, work
 from memplan.planning.trials import attempt
 from memplan.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
 _NO_STRATEGY = "none"

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.profiles.costs import LeverCost
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import SpecError
+from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate, phase_peaks
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.demand import Demand
 from memplan.estimate.estimate import estimate
 from memplan.planning.levers import Lever, levers_of
 from memplan.planning.search import Set, Trials, cheapest, strongest
 from memplan.planning.step_time import ratio, work
 from memplan.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 SEVERITIES = ("unchanged", "hardly changes", "changes in some tasks", "different")  # effect on the trained model
 

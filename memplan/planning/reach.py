@@ -9,21 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.core.errors import SpecError, UnknownNameError
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import Estimate, Holding
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import card_names, find_model, load_card
+from memplan.models.peft_methods import has_rank
 from memplan.planning.sweep import FIELDS, Grid, grid
 from memplan.planning.trials import MAX_VALUE, attempt, last, needed_gpu
 from memplan.spec.run import RunSpec, changed
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 AXES = (*FIELDS, "model")
 _SAMPLING = {"batch": (64, 1), "sequence": (16, 64), "rank": (64, 1)}  # samples beyond the bisection, their multiple
@@ -76,8 +80,9 @@ def reach(
     estimate(run, calibration)
     if axis == "model":
         return _largest_model(run, demand, calibration)
-    if axis == "rank" and run.method.kind not in ADAPTERS:
-        raise SpecError(f"method.rank: method.kind {run.method.kind} has no adapters", "method.rank")
+    if axis == "rank" and not (run.method.kind in ADAPTERS and has_rank(run.method.kind)):
+        what = "rank" if run.method.kind in ADAPTERS else "adapters"
+        raise SpecError(f"method.rank: method.kind {run.method.kind} has no {what}", "method.rank")
     tried = _tried(run, axis, calibration)
     samples, multiple = _SAMPLING[axis]
     value = _largest(tried, demand, samples if samples_beyond else 0, multiple)

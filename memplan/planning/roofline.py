@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue import build
 from memplan.catalogue.hardware import links, token_rates
@@ -21,6 +20,7 @@ from memplan.catalogue.inference.cache_formats import cache_format
 from memplan.catalogue.inference.caches import Latent, LayerCache, caches
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Op
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.models.model import ModelSpec
 from memplan.planning.step_time import limits

@@ -10,13 +10,16 @@ from __future__ import annotations
 import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
+from typing import TYPE_CHECKING
 
 from memplan.estimate.answer import Estimate, phase_peaks
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.demand import Demand
 from memplan.planning.levers import Lever, levers_of, pull, sequence_of
 from memplan.planning.trials import attempt
 from memplan.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 Set = tuple[Lever, ...]
 _MAX_CANDIDATES = 600  # sets of one tier that are forecast

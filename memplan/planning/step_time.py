@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from itertools import product
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue.hardware import rates
 from memplan.catalogue.hardware.gpu import GPU
@@ -20,6 +19,7 @@ from memplan.catalogue.kernels import flops
 from memplan.catalogue.kernels.flops import MemoryTraffic, Points
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.ir import Tensor
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.walk import shared
 from memplan.engine.work import Call

@@ -12,15 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from itertools import pairwise
 from operator import index, mul
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
-from memplan.catalogue.kernels.losses import CHUNK
+from memplan.catalogue.kernels.losses import SINGLE_CHUNK
 from memplan.core.arithmetic import ONE_RUN, Arithmetic
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, SpecError
+from memplan.core.records import NamedTuple
 from memplan.engine.walk import values
 from memplan.estimate.answer import ANSWERS
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.estimate import estimate
 from memplan.estimate.training import resident_bytes
 from memplan.estimate.training_peaks import workspace_of
@@ -41,6 +41,8 @@ from memplan.spec.training import Also
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+    from memplan.estimate.calibration import Calibration
 
 STEP_PHASES = ("load", *PHASES, "step", "eval", "generate", "save", "merge")
 FITS, TIGHT, DOES_NOT_FIT = range(len(ANSWERS))
@@ -97,8 +99,8 @@ class Grid:
             return None
         codes = np.where(self._clear == CANNOT_RUN, np.int8(-1), self._clear)
         for place in map(tuple, np.argwhere(self._clear == UNCLEAR)):
-            answer = estimate(self.at(*map(int, place)), self._calibration).verdict.answer
-            codes[place] = ANSWERS.index(str(answer))
+            answer = estimate(self.at(*map(int, place)), self._calibration)
+            codes[place] = FITS if answer.fits else TIGHT if answer.may_fit else DOES_NOT_FIT
         return codes
 
     @property
@@ -205,7 +207,7 @@ def _same_program(run: RunSpec, batches: list[int], sequences: list[int]) -> Ite
         tokens = run.batch.images * picture_of(model, run.batch.image_size).tokens
         ends.add(bisect_left(sequences, tokens))  # the images do not fit into shorter sequences
     if run.kernels.loss == "chunked_lm_head":
-        ends.add(bisect_right(sequences, CHUNK))
+        ends.add(bisect_right(sequences, SINGLE_CHUNK))
     if model.learned_positions and model.longest_sequence is not None:
         ends.add(bisect_right(sequences, model.longest_sequence))
     for rows in pairwise(sorted({0, bisect_right(batches, 1), len(batches)})):

@@ -7,12 +7,14 @@ context-parallel group, then the replicas; pipeline stages are furthest apart.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
-from typing import NamedTuple
+from functools import lru_cache
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.links import EXPOSED, Link
 from memplan.catalogue.parallelism.sharding import BUCKET, STRATEGIES, ZeroSettings
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import Estimate
 from memplan.models.cards import find_model
@@ -75,10 +77,24 @@ class RankGroup(NamedTuple):
 
 def group(cluster: Cluster, ranks: int, stride: int) -> RankGroup:
     """Return the group that is spread over most nodes; groups differ if node and group sizes do not divide evenly."""
-    span = ranks * stride
-    if cluster.nodes == 1 or (span <= cluster.each and cluster.each % span == 0):
+    span, each = ranks * stride, cluster.each
+    if cluster.nodes == 1 or each % span == 0:
         return RankGroup(ranks, stride, ranks)
-    return RankGroup(ranks, stride, max(1, min(ranks - 1, cluster.each // stride)))
+    if span % each == 0 and (each % stride == 0 or stride % each == 0):
+        return RankGroup(ranks, stride, max(1, each // stride))
+    return RankGroup(ranks, stride, _fewest_near(each, cluster.world // span, ranks, stride))
+
+
+@lru_cache(maxsize=1024)
+def _fewest_near(each: int, blocks: int, ranks: int, stride: int) -> int:
+    """Return how many ranks of the group that is spread most are on one node, at most, by looking at every group.
+
+    blocks  number of spans of `ranks` x `stride` GPUs; their places on nodes repeat after `each`
+    """
+    starts = {block * ranks * stride % each for block in range(min(each, blocks))}
+    firsts = [start + at for start in starts for at in range(stride)]
+    on_nodes = (Counter((first + i * stride) // each for i in range(ranks)) for first in firsts)
+    return min(max(ranks_on.values()) for ranks_on in on_nodes)
 
 
 def groups(cluster: Cluster, grid: ParallelGrid) -> dict[str, RankGroup]:

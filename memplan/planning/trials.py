@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.core.errors import MemplanError, SpecError
 from memplan.estimate.answer import Estimate
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.estimate import estimate
 from memplan.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 MAX_VALUE = 2**32  # ends a search for a run that takes no memory
 

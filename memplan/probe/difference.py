@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from memplan.catalogue.hardware.overhead import cublas_workspace
+from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate, Phase, Walk
 from memplan.estimate.answer import Line as Estimated
 from memplan.probe.run.trace import TracedPhase, TracedRun, TracedStorage

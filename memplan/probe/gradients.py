@@ -16,8 +16,9 @@ So LoRA saves W's gradient and its optimizer states, but neither W nor the produ
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+from memplan.core.records import NamedTuple
 from memplan.probe.libraries import library, require
 from memplan.program.stack_facts import adaptable
 from memplan.resolve.decide import decide

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.core.errors import ConfigError, printable
+from memplan.core.records import NamedTuple
 from memplan.core.units import GIB
 
 

@@ -7,6 +7,7 @@ from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS
 from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError, nearest
 from memplan.models.cards import find_config, find_model
+from memplan.models.peft_methods import PEFT_METHODS
 from memplan.resolve.decide import fill_from_profile
 from memplan.resolve.parallelism import check_product
 from memplan.resolve.quantized_checkpoint import method_for_training
@@ -110,7 +111,7 @@ def _refuse(run: RunSpec) -> None:
                 f"method.quantization: {run.method.kind} trains no quantised weights; use qlora or qdora",
                 "method.quantization",
             )
-    for name, value in run.method.options.items():
+    for name, value in () if run.method.kind in PEFT_METHODS else run.method.options.items():
         if name != "use_rslora" or not isinstance(value, bool):
             raise _not_run(f"method.options.{name}", value, "use_rslora")
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from memplan.catalogue.attention.efficient_workspace import efficient_workspace_bytes
 from memplan.catalogue.degrees import Degrees
-from memplan.catalogue.kernels.losses import CHUNK
+from memplan.catalogue.kernels.losses import CHUNK, SINGLE_CHUNK
+from memplan.catalogue.kernels.trl_losses import CHUNK as NLL_CHUNK
+from memplan.catalogue.kernels.trl_losses import TILE_TOKENS, TILE_WIDTH
 from memplan.core.arithmetic import ONE_RUN, Arithmetic, Size
+from memplan.core.records import NamedTuple
 from memplan.models.configs.megatron import padded
 from memplan.models.model import ModelSpec
 from memplan.program.graph import Graph, operations_of
@@ -92,7 +95,7 @@ def axes_of(
     tokens = b * s
     m = graph.model
     rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
-    has_several, sorts, further = b > 1, tokens > 3072, (s - 1) // CHUNK
+    has_several, sorts, further = b > 1, tokens > 3072, by.choose(s > SINGLE_CHUNK, (s - 1) // CHUNK, 0)
     axes = {
         "b": b,
         "s": s,
@@ -344,7 +347,17 @@ def _cross_attention(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Tokens of one chunk of LitGPT's chunked loss (`lc`), and of a fused loss (`fc`)."""
+    """Tokens of one chunk of torchtune's loss (`lc`) and of Liger's (`fc`); chunks and tiles of TRL's losses."""
+    rows, by = run.b * (run.s - 1), run.by
+    if "nll_tokens" in run.needs:
+        yield "nll_tokens", by.least(rows, NLL_CHUNK)
+        yield "nll_several", by.choose(rows > NLL_CHUNK, 1, 0)
+    if "tile_tokens" in run.needs:
+        words = run.model.vocab_size
+        yield "tile_tokens", by.least(rows, TILE_TOKENS)
+        yield "tile_words", min(words, TILE_WIDTH)
+        further = min(words - TILE_WIDTH, TILE_WIDTH) if words > TILE_WIDTH else by.choose(rows > TILE_TOKENS, words, 0)
+        yield "next_tile_words", further
     if "lc" in run.needs:
         yield "lc", -(-run.s // 8)
     if "fc" in run.needs:
@@ -368,7 +381,7 @@ _DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("key_blocks", "chosen_blocks", "block_keys", "padded_keys"), _blocks_of_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
     (("seen_",), _cross_attention),
-    (("lc", "fc"), _losses),
+    (("lc", "fc", "nll_", "tile_"), _losses),
 )
 
 

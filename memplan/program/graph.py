@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
 from types import MappingProxyType
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.catalogue import build
 from memplan.catalogue.attention.old_rotary_tables import own_tables
@@ -20,6 +20,7 @@ from memplan.catalogue.kernels.fused import fuse
 from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods.methods import Recipe, apply, freeze
+from memplan.catalogue.methods.peft_layers import with_orthogonality
 from memplan.catalogue.parallelism import context_parallel, expert_parallel, pipeline_stages, tensor_parallel
 from memplan.catalogue.parallelism.device_maps import ModulePlacement, axes_of, axis_of, place_operations
 from memplan.catalogue.quantization.inference_formats import bytes_at_once, chunk_of
@@ -27,9 +28,10 @@ from memplan.catalogue.quantization.packed_kernels import unpacked, with_buffers
 from memplan.catalogue.quantization.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.core.errors import InternalError, refused
 from memplan.core.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.copies import made_by, stream_of
-from memplan.engine.record import AllocationTrace, EventSpan, record, record_inference
+from memplan.engine.record import AllocationTrace, record, record_inference
 from memplan.engine.step import ExecutionOptions, Lowered, infer, lower
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
@@ -184,7 +186,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         stack = _with_blocks(stack, lambda block: block._replace(by_name=True))
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
-    stack = apply(stack, recipe)
+    stack = apply(stack, recipe, axes)
     if graph.flattens_frozen:
         stack = _with_blocks(stack, _with_all_gradients)
     if degrees.tp > 1:
@@ -231,6 +233,8 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         graph.casts_outputs,
         graph.has_single_chunk,
     )
+    if recipe.kind == "adalora" and graph.loss == "hf" and graph.inference is None:
+        stack = with_orthogonality(stack)
     return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
 
 
@@ -353,6 +357,11 @@ def lower_training(graph: Graph, options: TrainingPass = TrainingPass()) -> Lowe
 
 @lru_cache(maxsize=128)
 def _lowered(graph: Graph, options: TrainingPass) -> Lowered:
+    if options.division is not None:
+        division, numbers = options.division.with_axes()
+        if numbers:  # one lowering serves any number of ranks
+            low = _lowered(graph, options._replace(division=division))
+            return low._replace(sizes=_in_numbers(low.sizes, numbers))
     stack, depth = _stack(graph)
     return lower(
         stack,
@@ -373,11 +382,21 @@ def record_training(graph: Graph, options: TrainingPass, late: frozenset[str]) -
 
 @lru_cache(maxsize=64)
 def _recorded(graph: Graph, options: TrainingPass, late: frozenset[str]) -> AllocationTrace:
+    if options.division is not None:
+        division, numbers = options.division.with_axes()
+        if numbers:
+            recording = _recorded(graph, options._replace(division=division), late)
+            return recording.with_sizes(_in_numbers(recording.sizes, numbers))
     stack, depth = _stack(graph)
     exist, updates = options.grads_exist, dict(options.updates)
     return record(
         stack, depth, _options(graph), grads_exist=exist, updates=updates, division=options.division, late=late
     )
+
+
+def _in_numbers(sizes: Iterable[tuple[str, ...]], numbers: Mapping[str, str]) -> tuple[tuple[str, ...], ...]:
+    """Return the sizes of a lowering or a recording with the axes of its division in numbers."""
+    return tuple((numbers.get(shape, shape), *rest) for shape, *rest in sizes)
 
 
 def lower_inference(graph: Graph, labelled: bool = False, division: Division | None = None) -> Lowered:
@@ -409,9 +428,10 @@ def _recorded_on_gpu(graph: Graph, division: Division | None) -> AllocationTrace
     recording = _recorded_inference(_on_first_gpu(graph), division)
     axis = axis_of(graph.placed.card)
     other_keys = {key for key, size_ in enumerate(recording.sizes) if size_[0].split()[:1] != [axis]}
-    events = tuple(recording.events)
+    events = [*recording.unrolled()]
     elsewhere = {number for number, key in events if key in other_keys}
-    return recording._replace(forward=(EventSpan(tuple(event for event in events if event[0] not in elsewhere)),))
+    here = (event for event in events if event[0] not in elsewhere)
+    return AllocationTrace(recording.sizes, recording.streams, recording.storages, here)
 
 
 @lru_cache(maxsize=64)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import Communicator
+from memplan.core.records import NamedTuple
 from memplan.program.inference import gpus
 from memplan.program.structure import Structure
 from memplan.program.training import pipeline

@@ -30,7 +30,8 @@ def tower_dtype(model: ModelSpec, recipe: Recipe) -> str:
 
 def _read_dtype(model: ModelSpec, recipe: Recipe, wiring: Wiring, outputs: tuple[str | tuple[str, ...], ...]) -> str:
     """Return the dtype that the operation with the first of the outputs reads."""
-    stack, axes = apply(build(model, wiring), recipe), model.axes()
+    axes = model.axes()
+    stack = apply(build(model, wiring), recipe, axes)
     autocast = recipe.compute if recipe.autocast else None
     depth = {run.times: axes[run.times] for run in stack.runs}
     return next(filter(None, (read_dtype(stack, end, autocast, depth) for end in outputs)), recipe.weights)
@@ -90,6 +91,12 @@ def linears(model: ModelSpec) -> dict[str, tuple[int, int]]:
     """Map each linear layer, by its path in a layer, to the rows and columns of its matrix."""
     stack, axes = _default_stack(model), model.axes()
     return {op.name: matrix_shape(w, axes) for op in operations(stack) if (w := matrix(op)) is not None}
+
+
+@lru_cache(maxsize=512)
+def has_conv1d(model: ModelSpec) -> bool:
+    """Whether linear layers are transformers' `Conv1D`."""
+    return any(w.transposed for op in operations(_default_stack(model)) for w in op.weights)
 
 
 @lru_cache(maxsize=512)

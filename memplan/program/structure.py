@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from memplan.catalogue.parallelism.pipeline import ENGINES
+from memplan.core.records import NamedTuple
 from memplan.program.graph import Graph
 from memplan.program.sharding.ranks import SINGLE_RANK, Ranks
 

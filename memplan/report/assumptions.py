@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import get_args
 
 from memplan.estimate.answer import Estimate
+from memplan.models.peft_methods import PEFT_METHODS, has_rank
 from memplan.program.run import TOKENS
 from memplan.report.wording import count, model
 from memplan.spec.formats import GgufType, Quantization
@@ -207,7 +208,8 @@ def _method(answer: Estimate) -> Iterator[str]:
         yield f"the last {m.trainable_layers} layers train" if m.trainable_layers > 1 else "the last layer trains"
     elif m.kind != "full":
         targets = m.targets if isinstance(m.targets, str) else ", ".join(m.targets)
-        yield f"rank {m.rank} on {targets}"
+        yield f"rank {m.rank} on {targets}" if has_rank(m.kind) else f"on {targets}"
+        yield from (f"{name} {value}" for name, value in m.options.items() if m.kind in PEFT_METHODS)
         yield f"adapters in {m.adapter_dtype}"
         if m.dropout:
             yield f"dropout {m.dropout:g}"

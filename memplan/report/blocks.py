@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
 
 from memplan.report.text import Screen
@@ -50,7 +49,6 @@ class Notes(NamedTuple):
     title: str = "Notes"
 
 
-@dataclass(frozen=True)
 class Column(Generic[T]):
     """A column of a table.
 
@@ -62,12 +60,17 @@ class Column(Generic[T]):
     style   the style of a row's cell, or of all cells
     """
 
-    title: str
-    cell: Callable[[T], str]
-    right: bool = False
-    wraps: bool = False
-    optional: bool = False
-    style: Callable[[T], str] | str = ""
+    def __init__(
+        self,
+        title: str,
+        cell: Callable[[T], str],
+        right: bool = False,
+        wraps: bool = False,
+        optional: bool = False,
+        style: Callable[[T], str] | str = "",
+    ) -> None:
+        self.title, self.cell, self.style = title, cell, style
+        self.right, self.wraps, self.optional = right, wraps, optional
 
 
 class Table(NamedTuple, Generic[T]):

@@ -5,8 +5,8 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from io import StringIO
-from typing import NamedTuple
 
+from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate, Line
 from memplan.report.wording import CATEGORIES, PhaseRow, model, notes, peak_phase, phase_rows
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.core.errors import printable
+from memplan.core.records import NamedTuple
 from memplan.core.units import GIB, decimal, gib
 from memplan.estimate.answer import Estimate
 from memplan.planning.comparison import Change, Comparison, changed_tensors

@@ -6,8 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from html import escape
 from itertools import groupby, pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
+from memplan.core.records import NamedTuple
 from memplan.core.units import GIB
 from memplan.estimate.answer import Estimate, Phase
 from memplan.report import assumptions as assumptions_

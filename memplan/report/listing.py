@@ -38,10 +38,10 @@ def models(text: str, as_json: bool) -> str:
         Column("licence", lambda model: str(model.card.get("licence", "")), optional=True),
         Column("Hugging Face id", lambda model: str(model.card["hf_id"]), optional=True),
     ]
-    return display([Table(columns, matches)], _screen())
+    return display([Table(columns, matches)], wide_screen())
 
 
-def _screen() -> Screen:
+def wide_screen() -> Screen:
     """Return the terminal, or, for a pipe, whose output is probably searched, a screen with room for every column."""
     piped = sys.stdout is None or not sys.stdout.isatty()  # pyright: ignore[reportUnnecessaryComparison] (where closed)
     return Screen(sys.maxsize) if piped and "COLUMNS" not in os.environ else screen()
@@ -80,7 +80,7 @@ def cards(text: str, as_json: bool) -> str:
         Column("GB/s", lambda gpu: f"{gpu.bandwidth_gbps:g}" if gpu.bandwidth_gbps else "", right=True, optional=True),
         Column("USD an hour", _price, optional=True),
     ]
-    return display([Table(columns, matches)], _screen())
+    return display([Table(columns, matches)], wide_screen())
 
 
 def _usable(gpu: GPU) -> str:
@@ -124,7 +124,7 @@ def profiles(text: str, as_json: bool) -> str:
         rows.append((profile.name, profile.title, base, profile.read))
         rows += [("", _field(row), _format(row.value), row.source) for row in profile.rows]
         rows += [("", "not counted yet", wait, "") for wait in profile.waits]
-    return display([Table(columns, rows)], _screen())
+    return display([Table(columns, rows)], wide_screen())
 
 
 def _field(row: Setting | EngineSetting) -> str:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from memplan.core.errors import printable
+from memplan.core.records import NamedTuple
 from memplan.core.units import MIB, gib
 from memplan.estimate.answer import Estimate
 from memplan.report.blocks import Block, Column, Facts, Notes, Table, Text

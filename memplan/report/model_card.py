@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
+from memplan.core.records import NamedTuple
 from memplan.models.headers import StoredTensor
 from memplan.models.model import ModelSpec
 from memplan.program.stored.checkpoint import built_tensors, compare_checkpoint

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
+from memplan.core.records import NamedTuple
 from memplan.core.units import GIB
 from memplan.estimate.answer import Estimate, Holding
 from memplan.planning.reach import cards_that_hold, largest_batch, largest_sequence

@@ -31,6 +31,7 @@ from memplan.estimate.demand import Demand
 from memplan.estimate.serving import FACTS as SERVING_FACTS
 from memplan.estimate.usage import Band
 from memplan.frameworks import FRAMEWORKS
+from memplan.frameworks.reading.config import FieldOrigin
 from memplan.planning.cluster import PeakComparison, RefusedGrids
 from memplan.planning.comparison import Comparison, Difference
 from memplan.planning.inference import Limit
@@ -99,7 +100,8 @@ def answer_model() -> type[BaseModel]:
         "unsupported": list[str],
         "notes": list[str],
     }
-    return _model("Estimate", "One run's answer. Every number of bytes is per GPU, of the worst rank.", fields)
+    text = "One run's answer. Every number of bytes is per GPU, of the worst rank."
+    return _model("Estimate", text, fields, origins=list[_of(FieldOrigin)])
 
 
 def comparison_schema() -> dict[str, Any]:
@@ -300,6 +302,7 @@ def _from_properties(fact: type[Any], **narrower: Any) -> Any:
     return _model(fact.__name__, fact.__doc__ or "", {**types, **narrower})
 
 
-def _model(name: str, doc: str, types: dict[str, Any]) -> Any:
+def _model(name: str, doc: str, types: dict[str, Any], **optional: Any) -> Any:
     fields: dict[str, Any] = {field: (type_, ...) for field, type_ in types.items()}
+    fields |= {field: (type_ | None, None) for field, type_ in optional.items()}
     return create_model(name, __doc__=cleandoc(doc), **fields)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from typing import NamedTuple
+
+from memplan.core.records import NamedTuple
 
 WIDEST = 120  # lines longer than this are hard to read, however wide the terminal is
 _PIPE = 100  # columns without a terminal

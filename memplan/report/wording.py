@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.core.errors import printable
+from memplan.core.records import NamedTuple
 from memplan.core.units import GIB, decimal, gib, rounded
 from memplan.estimate.answer import Estimate, Line, Phase, Rank
 from memplan.report.blocks import Column, Table

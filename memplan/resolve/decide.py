@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from memplan.catalogue.kernels.losses import CHUNK
-from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.kernels.losses import SINGLE_CHUNK
+from memplan.catalogue.methods.methods import LORA
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError
@@ -17,6 +17,7 @@ from memplan.resolve.defaults import (
     fill_optimizer,
     fill_parts,
     fill_precision,
+    loop_with_use_cache,
     with_new_tokens,
     with_use_cache,
 )
@@ -49,7 +50,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         accumulates=batch.accumulation > 1,
         windowed=window is not None and batch.sequence >= window,
         is_single_sequence=batch.micro == 1,
-        is_single_chunk=batch.sequence <= CHUNK,
+        is_single_chunk=batch.sequence <= SINGLE_CHUNK,
         images=bool(batch.images),
         has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
@@ -60,7 +61,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         context_parallel.check_sequence(batch.sequence, degrees)
     if degrees.tp > 1:
         tensor_parallel.check_sequence(batch.sequence, degrees)
-    loop = with_use_cache(run).loop
+    loop = loop_with_use_cache(run.loop, trains=True)
     decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch, "loop": loop})
     if not pictures:
         return decided
@@ -91,7 +92,7 @@ def fill_defaults(run: RunSpec) -> RunSpec:
     Raises as `filled` does.
     """
     run = fill_from_profile(run)
-    alpha = {"alpha": run.method.alpha or PEFT_ALPHA} if run.method.kind in ADAPTERS else {}
+    alpha = {"alpha": run.method.alpha or PEFT_ALPHA} if run.method.kind in LORA else {}
     return run.model_copy(
         update={
             "method": run.method.model_copy(update=alpha),

@@ -6,7 +6,6 @@ A card's free memory is what its driver reports less a CUDA context. We assume t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import cuda_context
@@ -15,6 +14,7 @@ from memplan.catalogue.parallelism.device_maps import ModulePlacement
 from memplan.catalogue.parallelism.pipeline_stages import cannot_be_staged
 from memplan.core.errors import refused
 from memplan.core.ir import Op, Stack, Weight
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, gib
 from memplan.engine.walk import size
 from memplan.program.graph import Graph, elements, operations_of

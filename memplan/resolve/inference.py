@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from memplan.catalogue.attention.efficient_workspace import large_tiles
 from memplan.catalogue.families.litgpt import KINDS, has_family
@@ -30,7 +29,7 @@ from memplan.resolve.device_map import place_litgpt_blocks, place_on_devices
 from memplan.resolve.inference_formats import format_running, note_of
 from memplan.resolve.method import method_recipe, quantised_recipe
 from memplan.resolve.notes import expert_notes, published_code_note
-from memplan.resolve.open_run import BatchFacts, OpenRun, Parts
+from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
 from memplan.resolve.parallelism import degrees_of
 from memplan.resolve.quantized_checkpoint import method_for_inference
 from memplan.resolve.refusals.across_parts import training_settings
@@ -44,7 +43,6 @@ from memplan.spec.run import Batch, RunSpec
 from memplan.spec.training import Method, Precision
 
 
-@dataclass(kw_only=True)
 class OpenInference(OpenRun):
     """A forward or generate run while it is resolved.
 
@@ -63,8 +61,8 @@ class OpenInference(OpenRun):
     generation: Generation
     pictures: tuple[tuple[str, int], ...] = ()
     uses_cache: bool = False
-    one_pass: Pass = field(init=False)
-    graph: Graph = field(init=False)
+    one_pass: Pass = found_later()
+    graph: Graph = found_later()
 
     @property
     def keeps_formats(self) -> bool:
@@ -79,6 +77,7 @@ def decide_inference(run: RunSpec, model: ModelSpec, generates: bool) -> Resolve
     """
     refuse(training_settings(run))
     r = OpenInference(
+        notes=[],
         model=model,
         batch_facts=BatchFacts(),
         trains=False,

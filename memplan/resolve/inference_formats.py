@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from memplan.catalogue.quantization.inference_formats import FOUR_BITS, KERNELS, RUNS, InferenceFormat
 from memplan.catalogue.quantization.quantization import WHOLE
 from memplan.catalogue.quantization.storage import Layout, plain
 from memplan.core.errors import SpecError, refused
+from memplan.core.records import NamedTuple
 from memplan.models.model import ModelSpec
 from memplan.program.stored.checkpoint import parameters
 from memplan.program.stored.quantization_config import FIELD, scheme_of

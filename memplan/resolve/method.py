@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from memplan.catalogue.kernels.trl_losses import TRL_LOSSES
 from memplan.catalogue.methods.litgpt_lora import ROLES, SWITCHES
-from memplan.catalogue.methods.methods import PARTS, Recipe, inside
+from memplan.catalogue.methods.methods import LORA, PARTS, Recipe, inside
 from memplan.core.errors import UnknownNameError, refused
 from memplan.models.model import ModelSpec
+from memplan.models.peft_methods import PEFT_METHODS, filled_options
 from memplan.program.stack_facts import (
     adaptable,
+    has_conv1d,
     linears,
     modules,
     multi_output_linears,
@@ -32,6 +35,8 @@ def frozen_parts(model: ModelSpec, method: Method) -> tuple[str, ...]:
         return ()
     if not model.has_tower:
         raise refused("method.frozen", f"{model.model_type} only has a language model, with no other parts to freeze")
+    if method.kind in PEFT_METHODS:
+        raise refused("method.frozen", f"is for full training and LoRA; name the targets of {method.kind} instead")
     if set(method.frozen) == set(PARTS):
         raise refused("method.frozen", "nothing is left to train")
     return tuple(part for part in PARTS if part in method.frozen)
@@ -49,6 +54,17 @@ def method_recipe(
     q = method.quantization
     if method.kind in ("lora", "dora") and q is not None and not stored:
         raise refused("method.quantization", f"use q{method.kind} for quantised weights")
+    other = PEFT_METHODS.get(method.kind)
+    if other is not None and q is not None and q.format not in other.formats:
+        known = f"peft has {method.kind} over {', '.join(other.formats)} only, not {q.format}"
+        message = known if other.formats else f"peft has no {method.kind} over quantised weights; use qlora"
+        raise refused("method.quantization.format", message)
+    if other is not None and not other.conv1d and has_conv1d(model):
+        raise refused(
+            "method.kind", f"peft's {method.kind} cannot wrap the Conv1D layers of {model.model_type}; use lora"
+        )
+    if other is not None and code != "transformers":
+        raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
     targets, notes = _targets(model, method) if code == "transformers" else (_switches(method), [])
     saved = _modules(model, "method.modules_to_save", method.modules_to_save)
     recipe = Recipe(
@@ -62,6 +78,9 @@ def method_recipe(
         str(method.adapter_dtype),
         library="peft" if code == "transformers" else code,
     )
+    if other is not None:
+        options = filled_options(method.kind, method.options, model.model_type)
+        recipe = recipe._replace(rank=method.rank if other.rank else 0, options=tuple(sorted(options.items())))
     if q is None:
         return recipe, notes
     if q.format == "int8":
@@ -121,10 +140,13 @@ def _refuse_read_by_kernels(model: ModelSpec, targets: Iterable[str], layers: It
 
 def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[str]]:
     """Return the names of the layers to adapt, checked, and notes. A fused layer stands for its whole matrix."""
-    layers, groups = adaptable(model), parameter_targets(model)
+    is_lora = method.kind in LORA  # only LoRA adapts embeddings and parameters; peft accepts larger ranks of others
+    layers, groups, rank = (
+        (adaptable(model), parameter_targets(model), method.rank) if is_lora else (linears(model), (), 0)
+    )
     expert_names = {name for group in groups for name in group}
     layers = {path: dims for path, dims in layers.items() if path.rpartition(".")[2] not in expert_names}
-    same_named = [path for path in adaptable(model) if path not in layers]
+    same_named = [path for path in adaptable(model) if path not in layers] if groups else []
     names = {path.rpartition(".")[2] for path in layers}
     wrapped = multi_output_linears(model)
     for name in wrapped if method.targets == "all-linear" else wrapped.intersection(map(_end, method.targets)):
@@ -147,7 +169,7 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
             raise refused("method", f"{model.model_type} has no linear layers to adapt")
         gated = router_and_mixer_paths(model)  # may have fewer rows than the rank, and are adapted all the same
         for path, dims in sorted(inner.items(), key=lambda item: min(item[1])):
-            if path not in gated and method.rank > min(dims):
+            if path not in gated and rank > min(dims):
                 _refuse_rank(method.rank, path, dims)
         if groups:
             _check_parameters(method, "all-linear")
@@ -165,15 +187,16 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
             _check_parameters(method, target)
             resolved.append(_end(target))
             continue
-        name = _last(target, "method.targets", layers)
-        if name not in names:
+        some = _is_end_of_some(target, layers)
+        name = target if some else _last(target, "method.targets", layers)
+        if name not in names and not some:
             fused = next((f for f in _FUSED_NAMES.get(name, ()) if f in names), None)
             if fused is None:
                 raise UnknownNameError("method.targets", target, (*sorted(names | expert_names), "all-linear"))
             notes.append(f"{name} is part of {fused} in this family: all of {fused} is adapted")
             name = fused
         for path, dims in layers.items():
-            if path.rpartition(".")[2] == name and method.rank > min(dims) > 1:
+            if f".{path}".endswith(f".{name}") and rank > min(dims) > 1:
                 _refuse_rank(method.rank, path, dims)
         resolved.append(name)
     for group in groups:
@@ -191,6 +214,12 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
 
 def _end(name: str) -> str:
     return name.rpartition(".")[2]
+
+
+def _is_end_of_some(target: str, paths: Iterable[str]) -> bool:
+    """Whether a dotted target is the end of some, but not all, of the paths whose last part is the target's."""
+    ends = {f".{path}".endswith(f".{target}") for path in paths if _end(path) == _end(target)}
+    return ends == {True, False}
 
 
 def _check_parameters(method: Method, target: str) -> None:
@@ -244,6 +273,10 @@ def _used_directly(model: ModelSpec, skip: tuple[str, ...]) -> tuple[tuple[str, 
 def check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
     """Raise SpecError if the output projection or another layer is quantised but cannot be."""
     q, field = method.quantization, "method.quantization.skip"
+    if kernels.loss in TRL_LOSSES and any(name.rpartition(".")[2] == "lm_head" for name in _listed(method)):
+        raise refused(
+            "method.targets", f"the loss {kernels.loss} reads lm_head's matrix, not its adapters; leave it out"
+        )
     if q is None:
         return
     for name in multi_output_linears(model).difference(q.skip or ()):
@@ -255,8 +288,13 @@ def check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
         return
     if model.tie_word_embeddings:
         raise refused(field, "lm_head shares its weight with the embeddings, which are not quantised; add lm_head")
-    if kernels.loss == "fused":
-        raise refused(field, "the fused loss needs an unquantised lm_head; add lm_head")
+    if kernels.loss in ("fused", *TRL_LOSSES):
+        raise refused(field, f"the {kernels.loss} loss needs an unquantised lm_head; add lm_head")
+
+
+def _listed(method: Method) -> tuple[str, ...]:
+    """Return the module names that the method lists as targets."""
+    return () if isinstance(method.targets, str) else method.targets
 
 
 def _switches(method: Method) -> tuple[str, ...]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, Literal, dataclass_transform
 
 from memplan.catalogue.degrees import WHOLE, Degrees
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods.methods import Recipe
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour
+from memplan.core.records import NamedTuple
 from memplan.models.model import ModelSpec
 from memplan.resolve.parallelism import ZERO, divides_weights, replicas
 from memplan.resolve.quantized_checkpoint import CheckpointMethod
@@ -58,8 +58,20 @@ class Parts(NamedTuple):
         return cls(*parts, run.profile, run.gpu)
 
 
-@dataclass(kw_only=True)
-class OpenRun:
+def found_later(*, init: Literal[False] = False) -> Any:
+    """Return the class's value of a field that a step sets."""
+    return None
+
+
+@dataclass_transform(kw_only_default=True, field_specifiers=(found_later,))
+class _Fields:
+    """A constructor from fields by name, without dataclasses, whose import takes longer than resolving a run."""
+
+    def __init__(self, **fields: Any) -> None:
+        vars(self).update(fields)
+
+
+class OpenRun(_Fields):
     """A run while it is resolved: its parts, which steps fill in, and what the steps find out.
 
     batch_facts      what the structure depends on of the batch
@@ -89,17 +101,17 @@ class OpenRun:
     batch_facts: BatchFacts
     trains: bool
     gpu: GPU | None = None
-    library: LibraryBehaviour = field(init=False)
-    checkpoint: CheckpointMethod = field(init=False)
+    library: LibraryBehaviour = found_later()
+    checkpoint: CheckpointMethod = found_later()
     storages: tuple[str, ...] = ("uint8",)
     run_formats: tuple[str, ...] = ()
     degrees: Degrees = WHOLE
-    recipe: Recipe = field(init=False)
+    recipe: Recipe = found_later()
     attention: str = ""
     attention_dtype: str = ""
     checkpoints: bool = False
-    wiring: Wiring = field(init=False)
-    notes: list[str] = field(default_factory=list[str])
+    wiring: Wiring = found_later()
+    notes: list[str]
 
     @property
     def capability(self) -> tuple[int, int] | None:

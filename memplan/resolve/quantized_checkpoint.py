@@ -7,12 +7,13 @@ them. Source: transformers 5.24 quantizers/, `is_trainable` and `is_qat_trainabl
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.quantization.inference_formats import InferenceFormat
 from memplan.catalogue.quantization.quantization import FORMATS, FP8_BLOCK, WHOLE
 from memplan.core.errors import ConfigError, SpecError, printable, refused
+from memplan.core.records import NamedTuple
 from memplan.models.layers import as_json
 from memplan.models.model import ModelSpec
 from memplan.program.stack_facts import adaptable, stacks

@@ -6,7 +6,6 @@ A profile (a framework and its version) decides what `null` means: see `memplan.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache
 
 from memplan.catalogue.attention.efficient_workspace import large_tiles
@@ -21,6 +20,7 @@ from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import refused
 from memplan.core.ir import SavedTensors
 from memplan.models.model import ModelSpec
+from memplan.models.peft_methods import PEFT_METHODS
 from memplan.program.graph import Graph
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
@@ -33,7 +33,7 @@ from memplan.resolve.defaults import complete_method, fill_optimizer, fill_parts
 from memplan.resolve.kernels import fused_kernels
 from memplan.resolve.method import check_head, check_time_steps, frozen_parts, method_recipe
 from memplan.resolve.notes import expert_notes, norm_notes, pipeline_notes, wrapping_notes
-from memplan.resolve.open_run import BatchFacts, OpenRun, Parts
+from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.quantized_checkpoint import method_for_training
 from memplan.resolve.ranks import divide_ranks, note_sharding, set_sharded_dtypes, shard
@@ -50,7 +50,6 @@ _SAVED_TENSORS = SavedTensors(
 )
 
 
-@dataclass(kw_only=True)
 class OpenTraining(OpenRun):
     """A training run while it is resolved.
 
@@ -58,10 +57,10 @@ class OpenTraining(OpenRun):
     """
 
     names_fused: bool
-    ranks: Ranks = field(init=False)
-    graph: Graph = field(init=False)
-    pipe: Pipe = field(default_factory=Pipe)
-    structure: Structure = field(init=False)
+    ranks: Ranks = found_later()
+    graph: Graph = found_later()
+    pipe: Pipe = Pipe()
+    structure: Structure = found_later()
 
 
 @lru_cache(maxsize=4096)
@@ -71,7 +70,9 @@ def decide_training(model: ModelSpec, asked: Parts, batch_facts: BatchFacts) -> 
     Raises SpecError, UnknownNameError or ConfigError.
     """
     names_fused = asked.kernels.fused is not None
-    run = OpenTraining(model=model, batch_facts=batch_facts, trains=True, names_fused=names_fused, **asked._asdict())
+    run = OpenTraining(
+        model=model, notes=[], batch_facts=batch_facts, trains=True, names_fused=names_fused, **asked._asdict()
+    )
     for step in STEPS:
         step(run)
     is_divided = asked.parallelism.world > 1 and not run.structure.is_one_process
@@ -176,6 +177,7 @@ def _choose_recipe(run: OpenTraining) -> None:
         keeps=library.weights.keeps_matrix,
         fused="lora" in (run.kernels.fused or ()),
         again=library.model.dora_multiplies_twice,
+        moved=method.kind in PEFT_METHODS and run.loop.trainer and method.quantization is None,
     )
     run.notes += notes
 

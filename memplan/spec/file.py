@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,11 +20,43 @@ _MAX_SHOWN = 200  # characters of a path that an error message repeats
 
 def read_spec(name: str) -> dict[str, Any]:
     """Return the mapping in the file `name` (`-` for standard input). Raises SpecError or ConfigError."""
+    return read_spec_with_lines(name)[0]
+
+
+def read_text(name: str) -> str:
+    """Return the text in the file `name` (`-` for standard input). Raises SpecError."""
+    return _read_text(name, "standard input" if name == "-" else printable(name, _MAX_SHOWN))
+
+
+def read_spec_with_lines(name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Return the mapping in the file `name`, and the line of each key by its path, for as many keys as are found."""
     shown = "standard input" if name == "-" else printable(name, _MAX_SHOWN)
     text = _read_text(name, shown)
     if name.lower().endswith(".json"):
-        return dict(parse_config(text, shown))
+        values = dict(parse_config(text, shown))
+        return values, dict(_json_lines(text, values))
     return _parse_yaml(text, shown)
+
+
+def _json_lines(text: str, values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield the path and line of each key of a JSON text, in whose order `values` are."""
+    position, line = 0, 1
+
+    def walk(inner: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+        nonlocal position, line
+        if isinstance(inner, list):
+            for item in cast(list[Any], inner):
+                yield from walk(item, (*path, "[]"))
+            return
+        for key, value in cast(dict[str, Any], inner).items() if isinstance(inner, dict) else ():
+            found = text.find(json.dumps(key), position)
+            if found >= 0:
+                line += text.count("\n", position, found)
+                position = found + len(key) + 2
+            yield (*path, key), line
+            yield from walk(value, (*path, key))
+
+    yield from walk(values, ())
 
 
 def _read_text(name: str, shown: str) -> str:
@@ -45,13 +78,13 @@ def _read_text(name: str, shown: str) -> str:
         raise SpecError(f"spec: '{shown}' cannot be read ({reason})", "spec") from None
 
 
-def _parse_yaml(text: str, name: str) -> dict[str, Any]:
+def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     import yaml
 
     loader = _yaml_loader(yaml, name)
     try:
         _refuse_bombs(yaml.parse(text, Loader=loader), name)  # pyright: ignore[reportUnknownMemberType]
-        loaded: object = yaml.load(text, Loader=loader)
+        node, loaded = _load(loader(text))
         spec: object = json.loads(json.dumps(loaded, allow_nan=False))  # rejects dates, sets, nan and inf
     except yaml.YAMLError as error:
         raise SpecError(f"spec: {name} is not YAML ({_problem(error)})", "spec") from None
@@ -59,7 +92,28 @@ def _parse_yaml(text: str, name: str) -> dict[str, Any]:
         raise SpecError(f"spec: {name} holds a value that JSON cannot represent ({error})", "spec") from None
     if not isinstance(spec, dict):
         raise SpecError(f"spec: {name} must be a mapping of a run's fields", "spec")
-    return cast(dict[str, Any], spec)
+    return cast(dict[str, Any], spec), dict(_yaml_lines(node, ()))
+
+
+def _load(loader: Any) -> tuple[Any, object]:
+    """Return a text's only document as a node, and as values."""
+    try:
+        node = loader.get_single_node()
+        return node, None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
+
+
+def _yaml_lines(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
+    """Yield the path and line of each key of a mapping's node."""
+    items = cast(list[Any], node.value) if isinstance(node.value, list) else []  # pyright: ignore[reportUnknownMemberType]
+    for item in items:
+        if isinstance(item, tuple):
+            key, value = cast(tuple[Any, Any], item)
+            yield (*path, str(key.value)), key.start_mark.line + 1
+            yield from _yaml_lines(value, (*path, str(key.value)))
+        else:
+            yield from _yaml_lines(item, (*path, "[]"))
 
 
 def _yaml_loader(yaml: Any, name: str) -> Any:

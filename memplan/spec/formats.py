@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import BeforeValidator, model_validator
-
 from memplan.spec.base import Flag, Names, Part
+from memplan.spec.checks import Before
 
 # Formats that adapters can train on top of; inference-only formats; llama.cpp's GGUF file types.
 TrainedOver = Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"]
@@ -96,7 +95,7 @@ def _canonical_format(value: Any) -> Any:
     return known or alias or value.strip().removeprefix("gguf:")
 
 
-class Quantization(Part, frozen=True):
+class Quantization(Part):
     """How the frozen base weights are stored: Hugging Face's `BitsAndBytesConfig` with shorter names.
 
     format            storage format of the weights
@@ -109,7 +108,7 @@ class Quantization(Part, frozen=True):
     backend           kernel that runs the weights, for formats that have several
     """
 
-    format: Annotated[Format, BeforeValidator(_canonical_format)] = "nf4"
+    format: Annotated[Format, Before(_canonical_format)] = "nf4"
     double_quant: Flag = True
     block_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
@@ -117,9 +116,8 @@ class Quantization(Part, frozen=True):
     kbit_preparation: Literal[True, False, "trl"] | None = None
     backend: Backend | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _default_block_size(cls, value: Any) -> Any:
+    def expanded(cls, value: Any) -> Any:
         """Fill in the format's own block size if none is given."""
         if not isinstance(value, Mapping):
             return value

@@ -8,7 +8,7 @@ from memplan.spec.base import Count, Dtype, Flag, Json, Part
 from memplan.spec.formats import Quantization
 
 
-class CacheConfig(Part, frozen=True):
+class CacheConfig(Part):
     """How a quantised cache stores keys and values, with the names of transformers' `QuantizedCache`.
 
     None is the backend's own default. Backend `fp8` has one scale for a layer's keys and one for its values, and takes
@@ -30,13 +30,13 @@ class CacheConfig(Part, frozen=True):
     residual_length: Count | None = None
 
 
-class InlineModel(Part, frozen=True):
+class InlineModel(Part):
     """A model given by its config, with Hugging Face's keys, instead of by name."""
 
     config: Json
 
 
-class Generation(Part, frozen=True):
+class Generation(Part):
     """How tokens are generated, mostly with the names of transformers' `GenerationConfig`.
 
     The prompt has `batch.sequence` tokens, followed by `batch.new_tokens`.

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 from memplan.core.errors import SpecError
+from memplan.core.records import NamedTuple
+from memplan.models.peft_methods import PEFT_METHODS
 
 
 class Option(NamedTuple):
@@ -17,8 +19,10 @@ class Option(NamedTuple):
     choices      words that the shell completes, if not those of the field
     parse        turns its text into the field's value; an option without one has the field's type
     metavar      name of its value in help, if not the type
+    completes    option whose names the shell completes, if not its own
     combined     whether the command reads it together with other options, instead of setting its field alone
     is_argument  whether it is typed without its name
+    is_required  whether it must be given
     """
 
     field: str
@@ -27,8 +31,10 @@ class Option(NamedTuple):
     choices: tuple[str, ...] = ()
     parse: Callable[[Any], Any] | None = None
     metavar: str | None = None
+    completes: str = ""
     combined: bool = False
     is_argument: bool = False
+    is_required: bool = False
 
 
 def listed(text: str) -> list[str]:
@@ -37,8 +43,27 @@ def listed(text: str) -> list[str]:
 
 
 def names(text: str) -> str | list[str]:
-    """Parse `all-linear`, or names separated by commas."""
-    return text if text == "all-linear" else listed(text)
+    """Parse `all-linear`, `default`, or names separated by commas."""
+    return text if text in ("all-linear", "default") else listed(text)
+
+
+def settings(text: str) -> dict[str, Any]:
+    """Parse settings `name=value` separated by commas; values are numbers, true, false, or words."""
+    parsed: dict[str, Any] = {}
+    for setting in listed(text):
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise SpecError(
+                f"method.options: {setting!r:.40} is not a setting; write name=value, as in oft_block_size=64",
+                "method.options",
+            )
+        try:
+            parsed[name] = (
+                {"true": True, "false": False}.get(value.lower()) if value.lower() in ("true", "false") else int(value)
+            )
+        except ValueError:
+            parsed[name] = value
+    return parsed
 
 
 def pixels(text: str) -> int | list[int]:
@@ -87,8 +112,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "Training": {
         "method": Option(
             "method.kind",
-            "full, lora, qlora, dora, qdora, freeze; for inference generate or forward.",
-            choices=("full", "lora", "qlora", "dora", "qdora", "freeze", "generate", "forward"),
+            "full, lora, qlora, dora, qdora, freeze, or another of peft's methods by its name: "
+            f"{', '.join(PEFT_METHODS)}; for inference generate or forward.",
+            choices=("full", "lora", "qlora", "dora", "qdora", "freeze", *PEFT_METHODS, "generate", "forward"),
             combined=True,
         ),
         "objective": Option(
@@ -230,7 +256,18 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "Adapters and quantisation": {
         "rank": Option("method.rank", "Rank of the adapters."),
-        "targets": Option("method.targets", "all-linear, or comma-separated module names.", parse=names),
+        "targets": Option(
+            "method.targets",
+            "all-linear, default (peft's choice for the model), or comma-separated module names. Default all-linear, "
+            "or default for methods other than LoRA.",
+            parse=names,
+        ),
+        "peft_options": Option(
+            "method.options",
+            "Other settings of the method, by peft's names, comma-separated: oft_block_size=64,block_share=true.",
+            type=str,
+            parse=settings,
+        ),
         "lora_dropout": Option("method.dropout", "Dropout before adapters, 0 to 1."),
         "modules_to_save": Option(
             "method.modules_to_save", "Comma-separated names of modules that train in full.", parse=names
@@ -255,9 +292,10 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "dtype": Option("precision.weights", "Weights: {choices}.", combined=True),
         "precision": Option(
             "precision",
-            "pure (all in --dtype), amp (fp32 weights, autocast to --dtype), mixed (weights and gradients in --dtype, "
-            "fp32 masters and states). Default pure.",
-            choices=("pure", "amp", "mixed"),
+            "pure (all in --dtype), amp (fp32 weights, autocast to --dtype), autocast (weights in --dtype, autocast "
+            "too, as a Trainer's bf16 over bf16 weights), mixed (weights and gradients in --dtype, fp32 masters and "
+            "states). Default pure.",
+            choices=("pure", "amp", "autocast", "mixed"),
             combined=True,
         ),
         "optimizer": Option(
@@ -277,8 +315,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "attention": Option("kernels.attention", "{choices}."),
         "loss": Option(
             "kernels.loss",
-            "hf, chunked, fused (with the head's matrix product, as in Liger and Cut Cross-Entropy), chunked_lm_head. "
-            "Default hf.",
+            "hf, chunked, fused (with the head's matrix product, as in Liger and Cut Cross-Entropy), chunked_lm_head "
+            "(LitGPT), chunked_nll and chunked_nll_fp32 (TRL 1.13 and 1.6), tiled_lm_head (TRL 1.15). Default the "
+            "profile's.",
         ),
         "fused": Option("kernels.fused", "Comma-separated fused kernels: {choices}.", parse=listed),
         "reentrant": Option("kernels.reentrant", "Use torch's reentrant checkpointing. Default the profile's."),
@@ -373,6 +412,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "parallelism.zero",
             "A DeepSpeed config, for its ZeRO stage, buckets, offload, precision and batch; options override it. "
             "Default none.",
+            metavar="FILE",
+            combined=True,
+        ),
+        "accelerate": Option(
+            "parallelism.strategy",
+            "accelerate's config file, for its processes, FSDP or DeepSpeed; options override it. Default none.",
             metavar="FILE",
             combined=True,
         ),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field
-
 from memplan.spec.base import Count, Flag, GPUs, Natural, Number, Part, Rank
+from memplan.spec.checks import Before, Strict
 
 
-class Offload(Part, frozen=True):
+class Offload(Part):
     """What is kept in host memory between uses.
 
     parameters   weights
@@ -28,12 +27,12 @@ def _integral_float(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Elements = Annotated[Count, BeforeValidator(_integral_float)]
-ElementsOrZero = Annotated[Natural, BeforeValidator(_integral_float)]
+Elements = Annotated[Count, Before(_integral_float)]
+ElementsOrZero = Annotated[Natural, Before(_integral_float)]
 Auto = Literal["auto"]
 
 
-class OffloadedOptimizer(Part, frozen=True):
+class OffloadedOptimizer(Part):
     """DeepSpeed's `offload_optimizer`. With NVMe, `buffer_count` pinned buffers hold one sub-group each."""
 
     device: Literal["cpu", "nvme"] = "cpu"
@@ -41,7 +40,7 @@ class OffloadedOptimizer(Part, frozen=True):
     buffer_count: Count = 4
 
 
-class OffloadedParameters(Part, frozen=True):
+class OffloadedParameters(Part):
     """DeepSpeed's `offload_param`. With NVMe, host memory holds `buffer_count` pinned buffers of `buffer_size` elements
     each, and the first `max_in_cpu` elements of the weights."""
 
@@ -52,7 +51,7 @@ class OffloadedParameters(Part, frozen=True):
     max_in_cpu: ElementsOrZero = 1_000_000_000
 
 
-class Zero(Part, frozen=True):
+class Zero(Part):
     """DeepSpeed's `zero_optimization`, with its keys and defaults (0.19.8 runtime/zero/config.py).
 
     Sizes are in elements, not bytes. `auto` is the value that transformers' Trainer derives from the hidden size.
@@ -76,11 +75,11 @@ class Zero(Part, frozen=True):
     contiguous_gradients: Flag = True
     round_robin_gradients: Flag = False
     zero3_init_flag: Flag = True
-    offload_optimizer: OffloadedOptimizer = OffloadedOptimizer.model_construct()
-    offload_param: OffloadedParameters = OffloadedParameters.model_construct()
+    offload_optimizer: OffloadedOptimizer = OffloadedOptimizer()
+    offload_param: OffloadedParameters = OffloadedParameters()
 
 
-class Parallelism(Part, frozen=True):
+class Parallelism(Part):
     """How the work is divided among GPUs: `world` = `dp` x `tp` x `pp` x `cp`, or any number with a `device_map`.
 
     world                      number of GPUs
@@ -124,7 +123,7 @@ class Parallelism(Part, frozen=True):
     context: Literal["ring", "ulysses"] = "ring"
     ep: GPUs = 1
     etp: GPUs | None = None
-    expert_imbalance: Annotated[Number, Field(ge=1, le=2**20)] = 1.0
+    expert_imbalance: Annotated[Number, Strict(ge=1, le=2**20)] = 1.0
     virtual_stages: GPUs = 1
     sequence_parallel: Flag = False
     strategy: Literal["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2", "megatron_dist_opt"] = "none"
@@ -135,8 +134,8 @@ class Parallelism(Part, frozen=True):
     cpu_ram_efficient_loading: Flag = True
     bucket_view: Flag = False
     static_graph: Flag = False
-    offload: Offload = Offload.model_construct()
-    zero: Zero = Zero.model_construct()
+    offload: Offload = Offload()
+    zero: Zero = Zero()
     gpus_per_node: GPUs | None = None
     stage: Rank | None = None
     schedule: Literal["1f1b", "gpipe", "device_map"] | None = None

@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import AfterValidator, GetCoreSchemaHandler
-from pydantic_core import CoreSchema
-
 from memplan.models.objectives import Objective
 from memplan.spec.base import Count, Natural, Part, Pixels
+from memplan.spec.checks import After
 from memplan.spec.generation import Generation, InlineModel
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.serving import Serving
@@ -18,9 +16,10 @@ from memplan.spec.training import Also, Kernels, Loop, Method, Optimizer, Precis
 # The newest supported version of each framework, used when a profile names no version.
 NEWEST = {
     "transformers": "transformers-5",
-    "trl": "trl-0.24",
-    "axolotl": "axolotl-0.12",
-    "llamafactory": "llamafactory-0.9",
+    "trl": "trl-1.15",
+    "axolotl": "axolotl-0.21",
+    "llamafactory": "llamafactory-0.9.5",
+    "ms-swift": "ms-swift-4.6",
     "unsloth": "unsloth-2025",
     "litgpt": "litgpt-2024",
     "vllm": "vllm-0.33",
@@ -34,10 +33,10 @@ def _with_version(name: str) -> str:
     return NEWEST.get(name.lower(), name)
 
 
-ProfileName = Annotated[str, AfterValidator(_with_version)]
+ProfileName = Annotated[str, After(_with_version)]
 
 
-class Batch(Part, frozen=True):
+class Batch(Part):
     """How many tokens one step processes.
 
     micro            sequences per GPU and forward pass; when generating, prompts
@@ -60,7 +59,7 @@ class Batch(Part, frozen=True):
     target_sequence: Count | None = None
 
 
-class RunSpec(Part, frozen=True):
+class RunSpec(Part):
     """A run to estimate. Some parts accept a word: `method="qlora"`, `precision="amp"`, `optimizer="sgd"`.
 
     The profile (`memplan.catalogue.profiles.profiles`) decides every field left at None; the answer's `run` holds the
@@ -96,26 +95,24 @@ class RunSpec(Part, frozen=True):
     model: str | InlineModel
     task: Literal["train", "forward", "generate"] = "train"
     objective: Objective | None = None
-    method: Method = Method.model_construct()
-    precision: Precision = Precision.model_construct()
-    optimizer: Optimizer = Optimizer.model_construct()
-    batch: Batch = Batch.model_construct()
-    kernels: Kernels = Kernels.model_construct()
-    loop: Loop = Loop.model_construct()
-    generation: Generation = Generation.model_construct()
-    also: Also = Also.model_construct()
-    parallelism: Parallelism = Parallelism.model_construct()
-    serving: Serving = Serving.model_construct()
+    method: Method = Method()
+    precision: Precision = Precision()
+    optimizer: Optimizer = Optimizer()
+    batch: Batch = Batch()
+    kernels: Kernels = Kernels()
+    loop: Loop = Loop()
+    generation: Generation = Generation()
+    also: Also = Also()
+    parallelism: Parallelism = Parallelism()
+    serving: Serving = Serving()
     profile: ProfileName = "transformers-5"
     gpu: str | None = None
 
-    @classmethod
-    def __get_pydantic_core_schema__(cls, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
-        """Build the parts before the run: pydantic 2.9 cannot write a default whose own class is not built."""
-        for part in Part.__subclasses__():
-            if part is not cls:
-                part.model_rebuild()
-        return handler(source)
+
+def is_default(run: RunSpec, part: str) -> bool:
+    """Return whether a part of the run says nothing."""
+    value, default = getattr(run, part), RunSpec.model_fields[part].default
+    return value is default or value == default
 
 
 def changed(run: RunSpec, part: str, **values: Any) -> RunSpec:

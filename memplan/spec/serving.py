@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
-
 from memplan.spec.base import Count, Flag, Natural, Number, Part, Rank
+from memplan.spec.checks import Strict
 from memplan.spec.generation import InlineModel
 
 CacheDtype = Literal[
@@ -33,7 +32,7 @@ CacheDtype = Literal[
 ]
 
 
-class Serving(Part, frozen=True):
+class Serving(Part):
     """How a serving engine is started (profiles `vllm-...`, `sglang-...`, `tgi-...`, `llama.cpp-...`).
 
     None is the engine's own default. A request has `batch.sequence` prompt tokens and `batch.new_tokens` new ones (256
@@ -77,7 +76,7 @@ class Serving(Part, frozen=True):
     max_model_len: Count | None = None
     max_num_seqs: Count | None = None
     max_num_batched_tokens: Count | None = None
-    memory_utilization: Annotated[Number, Field(ge=0.001, le=1)] | None = None
+    memory_utilization: Annotated[Number, Strict(ge=0.001, le=1)] | None = None
     block_size: Count | None = None
     cache_dtype: CacheDtype | None = None
     cuda_graphs: Flag | None = None
@@ -86,7 +85,7 @@ class Serving(Part, frozen=True):
     gpu_layers: Natural | None = None
     flash_attention: Flag | None = None
     split_mode: Literal["layer", "none", "row", "tensor"] | None = None
-    tensor_split: tuple[Annotated[Number, Field(ge=0, le=2**40)], ...] | None = None
+    tensor_split: tuple[Annotated[Number, Strict(ge=0, le=2**40)], ...] | None = None
     main_gpu: Rank | None = None
     dp_attention: Flag | None = None
     limit_images: Natural | None = None

@@ -5,34 +5,50 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast, get_args
 
-from pydantic import Field, model_validator
-
 from memplan.core.errors import SpecError, UnknownNameError
 from memplan.core.frozen import FrozenDict
+from memplan.models.peft_methods import PEFT_METHODS
 from memplan.spec.base import Count, Dtype, Flag, Json, Names, Natural, Number, Part
+from memplan.spec.checks import Strict
 from memplan.spec.formats import Quantization
 
-MethodKind = Literal["full", "freeze", "lora", "qlora", "dora", "qdora"]
+MethodKind = Literal[
+    "full",
+    "freeze",
+    "lora",
+    "qlora",
+    "dora",
+    "qdora",
+    "adalora",
+    "boft",
+    "ia3",
+    "loha",
+    "lokr",
+    "oft",
+    "vera",
+]
 
 # The other methods of peft 0.21, in lower case: known, but not supported yet.
 LATER_METHODS = frozenset(
     (
-        *("adalora", "adamss", "adaption_prompt", "beft", "boft", "c3a", "cartridge", "cpt", "deft", "delora"),
-        *("fourierft", "frod", "glora", "gralora", "hira", "hra", "ia3", "lily", "ln_tuning", "loha", "lokr", "miss"),
-        *("multitask_prompt_tuning", "oft", "osf", "p_tuning", "peanut", "poly", "prefix_tuning", "prompt_tuning"),
+        *("adamss", "adaption_prompt", "beft", "c3a", "cartridge", "cpt", "deft", "delora"),
+        *("fourierft", "frod", "glora", "gralora", "hira", "hra", "lily", "ln_tuning", "miss"),
+        *("multitask_prompt_tuning", "osf", "p_tuning", "peanut", "poly", "prefix_tuning", "prompt_tuning"),
         *("psoft", "pvera", "randlora", "road", "shadow", "shira", "supertuning", "tinylora", "trainable_tokens"),
-        *("unilora", "vblora", "vera", "waveft", "xlora"),
+        *("unilora", "vblora", "waveft", "xlora"),
     )
 )
 
 
-class Method(Part, frozen=True):
+class Method(Part):
     """Which weights train, and how.
 
-    kind              full, freeze (only the last layers train), or an adapter method
-    rank              rank of the adapters
+    kind              full, freeze (only the last layers train), LoRA's (lora, qlora, dora, qdora), or another of peft's
+                      methods by peft's name
+    rank              rank of the adapters; the default of a method other than LoRA is peft's
     alpha             scale of the adapters (`lora_alpha`)
-    targets           module or role names that get adapters, or `all-linear`
+    targets           module or role names that get adapters, `all-linear`, or `default` for peft's choice for the
+                      model, which is the default of all methods but LoRA's
     dropout           dropout of the adapters' input, 0 to 1
     modules_to_save   modules that train in full, in addition to the adapters
     adapter_dtype     dtype of the adapter weights
@@ -44,19 +60,18 @@ class Method(Part, frozen=True):
 
     kind: MethodKind = "full"
     rank: Count = 16
-    alpha: Annotated[Number, Field(gt=0)] | None = None
-    targets: Literal["all-linear"] | Names = "all-linear"
-    dropout: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    alpha: Annotated[Number, Strict(gt=0)] | None = None
+    targets: Literal["all-linear", "default"] | Names = "all-linear"
+    dropout: Annotated[Number, Strict(ge=0, lt=1)] = 0.0
     modules_to_save: Names = ()
     adapter_dtype: Dtype | None = None
     trainable_layers: Count = 2
     frozen: Names = ()
     quantization: Quantization | None = None
-    options: Json = Field(default_factory=FrozenDict)
+    options: Json = FrozenDict()
 
-    @model_validator(mode="before")
     @classmethod
-    def _shorthand(cls, value: Any) -> Any:
+    def expanded(cls, value: Any) -> Any:
         """Accept a kind as the whole method; quantise `qlora` and `qdora`, to NF4 by default."""
         if isinstance(value, str):
             value = {"kind": value}
@@ -64,6 +79,10 @@ class Method(Part, frozen=True):
             return value
         values = dict(cast(Mapping[str, Any], value))
         kind = values.get("kind")
+        if isinstance(kind, str) and (name := kind.lower().replace("-", "_")) in PEFT_METHODS:
+            kind = values["kind"] = name
+            rank = PEFT_METHODS[name].rank
+            values = {"targets": "default", **({"rank": rank} if rank else {}), **values}
         if kind in ("forward", "generate"):
             raise SpecError(f"method.kind: {kind!r} is a task, not a method; set the run's task to it", "method.kind")
         if isinstance(kind, str) and kind.lower().replace("-", "_") in LATER_METHODS:
@@ -73,9 +92,14 @@ class Method(Part, frozen=True):
             values["quantization"] = {}
         return values
 
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Add what has another default in a method of its own, so that it is read back as it was."""
+        return {**values, "rank": self.rank, "targets": self.targets} if self.kind in PEFT_METHODS else values
 
-class Precision(Part, frozen=True):
-    """Dtypes of weights, computation and gradients. Also accepted: `pure`, `amp`, `mixed`, or a dtype for pure.
+
+class Precision(Part):
+    """Dtypes of weights, computation and gradients. Also accepted: `pure`, `amp`, `autocast`, `mixed`, or a dtype for
+    pure.
 
     weights   dtype the model is loaded in
     compute   dtype that autocast, 4-bit layers or FP8 matrix products compute in
@@ -90,23 +114,24 @@ class Precision(Part, frozen=True):
     grads: Dtype | None = None
     master: Dtype | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _shorthand(cls, value: Any) -> Any:
+    def expanded(cls, value: Any) -> Any:
         return precision_of(value) if isinstance(value, str) else value
 
 
-PRECISIONS = ("pure", "amp", "mixed", "bf16", "fp16", "fp32")
+PRECISIONS = ("pure", "amp", "autocast", "mixed", "bf16", "fp16", "fp32")
 
 
 def precision_of(word: str, dtype: str = "bf16") -> dict[str, Any]:
-    """Return the fields of `Precision` that `pure`, `amp`, `mixed` or a dtype stands for.
+    """Return the fields of `Precision` that `pure`, `amp`, `autocast`, `mixed` or a dtype stands for.
 
     Raises SpecError for `mixed` with fp32, UnknownNameError for another word.
     """
     match word:
         case "amp":  # its weights are always fp32, so `dtype` can only mean the dtype to compute in
             return {"weights": "fp32", "compute": "bf16" if dtype == "fp32" else dtype, "autocast": True}
+        case "autocast":  # over weights in 16 bits: what bf16=True of transformers' Trainer does to a model loaded so
+            return precision_of("amp") if dtype == "fp32" else {"weights": dtype, "compute": dtype, "autocast": True}
         case "mixed":
             if dtype == "fp32":
                 raise SpecError("precision: mixed needs bf16 or fp16 weights, not fp32", "precision")
@@ -119,7 +144,7 @@ def precision_of(word: str, dtype: str = "bf16") -> dict[str, Any]:
             raise UnknownNameError("precision", word, PRECISIONS)
 
 
-class Optimizer(Part, frozen=True):
+class Optimizer(Part):
     """The optimizer. A name is accepted for the whole.
 
     name         a name from transformers' `OptimizerNames`, or `none`
@@ -133,23 +158,22 @@ class Optimizer(Part, frozen=True):
     state_dtype: Dtype | None = None
     foreach: Flag | None = None
     in_backward: Flag = False
-    momentum: Annotated[Number, Field(ge=0, lt=1)] | None = None
+    momentum: Annotated[Number, Strict(ge=0, lt=1)] | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _shorthand(cls, value: Any) -> Any:
+    def expanded(cls, value: Any) -> Any:
         return {"name": value} if isinstance(value, str) else value
 
 
-class Kernels(Part, frozen=True):
+class Kernels(Part):
     """Which implementations run.
 
     attention      attention implementation, in transformers' terms
     checkpointing  activation checkpointing; `offload` is `full` with the blocks' inputs in host memory
     reentrant      torch's reentrant checkpointing, which recomputes a block before any of its backward runs, so the
                    block's output and its gradient stay alive until the recomputation is done
-    loss           loss implementation: transformers' own, chunked, fused with the head (Liger, Cut Cross-Entropy), or
-                   chunked together with the head
+    loss           loss implementation: transformers' own, chunked, fused with the head (Liger, Cut Cross-Entropy),
+                   chunked together with the head (LitGPT, TRL 1.6 to 1.14), or with the head in tiles (TRL 1.15)
     fused          fused kernels to use
     compile        torch.compile
     """
@@ -157,12 +181,14 @@ class Kernels(Part, frozen=True):
     attention: Literal["sdpa", "flash_attention_2", "eager", "sdpa_math", "sdpa_efficient"] = "sdpa"
     checkpointing: Literal["none", "full", "selective", "offload"] | None = None
     reentrant: Flag | None = None
-    loss: Literal["hf", "chunked", "fused", "chunked_lm_head"] | None = None
+    loss: (
+        Literal["hf", "chunked", "fused", "chunked_lm_head", "chunked_nll", "chunked_nll_fp32", "tiled_lm_head"] | None
+    ) = None
     fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] | None = None
     compile: Flag = False
 
 
-class Loop(Part, frozen=True):
+class Loop(Part):
     """What the training script does around the step.
 
     hold_outputs         the script keeps a reference to the model's outputs through backward; `step`: through the
@@ -180,13 +206,13 @@ class Loop(Part, frozen=True):
     hold_outputs: Flag | Literal["step"] = False
     padded: Flag = False
     use_cache: Flag | None = None
-    clip_grad_norm: Annotated[Number, Field(ge=0)] | None = 1.0
+    clip_grad_norm: Annotated[Number, Strict(ge=0)] | None = 1.0
     grad_scaler: Flag = False
     trainer: Flag = False
     expandable_segments: Flag = False
 
 
-class Evaluation(Part, frozen=True):
+class Evaluation(Part):
     """Evaluation between two training steps, as transformers' Trainer runs it.
 
     micro          sequences per GPU and forward pass (`per_device_eval_batch_size`)
@@ -211,7 +237,7 @@ class Evaluation(Part, frozen=True):
     new_tokens: Natural = 0
 
 
-class Saving(Part, frozen=True):
+class Saving(Part):
     """Writing a checkpoint after a step.
 
     state_dict  `full` gathers whole weights on one rank, `sharded` has every rank write its shard; None for full
@@ -222,7 +248,7 @@ class Saving(Part, frozen=True):
     optimizer: Flag = True
 
 
-class Merging(Part, frozen=True):
+class Merging(Part):
     """Merging the adapters into the base weights with peft's `merge_and_unload`. A word sets `model`.
 
     model  `trained`: merge in the training process; `reloaded`: load the base model unquantised in a new process
@@ -232,13 +258,12 @@ class Merging(Part, frozen=True):
     model: Literal["trained", "reloaded"] = "trained"
     dtype: Dtype | None = None
 
-    @model_validator(mode="before")
     @classmethod
-    def _shorthand(cls, value: Any) -> Any:
+    def expanded(cls, value: Any) -> Any:
         return {"model": value} if isinstance(value, str) else value
 
 
-class Also(Part, frozen=True):
+class Also(Part):
     """Other work of a training run whose memory counts too: evaluation, saving, merging. None leaves it out."""
 
     evaluation: Evaluation | None = None

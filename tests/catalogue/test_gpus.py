@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from memplan.catalogue.hardware.gpus import all_gpus, ambiguous_with, find_gpu, total_by_rule
 from memplan.core.errors import UnknownNameError
 from memplan.core.units import MIB
+from tests.cases import each
 
 # Facts about the card, each of which needs a source. The other fields name or sort it.
 FACTS = (
@@ -258,8 +259,9 @@ def test_ids_and_aliases_are_unique_across_the_table() -> None:
     assert len(names) == len(set(names))
 
 
-@pytest.mark.parametrize(("text", "name"), [*TYPED.items(), *PRINTED.items()])
-def test_names_as_typed_by_people_and_printed_by_tools_resolve(text: str, name: str) -> None:
+@each([*TYPED.items(), *PRINTED.items()])
+def test_names_as_typed_by_people_and_printed_by_tools_resolve(case: tuple[str, str]) -> None:
+    text, name = case
     assert find_gpu(text).name == name
 
 

@@ -11,10 +11,11 @@ import pytest
 from typer.main import get_command
 
 from memplan import RunSpec
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.core.errors import MemplanError
 from memplan.probe import gradients
 from memplan.probe.gradients import Shape, check, compare, shapes, tolerance
+from tests.cases import each
 from tests.tiny import SMALLEST, TARGETS, TINY
 
 torch = pytest.importorskip("torch")
@@ -98,7 +99,7 @@ def test_every_layer_shape_is_compared_once() -> None:
     ]
 
 
-@pytest.mark.parametrize("family", TINY)
+@each(TINY)
 def test_every_family_has_shapes_to_compare(family: str) -> None:
     assert shapes(lora({"model_type": family, **TINY[family]}, targets=TARGETS.get(family, "all-linear")))
 

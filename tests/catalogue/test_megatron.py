@@ -10,6 +10,7 @@ from benchmarks import golden
 from benchmarks.golden import SLACK, Measured
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.core.errors import ConfigError, SpecError, UnsupportedModelError
+from tests.cases import each
 
 # GPT-3 of Megatron-LM's functional tests, at 12 layers.
 GPT: dict[str, Any] = {
@@ -291,8 +292,6 @@ def test_unsupported_mixtures_are_refused_by_name(
         answer(config, parallelism=ranks)
 
 
-PUBLISHED = golden.megatron()
-MISSED = [m for m in PUBLISHED if m.cause]
 WITHIN = {row["id"]: row["within"] for row in golden.rows("megatron.jsonl") if "cause" in row}
 
 
@@ -300,25 +299,25 @@ def identity(found: Measured) -> str:
     return found.id
 
 
-@pytest.mark.parametrize("m", [m for m in PUBLISHED if not m.cause], ids=identity)
+@each(lambda: (m for m in golden.megatron() if not m.cause), identity)
 def test_estimates_meet_megatrons_ci_runs_within_the_allocators_unsplit_remainder(m: Measured) -> None:
     assert abs(m.off) <= SLACK
 
 
-@pytest.mark.parametrize("m", MISSED, ids=identity)
+@each(lambda: (m for m in golden.megatron() if m.cause), identity)
 def test_runs_with_a_known_cause_miss_by_at_most_the_stated_error(m: Measured) -> None:
     assert abs(m.off) > SLACK
     assert abs(m.error) <= WITHIN[m.id] < 0.08
 
 
 def test_large_peaks_of_megatrons_ci_are_met_within_a_thousandth_on_average() -> None:
-    errors = [abs(m.error) for m in PUBLISHED if m.large]
+    errors = [abs(m.error) for m in golden.megatron() if m.large]
     assert sum(errors) <= 0.001 * len(errors)
 
 
 def test_weights_gradients_and_states_equal_the_memory_after_a_step() -> None:
     """Gradient buffers stay, as does the buffer into which all tokens are gathered."""
-    for m in (m for m in PUBLISHED if not m.cause):
+    for m in (m for m in golden.megatron() if not m.cause):
         buffers = sum(line.bytes for line in m.answer.ledger if line.what == "gathered")
         left = m.kept + m.answer.categories["gradient"] + buffers - (m.after or 0)
         assert abs(left) <= 2 * SLACK, m.id

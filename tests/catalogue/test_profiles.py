@@ -22,7 +22,7 @@ from memplan.catalogue.profiles.profiles import (
     library_behaviour,
 )
 from memplan.catalogue.profiles.profiles import rows as profile_rows
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
 from memplan.core.frozen import frozen
 from memplan.core.package_data import data_path
@@ -448,8 +448,8 @@ def test_litgpt_has_no_other_families_than_its_own() -> None:
         ("transformers-4.35", "llama", "mixtral"),
         ("transformers-4.45", "phi3", "glm"),
         ("transformers-4.48", "olmo2", "qwen3"),
-        ("llamafactory", "gemma3_text", "gemma3n_text"),
-        ("axolotl", "gemma3n_text", "gemma4_text"),
+        ("llamafactory-0.9", "gemma3_text", "gemma3n_text"),
+        ("axolotl-0.12", "gemma3n_text", "gemma4_text"),
         ("unsloth", "gemma2", "phi3"),
     ],
 )

@@ -19,10 +19,10 @@ from typer.main import get_command
 import memplan
 from memplan.catalogue.profiles.engines import engine_names
 from memplan.catalogue.profiles.profiles import PROFILES
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.cli.estimate import ESTIMATE_OPTIONS
-from memplan.cli.options import parameters
 from memplan.cli.request import spec_of
+from memplan.cli.typer_commands import parameters
 from memplan.engine.native import library
 from memplan.report.schema import run_schema
 from memplan.spec.fields import field_of
@@ -127,6 +127,8 @@ OPTIONS = {
     "--precision amp": ("precision.weights", "fp32"),
     "--precision amp --dtype fp16": ("precision.compute", "fp16"),
     "--precision amp --dtype fp32": ("precision.compute", "bf16"),
+    "--precision autocast": ("precision.autocast", True),
+    "--precision autocast --dtype fp16": ("precision.weights", "fp16"),
     "--precision mixed": ("precision.master", "fp32"),
     "--optimizer sgd": ("optimizer.name", "sgd"),
     "--optimizer adamw_torch --no-foreach": ("optimizer.foreach", False),
@@ -396,7 +398,7 @@ BAD_SPECS = {
     "no value": ("model: qwen2-7b\nmethod:", "method: must be a name or a mapping, not null"),
     "a word for targets": (
         "model: qwen2-7b\nmethod: {kind: lora, targets: q_proj}",
-        "method.targets: must be all-linear or a list of names, not 'q_proj'",
+        "method.targets: must be all-linear or default or a list of names, not 'q_proj'",
     ),
     "a number for a target": (
         "model: qwen2-7b\nmethod: {kind: lora, targets: [1]}",
@@ -526,7 +528,7 @@ MISTAKES = {
     "qwen2-7b --method lora --quant-format nf4": ("method.quantization (--quant-format)", "use qlora"),
     "qwen2-7b --method qlora --quant-format int8 --double-quant": ("double_quant (--double-quant)", "int8"),
     "qwen2-7b --method lora --targets all_linear": ("method.targets (--targets)", "did you mean all-linear"),
-    "qwen2-7b --method ia3": ("method.kind (--method)", "'ia3' is not supported yet"),
+    "qwen2-7b --method hira": ("method.kind (--method)", "'hira' is not supported yet"),
     "qwen2-7b --method forward --loss fused": ("kernels.loss (--loss)", "task forward has no loss"),
     "qwen2-7b --profile transformers-4.47": ("profile (--profile)", "did you mean transformers-4.48"),
     "qwen2-7b --precision bf16 --dtype fp16": ("precision (--precision)", "differ"),
@@ -549,7 +551,7 @@ MISTAKES = {
     "qwen2-7b --checkpointing selective": ("kernels.checkpointing (--checkpointing)", "none, full, offload"),
     "qwen2-7b --checkpointing none --gradient-checkpointing": ("kernels.checkpointing", "exclude each other"),
     "qwen2-7b --checkpointing offload --no-gradient-checkpointing": ("kernels.checkpointing", "exclude each other"),
-    "run.yaml --gpu 3090": ("model", "run.yaml", "--spec"),
+    "run.yaml --gpu 3090": ("run.yaml", "cannot be read"),
     "qwen2-7b --output ": ("output (--output)", "''"),
     "qwen2-7b --output a\0b": ("output (--output)", r"'a\x00b'", "null byte"),
     "qwen2-7b --gpu \x1b[31m": ("gpu (--gpu)", r"'\x1b[31m'"),
@@ -865,3 +867,33 @@ def test_json_imports_neither_rich_nor_yaml_nor_another_format() -> None:
     unwanted = {"rich", "yaml", "huggingface_hub", "torch", "memplan.report.table", "memplan.planning"}
     assert unwanted.isdisjoint(ran.stderr.split())
     assert "memplan.report.json" in ran.stderr.split()
+
+
+def test_a_frameworks_file_is_a_run(memplan_: Memplan, tmp_path: Path) -> None:
+    file = tmp_path / "axolotl.yml"
+    file.write_text("base_model: qwen2-0.5b\nmicro_batch_size: 2\nsequence_len: 64\nbf16: true\n")
+    ran = memplan_(str(file), "--gpu", "3090", "--explain-run")
+    assert ran.out.startswith("axolotl.yml: Axolotl 0.21, by base_model and micro_batch_size\n\nfits: ")
+    assert re.search(r"batch\.sequence +64 .*axolotl\.yml:3 sequence_len", ran.out)
+    answer = json.loads(memplan_(str(file), "--seq-len", "32", "--json").out)
+    assert {"field": "batch.sequence", "value": 32, "why": "the command line"} in answer["origins"]
+    assert answer["run"]["batch"] == {**answer["run"]["batch"], "micro": 2, "sequence": 32}
+    assert memplan_("plan", str(file), "--gpu", "3090").out.startswith("axolotl.yml: Axolotl 0.21, by ")
+
+
+def test_a_key_that_is_not_understood_is_left_out(memplan_: Memplan, tmp_path: Path) -> None:
+    file = tmp_path / "axolotl.yml"
+    file.write_text("base_model: qwen2-0.5b\nmicro_batch_size: 1\nsequence_lne: 64\n")
+    left_out = "sequence_lne (axolotl.yml:3): unknown key of Axolotl; did you mean sequence_len?"
+    assert left_out in json.loads(memplan_(str(file), "--json").out)["unsupported"]
+    assert memplan_(str(file), "--gpu", "3090", "--strict").code == 4
+    assert memplan_("plan", str(file), "--gpu", "3090", "--strict").code == 4
+    fails(memplan_("qwen2-0.5b", "--framework", "axolotl"), 2, "--framework only applies to a run's file")
+
+
+def test_an_error_about_a_file_names_its_line(memplan_: Memplan, tmp_path: Path) -> None:
+    file = tmp_path / "axolotl.yml"
+    file.write_text("base_model: no-such-model\nmicro_batch_size: 1\n")
+    fails(memplan_(str(file)), 2, "model: unknown name", "(axolotl.yml:1 base_model)")
+    file.write_text("base_model: someone/no-such-model\nmicro_batch_size: 1\n")
+    fails(memplan_(str(file)), 3, "model: no card", "(axolotl.yml:1 base_model)")

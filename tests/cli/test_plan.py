@@ -20,10 +20,11 @@ from hypothesis import strategies as st
 from typer.main import get_command
 
 import memplan
-from memplan import RunSpec, estimate
+from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.catalogue.profiles.costs import cost_of
-from memplan.cli import app
+from memplan.cli.app import app
+from memplan.core.cached_property import cached_property
 from memplan.core.errors import SpecError
 from memplan.core.units import GIB, MIB, amount_of, size_of
 from memplan.estimate.answer import ANSWERS
@@ -61,61 +62,110 @@ def run(**fields: Any) -> RunSpec:
 SMALL = run(method="lora", gpu="3060")
 LARGE = run(gpu="3060", batch={"micro": 9})
 ROOM = Demand(headroom=11 * GIB + GIB // 2)
-ANSWER = estimate(SMALL)
-
-WAYS = Levers(plan(LARGE), (reach(LARGE, "batch"), reach(LARGE, "sequence")))
-FREE = Levers(plan(SMALL), tuple(reach(SMALL, axis) for axis in ("batch", "sequence", "rank")))
 TINY = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 99}
 SPARING = {"checkpointing": "offload", "loss": "fused", "attention": "flash_attention_2"}
 HELD = run(model={"config": TINY}, gpu="3060", optimizer="sgd", batch={"sequence": 128}, kernels=SPARING)
-NONE = Levers(plan(HELD, headroom=ROOM.headroom), tuple(reach(HELD, axis, ROOM) for axis in ("batch", "sequence")))
-BATCH = ReachReport(ANSWER, FITS, reach(SMALL, "batch"), frontier(SMALL))
-RANK = ReachReport(ANSWER, FITS, FREE.reach[2], None)
-NO_BATCH = ReachReport(ANSWER, ROOM, reach(SMALL, "batch", ROOM), None)
 WIDE = run(gpu="3060", batch={"micro": 4})
-LADDER = LadderReport(estimate(WIDE), FITS, ladder(WIDE))
-BARE = LadderReport(estimate(run()), FITS, ladder(run()))
-RENTED = OffersReport(ANSWER, FITS, offers(SMALL, tokens=10**9, most=6), 10**9)
 BIG = run(model="qwen2-72b")
-THERE = estimate(run(model="qwen2-72b", gpu="rtx-3090"))
-OWNED = OffersReport(estimate(BIG), FITS, offers(BIG, CardFilter(owned=parse_owned_cards("3090"))), None, THERE)
-ADVICE = AdviceReport(ANSWER, FITS, advise(SMALL))
-GRIDS = ClusterReport(FITS, search(run(model="llama-3.2-1b"), cluster_of(find_gpu("h100"), 2, 4)))
-NO_GRID = ClusterReport(
-    FITS, search(run(model="llama-3.1-8b", method="lora"), cluster_of(find_gpu("t4"), 1, 2), FixedDegrees(pp=1))
-)
 SERVED = run(model="llama-3.2-1b", task="generate", profile="vllm-0.33", batch={"sequence": 4000, "new_tokens": 96})
-ASKED = QuestionsReport(questions(SERVED.model_copy(update={"gpu": "3060"})))
 ROWED = run(model="qwen2.5-7b", task="generate", profile="llama.cpp-2026", gpu="3060")
-TOO_LARGE = QuestionsReport(questions(ROWED))
-PLACED = Places(estimate(SERVED), FITS, places(SERVED, CardFilter(owned=parse_owned_cards("8xl4,3090"))))
-NO_PLACE = Places(estimate(SERVED), FITS, ())
-CASES: dict[str, Planned] = {
-    "ways": WAYS,
-    "free": FREE,
-    "none": NONE,
-    "batch": BATCH,
-    "rank": RANK,
-    "no batch": NO_BATCH,
-    "ladder": LADDER,
-    "no card": BARE,
-    "rented": RENTED,
-    "nothing offered": OWNED,
-    "advice": ADVICE,
-    "grids": GRIDS,
-    "no grid": NO_GRID,
-    "asked": ASKED,
-    "too large": TOO_LARGE,
-    "placed": PLACED,
-    "no place": NO_PLACE,
-}
+
+
+class Plans:
+    """A plan of every kind, made when a test first asks for it: collecting the tests makes none."""
+
+    @cached_property
+    def answer(self) -> Estimate:
+        return estimate(SMALL)
+
+    @cached_property
+    def ways(self) -> Levers:
+        return Levers(plan(LARGE), (reach(LARGE, "batch"), reach(LARGE, "sequence")))
+
+    @cached_property
+    def free(self) -> Levers:
+        return Levers(plan(SMALL), tuple(reach(SMALL, axis) for axis in ("batch", "sequence", "rank")))
+
+    @cached_property
+    def none(self) -> Levers:
+        far = tuple(reach(HELD, axis, ROOM) for axis in ("batch", "sequence"))
+        return Levers(plan(HELD, headroom=ROOM.headroom), far)
+
+    @cached_property
+    def batch(self) -> ReachReport:
+        return ReachReport(self.answer, FITS, reach(SMALL, "batch"), frontier(SMALL))
+
+    @cached_property
+    def rank(self) -> ReachReport:
+        return ReachReport(self.answer, FITS, self.free.reach[2], None)
+
+    @cached_property
+    def no_batch(self) -> ReachReport:
+        return ReachReport(self.answer, ROOM, reach(SMALL, "batch", ROOM), None)
+
+    @cached_property
+    def ladder(self) -> LadderReport:
+        return LadderReport(estimate(WIDE), FITS, ladder(WIDE))
+
+    @cached_property
+    def no_card(self) -> LadderReport:
+        return LadderReport(estimate(run()), FITS, ladder(run()))
+
+    @cached_property
+    def rented(self) -> OffersReport:
+        return OffersReport(self.answer, FITS, offers(SMALL, tokens=10**9, most=6), 10**9)
+
+    @cached_property
+    def there(self) -> Estimate:
+        return estimate(run(model="qwen2-72b", gpu="rtx-3090"))
+
+    @cached_property
+    def nothing_offered(self) -> OffersReport:
+        found = offers(BIG, CardFilter(owned=parse_owned_cards("3090")))
+        return OffersReport(estimate(BIG), FITS, found, None, self.there)
+
+    @cached_property
+    def advice(self) -> AdviceReport:
+        return AdviceReport(self.answer, FITS, advise(SMALL))
+
+    @cached_property
+    def grids(self) -> ClusterReport:
+        return ClusterReport(FITS, search(run(model="llama-3.2-1b"), cluster_of(find_gpu("h100"), 2, 4)))
+
+    @cached_property
+    def no_grid(self) -> ClusterReport:
+        asked = run(model="llama-3.1-8b", method="lora")
+        return ClusterReport(FITS, search(asked, cluster_of(find_gpu("t4"), 1, 2), FixedDegrees(pp=1)))
+
+    @cached_property
+    def asked(self) -> QuestionsReport:
+        return QuestionsReport(questions(SERVED.model_copy(update={"gpu": "3060"})))
+
+    @cached_property
+    def too_large(self) -> QuestionsReport:
+        return QuestionsReport(questions(ROWED))
+
+    @cached_property
+    def placed(self) -> Places:
+        return Places(estimate(SERVED), FITS, places(SERVED, CardFilter(owned=parse_owned_cards("8xl4,3090"))))
+
+    @cached_property
+    def no_place(self) -> Places:
+        return Places(estimate(SERVED), FITS, ())
+
+
+PLANS = Plans()
+ROWS = ("batch", "rank", "no_batch", "ladder", "no_card", "rented", "nothing_offered", "grids", "no_grid")
+ROWS += ("placed", "no_place")
+CASES = ("ways", "free", "none", "advice", "asked", "too_large", *ROWS)
 SCHEMA, MODEL = plan_schema(), plan_model()
-every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-ROWS = {
-    name: case
-    for name, case in CASES.items()
-    if isinstance(case, (ReachReport, LadderReport, OffersReport, ClusterReport, Places))
-}
+every_case = pytest.mark.parametrize("case", CASES, indirect=True)
+
+
+@pytest.fixture
+def case(request: pytest.FixtureRequest) -> Planned:
+    """Return the plan of a case's name."""
+    return getattr(PLANS, request.param)
 
 
 def words_of(text: str) -> str:
@@ -161,7 +211,7 @@ def test_json_matches_the_schema_without_extra_fields(case: Planned) -> None:
     ("name", "wrong"), [("mode", "lever"), ("proposals", [{}]), ("reach", 3), ("demand", {"tight": False})]
 )
 def test_documents_that_are_not_plans_are_invalid(name: str, wrong: object) -> None:
-    dumped = {**json.loads(json.dumps(dump(WAYS))), name: wrong}
+    dumped = {**json.loads(json.dumps(dump(PLANS.ways))), name: wrong}
     with pytest.raises(AssertionError):
         conforms(dumped, SCHEMA, SCHEMA)
 
@@ -173,10 +223,10 @@ def test_markdown_tables_are_whole(case: Planned) -> None:
     for block in re.findall(r"(?:^\|.*\n)+", text, re.M):
         assert len({len(re.findall(r"(?<!\\)\|", row)) for row in block.splitlines()}) == 1, block
     assert text.count("```") % 2 == 0
-    assert ("```text\nbatch " in text) == (case is BATCH)
+    assert ("```text\nbatch " in text) == (case is PLANS.batch)
 
 
-@pytest.mark.parametrize("case", ROWS.values(), ids=ROWS.keys())
+@pytest.mark.parametrize("case", ROWS, indirect=True)
 def test_csv_has_a_row_for_each_and_never_none(case: Planned) -> None:
     rows = list(csv.DictReader(io.StringIO(render("csv", case, False, Screen()))))
     if isinstance(case, LadderReport):
@@ -202,7 +252,7 @@ def test_csv_has_a_row_for_each_and_never_none(case: Planned) -> None:
 
 
 def test_a_grids_options_typed_make_its_run(plan_: Command) -> None:
-    told = dump(GRIDS)["best"]
+    told = dump(PLANS.grids)["best"]
     options = told["options"].split()
     answer = json.loads(plan_.typed("llama-3.2-1b", "--gpu", "h100", *options, "--json").out)
     assert answer["bytes"] == told["bytes"]
@@ -230,8 +280,8 @@ def test_no_file_is_written_if_nothing_fits(plan_: Command) -> None:
 
 
 def test_the_fastest_layout_is_shown_with_its_traffic_and_assumptions() -> None:
-    text = words_of(render("table", GRIDS, True, Screen(120)))
-    best, counts = GRIDS.cluster.placed[0], dump(GRIDS)["counts"]
+    text = words_of(render("table", PLANS.grids, True, Screen(120)))
+    best, counts = PLANS.grids.cluster.placed[0], dump(PLANS.grids)["counts"]
     assert f"on 2 nodes of 4 × {find_gpu('h100').title}: {grid_title(best.grid)}; fits" in text
     assert f"Of {counts['grids']:,} grids {counts['fit']:,} fit and are shown" in text
     assert "network at 25 to 45 GB/s of 50 each way (assumed)" in text
@@ -242,20 +292,20 @@ def test_the_fastest_layout_is_shown_with_its_traffic_and_assumptions() -> None:
 
 
 def test_two_cards_are_not_one_twice_as_large() -> None:
-    held = NO_GRID.cluster.together
+    held = PLANS.no_grid.cluster.together
     assert held.ddp is not None
     assert held.fsdp2 is not None
     assert held.fsdp2 < held.alone < held.ddp
     usable = find_gpu("t4").usable
-    sentence = compare_with_one_gpu(NO_GRID.cluster)
+    sentence = compare_with_one_gpu(PLANS.no_grid.cluster)
     assert sentence.startswith(
         f"Two GPUs of {usable / GIB:.2f} GiB are not one of {2 * usable / GIB:.2f} GiB: under ddp "
     )
     assert f"each holds everything, {held.ddp / GIB:.2f} GiB" in sentence
     assert f"under fsdp2 each holds {held.fsdp2 / GIB:.2f} GiB" in sentence
-    told = dump(NO_GRID)
+    told = dump(PLANS.no_grid)
     assert told["together"]["text"] == sentence
-    assert sentence in words_of(render("markdown", NO_GRID, False, Screen()))
+    assert sentence in words_of(render("markdown", PLANS.no_grid, False, Screen()))
     assert told["best"] is None
     assert told["nearest"]["verdict"]["answer"] != "fits"
 
@@ -265,8 +315,8 @@ def test_two_cards_are_not_one_twice_as_large() -> None:
 
 def test_a_proposals_saving_is_the_difference_of_two_estimates() -> None:
     before = estimate(LARGE)
-    assert WAYS.plan.proposals
-    for proposal, told in zip(WAYS.plan.proposals, dump(WAYS)["proposals"], strict=True):
+    assert PLANS.ways.plan.proposals
+    for proposal, told in zip(PLANS.ways.plan.proposals, dump(PLANS.ways)["proposals"], strict=True):
         after = estimate(proposal.run)
         assert told["bytes"] == after.bytes.as_dict()
         assert told["saves"] == before.bytes.allocated - after.bytes.allocated
@@ -277,7 +327,7 @@ def test_a_proposals_saving_is_the_difference_of_two_estimates() -> None:
 
 
 def test_a_proposals_options_typed_make_its_run(plan_: Command) -> None:
-    for told in dump(WAYS)["proposals"]:
+    for told in dump(PLANS.ways)["proposals"]:
         answer = json.loads(
             plan_.typed("pythia-70m", "--gpu", "3060", "--batch-size", "9", *told["options"].split(), "--json").out
         )
@@ -285,9 +335,9 @@ def test_a_proposals_options_typed_make_its_run(plan_: Command) -> None:
 
 
 def test_proposals_are_listed_in_order_with_their_costs() -> None:
-    text = words_of(render("table", WAYS, False, Screen(120)))
+    text = words_of(render("table", PLANS.ways, False, Screen(120)))
     places: list[int] = []
-    for n, proposal in enumerate(WAYS.plan.proposals, 1):
+    for n, proposal in enumerate(PLANS.ways.plan.proposals, 1):
         used, usable = proposal.answer.bytes.used, find_gpu("3060").usable
         title = " and ".join(lever.title for lever in proposal.levers)
         assert f"{n}. {title}: fits, {used / GIB:.1f} of {usable / GIB:.1f} GiB used" in text
@@ -305,23 +355,23 @@ def test_proposals_are_listed_in_order_with_their_costs() -> None:
 
 def test_explain_shows_every_layouts_framework_settings_and_sources() -> None:
     """Without --explain only the best layout has each framework's settings."""
-    short_, long = (render("table", WAYS, explain, Screen(120)) for explain in (False, True))
+    short_, long = (render("table", PLANS.ways, explain, Screen(120)) for explain in (False, True))
     assert short_.count("  LLaMA-Factory\n") == 1
-    assert long.count("  LLaMA-Factory\n") == len(WAYS.plan.proposals)
-    source = cost_of(WAYS.plan.proposals[0].levers[0].keys[0]).quality_source
+    assert long.count("  LLaMA-Factory\n") == len(PLANS.ways.plan.proposals)
+    source = cost_of(PLANS.ways.plan.proposals[0].levers[0].keys[0]).quality_source
     assert source in words_of(long)
     assert source not in words_of(short_)
-    assert render("markdown", WAYS, False, Screen()).count("LLaMA-Factory:") == 1
-    assert [sorted(told["lines"]) for told in dump(WAYS)["proposals"]] == [["axolotl", "llamafactory", "trl"]] * len(
-        WAYS.plan.proposals
-    )
+    assert render("markdown", PLANS.ways, False, Screen()).count("LLaMA-Factory:") == 1
+    assert [sorted(told["lines"]) for told in dump(PLANS.ways)["proposals"]] == [
+        ["axolotl", "llamafactory", "trl"]
+    ] * len(PLANS.ways.plan.proposals)
 
 
 def test_a_run_that_fits_lists_every_change_by_saving() -> None:
-    text = render("table", FREE, False, Screen(120))
+    text = render("table", PLANS.free, False, Screen(120))
     assert text.splitlines()[0].startswith("fits: ")
     assert "Nothing has to change" in text
-    found = [(effect.lever.title, freed(effect)) for effect in singles(FREE.plan)]
+    found = [(effect.lever.title, freed(effect)) for effect in singles(PLANS.free.plan)]
     assert [n for _, n in found] == sorted((n for _, n in found), reverse=True)
     assert found[-1][1] > 0
     for title, n in found:
@@ -329,41 +379,41 @@ def test_a_run_that_fits_lists_every_change_by_saving() -> None:
 
 
 def test_if_nothing_fits_the_nearest_is_shown_with_the_missing_memory() -> None:
-    nearest = NONE.plan.nearest
+    nearest = PLANS.none.plan.nearest
     assert nearest is not None
     assert nearest.answer.verdict.headroom is not None
     missing = ROOM.headroom - nearest.answer.verdict.headroom
-    assert missing_bytes(NONE.plan) == missing > 0
-    text = words_of(render("table", NONE, False, Screen(120)))
+    assert missing_bytes(PLANS.none.plan) == missing > 0
+    text = words_of(render("table", PLANS.none, False, Screen(120)))
     assert "runs tried fits (11.50 GiB free)" in text
     assert (
         f"lowers the peak it needs {missing / (GIB if missing >= GIB else MIB):.{2 if missing >= GIB else 1}f}" in text
     )
-    assert dump(NONE)["nearest"]["bytes"]["used"] == nearest.answer.bytes.used
-    assert dump(NONE)["proposals"] == []
+    assert dump(PLANS.none)["nearest"]["bytes"]["used"] == nearest.answer.bytes.used
+    assert dump(PLANS.none)["proposals"] == []
 
 
 # --- how far ---
 
 
 def test_the_largest_fits_and_the_next_does_not() -> None:
-    for far, part, field in ((BATCH, "batch", "micro"), (RANK, "method", "rank")):
+    for far, part, field in ((PLANS.batch, "batch", "micro"), (PLANS.rank, "method", "rank")):
         [told] = dump(far)["reach"]
         assert told["at"]["run"][part][field] == told["value"]
         assert told["at"]["verdict"]["answer"] == "fits"
         beyond = told["beyond"]
         assert beyond is None or beyond["verdict"]["answer"] != "fits"
-    assert [r["binds"] for r in (*dump(BATCH)["reach"], *dump(RANK)["reach"])] == ["memory", "rank"]
-    assert "the dimensions of the matrices" in render("table", RANK, False, Screen())
+    assert [r["binds"] for r in (*dump(PLANS.batch)["reach"], *dump(PLANS.rank)["reach"])] == ["memory", "rank"]
+    assert "the dimensions of the matrices" in render("table", PLANS.rank, False, Screen())
 
 
 def test_if_no_batch_fits_the_nearest_is_named() -> None:
-    text = words_of(render("table", NO_BATCH, False, Screen()))
-    answer = NO_BATCH.reach.beyond
+    text = words_of(render("table", PLANS.no_batch, False, Screen()))
+    answer = PLANS.no_batch.reach.beyond
     assert answer is not None
     assert text.startswith("No batch fits on GeForce RTX 3060 12GB (with 11.50 GiB free). The nearest: batch 1 would")
     assert f"{(answer.verdict.headroom or 0) / GIB:.2f} GiB free" in text
-    assert dump(NO_BATCH)["reach"][0]["value"] is None
+    assert dump(PLANS.no_batch)["reach"][0]["value"] is None
 
 
 def map_of(text: str) -> dict[tuple[str, str], str]:
@@ -380,8 +430,8 @@ def map_of(text: str) -> dict[tuple[str, str], str]:
 
 
 def test_the_map_shows_each_runs_verdict_and_share() -> None:
-    cells = map_of(render("table", BATCH, False, Screen(80)))
-    told = dump(BATCH)["map"]
+    cells = map_of(render("table", PLANS.batch, False, Screen(80)))
+    told = dump(PLANS.batch)["map"]
     assert len(cells) == len(told["batch"]) * len(told["sequence"])
     usable = find_gpu("3060").usable
     for i, batch in enumerate(told["batch"]):
@@ -393,19 +443,19 @@ def test_the_map_shows_each_runs_verdict_and_share() -> None:
             sign = {"fits": "░▒▓█"[share], "tight": "?", "does not fit": "x"}[str(answer.verdict.answer)]
             assert set(cells[short(batch), short(tokens)]) == {sign}
     assert {cell[0] for cell in cells.values()} >= {"x", "░"}
-    assert map_of(render("table", BATCH, False, Screen(40))) == cells
+    assert map_of(render("table", PLANS.batch, False, Screen(40))) == cells
 
 
 def test_the_map_in_ascii_still_tells_verdicts_apart(plan_: Command) -> None:
     from memplan.report.text import ASCII
 
-    text = render("table", BATCH, False, Screen(80)).translate(ASCII)
+    text = render("table", PLANS.batch, False, Screen(80)).translate(ASCII)
     assert text.isascii()
     assert len({cell[0] for cell in map_of(text).values()} | {"?"}) >= 4
 
 
 def test_in_colour_the_map_is_shaded_and_its_verdicts_are_colours() -> None:
-    text = render("table", BATCH, False, Screen(80, True, True))
+    text = render("table", PLANS.batch, False, Screen(80, True, True))
     assert "\x1b[32m ░░░░" in text
     assert "\x1b[31m ████" in text
     assert "x" not in "".join(map_of(re.sub(r"\x1b\[[\d;]*m", "", text)).values())
@@ -415,13 +465,13 @@ def test_in_colour_the_map_is_shaded_and_its_verdicts_are_colours() -> None:
 
 
 def test_each_rung_applies_to_the_result_of_the_previous_ones() -> None:
-    told = dump(LADDER)
+    told = dump(PLANS.ladder)
     answers = [told["plain"], *told["rungs"]]
     for below, above in zip(answers, told["rungs"], strict=False):
         assert above["saves"] == below["bytes"]["allocated"] - above["bytes"]["allocated"]
         assert estimate(RunSpec.model_validate(above["run"])).bytes.as_dict() == above["bytes"]
-    text = render("table", LADDER, False, Screen(120))
-    for rung in LADDER.ladder.rungs:
+    text = render("table", PLANS.ladder, False, Screen(120))
+    for rung in PLANS.ladder.ladder.rungs:
         used, time = rung.after.bytes.used, rung.time
         assert time is not None
         line = next(line for line in text.splitlines() if line.startswith(f"{rung.lever.title} "))
@@ -431,21 +481,21 @@ def test_each_rung_applies_to_the_result_of_the_previous_ones() -> None:
         bar = re.search(r"[█│][█│ ]*", line)
         assert bar is not None
         assert bar[0].count("│") == 1
-    first = next(n for n, (answer, _) in enumerate(LADDER.every) if answer.verdict.answer == "fits")
-    assert f"The first to fit is {LADDER.ladder.rungs[first - 1].lever.title}: " in words_of(text)
+    first = next(n for n, (answer, _) in enumerate(PLANS.ladder.every) if answer.verdict.answer == "fits")
+    assert f"The first to fit is {PLANS.ladder.ladder.rungs[first - 1].lever.title}: " in words_of(text)
 
 
 def test_without_a_card_the_ladder_has_no_verdicts() -> None:
-    text = render("table", BARE, False, Screen(120))
+    text = render("table", PLANS.no_card, False, Screen(120))
     assert not any(answer in text for answer in ANSWERS)
-    assert [told["time"] for told in dump(BARE)["rungs"]] == [None] * len(BARE.ladder.rungs)
+    assert [told["time"] for told in dump(PLANS.no_card)["rungs"]] == [None] * len(PLANS.no_card.ladder.rungs)
 
 
 # --- what to buy ---
 
 
 def test_an_offers_cost_is_its_time_at_its_price() -> None:
-    told = dump(RENTED)["offers"]
+    told = dump(PLANS.rented)["offers"]
     assert len(told) == 6
     usual = [offer["million"]["usd"]["usual"] for offer in told]
     assert usual == sorted(usual)
@@ -461,44 +511,44 @@ def test_an_offers_cost_is_its_time_at_its_price() -> None:
 
 
 def test_offers_state_the_basis_of_their_times_and_prices() -> None:
-    text = words_of(render("table", RENTED, False, Screen(120)))
-    paces = [offer.pace for offer in RENTED.offers.offers]
+    text = words_of(render("table", PLANS.rented, False, Screen(120)))
+    paces = [offer.pace for offer in PLANS.rented.offers.offers]
     low = min(pace.products.low for pace in paces if pace)
     high = max(pace.products.high for pace in paces if pace)
     assert f"at assumed rates: {low} to {high} % of the card's peak for matrix products" in text
     assert "Prices are list prices of" in text
     assert "1,000,000,000 tokens" in text
-    explained = words_of(render("table", RENTED, True, Screen(120)))
+    explained = words_of(render("table", PLANS.rented, True, Screen(120)))
     assert all(pace.bandwidth.source in explained for pace in paces if pace)
 
 
 def test_without_an_offer_the_nearest_is_shown_with_the_missing_memory() -> None:
-    text = words_of(render("table", OWNED, False, Screen()))
-    missing = THERE.bytes.used - find_gpu("3090").usable
+    text = words_of(render("table", PLANS.nothing_offered, False, Screen()))
+    missing = PLANS.there.bytes.used - find_gpu("3090").usable
     assert text.startswith("Nothing holds it among ")
     assert "The nearest is rtx-3090: does not fit, " in text
     assert f"{missing / GIB:.1f} too much." in text
-    assert dump(OWNED)["nearest"]["lacks"] == missing
+    assert dump(PLANS.nothing_offered)["nearest"]["lacks"] == missing
 
 
 # --- advice ---
 
 
 def test_advice_shows_four_steps_and_every_way_that_fits() -> None:
-    text = words_of(render("table", ADVICE, False, Screen(120)))
-    for n, step in enumerate(ADVICE.advice.steps, 1):
+    text = words_of(render("table", PLANS.advice, False, Screen(120)))
+    for n, step in enumerate(PLANS.advice.advice.steps, 1):
         assert f"{n}. {step.title}: {step.answer} {step.question} {step.answer.capitalize()}: {step.reason}." in text
         for choice in step.options:
             assert not choice.fits or choice.title in text
-    told = dump(ADVICE)
-    assert [len(step["choices"]) for step in told["steps"]] == [len(step.options) for step in ADVICE.advice.steps]
+    told = dump(PLANS.advice)
+    assert [len(step["choices"]) for step in told["steps"]] == [len(step.options) for step in PLANS.advice.advice.steps]
     assert told["best"] == told["steps"][0]["choices"][0]
 
 
 def test_advice_names_only_the_options_it_needs() -> None:
-    for step in ADVICE.advice.steps:
+    for step in PLANS.advice.advice.steps:
         for choice in step.options:
-            fewer = simplest_run(ANSWER, choice.answer)
+            fewer = simplest_run(PLANS.answer, choice.answer)
             assert estimate(fewer).run == choice.answer.run
             assert fewer.kernels == SMALL.kernels
 
@@ -534,33 +584,35 @@ def _plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -
 
 
 CARD = ("pythia-70m", "--method", "lora", "--gpu", "3060")
-MODES: dict[tuple[str, ...], Planned] = {
-    ("pythia-70m", "--gpu", "3060", "--batch-size", "9"): WAYS,
-    CARD: FREE,
-    (*CARD, "--max", "batch"): BATCH,
-    (*CARD, "--max", "rank"): RANK,
-    (*CARD, "--max", "batch", "--headroom", "11.5GiB"): NO_BATCH,
-    ("pythia-70m", "--gpu", "3060", "--batch-size", "4", "--ladder"): LADDER,
-    (*CARD, "--buy", "--tokens", "1B", "--most", "6"): RENTED,
-    ("qwen2-72b", "--have", "3090"): OWNED,
-    (*CARD, "--advice"): ADVICE,
+MODES: dict[tuple[str, ...], str] = {
+    ("pythia-70m", "--gpu", "3060", "--batch-size", "9"): "ways",
+    CARD: "free",
+    (*CARD, "--max", "batch"): "batch",
+    (*CARD, "--max", "rank"): "rank",
+    (*CARD, "--max", "batch", "--headroom", "11.5GiB"): "no_batch",
+    ("pythia-70m", "--gpu", "3060", "--batch-size", "4", "--ladder"): "ladder",
+    (*CARD, "--buy", "--tokens", "1B", "--most", "6"): "rented",
+    ("qwen2-72b", "--have", "3090"): "nothing_offered",
+    (*CARD, "--advice"): "advice",
 }
 
 
 @pytest.mark.parametrize(("typed", "expected"), MODES.items(), ids=map(" ".join, MODES))
-def test_the_command_answers_as_the_library_does(plan_: Command, typed: tuple[str, ...], expected: Planned) -> None:
-    ran = plan_(*typed, "--json")
-    assert json.loads(ran.out) == json.loads(render("json", expected, False, Screen()))
-    assert (ran.code, ran.err) == (0 if expected.found else 1, "")
+def test_the_command_answers_as_the_library_does(plan_: Command, typed: tuple[str, ...], expected: str) -> None:
+    ran, known = plan_(*typed, "--json"), getattr(PLANS, expected)
+    assert json.loads(ran.out) == json.loads(render("json", known, False, Screen()))
+    assert (ran.code, ran.err) == (0 if known.found else 1, "")
 
 
 def test_a_pipe_has_no_colour_and_the_screens_width(plan_: Command) -> None:
-    assert plan_("pythia-70m", "--gpu", "3060", "--batch-size", "9").out == render("table", WAYS, False, Screen(80))
+    assert plan_("pythia-70m", "--gpu", "3060", "--batch-size", "9").out == render(
+        "table", PLANS.ways, False, Screen(80)
+    )
 
 
 @ALL
 def test_tight_may_count_as_fitting_but_not_strictly(plan_: Command) -> None:
-    beyond = FREE.reach[1].beyond
+    beyond = PLANS.free.reach[1].beyond
     assert beyond is not None
     assert beyond.verdict.answer == "tight"
     tight = (*CARD, "--seq-len", str(beyond.run.batch.sequence))
@@ -741,7 +793,7 @@ def test_a_file_is_written_in_the_format_its_name_says(plan_: Command, tmp_path:
 def test_a_run_may_be_a_file(plan_: Command, tmp_path: Path) -> None:
     spec = tmp_path / "run.json"
     spec.write_text('{"model": "pythia-70m", "method": "lora", "gpu": "3060"}', "utf-8")
-    assert json.loads(plan_("--spec", str(spec), "--max", "rank", "--json").out) == dump(RANK)
+    assert json.loads(plan_("--spec", str(spec), "--max", "rank", "--json").out) == dump(PLANS.rank)
 
 
 def test_the_exit_code_tells_if_nothing_fits(plan_: Command, tmp_path: Path) -> None:
@@ -756,7 +808,7 @@ def test_the_exit_code_tells_if_nothing_fits(plan_: Command, tmp_path: Path) -> 
 
 def test_a_plan_needs_no_numpy_and_no_torch() -> None:
     code = (
-        "import sys\nfrom memplan.cli import app\n"
+        "import sys\nfrom memplan.cli.app import app\n"
         "sys.argv = ['memplan', 'plan', 'pythia-70m', '--method', 'lora', '--gpu', '3060', '--json']\n"
         "try:\n    app()\nexcept SystemExit as left:\n    code = left.code\n"
         "print(code, *({'numpy', 'torch'} & set(sys.modules)), file=sys.stderr)\n"

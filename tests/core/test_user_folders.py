@@ -13,7 +13,7 @@ import pytest
 from huggingface_hub import constants
 from typer.main import get_command
 
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.core.errors import FactsMissingError, MemplanError
 from memplan.core.user_folders import caches, calibrations
 from memplan.estimate.calibration import file_of

@@ -11,15 +11,16 @@ from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
 from memplan.engine.allocator import OutOfMemoryError, PythonAllocator
-from memplan.engine.record import FREED, RUN, AllocationTrace, record, record_inference, unrolled
+from memplan.engine.events import FREED
+from memplan.engine.record import AllocationTrace, record, record_inference
 from memplan.engine.step import ExecutionOptions
 from memplan.engine.walk import size
 from memplan.estimate.training_peaks import training_peaks
 from memplan.program.graph import operations_of
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.structure import Structure
-from memplan.program.training.passes import PHASES, updates_of
-from memplan.program.training.replay import pass_of, replay_steps
+from memplan.program.training.passes import PHASES, recorded_options
+from memplan.program.training.replay import pass_of, replay_steps, steps_of
 from memplan.resolve.decide import decide
 from tests.estimate.test_laws import laws, runs
 from tests.sampling import examples, sampled
@@ -269,7 +270,7 @@ def test_a_pass_replays_to_the_peak_of_its_moments_and_leaves_gradients(run: dic
     structure, p = decided.structure, walked.program
     sequence = pass_of(structure, later=False)
     live = highest = 0
-    for _, bytes_ in sizes_of(structure, walked.axes, sequence.events, sequence.sizes):
+    for _, bytes_ in sizes_of(structure, walked.axes, sequence.unrolled(), sequence.sizes):
         live += bytes_
         highest = max(highest, live)
     passed = walked.phases[1 : 1 + len(PHASES)]
@@ -284,42 +285,84 @@ def anonymous(made: AllocationTrace) -> list[tuple[Any, list[int]]]:
     """Return the storages in order of creation, each with those freed before the next."""
     order: dict[int, int] = {}
     out: list[tuple[Any, list[int]]] = []
-    for number, key in made.events:
+    for number, key in made.unrolled():
         if key == FREED:
             out[-1][1].append(order[number])
         else:
             order[number] = len(order)
-            out.append((made.sizes[key], []))
+            out.append(((made.sizes[key], made.streams[key]), []))
     return [(what, sorted(freed)) for what, freed in out]
+
+
+EVERY = 10**5  # copies at either end of a run: none is skipped
+
+
+def recorded(structure: Structure, later: bool, reach: int | None = None) -> AllocationTrace:
+    """Return the recording of a pass, as `pass_of` makes it."""
+    graph, asked = structure.graph, recorded_options(structure, later)
+    stack, axes = operations_of(graph)
+    return record(
+        stack,
+        {r.times: axes[r.times] for r in stack.runs},
+        ExecutionOptions(
+            graph.recipe.compute if graph.recipe.autocast else None,
+            graph.checkpoint,
+            graph.reentrant,
+            graph.input_requires_grad,
+            graph.to_host,
+        ),
+        grads_exist=asked.grads_exist,
+        updates=dict(asked.updates),
+        division=asked.division,
+        late=sharding_of(structure).late_gradients(),
+        reach=reach,
+    )
+
+
+def assert_skipped_copies_equal_the_others(structure: Structure, later: bool = False) -> None:
+    few, every = recorded(structure, later), recorded(structure, later, EVERY)
+    assert anonymous(few) == anonymous(every)
+    for part in ("forward", "loss", "backward", "end"):
+        lengths = [len([*trace.unrolled(getattr(trace, part))]) for trace in (few, every)]
+        assert lengths[0] == lengths[1]
+    assert [few.sizes[key] for _, key in few.left] == [every.sizes[key] for _, key in every.left]
 
 
 @settings(laws, max_examples=examples(5))
 @given(runs())
 def test_skipped_copies_give_the_same_sequence_as_running_all(run: dict[str, Any]) -> None:
-    structure = decide(RunSpec(**run)).structure
-    graph = structure.graph
-    (stack, axes), recipe = operations_of(graph), graph.recipe
+    assert_skipped_copies_equal_the_others(decide(RunSpec(**run)).structure)
 
-    def sequence(copies: int) -> AllocationTrace:
-        return record(
-            stack,
-            {r.times: axes[r.times] for r in stack.runs},
-            ExecutionOptions(
-                recipe.compute if recipe.autocast else None,
-                graph.checkpoint,
-                graph.reentrant,
-                graph.input_requires_grad,
-                graph.to_host,
-            ),
-            grads_exist=sharding_of(structure).frees_gradients,
-            updates=dict(updates_of(structure)),
-            copies=copies,
-        )
 
-    few, every = sequence(RUN), sequence(10**6)
-    assert anonymous(few) == anonymous(every)
-    for part in ("forward", "loss", "backward", "end"):
-        assert len([*unrolled(getattr(few, part))]) == len([*unrolled(getattr(every, part))])
+@settings(laws, max_examples=examples(24))
+@given(
+    st.integers(1, 14),
+    st.sampled_from(["pre", "post", "none"]),
+    st.booleans(),
+    st.sampled_from([None, False]),
+    st.sampled_from(["none", "full"]),
+    st.booleans(),
+)
+def test_skipped_copies_free_gathered_weights_like_the_others(
+    layers: int, backward: str, forward: bool, reshards: bool | None, checkpointing: str, later: bool
+) -> None:
+    """With `post` and prefetching in forward, a unit is freed two copies after it was gathered."""
+    asked = {
+        "model": {"config": {"model_type": "llama", **TINY["llama"], "num_hidden_layers": layers}},
+        "parallelism": {
+            "world": 2,
+            "dp": 2,
+            "strategy": "fsdp",
+            "reshard_after_forward": reshards,
+            "backward_prefetch": backward,
+            "forward_prefetch": forward,
+        },
+        "kernels": {"checkpointing": checkpointing},
+        "batch": {"sequence": 64, "accumulation": 2},
+    }
+    structure = decide(RunSpec.model_validate(asked)).structure
+    assert_skipped_copies_equal_the_others(structure, later)
+    assert steps_of(structure, MIB).storages
 
 
 @pytest.mark.parametrize(
@@ -337,8 +380,7 @@ def test_skipped_copies_of_an_inference_pass_equal_the_others(asked: dict[str, A
     for graph in {each.step.graph for each in walk(run).passes}:
         stack, axes = operations_of(graph)
         depth = {r.times: axes[r.times] for r in stack.runs}
-        few, every = (record_inference(stack, depth, copies=copies) for copies in (RUN, 10**6))
-        assert anonymous(few) == anonymous(every)
+        assert anonymous(record_inference(stack, depth)) == anonymous(record_inference(stack, depth, reach=EVERY))
 
 
 @laws
@@ -368,7 +410,7 @@ def test_every_familys_pass_frees_its_tensors_exactly_once(model_type: str) -> N
     run = RunSpec(model=model, batch={"sequence": 64})
     structure = decide(run).structure
     recording = pass_of(structure, later=False)
-    assert sizes_of(structure, {"b": 1, "s": 64}, recording.events, recording.sizes)
+    assert sizes_of(structure, {"b": 1, "s": 64}, recording.unrolled(), recording.sizes)
     stack, _ = operations_of(structure.graph)
     for ops in (stack.before, stack.after, *(block.ops for part in stack.runs for block in part.blocks)):
         weights = {weight.name for op in ops for weight in op.weights}

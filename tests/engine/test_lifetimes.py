@@ -9,8 +9,9 @@ import pytest
 from memplan.catalogue.kernels.rewriting import rewrite_weights
 from memplan.core.errors import InternalError
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, UndefinedName, Weight, undefined_names
-from memplan.engine.dtypes import BlockDtypes, Scope, promote
-from memplan.engine.record import FREED, record
+from memplan.engine.dtypes import Scope, promote
+from memplan.engine.events import FREED
+from memplan.engine.record import record
 from memplan.engine.step import PLAIN, ExecutionOptions, Lowered, infer, lower
 from memplan.engine.tape import Tape
 from memplan.engine.walk import Term, alive, largest
@@ -256,7 +257,7 @@ def test_repeated_layers_with_operations_between_them_equal_running_every_copy(o
     events = record(two_streams("L", 1), AXES, options)
     live = most = 0
     alive_now: dict[int, int] = {}
-    for number, size in events.events:
+    for number, size in events.unrolled():
         if size == FREED:
             live -= alive_now.pop(number)
         else:
@@ -376,10 +377,11 @@ def test_a_tensor_lives_until_an_operation_that_only_a_recomputation_runs() -> N
 def test_blocks_of_the_same_operations_are_resolved_once_for_the_same_tensors() -> None:
     """Many equal layers share one block; layers with another dtype or mask have their own."""
     ops = (Op("mul", ("x", "mask"), (Tensor("y", "b s"),)),)
-    blocks, x = BlockDtypes(None), Tensor("x", "b s", "bf16")
+    x = Tensor("x", "b s", "bf16")
 
     def resolved(mask: str, given: Tensor = x) -> tuple[tuple[Op, ...], Scope]:
-        return blocks.resolve(ops, Scope(inputs={"mask": Tensor("mask", "s s", mask), "other": x}), given)
+        scope = Scope(inputs={"mask": Tensor("mask", "s s", mask), "other": x, "x": given})
+        return scope.resolve(ops, None), scope
 
     first, scope = resolved("bf16")
     assert resolved("bf16")[0] is first

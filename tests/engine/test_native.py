@@ -11,15 +11,8 @@ from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
 from memplan.engine import native
-from memplan.engine.allocator import (
-    FREED,
-    RELEASED,
-    Allocator,
-    Event,
-    LiveBlocks,
-    OutOfMemoryError,
-    PythonAllocator,
-)
+from memplan.engine.allocator import Allocator, LiveBlocks, OutOfMemoryError, PythonAllocator
+from memplan.engine.events import FREED, RELEASED, Event, Events, EventSpan
 from memplan.engine.native import NativeAllocator
 from memplan.estimate.training import reserved
 from tests.estimate.test_laws import laws, runs
@@ -57,22 +50,30 @@ def programs(draw: st.DrawFn) -> tuple[list[Event], list[int], list[int]]:
 
 def counters(allocator: Allocator, live: LiveBlocks) -> tuple[int, ...]:
     peaks = allocator.peak_allocated, allocator.peak_reserved
-    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, len([*live.values()])
+    number_of_live = sum(block not in (None, native.NONE) for block in live)
+    return allocator.allocated, allocator.reserved, *peaks, allocator.requests, number_of_live
+
+
+def shifted(events: list[Event], streams: list[int], shift: int, times: int = 1) -> Events:
+    """Return events as one span of storages with higher numbers."""
+    out = Events((), streams, shift + 1 + max(number for number, _ in events))
+    out.append_span(EventSpan(out.store(*zip(*events, strict=True)), len(events), shift, times))
+    return out
 
 
 @settings(laws, max_examples=examples(1500))
-@given(programs(), st.booleans(), st.none() | st.integers(20, 400).map(MIB.__mul__), st.integers(0, 2**40))
+@given(programs(), st.booleans(), st.none() | st.integers(20, 400).map(MIB.__mul__), st.integers(0, 999))
 def test_every_event_has_the_same_result(
     program: tuple[list[Event], list[int], list[int]], expandable: bool, capacity: int | None, shift: int
 ) -> None:
     events, sizes, streams = program
     both = PythonAllocator(expandable, capacity, STREAMS), NativeAllocator(expandable, capacity, STREAMS)
-    live = [allocator.live_blocks() for allocator in both]
+    live = [allocator.live_blocks(shift + len(events)) for allocator in both]
     for event in events:
         messages = ["", ""]
         for i, allocator in enumerate(both):
             try:
-                allocator.replay((event,), sizes, streams, live[i], shift)
+                allocator.replay(shifted([event], streams, shift), sizes, live[i])
             except OutOfMemoryError as error:
                 messages[i] = str(error)
         assert messages[0] == messages[1]
@@ -84,16 +85,36 @@ def test_every_event_has_the_same_result(
 @pytest.mark.parametrize("kind", [PythonAllocator, NativeAllocator])
 def test_unknown_storages_are_refused_and_known_ones_handed_over(kind: Callable[[], Allocator]) -> None:
     allocator = kind()
-    live = allocator.live_blocks()
-    allocator.replay(((7, 0), (8, 0)), [MIB], [0], live, 10)
-    allocator.free(live.pop(18))
+    live = allocator.live_blocks(20)
+    allocator.replay(shifted([(7, 0), (8, 0)], [0], 10), [MIB], live)
+    allocator.free(live[18])
     assert allocator.allocated == MIB
-    with pytest.raises(KeyError, match="18"):
-        live.pop(18)
-    with pytest.raises(KeyError, match="18"):
-        allocator.replay(((8, FREED),), [], [], live, 10)
+    with pytest.raises(KeyError, match="15"):
+        allocator.replay(shifted([(5, FREED)], [], 10), [], live)
     live[3] = allocator.alloc(2 * MIB)
-    assert len([*live.values()]) == 2
+    allocator.replay(shifted([(3, 0)], [0], 0), [5 * MIB], live)
+    assert allocator.allocated == 3 * MIB  # a storage that is live already is not allocated again
+
+
+@settings(laws, max_examples=examples(500))
+@given(programs(), st.integers(1, 4), st.none() | st.integers(20, 400).map(MIB.__mul__))
+def test_repeated_events_have_the_same_result(
+    program: tuple[list[Event], list[int], list[int]], times: int, capacity: int | None
+) -> None:
+    events, sizes, streams = program
+    alive = {number for number, key in events if key >= 0} - {number for number, key in events if key == FREED}
+    events += [(number, FREED) for number in sorted(alive)]
+    if not events:
+        return
+    repeated, found = shifted(events, streams, 3, times), list[tuple[object, ...]]()
+    for allocator in (PythonAllocator(False, capacity, STREAMS), NativeAllocator(False, capacity, STREAMS)):
+        live = allocator.live_blocks(repeated.storages)
+        try:
+            allocator.replay(repeated, sizes, live)
+            found.append(counters(allocator, live))
+        except OutOfMemoryError as error:
+            found.append((str(error), *counters(allocator, live)))
+    assert found[0] == found[1]
 
 
 def test_beyond_64_bits_a_replay_runs_in_python() -> None:
@@ -102,7 +123,7 @@ def test_beyond_64_bits_a_replay_runs_in_python() -> None:
         allocator = native.new_allocator()
         for size in sizes:
             allocator.alloc(size)
-        allocator.replay(((0, 0),), [sizes[0]], [0], allocator.live_blocks())
+        allocator.replay(shifted([(0, 0)], [0], 0), [sizes[0]], allocator.live_blocks(1))
         return allocator.reserved, type(allocator)
 
     assert reserved_by(2 * MIB) == (20 * MIB, NativeAllocator)

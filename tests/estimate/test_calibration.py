@@ -14,7 +14,7 @@ from typer.main import get_command
 
 import memplan
 from memplan import RunSpec
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.cli.own_profile import profile_of
 from memplan.core.errors import MemplanError, SpecError
 from memplan.core.user_folders import calibrations

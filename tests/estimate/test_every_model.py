@@ -13,9 +13,10 @@ import pytest
 
 from benchmarks.sweep import FAMILIES, OPTIONS, ask, models, pairs
 from memplan import MemplanError, RunSpec
-from memplan.engine.record import FREED
+from memplan.core.arithmetic import ONE_RUN
+from memplan.engine.events import FREED
 from memplan.engine.walk import alive, size, values
-from memplan.estimate.training_peaks import training_peaks
+from memplan.program.axes import axes_of
 from memplan.program.graph import operations_of
 from memplan.program.training.passes import pass_of
 from memplan.program.training.replay import pass_of as recorded_pass_of
@@ -53,22 +54,26 @@ METHODS = ({"kind": "full"}, {"kind": "full", "frozen": ["vision", "projector"]}
 def _peaks(run: RunSpec) -> tuple[int, int]:
     """Return the most bytes alive in a pass, by its moments and by its recorded sequence."""
     decided = decide(run)
-    structure = decided.structure
-    axes = {**operations_of(structure.graph)[1], **training_peaks(decided).axes}
+    structure, b = decided.structure, decided.batch
+    low, recording = pass_of(structure, later=False), recorded_pass_of(structure, later=False)
+    fixed = operations_of(structure.graph)[1]
+    variables = (size(key[0], key[1], fixed)[0] for key in (*low.sizes, *recording.sizes))
+    needs = frozenset(axis for variable in variables for axis in variable.axes)
+    lengths = (decided.pictures, b.target_sequence)
+    own = axes_of(structure.graph, needs, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, *lengths)
+    axes = {**fixed, **own}
 
     def bytes_of(shape: str, dtype: str) -> int:
         variable, n = size(shape, dtype, axes)
         return n * values([variable], axes)[0]
 
-    low = pass_of(structure, later=False)
     sizes = [bytes_of(*key[:2]) for key in low.sizes]
     counts = (alive(moment, low.runs, axes) for moment in low.moments)
     of_moments = max(sum(n * sizes[key] for key, n in found.items()) for found in counts)
-    recording = recorded_pass_of(structure, later=False)
     made = [bytes_of(*key[:2]) for key in recording.sizes]
     bytes_by_number: dict[int, int] = {}
     live = most = 0
-    for number, key in recording.events:
+    for number, key in recording.unrolled():
         live += -bytes_by_number.pop(number) if key == FREED else bytes_by_number.setdefault(number, made[key])
         most = max(most, live)
     return of_moments, most

@@ -434,21 +434,20 @@ def test_layers_on_many_cards_are_searched_only_on_cards_with_layers() -> None:
 @given(st.data())
 def test_tensors_at_the_start_of_a_pass_match_by_shape_and_size(data: st.DataObject) -> None:
     keys = st.tuples(st.sampled_from(["b kv", "b past", "b h"]), st.sampled_from(["fp16", "fp32"]))
-    left = data.draw(
-        st.lists(
-            st.builds(
-                lambda key, n: replays.InheritedTensor(key, n, AllocatorBlock(n, n, None)), keys, st.integers(1, 3)
-            )
-        )
-    )
-    given_, waiting = replays._Inherited(left), list(left)
-    while waiting:
-        key, bytes_ = data.draw(keys), data.draw(st.integers(1, 3))
-        alike = [one for one in waiting if replays._kind(one.key) == replays._kind(key)]
-        wanted = next((one for one in alike if one.bytes == bytes_), (alike or waiting)[0])
-        waiting.remove(wanted)
-        assert given_.take(key, bytes_) is wanted.block
-    assert not given_.remaining
+    tensors = st.tuples(keys, st.integers(1, 3))
+    left = data.draw(st.lists(tensors))
+    wanted = data.draw(st.lists(tensors, max_size=len(left)))
+    waiting, places = list(range(len(left))), list[int]()
+    for key, bytes_ in wanted:
+        alike = [i for i in waiting if replays._kind(left[i][0]) == replays._kind(key)]
+        places.append(next((i for i in alike if left[i][1] == bytes_), (alike or waiting)[0]))
+        waiting.remove(places[-1])
+
+    def of(drawn: list[tuple[tuple[str, str], int]]) -> tuple[replays.Storages, tuple[int, ...]]:
+        storages = replays.Storages([key for key, _ in drawn], [(i, i) for i in range(len(drawn))])
+        return storages, tuple(bytes_ for _, bytes_ in drawn)
+
+    assert replays._places(*of(left), *of(wanted)) == places
 
 
 def test_gpus_with_only_equal_layers_are_answered_like_each_alone() -> None:

@@ -7,10 +7,11 @@ from itertools import combinations, count
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from memplan import MemplanError, ModelSpec, RunSpec, estimate
 from memplan.core.frozen import FrozenDict, frozen
+from memplan.spec.base import Part
 from tests.tiny import SMALLEST as LLAMA
 
 QWEN2_MOE = {**LLAMA, "model_type": "qwen2_moe", "num_experts": 4, "moe_intermediate_size": 32}
@@ -73,17 +74,17 @@ def test_a_fractional_size_is_refused_after_a_whole_one() -> None:
         estimate(RunSpec(model={"config": {**config, "num_hidden_layers": True}}))
 
 
-def parts(model: type[BaseModel]) -> Iterator[type[BaseModel]]:
+def parts(model: type[Part]) -> Iterator[type[Part]]:
     """Yield a part of a run and all parts within it."""
     yield model
     for field in model.model_fields.values():
         for kind in (field.annotation, *getattr(field.annotation, "__args__", ())):
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
+            if isinstance(kind, type) and issubclass(kind, Part):
                 yield from parts(kind)
 
 
 @pytest.mark.parametrize("part", dict.fromkeys(parts(RunSpec)), ids=lambda part: part.__name__)
-def test_a_field_has_one_type_for_equal_values(part: type[BaseModel]) -> None:
+def test_a_field_has_one_type_for_equal_values(part: type[Part]) -> None:
     given = {"model": "gpt2"} if part is RunSpec else {"config": {}} if "config" in part.model_fields else {}
     for name in part.model_fields:
         for values in (*EQUAL, (-1, -1.0), (64, 64.0)):

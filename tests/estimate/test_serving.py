@@ -23,7 +23,7 @@ from memplan.catalogue.profiles.engines import (
     engine_settings,
     rows,
 )
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
 from memplan.estimate.serving import pool_tokens, requests
 from memplan.models.cards import find_model, load_card

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.accuracy import rows
+from benchmarks.golden import TraceFigures, rows, trace_figures
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.catalogue.methods.saving import checkpoint_copies
@@ -36,15 +36,14 @@ def label(case: dict[str, Any]) -> str:
     return "-".join([case["name"], *filter(None, more)])
 
 
-def without_workspaces(answer: Estimate) -> dict[str, int]:
+def without_workspaces(answer: TraceFigures) -> dict[str, int]:
     """Return the peak of the side tasks without cuBLAS's workspaces, as in a trace."""
-    return {name: n - WORKSPACES for name, n in phase_peaks(answer).items() if name in ASIDES}
+    return {p.phase: p.peak - WORKSPACES for p in answer.phases if p.phase in ASIDES}
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_side_tasks_are_near_their_traces(case: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**case["run"]))
-    mine = without_workspaces(answer)
+    mine = without_workspaces(trace_figures(case["run"]))
     assert mine.keys() == case["phases"].keys()
     for phase, bytes_ in case["phases"].items():
         assert mine[phase] == pytest.approx(bytes_, rel=case.get("within", 4e-3)), phase
@@ -62,7 +61,7 @@ def test_reserved_memory_is_near_a_replay_of_the_trace() -> None:
 def test_the_mean_error_is_below_a_tenth_of_a_percent() -> None:
     errors: list[float] = []
     for case in CASES:
-        mine = without_workspaces(estimate(RunSpec(**case["run"])))
+        mine = without_workspaces(trace_figures(case["run"]))
         errors += [abs(mine[phase] / n - 1) for phase, n in case["phases"].items()]
     assert len(errors) > 200
     assert sum(errors) / len(errors) < 5e-4

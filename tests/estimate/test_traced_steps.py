@@ -5,13 +5,17 @@ The figures are in tests/golden/traced*.jsonl, whose first lines state how they 
 
 from __future__ import annotations
 
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import TRACED, compared_with_trace, rows, traced_families, traced_runs, without_workspaces
+from benchmarks import accuracy, golden
+from benchmarks.accuracy import TRACED, compared_with_trace, traced_families, traced_runs, without_workspaces
+from benchmarks.golden import SHARED, rows, trace_figures
 from memplan import RunSpec, estimate
+from memplan.models.peft_methods import PEFT_METHODS
 from tests.sampling import ALL, sampled
 from tests.tiny import TINY
 
@@ -28,7 +32,7 @@ def label(case: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**case["run"]))
+    answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]
     assert answer.parameters.trainable == case["trainable"]
     mine = without_workspaces(answer)
@@ -42,11 +46,22 @@ def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
 
 @ALL
 def test_the_mean_error_of_all_peaks_is_below_0_01_per_cent() -> None:
-    errors = [
-        abs(max(without_workspaces(estimate(RunSpec(**case["run"]))).values()) / case["peak"] - 1) for case in CASES
-    ]
-    assert len(errors) > 180
+    errors = [compared.peak for compared in accuracy.traced()]
+    assert len(errors) == len(CASES) > 180
     assert mean(errors) < 1e-4
+
+
+def test_shared_figures_are_estimated_once_and_equal_the_estimates(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = CASES[0]["run"]
+    monkeypatch.setenv(SHARED, str(tmp_path))
+    trace_figures(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(golden, "estimate", None)
+        read = trace_figures(run)
+    answer = estimate(RunSpec(**run))
+    assert read == (answer.parameters, answer.phases, answer.peak, answer.gpu, 0)
 
 
 LOSS_KINDS = ("fused", "chunked", "chunked_lm_head")
@@ -58,9 +73,30 @@ RUNS: list[dict[str, Any]] = sampled(rows("traced_runs.jsonl"))
 SAVED: list[dict[str, Any]] = sampled(rows("traced_saved.jsonl"), 4)
 
 
+PEFT: list[dict[str, Any]] = sampled(rows("traced_peft.jsonl"), 8)
+
+
+@pytest.mark.parametrize("case", PEFT, ids=label)
+def test_every_method_of_peft_equals_its_traces(case: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**case["run"]))
+    assert answer.parameters.total == case["parameters"]
+    assert answer.parameters.trainable == case["trainable"]
+    compared = compared_with_trace(case)
+    assert compared.same
+    assert max(compared.peak, compared.phase) < 1e-3, compared
+
+
+@ALL
+def test_every_method_of_peft_is_traced() -> None:
+    kinds = {case["run"]["method"]["kind"] for case in PEFT}
+    assert kinds == {*PEFT_METHODS}
+    compared = [compared_with_trace(case) for case in PEFT]
+    assert mean(c.peak for c in compared) < 5e-5
+
+
 @pytest.mark.parametrize("case", [*RUNS, *FAMILIES, *sampled(LOSSES, 4), *SAVED], ids=label)
 def test_every_family_and_loss_is_near_its_traces(case: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**case["run"]))
+    answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]
     assert answer.parameters.trainable == case["trainable"]
     compared = compared_with_trace(case)

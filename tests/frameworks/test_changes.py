@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.states import optimizer_names
 from memplan.cli.estimate import command
-from memplan.cli.options import given_options
 from memplan.cli.runs import runs_of
+from memplan.cli.typer_commands import given_by_typer
 from memplan.core.errors import SpecError
 from memplan.frameworks import FRAMEWORKS, Lines, lines, options
 from memplan.frameworks.change_table import differing
@@ -36,8 +36,8 @@ def typed_over(asked: RunSpec, typed: str) -> RunSpec:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "run.json"
         file.write_text(asked.model_dump_json())
-        with command("estimate").make_context("estimate", [*shlex.split(typed), "--spec", str(file)]) as context:
-            return runs_of(given_options(context))[0]
+        words, estimate = [*shlex.split(typed), "--spec", str(file)], command("estimate")
+        return runs_of(estimate.given(words) or given_by_typer(estimate, words))[0]
 
 
 # --- memplan's options ---
@@ -103,7 +103,7 @@ def runs(draw: st.DrawFn) -> RunSpec:
             "attention": draw(st.sampled_from(["sdpa", "flash_attention_2", "eager", "sdpa_math", "sdpa_efficient"])),
             "checkpointing": draw(st.sampled_from(["none", "full", "offload"])),
             "reentrant": draw(FLAGS),
-            "loss": draw(st.sampled_from(["hf", "chunked", "fused", "chunked_lm_head"])),
+            "loss": draw(st.sampled_from(["hf", "chunked", "fused", "chunked_lm_head", "tiled_lm_head"])),
             "fused": draw(st.lists(st.sampled_from(["rope", "rms_norm", "swiglu", "lora"]), unique=True)),
         },
         also={

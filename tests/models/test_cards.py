@@ -6,6 +6,7 @@ import copy
 import json
 import random
 import tomllib
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from memplan.models.cards import card_folder, card_names, find_model, load_card
 from memplan.models.configs import DENSE, MODULES, family
 from memplan.models.model import ModelSpec
 from memplan.program.stored.weights import format_of
+from tests.cases import each
 from tests.sampling import sampled
 from tests.tiny import SMALLEST, TINY
 
@@ -85,7 +87,7 @@ def test_there_is_a_golden_count_for_every_card() -> None:
     assert sorted(GOLDEN) == list(card_names())
 
 
-@pytest.mark.parametrize("name", sampled(list(card_names()), 8))
+@each(sampled(list(card_names()), 8))
 def test_a_card_names_its_sources_and_explains_what_a_checkpoint_stores_otherwise(name: str) -> None:
     card = read_card(name)
     assert card["source"]
@@ -208,9 +210,12 @@ def test_a_missing_key_is_named(key: str) -> None:
     assert caught.value.field == key
 
 
-@pytest.mark.parametrize("bad", [0, -1, 1.5, 4096.0, "4096", True, float("nan"), 10**30, [4096], {"a": 1}, ""])
-@pytest.mark.parametrize("key", [key for key in LLAMA if key != "model_type"])
-def test_a_size_must_be_a_whole_number_within_reason(key: str, bad: Any) -> None:
+BAD_SIZES = (0, -1, 1.5, 4096.0, "4096", True, float("nan"), 10**30, [4096], {"a": 1}, "")
+
+
+@each(product([key for key in LLAMA if key != "model_type"], BAD_SIZES))
+def test_a_size_must_be_a_whole_number_within_reason(case: tuple[str, Any]) -> None:
+    key, bad = case
     with pytest.raises(ConfigError) as caught:
         ModelSpec({**LLAMA, key: bad})
     assert key in str(caught.value)
@@ -590,9 +595,9 @@ def test_missing_config_keys_get_transformers_defaults(model_type: str) -> None:
     assert compared >= 5
 
 
-@pytest.mark.parametrize("model_type", sampled(list(TINY), 8))
-@pytest.mark.parametrize("named", ["fatrelu", "quick_gelu", "gelu_python", 1, ["silu"], ""])
-def test_an_activation_that_no_stack_has_is_refused_by_name(model_type: str, named: Any) -> None:
+@each(product(sampled(list(TINY), 8), ("fatrelu", "quick_gelu", "gelu_python", 1, ["silu"], "")))
+def test_an_activation_that_no_stack_has_is_refused_by_name(case: tuple[str, Any]) -> None:
+    model_type, named = case
     model = ModelSpec({"model_type": model_type, **TINY[model_type]})
     key = model._key("hidden_act")  # pyright: ignore[reportPrivateUsage]
     if key is None:

@@ -15,7 +15,7 @@ import huggingface_hub.errors
 import pytest
 
 from memplan import RunSpec, estimate, find_model
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.core.errors import ConfigError, FactsMissingError, MemplanError
 from memplan.models import hub
 from memplan.models.cards import find_config

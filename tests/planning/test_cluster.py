@@ -253,7 +253,7 @@ def test_rank_numbering_decides_how_many_of_a_group_share_a_node(
         by_node = {node: sum(member // each == node for member in members) for node in range(nodes)}
         fewest = min(fewest, max(by_node.values()))
     assert told.crosses == (fewest < ranks)
-    assert told.near <= fewest or told.near == 1
+    assert told.near == fewest
 
 
 def test_tensor_parallel_ranks_lie_next_to_each_other_and_stages_furthest_apart() -> None:

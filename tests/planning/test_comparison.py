@@ -19,7 +19,7 @@ from typer.main import get_command
 
 import memplan
 from memplan import Comparison, Estimate, RunSpec, compare, estimate
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.cli.request import override
 from memplan.core.errors import FactsMissingError, SpecError
 from memplan.core.units import GIB, gib
@@ -163,7 +163,8 @@ def test_json_matches_the_schema_without_extra_fields(case: Comparison) -> None:
     assert dumped == json.loads(case.model_dump_json())
     assert dumped["answers"] == [json.loads(answer.model_dump_json()) for answer in case.answers]
     conforms(dumped, comparison_schema(), comparison_schema())
-    assert comparison_model().model_validate_json(text).model_dump(mode="json") == dumped
+    read = comparison_model().model_validate_json(text)
+    assert read.model_dump(mode="json", exclude_unset=True) == dumped  # `origins` is left out without a run's file
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import memplan
 from memplan import RunSpec, estimate, find_gpu, load_card
 from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.quantization.weight_formats import FORMATS
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.core.errors import MemplanError, SpecError
 from memplan.estimate.demand import Demand
 from memplan.planning.cache_choices import alternative_caches
@@ -181,6 +181,9 @@ def test_cards_hold_the_run_on_the_fewest_of_them() -> None:
         assert placed.requests >= 1
     prices = [placed.price.low for placed in found if placed.price]
     assert prices == sorted(prices)
+    assert [placed.gpu for placed in places(run, CardFilter(owned=parse_owned_cards("8x3060,2xh100,t4")), 1)] == [
+        found[0].gpu
+    ]
     cheap = CardFilter(owned=parse_owned_cards("8x3060,2xh100"), usd_per_hour=0.5)
     assert all(placed.price is not None and placed.price.low <= 0.5 for placed in places(run, cheap))
 

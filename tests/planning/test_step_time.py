@@ -30,6 +30,7 @@ from memplan.planning.step_time import (
     step_pace,
     work,
 )
+from tests.cases import each
 from tests.sampling import ALL, examples, sampled
 
 B, S, H, F, V, A, K, D, L = 2, 96, 64, 176, 300, 4, 2, 16, 3
@@ -417,7 +418,7 @@ def test_published_speeds_state_their_source() -> None:
         assert ("golden" in row) != ("stack" in row)  # the golden row has the stack
 
 
-@pytest.mark.parametrize("id", sampled(list(published())))
+@each(sampled(list(published())))
 def test_a_published_steps_time_is_met_or_misses_for_a_cause(id: str) -> None:
     t = timed(id)
     assert t.inside != bool(t.cause)

@@ -15,7 +15,7 @@ from typer.main import get_command
 
 import memplan
 from memplan import RunSpec
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.cli.estimate import ESTIMATE_OPTIONS
 from memplan.cli.probe import command
 from memplan.core.errors import MemplanError, ProbeError, SpecError

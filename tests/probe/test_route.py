@@ -20,7 +20,7 @@ import memplan
 from memplan import RunSpec
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.hardware.overhead import cublas_workspace, cuda_context
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.core.errors import ConfigError, ProbeError, SpecError, UnknownNameError, UnsupportedModelError
 from memplan.core.units import GIB, MIB
 from memplan.probe import limits

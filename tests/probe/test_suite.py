@@ -13,6 +13,7 @@ import pytest
 import memplan
 from memplan import RunSpec
 from memplan.core.errors import MemplanError, ProbeError
+from memplan.models.peft_methods import PEFT_METHODS
 from memplan.planning.reach import largest_batch
 from memplan.probe.run import process, trace
 from memplan.probe.run.process import MeasuredRun
@@ -42,12 +43,12 @@ def chosen() -> list[RunSpec]:
 
 @ALL
 def test_the_default_suite_has_sixty_runs_of_every_method_and_loss() -> None:
-    """Every method, loss and kind of checkpointing is among a card's runs."""
+    """Every method but peft's less common ones, every loss and kind of checkpointing is among a card's runs."""
     runs = chosen()
     assert len(runs) >= 60
     assert len(set(runs)) == len(runs)
     assert {run.gpu for run in runs} == {CARD}
-    assert {run.method.kind for run in runs} == set(get_args(MethodKind))
+    assert {run.method.kind for run in runs} == set(get_args(MethodKind)) - PEFT_METHODS.keys()
     assert {run.kernels.loss for run in runs} == {"hf", "chunked", "fused"}
     assert {run.kernels.checkpointing for run in runs} == {"none", "full"}
     assert {run.kernels.attention for run in runs} == {"sdpa", "eager", "sdpa_math", "sdpa_efficient"}

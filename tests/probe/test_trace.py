@@ -64,6 +64,11 @@ RUNS = {
     "fused": tiny("llama", kernels={**PLAIN, "loss": "fused"}),
     "chunked": tiny("llama", kernels={**PLAIN, "loss": "chunked"}),
     "by tokens": tiny("llama", batch={"micro": 2, "sequence": 256}, kernels={**PLAIN, "loss": "chunked_lm_head"}),
+    "last chunk of a token": tiny("gemma", batch={"sequence": 129}, kernels={**PLAIN, "loss": "chunked_lm_head"}),
+    "recomputed chunks": tiny("llama", batch={"micro": 2, "sequence": 256}, kernels={**PLAIN, "loss": "chunked_nll"}),
+    "chunks in fp32": tiny("gemma2", batch={"micro": 3, "sequence": 128}, kernels={"loss": "chunked_nll_fp32"}),
+    "tiles": tiny("gemma2", batch={"micro": 3, "sequence": 128}, kernels={**PLAIN, "loss": "tiled_lm_head"}),
+    "tiles, autocast": tiny("cohere", precision="amp", kernels={"loss": "tiled_lm_head"}),
     "offload": tiny("llama", kernels={"checkpointing": "offload"}),
     "offload, reentrant": tiny("qwen2", kernels={"checkpointing": "offload", "reentrant": True}),
     "offload, autocast": tiny("llama", precision="amp", kernels={"checkpointing": "offload", "reentrant": True}),
@@ -78,14 +83,18 @@ RUNS = {
 }
 # Known differences of the estimate, in bytes of any phase: bitsandbytes' table, tensors that MatMul8bitLt saves in
 # addition to its input, flash-attn's random state, which is one tensor and not two, labels kept by a fused loss, the
-# rounding of eight chunks, a copy of the last chunk of 128 tokens without its last token, and the first step's states
-# with updates in backward.
+# rounding of eight chunks, a copy of the last chunk of 128 tokens without its last token, a chunk's losses, numbers per
+# token of TRL's losses, and the first step's states with updates in backward.
 NEAR = {
     "qlora": 1024,
     "flash 2": 1536,
     "fused": 512,
     "chunked": 2048,
     "by tokens": 2 * 127 * TINY["llama"]["vocab_size"] * 2,
+    "last chunk of a token": 512,
+    "recomputed chunks": 3072,
+    "tiles": 11 * 512,
+    "tiles, autocast": 5 * 512,
     "in backward": 26 * 1024,
 }
 

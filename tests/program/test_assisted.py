@@ -10,9 +10,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from benchmarks.accuracy import rows
+from benchmarks.accuracy import passes_without_workspace
+from benchmarks.golden import rows, trace_figures
 from memplan import RunSpec, estimate
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.core.errors import MemplanError
 from memplan.core.units import ITEMSIZE, rounded
 from memplan.estimate.answer import phase_peaks
@@ -22,7 +23,7 @@ from memplan.program.inference.assisted import longest_draft, round_of, steps_of
 from memplan.program.run import TOKENS
 from memplan.resolve.assisted import model_of_first_layers
 from memplan.resolve.decide import decide
-from tests.program.test_inference import generating, without_workspace
+from tests.program.test_inference import generating
 from tests.sampling import ALL, examples, sampled
 from tests.tiny import TINY
 from tests.walks import lines_at, walk
@@ -33,9 +34,9 @@ BF16, FP32 = ITEMSIZE["bf16"], ITEMSIZE["fp32"]
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["name"])
 def test_every_round_is_near_its_trace(case: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**case["run"]))
+    answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]
-    mine = without_workspace(answer)
+    mine = passes_without_workspace(answer)
     for phase, bytes_ in case["phases"].items():
         if phase != "load":
             assert mine[phase] == pytest.approx(bytes_, rel=case.get("within", 2.5e-3)), phase
@@ -45,7 +46,7 @@ def test_every_round_is_near_its_trace(case: dict[str, Any]) -> None:
 def test_the_mean_error_of_all_rounds_is_below_0_1_per_cent() -> None:
     errors: list[float] = []
     for case in CASES:
-        mine = without_workspace(estimate(RunSpec(**case["run"])))
+        mine = passes_without_workspace(trace_figures(case["run"]))
         errors += [abs(mine[phase] / n - 1) for phase, n in case["phases"].items() if phase != "load"]
     assert len(errors) > 80
     assert sum(errors) / len(errors) < 1e-3

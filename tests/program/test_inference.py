@@ -8,10 +8,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.accuracy import rows
-from memplan import Estimate, RunSpec, estimate
-from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.catalogue.hardware.overhead import cublas_workspace
+from benchmarks.accuracy import passes_without_workspace
+from benchmarks.golden import rows, trace_figures
+from memplan import RunSpec, estimate
 from memplan.catalogue.inference import caches
 from memplan.core.errors import MemplanError
 from memplan.core.units import ITEMSIZE, rounded
@@ -39,19 +38,11 @@ def label(case: dict[str, Any]) -> str:
     return "-".join([case["name"], run["task"], f"s{run['batch'].get('sequence', 2048)}", *filter(None, more)])
 
 
-def without_workspace(answer: Estimate) -> dict[str, int]:
-    """Return the peak of every phase without workspaces, as in a trace."""
-    gpu = answer.run.gpu
-    workspace = cublas_workspace(find_gpu(gpu).compute_capability if gpu else None).usual
-    ends = sum(line.bytes for line in answer.ledger if line.what == "left unsplit")
-    return {name: n - ends - (workspace if name != "load" else 0) for name, n in phase_peaks(answer).items()}
-
-
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_every_pass_is_near_its_trace(case: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**case["run"]))
+    answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]
-    mine = without_workspace(answer)
+    mine = passes_without_workspace(answer)
     table = 1024 if "quantization" in case["run"].get("method", {}) else 0  # bitsandbytes' table, shared by all layers
     for phase, bytes_ in case["phases"].items():
         if phase != "load":
@@ -62,7 +53,7 @@ def test_every_pass_is_near_its_trace(case: dict[str, Any]) -> None:
 def test_the_mean_error_of_all_passes_is_below_0_1_per_cent() -> None:
     errors: list[float] = []
     for case in CASES:
-        mine = without_workspace(estimate(RunSpec(**case["run"])))
+        mine = passes_without_workspace(trace_figures(case["run"]))
         errors += [abs(mine[phase] / n - 1) for phase, n in case["phases"].items() if phase != "load"]
     assert len(errors) > 400
     assert sum(errors) / len(errors) < 1e-3

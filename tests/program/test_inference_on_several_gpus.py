@@ -10,7 +10,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from benchmarks.accuracy import rows
+from benchmarks.accuracy import passes_without_workspace
+from benchmarks.golden import rows, trace_figures
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.parallelism.device_map_packing import HOST, gpu_shares, place_modules
 from memplan.catalogue.parallelism.device_maps import ModulePlacement, place_operations
@@ -22,7 +23,6 @@ from memplan.planning.inference import questions
 from memplan.program.graph import operations_of
 from memplan.program.run import ResolvedRun
 from memplan.resolve.decide import decide
-from tests.program.test_inference import without_workspace
 from tests.sampling import ALL, examples, sampled
 from tests.tiny import TINY
 
@@ -40,9 +40,9 @@ def label(case: dict[str, Any]) -> str:
 
 @pytest.mark.parametrize("case", [*DIVIDED, *MAPPED], ids=label)
 def test_every_pass_is_near_its_trace(case: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**case["run"]))
+    answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"] or "tp" in case["run"]["parallelism"]
-    mine = without_workspace(answer)
+    mine = passes_without_workspace(answer)
     for phase, bytes_ in case["phases"].items():
         if phase != "load":
             assert mine[phase] == pytest.approx(bytes_, rel=case.get("within", 1e-4)), phase
@@ -53,7 +53,7 @@ def test_every_pass_is_near_its_trace(case: dict[str, Any]) -> None:
 def test_the_mean_error_of_all_passes_is_small(cases: list[dict[str, Any]], mean: float, worst: float) -> None:
     errors: list[float] = []
     for case in cases:
-        mine = without_workspace(estimate(RunSpec(**case["run"])))
+        mine = passes_without_workspace(trace_figures(case["run"]))
         errors += [abs(mine[phase] / n - 1) for phase, n in case["phases"].items() if phase != "load"]
     assert sum(errors) / len(errors) < mean
     assert max(errors) < worst

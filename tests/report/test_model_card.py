@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memplan import ModelSpec, RunSpec, card_names, estimate, find_model, load_card
-from memplan.cli import app
+from memplan.cli.app import app
 from memplan.models import cards
 from memplan.models.headers import Checkpoint, StoredTensor
 from memplan.program.stored.checkpoint import built_tensors

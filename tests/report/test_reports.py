@@ -527,7 +527,7 @@ def test_the_json_report_equals_the_librarys_dump(answer: Estimate) -> None:
 def test_a_real_answer_matches_the_schema_without_extra_fields(answer: Estimate) -> None:
     dumped = json.loads(render("json", [answer]))
     read = answer_model().model_validate_json(render("json", [answer]))
-    assert read.model_dump(mode="json") == dumped
+    assert read.model_dump(mode="json") == {**dumped, "origins": None}
     conforms(dumped, answer_schema(), answer_schema())
 
 

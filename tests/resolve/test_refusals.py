@@ -10,6 +10,7 @@ from memplan import MemplanError, RunSpec, estimate
 from memplan.catalogue.optimizers.states import optimizer_names
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.training import LATER_METHODS, Loop, Method, Optimizer, Precision
+from tests.cases import each
 
 
 def refused(**fields: Any) -> MemplanError:
@@ -74,17 +75,12 @@ def test_no_field_of_parallelism_is_ignored(field: str) -> None:
     assert refused(parallelism={field: value}).field == f"parallelism.{field}"
 
 
-@pytest.mark.parametrize("kind", sorted(LATER_METHODS))
+@each(sorted(LATER_METHODS))
 def test_the_other_methods_of_peft_are_known_and_refused(kind: str) -> None:
     for written in (kind, kind.upper(), kind.replace("_", "-")):
         error = refused(method=written)
         assert error.field == "method.kind"
         assert "not supported yet; supported: full, freeze, lora" in str(error)
-
-
-def test_peft_has_no_method_that_is_an_unknown_name() -> None:
-    peft = pytest.importorskip("peft")
-    assert {kind.value.lower() for kind in peft.PeftType} - LATER_METHODS == {"lora"}
 
 
 @pytest.mark.parametrize("kind", ["generate", "forward"])
@@ -200,9 +196,9 @@ def test_a_dotted_name_means_the_modules_it_ends() -> None:
 
     assert phases(targets=["self_attn.q_proj"]) == phases(targets=["q_proj"])
     assert phases(modules_to_save=["mlp.up_proj"]) == phases(modules_to_save=["up_proj"])
-    both = RunSpec(model="gpt2", method={"kind": "lora", "targets": ["mlp.c_proj"]}, batch={"sequence": 64})
-    with pytest.raises(MemplanError, match=r"'mlp.c_proj' is not every c_proj"):
-        estimate(both)
+    some = RunSpec(model="gpt2", method={"kind": "lora", "targets": ["mlp.c_proj"], "rank": 8}, batch={"sequence": 64})
+    h, f, layers = 768, 3072, 12
+    assert estimate(some).parameters.trainable == layers * 8 * (f + h)  # without attn.c_proj
 
 
 def test_names_of_modules_are_checked_wherever_they_are_given() -> None:

@@ -6,11 +6,10 @@ Source: transformers 5.24 models/deepseek_v4/modeling_deepseek_v4.py.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from memplan.catalogue.attention.latent import concat_parts
 from memplan.catalogue.kernels import ops
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+from memplan.core.records import NamedTuple
 
 SOURCE = "transformers 5.24 models/deepseek_v4/modeling_deepseek_v4.py"
 

@@ -6,7 +6,6 @@ The plainest decoder has RMSNorms before both branches, no biases, rotary positi
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from memplan.catalogue.attention.attention import attention
 from memplan.catalogue.decoder.attention import Attend, Rotation, llama_attention, rope
@@ -29,6 +28,7 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import drops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Stack
+from memplan.core.records import NamedTuple
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 

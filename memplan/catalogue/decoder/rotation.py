@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from memplan.catalogue.attention.attention import KEYS, QUERIES, attention
 from memplan.catalogue.decoder.attention import rope
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Keep, Op, Tensor
+from memplan.core.records import NamedTuple
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
 

@@ -6,7 +6,6 @@ Source: litgpt 0.5.3 model.py; lit_gpt of October 2023, which takes the same mem
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from memplan.catalogue.attention.attention import QUERIES, cached
 from memplan.catalogue.attention.attention import attention as kernel
@@ -14,6 +13,7 @@ from memplan.catalogue.decoder.frame import inputs, lm_head, masks
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
+from memplan.core.records import NamedTuple
 from memplan.models.model import ModelSpec
 
 _SOURCE = "litgpt 0.5.3 model.py"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
+from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 
 Market = Literal["consumer", "workstation", "data centre", "laptop", "integrated"]

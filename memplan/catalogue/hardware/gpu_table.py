@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple, NoReturn, cast, get_args
+from typing import Any, NoReturn, cast, get_args
 
 from memplan.catalogue.hardware.gpu import GPU, Grade, Market, Price, Source
 from memplan.core.errors import ConfigError, nearest
 from memplan.core.package_data import data_path
+from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 
 _FILE = "gpus.toml"

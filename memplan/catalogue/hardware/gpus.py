@@ -14,11 +14,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from functools import cache, lru_cache
-from typing import NamedTuple
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpu_table import CardNames, gpu_table
 from memplan.core.errors import UnknownNameError
+from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 
 

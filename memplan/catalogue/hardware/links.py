@@ -6,10 +6,9 @@ derived.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.rates import Rate, bus_gbps
+from memplan.core.records import NamedTuple
 
 
 class Link(NamedTuple):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 
 

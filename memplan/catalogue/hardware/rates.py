@@ -5,7 +5,7 @@ Measured rows hold for the cards and libraries they name; for all others rows ar
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from memplan.core.records import NamedTuple
 
 
 class Rate(NamedTuple):

@@ -5,7 +5,7 @@ No row has a usual value: how close a step comes to the memory bandwidth depends
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from memplan.core.records import NamedTuple
 
 
 class Span(NamedTuple):

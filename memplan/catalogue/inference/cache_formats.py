@@ -6,8 +6,7 @@ Names are the engines' own (`--kv-cache-dtype`, `--cache-type-k`).
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 
 

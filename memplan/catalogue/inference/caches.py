@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from memplan.core.errors import UnsupportedModelError
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.models.configs.gemma import REUSED
 from memplan.models.family_facts import Cache

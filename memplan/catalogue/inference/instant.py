@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from memplan.core.ir import Tensor
+from memplan.core.records import NamedTuple
 
 
 class Instant(NamedTuple):

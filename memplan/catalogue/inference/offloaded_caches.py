@@ -13,10 +13,10 @@ Source: transformers 5.24 cache_utils.py Cache.update, Cache.prefetch, Cache.off
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 from memplan.catalogue.kernels import ops
 from memplan.core.ir import Block, Op, Run, Stack, Tensor
+from memplan.core.records import NamedTuple
 
 # Values of `Op.holds` for offloaded tensors, until this module rewrites the stack: of all tokens, and of a window.
 AWAY, AWAY_WINDOW = "away", "away_window"

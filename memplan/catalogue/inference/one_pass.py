@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from memplan.catalogue.inference.quantized_caches import CacheQuantization
+from memplan.core.records import NamedTuple
 
 Cache = Literal["", "dynamic", "static", "legacy", "quantized", "offloaded", "offloaded_static"]
 PromptPart = Literal["", "first", "middle", "last"]

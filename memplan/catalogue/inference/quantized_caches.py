@@ -9,10 +9,11 @@ layer at a time exists fully in the model's dtype.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from memplan.catalogue.kernels import ops
 from memplan.core.ir import Op, Tensor
+from memplan.core.records import NamedTuple
 
 Backend = Literal["quanto", "hqq", "fp8"]
 # Axes: tokens quantised before a pass, tokens in the residual before it, and tokens in the residual after it.

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from memplan.core.ir import Op, Tensor, Weight
+from memplan.core.records import NamedTuple
 
 
 class Points(NamedTuple):

@@ -7,11 +7,11 @@ tensors; docstrings note the differences.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import rewrite_lists
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, outside
+from memplan.core.records import NamedTuple
 
 _LIGER = "liger-kernel 0.5.2 ops"
 _MULTIPROCESSORS = 108  # of an A100: Liger sums the weight's gradient in one row per multiprocessor

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.trl_losses import chunked_nll, tiled_lm_head
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 
 _CHUNKS = 8  # torchtune 0.6 CEWithChunkedOutputLoss: num_output_chunks
 CHUNK = 128  # tokens of each sequence; litgpt 0.5 lm_head_chunk_size
+SINGLE_CHUNK = CHUNK + 1  # the last token predicts nothing, so a second chunk of it alone has no backward
 
 
 def attach(
@@ -29,6 +31,9 @@ def attach(
     chunked           torchtune: logits in eight chunks, each cast to fp32 separately
     chunked_lm_head   LitGPT: logits in chunks of 128 tokens, never in fp32, held by the training loop
     fused             Liger: gradients are computed chunk by chunk with the loss; logits never exist all at once
+    chunked_nll       TRL 1.13 and 1.14: chunks of 256 tokens, which backward computes again
+    chunked_nll_fp32  TRL 1.6 to 1.12: the same, but each chunk casts the head to fp32
+    tiled_lm_head     TRL 1.15 and later: tiles of logits, folded into a few numbers per token
 
     hold_outputs    the script's variable keeps the logits through backward
     autocast        the compute dtype, or None
@@ -36,7 +41,7 @@ def attach(
     logits, single  for transformers' own loss, see `form` and `single` of `cross_entropy`
     fused           a kernel writes the gradient over the logits
     converts        accelerate or Fabric casts the model's outputs to fp32
-    short           no sequence is longer than a chunk of CHUNK tokens
+    short           no sequence is longer than SINGLE_CHUNK tokens
     """
     if stack.loss:
         return _with_class_loss(stack, hold_outputs, converts)
@@ -65,12 +70,24 @@ def attach(
             head = tuple(_cast_by_chunk(op, autocast) for op in _intermediates_by_chunk(summed))
             return stack._replace(after=(*body, *head), loss=_converted_chunks(last))
         case "fused":
-            matrix = next(w for op in head for w in op.weights if w.rows)
-            unused = tuple(w for op in head for w in op.weights if w is not matrix)  # a bias, which Liger ignores
+            matrix, unused = _matrix_and_bias(head)  # a bias, which Liger ignores
             body = (*body, Op("loss.unused", weights=unused, gradient="none")) if unused else body
             return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place, logits != "padded", single))
+        case "tiled_lm_head":
+            return stack._replace(after=body, loss=tiled_lm_head(*_matrix_and_bias(head), autocast))
+        case "chunked_nll" | "chunked_nll_fp32":
+            matrix, bias = _matrix_and_bias(head)
+            return stack._replace(
+                after=body, loss=chunked_nll(head, matrix, bias, autocast, loss == "chunked_nll_fp32")
+            )
         case other:
             raise AssertionError(other)
+
+
+def _matrix_and_bias(head: tuple[Op, ...]) -> tuple[Weight, tuple[Weight, ...]]:
+    """Return the head's matrix and its other weights."""
+    matrix = next(w for op in head for w in op.weights if w.rows)
+    return matrix, tuple(w for op in head for w in op.weights if w is not matrix)
 
 
 def _begins_head(op: Op) -> bool:

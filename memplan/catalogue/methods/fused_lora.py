@@ -9,11 +9,11 @@ Source: unsloth 2025.1 kernels/fast_lora.py, kernels/utils.py matmul_lora; fms-a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.quantization.quantization import absmax
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+from memplan.core.records import NamedTuple
 
 _SOURCE = "unsloth 2025.1 kernels/fast_lora.py"
 _QKV, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")

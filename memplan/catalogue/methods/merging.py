@@ -10,10 +10,10 @@ nn/modules.py Params4bit._quantize, Int8Params._quantize; transformers 5.24 inte
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from memplan.catalogue.quantization.quantization import absmax, family_of
 from memplan.core.ir import Stack, Tensor, Weight
+from memplan.core.records import NamedTuple
 
 _LORA = "peft 0.21.2 tuners/lora/layer.py"
 _BNB = "peft 0.21.2 tuners/lora/bnb.py"

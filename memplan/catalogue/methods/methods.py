@@ -5,14 +5,15 @@ A rewrite takes operations and returns operations; nothing else in the package k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite, rewrite_lists, rewrite_weights
 from memplan.catalogue.methods import litgpt_lora
 from memplan.catalogue.methods.fused_lora import fuse_lora
 from memplan.catalogue.methods.parameter_lora import adapt_parameters, represented_layers
+from memplan.catalogue.methods.peft_layers import LAYERS, SHARED, Wrapped, features
 from memplan.catalogue.quantization.inference_formats import (
     InferenceFormat,
     product,
@@ -24,6 +25,8 @@ from memplan.catalogue.quantization.inference_formats import (
 )
 from memplan.catalogue.quantization.quantization import dequantise, experts_fp8, family_of, quantised_linear, stored
 from memplan.core.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight, operations, outside
+from memplan.core.records import NamedTuple
+from memplan.models.peft_methods import PEFT_METHODS, Value
 
 
 class Recipe(NamedTuple):
@@ -52,6 +55,9 @@ class Recipe(NamedTuple):
     packed         quantised weights are loaded from a quantised checkpoint, not quantised while loading
     copies         a product dequantises packed weights first, as it does for more than a few rows and in training
     running        how matrices run whose format nothing can train over
+    rank           rank of the adapters of methods other than LoRA
+    options        other settings of those methods, by peft's names
+    moved          the Trainer has moved the model, and so all buffers, to the GPU
     """
 
     kind: str
@@ -75,6 +81,9 @@ class Recipe(NamedTuple):
     packed: bool = False
     copies: bool = True
     running: InferenceFormat | None = None
+    rank: int = 0
+    options: tuple[tuple[str, Value], ...] = ()
+    moved: bool = False
 
     @property
     def is_dora(self) -> bool:
@@ -293,16 +302,20 @@ def _dora(op: Op, x: str, result: str, recipe: Recipe) -> Iterator[Op]:
     )  # the product's graph holds them
 
 
-ADAPTERS = ("lora", "qlora", "dora", "qdora")
+LORA = ("lora", "qlora", "dora", "qdora")
+ADAPTERS = (*LORA, *PEFT_METHODS)
 
 
 # The parts of a model that can be frozen separately, with the groups of their weights. `language` is the remainder.
 PARTS = {"vision": ("vision",), "projector": ("projector",), "language": ()}
 
 
-def apply(stack: Stack, recipe: Recipe) -> Stack:
-    """Return the stack as the method trains it: dtypes on every weight, adapters around their targets."""
-    return _idle_unreached(_drop_skipped(_rewritten(stack, recipe)))
+def apply(stack: Stack, recipe: Recipe, axes: Mapping[str, int] = MappingProxyType({})) -> Stack:
+    """Return the stack as the method trains it: dtypes on every weight, adapters around their targets.
+
+    `axes` are the sizes of the model's axes, which some methods' adapters depend on.
+    """
+    return _idle_unreached(_drop_skipped(_rewritten(stack, recipe, axes)))
 
 
 def _drop_skipped(stack: Stack) -> Stack:
@@ -333,7 +346,24 @@ def is_frozen(w: Weight, frozen: tuple[str, ...]) -> bool:
     return part in frozen
 
 
-def _rewritten(stack: Stack, recipe: Recipe) -> Stack:
+def _wrapped(op: Op, recipe: Recipe, axes: Mapping[str, int]) -> Wrapped:
+    """The linear layer as a method other than LoRA wraps it."""
+    _, out, into = ops.axes_of(op)
+    return Wrapped(
+        op,
+        features(out, axes),
+        features(into, axes),
+        recipe.rank,
+        dict(recipe.options),
+        recipe.adapter_dtype,
+        recipe.compute,
+        recipe.autocast,
+        recipe.dropout,
+        recipe.moved,
+    )
+
+
+def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
     if recipe.kind in ("full", "freeze"):
         return rewrite_weights(
             stack,
@@ -347,7 +377,7 @@ def _rewritten(stack: Stack, recipe: Recipe) -> Stack:
         stack = rewrite_lists(stack, with_triton)
     if recipe.saved:
         stack = rewrite(stack, lambda op: (_with_saved_copies(op, recipe.saved),))
-    stood_for = represented_layers(operations(stack))
+    stood_for = represented_layers(operations(stack)) if recipe.kind not in LAYERS else frozenset[str]()
     all_linear = recipe.targets == ("all-linear",)
 
     def takes(op: Op) -> bool:
@@ -376,6 +406,8 @@ def _rewritten(stack: Stack, recipe: Recipe) -> Stack:
             ),
         )
 
+    wrapped: list[Wrapped] = []
+
     def change(op: Op) -> Iterable[Op]:
         new = replacement(op)
         return new if op.gradient != "none" else (o._replace(gradient="none") for o in new)
@@ -388,7 +420,7 @@ def _rewritten(stack: Stack, recipe: Recipe) -> Stack:
         if stacked is not None:
             return (experts_fp8(op, stacked, recipe.compute),)
         if w is None:
-            is_embedding = any(v.rows and v.group == "embedding" for v in op.weights)
+            is_embedding = recipe.kind in LORA and any(v.rows and v.group == "embedding" for v in op.weights)
             adapts = is_embedding and _is_target(op, recipe)
             return tuple(_lora_embedding(op, recipe.adapter_dtype)) if adapts else (op,)
         if takes(op) and recipe.library == "litgpt":
@@ -397,7 +429,12 @@ def _rewritten(stack: Stack, recipe: Recipe) -> Stack:
             )
         if takes(op):
             called = op if op.reads else _as_called(op)
-            adapted = tuple(_with_adapter_dtype(o, recipe) for o in adapt(called, recipe))
+            if recipe.kind in LAYERS:
+                wrapped.append(_wrapped(called, recipe, axes))
+                new = LAYERS[recipe.kind](wrapped[-1])
+            else:
+                new = adapt(called, recipe)
+            adapted = tuple(_with_adapter_dtype(o, recipe) for o in new)
             return (_idle_adapters(op, adapted), op) if w.bypasses_module and not w.stored else adapted
         if w.kernel and recipe.running is not None:
             return (op,) if op.skipped else tuple(product(op, op.name, op.writes[0].name, recipe.running))
@@ -406,7 +443,10 @@ def _rewritten(stack: Stack, recipe: Recipe) -> Stack:
             return tuple(quantised_linear(op, op.name, result, recipe.compute, older, recipe.keeps, recipe.copies))
         return (op,)
 
-    return rewrite(stack, change)
+    stack = rewrite(stack, change)
+    if recipe.kind not in SHARED or not wrapped:
+        return stack
+    return stack._replace(before=(SHARED[recipe.kind](tuple(wrapped), recipe.adapter_dtype), *stack.before))
 
 
 def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, dict[str, int]]:
@@ -535,4 +575,5 @@ def can_quantise(w: Weight, skip: tuple[str, ...] = ()) -> bool:
 
 
 def _is_target(op: Op, recipe: Recipe) -> bool:
-    return op.name.rpartition(".")[2] in recipe.targets
+    """Whether the path of the layer ends with a target."""
+    return any(f".{op.name}".endswith(f".{target}") for target in recipe.targets)

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from memplan.catalogue.optimizers import step_loops as loops
 from memplan.catalogue.optimizers.parameter_rules import (
@@ -43,6 +43,7 @@ from memplan.catalogue.optimizers.parameter_rules import (
     vector,
 )
 from memplan.catalogue.optimizers.step_language import Loop
+from memplan.core.records import NamedTuple
 
 _TRAINER = "transformers 5.24 trainer_optimizer.py"
 

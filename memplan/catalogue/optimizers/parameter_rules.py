@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from math import prod
-from typing import NamedTuple
 
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, rounded
 
 RANK = 128  # the Trainer's default for GaLore and APOLLO

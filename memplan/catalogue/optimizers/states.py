@@ -11,12 +11,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS, REFUSED, OptimizerRow, Rule, stepped_in_backward
 from memplan.catalogue.optimizers.parameter_rules import Parameter, bytes_of, large_no_embedding
 from memplan.catalogue.optimizers.step_language import StepInstruction, Turn, largest_update, makes_states, peak
 from memplan.core.errors import SpecError, UnknownNameError
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, rounded
 
 __all__ = [

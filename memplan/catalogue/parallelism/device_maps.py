@@ -12,12 +12,12 @@ big_modeling.py dispatch_model, hooks.py AlignDevicesHook, attach_align_device_h
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.parallelism.device_map_packing import HOST
 from memplan.catalogue.parallelism.pipeline_stages import layer_runs
 from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
+from memplan.core.records import NamedTuple
 
 _HOOKS = "accelerate 1.15 hooks.py AlignDevicesHook"
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+
+from memplan.core.records import NamedTuple
 
 
 class PipelineEngine(NamedTuple):

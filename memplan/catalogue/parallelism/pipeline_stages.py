@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
 
 from memplan.catalogue.parallelism.device_map_packing import gpu_shares, place_modules
 from memplan.catalogue.parallelism.pipeline import PipelineEngine
 from memplan.core.errors import SpecError
 from memplan.core.ir import Op, Run, Stack, Tensor, operations
+from memplan.core.records import NamedTuple
 
 
 def split(

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import groupby
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue.optimizers.parameter_rules import Parameter
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, MIB, rounded
 
 

@@ -7,9 +7,10 @@ across them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from memplan.catalogue.inference.one_pass import Cache
+from memplan.core.records import NamedTuple
 
 
 class RunDefaults(NamedTuple):
@@ -18,9 +19,11 @@ class RunDefaults(NamedTuple):
     optimizer_name: str
     kernels_checkpointing: Literal["none", "full"]
     kernels_reentrant: bool
-    kernels_loss: Literal["hf", "chunked", "fused", "chunked_lm_head"]
+    kernels_loss: Literal[
+        "hf", "chunked", "fused", "chunked_lm_head", "chunked_nll", "chunked_nll_fp32", "tiled_lm_head"
+    ]
     kernels_fused: tuple[str, ...]
-    method_adapter_dtype: Literal["fp32", "weights"]
+    method_adapter_dtype: Literal["fp32", "bf16", "weights"]
     method_quantization_skip: tuple[str, ...]
     method_quantization_kbit_preparation: Literal[True, False, "trl"]
 

@@ -6,9 +6,10 @@ training to QLoRA is `method_lora` and `method_qlora`.
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from memplan.core.errors import UnknownNameError
+from memplan.core.records import NamedTuple
 
 
 class LeverCost(NamedTuple):

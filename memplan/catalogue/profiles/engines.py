@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from memplan.catalogue.hardware.overhead import Overhead
 from memplan.catalogue.profiles.profile_table import (
@@ -19,6 +19,7 @@ from memplan.catalogue.profiles.profile_table import (
     engines,
     field_types,
 )
+from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
-from typing import Any, Literal, NamedTuple, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from memplan.core.frozen import frozen
 from memplan.core.package_data import data_path
+from memplan.core.records import NamedTuple
 
 # Conditions under which a row holds.
 WHEN = {"": "always", "quantised": "for quantised weights"}

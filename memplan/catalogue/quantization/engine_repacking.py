@@ -6,7 +6,7 @@ formats keep their stored size.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from memplan.core.records import NamedTuple
 
 
 class Mxfp4Kernel(NamedTuple):

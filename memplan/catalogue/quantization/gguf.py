@@ -9,8 +9,8 @@ tensor_type_fallback; conversion/base.py; gguf-py/gguf/constants.py, tensor_mapp
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
+from memplan.core.records import NamedTuple
 from memplan.models.headers import GGML_TYPES
 
 SOURCE = "llama.cpp src/llama-quant.cpp llama_tensor_get_type (llama-cpp-python 0.3.36)"

@@ -12,12 +12,12 @@ dequantised   gpt-oss' experts, and FP8 in squares on a GPU without its kernels,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
 
 from memplan.catalogue.experts.routers import CHOSEN, SCORES
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.quantization.storage import KINDS, Layout, parts_of
 from memplan.core.ir import Op, Tensor, Weight
+from memplan.core.records import NamedTuple
 
 _CT = "compressed-tensors 0.20"
 _DECOMPRESSED = f"{_CT} compressors/model_compressors/model_compressor.py decompress_model"

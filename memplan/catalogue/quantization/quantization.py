@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from memplan.catalogue.kernels import ops
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+from memplan.core.records import NamedTuple
 
 _BNB = "bitsandbytes 0.50"
 _GPTQ = "gptqmodel 7.7; auto-gptq 0.7 stores the same tensors"

@@ -6,10 +6,9 @@ inference, including those. Sizes are of the stored tensors only, without what a
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE, stored
 from memplan.core.ir import Tensor, Weight
+from memplan.core.records import NamedTuple
 
 _COMPRESSED = "compressed-tensors 0.20 compressors"
 

@@ -6,7 +6,7 @@ or less.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from memplan.core.records import NamedTuple
 
 
 class FormatChoice(NamedTuple):

@@ -7,13 +7,13 @@ are set per run: see `memplan.models.configs.images`.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.errors import UnsupportedModelError
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Tensor, Weight
+from memplan.core.records import NamedTuple
 from memplan.models.facts import ONE_KERNEL
 
 P = "b patches"

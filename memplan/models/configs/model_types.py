@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -82,6 +81,8 @@ def nearest_families(model_type: str, kinds: Iterable[str] = ()) -> tuple[str, .
     """
     lowered = model_type[:_MAX_SHOWN].lower()
     wanted, (stem, version, rest) = " ".join(kinds), _words(lowered)
+    import difflib
+
     similarity = {name: difflib.SequenceMatcher(None, lowered, name).ratio() for name in MODULES}
 
     def distance(name: str) -> tuple[float, ...]:

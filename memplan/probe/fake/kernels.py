@@ -10,10 +10,11 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from memplan.core.records import NamedTuple
 from memplan.probe.libraries import library
 
 Scratch = Callable[[Any, Any], list[tuple[str, int]]]
@@ -66,12 +67,14 @@ def scratch_of(card: KernelCard) -> dict[Any, Scratch]:
 def data_free_kernels() -> dict[Any, Callable[..., Any]]:
     """Return replacements for operations whose outputs depend on the data.
 
-    LLM.int8 finds no outliers, and a mask selects exactly as many positions as there are values for them.
+    LLM.int8 finds no outliers. A mask selects exactly as many positions as there are values for them, or all of them.
+    A replacement returns NotImplemented for a call that does not depend on the data.
     """
     replacements = {
         "bitsandbytes::int8_vectorwise_quant": _quantise_rows,
         "bitsandbytes::int8_mixed_scaled_mm": _multiply_int8,
         "aten::masked_scatter_backward": _select_masked,
+        "aten::index.Tensor": _rows_of_mask,
         "_c10d_functional::wait_tensor": _identity,
         "_c10d_functional::_wrap_tensor_autograd": _alias,
     }
@@ -118,6 +121,20 @@ def _select_masked(gradient: Any, mask: Any, sizes: Any) -> Any:
     selected = torch.empty(tuple(sizes), dtype=gradient.dtype, device=gradient.device)
     del expanded, indices
     return selected
+
+
+def _rows_of_mask(values: Any, indices: list[Any]) -> Any:
+    """Return all rows of `values` if they are selected by a mask, with the int64 indices of its positions meanwhile.
+
+    Source: torch 2.13 aten/src/ATen/native/TensorAdvancedIndexing.cpp, IndexingUtils.h expandTensors.
+    """
+    mask = indices[0]
+    if len(indices) != 1 or mask.dtype != torch.bool:
+        return NotImplemented
+    positions = torch.empty(mask.numel(), mask.dim(), dtype=torch.int64, device=values.device)
+    rows = torch.empty(mask.numel(), *values.shape[mask.dim() :], dtype=values.dtype, device=values.device)
+    del positions
+    return rows
 
 
 def _bound(row: KernelScratch, card: KernelCard) -> Scratch:
@@ -204,6 +221,17 @@ def _masked_scatter(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tuple[
     """The expanded mask and its prefix sums."""
     yield "mask spread", args[0].numel()
     yield "mask's prefix sums", 8 * args[0].numel()
+
+
+def _index_put(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tuple[str, int]]:
+    """Positions of a mask. To accumulate also their row numbers, the same sorted, and the orders of both."""
+    mask = args[1][0]
+    if mask is None or mask.dtype != torch.bool:
+        return
+    yield "positions of a mask", 8 * mask.numel() * mask.dim()
+    if len(args) > 3 and args[3]:
+        for what in ("rows", "sorted rows", "order", "original order"):
+            yield f"index_put {what}", 8 * mask.numel()
 
 
 def _layer_norm(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tuple[str, int]]:
@@ -308,6 +336,7 @@ ROWS = (
     KernelScratch(
         "aten::masked_scatter", _masked_scatter, f"{_ATEN}/cuda/IndexKernel.cpp masked_scatter__cuda, IndexKernel.cu"
     ),
+    KernelScratch("aten::index_put_", _index_put, f"{_ATEN}/cuda/Indexing.cu index_put_with_sort_kernel"),
     KernelScratch("aten::native_layer_norm", _layer_norm, f"{_ATEN}/cuda/layer_norm_kernel.cu layer_norm_cuda"),
     KernelScratch(
         "aten::native_layer_norm_backward",

@@ -10,12 +10,13 @@ import sys
 import weakref
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from memplan.core.records import NamedTuple
 from memplan.probe.fake.kernels import KernelCard, Scratch, data_free_kernels, scratch_of
 from memplan.probe.libraries import library
 
@@ -289,7 +290,9 @@ class Tracker(TorchDispatchMode):
             return _no_value(args[0])
         if func in self._instead:
             with self:
-                return self._instead[func](*args, **kwargs)
+                replaced = self._instead[func](*args, **kwargs)
+            if replaced is not NotImplemented:
+                return replaced
         with self._fake:
             out = func(*args, **kwargs)
         for tensor in _tensors(out):

@@ -12,9 +12,10 @@ import os
 import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from memplan.core.errors import MemplanError, SpecError, printable
+from memplan.core.records import NamedTuple
 from memplan.probe.libraries import library, versions
 from memplan.probe.run.driver import in_use
 from memplan.spec.run import RunSpec

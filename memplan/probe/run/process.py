@@ -16,9 +16,10 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Thread
 from time import monotonic
-from typing import IO, Any, NamedTuple, cast
+from typing import IO, Any, cast
 
 from memplan.core.errors import MemplanError, printable
+from memplan.core.records import NamedTuple
 from memplan.probe.run.cuda import OUT_OF_MEMORY, LocalGPU, Reading
 from memplan.probe.run.driver import Ask, in_use, nvidia_smi
 from memplan.spec.run import RunSpec

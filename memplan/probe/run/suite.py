@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.core.errors import MemplanError, SpecError, printable
+from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import FITS, MAY_FIT, Demand
 from memplan.estimate.estimate import estimate

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from threading import TIMEOUT_MAX, Timer
-from typing import IO, Any, Literal, NamedTuple
+from typing import IO, Any, Literal
 
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.hardware.overhead import cublas_workspace
@@ -29,6 +29,7 @@ from memplan.core import errors
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, ProbeError
 from memplan.core.frozen import FrozenDict
+from memplan.core.records import NamedTuple
 from memplan.engine.allocator import Block
 from memplan.engine.native import new_allocator
 from memplan.estimate.answer import KINDS

@@ -6,13 +6,15 @@ Each calls the model's body and head separately, as those libraries do, to avoid
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch._subclasses.fake_tensor import FakeTensor
 
+from memplan.core.records import NamedTuple
 from memplan.probe.script.model import base_of
+from memplan.probe.script.trl_losses import chunked_nll, tiled_lm_head
 
 _CHUNKS = 8  # torchtune 0.6 CEWithChunkedOutputLoss num_output_chunks
 _TOKENS = 128  # litgpt 0.5 lm_head_chunk_size
@@ -49,6 +51,16 @@ def compute(kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, **opt
         case "fused":
             hidden = body(input_ids=ids, **options).last_hidden_state
             return LossOutput(_fused(hidden, labels, base.get_output_embeddings()), None)
+        case "chunked_nll" | "chunked_nll_fp32":
+            hidden = body(input_ids=ids, **options).last_hidden_state
+            matrix, scaled = base.get_output_embeddings(), _scaling(base.config)
+            return LossOutput(chunked_nll(hidden, labels, matrix, scaled, kind == "chunked_nll_fp32"), None)
+        case "tiled_lm_head":
+            hidden = body(input_ids=ids, **options).last_hidden_state
+            cap = getattr(base.config, "final_logit_softcapping", None)
+            return LossOutput(
+                tiled_lm_head(hidden, labels, base.get_output_embeddings(), _factor(base.config), cap), None
+            )
         case other:
             raise AssertionError(other)
 
@@ -68,13 +80,17 @@ def _by_tokens(hidden: Any) -> Any:
 
 def _head(base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """Return a function from hidden states to logits, including some families' scaling and soft capping."""
-    matrix, config = base.get_output_embeddings(), base.config
+    matrix, scaled = base.get_output_embeddings(), _scaling(base.config)
+    return lambda hidden: scaled(matrix(hidden))
+
+
+def _scaling(config: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what some families do with the product of hidden states and the head's matrix."""
     cap = getattr(config, "final_logit_softcapping", None)
     divisor = getattr(config, "logits_scaling", None)
     factor = getattr(config, "logit_scale", None)
 
-    def logits(hidden: torch.Tensor) -> torch.Tensor:
-        out = matrix(hidden)
+    def scaled(out: torch.Tensor) -> torch.Tensor:
         if divisor is not None:
             out = out / divisor
         if factor is not None:
@@ -85,7 +101,13 @@ def _head(base: Any) -> Callable[[torch.Tensor], torch.Tensor]:
             out = out * cap
         return out
 
-    return logits
+    return scaled
+
+
+def _factor(config: Any) -> float:
+    """Return the factor of the logits; 1 if there is none."""
+    divisor, factor = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
+    return 1 / divisor if divisor else 1.0 if factor is None else factor
 
 
 def _shifted(labels: torch.Tensor) -> torch.Tensor:
@@ -110,7 +132,7 @@ def _chunked_lm_head(kept: list[Any], labels: Any) -> LossOutput:
     targets = [chunk.reshape(-1) for chunk in _by_tokens(labels[..., 1:])]
     losses = [
         F.cross_entropy(chunk, target, ignore_index=_IGNORED, reduction="none")
-        for chunk, target in zip(logits, targets, strict=True)
+        for chunk, target in zip(logits, targets, strict=False)  # a last chunk of one token predicts nothing
     ]
     return LossOutput(torch.cat(losses).sum(), kept)
 

@@ -11,11 +11,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.core.errors import MemplanError, ProbeError, SpecError
 from memplan.models.cards import find_config
 from memplan.models.configs import families
 from memplan.models.facts import Family
 from memplan.models.objectives import modules_to_train
+from memplan.models.peft_methods import PEFT_METHODS, default_targets, filled_options
 from memplan.probe.libraries import library, model_class
 from memplan.probe.script import expert_parallel
 from memplan.probe.script.device_map import device_lookup, dispatch, is_dispatched, map_of
@@ -23,13 +25,12 @@ from memplan.probe.script.quantized import quantisable_names, quantise
 from memplan.probe.script.tensor_parallel import divide, is_part, local_of, part_of
 from memplan.resolve.decide import decide, objective_of
 from memplan.spec.run import RunSpec
-from memplan.spec.training import Precision
+from memplan.spec.training import Method, Precision
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 # Config keys that describe a file or a program rather than the model.
 _NOT_THE_MODEL = ("model_type", "architectures", "auto_map", "transformers_version", "torch_dtype", "dtype")
 _NEITHER = ("_name_or_path", "quantization_config", "_attn_implementation", "attn_implementation")
-_ADAPTERS = ("lora", "qlora", "dora", "qdora")
 
 
 def lower_of(precision: Precision) -> torch.dtype:
@@ -57,7 +58,7 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
         for name, parameter in model.named_parameters():
             if parts.fullmatch(name):
                 parameter.requires_grad_(False)
-    if kind in _ADAPTERS:
+    if kind in ADAPTERS:
         model = _adapt(model, run)
     elif kind == "freeze":
         _freeze(model, run.method.trainable_layers)
@@ -227,16 +228,13 @@ def _arguments(model: Any) -> Mapping[str, Any]:
 def _adapt(model: Any, run: RunSpec) -> Any:
     """Return the model with peft's adapters on the targets, in `adapter_dtype` (default: fp32, as in peft)."""
     peft, method, objective = library("peft"), run.method, objective_of(run)
-    config = peft.LoraConfig(
+    config = adapter_config(
+        method,
+        model.config.model_type,
         task_type=_TASKS.get(objective) if "input_ids" in _arguments(model) else None,
-        r=method.rank,
-        lora_alpha=method.alpha or 8,
-        lora_dropout=method.dropout,
         target_modules=_targets(run),
-        exclude_modules=_parts(method.frozen) or None,
+        **({"exclude_modules": _parts(method.frozen)} if method.frozen else {}),
         modules_to_save=list(modules_to_train(objective, method.modules_to_save, hasattr(model, "score"))) or None,
-        use_dora="dora" in method.kind,
-        use_rslora=bool(method.options.get("use_rslora", False)),
     )
     dtype = method.adapter_dtype or "fp32"
     try:
@@ -245,10 +243,49 @@ def _adapt(model: Any, run: RunSpec) -> Any:
         raise ProbeError(
             f"method.targets: peft refuses: {' '.join(str(error).split()):.300}", "method.targets"
         ) from error
+    for module in adapted.modules():
+        if hasattr(module, "module_dropout") and not isinstance(module.module_dropout, float):
+            module.module_dropout = dict.fromkeys(module.module_dropout, _AboveNothing())
     for name, parameter in adapted.named_parameters():
-        if "lora_" in name and parameter.dtype != DTYPES[dtype]:
+        if adapted.base_model.prefix in name and parameter.dtype != DTYPES[dtype]:
             parameter.data = parameter.data.to(DTYPES[dtype])
     return adapted
+
+
+def adapter_config(method: Method, model_type: str, **more: Any) -> Any:
+    """Return peft's config of a method, with the settings of the method and `more`."""
+    peft: Any = library("peft")
+    kind = method.kind
+    known = peft.PEFT_TYPE_TO_CONFIG_MAPPING[peft.PeftType[kind.upper()]] if kind in PEFT_METHODS else peft.LoraConfig
+    return known(**_settings(method, model_type), **more)
+
+
+def _settings(method: Method, model_type: str) -> dict[str, Any]:
+    """Return the method's own settings, by peft's names."""
+    row = PEFT_METHODS.get(method.kind)
+    if row is None:
+        return {
+            "r": method.rank,
+            "lora_alpha": method.alpha or 8,
+            "lora_dropout": method.dropout,
+            "use_dora": "dora" in method.kind,
+            "use_rslora": bool(method.options.get("use_rslora", False)),
+        }
+    named = {row.r: method.rank if row.rank else None, row.dropout: method.dropout, row.alpha: method.alpha}
+    settings = {name: value for name, value in named.items() if name and value is not None}
+    options = filled_options(method.kind, method.options, model_type)
+    if method.kind == "ia3":
+        options["feedforward_modules"] = str(options["feedforward_modules"] or "").split()  # pyright: ignore
+    if method.kind == "adalora":
+        settings["total_step"] = 1000  # when the ranks are fixed does not change a step's memory
+    return {**settings, **options}
+
+
+class _AboveNothing:
+    """A probability of 0, which any random number exceeds, also a fake one."""
+
+    def __lt__(self, other: object) -> bool:
+        return True
 
 
 # Patterns for the paths of modules and parameters in each part of vision-language models.
@@ -270,6 +307,8 @@ def _targets(run: RunSpec) -> str | list[str]:
     named = run.method.targets
     if named == "all-linear":
         return "all-linear"
+    if named == "default":
+        return list(default_targets(run.method.kind, str(find_config(run.model).get("model_type"))))
     try:
         known = decide(run).structure.graph.recipe.targets
     except MemplanError:  # a family without a stack, or a field that only the estimate refuses: use the names unchanged

@@ -21,7 +21,7 @@ def parameters(base: Any) -> tuple[int, int | None]:
     """
     total = in_experts = 0
     for name, parameter in base.named_parameters():
-        if "lora_" in name or ".modules_to_save." in name:
+        if "default" in name.split("."):  # peft's name of the adapter, also of the copies that modules_to_save trains
             continue
         state = getattr(parameter, "quant_state", None)
         count = math.prod(state.shape) if state is not None else parameter.numel()

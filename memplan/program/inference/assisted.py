@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from memplan.catalogue.inference.one_pass import Pass
+from memplan.core.records import NamedTuple
 from memplan.engine.walk import size
 from memplan.program.graph import Graph, TensorGroup
 from memplan.program.inference.passes import InferenceStep

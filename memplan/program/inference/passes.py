@@ -8,9 +8,8 @@ the peak are left out (`memplan.engine.walk.prune`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from typing import NamedTuple
 
 from memplan.catalogue.attention import compressed_tokens
 from memplan.catalogue.inference import offloaded_caches, quantized_caches
@@ -20,9 +19,21 @@ from memplan.catalogue.quantization.packed_kernels import MANY_ROWS
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
-from memplan.engine.moments import Moment
+from memplan.core.records import NamedTuple
 from memplan.engine.step import Lowered
-from memplan.engine.walk import ONE, Term, Variable, alive, chain, largest, prune, rows, size, values
+from memplan.engine.walk import (
+    ONE,
+    Term,
+    Variable,
+    bytes_at_each,
+    chain,
+    counts_at_each,
+    largest,
+    prune,
+    rows,
+    size,
+    values,
+)
 from memplan.program.axes import axes_of, blocks_of_keys, rounded_axes
 from memplan.program.graph import Graph, TensorGroup, lower_inference, operations_of
 from memplan.program.run import ResolvedRun
@@ -372,21 +383,21 @@ class SizedPass(NamedTuple):
         """Return the bytes of one storage of each size of the pass."""
         return [size(key[0], key[1], self.axes)[1] for key in self.low().sizes]
 
-    def counts(self, moment: Moment, sizes: Sequence[int]) -> dict[int, int]:
-        """Return how many storages of each size in bytes are alive at a moment; `sizes` are those of the pass."""
-        tally: dict[int, int] = {}
-        for key, count in alive(moment, self.low().runs, self.axes).items():
-            tally[sizes[key]] = tally.get(sizes[key], 0) + count
-        return tally
+    def counts(self) -> Iterator[dict[int, int]]:
+        """Yield how many storages of each size in bytes are alive at every moment."""
+        low = self.low()
+        return counts_at_each(low.moments, low.runs, self.axes, self.bytes_of_sizes())
 
-    def bytes_at(self, moment: Moment, sizes: Sequence[int]) -> int:
-        """Return the bytes alive at a moment; `sizes` are those of the pass."""
-        return sum(sizes[key] * count for key, count in alive(moment, self.low().runs, self.axes).items())
+    def bytes_left(self) -> int:
+        """Return the bytes that the pass leaves."""
+        low = self.low()
+        return next(bytes_at_each((low.left,), low.runs, self.axes, self.bytes_of_sizes()))
 
     def moments(self) -> Iterator[tuple[str, int]]:
         """Yield where each moment of the pass is, and the bytes alive at it."""
-        sizes = self.bytes_of_sizes()
-        yield from ((moment.where, self.bytes_at(moment, sizes)) for moment in self.low().moments)
+        low = self.low()
+        live = bytes_at_each(low.moments, low.runs, self.axes, self.bytes_of_sizes())
+        yield from ((moment.where, bytes_) for moment, bytes_ in zip(low.moments, live, strict=True))
 
 
 def sized(step: InferenceStep, decided: ResolvedRun) -> SizedPass:

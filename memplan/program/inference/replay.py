@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from itertools import islice
 
 from memplan.catalogue.attention import compressed_tokens
 from memplan.catalogue.inference import quantized_caches
-from memplan.engine.allocator import FREED, Allocator, Block, OutOfMemoryError
+from memplan.core.ir import Division
+from memplan.core.records import NamedTuple
+from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
+from memplan.engine.events import FREED, Event
 from memplan.engine.native import exact, new_allocator
-from memplan.engine.record import unrolled
-from memplan.engine.storages import COMPUTING
+from memplan.engine.sized_events import SizedEvents
 from memplan.engine.walk import size
-from memplan.program.graph import Graph, TensorGroup, parameters_of, recorded_inference
+from memplan.program.graph import NO_AXES, Graph, TensorGroup, parameters_of, recorded_inference
 from memplan.program.inference.passes import SizedPass
 from memplan.program.loading import loading
-from memplan.program.training.replay import replay_loading, replay_stretches
+from memplan.program.training.replay import append_loading
 
 
 class InferenceReplay(NamedTuple):
@@ -44,7 +46,7 @@ def reserved(replay: InferenceReplay, capacity: int | None = None) -> int | None
         for graph in replay.models:
             load(graph, allocator)
         allocator.alloc(replay.workspace)
-        left: dict[bool, list[InheritedTensor]] = {False: [], True: []}  # by whether the assistant's pass left them
+        left: dict[bool, LeftTensors] = {False: NOTHING, True: NOTHING}  # by whether the assistant's pass left them
         loop: dict[tuple[TensorGroup, int], Block] = {}  # tensors that the generation loop holds
         for each in replay.passes:
             step = each.step
@@ -61,81 +63,105 @@ def reserved(replay: InferenceReplay, capacity: int | None = None) -> int | None
 
 def load(graph: Graph, allocator: Allocator) -> None:
     """Replay loading. Versions of transformers that warm up the allocator first allocate one block for many weights."""
+    _loading(graph).replay(allocator, NO_AXES)
+
+
+@lru_cache(maxsize=64)
+def _loading(graph: Graph) -> SizedEvents:
+    events = SizedEvents()
     warms = graph.inference.loaded.warms if graph.inference else ""
     if warms:
         total = sum(h.bytes * h.copies for h in parameters_of(graph))
-        allocator.free(allocator.alloc(total if warms == "all" else total // 2))
-    replay_loading(loading(graph), allocator)
+        events.free([events.alloc(total if warms == "all" else total // 2)])
+    append_loading(loading(graph), events)
+    return events
 
 
-class InheritedTensor(NamedTuple):
-    """A tensor that one pass leaves for the next.
+class Storages:
+    """Storages of a pass: their numbers, the keys of their sizes, and their kinds.
 
-    key    its shape in axes, and its dtype
-    bytes  its size
-    block  the block it is in
+    A kind is the same in every pass: the shape in axes, regardless of the number of tokens, and the dtype.
     """
 
-    key: tuple[str, ...]
-    bytes: int
-    block: Block
+    def __init__(self, sizes: Sequence[tuple[str, ...]], allocations: Iterable[Event]) -> None:
+        """`sizes` are the shape and dtype of each key."""
+        events = list(allocations)
+        self.numbers = [number for number, _ in events]
+        self.keys = [key for _, key in events]
+        self.distinct_keys = tuple(dict.fromkeys(self.keys))
+        self.kinds = [_kind(sizes[key]) for key in self.keys]
 
 
-def replay_pass(each: SizedPass, allocator: Allocator, left: Iterable[InheritedTensor]) -> list[InheritedTensor]:
+class LeftTensors(NamedTuple):
+    """Tensors that one pass leaves for the next: their storages and blocks, and the bytes of the pass's keys."""
+
+    storages: Storages
+    blocks: list[Block]
+    sizes: list[int]
+
+
+NOTHING = LeftTensors(Storages((), ()), [], [])
+
+
+def replay_pass(each: SizedPass, allocator: Allocator, left: LeftTensors) -> LeftTensors:
     """Replay a pass that begins with the tensors `left` by the previous one. Return the tensors it leaves itself."""
-    recording = recorded_inference(each.step.graph, each.step.division)
-    bytes_ = [size(key[0], key[1], each.axes)[1] for key in recording.sizes]
-    blocks = allocator.live_blocks()
-    inherited = _Inherited(left)
-    stretches = deque(recording.forward)
-    while inherited.remaining and stretches:  # the first allocations are the inherited tensors
-        for number, event in unrolled((stretches.popleft(),)):
-            if event == FREED:
-                allocator.free(blocks.pop(number))
-            elif inherited.remaining:
-                blocks[number] = inherited.take(recording.sizes[event], bytes_[event])
-            else:
-                blocks[number] = allocator.alloc(bytes_[event])
-    replay_stretches(stretches, bytes_, [COMPUTING] * len(bytes_), allocator, blocks)
-    alive: dict[int, int] = {}  # number -> index of its size
-    for events, shift, _ in recording.forward:
-        for number, key in events:
-            if key == FREED:
-                del alive[number + shift]
-            else:
-                alive[number + shift] = key
-    return [InheritedTensor(recording.sizes[key], bytes_[key], blocks.pop(number)) for number, key in alive.items()]
+    one = _recorded(each.step.graph, each.step.division)
+    sizes = [size(shape, dtype, each.axes)[1] for shape, dtype, *_ in one.recording.sizes]
+    live = allocator.live_blocks(one.recording.storages)
+    first = one.first(len(left.blocks))
+    alike: dict[int, int] = {}  # bytes -> a number in place of them
+    then = tuple(alike.setdefault(left.sizes[key], len(alike)) for key in left.storages.distinct_keys)
+    now = tuple(alike.setdefault(sizes[key], len(alike)) for key in first.distinct_keys)
+    for number, place in zip(first.numbers, _places(left.storages, then, first, now), strict=True):
+        live[number] = left.blocks[place]
+    allocator.replay(one.recording, sizes, live)
+    return LeftTensors(one.left, [live[number] for number in one.left.numbers], sizes)
 
 
-class _Inherited:
-    """The tensors a pass begins with, each taken once.
+class _RecordedPass:
+    """The recording of a pass, and the storages that it leaves."""
 
-    `take` prefers the first tensor of the same kind and size, then the first of the same kind, then the first.
+    def __init__(self, graph: Graph, division: Division | None) -> None:
+        self.recording = recorded_inference(graph, division)
+        self.left = Storages(self.recording.sizes, self.recording.left)
+        self._first = NOTHING.storages
+
+    def first(self, count: int) -> Storages:
+        """Return the first `count` storages, which the previous pass left."""
+        first = self._first
+        if len(first.numbers) != count:
+            allocations = (event for event in self.recording.unrolled() if event[1] != FREED)
+            first = self._first = Storages(self.recording.sizes, islice(allocations, count))
+        return first
+
+
+_recorded = lru_cache(maxsize=64)(_RecordedPass)
+
+
+@lru_cache(maxsize=64)
+def _places(left: Storages, sizes: tuple[int, ...], wanted: Storages, sizes_wanted: tuple[int, ...]) -> list[int]:
+    """Return for each of the `wanted` tensors which of those `left` it is, each once. KeySizes are of distinct keys.
+
+    The first tensor of the same kind and size is preferred, then the first of the same kind, then the first.
     """
-
-    def __init__(self, left: Iterable[InheritedTensor]) -> None:
-        self._left = list(left)
-        self._taken: set[int] = set()
-        self._queues: dict[object, deque[int]] = {}
-        for i, tensor in enumerate(self._left):
-            kind = _kind(tensor.key)
-            for match in ((kind, tensor.bytes), kind, None):
-                self._queues.setdefault(match, deque()).append(i)
-
-    @property
-    def remaining(self) -> int:
-        return len(self._left) - len(self._taken)
-
-    def take(self, key: tuple[str, ...], bytes_: int) -> Block:
-        kind = _kind(key)
-        for match in ((kind, bytes_), kind, None):
-            queue = self._queues.get(match, ())
-            while queue:
-                i = queue.popleft()
-                if i not in self._taken:
-                    self._taken.add(i)
-                    return self._left[i].block
-        raise IndexError("nothing is left to take")
+    size_of, size_wanted = (
+        dict(zip(storages.distinct_keys, numbers, strict=True))
+        for storages, numbers in ((left, sizes), (wanted, sizes_wanted))
+    )
+    queues: dict[object, deque[int]] = {}
+    for i, (kind, key) in enumerate(zip(left.kinds, left.keys, strict=True)):
+        for match in ((kind, size_of[key]), kind, None):
+            queues.setdefault(match, deque()).append(i)
+    taken: dict[int, None] = {}
+    for kind, key in zip(wanted.kinds, wanted.keys, strict=True):
+        for match in ((kind, size_wanted[key]), kind, None):
+            queue = queues.get(match, deque())
+            while queue and queue[0] in taken:
+                queue.popleft()
+            if queue:
+                taken[queue.popleft()] = None
+                break
+    return list(taken)
 
 
 _TOKENS: dict[str, str] = {

@@ -6,10 +6,10 @@ from fractions import Fraction
 from functools import lru_cache
 from importlib import import_module
 from math import ceil
-from typing import NamedTuple
 
 from memplan.catalogue.hardware.overhead import Communicator, Overhead, cuda_context, nccl
 from memplan.catalogue.profiles.engines import cuda_graph_memory, loaded_kernels
+from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 from memplan.program.serving.draft_weights import rank_weights
 from memplan.program.serving.engine_step import EngineStep, largest

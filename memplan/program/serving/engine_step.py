@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue.inference.caches import caches
 from memplan.catalogue.inference.engine_step import instants, parts_of_rank
 from memplan.catalogue.inference.engine_step_deepseek_v4 import LOGITS
 from memplan.catalogue.inference.engine_step_towers import MADE, tower_instants
 from memplan.catalogue.inference.instant import Instant
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.program.serving.compressed import room_of
 from memplan.program.serving.images import profiled_items

@@ -6,8 +6,7 @@ compute_mm_encoder_budget, model_executor/models/qwen2_vl.py Qwen2VLProcessingIn
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
+from memplan.core.records import NamedTuple
 from memplan.models.configs.images import largest_picture, takes_images, tower_of
 from memplan.models.configs.towers import places, size
 from memplan.program.serving.settings import Settings

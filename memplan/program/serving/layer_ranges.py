@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from fractions import Fraction
 from itertools import accumulate
-from typing import NamedTuple
+
+from memplan.core.records import NamedTuple
 
 
 class Stage(NamedTuple):

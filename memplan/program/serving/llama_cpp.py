@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue.inference.caches import CONVOLUTION, LayerCache, caches
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.models.layers import Layer
 from memplan.program.serving.pool import Slots

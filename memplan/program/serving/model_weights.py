@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 from memplan.catalogue.quantization.engine_repacking import Mxfp4Kernel, mxfp4_kernel
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.models.model import ModelSpec
 from memplan.program.serving.adapters import slot

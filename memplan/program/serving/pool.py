@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from memplan.core.records import NamedTuple
 
 
 class Pool(Protocol):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.inference.cache_formats import cache_format
 from memplan.catalogue.inference.caches import CONVOLUTION, CachePart, LayerCache, caches
 from memplan.catalogue.profiles.engines import EngineBehaviour, ServingEngine
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.models.model import ModelSpec
 from memplan.program.serving.layer_ranges import Stage

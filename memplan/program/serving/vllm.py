@@ -6,10 +6,9 @@ _align_hybrid_block_size. Differences in 0.11 are in the engine's rows.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from memplan.catalogue.inference.caches import LayerCache, caches
 from memplan.core.errors import SpecError
+from memplan.core.records import NamedTuple
 from memplan.program.serving import compressed
 from memplan.program.serving.draft import layers_of, lookahead_slots
 from memplan.program.serving.pool import Blocks, CacheGroup, block_bytes

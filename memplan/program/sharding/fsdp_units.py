@@ -9,11 +9,11 @@ from collections.abc import Iterator
 from functools import lru_cache
 from itertools import groupby
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.parallelism.sharding import aligned, part, rows_of
 from memplan.core.ir import Division, Op, Tensor, Unit, Weight, operations, outside
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.gather import AFTER, BEFORE, OUTSIDE, REST, ROOT, TIED, unit_of
 from memplan.program.graph import Graph, elements, is_optimized, operations_of

@@ -16,11 +16,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from math import lcm
-from typing import NamedTuple
 
 from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.parallelism.sharding import BUCKET_END, PARAMETER_START, part
 from memplan.core.cached_property import cached_property
+from memplan.core.records import NamedTuple
 from memplan.program.graph import Graph, TensorGroup, elements, operations_of, parameters_of, tensor_group
 from memplan.program.loading import LoadingTape, in_order, load
 from memplan.program.sharding.ranks import Ranks

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue.parallelism.sharding import STRATEGIES, Strategy, ZeroSettings
 from memplan.core.ir import Weight
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.program.graph import TensorGroup, dims_of, elements, shape_of
 

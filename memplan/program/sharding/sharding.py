@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory
 from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
 from memplan.catalogue.parallelism.sharding import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
 from memplan.core.ir import Division, Tensor
+from memplan.core.records import NamedTuple
 from memplan.engine.storages import COMPUTING
 from memplan.engine.walk import size
 from memplan.program.graph import (

@@ -14,12 +14,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import accumulate
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.optimizers.states import OptimizerMemory
 from memplan.catalogue.parallelism.sharding import ALIGNMENT, STAGES, part
 from memplan.core.cached_property import cached_property
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.storages import COMPUTING, REDUCING
 from memplan.program.graph import Graph, TensorGroup, elements, operations_of, tensor_group, total_bytes, weights_of

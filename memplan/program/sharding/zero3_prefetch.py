@@ -14,10 +14,10 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from itertools import accumulate
-from typing import NamedTuple
 
 from memplan.catalogue.parallelism.sharding import ZeroSettings
 from memplan.core.ir import Op
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.storages import COMPUTING, GATHERING
 from memplan.program.graph import Graph, operations_of

@@ -10,12 +10,12 @@ import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue import build
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.errors import ConfigError, printable
 from memplan.core.ir import Op, Weight
+from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.models.gguf import parameters_in
 from memplan.models.headers import Checkpoint, StoredTensor, stored_bytes

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue.quantization.gguf import (
     ALIASES,
@@ -25,6 +24,7 @@ from memplan.catalogue.quantization.gguf import (
     types_of,
 )
 from memplan.core.errors import UnknownNameError, UnsupportedModelError, printable
+from memplan.core.records import NamedTuple
 from memplan.models.configs import families
 from memplan.models.model import ModelSpec
 from memplan.program.stored.checkpoint import CheckpointParameter, parameters

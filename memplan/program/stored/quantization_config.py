@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import product
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE
 from memplan.catalogue.quantization.storage import KINDS, Layout, plain
 from memplan.core.errors import ConfigError, SpecError, printable
 from memplan.core.ir import Weight
+from memplan.core.records import NamedTuple
 from memplan.models.layers import as_json
 
 FIELD = "quantization_config"

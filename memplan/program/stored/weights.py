@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 from memplan.catalogue.quantization.gguf import FILE_TYPES
 from memplan.catalogue.quantization.gguf import SOURCE as QUANTIZE
 from memplan.catalogue.quantization.storage import KINDS, Layout, parts_of, plain
 from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError
 from memplan.core.ir import Tensor, Weight
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.walk import shared
 from memplan.models.gguf import loaded

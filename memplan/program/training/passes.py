@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 from memplan.catalogue.parallelism.pipeline import PipelineMoment
+from memplan.core.records import NamedTuple
 from memplan.engine import walk
 from memplan.engine.step import Lowered
 from memplan.engine.walk import Term, Variable, chain, prune, rows, size
@@ -106,7 +106,9 @@ class PassTerms(NamedTuple):
 def sizes_of(graph: Graph, options: TrainingPass) -> tuple[tuple[Variable, int], ...]:
     """Return the size of each of a pass's storages."""
     axes = operations_of(graph)[1]
-    return tuple(size(key[0], key[1], axes) for key in lower_training(graph, options).sizes)
+    sizes = [(shape, dtype) for shape, dtype, *_ in lower_training(graph, options).sizes]
+    known = {key: size(*key, axes) for key in dict.fromkeys(sizes)}
+    return tuple(known[key] for key in sizes)
 
 
 @lru_cache(maxsize=512)

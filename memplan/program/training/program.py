@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from math import prod
-from typing import NamedTuple
 
 from memplan.catalogue.degrees import WHOLE
 from memplan.catalogue.optimizers.states import GRAD_SCALER, OptimizerMemory
 from memplan.core.arithmetic import Size
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, gib
 from memplan.engine.walk import alive
 from memplan.program.graph import active_elements, elements, is_optimized, operations_of, total_bytes, weights_of
@@ -75,7 +75,7 @@ class Program(NamedTuple):
         return self.parameters + self.buffered + self.reducing + self.scaler + self.states + 2 * workspace
 
 
-@lru_cache(maxsize=2048)
+@lru_cache(maxsize=1024)
 def program(structure: Structure) -> Program:
     """Lower the structure and fill in its model's numbers. Takes milliseconds, then is cached."""
     sharding = sharding_of(structure)
@@ -169,14 +169,23 @@ def phase_peaks(
     moving     peak of the forward pass, the loss and the backward pass, without what exists throughout
     held       bytes that the script holds into the optimizer step
     """
-    p = program
+    for phase, step, offset in _offsets(program.structure, workspace):
+        yield phase, step, offset + (held if phase == "step" else moving[PHASES.index(phase)])
+
+
+@lru_cache(maxsize=2048)
+def _offsets(structure: Structure, workspace: int) -> tuple[tuple[str, int | None, int], ...]:
+    """Return the phase, step and bytes of every phase after loading, without those that batch and sequence decide."""
+    p = program(structure)
     fixed = p.parameters + p.buffered + p.reducing + p.scaler + workspace
+    out: list[tuple[str, int | None, int]] = []
     for step in steps(p):
         states = _states(p, step)
-        for phase, most in zip(PHASES, moving, strict=True):
+        for phase in PHASES:
             second = workspace if phase == "backward" or step != 1 else 0
-            yield phase, step, fixed + second + states + p.passing[phase] + most
-        yield "step", step, fixed + workspace + p.gradients + held + max(_update(p, step), states + p.clipping)
+            out.append((phase, step, fixed + second + states + p.passing[phase]))
+        out.append(("step", step, fixed + workspace + p.gradients + max(_update(p, step), states + p.clipping)))
+    return tuple(out)
 
 
 def steps(program: Program) -> tuple[int | None, ...]:

@@ -9,18 +9,20 @@ is replayed, as the first would hardly change its segments.
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import lru_cache, reduce
 from itertools import islice
 
 from memplan.catalogue.hardware.overhead import EXTRA_LOSS_COPIES
 from memplan.catalogue.parallelism.pipeline import distinct_microbatches, passes
 from memplan.core.ir import Tensor
 from memplan.core.units import ITEMSIZE
-from memplan.engine.allocator import FREED, RELEASED, Allocator, Block, Event, LiveBlocks
+from memplan.engine.allocator import Allocator
+from memplan.engine.events import FREED
 from memplan.engine.native import new_allocator
-from memplan.engine.record import AllocationTrace, EventSpan
-from memplan.engine.storages import COMPUTING, GATHERING, LENT, REDUCING
+from memplan.engine.record import AllocationTrace
+from memplan.engine.sized_events import SizedEvents
+from memplan.engine.storages import GATHERING, LENT, REDUCING
 from memplan.engine.walk import size
 from memplan.program.graph import operations_of, record_training
 from memplan.program.loading import EMPTIED
@@ -30,6 +32,7 @@ from memplan.program.structure import Structure, chunks_of
 from memplan.program.training.passes import recorded_options
 from memplan.program.training.pipeline_moments import stage_buffers
 from memplan.program.training.program import Program
+from memplan.program.training.program import program as program_of
 
 STREAMS = 4  # each has a memory pool of its own
 IN_FLIGHT = 2  # FSDP1's _max_num_inflight_all_gathers
@@ -64,90 +67,67 @@ def replay_steps(
 
     Raises OutOfMemoryError if `capacity` is exceeded.
     """
-    structure, sharding = program.structure, sharding_of(program.structure)
-    _, model_axes = operations_of(structure.graph)
-    numbers = {**model_axes, **axes}
     allocator = new_allocator(expandable, capacity, STREAMS)
-    _load(sharding, allocator)
-    has_small_states = program.states * FEW < program.parameters
-    if program.optimizer.at_once or has_small_states:
-        _make_states(program, allocator)
-    handles = iter((workspace, workspace))
-    waiting: list[Block] = []  # outputs of the previous pass that the training loop still references
-    for step in (2,) if has_small_states else (1, 2):
-        gradients: list[Block] = []
-        if structure.pipe.engine:
-            gradients += _pipeline_step(structure, axes, allocator, handles)
-        for later in (False, True)[: 0 if structure.pipe.engine else 1 + structure.accumulates]:
-            gathering, gathered = sharding.gathering(), dict[int, Block]()
-            # how the gathered weights interleave with the pass's own tensors only matters on a full GPU
-            _gather(gathering.events[: gathering.most], gathering.stream, allocator, gathered)
-            between: list[Block] = []
-            if later and not sharding.accumulates_in("backward"):  # accumulated gradients are whole until reduced
-                between = [allocator.alloc(h.bytes) for h in sharding.accumulated() for _ in range(h.copies)]
-            recording, reducing = pass_of(structure, later), sharding.reduction_streams()
-            new_gradients, held, buffers = _pass(recording, numbers, allocator, handles, waiting, reducing)
-            gradients += new_gradients
-            if structure.graph.holds_previous_outputs or (structure.holds_outputs and later == structure.accumulates):
-                waiting = held
-            else:
-                _free(held, allocator)
-            _free(between, allocator)
-            _free(buffers, allocator)
-            _gather(gathering.events[gathering.most :], gathering.stream, allocator, gathered)
-        if sharding.replaces_gradients:
-            _free(gradients, allocator)
-            gradients = [allocator.alloc(program.gradients)]
-        _update(program, step, allocator)
-        if not structure.graph.holds_previous_outputs:
-            _free(waiting, allocator)
-        _free(gradients, allocator)  # zero_grad
+    steps_of(program.structure, workspace).replay(allocator, axes)
     for aside in replay_side_tasks:
         aside(allocator)
     return allocator.peak_reserved
 
 
-def _gather(events: Iterable[tuple[int, int]], stream: int, allocator: Allocator, blocks: dict[int, Block]) -> None:
-    """Replay allocations and frees of weights that a pass gathers apart from its own operations."""
-    for number, bytes_ in events:
+@lru_cache(maxsize=64)
+def steps_of(structure: Structure, workspace: int) -> SizedEvents:
+    """Return what a run allocates and frees while it loads the model and in its steps, at any sizes of its axes."""
+    program, sharding = program_of(structure), sharding_of(structure)
+    model_axes = operations_of(structure.graph)[1]
+    events = SizedEvents()
+    _load(sharding, events)
+    has_small_states = program.states * FEW < program.parameters
+    if program.optimizer.at_once or has_small_states:
+        _make_states(program, events)
+    handles = iter((workspace, workspace))
+    waiting: list[int] = []  # outputs of the previous pass that the training loop still references
+    for step in (2,) if has_small_states else (1, 2):
+        gradients: list[int] = []
+        if structure.pipe.engine:
+            gradients += _pipeline_step(structure, events, handles)
+        for later in (False, True)[: 0 if structure.pipe.engine else 1 + structure.accumulates]:
+            gathering, gathered = sharding.gathering(), dict[int, int]()
+            # how the gathered weights interleave with the pass's own tensors only matters on a full GPU
+            _gather(gathering.events[: gathering.most], gathering.stream, events, gathered)
+            between: list[int] = []
+            if later and not sharding.accumulates_in("backward"):  # accumulated gradients are whole until reduced
+                between = [events.alloc(h.bytes) for h in sharding.accumulated() for _ in range(h.copies)]
+            recording, reducing = pass_of(structure, later), sharding.reduction_streams()
+            new_gradients, held, buffers = _pass(recording, model_axes, events, handles, waiting, reducing)
+            gradients += new_gradients
+            if structure.graph.holds_previous_outputs or (structure.holds_outputs and later == structure.accumulates):
+                waiting = held
+            else:
+                events.free(held)
+            events.free(between)
+            events.free(buffers)
+            _gather(gathering.events[gathering.most :], gathering.stream, events, gathered)
+        if sharding.replaces_gradients:
+            events.free(gradients)
+            gradients = [events.alloc(program.gradients)]
+        _update(program, step, events)
+        if not structure.graph.holds_previous_outputs:
+            events.free(waiting)
+        events.free(gradients)  # zero_grad
+    return events
+
+
+def _gather(weights: Iterable[tuple[int, int]], stream: int, events: SizedEvents, numbers: dict[int, int]) -> None:
+    """Append allocations and frees of weights that a pass gathers apart from its own operations."""
+    for number, bytes_ in weights:
         if bytes_:
-            blocks[number] = allocator.alloc(bytes_, stream)
+            numbers[number] = events.alloc(bytes_, stream)
         else:
-            allocator.free(blocks.pop(number))
+            events.free([numbers.pop(number)])
 
 
-class _MicrobatchInFlight:
-    """The blocks of one microbatch between its forward and its backward pass through a chunk of layers."""
-
-    def __init__(self, structure: Structure, axes: Mapping[str, int], allocator: Allocator) -> None:
-        self._structure, self._allocator = structure, allocator
-        self._axes = {**operations_of(structure.graph)[1], **axes}
-        self._blocks = allocator.live_blocks()
-
-    def forward(self, handles: Iterator[int]) -> None:
-        recording = pass_of(self._structure, later=False)
-        for handle in islice(handles, 1):
-            self._allocator.alloc(handle)
-        self._replay(recording.forward, recording)
-
-    def backward(self, later: bool, handles: Iterator[int]) -> list[Block]:
-        """Replay the backward pass and return the gradients it leaves."""
-        recording = pass_of(self._structure, later)
-        self._replay(recording.loss, recording)
-        for handle in islice(handles, 1):
-            self._allocator.alloc(handle)
-        self._replay((*recording.backward, *recording.end), recording)
-        return list(self._blocks.values())
-
-    def _replay(self, part: Sequence[EventSpan], recording: AllocationTrace) -> None:
-        bytes_ = [_bytes(key[0], key[1], self._axes) for key in recording.sizes]
-        replay_stretches(part, bytes_, [stream % LENT for stream in recording.streams], self._allocator, self._blocks)
-
-
-def _pipeline_step(
-    structure: Structure, axes: Mapping[str, int], allocator: Allocator, handles: Iterator[int]
-) -> list[Block]:
-    """Replay a step of a pipeline rank, and return the gradients it leaves.
+def _pipeline_step(structure: Structure, events: SizedEvents, handles: Iterator[int]) -> list[int]:
+    """Append a step of a pipeline rank, and return the gradients it leaves.
 
     Weights gathered for the step come first. They and the whole gradients are freed when the gradients have been
     reduced, which is replayed as a single collective.
@@ -156,41 +136,74 @@ def _pipeline_step(
     d, pipe = structure.graph.degrees, structure.pipe
     few = distinct_microbatches(pipe.schedule, d.pp, d.stage, d.virtual_stages, pipe.microbatches)
     moments = [*passes(pipe.schedule, d.pp, d.stage, d.virtual_stages, few)]
-    numbers = {**operations_of(structure.graph)[1], **axes}
+    model_axes = operations_of(structure.graph)[1]
     buffers_at = {m: Counter({t: n for t, _, n in stage_buffers(structure, m)}) for m in dict.fromkeys(moments)}
     throughout = reduce(lambda a, b: a & b, buffers_at.values())
 
-    def allocated(tensors: Counter[Tensor]) -> list[Block]:
-        sizes = {t: _bytes(t.shape, t.dtype, numbers) for t in tensors}
-        return [allocator.alloc(sizes[t]) for t in tensors.elements()]
+    def allocated(tensors: Counter[Tensor]) -> list[int]:
+        return [events.alloc(size(t.shape, t.dtype, model_axes)) for t in tensors.elements()]
 
     # an all-gather's output stays until the next one's has been copied
     gathers, reductions = sharding.step_messages()
     messages = [_bytes(t.shape, t.dtype, {}) for t in gathers]
-    _free([allocator.alloc(bytes_, GATHERING) for bytes_ in messages * 2], allocator)
-    whole = [allocator.alloc(h.bytes) for h in sharding.held_in("forward") for _ in range(h.copies)]
+    events.free([events.alloc(bytes_, GATHERING) for bytes_ in messages * 2])
+    whole = [events.alloc(h.bytes) for h in sharding.held_in("forward") for _ in range(h.copies)]
     buffers = allocated(throughout)
-    chunks = chunks_of(structure)
-    in_flight: list[deque[_MicrobatchInFlight]] = [deque() for _ in chunks]
-    gradients: list[Block] = []
+    chunks = [_Microbatches(chunk, events) for chunk in chunks_of(structure)]
+    gradients: list[int] = []
     for moment in moments:
         temporary = allocated(buffers_at[moment] - throughout)
         if moment.backward:
-            gradients += in_flight[moment.chunk].popleft().backward(moment.has_gradient[moment.chunk], handles)
+            gradients += chunks[moment.chunk].backward(handles)
         else:
-            in_flight[moment.chunk].append(_MicrobatchInFlight(chunks[moment.chunk], axes, allocator))
-            in_flight[moment.chunk][-1].forward(handles)
-        _free(temporary, allocator)
-    _free(buffers, allocator)
+            chunks[moment.chunk].forward(handles)
+        events.free(temporary)
+    events.free(buffers)
     if not sharding.gathers_for_step:
-        _free(whole, allocator)
+        events.free(whole)
         return gradients
-    joined = [allocator.alloc(_bytes(t.shape, t.dtype, {})) for t in reductions]
-    _free(whole, allocator)
-    _free(gradients, allocator)
-    parts = [allocator.alloc(h.bytes, REDUCING) for h in sharding.gradients() for _ in range(h.copies)]
-    _free(joined, allocator)
+    joined = [events.alloc(_bytes(t.shape, t.dtype, {})) for t in reductions]
+    events.free(whole)
+    events.free(gradients)
+    parts = [events.alloc(h.bytes, REDUCING) for h in sharding.gradients() for _ in range(h.copies)]
+    events.free(joined)
     return parts
+
+
+class _Microbatches:
+    """The microbatches between their forward and their backward pass through a chunk of layers."""
+
+    def __init__(self, chunk: Structure, events: SizedEvents) -> None:
+        self._chunk, self._events = chunk, events
+        self._axes = operations_of(chunk.graph)[1]
+        self._in_flight: deque[tuple[AllocationTrace, int]] = deque()  # each with the first of its numbers
+        self._vacant: list[int] = []  # the first numbers of those that left nothing
+        self._later = False  # all but the first find gradients
+
+    def forward(self, handles: Iterator[int]) -> None:
+        """Append the forward pass of the next microbatch."""
+        recording, self._later = pass_of(self._chunk, self._later), True
+        for handle in islice(handles, 1):
+            self._events.alloc(handle)
+        numbers = self._vacant.pop() if self._vacant else self._events.take_numbers(recording.storages)
+        self._in_flight.append((recording, numbers))
+        self._events.append_part(recording, recording.forward, numbers, self._axes)
+
+    def backward(self, handles: Iterator[int]) -> list[int]:
+        """Append the backward pass of the first microbatch and return the gradients it leaves."""
+        recording, numbers = self._in_flight.popleft()
+        self._events.append_part(recording, recording.loss, numbers, self._axes)
+        for handle in islice(handles, 1):
+            self._events.alloc(handle)
+        for part in (recording.backward, recording.end):
+            self._events.append_part(recording, part, numbers, self._axes)
+        if self._vacates(recording):
+            self._vacant.append(numbers)
+        return [numbers + number for number, _ in recording.left]
+
+    def _vacates(self, recording: AllocationTrace) -> bool:
+        """Whether another microbatch can have the numbers: nothing is left, and it is recorded alike."""
+        return not recording.left and recording is pass_of(self._chunk, later=True)
 
 
 def replayed_microbatches(structure: Structure) -> int:
@@ -208,29 +221,25 @@ def replayed_microbatches(structure: Structure) -> int:
     return max(6, rounds // 2 * 2) * d.pp
 
 
-def replay_loading(events: Iterable[tuple[int, int]], allocator: Allocator) -> None:
-    """Replay the events of `memplan.program.loading.loading` through a model of torch's allocator."""
-    keys: dict[int, int] = {}  # size -> its index
-    live: set[int] = set()
-    indexed: list[Event] = []
-    for number, bytes_ in events:
+def append_loading(loading: Iterable[tuple[int, int]], events: SizedEvents) -> None:
+    """Append the events of `memplan.program.loading.loading`."""
+    live: dict[int, int] = {}
+    for number, bytes_ in loading:
         if bytes_:
-            live.add(number)
-            indexed.append((number, keys.setdefault(bytes_, len(keys))))
+            live[number] = events.alloc(bytes_)
         elif number == EMPTIED:
-            indexed.append((number, RELEASED))
+            events.release()
         elif number in live:  # an empty tensor has no block
-            live.remove(number)
-            indexed.append((number, FREED))
-    allocator.replay(indexed, list(keys), [COMPUTING] * len(keys), allocator.live_blocks())
+            events.free([live.pop(number)])
 
 
-def _load(sharding: Sharding, allocator: Allocator) -> None:
-    """Replay loading the model, and allocate gradient and reduction buffers, which exist before the first step."""
-    replay_loading(sharding.loading_events(together=sharding.ranks.world > FEW_RANKS), allocator)
+def _load(sharding: Sharding, events: SizedEvents) -> None:
+    """Append loading the model, and allocations of gradient and reduction buffers, which exist before the first
+    step."""
+    append_loading(sharding.loading_events(together=sharding.ranks.world > FEW_RANKS), events)
     for held in (*(sharding.gradients() if sharding.run.grads else ()), *sharding.reduction_buffers()):
         for _ in range(held.copies):
-            allocator.alloc(held.bytes)
+            events.alloc(held.bytes)
 
 
 def cached_logits(structure: Structure, axes: Mapping[str, int]) -> int:
@@ -250,68 +259,42 @@ def _bytes(shape: str, dtype: str, axes: Mapping[str, int]) -> int:
 
 def _pass(
     recording: AllocationTrace,
-    axes: Mapping[str, int],
-    allocator: Allocator,
+    model_axes: Mapping[str, int],
+    events: SizedEvents,
     handles: Iterator[int],
-    waiting: list[Block],
+    waiting: list[int],
     reducing: Iterable[tuple[int, int]],
-) -> tuple[list[Block], list[Block], list[Block]]:
-    """Replay a pass. Return the gradients it leaves, the tensors that the script still holds, and the buffers for
+) -> tuple[list[int], list[int], list[int]]:
+    """Append a pass. Return the gradients it leaves, the tensors that the script still holds, and the buffers for
     reducing gradients.
 
     handles   workspaces not allocated yet: one comes with the first forward product, one with the first backward
               product, the head's
-    waiting   blocks of the previous pass, freed when this pass replaces them
+    waiting   tensors of the previous pass, freed when this pass replaces them
     reducing  stream and bytes of the buffers for reducing gradients, which exist from the head's backward on
     """
-    sizes = [_bytes(key[0], key[1], axes) for key in recording.sizes]
-    blocks = allocator.live_blocks()
-    streams = _StreamReplay(allocator, recording, sizes, blocks) if any(recording.streams) else None
-    buffers: list[Block] = []
-    for part, is_backward in (((*recording.forward, *recording.loss), False), (recording.backward, True)):
-        if is_backward:
-            buffers = [allocator.alloc(bytes_, stream) for stream, bytes_ in reducing]
+    numbers = events.take_numbers(recording.storages)
+    ahead = _RunsAhead(events, recording, numbers, model_axes) if LENT in recording.streams else None
+    buffers: list[int] = []
+    for parts in ((recording.forward, recording.loss), (recording.backward,)):
+        if recording.backward in parts:
+            buffers = [events.alloc(bytes_, stream) for stream, bytes_ in reducing]
         for handle in islice(handles, 1):
-            allocator.alloc(handle)
-        if streams is not None:
-            streams.replay(part)
-        else:  # a single stream
-            replay_stretches(part, sizes, recording.streams, allocator, blocks)
-        _free(waiting, allocator)
-    if streams is not None:
-        streams.end()
-    held = [blocks.pop(number + shift) for events, shift, _ in recording.end for number, _ in events]
-    return list(blocks.values()), held, buffers
+            events.alloc(handle)
+        for part in parts:
+            if ahead is not None:
+                ahead.append_part(part)
+            else:
+                events.append_part(recording, part, numbers, model_axes)
+        events.free(waiting)
+    if ahead is not None:
+        ahead.end()
+    held = [numbers + number for number, _ in recording.unrolled(recording.end)]
+    return [numbers + number for number, _ in recording.left], held, buffers
 
 
-def replay_stretches(
-    part: Iterable[EventSpan],
-    bytes_: Sequence[int],
-    streams: Sequence[int],
-    allocator: Allocator,
-    blocks: LiveBlocks,
-) -> None:
-    """Replay a part of a pass. `bytes_` and `streams` are indexed by size; `blocks` maps live storages to blocks."""
-    for events, shift in _iterations(part, allocator):
-        allocator.replay(events, bytes_, streams, blocks, shift)
-
-
-def _iterations(part: Iterable[EventSpan], allocator: Allocator) -> Iterator[tuple[tuple[Event, ...], int]]:
-    """Yield the events to replay, with the offset of their storage numbers.
-
-    Repeated events free all they allocate. Once a repetition asks the driver for nothing, it leaves the allocator
-    unchanged, and the remaining repetitions are skipped.
-    """
-    for events, shift, times in part:
-        for _ in range(times):
-            requests = allocator.requests
-            yield events, shift
-            if allocator.requests == requests:
-                break
-
-
-class _StreamReplay:
-    """Replay of a pass on several streams, by a process that runs ahead of its GPU.
+class _RunsAhead:
+    """The events of a pass on several streams, by a process that runs ahead of its GPU.
 
     FSDP1 frees a unit's weights while the GPU still has to compute with them, and a unit's gradients before they are
     reduced. torch's allocator reuses such blocks only once the other stream is done with them. The process waits for
@@ -322,72 +305,67 @@ class _StreamReplay:
     _FreeEventQueue; c10/cuda/CUDACachingAllocator.cpp recordStream.
     """
 
-    def __init__(self, allocator: Allocator, recording: AllocationTrace, bytes_: list[int], blocks: LiveBlocks) -> None:
-        self._allocator, self._bytes, self._blocks, self._streams = allocator, bytes_, blocks, recording.streams
-        self._frees_early = LENT in recording.streams
-        self._kinds: dict[int, int] = {}
-        self._weights: deque[tuple[Block, list[Block]]] = deque()  # each with the gradients freed before it
-        self._gradients: list[Block] = []
+    def __init__(
+        self, events: SizedEvents, recording: AllocationTrace, numbers: int, model_axes: Mapping[str, int]
+    ) -> None:
+        self._events, self._recording, self._numbers, self._axes = events, recording, numbers, model_axes
+        self._streams: dict[int, int] = {}  # of live storages
+        self._weights: deque[tuple[int, list[int]]] = deque()  # each with the gradients freed before it
+        self._gradients: list[int] = []
 
-    def replay(self, part: Iterable[EventSpan]) -> None:
-        for events, shift in _iterations(part, self._allocator):
-            self._replay((number + shift, key) for number, key in events)
-
-    def _replay(self, events: Iterable[Event]) -> None:
-        alloc, free = self._allocator.alloc, self._allocator.free
-        streams, bytes_, blocks = self._streams, self._bytes, self._blocks
-        for number, key in events:
-            if key != FREED:
-                stream = streams[key]
-                if stream == GATHERING and len(self._weights) >= IN_FLIGHT:
-                    self._wait()
-                blocks[number] = alloc(bytes_[key], COMPUTING if stream == LENT else stream)
-                if stream and self._frees_early:
-                    self._kinds[number] = stream
+    def append_part(self, part: range) -> None:
+        keys = self._events.keys_of(self._recording, self._axes)
+        for i in part:
+            (span,) = self._recording.spans_of(range(i, i + 1))
+            if span.times > 1:  # only allocates for computing
+                self._events.append_part(self._recording, range(i, i + 1), self._numbers, self._axes)
                 continue
-            block, stream = blocks.pop(number), self._kinds.pop(number, COMPUTING)
-            if stream == GATHERING:
-                self._weights.append((block, self._gradients))
-                self._gradients = []
-            elif stream == LENT:
-                self._gradients.append(block)
-            else:
-                free(block)
+            for number, key in self._recording.of(span):
+                self._append(number + self._numbers, key, keys)
+
+    def _append(self, number: int, key: int, keys: list[int]) -> None:
+        if key != FREED:
+            self._streams[number] = self._recording.streams[key]
+            if self._streams[number] == GATHERING and len(self._weights) >= IN_FLIGHT:
+                self._wait()
+            self._events.append(number, keys[key])
+            return
+        stream = self._streams.pop(number)
+        if stream == GATHERING:
+            self._weights.append((number, self._gradients))
+            self._gradients = []
+        elif stream == LENT:
+            self._gradients.append(number)
+        else:
+            self._events.free([number])
 
     def _wait(self) -> None:
         weights, gradients = self._weights.popleft()
-        self._allocator.free(weights)
-        _free(gradients, self._allocator)
+        self._events.free([weights, *gradients])
 
     def end(self) -> None:
         """Free everything: the process waits for all streams before the optimizer step."""
         while self._weights:
             self._wait()
-        _free(self._gradients, self._allocator)
+        self._events.free(self._gradients)
 
 
-def _free(blocks: list[Block], allocator: Allocator) -> None:
-    while blocks:
-        allocator.free(blocks.pop())
-
-
-def _update(program: Program, step: int, allocator: Allocator) -> None:
+def _update(program: Program, step: int, events: SizedEvents) -> None:
     if program.clipping:
-        allocator.free(allocator.alloc(program.clipping))
+        events.free([events.alloc(program.clipping)])
     if step == 1 and not program.optimizer.at_once:
-        _make_states(program, allocator)
+        _make_states(program, events)
     scratch = program.optimizer.first if step == 1 else program.optimizer.later
     listed = program.optimizer.foreach_lists
     total = sum(bytes_ * count for bytes_, count in listed)
-    blocks = [allocator.alloc(bytes_) for bytes_, count in listed for _ in range(count)] if scratch >= total else []
+    blocks = [events.alloc(bytes_) for bytes_, count in listed for _ in range(count)] if scratch >= total else []
     if scratch > total or (scratch and not blocks):
-        blocks.append(allocator.alloc(scratch - total if blocks else scratch))
-    for block in blocks:
-        allocator.free(block)
+        blocks.append(events.alloc(scratch - total if blocks else scratch))
+    events.free(blocks)
 
 
-def _make_states(program: Program, allocator: Allocator) -> None:
+def _make_states(program: Program, events: SizedEvents) -> None:
     for state in program.optimizer.states:
         if not state.host:
             for _ in range(state.count):
-                allocator.alloc(state.bytes)
+                events.alloc(state.bytes)

@@ -60,7 +60,8 @@ def _split_experts(structure: Structure) -> Iterator[TensorGroup]:
 
 def _file_bytes(structure: Structure) -> int:
     """Return the host bytes of one file of weights while it is written. A method with adapters saves only those."""
+    adapters = {w.name for w, _, _ in weights_of(structure.graph) if w.group == "adapter"}
     parameters = [h for h in parameters_of(structure.graph) if h.kind == "parameter"]
     if structure.graph.recipe.kind not in ("full", "freeze"):
-        parameters = [h for h in parameters if "lora_" in h.what or h.what.endswith(".saved")]
+        parameters = [h for h in parameters if h.what in adapters]
     return min(total_bytes(parameters), _MAX_SHARD)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
+from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
 from memplan.planning.ladder import Ladder

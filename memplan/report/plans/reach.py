@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
+from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import ANSWERS, Estimate
 from memplan.estimate.demand import Demand

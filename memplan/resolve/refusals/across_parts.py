@@ -7,11 +7,8 @@ from collections.abc import Iterator
 from memplan.core.errors import SpecError, refused
 from memplan.resolve.refusals.parallelism import ONE_GPU, offloaded_parameters, parallelism
 from memplan.resolve.refusals.refuse import not_yet
-from memplan.spec.generation import Generation
 from memplan.spec.parallelism import Parallelism
-from memplan.spec.run import RunSpec
-from memplan.spec.serving import Serving
-from memplan.spec.training import Also
+from memplan.spec.run import RunSpec, is_default
 
 
 def contradictions(run: RunSpec) -> Iterator[SpecError]:
@@ -19,9 +16,9 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
     if run.task != "generate":
         if run.batch.new_tokens:
             yield refused("batch.new_tokens", "only task generate makes new tokens")
-        if run.generation != Generation():
+        if not is_default(run, "generation"):
             yield refused("generation", "only applies to task generate")
-    if run.task != "train" and run.also != Also():
+    if run.task != "train" and not is_default(run, "also"):
         yield refused("also", f"only applies to training, not to task {run.task}")
     if run.serving.cache_dtype is not None:
         yield refused(
@@ -29,9 +26,9 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
             f"only applies to serving engines (vllm, sglang, tgi, llama.cpp); with {run.profile} use "
             "generation.cache_implementation quantized, and cache_config.backend quanto, hqq or fp8",
         )
-    if run.serving != Serving():
+    if not is_default(run, "serving"):
         yield refused("serving", f"only applies to serving engines, not {run.profile}; memplan profiles lists them")
-    if run.parallelism != ONE_GPU:
+    if not is_default(run, "parallelism"):
         yield from parallelism(run.parallelism)
         yield from offloaded_parameters(run)
     if run.parallelism.device_map is not None and run.task == "train":

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import cast, get_args
 
-from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.optimizers import ON_HOST, OPTIMIZERS
 from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE
-from memplan.core.errors import SpecError, refused
+from memplan.core.errors import SpecError, nearest, refused
+from memplan.models.peft_methods import PEFT_METHODS, PeftMethod
 from memplan.resolve.open_run import OpenRun
-from memplan.resolve.refusals.refuse import not_yet
+from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 from memplan.spec.formats import Quantization, TrainedOver
 from memplan.spec.training import Method, Optimizer, Precision
 
@@ -28,6 +29,12 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
     if kernels.compile:
         yield not_yet("kernels.compile", True, "false")
     yield from _method(method, r.storages, r.run_formats)
+    if method.kind in PEFT_METHODS and r.parallelism.world > 1:
+        yield not_yet_with(
+            "method.kind", f"{method.kind} on {r.parallelism.world} GPUs", f"{', '.join(LORA)}, or one GPU"
+        )
+    if method.kind in PEFT_METHODS and not r.trains:
+        yield not_yet("method.kind", method.kind, f"full, {', '.join(LORA)} without training")
     yield from _precision(r.precision, method.quantization)
     yield from _optimizer(r.optimizer)
 
@@ -39,7 +46,10 @@ def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iter
                 yield no_adapters(m.kind, f"method.{field}")
     if m.kind != "freeze" and m.trainable_layers != _PLAIN.trainable_layers:
         yield only_freeze(m.kind)
-    for name, value in m.options.items():
+    other = PEFT_METHODS.get(m.kind)
+    if other is not None:
+        yield from _peft_method(m, other)
+    for name, value in () if other is not None else m.options.items():
         field = f"method.options.{name}"
         if name == "use_dora":
             yield refused(field, "use method.kind dora or qdora")
@@ -49,9 +59,26 @@ def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iter
         yield from _quantization(m.quantization, storages, runs)
 
 
+def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
+    """Yield errors for settings that a method other than LoRA does not have."""
+    settings = ", ".join((*filter(None, ("rank" if row.rank else "",)), *row.options)) or "none"
+    for field, has in (("rank", row.rank), ("alpha", row.alpha), ("dropout", row.dropout)):
+        if not has and getattr(m, field) != getattr(_PLAIN, field):
+            yield refused(f"method.{field}", f"{m.kind} has no {field} in peft; its settings are {settings}")
+    for name, value in m.options.items():
+        field = f"method.options.{name}"
+        if name not in row.options:
+            near = nearest(name, tuple(row.options), 1)
+            hint = f"did you mean {near[0]}?" if near else f"its settings are {settings}"
+            yield refused(field, f"{m.kind} has no such setting in memplan; {hint}")
+        elif (default := row.options[name]) is not None and not isinstance(value, type(default)):
+            kinds = {bool: "true or false", int: "a whole number", str: "a word"}
+            yield refused(field, f"must be {kinds[type(default)]}, not {value!r:.40}")
+
+
 def no_adapters(kind: str, field: str) -> SpecError:
     """Return the error that `field` needs adapters, and the method has none."""
-    return refused(field, f"method.kind {kind} has no adapters; {', '.join(ADAPTERS)} have")
+    return refused(field, f"method.kind {kind} has no adapters; {', '.join(LORA)} have")
 
 
 def only_freeze(kind: str) -> SpecError:

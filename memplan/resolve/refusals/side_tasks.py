@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.core.errors import SpecError, refused
+from memplan.models.peft_methods import PEFT_METHODS
 from memplan.program.graph import Graph
 from memplan.resolve.parallelism import replicas
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
@@ -35,6 +36,8 @@ def refused_side_tasks(run: RunSpec, graph: Graph) -> Iterator[SpecError]:
     if also.merging is not None:
         if run.method.kind not in ADAPTERS:
             yield refused("also.merging", f"method {run.method.kind} has no adapters to merge")
+        if run.method.kind in PEFT_METHODS:
+            yield not_yet_with("also.merging", f"method {run.method.kind}", ", ".join(LORA))
         if also.merging.model == "trained" and also.merging.dtype is not None:
             yield refused("also.merging.dtype", "only applies to a reloaded model (also.merging.model reloaded)")
         if also.merging.model == "trained" and run.parallelism.world > 1:

@@ -1,61 +1,73 @@
-"""Options of commands: rows become typer's parameters, and the options that were given become a mapping."""
+"""Commands as typer's: rows become its parameters, for help, completion and errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from inspect import Parameter, Signature, getdoc
-from typing import Annotated, Any, Literal, get_origin
+from collections.abc import Callable, Sequence
+from inspect import Parameter, Signature, cleandoc
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 from typer.main import get_command
 
-from memplan.cli.answering import run_and_report
+from memplan.cli.commands import Options, Subcommand, Switch, type_of
+from memplan.cli.outcome import run_and_report
+from memplan.core.errors import SpecError
 from memplan.spec.options import Option, flag
 
-Options = Mapping[str, Mapping[str, Option]]  # heading in help -> name -> option
-Switch = Literal[True]  # the type of a flag without a --no- form
+# click's error about wrong usage, wherever this typer keeps its click
+UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 class OptionsCommand(TyperCommand):
-    """A command with rows for options, which its help groups under headings. Its work gets the options given."""
+    """A command with rows for options, which its help groups under headings."""
 
-    def __init__(self, name: str, work: Callable[[dict[str, Any]], int], options: Options, **more: Any) -> None:
-        super().__init__(name, help=getdoc(work), rich_markup_mode=None, **more)
-        self.work, self.options = work, options
+    def __init__(self, command: Subcommand, **more: Any) -> None:
+        help = command.help or cleandoc(command.work.__doc__ or "")
+        super().__init__(command.name, help=help, rich_markup_mode=None, **more)
+        self.command = command
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse with parameters of only the options that are typed, if these exist: typer takes long for many."""
-        typed = {word.partition("=")[0] for word in args if word.startswith("-")}
-        options = {name: option for group in self.options.values() for name, option in group.items()}
-        unused = [name for name, option in options.items() if not option.is_argument and flag(name) not in typed]
-        all_exist = typed <= {flag(name) for name in options}
-        self.params = parameters(without(self.options, *unused) if all_exist else self.options)
-        return super().parse_args(ctx, args)
+        self.params = parameters(self.command.options)
+        return super().parse_args(ctx, self.command.rewrite(args))
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
-        self.params = parameters(self.options)
+        self.params = parameters(self.command.options)
         return super().shell_complete(ctx, incomplete)
 
     def invoke(self, ctx: Any) -> int:
-        given = given_options(ctx)
-        return run_and_report(lambda: self.work(given), given)
+        given = _given_options(ctx)
+        return run_and_report(lambda: self.command.work(given), given)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
+        others = "Options" if "Options" in self.command.options else "Other"
         groups: dict[str, list[tuple[str, str]]] = {}
         for param in self.get_params(ctx):
             record = param.get_help_record(ctx)
             if record is not None:
-                heading = getattr(param, "rich_help_panel", None) or "Other"
-                groups.setdefault(heading, []).append(record)
+                groups.setdefault(getattr(param, "rich_help_panel", None) or others, []).append(record)
         for heading, records in groups.items():
             with formatter.section(heading):
                 formatter.write_dl(records)
 
 
-def own(help: str, type: Any = str, **more: Any) -> Option:
-    """Return an option of one command, which sets no field of a run."""
-    return Option("", help, type, **more)
+def given_by_typer(command: Subcommand, words: Sequence[str]) -> dict[str, Any]:
+    """Return the options on a command line inside a command. Raises SpecError if it is wrong."""
+    typed = OptionsCommand(command, add_help_option=False)
+    try:
+        return _given_options(typed.make_context(command.name, [*words]))
+    except UsageError as error:
+        raise SpecError(usage(error)) from None
+
+
+def usage(error: Any) -> str:
+    """Return a line that says what typer found wrong with the arguments."""
+    param, text = getattr(error, "param", None), error.format_message()
+    if param is not None and error.__cause__ is not None:
+        from memplan.spec.failures import message_of
+
+        text = f"{param.opts[0]}: {message_of(error.__cause__)}"
+    return " ".join(text.split())
 
 
 def typer_command(function: Callable[..., Any], name: str) -> Any:
@@ -65,16 +77,7 @@ def typer_command(function: Callable[..., Any], name: str) -> Any:
     return get_command(app)
 
 
-def without(options: Options, *names: str) -> Options:
-    """Return the options without some, and without headings that have no others."""
-    return {
-        heading: {name: option for name, option in group.items() if name not in names}
-        for heading, group in options.items()
-        if not group.keys() <= set(names)
-    }
-
-
-def given_options(ctx: Any) -> dict[str, Any]:
+def _given_options(ctx: Any) -> dict[str, Any]:
     """Return the options that are on the command line. A default means that it is not."""
     return {name: v for name, v in ctx.params.items() if ctx.get_parameter_source(name).name == "COMMANDLINE"}
 
@@ -91,23 +94,22 @@ def parameters(options: Options) -> list[Any]:
 
 def _parameter(name: str, option: Option, heading: str) -> Parameter:
     """Return the parameter of a function that typer makes an option or argument of."""
-    value, choices, help = option.type or str, option.choices, option.help
+    value, choices, help = type_of(option), option.choices, option.help
     if option.field and not option.is_argument:
         from memplan.spec.fields import field_of
 
         field = field_of(option.field)
-        value = option.type or (str if option.parse else field.type)
         choices = choices or field.choices
         help = help.replace("{choices}", ", ".join(choices))
         help = help if "Default " in help else f"{help} Default {field.default}."
     shown: dict[str, Any] = {"help": help, "metavar": option.metavar, "show_default": False, "rich_help_panel": heading}
-    shown["autocompletion"] = _COMPLETIONS.get(name) or (completion(*choices) if choices else None)
+    shown["autocompletion"] = _COMPLETIONS.get(option.completes or name) or (completion(*choices) if choices else None)
     default = None
     if value is Switch:
         info, value, default = typer.Option(flag(name), **shown), bool, False
     elif option.is_argument:
         info = typer.Argument(**shown)
-        default = Parameter.empty if get_origin(value) is list else None
+        default = Parameter.empty if option.is_required else None
     else:
         info = typer.Option(**shown)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[value, info])

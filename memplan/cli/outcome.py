@@ -6,14 +6,8 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Any
-
-import typer
 
 from memplan.core.errors import InternalError, MemplanError, printable
-
-# click's error about wrong usage, wherever this typer keeps its click
-UsageError: Any = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 
 
 def fail(line: str, code: int) -> int:
@@ -32,16 +26,6 @@ def unwritten(error: OSError) -> str:
     with suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return f"standard output cannot be written ({error.strerror or error})"
-
-
-def usage(error: Any) -> str:
-    """Return a line that says what typer found wrong with the arguments."""
-    param, text = getattr(error, "param", None), error.format_message()
-    if param is not None and error.__cause__ is not None:
-        from memplan.spec.failures import message_of
-
-        text = f"{param.opts[0]}: {message_of(error.__cause__)}"
-    return " ".join(text.split())
 
 
 def run_and_report(work: Callable[[], int], given: Iterable[str] = ()) -> int:
@@ -65,8 +49,6 @@ def run_and_report(work: Callable[[], int], given: Iterable[str] = ()) -> int:
 
         return fail(line_of(error, given), 2)
     except Exception as error:
-        if isinstance(error, (UsageError, typer.Exit, typer.Abort)):
-            raise
         return fail(_unexpected(error), 2)
 
 

@@ -1,0 +1,121 @@
+"""Write the keys of training frameworks, and their defaults, from unpacked packages.
+
+`python -m benchmarks.framework_defaults FRAMEWORK VERSION FOLDER` reads the package of one version, unpacked in FOLDER,
+and adds it to that framework's file in `memplan/frameworks/reading/defaults/`. Classes are read as syntax
+trees: nothing is imported. A default that is not written as a literal, or as a member of an enum, is left out.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from memplan.frameworks import reading
+
+FOLDER = Path(reading.__file__).parent / "defaults"
+# Framework -> its package, the files whose classes hold its config, and the keys whose defaults are read.
+SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "axolotl": (
+        "axolotl",
+        ("utils/schemas/*.py", "integrations/*/args.py"),
+        (
+            *("micro_batch_size", "gradient_accumulation_steps", "sequence_len", "optimizer", "bf16", "val_set_size"),
+            *("gradient_checkpointing", "activation_offloading", "lora_dropout", "cut_cross_entropy", "fsdp_version"),
+        ),
+    ),
+    "llamafactory": (
+        "llamafactory",
+        ("hparams/*.py",),
+        (
+            *("finetuning_type", "stage", "lora_rank", "lora_dropout", "lora_target", "freeze_trainable_layers"),
+            *("quantization_method", "quantization_type", "double_quantization", "flash_attn", "use_reentrant_gc"),
+            *("disable_gradient_checkpointing", "cutoff_len", "val_size", "freeze_vision_tower"),
+            *("freeze_multi_modal_projector", "freeze_language_model", "enable_liger_kernel", "pure_bf16"),
+        ),
+    ),
+    "trl": (
+        "trl",
+        (
+            *("trainer/sft_config.py", "trainer/base_config.py", "trainer/model_config.py", "scripts/utils.py"),
+            *("trainer/dpo_config.py", "trainer/grpo_config.py", "trainer/kto_config.py", "trainer/reward_config.py"),
+            "trainer/rloo_config.py",
+        ),
+        (
+            *("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "load_in_4bit", "load_in_8bit"),
+            *("bnb_4bit_quant_type", "use_bnb_nested_quant", "gradient_checkpointing", "max_length", "packing"),
+            *("packing_strategy", "padding_free", "activation_offloading", "eval_packing"),
+        ),
+    ),
+    "transformers": (
+        "transformers",
+        ("training_args.py", "training_args_seq2seq.py"),
+        (
+            *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"),
+            *("gradient_checkpointing", "max_grad_norm", "eval_strategy", "bf16", "fp16", "use_liger_kernel"),
+            *("torch_compile", "eval_do_concat_batches", "batch_eval_metrics"),
+        ),
+    ),
+    "accelerate": (
+        "accelerate",
+        ("commands/config/config_args.py",),
+        ("num_processes", "num_machines", "mixed_precision"),
+    ),
+}
+_CALLS = ("field", "Field")
+
+
+def fields(path: Path) -> Iterator[tuple[str, Any]]:
+    """Yield the name and default of every annotated field in the classes of a file; Ellipsis if it is not a literal."""
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.ClassDef):
+            for line in node.body:
+                if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
+                    yield line.target.id, default(line.value)
+                    yield from ((name, ...) for name in aliases(line.value))
+
+
+def aliases(value: ast.expr | None) -> Iterator[str]:
+    """Yield the other names of a pydantic field."""
+    for keyword in value.keywords if isinstance(value, ast.Call) else ():
+        if keyword.arg in ("alias", "validation_alias"):
+            nodes = ast.walk(keyword.value)
+            yield from (str(node.value) for node in nodes if isinstance(node, ast.Constant))
+
+
+def default(value: ast.expr | None) -> Any:
+    """Return a default as a literal; Ellipsis if it has none."""
+    if isinstance(value, ast.Call) and getattr(value.func, "id", getattr(value.func, "attr", "")) in _CALLS:
+        given = [keyword.value for keyword in value.keywords if keyword.arg == "default"]
+        return default((value.args or given or [None])[0])
+    if isinstance(value, ast.Attribute) and value.attr.isupper():  # a member of an enum, whose value is its name
+        return value.attr.lower()
+    try:
+        return ... if value is None else ast.literal_eval(value)
+    except ValueError:
+        return ...
+
+
+def main(framework: str, version: str, folder: str) -> None:
+    """Add one version of a framework to its file."""
+    package, patterns, wanted = SOURCES[framework]
+    root = next(path for path in (Path(folder) / package, Path(folder) / "src" / package) if path.is_dir())
+    found: dict[str, Any] = {}
+    for pattern in patterns:
+        for path in sorted(root.glob(pattern)):
+            for name, value in fields(path):
+                found[name] = value if value is not ... or name not in found else found[name]
+    target = FOLDER / f"{framework}.json"
+    data = json.loads(target.read_text("utf-8")) if target.exists() else {"read": {}, "defaults": {}, "keys": []}
+    short = ".".join(version.split(".")[:2]) if framework != "llamafactory" else version
+    data["read"][short] = f"{package} {version}"
+    data["defaults"][short] = {name: found[name] for name in wanted if found.get(name, ...) not in (..., None)}
+    data["keys"] = sorted({*data["keys"], *found})
+    target.write_text(json.dumps(data, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

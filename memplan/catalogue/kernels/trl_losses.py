@@ -1,0 +1,165 @@
+"""TRL's losses of SFT, which never hold all logits: in chunks that backward recomputes, or tile by tile.
+
+Both gather the rows of hidden states that have a label; memplan counts a label for every token but the last. `head` is
+the model's own head, of which they use the matrix and the bias; soft capping stays inside a chunk or a kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue.kernels import ops
+from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+
+TRL_LOSSES = ("chunked_nll", "chunked_nll_fp32", "tiled_lm_head")  # values of `kernels.loss`
+CHUNK = 256  # trl 1.14 trainer/sft_trainer.py _CHUNKED_LM_HEAD_CHUNK_SIZE
+TILE_TOKENS = 4096  # trl 1.16 kernels/chunked_logprob.py TOKEN_CHUNK_SIZE
+TILE_WIDTH = 32768  # trl 1.16 trainer/utils.py _CHUNKED_LOGPROB_CHUNK_SIZE
+
+_ROWS = "shifted_rows"
+
+
+def _labelled_rows(selector: Tensor, source: str) -> tuple[Op, ...]:
+    """Copy the rows of hidden states that `selector` picks, a mask or indices, and their labels.
+
+    Backward adds their gradients into zeros of the same size, by indices that it sorts, and copies the result into
+    zeros for all tokens.
+    """
+    mask = selector.dtype == "bool"
+    positions = Tensor("positions", f"{_ROWS} 2", "int64")
+    sorting = (Tensor(name, _ROWS, "int64") for name in ("rows", "sorted rows", "order", "original order"))
+    return (
+        Op("loss.shift", ("n",), (Tensor("loss.shifted", f"{_ROWS} h"),), gradient="new", view=True, source=source),
+        Op("loss.select", ("labels",), (selector,), gradient="none", source=source),
+        Op(
+            "loss.rows",
+            ("loss.shifted", selector.name),
+            (Tensor("loss.rows", f"{_ROWS} h"),),
+            keeps=(Keep(selector.name, "loss.shifted"),),
+            scratch=(positions,) if mask else (),
+            scratch_back=tuple(map(Scratch, (*((positions,) if mask else ()), *sorting))),
+            source=source,
+        ),
+        Op("loss.labels", ("labels", selector.name), (Tensor("targets", _ROWS, "int64"),), gradient="none"),
+        ops.release_names("loss.shifted"),
+    )
+
+
+def tiled_lm_head(matrix: Weight, bias: tuple[Weight, ...], autocast: str | None) -> tuple[Op, ...]:
+    """Compute log-probabilities in tiles of 4,096 tokens by 32,768 words, each folded into a few numbers per token.
+
+    Backward computes every tile again and turns it into the gradient of its logits. It adds products to gradients of
+    the rows and of the matrix in fp32, and casts them at the end, while they and the tile exist. A part of the matrix
+    in another dtype than the compute dtype is cast for each tile; in backward until the next one is cast.
+    """
+    source = "trl 1.16.0 kernels/chunked_logprob.py ChunkedLogProbFunction, trainer/utils.py add_fused_lm_head"
+    compute = autocast or "=loss.rows"
+    tile = Tensor("tile of logits", f"tile_tokens {TILE_WIDTH}", compute)
+    rows = Tensor("rows of a tile, cast", "tile_tokens h", f"{compute}!loss.rows")
+    part, following = (
+        Tensor("part of the matrix, cast", f"{axis} h", f"{compute}!{matrix.name}")
+        for axis in ("tile_words", "next_tile_words")
+    )
+    numbers = ("maximum", "sum", "weighted sum", "squares", "logits' sum", "maximum before the label", "label's logit")
+    outputs = tuple(Tensor(f"loss.{what}", _ROWS, "fp32") for what in ("log_probs", "entropy", "log_z"))
+    outputs += (Tensor("loss.is_top1", _ROWS, "bool"),)
+    wide = (
+        Scratch(Tensor("gradient of rows in fp32", f"{_ROWS} h", "fp32!loss.rows"), "loss.rows"),
+        Scratch(Tensor("gradient of the matrix in fp32", matrix.shape, f"fp32!{matrix.name}"), matrix.name),
+    )
+    return (
+        *_labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source),
+        Op(
+            "loss.tiles",
+            ("loss.rows", "targets"),
+            (Tensor("loss", "", "fp32"), *outputs),
+            (matrix, *bias),
+            tuple(Keep(what, "loss.rows") for what in ("loss.rows", "targets", "loss.log_z", "loss.entropy")),
+            scratch=(*(Tensor(what, _ROWS, "fp32") for what in numbers), tile, rows, part),
+            scratch_back=(*wide, *map(Scratch, (tile, rows, part, following))),
+            gradient="own",
+            product="matrix",
+            source=source,
+        ),
+        ops.release_names("loss.rows", "targets", "loss.mask", "n", *(t.name for t in outputs)),
+    )
+
+
+def chunked_nll(
+    head: tuple[Op, ...], matrix: Weight, bias: tuple[Weight, ...], autocast: str | None, casts_to_fp32: bool
+) -> tuple[Op, ...]:
+    """Compute the loss of 256 tokens at a time, of which backward computes everything again.
+
+    The last three operations are the largest moments of backward: when a chunk's entropies are computed, when its
+    logits are, and when the matrix's gradient of a second chunk is added to that of the first in a new tensor, because
+    that is a view. Later ones are added in place.
+
+    casts_to_fp32  a chunk casts the matrix and its rows to fp32 first, as TRL 1.6 to 1.12 do; autocast casts them back
+    """
+    version = "1.10.0" if casts_to_fp32 else "1.14.1"
+    source = f"trl {version} trainer/sft_trainer.py _chunked_cross_entropy_loss"
+    first = "fp32" if casts_to_fp32 else "=loss.rows"
+    words = f"nll_tokens {matrix.shape.split()[0]}"
+    parts = (("matrix", matrix.shape, matrix.name), ("rows", "nll_tokens h", "loss.rows"))
+    casts = tuple(Tensor(f"{what} of a chunk", shape, f"{first}!{name}") for what, shape, name in parts)
+    kept = casts
+    if autocast:
+        again = autocast if casts_to_fp32 else f"{autocast}!loss.rows"
+        kept = tuple(Tensor(f"{what} of a chunk, cast by autocast", shape, again) for what, shape, _ in parts)
+        casts += kept
+    logits = Tensor("logits of a chunk", words, autocast or first)
+    in_fp32 = (*(() if casts_to_fp32 else ("logits",)), "log-probabilities", "probabilities", "products")
+    chunk = (
+        *((logits,) if casts_to_fp32 else ()),
+        *(Tensor(f"{what} of a chunk in fp32", words, "fp32") for what in in_fp32),
+    )
+    capped = logits.dtype if casts_to_fp32 else "fp32"
+    kept += tuple(Tensor(f"{name} of a chunk", words, capped) for name in _kept_logits(head))
+    rows = Tensor("gradient of rows so far", f"{_ROWS} h", "=loss.rows")
+    gradient = Tensor("gradient of the matrix so far", f"nll_several {matrix.shape}", matrix.dtype)
+    so_far = (rows, gradient) if matrix.trains else (rows,)
+    added_rows = (
+        "nll_tokens" if matrix.trains else _ROWS
+    )  # laid out for all rows once the matrix's gradients are summed
+    added = (
+        Scratch(Tensor("gradient of a chunk's rows", f"{added_rows} h", "=loss.rows"), "loss.rows"),
+        Scratch(gradient, matrix.name),
+        Scratch(gradient._replace(name="gradient of the matrix in a chunk"), matrix.name),
+    )
+    return (
+        *_labelled_rows(Tensor("loss.order", _ROWS, "int64"), source),
+        Op(
+            "loss.products",
+            ("loss.rows", "targets"),
+            (Tensor("loss.chunk", "", "fp32"),),
+            (matrix, *bias),
+            (Keep("loss.rows", "loss.rows"), Keep("targets", "loss.rows")),
+            scratch_back=added,
+            gradient="own",
+            product="matrix",
+            source=source,
+        ),
+        Op(
+            "loss.logits",
+            ("loss.chunk",),
+            (Tensor("loss.chunk_logits", "", "fp32"),),
+            scratch=(*casts, logits),
+            scratch_back=tuple(map(Scratch, (*so_far, *casts, logits))),
+            source=source,
+        ),
+        Op(
+            "loss.log_softmax",
+            ("loss.chunk_logits",),
+            (Tensor("loss", "", "fp32"),),
+            scratch=chunk,
+            scratch_back=tuple(map(Scratch, (*so_far, *kept, *chunk))),
+            source=source,
+        ),
+        ops.release_names("loss.rows", "targets", "loss.order", "loss.chunk", "loss.chunk_logits", "n"),
+    )
+
+
+def _kept_logits(head: tuple[Op, ...]) -> Iterator[str]:
+    """Yield the names of tensors as large as the logits that the head keeps for backward, such as soft capping's."""
+    written = {t.name for op in head for t in op.writes if "v" in t.shape.split()}
+    yield from dict.fromkeys(keep.what for op in head for keep in op.keeps if keep.what in written)

@@ -1,0 +1,109 @@
+"""A command and the rows of its options, from which its plain command lines are parsed without typer.
+
+A line is plain if every option exists and has a value of its type. Any other is left to typer, which makes parameters
+of the same rows, for help, completion and errors too. Importing typer takes longer than most answers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, get_args, get_origin
+
+from memplan.core.records import NamedTuple
+from memplan.spec.options import Option, flag
+
+Options = Mapping[str, Mapping[str, Option]]  # heading in help -> name -> option
+Switch = Literal[True]  # the type of a flag without a --no- form
+
+
+class Subcommand(NamedTuple):
+    """A command whose work gets the options that are on the command line.
+
+    name     as it is typed
+    work     returns the exit code
+    options  its rows
+    help     the docstring of `work`, if not another text
+    rewrite  changes the words before they are parsed
+    """
+
+    name: str
+    work: Callable[[dict[str, Any]], int]
+    options: Options
+    help: str = ""
+    rewrite: Callable[[list[str]], list[str]] = list
+
+    def given(self, words: Sequence[str]) -> dict[str, Any] | None:
+        """Return the options' values in the order they are typed, then the argument; None if the line is not plain."""
+        options = {flag(name): (name, option) for group in self.options.values() for name, option in group.items()}
+        arguments: list[str] = []
+        given: dict[str, Any] = {}
+        rest = iter(self.rewrite([*words]))
+        for word in rest:
+            if not word.isascii() or not word:
+                return None
+            if not word.startswith("-"):
+                arguments.append(word)
+                continue
+            typed, has_value, text = word.partition("=")
+            is_on = typed in options or not typed.startswith("--no-")
+            name, option = options.get(typed if is_on else f"--{typed[5:]}", ("", None))
+            if option is None or option.is_argument:
+                return None
+            type_ = type_of(option)
+            if type_ in (bool, Switch):
+                if has_value or (type_ is Switch and not is_on):
+                    return None
+                given[name] = is_on
+                continue
+            value = _value(text if has_value else next(rest, ""), type_)
+            if value is None or not is_on:
+                return None
+            given[name] = [*given.get(name, ()), value] if get_origin(type_) is list else value
+        return self._with_arguments(given, arguments)
+
+    def _with_arguments(self, given: dict[str, Any], arguments: list[str]) -> dict[str, Any] | None:
+        rows = ((name, option) for group in self.options.values() for name, option in group.items())
+        name, argument = next((name, option) for name, option in rows if option.is_argument)
+        if get_origin(argument.type) is list:
+            return {**given, name: arguments} if arguments else None if argument.is_required else given
+        if len(arguments) > 1:
+            return None
+        return {**given, **dict.fromkeys([name][: len(arguments)], *arguments)}
+
+
+def type_of(option: Option) -> Any:
+    """Return the type of an option's value."""
+    if option.type or not option.field or option.is_argument or option.parse:
+        return option.type or str
+    from memplan.spec.fields import field_of
+
+    return field_of(option.field).type
+
+
+def _value(text: str, type_: Any) -> Any:
+    """Return the value of an option; None if the text is not plainly one."""
+    if not text or not text.isascii() or text.startswith("-"):
+        return None
+    single = get_args(type_)[0] if get_origin(type_) is list else type_
+    if single is str:
+        return text
+    whole, point, fraction = text.partition(".")
+    is_number = whole.isdecimal() and len(text) < _LONGEST_NUMBER and (fraction.isdecimal() or not point)
+    return single(text) if is_number and (single is float or not point) else None
+
+
+_LONGEST_NUMBER = 18  # characters, so that any parser makes the same number of it
+
+
+def own(help: str, type: Any = str, **more: Any) -> Option:
+    """Return an option of one command, which sets no field of a run."""
+    return Option("", help, type, **more)
+
+
+def without(options: Options, *names: str) -> Options:
+    """Return the options without some, and without headings that have no others."""
+    return {
+        heading: {name: option for name, option in group.items() if name not in names}
+        for heading, group in options.items()
+        if not group.keys() <= set(names)
+    }

@@ -1,0 +1,40 @@
+"""The commands, and running one whose line is plain: parsed without typer."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from memplan.cli.commands import Subcommand
+from memplan.cli.outcome import run_and_report
+
+# Command -> module whose function `command` makes it.
+COMMANDS = {
+    "estimate": "estimate",
+    "models": "lists",
+    "gpus": "lists",
+    "profiles": "lists",
+    "schema": "schema",
+    "compare": "compare",
+    "plan": "plan",
+    "probe": "probe",
+    "calibrate": "calibrate",
+    "card": "card",
+}
+RESERVED_COMMANDS = ("check", "diff", "emit", "serve")  # names reserved for future commands, so not taken as models
+
+
+def command_of(name: str) -> Any:
+    """Return a command: a `Subcommand`, or typer's."""
+    return import_module(f"memplan.cli.{COMMANDS[name]}").command(name)
+
+
+def run_plain(words: Sequence[str]) -> int | None:
+    """Run a command line and return its exit code; None if typer has to parse it: for help, or to explain an error."""
+    if not words or words[0] in RESERVED_COMMANDS:
+        return None
+    name, typed = (words[0], words[1:]) if words[0] in COMMANDS else ("estimate", words)
+    command = command_of(name)
+    given = command.given(typed) if isinstance(command, Subcommand) else None
+    return None if given is None else run_and_report(lambda: command.work(given), given)

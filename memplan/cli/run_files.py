@@ -1,0 +1,106 @@
+"""A run's file on the command line: in place of MODEL, or given by --spec."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memplan.core.errors import MemplanError, SpecError
+from memplan.spec.options import FIELDS
+
+if TYPE_CHECKING:
+    from memplan.frameworks.reading.run_file import RunFile
+
+_YAML = (".yaml", ".yml")
+_OTHERS = (".sh", ".bash", ".sbatch", ".slurm", ".bin", ".pt", ".pth", ".pkl", ".pickle")
+COMPANIONS = ("accelerate", "deepspeed")
+_RULED = ("batch.", "method.", "parallelism.world")  # typed ones replace the file's before a framework's rules
+
+
+def run_file(given: Mapping[str, Any]) -> RunFile | None:
+    """Return the run's file that is given by --spec or in place of the model; None if there is none.
+
+    Raises SpecError or ConfigError for one that cannot be read, or for options that only apply to such a file.
+    """
+    name = given.get("spec") or (given["model"] if is_run_file(given.get("model")) else None)
+    if name is None:
+        for option in ("framework", "explain_run"):
+            if option in given:
+                raise SpecError(f"--{option.replace('_', '-')} only applies to a run's file")
+        return None
+    from memplan.frameworks.reading.run_file import read_run
+
+    companions = {kind: given[kind] for kind in COMPANIONS if kind in given}
+    typed = {FIELDS[option]: value for option, value in given.items() if FIELDS.get(option, "").startswith(_RULED)}
+    return read_run(name, given.get("framework"), companions, typed)
+
+
+def is_run_file(model: object) -> bool:
+    """Whether what is typed in place of a model is a run's file rather than a model's config or checkpoint."""
+    if not isinstance(model, str):
+        return False
+    name = model.lower()
+    if name.endswith((*_YAML, *_OTHERS)):
+        return name.endswith(_YAML) or Path(model).is_file()
+    if not name.endswith(".json") or not Path(model).is_file():
+        return False
+    from memplan.frameworks.reading.run_file import is_known
+
+    return is_known(model)
+
+
+def companions(given: Mapping[str, Any], file: RunFile | None) -> Mapping[str, Mapping[str, Any]]:
+    """Return the parts of a run that accelerate's and DeepSpeed's files set; a framework's file is read with them."""
+    if file is not None and not file.is_own:
+        return {}
+    out: dict[str, Mapping[str, Any]] = {}
+    if "accelerate" in given:
+        from memplan.frameworks.reading.run_file import read_accelerate
+
+        out = {**read_accelerate(given["accelerate"], given.get("method", "full"))}
+    if "deepspeed" in given:
+        from memplan.frameworks.deepspeed import read_deepspeed
+
+        for part, fields in read_deepspeed(given["deepspeed"]).items():
+            out[part] = {**out.get(part, {}), **fields}
+    return out
+
+
+@contextmanager
+def errors_of(file: RunFile | None) -> Generator[None]:
+    """Add to an error about a field where a run's file has its value from."""
+    try:
+        yield
+    except (MemplanError, ValueError) as error:
+        if file is None:
+            raise
+        from pydantic import ValidationError
+
+        from memplan.spec.failures import line_of
+
+        if not isinstance(error, (MemplanError, ValidationError)):
+            raise
+        line = line_of(error)
+        field = line.partition(":")[0]
+        origins = {origin.field: origin.why for origin in file.origins}
+        why = origins.get(field) or next((why for path, why in origins.items() if path.startswith(f"{field}.")), "")
+        if field.startswith("parallelism.") and origins.get("parallelism.world", "").startswith("assumed"):
+            why = origins["parallelism.world"]
+        if why and not isinstance(error, MemplanError):
+            raise SpecError(f"{line} ({why})", field) from None
+        if why:
+            error.args = (f"{line} ({why})",)
+        raise
+
+
+def headline(file: RunFile | None, format: str, with_notes: bool = False) -> str:
+    """Return what was read of a run's file as the first line of a table, and perhaps a line for each key left out.
+
+    Empty for other formats and for other runs.
+    """
+    if format != "table" or file is None or file.is_own:
+        return ""
+    notes = [f"not supported, and left out: {note}\n" for note in file.notes if with_notes]
+    return f"{file.headline}\n{''.join(notes)}\n"

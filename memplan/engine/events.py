@@ -1,0 +1,96 @@
+"""Allocations and frees in order, of storages with numbers, to be replayed with any sizes.
+
+Equal copies of a layer allocate and free alike, so their events are stored once, for several spans that differ in the
+numbers of their storages.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable, Iterator
+
+from memplan.core.records import NamedTuple
+
+FREED, RELEASED = -1, -2  # in place of an event's key: the storage is freed; free segments go back to the driver
+Event = tuple[int, int]  # the number of a storage, and the key of its size, or FREED or RELEASED
+
+
+class EventSpan(NamedTuple):
+    """Consecutive events.
+
+    first   index of the first of them
+    length  number of events
+    shift   added to the numbers of their storages
+    times   number of repetitions; above 1 only for events that free everything they allocate
+    """
+
+    first: int
+    length: int
+    shift: int = 0
+    times: int = 1
+
+
+class Events:
+    """Allocations and frees in order. The key of a size is its index in the list of sizes that a replay is given.
+
+    numbers   of each stored event, its storage
+    keys      of each stored event, the key of its size, or FREED or RELEASED
+    spans     the four numbers of each `EventSpan` of stored events, in the order in which they are replayed
+    streams   of each key, the stream of its allocations
+    storages  the highest number of a storage, plus one
+    """
+
+    def __init__(self, events: Iterable[Event] = (), streams: Iterable[int] = (), storages: int = 0) -> None:
+        self.numbers, self.keys, self.spans = array("i"), array("i"), array("q")
+        self.streams, self.storages = array("i", streams), storages
+        self._is_open = False  # the last span ends with an event that was appended by itself
+        for number, key in events:
+            self.append(number, key)
+
+    def append(self, number: int, key: int) -> None:
+        """Append one event."""
+        if self._is_open:
+            self.spans[-3] += 1
+        else:
+            self.append_span(EventSpan(len(self.numbers), 1))
+            self._is_open = True
+        self.numbers.append(number)
+        self.keys.append(key)
+
+    def store(self, numbers: Iterable[int], keys: Iterable[int]) -> int:
+        """Store events for spans, and return the index of the first."""
+        first = len(self.numbers)
+        self.numbers.extend(numbers)
+        self.keys.extend(keys)
+        return first
+
+    def append_span(self, span: EventSpan) -> None:
+        """Append stored events."""
+        self.spans.extend(span)
+        self._is_open = False
+
+    def take_numbers(self, count: int) -> int:
+        """Return the first of `count` consecutive numbers, which no other storage gets."""
+        self.storages += count
+        return self.storages - count
+
+    @property
+    def every(self) -> range:
+        """The indices of all spans."""
+        return range(len(self.spans) // 4)
+
+    def spans_of(self, part: range) -> Iterator[EventSpan]:
+        """Yield the spans with these indices."""
+        return (EventSpan(*self.spans[4 * i : 4 * i + 4]) for i in part)
+
+    def of(self, span: EventSpan) -> list[Event]:
+        """Return the events of one repetition of a span."""
+        first, length, shift, _ = span
+        numbers, keys = self.numbers[first : first + length], self.keys[first : first + length]
+        return [(number + shift, key) for number, key in zip(numbers, keys, strict=True)]
+
+    def unrolled(self, part: range | None = None) -> Iterator[Event]:
+        """Yield every event, or every event of the spans with these indices."""
+        for span in self.spans_of(self.every if part is None else part):
+            for _ in range(span.times):
+                yield from self.of(span)

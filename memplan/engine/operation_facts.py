@@ -1,0 +1,161 @@
+"""Facts about lists of operations that hold wherever the list runs, computed once for each list: equal layers share it.
+
+A list is looked up by its identity: resolving dtypes returns the same list for equal blocks (`memplan.engine.dtypes`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from types import MappingProxyType
+
+from memplan.core.identity import Identity
+from memplan.core.ir import Op, Tensor
+from memplan.core.records import NamedTuple
+from memplan.engine.dtypes import FLOATING
+
+Ops = tuple[Op, ...]
+
+
+def leaves(op: Op) -> tuple[str, ...]:
+    """Return the outputs that are autograd leaves requiring a gradient."""
+    return tuple(t.name for t in op.writes) if op.requires_gradient and op.gradient == "none" else ()
+
+
+class Backward(NamedTuple):
+    """What the backward of one operation computes and keeps, given which tensors need a gradient.
+
+    targets  reads and weights that need a gradient
+    pins     names of the tensors it keeps from forward
+    weights  names of its weights
+    wraps    names of the parameters that it creates
+    shapes   shapes of gradients that differ from their weights'
+    becomes  targets whose gradient is a kept tensor
+    sums     targets whose gradient is first computed in a broadcast shape
+    early    tensors that are freed before the gradients are allocated
+    late     tensors that are freed after them
+    """
+
+    targets: tuple[str, ...]
+    pins: tuple[str, ...]
+    weights: tuple[str, ...]
+    wraps: tuple[str, ...]
+    shapes: Mapping[str, str]
+    becomes: Mapping[str, str]
+    sums: Mapping[str, Tensor]
+    early: tuple[Tensor, ...]
+    late: tuple[Tensor, ...]
+
+
+def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
+    scratch = [s for s in op.scratch_back if not s.summed and (not s.of or s.of in targets)]
+    return Backward(
+        targets,
+        pins=tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets)),
+        weights=tuple(w.name for w in op.weights),
+        wraps=tuple(t.name for t in op.wraps),
+        shapes={w.name: w.gradient for w in op.weights if w.gradient},
+        becomes={k.of: k.what for k in reversed(op.keeps) if k.is_gradient},
+        sums={s.of: s.tensor for s in reversed(op.scratch_back) if s.summed},
+        early=tuple(s.tensor for s in scratch if s.early),
+        late=tuple(s.tensor for s in scratch if not s.early),
+    )
+
+
+NO_BACKWARD = _backward_of(Op(""), ())
+
+
+class GradientFlow(NamedTuple):
+    """What autograd does with operations, given which tensors need a gradient before them.
+
+    backwards  the backward of each operation
+    flows      names that need a gradient after the operations, in addition to those before them
+    """
+
+    backwards: tuple[Backward, ...]
+    flows: frozenset[str]
+
+
+def gradient_flow(ops: Ops, entering: Iterable[str]) -> GradientFlow:
+    """Return how gradients flow through the operations; tensors named in `entering` need one."""
+    key = Identity(ops)
+    return _gradient_flow(key, _reads(key).intersection(entering))
+
+
+@lru_cache(maxsize=512)
+def _reads(ops: Identity[Ops]) -> frozenset[str]:
+    return frozenset(r for op in ops.value for r in op.reads)
+
+
+@lru_cache(maxsize=512)
+def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow:
+    flows = set(entering)
+    backwards: list[Backward] = []
+    for op in ops.value:
+        targets: tuple[str, ...] = ()
+        if op.gradient != "none":
+            targets = tuple(r for r in dict.fromkeys(op.reads) if r in flows)
+            targets += tuple(w.name for w in op.weights if w.trains)
+            targets += tuple(t.name for t in op.wraps)
+            if targets:
+                flows.update(t.name for t in op.writes if t.dtype in FLOATING)
+        else:
+            flows.update(leaves(op))
+        backwards.append(_backward_of(op, targets) if targets else NO_BACKWARD)
+    return GradientFlow(tuple(backwards), frozenset(flows))
+
+
+def last_uses(ops: Ops, keep: bool) -> tuple[tuple[str, ...], ...]:
+    """Return, for each operation, the tensors that it uses and no later operation reads.
+
+    A view counts as a use of its base. Operations that need recording run only if it is kept (`keep`).
+    """
+    return _last_uses(Identity(ops), keep)
+
+
+@lru_cache(maxsize=512)
+def _last_uses(ops: Identity[Ops], keep: bool) -> tuple[tuple[str, ...], ...]:
+    root: dict[str, str] = {}
+    last: dict[str, int] = {}
+    for i, op in enumerate(ops.value):
+        for r in () if op.needs_recording and not keep else op.reads:
+            last[root.get(r, r)] = i
+        if op.view:
+            root[op.writes[0].name] = root.get(op.reads[0], op.reads[0])
+            for t in op.writes[1:]:
+                root[t.name] = root[op.writes[0].name]
+    ends: list[tuple[str, ...]] = []
+    for i, op in enumerate(ops.value):
+        used = (*(t.name for t in op.writes), *op.reads, *(t.name for t in op.past))
+        ends.append(tuple(n for n in dict.fromkeys(root.get(n, n) for n in used) if last.get(n, i) == i))
+    return tuple(ends)
+
+
+def weights_used_again(ops: Ops) -> dict[str, int]:
+    """Return the weights that train and that several of the operations use, each with the number of operations."""
+    return dict(_weights_used_again(Identity(ops)))
+
+
+@lru_cache(maxsize=512)
+def _weights_used_again(ops: Identity[Ops]) -> tuple[tuple[str, int], ...]:
+    uses = Counter(w.name for op in ops.value if op.gradient != "none" for w in op.weights if w.trains)
+    return tuple((name, n) for name, n in uses.items() if n > 1)
+
+
+def storages_behind(ops: Ops, inputs: Mapping[str, str] = MappingProxyType({})) -> Mapping[str, str]:
+    """Map names to storages: those of `inputs` and those that the operations write or find left by the previous pass.
+
+    A view has the storage of its base.
+    """
+    return _storages_behind(Identity(ops), tuple(inputs.items()))
+
+
+@lru_cache(maxsize=512)
+def _storages_behind(ops: Identity[Ops], inputs: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
+    behind = dict(inputs)
+    for op in ops.value:
+        behind.update((t.name, t.name) for t in op.past)
+        for t in op.writes:
+            behind[t.name] = behind[op.reads[0]] if op.view and op.reads[0] in behind else t.name
+    return MappingProxyType(behind)

@@ -1,0 +1,100 @@
+"""A YAML or JSON file with the line of each key. It is untrusted: nothing in it is executed, imported or fetched."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from memplan.core.errors import SpecError, printable
+from memplan.core.records import NamedTuple
+from memplan.spec.file import read_spec_with_lines
+
+_PICKLES = (b"\x80", b"PK\x03\x04")  # the first bytes of a pickle, and of torch.save's archive
+_MAX_SHOWN = 60
+
+
+class Document(NamedTuple):
+    """A file's values.
+
+    name    its name as shown
+    path    its path; None for standard input
+    values  its mapping
+    lines   line of each key, by its path
+    """
+
+    name: str
+    path: Path | None
+    values: Mapping[str, Any]
+    lines: Mapping[tuple[str, ...], int]
+
+    def where(self, key: str) -> str:
+        """Return where a key is, as `run.yaml:14`: of a key in a section, or else of the section."""
+        path = tuple(key.split("."))
+        while path and path not in self.lines:
+            path = path[:-1]
+        return f"{self.name}:{self.lines[path]}" if path else self.name
+
+    def error(self, key: str, message: str, named: str = "") -> SpecError:
+        """Return the error that a key's value is wrong; `named` is the key's name in the file, if not the same."""
+        return SpecError(f"{self.where(key)}: {named or key}: {message}")
+
+
+def read_document(name: str) -> Document:
+    """Return the file `name` (`-` for standard input). Raises SpecError or ConfigError with the line."""
+    path = None if name == "-" else Path(name).expanduser()
+    shown = "standard input" if path is None else printable(path.name, _MAX_SHOWN)
+    if path is not None:
+        _refuse_pickle(path, shown)
+    values, lines = read_spec_with_lines(name)
+    return Document(shown, path, values, lines)
+
+
+def document_of(values: Mapping[str, Any], within: Document, key: str) -> Document:
+    """Return a mapping inside a document as a document of its own, whose lines are those of the outer one."""
+    start = tuple(key.split("."))
+    lines = {path[len(start) :]: line for path, line in within.lines.items() if path[: len(start)] == start != path}
+    return Document(within.name, within.path, values, lines)
+
+
+def named_document(name: str, within: Document, key: str) -> Document:
+    """Return the file that a key names: relative to the document, or else to the working directory.
+
+    Raises SpecError if neither is a file.
+    """
+    folder = within.path.parent if within.path is not None else Path()
+    for path in (folder / Path(name).expanduser(), Path(name).expanduser()):
+        if path.is_file():
+            return read_document(str(path))
+    raise within.error(key, f"there is no file {printable(name, _MAX_SHOWN)!r} next to {within.name} or here")
+
+
+def _refuse_pickle(path: Path, shown: str) -> None:
+    try:
+        with path.open("rb") as file:
+            start = file.read(4)
+    except (OSError, ValueError):  # ValueError: NUL in the path
+        return  # reading says why
+    if start.startswith(_PICKLES):
+        text = f"spec: {shown} is a pickle, which would run code when read; write its arguments as JSON or YAML"
+        raise SpecError(text, "spec")
+
+
+def parsed(text: str) -> object:
+    """Return a mapping that is written as JSON in a string, as command-line parsers take it; else the text."""
+    if text.lstrip().startswith("{"):
+        try:
+            return json.loads(text)
+        except ValueError:
+            return text
+    return text
+
+
+def paths(values: Mapping[str, Any], start: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each key that does not hold a mapping, with dots between sections, and its value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from paths(cast(Mapping[str, Any], value), f"{start}{key}.")
+        else:
+            yield f"{start}{key}", value

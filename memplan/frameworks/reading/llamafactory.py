@@ -1,0 +1,156 @@
+"""LLaMA-Factory's rules.
+
+Source: llamafactory 0.9.3 and 0.9.5 hparams/parser.py, finetuning_args.py, model_args.py, data_args.py;
+model/adapter.py init_adapter, model/loader.py, model/model_utils.
+"""
+
+from __future__ import annotations
+
+from memplan.frameworks.llamafactory import LLAMAFACTORY
+from memplan.frameworks.reading import trainer
+from memplan.frameworks.reading.config import Config
+from memplan.frameworks.reading.run_format import RunFormat
+
+_ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_2"}
+_BITSANDBYTES = ("bnb", "bitsandbytes")
+# Switch -> optimizer -> the name of it in transformers.
+_OPTIMIZERS = {"use_galore": "galore", "use_apollo": "apollo"}
+
+
+def _method(config: Config) -> None:
+    stage = config.word("stage", "sft", "pt")
+    del stage
+    kind = config.word("finetuning_type", "lora", "freeze", "full") or "lora"
+    bits = config.whole("quantization_bit")
+    if bits is not None:
+        if kind != "lora":
+            raise config.error("quantization_bit", f"LLaMA-Factory does not quantise under {kind}; use lora")
+        if bits not in (4, 8) or config.get("quantization_method") not in _BITSANDBYTES:
+            raise config.refuse("quantization_bit", "4 and 8 with bitsandbytes")
+        if bits == 4:
+            config.set("method.quantization.format", config.word("quantization_type", "nf4", "fp4"), "quantization_bit")
+            key = "double_quantization"
+            config.set("method.quantization.double_quant", config.flag(key), key)
+        else:
+            config.set("method.quantization.format", "int8", "quantization_bit")
+    trainer.adapter(config, kind == "lora", config.flag("use_dora"), "finetuning_type", "use_dora")
+    if kind == "freeze":
+        config.set("method.kind", "freeze", "finetuning_type")
+        layers = config.whole("freeze_trainable_layers") or 2
+        if layers < 0:
+            config.leave("freeze_trainable_layers", "the first layers train: the last are counted instead")
+        config.set("method.trainable_layers", abs(layers), "freeze_trainable_layers")
+    if kind == "lora":
+        _adapters(config)
+    model = trainer.model_of(config)
+    if model is not None and model.has_tower:
+        parts = {"vision": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
+        parts["language"] = "freeze_language_model"
+        frozen = [part for part, key in parts.items() if config.flag(key)]
+        config.set("method.frozen", frozen, *parts.values())
+
+
+def _adapters(config: Config) -> None:
+    if config.said("lora_alpha") is None and config.value("method.rank"):
+        config.set("method.alpha", 2 * config.value("method.rank"), "lora_rank", why="twice the rank")
+    targets = config.names("lora_target") or ["all"]
+    config.set("method.targets", "all-linear" if targets == ["all"] else targets, "lora_target")
+    if config.names("additional_target"):
+        config.set("method.modules_to_save", config.names("additional_target"), "additional_target")
+    if config.flag("use_rslora"):
+        config.set("method.options", {"use_rslora": True}, "use_rslora")
+
+
+def _precision(config: Config) -> None:
+    """Trainable weights are fp32, unless pure_bf16 is set or ZeRO-3 has fp32 weights of its own."""
+    pure = config.flag("pure_bf16")
+    casts = "bf16" if config.flag("bf16") else "fp16" if config.flag("fp16") else None
+    key = "pure_bf16" if pure else casts or "bf16"
+    if pure:
+        trainer.lower_precision(config, "bf16", casts, "pure_bf16")
+        if config.value("method.kind") not in ("full", "freeze"):
+            config.set("method.adapter_dtype", "bf16", "pure_bf16")
+        return
+    trains_all = config.value("method.kind") in ("full", "freeze")
+    weights = "fp32" if trains_all else casts or "bf16"
+    trainer.lower_precision(config, weights, casts, key)
+    if trains_all and "precision.master" not in config.found:
+        origin = config.found["precision.weights"]
+        config.found["precision.weights"] = origin._replace(why=f"trainable weights are cast to fp32: {origin.why}")
+
+
+def _batch(config: Config) -> None:
+    packs = config.get("packing")
+    is_packed = config.flag("neat_packing") or (
+        config.get("stage") == "pt" if packs is None else config.flag("packing")
+    )
+    if is_packed and config.value("batch.sequence"):
+        why = "packing shortens rows by a token"
+        config.set(
+            "batch.sequence", config.value("batch.sequence") - (config.get("stage") != "pt"), "cutoff_len", why=why
+        )
+    trainer.padding(config, is_packed)
+
+
+def _kernels(config: Config) -> None:
+    name = config.get("flash_attn")
+    if name in _ATTENTION:
+        config.set("kernels.attention", _ATTENTION[str(name)], "flash_attn")
+    elif name not in (None, "auto"):
+        raise config.error("flash_attn", f"must be auto, disabled, sdpa, fa2 or fa3, not {name!r:.40}")
+    if config.flag("enable_liger_kernel"):
+        config.set("kernels.loss", "fused", "enable_liger_kernel")
+        config.set("kernels.fused", ["rope", "rms_norm", "swiglu"], "enable_liger_kernel")
+    off = "disable_gradient_checkpointing"
+    kind = "none" if config.flag(off) else "offload" if config.flag("use_unsloth_gc") else "full"
+    config.set("kernels.checkpointing", kind, "use_unsloth_gc" if kind == "offload" else off)
+    if kind != "full":
+        config.found.pop("kernels.reentrant", None)
+
+
+def _optimizer(config: Config) -> None:
+    trainer.optimizer(config)
+    for key, name in _OPTIMIZERS.items():
+        if config.flag(key):
+            layerwise = "_layerwise" if config.flag(f"{name}_layerwise") else ""
+            eight_bits = "_8bit" if "8bit" in str(config.get("optim")) and name == "galore" else ""
+            config.set("optimizer.name", f"{name}_adamw{eight_bits}{layerwise}", key)
+            rank = config.whole(f"{name}_rank")
+            if rank is not None:
+                config.leave(f"{name}_rank", "the optimizer's default rank is counted")
+    if config.flag("use_muon"):
+        config.set("optimizer.name", "muon", "use_muon")
+
+
+def _evaluation(config: Config) -> None:
+    does = str(config.get("eval_strategy")) not in ("no", "None", "False")
+    does = does and (bool(config.number("val_size")) or config.said("eval_dataset") is not None)
+    trainer.evaluation(config, does, "eval_strategy", "per_device_eval_batch_size")
+    if does and config.flag("compute_accuracy"):
+        config.set("also.evaluation.preprocess", "argmax", "compute_accuracy")
+        config.set("also.evaluation.kept_batches", 1, "compute_accuracy", why="assumed: one batch")
+
+
+FORMAT = RunFormat(
+    "llamafactory",
+    "LLaMA-Factory",
+    LLAMAFACTORY,
+    ("llamafactory", "transformers"),
+    "model_name_or_path",
+    needs=("model_name_or_path",),
+    any_of=(
+        *("finetuning_type", "stage", "cutoff_len", "template", "quantization_bit", "lora_rank", "lora_target"),
+        *("pure_bf16", "dataset_dir"),
+    ),
+    excludes=("base_model",),
+    rules=(_method, _batch, _kernels, _optimizer, trainer.loop, trainer.parallelism, _precision, _evaluation),
+    refused=("use_unsloth", "use_badam", "use_adam_mini", "mixture_of_depths", "fp8", "use_llama_pro"),
+    matter={
+        **dict.fromkeys(("shift_attn", "upcast_layernorm", "upcast_lmhead_output", "use_v1_kernels"), "kernels"),
+        **dict.fromkeys(("freeze_extra_modules", "lora_target_parameters"), "what trains"),
+        **dict.fromkeys(("loraplus_lr_ratio", "predict_with_generate"), "not counted"),
+        **dict.fromkeys(("resize_vocab", "add_tokens", "new_special_tokens_config"), "the embeddings"),
+        "use_asft_loss": "the loss",
+    },
+    aliases={"evaluation_strategy": "eval_strategy"},
+)

@@ -1,0 +1,327 @@
+"""Rules of transformers' Trainer and accelerate, which all frameworks here build on.
+
+Source: transformers 5.24 training_args.py, trainer.py; accelerate 1.15 accelerator.py, utils/dataclasses.py,
+utils/fsdp_utils.py, commands/config/config_args.py; DeepSpeed 0.19.8 runtime/config.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from memplan.catalogue.optimizers.states import optimizer_names
+from memplan.core.errors import MemplanError, SpecError, nearest
+from memplan.frameworks.deepspeed import read as deepspeed_parts
+from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, shown
+from memplan.frameworks.reading.document import Document, paths
+from memplan.models.cards import find_model
+from memplan.models.model import ModelSpec
+
+DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
+FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
+_ATTENTION = {name: name for name in ("sdpa", "eager")} | dict.fromkeys(FLASH, "flash_attention_2")
+# Old names of keys -> names that replaced them.
+ALIASES = {
+    "evaluation_strategy": "eval_strategy",
+    "max_seq_length": "max_length",
+    "torch_dtype": "dtype",
+    "activation_checkpointing": "gradient_checkpointing",
+}
+# FSDP1's sharding strategies, by the number that old files have.
+_STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
+_NODE = 8  # GPUs among which hybrid sharding shards
+
+
+def loop(config: Config) -> None:
+    """The Trainer drives the step, with the gradient norm that it clips to."""
+    config.set("loop.trainer", True, why=f"{config.title} trains with transformers' Trainer")
+    if not config.value("loop.clip_grad_norm"):
+        config.found.pop("loop.clip_grad_norm", None)
+        if config.said("max_grad_norm") is not None:
+            config.set("loop.clip_grad_norm", None, "max_grad_norm")
+
+
+def optimizer(config: Config, key: str = "optim") -> None:
+    """The optimizer; its default is left to the profile. Raises SpecError for one that is not supported."""
+    name = config.text(key)
+    known = optimizer_names()
+    if name is None:
+        return
+    if name not in known:
+        near = " or ".join(nearest(name, known))
+        raise config.error(key, f"the optimizer {shown(name)} is not supported yet; near: {near}")
+    config.set("optimizer.name", name, key)
+    if isinstance(config.said("optim_args"), str) and "momentum=" in config.said("optim_args"):
+        text = config.said("optim_args").partition("momentum=")[2].partition(",")[0]
+        try:
+            config.set("optimizer.momentum", float(text), "optim_args")
+        except ValueError:
+            raise config.error("optim_args", f"momentum must be a number, not {shown(text)}") from None
+
+
+def attention(config: Config, key: str = "attn_implementation") -> None:
+    name = config.text(key)
+    if name is None:
+        return
+    kind = _ATTENTION.get(name) or ("flash_attention_2" if "/" in name and "flash" in name else None)
+    if kind is None:
+        config.leave(key, f"{shown(name)}: sdpa is counted instead")
+    else:
+        config.set("kernels.attention", kind, key)
+
+
+def checkpointing(config: Config) -> None:
+    """Checkpointing as TrainingArguments say it, and its keywords."""
+    key = "gradient_checkpointing"
+    value = config.get(key)
+    kind = "full"
+    if isinstance(value, Mapping):  # transformers 5.24: {every_n_layers, offload}
+        kind = "offload" if config.flag(f"{key}.offload") else "full"
+        if (config.whole(f"{key}.every_n_layers") or 1) > 1:
+            config.leave(f"{key}.every_n_layers", "every layer is counted as checkpointed")
+        config.set("kernels.checkpointing", kind, key)
+    else:
+        config.set("kernels.checkpointing", "full" if config.flag(key) else "none", key)
+    keywords = config.section(f"{key}_kwargs")
+    if keywords is not None and config.value("kernels.checkpointing") != "none":
+        for name, setting in keywords.values.items():
+            path = f"{key}_kwargs.{name}"
+            if name == "use_reentrant":
+                config.set("kernels.reentrant", config.flag(path), path)
+            elif name in ("offload", "selective") and config.flag(path):
+                config.set("kernels.checkpointing", name, path)
+            elif setting and name not in ("offload", "selective"):
+                config.leave(path, "not counted")
+
+
+def adapter(config: Config, is_adapter: bool, dora: bool, *keys: str) -> None:
+    """The method, from whether adapters train, and whether the weights under them are quantised."""
+    quantised = "method.quantization.format" in config.found
+    kind = "dora" if dora else "lora"
+    config.set("method.kind", ("q" * quantised + kind) if is_adapter else "full", *keys)
+
+
+def lower_precision(config: Config, weights: str, casts: str | None, *keys: str) -> None:
+    """The dtypes of a run that loads `weights`, and casts to `casts` in the forward pass; None: it does not cast.
+
+    DeepSpeed keeps fp32 master weights instead. FSDP's trainable weights are fp32: accelerate casts them before it
+    shards them, unless they are quantised.
+    """
+    strategy = str(config.value("parallelism.strategy"))
+    launched = config.launched.why if config.launched is not None and casts is None else ""
+    if config.launched is not None and casts is None:
+        casts, keys = str(config.launched.value), ()
+    if "precision.master" in config.found:  # DeepSpeed's config says so itself
+        return
+    values: dict[str, Any] = {"weights": weights}
+    why = ""
+    if casts and strategy.startswith("zero"):
+        values = {"weights": casts, "grads": casts, "master": "fp32"}
+        why = "DeepSpeed keeps fp32 master weights"
+    elif casts and strategy.startswith("fsdp") and config.value("method.kind") == "full":
+        values = {"weights": "fp32", "compute": casts, "autocast": True}
+        why = "accelerate makes FSDP's trainable weights fp32"
+    elif casts:
+        values = {"weights": weights, "compute": casts, "autocast": True}
+    for name, value in values.items():
+        config.set(f"precision.{name}", value, *keys, why=": ".join(filter(None, (why, launched))))
+    if casts == "fp16" and not strategy.startswith("zero"):
+        config.set("loop.grad_scaler", True, *keys, why="fp16 gradients are scaled")
+
+
+def evaluation(config: Config, does: bool, why_key: str, batch_key: str) -> None:
+    """Evaluation between steps: the Trainer keeps no logits unless it computes metrics."""
+    if not does:
+        for field in [field for field in config.found if field.startswith("also.evaluation.")]:
+            del config.found[field]
+        return
+    micro = config.whole(batch_key)
+    key = batch_key if micro is not None else why_key
+    config.set(
+        "also.evaluation.micro", micro or config.value("batch.micro"), key, why="" if micro else "as in training"
+    )
+
+
+def padding(config: Config, is_packed: bool) -> None:
+    """Batches of more than one sequence are padded, as sequences differ in length."""
+    micro = config.value("batch.micro") or 1
+    if not is_packed and micro > 1:
+        config.set("loop.padded", True, why="assumed: the sequences of a batch differ in length")
+
+
+def packed(config: Config, *keys: str) -> None:
+    """A batch is one row of as many tokens as its sequences could have."""
+    micro, length = config.value("batch.micro") or 1, config.value("batch.sequence")
+    if length is not None and micro > 1:
+        why = f"{micro} sequences of {length:,} tokens are one row"
+        config.set("batch.sequence", micro * length, *keys, why=why)
+        config.set("batch.micro", 1, *keys, why=why)
+
+
+def parallelism(config: Config) -> None:
+    """Strategy and number of GPUs, from DeepSpeed's and accelerate's files, or those that the file names."""
+    launch = config.companions.get("accelerate")
+    if launch is not None:
+        accelerate(config, launch)
+    given = config.companions.get("deepspeed")
+    named = config.section("deepspeed")
+    if given is not None or named is not None:
+        deepspeed(config, given or named)  # pyright: ignore[reportArgumentType] (one is there)
+    fsdp_config = config.section("fsdp_config")
+    says_fsdp = config.get("fsdp")
+    if says_fsdp or fsdp_config is not None:
+        words = " ".join(config.names("fsdp") or []) if isinstance(says_fsdp, (str, list)) else ""
+        fsdp(config, fsdp_config, 1 if words else 2, words)
+    degrees(config)
+
+
+def degrees(config: Config) -> None:
+    """Replicas are the GPUs that the other degrees leave; several of them without a strategy are DDP's."""
+    if config.gpus is not None:
+        config.set("parallelism.world", config.gpus, why=TYPED)
+    model_ranks = 1
+    for name in ("tp", "pp", "cp"):
+        model_ranks *= config.value(f"parallelism.{name}") or 1
+    world = config.value("parallelism.world") or model_ranks
+    if world == 1 and "parallelism.strategy" in config.found and "parallelism.world" not in config.found:
+        config.set("parallelism.world", 1, why="assumed: the file does not say how many GPUs; add --gpus")
+    if world > 1:
+        why = config.found.get("parallelism.world") or next(
+            config.found[f"parallelism.{name}"] for name in ("tp", "pp", "cp") if config.value(f"parallelism.{name}")
+        )
+        config.set("parallelism.world", world, why=why.why)
+        config.set("parallelism.dp", max(world // model_ranks, 1), why=why.why)
+        if world > model_ranks and "parallelism.strategy" not in config.found:
+            config.set("parallelism.strategy", "ddp", why=f"{why.why}: replicas without another strategy")
+
+
+def deepspeed(config: Config, document: Document) -> None:
+    """Set the fields of a DeepSpeed config. Raises SpecError with its file and line."""
+    try:
+        parts = deepspeed_parts(document.values)
+    except SpecError as error:
+        key = str(error).removeprefix("deepspeed: ").partition(":")[0]
+        raise SpecError(f"{document.where(key)}: {error}", error.field) from None
+    if not parts.get("parallelism"):
+        config.leave("zero_optimization.stage", "stage 0: DeepSpeed without ZeRO is counted as DDP", document)
+    for field, value in paths(parts):
+        config.set(field, value, why=_deepspeed_source(document, field))
+
+
+def _deepspeed_source(document: Document, field: str) -> str:
+    """Return the line of the key that sets a field."""
+    name = field.rpartition(".")[2]
+    names = {"strategy": "stage", "parameters": "offload_param", "optimizer": "offload_optimizer"}
+    names |= {"micro": "train_micro_batch_size_per_gpu", "accumulation": "gradient_accumulation_steps"}
+    names |= {"clip_grad_norm": "gradient_clipping", "master": "enabled", "grads": "enabled", "weights": "enabled"}
+    wanted = (names.get(name, name), name.removeprefix("stage3_"))
+    outer = field.split(".")[-2]
+    keys = [path for path in document.lines if path[-1] in wanted and (name != "device" or outer in path)]
+    keys = [path for path in keys if outer in path] or keys
+    return f"{document.where('.'.join(keys[0]))} {'.'.join(keys[0])}" if keys else document.name
+
+
+def accelerate(config: Config, document: Document) -> None:
+    """Set the fields of an accelerate config: its processes, FSDP or DeepSpeed, and mixed precision."""
+    inner = Config(document, "accelerate", {}, {})
+    inner.found = config.found
+    kind = str(inner.get("distributed_type") or "NO").upper()
+    processes = inner.whole("num_processes")
+    if kind != "NO" and processes is not None and processes > 0:
+        inner.set("parallelism.world", processes, "num_processes")
+    if inner.get("mixed_precision") in ("bf16", "fp16"):
+        config.launched = FieldOrigin("precision", inner.get("mixed_precision"), inner.why("mixed_precision"))
+    section = inner.section("deepspeed_config")
+    if kind == "DEEPSPEED" and section is not None:
+        _accelerate_deepspeed(inner, section)
+    elif kind == "FSDP":
+        fsdp(inner, inner.section("fsdp_config"), 1, "")
+    elif kind not in ("NO", "MULTI_GPU", "DEEPSPEED"):
+        raise document.error("distributed_type", f"{shown(kind)} is not supported yet; leave the file out")
+    for name in ("tp", "cp"):
+        size = inner.whole(f"parallelism_config.parallelism_config_{name}_size")
+        if size is not None and size > 1:
+            inner.set(f"parallelism.{name}", size, f"parallelism_config.parallelism_config_{name}_size")
+    config.unread += inner.unread
+
+
+def _accelerate_deepspeed(config: Config, section: Document) -> None:
+    """Set the fields of accelerate's own DeepSpeed keys, or of the file that it names."""
+    name = config.text("deepspeed_config.deepspeed_config_file")
+    if name is not None:
+        file = config.section("deepspeed_config.deepspeed_config_file")
+        if file is not None:
+            deepspeed(config, file)
+    else:
+        stage = config.whole("deepspeed_config.zero_stage")
+        stage = 2 if stage is None else stage  # accelerate 1.15 utils/dataclasses.py DeepSpeedPlugin
+        zero: dict[str, Any] = {"stage": stage}
+        for part in ("optimizer", "param"):
+            device = config.text(f"deepspeed_config.offload_{part}_device")
+            if device not in (None, "none"):
+                zero[f"offload_{part}"] = {"device": device}
+        keys = {"zero_optimization": zero}
+        accumulation = config.whole("deepspeed_config.gradient_accumulation_steps")
+        for field, value in paths(deepspeed_parts(keys)):
+            config.set(field, value, why=f"{section.where('zero_stage')} zero_stage")
+        if accumulation is not None:
+            config.set("batch.accumulation", accumulation, "deepspeed_config.gradient_accumulation_steps")
+    if config.value("parallelism.strategy") == "zero3":
+        init = config.get("deepspeed_config.zero3_init_flag")
+        if init is not None:
+            key = "deepspeed_config.zero3_init_flag"
+            config.set("parallelism.zero.zero3_init_flag", config.flag(key), key)
+
+
+def fsdp(config: Config, section: Document | None, version: int, words: str) -> None:
+    """Set the fields of FSDP's keys, of which old ones begin with `fsdp_`."""
+    key = "fsdp_config" if section is not None else "fsdp"
+    inner = Config(section, config.title, {}, {}) if section is not None else None
+
+    def get(name: str) -> Any:
+        return (
+            None
+            if inner is None
+            else next((v for n in (name, f"fsdp_{name}") if (v := inner.said(n)) is not None), None)
+        )
+
+    said = get("version")
+    version = int(said) if str(said) in ("1", "2") else version
+    if said is not None and str(said) not in ("1", "2"):
+        raise config.error(f"{key}.fsdp_version", f"must be 1 or 2, not {shown(said)}")
+    config.set("parallelism.strategy", "fsdp" if version == 1 else "fsdp2", key)
+    reshard = get("reshard_after_forward")
+    strategy = str(get("sharding_strategy") or (reshard if isinstance(reshard, str) else "") or words).upper()
+    strategy = _STRATEGIES.get(strategy, strategy)
+    if version == 1:
+        if "SHARD_GRAD_OP" in strategy or "ZERO2" in strategy:
+            config.set("parallelism.reshard_after_forward", False, key)
+        if "NO_SHARD" in strategy:
+            config.set("parallelism.shard_group", 1, key)
+        elif "HYBRID" in strategy:
+            config.set("parallelism.shard_group", _NODE, key, why="a node's GPUs")
+        if get("forward_prefetch") in (True, "true"):
+            config.set("parallelism.forward_prefetch", True, key)
+        prefetch = {"BACKWARD_PRE": "pre", "BACKWARD_POST": "post"}.get(str(get("backward_prefetch")).upper(), "none")
+        config.set("parallelism.backward_prefetch", prefetch, key)
+    elif str(reshard).lower() in ("false", "shard_grad_op"):
+        config.set("parallelism.reshard_after_forward", False, key)
+    if str(get("offload_params")).lower() == "true" or str(get("cpu_offload")).lower() == "true" or "offload" in words:
+        config.set("parallelism.offload.parameters", True, key)
+        config.set("parallelism.offload.optimizer", True, key, why="FSDP steps offloaded parameters on the host")
+    if str(get("cpu_ram_efficient_loading")).lower() == "false":
+        config.set("parallelism.cpu_ram_efficient_loading", False, key)
+    if str(get("activation_checkpointing")).lower() == "true":
+        config.set("kernels.checkpointing", "full", key)
+    several = (config.gpus or config.value("parallelism.world") or 1) > 1
+    if several and config.value("method.quantization.format") in ("nf4", "fp4"):
+        config.set("method.quantization.storage", "bf16", key, why="FSDP shards floating-point storage")
+
+
+def model_of(config: Config) -> ModelSpec | None:
+    """Return the model that the file names; None if memplan does not have it."""
+    name = config.value("model")
+    try:
+        return find_model(name) if isinstance(name, str) else None
+    except MemplanError:
+        return None

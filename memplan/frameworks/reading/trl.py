@@ -1,0 +1,207 @@
+"""Rules of TRL's command line, and of transformers' TrainingArguments alone.
+
+Source: trl 0.24.0, 1.14.1 and 1.16.0 scripts/sft.py, trainer/sft_config.py, base_config.py, model_config.py, utils.py
+get_quantization_config, get_peft_config; transformers 5.24 training_args.py.
+"""
+
+from __future__ import annotations
+
+from memplan.frameworks.reading import trainer
+from memplan.frameworks.reading.config import Config
+from memplan.frameworks.reading.run_format import RunFormat
+from memplan.frameworks.trl import TRL
+from memplan.models.peft_methods import default_targets
+
+# Keys that only other trainers' configs have. A TRL file does not name its trainer: the command does.
+_OTHER_TRAINERS = {
+    "GRPO or RLOO": ("num_generations", "max_completion_length", "reward_funcs", "use_vllm", "reward_model_path"),
+    "DPO or KTO": (
+        "max_prompt_length",
+        "beta",
+        "precompute_ref_log_probs",
+        "ref_model_init_kwargs",
+        "f_divergence_type",
+    ),
+    "reward modelling": ("center_rewards_coefficient",),
+}
+_SFT_LOSSES = ("nll", "chunked_nll")
+
+
+def _trainer(config: Config) -> None:
+    if config.said("trl_command") is not None:
+        raise config.error("trl_command", f"trl {config.said('trl_command')} is not supported yet; supported: trl sft")
+    for title, keys in _OTHER_TRAINERS.items():
+        for key in keys:
+            if config.said(key) is not None:
+                raise config.error(key, f"{title} is not supported yet; supported: trl sft")
+    kind = config.get("loss_type")
+    if kind is not None and kind not in _SFT_LOSSES:
+        config.leave("loss_type", f"{kind!r:.40}: the profile's loss is counted instead")
+    elif config.said("loss_type") == "chunked_nll" and config.title.startswith("TRL 1."):
+        config.set("kernels.loss", "chunked", "loss_type")
+
+
+def _method(config: Config) -> None:
+    bits = 4 if config.flag("load_in_4bit") else 8 if config.flag("load_in_8bit") else 16
+    has_adapter = config.flag("use_peft")
+    if bits < 16 and not has_adapter:
+        raise config.error(f"load_in_{bits}bit", "quantised weights train only under adapters; set use_peft: true")
+    if bits == 4:
+        config.set("method.quantization.format", config.word("bnb_4bit_quant_type", "nf4", "fp4"), "load_in_4bit")
+        key = "use_bnb_nested_quant"
+        config.set("method.quantization.double_quant", config.flag(key), key)
+    elif bits == 8:
+        config.set("method.quantization.format", "int8", "load_in_8bit")
+    trainer.adapter(config, has_adapter, config.flag("use_dora"), "use_peft", "use_dora")
+    if has_adapter:
+        _targets(config)
+        if config.names("lora_modules_to_save"):
+            config.set("method.modules_to_save", config.names("lora_modules_to_save"), "lora_modules_to_save")
+        if config.flag("use_rslora"):
+            config.set("method.options", {"use_rslora": True}, "use_rslora")
+
+
+def _targets(config: Config) -> None:
+    names = config.names("lora_target_modules")
+    if names is not None:
+        config.set("method.targets", "all-linear" if names == ["all-linear"] else names, "lora_target_modules")
+        return
+    model = trainer.model_of(config)
+    if model is None:  # which is an error later
+        return
+    modules = default_targets("lora", model.model_type)
+    if not modules:
+        raise config.error("use_peft", "peft has no default modules for this model; name lora_target_modules")
+    config.set("method.targets", list(modules), why="peft's default for the model's family")
+
+
+def _precision(config: Config) -> None:
+    name = str(config.get("dtype") or "auto")
+    weights = trainer.DTYPES.get(name, "bf16")
+    if name not in trainer.DTYPES and name != "auto":
+        raise config.error("dtype", f"must be auto, bfloat16, float16 or float32, not {name!r:.40}")
+    said = config.said("bf16")
+    casts = "fp16" if config.flag("fp16") else "bf16" if said is None or config.flag("bf16") else None
+    if casts == "fp16" and said is not None and config.flag("bf16"):
+        raise config.error("fp16", "bf16 and fp16 exclude each other")
+    keys = ("dtype", *((casts,) if casts and config.said(casts) is not None else ()))
+    trainer.lower_precision(config, weights, casts, *keys)
+    if name == "auto":
+        origin = config.found["precision.weights"]
+        config.found["precision.weights"] = origin._replace(why=f"{origin.why}: the checkpoint's dtype, assumed bf16")
+
+
+def _trainer_precision(config: Config) -> None:
+    """The Trainer gets a model that the script has loaded: in the checkpoint's dtype, as transformers 5 does."""
+    casts = "fp16" if config.flag("fp16") else "bf16" if config.flag("bf16") else None
+    trainer.lower_precision(config, "bf16", casts, casts or "bf16")
+    if config.value("precision.weights") == "bf16" and "precision.master" not in config.found:
+        why = "the script loads the model; assumed in a checkpoint's bf16"
+        config.set("precision.weights", config.value("precision.weights"), why=why)
+
+
+def _batch(config: Config) -> None:
+    is_packed = config.flag("packing")
+    in_rows = (is_packed and config.get("packing_strategy") != "wrapped") or config.flag("padding_free")
+    if in_rows:
+        trainer.packed(config, "packing" if is_packed else "padding_free")
+    trainer.padding(config, is_packed or in_rows)
+
+
+def _kernels(config: Config) -> None:
+    trainer.attention(config)
+    trainer.checkpointing(config)
+    if not config.flag("use_liger_kernel"):
+        return
+    section = config.section("liger_kernel_config")
+    on = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": True}
+    for name in section.values if section is not None else ():
+        on[name] = config.flag(f"liger_kernel_config.{name}")
+    kernels = [name for name in ("rope", "rms_norm", "swiglu", "cross_entropy") if on[name]]
+    config.set("kernels.fused", kernels, "use_liger_kernel")
+    if on["fused_linear_cross_entropy"]:
+        config.set("kernels.loss", "fused", "use_liger_kernel")
+
+
+def _full(config: Config) -> None:
+    config.set("method.kind", "full", why="TrainingArguments have no adapters")
+
+
+def _unpacked(config: Config) -> None:
+    trainer.padding(config, False)
+
+
+def _evaluation(config: Config) -> None:
+    does = str(config.get("eval_strategy")) not in ("no", "None", "False")
+    trainer.evaluation(config, does, "eval_strategy", "per_device_eval_batch_size")
+
+
+def _launch(config: Config) -> None:
+    """`accelerate_config` names a file, or one of TRL's own."""
+    name = config.text("accelerate_config")
+    if name is not None and "accelerate" not in config.companions:
+        own = {"single_gpu": "", "multi_gpu": "ddp", "zero1": "zero1", "zero2": "zero2", "zero3": "zero3"}
+        own |= {"fsdp1": "fsdp", "fsdp2": "fsdp2"}
+        if name in own:
+            if own[name]:
+                config.set("parallelism.strategy", own[name], "accelerate_config")
+        else:
+            section = config.section("accelerate_config")
+            config.companions = {**config.companions, "accelerate": section} if section else config.companions
+    trainer.parallelism(config)
+
+
+_MATTER = {
+    **dict.fromkeys(("auto_find_batch_size", "neftune_noise_alpha"), "not counted"),
+    **dict.fromkeys(("label_smoothing_factor", "batch_eval_metrics", "include_for_metrics"), "the loss and evaluation"),
+    **dict.fromkeys(("optim_target_modules", "parallelism_config"), "not counted"),
+    "predict_with_generate": "evaluation",
+}
+FORMAT = RunFormat(
+    "trl",
+    "TRL",
+    TRL,
+    ("trl", "transformers"),
+    "model_name_or_path",
+    needs=(),
+    any_of=(
+        *("dataset_name", "use_peft", "max_seq_length", "lora_r", "load_in_4bit", "load_in_8bit", "padding_free"),
+        *("packing_strategy", "assistant_only_loss", "completion_only_loss", "dataset_text_field", "num_generations"),
+        *("reward_funcs", "max_prompt_length", "dataset_mixer", "dataset_mixture", "lora_target_modules"),
+    ),
+    excludes=(
+        *("base_model", "finetuning_type", "stage", "cutoff_len", "checkpoint_dir", "tuner_type", "train_type"),
+        *("torch_dtype_str", "recipe", "lora_rank"),
+    ),
+    rules=(*(_trainer, _method, _batch, _kernels, trainer.optimizer, trainer.loop, _launch, _precision, _evaluation),),
+    matter={**_MATTER, "lora_target_parameters": "what trains", "model_init_kwargs": "how the model is loaded"},
+    aliases=trainer.ALIASES,
+)
+TRAINER = RunFormat(
+    "transformers",
+    "transformers",
+    TRL,
+    ("transformers",),
+    "model_name_or_path",
+    needs=(),
+    any_of=(
+        *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_scheduler_type"),
+        *("gradient_checkpointing", "per_device_eval_batch_size", "max_grad_norm", "optim"),
+    ),
+    excludes=("base_model", "checkpoint_dir", "tuner_type", "train_type", "recipe"),
+    rules=(
+        *(
+            _full,
+            _unpacked,
+            _kernels,
+            trainer.optimizer,
+            trainer.loop,
+            trainer.parallelism,
+            _trainer_precision,
+            _evaluation,
+        ),
+    ),
+    matter=_MATTER,
+    aliases=trainer.ALIASES,
+    is_general=True,
+)

@@ -1,0 +1,130 @@
+"""peft's methods other than LoRA, by peft's names: their settings and defaults, and the layers that they adapt.
+
+Source: peft 0.21.2 tuners/*/config.py, utils/constants.py TRANSFORMERS_MODELS_TO_*_TARGET_MODULES_MAPPING.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from memplan.core.records import NamedTuple
+
+Value = int | bool | str | None
+Targets = Mapping[str, str]  # model_type -> names of modules, separated by spaces
+
+_NONE: Mapping[str, Value] = MappingProxyType({})
+# The formats of bitsandbytes.
+BITSANDBYTES = ("nf4", "fp4", "int8")
+
+
+class PeftMethod(NamedTuple):
+    """One of peft's methods.
+
+    targets  the modules that it adapts by default, by model_type; empty if it adapts none
+    rank     its default rank; 0 if it has no rank
+    options  its other settings that memory depends on, by peft's names, with peft's defaults
+    dropout  peft's name of the dropout of the adapters' input; empty if it has none
+    r        peft's name of the rank
+    alpha    peft's name of the scale; empty if it has none
+    formats  formats of quantised layers that it can adapt
+    conv1d   whether it adapts transformers' Conv1D, as in GPT-2, too
+    """
+
+    targets: Targets = MappingProxyType({})
+    rank: int = 0
+    options: Mapping[str, Value] = _NONE
+    dropout: str = ""
+    r: str = "r"
+    alpha: str = ""
+    formats: tuple[str, ...] = ()
+    conv1d: bool = False
+
+
+def _each(model_types: str, names: str) -> dict[str, str]:
+    return dict.fromkeys(model_types.split(), names)
+
+
+_LORA: Targets = {
+    **_each(
+        "llama llama4 mistral mixtral stablelm gemma gemma2 gemma3_text qwen2 qwen3 opt gptj gpt_neo", "q_proj v_proj"
+    ),
+    **_each("bloom gpt_neox chatglm falcon", "query_key_value"),
+    **_each("bert roberta xlm-roberta", "query value"),
+    **_each("gpt2 gpt_bigcode", "c_attn"),
+    "t5": "q v",
+    "mpt": "Wqkv",
+    "phi": "q_proj v_proj fc1 fc2",
+    "nemotron_h": "q_proj k_proj v_proj o_proj",
+}
+_WITHOUT_FC: Targets = {**_LORA, "phi": "q_proj v_proj"}
+_C_PROJ: Targets = {**_LORA, **_each("gpt2 gpt_bigcode", "mlp.c_proj")}
+_ADALORA: Targets = {
+    **{
+        name: names
+        for name, names in _LORA.items()
+        if name not in "xlm-roberta chatglm mpt falcon mistral mixtral stablelm phi"
+    },
+    "t5": "q k v o wi wo",
+    "opt": "q_proj k_proj v_proj out_proj fc1 fc2",
+    "roberta": "query key value dense",
+}
+_IA3: Targets = {
+    **_each("llama4 gemma gemma2 gemma3_text qwen2 qwen3", "q_proj v_proj down_proj"),
+    **_each("llama mistral", "k_proj v_proj down_proj"),
+    **_each("gpt2 gpt_bigcode", "c_attn mlp.c_proj"),
+    **_each("gpt_neox falcon", "query_key_value dense_4h_to_h"),
+    **_each("bert roberta", "key value output.dense"),
+    "mixtral": "k_proj v_proj w2",
+    "t5": "k v wo",
+    "bloom": "query_key_value mlp.dense_4h_to_h",
+    "opt": "q_proj k_proj fc2",
+    "gptj": "q_proj v_proj fc_out",
+    "gpt_neo": "q_proj v_proj c_proj",
+    "phi": "q_proj v_proj fc2",
+}
+# IA3's targets that are scaled at their input.
+FEEDFORWARD: Targets = {model_type: names.split()[-1] for model_type, names in _IA3.items()}
+
+PEFT_METHODS: dict[str, PeftMethod] = {
+    "adalora": PeftMethod(
+        _ADALORA, 12, dropout="lora_dropout", r="init_r", alpha="lora_alpha", formats=BITSANDBYTES, conv1d=True
+    ),
+    "boft": PeftMethod(
+        _LORA, options={"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1}, formats=BITSANDBYTES
+    ),
+    "ia3": PeftMethod(_IA3, options={"feedforward_modules": None}, formats=BITSANDBYTES, conv1d=True),
+    "loha": PeftMethod(_LORA, 8, alpha="alpha"),
+    "lokr": PeftMethod(_LORA, 8, {"decompose_both": False, "decompose_factor": -1}, alpha="alpha"),
+    "oft": PeftMethod(
+        _LORA,
+        options={
+            "r": 0,
+            "oft_block_size": 32,
+            "block_share": False,
+            "use_cayley_neumann": True,
+            "num_cayley_neumann_terms": 5,
+        },
+        formats=BITSANDBYTES,
+    ),
+    "vera": PeftMethod(_WITHOUT_FC, 256, dropout="vera_dropout", formats=BITSANDBYTES, conv1d=True),
+}
+
+
+def default_targets(method: str, model_type: str) -> tuple[str, ...]:
+    """Return the modules that a method adapts by default; empty if peft has no default for the model."""
+    targets = PEFT_METHODS[method].targets if method in PEFT_METHODS else _LORA
+    return tuple(targets.get(model_type, "").split())
+
+
+def has_rank(method: str) -> bool:
+    """Whether a method has adapters with a rank."""
+    return method not in PEFT_METHODS or bool(PEFT_METHODS[method].rank)
+
+
+def filled_options(method: str, options: Mapping[str, Value], model_type: str) -> dict[str, Value]:
+    """Return all of a method's settings, with peft's defaults for those that are not in `options`."""
+    filled = {**PEFT_METHODS[method].options, **options}
+    if method == "ia3" and filled["feedforward_modules"] is None:
+        filled["feedforward_modules"] = FEEDFORWARD.get(model_type, "")
+    return filled

@@ -1,0 +1,37 @@
+"""Many small cases in one test: a test of its own takes longer than such a case."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import pytest
+
+Case = TypeVar("Case")
+
+
+def each(
+    cases: Iterable[Case] | Callable[[], Iterable[Case]], name: Callable[[Case], object] = str
+) -> Callable[[Callable[[Case], None]], Callable[[], None]]:
+    """Turn a check of one case into a test of all cases, which names every case that fails, and why.
+
+    cases   at least one; those of a function are made when the test runs
+    name    a case's name in the message
+    """
+
+    def checked(check: Callable[[Case], None]) -> Callable[[], None]:
+        def test() -> None:
+            tried = list(cases() if callable(cases) else cases)
+            failed: list[str] = []
+            for case in tried:
+                try:
+                    check(case)
+                except (Exception, pytest.fail.Exception) as failure:
+                    failed.append(f"{name(case)}: {type(failure).__name__}: {failure}")
+            assert tried
+            assert not failed, "\n".join([f"{len(failed)} of {len(tried)} cases fail", *failed])
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return checked

@@ -1,0 +1,453 @@
+"""Run files of training frameworks: which framework it is, the run that it would start, and why each value."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memplan.cli.runs import runs_of
+from memplan.core.errors import MemplanError, SpecError
+from memplan.frameworks.axolotl import AXOLOTL
+from memplan.frameworks.change_table import change_lines
+from memplan.frameworks.llamafactory import LLAMAFACTORY
+from memplan.frameworks.reading.config import defaults_of
+from memplan.frameworks.reading.document import Document
+from memplan.frameworks.reading.run_file import FORMATS, RunFile, detect, read_run
+from memplan.frameworks.trl import TRL
+from memplan.spec.run import RunSpec
+
+AXOLOTL_QLORA = """
+base_model: Qwen/Qwen2-7B
+load_in_4bit: true
+adapter: qlora
+lora_r: 8
+lora_target_linear: true
+sequence_len: 1024
+sample_packing: true
+micro_batch_size: 3
+gradient_accumulation_steps: 2
+optimizer: paged_adamw_8bit
+learning_rate: 2e-5
+bf16: auto
+flash_attention: true
+gradient_checkpointing: true
+wandb_project: mine
+"""
+LLAMAFACTORY_LORA = """
+model_name_or_path: Qwen/Qwen2-7B
+stage: sft
+finetuning_type: lora
+lora_target: q_proj,v_proj
+cutoff_len: 512
+per_device_train_batch_size: 2
+bf16: true
+"""
+TRL_SFT = """
+model_name_or_path: Qwen/Qwen2-7B
+dataset_name: trl-lib/Capybara
+use_peft: true
+load_in_4bit: true
+"""
+
+
+def read(tmp_path: Path, text: str, framework: str | None = None, name: str = "run.yaml", **companions: Any) -> RunFile:
+    (tmp_path / name).write_text(text, "utf-8")
+    given: dict[str, str] = {}
+    for kind, value in companions.items():
+        given[kind] = str(tmp_path / f"{kind}.json")
+        Path(given[kind]).write_text(json.dumps(value), "utf-8")
+    return read_run(str(tmp_path / name), framework, given)
+
+
+def values(file: RunFile) -> dict[str, Any]:
+    RunSpec.model_validate({"model": "qwen2-7b", **file.fields})  # the run is one that memplan accepts
+    return {origin.field: origin.value for origin in file.origins}
+
+
+def why(file: RunFile) -> dict[str, str]:
+    return {origin.field: origin.why for origin in file.origins}
+
+
+# --- Axolotl ---
+
+
+def test_an_axolotl_file_is_the_run_that_axolotl_starts(tmp_path: Path) -> None:
+    file = read(tmp_path, AXOLOTL_QLORA)
+    assert file.headline == "run.yaml: Axolotl 0.21, by base_model and micro_batch_size"
+    assert file.unread == ()
+    found = values(file)
+    assert found["model"] == "Qwen/Qwen2-7B"
+    assert (found["method.kind"], found["method.rank"], found["method.targets"]) == ("qlora", 8, "all-linear")
+    assert (found["method.quantization.format"], found["method.quantization.double_quant"]) == ("nf4", True)
+    assert (found["batch.micro"], found["batch.sequence"], found["batch.accumulation"]) == (1, 3 * 1024, 2)
+    assert "loop.padded" not in found
+    assert (found["precision.weights"], found["precision.autocast"]) == ("bf16", True)
+    assert (found["kernels.attention"], found["kernels.checkpointing"]) == ("flash_attention_2", "full")
+    assert (found["kernels.fused"], found["kernels.reentrant"]) == (["lora"], False)
+    assert (found["optimizer.name"], found["loop.expandable_segments"]) == ("paged_adamw_8bit", True)
+
+
+def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
+    reasons = why(read(tmp_path, AXOLOTL_QLORA))
+    assert reasons["method.rank"] == "run.yaml:5 lora_r"
+    assert reasons["method.dropout"] == "default of Axolotl 0.21"
+    assert reasons["batch.sequence"] == "3 sequences of 1,024 tokens are one row: run.yaml:8 sample_packing"
+    assert reasons["kernels.attention"] == "run.yaml:14 flash_attention"
+    assert reasons["kernels.fused"] == "LoRA kernels turn themselves on: run.yaml:4 adapter"
+    assert reasons["precision.weights"] == "run.yaml:13 bf16: auto, on a GPU with bf16"
+
+
+@pytest.mark.parametrize(
+    ("version", "dropout", "fused", "reentrant"),
+    [
+        ("0.12", "", None, True),
+        ("0.12", "lora_dropout: 0", ["lora"], True),
+        ("0.21", "lora_dropout: 0.1", ["lora"], False),
+    ],
+)
+def test_a_version_has_its_own_rules(
+    tmp_path: Path, version: str, dropout: str, fused: list[str] | None, reentrant: bool
+) -> None:
+    file = read(tmp_path, f"{AXOLOTL_QLORA}{dropout}\n", f"axolotl-{version}")
+    assert file.title == f"Axolotl {version}"
+    found = values(file)
+    assert (found.get("kernels.fused"), found["kernels.reentrant"]) == (fused, reentrant)
+
+
+FULL = "base_model: Qwen/Qwen2-7B\nmicro_batch_size: 2\n"
+AXOLOTL_KEYS: dict[str, dict[str, Any]] = {
+    "": {"method.kind": "full", "batch.sequence": 512, "kernels.checkpointing": "none", "loop.padded": True},
+    "bf16: false\nfp16: true": {"precision.weights": "fp16", "precision.compute": "fp16", "loop.grad_scaler": True},
+    "bf16: false": {"precision.weights": "fp32", "precision.autocast": None},
+    "bf16: full": {"precision.weights": "bf16", "precision.autocast": None},
+    "max_grad_norm: 0": {"loop.clip_grad_norm": None},
+    "gradient_accumulation_steps:\nbatch_size: 8": {"batch.accumulation": 4},
+    "gradient_checkpointing: offload": {"kernels.checkpointing": "offload"},
+    "gradient_checkpointing: true\nactivation_offloading: true": {"kernels.checkpointing": "offload"},
+    "gradient_checkpointing: true\ngradient_checkpointing_kwargs: {use_reentrant: true}": {"kernels.reentrant": True},
+    "val_set_size: 0.1\neval_batch_size: 6": {"also.evaluation.micro": 6},
+    "val_set_size: 0.1": {"also.evaluation.micro": 2},
+    "eval_batch_size: 6": {"also.evaluation.micro": None},
+    "sample_packing: true": {"batch.micro": 2, "batch.sequence": 512},  # rows of their own without flash attention
+    "torch_compile: auto": {"kernels.compile": True},
+    "plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]": {"kernels.loss": "fused"},
+    "plugins: [axolotl.integrations.liger.LigerPlugin]\nliger_rms_norm: true\nliger_glu_activation: true": {
+        "kernels.fused": ["rms_norm", "swiglu"]
+    },
+    "chunked_cross_entropy: true": {"kernels.loss": "chunked"},
+    r"""adapter: lora
+lora_target_modules: 'model.language_model.layers.[\d]+.(_checkpoint_wrapped_module.)?(mlp|self_attn).(up|q)_proj'""": {
+        "method.targets": ["up_proj", "q_proj"]
+    },
+    "adapter: lora\nload_in_8bit: true\nlora_target_modules: [q_proj]": {
+        "method.kind": "qlora",
+        "method.quantization.format": "int8",
+        "method.targets": ["q_proj"],
+        "kernels.fused": None,
+    },
+    "adapter: lora\nlora_target_linear: true\npeft_use_dora: true\nlora_modules_to_save: [lm_head]": {
+        "method.kind": "dora",
+        "method.modules_to_save": ["lm_head"],
+    },
+    "fsdp_version: 2\nfsdp_config: {reshard_after_forward: true, offload_params: true}": {
+        "parallelism.strategy": "fsdp2",
+        "parallelism.offload.parameters": True,
+        "parallelism.offload.optimizer": True,
+        "precision.weights": "fp32",
+        "precision.compute": "bf16",
+    },
+    "dp_shard_size: 4\nfsdp_config: {reshard_after_forward: false}": {
+        "parallelism.world": 4,
+        "parallelism.dp": 4,
+        "parallelism.reshard_after_forward": False,
+    },
+    "deepspeed: {zero_optimization: {stage: 3, reduce_bucket_size: auto}, bf16: {enabled: true}}": {
+        "parallelism.strategy": "zero3",
+        "parallelism.zero.reduce_bucket_size": "auto",
+        "precision.weights": "bf16",
+        "precision.master": "fp32",
+        "precision.autocast": None,
+    },
+}
+
+
+@pytest.mark.parametrize(("keys", "expected"), AXOLOTL_KEYS.items(), ids=AXOLOTL_KEYS.keys())
+def test_axolotls_keys(tmp_path: Path, keys: str, expected: dict[str, Any]) -> None:
+    found = values(read(tmp_path, FULL + keys + "\n"))
+    assert {field: found.get(field) for field in expected} == expected
+
+
+# --- LLaMA-Factory ---
+
+LLAMAFACTORY_KEYS: dict[str, dict[str, Any]] = {
+    "": {
+        "method.kind": "lora",
+        "method.rank": 8,
+        "method.alpha": 2 * 8,
+        "method.targets": ["q_proj", "v_proj"],
+        "batch.micro": 2,
+        "kernels.checkpointing": "full",
+        "kernels.reentrant": True,
+        "precision.weights": "bf16",
+        "precision.autocast": True,
+    },
+    "finetuning_type: full": {"precision.weights": "fp32", "precision.compute": "bf16", "precision.autocast": True},
+    "finetuning_type: full\nbf16: false\npure_bf16: true": {"precision.weights": "bf16", "precision.autocast": None},
+    "pure_bf16: true": {"method.adapter_dtype": "bf16"},
+    "finetuning_type: freeze\nfreeze_trainable_layers: 3": {"method.kind": "freeze", "method.trainable_layers": 3},
+    "quantization_bit: 4": {"method.quantization.format": "nf4", "method.quantization.double_quant": True},
+    "quantization_bit: 8": {"method.quantization.format": "int8"},
+    "lora_target: all\nlora_rank: 4\nlora_alpha: 4": {"method.targets": "all-linear", "method.alpha": 4},
+    "packing: true": {"batch.sequence": 512 - 1, "loop.padded": None},
+    "flash_attn: fa2\nenable_liger_kernel: true": {"kernels.attention": "flash_attention_2", "kernels.loss": "fused"},
+    "disable_gradient_checkpointing: true": {"kernels.checkpointing": "none", "kernels.reentrant": None},
+    "use_unsloth_gc: true": {"kernels.checkpointing": "offload"},
+    "finetuning_type: full\nuse_galore: true\ngalore_layerwise: true": {"optimizer.name": "galore_adamw_layerwise"},
+    "val_size: 0.1\neval_strategy: steps\nper_device_eval_batch_size: 1": {"also.evaluation.micro": 1},
+    "val_size: 0.1": {"also.evaluation.micro": None},
+}
+
+
+@pytest.mark.parametrize(("keys", "expected"), LLAMAFACTORY_KEYS.items(), ids=LLAMAFACTORY_KEYS.keys())
+def test_llamafactorys_keys(tmp_path: Path, keys: str, expected: dict[str, Any]) -> None:
+    config = yaml.safe_load(LLAMAFACTORY_LORA) | (yaml.safe_load(keys) or {})
+    file = read(tmp_path, json.dumps(config), name="run.json")
+    assert file.headline.startswith("run.json: LLaMA-Factory 0.9.5, by model_name_or_path and ")
+    found = values(file)
+    assert {field: found.get(field) for field in expected} == expected
+
+
+# --- TRL and transformers ---
+
+TRL_KEYS: dict[str, dict[str, Any]] = {
+    "": {
+        "method.kind": "qlora",
+        "method.rank": 16,
+        "method.alpha": 32,
+        "method.dropout": 0.05,
+        "method.targets": ["q_proj", "v_proj"],
+        "method.quantization.double_quant": False,
+        "precision.weights": "fp32",
+        "precision.compute": "bf16",
+        "batch.micro": 8,
+        "batch.sequence": 1024,
+        "kernels.checkpointing": "full",
+    },
+    "torch_dtype: bfloat16": {"precision.weights": "bf16", "precision.autocast": True},
+    "bf16: false\ndtype: bfloat16": {"precision.weights": "bf16", "precision.autocast": None},
+    "fp16: true": {"precision.compute": "fp16", "loop.grad_scaler": True},
+    "load_in_4bit: false\nuse_peft: false": {"method.kind": "full", "precision.weights": "fp32"},
+    "load_in_8bit: true\nload_in_4bit: false": {"method.quantization.format": "int8"},
+    "lora_target_modules: all-linear": {"method.targets": "all-linear"},
+    "packing: true\nmax_seq_length: 256": {"batch.micro": 1, "batch.sequence": 8 * 256, "loop.padded": None},
+    "packing: true\npacking_strategy: wrapped": {"batch.micro": 8, "loop.padded": None},
+    "evaluation_strategy: epoch\nper_device_eval_batch_size: 3": {"also.evaluation.micro": 3},
+    "use_liger_kernel: true": {"kernels.loss": "fused", "kernels.fused": ["rope", "rms_norm", "swiglu"]},
+    "gradient_checkpointing: false": {"kernels.checkpointing": "none"},
+    "optim: sgd\noptim_args: momentum=0.9": {"optimizer.name": "sgd", "optimizer.momentum": 0.9},
+    "fsdp: full_shard auto_wrap\nfsdp_config: {version: 1, sharding_strategy: SHARD_GRAD_OP}": {
+        "parallelism.strategy": "fsdp",
+        "parallelism.reshard_after_forward": False,
+    },
+}
+
+
+@pytest.mark.parametrize(("keys", "expected"), TRL_KEYS.items(), ids=TRL_KEYS.keys())
+def test_trls_keys(tmp_path: Path, keys: str, expected: dict[str, Any]) -> None:
+    config = yaml.safe_load(TRL_SFT) | (yaml.safe_load(keys) or {})
+    found = values(read(tmp_path, json.dumps(config), name="run.json"))
+    assert {field: found.get(field) for field in expected} == expected
+
+
+def test_trl_before_0_27_loads_the_checkpoints_dtype(tmp_path: Path) -> None:
+    file = read(tmp_path, TRL_SFT, "trl-0.24")
+    assert values(file)["precision.weights"] == "bf16"
+    assert "assumed" in why(file)["precision.weights"]
+
+
+def test_training_arguments_name_no_model(tmp_path: Path) -> None:
+    text = json.dumps({"per_device_train_batch_size": 4, "bf16": True, "output_dir": "out", "seed": 1})
+    file = read(tmp_path, text, name="training_args.json")
+    assert file.headline.startswith("training_args.json: transformers 5.24, by per_device_train_batch_size")
+    assert "model" not in file.fields
+    assert (values(file)["batch.micro"], file.unread) == (4, ())
+
+
+# --- files given along ---
+
+ACCELERATE: dict[str, Any] = {"compute_environment": "LOCAL_MACHINE", "num_processes": 4, "mixed_precision": "bf16"}
+LAUNCHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "ddp": ({"distributed_type": "MULTI_GPU"}, {"parallelism.strategy": "ddp", "parallelism.dp": 4}),
+    "one process": ({"distributed_type": "NO"}, {"parallelism.world": None}),
+    "fsdp 1": (
+        {
+            "distributed_type": "FSDP",
+            "fsdp_config": {"fsdp_sharding_strategy": 4, "fsdp_backward_prefetch": "BACKWARD_POST"},
+        },
+        {"parallelism.strategy": "fsdp", "parallelism.shard_group": 8, "parallelism.backward_prefetch": "post"},
+    ),
+    "fsdp 2": (
+        {"distributed_type": "FSDP", "fsdp_config": {"fsdp_version": 2, "fsdp_cpu_ram_efficient_loading": False}},
+        {"parallelism.strategy": "fsdp2", "parallelism.cpu_ram_efficient_loading": False, "precision.weights": "fp32"},
+    ),
+    "zero 3": (
+        {
+            "distributed_type": "DEEPSPEED",
+            "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True, "offload_optimizer_device": "cpu"},
+        },
+        {
+            "parallelism.strategy": "zero3",
+            "parallelism.zero.zero3_init_flag": True,
+            "parallelism.offload.optimizer": True,
+            "precision.master": "fp32",
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize(("launch", "expected"), LAUNCHES.values(), ids=LAUNCHES.keys())
+def test_accelerates_file(tmp_path: Path, launch: dict[str, Any], expected: dict[str, Any]) -> None:
+    text = "model_name_or_path: Qwen/Qwen2-7B\ndataset_name: mine\n"
+    found = values(read(tmp_path, text, accelerate={**ACCELERATE, **launch}))
+    assert {field: found.get(field) for field in expected} == expected
+
+
+def test_a_file_that_a_key_names_is_found_next_to_the_file(tmp_path: Path) -> None:
+    (tmp_path / "zero2.json").write_text('{\n "zero_optimization": {\n  "stage": 2,\n  "overlap_comm": true\n }\n}')
+    file = read(tmp_path, LLAMAFACTORY_LORA + "deepspeed: zero2.json\n")
+    assert values(file)["parallelism.strategy"] == "zero2"
+    assert why(file)["parallelism.strategy"] == "zero2.json:3 zero_optimization.stage"
+    assert why(file)["parallelism.world"] == "assumed: the file does not say how many GPUs; add --gpus"
+    (tmp_path / "zero2.json").unlink()
+    with pytest.raises(SpecError, match=r"^run\.yaml:9: deepspeed: there is no file 'zero2\.json' next to run\.yaml"):
+        read(tmp_path, LLAMAFACTORY_LORA + "deepspeed: zero2.json\n")
+
+
+def test_a_typed_value_replaces_the_files_before_the_rules(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(AXOLOTL_QLORA)
+    [run] = runs_of({"model": str(tmp_path / "run.yaml"), "batch_size": 2, "seq_len": 100, "gpus": 2})
+    assert (run.batch.micro, run.batch.sequence) == (1, 2 * 100)
+    assert (run.parallelism.world, run.parallelism.strategy, run.method.rank) == (2, "ddp", 8)
+    file = read_run(str(tmp_path / "run.yaml"), typed={"method.rank": 4})
+    assert why(file)["method.rank"] == "the command line"
+    [run] = runs_of({"model": "qwen2-0.5b", "spec": str(tmp_path / "run.yaml"), "optimizer": "sgd"})
+    assert (run.model, run.optimizer.name) == ("qwen2-0.5b", "sgd")
+
+
+# --- detection ---
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
+    model = FORMATS[name].model
+    file = read(tmp_path, f"{model}: Qwen/Qwen2-7B\n", name)
+    assert (file.framework, file.told) == (name, ())
+
+
+REFUSED: dict[str, str] = {
+    "model_name_or_path: a\nfinetuning_type: lora\nstage: dpo": "run.yaml:3: stage: 'dpo' is not supported",
+    "base_model: a\nmicro_batch_size: 1\nrl: grpo": "run.yaml:3: rl: 'grpo' is not supported yet",
+    "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",
+    "base_model: a\nmicro_batch_size: 1.5": "run.yaml:2: micro_batch_size: must be a whole number",
+    "base_model: [a]\nmicro_batch_size: 1": "run.yaml:1: base_model: must be text",
+    "base_model: a\nadapter: qlora": "run.yaml:2: adapter: qlora needs load_in_4bit: true",
+    "base_model: a\nadapter: lora": "run.yaml:2: adapter: set lora_target_linear: true",
+    "base_model: a\nadapter: lora\nlora_target_modules: {a: 1}": "run.yaml:3: lora_target_modules: must be a list",
+    "base_model: a\nmicro_batch_size: 1\noptimizer: adamw_8bits": "run.yaml:3: optimizer: the optimizer 'adamw_8bits'",
+    "base_model: a\nmicro_batch_size: 1\ngradient_checkpointing: maybe": "must be true or false, not 'maybe'",
+    "model_name_or_path: a\nuse_peft: true\nnum_generations: 8": "run.yaml:3: num_generations: GRPO or RLOO",
+    "model_name_or_path: a\ndataset_name: b\nload_in_4bit: true": "quantised weights train only under adapters",
+    "distributed_type: FSDP": "is accelerate's config, without a model; add it to a run with --accelerate",
+    "zero_optimization: {stage: 2}": "is deepspeed's config, without a model; add it to a run with --deepspeed",
+    "model: a\ntuner_type: lora": "run.yaml:2: tuner_type: ms-swift's files are not read yet",
+    "checkpoint_dir: a\nprecision: bf16-true": "LitGPT's files are not read yet",
+    "services: {a: b}": "is not a file of Axolotl, LLaMA-Factory, TRL, transformers, nor a run's",
+    "base_model: a\nmodel_name_or_path: b\nmicro_batch_size: 1\ncutoff_len: 3": "",
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), REFUSED.items())
+def test_a_file_that_is_not_understood_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    if not expected:
+        assert read(tmp_path, text).framework == "axolotl"  # only Axolotl has base_model
+        return
+    with pytest.raises(SpecError) as error:
+        read(tmp_path, text)
+    assert expected in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path: Path) -> None:
+    file = read(tmp_path, AXOLOTL_QLORA + "lora_dropuot: 0.1\ntiled_mlp: true\nlayer_offloading: false\n")
+    assert file.notes == (
+        "lora_dropuot (run.yaml:17): unknown key of Axolotl; did you mean lora_dropout?",
+        "tiled_mlp (run.yaml:18): not counted, not supported yet",
+    )
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    for start in (b"\x80\x04\x95", b"PK\x03\x04"):
+        (tmp_path / "training_args.bin").write_bytes(start + b"anything")
+        with pytest.raises(SpecError, match=r"training_args\.bin is a pickle"):
+            read_run(str(tmp_path / "training_args.bin"))
+
+
+KEYS = st.sampled_from(
+    sorted({*defaults_of("axolotl").keys, *defaults_of("llamafactory").keys, *defaults_of("trl").keys, "?", ""})
+)
+SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8)
+VALUES = st.recursive(SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3))
+
+
+@contextmanager
+def suppress_errors(lines: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except MemplanError as error:
+        lines.append(str(error))
+
+
+@given(st.sampled_from(sorted(FORMATS)), st.dictionaries(KEYS, VALUES, max_size=12))
+def test_any_mapping_is_read_or_refused_in_one_line(framework: str, config: dict[str, Any]) -> None:
+    from memplan.frameworks.reading import run_file
+
+    document = Document("run.yaml", None, {FORMATS[framework].model: "qwen2-7b", **config}, {})
+    lines: list[str] = []
+    with suppress_errors(lines):
+        detect(document)
+    with suppress_errors(lines):
+        file = run_file.read_as(document, FORMATS[framework])
+        assert json.loads(json.dumps([origin._asdict() for origin in file.origins]))
+    assert not any("\n" in line for line in lines)
+
+
+# --- the same rows write and read ---
+
+
+@pytest.mark.parametrize(("table", "text"), [(AXOLOTL, FULL), (LLAMAFACTORY, LLAMAFACTORY_LORA), (TRL, TRL_SFT)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"batch": {"micro": 5, "sequence": 96, "accumulation": 7}},
+        {"loop": {"clip_grad_norm": 0.5}},
+        {"optimizer": {"name": "lion_8bit"}},
+        {"method": {"kind": "lora", "rank": 3, "alpha": 6, "dropout": 0.25, "targets": ["k_proj"]}},
+    ],
+)
+def test_what_is_written_is_read(tmp_path: Path, table: Any, text: str, change: dict[str, Any]) -> None:
+    plain = RunSpec(model="qwen2-7b")
+    changed = RunSpec.model_validate({"model": "qwen2-7b", **change})
+    written = yaml.safe_load("\n".join(change_lines(table, plain, changed).lines)) or {}
+    config = yaml.safe_load(text) | {"load_in_4bit": False, "quantization_bit": None} | written
+    found = values(read(tmp_path, json.dumps(config), name="run.json"))
+    for part, fields in change.items():
+        for name, value in fields.items():
+            assert found[f"{part}.{name}"] == value, name

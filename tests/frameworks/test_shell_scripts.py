@@ -1,0 +1,129 @@
+"""Shell scripts that start a training framework."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memplan.core.errors import SpecError
+from memplan.frameworks.reading.run_file import RunFile, read_run
+from memplan.frameworks.reading.shell import launched
+
+FILES = {
+    "axolotl.yml": "base_model: Qwen/Qwen2-7B\nmicro_batch_size: 4\nsequence_len: 256\n",
+    "factory.yaml": "model_name_or_path: Qwen/Qwen2-7B\nstage: sft\nbf16: true\n",
+    "trl.yaml": "model_name_or_path: Qwen/Qwen2-7B\ndataset_name: mine\nmax_length: 64\n",
+    "zero3.yaml": "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 3}\n",
+}
+
+
+def read(tmp_path: Path, script: str, name: str = "train.sh") -> RunFile:
+    for file, text in {**FILES, name: script}.items():
+        (tmp_path / file).write_text(text, "utf-8")
+    return read_run(str(tmp_path / name))
+
+
+SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
+    "trl sft --config trl.yaml --per_device_train_batch_size 3 --torch_dtype=bfloat16": (
+        "trl",
+        {"batch.micro": 3, "batch.sequence": 64, "precision.weights": "bf16"},
+    ),
+    "trl sft --config trl.yaml --accelerate_config zero3.yaml": ("trl", {"parallelism.strategy": "zero3"}),
+    "LEN=32\ntrl sft --config trl.yaml \\\n  --max_length $LEN --use_peft": (
+        "trl",
+        {"batch.sequence": 32, "method.kind": "lora"},
+    ),
+    "axolotl train axolotl.yml --micro-batch-size 2 --launcher torchrun -- --nproc_per_node=4": (
+        "axolotl",
+        {"batch.micro": 2, "parallelism.world": 4, "parallelism.strategy": "ddp"},
+    ),
+    "accelerate launch --config_file zero3.yaml --num_processes 8 -m axolotl.cli.train axolotl.yml": (
+        "axolotl",
+        {"parallelism.world": 8, "parallelism.strategy": "zero3"},
+    ),
+    "export PYTORCH_ALLOC_CONF=expandable_segments:False\naxolotl train axolotl.yml": (
+        "axolotl",
+        {"loop.expandable_segments": False},
+    ),
+    "FORCE_TORCHRUN=1 NPROC_PER_NODE=2 llamafactory-cli train factory.yaml cutoff_len=128": (
+        "llamafactory",
+        {"parallelism.world": 2, "batch.sequence": 128},
+    ),
+    "CUDA_VISIBLE_DEVICES=0,1,2 llamafactory-cli train factory.yaml": ("llamafactory", {"parallelism.world": 3}),
+    "cd here && torchrun --standalone --nproc_per_node 4 --nnodes=2 train.py --model_name_or_path Qwen/Qwen2-7B "
+    "--bf16 True --per_device_train_batch_size ${BS:-2}; echo done": (
+        "transformers",
+        {"parallelism.world": 4 * 2, "batch.micro": 2, "precision.compute": "bf16"},
+    ),
+    "accelerate launch --use_fsdp --fsdp_version 2 --num_processes=2 sft.py --model_name_or_path Qwen/Qwen2-7B "
+    "--use_peft --lora_target_modules q_proj k_proj --dataset_name mine": (
+        "trl",
+        {"parallelism.strategy": "fsdp2", "parallelism.dp": 2, "method.targets": ["q_proj", "k_proj"]},
+    ),
+}
+
+
+@pytest.mark.parametrize(("script", "expected"), SCRIPTS.items(), ids=SCRIPTS.keys())
+def test_a_script_is_the_run_that_it_starts(tmp_path: Path, script: str, expected: tuple[str, dict[str, Any]]) -> None:
+    file = read(tmp_path, f"#!/bin/bash\nset -e  # stops\n{script}\n")
+    found = {origin.field: origin.value for origin in file.origins}
+    framework, fields = expected
+    assert (file.framework, file.name, file.unread) == (framework, "train.sh", ())
+    assert {field: found.get(field) for field in fields} == fields
+
+
+def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
+    file = read(tmp_path, "# a comment\ntrl sft --config trl.yaml --per_device_train_batch_size 3 --lora_r $RANK\n")
+    reasons = {origin.field: origin.why for origin in file.origins}
+    assert reasons["batch.micro"] == "train.sh:2 --per_device_train_batch_size"
+    assert reasons["batch.sequence"] == "trl.yaml:3 max_length"
+    assert file.notes == ("--lora_r (train.sh:2): a variable that is not set",)
+
+
+REFUSED = {
+    "ls": "has no command that trains",
+    "": "has no command that trains",
+    "trl dpo --model_name_or_path a": "train.sh:1: trl_command: trl dpo is not supported yet",
+    "swift sft --model a": "train.sh:1: ms-swift's commands are not read yet",
+    "trl sft --config none.yaml": "there is no file 'none.yaml' next to train.sh or here",
+    "trl sft 'unclosed": "train.sh:1: a quote is not closed",
+    "trl sft --config trl.yaml --max_length long": "train.sh:1 --max_length: must be a number, not 'long'",
+}
+
+
+@pytest.mark.parametrize(("script", "expected"), REFUSED.items())
+def test_a_script_that_is_not_understood_is_one_line(tmp_path: Path, script: str, expected: str) -> None:
+    with pytest.raises(SpecError) as error:
+        read(tmp_path, script)
+    assert expected in str(error.value)
+
+
+WORDS = [
+    "trl",
+    "sft",
+    "accelerate",
+    "launch",
+    "torchrun",
+    "--config",
+    "--x=1",
+    "-m",
+    "--",
+    "$A",
+    "${B:-c}",
+    "A=1",
+    "\\\n",
+    "\n",
+]
+
+
+@given(st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=12))
+def test_any_text_is_a_command_or_refused(words: list[str]) -> None:
+    try:
+        command = launched(" ".join(words), "train.sh")
+    except SpecError:
+        return
+    assert command.line >= 1

@@ -1,0 +1,90 @@
+"""Models share what does not depend on them: a lowering between depths, resolved dtypes between equal layers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memplan import RunSpec
+from memplan.core.arithmetic import ONE_RUN
+from memplan.engine import step
+from memplan.engine.moments import Moment, PassMoments
+from memplan.engine.walk import alive, bytes_at_each, counts_at_each, size
+from memplan.program import graph
+from memplan.program.axes import run_axes
+from memplan.program.graph import operations_of
+from memplan.program.training.passes import pass_of
+from memplan.program.training.program import program
+from memplan.resolve.decide import decide
+from tests.encoders import SMALL
+from tests.tiny import TINY
+
+FAMILIES: dict[str, dict[str, Any]] = {**TINY, **SMALL}
+SHARDED = {"world": 2, "dp": 2, "strategy": "fsdp2"}
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "full": ("llama", {}),
+    "checkpointed": ("llama", {"method": "lora", "kernels": {"checkpointing": "full"}}),
+    "reentrant": ("qwen2", {"method": "qlora", "kernels": {"checkpointing": "full", "reentrant": True}}),
+    "sharded": ("llama", {"method": "full", "parallelism": SHARDED}),
+    "windows": ("gemma3_text", {"kernels": {"checkpointing": "none"}}),
+    "mixed": ("jamba", {"method": "lora"}),
+    "two stacks": ("t5", {}),
+}
+
+
+def deep(kind: str, layers: int, fields: dict[str, Any]) -> RunSpec:
+    config = {"model_type": kind, **FAMILIES[kind], "num_hidden_layers": layers}
+    config |= {"num_layers": layers, "num_decoder_layers": layers + 7} if kind == "t5" else {}
+    config.pop("layer_types", None)
+    return RunSpec.model_validate({"model": {"config": config}, **fields})
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_deep_model_has_the_moments_of_its_own_depth(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, fields = RUNS[case]
+    structure = decide(deep(kind, 160, fields)).structure
+    axes = operations_of(structure.graph)[1]
+    shared = pass_of(structure)
+    monkeypatch.setattr(step, "_FEW", 1_000)
+    graph._lowered.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    own = pass_of(structure)
+    assert shared is not own
+    assert (shared.sizes, shared.runs) == (own.sizes, own.runs)
+    for one, other in zip((*shared.moments, shared.kept), (*own.moments, own.kept), strict=True):
+        assert (one.phase, one.where) == (other.phase, other.where)
+        assert alive(one, shared.runs, axes) == alive(other, own.runs, axes)
+
+
+def test_models_that_differ_in_depth_are_lowered_once() -> None:
+    runs = [decide(deep("llama", layers, {})).structure for layers in (20, 30)]
+    pass_of(runs[0])
+    misses = step._lowered.cache_info().misses  # pyright: ignore[reportPrivateUsage] (that it is shared is the point)
+    few, many = map(pass_of, runs)
+    assert step._lowered.cache_info().misses == misses  # pyright: ignore[reportPrivateUsage]
+    assert few.sizes is many.sizes
+    for low, last in ((few, 19), (many, 29)):
+        layers = {m.where.split(".")[2] for m in low.moments if m.where.startswith("model.layers.")}
+        assert layers == {"0", "1", str(last)} or layers == {"0", str(last)}
+
+
+def test_moments_walked_in_order_are_those_looked_up_one_by_one() -> None:
+    decided = decide(deep("gemma3_text", 14, {"kernels": {"checkpointing": "none"}}))
+    p, low = program(decided.structure), pass_of(decided.structure)
+    axes = {**operations_of(decided.structure.graph)[1], **run_axes(p, 3, 70, True, True, ONE_RUN)}
+    sizes = [size(key[0], key[1], axes)[1] for key in low.sizes]
+    live = [alive(moment, low.runs, axes) for moment in low.moments]
+    totals = [sum(n * sizes[key] for key, n in counts.items()) for counts in live]
+    assert [*bytes_at_each(low.moments, low.runs, axes, sizes)] == totals
+    assert [*bytes_at_each(reversed(low.moments), low.runs, axes, sizes)] == totals[::-1]
+    for counts, total in zip(counts_at_each(low.moments, low.runs, axes, sizes), totals, strict=True):
+        assert sum(bytes_ * n for bytes_, n in counts.items()) == total
+
+
+def test_moments_in_columns_are_a_sequence() -> None:
+    each = [Moment("forward", f"op{i}", {i: 1}, (), 0, {}) for i in range(3)]
+    moments = PassMoments(each)
+    assert [*moments] == each
+    assert (len(moments), moments[1], moments[-1], [*moments[1:]]) == (3, each[1], each[2], each[1:])
+    assert [m.where for m in moments.renamed(str.upper)] == ["OP0", "OP1", "OP2"]
+    assert (len(PassMoments(())), [*PassMoments(())]) == (0, [])
