@@ -308,12 +308,13 @@ def named(op: Op) -> Iterator[str]:
     for keep in op.keeps:
         yield keep.what
         yield keep.of
-    for tensor in (*op.past, *op.writes, *op.wraps, *op.scratch, *(s.tensor for s in op.scratch_back)):
-        dtype, _, source = tensor.dtype.partition("!")
-        if dtype.startswith("="):
-            yield dtype[1:].partition("/")[0]
-        if source:
-            yield source
+    for tensors in (op.past, op.writes, op.wraps, op.scratch, [s.tensor for s in op.scratch_back]):
+        for tensor in tensors:
+            dtype, _, source = tensor.dtype.partition("!")
+            if dtype.startswith("="):
+                yield dtype[1:].partition("/")[0]
+            if source:
+                yield source
 
 
 class SavedTensors(NamedTuple):

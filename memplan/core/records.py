@@ -24,7 +24,8 @@ else:
         return new(cls, *values, **named)
 
     def _make(cls, values):
-        return cls(*values)
+        made = tuple.__new__(cls, values)
+        return made if len(made) == len(cls._fields) else cls(*made)  # which says what is missing or too many
 
     class _Definition(type):
         """Makes a subclass of tuple of a class statement with the base NamedTuple."""

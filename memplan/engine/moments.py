@@ -61,10 +61,19 @@ class PassMoments(Sequence[Moment]):
             PassMoments([*self][index]) if isinstance(index, slice) else Moment._make(c[index] for c in self._columns)
         )
 
+    @property
+    def phases(self) -> tuple[str, ...]:
+        """The phase of each moment."""
+        return self._columns[0] if self._columns else ()
+
     def renamed(self, names: Callable[[str], str]) -> PassMoments:
         """Return the moments with other names of their operations."""
-        known = {where: names(where) for where in {moment.where for moment in self}}
-        return PassMoments(moment._replace(where=known[moment.where]) for moment in self)
+        other = PassMoments(())
+        if self._columns:
+            phases, wheres, *others = self._columns
+            known = {where: names(where) for where in {*wheres}}
+            other._columns = (phases, tuple(known[where] for where in wheres), *others)
+        return other
 
 
 def after(events: Iterable[int], counts: Counts) -> Counts:

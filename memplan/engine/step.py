@@ -168,7 +168,7 @@ def _at_depth(
     alone = dict(low.runs)
     if any(n > _FEW and alone.get(axis, n) > _FEW // 2 for axis, n in depth.items()):
         return lowered(tuple(depth.items()))
-    layers: dict[tuple[str, str], str] = {}  # block and number -> number
+    layers: dict[str, dict[str, str]] = {}  # block -> number -> number
     starts, real_starts = Counter[str](), Counter[str]()
     for run in stack.runs:
         n, first, period = few[run.times], run.blocks[0].name, len(run.blocks)
@@ -176,19 +176,19 @@ def _at_depth(
             real = copy if copy < _FEW // 2 else copy + depth[run.times] - n
             for i, block in enumerate(run.blocks):
                 number = str(starts[first] + copy * period + i)
-                layers[block.name, number] = str(real_starts[first] + real * period + i)
+                layers.setdefault(block.name, {})[number] = str(real_starts[first] + real * period + i)
         starts[first] += n * period
         real_starts[first] += depth[run.times] * period
     return low._replace(moments=low.moments.renamed(lambda where: _renumbered(where, layers)))
 
 
-def _renumbered(where: str, layers: Mapping[tuple[str, str], str]) -> str:
+def _renumbered(where: str, layers: Mapping[str, Mapping[str, str]]) -> str:
     """Return the name of an operation with the layer's number replaced."""
-    for block in {block for block, _ in layers}:
+    for block, numbers in layers.items():
         if where.startswith(f"{block}."):
             number, dot, operation = where.removeprefix(f"{block}.").partition(".")
-            if (block, number) in layers:
-                return f"{block}.{layers[block, number]}{dot}{operation}"
+            if number in numbers:
+                return f"{block}.{numbers[number]}{dot}{operation}"
     return where
 
 

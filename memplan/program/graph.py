@@ -26,6 +26,7 @@ from memplan.catalogue.parallelism.device_maps import ModulePlacement, axes_of, 
 from memplan.catalogue.quantization.inference_formats import bytes_at_once, chunk_of
 from memplan.catalogue.quantization.packed_kernels import unpacked, with_buffers
 from memplan.catalogue.quantization.quantization import fp8_chunk, fp8_experts_at_once, storage_of
+from memplan.core.collection import without_collection
 from memplan.core.errors import InternalError, refused
 from memplan.core.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
 from memplan.core.records import NamedTuple
@@ -150,6 +151,7 @@ _ANY_RANK = 0  # adapters of every rank run the same operations, so all ranks sh
 
 
 @lru_cache(maxsize=128)
+@without_collection
 def operations_of(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """Return the model's operations as the method trains them, with the loss, and the sizes of the model's axes.
 
@@ -356,6 +358,7 @@ def lower_training(graph: Graph, options: TrainingPass = TrainingPass()) -> Lowe
 
 
 @lru_cache(maxsize=128)
+@without_collection
 def _lowered(graph: Graph, options: TrainingPass) -> Lowered:
     if options.division is not None:
         division, numbers = options.division.with_axes()
@@ -381,6 +384,7 @@ def record_training(graph: Graph, options: TrainingPass, late: frozenset[str]) -
 
 
 @lru_cache(maxsize=64)
+@without_collection
 def _recorded(graph: Graph, options: TrainingPass, late: frozenset[str]) -> AllocationTrace:
     if options.division is not None:
         division, numbers = options.division.with_axes()
@@ -410,6 +414,7 @@ def _on_first_gpu(graph: Graph) -> Graph:
 
 
 @lru_cache(maxsize=128)
+@without_collection
 def _inferred(graph: Graph, labelled: bool, division: Division | None) -> Lowered:
     stack, depth = _stack(graph)
     phase = graph.inference.phase if graph.inference else ""
@@ -422,6 +427,7 @@ def recorded_inference(graph: Graph, division: Division | None = None) -> Alloca
 
 
 @lru_cache(maxsize=64)
+@without_collection
 def _recorded_on_gpu(graph: Graph, division: Division | None) -> AllocationTrace:
     """Return the allocations and frees of one pass that fall on the graph's GPU."""
     assert graph.placed is not None
@@ -435,6 +441,7 @@ def _recorded_on_gpu(graph: Graph, division: Division | None) -> AllocationTrace
 
 
 @lru_cache(maxsize=64)
+@without_collection
 def _recorded_inference(graph: Graph, division: Division | None) -> AllocationTrace:
     stack, depth = _stack(graph)
     return record_inference(stack, depth, _options(graph).autocast, division, _casts(graph))

@@ -17,6 +17,7 @@ from memplan.catalogue.inference.one_pass import PromptPart
 from memplan.catalogue.inference.quantized_caches import CacheQuantization
 from memplan.catalogue.quantization.packed_kernels import MANY_ROWS
 from memplan.core.arithmetic import ONE_RUN
+from memplan.core.collection import without_collection
 from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
 from memplan.core.records import NamedTuple
@@ -424,6 +425,7 @@ _AT_LEAST_ONE = frozenset(("b", "s", "s1", "s8", "s32", "s128", "kv", "kv1", "kv
 
 
 @lru_cache(maxsize=512)
+@without_collection
 def contenders(graph: Graph, division: Division | None = None) -> Contenders:
     """Return the moments of a pass that can be its peak. Takes milliseconds, then is cached."""
     low, axes = lower_inference(graph, division=division), operations_of(graph)[1]

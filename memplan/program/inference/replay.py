@@ -9,6 +9,7 @@ from itertools import islice
 
 from memplan.catalogue.attention import compressed_tokens
 from memplan.catalogue.inference import quantized_caches
+from memplan.core.collection import without_collection
 from memplan.core.ir import Division
 from memplan.core.records import NamedTuple
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
@@ -39,6 +40,7 @@ class InferenceReplay(NamedTuple):
 
 @lru_cache(maxsize=1024)
 @exact
+@without_collection
 def reserved(replay: InferenceReplay, capacity: int | None = None) -> int | None:
     """Return the peak bytes that torch reserves, or None if they exceed `capacity`."""
     allocator = new_allocator(replay.expandable, capacity)

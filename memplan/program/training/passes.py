@@ -117,7 +117,7 @@ def pass_terms(graph: Graph, options: TrainingPass, variables: tuple[Variable, .
     low, axes = lower_training(graph, options), operations_of(graph)[1]
     moments = (*low.moments, low.kept, low.held)
     *coefficients, kept, held = rows(moments, low.runs, axes, sizes_of(graph, options), variables)
-    of_phase = {phase: [i for i, m in enumerate(low.moments) if m.phase == phase] for phase in PHASES}
+    of_phase = {phase: [i for i, name in enumerate(low.moments.phases) if name == phase] for phase in PHASES}
     terms = {
         phase: prune(((coefficients[i], i) for i in indices), variables) if indices else ()
         for phase, indices in of_phase.items()

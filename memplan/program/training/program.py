@@ -9,6 +9,7 @@ from math import prod
 from memplan.catalogue.degrees import WHOLE
 from memplan.catalogue.optimizers.states import GRAD_SCALER, OptimizerMemory
 from memplan.core.arithmetic import Size
+from memplan.core.collection import without_collection
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, gib
 from memplan.engine.walk import alive
@@ -76,6 +77,7 @@ class Program(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
+@without_collection
 def program(structure: Structure) -> Program:
     """Lower the structure and fill in its model's numbers. Takes milliseconds, then is cached."""
     sharding = sharding_of(structure)

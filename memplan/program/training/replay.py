@@ -15,6 +15,7 @@ from itertools import islice
 
 from memplan.catalogue.hardware.overhead import EXTRA_LOSS_COPIES
 from memplan.catalogue.parallelism.pipeline import distinct_microbatches, passes
+from memplan.core.collection import without_collection
 from memplan.core.ir import Tensor
 from memplan.core.units import ITEMSIZE
 from memplan.engine.allocator import Allocator
@@ -75,6 +76,7 @@ def replay_steps(
 
 
 @lru_cache(maxsize=64)
+@without_collection
 def steps_of(structure: Structure, workspace: int) -> SizedEvents:
     """Return what a run allocates and frees while it loads the model and in its steps, at any sizes of its axes."""
     program, sharding = program_of(structure), sharding_of(structure)
