@@ -34,7 +34,7 @@ class Fact(NamedTuple):
 
 
 class Moved(NamedTuple):
-    """What a new release did to a fact: changed, gone, or file gone."""
+    """A fact that a new release moved: changed, gone, or file gone."""
 
     status: str
     fact: Fact

@@ -24,7 +24,7 @@ def leaves(op: Op) -> tuple[str, ...]:
 
 
 class Backward(NamedTuple):
-    """What the backward of one operation computes and keeps, given which tensors need a gradient.
+    """The gradients that one operation's backward computes and the tensors that it keeps, given which need a gradient.
 
     targets  reads and weights that need a gradient
     pins     names of the tensors it keeps from forward
@@ -67,7 +67,7 @@ NO_BACKWARD = _backward_of(Op(""), ())
 
 
 class GradientFlow(NamedTuple):
-    """What autograd does with operations, given which tensors need a gradient before them.
+    """The flow of gradients through operations, given which tensors need a gradient before them.
 
     backwards  the backward of each operation
     flows      names that need a gradient after the operations, in addition to those before them

@@ -1,4 +1,4 @@
-"""What each value of a run's file changes in bytes, compared with the field's plain default."""
+"""The bytes that each value of a run's file changes, compared with the field's plain default."""
 
 from __future__ import annotations
 

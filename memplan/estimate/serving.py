@@ -217,7 +217,7 @@ def _is_divided(s: Settings) -> bool:
 
 
 class ServingUsage(Usage):
-    """What a serving engine takes of a card, which is arithmetic and needs no replay."""
+    """The bytes that a serving engine takes of a card, which is arithmetic and needs no replay."""
 
     def __init__(self, walk: ServingWalk) -> None:
         super().__init__(walk)

@@ -69,7 +69,7 @@ class RunFile(NamedTuple):
 
     @property
     def headline(self) -> str:
-        """What was read, and the keys that told: `run.yaml: axolotl 0.21, by base_model and micro_batch_size`."""
+        """The framework and the keys that told it: `run.yaml: axolotl 0.21, by base_model and micro_batch_size`."""
         by = f", by {' and '.join(self.told)}" if self.told else ""
         return f"{self.name}: {self.title}{by}"
 

@@ -1,4 +1,4 @@
-"""What is known of a framework whose files are read."""
+"""`RunFormat`: a framework whose files are read."""
 
 from __future__ import annotations
 
