@@ -163,7 +163,7 @@ class ParallelFacts(NamedTuple):
 
 
 class ServingFacts(NamedTuple):
-    """What serving engines do differently for it.
+    """The differences that serving engines make for it.
 
     is_modelled       memplan has read its cache layout in engines
     adapts_tables     embeddings and head take adapters in vLLM

@@ -337,7 +337,7 @@ def first_equal_stage(graph: Graph) -> Graph:
 
 
 class TrainingPass(NamedTuple):
-    """What decides the moments of a training pass in addition to its graph.
+    """The facts that decide the moments of a training pass, in addition to its graph.
 
     grads_exist  the pass leaves no new gradients: they exist already, or each is consumed as soon as it is computed
     updates      bytes that an update inside backward takes in addition to the gradient, by the weight's path

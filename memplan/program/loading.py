@@ -14,7 +14,7 @@ EMPTIED = -1  # in place of a storage's number: torch.cuda.empty_cache()
 
 
 class LoadingTape:
-    """What loading allocates and frees, in order.
+    """The allocations and frees of loading, in order.
 
     events  a storage's number with its bytes, or with 0 when it is freed
     """

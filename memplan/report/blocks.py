@@ -1,4 +1,4 @@
-"""What a report is made of, as data: a terminal, a pipe and a markdown page render the same blocks."""
+"""The blocks of a report, as data: a terminal, a pipe and a markdown page render the same blocks."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from memplan.spec.training import Kernels, Loop, Method, Optimizer, Precision
 
 
 class BatchFacts(NamedTuple):
-    """What the structure of a run depends on of its batch.
+    """The facts about a batch that the structure of a run depends on.
 
     accumulates         gradients are accumulated over micro-batches
     windowed            the sequence reaches the sliding window

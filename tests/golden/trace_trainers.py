@@ -98,7 +98,9 @@ def runs(profile: str) -> Iterator[tuple[str, RunSpec]]:
     for family, method, precision, micro, tokens, changes in CASES:
         if (profile.partition("-")[0], method, precision) == ("llamafactory", "full", BF16):
             continue  # it casts the weights to fp32
-        kernels = {"checkpointing": changes["checkpointing"]} if changes else {}
+        kernels = dict(changes)
+        if (profile.partition("-")[0], family) == ("llamafactory", "gemma2"):
+            kernels["attention"] = "eager"  # its configure_attn_implementation; transformers 5.6 would take sdpa
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
         yield (
             f"{profile} {family} {method} {precision['weights']} {micro}x{tokens}{' plain' if changes else ''}",

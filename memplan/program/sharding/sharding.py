@@ -1,4 +1,4 @@
-"""What one rank holds of a training run, and when. A strategy that shards the run overrides what it changes."""
+"""The memory of one rank of a training run over time. A strategy that shards the run overrides what it changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a model and its method cannot train: losses, frozen or idle weights, units of several dtypes."""
+"""Refusals of what a model and its method cannot train: losses, frozen or idle weights, units of several dtypes."""
 
 from __future__ import annotations
 

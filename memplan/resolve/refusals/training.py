@@ -1,4 +1,4 @@
-"""What a training run's model, library or GPUs do not support."""
+"""Refusals of what a training run's model, library or GPUs do not support."""
 
 from __future__ import annotations
 
