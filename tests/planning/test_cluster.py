@@ -6,7 +6,7 @@ from itertools import product
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from memplan import RunSpec, estimate
@@ -237,6 +237,7 @@ def test_headroom_is_left() -> None:
 
 @few
 @given(st.integers(1, 6), st.integers(1, 8), st.integers(1, 8), st.integers(1, 8))
+@example(nodes=4, each=3, ranks=4, stride=1)  # groups with three and with two ranks on a node
 def test_rank_numbering_decides_how_many_of_a_group_share_a_node(
     nodes: int, each: int, ranks: int, stride: int
 ) -> None:
