@@ -1,7 +1,7 @@
 """Write the keys of training frameworks, and their defaults, from unpacked packages.
 
-`python -m benchmarks.framework_defaults FRAMEWORK VERSION FOLDER` reads the package of one version, unpacked in FOLDER,
-and adds it to that framework's file in `memplan/frameworks/reading/defaults/`. Classes are read as syntax
+`python -m benchmarks.framework_defaults FRAMEWORK VERSION FOLDER [READ]` reads the package of one version, unpacked in
+FOLDER, and adds it to that framework's file in `memplan/frameworks/reading/defaults/`. Classes are read as syntax
 trees: nothing is imported. A default that is not written as a literal, or as a member of an enum, is left out.
 """
 
@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import ast
 import json
+import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -64,18 +65,107 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         ("commands/config/config_args.py",),
         ("num_processes", "num_machines", "mixed_precision"),
     ),
+    "ms-swift": (
+        "swift",
+        (
+            *("arguments/base_args/*.py", "arguments/tuner_args.py", "trainers/arguments.py", "arguments/sft_args.py"),
+            "arguments/pretrain_args.py",
+        ),
+        (
+            *("tuner_type", "lora_rank", "lora_alpha", "lora_dropout", "freeze_vit", "freeze_aligner", "freeze_llm"),
+            *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "per_device_train_batch_size", "packing"),
+            *("per_device_eval_batch_size", "gradient_checkpointing", "use_liger_kernel", "padding_free"),
+        ),
+    ),
+    "peft": (
+        "peft",
+        ("config.py", "tuners/*/config.py", "tuners/lora/config.py"),
+        ("r", "lora_alpha", "lora_dropout"),
+    ),
+    "litgpt": (
+        "litgpt",
+        ("args.py", "finetune/full.py", "finetune/lora.py"),
+        (
+            *("lora_r", "lora_alpha", "lora_dropout", "lora_query", "lora_key", "lora_value", "lora_projection"),
+            *("lora_mlp", "lora_head", "train.micro_batch_size", "train.global_batch_size", "devices", "num_nodes"),
+        ),
+    ),
+    "unsloth": (
+        "unsloth_cli",
+        ("config.py",),
+        (
+            *("training.training_type", "training.max_seq_length", "training.load_in_4bit", "training.batch_size"),
+            *("training.gradient_accumulation_steps", "training.gradient_checkpointing", "training.packing"),
+            *("lora.lora_r", "lora.lora_alpha", "lora.lora_dropout", "lora.finetune_vision_layers"),
+            "lora.finetune_language_layers",
+        ),
+    ),
+    "torchtune": ("recipes", ("configs/*/*.yaml",), ()),
+    "torchtitan": (
+        "torchtitan",
+        ("config/job_config.py",),
+        (
+            *("training.local_batch_size", "training.seq_len", "training.max_norm", "training.dtype"),
+            *("training.mixed_precision_param", "activation_checkpoint.mode", "optimizer.name"),
+            *("activation_checkpoint.selective_ac_option", "parallelism.data_parallel_shard_degree"),
+            "parallelism.data_parallel_replicate_degree",
+        ),
+    ),
+    "automodel": ("nemo_automodel", ("recipes/llm/train_ft.py", "recipes/_typed_config.py"), ()),
+    "vllm": ("vllm", ("engine/arg_utils.py", "entrypoints/common/cli_args.py"), ()),
+    "sglang": ("sglang", ("srt/arg_groups/fields/*.py",), ()),
+    "tgi": ("launcher", ("src/main.rs",), ()),
+    "llama.cpp": ("common", ("arg.cpp",), ()),
 }
+# Framework -> class -> the section of the config that it is of.
+SECTIONS: dict[str, dict[str, str]] = {
+    "litgpt": {"TrainArgs": "train", "EvalArgs": "eval", "LogArgs": "log"},
+    "torchtitan": {
+        "Training": "training",
+        "Parallelism": "parallelism",
+        "ActivationCheckpoint": "activation_checkpoint",
+        "Optimizer": "optimizer",
+    },
+    "unsloth": {"TrainingConfig": "training", "LoraConfig": "lora", "DataConfig": "data", "LoggingConfig": "logging"},
+}
+# Suffix of a file that is not Python -> its flags or keys.
+_FLAGS = {
+    ".yaml": re.compile(r"^(\w+):", re.MULTILINE),
+    ".rs": re.compile(r"#\[clap\([^\n]*\n    (\w+): "),
+    ".cpp": re.compile(r'[{ ]"-{1,2}([a-z][\w-]*)" ?[,}]'),
+}
+# What a recipe reads of its config.
+_READS = re.compile(r"\bcfg\.(?:get\(\s*\"(\w+)|(?!get\b)(\w+))|raw\.(?:get|pop)\(\"(\w+)")
 _CALLS = ("field", "Field")
 
 
-def fields(path: Path) -> Iterator[tuple[str, Any]]:
-    """Yield the name and default of every annotated field in the classes of a file; Ellipsis if it is not a literal."""
+def fields(path: Path, sections: Mapping[str, str]) -> Iterator[tuple[str, Any]]:
+    """Yield the name and default of every annotated field in the classes of a file; Ellipsis if it is not a literal.
+
+    A field of a class in `sections` is named with its section. The arguments of a function `setup` are fields too. Of a
+    file that is not Python, yield the names of its flags.
+    """
+    if path.suffix in _FLAGS:
+        yield from ((name.replace("-", "_"), ...) for name in _FLAGS[path.suffix].findall(path.read_text("utf-8")))
+        return
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.ClassDef):
+            start = f"{sections[node.name]}." if node.name in sections else ""
             for line in node.body:
                 if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name):
-                    yield line.target.id, default(line.value)
+                    yield start + line.target.id, default(line.value)
                     yield from ((name, ...) for name in aliases(line.value))
+        elif isinstance(node, ast.FunctionDef) and node.name == "setup":
+            yield from arguments(node.args)
+
+
+def arguments(args: ast.arguments) -> Iterator[tuple[str, Any]]:
+    """Yield the name and default of a function's arguments; those of a call as an argument's parts."""
+    for arg, value in zip(reversed(args.args), reversed(args.defaults), strict=False):
+        yield arg.arg, default(value)
+        for keyword in value.keywords if isinstance(value, ast.Call) else ():
+            yield f"{arg.arg}.{keyword.arg}", default(keyword.value)
+    yield from ((arg.arg, ...) for arg in args.args)
 
 
 def aliases(value: ast.expr | None) -> Iterator[str]:
@@ -99,19 +189,22 @@ def default(value: ast.expr | None) -> Any:
         return ...
 
 
-def main(framework: str, version: str, folder: str) -> None:
-    """Add one version of a framework to its file."""
+def main(framework: str, version: str, folder: str, read: str = "") -> None:
+    """Add one version of a framework to its file, with what was `read` if that is no package of that version."""
     package, patterns, wanted = SOURCES[framework]
     root = next(path for path in (Path(folder) / package, Path(folder) / "src" / package) if path.is_dir())
     found: dict[str, Any] = {}
     for pattern in patterns:
         for path in sorted(root.glob(pattern)):
-            for name, value in fields(path):
+            if framework == "automodel":
+                found |= {name: ... for names in _READS.findall(path.read_text("utf-8")) for name in names if name}
+                continue
+            for name, value in fields(path, SECTIONS.get(framework, {})):
                 found[name] = value if value is not ... or name not in found else found[name]
     target = FOLDER / f"{framework}.json"
     data = json.loads(target.read_text("utf-8")) if target.exists() else {"read": {}, "defaults": {}, "keys": []}
     short = ".".join(version.split(".")[:2]) if framework != "llamafactory" else version
-    data["read"][short] = f"{package} {version}"
+    data["read"][short] = read or f"{package} {version}"
     data["defaults"][short] = {name: found[name] for name in wanted if found.get(name, ...) not in (..., None)}
     data["keys"] = sorted({*data["keys"], *found})
     target.write_text(json.dumps(data, indent=1) + "\n", "utf-8")

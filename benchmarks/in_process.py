@@ -21,7 +21,7 @@ from memplan import RunSpec, estimate
 from memplan.core.arithmetic import ONE_RUN
 from memplan.engine.walk import largest, values
 from memplan.estimate.training import reserved
-from memplan.estimate.training_peaks import ProgramValues, training_peaks
+from memplan.estimate.training_peaks import training_peaks
 from memplan.models.cards import load_card
 from memplan.planning.offers import offers
 from memplan.planning.plan import plan
@@ -61,7 +61,7 @@ def engine_walk(run: RunSpec) -> Callable[[RunSpec], object]:
 
     def walked(run: RunSpec) -> object:
         axes = run_axes(program, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN)
-        numbers = ProgramValues(values(program.moments.variables, axes), values(program.moments.products, axes))
+        numbers = values(program.moments.variables, axes), values(program.moments.products, axes)
         return [largest(program.moments.first[phase], *numbers) for phase in PHASES]
 
     return walked

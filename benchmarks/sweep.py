@@ -37,8 +37,7 @@ from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.cli.compare import command_of_run
 from memplan.cli.runs import runs_of
-from memplan.models.cards import card_names, find_model, load_card
-from memplan.resolve.defaults import NEW_TOKENS
+from memplan.models.cards import card_names, load_card
 from tests.encoders import SMALL
 from tests.tiny import TINY as DECODERS
 from tests.tiny_vision import TINY as TOWERS
@@ -185,21 +184,11 @@ def models() -> tuple[str, ...]:
 
 
 def run_of(model: str, options: str) -> RunSpec:
-    """Return the run of the command line `MODEL OPTIONS`. Raises the errors the command would report.
-
-    A model with fewer learned positions than the default sequence gets a sequence that fills them, including generated
-    tokens.
-    """
+    """Return the run of the command line `MODEL OPTIONS`. Raises the errors the command would report."""
     small, _, is_small = model.partition(" ")
     named: Any = {"config": {"model_type": small, **FAMILIES[small]}} if is_small else model
-    found = RunSpec.model_validate({"model": named}).model
     given = command_of_run().given(["x", *options.split()]) or {}
-    spec = find_model(found)
-    if spec.learned_positions and spec.only_sequence is None:
-        new = given.get("new_tokens", NEW_TOKENS) if "generate" in options else 0
-        most = (spec.longest_sequence or DEFAULT_SEQUENCE) - new
-        given["seq_len"] = max(1, min(given.get("seq_len", DEFAULT_SEQUENCE), most))
-    return runs_of({**given, "model": "x"})[0].model_copy(update={"model": found})
+    return runs_of({**given, "model": named})[0]
 
 
 def ask(model: str, options: str) -> Asked:

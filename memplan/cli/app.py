@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from memplan.cli.commands import Subcommand
 from memplan.cli.outcome import fail, run_and_report, show, unwritten
-from memplan.cli.plain import COMMANDS, RESERVED_COMMANDS, command_of, run_plain
+from memplan.cli.plain import COMMANDS, HELP, RESERVED_COMMANDS, command_of, run_plain
 from memplan.cli.typer_commands import OptionsCommand, UsageError, usage
 
 
@@ -18,6 +18,8 @@ class Memplan(TyperGroup):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         group_options = {option for param in self.get_params(ctx) for option in param.opts}
+        if args[:1] == [HELP]:
+            args = [*args[1:2], "--help"]
         first = args[0].partition("=")[0] if args else ""
         if first in group_options:
             return super().parse_args(ctx, args)

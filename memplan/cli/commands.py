@@ -6,7 +6,7 @@ of the same rows, for help, completion and errors too. Importing typer takes lon
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from memplan.core.records import NamedTuple
@@ -14,6 +14,7 @@ from memplan.spec.options import Option, flag
 
 Options = Mapping[str, Mapping[str, Option]]  # heading in help -> name -> option
 Switch = Literal[True]  # the type of a flag without a --no- form
+COMMAND = "-- "  # begins a run's command where the name of its file would be
 
 
 class Subcommand(NamedTuple):
@@ -32,12 +33,48 @@ class Subcommand(NamedTuple):
     help: str = ""
     rewrite: Callable[[list[str]], list[str]] = list
 
+    def rewritten(self, words: Sequence[str]) -> list[str]:
+        """Return the words in memplan's own names, with a command after `--` as the run's file: `memplan -- trl sft
+        --config trl.yaml`."""
+        words = self.rewrite([*words])
+        index = words.index("--") if "--" in words else len(words)
+        own = [*self._respelled(words[:index])]
+        if len(words) < index + 3 or not any("spec" in group for group in self.options.values()):
+            return [*own, *words[index:]]
+        import shlex
+
+        return [*own, f"--spec={COMMAND}{shlex.join(words[index + 1 :])}"]
+
+    def _respelled(self, words: Iterable[str]) -> Iterator[str]:
+        """Yield the words with other tools' names for options, and people's for values, replaced by the options'."""
+        rows = [(name, option) for group in self.options.values() for name, option in group.items()]
+        named = {flag(alias): row for row in rows for alias in (*row[1].aliases, row[0])}
+        rest = iter(words)
+        for word in rest:
+            typed, equals, value = word.partition("=")
+            name, option = named.get(typed.replace("_", "-"), ("", None)) if typed.startswith("--") else ("", None)
+            if option is None:
+                yield word
+                continue
+            if type_of(option) in (bool, Switch):
+                yield flag(name) + equals + value
+                continue
+            text = value if equals else next(rest, None)
+            if text is None:
+                yield flag(name)
+                return
+            text = option.spelling(text) if option.spelling is not None else text
+            if option.is_argument:
+                yield text
+            else:
+                yield from (f"{flag(name)}={text}",) if equals else (flag(name), text)
+
     def given(self, words: Sequence[str]) -> dict[str, Any] | None:
         """Return the options' values in the order they are typed, then the argument; None if the line is not plain."""
         options = {flag(name): (name, option) for group in self.options.values() for name, option in group.items()}
         arguments: list[str] = []
         given: dict[str, Any] = {}
-        rest = iter(self.rewrite([*words]))
+        rest = iter(self.rewritten(words))
         for word in rest:
             if not word.isascii() or not word:
                 return None

@@ -8,22 +8,25 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memplan.cli.commands import Subcommand, own, without
+from memplan.cli.commands import COMMAND, Subcommand, own, without
 from memplan.cli.estimate import ESTIMATE_OPTIONS
 from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
 from memplan.cli.plain import COMMANDS, RESERVED_COMMANDS
-from memplan.cli.run_files import run_file
+from memplan.cli.run_files import explained, is_command, run_file
 from memplan.cli.runs import exit_code, format_of, runs_of, screen_of
 from memplan.core.errors import FactsMissingError, MemplanError, SpecError, printable
+from memplan.spec.options import flag
 
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
     from memplan.estimate.calibration import Calibration
+    from memplan.frameworks.reading.run_file import RunFile
     from memplan.spec.run import RunSpec
 
-_OF_COMPARISON = ("format", "json", "output", "strict")  # options of the comparison rather than of one run
-_OF_ESTIMATE = ("explain", "explain_run", "online", "revision", "spec")  # options of `estimate` only
+# Options of the comparison rather than of one run.
+_OF_COMPARISON = ("format", "json", "output", "strict", "explain_run")
+_OF_ESTIMATE = ("explain", "online", "revision", "spec")  # options of `estimate` only
 _FILES = (".json", ".yaml", ".yml")
 RUNS = own(
     "A model with its own options in quotes, as in 'qwen2-7b --method lora', or a run's file (.json, .yaml). Its "
@@ -37,7 +40,15 @@ RUNS = own(
 
 def command(name: str) -> Subcommand:
     options = {"Runs": {"runs": RUNS}, **without(ESTIMATE_OPTIONS, "model", *_OF_ESTIMATE)}
-    return Subcommand(name, compare, options)
+    return Subcommand(name, compare, options, rewrite=_with_last_command)
+
+
+def _with_last_command(words: list[str]) -> list[str]:
+    """Return the words with the command after `--` as one of the runs."""
+    index = words.index("--") if "--" in words else len(words)
+    if len(words) < index + 3:
+        return words
+    return [*words[:index], f" -- {shlex.join(words[index + 1 :])}"]  # with a space, so that it is no option
 
 
 def command_of_run() -> Subcommand:
@@ -65,10 +76,19 @@ def compare(given: Mapping[str, Any]) -> int:
         return own_profile(gpu, {"calibration": wanted})
 
     words = command_of_run()
-    answers = [a for n, text in enumerate(given["runs"], 1) for a in _answers(f"run {n}", text, shared, words, profile)]
+    runs = [_answers(f"run {n}", text, shared, words, profile) for n, text in enumerate(given["runs"], 1)]
+    answers = [answer for _, of_run in runs for answer in of_run]
+    if "explain_run" in given and not any(file for file, _ in runs):
+        raise SpecError("--explain-run only applies to a run's file")
     if len(answers) < 2:
         raise SpecError("runs: only one is given; add another to compare it with, or several cards with --gpu")
-    show(render(format, compare_answers(answers), screen_of(given)), format, given.get("output"))
+    text = render(format, compare_answers(answers), screen_of(given))
+    if "explain_run" in given and format == "table":
+        for n, (file, of_run) in enumerate(runs, 1):
+            if file is not None:
+                table = explained(of_run[0], file, is_wide="output" in given)
+                text += f"\nRun {n}: {file.headline}\n\n{table}"
+    show(text, format, given.get("output"))
     return exit_code(answers, "strict" in given)
 
 
@@ -78,8 +98,8 @@ def _answers(
     shared: Mapping[str, Any],
     words: Subcommand,
     profile: Callable[[str | None, bool], Calibration | None],
-) -> list[Estimate]:
-    """Return the answers of one run, one per card. Errors are one line that says which run they are about."""
+) -> tuple[RunFile | None, list[Estimate]]:
+    """Return the file of one run, and its answers, one per card. Errors are one line that says which run it is."""
     from pydantic import ValidationError
 
     from memplan.cli.request import override
@@ -95,7 +115,7 @@ def _answers(
         wanted: bool = given.get("calibration", True)
         calibrated = [(run, profile(run.gpu, wanted)) for run in runs]
         answers = estimates(calibrated, given.get("via", "auto"), cache=given.get("cache", True), engine=estimate)
-        return answers if file is None else [answer.read_from((), file.notes) for answer in answers]
+        return file, answers if file is None else [answer.read_from((), file.notes) for answer in answers]
     except FactsMissingError as error:
         raise FactsMissingError(f"{which}: {line_of(error, given)}") from None
     except (MemplanError, ValidationError) as error:
@@ -110,6 +130,7 @@ def _given(text: str, words: Subcommand) -> dict[str, Any]:
         raise SpecError("is empty; write a model and its options, as in 'qwen2-7b --method lora', or a run's file")
     if typed[0] in ("memplan", *COMMANDS, *RESERVED_COMMANDS):
         raise SpecError(f"{typed[0]} is not a model; a run is a model and its options, as in 'qwen2-7b --method lora'")
+    typed = ["--", *typed] if is_command(typed) else typed
     given = words.given(typed)
     if given is None:
         from memplan.cli.typer_commands import given_by_typer
@@ -117,10 +138,10 @@ def _given(text: str, words: Subcommand) -> dict[str, Any]:
         given = given_by_typer(words, typed)
     for name, value in given.items():
         if name in _OF_COMPARISON:
-            raise SpecError(f"--{name} applies to the whole comparison; put it outside the quotes")
-        if name == "spec":
+            raise SpecError(f"{flag(name)} applies to the whole comparison; put it outside the quotes")
+        if name == "spec" and not value.startswith(COMMAND):
             raise SpecError(f"--spec: name the file in place of the model, as in {printable(value, 80)!r}")
-        if name in _OF_ESTIMATE:
+        if name in _OF_ESTIMATE and name != "spec":
             raise SpecError(f"--{name} only applies to memplan estimate")
     if _is_file_of_run(given.get("model", "")):
         given["spec"] = given.pop("model")

@@ -8,7 +8,7 @@ from typing import Any
 from memplan.cli.commands import Subcommand, Switch, own
 from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
-from memplan.cli.run_files import errors_of, headline, run_file
+from memplan.cli.run_files import errors_of, explained, headline, run_file
 from memplan.cli.runs import exit_code, format_of, runs_of
 from memplan.spec.options import OPTIONS
 
@@ -78,10 +78,7 @@ def estimate(given: Mapping[str, Any]) -> int:
         to = Screen()
     text = headline(file, format) + render(format, answers, "explain" in given, to, "ranks" in given)
     if "explain_run" in given and format == "table":
-        from memplan.estimate.effects import effects
-        from memplan.report.listing import wide_screen
-        from memplan.report.origins import render as render_origins
-
-        text += "\n" + render_origins(effects(answers[0], estimate), wide_screen() if to is None else to)
+        assert file is not None  # checked by `run_file`
+        text += "\n" + explained(answers[0], file, is_wide=to is not None)
     show(text, format, given.get("output"))
     return exit_code(answers, "strict" in given)

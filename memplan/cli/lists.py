@@ -20,6 +20,8 @@ _LISTS = {
 def command(name: str) -> Subcommand:
     text = own(_TEXT, list[str], completes=name.removesuffix("s"), is_argument=True)
     options = {"Arguments": {"text": text}, "Options": {"json": own("As JSON.", Switch)}}
+    if name == "profiles":
+        options["Options"]["all"] = own("Every row of each profile, with its source.", Switch)
     return Subcommand(name, partial(_print_list, name), options, _LISTS[name])
 
 
@@ -27,5 +29,9 @@ def _print_list(name: str, given: Mapping[str, Any]) -> int:
     from memplan.report.listing import cards, models, profiles
 
     words, json = " ".join(given.get("text", ())), "json" in given
-    show({"models": models, "gpus": cards, "profiles": profiles}[name](words, json), "json" if json else "table")
+    if name == "profiles":
+        listed = profiles(words, json, "all" in given)
+    else:
+        listed = {"models": models, "gpus": cards}[name](words, json)
+    show(listed, "json" if json else "table")
     return 0

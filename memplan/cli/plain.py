@@ -17,11 +17,13 @@ COMMANDS = {
     "profiles": "lists",
     "schema": "schema",
     "compare": "compare",
+    "explain": "explain",
     "plan": "plan",
     "probe": "probe",
     "calibrate": "calibrate",
     "card": "card",
 }
+HELP = "help"  # `memplan help plan` is `memplan plan --help`
 RESERVED_COMMANDS = ("check", "diff", "emit", "serve")  # names reserved for future commands, so not taken as models
 
 
@@ -32,7 +34,7 @@ def command_of(name: str) -> Any:
 
 def run_plain(words: Sequence[str]) -> int | None:
     """Run a command line and return its exit code; None if typer has to parse it: for help, or to explain an error."""
-    if not words or words[0] in RESERVED_COMMANDS:
+    if not words or words[0] in (HELP, *RESERVED_COMMANDS):
         return None
     name, typed = (words[0], words[1:]) if words[0] in COMMANDS else ("estimate", words)
     command = command_of(name)

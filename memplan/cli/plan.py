@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import Subcommand, Switch, own, without
 from memplan.cli.estimate import ESTIMATE_OPTIONS
-from memplan.cli.outcome import show
+from memplan.cli.outcome import show, warn
 from memplan.cli.own_profile import own_profile
-from memplan.cli.run_files import headline, run_file
+from memplan.cli.run_files import explained, headline, run_file
 from memplan.cli.runs import check_count, format_of, runs_of, screen_of
 from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError
+from memplan.models.peft_methods import has_rank
 from memplan.spec.options import MODEL
 
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
     from memplan.estimate.calibration import Calibration
     from memplan.estimate.demand import Demand
+    from memplan.planning.file_levers import FileLevers
     from memplan.planning.offers import CardFilter, Offers, OwnedCards
     from memplan.report.plans import Planned
     from memplan.spec.run import RunSpec
@@ -42,6 +44,9 @@ PLAN_OPTIONS = {
         "ladder": own("Apply changes one by one to a plain run, with what each saves. Default off.", Switch),
         "advice": own("Choose a method step by step, with figures for each. Default off.", Switch),
         "buy": own("List cards that hold the run, cheapest first. Default if no --gpu is given.", Switch),
+        "write": own(
+            "Write a copy of the run's file with the patch, next to it, as in run.patched.yaml. Default off.", Switch
+        ),
         "explain": own("Show sources, and lines to paste for every proposal. Default off.", Switch),
     },
     "What to buy": {
@@ -83,7 +88,7 @@ PLAN_OPTIONS = {
 
 
 def command(name: str) -> Subcommand:
-    others = without(ESTIMATE_OPTIONS, "model", "explain", "explain_run", "online", "revision", "via", "cache")
+    others = without(ESTIMATE_OPTIONS, "model", "explain", "online", "revision", "via", "cache")
     return Subcommand(name, plan, {"Model": {"model": MODEL}, **PLAN_OPTIONS, **others})
 
 
@@ -111,13 +116,27 @@ def plan(given: Mapping[str, Any]) -> int:
                 raise SpecError(f"{name}: only applies with {' or '.join(f'--{other}' for other in modes)}", name)
     format = _format(given, mode)
     demand = _demand(given, run, mode)
+    levers = None
+    if mode == "levers" and file is not None:
+        from memplan.cli.file_patches import file_levers
+
+        levers = file_levers(given, file, run) if run.task == "train" else None
+    if "write" in given and levers is None:
+        raise SpecError("write: only applies to a plan for the file of a training run on a card", "write")
     try:
-        planned = _planned(mode, run, demand, given)
+        planned = _planned(mode, run, demand, given, levers)
     except UnsupportedModelError as error:
         raise without_a_trace(error, "a plan") from None
     if "emit" in given:
         return _emitted(planned, given)
     text = render(format, planned, "explain" in given, screen_of(given))
+    if "explain_run" in given and format == "table" and file is not None:
+        text += "\n" + explained(planned.answer, file, is_wide="output" in given)
+    if levers is not None and "write" in given:
+        from memplan.cli.file_patches import write_copy
+        from memplan.report.plans.levers import Levers
+
+        warn(write_copy(planned.patch if isinstance(planned, Levers) else None))
     show(headline(file, format, with_notes=True) + text, format, given.get("output"))
     left_out = 4 if "strict" in given and file is not None and file.unread else 0
     return left_out or _exit_code(planned.found, "strict" in given)
@@ -173,20 +192,21 @@ def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
             return demand
         field = mode if mode != "ladder" else ("headroom" if demand.headroom else "tight")
         raise SpecError(f"{field}: needs a card; name one with --gpu", field)
-    if given.get("max") == "rank" and run.method.kind not in ADAPTERS:
-        raise SpecError(f"max: method.kind {run.method.kind} has no rank; {', '.join(ADAPTERS)} do", "max")
+    ranked = [kind for kind in ADAPTERS if has_rank(kind)]
+    if given.get("max") == "rank" and run.method.kind not in ranked:
+        raise SpecError(f"max: method.kind {run.method.kind} has no rank; {', '.join(ranked)} do", "max")
     demand.check(find_gpu(run.gpu))
     return demand
 
 
-def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any]) -> Planned:
+def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any], of_file: FileLevers | None) -> Planned:
     from memplan.estimate.estimate import estimate
 
     own = own_profile(run.gpu, given)
     if run.task == "generate" and mode in ("levers", "buy"):
         return _generating(mode, run, demand, given, own)
     if mode == "levers":
-        return _levers(run, demand, own)
+        return _levers(run, demand, own, of_file)
     if mode == "nodes":
         return _divided(run, demand, given, own)
     answer = estimate(run, own)
@@ -224,15 +244,22 @@ def _generating(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any
     return Places(estimate(run.model_copy(update={"gpu": None})), demand, found)
 
 
-def _levers(run: RunSpec, demand: Demand, own: Calibration | None) -> Planned:
+def _levers(run: RunSpec, demand: Demand, own: Calibration | None, of_file: FileLevers | None) -> Planned:
     from memplan.catalogue.methods.methods import ADAPTERS
+    from memplan.planning.levers import levers_of
     from memplan.planning.plan import plan
     from memplan.planning.reach import reach
     from memplan.report.plans.levers import Levers
 
-    found = plan(run, headroom=demand.headroom, tight=demand.tight, calibration=own)
-    axes = ("batch", "sequence", *(("rank",) if run.method.kind in ADAPTERS else ()))
-    return Levers(found, tuple(reach(run, axis, demand, own) for axis in axes))
+    levers = of_file or levers_of
+    found = plan(run, headroom=demand.headroom, tight=demand.tight, calibration=own, levers=levers)
+    patch = None
+    if of_file is not None and found.proposals:
+        from memplan.planning.file_levers import file_patch
+
+        patch = file_patch(found, of_file, own)
+    axes = ("batch", "sequence", *(("rank",) if run.method.kind in ADAPTERS and has_rank(run.method.kind) else ()))
+    return Levers(found, tuple(reach(run, axis, demand, own) for axis in axes), patch)
 
 
 def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, Any]) -> Planned:

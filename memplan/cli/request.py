@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
-from memplan.spec.options import FIELDS, OPTIONS, listed
+from memplan.spec.option_values import listed
+from memplan.spec.options import FIELDS, OPTIONS
 
 if TYPE_CHECKING:
     from memplan.spec.training import Method

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
+from memplan.cli.commands import COMMAND
 from memplan.core.errors import MemplanError, SpecError
 from memplan.spec.options import FIELDS
 
 if TYPE_CHECKING:
+    from memplan.estimate.answer import Estimate
     from memplan.frameworks.reading.run_file import RunFile
 
 _YAML = (".yaml", ".yml")
-_OTHERS = (".sh", ".bash", ".sbatch", ".slurm", ".bin", ".pt", ".pth", ".pkl", ".pickle")
+_OTHERS = (".sh", ".bash", ".sbatch", ".slurm", ".bin", ".pt", ".pth", ".pkl", ".pickle", ".py", ".ipynb", ".toml")
+_LAUNCHERS = ("accelerate", "docker", "srun", "bash")
+_WITH_OPTIONS = ("torchrun", "deepspeed", "python", "python3", "llama-server", "llama-cli", "text-generation-launcher")
 COMPANIONS = ("accelerate", "deepspeed")
-_RULED = ("batch.", "method.", "parallelism.world")  # typed ones replace the file's before a framework's rules
+# Typed ones replace the file's before a framework's rules see it.
+_RULED = ("batch.", "method.", "parallelism.world", "profile")
 
 
-def run_file(given: Mapping[str, Any]) -> RunFile | None:
+def run_file(given: Mapping[str, Any], text: str | None = None) -> RunFile | None:
     """Return the run's file that is given by --spec or in place of the model; None if there is none.
+
+    text  what to read instead of the file's text, as if the file had it
 
     Raises SpecError or ConfigError for one that cannot be read, or for options that only apply to such a file.
     """
@@ -30,25 +37,51 @@ def run_file(given: Mapping[str, Any]) -> RunFile | None:
             if option in given:
                 raise SpecError(f"--{option.replace('_', '-')} only applies to a run's file")
         return None
-    from memplan.frameworks.reading.run_file import read_run
+    from memplan.frameworks.reading.run_file import read_command, read_run
 
     companions = {kind: given[kind] for kind in COMPANIONS if kind in given}
     typed = {FIELDS[option]: value for option, value in given.items() if FIELDS.get(option, "").startswith(_RULED)}
-    return read_run(name, given.get("framework"), companions, typed)
+    if "spec" in given and "model" in given:
+        typed["model"] = given["model"]
+    if name.startswith(COMMAND):
+        return read_command(name.removeprefix(COMMAND), given.get("framework"), companions, typed)
+    return read_run(name, given.get("framework"), companions, typed, text)
 
 
 def is_run_file(model: object) -> bool:
     """Whether what is typed in place of a model is a run's file rather than a model's config or checkpoint."""
     if not isinstance(model, str):
         return False
-    name = model.lower()
+    try:
+        return _is_run_file(model.lower(), Path(model))
+    except (OSError, ValueError):  # a name that is too long; NUL in it
+        return False
+
+
+def _is_run_file(name: str, path: Path) -> bool:
+    if "modelfile" in name and path.is_file():
+        return not name.endswith((".json", ".gguf"))
+    if path.is_dir():
+        return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
     if name.endswith((*_YAML, *_OTHERS)):
-        return name.endswith(_YAML) or Path(model).is_file()
-    if not name.endswith(".json") or not Path(model).is_file():
+        return name.endswith(_YAML) or path.is_file()
+    if not name.endswith(".json") or not path.is_file():
         return False
     from memplan.frameworks.reading.run_file import is_known
 
-    return is_known(model)
+    return is_known(str(path))
+
+
+def is_command(words: Sequence[str]) -> bool:
+    """Whether words are a command that starts a run, rather than a model with options."""
+    first = PurePath(words[0]).name
+    if len(words) == 1 or "=" in first or first in _WITH_OPTIONS:
+        return len(words) > 1
+    if words[1].startswith("-"):
+        return False
+    from memplan.frameworks.reading.signatures import PROGRAMS
+
+    return first in PROGRAMS or first in _LAUNCHERS
 
 
 def companions(given: Mapping[str, Any], file: RunFile | None) -> Mapping[str, Mapping[str, Any]]:
@@ -74,7 +107,7 @@ def errors_of(file: RunFile | None) -> Generator[None]:
     try:
         yield
     except (MemplanError, ValueError) as error:
-        if file is None:
+        if file is None or file.is_own:
             raise
         from pydantic import ValidationError
 
@@ -104,3 +137,18 @@ def headline(file: RunFile | None, format: str, with_notes: bool = False) -> str
         return ""
     notes = [f"not supported, and left out: {note}\n" for note in file.notes if with_notes]
     return f"{file.headline}\n{''.join(notes)}\n"
+
+
+def explained(answer: Estimate, file: RunFile, format: str = "table", is_wide: bool = False) -> str:
+    """Return the values of a run's file, and what each changes.
+
+    is_wide  whether a table is for a file, of any width
+    """
+    from memplan.estimate.effects import effects
+    from memplan.estimate.estimate import estimate
+    from memplan.report.listing import wide_screen
+    from memplan.report.origins import render
+    from memplan.report.text import Screen
+
+    read = answer.read_from(file.origins_of(answer.asked), file.notes)
+    return render(format, effects(read, estimate), Screen() if is_wide else wide_screen())

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from memplan.cli.commands import COMMAND
 from memplan.core.errors import SpecError, UnknownNameError
 from memplan.spec.options import FIELDS
 
@@ -20,6 +21,8 @@ def runs_of(given: Mapping[str, Any], file: RunFile | None = None) -> list[RunSp
 
     Raises SpecError naming the wrong field.
     """
+    from memplan.cli.gpu_names import typed_cards
+    from memplan.cli.model_defaults import with_model_defaults
     from memplan.cli.request import spec_of, unused_option_error, with_framework_config
     from memplan.cli.run_files import companions, run_file
     from memplan.spec.run import RunSpec
@@ -30,19 +33,36 @@ def runs_of(given: Mapping[str, Any], file: RunFile | None = None) -> list[RunSp
     if file is not None:
         given = {name: value for name, value in given.items() if FIELDS.get(name) not in file.typed}
     spec = with_framework_config(file.fields if file is not None else {}, companions(given, file))
-    fields = spec_of(given, spec, keeps_strategy=file is not None and not file.is_own)
-    if "model" not in fields and file is not None and not file.is_own:
-        raise SpecError(f"model: {file.name} names none; write memplan MODEL --spec FILE", "model")
-    if "model" not in fields:
-        raise SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
-    if "revision" in given:
-        fields["model"] = revised(fields["model"], given["revision"])
-    gpus = [*given.get("gpu", ())] or [fields.get("gpu")]
-    runs = [RunSpec.model_validate({**fields, "gpu": gpu}) for gpu in gpus]
+
+    def fields_of(count: int | None) -> dict[str, Any]:
+        typed = given if count is None else {**given, "gpus": count}
+        fields = spec_of(typed, spec, keeps_strategy=file is not None and not file.is_own)
+        if "model" not in fields:
+            raise _no_model(given, file)
+        if "revision" in given:
+            fields["model"] = revised(fields["model"], given["revision"])
+        return fields if file is not None or "online" in given else with_model_defaults(fields)
+
+    cards = [*typed_cards(given.get("gpu", ()))]
+    counts = {card.number for card in cards} - {None, given.get("gpus")}
+    if counts and "gpus" in given:
+        raise SpecError(f"gpu: {counts.pop()} of a card, but --gpus {given['gpus']}; give one of the two", "gpu")
+    fields = {count: fields_of(count) for count in dict.fromkeys(card.number for card in cards)} or {
+        None: fields_of(None)
+    }
+    runs = [RunSpec.model_validate({**fields[card.number], "gpu": card.name}) for card in cards]
+    runs = runs or [RunSpec.model_validate(fields[None])]
     unused = unused_option_error(given, runs[0].method)
     if unused is not None:
         raise unused
     return runs
+
+
+def _no_model(given: Mapping[str, Any], file: RunFile | None) -> SpecError:
+    if file is not None and not file.is_own:
+        door = "-- COMMAND" if str(given.get("spec", "")).startswith(COMMAND) else "--spec FILE"
+        return SpecError(f"model: {file.name} names none; write memplan MODEL {door}", "model")
+    return SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
 
 
 def revised(model: object, revision: str) -> str:
@@ -83,5 +103,5 @@ def exit_code(answers: Sequence[Estimate], strict: bool) -> int:
     """Return the exit code for all answers together."""
     if strict and any(answer.unsupported for answer in answers):
         return 4
-    refused = ("does not fit", "tight") if strict else ("does not fit",)
+    refused = ("does not fit", "does not start", *(("tight",) if strict else ()))
     return int(any(answer.verdict.answer in refused for answer in answers))

@@ -29,7 +29,7 @@ class OptionsCommand(TyperCommand):
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         self.params = parameters(self.command.options)
-        return super().parse_args(ctx, self.command.rewrite(args))
+        return super().parse_args(ctx, self.command.rewritten(args))
 
     def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
         self.params = parameters(self.command.options)

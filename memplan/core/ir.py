@@ -18,7 +18,9 @@ axes (a word such as `rot`), defined in `memplan.models.configs`.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
+from memplan.core.identity import Identity
 from memplan.core.records import NamedTuple
 
 # Axis -> an axis that it is never smaller than: `s128` is `s` rounded up, and `s` is at least its number of chunks.
@@ -67,6 +69,7 @@ class Weight(NamedTuple):
                      gradients
     gradient         shape of its gradient, if it differs from the weight's: for a part of a table, that of the whole
                      table
+    adapter          rank of the adapter on it, an axis or a number, if the run chooses modules by their paths
     kernel           kernel that runs an inference-only format (`memplan.catalogue.quantization.inference_formats`)
     """
 
@@ -87,6 +90,7 @@ class Weight(NamedTuple):
     stands_for: tuple[str, ...] = ()
     idle: bool = False
     gradient: str = ""
+    adapter: str = ""
     kernel: str = ""
 
 
@@ -293,13 +297,24 @@ def undefined_names(stack: Stack) -> Iterator[UndefinedName]:
 
 def _unwritten(where: str, operations: tuple[Op, ...], known: set[str], *handed_on: str) -> Iterator[UndefinedName]:
     """Yield the unwritten names of one list, which must write `handed_on`; adds the names that it writes to `known`."""
-    known.update(w.name for op in operations for w in op.weights)
-    for op in operations:
-        known.update(t.name for t in op.past)
-        yield from (UndefinedName(where, op.name, name) for name in op.reads if name not in known)
-        known.update(t.name for t in (*op.writes, *op.wraps))
-        yield from (UndefinedName(where, op.name, name) for name in named(op) if name not in known)
+    taken, written = _taken_and_written(Identity(operations))
+    yield from (UndefinedName(where, operation, name) for operation, name in taken if name not in known)
+    known |= written
     yield from (UndefinedName(where, "", name) for name in handed_on if name not in known)
+
+
+@lru_cache(maxsize=512)
+def _taken_and_written(operations: Identity[tuple[Op, ...]]) -> tuple[tuple[tuple[str, str], ...], frozenset[str]]:
+    """Return the names that a list, which equal layers share, takes from outside, each with the operation that does,
+    and the names that it writes."""
+    written = {w.name for op in operations.value for w in op.weights}
+    taken: dict[tuple[str, str], None] = {}
+    for op in operations.value:
+        written.update(t.name for t in op.past)
+        taken.update(((op.name, name), None) for name in op.reads if name not in written)
+        written.update(t.name for t in (*op.writes, *op.wraps))
+        taken.update(((op.name, name), None) for name in named(op) if name not in written)
+    return tuple(taken), frozenset(written)
 
 
 def named(op: Op) -> Iterator[str]:
@@ -310,11 +325,12 @@ def named(op: Op) -> Iterator[str]:
         yield keep.of
     for tensors in (op.past, op.writes, op.wraps, op.scratch, [s.tensor for s in op.scratch_back]):
         for tensor in tensors:
-            dtype, _, source = tensor.dtype.partition("!")
-            if dtype.startswith("="):
-                yield dtype[1:].partition("/")[0]
-            if source:
+            dtype = tensor.dtype
+            if "!" in dtype:
+                dtype, _, source = dtype.partition("!")
                 yield source
+            if dtype[:1] == "=":
+                yield dtype[1:].partition("/")[0]
 
 
 class SavedTensors(NamedTuple):

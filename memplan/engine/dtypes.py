@@ -230,8 +230,10 @@ class _Resolver:
         if op.cast:
             source = tensors[reads[0] if reads else weights[0].name]
             if source.dtype in (writes[0].dtype, op.uncast_dtype):
-                tensors[op.writes[0].name] = source
-                return
+                if not op.holds or not reads:
+                    tensors[op.writes[0].name] = source
+                    return
+                op = op._replace(cast=False, view=True, gradient="same")  # what is held is the tensor itself
         out.append(
             op._replace(
                 reads=reads,

@@ -1,7 +1,8 @@
 /* The model of torch's caching allocator in C: the decisions of allocator.py, whose docstrings explain them, for
  * replays of millions of events. tests/engine/test_native.py holds both to each other.
  *
- * replay() is the entry point of complete runs. FULL equals NONE: the block of a storage that did not fit.
+ * replay() is the entry point of complete runs, largest() compares moments (largest.py). FULL equals NONE: the block of
+ * a storage that did not fit.
  */
 #include <stdint.h>
 #include <stdlib.h>
@@ -12,9 +13,11 @@ static const int64_t MIB = 1 << 20, MOST = (int64_t)1 << 61; /* bytes reserved t
 
 typedef struct { int64_t start, size; int32_t before, after; int16_t pool; int16_t is_free; } Block;
 typedef struct { int64_t size, start; int32_t block; } Free;
-typedef struct { int32_t count; Free free[128]; } Chunk;
-typedef struct { Chunk **chunks; int32_t count, room, last, is_small; int64_t end; } Pool; /* free by size, then start */
-typedef struct { int32_t chunk, index; } Place;
+typedef struct Chunk { struct Chunk *spare; int32_t count; Free free[32]; } Chunk;
+typedef struct { Chunk **chunks; int32_t count, room; } Bin; /* free blocks of similar sizes, by size, then start */
+enum { BINS = 256 };
+typedef struct { int64_t end; int32_t last, is_small; Chunk *spare; uint64_t filled[BINS / 64]; Bin bins[BINS]; } Pool;
+typedef struct { Bin *bin; int32_t chunk, index; } Place;
 typedef struct {
     int64_t allocated, reserved, peak_allocated, peak_reserved, requests, capacity, missing; /* read by native.py */
     int32_t expandable, pool_count, block_count, block_room, unused;
@@ -22,57 +25,86 @@ typedef struct {
     Block *blocks;
 } Allocator;
 
-/* free blocks of a pool: sorted, in chunks, because mixtures of experts leave hundreds of thousands */
+/* free blocks of a pool: in bins of similar sizes, four to each power of two, which are mostly short. In a bin they are
+ * sorted, in chunks, because mixtures of experts leave hundreds of thousands of one size */
+
+static int bin_of(int64_t size) {
+    uint64_t units = (uint64_t)size >> 7; /* sizes are multiples of 512 */
+    int log = 63 - __builtin_clzll(units);
+    return 4 * (log - 2) + (int)(units >> (log - 2) & 3);
+}
 
 static int is_less(const Free *f, int64_t size, int64_t start) {
     return f->size < size || (f->size == size && f->start < start);
 }
 
-static Place find(const Pool *p, int64_t size, int64_t start) { /* of the first block that is not less, or the end */
-    int32_t low = 0, high = p->count;
+static Place find(Pool *p, int64_t size, int64_t start) { /* of the first in its bin that is not less, or the end */
+    Bin *bin = &p->bins[bin_of(size)];
+    int32_t low = 0, high = bin->count;
     while (low < high) {
         int32_t middle = (low + high) / 2;
-        const Chunk *c = p->chunks[middle];
+        const Chunk *c = bin->chunks[middle];
         if (is_less(&c->free[c->count - 1], size, start)) low = middle + 1; else high = middle;
     }
-    Place at = {low, 0};
-    if (low == p->count) return at;
-    for (high = p->chunks[low]->count; at.index < high;) {
-        int32_t middle = (at.index + high) / 2;
-        if (is_less(&p->chunks[low]->free[middle], size, start)) at.index = middle + 1; else high = middle;
-    }
+    Place at = {bin, low, 0};
+    if (low == bin->count) return at;
+    const Chunk *c = bin->chunks[low];
+    while (is_less(&c->free[at.index], size, start)) at.index++;
     return at;
 }
 
-static void delete_at(Pool *p, Place at) {
-    Chunk *c = p->chunks[at.chunk];
-    memmove(c->free + at.index, c->free + at.index + 1, (size_t)(--c->count - at.index) * sizeof(Free));
-    if (c->count) return;
-    free(c);
-    memmove(p->chunks + at.chunk, p->chunks + at.chunk + 1, (size_t)(--p->count - at.chunk) * sizeof(Chunk *));
+static Bin *bin_after(Pool *p, const Bin *bin) { /* that has blocks, or NULL */
+    for (int n = (int)(bin - p->bins) + 1; n < BINS; n = (n | 63) + 1) {
+        uint64_t filled = p->filled[n / 64] >> n % 64;
+        if (filled) return &p->bins[n + __builtin_ctzll(filled)];
+    }
+    return NULL;
 }
 
-static Chunk *insert_chunk(Pool *p, int32_t at) {
-    if (p->count == p->room) p->chunks = realloc(p->chunks, (size_t)(p->room = 2 * p->room + 4) * sizeof(Chunk *));
-    memmove(p->chunks + at + 1, p->chunks + at, (size_t)(p->count++ - at) * sizeof(Chunk *));
-    p->chunks[at] = malloc(sizeof(Chunk));
-    p->chunks[at]->count = 0;
-    return p->chunks[at];
+static void set_filled(Pool *p, const Bin *bin) {
+    int n = (int)(bin - p->bins);
+    uint64_t bit = (uint64_t)1 << n % 64;
+    if (bin->count) p->filled[n / 64] |= bit; else p->filled[n / 64] &= ~bit;
+}
+
+static void delete_at(Pool *p, Place at) {
+    Bin *bin = at.bin;
+    Chunk *c = bin->chunks[at.chunk];
+    if (--c->count > at.index)
+        memmove(c->free + at.index, c->free + at.index + 1, (size_t)(c->count - at.index) * sizeof(Free));
+    if (c->count) return;
+    c->spare = p->spare;
+    p->spare = c;
+    memmove(bin->chunks + at.chunk, bin->chunks + at.chunk + 1, (size_t)(--bin->count - at.chunk) * sizeof(Chunk *));
+    set_filled(p, bin);
+}
+
+static Chunk *insert_chunk(Pool *p, Bin *bin, int32_t at) {
+    if (bin->count == bin->room)
+        bin->chunks = realloc(bin->chunks, (size_t)(bin->room = 2 * bin->room + 4) * sizeof(Chunk *));
+    memmove(bin->chunks + at + 1, bin->chunks + at, (size_t)(bin->count++ - at) * sizeof(Chunk *));
+    Chunk *c = p->spare;
+    if (c) p->spare = c->spare; else c = malloc(sizeof(Chunk));
+    c->count = 0;
+    return bin->chunks[at] = c;
 }
 
 static void insert(Pool *p, Free f) {
     Place at = find(p, f.size, f.start);
-    if (!p->count) insert_chunk(p, 0);
-    else if (at.chunk == p->count) at = (Place){at.chunk - 1, p->chunks[at.chunk - 1]->count};
-    Chunk *c = p->chunks[at.chunk];
+    Bin *bin = at.bin;
+    if (!bin->count) { insert_chunk(p, bin, 0); set_filled(p, bin); }
+    else if (at.chunk == bin->count) at = (Place){bin, at.chunk - 1, bin->chunks[at.chunk - 1]->count};
+    Chunk *c = bin->chunks[at.chunk];
     int32_t half = sizeof c->free / sizeof(Free) / 2;
     if (c->count == 2 * half) { /* the upper half becomes a chunk of its own */
-        Chunk *upper = insert_chunk(p, at.chunk + 1);
+        Chunk *upper = insert_chunk(p, bin, at.chunk + 1);
         memcpy(upper->free, c->free + half, (size_t)half * sizeof(Free));
         upper->count = c->count = half;
         if (at.index > half) { c = upper; at.index -= half; }
     }
-    memmove(c->free + at.index + 1, c->free + at.index, (size_t)(c->count++ - at.index) * sizeof(Free));
+    if (c->count > at.index)
+        memmove(c->free + at.index + 1, c->free + at.index, (size_t)(c->count - at.index) * sizeof(Free));
+    c->count++;
     c->free[at.index] = f;
 }
 
@@ -134,15 +166,16 @@ void release(Allocator *a) {
     for (int32_t n = 0; n < a->pool_count; n++) {
         Pool *p = &a->pools[n];
         if (a->expandable) { unmap(a, p); continue; }
-        for (Place at = {p->count - 1, 0}; at.chunk >= 0; at.chunk--)
-            for (at.index = p->chunks[at.chunk]->count - 1; at.index >= 0; at.index--) {
-                int32_t block = p->chunks[at.chunk]->free[at.index].block;
-                Block *b = &a->blocks[block];
-                if (b->before != NONE || b->after != NONE) continue;
-                a->reserved -= b->size;
-                recycle(a, block);
-                delete_at(p, at);
-            }
+        for (Bin *bin = p->bins; bin < p->bins + BINS; bin++)
+            for (Place at = {bin, bin->count - 1, 0}; at.chunk >= 0; at.chunk--)
+                for (at.index = bin->chunks[at.chunk]->count - 1; at.index >= 0; at.index--) {
+                    int32_t block = bin->chunks[at.chunk]->free[at.index].block;
+                    Block *b = &a->blocks[block];
+                    if (b->before != NONE || b->after != NONE) continue;
+                    a->reserved -= b->size;
+                    recycle(a, block);
+                    delete_at(p, at);
+                }
     }
 }
 
@@ -195,9 +228,10 @@ int32_t alloc(Allocator *a, int64_t size, int32_t stream) {
     int16_t pool = (int16_t)(2 * stream + is_small);
     Pool *p = &a->pools[pool];
     Place at = find(p, size, 0);
+    if (at.chunk == at.bin->count) at = (Place){bin_after(p, at.bin), 0, 0};
     int32_t block;
-    if (at.chunk < p->count) {
-        block = p->chunks[at.chunk]->free[at.index].block;
+    if (at.bin) {
+        block = at.bin->chunks[at.chunk]->free[at.index].block;
         a->blocks[block].is_free = 0;
         delete_at(p, at);
     } else {
@@ -253,8 +287,11 @@ Allocator *allocator_new(int32_t expandable, int64_t capacity, int32_t streams) 
 
 void allocator_delete(Allocator *a) {
     for (int32_t n = 0; n < a->pool_count; n++) {
-        while (a->pools[n].count) free(a->pools[n].chunks[--a->pools[n].count]);
-        free(a->pools[n].chunks);
+        for (Chunk *c = a->pools[n].spare, *next; c; c = next) { next = c->spare; free(c); }
+        for (Bin *bin = a->pools[n].bins; bin < a->pools[n].bins + BINS; bin++) {
+            while (bin->count) free(bin->chunks[--bin->count]);
+            free(bin->chunks);
+        }
     }
     free(a->pools);
     free(a->blocks);
@@ -283,4 +320,19 @@ int64_t replay(Allocator *a, int32_t *live, const int32_t *numbers, const int32_
         }
     }
     return NONE;
+}
+
+/* Finds in each of `count` groups of rows, of which group g ends before row ends[g], the first row with the largest sum
+ * of its numbers times `values`: its index goes to best[g], NONE for a group without rows. See largest.py. */
+void largest(const int64_t *rows, const int64_t *ends, int64_t count, const int64_t *values, int64_t width,
+             int64_t *best) {
+    int64_t row = 0;
+    for (int64_t g = 0; g < count; g++) {
+        int64_t most = 0;
+        for (best[g] = NONE; row < ends[g]; row++, rows += width) {
+            int64_t sum = 0;
+            for (int64_t i = 0; i < width; i++) sum += rows[i] * values[i];
+            if (best[g] == NONE || sum > most) { most = sum; best[g] = row; }
+        }
+    }
 }

@@ -81,6 +81,7 @@ def library() -> Any:
         ("free_block", None, state, i32),
         ("release", None, state),
         ("replay", i64, state, pointer, pointer, pointer, pointer, i64, pointer, pointer),
+        ("largest", None, pointer, pointer, i64, pointer, i64, pointer),
     ):
         function = getattr(loaded, name)
         function.restype, function.argtypes = returns, takes
@@ -128,8 +129,8 @@ class NativeAllocator:
         assert isinstance(live, array)
         assert len(live) >= events.storages
         by_key, spans = array("q", sizes), len(events.spans) // 4
-        arrays = map(_address, (live, events.numbers, events.keys, events.spans))
-        failed: int = self._library.replay(self._state, *arrays, spans, _address(by_key), _address(events.streams))
+        arrays = map(address_of, (live, events.numbers, events.keys, events.spans))
+        failed: int = self._library.replay(self._state, *arrays, spans, address_of(by_key), address_of(events.streams))
         if failed != NONE:
             raise self._full() if events.keys[failed] >= 0 else KeyError(self._state.contents.missing)
 
@@ -140,5 +141,6 @@ class NativeAllocator:
         return OutOfMemoryError(f"{state.missing} bytes more than {state.reserved} of {state.capacity}")
 
 
-def _address(values: array[int]) -> int:
+def address_of(values: array[int]) -> int:
+    """Return where an array's numbers are in memory, for as long as it neither grows nor goes."""
     return values.buffer_info()[0]

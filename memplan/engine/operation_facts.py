@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 
+from memplan.core.cached_property import cached_property
 from memplan.core.identity import Identity
 from memplan.core.ir import Op, Tensor
 from memplan.core.records import NamedTuple
@@ -66,15 +67,20 @@ def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
 NO_BACKWARD = _backward_of(Op(""), ())
 
 
-class GradientFlow(NamedTuple):
+class GradientFlow:
     """The flow of gradients through operations, given which tensors need a gradient before them.
 
-    backwards  the backward of each operation
-    flows      names that need a gradient after the operations, in addition to those before them
+    flows  names that need a gradient after the operations, in addition to those before them
     """
 
-    backwards: tuple[Backward, ...]
-    flows: frozenset[str]
+    def __init__(self, ops: Ops, targets: Iterable[tuple[str, ...]], flows: frozenset[str]) -> None:
+        self._ops, self._targets, self.flows = ops, targets, flows
+
+    @cached_property
+    def backwards(self) -> tuple[Backward, ...]:
+        """The backward of each operation."""
+        pairs = zip(self._ops, self._targets, strict=True)
+        return tuple(_backward_of(op, targets) if targets else NO_BACKWARD for op, targets in pairs)
 
 
 def gradient_flow(ops: Ops, entering: Iterable[str]) -> GradientFlow:
@@ -91,7 +97,7 @@ def _reads(ops: Identity[Ops]) -> frozenset[str]:
 @lru_cache(maxsize=512)
 def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow:
     flows = set(entering)
-    backwards: list[Backward] = []
+    targets_of_each: list[tuple[str, ...]] = []
     for op in ops.value:
         targets: tuple[str, ...] = ()
         if op.gradient != "none":
@@ -102,8 +108,8 @@ def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow
                 flows.update(t.name for t in op.writes if t.dtype in FLOATING)
         else:
             flows.update(leaves(op))
-        backwards.append(_backward_of(op, targets) if targets else NO_BACKWARD)
-    return GradientFlow(tuple(backwards), frozenset(flows))
+        targets_of_each.append(targets)
+    return GradientFlow(ops.value, targets_of_each, frozenset(flows))
 
 
 def last_uses(ops: Ops, keep: bool) -> tuple[tuple[str, ...], ...]:
@@ -130,6 +136,16 @@ def _last_uses(ops: Identity[Ops], keep: bool) -> tuple[tuple[str, ...], ...]:
         used = (*(t.name for t in op.writes), *op.reads, *(t.name for t in op.past))
         ends.append(tuple(n for n in dict.fromkeys(root.get(n, n) for n in used) if last.get(n, i) == i))
     return tuple(ends)
+
+
+def are_holding(ops: Ops) -> tuple[bool, ...]:
+    """Return, for each operation, whether its module, its node or a variable holds or releases tensors."""
+    return _are_holding(Identity(ops))
+
+
+@lru_cache(maxsize=512)
+def _are_holding(ops: Identity[Ops]) -> tuple[bool, ...]:
+    return tuple(bool(op.holds or op.releases or op.captures or op.requires_gradient) for op in ops.value)
 
 
 def weights_used_again(ops: Ops) -> dict[str, int]:

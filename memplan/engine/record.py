@@ -105,7 +105,7 @@ class _Copy(NamedTuple):
 
 
 class Recorder(Tape):
-    """A tape that records every allocation and free, and no moments.
+    """A tape that records every allocation and free, and no moments. No copy stands for a run of them.
 
     `late` are names of weights outside of blocks whose gradients are freed only when the next weight's gradient is
     there.
@@ -128,22 +128,21 @@ class Recorder(Tape):
         self.turn = 0  # end of forward
         self.over = 0  # end of the pass
         self._storages = 0
-        self._kinds: dict[tuple[int, int], int] = {}  # (size, stream) -> index
+        self._keys: dict[tuple[str, str, int], int] = {}  # shape, dtype and stream -> index, a storage's size here
         self._entered = _Copy(0, "forward", 0, 0, 0)
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
-        storage = super().alloc(tensor, kind, fresh, of)
-        storage.number = self._storages
-        self._storages += 1
-        key = self._kinds.setdefault((storage.size, self.stream), len(self._kinds))
-        self.events.append((storage.number, key))
+        key = (tensor.shape, tensor.dtype, self.stream)
+        storage = Storage(self._keys.setdefault(key, len(self._keys)), fresh)
+        number = storage.number = self._storages
+        self._storages = number + 1
+        self.events.append((number, storage.size))
         return storage
 
     @property
     def keys(self) -> list[tuple[tuple[str, ...], int]]:
         """The shape and dtype, and the stream, of each key."""
-        sizes = list(self.sizes)
-        return [(sizes[size], stream) for size, stream in self._kinds]
+        return [((shape, dtype), stream) for shape, dtype, stream in self._keys]
 
     @property
     def storages(self) -> int:
@@ -151,8 +150,10 @@ class Recorder(Tape):
         return self._storages
 
     def drop(self, storage: Storage) -> None:
-        super().drop(storage)
-        if not storage.refs:
+        refs = storage.refs = storage.refs - 1
+        if refs < 0:
+            raise self._freed_twice([*self._keys][storage.size][:2])
+        if not refs:
             self.events.append((storage.number, FREED))
 
     def recall(self, blocks: Iterable[tuple[str, Iterable[Op]]], run: int | None = None) -> list[dict[str, Storage]]:
@@ -256,6 +257,7 @@ class _Expansion:
             self._allocated[copy.number, copy.way] = allocated
             self._origin.update((number, (copy, index)) for index, number in enumerate(allocated))
         skipped = {copy.number: copy.skipped for copy in tape.copies}
+        self._skips = any(skipped.values())
         positions = accumulate((1 + skipped[number] for number in range(len(skipped))), initial=0)
         self._run = [(number, i) for number in range(len(skipped)) for i in range(1 + skipped[number])]
         self._position = [*positions]  # of each copy that was run, among all copies
@@ -296,6 +298,8 @@ class _Expansion:
 
     def _events_of(self, copy: _Copy, start: int, end: int, distance: int = 0) -> list[Event]:
         """Return the events of a copy or, at a `distance` from it, of one that it stands for."""
+        if not self._skips:
+            return self._tape.events[start:end]
         shift = distance * self._tape.storages
         events: list[Event] = []
         for number, key in self._tape.events[start:end]:
@@ -359,9 +363,7 @@ def _next_with_same_live_set(events: Sequence[Event]) -> list[int]:
 
     The XOR of their hashes identifies the live storages: every event adds or removes one.
     """
-    alive: list[int] = [0]
-    for number, _ in events:
-        alive.append(alive[-1] ^ hash((number,)))
+    alive = [*accumulate([hash((number,)) for number, _ in events], int.__xor__, initial=0)]
     following = list(range(len(alive)))
     seen: dict[int, int] = {}
     for at in reversed(range(len(alive))):

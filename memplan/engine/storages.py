@@ -60,7 +60,7 @@ class LiveStorages:
         self._counted: tuple[int, Counts] = 0, {}  # how many of them are in the counts, and the counts
         self._per_copy: Mapping[int, Counts] = {}  # never changed in place, because moments share it
         self._rising = False
-        self._where = ""
+        self._layer = ""  # of the current operation, as its name begins
         self._block = ""
         self._op = Op("")
         self._in_run: int | None = None
@@ -73,7 +73,7 @@ class LiveStorages:
         storage = Storage(self.sizes.setdefault(key, len(self.sizes)), fresh)
         self._changes.append(storage.size)
         self._rising = True
-        self._peak_where = self._where
+        self._allocated_in = self._layer, self._op
         if self._in_run is not None:
             self._born.add(storage)
         return storage
@@ -86,27 +86,28 @@ class LiveStorages:
         return storages
 
     def drop(self, storage: Storage) -> None:
-        storage.refs -= 1
-        if storage.refs > 0:
+        refs = storage.refs = storage.refs - 1
+        if refs > 0:
             return
-        if storage.refs < 0:
-            raise self._freed_twice(storage.size)
-        if storage.shared and self._in_run is not None:
-            self._deferred.append(storage)  # only the run's last copy frees it
-            return
+        if refs < 0:
+            raise self._freed_twice([*self.sizes][storage.size])
+        if self._in_run is not None:
+            if storage.shared:
+                self._deferred.append(storage)  # only the run's last copy frees it
+                return
+            self._born.discard(storage)
         if self._rising:
             self.note()
         self._changes.append(~storage.size)
-        self._born.discard(storage)
         if storage.run is not None and storage.run != self._in_run:
             self._count_in_copies(storage.run, storage.size, -1)
             if self._per_copy[storage.run][storage.size] < 0:
-                raise self._freed_twice(storage.size)
+                raise self._freed_twice([*self.sizes][storage.size])
 
-    def _freed_twice(self, size: int) -> InternalError:
-        shape, dtype, *labels = [*self.sizes][size]
+    def _freed_twice(self, size: tuple[str, ...]) -> InternalError:
+        shape, dtype, *labels = size
         name = " ".join(filter(None, (shape, dtype, *labels[3:4])))
-        return InternalError(f"a tensor ({name}) is freed twice, in {self.phase} at {self._where}")
+        return InternalError(f"a tensor ({name}) is freed twice, in {self.phase} at {self._layer}{self._op.name}")
 
     @property
     def _counts(self) -> Counts:
@@ -143,12 +144,13 @@ class LiveStorages:
         """Record the moment, if memory rose since the last one."""
         if self._rising:
             self._rising = False
-            at = len(self._changes)
-            self.moments.append(Moment(self.phase, self._peak_where, _NOTHING, self._changes, at, self._per_copy))
+            layer, op = self._allocated_in
+            where, at = f"{layer}{op.name}", len(self._changes)
+            self.moments.append(Moment(self.phase, where, _NOTHING, self._changes, at, self._per_copy))
 
     def snapshot(self) -> Moment:
         """Return the storages alive now."""
-        return Moment(self.phase, self._where, self._counts, (), 0, self._per_copy)
+        return Moment(self.phase, f"{self._layer}{self._op.name}", self._counts, (), 0, self._per_copy)
 
     # copies of equal blocks, and runs of them
 
@@ -204,7 +206,7 @@ class LiveStorages:
                     self.moments.append(m._replace(where=self._first_copy(m.where), per_copy=with_old))
         negative = next((key for key, n in new.items() if n < 0), None)
         if negative is not None:
-            raise self._freed_twice(negative)
+            raise self._freed_twice(keys[negative])
         self._per_copy = {**self._per_copy, run: new}
         for storage in self._born:
             storage.run = run

@@ -9,7 +9,15 @@ from typing import Any
 from memplan.core.ir import Op, SavedTensors, Tensor, Unit
 from memplan.engine.dtypes import Scope
 from memplan.engine.moments import Moment
-from memplan.engine.operation_facts import NO_BACKWARD, Backward, gradient_flow, last_uses, leaves, weights_used_again
+from memplan.engine.operation_facts import (
+    NO_BACKWARD,
+    Backward,
+    are_holding,
+    gradient_flow,
+    last_uses,
+    leaves,
+    weights_used_again,
+)
 from memplan.engine.storages import CASTING, GATHERING, LENT, REDUCING, LiveStorages, Storage
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -34,6 +42,9 @@ class Node:
         self.kept: list[Storage] = []
         self.away: Mapping[str, Tensor] = _NOTHING
         self.fetched: Mapping[str, Storage] = _NOTHING
+
+
+_NOT_RECORDED = Node(Op(""), NO_BACKWARD)  # stands for every operation that autograd does not record
 
 
 class Frame:
@@ -110,7 +121,7 @@ class Tape(LiveStorages):
 
     def enter(self, frame: Frame, op: Op) -> None:
         """Attribute the following allocations to this operation."""
-        self._where, self._block, self._op = f"{frame.where}{op.name}", frame.block, op
+        self._layer, self._block, self._op = frame.where, frame.block, op
 
     # hooks for subclasses
 
@@ -179,19 +190,19 @@ class Tape(LiveStorages):
         """Copy the checkpoint's input back from host memory, if it is there; the caller drops the copy."""
         if not frame.to_host:
             return []
-        self._where, self._block, self._op = f"{frame.where}checkpoint", frame.block, Op("checkpoint")
+        self.enter(frame, Op("checkpoint"))
         copy = self.alloc(frame.scope["x"], "activation")
         frame.outer = {**frame.outer, "x": copy}
         return [copy]
 
     def _graph(self, frame: Frame, grad: bool) -> list[Node]:
         if not grad:
-            return [Node(op, NO_BACKWARD) for op in frame.ops]
-        backwards, flows = gradient_flow(frame.ops, frame.flows)
-        frame.flows |= flows
-        return [*map(Node, frame.ops, backwards)]
+            return [_NOT_RECORDED] * len(frame.ops)
+        flow = gradient_flow(frame.ops, frame.flows)
+        frame.flows |= flow.flows
+        return [*map(Node, frame.ops, flow.backwards)]
 
-    def _run(  # noqa: PLR0912 (a branch for each word of an operation)
+    def _run(
         self,
         frame: Frame,
         end: int,
@@ -204,61 +215,73 @@ class Tape(LiveStorages):
 
         Storages held to the end of the forward pass or of the step are added to `holds`.
         """
-        ops, names = frame.ops, frame.names
-        ends = last_uses(ops, keep)
-        is_cut_off = end < len(ops)
+        ops, names, outer = frame.ops, frame.names, frame.outer
         mine = dict(owned)  # references held by Python variables
-        for i, op in enumerate(ops[:end]):
+        last_node = frame.nodes[end - 1] if end < len(ops) else None
+        for op, node, ends, holding in zip(
+            ops[:end], frame.nodes, last_uses(ops, keep), are_holding(ops), strict=False
+        ):
             if op.lends:
                 self._call_module_hook("begins", op.lends, frame)
             self.enter(frame, op)
-            node = frame.nodes[i]
             for t in op.past:
                 names[t.name] = mine[t.name] = frame.past[t.name]
-            skipped = op.needs_recording and not keep
-            if not skipped and not (is_cut_off and i == end - 1 and all(t.name not in node.pins for t in op.writes)):
-                if self.reach is not None and op.writes and not frame.block:
-                    self.reach(frame, op)
-                    self.enter(frame, op)
-                self.computed(frame, op)
-                gathered = self._gather(op)
-                for t in op.writes:
-                    if op.view:
-                        names[t.name] = frame[op.reads[0]]
-                    else:
-                        names[t.name] = mine[t.name] = self.alloc(t, "activation")
-                for scratch in [*(self.alloc(t, "temp") for t in op.scratch), *gathered]:
-                    self.drop(scratch)
+            if not (op.needs_recording and not keep) and (node is not last_node or _keeps_an_output(node)):
+                self._compute(frame, op, mine)
             if keep and node.pins:
-                away = self._offload_saved(frame, node)
+                away = self._offload_saved(frame, node) if self.saves is not None else ()
                 for what in node.pins:
-                    storage = frame.storage(what)
+                    storage = names.get(what) or outer.get(what)
                     if storage is not None and what not in away:  # a weight is alive anyway
                         storage.refs += 1
                         node.kept.append(storage)
-            if op.holds:
-                for t in op.writes:
-                    names[t.name].refs += 1
-                    holds.setdefault(op.holds, []).append(names[t.name])
-            if op.releases:
-                for storage in holds.pop("states", ()):
-                    self.drop(storage)
-            if op.captures and node.targets and (keep or not frame.reentrant):
-                for name in op.captures:
-                    frame[name].refs += 1
-                    holds["nodes"].append(frame[name])
-            if op.requires_gradient and (keep or not frame.reentrant):
-                for name in leaves(op):  # referenced by the node that accumulates its gradient
-                    names[name].refs += 1
-                    holds["nodes"].append(names[name])
-            for name in ends[i]:
-                if name not in exported and name in mine:
+            if holding:
+                self._hold(frame, op, bool(node.targets), keep, holds)
+            for name in ends:
+                if name in mine and name not in exported:
                     self.drop(mine.pop(name))
             if op.returns:
                 self._call_module_hook("returns", op.returns, frame)
         for name in [n for n in mine if n not in exported]:
             self.drop(mine.pop(name))
         return mine
+
+    def _compute(self, frame: Frame, op: Op, mine: dict[str, Storage]) -> None:
+        """Allocate an operation's outputs, which Python variables then reference (`mine`), and its scratch."""
+        if self.reach is not None and op.writes and not frame.block:
+            self.reach(frame, op)
+            self.enter(frame, op)
+        self.computed(frame, op)
+        gathered = self._gather(op) if self.nested else ()
+        if op.view:
+            frame.names.update((t.name, frame[op.reads[0]]) for t in op.writes)
+        else:
+            for t in op.writes:
+                frame.names[t.name] = mine[t.name] = self.alloc(t, "activation")
+        if op.scratch or gathered:
+            for scratch in [*[self.alloc(t, "temp") for t in op.scratch], *gathered]:
+                self.drop(scratch)
+
+    def _hold(self, frame: Frame, op: Op, differentiates: bool, keep: bool, holds: dict[str, list[Storage]]) -> None:
+        """Reference what the operation's module, the graph's nodes, or a variable hold from now on, or let it go.
+
+        `differentiates`: the operation has a node in the graph.
+        """
+        if op.holds:
+            for t in op.writes:
+                frame.names[t.name].refs += 1
+                holds.setdefault(op.holds, []).append(frame.names[t.name])
+        if op.releases:
+            for storage in holds.pop("states", ()):
+                self.drop(storage)
+        if not (keep or not frame.reentrant):
+            return
+        for name in op.captures if differentiates else ():
+            frame[name].refs += 1
+            holds["nodes"].append(frame[name])
+        for name in leaves(op):  # referenced by the node that accumulates its gradient
+            frame.names[name].refs += 1
+            holds["nodes"].append(frame.names[name])
 
     def _call_module_hook(self, event: str, module: str, frame: Frame) -> None:
         if self.module is not None:
@@ -267,8 +290,6 @@ class Tape(LiveStorages):
     def _gather(self, op: Op) -> list[Storage]:
         """Gather the weights that are gathered only for this operation, and return them."""
         gathered: list[Storage] = []
-        if not self.nested:
-            return gathered
         for unit in (self.nested[w.name] for w in op.weights if w.name in self.nested):
             cast = self.alloc_buffers(unit.cast, "temp", CASTING)
             gathered += self.alloc_buffers(unit.whole, "parameter", GATHERING)
@@ -412,13 +433,13 @@ class Tape(LiveStorages):
             self._release(node)
             return
         backward = node.backward
-        gathered = self._gather(op)
+        gathered = self._gather(op) if self.nested else []
         self.differentiated(frame, node, incoming)
         if node.away:
             node.fetched = {what: self.alloc(tensor, "activation") for what, tensor in node.away.items()}
             node.kept += node.fetched.values()
-        early = [self.alloc(t, "temp") for t in backward.early]
-        late = [self.alloc(t, "temp") for t in backward.late]
+        early = [self.alloc(t, "temp") for t in backward.early] if backward.early else ()
+        late = [self.alloc(t, "temp") for t in backward.late] if backward.late else ()
         for storage in early:
             self.drop(storage)
         raw = [self._gradient(frame, node, target, incoming) for target in node.targets]
@@ -458,9 +479,10 @@ class Tape(LiveStorages):
             self.drop(storage)
 
     def _release(self, node: Node) -> None:
-        for storage in node.kept:
-            self.drop(storage)
-        node.kept, node.fetched = [], _NOTHING
+        if node.kept:
+            for storage in node.kept:
+                self.drop(storage)
+            node.kept, node.fetched = [], _NOTHING
 
     def _own_dtype(self, frame: Frame, node: Node, target: str, wide: Storage) -> Storage:
         """Cast a gradient from the promoted dtype, or sum it, once all gradients of the node are computed."""
@@ -525,6 +547,10 @@ class Tape(LiveStorages):
             waiting.append(total)
         elif self._grads_exist:
             self.drop(total)
+
+
+def _keeps_an_output(node: Node) -> bool:
+    return any(t.name in node.pins for t in node.op.writes)
 
 
 def _kind(node: Node, target: str) -> str:

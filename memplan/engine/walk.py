@@ -276,12 +276,19 @@ def without_midpoints(rows: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
     [(0, 9), (1, 7), (2, 8), (4, 7), (5, 5)]
     """
     out = [*rows[:1]]
+    totals = [*map(sum, rows)]  # compared first, as they tell most
     last: dict[tuple[int, ...], int] = {}  # difference -> the last row after it
     period = 0
     for i in range(1, len(rows)):
         step = tuple(map(sub, rows[i], rows[i - 1]))
         for length in (period, i - last.get(step, i)):
-            if length and i + length < len(rows) and _midway(rows[i - length], rows[i], rows[i + length]):
+            before, after = i - length, i + length
+            if (
+                length
+                and after < len(rows)
+                and 2 * totals[i] == totals[before] + totals[after]
+                and _midway(rows[before], rows[i], rows[after])
+            ):
                 period = length
                 break
         else:

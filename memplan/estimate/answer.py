@@ -15,6 +15,7 @@ from memplan.core.records import NamedTuple
 from memplan.core.version import __version__
 from memplan.estimate.usage import Band, Replay, Usage, calibration_of
 from memplan.models.model import ModelSpec
+from memplan.resolve.decide import profile_note, with_known_profile
 from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from memplan.frameworks.reading.config import FieldOrigin
 
 SCHEMA_VERSION = 1
-ANSWERS = ("fits", "tight", "does not fit")
+BY_MEMORY = ("fits", "tight", "does not fit")
+ANSWERS = (*BY_MEMORY, "does not start")
 VIAS = ("engine", "trace")  # where an answer comes from: memplan's own stacks, or a traced step
 BASES = ("derived", "measured", "assumed", "traced")
 
@@ -100,8 +102,10 @@ class Card(NamedTuple):
 class Verdict(_Lazy):
     """Whether the run fits.
 
-    answer    fits, tight or does not fit; None without a GPU
+    answer    fits, tight, does not fit, or does not start: the engine refuses the run though its requests fit; None
+              without a GPU
     headroom  usable bytes minus used ones
+    reason    why it does not start, else None
     """
 
     __slots__ = ()
@@ -114,8 +118,13 @@ class Verdict(_Lazy):
     def headroom(self) -> int | None:
         return None if self._usage.usable is None else self._usage.usable - self._usage.used
 
+    @property
+    def reason(self) -> str | None:
+        return self._usage.reason
+
     def as_dict(self) -> dict[str, str | int | None]:
-        return {"answer": self.answer, "headroom": self.headroom}
+        reason = {} if self.reason is None else {"reason": self.reason}
+        return {"answer": self.answer, "headroom": self.headroom, **reason}
 
 
 class Peak(NamedTuple):
@@ -353,7 +362,7 @@ class Estimate:
             peak=Peak(top.phase, top.where),
             phases=phases,
             unsupported=walk.unsupported,
-            notes=(*walk.notes(), *((calibration.named(),) if calibration else ())),
+            notes=(*profile_note(walk.run), *walk.notes(), *((calibration.named(),) if calibration else ())),
             origins=(),
             calibration=calibration,
             via=walk.via,
@@ -376,7 +385,7 @@ class Estimate:
     def run(self) -> RunSpec:
         """The run with every null filled in, as its profile decides."""
         gpu = self.gpu.name if self.gpu else None
-        return self.asked.model_copy(update={**self.walk.parts, "gpu": gpu})
+        return with_known_profile(self.asked).model_copy(update={**self.walk.parts, "gpu": gpu})
 
     @cached_property
     def host_bytes(self) -> int:
@@ -396,12 +405,12 @@ class Estimate:
 
     @property
     def fits(self) -> bool:
-        """Whether the verdict is fits. Cheaper than the verdict."""
+        """Whether the run's memory fits the card, also if its engine does not start. Cheaper than the verdict."""
         return self._usage.fits
 
     @property
     def may_fit(self) -> bool:
-        """Whether a verdict that is not fits is tight. Cheaper than the verdict."""
+        """Whether memory that does not fit may fit. Cheaper than the verdict."""
         return self._usage.may_fit
 
     @property

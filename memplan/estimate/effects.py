@@ -7,6 +7,8 @@ from typing import Any, cast
 
 from pydantic import ValidationError
 
+from memplan.catalogue.profiles.engines import EngineDefaults, find_engine
+from memplan.catalogue.profiles.engines import rows as engine_rows
 from memplan.catalogue.profiles.profiles import find_profile, rows
 from memplan.core.errors import MemplanError
 from memplan.core.records import NamedTuple
@@ -29,13 +31,14 @@ def effects(answer: Estimate, estimate: Callable[[RunSpec], Estimate]) -> list[V
     """Return the effect of each value, the largest first; then the values that change nothing.
 
     A value is compared with the run that has the field's default instead. Fields of precision, parallelism and side
-    tasks are put back together, and their first has the effect. Fields that the profile decides are listed last.
+    tasks are put back together, and their first has the effect; a method is put back with all of its fields. Fields
+    that the profile decides are listed last.
     """
     alone: dict[str, int | None] = {}
     found: list[ValueEffect] = []
     for origin in answer.origins:
         part = origin.field.partition(".")[0]
-        path = part if part in _TOGETHER else origin.field
+        path = part if part in _TOGETHER or origin.field == "method.kind" else origin.field
         if path not in alone:
             alone[path] = _change(answer, path, estimate) if origin.field not in ("model", "profile") else None
         found.append(ValueEffect(origin.field, origin.value, origin.why, alone[path]))
@@ -67,6 +70,12 @@ def _change(answer: Estimate, path: str, estimate: Callable[[RunSpec], Estimate]
 def _decided_by_profile(answer: Estimate) -> list[ValueEffect]:
     """Return the fields that the run leaves to its profile, with the source of each."""
     out: dict[str, ValueEffect] = {}
+    engine = find_engine(answer.run.profile)
+    if engine is not None:
+        for row in engine_rows(engine):
+            if row.field in EngineDefaults._fields:
+                out[row.field] = ValueEffect(f"serving.{row.field}", row.value, f"{engine.name}: {row.source}", None)
+        return list(out.values())
     for row in rows(find_profile(answer.run.profile)):
         value: Any = answer.run
         for part in row.field.split(".") if "." in row.field and not row.model_types and not row.when else ():

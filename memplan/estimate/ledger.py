@@ -199,7 +199,7 @@ def _side_task_moments(aside: SideTask) -> Iterator[Phase]:
 def _live(structure: Structure, low: Lowered, moments: Iterable[LoweredMoment], walked: TrainingPeaks) -> Iterator[int]:
     """Yield the bytes alive at every moment of a pass."""
     _, axes = operations_of(structure.graph)
-    numbers = dict(zip(walked.program.moments.variables, walked.numbers.values, strict=True))
+    numbers = dict(zip(walked.program.moments.variables, walked.numbers, strict=True))
     sizes = [size(key[0], key[1], axes) for key in low.sizes]
     bytes_ = [n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in sizes]
     return bytes_at_each(moments, low.runs, axes, bytes_)

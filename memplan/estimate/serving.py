@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from memplan.catalogue.hardware.overhead import Overhead
 from memplan.core.cached_property import cached_property
+from memplan.core.units import GIB
 from memplan.estimate.answer import Line, Parameters, Phase, Walk, largest_first
 from memplan.estimate.usage import ProcessOverhead, Usage
 from memplan.models.model import ModelSpec
@@ -38,7 +40,7 @@ class ServingWalk(Walk):
         self.run, self.settings = run, resolve_serving(run, model)
         self.gpu = self.settings.gpu
         self.verdict = self._verdict()
-        b = self._at("usual")
+        b = self.at("usual")
         self.budget = b._replace(shows_needed_pool=self.verdict == "does not fit")
         self.resident = self.load = b.parameters
         graphs, step, decoding = b.graphs.usual, b.step, b.decoding
@@ -49,15 +51,21 @@ class ServingWalk(Walk):
             Phase("decode", None, held + decoding.bytes, decoding.where),
         )
 
-    def _at(self, level: str) -> Budget:
+    def at(self, level: str) -> Budget:
         """Return the budget at the `low`, `usual` or `high` end of what the process takes outside torch's tensors."""
         return budget(self.settings, self.gpu.usable if self.gpu else None, level)
 
     def _verdict(self) -> str | None:
-        """Return fits if the requests fit for every measured overhead, tight if for some; None without a card."""
+        """Return fits if the requests fit and the engine starts for every measured overhead, tight if for some, does
+        not start if the requests fit for some; None without a card."""
         if self.gpu is None:
             return None
-        return "fits" if self._at("high").fits else "tight" if self._at("low").fits else "does not fit"
+        most, least = self.at("low"), self.at("high")
+        if not most.fits:
+            return "does not fit"
+        if not most.starts:
+            return "does not start"
+        return "fits" if least.fits and least.starts else "tight"
 
     @property
     def parts(self) -> Mapping[str, object]:
@@ -168,11 +176,8 @@ def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
         yield f"mxfp4 experts are padded for {kernel.name} kernels, so they take more than is stored"
     elif s.quantization is not None and s.engine.kind != "llama.cpp":
         yield "quantised weights are counted as stored: repacking by the engine's kernels is not counted"
-    if s.gpu is not None and s.engine.kind == "vllm" and not b.pool.holds(s.longest, 1):
-        yield (
-            f"vLLM does not start with max_model_len {s.longest:,}, because the pool cannot hold one such request; set "
-            "serving.max_model_len (--max-model-len)"
-        )
+    if s.gpu is not None and not b.starts and not b.fits:
+        yield f"nor does it start: {why_not_started(b, b)}"
     if s.ranks.pp > 1 or s.ranks.cards > 1:
         name = "stage" if s.ranks.pp > 1 else "card"
         cards = max(s.ranks.pp, s.ranks.cards)
@@ -188,6 +193,21 @@ def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
         yield f"the vision tower is not counted with {s.engine.name}"
     if s.engine.waits:
         yield f"not counted: {'; '.join(s.engine.waits)}"
+
+
+def why_not_started(b: Budget, fullest: Budget) -> str:
+    """Return the error that vLLM stops with, and the longest request with which it starts on the `fullest` GPU.
+
+    Source: vllm 0.33.0 v1/core/kv_cache_planning.py _check_enough_kv_cache_memory.
+    """
+    longest, needed = b.settings.longest, b.pool.needs(b.settings.longest, 1)
+    line = (
+        f"To serve at least one request with the model's max seq len ({longest}), ({needed / GIB:.2f} GiB KV cache is "
+        f"needed, which is larger than the available KV cache memory ({max(0, b.available) / GIB:.2f} GiB)"
+    )
+    admitted = bisect_left(range(1, longest), True, key=lambda tokens: not fullest.pool.holds(tokens, 1))
+    starts = f"; it starts with serving.max_model_len (--max-model-len) {admitted}" if admitted else ""
+    return f'vLLM stops with "{line}"{starts}'
 
 
 def _lines(b: Budget, step: EngineStep) -> Iterable[Line]:
@@ -222,6 +242,7 @@ class ServingUsage(Usage):
     def __init__(self, walk: ServingWalk) -> None:
         super().__init__(walk)
         self._verdict, self._budget = walk.verdict, walk.budget
+        self._fullest, self._emptiest = walk.at("high"), walk.at("low")
 
     @cached_property
     def _overhead(self) -> ProcessOverhead:
@@ -231,13 +252,17 @@ class ServingUsage(Usage):
     def answer(self) -> str | None:
         return self._verdict
 
+    @property
+    def reason(self) -> str | None:
+        return why_not_started(self._budget, self._fullest) if self._verdict == "does not start" else None
+
     @cached_property
     def fits(self) -> bool:
-        return self.answer == "fits"
+        return self.usable is not None and self._fullest.fits
 
     @cached_property
     def may_fit(self) -> bool:
-        return self.answer in ("fits", "tight")
+        return self.usable is not None and self._emptiest.fits
 
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
         """Only known for the run's own card, because how an engine is started depends on the card."""
@@ -258,8 +283,8 @@ class ServingUsage(Usage):
     def reserved(self) -> int:
         return self.allocated
 
-    def _shown_at(self, level: str) -> int:
-        b = self._budget
-        shown = self.reserved - b.graphs.usual + sum(getattr(row, level) for row in (b.graphs, *self.overheads))
+    def _shown_at(self, level: str, segments: int | None = None) -> int:
+        b, segments = self._budget, self.reserved if segments is None else segments
+        shown = segments - b.graphs.usual + sum(getattr(row, level) for row in (b.graphs, *self.overheads))
         # the engine would take its share of a large enough card
         return max(shown, card_for(b, level)) if b.shows_needed_pool else shown

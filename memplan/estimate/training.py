@@ -16,8 +16,9 @@ from memplan.estimate.answer import Host, Line, Parameters, Phase, Rank, Walk
 from memplan.estimate.host import host_memory
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
+from memplan.estimate.usage import calibration_of, room, run_overhead
 from memplan.models.model import ModelSpec
-from memplan.program.graph import operations_of
+from memplan.program.graph import operations_of, total_bytes
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.structure import Structure, chunks_of
@@ -148,6 +149,23 @@ def resident_bytes(p: Program) -> int:
     Gradient buckets are not among them, because they may end up anywhere.
     """
     return p.parameters + p.buffered + p.scaler + p.states
+
+
+def least_bytes(decided: ResolvedRun) -> int:
+    """Return the bytes of the weights, and of the gradients if all are there at once: a training run's peak is not
+    less. Takes no pass."""
+    sharding = sharding_of(decided.structure)
+    gradients = () if sharding.frees_gradients or sharding.gradients_in_buckets else sharding.gradients()
+    return total_bytes((*sharding.weights(), *gradients))
+
+
+def cannot_fit(decided: ResolvedRun, calibration: Calibration | None) -> bool:
+    """Return whether weights and gradients alone do not fit. Cheaper than an estimate, which runs the passes."""
+    gpu = decided.gpu
+    if gpu is None or not decided.trains or decided.has_stages:
+        return False
+    overhead = run_overhead(gpu, decided.communicators, calibration_of(gpu, calibration))
+    return least_bytes(decided) > room(gpu.usable, overhead).possible
 
 
 class TrainingReplay(NamedTuple):

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from operator import mul
 
 from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.errors import InternalError
 from memplan.core.records import NamedTuple
-from memplan.engine.walk import largest, values
+from memplan.engine.largest import PhaseTerms
+from memplan.engine.walk import values
 from memplan.estimate.answer import Phase
 from memplan.estimate.side_task import SideTask
 from memplan.program.axes import run_axes
 from memplan.program.run import ResolvedRun
+from memplan.program.structure import Structure
 from memplan.program.training.passes import PHASES
-from memplan.program.training.program import Program, phase_peaks, program, step_where
-
-
-class ProgramValues(NamedTuple):
-    """The values of a program's variables and of its products for one run."""
-
-    values: list[int]
-    products: list[int]
+from memplan.program.training.program import PhaseOffset, Program, phase_offsets, program
 
 
 class TrainingPeaks(NamedTuple):
     """The peaks of a run by phase, and which is the largest. The last phases are its side tasks.
 
     axes       the run's axes
+    numbers    values of the program's variables
     workspace  bytes of one cuBLAS workspace
     moments    per phase, whether it peaks in a later micro-batch, and the moment's index (-1: none)
     peak       index of the phase with the peak
@@ -35,7 +32,7 @@ class TrainingPeaks(NamedTuple):
 
     program: Program
     axes: dict[str, int]
-    numbers: ProgramValues
+    numbers: list[int]
     workspace: int
     phases: list[Phase]
     moments: list[tuple[bool, int]]
@@ -67,33 +64,31 @@ class TrainingPeaks(NamedTuple):
 
 def training_peaks(decided: ResolvedRun) -> TrainingPeaks:
     """Return the peak of every phase, of the first and of later steps, for the run's batch and sequence."""
-    p = program(decided.structure)
+    workspace = workspace_of(decided)
+    p, offsets, terms = _step_program(decided.structure, workspace)
     b, lengths = decided.batch, (decided.pictures, decided.batch.target_sequence)
     axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, *lengths)
-    numbers = ProgramValues(values(p.moments.variables, axes), values(p.moments.products, axes))
-    workspace = workspace_of(decided)
-    best = [(False, *_phase_peak(p, False, phase, numbers)) for phase in PHASES]
-    if p.structure.accumulates:
-        later = [(True, *_phase_peak(p, True, phase, numbers)) for phase in PHASES]
-        more = [(b[0], b[1] + p.accumulated[phase], b[2]) for b, phase in zip(later, PHASES, strict=True)]
-        best = [max(a, b, key=_peak_bytes) if b[2] >= 0 else a for a, b in zip(best, more, strict=True)]
-    peaks = [size for _, size, _ in best]
-    held = sum(map(mul, p.moments.held, numbers.values))
+    numbers = values(p.moments.variables, axes)
+    largest = terms.largest(numbers, axes)
+    best = {phase: (False, *at) for phase, at in zip(PHASES, largest, strict=False)}
+    for phase, (bytes_, index) in zip(PHASES, largest[len(PHASES) :], strict=False):  # in a later micro-batch
+        if index >= 0 and bytes_ + p.accumulated[phase] > best[phase][1]:
+            best[phase] = True, bytes_ + p.accumulated[phase], index
+    best["step"] = False, sum(map(mul, p.moments.held, numbers)), -1
     phases = [Phase("load", None, p.loading, "")]
     moments = [(False, -1)]
-    for phase, step, bytes_ in phase_peaks(p, workspace, peaks, held):
+    peak, most = 0, p.loading
+    for phase, step, offset, where in offsets:
+        later, moving, index = best[phase]
+        bytes_ = offset + moving
         if bytes_ < p.parameters:
             raise InternalError(f"{phase} takes {bytes_} bytes, less than the {p.parameters} of the weights")
-        if phase == "step":
-            phases.append(Phase(phase, step, bytes_, step_where(p, step)))
-            moments.append((False, -1))
-        elif best[PHASES.index(phase)][2] >= 0:
-            micro, _, index = best[PHASES.index(phase)]
-            phases.append(Phase(phase, step, bytes_, p.moments.where[micro][index]))
-            moments.append((micro, index))
-    peak = 0
-    for i, phase in enumerate(phases):
-        peak = i if phase.peak >= phases[peak].peak else peak
+        if index < 0 and not where:  # the rank does not have the phase
+            continue
+        if bytes_ >= most:
+            peak, most = len(phases), bytes_
+        phases.append(Phase(phase, step, bytes_, where or p.moments.where[later][index]))
+        moments.append((later, index))
     return TrainingPeaks(p, axes, numbers, workspace, phases, moments, peak)
 
 
@@ -102,11 +97,16 @@ def workspace_of(decided: ResolvedRun) -> int:
     return cublas_workspace(decided.gpu.compute_capability if decided.gpu else None).usual
 
 
-def _phase_peak(p: Program, later: bool, phase: str, numbers: ProgramValues) -> tuple[int, int]:
-    """Return the most bytes of a phase, and the moment's index: -1 if the rank does not have the phase."""
-    terms = (p.moments.later if later else p.moments.first)[phase]
-    return largest(terms, *numbers) if terms else (0, -1)
+class _StepProgram(NamedTuple):
+    program: Program
+    offsets: tuple[PhaseOffset, ...]
+    terms: PhaseTerms
 
 
-def _peak_bytes(peak: tuple[bool, int, int]) -> int:
-    return peak[1]
+@lru_cache(maxsize=2048)
+def _step_program(structure: Structure, workspace: int) -> _StepProgram:
+    """Return a program, its phases, and the moments of the first pass's phases and, if there is one, a later pass's."""
+    p = program(structure)
+    passes = (p.moments.first, p.moments.later)[: 1 + structure.accumulates]
+    terms = PhaseTerms([of_pass[phase] for of_pass in passes for phase in PHASES], p.moments.products)
+    return _StepProgram(p, phase_offsets(structure, workspace), terms)

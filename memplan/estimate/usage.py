@@ -146,8 +146,9 @@ class Usage:
     """What a run takes of a card, in bytes.
 
     With room to spare torch keeps every segment. On a full card it releases free segments before it fails, so a run may
-    fit in less than it would show elsewhere. A run with a long replay is only replayed with room to spare: it is tight
-    on a card that holds its tensors but has less room than that.
+    survive in less than it would show elsewhere: it fits if it has that room, or if its tensors leave room for any
+    placement, and is tight if it only survives. A run with a long replay is only replayed with room to spare: it is
+    tight on a card that holds its tensors but has less room than that.
     """
 
     def __init__(self, replay: Replay, calibration: Calibration | None = None) -> None:
@@ -180,13 +181,18 @@ class Usage:
             return "fits"
         return "tight" if self.may_fit else "does not fit"
 
+    @property
+    def reason(self) -> str | None:
+        """Why the run does not start; None for one that starts."""
+        return None
+
     @cached_property
     def fits(self) -> bool:
         """Whether the run surely fits its card. Cheaper than `answer` if nothing else is asked."""
         if self._gpu is None:
             return False
         surely_fits = self.fits_card_of(self._gpu.usable)
-        return self._lives_in(self._sure(self._gpu.usable)) if surely_fits is None else surely_fits
+        return self._roomy <= self._sure(self._gpu.usable) if surely_fits is None else surely_fits
 
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
         """Return whether the run surely fits a card with `usable` bytes, or None if that takes a replay at that size.
@@ -243,10 +249,10 @@ class Usage:
         if self._gpu is not None:
             usable = self._gpu.usable
             match self.answer:
-                case "fits":  # a run that would show more elsewhere is bounded by the card
+                case "fits" | "does not start":  # a run that would show more elsewhere is bounded by the card
                     high = min(high, usable)
-                case "tight":
-                    low, high = min(low, usable), max(high, usable + 1)
+                case "tight":  # with room to spare it would show more than its card does
+                    low, high = min(low, usable), max(high, usable + 1, self._shown_at("high", self._roomy))
                 case _:
                     low, high = max(low, usable + 1), max(high, usable + 1)
         return Band(low, high, self._overhead.coverage)
@@ -275,10 +281,11 @@ class Usage:
         with_room: int | None = vars(self).get("_replayed_with_room")
         return (with_room is not None and with_room <= capacity) or self._replay.reserved(capacity) is not None
 
-    def _shown_at(self, level: str) -> int:
-        """Return what the card shows at the `low`, `usual` or `high` end of what was measured."""
+    def _shown_at(self, level: str, segments: int | None = None) -> int:
+        """Return what the card shows at the `low`, `usual` or `high` end of what was measured, for what torch reserves
+        or other `segments`."""
         more = {"low": -self._overhead.less, "usual": 0, "high": self._overhead.more}[level]
-        return self._shown(self.reserved, getattr(self._overhead, level), more)
+        return self._shown(self.reserved if segments is None else segments, getattr(self._overhead, level), more)
 
     def _shown(self, segments: int, error: int, more: int = 0) -> int:
         """Return what the card shows for `segments`, with an `error` in millionths and `more` bytes of context."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Iterator, Mapping
 from itertools import product
@@ -11,7 +12,7 @@ from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
 from memplan.frameworks.change_table import Lines, differing, value_of
-from memplan.models.peft_methods import PEFT_METHODS, has_rank
+from memplan.models.peft_methods import has_rank
 from memplan.spec.options import OPTIONS as GROUPS
 from memplan.spec.options import flag
 from memplan.spec.parallelism import Offload, Parallelism
@@ -128,7 +129,7 @@ def _has_option(run: RunSpec, field: str) -> bool:
         case "method.rank":
             return kind in ADAPTERS and has_rank(kind)
         case "method.options":
-            return kind in PEFT_METHODS
+            return kind in ADAPTERS
         case "method.targets" | "method.dropout" | "method.modules_to_save":
             return kind in ADAPTERS
         case "method.quantization.double_quant":
@@ -153,7 +154,7 @@ def _arguments(field: str, value: Any) -> list[str] | None:
         return [option, "x".join(map(str, cast(tuple[int, ...], value)))]
     if isinstance(value, Mapping):
         settings = cast(Mapping[str, Any], value).items()
-        return [option, ",".join(f"{name}={str(v).lower() if isinstance(v, bool) else v}" for name, v in settings)]
+        return [option, ",".join(f"{name}={v if isinstance(v, str) else json.dumps(v)}" for name, v in settings)]
     if isinstance(value, tuple):
         return [option, ",".join(cast(tuple[str, ...], value))]
     return [option, str(value)]

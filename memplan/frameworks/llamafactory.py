@@ -52,7 +52,8 @@ def _lora_kernels_remark(run: RunSpec) -> str:
 
 
 def _targets(run: RunSpec) -> Value:
-    return "all" if run.method.targets == "all-linear" else ",".join(run.method.targets)
+    targets = run.method.targets
+    return "all" if targets == "all-linear" else targets if isinstance(targets, str) else ",".join(targets)
 
 
 def _frozen(run: RunSpec) -> Value:

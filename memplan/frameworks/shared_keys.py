@@ -241,6 +241,8 @@ def _no_optimizer_remark(run: RunSpec) -> str:
 def _chunked_head_remark(run: RunSpec) -> str:
     if run.kernels.loss == "chunked_lm_head":
         return "only LitGPT computes the head in chunks"
+    if run.kernels.loss == "fused_chunks":
+        return "Unsloth's own loss"
     return "TRL's own loss, in SFTTrainer" if run.kernels.loss in TRL_LOSSES else ""
 
 

@@ -76,6 +76,8 @@ def _preparation_remark(run: RunSpec) -> str:
         return ""
     if q.kbit_preparation == "trl":
         return "SFTTrainer prepares a quantised model this way by itself up to TRL 0.24"
+    if isinstance(q.kbit_preparation, str):
+        return "only Axolotl prepares a model this way"
     return "pass the model without calling prepare_model_for_kbit_training"
 
 
@@ -98,6 +100,7 @@ def _loss_remark(run: RunSpec) -> str:
         "chunked": "SFTTrainer of TRL 1.16 chunks its loss without a key; Trainer and older TRL cannot",
         "hf": "SFTTrainer of TRL 1.16 never makes full logits; Trainer and older TRL do",
         "tiled_lm_head": "the default from TRL 1.15 on",
+        "fused_chunks": "Unsloth's own loss",
         "chunked_nll": "the default of TRL 1.13 and 1.14; later ones tile the head instead",
         "chunked_nll_fp32": "the default of TRL 1.6 to 1.12; later ones do not cast the head",
     }.get(str(run.kernels.loss), "")

@@ -91,6 +91,7 @@ def facts_of(model: str, online: bool = False) -> PublishedModel:
 
 def _locate(model: str, online: bool) -> str | PublishedModel:
     """Return the name of the card that `model` means, or the facts it leads to."""
+    model = re.sub(_ADDRESS, r"\2", model)
     file = _file(model) if "/" in model or os.sep in model or model.endswith(_FILES) else None
     card = None if file is not None else _card_name(model)
     if card is not None:
@@ -100,9 +101,51 @@ def _locate(model: str, online: bool) -> str | PublishedModel:
         return _in_file(file)
     if online:
         return _from_hub(model)
-    if "/" in model:
-        return _from_hub_cache(model)
-    raise UnknownNameError("model", model, (*card_names(), *_aliases()))
+    if "/" not in model:
+        _refuse_other_format(model)
+        raise UnknownNameError("model", model, (*card_names(), *_aliases()))
+    found = _from_hub_cache(model) or _mirrored(model)
+    if found is None:
+        _refuse_other_format(model)
+        raise _missing(model)
+    return found
+
+
+_ADDRESS = r"(?i)^(https?://)?(?:huggingface\.co|hf\.co)/([^/\s]+/[^/\s?#]+).*$"
+_MIRRORS = ("unsloth", "nousresearch")  # owners of unchanged copies of others' checkpoints, under the same names
+# Ends of names of checkpoints in another format, and the options that say it.
+_OTHER_FORMATS = {
+    "-unsloth-bnb-4bit": "--method qlora",
+    "-bnb-4bit": "--method qlora",
+    "-awq": "--method generate --quant-format awq-int4",
+    "-gptq-int4": "--method generate --quant-format gptq-int4",
+    "-gptq-int8": "--method generate --quant-format gptq-int8",
+    "-fp8": "--method generate --quant-format fp8",
+    "-gguf": "--method generate --profile llama.cpp --stored Q4_K_M",
+}
+
+
+@lru_cache(maxsize=1024)
+def _mirrored(hf_id: str) -> str | None:
+    """Return the card of the checkpoint that a mirror's one is a copy of."""
+    owner, _, name = hf_id.lower().partition("/")
+    if owner not in _MIRRORS:
+        return None
+    copies = {card for alias, card in _aliases().items() if alias.rpartition("/")[2] == name}
+    return copies.pop() if len(copies) == 1 else None
+
+
+def _refuse_other_format(model: str) -> None:
+    """Raise FactsMissingError if the name is that of a known model in another format."""
+    for end, options in _OTHER_FORMATS.items():
+        base = model[: -len(end)]
+        card = (_card_name(base) or _mirrored(base)) if model.lower().endswith(end) else None
+        if card is not None:
+            raise FactsMissingError(
+                f"model: no config.json of '{printable(model, _MAX_SHOWN)}', which is {card} in another format; write "
+                f"memplan {card} {options}, or ask the Hub with --online",
+                "model",
+            )
 
 
 _FILES = (".json", *WEIGHTS)
@@ -302,20 +345,24 @@ def _from_hub(hf_id: str) -> PublishedModel:
     return PublishedModel(_read_json(repository.config), repository.checkpoint, source, name, repository.licence)
 
 
-def _from_hub_cache(hf_id: str) -> PublishedModel:
-    """Return an id's facts from the local Hugging Face cache, without using the network."""
+def _from_hub_cache(hf_id: str) -> PublishedModel | None:
+    """Return an id's facts from the local Hugging Face cache, without using the network; None if they are not there."""
     from memplan.models.hub import cached, split
 
     path = cached(hf_id)
     if path is None:
-        import difflib
-
-        near = difflib.get_close_matches(hf_id.lower()[:_MAX_SHOWN], _aliases(), n=1, cutoff=0.8)
-        hint = f"did you mean {_original_case(near[0])}? Otherwise " if near else ""
-        raise FactsMissingError(
-            f"model: no card for '{printable(hf_id, _MAX_SHOWN)}' and no config.json of it in the local Hugging Face "
-            f"cache; {hint}ask the Hub with --online, or give the path of a config.json",
-            "model",
-        )
+        return None
     name = split(hf_id)[0]
     return PublishedModel(_read_json(path), None, f"huggingface.co/{name}:config.json@{path.parent.name}", name)
+
+
+def _missing(hf_id: str) -> FactsMissingError:
+    import difflib
+
+    near = difflib.get_close_matches(hf_id.lower()[:_MAX_SHOWN], _aliases(), n=1, cutoff=0.8)
+    hint = f"did you mean {_original_case(near[0])}? Otherwise " if near else ""
+    return FactsMissingError(
+        f"model: no card for '{printable(hf_id, _MAX_SHOWN)}' and no config.json of it in the local Hugging Face "
+        f"cache; {hint}ask the Hub with --online, or give the path of a config.json",
+        "model",
+    )

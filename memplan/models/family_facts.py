@@ -84,6 +84,7 @@ class TrainingFacts(NamedTuple):
     fused_mixers     peft refuses out_proj and conv1d, whose weights fused kernels read
     all_linear_note  what goes wrong with peft's all-linear; "" if nothing
     experts_were     experts were modules before transformers 5, which is modelled too
+    fuses_experts    peft takes gate_proj, up_proj and down_proj for experts' matrices, even if all layers are dense
     late_dropout     embeddings' dropout runs on the GPU of the last layer (device_map)
     """
 
@@ -93,6 +94,7 @@ class TrainingFacts(NamedTuple):
     fused_mixers: bool = False
     all_linear_note: str = ""
     experts_were: bool = False
+    fuses_experts: bool = False
     late_dropout: bool = False
 
 

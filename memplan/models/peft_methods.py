@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Literal
 
 from memplan.core.records import NamedTuple
 
@@ -29,6 +30,8 @@ class PeftMethod(NamedTuple):
     alpha    peft's name of the scale; empty if it has none
     formats  formats of quantised layers that it can adapt
     conv1d   whether it adapts transformers' Conv1D, as in GPT-2, too
+    on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, or
+             rows of the embeddings (`tokens`)
     """
 
     targets: Targets = MappingProxyType({})
@@ -39,6 +42,7 @@ class PeftMethod(NamedTuple):
     alpha: str = ""
     formats: tuple[str, ...] = ()
     conv1d: bool = False
+    on: Literal["linear", "norms", "prompt", "tokens"] = "linear"
 
 
 def _each(model_types: str, names: str) -> dict[str, str]:
@@ -83,6 +87,19 @@ _IA3: Targets = {
     "gpt_neo": "q_proj v_proj c_proj",
     "phi": "q_proj v_proj fc2",
 }
+_NORMS: Targets = {
+    **_each("llama mistral gemma", "input_layernorm post_attention_layernorm norm"),
+    **_each("bloom falcon", "input_layernorm post_attention_layernorm ln_f"),
+    **_each(
+        "gemma2 gemma3_text",
+        "input_layernorm post_attention_layernorm pre_feedforward_layernorm post_feedforward_layernorm norm",
+    ),
+    **_each("qwen2 qwen3", "post_attention_layernorm"),
+    "gpt2": "ln_1 ln_2 ln_f",
+    "gptj": "ln_1 ln_f",
+    "phi": "input_layernorm final_layernorm",
+    "t5": "layer_norm final_layer_norm",
+}
 # IA3's targets that are scaled at their input.
 FEEDFORWARD: Targets = {model_type: names.split()[-1] for model_type, names in _IA3.items()}
 
@@ -93,9 +110,15 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     "boft": PeftMethod(
         _LORA, options={"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1}, formats=BITSANDBYTES
     ),
+    "c3a": PeftMethod(_C_PROJ, options={"block_size": 256}),
+    "delora": PeftMethod(_LORA, 8),
+    "fourierft": PeftMethod(_C_PROJ, options={"n_frequency": 1000}, conv1d=True),
+    "hira": PeftMethod(_LORA, 32, dropout="hira_dropout", formats=BITSANDBYTES, conv1d=True),
     "ia3": PeftMethod(_IA3, options={"feedforward_modules": None}, formats=BITSANDBYTES, conv1d=True),
     "loha": PeftMethod(_LORA, 8, alpha="alpha"),
     "lokr": PeftMethod(_LORA, 8, {"decompose_both": False, "decompose_factor": -1}, alpha="alpha"),
+    "ln_tuning": PeftMethod(_NORMS, formats=BITSANDBYTES, conv1d=True, on="norms"),
+    "miss": PeftMethod(_LORA, 64, dropout="miss_dropout", formats=BITSANDBYTES),
     "oft": PeftMethod(
         _LORA,
         options={
@@ -107,6 +130,16 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         },
         formats=BITSANDBYTES,
     ),
+    "p_tuning": PeftMethod(
+        options={"num_virtual_tokens": None, "encoder_hidden_size": None},
+        formats=BITSANDBYTES,
+        conv1d=True,
+        on="prompt",
+    ),
+    "prompt_tuning": PeftMethod(options={"num_virtual_tokens": None}, formats=BITSANDBYTES, conv1d=True, on="prompt"),
+    "randlora": PeftMethod(_LORA, 32, dropout="randlora_dropout", formats=BITSANDBYTES, conv1d=True),
+    "road": PeftMethod(_LORA, options={"variant": "road_1", "group_size": 64}, formats=BITSANDBYTES),
+    "trainable_tokens": PeftMethod(options={"token_indices": None}, formats=BITSANDBYTES, conv1d=True, on="tokens"),
     "vera": PeftMethod(_WITHOUT_FC, 256, dropout="vera_dropout", formats=BITSANDBYTES, conv1d=True),
 }
 
@@ -120,6 +153,11 @@ def default_targets(method: str, model_type: str) -> tuple[str, ...]:
 def has_rank(method: str) -> bool:
     """Whether a method has adapters with a rank."""
     return method not in PEFT_METHODS or bool(PEFT_METHODS[method].rank)
+
+
+def adapts_modules(method: str) -> bool:
+    """Whether a method is told which modules to adapt."""
+    return method not in PEFT_METHODS or PEFT_METHODS[method].on in ("linear", "norms")
 
 
 def filled_options(method: str, options: Mapping[str, Value], model_type: str) -> dict[str, Value]:

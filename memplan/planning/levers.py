@@ -280,7 +280,7 @@ def _targets(run: RunSpec) -> Iterator[Lever]:
     if run.method.kind not in LORA:
         return
     for targets in (ATTENTION, FIRST):
-        if run.method.targets == "all-linear" or set(targets) < set(run.method.targets):
+        if not run.method.pattern and all(map(run.method.adapts, targets)) and run.method.targets != targets:
             title = f"adapters on {', '.join(targets)} only"
             yield _lever("targets", title, "targets", ("method.targets", targets))
 

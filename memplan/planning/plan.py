@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpus import find_gpu
@@ -187,12 +187,13 @@ def plan(
     tight: bool = False,
     most: int = 2,
     calibration: Calibration | None = None,
+    levers: Callable[[RunSpec], tuple[Lever, ...]] = levers_of,
 ) -> Plan:
     """Find the cheapest changes that make the run fit its GPU with `headroom` bytes free.
 
     Proposes the mildest lever of every group that suffices alone, and up to `most` sets of several levers for each
     degree of change in the result. If `tight` is true, a tight verdict counts as fitting. Every proposal has been
-    estimated in full.
+    estimated in full. `levers` returns the levers of the decided run, mildest first.
 
     Raises SpecError if the run names no GPU or does not train, or if the headroom is more than the GPU has, and
     whatever `estimate` raises.
@@ -205,9 +206,9 @@ def plan(
     demand = Demand(tight, headroom)
     demand.check(find_gpu(answer.gpu.name))
     trials = Trials(run, demand, calibration)
-    levers = levers_of(answer.run)
-    sets: list[Set] = [] if trials.fits(()) else cheapest(trials, levers, most)
-    return Plan(trials, levers, tuple(Proposal(trials, pulled) for pulled in ranked(sets, levers)))
+    all_levers = levers(answer.run)
+    sets: list[Set] = [] if trials.fits(()) else cheapest(trials, all_levers, most)
+    return Plan(trials, all_levers, tuple(Proposal(trials, pulled) for pulled in ranked(sets, all_levers)))
 
 
 def ranked(sets: list[Set], levers: tuple[Lever, ...]) -> list[Set]:

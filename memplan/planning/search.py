@@ -12,10 +12,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import TYPE_CHECKING
 
+from memplan.core.errors import MemplanError
 from memplan.estimate.answer import Estimate, phase_peaks
 from memplan.estimate.demand import Demand
+from memplan.estimate.training import cannot_fit
 from memplan.planning.levers import Lever, levers_of, pull, sequence_of
 from memplan.planning.trials import attempt
+from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
@@ -50,6 +53,13 @@ class Trials:
     def fits(self, levers: Iterable[Lever]) -> bool:
         answer = self.answer(levers)
         return answer is not None and self.demand.met(answer)
+
+    def may_fit(self, levers: Iterable[Lever]) -> bool:
+        """Whether the set may fit, judged without an estimate. Cheaper than `fits`."""
+        try:
+            return not cannot_fit(decide(pull(self.run, levers)), self._calibration)
+        except MemplanError:
+            return False
 
     def needs(self, levers: Set) -> bool:
         """Whether the set fits, and would not without any one of its levers."""
@@ -110,8 +120,8 @@ def answer_with_one_lever(
     answer = trials.answer(())
     if answer is None:
         return None
-    levers = (lever for lever in levers_of(answer.run) if lever.group not in without)
-    return next((trials.answer((lever,)) for lever in levers if trials.fits((lever,))), None)
+    levers = ((lever,) for lever in levers_of(answer.run) if lever.group not in without)
+    return next((trials.answer(lever) for lever in levers if trials.may_fit(lever) and trials.fits(lever)), None)
 
 
 def _forecast(trials: Trials, levers: Iterable[Lever]) -> Callable[[Set], bool]:

@@ -20,7 +20,7 @@ from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, SpecError
 from memplan.core.records import NamedTuple
 from memplan.engine.walk import values
-from memplan.estimate.answer import ANSWERS
+from memplan.estimate.answer import BY_MEMORY
 from memplan.estimate.estimate import estimate
 from memplan.estimate.training import resident_bytes
 from memplan.estimate.training_peaks import workspace_of
@@ -31,7 +31,7 @@ from memplan.program.axes import run_axes
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.training.passes import PHASES
-from memplan.program.training.program import Program, phase_peaks, program
+from memplan.program.training.program import Program, phase_offsets, program
 from memplan.resolve.batches import check_batch
 from memplan.resolve.decide import decide
 from memplan.resolve.refusals.across_parts import refuse_unless_training
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
 STEP_PHASES = ("load", *PHASES, "step", "eval", "generate", "save", "merge")
-FITS, TIGHT, DOES_NOT_FIT = range(len(ANSWERS))
+FITS, TIGHT, DOES_NOT_FIT = range(len(BY_MEMORY))
 UNCLEAR, CANNOT_RUN = 3, 4
 FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
 _CHUNK = 16384  # runs per call: few enough to stay in the cache, enough to be worth a call
@@ -89,7 +89,7 @@ class Grid:
 
     @cached_property
     def answers(self) -> NDArray[np.int8] | None:
-        """int8: each verdict as an index into `memplan.estimate.answer.ANSWERS`, or -1. None without a GPU.
+        """int8: each verdict as an index into `memplan.estimate.answer.BY_MEMORY`, or -1. None without a GPU.
 
         Computed on first access, which replays the runs that are unclear.
         """
@@ -108,7 +108,7 @@ class Grid:
         """Verdicts as strings: fits, tight, does not fit, or empty if the run is refused. None without a GPU."""
         import numpy as np
 
-        return None if self.answers is None else np.array([*ANSWERS, ""])[self.answers]
+        return None if self.answers is None else np.array([*BY_MEMORY, ""])[self.answers]
 
     def at(self, *place: int) -> RunSpec:
         """Return the run at an index of the arrays."""
@@ -274,7 +274,7 @@ def _one_by_one(
             out.allocated[i, j] = answer.bytes.allocated
             out.phases[i, j] = STEP_PHASES.index(answer.peak.phase)
             if answer.gpu is not None:
-                out.clear[i, j] = ANSWERS.index(str(answer.verdict.answer))
+                out.clear[i, j] = BY_MEMORY.index(str(answer.verdict.answer))
 
 
 class _Walk:
@@ -304,8 +304,8 @@ class _Walk:
         self._variables = [p.moments.variables[v] for v in used]
         self._block = max(64, _BLAS_SERIAL // self._matrix.size)
         peaks: dict[str, tuple[int, int]] = {"load": (p.loading, 0)}  # constant bytes, and order
-        for i, (phase, _, bytes_) in enumerate(phase_peaks(p, workspace_of(decided), [0, 0, 0], 0), 1):
-            peaks[phase] = max(peaks.get(phase, (0, 0)), (bytes_, i))
+        for i, offset in enumerate(phase_offsets(p.structure, workspace_of(decided)), 1):
+            peaks[offset.phase] = max(peaks.get(offset.phase, (0, 0)), (offset.bytes, i))
         self._constant = [(phase, peaks[phase][0]) for phase in sorted(peaks, key=lambda phase: peaks[phase][1])]
         gpu = decided.gpu
         self._room: SegmentRoom | None = None

@@ -31,8 +31,9 @@ from memplan.probe import limits
 from memplan.probe.refusals import checked_run, refuse_several
 from memplan.probe.run import cache
 from memplan.probe.run.trace import TracedPhase, TracedRun, TracedStorage, Tracer, read, replayed
+from memplan.resolve.card import find_card
 from memplan.resolve.decide import fill_defaults, objective_of
-from memplan.resolve.notes import checkpoint_notes, dtype_notes, gpu_notes
+from memplan.resolve.notes import checkpoint_notes
 from memplan.spec.generation import InlineModel
 from memplan.spec.run import RunSpec
 
@@ -118,13 +119,12 @@ def _capability(gpu: str | None) -> tuple[int, int]:
 
 
 def _answer(run: RunSpec, traced: TracedRun, notes: list[str], calibration: Calibration | None) -> Estimate:
-    gpu = find_gpu(run.gpu) if run.gpu is not None else None
+    gpu, card = find_card(run.gpu, on_several=False) if run.gpu is not None else (None, None)
     complete = fill_defaults(run)
     notes = [
         _traced_note(traced),
         *notes,
-        *(gpu_notes(gpu, str(run.gpu)) if gpu is not None else ()),
-        *dtype_notes(gpu, str(complete.precision.compute)),
+        *((*card.notes, *card.dtype_notes(str(complete.precision.compute))) if card is not None else ()),
         *traced.notes,
     ]
     names = ("method", "precision", "optimizer", "kernels", "loop")

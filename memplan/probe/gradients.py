@@ -18,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from memplan.catalogue.methods.selection import module_paths
 from memplan.core.records import NamedTuple
 from memplan.probe.libraries import library, require
-from memplan.program.stack_facts import adaptable
+from memplan.program.stack_facts import adaptable, default_stack
 from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
 
@@ -67,7 +68,10 @@ def shapes(run: RunSpec) -> list[Shape]:
     Raises the errors of `memplan.estimate` for an invalid run.
     """
     graph = decide(run).structure.graph
-    model, targets = graph.model, graph.recipe.targets
+    model, targets, selection = graph.model, graph.recipe.targets, graph.recipe.selection
+    if selection is not None:
+        paths = module_paths(default_stack(model), model.axes())
+        targets = tuple({path.rpartition(".")[2] for path in paths if selection.takes(path)})
     layers_by_shape: dict[tuple[int, int], list[str]] = {}
     for path, (out, into) in adaptable(model).items():
         name = path.rpartition(".")[2]

@@ -10,6 +10,7 @@ from memplan.models.cards import find_config, find_model
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.resolve.decide import fill_from_profile
 from memplan.resolve.parallelism import check_product
+from memplan.resolve.peft_options import lora_options
 from memplan.resolve.quantized_checkpoint import method_for_training
 from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.settings import optimizer_offload
@@ -111,9 +112,10 @@ def _refuse(run: RunSpec) -> None:
                 f"method.quantization: {run.method.kind} trains no quantised weights; use qlora or qdora",
                 "method.quantization",
             )
-    for name, value in () if run.method.kind in PEFT_METHODS else run.method.options.items():
-        if name != "use_rslora" or not isinstance(value, bool):
-            raise _not_run(f"method.options.{name}", value, "use_rslora")
+    for error in lora_options(run.method) if run.method.kind not in PEFT_METHODS else ():
+        raise error
+    if run.method.options.get("init_lora_weights") == "loftq":
+        raise _not_run("method.options.init_lora_weights", "loftq", "any other")
 
 
 _STRATEGIES = ("ddp", "fsdp", "fsdp2")
@@ -205,6 +207,8 @@ def _kernels(run: RunSpec) -> None:
         raise _not_run("kernels.checkpointing", k.checkpointing, "none, full, offload")
     if k.fused:
         raise _not_run("kernels.fused", ", ".join(k.fused), "none but a fused loss (kernels.loss)")
+    if k.loss == "fused_chunks":
+        raise _not_run("kernels.loss", k.loss, "fused, or another loss that is not Unsloth's")
     if k.compile:
         raise _not_run("kernels.compile", "true", "false")
 

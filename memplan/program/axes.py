@@ -15,6 +15,7 @@ from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.kernels.losses import CHUNK, SINGLE_CHUNK
 from memplan.catalogue.kernels.trl_losses import CHUNK as NLL_CHUNK
 from memplan.catalogue.kernels.trl_losses import TILE_TOKENS, TILE_WIDTH
+from memplan.catalogue.kernels.unsloth_loss import CHUNK_BYTES, LEAST_LOGITS, LEAST_ROWS, TILE_ROWS, TILE_WORDS
 from memplan.core.arithmetic import ONE_RUN, Arithmetic, Size
 from memplan.core.records import NamedTuple
 from memplan.models.configs.megatron import padded
@@ -91,7 +92,7 @@ def axes_of(
 ) -> dict[str, Size]:
     """Return the axes of a run of the graph, including every axis in `needs`. Other arguments as of `run_axes`."""
     degrees = graph.degrees
-    b, s = micro, -(-sequence // degrees.cp)
+    b, s = micro, -(-sequence // degrees.cp) + graph.recipe.virtual_tokens
     tokens = b * s
     m = graph.model
     rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
@@ -99,6 +100,7 @@ def axes_of(
     axes = {
         "b": b,
         "s": s,
+        "text": sequence,
         **rounded_axes("s", s, by),
         "targets": by.choose(has_several, tokens, s + 1),
         "padded_labels": by.choose(has_several, b * (s + 1), 0),
@@ -358,12 +360,41 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
         yield "tile_words", min(words, TILE_WIDTH)
         further = min(words - TILE_WIDTH, TILE_WIDTH) if words > TILE_WIDTH else by.choose(rows > TILE_TOKENS, words, 0)
         yield "next_tile_words", further
+    for kind in ("frozen", "trained"):
+        if f"fused_logits_{kind}" in run.needs:
+            yield from _fused_chunks(run, rows, kind)
     if "lc" in run.needs:
         yield "lc", -(-run.s // 8)
     if "fc" in run.needs:
         tokens = run.b * run.s
         chunk = -(-tokens // -(-run.model.vocab_size // run.model.hidden_size))
         yield "fc", run.by.least(tokens, run.by.power_of_two(chunk))
+
+
+def _fused_chunks(run: _Run, rows: Any, kind: str) -> Iterator[tuple[str, Any]]:
+    """Logits, rows and rows' gradients of one chunk or tile of Unsloth's loss.
+
+    Source: unsloth_zoo 2026.10.9 fused_losses/fused_linear.py fused_linear_rows, _tiled_layout, _tiled_vocab.
+    """
+    by, words = run.by, run.model.vocab_size
+    least = min(max(1 << (LEAST_LOGITS // words).bit_length() - 1, LEAST_ROWS), TILE_ROWS)
+    liger = by.power_of_two(rows * run.model.hidden_size // words + 1) // 2
+    chunk = by.least(by.most(liger, least), min(TILE_ROWS, CHUNK_BYTES // (4 * words)))
+    chunk = by.least(chunk, rows)
+    sums = by.choose(rows > chunk, 2 * chunk, chunk)
+    logits = chunk * -(-words // 8) * 8
+    splits = -(-words // TILE_WORDS)
+    parts = 7 * splits * chunk if splits > 2 else 0
+    if kind == "frozen" and words > 2 * TILE_WORDS:
+        is_tiled = rows >= TILE_ROWS
+        logits = by.choose(is_tiled, TILE_ROWS * TILE_WORDS, logits)
+        parts = by.choose(is_tiled, 8 * splits * TILE_ROWS, parts)
+        chunk = by.choose(is_tiled, TILE_ROWS + by.least(TILE_ROWS, rows - TILE_ROWS), chunk)
+        sums = by.choose(is_tiled, TILE_ROWS, sums)
+    yield f"fused_logits_{kind}", logits
+    yield f"fused_rows_{kind}", chunk
+    yield f"fused_sums_{kind}", sums
+    yield f"fused_parts_{kind}", parts
 
 
 _Derive = Callable[[_Run], Iterable[tuple[str, Any]] | Mapping[str, Any]]
@@ -381,7 +412,7 @@ _DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("key_blocks", "chosen_blocks", "block_keys", "padded_keys"), _blocks_of_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
     (("seen_",), _cross_attention),
-    (("lc", "fc", "nll_", "tile_"), _losses),
+    (("lc", "fc", "nll_", "tile_", "fused_"), _losses),
 )
 
 

@@ -19,7 +19,8 @@ from memplan.catalogue.kernels import losses
 from memplan.catalogue.kernels.fused import fuse
 from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.catalogue.kernels.wiring import Wiring
-from memplan.catalogue.methods.methods import Recipe, apply, freeze
+from memplan.catalogue.methods.freezing import freeze
+from memplan.catalogue.methods.methods import Recipe, apply
 from memplan.catalogue.methods.peft_layers import with_orthogonality
 from memplan.catalogue.parallelism import context_parallel, expert_parallel, pipeline_stages, tensor_parallel
 from memplan.catalogue.parallelism.device_maps import ModulePlacement, axes_of, axis_of, place_operations
@@ -28,7 +29,7 @@ from memplan.catalogue.quantization.packed_kernels import unpacked, with_buffers
 from memplan.catalogue.quantization.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.core.collection import without_collection
 from memplan.core.errors import InternalError, refused
-from memplan.core.ir import Block, Division, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
+from memplan.core.ir import Block, Division, Keep, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.copies import made_by, stream_of
@@ -157,6 +158,9 @@ def operations_of(graph: Graph) -> tuple[Stack, dict[str, int]]:
 
     Raises InternalError if an operation reads a tensor that no earlier one writes, a mistake in the catalogue.
     """
+    if graph.placed is not None and graph.placed.card:  # every GPU has the same operations; only the axes differ
+        stack, axes = operations_of(_on_first_gpu(graph))
+        return stack, {**axes, **axes_of(graph.placed)}
     stack, axes = _built(graph)
     missing = next(undefined_names(stack), None)
     if missing is not None:
@@ -168,9 +172,6 @@ def operations_of(graph: Graph) -> tuple[Stack, dict[str, int]]:
 def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a branch for each rewrite)
     if graph.degrees.pp > 1:
         return _stage(graph)
-    if graph.placed is not None and graph.placed.card:  # every GPU has the same operations; only the axes differ
-        stack, axes = operations_of(_on_first_gpu(graph))
-        return stack, {**axes, **axes_of(graph.placed)}
     recipe, model, degrees = graph.recipe, graph.model, graph.degrees
     if graph.inference is not None:
         model = without_dropout(model)
@@ -188,6 +189,8 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         stack = _with_blocks(stack, lambda block: block._replace(by_name=True))
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
+    if recipe.selection is not None:
+        stack, axes = recipe.selection.marked(stack, axes)
     stack = apply(stack, recipe, axes)
     if graph.flattens_frozen:
         stack = _with_blocks(stack, _with_all_gradients)
@@ -235,9 +238,22 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         graph.casts_outputs,
         graph.has_single_chunk,
     )
+    if graph.wiring.keeps_last and stack.after:
+        stack = stack._replace(after=_with_last_input(stack.after))
     if recipe.kind == "adalora" and graph.loss == "hf" and graph.inference is None:
         stack = with_orthogonality(stack)
     return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
+
+
+def _with_last_input(after: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Let the first operation after the blocks also keep a tensor as large as its input until its backward.
+
+    That is the last block's input, which the block's recomputation needs next; elsewhere it counts as offloaded.
+    """
+    at, op = next((i, op) for i, op in enumerate(after) if op.reads)
+    kept = Tensor("last_checkpoint", "b s h", f"={op.reads[0]}")
+    first = op._replace(writes=(*op.writes, kept), keeps=(*op.keeps, Keep(kept.name, op.reads[0])))
+    return (*after[:at], first, *after[at + 1 :])
 
 
 @lru_cache(maxsize=128)

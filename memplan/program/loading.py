@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+from memplan.catalogue.methods.methods import AXOLOTLS_EMBEDDINGS
 from memplan.catalogue.quantization.inference_formats import LoadStep, is_freed, laying, quantising, unpacking
 from memplan.catalogue.quantization.storage import parts_of
 from memplan.core.ir import Op, Tensor, Weight
@@ -41,6 +42,13 @@ class LoadingTape:
         self.events.append((self._storages, bytes_))
         self._storages += 1
         return self._storages - 1
+
+    def alloc_each(self, sizes: Sequence[int]) -> range:
+        """Allocate storages of rounded bytes, and return their numbers."""
+        numbers = range(self._storages, self._storages + len(sizes))
+        self.events += zip(numbers, sizes, strict=True)
+        self._storages = numbers.stop
+        return numbers
 
     def free(self, *numbers: int) -> None:
         self.events += [(number, 0) for number in numbers]
@@ -82,9 +90,9 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
     """Record how a model is loaded, and return its unquantised weights by their final storage.
 
     A weight to be quantised exists in its loaded dtype until it is quantised, unless the checkpoint has it packed. A
-    weight to be cast exists in its loaded dtype until all weights are loaded; TRL's preparation casts most weights
-    twice. Adapters come last. Weights that a library of its own quantises or unpacks are loaded in the order of their
-    names, and those unpacked by the first call of the model come after all others. If the checkpoint has a head
+    weight to be cast exists in its loaded dtype until all weights are loaded; TRL's and Axolotl's preparation cast some
+    weights twice. Adapters come last. Weights that a library of its own quantises or unpacks are loaded in the order of
+    their names, and those unpacked by the first call of the model come after all others. If the checkpoint has a head
     although it is tied to the embeddings, both exist to the end.
     """
     stack, axes = operations_of(graph)
@@ -125,10 +133,14 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
                 tape.free(first)
             else:
                 unquantised[first] = w
+    left: dict[int, Weight] = {}
     if graph.recipe.preparation:
-        unquantised = _cast(tape, unquantised, loaded, "fp32")
+        if graph.recipe.preparation == "axolotl":
+            left = {n: w for n, w in unquantised.items() if any(name in w.name for name in AXOLOTLS_EMBEDDINGS)}
+        cast = {number: w for number, w in unquantised.items() if number not in left}
+        unquantised = _cast(tape, cast, loaded, "fp32")
         loaded = "fp32"
-    unquantised = _cast(tape, unquantised, loaded)
+    unquantised = {**left, **_cast(tape, unquantised, loaded)}
     if unpacked_later and how is not None:  # layer by layer
         for w in in_order(graph):
             if id(w) in unpacked_later:

@@ -38,7 +38,7 @@ def _read_dtype(model: ModelSpec, recipe: Recipe, wiring: Wiring, outputs: tuple
 
 
 @lru_cache(maxsize=32)
-def _default_stack(model: ModelSpec, code: str = "transformers") -> Stack:
+def default_stack(model: ModelSpec, code: str = "transformers") -> Stack:
     """Return the model's operations with default attention kernels, for facts that do not depend on the kernel."""
     return build(model, Wiring("flash", "efficient"), code)
 
@@ -46,7 +46,7 @@ def _default_stack(model: ModelSpec, code: str = "transformers") -> Stack:
 @lru_cache(maxsize=512)
 def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
     """Map each linear layer and embedding, by its path in a layer, to the rows and columns of its matrix."""
-    stack, axes = _default_stack(model), model.axes()
+    stack, axes = default_stack(model), model.axes()
     return {
         op.name: matrix_shape(w, axes)
         for op in operations(stack)
@@ -58,14 +58,14 @@ def adaptable(model: ModelSpec) -> dict[str, tuple[int, int]]:
 @lru_cache(maxsize=512)
 def router_and_mixer_paths(model: ModelSpec) -> frozenset[str]:
     """Return the paths of linear layers in routers and in attention-free mixers, some of which have only a few rows."""
-    stack = _default_stack(model)
+    stack = default_stack(model)
     return frozenset(op.name for op in operations(stack) for w in op.weights if w.group in ("mixer", "router"))
 
 
 @lru_cache(maxsize=512)
 def parameter_targets(model: ModelSpec) -> tuple[tuple[str, ...], ...]:
     """Return, for each expert or router parameter that peft adapts directly, the linear layer names it stands for."""
-    stack = _default_stack(model)
+    stack = default_stack(model)
     targets = {w.stands_for for op in operations(stack) for w in op.weights if w.stands_for and not w.matrix}
     return tuple(sorted(targets))
 
@@ -73,7 +73,7 @@ def parameter_targets(model: ModelSpec) -> tuple[tuple[str, ...], ...]:
 @lru_cache(maxsize=512)
 def multi_output_linears(model: ModelSpec) -> frozenset[str]:
     """Return the names of linear layers whose modules return more than the matrix product."""
-    stack = _default_stack(model)
+    stack = default_stack(model)
     return frozenset(
         op.name.rpartition(".")[2] for op in operations(stack) for w in op.weights if w.matrix and w.returns_more
     )
@@ -82,32 +82,48 @@ def multi_output_linears(model: ModelSpec) -> frozenset[str]:
 @lru_cache(maxsize=512)
 def stacks(model: ModelSpec) -> dict[str, tuple[str, ...]]:
     """Map each stack of expert matrices, by name, to the linear layer names it stands for in peft."""
-    stack = _default_stack(model)
+    stack = default_stack(model)
     return {w.name: w.stands_for for op in operations(stack) for w in op.weights if w.stacked}
 
 
 @lru_cache(maxsize=512)
 def linears(model: ModelSpec) -> dict[str, tuple[int, int]]:
     """Map each linear layer, by its path in a layer, to the rows and columns of its matrix."""
-    stack, axes = _default_stack(model), model.axes()
+    stack, axes = default_stack(model), model.axes()
     return {op.name: matrix_shape(w, axes) for op in operations(stack) if (w := matrix(op)) is not None}
 
 
 @lru_cache(maxsize=512)
 def has_conv1d(model: ModelSpec) -> bool:
     """Whether linear layers are transformers' `Conv1D`."""
-    return any(w.transposed for op in operations(_default_stack(model)) for w in op.weights)
+    return any(w.transposed for op in operations(default_stack(model)) for w in op.weights)
+
+
+def has_one_table(model: ModelSpec) -> bool:
+    """Whether the model is a decoder whose tokens are only looked up, in one table before its layers."""
+    stack = default_stack(model)
+    readers = [op for op in operations(stack) if "ids" in op.reads and (op.weights or op.writes)]
+    tables = [op for op in stack.before if op.reads == ("ids",) and any(w.group == "embedding" for w in op.weights)]
+    is_decoder = model.objective == "causal_lm" and not model.is_encoder_decoder and not model.has_tower
+    return is_decoder and len(tables) == 1 and readers == tables
 
 
 @lru_cache(maxsize=512)
 def fusible_kernels(model: ModelSpec, code: str) -> frozenset[str]:
     """Return the fused kernels that can replace operations of the model."""
-    return frozenset(fusible(_default_stack(model, code)))
+    return frozenset(fusible(default_stack(model, code)))
+
+
+@lru_cache(maxsize=512)
+def modules_with_weights(model: ModelSpec) -> frozenset[str]:
+    """Return the last parts of the names of modules that have weights of their own."""
+    owners = (w.name.rpartition(".")[0] for op in operations(default_stack(model)) for w in op.weights)
+    return frozenset(owner.rpartition(".")[2] for owner in owners)
 
 
 def modules(model: ModelSpec) -> set[str]:
     """Return the names of all modules that have weights, and of their parent modules."""
-    stack = _default_stack(model)
+    stack = default_stack(model)
     paths = {w.name.rpartition(".")[0] for op in operations(stack) for w in op.weights if w.group != "buffer"}
     return {name for path in paths for name in path.split(".")} | {
         op.name.rpartition(".")[2] for op in stack.after if matrix(op)

@@ -54,6 +54,46 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     return text
 
 
+# Methods as people call them; peft's others go by their own names.
+_METHODS = {
+    "full": "full fine-tuning",
+    "freeze": "training the last layers",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "dora": "DoRA",
+    "qdora": "QDoRA",
+    "generate": "generation",
+    "forward": "forward pass",
+}
+
+
+def question(answer: Estimate) -> str:
+    """Return what was asked in one line: the method, the model, and what decides most of the memory."""
+    return ", ".join(_question(answer))
+
+
+def _question(answer: Estimate) -> Iterator[str]:
+    run, batch, p = answer.run, answer.run.batch, answer.run.parallelism
+    word = run.method.kind if run.task == "train" else run.task
+    if answer.serving is not None:
+        yield f"serving {model(answer)} with {run.profile}"
+        yield f"{batch.micro:,} request{'s' * (batch.micro > 1)} of {answer.serving['context']:,} tokens"
+    else:
+        yield f"{_METHODS.get(word, word)} of {model(answer)}"
+        kind = "prompt" if run.task == "generate" else "sequence"
+        yield f"{batch.micro:,} {kind}{'s' * (batch.micro > 1)} of {_lengths(batch)}{_images(batch)}"
+    if run.task == "train":
+        yield from (f"{batch.accumulation:,} passes a step",) * (batch.accumulation > 1)
+        yield from (f"rank {run.method.rank}",) * (word not in ("full", "freeze") and has_rank(word))
+        yield str(run.optimizer.name)
+    elif answer.serving is None and run.task == "generate":
+        yield f"{batch.new_tokens:,} new tokens"
+    if p.world > 1:
+        yield f"{p.world:,} GPUs" + "".join(f" ({how})" for how in [*_strategies(p)][:1])
+    if answer.serving is None:
+        yield run.profile
+
+
 def _side_tasks(run: RunSpec) -> Iterator[str]:
     """Yield what the run does in addition to its steps."""
     e, saving, merging = run.also.evaluation, run.also.saving, run.also.merging
@@ -228,8 +268,10 @@ def _method(answer: Estimate) -> Iterator[str]:
             yield "double quantisation" if q.double_quant else "no double quantisation"
         if answer.run.task != "train":
             return
-        prepared = {True: "kbit preparation", False: "no kbit preparation", "trl": "kbit preparation as trl does it"}
-        yield prepared[bool(q.kbit_preparation) if q.kbit_preparation != "trl" else "trl"]
+        if isinstance(q.kbit_preparation, str):
+            yield f"kbit preparation as {q.kbit_preparation} does it"
+        else:
+            yield "kbit preparation" if q.kbit_preparation else "no kbit preparation"
         skipped = [name for name in q.skip or () if name != "lm_head"]
         if skipped:
             yield f"{', '.join(skipped)} not quantised"

@@ -99,13 +99,20 @@ class Paste(NamedTuple):
     language: str = "yaml"
 
 
+class Verbatim(NamedTuple):
+    """Lines that are neither wrapped nor indented, as a patch."""
+
+    lines: Sequence[str]
+    language: str
+
+
 class Drawing(NamedTuple):
     """A drawing made of text; `draw` returns its lines for a screen."""
 
     draw: Callable[[Screen], Iterable[Sequence[Styled]]]
 
 
-Block: TypeAlias = Text | Heading | Pairs | Facts | Notes | Table[Any] | Paste | Drawing
+Block: TypeAlias = Text | Heading | Pairs | Facts | Notes | Table[Any] | Paste | Verbatim | Drawing
 
 
 def spaced(blocks: Iterable[Block]) -> Iterator[tuple[bool, Block]]:

@@ -21,6 +21,7 @@ from memplan.report.blocks import (
     Styled,
     Table,
     Text,
+    Verbatim,
     fit,
     spaced,
 )
@@ -63,6 +64,8 @@ def _lines(block: Block, to: Screen) -> Iterator[str]:
             yield from paragraph(f"  {title}", to.width)
             for text in (*lines, *([f"({note})"] if note else [])):
                 yield from paragraph(f"    {text}", to.width, "      ")
+        case Verbatim(lines):
+            yield from lines
         case Drawing(draw):
             yield from ("".join(text for text, _ in line).rstrip() for line in draw(to))
 

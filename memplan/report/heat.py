@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.estimate.answer import ANSWERS
+from memplan.estimate.answer import BY_MEMORY
 from memplan.planning.sweep import Grid
 from memplan.report.blocks import Styled
 from memplan.report.display import paragraph
@@ -42,8 +42,8 @@ def _cell(code: int, share: float, to: Screen) -> Styled:
     if code < 0:
         return _CANNOT.rjust(_CELL_WIDTH), ""
     shade = _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
-    sign = shade if to.colour else _SIGNS.get(ANSWERS[code], shade)
-    return f" {sign * (_CELL_WIDTH - 1)}", COLOURS[ANSWERS[code]]
+    sign = shade if to.colour else _SIGNS.get(BY_MEMORY[code], shade)
+    return f" {sign * (_CELL_WIDTH - 1)}", COLOURS[BY_MEMORY[code]]
 
 
 def _legend(to: Screen) -> Iterator[list[Styled]]:
@@ -52,7 +52,7 @@ def _legend(to: Screen) -> Iterator[list[Styled]]:
     )
     rest = f"{_CANNOT} cannot run; sequences in tokens"
     if to.colour:
-        yield [part for answer in ANSWERS for part in (("█", COLOURS[answer]), (f" {answer}  ", ""))]
+        yield [part for answer in BY_MEMORY for part in (("█", COLOURS[answer]), (f" {answer}  ", ""))]
         text = f"of the card allocated: {shades}; {rest}"
     else:
         signs = ", ".join(f"{sign} {answer}" for answer, sign in _SIGNS.items())

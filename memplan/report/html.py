@@ -38,7 +38,7 @@ _PAGE_WIDTH = 960
 
 
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
-    title = escape(f"memplan: {words.model(answers[0])}, {answers[0].run.method.kind}")
+    title = escape(f"memplan: {assumptions_.question(answers[0])}")
     body = "\n".join(_page(answers, explain, ranks))
     return (
         '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -95,7 +95,8 @@ def _advice(answer: Estimate) -> Iterator[str]:
 
 
 def _class(answer: Estimate) -> str:
-    return {"does not fit": "nofit"}.get(answer.verdict.answer or "", answer.verdict.answer or "")
+    verdict = answer.verdict.answer or ""
+    return "nofit" if verdict.startswith("does not") else verdict
 
 
 def bar(answer: Estimate) -> str:

@@ -7,14 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from operator import itemgetter
-from typing import Any, cast
+from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.catalogue.profiles.behaviour import PRINTED
-from memplan.catalogue.profiles.engines import ENGINES, EngineDefaults
-from memplan.catalogue.profiles.profile_table import WHEN, EngineSetting, Profile, ServingEngine, Setting
+from memplan.catalogue.profiles.engines import ENGINES
+from memplan.catalogue.profiles.profile_table import Profile, ServingEngine
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.core.errors import UnknownNameError
 from memplan.core.units import GIB
@@ -109,42 +108,14 @@ def _price(gpu: GPU) -> str:
     return (f"{low:.2f}" if low == high else f"{low:.2f} to {high:.2f}") + f" ({max(p.date for p in dated)})"
 
 
-def profiles(text: str, as_json: bool) -> str:
-    """Return the profiles with `text` in their name or title, with the rows that each adds to its base profile."""
+def profiles(text: str, as_json: bool, every_row: bool = False) -> str:
+    """Return the profiles with `text` in their name or title: a line each, or what up to three of them set."""
     matches = _search("profile", text, (*PROFILES, *ENGINES), lambda profile: (profile.name, profile.title))
     if as_json:
         return _json([_profile_facts(profile) for profile in matches])
-    titles = ("profile", "sets", "to", "source")
-    columns: list[Column[tuple[str, ...]]] = [
-        Column(title, itemgetter(n), optional=title == "source") for n, title in enumerate(titles)
-    ]
-    rows: list[tuple[str, ...]] = []
-    for profile in matches:
-        base = f"as {profile.like}, except:" if profile.like else ""
-        rows.append((profile.name, profile.title, base, profile.read))
-        rows += [("", _field(row), _format(row.value), row.source) for row in profile.rows]
-        rows += [("", "not counted yet", wait, "") for wait in profile.waits]
-    return display([Table(columns, rows)], wide_screen())
+    from memplan.report.profiles import profile_list, settings
 
-
-def _field(row: Setting | EngineSetting) -> str:
-    """Return the field, and which runs it is set for."""
-    field = PRINTED.get(row.field, row.field)
-    if isinstance(row, EngineSetting):
-        field = f"serving.{field}" if row.field in EngineDefaults._fields else field
-        return field if row.basis == "derived" else f"{field} ({row.basis})"
-    conditions = [WHEN[row.when]] if row.when else []
-    if row.model_types:
-        conditions.append("of " + ", ".join(row.model_types))
-    return f"{field} {' '.join(conditions)}".strip()
-
-
-def _format(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return ", ".join(str(part) for part in cast(tuple[object, ...], value)) or "none"
-    return str(value) or "nothing"
+    return settings(matches, every_row) if every_row or (text and len(matches) <= 3) else profile_list(matches)
 
 
 def _profile_facts(profile: Profile | ServingEngine) -> dict[str, Any]:

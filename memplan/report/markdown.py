@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from memplan.estimate.answer import Estimate
 from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Notes, Pairs, Paste, Table, Text
+from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Notes, Pairs, Paste, Table, Text, Verbatim
 from memplan.report.text import Screen
 
 
@@ -22,6 +22,7 @@ def _blocks(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator
         yield Text(words.host(first) if first.host_bytes else "")
     else:
         yield Text(words.verdict(first), "bold")
+        yield Text(assumptions_.question(first))
         yield Text(words.summary(first))
     for answer in answers if explain else answers[:1]:
         yield Text(f"On {answer.run.gpu}:" if several else "")
@@ -93,6 +94,8 @@ def _lines(block: Block) -> Iterator[str]:
             if lines:
                 yield ""
                 yield from (f"```{language}", *lines, "```")
+        case Verbatim(lines, language):
+            yield from (f"```{language}", *lines, "```")
         case Drawing(draw):
             yield "```text"
             yield from ("".join(text for text, _ in line).rstrip() for line in draw(Screen()))

@@ -14,6 +14,7 @@ from memplan.catalogue.hardware.token_rates import Span
 from memplan.estimate.answer import (
     ANSWERS,
     BASES,
+    BY_MEMORY,
     KINDS,
     VIAS,
     Bytes,
@@ -76,7 +77,7 @@ def answer_schema() -> dict[str, Any]:
 def answer_model() -> type[BaseModel]:
     """Return a model that reads an answer from its JSON. Its fields are those of `memplan.estimate.answer`."""
     categories = _model("Categories", "Bytes at the peak by kind of tensor.", dict.fromkeys(KINDS, int))
-    verdict = _from_properties(Verdict, answer=Literal[(*ANSWERS, None)])
+    verdict = _verdict()
     host = {"ranks": int, "peak": Literal["load", "step", "eval", "save", "merge"], "phases": list[_of(HostPhase)]}
     fields = {
         "schema_version": Literal[1],
@@ -144,7 +145,7 @@ def plan_schema() -> dict[str, Any]:
 
 def plan_model() -> TypeAdapter[BaseModel]:
     """Return a model that reads a plan from its JSON."""
-    verdict = _from_properties(Verdict, answer=Literal[(*ANSWERS, None)])
+    verdict = _verdict()
     figures = {"run": RunSpec, "bytes": _from_properties(Bytes), "verdict": verdict}
     at = _model("Figures", "A decided run, its bytes and its verdict.", figures)
     lines = _model("Lines", "Lines to write in each framework's config.", {f.name: list[str] for f in FRAMEWORKS})
@@ -162,12 +163,15 @@ def plan_model() -> TypeAdapter[BaseModel]:
     reached = list[_model("Reach", "The largest value that fits, and the run with the next.", {**axes, "binds": ends})]
     longest = _model("Longest", "The longest sequence of a batch; 0 if none fits.", {"batch": int, "sequence": int})
     shown = {"batch": list[int], "sequence": list[int], "allocated": list[list[int]]}
-    shown |= {"verdict": list[list[Literal[(*ANSWERS, None)]]]}
+    shown |= {"verdict": list[list[Literal[(*BY_MEMORY, None)]]]}
     map_ = _model("Map", "Runs by batch, then sequence; -1 and null for runs that are refused.", shown)
     rung = _model("Rung", "A change on top of all previous ones.", {**effect, **change, **figures})
     choice = {"title": str, "fits": bool, "time": time | None, "quality": str, "quality_source": str}
     option = _model("Choice", "One option.", {**choice, **change, **figures})
     step = {"title": str, "question": str, "answer": Literal["yes", "no", "not needed"], "reason": str}
+    left_out = _model("LeftOut", "Changes that a run's file cannot say.", {"levers": list[str], "reason": str})
+    written = {"file": str, "diff": str, "levers": list[str], "at": at | None, "left_out": list[left_out]}
+    patch = _model("FilePatch", "The first proposal that a run's file can say, as a unified diff.", written)
     kinds: dict[str, dict[str, Any]] = {
         "levers": {
             "fits": bool,
@@ -191,7 +195,12 @@ def plan_model() -> TypeAdapter[BaseModel]:
     common = {"schema_version": Literal[1], "memplan_version": str, **figures}
     common |= {"gpu": _of(Card) | None, "demand": _of(Demand)}
     models = [
-        _model(f"{mode.capitalize()}Plan", f"A plan of mode {mode}.", {"mode": Literal[mode], **common, **kind})
+        _model(
+            f"{mode.capitalize()}Plan",
+            f"A plan of mode {mode}.",
+            {"mode": Literal[mode], **common, **kind},
+            **({"patch": patch} if mode == "levers" else {}),
+        )
         for mode, kind in kinds.items()
     ]
     any_of: Any = reduce(lambda one, other: one | other, models)
@@ -268,7 +277,7 @@ def _divided(figures: dict[str, Any]) -> dict[str, Any]:
     degrees = dict.fromkeys(get_args(kinds), int)
     grid = {**degrees, "strategy": str, "micro": int, "accumulation": int, "between_nodes": list[kinds]}
     grid |= {"step": _model("GridStep", "The time of a step, in seconds.", step)}
-    placed = {**grid, "allocated": int, "verdict": Literal[ANSWERS]}
+    placed = {**grid, "allocated": int, "verdict": Literal[BY_MEMORY]}
     proposed = _model("Division", "A grid, and the run in it.", {**grid, "options": str, "note": str, **figures})
     share = _model(
         "Share", "Percentage of a link's rate that collectives reach.", dict.fromkeys(("low", "usual", "high"), int)
@@ -300,6 +309,12 @@ def _from_properties(fact: type[Any], **narrower: Any) -> Any:
     properties = {name: p for name, p in vars(fact).items() if isinstance(p, property)}
     types = {name: get_type_hints(p.fget)["return"] for name, p in properties.items()}
     return _model(fact.__name__, fact.__doc__ or "", {**types, **narrower})
+
+
+def _verdict() -> Any:
+    """Return the model of a verdict, which has a reason only if the run does not start."""
+    fields = {"answer": Literal[(*ANSWERS, None)], "headroom": int | None}
+    return _model("Verdict", Verdict.__doc__ or "", fields, reason=str)
 
 
 def _model(name: str, doc: str, types: dict[str, Any], **optional: Any) -> Any:

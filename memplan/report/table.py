@@ -23,6 +23,8 @@ def render(answers: Sequence[Estimate], explain: bool = False, to: Screen | None
 
 def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterator[Block]:
     yield Text(words.verdict(answer), f"bold {words.colour(answer)}")
+    yield Text(assumptions_.question(answer), "dim", indent="")
+    yield Text(words.other_cards(answer), indent="")
     yield Drawing(partial(bar, answer))
     yield _categories(answer, to)
     yield _phases(answer)
@@ -78,6 +80,7 @@ def _comparison(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iter
         Column("free", lambda answer: words.tenths(answer.verdict.headroom or 0), right=True),
         Column(f"{answers[0].band.coverage:.0%} of runs", words.band_ends, optional=True),
     ]
+    yield Text(assumptions_.question(answers[0]), "dim", indent="")
     yield Table(columns, answers)
     yield from _moments(answers)
     yield Text(words.host(answers[0]), indent="")

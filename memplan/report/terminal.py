@@ -25,10 +25,13 @@ from memplan.report.blocks import (
     Styled,
     Table,
     Text,
+    Verbatim,
     fit,
     spaced,
 )
 from memplan.report.text import Screen
+
+_COLOURS = {"+": "green", "-": "red", "@": "dim"}  # of a patch's lines, by their first character
 
 
 def render(blocks: Iterable[Block], to: Screen) -> str:
@@ -41,7 +44,7 @@ def render(blocks: Iterable[Block], to: Screen) -> str:
         if is_apart:
             console.print()
         for part in _parts(block, to):
-            console.print(part)
+            console.print(part, soft_wrap=isinstance(block, Verbatim))
     return "".join(f"{line.rstrip()}\n" for line in out.getvalue().splitlines())
 
 
@@ -66,6 +69,8 @@ def _parts(block: Block, to: Screen) -> Iterator[RenderableType]:
             yield Padding(_line((title, "dim")), (0, 0, 0, 2))
             for text in (*lines, *([f"({note})"] if note else [])):
                 yield Padding(_line((text, "")), (0, 0, 0, 4))
+        case Verbatim(lines):
+            yield from (_line((text, _COLOURS.get(text[:1], ""))) for text in lines)
         case Drawing(draw):
             yield from (_line(*line) for line in draw(to))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from memplan.catalogue.hardware.gpu import GPU
-from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.catalogue.hardware.gpus import ambiguous_with, find_gpu
 from memplan.core.errors import printable
 from memplan.core.records import NamedTuple
 from memplan.core.units import GIB, decimal, gib, rounded
@@ -72,6 +72,19 @@ def card(answer: Estimate) -> GPU | None:
     return find_gpu(answer.gpu.name) if answer.gpu else None
 
 
+def other_cards(answer: Estimate) -> str:
+    """Return a line about the other cards that the GPU's name may mean; empty if there are none."""
+    typed = answer.asked.gpu
+    others = ambiguous_with(typed) if typed is not None and answer.gpu and typed != answer.gpu.name else ()
+    if not others:
+        return ""
+    more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
+    return f"{printable(typed or '')} may also mean {', '.join(gpu.name for gpu in others[:_MOST_NAMED])}{more}"
+
+
+_MOST_NAMED = 4  # other cards in one line
+
+
 def on_card(answer: Estimate) -> str:
     """Return the GPU and its usable memory: " on GeForce RTX 3090, 23.3 GiB usable"; empty without a GPU."""
     gpu = card(answer)
@@ -122,11 +135,13 @@ def verdict(answer: Estimate) -> str:
         case "tight":
             room = f"{tenths(headroom)} GiB free" if headroom >= 0 else f"{tenths(-headroom)} GiB over"
             return f"tight: {used} of {have} used on {gpu.title}, {room}; {band(answer)}"
+        case "does not start":
+            return f"does not start on {gpu.title}: {answer.verdict.reason}"
         case _:
             return f"does not fit: needs {used} of {have} on {gpu.title}, {tenths(-headroom)} GiB too much"
 
 
-COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red"}
+COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red", "does not start": "red"}
 
 
 def colour(answer: Estimate | Rank) -> str:

@@ -15,17 +15,14 @@ def image_axes(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
 
     Raises SpecError if the model has no vision tower or the images do not fit the sequence.
     """
-    batch, name = run.batch, model.name or model.model_type
+    batch = run.batch
     if not batch.images:
         if batch.image_size is not None:
             raise refused("batch.image_size", "there are no images; set batch.images too")
         return ()
-    from memplan.models.configs.images import axes_of, picture_of, takes_images
+    from memplan.models.configs.images import axes_of, picture_of
 
-    if not model.has_tower and not model.part("vision_config"):
-        raise refused("batch.images", f"{name} has no vision tower")
-    if not takes_images(model):
-        raise refused("batch.images", f"images are not supported yet for {model.model_type}; supported: 0 (text only)")
+    check_sees(model)
     if run.profile != _IMAGES_PROFILE:
         raise refused("batch.images", f"needs profile {_IMAGES_PROFILE}, not {run.profile}")
     picture = picture_of(model, batch.image_size)
@@ -37,6 +34,16 @@ def image_axes(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:
             f"must be at least {tokens}",
         )
     return tuple(axes_of(model, batch.images, picture).items())
+
+
+def check_sees(model: ModelSpec) -> None:
+    """Raise SpecError if the model has no vision tower, or one that is not supported yet."""
+    from memplan.models.configs.images import takes_images
+
+    if not model.has_tower and not model.part("vision_config"):
+        raise refused("batch.images", f"{model.name or model.model_type} has no vision tower")
+    if not takes_images(model):
+        raise refused("batch.images", f"images are not supported yet for {model.model_type}; supported: 0 (text only)")
 
 
 def decoder_prompt_tokens(batch: Batch, row: Family) -> int:

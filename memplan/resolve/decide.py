@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from memplan.catalogue.kernels.losses import SINGLE_CHUNK
 from memplan.catalogue.methods.methods import LORA
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
+from memplan.catalogue.profiles.profile_table import known_name
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError
 from memplan.models.cards import find_model
@@ -12,6 +15,7 @@ from memplan.models.model import ModelSpec, with_objective
 from memplan.program.run import ResolvedRun
 from memplan.program.stack_facts import tower_dtype
 from memplan.resolve.batches import image_axes, with_lengths
+from memplan.resolve.card import find_card
 from memplan.resolve.defaults import (
     PEFT_ALPHA,
     fill_optimizer,
@@ -35,6 +39,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
 
     Raises SpecError, UnknownNameError, ConfigError or FactsMissingError.
     """
+    run = with_known_profile(run)
     refuse(contradictions(run))
     model = with_objective(model or find_model(run.model), run.objective)
     if run.task != "train":
@@ -46,27 +51,42 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     window = model.sliding_window
     pictures = image_axes(model, run)
     batch = with_lengths(run.batch, model)
+    length = batch.sequence + run.method.virtual_tokens
     facts = BatchFacts(
         accumulates=batch.accumulation > 1,
-        windowed=window is not None and batch.sequence >= window,
+        windowed=window is not None and length >= window,
         is_single_sequence=batch.micro == 1,
-        is_single_chunk=batch.sequence <= SINGLE_CHUNK,
+        is_single_chunk=length <= SINGLE_CHUNK,
         images=bool(batch.images),
         has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
     )
-    decided = decide_training(model, Parts.of(run), facts)
+    gpu, card = find_card(run.gpu, run.parallelism.world > 1) if run.gpu is not None else (None, None)
+    decided = decide_training(model, Parts.of(run), card, facts)
     degrees = decided.structure.graph.degrees
     if degrees.cp > 1:
         context_parallel.check_sequence(batch.sequence, degrees)
     if degrees.tp > 1:
         tensor_parallel.check_sequence(batch.sequence, degrees)
     loop = loop_with_use_cache(run.loop, trains=True)
-    decided = decided._replace(batch=batch, parts={**decided.parts, "batch": batch, "loop": loop})
+    decided = decided._replace(batch=batch, gpu=gpu, parts={**decided.parts, "batch": batch, "loop": loop})
     if not pictures:
         return decided
     half = tower_dtype(model, decided.structure.graph.recipe) != "fp32"
     return decided._replace(pictures=(*pictures, ("tower_half", int(half))))
+
+
+def with_known_profile(run: RunSpec) -> RunSpec:
+    """Return the run with the profile that counts for the version it names."""
+    known = known_name(run.profile)
+    return run if known == run.profile else run.model_copy(update={"profile": known})
+
+
+def profile_note(run: RunSpec) -> Iterator[str]:
+    """Yield a note if another profile counts for the version that the run names."""
+    known = known_name(run.profile)
+    if known != run.profile:
+        yield f"profile: {run.profile} is counted as {known}, the nearest version at or below it"
 
 
 def objective_of(run: RunSpec) -> str:

@@ -11,8 +11,8 @@ from memplan.catalogue.profiles.behaviour import RunDefaults
 from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.models.objectives import modules_to_train
-from memplan.models.peft_methods import default_targets
-from memplan.program.stack_facts import linears, stacks
+from memplan.models.peft_methods import PEFT_METHODS, adapts_modules, default_targets
+from memplan.program.stack_facts import linears, modules, stacks
 from memplan.spec.base import Part
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Kernels, Loop, Method, Optimizer, Precision
@@ -27,7 +27,7 @@ def adapted_experts(model: ModelSpec, method: Method) -> tuple[str, ...]:
     if method.kind not in ADAPTERS:
         return ()
     names = [name for experts in stacks(model).values() for name in experts]
-    return tuple(name for name in names if method.targets == "all-linear" or name in method.targets)
+    return tuple(name for name in names if method.adapts(name))
 
 
 def with_new_tokens(run: RunSpec) -> RunSpec:
@@ -113,7 +113,10 @@ def complete_method(m: Method, model: ModelSpec) -> Method:
 
 def _default_targets(model: ModelSpec, kind: str) -> tuple[str, ...]:
     """Return peft's default targets for the model. Raises SpecError if peft has none."""
-    paths = linears(model)
+    if not adapts_modules(kind):
+        return ()
+    adapts_norms = kind in PEFT_METHODS and PEFT_METHODS[kind].on == "norms"
+    paths = modules(model) if adapts_norms else linears(model)
     names = tuple(
         name
         for name in default_targets(kind, model.model_type)

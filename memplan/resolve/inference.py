@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from memplan.catalogue.attention.efficient_workspace import large_tiles
 from memplan.catalogue.families.litgpt import KINDS, has_family
+from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.inference.caches import caches as caches_of
 from memplan.catalogue.inference.decoding import keeping
 from memplan.catalogue.inference.one_pass import LoadOptions, Pass
@@ -23,6 +24,7 @@ from memplan.program.structure import Structure
 from memplan.resolve import steps
 from memplan.resolve.batches import image_axes, with_lengths
 from memplan.resolve.caches import cache_implementation, cache_storage, decided_cache, refuse_cache
+from memplan.resolve.card import find_card
 from memplan.resolve.communicators import communicators
 from memplan.resolve.defaults import fill_precision, with_adapter_dtype, with_defaults
 from memplan.resolve.device_map import place_litgpt_blocks, place_on_devices
@@ -47,6 +49,7 @@ class OpenInference(OpenRun):
     """A forward or generate run while it is resolved.
 
     asked        the run as it was asked for
+    gpu          the GPU, if one was given
     generates    the run generates tokens
     batch        its batch, whose lengths are filled in
     generation   its generation, whose cache is filled in
@@ -56,6 +59,7 @@ class OpenInference(OpenRun):
     """
 
     asked: RunSpec
+    gpu: GPU | None = None
     generates: bool
     batch: Batch
     generation: Generation
@@ -130,6 +134,12 @@ def _look_up_library(r: OpenInference) -> None:
             f"fp16 is not supported yet for {r.name}, because transformers then keeps {', '.join(never_quantised)} "
             "in fp32; use bf16 or fp32",
         )
+
+
+def _find_card(r: OpenInference) -> None:
+    """Look up the GPU."""
+    if r.asked.gpu is not None:
+        r.gpu, r.card = find_card(r.asked.gpu, r.parallelism.world > 1)
 
 
 def _fill_parts(r: OpenInference) -> None:
@@ -318,7 +328,7 @@ def _check_tower(r: OpenInference) -> None:
 
 STEPS: tuple[Callable[[OpenInference], None], ...] = (
     _look_up_library,
-    steps.find_card,
+    _find_card,
     _fill_parts,
     steps.write_experts,
     _read_checkpoint,

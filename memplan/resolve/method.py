@@ -5,9 +5,10 @@ What the model, or peft around it, does not allow is refused here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
-from memplan.catalogue.kernels.trl_losses import TRL_LOSSES
+from memplan.catalogue.kernels.losses import READ_MATRIX
 from memplan.catalogue.methods.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.methods.methods import LORA, PARTS, Recipe, inside
 from memplan.core.errors import UnknownNameError, refused
@@ -16,14 +17,19 @@ from memplan.models.peft_methods import PEFT_METHODS, filled_options
 from memplan.program.stack_facts import (
     adaptable,
     has_conv1d,
+    has_one_table,
     linears,
     modules,
+    modules_with_weights,
     multi_output_linears,
     parameter_targets,
     router_and_mixer_paths,
 )
 from memplan.spec.formats import Quantization
 from memplan.spec.training import Kernels, Method, Precision
+
+if TYPE_CHECKING:
+    from memplan.catalogue.methods.selection import Selection
 
 
 def frozen_parts(model: ModelSpec, method: Method) -> tuple[str, ...]:
@@ -65,8 +71,10 @@ def method_recipe(
         )
     if other is not None and code != "transformers":
         raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
-    targets, notes = _targets(model, method) if code == "transformers" else (_switches(method), [])
+    targets, selection, notes = _adapted(model, method, code)
     saved = _modules(model, "method.modules_to_save", method.modules_to_save)
+    if other is not None and other.on == "norms":
+        saved = (*_modules(model, "method.targets", () if isinstance(method.targets, str) else method.targets), *saved)
     recipe = Recipe(
         method.kind,
         precision.weights,
@@ -77,10 +85,18 @@ def method_recipe(
         method.dropout > 0,
         str(method.adapter_dtype),
         library="peft" if code == "transformers" else code,
+        selection=selection,
+        tokens=method.trained_tokens,
+        bias=str(method.options.get("bias") or "none") if method.kind in LORA else "none",
     )
+    if method.options and other is None:
+        from memplan.resolve.peft_options import init_note
+
+        notes = [*notes, *init_note(method)]
     if other is not None:
         options = filled_options(method.kind, method.options, model.model_type)
-        recipe = recipe._replace(rank=method.rank if other.rank else 0, options=tuple(sorted(options.items())))
+        if other.on != "tokens":  # whose indices change nothing but their number
+            recipe = recipe._replace(rank=method.rank if other.rank else 0, options=tuple(sorted(options.items())))
     if q is None:
         return recipe, notes
     if q.format == "int8":
@@ -89,9 +105,32 @@ def method_recipe(
     return recipe, [*more_notes, *notes]
 
 
+def _adapted(model: ModelSpec, method: Method, code: str) -> tuple[tuple[str, ...], Selection | None, list[str]]:
+    """Return the targets of the adapters, the modules that are chosen by their paths if any are, and notes."""
+    if code != "transformers":
+        if method.options or method.pattern:
+            field = "options" if method.options else "targets"
+            raise refused(f"method.{field}", f"settings of peft's adapters only apply to peft, not to {code}")
+        return _switches(method), None, []
+    if (method.virtual_tokens or method.trained_tokens) and not has_one_table(model):
+        what = "virtual" if method.virtual_tokens else "trained"
+        raise refused(
+            "method.options", f"{what} tokens of {model.model_type} are not supported yet; name other methods"
+        )
+    if method.kind in PEFT_METHODS and PEFT_METHODS[method.kind].on != "linear":
+        return (), None, []
+    if method.chooses_paths:
+        from memplan.resolve.peft_options import selection_of
+
+        return selection_of(model, method, lambda: _targets(model, method))
+    targets, notes = _targets(model, method)
+    return targets, None, notes
+
+
 def quantised_recipe(model: ModelSpec, recipe: Recipe, q: Quantization, stored: bool) -> tuple[Recipe, list[str]]:
     """Return the recipe with quantised matrices, and notes. `stored`: the checkpoint itself is quantised."""
-    preparation = {True: "fp32", False: "", "trl": "trl", None: ""}[q.kbit_preparation]
+    said = q.kbit_preparation
+    preparation = said if isinstance(said, str) else "fp32" if said else ""
     used_directly, notes = _used_directly(model, tuple(q.skip or ()))
     return recipe._replace(
         quantization=q.format,
@@ -120,9 +159,21 @@ _FUSED_NAMES = {
 }
 
 
+# The linear layers that peft takes for the experts' matrices in some families, as groups that it adapts together.
+# Source: peft 0.21.2 utils/transformers_weight_conversion.py _MOE_TARGET_MODULE_MAPPING, qwen2_moe.
+_FUSED_EXPERTS = (("gate_proj", "up_proj"), ("down_proj",))
+
 # Layers of these models that peft refuses to wrap, because fused kernels read their weights.
 # Source: peft 0.21 tuners/tuners_utils.py _check_lora_target_modules_mamba.
 _READ_BY_KERNELS = ("out_proj", "conv1d")
+
+
+def targets_that_peft_takes(model: ModelSpec) -> tuple[str, ...]:
+    """Return the layers to adapt where peft's all-linear includes some that it cannot wrap; else nothing."""
+    refused_names = {*multi_output_linears(model), *(_READ_BY_KERNELS if model.family.training.fused_mixers else ())}
+    layers = {path: dims for path, dims in linears(model).items() if path != "lm_head" and model.vocab_size not in dims}
+    names = dict.fromkeys(map(_end, layers))
+    return tuple(name for name in names if name not in refused_names) if refused_names.intersection(names) else ()
 
 
 def _refuse_read_by_kernels(model: ModelSpec, targets: Iterable[str], layers: Iterable[str]) -> None:
@@ -144,10 +195,12 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     layers, groups, rank = (
         (adaptable(model), parameter_targets(model), method.rank) if is_lora else (linears(model), (), 0)
     )
+    has_modules = any(".experts." in path for path in layers)  # one per expert
+    absent = is_lora and not groups and not has_modules and model.family.training.fuses_experts
+    groups = _FUSED_EXPERTS if absent else groups
     expert_names = {name for group in groups for name in group}
     layers = {path: dims for path, dims in layers.items() if path.rpartition(".")[2] not in expert_names}
     same_named = [path for path in adaptable(model) if path not in layers] if groups else []
-    names = {path.rpartition(".")[2] for path in layers}
     wrapped = multi_output_linears(model)
     for name in wrapped if method.targets == "all-linear" else wrapped.intersection(map(_end, method.targets)):
         raise refused(
@@ -157,59 +210,88 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     asked = (method.targets,) if isinstance(method.targets, str) else tuple(method.targets)
     _refuse_read_by_kernels(model, tuple(target.rpartition(".")[2] for target in asked), layers)
     if method.targets == "all-linear":
-        inner = {
-            path: dims
-            for path, dims in linears(model).items()
-            if path in layers
-            and model.vocab_size not in dims
-            and min(dims) > 1
-            and not inside(path, method.modules_to_save)
-        }
-        if not inner:
-            raise refused("method", f"{model.model_type} has no linear layers to adapt")
-        gated = router_and_mixer_paths(model)  # may have fewer rows than the rank, and are adapted all the same
-        for path, dims in sorted(inner.items(), key=lambda item: min(item[1])):
-            if path not in gated and rank > min(dims):
-                _refuse_rank(method.rank, path, dims)
-        if groups:
+        inner = _inner_layers(model, method, layers, rank)
+        if groups and not absent:
             _check_parameters(method, "all-linear")
         note = model.family.training.all_linear_note
         notes = [f"method.targets: {note}"] if note else []
-        return ("all-linear",), [*notes, *_same_named_note(same_named)]
+        return tuple(inner) if absent else ("all-linear",), [*notes, *_same_named_note(same_named)]
     if not method.targets:
         raise refused("method.targets", "is empty; name at least one module, or all-linear")
     if "all-linear" in method.targets:
         raise refused("method.targets", "all-linear stands alone, not in a list")
-    resolved: list[str] = []
-    notes: list[str] = []
-    for target in method.targets:
-        if _end(target) in expert_names:
-            _check_parameters(method, target)
-            resolved.append(_end(target))
-            continue
-        some = _is_end_of_some(target, layers)
-        name = target if some else _last(target, "method.targets", layers)
-        if name not in names and not some:
-            fused = next((f for f in _FUSED_NAMES.get(name, ()) if f in names), None)
-            if fused is None:
-                raise UnknownNameError("method.targets", target, (*sorted(names | expert_names), "all-linear"))
-            notes.append(f"{name} is part of {fused} in this family: all of {fused} is adapted")
-            name = fused
-        for path, dims in layers.items():
-            if f".{path}".endswith(f".{name}") and rank > min(dims) > 1:
-                _refuse_rank(method.rank, path, dims)
-        resolved.append(name)
+    experts = [_end(target) for target in method.targets if _end(target) in expert_names]
+    for name in () if absent else experts:
+        _check_parameters(method, name)
     for group in groups:
-        missing = [name for name in group if name not in resolved]
+        missing = [name for name in group if name not in experts]
         if missing and len(missing) < len(group):
             raise refused(
                 "method.targets",
                 f"{' and '.join(group)} are one parameter in this family, and peft can only adapt them together; add "
                 f"{' and '.join(missing)}",
             )
-    return tuple(dict.fromkeys(resolved)), notes + (
-        _same_named_note(same_named) if expert_names.intersection(resolved) else []
-    )
+    resolved, unmatched, notes = _named_layers(method, layers, rank, () if absent else experts)
+    if not resolved:
+        known = {*map(_end, layers)} | (set[str]() if absent else expert_names)
+        raise UnknownNameError("method.targets", unmatched[0], (*sorted(known), "all-linear"))
+    others = modules_with_weights(model) - expert_names
+    other = next((name for name in unmatched if _end(name) in others), None)
+    if other is not None:
+        why = f"{other} of {model.model_type} is no linear layer, so peft cannot wrap it; leave it out"
+        raise refused("method.targets", why)
+    if unmatched:
+        notes.append(
+            f"{model.model_type} has no {', '.join(unmatched)} that peft finds: only {', '.join(resolved)} "
+            f"{'is' if len(resolved) == 1 else 'are'} adapted"
+        )
+    return tuple(resolved), notes + (_same_named_note(same_named) if experts else [])
+
+
+def _inner_layers(
+    model: ModelSpec, method: Method, layers: Mapping[str, tuple[int, int]], rank: int
+) -> dict[str, tuple[int, int]]:
+    """Return all linear layers but the head, with their rows and columns, checked."""
+    inner = {
+        path: dims
+        for path, dims in linears(model).items()
+        if path in layers
+        and model.vocab_size not in dims
+        and min(dims) > 1
+        and not inside(path, method.modules_to_save)
+    }
+    if not inner:
+        raise refused("method", f"{model.model_type} has no linear layers to adapt")
+    gated = router_and_mixer_paths(model)  # may have fewer rows than the rank, and are adapted all the same
+    for path, dims in sorted(inner.items(), key=lambda item: min(item[1])):
+        if path not in gated and rank > min(dims):
+            _refuse_rank(method.rank, path, dims)
+    return inner
+
+
+def _named_layers(
+    method: Method, layers: Mapping[str, tuple[int, int]], rank: int, experts: Iterable[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """Return the targets' names in this model, targets that it does not have, which peft ignores, and notes."""
+    names, notes, resolved, unmatched = {*map(_end, layers)}, list[str](), dict[str, None](), list[str]()
+    for target in method.targets:
+        if _end(target) in experts:
+            resolved[_end(target)] = None
+            continue
+        some = _is_end_of_some(target, layers)
+        name = target if some else _last(target, "method.targets", layers)
+        if name not in names and not some:
+            fused = next((f for f in _FUSED_NAMES.get(name, ()) if f in names), None)
+            if fused is None:
+                unmatched.append(target)
+                continue
+            notes.append(f"{name} is part of {fused} in this family: all of {fused} is adapted")
+            name = fused
+        for path, dims in layers.items():
+            if f".{path}".endswith(f".{name}") and rank > min(dims) > 1:
+                _refuse_rank(method.rank, path, dims)
+        resolved[name] = None
+    return list(resolved), unmatched, notes
 
 
 def _end(name: str) -> str:
@@ -273,7 +355,9 @@ def _used_directly(model: ModelSpec, skip: tuple[str, ...]) -> tuple[tuple[str, 
 def check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
     """Raise SpecError if the output projection or another layer is quantised but cannot be."""
     q, field = method.quantization, "method.quantization.skip"
-    if kernels.loss in TRL_LOSSES and any(name.rpartition(".")[2] == "lm_head" for name in _listed(method)):
+    if method.trained_tokens and model.tie_word_embeddings and kernels.loss != "hf":
+        raise refused("kernels.loss", f"{kernels.loss} is not supported yet with trained tokens in a tied head; use hf")
+    if kernels.loss in READ_MATRIX and any(name.rpartition(".")[2] == "lm_head" for name in _listed(method)):
         raise refused(
             "method.targets", f"the loss {kernels.loss} reads lm_head's matrix, not its adapters; leave it out"
         )
@@ -288,7 +372,7 @@ def check_head(model: ModelSpec, method: Method, kernels: Kernels) -> None:
         return
     if model.tie_word_embeddings:
         raise refused(field, "lm_head shares its weight with the embeddings, which are not quantised; add lm_head")
-    if kernels.loss in ("fused", *TRL_LOSSES):
+    if kernels.loss in ("fused", *READ_MATRIX):
         raise refused(field, f"the {kernels.loss} loss needs an unquantised lm_head; add lm_head")
 
 

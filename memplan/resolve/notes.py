@@ -1,4 +1,4 @@
-"""Notes that accompany an answer: on the card, the model's code, the checkpoint."""
+"""Notes that accompany an answer: on the model's code, the checkpoint, the experts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from memplan.catalogue.degrees import Degrees
-from memplan.catalogue.hardware.gpu import GPU
-from memplan.catalogue.hardware.gpus import ambiguous_with
 from memplan.catalogue.parallelism.pipeline import ENGINES
 from memplan.catalogue.profiles.profiles import find_profile
 from memplan.core.errors import SpecError
@@ -20,23 +18,6 @@ from memplan.program.structure import Pipe
 from memplan.resolve.parallelism import replicas
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.training import Method, Precision
-
-
-def dtype_notes(gpu: GPU | None, compute: str) -> Iterator[str]:
-    """Yield a note if the card does not support the compute dtype natively."""
-    if gpu is not None and compute == "bf16" and "bf16" not in gpu.native_dtypes:
-        yield f"bf16 is not native to {gpu.title}: slow or refused there; fp16 takes the same memory"
-
-
-def gpu_notes(gpu: GPU, typed: str) -> Iterator[str]:
-    """Yield notes on a card, and on the name it was requested by."""
-    others = () if typed == gpu.name else ambiguous_with(typed)
-    if others:
-        yield f"{typed!r} is taken to mean {gpu.title}; it could also be {', '.join(o.name for o in others)}"
-    if gpu.driver_basis == "rule":
-        yield f"{gpu.title}'s usable memory is a conservative estimate: no driver reading was found"
-    if gpu.vendor != "NVIDIA":
-        yield f"kernels are assumed to be those of NVIDIA compute capability 8.0; not measured on {gpu.vendor}"
 
 
 def wrapping_notes(graph: Graph, ranks: Ranks) -> Iterator[str]:
@@ -118,11 +99,13 @@ def norm_notes(graph: Graph) -> Iterator[str]:
 
     Source: torch 2.13 aten/src/ATen/native/cuda/layer_norm_kernel.cu, which takes weights in the dtype of their input.
     """
+    if graph.recipe.autocast or not graph.recipe.quantization:
+        return
     stack, _ = operations_of(graph)
     floats = [(op, w) for op in operations(stack) for w in op.weights if w.dtype.startswith(("fp", "bf"))]
     norms = {w.dtype for op, w in floats if op.source.endswith("native_layer_norm")}
     embeddings = {w.dtype for _, w in floats if w.group == "embedding"}
-    if not graph.recipe.autocast and graph.recipe.quantization and norms and not norms & embeddings:
+    if norms and not norms & embeddings:
         yield (
             f"embeddings are in {' and '.join(sorted(embeddings))} and the layer norms after them in "
             f"{' and '.join(sorted(norms))}: on a GPU torch rejects that without autocast"
@@ -137,8 +120,7 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
 
     Source: transformers 5.24 integrations/moe.py _can_use_grouped_mm, _grouped_mm_fallback_setup_context.
     """
-    _, axes = operations_of(graph)
-    weights = [(w, elements(w, axes) * n) for w, n, _ in weights_of(graph) if w.group not in ("adapter", "buffer")]
+    weights = [(w, n) for w, n, _ in weights_of(graph) if w.group not in ("adapter", "buffer")]
     unquantised = {w.dtype for w, _ in weights if w.chosen and not w.stored}
     frozen = any(w.stacked and not w.trains for w, _ in weights)
     if frozen and capability is not None and capability < (8, 0):
@@ -153,7 +135,9 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
             f"more memory: set parallelism.expert_imbalance to the multiple of the mean, up to {ranks}"
         )
     if graph.recipe.quantization and unquantised and graph.recipe.running is None:
-        share = 100 * sum(n for w, n in weights if w.stored) / sum(n for _, n in weights)
+        _, axes = operations_of(graph)
+        numbers = [(elements(w, axes) * n, bool(w.stored)) for w, n in weights]
+        share = 100 * sum(n for n, is_stored in numbers if is_stored) / sum(n for n, _ in numbers)
         yield (
             f"{share:.1f}% of the parameters are quantised: experts are not linear layers in transformers 5, so "
             f"bitsandbytes leaves them in {' and '.join(sorted(unquantised))}"

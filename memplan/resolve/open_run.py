@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Any, Literal, dataclass_transform
 
 from memplan.catalogue.degrees import WHOLE, Degrees
-from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods.methods import Recipe
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.core.records import NamedTuple
 from memplan.models.model import ModelSpec
+from memplan.resolve.card import GPUFacts
 from memplan.resolve.parallelism import ZERO, divides_weights, replicas
 from memplan.resolve.quantized_checkpoint import CheckpointMethod
 from memplan.spec.parallelism import Parallelism
@@ -49,13 +49,12 @@ class Parts(NamedTuple):
     loop: Loop
     parallelism: Parallelism
     profile: str
-    gpu_name: str | None
 
     @classmethod
     def of(cls, run: RunSpec) -> Parts:
         """Return the parts of a run as they were asked for."""
         parts = run.method, run.precision, run.optimizer, run.kernels, run.loop, run.parallelism
-        return cls(*parts, run.profile, run.gpu)
+        return cls(*parts, run.profile)
 
 
 def found_later(*, init: Literal[False] = False) -> Any:
@@ -74,6 +73,7 @@ class _Fields:
 class OpenRun(_Fields):
     """A run while it is resolved: its parts, which steps fill in, and what the steps find out.
 
+    card             what is read of the GPU, if one was given
     batch_facts      what the structure depends on of the batch
     trains           the run trains
     library          what the profile's library does
@@ -91,7 +91,7 @@ class OpenRun(_Fields):
 
     model: ModelSpec
     profile: str
-    gpu_name: str | None
+    card: GPUFacts | None = None
     method: Method
     precision: Precision
     optimizer: Optimizer
@@ -100,7 +100,6 @@ class OpenRun(_Fields):
     parallelism: Parallelism
     batch_facts: BatchFacts
     trains: bool
-    gpu: GPU | None = None
     library: LibraryBehaviour = found_later()
     checkpoint: CheckpointMethod = found_later()
     storages: tuple[str, ...] = ("uint8",)
@@ -116,7 +115,7 @@ class OpenRun(_Fields):
     @property
     def capability(self) -> tuple[int, int] | None:
         """Compute capability of the GPU."""
-        return self.gpu.compute_capability if self.gpu else None
+        return self.card.compute_capability if self.card else None
 
     @property
     def copies(self) -> int:

@@ -293,7 +293,9 @@ def _compressed(config: Mapping[str, Any]) -> CheckpointFormat:
 def _adapted(names: Sequence[str], method: Method) -> bool:
     """Return whether the method adapts a stack of experts that stands for linear layers of these names."""
     targets = method.targets
-    return bool(names) and (targets == "all-linear" or any(t.rpartition(".")[2] in names for t in targets))
+    if isinstance(targets, str):
+        return bool(names) and targets == "all-linear"
+    return bool(names) and any(t.rpartition(".")[2] in names for t in targets)
 
 
 def _refuse_experts(model: ModelSpec) -> str:

@@ -101,8 +101,9 @@ def _with_defaults(
 ) -> Serving:
     fields: dict[str, Any] = {name: value for name, value in defaults._asdict().items() if value is not None}
     fields = {name: value for name, value in fields.items() if getattr(s, name) is None}
-    if run.method.quantization is None and engine.kind != "llama.cpp":
-        fields["weights"] = model.card.get("stored")  # the format the checkpoint is published in
+    published = model.card.get("stored")
+    if run.method.quantization is None and (engine.kind != "llama.cpp" or published in _KEPT_IN_GGUF):
+        fields["weights"] = published
     if s.max_model_len is None:
         positions = model.longest_sequence or 0
         fields["max_model_len"] = context if engine.kind == "llama.cpp" else max(positions, context)
@@ -141,6 +142,11 @@ def _with_defaults(
         fields["gpu_layers"] = model.num_hidden_layers + 1 if s.gpu_layers is None else s.gpu_layers
     fields = {name: value for name, value in fields.items() if getattr(s, name) is None}
     return s.model_copy(update=fields)
+
+
+# Formats of a checkpoint that a GGUF file keeps; others are converted to bf16.
+# Source: llama.cpp of llama-cpp-python 0.3.36, conversion/base.py repack_mxfp4_blocks, dequant_model.
+_KEPT_IN_GGUF = ("mxfp4",)
 
 
 def _uses_mla(model: ModelSpec) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.parallelism import tensor_parallel
 from memplan.core.errors import refused
 from memplan.core.units import ITEMSIZE
@@ -16,15 +15,10 @@ from memplan.resolve.kernels import (
     version_attention,
     with_profile_wiring,
 )
-from memplan.resolve.notes import dtype_notes, gpu_notes, kernel_notes, unknown_note, unmasked_note
+from memplan.resolve.notes import kernel_notes, unknown_note, unmasked_note
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals import training as refusals
 from memplan.resolve.refusals.refuse import refuse
-
-
-def find_card(run: OpenRun) -> None:
-    """Look up the GPU."""
-    run.gpu = find_gpu(run.gpu_name) if run.gpu_name is not None else None
 
 
 def write_experts(run: OpenRun) -> None:
@@ -41,13 +35,14 @@ def write_experts(run: OpenRun) -> None:
 
 def note_card(run: OpenRun) -> None:
     """Note what is unusual about the GPU."""
-    if run.gpu is not None:
-        run.notes += gpu_notes(run.gpu, str(run.gpu_name))
+    if run.card is not None:
+        run.notes += run.card.notes
 
 
 def note_weights(run: OpenRun) -> None:
     """Note what is unusual about the compute dtype, the checkpoint and the model's code."""
-    run.notes += dtype_notes(run.gpu, str(run.precision.compute))
+    if run.card is not None:
+        run.notes += run.card.dtype_notes(str(run.precision.compute))
     run.notes += [*stored_notes(run.model), *run.checkpoint.notes, *kernel_notes(run.model)]
 
 

@@ -28,6 +28,7 @@ from memplan.program.sharding.ranks import Ranks
 from memplan.program.structure import Pipe, Structure
 from memplan.program.training.pipeline import pipeline_stage
 from memplan.resolve import steps
+from memplan.resolve.card import GPUFacts
 from memplan.resolve.communicators import communicators
 from memplan.resolve.defaults import complete_method, fill_optimizer, fill_parts, fill_precision
 from memplan.resolve.kernels import fused_kernels
@@ -64,14 +65,20 @@ class OpenTraining(OpenRun):
 
 
 @lru_cache(maxsize=4096)
-def decide_training(model: ModelSpec, asked: Parts, batch_facts: BatchFacts) -> ResolvedRun:
-    """Return the training run with every null filled in, and the structure of its program.
+def decide_training(model: ModelSpec, asked: Parts, card: GPUFacts | None, batch_facts: BatchFacts) -> ResolvedRun:
+    """Return the training run with every null filled in, and the structure of its program, without batch and GPU.
 
     Raises SpecError, UnknownNameError or ConfigError.
     """
     names_fused = asked.kernels.fused is not None
     run = OpenTraining(
-        model=model, notes=[], batch_facts=batch_facts, trains=True, names_fused=names_fused, **asked._asdict()
+        model=model,
+        card=card,
+        notes=[],
+        batch_facts=batch_facts,
+        trains=True,
+        names_fused=names_fused,
+        **asked._asdict(),
     )
     for step in STEPS:
         step(run)
@@ -80,7 +87,7 @@ def decide_training(model: ModelSpec, asked: Parts, batch_facts: BatchFacts) -> 
     return ResolvedRun(
         run.structure,
         Batch(),
-        run.gpu,
+        None,
         run.attention_dtype != "fp32",
         large_tiles(run.capability),
         tuple(run.notes),
@@ -175,7 +182,8 @@ def _choose_recipe(run: OpenTraining) -> None:
     run.recipe = recipe._replace(
         frozen=frozen,
         keeps=library.weights.keeps_matrix,
-        fused="lora" in (run.kernels.fused or ()),
+        fused=library.model.fused_lora if "lora" in (run.kernels.fused or ()) else "",
+        fp32_ends=library.model.fp32_ends and run.kernels.attention != "flash_attention_2",
         again=library.model.dora_multiplies_twice,
         moved=method.kind in PEFT_METHODS and run.loop.trainer and method.quantization is None,
     )
@@ -194,6 +202,7 @@ def _wire_training(run: OpenTraining) -> None:
         checkpoints=run.checkpoints,
         by_name=by_name,
         recomputes=run.kernels.checkpointing == "selective",
+        keeps_last=run.library.checkpointing.keeps_last and run.kernels.checkpointing == "offload",
     )
 
 
@@ -218,7 +227,7 @@ def _build_graph(run: OpenTraining) -> None:
         reentrant=bool(kernels.reentrant) and checkpoints,
         to_host=kernels.checkpointing == "offload" and checkpoints,
         saves=_SAVED_TENSORS if p.offload.activations else None,
-        input_requires_grad=kernels.checkpointing != "none"
+        input_requires_grad=(kernels.checkpointing != "none" or library.checkpointing.adapted_inputs)
         and run.model.only_sequence is None  # the model reads token ids
         and (trains_inputs or freezes_inputs),
         logits=_logits(run) if adds_logits else "padded",
@@ -285,8 +294,8 @@ def _build_structure(run: OpenTraining) -> None:
 def _check_trained(run: OpenTraining) -> None:
     """Refuse weights that cannot be trained so, and settle what the sharding decides by the size of the GPU."""
     refuse(trained_weights(run.structure))
-    if run.gpu is not None:
-        run.structure = sharding_of(run.structure).on_gpu(run.gpu.usable)
+    if run.card is not None and run.card.usable is not None:
+        run.structure = sharding_of(run.structure).on_gpu(run.card.usable)
 
 
 def _check_optimizer(run: OpenTraining) -> None:
@@ -306,7 +315,6 @@ def _check_optimizer(run: OpenTraining) -> None:
 
 
 STEPS: tuple[Callable[[OpenTraining], None], ...] = (
-    steps.find_card,
     _read_checkpoint,
     _look_up_library,
     divide_ranks,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
-from math import isfinite
+from functools import cache, lru_cache
+from math import inf, isfinite
 from types import NoneType
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast, dataclass_transform
 
@@ -40,7 +40,9 @@ def _json(value: dict[str, Any]) -> FrozenDict:
             return
         if isinstance(inner, float):
             if not isfinite(inner):
-                raise ValueError(f"holds {inner}, which JSON cannot represent")
+                tag = {inf: "Infinity", -inf: "-Infinity"}.get(inner, "NaN")
+                written = f'{{"__float__": "{tag}"}}'
+                raise ValueError(f"holds {inner}, which JSON cannot represent; write {written} as transformers does")
         elif isinstance(inner, (Mapping, list, tuple)):
             items = cast(Mapping[str, Any], inner).values() if isinstance(inner, Mapping) else cast(list[Any], inner)
             for item in items:
@@ -106,7 +108,8 @@ class Part:
     leaves to it, for schemas and for JSON.
     """
 
-    __slots__ = ("__dict__", "__pydantic_extra__", "__pydantic_fields_set__", "__pydantic_private__")
+    __slots__ = ("__dict__", "__pydantic_extra__", "__pydantic_fields_set__", "__pydantic_private__", "_hash")
+    _hash: int
     __pydantic_fields_set__: set[str]
     __pydantic_root_model__: ClassVar[bool] = False  # read by pydantic 2.9 for schemas
 
@@ -165,8 +168,15 @@ class Part:
 
     @classmethod
     def plain(cls, value: Any) -> Self:
-        """Return a part for a part or a mapping whose values need no conversion. Raises NotPlainError."""
-        return value if isinstance(value, cls) else cls.__new__(cls)._fill(*cls._checked(value))
+        """Return a part for a part, a word or a mapping whose values need no conversion. Raises NotPlainError."""
+        if isinstance(value, cls):
+            return value
+        return cls._of_word(value) if type(value) is str else cls.__new__(cls)._fill(*cls._checked(value))
+
+    @classmethod
+    @lru_cache(maxsize=1024)
+    def _of_word(cls, word: str) -> Self:
+        return cls.__new__(cls)._fill(*cls._checked(word))
 
     @classmethod
     def model_validate(cls, obj: Any, **more: Any) -> Self:
@@ -278,8 +288,12 @@ class Part:
     def __eq__(self, other: object) -> bool:
         return vars(self) == vars(other) if type(other) is type(self) else NotImplemented
 
-    def __hash__(self) -> int:
-        return hash(tuple(vars(self).values()))
+    def __hash__(self) -> int:  # kept, because answers are cached by the parts of their runs
+        try:
+            return self._hash
+        except AttributeError:
+            object.__setattr__(self, "_hash", hash(tuple(vars(self).values())))
+            return self._hash
 
     def __iter__(self) -> Iterator[tuple[str, Any]]:
         yield from vars(self).items()

@@ -23,19 +23,29 @@ def read_spec(name: str) -> dict[str, Any]:
     return read_spec_with_lines(name)[0]
 
 
-def read_text(name: str) -> str:
-    """Return the text in the file `name` (`-` for standard input). Raises SpecError."""
-    return _read_text(name, "standard input" if name == "-" else printable(name, _MAX_SHOWN))
+def read_text(name: str, most: int = _MAX_BYTES) -> str:
+    """Return the text in the file `name` (`-` for standard input), of at most `most` bytes. Raises SpecError."""
+    return _read_text(name, "standard input" if name == "-" else printable(name, _MAX_SHOWN), most)
 
 
 def read_spec_with_lines(name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     """Return the mapping in the file `name`, and the line of each key by its path, for as many keys as are found."""
+    return spec_with_lines(read_text(name), name)
+
+
+def spec_with_lines(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    """Return the mapping in the text of the file `name`, and the line of each key, as `read_spec_with_lines` does."""
     shown = "standard input" if name == "-" else printable(name, _MAX_SHOWN)
-    text = _read_text(name, shown)
     if name.lower().endswith(".json"):
         values = dict(parse_config(text, shown))
         return values, dict(_json_lines(text, values))
     return _parse_yaml(text, shown)
+
+
+def read_documents(name: str) -> list[tuple[dict[str, Any], dict[tuple[str, ...], int]]]:
+    """Return the mappings in a YAML file of one or several documents, each with the lines of its keys."""
+    shown = printable(name, _MAX_SHOWN)
+    return _parse_documents(_read_text(name, shown), shown)
 
 
 def _json_lines(text: str, values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], int]]:
@@ -45,8 +55,8 @@ def _json_lines(text: str, values: Mapping[str, Any]) -> Iterator[tuple[tuple[st
     def walk(inner: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
         nonlocal position, line
         if isinstance(inner, list):
-            for item in cast(list[Any], inner):
-                yield from walk(item, (*path, "[]"))
+            for index, item in enumerate(cast(list[Any], inner)):
+                yield from walk(item, (*path, str(index)))
             return
         for key, value in cast(dict[str, Any], inner).items() if isinstance(inner, dict) else ():
             found = text.find(json.dumps(key), position)
@@ -59,17 +69,17 @@ def _json_lines(text: str, values: Mapping[str, Any]) -> Iterator[tuple[tuple[st
     yield from walk(values, ())
 
 
-def _read_text(name: str, shown: str) -> str:
+def _read_text(name: str, shown: str, most: int = _MAX_BYTES) -> str:
     try:
         if name == "-":
             if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison] (None if it is closed)
                 raise SpecError("spec: standard input is closed", "spec")
-            raw = sys.stdin.buffer.read(_MAX_BYTES + 1)
+            raw = sys.stdin.buffer.read(most + 1)
         else:
             with Path(name).expanduser().open("rb") as file:
-                raw = file.read(_MAX_BYTES + 1)
-        if len(raw) > _MAX_BYTES:
-            raise SpecError(f"spec: {shown} is larger than {_MAX_BYTES // 2**20} MiB, too large for a run", "spec")
+                raw = file.read(most + 1)
+        if len(raw) > most:
+            raise SpecError(f"spec: {shown} is larger than {most // 2**20} MiB, too large for a run", "spec")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
         raise SpecError(f"spec: {shown} is not text in UTF-8", "spec") from None
@@ -79,27 +89,45 @@ def _read_text(name: str, shown: str) -> str:
 
 
 def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
+    documents = _parse_documents(text, name, is_one=True)
+    if not documents:
+        raise SpecError(f"spec: {name} must be a mapping of a run's fields", "spec")
+    return documents[0]
+
+
+def _parse_documents(
+    text: str, name: str, is_one: bool = False
+) -> list[tuple[dict[str, Any], dict[tuple[str, ...], int]]]:
     import yaml
 
     loader = _yaml_loader(yaml, name)
     try:
         _refuse_bombs(yaml.parse(text, Loader=loader), name)  # pyright: ignore[reportUnknownMemberType]
-        node, loaded = _load(loader(text))
-        spec: object = json.loads(json.dumps(loaded, allow_nan=False))  # rejects dates, sets, nan and inf
+        loaded = _load(loader(text), is_one)
+        specs: list[object] = [json.loads(json.dumps(values, allow_nan=False)) for _, values in loaded]  # no dates, nan
     except yaml.YAMLError as error:
         raise SpecError(f"spec: {name} is not YAML ({_problem(error)})", "spec") from None
+    except (LookupError, AttributeError):  # yaml reads a tagged value without checking it
+        raise SpecError(f"spec: {name} holds a value that its tag does not allow, as in !!int abc", "spec") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise SpecError(f"spec: {name} holds a value that JSON cannot represent ({error})", "spec") from None
-    if not isinstance(spec, dict):
-        raise SpecError(f"spec: {name} must be a mapping of a run's fields", "spec")
-    return cast(dict[str, Any], spec), dict(_yaml_lines(node, ()))
+    return [
+        (cast(dict[str, Any], spec), dict(_yaml_lines(node, ())))
+        for (node, _), spec in zip(loaded, specs, strict=True)
+        if isinstance(spec, dict)
+    ]
 
 
-def _load(loader: Any) -> tuple[Any, object]:
-    """Return a text's only document as a node, and as values."""
+def _load(loader: Any, is_one: bool) -> list[tuple[Any, object]]:
+    """Return a text's documents as nodes, and as values."""
     try:
-        node = loader.get_single_node()
-        return node, None if node is None else loader.construct_document(node)
+        if is_one:
+            node = loader.get_single_node()
+            return [] if node is None else [(node, loader.construct_document(node))]
+        nodes: list[Any] = []
+        while loader.check_node():
+            nodes.append(loader.get_node())
+        return [(node, loader.construct_document(node)) for node in nodes]
     finally:
         loader.dispose()
 
@@ -107,13 +135,13 @@ def _load(loader: Any) -> tuple[Any, object]:
 def _yaml_lines(node: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], int]]:
     """Yield the path and line of each key of a mapping's node."""
     items = cast(list[Any], node.value) if isinstance(node.value, list) else []  # pyright: ignore[reportUnknownMemberType]
-    for item in items:
+    for index, item in enumerate(items):
         if isinstance(item, tuple):
             key, value = cast(tuple[Any, Any], item)
             yield (*path, str(key.value)), key.start_mark.line + 1
             yield from _yaml_lines(value, (*path, str(key.value)))
         else:
-            yield from _yaml_lines(item, (*path, "[]"))
+            yield from _yaml_lines(item, (*path, str(index)))
 
 
 def _yaml_loader(yaml: Any, name: str) -> Any:

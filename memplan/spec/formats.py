@@ -104,7 +104,8 @@ class Quantization(Part):
                       uses blocks of 128 x 128; GGUF file types fix their own
     storage           dtype of the tensors that hold 4-bit weights
     skip              modules that stay unquantised; None for the library's default
-    kbit_preparation  whether peft's `prepare_model_for_kbit_training` casts to fp32; `trl` if TRL casts back to bf16
+    kbit_preparation  whether peft's `prepare_model_for_kbit_training` casts to fp32; `trl` if TRL casts back to bf16,
+                      `axolotl` or `axolotl-0.12` if that Axolotl does
     backend           kernel that runs the weights, for formats that have several
     """
 
@@ -113,14 +114,15 @@ class Quantization(Part):
     block_size: Literal[-1, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096] = 64
     storage: Literal["uint8", "bf16", "fp16", "fp32"] = "uint8"
     skip: Names | None = None
-    kbit_preparation: Literal[True, False, "trl"] | None = None
+    kbit_preparation: Literal[True, False, "trl", "axolotl", "axolotl-0.12"] | None = None
     backend: Backend | None = None
 
     @classmethod
     def expanded(cls, value: Any) -> Any:
-        """Fill in the format's own block size if none is given."""
+        """Fill in the format's own block size if none is given; a storage of null is the default."""
         if not isinstance(value, Mapping):
             return value
-        values = dict(cast(Mapping[str, Any], value))
-        size = _GROUP_SIZES.get(_canonical_format(values.get("format", "")))
+        values = {k: v for k, v in cast(Mapping[str, Any], value).items() if k != "storage" or v is not None}
+        name = values.get("format", "")
+        size = _GROUP_SIZES.get(_canonical_format(name)) if isinstance(name, str) else None
         return {"block_size": size, **values} if size is not None else values

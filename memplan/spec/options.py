@@ -5,9 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
-from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
 from memplan.models.peft_methods import PEFT_METHODS
+from memplan.spec.option_values import (
+    kbit_preparation,
+    listed,
+    method_word,
+    names,
+    pixels,
+    proportions,
+    saving,
+    settings,
+    tokens,
+)
 
 
 class Option(NamedTuple):
@@ -23,6 +33,8 @@ class Option(NamedTuple):
     combined     whether the command reads it together with other options, instead of setting its field alone
     is_argument  whether it is typed without its name
     is_required  whether it must be given
+    aliases      other tools' names for it, with underscores
+    spelling     turns what people type into the option's own words: `4k` into 4096
     """
 
     field: str
@@ -35,69 +47,8 @@ class Option(NamedTuple):
     combined: bool = False
     is_argument: bool = False
     is_required: bool = False
-
-
-def listed(text: str) -> list[str]:
-    """Parse words separated by commas."""
-    return [word.strip() for word in text.split(",") if word.strip()]
-
-
-def names(text: str) -> str | list[str]:
-    """Parse `all-linear`, `default`, or names separated by commas."""
-    return text if text in ("all-linear", "default") else listed(text)
-
-
-def settings(text: str) -> dict[str, Any]:
-    """Parse settings `name=value` separated by commas; values are numbers, true, false, or words."""
-    parsed: dict[str, Any] = {}
-    for setting in listed(text):
-        name, equals, value = (part.strip() for part in setting.partition("="))
-        if not equals:
-            raise SpecError(
-                f"method.options: {setting!r:.40} is not a setting; write name=value, as in oft_block_size=64",
-                "method.options",
-            )
-        try:
-            parsed[name] = (
-                {"true": True, "false": False}.get(value.lower()) if value.lower() in ("true", "false") else int(value)
-            )
-        except ValueError:
-            parsed[name] = value
-    return parsed
-
-
-def pixels(text: str) -> int | list[int]:
-    """Parse the side of an image, or its height and width."""
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
-        raise SpecError(
-            f"batch.image_size: {text!r:.40} is not a size in pixels; write 1024, or height x width as 768x1024",
-            "batch.image_size",
-        )
-    height, *width = map(int, sides)
-    return [height, *width] if width else height
-
-
-def proportions(text: str) -> list[float]:
-    """Parse numbers separated by commas or slashes, as llama.cpp does."""
-    try:
-        return [float(part) for part in text.replace("/", ",").split(",")]
-    except ValueError:
-        raise SpecError(
-            f"serving.tensor_split: {text!r:.40} is not a list of proportions; write 3,1 for two cards",
-            "serving.tensor_split",
-        ) from None
-
-
-def kbit_preparation(text: str) -> bool | str:
-    """Parse `true` or `false`; any other word is left to the field."""
-    word = text.lower()
-    return {"true": True, "false": False}.get(word, word)
-
-
-def saving(wanted: bool) -> dict[str, Any] | None:
-    """Return the default `Saving`, or None."""
-    return {} if wanted else None
+    aliases: tuple[str, ...] = ()
+    spelling: Callable[[str], str] | None = None
 
 
 MODEL = Option(
@@ -105,6 +56,7 @@ MODEL = Option(
     "A card's name (qwen2-7b), a Hugging Face id, or the path of a config.json, its folder, or a GGUF file.",
     metavar="MODEL",
     is_argument=True,
+    aliases=("base_model", "model_name_or_path"),
 )
 # Heading in help -> name on the command line, with underscores -> option.
 OPTIONS: dict[str, dict[str, Option]] = {
@@ -116,19 +68,44 @@ OPTIONS: dict[str, dict[str, Option]] = {
             f"{', '.join(PEFT_METHODS)}; for inference generate or forward.",
             choices=("full", "lora", "qlora", "dora", "qdora", "freeze", *PEFT_METHODS, "generate", "forward"),
             combined=True,
+            aliases=("finetuning_type",),
+            spelling=method_word,
         ),
         "objective": Option(
             "objective",
             "Training objective, which decides head and loss: {choices}. Default from the config's architectures.",
         ),
-        "batch_size": Option("batch.micro", "Sequences per GPU and pass."),
-        "seq_len": Option("batch.sequence", "Tokens per sequence."),
+        "batch_size": Option(
+            "batch.micro",
+            "Sequences per GPU and pass.",
+            aliases=("batch", "per_device_train_batch_size", "micro_batch_size"),
+        ),
+        "seq_len": Option(
+            "batch.sequence",
+            "Tokens per sequence.",
+            aliases=(
+                "context",
+                "cutoff_len",
+                "max_length",
+                "max_seq_len",
+                "max_seq_length",
+                "model_max_length",
+                "sequence_len",
+            ),
+            spelling=tokens,
+        ),
         "target_len": Option(
             "batch.target_sequence",
             "Decoder tokens of an encoder-decoder. Default the encoder's length, or the decoder's positions; 1 when "
             "generating (4 for Whisper).",
+            aliases=("max_target_length",),
+            spelling=tokens,
         ),
-        "grad_accum": Option("batch.accumulation", "Passes per optimizer step."),
+        "grad_accum": Option(
+            "batch.accumulation",
+            "Passes per optimizer step.",
+            aliases=("gradient_accumulation_steps",),
+        ),
         "images": Option("batch.images", "Images in each sequence; their tokens count towards --seq-len."),
         "image_size": Option(
             "batch.image_size",
@@ -177,8 +154,13 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "also.evaluation.micro",
             "Also count an evaluation, with this many sequences per GPU and pass (per_device_eval_batch_size). "
             "Default none; 8 with another --eval option.",
+            aliases=("per_device_eval_batch_size",),
         ),
-        "eval_seq_len": Option("also.evaluation.sequence", "Tokens per sequence of an evaluation. Default --seq-len."),
+        "eval_seq_len": Option(
+            "also.evaluation.sequence",
+            "Tokens per sequence of an evaluation. Default --seq-len.",
+            spelling=tokens,
+        ),
         "eval_keep_logits": Option(
             "also.evaluation.kept_batches",
             "Batches whose logits are kept on the GPU, as for compute_metrics. Default 0: only the loss.",
@@ -203,7 +185,10 @@ OPTIONS: dict[str, dict[str, Option]] = {
     },
     "Generation": {
         "new_tokens": Option(
-            "batch.new_tokens", "Tokens generated after a --seq-len prompt. Default 256, with --method generate."
+            "batch.new_tokens",
+            "Tokens generated after a --seq-len prompt. Default 256, with --method generate.",
+            aliases=("max_new_tokens",),
+            spelling=tokens,
         ),
         "cache_implementation": Option(
             "generation.cache_implementation",
@@ -224,7 +209,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "generation.cache_config.residual_length",
             "Most recent tokens that a quantized cache keeps unquantised (residual_length). Default 128.",
         ),
-        "prefill_chunk_size": Option("generation.prefill_chunk_size", "Prompt tokens read in one pass. Default all."),
+        "prefill_chunk_size": Option(
+            "generation.prefill_chunk_size",
+            "Prompt tokens read in one pass. Default all.",
+            spelling=tokens,
+        ),
         "num_beams": Option("generation.num_beams", "Beams per prompt."),
         "do_sample": Option(
             "generation.do_sample", "Sample with temperature, top-k and top-p instead of greedy decoding."
@@ -255,27 +244,37 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
     },
     "Adapters and quantisation": {
-        "rank": Option("method.rank", "Rank of the adapters."),
+        "rank": Option(
+            "method.rank",
+            "Rank of the adapters.",
+            aliases=("lora_r",),
+        ),
         "targets": Option(
             "method.targets",
-            "all-linear, default (peft's choice for the model), or comma-separated module names. Default all-linear, "
-            "or default for methods other than LoRA.",
+            "all-linear, default (peft's choice for the model), comma-separated module names, or a regular expression "
+            "of their paths. Default all-linear, or default for methods other than LoRA.",
             parse=names,
+            aliases=("lora_target", "lora_target_modules", "target_modules"),
         ),
         "peft_options": Option(
             "method.options",
-            "Other settings of the method, by peft's names, comma-separated: oft_block_size=64,block_share=true.",
+            "Other settings of the method, by peft's names, comma-separated; values are JSON or words: "
+            "bias=all,layers_to_transform=[0,1].",
             type=str,
             parse=settings,
         ),
         "lora_dropout": Option("method.dropout", "Dropout before adapters, 0 to 1."),
         "modules_to_save": Option(
-            "method.modules_to_save", "Comma-separated names of modules that train in full.", parse=names
+            "method.modules_to_save",
+            "Comma-separated names of modules that train in full.",
+            parse=names,
+            aliases=("additional_target", "lora_modules_to_save"),
         ),
         "quant_format": Option(
             "method.quantization.format",
             "Format of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; for inference also "
             "w4a16, fp8-channel, mxfp4 and others. Default nf4, or the format of a quantised checkpoint.",
+            aliases=("bnb_4bit_quant_type",),
         ),
         "double_quant": Option("method.quantization.double_quant", "Also quantise the quantisation scales."),
         "quant_storage": Option(
@@ -283,13 +282,19 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "kbit_preparation": Option(
             "method.quantization.kbit_preparation",
-            "Casts of prepare_model_for_kbit_training: true, false, or trl (embeddings, head and adapters cast back, "
-            "as TRL does). Default true.",
+            "Casts of prepare_model_for_kbit_training: true, false, trl (embeddings, head and adapters cast back, "
+            "as TRL does), axolotl (norms cast back, embeddings and head not cast) or axolotl-0.12 (norms, embeddings "
+            "and head cast back). Default true.",
             parse=kbit_preparation,
         ),
     },
     "Precision and optimizer": {
-        "dtype": Option("precision.weights", "Weights: {choices}.", combined=True),
+        "dtype": Option(
+            "precision.weights",
+            "Weights: {choices}.",
+            combined=True,
+            aliases=("torch_dtype",),
+        ),
         "precision": Option(
             "precision",
             "pure (all in --dtype), amp (fp32 weights, autocast to --dtype), autocast (weights in --dtype, autocast "
@@ -299,7 +304,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
             combined=True,
         ),
         "optimizer": Option(
-            "optimizer.name", "A name from transformers' OptimizerNames, or none. Default adamw_torch_fused."
+            "optimizer.name",
+            "A name from transformers' OptimizerNames, or none. Default adamw_torch_fused.",
+            aliases=("optim",),
         ),
         "foreach": Option(
             "optimizer.foreach",
@@ -312,12 +319,16 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
     },
     "Kernels": {
-        "attention": Option("kernels.attention", "{choices}."),
+        "attention": Option(
+            "kernels.attention",
+            "{choices}.",
+            aliases=("attn_implementation",),
+        ),
         "loss": Option(
             "kernels.loss",
             "hf, chunked, fused (with the head's matrix product, as in Liger and Cut Cross-Entropy), chunked_lm_head "
-            "(LitGPT), chunked_nll and chunked_nll_fp32 (TRL 1.13 and 1.6), tiled_lm_head (TRL 1.15). Default the "
-            "profile's.",
+            "(LitGPT), chunked_nll and chunked_nll_fp32 (TRL 1.13 and 1.6), tiled_lm_head (TRL 1.15), fused_chunks "
+            "(Unsloth 2026). Default the profile's.",
         ),
         "fused": Option("kernels.fused", "Comma-separated fused kernels: {choices}.", parse=listed),
         "reentrant": Option("kernels.reentrant", "Use torch's reentrant checkpointing. Default the profile's."),
@@ -330,24 +341,32 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "serving.weights", "Weight format: fp8, w4a16, awq-int4, or a GGUF type. Default the checkpoint's."
         ),
         "max_model_len": Option(
-            "serving.max_model_len", "Most tokens of a request that the engine admits. Default the model's positions."
+            "serving.max_model_len",
+            "Most tokens of a request that the engine admits. Default the model's positions.",
+            aliases=("context_length", "ctx_size"),
+            spelling=tokens,
         ),
         "max_num_seqs": Option(
-            "serving.max_num_seqs", "Most requests in a step; llama.cpp's slots. Default the engine's for the card."
+            "serving.max_num_seqs",
+            "Most requests in a step; llama.cpp's slots. Default the engine's for the card.",
+            aliases=("max_running_requests",),
         ),
         "max_num_batched_tokens": Option(
             "serving.max_num_batched_tokens",
             "Most tokens in a step: SGLang's chunked prefill size, llama.cpp's ubatch. Default the engine's.",
+            spelling=tokens,
         ),
         "memory_utilization": Option(
             "serving.memory_utilization",
             "Share of the card's memory (gpu_memory_utilization, mem_fraction_static). Default the engine's.",
+            aliases=("gpu_memory_utilization", "mem_fraction_static"),
         ),
         "block_size": Option("serving.block_size", "Tokens per cache block. Default the engine's."),
         "cache_dtype": Option(
             "serving.cache_dtype",
             "Dtype of an engine's KV cache, by the engine's names: fp8, nvfp4, q8_0 and others. Default the model's "
             "dtype.",
+            aliases=("kv_cache_dtype",),
         ),
         "cuda_graphs": Option("serving.cuda_graphs", "Capture decoding steps in CUDA graphs. Default on."),
         "prefix_caching": Option("serving.prefix_caching", "Keep cache blocks of earlier requests. Default on."),
@@ -406,8 +425,18 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
     },
     "Several GPUs": {
-        "gpus": Option("parallelism.world", "Total number of GPUs."),
-        "zero": Option("parallelism.strategy", "DeepSpeed's ZeRO stage, 0 to 3.", type=int, combined=True),
+        "gpus": Option(
+            "parallelism.world",
+            "Total number of GPUs.",
+            aliases=("nproc_per_node", "num_gpus", "num_processes"),
+        ),
+        "zero": Option(
+            "parallelism.strategy",
+            "DeepSpeed's ZeRO stage, 0 to 3.",
+            type=int,
+            combined=True,
+            aliases=("zero_stage",),
+        ),
         "deepspeed": Option(
             "parallelism.zero",
             "A DeepSpeed config, for its ZeRO stage, buckets, offload, precision and batch; options override it. "
@@ -427,11 +456,19 @@ OPTIONS: dict[str, dict[str, Option]] = {
             choices=("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "fsdp2"),
             combined=True,
         ),
-        "tp": Option("parallelism.tp", "Tensor-parallel GPUs."),
+        "tp": Option(
+            "parallelism.tp",
+            "Tensor-parallel GPUs.",
+            aliases=("tensor_parallel_size",),
+        ),
         "sequence_parallel": Option(
             "parallelism.sequence_parallel", "Tensor-parallel GPUs also divide the tokens between matrix products."
         ),
-        "pp": Option("parallelism.pp", "Pipeline stages."),
+        "pp": Option(
+            "parallelism.pp",
+            "Pipeline stages.",
+            aliases=("pipeline_parallel_size",),
+        ),
         "virtual_stages": Option("parallelism.virtual_stages", "Chunks of layers per stage, interleaved by 1F1B."),
         "schedule": Option(
             "parallelism.schedule",
@@ -455,8 +492,16 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "parallelism.gpus_per_node", "GPUs per machine, which share its host memory. Default 8."
         ),
         "stage": Option("parallelism.stage", "Report this stage, counted from 0. Default the one that holds most."),
-        "cp": Option("parallelism.cp", "Context-parallel GPUs."),
-        "ep": Option("parallelism.ep", "Expert-parallel GPUs."),
+        "cp": Option(
+            "parallelism.cp",
+            "Context-parallel GPUs.",
+            aliases=("context_parallel_size",),
+        ),
+        "ep": Option(
+            "parallelism.ep",
+            "Expert-parallel GPUs.",
+            aliases=("expert_parallel_size",),
+        ),
     },
 }
 

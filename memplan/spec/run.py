@@ -20,7 +20,7 @@ NEWEST = {
     "axolotl": "axolotl-0.21",
     "llamafactory": "llamafactory-0.9.5",
     "ms-swift": "ms-swift-4.6",
-    "unsloth": "unsloth-2025",
+    "unsloth": "unsloth-2026.10",
     "litgpt": "litgpt-2024",
     "vllm": "vllm-0.33",
     "sglang": "sglang-0.5",
@@ -111,7 +111,7 @@ class RunSpec(Part):
 
 def is_default(run: RunSpec, part: str) -> bool:
     """Return whether a part of the run says nothing."""
-    value, default = getattr(run, part), RunSpec.model_fields[part].default
+    value, default = getattr(run, part), RunSpec.defaults[part]
     return value is default or value == default
 
 

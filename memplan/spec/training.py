@@ -21,20 +21,31 @@ MethodKind = Literal[
     "qdora",
     "adalora",
     "boft",
+    "c3a",
+    "delora",
+    "fourierft",
+    "hira",
     "ia3",
+    "ln_tuning",
     "loha",
     "lokr",
+    "miss",
     "oft",
+    "p_tuning",
+    "prompt_tuning",
+    "randlora",
+    "road",
+    "trainable_tokens",
     "vera",
 ]
 
 # The other methods of peft 0.21, in lower case: known, but not supported yet.
 LATER_METHODS = frozenset(
     (
-        *("adamss", "adaption_prompt", "beft", "c3a", "cartridge", "cpt", "deft", "delora"),
-        *("fourierft", "frod", "glora", "gralora", "hira", "hra", "lily", "ln_tuning", "miss"),
-        *("multitask_prompt_tuning", "osf", "p_tuning", "peanut", "poly", "prefix_tuning", "prompt_tuning"),
-        *("psoft", "pvera", "randlora", "road", "shadow", "shira", "supertuning", "tinylora", "trainable_tokens"),
+        *("adamss", "adaption_prompt", "beft", "cartridge", "cpt", "deft"),
+        *("frod", "glora", "gralora", "hra", "lily"),
+        *("multitask_prompt_tuning", "osf", "peanut", "poly", "prefix_tuning"),
+        *("psoft", "pvera", "shadow", "shira", "supertuning", "tinylora"),
         *("unilora", "vblora", "waveft", "xlora"),
     )
 )
@@ -48,20 +59,21 @@ class Method(Part):
     rank              rank of the adapters; the default of a method other than LoRA is peft's
     alpha             scale of the adapters (`lora_alpha`)
     targets           module or role names that get adapters, `all-linear`, or `default` for peft's choice for the
-                      model, which is the default of all methods but LoRA's
+                      model, which is the default of all methods but LoRA's; any other string is a regular expression
+                      of modules' paths, as in peft
     dropout           dropout of the adapters' input, 0 to 1
     modules_to_save   modules that train in full, in addition to the adapters
     adapter_dtype     dtype of the adapter weights
     trainable_layers  number of last layers that `freeze` trains
     frozen            parts of a vision-language model that neither train nor get adapters
     quantization      how the frozen base weights are stored; NF4 for qlora and qdora if not given
-    options           other arguments of peft's config, such as `use_rslora`
+    options           other arguments of peft's config, such as `use_rslora`, `rank_pattern`, `layers_to_transform`
     """
 
     kind: MethodKind = "full"
     rank: Count = 16
     alpha: Annotated[Number, Strict(gt=0)] | None = None
-    targets: Literal["all-linear", "default"] | Names = "all-linear"
+    targets: Names | str = "all-linear"
     dropout: Annotated[Number, Strict(ge=0, lt=1)] = 0.0
     modules_to_save: Names = ()
     adapter_dtype: Dtype | None = None
@@ -91,6 +103,40 @@ class Method(Part):
         if kind in ("qlora", "qdora") and values.get("quantization") is None:
             values["quantization"] = {}
         return values
+
+    @property
+    def pattern(self) -> str:
+        """The regular expression of the adapted modules' paths; empty if targets are names."""
+        return self.targets if isinstance(self.targets, str) and self.targets not in ("all-linear", "default") else ""
+
+    @property
+    def chooses_paths(self) -> bool:
+        """Whether adapters are on modules chosen by their paths, not only by names that all layers share."""
+        o = self.options
+        if self.pattern or o.get("rank_pattern") or o.get("exclude_modules"):
+            return True
+        numbered = not isinstance(self.targets, str) and any(
+            part.isdecimal() for target in self.targets for part in target.split(".")[1:-1]
+        )
+        return numbered or o.get("layers_to_transform") not in (None, ())
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Number of trained tokens that the method puts before each sequence."""
+        has_prompt = self.kind in PEFT_METHODS and PEFT_METHODS[self.kind].on == "prompt"
+        return int(self.options.get("num_virtual_tokens") or 0) if has_prompt else 0
+
+    @property
+    def trained_tokens(self) -> int:
+        """Number of tokens whose embeddings train."""
+        indices: Any = self.options.get(
+            "token_indices" if self.kind == "trainable_tokens" else "trainable_token_indices"
+        )
+        return len(cast(tuple[Any, ...], indices)) if isinstance(indices, tuple) else 0
+
+    def adapts(self, name: str) -> bool:
+        """Whether a module of this name, which is a linear layer, is among the targets."""
+        return self.targets == "all-linear" or (not isinstance(self.targets, str) and name in self.targets)
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
         """Add what has another default in a method of its own, so that it is read back as it was."""
@@ -173,7 +219,8 @@ class Kernels(Part):
     reentrant      torch's reentrant checkpointing, which recomputes a block before any of its backward runs, so the
                    block's output and its gradient stay alive until the recomputation is done
     loss           loss implementation: transformers' own, chunked, fused with the head (Liger, Cut Cross-Entropy),
-                   chunked together with the head (LitGPT, TRL 1.6 to 1.14), or with the head in tiles (TRL 1.15)
+                   chunked together with the head (LitGPT, TRL 1.6 to 1.14, Unsloth), or with the head in tiles
+                   (TRL 1.15)
     fused          fused kernels to use
     compile        torch.compile
     """
@@ -182,7 +229,17 @@ class Kernels(Part):
     checkpointing: Literal["none", "full", "selective", "offload"] | None = None
     reentrant: Flag | None = None
     loss: (
-        Literal["hf", "chunked", "fused", "chunked_lm_head", "chunked_nll", "chunked_nll_fp32", "tiled_lm_head"] | None
+        Literal[
+            "hf",
+            "chunked",
+            "fused",
+            "chunked_lm_head",
+            "chunked_nll",
+            "chunked_nll_fp32",
+            "tiled_lm_head",
+            "fused_chunks",
+        ]
+        | None
     ) = None
     fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] | None = None
     compile: Flag = False

@@ -82,8 +82,8 @@ def test_peft_adapts_experts_and_routers_by_the_names_they_had(model_type: str) 
     alone = in_peft(model_type, ["q_proj"])
     for targets in NAMES:
         mine, theirs = here(model_type, targets), in_peft(model_type, targets)
-        if mine is None and theirs is not None:  # peft ignores an unknown name next to a known one
-            assert (targets, theirs) == (["q_proj", "gate"], alone)
+        if alone is None and "gate" in targets:  # a name that stands for a fused layer here does not in peft
+            assert mine == here(model_type, ["q_proj"]), targets
         else:
             assert mine == theirs, targets
 

@@ -323,9 +323,7 @@ def test_prices_are_dated_and_sourced() -> None:
         assert price.source
 
 
-@pytest.mark.parametrize(
-    "text", ["", "  ", "nvidia", "80gb", "rtx 9999", "3090 48gb", "AMD 3090", "Tesla M4", "9" * 5000]
-)
+@pytest.mark.parametrize("text", ["", "  ", "nvidia", "rtx 9999", "3090 48gb", "AMD 3090", "Tesla M4", "9" * 5000])
 def test_unknown_names_raise(text: str) -> None:
     with pytest.raises(UnknownNameError):
         find_gpu(text)

@@ -133,11 +133,12 @@ def test_kbit_preparation_casts_unquantised_weights_to_fp32() -> None:
                 )
             ).structure
         ).parameters
-        for preparation in (True, False, "trl")
+        for preparation in (True, False, "trl", "axolotl", "axolotl-0.12")
     }
     norms = (2 * layers + 1) * h * (FP32 - BF16)
     assert kept[True] - kept[False] == 2 * v * h * (FP32 - BF16) + norms
     assert kept["trl"] - kept[False] == norms
+    assert kept["axolotl"] == kept["axolotl-0.12"] == kept[False]  # nothing else of a Llama is not quantised
 
 
 def test_skipped_layers_stay_as_loaded() -> None:
@@ -211,9 +212,9 @@ def test_the_trainer_keeps_embedding_states_in_32_bits() -> None:
         ({"optimizer": "adamw_troch"}, "optimizer.name"),
         ({"optimizer": {"in_backward": True}, "batch": {"accumulation": 2}}, "optimizer.in_backward"),
         ({"optimizer": "galore_adamw_layerwise", "batch": {"accumulation": 2}}, "batch.accumulation"),
-        ({"profile": "transformers-6"}, "profile"),
+        ({"profile": "transformers-7"}, "profile"),
         ({"batch": {"new_tokens": 1}}, "batch.new_tokens"),
-        ({"task": "generate", "kernels": {"loss": "hf"}}, "kernels.loss"),
+        ({"task": "generate", "kernels": {"loss": "fused"}}, "kernels.loss"),
         ({"kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),
         ({"kernels": {"compile": True}}, "kernels.compile"),
         ({"kernels": {"attention": "flash_attention_2"}, "precision": "fp32"}, "kernels.attention"),

@@ -36,7 +36,7 @@ E, Q, S, N, B = 1000 * 150, 512 * 640, 64 * 33, 700, 5000
 
 def example(dtype: str) -> list[Parameter]:
     return [
-        Parameter("embed", (1000, 150), dtype, embedding=True),
+        Parameter("embed", (1000, 150), dtype, embedding=True, vocabulary=True),
         Parameter("q", (512, 640), dtype, target=True),
         Parameter("small", (64, 33), dtype, target=True),
         Parameter("norm", (700,), dtype),
@@ -727,11 +727,12 @@ def test_muon(order: str, dtype: str) -> None:
     torch = pytest.importorskip("torch")
     if not hasattr(torch.optim, "Muon"):
         pytest.skip("torch before 2.9")
-    parameters = numbered(example(dtype)[i] for i in ORDERS[order])
+    head = Parameter("head", (1000, 150), dtype, target=True, vocabulary=True)
+    parameters = numbered([*(example(dtype)[i] for i in ORDERS[order]), head])
 
     def build(tensors: Tensors) -> list[Any]:
-        matrices = [tensors[p.name] for p in parameters if p.target]
-        others = [tensors[p.name] for p in parameters if not p.target]
+        matrices = [tensors[p.name] for p in parameters if p.target and not p.vocabulary]
+        others = [tensors[p.name] for p in parameters if not p.target or p.vocabulary]
         return [torch.optim.Muon(matrices, weight_decay=0.0), torch.optim.AdamW(others, foreach=True)]
 
     memory = optimizer_memory("muon", parameters)

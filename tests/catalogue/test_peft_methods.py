@@ -9,6 +9,7 @@ import pytest
 
 from memplan import RunSpec, estimate
 from memplan.catalogue.methods.peft_layers import LAYERS, factorization, nearest_divisor
+from memplan.catalogue.methods.peft_updates import UPDATES
 from memplan.core.errors import MemplanError
 from memplan.models.peft_methods import FEEDFORWARD, PEFT_METHODS, default_targets, filled_options
 from memplan.spec.training import LATER_METHODS, Method, MethodKind
@@ -19,15 +20,38 @@ FAMILIES = ("llama", "mistral", "mixtral", "qwen2", "gemma2", "gpt_neox", "opt",
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "adalora": ({"rank": 5},),
     "boft": ({"options": {"boft_block_size": 8}}, {"options": {"boft_block_size": 0, "boft_block_num": 4}}),
+    "c3a": ({"options": {"block_size": 16}},),
+    "delora": ({"rank": 3},),
+    "fourierft": ({"options": {"n_frequency": 100}},),
+    "hira": ({"rank": 5},),
     "ia3": ({"options": {"feedforward_modules": "q_proj"}},),
     "loha": ({"rank": 3},),
+    "ln_tuning": ({"targets": ["input_layernorm"], "adapter_dtype": "bf16"},),
     "lokr": ({"rank": 3}, {"options": {"decompose_both": True}, "rank": 2}, {"options": {"decompose_factor": 4}}),
     "oft": (
         {"options": {"oft_block_size": 24}},
         {"options": {"r": 3, "oft_block_size": 0}},
         {"options": {"block_share": True}},
     ),
+    "miss": ({"rank": 5},),
+    "p_tuning": ({"targets": "default", "options": {"num_virtual_tokens": 5, "encoder_hidden_size": 12}},),
+    "prompt_tuning": ({"targets": "default", "options": {"num_virtual_tokens": 5}},),
+    "randlora": ({"rank": 5},),
+    "road": (
+        {"options": {"variant": "road_2", "group_size": 8}},
+        {"options": {"variant": "road_4", "group_size": 8}},
+    ),
+    "trainable_tokens": ({"targets": "default", "options": {"token_indices": [3, 5, 7]}},),
     "vera": ({"rank": 6},),
+}
+# Settings that a method does not run without, in models this small.
+NEEDED: dict[str, dict[str, Any]] = {
+    "p_tuning": {"options": {"num_virtual_tokens": 7}},
+    "prompt_tuning": {"options": {"num_virtual_tokens": 7}},
+    "c3a": {"options": {"block_size": 8}},
+    "ln_tuning": {"adapter_dtype": "bf16"},
+    "road": {"options": {"group_size": 8}},
+    "trainable_tokens": {"options": {"token_indices": [0, 2, 9]}},
 }
 
 
@@ -46,8 +70,12 @@ def peft_trains(model_type: str, **fields: Any) -> int:
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     method = Method.model_validate(fields)
     targets: Any = method.targets if isinstance(method.targets, str) else list(method.targets)
-    targets = None if targets == "default" else targets
-    wanted = adapter_config(method, model_type, target_modules=targets, task_type="CAUSAL_LM")
+    more = (
+        {}
+        if method.virtual_tokens or method.kind == "trainable_tokens"
+        else {"target_modules": None if targets == "default" else targets}
+    )
+    wanted = adapter_config(method, model_type, **more, task_type="CAUSAL_LM")
     return peft.get_peft_model(model, wanted).get_nb_trainable_parameters()[0]
 
 
@@ -55,12 +83,13 @@ def peft_trains(model_type: str, **fields: Any) -> int:
 @pytest.mark.parametrize("kind", sorted(PEFT_METHODS))
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_method_trains_as_many_parameters_as_in_peft(kind: str, model_type: str) -> None:
-    for targets in ("default", "all-linear"):
-        method: dict[str, Any] = {"kind": kind, "targets": targets}
-        if PEFT_METHODS[kind].rank:
+    row = PEFT_METHODS[kind]
+    for targets in ("default", "all-linear") if row.on == "linear" else ("default",):
+        method: dict[str, Any] = {"kind": kind, "targets": targets, **NEEDED.get(kind, {})}
+        if row.rank:
             method["rank"] = 4
-        row = PEFT_METHODS[kind]
-        if (model_type == "gpt2" and not row.conv1d) or (targets == "default" and model_type not in row.targets):
+        has_default = row.on in ("prompt", "tokens") or model_type in row.targets
+        if (model_type == "gpt2" and not row.conv1d) or (targets == "default" and not has_default):
             with pytest.raises(MemplanError, match=r"peft has no default|cannot wrap the Conv1D layers"):
                 estimate(run(model_type, **method))
             with pytest.raises((ValueError, TypeError)):
@@ -84,7 +113,7 @@ def test_methods_are_pefts() -> None:
     assert {*PEFT_METHODS} | LATER_METHODS == known
     assert not LATER_METHODS & {*PEFT_METHODS}
     assert {*PEFT_METHODS} == {*get_args(MethodKind)} - {"full", "freeze", "lora", "qlora", "dora", "qdora"}
-    assert {*LAYERS} <= {*PEFT_METHODS}
+    assert {*LAYERS, *UPDATES} == {kind for kind, row in PEFT_METHODS.items() if row.on == "linear"}
 
 
 @pytest.mark.parametrize("kind", sorted(PEFT_METHODS))
@@ -96,9 +125,10 @@ def test_defaults_are_pefts(kind: str) -> None:
     row = PEFT_METHODS[kind]
     if row.rank:
         assert theirs[row.r] == row.rank
-    assert all(theirs[name] == value for name, value in row.options.items())
+    assert all(theirs[name] in (value, dataclasses.MISSING) for name, value in row.options.items())
     assert all(name in theirs for name in (row.alpha, row.dropout) if name)
-    targets = getattr(constants, f"TRANSFORMERS_MODELS_TO_{kind.upper()}_TARGET_MODULES_MAPPING")
+    mapping = f"TRANSFORMERS_MODELS_TO_{kind.upper().replace('LN_', 'LN')}_TARGET_MODULES_MAPPING"
+    targets = getattr(constants, mapping) if row.on in ("linear", "norms") else {}
     for model_type, names in targets.items():
         if model_type in row.targets or (model_type in TINY and isinstance(names, list)):
             assert default_targets(kind, model_type) == tuple(names), model_type
@@ -133,6 +163,16 @@ REFUSED = [
         {"kind": "vera", "quantization": {"format": "gptq-int4"}},
         "peft has vera over nf4, fp4, int8 only, not gptq-int4",
     ),
+    ({"kind": "prompt_tuning"}, "num_virtual_tokens: must be given"),
+    ({"kind": "p_tuning", "options": {"num_virtual_tokens": 0}}, "must be a whole number above 0, not 0"),
+    ({"kind": "prompt_tuning", "targets": ["q_proj"], "options": {"num_virtual_tokens": 4}}, "adapts no linear layer"),
+    ({"kind": "c3a"}, "method.options.block_size: 256 does not divide the 64 features of self_attn.q_proj"),
+    ({"kind": "road", "options": {"variant": "road_3"}}, "unknown name 'road_3'; did you mean road_4"),
+    ({"kind": "fourierft", "options": {"n_frequency": 9999999}}, "9999999 is not among the"),
+    ({"kind": "trainable_tokens"}, "token_indices: must be given"),
+    ({"kind": "trainable_tokens", "options": {"token_indices": [1, 1]}}, "names a token twice"),
+    ({"kind": "lora", "options": {"trainable_token_indices": "1"}}, "must be numbers of tokens, not '1'"),
+    ({"kind": "ln_tuning"}, "copies of the norms are in fp32, and layers in bf16 cannot read their output"),
     ({"kind": "ia3", "targets": ["q_prj"]}, "unknown name 'q_prj'; did you mean q_proj"),
 ]
 
@@ -143,6 +183,20 @@ def test_settings_that_a_method_does_not_have_are_refused(method: dict[str, Any]
         estimate(run("qwen2", **method))
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def test_prompts_and_trained_tokens_are_of_decoders_with_one_table() -> None:
+    methods = (
+        {"kind": "prompt_tuning", "options": {"num_virtual_tokens": 4}},
+        {"kind": "lora", "options": {"trainable_token_indices": [1, 2]}},
+    )
+    for model in ("t5-base", "gemma-3n-e4b-text", "qwen2-vl-2b", "gemma-4-e2b"):
+        for method in methods:
+            with pytest.raises(MemplanError, match="are not supported yet"):
+                estimate(RunSpec(model=model, method=method))  # type: ignore[arg-type]
+    for fields in ({"kernels": {"loss": "chunked"}}, {"task": "generate"}):
+        with pytest.raises(MemplanError, match="not supported yet"):
+            estimate(RunSpec(model="qwen2-0.5b", method=methods[1], **fields))  # type: ignore[arg-type]
 
 
 def test_names_are_read_as_people_write_them() -> None:

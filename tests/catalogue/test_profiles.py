@@ -13,7 +13,7 @@ from benchmarks.accuracy import compared_with_trace
 from benchmarks.golden import rows
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.profiles.behaviour import PRINTED, LibraryBehaviour, RunDefaults
-from memplan.catalogue.profiles.engines import EngineBehaviour, EngineDefaults, engine_names
+from memplan.catalogue.profiles.engines import EngineBehaviour, EngineDefaults, engine_names, find_engine
 from memplan.catalogue.profiles.profile_table import WHEN, Profile, field_types, tables
 from memplan.catalogue.profiles.profiles import (
     PROFILES,
@@ -26,9 +26,10 @@ from memplan.cli.app import app
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
 from memplan.core.frozen import frozen
 from memplan.core.package_data import data_path
-from memplan.core.units import rounded
+from memplan.core.units import GIB, rounded
 from memplan.engine.walk import alive, size
 from memplan.program.graph import lower_training, operations_of
+from memplan.report.profiles import EXAMPLE, MAIN
 from memplan.resolve.decide import decide, fill_defaults
 from memplan.spec.run import NEWEST
 from tests.sampling import sampled
@@ -105,12 +106,36 @@ def test_no_profile_row_repeats_an_earlier_one() -> None:
         assert len(set(keys)) == len(keys), profile.name
 
 
-@pytest.mark.parametrize("name", ["transformers-4.47", "litgpt-2022", "trl-", "TRANSFORMERS-5", ""])
+@pytest.mark.parametrize(
+    ("name", "counted"),
+    [
+        ("trl-1.16", "trl-1.15"),
+        ("trl-1.14.2", "trl-1.13"),
+        ("trl-2.0", "trl-1.15"),
+        ("transformers-5.24", "transformers-5"),
+        ("transformers-5.3", "transformers-5.14"),
+        ("transformers-4.57", "transformers-4.51"),
+        ("unsloth-2026.3", "unsloth-2025"),
+        ("torchtune-0.6.1", "torchtune"),
+    ],
+)
+def test_a_version_is_counted_as_the_nearest_at_or_below_it(name: str, counted: str) -> None:
+    run = RunSpec(model="tinyllama-1.1b", profile=name)
+    answer = estimate(run)
+    same = estimate(RunSpec(model="tinyllama-1.1b", profile=counted))
+    assert (answer.bytes.allocated, answer.run) == (same.bytes.allocated, same.run)
+    assert answer.notes == (f"profile: {name} is counted as {counted}, the nearest version at or below it", *same.notes)
+    assert find_engine("vllm-0.20") is find_engine("vllm-0.11")
+
+
+@pytest.mark.parametrize(
+    "name", ["transformers-4.3", "litgpt-2022", "trl-", "trl-9.1", "unsloth-2026.13", "TRANSFORMERS-5", ""]
+)
 def test_an_unknown_profile_is_an_error_that_names_near_ones(name: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
         estimate(RunSpec(model="qwen2-0.5b", profile=name))
     assert caught.value.field == "profile"
-    assert "transformers-" in str(caught.value) or "litgpt-" in str(caught.value) or "trl-" in str(caught.value)
+    assert any(f"{framework}-" in str(caught.value) for framework in ("transformers", "litgpt", "trl", "unsloth"))
 
 
 def test_a_completed_run_has_the_same_loop_as_its_estimate() -> None:
@@ -450,7 +475,7 @@ def test_litgpt_has_no_other_families_than_its_own() -> None:
         ("transformers-4.48", "olmo2", "qwen3"),
         ("llamafactory-0.9", "gemma3_text", "gemma3n_text"),
         ("axolotl-0.12", "gemma3n_text", "gemma4_text"),
-        ("unsloth", "gemma2", "phi3"),
+        ("unsloth-2025", "gemma2", "phi3"),
     ],
 )
 def test_a_family_that_came_after_the_version_is_noted(profile: str, known: str, unknown: str) -> None:
@@ -518,22 +543,49 @@ def test_gptq_stores_half_a_byte_a_weight_and_numbers_a_group() -> None:
     assert by_name["mlp.up_proj.weight (g_idx)"].bytes == 4 * 4 * 512
 
 
+def printed(*arguments: str) -> str:
+    return CliRunner().invoke(app, ["profiles", *arguments]).output
+
+
 def test_the_command_lists_every_profile_and_what_it_sets() -> None:
-    text = CliRunner().invoke(app, ["profiles"]).output
-    facts = {row["name"]: row for row in json.loads(CliRunner().invoke(app, ["profiles", "--json"]).output)}
+    facts = {row["name"]: row for row in json.loads(printed("--json"))}
     assert list(facts) == [*NAMES, *engine_names()]
+    words = " ".join(printed("--all").split())
     for profile in PROFILES:
-        assert any(line.startswith(f"{profile.name} ") for line in text.splitlines())
+        assert f"{profile.name}: {profile.title}" in words
         for row in profile.rows:
-            assert PRINTED.get(row.field, row.field) in text
-            assert row.source in text
-        printed = [{**row._asdict(), "field": PRINTED.get(row.field, row.field)} for row in profile.rows]
-        assert facts[profile.name]["rows"] == json.loads(json.dumps(printed))
-        for wait in profile.waits:
-            assert wait in text
-    found = CliRunner().invoke(app, ["profiles", "litgpt"]).output
+            assert MAIN.get(row.field, row.field.rpartition(".")[2].replace("_", " ")).split()[0] in words
+        rows = [{**row._asdict(), "field": PRINTED.get(row.field, row.field)} for row in profile.rows]
+        assert facts[profile.name]["rows"] == json.loads(json.dumps(rows))
+    found = printed("litgpt")
     assert "litgpt-2023" in found
     assert "torchtune" not in found
+
+
+def test_a_list_of_profiles_has_a_line_for_each_with_an_example() -> None:
+    text = printed()
+    for profile in PROFILES:
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{profile.name} "))
+        example = RunSpec.model_validate({**EXAMPLE, "profile": profile.name})
+        assert line.split()[-1] == f"{estimate(example).bytes.allocated / GIB:.2f}"
+    assert all(len(line) <= 100 for line in text.splitlines())
+
+
+@pytest.mark.parametrize("arguments", [("trl-1",), ("unsloth",), ("vllm",), ("--all",)])
+def test_settings_are_shown_in_plain_words_and_a_hundred_columns(arguments: tuple[str, ...]) -> None:
+    text = printed(*arguments)
+    assert all(len(line) <= 100 for line in text.splitlines())
+    assert not any(name in text.split() for name in ("lingers", "wiggle", "by_name", "whole_rotary", "one_mask"))
+
+
+def test_a_setting_shows_what_it_changes_against_the_base_profile() -> None:
+    """TRL 1.6's loss against that of the profile it is like, TRL 1.15: the rest of the two is the same."""
+    sizes = {
+        name: estimate(RunSpec.model_validate({**EXAMPLE, "profile": name})).bytes.allocated
+        for name in ("trl-1.6", "trl-1.15")
+    }
+    (line,) = (line for line in printed("trl-1.6").splitlines() if line.startswith("loss "))
+    assert line.split()[-1] == f"{(sizes['trl-1.6'] - sizes['trl-1.15']) / GIB:+.2f}"
 
 
 @pytest.mark.parametrize("row", TRACED, ids=lambda row: row["name"])

@@ -369,6 +369,10 @@ BAD_SPECS = {
     "a huge file": ("#" * (2**20 + 1), "larger than 1 MiB"),
     "code": ('model: !!python/object/apply:os.system ["true"]', "not YAML"),
     "no YAML": ("model: [qwen2-7b", "not YAML"),
+    "no whole number": ('model: !!int ""', "its tag does not allow"),
+    "no truth value": ("model: !!bool abc", "its tag does not allow"),
+    "no timestamp": ("model: !!timestamp abc", "its tag does not allow"),
+    "a format that is a mapping": ("{model: qwen2-7b, method: {quantization: {format: {a: 1}}}}", "format: unknown"),
     "an impossible date": ("model: 2001-99-99", "month must be in 1..12"),
     "a date": ("model: 2001-01-01", "that JSON cannot represent"),
     "a set": ("model: {config: {a: !!set {x}}}", "that JSON cannot represent"),
@@ -398,7 +402,7 @@ BAD_SPECS = {
     "no value": ("model: qwen2-7b\nmethod:", "method: must be a name or a mapping, not null"),
     "a word for targets": (
         "model: qwen2-7b\nmethod: {kind: lora, targets: q_proj}",
-        "method.targets: must be all-linear or default or a list of names, not 'q_proj'",
+        "method.targets: the regular expression 'q_proj' matches no layer",
     ),
     "a number for a target": (
         "model: qwen2-7b\nmethod: {kind: lora, targets: [1]}",
@@ -528,9 +532,9 @@ MISTAKES = {
     "qwen2-7b --method lora --quant-format nf4": ("method.quantization (--quant-format)", "use qlora"),
     "qwen2-7b --method qlora --quant-format int8 --double-quant": ("double_quant (--double-quant)", "int8"),
     "qwen2-7b --method lora --targets all_linear": ("method.targets (--targets)", "did you mean all-linear"),
-    "qwen2-7b --method hira": ("method.kind (--method)", "'hira' is not supported yet"),
+    "qwen2-7b --method shira": ("method.kind (--method)", "'shira' is not supported yet"),
     "qwen2-7b --method forward --loss fused": ("kernels.loss (--loss)", "task forward has no loss"),
-    "qwen2-7b --profile transformers-4.47": ("profile (--profile)", "did you mean transformers-4.48"),
+    "qwen2-7b --profile transformers-4.2": ("profile (--profile)", "did you mean transformers-4.35"),
     "qwen2-7b --precision bf16 --dtype fp16": ("precision (--precision)", "differ"),
     "qwen2-7b --optimizer adamw": ("optimizer.name (--optimizer)", "adamw_torch"),
     "qwen2-7b --tp 99999999999999999999": ("parallelism.tp (--tp)", "at most"),
@@ -881,6 +885,58 @@ def test_a_frameworks_file_is_a_run(memplan_: Memplan, tmp_path: Path) -> None:
     assert memplan_("plan", str(file), "--gpu", "3090").out.startswith("axolotl.yml: Axolotl 0.21, by ")
 
 
+def test_each_value_is_explained_by_what_it_changes(memplan_: Memplan, tmp_path: Path) -> None:
+    file = tmp_path / "axolotl.yml"
+    file.write_text("base_model: qwen2-0.5b\nmicro_batch_size: 2\nsequence_len: 1024\nbf16: true\n")
+    typed = (str(file), "--gpu", "3090", "--optimizer", "adamw_8bit")
+    rows = json.loads(memplan_("explain", *typed, "--json").out)
+    by_field = {row["field"]: row for row in rows}
+    sizes = [abs(row["bytes"]) for row in rows if row["bytes"] is not None]  # of a part's other fields there are none
+    assert sizes == sorted(sizes, reverse=True)
+
+    def used(*options: str) -> int:
+        return json.loads(memplan_(*typed, *options, "--json").out)["bytes"]["used"]
+
+    assert by_field["optimizer.name"]["why"] == "the command line"
+    assert by_field["optimizer.name"]["bytes"] == used() - used("--optimizer", "adamw_torch_fused")
+    assert by_field["batch.micro"]["why"] == "axolotl.yml:2 micro_batch_size"
+    plain = RunSpec(model="qwen2-0.5b")
+    assert by_field["batch.sequence"]["bytes"] == used() - used("--seq-len", str(plain.batch.sequence))
+    assert memplan_("explain", *typed, "--format", "csv").out.startswith("field,value,why,bytes\n")
+    table = memplan_("explain", *typed).out.partition("\n\n")[2]
+    for command in ((*typed,), ("plan", *typed), ("compare", "qwen2-0.5b", " ".join(typed[:1]), *typed[1:])):
+        ran = memplan_(*command, "--explain-run")
+        assert ran.out.endswith(table), command
+    assert "\nRun 2: axolotl.yml: Axolotl 0.21, by base_model and micro_batch_size\n\nfield " in ran.out
+
+
+def test_a_runs_own_file_is_explained_too(memplan_: Memplan, tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: qwen2-0.5b\nmethod: lora\ngpu: 3090\nbatch:\n  micro: 3\nprecision: amp\n")
+    rows = {row["field"]: row for row in json.loads(memplan_("explain", str(file), "--json").out)}
+    assert (rows["method.kind"]["value"], rows["method.kind"]["why"]) == ("lora", "run.yaml:2 method")
+    assert (rows["batch.micro"]["value"], rows["batch.micro"]["why"]) == (3, "run.yaml:5 batch.micro")
+    assert (rows["precision"]["value"], rows["gpu"]["why"]) == ("amp", "run.yaml:3 gpu")
+    assert rows["batch.micro"]["bytes"] > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("explain", "qwen2-0.5b"), "model: explain only applies to a run's file"),
+        (("explain", "FILE", "--gpu", "3090", "--gpu", "4090"), "gpu (--gpu): explain is for one card"),
+        (("explain", "FILE", "--format", "html"), "explain cannot write html; choose table, json or csv"),
+        (("compare", "qwen2-0.5b", "qwen2-1.5b", "--explain-run"), "--explain-run only applies to a run's file"),
+        (("compare", "FILE --explain-run", "qwen2-0.5b"), "--explain-run applies to the whole comparison"),
+        (("plan", "qwen2-0.5b", "--gpu", "3090", "--explain-run"), "--explain-run only applies to a run's file"),
+    ],
+)
+def test_only_a_file_is_explained(memplan_: Memplan, tmp_path: Path, words: tuple[str, ...], expected: str) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("model: qwen2-0.5b\n")
+    fails(memplan_(*(word.replace("FILE", str(file)) for word in words)), 2, expected)
+
+
 def test_a_key_that_is_not_understood_is_left_out(memplan_: Memplan, tmp_path: Path) -> None:
     file = tmp_path / "axolotl.yml"
     file.write_text("base_model: qwen2-0.5b\nmicro_batch_size: 1\nsequence_lne: 64\n")
@@ -897,3 +953,43 @@ def test_an_error_about_a_file_names_its_line(memplan_: Memplan, tmp_path: Path)
     fails(memplan_(str(file)), 2, "model: unknown name", "(axolotl.yml:1 base_model)")
     file.write_text("base_model: someone/no-such-model\nmicro_batch_size: 1\n")
     fails(memplan_(str(file)), 3, "model: no card", "(axolotl.yml:1 base_model)")
+
+
+# --- commands ---
+
+
+TRAINS = ("trl", "sft", "--model_name_or_path", "Qwen/Qwen2-0.5B", "--dataset_name", "mine", "--max_length")
+
+
+@pytest.mark.parametrize("before", [(), ("estimate",), ("plan",)], ids=" ".join)
+def test_a_command_after_two_dashes_is_the_run(memplan_: Memplan, before: tuple[str, ...]) -> None:
+    ran = memplan_(*before, "--gpu", "3090", "--batch-size", "2", "--", *TRAINS, "64")
+    assert ran.out.startswith("trl sft: TRL 1.16\n")
+    inner = run_of(memplan_("--json", "--batch-size", "2", "--", "HF_HOME=/tmp", *TRAINS, "64"))
+    assert inner["batch"] == {**inner["batch"], "micro": 2, "sequence": 64}
+
+
+def test_commands_are_compared(memplan_: Memplan) -> None:
+    ran = memplan_("compare", "qwen2-0.5b --seq-len 16", " ".join((*TRAINS, "32")), "--json", "--", *TRAINS, "64")
+    assert [answer["run"]["batch"]["sequence"] for answer in json.loads(ran.out)["answers"]] == [16, 32, 64]
+
+
+def test_a_command_that_is_not_read_is_one_line(memplan_: Memplan) -> None:
+    fails(memplan_("--", "trl", "dpo"), 2, "trl dpo is not supported yet; supported: trl sft")
+    fails(memplan_("--", "make", "all"), 2, "the command does not train or serve; accelerate launch, ")
+    fails(memplan_("--", *TRAINS, "long"), 2, "trl sft: max_length: must be a number, not 'long'")
+    fails(memplan_("--", *TRAINS[:2], "--max_length", "8"), 2, "trl sft names none; write memplan MODEL -- COMMAND")
+    assert memplan_("qwen2-0.5b", "--", *TRAINS[:2], "--max_length", "8").code == 0
+
+
+def test_scripts_and_servers_are_runs(memplan_: Memplan, tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("SFTTrainer(model='Qwen/Qwen2-0.5B', args=SFTConfig(max_length=64, optim=pick()))\n", "utf-8")
+    ran = memplan_(str(script), "--gpu", "3090", "--strict")
+    assert ran.out.startswith("train.py: TRL 1.16, by train.py:1 SFTTrainer\n")
+    assert ran.code == 4  # the optimizer cannot be told
+    server = ("vllm", "serve", "Qwen/Qwen2-0.5B", "--max-model-len", "4k")
+    ran = memplan_("compare", f"{script} --seq-len 32", "--json", "--", *server)
+    runs = [answer["run"] for answer in json.loads(ran.out)["answers"]]
+    assert [(run["task"], run["profile"]) for run in runs] == [("train", "trl-1.15"), ("generate", "vllm-0.33")]
+    assert "--explain-run" not in memplan_("--explain-run", "--gpu", "3090", "--", *server).err

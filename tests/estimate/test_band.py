@@ -89,3 +89,16 @@ def test_a_fused_cross_entropy_holds_a_copy_of_logits_missing_from_replays() -> 
     assert min(found) > 0.7
     assert max(found) < 2.05
     assert round(median(found)) == EXTRA_LOSS_COPIES
+
+
+def test_a_run_that_only_survives_by_releasing_segments_is_tight() -> None:
+    """Its tensors live on 7 % less than the card has, but with room to spare torch would reserve more than that."""
+    run = {"model": "smollm2-135m", "method": "lora", "batch": {"micro": 8}}
+    answer, roomy = estimate(RunSpec(**run, gpu="3060")), estimate(RunSpec(**run, gpu="a6000"))
+    assert answer.gpu is not None
+    context = roomy.bytes.used - roomy.bytes.reserved
+    sure = answer.gpu.usable * 1000 // (1000 + PREDICTION_BAND.high) - context
+    assert answer.bytes.allocated < sure < roomy.bytes.reserved
+    assert answer.walk.reserved(sure) is not None
+    assert answer.verdict.answer == "tight"
+    assert answer.band.low <= answer.gpu.usable < answer.band.high == roomy.band.high

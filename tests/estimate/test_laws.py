@@ -21,6 +21,7 @@ from memplan.core.arithmetic import ONE_RUN
 from memplan.core.errors import MemplanError
 from memplan.core.ir import Stack, operations, undefined_names
 from memplan.engine.walk import alive, bytes_at_each, largest, rows, size, values
+from memplan.estimate.training import least_bytes
 from memplan.models.configs.images import takes_images
 from memplan.models.model import ModelSpec
 from memplan.program.axes import run_axes
@@ -64,7 +65,7 @@ def runs(draw: st.DrawFn, kinds: tuple[str, ...] = KINDS) -> dict[str, Any]:
         method["quantization"] = {
             "format": draw(st.sampled_from(["nf4", "fp4", "int8"])),
             "double_quant": draw(st.booleans()),
-            "kbit_preparation": draw(st.sampled_from([True, False, "trl"])),
+            "kbit_preparation": draw(st.sampled_from([True, False, "trl", "axolotl", "axolotl-0.12"])),
         }
     precision = draw(PRECISION) if not kind.startswith("q") else draw(st.sampled_from(["pure", "fp16"]))
     kernels = draw(KERNELS)
@@ -291,6 +292,21 @@ def test_a_run_survives_json(run: dict[str, Any]) -> None:
     assert hash(again) == hash(spec)
     filled = answer(run).run
     assert estimate(filled).phases == answer(run).phases
+
+
+@laws
+@given(runs(), st.sampled_from(["none", "ddp", "zero1", "zero2", "zero3", "fsdp", "fsdp2"]), st.booleans())
+def test_the_bound_without_a_pass_is_never_more_than_the_peak(run: dict[str, Any], strategy: str, layers: bool) -> None:
+    """With gradients that are freed in backward or reduced in buckets, the weights alone."""
+    world = 1 if strategy == "none" else 4
+    run = {**run, "parallelism": {"world": world, "dp": world, "strategy": strategy}}
+    if layers:
+        run = {**run, "optimizer": {"name": "sgd", "in_backward": True}, "batch": {**run["batch"], "accumulation": 1}}
+    try:
+        peak = allocated(run)
+    except MemplanError:
+        return
+    assert 0 < least_bytes(decide(RunSpec(**run))) <= peak
 
 
 @laws

@@ -259,7 +259,7 @@ def test_answers_are_values() -> None:
         {"kernels": {"compile": "true"}},
         {"method": {"kind": "lora", "alpha": "16"}},
         {"method": {"kind": "lora", "dropout": True}},
-        {"method": {"kind": "lora", "targets": "q_proj"}},
+        {"method": {"kind": "lora", "targets": 3}},
         {"gpu": 3090},
         {"method": {"kind": "qlora", "quantization": {"block_size": 65}}},
     ],

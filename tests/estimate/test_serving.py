@@ -41,6 +41,7 @@ from memplan.program.serving.settings import ServingRanks, Settings
 from memplan.program.serving.sglang import static_fraction
 from memplan.program.stored.weights import stored_weights
 from memplan.report.schema import answer_model
+from memplan.report.wording import verdict as verdict_line
 from memplan.resolve.serving import resolve_serving
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import changed
@@ -307,6 +308,29 @@ def test_a_run_fits_if_its_requests_do() -> None:
     assert estimate(run_of("llama-3-8b", "vllm-0.33", "t4")).verdict.answer == "does not fit"
 
 
+def test_vllm_does_not_start_if_the_pool_cannot_hold_its_longest_request() -> None:
+    """64 layers of keys and values of 8 heads of 128 in bf16 are 256 KiB a token: 10 GiB for Qwen3's 40,960."""
+    answer = estimate(run_of("qwen3-32b", "vllm-0.33"))
+    assert answer.serving is not None
+    assert (answer.verdict.answer, answer.serving["needed"]) == ("does not start", (4608 // 16 + 1) * 2**22)
+    reason = answer.verdict.reason
+    assert reason is not None
+    assert "the model's max seq len (40960), (10.00 GiB KV cache is needed" in reason
+    assert reason in verdict_line(answer)
+    starting = int(reason.rpartition(" ")[2])
+    assert estimate(run_of("qwen3-32b", "vllm-0.33", serving={"max_model_len": starting})).verdict.answer == "fits"
+    longer = estimate(run_of("qwen3-32b", "vllm-0.33", serving={"max_model_len": starting + 16}))
+    assert longer.verdict.answer == "tight"
+    assert answer.band.high <= 80 * 2**30
+
+
+@pytest.mark.parametrize("profile", ["sglang", "tgi", "llama.cpp"])
+def test_other_engines_start_with_a_pool_smaller_than_their_longest_request(profile: str) -> None:
+    answer = estimate(run_of("llama-3.1-8b", profile, "4090"))
+    assert (answer.verdict.answer in ("fits", "tight"), answer.verdict.reason) == (True, None)
+    assert "reason" not in answer.verdict.as_dict()
+
+
 @pytest.mark.parametrize("profile", [engine.name for engine in ENGINES])
 def test_a_run_that_does_not_fit_names_the_card_size_it_needs(profile: str) -> None:
     """A card of just that size holds the requests at the same share, and one 1 % smaller does not."""
@@ -406,6 +430,17 @@ def test_deepseek_v4_reserves_room_for_gathered_keys() -> None:
             resolve_serving(changed(run, "serving", **bad))
     with pytest.raises(SpecError, match="not supported yet with sglang"):
         resolve_serving(run_of("deepseek-v4-flash", "sglang-0.5"))
+
+
+def test_llama_cpp_keeps_a_checkpoints_mxfp4_and_converts_its_fp8() -> None:
+    """24 layers of 32 experts with matrices of 2880 x 5760 and 2880 x 2880, in 4.25 bits instead of 16."""
+    published = estimate(run_of("gpt-oss-20b", "llama.cpp"))
+    converted = estimate(run_of("gpt-oss-20b", "llama.cpp", serving={"weights": "none"}))
+    assert published.serving is not None
+    assert converted.serving is not None
+    experts = 24 * 32 * 2880 * (5760 + 2880)
+    assert converted.serving["weights"] - published.serving["weights"] == experts * 2 - experts * 17 // 32
+    assert estimate(run_of("deepseek-v3", "llama.cpp")).run.serving.weights is None
 
 
 def test_llama_cpp_sizes_a_mixture_without_a_dense_width() -> None:
@@ -576,7 +611,7 @@ def test_a_model_card_states_its_checkpoints_format() -> None:
     assert found == said
     assert 0.50 < found / plain < 0.51
     assert estimate(run_of("llama-3-8b", "vllm-0.33")).run.serving.weights is None
-    assert estimate(run_of("gpt-oss-20b", "llama.cpp-2026")).run.serving.weights is None
+    assert estimate(run_of("gpt-oss-20b", "llama.cpp-2026")).run.serving.weights == "mxfp4"
     quantised = changed(run, "method", quantization={"format": "nf4"})
     assert estimate(quantised).run.serving.weights is None
 
@@ -913,7 +948,7 @@ def test_training_with_an_engine_and_unknown_engines_are_errors() -> None:
         with pytest.raises(SpecError, match="serving: only applies to serving engines"):
             estimate(RunSpec(model="llama-3-8b", task=task, serving={"block_size": 16}))  # type: ignore[arg-type]
     with pytest.raises(UnknownNameError, match=r"vllm-0\.33"):
-        estimate(RunSpec(model="llama-3-8b", profile="vllm-0.34"))
+        estimate(RunSpec(model="llama-3-8b", profile="vllm-2.0"))
     with pytest.raises(UnknownNameError):
         resolve_serving(RunSpec(model="llama-3-8b", task="generate", profile="transformers-5"))
     with pytest.raises(ValidationError):

@@ -73,6 +73,19 @@ RUNS: list[dict[str, Any]] = sampled(rows("traced_runs.jsonl"))
 SAVED: list[dict[str, Any]] = sampled(rows("traced_saved.jsonl"), 4)
 
 
+MISSES: list[dict[str, Any]] = rows("traced_misses.jsonl")
+
+
+@pytest.mark.parametrize("case", MISSES, ids=label)
+def test_what_an_estimate_once_missed_equals_its_trace(case: dict[str, Any]) -> None:
+    answer = trace_figures(case["run"])
+    assert answer.parameters.total == case["parameters"]
+    assert answer.parameters.trainable == case["trainable"]
+    compared = compared_with_trace(case)
+    assert compared.same
+    assert max(compared.peak, compared.phase) < 5e-4, compared
+
+
 PEFT: list[dict[str, Any]] = sampled(rows("traced_peft.jsonl"), 8)
 
 
@@ -89,7 +102,7 @@ def test_every_method_of_peft_equals_its_traces(case: dict[str, Any]) -> None:
 @ALL
 def test_every_method_of_peft_is_traced() -> None:
     kinds = {case["run"]["method"]["kind"] for case in PEFT}
-    assert kinds == {*PEFT_METHODS}
+    assert kinds == {*PEFT_METHODS, "lora", "qlora", "dora"}
     compared = [compared_with_trace(case) for case in PEFT]
     assert mean(c.peak for c in compared) < 5e-5
 

@@ -63,7 +63,7 @@ def methods(draw: st.DrawFn) -> dict[str, Any]:
         method["quantization"] = {
             "format": draw(st.sampled_from(["nf4", "fp4"])),
             "double_quant": draw(FLAGS),
-            "kbit_preparation": draw(st.sampled_from([True, False, "trl"])),
+            "kbit_preparation": draw(st.sampled_from([True, False, "trl", "axolotl", "axolotl-0.12"])),
         }
     return method
 

@@ -15,12 +15,14 @@ from hypothesis import strategies as st
 
 from memplan.cli.runs import runs_of
 from memplan.core.errors import MemplanError, SpecError
+from memplan.estimate.estimate import estimate
 from memplan.frameworks.axolotl import AXOLOTL
 from memplan.frameworks.change_table import change_lines
 from memplan.frameworks.llamafactory import LLAMAFACTORY
 from memplan.frameworks.reading.config import defaults_of
 from memplan.frameworks.reading.document import Document
-from memplan.frameworks.reading.run_file import FORMATS, RunFile, detect, read_run
+from memplan.frameworks.reading.run_file import RunFile, detect, read_run
+from memplan.frameworks.reading.signatures import SIGNATURES, format_named
 from memplan.frameworks.trl import TRL
 from memplan.spec.run import RunSpec
 
@@ -153,6 +155,13 @@ lora_target_modules: 'model.language_model.layers.[\d]+.(_checkpoint_wrapped_mod
         "method.targets": ["q_proj"],
         "kernels.fused": None,
     },
+    "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true": {"method.quantization.kbit_preparation": None},
+    "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true\nquantize_moe_experts: true": {
+        "method.quantization.kbit_preparation": False
+    },
+    "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true\nembeddings_skip_upcast: true": {
+        "method.quantization.kbit_preparation": "axolotl"
+    },
     "adapter: lora\nlora_target_linear: true\npeft_use_dora: true\nlora_modules_to_save: [lm_head]": {
         "method.kind": "dora",
         "method.modules_to_save": ["lm_head"],
@@ -281,6 +290,39 @@ def test_training_arguments_name_no_model(tmp_path: Path) -> None:
     assert (values(file)["batch.micro"], file.unread) == (4, ())
 
 
+# --- what a model does not have ---
+
+
+def test_targets_that_a_model_does_not_have_are_skipped(tmp_path: Path) -> None:
+    """peft refuses targets only if the model has none of them."""
+    path = tmp_path / "run.yaml"
+    config: dict[str, Any] = {"base_model": "glm-4.7-flash", "micro_batch_size": 1, "adapter": "lora"}
+    path.write_text(yaml.safe_dump({**config, "lora_target_modules": ["q_proj", "o_proj"]}))
+    [run] = runs_of({"model": str(path)})
+    alone = run.model_copy(update={"method": run.method.model_copy(update={"targets": ("o_proj",)})})
+    assert estimate(run).bytes == estimate(alone).bytes
+
+
+def test_flash_attention_by_another_name_is_not_refused(tmp_path: Path) -> None:
+    """transformers runs gpt-oss with flash attention that knows sinks, but not with flash_attention_2."""
+    text = "base_model: gpt-oss-20b\nmicro_batch_size: 1\nattn_implementation: "
+    file = read(tmp_path, f"{text}kernels-community/vllm-flash-attn3\n")
+    assert "kernels.attention" not in values(file)
+    assert file.notes == (
+        "attn_implementation (run.yaml:3): 'kernels-community/vllm-flash-attn3': sdpa is counted instead",
+    )
+    assert values(read(tmp_path, f"{text}flash_attention_2\n"))["kernels.attention"] == "flash_attention_2"
+    packed = "sample_packing: true\nsequence_len: 64\n"
+    found = values(
+        read(tmp_path, text.replace("_size: 1", "_size: 2") + "kernels-community/vllm-flash-attn3\n" + packed)
+    )
+    assert found["batch.sequence"] == 2 * 64
+    hybrid = f"base_model: gemma-4-31b\nmicro_batch_size: 2\ngemma4_hybrid_attn_impl: true\n{packed}"
+    file = read(tmp_path, hybrid)
+    assert file.notes == ("gemma4_hybrid_attn_impl (run.yaml:3): sdpa is counted in every layer",)
+    assert values(file)["batch.sequence"] == 2 * 64
+
+
 # --- files given along ---
 
 ACCELERATE: dict[str, Any] = {"compute_environment": "LOCAL_MACHINE", "num_processes": 4, "mixed_precision": "bf16"}
@@ -342,12 +384,64 @@ def test_a_typed_value_replaces_the_files_before_the_rules(tmp_path: Path) -> No
     assert (run.model, run.optimizer.name) == ("qwen2-0.5b", "sgd")
 
 
+# --- ms-swift ---
+
+SWIFT = """
+model: Qwen/Qwen2-7B
+tuner_type: lora
+max_length: 1024
+attn_impl: flash_attn
+packing: true
+per_device_train_batch_size: 3
+deepspeed: zero2
+ENV: {PYTORCH_CUDA_ALLOC_CONF: "expandable_segments:True", NPROC_PER_NODE: 2, MAX_PIXELS: 1003520}
+dataset: [mine]
+"""
+
+
+def test_an_ms_swift_file_is_the_run_that_it_starts(tmp_path: Path) -> None:
+    file = read(tmp_path, SWIFT)
+    found = values(file)
+    assert file.headline == "run.yaml: ms-swift 4.6, by model and tuner_type"
+    assert file.unread == ()
+    assert (found["method.kind"], found["method.rank"], found["method.targets"]) == ("lora", 8, "all-linear")
+    assert (found["batch.sequence"], found["batch.micro"]) == (3 * 1024, 1)
+    assert found["batch.accumulation"] == -(-16 // (3 * 2))
+    assert (found["parallelism.strategy"], found["parallelism.world"]) == ("zero2", 2)
+    assert found["parallelism.zero.reduce_bucket_size"] == 200_000_000
+    assert (found["precision.weights"], found["precision.master"]) == ("bf16", "fp32")
+    assert (found["kernels.reentrant"], found["loop.expandable_segments"]) == (True, True)
+    assert found["profile"] == "ms-swift-4.6"
+
+
+SWIFT_CASES: dict[str, dict[str, Any]] = {
+    "tuner_type: full\ntorch_dtype: float32": {"precision.weights": "fp32", "precision.compute": "fp16"},
+    "quant_method: bnb\nquant_bits: 4": {"method.kind": "qlora", "method.quantization.double_quant": True},
+    "train_type: lora\nuse_dora: true\nlora_dtype: bfloat16": {"method.kind": "dora", "method.adapter_dtype": "bf16"},
+    "tuner_type: lora\nENV: {NPROC_PER_NODE: 2}": {"parallelism.strategy": "ddp", "kernels.reentrant": False},
+    "tuner_type: full\nfsdp: fsdp2\nENV: {NPROC_PER_NODE: 4}": {"parallelism.strategy": "fsdp2"},
+    "tuner_type: lora\nsplit_dataset_ratio: 0.1": {"also.evaluation.micro": 1, "batch.sequence": 2048},
+    "tuner_type: lora\nsplit_dataset_ratio: 0.0\nuse_liger_kernel: true": {
+        "also.evaluation.micro": None,
+        "kernels.loss": "fused",
+    },
+    "tuner_type: lora\ntask_type: seq_cls\nnum_labels: 2": {"objective": "sequence_classification"},
+    "tuner_type: full\ndeepspeed: zero3_offload": {"parallelism.offload.parameters": True},
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), SWIFT_CASES.items())
+def test_keys_of_ms_swift_are_fields(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
+    found = values(read(tmp_path, f"model: Qwen/Qwen2-7B\n{text}\n"))
+    assert {field: found.get(field) for field in expected} == expected
+
+
 # --- detection ---
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", SIGNATURES)
 def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
-    model = FORMATS[name].model
+    model = format_named(name).model
     file = read(tmp_path, f"{model}: Qwen/Qwen2-7B\n", name)
     assert (file.framework, file.told) == (name, ())
 
@@ -367,9 +461,12 @@ REFUSED: dict[str, str] = {
     "model_name_or_path: a\ndataset_name: b\nload_in_4bit: true": "quantised weights train only under adapters",
     "distributed_type: FSDP": "is accelerate's config, without a model; add it to a run with --accelerate",
     "zero_optimization: {stage: 2}": "is deepspeed's config, without a model; add it to a run with --deepspeed",
-    "model: a\ntuner_type: lora": "run.yaml:2: tuner_type: ms-swift's files are not read yet",
-    "checkpoint_dir: a\nprecision: bf16-true": "LitGPT's files are not read yet",
-    "services: {a: b}": "is not a file of Axolotl, LLaMA-Factory, TRL, transformers, nor a run's",
+    "model: a\ntuner_type: lora\nmicro_batch_size: 1": "run.yaml:3: micro_batch_size: Megatron-SWIFT is not supported",
+    "model: a\ntuner_type: vera": "run.yaml:2: tuner_type: 'vera' is not supported; supported: lora, full",
+    "model: a\ntuner_type: lora\npacking: true": "run.yaml:3: packing: needs flash attention; set attn_impl",
+    "model: a\ntuner_type: full\nquant_method: bnb\nquant_bits: 4": "quantised weights train only under adapters",
+    "actor_rollout_ref: {model: a}": "run.yaml:1: actor_rollout_ref: verl's files are not read yet",
+    "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, torchtune, LitGPT, Unsloth, ",
     "base_model: a\nmodel_name_or_path: b\nmicro_batch_size: 1\ncutoff_len: 3": "",
 }
 
@@ -415,16 +512,16 @@ def suppress_errors(lines: list[str]) -> Iterator[None]:
         lines.append(str(error))
 
 
-@given(st.sampled_from(sorted(FORMATS)), st.dictionaries(KEYS, VALUES, max_size=12))
+@given(st.sampled_from(sorted(SIGNATURES)), st.dictionaries(KEYS, VALUES, max_size=12))
 def test_any_mapping_is_read_or_refused_in_one_line(framework: str, config: dict[str, Any]) -> None:
     from memplan.frameworks.reading import run_file
 
-    document = Document("run.yaml", None, {FORMATS[framework].model: "qwen2-7b", **config}, {})
+    document = Document("run.yaml", None, {format_named(framework).model: "qwen2-7b", **config}, {})
     lines: list[str] = []
     with suppress_errors(lines):
         detect(document)
     with suppress_errors(lines):
-        file = run_file.read_as(document, FORMATS[framework])
+        file = run_file.read_as(document, format_named(framework))
         assert json.loads(json.dumps([origin._asdict() for origin in file.origins]))
     assert not any("\n" in line for line in lines)
 

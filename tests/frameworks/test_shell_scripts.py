@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memplan.core.errors import SpecError
-from memplan.frameworks.reading.run_file import RunFile, read_run
+from memplan.frameworks.reading.run_file import RunFile, read_command, read_run
 from memplan.frameworks.reading.shell import launched
 
 FILES = {
@@ -54,6 +54,10 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"parallelism.world": 2, "batch.sequence": 128},
     ),
     "CUDA_VISIBLE_DEVICES=0,1,2 llamafactory-cli train factory.yaml": ("llamafactory", {"parallelism.world": 3}),
+    "NPROC_PER_NODE=4 NNODES=2 swift sft --model Qwen/Qwen2-7B --train_type lora --max_length 64 --deepspeed zero3": (
+        "ms-swift",
+        {"parallelism.world": 4 * 2, "parallelism.strategy": "zero3", "batch.sequence": 64},
+    ),
     "cd here && torchrun --standalone --nproc_per_node 4 --nnodes=2 train.py --model_name_or_path Qwen/Qwen2-7B "
     "--bf16 True --per_device_train_batch_size ${BS:-2}; echo done": (
         "transformers",
@@ -76,6 +80,70 @@ def test_a_script_is_the_run_that_it_starts(tmp_path: Path, script: str, expecte
     assert {field: found.get(field) for field in fields} == fields
 
 
+def test_a_command_that_is_typed_is_the_run_that_it_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(tmp_path, "trl sft --config trl.yaml")
+    monkeypatch.chdir(tmp_path)
+    file = read_command("CUDA_VISIBLE_DEVICES=0,1 llamafactory-cli train factory.yaml cutoff_len=128")
+    reasons = {origin.field: origin.why for origin in file.origins}
+    assert file.headline == "llamafactory-cli train: LLaMA-Factory 0.9.5"
+    assert file.fields["parallelism"]["world"] == 2
+    assert reasons["batch.sequence"] == "llamafactory-cli train --cutoff_len"
+    with pytest.raises(SpecError, match="trl dpo is not supported yet; supported: trl sft"):
+        read_command("trl dpo")
+
+
+INSIDE: dict[str, str] = {
+    "a shell": "bash -lc 'cd /work && trl sft --config trl.yaml --max_length 32'",
+    "a container": "docker run --gpus all -v /a:/b pytorch/pytorch:2.13 trl sft --config trl.yaml --max_length 32",
+    "a job step": "srun --ntasks=1 bash -c 'trl sft --config trl.yaml --max_length 32'",
+    "a wrapper": "nohup uv run trl sft --config trl.yaml --max_length 32 &",
+    "Slurm's variables": "#SBATCH --cpus-per-task=32\ntrl sft --config trl.yaml --max_length $SLURM_CPUS_PER_TASK",
+}
+
+
+@pytest.mark.parametrize("script", INSIDE.values(), ids=INSIDE.keys())
+def test_a_command_inside_another_is_read(tmp_path: Path, script: str) -> None:
+    assert read(tmp_path, script, "train.sbatch").fields["batch"]["sequence"] == 32
+
+
+def test_slurm_directives_say_how_many_gpus_train(tmp_path: Path) -> None:
+    script = (
+        "#!/bin/bash\n#SBATCH --nodes=2\n#SBATCH --gres=gpu:a100:4\n"
+        "srun torchrun --nnodes $SLURM_NNODES --nproc_per_node $SLURM_GPUS_ON_NODE sft.py --model_name_or_path a "
+        "--dataset_name b\n"
+    )
+    assert read(tmp_path, script, "train.sbatch").fields["parallelism"]["world"] == 2 * 4
+
+
+def test_a_number_of_processes_that_is_not_known_is_named(tmp_path: Path) -> None:
+    script = "torchrun --nproc_per_node $GPUS sft.py --model_name_or_path Qwen/Qwen2-7B --dataset_name mine"
+    file = read(tmp_path, f"set -x\n{script}\n")
+    assert file.notes == ("the number of processes (train.sh:2): $GPUS is not known here; add --gpus",)
+
+
+def test_gpus_without_processes_are_named(tmp_path: Path) -> None:
+    file = read(tmp_path, "CUDA_VISIBLE_DEVICES=0,1 swift sft --model Qwen/Qwen2-7B --max_length 64")
+    note = "several GPUs, and no number of processes: one is counted; add --gpus"
+    assert file.notes == (f"CUDA_VISIBLE_DEVICES (train.sh:1): {note}",)
+
+
+QUOTED = {
+    "over several lines": "bash -c '\ncd /work\ntrl sft --config trl.yaml --max_length 32\n'",
+    "after a here-document": "cat > a.txt <<'EOF'\nIt's \"open\nEOF\ntrl sft --config trl.yaml --max_length 32",
+    "after a comment": "# it's here\ntrl sft --config trl.yaml --max_length 32  # don't",
+}
+
+
+@pytest.mark.parametrize("script", QUOTED.values(), ids=QUOTED.keys())
+def test_quotes_and_here_documents_may_span_lines(tmp_path: Path, script: str) -> None:
+    assert read(tmp_path, script).fields["batch"]["sequence"] == 32
+
+
+def test_a_quote_that_is_never_closed_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SpecError, match=r"^train\.sh:1: a quote is not closed$"):
+        read(tmp_path, "echo 'a\n" + "b\n" * 10_000)
+
+
 def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
     file = read(tmp_path, "# a comment\ntrl sft --config trl.yaml --per_device_train_batch_size 3 --lora_r $RANK\n")
     reasons = {origin.field: origin.why for origin in file.origins}
@@ -85,10 +153,9 @@ def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
 
 
 REFUSED = {
-    "ls": "has no command that trains",
-    "": "has no command that trains",
-    "trl dpo --model_name_or_path a": "train.sh:1: trl_command: trl dpo is not supported yet",
-    "swift sft --model a": "train.sh:1: ms-swift's commands are not read yet",
+    "ls": "train.sh does not train or serve; accelerate launch, torchrun, deepspeed, ",
+    "": "train.sh does not train or serve",
+    "trl dpo --model_name_or_path a": "train.sh:1: trl dpo is not supported yet; supported: trl sft",
     "trl sft --config none.yaml": "there is no file 'none.yaml' next to train.sh or here",
     "trl sft 'unclosed": "train.sh:1: a quote is not closed",
     "trl sft --config trl.yaml --max_length long": "train.sh:1 --max_length: must be a number, not 'long'",
@@ -123,7 +190,7 @@ WORDS = [
 @given(st.lists(st.sampled_from(WORDS) | st.text(max_size=5), max_size=12))
 def test_any_text_is_a_command_or_refused(words: list[str]) -> None:
     try:
-        command = launched(" ".join(words), "train.sh")
+        command = launched(" ".join(words), "train.sh", {"trl": ("sft",), "axolotl.cli.train": ()})
     except SpecError:
         return
     assert command.line >= 1

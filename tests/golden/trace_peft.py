@@ -1,4 +1,4 @@
-"""Trace steps with peft's methods other than LoRA, and print rows for tests/estimate/test_traced_steps.py.
+"""Trace steps with peft's methods and LoRA's settings, and print rows for tests/estimate/test_traced_steps.py.
 
 python tests/golden/trace_peft.py [METHOD ...] >> tests/golden/traced_peft.jsonl
 
@@ -35,7 +35,12 @@ AUTOCAST = {"weights": "bf16", "compute": "bf16", "autocast": True}
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "adalora": ({"rank": 8, "dropout": 0.1},),
     "boft": ({"options": {"boft_block_size": 8}}, {"options": {"boft_block_size": 0, "boft_block_num": 4}}),
+    "c3a": ({"options": {"block_size": 64}},),
+    "delora": ({"rank": 4},),
+    "fourierft": ({"options": {"n_frequency": 300}},),
+    "hira": ({"rank": 8, "dropout": 0.1},),
     "ia3": ({"options": {"feedforward_modules": "q_proj"}},),
+    "ln_tuning": ({}, {"adapter_dtype": "bf16"}),
     "loha": ({"rank": 4},),
     "lokr": ({"rank": 64, "options": {"decompose_factor": 4}}, {"options": {"decompose_both": True}}),
     "oft": (
@@ -44,6 +49,15 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"options": {"block_share": True}},
         {"options": {"num_cayley_neumann_terms": 3}},
     ),
+    "miss": ({"rank": 24, "dropout": 0.1},),
+    "p_tuning": (
+        {"options": {"num_virtual_tokens": 20}},
+        {"options": {"num_virtual_tokens": 20, "encoder_hidden_size": 128}},
+    ),
+    "prompt_tuning": ({"options": {"num_virtual_tokens": 20}}, {"options": {"num_virtual_tokens": 33}}),
+    "randlora": ({"rank": 64, "dropout": 0.1},),
+    "road": ({"options": {"variant": "road_2"}}, {"options": {"variant": "road_4", "group_size": 32}}),
+    "trainable_tokens": ({"options": {"token_indices": [*range(9)]}}, {"options": {"token_indices": [1, 5]}}),
     "vera": ({"rank": 32, "dropout": 0.1},),
 }
 
@@ -64,10 +78,50 @@ def one(
     return name, RunSpec.model_validate(fields)
 
 
+def other_runs(kind: str, settings: tuple[dict[str, Any], ...]) -> Iterator[tuple[str, RunSpec]]:
+    """Yield runs of methods that adapt no linear layers, of which each has one of the `settings`."""
+    first = settings[0]
+    for i, model in enumerate(("qwen2", "gemma2", "llama", "gpt2")):
+        yield one(kind, model, precision=(AUTOCAST, FP32)[i % 2], **first)
+        yield one(kind, model, "full", precision=(FP32, AUTOCAST)[i % 2], **first)
+    for more in settings[1:]:
+        yield one(kind, **more)
+    yield one(kind, "qwen2", "full", AUTOCAST, quantization={"format": "nf4"}, **first)
+
+
+QV = ["q_proj", "v_proj"]
+# LoRA's settings that choose modules by their paths, or train biases.
+CHOSEN: tuple[dict[str, Any], ...] = (
+    {"targets": QV, "options": {"layers_to_transform": [1]}},
+    {"targets": [*QV, "down_proj"], "options": {"rank_pattern": {"q_proj": 64, "layers.1.mlp.down_proj": 4}}},
+    {"targets": r".*\.1\..*(q|k|v|up)_proj"},
+    {"targets": ["layers.0.self_attn.o_proj", "v_proj"]},
+    {"targets": "all-linear", "options": {"exclude_modules": ["o_proj"], "bias": "all"}},
+    {"targets": QV, "options": {"bias": "lora_only"}},
+    {"targets": QV, "options": {"trainable_token_indices": [1, 2, 3]}},
+)
+
+
+def lora_runs() -> Iterator[tuple[str, RunSpec]]:
+    for settings in CHOSEN:
+        yield one("lora", **settings)
+        yield one("lora", "gemma2", "full", AUTOCAST, **settings)
+    yield one("lora", "gpt_neox", targets=["query_key_value"], options={"bias": "all"})
+    for settings in CHOSEN[:3]:
+        yield one("qlora", checkpointing="full", **settings)
+        yield one("dora", **settings)
+
+
 def runs(kind: str) -> Iterator[tuple[str, RunSpec]]:
+    if kind == "lora":
+        yield from lora_runs()
+        return
     row = PEFT_METHODS[kind]
+    if row.on != "linear":
+        yield from other_runs(kind, SETTINGS[kind])
+        return
     yield one(kind)
-    yield one(kind, "llama", "full", targets="all-linear")
+    yield one(kind, "llama", "full", targets="all-linear" if kind != "c3a" else ["q_proj", "o_proj"])
     yield one(kind, "gemma2", precision=AUTOCAST)
     yield one(kind, precision=FP32)
     yield one(kind, adapter_dtype="bf16")
@@ -80,7 +134,7 @@ def runs(kind: str) -> Iterator[tuple[str, RunSpec]]:
 
 
 def main() -> None:
-    write([pair for kind in sys.argv[1:] or PEFT_METHODS for pair in runs(kind)])
+    write([pair for kind in sys.argv[1:] or (*PEFT_METHODS, "lora") for pair in runs(kind)])
 
 
 if __name__ == "__main__":

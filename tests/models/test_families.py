@@ -16,6 +16,7 @@ from memplan.models.configs import MODULES, families, family
 from memplan.models.configs.model_types import nearest_families
 from memplan.models.facts import Family
 from memplan.models.family_facts import CheckpointFacts, GenerationFacts
+from memplan.models.model import ModelSpec
 from tests.cases import each
 
 PACKAGE = Path(memplan.__file__).parent
@@ -25,6 +26,7 @@ ROOMS = ("models", "catalogue.families")  # what may name families: their rows a
 ELSEWHERE = {
     "catalogue.inference.engine_step": "mamba is a token mixer",
     "catalogue.quantization.gguf": "architectures of GGUF files",
+    "frameworks.reading.torchtitan": "torchtitan's modules",
     "frameworks.torchtitan": "torchtitan's modules",
     "probe.script": "what a trace gives a model that memplan's row does not have",
     "program.serving.llama_cpp": "mamba is a token mixer",
@@ -139,3 +141,20 @@ def test_the_nearest_families_share_a_stem_or_a_kind() -> None:
     assert nearest_families("zzz", ["vision-language"])
     with pytest.raises(UnsupportedModelError, match="did you mean qwen3"):
         memplan.estimate(memplan.RunSpec(model={"config": {"model_type": "qwen4"}}))
+
+
+def test_a_published_text_config_is_the_class_that_transformers_builds() -> None:
+    """MiniMax-M3's text config, whose lists of ones and zeros and activation its class in transformers rewrites."""
+    flags = {"sparse_attention_freq": [0, 1], "sparse_num_index_heads": 2, "sparse_index_dim": 64}
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    older = {"moe_layer_freq": [0, 1], "sparse_attention_config": flags, "hidden_act": "swigluoai"}
+    newer = {
+        "mlp_layer_types": ["dense", "sparse"],
+        "layer_types": ["full_attention", "minimax_m3_sparse"],
+        "index_n_heads": 2,
+        "index_head_dim": 64,
+        "hidden_act": "silu",
+    }
+    published = ModelSpec({"model_type": "minimax_m3", **sizes, **older})
+    built = ModelSpec({"model_type": "minimax_m3_vl_text", **sizes, **newer})
+    assert (published.model_type, published.layers, published.axes()) == (built.model_type, built.layers, built.axes())

@@ -130,7 +130,7 @@ def test_only_alternatives_of_the_engine_that_the_run_leaves_open_are_tried() ->
 
 @ALL
 def test_other_caches_of_transformers_fit_runs_the_default_does_not() -> None:
-    found = questions(run_of(profile="transformers-5", batch={"sequence": 30000}))
+    found = questions(run_of(profile="transformers-5", batch={"sequence": 27000}))
     assert [choice.name for choice in found.caches] == ["chunked prefill", "quantized, 4 bits", "offloaded"]
     assert not found.fits
     assert all(choice.fits for choice in found.caches)

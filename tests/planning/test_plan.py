@@ -17,7 +17,7 @@ from memplan.catalogue.profiles.costs import cost_of
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
 from memplan.core.units import GIB
 from memplan.estimate.answer import phase_peaks
-from memplan.estimate.demand import Demand
+from memplan.estimate.demand import MAY_FIT, Demand
 from memplan.models.cards import card_names, load_card
 from memplan.planning.advice import advise
 from memplan.planning.ladder import RUNGS, ladder
@@ -25,6 +25,7 @@ from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.offers import COUNTS, CardFilter, Offer, offers, parse_owned_cards
 from memplan.planning.plan import plan, time_of
 from memplan.planning.reach import AXES, _largest, frontier, largest_batch, largest_sequence, reach
+from memplan.planning.search import Trials, answer_with_one_lever
 from memplan.planning.step_time import cost, step_pace, work
 from memplan.spec.run import changed
 from memplan.spec.training import Evaluation
@@ -313,7 +314,8 @@ def test_the_largest_model_is_the_largest_of_those_that_fit() -> None:
 def test_ranks_that_divide_the_weights_hold_a_larger_model() -> None:
     alone_ = RunSpec(model="qwen2-0.5b", gpu="gtx-1070-ti")
     together = changed(alone_, "parallelism", world=64, dp=64, strategy="fsdp2")
-    size = [int(load_card(str(reach(run, "model").value)).card["parameters"]) for run in (alone_, together)]
+    held = [reach(run, "model", MAY_FIT).value for run in (alone_, together)]
+    size = [int(load_card(str(name)).card["parameters"]) for name in held]
     assert size[0] * 2 <= find_gpu("gtx-1070-ti").usable < size[1] * 2  # two bytes each
 
 
@@ -499,3 +501,17 @@ def test_a_pipeline_is_planned_though_levers_change_which_stage_is_the_worst() -
     assert before.keys() != after.keys()  # the first stage has no loss
     for effect in proposal.effects:
         assert effect.phases.keys() <= phase_peaks(effect.before).keys()
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_first_single_lever_is_the_same_without_the_bound(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunSpec(model="qwen2-7b", method=method, gpu="rtx-3060-12gb")
+    tried: list[Any] = []
+    monkeypatch.setattr(
+        Trials, "fits", lambda trials, levers, fits=Trials.fits: (tried.append(levers), fits(trials, levers))[1]
+    )
+    found = answer_with_one_lever(run)
+    estimated = len(tried)
+    monkeypatch.setattr(Trials, "may_fit", lambda *_: True)
+    assert found == answer_with_one_lever(run)
+    assert estimated < len(tried) - estimated

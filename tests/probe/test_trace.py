@@ -22,6 +22,7 @@ from memplan.probe.libraries import require
 from memplan.probe.run.trace import TracedRun, Tracer, traces
 from memplan.spec.training import Kernels
 from tests.tiny import TINY
+from tests.tiny_vision import TINY as TINY_VISION
 
 pytestmark = pytest.mark.torch
 pytest.importorskip("torch")
@@ -30,7 +31,7 @@ pytest.importorskip("bitsandbytes")
 
 def tiny(family: str, **parts: Any) -> RunSpec:
     """Return a run of the family's smallest config, with 2 sequences of 24 tokens by default."""
-    model = {"config": {"model_type": family, **TINY[family]}}
+    model = {"config": {"model_type": family, **(TINY.get(family) or TINY_VISION[family])}}
     return RunSpec(model=model, **{"batch": {"micro": 2, "sequence": 24}, **parts})
 
 
@@ -63,6 +64,8 @@ RUNS = {
     "int8": tiny("llama", method=INT8, kernels=PLAIN),
     "fused": tiny("llama", kernels={**PLAIN, "loss": "fused"}),
     "chunked": tiny("llama", kernels={**PLAIN, "loss": "chunked"}),
+    "chunks are held": tiny("llama", kernels={**PLAIN, "loss": "chunked"}, loop={"hold_outputs": "step"}),
+    "freeze": tiny("qwen2_vl", method={"kind": "freeze", "trainable_layers": 1}),
     "by tokens": tiny("llama", batch={"micro": 2, "sequence": 256}, kernels={**PLAIN, "loss": "chunked_lm_head"}),
     "last chunk of a token": tiny("gemma", batch={"sequence": 129}, kernels={**PLAIN, "loss": "chunked_lm_head"}),
     "recomputed chunks": tiny("llama", batch={"micro": 2, "sequence": 256}, kernels={**PLAIN, "loss": "chunked_nll"}),
@@ -90,6 +93,7 @@ NEAR = {
     "flash 2": 1536,
     "fused": 512,
     "chunked": 2048,
+    "chunks are held": 2048,
     "by tokens": 2 * 127 * TINY["llama"]["vocab_size"] * 2,
     "last chunk of a token": 512,
     "recomputed chunks": 3072,
@@ -345,10 +349,22 @@ REFUSED = [
     ({"parallelism": HOST, "optimizer": "adamw_8bit"}, SpecError, "parallelism.offload: adamw_8bit (optimizer.name)"),
     ({"parallelism": HOST, "loop": {"grad_scaler": True}}, SpecError, "loop.grad_scaler: a probe scales no losses"),
     ({"batch": {"new_tokens": 3}}, SpecError, "batch.new_tokens: only task generate makes new tokens"),
+    (
+        {"model": {"config": {"model_type": "kimi_k25", **TINY_VISION["kimi_k25"]}}, "batch": {"images": 1}},
+        SpecError,
+        "batch.images: images are not supported yet for kimi_k25",
+    ),
     ({"model": {"config": CHATGLM}}, ProbeError, "no class for causal language models of model_type 'chatglm'"),
     ({"method": {"kind": "lora", "targets": ["w_pack"]}}, ProbeError, "method.targets: peft refuses"),
     ({"model": {"config": {"model_type": "llama", "rope_parameters": 3}}}, ProbeError, "cannot build llama"),
 ]
+
+
+def test_a_float_that_json_cannot_represent_reaches_the_config_class(tracer: Tracer) -> None:
+    limit = {"time_step_limit": [0.0, {"__float__": "Infinity"}]}
+    model = {"config": {"model_type": "nemotron_h", **TINY["nemotron_h"], **limit}}
+    run = RunSpec(model=model, batch={"sequence": 24}, kernels={"attention": "eager"})
+    assert tracer.trace(run).parameters == estimate(run).parameters.total
 
 
 @pytest.mark.parametrize(("parts", "kind", "line"), REFUSED, ids=lambda value: str(value)[:40])

@@ -26,7 +26,7 @@ from memplan.core.units import GIB
 from memplan.estimate.answer import KINDS
 from memplan.planning.reach import cards_that_hold, largest_batch, largest_sequence
 from memplan.report import FORMATS, render, table
-from memplan.report.assumptions import assumptions
+from memplan.report.assumptions import assumptions, question
 from memplan.report.bar import bar
 from memplan.report.blocks import Block, Column, Facts, Notes, Table, Text
 from memplan.report.display import display, paragraph, plain
@@ -336,7 +336,8 @@ def test_explain_lists_the_ledger_and_its_sum(answer: Estimate) -> None:
 
 def test_several_gpus_are_a_row_each() -> None:
     answers = [FITS, REFUSED, NOTED]
-    lines = table.render(answers, to=Screen(100)).splitlines()
+    asked, blank, *lines = table.render(answers, to=Screen(100)).splitlines()
+    assert (asked, blank) == (question(answers[0]), "")
     for line, answer in zip(lines[1:4], answers, strict=True):
         assert line.startswith(f"{answer.run.gpu} ")
         assert f" {answer.verdict.answer} " in line
@@ -347,6 +348,31 @@ def test_several_gpus_are_a_row_each() -> None:
     assert f"The peak is {moment(FITS)}." in table.render([FITS, NOTED], to=Screen(100))
     assert help_line(REFUSED) in " ".join(" ".join(lines).split())
     assert [n for n in NOTED.notes if n not in " ".join(" ".join(lines).split())] == []
+
+
+def test_the_second_line_says_what_was_asked() -> None:
+    def second(**fields: Any) -> str:
+        return table.render([estimate(RunSpec.model_validate(fields))], to=Screen(120)).splitlines()[1]
+
+    lora = {"kind": "lora", "rank": 8}
+    assert second(model="qwen2-0.5b", method=lora, batch={"micro": 2, "accumulation": 4}) == (
+        "LoRA of qwen2-0.5b, 2 sequences of 2,048 tokens, 4 passes a step, rank 8, adamw_torch_fused, transformers-5"
+    )
+    sharded = {"world": 2, "dp": 2, "strategy": "fsdp2"}
+    assert second(model="qwen2-0.5b", parallelism=sharded).endswith(
+        ", adamw_torch_fused, 2 GPUs (fsdp2), transformers-5"
+    )
+    assert second(model="qwen2-0.5b", task="generate", batch={"new_tokens": 5}) == (
+        "generation of qwen2-0.5b, 1 prompt of 2,048 tokens, 5 new tokens, transformers-5"
+    )
+    assert second(model="qwen2-0.5b", task="generate", profile="vllm", gpu="h100-sxm") == (
+        "serving qwen2-0.5b with vllm-0.33, 1 request of 2,304 tokens"
+    )
+
+
+def test_a_name_that_may_mean_other_cards_is_followed_by_them() -> None:
+    lines = table.render([estimate(RunSpec(model="qwen2-0.5b", gpu="4060ti"))], to=Screen(100)).splitlines()
+    assert lines[2] == "4060ti may also mean rtx-4060-ti-16gb"
 
 
 def test_without_a_gpu_every_card_that_holds_it_is_named() -> None:
@@ -527,7 +553,8 @@ def test_the_json_report_equals_the_librarys_dump(answer: Estimate) -> None:
 def test_a_real_answer_matches_the_schema_without_extra_fields(answer: Estimate) -> None:
     dumped = json.loads(render("json", [answer]))
     read = answer_model().model_validate_json(render("json", [answer]))
-    assert read.model_dump(mode="json") == {**dumped, "origins": None}
+    verdict = {"reason": None, **dumped["verdict"]}
+    assert read.model_dump(mode="json") == {**dumped, "origins": None, "verdict": verdict}
     conforms(dumped, answer_schema(), answer_schema())
 
 

@@ -34,8 +34,7 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
         "method.quantization.block_size",
     ),
     ({"method": {"kind": "qlora", "quantization": {"storage": "bf16"}}}, "method.quantization.storage"),
-    ({"method": {"kind": "lora", "options": {"bias": "all"}}}, "method.options.bias"),
-    ({"method": {"kind": "lora", "targets": ["model.layers.0.self_attn.q_proj"]}}, "method.targets"),
+    ({"method": {"kind": "dora", "options": {"bias": "all"}}}, "method.options.bias"),
     ({"method": {"kind": "lora", "modules_to_save": ["layers.3.mlp.up_proj"]}}, "method.modules_to_save"),
     ({"parallelism": {"world": 2, "tp": 2}, "method": "dora"}, "method.kind"),
     ({"parallelism": {"offload": {"parameters": True}}}, "parallelism.offload"),
@@ -217,3 +216,22 @@ def test_a_loss_in_chunks_of_the_head_is_refused_under_autocast() -> None:
     error = refused(kernels={"loss": "chunked_lm_head"}, precision={"autocast": True})
     assert error.field == "kernels.loss"
     assert "autocast" in str(error)
+
+
+@pytest.mark.parametrize("task", ["generate", "forward"])
+def test_a_task_without_a_loss_refuses_any_but_the_default(task: str) -> None:
+    def run(**fields: Any) -> RunSpec:
+        return RunSpec(model="qwen2-0.5b", task=task, **fields)  # type: ignore[arg-type]
+
+    assert estimate(run(kernels={"loss": "hf"})).bytes == estimate(run()).bytes
+    for fields in ({"kernels": {"loss": "fused"}}, {"kernels": {"loss": "hf"}, "profile": "trl-1.15"}):
+        with pytest.raises(MemplanError, match=f"task {task} has no loss"):
+            estimate(run(**fields))
+
+
+def test_a_storage_of_null_is_the_default() -> None:
+    method = {"kind": "qlora", "quantization": {"storage": None}}
+    assert RunSpec.model_validate({"model": "qwen2-0.5b", "method": method}) == RunSpec(
+        model="qwen2-0.5b",
+        method="qlora",  # type: ignore[arg-type]
+    )

@@ -59,38 +59,37 @@ def qwen3_tower(m: ModelSpec, wiring: Wiring) -> Tower:
     count = len(tuple(run_lengths(size(m, "depth"), deep)))
     runs = [Run((block,), "vL1")]
     for i in range(1, count):
-        name = f"visual.deepstack_merger_list.{i - 1}"
-        runs.append(
-            Run(
-                (block,),
-                f"vL{i + 1}",
-                (*_deepstack_merger(name, i - 1), ops.cast("stream", "x", "stream", shape, "=x")),
-            )
-        )
+        merged = _deepstack_merger(m, i - 1)
+        runs.append(Run((block,), f"vL{i + 1}", (*merged, ops.cast("stream", "x", "stream", shape, "=x"))))
     normed = t.norm("visual.merger.norm", "x", "features.normed", shape, "vh", "projector")
     last = max(deep, default=-1) == size(m, "depth") - 1
-    tail = (*(_deepstack_merger(f"visual.deepstack_merger_list.{len(deep) - 1}", len(deep) - 1) if last else ()),)
+    tail = _deepstack_merger(m, len(deep) - 1) if last else ()
     merged = merger("visual.merger", "x", "features", layers, normed)
     more = tuple(f"deep{i}" for i in range(len(deep)))
     after = (*qwen_after((*tail, *merged), *more), ops.release_names("v.corners", "v.weights", "v.position"))
     return Tower(qwen_inputs(), before, tuple(runs), after)
 
 
-def _deepstack_merger(name: str, i: int) -> tuple[Op, ...]:
-    """Merge the output of the `i`th deepstack block. The norm is over merged patches here."""
+def _deepstack_merger(m: ModelSpec, i: int) -> tuple[Op, ...]:
+    """Merge the output of the `i`th deepstack block. The norm is over merged patches here.
+
+    Without a layer to add it to, the output gets no gradient.
+    """
+    name = f"visual.deepstack_merger_list.{i}"
     normed = (
         ops.view(f"{name}.shuffle", "x", f"deep{i}.shuffled", "b merged vm"),
         *t.norm(f"{name}.norm", f"deep{i}.shuffled", f"deep{i}.normed", "b merged vm", "vm", "projector"),
     )
-    return merger(name, "x", f"deep{i}", ("linear_fc1", "linear_fc2"), normed)
+    merged = merger(name, "x", f"deep{i}", ("linear_fc1", "linear_fc2"), normed)
+    return merged if i < m.num_hidden_layers else tuple(op._replace(gradient="none") for op in merged)
 
 
 def with_deepstack(m: ModelSpec, stack: Stack) -> Stack:
     """Add a deepstack block's merged output to the image tokens after each of the first decoder layers.
 
-    Hidden states are copied, and rows of the copy are replaced.
+    Hidden states are copied, and rows of the copy are replaced. Blocks beyond the last layer are not added.
     """
-    (run,), deep = stack.runs, range(len(deepstack(m)))
+    (run,), deep = stack.runs, range(min(len(deepstack(m)), m.num_hidden_layers))
     if not deep:
         return stack
     joints = tuple(
@@ -118,12 +117,13 @@ def with_deepstack(m: ModelSpec, stack: Stack) -> Stack:
         )
         for i in deep
     )
-    runs = (
-        Run(run.blocks, "one"),
-        *(Run(run.blocks, "one", joint) for joint in joints[:-1]),
-        Run(run.blocks, "after", joints[-1]),
-    )
-    return stack._replace(runs=runs)
+    runs = (Run(run.blocks, "one"), *(Run(run.blocks, "one", joint) for joint in joints[:-1]))
+    if len(deep) < m.num_hidden_layers:
+        return stack._replace(runs=(*runs, Run(run.blocks, "after", joints[-1])))
+    *joint, to_stream = joints[-1]
+    (last,) = to_stream.reads
+    rest = (ops.renamed(op, lambda name: last if name == "x" else name) for op in stack.after)
+    return stack._replace(runs=runs, after=(*joint, *rest))
 
 
 def _deepstack_features(m: ModelSpec) -> tuple[Op, ...]:

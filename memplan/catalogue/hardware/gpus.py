@@ -12,7 +12,7 @@ torch print. Bytes are integers; `memory_gb` is the marketed size.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from functools import cache, lru_cache
 
 from memplan.catalogue.hardware.gpu import GPU
@@ -36,7 +36,8 @@ def find_gpu(text: str) -> GPU:
 
     If several cards match, returns the one with that name as an alias (`a100` is the 80 GB SXM4 card, `v100` the 16 GB
     SXM2 card, `a800` the 80 GB SXM4 card, `h100` the SXM5 card), else the first in the table, which lists smaller
-    memory first. `ambiguous_with` returns the others.
+    memory first. A size alone, as in "24gb", means the NVIDIA card of that size with the least usable memory: what fits
+    there fits on the others. `ambiguous_with` returns the others.
 
     Raises UnknownNameError, with the nearest ids, if no card matches.
     """
@@ -239,6 +240,7 @@ def _matches(text: str, cards: tuple[CardNames, ...]) -> Iterator[GPU]:
     index = _index(cards)
     words, size, vendors = _parse(text)
     if not words:
+        yield from sorted(_of_size(size, vendors or {"NVIDIA"}), key=lambda gpu: gpu.driver_total)
         return
     matches = list(_sized(index.loose.get(words, ()), size))
     if not matches and size is None:
@@ -253,6 +255,11 @@ def _matches(text: str, cards: tuple[CardNames, ...]) -> Iterator[GPU]:
     for gpu in ranked:
         if not vendors or gpu.vendor in vendors:
             yield gpu
+
+
+def _of_size(size: int | None, vendors: Container[str]) -> Iterator[GPU]:
+    """Yield the vendors' cards of a memory size, if there is one."""
+    return (gpu for gpu in all_gpus() if gpu.vendor in vendors and gpu.memory_gb == size and gpu.devices == 1)
 
 
 def _sized(cards: Iterable[str], size: int | None) -> Iterator[GPU]:

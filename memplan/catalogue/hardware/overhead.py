@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 
 from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
@@ -32,6 +33,7 @@ _CUBLAS = "torch 2.13 aten/src/ATen/cuda/CublasHandlePool.cpp; two handles of 8,
 _WORKSPACE, _WORKSPACE_HOPPER = 8_519_680, 32 * MIB
 
 
+@cache
 def cublas_workspace(capability: tuple[int, int] | None) -> Overhead:
     """One handle's workspace. Hopper and later data-centre GPUs take 32 MiB (read in the source, not measured)."""
     if capability and capability[0] in (9, 10):

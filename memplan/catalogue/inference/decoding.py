@@ -22,7 +22,8 @@ from memplan.catalogue.inference import offloaded_caches, quantized_caches
 from memplan.catalogue.inference.next_token import GENERATE, OF_PART, looked_up, named_before, next_token
 from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import ops
-from memplan.core.ir import Block, Op, Run, Stack, Tensor, outside
+from memplan.catalogue.kernels.rewriting import once_each
+from memplan.core.ir import Op, Run, Stack, Tensor, outside
 
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_even", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
 
@@ -38,12 +39,16 @@ def inference(stack: Stack, now: Pass) -> Stack:
     now = now._replace(reads_capacity=now.reads_capacity or any(op.name == "mask" for op in stack.before))
     stack = _with_decoder_ids(stack)
 
-    def changed(block: Block) -> Block:
-        block_ops = tuple(batched(block.ops)) if now.batches else block.ops
-        return block._replace(ops=tuple(_without_grad(_cached(block_ops, now))))
+    @once_each
+    def changed(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+        return tuple(_without_grad(_cached(tuple(batched(operations)) if now.batches else operations, now)))
 
     runs = tuple(
-        Run(tuple(map(changed, run.blocks)), run.times, tuple(_without_grad(_masked(run.before, now))))
+        Run(
+            tuple(b._replace(ops=changed(b.ops)) for b in run.blocks),
+            run.times,
+            tuple(_without_grad(_masked(run.before, now))),
+        )
         for run in stack.runs
     )
     before = tuple(_without_mask(_inputs(op, now), now) for op in _without_grad(_masked(stack.before, now)))
@@ -73,12 +78,9 @@ def evaluation(stack: Stack, now: Pass) -> Stack:
 
     The model's outputs live until its caller has received them.
     """
+    changed = once_each(lambda operations: tuple(_without_grad(_cached(operations, now))))
     runs = tuple(
-        Run(
-            tuple(b._replace(ops=tuple(_without_grad(_cached(b.ops, now)))) for b in run.blocks),
-            run.times,
-            tuple(_without_grad(run.before)),
-        )
+        Run(tuple(b._replace(ops=changed(b.ops)) for b in run.blocks), run.times, tuple(_without_grad(run.before)))
         for run in stack.runs
     )
     tail = (*stack.after, *stack.loss)
@@ -103,7 +105,7 @@ def returned_by(stack: Stack, wide: bool) -> Tensor | None:
 
 def _without_grad(operations: Iterable[Op]) -> Iterator[Op]:
     """Mark the operations as not requiring gradients."""
-    return (op._replace(requires_gradient=False) for op in operations)
+    return (op._replace(requires_gradient=False) if op.requires_gradient else op for op in operations)
 
 
 def _with_decoder_ids(stack: Stack) -> Stack:

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.trl_losses import chunked_nll, tiled_lm_head
+from memplan.catalogue.kernels.trl_losses import TRL_LOSSES, chunked_nll, tiled_lm_head
+from memplan.catalogue.kernels.unsloth_loss import fused_chunks
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 
 _CHUNKS = 8  # torchtune 0.6 CEWithChunkedOutputLoss: num_output_chunks
 CHUNK = 128  # tokens of each sequence; litgpt 0.5 lm_head_chunk_size
 SINGLE_CHUNK = CHUNK + 1  # the last token predicts nothing, so a second chunk of it alone has no backward
+
+
+READ_MATRIX = (*TRL_LOSSES, "fused_chunks")  # values of `kernels.loss` that read the head's own matrix
 
 
 def attach(
@@ -34,6 +38,7 @@ def attach(
     chunked_nll       TRL 1.13 and 1.14: chunks of 256 tokens, which backward computes again
     chunked_nll_fp32  TRL 1.6 to 1.12: the same, but each chunk casts the head to fp32
     tiled_lm_head     TRL 1.15 and later: tiles of logits, folded into a few numbers per token
+    fused_chunks      Unsloth 2026: logits in fp32, by chunk or tile, and their gradients in forward
 
     hold_outputs    the script's variable keeps the logits through backward
     autocast        the compute dtype, or None
@@ -49,7 +54,7 @@ def attach(
     body, head = stack.after[:start], stack.after[start:]
     released = {op for op in head if op.name == "return" and "n" in op.reads}  # the loss's frame does not reference it
     head = tuple(op for op in head if op not in released)
-    holds = hold_outputs or (loss == "chunked_lm_head" and not converts)
+    holds = not converts and (hold_outputs or loss == "chunked_lm_head")
     if holds and not (loss == "hf" and logits == "model"):
         head = tuple(_held(op) if op is _last_writer(head) else op for op in head)
     last = _last_writer(head).writes[0].name
@@ -58,7 +63,8 @@ def attach(
             loss_ops = cross_entropy(last, logits, single, fused, holds)
             loss_ops = tuple(_without(op, "n") for op in loss_ops) if released else loss_ops
             head = (*head, *released)
-            return stack._replace(after=(*body, *head), loss=(*loss_ops, *((_converted(last),) if converts else ())))
+            outputs = (_converted(last, hold_outputs),) if converts else ()
+            return stack._replace(after=(*body, *head), loss=(*loss_ops, *outputs))
         case "chunked":
             return stack._replace(after=body, loss=tuple(_chunked(head)))
         case "chunked_lm_head":
@@ -73,8 +79,9 @@ def attach(
             matrix, unused = _matrix_and_bias(head)  # a bias, which Liger ignores
             body = (*body, Op("loss.unused", weights=unused, gradient="none")) if unused else body
             return stack._replace(after=body, loss=_fused(matrix, autocast, adds_in_place, logits != "padded", single))
-        case "tiled_lm_head":
-            return stack._replace(after=body, loss=tiled_lm_head(*_matrix_and_bias(head), autocast))
+        case "tiled_lm_head" | "fused_chunks":
+            write = tiled_lm_head if loss == "tiled_lm_head" else fused_chunks
+            return stack._replace(after=body, loss=write(*_matrix_and_bias(head), autocast))
         case "chunked_nll" | "chunked_nll_fp32":
             matrix, bias = _matrix_and_bias(head)
             return stack._replace(
@@ -100,8 +107,9 @@ def _with_class_loss(stack: Stack, hold_outputs: bool, converts: bool) -> Stack:
     logits = next((t for op in stack.after for t in op.writes if t.name == "logits"), None)
     if logits is None:
         return stack
-    after = tuple(_held(op) if hold_outputs and logits in op.writes else op for op in stack.after)
-    outputs = (_converted("logits", logits.shape),) if converts else ()
+    holds = hold_outputs and not converts
+    after = tuple(_held(op) if holds and logits in op.writes else op for op in stack.after)
+    outputs = (_converted("logits", hold_outputs, logits.shape),) if converts else ()
     return stack._replace(after=after, loss=(*stack.loss, *outputs))
 
 
@@ -201,10 +209,16 @@ def _vocabulary_parallel(loss: str, logits: str, log_probs: str, targets: str, s
     )
 
 
-def _converted(logits: str, shape: str = "b s v") -> Op:
-    """Cast the outputs to fp32, logits included, as accelerate does under autocast before returning them."""
+def _converted(logits: str, holds: bool, shape: str = "b s v") -> Op:
+    """Cast the outputs to fp32, logits included, as accelerate does under autocast before returning them.
+
+    The script then only has the cast: if it holds the outputs, it holds that.
+    """
     source = "accelerate 1.0 utils/operations.py ConvertOutputsToFp32"
-    return Op("loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, gradient="none", source=source)
+    outputs = Op(
+        "loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, gradient="none", source=source
+    )
+    return _held(outputs) if holds else outputs
 
 
 def _float(logits: str, source: str) -> Op:

@@ -27,6 +27,18 @@ def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...
 
     A list shared by several blocks is changed once.
     """
+    changed = once_each(change)
+    runs = tuple(
+        Run(tuple(b._replace(ops=changed(b.ops)) for b in r.blocks), r.times, change(r.before)) for r in stack.runs
+    )
+    return Stack(change(stack.before), runs, change(stack.after), change(stack.loss))
+
+
+def once_each(change: Callable[[tuple[Op, ...]], tuple[Op, ...]]) -> Callable[[tuple[Op, ...]], tuple[Op, ...]]:
+    """Return the change of a stack's lists, so that a list shared by several blocks is changed once and still shared.
+
+    The stack must exist as long as the returned function.
+    """
     rewritten: dict[int, tuple[Op, ...]] = {}
 
     def changed(operations: tuple[Op, ...]) -> tuple[Op, ...]:
@@ -34,10 +46,7 @@ def rewrite_lists(stack: Stack, change: Callable[[tuple[Op, ...]], tuple[Op, ...
             rewritten[id(operations)] = change(operations)
         return rewritten[id(operations)]
 
-    runs = tuple(
-        Run(tuple(b._replace(ops=changed(b.ops)) for b in r.blocks), r.times, change(r.before)) for r in stack.runs
-    )
-    return Stack(change(stack.before), runs, change(stack.after), change(stack.loss))
+    return changed
 
 
 def rewrite_weights(stack: Stack, change: Callable[[Weight], Weight]) -> Stack:

@@ -1,9 +1,11 @@
-"""LoRA as one autograd function over several layers: unsloth's, and fms-acceleration's copy of it with dropout.
+"""LoRA as one autograd function over several layers: unsloth's, and copies of it.
 
 q, k and v share one function, and so do the three layers of a gated MLP; the output projection has its own. Each base
 matrix is dequantised, used and freed; adapter matrices are cast to the input's dtype for every product. Backward keeps
-the input once for all layers and, with dropout, each adapter's dropped-out copy of it.
-Source: unsloth 2025.1 kernels/fast_lora.py, kernels/utils.py matmul_lora; fms-acceleration-foak 0.7 fused_ops.
+the input once for all layers and, with dropout, each adapter's dropped-out copy of it. unsloth writes the input's
+gradient over the input. Axolotl writes it into a new tensor, and keeps the adapters as cast.
+Source: unsloth 2025.1 and 2026.10 kernels/fast_lora.py, kernels/utils.py matmul_lora; axolotl 0.21 kernels/lora.py;
+fms-acceleration-foak 0.7 fused_ops, for dropout.
 """
 
 from __future__ import annotations
@@ -11,13 +13,31 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.methods.peft_layers import features
 from memplan.catalogue.quantization.quantization import absmax
-from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
+from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.core.records import NamedTuple
 
-_SOURCE = "unsloth 2025.1 kernels/fast_lora.py"
+_SOURCES = {
+    "unsloth": "unsloth 2025.1 kernels/fast_lora.py",
+    "unsloth-2026": "unsloth 2026.10.9 kernels/fast_lora.py",
+    "axolotl": "axolotl 0.21 kernels/lora.py",
+}
 _QKV, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
 _SWIGLU = "swiglu"
+
+
+class LoraFunctions(NamedTuple):
+    """How the functions are written.
+
+    library  unsloth (of 2025), unsloth-2026 or axolotl
+    compute  dtype of the products
+    dropout  whether the adapters have dropout
+    """
+
+    library: str
+    compute: str
+    dropout: bool
 
 
 class FusedLayer(NamedTuple):
@@ -39,17 +59,17 @@ class FusedLayer(NamedTuple):
 
 
 def fuse_lora(
-    operations: tuple[Op, ...], takes: Callable[[Op], bool], dtype: str, compute: str, dropout: bool
+    operations: tuple[Op, ...], takes: Callable[[Op], bool], dtype: str, how: LoraFunctions
 ) -> tuple[Op, ...]:
     """Return the operations with adapted layers replaced by fused functions wherever one exists.
 
     takes    whether an operation gets an adapter
     dtype    dtype of the adapters
-    compute  dtype of the products
     """
     modules: dict[str, dict[str, FusedLayer]] = {}
     for op in operations:
-        if takes(op) and op.reads:
+        has_bias = any(not w.rows for w in op.weights)
+        if takes(op) and op.reads and not (has_bias and how.library == "unsloth-2026"):  # which leaves those to peft
             module, _, role = op.name.rpartition(".")
             modules.setdefault(module, {})[role] = _layer(op, dtype)
     units = {op.unit for op in operations}
@@ -60,12 +80,12 @@ def fuse_lora(
         is_gated = _share_input(layers, _MLP[:-1]) and _MLP[-1] in layers and f"{_SWIGLU} {module}" in units
         if role in _QKV and _share_input(layers, _QKV):
             if role == _QKV[0]:
-                out += _fused_qkv([layers[n] for n in _QKV], compute, dropout)
+                out += _fused_qkv([layers[n] for n in _QKV], how)
         elif role == "o_proj" and role in layers:
-            out += _fused_linear(layers[role], compute, dropout)
+            out += _fused_linear(layers[role], how)
         elif is_gated and (role in _MLP or op.unit == f"{_SWIGLU} {module}"):
             if role == _MLP[-1]:
-                out += _fused_mlp([layers[n] for n in _MLP], compute, dropout)
+                out += _fused_mlp([layers[n] for n in _MLP], how)
         else:
             out.append(op)
     return tuple(out)
@@ -84,19 +104,45 @@ def _layer(op: Op, dtype: str) -> FusedLayer:
     return FusedLayer(op, base, a, b, out, into, lead)
 
 
-def _dequantised(layer: FusedLayer, compute: str) -> tuple[Tensor, ...]:
-    """The dequantised base matrix and its scales; empty if the base is not quantised."""
+def _dequantised(layer: FusedLayer, how: LoraFunctions) -> tuple[Tensor, ...]:
+    """The dequantised base matrix and its scales, which unsloth of 2026 does not write; empty if unquantised."""
     if not layer.base.stored:
         return ()
-    return (*absmax(layer.base), Tensor("dequantised", layer.base.shape, compute))
+    scales = () if how.library == "unsloth-2026" else absmax(layer.base)
+    return (*scales, Tensor("dequantised", layer.base.shape, how.compute))
 
 
-def _dequantise_bases(layers: list[FusedLayer], x: str, compute: str) -> Iterator[Op]:
-    """One operation per quantised base matrix: dequantised for its product, then freed."""
-    for layer in layers:
+def with_matrix_buffer(stack: Stack, compute: str, axes: Mapping[str, int]) -> Stack:
+    """Return the stack with the buffer in which unsloth of 2026 dequantises matrices, as large as the largest one."""
+    listed = (block.ops for run in stack.runs for block in run.blocks)
+    shapes = {
+        w.shape
+        for block in listed
+        for op in block
+        if op.source == _SOURCES["unsloth-2026"]
+        for w in op.weights
+        if w.stored
+    }
+    if not shapes:
+        return stack
+    largest = max(shapes, key=lambda shape: features(shape, axes))
+    buffer = Weight("buffer of dequantised matrices", largest, "buffer", compute, False)
+    return stack._replace(before=(*stack.before, Op("dequantised", weights=(buffer,), gradient="none")))
+
+
+def _dequantise_bases(
+    layers: list[FusedLayer], how: LoraFunctions, made: Sequence[tuple[Tensor, ...]] = ()
+) -> Iterator[Op]:
+    """One operation per quantised base matrix: dequantised for its product, then freed.
+
+    made  what the function has allocated by the end of each product; not counted for unsloth
+    """
+    for layer, results in zip(layers, made or [()] * len(layers), strict=True):
         if layer.base.stored:
-            scratch = _dequantised(layer, compute)
-            yield Op(f"{layer.op.name}.base_layer", (x,), scratch=scratch, gradient="none", source=_SOURCE)
+            matrix = _dequantised(layer, how) if how.library != "unsloth-2026" else ()  # it has a buffer
+            scratch = (*matrix, *(results if how.library != "unsloth" else ()))
+            (x,), source = layers[0].op.reads, _SOURCES[how.library]
+            yield Op(f"{layer.op.name}.base_layer", (x,), scratch=scratch, gradient="none", source=source)
 
 
 def _weights(layers: list[FusedLayer]) -> tuple[Weight, ...]:
@@ -109,11 +155,23 @@ def _keeps(of: tuple[str, ...], saved: tuple[str, ...], becomes: str = "") -> tu
     return (*first, *(Keep(s, o) for o in of for s in saved))
 
 
-def _backward_scratch(x: str, shape: str, dropout: bool, layers: list[FusedLayer], compute: str) -> tuple[Scratch, ...]:
-    """Temporaries of the input's gradient: a product and, with dropout, a mask and the masked product."""
-    base = () if dropout else _dequantised(layers[-1], compute)
-    product = (Tensor("product", shape, f"={x}"),)
-    mask = (Tensor("mask", shape, "bool"), Tensor("masked product", shape, f"={x}")) if dropout else ()
+def _products(layers: list[FusedLayer], how: LoraFunctions) -> tuple[Tensor, ...]:
+    """Temporaries of a product with an adapter: unsloth added the product, others multiply into the sum."""
+    first = layers[0]
+    if how.library == "unsloth":
+        return (Tensor("product", first.op.writes[0].shape, how.compute),)
+    return (Tensor("x times A", f"{first.lead} r", how.compute),)
+
+
+def _backward_scratch(layers: list[FusedLayer], how: LoraFunctions) -> tuple[Scratch, ...]:
+    """Temporaries of the input's gradient: products with adapters and, with dropout, a mask and the masked product."""
+    first = layers[0]
+    (x,), shape = first.op.reads, f"{first.lead} {first.into}"
+    base = () if how.dropout else _dequantised(layers[-1], how)
+    product: tuple[Tensor, ...] = (Tensor("product", shape, f"={x}"),)
+    if how.library != "unsloth":
+        product = tuple(Tensor("gradient times B", f"{first.lead} r", how.compute) for _ in layers)
+    mask = (Tensor("mask", shape, "bool"), Tensor("masked product", shape, f"={x}")) if how.dropout else ()
     return tuple(Scratch(t) for t in (*product, *mask, *base))
 
 
@@ -121,63 +179,70 @@ def _dropped(layer: FusedLayer) -> Tensor:
     return Tensor(f"{layer.op.writes[0].name}.dropped", f"{layer.lead} {layer.into}")
 
 
+def _cast_adapters(layers: list[FusedLayer], compute: str) -> tuple[Tensor, ...]:
+    """The adapters' matrices in the dtype of the products, which axolotl keeps."""
+    adapters = (w for layer in layers for w in (layer.a, layer.b))
+    return tuple(Tensor(f"{w.name} in {compute}", w.shape, compute) for w in adapters if w.dtype != compute)
+
+
 def _function(
     layers: list[FusedLayer],
     name: str,
     outputs: Sequence[Tensor],
-    compute: str,
-    dropout: bool,
+    how: LoraFunctions,
     inner: tuple[Tensor, ...] = (),
     overwrites: bool = True,
 ) -> Op:
     """One function over layers that read the same input.
 
     inner       outputs that it keeps for its backward
-    overwrites  the gradient of the input is written over the input
+    overwrites  the gradient of the input is written over the input, if the library does so
     """
-    first = layers[0]
+    first, compute = layers[0], how.compute
     (x,) = first.op.reads
-    dropped = tuple(_dropped(layer)._replace(dtype=f"={x}") for layer in layers) if dropout else ()
-    kept = (x, *(t.name for t in (*inner, *dropped)))
+    dropped = tuple(_dropped(layer)._replace(dtype=f"={x}") for layer in layers) if how.dropout else ()
+    cast = _cast_adapters(layers, compute) if how.library == "axolotl" else ()
+    kept = (x, *(t.name for t in (*inner, *dropped, *cast)))
     targets = (x, *(w.name for layer in layers for w in (layer.a, layer.b)))
     return Op(
         name,
         (x,),
-        (*(y._replace(dtype=compute) for y in outputs), *inner, *dropped),
+        (*(y._replace(dtype=compute) for y in outputs), *inner, *dropped, *cast),
         _weights(layers),
-        _keeps(targets, kept, x if overwrites else ""),
-        scratch=(Tensor("product", first.op.writes[0].shape, compute),),
-        scratch_back=_backward_scratch(x, f"{first.lead} {first.into}", dropout, layers, compute),
+        _keeps(targets, kept, x if overwrites and how.library != "axolotl" else ""),
+        scratch=_products(layers, how),
+        scratch_back=_backward_scratch(layers, how),
         product="matrix",
-        source=_SOURCE,
+        source=_SOURCES[how.library],
     )
 
 
-def _fused_qkv(layers: list[FusedLayer], compute: str, dropout: bool) -> Iterator[Op]:
+def _fused_qkv(layers: list[FusedLayer], how: LoraFunctions) -> Iterator[Op]:
     """q, k and v in one function."""
-    yield from _dequantise_bases(layers, layers[0].op.reads[0], compute)
-    name = f"{layers[0].op.name.rpartition('.')[0]}.lora_qkv"
-    yield _function(layers, name, [layer.op.writes[0] for layer in layers], compute, dropout)
+    outputs = [layer.op.writes[0]._replace(dtype=how.compute) for layer in layers]
+    yield from _dequantise_bases(layers, how, [tuple(outputs[: n + 1]) for n in range(len(outputs))])
+    yield _function(layers, f"{layers[0].op.name.rpartition('.')[0]}.lora_qkv", outputs, how)
 
 
-def _fused_linear(layer: FusedLayer, compute: str, dropout: bool) -> Iterator[Op]:
+def _fused_linear(layer: FusedLayer, how: LoraFunctions) -> Iterator[Op]:
     op = layer.op
-    yield from _dequantise_bases([layer], op.reads[0], compute)
-    fused = _function([layer], op.name, op.writes, compute, dropout, overwrites=False)
+    yield from _dequantise_bases([layer], how, [tuple(y._replace(dtype=how.compute) for y in op.writes)])
+    fused = _function([layer], op.name, op.writes, how, overwrites=False)
     yield fused._replace(gradient="view")
 
 
-def _fused_mlp(layers: list[FusedLayer], compute: str, dropout: bool) -> Iterator[Op]:
+def _fused_mlp(layers: list[FusedLayer], how: LoraFunctions) -> Iterator[Op]:
     """A gated MLP in one function: it keeps its input, gate and up, and recomputes their product in backward."""
     gate, x = layers[0].op, layers[0].op.reads[0]
     shape = gate.writes[0].shape
-    inner = tuple(Tensor(name, shape, compute) for name in ("gate", "up"))
+    inner = tuple(Tensor(name, shape, how.compute) for name in ("gate", "up"))
+    output, hidden = layers[-1].op.writes[0]._replace(dtype=how.compute), Tensor("hidden", shape, how.compute)
     name = f"{gate.name.rpartition('.')[0]}.lora_mlp"
-    yield from _dequantise_bases(layers, x, compute)
-    fused = _function(layers, name, [layers[-1].op.writes[0]], compute, dropout, inner)
-    gradient = Scratch(Tensor("gradient of product", shape, compute))
+    yield from _dequantise_bases(layers, how, [inner[:1], inner, (*inner, hidden, output)])
+    fused = _function(layers, name, [output], how, inner)
+    gradient = Scratch(Tensor("gradient of product", shape, how.compute))
     yield fused._replace(
-        scratch=(*fused.scratch, Tensor("product of an adapter", shape, compute)),
+        scratch=(*fused.scratch, hidden),
         scratch_back=(gradient, *fused.scratch_back),
     )
     yield ops.release_names(x)

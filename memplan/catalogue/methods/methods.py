@@ -5,13 +5,15 @@ A rewrite takes operations and returns operations; nothing else in the package k
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite, rewrite_lists, rewrite_weights
 from memplan.catalogue.methods import litgpt_lora
-from memplan.catalogue.methods.fused_lora import fuse_lora
+from memplan.catalogue.methods.dora import adapt_embedding, dora
+from memplan.catalogue.methods.fused_lora import LoraFunctions, fuse_lora, with_matrix_buffer
 from memplan.catalogue.methods.parameter_lora import adapt_parameters, represented_layers
 from memplan.catalogue.methods.peft_layers import LAYERS, SHARED, Wrapped, features
 from memplan.catalogue.quantization.inference_formats import (
@@ -23,10 +25,15 @@ from memplan.catalogue.quantization.inference_formats import (
     wide_bias,
     with_triton,
 )
-from memplan.catalogue.quantization.quantization import dequantise, experts_fp8, family_of, quantised_linear, stored
-from memplan.core.ir import Keep, Op, Run, Scratch, Stack, Tensor, Weight, operations, outside
+from memplan.catalogue.quantization.quantization import experts_fp8, family_of, quantised_linear, stored
+from memplan.core.ir import Op, Stack, Weight, operations, outside
 from memplan.core.records import NamedTuple
 from memplan.models.peft_methods import PEFT_METHODS, Value
+
+if TYPE_CHECKING:
+    from memplan.catalogue.methods.selection import Selection
+
+    Shared = Callable[[tuple[Wrapped, ...], str], Op]
 
 
 class Recipe(NamedTuple):
@@ -46,8 +53,10 @@ class Recipe(NamedTuple):
     double_quant   whether bitsandbytes' scales are quantised too
     block_size     weights per scale
     skip           modules that are not quantised
-    preparation    "", "fp32" (prepare_model_for_kbit_training) or "trl" (most embeddings and heads cast back after it)
-    fused          adapted layers are fused into one autograd function if one exists
+    preparation    "", "fp32" (prepare_model_for_kbit_training), or whose training casts weights back after it: "trl",
+                   "axolotl" or "axolotl-0.12"
+    fused          whose autograd functions fuse adapted layers (unsloth, unsloth-2026, axolotl), or ""
+    fp32_ends      norms, embeddings and head train in fp32, whatever dtype the other weights have
     library        whose adapters they are: `peft` or `litgpt`
     again          DoRA multiplies by the base weight a second time even without dropout, as peft did until 0.13
     frozen         parts of the model that neither train nor are adapted, see `PARTS`
@@ -58,6 +67,9 @@ class Recipe(NamedTuple):
     rank           rank of the adapters of methods other than LoRA
     options        other settings of those methods, by peft's names
     moved          the Trainer has moved the model, and so all buffers, to the GPU
+    selection      modules chosen by their paths; None if their names say which
+    bias           biases that train: `none`, `all`, or `lora_only` for those of adapted layers
+    tokens         number of trained rows of the embeddings
     """
 
     kind: str
@@ -73,7 +85,8 @@ class Recipe(NamedTuple):
     block_size: int = 64
     skip: tuple[str, ...] = ("lm_head",)
     preparation: str = ""
-    fused: bool = False
+    fused: str = ""
+    fp32_ends: bool = False
     library: str = "peft"
     again: bool = False
     frozen: tuple[str, ...] = ()
@@ -84,6 +97,14 @@ class Recipe(NamedTuple):
     rank: int = 0
     options: tuple[tuple[str, Value], ...] = ()
     moved: bool = False
+    selection: Selection | None = None
+    bias: str = "none"
+    tokens: int = 0
+
+    @property
+    def virtual_tokens(self) -> int:
+        """Number of trained tokens before each sequence."""
+        return next((int(value or 0) for name, value in self.options if name == "num_virtual_tokens"), 0)
 
     @property
     def is_dora(self) -> bool:
@@ -143,7 +164,8 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
         adapted = f"{p}.dropped"
         yield ops.dropout(f"{n}.lora_dropout", inner, adapted, f"{lead} {into}")
     if recipe.is_dora:
-        yield from _dora(op, adapted, result, recipe)
+        again, autocast = recipe.dropout or recipe.again, recipe.compute if recipe.autocast else ""
+        yield from dora(op, adapted, result, recipe.adapter_dtype, again, autocast)
     else:
         yield ops.linear(f"{n}.lora_A", adapted, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
         yield ops.linear(f"{n}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
@@ -161,145 +183,8 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
     yield ops.release_names(x, inner)  # a module call holds its arguments until it returns
 
 
-def _lora_embedding(op: Op, dtype: str) -> Iterator[Op]:
-    """peft's LoRA around an embedding: rows of A are looked up as the embedding's are, then multiplied by B.
-
-    A is stored transposed, so its gradient is computed for the lookup and then copied into A's layout.
-    Source: peft 0.21 tuners/lora/layer.py Embedding.forward.
-    """
-    (ids,), y = op.reads, op.writes[0]
-    n, p = op.name, y.name
-    w = op.weights[0]
-    rows, width = w.shape.split(" ")[: w.rows], w.shape.split(" ")[w.rows :]
-    a = Weight(f"{n}.lora_embedding_A", " ".join(("r", *rows)), "adapter", dtype, rows=1)
-    b = Weight(f"{n}.lora_embedding_B", " ".join((*width, "r")), "adapter", dtype, rows=len(width))
-    yield op._replace(name=f"{n}.base_layer", writes=(y._replace(name=f"{p}.base"),))
-    yield Op(
-        f"{n}.lora_embedding_A",
-        (ids,),
-        (Tensor(f"{p}.a", "b s r", dtype),),
-        (a,),
-        (Keep(ids, a.name),),
-        scratch_back=(*op.scratch_back, Scratch(Tensor("transposed gradient", a.shape, dtype))),
-        source=op.source,
-    )
-    yield Op(
-        f"{n}.lora_embedding_B",
-        (f"{p}.a",),
-        (Tensor(f"{p}.b", y.shape),),
-        (b,),
-        (Keep(b.name, f"{p}.a"), Keep(f"{p}.a", b.name)),
-        gradient="view",
-        autocast="lower",
-        product="matrix",
-        source=f"{ops.DERIVATIVES}: mm",
-    )
-    yield ops.scale(f"{n}.scaling", f"{p}.b", f"{p}.delta", y.shape)
-    yield ops.add(f"{n}.add", f"{p}.base", f"{p}.delta", f"{p}.sum", y.shape)
-    yield ops.cast(f"{n}.cast_back", f"{p}.sum", p, y.shape, f"={p}.base")
-
-
 def _as_base_layer(op: Op, result: str) -> Op:
     return op._replace(name=f"{op.name}.base_layer", writes=(op.writes[0]._replace(name=result),))
-
-
-_DORA = "peft 0.21 tuners/lora/dora.py"
-_TRANSPOSED = f"{_DORA} with utils/other.py transpose, which wraps the weight in a parameter, unless a cast copied it"
-
-
-def _dora(op: Op, x: str, result: str, recipe: Recipe) -> Iterator[Op]:
-    """DoRA: the row norms of `W + scaling * B A`, as constants, scale the product and the base result.
-
-    The product B A is computed by running the adapter on an identity matrix as wide as the input.
-    Source: peft 0.21 tuners/lora/dora.py DoraLinearLayer.forward.
-    """
-    y = op.writes[0]
-    n, p = f"{op.name}.dora", y.name
-    lead, out, into = ops.axes_of(op)
-    flat = op.gradient == "new"
-    w = matrix(op)
-    assert w is not None
-    full, like = f"{out} {into}", f"={x}"
-    magnitude = Weight(f"{op.name}.lora_magnitude_vector.weight", out, "adapter", recipe.adapter_dtype)
-    yield Op(f"{n}.eye", (), (Tensor(f"{p}.eye", f"{into} {into}", recipe.adapter_dtype),))
-    yield Op(f"{n}.eye.cast", (f"{p}.eye",), (Tensor(f"{p}.eye_in", f"{into} {into}"),), cast=True, autocast="lower")
-    for half, read, written, shape in (
-        (ops.linear(f"{op.name}.lora_A", "", "", "r", into, "adapter"), f"{p}.eye_in", f"{p}.eye_a", f"{into} r"),
-        (ops.linear(f"{op.name}.lora_B", "", "", out, "r", "adapter"), f"{p}.eye_a", f"{p}.eye_b", full),
-    ):
-        name = f"{n}.eye_{half.name[-1]}"
-        output = Tensor(written, shape)
-        yield Op(name, (read,), (output,), half.weights, gradient="none", autocast="lower", product="matrix")
-    yield ops.release_names(f"{p}.eye")
-    yield ops.cast(f"{n}.product", f"{p}.eye_b", f"{p}.product", full, like)
-    if w.stored:
-        yield dequantise(w, f"{n}.dequantise", f"{p}.w4", full)
-        yield ops.cast(f"{n}.weight", f"{p}.w4", f"{p}.w", full, like)
-    else:
-        yield Op(f"{n}.weight", (), (Tensor(f"{p}.w", full, like),), (w._replace(trains=False),), cast=True)
-    yield ops.scale(f"{n}.scaled_product", f"{p}.product", f"{p}.scaled_product", full)
-    yield Op(f"{n}.adapted_weight", (f"{p}.w", f"{p}.scaled_product"), (Tensor(f"{p}.adapted", full),))
-    yield Op(f"{n}.norm", (f"{p}.adapted",), (Tensor(f"{p}.norm", out, like),))
-    yield Op(
-        f"{n}.magnitude",
-        (f"{p}.norm",),
-        (Tensor(f"{p}.scale", out),),
-        (magnitude,),
-        (Keep(f"{p}.norm", magnitude.name),),
-        source=f"{ops.DERIVATIVES}: div.Tensor",
-    )
-    yield ops.linear(f"{op.name}.lora_A", x, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
-    yield ops.linear(f"{op.name}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
-    base = result
-    if recipe.dropout or recipe.again:  # the base result must see the same dropped input
-        base = f"{p}.dropped_base"
-        weight, wraps = f"{p}.w", ()
-        if w.transposed and not w.stored and w.dtype == recipe.adapter_dtype:
-            wraps = (Tensor(f"{p}.transposed", full, w.dtype),)
-        if wraps and recipe.autocast and w.dtype == "fp32":  # autocast caches the cast of a parameter
-            weight = f"{p}.low"
-            yield Op(
-                f"{n}.transposed",
-                (f"{p}.w",),
-                (Tensor(weight, full, recipe.compute),),
-                cast=True,
-                holds="forward",
-                wraps=wraps,
-                source=_TRANSPOSED,
-            )
-            wraps = ()
-        yield Op(
-            f"{n}.base",
-            (x, weight),
-            (Tensor(base, y.shape),),
-            (),
-            (Keep(weight, x), *(Keep(x, t) for t in (weight, *(t.name for t in wraps)))),
-            wraps=wraps,
-            gradient=op.gradient,
-            autocast="lower",
-            product="matrix",
-            source=_TRANSPOSED if w.transposed else _DORA,
-        )
-    elif bias := tuple(v._replace(trains=False) for v in op.weights if not v.matrix):
-        base = f"{p}.unbiased"
-        yield Op(f"{n}.unbias", (result,), (Tensor(base, y.shape),), bias, gradient="same")
-    yield Op(f"{n}.minus_one", (f"{p}.scale",), (Tensor(f"{p}.less", out),), gradient="same")
-    for a, b, output in ((f"{p}.less", base, f"{p}.base_part"), (f"{p}.scale", f"{p}.b", f"{p}.lora_part")):
-        yield Op(
-            f"{n}.times",
-            (a, b),
-            (Tensor(output, y.shape),),
-            (),
-            (Keep(b, a), Keep(a, b)),
-            scratch_back=(Scratch(Tensor("product", y.shape, f"={output}"), a),),
-            source=f"{ops.DERIVATIVES}: mul.Tensor",
-        )
-    yield ops.scale(f"{n}.scaling", f"{p}.lora_part", f"{p}.lora_scaled", y.shape)
-    yield ops.add(f"{n}.sum", f"{p}.base_part", f"{p}.lora_scaled", f"{p}.delta", y.shape)
-    yield ops.release_names(*(f"{p}.{t}" for t in ("product", "w", "norm", "scale", "b")), base)
-    yield ops.release_names(f"{p}.eye_in", f"{p}.eye_a")._replace(
-        needs_recording=True
-    )  # the product's graph holds them
 
 
 LORA = ("lora", "qlora", "dora", "qdora")
@@ -349,11 +234,13 @@ def is_frozen(w: Weight, frozen: tuple[str, ...]) -> bool:
 def _wrapped(op: Op, recipe: Recipe, axes: Mapping[str, int]) -> Wrapped:
     """The linear layer as a method other than LoRA wraps it."""
     _, out, into = ops.axes_of(op)
+    w = matrix(op)
+    rank = w.adapter if w is not None else ""
     return Wrapped(
         op,
         features(out, axes),
         features(into, axes),
-        recipe.rank,
+        int(rank) if rank.isdigit() else recipe.rank,
         dict(recipe.options),
         recipe.adapter_dtype,
         recipe.compute,
@@ -363,22 +250,38 @@ def _wrapped(op: Op, recipe: Recipe, axes: Mapping[str, int]) -> Wrapped:
     )
 
 
+def _layers_of(kind: str) -> tuple[Callable[[Wrapped], Iterator[Op]] | None, Shared | None]:
+    """How a method of peft other than LoRA wraps a linear layer, and what all of its layers share; None if nothing."""
+    if kind in LORA or kind in LAYERS:
+        return LAYERS.get(kind), SHARED.get(kind)
+    from memplan.catalogue.methods.peft_updates import SHARED_BASES, UPDATES
+
+    return UPDATES.get(kind), SHARED_BASES.get(kind)
+
+
 def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
     if recipe.kind in ("full", "freeze"):
-        return rewrite_weights(
-            stack,
-            lambda w: w._replace(dtype=w.dtype or recipe.weights, trains=w.trains and not is_frozen(w, recipe.frozen)),
-        )
+        return rewrite_weights(stack, lambda w: _trained(w, recipe))
     head = head_of(stack)
     unquantised = frozenset(w.name for w in head.weights) if head and "lm_head" in recipe.skip else frozenset[str]()
-    cast_back = _cast_back_by_trl(stack) if recipe.preparation == "trl" else frozenset[str]()
-    stack = rewrite_weights(stack, lambda w: _frozen(w, recipe, unquantised, cast_back))
+    cast_back = _cast_back(stack, recipe.preparation)
+
+    def base(w: Weight) -> Weight:
+        trains = recipe.bias == "all" and w.trains and w.group != "buffer" and f".{w.name}".endswith(".bias")
+        return _frozen(w, recipe, unquantised, cast_back)._replace(trains=trains)
+
+    stack = rewrite_weights(stack, base)
     if recipe.running is not None and recipe.running.kernel == "triton":
         stack = rewrite_lists(stack, with_triton)
     if recipe.saved:
-        stack = rewrite(stack, lambda op: (_with_saved_copies(op, recipe.saved),))
-    stood_for = represented_layers(operations(stack)) if recipe.kind not in LAYERS else frozenset[str]()
-    all_linear = recipe.targets == ("all-linear",)
+        dtype = recipe.adapter_dtype if recipe.kind == "ln_tuning" else ""
+        stack = rewrite(stack, lambda op: (_with_saved_copies(op, recipe.saved, dtype),))
+    if recipe.tokens or recipe.virtual_tokens:
+        from memplan.catalogue.methods.prompts import with_trained_inputs
+
+        stack = with_trained_inputs(stack, recipe.tokens, recipe.adapter_dtype, dict(recipe.options))
+    stood_for = represented_layers(operations(stack)) if recipe.kind in LORA else frozenset[str]()
+    all_linear = recipe.targets == ("all-linear",) and recipe.selection is None
 
     def takes(op: Op) -> bool:
         if recipe.library == "litgpt":
@@ -397,15 +300,9 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
     older = recipe.library == "litgpt"
 
     if recipe.fused:
-        stack = rewrite_lists(
-            stack,
-            lambda listed: (
-                listed
-                if any(op.skipped for op in listed)
-                else fuse_lora(listed, takes, recipe.adapter_dtype, recipe.compute, recipe.dropout)
-            ),
-        )
+        stack = _with_fused_layers(stack, recipe, axes, takes)
 
+    wrap, shared = _layers_of(recipe.kind)
     wrapped: list[Wrapped] = []
 
     def change(op: Op) -> Iterable[Op]:
@@ -422,19 +319,21 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
         if w is None:
             is_embedding = recipe.kind in LORA and any(v.rows and v.group == "embedding" for v in op.weights)
             adapts = is_embedding and _is_target(op, recipe)
-            return tuple(_lora_embedding(op, recipe.adapter_dtype)) if adapts else (op,)
+            return _of_rank(tuple(adapt_embedding(op, recipe.adapter_dtype, recipe.is_dora)), op) if adapts else (op,)
         if takes(op) and recipe.library == "litgpt":
             return tuple(
                 litgpt_lora.adapt(op, recipe.targets, recipe.adapter_dtype, recipe.compute, recipe.dropout, older)
             )
         if takes(op):
             called = op if op.reads else _as_called(op)
-            if recipe.kind in LAYERS:
+            if recipe.bias == "lora_only":
+                called = _with_trained_bias(called)
+            if wrap is not None:
                 wrapped.append(_wrapped(called, recipe, axes))
-                new = LAYERS[recipe.kind](wrapped[-1])
+                new = wrap(wrapped[-1])
             else:
                 new = adapt(called, recipe)
-            adapted = tuple(_with_adapter_dtype(o, recipe) for o in new)
+            adapted = _of_rank(tuple(_with_adapter_dtype(o, recipe) for o in new), op)
             return (_idle_adapters(op, adapted), op) if w.bypasses_module and not w.stored else adapted
         if w.kernel and recipe.running is not None:
             return (op,) if op.skipped else tuple(product(op, op.name, op.writes[0].name, recipe.running))
@@ -444,53 +343,46 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
         return (op,)
 
     stack = rewrite(stack, change)
-    if recipe.kind not in SHARED or not wrapped:
+    if shared is None or not wrapped:
         return stack
-    return stack._replace(before=(SHARED[recipe.kind](tuple(wrapped), recipe.adapter_dtype), *stack.before))
+    return stack._replace(before=(shared(tuple(wrapped), recipe.adapter_dtype), *stack.before))
 
 
-def freeze(stack: Stack, axes: dict[str, int], trainable: int) -> tuple[Stack, dict[str, int]]:
-    """Return the stack with only the last `trainable` layers training, runs split where the frozen layers end.
+def _with_fused_layers(stack: Stack, recipe: Recipe, axes: Mapping[str, int], takes: Callable[[Op], bool]) -> Stack:
+    functions = LoraFunctions(recipe.fused, recipe.compute, recipe.dropout)
 
-    Embeddings, final norm and head are frozen too, as in LLaMA-Factory's freeze tuning.
+    def fused(listed: tuple[Op, ...]) -> tuple[Op, ...]:
+        if any(op.skipped for op in listed):
+            return listed
+        return fuse_lora(listed, takes, recipe.adapter_dtype, functions)
+
+    stack = rewrite_lists(stack, fused)
+    return with_matrix_buffer(stack, recipe.compute, axes) if recipe.fused == "unsloth-2026" else stack
+
+
+def _with_saved_copies(op: Op, saved: tuple[str, ...], dtype: str = "") -> Op:
+    """peft's `modules_to_save`: a copy of the module trains, and the frozen original stays in memory.
+
+    A tied head, which multiplies by the embedding, is a module of its own: it has a copy of its own, and reads the
+    frozen original if only the embedding is copied.
+
+    dtype  dtype of the copies, if not that of the originals
+
+    Source: peft 0.21 utils/other.py ModulesToSaveWrapper.update, which deep-copies each module.
     """
-
-    def frozen_ops(operations: tuple[Op, ...]) -> tuple[Op, ...]:
-        return tuple(o._replace(weights=tuple(w._replace(trains=False) for w in o.weights)) for o in operations)
-
-    axes = dict(axes)
-    frozen = sum(len(r.blocks) * axes[r.times] for r in stack.runs) - trainable
-    runs: list[Run] = []
-    for run in stack.runs:
-        period, copies = len(run.blocks), axes[run.times]
-        periods = min(copies, frozen // period)
-        part = min(period * (copies - periods), frozen - periods * period)
-        frozen -= periods * period + part
-        frozen_blocks = tuple(b._replace(ops=frozen_ops(b.ops)) for b in run.blocks)
-        mixed = (*frozen_blocks[:part], *run.blocks[part:])
-        between = frozen_ops(run.before)
-        for blocks, name, count in (
-            (frozen_blocks, "frozen", periods),
-            (mixed, "mixed", 1 if part else 0),
-            (run.blocks, "trained", copies - periods - (1 if part else 0)),
-        ):
-            axes[f"{run.times}.{name}"] = count
-            if count:
-                runs.append(Run(blocks, f"{run.times}.{name}", between))
-                between = ()
-    return Stack(frozen_ops(stack.before), tuple(runs), frozen_ops(stack.after), stack.loss), axes
-
-
-def _with_saved_copies(op: Op, saved: tuple[str, ...]) -> Op:
-    """peft's `modules_to_save`: a copy of the module trains, and the frozen original stays in memory."""
     parameters = [w for w in op.weights if w.group != "buffer"]
-    copy_of = {w.name: f"{w.name}.saved" for w in parameters if inside(w.name.rpartition(".")[0], saved)}
-    if op.name.rpartition(".")[2] in saved:
-        copy_of = {w.name: f"{w.name}.saved" for w in parameters}
+    modules = {
+        w.name: op.name if op.product and w.group == "embedding" else w.name.rpartition(".")[0] for w in parameters
+    }
+    copy_of = {
+        name: f"{module}.{name.rpartition('.')[2]}.saved"
+        for name, module in modules.items()
+        if inside(module, saved) or op.name.rpartition(".")[2] in saved
+    }
     if not copy_of:
         return op
     copies = tuple(
-        w._replace(name=copy_of[w.name], group="adapter", trains=True, matrix=False)
+        w._replace(name=copy_of[w.name], group="adapter", trains=True, matrix=False, dtype=dtype or w.dtype)
         for w in op.weights
         if w.name in copy_of
     )
@@ -506,6 +398,17 @@ def _as_called(op: Op) -> Op:
     return ops.linear(op.name, "of nothing", "nothing", out, into, w.group)
 
 
+def _of_rank(adapted: tuple[Op, ...], op: Op) -> tuple[Op, ...]:
+    """The operations of an adapter with the rank that was chosen for the operation it is on."""
+    rank = next((w.adapter for w in op.weights if w.adapter), "r")
+    return adapted if rank == "r" else ops.with_axes(adapted, {"r": rank})
+
+
+def _with_trained_bias(op: Op) -> Op:
+    """The linear layer with a bias that trains."""
+    return op._replace(weights=tuple(w if w.matrix else w._replace(trains=True) for w in op.weights))
+
+
 def _idle_adapters(op: Op, adapted: tuple[Op, ...]) -> Op:
     """Only the weights of the adapters around a layer that is never called."""
     idle = {w.name: w._replace(trains=False, idle=True) for o in adapted for w in o.weights if w.group == "adapter"}
@@ -519,20 +422,35 @@ def _with_adapter_dtype(op: Op, recipe: Recipe) -> Op:
     return op._replace(weights=adapters)
 
 
-# trl casts modules back to half precision if their name contains one of these.
-# Source: trl 0.12 trainer/utils.py peft_module_casting_to_bf16.
-_CAST_BACK = ("lm_head", "embed_tokens", "wte", "wpe")
+# Modules are cast back to half precision, or not cast at all, if their name contains one of these.
+# Source: trl 0.12 trainer/utils.py peft_module_casting_to_bf16, which casts matrices; axolotl 0.12.2 and 0.21.0
+# loaders/model.py _convert_embedding_modules_dtype, loaders/utils.py get_linear_embedding_layers.
+_CAST_BACK = {"trl": ("lm_head", "embed_tokens", "wte", "wpe")}
+AXOLOTLS_EMBEDDINGS = ("lm_head", "embed_tokens", "embed_in", "embed_out", "word_embeddings")
 
 
-def _cast_back_by_trl(stack: Stack) -> frozenset[str]:
-    """Names of the weights that trl casts back. A tied weight counts under either name; biases are not cast."""
+def _cast_back(stack: Stack, preparation: str) -> frozenset[str]:
+    """Names of the weights that stay in half precision after a preparation. A tied weight counts under either name."""
+    is_axolotls = preparation.startswith("axolotl")
+    names = ("norm", *AXOLOTLS_EMBEDDINGS) if is_axolotls else _CAST_BACK.get(preparation, ())
+    listed = operations(stack) if is_axolotls else (op for some in outside(stack) for op in some)
     return frozenset(
         w.name
-        for listed in outside(stack)
         for op in listed
         for w in op.weights
-        if w.rows and any(part in name for part in _CAST_BACK for name in (op.name, w.name))
+        if (w.rows or is_axolotls) and any(part in name for part in names for name in (op.name, w.name))
     )
+
+
+# Groups of the weights that axolotl casts to fp32 before full training.
+# Source: axolotl 0.21 loaders/model.py _convert_embedding_modules_dtype, loaders/utils.py get_linear_embedding_layers.
+_ENDS = ("norm", "embedding", "lm_head")
+
+
+def _trained(w: Weight, recipe: Recipe) -> Weight:
+    """A weight in full training, which may belong to a frozen part."""
+    dtype = "fp32" if recipe.fp32_ends and w.group in _ENDS else w.dtype or recipe.weights
+    return w._replace(dtype=dtype, trains=w.trains and not is_frozen(w, recipe.frozen))
 
 
 def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozenset[str]) -> Weight:
@@ -575,5 +493,7 @@ def can_quantise(w: Weight, skip: tuple[str, ...] = ()) -> bool:
 
 
 def _is_target(op: Op, recipe: Recipe) -> bool:
-    """Whether the path of the layer ends with a target."""
+    """Whether the layer is selected, or its path ends with a target."""
+    if recipe.selection is not None:
+        return any(w.adapter for w in op.weights)
     return any(f".{op.name}".endswith(f".{target}") for target in recipe.targets)

@@ -129,7 +129,7 @@ class Wrapped(NamedTuple):
         return y, (ops.dropout(f"{self.name}.{name}", x, y, self.x_shape),)
 
 
-def _fold(name: str, a: str | Weight, b: str | Weight, y: str, shape: str) -> Op:
+def fold(name: str, a: str | Weight, b: str | Weight, y: str, shape: str) -> Op:
     """Return the product of two small matrices, each a parameter or computed."""
     weights = tuple(w for w in (a, b) if isinstance(w, Weight))
     first, second = (w if isinstance(w, str) else w.name for w in (a, b))
@@ -204,11 +204,11 @@ def vera(layer: Wrapped) -> Iterator[Op]:
     first, second = "vera_A", "vera_B"
     if layer.autocast:  # which casts the part of each matrix that the layer uses
         first, second = f"{p}.first", f"{p}.second"
-        yield _part(f"{n}.vera_A.cast", "vera_A", first, f"r {layer.into}", layer.compute)
+        yield part(f"{n}.vera_A.cast", "vera_A", first, f"r {layer.into}", layer.compute)
     yield layer.product("vera_A", dropped, first, f"{p}.a", low)
     yield ops.multiply_weight(f"{n}.vera_lambda_d", f"{p}.a", f"{p}.d", low, d)
     if layer.autocast:
-        yield _part(f"{n}.vera_B.cast", "vera_B", second, f"{layer.out} r", layer.compute)
+        yield part(f"{n}.vera_B.cast", "vera_B", second, f"{layer.out} r", layer.compute)
     yield layer.product("vera_B", f"{p}.d", second, f"{p}.b", layer.y_shape)
     yield ops.multiply_weight(f"{n}.vera_lambda_b", f"{p}.b", f"{p}.delta", layer.y_shape, b)
     yield ops.add(f"{n}.add", result, f"{p}.delta", f"{p}.sum", layer.y_shape)
@@ -216,7 +216,7 @@ def vera(layer: Wrapped) -> Iterator[Op]:
     yield ops.release_names(x, inner)
 
 
-def _part(name: str, shared: str, y: str, shape: str, dtype: str) -> Op:
+def part(name: str, shared: str, y: str, shape: str, dtype: str) -> Op:
     """Return a cast of a part of a shared buffer."""
     return Op(
         name, (shared,), (Tensor(y, shape, dtype),), cast=True, gradient="none", source=f"{ops.DERIVATIVES}: _to_copy"
@@ -260,10 +260,10 @@ def loha(layer: Wrapped) -> Iterator[Op]:
         product="fold",
         source="peft 0.21.2 tuners/loha/layer.py HadaWeight",
     )
-    yield from _plus_product(layer, f"{p}.matrix")
+    yield from plus_product(layer, f"{p}.matrix")
 
 
-def _plus_product(layer: Wrapped, delta: str) -> Iterator[Op]:
+def plus_product(layer: Wrapped, delta: str) -> Iterator[Op]:
     """LyCORIS's layers: the result plus `x @ delta.T`, x in the dtype of delta."""
     p, n, x = layer.y, layer.name, layer.x
     inner = f"{p}.x"
@@ -292,7 +292,7 @@ def lokr(layer: Wrapped) -> Iterator[Op]:
             sides.append(layer.weight(name, f"{rows} {columns}", rows=1))
             continue
         a, b = layer.weight(f"{name}_a", f"{rows} r", 1), layer.weight(f"{name}_b", f"r {columns}", 1)
-        yield _fold(f"{n}.{name}", a, b, f"{p}.w{i + 1}", f"{rows} {columns}")
+        yield fold(f"{n}.{name}", a, b, f"{p}.w{i + 1}", f"{rows} {columns}")
         sides.append(f"{p}.w{i + 1}")
     first, second = (side if isinstance(side, str) else side.name for side in sides)
     yield Op(
@@ -308,7 +308,7 @@ def lokr(layer: Wrapped) -> Iterator[Op]:
         source=f"{ops.DERIVATIVES}: mul.Tensor, for torch.kron",
     )
     yield ops.scale(f"{n}.scaling", f"{p}.kron", f"{p}.matrix", layer.matrix)
-    yield from _plus_product(layer, f"{p}.matrix")
+    yield from plus_product(layer, f"{p}.matrix")
 
 
 def factorization(dimension: int, factor: int) -> tuple[int, int]:

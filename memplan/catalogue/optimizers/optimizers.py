@@ -363,7 +363,8 @@ OPTIMIZERS: Mapping[str, OptimizerRow] = {
             Rule("exp_avg", of=other_than(hidden_matrix)),
             Rule("exp_avg_sq", of=other_than(hidden_matrix)),
         ),
-        "torch 2.13 optim/_muon.py; optim/adam.py for embeddings and vectors",
+        "torch 2.13 optim/_muon.py; optim/adam.py for embeddings, the head and vectors, as in llamafactory 0.9.4 "
+        "train/trainer_utils.py _create_muon_optimizer",
         "one matrix's Newton-Schulz iteration in bf16, or AdamW's list for the others",
         lists=1,
         loop=loops.MUON,

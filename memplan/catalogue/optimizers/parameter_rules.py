@@ -21,6 +21,7 @@ class Parameter(NamedTuple):
                a model, and the first of those blocks may come before it with copies=1
     embedding  the weight of an nn.Embedding, whose bitsandbytes state stays in fp32 under the Trainer
     target     the matrix of a linear layer that low-rank optimizers project
+    vocabulary an embedding or an output head, which Muon leaves to AdamW
     """
 
     name: str
@@ -29,6 +30,7 @@ class Parameter(NamedTuple):
     copies: int = 1
     embedding: bool = False
     target: bool = False
+    vocabulary: bool = False
 
 
 Which = Callable[[Parameter], bool]
@@ -70,8 +72,8 @@ def matrix(p: Parameter) -> bool:
 
 
 def hidden_matrix(p: Parameter) -> bool:
-    """Two-dimensional parameters that are not embeddings."""
-    return len(p.shape) == 2 and not p.embedding
+    """Two-dimensional parameters of the layers: neither embeddings nor the head."""
+    return len(p.shape) == 2 and not p.vocabulary
 
 
 def large(p: Parameter) -> bool:

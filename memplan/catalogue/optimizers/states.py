@@ -135,7 +135,7 @@ def optimizer_memory(
     for p in parameters:
         if master and p.dtype != master:
             masters.append(State("master weight", p.name, p.shape, master, bytes_of(p.shape, master), p.copies))
-        kind = Parameter("", p.shape, master or p.dtype, 1, p.embedding, p.target)
+        kind = Parameter("", p.shape, master or p.dtype, 1, p.embedding, p.target, p.vocabulary)
         if kind not in cache:
             cache[kind] = _states(row, kind, state_dtype or row.moments or kind.dtype)
         parameter_states, turn = cache[kind]

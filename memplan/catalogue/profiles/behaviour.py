@@ -17,15 +17,15 @@ class RunDefaults(NamedTuple):
     """Defaults of the fields of a run. `kernels_loss` is the field `kernels.loss`, and so on."""
 
     optimizer_name: str
-    kernels_checkpointing: Literal["none", "full"]
+    kernels_checkpointing: Literal["none", "full", "offload"]
     kernels_reentrant: bool
     kernels_loss: Literal[
-        "hf", "chunked", "fused", "chunked_lm_head", "chunked_nll", "chunked_nll_fp32", "tiled_lm_head"
+        "hf", "chunked", "fused", "chunked_lm_head", "chunked_nll", "chunked_nll_fp32", "tiled_lm_head", "fused_chunks"
     ]
     kernels_fused: tuple[str, ...]
     method_adapter_dtype: Literal["fp32", "bf16", "weights"]
     method_quantization_skip: tuple[str, ...]
-    method_quantization_kbit_preparation: Literal[True, False, "trl"]
+    method_quantization_kbit_preparation: Literal[True, False, "trl", "axolotl", "axolotl-0.12"]
 
 
 class ModelBehaviour(NamedTuple):
@@ -38,6 +38,8 @@ class ModelBehaviour(NamedTuple):
     returns_caches             the model returns every layer's keys and values in training, checkpointed or not
     scales_embeddings_outside  Gemma's model scales the embeddings, instead of the embedding module
     dora_multiplies_twice      DoRA multiplies by the base weight a second time even without dropout
+    fused_lora                 whose functions the fused kernel `lora` is: unsloth's of 2025 or 2026, or axolotl's
+    fp32_ends                  full training casts norms, embeddings and head to fp32, except with flash attention 2
     """
 
     code: Literal["transformers", "litgpt", "torchtitan"]
@@ -46,6 +48,8 @@ class ModelBehaviour(NamedTuple):
     returns_caches: bool
     scales_embeddings_outside: bool
     dora_multiplies_twice: bool
+    fused_lora: Literal["unsloth", "unsloth-2026", "axolotl"]
+    fp32_ends: bool
 
 
 class LossBehaviour(NamedTuple):
@@ -72,7 +76,7 @@ class AttentionBehaviour(NamedTuple):
     no_sdpa               the version has no sdpa for the family, and uses eager attention
     sdpa_skips_cap        sdpa is used although scores should be capped, and does not cap them
     half_math             torch's plain attention stays in the dtype of its inputs
-    rotary_tables         rotary tables kept by every layer: gathered, computed, or none
+    rotary_tables         rotary tables kept by every layer: gathered, computed, or none; by the model: cached
                           (`memplan.catalogue.attention.old_rotary_tables`)
     rotates_entire_heads  Phi-3 rotates entire heads, without a concatenation
     causal_buffers        every layer holds a causal mask for all positions, used or not
@@ -86,7 +90,7 @@ class AttentionBehaviour(NamedTuple):
     no_sdpa: bool
     sdpa_skips_cap: bool
     half_math: bool
-    rotary_tables: Literal["", "gathered", "computed"]
+    rotary_tables: Literal["", "gathered", "computed", "cached"]
     rotates_entire_heads: bool
     causal_buffers: bool
     one_mask: bool
@@ -99,13 +103,17 @@ class CheckpointingBehaviour(NamedTuple):
 
     no_checkpoints   the family's code ignores gradient checkpointing
     frozen_inputs    the embeddings' output requires a gradient even if the embeddings are frozen
+    adapted_inputs   the embeddings' output requires a gradient under adapters even without checkpointing
     passes_keywords  a block takes masks and positions as keywords, which a reentrant one keeps with the graph
+    keeps_last       offloaded checkpoints leave the last block's input on the GPU
     saved_tensors    what moves everything autograd saves to host memory: torch (save_on_cpu), or not counted yet
     """
 
     no_checkpoints: bool
     frozen_inputs: bool
+    adapted_inputs: bool
     passes_keywords: bool
+    keeps_last: bool
     saved_tensors: Literal["", "torch"]
 
 

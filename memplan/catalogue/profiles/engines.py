@@ -18,6 +18,7 @@ from memplan.catalogue.profiles.profile_table import (
     check_values,
     engines,
     field_types,
+    known_name,
 )
 from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
@@ -91,8 +92,8 @@ _BY_NAME = {engine.name: engine for engine in ENGINES}
 
 
 def find_engine(name: str) -> ServingEngine | None:
-    """Return the engine named `name`, if there is one."""
-    return _BY_NAME.get(name)
+    """Return the engine named `name`, or of the nearest version at or below, if there is one."""
+    return _BY_NAME.get(known_name(name))
 
 
 def engine_names() -> tuple[str, ...]:

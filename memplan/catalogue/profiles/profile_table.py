@@ -135,6 +135,54 @@ def engines() -> Iterator[ServingEngine]:
 
 
 @cache
+def known_name(name: str) -> str:
+    """Return the name of the profile or engine that counts for a version: the nearest at or below.
+
+    Return `name` itself if it is one of a profile, or if no profile can count for it: there is none of the framework,
+    the version is below all of them, or it is none that can exist.
+    """
+    if any(name in tables()[kind] for kind in ("profile", "engine")):
+        return name
+    framework, _, version = name.rpartition("-")
+    numbers, versions = _numbers(version), sorted(_versions(framework))
+    if not numbers or not versions or numbers[0] > versions[-1][0][0] + 1:
+        return name
+    if numbers[0] >= _FIRST_YEAR and len(numbers) > 1 and not 1 <= numbers[1] <= 12:  # a year and a month
+        return name
+    return next((known for since, known in reversed(versions) if since <= numbers), name)
+
+
+def nearest_versions(name: str) -> tuple[str, ...]:
+    """Return the profiles of the framework that `name` begins with, the nearest version first; empty if it has none."""
+    framework, _, version = name.lower().rpartition("-")
+    versions = sorted(_versions(framework))
+    numbers = _numbers(version)
+    is_below = bool(versions and numbers) and numbers < versions[0][0]
+    return tuple(known for _, known in (versions if is_below else reversed(versions)))
+
+
+_FIRST_YEAR = 2000
+
+
+def _versions(framework: str) -> Iterator[tuple[tuple[int, ...], str]]:
+    """Yield the first version that each of a framework's profiles stands for, and its name."""
+    for kind in ("profile", "engine"):
+        for name, table in tables()[kind].items():
+            owner, _, version = name.rpartition("-")
+            if not _numbers(version):
+                owner, version = name, ""
+            numbers = _numbers(str(table.get("since", version)))
+            if owner == framework and numbers:
+                yield numbers, name
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    """Return the numbers of a version; nothing if it is none."""
+    parts = version.split(".")
+    return tuple(map(int, parts)) if all(part.isascii() and part.isdigit() for part in parts) else ()
+
+
+@cache
 def field_types(record: type[Any]) -> Mapping[str, Any]:
     """Return the types of a record's fields."""
     return {name: hint for name, hint in get_type_hints(record).items() if name in record._fields}

@@ -13,7 +13,15 @@ from typing import Any
 
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.catalogue.profiles.engines import engine_names, find_engine
-from memplan.catalogue.profiles.profile_table import Profile, Setting, check_values, field_types, profiles
+from memplan.catalogue.profiles.profile_table import (
+    Profile,
+    Setting,
+    check_values,
+    field_types,
+    known_name,
+    nearest_versions,
+    profiles,
+)
 from memplan.core.errors import SpecError, UnknownNameError
 
 PROFILES = tuple(profiles())
@@ -21,14 +29,27 @@ _BY_NAME = {profile.name: profile for profile in PROFILES}
 
 
 def find_profile(name: str) -> Profile:
-    """Return the profile named `name`. Raises SpecError for a serving engine, else UnknownNameError."""
-    profile = _BY_NAME.get(name)
+    """Return the profile named `name`, or of the nearest version at or below.
+
+    Raises SpecError for a serving engine, UnknownNameError if there is none.
+    """
+    profile = _BY_NAME.get(known_name(name))
     if profile is None and find_engine(name) is not None:
         raise SpecError(f"profile: {name} is a serving engine, which needs --method generate", "profile")
+    if profile is None and (versions := nearest_versions(name)):
+        raise UnknownNameError("profile", name, versions, ranked=True)
     if profile is None:
         engines = [engine for engine in engine_names() if engine[:3] == name.lower()[:3]]
         raise UnknownNameError("profile", name, (*_BY_NAME, *engines))
     return profile
+
+
+def without(profile: Profile, field: str) -> Profile:
+    """Return the profile without its own rows for a field, and so with its base profile's; `find_profile` knows it."""
+    name = f"{profile.name} without {field}"
+    if name not in _BY_NAME:
+        _BY_NAME[name] = profile._replace(name=name, rows=tuple(row for row in profile.rows if row.field != field))
+    return _BY_NAME[name]
 
 
 def rows(profile: Profile) -> Iterator[Setting]:
@@ -38,13 +59,16 @@ def rows(profile: Profile) -> Iterator[Setting]:
     yield from profile.rows
 
 
+def holds(row: Setting, model_type: str, quantised: bool) -> bool:
+    """Whether a row holds for a family, with quantised weights or without."""
+    return (not row.model_types or model_type in row.model_types) and (not row.when or quantised)
+
+
 @lru_cache(maxsize=1024)
 def library_behaviour(name: str, model_type: str, quantised: bool) -> LibraryBehaviour:
     """Return everything that a profile decides for a run. Raises UnknownNameError."""
     values = {
-        row.field.replace(".", "_"): row.value
-        for row in rows(find_profile(name))
-        if (not row.model_types or model_type in row.model_types) and (not row.when or quantised)
+        row.field.replace(".", "_"): row.value for row in rows(find_profile(name)) if holds(row, model_type, quantised)
     }
     return behaviour_of(values, name)
 

@@ -168,7 +168,7 @@ def _linear_kept(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
         name,
         (x, matrix),
         (Tensor(y, shape),),
-        tuple(v._replace(trains=False) for v in op.weights if not v.matrix),
+        tuple(v for v in op.weights if not v.matrix),
         (Keep(matrix, x),),
         gradient=op.gradient,
         autocast="lower",

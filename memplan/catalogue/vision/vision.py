@@ -56,7 +56,7 @@ def text_with_tower(
 
 def outlived(after: tuple[Op, ...], held: tuple[str, ...]) -> tuple[Op, ...]:
     """Return the operations after the last block, with `held` released when the decoder's frame returns."""
-    index = next(i for i, op in enumerate(after) if op.name == "return" and "x" in op.reads)
+    index = next(i for i, op in enumerate(after) if op.name == "return" and not {"x", "stream"}.isdisjoint(op.reads))
     return (*after[:index], after[index]._replace(reads=(*after[index].reads, *held)), *after[index + 1 :])
 
 

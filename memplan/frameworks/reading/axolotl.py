@@ -51,6 +51,10 @@ def _method(config: Config) -> None:
         config.set("method.quantization.format", "int8", "load_in_8bit")
     elif config.flag("gptq"):
         config.set("method.quantization.format", "gptq-int4", "gptq")
+    if kind is not None and bits < 16 and config.flag("quantize_moe_experts"):
+        config.leave("quantize_moe_experts", "experts are counted as loaded, not supported yet")
+        why = "a model whose experts are quantised is not prepared"
+        config.set("method.quantization.kbit_preparation", False, "quantize_moe_experts", why=why)
     trainer.adapter(config, kind is not None, config.flag("peft_use_dora"), "adapter", "peft_use_dora")
     if kind is not None:
         _targets(config)
@@ -65,6 +69,9 @@ def _quantised(config: Config, kind: str) -> None:
     own = kind == "qlora"
     config.set("method.quantization.format", "nf4" if own else "fp4", "load_in_4bit", "adapter")
     config.set("method.quantization.double_quant", own, "load_in_4bit", why=f"{config.title} sets it")
+    if config.said("embeddings_skip_upcast") is not None:
+        kind = "axolotl" if config.flag("embeddings_skip_upcast") else "axolotl-0.12"
+        config.set("method.quantization.kbit_preparation", kind, "embeddings_skip_upcast")
     section = config.section("bnb_config_kwargs")
     for name, value in section.values.items() if section is not None and own else ():
         key = f"bnb_config_kwargs.{name}"
@@ -135,6 +142,8 @@ def _batch(config: Config) -> None:
         real = config.get("multipack_real_batches")
         in_rows = (
             config.value("kernels.attention") == "flash_attention_2"
+            or trainer.is_flash(config.get("attn_implementation"))
+            or config.flag("gemma4_hybrid_attn_impl")
             if real is None
             else not config.flag("multipack_real_batches")
         )
@@ -155,6 +164,9 @@ def _attention(config: Config) -> None:
             config.set("kernels.attention", kind, old[0])
         else:
             config.leave(old[0], "sdpa is counted instead")
+    elif config.flag("gemma4_hybrid_attn_impl"):  # flash_attention_2 in layers with a window, sdpa in the others
+        config.get("attn_implementation")
+        config.leave("gemma4_hybrid_attn_impl", "sdpa is counted in every layer")
     else:
         trainer.attention(config)
 
@@ -289,18 +301,6 @@ FORMAT = RunFormat(
     AXOLOTL,
     ("axolotl",),
     "base_model",
-    needs=("base_model",),
-    any_of=(
-        *(
-            "micro_batch_size",
-            "sequence_len",
-            "adapter",
-            "sample_packing",
-            "gradient_accumulation_steps",
-            "val_set_size",
-        ),
-        "datasets",
-    ),
     rules=RULES,
     refused=("rl", "reward_model", "process_reward_model", "diffusion_lm", "ebft", "fp8"),
     matter={
@@ -308,7 +308,7 @@ FORMAT = RunFormat(
         **dict.fromkeys(("quantize_moe_experts", "model_quantization_config", "nf4_backend"), "the weights' format"),
         **dict.fromkeys(("unfrozen_parameters", "lora_target_parameters", "peft_layers_to_transform"), "what trains"),
         **dict.fromkeys(("peft_trainable_token_indices", "lora_rank_pattern", "peft_layer_replication"), "what trains"),
-        **dict.fromkeys(("embeddings_skip_upcast", "fp32_norms", "lora_fp32_gradients"), "dtypes"),
+        **dict.fromkeys(("fp32_norms", "lora_fp32_gradients"), "dtypes"),
         **dict.fromkeys(("device_map", "max_memory", "gpu_memory_limit", "ple_cpu_offload"), "where weights are"),
         **dict.fromkeys(
             ("use_kernels", "experts_implementation", "expert_parallel_size", "lora_on_cpu"), "not counted"
@@ -317,4 +317,6 @@ FORMAT = RunFormat(
         **dict.fromkeys(("flash_attn_fuse_mlp", "flash_attn_fuse_qkv", "unsloth_lora_mlp"), "kernels"),
         **dict.fromkeys(("tokens", "resize_token_embeddings_to_32x", "noisy_embedding_alpha"), "the embeddings"),
     },
+    replaces={"attn_implementation": tuple(_OLD_ATTENTION)},
 )
+FORMATS = (FORMAT,)

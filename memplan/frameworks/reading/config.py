@@ -99,6 +99,8 @@ class Config:
     companions  the files given along with it, by kind: `accelerate`, `deepspeed`
     renamed     key -> its old name, which the file has
     gpus        how many GPUs were typed
+    command     the program and subcommand that start the run; empty for a file
+    options     field -> the value that an option sets
     typed       key -> a value that was typed, which replaces the file's
     launched    the dtype that accelerate's file casts to, which holds if the run's file does not cast
     found       the fields found so far, by path
@@ -115,6 +117,8 @@ class Config:
         self.launched: FieldOrigin | None = None
         self.typed: Mapping[str, Typed] = {}
         self.gpus: int | None = None
+        self.command = ""
+        self.options: Mapping[str, Any] = {}
         self.found: dict[str, FieldOrigin] = {}
         self.unread: list[Unread] = []
         self.read: set[str] = set()
@@ -131,6 +135,7 @@ class Config:
             return self.typed[key].value
         value: Any = self.document.values
         for part in key.split("."):
+            value = parsed(value) if isinstance(value, str) else value
             value = cast(Mapping[str, Any], value).get(part) if isinstance(value, Mapping) else None
         return None if value in ("", "null", "None") else value
 
@@ -144,6 +149,8 @@ class Config:
 
     def written(self, key: str) -> str:
         """Return a key's name in the file, which may be an old one."""
+        if key in self.document.names:
+            return self.document.names[key]
         top, dot, rest = key.partition(".")
         return f"{self.renamed.get(top, top)}{dot}{rest}"
 

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from memplan.core.errors import SpecError, printable
 from memplan.core.records import NamedTuple
-from memplan.spec.file import read_spec_with_lines
+from memplan.spec.file import read_spec_with_lines, spec_with_lines
 
 _PICKLES = (b"\x80", b"PK\x03\x04")  # the first bytes of a pickle, and of torch.save's archive
 _MAX_SHOWN = 60
@@ -21,13 +21,15 @@ class Document(NamedTuple):
     name    its name as shown
     path    its path; None for standard input
     values  its mapping
-    lines   line of each key, by its path
+    lines   line of each key, by its path; of a notebook its cell and line
+    names   key -> its name in the file, if that is another
     """
 
     name: str
     path: Path | None
     values: Mapping[str, Any]
-    lines: Mapping[tuple[str, ...], int]
+    lines: Mapping[tuple[str, ...], int | str]
+    names: Mapping[str, str] = {}
 
     def where(self, key: str) -> str:
         """Return where a key is, as `run.yaml:14`: of a key in a section, or else of the section."""
@@ -41,13 +43,16 @@ class Document(NamedTuple):
         return SpecError(f"{self.where(key)}: {named or key}: {message}")
 
 
-def read_document(name: str) -> Document:
-    """Return the file `name` (`-` for standard input). Raises SpecError or ConfigError with the line."""
+def read_document(name: str, text: str | None = None) -> Document:
+    """Return the file `name` (`-` for standard input). Raises SpecError or ConfigError with the line.
+
+    text  what to read instead of the file's text, as if the file had it
+    """
     path = None if name == "-" else Path(name).expanduser()
     shown = "standard input" if path is None else printable(path.name, _MAX_SHOWN)
-    if path is not None:
+    if path is not None and text is None:
         _refuse_pickle(path, shown)
-    values, lines = read_spec_with_lines(name)
+    values, lines = read_spec_with_lines(name) if text is None else spec_with_lines(text, name)
     return Document(shown, path, values, lines)
 
 
@@ -65,9 +70,17 @@ def named_document(name: str, within: Document, key: str) -> Document:
     """
     folder = within.path.parent if within.path is not None else Path()
     for path in (folder / Path(name).expanduser(), Path(name).expanduser()):
-        if path.is_file():
+        if is_there(path) and not path.is_dir():
             return read_document(str(path))
     raise within.error(key, f"there is no file {printable(name, _MAX_SHOWN)!r} next to {within.name} or here")
+
+
+def is_there(path: Path) -> bool:
+    """Whether there is a file, or a folder, with a name that a file may say: too long, or with NUL, it is not there."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _refuse_pickle(path: Path, shown: str) -> None:

@@ -93,9 +93,9 @@ def _batch(config: Config) -> None:
 
 
 def _kernels(config: Config) -> None:
-    name = config.get("flash_attn")
+    name = config.text("flash_attn")
     if name in _ATTENTION:
-        config.set("kernels.attention", _ATTENTION[str(name)], "flash_attn")
+        config.set("kernels.attention", _ATTENTION[name], "flash_attn")
     elif name not in (None, "auto"):
         raise config.error("flash_attn", f"must be auto, disabled, sdpa, fa2 or fa3, not {name!r:.40}")
     if config.flag("enable_liger_kernel"):
@@ -137,12 +137,6 @@ FORMAT = RunFormat(
     LLAMAFACTORY,
     ("llamafactory", "transformers"),
     "model_name_or_path",
-    needs=("model_name_or_path",),
-    any_of=(
-        *("finetuning_type", "stage", "cutoff_len", "template", "quantization_bit", "lora_rank", "lora_target"),
-        *("pure_bf16", "dataset_dir"),
-    ),
-    excludes=("base_model",),
     rules=(_method, _batch, _kernels, _optimizer, trainer.loop, trainer.parallelism, _precision, _evaluation),
     refused=("use_unsloth", "use_badam", "use_adam_mini", "mixture_of_depths", "fp8", "use_llama_pro"),
     matter={
@@ -153,4 +147,6 @@ FORMAT = RunFormat(
         "use_asft_loss": "the loss",
     },
     aliases={"evaluation_strategy": "eval_strategy"},
+    processes=("NPROC_PER_NODE", "CUDA_VISIBLE_DEVICES"),
 )
+FORMATS = (FORMAT,)

@@ -3,38 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import suppress
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, cast
 
 from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.core.errors import SpecError, UnknownNameError, nearest, printable
 from memplan.core.records import NamedTuple
-from memplan.frameworks.reading import axolotl, llamafactory, shell, trainer, trl
+from memplan.frameworks.reading import shell, trainer
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Typed, Unread, defaults_of, version_number
-from memplan.frameworks.reading.document import Document, named_document, paths, read_document
+from memplan.frameworks.reading.document import Document, is_there, named_document, paths, read_document
 from memplan.frameworks.reading.run_format import RunFormat
-from memplan.spec.file import read_text
+from memplan.frameworks.reading.signatures import PROGRAMS, SIGNATURES, format_named
+from memplan.spec.base import Part
+from memplan.spec.file import read_documents, read_text
 from memplan.spec.run import NEWEST, RunSpec
 
-FORMATS = {each.name: each for each in (axolotl.FORMAT, llamafactory.FORMAT, trl.FORMAT, trl.TRAINER)}
+ADAPTERS_FILE = "adapter_config.json"
+SCRIPTS = (".py", ".ipynb")
+_MANIFEST = re.compile(r"^(?:services|apiVersion):", re.MULTILINE)
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
-_LATER = {
-    "ms-swift": ("tuner_type", "train_type", "swift_type", "vit_lr", "lora_type"),
-    "LLaMA-Factory v1": ("model_class",),
-    "torchtune": ("tokenizer._component_", "model._component_"),
-    "LitGPT": ("checkpoint_dir",),
-    "NeMo Automodel": ("recipe", "step_scheduler"),
-    "verl": ("actor_rollout_ref",),
-    "Unsloth": ("training.training_type", "lora.lora_r"),
-}
+_LATER = {"LLaMA-Factory v1": ("model_class",), "verl": ("actor_rollout_ref",)}
 # Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
 _SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
-_PROGRAMS = {"trl": "trl", "llamafactory-cli": "llamafactory", "axolotl": "axolotl", "axolotl.cli.train": "axolotl"}
 _OF_MODELS = {"model_type", "architectures", "hidden_size"}  # keys of config.json
+_MAIN_FIELDS = {"method": "method.kind", "optimizer": "optimizer.name"}
 _ALIKE = 0.6  # of the letters of a misspelt key are in the one that is meant
 _ADAPTER_FIELDS = tuple(
     f"method.{name}" for name in ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
@@ -78,15 +77,24 @@ class RunFile(NamedTuple):
         """Return a line for each key that is not understood."""
         return tuple(f"{each.key} ({each.where}): {each.note}" for each in self.unread)
 
+    def with_value(self, field: str, value: Any, note: str) -> RunFile:
+        """Return the file with another value of a field that it sets, and a note on why."""
+        origins = tuple(
+            origin._replace(value=value, why=f"{origin.why}; {note}") if origin.field == field else origin
+            for origin in self.origins
+        )
+        return self._replace(origins=origins, fields=sections(origins))
+
     def origins_of(self, run: RunSpec) -> tuple[FieldOrigin, ...]:
         """Return the origins of a run that options have changed."""
         out: list[FieldOrigin] = []
         for origin in self.origins:
             value: Any = run
             for part in origin.field.split("."):
-                value = getattr(value, part, None)
+                value = _inside(value, part)
             value = list(cast("tuple[str, ...]", value)) if isinstance(value, tuple) else value
-            out.append(origin if value == origin.value else FieldOrigin(origin.field, value, TYPED))
+            is_as_read = isinstance(value, Part) or str(value) == str(origin.value)
+            out.append(origin if is_as_read else FieldOrigin(origin.field, value, TYPED))
         return tuple(out)
 
 
@@ -95,6 +103,7 @@ def read_run(
     framework: str | None = None,
     companions: Mapping[str, str] | None = None,
     typed: Mapping[str, Any] | None = None,
+    text: str | None = None,
 ) -> RunFile:
     """Return the run of a file.
 
@@ -102,66 +111,239 @@ def read_run(
     companions  files given along with it, by kind: `accelerate`, `deepspeed`
     typed       field -> value that replaces the file's before the framework's rules see it: the number of GPUs, and
                 fields that one key sets
+    text        what to read instead of the file's text, as if the file had it
 
     Raises SpecError for a file that is no framework's, or several frameworks', or that has a value not supported.
     """
     others = {kind: read_document(each) for kind, each in (companions or {}).items()}
     if name.lower().endswith(shell.SUFFIXES):
-        return _read_script(name, framework, others, typed)
-    document = read_document(name)
+        command = command_in(read_text(name) if text is None else text, printable(Path(name).name, 60))
+        return _read_launched(command, printable(Path(name).name, 60), Path(name), framework, others, typed)
+    with suppress(OSError, ValueError):  # reading says why
+        name = str(Path(name) / ADAPTERS_FILE) if Path(name).is_dir() else name
+    if name.lower().endswith(SCRIPTS):
+        return _read_python(name, {}, others, typed)
+    if is_modelfile(name):
+        from memplan.frameworks.reading import modelfile
+
+        return read_as(modelfile.read_modelfile(name), modelfile.FORMAT, None, (), others, typed)
+    if name.lower().endswith((".yaml", ".yml")) and _MANIFEST.search(read_text(name)):
+        return _read_manifest(name, framework, others, typed)
+    document = _read_toml(name) if name.lower().endswith(".toml") else read_document(name, text)
     if framework is not None:
         return read_as(document, *_named(framework), (), others, typed)
     found = detect(document)
     if found is None:
-        return RunFile(document.name, "memplan", "memplan", (), (), (), document.values)
+        return RunFile(document.name, "memplan", "memplan", (), _own_origins(document), (), document.values)
     form, told = found
     return read_as(document, form, None, told, others, typed)
 
 
-def _read_script(
+def _inside(section: object, name: str) -> Any:
+    """Return a field of a part, or of a mapping; None if it has none."""
+    if isinstance(section, Mapping):
+        return cast("Mapping[str, Any]", section).get(name)
+    return getattr(section, name, None)
+
+
+def _own_origins(document: Document) -> tuple[FieldOrigin, ...]:
+    """Return the line of each field of a run's own file. A section may be one word, of its main field."""
+    out: list[FieldOrigin] = []
+    for path, value in paths(document.values):
+        if not path.startswith("model."):
+            out.append(FieldOrigin(_MAIN_FIELDS.get(path, path), value, f"{document.where(path)} {path}"))
+    return tuple(out)
+
+
+def read_command(
+    text: str,
+    framework: str | None = None,
+    companions: Mapping[str, str] | None = None,
+    typed: Mapping[str, Any] | None = None,
+) -> RunFile:
+    """Return the run that a shell command starts, with the files it names in the working directory. See `read_run`."""
+    others = {kind: read_document(each) for kind, each in (companions or {}).items()}
+    command = shell.launched(text, "the command", _subcommands(), line=0)
+    return _read_launched(command, command.shown, None, framework, others, typed)
+
+
+def is_modelfile(name: str) -> bool:
+    """Whether a file's name is that of a Modelfile."""
+    lowered = Path(name).name.lower()
+    return lowered.partition(".")[0] == "modelfile" or lowered.endswith(".modelfile")
+
+
+def _read_toml(name: str) -> Document:
+    from memplan.frameworks.reading.torchtitan import read_toml
+
+    return read_toml(name)
+
+
+def _read_python(
+    name: str, flags: Mapping[str, Any], companions: dict[str, Document], typed: Mapping[str, Any] | None
+) -> RunFile:
+    """Return the run that a Python script or a notebook starts, with flags of its command line."""
+    from memplan.frameworks.reading.python_calls import read_script
+    from memplan.frameworks.reading.python_script import run_of_script
+
+    run = run_of_script(read_script(name, flags))
+    file = read_as(run.document, run.form, None, run.told, companions, typed, own_defaults=run.defaults)
+    return file._replace(unread=(*file.unread, *run.unread))
+
+
+def _read_manifest(
     name: str, framework: str | None, companions: dict[str, Document], typed: Mapping[str, Any] | None
 ) -> RunFile:
-    """Return the run that a shell script starts: of its flags, and of the file that they name."""
-    script = printable(Path(name).name, 60)
-    command = shell.launched(read_text(name), script)
-    lines = {(key,): command.line for key in ("config", "config_file", *command.flags)}
-    document = Document(script, Path(name), command.flags, lines)
-    if command.launcher:
-        launch = shell.launcher_document(command, script)
-        if "config_file" in command.launcher:
-            file = named_document(str(command.launcher["config_file"]), document, "config_file")
-            launch = file._replace(values={**file.values, **command.launcher})
-        companions.setdefault("accelerate", launch)
+    """Return the run of the first container, of a Compose file or a Kubernetes manifest, that trains or serves."""
+    from memplan.frameworks.reading.manifests import containers
+
+    shown = printable(Path(name).name, 60)
+    skipped: SpecError | None = None
+    for values, lines in read_documents(name):
+        for container in containers(values, lines):
+            try:
+                command = shell.launched(container.text, shown, _subcommands(), container.variables, container.line)
+            except SpecError as error:
+                skipped = skipped or error
+                continue
+            return _read_launched(command, shown, Path(name), framework, companions, typed)
+    raise skipped or SpecError(f"spec: {shown} has no container with a command, or with an image that is known", "spec")
+
+
+def has_own_keys(name: str) -> bool:
+    """Whether a file has a run's keys or its command, so that they can be changed there: no folder, Modelfile,
+    manifest, TOML or Python."""
+    if Path(name).is_dir() or is_modelfile(name) or name.lower().endswith((*SCRIPTS, ".toml")):
+        return False
+    return name.lower().endswith(shell.SUFFIXES) or not _MANIFEST.search(read_text(name))
+
+
+def command_in(text: str, name: str) -> shell.Launched:
+    """Return the first command of a script that trains or serves. Raises SpecError if there is none."""
+    return shell.launched(text, name, _subcommands())
+
+
+def _subcommands() -> shell.Programs:
+    return {program: SIGNATURES[name].programs[program] for program, name in PROGRAMS.items()}
+
+
+def _read_launched(
+    command: shell.Launched,
+    name: str,
+    path: Path | None,
+    framework: str | None,
+    companions: dict[str, Document],
+    typed: Mapping[str, Any] | None,
+) -> RunFile:
+    """Return the run that a command starts: of its flags, and of the file that they name.
+
+    name  the file that has the command, as shown
+    path  its path, next to which other files are searched; None if the command is typed
+    """
+    form = format_named(PROGRAMS[command.program]) if command.program in PROGRAMS else None
+    flags, config = _flags(command, form)
+    keys = ("config", "config_file", *flags) if command.line else ()
+    document = Document(name, path, flags, {tuple(key.split(".")): command.line for key in keys})
+    launcher = command.launcher or _processes(command, form)
     left_out = [
-        Unread(document.where(key), f"--{key}", "a variable that is not set") for key in shell.unresolved(command.flags)
+        Unread(document.where(key), f"--{key}", "a variable that is not set") for key in shell.unresolved(flags)
     ]
-    resolved = {key: value for key, value in command.flags.items() if key not in {each.key[2:] for each in left_out}}
-    document = document._replace(values=resolved)
-    flags: dict[str, Typed] = {}
-    if command.config:
-        flags = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
-        document = named_document(command.config, document, "config")
-    by_program = _PROGRAMS.get(command.program)
+    seen = command.variables.get("CUDA_VISIBLE_DEVICES", "")
+    if (form is None or form.trains) and "," in seen and not {"num_processes", "config_file"} & launcher.keys():
+        note = "several GPUs, and no number of processes: one is counted; add --gpus"
+        left_out.append(Unread(f"{name}:{command.line}" if command.line else name, "CUDA_VISIBLE_DEVICES", note))
+    processes = launcher.get("num_processes")
+    if isinstance(processes, str):
+        note = f"{printable(processes, 40)} is not known here; add --gpus"
+        left_out.append(Unread(f"{name}:{command.line}" if command.line else name, "the number of processes", note))
+        launcher = {key: value for key, value in launcher.items() if key != "num_processes"}
+    if launcher:
+        launch = shell.launcher_document(launcher, command.line, name)
+        if "config_file" in launcher:
+            file = named_document(str(launcher["config_file"]), document, "config_file")
+            launch = file._replace(values={**file.values, **launcher})
+        companions.setdefault("accelerate", launch)
+    resolved = {key: value for key, value in flags.items() if key not in {each.key[2:] for each in left_out}}
+    document = document._replace(values=nested(resolved))
+    script = _script_of(command, path) if form is None and framework is None and not config else None
+    if script is not None:
+        file = _read_python(script, resolved, companions, typed)
+        return file._replace(unread=(*file.unread, *left_out))
+    over: dict[str, Typed] = {}
+    if config:
+        over = {key: Typed(value, f"{document.where(key)} --{key}") for key, value in resolved.items()}
+        document = named_document(config, document, "config")
+    version: str | None = None
+    told: tuple[str, ...] = ()
     if framework is not None:
-        form, version, told = *_named(framework), ()
-    elif by_program is not None:
-        form, version, told = FORMATS[by_program], None, (f"{script}:{command.line} {command.program}",)
+        form, version = _named(framework)
+    elif form is not None:
+        told = (f"{name}:{command.line} {command.shown}",) if command.line else ()
     else:
         found = detect(document)
         if found is None:
             raise SpecError(f"spec: {document.name} names no framework; name it with --framework", "spec")
         form, told = found
-        version = None
-    file = read_as(document, form, version, told, companions, typed, flags)
+    file = read_as(document, form, version, told, companions, typed, over, command.shown)
     origins = {origin.field: origin for origin in file.origins}
     for variable in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-        if variable in command.variables:
+        if variable in command.variables and form.trains:
             is_on = "expandable_segments:true" in command.variables[variable].lower()
-            origins["loop.expandable_segments"] = FieldOrigin(
-                "loop.expandable_segments", is_on, f"{script}: {variable}"
-            )
+            origins["loop.expandable_segments"] = FieldOrigin("loop.expandable_segments", is_on, f"{name}: {variable}")
     found = tuple(origins.values())
-    return file._replace(name=script, origins=found, fields=sections(found), unread=(*file.unread, *left_out))
+    return file._replace(name=name, origins=found, fields=sections(found), unread=(*file.unread, *left_out))
+
+
+def _script_of(command: shell.Launched, path: Path | None) -> str | None:
+    """Return the Python script that a command starts, if it is there and the command does not name the model."""
+    if not command.path.endswith(".py") or "model_name_or_path" in command.flags:
+        return None
+    folders = (path.parent if path is not None else Path(), Path())
+    return next((str(folder / command.path) for folder in folders if is_there(folder / command.path)), None)
+
+
+def _flags(command: shell.Launched, form: RunFormat | None) -> tuple[dict[str, Any], str]:
+    """Return a command's flags, and the file with a run's keys that it names; empty if it names none.
+
+    A word that is no file is the model's name, as in `vllm serve MODEL`.
+    """
+    flags = {key: value for key, value in command.flags.items() if form is None or key not in form.processes}
+    if form is not None and form.environment is not None:
+        known = defaults_of(form.defaults[0]).keys
+        for name, value in command.variables.items():
+            key = name.removeprefix(form.environment).lower()
+            if name.startswith(form.environment) and key in known:
+                flags.setdefault(key, value)
+    config = str(flags.pop("config", flags.pop("job.config_file", "")) or command.config)
+    others = [word for word in command.words if not shell.is_config(word)]
+    if form is not None and others and form.takes_model:
+        flags.setdefault(form.model, others[0])
+    return flags, config
+
+
+def nested(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """Return flags with dots as sections: `--limit-mm-per-prompt.image 2`."""
+    out: dict[str, Any] = {}
+    for key, value in flags.items():
+        *parts, name = key.split(".")
+        inner = out
+        for part in parts:
+            deeper: object = inner.get(part)
+            inner[part] = inner = cast("dict[str, Any]", deeper) if isinstance(deeper, dict) else {}
+        inner[name] = value
+    return out
+
+
+def _processes(command: shell.Launched, form: RunFormat | None) -> dict[str, Any]:
+    """Return how many processes train as a launcher's keys, by the program's own flag or the environment."""
+    for name in form.processes if form is not None else ():
+        value = str(command.flags.get(name, command.variables.get(name, "")))
+        count = value.count(",") + 1 if name == "CUDA_VISIBLE_DEVICES" else int(value) if value.isdecimal() else 0
+        nodes = command.variables.get("NNODES", "1")
+        count *= int(nodes) if name == "NPROC_PER_NODE" and nodes.isdecimal() else 1
+        if count and value:
+            return {"distributed_type": "MULTI_GPU", "num_processes": count} if count > 1 else {}
+    return {}
 
 
 def is_known(name: str) -> bool:
@@ -173,7 +355,7 @@ def is_known(name: str) -> bool:
     if not isinstance(values, dict) or _OF_MODELS & values.keys():
         return False
     document = Document(name, None, cast("dict[str, Any]", values), {})
-    told = any(form.told_by(document.values) for form in FORMATS.values())
+    told = any(signature.told_by(document.values) for signature in SIGNATURES.values())
     return told or "model" in document.values or bool(_later(document))
 
 
@@ -200,20 +382,20 @@ def detect(document: Document) -> tuple[RunFormat, tuple[str, ...]] | None:
     values = document.values
     if not values or ("model" in values and values.keys() <= RunSpec.model_fields.keys()):
         return None
-    told = {name: form.told_by(values) for name, form in FORMATS.items()}
+    told = {name: signature.told_by(values) for name, signature in SIGNATURES.items()}
     for are_general in (False, True):
-        candidates = [name for name in told if told[name] and FORMATS[name].is_general == are_general]
+        candidates = [name for name in told if told[name] and SIGNATURES[name].is_general == are_general]
         if len(candidates) > 1:
-            text = f"may be {' or '.join(FORMATS[name].title for name in candidates)}; name it with --framework"
+            text = f"may be {' or '.join(SIGNATURES[name].title for name in candidates)}; name it with --framework"
             raise SpecError(f"spec: {document.name} {text}", "spec")
         later = _later(document)
         if later and (are_general or not candidates):
             raise SpecError(later, "spec")
         if candidates:
-            return FORMATS[candidates[0]], told[candidates[0]]
+            return format_named(candidates[0]), told[candidates[0]]
     if values.keys() & RunSpec.model_fields.keys():
         return None
-    known = ", ".join(form.title for form in FORMATS.values())
+    known = ", ".join(signature.title for signature in SIGNATURES.values() if signature.any_of)
     raise SpecError(f"spec: {document.name} is not a file of {known}, nor a run's; --framework names one", "spec")
 
 
@@ -232,16 +414,18 @@ def _later(document: Document) -> str:
 
 def _named(name: str) -> tuple[RunFormat, str | None]:
     """Return the framework and the version of NAME or NAME-VERSION."""
-    key, _, version = name.lower().partition("-")
-    if key not in FORMATS:
-        raise UnknownNameError("framework", name, FORMATS)
+    known = [key for key in SIGNATURES if f"{name.lower()}-".startswith(f"{key}-")]
+    key = max(known, key=len, default=name.lower())
+    version = name.lower()[len(key) + 1 :]
+    if key not in SIGNATURES:
+        raise UnknownNameError("framework", name, SIGNATURES)
     if version and not version_number(version):
         raise SpecError(f"framework: {name!r:.60} has no version number; write {key}-{_newest(key)}")
-    return FORMATS[key], version or None
+    return format_named(key), version or None
 
 
 def _newest(framework: str) -> str:
-    return max(defaults_of(FORMATS[framework].defaults[0]).read, key=version_number)
+    return max(defaults_of(format_named(framework).defaults[0]).read, key=version_number)
 
 
 def read_as(
@@ -252,27 +436,35 @@ def read_as(
     companions: Mapping[str, Document] | None = None,
     typed: Mapping[str, Any] | None = None,
     flags: Mapping[str, Typed] | None = None,
+    command: str = "",
+    own_defaults: Mapping[str, Any] | None = None,
 ) -> RunFile:
     """Return the run of a framework's file, read as by the `asked` version, or else the newest.
 
-    flags  key -> value of a command that replaces the file's
+    flags    key -> value of a command that replaces the file's
+    command  the program and subcommand that it starts; empty for a file
+    own_defaults  key -> default of a script's classes, where the framework's command line has another
     """
     every = [defaults_of(name) for name in form.defaults]
     version = every[0].newest_until(asked)
-    shared = [each.defaults[each.newest_until(None)] for each in every[1:]]
-    defaults = {key: value for each in (*shared, every[0].defaults[version]) for key, value in each.items()}
-    document, old_names = _renamed(document, form)
+    defaults = defaults_in(form, asked)
+    keys = {key for each in every for key in each.keys} | {key.key for key in form.table.keys}
+    defaults |= own_defaults or {}
+    document, old_names = _renamed(document, form, keys)
     config = Config(document, f"{form.title} {asked or version}", defaults, companions or {})
-    config.renamed = old_names
+    config.renamed, config.command = old_names, command
     typed_keys = {key.key: key.fields[0] for key in form.table.keys if key.is_same and key.fields[0] in (typed or {})}
     typed_keys = {key: field for key, field in typed_keys.items() if field != "parallelism.world"}
-    config.gpus = (typed or {}).get("parallelism.world")
+    config.options = typed or {}
+    config.gpus = config.options.get("parallelism.world")
     from_options = {key: Typed(typed[field], TYPED) for key, field in typed_keys.items()} if typed else {}
     config.typed = {**{form.aliases.get(key, key): value for key, value in (flags or {}).items()}, **from_options}
     for key in form.refused:
         if config.get(key) not in (None, False, "false", 0):
             raise config.refuse(key)
-    if config.text(form.model) is not None:
+    if "model" in config.options:
+        config.set("model", config.options["model"], why=TYPED)
+    elif config.text(form.model) is not None:
         config.set("model", config.text(form.model), form.model)
     config.read_same(form.table)
     for rule in form.rules:
@@ -280,10 +472,9 @@ def read_as(
     if config.value("method.kind") not in ADAPTERS:
         for field in (*_ADAPTER_FIELDS, "method.quantization"):
             config.found.pop(field, None)
-    profile = profile_of(form.defaults[0], asked or version)
+    profile = form.profile or profile_of(form.defaults[0], asked or version)
     nearness = "" if profile.endswith(f"-{version}") else "nearest "
     config.set("profile", profile, why=f"the {nearness}profile of {config.title}")
-    keys = {key for each in every for key in each.keys} | {key.key for key in form.table.keys}
     config.unread += _unread(config, form, keys)
     origins = tuple(config.found.values())
     unread = tuple(sorted(config.unread, key=lambda each: each.where))
@@ -291,10 +482,21 @@ def read_as(
     return RunFile(document.name, form.name, config.title, told, origins, unread, sections(origins), applied)
 
 
-def _renamed(document: Document, form: RunFormat) -> tuple[Document, dict[str, str]]:
+def defaults_in(form: RunFormat, version: str | None) -> dict[str, Any]:
+    """Return the defaults of a framework's version, over those of the frameworks that it builds on."""
+    first, *shared = [defaults_of(name) for name in form.defaults]
+    parts = [each.defaults[each.newest_until(None)] for each in shared]
+    return {key: value for each in (*parts, first.defaults[first.newest_until(version)]) for key, value in each.items()}
+
+
+def _renamed(document: Document, form: RunFormat, known: Collection[str]) -> tuple[Document, dict[str, str]]:
     """Return the document with old names of keys replaced, and the old name of each key that was."""
     values, lines = dict(document.values), dict(document.lines)
     old_names: dict[str, str] = {}
+    for key in [key for key in values if "-" in key or key.startswith("no_")]:  # flags of a command, written in a file
+        plain = key.replace("-", "_")
+        is_off = plain not in known and plain.startswith("no_") and plain[3:] in known
+        values[plain[3:] if is_off else plain] = not values.pop(key) if is_off else values.pop(key)
     for old, new in form.aliases.items():
         if values.get(old) is not None and values.get(new) is None:
             values[new] = values.pop(old)
@@ -305,26 +507,36 @@ def _renamed(document: Document, form: RunFormat) -> tuple[Document, dict[str, s
 
 def profile_of(framework: str, version: str) -> str:
     """Return the framework's newest profile that is not newer than the version; else its oldest."""
-    if framework == "transformers":
+    names = [each.name for each in (*PROFILES, *ENGINES) if each.name.startswith(f"{framework}-")]
+    if not names or framework == "transformers":
         return NEWEST["transformers"]
-    names = [each.name for each in PROFILES if each.name.startswith(f"{framework}-")]
-    numbers = {name: version_number(name.partition("-")[2]) for name in names}
+    numbers = {name: version_number(name.removeprefix(f"{framework}-")) for name in names}
     older = [name for name in names if numbers[name] <= version_number(version)]
     return max(older, key=numbers.__getitem__) if older else min(names, key=numbers.__getitem__)
 
 
 def _unread(config: Config, form: RunFormat, known: Collection[str]) -> Iterator[Unread]:
     """Yield the keys that may take memory and that no rule read: known ones that matter, and unknown ones."""
+    sections = {key.partition(".")[0] for key in defaults_of(form.defaults[0]).keys if "." in key}
     for path in config.left():
         top = path.partition(".")[0]
         value = config.document.values[top]
-        if top in form.matter:
-            if value not in (False, "false", 0):
-                yield Unread(config.document.where(path), path, f"{form.matter[top]}, not supported yet")
-        elif top not in known and not top.startswith(_SILENT):
-            near = nearest(top, known, 1)
-            hint = f"; did you mean {near[0]}?" if near and _alike(top, near[0]) else ""
+        matter = form.matter.get(path) or form.matter.get(top)
+        if matter is not None:
+            if value not in (False, "false", 0) and config.said(path) not in (False, "false", 0):
+                yield Unread(config.document.where(path), path, f"{matter}, not supported yet")
+        elif (name := _name(path, sections)) not in known and not {top, path} & set(form.silent):
+            if top.startswith(_SILENT):
+                continue
+            near = nearest(name, known, 1)
+            hint = f"; did you mean {near[0]}?" if near and _alike(name, near[0]) else ""
             yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
+
+
+def _name(path: str, sections: Collection[str]) -> str:
+    """Return the part of a key's path by which it is known: two names in one of the sections, else one."""
+    top, _, rest = path.partition(".")
+    return f"{top}.{rest.partition('.')[0]}" if rest and top in sections else top
 
 
 def _alike(a: str, b: str) -> bool:
@@ -334,11 +546,4 @@ def _alike(a: str, b: str) -> bool:
 
 def sections(origins: tuple[FieldOrigin, ...]) -> dict[str, Any]:
     """Return the fields as nested sections, as a run's file has them."""
-    out: dict[str, Any] = {}
-    for origin in origins:
-        *parts, name = origin.field.split(".")
-        inner = out
-        for part in parts:
-            inner = inner.setdefault(part, {})
-        inner[name] = origin.value
-    return out
+    return nested({origin.field: origin.value for origin in origins})

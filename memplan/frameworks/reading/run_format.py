@@ -1,9 +1,8 @@
-"""`RunFormat`: a framework whose files are read."""
+"""`RunFormat`: a framework whose files are read. What tells them is in `signatures.py`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from memplan.core.records import NamedTuple
 from memplan.frameworks.change_table import Framework
@@ -18,14 +17,17 @@ class RunFormat(NamedTuple):
     table       the rows of its keys, which also write them
     defaults    the frameworks in `defaults/` whose keys and defaults it has; the first has its versions
     model       the key that names the model
-    needs       keys that all of its files have
-    any_of      keys of which its files have some
-    excludes    keys that none of its files have
     rules       functions that set fields from several keys, in order
     refused     keys that must be off
     matter      keys that take memory and are not supported, and what they are about
+    silent      keys and sections, missing from `defaults`, that memory does not depend on
     aliases     old names of keys
-    is_general  whether other frameworks' files have its keys too, so that theirs come first
+    processes   variables of the environment that say how many processes train, if no launcher does
+    environment the beginning of the environment's variables that are flags too; None if none are
+    profile     its profile, if versions do not tell it
+    takes_model whether a word of a command that is no flag is the model's name
+    trains      whether it trains rather than serves
+    replaces    key -> keys that it may not stand next to
     """
 
     name: str
@@ -33,18 +35,14 @@ class RunFormat(NamedTuple):
     table: Framework
     defaults: tuple[str, ...]
     model: str
-    needs: tuple[str, ...]
-    any_of: tuple[str, ...]
     rules: tuple[Rule, ...]
     refused: tuple[str, ...] = ()
     matter: Mapping[str, str] = {}
-    excludes: tuple[str, ...] = ()
+    silent: tuple[str, ...] = ()
     aliases: Mapping[str, str] = {}
-    is_general: bool = False
-
-    def told_by(self, values: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return the keys that tell that a file is this framework's; empty if it is not."""
-        has = {key for key, value in values.items() if value is not None}
-        some = [key for key in self.any_of if key in has]
-        fits = some and has.issuperset(self.needs) and has.isdisjoint(self.excludes)
-        return (*self.needs, *some[: 2 - len(self.needs[:1])]) if fits else ()
+    processes: tuple[str, ...] = ()
+    environment: str | None = None
+    profile: str = ""
+    takes_model: bool = False
+    trains: bool = True
+    replaces: Mapping[str, tuple[str, ...]] = {}

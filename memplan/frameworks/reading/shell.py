@@ -1,4 +1,4 @@
-"""Shell scripts: the command that trains, its flags, and what its launcher says. Nothing is executed.
+"""Commands of shell scripts: one that trains or serves, its flags, and what its launcher says. Nothing is executed.
 
 Source: accelerate 1.15 commands/launch.py; torch 2.13 distributed/run.py; DeepSpeed 0.19.8 launcher/runner.py;
 trl 1.16 cli; llamafactory 0.9.5 launcher.py, hparams/parser.py; axolotl 0.21 cli/main.py.
@@ -10,15 +10,28 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import PurePath
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 from memplan.core.errors import SpecError, printable
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading.document import Document, paths
 
 SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm")
+_LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "tune")
+_SBATCH = re.compile(r"^#SBATCH\s+--([\w-]+)[=\s]+(\S+)", re.MULTILINE)
+# Variable -> the directive that it repeats.
+_SLURM = {
+    "SLURM_NNODES": "nodes",
+    "SLURM_JOB_NUM_NODES": "nodes",
+    "SLURM_NTASKS": "ntasks",
+    "SLURM_NTASKS_PER_NODE": "ntasks-per-node",
+    "SLURM_GPUS_PER_NODE": "gpus-per-node",
+    "SLURM_CPUS_PER_TASK": "cpus-per-task",
+}
 _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
+_HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
+_LONGEST_QUOTE = 200  # lines
 _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
 _WRAPPERS = ("exec", "nohup", "sudo", "time", "env", "srun", "uv", "poetry", "run", "python3", "python", "-u")
 _WITHOUT_VALUE = frozenset(
@@ -27,55 +40,97 @@ _WITHOUT_VALUE = frozenset(
         *("no_python", "module", "same_network", "debug", "quiet", "use_megatron_lm", "dynamo_use_fullgraph"),
     )
 )
-_DOES_NOT_READ = {"swift": "ms-swift", "vllm": "vLLM", "tune": "torchtune", "litgpt": "LitGPT", "unsloth": "Unsloth"}
+_CONTAINERS = ("docker", "podman", "singularity", "apptainer", "srun")
+_SHELLS = ("sh", "bash", "zsh")
+# Beginning of an image's name -> the program that its entry point runs.
+_IMAGES = {
+    "vllm/vllm-openai": ("vllm", "serve"),
+    "ghcr.io/huggingface/text-generation-inference": ("text-generation-launcher",),
+    "ghcr.io/ggml-org/llama.cpp:server": ("llama-server",),
+    "ghcr.io/ggerganov/llama.cpp:server": ("llama-server",),
+}
+Programs: TypeAlias = "Mapping[str, tuple[str, ...]]"  # program -> its subcommands that are read
 
 
 class Launched(NamedTuple):
-    """A command that trains.
+    """A command that trains or serves.
 
-    program    trl, llamafactory-cli, axolotl, or a script's or module's name
-    config     the run's file that it names; empty if all is said by flags
-    flags      its flags, as a file's keys
-    launcher   what the launcher says, as accelerate's keys
-    variables  the environment
-    line       the line of the script that it begins in
+    program     trl, llamafactory-cli, axolotl, or a script's or module's name
+    subcommand  sft of `trl sft`; may be empty
+    words       words that are neither flags nor their values
+    flags       its flags, as a file's keys
+    launcher    what the launcher says, as accelerate's keys
+    variables   the environment
+    path        the program as it is written
+    line        the line of the script that it begins in; 0 if it is typed
     """
 
     program: str
-    config: str
+    subcommand: str
+    words: tuple[str, ...]
     flags: dict[str, Any]
     launcher: dict[str, Any]
     variables: Mapping[str, str]
-    line: int
+    path: str
+    line: int = 0
+
+    @property
+    def shown(self) -> str:
+        return f"{self.program} {self.subcommand}".strip()
+
+    @property
+    def config(self) -> str:
+        """The first word that is a file with a run's keys; empty if there is none."""
+        return next(filter(is_config, self.words), "")
 
 
-def launched(text: str, name: str) -> Launched:
-    """Return the first command of a script that trains. Raises SpecError if there is none."""
-    unread = ""
-    for line, words, variables in _commands(text, name):
-        found = _launched(words, variables, line)
+def is_config(word: str) -> bool:
+    """Whether a word of a command is a file with a run's keys."""
+    return word.lower().endswith((".yaml", ".yml", ".json", ".toml"))
+
+
+def launched(
+    text: str, name: str, programs: Programs, variables: Mapping[str, str] | None = None, line: int | None = None
+) -> Launched:
+    """Return the first command that trains or serves. Raises SpecError if there is none.
+
+    variables  the environment that is known
+    line       the line of all commands, if they are not a script's; 0 for a command that is typed
+    """
+    skipped = ""
+    for counted, words, environment in _commands(text, name, {**_directives(text), **(variables or {})}):
+        at = counted if line is None else line
+        found = _launched(words, environment, at, programs)
         if isinstance(found, Launched):
             return found
-        unread = unread or (f"spec: {name}:{line}: {found}'s commands are not read yet" if found else "")
-    wanted = "accelerate launch, torchrun, deepspeed, trl, llamafactory-cli or axolotl"
-    raise SpecError(unread or f"spec: {name} has no command that trains; {wanted} are read", "spec")
+        skipped = skipped or (f"{name}:{at}: {found}" if found and at else found or "")
+    *others, last = sorted(name for name in programs if "." not in name and "_" not in name)
+    known = f"accelerate launch, torchrun, deepspeed, tune run, {', '.join(others)} and {last} are read"
+    raise SpecError(skipped or f"{name} does not train or serve; {known}")
 
 
-def launcher_document(command: Launched, name: str) -> Document:
+def launcher_document(launcher: Mapping[str, Any], line: int, name: str) -> Document:
     """Return what a command's launcher says as accelerate's config."""
-    sections = [(key,) for key in command.launcher]
-    keys = [tuple(path.split(".")) for path, _ in paths(command.launcher)]
-    return Document(name, None, command.launcher, dict.fromkeys([*sections, *keys], command.line))
+    keys = [*((key,) for key in launcher), *(tuple(path.split(".")) for path, _ in paths(launcher))]
+    return Document(name, None, launcher, dict.fromkeys(keys, line) if line else {})
 
 
-def _commands(text: str, name: str) -> Iterator[tuple[int, list[str], dict[str, str]]]:
+def _directives(text: str) -> dict[str, str]:
+    """Return the variables that Slurm sets by a script's `#SBATCH` lines."""
+    said = dict(_SBATCH.findall(text))
+    variables = {name: said[key] for name, key in _SLURM.items() if said.get(key, "").isdecimal()}
+    gpus = said.get("gres", said.get("gpus-per-node", said.get("gpus", ""))).rpartition(":")[2]
+    return {**variables, **({"SLURM_GPUS_ON_NODE": gpus} if gpus.isdecimal() else {})}
+
+
+def _commands(text: str, name: str, variables: Mapping[str, str]) -> Iterator[tuple[int, list[str], dict[str, str]]]:
     """Yield the commands of a script: line, words with variables resolved, and the environment."""
-    variables: dict[str, str] = {}
+    variables = dict(variables)
     for line, joined in _joined_lines(text):
         try:
             words = shlex.split(joined, comments=True)
         except ValueError:
-            raise SpecError(f"spec: {name}:{line}: a quote is not closed", "spec") from None
+            raise SpecError(f"{name}:{line}: a quote is not closed") from None
         for simple in _simple(words):
             resolved = [part for word in simple for part in _resolved(word, variables)]
             if resolved[:1] in (["export"], ["set"]):
@@ -91,16 +146,34 @@ def _commands(text: str, name: str) -> Iterator[tuple[int, list[str], dict[str, 
 
 
 def _joined_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield each line with the lines that continue it, and its number."""
-    start, parts = 1, ""
+    """Yield each line with the lines that continue it or its quotes, and its number; without here-documents."""
+    start, joined, end = 1, "", ""
     for number, line in enumerate(text.splitlines(), 1):
-        start = start if parts else number
-        if line.rstrip().endswith("\\"):
-            parts += f"{line.rstrip()[:-1]} "
+        if end:
+            end = "" if line.strip() == end else end
             continue
-        yield start, parts + line
-        parts = ""
-    yield start, parts
+        start = start if joined else number
+        if line.rstrip().endswith("\\"):
+            joined += f"{line.rstrip()[:-1]} "
+            continue
+        joined += line
+        if number - start < _LONGEST_QUOTE and _is_open(joined):
+            joined += "\n"
+            continue
+        here = _HERE.search(joined)
+        end = here[1] if here is not None else ""
+        yield start, joined
+        joined = ""
+    yield start, joined
+
+
+def _is_open(text: str) -> bool:
+    """Whether a quote in the text is not closed."""
+    try:
+        shlex.split(text, comments=True)
+    except ValueError:
+        return True
+    return False
 
 
 def _simple(words: list[str]) -> Iterator[list[str]]:
@@ -128,8 +201,8 @@ def _resolved(word: str, variables: Mapping[str, str]) -> list[str]:
     return text.split() if _VARIABLE.fullmatch(word) and text != word else [text]
 
 
-def _launched(words: list[str], variables: Mapping[str, str], line: int) -> Launched | str | None:
-    """Return the command if it trains; the name of a program that is known but not read; else None."""
+def _launched(words: list[str], variables: Mapping[str, str], line: int, programs: Programs) -> Launched | str | None:
+    """Return the command if it trains or serves; why it is not read, if its program is known; else None."""
     launcher: dict[str, Any] = {}
     while words:
         program, rest = PurePath(words[0]).name, words[1:]
@@ -137,8 +210,15 @@ def _launched(words: list[str], variables: Mapping[str, str], line: int) -> Laun
             words, launcher = _launcher(rest[1:], launcher, "num_processes", "num_machines_")
         elif program == "torchrun" or words[1:3] == ["-m", "torch.distributed.run"]:
             words, launcher = _launcher(rest[2 * (program != "torchrun") :], launcher, "nproc_per_node", "nnodes")
+        elif program == "tune" and rest[:1] == ["run"]:
+            words, launcher = _launcher(rest[1:], launcher, "nproc_per_node", "nnodes")
         elif program == "deepspeed":
             words, launcher = _launcher(rest, launcher, "num_gpus", "num_nodes")
+        elif program in _SHELLS and len(rest) > 1 and re.fullmatch("-[a-z]*c", rest[0]):  # bash -lc 'trl sft ...'
+            inner = (_launched(each, own, line, programs) for _, each, own in _commands(rest[1], program, variables))
+            return next((each for each in inner if each), None)
+        elif program in _CONTAINERS:
+            words = _inside(rest, programs)
         elif words[0] in ("-m", "--module") or program in _WRAPPERS or (words[0].startswith("-") and launcher == {}):
             words = rest
         else:
@@ -146,25 +226,36 @@ def _launched(words: list[str], variables: Mapping[str, str], line: int) -> Laun
     if not words:
         return None
     program = PurePath(words[0]).name
-    if program in _DOES_NOT_READ:
-        return _DOES_NOT_READ[program]
-    if program not in ("trl", "llamafactory-cli", "axolotl", "axolotl.cli.train") and not words[0].endswith(".py"):
+    if program not in programs and not words[0].endswith(".py"):
         return None
-    own, _, after = _partition(words[1:], "--")
+    subcommands = programs.get(program, ())
+    subcommand, own = (words[1], words[2:]) if subcommands and len(words) > 1 else ("", words[1:])
+    if subcommands and subcommand not in subcommands:
+        supported = " or ".join(f"{program} {each}" for each in subcommands)
+        return f"{printable(f'{program} {subcommand}', 60)} is not supported yet; supported: {supported}"
+    own, _, after = _partition(own, "--")
     positional, flags = flags_of(own)
     if after:  # axolotl train run.yml --launcher torchrun -- --nproc_per_node=2
         launcher = _launcher([*after, ""], launcher, "nproc_per_node", "nnodes")[1]
-    if program == "trl" and positional[:1] not in (["sft"], []):
-        flags["trl_command"] = positional[0]
-    gpus = variables.get("NPROC_PER_NODE") or variables.get("CUDA_VISIBLE_DEVICES", "").count(",") + 1
-    if program == "llamafactory-cli" and not launcher and str(gpus).isdecimal() and int(gpus) > 1:
-        launcher = {"distributed_type": "MULTI_GPU", "num_processes": int(gpus)}
-    if "num_processes" in flags and program == "trl":
-        launcher |= {"distributed_type": "MULTI_GPU", "num_processes": flags.pop("num_processes")}
-    files = [word for word in positional if word.lower().endswith((".yaml", ".yml", ".json"))]
-    config = str(flags.pop("config", "") or (files[0] if files else ""))
     flags |= dict(word.split("=", 1) for word in positional if "=" in word)
-    return Launched(program, config, flags, launcher, variables, line)
+    positional = [word for word in positional if "=" not in word]
+    return Launched(program, subcommand, tuple(positional), flags, launcher, variables, words[0], line)
+
+
+def _inside(words: list[str], programs: Programs) -> list[str]:
+    """Return the command that a container or a job step runs: from a program that is known, or of an image."""
+    for index, word in enumerate(words):
+        entry = entry_point(word)
+        if entry:
+            return [*entry, *words[index + 1 :]]
+        if PurePath(word).name in (*programs, *_LAUNCHERS, *_SHELLS, "python", "python3"):
+            return words[index:]
+    return []
+
+
+def entry_point(image: str) -> tuple[str, ...]:
+    """Return the program that an image runs, and its subcommand; empty if that is not known."""
+    return next((program for start, program in _IMAGES.items() if image.startswith(start)), ())
 
 
 def _partition(words: list[str], end: str) -> tuple[list[str], list[str], list[str]]:
@@ -193,6 +284,8 @@ def _launcher(words: list[str], before: dict[str, Any], per_node: str, nodes: st
     ranks, machines = str(flags.get(per_node, "")), str(flags.get(nodes, "1"))
     if ranks.isdecimal() and machines.isdecimal():
         out["num_processes"] = int(ranks) * int(machines)
+    elif ranks:  # a variable, or a word such as `gpu`
+        out["num_processes"] = ranks if machines == "1" else f"{ranks} x {machines}"
     if "mixed_precision" in flags:
         out["mixed_precision"] = flags["mixed_precision"]
     for section, prefix in (("fsdp_config", "fsdp_"), ("deepspeed_config", ("zero", "offload_", "deepspeed_config"))):
@@ -216,6 +309,8 @@ def flags_of(words: list[str]) -> tuple[list[str], dict[str, Any]]:
             positional.append(word)
         elif flags[name] is True:
             flags[name] = word
+        elif name == "config" and "=" in word:  # tune run recipe --config run.yaml batch_size=4
+            positional.append(word)
         else:
             old = flags[name]
             flags[name] = [*cast("list[str]", old), word] if isinstance(old, list) else [old, word]

@@ -14,8 +14,9 @@ from memplan.core.errors import MemplanError, SpecError, nearest
 from memplan.frameworks.deepspeed import read as deepspeed_parts
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, shown
 from memplan.frameworks.reading.document import Document, paths
-from memplan.models.cards import find_model
+from memplan.models.cards import card_names, find_model
 from memplan.models.model import ModelSpec
+from memplan.spec.run import Batch
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -59,12 +60,21 @@ def optimizer(config: Config, key: str = "optim") -> None:
             raise config.error("optim_args", f"momentum must be a number, not {shown(text)}") from None
 
 
+def is_flash(name: object) -> bool:
+    """Whether an attention is FlashAttention of any version, or a kernel of the Hub that is."""
+    return isinstance(name, str) and (name in FLASH or ("/" in name and "flash" in name))
+
+
 def attention(config: Config, key: str = "attn_implementation") -> None:
     name = config.text(key)
     if name is None:
         return
-    kind = _ATTENTION.get(name) or ("flash_attention_2" if "/" in name and "flash" in name else None)
-    if kind is None:
+    kind = "flash_attention_2" if is_flash(name) else _ATTENTION.get(name)
+    model = model_of(config)
+    # transformers lets some families run flash attention only by other names than flash_attention_2, as gpt-oss does:
+    # modeling_utils.py _compatible_flash_implementations.
+    is_other_flash = kind == "flash_attention_2" != name and model is not None and model.family.attention.no_flash_2
+    if kind is None or is_other_flash:
         config.leave(key, f"{shown(name)}: sdpa is counted instead")
     else:
         config.set("kernels.attention", kind, key)
@@ -318,10 +328,29 @@ def fsdp(config: Config, section: Document | None, version: int, words: str) -> 
         config.set("method.quantization.storage", "bf16", key, why="FSDP shards floating-point storage")
 
 
+def set_model(config: Config, name: str | None, *keys: str, why: str = "") -> None:
+    """Set the model that a file names, unless one is typed."""
+    if name and "model" not in config.options:
+        config.set("model", name, *keys, why=why)
+
+
+def card_of(family: str, version: str, size: str) -> str | None:
+    """Return the card of a model that is named by parts: llama, 3.1, 8b; None if there is none."""
+    names = card_names()
+    plain = [f"{family}{dash}{version}-{size}".replace("--", "-") for dash in ("-", "")]
+    found = [name for name in plain if name in names]
+    return next(iter([*found, *(name for name in names for start in plain if name.startswith(f"{start}-"))]), None)
+
+
+def assume_length(config: Config, key: str) -> None:
+    """Samples of any length are counted with the default length."""
+    config.set("batch.sequence", Batch().sequence, why=f"assumed: {key} is not set; add --seq-len")
+
+
 def model_of(config: Config) -> ModelSpec | None:
     """Return the model that the file names; None if memplan does not have it."""
     name = config.value("model")
     try:
-        return find_model(name) if isinstance(name, str) else None
+        return find_model(name) if name is not None else None
     except MemplanError:
         return None

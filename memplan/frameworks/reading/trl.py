@@ -28,8 +28,6 @@ _SFT_LOSSES = ("nll", "chunked_nll")
 
 
 def _trainer(config: Config) -> None:
-    if config.said("trl_command") is not None:
-        raise config.error("trl_command", f"trl {config.said('trl_command')} is not supported yet; supported: trl sft")
     for title, keys in _OTHER_TRAINERS.items():
         for key in keys:
             if config.said(key) is not None:
@@ -41,7 +39,7 @@ def _trainer(config: Config) -> None:
         config.set("kernels.loss", "chunked", "loss_type")
 
 
-def _method(config: Config) -> None:
+def method(config: Config) -> None:
     bits = 4 if config.flag("load_in_4bit") else 8 if config.flag("load_in_8bit") else 16
     has_adapter = config.flag("use_peft")
     if bits < 16 and not has_adapter:
@@ -163,17 +161,8 @@ FORMAT = RunFormat(
     TRL,
     ("trl", "transformers"),
     "model_name_or_path",
-    needs=(),
-    any_of=(
-        *("dataset_name", "use_peft", "max_seq_length", "lora_r", "load_in_4bit", "load_in_8bit", "padding_free"),
-        *("packing_strategy", "assistant_only_loss", "completion_only_loss", "dataset_text_field", "num_generations"),
-        *("reward_funcs", "max_prompt_length", "dataset_mixer", "dataset_mixture", "lora_target_modules"),
-    ),
-    excludes=(
-        *("base_model", "finetuning_type", "stage", "cutoff_len", "checkpoint_dir", "tuner_type", "train_type"),
-        *("torch_dtype_str", "recipe", "lora_rank"),
-    ),
-    rules=(*(_trainer, _method, _batch, _kernels, trainer.optimizer, trainer.loop, _launch, _precision, _evaluation),),
+    rules=(*(_trainer, method, _batch, _kernels, trainer.optimizer, trainer.loop, _launch, _precision, _evaluation),),
+    processes=("num_processes",),
     matter={**_MATTER, "lora_target_parameters": "what trains", "model_init_kwargs": "how the model is loaded"},
     aliases=trainer.ALIASES,
 )
@@ -183,12 +172,6 @@ TRAINER = RunFormat(
     TRL,
     ("transformers",),
     "model_name_or_path",
-    needs=(),
-    any_of=(
-        *("per_device_train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "lr_scheduler_type"),
-        *("gradient_checkpointing", "per_device_eval_batch_size", "max_grad_norm", "optim"),
-    ),
-    excludes=("base_model", "checkpoint_dir", "tuner_type", "train_type", "recipe"),
     rules=(
         *(
             _full,
@@ -203,5 +186,5 @@ TRAINER = RunFormat(
     ),
     matter=_MATTER,
     aliases=trainer.ALIASES,
-    is_general=True,
 )
+FORMATS = (FORMAT, TRAINER)

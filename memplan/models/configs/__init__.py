@@ -38,7 +38,7 @@ _FAMILIES: dict[str, tuple[str, str]] = {
         "state space, recurrent, linear attention",
         "falcon_mamba granitemoehybrid jamba mamba mamba2 nemotron_h qwen3_5_moe_text qwen3_5_text qwen3_next",
     ),
-    "block_sparse": ("mixture of experts", "minimax_m3_vl_text step3p7"),
+    "block_sparse": ("mixture of experts", "minimax_m3 minimax_m3_vl_text step3p7"),
     "gemma": ("", "gemma3n_text gemma4 gemma4_text"),
     "llama4": ("mixture of experts", "llama4 llama4_text"),
     "gpt_oss": ("mixture of experts", "gpt_oss mimo_v2_flash"),

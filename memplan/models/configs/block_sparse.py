@@ -7,7 +7,7 @@ from typing import Any
 
 from memplan.models.configs.layer_lists import SLIDING, SPARSE, kinds, listed
 from memplan.models.configs.uncalled_towers import step_tower
-from memplan.models.facts import Family, ModelFacts
+from memplan.models.facts import ONE_KERNEL, Family, ModelFacts
 from memplan.models.family_facts import AttentionFacts, CheckpointFacts, ConfigKeys, GenerationFacts
 from memplan.models.layers import Layer
 
@@ -95,29 +95,32 @@ def _step_axes(m: ModelFacts) -> Mapping[str, int]:
 
 # Source: transformers 5.24 models/minimax_m3_vl/configuration_minimax_m3_vl.py,
 # models/step3p7/configuration_step3p7.py.
+_MINIMAX_M3 = Family(
+    {
+        "intermediate_size": 3072,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts_per_tok": 4,
+        "num_local_experts": 128,
+        "dense_intermediate_size": 12288,
+        "shared_intermediate_size": 3072,
+        "index_n_heads": 4,
+        "index_head_dim": 128,
+        "index_topk_blocks": 16,
+        "index_block_size": 128,
+        "index_local_blocks": 1,
+        "partial_rotary_factor": 1.0,
+    },
+    layers=_minimax_layers,
+    axes=_minimax_axes,
+    acts=(*ONE_KERNEL, "swigluoai"),  # the class overwrites it
+    stack="minimax_m3",
+    attention=AttentionFacts(no_flash_2="it does not support block masks"),
+    generation=GenerationFacts(cache="indexed_blocks"),
+)
 FAMILIES = {
-    "minimax_m3_vl_text": Family(
-        {
-            "intermediate_size": 3072,
-            "num_key_value_heads": 4,
-            "head_dim": 128,
-            "num_experts_per_tok": 4,
-            "num_local_experts": 128,
-            "dense_intermediate_size": 12288,
-            "shared_intermediate_size": 3072,
-            "index_n_heads": 4,
-            "index_head_dim": 128,
-            "index_topk_blocks": 16,
-            "index_block_size": 128,
-            "index_local_blocks": 1,
-            "partial_rotary_factor": 1.0,
-        },
-        layers=_minimax_layers,
-        axes=_minimax_axes,
-        stack="minimax_m3",
-        attention=AttentionFacts(no_flash_2="it does not support block masks"),
-        generation=GenerationFacts(cache="indexed_blocks"),
-    ),
+    "minimax_m3_vl_text": _MINIMAX_M3,
+    "minimax_m3": _MINIMAX_M3._replace(built_as="minimax_m3_vl_text"),  # the text model of the published checkpoint
     "step3p7": Family(
         {
             "vocab_size": 128815,

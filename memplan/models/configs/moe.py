@@ -214,6 +214,7 @@ FAMILIES: dict[str, Family] = {
         },
         layers=between,
         axes=_ernie,
+        training=TrainingFacts(fuses_experts=True),
     ),
     "glm4_moe": _MOE._replace(
         defaults={
@@ -228,6 +229,7 @@ FAMILIES: dict[str, Family] = {
         },
         layers=after_first,
         axes=_glm,
+        training=TrainingFacts(fuses_experts=True),
         checkpoint=CheckpointFacts(
             experts="split",
             gguf="glm4moe",
@@ -319,7 +321,7 @@ FAMILIES: dict[str, Family] = {
         keys=ConfigKeys(renamed={"num_local_experts": "num_experts"}),
         layers=sparse_step_layers,
         axes=expert_axes(),
-        training=TrainingFacts(experts_were=True),
+        training=TrainingFacts(experts_were=True, fuses_experts=True),
         checkpoint=CheckpointFacts(
             experts="split", gguf="qwen3moe", gguf_keys={"expert_count": "num_experts", **GGUF_EXPERTS}
         ),

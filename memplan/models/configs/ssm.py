@@ -419,5 +419,5 @@ FAMILIES: dict[str, Family] = {
         parallel=ParallelFacts(plans.LLAMA_DELTA),
         serving=ServingFacts(adapts_tables=True),
     ),
-    "qwen3_next": _QWEN3_NEXT,
+    "qwen3_next": _QWEN3_NEXT._replace(training=TrainingFacts(fuses_experts=True)),
 }

@@ -128,11 +128,12 @@ def _rows_of_mask(values: Any, indices: list[Any]) -> Any:
 
     Source: torch 2.13 aten/src/ATen/native/TensorAdvancedIndexing.cpp, IndexingUtils.h expandTensors.
     """
-    mask = indices[0]
-    if len(indices) != 1 or mask.dtype != torch.bool:
+    *before, mask = indices
+    if mask is None or mask.dtype != torch.bool or any(index is not None for index in before):
         return NotImplemented
     positions = torch.empty(mask.numel(), mask.dim(), dtype=torch.int64, device=values.device)
-    rows = torch.empty(mask.numel(), *values.shape[mask.dim() :], dtype=values.dtype, device=values.device)
+    rest = values.shape[len(before) + mask.dim() :]
+    rows = torch.empty(*values.shape[: len(before)], mask.numel(), *rest, dtype=values.dtype, device=values.device)
     del positions
     return rows
 

@@ -15,6 +15,7 @@ import torch
 from memplan.models.cards import find_model
 from memplan.models.configs.images import Picture, axes_of, picture_of, tower_of
 from memplan.probe.libraries import library
+from memplan.resolve.batches import check_sees
 from memplan.spec.run import RunSpec
 
 _IMAGE = 1  # the value of image tokens in mm_token_type_ids and token_type_ids
@@ -61,6 +62,7 @@ class CumulativeLengths:
 def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
     """Return the model's image inputs, and write the images' placeholder tokens into `ids` [batch, sequence]."""
     model = find_model(run.model)
+    check_sees(model)
     picture = picture_of(model, run.batch.image_size)
     each, device = run.batch.images, ids.device
     axes = {**model.axes(), **axes_of(model, each, picture)}

@@ -122,7 +122,7 @@ def _chunked(chunks: list[Any], labels: torch.Tensor) -> LossOutput:
     loss: Any = 0.0
     for chunk, target in zip(logits, targets, strict=True):
         loss = loss + F.cross_entropy(chunk.float(), target, ignore_index=_IGNORED, reduction="sum")
-    return LossOutput(loss, None)
+    return LossOutput(loss, chunks)
 
 
 def _chunked_lm_head(kept: list[Any], labels: Any) -> LossOutput:

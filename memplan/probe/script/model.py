@@ -11,13 +11,13 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.methods.methods import ADAPTERS, AXOLOTLS_EMBEDDINGS
 from memplan.core.errors import MemplanError, ProbeError, SpecError
 from memplan.models.cards import find_config
 from memplan.models.configs import families
 from memplan.models.facts import Family
 from memplan.models.objectives import modules_to_train
-from memplan.models.peft_methods import PEFT_METHODS, default_targets, filled_options
+from memplan.models.peft_methods import PEFT_METHODS, adapts_modules, default_targets, filled_options
 from memplan.probe.libraries import library, model_class
 from memplan.probe.script import expert_parallel
 from memplan.probe.script.device_map import device_lookup, dispatch, is_dispatched, map_of
@@ -129,9 +129,16 @@ def _add_output_field(model: Any, model_type: str) -> None:
 
 
 def _plain(value: Any) -> Any:
-    """Return JSON lists and dicts for the spec's frozen containers."""
+    """Return JSON lists and dicts for the spec's frozen containers, and the floats that JSON cannot represent.
+
+    Source: transformers 5.24 configuration_utils.py PreTrainedConfig._decode_special_floats.
+    """
     if isinstance(value, Mapping):
-        return {key: _plain(inner) for key, inner in cast(Mapping[str, Any], value).items()}
+        fields = cast(Mapping[str, Any], value)
+        tag = fields.get("__float__") if len(fields) == 1 else None
+        if tag in ("Infinity", "-Infinity", "NaN"):
+            return float(tag)
+        return {key: _plain(inner) for key, inner in fields.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(inner) for inner in cast(list[Any], value)]
     return value
@@ -194,12 +201,16 @@ def _compute_buffers(model: Any, module: Any) -> None:
 
 
 def _prepare(model: Any, run: RunSpec) -> None:
-    """Run peft's `prepare_model_for_kbit_training`; `trl` casts embeddings and head back, as TRL 0.12 did."""
+    """Run peft's `prepare_model_for_kbit_training`, and cast back what TRL 0.12 or Axolotl does."""
     quantization = run.method.quantization
     preparation = quantization.kbit_preparation if quantization is not None else False
     if preparation is False:
         for parameter in model.parameters():
             parameter.requires_grad = False
+        return
+    dtype = DTYPES[run.precision.weights]
+    if str(preparation).startswith("axolotl"):
+        _prepare_as_axolotl(model, dtype, casts_embeddings=preparation == "axolotl-0.12")
         return
     library("peft").prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     if preparation == "trl":
@@ -207,7 +218,28 @@ def _prepare(model: Any, run: RunSpec) -> None:
             if any(part in name for part in ("lm_head", "embed_tokens", "wte", "wpe")):
                 weight: Any = getattr(module, "weight", None)
                 if weight is not None:
-                    weight.data = weight.data.to(DTYPES[run.precision.weights])
+                    weight.data = weight.data.to(dtype)
+
+
+def _prepare_as_axolotl(model: Any, dtype: torch.dtype, casts_embeddings: bool) -> None:
+    """Cast to fp32 what Axolotl casts, and back what it casts back.
+
+    Source: axolotl 0.12.2 and 0.21.0 loaders/model.py _configure_embedding_dtypes, monkeypatch/peft/utils.py.
+    """
+
+    def convert(to: torch.dtype, with_embeddings: bool) -> None:
+        for name, module in model.named_modules():
+            is_embedding = any(part in name for part in AXOLOTLS_EMBEDDINGS) and hasattr(module, "weight")
+            if "norm" in name or (with_embeddings and is_embedding):
+                module.to(to)
+
+    convert(torch.float32, casts_embeddings)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = False
+        is_left = any(part in name for part in AXOLOTLS_EMBEDDINGS) and not casts_embeddings
+        if parameter.dtype == dtype and type(parameter).__name__ != "Params4bit" and not is_left:
+            parameter.data = parameter.data.to(torch.float32)
+    convert(dtype, True)
 
 
 # peft's task types by objective; it has none for the others.
@@ -228,13 +260,14 @@ def _arguments(model: Any) -> Mapping[str, Any]:
 def _adapt(model: Any, run: RunSpec) -> Any:
     """Return the model with peft's adapters on the targets, in `adapter_dtype` (default: fp32, as in peft)."""
     peft, method, objective = library("peft"), run.method, objective_of(run)
+    saved = list(modules_to_train(objective, method.modules_to_save, hasattr(model, "score")))
     config = adapter_config(
         method,
         model.config.model_type,
         task_type=_TASKS.get(objective) if "input_ids" in _arguments(model) else None,
-        target_modules=_targets(run),
+        **({"target_modules": _targets(run)} if adapts_modules(method.kind) else {}),
         **({"exclude_modules": _parts(method.frozen)} if method.frozen else {}),
-        modules_to_save=list(modules_to_train(objective, method.modules_to_save, hasattr(model, "score"))) or None,
+        **({"modules_to_save": saved} if saved else {}),
     )
     dtype = method.adapter_dtype or "fp32"
     try:
@@ -246,8 +279,9 @@ def _adapt(model: Any, run: RunSpec) -> Any:
     for module in adapted.modules():
         if hasattr(module, "module_dropout") and not isinstance(module.module_dropout, float):
             module.module_dropout = dict.fromkeys(module.module_dropout, _AboveNothing())
+    prefix = getattr(adapted.base_model, "prefix", None)  # a prompt's encoder is in fp32
     for name, parameter in adapted.named_parameters():
-        if adapted.base_model.prefix in name and parameter.dtype != DTYPES[dtype]:
+        if prefix is not None and prefix in name and parameter.dtype != DTYPES[dtype]:
             parameter.data = parameter.data.to(DTYPES[dtype])
     return adapted
 
@@ -269,7 +303,7 @@ def _settings(method: Method, model_type: str) -> dict[str, Any]:
             "lora_alpha": method.alpha or 8,
             "lora_dropout": method.dropout,
             "use_dora": "dora" in method.kind,
-            "use_rslora": bool(method.options.get("use_rslora", False)),
+            **_plain(method.options),
         }
     named = {row.r: method.rank if row.rank else None, row.dropout: method.dropout, row.alpha: method.alpha}
     settings = {name: value for name, value in named.items() if name and value is not None}
@@ -278,7 +312,7 @@ def _settings(method: Method, model_type: str) -> dict[str, Any]:
         options["feedforward_modules"] = str(options["feedforward_modules"] or "").split()  # pyright: ignore
     if method.kind == "adalora":
         settings["total_step"] = 1000  # when the ranks are fixed does not change a step's memory
-    return {**settings, **options}
+    return {**settings, **_plain(options)}
 
 
 class _AboveNothing:
@@ -305,8 +339,8 @@ def _parts(names: Iterable[str]) -> str:
 def _targets(run: RunSpec) -> str | list[str]:
     """Return the modules to adapt, by their names in this model if memplan knows it (q_proj may be a fused qkv)."""
     named = run.method.targets
-    if named == "all-linear":
-        return "all-linear"
+    if named == "all-linear" or run.method.pattern:
+        return str(named)
     if named == "default":
         return list(default_targets(run.method.kind, str(find_config(run.model).get("model_type"))))
     try:
@@ -317,8 +351,8 @@ def _targets(run: RunSpec) -> str | list[str]:
 
 
 def _freeze(model: Any, trainable: int) -> None:
-    """Freeze all but the last `trainable` layers, like LLaMA-Factory's freeze tuning."""
-    layers = max(_module_lists(model), key=len, default=None)
+    """Freeze all but the last `trainable` layers of the language model, like LLaMA-Factory's freeze tuning."""
+    layers = max(_language_lists(model), key=len, default=None)
     if layers is None:
         raise SpecError("method.kind: freeze needs a model with a list of layers", "method.kind")
     model.requires_grad_(False)
@@ -326,9 +360,10 @@ def _freeze(model: Any, trainable: int) -> None:
         layer.requires_grad_(True)
 
 
-def _module_lists(model: Any) -> Iterator[nn.ModuleList]:
-    for module in model.modules():
-        if isinstance(module, nn.ModuleList):
+def _language_lists(model: Any) -> Iterator[nn.ModuleList]:
+    language = re.compile(_PARTS["language"])
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and language.fullmatch(f"{name}."):
             yield module
 
 
@@ -348,7 +383,7 @@ def unwrapped(model: Any) -> Any:
 def base_of(model: Any) -> Any:
     """Return transformers' model inside torch's and peft's wrappers, or the model itself."""
     model = unwrapped(model)
-    return model.base_model.model if hasattr(model, "peft_config") else model
+    return model.get_base_model() if hasattr(model, "peft_config") else model
 
 
 def facts_of(model: Any) -> Family:

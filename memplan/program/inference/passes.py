@@ -35,6 +35,7 @@ from memplan.engine.walk import (
     size,
     values,
 )
+from memplan.models.model import ModelSpec
 from memplan.program.axes import axes_of, blocks_of_keys, rounded_axes
 from memplan.program.graph import Graph, TensorGroup, lower_inference, operations_of
 from memplan.program.run import ResolvedRun
@@ -130,7 +131,12 @@ def cross_attends_to_images(graph: Graph) -> bool:
 
 def compresses(graph: Graph) -> bool:
     """Whether some layers keep compressed keys, one for each window of tokens."""
-    return any(layer.mixer in ("sparse", "heavy") for layer in graph.model.layers)
+    return _compresses(graph.model)
+
+
+@lru_cache(maxsize=128)
+def _compresses(model: ModelSpec) -> bool:
+    return any(layer.mixer in ("sparse", "heavy") for layer in model.layers)
 
 
 def decoder_graph(graph: Graph) -> Graph:
@@ -424,13 +430,18 @@ class Contenders(NamedTuple):
 _AT_LEAST_ONE = frozenset(("b", "s", "s1", "s8", "s32", "s128", "kv", "kv1", "kv8", "kv32", "kv128", "kv_static"))
 
 
+def fixed_axes(graph: Graph) -> dict[str, int]:
+    """Return the axes of a pass that no run decides."""
+    axes = operations_of(graph)[1]
+    fixed = {axis: n for axis, n in axes.items() if axis not in _AT_LEAST_ONE}  # Whisper's `s` is its encoder's
+    return {**fixed, "kernel1": axes.get("kernel", 0) + 1}
+
+
 @lru_cache(maxsize=512)
 @without_collection
 def contenders(graph: Graph, division: Division | None = None) -> Contenders:
     """Return the moments of a pass that can be its peak. Takes milliseconds, then is cached."""
-    low, axes = lower_inference(graph, division=division), operations_of(graph)[1]
-    fixed = {axis: n for axis, n in axes.items() if axis not in _AT_LEAST_ONE}  # Whisper's `s` is its encoder's
-    fixed["kernel1"] = axes.get("kernel", 0) + 1
+    low, fixed = lower_inference(graph, division=division), fixed_axes(graph)
     sizes = [size(key[0], key[1], fixed) for key in low.sizes]
     variables = tuple(sorted({variable for variable, _ in sizes}))
     along = chain([v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)] or [ONE])  # other axes may be 0

@@ -15,10 +15,10 @@ from memplan.core.records import NamedTuple
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
 from memplan.engine.events import FREED, Event
 from memplan.engine.native import exact, new_allocator
-from memplan.engine.sized_events import SizedEvents
+from memplan.engine.sized_events import KeySizes, SizedEvents
 from memplan.engine.walk import size
 from memplan.program.graph import NO_AXES, Graph, TensorGroup, parameters_of, recorded_inference
-from memplan.program.inference.passes import SizedPass
+from memplan.program.inference.passes import SizedPass, fixed_axes
 from memplan.program.loading import loading
 from memplan.program.training.replay import append_loading
 
@@ -108,7 +108,7 @@ NOTHING = LeftTensors(Storages((), ()), [], [])
 def replay_pass(each: SizedPass, allocator: Allocator, left: LeftTensors) -> LeftTensors:
     """Replay a pass that begins with the tensors `left` by the previous one. Return the tensors it leaves itself."""
     one = _recorded(each.step.graph, each.step.division)
-    sizes = [size(shape, dtype, each.axes)[1] for shape, dtype, *_ in one.recording.sizes]
+    sizes = one.sizes.in_run(each.axes)
     live = allocator.live_blocks(one.recording.storages)
     first = one.first(len(left.blocks))
     alike: dict[int, int] = {}  # bytes -> a number in place of them
@@ -121,10 +121,11 @@ def replay_pass(each: SizedPass, allocator: Allocator, left: LeftTensors) -> Lef
 
 
 class _RecordedPass:
-    """The recording of a pass, and the storages that it leaves."""
+    """The recording of a pass, the sizes of its keys, and the storages that it leaves."""
 
     def __init__(self, graph: Graph, division: Division | None) -> None:
-        self.recording = recorded_inference(graph, division)
+        self.recording, fixed = recorded_inference(graph, division), fixed_axes(graph)
+        self.sizes = KeySizes([size(shape, dtype, fixed) for shape, dtype, *_ in self.recording.sizes])
         self.left = Storages(self.recording.sizes, self.recording.left)
         self._first = NOTHING.storages
 

@@ -69,6 +69,12 @@ class Budget(NamedTuple):
         return self.room >= 0
 
     @property
+    def starts(self) -> bool:
+        """Whether the engine starts: vLLM's pool must hold one request of the longest length that it admits."""
+        s = self.settings
+        return s.engine.kind != "vllm" or self.pool.holds(s.longest, 1)
+
+    @property
     def room(self) -> int:
         """Bytes of the pool beyond what the run's requests need. Negative if they do not fit, or if a step does not fit
         in the bytes set aside for it."""

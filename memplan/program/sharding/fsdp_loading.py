@@ -44,8 +44,9 @@ class _Loader:
 
     def __init__(self, graph: Graph, ranks: Ranks) -> None:
         self.graph, self.ranks = graph, ranks
-        self.axes = operations_of(graph)[1]
+        self.stack, self.axes = operations_of(graph)  # the stack keeps the weights, whose ids are keys
         self.tape = LoadingTape(self.axes)
+        self._messages: dict[int, list[int]] = {}  # by the weight's id: layers have the same weights
         self.to_cast: list[tuple[int, int, str]] = []  # FSDP1: the rank's parts that are cast last
 
     def _shape(self, w: Weight) -> tuple[int, ...]:
@@ -63,23 +64,26 @@ class _Loader:
 
     def _broadcast(self, w: Weight, together: bool) -> int:
         """Broadcast a weight, and return the storage of the rank's part."""
-        tape, ranks, shape, dtype = self.tape, self.ranks, self._shape(w), kept_dtype(w, self.ranks)
-        own = prod(rows_of(shape, ranks.world))
-        padded = ranks.world - shape[0] // part(shape[0], ranks.world) if shape else 0
-        whole = tape.alloc(prod(shape), dtype)
-        if together and padded:
-            copies = [tape.alloc_bytes(padded * tape.bytes_of(own, dtype))]
-        else:
-            copies = [tape.alloc(own, dtype) for _ in range(padded)]
-        local = tape.alloc(own, dtype)
-        tape.free(*copies, whole)
-        if ranks.offloads:
-            tape.free(local)
+        if id(w) not in self._messages:
+            self._messages[id(w)] = self._message(w, together)
+        whole, *copies, local = self.tape.alloc_each(self._messages[id(w)])
+        self.tape.free(*copies, whole)
+        if self.ranks.offloads:
+            self.tape.free(local)
         return local
+
+    def _message(self, w: Weight, together: bool) -> list[int]:
+        """Return the bytes that broadcasting a weight allocates: the weight, padded copies of the last parts, the
+        rank's part."""
+        world, shape, dtype = self.ranks.world, self._shape(w), kept_dtype(w, self.ranks)
+        own = self.tape.bytes_of(prod(rows_of(shape, world)), dtype)
+        padded = world - shape[0] // part(shape[0], world) if shape else 0
+        copies = [padded * own] if together and padded else [own] * padded
+        return [self.tape.bytes_of(prod(shape), dtype), *copies, own]
 
     def _named_again(self) -> list[Weight]:
         """Return a weight for every additional name it has: a tied head, and tables that encoder and decoder share."""
-        stack, _ = operations_of(self.graph)
+        stack = self.stack
         before = {w.name: w for ops in outside(stack)[:-1] for op in ops for w in op.weights if w.group != "buffer"}
         after = {w.name for op in (*stack.after, *stack.loss) for w in op.weights}
         tied = [w for name, w in before.items() if name in after]

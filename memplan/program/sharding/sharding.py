@@ -142,7 +142,8 @@ class Sharding:
                 continue
             embedding = self.run.trainer and w.group == "embedding" and not w.matrix
             target = w.matrix and not w.transposed
-            p = Parameter(f"{where}{w.name}", shape_of(w, axes), w.dtype, 1, embedding=embedding, target=target)
+            vocabulary = w.group in ("embedding", "lm_head")
+            p = Parameter(f"{where}{w.name}", shape_of(w, axes), w.dtype, 1, embedding, target, vocabulary)
             if where:
                 blocks.setdefault(where, []).append((p, count))
             else:

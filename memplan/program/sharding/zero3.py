@@ -157,11 +157,14 @@ class Zero3Sharding(ZeroSharding):
         weights = list(in_order(self.graph))
         loaded = [] if knobs.divides_loading else [self._load(tape, w) for w in weights]
         trained: list[int] = []
+        known: dict[int, tuple[int, str]] = {}  # by the weight's id: layers have the same weights
         for i, w in enumerate(weights):
             whole = loaded[i] if loaded else self._load(tape, w)
             if w.group == "buffer":
                 continue
-            count, dtype = numbers_of(w, axes, self.ranks.storage)
+            if id(w) not in known:
+                known[id(w)] = numbers_of(w, axes, self.ranks.storage)
+            count, dtype = known[id(w)]
             if not knobs.parameters:
                 local = tape.alloc(self._part(count), dtype)
                 trained += [local] if w.trains else []
@@ -175,6 +178,10 @@ class Zero3Sharding(ZeroSharding):
         if not knobs.optimizer:
             self.record_masters(tape, self.sub_groups, "fp32")
         return tape.events
+
+    def on_gpu(self, room: int) -> Structure:
+        """Return the run on GPUs of any size: this stage flattens parts of weights, never whole ones."""
+        return self.run
 
     def _load(self, tape: LoadingTape, w: Weight) -> int:
         """Load a weight and the scales of a 4-bit weight. Return the weight's storage."""

@@ -46,7 +46,7 @@ def gathered_peak(graph: Graph, ranks: Ranks) -> dict[str, Whole]:
     A fused loss reads the output projection outside of its module: DeepSpeed attributes it to the model itself, so it
     stays gathered throughout.
     """
-    coordinator, outer = _run(graph, ranks)
+    coordinator, outer = _run(graph, ranks.storage, ranks.knobs)
     held = sum(outer)
     return {phase: Whole(most.weights + held, most.written) for phase, most in coordinator.most.items()}
 
@@ -55,7 +55,7 @@ def gathered_peak(graph: Graph, ranks: Ranks) -> dict[str, Whole]:
 def gathered(graph: Graph, ranks: Ranks) -> Gathering:
     """Return what a pass gathers, in order. A single weight is gathered in place; several are gathered into one tensor
     and copied out of it."""
-    coordinator, outer = _run(graph, ranks)
+    coordinator, outer = _run(graph, ranks.storage, ranks.knobs)
     events = [*((-1 - i, bytes_) for i, bytes_ in enumerate(outer)), *coordinator.events]
     alive: dict[int, int] = {}
     live = peak = most = 0
@@ -70,10 +70,9 @@ def gathered(graph: Graph, ranks: Ranks) -> Gathering:
 
 
 @lru_cache(maxsize=64)
-def _run(graph: Graph, ranks: Ranks) -> tuple[_Coordinator, tuple[int, ...]]:
+def _run(graph: Graph, storage: str, knobs: ZeroSettings) -> tuple[_Coordinator, tuple[int, ...]]:
     """Return the coordinator after a pass, and the bytes of the weights that the model itself fetches."""
-    knobs = ranks.knobs
-    order = _Order(graph, ranks.storage)
+    order = _Order(graph, storage)
     sizes = [n for n, _ in order.sizes]
     bytes_ = [n * item for n, item in order.sizes]
     always = frozenset(i for i, n in enumerate(sizes) if n <= knobs.persistent)
@@ -90,6 +89,7 @@ class _Order:
         stack, self._axes = operations_of(graph)
         self._storage = storage
         self.sizes: list[tuple[int, int]] = []
+        self._size_of: dict[int, tuple[int, int]] = {}  # by the weight's id: layers have the same weights
         self._outside: dict[str, int] = {}
         forward: list[_Visit] = []
         backward: list[list[_Visit]] = []
@@ -128,8 +128,10 @@ class _Order:
                 last = module
                 if w.name not in known:
                     known[w.name] = len(self.sizes)
-                    numbers, dtype = numbers_of(w, self._axes, self._storage)
-                    self.sizes.append((numbers, ITEMSIZE[dtype]))
+                    if id(w) not in self._size_of:
+                        numbers, dtype = numbers_of(w, self._axes, self._storage)
+                        self._size_of[id(w)] = numbers, ITEMSIZE[dtype]
+                    self.sizes.append(self._size_of[id(w)])
                 if known[w.name] not in weights:
                     weights.append(known[w.name])
         if weights:

@@ -99,6 +99,7 @@ class Modules:
     def __init__(self, listed: Iterable[str]) -> None:
         names = [_normalised(name) for name in listed][:_MAX_MODULES]
         self._names = frozenset(name for name in names if name and "*" not in name and "(" not in name)
+        self._lengths = {len(name) for name in self._names}
         patterns = [name for name in dict.fromkeys(names) if "*" in name or "(" in name]
         self._patterns = [part.split("*") for name in patterns[:_MAX_PATTERNS] for part in _alternatives(name)]
 
@@ -107,10 +108,11 @@ class Modules:
         return any(self._has(module) for module in modules_of(name, w))
 
     def _has(self, module: str) -> bool:
-        starts = (module[:i] for i, letter in enumerate(f"{module}.") if letter == ".")
-        ends = (module[i:] for i in range(len(module)))
-        if any(part in self._names for part in (*starts, *ends)):
-            return True
+        for length in self._lengths:
+            if module[-length:] in self._names:
+                return True
+            if module[length : length + 1] in ("", ".") and module[:length] in self._names:
+                return True
         return any(_matches(module, parts) for parts in self._patterns)
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from math import prod
 
 from memplan.catalogue.degrees import WHOLE
 from memplan.catalogue.optimizers.states import GRAD_SCALER, OptimizerMemory
-from memplan.core.arithmetic import Size
 from memplan.core.collection import without_collection
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, gib
@@ -162,31 +161,33 @@ def host_notes(structure: Structure, node: int) -> Iterator[str]:
         yield f"host memory: {gib(total)} a rank, {gib(node * total)} for {node} ranks of a node: {largest}"
 
 
-def phase_peaks(
-    program: Program, workspace: int, moving: Sequence[Size], held: Size
-) -> Iterator[tuple[str, int | None, Size]]:
-    """Yield the phase, step and peak bytes of every phase after loading; the step is None if all steps are equal.
+class PhaseOffset(NamedTuple):
+    """A phase after loading, and its bytes apart from those that batch and sequence decide.
 
-    workspace  cuBLAS's workspace for one handle
-    moving     peak of the forward pass, the loss and the backward pass, without what exists throughout
-    held       bytes that the script holds into the optimizer step
+    step   1 or 2; None if all steps are equal
+    where  which part of a step's end takes more memory, `optimizer` or the `clipping` before it; empty within a pass
     """
-    for phase, step, offset in _offsets(program.structure, workspace):
-        yield phase, step, offset + (held if phase == "step" else moving[PHASES.index(phase)])
+
+    phase: str
+    step: int | None
+    bytes: int
+    where: str = ""
 
 
 @lru_cache(maxsize=2048)
-def _offsets(structure: Structure, workspace: int) -> tuple[tuple[str, int | None, int], ...]:
-    """Return the phase, step and bytes of every phase after loading, without those that batch and sequence decide."""
+def phase_offsets(structure: Structure, workspace: int) -> tuple[PhaseOffset, ...]:
+    """Return every phase after loading, in order. `workspace` is cuBLAS's for one handle."""
     p = program(structure)
     fixed = p.parameters + p.buffered + p.reducing + p.scaler + workspace
-    out: list[tuple[str, int | None, int]] = []
+    out: list[PhaseOffset] = []
     for step in steps(p):
         states = _states(p, step)
         for phase in PHASES:
             second = workspace if phase == "backward" or step != 1 else 0
-            out.append((phase, step, fixed + second + states + p.passing[phase]))
-        out.append(("step", step, fixed + workspace + p.gradients + max(_update(p, step), states + p.clipping)))
+            out.append(PhaseOffset(phase, step, fixed + second + states + p.passing[phase]))
+        update, clipping = _update(p, step), states + p.clipping
+        where = "optimizer" if update >= clipping else "clipping"
+        out.append(PhaseOffset("step", step, fixed + workspace + p.gradients + max(update, clipping), where))
     return tuple(out)
 
 
@@ -194,12 +195,6 @@ def steps(program: Program) -> tuple[int | None, ...]:
     """Return (1, 2) if the first step differs from later ones, else (None,)."""
     creates_states = program.states and not program.optimizer.at_once
     return (1, 2) if creates_states or program.optimizer.first != program.optimizer.later else (None,)
-
-
-def step_where(program: Program, step: int | None) -> str:
-    """Return which part of a step's end takes more memory: `optimizer`, or `clipping` before it."""
-    clipping = _states(program, step) + program.clipping
-    return "optimizer" if _update(program, step) >= clipping else "clipping"
 
 
 def _states(program: Program, step: int | None) -> int:

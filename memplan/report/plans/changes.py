@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from math import floor, log10
 from typing import Any
 
@@ -77,12 +77,22 @@ def signed(n: int) -> str:
     return hundredths(n) if n >= 0 else f"-{hundredths(-n)}"
 
 
-def proposed(proposal: Proposal, asked: RunSpec, number: str, *, explain: bool, full: bool) -> Iterator[Block]:
-    """Yield what a proposal changes, saves and costs; `full` adds lines to paste for frameworks, `explain` sources."""
-    *others, last = [lever.title for lever in proposal.levers]
-    title = f"{', '.join(others)} and {last}" if others else last
-    yield Heading(f"{number}{title}: {state(proposal.answer)}")
-    saves = [f"{e.lever.title}: {saved(e)}" if others else saved(e) for e in proposal.effects]
+def titles(levers: Sequence[Lever]) -> str:
+    """Return the names of levers as one: "a chunked loss and rank 8"."""
+    *others, last = [lever.title for lever in levers]
+    return f"{', '.join(others)} and {last}" if others else last
+
+
+def proposed(
+    proposal: Proposal, asked: RunSpec, number: str, *, explain: bool, full: bool, to_paste: bool = True
+) -> Iterator[Block]:
+    """Yield what a proposal changes, saves and costs; `explain` adds sources.
+
+    to_paste  whether to show each framework's lines, which are blocks to paste if `full`
+    """
+    yield Heading(f"{number}{titles(proposal.levers)}: {state(proposal.answer)}")
+    are_several = len(proposal.levers) > 1
+    saves = [f"{e.lever.title}: {saved(e)}" if are_several else saved(e) for e in proposal.effects]
     rows = [("" if n else "saves", text) for n, text in enumerate(saves)]
     rows += [("time", times(proposal.time)), ("result", SEVERITIES[proposal.severity])]
     rows += [("", text) for text in qualities(proposal.levers, explain=explain)]
@@ -90,6 +100,7 @@ def proposed(proposal: Proposal, asked: RunSpec, number: str, *, explain: bool, 
         sources = [cost.time_source for cost in _costs(proposal.levers)]
         rows += [("" if n else "time's source", source) for n, source in enumerate(sources)]
     own, *frameworks = lines(asked, proposal.run)
+    frameworks = frameworks if to_paste else []
     rows += option_rows(own, without=own.note)
     if not full:
         rows += [(config.framework, "; ".join(filter(None, (*config.lines, config.note)))) for config in frameworks]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memplan.core.records import NamedTuple
 from memplan.core.units import gib
@@ -12,25 +12,32 @@ from memplan.estimate.demand import Demand
 from memplan.planning.plan import SEVERITIES, Effect, Plan
 from memplan.planning.reach import Reach
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Column, Heading, Table, Text
+from memplan.report.blocks import Block, Column, Heading, Table, Text, Verbatim
 from memplan.report.plans.changes import (
     conditions,
     factors,
+    figures,
     freed,
     lever_dump,
     proposal_dump,
     proposed,
     qualities,
     signed,
+    state,
+    titles,
 )
 from memplan.report.plans.reach import limits_table, reach_dump
 
+if TYPE_CHECKING:
+    from memplan.planning.file_levers import FilePatch
+
 
 class Levers(NamedTuple):
-    """A plan, and the limits of the unchanged run."""
+    """A plan, the limits of the unchanged run, and the patch of the run's file if it is of one that does not fit."""
 
     plan: Plan
     reach: tuple[Reach, ...]
+    patch: FilePatch | None = None
 
     mode = "levers"
 
@@ -54,9 +61,11 @@ class Levers(NamedTuple):
             yield Text(f"Nothing has to change{condition}. Each change alone would free:")
             yield _singles(plan, explain)
         elif plan.proposals:
-            yield from _proposals(plan, condition, explain)
+            yield from _proposals(plan, condition, explain, self.patch is not None)
         else:
             yield from _nearest(plan, condition, explain)
+        if self.patch is not None:
+            yield from _patch(self.patch)
         yield Heading("Limits, with everything else unchanged")
         yield limits_table(self.reach)
 
@@ -69,17 +78,19 @@ class Levers(NamedTuple):
             "tried": plan.tried,
             "levers": [lever_dump(effect) for effect in singles(plan)] if plan.fits else [],
             "reach": [reach_dump(reach) for reach in self.reach],
+            **({"patch": _patch_dump(self.patch)} if self.patch is not None else {}),
         }
 
 
-def _proposals(plan: Plan, condition: str, explain: bool) -> Iterator[Block]:
+def _proposals(plan: Plan, condition: str, explain: bool, has_patch: bool) -> Iterator[Block]:
     n_proposals = len(plan.proposals)
     ways = f"{n_proposals} ways to make it fit" if n_proposals > 1 else "One way to make it fit"
     order = ", those that change the result least first, more GPUs last" if n_proposals > 1 else ""
     yield Text(f"{ways}{condition}{order}.")
     for n, proposal in enumerate(plan.proposals):
         number = f"{n + 1}. " if n_proposals > 1 else ""
-        yield from proposed(proposal, plan.answer.asked, number, explain=explain, full=explain or n == 0)
+        full = explain or n == 0
+        yield from proposed(proposal, plan.answer.asked, number, explain=explain, full=full, to_paste=not has_patch)
 
 
 def _nearest(plan: Plan, condition: str, explain: bool) -> Iterator[Block]:
@@ -91,6 +102,28 @@ def _nearest(plan: Plan, condition: str, explain: bool) -> Iterator[Block]:
     miss = f"needs {gib(missing)} more" if missing else "is only tight (--tight accepts it)"
     yield Text(f"Even with every change that lowers the peak it {miss}:")
     yield from proposed(nearest, plan.answer.asked, "", explain=explain, full=explain)
+
+
+def _patch(patch: FilePatch) -> Iterator[Block]:
+    if patch.answer is None:
+        yield Heading(f"{patch.name} can say none of these changes")
+    else:
+        yield Heading(f"Patch of {patch.name}, {titles(patch.levers)}: {state(patch.answer)}")
+        yield Verbatim(patch.diff.splitlines(), "diff")
+    if patch.typed:
+        yield Text(f"{patch.name} cannot say all options that were typed: type them again with the patched file.")
+    for levers, reason in patch.left:
+        yield Text(f"Not in {patch.name}: {titles(levers)} ({reason}).")
+
+
+def _patch_dump(patch: FilePatch) -> dict[str, Any]:
+    return {
+        "file": patch.name,
+        "diff": patch.diff,
+        "levers": [lever.title for lever in patch.levers],
+        "at": figures(patch.answer) if patch.answer is not None else None,
+        "left_out": [{"levers": [lever.title for lever in levers], "reason": reason} for levers, reason in patch.left],
+    }
 
 
 def missing_bytes(plan: Plan) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from memplan.core.records import NamedTuple
 from memplan.core.units import gib
-from memplan.estimate.answer import ANSWERS, Estimate
+from memplan.estimate.answer import BY_MEMORY, Estimate
 from memplan.estimate.demand import Demand
 from memplan.planning.reach import Frontier, Reach
 from memplan.report import assumptions as assumptions_
@@ -158,5 +158,5 @@ def _map(frontier: Frontier) -> dict[str, Any]:
         "batch": list(around.axes["batch"]),
         "sequence": list(around.axes["sequence"]),
         "allocated": around.allocated.tolist(),
-        "verdict": [[ANSWERS[code] if code >= 0 else None for code in row] for row in answers.tolist()],
+        "verdict": [[BY_MEMORY[code] if code >= 0 else None for code in row] for row in answers.tolist()],
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import SpecError, refused
 from memplan.resolve.refusals.parallelism import ONE_GPU, offloaded_parameters, parallelism
 from memplan.resolve.refusals.refuse import not_yet
@@ -61,7 +62,7 @@ def training_settings(run: RunSpec) -> Iterator[SpecError]:
         yield refused("batch.accumulation", f"only applies to training, not to task {task}")
     if run.kernels.checkpointing not in (None, "none") or run.kernels.reentrant:
         yield refused("kernels.checkpointing", f"task {task} has no backward pass")
-    if run.kernels.loss is not None:
+    if run.kernels.loss not in (None, library_behaviour(run.profile, "", False).defaults.kernels_loss):
         yield refused("kernels.loss", f"task {task} has no loss")
     if run.kernels.fused:
         yield not_yet("kernels.fused", ", ".join(run.kernels.fused), f"none with task {task}")

@@ -57,7 +57,7 @@ def adapted_parameters(r: OpenRun) -> Iterator[SpecError]:
     Source: peft 0.21 tuners/lora/layer.py ParamWrapper._activate_lora, utils/other.py fsdp_auto_wrap_policy.
     """
     names = sorted({name for group in parameter_targets(r.model) for name in group})
-    named = [name for name in names if r.method.targets == "all-linear" or name in r.method.targets]
+    named = [name for name in names if r.method.adapts(name)]
     if r.method.kind in ADAPTERS and named:
         yield refused(
             "method.targets",

@@ -33,6 +33,23 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with(
             "method.kind", f"{method.kind} on {r.parallelism.world} GPUs", f"{', '.join(LORA)}, or one GPU"
         )
+    if method.kind in LORA and method.options.get("bias", "none") != "none" and r.parallelism.world > 1:
+        yield not_yet("method.options.bias", method.options["bias"], "none on several GPUs")
+    if method.kind in LORA and method.trained_tokens and (r.parallelism.world > 1 or not r.trains):
+        where = "on several GPUs" if r.trains else "without training"
+        yield refused("method.options.trainable_token_indices", f"is not supported yet {where}; leave it out")
+    if "lora" in (kernels.fused or ()) and (method.options.get("bias") or method.options.get("rank_pattern")):
+        yield not_yet_with(
+            "method.options", "bias or rank_pattern with fused LoRA kernels", "kernels.fused without lora"
+        )
+    p = r.precision
+    wide = method.kind == "ln_tuning" and method.adapter_dtype not in (None, p.weights) and method.quantization is None
+    if wide and not p.autocast and r.trains:
+        yield refused(
+            "method.adapter_dtype",
+            f"peft's copies of the norms are in {method.adapter_dtype}, and layers in {p.weights} cannot read their "
+            f"output; use autocast, or adapters in {p.weights}",
+        )
     if method.kind in PEFT_METHODS and not r.trains:
         yield not_yet("method.kind", method.kind, f"full, {', '.join(LORA)} without training")
     yield from _precision(r.precision, method.quantization)
@@ -49,12 +66,10 @@ def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iter
     other = PEFT_METHODS.get(m.kind)
     if other is not None:
         yield from _peft_method(m, other)
-    for name, value in () if other is not None else m.options.items():
-        field = f"method.options.{name}"
-        if name == "use_dora":
-            yield refused(field, "use method.kind dora or qdora")
-        elif name != "use_rslora" or not isinstance(value, bool):
-            yield not_yet(field, value, "use_rslora true or false, which changes no memory")
+    elif m.options and m.kind in LORA:
+        from memplan.resolve.peft_options import lora_options
+
+        yield from lora_options(m)
     if m.quantization is not None:
         yield from _quantization(m.quantization, storages, runs)
 
@@ -65,6 +80,18 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
     for field, has in (("rank", row.rank), ("alpha", row.alpha), ("dropout", row.dropout)):
         if not has and getattr(m, field) != getattr(_PLAIN, field):
             yield refused(f"method.{field}", f"{m.kind} has no {field} in peft; its settings are {settings}")
+    if row.on in ("prompt", "tokens") and m.targets not in ("default", ()):
+        yield refused("method.targets", f"{m.kind} adapts no linear layer; leave them out")
+    if row.on == "tokens":
+        if m.modules_to_save:
+            yield refused("method.modules_to_save", f"{m.kind} has none in peft")
+        from memplan.resolve.peft_options import token_indices
+
+        yield from token_indices("method.options.token_indices", m.options.get("token_indices"))
+    for name, value in (("num_virtual_tokens", m.options.get("num_virtual_tokens")),) if row.on == "prompt" else ():
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            shown = "must be given" if value is None else f"must be a whole number above 0, not {value!r:.40}"
+            yield refused(f"method.options.{name}", f"{shown}: the number of tokens that {m.kind} trains")
     for name, value in m.options.items():
         field = f"method.options.{name}"
         if name not in row.options:

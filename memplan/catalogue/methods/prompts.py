@@ -1,0 +1,74 @@
+"""peft's methods that train virtual tokens before each sequence: prompt tuning and p-tuning.
+
+Source: peft 0.21.2 peft_model.py PeftModelForCausalLM.forward and get_prompt, tuners/prompt_tuning/model.py,
+tuners/p_tuning/model.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.methods.trained_tokens import with_trained_tokens
+from memplan.core.ir import Op, Stack, Tensor, Weight
+
+_SOURCE = "peft 0.21.2 peft_model.py PeftModelForCausalLM.forward"
+TEXT = "text"  # axis of the tokens without the virtual ones, which the axis `s` includes
+
+
+def with_trained_inputs(stack: Stack, tokens: int, dtype: str, options: Mapping[str, Any]) -> Stack:
+    """Return the stack with trained rows of the embeddings in `dtype`, and the virtual tokens of the `options`."""
+    stack = with_trained_tokens(stack, tokens, dtype) if tokens else stack
+    return with_prompt(stack, options) if options.get("num_virtual_tokens") else stack
+
+
+def with_prompt(stack: Stack, options: Mapping[str, Any]) -> Stack:
+    """Return the stack with trained virtual tokens before the embedded ones, and labels that leave them out."""
+    number = str(options["num_virtual_tokens"])
+    table = next(op for op in stack.before if op.reads == ("ids",) and any(w.group == "embedding" for w in op.weights))
+    module = [op for op in stack.before if op is table or op.name.startswith(f"{table.name}.")]
+    embeds = next(t.name for op in reversed(module) for t in op.writes)
+    text = f"{embeds}.{TEXT}"
+    before: list[Op] = []
+    for op in stack.before:
+        if op in module or any(t.name == "ids" for t in op.writes):
+            names = {embeds: text, "labels": f"labels.{TEXT}"}
+            before += ops.with_axes((ops.renamed(op, lambda name, names=names: names.get(name, name)),), {"s": TEXT})
+        else:
+            before.append(op)
+        if op is module[-1]:
+            before += _prompt(options, number, text, embeds)
+    return stack._replace(before=tuple(before))
+
+
+def _prompt(options: Mapping[str, Any], number: str, text: str, embeds: str) -> Iterator[Op]:
+    """The virtual tokens, put before the embeddings `text` of the others, and their labels."""
+    n, one, rows = "prompt_encoder", f"1 {number} h", f"b {number} h"
+    yield Op(
+        f"{n}.labels",
+        (f"labels.{TEXT}",),
+        (Tensor("labels.prefix", f"b {number}", "int64"), Tensor("labels", "b s", "int64")),
+        gradient="none",
+        holds="forward",
+        source=_SOURCE,
+    )
+    yield Op(f"{n}.tokens", (), (Tensor("prompt.ids", f"b {number}", "int64"),), gradient="none", source=_SOURCE)
+    table = Weight(f"{n}.embedding.weight", f"{number} h", "adapter", "fp32", rows=1)
+    prompt = "prompt.embedded"
+    yield ops.lookup(f"{n}.embedding", "prompt.ids", prompt, one, table)
+    if "encoder_hidden_size" in options:
+        width = str(options["encoder_hidden_size"] or "h")
+        for i, (out, into) in enumerate(((width, "h"), (width, width), ("h", width))):
+            name, lead = f"{n}.mlp_head.{2 * i}", f"1 {number}"
+            layer = ops.linear(name, prompt, f"prompt.{i}", out, into, "adapter", True, lead)
+            yield layer._replace(weights=tuple(w._replace(dtype="fp32", matrix=False) for w in layer.weights))
+            prompt = f"prompt.{i}"
+            if i < 2:
+                name, prompt = f"{n}.mlp_head.{2 * i + 1}", f"{prompt}.relu"
+                yield ops.keeping_output(name, f"prompt.{i}", prompt, f"{lead} {out}", "relu")
+    yield ops.copy(f"{n}.repeat", prompt, "prompt.repeated", rows, "new")
+    yield ops.cast(f"{n}.cast", "prompt.repeated", "prompt", rows, f"={text}")
+    yield ops.view(f"{n}.held", "prompt", "prompts", rows)._replace(holds="forward")
+    cat = ops.cat(f"{n}.cat", ("prompts", text), embeds, "b s h", f"={text}")
+    yield cat._replace(holds="forward", source=_SOURCE)

@@ -1,0 +1,46 @@
+"""Cards as people type them: several in a word, a number of equal ones, or those of this machine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+
+from memplan.core.errors import SpecError
+from memplan.core.records import NamedTuple
+
+AUTO = "auto"
+# Kept as strings: `re` compiles and caches them when a card is named.
+_COUNT_FIRST = r"(\d{1,6})\s*[x*×]\s*(\d{3}.*|[^\d\s].*)"
+_COUNT_LAST = r"(\S.*?)(?:\s+[x*×]\s*|(?<=\d)[x*×])(\d{1,6})"
+
+
+class TypedCard(NamedTuple):
+    """A card by its name, and how many of it the run is on, if that was typed with it."""
+
+    name: str
+    number: int | None
+
+
+def typed_cards(texts: Iterable[str]) -> Iterator[TypedCard]:
+    """Yield the cards that `--gpu` names: `3090,4090` are two to compare, `2x4090` is two of one, `auto` asks the
+    driver. Raises SpecError if there is no driver to ask."""
+    for text in (part.strip() for words in texts for part in words.split(",")):
+        first, last = re.fullmatch(_COUNT_FIRST, text), re.fullmatch(_COUNT_LAST, text)
+        if first is not None:
+            yield TypedCard(_named(first[2]), int(first[1]))
+        elif last is not None:
+            yield TypedCard(_named(last[1]), int(last[2]))
+        else:
+            yield TypedCard(_named(text), None)
+
+
+def _named(name: str) -> str:
+    """Return the name, or that of this machine's first card for `auto`."""
+    if name.lower() != AUTO:
+        return name
+    from memplan.probe.run.driver import nvidia_smi
+
+    card = nvidia_smi("name", "")
+    if not card:
+        raise SpecError("gpu: auto asks nvidia-smi, which did not answer; name the card, as in --gpu 3090", "gpu")
+    return card

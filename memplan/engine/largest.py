@@ -1,0 +1,48 @@
+"""The largest moments of several phases at once, for the sizes of a run."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from itertools import accumulate, chain
+from operator import mul
+
+from memplan.engine.native import address_of, library
+from memplan.engine.walk import Term, Variable, largest, values
+
+_MOST = 2**62  # a sum of products below it does not overflow 64 bits
+
+
+class PhaseTerms:
+    """The moments of several phases that can be their peaks, over the same variables.
+
+    The compiled library compares them; `memplan.engine.walk.largest` does without it, and beyond 64 bits.
+
+    phases    the moments of each phase; a phase may have none
+    products  the variables of the chain (see `memplan.engine.walk.chain`)
+    """
+
+    def __init__(self, phases: Sequence[Sequence[Term]], products: Sequence[Variable]) -> None:
+        self._phases, self._products = phases, products
+        self._terms = [term for terms in phases for term in terms]
+        self._widest = max((sum(map(abs, term.coefficients)) for term in self._terms), default=0)
+        if library() is None or self._widest >= _MOST:
+            self._widest = _MOST
+            return
+        self._rows = array("q", chain.from_iterable(term.coefficients for term in self._terms))
+        self._ends = array("q", accumulate(map(len, phases)))
+
+    def largest(self, numbers: list[int], axes: Mapping[str, int]) -> list[tuple[int, int]]:
+        """Return the most bytes of each phase and its moment: 0 and -1 for a phase without moments.
+
+        numbers  the variables' values
+        axes     the axes that their products are of
+        """
+        if max(self._widest, 1) * max(map(abs, numbers)) >= _MOST:
+            products = values(self._products, axes)
+            return [largest(terms, numbers, products) if terms else (0, -1) for terms in self._phases]
+        of_run, best = array("q", numbers), array("q", self._ends)
+        rows, ends = address_of(self._rows), address_of(self._ends)
+        library().largest(rows, ends, len(best), address_of(of_run), len(numbers), address_of(best))
+        every = self._terms
+        return [(sum(map(mul, every[i].coefficients, numbers)), every[i].moment) if i >= 0 else (0, -1) for i in best]

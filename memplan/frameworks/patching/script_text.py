@@ -1,0 +1,104 @@
+"""Set and remove flags of the command in a shell script that trains; every other line stays as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+
+from memplan.core.errors import SpecError
+from memplan.frameworks.change_table import Value
+from memplan.frameworks.reading.shell import Launched
+
+_WORD = r"""(?:"(?:\\.|[^"\\])*"|'[^']*'|\$\{[^}]*\}|\\.|[^\s"'\\])+"""
+_TOKEN = re.compile(rf"(?:[ \t]|\\\r?\n)*({_WORD})")
+_ENDS = ("&&", "||", "|", ";", "&", "#", "--")
+
+
+def edited_script(text: str, command: Launched, edits: Mapping[str, Value], exports: Sequence[str] = ()) -> str:
+    """Return the script with flags of its command set to values, or removed if the value is None.
+
+    exports  lines to put above the command
+
+    Raises SpecError for a value that the program's command line cannot take.
+    """
+    lines = text.splitlines(keepends=True)
+    start = sum(map(len, lines[: command.line - 1]))
+    for name, value in edits.items():
+        text = _edited(text, start, command, name, value)
+    indent = re.match(r"[ \t]*", text[start:])
+    above = "".join(f"{indent[0] if indent else ''}{line}\n" for line in exports)
+    return text[:start] + above + text[start:]
+
+
+def _edited(text: str, start: int, command: Launched, name: str, value: Value) -> str:
+    words = list(_words(text, start, command.program))
+    begin, end, written = _place(text, words, name)
+    values = "" if value is None else _values(command, name, value)
+    if written:
+        if value is None:
+            return text[:begin].rstrip(" \t") + text[end:]
+        return text[:begin] + (f"{written}{values}" if values else written.rstrip("= ")) + text[end:]
+    if value is None:
+        return text
+    begin, end = words[-1]
+    line = text.rfind("\n", 0, begin) + 1
+    before = text[line:begin]
+    indent = before[: len(before) - len(before.lstrip())] or "    "
+    gap = f" \\\n{indent}" if "\n" in text[start:end] else " "
+    return f"{text[:end]}{gap}{_new_flag(command, name)}{values}".rstrip("= ") + text[end:]
+
+
+def _place(text: str, words: Sequence[tuple[int, int]], name: str) -> tuple[int, int, str]:
+    """Return where a flag or pair and its values begin and end, and how it is written up to its values.
+
+    The last is empty if the command does not have it.
+    """
+    dashed = name.replace("_", "[-_]")
+    for pattern in (rf"(--?{dashed})(=?)", rf"({dashed})(=)"):
+        for n, (begin, end) in enumerate(words):
+            match = re.match(pattern, text[begin:end])
+            if match is None or not (match[2] or match.end() == end - begin):
+                continue
+            last = n
+            while not match[2] and last + 1 < len(words) and not re.match(r"--?[A-Za-z]", text[words[last + 1][0] :]):
+                last += 1
+            return begin, words[last][1], f"{match[1]}{match[2] or ' '}"
+    return 0, 0, ""
+
+
+def _words(text: str, position: int, program: str) -> Iterator[tuple[int, int]]:
+    """Yield the positions of the words of the command, from its program on, until another command or `--`."""
+    began = False
+    while (match := _TOKEN.match(text, position)) is not None:
+        word = match[1]
+        position = match.end()
+        began = began or re.split(r"[/\\]", word.strip("\"'"))[-1] == program
+        if began and (word in _ENDS or word[0] in "&|;<>#" or re.match(r"\d+>", word)):
+            return
+        if began:
+            end = match.end() - (word.endswith(";") and word != ";")
+            yield match.start(1), end
+            if end < match.end():
+                return
+
+
+def _new_flag(command: Launched, name: str) -> str:
+    """Return a flag as the program takes it: with dashes for Axolotl; over LLaMA-Factory's files, `key=`."""
+    if command.program.startswith("axolotl"):
+        return f"--{name.replace('_', '-')} "
+    return f"{name}=" if command.program == "llamafactory-cli" and command.config else f"--{name} "
+
+
+def _values(command: Launched, name: str, value: Value) -> str:
+    """Return a flag's words; empty for one of Axolotl's switches. Raises SpecError if the program cannot take it."""
+    items = value if isinstance(value, Sequence) and not isinstance(value, str) else None
+    if command.program.startswith("axolotl"):
+        if value is False or isinstance(value, Mapping) or items is not None:
+            raise SpecError(f"axolotl's command line cannot set {name} to {json.dumps(value)}")
+        if value is True:
+            return ""
+    if items is not None:
+        return " ".join(shlex.quote(str(item)) for item in items)
+    return shlex.quote(value if isinstance(value, str) else json.dumps(value))

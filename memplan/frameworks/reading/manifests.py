@@ -1,0 +1,91 @@
+"""Commands of containers: those of a Docker Compose file's services, and of a Kubernetes manifest's pods."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
+
+from memplan.core.records import NamedTuple
+from memplan.frameworks.reading.shell import entry_point
+
+_EXPANSION = re.compile(r"\$\((\w+)\)")  # as Kubernetes writes ${NAME}
+_GPU = "nvidia.com/gpu"
+
+
+class Container(NamedTuple):
+    """The command of a container.
+
+    text       its command, as a shell's
+    variables  its environment
+    line       line of the command
+    """
+
+    text: str
+    variables: Mapping[str, str]
+    line: int
+
+
+def containers(values: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> Iterator[Container]:
+    """Yield the commands in a document, in its order."""
+    for path, inner in _mappings(values, ()):
+        is_service = len(path) > 1 and path[-2] == "services"
+        is_pod = len(path) > 1 and path[-2] == "containers"
+        if not (is_service or is_pod):
+            continue
+        entry = inner.get("entrypoint" if is_service else "command")
+        first = shlex.join(entry_point(str(inner.get("image", "")))) if entry is None else _text(entry)
+        text = f"{first} {_text(inner.get('command' if is_service else 'args'))}".strip()
+        keys = ("command", "args", "entrypoint", "image")
+        line = next((lines[(*path, key)] for key in keys if (*path, key) in lines and inner.get(key) is not None), 0)
+        if text:
+            yield Container(text, _environment(inner), line)
+
+
+def _mappings(inner: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+    """Yield each mapping inside, and its path."""
+    if isinstance(inner, Mapping):
+        mapping = cast("Mapping[str, Any]", inner)
+        yield path, mapping
+        for key, value in mapping.items():
+            yield from _mappings(value, (*path, key))
+    elif isinstance(inner, list):
+        for index, value in enumerate(cast("list[Any]", inner)):
+            yield from _mappings(value, (*path, str(index)))
+
+
+def _text(words: object) -> str:
+    """Return a command as a shell's: it is written as text, or as a list of words."""
+    if isinstance(words, list):
+        words = shlex.join(str(word) for word in cast("list[Any]", words))
+    return _EXPANSION.sub(r"${\1}", words) if isinstance(words, str) else ""
+
+
+def _environment(container: Mapping[str, Any]) -> dict[str, str]:
+    """Return the variables of a container, with the GPUs it gets as those that it sees."""
+    said: object = container.get("environment", container.get("env"))
+    out: dict[str, str] = {}
+    if isinstance(said, Mapping):
+        out = {str(name): str(value) for name, value in cast("Mapping[str, Any]", said).items() if value is not None}
+    for item in cast("list[Any]", said) if isinstance(said, list) else ():
+        if isinstance(item, Mapping):
+            pair = cast("Mapping[str, Any]", item)
+            out |= {str(pair["name"]): str(pair["value"])} if {"name", "value"} <= pair.keys() else {}
+        else:
+            name, equals, value = str(item).partition("=")
+            out |= {name: value} if equals else {}
+    gpus = next((count for count in _gpus(container) if count > 0), 0)
+    seen = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(gpus)))} if gpus else {}
+    return {**seen, **out}
+
+
+def _gpus(container: Mapping[str, Any]) -> Iterator[int]:
+    """Yield how many GPUs a container gets, as a manifest and as a Compose file write it."""
+    for path, inner in _mappings(container, ()):
+        if path[-1:] in (("limits",), ("requests",)) and str(inner.get(_GPU, "")).isdecimal():
+            yield int(inner[_GPU])
+        if len(path) > 1 and path[-2] == "devices":
+            ids: object = inner.get("device_ids")
+            yield len(cast("list[Any]", ids)) if isinstance(ids, list) else 0
+            yield int(inner["count"]) if str(inner.get("count", "")).isdecimal() else 0

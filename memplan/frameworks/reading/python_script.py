@@ -1,0 +1,246 @@
+"""Training scripts and notebooks of transformers, TRL and Unsloth: the calls that load, adapt and train a model.
+
+Source: transformers 5.24 modeling_utils.py from_pretrained, utils/quantization_config.py BitsAndBytesConfig; peft
+0.21.2 tuners/lora/config.py; trl 1.16 trainer/sft_trainer.py; unsloth 2026.10.9 models/loader.py, llama.py, rl.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from memplan.core.errors import SpecError
+from memplan.core.records import NamedTuple
+from memplan.frameworks.reading import trainer, trl, unsloth
+from memplan.frameworks.reading.config import Config, Unread
+from memplan.frameworks.reading.document import Document
+from memplan.frameworks.reading.python_calls import UNKNOWN, CallsOfScript, PythonCall
+from memplan.frameworks.reading.run_format import RunFormat
+
+_TRAINERS = {"SFTTrainer": "SFTConfig", "Trainer": "TrainingArguments", "Seq2SeqTrainer": "Seq2SeqTrainingArguments"}
+_CONFIGS = (*_TRAINERS.values(), "UnslothTrainingArguments")
+_OTHERS = ("DPO", "GRPO", "ORPO", "KTO", "PPO", "RLOO", "Reward", "CPO", "Online", "GKD", "XPO", "Nash")
+_UNSLOTH = ("FastLanguageModel", "FastModel", "FastVisionModel", "FastTextModel")
+# Arguments of a call -> keys of TRL's command line.
+_LOADED = {
+    "0": "model_name_or_path",
+    "pretrained_model_name_or_path": "model_name_or_path",
+    "dtype": "dtype",
+    "torch_dtype": "dtype",
+    "attn_implementation": "attn_implementation",
+    "load_in_4bit": "load_in_4bit",
+    "load_in_8bit": "load_in_8bit",
+}
+_QUANTISED = {
+    "load_in_4bit": "load_in_4bit",
+    "load_in_8bit": "load_in_8bit",
+    "bnb_4bit_quant_type": "bnb_4bit_quant_type",
+    "bnb_4bit_use_double_quant": "use_bnb_nested_quant",
+}
+_ADAPTERS = {
+    "r": "lora_r",
+    "lora_alpha": "lora_alpha",
+    "lora_dropout": "lora_dropout",
+    "target_modules": "lora_target_modules",
+    "modules_to_save": "lora_modules_to_save",
+    "use_dora": "use_dora",
+    "use_rslora": "use_rslora",
+    "target_parameters": "lora_target_parameters",
+}
+_TRAINED = {"max_seq_length": "max_length", "packing": "packing", "max_length": "max_length"}
+# What classes default to where TRL's command line has another default.
+_DEFAULTS = {"lora_r": 8, "lora_alpha": 8, "lora_dropout": 0.0, "bnb_4bit_quant_type": "fp4", "dtype": "auto"}
+_UNSLOTH_LOADED = {
+    "0": "model",
+    "model_name": "model",
+    "max_seq_length": "training.max_seq_length",
+    "load_in_4bit": "training.load_in_4bit",
+    "full_finetuning": "training.training_type",
+    "load_in_8bit": "load_in_8bit",
+    "load_in_fp8": "load_in_fp8",
+    "fast_inference": "fast_inference",
+    "unsloth_tiled_mlp": "unsloth_tiled_mlp",
+    "use_gradient_checkpointing": "training.gradient_checkpointing",
+}
+_UNSLOTH_ADAPTED = {
+    "r": "lora.lora_r",
+    "lora_alpha": "lora.lora_alpha",
+    "lora_dropout": "lora.lora_dropout",
+    "target_modules": "lora.target_modules",
+    "use_gradient_checkpointing": "training.gradient_checkpointing",
+    "use_rslora": "lora.use_rslora",
+    "finetune_vision_layers": "lora.finetune_vision_layers",
+    "finetune_language_layers": "lora.finetune_language_layers",
+    "modules_to_save": "modules_to_save",
+    "target_parameters": "target_parameters",
+}
+_UNSLOTH_TRAINED = {
+    "per_device_train_batch_size": "training.batch_size",
+    "gradient_accumulation_steps": "training.gradient_accumulation_steps",
+    "optim": "training.optim",
+    "packing": "training.packing",
+    "max_seq_length": "training.max_seq_length",
+    "max_length": "training.max_seq_length",
+    "eval_strategy": "eval_strategy",
+    "neftune_noise_alpha": "neftune_noise_alpha",
+}
+_UNSLOTH_DEFAULTS = {
+    "training.batch_size": 4,
+    "training.gradient_accumulation_steps": 2,
+    "lora.lora_r": 16,
+    "lora.lora_alpha": 16,
+    "lora.lora_dropout": 0.0,
+}
+
+
+class ScriptRun(NamedTuple):
+    """A script as a framework's file: the keys that its calls set, their defaults, and what cannot be told."""
+
+    document: Document
+    form: RunFormat
+    told: tuple[str, ...]
+    defaults: Mapping[str, Any]
+    unread: tuple[Unread, ...]
+
+
+class _Keys:
+    """The keys that calls set, with their lines."""
+
+    def __init__(self, script: CallsOfScript) -> None:
+        self.script = script
+        self.values: dict[str, Any] = {}
+        self.lines: dict[tuple[str, ...], int | str] = {}
+        self.names: dict[str, str] = {}
+        self.unread: list[Unread] = []
+
+    def take(self, call: PythonCall | None, names: Mapping[str, str] | None = None) -> None:
+        """Set the keys of a call's arguments; of all that have a name, if `names` is None."""
+        for argument, value in call.arguments.items() if call is not None else ():
+            if names is None and not argument.isdecimal():
+                key = argument
+            elif names is not None and argument in names:
+                key = names[argument]
+            else:
+                continue
+            place = self.script.places.get(call.lines[argument], call.lines[argument]) if call is not None else 0
+            if value is UNKNOWN:
+                note = "cannot be told without running the script"
+                self.unread.append(Unread(f"{self.script.name}:{place}", argument, note))
+            elif value is not None:
+                self.put(key, value, place, argument if not argument.isdecimal() else "")
+
+    def put(self, key: str, value: Any, place: int | str, name: str = "") -> None:
+        *parts, last = key.split(".")
+        inner = self.values
+        for part in parts:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+        self.lines[tuple(key.split("."))] = place
+        if name:
+            self.names[key] = name
+
+    def document(self) -> Document:
+        return Document(self.script.name, self.script.path, self.values, self.lines, self.names)
+
+
+def run_of_script(script: CallsOfScript) -> ScriptRun:
+    """Return the run that a script's first trainer starts. Raises SpecError if there is none."""
+    training = next((call for call in script.calls if call.name in _TRAINERS or call.name == "UnslothTrainer"), None)
+    other = next((c for c in script.calls if c.name.endswith("Trainer") and c.name.startswith(_OTHERS)), None)
+    if other is not None and (training is None or other.line < training.line):
+        place = script.places.get(other.line, other.line)
+        raise SpecError(f"{script.name}:{place}: {other.name} is not supported yet; supported: {', '.join(_TRAINERS)}")
+    if training is None:
+        raise SpecError(f"{script.name} has no trainer that is read; {', '.join(_TRAINERS)} and Unsloth's are")
+    loads = [call for call in script.calls if call.name == "from_pretrained" and call.of in _UNSLOTH]
+    place = script.places.get(training.line, training.line)
+    told = (f"{script.name}:{place} {training.name}",)
+    keys = _Keys(script)
+    if loads:
+        return _of_unsloth(keys, _last(loads, training), training, told)
+    return _of_transformers(keys, training, told)
+
+
+def _last(calls: list[PythonCall], before: PythonCall) -> PythonCall:
+    """Return the last of the calls before one, or else the first."""
+    return ([call for call in calls if call.line <= before.line] or calls[:1])[-1]
+
+
+def _named(script: CallsOfScript, before: PythonCall, *names: str) -> PythonCall | None:
+    calls = [call for call in script.calls if call.name in names]
+    return _last(calls, before) if calls else None
+
+
+def _of_unsloth(keys: _Keys, load: PythonCall, training: PythonCall, told: tuple[str, ...]) -> ScriptRun:
+    script = keys.script
+    keys.take(load, _UNSLOTH_LOADED)
+    adapted = _named(script, training, "get_peft_model")
+    keys.take(adapted, _UNSLOTH_ADAPTED)
+    keys.take(_named(script, training, *_CONFIGS), _UNSLOTH_TRAINED)
+    keys.take(training, {"max_seq_length": "training.max_seq_length", "packing": "training.packing"})
+    is_full = keys.values.get("training", {}).get("training_type") is True or adapted is None
+    by, name = (load, "from_pretrained") if is_full or adapted is None else (adapted, "get_peft_model")
+    keys.put("training.training_type", "full" if is_full else "lora", script.places.get(by.line, by.line), name)
+    keys.values.setdefault("lora", {})
+    form = unsloth.FORMAT._replace(matter=_MATTER, silent=tuple(_UNSLOTH_TRAINED.values()))
+    return ScriptRun(keys.document(), form, told, _UNSLOTH_DEFAULTS, tuple(keys.unread))
+
+
+_MATTER = {
+    **dict.fromkeys(("load_in_8bit", "load_in_fp8"), "the weights' format"),
+    **dict.fromkeys(("fast_inference", "unsloth_tiled_mlp", "neftune_noise_alpha"), "not counted"),
+    **dict.fromkeys(("modules_to_save", "target_parameters"), "what trains"),
+    "eval_strategy": "evaluation",
+}
+
+
+def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -> ScriptRun:
+    script = keys.script
+    models = [call for call in script.calls if call.name == "from_pretrained" and "Model" in call.of]
+    load = _last(models, training) if models else None
+    keys.take(load, _LOADED)
+    keys.take(_named(script, training, "BitsAndBytesConfig"), _QUANTISED)
+    keys.take(_named(script, training, *_CONFIGS))
+    adapters = _named(script, training, "LoraConfig")
+    keys.take(adapters, _ADAPTERS)
+    keys.take(training, _TRAINED)
+    if isinstance(training.arguments.get("model"), str):
+        keys.put("model_name_or_path", training.arguments["model"], training.lines["model"], "model")
+    if adapters is not None:
+        keys.put("use_peft", True, script.places.get(adapters.line, adapters.line), "LoraConfig")
+    defaults = dict(_DEFAULTS)
+    if load is None:
+        del defaults["dtype"]
+    if training.name == "SFTTrainer":
+        return ScriptRun(keys.document(), trl.FORMAT, told, defaults, tuple(keys.unread))
+    prepared = _named(script, training, "prepare_model_for_kbit_training")
+    defaults["prepares"] = prepared is not None
+    return ScriptRun(keys.document(), _TRAINER, told, defaults, tuple(keys.unread))
+
+
+def _kbit(config: Config) -> None:
+    """A script that trains with transformers' Trainer prepares quantised weights itself, or not at all."""
+    if "method.quantization.format" in config.found:
+        does = bool(config.defaults.get("prepares"))
+        why = f"{config.document.name} {'calls' if does else 'does not call'} prepare_model_for_kbit_training"
+        config.set("method.quantization.kbit_preparation", does, why=why)
+
+
+def _precision(config: Config) -> None:
+    name = str(config.get("dtype") or "auto")
+    casts = "fp16" if config.flag("fp16") else "bf16" if config.flag("bf16") else None
+    keys = ("dtype", *((casts,) if casts else ()))
+    trainer.lower_precision(config, trainer.DTYPES.get(name, "bf16"), casts, *keys)
+    if name == "auto" and "precision.weights" in config.found:
+        origin = config.found["precision.weights"]
+        config.found["precision.weights"] = origin._replace(why="the checkpoint's dtype, assumed bf16")
+
+
+def _length(config: Config) -> None:
+    if config.value("batch.sequence") is None:
+        trainer.assume_length(config, "the length of samples")
+
+
+_TRAINER = trl.TRAINER._replace(
+    rules=(trl.method, _kbit, _length, *trl.TRAINER.rules[1:-2], _precision, trl.TRAINER.rules[-1])
+)

@@ -1,0 +1,213 @@
+"""ms-swift's rules.
+
+Source: ms-swift 4.6.0 arguments/sft_args.py, tuner_args.py, base_args/{base,model,quant,template}_args.py;
+trainers/arguments.py, mixin.py; pipelines/train/tuner.py; cli/main.py; config/*.json.
+"""
+
+from __future__ import annotations
+
+from math import ceil
+from typing import Any
+
+from memplan.frameworks.change_table import Framework, Key
+from memplan.frameworks.reading import trainer
+from memplan.frameworks.reading.config import Config, Typed
+from memplan.frameworks.reading.document import Document
+from memplan.frameworks.reading.run_format import RunFormat
+
+TABLE = Framework(
+    "ms-swift",
+    "ms-swift",
+    "ms-swift 4.6.0 arguments",
+    (
+        Key("lora_rank", ("method.rank",)),
+        Key("lora_alpha", ("method.alpha",)),
+        Key("lora_dropout", ("method.dropout",)),
+        Key("max_length", ("batch.sequence",)),
+        Key("per_device_train_batch_size", ("batch.micro",)),
+        Key("gradient_accumulation_steps", ("batch.accumulation",)),
+        Key("max_grad_norm", ("loop.clip_grad_norm",)),
+    ),
+    (),
+)
+_BUCKETS = {"overlap_comm": False, "allgather_bucket_size": 2e8, "reduce_bucket_size": 2e8}
+_AUTO = {"overlap_comm": False, "reduce_bucket_size": "auto"} | dict.fromkeys(
+    ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto"
+)
+_HOST = {"device": "cpu"}
+# Names of its own DeepSpeed configs -> what memory depends on in them.
+_DEEPSPEED: dict[str, dict[str, Any]] = {
+    "zero0": {"stage": 0, **_BUCKETS},
+    "zero1": {"stage": 1, **_BUCKETS},
+    "zero2": {"stage": 2, **_BUCKETS},
+    "zero2_offload": {"stage": 2, **_BUCKETS, "offload_optimizer": _HOST},
+    "zero3": {"stage": 3, **_AUTO},
+    "zero3_offload": {"stage": 3, **_AUTO, "offload_optimizer": _HOST, "offload_param": _HOST},
+}
+_SAMPLES = 16
+_OBJECTIVES = {"seq_cls": "sequence_classification", "embedding": "feature_extraction"}
+_FSDP2 = {"fsdp_version": 2, "reshard_after_forward": True, "activation_checkpointing": True}
+
+
+def _program(config: Config) -> None:
+    task = config.word("task_type", "causal_lm", *_OBJECTIVES)
+    if task in _OBJECTIVES:
+        config.set("objective", _OBJECTIVES[task], "task_type")
+    if task == "embedding":
+        config.leave("task_type", "the loss of embeddings is not counted")
+    for key in ("micro_batch_size", "expert_model_parallel_size", "recompute_granularity"):
+        if config.said(key) is not None:
+            raise config.error(key, "Megatron-SWIFT is not supported yet; supported: swift sft, swift pt")
+
+
+def _method(config: Config) -> None:
+    kind = config.word("tuner_type", "lora", "full") or "lora"
+    method, bits = config.text("quant_method"), config.whole("quant_bits")
+    if method == "bnb" and bits in (4, 8):
+        name = config.word("bnb_4bit_quant_type", "nf4", "fp4") if bits == 4 else "int8"
+        config.set("method.quantization.format", name, "quant_bits", "quant_method")
+        if bits == 4:
+            key = "bnb_4bit_use_double_quant"
+            config.set("method.quantization.double_quant", config.flag(key), key)
+    elif method not in (None, "awq", "gptq", "gptq_v2"):
+        raise config.refuse("quant_method", "bnb with quant_bits 4 or 8")
+    if "method.quantization.format" in config.found and kind == "full":
+        raise config.error("quant_method", "quantised weights train only under adapters; set tuner_type: lora")
+    trainer.adapter(config, kind == "lora", config.flag("use_dora"), "tuner_type", "use_dora")
+    if kind == "lora":
+        _adapters(config)
+    model = trainer.model_of(config)
+    if model is not None and model.has_tower:
+        parts = {"vision": "freeze_vit", "projector": "freeze_aligner", "language": "freeze_llm"}
+        config.set("method.frozen", [part for part, key in parts.items() if config.flag(key)], *parts.values())
+
+
+def _adapters(config: Config) -> None:
+    targets = config.names("target_modules") or ["all-linear"]
+    config.set("method.targets", "all-linear" if targets == ["all-linear"] else targets, "target_modules")
+    if config.names("modules_to_save"):
+        config.set("method.modules_to_save", config.names("modules_to_save"), "modules_to_save")
+    if config.flag("use_rslora"):
+        config.set("method.options", {"use_rslora": True}, "use_rslora")
+    dtype = config.text("lora_dtype")
+    if dtype is not None:
+        if dtype not in trainer.DTYPES:
+            raise config.error("lora_dtype", "must be float16, bfloat16 or float32")
+        config.set("method.adapter_dtype", trainer.DTYPES[dtype], "lora_dtype")
+
+
+def _batch(config: Config) -> None:
+    if config.get("max_length") is None:
+        trainer.assume_length(config, "max_length")
+    packs = [key for key in ("packing", "padding_free") if config.flag(key)]
+    if packs:
+        if "flash" not in str(config.get("attn_impl")):
+            raise config.error(packs[0], "needs flash attention; set attn_impl: flash_attn")
+        trainer.packed(config, *packs)
+    trainer.padding(config, bool(packs))
+
+
+def _kernels(config: Config) -> None:
+    if config.get("attn_impl") == "flash_attn":
+        config.set("kernels.attention", "flash_attention_2", "attn_impl")
+    else:
+        trainer.attention(config, "attn_impl")
+    trainer.checkpointing(config)
+    towers = config.get("vit_gradient_checkpointing")
+    if towers is not None and config.flag("vit_gradient_checkpointing") != config.flag("gradient_checkpointing"):
+        config.leave("vit_gradient_checkpointing", "the tower is counted as gradient_checkpointing says")
+    if config.flag("use_liger_kernel"):
+        config.set("kernels.loss", "fused", "use_liger_kernel")
+        config.set("kernels.fused", ["rope", "rms_norm", "swiglu"], "use_liger_kernel")
+
+
+def _parallelism(config: Config) -> None:
+    """`deepspeed` and `fsdp` may name a config of ms-swift's own."""
+    name = config.said("deepspeed")
+    if isinstance(name, str) and name in _DEEPSPEED:
+        document = Document(f"{config.title}'s {name}.json", None, {"zero_optimization": _DEEPSPEED[name]}, {})
+        config.companions = {"deepspeed": document, **config.companions}
+        config.typed = {**config.typed, "deepspeed": Typed({}, config.why("deepspeed"))}
+    if config.said("fsdp") == "fsdp2":
+        why = config.why("fsdp")
+        config.typed = {**config.typed, "fsdp": Typed("full_shard", why), "fsdp_config": Typed(_FSDP2, why)}
+    trainer.parallelism(config)
+    if config.said("gradient_accumulation_steps") is None:
+        together = (config.whole("per_device_train_batch_size") or 1) * (config.value("parallelism.world") or 1)
+        config.set(
+            "batch.accumulation", ceil(_SAMPLES / together), why=f"{config.title} makes it {_SAMPLES} samples a step"
+        )
+    if config.value("kernels.checkpointing") == "full" and "kernels.reentrant" not in config.found:
+        is_ddp = config.value("parallelism.strategy") == "ddp"
+        why = f"{config.title} sets it{' under DDP' if is_ddp else ''}"
+        config.set("kernels.reentrant", not is_ddp, why=why)
+
+
+def _precision(config: Config) -> None:
+    """The weights have the checkpoint's dtype unless `torch_dtype` is set; fp16 and fp32 are cast to fp16."""
+    name = config.text("torch_dtype")
+    if name is not None and name not in trainer.DTYPES:
+        raise config.error("torch_dtype", "must be float16, bfloat16 or float32")
+    weights = trainer.DTYPES[name] if name is not None else "bf16"
+    casts = "bf16" if weights == "bf16" else "fp16"
+    said = [kind for kind in ("bf16", "fp16") if config.said(kind) is not None]
+    if said:
+        casts = next((kind for kind in said if config.flag(kind)), None)
+    trainer.lower_precision(config, weights, casts, "torch_dtype", *said)
+    if name is None and "precision.weights" in config.found:
+        origin = config.found["precision.weights"]
+        config.found["precision.weights"] = origin._replace(why="the checkpoint's dtype, assumed bf16")
+
+
+def _evaluation(config: Config) -> None:
+    does = str(config.said("eval_strategy") or config.said("save_strategy") or "steps") not in ("no", "False")
+    keys = [key for key in ("split_dataset_ratio", "val_dataset", "eval_dataset") if config.said(key)]
+    keys = [key for key in keys if str(config.said(key)) not in ("0", "0.0")]
+    trainer.evaluation(config, does and bool(keys), keys[0] if keys else "", "per_device_eval_batch_size")
+
+
+def _environment(config: Config) -> None:
+    """`ENV` sets variables of the environment."""
+    for name in ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+        value = config.said(f"ENV.{name}")
+        if value is not None:
+            config.set("loop.expandable_segments", "expandable_segments:true" in str(value).lower(), f"ENV.{name}")
+    processes = config.whole("ENV.NPROC_PER_NODE")
+    if processes is not None:
+        config.set("parallelism.world", processes * (config.whole("ENV.NNODES") or 1), "ENV.NPROC_PER_NODE")
+    section = config.section("ENV")
+    config.read |= {f"ENV.{name}" for name in section.values} if section is not None else set()
+
+
+FORMAT = RunFormat(
+    "ms-swift",
+    "ms-swift",
+    TABLE,
+    ("ms-swift", "transformers"),
+    "model",
+    rules=(
+        *(_program, _method, _batch, _kernels, trainer.optimizer, trainer.loop, _environment, _parallelism),
+        *(_precision, _evaluation),
+    ),
+    refused=("use_galore", "lisa_activated_layers", "rlhf_type", "optimizer"),
+    matter={
+        **dict.fromkeys(("sequence_parallel_size", "device_map", "max_memory", "deepspeed_autotp_size"), "its GPUs"),
+        **dict.fromkeys(("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio"), "what trains"),
+        **dict.fromkeys(("trainable_parameters", "trainable_parameters_regex", "target_parameters"), "what trains"),
+        **dict.fromkeys(("target_regex", "lora_bias", "adapters", "new_special_tokens"), "what trains"),
+        **dict.fromkeys(("loss_type", "use_logits_to_keep", "mrl_dims"), "the loss"),
+        **dict.fromkeys(("bnb_4bit_quant_storage", "experts_impl", "tuner_backend"), "not counted"),
+        **dict.fromkeys(("neftune_noise_alpha", "auto_find_batch_size", "predict_with_generate"), "not counted"),
+        **dict.fromkeys(("enable_dft_loss", "enable_channel_loss", "eval_metric"), "the loss and evaluation"),
+    },
+    aliases={
+        "train_type": "tuner_type",
+        "sft_type": "tuner_type",
+        "model_id_or_path": "model",
+        "lora_target_modules": "target_modules",
+        "evaluation_strategy": "eval_strategy",
+        "flash_attn": "attn_impl",
+    },
+    processes=("NPROC_PER_NODE",),
+)
+FORMATS = (FORMAT,)

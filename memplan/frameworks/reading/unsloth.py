@@ -1,0 +1,96 @@
+"""Rules of `unsloth train` and Unsloth Studio's files.
+
+Source: unsloth 2026.10.9 unsloth_cli/config.py, studio/backend/core/training/trainer.py; models/loader.py.
+"""
+
+from __future__ import annotations
+
+from memplan.frameworks.change_table import Framework, Key
+from memplan.frameworks.reading import trainer
+from memplan.frameworks.reading.config import Config, shown
+from memplan.frameworks.reading.run_format import RunFormat
+from memplan.models.cards import card_names
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+_CHECKPOINTING = {"unsloth": "offload", "true": "full", "none": "none", "false": "none"}
+
+
+_ENDINGS = ("-unsloth-bnb-4bit", "-bnb-4bit", "-unsloth", "-instruct", "-it", "-base", "-pt")
+
+
+def original(config: Config) -> None:
+    """Unsloth's copies of a model have its name: unsloth/Meta-Llama-3.1-8B-bnb-4bit."""
+    name = config.value("model")
+    if not isinstance(name, str) or not name.startswith("unsloth/") or trainer.model_of(config) is not None:
+        return
+    card = name.partition("/")[2].lower().removeprefix("meta-")
+    for ending in ("", *_ENDINGS):
+        card = card.removesuffix(ending)
+        if card in card_names():
+            origin = config.found["model"]
+            config.found["model"] = origin._replace(value=card, why=f"a copy of the original: {origin.why}")
+            return
+
+
+def _method(config: Config) -> None:
+    kind = config.word("training.training_type", "lora", "full") or "lora"
+    if kind == "lora" and config.flag("training.load_in_4bit"):
+        config.set("method.quantization.format", "nf4", "training.load_in_4bit")
+        config.set("method.quantization.double_quant", True, why=f"{config.title} sets it")
+    is_dora = config.flag("lora.use_dora")
+    trainer.adapter(config, kind == "lora", is_dora, "training.training_type", "lora.use_dora")
+    if kind == "lora":
+        names = config.names("lora.target_modules") or list(TARGETS)
+        config.set("method.targets", "all-linear" if names == ["all-linear"] else names, "lora.target_modules")
+        if config.flag("lora.use_rslora"):
+            config.set("method.options", {"use_rslora": True}, "lora.use_rslora")
+        if config.flag("lora.use_loftq"):
+            config.leave("lora.use_loftq", "not counted")
+    model = trainer.model_of(config)
+    if model is not None and model.has_tower:
+        parts = {"vision": "lora.finetune_vision_layers", "language": "lora.finetune_language_layers"}
+        frozen = [part for part, key in parts.items() if not config.flag(key)]
+        config.set("method.frozen", frozen, *parts.values())
+
+
+def _settings(config: Config) -> None:
+    value = str(config.get("training.gradient_checkpointing")).lower()
+    if value not in _CHECKPOINTING:
+        raise config.error("training.gradient_checkpointing", f"must be unsloth, true or none, not {shown(value)}")
+    config.set("kernels.checkpointing", _CHECKPOINTING[value], "training.gradient_checkpointing")
+    config.set("optimizer.name", "adamw_8bit", why=f"default of {config.title}")
+    if config.said("training.optim") is not None:
+        trainer.optimizer(config, "training.optim")
+    packs = config.flag("training.packing")
+    if packs:
+        trainer.packed(config, "training.packing")
+    trainer.padding(config, packs)
+    trainer.loop(config)
+    trainer.lower_precision(config, "bf16", "bf16")
+    for field in [field for field in config.found if field.startswith("precision.")]:
+        config.found[field] = config.found[field]._replace(why="bf16, on a GPU that has it")
+
+
+FORMAT = RunFormat(
+    "unsloth",
+    "Unsloth",
+    Framework(
+        "unsloth",
+        "Unsloth",
+        "unsloth 2026.10.9 unsloth_cli/config.py",
+        (
+            Key("lora.lora_r", ("method.rank",)),
+            Key("lora.lora_alpha", ("method.alpha",)),
+            Key("lora.lora_dropout", ("method.dropout",)),
+            Key("training.batch_size", ("batch.micro",)),
+            Key("training.max_seq_length", ("batch.sequence",)),
+            Key("training.gradient_accumulation_steps", ("batch.accumulation",)),
+        ),
+        (),
+    ),
+    ("unsloth",),
+    "model",
+    rules=(original, _method, _settings),
+    silent=("inference", "logging", "audio_input", "training.lr_scheduler_type", "training.warmup_ratio"),
+)
+FORMATS = (FORMAT,)

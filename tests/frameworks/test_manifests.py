@@ -1,0 +1,109 @@
+"""Docker Compose files and Kubernetes manifests: the command of a container is the run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memplan.core.errors import SpecError
+from memplan.frameworks.reading.run_file import RunFile, read_run
+
+SERVED = """
+services:
+  proxy:
+    image: nginx
+    command: ["nginx", "-g", "daemon off;"]
+  llm:
+    image: vllm/vllm-openai:v0.12.0
+    command: >
+      --model Qwen/Qwen2-7B
+      --max-model-len 8192
+"""
+TRAINED = """
+apiVersion: v1
+kind: ConfigMap
+metadata: {name: settings}
+---
+apiVersion: batch/v1
+kind: Job
+spec:
+  template:
+    spec:
+      containers:
+        - {name: side, image: busybox, command: [sleep, "1"]}
+        - name: train
+          image: me/train:1
+          env: [{name: LEN, value: "512"}, {name: TOKEN, valueFrom: {secretKeyRef: {name: a, key: b}}}]
+          command: ["/bin/bash", "-c"]
+          args:
+            - |
+              pip install trl
+              accelerate launch --num_processes 2 sft.py --model_name_or_path Qwen/Qwen2-7B \\
+                --dataset_name mine --max_length $(LEN) --lora_r ${RANK}
+"""
+
+
+def read(tmp_path: Path, text: str, name: str = "compose.yaml") -> RunFile:
+    (tmp_path / name).write_text(text, "utf-8")
+    return read_run(str(tmp_path / name))
+
+
+def test_a_service_is_the_run_that_it_starts(tmp_path: Path) -> None:
+    file = read(tmp_path, SERVED)
+    assert file.headline == "compose.yaml: vLLM 0.33, by compose.yaml:8 vllm serve"
+    assert file.fields["serving"] == {"max_model_len": 8192}
+    assert {o.field: o.why for o in file.origins}["serving.max_model_len"] == "compose.yaml:8 max_model_len"
+
+
+def test_a_container_of_a_manifest_is_the_run_that_it_starts(tmp_path: Path) -> None:
+    file = read(tmp_path, TRAINED, "job.yml")
+    assert (file.framework, file.fields["batch"]["sequence"], file.fields["parallelism"]["world"]) == ("trl", 512, 2)
+    assert file.notes == ("--lora_r (job.yml:16): a variable that is not set",)
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "services:\n  a:\n    image: ghcr.io/huggingface/text-generation-inference:3\n    environment: {MODEL_ID: a, "
+    "MAX_TOTAL_TOKENS: 4096}\n    deploy: {resources: {reservations: {devices: [{count: 2}]}}}": {
+        "parallelism.tp": 2,
+        "serving.max_model_len": 4096,
+    },
+    "services:\n  a:\n    image: ghcr.io/ggml-org/llama.cpp:server-cuda\n    command: -m a -c 2048 -np 1\n    "
+    "environment: [LLAMA_ARG_UBATCH_SIZE=128]": {
+        "serving.max_model_len": 2048,
+        "serving.max_num_batched_tokens": 128,
+    },
+    "services:\n  a:\n    image: b\n    entrypoint: [vllm, serve]\n    command: [a, --max-num-seqs, '8']": {
+        "serving.max_num_seqs": 8
+    },
+    "apiVersion: v1\nspec: {containers: [{image: 'vllm/vllm-openai', args: [--model, a, -tp, '2'], "
+    "resources: {limits: {nvidia.com/gpu: 2}}}]}": {"parallelism.tp": 2, "parallelism.world": 2},
+}
+
+
+@pytest.mark.parametrize(("text", "expected"), CASES.items())
+def test_images_and_environments_are_part_of_the_command(tmp_path: Path, text: str, expected: dict[str, Any]) -> None:
+    found = {origin.field: origin.value for origin in read(tmp_path, text).origins}
+    assert {field: found.get(field) for field in expected} == expected
+
+
+REFUSED = {
+    "services: {a: {image: nginx}}": "spec: compose.yaml has no container with a command, or with an image",
+    "services: 3": "spec: compose.yaml has no container",
+    "services:\n  a:\n    command: sleep 1": "compose.yaml does not train or serve; accelerate launch, ",
+    "services:\n  a:\n    command: trl dpo": "compose.yaml:3: trl dpo is not supported yet; supported: trl sft",
+    "services:\n  a:\n    command: trl 'sft": "compose.yaml:1: a quote is not closed",
+    "services:\n  a: &a [*a]": "contains itself",
+    "services:\n  a: {b: 1, b: 2}": "the key 'b' appears twice, again in line 2",
+    "services: !!python/object:os.system {}": "is not YAML",
+    "services:\n  a: [": "is not YAML",
+}
+
+
+@pytest.mark.parametrize(("text", "error"), REFUSED.items())
+def test_a_manifest_that_is_not_read_is_one_line(tmp_path: Path, text: str, error: str) -> None:
+    with pytest.raises(SpecError) as raised:
+        read(tmp_path, text)
+    assert error in str(raised.value)
+    assert "\n" not in str(raised.value)

@@ -1,0 +1,216 @@
+"""Training scripts and notebooks: the run that their calls start, without executing anything."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from memplan.core.errors import MemplanError, SpecError
+from memplan.frameworks.reading.run_file import RunFile, read_command, read_run
+from memplan.spec.run import RunSpec
+
+UNSLOTH = """
+from unsloth import FastLanguageModel, is_bfloat16_supported
+from trl import SFTConfig, SFTTrainer
+max_seq_length = 2 * 1024
+model, tokenizer = FastLanguageModel.from_pretrained(
+    model_name="unsloth/Meta-Llama-3.1-8B-bnb-4bit", max_seq_length=max_seq_length, load_in_4bit=True, dtype=None,
+)
+model = FastLanguageModel.get_peft_model(
+    model, r=32, target_modules=["q_proj", "v_proj"], use_gradient_checkpointing="unsloth")
+trainer = SFTTrainer(model=model, max_seq_length=max_seq_length, args=SFTConfig(
+    per_device_train_batch_size=2, bf16=is_bfloat16_supported(), fp16=not is_bfloat16_supported(), max_steps=60))
+"""
+TRL = """
+import torch
+from datasets import load_dataset
+config = LoraConfig(r=16, target_modules="all-linear")
+args = SFTConfig(max_length=512, **{"packing": True}, attn_implementation="flash_attention_2", bf16=True,
+                 gradient_checkpointing=False)
+trainer = SFTTrainer(model="Qwen/Qwen2-7B", args=args, peft_config=config)
+"""
+TRAINER = """
+import argparse, os, torch
+parser = argparse.ArgumentParser()
+parser.add_argument("--model", default="Qwen/Qwen2-7B")
+parser.add_argument("--batch-size", type=int, default=4)
+opts = parser.parse_args()
+class Settings:
+    rank: int = 8
+bnb = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+model = AutoModelForCausalLM.from_pretrained(opts.model, quantization_config=bnb, torch_dtype=torch.bfloat16)
+model = prepare_model_for_kbit_training(model)
+model = get_peft_model(model, LoraConfig(r=Settings.rank, lora_alpha=int(os.environ.get("ALPHA", 64)),
+                                         target_modules=["q_proj"]))
+args = TrainingArguments("out", per_device_train_batch_size=opts.batch_size, bf16=True, optim=choose(),
+                         gradient_checkpointing=True if torch.cuda.is_bf16_supported() else False)
+Trainer(model=model, args=args).train()
+"""
+
+
+def read(tmp_path: Path, text: str, name: str = "train.py", typed: dict[str, Any] | None = None) -> RunFile:
+    (tmp_path / name).write_text(text, "utf-8")
+    return read_run(str(tmp_path / name), typed=typed)
+
+
+def values(file: RunFile) -> dict[str, Any]:
+    RunSpec.model_validate(file.fields)
+    return {origin.field: origin.value for origin in file.origins}
+
+
+SCRIPTS: dict[str, tuple[str, str, dict[str, Any], tuple[str, ...]]] = {
+    "Unsloth": (
+        UNSLOTH,
+        "train.py: Unsloth 2026.10, by train.py:10 SFTTrainer",
+        {
+            "model": "llama-3.1-8b",
+            "method.kind": "qlora",
+            "method.rank": 32,
+            "method.alpha": 16,
+            "batch.sequence": 2 * 1024,
+            "batch.micro": 2,
+            "batch.accumulation": 2,
+            "kernels.checkpointing": "offload",
+            "optimizer.name": "adamw_8bit",
+        },
+        (),
+    ),
+    "TRL": (
+        TRL,
+        "train.py: TRL 1.16, by train.py:7 SFTTrainer",
+        {
+            "model": "Qwen/Qwen2-7B",
+            "method.kind": "lora",
+            "method.rank": 16,
+            "method.alpha": 8,
+            "batch.sequence": 8 * 512,
+            "kernels.attention": "flash_attention_2",
+            "kernels.checkpointing": "none",
+            "precision.weights": "fp32",
+        },
+        (),
+    ),
+    "transformers": (
+        TRAINER,
+        "train.py: transformers 5.24, by train.py:16 Trainer",
+        {
+            "method.kind": "qlora",
+            "method.rank": 8,
+            "method.alpha": 64,
+            "method.targets": ["q_proj"],
+            "method.quantization.format": "nf4",
+            "method.quantization.double_quant": False,
+            "method.quantization.kbit_preparation": True,
+            "batch.micro": 4,
+            "batch.sequence": 2048,
+            "kernels.checkpointing": "full",
+            "precision.weights": "bf16",
+        },
+        ("optim (train.py:14): cannot be told without running the script",),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_the_run_that_it_starts(tmp_path: Path, name: str) -> None:
+    text, headline, expected, notes = SCRIPTS[name]
+    file = read(tmp_path, text)
+    found = values(file)
+    assert (file.headline, file.notes) == (headline, notes)
+    assert {field: found.get(field) for field in expected} == expected
+
+
+def test_a_value_of_a_script_says_its_line_and_argument(tmp_path: Path) -> None:
+    reasons = {origin.field: origin.why for origin in read(tmp_path, UNSLOTH).origins}
+    assert reasons["method.rank"] == "train.py:9 r"
+    assert reasons["model"] == "a copy of the original: train.py:6 model_name"
+    assert reasons["method.kind"] == "train.py:8 get_peft_model"
+    assert reasons["batch.accumulation"] == "default of Unsloth 2026.10"
+
+
+def notebook(*cells: str) -> str:
+    code = [{"cell_type": "code", "source": cell.splitlines(keepends=True)} for cell in cells]
+    return json.dumps({"cells": [{"cell_type": "markdown", "source": ["# Title"]}, *code], "nbformat": 4})
+
+
+def test_a_notebook_says_cells(tmp_path: Path) -> None:
+    first, second = UNSLOTH.split("trainer =")
+    file = read(
+        tmp_path, notebook("%%capture\n!pip install x (", f"!pip install y\n{first}", f"trainer ={second}"), "a.ipynb"
+    )
+    assert file.headline == "a.ipynb: Unsloth 2026.10, by a.ipynb:cell 4, line 1 SFTTrainer"
+    assert {o.field: o.why for o in file.origins}["method.rank"] == "a.ipynb:cell 3, line 10 r"
+
+
+def test_a_command_runs_a_script_with_its_flags(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read(tmp_path, TRAINER)
+    monkeypatch.chdir(tmp_path)
+    file = read_command("accelerate launch --num_processes 2 train.py --batch-size 3 --model Qwen/Qwen2-0.5B")
+    found = values(file)
+    assert (found["model"], found["batch.micro"], found["parallelism.world"]) == ("Qwen/Qwen2-0.5B", "3" and 3, 2)
+
+
+@pytest.mark.parametrize("ask", ["import os\nos.system('touch {}')\n", "__import__('pathlib').Path({!r}).touch()\n"])
+def test_nothing_is_executed(tmp_path: Path, ask: str) -> None:
+    proof = tmp_path / "proof"
+    read(tmp_path, ask.format(str(proof)) + TRL)
+    assert not proof.exists()
+
+
+REFUSED: dict[str, tuple[str, str, str]] = {
+    "no trainer": ("train.py", "print(1)", "train.py has no trainer that is read; SFTTrainer, Trainer, "),
+    "another trainer": (
+        "train.py",
+        "\nDPOTrainer(model='a')",
+        "train.py:2: DPOTrainer is not supported yet; ",
+    ),
+    "syntax": ("train.py", "x = (\n", "train.py:1: is not Python ('(' was never closed)"),
+    "NUL": ("train.py", "x = '\0'", "train.py"),
+    "deep": ("train.py", "(" * 5000, "train.py"),
+    "no code": ("a.ipynb", notebook(), "a.ipynb has no code"),
+    "no notebook": ("a.ipynb", "[1]", "a.ipynb is not a notebook: it is no JSON with cells"),
+    "no JSON": ("a.ipynb", "{", "a.ipynb is not a notebook"),
+    "value": (
+        "train.py",
+        TRL.replace("max_length=512", "max_length='long'"),
+        "train.py:5: max_length: must be",
+    ),
+    "folder": ("train.py/x", "", "cannot be read"),
+    "large": ("train.py", "#" * (2**20 + 1), "is larger than 1 MiB, too large for a run"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_script_that_is_not_read_is_one_line(tmp_path: Path, name: str) -> None:
+    file, text, error = REFUSED[name]
+    if "/" in file:
+        (tmp_path / "train.py").mkdir()
+        with pytest.raises(SpecError, match="cannot be read"):
+            read_run(str(tmp_path / "train.py" / "x.py"))
+        return
+    with pytest.raises(SpecError) as raised:
+        read(tmp_path, text, file)
+    assert error in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_name_that_is_set_to_itself_cannot_be_told(tmp_path: Path) -> None:
+    file = read(tmp_path, TRL.replace("max_length=512", "max_length=n").replace("import torch", "n = n + 1"))
+    assert file.notes == ("max_length (train.py:5): cannot be told without running the script",)
+
+
+EXPRESSIONS = ["n", "1", "n.m", "f(n)", "[n, 2]", "-n", "not n", "n if 1 else 2", "2 * n // 0", "{'a': n}", "lambda: n"]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=60)
+@given(st.lists(st.sampled_from(EXPRESSIONS), min_size=2, max_size=2))
+def test_any_expression_is_told_or_listed(tmp_path: Path, parts: list[str]) -> None:
+    try:
+        read(tmp_path, f"n = {parts[0]}\n{TRL.replace('max_length=512', f'max_length={parts[1]}')}")
+    except MemplanError:
+        return
