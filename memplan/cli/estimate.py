@@ -55,8 +55,8 @@ def command(name: str) -> Subcommand:
 def estimate(given: Mapping[str, Any]) -> int:
     """Estimate whether a run fits, what takes the memory, and when.
 
-    Exit codes: 0 fits, or no GPU given; 1 does not fit; 2 wrong input; 3 the model's config is not available; 4 with
-    --strict, something unsupported was left out.
+    Exit codes: 0 fits, or no GPU given; 1 does not fit or start; 2 wrong input; 3 the model's config is not available;
+    4 with --strict, something unsupported was left out.
     """
     from memplan.estimate.estimate import estimate
     from memplan.probe.route import estimates

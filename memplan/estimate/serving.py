@@ -283,6 +283,10 @@ class ServingUsage(Usage):
     def reserved(self) -> int:
         return self.allocated
 
+    @property
+    def _roomy(self) -> int:
+        return self.allocated
+
     def _shown_at(self, level: str, segments: int | None = None) -> int:
         b, segments = self._budget, self.reserved if segments is None else segments
         shown = segments - b.graphs.usual + sum(getattr(row, level) for row in (b.graphs, *self.overheads))

@@ -216,10 +216,12 @@ def _batch_logits(graph: Graph) -> Tensor | None:
     if logits is None:
         return None
     low = lower_inference(graph, labelled=True)
+    casts = {t.name: op.reads[0] for op in (*stack.after, *stack.loss) if op.cast and op.reads for t in op.writes}
+    names = (logits.name, casts.get(logits.name))  # a cast to the dtype that they have is dropped
     kept_keys = (
         key
         for key, n in zip(low.sizes, range(len(low.sizes)), strict=True)
-        if low.left.counts.get(n) and key[5] == logits.name
+        if low.left.counts.get(n) and key[5] in names
     )
     shape, dtype, *_ = next(kept_keys)
     return Tensor("logits", shape, dtype)

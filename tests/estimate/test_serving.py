@@ -996,3 +996,10 @@ def test_models_are_found_once() -> None:
     run = run_of("llama-3-8b", "vllm-0.33")
     facts = estimate(run, model=find_model("llama-3-8b")).serving or {}
     assert pool_tokens(run, model) == pool_tokens(run) == facts["tokens"]
+
+
+def test_the_range_of_a_tight_engine_ends_above_its_card() -> None:
+    answer = estimate(run_of("qwen3-32b", "vllm-0.33", gpu="a100-sxm-80gb", sequence=2048))
+    assert answer.verdict.answer == "tight"
+    assert answer.gpu is not None
+    assert answer.band.low < answer.gpu.usable < answer.band.high

@@ -311,3 +311,15 @@ def test_impossible_side_tasks_are_refused_by_field(fields: dict[str, Any], fiel
         estimate(RunSpec(**{"model": MODEL, **fields}))
     assert caught.value.field == field
     assert "\n" not in str(caught.value)
+
+
+def test_kept_logits_of_a_head_in_fp32_need_no_cast() -> None:
+    """Mamba casts its logits to fp32, in which its head computes after kbit preparation. Labels are int64."""
+
+    def taken(kept: int) -> int:
+        evaluation = {"micro": 1, "kept_batches": kept, "concatenates": False}
+        fields = {"method": {"kind": "qlora", "targets": ["in_proj"]}, "batch": {"sequence": 256}}
+        run = RunSpec.model_validate({"model": "falcon-mamba-7b", **fields, "also": {"evaluation": evaluation}})
+        return next(p.peak for p in estimate(run).phases if p.phase == "eval")
+
+    assert taken(6) - taken(3) == 3 * 256 * (65024 * 4 + 8)
