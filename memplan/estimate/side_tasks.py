@@ -162,8 +162,8 @@ def batches_on_gpu(e: Evaluation) -> int:
 
 def _kept(e: Evaluation, graph: Graph, axes: dict[str, int], ranks: int) -> _Kept:
     """Return what is kept of predictions and labels, gathered from all `ranks`."""
-    logits = _batch_logits(graph)
-    if not e.kept_batches or logits is None:
+    logits = _batch_logits(graph) if e.kept_batches else None
+    if logits is None:
         return _Kept()
     if e.preprocess == "argmax":
         logits = Tensor("likeliest tokens", " ".join(logits.shape.split()[:-1]), "int64")
