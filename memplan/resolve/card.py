@@ -11,7 +11,7 @@ from memplan.core.records import NamedTuple
 
 
 class GPUFacts(NamedTuple):
-    """What a run is resolved by of a card.
+    """The facts of a card by which a run is resolved.
 
     compute_capability  as of `GPU`
     notes               notes on the card, and on the name it was requested by

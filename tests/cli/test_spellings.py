@@ -1,4 +1,4 @@
-"""What people type: other tools' names for options, sizes and cards in words, and models by their addresses."""
+"""Spellings that people type: other tools' options, sizes and cards in words, and models by their addresses."""
 
 from __future__ import annotations
 

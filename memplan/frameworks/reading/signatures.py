@@ -1,4 +1,4 @@
-"""What tells a framework's files and commands, so that only its own rules are imported."""
+"""`Signature`: how a framework's files and commands are told, so that only its own rules are imported."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from memplan.frameworks.reading.run_format import RunFormat
 
 
 class Signature(NamedTuple):
-    """What tells a framework's files and commands.
+    """The keys and programs that tell a framework's files and commands.
 
     title       its name as shown
     module      the module of `memplan.frameworks.reading` with its rules
