@@ -105,7 +105,7 @@ def _notebook(text: str, shown: str) -> tuple[str, dict[int, str]]:
 
 
 class _Names:
-    """What names and attributes are set to."""
+    """The values that names and attributes are set to."""
 
     def __init__(self, tree: ast.Module, flags: Mapping[str, Any]) -> None:
         self.flags = flags
