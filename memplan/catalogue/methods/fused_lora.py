@@ -18,24 +18,43 @@ from memplan.catalogue.quantization.quantization import absmax
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
 from memplan.core.records import NamedTuple
 
-_SOURCES = {
-    "unsloth": "unsloth 2025.1 kernels/fast_lora.py",
-    "unsloth-2026": "unsloth 2026.10.9 kernels/fast_lora.py",
-    "axolotl": "axolotl 0.21 kernels/lora.py",
-}
 _QKV, _MLP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj", "down_proj")
 _SWIGLU = "swiglu"
 
 
-class LoraFunctions(NamedTuple):
-    """How the functions are written.
+class LoraLibrary(NamedTuple):
+    """How a library writes the functions.
 
-    library  unsloth (of 2025), unsloth-2026 or axolotl
+    takes_bias        layers with a bias have such functions too; else they are left to peft
+    adds_products     an adapter's product is added to the layer's, not multiplied into the sum
+    has_buffer        matrices are dequantised into one buffer, without scales of their own
+    keeps_casts       the adapters' casts to the dtype of the products are kept
+    overwrites_input  the input's gradient is written over the input where it can be
+    """
+
+    source: str
+    takes_bias: bool = True
+    adds_products: bool = False
+    has_buffer: bool = False
+    keeps_casts: bool = False
+    overwrites_input: bool = True
+
+
+LIBRARIES = {
+    "unsloth": LoraLibrary("unsloth 2025.1 kernels/fast_lora.py", adds_products=True),
+    "unsloth-2026": LoraLibrary("unsloth 2026.10.9 kernels/fast_lora.py", takes_bias=False, has_buffer=True),
+    "axolotl": LoraLibrary("axolotl 0.21 kernels/lora.py", keeps_casts=True, overwrites_input=False),
+}
+
+
+class LoraFunctions(NamedTuple):
+    """The functions of a run.
+
     compute  dtype of the products
     dropout  whether the adapters have dropout
     """
 
-    library: str
+    library: LoraLibrary
     compute: str
     dropout: bool
 
@@ -69,7 +88,7 @@ def fuse_lora(
     modules: dict[str, dict[str, FusedLayer]] = {}
     for op in operations:
         has_bias = any(not w.rows for w in op.weights)
-        if takes(op) and op.reads and not (has_bias and how.library == "unsloth-2026"):  # which leaves those to peft
+        if takes(op) and op.reads and (how.library.takes_bias or not has_bias):
             module, _, role = op.name.rpartition(".")
             modules.setdefault(module, {})[role] = _layer(op, dtype)
     units = {op.unit for op in operations}
@@ -105,28 +124,23 @@ def _layer(op: Op, dtype: str) -> FusedLayer:
 
 
 def _dequantised(layer: FusedLayer, how: LoraFunctions) -> tuple[Tensor, ...]:
-    """The dequantised base matrix and its scales, which unsloth of 2026 does not write; empty if unquantised."""
+    """The dequantised base matrix, and its scales if it has no buffer; empty if it is not quantised."""
     if not layer.base.stored:
         return ()
-    scales = () if how.library == "unsloth-2026" else absmax(layer.base)
+    scales = () if how.library.has_buffer else absmax(layer.base)
     return (*scales, Tensor("dequantised", layer.base.shape, how.compute))
 
 
-def with_matrix_buffer(stack: Stack, compute: str, axes: Mapping[str, int]) -> Stack:
-    """Return the stack with the buffer in which unsloth of 2026 dequantises matrices, as large as the largest one."""
+def with_matrix_buffer(stack: Stack, how: LoraFunctions, axes: Mapping[str, int]) -> Stack:
+    """Return the stack with the buffer in which matrices are dequantised, as large as the largest one."""
     listed = (block.ops for run in stack.runs for block in run.blocks)
     shapes = {
-        w.shape
-        for block in listed
-        for op in block
-        if op.source == _SOURCES["unsloth-2026"]
-        for w in op.weights
-        if w.stored
+        w.shape for block in listed for op in block if op.source == how.library.source for w in op.weights if w.stored
     }
     if not shapes:
         return stack
     largest = max(shapes, key=lambda shape: features(shape, axes))
-    buffer = Weight("buffer of dequantised matrices", largest, "buffer", compute, False)
+    buffer = Weight("buffer of dequantised matrices", largest, "buffer", how.compute, False)
     return stack._replace(before=(*stack.before, Op("dequantised", weights=(buffer,), gradient="none")))
 
 
@@ -135,13 +149,13 @@ def _dequantise_bases(
 ) -> Iterator[Op]:
     """One operation per quantised base matrix: dequantised for its product, then freed.
 
-    made  what the function has allocated by the end of each product; not counted for unsloth
+    made  what the function has allocated by the end of each product; not counted if products are added
     """
     for layer, results in zip(layers, made or [()] * len(layers), strict=True):
         if layer.base.stored:
-            matrix = _dequantised(layer, how) if how.library != "unsloth-2026" else ()  # it has a buffer
-            scratch = (*matrix, *(results if how.library != "unsloth" else ()))
-            (x,), source = layers[0].op.reads, _SOURCES[how.library]
+            matrix = () if how.library.has_buffer else _dequantised(layer, how)
+            scratch = (*matrix, *(() if how.library.adds_products else results))
+            (x,), source = layers[0].op.reads, how.library.source
             yield Op(f"{layer.op.name}.base_layer", (x,), scratch=scratch, gradient="none", source=source)
 
 
@@ -156,9 +170,9 @@ def _keeps(of: tuple[str, ...], saved: tuple[str, ...], becomes: str = "") -> tu
 
 
 def _products(layers: list[FusedLayer], how: LoraFunctions) -> tuple[Tensor, ...]:
-    """Temporaries of a product with an adapter: unsloth added the product, others multiply into the sum."""
+    """Temporaries of a product with an adapter, which is added or multiplied into the sum."""
     first = layers[0]
-    if how.library == "unsloth":
+    if how.library.adds_products:
         return (Tensor("product", first.op.writes[0].shape, how.compute),)
     return (Tensor("x times A", f"{first.lead} r", how.compute),)
 
@@ -169,7 +183,7 @@ def _backward_scratch(layers: list[FusedLayer], how: LoraFunctions) -> tuple[Scr
     (x,), shape = first.op.reads, f"{first.lead} {first.into}"
     base = () if how.dropout else _dequantised(layers[-1], how)
     product: tuple[Tensor, ...] = (Tensor("product", shape, f"={x}"),)
-    if how.library != "unsloth":
+    if not how.library.adds_products:
         product = tuple(Tensor("gradient times B", f"{first.lead} r", how.compute) for _ in layers)
     mask = (Tensor("mask", shape, "bool"), Tensor("masked product", shape, f"={x}")) if how.dropout else ()
     return tuple(Scratch(t) for t in (*product, *mask, *base))
@@ -180,7 +194,7 @@ def _dropped(layer: FusedLayer) -> Tensor:
 
 
 def _cast_adapters(layers: list[FusedLayer], compute: str) -> tuple[Tensor, ...]:
-    """The adapters' matrices in the dtype of the products, which axolotl keeps."""
+    """The adapters' matrices in the dtype of the products, which some libraries keep."""
     adapters = (w for layer in layers for w in (layer.a, layer.b))
     return tuple(Tensor(f"{w.name} in {compute}", w.shape, compute) for w in adapters if w.dtype != compute)
 
@@ -201,7 +215,7 @@ def _function(
     first, compute = layers[0], how.compute
     (x,) = first.op.reads
     dropped = tuple(_dropped(layer)._replace(dtype=f"={x}") for layer in layers) if how.dropout else ()
-    cast = _cast_adapters(layers, compute) if how.library == "axolotl" else ()
+    cast = _cast_adapters(layers, compute) if how.library.keeps_casts else ()
     kept = (x, *(t.name for t in (*inner, *dropped, *cast)))
     targets = (x, *(w.name for layer in layers for w in (layer.a, layer.b)))
     return Op(
@@ -209,11 +223,11 @@ def _function(
         (x,),
         (*(y._replace(dtype=compute) for y in outputs), *inner, *dropped, *cast),
         _weights(layers),
-        _keeps(targets, kept, x if overwrites and how.library != "axolotl" else ""),
+        _keeps(targets, kept, x if overwrites and how.library.overwrites_input else ""),
         scratch=_products(layers, how),
         scratch_back=_backward_scratch(layers, how),
         product="matrix",
-        source=_SOURCES[how.library],
+        source=how.library.source,
     )
 
 

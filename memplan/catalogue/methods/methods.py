@@ -13,7 +13,7 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite, rewrite_lists, rewrite_weights
 from memplan.catalogue.methods import litgpt_lora
 from memplan.catalogue.methods.dora import adapt_embedding, dora
-from memplan.catalogue.methods.fused_lora import LoraFunctions, fuse_lora, with_matrix_buffer
+from memplan.catalogue.methods.fused_lora import LIBRARIES, LoraFunctions, fuse_lora, with_matrix_buffer
 from memplan.catalogue.methods.parameter_lora import adapt_parameters, represented_layers
 from memplan.catalogue.methods.peft_layers import LAYERS, SHARED, Wrapped, features
 from memplan.catalogue.quantization.inference_formats import (
@@ -349,7 +349,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
 
 
 def _with_fused_layers(stack: Stack, recipe: Recipe, axes: Mapping[str, int], takes: Callable[[Op], bool]) -> Stack:
-    functions = LoraFunctions(recipe.fused, recipe.compute, recipe.dropout)
+    functions = LoraFunctions(LIBRARIES[recipe.fused], recipe.compute, recipe.dropout)
 
     def fused(listed: tuple[Op, ...]) -> tuple[Op, ...]:
         if any(op.skipped for op in listed):
@@ -357,7 +357,7 @@ def _with_fused_layers(stack: Stack, recipe: Recipe, axes: Mapping[str, int], ta
         return fuse_lora(listed, takes, recipe.adapter_dtype, functions)
 
     stack = rewrite_lists(stack, fused)
-    return with_matrix_buffer(stack, recipe.compute, axes) if recipe.fused == "unsloth-2026" else stack
+    return with_matrix_buffer(stack, functions, axes) if functions.library.has_buffer else stack
 
 
 def _with_saved_copies(op: Op, saved: tuple[str, ...], dtype: str = "") -> Op:
