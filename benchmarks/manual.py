@@ -1,8 +1,9 @@
-"""The help texts in docs/cli.md: `python -m benchmarks.manual` writes them again from the commands."""
+"""docs/reference: `python -m benchmarks.manual` writes the help texts in cli.md and the generated pages again."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from contextlib import redirect_stdout, suppress
 from functools import cache
 from io import StringIO
@@ -11,10 +12,19 @@ from pathlib import Path
 
 from typer.main import get_command
 
+from benchmarks import reference
+from benchmarks.examples import examples_of, words_of
+from memplan.catalogue.hardware.gpus import all_gpus
 from memplan.cli.app import app
 from memplan.cli.plain import COMMANDS
+from memplan.models.cards import card_names
 
-PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
+ROOT = Path(__file__).parents[1]
+PICTURES = {  # file -> the command whose answer it draws, next to that of README's first command
+    "full-step": "memplan llama-3.2-1b --method full --gpu 4090",
+    "methods": "memplan compare 'qwen3-4b --method full' 'qwen3-4b --method lora' 'qwen3-4b --method qlora' --gpu 4090",
+}
+README, PAGE = ROOT / "README.md", ROOT / "docs" / "reference" / "cli.md"
 _BLOCK = re.compile(r"(?<=^```text\n).*?(?=^```$)", re.MULTILINE | re.DOTALL)
 _HEADING = re.compile(r"^\S.*:$", re.MULTILINE)
 
@@ -46,5 +56,27 @@ def _sections(command: str) -> dict[str, str]:
     return {part.splitlines()[0].partition(" [")[0]: part for part in parts}
 
 
+def pages() -> Iterator[tuple[Path, str]]:
+    """Yield every generated page of docs/reference, README and its picture, each with its text."""
+    yield PAGE, written(PAGE.read_text("utf-8"))
+    yield from reference.pages()
+    yield README, _counted(README.read_text("utf-8"))
+    for name, line in {"answer": examples_of(README)[0].text, **PICTURES}.items():
+        yield ROOT / "docs" / "pictures" / f"{name}.svg", _picture(words_of(line))
+
+
+def _counted(readme: str) -> str:
+    """Return README with the numbers of models and GPUs that the catalogue has."""
+    return re.sub(r"\d+ models and \d+ GPUs", f"{len(card_names())} models and {len(all_gpus())} GPUs", readme)
+
+
+def _picture(words: list[str]) -> str:
+    """Return the drawing of the answer to a command."""
+    with redirect_stdout(StringIO()) as out, suppress(SystemExit):
+        get_command(app).main([*words, "--format", "svg"])
+    return out.getvalue()
+
+
 if __name__ == "__main__":
-    PAGE.write_text(written(PAGE.read_text("utf-8")), "utf-8")
+    for path, text in pages():
+        path.write_text(text, "utf-8")

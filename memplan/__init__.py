@@ -8,17 +8,21 @@ answer.verdict.answer, answer.bytes.used
 from __future__ import annotations
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
 from memplan.core.version import __version__ as __version__
 
+TYPE_CHECKING = False  # typing.TYPE_CHECKING: an interrupt while typing is imported here would end in a traceback
 if TYPE_CHECKING:
+    from typing import Any
+
     from memplan.catalogue.hardware.gpu import GPU as GPU
     from memplan.catalogue.hardware.gpus import all_gpus as all_gpus
     from memplan.catalogue.hardware.gpus import find_gpu as find_gpu
     from memplan.core.errors import MemplanError as MemplanError
     from memplan.estimate.answer import Estimate as Estimate
     from memplan.estimate.answer import Verdict as Verdict
+    from memplan.gate.check import check as check
+    from memplan.gate.rows import Check as Check
     from memplan.models.cards import card_names as card_names
     from memplan.models.cards import find_model as find_model
     from memplan.models.cards import load_card as load_card
@@ -44,6 +48,8 @@ _NAMES = {
     "Comparison": "planning.comparison",
     "compare": "planning.comparison",
     "MemplanError": "core.errors",
+    "Check": "gate.rows",
+    "check": "gate.check",
     "estimate": "probe.route",
     "GPU": "catalogue.hardware.gpu",
     "find_gpu": "catalogue.hardware.gpus",

@@ -63,7 +63,7 @@ def found_in(path: Path) -> list[str]:
 
 FILES = [
     *(path for folder in ("memplan", "benchmarks", "tests") for path in sorted((ROOT / folder).rglob("*.py"))),
-    *sorted((ROOT / "docs").glob("*.md")),
+    *sorted((ROOT / "docs").rglob("*.md")),
     *(ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "benchmarks/README.md")),
 ]
 

@@ -79,6 +79,8 @@ SMALLEST: dict[str, Any] = {
 }
 
 TINY: dict[str, dict[str, Any]] = {
+    "apertus": _base(**_HEADS),
+    "arcee": _base(mlp_bias=True),
     "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300},
     "cohere": _base(),
     "cohere2": _base(num_hidden_layers=5, sliding_window=32, **_HEADS),
@@ -116,6 +118,9 @@ TINY: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 512,
         "pad_token_id": 0,
     },
+    "exaone_moe": _base(
+        num_hidden_layers=5, sliding_window=32, moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2, **_HEADS
+    ),
     "ernie4_5": _base(**_HEADS),
     "ernie4_5_moe": _base(
         moe_intermediate_size=48, moe_num_experts=8, moe_k=2, moe_num_shared_experts=2, moe_layer_start_index=1
@@ -217,6 +222,7 @@ TINY: dict[str, dict[str, Any]] = {
         num_experts_per_tok=2,
     ),
     "llama": _base(),
+    "lfm2": _base(num_hidden_layers=4, full_attn_idxs=[1, 3], block_multiple_of=16),
     "mamba": _MAMBA,
     "mamba2": {
         "hidden_size": 128,
@@ -277,6 +283,7 @@ TINY: dict[str, dict[str, Any]] = {
     "mistral": _base(sliding_window=None),
     "mixtral": _base(num_local_experts=8, num_experts_per_tok=2, router_jitter_noise=0.01),
     "mpt": {"d_model": 64, "n_heads": 4, "n_layers": 3, "max_seq_len": 128, "vocab_size": 300},
+    "mistral4": _base(num_key_value_heads=4, **_LATENT, **_ROUTED),
     "nemotron": _base(**_HEADS),
     "nemotron_h": {
         "hidden_size": 64,

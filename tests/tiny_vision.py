@@ -20,6 +20,20 @@ _IDS = {"image_token_id": 1990, "video_token_id": 1991, "vision_start_token_id":
 _QWEN2 = {"rope_scaling": {"type": "mrope", "mrope_section": [4, 6, 6]}}
 _QWEN3 = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 4, 4]}}
 
+_SIGLIP = {
+    "hidden_size": 160,
+    "intermediate_size": 432,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 112,
+    "patch_size": 14,
+}
+_SMOL: dict[str, Any] = {
+    "text_config": {**_TEXT, "model_type": "llama"},
+    "vision_config": _SIGLIP,
+    "image_token_id": 1990,
+}
+
 TINY: dict[str, dict[str, Any]] = {
     "gemma3": {
         "text_config": {
@@ -29,20 +43,17 @@ TINY: dict[str, dict[str, Any]] = {
             "head_dim": 32,
             "sliding_window": 64,
         },
-        "vision_config": {
-            "model_type": "siglip_vision_model",
-            "hidden_size": 160,
-            "intermediate_size": 432,
-            "num_hidden_layers": 4,
-            "num_attention_heads": 4,
-            "image_size": 112,
-            "patch_size": 14,
-            "vision_use_head": False,
-        },
+        "vision_config": {"model_type": "siglip_vision_model", **_SIGLIP, "vision_use_head": False},
         "mm_tokens_per_image": 16,
         "image_token_index": 1990,
         "boi_token_index": 1991,
         "eoi_token_index": 1992,
+    },
+    "idefics3": _SMOL,
+    "internvl": {
+        "text_config": {**_TEXT, "model_type": "qwen2"},
+        "vision_config": {**_SIGLIP, "image_size": [112, 112], "patch_size": [14, 14]},
+        "image_token_id": 1990,
     },
     "kimi_k25": {
         "text_config": {"model_type": "deepseek_v3", **TEXTS["deepseek_v3"]},
@@ -72,6 +83,11 @@ TINY: dict[str, dict[str, Any]] = {
             "vision_output_dim": 96,
         },
         "image_token_index": 290,
+    },
+    "llava": {
+        "text_config": {**_TEXT, "model_type": "llama"},
+        "vision_config": {"model_type": "clip_vision_model", **_SIGLIP},
+        "image_token_index": 1990,
     },
     "mistral3": {
         "text_config": {**_TEXT, "model_type": "mistral", "head_dim": 32, "sliding_window": None},
@@ -108,6 +124,12 @@ TINY: dict[str, dict[str, Any]] = {
             "vision_output_dim": 480,
         },
         "image_token_index": 1990,
+    },
+    "paligemma": {
+        "text_config": {**_TEXT, "model_type": "gemma", "head_dim": 32},
+        "vision_config": {"model_type": "siglip_vision_model", **_SIGLIP, "vision_use_head": False},
+        "image_token_index": 1990,
+        "projection_dim": 128,
     },
     "qwen2_vl": {
         **_TEXT,
@@ -204,4 +226,5 @@ TINY: dict[str, dict[str, Any]] = {
             ),
         )
     },
+    "smolvlm": _SMOL,
 }

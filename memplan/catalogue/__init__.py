@@ -6,16 +6,13 @@ Each module of `families` covers one family, or many that differ little. Its `BU
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 
 from memplan.catalogue.attention.attention import flattened
-from memplan.catalogue.decoder.decoder import Decoder, decoder
-from memplan.catalogue.kernels.wiring import Wiring
+from memplan.catalogue.decoder.decoder import stack_of
+from memplan.catalogue.kernels.wiring import Trainer, Wiring
 from memplan.core.ir import Stack
 from memplan.models.model import ModelSpec
-
-Builder = Callable[[ModelSpec, Wiring], Stack]
 
 
 def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack:
@@ -28,13 +25,15 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
     if code == "litgpt":
         return import_module("memplan.catalogue.families.litgpt").build(model, wiring)
     wiring = wiring._replace(drops=model.probability("attention_dropout") > 0)
-    module = import_module(f"memplan.catalogue.families.{model.family.stack}")
-    family: Decoder | Builder = module.BUILDERS[model.model_type]
-    stack = decoder(model, wiring, family) if isinstance(family, Decoder) else family(model, wiring)
+    stack = stack_of(model, wiring, model.family.stack, model.model_type)
     if model.objective == "sequence_classification" and model.objectives[0] == "causal_lm":
         from memplan.catalogue.decoder.task_heads import classifying
 
         stack = classifying(model, stack)
+    if model.objective == "feature_extraction" and model.objectives[0] == "causal_lm":
+        from memplan.catalogue.decoder.task_heads import without_head
+
+        stack = without_head(stack)
     if model.get("output_router_logits", False):
         from memplan.catalogue.experts.routers import hold_router_logits
         from memplan.catalogue.kernels.rewriting import rewrite
@@ -45,3 +44,12 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
     from memplan.catalogue.kernels.rewriting import rewrite
 
     return rewrite(stack, lambda op: (flattened(op),))
+
+
+def with_trainer(
+    stack: Stack, trainer: Trainer, reference: Stack | None, mismatched: Stack | None, autocast: str | None
+) -> Stack:
+    """Return the stack with what a trainer of TRL computes: see `memplan.catalogue.kernels.preference.attach`."""
+    from memplan.catalogue.kernels.preference import attach
+
+    return attach(stack, trainer, reference, mismatched, autocast)

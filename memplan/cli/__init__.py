@@ -4,19 +4,19 @@ import gc
 import os
 import sys
 
-from memplan.cli.plain import run_plain
-
 
 def main() -> None:
     """The entry point."""
     gc.disable()  # a command ends before collecting garbage pays off
-    completes = "_MEMPLAN_COMPLETE" in os.environ
     try:
-        code = None if completes else run_plain(sys.argv[1:])
-    except KeyboardInterrupt:
-        code = 130
-    if code is not None:
-        sys.exit(code)
-    from memplan.cli.app import app
+        if "_MEMPLAN_COMPLETE" not in os.environ:
+            from memplan.cli.plain import run_plain
 
-    app()
+            code = run_plain(sys.argv[1:])
+            if code is not None:
+                sys.exit(code)
+        from memplan.cli.app import app
+
+        app()
+    except KeyboardInterrupt:  # also while modules are imported
+        sys.exit(130)

@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from memplan.cli.commands import Subcommand
 from memplan.cli.outcome import fail, run_and_report, show, unwritten
-from memplan.cli.plain import COMMANDS, HELP, RESERVED_COMMANDS, command_of, run_plain
+from memplan.cli.plain import COMMANDS, HELP, HELP_ALL, RESERVED_COMMANDS, command_of, run_plain
 from memplan.cli.typer_commands import OptionsCommand, UsageError, usage
 
 
@@ -19,7 +19,13 @@ class Memplan(TyperGroup):
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         group_options = {option for param in self.get_params(ctx) for option in param.opts}
         if args[:1] == [HELP]:
+            from memplan.cli.help import TOPICS, topic_help
+
+            if args[1:] and (args[1] in TOPICS or args[1] not in COMMANDS):
+                raise typer.Exit(run_and_report(lambda: show(topic_help(args[1])) or 0))
             args = [*args[1:2], "--help"]
+        if args == [HELP_ALL]:
+            args = ["estimate", "--help"]
         first = args[0].partition("=")[0] if args else ""
         if first in group_options:
             return super().parse_args(ctx, args)
@@ -32,6 +38,11 @@ class Memplan(TyperGroup):
             return super().parse_args(ctx, args)
         finally:
             self.params, self.add_help_option = params, True
+
+    def get_help(self, ctx: Any) -> str:
+        from memplan.cli.help import SCREEN
+
+        return SCREEN.rstrip("\n")
 
     def list_commands(self, ctx: Any) -> list[str]:
         return list(COMMANDS)
@@ -66,6 +77,8 @@ class Memplan(TyperGroup):
             code = fail(usage(error), error.exit_code)
         except (typer.Abort, KeyboardInterrupt):
             code = 130
+        except SystemExit:  # click ends so when the reader of help has gone
+            code = 0
         except OSError as error:  # writing help or the version failed; other output handles its own errors
             code = fail(unwritten(error), 2)
         sys.exit(code or 0)

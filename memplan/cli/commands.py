@@ -6,10 +6,12 @@ of the same rows, for help, completion and errors too. Importing typer takes lon
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
 from memplan.core.records import NamedTuple
+from memplan.spec.option_values import FLAGS, retold
 from memplan.spec.options import Option, flag
 
 Options = Mapping[str, Mapping[str, Option]]  # heading in help -> name -> option
@@ -49,20 +51,35 @@ class Subcommand(NamedTuple):
         """Yield the words with other tools' names for options, and people's for values, replaced by the options'."""
         rows = [(name, option) for group in self.options.values() for name, option in group.items()]
         named = {flag(alias): row for row in rows for alias in (*row[1].aliases, row[0])}
-        rest = iter(words)
-        for word in rest:
+        named |= {f"--no-{name[2:]}": row for name, row in named.items() if row[1].alone}
+        rest = deque(words)
+        while rest:
+            word = rest.popleft()
             typed, equals, value = word.partition("=")
+            if typed[2:] in FLAGS and flag("method") in named:
+                yield from (flag("method"), typed[2:])
+                continue
+            if typed in _RETOLD and flag("gpu") in named:
+                name, text = retold(typed[2:], value if equals else rest.popleft() if rest else "")
+                if f"--{name}" != typed:
+                    yield from (flag(name), text)
+                    continue
+                yield from (f"{typed}={text}",) if equals else (typed, text)
+                continue
             name, option = named.get(typed.replace("_", "-"), ("", None)) if typed.startswith("--") else ("", None)
             if option is None:
                 yield word
                 continue
+            if option.alone and not equals and not (rest and is_meant(rest[0], option.choices)):
+                yield f"{flag(name)}={option.alone[typed.startswith('--no-')]}"
+                continue
             if type_of(option) in (bool, Switch):
                 yield flag(name) + equals + value
                 continue
-            text = value if equals else next(rest, None)
-            if text is None:
+            if not equals and not rest:
                 yield flag(name)
                 return
+            text = value if equals else rest.popleft()
             text = option.spelling(text) if option.spelling is not None else text
             if option.is_argument:
                 yield text
@@ -98,14 +115,43 @@ class Subcommand(NamedTuple):
             given[name] = [*given.get(name, ()), value] if get_origin(type_) is list else value
         return self._with_arguments(given, arguments)
 
+    @staticmethod
+    def _joined(name: str, arguments: list[str]) -> list[str] | None:
+        """Return words that are the name of one bundled model together, as in qwen3 8b; None if they are not."""
+        from memplan.core.errors import MemplanError
+        from memplan.models.cards import find_model
+
+        try:
+            find_model(" ".join(arguments) if name == "model" else "")
+        except (MemplanError, OSError):
+            return None
+        return [" ".join(arguments)]
+
     def _with_arguments(self, given: dict[str, Any], arguments: list[str]) -> dict[str, Any] | None:
         rows = ((name, option) for group in self.options.values() for name, option in group.items())
-        name, argument = next((name, option) for name, option in rows if option.is_argument)
+        name, argument = next(((name, option) for name, option in rows if option.is_argument), ("", None))
+        if argument is None:
+            return None if arguments else given
         if get_origin(argument.type) is list:
             return {**given, name: arguments} if arguments else None if argument.is_required else given
         if len(arguments) > 1:
-            return None
+            joined = self._joined(name, arguments)
+            if joined is None:
+                return None
+            arguments = joined
         return {**given, **dict.fromkeys([name][: len(arguments)], *arguments)}
+
+
+def is_meant(word: str, choices: tuple[str, ...]) -> bool:
+    """Return whether a word is one of the choices, or one of them mistyped."""
+    if word in choices or word.startswith("-"):
+        return word in choices
+    from difflib import get_close_matches
+
+    return bool(get_close_matches(word, choices))
+
+
+_RETOLD = ("--gpus", "--deepspeed", "--vram")
 
 
 def type_of(option: Option) -> Any:

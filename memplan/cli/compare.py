@@ -14,7 +14,7 @@ from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
 from memplan.cli.plain import COMMANDS, RESERVED_COMMANDS
 from memplan.cli.run_files import explained, is_command, run_file
-from memplan.cli.runs import exit_code, format_of, runs_of, screen_of
+from memplan.cli.runs import exit_code, format_of, runs_of, screen_of, stamp_of
 from memplan.core.errors import FactsMissingError, MemplanError, SpecError, printable
 from memplan.spec.options import flag
 
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
     from memplan.spec.run import RunSpec
 
 # Options of the comparison rather than of one run.
-_OF_COMPARISON = ("format", "json", "output", "strict", "explain_run")
-_OF_ESTIMATE = ("explain", "online", "revision", "spec")  # options of `estimate` only
+_OF_COMPARISON = ("format", "json", "output", "date", "strict", "explain_run")
+_OF_ESTIMATE = ("details", "explain", "online", "revision", "spec")  # options of `estimate` only
 _FILES = (".json", ".yaml", ".yml")
 RUNS = own(
     "A model with its own options in quotes, as in 'qwen2-7b --method lora', or a run's file (.json, .yaml). Its "
@@ -82,7 +82,7 @@ def compare(given: Mapping[str, Any]) -> int:
         raise SpecError("--explain-run only applies to a run's file")
     if len(answers) < 2:
         raise SpecError("runs: only one is given; add another to compare it with, or several cards with --gpu")
-    text = render(format, compare_answers(answers), screen_of(given))
+    text = render(format, compare_answers(answers), screen_of(given), stamp_of(given, format))
     if "explain_run" in given and format == "table":
         for n, (file, of_run) in enumerate(runs, 1):
             if file is not None:
@@ -102,9 +102,9 @@ def _answers(
     """Return the file of one run, and its answers, one per card. Errors are one line that says which run it is."""
     from pydantic import ValidationError
 
-    from memplan.cli.request import override
     from memplan.estimate.estimate import estimate
     from memplan.probe.route import estimates
+    from memplan.resolve.request import override
     from memplan.spec.failures import line_of
 
     given = dict(shared)
@@ -139,12 +139,12 @@ def _given(text: str, words: Subcommand) -> dict[str, Any]:
     for name, value in given.items():
         if name in _OF_COMPARISON:
             raise SpecError(f"{flag(name)} applies to the whole comparison; put it outside the quotes")
-        if name == "spec" and not value.startswith(COMMAND):
-            raise SpecError(f"--spec: name the file in place of the model, as in {printable(value, 80)!r}")
+        if name == "spec" and not value[0].startswith(COMMAND):
+            raise SpecError(f"--spec: name the file in place of the model, as in {printable(value[0], 80)!r}")
         if name in _OF_ESTIMATE and name != "spec":
             raise SpecError(f"--{name} only applies to memplan estimate")
     if _is_file_of_run(given.get("model", "")):
-        given["spec"] = given.pop("model")
+        given["spec"] = [given.pop("model")]
     return given
 
 

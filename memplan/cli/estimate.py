@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import Subcommand, Switch, own
 from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
-from memplan.cli.run_files import errors_of, explained, headline, run_file
-from memplan.cli.runs import exit_code, format_of, runs_of
+from memplan.cli.run_files import explained, headline, run_file
+from memplan.cli.runs import exit_code, format_of, runs_of, screen_of, stamp_of, typed_line
+from memplan.resolve.request import errors_of
 from memplan.spec.options import OPTIONS
+
+if TYPE_CHECKING:
+    from memplan.estimate.answer import Estimate
 
 ESTIMATE_OPTIONS = {
     **OPTIONS,
     "Input and output": {
-        "spec": own("A run's file as JSON or YAML (- is standard input), as in place of MODEL; options override it."),
+        "spec": own(
+            "A run's file as JSON or YAML (- is standard input), as in place of MODEL; options override it; repeat it "
+            "for several runs.",
+            list[str],
+        ),
         "framework": own(
             "The framework that a run's file is of, as in axolotl or axolotl-0.12. Default told by its keys."
         ),
@@ -33,11 +41,14 @@ ESTIMATE_OPTIONS = {
         ),
         "cache": own("Read and write traces in the user's cache folder. Default on.", bool),
         "format": own(
-            "table, json, markdown, csv, html. Default table.",
-            choices=("table", "json", "markdown", "csv", "html"),
+            "table, json, markdown, csv, html, svg. Default table.",
+            choices=("table", "json", "markdown", "csv", "html", "svg"),
         ),
         "json": own("Short for --format json.", Switch),
         "output": own("Write to this file. Default standard output."),
+        "date": own("A date that pages show (HTML, SVG, Markdown), as in 2026-11-29, or today. Default none."),
+        "details": own("Show tensors by category, phases and assumptions. Default off.", Switch),
+        "plain": own("Words and numbers alone, without bar, rules and colours. Default off.", Switch),
         "explain": own("List every tensor alive at the peak. Default off.", Switch),
         "ranks": own("List every GPU that differs: pipeline stages or a device map. Default off.", Switch),
         "strict": own("Exit 1 if tight, and 4 if something unsupported was left out. Default off.", Switch),
@@ -52,6 +63,11 @@ def command(name: str) -> Subcommand:
     return Subcommand(name, estimate, ESTIMATE_OPTIONS)
 
 
+def _single(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the options with one run's file each."""
+    return [{**given, "spec": [name]} for name in given.get("spec", ())] or [given]
+
+
 def estimate(given: Mapping[str, Any]) -> int:
     """Estimate whether a run fits, what takes the memory, and when.
 
@@ -63,22 +79,27 @@ def estimate(given: Mapping[str, Any]) -> int:
     from memplan.report import render
 
     format = format_of(given)
-    file = run_file(given)
-    with errors_of(file):
-        runs = [(run, own_profile(run.gpu, given)) for run in runs_of(given, file)]
-        answers = estimates(
-            runs, given.get("via", "auto"), cache=given.get("cache", True), online="online" in given, engine=estimate
-        )
-    if file is not None and not file.is_own:
-        answers = [answer.read_from(file.origins_of(answer.asked), file.notes) for answer in answers]
-    to = None
-    if "output" in given and format == "table":
-        from memplan.report.text import Screen
-
-        to = Screen()
-    text = headline(file, format) + render(format, answers, "explain" in given, to, "ranks" in given)
+    files = [run_file(one) for one in _single(given)]
+    answers: list[Estimate] = []
+    for file, one in zip(files, _single(given), strict=True):
+        with errors_of(file):
+            runs = [(run, own_profile(run.gpu, one)) for run in runs_of(one, file)]
+            found = estimates(
+                runs, one.get("via", "auto"), cache=one.get("cache", True), online="online" in one, engine=estimate
+            )
+        if file is not None and not file.is_own:
+            found = [answer.read_from(file.origins_of(answer.asked), file.notes) for answer in found]
+        answers += found
+    to, line = (screen_of(given), typed_line(given)) if format == "table" else (None, None)
+    text = "".join(headline(file, format) for file in files)
+    explain, ranks, details = ("explain" in given), ("ranks" in given), ("details" in given)
+    text += render(format, answers, explain, to, ranks, stamp_of(given, format), details, line)
     if "explain_run" in given and format == "table":
-        assert file is not None  # checked by `run_file`
-        text += "\n" + explained(answers[0], file, is_wide=to is not None)
+        assert files[0] is not None  # checked by `run_file`
+        text += "\n" + explained(answers[0], files[0], is_wide="output" in given)
     show(text, format, given.get("output"))
+    if to is not None and to.terminal and len(answers) == 1 and not {"output", "details", "explain"} & given.keys():
+        from memplan.report.table import stacks
+
+        show(stacks(answers[0], to))  # below an answer that is there already
     return exit_code(answers, "strict" in given)

@@ -9,15 +9,18 @@ from memplan.cli.commands import Subcommand, Switch, own, without
 from memplan.cli.estimate import ESTIMATE_OPTIONS
 from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
-from memplan.cli.run_files import errors_of, explained, headline, run_file
+from memplan.cli.run_files import explained, headline, run_file
 from memplan.cli.runs import format_of, runs_of
 from memplan.core.errors import SpecError
+from memplan.resolve.request import errors_of
 from memplan.spec.options import MODEL
 
 _FILE = MODEL._replace(
     help="A run's file: of a training framework, or of a run's own fields.", metavar="FILE", completes=""
 )
-_OF_ANSWERS = ("explain_run", "online", "via", "cache", "format", "json", "explain", "ranks", "strict")
+_OF_ANSWERS = (
+    *("details", "explain_run", "online", "via", "cache", "format", "json", "date", "explain", "ranks", "strict"),
+)
 
 
 def command(name: str) -> Subcommand:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import COMMAND
-from memplan.cli.run_files import run_file
+from memplan.cli.run_files import run_file, spec_name
 from memplan.cli.runs import runs_of
 from memplan.core.errors import MemplanError, SpecError, printable
 from memplan.spec.options import FIELDS
@@ -26,14 +26,14 @@ def file_levers(given: Mapping[str, Any], file: RunFile | None, asked: RunSpec) 
     The patched file says what options change too, except the model, the card, the profile and the number of GPUs; if it
     cannot, all options are to be typed again.
     """
-    name = given.get("spec", given.get("model"))
-    if file is None or name == "-" or str(name).startswith(COMMAND):
+    name = str(spec_name(given) or given.get("model"))
+    if file is None or name == "-" or name.startswith(COMMAND):
         return None
     from memplan.frameworks.patching.patch import original_of
     from memplan.frameworks.reading.run_file import has_own_keys
     from memplan.planning.file_levers import FileLevers, row_levers
 
-    if not has_own_keys(str(name)):
+    if not has_own_keys(name):
         return None
 
     def with_rows(sequences: int) -> RunSpec:
@@ -57,7 +57,9 @@ def file_levers(given: Mapping[str, Any], file: RunFile | None, asked: RunSpec) 
             return runs_of(typed, run_file(typed, text))[0]
 
         try:
-            levers = FileLevers(original_of(name, file, read), asked, rows, typed is given and len(given) > len(again))
+            levers = FileLevers(
+                original_of(str(name), file, read), asked, rows, typed is given and len(given) > len(again)
+            )
             levers.write(())
         except (MemplanError, ValueError):  # the file alone is no run, or cannot say what options change
             continue

@@ -7,8 +7,26 @@ from contextlib import suppress
 from typing import Any
 
 from memplan.core.errors import MemplanError
-from memplan.models.cards import find_model
+from memplan.models.cards import find_config, find_model, other_format
 from memplan.models.model import ModelSpec
+
+
+def in_other_format(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options with the bundled model and the format that a name means, as in Qwen/Qwen3-8B-AWQ; those that
+    are given override the format's. A checkpoint whose config is in the local cache is itself."""
+    model = str(given.get("model", ""))
+    found = other_format(model) if "-" in model else None
+    if found is None:
+        return given
+    with suppress(MemplanError):
+        find_config(model)
+        return given
+    card, options = found
+    words = options.split()
+    implied = {flag[2:].replace("-", "_"): value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    if "method" in given and given["method"] not in ("generate", "forward"):
+        implied = {}  # training starts from the model, quantised as the method says
+    return {**implied, **given, "model": card}
 
 
 def with_model_defaults(fields: dict[str, Any]) -> dict[str, Any]:
@@ -18,13 +36,24 @@ def with_model_defaults(fields: dict[str, Any]) -> dict[str, Any]:
     """
     from memplan.spec.run import RunSpec
 
-    if str(fields["model"]).lower().endswith(".gguf") and not {"method", "task"} & fields.keys():
-        fields = {**fields, "task": "generate"}  # such files are for inference
+    profile = str(fields.get("profile", "")).lower()
+    is_for_inference = str(fields["model"]).lower().endswith(".gguf") or _engine(profile)
+    if is_for_inference and not {"method", "task"} & fields.keys():
+        fields = {**fields, "task": "generate"}
     with suppress(MemplanError, ValueError):
         model = find_model(RunSpec.model_validate({"model": fields["model"]}).model)
         for part, name, value in _defaults(model, fields):
             fields = {**fields, part: {**fields.get(part, {}), name: value}}
     return fields
+
+
+def _engine(profile: str) -> bool:
+    if not profile or profile.startswith(("transformers", "trl", "axolotl", "unsloth")):
+        return False
+    from memplan.catalogue.profiles.engines import engine_names
+    from memplan.spec.run import RunSpec
+
+    return RunSpec.model_validate({"model": "", "profile": profile}).profile in engine_names()
 
 
 def _defaults(model: ModelSpec, fields: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -6,8 +6,26 @@ import os
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from contextvars import ContextVar
 
 from memplan.core.errors import InternalError, MemplanError, printable
+
+TYPED: ContextVar[tuple[str, ...]] = ContextVar("TYPED", default=())  # the words of the command line
+_OF_THE_FILE = ("--output", "--date")  # options that decide nothing in a report
+
+
+def command_line() -> str:
+    """Return the command as it was typed, without the options that say where and when it is written."""
+    import shlex
+
+    words: list[str] = []
+    rest = iter(TYPED.get())
+    for word in rest:
+        if word in _OF_THE_FILE:
+            next(rest, None)
+        elif word.partition("=")[0] not in _OF_THE_FILE:
+            words.append(word)
+    return shlex.join(("memplan", *words))
 
 
 def fail(line: str, code: int) -> int:
@@ -68,8 +86,10 @@ def show(text: str, format: str = "table", output: str | None = None) -> None:
     if output is not None:
         from pathlib import Path
 
+        from memplan.core.files import replace_file
+
         try:
-            Path(output).write_text(text, encoding="utf-8", errors="backslashreplace")
+            replace_file(Path(output), text)
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             reason = getattr(error, "strerror", None) or error
             raise MemplanError(f"output: {output!r:.200} cannot be written ({reason})", "output") from None
@@ -91,7 +111,7 @@ def show(text: str, format: str = "table", output: str | None = None) -> None:
 
 def _in_ascii(text: str, format: str) -> str:
     """Return the text for an encoding that does not have all of its characters."""
-    if format == "html":
+    if format in ("html", "svg"):
         return text.encode("ascii", "xmlcharrefreplace").decode()
     if format == "json":
         import json

@@ -7,7 +7,8 @@ from importlib import import_module
 from typing import Any
 
 from memplan.cli.commands import Subcommand
-from memplan.cli.outcome import run_and_report
+from memplan.cli.outcome import TYPED, run_and_report
+from memplan.cli.waiting import shown_while
 
 # Command -> module whose function `command` makes it.
 COMMANDS = {
@@ -17,14 +18,23 @@ COMMANDS = {
     "profiles": "lists",
     "schema": "schema",
     "compare": "compare",
+    "check": "check",
+    "diff": "check",
+    "init": "lock",
+    "lock": "lock",
     "explain": "explain",
+    "fit": "plan",
+    "max": "plan",
+    "buy": "plan",
+    "advise": "plan",
     "plan": "plan",
     "probe": "probe",
     "calibrate": "calibrate",
     "card": "card",
 }
 HELP = "help"  # `memplan help plan` is `memplan plan --help`
-RESERVED_COMMANDS = ("check", "diff", "emit", "serve")  # names reserved for future commands, so not taken as models
+HELP_ALL = "--help-all"
+RESERVED_COMMANDS = ("emit", "serve")  # names reserved for future commands, so not taken as models
 
 
 def command_of(name: str) -> Any:
@@ -34,9 +44,10 @@ def command_of(name: str) -> Any:
 
 def run_plain(words: Sequence[str]) -> int | None:
     """Run a command line and return its exit code; None if typer has to parse it: for help, or to explain an error."""
-    if not words or words[0] in (HELP, *RESERVED_COMMANDS):
+    if not words or words[0] in (HELP, HELP_ALL, *RESERVED_COMMANDS):
         return None
+    TYPED.set(tuple(words))
     name, typed = (words[0], words[1:]) if words[0] in COMMANDS else ("estimate", words)
     command = command_of(name)
     given = command.given(typed) if isinstance(command, Subcommand) else None
-    return None if given is None else run_and_report(lambda: command.work(given), given)
+    return None if given is None else run_and_report(lambda: shown_while(lambda: command.work(given)), given)

@@ -11,8 +11,9 @@ from memplan.cli.estimate import ESTIMATE_OPTIONS
 from memplan.cli.outcome import show, warn
 from memplan.cli.own_profile import own_profile
 from memplan.cli.run_files import explained, headline, run_file
-from memplan.cli.runs import check_count, format_of, runs_of, screen_of
+from memplan.cli.runs import check_count, format_of, runs_of, screen_of, stamp_of
 from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError
+from memplan.core.records import NamedTuple
 from memplan.models.peft_methods import has_rank
 from memplan.spec.options import MODEL
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 _OF_TRAINING = ("ladder", "advice", "nodes")
 _MODES = ("max", "ladder", "buy", "advice", "nodes")
-_OF_BUYING = ("tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count")
+_OF_BUYING = ("to", "tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count")
 _OF_NODES = ("network_gbps", "global_batch", "emit")
 _OF_BOTH = ("most", "each")
 _DIVIDING = ("gpus", "tp", "pp", "cp", "ep", "zero", "fsdp")  # with --nodes these fix part of the search
@@ -61,7 +62,16 @@ PLAN_OPTIONS = {
         "max_memory": own("Most usable bytes of one card. Default no limit."),
         "max_price": own("Most US dollars per hour for all cards together. Default no limit.", float),
         "have": own("Only these cards, which you have: 2x3090,1xa100. Default any."),
-        "count": own("Number of cards; repeat it for several. Default 1 to 8, 16, 32, 64.", list[int]),
+        "count": own(
+            "Number of cards; repeat it for several. Default those of one machine: up to 4 to own, up to 8 to rent, "
+            "and 16, 32 or 64 if no fewer hold the run.",
+            list[int],
+        ),
+        "to": own(
+            "own (by list price, with watts and slots) or rent (by the price of a million tokens). Default rent; own "
+            "for memplan buy.",
+            choices=("own", "rent"),
+        ),
         "most": own("Most offers, or grids of a cluster, to list. Default 20 offers, 5 grids.", int),
         "each": own(
             "List every count of a card, not only the smallest that fits; every grid that fits. Default off.",
@@ -87,9 +97,59 @@ PLAN_OPTIONS = {
 }
 
 
+class _Mode(NamedTuple):
+    """A mode of a plan as a command of its own.
+
+    given    what it sets of the options of `plan`
+    options  its options of "Plan"
+    """
+
+    help: str
+    given: Mapping[str, Any]
+    options: tuple[str, ...] = ("headroom", "tight", "explain")
+    headings: tuple[str, ...] = ()
+
+
+_MODE_COMMANDS = {
+    "fit": _Mode(
+        "Find what makes a run fit its card, with what each change saves and costs.",
+        {},
+        ("headroom", "tight", "write", "explain"),
+    ),
+    "max": _Mode("Find the largest batch, sequence, rank or model that fits a card.", {"max": "sequence"}),
+    "buy": _Mode(
+        "List cards to own or to rent that hold a run.",
+        {"buy": True, "to": "own"},
+        ("headroom", "tight", "explain"),
+        ("What to buy",),
+    ),
+    "advise": _Mode("Choose a method step by step, with figures for each.", {"advice": True}),
+}
+
+
 def command(name: str) -> Subcommand:
-    others = without(ESTIMATE_OPTIONS, "model", "explain", "online", "revision", "via", "cache")
-    return Subcommand(name, plan, {"Model": {"model": MODEL}, **PLAN_OPTIONS, **others})
+    others = without(ESTIMATE_OPTIONS, "model", "details", "explain", "online", "revision", "via", "cache")
+    model = {"Model": {"model": MODEL}}
+    if name not in _MODE_COMMANDS:
+        return Subcommand(name, plan, {**model, **PLAN_OPTIONS, **others})
+    mode = _MODE_COMMANDS[name]
+    options = {row: option for row, option in PLAN_OPTIONS["Plan"].items() if row in mode.options}
+    if name == "max":
+        options = {"of": PLAN_OPTIONS["Plan"]["max"]._replace(help=_OF), **options}
+
+    def work(given: dict[str, Any]) -> int:
+        axis = {"max": given.pop("of")} if "of" in given else {}
+        return plan({**mode.given, **given, **axis})
+
+    groups = {name.capitalize(): options, **{heading: PLAN_OPTIONS[heading] for heading in mode.headings}}
+    return Subcommand(name, work, {**model, **groups, **others}, f"{mode.help}\n\n{_EXIT_CODES}")
+
+
+_OF = "batch, sequence, rank or model. Default sequence."
+_EXIT_CODES = (
+    "Exit codes: 0 the run or a proposal fits; 1 nothing does; 2 wrong input; 3 the model's config is not available; 4 "
+    "with --strict, something unsupported was left out."
+)
 
 
 def plan(given: Mapping[str, Any]) -> int:
@@ -129,7 +189,7 @@ def plan(given: Mapping[str, Any]) -> int:
         raise without_a_trace(error, "a plan") from None
     if "emit" in given:
         return _emitted(planned, given)
-    text = render(format, planned, "explain" in given, screen_of(given))
+    text = render(format, planned, "explain" in given, screen_of(given), stamp_of(given, format))
     if "explain_run" in given and format == "table" and file is not None:
         text += "\n" + explained(planned.answer, file, is_wide="output" in given)
     if levers is not None and "write" in given:
@@ -253,6 +313,8 @@ def _levers(run: RunSpec, demand: Demand, own: Calibration | None, of_file: File
 
     levers = of_file or levers_of
     found = plan(run, headroom=demand.headroom, tight=demand.tight, calibration=own, levers=levers)
+    if found.is_partial:
+        warn(f"stopped after {found.tried:,} runs; these are the ways found so far")
     patch = None
     if of_file is not None and found.proposals:
         from memplan.planning.file_levers import file_patch
@@ -272,14 +334,14 @@ def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, 
     check_count("most", most)
     check_count("tokens", tokens)
     found = offers(run, _wanted(given), tokens=tokens, most=most, each="each" in given, demand=demand)
-    return OffersReport(answer, demand, found, tokens, _nearest(run, found))
+    return OffersReport(answer, demand, found, tokens, _nearest(run, found), given.get("to", "rent"))
 
 
 def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibration | None) -> Planned:
     from memplan.catalogue.hardware.gpus import find_gpu
-    from memplan.cli.request import strategy_of
     from memplan.planning.cluster import DEGREES, FixedDegrees, cluster_of, search
     from memplan.report.plans.cluster import ClusterReport
+    from memplan.resolve.request import strategy_of
 
     if "emit" in given and {"format", "json"} & set(given):
         raise SpecError("emit: writes its own file format; leave out --format and --json", "emit")
@@ -336,11 +398,11 @@ def _nearest(run: RunSpec, found: Offers) -> Estimate | None:
 def _wanted(given: Mapping[str, Any]) -> CardFilter:
     from memplan.catalogue.hardware.gpus import all_gpus
     from memplan.core.units import gib, size_of
-    from memplan.planning.offers import ANY, COUNTS
+    from memplan.planning.offers import ANY, IN_ONE_MACHINE
 
     if "have" in given and "count" in given:
         raise SpecError("count: --count and --have exclude each other", "count")
-    counts = tuple(dict.fromkeys(given.get("count", COUNTS)))
+    counts = tuple(dict.fromkeys(given.get("count", ())))
     for n in counts:
         if not 1 <= n <= _MAX_COUNT:
             raise SpecError(f"count: must be at least 1 and at most {_MAX_COUNT:,}, not {n:,}", "count")
@@ -350,6 +412,8 @@ def _wanted(given: Mapping[str, Any]) -> CardFilter:
     price: float | None = given.get("max_price")
     if price is not None and not (isfinite(price) and price > 0):
         raise SpecError(f"max_price: must be more than 0, not {price:g}", "max_price")
+    if given.get("to", "rent") not in IN_ONE_MACHINE:
+        raise UnknownNameError("to", given["to"], IN_ONE_MACHINE)
     vendors = tuple(dict.fromkeys(gpu.vendor for gpu in all_gpus()))
     return ANY._replace(
         vendors=tuple(_named("vendor", word, vendors) for word in given.get("vendor", ())),
@@ -358,6 +422,7 @@ def _wanted(given: Mapping[str, Any]) -> CardFilter:
         usd_per_hour=price,
         owned=_owned(given["have"]) if "have" in given else (),
         counts=tuple(sorted(counts)),
+        to=given.get("to", "rent"),
     )
 
 

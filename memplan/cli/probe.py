@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 MODES = ("trace", "cuda", "gradients")
 # Options of `estimate` that a probe does not take, or has its own version of.
-_EXCLUDED = ("online", "revision", "format", "json", "output", "explain", "strict", "via", "cache")
+_EXCLUDED = (
+    *("details", "plain", "online", "revision", "format", "json", "output", "date", "explain", "strict", "via"),
+    "cache",
+)
 PROBE_OPTIONS = {
     "trace": own("Trace the step on tensors without data, on any machine. Default off.", Switch),
     "cuda": own("Run the step on the local GPU, in a separate process. Default off.", Switch),

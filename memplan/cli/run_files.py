@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import COMMAND
-from memplan.core.errors import MemplanError, SpecError
+from memplan.core.errors import SpecError
 from memplan.spec.options import FIELDS
 
 if TYPE_CHECKING:
@@ -24,6 +23,14 @@ COMPANIONS = ("accelerate", "deepspeed")
 _RULED = ("batch.", "method.", "parallelism.world", "profile")
 
 
+def spec_name(given: Mapping[str, Any]) -> str | None:
+    """Return the file that --spec names. Raises SpecError if it names several, which only an estimate takes."""
+    names: Sequence[str] = given.get("spec", ())
+    if len(names) > 1:
+        raise SpecError("spec: only memplan estimate takes several files; name one", "spec")
+    return names[0] if names else None
+
+
 def run_file(given: Mapping[str, Any], text: str | None = None) -> RunFile | None:
     """Return the run's file that is given by --spec or in place of the model; None if there is none.
 
@@ -31,7 +38,7 @@ def run_file(given: Mapping[str, Any], text: str | None = None) -> RunFile | Non
 
     Raises SpecError or ConfigError for one that cannot be read, or for options that only apply to such a file.
     """
-    name = given.get("spec") or (given["model"] if is_run_file(given.get("model")) else None)
+    name = spec_name(given) or (given["model"] if is_run_file(given.get("model")) else None)
     if name is None:
         for option in ("framework", "explain_run"):
             if option in given:
@@ -79,7 +86,7 @@ def is_command(words: Sequence[str]) -> bool:
         return len(words) > 1
     if words[1].startswith("-"):
         return False
-    from memplan.frameworks.reading.signatures import PROGRAMS
+    from memplan.frameworks.reading.run_format import PROGRAMS
 
     return first in PROGRAMS or first in _LAUNCHERS
 
@@ -99,33 +106,6 @@ def companions(given: Mapping[str, Any], file: RunFile | None) -> Mapping[str, M
         for part, fields in read_deepspeed(given["deepspeed"]).items():
             out[part] = {**out.get(part, {}), **fields}
     return out
-
-
-@contextmanager
-def errors_of(file: RunFile | None) -> Generator[None]:
-    """Add to an error about a field where a run's file has its value from."""
-    try:
-        yield
-    except (MemplanError, ValueError) as error:
-        if file is None or file.is_own:
-            raise
-        from pydantic import ValidationError
-
-        from memplan.spec.failures import line_of
-
-        if not isinstance(error, (MemplanError, ValidationError)):
-            raise
-        line = line_of(error)
-        field = line.partition(":")[0]
-        origins = {origin.field: origin.why for origin in file.origins}
-        why = origins.get(field) or next((why for path, why in origins.items() if path.startswith(f"{field}.")), "")
-        if field.startswith("parallelism.") and origins.get("parallelism.world", "").startswith("assumed"):
-            why = origins["parallelism.world"]
-        if why and not isinstance(error, MemplanError):
-            raise SpecError(f"{line} ({why})", field) from None
-        if why:
-            error.args = (f"{line} ({why})",)
-        raise
 
 
 def headline(file: RunFile | None, format: str, with_notes: bool = False) -> str:

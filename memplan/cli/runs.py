@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from memplan.cli.commands import COMMAND
-from memplan.core.errors import SpecError, UnknownNameError
-from memplan.spec.options import FIELDS
+from memplan.core.errors import SpecError, UnknownNameError, printable
+from memplan.spec.options import FIELDS, flag
 
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
     from memplan.frameworks.reading.run_file import RunFile
+    from memplan.report.overview import CommandLine
+    from memplan.report.stamp import Stamp
     from memplan.report.text import Screen
     from memplan.spec.run import RunSpec
 
@@ -22,9 +24,9 @@ def runs_of(given: Mapping[str, Any], file: RunFile | None = None) -> list[RunSp
     Raises SpecError naming the wrong field.
     """
     from memplan.cli.gpu_names import typed_cards
-    from memplan.cli.model_defaults import with_model_defaults
-    from memplan.cli.request import spec_of, unused_option_error, with_framework_config
+    from memplan.cli.model_defaults import in_other_format, with_model_defaults
     from memplan.cli.run_files import companions, run_file
+    from memplan.resolve.request import spec_of, unused_option_error, with_framework_config
     from memplan.spec.run import RunSpec
 
     file = file or run_file(given)
@@ -32,6 +34,8 @@ def runs_of(given: Mapping[str, Any], file: RunFile | None = None) -> list[RunSp
         given = {name: value for name, value in given.items() if name != "model"}
     if file is not None:
         given = {name: value for name, value in given.items() if FIELDS.get(name) not in file.typed}
+    if file is None and "online" not in given:
+        given = in_other_format(given)
     spec = with_framework_config(file.fields if file is not None else {}, companions(given, file))
 
     def fields_of(count: int | None) -> dict[str, Any]:
@@ -60,7 +64,7 @@ def runs_of(given: Mapping[str, Any], file: RunFile | None = None) -> list[RunSp
 
 def _no_model(given: Mapping[str, Any], file: RunFile | None) -> SpecError:
     if file is not None and not file.is_own:
-        door = "-- COMMAND" if str(given.get("spec", "")).startswith(COMMAND) else "--spec FILE"
+        door = "-- COMMAND" if given.get("spec", [""])[0].startswith(COMMAND) else "--spec FILE"
         return SpecError(f"model: {file.name} names none; write memplan MODEL {door}", "model")
     return SpecError("model: name one, as in memplan qwen2-7b --method qlora --gpu 3090, or give --spec", "model")
 
@@ -79,11 +83,30 @@ def format_of(given: Mapping[str, Any]) -> str:
     if "json" in given and given.get("format", "json") != "json":
         raise SpecError(f"format: --json and --format {given['format']} exclude each other", "format")
     suffix = str(given.get("output", "")).rpartition(".")[2].lower()
-    guessed = {"json": "json", "md": "markdown", "csv": "csv", "html": "html", "htm": "html"}.get(suffix, "table")
+    guessed = {"md": "markdown", "htm": "html"}.get(suffix, suffix if suffix in FORMATS else "table")
     format = "json" if "json" in given else given.get("format", guessed)
     if format not in FORMATS:
         raise UnknownNameError("format", format, FORMATS)
     return format
+
+
+def stamp_of(given: Mapping[str, Any], format: str) -> Stamp | None:
+    """Return the command that was typed, without where it writes to, and the date that was asked for, for a page."""
+    if format not in ("html", "svg", "markdown"):
+        if "date" in given:
+            raise SpecError(f"date: only pages show it: html, svg and markdown, not {format}", "date")
+        return None
+    from datetime import date as day
+
+    from memplan.cli.outcome import command_line
+    from memplan.report.stamp import Stamp
+
+    date: str = given.get("date", "")
+    try:
+        date = day.today().isoformat() if date.lower() == "today" else date and day.fromisoformat(date).isoformat()
+    except ValueError:
+        raise SpecError(f"date: {printable(date, 40)!r} is no date; write 2026-11-29 or today", "date") from None
+    return Stamp(command_line(), date)
 
 
 def check_count(name: str, number: int | None) -> None:
@@ -96,7 +119,45 @@ def screen_of(given: Mapping[str, Any]) -> Screen:
     """Return what a table is written for: the terminal, or a file of any width without colour."""
     from memplan.report.text import Screen, screen
 
-    return Screen() if "output" in given else screen()
+    plain = "plain" in given
+    return Screen(plain=plain) if "output" in given else screen(plain)
+
+
+# Options of an answer that say nothing about the run.
+_OF_OUTPUT = ("format", "json", "output", "date", "explain", "explain_run", "details", "plain", "ranks", "strict")
+
+
+def typed_line(given: Mapping[str, Any]) -> CommandLine | None:
+    """Return the options as they are typed; None if the run is from standard input or a command."""
+    from memplan.report.overview import CommandLine
+
+    words: list[str] = []
+    cards: list[str] = []
+    for name, value in given.items():
+        if name in _OF_OUTPUT:
+            continue
+        if name == "spec" and any(file == "-" or file.startswith(COMMAND) for file in value):
+            return None
+        if isinstance(value, bool):
+            words.append(flag(name) if value else f"--no-{flag(name)[2:]}")
+        elif name == "model":
+            words.insert(0, value)
+        else:
+            repeated = cast(list[object], value) if isinstance(value, list) else [value]
+            (cards if name == "gpu" else words).extend(word for one in repeated for word in (flag(name), str(one)))
+    return CommandLine(*(" ".join(map(_quoted, typed)) for typed in (words, cards)))
+
+
+def _quoted(word: str) -> str:
+    """Return a word as a shell reads it; the import of `shlex` takes as long as a report."""
+    if word.isascii() and word.translate(_UNQUOTED).isalnum():
+        return word
+    from shlex import quote
+
+    return quote(word)
+
+
+_UNQUOTED = {ord(mark): None for mark in "-_./:=@,+"}
 
 
 def exit_code(answers: Sequence[Estimate], strict: bool) -> int:

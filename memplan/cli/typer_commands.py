@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from memplan.cli.commands import Options, Subcommand, Switch, type_of
 from memplan.cli.outcome import run_and_report
+from memplan.cli.waiting import shown_while
 from memplan.core.errors import SpecError
 from memplan.spec.options import Option, flag
 
@@ -37,7 +38,7 @@ class OptionsCommand(TyperCommand):
 
     def invoke(self, ctx: Any) -> int:
         given = _given_options(ctx)
-        return run_and_report(lambda: self.command.work(given), given)
+        return run_and_report(lambda: shown_while(lambda: self.command.work(given)), given)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         others = "Options" if "Options" in self.command.options else "Other"

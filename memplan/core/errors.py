@@ -50,7 +50,7 @@ class MemplanError(Exception):
     exit_code = 2
 
     def __init__(self, message: str, field: str = "") -> None:
-        super().__init__(message)
+        super().__init__(message if message.isprintable() else printable(" ".join(message.split())))
         self.field = field
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -143,6 +143,8 @@ class Op(NamedTuple):
                        output is fp32 (`wide`)
     holds              keeps a reference to its outputs to the end of `forward` or of the `step`; an encoder's `states`
                        until an operation outside of blocks that `releases` them; a `cache` until the next pass
+    releases           what it lets go that operations hold: all `states`, the last `state`, or what is held to the end
+                       of `forward`
     past               tensors left by the previous pass, by their names in this one; each is freed after its last
                        reader
     caches             axis of the tokens in a cache after its reads are appended; from here on their names mean all of
@@ -165,6 +167,7 @@ class Op(NamedTuple):
                        fold             the matrices of an adapter times each other attention        both products of
                        attention in one kernel, which skips what a causal mask hides whole attention  the same without a
                        mask either followed by `over` and the axis of the keys, if that is not s
+    model              a model that it runs forward first, without gradients and in a phase named like the operation
     source             where the facts come from
     """
 
@@ -182,7 +185,7 @@ class Op(NamedTuple):
     copies_layout: bool = False
     autocast: str = ""
     holds: str = ""
-    releases: bool = False
+    releases: str = ""
     past: tuple[Tensor, ...] = ()
     caches: str = ""
     captures: tuple[str, ...] = ()
@@ -195,6 +198,7 @@ class Op(NamedTuple):
     unit: str = ""
     product: str = ""
     source: str = ""
+    model: Stack | None = None
 
 
 class Block(NamedTuple):
@@ -209,6 +213,7 @@ class Block(NamedTuple):
                         until the graph is freed
     replaces            names shared by earlier blocks that the model drops, because what it shares takes their place
     recomputes_all      a checkpoint recomputes all of it, instead of stopping at the last tensor that is kept
+    unread              nothing reads its output: what it keeps is freed when forward ends, and its weights are idle
     """
 
     name: str
@@ -219,6 +224,7 @@ class Block(NamedTuple):
     by_name: bool = False
     replaces: tuple[str, ...] = ()
     recomputes_all: bool = False
+    unread: bool = False
 
 
 class Run(NamedTuple):

@@ -1,4 +1,4 @@
-"""Where the data files are: model cards and the GPU table."""
+"""Where the data files are."""
 
 from __future__ import annotations
 

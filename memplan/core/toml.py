@@ -1,42 +1,71 @@
-"""TOML without tomllib, where JSON writes the values alike: importing it takes longer than reading a model card."""
+"""TOML without tomllib, where JSON writes the values alike: tomllib takes longer than many commands take to answer."""
 
 from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
+from memplan.core.frozen import frozen
+
 _decode = json.JSONDecoder().raw_decode
-_DATE = r"\d{4}-\d\d-\d\d"
-_PART = r"[A-Za-z0-9_-]+"
+_DATE = re.compile(r"\d{4}-\d\d-\d\d")
+_NAME = r'[A-Za-z0-9_-]+|"[^"\\]*"'
+_KEY = re.compile(_NAME)
+_HEADER = re.compile(rf"\[(?:{_NAME})(?:\.(?:{_NAME}))*\]")
+
+
+def read_tables(path: Path) -> dict[str, Any]:
+    """Return the tables of a file, nested as their headers say, with tuples for lists."""
+    return frozen(parsed(path.read_text("utf-8")))
 
 
 def parsed(text: str) -> dict[str, Any]:
-    """Return the tables of a text. If a line is not a plain header, comment, date or JSON value, tomllib reads them."""
+    """Return the tables of a text.
+
+    Plain lines are headers, comments, `key = value` with a date or a value in JSON, and lists with a value and a comma
+    on each line. If a line is not plain, tomllib reads the text.
+    """
     tables: dict[str, Any] = {}
     table = tables
-    for line in text.split("\n"):
-        if line.startswith("[") and re.fullmatch(rf"\[{_PART}(\.{_PART})*\]", line):
-            table = tables
-            for part in line[1:-1].split("."):
-                table = table.setdefault(part, {})
-            continue
-        key, _, value = line.partition(" = ")
-        if line and not line.startswith("#"):
-            try:
-                table[key], end = _date(value) or _decode(value)
-            except ValueError:
-                end = -1
-            if end != len(value) or not re.fullmatch(_PART, key):
-                import tomllib
+    items: list[object] | None = None
+    try:
+        for line in text.split("\n"):
+            if not line or line.startswith("#"):
+                continue
+            if items is not None:
+                if line == "]":
+                    items = None
+                else:
+                    items.append(_value(line.strip(), ","))
+            elif _HEADER.fullmatch(line):
+                table = tables
+                for name in _KEY.findall(line):
+                    table = table.setdefault(name.strip('"'), {})
+            else:
+                key, _, value = line.partition(" = ")
+                if not _KEY.fullmatch(key):
+                    raise ValueError(key)
+                if value == "[":
+                    items = []
+                table[key.strip('"')] = _value(value) if items is None else items
+        if items is not None:
+            raise ValueError(items)
+    except ValueError:
+        import tomllib
 
-                return tomllib.loads(text)
+        return tomllib.loads(text)
     return tables
 
 
-def _date(value: str) -> Any:
-    if not re.fullmatch(_DATE, value):
-        return None
-    from datetime import date
+def _value(text: str, end: str = "") -> Any:
+    """Return the value of a text that ends in `end`. Raises ValueError if it is not plain."""
+    if _DATE.fullmatch(text):
+        from datetime import date
 
-    return date.fromisoformat(value), len(value)
+        return date.fromisoformat(text)
+    value, length = _decode(text)
+    if text[length:] != end:
+        raise ValueError(text)
+    return value

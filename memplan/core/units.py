@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from memplan.core.errors import SpecError, printable
+from memplan.core.errors import printable, refused
 
 KIB, MIB, GIB = 2**10, 2**20, 2**30
 
@@ -75,7 +75,7 @@ def _parse(text: str, field: str, units: dict[str, int], problem: str) -> int:
     match = _NUMBER.fullmatch(text.strip().replace(",", "").replace("_", ""))
     unit = units.get(match[2].lower()) if match else None
     if match is None or unit is None:
-        raise SpecError(f"{field}: {printable(text, 40)!r} is {problem}", field)
+        raise refused(field, f"{printable(text, 40)!r} is {problem}")
     from fractions import Fraction
 
     return int(Fraction(match[1]) * unit)

@@ -238,6 +238,11 @@ def shares_with_gradient(block: Block, flowing: Container[str], reentrant: bool)
     return {name for name in block.shares if name in flowing}
 
 
+def is_called(block: Block) -> bool:
+    """Whether the run calls the block; of a tower that is not run, only the weights exist."""
+    return any(op.writes and not op.view for op in block.ops)
+
+
 def _returns_input(block: Block) -> bool:
     """Whether the block returns its input unchanged, as a block that is not run does."""
     return any(op.view and op.reads[0] == "x" and op.writes[0].name == "y" for op in block.ops)

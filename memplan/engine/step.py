@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from functools import lru_cache
 from itertools import accumulate
 from types import MappingProxyType
+from typing import Literal
 
 from memplan.core.ir import Block, Division, SavedTensors, Stack
 from memplan.core.records import NamedTuple
 from memplan.engine.copies import (
     Copies,
     ResolvedStack,
+    is_called,
     resolve_stack,
     shares_with_gradient,
 )
 from memplan.engine.dtypes import FLOATING
 from memplan.engine.gather import AFTER, BEFORE, REST, ROOT, TIED, Gatherer
+from memplan.engine.lowered import Lowered, at_depth
 from memplan.engine.moments import Moment, PassMoments, add_to_each
 from memplan.engine.operation_facts import leaves, storages_behind
 from memplan.engine.storages import Storage
@@ -46,27 +49,6 @@ class ExecutionOptions(NamedTuple):
 PLAIN = ExecutionOptions()
 
 
-class Lowered(NamedTuple):
-    """A forward and backward pass as moments.
-
-    moments  their counts index `sizes`
-    kept     storages alive at the end of forward
-    left     storages alive at the end of backward
-    held     storages that variables of the script and the graph's nodes reference after backward
-    host     tensors that checkpoints and operations keep in host memory
-    sizes    shape and dtype of a storage; if labelled, also its kind, block, operation, name and source
-    runs     for each run, the axis of its number of copies, and how many of them the counts already include
-    """
-
-    moments: PassMoments
-    kept: Moment
-    left: Moment
-    held: Moment
-    host: Moment
-    sizes: tuple[tuple[str, ...], ...]
-    runs: tuple[tuple[str, int], ...]
-
-
 def lower(
     stack: Stack,
     depth: Mapping[str, int],
@@ -75,21 +57,21 @@ def lower(
     grads_exist: bool = False,
     labelled: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
-    keeps_last_outputs: bool = False,
+    holds_previous: Literal["", "outputs", "graph"] = "",
     division: Division | None = None,
 ) -> Lowered:
     """Return the moments of one forward and backward pass.
 
-    depth               axis of each run -> its number of copies
-    grads_exist         the gradients exist already, as in a later micro-batch
-    labelled            tensors are counted by kind, block, operation, name and source too
-    updates             weight path -> bytes of its update in backward, as soon as its gradient is there
-    keeps_last_outputs  variables of the loop keep the previous pass's outputs and loss, with the graph, until they are
-                        assigned again
-    division            how weights are sharded over ranks
+    depth           axis of each run -> its number of copies
+    grads_exist     the gradients exist already, as in a later micro-batch
+    labelled        tensors are counted by kind, block, operation, name and source too
+    updates         weight path -> bytes of its update in backward, as soon as its gradient is there
+    holds_previous  what variables of the loop keep of the previous pass until they are assigned again: its outputs and
+                    loss, with the graph, or only the outputs, which are assigned together with the loss
+    division        how weights are sharded over ranks
     """
-    flags = grads_exist, labelled, tuple(updates.items()), keeps_last_outputs, division
-    return _at_depth(stack, depth, lambda few: _lowered(stack, few, options, *flags))
+    flags = grads_exist, labelled, tuple(updates.items()), holds_previous, division
+    return at_depth(stack, depth, lambda few: _lowered(stack, few, options, *flags))
 
 
 @lru_cache(maxsize=128)
@@ -100,14 +82,15 @@ def _lowered(
     grads_exist: bool,
     labelled: bool,
     updates: tuple[tuple[str, int], ...],
-    keeps_last_outputs: bool,
+    holds_previous: Literal["", "outputs", "graph"],
     division: Division | None,
 ) -> Lowered:
     tape = Tape(grads_exist, labelled, dict(updates))
     passed = run_pass(tape, Gatherer(tape, division, grads_exist), stack, dict(depth), options)
     (held,) = add_to_each((passed.held,), passed.nodes)
     moments = tape.moments
-    for phase, before in (("forward", held), ("loss", passed.nodes)) if keeps_last_outputs else ():
+    in_loss = held if holds_previous == "outputs" else passed.nodes
+    for phase, before in (("forward", held), ("loss", in_loss)) if holds_previous else ():
         of_phase = [i for i, m in enumerate(moments) if m.phase == phase]
         for i, moment in zip(of_phase, add_to_each([moments[i] for i in of_phase], before), strict=True):
             moments[i] = moment
@@ -128,7 +111,7 @@ def infer(
     What it leaves for a later pass, such as key/value caches, is alive at its end (`left`). `division` is as in
     `lower`, `casts` as in `Scope`.
     """
-    return _at_depth(stack, depth, lambda few: _inferred(stack, few, autocast, phase, labelled, division, casts))
+    return at_depth(stack, depth, lambda few: _inferred(stack, few, autocast, phase, labelled, division, casts))
 
 
 @lru_cache(maxsize=128)
@@ -148,48 +131,6 @@ def _inferred(
     return Lowered(
         PassMoments(tape.moments), passed.kept, tape.snapshot(), passed.held, tape.host, tuple(tape.sizes), passed.runs
     )
-
-
-_FEW = 12  # copies of a run that are enough to tell all that differ
-
-
-def _at_depth(
-    stack: Stack, depth: Mapping[str, int], lowered: Callable[[tuple[tuple[str, int], ...]], Lowered]
-) -> Lowered:
-    """Return the pass of a stack, which models share that differ only in the number of layers.
-
-    `lowered` is called with the number of copies of each run: at most `_FEW`, if one copy stands for all others. Layers
-    are then numbered by the real depth: those of the first half from the start of their run, the others from its end.
-    """
-    few = {axis: min(n, _FEW) for axis, n in depth.items()}
-    low = lowered(tuple(few.items()))
-    if few == depth:
-        return low
-    alone = dict(low.runs)
-    if any(n > _FEW and alone.get(axis, n) > _FEW // 2 for axis, n in depth.items()):
-        return lowered(tuple(depth.items()))
-    layers: dict[str, dict[str, str]] = {}  # block -> number -> number
-    starts, real_starts = Counter[str](), Counter[str]()
-    for run in stack.runs:
-        n, first, period = few[run.times], run.blocks[0].name, len(run.blocks)
-        for copy in range(n):
-            real = copy if copy < _FEW // 2 else copy + depth[run.times] - n
-            for i, block in enumerate(run.blocks):
-                number = str(starts[first] + copy * period + i)
-                layers.setdefault(block.name, {})[number] = str(real_starts[first] + real * period + i)
-        starts[first] += n * period
-        real_starts[first] += depth[run.times] * period
-    return low._replace(moments=low.moments.renamed(lambda where: _renumbered(where, layers)))
-
-
-def _renumbered(where: str, layers: Mapping[str, Mapping[str, str]]) -> str:
-    """Return the name of an operation with the layer's number replaced."""
-    for block, numbers in layers.items():
-        if where.startswith(f"{block}."):
-            number, dot, operation = where.removeprefix(f"{block}.").partition(".")
-            if number in numbers:
-                return f"{block}.{numbers[number]}{dot}{operation}"
-    return where
 
 
 class PassResult(NamedTuple):
@@ -220,17 +161,27 @@ def run_pass(
     casts       as in `memplan.engine.dtypes.Scope`
     """
     tape.saves = options.saves
-    resolved = resolve_stack(
-        stack,
-        depth,
-        options.autocast,
-        input_grad=options.input_grad,
-        reentrant=options.checkpoint and options.reentrant,
-        casts=casts,
-        is_sharded=gatherer.divides,
-        one_by_one=one_by_one,
-    )
-    one = _Pass(tape, gatherer, resolved, depth, options, records)
+
+    def resolved(stack: Stack, is_sharded: bool, input_grad: bool = False, reentrant: bool = False) -> ResolvedStack:
+        return resolve_stack(
+            stack,
+            depth,
+            options.autocast,
+            input_grad=input_grad,
+            reentrant=reentrant,
+            casts=casts,
+            is_sharded=is_sharded,
+            one_by_one=one_by_one,
+        )
+
+    reentrant = options.checkpoint and options.reentrant
+    own = resolved(stack, gatherer.divides, options.input_grad, reentrant)
+    one = _Pass(tape, gatherer, own, depth, options, records)
+
+    def run_model(model: Stack) -> None:
+        one.run_inside(_Pass(tape, Gatherer(tape, None, False), resolved(model, False), depth, options, records=False))
+
+    tape.run_model = run_model
     one.forward()
     return one.loss_and_backward() if records else one.end_of_inference()
 
@@ -263,9 +214,9 @@ class _Pass:
     ) -> None:
         self.tape, self.gatherer, self.stack, self.depth, self.options = tape, gatherer, stack, depth, options
         self.records = records
-        tape.uses = stack.weight_uses
+        self.first_copy, self.next_copy = 0, len(stack.copies)  # numbers of its first copy, and of another pass's
         # For each of the copies: the units that it gathers, and the next unit that it or a later copy gathers.
-        self.units = [tuple(map(gatherer.named, c.units, map(_is_called, c.blocks))) for c in stack.copies]
+        self.units = [tuple(map(gatherer.named, c.units, map(is_called, c.blocks))) for c in stack.copies]
         self.next_unit = [*accumulate(reversed(self.units), lambda later, own: _first(own, later), initial="")][::-1]
         self.runs: list[tuple[str, int]] = []
         self.first_layers: list[dict[str, str]] = []  # of each run: names of its last copy's layers -> the first copy's
@@ -276,10 +227,18 @@ class _Pass:
         self.flowing: frozenset[str] = frozenset()
         self.carried: dict[str, Storage] = {}
 
+    def run_inside(self, other: _Pass) -> None:
+        """Run another pass forward, in the middle of this one."""
+        other.runs, other.first_layers = self.runs, self.first_layers
+        other.first_copy, self.next_copy = self.next_copy, self.next_copy + len(other.stack.copies)
+        other.forward()
+        other.end_of_inference()
+
     # forward
 
     def forward(self) -> None:
         """Run everything but the loss."""
+        self.tape.uses = self.stack.weight_uses
         self._recall()
         self._run_before()
         for at, copies in enumerate(self.stack.copies):
@@ -308,7 +267,7 @@ class _Pass:
         self._pasts: list[list[dict[str, Storage]]] = []
         run = 0
         for c in stack.copies:
-            tape.enter_copy(len(self._pasts), "past", c.skipped)
+            tape.enter_copy(self.first_copy + len(self._pasts), "past", c.skipped)
             self._pasts.append(tape.recall(((b.name, b.ops) for b in c.blocks), None if c.alone else run))
             tape.leave_copy()
             run += not c.alone
@@ -336,8 +295,10 @@ class _Pass:
 
     def _run_between(self, at: int, copies: Copies) -> None:
         """Run the operations outside of blocks before these copies."""
-        joins = copies.joins
+        tape, joins = self.tape, copies.joins
         assert joins is not None
+        if joins.stream in self.outer:  # of an earlier run
+            tape.drop(self.outer.pop(joins.stream))
         self.outer |= {"x": self.stream, **self.carried}
         entering = self.flowing | self._of_stream() | set(joins.leaf)
         joint = self.joined[at] = Frame(joins.ops, joins.scope, self.outer, entering)
@@ -366,7 +327,7 @@ class _Pass:
                 {f"{b.name}.{last_layer + i}.": f"{b.name}.{first_layer + i}." for i, b in enumerate(copies.blocks)}
             )
             tape.enter_run(number, self.first_layers[number])
-        tape.enter_copy(at, "forward", copies.skipped)
+        tape.enter_copy(self.first_copy + at, "forward", copies.skipped)
         entering = self.stream
         frames = [self._run_block(at, i, copies, last_layer + i) for i in range(period)]
         if number is not None:
@@ -451,6 +412,10 @@ class _Pass:
         criterion = Frame(stack.loss, stack.scope, self.outer, self.tail.flows)
         left = tape.forward(criterion, ("loss",), self.outer)
         tape.end_forward()
+        for copies, ran in zip(stack.copies, self.ran, strict=True):
+            for block, frame in zip(copies.blocks, ran.frames, strict=True):
+                if block.unread:
+                    tape.forget(frame)
         gatherer.end_forward()
         tape.note()
         kept = tape.snapshot()
@@ -561,11 +526,6 @@ class _Pass:
         leaf_names.update(name for c in stack.copies for block in c.blocks for op in block.ops for name in leaves(op))
         for name in [n for n in self.grads if n not in leaf_names]:
             tape.drop(self.grads.pop(name))
-
-
-def _is_called(block: Block) -> bool:
-    """Whether the run calls the block; of a tower that is not run, only the weights exist."""
-    return any(op.writes and not op.view for op in block.ops)
 
 
 def _first(names: Iterable[str], default: str) -> str:

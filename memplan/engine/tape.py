@@ -6,7 +6,7 @@ from collections.abc import Callable, Container, Iterable, Mapping
 from types import MappingProxyType
 from typing import Any
 
-from memplan.core.ir import Op, SavedTensors, Tensor, Unit
+from memplan.core.ir import Op, SavedTensors, Stack, Tensor, Unit
 from memplan.engine.dtypes import Scope
 from memplan.engine.moments import Moment
 from memplan.engine.operation_facts import (
@@ -118,6 +118,7 @@ class Tape(LiveStorages):
         self.hooks = False  # a hook keeps the input of a recomputed block, and its gradient
         self._hooked: list[tuple[Storage, int | None]] = []  # storages kept by hooks, and their run
         self._lent: dict[str, list[tuple[str, Storage]]] = {}  # module -> gradients of the weights it lends
+        self.run_model: Callable[[Stack], None] | None = None  # runs an operation's model
 
     def enter(self, frame: Frame, op: Op) -> None:
         """Attribute the following allocations to this operation."""
@@ -252,6 +253,9 @@ class Tape(LiveStorages):
             self.reach(frame, op)
             self.enter(frame, op)
         self.computed(frame, op)
+        if op.model is not None:
+            self._run_aside(op.model, op.name)
+            self.enter(frame, op)
         gathered = self._gather(op) if self.nested else ()
         if op.view:
             frame.names.update((t.name, frame[op.reads[0]]) for t in op.writes)
@@ -262,6 +266,17 @@ class Tape(LiveStorages):
             for scratch in [*[self.alloc(t, "temp") for t in op.scratch], *gathered]:
                 self.drop(scratch)
 
+    def _run_aside(self, model: Stack, phase: str) -> None:
+        """Run a model without gradients, in a phase of its own; nothing of it is left."""
+        assert self.run_model is not None
+        self.note()
+        before = self.phase, self._held, self.uses, self.nested, self.reach, self.module
+        self.phase, self._held = phase, {"forward": [], "step": [], "nodes": []}
+        self.nested, self.reach, self.module = {}, None, None
+        self.run_model(model)
+        self.note()
+        self.phase, self._held, self.uses, self.nested, self.reach, self.module = before
+
     def _hold(self, frame: Frame, op: Op, differentiates: bool, keep: bool, holds: dict[str, list[Storage]]) -> None:
         """Reference what the operation's module, the graph's nodes, or a variable hold from now on, or let it go.
 
@@ -271,8 +286,10 @@ class Tape(LiveStorages):
             for t in op.writes:
                 frame.names[t.name].refs += 1
                 holds.setdefault(op.holds, []).append(frame.names[t.name])
-        if op.releases:
-            for storage in holds.pop("states", ()):
+        if op.releases == "state":
+            self.drop(holds["states"].pop())
+        elif op.releases:
+            for storage in holds.pop(op.releases, ()):
                 self.drop(storage)
         if not (keep or not frame.reentrant):
             return
@@ -299,8 +316,14 @@ class Tape(LiveStorages):
 
     def end_forward(self) -> None:
         """Close the autocast context and free the model's outputs."""
-        for storage in self._held.pop("forward"):
+        for storage in self._held.pop("forward", ()):
             self.drop(storage)
+
+    def forget(self, frame: Frame) -> None:
+        """Free what a frame keeps for a backward that will not run."""
+        for node in frame.nodes:
+            self._release(node)
+        self._release_checkpoint(frame)
 
     def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
         """Free what is held to the end of the step, with its `gradients`, then what the graph's nodes reference.

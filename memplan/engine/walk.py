@@ -117,6 +117,20 @@ def bytes_at_each(
     yield from (total for (total,) in _totals(moments, runs, axes, [(0, bytes_) for bytes_ in sizes], 1))
 
 
+def kinds_at_each(
+    moments: Iterable[Moment],
+    runs: Sequence[tuple[str, int]],
+    axes: Mapping[str, int],
+    sizes: Sequence[int],
+    kinds: Sequence[str],
+) -> Iterator[Counter[str]]:
+    """Yield the bytes of each kind alive at every moment, given the bytes and the kind of a storage of each size."""
+    distinct = [*dict.fromkeys(kinds)]
+    places = [(distinct.index(kind), bytes_) for kind, bytes_ in zip(kinds, sizes, strict=True)]
+    for totals in _totals(moments, runs, axes, places, len(distinct)):
+        yield Counter(dict(zip(distinct, totals, strict=True)))
+
+
 def rows(
     moments: Iterable[Moment],
     runs: Sequence[tuple[str, int]],

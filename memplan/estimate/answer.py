@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -305,6 +306,10 @@ class Walk(Replay):
         """Yield the bytes allocated whenever memory is about to fall, in order, in the step with the peak."""
         raise NotImplementedError
 
+    def kinds(self) -> Iterable[Mapping[str, int]]:
+        """Yield the bytes of each kind at every moment of `moments`."""
+        return (bytes_by_kind(self.lines(phase)) for phase in self.moments())
+
     def ranks(self, calibration: Calibration | None) -> Iterable[Rank]:
         """Yield the ranks that differ, by stage; nothing if all are alike."""
         del calibration
@@ -313,6 +318,14 @@ class Walk(Replay):
     def counts(self, at: Phase) -> Iterable[Mapping[int, int]] | None:
         """Return for each moment of a phase how many tensors of each size in bytes are alive; None if unknown."""
         del at
+
+
+def bytes_by_kind(lines: Iterable[Line]) -> Counter[str]:
+    """Return the bytes of each kind of tensor in a ledger."""
+    out: Counter[str] = Counter()
+    for line in lines:
+        out[line.kind] += line.bytes
+    return out
 
 
 def largest_first(lines: Iterable[Line]) -> list[Line]:
@@ -456,6 +469,11 @@ class Estimate:
         return tuple(self.walk.moments())
 
     @cached_property
+    def timeline_kinds(self) -> tuple[Mapping[str, int], ...]:
+        """The bytes of each kind at every moment of the timeline; they sum to its peaks."""
+        return tuple(self.walk.kinds())
+
+    @cached_property
     def ranks(self) -> tuple[Rank, ...]:
         """The ranks that differ, by pipeline stage; empty if all are alike.
 
@@ -466,10 +484,7 @@ class Estimate:
     @cached_property
     def categories(self) -> dict[str, int]:
         """Bytes at the peak by kind, in torch MemTracker's terms. Sums to `bytes.allocated`."""
-        out: dict[str, int] = dict.fromkeys(KINDS, 0)
-        for line in self.ledger:
-            out[line.kind] += line.bytes
-        return FrozenDict(out)
+        return FrozenDict({**dict.fromkeys(KINDS, 0), **bytes_by_kind(self.ledger)})
 
     def model_dump(self) -> dict[str, Any]:
         """Return the answer as the JSON contract defines it."""

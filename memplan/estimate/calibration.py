@@ -12,7 +12,7 @@ from typing import Annotated, Self
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
-from memplan.core.errors import MemplanError, SpecError, printable
+from memplan.core.errors import MemplanError, printable, refused
 from memplan.core.records import NamedTuple
 from memplan.core.user_folders import calibrations
 
@@ -134,9 +134,7 @@ def calibrate_card(measurements: Sequence[Measurement], origin: Origin) -> Calib
     """Return the profile of measured runs on one card. Raises SpecError for fewer than `FEWEST` runs."""
     n = len(measurements)
     if n < MIN_RUNS:
-        raise SpecError(
-            f"lines: a band needs at least {MIN_RUNS} measured runs, and there are {n} on {origin.gpu}", "lines"
-        )
+        raise refused("lines", f"a band needs at least {MIN_RUNS} measured runs, and there are {n} on {origin.gpu}")
     contexts = sorted(m.context for m in measurements)
     context = MeasuredRange(low=contexts[0], usual=_median(contexts), high=contexts[-1])
     return Calibration(
@@ -201,7 +199,7 @@ def read(path: Path) -> Calibration:
         return _parsed(_bytes_of(path), path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or error
-        raise SpecError(f"calibration: {_shown(path)!r} cannot be read ({reason})", "calibration") from None
+        raise refused("calibration", f"{_shown(path)!r} cannot be read ({reason})") from None
 
 
 def local(gpu: str) -> Calibration | None:
@@ -224,17 +222,17 @@ def _bytes_of(path: Path) -> bytes:
 
 def _parsed(raw: bytes, path: Path) -> Calibration:
     if len(raw) > _MOST_BYTES:
-        raise SpecError(f"calibration: {_shown(path)} is larger than {_MOST_BYTES // 2**10} KiB", "calibration")
+        raise refused("calibration", f"{_shown(path)} is larger than {_MOST_BYTES // 2**10} KiB")
     try:
         return Calibration.model_validate_json(raw)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         where = ".".join(map(str, first["loc"])) or "it"
         message = str(first["msg"]).removeprefix("Value error, ")
-        raise SpecError(
-            f"calibration: {_shown(path)}: {printable(where, 60)}: {message[:1].lower()}{message[1:]}; memplan "
-            "calibrate writes a new one",
+        raise refused(
             "calibration",
+            f"{_shown(path)}: {printable(where, 60)}: {message[:1].lower()}{message[1:]}; memplan "
+            "calibrate writes a new one",
         ) from None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.catalogue.hardware.gpu import GPU
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
@@ -35,7 +35,7 @@ class Demand(NamedTuple):
         """Raise SpecError if the card does not have that much headroom."""
         if not 0 <= self.headroom < gpu.usable:
             has = f"{gpu.title} has {gib(gpu.usable)} usable"
-            raise SpecError(f"headroom: {gib(self.headroom)} cannot be left free, {has}", "headroom")
+            raise refused("headroom", f"{gib(self.headroom)} cannot be left free, {has}")
 
 
 FITS = Demand()

@@ -8,6 +8,7 @@ passes come from `memplan.program.inference.passes`, what torch reserves for the
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -22,7 +23,15 @@ from memplan.engine.walk import alive
 from memplan.estimate.answer import Host, HostPhase, Line, Parameters, Phase, Rank, Walk, largest_first
 from memplan.estimate.lines import held_line, pass_lines, workspace_line
 from memplan.estimate.usage import Usage
-from memplan.program.graph import Graph, active_elements, elements, operations_of, parameters_of, recorded_inference
+from memplan.program.graph import (
+    Graph,
+    active_elements,
+    bytes_of_kinds,
+    elements,
+    operations_of,
+    parameters_of,
+    recorded_inference,
+)
 from memplan.program.graph import weights_of as graph_weights
 from memplan.program.inference import gpus
 from memplan.program.inference.passes import InferenceStep, compresses, sized, token_after
@@ -199,6 +208,17 @@ class InferenceWalk(Walk):
         for each in self.passes:
             held = self.persistent_bytes + self._held_bytes(each.step)
             yield from (Phase(each.phase, None, held + bytes_, where) for where, bytes_ in each.moments())
+
+    def kinds(self) -> Iterator[Mapping[str, int]]:
+        resident = Counter(other=self.unsplit + self.workspace)
+        for graph in self.models:
+            resident += bytes_of_kinds(parameters_of(graph))
+        for each in self.passes:
+            held = resident + bytes_of_kinds(each.step.loop_tensors)
+            if each.step.other is not None:
+                other = sized(each.step.other, self.decided)
+                held += next(other.kinds((other.low(labelled=True).left,)))
+            yield from (held + live for live in each.kinds())
 
     def ranks(self, calibration: Calibration | None) -> Iterator[Rank]:
         """Yield the GPUs of a device map; those that hold equal layers are walked once."""

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from memplan.catalogue.optimizers.states import State
 from memplan.catalogue.parallelism.pipeline import ENGINES, PipelineMoment
 from memplan.catalogue.parallelism.sharding import MEGATRON
+from memplan.core.records import NamedTuple
+from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment as LoweredMoment
-from memplan.engine.step import Lowered
-from memplan.engine.walk import bytes_at_each, size, values
-from memplan.estimate.answer import Line, Phase, largest_first
+from memplan.engine.walk import bytes_at_each, kinds_at_each, size, values
+from memplan.estimate.answer import Line, Phase, bytes_by_kind, largest_first
 from memplan.estimate.lines import (
     alive_lines,
     held_line,
@@ -23,7 +24,7 @@ from memplan.estimate.lines import (
 )
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.training_peaks import TrainingPeaks
-from memplan.program.graph import TensorGroup, operations_of, parameters_of
+from memplan.program.graph import TensorGroup, bytes_of_kinds, operations_of, parameters_of
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.structure import Structure, chunks_of
@@ -166,24 +167,63 @@ def _alive(structure: Structure, low: Lowered, moment: LoweredMoment, walked: Tr
     yield from alive_lines(stack, axes, low, moment, (optimizer.source, optimizer.basis))
 
 
+class _TimelinePass(NamedTuple):
+    """The moments of a pass on the timeline, and the bytes by kind that other passes hold meanwhile, by phase."""
+
+    structure: Structure
+    low: Lowered
+    moments: list[LoweredMoment]
+    extra: dict[str, Counter[str]]
+
+
 def timeline(walked: TrainingPeaks) -> Iterator[Phase]:
     """Yield the bytes allocated whenever memory is about to fall, in order, in the later steps (or the only kind)."""
     p = walked.program
     base = p.parameters + p.buffered + p.reducing + p.scaler + p.states + 2 * walked.workspace
-    if p.structure.pipe.engine:
-        passes = [*_fullest_passes(walked)]
-    else:
-        later = any(m for m, _ in walked.moments)
-        accumulated: dict[str, int] = p.accumulated if later else dict.fromkeys(PHASES, 0)
-        passes = [(p.structure, pass_of(p.structure, later), PHASES, accumulated)]
-    for structure, low, phases, extra in passes:
-        moments = [moment for moment in low.moments if moment.phase in phases]
+    for structure, low, moments, extra in _timeline_passes(walked):
+        held = {phase: base + p.passing[phase] + counter.total() for phase, counter in extra.items()}
         for moment, live in zip(moments, _live(structure, low, moments, walked), strict=True):
-            bytes_ = extra[moment.phase] + live
-            yield Phase(moment.phase, None, base + p.passing[moment.phase] + bytes_, moment.where)
+            yield Phase(moment.phase, None, held[moment.phase] + live, moment.where)
     yield walked.phases[len(walked.phases) - len(walked.side_tasks) - 1]
     for aside in walked.side_tasks:
         yield from _side_task_moments(aside)
+
+
+def timeline_kinds(walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[Counter[str]]:
+    """Yield the bytes of each kind at every moment of the timeline."""
+    p, sharding = walked.program, sharding_of(decided.structure)
+    base = bytes_of_kinds((*sharding.weights(), *sharding.reduction_buffers()))
+    base.update(gradient=p.buffered, optstate=p.states, other=p.scaler + 2 * walked.workspace)
+    for structure, low, moments, extra in _timeline_passes(walked):
+        held = {phase: base + bytes_of_kinds(sharding.held_in(phase)) for phase in extra}
+        for phase, counter in extra.items():
+            held[phase].update(counter)
+        for moment, live in zip(moments, _live_kinds(structure, low, moments, walked), strict=True):
+            yield held[moment.phase] + live
+    at = len(walked.phases) - len(walked.side_tasks) - 1
+    yield bytes_by_kind(lines(walked._replace(peak=at), decided))
+    axes = {**operations_of(decided.structure.graph)[1], **walked.axes}
+    for aside in walked.side_tasks:
+        held_aside = bytes_by_kind(_side_task_lines(walked, aside, decided, axes))
+        i, moment = aside.top
+        if i < 0:
+            yield held_aside
+            continue
+        low = aside.passes[i].low(labelled=True)
+        held_aside.subtract(next(aside.passes[i].kinds((low.moments[moment],))))
+        for each in aside.passes:
+            yield from (held_aside + live for live in each.kinds())
+
+
+def _timeline_passes(walked: TrainingPeaks) -> Iterator[_TimelinePass]:
+    p = walked.program
+    if p.structure.pipe.engine:
+        yield from _fullest_passes(walked)
+        return
+    later = any(m for m, _ in walked.moments)
+    extra = {phase: Counter(gradient=bytes_ if later else 0) for phase, bytes_ in p.accumulated.items()}
+    low = pass_of(p.structure, later)
+    yield _TimelinePass(p.structure, low, [*low.moments], extra)
 
 
 def _side_task_moments(aside: SideTask) -> Iterator[Phase]:
@@ -196,16 +236,28 @@ def _side_task_moments(aside: SideTask) -> Iterator[Phase]:
         yield from (Phase(aside.phase, None, held + bytes_, where) for where, bytes_ in each.moments())
 
 
-def _live(structure: Structure, low: Lowered, moments: Iterable[LoweredMoment], walked: TrainingPeaks) -> Iterator[int]:
-    """Yield the bytes alive at every moment of a pass."""
+def _sizes(structure: Structure, low: Lowered, walked: TrainingPeaks) -> list[int]:
+    """Return the bytes of one storage of each size of a pass."""
     _, axes = operations_of(structure.graph)
     numbers = dict(zip(walked.program.moments.variables, walked.numbers, strict=True))
     sizes = [size(key[0], key[1], axes) for key in low.sizes]
-    bytes_ = [n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in sizes]
-    return bytes_at_each(moments, low.runs, axes, bytes_)
+    return [n * (numbers[v] if v in numbers else values([v], walked.axes)[0]) for v, n in sizes]
 
 
-def _fullest_passes(walked: TrainingPeaks) -> Iterator[tuple[Structure, Lowered, tuple[str, ...], dict[str, int]]]:
+def _live(structure: Structure, low: Lowered, moments: Iterable[LoweredMoment], walked: TrainingPeaks) -> Iterator[int]:
+    """Yield the bytes alive at every moment of a pass."""
+    return bytes_at_each(moments, low.runs, operations_of(structure.graph)[1], _sizes(structure, low, walked))
+
+
+def _live_kinds(
+    structure: Structure, low: Lowered, moments: Iterable[LoweredMoment], walked: TrainingPeaks
+) -> Iterator[Counter[str]]:
+    """Yield the bytes of each kind alive at every moment of a pass."""
+    axes = operations_of(structure.graph)[1]
+    return kinds_at_each(moments, low.runs, axes, _sizes(structure, low, walked), low.kinds)
+
+
+def _fullest_passes(walked: TrainingPeaks) -> Iterator[_TimelinePass]:
     """Yield the pass through each chunk with the most in flight, forward and then backward."""
     structure = walked.program.structure
     chunks, moments = chunks_of(structure), schedule_positions(structure)
@@ -217,14 +269,18 @@ def _fullest_passes(walked: TrainingPeaks) -> Iterator[tuple[Structure, Lowered,
                 key=lambda m: (sum(m.has_gradient), sum(m.others)),
             )
             low = pass_of(chunk, fullest.has_gradient[i])
-            extra = sum(size(t.shape, t.dtype, axes)[1] * n for t, _, n in stage_buffers(structure, fullest))
+            buffered = sum(size(t.shape, t.dtype, axes)[1] * n for t, _, n in stage_buffers(structure, fullest))
+            extra = Counter(activation=buffered)
             for j, other in enumerate(chunks):
                 kept = pass_of(other)
-                extra += fullest.others[j] * next(_live(other, kept, (kept.kept,), walked))
-                extra += sharding_of(other).accumulated_bytes() if fullest.has_gradient[j] else 0
-                extra -= sharding_of(other).released() if fullest.done[j] else 0
+                live = next(_live_kinds(other, kept, (kept.kept,), walked))
+                extra.update({kind: fullest.others[j] * n for kind, n in live.items()})
+                extra["gradient"] += sharding_of(other).accumulated_bytes() if fullest.has_gradient[j] else 0
+                if fullest.done[j]:
+                    extra.subtract(sharding_of(other).released())
             phases = ("backward",) if backward else ("forward", "loss")
-            yield chunk, low, phases, dict.fromkeys(phases, extra)
+            at = [moment for moment in low.moments if moment.phase in phases]
+            yield _TimelinePass(chunk, low, at, dict.fromkeys(phases, extra))
 
 
 def _resident(walked: TrainingPeaks, decided: ResolvedRun, axes: Mapping[str, int]) -> Iterator[Line]:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import cublas_workspace
 from memplan.core.ir import Stack, operations
+from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment
-from memplan.engine.step import Lowered
 from memplan.engine.walk import alive, shared, size
 from memplan.estimate.answer import Line
 from memplan.program.graph import TensorGroup, operations_of

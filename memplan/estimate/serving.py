@@ -90,6 +90,8 @@ class ServingWalk(Walk):
         return ServingUsage(self)
 
     def lines(self, at: Phase) -> list[Line]:
+        if at.phase == "load":
+            return largest_first(_weights(self.budget))
         step = self.budget.decoding if at.phase == "decode" else self.budget.step
         return largest_first(_lines(self.budget, step))
 
@@ -210,13 +212,17 @@ def why_not_started(b: Budget, fullest: Budget) -> str:
     return f'vLLM stops with "{line}"{starts}'
 
 
-def _lines(b: Budget, step: EngineStep) -> Iterable[Line]:
+def _weights(b: Budget) -> Iterable[Line]:
     for h in b.weights:
         if h.bytes:
             kind = "buffer" if h.group in ("buffer", TABLE) else "parameter"
             why = "this GPU's shard of the model's weights" if _is_divided(b.settings) else "the model's weights"
             why = "the runner's buffers for every request or token of a step" if h.group == TABLE else why
             yield Line(h.what, kind, "", "", (), h.dtype, h.tensors, h.bytes, why, h.source, h.basis)
+
+
+def _lines(b: Budget, step: EngineStep) -> Iterable[Line]:
+    yield from _weights(b)
     pool, s = b.pool, b.settings
     if b.shown:
         why = f"{pool.tokens:,} tokens of a sequence, in {pool.blocks:,} blocks of {pool.block_bytes:,} bytes"

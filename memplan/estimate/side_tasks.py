@@ -17,7 +17,7 @@ from memplan.catalogue.inference.one_pass import Cache, Pass
 from memplan.catalogue.methods.merging import adapted_weights, merge_moments
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.catalogue.profiles.profiles import library_behaviour
-from memplan.core.errors import SpecError, UnsupportedModelError
+from memplan.core.errors import UnsupportedModelError, refused
 from memplan.core.ir import Tensor
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
@@ -233,10 +233,7 @@ def _generation(
     """Return the generation of tokens after each of an evaluation's sequences."""
     kind, facts = graph.model.model_type, graph.model.family.generation
     if graph.model.objective not in ("causal_lm", "seq2seq_lm") or not facts.is_modelled:
-        raise SpecError(
-            f"also.evaluation.new_tokens: generation is not supported yet for {graph.model.name or kind}",
-            "also.evaluation.new_tokens",
-        )
+        raise refused("also.evaluation.new_tokens", f"generation is not supported yet for {graph.model.name or kind}")
     cache: Cache = "legacy" if library.generation.cache == "legacy" else "dynamic"
     crosses = graph.model.is_encoder_decoder  # its head reads every token of the decoder's prompt
     last_only, few_rows, switches = (
@@ -280,10 +277,10 @@ def _merge(
     best: tuple[tuple[TensorGroup, ...], str] = ((), "")
     for adapter in adapted_weights(stack):
         if not adapter.mergeable:
-            raise SpecError(
-                "also.merging: peft only merges into unquantised and bitsandbytes weights; set model reloaded, which "
-                "is not quantised",
+            raise refused(
                 "also.merging",
+                "peft only merges into unquantised and bitsandbytes weights; set model reloaded, which "
+                "is not quantised",
             )
         where = f"{adapter.block}.{adapter.name}".lstrip(".")
         for merge_step in merge_moments(adapter):

@@ -71,6 +71,8 @@ class TrainingWalk(Walk):
     def parts(self) -> Mapping[str, object]:
         structure = self.decided.structure
         parts: dict[str, object] = {**self.decided.parts, "objective": structure.graph.model.objective}
+        if structure.graph.trainer is not None:
+            parts["reference"] = structure.graph.trainer.reference
         if structure.pipe.engine:
             stage = {"stage": structure.graph.degrees.stage, "schedule": structure.pipe.schedule}
             parts["parallelism"] = self.run.parallelism.model_copy(update=stage)
@@ -105,6 +107,9 @@ class TrainingWalk(Walk):
 
     def moments(self) -> Iterator[Phase]:
         return ledger.timeline(self.peaks)
+
+    def kinds(self) -> Iterator[Mapping[str, int]]:
+        return ledger.timeline_kinds(self.peaks, self.decided)
 
     def counts(self, at: Phase) -> Iterator[dict[int, int]] | None:
         later, moment = self.peaks.moments[self.peaks.phases.index(at)]

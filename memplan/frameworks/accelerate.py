@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Value
-from memplan.frameworks.whole_file import FileFormat, FileKey, Nodes, constant, nested, of_run, only_if, yaml_lines
-from memplan.spec.parallelism import Zero
+from memplan.frameworks.whole_file import FileFormat, Nodes, nested, yaml_lines
+from memplan.spec.parallelism import Parallelism, Zero
 from memplan.spec.run import RunSpec
 
 
-def _kind(run: RunSpec) -> str:
+def _type(run: RunSpec) -> str:
     p = run.parallelism
     if shared_keys.fsdp(run) is not None or p.tp * p.cp > 1:  # accelerate supports tp and cp only under FSDP2
         return "FSDP"
@@ -20,84 +20,82 @@ def _kind(run: RunSpec) -> str:
     return "MULTI_GPU" if p.world > 1 else "NO"
 
 
-def _uses_fsdp(run: RunSpec) -> bool:
-    return _kind(run) == "FSDP"
-
-
-def _uses_fsdp1(run: RunSpec) -> bool:
-    return shared_keys.fsdp(run) == 1
-
-
-def _uses_tp_or_cp(run: RunSpec) -> bool:
-    return run.parallelism.tp * run.parallelism.cp > 1
-
-
-def _uses_deepspeed(run: RunSpec) -> bool:
-    return _kind(run) == "DEEPSPEED"
-
-
-def _is_stage_3(run: RunSpec) -> bool:
-    return shared_keys.stage(run) == 3
-
-
-def _fsdp_version(run: RunSpec) -> int:
-    return shared_keys.fsdp(run) or 2
-
-
 def _precision(run: RunSpec) -> str:
     p = run.precision
     return shared_keys.computes(run) if p.autocast or p.master is not None else "no"
 
 
-def _efficient_loading(run: RunSpec) -> bool:
-    return run.parallelism.cpu_ram_efficient_loading
+def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
+    p, kind = run.parallelism, _type(run)
+    keys: dict[str, Value] = {
+        "compute_environment": "LOCAL_MACHINE",
+        "distributed_type": kind,
+        "mixed_precision": _precision(run),
+        "num_machines": nodes.nodes,
+        "num_processes": p.world,
+        "machine_rank": 0,
+        "rdzv_backend": "static",
+        "same_network": True,
+        "main_training_function": "main",
+        "use_cpu": False,
+    }
+    if kind == "FSDP":
+        keys |= {f"fsdp_config.fsdp_{name}": value for name, value in _fsdp(run).items()}
+    if p.tp * p.cp > 1:
+        sizes = {"dp_replicate_size": 1, "dp_shard_size": p.dp, "tp_size": p.tp, "cp_size": p.cp}
+        names = {**sizes, "cp_comm_strategy": "allgather" if p.cp > 1 else None}
+        keys |= {f"parallelism_config.parallelism_config_{name}": value for name, value in names.items()}
+    if kind == "DEEPSPEED":
+        keys |= {f"deepspeed_config.{name}": value for name, value in _deepspeed(run, nodes).items()}
+    return keys
 
 
-def _offloads(run: RunSpec) -> bool:
-    return run.parallelism.offload.parameters
+def _fsdp(run: RunSpec) -> dict[str, Value]:
+    p, is_fsdp1 = run.parallelism, shared_keys.fsdp(run) == 1
+    keys: dict[str, Value] = {
+        "version": shared_keys.fsdp(run) or 2,
+        "auto_wrap_policy": "TRANSFORMER_BASED_WRAP",
+        "reshard_after_forward": "FULL_SHARD" if is_fsdp1 else True,
+        "offload_params": p.offload.parameters,
+        "cpu_ram_efficient_loading": p.cpu_ram_efficient_loading,
+        "activation_checkpointing": False,
+        "state_dict_type": "SHARDED_STATE_DICT",
+    }
+    only_in_1 = {"backward_prefetch": "BACKWARD_PRE", "forward_prefetch": False}
+    only_in_1 |= {"use_orig_params": True, "sync_module_states": True}
+    return keys | only_in_1 if is_fsdp1 else keys
 
 
-def _machines(run: RunSpec, nodes: Nodes) -> int:
-    return nodes.nodes
+def _deepspeed(run: RunSpec, nodes: Nodes) -> dict[str, Value]:
+    p, is_stage_3 = run.parallelism, shared_keys.stage(run) == 3
+    return {
+        "zero_stage": shared_keys.stage(run),
+        "gradient_accumulation_steps": run.batch.accumulation,
+        "gradient_clipping": shared_keys.clip(run),
+        "offload_optimizer_device": p.zero.offload_optimizer.device if p.offload.optimizer else "none",
+        "offload_param_device": p.zero.offload_param.device if p.offload.parameters else "none",
+        "zero3_init_flag": is_stage_3 and p.zero.zero3_init_flag,
+        "zero3_save_16bit_model": False if is_stage_3 else None,
+        "deepspeed_multinode_launcher": "standard" if nodes.nodes > 1 else None,
+    }
 
 
-def _processes(run: RunSpec) -> int:
-    return run.parallelism.world
-
-
-def _checkpointing_remark(run: RunSpec) -> str:
+def _remarks(run: RunSpec) -> Iterator[str]:
+    b, weights = run.batch, run.precision.weights
+    yield f"set per_device_train_batch_size {b.micro}, gradient_accumulation_steps {b.accumulation} in the trainer"
     on = run.kernels.checkpointing not in (None, "none")
-    return f"turn the trainer's gradient_checkpointing {'on' if on else 'off'}, as memplan assumed"
+    yield f"turn the trainer's gradient_checkpointing {'on' if on else 'off'}, as memplan assumed"
+    if _precision(run) == "no" and weights != "fp32":
+        yield f"pure {weights}: load the model in it (dtype); accelerate casts nothing"
+    if _type(run) == "FSDP":
+        yield "FSDP wraps every block, which transformers lists in _no_split_modules"
+    if _sets_buckets(run.parallelism):
+        yield "set DeepSpeed's buckets in its JSON (--emit deepspeed), given by deepspeed_config_file"
 
 
-def _pure_remark(run: RunSpec) -> str:
-    if _precision(run) != "no" or run.precision.weights == "fp32":
-        return ""
-    return f"pure {run.precision.weights}: load the model in it (dtype); accelerate casts nothing"
-
-
-def _batch_remark(run: RunSpec) -> str:
-    b = run.batch
-    return f"set per_device_train_batch_size {b.micro}, gradient_accumulation_steps {b.accumulation} in the trainer"
-
-
-def _buckets_remark(run: RunSpec) -> str:
-    zero = run.parallelism.zero
-    values = {**dict(zero), "zero3_init_flag": True}
-    plain = all(values[name] == value for name, value in dict(Zero()).items() if not name.startswith("offload"))
-    return "" if plain else "set DeepSpeed's buckets in its JSON (--emit deepspeed), given by deepspeed_config_file"
-
-
-def _blocks_remark(run: RunSpec) -> str:
-    return "FSDP wraps every block, which transformers lists in _no_split_modules" if _uses_fsdp(run) else ""
-
-
-def _offload_device(run: RunSpec, moved: str, part: str) -> str:
-    return getattr(run.parallelism.zero, part).device if getattr(run.parallelism.offload, moved) else "none"
-
-
-def _launcher(nodes: Nodes) -> str | None:
-    return "standard" if nodes.nodes > 1 else None
+def _sets_buckets(p: Parallelism) -> bool:
+    values = {**dict(p.zero), "zero3_init_flag": True}
+    return any(values[name] != value for name, value in dict(Zero()).items() if not name.startswith("offload"))
 
 
 def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes: Nodes) -> str:
@@ -106,80 +104,13 @@ def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes:
     return "\n".join([*(f"# {comment}" for comment in comments), *yaml_lines(nested(values))]) + "\n"
 
 
-_WRAP_POLICY = "TRANSFORMER_BASED_WRAP"
-
 ACCELERATE = FileFormat(
     "accelerate",
     "accelerate",
     "accelerate 1.15.0 commands/config/config_args.py, commands/config/cluster.py, commands/launch.py",
     ("ddp", "fsdp", "fsdp2", "zero1", "zero2", "zero3"),
     ("pp", "ep", "etp"),
-    (
-        FileKey("compute_environment", constant("LOCAL_MACHINE")),
-        FileKey("distributed_type", of_run(_kind)),
-        FileKey("mixed_precision", of_run(_precision)),
-        FileKey("num_machines", _machines),
-        FileKey("num_processes", of_run(_processes)),
-        FileKey("machine_rank", constant(0)),
-        FileKey("rdzv_backend", constant("static")),
-        FileKey("same_network", constant(True)),
-        FileKey("main_training_function", constant("main")),
-        FileKey("use_cpu", constant(False)),
-        FileKey("fsdp_config.fsdp_version", only_if(_uses_fsdp, of_run(_fsdp_version))),
-        FileKey("fsdp_config.fsdp_auto_wrap_policy", only_if(_uses_fsdp, constant(_WRAP_POLICY))),
-        FileKey(
-            "fsdp_config.fsdp_reshard_after_forward",
-            only_if(_uses_fsdp, of_run(lambda run: "FULL_SHARD" if _uses_fsdp1(run) else True)),
-        ),
-        FileKey("fsdp_config.fsdp_offload_params", only_if(_uses_fsdp, of_run(_offloads))),
-        FileKey("fsdp_config.fsdp_cpu_ram_efficient_loading", only_if(_uses_fsdp, of_run(_efficient_loading))),
-        FileKey("fsdp_config.fsdp_activation_checkpointing", only_if(_uses_fsdp, constant(False))),
-        FileKey("fsdp_config.fsdp_state_dict_type", only_if(_uses_fsdp, constant("SHARDED_STATE_DICT"))),
-        FileKey("fsdp_config.fsdp_backward_prefetch", only_if(_uses_fsdp1, constant("BACKWARD_PRE"))),
-        FileKey("fsdp_config.fsdp_forward_prefetch", only_if(_uses_fsdp1, constant(False))),
-        FileKey("fsdp_config.fsdp_use_orig_params", only_if(_uses_fsdp1, constant(True))),
-        FileKey("fsdp_config.fsdp_sync_module_states", only_if(_uses_fsdp1, constant(True))),
-        FileKey("parallelism_config.parallelism_config_dp_replicate_size", only_if(_uses_tp_or_cp, constant(1))),
-        FileKey(
-            "parallelism_config.parallelism_config_dp_shard_size",
-            only_if(_uses_tp_or_cp, of_run(lambda run: run.parallelism.dp)),
-        ),
-        FileKey(
-            "parallelism_config.parallelism_config_tp_size",
-            only_if(_uses_tp_or_cp, of_run(lambda run: run.parallelism.tp)),
-        ),
-        FileKey(
-            "parallelism_config.parallelism_config_cp_size",
-            only_if(_uses_tp_or_cp, of_run(lambda run: run.parallelism.cp)),
-        ),
-        FileKey(
-            "parallelism_config.parallelism_config_cp_comm_strategy",
-            only_if(lambda run: run.parallelism.cp > 1, constant("allgather")),
-        ),
-        FileKey("deepspeed_config.zero_stage", only_if(_uses_deepspeed, of_run(shared_keys.stage))),
-        FileKey(
-            "deepspeed_config.gradient_accumulation_steps",
-            only_if(_uses_deepspeed, of_run(lambda run: run.batch.accumulation)),
-        ),
-        FileKey("deepspeed_config.gradient_clipping", only_if(_uses_deepspeed, of_run(shared_keys.clip))),
-        FileKey(
-            "deepspeed_config.offload_optimizer_device",
-            only_if(_uses_deepspeed, of_run(lambda run: _offload_device(run, "optimizer", "offload_optimizer"))),
-        ),
-        FileKey(
-            "deepspeed_config.offload_param_device",
-            only_if(_uses_deepspeed, of_run(lambda run: _offload_device(run, "parameters", "offload_param"))),
-        ),
-        FileKey(
-            "deepspeed_config.zero3_init_flag",
-            only_if(_uses_deepspeed, of_run(lambda run: _is_stage_3(run) and run.parallelism.zero.zero3_init_flag)),
-        ),
-        FileKey("deepspeed_config.zero3_save_16bit_model", only_if(_is_stage_3, constant(False))),
-        FileKey(
-            "deepspeed_config.deepspeed_multinode_launcher",
-            only_if(_uses_deepspeed, lambda run, nodes: _launcher(nodes)),
-        ),
-    ),
-    (_batch_remark, _checkpointing_remark, _pure_remark, _blocks_remark, _buckets_remark),
+    _keys,
+    _remarks,
     _write,
 )

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Framework, Key, Remark, Value, is_
 from memplan.frameworks.shared_keys import DTYPES, FORMAT, HOST, KIND, PARALLEL, PRECISION, RESHARD, of_adapters
 from memplan.spec.run import RunSpec
 
+_EXPERTS = "method.quantization.experts"
 _KERNELS = {
     "liger_rope": "rope",
     "liger_rms_norm": "rms_norm",
@@ -40,12 +43,20 @@ def _bnb(run: RunSpec) -> Value:
     return kwargs or None
 
 
-def _linear(run: RunSpec) -> Value:
-    return run.method.targets == "all-linear"
-
-
 def _modules(run: RunSpec) -> Value:
     return None if run.method.targets == "all-linear" else run.method.targets
+
+
+def _selective(run: RunSpec) -> Value:
+    return run.kernels.checkpointing == "selective" or None
+
+
+def _plugin(run: RunSpec) -> Value:
+    return ("axolotl.integrations.liger.LigerPlugin",) if shared_keys.liger(run) else None
+
+
+def _optimizer(run: RunSpec) -> Value:
+    return "muon" if run.optimizer.name == "muon" else shared_keys.optimizer(run)
 
 
 def _upcasts(run: RunSpec) -> Value:
@@ -84,47 +95,25 @@ def _segments(run: RunSpec) -> Value:
     return "unset PYTORCH_ALLOC_CONF" if on else "export PYTORCH_ALLOC_CONF=expandable_segments:False"
 
 
-def _segments_remark(run: RunSpec) -> str:
-    return "Axolotl turns expandable segments on unless the variable is set"
-
-
-def _casts_remark(run: RunSpec) -> str:
+def _remarks(run: RunSpec) -> Iterator[Remark]:
+    yield from shared_keys.remarks(run)
     p = run.precision
-    if p.weights == "fp32":
-        return (
-            "Axolotl loads the weights in the dtype it computes in: fp32 weights under autocast have no key"
-            if p.autocast
-            else ""
-        )
-    return "" if p.autocast else f"Axolotl runs autocast to {p.weights} even over {p.weights} weights"
-
-
-def _preparation_remark(run: RunSpec) -> str:
-    return "Axolotl prepares quantised models itself, and with an adapter casts norms and embeddings back"
-
-
-def _plugins_remark(run: RunSpec) -> str:
-    return "append to plugins if your config already has some" if shared_keys.liger(run) else ""
-
-
-def _plugin(run: RunSpec) -> Value:
-    return ("axolotl.integrations.liger.LigerPlugin",) if shared_keys.liger(run) else None
-
-
-def _selective(run: RunSpec) -> Value:
-    return run.kernels.checkpointing == "selective" or None
-
-
-def _optimizer(run: RunSpec) -> Value:
-    return "muon" if run.optimizer.name == "muon" else shared_keys.optimizer(run)
-
-
-def _freeze_remark(run: RunSpec) -> str:
-    return "list the trainable layers under unfrozen_parameters" if run.method.kind == "freeze" else ""
-
-
-def _accumulation_remark(run: RunSpec) -> str:
-    return "kept logits go to the host every gradient_accumulation_steps batches, which no key changes"
+    if p.weights == "fp32" and p.autocast:
+        casts = "Axolotl loads the weights in the dtype it computes in: fp32 weights under autocast have no key"
+    else:
+        casts = f"Axolotl runs autocast to {p.weights} even over {p.weights} weights"
+    if (p.weights == "fp32") == p.autocast:
+        yield Remark(("precision.weights", "precision.autocast"), casts)
+    logits = "kept logits go to the host every gradient_accumulation_steps batches, which no key changes"
+    yield Remark(("also.evaluation.accumulation",), logits)
+    preparation = "Axolotl prepares quantised models itself, and with an adapter casts norms and embeddings back"
+    yield Remark(("method.quantization.kbit_preparation",), preparation)
+    if shared_keys.liger(run):
+        yield Remark(("kernels.loss", "kernels.fused"), "append to plugins if your config already has some")
+    if run.method.kind == "freeze":
+        yield Remark((KIND, "method.trainable_layers"), "list the trainable layers under unfrozen_parameters")
+    segments = "Axolotl turns expandable segments on unless the variable is set"
+    yield Remark(("loop.expandable_segments",), segments)
 
 
 AXOLOTL = Framework(
@@ -144,16 +133,25 @@ AXOLOTL = Framework(
             (FORMAT, *(f"method.quantization.{name}" for name in ("double_quant", "storage", "skip"))),
             _bnb,
         ),
+        Key("quantize_moe_experts", (_EXPERTS,), is_(_EXPERTS, True)),
         Key("gptq", (FORMAT,), is_(FORMAT, "gptq-int4")),
         Key("lora_r", ("method.rank",), shared_keys.RANK, same=True),
         Key("lora_alpha", ("method.alpha",), of_adapters(shared_keys.alpha), same=True),
         Key("lora_dropout", ("method.dropout",), shared_keys.DROPOUT, same=True),
-        Key("lora_target_linear", ("method.targets",), of_adapters(_linear)),
-        Key("lora_target_modules", ("method.targets",), of_adapters(_modules)),
+        Key("lora_target_linear", ("method.targets",), of_adapters(is_("method.targets", "all-linear"))),
+        Key(
+            "lora_target_modules",
+            ("method.targets",),
+            of_adapters(_modules),
+        ),
         Key("lora_modules_to_save", ("method.modules_to_save",), of_adapters(shared_keys.saved)),
         Key("peft_use_dora", (KIND,), shared_keys.dora),
         Key("peft_use_rslora", ("method.options",), of_adapters(shared_keys.rslora)),
-        Key("peft_autocast_adapter_dtype", ("method.adapter_dtype",), of_adapters(_upcasts)),
+        Key(
+            "peft_autocast_adapter_dtype",
+            ("method.adapter_dtype",),
+            of_adapters(_upcasts),
+        ),
         Key("micro_batch_size", ("batch.micro",)),
         Key("gradient_accumulation_steps", ("batch.accumulation",)),
         Key("sequence_len", ("batch.sequence",)),
@@ -177,13 +175,5 @@ AXOLOTL = Framework(
         Key("train", PARALLEL, _launch, "shell"),
         Key("PYTORCH_ALLOC_CONF", ("loop.expandable_segments",), _segments, "shell"),
     ),
-    (
-        *shared_keys.REMARKS,
-        Remark(("precision.weights", "precision.autocast"), _casts_remark),
-        Remark(("also.evaluation.accumulation",), _accumulation_remark),
-        Remark(("method.quantization.kbit_preparation",), _preparation_remark),
-        Remark(("kernels.loss", "kernels.fused"), _plugins_remark),
-        Remark((KIND, "method.trainable_layers"), _freeze_remark),
-        Remark(("loop.expandable_segments",), _segments_remark),
-    ),
+    _remarks,
 )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeAlias
 
 from memplan.core.records import NamedTuple
@@ -42,10 +42,14 @@ class Key(NamedTuple):
 
 
 class Remark(NamedTuple):
-    """A remark on a change of one of the `fields`; an empty text if the changed run needs none."""
+    """A remark on the changed run, if the change is one of these `fields`."""
 
     fields: tuple[str, ...]
-    says: Callable[[RunSpec], str]
+    text: str
+
+
+def no_remarks(_: RunSpec) -> Iterable[Remark]:
+    return ()
 
 
 class Framework(NamedTuple):
@@ -55,14 +59,14 @@ class Framework(NamedTuple):
     title    name as shown
     source   version and files the table was read from
     keys     its keys
-    remarks  its remarks
+    remarks  its remarks on a changed run
     """
 
     name: str
     title: str
     source: str
     keys: tuple[Key, ...]
-    remarks: tuple[Remark, ...]
+    remarks: Callable[[RunSpec], Iterable[Remark]] = no_remarks
 
 
 class Lines(NamedTuple):
@@ -102,10 +106,9 @@ def change_lines(framework: Framework, asked: RunSpec, changed: RunSpec) -> Line
             written.append(f"# {key.place}: {new}")
     if removed:
         written.append(f"# remove: {', '.join(removed)}")
-    for remark in framework.remarks:
-        text = remark.says(changed) if differ.intersection(remark.fields) else ""
-        if text:
-            notes.append(text)
+    for remark in framework.remarks(changed):
+        if differ.intersection(remark.fields):
+            notes.append(remark.text)
             for name in remark.fields:
                 uncovered.pop(name, None)
     if uncovered:

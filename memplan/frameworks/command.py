@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any, cast
 
 from memplan.catalogue.methods.methods import ADAPTERS
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.records import NamedTuple
 from memplan.frameworks.change_table import Lines, differing, value_of
 from memplan.models.peft_methods import has_rank
@@ -26,13 +26,13 @@ OPTIONS = {
     for heading, group in GROUPS.items()
     for name, option in group.items()
     if heading not in ("Generation", "Serving engines") and name not in _LEFT_TO_A_FILE
-}
+} | {"loop.trainer": flag("trainer")}  # alone, it sets this field
 _ADAPTER_FIELDS = ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
 _CHECKPOINTING = {"full": "--gradient-checkpointing", "none": "--no-gradient-checkpointing"}
 
 
 class ChangeOptions(NamedTuple):
-    """ChangeOptions-line options.
+    """Options that make a change.
 
     options                the options, quoted for a shell
     fields_without_option  fields that no option can set to their value
@@ -50,7 +50,7 @@ def options(asked: RunSpec, changed: RunSpec) -> str:
     command = _command(asked, changed)
     if command.fields_without_option:
         field = command.fields_without_option[0]
-        raise SpecError(f"{field}: no option sets this value; write it in a file for --spec", field)
+        raise refused(field, "no option sets this value; write it in a file for --spec")
     return command.options
 
 

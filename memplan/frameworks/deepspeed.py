@@ -11,27 +11,12 @@ from typing import Any, cast
 
 from memplan.core.errors import SpecError, printable
 from memplan.spec.file import read_spec
+from memplan.spec.parallelism import Zero
 
 # Keys of zero_optimization, without a `stage3_` prefix, and their fields in `memplan.spec.parallelism.Zero`.
-_SIZES = {
-    "reduce_bucket_size": "reduce_bucket_size",
-    "allgather_bucket_size": "allgather_bucket_size",
-    "sub_group_size": "sub_group_size",
-    "overlap_comm": "overlap_comm",
-    "contiguous_gradients": "contiguous_gradients",
-    "round_robin_gradients": "round_robin_gradients",
-    "prefetch_bucket_size": "stage3_prefetch_bucket_size",
-    "param_persistence_threshold": "stage3_param_persistence_threshold",
-    "max_live_parameters": "stage3_max_live_parameters",
-    "max_reuse_distance": "stage3_max_reuse_distance",
-}
-_STAGE_3 = (
-    "stage3_prefetch_bucket_size",
-    "stage3_param_persistence_threshold",
-    "stage3_max_live_parameters",
-    "stage3_max_reuse_distance",
-    "sub_group_size",
-)
+_OTHER_FIELDS = ("offload_optimizer", "offload_param", "zero3_init_flag")
+SIZES = {name.removeprefix("stage3_"): name for name in Zero.model_fields if name not in _OTHER_FIELDS}
+STAGE_3 = (*(name for name in SIZES.values() if name.startswith("stage3_")), "sub_group_size")
 
 # Keys that take no memory in a step, whatever their value.
 _IGNORED = frozenset(
@@ -46,16 +31,8 @@ _IGNORED_IN_OFFLOAD = frozenset(("nvme_path", "pipeline_read", "pipeline_write",
 _IGNORED_AT_TOP = frozenset(
     (
         *("scheduler", "steps_per_print", "wall_clock_breakdown", "zero_allow_untested_optimizer", "dump_state"),
-        *(
-            "zero_force_ds_cpu_optimizer",
-            "aio",
-            "comms_logger",
-            "flops_profiler",
-            "tensorboard",
-            "wandb",
-            "csv_monitor",
-        ),
-        *("checkpoint", "memory_breakdown", "seed", "disable_allgather"),
+        *("zero_force_ds_cpu_optimizer", "aio", "comms_logger", "flops_profiler", "tensorboard", "wandb"),
+        *("csv_monitor", "checkpoint", "memory_breakdown", "seed", "disable_allgather"),
     )
 )
 
@@ -135,10 +112,10 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
         plain = key.removeprefix("stage3_")
         if key == "stage" or key in _IGNORED or plain in _IGNORED:
             continue
-        if plain in _SIZES:
-            if stage == 3 or _SIZES[plain] not in _STAGE_3:  # accepted at every stage, used only at 3
+        if plain in SIZES:
+            if stage == 3 or SIZES[plain] not in STAGE_3:  # accepted at every stage, used only at 3
                 each_its_own = plain == "sub_group_size" and value == 0  # groups of one parameter, as 1 makes them
-                zero[_SIZES[plain]] = 1 if each_its_own else value
+                zero[SIZES[plain]] = 1 if each_its_own else value
         elif key in ("offload_optimizer", "offload_param"):
             device = _offload(f"zero_optimization.{key}", _mapping(value or {}, key))
             if device is not None:

@@ -7,43 +7,51 @@ from collections.abc import Mapping
 
 from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Value
-from memplan.frameworks.whole_file import FileFormat, FileKey, Nodes, nested, of_run, only_if, sequences
+from memplan.frameworks.whole_file import FileFormat, Nodes, nested, sequences
+from memplan.spec.parallelism import OffloadedOptimizer, OffloadedParameters
 from memplan.spec.run import RunSpec
 
-
-def _is_stage_3(run: RunSpec) -> bool:
-    return shared_keys.stage(run) == 3
-
-
-def _half_precision(dtype: str) -> FileKey:
-    return FileKey(f"{dtype}.enabled", of_run(lambda run: run.precision.weights == dtype))
-
-
-def _zero(name: str) -> FileKey:
-    """A key of `zero_optimization`, whose field in memplan has DeepSpeed's name; None leaves it to DeepSpeed."""
-    return FileKey(f"zero_optimization.{name}", of_run(lambda run: getattr(run.parallelism.zero, name)))
+# Fields of `Zero`, which have DeepSpeed's names. They are written even if they are DeepSpeed's defaults, so that
+# transformers' `auto` does not replace them; None leaves one to DeepSpeed.
+_EVERY_STAGE = ("reduce_bucket_size", "allgather_bucket_size", "overlap_comm", "contiguous_gradients")
+_STAGE_3 = (
+    *("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold", "stage3_max_live_parameters"),
+    *("stage3_max_reuse_distance", "sub_group_size"),
+)
 
 
-def _zero_stage_3(name: str) -> FileKey:
-    key = _zero(name)
-    return key._replace(value=only_if(_is_stage_3, key.value))
+def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
+    stage, zero, offload = shared_keys.stage(run), run.parallelism.zero, run.parallelism.offload
+    names = (*_EVERY_STAGE, *(_STAGE_3 if stage == 3 else ("round_robin_gradients",)))
+    keys: dict[str, Value] = {
+        "train_batch_size": sequences(run),
+        "train_micro_batch_size_per_gpu": run.batch.micro,
+        "gradient_accumulation_steps": run.batch.accumulation,
+        "gradient_clipping": shared_keys.clip(run),
+        "bf16.enabled": run.precision.weights == "bf16",
+        "fp16.enabled": run.precision.weights == "fp16",
+        "zero_optimization.stage": stage,
+        **{f"zero_optimization.{name}": getattr(zero, name) for name in names},
+    }
+    if offload.optimizer:
+        keys["zero_optimization.offload_optimizer"] = _offload(zero.offload_optimizer, "buffer_count")
+    if offload.parameters:
+        buffers = ("buffer_count", "buffer_size", "max_in_cpu")
+        keys["zero_optimization.offload_param"] = _offload(zero.offload_param, *buffers)
+    return keys
 
 
-def _offload(moved: str, part: str, *nvme_fields: str) -> FileKey:
-    """A key with the device and buffers of an offloaded part; `nvme_fields` are written only for NVMe."""
+def _offload(part: OffloadedOptimizer | OffloadedParameters, *buffers: str) -> Value:
+    """Return the device of an offloaded part, and its buffers if it is NVMe."""
+    return {name: getattr(part, name) for name in ("device", "pin_memory", *(buffers if part.device == "nvme" else ()))}
 
-    def value(run: RunSpec) -> Value:
-        if not getattr(run.parallelism.offload, moved):
-            return None
-        settings = getattr(run.parallelism.zero, part)
-        more = nvme_fields if settings.device == "nvme" else ()
-        return {name: getattr(settings, name) for name in ("device", "pin_memory", *more)}
 
-    return FileKey(f"zero_optimization.{part}", of_run(value))
+def _remarks(run: RunSpec) -> tuple[str, ...]:
+    """Return no remarks: JSON has no comments."""
+    return ()
 
 
 def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes: Nodes) -> str:
-    """Return the JSON. It has no comments, so remarks are left out."""
     return json.dumps(nested(values), indent=2) + "\n"
 
 
@@ -53,31 +61,7 @@ DEEPSPEED = FileFormat(
     "DeepSpeed 0.19.8 runtime/config.py, runtime/constants.py, runtime/zero/config.py",
     ("zero1", "zero2", "zero3"),
     ("tp", "pp", "cp", "ep", "etp"),
-    (
-        FileKey("train_batch_size", of_run(sequences)),
-        FileKey("train_micro_batch_size_per_gpu", of_run(lambda run: run.batch.micro)),
-        FileKey("gradient_accumulation_steps", of_run(lambda run: run.batch.accumulation)),
-        FileKey("gradient_clipping", of_run(shared_keys.clip)),
-        _half_precision("bf16"),
-        _half_precision("fp16"),
-        FileKey("zero_optimization.stage", of_run(shared_keys.stage)),
-        # Written even if they are DeepSpeed's defaults, so that transformers' `auto` does not replace them.
-        _zero("reduce_bucket_size"),
-        _zero("allgather_bucket_size"),
-        _zero("overlap_comm"),
-        _zero("contiguous_gradients"),
-        FileKey(
-            "zero_optimization.round_robin_gradients",
-            of_run(lambda run: None if _is_stage_3(run) else run.parallelism.zero.round_robin_gradients),
-        ),
-        _zero_stage_3("stage3_prefetch_bucket_size"),
-        _zero_stage_3("stage3_param_persistence_threshold"),
-        _zero_stage_3("stage3_max_live_parameters"),
-        _zero_stage_3("stage3_max_reuse_distance"),
-        _zero_stage_3("sub_group_size"),
-        _offload("optimizer", "offload_optimizer", "buffer_count"),
-        _offload("parameters", "offload_param", "buffer_count", "buffer_size", "max_in_cpu"),
-    ),
-    (),
+    _keys,
+    _remarks,
     _write,
 )

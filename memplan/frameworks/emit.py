@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from memplan.catalogue.parallelism.sharding import STRATEGIES
 from memplan.core.errors import UnknownNameError
@@ -19,14 +19,18 @@ def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes:
     return command(f"{torchrun(nodes)} train.py", [], [*head_node(nodes), *remarks])
 
 
-def _degrees_remark(run: RunSpec) -> str:
+def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
+    return {}
+
+
+def _remarks(run: RunSpec) -> Iterator[str]:
     p = run.parallelism
     degrees = " x ".join(f"{name} {getattr(p, name)}" for name in ("dp", "tp", "pp", "cp"))
-    return f"train.py divides its {p.world} ranks as {degrees}, {p.strategy}"
+    yield f"train.py divides its {p.world} ranks as {degrees}, {p.strategy}"
 
 
 TORCHRUN = FileFormat(
-    "torchrun", "torchrun", "torch 2.13 distributed/run.py", tuple(STRATEGIES), (), (), (_degrees_remark,), _write
+    "torchrun", "torchrun", "torch 2.13 distributed/run.py", tuple(STRATEGIES), (), _keys, _remarks, _write
 )
 
 FILE_FORMATS = {each.name: each for each in (ACCELERATE, DEEPSPEED, TORCHRUN, TORCHTITAN, MEGATRON)}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Framework, Key, Remark, Value, is_
@@ -39,16 +39,17 @@ def _saved(run: RunSpec) -> Value:
     return ",".join(run.method.modules_to_save) or None
 
 
+def _frozen(run: RunSpec) -> Value:
+    return run.method.trainable_layers if run.method.kind == "freeze" else None
+
+
+def _disabled(run: RunSpec) -> Value:
+    on = shared_keys.checkpoints(run)
+    return None if on is None else not on
+
+
 def _attention(run: RunSpec) -> str:
     return {"eager": "disabled", "flash_attention_2": "fa2"}.get(run.kernels.attention, "sdpa")
-
-
-def _norms_remark(run: RunSpec) -> str:
-    return "LLaMA-Factory casts only the norms of a quantised model, with upcast_layernorm"
-
-
-def _lora_kernels_remark(run: RunSpec) -> str:
-    return "fused LoRA kernels are Unsloth's: set use_unsloth" if "lora" in (run.kernels.fused or ()) else ""
 
 
 def _targets(run: RunSpec) -> Value:
@@ -56,18 +57,9 @@ def _targets(run: RunSpec) -> Value:
     return "all" if targets == "all-linear" else targets if isinstance(targets, str) else ",".join(targets)
 
 
-def _frozen(run: RunSpec) -> Value:
-    return run.method.trainable_layers if run.method.kind == "freeze" else None
-
-
 def _freezes(part: str) -> Callable[[RunSpec], Value]:
     """Whether a part of a vision-language model is frozen. LLaMA-Factory freezes tower and projector by default."""
     return lambda run: part in run.method.frozen if run.method.frozen or run.batch.images else None
-
-
-def _disabled(run: RunSpec) -> Value:
-    on = shared_keys.checkpoints(run)
-    return None if on is None else not on
 
 
 def _launch(run: RunSpec) -> Value:
@@ -82,24 +74,27 @@ def _launch(run: RunSpec) -> Value:
     return f"{several}llamafactory-cli train run.yaml"
 
 
-def _casts_remark(run: RunSpec) -> str:
-    p = run.precision
+def _remarks(run: RunSpec) -> Iterator[Remark]:
+    yield from shared_keys.remarks(run)
+    p, casts = run.precision, ""
     if p.weights == "fp16" and not p.autocast and _trainable_dtype(run) == "fp16":
-        return "LLaMA-Factory has no pure fp16: trainable parameters are cast to fp32"
-    if _pure(run) and shared_keys.stage(run) == 3:
-        return "LLaMA-Factory refuses pure_bf16 with DeepSpeed stage 3"
-    if p.weights == "fp32" and shared_keys.uses_adapters(run):
-        return "frozen weights are loaded in the checkpoint's dtype"
-    return ""
-
-
-def _liger_remark(run: RunSpec) -> str:
-    if run.kernels.loss == "chunked":
-        return "LLaMA-Factory has no chunked loss"
+        casts = "LLaMA-Factory has no pure fp16: trainable parameters are cast to fp32"
+    elif _pure(run) and shared_keys.stage(run) == 3:
+        casts = "LLaMA-Factory refuses pure_bf16 with DeepSpeed stage 3"
+    elif p.weights == "fp32" and shared_keys.uses_adapters(run):
+        casts = "frozen weights are loaded in the checkpoint's dtype"
+    if casts:
+        yield Remark((*PRECISION[::2], "parallelism.strategy"), casts)
     on = set(run.kernels.fused or ()) - {"lora"}
-    if not shared_keys.liger(run) or (on == _LIGER and run.kernels.loss == "fused"):
-        return ""
-    return "enable_liger_kernel turns on RoPE, RMSNorm, SwiGLU and the fused loss together"
+    if run.kernels.loss == "chunked":
+        yield Remark(("kernels.loss", "kernels.fused"), "LLaMA-Factory has no chunked loss")
+    elif shared_keys.liger(run) and (on != _LIGER or run.kernels.loss != "fused"):
+        together = "enable_liger_kernel turns on RoPE, RMSNorm, SwiGLU and the fused loss together"
+        yield Remark(("kernels.loss", "kernels.fused"), together)
+    norms = "LLaMA-Factory casts only the norms of a quantised model, with upcast_layernorm"
+    yield Remark(("method.quantization.kbit_preparation",), norms)
+    if "lora" in (run.kernels.fused or ()):
+        yield Remark(("kernels.fused",), "fused LoRA kernels are Unsloth's: set use_unsloth")
 
 
 LLAMAFACTORY = Framework(
@@ -124,7 +119,11 @@ LLAMAFACTORY = Framework(
         Key("lora_alpha", ("method.alpha",), of_adapters(shared_keys.alpha), same=True),
         Key("lora_dropout", ("method.dropout",), shared_keys.DROPOUT, same=True),
         Key("lora_target", ("method.targets",), of_adapters(_targets)),
-        Key("additional_target", ("method.modules_to_save",), of_adapters(_saved)),
+        Key(
+            "additional_target",
+            ("method.modules_to_save",),
+            of_adapters(_saved),
+        ),
         Key("use_dora", (KIND,), shared_keys.dora),
         Key("use_rslora", ("method.options",), of_adapters(shared_keys.rslora)),
         Key("per_device_train_batch_size", ("batch.micro",)),
@@ -144,11 +143,5 @@ LLAMAFACTORY = Framework(
         Key("train", (*PARALLEL, *HOST), _launch, "shell"),
         shared_keys.SEGMENTS,
     ),
-    (
-        *shared_keys.REMARKS,
-        Remark((*PRECISION[::2], "parallelism.strategy"), _casts_remark),
-        Remark(("kernels.loss", "kernels.fused"), _liger_remark),
-        Remark(("method.quantization.kbit_preparation",), _norms_remark),
-        Remark(("kernels.fused",), _lora_kernels_remark),
-    ),
+    _remarks,
 )

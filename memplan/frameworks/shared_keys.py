@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.kernels.trl_losses import TRL_LOSSES
@@ -10,7 +10,6 @@ from memplan.catalogue.methods.methods import LORA
 from memplan.core.errors import MemplanError
 from memplan.frameworks.change_table import Key, Remark, Value, field, value_of
 from memplan.models.cards import find_model
-from memplan.models.peft_methods import PEFT_METHODS
 from memplan.spec.run import RunSpec
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -36,13 +35,6 @@ def model(run: RunSpec) -> Value:
 def uses_adapters(run: RunSpec) -> bool:
     """Whether the run trains LoRA's adapters, the only ones that the frameworks have keys for."""
     return run.method.kind in LORA
-
-
-def other_adapters_remark(run: RunSpec) -> str:
-    """Return how to use a method of peft that the frameworks have no keys for."""
-    if run.method.kind not in PEFT_METHODS:
-        return ""
-    return f"only LoRA has keys: pass get_peft_model(model, config) with peft's own config of {run.method.kind}"
 
 
 def of_adapters(value: Callable[[RunSpec], Value]) -> Callable[[RunSpec], Value]:
@@ -194,64 +186,6 @@ SDPA = Key("sdpa_kernel", ("kernels.attention",), kernel_of_sdpa, "Python")
 SEGMENTS = Key("PYTORCH_CUDA_ALLOC_CONF", ("loop.expandable_segments",), segments, "shell")
 
 
-def _gpu_remark(run: RunSpec) -> str:
-    if run.gpu is None:
-        return "no GPU is named"
-    try:
-        return f"run it on {find_gpu(run.gpu).title}"
-    except MemplanError:
-        return f"run it on {run.gpu}"
-
-
-def _profile_remark(run: RunSpec) -> str:
-    return f"{run.profile} is a version of the framework, not a key"
-
-
-def _in_backward_remark(run: RunSpec) -> str:
-    if not run.optimizer.in_backward:
-        return "step the optimizer after the backward pass, not during it"
-    return (
-        "no key steps the optimizer in backward: give each parameter its own optimizer and step it in "
-        "register_post_accumulate_grad_hook; gradients are then neither clipped nor accumulated"
-    )
-
-
-def _master_remark(run: RunSpec) -> str:
-    if run.precision.master is None:
-        return ""
-    return f"fp32 master weights next to {run.precision.weights} weights need DeepSpeed, at any stage"
-
-
-def _target_modules_remark(run: RunSpec) -> str:
-    name = str(run.optimizer.name)
-    return f"{name} also needs its layers under optim_target_modules" if name.startswith(("galore", "apollo")) else ""
-
-
-def _prequantised_remark(run: RunSpec) -> str:
-    q = run.method.quantization
-    if q is None or bits(run) is not None:
-        return ""
-    return f"{q.format} comes from the checkpoint: choose a model published in that format"
-
-
-def _no_optimizer_remark(run: RunSpec) -> str:
-    return "no key trains without an optimizer" if run.optimizer.name == "none" else ""
-
-
-def _chunked_head_remark(run: RunSpec) -> str:
-    if run.kernels.loss == "chunked_lm_head":
-        return "only LitGPT computes the head in chunks"
-    if run.kernels.loss == "fused_chunks":
-        return "Unsloth's own loss"
-    return "TRL's own loss, in SFTTrainer" if run.kernels.loss in TRL_LOSSES else ""
-
-
-def _foreach_remark(run: RunSpec) -> str:
-    if run.optimizer.foreach is None:
-        return ""
-    return f"no key: pass the optimizer as optimizer_cls_and_kwargs, with foreach={run.optimizer.foreach}"
-
-
 def resharding(run: RunSpec) -> bool | str:
     """accelerate's `reshard_after_forward`: for FSDP1 its sharding strategy, hybrid if groups are replicas."""
     p = run.parallelism
@@ -263,22 +197,40 @@ def resharding(run: RunSpec) -> bool | str:
     return f"hybrid_shard{suffix}" if is_hybrid else "shard_grad_op" if keeps_gathered else "full_shard"
 
 
-def _fsdp_offload_remark(run: RunSpec) -> str:
-    o = run.parallelism.offload
-    if fsdp(run) is None or o.parameters or not o.optimizer:
-        return ""
-    return "FSDP offloads parameters, gradients and states only together"
+def _gpu(run: RunSpec) -> str:
+    """The GPU's title, or its name as typed."""
+    try:
+        return find_gpu(run.gpu).title if run.gpu is not None else ""
+    except MemplanError:
+        return str(run.gpu)
 
 
-REMARKS = (
-    Remark(("gpu",), _gpu_remark),
-    Remark(("profile",), _profile_remark),
-    Remark(("optimizer.in_backward",), _in_backward_remark),
-    Remark(("optimizer.foreach",), _foreach_remark),
-    Remark(("optimizer.name",), _target_modules_remark),
-    Remark(("optimizer.name",), _no_optimizer_remark),
-    Remark(("precision.master", "precision.grads"), _master_remark),
-    Remark(("kernels.loss",), _chunked_head_remark),
-    Remark((FORMAT,), _prequantised_remark),
-    Remark(HOST, _fsdp_offload_remark),
-)
+def remarks(run: RunSpec) -> Iterator[Remark]:
+    """Yield the remarks that all frameworks' tables share."""
+    o, q, name, loss = run.optimizer, run.method.quantization, str(run.optimizer.name), run.kernels.loss
+    yield Remark(("gpu",), f"run it on {_gpu(run)}" if run.gpu is not None else "no GPU is named")
+    yield Remark(("profile",), f"{run.profile} is a version of the framework, not a key")
+    in_backward = (
+        "no key steps the optimizer in backward: give each parameter its own optimizer and step it in "
+        "register_post_accumulate_grad_hook; gradients are then neither clipped nor accumulated"
+    )
+    after = "step the optimizer after the backward pass, not during it"
+    yield Remark(("optimizer.in_backward",), in_backward if o.in_backward else after)
+    if o.foreach is not None:
+        how = f"no key: pass the optimizer as optimizer_cls_and_kwargs, with foreach={o.foreach}"
+        yield Remark(("optimizer.foreach",), how)
+    if name.startswith(("galore", "apollo")):
+        yield Remark(("optimizer.name",), f"{name} also needs its layers under optim_target_modules")
+    if name == "none":
+        yield Remark(("optimizer.name",), "no key trains without an optimizer")
+    if run.precision.master is not None:
+        masters = f"fp32 master weights next to {run.precision.weights} weights need DeepSpeed, at any stage"
+        yield Remark(("precision.master", "precision.grads"), masters)
+    others = {"chunked_lm_head": "only LitGPT computes the head in chunks", "fused_chunks": "Unsloth's own loss"}
+    if loss in others or loss in TRL_LOSSES:
+        yield Remark(("kernels.loss",), others.get(loss, "TRL's own loss, in SFTTrainer"))
+    if q is not None and bits(run) is None:
+        yield Remark((FORMAT,), f"{q.format} comes from the checkpoint: choose a model published in that format")
+    offload = run.parallelism.offload
+    if fsdp(run) is not None and offload.optimizer and not offload.parameters:
+        yield Remark(HOST, "FSDP offloads parameters, gradients and states only together")

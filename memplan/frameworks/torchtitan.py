@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Value
-from memplan.frameworks.whole_file import (
-    FileFormat,
-    FileKey,
-    Nodes,
-    command,
-    counted_as,
-    head_node,
-    of_run,
-    only_if,
-    sequences,
-    torchrun,
-)
+from memplan.frameworks.whole_file import FileFormat, Nodes, command, head_node, profile_remark, sequences, torchrun
 from memplan.spec.run import RunSpec
 
 # Module and function of torchtitan's registry, by model id. Source: torchtitan 0.3.0 models/*/config_registry.py.
@@ -40,53 +29,40 @@ def _config(run: RunSpec) -> tuple[str, str]:
     return _CONFIGS.get(str(shared_keys.model(run)), ("MODULE", "CONFIG"))
 
 
-def _shards(run: RunSpec) -> bool:
-    return run.parallelism.strategy == "fsdp2"
+def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
+    p, b, has_pipeline, shards = run.parallelism, run.batch, run.parallelism.pp > 1, run.parallelism.strategy == "fsdp2"
+    interleaved = "Interleaved1F1B" if p.virtual_stages > 1 else "1F1B"
+    schedule = "GPipe" if p.schedule == "gpipe" else interleaved  # as torch.distributed.pipelining names it
+    return {
+        # sequences per rank and pass; with a pipeline, all microbatches of a step
+        "training.local_batch_size": b.micro * (b.accumulation if has_pipeline else 1),
+        "training.global_batch_size": sequences(run),
+        "training.seq_len": b.sequence,
+        "training.dtype": "float32" if run.precision.weights == "fp32" else "bfloat16",
+        "training.mixed_precision_param": "bfloat16" if shared_keys.computes(run) == "bf16" else "float32",
+        "parallelism.data_parallel_replicate_degree": 1 if shards else p.dp,
+        "parallelism.data_parallel_shard_degree": p.dp if shards else 1,
+        "parallelism.tensor_parallel_degree": p.tp,
+        "parallelism.pipeline_parallel_degree": p.pp,
+        "parallelism.context_parallel_degree": p.cp,
+        "parallelism.expert_parallel_degree": p.ep,
+        "parallelism.enable_sequence_parallel": p.sequence_parallel if p.tp > 1 else None,
+        "parallelism.pipeline_parallel_schedule": schedule if has_pipeline else None,
+        "parallelism.pipeline_parallel_microbatch_size": b.micro if has_pipeline else None,
+    }
 
 
-def _local_batch(run: RunSpec) -> int:
-    """Sequences per rank and pass; with a pipeline, all microbatches of a step."""
-    return run.batch.micro * (run.batch.accumulation if run.parallelism.pp > 1 else 1)
-
-
-def _has_pipeline(run: RunSpec) -> bool:
-    return run.parallelism.pp > 1
-
-
-def _schedule(run: RunSpec) -> str:
-    """The schedule's name in torch.distributed.pipelining."""
-    if run.parallelism.schedule == "gpipe":
-        return "GPipe"
-    return "Interleaved1F1B" if run.parallelism.virtual_stages > 1 else "1F1B"
-
-
-def _stages_remark(run: RunSpec) -> str:
+def _remarks(run: RunSpec) -> Iterator[str]:
     p = run.parallelism
-    if p.first_stage_layers is None and p.last_stage_layers is None and p.virtual_stages == 1:
-        return ""
-    return "list the modules of every stage in parallelism.module_fqns_per_model_part"
-
-
-def _dtype(run: RunSpec) -> str:
-    return "float32" if run.precision.weights == "fp32" else "bfloat16"
-
-
-def _mixed_precision(run: RunSpec) -> str:
-    return "bfloat16" if shared_keys.computes(run) == "bf16" else "float32"
-
-
-def _config_remark(run: RunSpec) -> str:
-    if _config(run)[0] != "MODULE":
-        return ""
-    return "torchtitan 0.3 has no config of this model: name your own module and config"
-
-
-def _fp16_remark(run: RunSpec) -> str:
-    return "torchtitan has no fp16: it computes in bf16" if shared_keys.computes(run) == "fp16" else ""
-
-
-def _method_remark(run: RunSpec) -> str:
-    return "" if run.method.kind == "full" else f"{run.method.kind} needs a config of your own"
+    yield from profile_remark(run, "torchtitan")
+    if _config(run)[0] == "MODULE":
+        yield "torchtitan 0.3 has no config of this model: name your own module and config"
+    if shared_keys.computes(run) == "fp16":
+        yield "torchtitan has no fp16: it computes in bf16"
+    if run.method.kind != "full":
+        yield f"{run.method.kind} needs a config of your own"
+    if p.first_stage_layers is not None or p.last_stage_layers is not None or p.virtual_stages != 1:
+        yield "list the modules of every stage in parallelism.module_fqns_per_model_part"
 
 
 def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes: Nodes) -> str:
@@ -105,43 +81,13 @@ def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes:
     return command(f"{torchrun(nodes)} -m torchtitan.train --module {module} --config {config}", flags, comments)
 
 
-def _degree(name: str) -> FileKey:
-    full = {"tp": "tensor_parallel", "pp": "pipeline_parallel", "cp": "context_parallel", "ep": "expert_parallel"}[name]
-    return FileKey(f"parallelism.{full}_degree", of_run(lambda run: getattr(run.parallelism, name)))
-
-
 TORCHTITAN = FileFormat(
     "torchtitan",
     "torchtitan",
     "torchtitan 0.3.0 config/configs.py, config/manager.py, distributed/activation_checkpoint.py",
     ("ddp", "fsdp2"),
     ("etp",),
-    (
-        FileKey("training.local_batch_size", of_run(_local_batch)),
-        FileKey("training.global_batch_size", of_run(sequences)),
-        FileKey("training.seq_len", of_run(lambda run: run.batch.sequence)),
-        FileKey("training.dtype", of_run(_dtype)),
-        FileKey("training.mixed_precision_param", of_run(_mixed_precision)),
-        FileKey(
-            "parallelism.data_parallel_replicate_degree",
-            of_run(lambda run: 1 if _shards(run) else run.parallelism.dp),
-        ),
-        FileKey(
-            "parallelism.data_parallel_shard_degree", of_run(lambda run: run.parallelism.dp if _shards(run) else 1)
-        ),
-        _degree("tp"),
-        _degree("pp"),
-        _degree("cp"),
-        _degree("ep"),
-        FileKey(
-            "parallelism.enable_sequence_parallel",
-            only_if(lambda run: run.parallelism.tp > 1, of_run(lambda run: run.parallelism.sequence_parallel)),
-        ),
-        FileKey("parallelism.pipeline_parallel_schedule", only_if(_has_pipeline, of_run(_schedule))),
-        FileKey(
-            "parallelism.pipeline_parallel_microbatch_size", only_if(_has_pipeline, of_run(lambda run: run.batch.micro))
-        ),
-    ),
-    (counted_as("torchtitan"), _config_remark, _fp16_remark, _method_remark, _stages_remark),
+    _keys,
+    _remarks,
     _write,
 )

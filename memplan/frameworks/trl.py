@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from memplan.frameworks import shared_keys
 from memplan.frameworks.change_table import Framework, Key, Remark, Value
 from memplan.frameworks.shared_keys import (
@@ -15,6 +17,7 @@ from memplan.frameworks.shared_keys import (
     of_4_bits,
     of_adapters,
 )
+from memplan.models.peft_methods import PEFT_METHODS
 from memplan.spec.run import RunSpec
 
 
@@ -22,12 +25,12 @@ def _dtype(run: RunSpec) -> Value:
     return DTYPES[run.precision.weights]
 
 
-def _momentum(run: RunSpec) -> Value:
-    return f"momentum={run.optimizer.momentum}" if run.optimizer.momentum else None
-
-
 def _sharded(run: RunSpec) -> Value:
     return shared_keys.fsdp(run) is not None
+
+
+def _momentum(run: RunSpec) -> Value:
+    return f"momentum={run.optimizer.momentum}" if run.optimizer.momentum else None
 
 
 def _checkpointing(run: RunSpec) -> Value:
@@ -70,17 +73,6 @@ def _preparation(run: RunSpec) -> Value:
     return "model = peft.prepare_model_for_kbit_training(model)" if prepared else None
 
 
-def _preparation_remark(run: RunSpec) -> str:
-    q = run.method.quantization
-    if q is None or q.kbit_preparation in (None, True):
-        return ""
-    if q.kbit_preparation == "trl":
-        return "SFTTrainer prepares a quantised model this way by itself up to TRL 0.24"
-    if isinstance(q.kbit_preparation, str):
-        return "only Axolotl prepares a model this way"
-    return "pass the model without calling prepare_model_for_kbit_training"
-
-
 def _adapter_dtype(run: RunSpec) -> Value:
     if not shared_keys.uses_adapters(run) or run.method.adapter_dtype in (None, "fp32"):
         return None
@@ -94,28 +86,38 @@ def _freeze(run: RunSpec) -> Value:
     return f"model.requires_grad_(False); {last}.requires_grad_(True)"
 
 
-def _loss_remark(run: RunSpec) -> str:
-    return {
-        "fused": "SFTTrainer of TRL 1.16 never makes full logits and needs no key for that; Trainer and older TRL do",
-        "chunked": "SFTTrainer of TRL 1.16 chunks its loss without a key; Trainer and older TRL cannot",
-        "hf": "SFTTrainer of TRL 1.16 never makes full logits; Trainer and older TRL do",
-        "tiled_lm_head": "the default from TRL 1.15 on",
-        "fused_chunks": "Unsloth's own loss",
-        "chunked_nll": "the default of TRL 1.13 and 1.14; later ones tile the head instead",
-        "chunked_nll_fp32": "the default of TRL 1.6 to 1.12; later ones do not cast the head",
-    }.get(str(run.kernels.loss), "")
+_LOSSES = {
+    "fused": "SFTTrainer of TRL 1.16 never makes full logits and needs no key for that; Trainer and older TRL do",
+    "chunked": "SFTTrainer of TRL 1.16 chunks its loss without a key; Trainer and older TRL cannot",
+    "hf": "SFTTrainer of TRL 1.16 never makes full logits; Trainer and older TRL do",
+    "tiled_lm_head": "the default from TRL 1.15 on",
+    "fused_chunks": "Unsloth's own loss",
+    "chunked_nll": "the default of TRL 1.13 and 1.14; later ones tile the head instead",
+    "chunked_nll_fp32": "the default of TRL 1.6 to 1.12; later ones do not cast the head",
+}
 
 
-def _fsdp1_remark(run: RunSpec) -> str:
-    return "transformers deprecates FSDP 1" if shared_keys.fsdp(run) == 1 else ""
-
-
-def _muon_remark(run: RunSpec) -> str:
-    return "transformers has no muon: pass torch.optim.Muon as optimizers" if run.optimizer.name == "muon" else ""
-
-
-def _lora_kernels_remark(run: RunSpec) -> str:
-    return "fused LoRA kernels are Unsloth's" if "lora" in (run.kernels.fused or ()) else ""
+def _remarks(run: RunSpec) -> Iterator[Remark]:
+    yield from shared_keys.remarks(run)
+    if str(run.kernels.loss) in _LOSSES:
+        yield Remark(("kernels.loss",), _LOSSES[str(run.kernels.loss)])
+    q, kind = run.method.quantization, run.method.kind
+    if q is not None and q.kbit_preparation not in (None, True):
+        how = "pass the model without calling prepare_model_for_kbit_training"
+        if q.kbit_preparation:
+            by_trl = "SFTTrainer prepares a quantised model this way by itself up to TRL 0.24"
+            how = by_trl if q.kbit_preparation == "trl" else "only Axolotl prepares a model this way"
+        yield Remark(("method.quantization.kbit_preparation",), how)
+    if shared_keys.fsdp(run) == 1:
+        yield Remark(("parallelism.strategy",), "transformers deprecates FSDP 1")
+    if "lora" in (run.kernels.fused or ()):
+        yield Remark(("kernels.fused",), "fused LoRA kernels are Unsloth's")
+    if kind in PEFT_METHODS:
+        how = f"only LoRA has keys: pass get_peft_model(model, config) with peft's own config of {kind}"
+        yield Remark((KIND, "method.options"), how)
+    if run.optimizer.name == "muon":
+        how = "transformers has no muon: pass torch.optim.Muon as optimizers"
+        yield Remark(("optimizer.name",), how)
 
 
 TRL = Framework(
@@ -165,13 +167,5 @@ TRL = Framework(
         Key("num_processes", PARALLEL),
         shared_keys.SEGMENTS,
     ),
-    (
-        *shared_keys.REMARKS,
-        Remark(("kernels.loss",), _loss_remark),
-        Remark(("method.quantization.kbit_preparation",), _preparation_remark),
-        Remark(("parallelism.strategy",), _fsdp1_remark),
-        Remark(("kernels.fused",), _lora_kernels_remark),
-        Remark((KIND, "method.options"), shared_keys.other_adapters_remark),
-        Remark(("optimizer.name",), _muon_remark),
-    ),
+    _remarks,
 )

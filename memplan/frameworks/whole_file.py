@@ -1,14 +1,14 @@
-"""Tables of the keys of a complete config file, and how a run is written as one.
+"""Complete config files and commands, and how a run is written as one.
 
-Unlike `memplan.frameworks.change_table`, which writes a change, these tables write every key that has a value.
+Unlike `memplan.frameworks.change_table`, which writes a change, a complete file has every key that has a value.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.records import NamedTuple
 from memplan.frameworks.change_table import Value, yaml
 from memplan.spec.run import RunSpec
@@ -21,17 +21,6 @@ class Nodes(NamedTuple):
     gpus: int
 
 
-class FileKey(NamedTuple):
-    """A key of the file.
-
-    key    its path, with dots between sections
-    value  its value for a run on some nodes; None writes nothing
-    """
-
-    key: str
-    value: Callable[[RunSpec, Nodes], Value]
-
-
 class FileFormat(NamedTuple):
     """A framework's file or command.
 
@@ -40,8 +29,8 @@ class FileFormat(NamedTuple):
     source               version and files it was read from
     strategies           the strategies it supports
     unsupported_degrees  the degrees it does not support, which must be 1
-    keys                 its keys
-    remarks              comments on a run; an empty text writes none
+    keys                 key -> value, for a run on some nodes; dots in keys divide sections, and None writes nothing
+    remarks              comments on a run
     write                writes the text from values and comments
     """
 
@@ -50,8 +39,8 @@ class FileFormat(NamedTuple):
     source: str
     strategies: tuple[str, ...]
     unsupported_degrees: tuple[str, ...]
-    keys: tuple[FileKey, ...]
-    remarks: tuple[Callable[[RunSpec], str], ...]
+    keys: Callable[[RunSpec, Nodes], Mapping[str, Value]]
+    remarks: Callable[[RunSpec], Iterable[str]]
     write: Callable[[Mapping[str, Value], list[str], RunSpec, Nodes], str]
 
     def check(self, degrees: Mapping[str, int | None], strategy: str | None) -> None:
@@ -59,37 +48,19 @@ class FileFormat(NamedTuple):
         for degree in self.unsupported_degrees:
             if degrees.get(degree) not in (None, 1):
                 field = f"parallelism.{degree}"
-                raise SpecError(f"{field}: {self.title} has no {degree}, so {degrees[degree]} cannot be written", field)
+                raise refused(field, f"{self.title} has no {degree}, so {degrees[degree]} cannot be written")
         if strategy not in (None, "none", *self.strategies):
             field = "parallelism.strategy"
             supported = ", ".join(self.strategies)
-            raise SpecError(f"{field}: {self.title} has no {strategy}; it has {supported}", field)
-
-
-def constant(value: Value) -> Callable[[RunSpec, Nodes], Value]:
-    """Return a value that is the same for every run."""
-    return lambda run, nodes: value
-
-
-def of_run(value: Callable[[RunSpec], Value]) -> Callable[[RunSpec, Nodes], Value]:
-    """Return a value that does not depend on the nodes."""
-    return lambda run, nodes: value(run)
-
-
-def only_if(
-    holds: Callable[[RunSpec], bool], value: Callable[[RunSpec, Nodes], Value]
-) -> Callable[[RunSpec, Nodes], Value]:
-    """Return `value` for runs that satisfy `holds`, else None."""
-    return lambda run, nodes: value(run, nodes) if holds(run) else None
+            raise refused(field, f"{self.title} has no {strategy}; it has {supported}")
 
 
 def write_file(framework: FileFormat, run: RunSpec, nodes: Nodes) -> str:
     """Return the text of the file. Raises SpecError if the framework does not support the run."""
     p = run.parallelism
     framework.check({degree: getattr(p, degree) for degree in framework.unsupported_degrees}, p.strategy)
-    values = {key.key: key.value(run, nodes) for key in framework.keys}
-    remarks = list(filter(None, (remark(run) for remark in framework.remarks)))
-    return framework.write({key: value for key, value in values.items() if value is not None}, remarks, run, nodes)
+    values = {key: value for key, value in framework.keys(run, nodes).items() if value is not None}
+    return framework.write(values, list(framework.remarks(run)), run, nodes)
 
 
 def nested(values: Mapping[str, Value]) -> dict[str, Any]:
@@ -135,15 +106,10 @@ def sequences(run: RunSpec) -> int:
     return run.batch.micro * run.batch.accumulation * run.parallelism.dp
 
 
-def counted_as(profile: str) -> Callable[[RunSpec], str]:
-    """Return a remark for runs whose memory was counted with another framework's profile."""
-
-    def says(run: RunSpec) -> str:
-        if run.profile.startswith(profile):
-            return ""
-        return f"memplan counted memory as {run.profile} uses it; --profile {profile} counts this framework's"
-
-    return says
+def profile_remark(run: RunSpec, profile: str) -> Iterator[str]:
+    """Yield a remark if the run's memory was counted with another framework's profile."""
+    if not run.profile.startswith(profile):
+        yield f"memplan counted memory as {run.profile} uses it; --profile {profile} counts this framework's"
 
 
 def head_node(nodes: Nodes) -> list[str]:

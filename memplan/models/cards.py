@@ -11,7 +11,8 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any, Protocol, cast
 
-from memplan.core.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, printable
+from memplan.core.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, nearest, printable
+from memplan.core.files import open_file
 from memplan.core.frozen import FrozenDict
 from memplan.core.package_data import data_path
 from memplan.core.records import NamedTuple
@@ -39,7 +40,8 @@ def card_folder() -> Path:
 @cache
 def card_names() -> tuple[str, ...]:
     """Return the names of the bundled cards, sorted."""
-    return tuple(sorted(path.stem for path in card_folder().glob("*.toml")))
+    names = os.listdir(card_folder())  # noqa: PTH208 (a Path for each card takes longer than the rest)
+    return tuple(sorted(name.removesuffix(".toml") for name in names if name.endswith(".toml")))
 
 
 def find_model(model: str | InlineConfig, online: bool = False) -> ModelSpec:
@@ -89,6 +91,11 @@ def facts_of(model: str, online: bool = False) -> PublishedModel:
     return PublishedModel(_card_config(card), None, card["source"], card["hf_id"], card.get("licence", ""))
 
 
+def is_bundled(model: str) -> bool:
+    """Whether a name or an id is that of a bundled card."""
+    return isinstance(_locate(model, online=False), str)
+
+
 def _locate(model: str, online: bool) -> str | PublishedModel:
     """Return the name of the card that `model` means, or the facts it leads to."""
     model = re.sub(_ADDRESS, r"\2", model)
@@ -103,7 +110,7 @@ def _locate(model: str, online: bool) -> str | PublishedModel:
         return _from_hub(model)
     if "/" not in model:
         _refuse_other_format(model)
-        raise UnknownNameError("model", model, (*card_names(), *_aliases()))
+        raise UnknownNameError("model", model, _similar(model), ranked=True)
     found = _from_hub_cache(model) or _mirrored(model)
     if found is None:
         _refuse_other_format(model)
@@ -135,17 +142,43 @@ def _mirrored(hf_id: str) -> str | None:
     return copies.pop() if len(copies) == 1 else None
 
 
+def other_format(model: str) -> tuple[str, str] | None:
+    """Return the card that a name of a checkpoint in another format means, and the options that say the format."""
+    for end, options in _OTHER_FORMATS.items():
+        if model.lower().endswith(end):
+            base = model[: -len(end)]
+            card = _card_name(base) or _mirrored(base)
+            if card is not None:
+                return card, options
+    return None
+
+
 def _refuse_other_format(model: str) -> None:
     """Raise FactsMissingError if the name is that of a known model in another format."""
-    for end, options in _OTHER_FORMATS.items():
-        base = model[: -len(end)]
-        card = (_card_name(base) or _mirrored(base)) if model.lower().endswith(end) else None
-        if card is not None:
-            raise FactsMissingError(
-                f"model: no config.json of '{printable(model, _MAX_SHOWN)}', which is {card} in another format; write "
-                f"memplan {card} {options}, or ask the Hub with --online",
-                "model",
-            )
+    found = other_format(model)
+    if found is not None:
+        card, options = found
+        raise FactsMissingError(
+            f"model: no config.json of '{printable(model, _MAX_SHOWN)}', which is {card} in another format; write "
+            f"memplan {card} {options}, or ask the Hub with --online",
+            "model",
+        )
+
+
+def _similar(model: str) -> list[str]:
+    """Return names like a wrong one, one for each card: first the cards that begin it, or that it begins."""
+    names = nearest(model, (*card_names(), *_aliases()), _MOST_SIMILAR)
+    letters = _letters(model.lower())
+    within = [name for name in card_names() if letters.startswith(_letters(name)) and len(name) > _MIN_NAME]
+    begun = [name for name in card_names() if _letters(name).startswith(letters)]
+    by_card: dict[str | None, str] = {}
+    for name in (*sorted(within, key=len, reverse=True), *sorted(begun, key=len), *names):
+        by_card.setdefault(_card_name(name), name)
+    return [*by_card.values()]
+
+
+_MOST_SIMILAR = 9  # names, several of which may be of one card
+_MIN_NAME = 5  # letters of a card's name that a longer name is of
 
 
 _FILES = (".json", *WEIGHTS)
@@ -278,7 +311,7 @@ def _letters(name: str) -> str:
 def _read_json(path: Path) -> Mapping[str, Any]:
     where = printable(str(path), _MAX_SHOWN)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             raw = file.read(_MAX_CONFIG_BYTES + 1)  # a limit, because a device may be endless
         text = raw.decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError):

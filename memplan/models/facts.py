@@ -61,12 +61,14 @@ class LengthFacts(NamedTuple):
     learned  positions are looked up in a table, so longer sequences cannot run
     longest  longest sequence, if not `max_position_embeddings`
     fixed    fixed sequence length of an image or audio encoder: patches or frames
+    window   the attention window, if it is not a key of the config
     target   longest decoder sequence of an encoder-decoder; returns None if it has no position table
     """
 
     learned: bool = False
     longest: Callable[[ModelFacts], int] | None = None
     fixed: Callable[[ModelFacts], int] | None = None
+    window: Callable[[ModelFacts], int] | None = None
     target: Callable[[ModelFacts], int | None] | None = None
 
 
@@ -114,6 +116,7 @@ class Family(NamedTuple):
     axes        additional axes for shapes, on top of those of `ModelFacts.axes`
     kv_heads    the number of key/value heads, if no key of the config gives it
     built_as    model_type whose classes transformers builds from this config instead
+    wraps       model_type of its decoder, which `text_config` may name otherwise; "" if it has one decoder of its own
     objectives  supported objectives (`memplan.models.objectives`), the default first
     acts        supported activations, by transformers' names, if not those of all gated or ungated MLPs
     gated       its MLPs have a gate; else two matrices with an activation between them
@@ -135,6 +138,7 @@ class Family(NamedTuple):
     axes: Callable[[ModelFacts], Mapping[str, int]] | None = None
     kv_heads: Callable[[ModelFacts, int | None], int] | None = None
     built_as: str = ""
+    wraps: str = ""
     objectives: tuple[str, ...] = ("causal_lm",)
     acts: tuple[str, ...] = ()
     gated: bool = True
@@ -308,6 +312,8 @@ class ModelFacts:
     @cached_property
     def sliding_window(self) -> int | None:
         """The attention window, or None if the model has none."""
+        if self.family.lengths.window is not None:
+            return self.family.lengths.window(self)
         key = self._names.get("sliding_window", ("sliding_window",))[0]
         if key not in self._defaults:
             return None

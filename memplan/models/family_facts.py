@@ -17,6 +17,7 @@ Cache = Literal[
     "attention",
     "chunked",
     "compressed",
+    "convolution",
     "cross_layers",
     "delta",
     "indexed_blocks",

@@ -6,16 +6,19 @@ HF_HUB_OFFLINE, timeouts). It is imported only here, and only when needed. No co
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError, FactsMissingError, printable
 from memplan.core.records import NamedTuple
 from memplan.models.headers import Checkpoint, StoredTensor, tensors_of
+from memplan.models.hub_limits import limited, within
 
-_TIMEOUT = 20.0  # seconds for the Hub to list a repository's files
+_TIMEOUT = 20.0  # seconds for the Hub to list a repository's files, or send its config
+_HEADERS_TIMEOUT = 60.0  # seconds for the headers of all files of weights
 _MAX_CONFIG = 2**24  # bytes of a config.json
 _MAX_INDEX = 2**25  # bytes of an index of shards
 _MAX_FILES = 1000  # safetensors files whose headers are fetched, with one or two requests each
@@ -65,20 +68,30 @@ def fetch(name: str) -> Repository:
         try:
             api: Any = huggingface_hub.HfApi()
             with _in_one_line(name):
-                info: Any = api.model_info(hf_id, revision=revision, timeout=_TIMEOUT, files_metadata=True)
+                info: Any = _asked(
+                    hf_id, lambda: api.model_info(hf_id, revision=revision, timeout=_TIMEOUT, files_metadata=True)
+                )
         except OfflineModeIsEnabled:
             return _offline(name, "HF_HUB_OFFLINE is set")
         sizes = {str(file.rfilename): file.size for file in info.siblings or ()}
         commit = str(info.sha or "")
         _check_config(name, sizes)
         with _in_one_line(name):
-            config = Path(api.hf_hub_download(hf_id, "config.json", revision=revision))
+            config = Path(_asked(hf_id, lambda: api.hf_hub_download(hf_id, "config.json", revision=revision)))
         where = f"{hf_id}@{commit[:12]}"
         checkpoint = _headers(api, hf_id, commit or revision, sizes, where)
     licence: object = getattr(info.card_data, "license", None)
     license_name: object = getattr(info.card_data, "license_name", None)
     shown = license_name if licence == "other" and isinstance(license_name, str) else licence
     return Repository(config, checkpoint, commit, shown if isinstance(shown, str) else "")
+
+
+def _asked(hf_id: str, ask: Callable[[], Any], seconds: float | None = None) -> Any:
+    """Return the answer of `ask`, limited in bytes and in seconds. Raises TimeoutError or FactsMissingError."""
+    import huggingface_hub
+
+    with limited(huggingface_hub.get_session(), hf_id, _MAX_INDEX):
+        return within(_TIMEOUT if seconds is None else seconds, ask)
 
 
 def _check_config(name: str, sizes: Mapping[str, Any]) -> None:
@@ -105,7 +118,8 @@ def _headers(api: Any, hf_id: str, revision: str | None, sizes: Mapping[str, Any
         return Checkpoint(where, why_not=f"there are {len(shards):,} files of weights", remote=True)
     try:
         with _in_one_line(hf_id):
-            metadata: Any = api.get_safetensors_metadata(hf_id, revision=revision)
+            ask = partial(api.get_safetensors_metadata, hf_id, revision=revision)
+            metadata: Any = _asked(hf_id, ask, _HEADERS_TIMEOUT)
     except FactsMissingError as error:
         return Checkpoint(where, why_not=str(error).removeprefix("model: "), remote=True)
     tensors: list[StoredTensor] = []

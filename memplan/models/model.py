@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
-from memplan.models.configs import family
+from memplan.models.configs import around, family
 from memplan.models.configs.model_types import model_type_of
 from memplan.models.facts import ModelFacts
 from memplan.models.headers import Checkpoint
@@ -32,7 +32,12 @@ class ModelSpec(ModelFacts):
         Raises ConfigError for a missing key or an invalid size, UnsupportedModelError for an unsupported model.
         """
         model_type = model_type_of(config)
-        super().__init__(config, model_type, family(model_type), name, published, checkpoint)
+        row = family(model_type)
+        text: object = config.get("text_config")
+        if row.wraps:
+            inner: Mapping[str, Any] = cast(Any, text) if isinstance(text, Mapping) else {}
+            row = around(model_type, model_type_of({"model_type": row.wraps, **inner}))
+        super().__init__(config, model_type, row, name, published, checkpoint)
 
     def narrowed(self, heads: int, key_value_heads: int, intermediate_size: int, vocab_size: int) -> ModelSpec:
         """Return the model with other numbers of heads, FFN width and vocabulary, and the same `head_dim`."""
@@ -56,3 +61,21 @@ def with_objective(model: ModelSpec, objective: str | None) -> ModelSpec:
     if objective is None or objective == model.objective:
         return model
     return ModelSpec(config_for_objective(model.config, objective, model.objectives), model.name, model.card)
+
+
+@lru_cache(maxsize=128)
+def without_dropout(model: ModelSpec) -> ModelSpec:
+    """Return the model with every dropout probability set to 0, as in evaluation."""
+
+    def zeroed(config: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: zeroed(cast(Mapping[str, Any], value))
+            if isinstance(value, Mapping)
+            else 0.0
+            if isinstance(value, (int, float)) and value and ("dropout" in key or "pdrop" in key)
+            else value
+            for key, value in config.items()
+        }
+
+    config = zeroed(model.config)
+    return model if config == model.config else ModelSpec(config, model.name, model.card, model.checkpoint)

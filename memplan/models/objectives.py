@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, cast
 
-from memplan.core.errors import SpecError, UnsupportedModelError
+from memplan.core.errors import UnsupportedModelError, refused
 
 Objective = Literal[
     "causal_lm",
@@ -35,9 +35,9 @@ _ENDINGS: dict[str, tuple[str, ...]] = {
 # `modules_to_save=["classifier"]`.
 # Source: peft 0.21 peft_model.py PeftModelForSequenceClassification, PeftModelForTokenClassification.
 _CLASSIFIES = ("sequence_classification", "token_classification", "image_classification")
-# Objectives of decoders that have a class for sequence classification and reward models.
+# Objectives of decoders that have a class for sequence classification and reward models, and of embedding models.
 # Source: transformers 5.24 modeling_layers.py GenericForSequenceClassification.
-CLASSIFIER = ("causal_lm", "sequence_classification")
+CLASSIFIER = ("causal_lm", "sequence_classification", "feature_extraction")
 _OTHER_HEADS = ("QuestionAnswering", "MultipleChoice", "Reward")
 _MAX_SHOWN = 80  # characters of a name that an error message repeats
 
@@ -60,7 +60,7 @@ def objective_of(config: Mapping[str, Any], able: tuple[str, ...]) -> str:
     if not isinstance(names, (list, tuple)) or not names:
         return able[0]
     name = str(cast(tuple[Any, ...], names)[0])
-    named = next((o for o, endings in _ENDINGS.items() if any(name.endswith(end) for end in endings)), "")
+    named = objective_named(name)
     if named in able:
         return named
     decodes = able[0] == "causal_lm" and named not in _CLASSIFIES and not any(head in name for head in _OTHER_HEADS)
@@ -71,12 +71,22 @@ def objective_of(config: Mapping[str, Any], able: tuple[str, ...]) -> str:
     )
 
 
+def objective_named(name: str, sees: bool = False) -> str:
+    """Return the objective of a class of transformers by its name; "" if it is none of these.
+
+    `sees`: it is a vision-language model, whose conditional generation is that of a decoder.
+    """
+    if any(head in name for head in _OTHER_HEADS):
+        return ""
+    named = next((o for o, endings in _ENDINGS.items() if any(name.endswith(end) for end in endings)), "")
+    return "causal_lm" if named == "seq2seq_lm" and sees else named
+
+
 def config_for_objective(config: Mapping[str, Any], objective: str, able: tuple[str, ...]) -> dict[str, Any]:
     """Return the config with `architectures` set for `objective`. Raises SpecError if its family has no such class."""
     if objective not in able:
-        raise SpecError(
-            f"objective: {objective} is not supported for model_type {config.get('model_type')}; "
-            f"supported: {', '.join(able)}",
+        raise refused(
             "objective",
+            f"{objective} is not supported for model_type {config.get('model_type')}; supported: {', '.join(able)}",
         )
     return {**config, "architectures": [_ENDINGS[objective][0]]}

@@ -15,7 +15,7 @@ from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.planning.levers import ATTENTION, FIRST, sequence_of, spread, with_fields
 from memplan.planning.offers import CardFilter, Offer, offers
-from memplan.planning.plan import Time, time_between
+from memplan.planning.plan import Time, plan, time_between
 from memplan.planning.reach import largest_sequence, smaller_models
 from memplan.planning.trials import attempt, needed_gpu
 from memplan.spec.run import RunSpec, changed
@@ -82,14 +82,13 @@ def advise(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None 
     needed_gpu(run)
     plain = _plain(run)
     table = _Table(plain, demand, calibration)
-    full = _step(
-        "Full fine-tuning",
-        "Can every weight be trained here?",
-        [table.choice(option) for option in _full(plain)],
-        demand,
+    options = [table.choice(option) for option in _full(plain)]
+    tried = table.with_levers(options, _Option("pure bf16", plain, ("precision_pure",)))
+    full = _step("Full fine-tuning", "Can every weight be trained here?", tried, demand)
+    lora, qlora = (
+        _step(title, f"Can adapters be trained on {bits}-bit weights?", table.adapters(plain, kind), demand)
+        for title, bits, kind in (("LoRA", 16, "lora"), ("QLoRA", 4, "qlora"))
     )
-    lora = _step("LoRA", "Can adapters be trained on 16-bit weights?", list(table.ranked(plain, "lora")), demand)
-    qlora = _step("QLoRA", "Can adapters be trained on 4-bit weights?", list(table.ranked(plain, "qlora")), demand)
     steps = (full, lora, qlora)
     if any(step.answer == "yes" for step in steps):
         last = AdviceStep(_OTHER, _OTHER_QUESTION, "not needed", "an earlier step has an option that fits", ())
@@ -166,6 +165,33 @@ class _Table:
                     break
             yield last
 
+    def adapters(self, plain: RunSpec, kind: str) -> list[AdviceOption | None]:
+        """Return `ranked`, and if none fits the changes that make the default adapters fit."""
+        method = Method.model_validate({"kind": kind, "rank": RANKS[-1]})
+        costs = ("method_lora", "method_qlora")[: 1 + kind.startswith("q")]
+        option = _Option(f"rank {RANKS[-1]}", plain.model_copy(update={"method": method}), costs)
+        return self.with_levers(list(self.ranked(plain, kind)), option)
+
+    def with_levers(self, tried: list[AdviceOption | None], option: _Option) -> list[AdviceOption | None]:
+        """Return the options tried, and if none of them fits the mildest changes that make `option` fit."""
+        if any(choice is not None and choice.fits for choice in tried) or not any(tried):
+            return tried
+        demand = self._demand
+        found = plan(
+            option.run,
+            headroom=demand.headroom,
+            tight=demand.tight,
+            most=1,
+            calibration=self._calibration,
+            without=_OF_OTHER_STEPS,
+        )
+        if found.best is None:
+            return tried
+        levers = found.best.levers
+        titles = ", ".join([option.title, *(lever.title for lever in levers)])
+        costs = (*option.costs, *(key for lever in levers for key in lever.keys))
+        return [*tried, self.choice(_Option(titles, found.best.run, costs))]
+
     def others(self, plain: RunSpec) -> Iterator[AdviceOption | None]:
         """Yield QLoRA with a smaller model, with shorter sequences, on two cards, and on a rented card."""
         qlora = plain.model_copy(update={"method": Method.model_validate("qlora")})
@@ -190,6 +216,7 @@ class _Table:
         return choice
 
 
+_OF_OTHER_STEPS = ("method", "gpus", "sequence", "batch")  # groups of levers
 _PRICED = CardFilter(usd_per_hour=inf)  # any card with a dated price
 
 

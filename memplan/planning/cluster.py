@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.links import network, node_link
 from memplan.catalogue.parallelism.sharding import STAGES, STRATEGIES
-from memplan.core.errors import MemplanError, SpecError
+from memplan.core.errors import MemplanError, SpecError, refused
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import FITS, Demand
@@ -113,11 +113,11 @@ def cluster_of(gpu: GPU, nodes: int, each: int, gbps: float | None = None) -> Cl
     """
     for field, n in (("nodes", nodes), ("gpus", each)):
         if n < 1:
-            raise SpecError(f"{field}: must be at least 1, not {n:,}", field)
+            raise refused(field, f"must be at least 1, not {n:,}")
     if nodes * each > MOST_GPUS:
-        raise SpecError(f"nodes: {nodes:,} x {each:,} GPUs are more than {MOST_GPUS:,}", "nodes")
+        raise refused("nodes", f"{nodes:,} x {each:,} GPUs are more than {MOST_GPUS:,}")
     if gbps is not None and not 0 < gbps < 1e6:
-        raise SpecError(f"network_gbps: must be more than 0 and less than a million, not {gbps:g}", "network_gbps")
+        raise refused("network_gbps", f"must be more than 0 and less than a million, not {gbps:g}")
     return Cluster(gpu, nodes, each, node_link(gpu, each), network(gpu, gbps))
 
 
@@ -374,19 +374,19 @@ def _no_grid(run: RunSpec, model: ModelSpec, cluster: Cluster, pinned: FixedDegr
             problems.append(f"pp {asked:,} is more than {model.num_hidden_layers:,} layers")
         first = first or (f"parallelism.{name}" if problems else "")
     if problems:
-        return SpecError(f"{first}: {'; '.join(problems)}", first)
+        return refused(first, f"{'; '.join(problems)}")
     degrees = {name: int(getattr(pinned, name) or 1) for name in ("tp", "pp", "cp")}
     taken = prod(degrees.values())
     factors = " x ".join(f"{name} {n:,}" for name, n in degrees.items())
     if world % taken:
         field = "parallelism.world"
-        return SpecError(f"{field}: {size} are not a multiple of {factors} = {taken:,}", field)
+        return refused(field, f"{size} are not a multiple of {factors} = {taken:,}")
     field = "global_batch" if pinned.sequences else "batch.micro"
     experts = f", and ep {pinned.ep:,} must divide dp x cp" if pinned.ep else ""
-    return SpecError(
-        f"{field}: {sequences:,} sequences a step do not divide into micro-batches of {run.batch.micro:,} for any dp: "
-        f"of {size}, {factors} leave {world // taken:,}{experts}",
+    return refused(
         field,
+        f"{sequences:,} sequences a step do not divide into micro-batches of {run.batch.micro:,} for any dp: "
+        f"of {size}, {factors} leave {world // taken:,}{experts}",
     )
 
 

@@ -9,7 +9,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, cast
 
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.frozen import FrozenDict, frozen
 from memplan.core.records import NamedTuple
 from memplan.core.version import __version__
@@ -74,7 +74,7 @@ def compare(runs: Sequence[RunSpec]) -> Comparison:
 def compare_answers(answers: Sequence[Estimate]) -> Comparison:
     """Compare existing answers with the first of them. Raises SpecError for fewer than two."""
     if len(answers) < 2:
-        raise SpecError(f"runs: a comparison takes two or more, not {len(answers)}", "runs")
+        raise refused("runs", f"a comparison takes two or more, not {len(answers)}")
     first = answers[0]
     return Comparison(
         tuple(answers),

@@ -18,7 +18,7 @@ from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.profiles.engines import find_engine
 from memplan.catalogue.quantization.inference_formats import UNPACKED
 from memplan.catalogue.quantization.weight_formats import FormatChoice, formats
-from memplan.core.errors import MemplanError, SpecError
+from memplan.core.errors import MemplanError, refused
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import FITS, Demand
@@ -264,7 +264,7 @@ class _Share(NamedTuple):
 
 def _check(run: RunSpec) -> None:
     if run.task != "generate":
-        raise SpecError(f"task: requests and speed are only known for generate, not {run.task}", "task")
+        raise refused("task", f"requests and speed are only known for generate, not {run.task}")
 
 
 class _Base(NamedTuple):

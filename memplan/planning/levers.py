@@ -16,12 +16,13 @@ from memplan.models.cards import find_config
 from memplan.models.peft_methods import has_rank
 from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Offload
-from memplan.spec.run import RunSpec, changed
+from memplan.spec.run import NEWEST, RunSpec, changed
 from memplan.spec.training import Method, Precision
 
 Fields = tuple[tuple[str, Any], ...]  # (path of a run's field, new value)
 
 
+STACKS = ("unsloth", "trl", "axolotl", "llamafactory", "ms-swift", "transformers")
 _MORE_HARDWARE_TIER = 4  # above every severity
 
 
@@ -63,7 +64,11 @@ def with_fields(run: RunSpec, fields: Iterable[tuple[str, Any]]) -> RunSpec:
     """Return the run with the fields set. Raises SpecError if the resulting run is invalid."""
     parts: dict[str, dict[str, Any]] = {}
     for path, value in fields:
-        part, field, *within = path.split(".")
+        part, *inner = path.split(".")
+        if not inner:  # a field of the run itself
+            run = RunSpec.model_validate({**dict(run), part: value})
+            continue
+        field, *within = inner
         values = parts.setdefault(part, {})
         if within:  # merge with what an earlier field set in the same nested part
             values[field] = {**dict(values.get(field) or getattr(getattr(run, part), field)), within[0]: value}
@@ -85,12 +90,14 @@ def levers_of(run: RunSpec) -> tuple[Lever, ...]:
         *_evaluation(run),
         *_optimizer(run),
         *_loss(run),
+        *_reference(run),
         *_attention(run),
         *_checkpointing(run),
         *_micro_batch(run),
         *_offload(run),
         *_more_gpus(run),
         *_double_quant(run),
+        *_experts(run),
         *_precision(run),
         *_method(run),
         *_rank(run),
@@ -98,6 +105,22 @@ def levers_of(run: RunSpec) -> tuple[Lever, ...]:
         *_sequence(run),
     ]
     return tuple(sorted(levers, key=lambda lever: lever.tier))
+
+
+# Stacks that quantise each expert of a mixture apart, where the newest ones keep all in one 16-bit tensor.
+_WITH_SEPARATE_EXPERTS = ("unsloth-2025", "transformers-4.51", "llamafactory-0.9", "axolotl-0.12")
+
+
+def stacks_of(run: RunSpec, newest: bool = False) -> Iterator[Lever]:
+    """Yield a lever for each other stack that may run the decided run on one GPU, or only for the newest of each."""
+    if run.parallelism.world > 1 or not run.profile.startswith(STACKS):
+        return
+    profiles = [NEWEST[stack] for stack in STACKS if not run.profile.startswith(stack)]
+    if not newest and any("experts" in key for key in find_config(run.model)):
+        profiles += _WITH_SEPARATE_EXPERTS
+    for profile in profiles:
+        if profile != run.profile:
+            yield _lever("stack", profile, "stack", ("profile", profile))
 
 
 def _lever(key: str, title: str, group: str, *fields: tuple[str, Any]) -> Lever:
@@ -131,7 +154,20 @@ def _optimizer(run: RunSpec) -> Iterator[Lever]:
         yield _lever("in_backward", "the optimizer's step in backward", "in backward", field)
 
 
+def _reference(run: RunSpec) -> Iterator[Lever]:
+    if run.reference == "copy" and run.method.kind in ADAPTERS:
+        yield _lever("reference_adapters", "adapters as the reference", "reference", ("reference", "adapters"))
+    if run.reference in ("copy", "adapters"):
+        precomputed = ("reference", "precomputed")
+        yield _lever("reference_precomputed", "a precomputed reference", "reference", precomputed)
+
+
 def _loss(run: RunSpec) -> Iterator[Lever]:
+    if run.trainer != "sft":
+        if run.trainer == "dpo" and run.profile.startswith("trl-") and run.kernels.loss == "hf":
+            tiled = (("kernels.loss", None), ("profile", NEWEST["trl"]))
+            yield _lever("tiled_loss", f"a tiled loss ({NEWEST['trl']})", "loss", *tiled)
+        return
     if run.kernels.loss == "hf":
         yield _lever("chunked_loss", "a chunked loss", "loss", ("kernels.loss", "chunked"))
     if run.kernels.loss in ("hf", "chunked"):
@@ -236,6 +272,15 @@ def _double_quant(run: RunSpec) -> Iterator[Lever]:
     if q is not None and q.format in ("nf4", "fp4") and not q.double_quant:
         double = Quantization.model_validate({**dict(q), "double_quant": True})
         yield _lever("double_quant", "double quantisation", "quantisation", ("method.quantization", double))
+
+
+def _experts(run: RunSpec) -> Iterator[Lever]:
+    q = run.method.quantization
+    stacked = any("experts" in key for key in find_config(run.model)) and run.parallelism.strategy in ("none", "ddp")
+    if q is not None and q.format in ("nf4", "fp4") and not q.experts and stacked and run.method.kind == "qlora":
+        without = ", without adapters" * (run.method.targets == "all-linear")
+        field = ("method.quantization.experts", True)
+        yield _lever("quantize_experts", f"quantised experts{without}", "quantisation", field)
 
 
 def _precision(run: RunSpec) -> Iterator[Lever]:

@@ -1,4 +1,4 @@
-"""What to buy or rent: the catalogued cards, counts and strategies that hold a run, cheapest first.
+"""What to own or rent: the catalogued cards, counts and strategies that hold a run, cheapest first.
 
 The search uses bounds: cards that run the same kernels share one estimate, and the least and most that torch may
 reserve are compared with each card's memory. Every card that is finally offered has been estimated in full.
@@ -10,14 +10,15 @@ import heapq
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from math import inf
-from typing import TYPE_CHECKING, get_args
+from math import inf, log2
+from typing import TYPE_CHECKING, Literal
 
-from memplan.catalogue.hardware.gpu import GPU, Market
+from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.catalogue.profiles.costs import cost_of
-from memplan.core.errors import MemplanError, SpecError
+from memplan.core.errors import MemplanError, refused
 from memplan.core.records import NamedTuple
+from memplan.core.units import GIB
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
 COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
+IN_ONE_MACHINE = {"own": 4, "rent": 8}  # cards; offers of more are looked for if none of fewer holds the run
+_LEAST_FREE = GIB // 20  # of a card that is offered: less is shown as 0.0 GiB
 _NO_STRATEGY = "none"
-MARKETS: tuple[str, ...] = get_args(Market)
 
 
 class OwnedCards(NamedTuple):
@@ -48,7 +50,9 @@ class CardFilter(NamedTuple):
     memory             least and most usable bytes of one card
     usd_per_hour       most that all cards together may cost; excludes cards without a dated price
     owned              only these cards, and at most these counts
-    counts             numbers of cards to try
+    counts             numbers of cards to try; empty for those of one machine, and then for more to rent
+    to                 what the offers are ranked for: own, by list price, with cards that have one; or rent, by the
+                       price of a million tokens
     """
 
     vendors: tuple[str, ...] = ()
@@ -56,7 +60,17 @@ class CardFilter(NamedTuple):
     memory: tuple[int | None, int | None] = (None, None)
     usd_per_hour: float | None = None
     owned: tuple[OwnedCards, ...] = ()
-    counts: tuple[int, ...] = COUNTS
+    counts: tuple[int, ...] = ()
+    to: Literal["own", "rent"] = "rent"
+
+    @property
+    def tiers(self) -> tuple[tuple[int, ...], ...]:
+        """The numbers of cards to try, and those to try if none of the former holds the run."""
+        if self.counts or self.owned:
+            return (self.counts,)
+        most = IN_ONE_MACHINE[self.to]
+        machine, more = tuple(n for n in COUNTS if n <= most), tuple(n for n in COUNTS if n > most)
+        return (machine, more) if self.to == "rent" else (machine,)
 
 
 ANY = CardFilter()
@@ -118,43 +132,64 @@ def offers(
     demand: Demand = FITS,
     calibration: Calibration | None = None,
 ) -> Offers:
-    """Return up to `most` offers, ordered by the price of a million tokens, then unpriced ones by time.
+    """Return up to `most` offers, in the order of `wanted.to`; to rent, unpriced ones follow by time.
 
     Each card is offered in the smallest count that holds the run, or in every such count if `each` is true, with the
-    strategy that communicates least. The run's own GPU and degrees are ignored. `tokens` is the size of the data set.
+    strategy that communicates least. Among offers of about the same price the one of fewest cards comes first. The
+    run's own GPU and degrees are ignored. `tokens` is the size of the data set.
 
     Raises SpecError if no card matches `wanted`, and whatever `estimate` raises for the run.
     """
     bare = with_fields(run.model_copy(update={"gpu": None}), spread(run, 1, _NO_STRATEGY))
     estimate(bare)
     kinds = _Kinds(bare, demand)
-    queue: list[tuple[tuple[float, float, float, str], int, _Candidate, Iterator[_Candidate]]] = []
+    missed: list[NearestMiss] = []
+    for tier in wanted.tiers:
+        found = _offers(kinds, wanted._replace(counts=tier), tokens, most, each, calibration, missed)
+        if found:
+            return Offers(tuple(found), kinds.considered, None)
+    misses = [*missed, *((kinds.nearest,) if kinds.nearest is not None else ())]
+    return Offers((), kinds.considered, min(misses, key=lambda miss: miss.short_by, default=None))
+
+
+def _offers(
+    kinds: _Kinds,
+    wanted: CardFilter,
+    tokens: int | None,
+    most: int,
+    each: bool,
+    calibration: Calibration | None,
+    missed: list[NearestMiss],
+) -> list[Offer]:
+    """Return the offers, and add what misses the demand to `missed`."""
+    queue: list[tuple[tuple[float | str, ...], int, _Candidate, Iterator[_Candidate]]] = []
     numbers = itertools.count()
+    order = _by_list_price if wanted.to == "own" else _by_tokens
 
     def push(choices: Iterator[_Candidate]) -> None:
         choice = next(choices, None)
         if choice is not None:
-            heapq.heappush(queue, (_order(choice), next(numbers), choice, choices))
+            heapq.heappush(queue, (order(choice), next(numbers), choice, choices))
 
     for gpu, counts in wanted_cards(wanted):
         for group in [(n,) for n in counts] if each else [counts]:
             push(_candidates(kinds, gpu, group, wanted, tokens))
     found: list[Offer] = []
-    missed: list[tuple[_Candidate, Estimate]] = []
     while queue and len(found) < most:
         _, _, choice, more = heapq.heappop(queue)
-        answer = _on(bare, choice.gpu, choice.count, choice.strategy, calibration)
-        if answer is not None and demand.met(answer):
+        answer = _on(kinds.run, choice.gpu, choice.count, choice.strategy, calibration)
+        if answer is not None and kinds.demand.met(answer) and _has_room(answer, wanted):
             found.append(Offer(*choice[:3], answer, *choice[3:]))
             continue
         if answer is not None:
-            missed.append((choice, answer))
+            missed.append(_miss(choice, answer, kinds.demand))
         push(more)
-    if found:
-        return Offers(tuple(found), kinds.considered, None)
-    misses = [_miss(choice, answer, demand) for choice, answer in missed]
-    misses += [kinds.nearest] if kinds.nearest is not None else []
-    return Offers((), kinds.considered, min(misses, key=lambda miss: miss.short_by, default=None))
+    return found
+
+
+def _has_room(answer: Estimate, wanted: CardFilter) -> bool:
+    """Whether a card that is offered leaves some memory free; cards that the user has need not."""
+    return bool(wanted.owned) or (answer.verdict.headroom or 0) >= _LEAST_FREE
 
 
 class _Candidate(NamedTuple):
@@ -173,8 +208,8 @@ class _Kinds:
     """The run on each kind of card. Cards of one compute capability run the same kernels, so they share one answer."""
 
     def __init__(self, run: RunSpec, demand: Demand) -> None:
-        self._run = run
-        self._demand = demand
+        self.run = run
+        self.demand = demand
         self._answers: dict[tuple[tuple[int, int] | None, int, str], Estimate | None] = {}
         self._works: dict[tuple[int, int] | None, Work | None] = {}
         self._considered: set[tuple[str, int, str]] = set()
@@ -190,12 +225,12 @@ class _Kinds:
         self._considered.add((gpu.name, count, strategy))
         key = (gpu.compute_capability, count, strategy)
         if key not in self._answers:
-            self._answers[key] = _on(self._run, gpu, count, strategy, None)
+            self._answers[key] = _on(self.run, gpu, count, strategy, None)
         answer = self._answers[key]
         if answer is None:
             return False
-        told = self._demand.fits_card_of(answer, gpu.usable)
-        short_by = answer.least + self._demand.headroom - gpu.usable
+        told = self.demand.fits_card_of(answer, gpu.usable)
+        short_by = answer.least + self.demand.headroom - gpu.usable
         if told is False and (self.nearest is None or short_by < self.nearest.short_by):
             self.nearest = NearestMiss(gpu, count, strategy, short_by)
         return told
@@ -204,7 +239,7 @@ class _Kinds:
         key = gpu.compute_capability
         if key not in self._works:
             try:
-                self._works[key] = work(self._run.model_copy(update={"gpu": gpu.name}))
+                self._works[key] = work(self.run.model_copy(update={"gpu": gpu.name}))
             except MemplanError:
                 self._works[key] = None
         return self._works[key]
@@ -263,12 +298,24 @@ def _with_communication(seconds: Range, count: int) -> Range:
     return Range(seconds.low * row.low, seconds.usual * (row.low + row.high) / 2, seconds.high * row.high)
 
 
-def _order(choice: _Candidate) -> tuple[float, float, float, str]:
-    """Sort key: cheapest first, then fastest, then least memory."""
+def _by_tokens(choice: _Candidate) -> tuple[float | str, ...]:
+    """Sort key to rent: about the price of a million tokens, fewest cards, that price, time, memory."""
     million = choice.million
     usd = million.usd.usual if million is not None and million.usd is not None else inf
     seconds = million.seconds.usual if million is not None else inf
-    return usd, seconds, choice.gpu.usable * choice.count, choice.gpu.name
+    return _about(usd), choice.count * (usd < inf), usd, seconds, choice.gpu.usable * choice.count, choice.gpu.name
+
+
+def _by_list_price(choice: _Candidate) -> tuple[float | str, ...]:
+    """Sort key to own: about the list price of all cards, fewest cards, that price, watts, memory."""
+    gpu, count = choice.gpu, choice.count
+    usd = (gpu.launch_usd or inf) * count
+    return _about(usd), count, usd, (gpu.tdp_watts or 0) * count, -gpu.usable, gpu.name
+
+
+def _about(usd: float) -> float:
+    """Return the price in steps of a fifth: within one, a person prefers fewer cards."""
+    return round(4 * log2(usd)) if 0 < usd < inf else usd
 
 
 def wanted_cards(wanted: CardFilter) -> Iterator[tuple[GPU, tuple[int, ...]]]:
@@ -276,10 +323,10 @@ def wanted_cards(wanted: CardFilter) -> Iterator[tuple[GPU, tuple[int, ...]]]:
     if wanted.owned:
         cards = [(owned.gpu, tuple(n for n in range(1, owned.count + 1))) for owned in wanted.owned]
     else:
-        cards = [(gpu, wanted.counts) for gpu in all_gpus()]
+        cards = [(gpu, wanted.counts or COUNTS) for gpu in all_gpus()]
     least, most = wanted.memory
     if least is not None and most is not None and least > most:
-        raise SpecError(f"memory: the least, {least:,} bytes, is more than the most, {most:,} bytes", "memory")
+        raise refused("memory", f"the least, {least:,} bytes, is more than the most, {most:,} bytes")
     found = [
         (gpu, counts)
         for gpu, counts in cards
@@ -287,9 +334,10 @@ def wanted_cards(wanted: CardFilter) -> Iterator[tuple[GPU, tuple[int, ...]]]:
         and (not wanted.markets or gpu.market in wanted.markets)
         and (least is None or gpu.usable >= least)
         and (most is None or gpu.usable <= most)
+        and (wanted.to == "rent" or wanted.owned or (gpu.launch_usd is not None and gpu.slots is not None))
     ]
     if not found:
-        raise SpecError("buy: no catalogued card matches; drop one of vendor, market or memory", "buy")
+        raise refused("buy", "no catalogued card matches; drop one of vendor, market or memory")
     yield from found
 
 
@@ -302,6 +350,6 @@ def parse_owned_cards(text: str) -> tuple[OwnedCards, ...]:
     for item in text.split(","):
         found = re.fullmatch(r"\s*(?:(\d{1,6})\s*[x×*]\s*)?(\S.*?)\s*", item, re.IGNORECASE)
         if found is None or (found[1] is not None and int(found[1]) == 0):
-            raise SpecError(f"have: {item!r:.80} is not a count and a card; write for example 2x3090,1xa100", "have")
+            raise refused("have", f"{item!r:.80} is not a count and a card; write for example 2x3090,1xa100")
         out.append(OwnedCards(find_gpu(found[2]), int(found[1] or 1)))
     return tuple(out)

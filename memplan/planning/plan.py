@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.profiles.costs import LeverCost
 from memplan.core.cached_property import cached_property
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate, phase_peaks
 from memplan.estimate.demand import Demand
 from memplan.estimate.estimate import estimate
 from memplan.planning.levers import Lever, levers_of
-from memplan.planning.search import Set, Trials, cheapest, strongest
+from memplan.planning.search import Set, Trials, cheapest, strongest, under_other_stacks
 from memplan.planning.step_time import ratio, work
 from memplan.spec.run import RunSpec
 
@@ -143,11 +143,15 @@ class Plan:
                 the run already meets it, or nothing does
     nearest     all levers that lower the peak together, if nothing meets it
     tried       number of runs that were estimated
+    is_partial  whether the search was interrupted, and the proposals are those that it had
     """
 
-    def __init__(self, trials: Trials, levers: tuple[Lever, ...], proposals: tuple[Proposal, ...]) -> None:
+    def __init__(
+        self, trials: Trials, levers: tuple[Lever, ...], proposals: tuple[Proposal, ...], is_partial: bool = False
+    ) -> None:
         self._trials = trials
         self._levers = levers
+        self.is_partial = is_partial
         self.proposals = proposals
         self.demand = trials.demand
         self.tried = len(trials)
@@ -188,27 +192,42 @@ def plan(
     most: int = 2,
     calibration: Calibration | None = None,
     levers: Callable[[RunSpec], tuple[Lever, ...]] = levers_of,
+    without: Sequence[str] = (),
 ) -> Plan:
     """Find the cheapest changes that make the run fit its GPU with `headroom` bytes free.
 
     Proposes the mildest lever of every group that suffices alone, and up to `most` sets of several levers for each
-    degree of change in the result. If `tight` is true, a tight verdict counts as fitting. Every proposal has been
-    estimated in full. `levers` returns the levers of the decided run, mildest first.
+    degree of change in the result; if there are none, the same under other training stacks. If `tight` is true, a
+    tight verdict counts as fitting. Every proposal has been estimated in full. `levers` returns the levers of the
+    decided run, mildest first; groups in `without` are left out.
 
     Raises SpecError if the run names no GPU or does not train, or if the headroom is more than the GPU has, and
     whatever `estimate` raises.
     """
     if run.task != "train":
-        raise SpecError(f"task: levers are for training; use memplan.questions for {run.task}", "task")
+        raise refused("task", f"levers are for training; use memplan.questions for {run.task}")
     answer = estimate(run, calibration)
     if answer.gpu is None:
-        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
+        raise refused("gpu", "needed to tell what fits; name one")
     demand = Demand(tight, headroom)
     demand.check(find_gpu(answer.gpu.name))
     trials = Trials(run, demand, calibration)
-    all_levers = levers(answer.run)
-    sets: list[Set] = [] if trials.fits(()) else cheapest(trials, all_levers, most)
-    return Plan(trials, all_levers, tuple(Proposal(trials, pulled) for pulled in ranked(sets, all_levers)))
+    all_levers = tuple(lever for lever in levers(answer.run) if lever.group not in without)
+    sets: list[Set] = []
+    is_partial = False
+    try:
+        if not trials.fits(()):
+            sets = cheapest(trials, all_levers, most)
+            if not sets and levers is levers_of:
+                sets = under_other_stacks(trials, most, without)
+    except KeyboardInterrupt:
+        sets, is_partial = trials.fitting()[:_MOST_KEPT], True
+    all_levers += tuple(dict.fromkeys(lever for pulled in sets for lever in pulled if lever not in all_levers))
+    proposals = tuple(Proposal(trials, pulled) for pulled in ranked(sets, all_levers))
+    return Plan(trials, all_levers, proposals, is_partial)
+
+
+_MOST_KEPT = 4  # proposals of a search that was stopped
 
 
 def ranked(sets: list[Set], levers: tuple[Lever, ...]) -> list[Set]:

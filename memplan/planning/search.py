@@ -16,8 +16,8 @@ from memplan.core.errors import MemplanError
 from memplan.estimate.answer import Estimate, phase_peaks
 from memplan.estimate.demand import Demand
 from memplan.estimate.training import cannot_fit
-from memplan.planning.levers import Lever, levers_of, pull, sequence_of
-from memplan.planning.trials import attempt
+from memplan.planning.levers import Lever, levers_of, pull, sequence_of, stacks_of
+from memplan.planning.trials import MAX_VALUE, attempt
 from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
 
@@ -53,6 +53,10 @@ class Trials:
     def fits(self, levers: Iterable[Lever]) -> bool:
         answer = self.answer(levers)
         return answer is not None and self.demand.met(answer)
+
+    def fitting(self) -> list[Set]:
+        """Return the sets that were tried and fit, fewest levers first."""
+        return sorted((tuple(key) for key in self._answers if key and self.fits(key)), key=len)
 
     def may_fit(self, levers: Iterable[Lever]) -> bool:
         """Whether the set may fit, judged without an estimate. Cheaper than `fits`."""
@@ -93,6 +97,29 @@ def cheapest(trials: Trials, levers: Sequence[Lever], most: int) -> list[Set]:
             sets += [pulled] if pulled and not _covers(pulled, found, levers) else []
         found += sets
     return [_with_longest_sequence(trials, pulled) for pulled in found]
+
+
+def under_other_stacks(trials: Trials, most: int, without: Sequence[str] = ()) -> list[Set]:
+    """Return up to `most` other stacks under which the run meets the demand, or else the stack that takes least with
+    the changes that it needs in addition; empty if nothing meets it."""
+    base = trials.answer(())
+    assert base is not None
+    stacks = [lever for lever in stacks_of(base.run) if trials.answer((lever,)) is not None]
+    found: list[Set] = [(lever,) for lever in stacks if trials.fits((lever,))]
+    if found or not stacks:
+        return found[:most]
+
+    def least(lever: Lever) -> int:
+        answer = trials.answer((lever,))
+        return answer.least if answer is not None else MAX_VALUE
+
+    stack = min(stacks, key=least)
+    run = pull(trials.run, (stack,))
+    answer = trials.answer((stack,))
+    assert answer is not None
+    inner = Trials(run, trials.demand, answer.calibration)
+    levers = [lever for lever in levers_of(answer.run) if lever.group not in without]
+    return [(stack, *pulled) for pulled in cheapest(inner, levers, 1)][:most]
 
 
 def strongest(trials: Trials, levers: Iterable[Lever]) -> Set:

@@ -146,7 +146,7 @@ def _work(decided: ResolvedRun) -> Work:
         parts[q.part] += operations * times
         products.append(Product(q.dtype, q.attention, operations, values.of(q.bytes), times))
     return Work(
-        tokens=b.micro * b.sequence * b.accumulation,
+        tokens=axes["b"] * b.sequence * b.accumulation,
         **parts,
         products=tuple(products),
         moved=values.of(per_pass.rest) * b.accumulation,

@@ -30,7 +30,6 @@ from memplan.models.configs.images import picture_of, takes_images
 from memplan.program.axes import run_axes
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
-from memplan.program.training.passes import PHASES
 from memplan.program.training.program import Program, phase_offsets, program
 from memplan.resolve.batches import check_batch
 from memplan.resolve.decide import decide
@@ -44,7 +43,7 @@ if TYPE_CHECKING:
 
     from memplan.estimate.calibration import Calibration
 
-STEP_PHASES = ("load", *PHASES, "step", "eval", "generate", "save", "merge")
+STEP_PHASES = ("load", "forward", "loss", "backward", "step", "eval", "generate", "save", "merge", "reference")
 FITS, TIGHT, DOES_NOT_FIT = range(len(BY_MEMORY))
 UNCLEAR, CANNOT_RUN = 3, 4
 FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
@@ -285,13 +284,13 @@ class _Walk:
 
         p = program(decided.structure)
         self._program, self._decided, self._target = p, decided, target
-        no_gradients = dict.fromkeys(PHASES, 0)
+        no_gradients = dict.fromkeys(p.accumulated, 0)
         passes = [(p.moments.first, no_gradients)] + (
             [(p.moments.later, p.accumulated)] if p.structure.accumulates else []
         )
         self._terms: list[tuple[str, slice, int]] = []  # per phase and pass: rows of its moments, constant bytes
         rows: list[tuple[int, ...]] = []
-        for phase in PHASES:
+        for phase in p.accumulated:
             for terms, constant in passes:
                 start = len(rows)
                 rows += [term.coefficients for term in terms[phase]]

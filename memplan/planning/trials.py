@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.core.errors import MemplanError, SpecError
+from memplan.core.doing import note
+from memplan.core.errors import MemplanError, refused
 from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import estimate
 from memplan.spec.run import RunSpec
@@ -21,7 +22,9 @@ MAX_VALUE = 2**32  # ends a search for a run that takes no memory
 def attempt(run: RunSpec | Callable[[], RunSpec], calibration: Calibration | None = None) -> Estimate | None:
     """Return the estimate of a run, or of the run that a function builds; None if memplan refuses it."""
     try:
-        return estimate(run if isinstance(run, RunSpec) else run(), calibration)
+        run = run if isinstance(run, RunSpec) else run()
+        note(f"estimating {run.model if isinstance(run.model, str) else 'a config'} under {run.profile}")
+        return estimate(run, calibration)
     except MemplanError:
         return None
 
@@ -29,7 +32,7 @@ def attempt(run: RunSpec | Callable[[], RunSpec], calibration: Calibration | Non
 def needed_gpu(run: RunSpec) -> GPU:
     """Return the run's GPU. Raises SpecError if it names none."""
     if run.gpu is None:
-        raise SpecError("gpu: needed to tell what fits; name one", "gpu")
+        raise refused("gpu", "needed to tell what fits; name one")
     return find_gpu(run.gpu)
 
 

@@ -28,11 +28,12 @@ from memplan.models.cards import PublishedModel, facts_of, find_config
 from memplan.models.gguf import parameters_in
 from memplan.models.headers import Checkpoint
 from memplan.probe import limits
+from memplan.probe.libraries import objective_of
 from memplan.probe.refusals import checked_run, refuse_several
 from memplan.probe.run import cache
 from memplan.probe.run.trace import TracedPhase, TracedRun, TracedStorage, Tracer, read, replayed
 from memplan.resolve.card import find_card
-from memplan.resolve.decide import fill_defaults, objective_of
+from memplan.resolve.decide import fill_defaults
 from memplan.resolve.notes import checkpoint_notes
 from memplan.spec.generation import InlineModel
 from memplan.spec.run import RunSpec
@@ -297,16 +298,33 @@ class TraceWalk(Walk):
 
     def moments(self) -> Iterator[Phase]:
         """Yield the allocated bytes at every local maximum of the last traced step."""
+        for name, phase, event in self._maxima():
+            size = self.traced.allocated[event] + self._workspaces(name)
+            yield Phase(name, None, size, self._place(phase, event))
+
+    def kinds(self) -> Iterator[Mapping[str, int]]:
+        held: Counter[str] = Counter()
+        before = 0
+        for name, _, event in self._maxima():
+            for at in self.traced.events[before : event + 1]:
+                storage = self.traced.storages[at if at >= 0 else ~at]
+                held[storage.kind] += storage.bytes if at >= 0 else -storage.bytes
+            before = event + 1
+            yield held + Counter(other=self._workspaces(name))
+
+    def _maxima(self) -> Iterator[tuple[str, str, int]]:
+        """Yield memplan's and the trace's name of the phase and the event of each moment of the timeline."""
         traced = self.traced
         last = max(phase.step for phase in traced.phases)
         for phase in traced.phases:
             if phase.step not in (0, last) or phase.phase == "load":
                 continue
-            name = _PHASES.get(phase.phase, phase.phase)
             for event, following in pairwise(range(phase.start, min(phase.end + 1, len(traced.events)))):
                 if traced.events[event] >= 0 > traced.events[following]:
-                    size = traced.allocated[event] + self._handles(name, last) * self._workspace
-                    yield Phase(name, None, size, self._place(phase.phase, event))
+                    yield _PHASES.get(phase.phase, phase.phase), phase.phase, event
+
+    def _workspaces(self, phase: str) -> int:
+        return self._handles(phase, max(phase.step for phase in self.traced.phases)) * self._workspace
 
 
 _PHASES = {"clip": "step"}

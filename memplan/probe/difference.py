@@ -97,9 +97,9 @@ def _iter_pairs(traced: TracedRun, answer: Estimate) -> Iterator[_Pair]:
             if phase.step in (None, min(step, 2)) and (phase.phase in ("load", *_ASIDES)) == (step == 0):
                 estimated[phase.phase] = i
         if ("loss", step) not in traced_phases and estimated.keys() >= {"forward", "loss"}:
-            # the traced model computes its loss inside forward
-            loss = estimated.pop("loss")
-            estimated["forward"] = max(estimated["forward"], loss, key=lambda i: answer.phases[i].peak)
+            # the traced model, or its trainer with a reference model, computes the loss inside forward
+            inside = [estimated.pop(name) for name in ("loss", "reference") if name in estimated]
+            estimated["forward"] = max(estimated["forward"], *inside, key=lambda i: answer.phases[i].peak)
         for name, i in estimated.items():
             names = {**_SAME, **_STEP}[name]
             candidates = [p for p in traced.phases if p.phase in names and p.step == step]

@@ -7,12 +7,19 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+from collections.abc import Iterable, Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from memplan.core.errors import ProbeError, nearest
+from memplan.models.cards import find_config
+from memplan.models.configs import MODULES
+from memplan.models.objectives import objective_named
+from memplan.resolve.decide import objective_of as decided_objective
+from memplan.spec.run import RunSpec
 
 NAMES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate")
+LISTED = (*NAMES, "trl")  # whose versions a trace names
 QUIET = {
     "HF_HUB_OFFLINE": "1",  # the config is enough; nothing needs to be downloaded
     "TRANSFORMERS_VERBOSITY": "error",
@@ -47,7 +54,7 @@ def library(name: str) -> Any:
 def versions() -> dict[str, str]:
     """Return the versions of the installed libraries by name."""
     installed: dict[str, str] = {}
-    for name in NAMES:
+    for name in LISTED:
         try:
             installed[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
@@ -71,6 +78,44 @@ _CLASSES = {
 }
 
 
+def class_named(config: Mapping[str, Any]) -> str:
+    """Return the name of the class that the config's `architectures` names, or else the first of transformers' tables.
+
+    "" if the installed transformers has no such class. One for several losses of pretraining is a masked language model
+    here, whose labels are the tokens.
+    """
+    auto, listed = library("transformers.models.auto.modeling_auto"), config.get("architectures")
+    tables = (getattr(auto, f"MODEL_{kind}MAPPING_NAMES", {}) for kind in _TABLES)
+    names: tuple[Any, ...] = tuple(cast(Iterable[Any], listed)) if isinstance(listed, (list, tuple)) else ()
+    names = (*names, *(table.get(config.get("model_type"), "") for table in tables))
+    named = (str(n) for n in names if n and not str(n).endswith("ForPreTraining"))
+    return next((n for n in named if hasattr(library("transformers"), n)), "")
+
+
+_TABLES = (  # the middle of their names, in the order they are looked up
+    *("FOR_SEQ_TO_SEQ_CAUSAL_LM_", "FOR_MASKED_LM_", "FOR_IMAGE_TEXT_TO_TEXT_", "FOR_CAUSAL_LM_"),
+    *("FOR_SPEECH_SEQ_2_SEQ_", "FOR_IMAGE_CLASSIFICATION_", ""),
+)
+
+
+def objective_of(run: RunSpec) -> str:
+    """Return the objective of the run's model: that of the class that its config names, if memplan has no stack for it.
+
+    Raises ProbeError for a class whose labels a probe cannot make.
+    """
+    config = find_config(run.model)
+    if run.objective is not None or config.get("model_type") in MODULES:
+        return decided_objective(run)
+    name = class_named(config)
+    if not name:
+        return "causal_lm"
+    objective = objective_named(name, sees=bool(config.get("vision_config")))
+    if objective not in _CLASSES:
+        known = ", ".join(_CLASSES)
+        raise ProbeError(f"architectures: a probe makes no labels for {name:.80}; objectives it runs: {known}", "model")
+    return objective
+
+
 def model_class(model_type: str, sees: bool = False, objective: str = "causal_lm") -> str:
     """Return the name of transformers' auto class that builds the model for the objective.
 
@@ -79,7 +124,8 @@ def model_class(model_type: str, sees: bool = False, objective: str = "causal_lm
     """
     auto = library("transformers.models.auto.modeling_auto")
     images: Any = getattr(auto, "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", {})
-    if sees and model_type in images:
+    is_listed = objective == "causal_lm" and model_type not in auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES  # Mistral 4
+    if (sees or is_listed) and model_type in images:
         return "AutoModelForImageTextToText"
     if objective == "seq2seq_lm" and model_type in auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES:
         return "AutoModelForSpeechSeq2Seq"

@@ -5,10 +5,12 @@ from __future__ import annotations
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS
-from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError, nearest
+from memplan.catalogue.profiles.profile_table import known_name
+from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError, nearest, refused
 from memplan.models.cards import find_config, find_model
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.resolve.decide import fill_from_profile
+from memplan.resolve.defaults import adapted_experts, complete_method
 from memplan.resolve.parallelism import check_product
 from memplan.resolve.peft_options import lora_options
 from memplan.resolve.quantized_checkpoint import method_for_training
@@ -41,35 +43,62 @@ OPTIMIZER_NAMES = (*TORCH, "adafactor", *BITSANDBYTES, "none")
 
 def checked_run(run: RunSpec) -> RunSpec:
     """Return the run with its defaults filled in. Raises SpecError or UnknownNameError if the script cannot run it."""
-    if not run.profile.startswith("transformers-"):
-        raise SpecError(
-            f"profile: a probe runs transformers' own step, with the libraries that are installed; {run.profile} is "
-            "another framework's",
+    if run.trainer != "sft":
+        _refuse_trl(run)
+    elif not run.profile.startswith("transformers-"):
+        raise refused(
             "profile",
+            f"a probe runs transformers' own step, with the libraries that are installed; {run.profile} is "
+            "another framework's",
         )
     run = fill_from_profile(run)
     _refuse(run)
     if run.also.merging is not None and run.also.merging.model == "reloaded":
-        raise SpecError(
-            "also.merging: a probe merges into the model that it trained; probe a run without quantisation",
-            "also.merging",
-        )
+        raise refused("also.merging", "a probe merges into the model that it trained; probe a run without quantisation")
     if run.parallelism.world > 1 and (run.also.saving is not None or run.also.merging is not None):
-        raise SpecError("also: a probe saves and merges on one GPU only", "also")
+        raise refused("also", "a probe saves and merges on one GPU only")
     e = run.also.evaluation
     if run.parallelism.world > 1 and e is not None and e.kept_batches:
-        raise SpecError(
-            "also.evaluation.kept_batches: a probe keeps logits on one GPU only", "also.evaluation.kept_batches"
-        )
+        raise refused("also.evaluation.kept_batches", "a probe keeps logits on one GPU only")
     return run
+
+
+def _refuse_trl(run: RunSpec) -> None:
+    """Refuse runs that the installed TRL's trainer does not run, or with what the probe does not set there."""
+    from importlib.metadata import version
+
+    from memplan.probe.libraries import require
+
+    if not run.profile.startswith("trl-"):
+        raise SpecError(f"profile: a probe of {run.trainer} runs TRL's trainer, not {run.profile}'s", "profile")
+    require("trl")
+    installed = f"trl-{version('trl')}"
+    if known_name(installed) != known_name(run.profile):
+        raise SpecError(
+            f"profile: {installed} is installed, which {known_name(installed)} stands for, not {run.profile}", "profile"
+        )
+    defaults = RunSpec(model=run.model)
+    for part, fields in _NOT_SET.items():
+        for field in fields:
+            if getattr(getattr(run, part), field) != getattr(getattr(defaults, part), field):
+                raise SpecError(f"{part}.{field}: a probe of {run.trainer} does not set it in TRL", f"{part}.{field}")
+    if run.parallelism != defaults.parallelism or run.also != defaults.also:
+        part = "parallelism" if run.parallelism != defaults.parallelism else "also"
+        raise SpecError(f"{part}: a probe of {run.trainer} runs steps on one GPU only", part)
+
+
+_NOT_SET = {
+    "kernels": ("loss", "fused", "reentrant"),
+    "batch": ("accumulation", "images"),
+    "loop": ("hold_outputs", "padded", "grad_scaler"),
+    "optimizer": ("in_backward", "state_dtype"),
+}
 
 
 def refuse_several(run: RunSpec, what: str) -> None:
     """Raise SpecError for a run on several GPUs: only `memplan probe --trace` shows one of its ranks."""
     if run.parallelism.world > 1:
-        raise SpecError(
-            f"parallelism: {what} covers one GPU; memplan probe --trace shows one rank of several", "parallelism"
-        )
+        raise refused("parallelism", f"{what} covers one GPU; memplan probe --trace shows one rank of several")
 
 
 def _refuse(run: RunSpec) -> None:
@@ -77,21 +106,18 @@ def _refuse(run: RunSpec) -> None:
     _parallelism(run)
     tp, cp = run.parallelism.tp, run.parallelism.cp
     if run.batch.sequence % ((2 * cp if run.parallelism.context == "ring" else cp) if cp > 1 else 1):
-        raise SpecError(f"parallelism.cp: {2 * cp} slices do not divide {run.batch.sequence} tokens", "parallelism.cp")
+        raise refused("parallelism.cp", f"{2 * cp} slices do not divide {run.batch.sequence} tokens")
     if tp > 1 and (offload.optimizer or run.optimizer.in_backward or run.method.quantization is not None):
-        raise SpecError(
-            f"parallelism.tp: a probe cannot run {tp} ranks with an optimizer on the host or in backward, or with "
-            "quantised weights",
+        raise refused(
             "parallelism.tp",
+            f"a probe cannot run {tp} ranks with an optimizer on the host or in backward, or with quantised weights",
         )
     if offload.optimizer:
         refuse(optimizer_offload(str(run.optimizer.name)))
         if run.loop.grad_scaler:
-            raise SpecError(
-                "loop.grad_scaler: a probe scales no losses for an optimizer on the host", "loop.grad_scaler"
-            )
+            raise refused("loop.grad_scaler", "a probe scales no losses for an optimizer on the host")
     if run.task != "generate" and run.batch.new_tokens:
-        raise SpecError("batch.new_tokens: only task generate makes new tokens", "batch.new_tokens")
+        raise refused("batch.new_tokens", "only task generate makes new tokens")
     _optimizer(run)
     _kernels(run)
     _precision(run)
@@ -108,9 +134,13 @@ def _refuse(run: RunSpec) -> None:
         if q.storage != "uint8" and run.parallelism.world == 1:
             raise _not_run("method.quantization.storage", q.storage, "uint8")
         if run.method.kind in ("full", "freeze", "lora", "dora") and run.task == "train":
-            raise SpecError(
-                f"method.quantization: {run.method.kind} trains no quantised weights; use qlora or qdora",
-                "method.quantization",
+            raise refused("method.quantization", f"{run.method.kind} trains no quantised weights; use qlora or qdora")
+        model = find_model(run.model)
+        if q.experts and adapted_experts(model, complete_method(run.method, model)):
+            raise refused(
+                "method.targets",
+                "peft by itself finds no quantised experts, as Axolotl's patches let it; name only linear layers to "
+                "trace them",
             )
     for error in lora_options(run.method) if run.method.kind not in PEFT_METHODS else ():
         raise error
@@ -132,9 +162,7 @@ def _parallelism(run: RunSpec) -> None:
         raise wrong
     if run.task != "train" and (p.device_map is not None or 1 < p.pp == p.world):
         if run.method.quantization is not None:
-            raise SpecError(
-                "method.quantization: a probe places only unquantised weights by a device_map", "method.quantization"
-            )
+            raise refused("method.quantization", "a probe places only unquantised weights by a device_map")
         return
     ep = p.ep if p.ep == p.tp else 1  # tensor-parallel ranks may also divide the experts
     if (
@@ -143,18 +171,17 @@ def _parallelism(run: RunSpec) -> None:
     ):
         return
     if p.dp != p.world:
-        raise SpecError(
-            "parallelism: a probe runs on one GPU, or as one rank of data, tensor or context parallelism, but not of a "
-            "combination",
+        raise refused(
             "parallelism",
+            "a probe runs on one GPU, or as one rank of data, tensor or context parallelism, but not of a combination",
         )
     if p.dp > 1 and p.strategy not in _STRATEGIES:
         raise _not_run("parallelism.strategy", p.strategy, ", ".join(_STRATEGIES))
     if p.ep > 1 and (p.ep != p.dp or p.strategy != "fsdp2" or run.precision.autocast or run.method.kind != "full"):
-        raise SpecError(
-            f"parallelism.ep: a probe runs {p.ep} expert-parallel ranks only with tp of the same degree, or with dp of "
-            "the same degree in full training under fsdp2 without autocast",
+        raise refused(
             "parallelism.ep",
+            f"a probe runs {p.ep} expert-parallel ranks only with tp of the same degree, or with dp of "
+            "the same degree in full training under fsdp2 without autocast",
         )
     if run.task != "train" and p.dp > 1:
         raise _not_run("task", run.task, "train, on several GPUs")
@@ -182,23 +209,17 @@ def _optimizer(run: RunSpec) -> None:
         if o.name not in OPTIMIZERS:
             raise UnknownNameError("optimizer.name", str(o.name), OPTIMIZER_NAMES)
         near = " or ".join(nearest(str(o.name), OPTIMIZER_NAMES, 2))
-        raise SpecError(f"optimizer.name: a probe does not run {o.name}; it runs {near}, for example", "optimizer.name")
+        raise refused("optimizer.name", f"a probe does not run {o.name}; it runs {near}, for example")
     if o.state_dtype is not None:
-        raise SpecError(
-            f"optimizer.state_dtype: {o.name} decides that itself; a probe does not set it", "optimizer.state_dtype"
-        )
+        raise refused("optimizer.state_dtype", f"{o.name} decides that itself; a probe does not set it")
     if o.foreach is not None and o.name not in ("adamw_torch", "sgd", "adagrad", "rmsprop"):
-        raise SpecError(f"optimizer.foreach: {o.name} has no foreach step to turn on or off", "optimizer.foreach")
+        raise refused("optimizer.foreach", f"{o.name} has no foreach step to turn on or off")
     if o.momentum and o.name not in ("sgd", "rmsprop"):
-        raise SpecError(
-            f"optimizer.momentum: {o.name} has no momentum to set; only sgd and rmsprop have", "optimizer.momentum"
-        )
+        raise refused("optimizer.momentum", f"{o.name} has no momentum to set; only sgd and rmsprop have")
     if o.in_backward and run.batch.accumulation > 1:
-        raise SpecError("optimizer.in_backward: needs batch.accumulation 1", "optimizer.in_backward")
+        raise refused("optimizer.in_backward", "needs batch.accumulation 1")
     if o.in_backward and run.loop.grad_scaler:
-        raise SpecError(
-            "loop.grad_scaler: cannot scale gradients that optimizer.in_backward uses up", "loop.grad_scaler"
-        )
+        raise refused("loop.grad_scaler", "cannot scale gradients that optimizer.in_backward uses up")
 
 
 def _kernels(run: RunSpec) -> None:
@@ -218,7 +239,7 @@ def _precision(run: RunSpec) -> None:
     if p.compute in ("fp8", "float8"):
         raise _not_run("precision.compute", p.compute, "bf16, fp16, fp32")
     if p.autocast and p.compute == "fp32":
-        raise SpecError("precision.compute: autocast computes in bf16 or fp16, not fp32", "precision.compute")
+        raise refused("precision.compute", "autocast computes in bf16 or fp16, not fp32")
     for field in ("grads", "master"):
         if getattr(p, field) not in (None, p.weights if field == "grads" else None):
             raise SpecError(
@@ -228,4 +249,4 @@ def _precision(run: RunSpec) -> None:
 
 
 def _not_run(field: str, value: object, known: str) -> SpecError:
-    return SpecError(f"{field}: a probe does not run {value!r}; it runs {known}", field)
+    return refused(field, f"a probe does not run {value!r}; it runs {known}")

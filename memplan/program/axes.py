@@ -92,7 +92,8 @@ def axes_of(
 ) -> dict[str, Size]:
     """Return the axes of a run of the graph, including every axis in `needs`. Other arguments as of `run_axes`."""
     degrees = graph.degrees
-    b, s = micro, -(-sequence // degrees.cp) + graph.recipe.virtual_tokens
+    rows_of_one = 1 if graph.trainer is None else graph.trainer.rows
+    b, s = micro * rows_of_one, -(-sequence // degrees.cp) + graph.recipe.virtual_tokens
     tokens = b * s
     m = graph.model
     rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
@@ -349,7 +350,7 @@ def _cross_attention(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Tokens of one chunk of torchtune's loss (`lc`) and of Liger's (`fc`); chunks and tiles of TRL's losses."""
+    """Tokens of torchtune's chunks (`lc`, and the last two) and of Liger's (`fc`); chunks and tiles of TRL's losses."""
     rows, by = run.b * (run.s - 1), run.by
     if "nll_tokens" in run.needs:
         yield "nll_tokens", by.least(rows, NLL_CHUNK)
@@ -363,8 +364,18 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
     for kind in ("frozen", "trained"):
         if f"fused_logits_{kind}" in run.needs:
             yield from _fused_chunks(run, rows, kind)
+    if not run.needs.isdisjoint(("row_tokens", "half_tokens", "half_rows", "entropy_rows", "chosen_copied")):
+        yield "row_tokens", run.s - 1
+        yield "half_tokens", run.b * run.s // 2
+        yield "half_rows", rows // 2
+        yield "chosen_copied", by.choose(run.b > 2, rows // 2, 0)
+        yield "entropy_rows", by.least(rows, 128)  # trl 1.13 trainer/utils.py entropy_from_logits: chunk_size
     if "lc" in run.needs:
-        yield "lc", -(-run.s // 8)
+        chunk = -(-run.s // 8)
+        yield "lc", chunk
+        yield from (
+            (f"lc_{name}", by.most(0, by.least(chunk, run.s - i * chunk))) for i, name in ((6, "next"), (7, "last"))
+        )
     if "fc" in run.needs:
         tokens = run.b * run.s
         chunk = -(-tokens // -(-run.model.vocab_size // run.model.hidden_size))
@@ -412,7 +423,7 @@ _DERIVATIONS: tuple[tuple[tuple[str, ...], _Derive], ...] = (
     (("key_blocks", "chosen_blocks", "block_keys", "padded_keys"), _blocks_of_keys),
     (("packed", "tower_", "grid_", "window_", "batched_"), _towers),
     (("seen_",), _cross_attention),
-    (("lc", "fc", "nll_", "tile_", "fused_"), _losses),
+    (("lc", "fc", "nll_", "tile_", "fused_", "row_", "half_", "entropy_", "chosen_copied"), _losses),
 )
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import lru_cache
 from math import prod
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Literal
 
-from memplan.catalogue import build
+from memplan.catalogue import build, with_trainer
 from memplan.catalogue.attention.old_rotary_tables import own_tables
 from memplan.catalogue.degrees import WHOLE, Degrees
 from memplan.catalogue.families import megatron
@@ -18,9 +19,9 @@ from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import losses
 from memplan.catalogue.kernels.fused import fuse
 from memplan.catalogue.kernels.rewriting import rewrite
-from memplan.catalogue.kernels.wiring import Wiring
+from memplan.catalogue.kernels.wiring import Trainer, Wiring
 from memplan.catalogue.methods.freezing import freeze
-from memplan.catalogue.methods.methods import Recipe, apply
+from memplan.catalogue.methods.methods import ADAPTERS, Recipe, apply
 from memplan.catalogue.methods.peft_layers import with_orthogonality
 from memplan.catalogue.parallelism import context_parallel, expert_parallel, pipeline_stages, tensor_parallel
 from memplan.catalogue.parallelism.device_maps import ModulePlacement, axes_of, axis_of, place_operations
@@ -33,11 +34,12 @@ from memplan.core.ir import Block, Division, Keep, Op, SavedTensors, Stack, Tens
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.copies import made_by, stream_of
+from memplan.engine.lowered import Lowered
 from memplan.engine.record import AllocationTrace, record, record_inference
-from memplan.engine.step import ExecutionOptions, Lowered, infer, lower
+from memplan.engine.step import ExecutionOptions, infer, lower
 from memplan.engine.walk import shared, size
 from memplan.engine.work import Call, work
-from memplan.models.model import ModelSpec
+from memplan.models.model import ModelSpec, without_dropout
 
 
 class Graph(NamedTuple):
@@ -61,7 +63,8 @@ class Graph(NamedTuple):
     fused                   names of the fused kernels
     casts_outputs           the model's output is cast to fp32
     code                    library that implements the model: transformers, litgpt, torchtitan
-    holds_previous_outputs  outputs and loss of one pass stay referenced into the next pass
+    holds_previous_outputs  the parts of one pass that the next still references: its `outputs`, until it has its
+                            own, or its outputs and loss with their `graph`
     input_requires_grad     the embeddings' output requires grad, as checkpointing makes it
     to_host                 the inputs of checkpointed blocks are kept in host memory
     saves                   how the tensors that autograd saves are kept in host memory, if they are
@@ -72,6 +75,7 @@ class Graph(NamedTuple):
     flattens_frozen         frozen weights share a flat parameter with adapters, so autograd computes their gradients
                             too
     placed                  device of each module, if one process spreads them over several GPUs or the host
+    trainer                 the trainer of TRL that computes the loss, with its reference; None for the model's own loss
     """
 
     model: ModelSpec
@@ -90,7 +94,7 @@ class Graph(NamedTuple):
     fused: tuple[str, ...] = ()
     casts_outputs: bool = False
     code: str = "transformers"
-    holds_previous_outputs: bool = False
+    holds_previous_outputs: Literal["", "outputs", "graph"] = ""
     input_requires_grad: bool = False
     to_host: bool = False
     saves: SavedTensors | None = None
@@ -100,6 +104,7 @@ class Graph(NamedTuple):
     inference: Pass | None = None
     flattens_frozen: bool = False
     placed: ModulePlacement | None = None
+    trainer: Trainer | None = None
 
 
 class TensorGroup(NamedTuple):
@@ -148,6 +153,14 @@ def total_bytes(groups: Iterable[TensorGroup]) -> int:
     return sum(group.bytes * group.copies for group in groups)
 
 
+def bytes_of_kinds(groups: Iterable[TensorGroup]) -> Counter[str]:
+    """Return the bytes of each kind of tensor."""
+    out: Counter[str] = Counter()
+    for group in groups:
+        out[group.kind] += group.bytes * group.copies
+    return out
+
+
 _ANY_RANK = 0  # adapters of every rank run the same operations, so all ranks share one lowering
 
 
@@ -182,6 +195,8 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if max(degrees.ep, degrees.etp, degrees.tp) > 1 and megatron.has_experts(model):
         model = megatron.with_divided_experts(model, degrees)
     axes = {**model.axes(), **part, "r": graph.rank}
+    if graph.trainer is not None and graph.trainer.name == "reward":
+        axes["c"] = 1  # a score
     stack = fuse(build(model, graph.wiring, graph.code), graph.fused)
     if graph.wiring.tables:
         stack = own_tables(stack, model.max_position_embeddings or 2048, recipe.weights, graph.wiring.tables)
@@ -216,6 +231,11 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if graph.hold_outputs:
         stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None
+    if graph.trainer is not None:
+        reference, mismatched = (
+            None if other is None else operations_of(other)[0] for other in (reference_of(graph), mismatched_of(graph))
+        )
+        return with_trainer(stack, graph.trainer, reference, mismatched, autocast), axes
     if graph.inference is not None and not graph.inference.evaluates:
         backend = graph.inference.loaded.backend
         if backend:
@@ -245,6 +265,48 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
 
 
+@lru_cache(maxsize=128)
+def reference_of(graph: Graph) -> Graph | None:
+    """Return the graph of the reference model that runs in a trainer's step, if one does: a copy of the model, or the
+    model itself without its adapters."""
+    trainer = graph.trainer
+    if trainer is None or not trainer.has_reference_pass:
+        return None
+    recipe, is_copy = graph.recipe, trainer.reference == "copy"
+    if recipe.kind in ADAPTERS or not trainer.trains_copy:  # the same weights without adapters, all of them frozen
+        kind = recipe.kind if recipe.kind in ADAPTERS else "lora"
+        recipe = recipe._replace(kind=kind, targets=(), saved=(), selection=None, bias="none", tokens=0, fused="")
+    if is_copy:
+        dtype = recipe.compute if trainer.copy_dtype == "compute" else recipe.weights
+        recipe = recipe._replace(preparation="", weights=dtype)
+    return _without_gradients(graph._replace(recipe=recipe))
+
+
+@lru_cache(maxsize=128)
+def mismatched_of(graph: Graph) -> Graph | None:
+    """Return the graph of the model's own first pass without gradients, if a trainer's step has one."""
+    has_one = graph.trainer is not None and graph.trainer.has_mismatched_pass
+    return _without_gradients(graph) if has_one else None
+
+
+def _without_gradients(graph: Graph) -> Graph:
+    """Return the graph of a trainer's model as it runs without gradients."""
+    assert graph.trainer is not None
+    return graph._replace(
+        recipe=graph.recipe._replace(dropout=False),
+        wiring=graph.wiring._replace(records=False, caches=False, checkpoints=False),
+        checkpoint=False,
+        input_requires_grad=False,
+        hold_outputs=False,
+        trainer=graph.trainer._replace(is_reference=True),
+    )
+
+
+def reference_copy(graph: Graph) -> Graph | None:
+    """Return the graph of the reference model if it is a copy, with weights of its own."""
+    return reference_of(graph) if graph.trainer is not None and graph.trainer.reference == "copy" else None
+
+
 def _with_last_input(after: tuple[Op, ...]) -> tuple[Op, ...]:
     """Let the first operation after the blocks also keep a tensor as large as its input until its backward.
 
@@ -254,24 +316,6 @@ def _with_last_input(after: tuple[Op, ...]) -> tuple[Op, ...]:
     kept = Tensor("last_checkpoint", "b s h", f"={op.reads[0]}")
     first = op._replace(writes=(*op.writes, kept), keeps=(*op.keeps, Keep(kept.name, op.reads[0])))
     return (*after[:at], first, *after[at + 1 :])
-
-
-@lru_cache(maxsize=128)
-def without_dropout(model: ModelSpec) -> ModelSpec:
-    """Return the model with every dropout probability set to 0, as in evaluation."""
-
-    def zeroed(config: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            key: zeroed(cast(Mapping[str, Any], value))
-            if isinstance(value, Mapping)
-            else 0.0
-            if isinstance(value, (int, float)) and value and ("dropout" in key or "pdrop" in key)
-            else value
-            for key, value in config.items()
-        }
-
-    config = zeroed(model.config)
-    return model if config == model.config else ModelSpec(config, model.name, model.card, model.checkpoint)
 
 
 def _with_blocks(stack: Stack, change: Callable[[Block], Block]) -> Stack:
@@ -357,20 +401,19 @@ class TrainingPass(NamedTuple):
 
     grads_exist  the pass leaves no new gradients: they exist already, or each is consumed as soon as it is computed
     updates      bytes that an update inside backward takes in addition to the gradient, by the weight's path
-    follows      another pass ran before, and the training loop may still reference its outputs
+    follows      what the training loop still references of the pass before it, as in `Graph.holds_previous_outputs`
     division     how weights are divided among ranks
     """
 
     grads_exist: bool = False
     updates: tuple[tuple[str, int], ...] = ()
-    follows: bool = False
+    follows: Literal["", "outputs", "graph"] = ""
     division: Division | None = None
 
 
 def lower_training(graph: Graph, options: TrainingPass = TrainingPass()) -> Lowered:  # noqa: B008 (immutable)
     """Return the graph's moments, with tensors counted by name."""
-    follows = options.follows and graph.holds_previous_outputs
-    return _lowered(first_equal_stage(graph)._replace(rank=_ANY_RANK), options._replace(follows=follows))
+    return _lowered(first_equal_stage(graph)._replace(rank=_ANY_RANK), options)
 
 
 @lru_cache(maxsize=128)
@@ -389,14 +432,14 @@ def _lowered(graph: Graph, options: TrainingPass) -> Lowered:
         grads_exist=options.grads_exist,
         labelled=True,
         updates=dict(options.updates),
-        keeps_last_outputs=options.follows,
+        holds_previous=options.follows,
         division=options.division,
     )
 
 
 def record_training(graph: Graph, options: TrainingPass, late: frozenset[str]) -> AllocationTrace:
     """Return the graph's allocations and frees in order. `late` as of `record`."""
-    return _recorded(first_equal_stage(graph)._replace(rank=_ANY_RANK), options._replace(follows=False), late)
+    return _recorded(first_equal_stage(graph)._replace(rank=_ANY_RANK), options._replace(follows=""), late)
 
 
 @lru_cache(maxsize=64)

@@ -79,10 +79,11 @@ def most_at_once(events: Iterable[tuple[int, int]]) -> int:
     return most
 
 
-def loading(graph: Graph) -> list[tuple[int, int]]:
-    """Return what loading a model allocates and frees, in order (see `LoadingTape`)."""
-    tape = LoadingTape(operations_of(graph)[1])
-    load(graph, tape)
+def loading(*graphs: Graph) -> list[tuple[int, int]]:
+    """Return what loading models, one after another, allocates and frees, in order (see `LoadingTape`)."""
+    tape = LoadingTape(operations_of(graphs[0])[1])
+    for graph in graphs:
+        load(graph, tape)
     return tape.events
 
 

@@ -8,11 +8,11 @@ from typing import get_args
 from memplan.estimate.answer import Estimate
 from memplan.models.peft_methods import PEFT_METHODS, has_rank
 from memplan.program.run import TOKENS
-from memplan.report.wording import count, model
+from memplan.report.wording import asked, count, examples, images, lengths, model
 from memplan.spec.formats import GgufType, Quantization
 from memplan.spec.generation import Generation
 from memplan.spec.parallelism import Parallelism
-from memplan.spec.run import Batch, RunSpec
+from memplan.spec.run import RunSpec
 from memplan.spec.training import Also, Kernels, Loop
 
 
@@ -25,19 +25,20 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     run, batch, loop = answer.run, answer.run.batch, answer.run.loop
     total, trainable, active = answer.parameters
     size = f"{count(total)} parameters" + (f", {count(active)} active" if active != total else "")
-    sequences = "1 sequence" if batch.micro == 1 else f"{batch.micro:,} sequences"
+    sequences = examples(run)
     if run.task != "train":
-        return _inference_assumptions(answer, size, sequences)
+        return _inference_assumptions(answer, size)
     passes = "1 pass a step" if batch.accumulation == 1 else f"{batch.accumulation:,} passes a step"
     text = [
         ("model", f"{model(answer)}: {size}"),
         ("trains", f"{count(trainable)} ({trainable / total:.2%})"),
+        *((("trainer", f"{run.trainer}; {_REFERENCES[run.reference or 'none']}"),) if run.trainer != "sft" else ()),
         ("method", "; ".join(_method(answer))),
         ("precision", "; ".join(_precision(answer))),
         ("optimizer", "; ".join(_optimizer(answer))),
         (
             "batch",
-            f"{sequences} of {_lengths(batch)}{',' * bool(batch.target_sequence)}{_images(batch)} per GPU; {passes}",
+            f"{sequences} of {lengths(batch)}{',' * bool(batch.target_sequence)}{images(batch)} per GPU; {passes}",
         ),
         ("checkpointing", "".join(_checkpointing(run))),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
@@ -48,22 +49,17 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("profile", run.profile),
     ]
     if run.parallelism.world > 1:
-        text.insert(-1, ("GPUs", ", ".join([f"{run.parallelism.world}", *_strategies(run.parallelism)])))
+        text.insert(-1, ("GPUs", ", ".join([f"{run.parallelism.world}", *strategies(run.parallelism)])))
     if run.parallelism.pp > 1:
         text.insert(-1, ("pipeline", _pipeline(run)))
     return text
 
 
-# Methods as people call them; peft's others go by their own names.
-_METHODS = {
-    "full": "full fine-tuning",
-    "freeze": "training the last layers",
-    "lora": "LoRA",
-    "qlora": "QLoRA",
-    "dora": "DoRA",
-    "qdora": "QDoRA",
-    "generate": "generation",
-    "forward": "forward pass",
+_REFERENCES = {
+    "copy": "the reference is a copy of the model",
+    "adapters": "the reference is the model with its adapters disabled",
+    "precomputed": "the reference's log-probabilities are precomputed",
+    "none": "no reference model",
 }
 
 
@@ -75,13 +71,11 @@ def question(answer: Estimate) -> str:
 def _question(answer: Estimate) -> Iterator[str]:
     run, batch, p = answer.run, answer.run.batch, answer.run.parallelism
     word = run.method.kind if run.task == "train" else run.task
+    yield asked(answer)
     if answer.serving is not None:
-        yield f"serving {model(answer)} with {run.profile}"
         yield f"{batch.micro:,} request{'s' * (batch.micro > 1)} of {answer.serving['context']:,} tokens"
     else:
-        yield f"{_METHODS.get(word, word)} of {model(answer)}"
-        kind = "prompt" if run.task == "generate" else "sequence"
-        yield f"{batch.micro:,} {kind}{'s' * (batch.micro > 1)} of {_lengths(batch)}{_images(batch)}"
+        yield f"{examples(run)} of {lengths(batch)}{images(batch)}"
     if run.task == "train":
         yield from (f"{batch.accumulation:,} passes a step",) * (batch.accumulation > 1)
         yield from (f"rank {run.method.rank}",) * (word not in ("full", "freeze") and has_rank(word))
@@ -89,7 +83,7 @@ def _question(answer: Estimate) -> Iterator[str]:
     elif answer.serving is None and run.task == "generate":
         yield f"{batch.new_tokens:,} new tokens"
     if p.world > 1:
-        yield f"{p.world:,} GPUs" + "".join(f" ({how})" for how in [*_strategies(p)][:1])
+        yield f"{p.world:,} GPUs" + "".join(f" ({how})" for how in [*strategies(p)][:1])
     if answer.serving is None:
         yield run.profile
 
@@ -110,16 +104,15 @@ def _side_tasks(run: RunSpec) -> Iterator[str]:
         yield "adapters merged" + (f" into a model reloaded{dtype}" if merging.model == "reloaded" else "")
 
 
-def _inference_assumptions(answer: Estimate, size: str, sequences: str) -> list[tuple[str, str]]:
+def _inference_assumptions(answer: Estimate, size: str) -> list[tuple[str, str]]:
     """Return the assumptions of a run that does not train."""
     run, batch = answer.run, answer.run.batch
-    prompts = sequences.replace("sequence", "prompt") if run.task == "generate" else sequences
     after = f"; {batch.new_tokens:,} new tokens after each" if run.task == "generate" else ""
     return [
         ("model", f"{model(answer)}: {size}"),
         ("task", "; ".join(_method(answer))),
         ("precision", "; ".join(_precision(answer))),
-        ("batch", f"{prompts} of {_lengths(batch)}{_images(batch)}{after}"),
+        ("batch", f"{examples(run)} of {lengths(batch)}{images(batch)}{after}"),
         *((("cache", "; ".join(_cache(run.generation))),) if run.task == "generate" else ()),
         *((("assistant", "; ".join(_assistant(run.generation))),) if run.generation.assisted else ()),
         ("attention", run.kernels.attention + ("; padded batches" if run.loop.padded else "")),
@@ -136,7 +129,7 @@ def _is_divided(p: Parallelism) -> bool:
 def _devices(p: Parallelism) -> Iterator[str]:
     """Yield the number of GPUs that a model runs on, and how they divide it."""
     yield f"{p.world}"
-    yield from _strategies(p)
+    yield from strategies(p)
     if p.device_map is not None:
         yield f"device_map {p.device_map}; this is GPU {p.stage or 0}"
 
@@ -189,7 +182,7 @@ def _pipeline(run: RunSpec) -> str:
     return f"{p.pp} stages{chunks}, {p.schedule}{uneven}{ends_}; this is stage {p.stage}"
 
 
-def _strategies(parallelism: Parallelism) -> Iterator[str]:
+def strategies(parallelism: Parallelism) -> Iterator[str]:
     """Yield how the GPUs divide the run: the kinds of parallelism and their degrees."""
     for name, degree in (("tensor", parallelism.tp), ("context", parallelism.cp), ("expert", parallelism.ep)):
         if degree > 1:
@@ -198,23 +191,9 @@ def _strategies(parallelism: Parallelism) -> Iterator[str]:
         yield str(parallelism.strategy)
 
 
-def _images(batch: Batch) -> str:
-    """Return the number and size of each sequence's images."""
-    if not batch.images:
-        return ""
-    sides = batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2
-    size = f" of {sides[0]} x {sides[1]} pixels" if sides[0] else ""
-    return f" with {batch.images:,} image{'s' if batch.images > 1 else ''}{size}"
-
-
 def _loss(run: RunSpec) -> str:
     """Return the loss kernel, or the objective if it is not causal language modelling."""
     return str(run.kernels.loss) if run.objective in (None, "causal_lm") else f"of {run.objective}"
-
-
-def _lengths(batch: Batch) -> str:
-    tokens = f"{batch.sequence:,} tokens"
-    return tokens if batch.target_sequence is None else f"{tokens}, and {batch.target_sequence:,} for the decoder"
 
 
 def _held_outputs(loop: Loop) -> str:

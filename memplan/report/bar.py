@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 
 from memplan.estimate.answer import Estimate
 from memplan.report.blocks import Styled
 from memplan.report.text import Screen
-from memplan.report.wording import parts, tenths
+from memplan.report.wording import tenths
 
 # Each part's letter, which is shown without colour, and its colour.
 MARKS = {
-    "parameter": ("P", "blue"),
-    "gradient": ("G", "magenta"),
-    "optstate": ("S", "cyan"),
-    "activation": ("A", "green"),
-    "temp": ("T", "yellow"),
-    "buffer": ("B", "white"),
-    "other": ("W", "red"),
-    "allocator": ("+", "bright_black"),
+    "weights": ("W", "blue"),
+    "gradients": ("G", "magenta"),
+    "optimizer": ("O", "cyan"),
+    "loss": ("L", "yellow"),
+    "logits": ("L", "yellow"),
+    "kv": ("K", "magenta"),
+    "activations": ("A", "green"),
     "context": ("c", "bright_black"),
 }
 _REST = {"": (" ", ""), "free": ("·", "dim"), "card": ("│", "bold")}
@@ -31,8 +30,8 @@ def mark(key: str, to: Screen) -> Styled:
     return "█" if to.colour else letter, colour
 
 
-def bar(answer: Estimate, to: Screen) -> Iterator[list[Styled]]:
-    """Yield two lines: the used parts with free space up to the card's end, and the band."""
+def bar(answer: Estimate, parts: Sequence[tuple[str, int]], to: Screen) -> Iterator[list[Styled]]:
+    """Yield two lines: the parts, keys of `MARKS` and bytes, with free space up to the card's end, and the band."""
     usable = answer.gpu.usable if answer.gpu else None
     width = to.width - 1
     full = max(answer.band.high, answer.bytes.used, usable or 0)
@@ -42,9 +41,9 @@ def bar(answer: Estimate, to: Screen) -> Iterator[list[Styled]]:
 
     cells: list[str] = []
     reached = 0
-    for part in parts(answer):
-        reached += part.bytes
-        cells += [part.key] * (at(reached) - len(cells))
+    for key, size in parts:
+        reached += size
+        cells += [key] * (at(reached) - len(cells))
     cells += ["free" if n < at(usable or 0) else "" for n in range(len(cells), width + 1)]
     if usable is not None:
         cells[at(usable)] = "card"

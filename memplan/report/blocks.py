@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Generic, NamedTuple, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
+from memplan.core.records import NamedTuple
 from memplan.report.text import Screen
 
 GAP = 2  # columns between the columns of a table
@@ -107,18 +108,33 @@ class Verbatim(NamedTuple):
 
 
 class Drawing(NamedTuple):
-    """A drawing made of text; `draw` returns its lines for a screen."""
+    """A drawing made of text; `draw` returns its lines for a screen. An HTML page has a table and a caption instead."""
 
     draw: Callable[[Screen], Iterable[Sequence[Styled]]]
+    as_table: Callable[[], Table[Any]] | None = None
+    caption: str = ""
 
 
-Block: TypeAlias = Text | Heading | Pairs | Facts | Notes | Table[Any] | Paste | Verbatim | Drawing
+class Fold(NamedTuple):
+    """Blocks that a page folds under a title, unless it `is_open`. Without pages the title is a heading."""
+
+    title: str
+    blocks: Sequence[Block]
+    is_open: bool = False
+
+
+Block: TypeAlias = Text | Heading | Pairs | Facts | Notes | Table[Any] | Paste | Verbatim | Drawing | Fold
+
+
+def _unfolded(blocks: Iterable[Block]) -> Iterator[Block]:
+    for block in blocks:
+        yield from (Heading(block.title), *_unfolded(block.blocks)) if isinstance(block, Fold) else (block,)
 
 
 def spaced(blocks: Iterable[Block]) -> Iterator[tuple[bool, Block]]:
     """Yield each block and whether a blank line precedes it: not below headings, nor between texts."""
     before: Block | None = None
-    for block in blocks:
+    for block in _unfolded(blocks):
         continues = type(before) is type(block) and isinstance(block, (Text, Paste))
         yield before is not None and not isinstance(before, Heading) and not continues, block
         before = block

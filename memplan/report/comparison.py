@@ -10,25 +10,34 @@ from memplan.estimate.answer import Estimate
 from memplan.planning.comparison import Comparison
 from memplan.report import differences
 from memplan.report import wording as words
-from memplan.report.blocks import GAP, Block, Column, Facts, Notes, Styled, Table, Text, styled
+from memplan.report.blocks import GAP, Block, Column, Facts, Fold, Heading, Notes, Styled, Table, Text, styled
 from memplan.report.csv import facts, written
 from memplan.report.differences import NUMBER, ComparisonHeading, Group, Row, SharedText, signed, together
 from memplan.report.display import display
-from memplan.report.markdown import page
+from memplan.report.markdown import page, stamped
+from memplan.report.stamp import Stamp
 from memplan.report.text import Screen
 
-FORMATS = ("table", "json", "markdown", "csv")
+FORMATS = ("table", "json", "markdown", "csv", "html", "svg")
 
 
-def render(format: str, comparison: Comparison, to: Screen) -> str:
-    """Return the comparison in one of `FORMATS`; a table fits the screen `to`."""
+def render(format: str, comparison: Comparison, to: Screen, stamp: Stamp | None = None) -> str:
+    """Return the comparison in one of `FORMATS`; a table fits the screen `to`, and a page shows the `stamp`."""
     match format:
         case "json":
             return comparison.model_dump_json(indent=2) + "\n"
         case "csv":
             return _csv(comparison)
         case "markdown":
-            return page(_markdown(comparison))
+            *blocks, fold = _page(comparison)
+            assert isinstance(fold, Fold)
+            return page([*blocks, fold._replace(blocks=[*fold.blocks, stamped(stamp or Stamp())])])
+        case "html":
+            return _html(comparison, stamp)
+        case "svg":
+            from memplan.report import svg
+
+            return svg.page(_title(comparison), _named(comparison), stamp)
         case _:
             return display(_table(comparison, to), to)
 
@@ -174,36 +183,60 @@ def _numbered(groups: Sequence[Group], to: Screen) -> Iterator[Table[Sequence[St
         yield Table([styled(0), *columns], lines)
 
 
-# --- markdown and CSV --------------------------------------------------------------------------------------
+# --- pages and CSV -----------------------------------------------------------------------------------------
 
 _MAX_COLUMNS = 6  # runs; with more, rows and columns are swapped
 
 
-def _markdown(comparison: Comparison) -> Iterator[Block]:
+def _page(comparison: Comparison) -> Iterator[Block]:
+    """Yield the runs side by side, why they differ, and in one fold what is the same."""
     answers, called = comparison.answers, differences.names(comparison.answers)
     groups = differences.groups(answers)
     rows = [row for group in groups for row in group.rows]
     most = [differences.largest(rows, run) for run, _ in enumerate(answers)]
     heads = differences.headings(answers)
-    cells = [("", *called)]
+    cells: list[Sequence[Styled]] = [[(text, "") for text in ("", *called)]]
     if heads[0].title == NUMBER:
-        cells += [(head.title, *head.cells) for head in heads[1:]]
+        cells += [[(text, "") for text in (head.title, *head.cells)] for head in heads[1:]]
     for group in groups:
         for row in group.rows:
             label = f"{row.label} ({group.title})" if row is group.rows[0] and group.title else row.label
-            cells.append((label, *(_figure(row, run, row is most[run]) for run, _ in enumerate(answers))))
+            cells.append([(label, ""), *(_figure(row, run, row is most[run]) for run, _ in enumerate(answers))])
     titles, *lines = list(zip(*cells, strict=True)) if len(answers) > _MAX_COLUMNS else cells
-    columns: list[Column[Sequence[str]]] = [Column(title, itemgetter(n), right=n > 0) for n, title in enumerate(titles)]
+    columns = [styled(n, title, right=n > 0) for n, (title, _) in enumerate(titles)]
     yield Table(columns, lines)
-    yield Notes(list(_sentences(comparison, called)))
-    yield from _assumed(answers, called, on_page=True)
+    yield Notes(list(_sentences(comparison, called)), "Why they differ")
+    yield Fold("What else differs, what is the same, and notes", list(_assumed(answers, called, on_page=True)))
 
 
-def _figure(row: Row, run: int, most: bool) -> str:
-    """Return a figure and its difference, in bold if it is the run's largest."""
+def _figure(row: Row, run: int, most: bool) -> Styled:
+    """Return a figure and its difference, in bold if it is the run's largest or the verdict."""
     change = signed(row.changes[run]) if row.changes else ""
-    cell = f"**{row.cells[run]}**" if row.label == "answer" and row.cells[run] else row.cells[run]
-    return f"{cell} {f'(**{change}**)' if most else f'({change})'}" if change else cell
+    text = f"{row.cells[run]} ({change})" if change else row.cells[run]
+    colour = words.COLOURS.get(text, "")
+    return text, f"bold {colour}" if most or row.label == "answer" else ""
+
+
+def _named(comparison: Comparison) -> list[tuple[str, Estimate]]:
+    return list(zip(differences.names(comparison.answers), comparison.answers, strict=True))
+
+
+def _title(comparison: Comparison) -> str:
+    names = [name for name, _ in _named(comparison)]
+    return f"{len(names)} runs side by side: {', '.join(names)}"
+
+
+def _html(comparison: Comparison, stamp: Stamp | None) -> str:
+    """Return a page: the bars of the runs, the runs side by side, and the step of each, all to one scale."""
+    from memplan.report import html, svg
+
+    named = _named(comparison)
+    few, most = named[:_MAX_COLUMNS], html.MOST_MOMENTS // min(len(named), _MAX_COLUMNS)
+    full = max(svg.extent(answer) for _, answer in few)
+    blocks = list(_page(comparison))
+    parts: list[html.Part] = [html.bars(named), *blocks[:-1], Heading("Through the step")]
+    parts += [html.timeline(answer, most, full, name) for name, answer in few]
+    return html.page(_title(comparison), [*parts, blocks[-1]], stamp)
 
 
 def _csv(comparison: Comparison) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Mapping, Sequence
 from io import StringIO
 
@@ -31,8 +32,20 @@ def written(rows: Sequence[Mapping[str, object]], titles: Sequence[str] = ()) ->
     out = StringIO()
     writer = csv.DictWriter(out, titles or list(rows[0]), lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({title: _as_text(value) for title, value in row.items()} for row in rows)
     return out.getvalue()
+
+
+def _as_text(value: object) -> object:
+    """Return a cell that no spreadsheet takes for a formula: text that begins like one, as a path may, gets a quote.
+
+    An option, such as --offload, is left as it is typed. Source: owasp.org/www-community/attacks/CSV_Injection.
+    """
+    is_formula = isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r"))
+    return f"'{value}" if is_formula and not _OPTION.match(str(value)) else value
+
+
+_OPTION = re.compile(r"--[a-z][a-z-]*( |$)")
 
 
 def facts(answer: Estimate) -> dict[str, object]:

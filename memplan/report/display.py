@@ -14,6 +14,7 @@ from memplan.report.blocks import (
     Column,
     Drawing,
     Facts,
+    Fold,
     Heading,
     Notes,
     Pairs,
@@ -68,6 +69,8 @@ def _lines(block: Block, to: Screen) -> Iterator[str]:
             yield from lines
         case Drawing(draw):
             yield from ("".join(text for text, _ in line).rstrip() for line in draw(to))
+        case Fold():
+            raise AssertionError("unfolded by `spaced`")
 
 
 def paragraph(text: str, width: int, indent: str = "  ") -> list[str]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.estimate.answer import BY_MEMORY
 from memplan.planning.sweep import Grid
-from memplan.report.blocks import Styled
+from memplan.report.blocks import Styled, Table, styled
 from memplan.report.display import paragraph
 from memplan.report.text import Screen
 from memplan.report.wording import COLOURS
@@ -36,6 +36,31 @@ def heat(around: Grid, to: Screen) -> Iterator[list[Styled]]:
             yield [(f"{short(batch):>{label}}", ""), *cells]
     yield []
     yield from _legend(to)
+
+
+CAPTION = (
+    "Share of the card's usable memory that is allocated, by sequences per batch (rows) and tokens (columns). "
+    "x: does not fit; ?: tight; -: cannot run."
+)
+
+
+def table(around: Grid) -> Table[Sequence[Styled]]:
+    """Return the map as a table for a page."""
+    answers, card = around.answers, find_gpu(str(around.run.gpu)).usable
+    assert answers is not None  # the run has a GPU
+    batches, sequences = around.axes["batch"], around.axes["sequence"]
+    rows = [
+        [(short(batch), ""), *(_share(code, int(n) / card) for code, n in zip(codes, allocated, strict=True))]
+        for batch, codes, allocated in zip(batches, answers.tolist(), around.allocated.tolist(), strict=True)
+    ]
+    return Table([styled(n, head, right=True) for n, head in enumerate(("batch", *map(short, sequences)))], rows)
+
+
+def _share(code: int, share: float) -> Styled:
+    if code < 0:
+        return _CANNOT, ""
+    verdict = BY_MEMORY[code]
+    return f"{share:.0%} {_SIGNS.get(verdict, '')}".rstrip(), f"{COLOURS[verdict]} quarter{min(int(share * 4), 3)}"
 
 
 def _cell(code: int, share: float, to: Screen) -> Styled:

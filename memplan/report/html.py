@@ -1,241 +1,273 @@
-"""HTML reports: one self-contained file, light or dark, with the bar and the timeline as inline SVG, and tables."""
+"""HTML: one self-contained page per report, light or dark, on paper or a phone. Nothing is loaded from elsewhere.
+
+A page has a header with the answer and the command, drawings (`memplan.report.svg`), and the blocks of the report.
+"""
 
 from __future__ import annotations
 
-import re
+import json
 from collections.abc import Iterable, Iterator, Sequence
-from html import escape
-from itertools import groupby, pairwise
-from typing import Any
+from itertools import groupby
+from operator import itemgetter
+from pathlib import Path
+from typing import Any, TypeAlias
 
-from memplan.core.records import NamedTuple
 from memplan.core.units import GIB
-from memplan.estimate.answer import Estimate, Phase
+from memplan.estimate.answer import Estimate
 from memplan.report import assumptions as assumptions_
+from memplan.report import svg
 from memplan.report import wording as words
-from memplan.report.blocks import Column, Table
+from memplan.report.blocks import (
+    Block,
+    Column,
+    Drawing,
+    Facts,
+    Fold,
+    Heading,
+    Notes,
+    Pairs,
+    Paste,
+    Styled,
+    Table,
+    Text,
+    Verbatim,
+)
+from memplan.report.markdown import next_steps, verdicts
+from memplan.report.markup import Markup, element, joined
+from memplan.report.stamp import Stamp
+from memplan.report.text import Screen
 
-_STYLE = """
-:root { color-scheme: light dark; --text: #1d2330; --soft: #667085; --line: #d5d9e2; --page: #ffffff;
-  --parameter: #3b6fd4; --gradient: #b0489f; --optstate: #1f97a6; --activation: #3f9b4f; --temp: #d79b1b;
-  --buffer: #7d8aa5; --other: #c4533e; --allocator: #a7aebd; --context: #7b8190;
-  --fits: #2c8a43; --tight: #a8740c; --nofit: #bf3a2b }
-@media (prefers-color-scheme: dark) { :root { --text: #e4e8f1; --soft: #98a2b8; --line: #394152; --page: #151a23;
-  --parameter: #6f9bf0; --gradient: #d07cc2; --optstate: #4cc0cf; --activation: #6cc47c; --temp: #e6b548;
-  --buffer: #9aa6bf; --other: #e07d69; --allocator: #6b7385; --context: #525a6b;
-  --fits: #62c57a; --tight: #e0ae4a; --nofit: #ef7f70 } }
-body { margin: 2rem auto; max-width: 62rem; padding: 0 1rem; color: var(--text); background: var(--page);
-  font: 15px/1.5 system-ui, sans-serif }
-h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin-top: 2rem }
-.fits { color: var(--fits) } .tight { color: var(--tight) } .nofit { color: var(--nofit) } .soft { color: var(--soft) }
-table { border-collapse: collapse; margin: .6rem 0; display: block; overflow-x: auto }
-th, td { padding: .2rem .8rem .2rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line) }
-td.n, th.n { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
-tr.sum td { font-weight: 600 } svg { width: 100%; height: auto; display: block } svg text { fill: var(--soft);
-  font: 12px system-ui, sans-serif } i { display: inline-block; width: .8rem; height: .8rem; margin-right: .4rem }
-"""
-_PAGE_WIDTH = 960
+Part: TypeAlias = Block | Markup
+_MOST_LINES = 200  # of a ledger
+MOST_MOMENTS = 800  # drawn on a page
+_CLASSES = {"green": "fits", "yellow": "tight", "red": "nofit", "bold": "b", "dim": "soft"}  # of rich's words
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
-def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
-    title = escape(f"memplan: {assumptions_.question(answers[0])}")
-    body = "\n".join(_page(answers, explain, ranks))
+def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False, stamp: Stamp | None = None) -> str:
+    first, question = answers[0], assumptions_.question(answers[0])
+    title = words.verdict(first) if len(answers) == 1 else question
+    of_one = svg.verdict_class(first.verdict.answer) if len(answers) == 1 else ""
+    return page(title, _answers(answers, explain, ranks), stamp, of_one, question if len(answers) == 1 else "")
+
+
+def page(title: str, parts: Iterable[Part], stamp: Stamp | None = None, verdict: str = "", question: str = "") -> str:
+    """Return a page: the header, then the parts. `verdict` is the class of the title."""
+    stamp, style = stamp or Stamp(), Path(__file__).parent / "style"
+    css, script = ((style / name).read_text("utf-8") for name in ("palette.css", "page.js"))
+    css += (style / "page.css").read_text("utf-8")
+    head = element(
+        "head",
+        element("meta", charset="utf-8"),
+        element("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        element("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+        element("title", f"memplan: {title}"),
+        element("style", Markup(f"\n{css}")),
+    )
+    header = [element("h1", title, class_=verdict or None)]
+    header += [element("p", question)] if question else []
+    header += [element("pre", element("code", stamp.command), class_="command")] if stamp.command else []
+    header.append(element("p", stamp.line, class_="made"))
+    body = joined(*(line for part in parts for line in (_html(part), "\n")))
+    main = element("main", Markup("\n"), body)
     return (
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}\n</body>\n</html>\n"
+        f'<!DOCTYPE html>\n<html lang="en">\n{head}\n<body>\n{element("header", *header)}\n{main}\n'
+        f"<script>\n{script}</script>\n</body>\n</html>\n"
     )
 
 
-def _page(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[str]:
+def _answers(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[Part]:
+    """Yield the parts of a page about one run: on one card, on several, or without one."""
+    first, several = answers[0], len(answers) > 1
+    named = [(str(answer.run.gpu) if several else "", answer) for answer in answers]
+    if several:
+        yield verdicts(named)
+    yield bars(named)
     for answer in answers:
-        yield "<section>"
-        yield f'<p class="{_class(answer)}"><strong>{escape(words.verdict(answer))}</strong></p>'
-        yield bar(answer)
-        yield f"<p>{escape(words.summary(answer))}</p>"
-        yield from _advice(answer)
-        yield "<h2>At the peak</h2>"
-        yield _table(_parts(answer), sum_last=True)
-        yield "<h2>By phase</h2>"
-        yield _table(words.phase_table(answer))
+        yield from next_steps(answer, several)
+    distinct = [next(group) for _, group in groupby(answers, key=words.moment)]
+    for answer in distinct:
+        on = f" on {answer.run.gpu}" if several else ""
+        yield Heading(f"Through the step{on}" if answer.run.task == "train" else f"Through the run{on}")
+        yield Text(words.summary(answer))
+        yield timeline(answer, MOST_MOMENTS // len(distinct))
+        yield Heading(f"At the peak{on}")
+        yield _parts(answer)
+        yield Heading(f"By phase{on}")
+        yield words.phase_table(answer)
         if answer.serving is not None:
             from memplan.report.serving import pool
 
-            yield "<h2>Keys and values</h2>"
-            yield _pairs(pool(answer))
-        yield "<h2>The step</h2>"
-        yield timeline(answer)
-        yield (
-            '<p class="soft">Every moment just before memory falls, in later steps if they differ from the first. Only '
-            "the first and the last of consecutive equal layers are drawn.</p>"
-        )
-        if ranks and answer.ranks:
-            yield f"<h2>{escape(words.ranks_title(answer))}</h2>"
-            yield _table(words.ranks_table(answer), aligned=False)
-        if explain:
-            yield "<h2>Alive at the peak</h2>"
-            yield _table(words.ledger_table(answer), sum_last=True)
-        yield "</section>"
-    yield "<h2>Assumed</h2>"
-    yield _pairs(assumptions_.assumptions(answers[0]))
-    notes = words.notes(answers)
-    if notes:
-        yield "<h2>Notes</h2><ul>" + "".join(f"<li>{escape(note)}</li>" for note in notes) + "</ul>"
+            yield Facts("Keys and values", pool(answer))
+    for answer in answers if ranks else ():
+        if answer.ranks:
+            yield Heading(f"{f'{answer.run.gpu}: ' if several else ''}{words.ranks_title(answer)}")
+            yield words.ranks_table(answer)
+    yield Fold("Assumed", [Facts("", assumptions_.assumptions(first))], is_open=True)
+    yield Notes(words.notes(answers))
+    for answer in distinct:
+        yield ledger(answer, explain)
 
 
-def _advice(answer: Estimate) -> Iterator[str]:
-    from memplan.report.next_steps import cards, help_line
-
-    line = help_line(answer)
-    if line:
-        yield f"<p>{escape(line)}</p>"
-    for title, by_size in cards(answer):
-        yield f"<p>{escape(title)}</p>"
-        yield _pairs([(str(size), ", ".join(names)) for size, names in by_size.items()], numbers=True)
+def bars(runs: Sequence[svg.Labelled]) -> Markup:
+    """Return a figure of the runs' bars. Named ones have a legend, as no table gives the colours of their parts."""
+    told = ", ".join(f"{label} {words.tenths(answer.bytes.used)} GiB".strip() for label, answer in runs)
+    drawn = element("svg", svg.bars(runs), role="img", aria_label=f"Used memory: {told}", height=svg.height(runs))
+    names = svg.parts_of([answer for _, answer in runs]) if any(label for label, _ in runs) else {}
+    legend = [element("li", element("i", class_=f"swatch {key}"), label) for key, label in names.items()]
+    return element("figure", drawn, *((element("ul", *legend, class_="legend"),) if legend else ()))
 
 
-def _class(answer: Estimate) -> str:
-    verdict = answer.verdict.answer or ""
-    return "nofit" if verdict.startswith("does not") else verdict
+def timeline(answer: Estimate, most: int = MOST_MOMENTS, full: int = 0, title: str = "") -> Markup:
+    """Return a figure of the step: the drawing, a slider that chooses a moment, and the bytes at that moment."""
+    moments = svg.drawn_moments(answer, min(most, svg.MOST_DRAWN))
+    kinds = [kind for kind in words.CATEGORIES if any(moment.kinds.get(kind) for moment in moments)]
+    places = list(dict.fromkeys(map(svg.moment_name, moments)))
+    number = {place: n for n, place in enumerate(places)}
+    top = max(range(len(moments)), key=lambda n: (moments[n].bytes, n))
+    data = {
+        "kinds": [(kind, words.CATEGORIES[kind]) for kind in kinds],
+        "places": places,
+        "moments": [
+            [round(m.start, 2), number[svg.moment_name(m)], *(_gib(m.kinds.get(kind, 0)) for kind in kinds)]
+            for m in moments
+        ],
+    }
+    label = f"Memory allocated through the {'step' if answer.run.task == 'train' else 'run'}{title and f' of {title}'}"
+    drawn = {"role": "img", "aria_label": f"{label}; the peak is {words.moment(answer)}", "height": svg.HEIGHT}
+    chooses = {"min": 0, "max": len(moments) - 1, "value": top, "aria_label": f"{label}: a moment", "hidden": ""}
+    text = json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+    return element(
+        "figure",
+        element("figcaption", _caption(answer, title)),
+        element("svg", svg.timeline(answer, full, moments), **drawn),
+        element("input", type="range", **chooses),
+        element("output"),
+        element("script", Markup(text), type="application/json"),
+        class_="timeline",
+    )
 
 
-def bar(answer: Estimate) -> str:
-    """Return the bar: the parts of the used memory, a line where the card ends, and the band below."""
-    usable = answer.gpu.usable if answer.gpu else None
-    full = max(answer.band.high, answer.bytes.used, usable or 0)
-
-    def x(n: int) -> float:
-        return round(n * (_PAGE_WIDTH - 2) / full, 1) + 1
-
-    out = [f'<svg viewBox="0 0 {_PAGE_WIDTH} 74" role="img" aria-label="{escape(words.verdict(answer))}">']
-    out.append(f'<rect x="1" y="6" width="{_PAGE_WIDTH - 2}" height="30" fill="none" stroke="var(--line)"/>')
-    reached = 0
-    for part in words.parts(answer):
-        tooltip = escape(f"{part.label} {words.hundredths(part.bytes)} GiB")
-        out.append(
-            f'<rect x="{x(reached)}" y="6" width="{x(reached + part.bytes) - x(reached):.1f}" height="30" '
-            f'fill="var(--{part.key})"><title>{tooltip}</title></rect>'
-        )
-        reached += part.bytes
-    low, high = x(answer.band.low), x(answer.band.high)
-    out.append(f'<path d="M{low} 42v8M{low} 46H{high}M{high} 42v8" stroke="var(--soft)" fill="none"/>')
-    anchor, at = ("end", high) if high > _PAGE_WIDTH / 2 else ("start", low)
-    out.append(f'<text x="{at}" y="66" text-anchor="{anchor}">{escape(words.band(answer))}</text>')
-    if usable is not None:
-        out.append(f'<path d="M{x(usable)} 0V42" stroke="var(--text)" stroke-width="2"/>')
-    return "\n".join([*out, "</svg>"])
+def _caption(answer: Estimate, title: str) -> str:
+    later = ", in later steps if they differ from the first" if answer.run.task == "train" else ""
+    what = f"{title}: allocated" if title else "Allocated"
+    return f"{what} whenever memory is about to fall{later}. Of equal layers, the first and the last are drawn."
 
 
-class _Span(NamedTuple):
-    """Consecutive moments of one phase without skipped layers, and where on the page they start and end."""
-
-    phase: str
-    moments: list[Phase]
-    start: float = 0.0
-    end: float = 0.0
-
-
-def _spans(moments: Iterable[Phase]) -> list[_Span]:
-    """Split the moments at changes of phase and skipped layers, and lay them out from left to right."""
-    spans: list[_Span] = []
-    previous = None
-    for moment in moments:
-        match = re.search(r"\.(\d+)\.", moment.where)
-        layer = int(match[1]) if match else None
-        is_skip = previous is not None and layer is not None and abs(layer - previous) > 1
-        if not spans or spans[-1].phase != moment.phase or is_skip:
-            spans.append(_Span(moment.phase, []))
-        spans[-1].moments.append(moment)
-        previous = layer
-    skips = [before.phase == span.phase for before, span in pairwise(spans)]
-    least = sum(len(span.moments) for span in spans) / 18  # leaves room for the name of a phase with one moment
-    shares = [max(least, len(span.moments)) for span in spans]
-    room = _PAGE_WIDTH - _LEFT - _SKIP * sum(skips)
-    out: list[_Span] = []
-    x = float(_LEFT)
-    for span, share, skipped in zip(spans, shares, [False, *skips], strict=True):
-        x += _SKIP * skipped
-        end = x + room * share / sum(shares)
-        out.append(span._replace(start=x, end=end))
-        x = end
-    return out
-
-
-_LEFT, _SKIP, _BASE = 40, 16, 200  # timeline: x of the axis, gap for skipped layers, y of the base line
-
-
-def timeline(answer: Estimate) -> str:
-    """Return the timeline of allocated bytes; the card is a dashed line, and skipped layers are slopes."""
-    spans = _spans(answer.timeline)
-    most = max(moment.peak for moment in answer.timeline)
-    usable = answer.gpu.usable if answer.gpu else 0
-    full = max(most, usable if usable < 2 * most else 0) * 21 // 20
-
-    def y(n: int) -> float:
-        return round(_BASE - n * (_BASE - 8) / full, 1)
-
-    out = [f'<svg viewBox="0 0 {_PAGE_WIDTH} {_BASE + 24}" role="img" aria-label="memory through the step">']
-    for n in _ticks(full):
-        out.append(f'<path d="M{_LEFT} {y(n)}H{_PAGE_WIDTH}" stroke="var(--line)" fill="none"/>')
-        out.append(f'<text x="{_LEFT - 6}" y="{y(n) + 4}" text-anchor="end">{n / GIB:g}</text>')
-    line = ""
-    for span in spans:
-        width = (span.end - span.start) / len(span.moments)
-        for i, moment in enumerate(span.moments):
-            left = span.start + i * width
-            line += f"{'L' if line else 'M'}{left:.1f} {y(moment.peak)}H{left + width:.1f}"
-    out.append(f'<path d="{line}V{_BASE}H{_LEFT}Z" fill="var(--parameter)" opacity=".25"/>')
-    out.append(f'<path d="{line}" stroke="var(--parameter)" stroke-width="1.5" fill="none"/>')
-    for phase, group in groupby(spans, key=lambda span: span.phase):
-        ends = list(group)
-        middle = (ends[0].start + ends[-1].end) / 2
-        if ends[0] is not spans[0]:
-            out.append(f'<path d="M{ends[0].start:.1f} 0V{_BASE + 20}" stroke="var(--soft)" opacity=".5"/>')
-        out.append(f'<text x="{middle:.1f}" y="{_BASE + 16}" text-anchor="middle">{escape(phase)}</text>')
-    if usable and usable <= full:
-        dashes = 'stroke="var(--nofit)" stroke-dasharray="5 4" fill="none"'
-        out.append(f'<path d="M{_LEFT} {y(usable)}H{_PAGE_WIDTH}" {dashes}><title>usable memory</title></path>')
-    return "\n".join([*out, "</svg>"])
-
-
-def _ticks(full: int) -> list[int]:
-    """Return about five round numbers of GiB below `full`."""
-    step = GIB // 8
-    while full // step > 6:
-        step *= 2
-    return list(range(0, full, step))
+def _gib(n: int) -> float:
+    return round(n / GIB, 3)
 
 
 def _parts(answer: Estimate) -> Table[words.MemoryPart]:
-    """Return the parts of the used memory, each behind its colour in the bar."""
+    """Return the parts of the used memory, each behind its colour in the drawings."""
     table = words.part_table(answer)
-    marked: Column[words.MemoryPart] = Column("", lambda part: f"\0{part.key}\0{part.label}")
-    return Table([marked, *table.columns[1:]], table.rows)
+    first: Column[words.MemoryPart] = Column(
+        "part", lambda part: part.label, style=lambda part: f"swatch {part.key}" if part.key else "bold"
+    )
+    return Table([first, *table.columns[1:]], table.rows)
 
 
-def _table(table: Table[Any], sum_last: bool = False, aligned: bool = True) -> str:
-    """Return a table; numbers may be aligned to the right, and the last row may be a sum."""
-    columns = [column for column in table.columns if column.title != "kind"]  # the bar and its table show the kinds
-    rows = [[text for text, _ in row] for row in Table(columns, table.rows).cells()]
-    right = [aligned and column.right for column in columns]
-    return _rows([column.title for column in columns], rows, right, len(rows) - 1 if sum_last else -1)
+def ledger(answer: Estimate, is_open: bool = False) -> Fold:
+    """Return the tensors at the peak, the largest of very many, folded."""
+    table = words.ledger_table(answer)
+    *lines, total = table.rows
+    left = lines[_MOST_LINES:]
+    if left:
+        rest = sum(line.bytes for line in left)
+        lines = [*lines[:_MOST_LINES], total._replace(what=f"{len(left):,} smaller ones", bytes=rest)]
+    on = f" on {answer.run.gpu}" if answer.gpu else ""
+    title = f"Every tensor at the peak{on}: {len(answer.ledger):,} kinds, {words.tenths(answer.bytes.allocated)} GiB"
+    return Fold(title, [Table(table.columns, [*lines, total])], is_open)
 
 
-def _pairs(rows: Sequence[tuple[str, str]], numbers: bool = False) -> str:
-    return _rows(("", ""), rows, (numbers, False))
+# --- blocks ------------------------------------------------------------------------------------------------
 
 
-def _rows(titles: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[bool], last: int = -1) -> str:
-    def row(cells: Sequence[str], tag: str) -> str:
-        both = zip(cells, right, strict=True)
-        return "".join(f"<{tag}{' class=n' if is_right else ''}>{_cell(cell)}</{tag}>" for cell, is_right in both)
-
-    head = [f"<tr>{row(titles, 'th')}</tr>"] if any(titles) else []
-    body = [f"<tr{' class=sum' if i == last else ''}>{row(r, 'td')}</tr>" for i, r in enumerate(rows)]
-    return "\n".join(["<table>", *head, *body, "</table>"])
+def _html(part: Part) -> Markup:
+    return part if isinstance(part, Markup) else joined(*_elements(part))
 
 
-def _cell(text: str) -> str:
-    """Escape text; a category between two leading NULs becomes a colour mark in front of it."""
-    _, key, rest = text.split("\0") if text.startswith("\0") else ("", "", text)
-    return (f'<i style="background:var(--{key})"></i>' if key else "") + escape(rest)
+def _elements(block: Block) -> Iterator[Markup]:
+    match block:
+        case Text(text, style):
+            if text:
+                yield element("p", text, class_=class_of(style) or None)
+        case Heading(text, _):
+            yield element("h2", text)
+        case Pairs(rows):
+            yield _pairs(rows)
+        case Facts(title, rows, heads):
+            yield from (element("h2", title),) if title else ()
+            if len(heads) == 1:
+                yield _pairs(rows)
+            else:
+                columns = [Column[Any](head, itemgetter(n)) for n, head in enumerate(("", *heads))]
+                yield _table(Table(columns, rows))
+        case Notes(texts, title):
+            if texts:
+                yield from (element("h2", title),) if title else ()
+                yield element("ul", *(element("li", text) for text in texts))
+        case Table():
+            yield _table(block)
+        case Paste(title, lines, note):
+            yield element("p", title, class_="soft")
+            yield from (_code(lines),) if lines else ()
+            yield from (element("p", note, class_="soft"),) if note else ()
+        case Verbatim(lines):
+            yield _code(lines)
+        case Fold(title, blocks, is_open):
+            content = (element("summary", title), *map(_html, blocks))
+            yield element("details", *content, open="" if is_open else None)
+        case Drawing(draw, as_table, caption):
+            if as_table is None:
+                yield _code(["".join(text for text, _ in line) for line in draw(Screen())])
+            else:
+                yield _table(as_table(), "map")
+                yield element("p", caption, class_="soft")
+
+
+def class_of(style: str) -> str:
+    """Return the classes of a style in rich's words."""
+    return " ".join(_CLASSES.get(word, word) for word in style.split())
+
+
+def _code(lines: Iterable[str]) -> Markup:
+    return element("pre", element("code", "\n".join(lines)), tabindex=0)
+
+
+def _pairs(rows: Iterable[Sequence[str]]) -> Markup:
+    """Return names and texts; a text without a name belongs to the name before."""
+    out: list[Markup] = []
+    for name, text in rows:
+        out += [element("dt", name.strip() or " ")] if name.strip() or not out else []
+        out.append(element("dd", text))
+    return element("dl", *out)
+
+
+def _table(table: Table[Any], name: str = "") -> Markup:
+    """Return a table. A first column without a title, or of a map, heads the rows; others without one are left out."""
+    first = table.columns[0]
+    shown = [n for n, column in enumerate(table.columns) if column.title or not n]
+    heads = (_head(table.columns[n], "col") if n or first.title else element("td") for n in shown)
+    names_rows = not first.title or name == "map"
+    rows = (
+        element("tr", *(_data(row[n], table.columns[n].right, not n and names_rows) for n in shown), Markup("\n"))
+        for row in table.cells()
+    )
+    parts = (element("thead", element("tr", *heads)), element("tbody", Markup("\n"), *rows))
+    return element("div", element("table", *parts, class_=name or None), class_="scroll", tabindex=0)
+
+
+def _head(column: Column[Any], scope: str) -> Markup:
+    return element("th", column.title, class_="n" if column.right else None, scope=scope)
+
+
+def _data(cell: Styled, is_right: bool, is_head: bool) -> Markup:
+    text, style = cell
+    if style.startswith("swatch "):
+        return element("td", element("i", class_=style), text, class_="k")
+    classes = " ".join(filter(None, ("n" if is_right else "", class_of(style)))) or None
+    if is_head:
+        return element("th", text, class_=classes, scope="row")
+    content = element("span", text) if "quarter" in style else text
+    return element("td", content, class_=classes)

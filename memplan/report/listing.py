@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any
+from math import inf
+from typing import Any, TypeVar
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
@@ -16,6 +18,7 @@ from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profile_table import Profile, ServingEngine
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.core.errors import UnknownNameError
+from memplan.core.records import NamedTuple
 from memplan.core.units import GIB
 from memplan.models.cards import card_names, load_card
 from memplan.models.model import ModelSpec
@@ -23,17 +26,43 @@ from memplan.report.blocks import Column, Table
 from memplan.report.display import display
 from memplan.report.text import Screen, screen
 
+T = TypeVar("T")
 
-def models(text: str, as_json: bool) -> str:
+
+class Wanted(NamedTuple):
+    """Which rows to list: least and most parameters or bytes as sold, and what to sort by, the best first."""
+
+    least: int | None = None
+    most: int | None = None
+    sort: str = ""
+
+    def of(self, rows: Iterable[T], size: Callable[[T], int], keys: Mapping[str, Callable[[T], Any]]) -> list[T]:
+        found = [
+            row for row in rows if (self.least or 0) <= size(row) and (self.most is None or size(row) <= self.most)
+        ]
+        return sorted(found, key=keys[self.sort]) if self.sort else found
+
+
+ANY = Wanted()
+
+
+def models(text: str, as_json: bool, wanted: Wanted = ANY) -> str:
     """Return the bundled models with `text` in their name, id, alias, type or licence."""
-    matches = _search("model", text, map(load_card, card_names()), _model_words)
+    keys: dict[str, Callable[[ModelSpec], Any]] = {
+        "name": lambda model: model.name,
+        "parameters": lambda model: -model.card["parameters"],
+        "layers": lambda model: -model.num_hidden_layers,
+        "positions": lambda model: -(model.max_position_embeddings or 0),
+    }
+    found = _search("model", text, map(load_card, card_names()), _model_words)
+    matches = wanted.of(found, lambda model: int(model.card["parameters"]), keys)
     if as_json:
         return _json([_model_facts(model) for model in matches])
     columns: list[Column[ModelSpec]] = [
         Column("model", lambda model: model.name),
-        Column("parameters", lambda model: f"{model.card['parameters']:,}", right=True),
+        Column("parameters", lambda model: short_count(model.card["parameters"]), right=True),
         Column("layers", lambda model: str(model.num_hidden_layers), right=True),
-        Column("positions", lambda model: str(model.max_position_embeddings or ""), right=True, optional=True),
+        Column("positions", _positions, right=True, optional=True),
         Column("licence", lambda model: str(model.card.get("licence", "")), optional=True),
         Column("Hugging Face id", lambda model: str(model.card["hf_id"]), optional=True),
     ]
@@ -62,13 +91,43 @@ def _model_facts(model: ModelSpec) -> dict[str, Any]:
     }
 
 
-def cards(text: str, as_json: bool) -> str:
+def _positions(model: ModelSpec) -> str:
+    return f"{model.max_position_embeddings:,}" if model.max_position_embeddings else ""
+
+
+def short_count(n: int) -> str:
+    """Return a number of parameters as names of models have it.
+
+    >>> short_count(7_615_616_512), short_count(596_049_920)
+    ('7.6B', '596M')
+    """
+    if n >= _BILLION:
+        return f"{n / _BILLION:,.1f}B"
+    return f"{n / 10**6:,.0f}M"
+
+
+_BILLION = 10**9
+
+
+def cards(text: str, as_json: bool, wanted: Wanted = ANY) -> str:
     """Return the GPUs with `text` in their name, title, alias, vendor, architecture or market, or that it names."""
     try:
         named = find_gpu(text).name if text else ""
     except UnknownNameError:
         named = ""
-    matches = _search("gpu", text, all_gpus(), lambda gpu: (*_gpu_words(gpu), *([text] if gpu.name == named else [])))
+    keys: dict[str, Callable[[GPU], Any]] = {
+        "name": lambda gpu: gpu.name,
+        "memory": lambda gpu: -gpu.usable,
+        "bandwidth": lambda gpu: -(gpu.bandwidth_gbps or 0),
+        "price": lambda gpu: gpu.launch_usd or inf,
+        "rent": lambda gpu: min((price.usd_per_hour for price in gpu.prices if price.date), default=inf),
+    }
+    size = re.fullmatch(r"(\d+) ?g(i?b)?", text.lower())
+    if size is not None:
+        found: Sequence[GPU] = [gpu for gpu in all_gpus() if int(size[1]) in (gpu.memory_gb, *gpu.memory_options_gb)]
+    else:
+        found = _search("gpu", text, all_gpus(), lambda gpu: (*_gpu_words(gpu), *([text] if gpu.name == named else [])))
+    matches = wanted.of(found, lambda gpu: int(gpu.memory_gb * GIB), keys)
     if as_json:
         return _json([_gpu_facts(gpu) for gpu in matches])
     columns: list[Column[GPU]] = [
@@ -77,6 +136,7 @@ def cards(text: str, as_json: bool) -> str:
         Column("capability", _capability, right=True, optional=True),
         Column("bf16", lambda gpu: "yes" if "bf16" in gpu.native_dtypes else "no", optional=True),
         Column("GB/s", lambda gpu: f"{gpu.bandwidth_gbps:g}" if gpu.bandwidth_gbps else "", right=True, optional=True),
+        Column("list price", _list_price, right=True, optional=True),
         Column("USD an hour", _price, optional=True),
     ]
     return display([Table(columns, matches)], wide_screen())
@@ -97,6 +157,10 @@ def _gpu_words(gpu: GPU) -> tuple[str, ...]:
 def _gpu_facts(gpu: GPU) -> dict[str, Any]:
     nested = {"sources": [s._asdict() for s in gpu.sources], "prices": [p._asdict() for p in gpu.prices]}
     return {**gpu._asdict(), "usable": gpu.usable, **nested}
+
+
+def _list_price(gpu: GPU) -> str:
+    return f"{gpu.launch_usd:,.0f} ({(gpu.launch_date or '')[:4]})" if gpu.launch_usd is not None else ""
 
 
 def _price(gpu: GPU) -> str:
@@ -130,8 +194,14 @@ def _search(field: str, text: str, rows: Iterable[Any], words: Callable[[Any], I
     rows = list(rows)
     parts = text.lower().split()
     by_name = {row.name: [word.lower() for word in words(row)] for row in rows}
-    matches = [row for row in rows if any(text.lower() in word for word in by_name[row.name])]
-    matches = matches or [row for row in rows if all(any(p in word for word in by_name[row.name]) for p in parts)]
+
+    def has(row: Any, part: str) -> bool:
+        """Whether a word has the part; a number in it is a whole one, so that 7b is not 27b."""
+        pattern = (r"(?<![\d.])" if part[:1].isdigit() else "") + re.escape(part)
+        return any(re.search(pattern, word) for word in by_name[row.name])
+
+    matches = [row for row in rows if has(row, text.lower())]
+    matches = matches or [row for row in rows if all(has(row, part) for part in parts)]
     if not matches:
         names = [row.name for row in rows]
         near = get_close_matches(text.lower(), names, n=3, cutoff=0.4) or names

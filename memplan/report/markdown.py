@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from html import escape
+from operator import itemgetter
 
 from memplan.estimate.answer import Estimate
 from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Notes, Pairs, Paste, Table, Text, Verbatim
+from memplan.report.blocks import (
+    Block,
+    Column,
+    Drawing,
+    Facts,
+    Fold,
+    Heading,
+    Notes,
+    Pairs,
+    Paste,
+    Table,
+    Text,
+    Verbatim,
+)
+from memplan.report.stamp import Stamp
 from memplan.report.text import Screen
 
 
-def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
-    return page(_blocks(answers, explain, ranks))
+def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False, stamp: Stamp | None = None) -> str:
+    return page(_blocks(answers, explain, ranks, stamp or Stamp()))
 
 
-def _blocks(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[Block]:
+def _blocks(answers: Sequence[Estimate], explain: bool, ranks: bool, stamp: Stamp) -> Iterator[Block]:
+    """Yield what a reviewer wants first, and everything else in one fold."""
     first, several = answers[0], len(answers) > 1
-    if several:
-        yield _verdicts(answers)
-        yield Text(words.host(first) if first.host_bytes else "")
-    else:
-        yield Text(words.verdict(first), "bold")
-        yield Text(assumptions_.question(first))
-        yield Text(words.summary(first))
+    yield Text(words.verdict(first), "bold") if not several else Text("")
+    yield Text(assumptions_.question(first))
+    yield from (verdicts([(str(answer.run.gpu), answer) for answer in answers]),) if first.gpu else ()
+    for answer in answers:
+        yield from next_steps(answer, several)
+    left_out = words.left_out(answers)
+    yield Notes(left_out)
+    details = list(_details(answers, explain, ranks))
+    details.append(Facts("Assumed", assumptions_.assumptions(first)))
+    details.append(Notes([note for note in words.notes(answers) if note not in left_out]))
+    details.append(stamped(stamp))
+    yield Fold("What takes the memory, when, and what was assumed", details)
+
+
+def _details(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[Block]:
+    several = len(answers) > 1
+    yield Text(words.summary(answers[0]) if not several else words.host(answers[0]))
     for answer in answers if explain else answers[:1]:
         yield Text(f"On {answer.run.gpu}:" if several else "")
         yield from (words.part_table(answer), words.phase_table(answer))
@@ -37,32 +65,45 @@ def _blocks(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator
         if answer.ranks:
             yield Text(f"{f'{answer.run.gpu}: ' if several else ''}{words.ranks_title(answer)}")
             yield words.ranks_table(answer)
-    for answer in answers:
-        yield from _next_steps(answer, several)
-    yield Facts("Assumed", assumptions_.assumptions(first))
-    yield Notes(words.notes(answers))
 
 
-def _verdicts(answers: Sequence[Estimate]) -> Table[Estimate]:
-    columns: list[Column[Estimate]] = [
-        Column("GPU", lambda answer: str(answer.run.gpu)),
-        Column("answer", lambda answer: str(answer.verdict.answer), style="bold"),
-        Column("used, GiB", lambda answer: words.tenths(answer.bytes.used), right=True),
-        Column("usable, GiB", lambda answer: words.tenths(answer.gpu.usable if answer.gpu else 0), right=True),
-        Column("free, GiB", lambda answer: words.tenths(answer.verdict.headroom or 0), right=True),
-        Column(f"{answers[0].band.coverage:.0%} of runs, GiB", words.band_ends, right=True),
+def stamped(stamp: Stamp) -> Text | Paste:
+    """Return the version, and the command if it is known."""
+    return Paste(stamp.line, [stamp.command], language="sh") if stamp.command else Text(stamp.line)
+
+
+def verdicts(runs: Sequence[tuple[str, Estimate]], title: str = "GPU") -> Table[tuple[str, Estimate]]:
+    """Return a row per run, with its name: the verdict, and the bytes behind it."""
+
+    def of(cell: Callable[[Estimate], str]) -> Callable[[tuple[str, Estimate]], str]:
+        return lambda run: cell(run[1])
+
+    def usable(answer: Estimate) -> str:
+        return words.tenths(answer.gpu.usable) if answer.gpu else ""
+
+    def free(answer: Estimate) -> str:
+        return "" if answer.verdict.headroom is None else words.tenths(answer.verdict.headroom)
+
+    columns: list[Column[tuple[str, Estimate]]] = [
+        Column(title, itemgetter(0)),
+        Column("answer", of(lambda a: a.verdict.answer or ""), style=of(lambda a: f"bold {words.colour(a)}")),
+        Column("used, GiB", of(lambda answer: words.tenths(answer.bytes.used)), right=True),
+        Column("usable, GiB", of(usable), right=True),
+        Column("free, GiB", of(free), right=True),
+        Column(f"{runs[0][1].band.coverage:.0%} of runs, GiB", of(words.band_ends), right=True),
     ]
-    return Table(columns, answers)
+    return Table(columns, runs)
 
 
-def _next_steps(answer: Estimate, several: bool) -> Iterator[Block]:
+def next_steps(answer: Estimate, several: bool) -> Iterator[Block]:
+    """Yield what would make the run fit, and without a card which cards hold it."""
     from memplan.report.next_steps import cards, help_line
 
     line = help_line(answer)
     yield Text(f"{answer.run.gpu}: {line}" if several and line else line)
     for title, by_size in cards(answer):
         yield Text(f"{title}:" if by_size else title)
-        yield Notes([f"{size}: {', '.join(names)}" for size, names in by_size.items()])
+        yield Notes([f"{size}: {', '.join(names)}" for size, names in by_size.items()], "")
 
 
 def page(blocks: Iterable[Block]) -> str:
@@ -91,19 +132,27 @@ def _lines(block: Block) -> Iterator[str]:
             yield from _table(titles, cells, "".join("r" if columns[n].right else "l" for n in shown))
         case Paste(title, lines, note, language):
             yield f"{plain(title)}:{f' {plain(note)}' if note else ''}"
-            if lines:
-                yield ""
-                yield from (f"```{language}", *lines, "```")
+            yield from ("", *_fenced(lines, language)) if lines else ()
         case Verbatim(lines, language):
-            yield from (f"```{language}", *lines, "```")
+            yield from _fenced(lines, language)
         case Drawing(draw):
-            yield "```text"
-            yield from ("".join(text for text, _ in line).rstrip() for line in draw(Screen()))
-            yield "```"
+            yield from _fenced(["".join(text for text, _ in line).rstrip() for line in draw(Screen())], "text")
+        case Fold(title, blocks, is_open):
+            yield f"<details{' open' if is_open else ''}>"
+            yield f"<summary>{escape(title, quote=False)}</summary>"
+            yield ""
+            yield page(blocks)
+            yield "</details>"
+
+
+def _fenced(lines: Sequence[str], language: str) -> Iterator[str]:
+    """Yield lines between fences that none of them can close."""
+    fence = "`" * (1 + max(2, *(len(run) for line in lines for run in re.findall("`+", line)), 0))
+    yield from (f"{fence}{language}", *lines, fence)
 
 
 def _cell(text: str, style: str) -> str:
-    return f"**{text}**" if style == "bold" else text
+    return f"**{text}**" if text and "bold" in style.split() else text
 
 
 def _table(titles: Sequence[str], rows: Sequence[Sequence[str]], align: str) -> Iterator[str]:

@@ -216,9 +216,11 @@ def _offered(figures: dict[str, Any]) -> dict[str, Any]:
     step = _model("Pace", "A step of all cards together.", pace)
     cards = {"gpu": str, "count": int, "strategy": str}
     offer = {"price": _of(Hourly) | None, "step": step | None, "million": cost | None, "whole": cost | None}
+    facts = {"launch_usd": float, "launch_date": str, "watts": int | None, "slots": int}
+    each = _model("OwnedCard", "A card to own: its list price when it was first sold, watts, slots.", facts)
     miss = _model("Miss", NearestMiss.__doc__ or "", {**cards, **figures, "lacks": int})
     return {
-        "offers": list[_model("Offer", "Cards that hold the run.", {**cards, **figures, **offer})],
+        "offers": list[_model("Offer", "Cards that hold the run.", {**cards, **figures, **offer}, each=each)],
         "considered": int,
         "nearest": miss | None,
         "tokens": int | None,

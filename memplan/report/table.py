@@ -9,24 +9,53 @@ from operator import itemgetter
 from memplan.estimate.answer import Estimate, Line
 from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
-from memplan.report.bar import bar, mark
-from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Notes, Table, Text
+from memplan.report.bar import bar
+from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Notes, Pairs, Table, Text, Verbatim
 from memplan.report.display import display
+from memplan.report.overview import CommandLine, headline, overview, rows, settings, with_options
+from memplan.report.overview import table as overview_table
 from memplan.report.text import Screen, screen
 
 
-def render(answers: Sequence[Estimate], explain: bool = False, to: Screen | None = None, ranks: bool = False) -> str:
+def render(
+    answers: Sequence[Estimate],
+    explain: bool = False,
+    to: Screen | None = None,
+    ranks: bool = False,
+    details: bool = True,
+    line: CommandLine | None = None,
+) -> str:
     to = to or screen()
-    blocks = _answer(answers[0], explain, to, ranks) if len(answers) == 1 else _comparison(answers, explain, ranks)
-    return display(blocks, to)
+    if len(answers) > 1:
+        return display(_comparison(answers, explain, ranks, details, line), to)
+    return display(
+        _answer(answers[0], explain, to, ranks) if details else _brief(answers[0], explain, to, ranks, line), to
+    )
+
+
+def stacks(answer: Estimate, to: Screen) -> str:
+    """Return the line of other stacks below a first screen; empty for a run that has no others."""
+    text = display(_stacks(answer), to)
+    return f"\n{text}" if text else ""
+
+
+def _brief(answer: Estimate, explain: bool, to: Screen, ranks: bool, line: CommandLine | None) -> Iterator[Block]:
+    yield from overview(answer, to, line)
+    if ranks:
+        yield from _ranks(answer)
+    if explain:
+        yield from _ledger(answer)
 
 
 def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterator[Block]:
-    yield Text(words.verdict(answer), f"bold {words.colour(answer)}")
-    yield Text(assumptions_.question(answer), "dim", indent="")
+    yield from headline(answer, to)
     yield Text(words.other_cards(answer), indent="")
-    yield Drawing(partial(bar, answer))
-    yield _categories(answer, to)
+    shares = rows(answer)
+    if not to.plain:
+        yield Drawing(partial(bar, answer, [(row.key, row.bytes) for row in shares]))
+    yield overview_table(with_options(answer, shares, len(shares)), to)
+    yield from _stacks(answer)
+    yield _categories(answer)
     yield _phases(answer)
     if answer.serving is not None:
         from memplan.report.serving import pool
@@ -42,6 +71,14 @@ def _answer(answer: Estimate, explain: bool, to: Screen, ranks: bool) -> Iterato
     yield from _notes([answer])
     if explain:
         yield from _ledger(answer)
+
+
+def _stacks(answer: Estimate) -> Iterator[Block]:
+    from memplan.report.next_steps import stacks
+
+    found = [*stacks(answer)]
+    if found:
+        yield Pairs(found)
 
 
 def _ranks(answer: Estimate) -> Iterator[Block]:
@@ -71,8 +108,12 @@ def _notes(answers: Sequence[Estimate]) -> Iterator[Block]:
         yield Notes(notes)
 
 
-def _comparison(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[Block]:
+def _comparison(
+    answers: Sequence[Estimate], explain: bool, ranks: bool, details: bool, line: CommandLine | None
+) -> Iterator[Block]:
+    questions = {assumptions_.question(answer) for answer in answers}
     columns: list[Column[Estimate]] = [
+        *([Column("run", assumptions_.question, wraps=True)] if len(questions) > 1 else []),
         Column("GPU", lambda answer: str(answer.run.gpu), wraps=True),
         Column("answer", lambda answer: str(answer.verdict.answer), style=words.colour),
         Column("GiB used", lambda answer: words.tenths(answer.bytes.used), right=True),
@@ -80,7 +121,9 @@ def _comparison(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iter
         Column("free", lambda answer: words.tenths(answer.verdict.headroom or 0), right=True),
         Column(f"{answers[0].band.coverage:.0%} of runs", words.band_ends, optional=True),
     ]
-    yield Text(assumptions_.question(answers[0]), "dim", indent="")
+    if len(questions) == 1:
+        yield Text(words.asked(answers[0]), "bold", indent="")
+        yield Text("  " + ", ".join(settings(answers[0])), "dim")
     yield Table(columns, answers)
     yield from _moments(answers)
     yield Text(words.host(answers[0]), indent="")
@@ -92,8 +135,11 @@ def _comparison(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iter
         if answer.verdict.answer == "does not fit":
             yield Heading(str(answer.run.gpu))
             yield from _next_steps(answer)
-    yield Facts("Assumed", assumptions_.assumptions(answers[0]))
-    yield from _notes(answers)
+    if details:
+        yield Facts("Assumed", assumptions_.assumptions(answers[0]))
+        yield from _notes(answers)
+    elif line is not None:
+        yield Verbatim([f"  memplan {line.changed()} --details"], "sh")
     for answer in answers if explain else ():
         yield Heading(str(answer.run.gpu))
         yield from _ledger(answer)
@@ -109,7 +155,7 @@ def _moments(answers: Sequence[Estimate]) -> Iterator[Text]:
         yield Text(f"The peak{on} is {moment}.", indent="")
 
 
-def _categories(answer: Estimate, to: Screen) -> Table[words.MemoryPart]:
+def _categories(answer: Estimate) -> Table[words.MemoryPart]:
     """Return the parts of the used memory, with a sum above what no tensor takes, and one at the end."""
     held, parts = answer.bytes, words.parts(answer)
     counter = "ggml's buffers" if words.without_torch(answer) else "torch.cuda.max_memory_allocated"
@@ -121,11 +167,6 @@ def _categories(answer: Estimate, to: Screen) -> Table[words.MemoryPart]:
         return "" if part.key else "bold"
 
     columns: list[Column[words.MemoryPart]] = [
-        Column(
-            "",
-            lambda part: mark(part.key, to)[0] if part.key else "",
-            style=lambda p: mark(p.key, to)[1] if p.key else "",
-        ),
         Column("at the peak", lambda part: part.label, wraps=True, style=bold),
         Column("GiB", lambda part: words.hundredths(part.bytes), right=True, style=bold),
         Column("share", lambda part: words.share(part.bytes, held.used), right=True, style=bold),

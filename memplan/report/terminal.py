@@ -18,6 +18,7 @@ from memplan.report.blocks import (
     Block,
     Drawing,
     Facts,
+    Fold,
     Heading,
     Notes,
     Pairs,
@@ -73,6 +74,8 @@ def _parts(block: Block, to: Screen) -> Iterator[RenderableType]:
             yield from (_line((text, _COLOURS.get(text[:1], ""))) for text in lines)
         case Drawing(draw):
             yield from (_line(*line) for line in draw(to))
+        case Fold():
+            raise AssertionError("unfolded by `spaced`")
 
 
 def _line(*parts: Styled) -> Line:

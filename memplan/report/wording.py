@@ -11,6 +11,7 @@ from memplan.core.records import NamedTuple
 from memplan.core.units import GIB, decimal, gib, rounded
 from memplan.estimate.answer import Estimate, Line, Phase, Rank
 from memplan.report.blocks import Column, Table
+from memplan.spec.run import Batch, RunSpec
 
 CATEGORIES = {
     "parameter": "parameters",
@@ -58,7 +59,9 @@ def parts(answer: Estimate) -> list[MemoryPart]:
         contents += f", in {groups} communicators" if groups > 1 else ""
     if answer.serving is not None and answer.verdict.answer == "does not fit":
         contents += ", and what the engine leaves free"
-    out.append(MemoryPart("context", "CUDA context", held.used - held.reserved, contents))
+    gpu = card(answer)
+    name = "CUDA context" if gpu is None or gpu.vendor == "NVIDIA" else "driver's context"
+    out.append(MemoryPart("context", name, held.used - held.reserved, contents))
     return out
 
 
@@ -96,6 +99,50 @@ def model(answer: Estimate) -> str:
     asked = answer.asked.model
     name = asked if isinstance(asked, str) else str(asked.config.get("_name_or_path") or asked.config["model_type"])
     return printable(name)
+
+
+# Methods as people call them; peft's others go by their own names.
+_METHODS = {
+    "full": "full fine-tuning",
+    "freeze": "training the last layers",
+    "lora": "LoRA",
+    "qlora": "QLoRA",
+    "dora": "DoRA",
+    "qdora": "QDoRA",
+    "generate": "generation",
+    "forward": "forward pass",
+}
+
+
+def asked(answer: Estimate) -> str:
+    """Return what was asked in a few words: "QLoRA of qwen3-8b"."""
+    run = answer.run
+    if answer.serving is not None:
+        return f"serving {model(answer)} with {run.profile}"
+    word = run.method.kind if run.task == "train" else run.task
+    trainer = f"{run.trainer.upper()} with " if run.trainer != "sft" else ""
+    return f"{trainer}{_METHODS.get(word, word)} of {model(answer)}"
+
+
+def examples(run: RunSpec) -> str:
+    """Return how many examples a micro-batch has."""
+    n, is_pair = run.batch.micro, run.trainer != "sft"
+    kind = "prompt" if run.task == "generate" else "pair" if is_pair else "sequence"
+    return f"{n:,} {kind}{'s' * (n > 1)}{' of sequences' * is_pair}"
+
+
+def lengths(batch: Batch) -> str:
+    tokens = f"{batch.sequence:,} tokens"
+    return tokens if batch.target_sequence is None else f"{tokens}, and {batch.target_sequence:,} for the decoder"
+
+
+def images(batch: Batch) -> str:
+    """Return the number and size of each sequence's images."""
+    if not batch.images:
+        return ""
+    sides = batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2
+    size = f" of {sides[0]} x {sides[1]} pixels" if sides[0] else ""
+    return f" with {batch.images:,} image{'s' if batch.images > 1 else ''}{size}"
 
 
 def tenths(n: int) -> str:
@@ -139,6 +186,18 @@ def verdict(answer: Estimate) -> str:
             return f"does not start on {gpu.title}: {answer.verdict.reason}"
         case _:
             return f"does not fit: needs {used} of {have} on {gpu.title}, {tenths(-headroom)} GiB too much"
+
+
+def figures(answer: Estimate) -> str:
+    """Return the used memory of the usable, and the expected range."""
+    used, gpu, left = tenths(answer.bytes.used), card(answer), answer.verdict.headroom
+    expected = f"expect {band_ends(answer)}"
+    if gpu is None or left is None:
+        return f"{used} GiB needed, {expected}"
+    room = f"{tenths(left)} free" if left >= 0 else f"{tenths(-left)} too much"
+    if answer.verdict.answer == "does not start":
+        return str(answer.verdict.reason)
+    return f"{used} of {tenths(gpu.usable)} GiB used, {room}; {expected}"
 
 
 COLOURS = {"fits": "green", "tight": "yellow", "does not fit": "red", "does not start": "red"}
@@ -216,6 +275,11 @@ def shape(line: Line) -> str:
     return numbers if line.shape in ("", numbers) else f"{line.shape} = {numbers}"
 
 
+def dims(line: Line) -> str:
+    """Return a tensor's shape in numbers: "1 x 2,048 x 4,096"."""
+    return " x ".join(f"{n:,}" for n in line.dims)
+
+
 _SCALAR_BYTES = rounded(1)  # torch's smallest allocation
 
 
@@ -227,8 +291,13 @@ def dtype(line: Line) -> str:
 
 def notes(answers: Sequence[Estimate]) -> list[str]:
     """Return what was left out and the notes of all answers, without repetition."""
-    left_out = [f"not supported, and left out: {what}" for answer in answers for what in answer.unsupported]
-    return list(dict.fromkeys([*left_out, *(note for answer in answers for note in answer.notes)]))
+    return list(dict.fromkeys([*left_out(answers), *(note for answer in answers for note in answer.notes)]))
+
+
+def left_out(answers: Sequence[Estimate]) -> list[str]:
+    """Return a line for everything that the answers leave out."""
+    told = (f"not supported, and left out: {what}" for answer in answers for what in answer.unsupported)
+    return list(dict.fromkeys(told))
 
 
 def host(answer: Estimate) -> str:

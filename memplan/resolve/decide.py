@@ -18,6 +18,7 @@ from memplan.resolve.batches import image_axes, with_lengths
 from memplan.resolve.card import find_card
 from memplan.resolve.defaults import (
     PEFT_ALPHA,
+    defaults_of,
     fill_optimizer,
     fill_parts,
     fill_precision,
@@ -100,7 +101,7 @@ def objective_of(run: RunSpec) -> str:
 def fill_from_profile(run: RunSpec) -> RunSpec:
     """Return the run with its profile's defaults filled in, as they are for any model. Raises UnknownNameError."""
     run = with_use_cache(with_new_tokens(run))
-    defaults = library_behaviour(run.profile, "", run.method.quantization is not None).defaults
+    defaults = defaults_of(library_behaviour(run.profile, "", run.method.quantization is not None), run.trainer)
     method = without_preparation(run.method) if divides_weights(run.parallelism) else run.method
     method, optimizer, kernels = fill_parts(method, run.optimizer, run.kernels, run.precision, defaults)
     return run.model_copy(update={"method": method, "optimizer": optimizer, "kernels": kernels})

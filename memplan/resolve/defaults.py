@@ -5,9 +5,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TypeVar
 
+from memplan.catalogue.kernels.wiring import PAIRED
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.states import optimizer_names, takes_foreach
-from memplan.catalogue.profiles.behaviour import RunDefaults
+from memplan.catalogue.profiles.behaviour import LibraryBehaviour, RunDefaults
+from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.models.objectives import modules_to_train
@@ -58,6 +60,21 @@ def with_defaults(part: P, **defaults: object) -> P:
     return part.model_copy(update=update) if update else part
 
 
+def defaults_of(library: LibraryBehaviour, trainer: str) -> RunDefaults:
+    """Return the defaults of a profile's library for a trainer: those of TRL 0.24, if the trainer is still as it was
+    there, and the loss that says how log-probabilities are computed."""
+    defaults = library.defaults
+    if trainer == "sft" or trainer not in library.trainer.trainers:
+        return defaults
+    if trainer in PAIRED and library.trainer.older_trainers:
+        defaults = library_behaviour("trl-0.24", "", True).defaults._replace(
+            kernels_checkpointing=defaults.kernels_checkpointing
+        )
+    whole = trainer in (*PAIRED, "reward") or library.trainer.log_probs != "tiled"
+    # axolotl 0.21.0 utils/schemas/validation.py lora_kernels_auto_enable: not with `rl`
+    return defaults._replace(kernels_loss="hf" if whole else "tiled_lm_head", kernels_fused=())
+
+
 def fill_parts(
     method: Method, optimizer: Optimizer, kernels: Kernels, precision: Precision, defaults: RunDefaults
 ) -> tuple[Method, Optimizer, Kernels]:
@@ -68,7 +85,8 @@ def fill_parts(
         quantization = with_defaults(
             method.quantization,
             skip=defaults.method_quantization_skip,
-            kbit_preparation=defaults.method_quantization_kbit_preparation,
+            # Axolotl, the trainer that quantises experts, does not prepare such a model.
+            kbit_preparation=not method.quantization.experts and defaults.method_quantization_kbit_preparation,
         )
         method = method.model_copy(update={"quantization": quantization})
     kernels = with_defaults(
@@ -106,9 +124,23 @@ def complete_method(m: Method, model: ModelSpec) -> Method:
         update={
             "alpha": (m.alpha or PEFT_ALPHA) if m.kind in LORA else m.alpha,
             "modules_to_save": saved,
-            "targets": _default_targets(model, m.kind) if m.targets == "default" else m.targets,
+            "targets": _filled_targets(model, m),
         }
     )
+
+
+def _filled_targets(model: ModelSpec, m: Method) -> tuple[str, ...] | str:
+    """Return the targets as peft gets them.
+
+    Axolotl passes the names of all linear layers, so quantised experts and their router, which are none, are left out.
+    Source: axolotl 0.21 loaders/adapter.py find_all_linear_names.
+    """
+    if m.targets == "default":
+        return _default_targets(model, m.kind)
+    if m.targets == "all-linear" and m.quantization is not None and m.quantization.experts and stacks(model):
+        paths = (path for path, dims in linears(model).items() if path != "lm_head" and model.vocab_size not in dims)
+        return tuple(dict.fromkeys(path.rpartition(".")[2] for path in paths))
+    return m.targets
 
 
 def _default_targets(model: ModelSpec, kind: str) -> tuple[str, ...]:

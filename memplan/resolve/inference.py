@@ -173,8 +173,9 @@ def _fill_quantization(r: OpenInference, method: Method) -> Method:
     q, field = method.quantization, "method.quantization"
     if q is None:
         return method
-    if q.kbit_preparation:
-        raise refused(f"{field}.kbit_preparation", "only applies to training; leave it out")
+    for setting in ("kbit_preparation", "experts"):
+        if getattr(q, setting):
+            raise refused(f"{field}.{setting}", "only applies to training; leave it out")
     known = BACKENDS.get(q.format, ())
     if q.backend and q.backend not in (*known, *RUNS.get(q.format, ())):
         choices = ", ".join(known) or "none"

@@ -13,6 +13,7 @@ from memplan.catalogue.methods.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.methods.methods import LORA, PARTS, Recipe, inside
 from memplan.core.errors import UnknownNameError, refused
 from memplan.models.model import ModelSpec
+from memplan.models.objectives import modules_to_train
 from memplan.models.peft_methods import PEFT_METHODS, filled_options
 from memplan.program.stack_facts import (
     adaptable,
@@ -142,6 +143,7 @@ def quantised_recipe(model: ModelSpec, recipe: Recipe, q: Quantization, stored: 
             *used_directly,
             *model.family.training.never_quantised,
         ),
+        experts=q.experts,
         preparation=preparation,
         packed=stored or q.format not in ("nf4", "fp4", "int8"),
     ), notes
@@ -171,6 +173,8 @@ _READ_BY_KERNELS = ("out_proj", "conv1d")
 def targets_that_peft_takes(model: ModelSpec) -> tuple[str, ...]:
     """Return the layers to adapt where peft's all-linear includes some that it cannot wrap; else nothing."""
     refused_names = {*multi_output_linears(model), *(_READ_BY_KERNELS if model.family.training.fused_mixers else ())}
+    if not refused_names:
+        return ()
     layers = {path: dims for path, dims in linears(model).items() if path != "lm_head" and model.vocab_size not in dims}
     names = dict.fromkeys(map(_end, layers))
     return tuple(name for name in names if name not in refused_names) if refused_names.intersection(names) else ()
@@ -210,6 +214,14 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     asked = (method.targets,) if isinstance(method.targets, str) else tuple(method.targets)
     _refuse_read_by_kernels(model, tuple(target.rpartition(".")[2] for target in asked), layers)
     if method.targets == "all-linear":
+        saved = modules_to_train(model.objective, (), model.objectives[0] == "causal_lm")
+        both = next((n for n in map(_end, layers) if n not in saved and saved and n.endswith(saved)), None)
+        if both is not None:
+            raise refused(
+                "method.targets",
+                f"peft copies {both} of {model.model_type}, whose name ends like {saved[0]}, and fails to adapt it "
+                "too; name other targets",
+            )
         inner = _inner_layers(model, method, layers, rank)
         if groups and not absent:
             _check_parameters(method, "all-linear")

@@ -140,7 +140,8 @@ def expert_notes(graph: Graph, capability: tuple[int, int] | None) -> Iterator[s
         share = 100 * sum(n for n, is_stored in numbers if is_stored) / sum(n for n, _ in numbers)
         yield (
             f"{share:.1f}% of the parameters are quantised: experts are not linear layers in transformers 5, so "
-            f"bitsandbytes leaves them in {' and '.join(sorted(unquantised))}"
+            f"bitsandbytes leaves them in {' and '.join(sorted(unquantised))}; --quantize-experts counts them "
+            "quantised, as Axolotl's quantize_moe_experts does"
         )
 
 

@@ -49,12 +49,14 @@ class Parts(NamedTuple):
     loop: Loop
     parallelism: Parallelism
     profile: str
+    trainer: str = "sft"
+    reference: str | None = None
 
     @classmethod
     def of(cls, run: RunSpec) -> Parts:
         """Return the parts of a run as they were asked for."""
         parts = run.method, run.precision, run.optimizer, run.kernels, run.loop, run.parallelism
-        return cls(*parts, run.profile)
+        return cls(*parts, run.profile, run.trainer, run.reference)
 
 
 def found_later(*, init: Literal[False] = False) -> Any:
@@ -98,6 +100,8 @@ class OpenRun(_Fields):
     kernels: Kernels
     loop: Loop
     parallelism: Parallelism
+    trainer: str
+    reference: str | None
     batch_facts: BatchFacts
     trains: bool
     library: LibraryBehaviour = found_later()

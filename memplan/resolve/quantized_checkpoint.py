@@ -6,7 +6,7 @@ them. Source: transformers 5.24 quantizers/, `is_trainable` and `is_qat_trainabl
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from memplan.catalogue.methods.methods import ADAPTERS
@@ -14,20 +14,27 @@ from memplan.catalogue.quantization.inference_formats import InferenceFormat
 from memplan.catalogue.quantization.quantization import FORMATS, FP8_BLOCK, WHOLE
 from memplan.core.errors import ConfigError, SpecError, printable, refused
 from memplan.core.records import NamedTuple
-from memplan.models.layers import as_json
 from memplan.models.model import ModelSpec
 from memplan.program.stack_facts import adaptable, stacks
 from memplan.program.stored.checkpoint import built_tensors
+from memplan.program.stored.quantization_config import (
+    FIELD,
+    Modules,
+    awq_group,
+    bitsandbytes_kind,
+    fp8_block,
+    gptq_modules,
+    gptq_settings,
+    names_in,
+)
 from memplan.resolve.inference_formats import LOADED_FORMATS, dequantised_fp8, running_checkpoint
 from memplan.spec.formats import Quantization
 from memplan.spec.training import Method
 
-_FIELD = "quantization_config"
 _PLAIN = Quantization()
 _BLOCKS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _HEAD = "lm_head"
-_MAX_WILDCARDS = 64  # patterns with .* that are read
-_LONGEST = 200  # characters of a name that are shown, or matched by its end
+_LONGEST = 200  # characters of a name that are shown
 
 
 class CheckpointMethod(NamedTuple):
@@ -67,7 +74,7 @@ def method_for_training(
 
     Raises SpecError if the method cannot train this checkpoint, ConfigError if its config is incomplete.
     """
-    config: Any = model.config.get(_FIELD)
+    config: Any = model.config.get(FIELD)
     if not isinstance(config, Mapping) or not config:
         return CheckpointMethod(method)
     stored = checkpoint_format(model, cast(Mapping[str, Any], config))
@@ -89,7 +96,7 @@ def method_for_training(
     asked, actual = method.quantization, stored.quantization
     if method.kind not in ADAPTERS:
         raise SpecError(
-            f"{_FIELD}: the checkpoint is stored in {stored.words}, and quantised weights cannot be fully trained; use "
+            f"{FIELD}: the checkpoint is stored in {stored.words}, and quantised weights cannot be fully trained; use "
             "lora, or the unquantised checkpoint",
             "method.kind",
         )
@@ -117,7 +124,7 @@ def method_for_inference(
     Raises SpecError if the run asks for another quantisation or the version cannot load the checkpoint, ConfigError
     if its config is incomplete.
     """
-    config: Any = model.config.get(_FIELD)
+    config: Any = model.config.get(FIELD)
     if not isinstance(config, Mapping) or not config:
         return CheckpointMethod(method)
     if method.kind in ADAPTERS:
@@ -181,7 +188,7 @@ def _check_sizes(model: ModelSpec, quantization: Quantization) -> None:
         if tensor.elements != implied:
             raise ConfigError(
                 f"model: {printable(tensor.name, _LONGEST)} has {tensor.elements:,} elements in the checkpoint, but "
-                f"its {_FIELD} implies {implied:,}",
+                f"its {FIELD} implies {implied:,}",
                 "model",
             )
 
@@ -211,17 +218,14 @@ def checkpoint_format(model: ModelSpec, config: Mapping[str, Any]) -> Checkpoint
         case _:
             shown = printable(str(how or "?"), 40)
             known = "gptq, awq, fp8, mxfp4, bitsandbytes, compressed-tensors"
-            raise SpecError(f"{_FIELD}: {shown} checkpoints are not supported yet; supported: {known}", "model")
+            raise SpecError(f"{FIELD}: {shown} checkpoints are not supported yet; supported: {known}", "model")
 
 
 def _gptq(model: ModelSpec, config: Mapping[str, Any]) -> CheckpointFormat:
-    """Source: transformers 5.24 utils/quantization_config.py GPTQConfig; gptqmodel 7.7 quantization/config.py."""
-    bits, group = _integer(config, "bits", 4), _integer(config, "group_size", 128)
-    if bits not in (4, 8):
-        raise SpecError(f"{_FIELD}: GPTQ in {bits} bits is not supported yet; supported: 4, 8", "model")
+    bits, group = gptq_settings(config)
     if config.get("dynamic"):
-        raise SpecError(f"{_FIELD}: GPTQ with per-layer settings (dynamic) is not supported yet", "model")
-    listed = [name for names in _lists(config.get("modules_in_block_to_quantize")) for name in _names(names)]
+        raise SpecError(f"{FIELD}: GPTQ with per-layer settings (dynamic) is not supported yet", "model")
+    listed = gptq_modules(config)
     not_listed = [path for path in _block_layers(model) if listed and not path.endswith(tuple(listed))]
     skip, notes = _skipped(model, [*([] if config.get("lm_head") else [_HEAD]), *not_listed])
     words = f"gptq, {bits} bits in {_group_words(group)}"
@@ -229,48 +233,32 @@ def _gptq(model: ModelSpec, config: Mapping[str, Any]) -> CheckpointFormat:
 
 
 def _awq(model: ModelSpec, config: Mapping[str, Any]) -> CheckpointFormat:
-    """Source: transformers 5.24 utils/quantization_config.py AwqConfig."""
-    bits = _integer(config, "bits", _integer(config, "w_bit", 4))
-    group = _integer(config, "group_size", _integer(config, "q_group_size", 128))
-    layout = str(config.get("version", config.get("format", "gemm"))).lower()
-    if bits != 4 or layout != "gemm":
-        raise SpecError(
-            f"{_FIELD}: AWQ of {bits} bits, {layout:.20}, is not supported yet; supported: 4, gemm", "model"
-        )
-    skip, notes = _skipped(model, [_HEAD, *_names(config.get("modules_to_not_convert"))])
+    group = awq_group(config)
+    skip, notes = _skipped(model, [_HEAD, *names_in(config, "modules_to_not_convert")])
     words = f"awq, 4 bits in {_group_words(group)}"
     return CheckpointFormat(words, _quantization("awq-int4", group, skip), _refuse_experts(model), notes)
 
 
 def _fp8(model: ModelSpec, config: Mapping[str, Any]) -> CheckpointFormat:
-    """Source: transformers 5.24 utils/quantization_config.py FineGrainedFP8Config."""
-    blocks: Any = config.get("weight_block_size", [128, 128])
-    sizes = list(cast(Sequence[Any], blocks)) if isinstance(blocks, (list, tuple)) else blocks
-    if sizes not in ([128, 128], None):
-        raise SpecError(f"{_FIELD}: fp8 in blocks of {as_json(sizes)} is not supported yet; supported: 128", "model")
-    listed = config.get("modules_to_not_convert") or config.get("ignored_layers")
-    skip, notes = _skipped(model, _names(listed) if listed else [_HEAD])
+    block = fp8_block(config)
+    key = "modules_to_not_convert" if config.get("modules_to_not_convert") else "ignored_layers"
+    skip, notes = _skipped(model, names_in(config, key) if config.get(key) else [_HEAD])
     dense = "its config says so" if config.get("dequantize") is True else ""
-    return CheckpointFormat("fp8", _quantization("fp8", 128 if sizes else WHOLE, skip), dense, notes)
+    return CheckpointFormat("fp8", _quantization("fp8", block, skip), dense, notes)
 
 
 def _bitsandbytes(model: ModelSpec, config: Mapping[str, Any]) -> CheckpointFormat:
-    """Source: transformers 5.24 utils/quantization_config.py BitsAndBytesConfig."""
-    four = bool(config.get("load_in_4bit", config.get("_load_in_4bit")))
-    eight = bool(config.get("load_in_8bit", config.get("_load_in_8bit")))
-    if not four and not eight:
+    kind, key = bitsandbytes_kind(config), "llm_int8_skip_modules"
+    if not kind:
         return CheckpointFormat("bitsandbytes", _PLAIN)
-    listed = config.get("llm_int8_skip_modules")
-    skip, notes = _skipped(model, _names(listed) if listed else [_HEAD])
-    if eight:
+    skip, notes = _skipped(model, names_in(config, key) if config.get(key) else [_HEAD])
+    if kind == "int8":
         return CheckpointFormat("bitsandbytes, int8", Quantization(format="int8", skip=skip), "", notes)
-    format, double = str(config.get("bnb_4bit_quant_type", "fp4")), bool(config.get("bnb_4bit_use_double_quant"))
-    if format not in ("nf4", "fp4"):
-        raise ConfigError(f"{_FIELD}: bnb_4bit_quant_type must be nf4 or fp4, not {as_json(format)}", _FIELD)
+    double = bool(config.get("bnb_4bit_use_double_quant"))
     storages = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
     storage = storages.get(str(config.get("bnb_4bit_quant_storage")).removeprefix("torch."), "uint8")
-    fields = {"format": format, "double_quant": double, "storage": storage, "skip": skip}
-    words = f"bitsandbytes, {format}{', double quantisation' if double else ''}"
+    fields = {"format": kind, "double_quant": double, "storage": storage, "skip": skip}
+    words = f"bitsandbytes, {kind}{', double quantisation' if double else ''}"
     return CheckpointFormat(words, Quantization.model_validate(fields), "", notes)
 
 
@@ -307,7 +295,7 @@ def _refuse_experts(model: ModelSpec) -> str:
     """
     if stacks(model):
         raise SpecError(
-            f"{_FIELD}: experts quantised by GPTQ or AWQ are not supported with transformers 5, which cannot load "
+            f"{FIELD}: experts quantised by GPTQ or AWQ are not supported with transformers 5, which cannot load "
             "them; use profile transformers-4.51, where experts are linear layers",
             "model",
         )
@@ -317,7 +305,7 @@ def _refuse_experts(model: ModelSpec) -> str:
 def _quantization(format: str, group: int, skip: tuple[str, ...]) -> Quantization:
     if group != WHOLE and group not in _BLOCKS:
         known = ", ".join(map(str, (WHOLE, *_BLOCKS)))
-        raise ConfigError(f"{_FIELD}: group_size must be one of {known}, not {group}", _FIELD)
+        raise ConfigError(f"{FIELD}: group_size must be one of {known}, not {group}", FIELD)
     fields = {"format": format, "block_size": group, "double_quant": False, "skip": skip, "kbit_preparation": False}
     return Quantization.model_validate(fields)
 
@@ -331,50 +319,9 @@ def _block_layers(model: ModelSpec) -> list[str]:
     return [path for path in adaptable(model) if "." in path and not path.startswith("model.")]
 
 
-class _Patterns:
-    """The modules that a skip list excludes, by name or pattern.
-
-    An entry matches from the start of a module's name up to a dot, or the end of the name. The only regular expression
-    is `.*`, matched left to right: configs are untrusted, and must not cause exponential backtracking.
-
-    Source: transformers 5.24 quantizers/quantizers_utils.py should_convert_module.
-    """
-
-    def __init__(self, listed: Iterable[str]) -> None:
-        cleaned = [name.removeprefix("re:").removeprefix("^").removesuffix("$").replace("\\", "") for name in listed]
-        self._plain = frozenset(name for name in cleaned if ".*" not in name)
-        self._wild = [name.split(".*") for name in dict.fromkeys(cleaned) if ".*" in name][:_MAX_WILDCARDS]
-
-    def __call__(self, module: str) -> bool:
-        starts = (module[:i] for i, letter in enumerate(f"{module}.") if letter == ".")
-        ends = (module[i:] for i in range(max(0, len(module) - _LONGEST), len(module)))
-        if any(part in self._plain for part in (*starts, *ends)):
-            return True
-        return any(_matches_prefix(module, parts) for parts in self._wild)
-
-
-def _matches_prefix(module: str, parts: Sequence[str]) -> bool:
-    """Return whether a module's name starts with `parts`, anything between them, and then ends or has a dot."""
-    first, *middle, last = parts
-    if not module.startswith(first):
-        return False
-    at = len(first)
-    for part in middle:
-        at = module.find(part, at)
-        if at < 0:
-            return False
-        at += len(part)
-    while (at := module.find(last, at)) >= 0:
-        end = at + len(last)
-        if not last or end == len(module) or "." in (module[end], module[end - 1]):
-            return True
-        at += 1
-    return False
-
-
 def _skipped(model: ModelSpec, patterns: Iterable[str]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the last name parts of modules that are not quantised, and a note on those that only some layers skip."""
-    is_skipped = _Patterns(patterns)
+    is_skipped = Modules(patterns).has
     modules = dict.fromkeys(
         name.rpartition(".")[0] for name, tensor in built_tensors(model).items() if len(tensor.shape) == 2
     )
@@ -394,23 +341,3 @@ def _skipped(model: ModelSpec, patterns: Iterable[str]) -> tuple[tuple[str, ...]
     ]
     head = [_HEAD] if model.tie_word_embeddings or is_skipped(_HEAD) else []
     return (*head, *skip), tuple(notes)
-
-
-def _integer(config: Mapping[str, Any], key: str, default: int) -> int:
-    value = config.get(key)
-    if value is None:
-        return default
-    if isinstance(value, bool) or not isinstance(value, int) or not -1 <= value <= 2**20:
-        raise ConfigError(f"{_FIELD}: {key} must be a whole number, not {as_json(value)}", _FIELD)
-    return value
-
-
-def _names(value: Any) -> list[str]:
-    """Return the strings in a list; none if `value` is not a list."""
-    listed = cast(Sequence[Any], value) if isinstance(value, (list, tuple)) else ()
-    return [name for name in listed if isinstance(name, str) and name]
-
-
-def _lists(value: Any) -> Iterator[Any]:
-    """Yield the items of a list of lists; none if `value` is not a list."""
-    yield from cast(Sequence[Any], value) if isinstance(value, (list, tuple)) else ()

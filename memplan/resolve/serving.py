@@ -239,15 +239,15 @@ def _refuse(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> None:  # n
             raise refused(field, f"only applies to vLLM (max_cpu_loras), not to {engine.name}")
         if s.lora_cpu_slots < slots:
             raise refused(field, f"{s.lora_cpu_slots} is less than the {slots} slots (serving.lora_slots)")
-    for name in ("lora_rank", "lora_cpu_slots"):
-        if getattr(s, name) is not None and not s.lora_slots:
+    for name, default in (("lora_rank", 16), ("lora_cpu_slots", None)):  # an answer's own run names the default
+        if getattr(s, name) not in (None, default) and not s.lora_slots:
             raise refused(f"serving.{name}", "needs slots for adapters; set lora_slots too")
     _refuse_cache(run, engine, model)
     if engine.kind != "llama.cpp":
         for name in ("gpu_layers", "flash_attention"):
             if getattr(s, name) is not None:
                 raise refused(f"serving.{name}", f"only applies to llama.cpp, not to {engine.name}")
-    elif s.memory_utilization is not None:
+    elif s.memory_utilization not in (None, 1.0):  # an answer's own run says 1.0
         field = "serving.memory_utilization"
         raise refused(field, "does not apply to llama.cpp, which takes what it needs")
 

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Literal
 
 from memplan.catalogue.attention.efficient_workspace import large_tiles
 from memplan.catalogue.families import megatron
 from memplan.catalogue.families.litgpt import KINDS, has_family
 from memplan.catalogue.kernels.losses import adds_in_place
+from memplan.catalogue.kernels.wiring import PAIRED, Trainer
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.states import spares_embeddings, takes_foreach
 from memplan.catalogue.parallelism import context_parallel, expert_parallel
@@ -30,7 +32,7 @@ from memplan.program.training.pipeline import pipeline_stage
 from memplan.resolve import steps
 from memplan.resolve.card import GPUFacts
 from memplan.resolve.communicators import communicators
-from memplan.resolve.defaults import complete_method, fill_optimizer, fill_parts, fill_precision
+from memplan.resolve.defaults import complete_method, defaults_of, fill_optimizer, fill_parts, fill_precision
 from memplan.resolve.kernels import fused_kernels
 from memplan.resolve.method import check_head, check_time_steps, frozen_parts, method_recipe
 from memplan.resolve.notes import expert_notes, norm_notes, pipeline_notes, wrapping_notes
@@ -38,6 +40,7 @@ from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.quantized_checkpoint import method_for_training
 from memplan.resolve.ranks import divide_ranks, note_sharding, set_sharded_dtypes, shard
+from memplan.resolve.refusals import trainers
 from memplan.resolve.refusals import training as refusals
 from memplan.resolve.refusals.models import adapted_parameters, trained_weights, training_objective
 from memplan.resolve.refusals.refuse import refuse
@@ -55,6 +58,7 @@ class OpenTraining(OpenRun):
     """A training run while it is resolved.
 
     names_fused  the run itself names its fused kernels
+    step         how a trainer of TRL runs the model; None if the loss is the model's own
     """
 
     names_fused: bool
@@ -62,6 +66,7 @@ class OpenTraining(OpenRun):
     graph: Graph = found_later()
     pipe: Pipe = Pipe()
     structure: Structure = found_later()
+    step: Trainer | None = None
 
 
 @lru_cache(maxsize=4096)
@@ -117,6 +122,22 @@ def _look_up_library(run: OpenTraining) -> None:
     run.library = library
 
 
+def _choose_trainer(run: OpenTraining) -> None:
+    """Choose how the trainer's step runs the model and its reference, unless the loss is the model's own."""
+    if run.trainer == "sft" and run.reference is None:
+        return
+    refuse(trainers.trainer(run))
+    name, behaviour = run.trainer, run.library.trainer
+    copies = behaviour.trained_reference, behaviour.reference_dtype
+    if name in (*PAIRED, "reward"):
+        log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
+        run.step = Trainer(name, log_probs, "none", likelihood=name in ("orpo", "cpo") and log_probs != "gathered")
+    else:
+        run.reference = run.reference or ("adapters" if run.method.kind in ADAPTERS else "copy")
+        run.step = Trainer(name, behaviour.log_probs, run.reference, *copies, rows=1 if name == "kto" else 2)
+    run.library = run.library._replace(defaults=defaults_of(run.library, name))
+
+
 def _fill_from_profile(run: OpenTraining) -> None:
     """Fill in the defaults of the profile."""
     defaults = run.library.defaults
@@ -125,7 +146,7 @@ def _fill_from_profile(run: OpenTraining) -> None:
 
 def _refuse_settings(run: OpenTraining) -> None:
     """Refuse settings of the parts, and experts that ranks cannot divide."""
-    refuse(settings(run))
+    refuse(settings(run), refusals.quantised_experts(run))
     if run.is_megatron_model:
         refuse(refusals.megatron_model(run), refusals.megatron_experts(run))
     else:
@@ -237,10 +258,18 @@ def _build_graph(run: OpenTraining) -> None:
         fused=tuple(sorted(kernels.fused or ())),
         casts_outputs=library.loss.casts_outputs or casts_logits,
         code=run.code,
-        holds_previous_outputs=library.loss.holds_previous_outputs and p.pp == 1,
+        holds_previous_outputs=_previous_outputs(run),
         degrees=run.degrees,
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
+        trainer=run.step,
     )
+
+
+def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "graph"]:
+    """Return what variables of the training loop reference of the pass before."""
+    if run.library.loss.holds_previous_outputs and run.parallelism.pp == 1:
+        return "graph"
+    return "outputs" if run.loop.hold_outputs == "step" and run.batch_facts.accumulates else ""
 
 
 def _logits(run: OpenTraining) -> str:
@@ -317,6 +346,7 @@ def _check_optimizer(run: OpenTraining) -> None:
 STEPS: tuple[Callable[[OpenTraining], None], ...] = (
     _read_checkpoint,
     _look_up_library,
+    _choose_trainer,
     divide_ranks,
     _fill_from_profile,
     _refuse_settings,

@@ -321,5 +321,5 @@ def _dumped(value: Any, sequence: Callable[[Iterator[Any]], Any]) -> Any:
         return sequence(_dumped(inner, sequence) for inner in cast(tuple[Any, ...], value))
     if not isinstance(value, (Part, dict)):
         return value
-    items = vars(value) if isinstance(value, Part) else cast(dict[str, Any], value)
+    items = value.written(vars(value)) if isinstance(value, Part) else cast(dict[str, Any], value)
     return {name: inner if type(inner) in _SCALARS else _dumped(inner, sequence) for name, inner in items.items()}

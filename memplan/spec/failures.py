@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memplan.core.errors import MemplanError, nearest, printable
+from memplan.core.errors import MemplanError, printable
 from memplan.spec.fields import part_of
 from memplan.spec.options import FIELDS, option_of
 from memplan.spec.run import RunSpec
@@ -162,7 +162,15 @@ def _nearest(value: object, words: list[str], what: str) -> str:
     if numbers and type(value) is int:
         near = [str(min(numbers, key=lambda n: abs(n - value)))]
     else:
-        near = get_close_matches(str(value).lower()[:_MAX_SHOWN], words, n=1, cutoff=0.5)
-    if not near and len(words) > _MAX_CHOICES:
-        near = [" or ".join(nearest(str(value), words))]
-    return f"{what}; " + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(words)}")
+        near = get_close_matches(str(value).lower()[:_MAX_SHOWN], words, n=1, cutoff=_SIMILAR)
+    if near:
+        return f"{what}; did you mean {near[0]}?"
+    if len(words) <= _MAX_CHOICES:
+        return f"{what}; choose from {', '.join(words)}"
+    return f"{what}; choose from {', '.join(words[:_SHOWN])} and {len(words) - _SHOWN} more: memplan --help-all"
+
+
+_SHOWN = 6  # of a longer list
+
+
+_SIMILAR = 0.6  # of `difflib`'s ratio: below, a suggestion is another word (dora for dpo)

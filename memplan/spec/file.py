@@ -9,7 +9,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from memplan.core.errors import SpecError, printable
+from memplan.core.errors import printable, refused
+from memplan.core.files import open_file
 from memplan.models.cards import parse_config
 
 _MAX_BYTES = 2**20
@@ -73,25 +74,25 @@ def _read_text(name: str, shown: str, most: int = _MAX_BYTES) -> str:
     try:
         if name == "-":
             if sys.stdin is None:  # pyright: ignore[reportUnnecessaryComparison] (None if it is closed)
-                raise SpecError("spec: standard input is closed", "spec")
+                raise refused("spec", "standard input is closed")
             raw = sys.stdin.buffer.read(most + 1)
         else:
-            with Path(name).expanduser().open("rb") as file:
+            with open_file(Path(name).expanduser()) as file:
                 raw = file.read(most + 1)
         if len(raw) > most:
-            raise SpecError(f"spec: {shown} is larger than {most // 2**20} MiB, too large for a run", "spec")
+            raise refused("spec", f"{shown} is larger than {most // 2**20} MiB, too large for a run")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise SpecError(f"spec: {shown} is not text in UTF-8", "spec") from None
+        raise refused("spec", f"{shown} is not text in UTF-8") from None
     except (OSError, RuntimeError, ValueError) as error:  # RuntimeError: unknown ~user; ValueError: NUL in the path
         reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise SpecError(f"spec: '{shown}' cannot be read ({reason})", "spec") from None
+        raise refused("spec", f"'{shown}' cannot be read ({reason})") from None
 
 
 def _parse_yaml(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[str, ...], int]]:
     documents = _parse_documents(text, name, is_one=True)
     if not documents:
-        raise SpecError(f"spec: {name} must be a mapping of a run's fields", "spec")
+        raise refused("spec", f"{name} must be a mapping of a run's fields")
     return documents[0]
 
 
@@ -106,11 +107,11 @@ def _parse_documents(
         loaded = _load(loader(text), is_one)
         specs: list[object] = [json.loads(json.dumps(values, allow_nan=False)) for _, values in loaded]  # no dates, nan
     except yaml.YAMLError as error:
-        raise SpecError(f"spec: {name} is not YAML ({_problem(error)})", "spec") from None
+        raise refused("spec", f"{name} is not YAML ({_problem(error)})") from None
     except (LookupError, AttributeError):  # yaml reads a tagged value without checking it
-        raise SpecError(f"spec: {name} holds a value that its tag does not allow, as in !!int abc", "spec") from None
+        raise refused("spec", f"{name} holds a value that its tag does not allow, as in !!int abc") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise SpecError(f"spec: {name} holds a value that JSON cannot represent ({error})", "spec") from None
+        raise refused("spec", f"{name} holds a value that JSON cannot represent ({error})") from None
     return [
         (cast(dict[str, Any], spec), dict(_yaml_lines(node, ())))
         for (node, _), spec in zip(loaded, specs, strict=True)
@@ -152,7 +153,7 @@ def _yaml_loader(yaml: Any, name: str) -> Any:
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in keys:
                 line = key.start_mark.line + 1
-                raise SpecError(f"spec: {name}: the key {key.value!r:.80} appears twice, again in line {line}", "spec")
+                raise refused("spec", f"{name}: the key {key.value!r:.80} appears twice, again in line {line}")
             keys.add(str(key.value))
         yield from loader.construct_yaml_map(node)
 
@@ -182,7 +183,7 @@ def _refuse_bombs(events: Any, name: str) -> None:
     for event in events:
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in {anchor for anchor, _ in open_}:
-                raise SpecError(f"spec: {name}: *{event.anchor:.80} contains itself", "spec")
+                raise refused("spec", f"{name}: *{event.anchor:.80} contains itself")
             values += sizes.get(event.anchor, 0)
         elif isinstance(event, yaml.ScalarEvent):
             values += 1
@@ -197,4 +198,4 @@ def _refuse_bombs(events: Any, name: str) -> None:
                 sizes[anchor] = values - before
         if values > _MAX_VALUES or len(open_) > _MAX_DEPTH:
             limits = f"{_MAX_VALUES:,} values (aliases expanded) or {_MAX_DEPTH} levels"
-            raise SpecError(f"spec: {name} holds more than {limits}", "spec")
+            raise refused("spec", f"{name} holds more than {limits}")

@@ -10,58 +10,12 @@ from memplan.spec.checks import Before
 
 # Formats that adapters can train on top of; inference-only formats; llama.cpp's GGUF file types.
 TrainedOver = Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"]
-OnlyRuns = Literal[
-    "fp8-tensor",
-    "fp8-channel",
-    "w8a8-int8",
-    "w4a16",
-    "w8a16",
-    "mxfp4",
-    "mxfp8",
-    "nvfp4",
-    "torchao-int8",
-    "torchao-int4",
-    "hqq-int4",
-    "quanto-int8",
-    "quanto-int4",
-]
-GgufType = Literal[
-    "F32",
-    "F16",
-    "BF16",
-    "Q1_0",
-    "Q2_0",
-    "Q4_0",
-    "Q4_1",
-    "Q5_0",
-    "Q5_1",
-    "Q8_0",
-    "Q2_K",
-    "Q2_K_S",
-    "Q3_K_S",
-    "Q3_K_M",
-    "Q3_K_L",
-    "Q4_K_S",
-    "Q4_K_M",
-    "Q5_K_S",
-    "Q5_K_M",
-    "Q6_K",
-    "IQ1_S",
-    "IQ1_M",
-    "IQ2_XXS",
-    "IQ2_XS",
-    "IQ2_S",
-    "IQ2_M",
-    "IQ3_XXS",
-    "IQ3_XS",
-    "IQ3_S",
-    "IQ3_M",
-    "IQ4_NL",
-    "IQ4_XS",
-    "TQ1_0",
-    "TQ2_0",
-    "MXFP4_MOE",
-]
+_Compressed = Literal["fp8-tensor", "fp8-channel", "w8a8-int8", "w4a16", "w8a16", "mxfp4", "mxfp8", "nvfp4"]
+OnlyRuns = Literal[_Compressed, "torchao-int8", "torchao-int4", "hqq-int4", "quanto-int8", "quanto-int4"]
+_Legacy = Literal["F32", "F16", "BF16", "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
+_K = Literal["Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"]
+_IQ = Literal["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"]
+GgufType = Literal[_Legacy, _K, _IQ, "IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0", "MXFP4_MOE"]
 Format = Literal[TrainedOver, OnlyRuns, GgufType]
 # Kernels for GPTQ and AWQ weights; implementations of the inference-only formats.
 Packed = Literal["", "exllama_v1", "exllama_v2", "cuda_old", "gemm"]
@@ -107,6 +61,8 @@ class Quantization(Part):
     kbit_preparation  whether peft's `prepare_model_for_kbit_training` casts to fp32; `trl` if TRL casts back to bf16,
                       `axolotl` or `axolotl-0.12` if that Axolotl does
     backend           kernel that runs the weights, for formats that have several
+    experts           whether experts that are stacked in one parameter are quantised too, as Axolotl's
+                      `quantize_moe_experts` does; bitsandbytes by itself leaves them as they are loaded
     """
 
     format: Annotated[Format, Before(_canonical_format)] = "nf4"
@@ -116,6 +72,7 @@ class Quantization(Part):
     skip: Names | None = None
     kbit_preparation: Literal[True, False, "trl", "axolotl", "axolotl-0.12"] | None = None
     backend: Backend | None = None
+    experts: Flag = False
 
     @classmethod
     def expanded(cls, value: Any) -> Any:

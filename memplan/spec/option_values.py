@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 
 
 def tokens(text: str) -> str:
@@ -34,9 +34,38 @@ def method_word(text: str) -> str:
 
 
 _METHOD_WORDS = {
-    "full": ("fft", "full_finetune", "full_finetuning", "full_fine_tuning", "full_ft"),
+    "full": (
+        "fft",
+        "ft",
+        "finetune",
+        "full_finetune",
+        "full_finetuning",
+        "full_fine_tuning",
+        "full_ft",
+        "full_sft",
+        "sft",
+    ),
     "generate": ("generation", "infer", "inference", "serve", "serving"),
 }
+
+
+def retold(name: str, text: str) -> tuple[str, str]:
+    """Return the option and value that people mean by a value of another option: `--gpus 2x4090` names a card.
+
+    >>> retold("gpus", "2x4090"), retold("gpus", "2"), retold("deepspeed", "zero3"), retold("vram", "24")
+    (('gpu', '2x4090'), ('gpus', '2'), ('zero', '3'), ('gpu', '24gb'))
+    """
+    word = text.lower()
+    if name == "gpus" and not word.isdecimal():
+        return "gpu", text
+    if name == "deepspeed" and word[:4] == "zero" and word[-1:] in ("0", "1", "2", "3") and len(word) <= len("zero-3"):
+        return "zero", word[-1]
+    if name == "vram":
+        return "gpu", f"{text}gb" if word.isdecimal() else text
+    return name, text
+
+
+FLAGS = ("qlora", "lora", "dora", "qdora")  # methods that people type as flags
 
 
 def listed(text: str) -> list[str]:
@@ -58,9 +87,8 @@ def settings(text: str) -> dict[str, Any]:
     for setting in _outer_parts(text):
         name, equals, value = (part.strip() for part in setting.partition("="))
         if not equals:
-            raise SpecError(
-                f"method.options: {setting!r:.40} is not a setting; write name=value, as in oft_block_size=64",
-                "method.options",
+            raise refused(
+                "method.options", f"{setting!r:.40} is not a setting; write name=value, as in oft_block_size=64"
             )
         try:
             parsed[name] = json.loads(value.lower() if value.lower() in ("true", "false") else value)
@@ -85,9 +113,8 @@ def pixels(text: str) -> int | list[int]:
     """Parse the side of an image, or its height and width."""
     sides = text.lower().split("x")
     if len(sides) > 2 or not all(side.strip().isdecimal() for side in sides):
-        raise SpecError(
-            f"batch.image_size: {text!r:.40} is not a size in pixels; write 1024, or height x width as 768x1024",
-            "batch.image_size",
+        raise refused(
+            "batch.image_size", f"{text!r:.40} is not a size in pixels; write 1024, or height x width as 768x1024"
         )
     height, *width = map(int, sides)
     return [height, *width] if width else height
@@ -98,9 +125,8 @@ def proportions(text: str) -> list[float]:
     try:
         return [float(part) for part in text.replace("/", ",").split(",")]
     except ValueError:
-        raise SpecError(
-            f"serving.tensor_split: {text!r:.40} is not a list of proportions; write 3,1 for two cards",
-            "serving.tensor_split",
+        raise refused(
+            "serving.tensor_split", f"{text!r:.40} is not a list of proportions; write 3,1 for two cards"
         ) from None
 
 

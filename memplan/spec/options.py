@@ -35,6 +35,7 @@ class Option(NamedTuple):
     is_required  whether it must be given
     aliases      other tools' names for it, with underscores
     spelling     turns what people type into the option's own words: `4k` into 4096
+    alone        its values if it is typed without one, and so with --no-; None if it always has a value
     """
 
     field: str
@@ -49,8 +50,10 @@ class Option(NamedTuple):
     is_required: bool = False
     aliases: tuple[str, ...] = ()
     spelling: Callable[[str], str] | None = None
+    alone: tuple[str, str] | None = None
 
 
+TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gkd", "distill")
 MODEL = Option(
     "model",
     "A card's name (qwen2-7b), a Hugging Face id, or the path of a config.json, its folder, or a GGUF file.",
@@ -85,11 +88,14 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "Tokens per sequence.",
             aliases=(
                 "context",
+                "ctx",
                 "cutoff_len",
                 "max_length",
                 "max_seq_len",
                 "max_seq_length",
                 "model_max_length",
+                "num_ctx",
+                "seq_length",
                 "sequence_len",
             ),
             spelling=tokens,
@@ -141,9 +147,17 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "hold_outputs": Option("loop.hold_outputs", "The script keeps the model's outputs through the backward pass."),
         "padded": Option("loop.padded", "Batches are padded, and so have an attention mask."),
         "trainer": Option(
-            "loop.trainer",
-            "The loop is transformers' Trainer, which keeps embedding states in fp32 with bitsandbytes' 8-bit "
-            "optimizers.",
+            "trainer",
+            "A trainer of TRL: {choices}. Alone it says that the loop is transformers' Trainer, which keeps embedding "
+            "states in fp32 with bitsandbytes' 8-bit optimizers. Default a loop of one's own.",
+            choices=TRAINERS,
+            combined=True,
+            aliases=("rl", "rlhf_type"),
+            alone=("on", "off"),
+        ),
+        "reference": Option(
+            "reference",
+            "Reference model: {choices}. Default adapters if the method has them, else copy.",
         ),
         "expandable_segments": Option(
             "loop.expandable_segments", "Use expandable segments in torch's allocator (PYTORCH_CUDA_ALLOC_CONF)."
@@ -279,6 +293,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "double_quant": Option("method.quantization.double_quant", "Also quantise the quantisation scales."),
         "quant_storage": Option(
             "method.quantization.storage", "The dtype 4-bit weights are stored in: uint8, or bf16, fp16, fp32 for FSDP."
+        ),
+        "quantize_experts": Option(
+            "method.quantization.experts",
+            "Also quantise experts that are stacked in one parameter, as Axolotl's quantize_moe_experts does.",
+            aliases=("quantize_moe_experts",),
         ),
         "kbit_preparation": Option(
             "method.quantization.kbit_preparation",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from memplan.models.objectives import Objective
 from memplan.spec.base import Count, Natural, Part, Pixels
@@ -29,11 +29,22 @@ NEWEST = {
 }
 
 
+_OTHER_NAMES = {
+    **dict.fromkeys(("hf", "huggingface", "peft"), "transformers"),
+    **dict.fromkeys(("llama-factory", "llama_factory"), "llamafactory"),
+    **dict.fromkeys(("llamacpp", "llama-cpp", "ollama", "lmstudio", "lm-studio"), "llama.cpp"),
+    "swift": "ms-swift",
+}
+
+
 def _with_version(name: str) -> str:
-    return NEWEST.get(name.lower(), name)
+    lowered = name.lower()
+    return NEWEST.get(_OTHER_NAMES.get(lowered, lowered), name)
 
 
 ProfileName = Annotated[str, After(_with_version)]
+TrainerName = Literal["sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gkd", "distill"]
+ReferenceKind = Literal["copy", "adapters", "precomputed", "none"]
 
 
 class Batch(Part):
@@ -67,6 +78,9 @@ class RunSpec(Part):
 
     model      card name, Hugging Face id, path of a config.json or GGUF file, or `{"config": {...}}`
     objective  what the model is trained for, which sets its head and loss; None for the config's `architectures`
+    trainer    trainer of TRL. With any but `sft`, `batch.micro` counts its examples: pairs of sequences, for most
+    reference  reference model of a trainer that has one: a `copy` of the model, the model itself with its `adapters`
+               disabled, log-probabilities `precomputed` before training, or `none`; None for the trainer's default
     gpu        name of a GPU; None to estimate without a verdict
     """
 
@@ -78,6 +92,8 @@ class RunSpec(Part):
             model: str | InlineModel | Mapping[str, Any],
             task: Literal["train", "forward", "generate"] = ...,
             objective: Objective | None = ...,
+            trainer: TrainerName = ...,
+            reference: ReferenceKind | None = ...,
             method: Method | str | Mapping[str, Any] = ...,
             precision: Precision | str | Mapping[str, Any] = ...,
             optimizer: Optimizer | str | Mapping[str, Any] = ...,
@@ -95,6 +111,8 @@ class RunSpec(Part):
     model: str | InlineModel
     task: Literal["train", "forward", "generate"] = "train"
     objective: Objective | None = None
+    trainer: TrainerName = "sft"
+    reference: ReferenceKind | None = None
     method: Method = Method()
     precision: Precision = Precision()
     optimizer: Optimizer = Optimizer()
@@ -107,6 +125,25 @@ class RunSpec(Part):
     serving: Serving = Serving()
     profile: ProfileName = "transformers-5"
     gpu: str | None = None
+
+    @classmethod
+    def expanded(cls, value: Any) -> Any:
+        """Choose the newest TRL for one of its trainers, if no profile is given, and set the loop that they have."""
+        if not isinstance(value, Mapping):
+            return value
+        values = cast(Mapping[str, Any], value)
+        if values.get("trainer", "sft") == "sft":
+            return values
+        loop: Any = values.get("loop", {})
+        if isinstance(loop, (Mapping, Loop)):
+            loop = {**dict(cast(Mapping[str, Any], loop)), "trainer": True}
+        scores = {"objective": "sequence_classification"} if values["trainer"] == "reward" else {}
+        return {"profile": "trl", **scores, **values, "loop": loop}
+
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what only a trainer of TRL has, if the run has none."""
+        named = self.trainer != "sft" or self.reference is not None
+        return values if named else {k: v for k, v in values.items() if k not in ("trainer", "reference")}
 
 
 def is_default(run: RunSpec, part: str) -> bool:

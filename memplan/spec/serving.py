@@ -8,28 +8,10 @@ from memplan.spec.base import Count, Flag, Natural, Number, Part, Rank
 from memplan.spec.checks import Strict
 from memplan.spec.generation import InlineModel
 
-CacheDtype = Literal[
-    "auto",
-    "bf16",
-    "fp16",
-    "fp32",
-    "fp8",
-    "fp8_e4m3",
-    "fp8_e5m2",
-    "fp8_e4m3fn",
-    "int8_per_token_head",
-    "fp8_per_token_head",
-    "int4_per_token_head",
-    "nvfp4",
-    "fp4_mx_block16",
-    "mxfp8",
-    "q8_0",
-    "q5_1",
-    "q5_0",
-    "q4_1",
-    "q4_0",
-    "iq4_nl",
-]
+_OneScale = Literal["auto", "bf16", "fp16", "fp32", "fp8", "fp8_e4m3", "fp8_e5m2", "fp8_e4m3fn"]
+_PerHead = Literal["int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"]
+_Blocks = Literal["nvfp4", "fp4_mx_block16", "mxfp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
+CacheDtype = Literal[_OneScale, _PerHead, _Blocks]
 
 
 class Serving(Part):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast, get_args
 
-from memplan.core.errors import SpecError, UnknownNameError
+from memplan.core.errors import UnknownNameError, refused
 from memplan.core.frozen import FrozenDict
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.spec.base import Count, Dtype, Flag, Json, Names, Natural, Number, Part
@@ -38,6 +38,9 @@ MethodKind = Literal[
     "trainable_tokens",
     "vera",
 ]
+
+_ChunkedLoss = Literal["chunked_lm_head", "chunked_nll", "chunked_nll_fp32", "tiled_lm_head", "fused_chunks"]
+LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss]
 
 # The other methods of peft 0.21, in lower case: known, but not supported yet.
 LATER_METHODS = frozenset(
@@ -96,10 +99,10 @@ class Method(Part):
             rank = PEFT_METHODS[name].rank
             values = {"targets": "default", **({"rank": rank} if rank else {}), **values}
         if kind in ("forward", "generate"):
-            raise SpecError(f"method.kind: {kind!r} is a task, not a method; set the run's task to it", "method.kind")
+            raise refused("method.kind", f"{kind!r} is a task, not a method; set the run's task to it")
         if isinstance(kind, str) and kind.lower().replace("-", "_") in LATER_METHODS:
             supported = ", ".join(get_args(MethodKind))
-            raise SpecError(f"method.kind: {kind!r} is not supported yet; supported: {supported}", "method.kind")
+            raise refused("method.kind", f"{kind!r} is not supported yet; supported: {supported}")
         if kind in ("qlora", "qdora") and values.get("quantization") is None:
             values["quantization"] = {}
         return values
@@ -180,7 +183,7 @@ def precision_of(word: str, dtype: str = "bf16") -> dict[str, Any]:
             return precision_of("amp") if dtype == "fp32" else {"weights": dtype, "compute": dtype, "autocast": True}
         case "mixed":
             if dtype == "fp32":
-                raise SpecError("precision: mixed needs bf16 or fp16 weights, not fp32", "precision")
+                raise refused("precision", "mixed needs bf16 or fp16 weights, not fp32")
             return {"weights": dtype, "grads": dtype, "master": "fp32"}
         case "pure":
             return {"weights": dtype}
@@ -228,19 +231,7 @@ class Kernels(Part):
     attention: Literal["sdpa", "flash_attention_2", "eager", "sdpa_math", "sdpa_efficient"] = "sdpa"
     checkpointing: Literal["none", "full", "selective", "offload"] | None = None
     reentrant: Flag | None = None
-    loss: (
-        Literal[
-            "hf",
-            "chunked",
-            "fused",
-            "chunked_lm_head",
-            "chunked_nll",
-            "chunked_nll_fp32",
-            "tiled_lm_head",
-            "fused_chunks",
-        ]
-        | None
-    ) = None
+    loss: LossKind | None = None
     fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] | None = None
     compile: Flag = False
 

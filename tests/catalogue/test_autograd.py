@@ -20,7 +20,8 @@ from memplan.catalogue.vision import vision
 from memplan.core.arithmetic import ONE_RUN
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.core.units import ITEMSIZE
-from memplan.engine.step import Lowered, lower
+from memplan.engine.lowered import Lowered
+from memplan.engine.step import lower
 from memplan.engine.walk import alive
 from memplan.models.model import ModelSpec
 from memplan.probe.libraries import model_class

@@ -13,6 +13,7 @@ from memplan.catalogue.inference.caches import bytes_of, bytes_per_token, caches
 from memplan.core.errors import UnsupportedModelError
 from memplan.models.cards import card_names, load_card
 from memplan.models.model import ModelSpec
+from memplan.probe.libraries import model_class
 from tests.sampling import examples, sampled
 from tests.tiny import TINY
 
@@ -154,11 +155,13 @@ TRACED = sorted({*sorted(TINY)[::4], "deepseek_v4", "gemma4_text", "glm_moe_dsa"
 def test_transformers_caches_are_met_to_the_byte(model_type: str) -> None:
     """Every layer of a small model's cache after 41 tokens, which do not fill the last entry."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
 
     config = {"model_type": model_type, **TINY[model_type]}
     kind = {key: value for key, value in config.items() if key != "model_type"}
-    made: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **kind), dtype=torch.bfloat16)
+    made: Any = getattr(transformers, model_class(model_type)).from_config(
+        transformers.AutoConfig.for_model(model_type, **kind), dtype=torch.bfloat16
+    )
     with torch.no_grad():
         out = made.eval()(torch.randint(1, 100, (1, 41)), use_cache=True)
 

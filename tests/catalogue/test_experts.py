@@ -18,6 +18,7 @@ from memplan.models.configs import families
 from memplan.models.configs.moe import FAMILIES
 from memplan.models.model import ModelSpec
 from memplan.planning.step_time import work
+from memplan.probe.libraries import model_class
 from memplan.program.graph import parameters_of, weights_of
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.training.program import program
@@ -47,7 +48,7 @@ def in_peft(model_type: str, targets: Any) -> int | None:
     transformers = pytest.importorskip("transformers")
     config = transformers.AutoConfig.for_model(model_type, **TINY[model_type])
     with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
+        model = getattr(transformers, model_class(model_type)).from_config(config)
     lora = peft.LoraConfig(r=4, target_modules=targets, task_type="CAUSAL_LM")
     try:
         return peft.get_peft_model(model, lora).get_nb_trainable_parameters()[0]

@@ -29,6 +29,9 @@ FACTS = (
     "nvlink_gbps",
     "infinity_fabric_gbps",
     "tdp_watts",
+    "slots",
+    "launch_usd",
+    "launch_date",
 )
 
 TYPED = {

@@ -113,7 +113,7 @@ def test_the_ledger_sums_to_the_peak(case: dict[str, Any]) -> None:
 def test_published_runs_are_near_though_they_compile_and_multiply_in_float8(case: dict[str, Any]) -> None:
     """The figures are torch's reserved memory on an H100 variant with more than 80 GB: one exceeds 80 GB.
 
-    See docs/several-gpus.md for what the published runs have and the estimate does not.
+    See docs/how-it-works/parallelism.md for what the published runs have and the estimate does not.
     """
     found = estimate(RunSpec(**{**case["run"], "gpu": "h200"})).bytes.reserved / 2**30
     assert found == pytest.approx(case["gib"], rel=0.05 if "1f1b" not in case["name"] else 0.14)

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from csv import DictReader
+from datetime import date
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
@@ -21,10 +22,14 @@ from memplan.catalogue.profiles.engines import engine_names
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.cli.app import app
 from memplan.cli.estimate import ESTIMATE_OPTIONS
-from memplan.cli.request import spec_of
+from memplan.cli.help import SCREEN, TOPICS
+from memplan.cli.plain import COMMANDS
 from memplan.cli.typer_commands import parameters
+from memplan.core.version import __version__
 from memplan.engine.native import library
+from memplan.report.csv import written
 from memplan.report.schema import run_schema
+from memplan.resolve.request import spec_of
 from memplan.spec.fields import field_of
 from memplan.spec.options import FIELDS
 from memplan.spec.run import RunSpec
@@ -242,7 +247,7 @@ def test_all_ranks_are_shown_on_request(memplan_: Memplan, format: str) -> None:
     else:
         cells = [re.sub(r"[|*]|<[^>]+>", " ", line).split() for line in ranks.out.replace("<tr>", "\n").splitlines()]
         found = [(*map(int, row[:3]),) for row in cells if len(row) > 6 and row[0].isdigit() and row[5] == "fits"]
-        assert "in flight" not in alone.out
+        assert re.findall(r"in flight *[<|]", alone.out) == []
     assert found == [(0, 4, 4), (1, 4, 3), (2, 4, 2), (3, 4, 1)]
 
 
@@ -511,7 +516,8 @@ MISTAKES = {
     "qwen2-7b --method qlora --kbit-preparation no": ("kbit_preparation (--kbit-preparation)", "true, false, trl"),
     "qwen2-7b --precision ampp": ("precision (--precision)", "amp"),
     "qwen2-7b --precision mixed --dtype fp32": ("precision (--precision)", "bf16 or fp16"),
-    "qwen2-7b --dtype fp8": ("precision.weights (--dtype)", "did you mean"),
+    "qwen2-7b --dtype fp8": ("precision.weights (--dtype)", "choose from bf16, fp16, fp32"),
+    "qwen2-7b --method dpo": ("method.kind (--method)", "choose from full, freeze, lora, qlora"),
     "qwen2-7b --attention sdpaa": ("kernels.attention (--attention)", "did you mean sdpa?"),
     "qwen2-7b --loss fusd": ("kernels.loss (--loss)", "did you mean fused?"),
     "qwen2-7b --gpu v100 --attention flash_attention_2": ("kernels.attention (--attention)", "capability"),
@@ -566,6 +572,8 @@ MISTAKES = {
     "a" * 5000: ("unknown name", "aaa"),
     "qwen2-7b --gpu": ("--gpu", "requires an argument"),
     "qwen2-7b --output /nowhere/at/all.html": ("output", "No such file"),
+    "qwen2-7b --format html --date yesterday": ("date", "write 2026-11-29 or today"),
+    "qwen2-7b --date today": ("date", "only pages show it"),
     "models nosuchmodel": ("model", "nosuchmodel"),
     "gpus rtx-3091": ("gpu", "rtx-3090"),
     "schema runn": ("schema", "run"),
@@ -579,7 +587,7 @@ def test_an_error_is_one_line_with_the_field_and_the_fix(
     fails(memplan_(*(typed.split(" ") if typed else ())), 2, *expected)
 
 
-@pytest.mark.parametrize("command", ["check", "diff", "emit", "serve"])
+@pytest.mark.parametrize("command", ["emit", "serve"])
 def test_an_unknown_command_is_not_taken_for_a_model(memplan_: Memplan, command: str) -> None:
     for rest in ((), ("qwen2-7b",), ("--help",)):
         fails(memplan_(command, *rest), 2, f"{command} is not supported yet; commands are estimate, models, gpus")
@@ -679,7 +687,7 @@ def test_an_interrupt_is_quiet(memplan_: Memplan, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("name", "start"),
-    [("a.html", "<!DOCTYPE html>"), ("a.md", "**fits"), ("a.csv", "model,"), ("a.json", "{"), ("a.txt", "fits: ")],
+    [("a.html", "<!DOCTYPE html>"), ("a.md", "**fits"), ("a.csv", "model,"), ("a.json", "{"), ("a.txt", "FITS  ")],
 )
 def test_a_file_is_written_in_the_format_its_name_says(
     memplan_: Memplan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, start: str
@@ -733,6 +741,43 @@ def test_help_names_every_option_with_its_default(memplan_: Memplan) -> None:
         if parameter.param_type_name == "option" and "--help" not in parameter.opts:
             assert parameter.opts[0] in ran.out
             assert "Default " in (parameter.help or "") or parameter.opts[0] in ("--json", "--spec")
+
+
+def test_help_is_one_screen_that_names_every_command(memplan_: Memplan) -> None:
+    for words in (("--help",), ("help",), ("-h",)):
+        ran = memplan_(*words)
+        assert (ran.code, ran.err) == (0, "")
+        assert ran.out.strip() == SCREEN.strip()
+    assert len(SCREEN.splitlines()) <= 24
+    assert max(map(len, SCREEN.splitlines())) <= 80
+    assert [name for name in COMMANDS if not re.search(rf"\b{name}\b", SCREEN)] == []
+    assert [topic for topic in TOPICS if not re.search(rf"\b{topic}\b", SCREEN)] == []
+
+
+@pytest.mark.parametrize("topic", TOPICS)
+def test_a_topic_has_the_options_that_belong_to_it(memplan_: Memplan, topic: str) -> None:
+    ran = memplan_("help", topic)
+    assert (ran.code, ran.err) == (0, "")
+    assert [heading for heading in TOPICS[topic].headings if f"{heading}:" not in ran.out] == []
+    every = memplan_("--help-all").out
+    assert [word for word in re.findall(r"^  (--[\w-]+)", ran.out, re.M) if f"  {word} " not in every] == []
+
+
+def test_lists_filter_and_sort(memplan_: Memplan) -> None:
+    names = [one["name"] for one in json.loads(memplan_("models", "7b", "--json").out)]
+    assert "qwen2-7b" in names
+    assert [name for name in names if "27b" in name or "397b" in name] == []
+    sizes = [one["parameters"] for one in json.loads(memplan_("models", "--min", "7B", "--max", "8B", "--json").out)]
+    assert sizes
+    assert all(7e9 <= size <= 8e9 for size in sizes)
+    cards = json.loads(memplan_("gpus", "--min", "24GiB", "--sort", "price", "--json").out)
+    prices = [card["launch_usd"] for card in cards if card["launch_usd"] is not None]
+    assert prices == sorted(prices)
+    assert all(card["memory_gb"] >= 24 for card in cards)
+    of_24 = json.loads(memplan_("gpus", "24gb", "--json").out)
+    assert all(24 in (card["memory_gb"], *card["memory_options_gb"]) for card in of_24)
+    assert " 7.6B " in memplan_("models", "qwen2-7b").out
+    assert memplan_("gpus", "--sort", "size").err.startswith("memplan: sort (--sort): unknown name 'size'")
 
 
 def test_help_calls_no_option_unsupported() -> None:
@@ -789,7 +834,10 @@ def shell(*args: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
     """Run a new process with its standard output as a pipe."""
     code = "from memplan.cli import main; main()"
     return subprocess.run(
-        [sys.executable, "-c", code, *args], capture_output=True, check=False, env={**os.environ, **environment}
+        [sys.executable, "-c", code, *args],
+        capture_output=True,
+        check=False,
+        env={**os.environ, "FORCE_COLOR": "", **environment},
     )
 
 
@@ -819,6 +867,39 @@ def test_a_closed_standard_output_is_ignored(line: str) -> None:
         [sys.executable, "-c", CLOSED.format("stdout"), *line.split()], capture_output=True, check=False
     )
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, b"", b"")
+
+
+def test_help_whose_reader_has_gone_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from memplan.cli import main; main()"
+    ran = subprocess.run([sys.executable, "-c", code, "--help"], stdout=writing, stderr=subprocess.PIPE, check=False)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_modules_of_the_current_folder_are_not_libraries(tmp_path: Path) -> None:
+    for name in ("yaml", "json", "shlex", "rich"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported')")
+    (tmp_path / "run.yaml").write_text("model: qwen2-0.5b")
+    environment = {**os.environ, "PYTHONPATH": str(Path(memplan.__file__).parents[1])}
+    command = [sys.executable, "-m", "memplan", "run.yaml"]
+    ran = subprocess.run(command, capture_output=True, check=False, cwd=tmp_path, env=environment)
+    assert (ran.returncode, ran.stderr) == (0, b"")
+
+
+def test_text_that_begins_like_a_formula_is_quoted_in_csv(
+    memplan_: Memplan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "=1+1.json").write_text(json.dumps(TINY))
+    monkeypatch.chdir(tmp_path)
+    assert [row["model"] for row in DictReader(memplan_("=1+1.json", "--format", "csv").out.splitlines())] == [
+        "'=1+1.json"
+    ]
+    rows = [{"a": text, "b": 1} for text in ("=1+1", "@x", "-2", "+3", "--offload optimizer", "--x|calc", -4)]
+    assert [line.partition(",")[0] for line in written(rows).splitlines()[1:]] == [
+        *("'=1+1", "'@x", "'-2", "'+3", "--offload optimizer", "'--x|calc", "-4")
+    ]
 
 
 def test_an_error_that_cannot_be_printed_still_sets_its_exit_code() -> None:
@@ -873,11 +954,29 @@ def test_json_imports_neither_rich_nor_yaml_nor_another_format() -> None:
     assert "memplan.report.json" in ran.stderr.split()
 
 
+def test_several_files_are_several_runs_and_all_count(memplan_: Memplan, tmp_path: Path) -> None:
+    big, small = tmp_path / "big.yaml", tmp_path / "small.yaml"
+    big.write_text("model: qwen2-7b\ngpu: rtx-3090\n")
+    small.write_text("model: qwen2-0.5b\nmethod: qlora\ngpu: rtx-3090\n")
+    both = memplan_("--spec", str(big), "--spec", str(small), "--json")
+    assert both.code == 1
+    assert [one["verdict"]["answer"] for one in json.loads(both.out)] == ["does not fit", "fits"]
+    table = memplan_("--spec", str(small), "--spec", str(big))
+    assert table.code == 1
+    assert table.out.index("QLoRA of qwen2-0.5b") < table.out.index("full fine-tuning of qwen2-7b")
+    assert memplan_("--spec", str(small), "--spec", str(small)).code == 0
+    refused = memplan_("plan", "--spec", str(small), "--spec", str(big))
+    assert (refused.code, refused.err) == (
+        2,
+        "memplan: spec (--spec): only memplan estimate takes several files; name one\n",
+    )
+
+
 def test_a_frameworks_file_is_a_run(memplan_: Memplan, tmp_path: Path) -> None:
     file = tmp_path / "axolotl.yml"
     file.write_text("base_model: qwen2-0.5b\nmicro_batch_size: 2\nsequence_len: 64\nbf16: true\n")
     ran = memplan_(str(file), "--gpu", "3090", "--explain-run")
-    assert ran.out.startswith("axolotl.yml: Axolotl 0.21, by base_model and micro_batch_size\n\nfits: ")
+    assert ran.out.startswith("axolotl.yml: Axolotl 0.21, by base_model and micro_batch_size\n\nFITS  ")
     assert re.search(r"batch\.sequence +64 .*axolotl\.yml:3 sequence_len", ran.out)
     answer = json.loads(memplan_(str(file), "--seq-len", "32", "--json").out)
     assert {"field": "batch.sequence", "value": 32, "why": "the command line"} in answer["origins"]
@@ -975,7 +1074,7 @@ def test_commands_are_compared(memplan_: Memplan) -> None:
 
 
 def test_a_command_that_is_not_read_is_one_line(memplan_: Memplan) -> None:
-    fails(memplan_("--", "trl", "dpo"), 2, "trl dpo is not supported yet; supported: trl sft")
+    fails(memplan_("--", "trl", "grpo"), 2, "trl grpo is not supported yet; supported: trl sft")
     fails(memplan_("--", "make", "all"), 2, "the command does not train or serve; accelerate launch, ")
     fails(memplan_("--", *TRAINS, "long"), 2, "trl sft: max_length: must be a number, not 'long'")
     fails(memplan_("--", *TRAINS[:2], "--max_length", "8"), 2, "trl sft names none; write memplan MODEL -- COMMAND")
@@ -993,3 +1092,14 @@ def test_scripts_and_servers_are_runs(memplan_: Memplan, tmp_path: Path) -> None
     runs = [answer["run"] for answer in json.loads(ran.out)["answers"]]
     assert [(run["task"], run["profile"]) for run in runs] == [("train", "trl-1.15"), ("generate", "vllm-0.33")]
     assert "--explain-run" not in memplan_("--explain-run", "--gpu", "3090", "--", *server).err
+
+
+def test_a_page_shows_the_command_but_not_where_it_writes(memplan_: Memplan, tmp_path: Path) -> None:
+    path = tmp_path / "a.html"
+    ran = memplan_("qwen2-0.5b", "--gpu", "a100-80gb", "--output", str(path), "--date", "today")
+    assert (ran.code, ran.out) == (0, "")
+    assert "<code>memplan qwen2-0.5b --gpu a100-80gb</code>" in path.read_text("utf-8")
+    assert f"memplan {__version__}, {date.today()}<" in path.read_text("utf-8")
+    dated = memplan_("qwen2-0.5b", "--gpu=a100-80gb", "--format=html", "--date=2026-11-29").out
+    assert "<code>memplan qwen2-0.5b --gpu=a100-80gb --format=html</code>" in dated
+    assert f"memplan {__version__}, 2026-11-29<" in dated

@@ -53,7 +53,7 @@ def line(random: Random, command: Subcommand) -> list[str]:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_plain_line_has_the_options_that_typer_reads(name: str) -> None:
     random, plain = Random(name), 0
-    for _ in range(25):
+    for _ in range(40):
         words = line(random, ROWS[name])
         given = ROWS[name].given(words)
         if given is None:
@@ -84,5 +84,5 @@ from memplan.cli.plain import run_plain
 code = run_plain({words.split()!r})
 print(code, *(name for name in ("typer", "pydantic", "rich", "yaml", "numpy") if name in sys.modules))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=True)
     assert done.stdout.splitlines()[-1] == "0"

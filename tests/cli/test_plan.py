@@ -762,13 +762,12 @@ MISTAKES: dict[tuple[str, ...], str] = {
     ("pythia-70m", "--have", "3090", "--count", "2"): "count (--count): --count and --have exclude each other",
     ("pythia-70m", "--vendor", "apple", "--market", "laptop"): "buy: no catalogued card matches",
     (*CARD, "--gpu", "t4"): "gpu (--gpu): a plan is for one card",
-    (*CARD, "--format", "html"): "format (--format): this plan cannot be html; choose table, json or markdown",
     (
         *CARD,
         "--format",
         "csv",
-    ): "format (--format): this plan cannot be csv; choose table, json or markdown; csv",
-    (*CARD, "--output", "a.html"): "format: this plan cannot be html",
+    ): "format (--format): this plan cannot be csv; choose table, json, markdown, html or svg; csv",
+    (*CARD, "--output", "a.csv"): "format: this plan cannot be csv",
     (*CARD, "--rank", "0"): "method.rank (--rank): must be at least 1",
     (*CARD, "--online"): "No such option: --online",
 }
@@ -783,7 +782,14 @@ def test_a_mistake_is_one_line_that_names_the_option(plan_: Command, typed: tupl
 
 @pytest.mark.parametrize(
     ("name", "start"),
-    [("a.md", "**pythia-70m, batch 1"), ("a.csv", "rung,saves,"), ("a.json", "{"), ("a.txt", "pythia")],
+    [
+        ("a.md", "**pythia-70m, batch 1"),
+        ("a.csv", "rung,saves,"),
+        ("a.json", "{"),
+        ("a.txt", "pythia"),
+        ("a.html", "<!DOCTYPE html>"),
+        ("a.svg", "<svg "),
+    ],
 )
 def test_a_file_is_written_in_the_format_its_name_says(plan_: Command, tmp_path: Path, name: str, start: str) -> None:
     assert plan_(*CARD, "--ladder", "--output", str(tmp_path / name)) == Ran(0, "", "")
@@ -818,7 +824,7 @@ def test_a_plan_needs_no_numpy_and_no_torch() -> None:
 
 
 def test_the_manual_quotes_help(plan_: Command) -> None:
-    manual = " ".join((Path(memplan.__file__).parents[1] / "docs" / "cli.md").read_text("utf-8").split())
+    manual = " ".join((Path(memplan.__file__).parents[1] / "docs" / "reference" / "cli.md").read_text("utf-8").split())
     text = plan_("--help").out
     sections = re.findall(r"^(?:Plan|What to buy|A cluster):\n(?:  .*\n)+", text, re.M)
     assert len(sections) == 3

@@ -54,7 +54,7 @@ def test_no_name_stands_for_two_options() -> None:
 
 
 def test_the_docs_list_every_other_name() -> None:
-    page = (Path(__file__).parents[2] / "docs" / "cli.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "cli.md").read_text("utf-8")
     rows = [line for line in page.splitlines() if line.startswith("| `")]
     for name, option in ROWS.items():
         if option.aliases:

@@ -88,9 +88,15 @@ def memplan(capsys: pytest.CaptureFixture[str]) -> Callable[..., Ran]:
     return run
 
 
+def uncalibrated(memplan: Callable[..., Ran]) -> Ran:
+    """Return what a command prints without a profile, and without the option for that in the next commands."""
+    ran = memplan(*RUN, "--no-calibration")
+    return ran._replace(out=ran.out.replace(" --no-calibration", ""))
+
+
 @pytest.mark.parametrize("inside", ["", ".config", ".config/memplan/calibration"])
 def test_a_home_of_another_user_holds_no_profiles(memplan: Callable[..., Ran], home: Path, inside: str) -> None:
-    plain = memplan(*RUN, "--no-calibration")
+    plain = uncalibrated(memplan)
     assert memplan(*RUN).code == 2  # as long as the file can be read
     with locked(home / inside):
         assert memplan(*RUN) == plain
@@ -102,7 +108,7 @@ def test_a_home_below_a_file_holds_no_profiles(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "file" / "config"))
-    assert memplan(*RUN) == memplan(*RUN, "--no-calibration")
+    assert memplan(*RUN) == uncalibrated(memplan)
 
 
 def test_without_a_home_there_are_no_profiles(memplan: Callable[..., Ran], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +117,11 @@ def test_without_a_home_there_are_no_profiles(memplan: Callable[..., Ran], monke
 
     monkeypatch.delenv("XDG_CONFIG_HOME", raising=False)
     monkeypatch.setattr(Path, "home", no_home)
-    assert memplan(*RUN) == memplan(*RUN, "--no-calibration")
+    assert memplan(*RUN) == uncalibrated(memplan)
 
 
 def test_a_profile_that_cannot_be_read_is_left_out_with_a_warning(memplan: Callable[..., Ran], home: Path) -> None:
-    plain = memplan(*RUN, "--no-calibration")
+    plain = uncalibrated(memplan)
     file = file_of("rtx-3090")
     with locked(file):
         ran = memplan(*RUN)

@@ -19,7 +19,7 @@ from memplan.estimate.training_peaks import training_peaks
 from memplan.program.graph import operations_of
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.structure import Structure
-from memplan.program.training.passes import PHASES, recorded_options
+from memplan.program.training.passes import recorded_options
 from memplan.program.training.replay import pass_of, replay_steps, steps_of
 from memplan.resolve.decide import decide
 from tests.estimate.test_laws import laws, runs
@@ -273,7 +273,7 @@ def test_a_pass_replays_to_the_peak_of_its_moments_and_leaves_gradients(run: dic
     for _, bytes_ in sizes_of(structure, walked.axes, sequence.unrolled(), sequence.sizes):
         live += bytes_
         highest = max(highest, live)
-    passed = walked.phases[1 : 1 + len(PHASES)]
+    passed = walked.phases[1 : 1 + len(p.passing)]
     moments = [phase.peak - (phase.phase == "backward" or phase.step is None) * walked.workspace for phase in passed]
     fixed = p.parameters + p.buffered + p.scaler + walked.workspace
     if not structure.accumulates:
@@ -362,7 +362,7 @@ def test_skipped_copies_free_gathered_weights_like_the_others(
     }
     structure = decide(RunSpec.model_validate(asked)).structure
     assert_skipped_copies_equal_the_others(structure, later)
-    assert steps_of(structure, MIB).storages
+    assert steps_of(structure).storages
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,9 @@ from memplan.core.errors import InternalError
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, UndefinedName, Weight, undefined_names
 from memplan.engine.dtypes import Scope, promote
 from memplan.engine.events import FREED
+from memplan.engine.lowered import Lowered
 from memplan.engine.record import record
-from memplan.engine.step import PLAIN, ExecutionOptions, Lowered, infer, lower
+from memplan.engine.step import PLAIN, ExecutionOptions, infer, lower
 from memplan.engine.tape import Tape
 from memplan.engine.walk import Term, alive, largest
 

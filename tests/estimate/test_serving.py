@@ -202,7 +202,7 @@ def test_a_pool_computed_from_the_card_misses_a_log_as_documented(row: dict[str,
     )
     tokens = pool_tokens(run)
     assert f"{100 * (tokens / row['tokens'] - 1):+.1f}" == row["percent"]
-    page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    page = (Path(__file__).parents[2] / "docs" / "how-it-works" / "serving.md").read_text("utf-8")
     assert f"| {row['tokens']:,} | {tokens:,} |" in page
 
 
@@ -351,7 +351,7 @@ def test_a_card_too_small_names_the_smallest_that_holds_the_run() -> None:
 
     text = render("table", [estimate(run_of("llama-3-8b", "vllm-0.33", "t4"))], False, None, False)
     assert "Would fit:" in text
-    assert "does not fit" in text
+    assert "DOES NOT FIT" in text
 
 
 def test_layers_of_several_kinds_share_blocks() -> None:
@@ -627,7 +627,7 @@ def test_the_command_shows_the_pool_and_its_contents(capsys: pytest.CaptureFixtu
         assert left.value.code == 0
         return capsys.readouterr().out
 
-    table = printed(*asked)
+    table = printed(*asked, "--details")
     assert f"{pool['tokens']:,} tokens in bf16, {pool['blocks']:,} blocks of 16 at 2,097,152 bytes" in table
     assert f"holds    {pool['concurrency']:,.2f} requests of 4,352 tokens at once; the run's 1 needs " in table
     assert json.loads(printed(*asked, "--format", "json"))["serving"] == pool

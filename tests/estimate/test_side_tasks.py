@@ -241,6 +241,7 @@ def test_the_ledger_and_the_timeline_reach_the_peak(fields: dict[str, Any]) -> N
     answer = estimate(RunSpec(**fields))
     assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
     assert max(moment.peak for moment in answer.timeline) <= answer.bytes.allocated <= answer.bytes.reserved
+    assert [sum(kinds.values()) for kinds in answer.timeline_kinds] == [moment.peak for moment in answer.timeline]
 
 
 @laws

@@ -12,9 +12,17 @@ from typing import Any
 import pytest
 
 from benchmarks import accuracy, golden
-from benchmarks.accuracy import TRACED, compared_with_trace, traced_families, traced_runs, without_workspaces
+from benchmarks.accuracy import (
+    MISS,
+    TRACED,
+    compared_with_trace,
+    peak_error,
+    traced_families,
+    traced_runs,
+    without_workspaces,
+)
 from benchmarks.golden import SHARED, rows, trace_figures
-from memplan import RunSpec, estimate
+from memplan import MemplanError, RunSpec, estimate
 from memplan.models.peft_methods import PEFT_METHODS
 from tests.sampling import ALL, sampled
 from tests.tiny import TINY
@@ -73,17 +81,39 @@ RUNS: list[dict[str, Any]] = sampled(rows("traced_runs.jsonl"))
 SAVED: list[dict[str, Any]] = sampled(rows("traced_saved.jsonl"), 4)
 
 
-MISSES: list[dict[str, Any]] = rows("traced_misses.jsonl")
+MISSES: list[dict[str, Any]] = [*rows("traced_misses.jsonl"), *rows("traced_experts.jsonl")]
 
 
 @pytest.mark.parametrize("case", MISSES, ids=label)
 def test_what_an_estimate_once_missed_equals_its_trace(case: dict[str, Any]) -> None:
     answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]
+    if "phases" in case:  # of a run that trains nothing
+        assert peak_error(case) < 5e-4
+        return
     assert answer.parameters.trainable == case["trainable"]
     compared = compared_with_trace(case)
     assert compared.same
     assert max(compared.peak, compared.phase) < 5e-4, compared
+
+
+BLIND: list[dict[str, Any]] = sampled(rows("blind.jsonl"), 16)
+
+
+@pytest.mark.parametrize("case", BLIND, ids=label)
+def test_a_random_run_is_near_its_trace_or_has_a_cause(case: dict[str, Any]) -> None:
+    if "refused" in case:
+        with pytest.raises(MemplanError):
+            estimate(RunSpec(**case["run"]))
+        return
+    assert estimate(RunSpec(**case["run"])).parameters.total == case["parameters"]
+    assert (peak_error(case) > MISS) == bool(case.get("cause")), peak_error(case)
+
+
+def test_few_random_runs_are_refused() -> None:
+    every_row = rows("blind.jsonl")
+    assert len({row["name"].partition(":")[0] for row in every_row}) >= 3
+    assert sum("refused" in row for row in every_row) <= 0.05 * len(every_row)
 
 
 PEFT: list[dict[str, Any]] = sampled(rows("traced_peft.jsonl"), 8)

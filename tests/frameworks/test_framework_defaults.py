@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.framework_defaults import SOURCES
 from memplan.frameworks.reading.config import defaults_of
-from memplan.frameworks.reading.signatures import SIGNATURES, format_named
+from memplan.frameworks.reading.run_format import FORMATS, format_named
 
 # Framework -> module and class of its config.
 CLASSES = {
@@ -41,7 +41,7 @@ def test_defaults_are_those_of_the_installed_classes(framework: str) -> None:
     release = ".".join(version(framework).split(".")[:2])
     if release not in data.defaults:
         pytest.skip(f"{framework} {release} has not been read")
-    built_on = format_named(framework).defaults if framework in SIGNATURES else (framework,)
+    built_on = format_named(framework).defaults if framework in FORMATS else (framework,)
     assert classes.keys() <= {key for name in built_on for key in defaults_of(name).keys}
     defaults = data.defaults[release]
     wanted = [name for name in SOURCES[framework][2] if name in classes]

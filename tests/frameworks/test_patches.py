@@ -380,7 +380,7 @@ def test_a_patch_says_what_was_typed_too(tmp_path: Path) -> None:
 def test_options_that_a_file_cannot_say_stay_typed(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**TRL, "use_peft": True}))
-    levers = levers_in(str(path), rank=8, trainer=False)
+    levers = levers_in(str(path), rank=8, trainer="off")
     assert levers.typed
     [lever, *_] = [lever for lever in levers(estimate(levers.asked).run) if lever.group == "batch"]
     new = levers.write((lever,))

@@ -22,7 +22,7 @@ from memplan.frameworks.llamafactory import LLAMAFACTORY
 from memplan.frameworks.reading.config import defaults_of
 from memplan.frameworks.reading.document import Document
 from memplan.frameworks.reading.run_file import RunFile, detect, read_run
-from memplan.frameworks.reading.signatures import SIGNATURES, format_named
+from memplan.frameworks.reading.run_format import FORMATS, format_named
 from memplan.frameworks.trl import TRL
 from memplan.spec.run import RunSpec
 
@@ -97,6 +97,31 @@ def test_an_axolotl_file_is_the_run_that_axolotl_starts(tmp_path: Path) -> None:
     assert (found["optimizer.name"], found["loop.expandable_segments"]) == ("paged_adamw_8bit", True)
 
 
+AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_linear: true\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "trainer", "reference"),
+    [
+        (f"{AXOLOTL_LORA}rl: dpo", "dpo", None),
+        ("base_model: a\nmicro_batch_size: 1\nrl: ipo\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
+        (f"{AXOLOTL_LORA}rl: dpo\nrl_adapter_ref_model: true", "dpo", "copy"),
+        ("base_model: a\nmicro_batch_size: 1\nrl: simpo", "cpo", None),
+        ("base_model: a\nmicro_batch_size: 1\nrl: simpo\ncpo_alpha: 0", "simpo", None),
+        ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo", "dpo", None),
+        ("model_name_or_path: a\nfinetuning_type: full\nstage: dpo\npref_loss: orpo", "orpo", None),
+        ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nref_model: b", "dpo", "copy"),
+        ("model_name_or_path: a\nuse_peft: true\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
+        ("model_name_or_path: a\nuse_peft: true\nmax_length: 512\ncenter_rewards_coefficient: 0.1", "reward", None),
+    ],
+)
+def test_a_preference_file_names_its_trainer(tmp_path: Path, text: str, trainer: str, reference: str | None) -> None:
+    fields = {k: v for k, v in read(tmp_path, text).fields.items() if k != "model"}
+    assert (fields["trainer"], fields.get("reference")) == (trainer, reference)
+    answer = estimate(RunSpec.model_validate({"model": "qwen2-0.5b", **fields}))
+    assert answer.run.trainer == trainer
+
+
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
     reasons = why(read(tmp_path, AXOLOTL_QLORA))
     assert reasons["method.rank"] == "run.yaml:5 lora_r"
@@ -157,7 +182,8 @@ lora_target_modules: 'model.language_model.layers.[\d]+.(_checkpoint_wrapped_mod
     },
     "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true": {"method.quantization.kbit_preparation": None},
     "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true\nquantize_moe_experts: true": {
-        "method.quantization.kbit_preparation": False
+        "method.quantization.experts": None,
+        "method.quantization.kbit_preparation": False,
     },
     "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true\nembeddings_skip_upcast: true": {
         "method.quantization.kbit_preparation": "axolotl"
@@ -192,6 +218,14 @@ lora_target_modules: 'model.language_model.layers.[\d]+.(_checkpoint_wrapped_mod
 def test_axolotls_keys(tmp_path: Path, keys: str, expected: dict[str, Any]) -> None:
     found = values(read(tmp_path, FULL + keys + "\n"))
     assert {field: found.get(field) for field in expected} == expected
+
+
+def test_axolotl_quantises_experts(tmp_path: Path) -> None:
+    model = FULL.replace("Qwen2-7B", "Qwen3-30B-A3B")
+    found = values(read(tmp_path, f"{model}adapter: qlora\nload_in_4bit: true\nlora_target_linear: true\n"))
+    assert "method.quantization.experts" not in found
+    keys = "adapter: qlora\nload_in_4bit: true\nlora_target_linear: true\nquantize_moe_experts: true\n"
+    assert values(read(tmp_path, model + keys))["method.quantization.experts"] is True
 
 
 # --- LLaMA-Factory ---
@@ -380,7 +414,7 @@ def test_a_typed_value_replaces_the_files_before_the_rules(tmp_path: Path) -> No
     assert (run.parallelism.world, run.parallelism.strategy, run.method.rank) == (2, "ddp", 8)
     file = read_run(str(tmp_path / "run.yaml"), typed={"method.rank": 4})
     assert why(file)["method.rank"] == "the command line"
-    [run] = runs_of({"model": "qwen2-0.5b", "spec": str(tmp_path / "run.yaml"), "optimizer": "sgd"})
+    [run] = runs_of({"model": "qwen2-0.5b", "spec": [str(tmp_path / "run.yaml")], "optimizer": "sgd"})
     assert (run.model, run.optimizer.name) == ("qwen2-0.5b", "sgd")
 
 
@@ -439,7 +473,7 @@ def test_keys_of_ms_swift_are_fields(tmp_path: Path, text: str, expected: dict[s
 # --- detection ---
 
 
-@pytest.mark.parametrize("name", SIGNATURES)
+@pytest.mark.parametrize("name", FORMATS)
 def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
     model = format_named(name).model
     file = read(tmp_path, f"{model}: Qwen/Qwen2-7B\n", name)
@@ -447,7 +481,7 @@ def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
 
 
 REFUSED: dict[str, str] = {
-    "model_name_or_path: a\nfinetuning_type: lora\nstage: dpo": "run.yaml:3: stage: 'dpo' is not supported",
+    "model_name_or_path: a\nfinetuning_type: lora\nstage: kto": "run.yaml:3: stage: 'kto' is not supported",
     "base_model: a\nmicro_batch_size: 1\nrl: grpo": "run.yaml:3: rl: 'grpo' is not supported yet",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",
     "base_model: a\nmicro_batch_size: 1.5": "run.yaml:2: micro_batch_size: must be a whole number",
@@ -512,7 +546,7 @@ def suppress_errors(lines: list[str]) -> Iterator[None]:
         lines.append(str(error))
 
 
-@given(st.sampled_from(sorted(SIGNATURES)), st.dictionaries(KEYS, VALUES, max_size=12))
+@given(st.sampled_from(sorted(FORMATS)), st.dictionaries(KEYS, VALUES, max_size=12))
 def test_any_mapping_is_read_or_refused_in_one_line(framework: str, config: dict[str, Any]) -> None:
     from memplan.frameworks.reading import run_file
 

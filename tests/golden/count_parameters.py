@@ -22,7 +22,7 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 
 Config = dict[str, Any]
 Parameter = tuple[str, str | None, int]  # kind, layer's path or None, number of elements
@@ -38,18 +38,18 @@ MLP |= {"shared_mlp"}
 MLP |= {"experts", "altup", "laurel", "per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"}
 ATTENTION |= {"self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj"}
 MLP |= {"altup_projections", "altup_unembed_projections"}
-MIXER = {"mamba", "mixer", "linear_attn"}
+MIXER = {"mamba", "mixer", "linear_attn", "conv"}
 PROJECTIONS = {"q_proj", "k_proj", "v_proj", "o_proj"}
 FEEDS = {"experts", "shared_experts", "up_proj", "down_proj", "fc1_latent_proj", "fc2_latent_proj"}
 MIXER |= {"attn_hc", "ffn_hc", "hc_head"}
 ROUTER = {"gate", "router"}  # of experts; within an MLP, unlike gate_proj
 ROUTER |= {"modality_router", "prediction_coefs", "correction_coefs"}  # of streams
 VISION = {"visual", "vision_tower", "vision_model", "multi_modal_projector", "embed_vision", "vision_embedder"}
-VISION |= {"mm_projector"}
+VISION |= {"mm_projector", "connector"}
 AUDIO = {"audio_tower", "embed_audio"}
-EMBEDDING_PROJECTIONS = {"project_in", "project_out"}  # OPT-350m
+EMBEDDING_PROJECTIONS = {"project_in", "project_out", "embeddings_project"}  # OPT-350m, ELECTRA
 EMBEDDINGS = {"embeddings", "conv1", "conv2"}  # of patches and frames, and class tokens
-LANGUAGE_HEADS = {"cls", "lm_head"}
+LANGUAGE_HEADS = {"cls", "head", "lm_head", "vocab_transform"}
 HEADS = {"pooler", "classifier"}
 # Shapes that a card's config may name by the keys of its remote code.
 SHAPES = (
@@ -103,7 +103,9 @@ def build(config: Config) -> PreTrainedModel:
     named = getattr(transformers, next(iter(config.get("architectures", ())), ""), None)
     with torch.device("meta"):
         described = AutoConfig.for_model(config["model_type"], **keys)
-        model = named(described) if named is not None else AutoModelForCausalLM.from_config(described)
+        decodes = type(described) in AutoModelForCausalLM._model_mapping  # not Mistral 4's, by transformers' tables
+        auto = AutoModelForCausalLM if decodes else AutoModelForImageTextToText
+        model = named(described) if named is not None else auto.from_config(described)
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         if config.get("tie_word_embeddings") is False and head is not None and head.weight is table.weight:
             head.weight = torch.nn.Parameter(torch.empty_like(head.weight))  # tied by T5's class, not by its checkpoint

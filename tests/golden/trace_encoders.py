@@ -34,7 +34,7 @@ METHODS = ("full", "lora", "qlora")
 def draw() -> Iterator[tuple[str, dict[str, Any]]]:
     for name, config in SMALL.items():
         length = {} if config["model_type"] in ("vit", "whisper") else {"sequence": 256}
-        target = {"target_sequence": 96} if config["model_type"] in ("t5", "whisper") else {}
+        target = {"target_sequence": 96} if config["model_type"] in ("bart", "mt5", "t5", "whisper") else {}
         shared = {"model": {"config": config}, "batch": {"micro": 2, **length, **target}}
         for objective in HEADS[name]:
             for kind in METHODS:
@@ -59,8 +59,14 @@ def draw() -> Iterator[tuple[str, dict[str, Any]]]:
 
 def main() -> None:
     about = "Training steps of encoders and encoder-decoders, traced: see tests/golden/trace_encoders.py."
-    print(json.dumps({"about": about, "date": "2026-11-25", "versions": dict(versions())}), flush=True)
-    wanted = [(name, RunSpec.model_validate({**run, "gpu": "a100-sxm-80gb"})) for name, run in draw()]
+    if not sys.argv[1:]:
+        print(json.dumps({"about": about, "date": "2026-11-25", "versions": dict(versions())}), flush=True)
+    named = sys.argv[1:]  # only these, without the head line
+    wanted = [
+        (name, RunSpec.model_validate({**run, "gpu": "a100-sxm-80gb"}))
+        for name, run in draw()
+        if not named or name.rpartition("-")[0] in named
+    ]
     write(wanted)
 
 

@@ -7,14 +7,18 @@ A row's name says which tensor was missed.
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from memplan.probe.run.trace import TracedRun, traces
 from memplan.spec.run import RunSpec
+from tests.golden.trace_inference import row
 from tests.golden.trace_runs import write
+from tests.tiny import TINY as DECODERS
 from tests.tiny_vision import TINY
 
 
@@ -31,6 +35,11 @@ def dora(targets: list[str], **method: Any) -> dict[str, Any]:
     return {"method": {"kind": "dora", "targets": targets, **method}, "batch": {"sequence": 512}}
 
 
+def small(family: str) -> dict[str, Any]:
+    return {"model": {"config": {"model_type": family, **DECODERS[family]}}, "gpu": "a100-sxm-80gb"}
+
+
+INT8 = {"method": {"quantization": {"format": "int8"}}}
 AUTOCAST = {"weights": "bf16", "compute": "bf16", "autocast": True}
 FREEZE = {"method": {"kind": "freeze", "trainable_layers": 2}, "batch": {"sequence": 512}}
 _VL = TINY["qwen3_vl_moe"]
@@ -66,13 +75,50 @@ CASES: dict[str, dict[str, Any]] = {
         **dora(["q_proj", "embed_tokens"], kind="qdora", dropout=0.1),
     },
     "deepstack features after the last layer": {"model": {"config": SHALLOW}, **SEEING},
+    "outputs held into the next micro-batch": {
+        "model": "smollm-135m",
+        "method": "lora",
+        "kernels": {"loss": "chunked_lm_head"},
+        "loop": {"hold_outputs": "step"},
+        "batch": {"micro": 2, "sequence": 418, "accumulation": 2},
+    },
+    "a last chunk with what is left": {
+        "model": "smollm-135m",
+        "method": "lora",
+        "kernels": {"loss": "chunked"},
+        "batch": {"micro": 4, "sequence": 418},
+    },
+    "fewer than eight chunks": {"model": "smollm-135m", "kernels": {"loss": "chunked"}, "batch": {"sequence": 33}},
+    "a wide sum added in place": {
+        **small("llama4_text"),
+        "precision": {"weights": "bf16", "autocast": True},
+        "batch": {"sequence": 118},
+    },
+    "the reference product's probabilities outlive its result's cast": {
+        **small("nemotron"),
+        **INT8,
+        "task": "forward",
+        "batch": {"micro": 4, "sequence": 26},
+        "kernels": {"attention": "sdpa_math"},
+    },
+    "an int8 product in fp16 next to int32": {
+        **small("gpt_bigcode"),
+        **INT8,
+        "task": "generate",
+        "batch": {"micro": 4, "sequence": 75, "new_tokens": 3},
+        "generation": {"num_beams": 4},
+    },
     "layers after a tower": {"model": "qwen2-vl-2b", **FREEZE},
 }
 
 
 def main() -> None:
-    wanted = sys.argv[1:] or list(CASES)
-    write([(name, RunSpec(**CASES[name])) for name in wanted])
+    wanted = [(name, RunSpec(**CASES[name])) for name in sys.argv[1:] or CASES]
+    write([(name, run) for name, run in wanted if run.task == "train"])
+    running = [(name, run) for name, run in wanted if run.task != "train"]
+    for (name, run), traced in zip(running, traces((run for _, run in running), 1), strict=True):
+        if isinstance(traced, TracedRun):
+            print(json.dumps(row(name, run, traced)), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,170 +1,16 @@
-"""Steps of trainers' own releases, for trace_trainers.py: how each adapts a model and constructs its trainer."""
+"""Steps of other frameworks' releases, for trace_trainers.py: how each adapts a model and constructs its trainer."""
 
 from __future__ import annotations
 
 import sys
 import tempfile
-from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from memplan.core.errors import MemplanError
 from memplan.probe.libraries import library
+from memplan.probe.script.trl_trainers import TrainerScript
 from memplan.spec.run import RunSpec
-
-
-class TrainerScript:
-    """A run under TRL's SFTTrainer, with the attributes of `memplan.probe.script.script.Script`."""
-
-    imported: tuple[str, ...] = ("trl.trainer.sft_trainer",)  # before tensors are fake
-    unused: tuple[str, ...] = ()  # modules that its imports name, and no step runs
-    assistant = scaler = None
-    attention_backend = nullcontext
-
-    def __init__(self, run: RunSpec, device: Any, phase: Any) -> None:
-        import torch
-
-        from memplan.probe.script import model as building
-        from memplan.probe.script.parameter_counts import parameters
-        from memplan.resolve.decide import fill_from_profile
-
-        self.run, self.device, self.phase = run, torch.device(device), phase
-        filled = fill_from_profile(run)
-        with phase("load"):
-            model = building._empty_model(filled)
-            building._materialise(model, filled, lambda _: self.device)
-            self.counted = parameters(model)
-            if filled.method.quantization is not None:  # which Trainer and Axolotl ask
-                config = SimpleNamespace(quant_method="bitsandbytes")
-                model.hf_quantizer = SimpleNamespace(is_trainable=True, quantization_config=config)
-            torch.cuda.is_available = lambda: True  # which transformers' arguments ask
-            self.trainer: Any = self._trainer(model, filled)
-            torch.cuda.is_available = lambda: False  # or fused optimizers ask a stream
-            del model
-            self.trainer.model_wrapped = self.trainer.accelerator.prepare(self.trainer.model)
-            self.trainer.model.train()
-            self._checkpoint(self.trainer.model, self.trainer.args)
-            self.model = self.trainer.model_wrapped
-            self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-            self.trainable = sum(p.numel() for p in self.parameters)
-            self.optimizer = self.trainer.create_optimizer()
-            self.optimizers = [self.optimizer]
-        self._in_phase(self.trainer, "compute_loss", "forward")
-        self._in_phase(self.trainer.accelerator, "backward", "backward")
-
-    @staticmethod
-    def patch() -> None:
-        """Have TRL call its Triton kernels, which compute nothing here."""
-        try:
-            kernels: Any = library("trl.kernels.chunked_logprob")
-        except MemplanError:  # before TRL 1.15
-            return
-
-        class Kernel:
-            def __getitem__(self, grid: Any) -> Any:
-                return lambda *_, **__: None
-
-        kernels._forward_kernel = kernels._backward_kernel = Kernel()
-        kernels._TRITON_AVAILABLE = True
-
-        class Triton:
-            @staticmethod
-            def cdiv(a: int, b: int) -> int:
-                return -(-a // b)
-
-        kernels.triton = Triton
-
-    @staticmethod
-    def answer(run: RunSpec, value: Any) -> bool | int:
-        """Return the value of a tensor, which TRL up to 1.14 reads: the number of labels, and whether none counts."""
-        rows = -(-run.batch.micro * (run.batch.sequence - 1) // 256) * 256
-        return rows if str(value.dtype) == "torch.int64" else False
-
-    def _trainer(self, model: Any, run: RunSpec) -> Any:
-        """Return the trainer around the model, to which it adds the adapters."""
-        from memplan.probe.script.model import _targets
-
-        method, adapters = run.method, None
-        if method.kind != "full":
-            adapters = library("peft").LoraConfig(
-                task_type="CAUSAL_LM",
-                r=method.rank,
-                lora_alpha=8,
-                target_modules=_targets(run),
-                use_dora="dora" in method.kind,
-            )
-        return library("trl").SFTTrainer(
-            model=model,
-            args=self._arguments(
-                run,
-                "trl",
-                "SFTConfig",
-                max_length=run.batch.sequence,
-                gradient_checkpointing=run.kernels.checkpointing == "full",
-                dataset_kwargs={"skip_prepare_dataset": True},
-            ),
-            train_dataset=self._dataset(),
-            processing_class=self._tokenizer(),
-            peft_config=adapters,
-        )
-
-    def _checkpoint(self, model: Any, arguments: Any) -> None:
-        """Checkpoint the layers if the arguments say so, as Trainer.train does."""
-        if getattr(arguments, "activation_checkpointing", False):
-            model.activation_checkpointing_enable()
-        elif arguments.gradient_checkpointing and not hasattr(model, "activation_checkpointing_enable"):
-            model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)  # before transformers 5.24
-
-    def _in_phase(self, owner: Any, method: str, name: str) -> None:
-        """Enter a phase during every call of the method."""
-        call = getattr(owner, method)
-
-        def entered(*args: Any, **kwargs: Any) -> Any:
-            with self.phase(name):
-                return call(*args, **kwargs)
-
-        setattr(owner, method, entered)
-
-    @staticmethod
-    def _arguments(run: RunSpec, package: str, kind: str, **more: Any) -> Any:
-        return getattr(library(package), kind)(
-            output_dir=tempfile.mkdtemp(),
-            per_device_train_batch_size=run.batch.micro,
-            report_to=[],
-            optim=str(run.optimizer.name),
-            **more,
-        )
-
-    @staticmethod
-    def _dataset() -> Any:
-        return library("datasets").Dataset.from_dict({"input_ids": [[0]], "labels": [[0]]})
-
-    @staticmethod
-    def _tokenizer() -> Any:
-        from tokenizers import Tokenizer, models
-        from transformers import PreTrainedTokenizerFast
-
-        words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
-        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
-
-    def step(self) -> None:
-        """Run the trainer's step: forward and backward, clipping, the optimizer."""
-        import torch
-
-        shape, trainer = (self.run.batch.micro, self.run.batch.sequence), self.trainer
-        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.ones_like(ids)}
-        tokens = torch.full((), shape[0] * (shape[1] - 1), device=self.device)
-        del ids
-        trainer.current_gradient_accumulation_steps = 1
-        trainer.training_step(self.model, inputs, num_items_in_batch=tokens)
-        del inputs
-        with self.phase("clip"):
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        with self.phase("step"):
-            self.optimizer.step()
-            self.model.zero_grad()
 
 
 class LlamaFactoryScript(TrainerScript):
@@ -182,7 +28,7 @@ class LlamaFactoryScript(TrainerScript):
         return True
 
     def _trainer(self, model: Any, run: RunSpec) -> Any:
-        from memplan.probe.script.model import _targets
+        from memplan.probe.script.model import target_modules
 
         hparams: Any = library("llamafactory.hparams")
         method = run.method
@@ -193,7 +39,7 @@ class LlamaFactoryScript(TrainerScript):
         tuning = hparams.FinetuningArguments(
             finetuning_type="full" if method.kind == "full" else "lora",
             lora_rank=method.rank,
-            lora_target=",".join(_targets(run)) if method.kind != "full" else "all",
+            lora_target=",".join(target_modules(run)) if method.kind != "full" else "all",
             use_dora="dora" in method.kind,
         )
         library("llamafactory.model.model_utils.checkpointing").prepare_model_for_training(model, arguments)
@@ -252,7 +98,7 @@ class AxolotlScript(TrainerScript):
 
     @staticmethod
     def _config(run: RunSpec, folder: str) -> dict[str, Any]:
-        from memplan.probe.script.model import _targets
+        from memplan.probe.script.model import target_modules
 
         method = run.method
         adapter = {
@@ -261,7 +107,7 @@ class AxolotlScript(TrainerScript):
             "lora_r": method.rank,
             "lora_alpha": 8,
             "lora_target_linear": method.targets == "all-linear",
-            "lora_target_modules": [] if method.targets == "all-linear" else list(_targets(run)),
+            "lora_target_modules": [] if method.targets == "all-linear" else list(target_modules(run)),
             "peft_use_dora": "dora" in method.kind,
             **(
                 {}
@@ -311,7 +157,7 @@ class SwiftScript(TrainerScript):
         return str(value.dtype) == "torch.bool"
 
     def _trainer(self, model: Any, run: RunSpec) -> Any:
-        from memplan.probe.script.model import _targets
+        from memplan.probe.script.model import target_modules
 
         folder, method = tempfile.mkdtemp(), run.method
         model.config.save_pretrained(folder)
@@ -321,7 +167,7 @@ class SwiftScript(TrainerScript):
         adapter = {
             "tuner_type": "lora",
             "lora_rank": method.rank,
-            "target_modules": ["all-linear"] if method.targets == "all-linear" else list(_targets(run)),
+            "target_modules": ["all-linear"] if method.targets == "all-linear" else list(target_modules(run)),
             "lora_alpha": 8,
             "lora_dropout": 0.0,
             "use_dora": "dora" in method.kind,
@@ -412,7 +258,7 @@ class UnslothScript(TrainerScript):
         cuda.is_available = lambda: False
 
     def _trainer(self, model: Any, run: RunSpec) -> Any:
-        from memplan.probe.script.model import _targets
+        from memplan.probe.script.model import target_modules
 
         method, tokenizer, losses = run.method, self._tokenizer(), library("unsloth_zoo.fused_losses.fused_linear")
         losses._keep_index = lambda targets, *_: _rows_but(run.batch.micro, targets)
@@ -436,7 +282,7 @@ class UnslothScript(TrainerScript):
                 model,
                 r=method.rank,
                 lora_alpha=8,
-                target_modules=list(_ALL) if method.targets == "all-linear" else list(_targets(run)),
+                target_modules=list(_ALL) if method.targets == "all-linear" else list(target_modules(run)),
                 use_gradient_checkpointing=checkpoints,
                 use_dora="dora" in method.kind,
             )

@@ -48,11 +48,11 @@ COMPARES = {
 OFTEN = {
     **dict.fromkeys(("gemma", "gemma2", "gpt_neox", "phi"), 4),
     **dict.fromkeys(("deepseek_v2", "deepseek_v3", "mixtral", "qwen2_moe", "qwen3_moe", "qwen3_next", "stablelm"), 4),
-    **dict.fromkeys(("gemma3_text", "ministral3", "qwen3_5_moe_text", "qwen3_5_text"), 4),
+    **dict.fromkeys(("gemma3_text", "qwen3_5_moe_text", "qwen3_5_text"), 4),
     **dict.fromkeys(("bert", "dbrx", "mamba", "t5", "vit"), 4),
     "falcon": 5,
     "llama": 6,
-    "mistral": 5,
+    "mistral": 4,
 }
 
 COLUMNS = (*Family._fields, *CheckpointFacts._fields, *GenerationFacts._fields)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,11 +33,14 @@ class Served(NamedTuple):
     folders: dict[str, Path]
     failing: dict[str, tuple[int, str]]
     asked: list[str]
+    sends: dict[str, dict[str, Any]]  # file -> how it is sent: `more` bytes than said, `slowly`, with other headers
     licence: str = "apache-2.0"
 
 
 def _handler(served: Served) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
+        _more, _slowly = 0, False
+
         def log_message(self, *_: object) -> None:
             pass
 
@@ -63,11 +68,15 @@ def _handler(served: Served) -> type[BaseHTTPRequestHandler]:
             if not file.is_file():
                 return self._fail(404, "EntryNotFound")
             headers = {"ETag": f'"{file.name}-{file.stat().st_size}"', "X-Repo-Commit": COMMIT}
-            return self._send(file.read_bytes(), body, headers)
+            sends = served.sends.get(file.name, {})
+            self._more, self._slowly = sends.get("more", 0), sends.get("slowly", False)
+            return self._send(file.read_bytes(), body, {**headers, **sends.get("headers", {})})
 
         def _send(self, content: bytes, body: bool, headers: dict[str, str]) -> None:
             asked, status = self.headers.get("Range"), 200
-            if asked and body:
+            if body and self._more:
+                content += b" " * self._more
+            if asked and body and not self._more:
                 start, end = (int(n) if n else len(content) - 1 for n in asked.removeprefix("bytes=").split("-"))
                 headers = {**headers, "Content-Range": f"bytes {start}-{end}/{len(content)}"}
                 content, status = content[start : end + 1], 206
@@ -75,8 +84,12 @@ def _handler(served: Served) -> type[BaseHTTPRequestHandler]:
             for name, it in {**headers, "Content-Length": str(len(content))}.items():
                 self.send_header(name, it)
             self.end_headers()
-            if body:
-                self.wfile.write(content)
+            with suppress(OSError):  # the reader has gone
+                for i in range(len(content)) if body and self._slowly else ():
+                    self.wfile.write(content[i : i + 1])
+                    time.sleep(0.05)
+                if body and not self._slowly:
+                    self.wfile.write(content)
 
         def _fail(self, status: int, code: str) -> None:
             self.send_response(status)
@@ -90,7 +103,7 @@ def _handler(served: Served) -> type[BaseHTTPRequestHandler]:
 @pytest.fixture
 def served(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Served]:
     """Return the fake Hub, with an empty cache."""
-    hub = Served({}, {}, [])
+    hub = Served({}, {}, [], {})
     server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
@@ -199,6 +212,38 @@ def test_a_hub_that_is_silent_is_one_line(tiny: str, monkeypatch: pytest.MonkeyP
     with pytest.raises(FactsMissingError) as error:
         find_model(tiny, online=True)
     assert "did not answer in time" in line(error)
+
+
+def test_an_answer_that_drips_ends_in_time(tiny: str, served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "_TIMEOUT", 0.3)
+    served.sends["config.json"] = {"slowly": True}
+    with pytest.raises(FactsMissingError) as error:
+        find_model(tiny, online=True)
+    assert "did not answer in time" in line(error)
+
+
+def test_a_config_longer_than_the_hub_says_is_not_stored(tiny: str, served: Served, tmp_path: Path) -> None:
+    served.sends["config.json"] = {"more": 2**26}
+    with pytest.raises(FactsMissingError) as error:
+        find_model(tiny, online=True)
+    assert "is longer than 33,554,432 bytes" in line(error)
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file()) < 2**26
+
+
+def test_a_server_that_ignores_ranges_is_a_note(tiny: str, served: Served) -> None:
+    for file in served.folders[tiny].glob("*.safetensors"):
+        served.sends[file.name] = {"more": 2**22}
+    checkpoint = find_model(tiny, online=True).checkpoint
+    assert checkpoint is not None
+    assert "is longer than 100,001 bytes" in checkpoint.why_not
+
+
+def test_a_tag_that_is_a_path_writes_nothing(tiny: str, served: Served, tmp_path: Path) -> None:
+    served.sends["config.json"] = {"headers": {"ETag": '"../../../outside"'}}
+    with pytest.raises(FactsMissingError) as error:
+        find_model(tiny, online=True)
+    assert "which is a path" in line(error)
+    assert not [*tmp_path.rglob("outside*")]
 
 
 def test_offline_the_cache_answers_or_it_is_one_line(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from itertools import combinations
+from itertools import combinations, product
+from math import log2
 from types import SimpleNamespace
 from typing import Any
 
@@ -118,6 +119,56 @@ def test_two_levers_that_preserve_results_are_proposed_if_they_suffice(
     pairs = (pair for pair in combinations(free, 2) if pair[0].group != pair[1].group)
     if any(alone(run, pair) for pair in pairs):
         assert plan(run).proposals[0].severity == 0
+
+
+SMALL_SPACE = ("optimizer", "in backward", "loss", "rank", "targets")
+SPACES = [
+    (model, method, share)
+    for model in ("qwen2-0.5b", "granite-3.1-1b-a400m")  # the second one is a mixture of experts
+    for method in ("full", "lora", "qlora")
+    for share in (30, 45, 60)
+]
+
+
+def exhaustive(run: RunSpec, demand: Demand) -> list[int]:
+    """Return the price of every set of levers of a small space that meets the demand: the tier of its strongest."""
+    levers = [lever for lever in levers_of(estimate(run).run) if lever.group in SMALL_SPACE]
+    groups = [[None, *(lever for lever in levers if lever.group == group)] for group in SMALL_SPACE]
+    sets = [tuple(lever for lever in choice if lever is not None) for choice in product(*groups)]
+    trials = Trials(run, demand, None)
+    return [max((lever.tier for lever in pulled), default=-1) for pulled in sets if trials.fits(pulled)]
+
+
+@ALL
+@pytest.mark.parametrize(("model", "method", "share"), SPACES)
+def test_plans_and_advice_find_what_an_exhaustive_search_finds(model: str, method: str, share: int) -> None:
+    run = RunSpec(model=model, method=method, gpu="rtx-3060-12gb")
+    used = estimate(run).bytes.used
+    demand = Demand(headroom=find_gpu("rtx-3060-12gb").usable - used * share // 100)
+    prices = exhaustive(run, demand)
+    others = {lever.group for lever in levers_of(estimate(run).run)} - {*SMALL_SPACE}
+    found = plan(run, headroom=demand.headroom, without=[*others])
+    assert bool(found.proposals) >= bool(prices)
+    if prices:
+        assert min(prices) == max(lever.tier for lever in found.proposals[0].levers)
+        step = next(
+            step for step in advise(run, demand).steps if step.title.lower() in (method, f"{method} fine-tuning")
+        )
+        assert (step.title, step.answer) == (step.title, "yes")
+
+
+@ALL
+def test_qlora_of_a_mixture_of_experts_has_ways_to_fit() -> None:
+    found = plan(RunSpec(model="qwen3-30b-a3b", method="qlora", gpu="a6000"))
+    assert all(proposal.answer.fits for proposal in found.proposals)
+    assert [lever.title for lever in found.proposals[0].levers] == ["quantised experts, without adapters"]
+
+
+@ALL
+def test_advice_names_changes_by_which_full_training_fits() -> None:
+    step = advise(RunSpec(model="qwen2-7b", gpu="3090")).steps[0]
+    assert step.answer == "yes"
+    assert "the optimizer's step in backward" in step.options[0].title
 
 
 @ALL
@@ -390,6 +441,28 @@ def test_every_card_that_holds_the_run_is_offered() -> None:
         assert (gpu.name in found) == fits(run.model_copy(update={"gpu": gpu.name})), gpu.name
 
 
+def test_cards_to_own_have_a_list_price_and_fit_in_one_machine() -> None:
+    found = offers(RunSpec(model="qwen2-7b"), CardFilter(to="own")).offers
+    assert found
+    totals = [(offer.gpu.launch_usd or 0) * offer.count for offer in found]
+    assert all(
+        total > 0 and offer.gpu.slots and offer.gpu.launch_date for total, offer in zip(totals, found, strict=True)
+    )
+    assert all(offer.count <= 4 for offer in found)
+    steps = [(round(4 * log2(total)), offer.count) for total, offer in zip(totals, found, strict=True)]
+    assert steps == sorted(steps)  # of about the same price, fewest cards first
+    assert (found[0].gpu.name, found[0].count) == ("rtx-pro-6000-max-q", 1)  # four 5090s are 7 % less
+
+
+def test_offers_leave_memory_free_and_fit_in_one_machine_if_they_can() -> None:
+    for to in ("own", "rent"):
+        for offer in offers(RunSpec(model="qwen2-7b"), CardFilter(to=to)).offers:
+            assert (offer.answer.verdict.headroom or 0) >= GIB // 20
+            assert offer.count <= 8
+    large = offers(RunSpec(model="deepseek-v3"), most=1).offers
+    assert [offer.count > 8 for offer in large] == [True]
+
+
 @pytest.mark.parametrize(
     ("wanted", "holds"),
     [
@@ -463,10 +536,10 @@ def test_several_cards_run_models_that_one_does_not() -> None:
 
 @ALL
 def test_advice_takes_the_first_step_that_fits_and_hides_no_other() -> None:
-    found = advise(RunSpec(model="qwen2-7b", gpu="3090"))
-    assert [step.answer for step in found.steps] == ["no", "yes", "yes", "not needed"]
+    found = advise(RunSpec(model="qwen2-7b", gpu="a4000"))
+    assert [step.answer for step in found.steps] == ["no", "no", "yes", "not needed"]
     assert found.best is not None
-    assert found.best.run.method.kind == "lora"
+    assert found.best.run.method.kind == "qlora"
     for step in found.steps:
         for choice in step.options:
             assert choice.fits == fits(choice.run)

@@ -657,7 +657,8 @@ def test_probe_has_every_option_of_a_run_that_estimate_has() -> None:
         {name for group in options.values() for name in group}
         for options in (ESTIMATE_OPTIONS, command("probe").options)
     )
-    assert estimate - mine == {*("online", "revision", "via", "cache", "format", "explain", "strict")}
+    of_answers = {*("online", "revision", "via", "cache", "format", "explain", "strict", "date", "details", "plain")}
+    assert estimate - mine == of_answers
 
 
 # --- causes of deviations ---

@@ -214,6 +214,7 @@ def test_the_ledger_groups_equal_layers_and_names_their_source(traces: Traces) -
     assert bases == {"traced"}
     assert sources == {"torch 2.13.0, transformers 5.24.0, peft 0.21.2"}
     assert max(p.peak for p in answer.timeline) == answer.bytes.allocated
+    assert [sum(kinds.values()) for kinds in answer.timeline_kinds] == [moment.peak for moment in answer.timeline]
 
 
 def test_equal_steps_are_shown_as_one(traces: Traces) -> None:
@@ -589,7 +590,7 @@ def command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[...,
 
 def test_the_command_traces_and_lists_cards_with_the_same_kernels(traces: Traces, command: Callable[..., Ran]) -> None:
     asked = traces()
-    ran = command("CONFIG")
+    ran = command("CONFIG", "--details")
     assert (ran.code, ran.err) == (0, "")
     assert "answered by" in ran.out
     assert "of compute capability 8 and later" in ran.out

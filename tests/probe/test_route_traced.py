@@ -75,6 +75,7 @@ def test_a_family_without_a_stack_has_an_answer_that_adds_up(family: str, answer
     assert {line.basis for line in answer.ledger if line.kind != "other"} == {"traced"}
     assert any(line.what.endswith("weight exp_avg") and line.count == 2 for line in answer.ledger)
     assert max(p.peak for p in answer.timeline) == answer.bytes.allocated
+    assert [sum(kinds.values()) for kinds in answer.timeline_kinds] == [moment.peak for moment in answer.timeline]
 
 
 def test_a_class_without_sdpa_is_noted(answers: Mapping[str, Estimate]) -> None:
@@ -147,7 +148,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], type[MemplanError], str]] = {
     "code for an activation": ("persimmon", {"hidden_act": "os.system('false')"}, ProbeError, "cannot build"),
     "no such class": ("../persimmon", {}, ProbeError, "no class for causal language models of model_type '../pers"),
     "the name of a class's own": ("auto", {}, ProbeError, "no class for causal language models of model_type 'auto'"),
-    "a backbone of another library": ("timm_backbone", {"use_pretrained_backbone": True}, ProbeError, "no class for"),
+    "a backbone of another library": ("timm_backbone", {"use_pretrained_backbone": True}, ProbeError, "TimmBackbone"),
 }
 
 

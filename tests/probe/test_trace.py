@@ -246,6 +246,8 @@ def test_small_rows() -> None:
 
     assert scratch("bitsandbytes::int8_scaled_mm", codes, weight, dtype=torch.float16) == [4 * 6 * 32]
     assert scratch("bitsandbytes::int8_scaled_mm", codes, weight, dtype=torch.bfloat16) == [4 * 6 * 32, 2 * 6 * 32]
+    positional = (codes, weight, None, None, None, torch.bfloat16)  # as torch's dispatcher passes it on
+    assert scratch("bitsandbytes::int8_scaled_mm", *positional) == [4 * 6 * 32, 2 * 6 * 32]
 
 
 def test_a_4_bit_product_dequantises_its_matrix_where_bitsandbytes_would() -> None:

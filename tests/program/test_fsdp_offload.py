@@ -167,7 +167,7 @@ def test_under_mixed_precision_a_unit_is_copied_to_be_computed_in() -> None:
 
 
 def test_no_shard_exists_only_for_fsdp1() -> None:
-    from memplan.cli.request import spec_of
+    from memplan.resolve.request import spec_of
 
     said = spec_of({"model": "llama-3.1-8b", "gpus": 8, "fsdp": "no_shard"})["parallelism"]
     assert (said["strategy"], said["shard_group"]) == ("fsdp", 1)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.optimizers.optimizers import ON_HOST
-from memplan.cli.request import spec_of
 from memplan.core.errors import MemplanError, SpecError
 from memplan.core.units import rounded
 from memplan.models.cards import load_card
 from memplan.report.assumptions import assumptions
+from memplan.resolve.request import spec_of
 from tests.estimate.test_laws import SHAPE, answer, laws, runs
 
 HIDDEN, LAYERS = 896, 24  # qwen2-0.5b

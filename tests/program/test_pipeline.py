@@ -89,6 +89,7 @@ def test_the_ledger_of_a_stage_sums_to_its_peak(run: dict[str, Any]) -> None:
     a = estimate(RunSpec(**of_experts(run)))
     assert sum(line.bytes for line in a.ledger) == a.bytes.allocated == max(p.peak for p in a.phases)
     assert max(p.peak for p in a.timeline) <= a.bytes.allocated
+    assert [sum(kinds.values()) for kinds in a.timeline_kinds] == [moment.peak for moment in a.timeline]
     assert a.bytes.allocated <= a.bytes.reserved <= a.bytes.used
 
 

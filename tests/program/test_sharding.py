@@ -126,6 +126,7 @@ def test_the_ledger_of_a_rank_sums_to_its_peak(run: dict[str, Any], strategy: st
     assert sum(line.bytes for line in a.ledger) == a.bytes.allocated == max(p.peak for p in a.phases)
     assert a.bytes.allocated <= a.bytes.reserved <= a.bytes.used
     assert max(p.peak for p in a.timeline) <= a.bytes.allocated
+    assert [sum(kinds.values()) for kinds in a.timeline_kinds] == [moment.peak for moment in a.timeline]
 
 
 KNOBS: dict[str, dict[str, Any]] = {
@@ -156,6 +157,7 @@ def test_every_ranks_ledger_sums_to_its_peak(run: dict[str, Any], knob: tuple[st
     a = told(run, knob[0], 4, **knob[1])
     assert sum(line.bytes for line in a.ledger) == a.bytes.allocated == max(p.peak for p in a.phases)
     assert max(p.peak for p in a.timeline) <= a.bytes.allocated <= a.bytes.reserved
+    assert [sum(kinds.values()) for kinds in a.timeline_kinds] == [moment.peak for moment in a.timeline]
 
 
 @laws

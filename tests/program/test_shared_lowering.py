@@ -8,7 +8,7 @@ import pytest
 
 from memplan import RunSpec
 from memplan.core.arithmetic import ONE_RUN
-from memplan.engine import step
+from memplan.engine import lowered, step
 from memplan.engine.moments import Moment, PassMoments
 from memplan.engine.walk import alive, bytes_at_each, counts_at_each, size
 from memplan.program import graph
@@ -46,7 +46,7 @@ def test_a_deep_model_has_the_moments_of_its_own_depth(case: str, monkeypatch: p
     structure = decide(deep(kind, 160, fields)).structure
     axes = operations_of(structure.graph)[1]
     shared = pass_of(structure)
-    monkeypatch.setattr(step, "_FEW", 1_000)
+    monkeypatch.setattr(lowered, "_FEW", 1_000)
     graph._lowered.cache_clear()  # pyright: ignore[reportPrivateUsage]
     own = pass_of(structure)
     assert shared is not own

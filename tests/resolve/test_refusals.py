@@ -34,6 +34,18 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
         "method.quantization.block_size",
     ),
     ({"method": {"kind": "qlora", "quantization": {"storage": "bf16"}}}, "method.quantization.storage"),
+    (
+        {"model": "olmoe-1b-7b", "method": {"kind": "qlora", "quantization": {"format": "int8", "experts": True}}},
+        "method.quantization.experts",
+    ),
+    (
+        {
+            "model": "olmoe-1b-7b",
+            "method": {"kind": "qlora", "quantization": {"experts": True, "storage": "uint8"}},
+            "parallelism": {"world": 2, "dp": 2, "strategy": "zero3"},
+        },
+        "method.quantization.experts",
+    ),
     ({"method": {"kind": "dora", "options": {"bias": "all"}}}, "method.options.bias"),
     ({"method": {"kind": "lora", "modules_to_save": ["layers.3.mlp.up_proj"]}}, "method.modules_to_save"),
     ({"parallelism": {"world": 2, "tp": 2}, "method": "dora"}, "method.kind"),
@@ -47,6 +59,14 @@ def test_known_but_unsupported_features_are_named_as_such(fields: dict[str, Any]
     error = refused(**fields)
     assert error.field == field
     assert "supported yet" in str(error)
+
+
+def test_adapters_that_reentrant_checkpointing_would_not_train_are_refused() -> None:
+    run = {"model": "vit-base", "method": "lora", "kernels": {"reentrant": True}}
+    assert refused(**run).field == "kernels.reentrant"
+    for kernels in ({"reentrant": False}, {"reentrant": True, "checkpointing": "none"}):
+        assert estimate(RunSpec(**{**run, "kernels": kernels})).parameters.trainable > 0
+    assert estimate(RunSpec(**{**run, "method": "full"})).parameters.trainable > 0
 
 
 def test_a_world_unequal_to_its_degrees_product_names_every_degree() -> None:
@@ -91,6 +111,13 @@ def test_a_quantised_head_needs_untied_weights_and_a_supporting_loss() -> None:
     qlora = {"kind": "qlora", "quantization": {"skip": []}}
     for fields in ({"model": "llama-3.2-1b"}, {"model": "llama-3.1-8b", "kernels": {"loss": "fused"}}):
         assert refused(**fields, method=qlora).field == "method.quantization.skip"
+
+
+def test_quantised_experts_need_experts_and_training() -> None:
+    quantised = {"kind": "qlora", "quantization": {"experts": True}}
+    assert str(refused(method=quantised)) == "method.quantization.experts: qwen2 has no experts; leave it out"
+    generating = refused(model="olmoe-1b-7b", task="generate", method={**quantised, "kind": "full"})
+    assert str(generating) == "method.quantization.experts: only applies to training; leave it out"
 
 
 ADAPTER_FIELDS: dict[str, Any] = {

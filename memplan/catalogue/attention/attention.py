@@ -139,7 +139,7 @@ def _attention(
             return _mark_unmasked(wiring, kernel)
         case "math":
             kernel = _math(name, q, k, v, y, grouped, mask if masked else "", width, wiring)
-            given = _lowered(f"{name}.mask", mask, "bias", "b s s")
+            given = ops.lowered(f"{name}.mask", mask, "bias", "b s s")
             return tuple(given if floats and op.name == f"{name}.mask" else op for op in kernel)
         case "eager":
             laid = wiring.is_head_major
@@ -298,9 +298,9 @@ def _efficient(
         q1, k1, v1 = f"{q}.lowered", "k.lowered", "v.lowered"
         inner = (
             *_repeated(name, k, v, grouped, width),
-            _lowered(f"{name}.q", q, q1, "b s a d"),
-            _lowered(f"{name}.k", "k.heads", k1, "b s a d"),
-            _lowered(f"{name}.v", "v.heads", v1, f"b s a {width}"),
+            ops.lowered(f"{name}.q", q, q1, "b s a d"),
+            ops.lowered(f"{name}.k", "k.heads", k1, "b s a d"),
+            ops.lowered(f"{name}.v", "v.heads", v1, f"b s a {width}"),
             Op(
                 f"{name}.mask",
                 (mask,),
@@ -312,9 +312,9 @@ def _efficient(
     else:
         q1, k1, v1 = f"{q}.lowered", "k.heads", "v.heads"
         inner = (
-            _lowered(f"{name}.q", q, q1, "b s a d"),
-            _lowered(f"{name}.k", k, "k.lowered", "b s k d"),
-            _lowered(f"{name}.v", v, "v.lowered", f"b s k {width}"),
+            ops.lowered(f"{name}.q", q, q1, "b s a d"),
+            ops.lowered(f"{name}.k", k, "k.lowered", "b s k d"),
+            ops.lowered(f"{name}.v", v, "v.lowered", f"b s k {width}"),
             *_repeated(name, "k.lowered", "v.lowered", grouped, width),
         )
     kept = (q1, k1, v1, y, lse, seed, offset)
@@ -359,7 +359,7 @@ def _with_float_mask(name: str, y: str, mask: str, kernel: tuple[Op, ...]) -> tu
     for op in kernel:
         if op.name == f"{name}.mask":
             operations.append(ops.view(op.name, mask, even, "b s s_even"))  # the part whose autocast copy is kept
-            operations.append(_lowered(op.name, even, cast_mask, "b s s_even"))
+            operations.append(ops.lowered(op.name, even, cast_mask, "b s s_even"))
             operations.append(Op(f"{name}.pad_mask", (mask,), (Tensor(padded, "b s s_uneven8", f"={cast_mask}"),)))
         elif bias in op.reads:
             targets = tuple(dict.fromkeys(k.of for k in op.keeps))
@@ -383,7 +383,7 @@ def to_images(name: str, y: str, wiring: Wiring, grouped: bool, mask: str) -> tu
     """
     cast_mask, bias = "bias.lowered", f"{y}.bias"
     masked = (
-        _lowered(f"{name}.mask", mask, cast_mask, "b s seen"),
+        ops.lowered(f"{name}.mask", mask, cast_mask, "b s seen"),
         ops.copy(f"{name}.pad_mask", cast_mask, bias, "b s seen8")
         if wiring.pads_image_mask
         else ops.view(f"{name}.mask_same", cast_mask, bias, "b s seen"),
@@ -403,12 +403,6 @@ def to_images(name: str, y: str, wiring: Wiring, grouped: bool, mask: str) -> tu
         for op in _efficient(name, "q", "k", "v", y, grouped, mask, "d", converts=False)
         for out in (masked if op.name == f"{name}.mask" else (op,))
     )
-
-
-def _lowered(name: str, x: str, y: str, shape: str) -> Op:
-    """Cast x to the compute dtype as autocast does for a function's arguments. Does nothing without autocast."""
-    source = "torch 2.13 aten/src/ATen/autocast_mode.h lower_precision_fp"
-    return Op(f"{name}.autocast", (x,), (Tensor(y, shape),), cast=True, autocast="lower", source=source)
 
 
 def _eager(
@@ -513,13 +507,13 @@ def _math(
     return (
         *prepared,
         *inside,
-        ops.release_names("second", "q.scaled", "k.all", "v.all", f"{q}.low", k_low, v_low, *masks),
+        ops.release_names("probs", "second", "q.scaled", "k.all", "v.all", f"{q}.low", k_low, v_low, *masks),
         (ops.view if wiring.has_one_query else ops.copy)(f"{n}.contiguous", "heads", y, values, gradient="new"),
     )
 
 
 def _lowered_heads(name: str, shapes: dict[str, str]) -> tuple[Op, ...]:
-    return tuple(_lowered(f"{name}.{x}", x, f"{x}.low", shape) for x, shape in shapes.items())
+    return tuple(ops.lowered(f"{name}.{x}", x, f"{x}.low", shape) for x, shape in shapes.items())
 
 
 def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:

@@ -130,6 +130,7 @@ def latent_attention(
     sparse: tuple[Op, ...] = (),
     mask: str = "mask",
     held: tuple[str, ...] = (),
+    scaled: tuple[Op, ...] = (),
 ) -> tuple[Op, ...]:
     """Return attention, from `n1` to `ao`, whose queries and keys have a rotated and an unrotated part.
 
@@ -142,6 +143,7 @@ def latent_attention(
     rotate  rotates the parts
     sparse  operations that compute the `mask` for attention from the normalised queries, `q.normed`
     held    tensors of `sparse` that live until the function returns
+    scaled  operations that make the queries of the rotated ones, `q.rotated`
     """
     name, x, group, bias = "self_attn", "n1", "attention", m.get("attention_bias", False)
     return (
@@ -153,7 +155,8 @@ def latent_attention(
         *ops.rms_norm(f"{name}.kv_a_layernorm", "kv.latent", "kv.normed", "b s kl", "kl"),
         *rotate(name),
         *cached(f"{name}.attention", wiring, (), tensors=("kv.normed", "k.turned")),
-        *concat_parts(f"{name}.q_cat", ("q.pass", "q.turned"), "q", QUERIES),
+        *concat_parts(f"{name}.q_cat", ("q.pass", "q.turned"), "q.rotated" if scaled else "q", QUERIES),
+        *scaled,
         *expanded_keys(name),
         *sparse,
         *attend(f"{name}.attention", m, wiring._replace(caching=False), mask),

@@ -6,6 +6,7 @@ The plainest decoder has RMSNorms before both branches, no biases, rotary positi
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 from memplan.catalogue.attention.attention import attention
 from memplan.catalogue.decoder.attention import Attend, Rotation, llama_attention, rope
@@ -120,6 +121,13 @@ def decoder(m: ModelSpec, wiring: Wiring, row: Decoder) -> Stack:
         runs(m, block),
         row.logits(last) if row.logits else last,
     )
+
+
+def stack_of(m: ModelSpec, wiring: Wiring, module: str, model_type: str) -> Stack:
+    """Return the stack that a module of `memplan.catalogue.families` builds for this model_type."""
+    row: Decoder | Callable[[ModelSpec, Wiring], Stack]
+    row = import_module(f"memplan.catalogue.families.{module}").BUILDERS[model_type]
+    return decoder(m, wiring, row) if isinstance(row, Decoder) else row(m, wiring)
 
 
 def _is_set(m: ModelSpec, flag: Flag) -> bool:

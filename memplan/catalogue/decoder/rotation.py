@@ -94,15 +94,22 @@ def rope_and_norm(m: ModelSpec, name: str, q: str, k: str) -> tuple[Op, ...]:
 
 
 def rope_and_scale(m: ModelSpec, name: str, q: str, k: str) -> tuple[Op, ...]:
-    """Rotate q and k, then multiply q by a factor of its position in q's dtype, as in Ministral 3.
+    """Rotate q and k, then multiply q by a factor of its position, as in Ministral 3."""
+    return (
+        *ops.rotate(f"{name}.rope_q", q, "q.rotated", QUERIES, "b s a rot2"),
+        *ops.rotate(f"{name}.rope_k", k, "k", KEYS, "b s k rot2"),
+        ops.release_names(q, k),
+        *scaled_queries(name),
+    )
+
+
+def scaled_queries(name: str) -> tuple[Op, ...]:
+    """Multiply `q.rotated` by a factor of its position, in its dtype, to make `q`.
 
     The factor is `1 + beta * log(1 + floor(position / length))`.
     """
     steps = (Tensor("logarithm", "s", "fp32"), Tensor("scaled", "s", "fp32"))
     return (
-        *ops.rotate(f"{name}.rope_q", q, "q.rotated", QUERIES, "b s a rot2"),
-        *ops.rotate(f"{name}.rope_k", k, "k", KEYS, "b s k rot2"),
-        ops.release_names(q, k),
         Op(f"{name}.factors", ("positions",), (Tensor("factors32", "s", "fp32"),), scratch=steps),
         Op(f"{name}.cast_factors", ("factors32",), (Tensor("factors", "s", "=q.rotated"),), cast=True),
         Op(

@@ -66,6 +66,13 @@ def classifying(m: ModelSpec, stack: Stack) -> Stack:
     return stack._replace(before=before, after=(*stack.after[:start], score, last), loss=loss)
 
 
+def without_head(stack: Stack) -> Stack:
+    """Return a decoder whose output is its last hidden states, as an embedding model's is."""
+    start = next(i for i, op in enumerate(stack.after) if any("v" in t.shape.split() for t in op.writes))
+    before = tuple(op._replace(writes=tuple(t for t in op.writes if t.name != "labels")) for op in stack.before)
+    return stack._replace(before=before, after=stack.after[:start], loss=mean_loss(stack.after[start].reads[0]))
+
+
 def mean_loss(x: str) -> tuple[Op, ...]:
     """Return the script's own loss for a model without a head, in its smallest form: the mean of the model's output."""
     return (Op("loss.mean", (x,), (Tensor("loss"),), source=f"{ops.DERIVATIVES}: mean"), ops.release_names(x, "x"))

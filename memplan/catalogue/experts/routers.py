@@ -161,26 +161,42 @@ def grouped_router(name: str, x: str, normalise: bool) -> tuple[Op, ...]:
 
     Source: transformers 5.24 models/glm4_moe/modeling_glm4_moe.py Glm4MoeTopkRouter.
     """
-    scores, shape, choice = "router.sigmoids", "b s E", "router.choice"
-    unscaled = "router.normal" if normalise else "router.picked"
+    scores, biased = "router.sigmoids", "router.biased"
     return (
         *fp32_gate(name, x),
-        sigmoid(f"{name}.sigmoid", "router.logits", scores, shape),
+        sigmoid(f"{name}.sigmoid", "router.logits", scores, "b s E"),
         _biased(name, scores, f"{name}.e_score_correction_bias"),
-        Op(
-            f"{name}.groups",
-            ("router.biased",),
-            (Tensor("router.mask", shape, "fp32"),),
-            gradient="none",
-        ),
+        *_best_of_groups(name, scores, biased, normalise),
+    )
+
+
+def grouped_softmax_router(name: str, x: str, normalise: bool) -> tuple[Op, ...]:
+    """Return a softmax over all experts in the dtype of x that chooses like `grouped_router`, without a bias.
+
+    Source: transformers 5.24 models/mistral4/modeling_mistral4.py Mistral4TopkRouter.
+    """
+    scores = "router.probs"
+    return (
+        gate(name, x),
+        *ops.softmax(f"{name}.softmax", "router.logits", scores, "b s E"),
+        *_best_of_groups(name, scores, scores, normalise),
+    )
+
+
+def _best_of_groups(name: str, scores: str, ranked: str, normalise: bool) -> tuple[Op, ...]:
+    """Return the scores of the experts ranked best in the best groups, normalised if asked, and scaled."""
+    shape, choice, like = "b s E", "router.choice", f"={ranked}"
+    unscaled = "router.normal" if normalise else "router.picked"
+    return (
+        Op(f"{name}.groups", (ranked,), (Tensor("router.mask", shape, like),), gradient="none"),
         Op(
             f"{name}.masked_fill",
-            ("router.biased", "router.mask"),
-            (Tensor(choice, shape, "fp32"),),
+            (ranked, "router.mask"),
+            (Tensor(choice, shape, like),),
             scratch=(Tensor("chosen", shape, "bool"), Tensor("not chosen", shape, "bool")),
             gradient="none",
         ),
-        ops.release_names("router.biased"),
+        ops.release_names(*((ranked,) if ranked != scores else ())),
         top_k(f"{name}.topk", choice, "router.top")._replace(gradient="none"),
         gathered(f"{name}.gather", scores, CHOSEN, "router.picked"),
         *(normalised(f"{name}.normalise", "router.picked", "router.normal") if normalise else ()),

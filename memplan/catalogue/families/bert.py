@@ -1,4 +1,4 @@
-"""BERT, RoBERTa and XLM-RoBERTa: encoders with a norm after each residual, dropout, and their heads."""
+"""BERT, RoBERTa, XLM-RoBERTa and ELECTRA: encoders with a norm after each residual, dropout, and their heads."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from memplan.catalogue.decoder.task_heads import (
 )
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import activation, dropped, drops
+from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
@@ -34,6 +35,50 @@ def bert(m: ModelSpec, wiring: Wiring, *, name: str = "bert", roberta: bool = Fa
     body = "" if m.objective == "feature_extraction" else f"{name}."
     head, loss = _head(m, wiring, body, roberta)
     return Stack(_before(m, wiring, body, roberta), (Run((_block(m, wiring, body),), "L"),), head, loss)
+
+
+def electra(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build ELECTRA: BERT whose embeddings may be narrower than its layers, with a generator's head and no pooler."""
+    wiring = wiring._replace(causal=False, caching=False)
+    body = "" if m.objective == "feature_extraction" else "electra."
+    drop = drops(m, "hidden_dropout_prob" if m.config.get("classifier_dropout") is None else "classifier_dropout")
+    before = _before(m, wiring, body, False)
+    if m.axes()["p"] != m.hidden_size:
+        plain = tuple(op for op in before if not any(t.name.startswith("mask") for t in op.writes))
+        project = ops.linear(f"{body}embeddings_project", "narrow", "embeds", "h", "p", "embedding", bias=True)
+        narrow = renamed(ops.with_axes(plain, {"h": "p"}), {"embeds": "narrow"})
+        before = (*narrow, project, ops.release_names("narrow"), *masks(wiring, "embeds"))
+    release = ops.release_names("embeds", *(op.name for op in masks(wiring, "embeds")))
+    match m.objective:
+        case "masked_lm":
+            n = "generator_predictions"
+            tied = f"{body}embeddings.word_embeddings.weight" if m.tie_word_embeddings else ""
+            norm = ops.layer_norm(f"{n}.LayerNorm", "act", "n", "b s p", "p")
+            projection = vocabulary_projection("generator_lm_head", "n", tied, "generator_lm_head.bias")
+            head = (
+                release,
+                ops.linear(f"{n}.dense", "x", "wide", "p", "h", "lm_head", bias=True),
+                ops.activation(f"{n}.activation", "wide", "act", "b s p"),
+                *ops.with_axes((norm, projection), {"h": "p"}),
+            )
+            loss = language_model_loss()
+        case "sequence_classification":
+            head = (
+                release,
+                first_token("classifier.first", "x", "first"),
+                *dropped("classifier.dropout", "first", "dropped", "b h", drop),
+                dense("classifier.dense", "dropped", "wide", "h", "h"),
+                ops.activation("classifier.activation", "wide", "pooled", "b h"),
+                *dropped("classifier.dropout_2", "pooled", "out", "b h", drop),
+                dense("classifier.out_proj", "out", "logits", "c", "h"),
+                ops.release_names("out"),
+            )
+            loss = class_loss(m)
+        case "token_classification":
+            head, loss = _head(m, wiring, body, False)
+        case _:
+            head, loss = (release,), mean_loss("x")
+    return Stack(before, (Run((_block(m, wiring, body),), "L"),), head, loss)
 
 
 def inputs(m: ModelSpec, padded: bool) -> Op:
@@ -256,6 +301,7 @@ def _language_model(m: ModelSpec, body: str, roberta: bool) -> tuple[Op, ...]:
 
 BUILDERS = {
     "bert": bert,
+    "electra": electra,
     "roberta": partial(bert, name="roberta", roberta=True),
     "xlm-roberta": partial(bert, name="roberta", roberta=True),
 }

@@ -7,6 +7,7 @@ from memplan.catalogue.attention.latent import complex_pairs, complex_table, hal
 from memplan.catalogue.decoder.decoder import Decoder, decoder
 from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.decoder.rotation import scaled_queries
 from memplan.catalogue.experts import routers
 from memplan.catalogue.families.mixtures import sigmoid_mixture, with_shared_experts
 from memplan.catalogue.kernels import ops
@@ -38,6 +39,16 @@ def _rotated_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, 
 
 # DeepSeek V3 and R1, Kimi K2, Moonlight, GLM 4.7 Flash: sigmoid scores, and a bias that balances experts.
 DEEPSEEK_V3 = Decoder(attention=_rotated_attention, experts=sigmoid_mixture)
+
+
+def _scaled_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, ...]:
+    rotate = pairs if m.get("rope_interleave", True) else halves
+    return latent_attention(m, wiring, rotate, scaled=scaled_queries("self_attn"))
+
+
+def _grouped_softmax_mixture(m: ModelSpec) -> tuple[Op, ...]:
+    router = routers.grouped_softmax_router("mlp.gate", "n2", m.get("norm_topk_prob", True))
+    return with_shared_experts(routers.without_adapter_targets(router), adapted=False)
 
 
 def _indexed_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, ...]:
@@ -81,4 +92,5 @@ BUILDERS = {
     "deepseek_v32": deepseek_v32,
     "glm4_moe_lite": DEEPSEEK_V3,
     "glm_moe_dsa": glm_moe_dsa,
+    "mistral4": Decoder(attention=_scaled_attention, experts=_grouped_softmax_mixture),
 }

@@ -25,7 +25,7 @@ from memplan.catalogue.experts import routers
 from memplan.catalogue.families import kimi_k3
 from memplan.catalogue.families.kimi_k3 import attention_residual, residual_sums_name
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.recurrent import causal_conv, cumulate, differences, exp, lowered, pad, unpadded
+from memplan.catalogue.kernels.recurrent import causal_conv, cumulate, differences, exp, pad, unpadded
 from memplan.catalogue.kernels.recurrent_step import cached_state, kda_step
 from memplan.catalogue.kernels.rewriting import rewrite_weights
 from memplan.catalogue.kernels.wiring import Wiring
@@ -249,7 +249,7 @@ def _scan(name: str) -> tuple[Op, ...]:
             gradient="none",
             needs_recording=True,
         ),
-        *(lowered(f"{name}.{y}", t, y, shapes[t])._replace(needs_recording=True) for y, t in low.items()),
+        *(ops.lowered(f"{name}.{y}", t, y, shapes[t])._replace(needs_recording=True) for y, t in low.items()),
         ops.release_names("q.decayed", "intra", "corrected", "k.decayed")._replace(needs_recording=True),
         Op(
             name,
@@ -258,7 +258,10 @@ def _scan(name: str) -> tuple[Op, ...]:
             (),
             tuple(Keep(what, of) for of in inputs for what in kept),
             scratch=(Tensor("decayed", "b lv chunk chunk ldk", "fp32"),),
-            scratch_back=(Scratch(Tensor("of the chunk before", "b lv s_two chunk ldk", "fp32")),),
+            scratch_back=(
+                Scratch(Tensor("of the chunk before", "b lv s_two chunk ldk", "fp32")),
+                Scratch(Tensor("products of the only chunk", "2 b lv s_one chunk ldk", "fp32")),
+            ),
             source="transformers 5.24 models/kimi_linear/modeling_kimi_linear.py chunk_kimi_delta_attention",
         ),
         ops.release_names(*kept[4:])._replace(needs_recording=True),

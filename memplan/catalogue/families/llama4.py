@@ -182,7 +182,10 @@ def mixture(x: str, y: str, name: str = "feed_forward") -> tuple[Op, ...]:
         ops.release_names("routed.gate", "routed.gate_up"),
         *ops.with_axes(gated_mlp(x, "shared", f"{name}.shared_expert"), {"f": "m"}),
         Op(f"{name}.sum", ("routed_out",), (Tensor("routed_sum", "b s h"),), autocast="wide", source="sum.dim_IntList"),
-        ops.add(f"{name}.add", "shared", "routed_sum", y, "b s h")._replace(view=True),
+        ops.add(f"{name}.add", "shared", "routed_sum", y, "b s h")._replace(
+            view=True,
+            writes=(Tensor(y, "b s h", "=shared"),),  # in place, so under autocast the wide sum is cast
+        ),
         ops.release_names("routed_sum"),
         ops.release_names("router.logits", "router.scores", inner, "routed_out", x),
     )

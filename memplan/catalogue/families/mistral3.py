@@ -5,15 +5,14 @@ Source: transformers 5.24 models/mistral3/modeling_mistral3.py, models/pixtral/m
 
 from __future__ import annotations
 
-from memplan.catalogue.decoder.decoder import decoder
-from memplan.catalogue.families.dense import MINISTRAL_3, MISTRAL
+from memplan.catalogue.decoder.decoder import stack_of
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
 from memplan.catalogue.vision.vision import scattered, text_with_tower
 from memplan.core.ir import Op, Run, Stack, Tensor
-from memplan.models.configs.vision import decoder_of
+from memplan.models.configs import family
 from memplan.models.model import ModelSpec
 
 
@@ -65,7 +64,7 @@ def mistral3(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.release_names("v.unfolded", "v.square", "v.merged", "embeds"),
     )
     tower = Tower((Tensor("pixel_values", f"{t.P} vin", "fp32"),), before, (Run((block,), "vL1"),), after)
-    text = decoder(m, wiring, MINISTRAL_3 if decoder_of(m) == "ministral3" else MISTRAL)
+    text = stack_of(m, wiring, family(m.family.wraps).stack, m.family.wraps)
     return text_with_tower(wiring, text, tower, scattered(), ("image_embeds", "image_mask"))
 
 

@@ -132,10 +132,11 @@ def sigmoid_mixture(m: ModelSpec) -> tuple[Op, ...]:
     return with_shared_experts(routers.grouped_router("mlp.gate", X, m.get("norm_topk_prob", True)))
 
 
-def with_shared_experts(routed: tuple[Op, ...], bias: bool = False) -> tuple[Op, ...]:
-    """Return routed experts plus the shared ones, which are computed as one."""
+def with_shared_experts(routed: tuple[Op, ...], bias: bool = False, adapted: bool = True) -> tuple[Op, ...]:
+    """Return routed experts plus the shared ones, which are computed as one. `adapted`: peft knows the routed ones."""
+    stacks = experts.experts(X, "routed") if adapted else experts.experts(X, "routed", gate_up=(), down=())
     return (
-        *mixture(X, routed, experts.experts(X, "routed"), leaves=False),
+        *mixture(X, routed, stacks, leaves=False),
         *gated_mlp(X, "shared", "mlp.shared_experts", bias, width="fs"),
         *_added(),
     )

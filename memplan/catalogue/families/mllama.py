@@ -262,7 +262,7 @@ def _mllama_tower(m: ModelSpec) -> Tower:
         Op(f"{n}.cat", parts, (Tensor("v.features", "b seen vo"),), gradient="same", source=_MLLAMA),
         ops.view("image_outputs", "v.features", "v.returned", "b seen vo")._replace(holds="forward"),
         ops.release_names("x", "v.patches", "v.mask", *states, *(("v.stacked",) if states else ()))._replace(
-            releases=True
+            releases="states"
         ),
         t.linear("multi_modal_projector", "v.features", "features", "h", "vo", "projector", "b seen", flat=False),
     )

@@ -1,4 +1,4 @@
-"""GPT-NeoX (Pythia), Phi, Nemotron, StarCoder 2: LayerNorm, an MLP without a gate, and rotary positions."""
+"""Decoders with rotary positions and an MLP without a gate: GPT-NeoX (Pythia), Phi, Nemotron, Arcee and others."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Run, Stack, Tensor
 from memplan.models.layers import Layer
 from memplan.models.model import ModelSpec
+
+_ARCEE = Decoder(bias="attention_bias", out_bias="attention_bias", mlp_bias="mlp_bias")
 
 
 def embedded(name: str, drop: bool) -> tuple[Op, ...]:
@@ -128,11 +130,30 @@ def _nemotron_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op,
 def nemotron(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Nemotron, whose LayerNorms multiply by `weight + 1`, and run in 16 bits under autocast."""
 
+    row = Decoder(attention=_nemotron_attention, mlp_bias="mlp_bias", norm=_layer_norm_plus_one)
+    return decoder(m, wiring, _without_gate(m, row))
+
+
+def _without_gate(m: ModelSpec, row: Decoder) -> Decoder:
+    """Return the row with Nemotron's MLP: an up-projection, the config's activation, a down-projection."""
+
     def feed(x: str, y: str, bias: bool) -> tuple[Op, ...]:
         return mlp(m, x, y, False, ("up_proj", "down_proj"), bias=bias)
 
-    row = Decoder(attention=_nemotron_attention, mlp=feed, mlp_bias="mlp_bias", norm=_layer_norm_plus_one)
-    return decoder(m, wiring, row)
+    return row._replace(mlp=feed)
+
+
+def arcee(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Arcee: Llama with Nemotron's MLP."""
+    return decoder(m, wiring, _without_gate(m, _ARCEE))
+
+
+def apertus(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Apertus: Arcee with normalised heads, and an activation with two weights."""
+    row = _ARCEE._replace(
+        qk_norm="each", norms=("attention_layernorm", "", "feedforward_layernorm", ""), mlp_bias=False
+    )
+    return decoder(m, wiring, _without_gate(m, row))
 
 
 def _layer_norm_plus_one(name: str, x: str, y: str, shape: str, axis: str) -> tuple[Op, ...]:
@@ -171,4 +192,11 @@ def starcoder2(m: ModelSpec, wiring: Wiring) -> Stack:
     )
 
 
-BUILDERS = {"gpt_neox": gpt_neox, "phi": phi, "nemotron": nemotron, "starcoder2": starcoder2}
+BUILDERS = {
+    "apertus": apertus,
+    "arcee": arcee,
+    "gpt_neox": gpt_neox,
+    "nemotron": nemotron,
+    "phi": phi,
+    "starcoder2": starcoder2,
+}

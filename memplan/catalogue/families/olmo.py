@@ -87,8 +87,8 @@ def _normed_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, .
     return _attention(m, wiring, normed_projections(m, "x"), "x", layer.sliding)
 
 
-def _exaone_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, ...]:
-    """Attention with normalised heads. Layers without a window do not rotate them."""
+def exaone_attention(m: ModelSpec, wiring: Wiring, layer: Layer, x: str = "x") -> tuple[Op, ...]:
+    """Attention to x with normalised heads. Layers without a window do not rotate them."""
 
     def rotate(m: ModelSpec, name: str, q: str, k: str) -> tuple[Op, ...]:
         if not layer.rotary:
@@ -96,12 +96,12 @@ def _exaone_attention(m: ModelSpec, wiring: Wiring, layer: Layer) -> tuple[Op, .
         normed = norm_heads(name, q, k, "q.normed", "k.normed", ops.rms_norm)
         return (*normed, *rope(m, name, "q.normed", "k.normed"))
 
-    return llama_attention(m, wiring, "x", "ao", sliding=layer.sliding, rotate=rotate)
+    return llama_attention(m, wiring, x, "ao", sliding=layer.sliding, rotate=rotate)
 
 
 # Branches read the residual stream without a norm.
 _EXAONE_4 = Decoder(
-    attention=_exaone_attention,
+    attention=exaone_attention,
     norms=("", "post_attention_layernorm", "", "post_feedforward_layernorm"),
     masks=FULL,
 )

@@ -29,7 +29,6 @@ from memplan.catalogue.kernels.recurrent import (
     cumulate,
     differences,
     exp,
-    lowered,
     negative_exp,
     pad,
     unpadded,
@@ -227,7 +226,7 @@ def _scan(name: str, copied: bool) -> tuple[Op, ...]:
         rows = ops.view(f"{name}.{y}.rows", t, f"{y}.rows", shape, gradient="none")
         return (
             rows._replace(needs_recording=True),
-            lowered(f"{name}.{y}", f"{y}.rows", y, shape)._replace(needs_recording=True),
+            ops.lowered(f"{name}.{y}", f"{y}.rows", y, shape)._replace(needs_recording=True),
         )
 
     return (

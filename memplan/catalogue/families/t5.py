@@ -389,4 +389,4 @@ def _decoder(m: ModelSpec, wiring: Wiring, cross_wiring: Wiring, first: bool) ->
     return Block("decoder.block", operations, (self_bias, cross_bias) if first else (), returned=True)
 
 
-BUILDERS = {"t5": t5}
+BUILDERS = {"mt5": t5, "t5": t5}

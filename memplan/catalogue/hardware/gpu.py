@@ -39,7 +39,7 @@ class Price(NamedTuple):
 class GPU(NamedTuple):
     """One card, or one chip with its own memory.
 
-    A fact is None if it is unknown or the card does not support it. Rates are dense (no sparsity). There are 30 fields
+    A fact is None if it is unknown or the card does not support it. Rates are dense (no sparsity). There are 33 fields
     because each fact has its own: `Source.facts` names them, and `memplan gpus --json` prints them all.
     """
 
@@ -89,6 +89,12 @@ class GPU(NamedTuple):
     infinity_fabric_gbps: float | None = None
     """GB/s, both directions together."""
     tdp_watts: int | None = None
+    slots: int | None = None
+    """Slots of a case that the card covers; None for modules of a server."""
+    launch_usd: float | None = None
+    """The list price of one card when it was first sold."""
+    launch_date: str | None = None
+    """The day that `launch_usd` is of (ISO 8601)."""
     prices: tuple[Price, ...] = ()
     note: str = ""
 

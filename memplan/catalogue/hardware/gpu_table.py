@@ -97,7 +97,9 @@ _FACTS: dict[str, _Kind] = {
     "memory_options_gb": _numbers,
     "compute_capability": _capability,
     "pcie": _text,
-    "tdp_watts": _count,
+    **dict.fromkeys(("tdp_watts", "slots"), _count),
+    "launch_usd": _number,
+    "launch_date": _text,
 }
 _FACTS_ON_PAGES = {**_FACTS, "page": _text}
 _REQUIRED = ("title", "vendor", "architecture", "market", "native_dtypes")

@@ -303,6 +303,15 @@ def _mamba2(m: ModelSpec, axes: _Axes, layer: Layer, kept: Latent) -> LayerCache
     return LayerCache("state", parts, None, "transformers 5.24 models/mamba2/modeling_mamba2.py, and alike")
 
 
+def _convolution(m: ModelSpec, axes: _Axes, layer: Layer, kept: Latent) -> LayerCache:
+    """LFM2: `kernel` columns of every channel, and no state."""
+    if layer.mixer == "attention":
+        return _attention(m, axes, layer, kept)
+    h = axes["h"]
+    part = _convolved(h, axes["kernel"], h)
+    return LayerCache("state", (part,), None, "transformers 5.24 models/lfm2/modeling_lfm2.py")
+
+
 def _delta(m: ModelSpec, axes: _Axes, layer: Layer, kept: Latent) -> LayerCache:
     """Gated delta rules: a matrix for each value head. Kimi's attention layers are latent."""
     if layer.mixer == "attention":
@@ -325,6 +334,7 @@ _KINDS: dict[Cache, _CacheOf] = {
     "attention": _attention,
     "chunked": _chunked,
     "compressed": _compressed,
+    "convolution": _convolution,
     "cross_layers": _cross_layers,
     "delta": _delta,
     "indexed_blocks": _indexed_blocks,

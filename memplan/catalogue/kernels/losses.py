@@ -291,25 +291,29 @@ _LABELS_SHIFTED = {  # forms whose labels come shifted
 
 
 def _chunked(head: tuple[Op, ...]) -> Iterator[Op]:
-    """Compute each chunk's own head and loss (`lc` tokens of each sequence). All heads run before the first loss."""
+    """Compute each chunk's own head and loss (`lc` tokens of each sequence). All heads run before the first loss.
+
+    The last two chunks have what is left of the sequence: `lc_next` and `lc_last` tokens.
+    """
     source = "torchtune 0.6 modules/loss/ce_chunked_output_loss.py"
     chunks = range(_CHUNKS)
+    rows = (*["lc"] * (_CHUNKS - 2), "lc_next", "lc_last")
     yield _targets(source)
-    yield ops.split("loss.chunk", "n", tuple(Tensor(f"n{i}", "b lc h") for i in chunks))
+    yield ops.split("loss.chunk", "n", tuple(Tensor(f"n{i}", f"b {rows[i]} h") for i in chunks))
     for i in chunks:
         for op in head:
-            yield _chunk_of(op, i)
+            yield _chunk_of(op, i, rows[i])
     logits = _last_writer(head).writes[0].name
     for i in chunks:
-        yield Op(f"loss.float{i}", (f"{logits}{i}",), (Tensor(f"logits32{i}", "b lc v", "fp32"),), cast=True)
-        yield from nll(f"loss{i}", f"logits32{i}", f"log_probs{i}", "targets", "b lc v")
+        yield Op(f"loss.float{i}", (f"{logits}{i}",), (Tensor(f"logits32{i}", f"b {rows[i]} v", "fp32"),), cast=True)
+        yield from nll(f"loss{i}", f"logits32{i}", f"log_probs{i}", "targets", f"b {rows[i]} v")
         yield ops.release_names(f"logits32{i}")
     parts = tuple(f"loss{i}" for i in chunks)
     yield Op("loss.sum", parts, (Tensor("loss", "", "fp32"),), gradient="same", source=source)
     yield ops.release_names(*(f"{logits}{i}" for i in chunks), "padded_labels")
 
 
-def _chunk_of(op: Op, i: int | str, rows: str = "lc") -> Op:
+def _chunk_of(op: Op, i: int | str, rows: str) -> Op:
     """Return the head's operation for chunk `i` of `rows` tokens: its own tensors, but shared weights."""
 
     def rename(name: str) -> str:

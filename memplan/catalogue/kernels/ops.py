@@ -56,6 +56,12 @@ def cast(name: str, x: str, y: str, shape: str, dtype: str) -> Op:
     return Op(name, (x,), (Tensor(y, shape, dtype),), cast=True, source=f"{DERIVATIVES}: _to_copy")
 
 
+def lowered(name: str, x: str, y: str, shape: str) -> Op:
+    """Cast x to the compute dtype as autocast does for a function's arguments. Does nothing without autocast."""
+    source = "torch 2.13 aten/src/ATen/autocast_mode.h lower_precision_fp"
+    return Op(f"{name}.autocast", (x,), (Tensor(y, shape),), cast=True, autocast="lower", source=source)
+
+
 def add(name: str, a: str, b: str, y: str, shape: str) -> Op:
     return Op(name, (a, b), (Tensor(y, shape),), gradient="same", source=f"{DERIVATIVES}: add.Tensor")
 

@@ -47,11 +47,14 @@ def negative_exp(name: str, y: str, axis: str) -> tuple[Op, ...]:
     )
 
 
-def causal_conv(name: str, x: str, y: str, axis: str, bias: bool, wiring: Wiring | None = None) -> tuple[Op, ...]:
+def causal_conv(
+    name: str, x: str, y: str, axis: str, bias: bool, wiring: Wiring | None = None, activates: bool = True
+) -> tuple[Op, ...]:
     """Return `silu(conv1d(x))` along the sequence, with one filter per channel of `axis`. x is a transposed `b s axis`.
 
     The convolution pads both ends and a view drops the extra rows, so silu keeps `s_conv` rows. Inside, x is made
-    contiguous. Source: transformers' causal_conv1d_fn; torch 2.13 aten/src/ATen/native/Convolution.cpp.
+    contiguous. Without silu, if `activates` is false.
+    Source: transformers' causal_conv1d_fn; torch 2.13 aten/src/ATen/native/Convolution.cpp.
     """
     w = Weight(f"{name}.weight", f"{axis} 1 kernel", "mixer", is_read_as_view=True)
     weights = (w, *((Weight(f"{name}.bias", axis, "mixer"),) if bias else ()))
@@ -59,7 +62,7 @@ def causal_conv(name: str, x: str, y: str, axis: str, bias: bool, wiring: Wiring
     contiguous = Tensor("contiguous input", shape, f"={cast_x}")
     state = cached_state(wiring, f"{name}.state", "conv.state", f"b {axis} kernel", f"={x}", x) if wiring else ()
     if wiring and wiring.decodes:
-        return (*state, *convolved(name, x, y, axis, weights))
+        return (*state, *convolved(name, x, y, axis, weights, activates))
     return (
         *state,
         ops.cast(f"{name}.to_weight", x, cast_x, f"b s {axis}", f"={w.name}"),
@@ -75,15 +78,9 @@ def causal_conv(name: str, x: str, y: str, axis: str, bias: bool, wiring: Wiring
             source=f"{ops.DERIVATIVES}: convolution",
         ),
         ops.view(f"{name}.rows", f"{y}.conv", f"{y}.rows", shape, gradient="new"),
-        ops.activation(f"{name}.act", f"{y}.rows", f"{y}.act", shape),
-        ops.cast(f"{name}.cast_back", f"{y}.act", y, shape, f"={x}"),
+        *((ops.activation(f"{name}.act", f"{y}.rows", f"{y}.act", shape),) if activates else ()),
+        ops.cast(f"{name}.cast_back", f"{y}.act" if activates else f"{y}.rows", y, shape, f"={x}"),
     )
-
-
-def lowered(name: str, x: str, y: str, shape: str) -> Op:
-    """Cast x to the compute dtype as autocast does for a function's arguments. Does nothing without autocast."""
-    source = "torch 2.13 aten/src/ATen/autocast_mode.h lower_precision_fp"
-    return Op(f"{name}.autocast", (x,), (Tensor(y, shape),), cast=True, autocast="lower", source=source)
 
 
 def unpadded(wiring: Wiring, x: str, y: str, shape: str) -> tuple[Op, ...]:

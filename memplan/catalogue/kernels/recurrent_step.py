@@ -22,12 +22,14 @@ def cached_state(wiring: Wiring, name: str, state: str, shape: str, dtype: str, 
     return (Op(name, (like,), (Tensor(state, shape, dtype),), caches="state"),) if wiring.caching else ()
 
 
-def convolved(name: str, x: str, y: str, axis: str, weights: tuple[Weight, ...]) -> tuple[Op, ...]:
+def convolved(
+    name: str, x: str, y: str, axis: str, weights: tuple[Weight, ...], activates: bool = True
+) -> tuple[Op, ...]:
     """Join the last tokens with the new one and convolve them, which computes two rows of which one is used."""
     return (
         Op(f"{name}.join", ("conv.state", x), (Tensor(f"{y}.joined", f"b {axis} kernel1", f"={x}"),), source=_CONV),
         Op(name, (f"{y}.joined",), (Tensor(f"{y}.conv", f"b {axis} 2", f"={x}"),), weights, source=_CONV),
-        ops.activation(f"{name}.act", f"{y}.conv", y, f"b {axis} s"),
+        (ops.activation if activates else ops.view)(f"{name}.act", f"{y}.conv", y, f"b {axis} s"),
         ops.release_names(f"{y}.joined"),
     )
 

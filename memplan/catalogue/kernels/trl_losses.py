@@ -45,12 +45,19 @@ def _labelled_rows(selector: Tensor, source: str) -> tuple[Op, ...]:
     )
 
 
-def tiled_lm_head(matrix: Weight, bias: tuple[Weight, ...], autocast: str | None) -> tuple[Op, ...]:
+def tiled_lm_head(
+    matrix: Weight,
+    bias: tuple[Weight, ...],
+    autocast: str | None,
+    result: Tensor = Tensor("loss", "", "fp32"),  # noqa: B008 (immutable)
+) -> tuple[Op, ...]:
     """Compute log-probabilities in tiles of 4,096 tokens by 32,768 words, each folded into a few numbers per token.
 
     Backward computes every tile again and turns it into the gradient of its logits. It adds products to gradients of
     the rows and of the matrix in fp32, and casts them at the end, while they and the tile exist. A part of the matrix
     in another dtype than the compute dtype is cast for each tile; in backward until the next one is cast.
+
+    result  the output that the loss reads: their sum, or all of them
     """
     source = "trl 1.16.0 kernels/chunked_logprob.py ChunkedLogProbFunction, trainer/utils.py add_fused_lm_head"
     compute = autocast or "=loss.rows"
@@ -72,7 +79,7 @@ def tiled_lm_head(matrix: Weight, bias: tuple[Weight, ...], autocast: str | None
         Op(
             "loss.tiles",
             ("loss.rows", "targets"),
-            (Tensor("loss", "", "fp32"), *outputs),
+            (result, *outputs),
             (matrix, *bias),
             tuple(Keep(what, "loss.rows") for what in ("loss.rows", "targets", "loss.log_z", "loss.entropy")),
             scratch=(*(Tensor(what, _ROWS, "fp32") for what in numbers), tile, rows, part),

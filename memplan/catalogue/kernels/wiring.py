@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from memplan.core.records import NamedTuple
 
 
@@ -122,3 +124,42 @@ class Wiring(NamedTuple):
             return False
         causal = self.causal and (self.backend == "eager" or (self.static and self.decodes))
         return causal or self.padded or (sliding and self.windowed)
+
+
+LogProbs = Literal["joined", "shifted", "kernel", "gathered", "tiled"]
+PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
+
+
+class Trainer(NamedTuple):
+    """A trainer of TRL as its step runs the model.
+
+    name          its name in `run.trainer`
+    log_probs     how log-probabilities of tokens are computed: from all logits, of all tokens (`joined`, TRL 0.24) or
+                  of all but the last (`shifted`), or by a kernel that makes no copies (`kernel`, TRL 1.14); from the
+                  log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`)
+    reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
+    trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
+    copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)
+    likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
+    is_reference  the model is the reference, whose pass records nothing
+    rows          sequences of one example
+    """
+
+    name: str
+    log_probs: LogProbs
+    reference: str
+    trains_copy: bool = True
+    copy_dtype: str = "weights"
+    likelihood: bool = False
+    is_reference: bool = False
+    rows: int = 2
+
+    @property
+    def has_reference_pass(self) -> bool:
+        """Whether a reference model runs in the step."""
+        return self.reference in ("copy", "adapters") and not self.is_reference
+
+    @property
+    def has_mismatched_pass(self) -> bool:
+        """Whether the model first runs without gradients on completions of other prompts."""
+        return self.name == "kto" and not self.is_reference

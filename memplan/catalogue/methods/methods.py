@@ -14,7 +14,7 @@ from memplan.catalogue.kernels.rewriting import matrix, rewrite, rewrite_lists, 
 from memplan.catalogue.methods import litgpt_lora
 from memplan.catalogue.methods.dora import adapt_embedding, dora
 from memplan.catalogue.methods.fused_lora import LIBRARIES, LoraFunctions, fuse_lora, with_matrix_buffer
-from memplan.catalogue.methods.parameter_lora import adapt_parameters, represented_layers
+from memplan.catalogue.methods.parameter_lora import adapt_parameters, represented_layers, with_dequantised_stacks
 from memplan.catalogue.methods.peft_layers import LAYERS, SHARED, Wrapped, features
 from memplan.catalogue.quantization.inference_formats import (
     InferenceFormat,
@@ -26,7 +26,7 @@ from memplan.catalogue.quantization.inference_formats import (
     with_triton,
 )
 from memplan.catalogue.quantization.quantization import experts_fp8, family_of, quantised_linear, stored
-from memplan.core.ir import Op, Stack, Weight, operations, outside
+from memplan.core.ir import Block, Op, Stack, Weight, operations, outside
 from memplan.core.records import NamedTuple
 from memplan.models.peft_methods import PEFT_METHODS, Value
 
@@ -53,6 +53,7 @@ class Recipe(NamedTuple):
     double_quant   whether bitsandbytes' scales are quantised too
     block_size     weights per scale
     skip           modules that are not quantised
+    experts        whether stacked experts are quantised too, by bitsandbytes' parametrization
     preparation    "", "fp32" (prepare_model_for_kbit_training), or whose training casts weights back after it: "trl",
                    "axolotl" or "axolotl-0.12"
     fused          whose autograd functions fuse adapted layers (unsloth, unsloth-2026, axolotl), or ""
@@ -84,6 +85,7 @@ class Recipe(NamedTuple):
     double_quant: bool = True
     block_size: int = 64
     skip: tuple[str, ...] = ("lm_head",)
+    experts: bool = False
     preparation: str = ""
     fused: str = ""
     fp32_ends: bool = False
@@ -126,6 +128,14 @@ def inside(path: str, modules: tuple[str, ...]) -> bool:
     Source: peft 0.21 tuners/tuners_utils.py _check_target_module_exists.
     """
     return not set(path.split(".")).isdisjoint(modules)
+
+
+def ends_like(path: str, modules: tuple[str, ...]) -> bool:
+    """Whether a name in a module's path ends like one of the `modules`, as `pre_classifier` does like `classifier`.
+
+    Source: peft 0.21 utils/other.py _set_trainable.
+    """
+    return any(part.endswith(modules) for part in path.split("."))
 
 
 def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
@@ -200,7 +210,7 @@ def apply(stack: Stack, recipe: Recipe, axes: Mapping[str, int] = MappingProxyTy
 
     `axes` are the sizes of the model's axes, which some methods' adapters depend on.
     """
-    return _idle_unreached(_drop_skipped(_rewritten(stack, recipe, axes)))
+    return _idle_unreached(_idle_unread(_drop_skipped(_rewritten(stack, recipe, axes))))
 
 
 def _drop_skipped(stack: Stack) -> Stack:
@@ -213,6 +223,20 @@ def _drop_skipped(stack: Stack) -> Stack:
         return (Op(op.name, weights=weights, gradient="none"),) if weights else ()
 
     return rewrite_lists(stack, lambda listed: tuple(new for op in listed for new in change(op)))
+
+
+def _idle_unread(stack: Stack) -> Stack:
+    """Mark the weights of blocks as idle whose output nothing reads."""
+
+    def idle(op: Op) -> Op:
+        return op._replace(weights=tuple(w._replace(trains=False, idle=w.trains) for w in op.weights))
+
+    def changed(block: Block) -> Block:
+        return block._replace(ops=tuple(map(idle, block.ops))) if block.unread else block
+
+    if not any(block.unread for run in stack.runs for block in run.blocks):
+        return stack
+    return stack._replace(runs=tuple(run._replace(blocks=tuple(map(changed, run.blocks))) for run in stack.runs))
 
 
 def _idle_unreached(stack: Stack) -> Stack:
@@ -297,6 +321,9 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
     if stood_for:
         stack = rewrite_lists(stack, lambda listed: adapt_parameters(listed, takes_parameter, recipe.adapter_dtype))
 
+    if recipe.experts:
+        stack = rewrite_lists(stack, with_dequantised_stacks)
+
     older = recipe.library == "litgpt"
 
     if recipe.fused:
@@ -314,7 +341,7 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
         if any(v.group == "adapter" and v.matrix for v in op.weights):  # fused already
             return (op,)
         stacked = next((v for v in op.weights if v.stacked and v.stored and not v.kernel), None)
-        if stacked is not None:
+        if stacked is not None and not recipe.experts:
             return (experts_fp8(op, stacked, recipe.compute),)
         if w is None:
             is_embedding = recipe.kind in LORA and any(v.rows and v.group == "embedding" for v in op.weights)
@@ -377,7 +404,7 @@ def _with_saved_copies(op: Op, saved: tuple[str, ...], dtype: str = "") -> Op:
     copy_of = {
         name: f"{module}.{name.rpartition('.')[2]}.saved"
         for name, module in modules.items()
-        if inside(module, saved) or op.name.rpartition(".")[2] in saved
+        if ends_like(module, saved) or ends_like(op.name.rpartition(".")[2], saved)
     }
     if not copy_of:
         return op
@@ -468,7 +495,7 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozense
     if running is not None:
         wide = "fp32" if wide_bias(w, running) else recipe.weights
         return w._replace(dtype=w.dtype or wide, trains=False)
-    takes = can_quantise(w, skipped) or (w.stacked and recipe.quantization == "fp8")
+    takes = can_quantise(w, skipped) or (w.stacked and (recipe.experts or recipe.quantization == "fp8"))
     if recipe.quantization and takes and w.name not in head:
         storage = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
         dtype = "fp16" if recipe.library == "litgpt" else w.dtype or recipe.weights  # lightning quantises from fp16

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.quantization.quantization import dequantise
 from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight
 
 _SOURCE = "peft 0.21 tuners/lora/layer.py ParamWrapper"
@@ -43,16 +44,45 @@ def adapt_parameters(operations: tuple[Op, ...], takes: Callable[[Weight], bool]
         stacks = modules.get(module, [])
         if stacks and module not in entered:
             entered.add(module)
-            out += [cast for w in reversed(stacks) for cast in _casts(w, dtype)]
+            out += [op for w in reversed(stacks) for op in _entered(w, dtype)]
         if op.name in adapted:
             w = adapted[op.name]
             adapter = (_fold(w, dtype),) if w.stacked else tuple(_add(w, dtype))
             out += (*adapter, _with_tensor_for_weight(op, w, adapter[-1].writes[0].name))
         elif op.name == f"{module}.return":
-            live = [t for w in stacks for t in (f"{w.name}.folded", *(c.writes[0].name for c in _casts(w, dtype)))]
-            out.append(op._replace(reads=(*op.reads, *live)))
+            entries = (t.name for w in stacks for entry in _entered(w, dtype) for t in entry.writes)
+            out.append(op._replace(reads=(*op.reads, *(f"{w.name}.folded" for w in stacks), *entries)))
         else:
             out.append(op)
+    return tuple(out)
+
+
+def with_dequantised_stacks(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Return the operations with stacks dequantised as soon as their module reads them.
+
+    The dequantised stack lives until the module returns, or until an adapter is folded into it.
+    Source: bitsandbytes 0.50 nn/parametrize.py Bnb4bitParametrization, _register_parametrization_hooks.
+    """
+    unread = {w.name: w for op in operations for w in op.weights if w.stacked and w.stored}
+    live: list[str] = []
+    out: list[Op] = []
+    for op in operations:
+        if op.gradient == "none":
+            out.append(op)
+            continue
+        for w in [w for w in unread.values() if w in op.weights or (op.reads and op.name.startswith(f"{w.name}."))]:
+            del unread[w.name]
+            live.append(f"{w.name}.dequantised")
+            out.append(dequantise(w, f"{w.name}.dequantise", live[-1], w.shape))
+        w = next((w for w in op.weights if w.stacked and w.stored), None)
+        returned = live if op.name.endswith(".return") else ()
+        out.append(
+            _with_tensor_for_weight(op, w, f"{w.name}.dequantised")
+            if w is not None
+            else op._replace(reads=(*op.reads, *returned))
+        )
+        if op.product == "fold" and live:
+            out.append(ops.release_names(live.pop()))
     return tuple(out)
 
 
@@ -74,6 +104,21 @@ def _matrices(w: Weight, dtype: str) -> tuple[Weight, Weight]:
     a = Weight(f"{w.name}.lora_A", " ".join((*ranks, *into)), "adapter", dtype, rows=len(ranks))
     b = Weight(f"{w.name}.lora_B", " ".join((*out, *ranks)), "adapter", dtype, rows=len(out))
     return a, b
+
+
+def _entered(w: Weight, dtype: str) -> tuple[Op, ...]:
+    """What happens when the module of an adapted stack begins.
+
+    A quantised stack is dequantised for as long as the module runs, and again to fold the adapter once as a check.
+    Source: peft 0.21 tuners/lora/layer.py ParamWrapper._activate_lora, torch 2.13 torch/nn/utils/parametrize.py
+    register_parametrization.
+    """
+    if not w.stored:
+        return _casts(w, dtype)
+    matrix = Tensor(f"{w.name}.param", w.shape, w.dtype)
+    check = Op(f"{w.name}.register", scratch=(matrix, matrix._replace(name=f"{w.name}.check")), gradient="none")
+    held = dequantise(w, f"{w.name}.get_param", matrix.name, w.shape)._replace(gradient="none")
+    return (held, *_casts(w, dtype), check)
 
 
 def _casts(w: Weight, dtype: str) -> tuple[Op, ...]:

@@ -15,7 +15,7 @@ from math import prod
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS, REFUSED, OptimizerRow, Rule, stepped_in_backward
 from memplan.catalogue.optimizers.parameter_rules import Parameter, bytes_of, large_no_embedding
 from memplan.catalogue.optimizers.step_language import StepInstruction, Turn, largest_update, makes_states, peak
-from memplan.core.errors import SpecError, UnknownNameError
+from memplan.core.errors import UnknownNameError, refused
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, rounded
 
@@ -121,7 +121,7 @@ def optimizer_memory(
     Raises UnknownNameError, and SpecError for a name of OptimizerNames that cannot run.
     """
     if name in REFUSED:
-        raise SpecError(f"optimizer.name: {name}: {REFUSED[name]}", "optimizer.name")
+        raise refused("optimizer.name", f"{name}: {REFUSED[name]}")
     row = OPTIMIZERS.get(name)
     if row is None:
         raise UnknownNameError("optimizer.name", name, OPTIMIZERS)

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import rewrite
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.ir import Op, Scratch, Stack, Tensor
 from memplan.models.configs import families
 from memplan.models.model import ModelSpec
@@ -32,13 +32,13 @@ def check(model: ModelSpec, backend: str, masked: bool, degrees: Degrees) -> Non
     field = "parallelism.cp"
     if not model.family.parallel.context:
         known = ", ".join(name for name, row in families().items() if row.parallel.context)
-        raise SpecError(f"{field}: {degrees.cp} is not supported yet for {model.model_type}; supported: {known}", field)
+        raise refused(field, f"{degrees.cp} is not supported yet for {model.model_type}; supported: {known}")
     if masked or backend != "flash":
         why = "a mask" if masked else f"{backend} attention"
-        raise SpecError(
-            f"{field}: {_CONTEXTS[degrees.context]} over {degrees.cp} ranks is supported only with torch's flash "
-            f"attention, not with {why}; that takes 16-bit tensors on Ampere or newer GPUs, no padding and no window",
+        raise refused(
             field,
+            f"{_CONTEXTS[degrees.context]} over {degrees.cp} ranks is supported only with torch's flash "
+            f"attention, not with {why}; that takes 16-bit tensors on Ampere or newer GPUs, no padding and no window",
         )
 
 
@@ -48,20 +48,19 @@ def check_heads(model: ModelSpec, degrees: Degrees) -> None:
     wrong = [f"does not divide {a} attention heads"] * bool(a % n)
     wrong += [f"neither divides {k} key/value heads nor is a multiple of them"] * bool(k % n and n % k)
     if wrong:
-        raise SpecError(f"{field}: {n} {' and '.join(wrong)}, which Ulysses exchanges", field)
+        raise refused(field, f"{n} {' and '.join(wrong)}, which Ulysses exchanges")
 
 
 def check_sequence(sequence: int, degrees: Degrees) -> None:
     """Raise SpecError if the ranks' slices of the sequence would differ in length."""
     field, slices = "parallelism.cp", 2 * degrees.cp
     if degrees.context == "ulysses" and sequence % degrees.cp:
-        raise SpecError(f"{field}: {degrees.cp} ranks do not divide a sequence of {sequence} tokens", field)
+        raise refused(field, f"{degrees.cp} ranks do not divide a sequence of {sequence} tokens")
     if degrees.context == "ulysses":
         return
     if degrees.cp > 1 and sequence % slices:
-        raise SpecError(
-            f"{field}: {degrees.cp} ranks have two slices of a sequence each, and {slices} does not divide {sequence}",
-            field,
+        raise refused(
+            field, f"{degrees.cp} ranks have two slices of a sequence each, and {slices} does not divide {sequence}"
         )
 
 

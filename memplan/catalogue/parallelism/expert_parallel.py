@@ -16,7 +16,7 @@ from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.experts.routers import CHOSEN, PAIRS, SCORES
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import rewrite_lists
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
 from memplan.models.configs import families
 from memplan.models.model import ModelSpec
@@ -29,12 +29,12 @@ def check(model: ModelSpec, degrees: Degrees) -> None:
     """Raise SpecError if the family has no supported expert-parallel plan, or the ranks do not divide its experts."""
     ep, field = degrees.ep, "parallelism.ep"
     if "E" not in model.axes():
-        raise SpecError(f"{field}: {ep} ranks divide experts, and {model.model_type} has none", field)
+        raise refused(field, f"{ep} ranks divide experts, and {model.model_type} has none")
     if not model.family.parallel.experts:
         known = ", ".join(name for name, row in families().items() if row.parallel.experts)
-        raise SpecError(f"{field}: {ep} is not supported yet for {model.model_type}; supported: {known}", field)
+        raise refused(field, f"{ep} is not supported yet for {model.model_type}; supported: {known}")
     if model.axes()["E"] % ep:
-        raise SpecError(f"{field}: {ep} does not divide {model.axes()['E']} experts", field)
+        raise refused(field, f"{ep} does not divide {model.axes()['E']} experts")
 
 
 def divide(stack: Stack, degrees: Degrees) -> Stack:

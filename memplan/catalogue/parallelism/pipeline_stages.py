@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from memplan.catalogue.parallelism.device_map_packing import gpu_shares, place_modules
 from memplan.catalogue.parallelism.pipeline import PipelineEngine
-from memplan.core.errors import SpecError
+from memplan.core.errors import SpecError, refused
 from memplan.core.ir import Op, Run, Stack, Tensor, operations
 from memplan.core.records import NamedTuple
 
@@ -39,10 +39,7 @@ def split(
             layers, stages, chunks, not engine.needs_equal_stages if ends is None else ends, engine.needs_equal_stages
         )
     if ends:
-        raise SpecError(
-            "parallelism.ends_as_layers: cannot be combined with first_stage_layers or last_stage_layers",
-            "parallelism.ends_as_layers",
-        )
+        raise refused("parallelism.ends_as_layers", "cannot be combined with first_stage_layers or last_stage_layers")
     rest, open_ranks = layers - (first or 0) - (last or 0), stages - (first is not None) - (last is not None)
     if open_ranks and (rest <= 0 or rest % (open_ranks * chunks)):
         ends_given = ((n, end) for n, end in ((first, "first"), (last, "last")) if n is not None)
@@ -120,7 +117,7 @@ def divide_by_device_map(
 
 def _unsplit(stages: int, chunks: int, why: str) -> SpecError:
     of_chunks = f" x virtual_stages {chunks} = {stages * chunks} stages" if chunks > 1 else " stages"
-    return SpecError(f"parallelism.pp: pp {stages}{of_chunks} {why}", "parallelism.pp")
+    return refused("parallelism.pp", f"pp {stages}{of_chunks} {why}")
 
 
 def stage_stack(

@@ -16,7 +16,7 @@ from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import matrix, rewrite
 from memplan.catalogue.parallelism import megatron_parallel
 from memplan.catalogue.parallelism.expert_parallel import local_parameters
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.ir import Op, Scratch, Stack, Tensor, Weight, operations
 from memplan.models.configs import families
 from memplan.models.configs.megatron import padded
@@ -96,9 +96,9 @@ def check(model: ModelSpec, degrees: Degrees, itemsize: int, adapted: tuple[str,
     if plan is None:
         fails = model.family.parallel.fails
         if degrees.style != "megatron" and fails:
-            raise SpecError(f"{field}: transformers 5.24 does not run {model.model_type} on {t}: {fails}", field)
+            raise refused(field, f"transformers 5.24 does not run {model.model_type} on {t}: {fails}")
         known = ", ".join(name for name, row in families().items() if plan_of(name, row, degrees.style))
-        raise SpecError(f"{field}: {t} is not supported yet for {model.model_type}; supported: {known}", field)
+        raise refused(field, f"{t} is not supported yet for {model.model_type}; supported: {known}")
     axes = model.axes()
     width = axes.get("m", 0) if plan.experts and degrees.ep == 1 else 0
     counted = {
@@ -110,18 +110,18 @@ def check(model: ModelSpec, degrees: Degrees, itemsize: int, adapted: tuple[str,
     }
     left = [f"{n} {what}" for what, n in counted.items() if n % t]
     if left:
-        raise SpecError(f"{field}: {t} does not divide {' and '.join(left)}", field)
+        raise refused(field, f"{t} does not divide {' and '.join(left)}")
     if width // t * itemsize % 16:
-        raise SpecError(
-            f"{field}: {t} leaves experts {width // t} wide, and torch's grouped products take rows of a multiple of "
-            f"16 bytes ({16 // itemsize} numbers)",
+        raise refused(
             field,
+            f"{t} leaves experts {width // t} wide, and torch's grouped products take rows of a multiple of "
+            f"16 bytes ({16 // itemsize} numbers)",
         )
     if plan.experts and adapted:
-        raise SpecError(
-            f"method.targets: peft 0.21 fails to adapt experts ({', '.join(adapted)}) that tensor parallelism has "
-            "divided; name linear layers, such as q_proj and o_proj",
+        raise refused(
             "method.targets",
+            f"peft 0.21 fails to adapt experts ({', '.join(adapted)}) that tensor parallelism has "
+            "divided; name linear layers, such as q_proj and o_proj",
         )
 
 
@@ -129,7 +129,7 @@ def check_sequence(sequence: int, degrees: Degrees) -> None:
     """Raise SpecError if sequence-parallel ranks would have different numbers of tokens."""
     t, field = degrees.tp, "parallelism.sequence_parallel"
     if degrees.sequence_parallel and sequence % t:
-        raise SpecError(f"{field}: {t} ranks do not divide a sequence of {sequence} tokens", field)
+        raise refused(field, f"{t} ranks do not divide a sequence of {sequence} tokens")
 
 
 def divide(stack: Stack, model: ModelSpec, degrees: Degrees, records: bool = True) -> Stack:

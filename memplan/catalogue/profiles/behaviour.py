@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from memplan.catalogue.inference.one_pass import Cache
+from memplan.catalogue.kernels.wiring import LogProbs
 from memplan.core.records import NamedTuple
 
 
@@ -192,6 +193,23 @@ class WeightsBehaviour(NamedTuple):
         return kernels.get(format, "")
 
 
+class TrainerBehaviour(NamedTuple):
+    """The trainers of TRL (`memplan.catalogue.kernels.preference`).
+
+    trainers           those that the version has
+    log_probs          how log-probabilities of tokens are computed
+    trained_reference  the weights of a reference model that is a copy require gradients
+    reference_dtype    the dtype of a copy: of the policy's weights, or of its computation
+    older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
+    """
+
+    trainers: tuple[str, ...]
+    log_probs: LogProbs
+    trained_reference: bool
+    reference_dtype: Literal["weights", "compute"]
+    older_trainers: bool
+
+
 class LibraryBehaviour(NamedTuple):
     """Everything that a profile decides.
 
@@ -203,6 +221,7 @@ class LibraryBehaviour(NamedTuple):
     sharding       division of a model among GPUs
     generation     forward passes and generation
     weights        loading and quantised weights
+    trainer        trainers of TRL
     """
 
     defaults: RunDefaults
@@ -213,6 +232,7 @@ class LibraryBehaviour(NamedTuple):
     sharding: ShardingBehaviour
     generation: GenerationBehaviour
     weights: WeightsBehaviour
+    trainer: TrainerBehaviour
 
 
 # What `memplan profiles` calls a field, if not by its name. These names are part of its output.

@@ -1,19 +1,14 @@
-"""The table of profiles and serving engines, `profiles.toml`: its rows, and the check that they set fields that exist.
-
-tomllib takes longer for the file than many commands take to answer. Here every line is a header, a comment, a row or
-`key = value`, with a value that TOML and JSON write alike; a test compares all of them with what tomllib reads.
-"""
+"""The rows of profiles and serving engines in `profiles.toml`, and the check that they set fields that exist."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
-from memplan.core.frozen import frozen
 from memplan.core.package_data import data_path
 from memplan.core.records import NamedTuple
+from memplan.core.toml import read_tables
 
 # Conditions under which a row holds.
 WHEN = {"": "always", "quantised": "for quantised weights"}
@@ -95,28 +90,14 @@ class ServingEngine(NamedTuple):
 
 
 @cache
-def tables() -> Mapping[str, Mapping[str, Mapping[str, Any]]]:
+def tables() -> Mapping[str, Mapping[str, Any]]:
     """Return the file's tables by kind (profile, engine, families) and name."""
-    found: dict[str, dict[str, dict[str, Any]]] = {}
-    table: dict[str, Any] = {}
-    rows: list[object] = []
-    for line in data_path("profiles.toml").read_text("utf-8").splitlines():
-        if line.startswith("["):
-            kind, _, name = line[1:-1].partition(".")
-            table = found.setdefault(kind, {}).setdefault(name.strip('"'), {})
-        elif line.startswith("  ["):
-            rows.append(frozen(json.loads(line.removesuffix(","))))
-        elif line == "rows = [":
-            table["rows"] = rows = []
-        elif " = " in line and not line.startswith("#"):
-            key, _, value = line.partition(" = ")
-            table[key.strip('"')] = frozen(json.loads(value))
-    return found
+    return read_tables(data_path("profiles.toml"))
 
 
 def profiles() -> Iterator[Profile]:
     """Yield the profiles of the file."""
-    groups = tables()["families"][""]
+    groups = tables()["families"]
     for name, table in tables()["profile"].items():
         rows: list[Setting] = []
         for field, value, source, *conditions in table["rows"]:

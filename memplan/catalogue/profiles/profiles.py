@@ -22,7 +22,7 @@ from memplan.catalogue.profiles.profile_table import (
     nearest_versions,
     profiles,
 )
-from memplan.core.errors import SpecError, UnknownNameError
+from memplan.core.errors import UnknownNameError, refused
 
 PROFILES = tuple(profiles())
 _BY_NAME = {profile.name: profile for profile in PROFILES}
@@ -35,7 +35,7 @@ def find_profile(name: str) -> Profile:
     """
     profile = _BY_NAME.get(known_name(name))
     if profile is None and find_engine(name) is not None:
-        raise SpecError(f"profile: {name} is a serving engine, which needs --method generate", "profile")
+        raise refused("profile", f"{name} is a serving engine, which needs --method generate")
     if profile is None and (versions := nearest_versions(name)):
         raise UnknownNameError("profile", name, versions, ranked=True)
     if profile is None:

@@ -9,8 +9,10 @@ tensor_type_fallback; conversion/base.py; gguf-py/gguf/constants.py, tensor_mapp
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 from memplan.core.records import NamedTuple
+from memplan.core.toml import read_tables
 from memplan.models.headers import GGML_TYPES
 
 SOURCE = "llama.cpp src/llama-quant.cpp llama_tensor_get_type (llama-cpp-python 0.3.36)"
@@ -33,128 +35,17 @@ FILE_TYPES = {
 }
 ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # tools/quantize/quantize.cpp QUANT_OPTIONS
 
-# Names of modules outside of the layers, by the last part of their path.
-OUTSIDE = {
-    **dict.fromkeys(("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embed_in"), "token_embd"),
-    "embeddings": "token_embd",
-    "word_embeddings_layernorm": "token_embd_norm",
-    "wpe": "position_embd",
-    **dict.fromkeys(("norm", "ln_f", "norm_f", "final_layernorm", "final_layer_norm"), "output_norm"),
-    **dict.fromkeys(("lm_head", "output", "embed_out"), "output"),
-}
-
-# Names of modules in a layer, by their path in it.
-INSIDE = {
-    **dict.fromkeys(("input_layernorm", "ln_1", "norm_1", "ln_attn", "attention_norm"), "attn_norm"),
-    "norm": "attn_norm",
-    "ln_mlp": "attn_norm_2",
-    **dict.fromkeys(
-        ("post_attention_layernorm", "ln_2", "norm_2", "pre_feedforward_layernorm", "ffn_norm"), "ffn_norm"
-    ),
-    "post_feedforward_layernorm": "post_ffw_norm",
-    "post_self_attn_layernorm": "post_attention_norm",
-    "post_mlp_layernorm": "post_ffw_norm",
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    **dict.fromkeys(("self_attn.qkv_proj", "attn.c_attn", "attn.Wqkv"), "attn_qkv"),
-    **dict.fromkeys(("self_attention.query_key_value", "attention.query_key_value"), "attn_qkv"),
-    **dict.fromkeys(("self_attn.o_proj", "self_attn.dense", "attn.c_proj", "attn.out_proj"), "attn_output"),
-    **dict.fromkeys(("attention.wo", "self_attention.dense", "attention.dense"), "attn_output"),
-    **dict.fromkeys(("self_attn.q_norm", "self_attn.query_layernorm"), "attn_q_norm"),
-    **dict.fromkeys(("self_attn.k_norm", "self_attn.key_layernorm"), "attn_k_norm"),
-    "self_attn.q_layernorm.norms": "attn_q_norm",
-    "self_attn.k_layernorm.norms": "attn_k_norm",
-    "self_attn.sinks": "attn_sinks",
-    "self_attn.q_a_proj": "attn_q_a",
-    "self_attn.q_a_layernorm": "attn_q_a_norm",
-    "self_attn.q_b_proj": "attn_q_b",
-    "self_attn.kv_a_proj_with_mqa": "attn_kv_a_mqa",
-    "self_attn.kv_a_layernorm": "attn_kv_a_norm",
-    "self_attn.indexer.wq_b": "indexer.attn_q_b",
-    "self_attn.indexer.wk": "indexer.attn_k",
-    "self_attn.indexer.k_norm": "indexer.k_norm",
-    "self_attn.indexer.weights_proj": "indexer.proj",
-    "mixer.q_proj": "attn_q",
-    "mixer.k_proj": "attn_k",
-    "mixer.v_proj": "attn_v",
-    "mixer.o_proj": "attn_output",
-    **dict.fromkeys(("mlp.gate_proj", "feed_forward.w1"), "ffn_gate"),
-    **dict.fromkeys(("mlp.up_proj", "mlp.gate_up_proj", "mlp.c_fc", "mlp.fc1", "ffn.up_proj"), "ffn_up"),
-    **dict.fromkeys(("mlp.dense_h_to_4h", "feed_forward.w3"), "ffn_up"),
-    **dict.fromkeys(("mlp.down_proj", "mlp.c_proj", "mlp.fc2", "ffn.down_proj"), "ffn_down"),
-    **dict.fromkeys(("mlp.dense_4h_to_h", "feed_forward.w2"), "ffn_down"),
-    **dict.fromkeys(("mlp.gate", "mlp.router", "block_sparse_moe.router"), "ffn_gate_inp"),
-    **dict.fromkeys(("mlp.gate.e_score_correction_bias", "mlp.e_score_correction_bias"), "exp_probs_b"),
-    "mlp.experts.down_proj": "ffn_down_exps",
-    "mlp.experts.down_proj_bias": "ffn_down_exps",
-    "block_sparse_moe.experts.down_proj": "ffn_down_exps",
-    **{
-        f"mlp.{s}.{p}_proj": f"ffn_{p}_shexp"
-        for s in ("shared_expert", "shared_experts")
-        for p in ("gate", "up", "down")
-    },
-    "mlp.shared_expert_gate": "ffn_gate_inp_shexp",
-    "feed_forward.gate_proj": "ffn_gate",
-    **dict.fromkeys(("feed_forward.up_proj", "mixer.up_proj"), "ffn_up"),
-    **dict.fromkeys(("feed_forward.down_proj", "mixer.down_proj"), "ffn_down"),
-    **dict.fromkeys(("feed_forward.router", "mixer.gate"), "ffn_gate_inp"),
-    "mixer.gate.e_score_correction_bias": "exp_probs_b",
-    **dict.fromkeys(("feed_forward.experts.down_proj", "mixer.experts.down_proj"), "ffn_down_exps"),
-    "mixer.experts.up_proj": "ffn_up_exps",
-    **{f"feed_forward.shared_expert.{p}_proj": f"ffn_{p}_shexp" for p in ("gate", "up", "down")},
-    **{f"mixer.shared_experts.{p}_proj": f"ffn_{p}_shexp" for p in ("up", "down")},
-    "mixer.fc1_latent_proj": "ffn_latent_down",
-    "mixer.fc2_latent_proj": "ffn_latent_up",
-    "shared_mlp.output_linear": "ffn_down_shexp",
-    "pre_ff_layernorm": "ffn_norm",
-    **{
-        f"{mixer}.{part}": name
-        for mixer in ("mixer", "mamba")
-        for part, name in (
-            ("in_proj", "ssm_in"),
-            ("x_proj", "ssm_x"),
-            ("dt_proj", "ssm_dt"),
-            ("dt_bias", "ssm_dt"),
-            ("conv1d", "ssm_conv1d"),
-            ("A_log", "ssm_a"),
-            ("D", "ssm_d"),
-            ("norm", "ssm_norm"),
-            ("dt_layernorm", "ssm_dt_norm"),
-            ("b_layernorm", "ssm_b_norm"),
-            ("c_layernorm", "ssm_c_norm"),
-            ("out_proj", "ssm_out"),
-        )
-    },
-    "linear_attn.in_proj_ba": "ssm_ba",
-    "linear_attn.in_proj_b": "ssm_beta",
-    "linear_attn.in_proj_a": "ssm_alpha",
-    "linear_attn.in_proj_qkv": "attn_qkv",
-    "linear_attn.in_proj_z": "attn_gate",
-    "linear_attn.conv1d": "ssm_conv1d",
-    "linear_attn.A_log": "ssm_a",
-    "linear_attn.dt_bias": "ssm_dt",
-    "linear_attn.norm": "ssm_norm",
-    "linear_attn.out_proj": "ssm_out",
-}
+_NAMES = read_tables(Path(__file__).with_name("gguf_names.toml"))
+# The path of a module -> its name: outside of the layers, by the last part of the path, and in a layer.
+OUTSIDE, INSIDE = (
+    {path: name for name, paths in _NAMES[part].items() for path in paths} for part in ("outside", "inside")
+)
+# Parameters that the conversion splits -> the names of their parts in the order of the rows.
+PARTS = {path: tuple(names.split()) for names, paths in _NAMES["parts"].items() for path in paths}
 
 # Architectures whose files list the heads of each layer, with 0 for layers without attention.
 BY_LAYER = ("granitehybrid", "jamba", "nemotron_h")
 BARE = ("ssm_a", "ssm_d")  # names without `.weight` or `.bias`
-
-# Parameters that the conversion splits, and the names of their parts in the order of the rows.
-PARTS = {
-    "attention.wqkv": ("attn_q", "attn_k", "attn_v"),
-    "self_attn.W_pack": ("attn_q", "attn_k", "attn_v"),
-    "self_attn.kv_b_proj": ("attn_k_b", "attn_v_b"),
-    "linear_attn.in_proj_qkvz": ("attn_qkv", "attn_gate"),
-    "shared_mlp.input_linear": ("ffn_gate_shexp", "ffn_up_shexp"),
-    "feed_forward.experts.gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"),
-    **dict.fromkeys(
-        ("mlp.experts.gate_up_proj", "mlp.experts.gate_up_proj_bias", "block_sparse_moe.experts.gate_up_proj"),
-        ("ffn_gate_exps", "ffn_up_exps"),
-    ),
-}
 
 
 class Sizes(NamedTuple):

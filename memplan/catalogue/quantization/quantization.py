@@ -56,10 +56,6 @@ FORMATS = {
         "assumed",
     ),
 }
-# Most rows that bitsandbytes always multiplies by packed weights; before 0.50 it was one. Up to 1,536 rows it decides
-# by GPU and matrix.
-# Source: bitsandbytes 0.50 backends/cuda/ops.py gemm_4bit; 0.41 to 0.49 autograd/_functions.py matmul_4bit.
-FEW_ROWS = 4
 WHOLE = -1  # the block size if there is one scale per column
 FP8_BLOCK = 128
 

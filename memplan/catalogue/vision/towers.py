@@ -222,6 +222,44 @@ def block(
     )
 
 
+def encoder_block(
+    name: str,
+    act: str,
+    kernel: str,
+    normalise: Callable[[str, str, str, str, str], tuple[Op, ...]] = norm,
+    lead: str = "b images grid",
+) -> Block:
+    """Return a block of CLIP's or SigLIP's tower, which attends to all images of a batch in one call."""
+    heads = (
+        *(
+            linear(f"self_attn.{n}_proj", "v.n1", f"v.{n}", "va vd", "vh", lead=lead, flat=False)
+            for n in ("q", "k", "v")
+        ),
+        attention("self_attn", "v.q", "v.k", "v.v", "v.o", kernel, BATCH),
+        linear("self_attn.out_proj", "v.o", "v.ao", "vh", "va vd", lead=lead, flat=False),
+        ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
+    )
+    feed = mlp("mlp", "v.n2", "v.mo", act, lead=lead, flat=False)
+    return block(name, heads, feed, normalise, ("layer_norm1", "layer_norm2"), lead)
+
+
+def embedded_patches(name: str, shape: str) -> tuple[Op, ...]:
+    """Return SigLIP's embeddings: patches plus a table of positions, which all images share."""
+    position = Weight(f"{name}.position_embedding.weight", "vpositions vh", "vision", rows=1)
+    ids = Weight(f"{name}.position_ids", "vpositions", "buffer", "int64", False)
+    return (
+        *convolution(f"{name}.patch_embedding", "pixel_values", "v.patches", shape, True, asks=True),
+        Op(
+            f"{name}.position_embedding",
+            (),
+            (Tensor("v.position", "vpositions vh", f"={position.name}"),),
+            (position, ids),
+            source=f"{ops.DERIVATIVES}: embedding",
+        ),
+        ops.add(name, "v.patches", "v.position", "embeds", shape),
+    )
+
+
 class TowerAttention(NamedTuple):
     """The work of one attention call, or of each of several equal calls.
 

@@ -6,6 +6,8 @@ Without images only the tower's weights exist and nothing of it runs. Parts of t
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
@@ -52,6 +54,16 @@ def text_with_tower(
         runs=(*tower.runs, first._replace(before=(*tower.after, *scatter, *rest)), *others),
         after=outlived(renamed(text.after, {"embeds": "stream"}), held),
     )
+
+
+def masked_text(wiring: Wiring, build: Callable[[Wiring], Stack]) -> Stack:
+    """Return the text's stack, in which tokens of an image attend to each other: with images all layers have a mask."""
+    text = build(wiring._replace(padded=wiring.padded or wiring.images))
+    if wiring.padded or not wiring.images:
+        return text
+    first = text.before[0]
+    without_mask = first._replace(writes=tuple(w for w in first.writes if w.name != "attention_mask"))
+    return text._replace(before=(without_mask, *text.before[1:]))
 
 
 def outlived(after: tuple[Op, ...], held: tuple[str, ...]) -> tuple[Op, ...]:

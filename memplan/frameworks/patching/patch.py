@@ -16,7 +16,7 @@ from memplan.frameworks.reading import shell
 from memplan.frameworks.reading.config import defaults_of, shown
 from memplan.frameworks.reading.document import parsed
 from memplan.frameworks.reading.run_file import RunFile, command_in, defaults_in
-from memplan.frameworks.reading.signatures import format_named
+from memplan.frameworks.reading.run_format import format_named
 from memplan.spec.base import Part
 from memplan.spec.failures import line_of
 from memplan.spec.file import read_text, spec_with_lines

@@ -5,25 +5,13 @@ Source: peft 0.21.2 config.py, peft_model.py from_pretrained, tuners/*/config.py
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from memplan.catalogue.profiles.engines import ENGINES
-from memplan.frameworks.change_table import Framework, Key
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import TYPED, Config
-from memplan.frameworks.reading.run_format import RunFormat
+from memplan.frameworks.reading.config import TYPED, Config, Rule
 from memplan.models.peft_methods import PEFT_METHODS, default_targets
 from memplan.spec.run import NEWEST
-
-TABLE = Framework(
-    "peft",
-    "peft",
-    "peft 0.21.2 tuners/lora/config.py LoraConfig",
-    (
-        Key("r", ("method.rank",)),
-        Key("lora_alpha", ("method.alpha",)),
-        Key("lora_dropout", ("method.dropout",)),
-    ),
-    (),
-)
 
 
 def _method(config: Config) -> None:
@@ -85,18 +73,6 @@ def _use(config: Config) -> None:
         config.leave("peft_type", "adapters are not counted when generating, as if they were merged")
 
 
-FORMAT = RunFormat(
-    "peft",
-    "peft",
-    TABLE,
-    ("peft",),
-    "base_model_name_or_path",
-    rules=(_method, _bias, _use),
-    matter={
-        **dict.fromkeys(("rank_pattern", "layers_to_transform", "layers_pattern", "layer_replication"), "what trains"),
-        **dict.fromkeys(("trainable_token_indices", "target_parameters", "exclude_modules"), "what trains"),
-        **dict.fromkeys(("megatron_config", "loftq_config", "eva_config", "corda_config"), "not counted"),
-        "lora_bias": "what trains",
-    },
-)
-FORMATS = (FORMAT,)
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "peft": (_method, _bias, _use),
+}

@@ -6,10 +6,10 @@ components/loss, _transformers/auto_model.py.
 
 from __future__ import annotations
 
-from memplan.frameworks.change_table import Framework, Key
+from collections.abc import Mapping
+
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, shown
-from memplan.frameworks.reading.run_format import RunFormat
+from memplan.frameworks.reading.config import Config, Rule, shown
 
 _RECIPE = "TrainFinetuneRecipeForNextTokenPrediction"
 _LOSSES = {"FusedLinearCrossEntropy": "fused", "ChunkedCrossEntropy": "chunked", "MaskedCrossEntropy": "hf"}
@@ -104,32 +104,6 @@ def _parallelism(config: Config) -> None:
         config.set("batch.accumulation", max(together // (micro * replicas), 1), *keys)
 
 
-FORMAT = RunFormat(
-    "automodel",
-    "NeMo Automodel",
-    Framework(
-        "automodel",
-        "NeMo Automodel",
-        "nemo_automodel 0.7.0 components",
-        (
-            Key("peft.dim", ("method.rank",)),
-            Key("peft.alpha", ("method.alpha",)),
-            Key("peft.dropout", ("method.dropout",)),
-            Key("step_scheduler.local_batch_size", ("batch.micro",)),
-        ),
-        (),
-    ),
-    ("automodel",),
-    "model_name",
-    rules=(_method, _batch, _kernels, _parallelism, _precision),
-    matter={
-        **dict.fromkeys(("fp8.enabled", "qat.enabled", "compile.enabled", "mtp"), "not counted"),
-        **dict.fromkeys(("freeze_config", "peft.exclude_modules", "embedding_row_repair"), "what trains"),
-        **dict.fromkeys(("distributed.sequence_parallel", "distributed.offload_policy"), "its GPUs"),
-        "distributed.ep_size": "its GPUs",
-        **dict.fromkeys(("quantization.bnb_4bit_quant_storage", "peft.lora_dtype", "neftune"), "not counted"),
-    },
-    silent=("recipe", "ci", "rng", "slurm", "launcher", "checkpoint", "skypilot"),
-    processes=("nproc_per_node",),
-)
-FORMATS = (FORMAT,)
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "automodel": (_method, _batch, _kernels, _parallelism, _precision),
+}

@@ -7,11 +7,10 @@ loaders/model.py, adapter.py; core/builders/base.py, causal.py; utils/__init__.p
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from memplan.frameworks.axolotl import AXOLOTL
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, version_number
-from memplan.frameworks.reading.run_format import RunFormat
 
 _LIGER = {
     "liger_rope": "rope",
@@ -38,6 +37,19 @@ _PROJECTIONS = re.compile(
 )
 
 
+def _preference(config: Config) -> None:
+    """`rl`; simpo is CPO's trainer, which adds the chosen half's likelihood unless cpo_alpha is 0."""
+    kind = config.said("rl")
+    if kind is None:
+        return
+    if kind not in ("dpo", "ipo", "orpo", "simpo"):
+        raise config.refuse("rl", "dpo, ipo, orpo, simpo")
+    names = {"ipo": "dpo", "simpo": "simpo" if config.number("cpo_alpha") == 0 else "cpo"}
+    trainer.preference(config, names.get(kind, kind), "rl")
+    if config.said("rl_adapter_ref_model") is not None and config.flag("rl_adapter_ref_model"):
+        config.set("reference", "copy", "rl_adapter_ref_model")
+
+
 def _method(config: Config) -> None:
     kind = config.word("adapter", "lora", "qlora")
     bits = 4 if config.flag("load_in_4bit") else 8 if config.flag("load_in_8bit") else 16
@@ -52,7 +64,11 @@ def _method(config: Config) -> None:
     elif config.flag("gptq"):
         config.set("method.quantization.format", "gptq-int4", "gptq")
     if kind is not None and bits < 16 and config.flag("quantize_moe_experts"):
-        config.leave("quantize_moe_experts", "experts are counted as loaded, not supported yet")
+        model = trainer.model_of(config)
+        if bits != 4:
+            config.leave("quantize_moe_experts", "experts in 8 bits are counted as loaded, not supported yet")
+        elif model is None or "E" in model.axes():
+            config.set("method.quantization.experts", True, "quantize_moe_experts")
         why = "a model whose experts are quantised is not prepared"
         config.set("method.quantization.kbit_preparation", False, "quantize_moe_experts", why=why)
     trainer.adapter(config, kind is not None, config.flag("peft_use_dora"), "adapter", "peft_use_dora")
@@ -195,7 +211,7 @@ def _kernels(config: Config) -> None:
     ):
         fused.append("lora")
         keys += [key for key in set_kernels if config.flag(key)]
-    elif not set_kernels and _turns_kernels_on(config):
+    elif not set_kernels and config.said("rl") is None and _turns_kernels_on(config):
         fused.append("lora")
         keys.append("adapter")
     if fused:
@@ -282,41 +298,9 @@ def _optimizer(config: Config) -> None:
     trainer.optimizer(config, "optimizer")
 
 
-RULES: tuple[Rule, ...] = (
-    _method,
-    _attention,
-    _batch,
-    _optimizer,
-    _kernels,
-    _checkpointing,
-    _loop,
-    _parallelism,
-    _reentrant,
-    _precision,
-    _evaluation,
-)
-FORMAT = RunFormat(
-    "axolotl",
-    "Axolotl",
-    AXOLOTL,
-    ("axolotl",),
-    "base_model",
-    rules=RULES,
-    refused=("rl", "reward_model", "process_reward_model", "diffusion_lm", "ebft", "fp8"),
-    matter={
-        **dict.fromkeys(("layer_offloading", "tiled_mlp", "qat", "relora"), "not counted"),
-        **dict.fromkeys(("quantize_moe_experts", "model_quantization_config", "nf4_backend"), "the weights' format"),
-        **dict.fromkeys(("unfrozen_parameters", "lora_target_parameters", "peft_layers_to_transform"), "what trains"),
-        **dict.fromkeys(("peft_trainable_token_indices", "lora_rank_pattern", "peft_layer_replication"), "what trains"),
-        **dict.fromkeys(("fp32_norms", "lora_fp32_gradients"), "dtypes"),
-        **dict.fromkeys(("device_map", "max_memory", "gpu_memory_limit", "ple_cpu_offload"), "where weights are"),
-        **dict.fromkeys(
-            ("use_kernels", "experts_implementation", "expert_parallel_size", "lora_on_cpu"), "not counted"
-        ),
-        **dict.fromkeys(("do_causal_lm_eval", "do_bench_eval", "eval_table_size"), "evaluation"),
-        **dict.fromkeys(("flash_attn_fuse_mlp", "flash_attn_fuse_qkv", "unsloth_lora_mlp"), "kernels"),
-        **dict.fromkeys(("tokens", "resize_token_embeddings_to_32x", "noisy_embedding_alpha"), "the embeddings"),
-    },
-    replaces={"attn_implementation": tuple(_OLD_ATTENTION)},
-)
-FORMATS = (FORMAT,)
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "axolotl": (
+        *(_preference, _method, _attention, _batch, _optimizer, _kernels, _checkpointing, _loop, _parallelism),
+        *(_reentrant, _precision, _evaluation),
+    ),
+}

@@ -85,6 +85,8 @@ def is_there(path: Path) -> bool:
 
 def _refuse_pickle(path: Path, shown: str) -> None:
     try:
+        if not path.is_file():  # a shell's pipe can be read only once
+            return
         with path.open("rb") as file:
             start = file.read(4)
     except (OSError, ValueError):  # ValueError: NUL in the path

@@ -5,10 +5,10 @@ Source: litgpt 0.5.13 finetune/lora.py, finetune/full.py, args.py, utils.py.
 
 from __future__ import annotations
 
-from memplan.frameworks.change_table import Framework, Key
+from collections.abc import Mapping
+
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, shown
-from memplan.frameworks.reading.run_format import RunFormat
+from memplan.frameworks.reading.config import Config, Rule, shown
 
 _TARGETS = {
     "lora_query": ("q_proj",),
@@ -103,27 +103,6 @@ def _optimizer(config: Config) -> None:
         config.set("optimizer.name", _OPTIMIZERS[name], key)
 
 
-FORMAT = RunFormat(
-    "litgpt",
-    "LitGPT",
-    Framework(
-        "litgpt",
-        "LitGPT",
-        "litgpt 0.5.13 finetune/lora.py setup",
-        (
-            Key("lora_r", ("method.rank",)),
-            Key("lora_alpha", ("method.alpha",)),
-            Key("lora_dropout", ("method.dropout",)),
-            Key("train.micro_batch_size", ("batch.micro",)),
-            Key("train.max_seq_length", ("batch.sequence",)),
-        ),
-        (),
-    ),
-    ("litgpt",),
-    "checkpoint_dir",
-    rules=(_model, _method, _batch, _optimizer, trainer.degrees, _precision),
-    matter={"initial_checkpoint_dir": "the model"},
-    takes_model=True,
-    profile="litgpt-2024",
-)
-FORMATS = (FORMAT,)
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "litgpt": (_model, _method, _batch, _optimizer, trainer.degrees, _precision),
+}

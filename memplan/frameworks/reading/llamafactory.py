@@ -6,10 +6,10 @@ model/adapter.py init_adapter, model/loader.py, model/model_utils.
 
 from __future__ import annotations
 
-from memplan.frameworks.llamafactory import LLAMAFACTORY
+from collections.abc import Mapping
+
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config
-from memplan.frameworks.reading.run_format import RunFormat
+from memplan.frameworks.reading.config import Config, Rule
 
 _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_2"}
 _BITSANDBYTES = ("bnb", "bitsandbytes")
@@ -18,8 +18,11 @@ _OPTIMIZERS = {"use_galore": "galore", "use_apollo": "apollo"}
 
 
 def _method(config: Config) -> None:
-    stage = config.word("stage", "sft", "pt")
-    del stage
+    if config.word("stage", "sft", "pt", "dpo") == "dpo":
+        loss = config.get("pref_loss")
+        trainer.preference(config, loss if loss in ("orpo", "simpo") else "dpo", "stage", "pref_loss")
+        if config.text("ref_model") is not None and loss not in ("orpo", "simpo"):
+            config.set("reference", "copy", "ref_model", why="counted as large as the policy")
     kind = config.word("finetuning_type", "lora", "freeze", "full") or "lora"
     bits = config.whole("quantization_bit")
     if bits is not None:
@@ -131,22 +134,6 @@ def _evaluation(config: Config) -> None:
         config.set("also.evaluation.kept_batches", 1, "compute_accuracy", why="assumed: one batch")
 
 
-FORMAT = RunFormat(
-    "llamafactory",
-    "LLaMA-Factory",
-    LLAMAFACTORY,
-    ("llamafactory", "transformers"),
-    "model_name_or_path",
-    rules=(_method, _batch, _kernels, _optimizer, trainer.loop, trainer.parallelism, _precision, _evaluation),
-    refused=("use_unsloth", "use_badam", "use_adam_mini", "mixture_of_depths", "fp8", "use_llama_pro"),
-    matter={
-        **dict.fromkeys(("shift_attn", "upcast_layernorm", "upcast_lmhead_output", "use_v1_kernels"), "kernels"),
-        **dict.fromkeys(("freeze_extra_modules", "lora_target_parameters"), "what trains"),
-        **dict.fromkeys(("loraplus_lr_ratio", "predict_with_generate"), "not counted"),
-        **dict.fromkeys(("resize_vocab", "add_tokens", "new_special_tokens_config"), "the embeddings"),
-        "use_asft_loss": "the loss",
-    },
-    aliases={"evaluation_strategy": "eval_strategy"},
-    processes=("NPROC_PER_NODE", "CUDA_VISIBLE_DEVICES"),
-)
-FORMATS = (FORMAT,)
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "llamafactory": (_method, _batch, _kernels, _optimizer, trainer.loop, trainer.parallelism, _precision, _evaluation),
+}

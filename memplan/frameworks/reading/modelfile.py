@@ -6,16 +6,14 @@ Source: Ollama's documentation, Modelfile: FROM, PARAMETER, ADAPTER; parser/pars
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from memplan.core.errors import SpecError, printable
-from memplan.frameworks.change_table import Framework, Key
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config
+from memplan.frameworks.reading.config import Config, Rule
 from memplan.frameworks.reading.document import Document, is_there
-from memplan.frameworks.reading.run_format import RunFormat
 from memplan.frameworks.reading.serving import GGUF, request, serves
 from memplan.spec.file import read_text
 
@@ -104,24 +102,6 @@ def _settings(config: Config) -> None:
         config.set("serving.max_num_seqs", 1, why=why)
 
 
-FORMAT = RunFormat(
-    "ollama",
-    "Ollama",
-    Framework(
-        "ollama",
-        "Ollama",
-        "Ollama's documentation, Modelfile",
-        (
-            Key("num_ctx", ("serving.max_model_len",)),
-            Key("num_batch", ("serving.max_num_batched_tokens",)),
-            Key("main_gpu", ("serving.main_gpu",)),
-        ),
-        (),
-    ),
-    ("llama.cpp",),
-    "from",
-    rules=(serves, _model, _settings, request),
-    matter={"adapter": "adapters", "draft": "the draft model"},
-    trains=False,
-)
-FORMATS = (FORMAT,)
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "ollama": (serves, _model, _settings, request),
+}

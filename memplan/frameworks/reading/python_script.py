@@ -11,11 +11,11 @@ from typing import Any
 
 from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
-from memplan.frameworks.reading import trainer, trl, unsloth
+from memplan.frameworks.reading import trainer, trl
 from memplan.frameworks.reading.config import Config, Unread
 from memplan.frameworks.reading.document import Document
 from memplan.frameworks.reading.python_calls import UNKNOWN, CallsOfScript, PythonCall
-from memplan.frameworks.reading.run_format import RunFormat
+from memplan.frameworks.reading.run_format import RunFormat, format_named
 
 _TRAINERS = {"SFTTrainer": "SFTConfig", "Trainer": "TrainingArguments", "Seq2SeqTrainer": "Seq2SeqTrainingArguments"}
 _CONFIGS = (*_TRAINERS.values(), "UnslothTrainingArguments")
@@ -182,7 +182,7 @@ def _of_unsloth(keys: _Keys, load: PythonCall, training: PythonCall, told: tuple
     by, name = (load, "from_pretrained") if is_full or adapted is None else (adapted, "get_peft_model")
     keys.put("training.training_type", "full" if is_full else "lora", script.places.get(by.line, by.line), name)
     keys.values.setdefault("lora", {})
-    form = unsloth.FORMAT._replace(matter=_MATTER, silent=tuple(_UNSLOTH_TRAINED.values()))
+    form = format_named("unsloth")._replace(matter=_MATTER, silent=tuple(_UNSLOTH_TRAINED.values()))
     return ScriptRun(keys.document(), form, told, _UNSLOTH_DEFAULTS, tuple(keys.unread))
 
 
@@ -212,7 +212,7 @@ def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -
     if load is None:
         del defaults["dtype"]
     if training.name == "SFTTrainer":
-        return ScriptRun(keys.document(), trl.FORMAT, told, defaults, tuple(keys.unread))
+        return ScriptRun(keys.document(), format_named("trl"), told, defaults, tuple(keys.unread))
     prepared = _named(script, training, "prepare_model_for_kbit_training")
     defaults["prepares"] = prepared is not None
     return ScriptRun(keys.document(), _TRAINER, told, defaults, tuple(keys.unread))
@@ -241,6 +241,5 @@ def _length(config: Config) -> None:
         trainer.assume_length(config, "the length of samples")
 
 
-_TRAINER = trl.TRAINER._replace(
-    rules=(trl.method, _kbit, _length, *trl.TRAINER.rules[1:-2], _precision, trl.TRAINER.rules[-1])
-)
+_, *_LATER, _, _EVALUATION = trl.RULES["transformers"]
+_TRAINER = format_named("transformers")._replace(rules=(trl.method, _kbit, _length, *_LATER, _precision, _EVALUATION))

@@ -14,12 +14,12 @@ from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.core.errors import SpecError, UnknownNameError, nearest, printable
+from memplan.core.files import open_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading import shell, trainer
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Typed, Unread, defaults_of, version_number
 from memplan.frameworks.reading.document import Document, is_there, named_document, paths, read_document
-from memplan.frameworks.reading.run_format import RunFormat
-from memplan.frameworks.reading.signatures import PROGRAMS, SIGNATURES, format_named
+from memplan.frameworks.reading.run_format import FORMATS, PROGRAMS, RunFormat, format_named
 from memplan.spec.base import Part
 from memplan.spec.file import read_documents, read_text
 from memplan.spec.run import NEWEST, RunSpec
@@ -40,6 +40,33 @@ _ADAPTER_FIELDS = tuple(
 )
 
 
+class RunSource(NamedTuple):
+    """The arguments of `read_as` that a run was read with, so that it can be read again with other values of keys."""
+
+    document: Document
+    form: RunFormat
+    asked: str | None = None
+    told: tuple[str, ...] = ()
+    companions: Mapping[str, Document] | None = None
+    typed: Mapping[str, Any] | None = None
+    flags: Mapping[str, Typed] | None = None
+    command: str = ""
+    own_defaults: Mapping[str, Any] | None = None
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        """The file's keys that have a value, by their path with dots; a command's flags replace them."""
+        said = dict(paths(self.document.values))
+        return {**said, **{key: flag.value for key, flag in (self.flags or {}).items()}}
+
+    def with_key(self, key: str, value: Any) -> RunSource:
+        """Return the source with another value of a key; None takes the key away."""
+        flags = {name: flag for name, flag in (self.flags or {}).items() if name != key}
+        said = {name: each for name, each in paths(self.document.values) if name != key}
+        values = nested(said if value is None else {**said, key: value})
+        return self._replace(document=self.document._replace(values=values), flags=flags)
+
+
 class RunFile(NamedTuple):
     """A run's file as it was read.
 
@@ -50,6 +77,7 @@ class RunFile(NamedTuple):
     unread     keys that may take memory and are not understood
     fields     the run's fields as sections
     typed      fields whose typed value is in `fields` already
+    source     what it was read of; None for a run's own fields
     """
 
     name: str
@@ -60,6 +88,7 @@ class RunFile(NamedTuple):
     unread: tuple[Unread, ...]
     fields: Mapping[str, Any]
     typed: frozenset[str] = frozenset()
+    source: RunSource | None = None
 
     @property
     def is_own(self) -> bool:
@@ -76,14 +105,6 @@ class RunFile(NamedTuple):
     def notes(self) -> tuple[str, ...]:
         """Return a line for each key that is not understood."""
         return tuple(f"{each.key} ({each.where}): {each.note}" for each in self.unread)
-
-    def with_value(self, field: str, value: Any, note: str) -> RunFile:
-        """Return the file with another value of a field that it sets, and a note on why."""
-        origins = tuple(
-            origin._replace(value=value, why=f"{origin.why}; {note}") if origin.field == field else origin
-            for origin in self.origins
-        )
-        return self._replace(origins=origins, fields=sections(origins))
 
     def origins_of(self, run: RunSpec) -> tuple[FieldOrigin, ...]:
         """Return the origins of a run that options have changed."""
@@ -126,7 +147,7 @@ def read_run(
     if is_modelfile(name):
         from memplan.frameworks.reading import modelfile
 
-        return read_as(modelfile.read_modelfile(name), modelfile.FORMAT, None, (), others, typed)
+        return read_as(modelfile.read_modelfile(name), format_named("ollama"), None, (), others, typed)
     if name.lower().endswith((".yaml", ".yml")) and _MANIFEST.search(read_text(name)):
         return _read_manifest(name, framework, others, typed)
     document = _read_toml(name) if name.lower().endswith(".toml") else read_document(name, text)
@@ -224,7 +245,7 @@ def command_in(text: str, name: str) -> shell.Launched:
 
 
 def _subcommands() -> shell.Programs:
-    return {program: SIGNATURES[name].programs[program] for program, name in PROGRAMS.items()}
+    return {program: FORMATS[name].signature.programs[program] for program, name in PROGRAMS.items()}
 
 
 def _read_launched(
@@ -349,13 +370,14 @@ def _processes(command: shell.Launched, form: RunFormat | None) -> dict[str, Any
 def is_known(name: str) -> bool:
     """Whether a JSON file is a run's or a framework's rather than a model's; False if it cannot be read."""
     try:
-        values: object = json.loads(Path(name).read_bytes())
+        with open_file(Path(name)) as file:
+            values: object = json.loads(file.read())
     except (OSError, ValueError, RecursionError):
         return False
     if not isinstance(values, dict) or _OF_MODELS & values.keys():
         return False
     document = Document(name, None, cast("dict[str, Any]", values), {})
-    told = any(signature.told_by(document.values) for signature in SIGNATURES.values())
+    told = any(form.signature.told_by(document.values) for form in FORMATS.values())
     return told or "model" in document.values or bool(_later(document))
 
 
@@ -382,11 +404,11 @@ def detect(document: Document) -> tuple[RunFormat, tuple[str, ...]] | None:
     values = document.values
     if not values or ("model" in values and values.keys() <= RunSpec.model_fields.keys()):
         return None
-    told = {name: signature.told_by(values) for name, signature in SIGNATURES.items()}
+    told = {name: form.signature.told_by(values) for name, form in FORMATS.items()}
     for are_general in (False, True):
-        candidates = [name for name in told if told[name] and SIGNATURES[name].is_general == are_general]
+        candidates = [name for name in told if told[name] and FORMATS[name].signature.is_general == are_general]
         if len(candidates) > 1:
-            text = f"may be {' or '.join(SIGNATURES[name].title for name in candidates)}; name it with --framework"
+            text = f"may be {' or '.join(FORMATS[name].title for name in candidates)}; name it with --framework"
             raise SpecError(f"spec: {document.name} {text}", "spec")
         later = _later(document)
         if later and (are_general or not candidates):
@@ -395,7 +417,7 @@ def detect(document: Document) -> tuple[RunFormat, tuple[str, ...]] | None:
             return format_named(candidates[0]), told[candidates[0]]
     if values.keys() & RunSpec.model_fields.keys():
         return None
-    known = ", ".join(signature.title for signature in SIGNATURES.values() if signature.any_of)
+    known = ", ".join(form.title for form in FORMATS.values() if form.signature.any_of)
     raise SpecError(f"spec: {document.name} is not a file of {known}, nor a run's; --framework names one", "spec")
 
 
@@ -414,11 +436,11 @@ def _later(document: Document) -> str:
 
 def _named(name: str) -> tuple[RunFormat, str | None]:
     """Return the framework and the version of NAME or NAME-VERSION."""
-    known = [key for key in SIGNATURES if f"{name.lower()}-".startswith(f"{key}-")]
+    known = [key for key in FORMATS if f"{name.lower()}-".startswith(f"{key}-")]
     key = max(known, key=len, default=name.lower())
     version = name.lower()[len(key) + 1 :]
-    if key not in SIGNATURES:
-        raise UnknownNameError("framework", name, SIGNATURES)
+    if key not in FORMATS:
+        raise UnknownNameError("framework", name, FORMATS)
     if version and not version_number(version):
         raise SpecError(f"framework: {name!r:.60} has no version number; write {key}-{_newest(key)}")
     return format_named(key), version or None
@@ -445,6 +467,7 @@ def read_as(
     command  the program and subcommand that it starts; empty for a file
     own_defaults  key -> default of a script's classes, where the framework's command line has another
     """
+    source = RunSource(document, form, asked, told, companions, typed, flags, command, own_defaults)
     every = [defaults_of(name) for name in form.defaults]
     version = every[0].newest_until(asked)
     defaults = defaults_in(form, asked)
@@ -479,7 +502,7 @@ def read_as(
     origins = tuple(config.found.values())
     unread = tuple(sorted(config.unread, key=lambda each: each.where))
     applied = frozenset(field for field in typed_keys.values() if field in config.found)
-    return RunFile(document.name, form.name, config.title, told, origins, unread, sections(origins), applied)
+    return RunFile(document.name, form.name, config.title, told, origins, unread, sections(origins), applied, source)
 
 
 def defaults_in(form: RunFormat, version: str | None) -> dict[str, Any]:
@@ -520,7 +543,7 @@ def _unread(config: Config, form: RunFormat, known: Collection[str]) -> Iterator
     sections = {key.partition(".")[0] for key in defaults_of(form.defaults[0]).keys if "." in key}
     for path in config.left():
         top = path.partition(".")[0]
-        value = config.document.values[top]
+        value = config.document.values.get(top)  # None for a key with a dot of its own
         matter = form.matter.get(path) or form.matter.get(top)
         if matter is not None:
             if value not in (False, "false", 0) and config.said(path) not in (False, "false", 0):

@@ -12,10 +12,8 @@ from collections.abc import Mapping
 from typing import Any, cast
 
 from memplan.catalogue.inference.caches import caches
-from memplan.frameworks.change_table import Framework, Key
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, shown
-from memplan.frameworks.reading.run_format import RunFormat
+from memplan.frameworks.reading.config import Config, Rule, shown
 from memplan.spec.run import Batch
 
 NEW_TOKENS = 256  # of a request that says no number
@@ -45,11 +43,6 @@ _OF_CHECKPOINTS = ("awq", "gptq", "marlin", "compressed", "modelopt", "quark", "
 _METHODS = {"standalone": "draft_model", "nextn": "mtp", "eagle": "eagle", "eagle3": "eagle3", "ngram": "ngram"}
 GGUF = re.compile(r"I?Q\d\w*|B?F16|F32", re.IGNORECASE)
 _GGML = {"f16": "fp16", "f32": "fp32"}
-
-
-def _table(name: str, title: str, source: str, fields: Mapping[str, str]) -> Framework:
-    """Return the rows of keys whose value is that of one field."""
-    return Framework(name, title, source, tuple(Key(key, (field,)) for key, field in fields.items()), ())
 
 
 def serves(config: Config) -> None:
@@ -140,30 +133,6 @@ def _speculation(config: Config, method: str, model: str, tokens: str) -> None:
 
 # --- vLLM ---
 
-_VLLM = _table(
-    "vllm",
-    "vLLM",
-    "vllm 0.33.0 engine/arg_utils.py EngineArgs",
-    {
-        "max_num_seqs": "serving.max_num_seqs",
-        "gpu_memory_utilization": "serving.memory_utilization",
-        "block_size": "serving.block_size",
-        "enable_prefix_caching": "serving.prefix_caching",
-        "tensor_parallel_size": "parallelism.tp",
-        "pipeline_parallel_size": "parallelism.pp",
-        "data_parallel_size": "parallelism.dp",
-    },
-)
-_VLLM_ALIASES = {
-    "tp": "tensor_parallel_size",
-    "pp": "pipeline_parallel_size",
-    "dp": "data_parallel_size",
-    "ep": "enable_expert_parallel",
-    "q": "quantization",
-    "sc": "speculative_config",
-    "cc": "compilation_config",
-}
-
 
 def _cache_dtype(config: Config) -> None:
     name = config.text("kv_cache_dtype")
@@ -209,57 +178,7 @@ def _images(config: Config) -> None:
             config.set(f"serving.limit_{kind}s", int(limit), "limit_mm_per_prompt", "language_model_only")
 
 
-_OFFLOADED = "weights or caches on the host"
-VLLM = RunFormat(
-    "vllm",
-    "vLLM",
-    _VLLM,
-    ("vllm",),
-    "model",
-    rules=(serves, _lengths, _dtype, _quantization, _cache_dtype, _vllm, request),
-    matter={
-        **dict.fromkeys(("cpu_offload_gb", "offload_group_size", "kv_offloading_size"), _OFFLOADED),
-        **dict.fromkeys(("kv_cache_memory_bytes", "num_gpu_blocks_override"), "the pool's size"),
-        **dict.fromkeys(("compilation_config", "cudagraph_capture_sizes", "max_cudagraph_capture_size"), "CUDA graphs"),
-        **dict.fromkeys(("decode_context_parallel_size", "prefill_context_parallel_size"), "more ranks"),
-        **dict.fromkeys(("mamba_cache_dtype", "mamba_ssm_cache_dtype", "mamba_block_size"), "states"),
-        **dict.fromkeys(("hf_overrides", "runner", "convert", "quantization_config"), "the model"),
-        **dict.fromkeys(("enable_eplb", "enable_dbo", "kv_transfer_config", "max_logprobs"), "not counted"),
-        "fully_sharded_loras": "adapters",
-    },
-    aliases=_VLLM_ALIASES,
-    takes_model=True,
-    trains=False,
-)
-
 # --- SGLang ---
-
-_SGLANG = _table(
-    "sglang",
-    "SGLang",
-    "sglang 0.5.23 srt/arg_groups/fields",
-    {
-        "max_running_requests": "serving.max_num_seqs",
-        "mem_fraction_static": "serving.memory_utilization",
-        "page_size": "serving.block_size",
-        "tp_size": "parallelism.tp",
-        "pp_size": "parallelism.pp",
-        "dp_size": "parallelism.dp",
-        "ep_size": "parallelism.ep",
-    },
-)
-_SGLANG_ALIASES = {
-    "model": "model_path",
-    "tp": "tp_size",
-    "tensor_parallel_size": "tp_size",
-    "pipeline_parallel_size": "pp_size",
-    "dp": "dp_size",
-    "data_parallel_size": "dp_size",
-    "attention_data_parallel_size": "attn_dp_size",
-    "ep": "ep_size",
-    "expert_parallel_size": "ep_size",
-    "speculative_draft_model": "speculative_draft_model_path",
-}
 
 
 def _sglang(config: Config) -> None:
@@ -287,42 +206,7 @@ def _sglang(config: Config) -> None:
     _ranks(config)
 
 
-SGLANG = RunFormat(
-    "sglang",
-    "SGLang",
-    _SGLANG,
-    ("sglang",),
-    "model_path",
-    rules=(serves, _lengths, _dtype, _quantization, _cache_dtype, _sglang, request),
-    matter={
-        **dict.fromkeys(("cpu_offload_gb", "offload_group_size", "enable_hierarchical_cache"), _OFFLOADED),
-        **dict.fromkeys(("max_total_tokens", "swa_full_tokens_ratio", "mamba_full_memory_ratio"), "the pool's size"),
-        **dict.fromkeys(("cuda_graph_config", "cuda_graph_bs_decode", "cuda_graph_max_bs_decode"), "CUDA graphs"),
-        **dict.fromkeys(("attn_cp_size", "dcp_size", "moe_dp_size", "dwdp_size"), "more ranks"),
-        **dict.fromkeys(("is_embedding", "json_model_override_args"), "the model"),
-        **dict.fromkeys(("mamba_ssm_dtype", "enable_unified_memory"), "states"),
-        **dict.fromkeys(("ep_num_redundant_experts", "enable_eplb", "enable_two_batch_overlap"), "not counted"),
-        **dict.fromkeys(("moe_a2a_backend", "enable_fp32_lm_head"), "not counted"),
-    },
-    aliases=_SGLANG_ALIASES,
-    takes_model=True,
-    trains=False,
-)
-
 # --- Text Generation Inference ---
-
-_TGI = _table(
-    "tgi",
-    "Text Generation Inference",
-    "text-generation-inference launcher/src/main.rs",
-    {
-        "num_shard": "parallelism.tp",
-        "max_total_tokens": "serving.max_model_len",
-        "max_batch_prefill_tokens": "serving.max_num_batched_tokens",
-        "max_concurrent_requests": "serving.max_num_seqs",
-        "cuda_memory_fraction": "serving.memory_utilization",
-    },
-)
 
 
 def _tgi(config: Config) -> None:
@@ -342,60 +226,7 @@ def _tgi(config: Config) -> None:
     _ranks(config)
 
 
-TGI = RunFormat(
-    "tgi",
-    "Text Generation Inference",
-    _TGI,
-    ("tgi",),
-    "model_id",
-    rules=(serves, _dtype, _cache_dtype, _tgi, request),
-    matter={
-        **dict.fromkeys(("max_batch_total_tokens", "max_batch_size"), "the pool's size"),
-        **dict.fromkeys(("speculate", "rope_factor"), "not counted"),
-    },
-    aliases={"max_input_length": "max_input_tokens"},
-    processes=("CUDA_VISIBLE_DEVICES",),
-    environment="",
-    trains=False,
-)
-
 # --- llama.cpp ---
-
-_LLAMA_CPP = _table(
-    "llama.cpp",
-    "llama.cpp",
-    "llama.cpp common/arg.cpp",
-    {"ubatch_size": "serving.max_num_batched_tokens", "main_gpu": "serving.main_gpu"},
-)
-_LLAMA_CPP_ALIASES = {
-    "m": "model",
-    "c": "ctx_size",
-    "np": "parallel",
-    "ub": "ubatch_size",
-    "ngl": "n_gpu_layers",
-    "gpu_layers": "n_gpu_layers",
-    "fa": "flash_attn",
-    "ctk": "cache_type_k",
-    "ctv": "cache_type_v",
-    "sm": "split_mode",
-    "ts": "tensor_split",
-    "mg": "main_gpu",
-    "hf": "hf_repo",
-    "hfr": "hf_repo",
-    "kvu": "kv_unified",
-    "md": "model_draft",
-    "spec_draft_model": "model_draft",
-    "draft": "draft_max",
-    "draft_n": "draft_max",
-    "spec_draft_n_max": "draft_max",
-    "ot": "override_tensor",
-    "cmoe": "cpu_moe",
-    "ncmoe": "n_cpu_moe",
-    "ncffn": "n_cpu_ffn",
-    "mm": "mmproj",
-    "dev": "device",
-    "nkvo": "no_kv_offload",
-}
 
 
 def _llama_cpp(config: Config) -> None:
@@ -463,22 +294,9 @@ def _llama_cpp_gpus(config: Config) -> None:
         config.set("parallelism.dp", config.value("parallelism.world"), why=config.found["parallelism.world"].why)
 
 
-LLAMA_CPP = RunFormat(
-    "llama.cpp",
-    "llama.cpp",
-    _LLAMA_CPP,
-    ("llama.cpp",),
-    "model",
-    rules=(serves, _llama_cpp, request),
-    matter={
-        **dict.fromkeys(("override_tensor", "cpu_moe", "n_cpu_moe", "n_cpu_ffn", "device", "rpc"), "where weights are"),
-        **dict.fromkeys(("no_kv_offload", "kv_unified_per_slot", "n_gpu_layers_draft"), "where the cache is"),
-        **dict.fromkeys(("mmproj", "mmproj_url", "lora", "lora_scaled", "spec_type"), "not counted"),
-        **dict.fromkeys(("embedding", "reranking"), "the model"),
-    },
-    aliases=_LLAMA_CPP_ALIASES,
-    processes=("CUDA_VISIBLE_DEVICES",),
-    environment="LLAMA_ARG_",
-    trains=False,
-)
-FORMATS = (VLLM, SGLANG, TGI, LLAMA_CPP)
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "vllm": (serves, _lengths, _dtype, _quantization, _cache_dtype, _vllm, request),
+    "sglang": (serves, _lengths, _dtype, _quantization, _cache_dtype, _sglang, request),
+    "tgi": (serves, _dtype, _cache_dtype, _tgi, request),
+    "llama.cpp": (serves, _llama_cpp, request),
+}

@@ -6,30 +6,14 @@ trainers/arguments.py, mixin.py; pipelines/train/tuner.py; cli/main.py; config/*
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from memplan.frameworks.change_table import Framework, Key
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Typed
+from memplan.frameworks.reading.config import Config, Rule, Typed
 from memplan.frameworks.reading.document import Document
-from memplan.frameworks.reading.run_format import RunFormat
 
-TABLE = Framework(
-    "ms-swift",
-    "ms-swift",
-    "ms-swift 4.6.0 arguments",
-    (
-        Key("lora_rank", ("method.rank",)),
-        Key("lora_alpha", ("method.alpha",)),
-        Key("lora_dropout", ("method.dropout",)),
-        Key("max_length", ("batch.sequence",)),
-        Key("per_device_train_batch_size", ("batch.micro",)),
-        Key("gradient_accumulation_steps", ("batch.accumulation",)),
-        Key("max_grad_norm", ("loop.clip_grad_norm",)),
-    ),
-    (),
-)
 _BUCKETS = {"overlap_comm": False, "allgather_bucket_size": 2e8, "reduce_bucket_size": 2e8}
 _AUTO = {"overlap_comm": False, "reduce_bucket_size": "auto"} | dict.fromkeys(
     ("stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"), "auto"
@@ -179,35 +163,9 @@ def _environment(config: Config) -> None:
     config.read |= {f"ENV.{name}" for name in section.values} if section is not None else set()
 
 
-FORMAT = RunFormat(
-    "ms-swift",
-    "ms-swift",
-    TABLE,
-    ("ms-swift", "transformers"),
-    "model",
-    rules=(
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "ms-swift": (
         *(_program, _method, _batch, _kernels, trainer.optimizer, trainer.loop, _environment, _parallelism),
         *(_precision, _evaluation),
     ),
-    refused=("use_galore", "lisa_activated_layers", "rlhf_type", "optimizer"),
-    matter={
-        **dict.fromkeys(("sequence_parallel_size", "device_map", "max_memory", "deepspeed_autotp_size"), "its GPUs"),
-        **dict.fromkeys(("freeze_parameters", "freeze_parameters_regex", "freeze_parameters_ratio"), "what trains"),
-        **dict.fromkeys(("trainable_parameters", "trainable_parameters_regex", "target_parameters"), "what trains"),
-        **dict.fromkeys(("target_regex", "lora_bias", "adapters", "new_special_tokens"), "what trains"),
-        **dict.fromkeys(("loss_type", "use_logits_to_keep", "mrl_dims"), "the loss"),
-        **dict.fromkeys(("bnb_4bit_quant_storage", "experts_impl", "tuner_backend"), "not counted"),
-        **dict.fromkeys(("neftune_noise_alpha", "auto_find_batch_size", "predict_with_generate"), "not counted"),
-        **dict.fromkeys(("enable_dft_loss", "enable_channel_loss", "eval_metric"), "the loss and evaluation"),
-    },
-    aliases={
-        "train_type": "tuner_type",
-        "sft_type": "tuner_type",
-        "model_id_or_path": "model",
-        "lora_target_modules": "target_modules",
-        "evaluation_strategy": "eval_strategy",
-        "flash_attn": "attn_impl",
-    },
-    processes=("NPROC_PER_NODE",),
-)
-FORMATS = (FORMAT,)
+}

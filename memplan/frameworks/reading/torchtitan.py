@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from memplan.core.errors import SpecError, printable
-from memplan.frameworks.change_table import Framework, Key
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, shown
+from memplan.frameworks.reading.config import Config, Rule, shown
 from memplan.frameworks.reading.document import Document
-from memplan.frameworks.reading.run_format import RunFormat
 from memplan.spec.file import read_text
 
 # Model and flavor -> the card of the same shape.
@@ -127,24 +125,6 @@ def _precision(config: Config) -> None:
         config.set("precision.autocast", True, key)
 
 
-FORMAT = RunFormat(
-    "torchtitan",
-    "torchtitan",
-    Framework(
-        "torchtitan",
-        "torchtitan",
-        "torchtitan 0.2.2 config/job_config.py",
-        (
-            Key("training.local_batch_size", ("batch.micro",)),
-            Key("training.seq_len", ("batch.sequence",)),
-            Key("training.max_norm", ("loop.clip_grad_norm",)),
-        ),
-        (),
-    ),
-    ("torchtitan",),
-    "model_name",
-    rules=(_model, _kernels, _parallelism, _precision),
-    matter={"parallelism.disable_loss_parallel": "its GPUs", "parallelism.module_fqns_per_model_part": "its GPUs"},
-    profile="torchtitan",
-)
-FORMATS = (FORMAT,)
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "torchtitan": (_model, _kernels, _parallelism, _precision),
+}

@@ -6,11 +6,10 @@ Source: torchtune 0.6.1 recipes/lora_finetune_*.py, full_finetune_*.py, models/*
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
-from memplan.frameworks.change_table import Framework, Key
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, shown
-from memplan.frameworks.reading.run_format import RunFormat
+from memplan.frameworks.reading.config import Config, Rule, shown
 
 # torchtune.models.llama3_1.qlora_llama3_1_8b, qwen2_5_0_5b_instruct, phi3_mini
 _BUILDER = re.compile(r"(?:(q?)(lora|dora)_)?(?:code_)?([a-z]+)([\d_]*?)_?((?:\d+_)?\d+b|mini)(?:_base|_instruct)?")
@@ -119,30 +118,6 @@ def _parallelism(config: Config) -> None:
     trainer.degrees(config)
 
 
-FORMAT = RunFormat(
-    "torchtune",
-    "torchtune",
-    Framework(
-        "torchtune",
-        "torchtune",
-        "torchtune 0.6.1 recipes/configs",
-        (
-            Key("model.lora_rank", ("method.rank",)),
-            Key("model.lora_alpha", ("method.alpha",)),
-            Key("model.lora_dropout", ("method.dropout",)),
-            Key("tokenizer.max_seq_len", ("batch.sequence",)),
-            Key("batch_size", ("batch.micro",)),
-            Key("gradient_accumulation_steps", ("batch.accumulation",)),
-        ),
-        (),
-    ),
-    ("torchtune",),
-    "model_name",
-    rules=(_model, _settings, _optimizer, _parallelism),
-    matter={
-        **dict.fromkeys(("compile", "quantizer", "custom_sharded_layers"), "not counted"),
-        **dict.fromkeys(("tensor_parallel_dim", "data_parallel_replicate_dim", "context_parallel_dim"), "its GPUs"),
-    },
-    profile="torchtune",
-)
-FORMATS = (FORMAT,)
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "torchtune": (_model, _settings, _optimizer, _parallelism),
+}

@@ -60,6 +60,13 @@ def optimizer(config: Config, key: str = "optim") -> None:
             raise config.error("optim_args", f"momentum must be a number, not {shown(text)}") from None
 
 
+def preference(config: Config, name: str, *keys: str, why: str = "") -> None:
+    """A trainer of TRL, and whether its reference's log-probabilities are precomputed."""
+    config.set("trainer", name, *keys, why=why)
+    if config.flag("precompute_ref_log_probs"):
+        config.set("reference", "precomputed", "precompute_ref_log_probs")
+
+
 def is_flash(name: object) -> bool:
     """Whether an attention is FlashAttention of any version, or a kernel of the Hub that is."""
     return isinstance(name, str) and (name in FLASH or ("/" in name and "flash" in name))
@@ -141,7 +148,10 @@ def lower_precision(config: Config, weights: str, casts: str | None, *keys: str)
 
 def evaluation(config: Config, does: bool, why_key: str, batch_key: str) -> None:
     """Evaluation between steps: the Trainer keeps no logits unless it computes metrics."""
-    if not does:
+    kind = config.value("trainer")
+    if does and kind not in (None, "sft"):
+        config.leave(why_key, f"the evaluation of trainer {kind} is not counted yet")
+    if not does or kind not in (None, "sft"):
         for field in [field for field in config.found if field.startswith("also.evaluation.")]:
             del config.found[field]
         return

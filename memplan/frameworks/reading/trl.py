@@ -6,10 +6,10 @@ get_quantization_config, get_peft_config; transformers 5.24 training_args.py.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config
-from memplan.frameworks.reading.run_format import RunFormat
-from memplan.frameworks.trl import TRL
+from memplan.frameworks.reading.config import Config, Rule
 from memplan.models.peft_methods import default_targets
 
 # Keys that only other trainers' configs have. A TRL file does not name its trainer: the command does.
@@ -24,14 +24,25 @@ _OTHER_TRAINERS = {
     ),
     "reward modelling": ("center_rewards_coefficient",),
 }
+_READ = {"DPO or KTO": "dpo", "reward modelling": "reward"}
 _SFT_LOSSES = ("nll", "chunked_nll")
 
 
 def _trainer(config: Config) -> None:
+    subcommand = config.command.rpartition(" ")[2]
+    typed = config.options.get("trainer")
+    if typed is not None or subcommand in ("dpo", "kto", "reward"):
+        trainer.preference(config, typed or subcommand, why=f"trl {typed or subcommand}")
+        return
     for title, keys in _OTHER_TRAINERS.items():
         for key in keys:
-            if config.said(key) is not None:
-                raise config.error(key, f"{title} is not supported yet; supported: trl sft")
+            if config.said(key) is None:
+                continue
+            if title not in _READ:
+                raise config.error(key, f"{title} is not supported yet; supported: trl sft, dpo, kto, reward")
+            why = f"assumed: {title} has this key; --trainer names another"
+            trainer.preference(config, _READ[title], key, why=why)
+            return
     kind = config.get("loss_type")
     if kind is not None and kind not in _SFT_LOSSES:
         config.leave("loss_type", f"{kind!r:.40}: the profile's loss is counted instead")
@@ -149,42 +160,10 @@ def _launch(config: Config) -> None:
     trainer.parallelism(config)
 
 
-_MATTER = {
-    **dict.fromkeys(("auto_find_batch_size", "neftune_noise_alpha"), "not counted"),
-    **dict.fromkeys(("label_smoothing_factor", "batch_eval_metrics", "include_for_metrics"), "the loss and evaluation"),
-    **dict.fromkeys(("optim_target_modules", "parallelism_config"), "not counted"),
-    "predict_with_generate": "evaluation",
-}
-FORMAT = RunFormat(
-    "trl",
-    "TRL",
-    TRL,
-    ("trl", "transformers"),
-    "model_name_or_path",
-    rules=(*(_trainer, method, _batch, _kernels, trainer.optimizer, trainer.loop, _launch, _precision, _evaluation),),
-    processes=("num_processes",),
-    matter={**_MATTER, "lora_target_parameters": "what trains", "model_init_kwargs": "how the model is loaded"},
-    aliases=trainer.ALIASES,
-)
-TRAINER = RunFormat(
-    "transformers",
-    "transformers",
-    TRL,
-    ("transformers",),
-    "model_name_or_path",
-    rules=(
-        *(
-            _full,
-            _unpacked,
-            _kernels,
-            trainer.optimizer,
-            trainer.loop,
-            trainer.parallelism,
-            _trainer_precision,
-            _evaluation,
-        ),
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "trl": (_trainer, method, _batch, _kernels, trainer.optimizer, trainer.loop, _launch, _precision, _evaluation),
+    "transformers": (
+        *(_full, _unpacked, _kernels, trainer.optimizer, trainer.loop, trainer.parallelism, _trainer_precision),
+        *(_evaluation,),
     ),
-    matter=_MATTER,
-    aliases=trainer.ALIASES,
-)
-FORMATS = (FORMAT, TRAINER)
+}

@@ -5,10 +5,10 @@ Source: unsloth 2026.10.9 unsloth_cli/config.py, studio/backend/core/training/tr
 
 from __future__ import annotations
 
-from memplan.frameworks.change_table import Framework, Key
+from collections.abc import Mapping
+
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, shown
-from memplan.frameworks.reading.run_format import RunFormat
+from memplan.frameworks.reading.config import Config, Rule, shown
 from memplan.models.cards import card_names
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -71,26 +71,6 @@ def _settings(config: Config) -> None:
         config.found[field] = config.found[field]._replace(why="bf16, on a GPU that has it")
 
 
-FORMAT = RunFormat(
-    "unsloth",
-    "Unsloth",
-    Framework(
-        "unsloth",
-        "Unsloth",
-        "unsloth 2026.10.9 unsloth_cli/config.py",
-        (
-            Key("lora.lora_r", ("method.rank",)),
-            Key("lora.lora_alpha", ("method.alpha",)),
-            Key("lora.lora_dropout", ("method.dropout",)),
-            Key("training.batch_size", ("batch.micro",)),
-            Key("training.max_seq_length", ("batch.sequence",)),
-            Key("training.gradient_accumulation_steps", ("batch.accumulation",)),
-        ),
-        (),
-    ),
-    ("unsloth",),
-    "model",
-    rules=(original, _method, _settings),
-    silent=("inference", "logging", "audio_input", "training.lr_scheduler_type", "training.warmup_ratio"),
-)
-FORMATS = (FORMAT,)
+RULES: Mapping[str, tuple[Rule, ...]] = {
+    "unsloth": (original, _method, _settings),
+}

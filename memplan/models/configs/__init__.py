@@ -8,42 +8,43 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
-from memplan.models.facts import Family
+from memplan.models.facts import Family, ModelFacts
 
 # Module -> the kind of its families, as an error message calls them, and their model_types. Only the needed module is
 # imported.
 _FAMILIES: dict[str, tuple[str, str]] = {
     "dense": (
         "",
-        "baichuan bloom chatglm cohere cohere2 ernie4_5 exaone exaone4 falcon gemma gemma2 gemma3_text glm "
-        "glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite hunyuan_v1_dense internlm2 internlm3 llama mimo "
+        "apertus arcee baichuan bloom chatglm cohere cohere2 ernie4_5 exaone exaone4 falcon gemma gemma2 gemma3_text "
+        "glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite hunyuan_v1_dense internlm2 internlm3 llama mimo "
         "minicpm ministral ministral3 mistral mpt nemotron nemotron-nas olmo olmo2 olmo3 opt phi phi3 qwen "
         "qwen2 qwen3 seed_oss smollm3 stablelm starcoder2",
     ),
     "mla": (
         "mixture of experts, multi-head latent attention",
         "deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe_lite glm_moe_dsa kimi_k2 kimi_k25 kimi_k3 "
-        "kimi_linear minicpm3",
+        "kimi_linear minicpm3 mistral4",
     ),
     "moe": (
         "mixture of experts",
-        "dbrx deepseek ernie4_5_moe glm4_moe granitemoe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe "
+        "dbrx deepseek ernie4_5_moe exaone_moe glm4_moe granitemoe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe "
         "qwen2_moe qwen3_moe",
     ),
     "vision": (
         "vision-language",
-        "gemma3 mistral3 mllama qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe",
+        "gemma3 idefics3 internvl llava mistral3 mllama paligemma qwen2_vl qwen2_5_vl qwen3_5 qwen3_5_moe qwen3_vl "
+        "qwen3_vl_moe smolvlm",
     ),
     "ssm": (
         "state space, recurrent, linear attention",
-        "falcon_mamba granitemoehybrid jamba mamba mamba2 nemotron_h qwen3_5_moe_text qwen3_5_text qwen3_next",
+        "falcon_mamba granitemoehybrid jamba lfm2 mamba mamba2 nemotron_h qwen3_5_moe_text qwen3_5_text qwen3_next",
     ),
     "block_sparse": ("mixture of experts", "minimax_m3 minimax_m3_vl_text step3p7"),
     "gemma": ("", "gemma3n_text gemma4 gemma4_text"),
     "llama4": ("mixture of experts", "llama4 llama4_text"),
     "gpt_oss": ("mixture of experts", "gpt_oss mimo_v2_flash"),
     "megatron": ("", "megatron_gpt"),
-    "encoders": ("encoder", "bert roberta xlm-roberta t5 whisper vit"),
+    "encoders": ("encoder", "bart bert distilbert electra modernbert mt5 roberta xlm-roberta t5 whisper vit"),
 }
 MODULES: dict[str, str] = {
     model_type: module for module, (_, model_types) in _FAMILIES.items() for model_type in model_types.split()
@@ -54,6 +55,27 @@ DENSE = "dense"  # the module of dense decoders
 def family(model_type: str) -> Family:
     """Return the family of a model_type. Raises KeyError for an unsupported one."""
     return import_module(f"memplan.models.configs.{MODULES[model_type]}").FAMILIES[model_type]
+
+
+@cache
+def around(model_type: str, wrapped: str) -> Family:
+    """Return the row of a model with a vision tower around a decoder `wrapped`: both rows' facts."""
+    row, decoder = family(model_type), family(wrapped)
+
+    def axes(m: ModelFacts) -> dict[str, int]:
+        return {**(decoder.axes(m) if decoder.axes else {}), **(row.axes(m) if row.axes else {})}
+
+    return decoder._replace(
+        defaults={**row.defaults, **decoder.defaults},
+        keys=decoder.keys._replace(decoder=row.keys.decoder),
+        axes=axes,
+        wraps=wrapped,
+        objectives=row.objectives,
+        stack=row.stack,
+        checkpoint=row.checkpoint,
+        parallel=row.parallel,
+        images=row.images,
+    )
 
 
 def kind_of(model_type: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from memplan.models import tensor_plans as plans
 from memplan.models.configs.windows import all_but_every, nas_layers, some_rotary, windows_after, windows_everywhere
-from memplan.models.facts import Family, LengthFacts, ModelFacts
+from memplan.models.facts import WRITTEN_OUT, Family, LengthFacts, ModelFacts
 from memplan.models.family_facts import (
     DECODER,
     AttentionFacts,
@@ -132,7 +132,23 @@ _GLM = _DENSE._replace(
     parallel=ParallelFacts(plans.GLM, megatron=plans.GLM_MEGATRON),
 )
 
+_UNGATED_PLAN = TensorParallelPlan((*plans.QKV, "up_proj"), ("o_proj", "down_proj"))
+
 FAMILIES: dict[str, Family] = {
+    "apertus": _DENSE._replace(
+        defaults={"intermediate_size": 14336, "hidden_act": "xielu"},
+        objectives=("causal_lm",),
+        acts=(*WRITTEN_OUT, "xielu"),
+        stack="neox",
+        parallel=ParallelFacts(),
+    ),
+    "arcee": _DENSE._replace(
+        defaults={"intermediate_size": 18432, "hidden_act": "relu2"},
+        gated=False,
+        stack="neox",
+        checkpoint=CheckpointFacts(gguf="arcee"),
+        parallel=ParallelFacts(),
+    ),
     "baichuan": Family(
         {"intermediate_size": None},  # 11008 in the code of the 7B model, 13696 in that of the 13B
         keys=ConfigKeys({**_EQUAL_HEADS, "max_position_embeddings": ("max_position_embeddings", "model_max_length")}),
@@ -357,7 +373,7 @@ FAMILIES: dict[str, Family] = {
         objectives=CLASSIFIER,
         stack="neox",
         checkpoint=CheckpointFacts(gguf="nemotron", gguf_keys={}),
-        parallel=ParallelFacts(TensorParallelPlan((*plans.QKV, "up_proj"), ("o_proj", "down_proj"))),
+        parallel=ParallelFacts(_UNGATED_PLAN),
         serving=ServingFacts(adapts_tables=True),
     ),
     "nemotron-nas": Family(

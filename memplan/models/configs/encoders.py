@@ -6,9 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 from memplan.core.errors import ConfigError, UnsupportedModelError
-from memplan.models.facts import WRITTEN_OUT, Family, LengthFacts, ModelFacts
-from memplan.models.family_facts import AttentionFacts, ConfigKeys, GenerationFacts, ParallelFacts, TrainingFacts
-from memplan.models.layers import MOST_LAYERS, as_json
+from memplan.models.configs.layer_lists import SLIDING, kinds
+from memplan.models.facts import ONE_KERNEL, WRITTEN_OUT, Family, LengthFacts, ModelFacts
+from memplan.models.family_facts import (
+    AttentionFacts,
+    ConfigKeys,
+    GenerationFacts,
+    ParallelFacts,
+    ServingFacts,
+    TrainingFacts,
+)
+from memplan.models.layers import MOST_LAYERS, Layer, as_json
 
 _NO_GROUPS: dict[str, tuple[str, ...]] = {"num_key_value_heads": (), "head_dim": ()}
 _BERT: dict[str, Any] = {
@@ -26,6 +34,26 @@ _HEADS = ("masked_lm", "sequence_classification", "token_classification", "featu
 
 def _classes(m: ModelFacts) -> Mapping[str, int]:
     return {"c": m.num_labels}
+
+
+def _electra(m: ModelFacts) -> Mapping[str, int]:
+    width = m.config_int("embedding_size")
+    return {**_classes(m), "p": width, "p32": -(-width // 32) * 32}
+
+
+def _half_window(m: ModelFacts) -> int:
+    """Return the tokens on one side that ModernBERT's sliding layers attend to."""
+    return m.config_int("local_attention") // 2
+
+
+def _modernbert_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return ModernBERT's layers: all but every third have a window, and the first has no norm before its attention."""
+    every = m.config_int("global_attn_every_n_layers", 3)
+    sliding = kinds(m, "layer_types", SLIDING, [i % every > 0 for i in range(m.num_hidden_layers)])
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
+    return tuple(
+        layer._replace(sliding=s, mixer="attention" if i else "unnormed attention") for i, s in enumerate(sliding)
+    )
 
 
 def _usable_positions(m: ModelFacts) -> int:
@@ -112,6 +140,19 @@ _WHISPER: dict[str, Any] = {
 }
 
 
+_WHISPER_KEYS = ConfigKeys(
+    {
+        **_NO_GROUPS,
+        "hidden_size": ("d_model", "hidden_size"),
+        "num_hidden_layers": ("encoder_layers", "num_hidden_layers"),
+        "num_attention_heads": ("encoder_attention_heads", "num_attention_heads"),
+        "intermediate_size": ("encoder_ffn_dim",),
+        "max_position_embeddings": (),
+        "hidden_act": ("activation_function",),
+    }
+)
+
+
 def _frames(m: ModelFacts) -> int:
     """Return the encoder's positions; each covers two frames of the recording."""
     return m.config_int("max_source_positions", 1500)
@@ -121,20 +162,24 @@ def _targets(m: ModelFacts) -> int:
     return m.config_int("max_target_positions", 448)
 
 
-def _whisper(m: ModelFacts) -> Mapping[str, int]:
+def _positions(m: ModelFacts) -> int:
+    return m.max_position_embeddings or 0
+
+
+def _halves(m: ModelFacts) -> dict[str, int]:
+    """Return the axes of a decoder next to an encoder, which must have as many heads."""
     heads = m.config_int("decoder_attention_heads", m.num_attention_heads)
     if heads != m.num_attention_heads:
         raise UnsupportedModelError(
             f"decoder_attention_heads: {heads} is not supported yet with {m.num_attention_heads} in the encoder",
             "decoder_attention_heads",
         )
-    return {
-        "s": _frames(m),
-        "frames": 2 * _frames(m),
-        "mel": m.config_int("num_mel_bins", 80),
-        "D": m.config_int("decoder_layers", 4, most=MOST_LAYERS),
-        "fd": m.config_int("decoder_ffn_dim", 1536),
-    }
+    return {"D": m.config_int("decoder_layers", most=MOST_LAYERS), "fd": m.config_int("decoder_ffn_dim")}
+
+
+def _whisper(m: ModelFacts) -> Mapping[str, int]:
+    frames = _frames(m)
+    return {**_halves(m), "s": frames, "frames": 2 * frames, "mel": m.config_int("num_mel_bins", 80)}
 
 
 _T5: dict[str, Any] = {
@@ -171,47 +216,112 @@ def _t5(m: ModelFacts) -> Mapping[str, int]:
     }
 
 
+_T5_ROW = Family(
+    _T5,
+    keys=ConfigKeys(
+        {
+            "hidden_size": ("d_model", "hidden_size"),
+            "num_hidden_layers": ("num_layers", "num_hidden_layers"),
+            "num_attention_heads": ("num_heads", "num_attention_heads"),
+            "num_key_value_heads": (),
+            "head_dim": ("d_kv", "head_dim"),
+            "intermediate_size": ("d_ff",),
+            "max_position_embeddings": (),
+            "hidden_act": (),
+        }
+    ),
+    axes=_t5,
+    objectives=("seq2seq_lm",),
+    gated=False,
+    lengths=LengthFacts(target=_any_target),
+    stack="t5",
+    # transformers refuses the first; the second is not described yet
+    attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math"), single_sequence="layers"),
+    training=TrainingFacts(never_quantised=("wo",)),
+)
+
 # Source: transformers 5.24 configuration classes.
 FAMILIES: dict[str, Family] = {
-    "bert": _ENCODER,
-    "roberta": _ROBERTA,
-    "xlm-roberta": _ROBERTA,
-    "t5": Family(
-        _T5,
-        keys=ConfigKeys(
-            {
-                "hidden_size": ("d_model", "hidden_size"),
-                "num_hidden_layers": ("num_layers", "num_hidden_layers"),
-                "num_attention_heads": ("num_heads", "num_attention_heads"),
-                "num_key_value_heads": (),
-                "head_dim": ("d_kv", "head_dim"),
-                "intermediate_size": ("d_ff",),
-                "max_position_embeddings": (),
-                "hidden_act": (),
-            }
+    "bart": Family(
+        {
+            "tie_word_embeddings": True,
+            "vocab_size": 50265,
+            "d_model": 1024,
+            "encoder_layers": 12,
+            "decoder_layers": 12,
+            "encoder_attention_heads": 16,
+            "decoder_attention_heads": 16,
+            "encoder_ffn_dim": 4096,
+            "decoder_ffn_dim": 4096,
+            "max_position_embeddings": 1024,
+            "activation_function": "gelu",
+            "dropout": 0.1,
+            "attention_dropout": 0.0,
+            "activation_dropout": 0.0,
+        },
+        keys=_WHISPER_KEYS._replace(
+            names={**_WHISPER_KEYS.names, "max_position_embeddings": ("max_position_embeddings",)}
         ),
-        axes=_t5,
+        axes=_halves,
         objectives=("seq2seq_lm",),
         gated=False,
-        lengths=LengthFacts(target=_any_target),
-        stack="t5",
-        # transformers refuses the first; the second is not described yet
-        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math"), single_sequence="layers"),
-        training=TrainingFacts(never_quantised=("wo",)),
+        lengths=LengthFacts(learned=True, target=_positions),
+        stack="bart",
+        generation=GenerationFacts(is_modelled=False),
+        serving=ServingFacts(is_modelled=False),
     ),
-    "whisper": Family(
-        _WHISPER,
+    "bert": _ENCODER,
+    "distilbert": _ENCODER._replace(
+        defaults={
+            "tie_word_embeddings": True,
+            "vocab_size": 30522,
+            "dim": 768,
+            "n_layers": 6,
+            "n_heads": 12,
+            "hidden_dim": 3072,
+            "activation": "gelu",
+            "dropout": 0.1,
+            "attention_dropout": 0.1,
+            "seq_classif_dropout": 0.2,
+            "max_position_embeddings": 512,
+        },
         keys=ConfigKeys(
             {
                 **_NO_GROUPS,
-                "hidden_size": ("d_model", "hidden_size"),
-                "num_hidden_layers": ("encoder_layers", "num_hidden_layers"),
-                "num_attention_heads": ("encoder_attention_heads", "num_attention_heads"),
-                "intermediate_size": ("encoder_ffn_dim",),
-                "max_position_embeddings": (),
-                "hidden_act": ("activation_function",),
+                "hidden_size": ("dim",),
+                "num_hidden_layers": ("n_layers",),
+                "num_attention_heads": ("n_heads",),
+                "intermediate_size": ("hidden_dim",),
+                "hidden_act": ("activation",),
             }
         ),
+        stack="distilbert",
+    ),
+    "electra": _ENCODER._replace(
+        defaults={**_BERT, "embedding_size": 128, "hidden_size": 256, "intermediate_size": 1024}, axes=_electra
+    ),
+    "modernbert": _ENCODER._replace(
+        defaults={
+            "tie_word_embeddings": True,
+            "intermediate_size": 1152,
+            "hidden_activation": "gelu",
+            "max_position_embeddings": 8192,
+            "local_attention": 128,
+        },
+        keys=ConfigKeys({**_NO_GROUPS, "hidden_act": ("hidden_activation",)}),
+        layers=_modernbert_layers,
+        acts=ONE_KERNEL,
+        lengths=LengthFacts(window=_half_window),
+        stack="modernbert",
+        parallel=ParallelFacts(),
+    ),
+    "roberta": _ROBERTA,
+    "xlm-roberta": _ROBERTA,
+    "mt5": _T5_ROW._replace(defaults={**_T5, "d_ff": 1024, "feed_forward_proj": "gated-gelu"}),
+    "t5": _T5_ROW,
+    "whisper": Family(
+        _WHISPER,
+        keys=_WHISPER_KEYS,
         axes=_whisper,
         objectives=("seq2seq_lm",),
         gated=False,

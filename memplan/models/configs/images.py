@@ -17,7 +17,7 @@ from math import ceil, floor, sqrt
 from typing import Any, cast
 
 from memplan.core.errors import ConfigError, SpecError
-from memplan.models.configs.towers import llama4, rows, size
+from memplan.models.configs.towers import llama4, merged_patches, rows, size
 from memplan.models.facts import ImageFacts, ModelFacts
 from memplan.models.family_facts import Picture
 from memplan.models.layers import as_json
@@ -76,6 +76,38 @@ def _mistral3(m: ModelFacts, height: int, width: int) -> Picture:
         height, width = floor(height / ratio), floor(width / ratio)
     high, wide = ((n - 1) // (patch * merge) + 1 for n in (height, width))
     return Picture(high * merge, wide * merge, high * (wide + 1), merge)
+
+
+def _fixed(m: ModelFacts, height: int, width: int) -> Picture:
+    """Resize to the tower's image size; every patch is a token, as in PaliGemma."""
+    side = rows(m)
+    return Picture(side, side, side**2)
+
+
+def _llava(m: ModelFacts, height: int, width: int) -> Picture:
+    """Resize to the tower's image size, whose class token becomes a token only if all features are read.
+
+    Source: transformers 5.24 models/llava/processing_llava.py.
+    """
+    side, full = rows(m), m.config.get("vision_feature_select_strategy", "default") == "full"
+    return Picture(side, side, side**2 + full, added_rows=1)
+
+
+def _internvl(m: ModelFacts, height: int, width: int) -> Picture:
+    """Resize to one tile of the tower's image size, whose patches are merged.
+
+    Source: transformers 5.24 models/internvl/modeling_internvl.py pixel_shuffle.
+    """
+    side, merge = rows(m), merged_patches(m)
+    return Picture(side, side, (side // merge) ** 2, merge, added_rows=1)
+
+
+def _smolvlm(m: ModelFacts, height: int, width: int) -> Picture:
+    """Resize to one tile of the tower's image size, whose patches are merged."""
+    side, merge = rows(m), m.config_int("scale_factor", 2)
+    if side % merge:
+        raise ConfigError(f"config: scale_factor {merge} does not divide {side} patches of a side", "scale_factor")
+    return Picture(side, side, (side // merge) ** 2, merge)
 
 
 # Source: `max_patches` of transformers 5.24 Llama4ImageProcessor and of the preprocessor_config.json of Llama 4.
@@ -362,4 +394,33 @@ LLAMA4 = ImageFacts(
     _llama4,
     _largest_tiled,
     by_keyword=True,
+)
+CLIP = ImageFacts(
+    {
+        "hidden_size": 1024,
+        "num_attention_heads": 16,
+        "intermediate_size": 4096,
+        "num_hidden_layers": 24,
+        "num_channels": 3,
+        "patch_size": 14,
+        "image_size": 336,
+    },
+    _llava,
+    is_fixed=True,
+    is_rotated=False,
+)
+INTERNVL = CLIP._replace(defaults={**CLIP.defaults, "image_size": 448}, picture=_internvl)
+PALIGEMMA = CLIP._replace(
+    defaults={**CLIP.defaults, "hidden_size": 1152, "num_hidden_layers": 27, "image_size": 224}, picture=_fixed
+)
+SMOLVLM = CLIP._replace(
+    defaults={
+        **CLIP.defaults,
+        "hidden_size": 1152,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 12,
+        "patch_size": 32,
+        "image_size": 224,
+    },
+    picture=_smolvlm,
 )

@@ -8,7 +8,7 @@ from typing import Any, cast
 from memplan.core.errors import ConfigError
 from memplan.models import tensor_plans as plans
 from memplan.models.configs.layer_lists import kinds, listed
-from memplan.models.configs.moe import DENSE, EXPERTS, GGUF_SHARED_EXPERTS, after_first, expert_axes
+from memplan.models.configs.moe import EXPERTS, GGUF_SHARED_EXPERTS, after_first, dense_or_sparse, expert_axes
 from memplan.models.configs.ssm import mixers
 from memplan.models.configs.towers import size
 from memplan.models.facts import ONE_KERNEL, Family, ImageFacts, ModelFacts
@@ -23,6 +23,7 @@ from memplan.models.family_facts import (
     TrainingFacts,
 )
 from memplan.models.layers import Layer, as_json
+from memplan.models.objectives import CLASSIFIER
 
 _SITU = (*ONE_KERNEL, "situ")  # Kimi K3's activation; a kimi_linear config may have it too
 
@@ -50,24 +51,6 @@ def _routed(m: ModelFacts) -> Mapping[str, int]:
     axes = expert_axes("n_routed_experts")(m)
     shared, groups = m.config_int("n_shared_experts"), m.config_int("n_group", 1)
     return {**latent_axes(m), **axes, "fs": axes["m"] * shared, "G": groups}
-
-
-def _dense_or_sparse(m: ModelFacts) -> tuple[Layer, ...]:
-    """Return dense and sparse layers by `mlp_layer_types`; without it, only the first few are dense."""
-    first = m.config_int("first_k_dense_replace", 1, least=0)
-    kinds = cast(
-        Sequence[Any], m.config.get("mlp_layer_types") or ("dense",) * first + ("sparse",) * m.num_hidden_layers
-    )
-    if (
-        not isinstance(kinds, tuple)
-        or len(kinds) < m.num_hidden_layers
-        or not set(map(str, kinds)) <= {"dense", "sparse"}
-    ):
-        raise ConfigError(
-            f"config: mlp_layer_types must be a list of {m.num_hidden_layers} words, dense or sparse", "mlp_layer_types"
-        )
-    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
-    return tuple(layer._replace(ffn=DENSE if kind == "dense" else EXPERTS) for kind in kinds[: m.num_hidden_layers])
 
 
 _DEEPSEEK: dict[str, Any] = {
@@ -110,7 +93,7 @@ def _with_indexers(m: ModelFacts) -> tuple[Layer, ...]:
         raise ConfigError(
             f"config: indexer_types must be a list of {count} words, full or shared, the first full", "indexer_types"
         )
-    return tuple(layer._replace(mixer=kind) for layer, kind in zip(_dense_or_sparse(m), kinds, strict=False))
+    return tuple(layer._replace(mixer=kind) for layer, kind in zip(dense_or_sparse(m), kinds, strict=False))
 
 
 def _indexer_axes(m: ModelFacts) -> Mapping[str, int]:
@@ -183,7 +166,7 @@ def _delta_layers(m: ModelFacts) -> tuple[Layer, ...]:
         layer._replace(
             mixer=mixer, choosable_sums=-(-i // every) if every else 0, opens_sum=bool(every) and i % every == 0
         )
-        for i, (layer, mixer) in enumerate(zip(_dense_or_sparse(m), kinds, strict=True))
+        for i, (layer, mixer) in enumerate(zip(dense_or_sparse(m), kinds, strict=True))
     )
 
 
@@ -372,7 +355,7 @@ _DEEPSEEK_V3 = Family(
 )
 _INDEXED = _DEEPSEEK_V3._replace(
     defaults={**_V3, "index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64},
-    layers=_dense_or_sparse,
+    layers=dense_or_sparse,
     axes=_indexer_axes,
     attention=AttentionFacts(no_flash_2="its class does not support it"),
     training=TrainingFacts(never_quantised=("weights_proj",), fuses_experts=True),
@@ -456,7 +439,7 @@ FAMILIES = {
             "topk_group": 1,
             "num_experts_per_tok": 4,
         },
-        layers=_dense_or_sparse,
+        layers=dense_or_sparse,
         parallel=ParallelFacts(plans.LATENT._replace(experts=True, replicated=("shared_experts",)), experts=True),
     ),
     "glm_moe_dsa": _INDEXED._replace(
@@ -510,5 +493,29 @@ FAMILIES = {
         attention=AttentionFacts(single_sequence="views"),
         generation=GenerationFacts(cache="latent"),
         parallel=ParallelFacts(plans.LATENT),
+    ),
+    "mistral4": _DEEPSEEK_V3._replace(
+        defaults={
+            "intermediate_size": 12288,
+            "moe_intermediate_size": 2048,
+            "n_shared_experts": 1,
+            "n_routed_experts": 128,
+            "n_group": 1,
+            "topk_group": 1,
+            "num_experts_per_tok": 4,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": True,
+            "rope_interleave": True,
+            "kv_lora_rank": 256,
+            "q_lora_rank": 1024,
+            "qk_nope_head_dim": 64,
+            "qk_rope_head_dim": 64,
+            "v_head_dim": 128,
+        },
+        keys=ConfigKeys(_NAMES, renamed={"num_local_experts": "n_routed_experts"}),
+        objectives=CLASSIFIER,
+        training=TrainingFacts(),
+        parallel=ParallelFacts(),
+        checkpoint=CheckpointFacts(experts="split"),
     ),
 }

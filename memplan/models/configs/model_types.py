@@ -36,7 +36,6 @@ _KINDS = {
 # Part of a model_type -> the kind of model, if no config key tells.
 _KINDS_BY_NAME = {
     "bert": "encoder",
-    "electra": "encoder",
     "t5": "encoder-decoder",
     "vit": "vision encoder",
     "dbrx": "mixture of experts",

@@ -5,13 +5,14 @@ Source: transformers 5.24 configuration classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 from memplan.core.errors import ConfigError
 from memplan.models import tensor_plans as plans
 from memplan.models.configs.layer_lists import SLIDING, kinds
+from memplan.models.configs.windows import all_but_every
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import CheckpointFacts, ConfigKeys, ParallelFacts, ServingFacts, TrainingFacts
 from memplan.models.layers import Layer, as_json
@@ -99,6 +100,24 @@ def after_first(m: ModelFacts, steps: bool = False) -> tuple[Layer, ...]:
     return tuple(layer._replace(ffn=EXPERTS if i >= first and i % step == 0 else DENSE) for i in range(count))
 
 
+def dense_or_sparse(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return dense and sparse layers by `mlp_layer_types`; without it, only the first few are dense."""
+    first = m.config_int("first_k_dense_replace", 1, least=0)
+    kinds = cast(
+        Sequence[Any], m.config.get("mlp_layer_types") or ("dense",) * first + ("sparse",) * m.num_hidden_layers
+    )
+    if (
+        not isinstance(kinds, tuple)
+        or len(kinds) < m.num_hidden_layers
+        or not set(map(str, kinds)) <= {"dense", "sparse"}
+    ):
+        raise ConfigError(
+            f"config: mlp_layer_types must be a list of {m.num_hidden_layers} words, dense or sparse", "mlp_layer_types"
+        )
+    layer = Layer(False, True, m.num_key_value_heads, m.intermediate_size)
+    return tuple(layer._replace(ffn=DENSE if kind == "dense" else EXPERTS) for kind in kinds[: m.num_hidden_layers])
+
+
 def between(m: ModelFacts) -> tuple[Layer, ...]:
     """Return layers with experts in every `moe_layer_interval`th layer of a range."""
     count, step = m.num_hidden_layers, m.config_int("moe_layer_interval", 1)
@@ -140,6 +159,19 @@ def _phi(m: ModelFacts) -> Mapping[str, int]:
     if m.config_int("num_experts_per_tok") != 2:
         raise ConfigError("config: num_experts_per_tok must be 2: phimoe draws two experts", "num_experts_per_tok")
     return expert_axes("num_local_experts", width="intermediate_size")(m)
+
+
+def _exaone(m: ModelFacts) -> Mapping[str, int]:
+    axes = expert_axes()(m)
+    return {**axes, "fs": axes["m"] * m.config_int("num_shared_experts")}
+
+
+_exaone_windows = all_but_every(4, unrotated="among windows")
+
+
+def _exaone_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return EXAONE 4's layers, with experts in all but the first."""
+    return tuple(a._replace(ffn=b.ffn) for a, b in zip(_exaone_windows(m), dense_or_sparse(m), strict=True))
 
 
 def _glm(m: ModelFacts) -> Mapping[str, int]:
@@ -215,6 +247,24 @@ FAMILIES: dict[str, Family] = {
         layers=between,
         axes=_ernie,
         training=TrainingFacts(fuses_experts=True),
+    ),
+    "exaone_moe": _MOE._replace(
+        defaults={
+            "num_key_value_heads": 32,
+            "intermediate_size": 16384,
+            "moe_intermediate_size": 1024,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "num_shared_experts": 1,
+            "first_k_dense_replace": 1,
+            "sliding_window": 4096,
+        },
+        layers=_exaone_layers,
+        axes=_exaone,
+        stack="exaone_moe",
+        parallel=ParallelFacts(),
+        training=TrainingFacts(fuses_experts=True),
+        serving=ServingFacts(adapts_tables=True),
     ),
     "glm4_moe": _MOE._replace(
         defaults={

@@ -269,6 +269,29 @@ def _nemotron_axes(m: ModelFacts) -> dict[str, int]:
     }
 
 
+def _lfm2_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return LFM2's layers by `layer_types`, or by the numbers of those with attention."""
+    attends = numbers(m, "full_attn_idxs") if m.config.get("full_attn_idxs") is not None else range(m.num_hidden_layers)
+    default = [_ATTENTION if i in attends else "convolution" for i in range(m.num_hidden_layers)]
+    known = {"full_attention": _ATTENTION, "conv": "convolution"}
+    width = _lfm2_width(m)
+    return tuple(
+        Layer(False, True, m.num_key_value_heads, width, mixer) for mixer in mixers(m, "layer_types", known, default)
+    )
+
+
+def _lfm2_axes(m: ModelFacts) -> dict[str, int]:
+    return {"f": _lfm2_width(m), "kernel": m.config_int("conv_L_cache")}
+
+
+def _lfm2_width(m: ModelFacts) -> int:
+    """Return the width of LFM2's MLP: two thirds of the config's, times a factor, rounded up."""
+    if not m.get("block_auto_adjust_ff_dim", True):
+        return m.intermediate_size
+    step, factor = m.config_int("block_multiple_of", 256), m.get("block_ffn_dim_multiplier", 1.0)
+    return -(-int(factor * int(2 * m.intermediate_size / 3)) // step) * step
+
+
 _MAMBA_ROW = Family(
     _MAMBA1,
     ConfigKeys({**_NO_HEADS, "intermediate_size": ()}, _NO_ATTENTION),
@@ -334,6 +357,24 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(experts="split", gguf="jamba"),
         parallel=ParallelFacts(plans.EXPERTS, experts=True),
         serving=ServingFacts(adapts_tables=True),
+    ),
+    "lfm2": Family(
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 8,
+            "intermediate_size": 12288,
+            "conv_L_cache": 3,
+            "block_ffn_dim_multiplier": 1.0,
+        },
+        keys=ConfigKeys(
+            {"intermediate_size": ("block_ff_dim", "intermediate_size"), "hidden_act": ()},
+            renamed={"tie_embedding": "tie_word_embeddings"},
+        ),
+        layers=_lfm2_layers,
+        axes=_lfm2_axes,
+        stack="lfm2",
+        generation=GenerationFacts(cache="convolution"),
+        serving=ServingFacts(is_modelled=False),
     ),
     "mamba": _MAMBA_ROW._replace(training=TrainingFacts(skips=("dt_proj",), fused_mixers=True)),
     "nemotron_h": Family(

@@ -151,8 +151,53 @@ def qwen3_vl(m: ModelFacts) -> dict[str, int]:
 
 
 def gemma3(m: ModelFacts) -> dict[str, int]:
-    axes = _tower(m, (size(m, "num_hidden_layers"),), size(m, "num_channels"))
-    return {**axes, "vpositions": rows(m) ** 2}
+    return _patched(m, size(m, "num_hidden_layers"))
+
+
+def _patched(m: ModelFacts, *runs: int, added: int = 0) -> dict[str, int]:
+    """Return the axes of a tower with a table of positions: one for each patch, and `added` ones."""
+    return {**_tower(m, runs, size(m, "num_channels")), "vpositions": rows(m) ** 2 + added}
+
+
+def llava(m: ModelFacts) -> dict[str, int]:
+    """Return the axes of LLaVA's tower, CLIP's. Its features are the input of the last `vL2` layers."""
+    depth, unread = size(m, "num_hidden_layers"), unread_layers(m)
+    return _patched(m, depth - unread, *((unread,) if unread else ()), added=1)
+
+
+def unread_layers(m: ModelFacts) -> int:
+    """Return the number of LLaVA's last layers whose output nothing reads. Raises ConfigError for several outputs."""
+    chosen: object = m.config.get("vision_feature_layer", -2)
+    depth = size(m, "num_hidden_layers")
+    if isinstance(chosen, bool) or not isinstance(chosen, int) or not -depth <= chosen < depth or not chosen:
+        raise ConfigError(
+            f"config: vision_feature_layer must be one layer from {-depth} to {depth}, not 0, not {as_json(chosen)}",
+            "vision_feature_layer",
+        )
+    return -1 - chosen if chosen < 0 else depth - chosen
+
+
+def internvl(m: ModelFacts) -> dict[str, int]:
+    """Return the axes of InternVL's tower; `vm` is the width of merged patches."""
+    axes = _patched(m, size(m, "num_hidden_layers"), added=1)
+    return {**axes, "vm": axes["vh"] * merged_patches(m) ** 2}
+
+
+def merged_patches(m: ModelFacts) -> int:
+    """Return the patches per side that InternVL merges. Raises ConfigError if they do not divide an image's."""
+    ratio: object = m.config.get("downsample_ratio", 0.5)
+    merge = round(1 / ratio) if isinstance(ratio, (int, float)) and 0.01 < ratio <= 1 else 0
+    if not merge or rows(m) % merge:
+        raise ConfigError(
+            f"config: downsample_ratio must divide {rows(m)} patches of a side, not {as_json(ratio)}",
+            "downsample_ratio",
+        )
+    return merge
+
+
+def smolvlm(m: ModelFacts) -> dict[str, int]:
+    axes = _patched(m, size(m, "num_hidden_layers"))
+    return {**axes, "vm": axes["vh"] * m.config_int("scale_factor", 2) ** 2}
 
 
 def mistral3(m: ModelFacts) -> dict[str, int]:

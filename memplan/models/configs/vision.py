@@ -54,17 +54,6 @@ def crossed(m: ModelFacts) -> tuple[Layer, ...]:
     )
 
 
-def _mistral(m: ModelFacts) -> tuple[Layer, ...]:
-    """Return the layers of Mistral 3's decoder, which may be any dense decoder."""
-    decoder = DENSE.get(decoder_of(m))
-    return (m.equal_layer,) * m.num_hidden_layers if decoder is None or decoder.layers is None else decoder.layers(m)
-
-
-def decoder_of(m: ModelFacts) -> str:
-    """Return the model_type of Mistral 3's decoder."""
-    return str(m.part("text_config").get("model_type", "mistral"))
-
-
 _QWEN2_VL: dict[str, Any] = {
     "num_key_value_heads": 8,
     "intermediate_size": 29568,
@@ -74,6 +63,11 @@ _QWEN2_VL: dict[str, Any] = {
 }
 
 _TEXT = ConfigKeys(decoder="text_config")
+# Defaults of the decoders' config classes, which published configs leave out.
+_SIZES = {"hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32}
+_LLAVA = Family(
+    {**_SIZES, "vocab_size": 32000}, _TEXT, axes=towers.llava, wraps="llama", stack="fixed_images", images=images.CLIP
+)
 _QWEN2 = Family(
     _QWEN2_VL,
     _TEXT,
@@ -83,6 +77,7 @@ _QWEN2 = Family(
     checkpoint=CheckpointFacts(gguf="qwen2vl"),
     images=images.QWEN2_VL,
 )
+_SMOLVLM = _LLAVA._replace(axes=towers.smolvlm, images=images.SMOLVLM)
 
 FAMILIES: dict[str, Family] = {
     "gemma3": DENSE["gemma3_text"]._replace(
@@ -93,11 +88,19 @@ FAMILIES: dict[str, Family] = {
         parallel=ParallelFacts(wrapped_stem="vision_tower.embeddings."),
         images=images.GEMMA3,
     ),
+    "idefics3": _SMOLVLM,
+    "internvl": _LLAVA._replace(
+        defaults={**_SIZES, "vocab_size": 151936, "tie_word_embeddings": True},
+        axes=towers.internvl,
+        wraps="qwen2",
+        images=images.INTERNVL,
+    ),
+    "llava": _LLAVA,
     "mistral3": Family(
-        {**DENSE["mistral"].defaults, "tie_word_embeddings": True},
+        {"tie_word_embeddings": True},
         _TEXT,
-        _mistral,
-        towers.mistral3,
+        axes=towers.mistral3,
+        wraps="mistral",
         stack="mistral3",
         checkpoint=CheckpointFacts(gguf="mistral3"),
         serving=ServingFacts(adapts_tables=True),
@@ -113,6 +116,12 @@ FAMILIES: dict[str, Family] = {
         generation=GenerationFacts(cache="cross_layers"),
         serving=ServingFacts(is_modelled=False),
         images=images.MLLAMA,
+    ),
+    "paligemma": _LLAVA._replace(
+        defaults={"vocab_size": 257152},
+        axes=towers.gemma3,
+        wraps="gemma",
+        images=images.PALIGEMMA,
     ),
     "qwen2_vl": _QWEN2,
     "qwen2_5_vl": _QWEN2._replace(axes=towers.qwen2_5_vl, images=images.QWEN2_5_VL),
@@ -155,4 +164,5 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(gguf="qwen3vl"),
         images=images.QWEN3_VL,
     ),
+    "smolvlm": _SMOLVLM,
 }

@@ -25,8 +25,11 @@ from memplan.probe.libraries import library
 _done: list[bool] = []
 
 
-def apply(card: KernelCard) -> None:
-    """Patch the libraries for a trace on `card`. Later calls change only what depends on the card."""
+def apply(card: KernelCard, padded: bool = True) -> None:
+    """Patch the libraries for a trace on `card`. Later calls change only what depends on the card and the batch.
+
+    `padded`: masks may mask tokens; else those that a model makes itself, as BART's decoder does, mask none.
+    """
     F.scaled_dot_product_attention = attention.sdpa(card.capability)  # pyright: ignore[reportAttributeAccessIssue]
     cuda: Any = torch.cuda
     cuda.get_device_capability = lambda *_, **__: card.capability  # pyright: ignore[reportUnknownLambdaType]
@@ -38,6 +41,8 @@ def apply(card: KernelCard) -> None:
         _peft()
         _bitsandbytes()
         hide_shape_propagation()
+    with contextlib.suppress(Exception):
+        library("transformers.masking_utils").fast_all = lambda tensor: not padded  # pyright: ignore[reportUnknownLambdaType]
     library("bitsandbytes.functional").name2qmap.clear()  # tables of the previous run
     library("bitsandbytes.optim").GlobalOptimManager._instance = None
 
@@ -134,7 +139,6 @@ def _transformers() -> None:
     with contextlib.suppress(Exception):
         masking = library("transformers.masking_utils")
         masking.find_packed_sequence_indices = lambda position_ids: None  # pyright: ignore[reportUnknownLambdaType]
-        masking.fast_all = lambda tensor: False  # pyright: ignore[reportUnknownLambdaType]
     flash, models = library("transformers.modeling_flash_attention_utils"), library("transformers.modeling_utils")
     if not hasattr(flash, "_lazy_imports"):
         older.flash_attention()

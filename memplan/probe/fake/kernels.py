@@ -213,6 +213,11 @@ def _embedding_backward(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tu
     yield "embedding sums", segments * _up(gradient.shape[-1], 32) * sums
 
 
+def _logsumexp(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tuple[str, int]]:
+    """The exponents of what the input exceeds its maxima by, which are taken in place."""
+    yield "exponents", args[0].numel() * args[0].element_size()
+
+
 def _softmax_backward(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tuple[str, int]]:
     """The gradient times the output."""
     yield "softmax gradient times output", args[1].numel() * args[1].element_size()
@@ -277,7 +282,8 @@ def _int8_product(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tuple[st
     codes, weight = args[0], args[1]
     elements = codes.numel() // codes.shape[-1] * weight.shape[0]
     yield "int32 product", 4 * elements
-    if kwargs.get("dtype", torch.float16) not in (None, torch.float16):
+    dtype = kwargs.get("dtype", args[5] if len(args) > 5 else None)
+    if dtype not in (None, torch.float16):
         yield "fp16 product", 2 * elements
 
 
@@ -316,6 +322,7 @@ def _up(n: int, multiple: int) -> int:
 
 
 ROWS = (
+    KernelScratch("aten::logsumexp", _logsumexp, f"{_ATEN}/ReduceOps.cpp logsumexp_out_impl"),
     KernelScratch(
         "aten::_scaled_dot_product_flash_attention_backward",
         _flash_backward,

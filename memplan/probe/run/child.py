@@ -12,11 +12,11 @@ import sys
 import time
 import traceback
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from memplan.core.errors import MemplanError, ProbeError, SpecError
+from memplan.core.errors import MemplanError, ProbeError, refused
 from memplan.core.units import gib
 from memplan.probe import limits
 from memplan.probe.fake import fake_device
@@ -106,6 +106,7 @@ def _answer(
 
     for name in ("peft", "bitsandbytes"):  # imported here, so that tensors created on import are not recorded
         library(name)
+    patched = _trainers_context(run)
     if restricted:
         limits.seal()
     torch.set_num_threads(1)
@@ -113,7 +114,7 @@ def _answer(
     start = time.monotonic()
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     card = card_of(gpu.compute_capability if gpu is not None else None)
-    patches.apply(card)
+    patches.apply(card, run.loop.padded)
     if (card, data) not in _memories:
         _memories[card, data] = new_operation_cache(card, fake=not data)
     tracker = Tracker(device, _memories[card, data], run.parallelism.stage)
@@ -130,7 +131,7 @@ def _answer(
 
     gc.disable()  # tensors in reference cycles stay alive, as they do until Python happens to collect
     try:
-        with wrapping.ranks(run), tracker.resizing(), tracker:
+        with patched, wrapping.ranks(run), tracker.resizing(), tracker:
             training = script.build(run, device, phase)
             scripts.append(training)
             total, active = training.counted
@@ -160,6 +161,16 @@ def _answer(
     scripts.clear()
     gc.collect()
     return answer
+
+
+def _trainers_context(run: RunSpec) -> AbstractContextManager[None]:
+    """Import the run's trainer of TRL, before tensors are fake, and return the context that it runs in."""
+    if run.trainer == "sft":
+        return nullcontext()
+    from memplan.probe.script.trl_trainers import prepared, trainer_module
+
+    trainer_module(run)
+    return prepared(run)
 
 
 def _note(training: Any, labels: Any, phase: str) -> None:
@@ -204,7 +215,7 @@ def _check(model: Any, run: RunSpec, total: int, most: int | None) -> None:
             tokens = decoder_prompt_tokens(run.batch, facts_of(model)) + run.batch.new_tokens
     for name, rows in positions(model):
         if tokens > rows:
-            raise SpecError(f"{field}: {tokens} tokens, but the model has learned positions for {rows} ({name})", field)
+            raise refused(field, f"{tokens} tokens, but the model has learned positions for {rows} ({name})")
 
 
 def _notes(run: RunSpec, base: Any) -> list[str]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from typing import Any, Protocol
 
-from memplan.core.errors import MemplanError, SpecError, printable
+from memplan.core.errors import MemplanError, printable, refused
 from memplan.core.records import NamedTuple
 from memplan.probe.libraries import library, versions
 from memplan.probe.run.driver import in_use
@@ -241,7 +241,7 @@ def main() -> None:
         from memplan.probe.script.script import build as build_script
 
         if run.parallelism.world > 1:
-            raise SpecError("parallelism: one GPU is measured; --trace follows one rank of several", "parallelism")
+            raise refused("parallelism", "one GPU is measured; --trace follows one rank of several")
         return build_script(run, "cuda", phase)
 
     watch(RunSpec.model_validate(request["run"]), request["steps"], cuda, build, emit)

@@ -9,7 +9,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
-from memplan.core.errors import MemplanError, SpecError, printable
+from memplan.core.errors import MemplanError, SpecError, printable, refused
 from memplan.core.version import __version__
 from memplan.probe.run.process import Machine, MeasuredRun
 from memplan.resolve.decide import fill_from_profile
@@ -129,12 +129,12 @@ def lines_of(path: Path, field: str, cut: bool = False) -> list[tuple[int, Mappi
     shown = printable(str(path), _LONGEST)
     try:
         if path.stat().st_size > _MOST_BYTES:
-            raise SpecError(f"{field}: {shown} is larger than {_MOST_BYTES // 2**20} MiB", field)
+            raise refused(field, f"{shown} is larger than {_MOST_BYTES // 2**20} MiB")
         text = path.read_text("utf-8-sig")
     except UnicodeDecodeError:
-        raise SpecError(f"{field}: {shown} is not text in UTF-8", field) from None
+        raise refused(field, f"{shown} is not text in UTF-8") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise SpecError(f"{field}: {shown!r} cannot be read ({getattr(error, 'strerror', error)})", field) from None
+        raise refused(field, f"{shown!r} cannot be read ({getattr(error, 'strerror', error)})") from None
     if cut:
         text = text[: text.rfind("\n") + 1]
     parsed: list[tuple[int, Mapping[str, Any]]] = []
@@ -144,9 +144,9 @@ def lines_of(path: Path, field: str, cut: bool = False) -> list[tuple[int, Mappi
         try:
             value: object = json.loads(line)
         except (ValueError, RecursionError):
-            raise SpecError(f"{field}: {shown}, line {number} is not JSON", field) from None
+            raise refused(field, f"{shown}, line {number} is not JSON") from None
         if not isinstance(value, dict):
-            raise SpecError(f"{field}: {shown}, line {number} is not a JSON object", field)
+            raise refused(field, f"{shown}, line {number} is not a JSON object")
         parsed.append((number, cast(dict[str, Any], value)))
     return parsed
 
@@ -161,15 +161,3 @@ def run_of(fields: object, where: str, field: str) -> RunSpec:
         return RunSpec.model_validate(fields)
     except (ValidationError, MemplanError) as error:
         raise SpecError(f"{where}: {line_of(error)}", field) from None
-
-
-def outcome_counts(lines: Sequence[Mapping[str, Any]]) -> str:
-    """Return the number of lines of each outcome as text.
-
-    >>> outcome_counts([{"outcome": "measured"}, {"outcome": "killed"}, {"outcome": "measured"}])
-    '2 measured, 1 killed'
-    """
-    counts: dict[str, int] = {}
-    for line in lines:
-        counts[str(line["outcome"])] = counts.get(str(line["outcome"]), 0) + 1
-    return ", ".join(f"{n} {outcome}" for outcome, n in counts.items())

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from memplan.catalogue.hardware.gpu import GPU
-from memplan.core.errors import MemplanError, SpecError, printable
+from memplan.core.errors import MemplanError, printable, refused
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import FITS, MAY_FIT, Demand
@@ -38,13 +38,13 @@ def read_suite(name: str) -> list[RunSpec]:
 
         listed: object = read_spec(name).get("runs")
         if not isinstance(listed, list):
-            raise SpecError(f"suite: {shown} has no list of runs under the key runs", "suite")
+            raise refused("suite", f"{shown} has no list of runs under the key runs")
         runs = [
             run_of(fields, f"suite: {shown}, run {number}", "suite")
             for number, fields in enumerate(cast(list[object], listed), 1)
         ]
     if not runs:
-        raise SpecError(f"suite: {shown} holds no runs", "suite")
+        raise refused("suite", f"{shown} holds no runs")
     return list(dict.fromkeys(runs))
 
 

@@ -85,7 +85,14 @@ def image_inputs(run: RunSpec, base: Any, ids: torch.Tensor) -> dict[str, Any]:
             return {"pixel_values": pixels, "image_grid_thw": sizes, "mm_token_type_ids": kinds}
         case "llama4":
             return {"pixel_values": _pixels(images * picture.tiles, picture, side, device, torch.bfloat16)}
-        case "gemma3":
+        case "internvl" | "llava":
+            return {"pixel_values": _pixels(images, picture, side, device)}
+        case "idefics3" | "smolvlm":
+            pixels = _pixels(images, picture, side, device)
+            if _has_no_data(ids):
+                _patch_smolvlm(base, each)
+            return {"pixel_values": pixels.view(ids.shape[0], each, *pixels.shape[1:])}
+        case "gemma3" | "paligemma":
             return {"pixel_values": _pixels(images, picture, side, device), "token_type_ids": kinds}
         case "mistral3":
             sizes: Any = [(picture.rows * side, picture.columns * side)] * images
@@ -193,6 +200,29 @@ def _deepstack(hidden: torch.Tensor, mask: torch.Tensor, visual: torch.Tensor) -
         local = hidden[rows, columns] + visual
         hidden[rows, columns] = local
     return hidden
+
+
+def _patch_smolvlm(base: Any, images: int) -> None:
+    """Patch SmolVLM, which reads the number of each sequence's images, and whether patches are padding: none is."""
+
+    def features(module: Any, args: Any, output: torch.Tensor) -> _Features:
+        return _Features(output, images)
+
+    def mask(**kwargs: Any) -> None:
+        return None
+
+    base.model.connector.register_forward_hook(features)
+    _module(base).create_bidirectional_mask = mask
+
+
+class _Features:
+    """SmolVLM's features of all images, which are split into sequences with the same number of images each."""
+
+    def __init__(self, features: torch.Tensor, images: int) -> None:
+        self.features, self.images = features, images
+
+    def split(self, _: list[int]) -> tuple[torch.Tensor, ...]:
+        return torch.split(self.features, self.images)
 
 
 def _patch_mistral_sizes(base: Any, tokens: int) -> None:

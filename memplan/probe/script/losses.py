@@ -31,11 +31,12 @@ class LossOutput(NamedTuple):
 def compute(kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, **options: Any) -> LossOutput:
     """Return the loss `kind`, a name from `kernels.loss`, of the model on `inputs`.
 
-    Without `labels` the loss is the mean of the pooled output.
+    Without `labels` the loss is the mean of the pooled output, or of the last hidden state of a model without one.
     """
     if labels is None:
         outputs = model(**inputs, **options)
-        return LossOutput(outputs.pooler_output.mean(), outputs)
+        pooled = getattr(outputs, "pooler_output", None)
+        return LossOutput((pooled if pooled is not None else outputs.last_hidden_state).mean(), outputs)
     if kind == "hf":
         outputs = model(**inputs, labels=labels, **options)
         return LossOutput(outputs.loss, outputs)

@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -14,16 +15,16 @@ from torch import nn
 from memplan.catalogue.methods.methods import ADAPTERS, AXOLOTLS_EMBEDDINGS
 from memplan.core.errors import MemplanError, ProbeError, SpecError
 from memplan.models.cards import find_config
-from memplan.models.configs import families
+from memplan.models.configs import MODULES, families
 from memplan.models.facts import Family
 from memplan.models.objectives import modules_to_train
 from memplan.models.peft_methods import PEFT_METHODS, adapts_modules, default_targets, filled_options
-from memplan.probe.libraries import library, model_class
+from memplan.probe.libraries import class_named, library, model_class, objective_of
 from memplan.probe.script import expert_parallel
 from memplan.probe.script.device_map import device_lookup, dispatch, is_dispatched, map_of
-from memplan.probe.script.quantized import quantisable_names, quantise
+from memplan.probe.script.quantized import quantisable_names, quantise, quantise_stack
 from memplan.probe.script.tensor_parallel import divide, is_part, local_of, part_of
-from memplan.resolve.decide import decide, objective_of
+from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method, Precision
 
@@ -44,10 +45,10 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
     The model is built on the meta device and then allocated weight by weight, so that loading never holds it in two
     dtypes. Raises ProbeError if transformers does not have the class, ConfigError for an invalid config.
     """
-    model = _empty_model(run)
+    model = empty_model(run)
     trains = run.task == "train"
     places = map_of(model, run) if is_dispatched(run) else {"": 0}
-    _materialise(model, run, device_lookup(places, device) if is_dispatched(run) else lambda _: device)
+    materialise(model, run, device_lookup(places, device) if is_dispatched(run) else lambda _: device)
     if is_dispatched(run):
         dispatch(model, places, device)
     kind = run.method.kind
@@ -68,15 +69,19 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
     return model
 
 
-def _empty_model(run: RunSpec) -> Any:
+def empty_model(run: RunSpec) -> Any:
     """Return the model on the meta device: shapes and dtypes, no memory."""
     fields: Mapping[str, Any] = find_config(run.model)
     model_type = str(fields.get("model_type", ""))
     objective = objective_of(run)
-    auto = model_class(model_type, sees=bool(fields.get("vision_config")), objective=objective)
     transformers = library("transformers")
+    if run.objective is None and model_type not in MODULES and (named := class_named(fields)):
+        build = getattr(transformers, named)._from_config
+    else:
+        auto = model_class(model_type, sees=bool(fields.get("vision_config")), objective=objective)
+        build = partial(getattr(transformers, auto).from_config, trust_remote_code=False)
     model_fields = {key: _plain(value) for key, value in fields.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
-    options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights], "trust_remote_code": False}
+    options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights]}
     if run.kernels.attention in ("eager", "flash_attention_2"):
         options["attn_implementation"] = run.kernels.attention  # else sdpa, or eager if the class supports nothing else
     config: Any
@@ -89,7 +94,7 @@ def _empty_model(run: RunSpec) -> Any:
         if not hasattr(config, "dtype"):  # its name before transformers 4.56
             options["torch_dtype"] = options.pop("dtype")
         with torch.device("meta"):
-            model: Any = getattr(transformers, auto).from_config(config, **options)
+            model: Any = build(config, **options)
         if run.parallelism.tp > 1:
             divide(model, run)
         elif run.parallelism.ep > 1:
@@ -144,7 +149,7 @@ def _plain(value: Any) -> Any:
     return value
 
 
-def _materialise(model: Any, run: RunSpec, home: Callable[[str], torch.device]) -> None:
+def materialise(model: Any, run: RunSpec, home: Callable[[str], torch.device]) -> None:
     """Allocate every parameter and buffer on the device that `home` returns for its name, in the model's order.
 
     Shared tensors stay shared.
@@ -170,9 +175,14 @@ def _materialise(model: Any, run: RunSpec, home: Callable[[str], torch.device]) 
         if name in quantised and quantization is not None:
             model.set_submodule(name, quantise(module, quantization, compute, home(name)))
             continue
-        for key, parameter in module._parameters.items():
+        for key, parameter in [*module._parameters.items()]:
             if parameter is not None and parameter.is_meta:
-                module._parameters[key] = allocate(parameter, f"{name}.{key}")
+                path = f"{name}.{key}"
+                if quantization is not None and quantization.experts and "expert" in name and parameter.ndim > 2:
+                    module._parameters[key] = nn.Parameter(_random(parameter, home(path)))
+                    quantise_stack(module, key, quantization)
+                else:
+                    module._parameters[key] = allocate(parameter, path)
         buffers = {key: b for key, b in module._buffers.items() if b is not None and b.is_meta}
         for key, buffer in buffers.items():
             module._buffers[key] = allocate(buffer, f"{name}.{key}")
@@ -265,7 +275,7 @@ def _adapt(model: Any, run: RunSpec) -> Any:
         method,
         model.config.model_type,
         task_type=_TASKS.get(objective) if "input_ids" in _arguments(model) else None,
-        **({"target_modules": _targets(run)} if adapts_modules(method.kind) else {}),
+        **({"target_modules": target_modules(run, model)} if adapts_modules(method.kind) else {}),
         **({"exclude_modules": _parts(method.frozen)} if method.frozen else {}),
         **({"modules_to_save": saved} if saved else {}),
     )
@@ -336,9 +346,17 @@ def _parts(names: Iterable[str]) -> str:
     return "|".join(f"({_PARTS[name]})" for name in names)
 
 
-def _targets(run: RunSpec) -> str | list[str]:
-    """Return the modules to adapt, by their names in this model if memplan knows it (q_proj may be a fused qkv)."""
+def target_modules(run: RunSpec, model: Any) -> str | list[str]:
+    """Return the modules to adapt, by their names in this model if memplan knows it (q_proj may be a fused qkv).
+
+    With quantised experts these are the names of the linear layers.
+    Source: axolotl 0.21 loaders/adapter.py find_all_linear_names.
+    """
     named = run.method.targets
+    if named == "all-linear" and run.method.quantization is not None and run.method.quantization.experts:
+        head = model.get_output_embeddings()
+        layers = (path for path, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head)
+        return [*dict.fromkeys(path.rpartition(".")[2] for path in layers)]
     if named == "all-linear" or run.method.pattern:
         return str(named)
     if named == "default":

@@ -56,6 +56,22 @@ def quantise(module: Any, quantization: Quantization, compute: torch.dtype, devi
     return layer
 
 
+def quantise_stack(module: Any, name: str, quantization: Quantization) -> None:
+    """Quantise a parameter of several matrices in place, to be dequantised whenever it is read.
+
+    Source: axolotl 0.21 monkeypatch/moe_quant.py patch_moe_quantization_on_load.
+    """
+    library("bitsandbytes.nn.parametrize").replace_parameter_4bit(
+        module,
+        name,
+        compress_statistics=quantization.double_quant,
+        quant_type=quantization.format,
+        blocksize=quantization.block_size,
+    )
+    stored = module.parametrizations[name]
+    stored.original.quant_state = stored[0].quant_state  # as of a layer's weight, by which parameters are counted
+
+
 def _four_bits(weight: torch.Tensor, quantization: Quantization, compute: torch.dtype) -> Any:
     bnb = library("bitsandbytes")
     settings: dict[str, Any] = {

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from memplan.probe.libraries import library
+from memplan.probe.libraries import library, objective_of
 from memplan.probe.refusals import checked_run
 from memplan.probe.script.assisted import assist, build_assistant
 from memplan.probe.script.distributed_wrapping import clip, load_device, unreduced_gradients, wrap
@@ -33,7 +33,6 @@ from memplan.probe.script.tensor_parallel import (
     ulysses_attention,
 )
 from memplan.resolve.batches import decoder_prompt_tokens
-from memplan.resolve.decide import objective_of
 from memplan.spec.run import RunSpec
 
 Phase = Callable[[str], AbstractContextManager[None]]
@@ -45,12 +44,17 @@ def no_phase(name: str) -> AbstractContextManager[None]:
     return nullcontext()
 
 
-def build(run: RunSpec, device: torch.device | str, phase: Phase = no_phase) -> Script:
-    """Return the script of a run, with its model loaded on `device` in the phase `load`.
+def build(run: RunSpec, device: torch.device | str, phase: Phase = no_phase) -> Any:
+    """Return the script of a run, with its model loaded on `device` in the phase `load`; TRL's own for its trainers.
 
     Raises SpecError for a run that the script cannot run, ProbeError if a library or a model class is missing.
     """
-    return Script(checked_run(run), torch.device(device), phase)
+    run = checked_run(run)
+    if run.trainer == "sft":
+        return Script(run, torch.device(device), phase)
+    from memplan.probe.script.trl_trainers import TrainerScript
+
+    return TrainerScript(run, device, phase)
 
 
 def _context_parallel_attention(run: RunSpec) -> AbstractContextManager[None]:
@@ -191,7 +195,11 @@ class Script:
         """Return the model's inputs, and its options for mask, images and cache."""
         inputs = inputs_of(self.run, self.model, self.device)
         options: dict[str, Any] = {}
-        if "use_cache" in inspect.signature(base_of(self.model).forward).parameters:  # decoders have it
+        base = base_of(self.model)
+        names = inspect.signature(base.forward).parameters
+        if "use_cache" in names or hasattr(
+            base.config, "text_config"
+        ):  # a decoder, or a model that passes it on to one
             options["use_cache"] = bool(self.run.loop.use_cache)
         if self.run.batch.images:
             options |= image_inputs(self.run, base_of(self.model), inputs["input_ids"])

@@ -8,7 +8,7 @@ from memplan.catalogue.inference.one_pass import Pass
 from memplan.core.records import NamedTuple
 from memplan.engine.walk import size
 from memplan.program.graph import Graph, TensorGroup
-from memplan.program.inference.passes import InferenceStep
+from memplan.program.inference.passes import InferenceStep, within
 from memplan.program.run import Assistant, ResolvedRun
 
 _CANDIDATES = "transformers 5.24 generation/candidate_generator.py"
@@ -115,7 +115,7 @@ def _draft(assistant: Assistant, round_: Round, i: int) -> InferenceStep:
     if round_.number == 1:
         if i == 0:
             return InferenceStep(
-                graph._replace(inference=pass_), 1, tokens, window=_within(tokens, window), grown=tokens
+                graph._replace(inference=pass_), 1, tokens, window=within(tokens, window), grown=tokens
             )
         fed, past, cropped, grown = 1, tokens + i - 1, 0, tokens + i
         kept = grown - 1
@@ -154,7 +154,7 @@ def _verification(decided: ResolvedRun, assistant: Assistant, round_: Round) -> 
     outputs = round_.before + 1 + (decided.batch.sequence - 1 if round_.number == 2 else 0)
     if first:
         all_rows = graph._replace(wiring=graph.wiring._replace(last_only=False), inference=pass_)
-        step = InferenceStep(all_rows, 1, tokens + round_.proposed, window=_within(tokens, window))
+        step = InferenceStep(all_rows, 1, tokens + round_.proposed, window=within(tokens, window))
     else:
         past, kept = tokens - 1 + round_.before, tokens - 1 + round_.before
         if window and round_.number > 2:
@@ -191,10 +191,6 @@ def _over_cache(graph: Graph, pass_: Pass, fed: int, keys: int, window: int) -> 
     recipe = graph.recipe._replace(copies=False) if fed <= pass_.few_rows else graph.recipe
     pass_ = pass_._replace(follows_passes=True, longer=bool(window) and keys > window)
     return graph._replace(wiring=wiring, recipe=recipe, inference=pass_)
-
-
-def _within(tokens: int, window: int) -> int:
-    return min(tokens, window) if window else tokens
 
 
 def _loop_tensor(what: str, rows: int, vocabulary: int, dtype: str, count: int, source: str) -> TensorGroup:

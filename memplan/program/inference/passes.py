@@ -8,6 +8,7 @@ the peak are left out (`memplan.engine.walk.prune`).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
@@ -21,7 +22,8 @@ from memplan.core.collection import without_collection
 from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
 from memplan.core.records import NamedTuple
-from memplan.engine.step import Lowered
+from memplan.engine.lowered import Lowered
+from memplan.engine.moments import Moment
 from memplan.engine.walk import (
     ONE,
     Term,
@@ -29,6 +31,7 @@ from memplan.engine.walk import (
     bytes_at_each,
     chain,
     counts_at_each,
+    kinds_at_each,
     largest,
     prune,
     rows,
@@ -215,14 +218,16 @@ def _prompt(graph: Graph, decided: ResolvedRun) -> Iterator[InferenceStep]:
         yield InferenceStep(part_graph, rows, fed, past, kept, seen, _room(decided), quantized=quantized)
 
 
+def within(tokens: int, window: int) -> int:
+    """Return the tokens that a window sees; all without one."""
+    return min(tokens, window) if window else tokens
+
+
 def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
     """Return the graph's pass that decodes the token after `past` tokens."""
     prompt, rows, pass_ = _length(decided), decided.batch.micro * decided.beams, graph.inference
     assert pass_ is not None
     window, min_rows = graph.model.sliding_window or 0, MANY_ROWS.get(pass_.loaded.backend, 0)
-
-    def windowed(tokens: int) -> int:
-        return min(tokens, window) if window else tokens
 
     crosses = bool(graph.wiring.encoder_decoder_half)
     longer = bool(window) and past + 1 > window
@@ -260,10 +265,10 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
         token = token._replace(requantises_cache=requantises and pass_.stored.grouped)
     decoding = graph._replace(wiring=wiring, recipe=recipe, inference=token)
     # the prompt's pass leaves the window as a view of all its tokens
-    kept = _tokens_behind_view(decided, window) if past == prompt else windowed(past)
+    kept = _tokens_behind_view(decided, window) if past == prompt else within(past, window)
     if (decided.beams > 1 or pass_.cache == "offloaded") and window:  # here it was copied, and has the window only
         kept = min(past, window - 1)
-    seen = windowed(past + 1)
+    seen = within(past + 1, window)
     return InferenceStep(
         decoding, rows, 1, past, kept, seen, _room(decided), *_source(graph, decided), quantized=quantized
     )
@@ -405,6 +410,13 @@ class SizedPass(NamedTuple):
         low = self.low()
         live = bytes_at_each(low.moments, low.runs, self.axes, self.bytes_of_sizes())
         yield from ((moment.where, bytes_) for moment, bytes_ in zip(low.moments, live, strict=True))
+
+    def kinds(self, moments: Iterable[Moment] | None = None) -> Iterator[Counter[str]]:
+        """Yield the bytes of each kind alive at every moment of the pass, or at those of `moments`."""
+        low = self.low(labelled=True)
+        sizes = [size(key[0], key[1], self.axes)[1] for key in low.sizes]
+        every = low.moments if moments is None else moments
+        return kinds_at_each(every, low.runs, self.axes, sizes, low.kinds)
 
 
 def sized(step: InferenceStep, decided: ResolvedRun) -> SizedPass:

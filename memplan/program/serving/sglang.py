@@ -11,7 +11,7 @@ Source: text-generation-inference server/text_generation_server/models/flash_cau
 
 from __future__ import annotations
 
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.units import GIB, MIB
 from memplan.models.model import ModelSpec
 from memplan.program.serving.draft import layers_of
@@ -76,7 +76,7 @@ def pool(s: Settings, available: int) -> Tokens:
         for of_stage in stage_settings(s)
     )
     if state and not s.behaviour.state_share:
-        raise SpecError(f"model: {s.model.model_type} keeps states, not supported yet with {s.engine.name}", "model")
+        raise refused("model", f"{s.model.model_type} keeps states, not supported yet with {s.engine.name}")
     if s.model.part("vision_config"):  # kept for the tower's outputs. Source: mm_runtime_reservation_gb
         available -= s.behaviour.image_cache_mib * MIB
     page, available = s.block, max(0, available)
@@ -92,10 +92,9 @@ def pool(s: Settings, available: int) -> Tokens:
         full, sliding = full + sliding, 0
     drafted = layers_of(s)
     if drafted and (sliding or state):
-        raise SpecError(
-            f"serving.speculative_method: drafts of layers with windows or states are not supported yet with "
-            f"{s.engine.name}",
+        raise refused(
             "serving.speculative_method",
+            f"drafts of layers with windows or states are not supported yet with {s.engine.name}",
         )
     # SGLang assumes that a draft's layers are as wide as the model's: model_executor/pool_configurator.py
     share = full * len(drafted) // max(1, len(layers))

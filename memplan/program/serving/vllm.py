@@ -7,7 +7,7 @@ _align_hybrid_block_size. Differences in 0.11 are in the engine's rows.
 from __future__ import annotations
 
 from memplan.catalogue.inference.caches import LayerCache, caches
-from memplan.core.errors import SpecError
+from memplan.core.errors import refused
 from memplan.core.records import NamedTuple
 from memplan.program.serving import compressed
 from memplan.program.serving.draft import layers_of, lookahead_slots
@@ -117,10 +117,10 @@ def _equal_pages(s: Settings, groups: list[CacheGroup]) -> list[CacheGroup]:
             out.append(g._replace(page=largest))
             continue
         if not s.behaviour.mixes_pages:
-            raise SpecError(
-                f"profile: {s.engine.name} cannot have caches of {g.page:,} and {largest:,} bytes a block in one pool; "
-                "vllm-0.33 can",
+            raise refused(
                 "profile",
+                f"{s.engine.name} cannot have caches of {g.page:,} and {largest:,} bytes a block in one pool; "
+                "vllm-0.33 can",
             )
         if largest % g.page == 0:
             out.append(g._replace(page=largest, own=largest, block=g.block * (largest // g.page)))

@@ -8,6 +8,7 @@ distributed/fsdp.py get_fsdp_reshard_after_forward_policy. Bytes are those of th
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from functools import lru_cache
 from itertools import groupby
@@ -17,7 +18,7 @@ from memplan.catalogue.parallelism import pipeline
 from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
 from memplan.core.ir import Division, Tensor, Unit
 from memplan.engine.gather import AFTER, OUTSIDE
-from memplan.program.graph import Graph, TensorGroup, tensor_group, total_bytes
+from memplan.program.graph import Graph, TensorGroup, bytes_of_kinds, tensor_group, total_bytes
 from memplan.program.sharding.fsdp import FullySharded, tensor_bytes
 from memplan.program.sharding.fsdp_units import Piece, division, pieces
 from memplan.program.sharding.ranks import Ranks
@@ -109,10 +110,12 @@ class ShardedStage(FullySharded):
         if moment.has_gradient[chunk] and self.run.accumulates:
             yield from own.accumulated()
 
-    def released(self) -> int:
+    def released(self) -> Counter[str]:
         """Return the bytes that reducing a chunk's gradients releases: whole weights and gradients, minus the rank's
         parts of the reduced gradients."""
-        return total_bytes((*self.held_in("backward"), *self.accumulated())) - total_bytes(self.gradients())
+        out = bytes_of_kinds((*self.held_in("backward"), *self.accumulated()))
+        out.subtract(bytes_of_kinds(self.gradients()))
+        return out
 
 
 def _whole(p: Piece, copies: int) -> TensorGroup:

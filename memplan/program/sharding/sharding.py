@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
@@ -17,6 +18,7 @@ from memplan.program.graph import (
     TensorGroup,
     operations_of,
     parameters_of,
+    reference_copy,
     shape_of,
     tensor_group,
     total_bytes,
@@ -97,8 +99,11 @@ class Sharding:
     # memory between passes
 
     def weights(self) -> Iterator[TensorGroup]:
-        """Yield the weights and buffers that a rank holds."""
-        return parameters_of(self.graph)
+        """Yield the weights and buffers that a rank holds, and those of a copy that is the reference model."""
+        yield from parameters_of(self.graph)
+        copy = reference_copy(self.graph)
+        for held in parameters_of(copy) if copy is not None else ():
+            yield held._replace(what=f"reference.{held.what}")
 
     def gradients(self) -> Iterator[TensorGroup]:
         """Yield the gradients that the optimizer reads: whole, or the rank's part of them."""
@@ -208,7 +213,8 @@ class Sharding:
         tensors that are allocated and freed at once may be merged, as thousands of ranks have thousands of them."""
         if self.graph.code == "torchtitan":  # allocates each part once, uninitialised: trainer.py to_empty
             return enumerate(h.bytes for h in self.weights() for _ in range(h.copies))
-        return loading(self.graph)
+        copy = reference_copy(self.graph)
+        return loading(self.graph, *(() if copy is None else (copy,)))
 
     def loading_peak(self) -> int:
         """Return the peak bytes before the first step."""
@@ -245,9 +251,9 @@ class Sharding:
         """Return the whole weights and gradients of the rank's `chunk` at a moment, or the reduced gradients."""
         return ()
 
-    def released(self) -> int:
-        """Return the bytes that the reduction of a chunk's gradients releases."""
-        return 0
+    def released(self) -> Counter[str]:
+        """Return the bytes of each kind that the reduction of a chunk's gradients releases."""
+        return Counter()
 
     # a replay of the allocations
 

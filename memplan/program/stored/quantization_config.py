@@ -105,9 +105,10 @@ class Modules:
 
     def __call__(self, name: str, w: Weight) -> bool:
         """Whether the list has the parameter's module; for a stack of experts, the first expert's."""
-        return any(self._has(module) for module in modules_of(name, w))
+        return any(self.has(module) for module in modules_of(name, w))
 
-    def _has(self, module: str) -> bool:
+    def has(self, module: str) -> bool:
+        """Whether the list has the module of that path."""
         for length in self._lengths:
             if module[-length:] in self._names:
                 return True
@@ -173,17 +174,31 @@ def _ends(module: str, part: str, at: int) -> bool:
     return False
 
 
-def _gptq(config: Config, _: str) -> Scheme:
-    """GPTQ. Source: gptqmodel 7.7 quantization/config.py; `dynamic` excludes modules with the prefix `-:`."""
+def gptq_settings(config: Config) -> tuple[int, int]:
+    """Return the bits and the group size of a GPTQ checkpoint.
+
+    Source: transformers 5.24 utils/quantization_config.py GPTQConfig; gptqmodel 7.7 quantization/config.py.
+    """
     bits, group = _int(config, "bits", 4), _int(config, "group_size", 128)
     if bits not in (4, 8):
-        raise _unsupported(f"GPTQ in {bits} bits", "4, 8")
+        raise unsupported(f"GPTQ in {bits} bits", "4, 8")
+    return bits, group
+
+
+def gptq_modules(config: Config) -> list[str]:
+    """Return the modules that GPTQ quantises, or an empty list if it is all of them."""
+    return [name for names in _listed(config, "modules_in_block_to_quantize") for name in _texts(names)]
+
+
+def _gptq(config: Config, _: str) -> Scheme:
+    """GPTQ, whose `dynamic` excludes modules with the prefix `-:`."""
+    bits, group = gptq_settings(config)
     dynamic: Any = config.get("dynamic") or {}
     rules = list(cast(Mapping[str, Any], dynamic)) if isinstance(dynamic, Mapping) else []
     if any(not rule.startswith("-:") for rule in rules):
-        raise _unsupported("GPTQ with per-layer settings (dynamic)", "excluding layers with `-:`")
+        raise unsupported("GPTQ with per-layer settings (dynamic)", "excluding layers with `-:`")
     excluded = [*(rule.removeprefix("-:") for rule in rules), *([] if config.get("lm_head") else [_HEAD])]
-    listed = [name for names in _listed(config, "modules_in_block_to_quantize") for name in _texts(names)]
+    listed = gptq_modules(config)
     layout = plain(f"gptq-int{bits}", _checked(group))
     every_layout_of = uniform_layout(layout, excluded)
     if not listed:
@@ -196,34 +211,44 @@ def _gptq(config: Config, _: str) -> Scheme:
     return Scheme(f"gptq, {bits} bits", layout_of)
 
 
-def _awq(config: Config, _: str) -> Scheme:
-    """AWQ. Source: transformers 5.24 utils/quantization_config.py AwqConfig."""
+def awq_group(config: Config) -> int:
+    """Return the group size of an AWQ checkpoint of 4 bits.
+
+    Source: transformers 5.24 utils/quantization_config.py AwqConfig.
+    """
     bits = _int(config, "bits", _int(config, "w_bit", 4))
-    group = _int(config, "group_size", _int(config, "q_group_size", 128))
     kind = str(config.get("version", config.get("format", "gemm"))).lower()
     if bits != 4 or kind != "gemm":
-        raise _unsupported(f"AWQ of {bits} bits, {printable(kind, 20)},", "4, gemm")
-    excluded = [_HEAD, *_names(config, "modules_to_not_convert")]
-    return Scheme("awq, 4 bits", uniform_layout(plain("awq-int4", _checked(group)), excluded))
+        raise unsupported(f"AWQ of {bits} bits, {printable(kind, 20)},", "4, gemm")
+    return _int(config, "group_size", _int(config, "q_group_size", 128))
 
 
-def _fp8(config: Config, _: str) -> Scheme:
-    """FP8 in blocks.
+def _awq(config: Config, _: str) -> Scheme:
+    excluded = [_HEAD, *names_in(config, "modules_to_not_convert")]
+    return Scheme("awq, 4 bits", uniform_layout(plain("awq-int4", _checked(awq_group(config))), excluded))
+
+
+def fp8_block(config: Config) -> int:
+    """Return the sides of the blocks of an FP8 checkpoint, or WHOLE if it has one scale per matrix.
 
     Source: transformers 5.24 integrations/finegrained_fp8.py, utils/quantization_config.py FineGrainedFP8Config.
     """
     blocks: Any = config.get("weight_block_size", [FP8_BLOCK, FP8_BLOCK])
     sizes = list(cast(Sequence[Any], blocks)) if isinstance(blocks, (list, tuple)) else blocks
     if sizes not in ([FP8_BLOCK, FP8_BLOCK], None):
-        raise _unsupported(f"fp8 in blocks of {as_json(sizes):.40}", str(FP8_BLOCK))
-    listed = _names(config, "modules_to_not_convert") or _names(config, "ignored_layers")
-    layout = plain("fp8", FP8_BLOCK if sizes else WHOLE)._replace(inputs=config.get("activation_scheme") == "static")
+        raise unsupported(f"fp8 in blocks of {as_json(sizes):.40}", str(FP8_BLOCK))
+    return FP8_BLOCK if sizes else WHOLE
+
+
+def _fp8(config: Config, _: str) -> Scheme:
+    listed = names_in(config, "modules_to_not_convert") or names_in(config, "ignored_layers")
+    layout = plain("fp8", fp8_block(config))._replace(inputs=config.get("activation_scheme") == "static")
     return Scheme("fp8", uniform_layout(layout, [_HEAD, *listed]))
 
 
 def _mxfp4(config: Config, _: str) -> Scheme:
     """MXFP4, for stacks of experts only. Source: transformers 5.24 integrations/mxfp4.py replace_with_mxfp4_linear."""
-    every_layout_of = uniform_layout(plain("mxfp4"), _names(config, "modules_to_not_convert"))
+    every_layout_of = uniform_layout(plain("mxfp4"), names_in(config, "modules_to_not_convert"))
 
     def layout_of(name: str, w: Weight) -> Layout | None:
         return every_layout_of(name, w) if w.stacked else None
@@ -231,24 +256,34 @@ def _mxfp4(config: Config, _: str) -> Scheme:
     return Scheme("mxfp4", layout_of)
 
 
-def _bitsandbytes(config: Config, _: str) -> Scheme:
-    """bitsandbytes. Source: transformers 5.24 utils/quantization_config.py BitsAndBytesConfig."""
+def bitsandbytes_kind(config: Config) -> str:
+    """Return bitsandbytes' format: int8, nf4, fp4, or "" if nothing is quantised.
+
+    Source: transformers 5.24 utils/quantization_config.py BitsAndBytesConfig.
+    """
     four = bool(config.get("load_in_4bit", config.get("_load_in_4bit")))
     eight = bool(config.get("load_in_8bit", config.get("_load_in_8bit")))
     if not four and not eight:
-        return Scheme("bitsandbytes", unquantised_layout)
+        return ""
     kind = "int8" if eight else str(config.get("bnb_4bit_quant_type", "fp4"))
     if kind not in ("int8", "nf4", "fp4"):
         raise ConfigError(f"{FIELD}: bnb_4bit_quant_type must be nf4 or fp4, not {as_json(kind):.40}", FIELD)
+    return kind
+
+
+def _bitsandbytes(config: Config, _: str) -> Scheme:
+    kind = bitsandbytes_kind(config)
+    if not kind:
+        return Scheme("bitsandbytes", unquantised_layout)
     layout = plain(kind, double_quant=bool(config.get("bnb_4bit_use_double_quant")))
-    return Scheme(f"bitsandbytes, {kind}", uniform_layout(layout, _names(config, "llm_int8_skip_modules") or [_HEAD]))
+    return Scheme(f"bitsandbytes, {kind}", uniform_layout(layout, names_in(config, "llm_int8_skip_modules") or [_HEAD]))
 
 
 def _compressed(config: Config, dtype: str) -> Scheme:
     """compressed-tensors. Source: compressed-tensors 0.20 quantization/quant_config.py, compressors."""
     sparse: Any = config.get("sparsity_config")
     if isinstance(sparse, Mapping) and cast(Config, sparse).get("format", "dense") not in ("dense", None):
-        raise _unsupported("compressed-tensors with sparse weights", "dense weights")
+        raise unsupported("compressed-tensors with sparse weights", "dense weights")
     groups: Any = config.get("config_groups")
     layouts: list[tuple[Modules | None, Layout]] = []
     for group in cast(Config, groups).values() if isinstance(groups, Mapping) else ():
@@ -256,10 +291,10 @@ def _compressed(config: Config, dtype: str) -> Scheme:
             settings = cast(Config, group)
             weights: Any = settings.get("weights")
             if isinstance(weights, Mapping):
-                targets = _names(settings, "targets")
+                targets = names_in(settings, "targets")
                 layout = _group_layout(cast(Config, weights), settings, config, dtype)
                 layouts.append((None if "Linear" in targets or not targets else Modules(targets), layout))
-    ignored = Modules(_names(config, "ignore"))
+    ignored = Modules(names_in(config, "ignore"))
     words = ", ".join(["compressed-tensors", *dict.fromkeys(layout.format for _, layout in layouts)])
 
     def layout_of(name: str, w: Weight) -> Layout | None:
@@ -280,7 +315,7 @@ def _group_layout(weights: Config, group: Config, config: Config, dtype: str) ->
     match kind, bits:
         case "float", 8 if strategy == "block":
             if weights.get("block_structure") not in ([128, 128], (128, 128)):
-                raise _unsupported(f"fp8 in blocks of {as_json(weights.get('block_structure')):.40}", "128x128")
+                raise unsupported(f"fp8 in blocks of {as_json(weights.get('block_structure')):.40}", "128x128")
             name, grouped = "fp8", FP8_BLOCK
         case "float", 8 if grouped == 32:
             name = "mxfp8"
@@ -296,7 +331,7 @@ def _group_layout(weights: Config, group: Config, config: Config, dtype: str) ->
             pass
     if not name or (name == "w8a8-int8" and grouped != WHOLE):
         what = f"{kind:.20} of {as_json(bits):.20} bits, {as_json(strategy):.20}"
-        raise _unsupported(f"compressed-tensors with {what}", "int4, int8, fp8, mxfp4, mxfp8, nvfp4")
+        raise unsupported(f"compressed-tensors with {what}", "int4, int8, fp8, mxfp4, mxfp8, nvfp4")
     activations: Any = group.get("input_activations")
     inputs: Config = cast(Config, activations) if isinstance(activations, Mapping) else {}
     fixed = bool(inputs) and (inputs.get("dynamic") is False or inputs.get("strategy") == "tensor_group")
@@ -330,15 +365,15 @@ def _modelopt(config: Config, _: str) -> Scheme:
     algorithm = str(settings.get("quant_algo", "")).upper()
     formats = {"FP8": ("fp8-tensor", WHOLE), "NVFP4": ("nvfp4", 16)}
     if algorithm not in formats:
-        raise _unsupported(f"ModelOpt's {printable(algorithm or '?', 30)}", ", ".join(formats))
+        raise unsupported(f"ModelOpt's {printable(algorithm or '?', 30)}", ", ".join(formats))
     name, group = formats[algorithm]
-    excluded = [*_names(settings, "exclude_modules"), *_names(settings, "ignore")] or [_HEAD]
+    excluded = [*names_in(settings, "exclude_modules"), *names_in(settings, "ignore")] or [_HEAD]
     return Scheme(f"modelopt, {name}", uniform_layout(Layout(name, group, inputs=True, scales="fp32"), excluded))
 
 
 def _fbgemm(config: Config, _: str) -> Scheme:
     """FBGEMM's FP8, one fp32 scale a row. Source: transformers 5.24 integrations/fbgemm_fp8.py FbgemmFp8Linear."""
-    excluded = _names(config, "modules_to_not_convert") or [_HEAD]
+    excluded = names_in(config, "modules_to_not_convert") or [_HEAD]
     return Scheme("fbgemm, fp8", uniform_layout(plain("fp8-channel", scales="fp32"), excluded))
 
 
@@ -365,10 +400,10 @@ def _torchao(config: Config, dtype: str) -> Scheme:
     form = _TORCHAO.get(name) if isinstance(name, str) else None
     if form is None:
         supported = ", ".join(n for n in _TORCHAO if n[0].isupper())
-        raise _unsupported(f"torchao's {printable(str(name or '?'), 40)}", supported)
+        raise unsupported(f"torchao's {printable(str(name or '?'), 40)}", supported)
     kind = KINDS[form]
     group = _int(cast(Config, data), "group_size", kind.group) if isinstance(data, Mapping) else kind.group
-    excluded = [_HEAD, *_names(config, "modules_to_not_convert")]
+    excluded = [_HEAD, *names_in(config, "modules_to_not_convert")]
     dynamic = "rows" if "dynamic" in str(name).lower() else ""
     layout = plain(form, _checked(group), dtype)._replace(acts=dynamic)
     return Scheme(f"torchao, {form}{', inputs too' if dynamic else ''}", uniform_layout(layout, excluded))
@@ -381,9 +416,9 @@ def _hqq(config: Config, dtype: str) -> Scheme:
     settings: Config = cast(Config, weights) if isinstance(weights, Mapping) else {}
     bits = _int(settings, "nbits", 4)
     if bits != 4:
-        raise _unsupported(f"HQQ in {bits} bits", "4")
+        raise unsupported(f"HQQ in {bits} bits", "4")
     group = _checked(_int(settings, "group_size", 64))
-    excluded = _names(config, "skip_modules") or [_HEAD]
+    excluded = names_in(config, "skip_modules") or [_HEAD]
     return Scheme("hqq, 4 bits", uniform_layout(plain("hqq-int4", group, dtype), excluded))
 
 
@@ -392,8 +427,8 @@ def _quanto(config: Config, dtype: str) -> Scheme:
     kinds = {"int8": "quanto-int8", "int4": "quanto-int4", "float8": "fp8-channel"}
     kind = config.get("weights", "int8")
     if kind not in kinds:
-        raise _unsupported(f"quanto's weights in {as_json(kind):.30}", ", ".join(kinds))
-    excluded = _names(config, "modules_to_not_convert") or [_HEAD]
+        raise unsupported(f"quanto's weights in {as_json(kind):.30}", ", ".join(kinds))
+    excluded = names_in(config, "modules_to_not_convert") or [_HEAD]
     return Scheme(f"quanto, {kind}", uniform_layout(plain(kinds[str(kind)], None, dtype), excluded))
 
 
@@ -412,7 +447,8 @@ _READERS: dict[str, Callable[[Config, str], Scheme]] = {
 }
 
 
-def _unsupported(what: str, supported: str) -> SpecError:
+def unsupported(what: str, supported: str) -> SpecError:
+    """Return the error that something in the config is not supported yet."""
     return SpecError(f"{FIELD}: {what} is not supported yet; supported: {supported}", "model")
 
 
@@ -442,6 +478,6 @@ def _texts(value: Any) -> list[str]:
     return [name for name in listed if isinstance(name, str) and name]
 
 
-def _names(config: Config, key: str) -> list[str]:
+def names_in(config: Config, key: str) -> list[str]:
     """Return the strings of a list in the config, or an empty list without it."""
     return _texts(_listed(config, key))

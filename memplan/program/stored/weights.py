@@ -14,7 +14,7 @@ from typing import Any, cast
 from memplan.catalogue.quantization.gguf import FILE_TYPES
 from memplan.catalogue.quantization.gguf import SOURCE as QUANTIZE
 from memplan.catalogue.quantization.storage import KINDS, Layout, parts_of, plain
-from memplan.core.errors import SpecError, UnknownNameError, UnsupportedModelError
+from memplan.core.errors import UnknownNameError, UnsupportedModelError, refused
 from memplan.core.ir import Tensor, Weight
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
@@ -161,7 +161,7 @@ def _refuse_blocks(q: Quantization) -> None:
     """Raise SpecError for block sizes that bitsandbytes does not support, including -1."""
     least, field = _SMALLEST_BLOCK.get(q.format, q.block_size), "method.quantization.block_size"
     if q.block_size < least:
-        raise SpecError(f"{field}: {q.format} has no blocks of {q.block_size}; use {least} to 4,096", field)
+        raise refused(field, f"{q.format} has no blocks of {q.block_size}; use {least} to 4,096")
 
 
 def _published_layout(model: ModelSpec, dtype: str) -> LayoutOf:

@@ -7,13 +7,13 @@ from functools import lru_cache
 from memplan.catalogue.parallelism.pipeline import PipelineMoment
 from memplan.core.records import NamedTuple
 from memplan.engine import walk
-from memplan.engine.step import Lowered
+from memplan.engine.lowered import Lowered
 from memplan.engine.walk import Term, Variable, chain, prune, rows, size
 from memplan.program.graph import Graph, TrainingPass, lower_training, operations_of
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.structure import Structure
 
-PHASES = ("forward", "loss", "backward")
+PHASES = ("forward", "reference", "loss", "backward")
 Terms = dict[str, tuple[Term, ...]]  # largest moments, by phase
 
 
@@ -69,7 +69,8 @@ def pass_of(structure: Structure, later: bool = False, opens: bool = False) -> L
 def pass_options(structure: Structure, later: bool, opens: bool = False) -> TrainingPass:
     """Return the options of a step's first pass, of a `later` pass, or of the pass that gathers weights (`opens`)."""
     follows = later or not structure.accumulates  # without accumulation, the pass of every step but the first
-    options = recorded_options(structure, later, opens)._replace(follows=follows)
+    previous = structure.graph.holds_previous_outputs if follows else ""
+    options = recorded_options(structure, later, opens)._replace(follows=previous)
     if options.division is not None and later and structure.ranks.delayed:
         options = options._replace(division=options.division._replace(sums=True))
     return options

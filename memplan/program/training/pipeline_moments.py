@@ -148,7 +148,7 @@ class _Rank:
         }
         shardings = [sharding_of(chunk) for chunk in self.chunks]
         self.accumulated = [sharding.accumulated_bytes() for sharding in shardings]
-        self.released = [sharding.released() for sharding in shardings]
+        self.released = [sharding.released().total() for sharding in shardings]
 
     def _buffers(self, moment: PipelineMoment | None, reduces: bool = False) -> list[tuple[tuple[Variable, int], int]]:
         """Return the size and count of every tensor that a stage buffers between passes."""

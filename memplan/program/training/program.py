@@ -85,6 +85,9 @@ def program(structure: Structure) -> Program:
     consumed = sharding.frees_gradients or sharding.gradients_in_buckets
     gradients = 0 if consumed else total_bytes(sharding.gradients())
     accumulated = sharding.accumulated_bytes()
+    trainer = structure.graph.trainer
+    skipped = () if trainer is not None and trainer.has_reference_pass else ("reference",)
+    phases = [phase for phase in PHASES if phase not in skipped]
     return Program(
         structure=structure,
         moments=_moments(structure),
@@ -92,9 +95,9 @@ def program(structure: Structure) -> Program:
         loading=sharding.loading_peak(),
         gradients=0 if structure.grads else gradients,
         buffered=gradients if structure.grads else 0,
-        accumulated={phase: accumulated if sharding.accumulates_in(phase) else 0 for phase in PHASES},
+        accumulated={phase: accumulated if sharding.accumulates_in(phase) else 0 for phase in phases},
         reducing=total_bytes(sharding.reduction_buffers()),
-        passing={phase: total_bytes(sharding.held_in(phase)) for phase in PHASES},
+        passing={phase: total_bytes(sharding.held_in(phase)) for phase in phases},
         optimizer=optimizer,
         states=sum(s.bytes * s.count for s in optimizer.states if not s.host),
         scaler=sum(s.bytes for s in GRAD_SCALER) if structure.scales else 0,
@@ -182,7 +185,7 @@ def phase_offsets(structure: Structure, workspace: int) -> tuple[PhaseOffset, ..
     out: list[PhaseOffset] = []
     for step in steps(p):
         states = _states(p, step)
-        for phase in PHASES:
+        for phase in p.passing:
             second = workspace if phase == "backward" or step != 1 else 0
             out.append(PhaseOffset(phase, step, fixed + second + states + p.passing[phase]))
         update, clipping = _update(p, step), states + p.clipping

@@ -22,7 +22,7 @@ from memplan.engine.allocator import Allocator
 from memplan.engine.events import FREED
 from memplan.engine.native import new_allocator
 from memplan.engine.record import AllocationTrace
-from memplan.engine.sized_events import SizedEvents
+from memplan.engine.sized_events import SizedEvents, SizeInRun
 from memplan.engine.storages import GATHERING, LENT, REDUCING
 from memplan.engine.walk import size
 from memplan.program.graph import operations_of, record_training
@@ -41,6 +41,7 @@ FEW_RANKS = 64  # with more ranks a weight's parts are replayed as one tensor: t
 FEW = 16  # optimizer states are small if 16 times their bytes are less than the weights
 GPIPE_EVENTS = 500_000  # most allocations and frees replayed for a step of GPipe, over all stages
 LONG_PASS = 100_000  # events, which take half a second to replay; dense models have a tenth of that
+_WORKSPACE = "workspace"
 MICROBATCHES = 32_768  # most microbatches replayed for a step of other schedules, where they only add buffers
 
 
@@ -69,7 +70,7 @@ def replay_steps(
     Raises OutOfMemoryError if `capacity` is exceeded.
     """
     allocator = new_allocator(expandable, capacity, STREAMS)
-    steps_of(program.structure, workspace).replay(allocator, axes)
+    steps_of(program.structure).replay(allocator, {**axes, _WORKSPACE: workspace})
     for aside in replay_side_tasks:
         aside(allocator)
     return allocator.peak_reserved
@@ -77,8 +78,9 @@ def replay_steps(
 
 @lru_cache(maxsize=64)
 @without_collection
-def steps_of(structure: Structure, workspace: int) -> SizedEvents:
-    """Return what a run allocates and frees while it loads the model and in its steps, at any sizes of its axes."""
+def steps_of(structure: Structure) -> SizedEvents:
+    """Return what a run allocates and frees while it loads the model and in its steps, at any sizes of its axes, one of
+    which is cuBLAS's workspace: cards differ in it, and share the events."""
     program, sharding = program_of(structure), sharding_of(structure)
     model_axes = operations_of(structure.graph)[1]
     events = SizedEvents()
@@ -86,7 +88,7 @@ def steps_of(structure: Structure, workspace: int) -> SizedEvents:
     has_small_states = program.states * FEW < program.parameters
     if program.optimizer.at_once or has_small_states:
         _make_states(program, events)
-    handles = iter((workspace, workspace))
+    handles = iter([size(_WORKSPACE, "uint8", {})] * 2)
     waiting: list[int] = []  # outputs of the previous pass that the training loop still references
     for step in (2,) if has_small_states else (1, 2):
         gradients: list[int] = []
@@ -113,7 +115,7 @@ def steps_of(structure: Structure, workspace: int) -> SizedEvents:
             events.free(gradients)
             gradients = [events.alloc(program.gradients)]
         _update(program, step, events)
-        if not structure.graph.holds_previous_outputs:
+        if structure.graph.holds_previous_outputs != "graph":
             events.free(waiting)
         events.free(gradients)  # zero_grad
     return events
@@ -128,7 +130,7 @@ def _gather(weights: Iterable[tuple[int, int]], stream: int, events: SizedEvents
             events.free([numbers.pop(number)])
 
 
-def _pipeline_step(structure: Structure, events: SizedEvents, handles: Iterator[int]) -> list[int]:
+def _pipeline_step(structure: Structure, events: SizedEvents, handles: Iterator[SizeInRun]) -> list[int]:
     """Append a step of a pipeline rank, and return the gradients it leaves.
 
     Weights gathered for the step come first. They and the whole gradients are freed when the gradients have been
@@ -182,7 +184,7 @@ class _Microbatches:
         self._vacant: list[int] = []  # the first numbers of those that left nothing
         self._later = False  # all but the first find gradients
 
-    def forward(self, handles: Iterator[int]) -> None:
+    def forward(self, handles: Iterator[SizeInRun]) -> None:
         """Append the forward pass of the next microbatch."""
         recording, self._later = pass_of(self._chunk, self._later), True
         for handle in islice(handles, 1):
@@ -191,7 +193,7 @@ class _Microbatches:
         self._in_flight.append((recording, numbers))
         self._events.append_part(recording, recording.forward, numbers, self._axes)
 
-    def backward(self, handles: Iterator[int]) -> list[int]:
+    def backward(self, handles: Iterator[SizeInRun]) -> list[int]:
         """Append the backward pass of the first microbatch and return the gradients it leaves."""
         recording, numbers = self._in_flight.popleft()
         self._events.append_part(recording, recording.loss, numbers, self._axes)
@@ -263,7 +265,7 @@ def _pass(
     recording: AllocationTrace,
     model_axes: Mapping[str, int],
     events: SizedEvents,
-    handles: Iterator[int],
+    handles: Iterator[SizeInRun],
     waiting: list[int],
     reducing: Iterable[tuple[int, int]],
 ) -> tuple[list[int], list[int], list[int]]:

@@ -3,32 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 from memplan.core.version import __version__
-from memplan.estimate.answer import SCHEMA_VERSION
+from memplan.estimate.answer import SCHEMA_VERSION, Estimate
+from memplan.report.assumptions import assumptions, question
+from memplan.report.blocks import Block, Facts, Fold, Heading, Text
 from memplan.report.csv import written
 from memplan.report.display import display
-from memplan.report.markdown import page
+from memplan.report.markdown import page, stamped, verdicts
 from memplan.report.plans.advice import AdviceReport
-from memplan.report.plans.cluster import ClusterReport
+from memplan.report.plans.changes import titles
+from memplan.report.plans.cluster import ClusterReport, grid_title
 from memplan.report.plans.inference import Places, QuestionsReport
 from memplan.report.plans.ladder import LadderReport
 from memplan.report.plans.levers import Levers
-from memplan.report.plans.offers import OffersReport
-from memplan.report.plans.reach import ReachReport
+from memplan.report.plans.offers import OffersReport, offer_title
+from memplan.report.plans.reach import ReachReport, value
+from memplan.report.stamp import Stamp
 from memplan.report.text import Screen
 
 Planned: TypeAlias = (
     Levers | ReachReport | LadderReport | OffersReport | AdviceReport | ClusterReport | QuestionsReport | Places
 )
 
-FORMATS = ("table", "json", "markdown")
+FORMATS = ("table", "json", "markdown", "html", "svg")
 IN_ROWS = ("max", "ladder", "buy", "nodes")  # modes that have a CSV format
 
 
-def render(format: str, planned: Planned, explain: bool, to: Screen) -> str:
-    """Return the answer as table, json, markdown or csv; a table fits the screen `to`."""
+def render(format: str, planned: Planned, explain: bool, to: Screen, stamp: Stamp | None = None) -> str:
+    """Return the answer in one of `FORMATS`, or as csv; a table fits the screen `to`, and a page shows the `stamp`."""
     match format:
         case "json":
             return json.dumps(dump(planned), indent=2, ensure_ascii=False) + "\n"
@@ -36,9 +41,62 @@ def render(format: str, planned: Planned, explain: bool, to: Screen) -> str:
             assert not isinstance(planned, (Levers, AdviceReport, QuestionsReport)), "this mode has no CSV format"
             return written(*planned.rows())
         case "markdown":
-            return page(planned.blocks(explain))
+            return page(_page(planned, explain, stamp or Stamp()))
+        case "html":
+            return _html(planned, explain, stamp)
+        case "svg":
+            from memplan.report import svg
+
+            return svg.page(_title(planned), _named(planned), stamp)
         case _:
             return display(planned.blocks(explain), to)
+
+
+_MOST_DRAWN = 12  # runs with a bar
+
+
+def _page(planned: Planned, explain: bool, stamp: Stamp) -> Iterator[Block]:
+    """Yield the answer, a table of the run as given and of those found, and everything else in one fold."""
+    first, *blocks = planned.blocks(explain)
+    yield first
+    yield verdicts(_named(planned), "run")
+    yield Fold("What each changes and costs, and how to write it", [*blocks, stamped(stamp)])
+
+
+def _html(planned: Planned, explain: bool, stamp: Stamp | None) -> str:
+    """Return a page: the answer, bars of the run as given and of those found, and the blocks of the report."""
+    from memplan.report import html
+
+    first, *blocks = planned.blocks(explain)
+    title, style = (first.text, first.style) if isinstance(first, Text) else (_title(planned), "")
+    parts: list[html.Part] = [html.bars(_named(planned)), *blocks, Heading("Through the step, as asked")]
+    assumed = Fold("Assumed of the run as asked", [Facts("", assumptions(planned.answer))])
+    return html.page(title, [*parts, html.timeline(planned.answer), assumed], stamp, html.class_of(style))
+
+
+def _title(planned: Planned) -> str:
+    return f"A plan for {question(planned.answer)}"
+
+
+def _named(planned: Planned) -> list[tuple[str, Estimate]]:
+    """Return the run as given and those found, with what the report calls them."""
+    match planned:
+        case LadderReport():
+            found = [(rung.title, rung.answer) for rung in planned.every]
+        case Levers():
+            found = [(titles(proposal.levers), proposal.answer) for proposal in planned.plan.proposals]
+        case OffersReport():
+            found = [(offer_title(offer), offer.answer) for offer in planned.offers.offers]
+        case ClusterReport():
+            found = [(grid_title(placed.grid), placed.answer) for placed in planned.cluster.placed]
+        case ReachReport():
+            found = [(value(planned.reach), answer) for answer in planned.found]
+        case AdviceReport():
+            every = [choice for step in planned.advice.steps for choice in step.options if choice.fits]
+            found = [(choice.title, choice.answer) for choice in every]
+        case QuestionsReport() | Places():
+            found = [(str(answer.run.gpu), answer) for answer in planned.found if answer is not planned.answer]
+    return [("as asked", planned.answer), *found[:_MOST_DRAWN]]
 
 
 def dump(planned: Planned) -> dict[str, Any]:

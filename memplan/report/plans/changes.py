@@ -102,8 +102,6 @@ def proposed(
     own, *frameworks = lines(asked, proposal.run)
     frameworks = frameworks if to_paste else []
     rows += option_rows(own, without=own.note)
-    if not full:
-        rows += [(config.framework, "; ".join(filter(None, (*config.lines, config.note)))) for config in frameworks]
     yield Pairs(rows)
     if full:
         yield from (Paste(config.title, config.lines, config.note) for config in frameworks)

@@ -24,6 +24,7 @@ class OffersReport(NamedTuple):
     answer    the estimate of the run as given
     tokens    number of tokens to price, if given
     nearest   the estimate on the nearest miss, if there are no offers
+    to        own or rent
     """
 
     answer: Estimate
@@ -31,6 +32,7 @@ class OffersReport(NamedTuple):
     offers: Offers
     tokens: int | None
     nearest: Estimate | None = None
+    to: str = "rent"
 
     mode = "buy"
 
@@ -51,11 +53,14 @@ class OffersReport(NamedTuple):
             yield Text(f"Nothing holds it{condition} among {self.considered}.", "bold red")
             yield Text(missed(self))
             return
+        if self.to == "own":
+            yield from self._to_own(condition)
+            return
         best = offers[0]
         cost, tokens = (best.whole, f"{self.tokens:,}") if self.tokens is not None else (best.million, "a million")
         price = f", {span(cost.usd)} US dollars for {tokens} tokens" if cost and cost.usd else ""
         which = f"{'Cheapest' if price else 'Fastest'} of {self.considered}"
-        yield Text(f"{which}{condition}: {_title(best)}{price}.", "bold green")
+        yield Text(f"{which}{condition}: {offer_title(best)}{price}.", "bold green")
         yield _table(self)
         if any(offer.count > 1 for offer in offers):
             yield Text("With several cards, GiB are per card, and prices and times are for all of them together.")
@@ -67,15 +72,43 @@ class OffersReport(NamedTuple):
             yield Heading("Sources")
             yield Pairs(list(_sources(offers)))
 
+    def _to_own(self, condition: str) -> Iterator[Block]:
+        offers = self.offers.offers
+        best = offers[0]
+        yield Text(
+            f"To own, of {self.considered}{condition}: {offer_title(best)}, {_list_price(best)} US dollars.",
+            "bold green",
+        )
+        columns: list[Column[Offer]] = [
+            Column("card", offer_title, wraps=True),
+            Column("GiB used", lambda offer: words.tenths(offer.answer.bytes.used), right=True),
+            Column("free", _free, right=True),
+            Column("USD", _list_price, right=True),
+            Column("list price of", lambda offer: offer.gpu.launch_date or "", optional=True),
+            Column("watts", lambda offer: _of_all(offer, offer.gpu.tdp_watts), right=True),
+            Column("slots", lambda offer: _of_all(offer, offer.gpu.slots), right=True),
+            Column("time/M", lambda offer: _time(offer.million), right=True, optional=True),
+        ]
+        yield Table(columns, offers)
+        yield Text(
+            "GiB are per card; dollars, watts, slots and times are for all of them. Prices are list prices when a card "
+            "was first sold; check what it costs now. Cards without one are left out: --to rent has them."
+        )
+
     def dump(self) -> dict[str, Any]:
         miss, answer = self.offers.nearest, self.nearest
         nearest = {**_cards(miss), **figures(answer), "lacks": missing_bytes(self)} if miss and answer else None
         return {
-            "offers": [_offer(offer) for offer in self.offers.offers],
+            "offers": [{**_offer(offer), **self._each(offer)} for offer in self.offers.offers],
             "considered": self.offers.considered,
             "nearest": nearest,
             "tokens": self.tokens,
         }
+
+    def _each(self, offer: Offer) -> dict[str, Any]:
+        gpu = offer.gpu
+        facts = {"launch_usd": gpu.launch_usd, "launch_date": gpu.launch_date, "watts": gpu.tdp_watts}
+        return {"each": {**facts, "slots": gpu.slots}} if self.to == "own" else {}
 
     def rows(self) -> CsvRows:
         """Return the offers, or the nearest miss if there is none."""
@@ -108,7 +141,7 @@ def missing_bytes(bought: OffersReport) -> int:
     return max(0, bought.demand.headroom - (headroom or 0))
 
 
-def _title(offer: Offer) -> str:
+def offer_title(offer: Offer) -> str:
     return _card(offer.gpu.name, offer.count, offer.strategy)
 
 
@@ -127,7 +160,7 @@ def _table(bought: OffersReport) -> Table[Offer]:
         Column("total time", lambda offer: _time(offer.whole), right=True, optional=True),
     ]
     columns: list[Column[Offer]] = [
-        Column("card", _title, wraps=True),
+        Column("card", offer_title, wraps=True),
         Column("GiB used", lambda offer: words.tenths(offer.answer.bytes.used), right=True, style=colour),
         Column("free", _free, right=True, optional=with_total, style=colour),
         *(total if with_total else []),
@@ -138,6 +171,14 @@ def _table(bought: OffersReport) -> Table[Offer]:
         Column("price date", lambda offer: offer.price.date if offer.price else "", optional=True),
     ]
     return Table(columns, bought.offers.offers)
+
+
+def _list_price(offer: Offer) -> str:
+    return f"{offer.gpu.launch_usd * offer.count:,.0f}" if offer.gpu.launch_usd is not None else ""
+
+
+def _of_all(offer: Offer, each: int | None) -> str:
+    return f"{each * offer.count:,}" if each is not None else ""
 
 
 def _free(offer: Offer) -> str:

@@ -15,7 +15,7 @@ from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
 from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Table, Text
 from memplan.report.csv import CsvRows
-from memplan.report.heat import heat
+from memplan.report.heat import CAPTION, heat, table
 from memplan.report.plans.changes import conditions, figures, state
 
 
@@ -48,7 +48,7 @@ class ReachReport(NamedTuple):
         if self.frontier is not None:
             yield Heading("Longest sequence for every batch")
             yield Table(_FRONTIER, self.frontier.longest)
-            yield Drawing(partial(heat, self.frontier.around))
+            yield Drawing(partial(heat, self.frontier.around), partial(table, self.frontier.around), CAPTION)
         if explain:
             yield Facts("Assumed", assumptions_.assumptions(reach.answer))
 

@@ -28,7 +28,9 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
             "generation.cache_implementation quantized, and cache_config.backend quanto, hqq or fp8",
         )
     if not is_default(run, "serving"):
-        yield refused("serving", f"only applies to serving engines, not {run.profile}; memplan profiles lists them")
+        tokens = "; --seq-len sets the tokens" if run.serving.max_model_len is not None else ""
+        text = f"only applies to serving engines, not {run.profile}{tokens}; memplan profiles lists them"
+        yield refused("serving", text)
     if not is_default(run, "parallelism"):
         yield from parallelism(run.parallelism)
         yield from offloaded_parameters(run)

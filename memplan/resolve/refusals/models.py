@@ -16,7 +16,7 @@ from memplan.resolve.open_run import OpenRun
 def model_classes(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for an attention kernel that the model's classes reject, and a profile whose classes were not read.
 
-    Profiles other than transformers-5 have only been read for causal language models.
+    Profiles other than transformers-5 have only been read for causal language models, and TRL's for its reward models.
     """
     if r.kernels.attention in r.model.family.attention.unsupported:
         yield refused(
@@ -25,7 +25,7 @@ def model_classes(r: OpenRun) -> Iterator[SpecError]:
             "supported: sdpa, sdpa_efficient, eager",
         )
     objective = r.model.objective
-    if objective != "causal_lm" and r.profile != "transformers-5":
+    if objective != "causal_lm" and r.profile != "transformers-5" and r.trainer != "reward":
         yield refused("profile", f"{r.profile} is not supported yet for {objective}; supported: transformers-5")
 
 
@@ -34,6 +34,12 @@ def training_objective(r: OpenRun) -> Iterator[SpecError]:
     if r.model.objective == "causal_lm":
         return
     yield from model_classes(r)
+    reads_pixels = r.model.only_sequence is not None and not r.model.is_encoder_decoder
+    if reads_pixels and r.method.kind in ADAPTERS and r.kernels.reentrant and r.kernels.checkpointing != "none":
+        yield refused(
+            "kernels.reentrant",
+            f"nothing that the layers of {r.name} read requires a gradient, so torch would train no adapter; use false",
+        )
     if r.model.is_encoder_decoder and r.precision.weights == "fp16":
         yield refused(
             "precision.weights",

@@ -8,7 +8,7 @@ from memplan.catalogue.parallelism.sharding import STRATEGIES
 from memplan.core.errors import SpecError, refused
 from memplan.resolve.parallelism import FSDP, ZERO, check_product, replicas
 from memplan.resolve.refusals.refuse import not_yet
-from memplan.spec.parallelism import Parallelism
+from memplan.spec.parallelism import Parallelism, Zero
 from memplan.spec.run import RunSpec
 
 ONE_GPU = Parallelism()
@@ -115,14 +115,7 @@ def _zero(p: Parallelism) -> Iterator[SpecError]:
             yield refused(field, "has no effect without parallelism.offload")
         elif moved and getattr(p.zero, part).device == "nvme" and p.strategy != "zero3":
             yield refused(f"{field}.device", f"nvme needs zero3, not {p.strategy}")
-    for name in (
-        "stage3_prefetch_bucket_size",
-        "stage3_param_persistence_threshold",
-        "stage3_max_live_parameters",
-        "stage3_max_reuse_distance",
-        "sub_group_size",
-        "zero3_init_flag",
-    ):
+    for name in [name for name in Zero.model_fields if name.startswith(("stage3_", "sub_group_", "zero3_"))]:
         field = f"parallelism.zero.{name}"
         if getattr(p.zero, name) != getattr(ONE_GPU.zero, name) and p.strategy in ZERO and p.strategy != "zero3":
             yield refused(field, f"only applies to zero3, not {p.strategy}")

@@ -169,6 +169,21 @@ def activation_offload(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet("kernels.loss", kernels.loss, "hf, chunked, fused with activations offloaded")
 
 
+def quantised_experts(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for quantised stacks of experts that memplan does not support yet."""
+    q, field = r.method.quantization, "method.quantization.experts"
+    if q is None or not q.experts:
+        return
+    if "E" not in r.model.axes():
+        yield refused(field, f"{r.model.model_type} has no experts; leave it out")
+    if q.format not in ("nf4", "fp4"):
+        yield not_yet_with(field, f"format {q.format}", "nf4, fp4")
+    if q.storage != "uint8":
+        yield not_yet_with(field, f"storage {q.storage}", "uint8")
+    if r.parallelism.world > 1 and r.parallelism.strategy != "ddp":
+        yield not_yet_with(field, r.parallelism.strategy, "ddp")
+
+
 def several_gpus(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what several GPUs, or memplan so far, do not support."""
     p, method, optimizer = r.parallelism, r.method, r.optimizer

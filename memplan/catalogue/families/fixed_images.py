@@ -1,0 +1,218 @@
+"""LLaVA, InternVL, PaliGemma, Idefics 3 and SmolVLM: a tower for images of one size, a projector, and any decoder.
+
+Source: transformers 5.24 models/llava, models/internvl, models/paligemma, models/smolvlm; models/clip, models/siglip.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.decoder.decoder import stack_of
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.wiring import Wiring
+from memplan.catalogue.vision import towers as t
+from memplan.catalogue.vision.towers import Tower
+from memplan.catalogue.vision.vision import masked_text, scattered, text_with_tower
+from memplan.core.errors import UnsupportedModelError
+from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
+from memplan.models.configs import family
+from memplan.models.model import ModelSpec
+
+_LEAD = "b images grid"
+_SHAPE, _MERGED = f"{_LEAD} vh", "b merged"
+_HELD = ("image_embeds", "image_mask")
+_PIXELS = (Tensor("pixel_values", f"{t.P} vin", "fp32"),)
+
+
+def _text(m: ModelSpec, wiring: Wiring) -> Stack:
+    return stack_of(m, wiring, family(m.family.wraps).stack, m.family.wraps)
+
+
+def _vision(m: ModelSpec, key: str, default: str) -> str:
+    return str(m.part("vision_config").get(key, default))
+
+
+def _with_class(name: str, x: str, y: str, patches: str) -> tuple[Op, ...]:
+    """Join a class token and the patches `x`, and add positions."""
+    token = Weight(name, "vh", "vision")
+    table = Weight(patches, "vpositions vh", "vision", rows=1)
+    return (
+        Op(f"{name}.cat", (x,), (Tensor(f"{y}.joined", _SHAPE),), (token,), gradient="same", source=ops.DERIVATIVES),
+        ops.add_weight(f"{name}.add", f"{y}.joined", y, _SHAPE, table),
+        ops.release_names(f"{y}.joined"),
+    )
+
+
+def _projector(n: str, act: str, x: str, into: str, bias: bool = True) -> tuple[Op, ...]:
+    """Two linear layers over merged patches with an activation between them, from `x` to `features`."""
+    g = "projector"
+    return (
+        t.linear(f"{n}.linear_1", x, "v.m1", "h", into, g, _MERGED, bias, flat=False),
+        *t.acted(act, f"{n}.act", "v.m1", "v.m2", f"{_MERGED} h"),
+        ops.release_names("v.m1"),
+        t.linear(f"{n}.linear_2", "v.m2", "features", "h", "h", g, _MERGED, bias, flat=False),
+        ops.release_names("v.m2"),
+    )
+
+
+def llava(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build LLaVA with CLIP's tower, whose last layers run although nothing reads their output."""
+    kind = _vision(m, "model_type", "clip_vision_model")
+    if kind != "clip_vision_model":
+        raise UnsupportedModelError(
+            f"vision_config.model_type: {kind!r:.40} is not supported yet for llava; supported: clip_vision_model",
+            "vision_config",
+        )
+    n, is_cropped = "vision_tower", m.get("vision_feature_select_strategy", "default") == "default"
+    ids = Weight(f"{n}.embeddings.position_ids", "vpositions", "buffer", "int64", False)
+    before = (
+        *t.convolution(f"{n}.embeddings.patch_embedding", "pixel_values", "v.patches", f"{t.P} vh", False, asks=True),
+        *_with_class(
+            f"{n}.embeddings.class_embedding", "v.patches", "v.embedded", f"{n}.embeddings.position_embedding"
+        ),
+        Op(f"{n}.embeddings.position_ids", weights=(ids,), gradient="none"),
+        *t.norm(f"{n}.pre_layrnorm", "v.embedded", "embeds", _SHAPE, "vh"),
+        ops.release_names("v.embedded"),
+    )
+    block = t.encoder_block(f"{n}.encoder.layers", _vision(m, "hidden_act", "quick_gelu"), wiring.tower)
+    chosen = (ops.view("v.choose", "x", "v.chosen", _SHAPE), ops.view("v.go_on", "x", "stream", _SHAPE))
+    has_unread = "vL2" in m.axes()
+    runs = (Run((block,), "vL1"), *((Run((block._replace(unread=True),), "vL2", chosen),) if has_unread else ()))
+    last = t.norm(f"{n}.post_layernorm", "v.class", "v.pooled", "b images vh", "vh")
+    x = "v.chosen" if has_unread else "x"
+    after = (
+        ops.release_names("v.patches", "embeds"),
+        ops.view("v.class", "x", "v.class", "b images vh", "new"),
+        *(op._replace(gradient="none", keeps=()) for op in last),
+        *((ops.view("v.crop", x, "v.cropped", f"{_MERGED} vh", "new"),) if is_cropped else ()),
+        *((ops.copy("v.rows", "v.cropped", "v.rows", f"{_MERGED} vh"),) if is_cropped else ()),
+        *_projector(
+            *("multi_modal_projector", str(m.get("projector_hidden_act", "gelu"))),
+            *("v.rows" if is_cropped else x, "vh", m.get("multimodal_projector_bias", True)),
+        ),
+        *t.returned_states("x", "features"),
+        *((ops.view("image_outputs.chosen", x, "v.returned", _SHAPE)._replace(holds="forward"),) if has_unread else ()),
+        ops.release_names("x", "v.pooled", "v.cropped", "v.rows"),
+    )
+    held = (*_HELD, *(("v.chosen",) if has_unread else ()))
+    return text_with_tower(wiring, _text(m, wiring), Tower(_PIXELS, before, runs, after), scattered(), held)
+
+
+def paligemma(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build PaliGemma with SigLIP's tower."""
+    n, act = "vision_tower", _vision(m, "hidden_act", "gelu_pytorch_tanh")
+    block = t.encoder_block(f"{n}.encoder.layers", act, wiring.tower, t.strided_norm)
+    after = (
+        *t.strided_norm(f"{n}.post_layernorm", "x", "v.last", _SHAPE, "vh"),
+        ops.release_names("x", "embeds"),
+        t.linear("multi_modal_projector.linear", "v.last", "features", "h", "vh", "projector", _LEAD, flat=False),
+        *t.returned_states("v.last", "features"),
+        ops.release_names("v.last"),
+    )
+    inputs = (*_PIXELS, Tensor("token_type_ids", "b s", "int64"))
+    tower = Tower(inputs, t.embedded_patches(f"{n}.embeddings", _SHAPE), (Run((block,), "vL1"),), after)
+    text = masked_text(wiring, lambda masked: _text(m, masked))
+    return text_with_tower(wiring, text, tower, scattered(joined=False), _HELD)
+
+
+def _scaled_block(m: ModelSpec, wiring: Wiring) -> Block:
+    """A block of InternVL's tower, which multiplies each branch by a weight before it is added."""
+    bias = bool(m.part("vision_config").get("attention_bias", False))
+    is_normed = bool(m.part("vision_config").get("use_qk_norm", False))
+    norm = t.rms_norm if _vision(m, "norm_type", "layer_norm") == "rms_norm" else t.norm
+    wide = f"{_LEAD} va vd"
+
+    def projected(x: str) -> tuple[Op, ...]:
+        y = f"v.{x}.raw" if is_normed and x != "v" else f"v.{x}"
+        layer = t.linear(f"attention.{x}_proj", "v.n1", y, "va vd", "vh", lead=_LEAD, bias=bias, flat=False)
+        if y == f"v.{x}":
+            return (layer,)
+        return (layer, *t.rms_norm(f"attention.{x}_norm", y, f"v.{x}", wide, "vh"), ops.release_names(y))
+
+    def scaled(name: str, x: str, y: str) -> tuple[Op, ...]:
+        return (ops.multiply_weight(name, x, y, _SHAPE, Weight(name, "vh", "vision")), ops.release_names(x))
+
+    heads = (
+        *(op for x in ("q", "k", "v") for op in projected(x)),
+        t.attention("attention", "v.q", "v.k", "v.v", "v.o", wiring.tower, t.BATCH),
+        t.linear("attention.projection_layer", "v.o", "v.ao.raw", "vh", "va vd", lead=_LEAD, flat=False),
+        ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
+        *scaled("lambda_1", "v.ao.raw", "v.ao"),
+    )
+    feed = t.mlp("mlp", "v.n2", "v.mo.raw", _vision(m, "hidden_act", "gelu"), lead=_LEAD, flat=False)
+    feeds = (*feed, *scaled("lambda_2", "v.mo.raw", "v.mo"))
+    return t.block("vision_tower.encoder.layer", heads, feeds, norm, ("layernorm_before", "layernorm_after"), _LEAD)
+
+
+def internvl(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build InternVL, which merges its patches four by four in two copies."""
+    n, merged = "vision_tower", f"{_MERGED} vm"
+    before = (
+        *t.convolution(
+            f"{n}.embeddings.patch_embeddings.projection", "pixel_values", "v.patches", f"{t.P} vh", True, asks=True
+        ),
+        *_with_class(f"{n}.embeddings.cls_token", "v.patches", "embeds", f"{n}.embeddings.position_embeddings"),
+    )
+    is_normed = not m.part("vision_config").get("use_mean_pooling", True)
+    last = "v.last" if is_normed else "x"
+    p = "multi_modal_projector"
+    after = (
+        ops.release_names("v.patches", "embeds"),
+        *(t.norm(f"{n}.layernorm", "x", last, _SHAPE, "vh") if is_normed else ()),
+        ops.view("v.crop", last, "v.cropped", merged, "new"),
+        ops.copy("v.shuffle_rows", "v.cropped", "v.half", merged),
+        ops.copy("v.shuffle_columns", "v.half", "v.square", merged),
+        ops.release_names("v.half", "v.cropped"),
+        *t.norm(f"{p}.layer_norm", "v.square", "v.normed", merged, "vm", "projector"),
+        *_projector(p, str(m.get("projector_hidden_act", "gelu")), "v.normed", "vm"),
+        *t.returned_states(last, "features"),
+        ops.release_names("v.square", "v.normed", "x"),
+    )
+    tower = Tower(_PIXELS, before, (Run((_scaled_block(m, wiring),), "vL1"),), after)
+    return text_with_tower(wiring, _text(m, wiring), tower, scattered(joined=False), _HELD)
+
+
+def smolvlm(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Idefics 3 and SmolVLM with SigLIP's tower, whose positions are looked up for every image."""
+    n, merged = "vision_model", f"{_MERGED} vm"
+    table = Weight(f"{n}.embeddings.position_embedding.weight", "vpositions vh", "vision", rows=1)
+    block = t.encoder_block(
+        f"{n}.encoder.layers", _vision(m, "hidden_act", "gelu_pytorch_tanh"), wiring.tower, t.strided_norm
+    )
+    before = (
+        *t.convolution(f"{n}.embeddings.patch_embedding", "pixel_values", "v.patches", _SHAPE, True, asks=False),
+        Op(f"{n}.embeddings.position_ids", (), (Tensor("v.ids", t.P, "int64"),), gradient="none"),
+        ops.lookup(f"{n}.embeddings.position_embedding", "v.ids", "v.position", _SHAPE, table),
+        ops.add(f"{n}.embeddings", "v.patches", "v.position", "embeds", _SHAPE)._replace(requires_gradient=True),
+        ops.release_names("v.patches", "v.position"),
+    )
+    after = (
+        *t.strided_norm(f"{n}.post_layernorm", "x", "v.last", _SHAPE, "vh"),
+        ops.release_names("x", "embeds"),
+        ops.copy("connector.rows", "v.last", "v.half", merged),
+        ops.copy("connector.columns", "v.half", "v.square", merged),
+        ops.release_names("v.half"),
+        t.linear(
+            "connector.modality_projection.proj",
+            "v.square",
+            "features",
+            "h",
+            "vm",
+            "projector",
+            _MERGED,
+            False,
+            flat=False,
+        ),
+        ops.release_names("v.square"),
+        *t.returned_states("v.last", "features"),
+        ops.release_names("v.last"),
+    )
+    tower = Tower(_PIXELS, before, (Run((block,), "vL1"),), after)
+    return text_with_tower(wiring, _text(m, wiring), tower, scattered(), _HELD)
+
+
+BUILDERS = {
+    "idefics3": smolvlm,
+    "internvl": internvl,
+    "llava": llava,
+    "paligemma": paligemma,
+    "smolvlm": smolvlm,
+}

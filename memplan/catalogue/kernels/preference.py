@@ -1,0 +1,239 @@
+"""TRL's trainers between a model's forward and its backward pass: log-probabilities, the reference's pass, the loss.
+
+A batch has the chosen sequences first, then the rejected ones. The reference's forward runs while the policy's graph is
+alive; its operation carries that model (`memplan.core.ir.Op.model`). memplan counts every token but the first as one of
+a completion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.losses import nll
+from memplan.catalogue.kernels.rewriting import rewrite
+from memplan.catalogue.kernels.trl_losses import tiled_lm_head
+from memplan.catalogue.kernels.wiring import PAIRED, Trainer
+from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
+
+_SOURCES = {
+    "joined": "trl 0.24.0 trainer/dpo_trainer.py concatenated_forward, trainer/utils.py selective_log_softmax",
+    "shifted": "trl 1.13.0 trainer/dpo_trainer.py _compute_loss, trainer/utils.py selective_log_softmax",
+    "kernel": "trl 1.14.1 trainer/dpo_trainer.py _compute_loss, kernels/logprob_entropy.py _LogProbEntropyFunction",
+    "gathered": "llamafactory 0.9.5 train/dpo/trainer.py concatenated_forward, train/trainer_utils.py get_batch_logps",
+    "tiled": "trl 1.16.0 trainer/dpo_trainer.py _compute_loss, trainer/utils.py add_fused_lm_head",
+    "kto": "trl 1.16.0 trainer/kto_trainer.py _compute_loss, _compute_kl_logps",
+    "reward": "trl 1.16.0 trainer/reward_trainer.py compute_loss",
+    "orpo": "trl 1.16.0 experimental/orpo/orpo_trainer.py concatenated_forward, get_batch_logps",
+    **dict.fromkeys(("cpo", "simpo"), "trl 1.16.0 experimental/cpo/cpo_trainer.py concatenated_forward"),
+}
+_SHIFTED = ("shifted", "kernel")
+_CASTS = "accelerate 1.15 utils/operations.py ConvertOutputsToFp32"
+
+
+def source_of(trainer: Trainer) -> str:
+    """Return where a trainer's step was read."""
+    by_log_probs = _SOURCES[trainer.log_probs]
+    return by_log_probs if trainer.log_probs == "gathered" else _SOURCES.get(trainer.name, by_log_probs)
+
+
+def attach(
+    stack: Stack, trainer: Trainer, reference: Stack | None, mismatched: Stack | None, autocast: str | None
+) -> Stack:
+    """Return the stack with the trainer's log-probabilities, the reference's pass and the loss.
+
+    reference   operations of the reference model, if it runs in the step
+    mismatched  operations of the model itself without gradients: KTO first runs it on completions of other prompts,
+                which estimate the divergence (KL) from the reference; the reference runs on these, too
+    """
+    before = tuple(new for op in stack.before for new in (_inputs(op, mismatched) if op.name == "inputs" else (op,)))
+    stack = stack._replace(before=before, loss=())
+    if trainer.name == "reward":
+        scores = Op("loss.reward", ("logits",), (Tensor("loss", "", "fp32"),), source=source_of(trainer))
+        return stack._replace(loss=(_RETURNED, scores))
+    start = next(i for i, op in enumerate(stack.after) if _begins_head(op))
+    body, head = stack.after[:start], stack.after[start:]
+    if trainer.log_probs == "tiled":
+        matrix = next(w for op in head for w in op.weights if w.rows)
+        bias = tuple(w for op in head for w in op.weights if w is not matrix)
+        result = Tensor("log_probs", "shifted_rows", "fp32")
+        tail = (*tiled_lm_head(matrix, bias, autocast, result), _RETURNED)
+        return _finished(stack._replace(after=body), trainer, tail, reference, ())
+    if trainer.log_probs == "joined":
+        stack = _returning_states(stack)
+    logits = next(op for op in reversed(head) if op.writes).writes[0].name
+    outputs = "outputs" if autocast else logits
+    tail = (_RETURNED, *((_converted(logits),) if autocast else ()))
+    if trainer.log_probs == "joined":
+        tail = (*tail, *_joined_log_probs(logits, outputs, autocast is not None))
+        return _finished(stack, trainer, tail, reference, ())
+    if trainer.log_probs == "gathered":
+        tail = (*tail, *_gathered_log_probs(outputs))
+        return _finished(stack, trainer, tail, reference, (outputs,))
+    if trainer.likelihood:
+        tail = (*tail, *_likelihood(outputs, source_of(trainer)))
+    if not trainer.is_reference:
+        tail = (*tail, *_shifted_log_probs("", outputs, autocast is not None, trainer.log_probs))
+    return _finished(stack, trainer, tail, reference, (outputs, "shifted"), autocast is not None)
+
+
+_RETURNED = Op("return", releases="forward")  # the model's own autocast context ends
+
+
+def _finished(
+    stack: Stack,
+    trainer: Trainer,
+    tail: tuple[Op, ...],
+    reference: Stack | None,
+    held: tuple[str, ...],
+    is_fp32: bool = False,
+) -> Stack:
+    """Return the stack with `tail` after the model and, unless it is the reference's, that pass and the loss.
+
+    held     names that the trainer's frame refers to until it returns
+    is_fp32  the model's outputs are cast to fp32
+    """
+    if trainer.is_reference:
+        return stack._replace(after=(*stack.after, *tail))
+    others: tuple[str, ...] = ()
+    loss: list[Op] = [*tail]
+    if reference is not None:
+        written = [Tensor("ref_log_probs", "b s", "fp32")]
+        if trainer.log_probs in _SHIFTED:
+            written = [Tensor("ref_outputs", "b s v", f"={held[0]}")]
+        loss.append(Op("reference", (), tuple(written), gradient="none", model=reference, source=source_of(trainer)))
+        if trainer.log_probs in _SHIFTED:
+            loss += _shifted_log_probs("ref_", "ref_outputs", is_fp32, trainer.log_probs)
+            held = (*held, "ref_outputs")
+        others = ("ref_log_probs",)
+    others += ("kl_log_probs",) * trainer.has_mismatched_pass + ("chosen_loss",) * trainer.likelihood
+    read = ("log_probs", *others)
+    loss.append(Op(f"loss.{trainer.name}", read, (Tensor("loss", "", "fp32"),), source=source_of(trainer)))
+    if trainer.log_probs in _SHIFTED and trainer.name not in PAIRED:
+        loss += _metrics(trainer)
+    loss.append(ops.release_names(*held, *read))
+    return stack._replace(loss=tuple(loss))
+
+
+def _begins_head(op: Op) -> bool:
+    return bool(op.writes) and ("n" in op.reads or any("v" in t.shape.split() for t in op.writes))
+
+
+def _inputs(op: Op, mismatched: Stack | None) -> Iterator[Op]:
+    """Yield the inputs with the collator's masks, of attention and of completions, and KTO's first pass."""
+    masks = tuple(Tensor(name, "b s", "int64") for name in ("attention_mask", "completion_mask"))
+    present = {t.name for t in op.writes}
+    yield op._replace(writes=(*op.writes, *(t for t in masks if t.name not in present)))
+    if mismatched is not None:
+        written = (Tensor("kl_log_probs", "b s", "fp32"),)
+        yield Op("forward", (), written, gradient="none", model=mismatched, source=_SOURCES["kto"])
+
+
+def _returning_states(stack: Stack) -> Stack:
+    """Return the stack of a model that returns each layer's input and the last norm's output (`output_hidden_states`).
+
+    A layer's input is the output of the one before, so all outputs are held until the last layer has returned.
+    """
+    stack = rewrite(stack, _with_held_state)
+    last = (op._replace(holds="states") if any(t.name == "n" for t in op.writes) else op for op in stack.after)
+    dtype = Op("state", ("x",), (Tensor("state", "0", "=x"),), gradient="none", releases="state")
+    return stack._replace(after=(dtype, *last))
+
+
+def _with_held_state(op: Op) -> tuple[Op, ...]:
+    is_state = any(t.name in ("y", "embeds") for t in op.writes)
+    return (op._replace(holds="states") if is_state and not op.holds else op,)
+
+
+def _converted(logits: str) -> Op:
+    return Op("loss.outputs", (logits,), (Tensor("outputs", "b s v", "fp32"),), cast=True, source=_CASTS)
+
+
+def _selected(name: str, x: str, shape: str, row: str, is_fp32: bool, log_probs: str, source: str) -> Op:
+    """Return the operation that computes log-probabilities of the tokens, one sequence after the other.
+
+    From fp32 logits it subtracts their logsumexp and keeps them; from others it keeps each sequence's log-softmax.
+    Backward makes every sequence's gradient, and joins them.
+    """
+    kept = x if is_fp32 else f"{log_probs}.all"
+    written = () if is_fp32 else (Tensor(kept, shape, f"={x}"),)
+    return Op(
+        name,
+        (x, "ids"),
+        (Tensor(log_probs, "b s", f"={x}"), *written),
+        keeps=(Keep(kept, x),),
+        scratch=(Tensor("exponents of a sequence", f"{row} v", f"={x}"),) if is_fp32 else (),
+        scratch_back=(Scratch(Tensor("gradients by sequence", shape, f"={x}")),),
+        source=source,
+    )
+
+
+def _joined_log_probs(logits: str, outputs: str, is_fp32: bool) -> Iterator[Op]:
+    """Compute log-probabilities of all tokens, and mean logits of the chosen half from a copy of it.
+
+    The model returned its hidden states too, which accelerate casts with the logits.
+    """
+    source = _SOURCES["joined"]
+    embeds, states = Tensor("embeds32", "b s h", "fp32"), Tensor("states32", "L b s h", "fp32")
+    if is_fp32:
+        yield Op("loss.embeddings", ("embeds",), (embeds,), cast=True, gradient="none", source=_CASTS)
+        read = ("state", logits)
+        yield Op("loss.states", read, (states,), cast=True, gradient="none", releases="states", source=_CASTS)
+    yield _selected("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
+    half = Tensor("logits of the chosen half", "half_tokens v", f"={outputs}")
+    yield Op("loss.mean_logits", (outputs,), gradient="none", scratch=(half,), source=source)
+    yield Op("return", (outputs, *((embeds.name, states.name) if is_fp32 else ())), releases="states")
+
+
+def _shifted_log_probs(prefix: str, outputs: str, is_fp32: bool, kind: str) -> Iterator[Op]:
+    """Compute log-probabilities of all tokens but the first, in a loop over sequences or by a kernel.
+
+    The kernel keeps the logits, in any dtype, and four fp32 numbers per token.
+    """
+    source, shifted, result = _SOURCES[kind], f"{prefix}shifted", f"{prefix}log_probs"
+    yield Op("loss.shift", (outputs,), (Tensor(shifted, "shifted_rows v", f"={outputs}"),), view=True, source=source)
+    name = f"loss.{result}"
+    if kind == "shifted":
+        yield _selected(name, shifted, "shifted_rows v", "row_tokens", is_fp32, result, source)
+        return
+    numbers = tuple(f"{result}.{what}" for what in ("entropy", "log_z", "expected_logit"))
+    written = tuple(Tensor(what, "shifted_rows", "fp32") for what in (result, *numbers))
+    kept = tuple(Keep(what, shifted) for what in (shifted, *numbers[1:]))
+    yield Op(name, (shifted, "ids"), written, keeps=kept, gradient="own", source=source)
+
+
+def _gathered_log_probs(outputs: str) -> Iterator[Op]:
+    """Compute the log-softmax of all logits, which backward keeps, and gather the tokens' from it."""
+    source, rows = _SOURCES["gathered"], "shifted_rows v"
+    yield Op("loss.shift", (outputs,), (Tensor("shifted", rows, f"={outputs}"),), view=True, source=source)
+    yield ops.keeping_output("loss.log_softmax", "shifted", "all_log_probs", rows, "_log_softmax")
+    kept = (Keep("all_log_probs", "all_log_probs"),)
+    written = (Tensor("log_probs", "b s", "=all_log_probs"),)
+    yield Op("loss.gather", ("all_log_probs", "ids"), written, keeps=kept, source=source)
+    yield ops.release_names("all_log_probs", "shifted")
+
+
+def _likelihood(outputs: str, source: str) -> Iterator[Op]:
+    """Compute the cross-entropy of the chosen half. Several sequences are copied without their last logits."""
+    chosen, rows = Tensor("chosen", "half_tokens v", f"={outputs}"), Tensor("chosen_rows", "chosen_copied v", "=chosen")
+    yield Op("loss.chosen", (outputs,), (chosen,), view=True, source=source)
+    yield Op("loss.shift_chosen", ("chosen",), (rows,), source=source)
+    yield Op("loss.shift_labels", ("labels",), (Tensor("targets", "half_rows", "int64"),), gradient="none")
+    yield from nll("chosen_loss", "chosen_rows", "chosen_log_probs", "targets", "half_rows v")
+    yield ops.release_names("chosen", "chosen_rows")
+
+
+def _metrics(trainer: Trainer) -> Iterator[Op]:
+    """Compute entropies from a copy of the logits, 128 tokens at a time, and mean logits of one half after the other.
+
+    A chunk's log-softmax is alive until the next chunk's exists. A kernel has computed the entropies already.
+    """
+    source = source_of(trainer)
+    words = "entropy_rows v"
+    names = ("log-softmax of a chunk", "probabilities of a chunk", "products of a chunk")
+    flat = Tensor("flat logits", "shifted_rows v", "=shifted")
+    chunk = tuple(Tensor(name, words, "=shifted") for name in names)
+    if trainer.log_probs == "shifted":
+        yield Op("loss.entropy", ("shifted",), gradient="none", scratch=(flat, *chunk), source=source)
+    half = Tensor("logits of one half", "half_rows v", "=shifted")
+    yield Op("loss.mean_logits", ("shifted",), gradient="none", scratch=(half,), source=source)

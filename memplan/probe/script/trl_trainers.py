@@ -1,0 +1,369 @@
+"""The step of TRL's own trainer, which is traced on fake tensors: its model, its collator's batch, its loss.
+
+    script = TrainerScript(run, "cuda", phase)
+    script.step()
+
+The trainer itself wraps the model: it adds the adapters and casts them, makes the reference model, enables
+checkpointing, patches the head and prepares the model with accelerate. A step is its `training_step`, then clipping and
+its optimizer. Left out are loading the weights from a file and precomputing the reference's log-probabilities.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Generator
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from importlib.util import find_spec
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+from memplan.catalogue.kernels.wiring import PAIRED
+from memplan.core.errors import MemplanError
+from memplan.core.records import NamedTuple
+from memplan.models.cards import find_config
+from memplan.probe.libraries import library
+from memplan.spec.generation import InlineModel
+from memplan.spec.run import RunSpec
+
+
+class TrlTrainer(NamedTuple):
+    """A trainer of TRL.
+
+    name     of its class, without `Trainer`; its config's is `nameConfig`
+    modules  where it is, in newer and in older releases
+    options  of its config
+    """
+
+    name: str
+    modules: tuple[str, ...]
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+_CPO = ("trl.experimental.cpo.cpo_trainer", "trl.trainer.cpo_trainer")
+TRAINERS = {
+    "sft": TrlTrainer("SFT", ("trl.trainer.sft_trainer",), (("dataset_kwargs", {"skip_prepare_dataset": True}),)),
+    "dpo": TrlTrainer("DPO", ("trl.trainer.dpo_trainer",)),
+    "kto": TrlTrainer("KTO", ("trl.trainer.kto_trainer",)),
+    "reward": TrlTrainer("Reward", ("trl.trainer.reward_trainer",)),
+    "orpo": TrlTrainer("ORPO", ("trl.experimental.orpo.orpo_trainer", "trl.trainer.orpo_trainer")),
+    "cpo": TrlTrainer("CPO", _CPO),
+    "simpo": TrlTrainer("CPO", _CPO, (("loss_type", "simpo"), ("cpo_alpha", 0.0))),
+}
+
+
+def trainer_module(run: RunSpec) -> Any:
+    """Return the module of the run's trainer in the installed TRL. Raises ProbeError if it has none."""
+    facts: ModuleType = library("trl.import_utils")
+    found = vars(facts)
+    for name, value in [*found.items()]:
+        if name.endswith("_available") and isinstance(value, tuple):  # TRL 0.24 under transformers 5: (found, version)
+            found[name] = value[0]
+    *others, last = TRAINERS[run.trainer].modules
+    for name in others:
+        try:
+            return library(name)
+        except MemplanError:
+            continue
+    return library(last)
+
+
+def _always(value: Any) -> Any:
+    """Return a function that returns the value."""
+
+    def answer(*_: Any, **__: Any) -> Any:
+        return value
+
+    return answer
+
+
+def _as_given(trainer: Any, dataset: Any, *_: Any, **__: Any) -> Any:
+    return dataset
+
+
+def _blocks(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _set(owner: Any, values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        setattr(owner, name, value)
+
+
+@contextmanager
+def _without_triton() -> Generator[None]:
+    """Let a module with Triton kernels be imported where Triton is not installed."""
+    if find_spec("triton") is not None:
+        yield
+        return
+
+    def unchanged(function: Any) -> Any:
+        return function
+
+    language = ModuleType("triton.language")
+    language.constexpr = Any  # pyright: ignore[reportAttributeAccessIssue]
+    triton = ModuleType("triton")
+    triton.language, triton.jit = language, unchanged  # pyright: ignore[reportAttributeAccessIssue]
+    triton.autotune = triton.heuristics = _always(unchanged)  # pyright: ignore[reportAttributeAccessIssue]
+    sys.modules.update({"triton": triton, "triton.language": language})
+    try:
+        yield
+    finally:
+        del sys.modules["triton"], sys.modules["triton.language"]
+
+
+@contextmanager
+def prepared(run: RunSpec) -> Generator[None]:
+    """Let the trainer and the libraries see a card while it is built and steps, no padding, and kernels that compute
+    nothing. Its module must have been imported before tensors are fake."""
+    import torch
+
+    from memplan.probe.fake import tracker
+
+    def half_of(labels: Any, **_: Any) -> Any:
+        """Return the indices of one half of the examples: KTO asks which are desirable."""
+        return torch.arange(labels.shape[0] // 2, device=labels.device).view(-1, 1)
+
+    owners: dict[Any, dict[str, Any]] = {
+        torch: {"nonzero": half_of},
+        torch.cuda: {
+            "device_count": _always(1),
+            "set_device": _always(None),
+            "get_device_name": _always("A100"),
+        },
+        library("transformers.masking_utils"): {"fast_all": _always(True)},
+        library("transformers.training_args"): dict.fromkeys(
+            ("is_torch_bf16_gpu_available", "is_torch_tf32_available"), _always(True)
+        ),
+    }
+    before = {owner: {name: getattr(owner, name) for name in patches} for owner, patches in owners.items()}
+    for owner, patches in owners.items():
+        _set(owner, patches)
+    TrainerScript.patch()
+    tracker.scalar_answers.append(partial(TrainerScript.answer, run))
+    try:
+        yield
+    finally:
+        tracker.scalar_answers.pop()
+        for owner, patches in before.items():
+            _set(owner, patches)
+
+
+class TrainerScript:
+    """A run under one of TRL's trainers, with the attributes of `memplan.probe.script.script.Script`."""
+
+    imported: tuple[str, ...] = ("trl.trainer.sft_trainer",)  # before tensors are fake; more with another trainer
+    unused: tuple[str, ...] = ()  # modules that its imports name, and no step runs
+    assistant = scaler = None
+    attention_backend = nullcontext
+
+    def __init__(self, run: RunSpec, device: Any, phase: Any) -> None:
+        import torch
+
+        from memplan.probe.script import model as building
+        from memplan.probe.script.parameter_counts import parameters
+        from memplan.resolve.decide import fill_from_profile
+
+        self.run, self.device, self.phase = run, torch.device(device), phase
+        filled = fill_from_profile(run)
+        with phase("load"):
+            if run.trainer == "reward":  # its head is a score
+                config = {**find_config(run.model), "num_labels": 1}
+                filled = filled.model_copy(update={"model": InlineModel(config=config)})
+            model = building.empty_model(filled)
+            building.materialise(model, filled, lambda _: self.device)
+            self.counted = parameters(model)
+            model.warnings_issued = {}  # which TRL 0.24 writes to, and transformers 5 has no longer
+            if filled.method.quantization is not None:  # which Trainer and Axolotl ask
+                config = SimpleNamespace(quant_method="bitsandbytes")
+                model.hf_quantizer = SimpleNamespace(is_trainable=True, quantization_config=config)
+            torch.cuda.is_available = lambda: True  # which transformers' arguments ask
+            self.trainer: Any = self._trainer(model, filled)
+            torch.cuda.is_available = lambda: False  # or fused optimizers ask a stream
+            del model
+            self.trainer.model_wrapped = self.trainer.accelerator.prepare(self.trainer.model)
+            self.trainer.model.train()
+            self._checkpoint(self.trainer.model, self.trainer.args)
+            self.model = self.trainer.model_wrapped
+            self.parameters = [p for p in self.model.parameters() if p.requires_grad]
+            self.trainable = sum(p.numel() for p in self.parameters)
+            self.optimizer = self.trainer.create_optimizer()
+            self.optimizers = [self.optimizer]
+        self._in_phase(self.trainer, "compute_loss", "forward")
+        self._in_phase(self.trainer.accelerator, "backward", "backward")
+
+    @staticmethod
+    def patch() -> None:
+        """Have TRL call its Triton kernels, which compute nothing here."""
+
+        class Kernel:
+            def __getitem__(self, grid: Any) -> Any:
+                return _always(None)
+
+        for name in ("chunked_logprob", "logprob_entropy"):  # since TRL 1.15, and in 1.14
+            try:
+                with _without_triton():
+                    kernels: Any = library(f"trl.kernels.{name}")
+            except MemplanError:  # another release
+                continue
+            kernels._forward_kernel = kernels._backward_kernel = Kernel()
+            kernels._TRITON_AVAILABLE = True
+            kernels.triton = SimpleNamespace(cdiv=_blocks)
+            if name == "logprob_entropy":
+                library("trl.trainer.utils")._fused_logprob_entropy = kernels.selective_log_softmax_and_entropy
+
+    @staticmethod
+    def answer(run: RunSpec, value: Any) -> bool | int:
+        """Return the value of a tensor, which TRL up to 1.14 reads: the number of labels, and whether none counts."""
+        rows = -(-run.batch.micro * (run.batch.sequence - 1) // 256) * 256
+        return rows if str(value.dtype) == "torch.int64" else False
+
+    def _trainer(self, model: Any, run: RunSpec) -> Any:
+        """Return the trainer around the model, to which it adds the adapters."""
+        import torch
+
+        from memplan.probe.script.model import lower_of, target_modules
+
+        method, adapters = run.method, None
+        if method.kind != "full":
+            adapters = library("peft").LoraConfig(
+                task_type="SEQ_CLS" if run.trainer == "reward" else "CAUSAL_LM",
+                r=method.rank,
+                lora_alpha=8,
+                target_modules=target_modules(run, model),
+                use_dora="dora" in method.kind,
+            )
+        module, trainer = trainer_module(run), TRAINERS[run.trainer]
+        self._copy_reference(module, run)
+        kind: Any = getattr(module, f"{trainer.name}Trainer")
+        for name in ("_prepare_dataset", "_precompute_ref_logps"):
+            if run.trainer != "sft" and hasattr(kind, name):
+                setattr(kind, name, _as_given)
+        half = lower_of(run.precision) if run.precision.autocast else None
+        precomputes = {"precompute_ref_log_probs": True} if run.reference == "precomputed" else {}
+        arguments = self._arguments(
+            run,
+            module.__name__,
+            f"{trainer.name}Config",
+            max_length=run.batch.sequence,
+            gradient_checkpointing=run.kernels.checkpointing == "full",
+            bf16=half is torch.bfloat16,
+            fp16=half is torch.float16,
+            **dict(trainer.options),
+            **precomputes,
+        )
+        return kind(
+            model=model,
+            args=arguments,
+            train_dataset=self._dataset(),
+            processing_class=self._tokenizer(),
+            peft_config=adapters,
+        )
+
+    def _copy_reference(self, module: Any, run: RunSpec) -> None:
+        """Let the trainer build its copy of the model instead of loading it, and not hash the weights."""
+        from memplan.probe.script import model as building
+
+        def loaded(*_: Any, **__: Any) -> Any:
+            model = building.empty_model(run)
+            building.materialise(model, run, lambda _: self.device)
+            return model
+
+        for name, instead in (("create_model_from_path", loaded), ("hash_module", _always(""))):
+            if hasattr(module, name):
+                setattr(module, name, instead)
+
+    def _checkpoint(self, model: Any, arguments: Any) -> None:
+        """Checkpoint the layers if the arguments say so, as Trainer.train does."""
+        if getattr(arguments, "activation_checkpointing", False):
+            model.activation_checkpointing_enable()
+        elif arguments.gradient_checkpointing and not hasattr(model, "activation_checkpointing_enable"):
+            model.gradient_checkpointing_enable(arguments.gradient_checkpointing_kwargs)  # before transformers 5.24
+
+    def _in_phase(self, owner: Any, method: str, name: str) -> None:
+        """Enter a phase during every call of the method."""
+        call = getattr(owner, method)
+
+        def entered(*args: Any, **kwargs: Any) -> Any:
+            with self.phase(name):
+                return call(*args, **kwargs)
+
+        setattr(owner, method, entered)
+
+    @staticmethod
+    def _arguments(run: RunSpec, package: str, kind: str, **more: Any) -> Any:
+        return getattr(library(package), kind)(
+            output_dir=tempfile.mkdtemp(),
+            per_device_train_batch_size=run.batch.micro,
+            report_to=[],
+            optim=str(run.optimizer.name),
+            **more,
+        )
+
+    @staticmethod
+    def _dataset() -> Any:
+        columns = ("input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids")
+        texts = {name: ["<pad>"] for name in ("prompt", "chosen", "rejected", "completion")}
+        return library("datasets").Dataset.from_dict({**{name: [[0]] for name in columns}, **texts, "label": [True]})
+
+    @staticmethod
+    def _tokenizer() -> Any:
+        from tokenizers import Tokenizer, models
+        from transformers import PreTrainedTokenizerFast
+
+        words = Tokenizer(models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
+        return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+
+    def step(self) -> None:
+        """Run the trainer's step: forward and backward, clipping, the optimizer."""
+        import torch
+
+        inputs, labels = self._batch()
+        tokens = torch.full((), labels, device=self.device)
+        self.trainer.current_gradient_accumulation_steps = 1
+        self.trainer.training_step(self.model, inputs, num_items_in_batch=tokens)
+        del inputs
+        with self.phase("clip"):
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        with self.phase("step"):
+            self.optimizer.step()
+            self.model.zero_grad()
+
+    def _batch(self) -> tuple[dict[str, Any], int]:
+        """Return a batch as the trainer's collator makes it, without padding, and its number of labels."""
+        import torch
+
+        micro, tokens = self.run.batch.micro, self.run.batch.sequence
+
+        def ids(rows: int, columns: int) -> Any:
+            return torch.zeros((rows, columns), dtype=torch.int64, device=self.device)
+
+        def masked(name: str, rows: int, columns: int) -> dict[str, Any]:
+            part = ids(rows, columns)
+            return {f"{name}input_ids": part, f"{name}attention_mask": torch.ones_like(part)}
+
+        if self.run.trainer == "sft":
+            inputs = masked("", micro, tokens)
+            return {**inputs, "labels": torch.ones_like(inputs["input_ids"])}, micro * (tokens - 1)
+        if self.run.trainer == "reward":
+            return masked("", 2 * micro, tokens), 2 * micro
+        if self.run.trainer == "kto":
+            inputs = {**masked("", micro, tokens), **masked("KL_", micro, tokens)}
+            inputs |= {f"{part}completion_mask": torch.ones_like(inputs["input_ids"]) for part in ("", "KL_")}
+            inputs["label"] = torch.ones(micro, dtype=torch.bool, device=self.device)
+            if self.run.reference == "precomputed":
+                inputs |= {name: torch.zeros(micro, device=self.device) for name in ("ref_logps", "ref_KL_logps")}
+            return inputs, micro * (tokens - 1)
+        if self.run.trainer in PAIRED:
+            inputs = {**masked("chosen_", micro, tokens), **masked("rejected_", micro, tokens)}
+            inputs |= {f"{side}_labels": inputs[f"{side}_input_ids"].clone() for side in ("chosen", "rejected")}
+        elif hasattr(self.trainer, "concatenated_forward"):  # TRL 0.24 joins prompts and completions itself
+            inputs = {**masked("prompt_", micro, 1), **masked("chosen_", micro, tokens - 1)}
+            inputs |= masked("rejected_", micro, tokens - 1)
+        else:
+            inputs = masked("", 2 * micro, tokens)
+            inputs["completion_mask"] = torch.ones_like(inputs["input_ids"])
+        if self.run.reference == "precomputed":
+            inputs |= {f"ref_{side}_logps": torch.zeros(micro, device=self.device) for side in ("chosen", "rejected")}
+        return inputs, 2 * micro * (tokens - 1)

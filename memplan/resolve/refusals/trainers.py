@@ -1,0 +1,63 @@
+"""Trainers that a profile does not have, references that cannot be, and what is not supported yet with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue.kernels.wiring import PAIRED
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.profiles.profiles import PROFILES, library_behaviour
+from memplan.core.errors import SpecError, refused
+from memplan.resolve.defaults import defaults_of
+from memplan.resolve.open_run import OpenRun
+from memplan.resolve.refusals.refuse import not_yet, not_yet_with
+
+SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward")
+_ALONE = (*PAIRED, "reward")  # without a reference
+
+
+def trainer(run: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for a trainer, for its reference, and for what it cannot be combined with."""
+    name, has_adapters = run.trainer, run.method.kind in ADAPTERS
+    if name == "sft":
+        yield refused("reference", "sft has no reference model; set trainer (--trainer dpo)")
+    if name not in run.library.trainer.trainers:
+        having = [p.name for p in PROFILES if name in library_behaviour(p.name, "", False).trainer.trainers]
+        yield refused("trainer", f"{run.profile} does not have {name}; {_joined(having)}")
+    if name not in SUPPORTED:
+        yield not_yet("trainer", name, ", ".join(SUPPORTED))
+    if name == "kto" and run.library.trainer.log_probs != "tiled":
+        yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
+    if name == "kto" and run.batch_facts.is_single_sequence:
+        yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
+    towers = [key for key in ("vision_config", "audio_config") if run.model.get(key)]
+    if towers and run.library.trainer.log_probs == "joined" and name not in _ALONE:
+        yield not_yet_with("trainer", f"{name}, {run.profile} and a vision or audio tower", "trl-1.15")
+    if name in _ALONE and run.reference not in (None, "none"):
+        yield refused("reference", f"{name} has no reference model; use none, or trainer dpo")
+    if run.reference == "adapters" and not has_adapters:
+        yield refused("reference", f"method {run.method.kind} has no adapters to disable; use copy or precomputed")
+    if run.reference == "none" and name not in _ALONE:
+        choices = "adapters, copy or precomputed" if has_adapters else "copy or precomputed"
+        yield refused("reference", f"{name} compares with a reference model; use {choices}")
+    objective = "sequence_classification" if name == "reward" else "causal_lm"
+    if run.model.objective != objective:
+        yield not_yet_with("objective", f"trainer {name}", objective)
+    loss = defaults_of(run.library, name).kernels_loss
+    if run.kernels.loss not in (None, loss):
+        yield not_yet_with("kernels.loss", f"trainer {name} and {run.profile}", loss)
+    if "cross_entropy" in (run.kernels.fused or ()):
+        yield not_yet_with("kernels.fused", f"cross_entropy and trainer {name}", "rope, rms_norm, swiglu, lora")
+    p = run.parallelism
+    if p.world > 1 and (p.strategy != "ddp" or p.dp != p.world):
+        yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or ddp")
+    if p.offload.activations:
+        yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
+    if run.batch_facts.images:
+        yield not_yet_with("batch.images", f"trainer {name}", "0")
+    if run.method.virtual_tokens:
+        yield not_yet_with("method.kind", f"trainer {name}", "methods without virtual tokens")
+
+
+def _joined(having: list[str]) -> str:
+    return f"use {' or '.join(having)}" if having else "no profile has it"

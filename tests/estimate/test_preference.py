@@ -1,0 +1,116 @@
+"""Estimates of TRL's trainers with pairs and reference models against traces of the trainers' own steps."""
+
+from __future__ import annotations
+
+from collections import Counter
+from statistics import mean
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy import compared_with_trace, rows
+from memplan import RunSpec, estimate
+from memplan.core.errors import SpecError
+from tests.sampling import sampled
+
+ROWS: list[dict[str, Any]] = rows("traced_preference.jsonl")
+
+
+@pytest.mark.parametrize("row", sampled(ROWS), ids=lambda row: row["name"])
+def test_a_trainers_step_is_near_its_trace(row: dict[str, Any]) -> None:
+    answer = estimate(RunSpec(**row["run"]))
+    assert (answer.parameters.total, answer.parameters.trainable) == (row["parameters"], row["trainable"])
+    compared = compared_with_trace(row)
+    assert compared.peak < 1e-3, compared
+    assert compared.phase < 5e-3, compared
+    assert compared.same
+
+
+def test_trainers_are_held_to_traces() -> None:
+    counts = Counter((row["run"]["trainer"], row["run"]["profile"]) for row in ROWS)
+    assert min(counts["dpo", profile] for profile in ("trl-1.15", "trl-1.13", "trl-1.6", "trl-0.24")) >= 20
+    assert counts["dpo", "trl-1.14"] >= 7
+    assert min(counts[trainer, "trl-1.15"] for trainer in ("kto", "orpo", "cpo", "simpo", "reward")) >= 3
+    assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
+
+
+LLAMA = "llama-3.2-1b"
+
+
+def peak(**run: Any) -> int:
+    return estimate(RunSpec(model=LLAMA, trainer="dpo", precision="autocast", **run)).bytes.allocated
+
+
+def test_a_copy_holds_the_models_weights_twice() -> None:
+    answer = estimate(RunSpec(model=LLAMA, trainer="dpo", precision="autocast"))
+    own = sum(line.bytes for line in answer.ledger if line.kind == "parameter" and "reference." not in line.what)
+    copy = sum(line.bytes for line in answer.ledger if line.kind == "parameter" and "reference." in line.what)
+    assert own == copy
+    assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+
+
+def test_a_precomputed_reference_takes_its_weights_less() -> None:
+    weights = 2 * 1_235_814_400  # bf16; the embeddings are tied
+    assert peak(reference="copy") - peak(reference="precomputed") == pytest.approx(weights, rel=1e-4)
+
+
+def test_adapters_disabled_take_no_weights_more() -> None:
+    less = peak(method="lora", reference="precomputed")
+    assert less <= peak(method="lora") < less * 1.02
+    assert peak(method="lora", reference="copy") > less + 2.4e9
+
+
+def test_rows_are_counted_twice_for_each_pair() -> None:
+    for batch in (1, 2):
+        run: dict[str, Any] = {"model": LLAMA, "method": "lora", "precision": "autocast", "profile": "trl-1.15"}
+        pairs = estimate(RunSpec(**run, trainer="dpo", reference="precomputed", batch={"micro": batch}))
+        rows_of_sft = estimate(RunSpec(**run, loop={"trainer": True}, batch={"micro": 2 * batch}))
+        assert pairs.bytes.allocated == pytest.approx(rows_of_sft.bytes.allocated, rel=1e-3)
+
+
+def test_the_chosen_half_is_kept_once_more_for_its_likelihood() -> None:
+    def allocated(trainer: Any) -> int:
+        run: dict[str, Any] = {"model": LLAMA, "method": "lora", "precision": "autocast", "batch": {"micro": 2}}
+        return estimate(RunSpec(**run, trainer=trainer)).bytes.allocated
+
+    assert allocated("orpo") == allocated("cpo")
+    assert allocated("orpo") - allocated("simpo") == pytest.approx(4 * 2 * 2047 * 128256, rel=1e-3)  # log-softmax
+
+
+def test_a_reward_models_head_is_a_score() -> None:
+    answer = estimate(RunSpec(model=LLAMA, trainer="reward", precision="autocast"))
+    assert next(line for line in answer.ledger if line.what == "score.weight").bytes == 2 * 2048
+    assert not any("v" in line.shape.split("·") for line in answer.ledger if line.kind == "activation")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trainer": "ppo"}, "trl-1.15 does not have ppo; use trl-1.6 or trl-0.24"),
+        ({"trainer": "ppo", "profile": "trl-0.24"}, "'ppo' is not supported yet; supported: sft, dpo, kto"),
+        ({"trainer": "dpo", "profile": "transformers-5"}, "transformers-5 does not have dpo; use trl-1.15"),
+        (
+            {"trainer": "dpo", "reference": "adapters"},
+            "method full has no adapters to disable; use copy or precomputed",
+        ),
+        ({"trainer": "dpo", "reference": "none"}, "dpo compares with a reference model; use copy or precomputed"),
+        ({"reference": "copy"}, "sft has no reference model"),
+        ({"trainer": "orpo", "reference": "copy"}, "orpo has no reference model; use none, or trainer dpo"),
+        ({"trainer": "kto", "profile": "trl-1.13"}, "is not supported yet with kto and trl-1.13; supported: trl-1.15"),
+        (
+            {"trainer": "dpo", "profile": "trl-0.24", "model": "gemma-3-4b"},
+            "a vision or audio tower; supported: trl-1.15",
+        ),
+        ({"trainer": "kto"}, "kto estimates a divergence from at least 2 completions"),
+        ({"trainer": "dpo", "objective": "sequence_classification"}, "supported: causal_lm"),
+        ({"trainer": "dpo", "kernels": {"loss": "fused"}}, "supported: tiled_lm_head"),
+        ({"trainer": "dpo", "also": {"saving": {}}}, "supported: the steps alone"),
+        (
+            {"trainer": "dpo", "parallelism": {"world": 2, "dp": 2, "strategy": "zero2"}},
+            "is not supported yet with trainer dpo; supported: one GPU, or ddp",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SpecError, match=message):
+        estimate(RunSpec(**{"model": LLAMA, **changes}))

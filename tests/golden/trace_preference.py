@@ -1,0 +1,109 @@
+"""Trace steps of TRL's trainers other than SFT, and print rows for tests/estimate/test_preference.py.
+
+python -m venv /tmp/trl
+/tmp/trl/bin/pip install trl==1.16.0 transformers==5.24.0 peft==0.21.2 bitsandbytes==0.50.2 'torch==2.13.*' pydantic
+/tmp/trl/bin/python tests/golden/trace_preference.py trl-1.15 dpo traced_preference.jsonl >> /tmp/rows.jsonl
+
+The profile is that of the installed TRL. Runs with a row in a file that is given are not traced again. Every run is
+traced for DPO with three releases, every fourth with others and for other trainers. A row is what
+`memplan probe --trace` traces: the trainer makes its reference model, computes its loss on a batch as its collator
+makes it, and steps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from memplan.probe.run import child
+from memplan.probe.run.trace import read
+from memplan.spec.run import RunSpec
+from tests.golden.trace_runs import line
+from tests.golden.trace_trainers import BF16, CONFIGS, FP32
+
+_STEPS = dict.fromkeys((("trl-1.15", "dpo"), ("trl-1.13", "dpo"), ("trl-0.24", "dpo")), 1)
+WITH_REFERENCE = ("dpo", "kto")
+# Family, method, precision, examples and tokens; then the reference and what differs from the trainer's defaults.
+CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
+    ("llama", "full", FP32, 1, 1024, None, {}),
+    ("llama", "full", BF16, 2, 1024, None, {}),
+    ("llama", "full", BF16, 1, 512, "precomputed", {}),
+    ("llama", "full", BF16, 4, 2048, "precomputed", {"checkpointing": "none"}),
+    ("llama", "lora", BF16, 2, 1024, None, {}),
+    ("llama", "lora", BF16, 1, 4096, "precomputed", {}),
+    ("llama", "lora", FP32, 2, 1024, None, {}),
+    ("llama", "qlora", BF16, 2, 1024, None, {}),
+    ("llama", "qlora", BF16, 1, 2048, "precomputed", {}),
+    ("tied", "full", FP32, 2, 1024, None, {}),
+    ("tied", "lora", BF16, 2, 2048, None, {"checkpointing": "none"}),
+    ("qwen2", "full", BF16, 1, 2048, None, {}),
+    ("qwen2", "lora", BF16, 2, 2048, None, {}),
+    ("qwen2", "qlora", BF16, 2, 1024, None, {}),
+    ("mistral", "full", BF16, 2, 2048, None, {}),
+    ("mistral", "lora", BF16, 4, 1024, None, {}),
+    ("mistral", "qlora", BF16, 1, 4096, None, {}),
+    ("gemma2", "full", BF16, 1, 1024, None, {}),
+    ("gemma2", "lora", BF16, 2, 1024, None, {}),
+    ("gemma2", "qlora", BF16, 1, 2048, None, {}),
+    ("blocks", "full", BF16, 2, 4096, None, {}),
+    ("blocks", "full", FP32, 2, 2048, None, {}),
+    ("blocks", "full", BF16, 2, 2048, "precomputed", {"checkpointing": "none"}),
+    ("blocks", "lora", BF16, 2, 4096, None, {}),
+    ("blocks", "lora", BF16, 2, 2048, None, {"checkpointing": "none"}),
+    ("blocks", "qlora", BF16, 2, 4096, None, {}),
+)
+
+
+def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
+    """Yield the runs of `CASES` under a profile and a trainer."""
+    for family, method, precision, micro, tokens, said, kernels in CASES[:: _STEPS.get((profile, trainer), 4)]:
+        reference = said if trainer in WITH_REFERENCE else None
+        words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ())]
+        targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
+        name = f"{profile} {trainer} {family} {method} {precision['weights']} {micro}x{tokens} {' '.join(words)}"
+        yield (
+            " ".join(name.split()),
+            RunSpec.model_validate(
+                {
+                    "model": {"config": CONFIGS[family]},
+                    "trainer": trainer,
+                    "reference": reference,
+                    "method": {"kind": method, **targets},
+                    "precision": precision,
+                    "batch": {"micro": micro, "sequence": tokens},
+                    "kernels": kernels,
+                    "profile": profile,
+                }
+            ),
+        )
+
+
+def main() -> None:
+    profile, trainer, *files = sys.argv[1:]
+    output, sys.stdout = sys.stdout, sys.stderr  # trainers print, too
+    done = {json.loads(row).get("name") for file in files for row in Path(file).read_text("utf-8").splitlines()}
+    for name, run in runs(profile, trainer):
+        if name in done:
+            continue
+        process = os.fork()  # trainers patch classes, as long as their process lasts
+        if process:
+            os.waitpid(process, 0)
+            continue
+        try:
+            traced = read(run, child._answer(run, 2, "cuda", False))
+            versions = ", ".join(f"{k} {v}" for k, v in traced.versions.items())
+            print(json.dumps({**line(name, run, traced), "versions": versions}), file=output, flush=True)
+        except Exception:
+            print(name, traceback.format_exc(), file=sys.stderr, flush=True)
+        os._exit(0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""A short run of the fuzzer, with other cases in each run of the suite; a failure prints the command that shows it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from itertools import count
+
+import pytest
+
+from benchmarks import fuzz
+from benchmarks.sweep import Failure
+from memplan import MemplanError, RunSpec, estimate
+from tests.sampling import examples
+
+PARTS = 4
+# Differs between runs, but is equal in all processes of one run, so that they draw the same cases.
+SEED = int(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0")[:8], 16)
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_no_random_case_fails(part: int) -> None:
+    shown: list[str] = []
+    size = examples(60)
+    for index, kind, value in fuzz.cases(size, SEED, part * size):
+        failures = [failure for failure in fuzz.failures_of(kind, value)[0] if failure.kind not in ("hangs", "memory")]
+        shown += [f"seed {SEED}, case {index}: {failure}\n{fuzz.KINDS[kind].command(value)}" for failure in failures]
+    assert not shown, "\n".join(shown)
+
+
+# Cases that failed once, as the fuzzer made them small.
+FAILED: tuple[tuple[str, fuzz.Value], ...] = (
+    # An answer named what its engine refuses: a rank of adapters without slots, a share of the card.
+    *(
+        ("runs", {"task": "generate", "profile": name, "model": "qwen2-0.5b"})
+        for name in ("sglang", "tgi", "llama.cpp")
+    ),
+    ("runs", {"model": {"config": {"model_type": "t5", "d_model": 64, "architectures": ["\x1b["]}}}),
+    ("files", {"words": ["l.yaml"], "files": {"l.yaml": "finetuning_typ-0.0: lora\nper_device_train_batch_size: 2\n"}}),
+)
+
+
+@pytest.mark.parametrize(("kind", "value"), FAILED)
+def test_what_failed_once_does_not_fail(kind: str, value: fuzz.Value) -> None:
+    failures = fuzz.failures_of(kind, value)[0]
+    if "profile" in value:
+        failures += fuzz.check_json(estimate(RunSpec.model_validate(value)))
+    assert failures == []
+
+
+def test_a_failure_is_shown_with_the_smallest_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    def check(value: fuzz.Value) -> list[Failure]:
+        return [Failure("law", "nine")] if 9 in value.get("sizes", []) else []
+
+    monkeypatch.setitem(fuzz.KINDS, "runs", fuzz.KINDS["runs"]._replace(check=check))  # type: ignore[arg-type]
+    case = {"model": "x", "sizes": [1, 2, 9, 4], "batch": {"micro": 8}}
+    assert fuzz.shrunk("runs", case, Failure("law", "nine", "detail")) == {"sizes": [9]}
+
+
+def test_crashes_hangs_and_unclear_errors_are_failures(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kinds(work: Callable[[], object]) -> list[str]:
+        def check(_: fuzz.Value) -> Iterator[Failure]:
+            work()
+            yield from ()
+
+        monkeypatch.setitem(fuzz.KINDS, "runs", fuzz.KINDS["runs"]._replace(check=check))  # type: ignore[arg-type]
+        return [failure.kind for failure in fuzz.failures_of("runs", {}, 0.05)[0]]
+
+    def refuse(message: str, field: str) -> Callable[[], object]:
+        def work() -> None:
+            raise MemplanError(message, field)
+
+        return work
+
+    assert kinds(lambda: None) == []
+    assert kinds(lambda: 1 / 0) == ["crashes"]
+    assert kinds(lambda: sum(1 for _ in count())) == ["hangs"]
+    assert kinds(refuse("model: unknown", "model")) == []
+    assert kinds(refuse("unknown", "")) == ["message"]
+    assert kinds(refuse(f"model: {'x' * 1000}", "model")) == ["message"]
+
+
+def test_output_that_no_command_should_have_is_a_failure() -> None:
+    def kinds(code: int, out: str, err: str = "") -> set[str]:
+        return {failure.kind for failure in fuzz.output_failures(["qwen2-0.5b", "--json"], code, out, err)}
+
+    assert kinds(0, '{"a": 1}') == set()
+    assert kinds(0, '{"a": NaN}') == kinds(0, "") == kinds(7, "{}") == kinds(0, '"\x1b[31m"') == {"output"}
+    assert kinds(2, "", "memplan: model: unknown name 'x'") == set()
+    assert kinds(2, "", "memplan: wrong\nmemplan: again") == {"message"}
+    assert "crashes" in kinds(1, "", "Traceback (most recent call last):")
