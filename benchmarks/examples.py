@@ -46,7 +46,7 @@ class Example(NamedTuple):
 
 
 class Printed(NamedTuple):
-    """What a block of commands prints, and the exit codes of its lines."""
+    """The output of a block of commands, and the exit codes of its lines."""
 
     out: str
     err: str

@@ -1,4 +1,4 @@
-"""What a long answer is doing now, for a command that shows it while it waits."""
+"""The current work of a long answer, which a command shows while it waits."""
 
 from __future__ import annotations
 

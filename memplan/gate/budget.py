@@ -51,7 +51,7 @@ ALL = MemoryLimit("100%", Fraction(1))
 
 
 class RunBudget(NamedTuple):
-    """What some runs may take of some GPUs.
+    """Limits of some runs on some GPUs.
 
     runs       files, or patterns of files, relative to the folder of the budgets
     gpus       names of the GPUs: each has to hold the runs, or one of them if `is_any`
@@ -77,7 +77,7 @@ class RunBudget(NamedTuple):
 
     @property
     def terms(self) -> tuple[object, ...]:
-        """What it says about a run on a GPU; two budgets that say different things contradict each other."""
+        """The limits of a run on a GPU; two budgets with different ones contradict each other."""
         return self.number, self.fail.of(10**12), self.warn and self.warn.of(10**12), self.band, self.framework
 
     def place(self, key: str) -> str:

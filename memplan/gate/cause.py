@@ -39,7 +39,7 @@ class Cause(NamedTuple):
 
 
 class _Candidate(NamedTuple):
-    """What changed together, and the fields as they are with it put back; a missing one is left out."""
+    """Values that changed together, and the run's fields with these put back; a missing field is left out."""
 
     kind: Kind
     changes: tuple[ValueChange, ...]

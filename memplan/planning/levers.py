@@ -12,7 +12,7 @@ from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.parallelism.sharding import STRATEGIES as ROWS
 from memplan.catalogue.profiles.costs import LeverCost, cost_of
 from memplan.core.records import NamedTuple
-from memplan.models.cards import find_config
+from memplan.models.cards import find_config, find_model
 from memplan.models.peft_methods import has_rank
 from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Offload
@@ -116,7 +116,7 @@ def stacks_of(run: RunSpec, newest: bool = False) -> Iterator[Lever]:
     if run.parallelism.world > 1 or not run.profile.startswith(STACKS):
         return
     profiles = [NEWEST[stack] for stack in STACKS if not run.profile.startswith(stack)]
-    if not newest and any("experts" in key for key in find_config(run.model)):
+    if not newest and "E" in find_model(run.model).axes():
         profiles += _WITH_SEPARATE_EXPERTS
     for profile in profiles:
         if profile != run.profile:
@@ -276,8 +276,9 @@ def _double_quant(run: RunSpec) -> Iterator[Lever]:
 
 def _experts(run: RunSpec) -> Iterator[Lever]:
     q = run.method.quantization
-    stacked = any("experts" in key for key in find_config(run.model)) and run.parallelism.strategy in ("none", "ddp")
-    if q is not None and q.format in ("nf4", "fp4") and not q.experts and stacked and run.method.kind == "qlora":
+    if q is None or q.format not in ("nf4", "fp4") or q.experts or run.method.kind != "qlora":
+        return
+    if "E" in find_model(run.model).axes() and run.parallelism.strategy in ("none", "ddp"):
         without = ", without adapters" * (run.method.targets == "all-linear")
         field = ("method.quantization.experts", True)
         yield _lever("quantize_experts", f"quantised experts{without}", "quantisation", field)

@@ -225,7 +225,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         fp8_chunk(w): fp8_experts_at_once(elements(w, axes), axes["E"], ITEMSIZE[recipe.compute])
         for op in operations(stack)
         for w in op.weights
-        if w.stacked and w.stored
+        if w.stacked and w.stored and not recipe.experts
     }
     axes |= {chunk_of(w): bytes_at_once(elements(w, axes)) for op in operations(stack) for w in op.weights if w.kernel}
     if graph.hold_outputs:

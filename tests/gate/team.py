@@ -6,6 +6,13 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+import pytest
+from typer.main import get_command
+
+from memplan.cli.app import app
+
+COMMAND = get_command(app)
+
 AXOLOTL = """base_model: qwen2-1.5b
 adapter: qlora
 load_in_4bit: true
@@ -78,3 +85,13 @@ def edited(text: str, **changes: object) -> str:
             indent = lines[at[0]][: len(lines[at[0]]) - len(lines[at[0]].lstrip())]
             lines[at[0]] = f"{indent}{key}: {value}"
     return "\n".join(lines) + "\n"
+
+
+class Ran:
+    """A command's exit code and output."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], *words: str) -> None:
+        with pytest.raises(SystemExit) as left:
+            COMMAND.main(list(words))
+        self.code = left.value.code
+        self.out, self.err = capsys.readouterr()

@@ -9,36 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
 import memplan
-from memplan.cli.app import app
 from memplan.cli.check import Progress
 from memplan.cli.plain import run_plain
 from memplan.gate.budget import files_of, limit_of
 from memplan.gate.rows import Check, CheckedRun
-from tests.gate.team import AXOLOTL, BUDGET, LLAMAFACTORY, OWN, TRL, edited, write
+from tests.gate.team import AXOLOTL, BUDGET, LLAMAFACTORY, OWN, TRL, Ran, edited, write
 
-COMMAND = get_command(app)
 LARGE = edited(AXOLOTL, micro_batch_size=64)
 UNKNOWN = edited(AXOLOTL, base_model="nobody/nothing")
 USABLE = memplan.find_gpu("3090").usable
-
-
-@pytest.fixture
-def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return write(tmp_path, {"memplan.toml": BUDGET, "configs/a.yaml": AXOLOTL})
-
-
-class Ran:
-    """A command's exit code and output."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], *words: str) -> None:
-        with pytest.raises(SystemExit) as left:
-            COMMAND.main(list(words))
-        self.code = left.value.code
-        self.out, self.err = capsys.readouterr()
 
 
 def by_run(check: Check) -> dict[tuple[str, str], CheckedRun]:

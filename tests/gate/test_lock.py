@@ -8,32 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from typer.main import get_command
 
 import memplan
-from memplan.cli.app import app
 from memplan.gate.lock import Lock, lock_of, read_lock
 from memplan.models.cards import facts_of
-from tests.gate.team import AXOLOTL, BUDGET, LLAMAFACTORY, OWN, TRL, edited, write
+from tests.gate.team import AXOLOTL, BUDGET, LLAMAFACTORY, OWN, TRL, Ran, edited, write
 
-COMMAND = get_command(app)
 FETCHED = edited(AXOLOTL, base_model="a-team/a-model")
-
-
-@pytest.fixture
-def team(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.chdir(tmp_path)
-    return write(tmp_path, {"memplan.toml": BUDGET, "configs/a.yaml": AXOLOTL})
-
-
-class Ran:
-    """A command's exit code and output."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], *words: str) -> None:
-        with pytest.raises(SystemExit) as left:
-            COMMAND.main(list(words))
-        self.code = left.value.code
-        self.out, self.err = capsys.readouterr()
 
 
 def changed(team: Path, change: Callable[[Any], object]) -> None:

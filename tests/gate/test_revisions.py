@@ -6,25 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
-from typer.main import get_command
 
 import memplan
-from memplan.cli.app import app
 from memplan.gate.difference import difference
 from memplan.gate.workers import mapped, processes_for
-from tests.gate.team import AXOLOTL, BUDGET, LLAMAFACTORY, OWN, edited, git, write
-
-COMMAND = get_command(app)
-
-
-class Ran:
-    """A command's exit code and output."""
-
-    def __init__(self, capsys: pytest.CaptureFixture[str], *words: str) -> None:
-        with pytest.raises(SystemExit) as left:
-            COMMAND.main(list(words))
-        self.code = left.value.code
-        self.out, self.err = capsys.readouterr()
+from tests.gate.team import AXOLOTL, BUDGET, LLAMAFACTORY, OWN, Ran, edited, git, write
 
 
 @pytest.fixture

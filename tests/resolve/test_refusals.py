@@ -116,6 +116,8 @@ def test_a_quantised_head_needs_untied_weights_and_a_supporting_loss() -> None:
 def test_quantised_experts_need_experts_and_training() -> None:
     quantised = {"kind": "qlora", "quantization": {"experts": True}}
     assert str(refused(method=quantised)) == "method.quantization.experts: qwen2 has no experts; leave it out"
+    modules = refused(model="olmoe-1b-7b", profile="transformers-4.51", method=quantised)
+    assert "has experts as linear layers, which are quantised anyway" in str(modules)
     generating = refused(model="olmoe-1b-7b", task="generate", method={**quantised, "kind": "full"})
     assert str(generating) == "method.quantization.experts: only applies to training; leave it out"
 

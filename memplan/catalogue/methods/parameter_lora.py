@@ -107,7 +107,7 @@ def _matrices(w: Weight, dtype: str) -> tuple[Weight, Weight]:
 
 
 def _entered(w: Weight, dtype: str) -> tuple[Op, ...]:
-    """What happens when the module of an adapted stack begins.
+    """Return the operations that begin the module of an adapted stack.
 
     A quantised stack is dequantised for as long as the module runs, and again to fold the adapter once as a check.
     Source: peft 0.21 tuners/lora/layer.py ParamWrapper._activate_lora, torch 2.13 torch/nn/utils/parametrize.py

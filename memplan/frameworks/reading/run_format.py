@@ -16,7 +16,10 @@ from memplan.frameworks.reading.config import Rule
 
 
 class Signature(NamedTuple):
-    """What tells a framework's files and commands, as `frameworks.toml` explains. `programs` has their subcommands."""
+    """Keys and programs that tell a framework's files and commands, as `frameworks.toml` explains.
+
+    `programs` maps each program to its subcommands.
+    """
 
     needs: tuple[str, ...]
     any_of: tuple[str, ...]

@@ -23,7 +23,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         yield refused("reference", "sft has no reference model; set trainer (--trainer dpo)")
     if name not in run.library.trainer.trainers:
         having = [p.name for p in PROFILES if name in library_behaviour(p.name, "", False).trainer.trainers]
-        yield refused("trainer", f"{run.profile} does not have {name}; {_joined(having)}")
+        yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(having, name in SUPPORTED)}")
     if name not in SUPPORTED:
         yield not_yet("trainer", name, ", ".join(SUPPORTED))
     if name == "kto" and run.library.trainer.log_probs != "tiled":
@@ -59,5 +59,9 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         yield not_yet_with("method.kind", f"trainer {name}", "methods without virtual tokens")
 
 
-def _joined(having: list[str]) -> str:
-    return f"use {' or '.join(having)}" if having else "no profile has it"
+def _of_others(having: list[str], is_supported: bool) -> str:
+    if not having:
+        return "no profile has it"
+    if not is_supported:
+        return f"{' and '.join(having)} {'has' if len(having) == 1 else 'have'} it, and it is not supported yet"
+    return f"use {' or '.join(having)}"

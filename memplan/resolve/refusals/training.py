@@ -176,6 +176,8 @@ def quantised_experts(r: OpenRun) -> Iterator[SpecError]:
         return
     if "E" not in r.model.axes():
         yield refused(field, f"{r.model.model_type} has no experts; leave it out")
+    if r.library.model.experts != "stacked":
+        yield refused(field, f"{r.profile} has experts as linear layers, which are quantised anyway; leave it out")
     if q.format not in ("nf4", "fp4"):
         yield not_yet_with(field, f"format {q.format}", "nf4, fp4")
     if q.storage != "uint8":
