@@ -380,3 +380,17 @@ def test_a_quantised_head_is_given_each_chunk_in_its_own_dtype() -> None:
     casts = {op.reads: op.writes[0].shape for op in stack.loss if op.name == "lm_head.cast"}
     chunks = {**dict.fromkeys(range(6), "lc"), 6: "lc_next", 7: "lc_last"}  # the last two may be shorter
     assert casts == {(f"n{i}",): f"b {chunk} h" for i, chunk in chunks.items()}
+
+
+def test_a_module_with_adapted_quantised_experts_begins_by_folding_each_once() -> None:
+    """peft dequantises the last stack first, holds it, casts its adapter, and checks what the two give."""
+    method = {"kind": "qlora", "targets": ["gate_proj", "up_proj", "down_proj"], "quantization": {"experts": True}}
+    stack, _ = operations_of(decide(RunSpec(model="olmoe-1b-7b", method=method)).structure.graph)
+    block = next(block for run in stack.runs for block in run.blocks)
+    begins = [op for op in block.ops if op.name.endswith((".get_param", ".register"))]
+    down, up = "mlp.experts.down_proj", "mlp.experts.gate_up_proj"
+    assert [op.name for op in begins] == [f"{n}.{part}" for n in (down, up) for part in ("get_param", "register")]
+    held, check = begins[2:]
+    assert [t.shape for t in (*held.writes, *check.scratch)] == ["E 2 m h"] * 3
+    [returns] = [op for op in block.ops if op.name == "mlp.experts.return"]
+    assert {f"{n}.param" for n in (down, up)} <= set(returns.reads)
