@@ -1,4 +1,7 @@
-"""Build hook: compiles memplan/engine/native.c if there is a C compiler. memplan works without it, more slowly."""
+"""Build hook: compiles memplan/engine/native.c if there is a C compiler, and adds the web page if web/dist has it.
+
+memplan works without either: more slowly, and without `memplan web`.
+"""
 
 from __future__ import annotations
 
@@ -31,11 +34,20 @@ def compile_library() -> Path | None:
     return path
 
 
+def page_files() -> dict[str, str]:
+    """Return the files of the built page, and where they are in a wheel; the browser's engine is not among them."""
+    pages = ROOT / "web" / "dist"
+    paths = [path.relative_to(ROOT) for path in pages.rglob("*") if path.is_file() and path.parent.name != "engine"]
+    return {str(ROOT / path): f"memplan/{path.as_posix()}" for path in paths}
+
+
 class NativeLibraryHook(BuildHookInterface[Any]):
-    """Puts the library into the wheel, which is then one of this platform."""
+    """Puts the page and the library into the wheel, which with the library is one of this platform."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile the library; an editable install finds it in the checkout."""
+        if version != "editable":
+            build_data["force_include"] |= page_files()
         path = compile_library()
         if path is not None and version != "editable":
             build_data["pure_python"] = False

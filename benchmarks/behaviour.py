@@ -474,7 +474,8 @@ _REFUSED_MODELS = (
     "bert-base-uncased --method generate",
     "mamba-130m --tp 2",
     "emit smollm2-135m",
-    "serve",
+    "serve --workers 0",
+    "webhook --tight maybe",
 )
 
 _FORMATS = tuple(

@@ -16,7 +16,7 @@ from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.cli.commands import Switch, type_of
 from memplan.models.cards import find_config
-from memplan.spec.fields import part_of
+from memplan.spec.checks import part_of
 from memplan.spec.options import OPTIONS
 
 Value = dict[str, Any]
@@ -115,7 +115,10 @@ TEMPLATES: tuple[Value, ...] = (
     {"kernels": {"checkpointing": "none", "attention": "eager"}},
     {"task": "generate", "parallelism": {"world": 2, "device_map": "auto"}},
     {"loop": {"trainer": True}, "optimizer": "adamw_bnb_8bit"},
-    {"model": "qwen2-vl-2b", "batch": {"images": 1}},
+    *(
+        {"model": name, "batch": {"images": 1}}
+        for name in ("qwen2-vl-2b", "llava-1.5-7b", "smolvlm-256m", "gemma-3-4b")
+    ),
 )
 
 

@@ -12,11 +12,13 @@ from textwrap import wrap
 from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
-from memplan.catalogue.hardware.gpus import all_gpus
+from memplan.catalogue.hardware.gpus import all_gpus, mig_instances
 from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.core.units import GIB
 from memplan.report.schema import answer_schema, comparison_schema, plan_schema, run_schema
+from memplan.serve.endpoints import ENDPOINTS, REVIEW
+from memplan.serve.openapi import openapi
 from memplan.spec.fields import field_of
 from memplan.spec.options import OPTIONS, Option, flag
 
@@ -32,6 +34,7 @@ def pages() -> Iterator[tuple[Path, str]]:
         ("json", answers()),
         ("profile-list", profiles()),
         ("gpus", gpus()),
+        ("http", http()),
     ):
         yield FOLDER / f"{name}.md", "\n".join(lines) + "\n"
 
@@ -99,6 +102,46 @@ def answers() -> Iterator[str]:
     definitions = {name: part for schema in schemas for name, part in schema.get("$defs", {}).items()}
     of_run = {*run_schema()["$defs"], "RunSpec"}
     yield from _sections({"$defs": {n: p for n, p in definitions.items() if n not in of_run}}, tops, of_run)
+
+
+def http() -> Iterator[str]:
+    yield from ("# Addresses of the service", "", _WRITTEN, "")
+    yield from _prose(
+        """What `memplan serve` answers ([guide](../guides/service.md)). Bodies and answers are JSON; an answer with a
+        status from 400 is a [ProblemDetail](#problemdetail), as `application/problem+json`. `GET /v1/openapi.json` is
+        this page for programs."""
+    )
+    schemas: Mapping[str, Any] = openapi()["components"]["schemas"]
+    own = (
+        "RunBatch",
+        "FitsQuestion",
+        "PlaceQuestion",
+        "Job",
+        "NodeShape",
+        "PlanQuestion",
+        "CheckQuestion",
+        "Estimates",
+    )
+    own += ("Fits", "Fit", "Placement", "PlacedJob", "Seat", "PendingJob", "Check", "CheckedRun", "BudgetProblem")
+    tops = {name: schemas[name] for name in (*own, "Deciding", "KeyValue", "ProblemDetail")}
+    links = {"RunSpec": "run.md", "Estimate": "json.md#estimate", "Plan": "json.md", "List": "", "Schema": ""}
+    links |= {name: f"#{name.lower()}" for name in tops}
+    rows = (
+        (
+            f"`{each.method} {each.path}`",
+            each.text + "".join(f" Option `{option.name}`: {option.text}" for option in each.options),
+            _link(each.question.__name__ if each.question is not None else "", links),
+            _link(each.answer, links),
+        )
+        for each in (*ENDPOINTS, REVIEW)
+    )
+    yield ""
+    yield from _table(("address", "what it answers", "body", "answer"), rows)
+    yield from _sections({}, tops, ("RunSpec", "FieldOrigin", "Estimate"))
+
+
+def _link(name: str, links: Mapping[str, str]) -> str:
+    return f"[{name}]({links[name]})" if links.get(name) else name.lower()
 
 
 def _sections(schema: Mapping[str, Any], tops: Mapping[str, Any], elsewhere: Iterable[str] = ()) -> Iterator[str]:
@@ -214,6 +257,16 @@ def gpus() -> Iterator[str]:
         yield from ("", f"## {vendor}", "")
         titles = ("name", "card", "usable GiB", "GB/s", "bf16 TFLOPS", "capability", "watts", "other names")
         yield from _table(titles, map(_gpu, group), right=(2, 3, 4, 5, 6))
+    yield from ("", "## MIG instances", "")
+    yield from _prose(
+        """A card and a profile name an instance, as in `--gpu a100-80gb:3g.40gb`; `memplan gpus mig` lists them."""
+    )
+    rows = [
+        (f"`{gpu.name}`", ", ".join(f"`{one.mig}` {one.usable / GIB:.2f}" for one in mig_instances(gpu)))
+        for gpu in cards
+        if mig_instances(gpu)
+    ]
+    yield from _table(("card", "profiles, and usable GiB of an instance"), rows)
 
 
 def _gpu(gpu: GPU) -> tuple[str, ...]:

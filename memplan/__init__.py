@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from memplan.core.errors import MemplanError as MemplanError
     from memplan.estimate.answer import Estimate as Estimate
     from memplan.estimate.answer import Verdict as Verdict
+    from memplan.explain.explanation import explain as explain
+    from memplan.explain.findings import Explanation as Explanation
+    from memplan.explain.guard import guard as guard
     from memplan.gate.check import check as check
     from memplan.gate.rows import Check as Check
     from memplan.models.cards import card_names as card_names
@@ -29,13 +32,21 @@ if TYPE_CHECKING:
     from memplan.models.model import ModelSpec as ModelSpec
     from memplan.planning.comparison import Comparison as Comparison
     from memplan.planning.comparison import compare as compare
+    from memplan.planning.fitting import Fit as Fit
+    from memplan.planning.fitting import fits as fits
     from memplan.planning.inference import Questions as Questions
     from memplan.planning.inference import questions as questions
+    from memplan.planning.many import estimate_many as estimate_many
+    from memplan.planning.many import warm as warm
+    from memplan.planning.placement import Placement as Placement
+    from memplan.planning.placement import place as place
     from memplan.planning.plan import Plan as Plan
     from memplan.planning.plan import plan as plan
     from memplan.planning.sweep import Grid as Grid
     from memplan.planning.sweep import grid as grid
     from memplan.probe.route import estimate as estimate
+    from memplan.spec.pool import Job as Job
+    from memplan.spec.pool import NodeShape as NodeShape
     from memplan.spec.run import RunSpec as RunSpec
 
 # Public name -> its module, which is imported when the name is first used.
@@ -47,14 +58,25 @@ _NAMES = {
     "load_card": "models.cards",
     "Comparison": "planning.comparison",
     "compare": "planning.comparison",
+    "Fit": "planning.fitting",
+    "fits": "planning.fitting",
     "MemplanError": "core.errors",
     "Check": "gate.rows",
     "check": "gate.check",
     "estimate": "probe.route",
+    "Explanation": "explain.findings",
+    "explain": "explain.explanation",
+    "guard": "explain.guard",
     "GPU": "catalogue.hardware.gpu",
     "find_gpu": "catalogue.hardware.gpus",
     "all_gpus": "catalogue.hardware.gpus",
     "ModelSpec": "models.model",
+    "estimate_many": "planning.many",
+    "warm": "planning.many",
+    "Job": "spec.pool",
+    "NodeShape": "spec.pool",
+    "Placement": "planning.placement",
+    "place": "planning.placement",
     "Questions": "planning.inference",
     "questions": "planning.inference",
     "Plan": "planning.plan",
@@ -65,10 +87,11 @@ _NAMES = {
 }
 
 
-# Importing the sub-package `memplan.estimate` would make it an attribute that hides the function of that name, so it is
-# imported now and the attribute removed.
-import_module("memplan.estimate")
-del globals()["estimate"]
+# Importing the sub-packages `memplan.estimate` and `memplan.explain` would make them attributes that hide the functions
+# of these names, so they are imported now and the attributes removed.
+for _room in ("estimate", "explain"):
+    import_module(f"memplan.{_room}")
+    del globals()[_room]
 
 
 def __getattr__(name: str) -> Any:

@@ -24,7 +24,9 @@ FLOORS = (
     {"resolve"},
     {"estimate"},
     {"planning", "probe", "gate"},
+    {"explain"},
     {"report"},
+    {"serve"},
     {"cli"},
 )
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}
@@ -32,17 +34,18 @@ FACE = {"__init__.py", "__main__.py", "py.typed"}  # files next to the rooms
 TOP_LEVEL = {
     *("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml", "hatch_build.py"),
     *("action.yml", "gpus.toml", "profiles.toml", "templates"),
-    *("benchmarks", "docs", "memplan", "model_cards", "tests"),
+    *("benchmarks", "docs", "memplan", "model_cards", "tests", "web"),
 }
 
 LONGEST_FUNCTION, LONGEST_FILE = 100, 600
-BUDGET = 94_581
+BUDGET = 103_821
 # Rooms or modules that import other memplan modules inside functions, with the reason: what start-up does not import.
 # Every such import counts as an import.
 LATE = {
     "__init__": "a public name is imported when it is used",
     "cli": "a command imports only what it runs",
     "report": "a format imports only what it prints",
+    "serve.server": "the libraries of the extra, and what needs them, are imported for a server",
     "probe": "torch is imported in the process of a trace, and a trace only if one is asked for",
     "catalogue": "a family's module is imported for a model of that family",
     "frameworks.reading.run_file": "a reader is imported for a file of its kind",
@@ -50,10 +53,13 @@ LATE = {
     "models.cards": "the Hub is asked for an id without a card",
     "resolve.batches": "towers are of vision-language models",
     "resolve.decide": "a training run needs nothing of inference",
+    "program.run": "an engine's budget is only a type, of runs that have one",
     "resolve.method": "settings of peft's adapters are read for a run that has some",
     "resolve.request": "settings of precision and adapters are read for a run that has some",
     "resolve.refusals.settings": "settings of peft's adapters are read for a run that has some",
     "resolve.serving": "an engine's module is imported for a run of that engine",
+    "spec.base": "errors are worded for a run that has some",
+    "program.graph": "checkpoints that only some layers have are placed for a run that has such",
     "program.serving.engine_step": "an engine's module is imported for a run of that engine",
     "program.sharding.choice": "a strategy's module is imported for a run that uses it",
     "program.inference.steps": "assisted generation is imported for a run that uses it",

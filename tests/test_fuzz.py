@@ -1,8 +1,10 @@
-"""A short run of the fuzzer, with other cases in each run of the suite; a failure prints the command that shows it."""
+"""A short run of the fuzzer, with the same cases in each run of the suite; a failure prints the command that shows it.
+
+`python -m benchmarks.fuzz 10000 --seed N` draws others by hand.
+"""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from itertools import count
 
@@ -14,8 +16,7 @@ from memplan import MemplanError, RunSpec, estimate
 from tests.sampling import examples
 
 PARTS = 4
-# Differs between runs, but is equal in all processes of one run, so that they draw the same cases.
-SEED = int(os.environ.get("PYTEST_XDIST_TESTRUNUID", "0")[:8], 16)
+SEED = 1
 
 
 @pytest.mark.parametrize("part", range(PARTS))
@@ -35,15 +36,24 @@ FAILED: tuple[tuple[str, fuzz.Value], ...] = (
         ("runs", {"task": "generate", "profile": name, "model": "qwen2-0.5b"})
         for name in ("sglang", "tgi", "llama.cpp")
     ),
+    # The profile's loss holds no logits, which was only said of a run that names this loss.
+    ("runs", {"profile": "unsloth", "model": "smolvlm-256m", "also": {"evaluation": {"kept_batches": 8}}}),
+    # The logits that come back to the first GPU were sought among the layers' inputs in host memory, too.
+    (
+        "runs",
+        {"model": "mistral-7b-v0.1", "parallelism": {"world": 2, "pp": 2}, "kernels": {"checkpointing": "offload"}},
+    ),
     ("runs", {"model": {"config": {"model_type": "t5", "d_model": 64, "architectures": ["\x1b["]}}}),
+    ("files", {"words": ["train.py"], "files": {"train.py": "r-0for-0"}}),
+    ("configs", {"config": {"model_type": "glm_moe_dsa", "q_lora_rank": 0, "vocab_size": 1}, "run": {}}),
     ("files", {"words": ["l.yaml"], "files": {"l.yaml": "finetuning_typ-0.0: lora\nper_device_train_batch_size: 2\n"}}),
 )
 
 
 @pytest.mark.parametrize(("kind", "value"), FAILED)
 def test_what_failed_once_does_not_fail(kind: str, value: fuzz.Value) -> None:
-    failures = fuzz.failures_of(kind, value)[0]
-    if "profile" in value:
+    failures, is_refused = fuzz.failures_of(kind, value)
+    if kind == "runs" and not is_refused:
         failures += fuzz.check_json(estimate(RunSpec.model_validate(value)))
     assert failures == []
 

@@ -10,7 +10,7 @@ from importlib import import_module
 
 from memplan.catalogue.attention.attention import flattened
 from memplan.catalogue.decoder.decoder import stack_of
-from memplan.catalogue.kernels.wiring import Trainer, Wiring
+from memplan.catalogue.kernels.wiring import GENERATING, Trainer, Wiring
 from memplan.core.ir import Stack
 from memplan.models.model import ModelSpec
 
@@ -47,9 +47,13 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
 
 
 def with_trainer(
-    stack: Stack, trainer: Trainer, reference: Stack | None, mismatched: Stack | None, autocast: str | None
+    stack: Stack, trainer: Trainer, reference: Stack | None, first_pass: Stack | None, autocast: str | None
 ) -> Stack:
     """Return the stack with what a trainer of TRL computes: see `memplan.catalogue.kernels.preference.attach`."""
+    if trainer.name in GENERATING:
+        from memplan.catalogue.kernels import policy_gradient
+
+        return policy_gradient.attach(stack, trainer, reference, first_pass, autocast)
     from memplan.catalogue.kernels.preference import attach
 
-    return attach(stack, trainer, reference, mismatched, autocast)
+    return attach(stack, trainer, reference, first_pass, autocast)

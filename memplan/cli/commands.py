@@ -10,6 +10,8 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, get_args, get_origin
 
+from memplan.cli.outcome import run_and_report
+from memplan.cli.waiting import shown_while
 from memplan.core.records import NamedTuple
 from memplan.spec.option_values import FLAGS, retold
 from memplan.spec.options import Option, flag
@@ -27,6 +29,7 @@ class Subcommand(NamedTuple):
     options  its rows
     help     the docstring of `work`, if not another text
     rewrite  changes the words before they are parsed
+    serves   whether it runs until it is stopped, so that no line says how long it takes
     """
 
     name: str
@@ -34,6 +37,13 @@ class Subcommand(NamedTuple):
     options: Options
     help: str = ""
     rewrite: Callable[[list[str]], list[str]] = list
+    serves: bool = False
+
+    def run(self, given: dict[str, Any]) -> int:
+        """Run the command and return its exit code; errors become one line."""
+        if self.serves:
+            return run_and_report(lambda: self.work(given), given)
+        return run_and_report(lambda: shown_while(lambda: self.work(given)), given)
 
     def rewritten(self, words: Sequence[str]) -> list[str]:
         """Return the words in memplan's own names, with a command after `--` as the run's file: `memplan -- trl sft
@@ -81,6 +91,7 @@ class Subcommand(NamedTuple):
                 return
             text = value if equals else rest.popleft()
             text = option.spelling(text) if option.spelling is not None else text
+            name, text = retold(name, text)
             if option.is_argument:
                 yield text
             else:

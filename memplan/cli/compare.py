@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import COMMAND, Subcommand, own, without
-from memplan.cli.estimate import ESTIMATE_OPTIONS
+from memplan.cli.estimate import EMIT_OPTIONS, ESTIMATE_OPTIONS
 from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
 from memplan.cli.plain import COMMANDS, RESERVED_COMMANDS
@@ -39,7 +39,7 @@ RUNS = own(
 
 
 def command(name: str) -> Subcommand:
-    options = {"Runs": {"runs": RUNS}, **without(ESTIMATE_OPTIONS, "model", *_OF_ESTIMATE)}
+    options = {"Runs": {"runs": RUNS}, **without(ESTIMATE_OPTIONS, "model", *_OF_ESTIMATE, *EMIT_OPTIONS)}
     return Subcommand(name, compare, options, rewrite=_with_last_command)
 
 
@@ -53,7 +53,7 @@ def _with_last_command(words: list[str]) -> list[str]:
 
 def command_of_run() -> Subcommand:
     """Return the command that parses the options of one run."""
-    return Subcommand("run", compare, ESTIMATE_OPTIONS)
+    return Subcommand("run", compare, without(ESTIMATE_OPTIONS, *EMIT_OPTIONS))
 
 
 def compare(given: Mapping[str, Any]) -> int:
@@ -100,8 +100,6 @@ def _answers(
     profile: Callable[[str | None, bool], Calibration | None],
 ) -> tuple[RunFile | None, list[Estimate]]:
     """Return the file of one run, and its answers, one per card. Errors are one line that says which run it is."""
-    from pydantic import ValidationError
-
     from memplan.estimate.estimate import estimate
     from memplan.probe.route import estimates
     from memplan.resolve.request import override
@@ -118,7 +116,7 @@ def _answers(
         return file, answers if file is None else [answer.read_from((), file.notes) for answer in answers]
     except FactsMissingError as error:
         raise FactsMissingError(f"{which}: {line_of(error, given)}") from None
-    except (MemplanError, ValidationError) as error:
+    except MemplanError as error:
         options = given.keys() - {"spec"}  # here a file is not given by --spec
         raise SpecError(f"{which}: {line_of(error, sorted(options))}") from None
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import Subcommand, Switch, own
@@ -10,14 +10,32 @@ from memplan.cli.outcome import show
 from memplan.cli.own_profile import own_profile
 from memplan.cli.run_files import explained, headline, run_file
 from memplan.cli.runs import exit_code, format_of, runs_of, screen_of, stamp_of, typed_line
+from memplan.core.errors import SpecError
 from memplan.resolve.request import errors_of
 from memplan.spec.options import OPTIONS
 
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
 
+# Names of `memplan.report.emit.SYSTEMS`, which is imported only to write for one.
+SYSTEMS = (
+    *("kubernetes", "dra", "hami", "volcano", "kai", "runai", "kueue", "production-stack", "kaito", "slurm", "ray"),
+    *("skypilot", "dstack", "modal"),
+)
+EMIT_OPTIONS = {
+    "emit": own(
+        f"Write what a scheduler takes instead of the report: {', '.join(SYSTEMS)}. Default none.", choices=SYSTEMS
+    ),
+    "patch": own("With --emit, write only the fields to change. Default off.", Switch),
+    "share": own("With --emit, ask for part of a GPU, by its memory. Default off.", Switch),
+    "site": own(
+        'With --emit slurm, a TOML file with the site\'s names: [types] and [features], "a100-80gb" = "a100". Default '
+        "none."
+    ),
+}
 ESTIMATE_OPTIONS = {
     **OPTIONS,
+    "Schedulers": EMIT_OPTIONS,
     "Input and output": {
         "spec": own(
             "A run's file as JSON or YAML (- is standard input), as in place of MODEL; options override it; repeat it "
@@ -59,8 +77,36 @@ ESTIMATE_OPTIONS = {
 }
 
 
+_OF_LENGTHS = {
+    "lengths": own(
+        "Token counts of the sequences: a file (a column, CSV or JSON lines), max, or p50=700,p99=3800,max=8192. The "
+        "answer is then for the longest batch that can occur; --seq-len is what they are cut to. Default all equal."
+    ),
+    "batching": own(
+        "How sequences of --lengths come into batches: random, grouped (by length), packed, or padded (to the "
+        "maximum). Default what a run's file says, or random.",
+        choices=("random", "grouped", "packed", "padded"),
+    ),
+}
+
+
 def command(name: str) -> Subcommand:
-    return Subcommand(name, estimate, ESTIMATE_OPTIONS)
+    return Subcommand(name, estimate, {**ESTIMATE_OPTIONS, "Lengths": _OF_LENGTHS})
+
+
+def emitted(given: Mapping[str, Any], answers: Sequence[Estimate]) -> str:
+    """Return what a scheduler takes for the run. Raises SpecError for what it cannot say."""
+    from pathlib import Path
+
+    from memplan.core.toml import read_tables
+    from memplan.report.emit import emit
+
+    if {"format", "json"} & given.keys():
+        raise SpecError("emit: writes its own file format; leave out --format and --json", "emit")
+    if "site" in given and given["emit"] != "slurm":
+        raise SpecError("site: only applies to --emit slurm", "site")
+    site = read_tables(Path(given["site"])) if "site" in given else None
+    return emit(given["emit"], answers, share="share" in given, patch="patch" in given, site=site)
 
 
 def _single(given: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -78,7 +124,12 @@ def estimate(given: Mapping[str, Any]) -> int:
     from memplan.probe.route import estimates
     from memplan.report import render
 
+    for name in ("patch", "share", "site"):
+        if name in given and "emit" not in given:
+            raise SpecError(f"{name}: only applies with --emit", name)
     format = format_of(given)
+    if given.keys() & _OF_LENGTHS.keys():
+        return _with_lengths(given, format)
     files = [run_file(one) for one in _single(given)]
     answers: list[Estimate] = []
     for file, one in zip(files, _single(given), strict=True):
@@ -92,6 +143,9 @@ def estimate(given: Mapping[str, Any]) -> int:
         answers += found
     to, line = (screen_of(given), typed_line(given)) if format == "table" else (None, None)
     text = "".join(headline(file, format) for file in files)
+    if "emit" in given:
+        show(emitted(given, answers), "emit", given.get("output"))
+        return exit_code(answers, "strict" in given) if len(answers) == 1 else 0
     explain, ranks, details = ("explain" in given), ("ranks" in given), ("details" in given)
     text += render(format, answers, explain, to, ranks, stamp_of(given, format), details, line)
     if "explain_run" in given and format == "table":
@@ -103,3 +157,38 @@ def estimate(given: Mapping[str, Any]) -> int:
 
         show(stacks(answers[0], to))  # below an answer that is there already
     return exit_code(answers, "strict" in given)
+
+
+def _with_lengths(given: Mapping[str, Any], format: str) -> int:
+    """Answer for the longest batch that sequences of different lengths can make, and say how soon it comes."""
+    from memplan.core.errors import SpecError
+    from memplan.estimate.estimate import estimate
+    from memplan.planning.lengths import batching_of, lengths_answer, read_lengths, with_longest
+    from memplan.report import render
+    from memplan.report.lengths import render as render_lengths
+
+    if "lengths" not in given:
+        raise SpecError("batching: only applies with --lengths", "batching")
+    if format not in ("table", "json"):
+        raise SpecError(f"lengths: shown in a table or as json, not as {format}", "lengths")
+    file = run_file(given)
+    lengths = read_lengths(given["lengths"])
+    batching: str = given.get("batching") or batching_of(file.source.keys if file and file.source else {})
+    with errors_of(file):
+        runs = [with_longest(run, lengths, batching) for run in runs_of(given, file)]
+        if len(runs) > 1:
+            raise SpecError("lengths: for one card; name one with --gpu", "lengths")
+    profile = own_profile(runs[0].gpu, given)
+    answer = estimate(runs[0], profile)
+    found, to = lengths_answer(answer, lengths, batching, profile), screen_of(given)
+    if format == "json":
+        import json
+
+        text = json.dumps({**answer.model_dump(), "lengths": found.as_dict()}, indent=2, ensure_ascii=False) + "\n"
+    else:
+        equal = {name: value for name, value in given.items() if name not in _OF_LENGTHS}
+        line = typed_line({**equal, "seq_len": found.longest})
+        text = render(format, [answer], "explain" in given, to, "ranks" in given, None, "details" in given, line)
+        text = headline(file, format) + text + render_lengths(found, to)
+    show(text, format, given.get("output"))
+    return exit_code([answer], "strict" in given)

@@ -26,6 +26,7 @@ memplan MODEL [options]  how much GPU memory a run takes, when, and if it fits
   init, check, diff, lock  budgets of runs in a repository, and their changes
   models, gpus, profiles   lists: models 7b, gpus --min 24GiB --sort price
   probe, calibrate, card   check with the real libraries; facts of a new model
+  web, serve, webhook      a page; answers over HTTP; reviews of pods
   estimate, schema         the same as memplan MODEL; JSON Schemas
 
   memplan help TOPIC       training, parallel, generation, serving, gpus, ci

@@ -58,14 +58,6 @@ def run_and_report(work: Callable[[], int], given: Iterable[str] = ()) -> int:
         return fail("spec: nested too deeply to be a run or a model", 2)
     except OSError as error:
         return fail(f"{error.strerror or error}: {str(error.filename or '')[:200]!r}", 2)
-    except ValueError as error:
-        from pydantic import ValidationError
-
-        if not isinstance(error, ValidationError):
-            return fail(_unexpected(error), 2)
-        from memplan.spec.failures import line_of
-
-        return fail(line_of(error, given), 2)
     except Exception as error:
         return fail(_unexpected(error), 2)
 

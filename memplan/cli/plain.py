@@ -7,8 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from memplan.cli.commands import Subcommand
-from memplan.cli.outcome import TYPED, run_and_report
-from memplan.cli.waiting import shown_while
+from memplan.cli.outcome import TYPED
 
 # Command -> module whose function `command` makes it.
 COMMANDS = {
@@ -31,10 +30,13 @@ COMMANDS = {
     "probe": "probe",
     "calibrate": "calibrate",
     "card": "card",
+    "serve": "serve",
+    "webhook": "serve",
+    "web": "web",
 }
 HELP = "help"  # `memplan help plan` is `memplan plan --help`
 HELP_ALL = "--help-all"
-RESERVED_COMMANDS = ("emit", "serve")  # names reserved for future commands, so not taken as models
+RESERVED_COMMANDS = ("emit",)  # names reserved for future commands, so not taken as models
 
 
 def command_of(name: str) -> Any:
@@ -50,4 +52,4 @@ def run_plain(words: Sequence[str]) -> int | None:
     name, typed = (words[0], words[1:]) if words[0] in COMMANDS else ("estimate", words)
     command = command_of(name)
     given = command.given(typed) if isinstance(command, Subcommand) else None
-    return None if given is None else run_and_report(lambda: shown_while(lambda: command.work(given)), given)
+    return None if given is None else command.run(given)

@@ -7,7 +7,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import Subcommand, Switch, own, without
-from memplan.cli.estimate import ESTIMATE_OPTIONS
+from memplan.cli.estimate import EMIT_OPTIONS, ESTIMATE_OPTIONS, SYSTEMS, emitted
 from memplan.cli.outcome import show, warn
 from memplan.cli.own_profile import own_profile
 from memplan.cli.run_files import explained, headline, run_file
@@ -90,8 +90,9 @@ PLAN_OPTIONS = {
         ),
         "emit": own(
             "Print, instead of the plan, the config file or command of the fastest grid for accelerate, deepspeed, "
-            "torchrun, torchtitan or megatron. Default none.",
-            choices=("accelerate", "deepspeed", "torchrun", "torchtitan", "megatron"),
+            "torchrun, torchtitan or megatron; or what a scheduler takes for the first run that fits "
+            "(memplan MODEL --help lists them). Default none.",
+            choices=("accelerate", "deepspeed", "torchrun", "torchtitan", "megatron", *SYSTEMS),
         ),
     },
 }
@@ -128,7 +129,7 @@ _MODE_COMMANDS = {
 
 
 def command(name: str) -> Subcommand:
-    others = without(ESTIMATE_OPTIONS, "model", "details", "explain", "online", "revision", "via", "cache")
+    others = without(ESTIMATE_OPTIONS, "model", "details", "explain", "online", "revision", "via", "cache", "emit")
     model = {"Model": {"model": MODEL}}
     if name not in _MODE_COMMANDS:
         return Subcommand(name, plan, {**model, **PLAN_OPTIONS, **others})
@@ -172,7 +173,7 @@ def plan(given: Mapping[str, Any]) -> int:
     _check_task(run, mode, given)
     for names, modes in ((_OF_BUYING, ("buy",)), (_OF_NODES, ("nodes",)), (_OF_BOTH, ("buy", "nodes"))):
         for name in names:
-            if name in given and mode not in modes:
+            if name in given and mode not in modes and (name != "emit" or given["emit"] not in SYSTEMS):
                 raise SpecError(f"{name}: only applies with {' or '.join(f'--{other}' for other in modes)}", name)
     format = _format(given, mode)
     demand = _demand(given, run, mode)
@@ -183,13 +184,19 @@ def plan(given: Mapping[str, Any]) -> int:
         levers = file_levers(given, file, run) if run.task == "train" else None
     if "write" in given and levers is None:
         raise SpecError("write: only applies to a plan for the file of a training run on a card", "write")
+    scheduled = given.get("emit") in SYSTEMS
+    asked = {name: value for name, value in given.items() if name not in EMIT_OPTIONS} if scheduled else given
     try:
-        planned = _planned(mode, run, demand, given, levers)
+        planned = _planned(mode, run, demand, asked, levers)
     except UnsupportedModelError as error:
         raise without_a_trace(error, "a plan") from None
+    if scheduled and planned.found:
+        show(emitted(given, planned.found[:1]), "emit", given.get("output"))
+        return _exit_code(planned.found, "strict" in given)
     if "emit" in given:
         return _emitted(planned, given)
-    text = render(format, planned, "explain" in given, screen_of(given), stamp_of(given, format))
+    origins = file.origins_of(planned.answer.asked) if file is not None and not file.is_own else ()
+    text = render(format, planned, "explain" in given, screen_of(given), stamp_of(given, format), origins)
     if "explain_run" in given and format == "table" and file is not None:
         text += "\n" + explained(planned.answer, file, is_wide="output" in given)
     if levers is not None and "write" in given:
@@ -373,8 +380,7 @@ def _emitted(planned: Planned, given: Mapping[str, Any]) -> int:
     from memplan.frameworks.whole_file import Nodes
     from memplan.report.plans.cluster import ClusterReport
 
-    assert isinstance(planned, ClusterReport)
-    best = planned.cluster.best
+    best = planned.cluster.best if isinstance(planned, ClusterReport) else None
     if best is None:
         error = SpecError(f"emit: nothing that {given['emit']} can run fits; leave out --emit to see why", "emit")
         error.exit_code = 1
@@ -435,7 +441,7 @@ def _owned(text: str) -> tuple[OwnedCards, ...]:
     try:
         return parse_owned_cards(text)
     except UnknownNameError as error:
-        raise UnknownNameError("have", error.value, error.nearest, ranked=True) from None
+        raise UnknownNameError("have", error.value, error.suggestions, ranked=True) from None
 
 
 def _named(field: str, word: str, choices: Sequence[str]) -> str:

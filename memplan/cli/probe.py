@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import Subcommand, Switch, own, without
-from memplan.cli.estimate import ESTIMATE_OPTIONS
+from memplan.cli.estimate import EMIT_OPTIONS, ESTIMATE_OPTIONS
 from memplan.cli.outcome import show
 from memplan.cli.run_files import run_file
 from memplan.cli.runs import check_count, runs_of, screen_of
@@ -51,6 +51,11 @@ PROBE_OPTIONS = {
     ),
     "dry_run": own("Only list the runs, what to expect, and how long they take. Default off.", Switch),
     "steps": own("Training steps of each run. Default 2.", int),
+    "snapshot": own(
+        "Write every allocation and its stack to this file, for memplan explain; only with --cuda. Without a name "
+        "snapshot.pickle. Default none.",
+        metavar="[FILE]",
+    ),
     "timeout": own("Seconds after which a run is killed. Default 1800.", float),
     "json": own("As JSON. Default off.", Switch),
     "output": own(
@@ -60,19 +65,22 @@ PROBE_OPTIONS = {
 }
 
 
-def _name_suite(words: list[str]) -> list[str]:
-    """Return the words with memplan's default suite where --suite has no file."""
+_UNNAMED = {"--suite": "default", "--snapshot": "snapshot.pickle"}  # what an option without a value means
+
+
+def _named(words: list[str]) -> list[str]:
+    """Return the words with memplan's default suite where --suite has no file, and a file where --snapshot has none."""
     typed: list[str] = []
     for n, word in enumerate(words):
         typed.append(word)
-        if word == "--suite" and (n + 1 == len(words) or words[n + 1].startswith("-")):
-            typed.append("default")
+        if word in _UNNAMED and (n + 1 == len(words) or words[n + 1].startswith("-")):
+            typed.append(_UNNAMED[word])
     return typed
 
 
 def command(name: str) -> Subcommand:
-    options = {**without(ESTIMATE_OPTIONS, *_EXCLUDED), "Probe": PROBE_OPTIONS}
-    return Subcommand(name, probe, options, rewrite=_name_suite)
+    options = {**without(ESTIMATE_OPTIONS, *_EXCLUDED, *EMIT_OPTIONS), "Probe": PROBE_OPTIONS}
+    return Subcommand(name, probe, options, rewrite=_named)
 
 
 def probe(given: Mapping[str, Any]) -> int:
@@ -89,6 +97,8 @@ def probe(given: Mapping[str, Any]) -> int:
     if not given["timeout"] > 0:
         raise SpecError(f"timeout: must be more than 0, not {given['timeout']:g}", "timeout")
     mode = modes[0] if modes else ""
+    if "snapshot" in given and (mode != "cuda" or "suite" in given):
+        raise SpecError("snapshot: only applies to a run with --cuda", "snapshot")
     if "suite" in given:
         return _suite(given, mode)
     if "dry_run" in given:
@@ -161,7 +171,8 @@ def _measured(given: Mapping[str, Any]) -> int:
     answer, why = _estimated(run)
     if answer is not None and probed.too_small(answer):
         _print_progress(probed.too_small(answer))
-    measured = measure(run, machine, given["steps"], given["timeout"])
+    written = {"snapshot": given["snapshot"]} if "snapshot" in given else {}
+    measured = measure(run, machine, given["steps"], given["timeout"], **written)
     if measured.outcome == "refused":
         raise MemplanError(measured.said, measured.said.partition(":")[0])
     if "json" in given:

@@ -11,8 +11,6 @@ from typer.core import TyperCommand
 from typer.main import get_command
 
 from memplan.cli.commands import Options, Subcommand, Switch, type_of
-from memplan.cli.outcome import run_and_report
-from memplan.cli.waiting import shown_while
 from memplan.core.errors import SpecError
 from memplan.spec.options import Option, flag
 
@@ -37,8 +35,7 @@ class OptionsCommand(TyperCommand):
         return super().shell_complete(ctx, incomplete)
 
     def invoke(self, ctx: Any) -> int:
-        given = _given_options(ctx)
-        return run_and_report(lambda: shown_while(lambda: self.command.work(given)), given)
+        return self.command.run(_given_options(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         others = "Options" if "Options" in self.command.options else "Other"
@@ -95,14 +92,7 @@ def parameters(options: Options) -> list[Any]:
 
 def _parameter(name: str, option: Option, heading: str) -> Parameter:
     """Return the parameter of a function that typer makes an option or argument of."""
-    value, choices, help = type_of(option), option.choices, option.help
-    if option.field and not option.is_argument:
-        from memplan.spec.fields import field_of
-
-        field = field_of(option.field)
-        choices = choices or field.choices
-        help = help.replace("{choices}", ", ".join(choices))
-        help = help if "Default " in help else f"{help} Default {field.default}."
+    value, (help, choices) = type_of(option), described(option)
     shown: dict[str, Any] = {"help": help, "metavar": option.metavar, "show_default": False, "rich_help_panel": heading}
     shown["autocompletion"] = _COMPLETIONS.get(option.completes or name) or (completion(*choices) if choices else None)
     default = None
@@ -114,6 +104,18 @@ def _parameter(name: str, option: Option, heading: str) -> Parameter:
     else:
         info = typer.Option(**shown)
     return Parameter(name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[value, info])
+
+
+def described(option: Option) -> tuple[str, tuple[str, ...]]:
+    """Return an option's help, with its default, and the words that it accepts, if it has such words."""
+    if not option.field or option.is_argument:
+        return option.help, option.choices
+    from memplan.spec.fields import field_of
+
+    field = field_of(option.field)
+    choices = option.choices or field.choices
+    help = option.help.replace("{choices}", ", ".join(choices))
+    return help if "Default " in help else f"{help} Default {field.default}.", choices
 
 
 def completion(*words: str) -> Callable[[str], list[str]]:
@@ -143,7 +145,7 @@ def complete_profile(incomplete: str) -> list[str]:
     return [profile.name for profile in (*PROFILES, *ENGINES) if profile.name.startswith(incomplete)]
 
 
-def _complete_optimizer(incomplete: str) -> list[str]:
+def complete_optimizer(incomplete: str) -> list[str]:
     from memplan.catalogue.optimizers.states import optimizer_names
 
     return [name for name in optimizer_names() if name.startswith(incomplete)]
@@ -154,6 +156,6 @@ _COMPLETIONS = {  # of options whose choices are catalogues
     "runs": complete_model,
     "gpu": complete_gpu,
     "have": complete_gpu,
-    "optimizer": _complete_optimizer,
+    "optimizer": complete_optimizer,
     "profile": complete_profile,
 }

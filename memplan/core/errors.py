@@ -1,13 +1,17 @@
-"""The errors that memplan raises on purpose, each with a one-line message and the command's exit code.
+"""The errors that memplan raises on purpose, each with a one-line message, a code and the command's exit code.
 
-MemplanError                2
-  UnknownNameError          2   an unknown name, with the nearest known ones
-  SpecError                 2   a run that contradicts itself or is not supported yet
-  ConfigError               2   a config.json, model card or GPU table that cannot be read
-    UnsupportedModelError   2   a model family that is not supported yet
-  ProbeError                2   a run or a machine that the probe cannot use: a library, a class or a GPU is missing
-  FactsMissingError         3   the model's config is not available (offline, gated)
-  InternalError             2   a bug in memplan, reported instead of a wrong answer
+MemplanError               error                2
+  UnknownNameError         unknown_name         2   an unknown name, with the nearest known ones
+  SpecError                invalid_run          2   a run that contradicts itself
+                           not_supported        2   a field or value that is not supported yet
+    FieldError             invalid_value        2   a value of the wrong type, or out of range
+                           unknown_field        2   a key that no part of a run has
+                           missing_field        2   a field without a default that was not given
+  ConfigError              unreadable           2   a config.json, model card or GPU table that cannot be read
+    UnsupportedModelError  unsupported_model    2   a model family that is not supported yet
+  ProbeError               probe_unavailable    2   a library, a class or a GPU that the probe needs is missing
+  FactsMissingError        model_not_available  3   the model's config is not available (offline, gated)
+  InternalError            internal             2   a bug in memplan, reported instead of a wrong answer
 """
 
 from __future__ import annotations
@@ -31,27 +35,34 @@ def printable(text: str, longest: int | None = None) -> str:
 
 
 def nearest(value: str, choices: Iterable[str], most: int = 3) -> list[str]:
-    """Return the `choices` most similar to `value`, those that begin with it first.
+    """Return the `choices` most similar to `value` in any case, those that begin with it first.
 
-    >>> nearest("adamw", ["sgd", "grokadamw", "adamw_torch"], 2)
-    ['adamw_torch', 'grokadamw']
+    >>> nearest("adamw", ["sgd", "grokadamw", "adamw_torch"], 2), nearest("q8", ["nf4", "fp8", "Q8_0"], 1)
+    (['adamw_torch', 'grokadamw'], ['Q8_0'])
     """
     import difflib
 
-    value, known = value.lower()[:_MAX_SHOWN], list(dict.fromkeys(choices))
-    longer = [choice for choice in known if value and choice.startswith(value)]
+    value, known = value.lower()[:_MAX_SHOWN], {choice.lower(): choice for choice in choices}
+    longer = [word for word in known if value and word.startswith(value)]
     near = [n for pool in (longer, known) for n in difflib.get_close_matches(value, pool, n=most, cutoff=0.0)]
-    return list(dict.fromkeys(near))[:most]
+    return [known[word] for word in dict.fromkeys(near)][:most]
 
 
 class MemplanError(Exception):
-    """Base class of every error that memplan raises on purpose; `field` is the input field that is wrong."""
+    """Base class of every error that memplan raises on purpose.
+
+    code         a word for the kind of error, which stays the same from version to version
+    field        dotted path of the input field that is wrong
+    suggestions  values, or names of fields, that may have been meant, the nearest first
+    """
 
     exit_code = 2
+    code = "error"
 
-    def __init__(self, message: str, field: str = "") -> None:
+    def __init__(self, message: str, field: str = "", suggestions: Iterable[str] = ()) -> None:
         super().__init__(message if message.isprintable() else printable(" ".join(message.split())))
         self.field = field
+        self.suggestions = tuple(suggestions)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Copy and unpickle from `args` and the attributes: a subclass's constructor may take other arguments."""
@@ -66,13 +77,14 @@ def _restore(kind: type[MemplanError], args: tuple[Any, ...]) -> MemplanError:
 class UnknownNameError(MemplanError):
     """An unknown `value`; the message names the nearest of `choices`, the first three if they are already `ranked`."""
 
+    code = "unknown_name"
+
     def __init__(self, field: str, value: str, choices: Iterable[str], *, ranked: bool = False) -> None:
         near = list(choices)[:3] if ranked else nearest(value, choices)
         hint = f"; did you mean {' or '.join(near)}?" if near else ""
         shown = value if len(value) <= _MAX_SHOWN else f"{value[:_MAX_SHOWN]}..."
-        super().__init__(f"{field}: unknown name {shown!r}{hint}", field)
+        super().__init__(f"{field}: unknown name {shown!r}{hint}", field, near)
         self.value = value
-        self.nearest = tuple(near)
 
 
 @contextmanager
@@ -89,32 +101,57 @@ def errors_about(field: str) -> Generator[None]:
 class SpecError(MemplanError):
     """A run that contradicts itself or is not supported yet."""
 
+    code = "invalid_run"
+
+
+class FieldError(SpecError):
+    """A value that a field cannot have, an unknown key or a missing one: pydantic's error, in a line.
+
+    kind  the code
+    """
+
+    def __init__(self, kind: str, message: str, field: str, suggestions: Iterable[str] = ()) -> None:
+        super().__init__(message, field, suggestions)
+        self.code = kind
+
 
 def refused(field: str, message: str) -> SpecError:
     """Return the error that `field` cannot be what it is; the message says what is wrong and what to use instead."""
-    return SpecError(f"{field}: {message}", field)
+    error = SpecError(f"{field}: {message}", field)
+    if "supported yet" in message:
+        error.code = "not_supported"
+    return error
 
 
 class ConfigError(MemplanError):
     """A config.json, model card or GPU table that cannot be read: invalid JSON, a missing key, a value out of range."""
 
+    code = "unreadable"
+
 
 class UnsupportedModelError(ConfigError):
     """A model family that is not supported: refused, never guessed."""
 
+    code = "unsupported_model"
+
 
 class ProbeError(MemplanError):
     """A run or a machine that the probe cannot use: a library, a model class, a compiler or a GPU is missing."""
+
+    code = "probe_unavailable"
 
 
 class FactsMissingError(MemplanError):
     """The model's config is not available: neither bundled nor cached, and not fetched from the network."""
 
     exit_code = 3
+    code = "model_not_available"
 
 
 class InternalError(MemplanError):
     """A bug in memplan: a tensor is freed twice, or bytes are negative. `what` names the tensor and where it is."""
+
+    code = "internal"
 
     def __init__(self, what: str) -> None:
         super().__init__(f"memplan contradicts itself: {what}; please report this run at {ISSUES}")

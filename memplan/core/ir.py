@@ -303,14 +303,14 @@ def undefined_names(stack: Stack) -> Iterator[UndefinedName]:
 
 def _unwritten(where: str, operations: tuple[Op, ...], known: set[str], *handed_on: str) -> Iterator[UndefinedName]:
     """Yield the unwritten names of one list, which must write `handed_on`; adds the names that it writes to `known`."""
-    taken, written = _taken_and_written(Identity(operations))
+    taken, written = taken_and_written(Identity(operations))
     yield from (UndefinedName(where, operation, name) for operation, name in taken if name not in known)
     known |= written
     yield from (UndefinedName(where, "", name) for name in handed_on if name not in known)
 
 
 @lru_cache(maxsize=512)
-def _taken_and_written(operations: Identity[tuple[Op, ...]]) -> tuple[tuple[tuple[str, str], ...], frozenset[str]]:
+def taken_and_written(operations: Identity[tuple[Op, ...]]) -> tuple[tuple[tuple[str, str], ...], frozenset[str]]:
     """Return the names that a list, which equal layers share, takes from outside, each with the operation that does,
     and the names that it writes."""
     written = {w.name for op in operations.value for w in op.weights}

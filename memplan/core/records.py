@@ -35,18 +35,23 @@ else:
                 return super().__new__(cls, name, bases, space)
             fields = tuple(space.get("__annotations__", ()))
             defaults = {field: space[field] for field in fields if field in space}
-            getters = {field: field_at(n, "") for n, field in enumerate(fields)}
+            numbers = {field: n for n, field in enumerate(fields)}
+            getters = {field: field_at(n, "") for field, n in numbers.items()}
             record = {"_fields": fields, "_field_defaults": defaults, "__match_args__": fields, "__slots__": ()}
+            record["_numbers"] = numbers
             return type(name, (tuple,), {**_METHODS, **space, **record, **getters})
 
     class NamedTuple(metaclass=_Definition):
         """Base of class statements, as `typing.NamedTuple` is; the methods are those of its subclasses."""
 
         def _replace(self, /, **changes):
-            made = tuple.__new__(type(self), map(changes.pop, self._fields, self))
-            if changes:
-                raise TypeError(f"{type(self).__name__} has no fields {', '.join(changes)}")
-            return made
+            values, numbers = list(self), self._numbers
+            try:
+                for field, value in changes.items():
+                    values[numbers[field]] = value
+            except KeyError as error:
+                raise TypeError(f"{type(self).__name__} has no field {error}") from None
+            return tuple.__new__(type(self), values)
 
         def _asdict(self):
             return dict(zip(self._fields, self, strict=False))

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TypeVar
 
 from memplan.core.identity import Identity
-from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight, named
+from memplan.core.ir import Keep, Op, Scratch, Tensor, Weight, taken_and_written
 from memplan.core.records import NamedTuple
 
 FLOATING = frozenset(("fp32", "bf16", "fp16"))
@@ -81,13 +81,8 @@ class _Listed:
 
     def __init__(self, ops: tuple[Op, ...]) -> None:
         self.ops = ops
-        names: dict[str, None] = {}
-        written: set[str] = set()
-        for op in ops:
-            names.update((name, None) for name in (*op.reads, *named(op)) if name not in written)
-            names.update((w.name, None) for w in op.weights)
-            written.update(t.name for t in (*op.writes, *op.wraps, *op.past))
-        self.names = tuple(names)
+        taken, _ = taken_and_written(Identity(ops))
+        self.names = tuple({name: None for _, name in taken} | {w.name: None for op in ops for w in op.weights})
         self._hash = hash(ops)
 
     def __hash__(self) -> int:

@@ -41,25 +41,35 @@ class Moment(NamedTuple):
 
 
 class PassMoments(Sequence[Moment]):
-    """The moments of a pass. They are stored in columns, because they are many and live long."""
+    """The moments of a pass. They are stored in columns, because they are many and live long.
+
+    Names of operations are only made for the moments that are looked at.
+    """
 
     def __init__(self, moments: Iterable[Moment]) -> None:
         self._columns: tuple[tuple[Any, ...], ...] = tuple(zip(*moments, strict=True))
+        self._name: Callable[[str], str] = str
 
     def __len__(self) -> int:
         return len(self._columns[0]) if self._columns else 0
 
     def __iter__(self) -> Iterator[Moment]:
-        return map(Moment._make, zip(*self._columns, strict=True))
+        return (moment._replace(where=self._name(moment.where)) for moment in self.unnamed)
 
     @overload
     def __getitem__(self, index: int) -> Moment: ...
     @overload
     def __getitem__(self, index: slice) -> PassMoments: ...
     def __getitem__(self, index: int | slice) -> Moment | PassMoments:
-        return (
-            PassMoments([*self][index]) if isinstance(index, slice) else Moment._make(c[index] for c in self._columns)
-        )
+        if isinstance(index, slice):
+            return PassMoments([*self][index])
+        moment = Moment._make(column[index] for column in self._columns)
+        return moment._replace(where=self._name(moment.where))
+
+    @property
+    def unnamed(self) -> Iterator[Moment]:
+        """The moments, to be counted: `where` is as it was before they were `renamed`."""
+        return map(Moment._make, zip(*self._columns, strict=True))
 
     @property
     def phases(self) -> tuple[str, ...]:
@@ -69,10 +79,7 @@ class PassMoments(Sequence[Moment]):
     def renamed(self, names: Callable[[str], str]) -> PassMoments:
         """Return the moments with other names of their operations."""
         other = PassMoments(())
-        if self._columns:
-            phases, wheres, *others = self._columns
-            known = {where: names(where) for where in {*wheres}}
-            other._columns = (phases, tuple(known[where] for where in wheres), *others)
+        other._columns, other._name = self._columns, lambda where: names(self._name(where))
         return other
 
 

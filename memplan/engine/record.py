@@ -10,6 +10,7 @@ from array import array
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from copy import copy as copied
+from functools import lru_cache
 from itertools import accumulate
 from types import MappingProxyType
 
@@ -36,7 +37,11 @@ class AllocationTrace(Events):
     loss      those of the backward of the loss
     backward  those of the backward pass, from the head on
     end       frees of what the script and the graph's nodes held
+    labels    shape, dtype, kind, block, operation and name of each storage that was recorded, if asked for; a number,
+              modulo their number, is an index
     """
+
+    labels: tuple[tuple[str, ...], ...] = ()
 
     def __init__(
         self,
@@ -95,11 +100,15 @@ def _changes(events: Iterable[Event]) -> tuple[list[Event], list[int]]:
 
 
 class _Copy(NamedTuple):
-    """The events of one copy, from `start` to `end`. It is followed by `skipped` equal copies that were not run."""
+    """The events of one copy, from `start` to `end`. It is followed by `skipped` equal copies that were not run.
+
+    `times` is the axis of the number of all.
+    """
 
     number: int
     way: Way
     skipped: int
+    times: str
     start: int
     end: int
 
@@ -129,7 +138,7 @@ class Recorder(Tape):
         self.over = 0  # end of the pass
         self._storages = 0
         self._keys: dict[tuple[str, str, int], int] = {}  # shape, dtype and stream -> index, a storage's size here
-        self._entered = _Copy(0, "forward", 0, 0, 0)
+        self._entered = _Copy(0, "forward", 0, "", 0, 0)
 
     def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
         key = (tensor.shape, tensor.dtype, self.stream)
@@ -188,11 +197,23 @@ class Recorder(Tape):
         self.over = len(self.events)
         return super().end_step(*gradients)
 
-    def enter_copy(self, number: int, way: Way, skipped: int) -> None:
-        self._entered = _Copy(number, way, skipped, len(self.events), 0)
+    def enter_copy(self, number: int, way: Way, skipped: int, times: str) -> None:
+        self._entered = _Copy(number, way, skipped, times, len(self.events), 0)
 
     def leave_copy(self) -> None:
         self.copies.append(self._entered._replace(end=len(self.events)))
+
+
+class _LabellingRecorder(Recorder):
+    """A recorder that also notes each storage's kind, block, operation and name."""
+
+    def __init__(self, grads_exist: bool, updates: Mapping[str, int], late: frozenset[str]) -> None:
+        super().__init__(grads_exist, updates, late)
+        self.labels: list[tuple[str, ...]] = []
+
+    def alloc(self, tensor: Tensor, kind: str, fresh: bool = True, of: str = "") -> Storage:
+        self.labels.append((tensor.shape, tensor.dtype, kind, self._block, self._op.name, of + tensor.name))
+        return super().alloc(tensor, kind, fresh, of)
 
 
 def record(
@@ -205,16 +226,16 @@ def record(
     division: Division | None = None,
     late: frozenset[str] = frozenset(),
     reach: int | None = None,
+    labelled: bool = False,
 ) -> AllocationTrace:
     """Return the allocations and frees of one forward and backward pass.
 
     The arguments are those of `lower`; `late` is as in `Recorder`, and `reach` how many copies are run at either end.
     """
     reach = reach or (REACH_OF_PREFETCHED if division and division.prefetches_forward else REACH)
-    tape = Recorder(grads_exist, updates, late)
-    gatherer = Gatherer(tape, division._replace(sums=False) if division else None, grads_exist)
-    run_pass(tape, gatherer, stack, depth, options, one_by_one=2 * reach + 1)
-    return _Expansion(tape, reach, tape.turn, tape.outside[1], tape.over).trace
+    division = division._replace(sums=False) if division else None
+    flags = _Flags(grads_exist, tuple(updates.items()), division, late, labelled=labelled)
+    return _expanded(stack, depth, reach, options, flags).trace
 
 
 def record_inference(
@@ -230,13 +251,72 @@ def record_inference(
     They begin with the allocations of what the previous pass left, and what this pass leaves is not freed. `division`
     and `casts` are those of `infer`.
     """
-    tape = Recorder()
-    gatherer = Gatherer(tape, division, grads_exist=False)
-    options, one_by_one = ExecutionOptions(autocast), 2 * reach + 1
-    run_pass(tape, gatherer, stack, depth, options, one_by_one=one_by_one, records=False, casts=casts)
-    trace = _Expansion(tape, reach).trace
+    flags = _Flags(False, (), division, frozenset(), records=False, casts=casts)
+    trace = _expanded(stack, depth, reach, ExecutionOptions(autocast), flags).trace
     trace.streams = array("i", (COMPUTING,)) * len(trace.sizes)
     return trace
+
+
+class _Flags(NamedTuple):
+    """How a pass is recorded: arguments of `record` and of `record_inference`; `records` if autograd does."""
+
+    grads_exist: bool
+    updates: tuple[tuple[str, int], ...]
+    division: Division | None
+    late: frozenset[str]
+    records: bool = True
+    casts: str = ""
+    labelled: bool = False
+
+
+class _Recorded(NamedTuple):
+    """A pass of a stack in which a few copies of each run were run.
+
+    copies    the copies that were run
+    events    the allocations and frees
+    cuts      positions in `events` at which its parts end
+    keys      shape and dtype, and stream, of each key
+    storages  number of storages
+    labels    of each storage, if they were asked for
+    """
+
+    copies: tuple[_Copy, ...]
+    events: list[Event]
+    cuts: tuple[int, ...]
+    keys: list[tuple[tuple[str, ...], int]]
+    storages: int
+    labels: tuple[tuple[str, ...], ...]
+
+
+@lru_cache(maxsize=64)
+def _recorded(
+    stack: Stack, depth: tuple[tuple[str, int], ...], one_by_one: int, options: ExecutionOptions, flags: _Flags
+) -> _Recorded:
+    kind = _LabellingRecorder if flags.labelled else Recorder
+    tape = kind(flags.grads_exist, dict(flags.updates), flags.late)
+    gatherer = Gatherer(tape, flags.division, flags.grads_exist)
+    records, casts = flags.records, flags.casts
+    run_pass(tape, gatherer, stack, dict(depth), options, one_by_one=one_by_one, records=records, casts=casts)
+    cuts = (tape.turn, tape.outside[1], tape.over) if records else ()
+    labels = tuple(tape.labels) if isinstance(tape, _LabellingRecorder) else ()
+    return _Recorded(tuple(tape.copies), tape.events, cuts, tape.keys, tape.storages, labels)
+
+
+_DIFFERENT = 8  # more copies of a run than differ from the others
+
+
+def _expanded(
+    stack: Stack, depth: Mapping[str, int], reach: int, options: ExecutionOptions, flags: _Flags
+) -> _Expansion:
+    """Return the events of a pass, whose recording models share that differ only in the number of layers."""
+    one_by_one = 2 * reach + 1
+    few = {axis: min(n, one_by_one + _DIFFERENT) for axis, n in depth.items()}
+    recorded = _recorded(stack, tuple(few.items()), one_by_one, options, flags)
+    deeper = {axis: n - few[axis] for axis, n in depth.items() if n > few[axis]}
+    if not deeper.keys() <= {copy.times for copy in recorded.copies if copy.skipped}:
+        recorded, deeper = _recorded(stack, tuple(depth.items()), one_by_one, options, flags), {}
+    copies = (c._replace(skipped=c.skipped + deeper.get(c.times, 0)) if c.skipped else c for c in recorded.copies)
+    return _Expansion(recorded._replace(copies=tuple(copies)), reach)
 
 
 class _Expansion:
@@ -247,9 +327,9 @@ class _Expansion:
     storage of the copy before it, so do the skipped ones.
     """
 
-    def __init__(self, tape: Recorder, reach: int, *cuts: int) -> None:
+    def __init__(self, tape: _Recorded, reach: int) -> None:
         self._tape, self._reach = tape, reach
-        self._cuts = deque(cuts)
+        self._cuts = deque(tape.cuts)
         self._allocated: dict[tuple[int, Way], list[int]] = {}
         self._origin: dict[int, tuple[_Copy, int]] = {}  # storage -> its copy, and its index there
         for copy in tape.copies:
@@ -263,6 +343,7 @@ class _Expansion:
         self._position = [*positions]  # of each copy that was run, among all copies
         sizes, streams = zip(*tape.keys, strict=True)
         self.trace = AllocationTrace(sizes, streams, tape.storages * (1 + max(skipped.values(), default=0)))
+        self.trace.labels = tape.labels
         self._ends: list[int] = []  # spans before each cut
         at = 0
         for copy in tape.copies:

@@ -28,12 +28,23 @@ class KeySizes:
 
 
 class SizedEvents(Events):
-    """Events whose sizes may depend on the run. None are appended once they have been replayed."""
+    """Events whose sizes may depend on the run. None are appended once they have been replayed.
+
+    phases  where each phase begins: the index of its first span, its name, and the step
+    passes  the first of each recorded pass's numbers, and its recording
+    """
 
     def __init__(self) -> None:
         super().__init__()
+        self.phases: list[tuple[int, str, int]] = []
+        self.passes: dict[int, AllocationTrace] = {}
         self._keys: dict[tuple[int | SizeInRun, int], int] = {}  # by size and stream
         self._stored: dict[AllocationTrace, int] = {}  # index of its first event
+
+    def enter(self, phase: str, step: int = 0) -> None:
+        """Begin a phase: events appended from here on are its own."""
+        self.phases.append((len(self.spans) // 4, phase, step))
+        self._is_open = False
 
     def alloc(self, size: int | SizeInRun, stream: int = COMPUTING) -> int:
         """Append an allocation, and return the number of its storage."""
@@ -56,6 +67,7 @@ class SizedEvents(Events):
         numbers  the first of its storages' numbers here
         axes     sizes of the model's axes
         """
+        self.passes[numbers] = trace
         if trace not in self._stored:
             keys = self.keys_of(trace, axes)
             self._stored[trace] = self.store(trace.numbers, [keys[key] for key in trace.keys])
@@ -70,7 +82,11 @@ class SizedEvents(Events):
 
     def replay(self, allocator: Allocator, axes: Mapping[str, int]) -> None:
         """Replay the events, none of whose storages is live yet."""
-        allocator.replay(self, self._sizes.in_run(axes), allocator.live_blocks(self.storages))
+        allocator.replay(self, self.bytes_of_keys(axes), allocator.live_blocks(self.storages))
+
+    def bytes_of_keys(self, axes: Mapping[str, int]) -> list[int]:
+        """Return the bytes of every key."""
+        return self._sizes.in_run(axes)
 
     @cached_property
     def _sizes(self) -> KeySizes:

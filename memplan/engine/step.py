@@ -183,7 +183,9 @@ def run_pass(
 
     tape.run_model = run_model
     one.forward()
-    return one.loss_and_backward() if records else one.end_of_inference()
+    result = one.loss_and_backward() if records else one.end_of_inference()
+    tape.run_model = tape.reach = tape.module = tape.reaches_first = None  # without cycles, all is freed at once
+    return result
 
 
 class _CopyRun(NamedTuple):
@@ -267,7 +269,7 @@ class _Pass:
         self._pasts: list[list[dict[str, Storage]]] = []
         run = 0
         for c in stack.copies:
-            tape.enter_copy(self.first_copy + len(self._pasts), "past", c.skipped)
+            tape.enter_copy(self.first_copy + len(self._pasts), "past", c.skipped, c.times)
             self._pasts.append(tape.recall(((b.name, b.ops) for b in c.blocks), None if c.alone else run))
             tape.leave_copy()
             run += not c.alone
@@ -327,7 +329,7 @@ class _Pass:
                 {f"{b.name}.{last_layer + i}.": f"{b.name}.{first_layer + i}." for i, b in enumerate(copies.blocks)}
             )
             tape.enter_run(number, self.first_layers[number])
-        tape.enter_copy(self.first_copy + at, "forward", copies.skipped)
+        tape.enter_copy(self.first_copy + at, "forward", copies.skipped, copies.times)
         entering = self.stream
         frames = [self._run_block(at, i, copies, last_layer + i) for i in range(period)]
         if number is not None:
@@ -377,7 +379,7 @@ class _Pass:
         for storage in (*(() if returns_input else (self.stream,)), *self.carried.values()):
             tape.drop(storage)  # the caller's variables now hold what the block returned
         self.stream = self.stream if returns_input else made[y]
-        self.carried = {name: made[behind] for name, behind in self.stack.returned.items()}
+        self.carried = {name: made[of] for name, of in self.stack.returned.items() if of in made}
         self.stream_requires_grad = "y" in frame.flows
         return frame
 
@@ -470,7 +472,7 @@ class _Pass:
         tape, copies, ran = self.tape, self.stack.copies[at], self.ran[at]
         if ran.run is not None:
             tape.enter_run(ran.run, self.first_layers[ran.run])
-        tape.enter_copy(at, "backward", copies.skipped)
+        tape.enter_copy(at, "backward", copies.skipped, copies.times)
         for i in reversed(range(len(ran.frames))):
             self._block_backward(at, i)
         if ran.run is not None:

@@ -154,8 +154,9 @@ class LiveStorages:
 
     # copies of equal blocks, and runs of them
 
-    def enter_copy(self, number: int, way: Way, skipped: int) -> None:
-        """Called before a copy is run; `number` is its index, and `skipped` equal copies after it are not run."""
+    def enter_copy(self, number: int, way: Way, skipped: int, times: str) -> None:
+        """Called before a copy is run; `number` is its index, and `skipped` equal copies after it are not run, of as
+        many as the axis `times` says."""
 
     def leave_copy(self) -> None:
         """Called after a copy was run."""

@@ -320,10 +320,11 @@ class Tape(LiveStorages):
             self.drop(storage)
 
     def forget(self, frame: Frame) -> None:
-        """Free what a frame keeps for a backward that will not run."""
+        """Free what a frame keeps for a backward that will not run, and recompute nothing there."""
         for node in frame.nodes:
             self._release(node)
         self._release_checkpoint(frame)
+        frame.nodes, frame.checkpointed = [], False
 
     def end_step(self, *gradients: Storage) -> tuple[Moment, Moment]:
         """Free what is held to the end of the step, with its `gradients`, then what the graph's nodes reference.

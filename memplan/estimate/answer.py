@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, get_args
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import Overhead
@@ -14,7 +14,7 @@ from memplan.core.errors import InternalError
 from memplan.core.frozen import FrozenDict
 from memplan.core.records import NamedTuple
 from memplan.core.version import __version__
-from memplan.estimate.usage import Band, Replay, Usage, calibration_of
+from memplan.estimate.usage import Answer, Band, Replay, Usage, calibration_of
 from memplan.models.model import ModelSpec
 from memplan.resolve.decide import profile_note, with_known_profile
 from memplan.spec.run import RunSpec
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SCHEMA_VERSION = 1
 BY_MEMORY = ("fits", "tight", "does not fit")
-ANSWERS = (*BY_MEMORY, "does not start")
+ANSWERS: tuple[Answer, ...] = get_args(Answer)
 VIAS = ("engine", "trace")  # where an answer comes from: memplan's own stacks, or a traced step
 BASES = ("derived", "measured", "assumed", "traced")
 
@@ -112,7 +112,7 @@ class Verdict(_Lazy):
     __slots__ = ()
 
     @property
-    def answer(self) -> str | None:
+    def answer(self) -> Answer | None:
         return self._usage.answer
 
     @property
@@ -431,6 +431,15 @@ class Estimate:
         """The fewest usable bytes that a card needs to hold the run."""
         return self._usage.least
 
+    @property
+    def most(self) -> int:
+        """The most that a card with room to spare may show for the run: what a shared card sets aside for it."""
+        return self._usage.most
+
+    def answer_on(self, usable: int) -> Answer:
+        """Return the answer for a card of the same kind with `usable` bytes. A serving engine's is of its own card."""
+        return self._usage.answer_on(usable)
+
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
         """Return whether a card of this kind with `usable` bytes holds the run, or None if the bounds do not tell.
 
@@ -486,31 +495,10 @@ class Estimate:
         """Bytes at the peak by kind, in torch MemTracker's terms. Sums to `bytes.allocated`."""
         return FrozenDict({**dict.fromkeys(KINDS, 0), **bytes_by_kind(self.ledger)})
 
-    def model_dump(self) -> dict[str, Any]:
-        """Return the answer as the JSON contract defines it."""
-        return {
-            "schema_version": SCHEMA_VERSION,
-            "memplan_version": __version__,
-            "via": self.via,
-            "run": self.run.model_dump(mode="json"),
-            "parameters": self.parameters._asdict(),
-            "bytes": self.bytes.as_dict(),
-            "band": self.band._asdict(),
-            "gpu": self.gpu._asdict() if self.gpu else None,
-            "verdict": self.verdict.as_dict(),
-            "peak": self.peak._asdict(),
-            "phases": [p._asdict() for p in self.phases],
-            "categories": dict(self.categories),
-            "ledger": [{**line._asdict(), "dims": list(line.dims)} for line in self.ledger],
-            "beside": [row._asdict() for row in self.beside],
-            "host_bytes": self.host_bytes,
-            "serving": dict(self.serving) if self.serving is not None else None,
-            "host": self.host.as_dict(),
-            "ranks": [rank.as_dict() for rank in self.ranks],
-            "unsupported": list(self.unsupported),
-            "notes": list(self.notes),
-            **({"origins": [origin._asdict() for origin in self.origins]} if self.origins else {}),
-        }
+    def model_dump(self, include: Collection[str] | None = None) -> dict[str, Any]:
+        """Return the answer as the JSON contract defines it; only the parts in `include`, whose others cost nothing."""
+        names = (name for name in DUMPED if name != "origins" or self.origins) if include is None else include
+        return {name: DUMPED[name](self) for name in names}
 
     def model_dump_json(self, indent: int | None = None) -> str:
         return json.dumps(self.model_dump(), indent=indent, ensure_ascii=False)
@@ -529,6 +517,32 @@ class Estimate:
         return f"Estimate({self.asked.model!r}, allocated={self.bytes.allocated}, verdict={self.verdict.answer!r})"
 
 
+# Part of an answer as JSON -> what writes it.
+DUMPED: Mapping[str, Callable[[Estimate], Any]] = {
+    "schema_version": lambda _: SCHEMA_VERSION,
+    "memplan_version": lambda _: __version__,
+    "via": lambda answer: answer.via,
+    "run": lambda answer: answer.run.model_dump(mode="json"),
+    "parameters": lambda answer: answer.parameters._asdict(),
+    "bytes": lambda answer: answer.bytes.as_dict(),
+    "band": lambda answer: answer.band._asdict(),
+    "gpu": lambda answer: answer.gpu._asdict() if answer.gpu else None,
+    "verdict": lambda answer: answer.verdict.as_dict(),
+    "peak": lambda answer: answer.peak._asdict(),
+    "phases": lambda answer: [phase._asdict() for phase in answer.phases],
+    "categories": lambda answer: dict(answer.categories),
+    "ledger": lambda answer: [{**line._asdict(), "dims": list(line.dims)} for line in answer.ledger],
+    "beside": lambda answer: [row._asdict() for row in answer.beside],
+    "host_bytes": lambda answer: answer.host_bytes,
+    "serving": lambda answer: dict(answer.serving) if answer.serving is not None else None,
+    "host": lambda answer: answer.host.as_dict(),
+    "ranks": lambda answer: [rank.as_dict() for rank in answer.ranks],
+    "unsupported": lambda answer: list(answer.unsupported),
+    "notes": lambda answer: list(answer.notes),
+    "origins": lambda answer: [origin._asdict() for origin in answer.origins],
+}
+
+
 def phase_peaks(answer: Estimate) -> dict[str, int]:
     """Return the peak of every phase over all steps."""
     out: dict[str, int] = {}
@@ -541,4 +555,4 @@ class Holding(NamedTuple):
     """A GPU that holds the run, and whether it fits or is tight."""
 
     gpu: GPU
-    answer: str
+    answer: Answer

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from pydantic import ValidationError
-
 from memplan.catalogue.profiles.engines import EngineDefaults, find_engine
 from memplan.catalogue.profiles.engines import rows as engine_rows
 from memplan.catalogue.profiles.profiles import find_profile, rows
@@ -63,7 +61,7 @@ def _change(answer: Estimate, path: str, estimate: Callable[[RunSpec], Estimate]
     del inner[name]
     try:
         return answer.bytes.used - estimate(RunSpec.model_validate(fields)).bytes.used
-    except (MemplanError, ValidationError):
+    except MemplanError:
         return None
 
 

@@ -19,11 +19,12 @@ from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import Host, HostPhase
 from memplan.estimate.side_task import SideTask
-from memplan.program.graph import Graph, elements, operations_of
+from memplan.program.graph import Graph, operations_of
 from memplan.program.loading import in_order
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.sharding.ranks import Ranks, kept_dtype
 from memplan.program.structure import Structure
+from memplan.program.weight_sizes import elements
 from memplan.resolve.communicators import NODE
 from memplan.spec.parallelism import Parallelism
 

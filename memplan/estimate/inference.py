@@ -23,21 +23,14 @@ from memplan.engine.walk import alive
 from memplan.estimate.answer import Host, HostPhase, Line, Parameters, Phase, Rank, Walk, largest_first
 from memplan.estimate.lines import held_line, pass_lines, workspace_line
 from memplan.estimate.usage import Usage
-from memplan.program.graph import (
-    Graph,
-    active_elements,
-    bytes_of_kinds,
-    elements,
-    operations_of,
-    parameters_of,
-    recorded_inference,
-)
+from memplan.program.graph import Graph, bytes_of_kinds, operations_of, parameters_of, recorded_inference
 from memplan.program.graph import weights_of as graph_weights
 from memplan.program.inference import gpus
 from memplan.program.inference.passes import InferenceStep, compresses, sized, token_after
 from memplan.program.inference.replay import InferenceReplay, load, reserved
 from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
+from memplan.program.weight_sizes import active_elements, elements
 from memplan.resolve.batches import check_batch
 from memplan.spec.run import RunSpec
 

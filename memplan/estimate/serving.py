@@ -11,14 +11,14 @@ from memplan.catalogue.hardware.overhead import Overhead
 from memplan.core.cached_property import cached_property
 from memplan.core.units import GIB
 from memplan.estimate.answer import Line, Parameters, Phase, Walk, largest_first
-from memplan.estimate.usage import ProcessOverhead, Usage
+from memplan.estimate.usage import Answer, ProcessOverhead, Usage
 from memplan.models.model import ModelSpec
-from memplan.program.graph import active_elements, elements
 from memplan.program.serving.budget import Budget, budget, card_for, layers_that_fit
 from memplan.program.serving.engine_step import EngineStep
 from memplan.program.serving.images import profiled_items
 from memplan.program.serving.model_weights import TABLE, host_of_adapters, kernel_of
 from memplan.program.serving.settings import Settings
+from memplan.program.weight_sizes import active_elements, elements
 from memplan.resolve.serving import resolve_serving
 from memplan.spec.run import RunSpec
 
@@ -39,7 +39,7 @@ class ServingWalk(Walk):
     def __init__(self, run: RunSpec, model: ModelSpec | None = None) -> None:
         self.run, self.settings = run, resolve_serving(run, model)
         self.gpu = self.settings.gpu
-        self.verdict = self._verdict()
+        self.verdict: Answer | None = self._verdict()
         b = self.at("usual")
         self.budget = b._replace(shows_needed_pool=self.verdict == "does not fit")
         self.resident = self.load = b.parameters
@@ -55,7 +55,7 @@ class ServingWalk(Walk):
         """Return the budget at the `low`, `usual` or `high` end of what the process takes outside torch's tensors."""
         return budget(self.settings, self.gpu.usable if self.gpu else None, level)
 
-    def _verdict(self) -> str | None:
+    def _verdict(self) -> Answer | None:
         """Return fits if the requests fit and the engine starts for every measured overhead, tight if for some, does
         not start if the requests fit for some; None without a card."""
         if self.gpu is None:
@@ -247,7 +247,8 @@ class ServingUsage(Usage):
 
     def __init__(self, walk: ServingWalk) -> None:
         super().__init__(walk)
-        self._verdict, self._budget = walk.verdict, walk.budget
+        self._verdict: Answer | None = walk.verdict
+        self._budget = walk.budget
         self._fullest, self._emptiest = walk.at("high"), walk.at("low")
 
     @cached_property
@@ -255,7 +256,7 @@ class ServingUsage(Usage):
         return ProcessOverhead(0, 0, 0, 0, COVERAGE)
 
     @property
-    def answer(self) -> str | None:
+    def answer(self) -> Answer | None:
         return self._verdict
 
     @property
@@ -266,7 +267,7 @@ class ServingUsage(Usage):
     def fits(self) -> bool:
         return self.usable is not None and self._fullest.fits
 
-    @cached_property
+    @property
     def may_fit(self) -> bool:
         return self.usable is not None and self._emptiest.fits
 

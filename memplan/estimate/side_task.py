@@ -27,6 +27,7 @@ class SideTask(NamedTuple):
     host               bytes in host memory
     own_process_graph  the graph of a separate process, if the task runs in one
     loads              peak bytes while that process loads
+    empties_cache      torch's cached segments are freed before it
     """
 
     phase: str
@@ -42,6 +43,7 @@ class SideTask(NamedTuple):
     host: int = 0
     own_process_graph: Graph | None = None
     loads: int = 0
+    empties_cache: bool = False
 
     @property
     def held_bytes(self) -> int:
@@ -54,6 +56,8 @@ class SideTask(NamedTuple):
 
     def replay(self, allocator: Allocator) -> None:
         """Replay the task's allocations and frees. A separate process starts by loading the model."""
+        if self.empties_cache:
+            allocator.release()
         if self.own_process_graph is not None:
             load(self.own_process_graph, allocator)
         if self.phase == "eval":

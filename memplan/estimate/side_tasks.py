@@ -11,6 +11,7 @@ memplan.program.training.saving.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 from memplan.catalogue.inference.decoding import returned_by
 from memplan.catalogue.inference.one_pass import Cache, Pass
@@ -25,13 +26,14 @@ from memplan.engine.walk import size
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.training_peaks import TrainingPeaks
 from memplan.models.model import ModelSpec
-from memplan.program.graph import Graph, TensorGroup, elements, lower_inference, operations_of, parameters_of
+from memplan.program.graph import Graph, TensorGroup, lower_inference, operations_of, parameters_of, total_bytes
 from memplan.program.inference.passes import InferenceStep, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.loading import loading, most_at_once
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.training.saving import saving_peak
+from memplan.program.weight_sizes import elements
 from memplan.resolve.batches import check_batch, with_lengths
 from memplan.resolve.decide import decide
 from memplan.resolve.inference import keeps_every_cache
@@ -51,6 +53,7 @@ def side_tasks_of(
     also = run.also
     if also == Also():
         return ()
+    run = run.model_copy(update=decided.parts)  # a side task runs with the profile's defaults too
     refuse(refused_side_tasks(run, decided.structure.graph))
     standing = walked.program.between_steps(walked.workspace)
     tasks: list[SideTask] = []
@@ -109,7 +112,8 @@ def _evaluation(
         task = task._replace(where="evaluation.concat", held=joined, moving=0, top=(-1, -1))
     yield task
     if e.new_tokens:
-        yield _generation(e, decided_, graph, library, one_pass.casts_logits, standing)
+        asked = decided_.batch.model_copy(update={"new_tokens": e.new_tokens, "target_sequence": None})
+        yield generation(decided_._replace(batch=asked), library, one_pass.casts_logits, standing)
 
 
 def _evaluation_run(run: RunSpec, e: Evaluation, model: ModelSpec | None) -> ResolvedRun:
@@ -227,10 +231,22 @@ def _batch_logits(graph: Graph) -> Tensor | None:
     return Tensor("logits", shape, dtype)
 
 
-def _generation(
-    e: Evaluation, decided_: ResolvedRun, graph: Graph, library: LibraryBehaviour, wide: bool, standing: int
+def generation(
+    decided_: ResolvedRun,
+    library: LibraryBehaviour,
+    wide: bool,
+    standing: int,
+    held: tuple[TensorGroup, ...] = (),
+    *,
+    samples: bool = False,
 ) -> SideTask:
-    """Return the generation of tokens after each of an evaluation's sequences."""
+    """Return the generation of tokens after each of a batch's sequences, as transformers' generate does it.
+
+    wide     the logits of a pass are cast to fp32
+    held     tensors held meanwhile
+    samples  tokens are sampled, from all of them
+    """
+    graph = decided_.structure.graph
     kind, facts = graph.model.model_type, graph.model.family.generation
     if graph.model.objective not in ("causal_lm", "seq2seq_lm") or not facts.is_modelled:
         raise refused("also.evaluation.new_tokens", f"generation is not supported yet for {graph.model.name or kind}")
@@ -244,22 +260,22 @@ def _generation(
     one_pass = Pass(
         "prefill", cache, last_only, wide, few_rows=few_rows, has_encoder=crosses, batches_later_passes=switches
     )
-    one_pass = one_pass._replace(suppresses=facts.suppresses)
+    one_pass = one_pass._replace(suppresses=facts.suppresses, samples=samples)
+    one_pass = one_pass._replace(warps=not samples, has_row_positions=samples)
     evaluation_graph = _evaluation_graph(graph, one_pass, caching=True)
     if not keeps_every_cache(evaluation_graph):
         raise UnsupportedModelError(
             f"also.evaluation.new_tokens: generation is not supported yet for model_type {kind} with this attention",
             "also.evaluation.new_tokens",
         )
-    asked = decided_.batch.model_copy(update={"new_tokens": e.new_tokens, "target_sequence": None})
-    batch = with_lengths(asked, graph.model, generates=True)
+    batch = with_lengths(decided_.batch, graph.model, generates=True)
     prompted = decided_._replace(structure=decided_.structure._replace(graph=evaluation_graph), batch=batch)
     passes = tuple(sized(step, prompted) for step in steps_of(prompted))
     peaks = [each.peak for each in passes]
     top = max(range(len(peaks)), key=lambda i: peaks[i].bytes)
     moving, moment = peaks[top]
     where = f"{passes[top].phase}: {passes[top].low().moments[moment].where}"
-    return SideTask("generate", where, standing, (), passes, (top, moment), moving)
+    return SideTask("generate", where, standing, held, passes, (top, moment), moving)
 
 
 def _merge(
@@ -271,10 +287,25 @@ def _merge(
     graph, alone, loads = decided.structure.graph, None, 0
     if merging.model == "reloaded":
         graph = alone = _reloaded_graph(run, model)
-        standing = sum(h.bytes * h.copies for h in parameters_of(graph)) + walked.workspace
-        loads = most_at_once(loading(graph))
+        weights, loads = _loaded_alone(graph)
+        standing = weights + walked.workspace
+    held, where, host = _largest_merge(graph)
+    return SideTask("merge", where, standing, held, host=0 if alone else host, own_process_graph=alone, loads=loads)
+
+
+@lru_cache(maxsize=128)
+def _loaded_alone(graph: Graph) -> tuple[int, int]:
+    """Return the bytes of a model's weights, and the peak of loading them."""
+    return total_bytes(parameters_of(graph)), most_at_once(loading(graph))
+
+
+@lru_cache(maxsize=128)
+def _largest_merge(graph: Graph) -> tuple[tuple[TensorGroup, ...], str, int]:
+    """Return the tensors of the largest layer's merge, the operation, and the bytes in host memory of the largest
+    quantised layer."""
     stack, axes = operations_of(graph)
     best: tuple[tuple[TensorGroup, ...], str] = ((), "")
+    host = 0
     for adapter in adapted_weights(stack):
         if not adapter.mergeable:
             raise refused(
@@ -290,11 +321,11 @@ def _merge(
                 )
                 for t in merge_step.tensors
             )
-            best = max(best, (held, f"{where}.merge"), key=lambda candidate: sum(h.bytes for h in candidate[0]))
-    host = 0
-    if not alone and graph.recipe.quantization:
-        host = max(elements(adapter.weight, axes) * ITEMSIZE["fp32"] for adapter in adapted_weights(stack))
-    return SideTask("merge", best[1], standing, best[0], host=host, own_process_graph=alone, loads=loads)
+            best = max(best, (held, f"{where}.merge"), key=lambda candidate: total_bytes(candidate[0]))
+        if graph.recipe.quantization:
+            host = max(host, elements(adapter.weight, axes) * ITEMSIZE["fp32"])
+    held, operation = best
+    return held, operation, host
 
 
 def _reloaded_graph(run: RunSpec, model: ModelSpec | None) -> Graph:

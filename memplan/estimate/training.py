@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.core.cached_property import cached_property
 from memplan.core.records import NamedTuple
 from memplan.engine.allocator import OutOfMemoryError
@@ -16,7 +17,7 @@ from memplan.estimate.answer import Host, Line, Parameters, Phase, Rank, Walk
 from memplan.estimate.host import host_memory
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
-from memplan.estimate.usage import calibration_of, room, run_overhead
+from memplan.estimate.usage import Usage, calibration_of, room, run_overhead
 from memplan.models.model import ModelSpec
 from memplan.program.graph import operations_of, total_bytes
 from memplan.program.run import ResolvedRun
@@ -56,6 +57,11 @@ class TrainingWalk(Walk):
         self.load = max((peaks.phases[0].peak, *(task.loads for task in tasks)))
 
     def with_side_tasks(self, model: ModelSpec | None) -> TrainingWalk:
+        trainer = self.decided.structure.graph.trainer
+        if trainer is not None and trainer.name in GENERATING and self.run.rollout != "server":
+            from memplan.estimate.rollout import rollout
+
+            self._take(self.peaks.followed_by((rollout(self.run, self.peaks, self.decided),)))
         if not is_default(self.run, "also"):
             from memplan.estimate.side_tasks import notes_of, side_tasks_of
 
@@ -137,6 +143,13 @@ class TrainingWalk(Walk):
     @property
     def is_long(self) -> bool:
         return sum(pass_of(chunk, later=False).length for chunk in chunks_of(self.decided.structure)) > LONG_PASS
+
+    def usage(self, calibration: Calibration | None) -> Usage:
+        if self.decided.colocated is None or not self.gpu:
+            return super().usage(calibration)
+        from memplan.estimate.rollout import ColocatedUsage
+
+        return ColocatedUsage(self, self.decided.colocated, calibration)
 
     def reserved(self, capacity: int | None = None) -> int | None:
         return reserved(self.replay, capacity)

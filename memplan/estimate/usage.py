@@ -6,7 +6,7 @@ takes microseconds. A verdict that is clear without a replay does not run one.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import (
@@ -25,6 +25,9 @@ from memplan.core.records import NamedTuple
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
+
+
+Answer = Literal["fits", "tight", "does not fit", "does not start"]
 
 
 class Replay:
@@ -156,6 +159,7 @@ class Usage:
         self._gpu = replay.gpu
         self._calibration = calibration
         self.allocated = replay.peak
+        self._survivals: dict[int, bool] = {}  # by usable bytes
 
     @property
     def usable(self) -> int | None:
@@ -172,14 +176,15 @@ class Usage:
         return self._overhead.rows
 
     @property
-    def answer(self) -> str | None:
+    def answer(self) -> Answer | None:
         """fits, tight or does not fit; None without a card."""
-        if self._gpu is None:
-            return None
-        self.fits_card_of(self._gpu.usable, replayed=True)  # by the replay that `used` takes too, if one is needed
-        if self.fits:
+        return None if self._gpu is None else self.answer_on(self._gpu.usable)
+
+    def answer_on(self, usable: int) -> Answer:
+        """Return the answer for a card of this kind with `usable` bytes."""
+        if self.fits_card_of(usable, replayed=True):  # by the replay that `used` takes too, if one is needed
             return "fits"
-        return "tight" if self.may_fit else "does not fit"
+        return "tight" if self._may_fit(usable) else "does not fit"
 
     @property
     def reason(self) -> str | None:
@@ -213,17 +218,26 @@ class Usage:
         """The fewest usable bytes that a card needs to hold the run."""
         return self._shown(self.allocated, self._overhead.low, -self._overhead.less)
 
+    @property
+    def most(self) -> int:
+        """The most that a card with room to spare may show for the run."""
+        return self._shown_at("high", self._roomy)
+
     def _sure(self, usable: int) -> int:
         """Return the bytes left for torch's segments."""
         return room(usable, self._overhead).sure
 
-    @cached_property
+    @property
     def may_fit(self) -> bool:
         """Whether the run fits its card if the process takes the least that was measured."""
-        if self._gpu is None:
-            return False
-        capacity = room(self._gpu.usable, self._overhead).possible
-        return capacity >= self.allocated and (self._replay.is_long or self._lives_in(capacity))
+        return self._gpu is not None and self._may_fit(self._gpu.usable)
+
+    def _may_fit(self, usable: int) -> bool:
+        if usable not in self._survivals:
+            capacity = room(usable, self._overhead).possible
+            lives = capacity >= self.allocated and (self._replay.is_long or self._lives_in(capacity))
+            self._survivals[usable] = lives
+        return self._survivals[usable]
 
     @cached_property
     def used(self) -> int:

@@ -95,7 +95,7 @@ def read(config: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
                 out["optimizer"] = {"name": _optimizer(_mapping(value, key))}
             case "activation_checkpointing":
                 for name, setting in _mapping(value, key).items():
-                    if name in ("partition_activations", "cpu_checkpointing") and setting:
+                    if name in ("partition_activations", "cpu_checkpointing") and _switch(setting, f"{key}.{name}"):
                         raise _refused(f"{key}.{name}", "is not supported yet; supported: false")
             case _:
                 _check_default(key, value, _TOP_DEFAULTS, "")
@@ -122,7 +122,7 @@ def _zero(config: Mapping[str, Any]) -> dict[str, Any]:
                 zero[key] = device
                 offload["optimizer" if key == "offload_optimizer" else "parameters"] = True
         elif key in ("cpu_offload", "cpu_offload_param"):
-            offload["optimizer" if key == "cpu_offload" else "parameters"] = bool(value)
+            offload["optimizer" if key == "cpu_offload" else "parameters"] = _switch(value, f"zero_optimization.{key}")
         elif plain == "model_persistence_threshold":
             raise _refused(f"zero_optimization.{key}", "is not supported yet; leave it out")
         else:
@@ -144,7 +144,7 @@ def _offload(field: str, config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _precision(dtype: str, config: Mapping[str, Any], out: dict[str, dict[str, Any]]) -> None:
-    if config.get("enabled") is True:
+    if _switch(config.get("enabled"), f"{dtype}.enabled"):
         for key in _PRECISION_DEFAULTS.keys() & config.keys():
             _check_default(key, config[key], _PRECISION_DEFAULTS, f"{dtype}.")
         if "precision" in out:
@@ -173,6 +173,12 @@ def _mapping(value: object, key: str) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise _refused(key, f"must be a mapping, not {value!r:.40}")
     return cast(Mapping[str, Any], value)
+
+
+def _switch(value: object, key: str) -> bool:
+    if value not in (True, False, "auto", None):
+        raise _refused(key, f"must be true, false or auto, not {value!r:.40}")
+    return value != "auto" and bool(value)
 
 
 def _refused(key: str, why: str) -> SpecError:

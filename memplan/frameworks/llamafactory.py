@@ -49,7 +49,9 @@ def _disabled(run: RunSpec) -> Value:
 
 
 def _attention(run: RunSpec) -> str:
-    return {"eager": "disabled", "flash_attention_2": "fa2"}.get(run.kernels.attention, "sdpa")
+    return {"eager": "disabled", "flash_attention_2": "fa2", "flash_attention_3": "fa3"}.get(
+        run.kernels.attention, "sdpa"
+    )
 
 
 def _targets(run: RunSpec) -> Value:

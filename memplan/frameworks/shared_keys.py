@@ -169,7 +169,9 @@ def uses(kernel: str) -> Callable[[RunSpec], bool]:
 
 def kernel_of_sdpa(run: RunSpec) -> Value:
     """A line of Python that restricts torch's attention to one kernel during training."""
-    backend = {"sdpa_math": "MATH", "sdpa_efficient": "EFFICIENT_ATTENTION"}.get(run.kernels.attention)
+    backend = {"sdpa_math": "MATH", "sdpa_efficient": "EFFICIENT_ATTENTION", "sdpa_cudnn": "CUDNN_ATTENTION"}.get(
+        run.kernels.attention
+    )
     return backend and f"with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.{backend}): trainer.train()"
 
 

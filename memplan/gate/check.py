@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from memplan.core.errors import SpecError, printable
+from memplan.core.workers import mapped, processes_for
 from memplan.gate.budget import Budgets, Problem, RunBudget, budget, files_of, find_budgets, is_pattern
 from memplan.gate.lock import read_lock, with_lock
 from memplan.gate.rows import COMMAND, Answers, Check, Task, checked
-from memplan.gate.workers import mapped, processes_for
 
 
 def check(

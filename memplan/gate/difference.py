@@ -14,6 +14,7 @@ from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.core.errors import MemplanError, SpecError, printable
 from memplan.core.records import NamedTuple
 from memplan.core.version import __version__
+from memplan.core.workers import mapped, processes_for
 from memplan.frameworks.reading.config import FieldOrigin
 from memplan.gate.budget import Budgets, Problem, RunBudget, find_budgets
 from memplan.gate.cause import Cause, RowOfSide, causes, similarity
@@ -33,7 +34,6 @@ from memplan.gate.rows import (
     checked,
     read_for,
 )
-from memplan.gate.workers import mapped, processes_for
 from memplan.spec.run import RunSpec
 
 # Of a run on a GPU, in the order they are shown; the first three fail.

@@ -16,6 +16,7 @@ from memplan.core.errors import (
     UnsupportedModelError,
     printable,
 )
+from memplan.core.files import exists, open_file
 from memplan.core.records import NamedTuple
 from memplan.core.version import __version__
 from memplan.estimate.answer import Estimate
@@ -179,7 +180,7 @@ class Answers:
         answer = self._known.get(run)
         if answer is None:
             answer = estimate(run, None, self._models.get(run.model) if isinstance(run.model, str) else None)
-            if not (isinstance(run.model, str) and Path(run.model).exists()):  # a folder may change with the revision
+            if not (isinstance(run.model, str) and exists(Path(run.model))):  # a folder may change with the revision
                 self._known[run] = answer
         return answer
 
@@ -192,7 +193,7 @@ class ReadRun(NamedTuple):
     fields: Mapping[str, Any]
 
     def on(self, gpu: str) -> RunSpec:
-        """Return the run on a GPU. Raises pydantic's ValidationError or MemplanError."""
+        """Return the run on a GPU. Raises MemplanError."""
         return RunSpec.model_validate({**self.fields, "gpu": gpu})
 
 
@@ -332,9 +333,9 @@ def _without(fields: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 def _unanswered(task: Task, start: CheckedRun, error: Exception) -> CheckedRun:
     """Return the row of a run that cannot be answered: unknown if memplan cannot, wrong if its file is."""
-    if not isinstance(error, (MemplanError, OSError)) and type(error).__name__ != "ValidationError":  # pydantic's
+    if not isinstance(error, (MemplanError, OSError)):
         error = InternalError(f"{type(error).__name__} {printable(str(error), 80)}")
-    text = line_of(error) if not isinstance(error, OSError) else f"cannot be read ({error.strerror or error})"
+    text = line_of(error) if isinstance(error, MemplanError) else f"cannot be read ({error.strerror or error})"
     is_unknown = isinstance(error, (FactsMissingError, UnsupportedModelError, ProbeError, InternalError))
     is_unknown |= "supported yet" in text or "not read yet" in text
     is_unknown |= isinstance(error, SpecError) and "is not a file of" in text and not task.is_named
@@ -348,6 +349,7 @@ def digest_of(name: str) -> str:
     if name.startswith(COMMAND):
         return hashlib.sha256(name.encode()).hexdigest()
     try:
-        return hashlib.sha256(Path(name).read_bytes()).hexdigest()
+        with open_file(Path(name)) as file:
+            return hashlib.sha256(file.read()).hexdigest()
     except (OSError, ValueError):
         return ""

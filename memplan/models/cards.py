@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from memplan.core.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, nearest, printable
-from memplan.core.files import open_file
+from memplan.core.files import are_given, open_file
 from memplan.core.frozen import FrozenDict
 from memplan.core.package_data import data_path
 from memplan.core.records import NamedTuple
@@ -111,7 +111,7 @@ def _locate(model: str, online: bool) -> str | PublishedModel:
     if "/" not in model:
         _refuse_other_format(model)
         raise UnknownNameError("model", model, _similar(model), ranked=True)
-    found = _from_hub_cache(model) or _mirrored(model)
+    found = (None if are_given() else _from_hub_cache(model)) or _mirrored(model)
     if found is None:
         _refuse_other_format(model)
         raise _missing(model)
@@ -143,7 +143,8 @@ def _mirrored(hf_id: str) -> str | None:
 
 
 def other_format(model: str) -> tuple[str, str] | None:
-    """Return the card that a name of a checkpoint in another format means, and the options that say the format."""
+    """Return the card that a name or address of a checkpoint in another format means, and the options that say it."""
+    model = re.sub(_ADDRESS, r"\2", model)
     for end, options in _OTHER_FORMATS.items():
         if model.lower().endswith(end):
             base = model[: -len(end)]
@@ -227,6 +228,11 @@ def _file(model: str) -> Path | None:
     if not model.strip():
         return None
     named = model.endswith(_FILES) or model.startswith((".", "~", os.sep))
+    if are_given():
+        if named:
+            text = "a path, and files of this machine are not read; give the config itself"
+            raise ConfigError(f"model: {printable(model, _MAX_SHOWN)} is {text}", "model")
+        return None
     try:
         path = Path(model).expanduser()
         if path.is_dir():
@@ -394,6 +400,9 @@ def _missing(hf_id: str) -> FactsMissingError:
 
     near = difflib.get_close_matches(hf_id.lower()[:_MAX_SHOWN], _aliases(), n=1, cutoff=0.8)
     hint = f"did you mean {_original_case(near[0])}? Otherwise " if near else ""
+    if are_given():
+        text = f"no card for '{printable(hf_id, _MAX_SHOWN)}'; {hint}give its config"
+        return FactsMissingError(f"model: {text}", "model")
     return FactsMissingError(
         f"model: no card for '{printable(hf_id, _MAX_SHOWN)}' and no config.json of it in the local Hugging Face "
         f"cache; {hint}ask the Hub with --online, or give the path of a config.json",

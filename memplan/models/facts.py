@@ -83,6 +83,7 @@ class ImageFacts(NamedTuple):
     is_called        images can be read; else only the tower's weights are loaded
     is_fixed         its processor resizes every image to the same size
     is_packed        the tower reads all images as one packed sequence, which is split only for sdpa
+    has_eager        what its eager attention takes was traced
     has_masks        the tower's layers take masks, which offloading checkpoints would also move
     by_keyword       the tower passes hidden states to its layers by keyword, and its processor returns bf16 pixels
     video            how vLLM counts a video's patches: frames, as long as a request has room for, or pixels; "" if it
@@ -99,6 +100,7 @@ class ImageFacts(NamedTuple):
     is_called: bool = True
     is_fixed: bool = False
     is_packed: bool = False
+    has_eager: bool = False
     has_masks: bool = False
     by_keyword: bool = False
     video: Literal["", "frames", "pixels"] = ""
@@ -433,6 +435,7 @@ class ModelFacts:
             "rot": self.rotary_width,
             "rot2": self.rotary_width // 2,
             "d32": -(-d // 32) * 32 if d <= 128 else -(-d // 64) * 64,
+            "d_flash_3": next((width for width in (64, 96, 128, 192) if d <= width), 256),
             "h32": -(-self.hidden_size // 32) * 32,
             "qkv": (a + 2 * k) * d,
             "ad": a * d,
@@ -471,8 +474,8 @@ class ModelFacts:
         return hash((self.name, self.config))
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the hash, which differs between processes."""
-        return {name: value for name, value in vars(self).items() if name != "_hash"}
+        """Leave out the hash, which differs between processes, and the family's row, which has functions."""
+        return {name: value for name, value in vars(self).items() if name not in ("_hash", "family")}
 
     def __repr__(self) -> str:
         return f"ModelSpec({self.name or self.model_type!r}, {self.num_hidden_layers} layers)"

@@ -57,7 +57,7 @@ def config_of(file: Gguf, where: str) -> dict[str, Any]:
         raise ConfigError(f"model: {where} is a GGUF file of the kind {kind}, not a model", "model")
     known = architectures()
     if architecture not in known:
-        near = " or ".join(UnknownNameError("model", architecture, sorted(known)).nearest)
+        near = " or ".join(UnknownNameError("model", architecture, sorted(known)).suggestions)
         raise UnsupportedModelError(
             f"model: {where} has GGUF's architecture {printable(architecture, 40)!r}, which is not supported yet as "
             f"GGUF; give its config.json. The nearest supported: {near}",

@@ -43,8 +43,10 @@ def split(name: str) -> tuple[str, str | None]:
 
 def cached(name: str) -> Path | None:
     """Return the path of an id's config.json in the local cache, or None, without using the network."""
-    import huggingface_hub
-
+    try:
+        import huggingface_hub
+    except ModuleNotFoundError:  # in a browser, which has no cache
+        return None
     hf_id, revision = split(name)
     try:
         path: object = huggingface_hub.try_to_load_from_cache(hf_id, "config.json", revision=revision)  # pyright: ignore[reportUnknownMemberType]

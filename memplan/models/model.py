@@ -8,7 +8,7 @@ from typing import Any, cast
 
 from memplan.models.configs import around, family
 from memplan.models.configs.model_types import model_type_of
-from memplan.models.facts import ModelFacts
+from memplan.models.facts import Family, ModelFacts
 from memplan.models.headers import Checkpoint
 from memplan.models.objectives import config_for_objective
 
@@ -31,13 +31,10 @@ class ModelSpec(ModelFacts):
 
         Raises ConfigError for a missing key or an invalid size, UnsupportedModelError for an unsupported model.
         """
-        model_type = model_type_of(config)
-        row = family(model_type)
-        text: object = config.get("text_config")
-        if row.wraps:
-            inner: Mapping[str, Any] = cast(Any, text) if isinstance(text, Mapping) else {}
-            row = around(model_type, model_type_of({"model_type": row.wraps, **inner}))
-        super().__init__(config, model_type, row, name, published, checkpoint)
+        super().__init__(config, model_type_of(config), _family_of(config), name, published, checkpoint)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, family=_family_of(state["config"]))
 
     def narrowed(self, heads: int, key_value_heads: int, intermediate_size: int, vocab_size: int) -> ModelSpec:
         """Return the model with other numbers of heads, FFN width and vocabulary, and the same `head_dim`."""
@@ -53,6 +50,17 @@ class ModelSpec(ModelFacts):
         narrowed = ModelSpec({**self.config, **config}, self.name, self.card, self.checkpoint)
         narrowed.head_dim = self.head_dim  # some families have no key for it and would derive another from the heads
         return narrowed
+
+
+def _family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family of a config, or of its vision tower and decoder together."""
+    model_type = model_type_of(config)
+    row = family(model_type)
+    if not row.wraps:
+        return row
+    text: object = config.get("text_config")
+    inner: Mapping[str, Any] = cast(Any, text) if isinstance(text, Mapping) else {}
+    return around(model_type, model_type_of({"model_type": row.wraps, **inner}))
 
 
 @lru_cache(maxsize=1024)

@@ -193,7 +193,7 @@ def places(run: RunSpec, wanted: CardFilter = ANY, most: int = 20, demand: Deman
         if cards is not None:
             heapq.heappush(queue, (_order(cards), cards, choices))
 
-    for gpu, counts in wanted_cards(wanted):
+    for gpu, counts in wanted_cards(wanted, run):
         push(_priced(gpu, sorted(counts), wanted))
     fitting: list[CardFit] = []
     while queue and len(fitting) < most:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.parallelism.sharding import STRATEGIES as ROWS
 from memplan.catalogue.profiles.costs import LeverCost, cost_of
@@ -17,6 +18,7 @@ from memplan.models.peft_methods import has_rank
 from memplan.spec.formats import Quantization
 from memplan.spec.parallelism import Offload
 from memplan.spec.run import NEWEST, RunSpec, changed
+from memplan.spec.serving import Serving
 from memplan.spec.training import Method, Precision
 
 Fields = tuple[tuple[str, Any], ...]  # (path of a run's field, new value)
@@ -91,6 +93,7 @@ def levers_of(run: RunSpec) -> tuple[Lever, ...]:
         *_optimizer(run),
         *_loss(run),
         *_reference(run),
+        *_rollout(run),
         *_attention(run),
         *_checkpointing(run),
         *_micro_batch(run),
@@ -103,6 +106,7 @@ def levers_of(run: RunSpec) -> tuple[Lever, ...]:
         *_rank(run),
         *_targets(run),
         *_sequence(run),
+        *_completions(run),
     ]
     return tuple(sorted(levers, key=lambda lever: lever.tier))
 
@@ -157,9 +161,43 @@ def _optimizer(run: RunSpec) -> Iterator[Lever]:
 def _reference(run: RunSpec) -> Iterator[Lever]:
     if run.reference == "copy" and run.method.kind in ADAPTERS:
         yield _lever("reference_adapters", "adapters as the reference", "reference", ("reference", "adapters"))
+    if run.trainer in GENERATING:
+        if run.reference in ("copy", "adapters"):
+            yield _lever("reference_none", "no reference model (beta 0)", "reference", ("reference", "none"))
+        return
     if run.reference in ("copy", "adapters"):
         precomputed = ("reference", "precomputed")
         yield _lever("reference_precomputed", "a precomputed reference", "reference", precomputed)
+
+
+_LEAST_SHARE = 0.1
+
+
+def _rollout(run: RunSpec) -> Iterator[Lever]:
+    """Yield ways in which an engine on the same GPU takes less of it."""
+    if run.rollout != "colocate":
+        return
+    if not run.serving.sleep:
+        yield _lever("rollout_sleep", "vLLM asleep while the step trains", "sleep", ("serving.sleep", True))
+    share = (run.serving.memory_utilization or 0) - 0.1
+    while share >= _LEAST_SHARE:
+        field = ("serving.memory_utilization", round(share, 2))
+        yield _lever("rollout_share", f"{round(share, 2):.0%} of the GPU for vLLM", "share", field)
+        share -= 0.1
+    yield _lever("rollout_server", "vLLM on other GPUs", "share", ("rollout", "server"), ("serving", Serving()))
+
+
+def _completions(run: RunSpec) -> Iterator[Lever]:
+    """Yield fewer completions of each prompt, in as many fewer passes, and shorter ones."""
+    if run.trainer not in GENERATING:
+        return
+    parts, group = run.batch.accumulation, run.batch.generations
+    while parts % 2 == group % 2 == 0 and group > 2:
+        parts, group = parts // 2, group // 2
+        fields = (("batch.generations", group), ("batch.accumulation", parts))
+        yield _lever("generations", f"{group} completions of a prompt", "generations", *fields)
+    for tokens in _halves(run.batch.new_tokens, _MIN_SEQUENCE):
+        yield _lever("completions", f"completions of {tokens:,} tokens", "completions", ("batch.new_tokens", tokens))
 
 
 def _loss(run: RunSpec) -> Iterator[Lever]:
@@ -190,7 +228,9 @@ def _checkpointing(run: RunSpec) -> Iterator[Lever]:
     if run.kernels.checkpointing == "none":
         full = ("kernels.checkpointing", "full")
         yield _lever("checkpointing", "gradient checkpointing", "checkpointing", full)
-    if run.kernels.checkpointing in ("none", "full"):
+    if run.kernels.every_n_layers > 1:
+        yield _lever("checkpointing", "every layer checkpointed", "checkpointing", ("kernels.every_n_layers", 1))
+    elif run.kernels.checkpointing in ("none", "full"):
         keys = ("checkpointing", "offload_activations")[run.kernels.checkpointing == "full" :]
         host = (("kernels.checkpointing", "offload"),)
         yield Lever(keys, "checkpoints on the host", "checkpointing", host)

@@ -25,6 +25,7 @@ from memplan.estimate.estimate import estimate
 from memplan.planning.levers import STRATEGIES, spread, with_fields
 from memplan.planning.step_time import Cost, Hourly, Pace, Range, Work, cost, hourly, step_pace, work
 from memplan.planning.trials import attempt
+from memplan.resolve.refusals.vendors import not_on
 from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _offers(
         if choice is not None:
             heapq.heappush(queue, (order(choice), next(numbers), choice, choices))
 
-    for gpu, counts in wanted_cards(wanted):
+    for gpu, counts in wanted_cards(wanted, kinds.run):
         for group in [(n,) for n in counts] if each else [counts]:
             push(_candidates(kinds, gpu, group, wanted, tokens))
     found: list[Offer] = []
@@ -318,8 +319,8 @@ def _about(usd: float) -> float:
     return round(4 * log2(usd)) if 0 < usd < inf else usd
 
 
-def wanted_cards(wanted: CardFilter) -> Iterator[tuple[GPU, tuple[int, ...]]]:
-    """Yield the cards that may be offered and the counts of each. Raises SpecError if there are none."""
+def wanted_cards(wanted: CardFilter, run: RunSpec) -> Iterator[tuple[GPU, tuple[int, ...]]]:
+    """Yield the cards that may be offered for a run and the counts of each. Raises SpecError if there are none."""
     if wanted.owned:
         cards = [(owned.gpu, tuple(n for n in range(1, owned.count + 1))) for owned in wanted.owned]
     else:
@@ -338,7 +339,10 @@ def wanted_cards(wanted: CardFilter) -> Iterator[tuple[GPU, tuple[int, ...]]]:
     ]
     if not found:
         raise refused("buy", "no catalogued card matches; drop one of vendor, market or memory")
-    yield from found
+    for gpu, counts in found:
+        running = tuple(count for count in counts if not any(not_on(gpu, run, count)))
+        if running:
+            yield gpu, running
 
 
 def parse_owned_cards(text: str) -> tuple[OwnedCards, ...]:

@@ -24,6 +24,7 @@ from memplan.models.cards import card_names, find_model, load_card
 from memplan.models.peft_methods import has_rank
 from memplan.planning.sweep import FIELDS, Grid, grid
 from memplan.planning.trials import MAX_VALUE, attempt, last, needed_gpu
+from memplan.resolve.refusals.vendors import not_on
 from memplan.spec.run import RunSpec, changed
 
 if TYPE_CHECKING:
@@ -225,7 +226,7 @@ _MIN_TOKENS = 128  # batches that only fit with shorter sequences are not listed
 def cards_that_hold(run: RunSpec, vendor: str = "", calibration: Calibration | None = None) -> Iterator[Holding]:
     """Yield the catalogued GPUs, optionally of one vendor, that hold the run, least memory first. Evaluated lazily."""
     weights = estimate(run.model_copy(update={"gpu": None})).phases[0].peak  # loading needs this much on any card
-    cards = sorted(all_gpus(), key=lambda gpu: (gpu.usable, gpu.name))
+    cards = sorted((gpu for gpu in all_gpus() if not any(not_on(gpu, run))), key=lambda gpu: (gpu.usable, gpu.name))
     largest = {gpu.compute_capability: gpu for gpu in cards}  # cards of one capability run the same kernels
 
     @cache
@@ -243,4 +244,4 @@ def cards_that_hold(run: RunSpec, vendor: str = "", calibration: Calibration | N
             continue
         answer = answer_on(gpu)
         if answer is not None and answer.verdict.answer in ("fits", "tight"):
-            yield Holding(gpu, str(answer.verdict.answer))
+            yield Holding(gpu, answer.verdict.answer)

@@ -24,9 +24,9 @@ from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.models.model import ModelSpec
 from memplan.planning.step_time import limits
-from memplan.program.graph import active_elements, elements
 from memplan.program.stored.checkpoint import parameters
 from memplan.program.stored.weights import StoredWeight, stored_weights
+from memplan.program.weight_sizes import active_elements, elements
 from memplan.spec.formats import Quantization
 
 # Share of memory bandwidth that kernels reach, by the dtype of a stored tensor (memplan's and ggml's names). Other

@@ -15,6 +15,7 @@ from operator import index, mul
 from typing import TYPE_CHECKING, Any, cast
 
 from memplan.catalogue.kernels.losses import SINGLE_CHUNK
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.core.arithmetic import ONE_RUN, Arithmetic
 from memplan.core.cached_property import cached_property
 from memplan.core.errors import MemplanError, SpecError
@@ -209,7 +210,9 @@ def _same_program(run: RunSpec, batches: list[int], sequences: list[int]) -> Ite
         ends.add(bisect_right(sequences, SINGLE_CHUNK))
     if model.learned_positions and model.longest_sequence is not None:
         ends.add(bisect_right(sequences, model.longest_sequence))
-    for rows in pairwise(sorted({0, bisect_right(batches, 1), len(batches)})):
+    generates = run.trainer in GENERATING  # a batch that is not one of whole prompts is invalid
+    starts = range(len(batches)) if generates else (0, bisect_right(batches, 1))
+    for rows in pairwise(sorted({*starts, len(batches)})):
         for columns in pairwise(sorted(ends)):
             yield slice(*rows), slice(*columns)
 
@@ -222,8 +225,8 @@ def _fill(
 
     first = _changed(run, {"batch": batches[0], "sequence": sequences[0]})
     decided = decide(first)
-    # a pipeline's worst stage depends on the run, as does the memory of evaluations and saves
-    if decided.structure.graph.degrees.pp > 1 or run.also != Also():
+    # a pipeline's worst stage depends on the run, as does the memory of evaluations, saves and a trainer's generation
+    if decided.structure.graph.degrees.pp > 1 or run.also != Also() or run.trainer in GENERATING:
         _one_by_one(out, run, calibration, batches, sequences)
         return
     p = program(decided.structure)
@@ -249,7 +252,7 @@ def _fill(
 def _target(decided: ResolvedRun, run: RunSpec) -> int | None:
     """Return the decoder's length if it does not follow the encoder's."""
     model = decided.structure.graph.model
-    return run.batch.target_sequence or model.longest_target
+    return run.batch.target_sequence or (model.longest_target if model.only_sequence is not None else None)
 
 
 def _upper_bound(p: Program, values: Sequence[int]) -> int:

@@ -24,6 +24,7 @@ from memplan.core.frozen import FrozenDict
 from memplan.engine.allocator import OutOfMemoryError
 from memplan.estimate.answer import Estimate, Holding, Line, Parameters, Phase, Walk, largest_first
 from memplan.estimate.lines import workspace_line
+from memplan.estimate.usage import Answer
 from memplan.models.cards import PublishedModel, facts_of, find_config
 from memplan.models.gguf import parameters_in
 from memplan.models.headers import Checkpoint
@@ -365,7 +366,7 @@ def gpus_that_hold(answer: Estimate, vendor: str = "") -> Iterator[Holding]:
             yield Holding(gpu, verdict)
 
 
-def _verdict(walk: TraceWalk) -> str:
+def _verdict(walk: TraceWalk) -> Answer | None:
     """Return fits, tight or does not fit, from a replay without a capacity if that decides it."""
     usage = walk.usage(None)
-    return "fits" if usage.fits_card_of(usage.usable or 0, replayed=True) else str(usage.answer)
+    return "fits" if usage.fits_card_of(usage.usable or 0, replayed=True) else usage.answer

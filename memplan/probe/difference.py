@@ -94,7 +94,9 @@ def _iter_pairs(traced: TracedRun, answer: Estimate) -> Iterator[_Pair]:
     for step in sorted({p.step for p in traced.phases}):
         estimated: dict[str, int] = {}
         for i, phase in enumerate(answer.phases):
-            if phase.step in (None, min(step, 2)) and (phase.phase in ("load", *_ASIDES)) == (step == 0):
+            is_aside = phase.phase in _ASIDES and (phase.phase, step) in traced_phases and step != 1  # with states
+            is_outside = phase.phase in ("load", *_ASIDES)
+            if phase.step in (None, min(step, 2)) and (is_aside or is_outside == (step == 0)):
                 estimated[phase.phase] = i
         if ("loss", step) not in traced_phases and estimated.keys() >= {"forward", "loss"}:
             # the traced model, or its trainer with a reference model, computes the loss inside forward

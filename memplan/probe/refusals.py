@@ -14,6 +14,7 @@ from memplan.resolve.defaults import adapted_experts, complete_method
 from memplan.resolve.parallelism import check_product
 from memplan.resolve.peft_options import lora_options
 from memplan.resolve.quantized_checkpoint import method_for_training
+from memplan.resolve.refusals.across_parts import contradictions
 from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.settings import optimizer_offload
 from memplan.spec.parallelism import Parallelism
@@ -89,7 +90,7 @@ def _refuse_trl(run: RunSpec) -> None:
 
 _NOT_SET = {
     "kernels": ("loss", "fused", "reentrant"),
-    "batch": ("accumulation", "images"),
+    "batch": ("images",),
     "loop": ("hold_outputs", "padded", "grad_scaler"),
     "optimizer": ("in_backward", "state_dtype"),
 }
@@ -116,8 +117,7 @@ def _refuse(run: RunSpec) -> None:
         refuse(optimizer_offload(str(run.optimizer.name)))
         if run.loop.grad_scaler:
             raise refused("loop.grad_scaler", "a probe scales no losses for an optimizer on the host")
-    if run.task != "generate" and run.batch.new_tokens:
-        raise refused("batch.new_tokens", "only task generate makes new tokens")
+    refuse(contradictions(run))
     _optimizer(run)
     _kernels(run)
     _precision(run)
@@ -129,8 +129,8 @@ def _refuse(run: RunSpec) -> None:
             "model",
         )
     if q is not None:
-        if q.format not in ("nf4", "fp4", "int8"):
-            raise _not_run("method.quantization.format", q.format, "nf4, fp4, int8")
+        if q.format not in _FORMATS:
+            raise _not_run("method.quantization.format", q.format, ", ".join(_FORMATS))
         if q.storage != "uint8" and run.parallelism.world == 1:
             raise _not_run("method.quantization.storage", q.storage, "uint8")
         if run.method.kind in ("full", "freeze", "lora", "dora") and run.task == "train":
@@ -148,6 +148,7 @@ def _refuse(run: RunSpec) -> None:
         raise _not_run("method.options.init_lora_weights", "loftq", "any other")
 
 
+_FORMATS = ("nf4", "fp4", "int8", "hqq-int4", "torchao-int8")
 _STRATEGIES = ("ddp", "fsdp", "fsdp2")
 
 

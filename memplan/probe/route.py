@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from memplan.core.errors import MemplanError, ProbeError, SpecError, UnknownNameError, UnsupportedModelError
 from memplan.estimate.estimate import estimate as by_engine
 from memplan.models.cards import find_config, find_model
 from memplan.spec.generation import InlineModel
+from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
     from memplan.estimate.calibration import Calibration
+    from memplan.frameworks.reading.config import FieldOrigin
     from memplan.models.model import ModelSpec
     from memplan.probe.run.trace import Tracer
-    from memplan.spec.run import RunSpec
 
 Via = Literal["engine", "trace", "auto"]
 VIAS: tuple[Via, ...] = ("auto", "engine", "trace")
@@ -25,15 +26,18 @@ _UNTRACED = ("architectures", "model")
 
 
 def estimate(
-    run: RunSpec,
+    run: RunSpec | str | InlineModel | Mapping[str, Any],
     calibration: Calibration | None = None,
     model: ModelSpec | None = None,
     *,
     via: Via = "engine",
     cache: bool = True,
+    **fields: Any,
 ) -> Estimate:
     """Return how much memory the run takes, when, and whether it fits.
 
+    run             the run, or its model (a name, id, path or `{"config": {...}}`), and the run's other `fields`, as in
+                    `estimate("qwen2-7b", method="qlora", gpu="3090")`; with a run, they replace its own
     calibration     profile of a measured machine; used for runs on its card only
     model           the model that the run names, if already looked up (`memplan.find_model`)
     via             `engine` computes from memplan's stacks and has no side effects;
@@ -48,10 +52,33 @@ def estimate(
     Raises SpecError, UnknownNameError, ConfigError, ProbeError or FactsMissingError (all MemplanError) if the run
     cannot be answered. A run that does not fit is an answer, not an error.
     """
+    if fields or not isinstance(run, RunSpec):
+        fields = {**(dict(run) if isinstance(run, RunSpec) else {"model": run}), **fields}
+        run = RunSpec.model_validate(fields)
     if via == "engine":
-        return by_engine(run, calibration, model)
-    [answer] = estimates([(run, calibration)], via, cache=cache)
-    return answer
+        answer = by_engine(run, calibration, model)
+    else:
+        [answer] = estimates([(run, calibration)], via, cache=cache)
+    derived = tuple(_derived(fields.get("parallelism"), run))
+    return answer.read_from(derived, ()) if derived else answer
+
+
+_DERIVED = {
+    "world": "derived: tp x pp x cp",
+    "dp": "derived: world / (tp x pp x cp)",
+    "strategy": "derived: replicas without a strategy are DDP's",
+}
+
+
+def _derived(given: object, run: RunSpec) -> Iterator[FieldOrigin]:
+    """Yield the fields of the parallelism that were filled in."""
+    if not isinstance(given, Mapping):
+        return
+    for name, why in _DERIVED.items():
+        if name not in cast(Mapping[str, Any], given) and name in run.parallelism.model_fields_set:
+            from memplan.frameworks.reading.config import FieldOrigin
+
+            yield FieldOrigin(f"parallelism.{name}", getattr(run.parallelism, name), why)
 
 
 def estimates(

@@ -91,7 +91,9 @@ def axes_of(
     target: Size | None = None,
 ) -> dict[str, Size]:
     """Return the axes of a run of the graph, including every axis in `needs`. Other arguments as of `run_axes`."""
-    degrees = graph.degrees
+    degrees, more = graph.degrees, dict(pictures)
+    completion = more.get("completion", 0)
+    sequence = sequence + completion
     rows_of_one = 1 if graph.trainer is None else graph.trainer.rows
     b, s = micro * rows_of_one, -(-sequence // degrees.cp) + graph.recipe.virtual_tokens
     tokens = b * s
@@ -122,7 +124,11 @@ def axes_of(
         axes |= {"several": by.choose(b > 1, b, 0), "only": by.choose(b > 1, 0, 1)}
     if degrees.sequence_parallel:
         axes["s_tp"] = -(-s // degrees.tp)
-    axes.update(pictures)
+    axes.update(more)
+    if completion:
+        axes.update({"kept": completion + 1})
+        axes["completion_rows"] = b * completion
+        axes["generated"] = b * more["accumulation"]
     needs = needs.difference(axes)
     if needs:
         fixed = operations_of(graph)[1]
@@ -351,7 +357,8 @@ def _cross_attention(run: _Run) -> Iterator[tuple[str, Any]]:
 
 def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
     """Tokens of torchtune's chunks (`lc`, and the last two) and of Liger's (`fc`); chunks and tiles of TRL's losses."""
-    rows, by = run.b * (run.s - 1), run.by
+    by = run.by
+    rows = run.axes["completion_rows"] if "completion" in run.axes else run.b * (run.s - 1)
     if "nll_tokens" in run.needs:
         yield "nll_tokens", by.least(rows, NLL_CHUNK)
         yield "nll_several", by.choose(rows > NLL_CHUNK, 1, 0)

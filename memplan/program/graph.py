@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
-from math import prod
 from types import MappingProxyType
 from typing import Literal
 
@@ -18,7 +17,7 @@ from memplan.catalogue.inference.offloaded_caches import offloaded
 from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import losses
 from memplan.catalogue.kernels.fused import fuse
-from memplan.catalogue.kernels.rewriting import rewrite
+from memplan.catalogue.kernels.rewriting import rewrite, rewrite_blocks, with_all_gradients, with_last_input
 from memplan.catalogue.kernels.wiring import Trainer, Wiring
 from memplan.catalogue.methods.freezing import freeze
 from memplan.catalogue.methods.methods import ADAPTERS, Recipe, apply
@@ -30,16 +29,17 @@ from memplan.catalogue.quantization.packed_kernels import unpacked, with_buffers
 from memplan.catalogue.quantization.quantization import fp8_chunk, fp8_experts_at_once, storage_of
 from memplan.core.collection import without_collection
 from memplan.core.errors import InternalError, refused
-from memplan.core.ir import Block, Division, Keep, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
+from memplan.core.ir import Division, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.copies import made_by, stream_of
 from memplan.engine.lowered import Lowered
 from memplan.engine.record import AllocationTrace, record, record_inference
 from memplan.engine.step import ExecutionOptions, infer, lower
-from memplan.engine.walk import shared, size
+from memplan.engine.walk import size
 from memplan.engine.work import Call, work
 from memplan.models.model import ModelSpec, without_dropout
+from memplan.program.weight_sizes import elements
 
 
 class Graph(NamedTuple):
@@ -51,6 +51,7 @@ class Graph(NamedTuple):
     recipe                  the method: dtypes, adapters, quantisation
     wiring                  attention kernels, masks and caches
     checkpoint              blocks are checkpointed
+    every_n_layers          only the first of every n layers is checkpointed
     loss                    the kind of loss (see `memplan.catalogue.kernels.losses.attach`)
     hold_outputs            a variable of the script holds the model's outputs through backward
     adds_in_place           the fused loss accumulates its weight gradient in place
@@ -105,6 +106,7 @@ class Graph(NamedTuple):
     flattens_frozen: bool = False
     placed: ModulePlacement | None = None
     trainer: Trainer | None = None
+    every_n_layers: int = 1
 
 
 class TensorGroup(NamedTuple):
@@ -174,12 +176,34 @@ def operations_of(graph: Graph) -> tuple[Stack, dict[str, int]]:
     if graph.placed is not None and graph.placed.card:  # every GPU has the same operations; only the axes differ
         stack, axes = operations_of(_on_first_gpu(graph))
         return stack, {**axes, **axes_of(graph.placed)}
+    alike = _with_equal_operations(graph)
+    if alike != graph:
+        stack, axes = operations_of(alike)
+        if graph.wiring.by_name:
+            stack = rewrite_blocks(stack, lambda block: block._replace(by_name=True))
+        return stack, {**axes, "r": graph.rank}
     stack, axes = _built(graph)
     missing = next(undefined_names(stack), None)
     if missing is not None:
         where, operation, name = missing
         raise InternalError(f"in {graph.model.model_type} {where}, {operation} uses {name}, which nothing writes")
     return stack, axes
+
+
+def _with_equal_operations(graph: Graph) -> Graph:
+    """Return the graph that all share whose operations differ in the rank of adapters only, which is an axis, or in how
+    blocks are called and checkpointed."""
+    wiring = graph.wiring._replace(by_name=graph.wiring.by_name and graph.trainer is not None)
+    return graph._replace(
+        wiring=wiring,
+        rank=_ANY_RANK,
+        checkpoint=graph.checkpoint and graph.every_n_layers > 1,  # which makes blocks of several kinds
+        reentrant=False,
+        input_requires_grad=False,
+        to_host=False,
+        saves=None,
+        holds_previous_outputs="",
+    )
 
 
 def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a branch for each rewrite)
@@ -201,14 +225,18 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if graph.wiring.tables:
         stack = own_tables(stack, model.max_position_embeddings or 2048, recipe.weights, graph.wiring.tables)
     if graph.wiring.by_name:
-        stack = _with_blocks(stack, lambda block: block._replace(by_name=True))
+        stack = rewrite_blocks(stack, lambda block: block._replace(by_name=True))
     if graph.trainable_layers:
         stack, axes = freeze(stack, axes, graph.trainable_layers)
     if recipe.selection is not None:
         stack, axes = recipe.selection.marked(stack, axes)
+    if graph.every_n_layers > 1 and graph.checkpoint:
+        from memplan.catalogue.kernels.checkpointing import checkpoint_every
+
+        stack, axes = checkpoint_every(stack, axes, graph.every_n_layers)
     stack = apply(stack, recipe, axes)
     if graph.flattens_frozen:
-        stack = _with_blocks(stack, _with_all_gradients)
+        stack = rewrite_blocks(stack, with_all_gradients)
     if degrees.tp > 1:
         stack = tensor_parallel.divide(stack, model, degrees, records=graph.inference is None)
     is_megatron = model.is_megatron
@@ -232,10 +260,10 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None
     if graph.trainer is not None:
-        reference, mismatched = (
-            None if other is None else operations_of(other)[0] for other in (reference_of(graph), mismatched_of(graph))
+        reference, first_pass = (
+            None if other is None else operations_of(other)[0] for other in (reference_of(graph), first_pass_of(graph))
         )
-        return with_trainer(stack, graph.trainer, reference, mismatched, autocast), axes
+        return with_trainer(stack, graph.trainer, reference, first_pass, autocast), axes
     if graph.inference is not None and not graph.inference.evaluates:
         backend = graph.inference.loaded.backend
         if backend:
@@ -259,7 +287,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         graph.has_single_chunk,
     )
     if graph.wiring.keeps_last and stack.after:
-        stack = stack._replace(after=_with_last_input(stack.after))
+        stack = stack._replace(after=with_last_input(stack.after))
     if recipe.kind == "adalora" and graph.loss == "hf" and graph.inference is None:
         stack = with_orthogonality(stack)
     return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
@@ -283,9 +311,9 @@ def reference_of(graph: Graph) -> Graph | None:
 
 
 @lru_cache(maxsize=128)
-def mismatched_of(graph: Graph) -> Graph | None:
+def first_pass_of(graph: Graph) -> Graph | None:
     """Return the graph of the model's own first pass without gradients, if a trainer's step has one."""
-    has_one = graph.trainer is not None and graph.trainer.has_mismatched_pass
+    has_one = graph.trainer is not None and graph.trainer.has_first_pass
     return _without_gradients(graph) if has_one else None
 
 
@@ -305,31 +333,6 @@ def _without_gradients(graph: Graph) -> Graph:
 def reference_copy(graph: Graph) -> Graph | None:
     """Return the graph of the reference model if it is a copy, with weights of its own."""
     return reference_of(graph) if graph.trainer is not None and graph.trainer.reference == "copy" else None
-
-
-def _with_last_input(after: tuple[Op, ...]) -> tuple[Op, ...]:
-    """Let the first operation after the blocks also keep a tensor as large as its input until its backward.
-
-    That is the last block's input, which the block's recomputation needs next; elsewhere it counts as offloaded.
-    """
-    at, op = next((i, op) for i, op in enumerate(after) if op.reads)
-    kept = Tensor("last_checkpoint", "b s h", f"={op.reads[0]}")
-    first = op._replace(writes=(*op.writes, kept), keeps=(*op.keeps, Keep(kept.name, op.reads[0])))
-    return (*after[:at], first, *after[at + 1 :])
-
-
-def _with_blocks(stack: Stack, change: Callable[[Block], Block]) -> Stack:
-    """Return the stack with every block changed."""
-    return stack._replace(runs=tuple(run._replace(blocks=tuple(map(change, run.blocks))) for run in stack.runs))
-
-
-def _with_all_gradients(block: Block) -> Block:
-    """Return the block with a gradient for every weight, frozen ones included."""
-
-    def with_gradients(op: Op) -> Op:
-        return op._replace(weights=tuple(w if w.group == "buffer" else w._replace(trains=True) for w in op.weights))
-
-    return block._replace(ops=tuple(map(with_gradients, block.ops)))
 
 
 def is_optimized(w: Weight, graph: Graph) -> bool:
@@ -437,23 +440,23 @@ def _lowered(graph: Graph, options: TrainingPass) -> Lowered:
     )
 
 
-def record_training(graph: Graph, options: TrainingPass, late: frozenset[str]) -> AllocationTrace:
-    """Return the graph's allocations and frees in order. `late` as of `record`."""
-    return _recorded(first_equal_stage(graph)._replace(rank=_ANY_RANK), options._replace(follows=""), late)
+def record_training(graph: Graph, options: TrainingPass, late: frozenset[str], labels: bool = False) -> AllocationTrace:
+    """Return the graph's allocations and frees in order. `late`, and `labels` (`labelled`), as of `record`."""
+    return _recorded(first_equal_stage(graph)._replace(rank=_ANY_RANK), options._replace(follows=""), late, labels)
 
 
 @lru_cache(maxsize=64)
 @without_collection
-def _recorded(graph: Graph, options: TrainingPass, late: frozenset[str]) -> AllocationTrace:
+def _recorded(graph: Graph, options: TrainingPass, late: frozenset[str], labelled: bool) -> AllocationTrace:
     if options.division is not None:
         division, numbers = options.division.with_axes()
         if numbers:
-            recording = _recorded(graph, options._replace(division=division), late)
+            recording = _recorded(graph, options._replace(division=division), late, labelled)
             return recording.with_sizes(_in_numbers(recording.sizes, numbers))
     stack, depth = _stack(graph)
-    exist, updates = options.grads_exist, dict(options.updates)
+    exist, updates, parts = options.grads_exist, dict(options.updates), options.division
     return record(
-        stack, depth, _options(graph), grads_exist=exist, updates=updates, division=options.division, late=late
+        stack, depth, _options(graph), grads_exist=exist, updates=updates, division=parts, late=late, labelled=labelled
     )
 
 
@@ -535,38 +538,6 @@ def _stack(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """Return the graph's operations, and the number of copies of each run of blocks."""
     stack, axes = operations_of(graph)
     return stack, {run.times: axes[run.times] for run in stack.runs}
-
-
-def dims_of(w: Weight, axes: Mapping[str, int]) -> list[int]:
-    """Return a weight's shape in numbers. An axis `x*y/n` is the number of blocks of n, rounded up."""
-    return [int(t) if t.isdigit() else shared(t, axes) if "/" in t else axes[t] for t in w.shape.split()]
-
-
-def elements(w: Weight, axes: Mapping[str, int]) -> int:
-    """Return the number of elements of a weight."""
-    return prod(dims_of(w, axes))
-
-
-def active_elements(w: Weight, axes: Mapping[str, int]) -> int:
-    """Return how many elements of a weight one token uses: of stacked experts, only those the router chooses."""
-    if not w.chosen:
-        return elements(w, axes)
-    total, *rest = dims_of(w, axes)
-    return min(total, axes[w.chosen]) * prod(rest)
-
-
-def matrix_shape(w: Weight, axes: Mapping[str, int]) -> tuple[int, int]:
-    """Return the rows and columns of a two-dimensional weight."""
-    dims = dims_of(w, axes)
-    return prod(dims[: w.rows]), prod(dims[w.rows :])
-
-
-def shape_of(w: Weight, axes: Mapping[str, int]) -> tuple[int, ...]:
-    """Return the weight's shape in torch."""
-    dims = dims_of(w, axes)
-    if w.stacked:
-        return dims[0], prod(dims[1 : w.rows]), prod(dims[w.rows :])
-    return matrix_shape(w, axes) if w.rows else (prod(dims),)
 
 
 def weights_of(graph: Graph) -> Iterator[tuple[Weight, int, str]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import Communicator
@@ -13,6 +14,9 @@ from memplan.program.training import pipeline
 from memplan.spec.base import Part
 from memplan.spec.generation import Generation
 from memplan.spec.run import Batch
+
+if TYPE_CHECKING:
+    from memplan.program.serving.budget import Budget
 
 
 class ResolvedRun(NamedTuple):
@@ -31,6 +35,7 @@ class ResolvedRun(NamedTuple):
     beams          sequences generated for each prompt
     part           prompt tokens read at once (chunked prefill), 0 for all
     assistant      what proposes tokens in assisted generation
+    colocated      how a vLLM engine on the same GPU, which generates for a trainer, divides its share
     """
 
     structure: Structure
@@ -45,6 +50,7 @@ class ResolvedRun(NamedTuple):
     beams: int = 1
     part: int = 0
     assistant: Assistant | None = None
+    colocated: Budget | None = None
 
     @property
     def trains(self) -> bool:

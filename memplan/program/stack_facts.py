@@ -12,7 +12,8 @@ from memplan.catalogue.methods.methods import Recipe, apply
 from memplan.core.ir import Stack, Weight, operations, outside
 from memplan.engine.copies import read_dtype
 from memplan.models.model import ModelSpec
-from memplan.program.graph import Graph, matrix_shape, operations_of
+from memplan.program.graph import Graph, operations_of
+from memplan.program.weight_sizes import matrix_shape
 
 
 @lru_cache(maxsize=256)

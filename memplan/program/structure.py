@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from memplan.catalogue.parallelism.pipeline import ENGINES
 from memplan.core.records import NamedTuple
-from memplan.program.graph import Graph
+from memplan.program.graph import Graph, TensorGroup
 from memplan.program.sharding.ranks import SINGLE_RANK, Ranks
 
 
@@ -42,6 +42,7 @@ class Structure(NamedTuple):
     buffers        gradients live in buffers that ranks reduce in place, and no weights are broadcast
     workspace      bytes of a workspace that the model's own kernels hold throughout
     pipe           how microbatches pass through a pipeline
+    engine         what a serving engine in the same process holds throughout
     """
 
     graph: Graph
@@ -62,6 +63,7 @@ class Structure(NamedTuple):
     buffers: bool = False
     workspace: int = 0
     pipe: Pipe = Pipe()
+    engine: tuple[TensorGroup, ...] = ()
 
     @property
     def schedule(self) -> tuple[str, int, int, int, int]:

@@ -155,7 +155,7 @@ def _caption(answer: Estimate, title: str) -> str:
 
 
 def _gib(n: int) -> float:
-    return round(n / GIB, 3)
+    return max(round(n / GIB, 3), 0.001) if n else 0  # the page shows less than a hundredth as that, not as nothing
 
 
 def _parts(answer: Estimate) -> Table[words.MemoryPart]:

@@ -12,12 +12,12 @@ from math import inf
 from typing import Any, TypeVar
 
 from memplan.catalogue.hardware.gpu import GPU
-from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
+from memplan.catalogue.hardware.gpus import all_gpus, find_gpu, mig_instances
 from memplan.catalogue.profiles.behaviour import PRINTED
 from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profile_table import Profile, ServingEngine
 from memplan.catalogue.profiles.profiles import PROFILES
-from memplan.core.errors import UnknownNameError
+from memplan.core.errors import MemplanError, UnknownNameError
 from memplan.core.records import NamedTuple
 from memplan.core.units import GIB
 from memplan.models.cards import card_names, load_card
@@ -113,8 +113,11 @@ def cards(text: str, as_json: bool, wanted: Wanted = ANY) -> str:
     """Return the GPUs with `text` in their name, title, alias, vendor, architecture or market, or that it names."""
     try:
         named = find_gpu(text).name if text else ""
-    except UnknownNameError:
+    except MemplanError:
         named = ""
+    known = all_gpus()
+    if ":" in text or "mig" in text.lower():
+        known = (*known, *(instance for gpu in known for instance in mig_instances(gpu)))
     keys: dict[str, Callable[[GPU], Any]] = {
         "name": lambda gpu: gpu.name,
         "memory": lambda gpu: -gpu.usable,
@@ -126,7 +129,7 @@ def cards(text: str, as_json: bool, wanted: Wanted = ANY) -> str:
     if size is not None:
         found: Sequence[GPU] = [gpu for gpu in all_gpus() if int(size[1]) in (gpu.memory_gb, *gpu.memory_options_gb)]
     else:
-        found = _search("gpu", text, all_gpus(), lambda gpu: (*_gpu_words(gpu), *([text] if gpu.name == named else [])))
+        found = _search("gpu", text, known, lambda gpu: (*_gpu_words(gpu), *([text] if gpu.name == named else [])))
     matches = wanted.of(found, lambda gpu: int(gpu.memory_gb * GIB), keys)
     if as_json:
         return _json([_gpu_facts(gpu) for gpu in matches])
@@ -156,7 +159,8 @@ def _gpu_words(gpu: GPU) -> tuple[str, ...]:
 
 def _gpu_facts(gpu: GPU) -> dict[str, Any]:
     nested = {"sources": [s._asdict() for s in gpu.sources], "prices": [p._asdict() for p in gpu.prices]}
-    return {**gpu._asdict(), "usable": gpu.usable, **nested}
+    facts = {**gpu._asdict(), "usable": gpu.usable, **nested}
+    return facts if gpu.mig else {name: value for name, value in facts.items() if name != "mig"}
 
 
 def _list_price(gpu: GPU) -> str:

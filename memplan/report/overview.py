@@ -109,7 +109,8 @@ def settings(answer: Estimate) -> Iterator[str]:
         if q is not None:
             yield q.format
         yield str(run.optimizer.name)
-        yield "checkpointing" if run.kernels.checkpointing == "full" else f"checkpointing {run.kernels.checkpointing}"
+        kind, every = run.kernels.checkpointing, run.kernels.every_n_layers
+        yield f"checkpointing every {every} layers" if every > 1 else f"checkpointing {kind}".removesuffix(" full")
     elif answer.serving is None:
         yield from (f"{batch.new_tokens:,} new tokens",) * (run.task == "generate")
         yield q.format if q is not None else str(run.precision.weights)

@@ -86,10 +86,11 @@ def settings(profiles: Sequence[Profile | ServingEngine], every_row: bool) -> st
         if every_row:
             columns.append(Column("source", lambda line: line.source, wraps=True))
         blocks.append(Text(f"{profile.name}: {profile.title}, as read in {profile.read}.{like}"))
-        blocks.append(Table(columns, lines))
+        if lines:
+            blocks.append(Table(columns, lines))
         hidden = len({row.field for row in profile.rows} - MAIN.keys())
         if hidden and not every_row:
-            blocks.append(Text(f"{hidden} more settings: memplan profiles {profile.name} --all"))
+            blocks.append(Text(f"{hidden} more setting{'s' * (hidden > 1)}: memplan profiles {profile.name} --all"))
         if profile.waits:
             blocks.append(Notes(profile.waits, "Not counted yet"))
     if any(isinstance(profile, Profile) and profile.like for profile in profiles):

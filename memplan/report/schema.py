@@ -33,6 +33,9 @@ from memplan.estimate.serving import FACTS as SERVING_FACTS
 from memplan.estimate.usage import Band
 from memplan.frameworks import FRAMEWORKS
 from memplan.frameworks.reading.config import FieldOrigin
+from memplan.gate.budget import Problem
+from memplan.gate.origin import KeyValue, Place
+from memplan.gate.rows import Check, CheckedRun, Deciding
 from memplan.planning.cluster import PeakComparison, RefusedGrids
 from memplan.planning.comparison import Comparison, Difference
 from memplan.planning.inference import Limit
@@ -45,7 +48,9 @@ from memplan.spec.run import RunSpec
 from memplan.spec.training import PRECISIONS, MethodKind
 
 
-class _Schema(GenerateJsonSchema):
+class QuietSchema(GenerateJsonSchema):
+    """pydantic's schemas, without its warnings."""
+
     def emit_warning(self, kind: JsonSchemaWarningKind, detail: str) -> None:
         """Do nothing: defaults that JSON cannot express are left out of the schema on purpose."""
 
@@ -60,7 +65,11 @@ DRAFT = "https://json-schema.org/draft/2020-12/schema"
 
 def run_schema() -> dict[str, Any]:
     """Return the schema of a run, including the shorthands for a section (`"method": "qlora"`)."""
-    schema: dict[str, Any] = {"$schema": DRAFT, **RunSpec.model_json_schema(schema_generator=_Schema)}
+    return allow_words({"$schema": DRAFT, **RunSpec.model_json_schema(schema_generator=QuietSchema)})
+
+
+def allow_words(schema: dict[str, Any]) -> dict[str, Any]:
+    """Add the shorthands for sections to the schema of a run, and return it."""
     words = {"method": {"enum": list(get_args(MethodKind))}, "precision": {"enum": list(PRECISIONS)}}
     for part, word in {**words, "optimizer": {"type": "string"}}.items():
         field = schema["properties"][part]
@@ -111,7 +120,7 @@ def comparison_schema() -> dict[str, Any]:
 
 
 def _written(model: type[BaseModel]) -> dict[str, Any]:
-    return {"$schema": DRAFT, **model.model_json_schema(mode="serialization", schema_generator=_Schema)}
+    return {"$schema": DRAFT, **model.model_json_schema(mode="serialization", schema_generator=QuietSchema)}
 
 
 def comparison_model() -> type[BaseModel]:
@@ -138,9 +147,20 @@ def comparison_model() -> type[BaseModel]:
 _COUNTS = ("allocated", "reserved", "used", "host")
 
 
+def check_model() -> type[BaseModel]:
+    """Return a model that reads a check of runs from its JSON."""
+    deciding = _model("Deciding", Deciding.__doc__ or "", {**get_type_hints(Place), "value": Any, "bytes": int})
+    lists = {"any_of": list[str], "left_out": list[str], "origins": list[_of(FieldOrigin)], "keys": list[_of(KeyValue)]}
+    row = _of(CheckedRun, deciding=deciding | None, fields=dict[str, Any], **lists)
+    common = {"schema_version": Literal[1], "memplan_version": str, "fits": bool, "runs": list[row]}
+    problem = _model("BudgetProblem", Problem.__doc__ or "", get_type_hints(Problem))
+    lists = {"problems": list[problem], "notes": list[str], "moved": list[str]}
+    return _model("Check", Check.__doc__ or "", {**common, **lists})
+
+
 def plan_schema() -> dict[str, Any]:
     """Return the schema of `memplan plan`: one of eight kinds, told apart by `mode`."""
-    return {"$schema": DRAFT, **plan_model().json_schema(mode="serialization", schema_generator=_Schema)}
+    return {"$schema": DRAFT, **plan_model().json_schema(mode="serialization", schema_generator=QuietSchema)}
 
 
 def plan_model() -> TypeAdapter[BaseModel]:
@@ -199,6 +219,7 @@ def plan_model() -> TypeAdapter[BaseModel]:
             f"{mode.capitalize()}Plan",
             f"A plan of mode {mode}.",
             {"mode": Literal[mode], **common, **kind},
+            origins=list[_of(FieldOrigin)],
             **({"patch": patch} if mode == "levers" else {}),
         )
         for mode, kind in kinds.items()

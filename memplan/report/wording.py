@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import ambiguous_with, find_gpu
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.core.errors import printable
 from memplan.core.records import NamedTuple
 from memplan.core.units import GIB, decimal, gib, rounded
@@ -120,19 +121,22 @@ def asked(answer: Estimate) -> str:
     if answer.serving is not None:
         return f"serving {model(answer)} with {run.profile}"
     word = run.method.kind if run.task == "train" else run.task
-    trainer = f"{run.trainer.upper()} with " if run.trainer != "sft" else ""
-    return f"{trainer}{_METHODS.get(word, word)} of {model(answer)}"
+    trainer = "reward modelling" if run.trainer == "reward" else run.trainer.upper()
+    return f"{f'{trainer} with ' if run.trainer != 'sft' else ''}{_METHODS.get(word, word)} of {model(answer)}"
 
 
 def examples(run: RunSpec) -> str:
     """Return how many examples a micro-batch has."""
-    n, is_pair = run.batch.micro, run.trainer != "sft"
+    n, is_pair = run.batch.micro, run.trainer not in ("sft", *GENERATING)
     kind = "prompt" if run.task == "generate" else "pair" if is_pair else "sequence"
+    kind = "completion" if run.trainer in GENERATING else kind
     return f"{n:,} {kind}{'s' * (n > 1)}{' of sequences' * is_pair}"
 
 
 def lengths(batch: Batch) -> str:
     tokens = f"{batch.sequence:,} tokens"
+    if batch.generations:
+        return f"{batch.new_tokens:,} tokens after prompts of {batch.sequence:,}, {batch.generations:,} of each prompt"
     return tokens if batch.target_sequence is None else f"{tokens}, and {batch.target_sequence:,} for the decoder"
 
 

@@ -77,7 +77,7 @@ def with_lengths(batch: Batch, model: ModelSpec, generates: bool = False) -> Bat
                 f"learned positions of {name}; at most {max(0, model.longest_target - target)} fit",
             )
         return batch.model_copy(update={"sequence": sequence, "target_sequence": target})
-    target = batch.target_sequence or model.longest_target or sequence
+    target = batch.target_sequence or (fixed and model.longest_target) or sequence
     if model.longest_target is not None and target > model.longest_target:
         raise refused(
             "batch.target_sequence",

@@ -31,8 +31,9 @@ from memplan.resolve.parallelism import divides_weights
 from memplan.resolve.ranks import without_preparation
 from memplan.resolve.refusals.across_parts import contradictions
 from memplan.resolve.refusals.refuse import refuse
+from memplan.resolve.refusals.vendors import not_on
 from memplan.resolve.training import decide_training
-from memplan.spec.run import RunSpec
+from memplan.spec.run import Batch, RunSpec
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
@@ -43,6 +44,9 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     run = with_known_profile(run)
     refuse(contradictions(run))
     model = with_objective(model or find_model(run.model), run.objective)
+    gpu, card = find_card(run.gpu, run.parallelism.world > 1) if run.gpu is not None else (None, None)
+    if gpu is not None:
+        refuse(not_on(gpu, run))
     if run.task != "train":
         run = with_use_cache(with_new_tokens(run))
         from memplan.resolve.assisted import with_assistant
@@ -51,8 +55,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         return with_assistant(run, model, decide_inference(run, model, run.task == "generate"), decide)
     window = model.sliding_window
     pictures = image_axes(model, run)
-    batch = with_lengths(run.batch, model)
-    length = batch.sequence + run.method.virtual_tokens
+    batch = with_lengths(with_new_tokens(run).batch, model)
+    length = batch.tokens + run.method.virtual_tokens
     facts = BatchFacts(
         accumulates=batch.accumulation > 1,
         windowed=window is not None and length >= window,
@@ -61,8 +65,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         images=bool(batch.images),
         has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
+        ungrouped=_ungrouped(batch, run.parallelism.dp),
     )
-    gpu, card = find_card(run.gpu, run.parallelism.world > 1) if run.gpu is not None else (None, None)
     decided = decide_training(model, Parts.of(run), card, facts)
     degrees = decided.structure.graph.degrees
     if degrees.cp > 1:
@@ -70,11 +74,38 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     if degrees.tp > 1:
         tensor_parallel.check_sequence(batch.sequence, degrees)
     loop = loop_with_use_cache(run.loop, trains=True)
-    decided = decided._replace(batch=batch, gpu=gpu, parts={**decided.parts, "batch": batch, "loop": loop})
-    if not pictures:
-        return decided
-    half = tower_dtype(model, decided.structure.graph.recipe) != "fp32"
-    return decided._replace(pictures=(*pictures, ("tower_half", int(half))))
+    if pictures:
+        half = tower_dtype(model, decided.structure.graph.recipe) != "fp32"
+        pictures = (*pictures, ("tower_half", int(half)))
+    if batch.new_tokens:
+        pictures = (*pictures, ("completion", batch.new_tokens), ("accumulation", batch.accumulation))
+    parts = {**decided.parts, "batch": batch, "loop": loop}
+    if run.rollout == "colocate":
+        from memplan.resolve.colocated import asleep, awake, colocated_budget
+
+        engine = colocated_budget(run, batch, model)
+        held = (*(() if run.serving.sleep else awake(engine)), *asleep(engine))
+        decided = decided._replace(structure=decided.structure._replace(engine=held), colocated=engine)
+        parts["serving"] = engine.settings.serving.model_copy(update={"sleep": bool(run.serving.sleep)})
+    return decided._replace(batch=batch, gpu=gpu, pictures=pictures, parts=parts)
+
+
+def _ungrouped(batch: Batch, replicas: int) -> str:
+    """Return why a step's completions are not those of whole prompts; empty if they are, or none are generated.
+
+    Source: trl 1.16.0 trainer/grpo_config.py __post_init__: generation_batch_size.
+    """
+    completions, group = batch.micro * batch.accumulation * replicas, batch.generations
+    if not group or (group > 1 and completions % group == 0):
+        return ""
+    if group == 1:
+        return "needs at least 2 completions of a prompt, to compare them"
+    parts = batch.accumulation * replicas
+    micro = next(n for n in range(batch.micro, batch.micro + group) if n * parts % group == 0)
+    return (
+        f"{group} completions of a prompt do not divide the {completions} that a step generates (micro x accumulation "
+        f"x GPUs); use --batch-size {micro}, or other --generations"
+    )
 
 
 def with_known_profile(run: RunSpec) -> RunSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import TypeVar
 
-from memplan.catalogue.kernels.wiring import PAIRED
+from memplan.catalogue.kernels.wiring import GENERATING, PAIRED
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.states import optimizer_names, takes_foreach
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour, RunDefaults
@@ -33,10 +33,16 @@ def adapted_experts(model: ModelSpec, method: Method) -> tuple[str, ...]:
 
 
 def with_new_tokens(run: RunSpec) -> RunSpec:
-    """Return the run with the number of generated tokens filled in."""
-    if run.task != "generate" or run.batch.new_tokens:
+    """Return the run with the number of generated tokens, and of completions of a prompt, filled in."""
+    batch = run.batch
+    if run.trainer in GENERATING:
+        tokens = library_behaviour(run.profile, "", False).trainer.completion_tokens
+        update = {"new_tokens": batch.new_tokens or tokens, "generations": batch.generations or GENERATING[run.trainer]}
+    elif run.task == "generate" and not batch.new_tokens:
+        update = {"new_tokens": NEW_TOKENS}
+    else:
         return run
-    return run.model_copy(update={"batch": run.batch.model_copy(update={"new_tokens": NEW_TOKENS})})
+    return run.model_copy(update={"batch": batch.model_copy(update=update)})
 
 
 def with_use_cache(run: RunSpec) -> RunSpec:

@@ -17,7 +17,8 @@ from memplan.core.ir import Op, Stack, Weight
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, gib
 from memplan.engine.walk import size
-from memplan.program.graph import Graph, elements, operations_of
+from memplan.program.graph import Graph, operations_of
+from memplan.program.weight_sizes import elements
 from memplan.spec.parallelism import Parallelism
 
 _BITSANDBYTES = ("nf4", "fp4", "int8")  # layers in these formats only run on a GPU

@@ -5,7 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from memplan.catalogue.quantization.inference_formats import FOUR_BITS, KERNELS, RUNS, InferenceFormat
+from memplan.catalogue.quantization.inference_formats import (
+    DEQUANTISED_ON_LOADING,
+    FOUR_BITS,
+    KERNELS,
+    RUNS,
+    InferenceFormat,
+)
 from memplan.catalogue.quantization.quantization import WHOLE
 from memplan.catalogue.quantization.storage import Layout, plain
 from memplan.core.errors import SpecError, refused
@@ -86,6 +92,9 @@ def running_checkpoint(
         raise SpecError(f"{FIELD}: linear layers stored in several formats are not supported yet", "model")
     layout, expert_layout = next(iter(linear), None), next(iter(experts), None)
     base = InferenceFormat(layout or expert_layout or Layout("", WHOLE), "", expert_layout or layout)
+    if is_dequantised and base.layout.format not in DEQUANTISED_ON_LOADING:
+        text = f"transformers 5.24 does not dequantise {how} checkpoints on loading; leave out dequantize"
+        raise SpecError(f"{FIELD}: {text}", "model")
     if is_dequantised:
         kernel = "dequantised" if how == "mxfp4" else "decompressed"
         how_stored = f"the checkpoint is stored in {how} and runs dequantised: its config says so"

@@ -10,7 +10,10 @@ from memplan.catalogue.profiles.profiles import find_profile
 from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.program.stack_facts import attention_dtype, fusible_kernels, tower_dtype
+from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.training import Kernels, Method
+
+FLASH_PACKAGES = {"flash_attention_2": "", "flash_attention_3": "3"}  # -> `Wiring.variant`
 
 
 def version_attention(
@@ -46,7 +49,7 @@ def with_profile_wiring(wiring: Wiring, library: LibraryBehaviour, attention: st
     """Return the wiring with what the profile says about the code around attention."""
     around = library.attention
     return wiring._replace(
-        copies=around.flash_2_copies if attention == "flash_attention_2" else around.sdpa_copies,
+        copies=around.flash_2_copies if attention in FLASH_PACKAGES else around.sdpa_copies,
         causal_buffers=around.causal_buffers,
         tables=around.rotary_tables,
         half_math=around.half_math,
@@ -99,27 +102,45 @@ def attention_wiring(
         return Wiring("math", "math", padded, windowed)
     if attention == "sdpa_efficient":
         return Wiring(efficient, efficient, padded, windowed)
-    if attention == "flash_attention_2":
+    if attention in FLASH_PACKAGES:
         reason = model.family.attention.no_flash_2
         if reason:
-            raise refused(
-                "kernels.attention", f"{model.model_type} does not run with flash_attention_2: {reason}; use sdpa"
-            )
+            raise refused("kernels.attention", f"{model.model_type} does not run with {attention}: {reason}; use sdpa")
         target = recipe.compute if recipe.autocast else recipe.weights
         if target == "fp32":
-            raise refused("kernels.attention", "flash_attention_2 needs bf16 or fp16")
+            raise refused("kernels.attention", f"{attention} needs bf16 or fp16")
         if capability is not None and capability < (8, 0):
-            raise refused("kernels.attention", "flash_attention_2 needs compute capability 8.0 or later")
-        return Wiring("flash_2", "flash_2", padded, windowed, target)
+            raise refused("kernels.attention", f"{attention} needs compute capability 8.0 or later")
+        return Wiring("flash_2", "flash_2", padded, windowed, target, FLASH_PACKAGES[attention])
+    if attention == "sdpa_cudnn":
+        return _cudnn(half, widths, capability, padded, windowed)
     flash = half and widths[0] == widths[1] <= 256 and (capability is None or capability >= (8, 0))
     return Wiring("flash" if flash else efficient, efficient, padded, windowed)
+
+
+def _cudnn(
+    half: bool, widths: tuple[int, int], capability: tuple[int, int] | None, padded: bool, windowed: bool
+) -> Wiring:
+    """Return the wiring with cuDNN's attention alone, as torch.backends.cuda.sdp_kernel chooses it.
+
+    Source: torch 2.13 aten/src/ATen/native/transformers/cuda/sdp_utils.cpp use_cudnn_attention.
+    """
+    field = "kernels.attention"
+    if not half or widths[0] != widths[1] or widths[0] > 128 or widths[0] % 8:
+        raise refused(field, "sdpa_cudnn needs bf16 or fp16, and heads up to 128 wide in multiples of 8; use sdpa")
+    if capability is not None and capability < (8, 0):
+        raise refused(field, "sdpa_cudnn needs compute capability 8.0 or later")
+    if padded or windowed:
+        raise not_yet_with(field, "masks of padded batches and sliding windows", "sdpa, sdpa_efficient, sdpa_math")
+    return Wiring("flash", "flash", variant="cudnn")
 
 
 def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability: tuple[int, int] | None) -> str:
     """Return the attention kernel of the vision tower, by the same rules as `attention_wiring`."""
     images = model.family.images
     assert images is not None
-    known = ("sdpa", "sdpa_efficient", *(("flash_attention_2",) if images.is_packed else ()))
+    other = ("flash_attention_2",) if images.is_packed else ("eager",) if images.has_eager else ()
+    known = ("sdpa", "sdpa_efficient", *other)
     if kernels.attention not in known:
         raise refused(
             "kernels.attention",
@@ -146,8 +167,8 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
             f"{model.model_type}'s processor returns bf16 pixels, which a vision tower in {recipe.weights} rejects; "
             "supported: bf16, or autocast",
         )
-    if kernels.attention == "flash_attention_2":
-        return "flash_2"
+    if kernels.attention in ("flash_attention_2", "eager"):
+        return "flash_2" if images.is_packed else "eager"
     d = model.axes()["vd"]
     half = tower_dtype(model, recipe) != "fp32"
     if d % (8 if half else 4):
@@ -170,7 +191,8 @@ def fused_kernels(
     if kernels.loss == "hf" and model.objective == "causal_lm":
         applicable.add("cross_entropy")
     q = method.quantization
-    is_unsupported = q is not None and (q.format in ("awq-int4", "fp8") or (keeps and q.format.startswith("gptq")))
+    others = ("awq-int4", "fp8", "hqq-int4", "torchao-int8")
+    is_unsupported = q is not None and (q.format in others or (keeps and q.format.startswith("gptq")))
     if method.kind in ("lora", "qlora") and code == "transformers" and not is_unsupported:
         applicable.add("lora")
     used = tuple(name for name in asked if name in applicable)

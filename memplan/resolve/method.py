@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from memplan.catalogue.kernels.losses import READ_MATRIX
 from memplan.catalogue.methods.litgpt_lora import ROLES, SWITCHES
 from memplan.catalogue.methods.methods import LORA, PARTS, Recipe, inside
+from memplan.catalogue.quantization.quantization import FORMATS
 from memplan.core.errors import UnknownNameError, refused
 from memplan.models.model import ModelSpec
 from memplan.models.objectives import modules_to_train
@@ -66,6 +67,9 @@ def method_recipe(
         known = f"peft has {method.kind} over {', '.join(other.formats)} only, not {q.format}"
         message = known if other.formats else f"peft has no {method.kind} over quantised weights; use qlora"
         raise refused("method.quantization.format", message)
+    if q is not None and q.format in FORMATS and not FORMATS[q.format].conv1d and has_conv1d(model):
+        why = f"{q.format} is of linear layers, and those of {model.model_type} are Conv1D; use nf4"
+        raise refused("method.quantization.format", why)
     if other is not None and not other.conv1d and has_conv1d(model):
         raise refused(
             "method.kind", f"peft's {method.kind} cannot wrap the Conv1D layers of {model.model_type}; use lora"
@@ -131,7 +135,8 @@ def _adapted(model: ModelSpec, method: Method, code: str) -> tuple[tuple[str, ..
 def quantised_recipe(model: ModelSpec, recipe: Recipe, q: Quantization, stored: bool) -> tuple[Recipe, list[str]]:
     """Return the recipe with quantised matrices, and notes. `stored`: the checkpoint itself is quantised."""
     said = q.kbit_preparation
-    preparation = said if isinstance(said, str) else "fp32" if said else ""
+    row = FORMATS.get(q.format)
+    preparation = "" if row is not None and not row.casts else said if isinstance(said, str) else "fp32" if said else ""
     used_directly, notes = _used_directly(model, tuple(q.skip or ()))
     return recipe._replace(
         quantization=q.format,
@@ -145,8 +150,8 @@ def quantised_recipe(model: ModelSpec, recipe: Recipe, q: Quantization, stored: 
         ),
         experts=q.experts,
         preparation=preparation,
-        packed=stored or q.format not in ("nf4", "fp4", "int8"),
-    ), notes
+        packed=stored or q.format not in ("nf4", "fp4", "int8", "hqq-int4", "torchao-int8"),
+    ), [*notes, *([row.note] if row is not None and row.note else [])]
 
 
 # Layers that a family may fuse into one matrix, and the names of the fused matrix.
@@ -214,6 +219,11 @@ def _targets(model: ModelSpec, method: Method) -> tuple[tuple[str, ...], list[st
     asked = (method.targets,) if isinstance(method.targets, str) else tuple(method.targets)
     _refuse_read_by_kernels(model, tuple(target.rpartition(".")[2] for target in asked), layers)
     if method.targets == "all-linear":
+        q = method.quantization
+        if q is not None and q.format in FORMATS and not FORMATS[q.format].linear:
+            names = ", ".join(dict.fromkeys(_end(path) for path in layers if "." in path))
+            why = f"layers of {q.format} are no linear layers to peft's all-linear; name modules, such as {names}"
+            raise refused("method.targets", why)
         saved = modules_to_train(model.objective, (), model.objectives[0] == "causal_lm")
         both = next((n for n in map(_end, layers) if n not in saved and saved and n.endswith(saved)), None)
         if both is not None:

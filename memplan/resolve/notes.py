@@ -11,10 +11,11 @@ from memplan.catalogue.profiles.profiles import find_profile
 from memplan.core.errors import SpecError
 from memplan.core.ir import operations
 from memplan.models.model import ModelSpec
-from memplan.program.graph import Graph, elements, operations_of, weights_of
+from memplan.program.graph import Graph, operations_of, weights_of
 from memplan.program.sharding.ranks import Ranks
 from memplan.program.stack_facts import shared_tables
 from memplan.program.structure import Pipe
+from memplan.program.weight_sizes import elements
 from memplan.resolve.parallelism import replicas
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.training import Method, Precision

@@ -28,6 +28,7 @@ class BatchFacts(NamedTuple):
     images              the batch has images
     has_uneven_patches  the image patches are not a multiple of 8
     microbatches        micro-batches per step of a pipeline, else 1
+    ungrouped           why a step's completions are not those of whole prompts; empty if they are
     """
 
     accumulates: bool = False
@@ -37,6 +38,7 @@ class BatchFacts(NamedTuple):
     images: bool = False
     has_uneven_patches: bool = False
     microbatches: int = 1
+    ungrouped: str = ""
 
 
 class Parts(NamedTuple):
@@ -51,12 +53,13 @@ class Parts(NamedTuple):
     profile: str
     trainer: str = "sft"
     reference: str | None = None
+    rollout: str = "transformers"
 
     @classmethod
     def of(cls, run: RunSpec) -> Parts:
         """Return the parts of a run as they were asked for."""
         parts = run.method, run.precision, run.optimizer, run.kernels, run.loop, run.parallelism
-        return cls(*parts, run.profile, run.trainer, run.reference)
+        return cls(*parts, run.profile, run.trainer, run.reference, run.rollout)
 
 
 def found_later(*, init: Literal[False] = False) -> Any:
@@ -102,6 +105,7 @@ class OpenRun(_Fields):
     parallelism: Parallelism
     trainer: str
     reference: str | None
+    rollout: str
     batch_facts: BatchFacts
     trains: bool
     library: LibraryBehaviour = found_later()

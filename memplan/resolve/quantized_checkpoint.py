@@ -26,6 +26,7 @@ from memplan.program.stored.quantization_config import (
     gptq_modules,
     gptq_settings,
     names_in,
+    scheme_of,
 )
 from memplan.resolve.inference_formats import LOADED_FORMATS, dequantised_fp8, running_checkpoint
 from memplan.spec.formats import Quantization
@@ -215,9 +216,11 @@ def checkpoint_format(model: ModelSpec, config: Mapping[str, Any]) -> Checkpoint
             return CheckpointFormat("mxfp4", None, "transformers cannot train over it: Mxfp4Config(dequantize=True)")
         case "compressed-tensors":
             return _compressed(config)
+        case "torchao":
+            return _torchao(model, config)
         case _:
             shown = printable(str(how or "?"), 40)
-            known = "gptq, awq, fp8, mxfp4, bitsandbytes, compressed-tensors"
+            known = "gptq, awq, fp8, mxfp4, bitsandbytes, compressed-tensors, torchao"
             raise SpecError(f"{FIELD}: {shown} checkpoints are not supported yet; supported: {known}", "model")
 
 
@@ -260,6 +263,15 @@ def _bitsandbytes(model: ModelSpec, config: Mapping[str, Any]) -> CheckpointForm
     fields = {"format": kind, "double_quant": double, "storage": storage, "skip": skip}
     words = f"bitsandbytes, {kind}{', double quantisation' if double else ''}"
     return CheckpointFormat(words, Quantization.model_validate(fields), "", notes)
+
+
+def _torchao(model: ModelSpec, config: Mapping[str, Any]) -> CheckpointFormat:
+    """Return torchao's format, which adapters train over in 8 bits."""
+    words = scheme_of(config, "bf16").words
+    if words != "torchao, torchao-int8":
+        raise SpecError(f"{FIELD}: nothing trains over {words}, only over weights alone in int8", "model")
+    skip, notes = _skipped(model, [_HEAD, *names_in(config, "modules_to_not_convert")])
+    return CheckpointFormat(words, Quantization.model_validate({"format": "torchao-int8", "skip": skip}), "", notes)
 
 
 def _compressed(config: Mapping[str, Any]) -> CheckpointFormat:

@@ -260,23 +260,17 @@ def errors_of(file: RunFile | None) -> Generator[None]:
     """Add to an error about a field where a run's file has its value from."""
     try:
         yield
-    except (MemplanError, ValueError) as error:
+    except MemplanError as error:
         if file is None or file.is_own:
             raise
-        from pydantic import ValidationError
-
         from memplan.spec.failures import line_of
 
-        if not isinstance(error, (MemplanError, ValidationError)):
-            raise
         line = line_of(error)
         field = line.partition(":")[0]
         origins = {origin.field: origin.why for origin in file.origins}
         why = origins.get(field) or next((why for path, why in origins.items() if path.startswith(f"{field}.")), "")
         if field.startswith("parallelism.") and origins.get("parallelism.world", "").startswith("assumed"):
             why = origins["parallelism.world"]
-        if why and not isinstance(error, MemplanError):
-            raise SpecError(f"{line} ({why})", field) from None
         if why:
             error.args = (f"{line} ({why})",)
         raise

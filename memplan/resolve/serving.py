@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.catalogue.inference.cache_formats import cache_format, formats_of
 from memplan.catalogue.profiles.engines import ENGINES, EngineDefaults, ServingEngine, engine_settings, find_engine
-from memplan.core.errors import UnknownNameError, refused
+from memplan.core.errors import SpecError, UnknownNameError, refused
 from memplan.core.units import GIB
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec
@@ -16,6 +17,8 @@ from memplan.program.serving.parallel import stages_of
 from memplan.program.serving.settings import COMPRESSES, ENTRIES, ServingRanks, Settings
 from memplan.program.stored.weights import format_of
 from memplan.resolve.defaults import NEW_TOKENS
+from memplan.resolve.refusals.refuse import refuse
+from memplan.resolve.refusals.vendors import not_on
 from memplan.resolve.serving_draft import decide_draft
 from memplan.resolve.serving_parallel import attention_free, ranks_of
 from memplan.spec.generation import Generation
@@ -49,7 +52,8 @@ def resolve_serving(run: RunSpec, model: ModelSpec | None = None) -> Settings:
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     _refuse(run, engine, model)
     ranks = ranks_of(run, engine, model)
-    _refuse_card(gpu, engine, behaviour.capability)
+    if gpu is not None:
+        refuse(_too_old(gpu, engine, behaviour.capability), not_on(gpu, run))
     context = run.batch.sequence + (run.batch.new_tokens or NEW_TOKENS)
     serving = _with_defaults(run.serving, engine, defaults, model, gpu, run, context, ranks)
     if serving.max_model_len is not None and context > serving.max_model_len:
@@ -174,11 +178,11 @@ def _default_steps(engine: ServingEngine, gpu: GPU | None, tp: int) -> tuple[int
 _SGLANG = ((20, 2048, 8, 8), (35, 4096, 48, 160), (60, 4096, 32, 160), (90, 8192, 256, 512), (160, 8192, 256, 512))
 
 
-def _refuse_card(gpu: GPU | None, engine: ServingEngine, least: int) -> None:
-    """Raise SpecError for a card that is too old for the engine's kernels."""
-    if gpu is not None and gpu.compute_capability is not None and gpu.compute_capability < divmod(least, 10):
+def _too_old(gpu: GPU, engine: ServingEngine, least: int) -> Iterator[SpecError]:
+    """Yield an error for a card that is too old for the engine's kernels."""
+    if gpu.compute_capability is not None and gpu.compute_capability < divmod(least, 10):
         has = ".".join(map(str, gpu.compute_capability))
-        raise refused("gpu", f"{engine.title} needs compute capability {least / 10:g}, and {gpu.title} has {has}")
+        yield refused("gpu", f"{engine.title} needs compute capability {least / 10:g}, and {gpu.title} has {has}")
 
 
 def _refuse(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> None:  # noqa: PLR0912 (a branch for each refusal)
@@ -229,7 +233,7 @@ def _refuse(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> None:  # n
         try:
             format_of(value)
         except UnknownNameError as e:
-            raise UnknownNameError(f"serving.{name}", value, e.nearest, ranked=True) from None
+            raise UnknownNameError(f"serving.{name}", value, e.suggestions, ranked=True) from None
     for name in ("limit_images", "limit_videos"):
         if getattr(s, name) is not None and engine.kind != "vllm":
             raise refused(f"serving.{name}", f"only applies to vLLM, not to {engine.name}")

@@ -12,8 +12,8 @@ from typing import Literal
 from memplan.catalogue.attention.efficient_workspace import large_tiles
 from memplan.catalogue.families import megatron
 from memplan.catalogue.families.litgpt import KINDS, has_family
-from memplan.catalogue.kernels.losses import adds_in_place
-from memplan.catalogue.kernels.wiring import PAIRED, Trainer
+from memplan.catalogue.kernels.losses import OF_ALL_LOGITS, adds_in_place
+from memplan.catalogue.kernels.wiring import GENERATING, PAIRED, Trainer
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.states import spares_embeddings, takes_foreach
 from memplan.catalogue.parallelism import context_parallel, expert_parallel
@@ -21,6 +21,7 @@ from memplan.catalogue.parallelism.sharding import MEGATRON
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import refused
 from memplan.core.ir import SavedTensors
+from memplan.core.once import once
 from memplan.models.model import ModelSpec
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.program.graph import Graph
@@ -42,7 +43,7 @@ from memplan.resolve.quantized_checkpoint import method_for_training
 from memplan.resolve.ranks import divide_ranks, note_sharding, set_sharded_dtypes, shard
 from memplan.resolve.refusals import trainers
 from memplan.resolve.refusals import training as refusals
-from memplan.resolve.refusals.models import adapted_parameters, trained_weights, training_objective
+from memplan.resolve.refusals.models import adapted_parameters, smoothed_labels, trained_weights, training_objective
 from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.settings import optimizer_offload, settings
 from memplan.spec.base import Part
@@ -70,6 +71,7 @@ class OpenTraining(OpenRun):
 
 
 @lru_cache(maxsize=4096)
+@once
 def decide_training(model: ModelSpec, asked: Parts, card: GPUFacts | None, batch_facts: BatchFacts) -> ResolvedRun:
     """Return the training run with every null filled in, and the structure of its program, without batch and GPU.
 
@@ -132,6 +134,15 @@ def _choose_trainer(run: OpenTraining) -> None:
     if name in (*PAIRED, "reward"):
         log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
         run.step = Trainer(name, log_probs, "none", likelihood=name in ("orpo", "cpo") and log_probs != "gathered")
+    elif name in GENERATING:
+        own = "adapters" if run.method.kind in ADAPTERS else "copy"
+        run.reference = run.reference or ("none" if name == "grpo" else own)  # beta is 0, or 0.05
+        facts = (
+            run.batch_facts.is_single_sequence,
+            name == "rloo" or run.rollout != "transformers",
+            behaviour.divided_logits,
+        )
+        run.step = Trainer(name, behaviour.log_probs, run.reference, True, copies[1], False, False, 1, *facts)
     else:
         run.reference = run.reference or ("adapters" if run.method.kind in ADAPTERS else "copy")
         run.step = Trainer(name, behaviour.log_probs, run.reference, *copies, rows=1 if name == "kto" else 2)
@@ -175,7 +186,7 @@ def _refuse_several_gpus(run: OpenTraining) -> None:
 def _check_model(run: OpenTraining) -> None:
     """Refuse what the model's layers, its objective or its head do not allow."""
     check_time_steps(run.model, run.method)
-    refuse(training_objective(run))
+    refuse(training_objective(run), smoothed_labels(run))
     check_head(run.model, run.method, run.kernels)
     if run.kernels.loss == "chunked_lm_head" and run.precision.autocast and not run.library.loss.casts_outputs:
         raise refused("kernels.loss", "chunked_lm_head under autocast needs a litgpt profile; use chunked")
@@ -220,7 +231,7 @@ def _wire_training(run: OpenTraining) -> None:
     by_name = run.library.checkpointing.passes_keywords and run.checkpoints and not run.is_megatron_model
     run.wiring = run.wiring._replace(
         caches=run.library.model.returns_caches,
-        checkpoints=run.checkpoints,
+        checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
         recomputes=run.kernels.checkpointing == "selective",
         keeps_last=run.library.checkpointing.keeps_last and run.kernels.checkpointing == "offload",
@@ -233,8 +244,8 @@ def _build_graph(run: OpenTraining) -> None:
     loss, checkpoints, facts = str(run.kernels.loss), run.checkpoints, run.batch_facts
     trains_inputs = method.kind in ADAPTERS or bool(method.frozen)
     freezes_inputs = method.kind == "freeze" and library.checkpointing.frozen_inputs
-    adds_logits = loss in ("hf", "fused")  # the loss reads all logits at once
-    casts_logits = loop.trainer and run.precision.autocast and loss == "hf" and library.loss.logits != "model"
+    adds_logits = loss in (*OF_ALL_LOGITS, "fused")  # the loss reads all logits at once
+    casts_logits = loop.trainer and run.precision.autocast and loss in OF_ALL_LOGITS and library.loss.logits != "model"
     run.graph = Graph(
         run.model,
         run.recipe,
@@ -253,7 +264,7 @@ def _build_graph(run: OpenTraining) -> None:
         and (trains_inputs or freezes_inputs),
         logits=_logits(run) if adds_logits else "padded",
         has_one_sequence=facts.is_single_sequence
-        and (loss == "chunked_lm_head" or (adds_logits and library.loss.logits != "padded")),
+        and (loss in ("chunked_lm_head", "label_smoothing") or (adds_logits and library.loss.logits != "padded")),
         has_single_chunk=facts.is_single_chunk and loss == "chunked_lm_head",
         fused=tuple(sorted(kernels.fused or ())),
         casts_outputs=library.loss.casts_outputs or casts_logits,
@@ -262,6 +273,7 @@ def _build_graph(run: OpenTraining) -> None:
         degrees=run.degrees,
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
         trainer=run.step,
+        every_n_layers=kernels.every_n_layers,
     )
 
 

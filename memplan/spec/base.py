@@ -23,7 +23,8 @@ Dtype = Literal["bf16", "fp16", "fp32"]
 _LARGEST = 2**40  # far above any real batch, sequence or rank, so that absurd input is an error, not an absurd answer
 Count = Annotated[int, Strict(ge=1, le=_LARGEST)]
 Natural = Annotated[int, Strict(ge=0, le=_LARGEST)]
-GPUs = Annotated[int, Strict(ge=1, le=2**20)]  # more than any cluster has
+MOST_GPUS = 2**20  # more than any cluster has
+GPUs = Annotated[int, Strict(ge=1, le=MOST_GPUS)]
 Rank = Annotated[int, Strict(ge=0, lt=2**20)]  # index of a GPU
 Pixels = Annotated[int, Strict(ge=1, le=2**20)]
 Number = Annotated[float, Strict()]
@@ -129,7 +130,7 @@ class Part:
         try:
             self._fill(*self._checked(values))
         except _UNCLEAR:
-            self._validator().validate_python(values, self_instance=self)
+            self._explained(lambda validator: validator.validate_python(values, self_instance=self))
 
     def _fill(self, values: dict[str, Any], fields_set: set[str]) -> Self:
         setting = object.__setattr__
@@ -180,17 +181,29 @@ class Part:
 
     @classmethod
     def model_validate(cls, obj: Any, **more: Any) -> Self:
-        """Return a part for a mapping, a shorthand or a part. Raises pydantic's ValidationError or SpecError."""
+        """Return a part for a mapping, a shorthand or a part. Raises MemplanError."""
         if not more:
             try:
                 return cls.plain(obj)
             except _UNCLEAR:
                 pass
-        return cls._validator().validate_python(obj, **more)
+        return cls._explained(lambda validator: validator.validate_python(obj, **more))
 
     @classmethod
     def model_validate_json(cls, json_data: str | bytes | bytearray, **more: Any) -> Self:
-        return cls._validator().validate_json(json_data, **more)
+        return cls._explained(lambda validator: validator.validate_json(json_data, **more))
+
+    @classmethod
+    def _explained(cls, validated: Callable[[SchemaValidator], Any]) -> Any:
+        """Return what the validator makes of a value. Raises FieldError in place of pydantic's error."""
+        from pydantic_core import ValidationError
+
+        from memplan.spec.failures import field_error
+
+        try:
+            return validated(cls._validator())
+        except ValidationError as error:
+            raise field_error(error, cls) from None
 
     @classmethod
     def model_construct(cls, _fields_set: set[str] | None = None, **values: Any) -> Self:

@@ -113,6 +113,26 @@ def check_of(annotation: Any) -> Check:
     return annotation.plain
 
 
+def alternatives(annotation: Any) -> Iterator[Any]:
+    """Yield the types and literal values that an annotation, or each item of a tuple, consists of."""
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        yield from inner
+    elif origin is Annotated:
+        yield from alternatives(inner[0])
+    elif origin in (Union, UnionType, tuple):
+        for alternative in inner:
+            if alternative not in (NoneType, ...):
+                yield from alternatives(alternative)
+    else:
+        yield annotation
+
+
+def part_of(annotation: Any) -> Any:
+    """Return the class of the part of a run that a field holds, if it holds one."""
+    return next((a for a in alternatives(annotation) if isinstance(a, type) and hasattr(a, "model_fields")), None)
+
+
 def _exactly(type_: type) -> Check:
     def exactly(value: Any) -> Any:
         if type(value) is type_:

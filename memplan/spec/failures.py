@@ -6,10 +6,10 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from memplan.core.errors import MemplanError, printable
-from memplan.spec.fields import part_of
+from memplan.core.errors import FieldError, MemplanError, printable
+from memplan.core.records import NamedTuple
+from memplan.spec.checks import part_of
 from memplan.spec.options import FIELDS, option_of
-from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from pydantic import ValidationError
@@ -18,26 +18,34 @@ _MAX_CHOICES = 20  # listed in full if none is near the given value
 _MAX_SHOWN = 60  # characters of a value or key that an error message repeats
 
 
-def line_of(error: BaseException, given: Iterable[str] = ()) -> str:
-    """Return one line for an error of memplan or pydantic; `given` are the options on the command line."""
-    field, text = error.field if isinstance(error, MemplanError) else "", str(error)
-    if not isinstance(error, MemplanError):
-        field, text = _first_invalid(error)  # pyright: ignore[reportArgumentType]
+class _Wrong(NamedTuple):
+    """What is wrong with a value, in plain words without its field, and what may have been meant."""
+
+    text: str
+    suggestions: tuple[str, ...] = ()
+
+
+def line_of(error: MemplanError, given: Iterable[str] = ()) -> str:
+    """Return one line for an error; `given` are the options on the command line."""
+    field, text = error.field, str(error)
     option = option_of(field, given) if field else ""
     if option and text.startswith(f"{field}:"):
         text = f"{field} ({option}){text.removeprefix(field)}"
     return " ".join(text.split())
 
 
-def _first_invalid(error: ValidationError) -> tuple[str, str]:
-    """Return the first invalid field of a pydantic error, and the message about it."""
+def field_error(error: ValidationError, root: Any) -> FieldError:
+    """Return pydantic's error about a part of a run, `root`, as one about the first invalid field."""
     errors = _without_other_members(error.errors(include_url=False))
     first = next((e for e in errors if e["type"] == "extra_forbidden"), errors[0])
-    model: Any = RunSpec
+    model = root
     names: list[str] = []
     for part in first["loc"]:
         fields = getattr(model, "model_fields", {})
         if part == "InlineModel":  # a member of a union, not a field
+            continue
+        if isinstance(part, int) and fields and model is not root:  # of a list of parts
+            names.append(str(part))
             continue
         if isinstance(part, int) or (part not in fields and first["type"] != "extra_forbidden"):
             break  # an index, or another member of a union
@@ -48,7 +56,9 @@ def _first_invalid(error: ValidationError) -> tuple[str, str]:
     tried = [e for e in errors if e["loc"][: len(names)] == first["loc"][: len(names)]]
     others = len(errors) - len(tried)
     more = f" (and {others} more)" if others else ""
-    return field, f"{field}: {_what(first, tried, names)}{more}"
+    wrong = _wrong(first, tried, names, root)
+    kind = {"extra_forbidden": "unknown_field", "missing": "missing_field"}.get(first["type"], "invalid_value")
+    return FieldError(kind, f"{field}: {wrong.text}{more}", field, wrong.suggestions)
 
 
 def _without_other_members(errors: Sequence[Any]) -> Sequence[Any]:
@@ -69,25 +79,30 @@ def _without_other_members(errors: Sequence[Any]) -> Sequence[Any]:
 def message_of(error: Any) -> str:
     """Return pydantic's first error in plain words, without the field; any other error as text."""
     errors: list[Any] = error.errors(include_url=False) if hasattr(error, "errors") else []
-    return _what(errors[0], errors, []) if errors else str(error)
+    return _wrong(errors[0], errors, [], None).text if errors else str(error)
 
 
-def _what(error: Any, tried: Sequence[Any], names: list[str]) -> str:  # noqa: PLR0911 (a return for each of pydantic's errors)
+def _wrong(error: Any, tried: Sequence[Any], names: list[str], root: Any) -> _Wrong:
     """Return `error` in plain words; `tried` are the errors of all members if the field is a union."""
     value, context = _shown(error["input"]), error.get("ctx", {})
     bounds = {"ge": "at least", "gt": "more than", "le": "at most", "lt": "less than"}
     for name, words in bounds.items():
         if name in context:
             bound = context[name]
-            return f"must be {words} {int(bound) if bound == int(bound) else bound:,}, not {value}"
+            return _Wrong(f"must be {words} {int(bound) if bound == int(bound) else bound:,}, not {value}")
     choices = list(_choices(tried))
     if any(e["type"] == "tuple_type" for e in tried):
-        return f"must be {' or '.join([*choices, 'a list of names'])}, not {value}"
+        return _Wrong(f"must be {' or '.join([*choices, 'a list of names'])}, not {value}")
     if choices:
         return _nearest(error["input"], choices, f"unknown {value}")
+    if error["type"] == "extra_forbidden":
+        return _no_such_key(names, root)
+    return _Wrong(_wrong_type(error, value, names))
+
+
+def _wrong_type(error: Any, value: str, names: list[str]) -> str:
+    """Return in plain words that a value has the wrong type, or what pydantic says."""
     match error["type"]:
-        case "extra_forbidden":
-            return _no_such_key(names)
         case "missing":
             return "is missing"
         case "int_type" | "int_from_float" | "int_parsing":
@@ -115,15 +130,19 @@ def _choices(tried: Sequence[Any]) -> Iterator[str]:
         yield {"True": "true", "False": "false"}.get(word, word) or text
 
 
-def _no_such_key(names: list[str]) -> str:
-    """Return the message for an unknown key: where in a run that key exists, or the nearest sibling."""
+def _no_such_key(names: list[str], root: Any) -> _Wrong:
+    """Return the error of an unknown key: where in a run that key exists, or the nearest sibling."""
     from difflib import get_close_matches
 
-    key, siblings = names[-1], list(getattr(_parent(names), "model_fields", {}))
-    near = [path for path in _paths(RunSpec) if path.rpartition(".")[2] == key]
+    key, parent = names[-1], root
+    for name in (name for name in names[:-1] if not name.isdecimal()):
+        parent = part_of(parent.model_fields[name].annotation)
+    siblings = list(getattr(parent, "model_fields", {}))
+    near = [path for path in _paths(root) if path.rpartition(".")[2] == key]
     near += [path for name, path in FIELDS.items() if name == key]
     near = near or get_close_matches(key.lower()[:_MAX_SHOWN], siblings, n=1, cutoff=0.6)
-    return "no such key; " + (f"did you mean {near[0]}?" if near else f"choose from {', '.join(siblings)}")
+    hint = f"did you mean {near[0]}?" if near else f"choose from {', '.join(siblings)}"
+    return _Wrong(f"no such key; {hint}", tuple(dict.fromkeys(near)))
 
 
 def _paths(model: Any, start: str = "") -> Iterator[str]:
@@ -133,13 +152,6 @@ def _paths(model: Any, start: str = "") -> Iterator[str]:
         inner = part_of(field.annotation)
         if inner is not None:
             yield from _paths(inner, f"{start}{name}.")
-
-
-def _parent(names: list[str]) -> Any:
-    model: Any = RunSpec
-    for name in names[:-1]:
-        model = part_of(model.model_fields[name].annotation)
-    return model
 
 
 def _shown(value: object) -> str:
@@ -153,7 +165,7 @@ def _shown(value: object) -> str:
     return printable(text, _MAX_SHOWN - 3)
 
 
-def _nearest(value: object, words: list[str], what: str) -> str:
+def _nearest(value: object, words: list[str], what: str) -> _Wrong:
     """Return `what` is wrong and the choice nearest to `value`: numbers by size, words by spelling."""
     from difflib import get_close_matches
 
@@ -164,13 +176,11 @@ def _nearest(value: object, words: list[str], what: str) -> str:
     else:
         near = get_close_matches(str(value).lower()[:_MAX_SHOWN], words, n=1, cutoff=_SIMILAR)
     if near:
-        return f"{what}; did you mean {near[0]}?"
+        return _Wrong(f"{what}; did you mean {near[0]}?", tuple(near))
     if len(words) <= _MAX_CHOICES:
-        return f"{what}; choose from {', '.join(words)}"
-    return f"{what}; choose from {', '.join(words[:_SHOWN])} and {len(words) - _SHOWN} more: memplan --help-all"
+        return _Wrong(f"{what}; choose from {', '.join(words)}", tuple(words))
+    return _Wrong(f"{what}; choose from {', '.join(words[:_SHOWN])} and {len(words) - _SHOWN} more: memplan --help-all")
 
 
 _SHOWN = 6  # of a longer list
-
-
 _SIMILAR = 0.6  # of `difflib`'s ratio: below, a suggestion is another word (dora for dpo)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any
 
 from memplan.core.records import NamedTuple
-from memplan.spec.base import Part
+from memplan.spec.checks import alternatives, part_of
 from memplan.spec.run import RunSpec
 
 
@@ -24,39 +22,19 @@ class Field(NamedTuple):
     default: str
 
 
-def part_of(annotation: Any) -> type[Part] | None:
-    """Return the part of a run that a field holds, if it holds one."""
-    return next((a for a in _alternatives(annotation) if isinstance(a, type) and issubclass(a, Part)), None)
-
-
 def field_of(path: str) -> Field:
     """Return the field of a run at a dotted path."""
-    part: type[Part] = RunSpec
+    part: Any = RunSpec
     *parts, name = path.split(".")
     for outer in parts:
         inner = part_of(part.model_fields[outer].annotation)
         assert inner is not None, path
         part = inner
     field = part.model_fields[name]
-    alternatives = list(_alternatives(field.annotation))
-    first = alternatives[0] if isinstance(alternatives[0], type) else type(alternatives[0])
-    choices = tuple(_typed(choice) for choice in alternatives if not isinstance(choice, type))
+    accepted = list(alternatives(field.annotation))
+    first = accepted[0] if isinstance(accepted[0], type) else type(accepted[0])
+    choices = tuple(_typed(choice) for choice in accepted if not isinstance(choice, type))
     return Field(first if first in (int, float, bool) else str, choices, _shown_default(field.default))
-
-
-def _alternatives(annotation: Any) -> Iterator[Any]:
-    """Yield the types and literal values that an annotation, or each item of a tuple, consists of."""
-    origin, inner = get_origin(annotation), get_args(annotation)
-    if origin is Literal:
-        yield from inner
-    elif origin is Annotated:
-        yield from _alternatives(inner[0])
-    elif origin in (Union, UnionType, tuple):
-        for alternative in inner:
-            if alternative not in (NoneType, ...):
-                yield from _alternatives(alternative)
-    else:
-        yield annotation
 
 
 def _typed(choice: object) -> str:

@@ -9,9 +9,9 @@ from memplan.spec.base import Flag, Names, Part
 from memplan.spec.checks import Before
 
 # Formats that adapters can train on top of; inference-only formats; llama.cpp's GGUF file types.
-TrainedOver = Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8"]
+TrainedOver = Literal["nf4", "fp4", "int8", "gptq-int4", "gptq-int8", "awq-int4", "fp8", "hqq-int4", "torchao-int8"]
 _Compressed = Literal["fp8-tensor", "fp8-channel", "w8a8-int8", "w4a16", "w8a16", "mxfp4", "mxfp8", "nvfp4"]
-OnlyRuns = Literal[_Compressed, "torchao-int8", "torchao-int4", "hqq-int4", "quanto-int8", "quanto-int4"]
+OnlyRuns = Literal[_Compressed, "torchao-int4", "quanto-int8", "quanto-int4"]
 _Legacy = Literal["F32", "F16", "BF16", "Q1_0", "Q2_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"]
 _K = Literal["Q2_K", "Q2_K_S", "Q3_K_S", "Q3_K_M", "Q3_K_L", "Q4_K_S", "Q4_K_M", "Q5_K_S", "Q5_K_M", "Q6_K"]
 _IQ = Literal["IQ1_S", "IQ1_M", "IQ2_XXS", "IQ2_XS", "IQ2_S", "IQ2_M", "IQ3_XXS", "IQ3_XS", "IQ3_S", "IQ3_M"]
@@ -35,6 +35,7 @@ _GROUP_SIZES = {
     "mxfp8": 32,
     "nvfp4": 16,
     "torchao-int4": 128,
+    "torchao-int8": -1,
     "quanto-int4": 128,
 }
 

@@ -54,17 +54,22 @@ def retold(name: str, text: str) -> tuple[str, str]:
 
     >>> retold("gpus", "2x4090"), retold("gpus", "2"), retold("deepspeed", "zero3"), retold("vram", "24")
     (('gpu', '2x4090'), ('gpus', '2'), ('zero', '3'), ('gpu', '24gb'))
+    >>> retold("method", "DPO"), retold("method", "lora")
+    (('trainer', 'dpo'), ('method', 'lora'))
     """
     word = text.lower()
     if name == "gpus" and not word.isdecimal():
         return "gpu", text
     if name == "deepspeed" and word[:4] == "zero" and word[-1:] in ("0", "1", "2", "3") and len(word) <= len("zero-3"):
         return "zero", word[-1]
+    if name == "method" and word in TRAINERS[1:]:
+        return "trainer", word
     if name == "vram":
         return "gpu", f"{text}gb" if word.isdecimal() else text
     return name, text
 
 
+TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gkd", "distill")
 FLAGS = ("qlora", "lora", "dora", "qdora")  # methods that people type as flags
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from memplan.core.records import NamedTuple
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.spec.option_values import (
+    TRAINERS,
     kbit_preparation,
     listed,
     method_word,
@@ -53,7 +54,6 @@ class Option(NamedTuple):
     alone: tuple[str, str] | None = None
 
 
-TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gkd", "distill")
 MODEL = Option(
     "model",
     "A card's name (qwen2-7b), a Hugging Face id, or the path of a config.json, its folder, or a GGUF file.",
@@ -102,7 +102,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "target_len": Option(
             "batch.target_sequence",
-            "Decoder tokens of an encoder-decoder. Default the encoder's length, or the decoder's positions; 1 when "
+            "Decoder tokens of an encoder-decoder. Default the encoder's length, or Whisper's positions; 1 when "
             "generating (4 for Whisper).",
             aliases=("max_target_length",),
             spelling=tokens,
@@ -136,6 +136,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
             choices=("none", "full", "offload"),
             combined=True,
         ),
+        "every_n_layers": Option(
+            "kernels.every_n_layers", "With checkpointing, checkpoint only the first of every n layers."
+        ),
         "trainable_layers": Option("method.trainable_layers", "Last layers that --method freeze trains."),
         "offload": Option(
             "parallelism.offload",
@@ -157,7 +160,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "reference": Option(
             "reference",
-            "Reference model: {choices}. Default adapters if the method has them, else copy.",
+            "Reference model: {choices}. Default adapters if the method has them, else copy; none with grpo.",
         ),
         "expandable_segments": Option(
             "loop.expandable_segments", "Use expandable segments in torch's allocator (PYTORCH_CUDA_ALLOC_CONF)."
@@ -200,9 +203,23 @@ OPTIONS: dict[str, dict[str, Option]] = {
     "Generation": {
         "new_tokens": Option(
             "batch.new_tokens",
-            "Tokens generated after a --seq-len prompt. Default 256, with --method generate.",
-            aliases=("max_new_tokens",),
+            "Tokens generated after a --seq-len prompt. Default 256, with --method generate; TRL's longest completion "
+            "with --trainer grpo or rloo.",
+            aliases=("max_new_tokens", "max_completion_length"),
             spelling=tokens,
+        ),
+        "rollout": Option(
+            "rollout",
+            "What generates with --trainer grpo or rloo: {choices}. colocate is vLLM with a share of --gpu "
+            "(--gpu-memory-utilization, 0.3), server one on other GPUs.",
+        ),
+        "sleep": Option(
+            "serving.sleep", "With --rollout colocate: vLLM frees weights and cache while the step trains."
+        ),
+        "generations": Option(
+            "batch.generations",
+            "Completions of each prompt, with --trainer grpo or rloo. Default 8, or 2 with rloo.",
+            aliases=("num_generations",),
         ),
         "cache_implementation": Option(
             "generation.cache_implementation",
@@ -286,8 +303,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "quant_format": Option(
             "method.quantization.format",
-            "Format of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8; for inference also "
-            "w4a16, fp8-channel, mxfp4 and others. Default nf4, or the format of a quantised checkpoint.",
+            "Format of quantised weights: nf4, fp4, int8, gptq-int4, gptq-int8, awq-int4, fp8, hqq-int4, "
+            "torchao-int8; for inference also w4a16, fp8-channel, mxfp4 and others. Default nf4, or the format of a "
+            "quantised checkpoint.",
             aliases=("bnb_4bit_quant_type",),
         ),
         "double_quant": Option("method.quantization.double_quant", "Also quantise the quantisation scales."),
@@ -347,7 +365,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "kernels.loss",
             "hf, chunked, fused (with the head's matrix product, as in Liger and Cut Cross-Entropy), chunked_lm_head "
             "(LitGPT), chunked_nll and chunked_nll_fp32 (TRL 1.13 and 1.6), tiled_lm_head (TRL 1.15), fused_chunks "
-            "(Unsloth 2026). Default the profile's.",
+            "(Unsloth 2026), label_smoothing (transformers' Trainer). Default the profile's.",
         ),
         "fused": Option("kernels.fused", "Comma-separated fused kernels: {choices}.", parse=listed),
         "reentrant": Option("kernels.reentrant", "Use torch's reentrant checkpointing. Default the profile's."),

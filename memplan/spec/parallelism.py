@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from math import prod
+from typing import Annotated, Any, Literal, cast
 
-from memplan.spec.base import Count, Flag, GPUs, Natural, Number, Part, Rank
+from memplan.spec.base import MOST_GPUS, Count, Flag, GPUs, Natural, Number, Part, Rank
 from memplan.spec.checks import Before, Strict
 
 
@@ -143,3 +145,20 @@ class Parallelism(Part):
     last_stage_layers: Count | None = None
     ends_as_layers: Flag | None = None
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
+
+    @classmethod
+    def expanded(cls, value: Any) -> Any:
+        """Fill in what follows from the GPUs, as the command line does: `dp` from `world`, `world` from the other
+        degrees, and `ddp` if replicas have no strategy."""
+        if not isinstance(value, Mapping):
+            return value
+        given = cast(Mapping[str, Any], value)
+        degrees = [given.get(name, 1) for name in ("tp", "pp", "cp")]
+        is_valid = all(type(n) is int and 1 <= n <= MOST_GPUS for n in degrees)
+        model_ranks = prod(degrees) if is_valid else 0
+        world = given.get("world", model_ranks)
+        is_valid = is_valid and type(world) is int and 1 < world <= MOST_GPUS and world % model_ranks == 0
+        if not is_valid or "dp" in given or given.get("device_map") is not None:
+            return given
+        replicas = world // model_ranks
+        return {**({"strategy": "ddp"} if replicas > 1 else {}), **given, "world": world, "dp": replicas}

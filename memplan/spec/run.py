@@ -45,6 +45,7 @@ def _with_version(name: str) -> str:
 ProfileName = Annotated[str, After(_with_version)]
 TrainerName = Literal["sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gkd", "distill"]
 ReferenceKind = Literal["copy", "adapters", "precomputed", "none"]
+RolloutKind = Literal["transformers", "colocate", "server"]
 
 
 class Batch(Part):
@@ -52,22 +53,34 @@ class Batch(Part):
 
     micro            sequences per GPU and forward pass; when generating, prompts
     sequence         tokens per sequence, including the tokens of its images; for an encoder-decoder, the encoder's
-                     tokens. Image and audio encoders have a fixed length, which their config sets
+                     tokens. Image and audio encoders have a fixed length, which their config sets. When the run
+                     generates, tokens of the prompt
     accumulation     passes per optimizer step
-    new_tokens       tokens generated after each prompt; 0 for the default of 256
+    new_tokens       tokens generated after each prompt; 0 for the default of 256, or the trainer's
+    generations      completions of each prompt, of trainers that generate; 0 for the trainer's default
     images           images per sequence
     image_size       pixels: the side of a square, or (height, width)
-    target_sequence  tokens of an encoder-decoder's decoder. None for its number of learned positions, or, if it has
-                     none, `sequence`; when generating, for 1 start token (4 for Whisper)
+    target_sequence  tokens of an encoder-decoder's decoder. None for `sequence`, or for the decoder's learned positions
+                     if the encoder has a fixed length; when generating, for 1 start token (4 for Whisper)
     """
 
     micro: Count = 1
     sequence: Count = 2048
     accumulation: Count = 1
     new_tokens: Natural = 0
+    generations: Natural = 0
     images: Natural = 0
     image_size: Pixels | tuple[Pixels, Pixels] | None = None
     target_sequence: Count | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per sequence in training, which include those of a completion that the step generates."""
+        return self.sequence + self.new_tokens
+
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what only a trainer that generates has."""
+        return values if self.generations else {k: v for k, v in values.items() if k != "generations"}
 
 
 class RunSpec(Part):
@@ -81,6 +94,8 @@ class RunSpec(Part):
     trainer    trainer of TRL. With any but `sft`, `batch.micro` counts its examples: pairs of sequences, for most
     reference  reference model of a trainer that has one: a `copy` of the model, the model itself with its `adapters`
                disabled, log-probabilities `precomputed` before training, or `none`; None for the trainer's default
+    rollout    what generates for a trainer that does: transformers' `generate`, vLLM on the same GPU (`colocate`, set
+               up by `serving`), or a vLLM `server` on other GPUs
     gpu        name of a GPU; None to estimate without a verdict
     """
 
@@ -94,6 +109,7 @@ class RunSpec(Part):
             objective: Objective | None = ...,
             trainer: TrainerName = ...,
             reference: ReferenceKind | None = ...,
+            rollout: RolloutKind = ...,
             method: Method | str | Mapping[str, Any] = ...,
             precision: Precision | str | Mapping[str, Any] = ...,
             optimizer: Optimizer | str | Mapping[str, Any] = ...,
@@ -113,6 +129,7 @@ class RunSpec(Part):
     objective: Objective | None = None
     trainer: TrainerName = "sft"
     reference: ReferenceKind | None = None
+    rollout: RolloutKind = "transformers"
     method: Method = Method()
     precision: Precision = Precision()
     optimizer: Optimizer = Optimizer()
@@ -142,8 +159,8 @@ class RunSpec(Part):
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
         """Leave out what only a trainer of TRL has, if the run has none."""
-        named = self.trainer != "sft" or self.reference is not None
-        return values if named else {k: v for k, v in values.items() if k not in ("trainer", "reference")}
+        named = self.trainer != "sft" or self.reference is not None or self.rollout != "transformers"
+        return values if named else {k: v for k, v in values.items() if k not in ("trainer", "reference", "rollout")}
 
 
 def is_default(run: RunSpec, part: str) -> bool:
@@ -153,6 +170,6 @@ def is_default(run: RunSpec, part: str) -> bool:
 
 
 def changed(run: RunSpec, part: str, **values: Any) -> RunSpec:
-    """Return a copy of the run with `values` set in one part. Raises SpecError or pydantic's ValidationError."""
+    """Return a copy of the run with `values` set in one part. Raises MemplanError."""
     old: Part = getattr(run, part)
     return RunSpec.model_validate({**dict(run), part: {**dict(old), **values}})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from memplan.spec.base import Count, Flag, Natural, Number, Part, Rank
 from memplan.spec.checks import Strict
@@ -51,6 +51,7 @@ class Serving(Part):
                             `ngram`; None for `draft_model` if there is one, else no speculation
     draft_model             smaller model, or the config of EAGLE's head
     draft_weights           storage format of the draft model's weights
+    sleep                   vLLM on a GPU that trains: weights and cache are freed until it generates again
     num_speculative_tokens  tokens proposed per step: SGLang's `speculative_num_draft_tokens`, llama.cpp's `draft-max`
     """
 
@@ -79,3 +80,8 @@ class Serving(Part):
     draft_model: str | InlineModel | None = None
     draft_weights: str | None = None
     num_speculative_tokens: Count | None = None
+    sleep: Flag | None = None
+
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out what only an engine on a GPU that trains has."""
+        return values if self.sleep is not None else {k: v for k, v in values.items() if k != "sleep"}

@@ -39,8 +39,11 @@ MethodKind = Literal[
     "vera",
 ]
 
+Attention = Literal[
+    "sdpa", "flash_attention_2", "flash_attention_3", "eager", "sdpa_math", "sdpa_efficient", "sdpa_cudnn"
+]
 _ChunkedLoss = Literal["chunked_lm_head", "chunked_nll", "chunked_nll_fp32", "tiled_lm_head", "fused_chunks"]
-LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss]
+LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
 
 # The other methods of peft 0.21, in lower case: known, but not supported yet.
 LATER_METHODS = frozenset(
@@ -217,19 +220,21 @@ class Optimizer(Part):
 class Kernels(Part):
     """Which implementations run.
 
-    attention      attention implementation, in transformers' terms
-    checkpointing  activation checkpointing; `offload` is `full` with the blocks' inputs in host memory
-    reentrant      torch's reentrant checkpointing, which recomputes a block before any of its backward runs, so the
-                   block's output and its gradient stay alive until the recomputation is done
-    loss           loss implementation: transformers' own, chunked, fused with the head (Liger, Cut Cross-Entropy),
-                   chunked together with the head (LitGPT, TRL 1.6 to 1.14, Unsloth), or with the head in tiles
-                   (TRL 1.15)
-    fused          fused kernels to use
-    compile        torch.compile
+    attention       attention implementation, in transformers' terms
+    checkpointing   activation checkpointing; `offload` is `full` with the blocks' inputs in host memory
+    every_n_layers  with checkpointing, only the first of every n layers is checkpointed
+    reentrant       torch's reentrant checkpointing, which recomputes a block before any of its backward runs, so the
+                    block's output and its gradient stay alive until the recomputation is done
+    loss            loss implementation: transformers' own, chunked, fused with the head (Liger, Cut Cross-Entropy),
+                    chunked together with the head (LitGPT, TRL 1.6 to 1.14, Unsloth), with the head in tiles (TRL
+                    1.15), or with smoothed labels (transformers' Trainer)
+    fused           fused kernels to use
+    compile         torch.compile
     """
 
-    attention: Literal["sdpa", "flash_attention_2", "eager", "sdpa_math", "sdpa_efficient"] = "sdpa"
+    attention: Attention = "sdpa"
     checkpointing: Literal["none", "full", "selective", "offload"] | None = None
+    every_n_layers: Count = 1
     reentrant: Flag | None = None
     loss: LossKind | None = None
     fused: tuple[Literal["rope", "rms_norm", "swiglu", "cross_entropy", "lora"], ...] | None = None

@@ -16,7 +16,8 @@ LEVERS = {
     *("offload_activations", "offload_optimizer", "more_gpus", "expandable_segments", "stack"),
     "quantize_experts",
     *("evaluation_batch", "evaluation_host", "evaluation_argmax"),
-    *("reference_precomputed", "reference_adapters", "tiled_loss"),
+    *("reference_precomputed", "reference_adapters", "reference_none", "tiled_loss"),
+    *("rollout_sleep", "rollout_share", "rollout_server", "generations", "completions"),
 }
 every_row = pytest.mark.parametrize("row", COSTS, ids=[row.lever for row in COSTS])
 

@@ -138,6 +138,7 @@ def test_the_first_block_of_each_stack_has_the_biases_of_all(name: str) -> None:
 
 def test_decoder_length_defaults_to_the_encoders_or_to_its_positions() -> None:
     assert estimate(run("t5")).run.batch.target_sequence == 64
+    assert estimate(run("bart")).run.batch.target_sequence == 64  # as in a trace, though it has learned positions
     assert estimate(run("whisper")).run.batch.target_sequence == 96
     assert estimate(run("whisper")).run.batch.sequence == 200
     assert estimate(run("vit")).run.batch.sequence == (112 // 8) ** 2 + 1

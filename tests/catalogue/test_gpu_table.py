@@ -201,6 +201,7 @@ def test_every_source_and_offer_is_used() -> None:
     cards = document["gpu"].values()
     sources = [key for grade in document["sources"].values() for key in grade]
     used = {key for card in cards for key, value in card.items() if isinstance(value, dict)} - {"prices"}
+    used |= {key for row in document["mig"].values() for key in row} - {"cards"}
     assert sorted(sources) == sorted(used)
     assert set(document["dtypes"]) == {card["native_dtypes"] for card in cards}
     assert set(document["offers"]) == {offer for card in cards for offer in card.get("prices", ())}

@@ -386,5 +386,5 @@ def test_no_reading_reserves_less_than_the_rule() -> None:
 def test_even_a_nonsense_name_gets_three_suggestions(text: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
         find_gpu(text)
-    assert len(caught.value.nearest) == 3
-    assert all(find_gpu(name).name == name for name in caught.value.nearest)
+    assert len(caught.value.suggestions) == 3
+    assert all(find_gpu(name).name == name for name in caught.value.suggestions)

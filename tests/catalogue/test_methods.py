@@ -219,7 +219,7 @@ def test_the_trainer_keeps_embedding_states_in_32_bits() -> None:
         ({"kernels": {"compile": True}}, "kernels.compile"),
         ({"kernels": {"attention": "flash_attention_2"}, "precision": "fp32"}, "kernels.attention"),
         ({"kernels": {"attention": "flash_attention_2"}, "gpu": "t4"}, "kernels.attention"),
-        ({"parallelism": {"world": 2}}, "parallelism.world"),
+        ({"parallelism": {"world": 2, "dp": 1}}, "parallelism.world"),
         ({"gpu": "rtx 9999"}, "gpu"),
         ({"precision": {"compute": "fp8"}}, "precision.compute"),
         ({"method": {"kind": "qlora", "quantization": {"block_size": 16}}}, "method.quantization.block_size"),

@@ -295,7 +295,7 @@ def test_unknown_name(typed: str, nearest: str) -> None:
     with pytest.raises(UnknownNameError, match=rf"^optimizer\.name: unknown name '{typed}'.*{nearest}") as error:
         optimizer_memory(typed, example("bf16"))
     assert error.value.field == "optimizer.name"
-    assert nearest in error.value.nearest
+    assert nearest in error.value.suggestions
 
 
 def test_states_are_named() -> None:

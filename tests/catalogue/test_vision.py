@@ -11,13 +11,14 @@ import pytest
 from benchmarks.accuracy import compared_with_trace
 from benchmarks.golden import trace_figures
 from memplan import RunSpec, estimate
-from memplan.core.errors import ConfigError, MemplanError, SpecError, UnknownNameError
+from memplan.core.errors import ConfigError, MemplanError, SpecError, UnknownNameError, UnsupportedModelError
 from memplan.models.cards import find_model
 from memplan.models.configs.images import axes_of, picture_of, takes_images
 from memplan.models.model import ModelSpec
 from memplan.program.training.passes import pass_of
 from memplan.resolve.decide import decide
 from tests.sampling import sampled
+from tests.tiny import TINY as DECODERS
 from tests.tiny_towers import TINY as RESTING
 from tests.tiny_vision import TINY
 
@@ -316,6 +317,27 @@ def test_a_broken_tower_is_refused_by_its_key(broken: tuple[str, Any]) -> None:
     config = {"model_type": "qwen2_5_vl", **TINY["qwen2_5_vl"], "vision_config": tower}
     with pytest.raises(MemplanError, match="vision_config"):
         estimate(RunSpec(model={"config": config}))
+
+
+@pytest.mark.parametrize("fields", [{"batch": {"images": 1}}, {"task": "generate", "profile": "vllm", "gpu": "h100"}])
+@pytest.mark.parametrize("family", ["internvl", "llava", "paligemma", "smolvlm"])
+def test_an_image_smaller_than_a_patch_is_refused(family: str, fields: dict[str, Any]) -> None:
+    tower = {**TINY[family]["vision_config"], "image_size": 1}
+    config = {"model_type": family, **TINY[family], "vision_config": tower}
+    with pytest.raises(MemplanError, match=r"^config: vision_config.image_size"):
+        estimate(RunSpec.model_validate({"model": {"config": config}, **fields}))
+
+
+@pytest.mark.parametrize("text", ["llava", "qwen2_5_vl", "distilbert", "mt5", "vit"])
+def test_a_tower_is_only_followed_by_a_decoder(text: str) -> None:
+    with pytest.raises(UnsupportedModelError, match=f"text_config.model_type {text} is not supported yet for llava"):
+        estimate(RunSpec(model={"config": {"model_type": "llava", "text_config": {"model_type": text}}}))
+
+
+@pytest.mark.parametrize("text", ["exaone", "bloom", "glm_moe_dsa"])
+def test_a_decoder_with_a_stack_of_its_own_follows_a_tower(text: str) -> None:
+    config = {"model_type": "llava", "text_config": {**DECODERS.get(text, {}), "model_type": text}}
+    assert estimate(RunSpec(model={"config": config}, batch={"sequence": 64})).bytes.reserved > 0
 
 
 def test_a_sweep_equals_its_runs_and_skips_sequences_shorter_than_an_image() -> None:

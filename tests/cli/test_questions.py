@@ -46,12 +46,16 @@ QUESTIONS = {
     "qwen3-8b --method generate --gpu 'm3 max 64gb'": (0, "FITS  generation of qwen3-8b on Apple M3 Max"),
     "qwen3-8b --method qlora --gpu t4 --per-device-train-batch-size 2 --max-length 1k": (0, "FITS  QLoRA of qwen3-8b"),
     "qwen3-4b --method qlora --profile llama-factory --gpu 3060": (0, "FITS  QLoRA of qwen3-4b"),
+    "qwen3-4b-instruct-2507 --method qlora --gpu 4090": (0, "FITS  QLoRA of qwen3-4b-instruct-2507"),
+    "https://huggingface.co/unsloth/Qwen3-8B-bnb-4bit --method QLoRA --gpu 3090": (0, "FITS  QLoRA of qwen3-8b"),
+    "qwen3-0.6b --method lora --trainer kto --gpu 3090": (0, "FITS  KTO with LoRA of qwen3-0.6b"),
+    "qwen3-0.6b --method GRPO --gpu 3090": (0, "FITS  GRPO with full fine-tuning of qwen3-0.6b"),
+    "qwen3-0.6b --method DPO --gpu 3090": (0, "FITS  DPO with full fine-tuning of qwen3-0.6b"),
 }
 # A wrong line -> the wrong word, and how the suggestion is put in its place.
 TYPOS = {
     "lama-3-8b --method qlora --gpu 4090": "lama-3-8b",
     "llama3.2 --method qlora --gpu 4090": "llama3.2",
-    "qwen3-4b-instruct-2507 --method qlora --gpu 4090": "qwen3-4b-instruct-2507",
     "qwen3-8b --mehtod qlora --gpu 4090": "--mehtod",
     "qwen3-8b --method qlra --gpu 4090": "qlra",
     "qwen3-8b --method qlora --gpu 4900": "4900",

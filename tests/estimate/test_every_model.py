@@ -1,21 +1,21 @@
 """A sample of all bundled models and option sets: nothing crashes, no bytes are negative, all sums hold.
 
-Every run of the suite draws other pairs; `benchmarks/sweep.py` runs all of them. A failure prints the command lines to
-reproduce it.
+`benchmarks/sweep.py` runs all pairs, or others. A failure prints the command lines to reproduce it.
 """
 
 from __future__ import annotations
 
-import os
 from itertools import product
+from typing import Any
 
 import pytest
 
 from benchmarks.sweep import FAMILIES, OPTIONS, ask, models, pairs
-from memplan import MemplanError, RunSpec
+from memplan import MemplanError, ModelSpec, RunSpec
 from memplan.core.arithmetic import ONE_RUN
 from memplan.engine.events import FREED
 from memplan.engine.walk import alive, size, values
+from memplan.models.configs.images import picture_of, takes_images
 from memplan.program.axes import axes_of
 from memplan.program.graph import operations_of
 from memplan.program.training.passes import pass_of
@@ -25,8 +25,7 @@ from tests.sampling import COMPLETE, sampled
 
 PARTS = 8
 SHARE = 300 if COMPLETE else 2400  # one pair in this many is estimated, over all parts
-# Differs between runs, but is equal in all processes of one run, so that they draw the same pairs.
-SEED = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone")
+SEED = "alone"
 
 
 def test_the_sweep_covers_every_model_and_enough_options() -> None:
@@ -81,17 +80,22 @@ def _peaks(run: RunSpec) -> tuple[int, int]:
 
 @pytest.mark.parametrize("name", sampled(sorted(FAMILIES), 16))
 def test_equal_layers_are_counted_as_if_each_were_run(name: str) -> None:
-    """In every family, with towers, windows, tied tables and experts, one copy stands for all copies."""
-    length = {} if name in ("vit", "whisper") else {"sequence": 96}
-    shared = {"model": {"config": {"model_type": name, **FAMILIES[name]}}, "batch": {"micro": 2, **length}}
+    """In every family, with towers, images, windows, tied tables and experts, one copy stands for all copies."""
+    model = ModelSpec({"model_type": name, **FAMILIES[name]})
+    batches: list[dict[str, Any]] = [{"micro": 2, **({} if model.only_sequence else {"sequence": 96})}]
+    if takes_images(model):
+        side = {} if model.family.images and model.family.images.is_fixed else {"image_size": 64}
+        tokens = picture_of(model, side.get("image_size")).tokens
+        batches.append({"micro": 2, "sequence": max(96, tokens), "images": 1, **side})
     asked = 0
-    for strategy, method in product(DIVIDED, METHODS):
+    for batch, strategy, method in product(batches, DIVIDED, METHODS):
         ranks = {"world": 4, "dp": 4, "strategy": strategy} if strategy != "none" else {}
-        run = RunSpec.model_validate({**shared, "method": method, "precision": "fp32", "parallelism": ranks})
+        parts = {"method": method, "precision": "fp32", "parallelism": ranks, "batch": batch}
+        run = RunSpec.model_validate({"model": {"config": model.config}, **parts})
         try:
             of_moments, of_sequence = _peaks(run)
         except MemplanError:
             continue
-        assert of_moments == of_sequence, (strategy, method)
+        assert of_moments == of_sequence, (batch, strategy, method)
         asked += 1
     assert asked

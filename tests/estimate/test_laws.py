@@ -18,7 +18,7 @@ from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.optimizers.states import optimizer_names, takes_foreach
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.core.arithmetic import ONE_RUN
-from memplan.core.errors import MemplanError
+from memplan.core.errors import InternalError, MemplanError
 from memplan.core.ir import Stack, operations, undefined_names
 from memplan.engine.walk import alive, bytes_at_each, largest, rows, size, values
 from memplan.estimate.training import least_bytes
@@ -159,6 +159,8 @@ def stacks_of(family: str, options: str) -> Iterator[Stack]:
         )
         for graph in graphs:
             yield operations_of(graph)[0]
+    except InternalError:  # no refusal, but what is looked for
+        raise
     except MemplanError:
         return
 

@@ -160,14 +160,14 @@ def test_runs_and_answers_are_copied_and_sent_to_other_processes(model: Any) -> 
     ids=lambda v: type(v).__name__,
 )
 def test_values_that_json_cannot_hold_are_refused_in_a_run(value: Any) -> None:
-    with pytest.raises(ValidationError, match="which JSON cannot"):
+    with pytest.raises(MemplanError, match="which JSON cannot"):
         RunSpec(model={"config": {**TINY, "further": value}})
 
 
 def test_an_infinitely_nested_config_is_refused_in_a_run() -> None:
     config: dict[str, Any] = dict(TINY)
     config["self"] = config
-    with pytest.raises(ValidationError, match="nested"):
+    with pytest.raises(MemplanError, match="nested"):
         RunSpec(model={"config": config})
 
 
@@ -265,8 +265,65 @@ def test_answers_are_values() -> None:
     ],
 )
 def test_a_field_out_of_range_is_a_validation_error(fields: dict[str, Any]) -> None:
-    with pytest.raises((ValidationError, MemplanError)):
+    with pytest.raises(MemplanError):
         RunSpec(model="qwen2-7b", **fields)
+
+
+def test_a_model_and_fields_stand_for_a_run() -> None:
+    assert estimate("qwen2-7b", method="qlora", gpu="3090") == estimate(RUN)
+    assert estimate(RUN, gpu="a100") == estimate(RUN.model_copy(update={"gpu": "a100"}))
+    assert estimate({"config": SMALLEST}) == estimate(RunSpec(model={"config": SMALLEST}))
+
+
+@pytest.mark.parametrize(
+    ("given", "derived"),
+    [
+        ({"world": 2, "strategy": "fsdp2"}, {"dp": 2}),
+        ({"world": 2}, {"dp": 2, "strategy": "ddp"}),
+        ({"tp": 2}, {"world": 2, "dp": 1}),
+        ({"world": 4, "tp": 2, "strategy": "fsdp2"}, {"dp": 2}),
+        ({"world": 2, "dp": 2, "strategy": "fsdp2"}, {}),
+        ({}, {}),
+    ],
+)
+def test_gpus_are_divided_as_the_command_line_divides_them(given: dict[str, Any], derived: dict[str, Any]) -> None:
+    answer = estimate("llama-3.2-1b", method="lora", parallelism=given)
+    assert {origin.field.partition(".")[2]: origin.value for origin in answer.origins} == derived
+    assert answer == estimate(RunSpec(model="llama-3.2-1b", method="lora", parallelism={**given, **derived}))
+
+
+@pytest.mark.parametrize(
+    ("fields", "code", "field", "suggestions"),
+    [
+        ({"methd": "lora"}, "unknown_field", "methd", ("method",)),
+        ({"rank": 8}, "unknown_field", "rank", ("method.rank",)),
+        ({"method": {"kind": "lora", "rnk": 8}}, "unknown_field", "method.rnk", ("rank",)),
+        ({"method": "qlor"}, "invalid_value", "method.kind", ("qlora",)),
+        ({"batch": {"micro": 0}}, "invalid_value", "batch.micro", ()),
+        ({"batch": {"micro": "1"}}, "invalid_value", "batch.micro", ()),
+        ({"gpu": "h10"}, "unknown_name", "gpu", ("h100-sxm", "h20", "a10")),
+        ({"kernels": {"loss": "chunked"}, "task": "generate"}, "invalid_run", "kernels.loss", ()),
+        ({"method": "adamss"}, "not_supported", "method.kind", ()),
+        ({"model": {"config": {"model_type": "llama"}}}, "unreadable", "hidden_size", ()),
+        ({"model": {"config": {**SMALLEST, "model_type": "rwkv"}}}, "unsupported_model", "model_type", ()),
+        ({"model": "nobody/no-such-model"}, "model_not_available", "model", ()),
+    ],
+)
+def test_an_error_has_a_code_and_a_field_and_is_copied(
+    fields: dict[str, Any], code: str, field: str, suggestions: tuple[str, ...]
+) -> None:
+    with pytest.raises(MemplanError) as caught:
+        estimate(**{"run": fields.get("model", RUN.model), **{k: v for k, v in fields.items() if k != "model"}})
+    error = caught.value
+    assert (error.code, error.field, error.suggestions) == (code, field, suggestions)
+    for again in (pickle.loads(pickle.dumps(error)), copy.copy(error), copy.deepcopy(error)):
+        assert (type(again), str(again), vars(again)) == (type(error), str(error), vars(error))
+
+
+def test_a_run_without_a_model_misses_a_field() -> None:
+    with pytest.raises(MemplanError) as caught:
+        RunSpec(method="lora")  # type: ignore[call-arg]
+    assert (caught.value.code, str(caught.value)) == ("missing_field", "model: is missing")
 
 
 def test_equal_layers_states_are_one_line_of_the_ledger() -> None:

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.catalogue.inference.quantized_caches import CacheQuantization
@@ -165,7 +164,7 @@ def test_a_number_at_its_limits_gets_an_answer_or_a_line(allocations: list[int],
     allocations[0] = 0
     try:
         answer = estimate(RunSpec(**changed({"model": MODEL, "batch": {"sequence": 64}, **run}, number.path, value)))
-    except (MemplanError, ValidationError):
+    except MemplanError:
         return
     check(answer)
 
@@ -176,7 +175,7 @@ def test_a_number_at_its_limits_gets_an_answer_or_a_line(allocations: list[int],
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"parallelism": {"world": GPUS + 1}}, "less than or equal to 1048576"),
+        ({"parallelism": {"world": GPUS + 1}}, "must be at most 1,048,576"),
         ({"also": {"evaluation": {"kept_batches": KEPT_BATCHES + 1}}}, "memplan counts at most 32,768"),
         (
             {"also": {"evaluation": {"kept_batches": MOST, "accumulation": KEPT_BATCHES + 1}}},
@@ -214,7 +213,7 @@ def test_a_number_at_its_limits_gets_an_answer_or_a_line(allocations: list[int],
             {"parallelism": {"world": 2, "pp": 2, "schedule": "device_map", "virtual_stages": 2}},
             "runs one chunk of layers on each GPU, not 2",
         ),
-        ({**GENERATES, "profile": "vllm", "serving": {"memory_utilization": 1e-7}}, "greater than or equal to 0.001"),
+        ({**GENERATES, "profile": "vllm", "serving": {"memory_utilization": 1e-7}}, "must be at least 0.001"),
         (
             {**GENERATES, **A_CARD, "profile": "sglang", "serving": {"max_num_batched_tokens": MOST}},
             "serving.max_num_batched_tokens: a step of 1,099,511,627,776 tokens leaves SGLang none",
@@ -226,7 +225,7 @@ def test_a_number_at_its_limits_gets_an_answer_or_a_line(allocations: list[int],
     ],
 )
 def test_a_number_beyond_a_limit_is_refused_in_a_line(fields: dict[str, Any], says: str) -> None:
-    with pytest.raises((MemplanError, ValidationError), match=says):
+    with pytest.raises(MemplanError, match=says):
         estimate(RunSpec(**{"model": MODEL, "batch": {"sequence": 64}, **fields}))
 
 

@@ -7,7 +7,6 @@ from itertools import combinations, count
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
 
 from memplan import MemplanError, ModelSpec, RunSpec, estimate
 from memplan.core.frozen import FrozenDict, frozen
@@ -92,7 +91,7 @@ def test_a_field_has_one_type_for_equal_values(part: type[Part]) -> None:
             for value in values:
                 try:
                     taken.append(getattr(part.model_validate({**given, name: value}), name))
-                except (ValidationError, MemplanError):
+                except MemplanError:
                     continue
             assert all(repr(a) == repr(b) for a, b in combinations(taken, 2) if a == b), (name, taken)
 

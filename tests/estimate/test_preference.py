@@ -86,7 +86,7 @@ def test_a_reward_models_head_is_a_score() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainer": "ppo"}, "trl-1.15 does not have ppo; trl-1.6 and trl-0.24 have it, and it is not supported yet"),
+        ({"trainer": "ppo"}, "trl-1.15 does not have ppo; the last with it is trl-1.10, and it is not supported yet"),
         ({"trainer": "ppo", "profile": "trl-0.24"}, "'ppo' is not supported yet; supported: sft, dpo, kto"),
         ({"trainer": "dpo", "profile": "transformers-5"}, "transformers-5 does not have dpo; use trl-1.15"),
         (

@@ -19,7 +19,8 @@ import pytest
 import memplan
 from memplan import MemplanError, RunSpec, estimate, load_card
 from memplan.core.cached_property import cached_property
-from memplan.core.errors import InternalError, UnknownNameError, errors_about
+from memplan.core.errors import FieldError, InternalError, UnknownNameError, errors_about
+from memplan.serve.problems import RequestError
 
 RUN = RunSpec(model="qwen2-0.5b", method="qlora", gpu="t4")
 
@@ -48,6 +49,10 @@ def example(kind: type[MemplanError]) -> MemplanError:
         return UnknownNameError("model", "lama-3.1-8b", ["llama-3.1-8b", "qwen2-7b"])
     if kind is InternalError:
         return InternalError("logits are freed twice")
+    if kind is FieldError:
+        return FieldError("invalid_value", "batch.micro: must be at least 1, not 0", "batch.micro", ["1"])
+    if kind is RequestError:
+        return RequestError(400, "not_json", "the body is not JSON")
     return kind("batch.micro: must be at least 1, not 0", "batch.micro")
 
 
@@ -67,7 +72,7 @@ def test_every_error_is_copied_and_pickled_with_all_it_says() -> None:
 
 def test_an_unknown_name_keeps_its_value_and_the_nearest() -> None:
     again = pickle.loads(pickle.dumps(example(UnknownNameError)))
-    assert (again.value, again.nearest[0]) == ("lama-3.1-8b", "llama-3.1-8b")
+    assert (again.value, again.suggestions[0]) == ("lama-3.1-8b", "llama-3.1-8b")
 
 
 def test_a_pickled_error_keeps_the_field_it_was_renamed_to() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 from typer.main import get_command
 
 from memplan import RunSpec, estimate
@@ -894,7 +893,7 @@ REFUSED = {
     "precision: vllm-0.33 only takes precision.weights": {"precision": "amp"},
     "precision.compute: vllm-0.33 computes in bf16": {"precision": {"compute": "fp8"}},
     "gpu: vLLM 0.33 needs compute capability 7.5, and Tesla P40 has 6.1": {"gpu": "p40"},
-    "parallelism.world: 4 GPUs are not": {"parallelism": {"world": 4, "pp": 2}},
+    "parallelism.world: 4 GPUs are not": {"parallelism": {"world": 4, "pp": 2, "dp": 1}},
     "parallelism.pp: 40 stages are more than the model's 32 layers": {"parallelism": {"world": 40, "pp": 40}},
     "parallelism.ep: llama models have no experts": {"parallelism": {"world": 2, "dp": 2, "ep": 2}},
     "parallelism.ep: vLLM's --enable-expert-parallel": {
@@ -951,7 +950,7 @@ def test_training_with_an_engine_and_unknown_engines_are_errors() -> None:
         estimate(RunSpec(model="llama-3-8b", profile="vllm-2.0"))
     with pytest.raises(UnknownNameError):
         resolve_serving(RunSpec(model="llama-3-8b", task="generate", profile="transformers-5"))
-    with pytest.raises(ValidationError):
+    with pytest.raises(MemplanError):
         Serving(max_seqs=3)  # type: ignore[call-arg]
 
 

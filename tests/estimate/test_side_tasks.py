@@ -114,6 +114,13 @@ def test_a_list_of_logits_is_not_joined() -> None:
     assert in_list == peak(evaluated(), "eval") + 4 * up(LOGITS) + 4 * up(LABELS)
 
 
+def test_a_loss_that_keeps_no_logits_in_training_returns_them_in_evaluation() -> None:
+    fields = {"profile": "unsloth-2025", "method": "lora", "also": {"evaluation": {"kept_batches": 3}}}
+    answers = [estimate(RunSpec(model=MODEL, kernels=k, **fields)) for k in ({}, {"loss": "fused"})]
+    assert [a.phases for a in answers] == [answers[0].phases] * 2
+    assert sum(line.bytes for line in answers[0].ledger if line.what.startswith("logits of")) > 0
+
+
 def test_keeping_only_argmax_takes_eight_bytes_per_token() -> None:
     kept = peak(evaluated(kept_batches=5, preprocess="argmax"), "eval")
     tokens = up(4 * LABELS) + up(LABELS)  # int64, as labels are
@@ -289,6 +296,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     ({"also": {"evaluation": {"kept_batches": 2, "new_tokens": 2}}}, f"{KEPT}.kept_batches"),
     ({"kernels": {"loss": "chunked"}, "also": {"evaluation": {"kept_batches": 2}}}, f"{KEPT}.kept_batches"),
+    ({"profile": "trl", "method": "lora", "also": {"evaluation": {"kept_batches": 2}}}, f"{KEPT}.kept_batches"),
     ({"parallelism": {"world": 2, "tp": 2}, "also": {"saving": {}}}, "also.saving"),
     (
         {"parallelism": {"world": 2, "tp": 2}, "also": {"evaluation": {"kept_batches": 2}}},

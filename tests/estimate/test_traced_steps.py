@@ -81,7 +81,11 @@ RUNS: list[dict[str, Any]] = sampled(rows("traced_runs.jsonl"))
 SAVED: list[dict[str, Any]] = sampled(rows("traced_saved.jsonl"), 4)
 
 
-MISSES: list[dict[str, Any]] = [*rows("traced_misses.jsonl"), *rows("traced_experts.jsonl")]
+MISSES: list[dict[str, Any]] = [
+    *rows("traced_misses.jsonl"),
+    *rows("traced_experts.jsonl"),
+    *rows("traced_kernels.jsonl"),
+]
 
 
 @pytest.mark.parametrize("case", MISSES, ids=label)

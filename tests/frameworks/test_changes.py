@@ -177,7 +177,7 @@ UNSAID: dict[str, dict[str, Any]] = {
     "precision": {"precision": {"weights": "bf16", "autocast": True}},
     "loop.clip_grad_norm": {"loop": {"clip_grad_norm": None}},
     "loop.hold_outputs": {"loop": {"hold_outputs": "step"}},
-    "parallelism.dp": {"parallelism": {"world": 4}},
+    "parallelism.dp": {"parallelism": {"world": 4, "dp": 1}},
     "parallelism.etp": {"parallelism": {"etp": 2}},
     "parallelism.strategy": {"parallelism": {"world": 2, "dp": 2}},
     "batch.new_tokens": {"batch": {"new_tokens": 1}},

@@ -103,6 +103,8 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"activation_checkpointing": {"partition_activations": True}}, "partition_activations"),
     ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel"),
     ({"data_types": {"grad_accum_dtype": "fp32"}}, "data_types"),
+    ({"bf16": {"enabled": "maybe"}}, "bf16.enabled: must be true, false or auto, not 'maybe'"),
+    ({"zero_optimization": {"stage": 2, "cpu_offload": "yes"}}, "zero_optimization.cpu_offload: must be"),
     ({"bf16": {"enabled": True, "bf16_master_weights_and_grads": True}}, "bf16_master_weights_and_grads"),
 ]
 

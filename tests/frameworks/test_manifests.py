@@ -92,7 +92,7 @@ REFUSED = {
     "services: {a: {image: nginx}}": "spec: compose.yaml has no container with a command, or with an image",
     "services: 3": "spec: compose.yaml has no container",
     "services:\n  a:\n    command: sleep 1": "compose.yaml does not train or serve; accelerate launch, ",
-    "services:\n  a:\n    command: trl grpo": "compose.yaml:3: trl grpo is not supported yet; supported: trl sft",
+    "services:\n  a:\n    command: trl ppo": "compose.yaml:3: trl ppo is not supported yet; supported: trl sft",
     "services:\n  a:\n    command: trl 'sft": "compose.yaml:1: a quote is not closed",
     "services:\n  a: &a [*a]": "contains itself",
     "services:\n  a: {b: 1, b: 2}": "the key 'b' appears twice, again in line 2",

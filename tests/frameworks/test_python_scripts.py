@@ -214,3 +214,22 @@ def test_any_expression_is_told_or_listed(tmp_path: Path, parts: list[str]) -> N
         read(tmp_path, f"n = {parts[0]}\n{TRL.replace('max_length=512', f'max_length={parts[1]}')}")
     except MemplanError:
         return
+
+
+@pytest.mark.parametrize(
+    ("config", "format"),
+    [
+        ("HqqConfig(nbits=4, group_size=64)", "hqq-int4"),
+        ("TorchAoConfig(quant_type=Int8WeightOnlyConfig())", "torchao-int8"),
+        ('TorchAoConfig("int8_weight_only")', "torchao-int8"),
+        ("HqqConfig(nbits=2)", None),
+    ],
+)
+def test_weights_of_other_libraries_are_read(tmp_path: Path, config: str, format: str | None) -> None:
+    text = f'q = {config}\nmodel = AutoModelForCausalLM.from_pretrained("Qwen/Qwen2-7B", quantization_config=q)\n'
+    text += 'trainer = SFTTrainer(model, args=SFTConfig(), peft_config=LoraConfig(target_modules=["q_proj"]))\n'
+    file = read(tmp_path, text)
+    found = {origin.field: origin.value for origin in file.origins}
+    assert found.get("method.quantization.format") == format
+    assert found["method.kind"] == ("qlora" if format else "lora")
+    assert any(unread.key == "HqqConfig" for unread in file.unread) == (format is None)

@@ -122,6 +122,20 @@ def test_a_preference_file_names_its_trainer(tmp_path: Path, text: str, trainer:
     assert answer.run.trainer == trainer
 
 
+def test_a_generating_trainers_file_says_its_completions_and_its_engine(tmp_path: Path) -> None:
+    text = (
+        "model_name_or_path: a\nuse_peft: true\nnum_generations: 4\n"
+        "max_prompt_length: 512\nmax_completion_length: 256\n"
+        "per_device_train_batch_size: 4\nbeta: 0.04\nuse_vllm: true\nvllm_gpu_memory_utilization: 0.4\n"
+        "vllm_max_model_length: 2048\nvllm_enable_sleep_mode: true\n"
+    )
+    found = values(read(tmp_path, text))
+    assert (found["trainer"], found["reference"], found["rollout"]) == ("grpo", "adapters", "colocate")
+    assert (found["batch.sequence"], found["batch.new_tokens"], found["batch.generations"]) == (512, 256, 4)
+    engine = found["serving.memory_utilization"], found["serving.max_model_len"], found["serving.sleep"]
+    assert engine == (0.4, 2048, True)
+
+
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
     reasons = why(read(tmp_path, AXOLOTL_QLORA))
     assert reasons["method.rank"] == "run.yaml:5 lora_r"
@@ -251,6 +265,7 @@ LLAMAFACTORY_KEYS: dict[str, dict[str, Any]] = {
     "lora_target: all\nlora_rank: 4\nlora_alpha: 4": {"method.targets": "all-linear", "method.alpha": 4},
     "packing: true": {"batch.sequence": 512 - 1, "loop.padded": None},
     "flash_attn: fa2\nenable_liger_kernel: true": {"kernels.attention": "flash_attention_2", "kernels.loss": "fused"},
+    "flash_attn: fa3": {"kernels.attention": "flash_attention_3"},
     "disable_gradient_checkpointing: true": {"kernels.checkpointing": "none", "kernels.reentrant": None},
     "use_unsloth_gc: true": {"kernels.checkpointing": "offload"},
     "finetuning_type: full\nuse_galore: true\ngalore_layerwise: true": {"optimizer.name": "galore_adamw_layerwise"},
@@ -295,6 +310,15 @@ TRL_KEYS: dict[str, dict[str, Any]] = {
     "evaluation_strategy: epoch\nper_device_eval_batch_size: 3": {"also.evaluation.micro": 3},
     "use_liger_kernel: true": {"kernels.loss": "fused", "kernels.fused": ["rope", "rms_norm", "swiglu"]},
     "gradient_checkpointing: false": {"kernels.checkpointing": "none"},
+    "label_smoothing_factor: 0.1\nuse_liger_kernel: true": {"kernels.loss": "label_smoothing"},
+    "gradient_checkpointing_kwargs: {every_n_layers: 2, use_reentrant: false}": {
+        "kernels.checkpointing": "full",
+        "kernels.every_n_layers": 2,
+    },
+    "activation_checkpointing: {every_n_layers: 4}": {"kernels.checkpointing": "full", "kernels.every_n_layers": 4},
+    "attn_implementation: flash_attention_3": {"kernels.attention": "flash_attention_3"},
+    "attn_implementation: flash_attention_4": {"kernels.attention": "flash_attention_2"},
+    "label_smoothing_factor: 0": {"kernels.loss": None},
     "optim: sgd\noptim_args: momentum=0.9": {"optimizer.name": "sgd", "optimizer.momentum": 0.9},
     "fsdp: full_shard auto_wrap\nfsdp_config: {version: 1, sharding_strategy: SHARD_GRAD_OP}": {
         "parallelism.strategy": "fsdp",
@@ -491,7 +515,7 @@ REFUSED: dict[str, str] = {
     "base_model: a\nadapter: lora\nlora_target_modules: {a: 1}": "run.yaml:3: lora_target_modules: must be a list",
     "base_model: a\nmicro_batch_size: 1\noptimizer: adamw_8bits": "run.yaml:3: optimizer: the optimizer 'adamw_8bits'",
     "base_model: a\nmicro_batch_size: 1\ngradient_checkpointing: maybe": "must be true or false, not 'maybe'",
-    "model_name_or_path: a\nuse_peft: true\nnum_generations: 8": "run.yaml:3: num_generations: GRPO or RLOO",
+    "model_name_or_path: a\nuse_peft: true\nreward_model_path: b": "run.yaml:3: reward_model_path: PPO",
     "model_name_or_path: a\ndataset_name: b\nload_in_4bit: true": "quantised weights train only under adapters",
     "distributed_type: FSDP": "is accelerate's config, without a model; add it to a run with --accelerate",
     "zero_optimization: {stage: 2}": "is deepspeed's config, without a model; add it to a run with --deepspeed",

@@ -88,8 +88,8 @@ def test_a_command_that_is_typed_is_the_run_that_it_starts(tmp_path: Path, monke
     assert file.headline == "llamafactory-cli train: LLaMA-Factory 0.9.5"
     assert file.fields["parallelism"]["world"] == 2
     assert reasons["batch.sequence"] == "llamafactory-cli train --cutoff_len"
-    with pytest.raises(SpecError, match="trl grpo is not supported yet; supported: trl sft"):
-        read_command("trl grpo")
+    with pytest.raises(SpecError, match="trl ppo is not supported yet; supported: trl sft"):
+        read_command("trl ppo")
 
 
 INSIDE: dict[str, str] = {
@@ -155,7 +155,7 @@ def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
 REFUSED = {
     "ls": "train.sh does not train or serve; accelerate launch, torchrun, deepspeed, ",
     "": "train.sh does not train or serve",
-    "trl grpo --model_name_or_path a": "train.sh:1: trl grpo is not supported yet; supported: trl sft",
+    "trl ppo --model_name_or_path a": "train.sh:1: trl ppo is not supported yet; supported: trl sft",
     "trl sft --config none.yaml": "there is no file 'none.yaml' next to train.sh or here",
     "trl sft 'unclosed": "train.sh:1: a quote is not closed",
     "trl sft --config trl.yaml --max_length long": "train.sh:1 --max_length: must be a number, not 'long'",

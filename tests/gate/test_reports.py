@@ -281,8 +281,9 @@ def test_the_same_changes_give_the_same_bytes(format: str, tmp_path: Path, monke
 def test_numbers_are_not_written_by_the_locale() -> None:
     row = CheckedRun("a.yaml", "rtx-3090", status="over", peak=5 * 2**40, limit=2**30)
     before = render("github", Check((row,)), Screen())
+    previous = locale.setlocale(locale.LC_ALL)
     try:
         locale.setlocale(locale.LC_ALL, "")
         assert render("github", Check((row,)), Screen()) == before
     finally:
-        locale.setlocale(locale.LC_ALL, "C")
+        locale.setlocale(locale.LC_ALL, previous)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import memplan
+from memplan.core.workers import mapped, processes_for
 from memplan.gate.difference import difference
-from memplan.gate.workers import mapped, processes_for
 from tests.gate.team import AXOLOTL, BUDGET, LLAMAFACTORY, OWN, Ran, edited, git, write
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from memplan.probe.run.trace import TracedRun, traces
 from memplan.spec.run import RunSpec
+from tests.encoders import SMALL
 from tests.golden.trace_inference import row
 from tests.golden.trace_runs import write
 from tests.tiny import TINY as DECODERS
@@ -35,8 +37,13 @@ def dora(targets: list[str], **method: Any) -> dict[str, Any]:
     return {"method": {"kind": "dora", "targets": targets, **method}, "batch": {"sequence": 512}}
 
 
-def small(family: str) -> dict[str, Any]:
-    return {"model": {"config": {"model_type": family, **DECODERS[family]}}, "gpu": "a100-sxm-80gb"}
+def small(family: str, configs: Mapping[str, Any] = DECODERS) -> dict[str, Any]:
+    return {"model": {"config": {"model_type": family, **configs[family]}}, "gpu": "a100-sxm-80gb"}
+
+
+def reentrant(family: str) -> dict[str, Any]:
+    batch = {"micro": 2, "sequence": 256, "target_sequence": 96}
+    return {**small(family, SMALL), "batch": batch, "kernels": {"reentrant": True}}
 
 
 INT8 = {"method": {"quantization": {"format": "int8"}}}
@@ -107,6 +114,16 @@ CASES: dict[str, dict[str, Any]] = {
         "task": "generate",
         "batch": {"micro": 4, "sequence": 75, "new_tokens": 3},
         "generation": {"num_beams": 4},
+    },
+    "a shared bias passed by position": reentrant("mt5"),
+    "a shared bias passed by position, with adapters": {**reentrant("mt5"), "method": "lora"},
+    "encoded tokens passed by position": reentrant("bart"),
+    "decoder of the encoder's length": {**small("bart", SMALL), "batch": {"micro": 2, "sequence": 96}},
+    "sums of parameters without gradients": {
+        "model": {"config": {"model_type": "internvl", **TINY["internvl"]}},
+        "optimizer": "adagrad",
+        "batch": {"micro": 2, "sequence": 96},
+        "gpu": "a100-sxm-80gb",
     },
     "layers after a tower": {"model": "qwen2-vl-2b", **FREEZE},
 }

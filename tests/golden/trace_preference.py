@@ -16,7 +16,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +85,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         )
 
 
-def main() -> None:
+def main(runs: Callable[[str, str], Iterator[tuple[str, RunSpec]]] = runs) -> None:
     profile, trainer, *files = sys.argv[1:]
     output, sys.stdout = sys.stdout, sys.stderr  # trainers print, too
     done = {json.loads(row).get("name") for file in files for row in Path(file).read_text("utf-8").splitlines()}

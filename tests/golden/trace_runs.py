@@ -134,6 +134,9 @@ def line(name: str, run: RunSpec, traced: TracedRun) -> dict[str, Any]:
         }
         for step in (1, 2)
     }
+    if any(p.phase == "generate" for p in traced.phases):
+        for step, peaks in steps.items():
+            peaks["gen"] = traced.peak_of("generate", int(step)) or 0
     top = max((p for p in traced.phases if p.step), key=lambda p: p.peak)
     event = traced.events[top.peak_at]
     storage = traced.storages[event if event >= 0 else ~event]

@@ -48,6 +48,7 @@ class FakeCuda:
         self.others, self.context = others, 0
         self.allocated = self.reserved = self.most_allocated = self.most_reserved = 0
         self.waited = 0
+        self.recorded: list[str] = []
 
     def card(self) -> LocalGPU:
         return A3090
@@ -76,6 +77,12 @@ class FakeCuda:
 
     def is_out_of_memory(self, error: BaseException) -> bool:
         return isinstance(error, OutOfMemoryError)
+
+    def record_history(self) -> None:
+        self.recorded.append("")
+
+    def write_snapshot(self, path: str) -> None:
+        self.recorded.append(path)
 
     def take(self, peak: int, after: int) -> None:
         """Allocate up to `peak` MiB, and keep `after`. Segments are a tenth larger, and stay."""
@@ -145,6 +152,15 @@ def test_a_run_is_read_phase_by_phase() -> None:
     assert run.process == (4400 + 500) * MIB
     assert [run.context_bytes(r) // MIB for r in run.readings[:3]] == [400, 400, 500]
     assert run.shown == (4400 + 500) * MIB
+
+
+@pytest.mark.parametrize("most", [1500, 20_000])
+def test_a_snapshot_is_written_at_the_end_of_memory_too(most: int) -> None:
+    cuda = FakeCuda()
+    events: list[dict[str, Any]] = []
+    watch(RUN, 1, cuda, lambda run, phase: FakeScript(cuda, phase, {"forward": most}), events.append, "s.pickle")
+    assert cuda.recorded == ["", "s.pickle"]
+    assert events[-1]["event"] == ("done" if most < 10_000 else "out of memory")
 
 
 def test_memory_used_by_others_before_is_not_the_runs() -> None:
@@ -658,6 +674,7 @@ def test_probe_has_every_option_of_a_run_that_estimate_has() -> None:
         for options in (ESTIMATE_OPTIONS, command("probe").options)
     )
     of_answers = {*("online", "revision", "via", "cache", "format", "explain", "strict", "date", "details", "plain")}
+    of_answers |= {"emit", "patch", "share", "site"}
     assert estimate - mine == of_answers
 
 

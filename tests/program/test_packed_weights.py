@@ -230,7 +230,7 @@ def test_every_kernel_runs_a_format_and_every_format_of_storage_is_known() -> No
         ({**named("quanto-int4"), "gpu": "t4"}, "quanto needs compute capability 8.0 for quanto-int4, not 7.5"),
         ({**named("torchao-int4"), "precision": {"weights": "fp16"}}, "torchao runs torchao-int4 with bf16, not fp16"),
         (named("mxfp4"), "and llama has no experts; use decompressed"),
-        (named("hqq-int4"), "'hqq-int4' is not supported yet"),
+        ({"stored": {"quant_method": "quanto", "dequantize": True}}, "does not dequantise quanto checkpoints"),
         ({**named("w4a16"), "profile": "transformers-4.51"}, "'w4a16' is not supported yet"),
         (
             {"stored": compressed(INT4), **named("fp8")},

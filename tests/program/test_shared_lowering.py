@@ -8,14 +8,16 @@ import pytest
 
 from memplan import RunSpec
 from memplan.core.arithmetic import ONE_RUN
-from memplan.engine import lowered, step
+from memplan.engine import lowered, record, step
 from memplan.engine.moments import Moment, PassMoments
 from memplan.engine.walk import alive, bytes_at_each, counts_at_each, size
 from memplan.program import graph
 from memplan.program.axes import run_axes
 from memplan.program.graph import operations_of
+from memplan.program.inference.steps import steps_of
 from memplan.program.training.passes import pass_of
 from memplan.program.training.program import program
+from memplan.program.training.replay import pass_of as recording_of
 from memplan.resolve.decide import decide
 from tests.encoders import SMALL
 from tests.tiny import TINY
@@ -54,6 +56,49 @@ def test_a_deep_model_has_the_moments_of_its_own_depth(case: str, monkeypatch: p
     for one, other in zip((*shared.moments, shared.kept), (*own.moments, own.kept), strict=True):
         assert (one.phase, one.where) == (other.phase, other.where)
         assert alive(one, shared.runs, axes) == alive(other, own.runs, axes)
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_runs_that_differ_in_rank_or_checkpointing_share_their_operations(case: str) -> None:
+    kind, fields = RUNS[case]
+    own = decide(deep(kind, 6, fields)).structure.graph
+    stack, axes = operations_of(own)
+    assert (stack, axes) == graph._built(own)  # pyright: ignore[reportPrivateUsage] (as it is without sharing)
+    other, others_axes = operations_of(own._replace(rank=own.rank + 8, checkpoint=not own.checkpoint, reentrant=False))
+    assert others_axes == {**axes, "r": own.rank + 8}
+    for run, others in zip(stack.runs, other.runs, strict=True):
+        assert all(block.ops is same.ops for block, same in zip(run.blocks, others.blocks, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "shares"),
+    [("qwen2-7b", True), ("gemma-3-4b", True), ("kimi-linear-48b-a3b", True), ("internlm2-20b", False)],
+)
+def test_the_first_and_the_last_decoding_pass_are_lowered_once(model: str, shares: bool) -> None:
+    """Unless the prompt is cached as it is, which only the pass after it finds."""
+    _, first, last = steps_of(decide(RunSpec(model=model, task="generate")))
+    assert (first.graph == last.graph) == shares
+    assert first.graph.inference is not None
+    marked = first.graph._replace(inference=first.graph.inference._replace(first=True))
+    same = graph._built(marked) == graph._built(last.graph)  # pyright: ignore[reportPrivateUsage]
+    assert same == shares
+
+
+@pytest.mark.parametrize("case", RUNS)
+def test_a_deep_model_has_the_allocations_of_its_own_depth(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind, fields = RUNS[case]
+    structures = [decide(deep(kind, layers, fields)).structure for layers in (96, 144)]
+    recording_of(structures[0], later=False)
+    misses = record._recorded.cache_info().misses  # pyright: ignore[reportPrivateUsage]
+    shared = recording_of(structures[1], later=False)
+    assert record._recorded.cache_info().misses == misses  # pyright: ignore[reportPrivateUsage]
+    monkeypatch.setattr(record, "_DIFFERENT", 1_000)
+    graph._recorded.cache_clear()  # pyright: ignore[reportPrivateUsage]
+    own = recording_of(structures[1], later=False)
+    assert record._recorded.cache_info().misses > misses  # pyright: ignore[reportPrivateUsage]
+    assert [*shared.unrolled()] == [*own.unrolled()]
+    assert (shared.sizes, [*shared.streams], shared.left) == (own.sizes, [*own.streams], own.left)
+    assert (shared.forward, shared.loss, shared.backward) == (own.forward, own.loss, own.backward)
 
 
 def test_models_that_differ_in_depth_are_lowered_once() -> None:

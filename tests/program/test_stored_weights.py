@@ -171,7 +171,7 @@ def test_a_run_may_name_every_format() -> None:
     )
 
 
-@pytest.mark.parametrize("name", ["w4a16", "Q4_K_M", "torchao-int8"])
+@pytest.mark.parametrize("name", ["w4a16", "Q4_K_M", "quanto-int8"])
 def test_inference_only_formats_cannot_be_trained(name: str) -> None:
     method = {"kind": "qlora", "quantization": {"format": name}}
     with pytest.raises(SpecError, match=f"format: '{name}' is not supported yet; supported: nf4, fp4, int8, gptq-int4"):

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from pydantic import ValidationError
 
 from memplan import Estimate, RunSpec, estimate
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
@@ -596,7 +595,7 @@ def test_valid_files_match_the_schema(run: dict[str, Any]) -> None:
 def test_invalid_files_do_not_match_the_schema(change: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         conforms({**WRITTEN[0], **change}, run_schema(), run_schema())
-    with pytest.raises((ValidationError, MemplanError)):
+    with pytest.raises(MemplanError):
         RunSpec.model_validate({**WRITTEN[0], **change})
 
 

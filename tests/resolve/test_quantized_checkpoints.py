@@ -271,6 +271,15 @@ def test_fp8_is_dequantised_if_its_kernels_or_library_cannot_train() -> None:
     )
 
 
+def torchao(name: str) -> dict[str, Any]:
+    return {"quant_method": "torchao", "quant_type": {"default": {"_type": name, "_data": {}}}}
+
+
+def test_adapters_train_over_torchaos_weights_in_8_bits() -> None:
+    stored = ask(torchao("Int8WeightOnlyConfig"), "lora")
+    assert stored.phases == ask(None, {"kind": "qlora", "quantization": {"format": "torchao-int8"}}).phases
+
+
 @pytest.mark.parametrize(
     ("stored", "method", "field", "words"),
     [
@@ -286,6 +295,8 @@ def test_fp8_is_dequantised_if_its_kernels_or_library_cannot_train() -> None:
         ({**AWQ, "version": "gemv_fast"}, "lora", "model", "gemv_fast"),
         ({**FP8, "weight_block_size": [64, 64]}, "lora", "model", "supported: 128"),
         ({**NF4, "bnb_4bit_quant_type": "nf3"}, "lora", "quantization_config", "must be nf4 or fp4"),
+        (torchao("Int4WeightOnlyConfig"), "lora", "model", "nothing trains over torchao, torchao-int4"),
+        (torchao("Int8DynamicActivationInt8WeightConfig"), "lora", "model", "only over weights alone in int8"),
         ({"quant_method": "aqlm"}, "lora", "model", "aqlm checkpoints are not supported yet"),
         ({"bits": 4}, "lora", "model", "? checkpoints are not supported yet"),
     ],

@@ -27,6 +27,9 @@ NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"task": "generate", "kernels": {"compile": True}}, "kernels.compile"),
     ({"kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),
     ({"kernels": {"compile": True}}, "kernels.compile"),
+    ({"kernels": {"every_n_layers": 2, "checkpointing": "offload"}}, "kernels.every_n_layers"),
+    ({"kernels": {"every_n_layers": 2, "reentrant": True}}, "kernels.every_n_layers"),
+    ({"model": "llama-3.2-1b", "kernels": {"every_n_layers": 2}, "profile": "torchtitan"}, "kernels.every_n_layers"),
     ({"precision": {"compute": "fp8"}}, "precision.compute"),
     ({"precision": {"compute": "float8"}}, "precision.compute"),
     (
@@ -61,6 +64,38 @@ def test_known_but_unsupported_features_are_named_as_such(fields: dict[str, Any]
     assert "supported yet" in str(error)
 
 
+UNTRAINABLE = [
+    ("mxfp4", {}, "train dequantised"),
+    ("torchao-int4", {}, "use torchao-int8"),
+    ("hqq-int4", {}, "name modules, such as "),  # peft's all-linear does not find HQQ's layers
+    ("torchao-int8", {"block_size": 64}, "has no blocks"),
+]
+
+
+@pytest.mark.parametrize(("format", "more", "words"), UNTRAINABLE, ids=str)
+def test_a_format_that_nothing_trains_over_says_why(format: str, more: dict[str, Any], words: str) -> None:
+    error = refused(method={"kind": "qlora", "quantization": {"format": format, **more}})
+    assert words in str(error)
+    assert refused(
+        model="gpt2", method={"kind": "qlora", "targets": ["c_attn"], "quantization": {"format": "torchao-int8"}}
+    ).field == ("method.quantization.format")
+
+
+def test_checkpointing_of_some_layers_needs_checkpointing() -> None:
+    kernels = {"every_n_layers": 2, "checkpointing": "none"}
+    assert "only applies with checkpointing" in str(refused(kernels=kernels))
+
+
+def test_each_layer_that_is_not_checkpointed_takes_more() -> None:
+    peaks = [
+        estimate(RunSpec(model="qwen2-0.5b", kernels={"every_n_layers": n}, batch={"sequence": 4096})).bytes.allocated
+        for n in (1, 2, 3, 24)
+    ]
+    none = estimate(RunSpec(model="qwen2-0.5b", kernels={"checkpointing": "none"}, batch={"sequence": 4096}))
+    assert peaks == sorted(set(peaks))
+    assert peaks[-1] < none.bytes.allocated
+
+
 def test_adapters_that_reentrant_checkpointing_would_not_train_are_refused() -> None:
     run = {"model": "vit-base", "method": "lora", "kernels": {"reentrant": True}}
     assert refused(**run).field == "kernels.reentrant"
@@ -76,7 +111,7 @@ def test_a_world_unequal_to_its_degrees_product_names_every_degree() -> None:
 
 
 @pytest.mark.parametrize(
-    "field", [f for f in Parallelism.model_fields if f not in ("strategy", "offload", "pp", "tp", "cp")]
+    "field", [f for f in Parallelism.model_fields if f not in ("world", "strategy", "offload", "pp", "tp", "cp")]
 )
 def test_no_field_of_parallelism_is_ignored(field: str) -> None:
     words: dict[str, Any] = {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from collections.abc import Iterator
 from random import Random
 from typing import Any, Literal, get_args, get_origin
 
@@ -13,10 +14,20 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from memplan import MemplanError, RunSpec
 from memplan.core.frozen import FrozenDict
 from memplan.spec.base import Part
-from memplan.spec.fields import part_of
+from memplan.spec.checks import alternatives, part_of
 from memplan.spec.training import Method
 
-PARTS = tuple(Part.__subclasses__())
+
+def parts_in(part: type[Part]) -> Iterator[type[Part]]:
+    """Yield a part and those that its fields hold."""
+    yield part
+    for field in part.model_fields.values():
+        for kind in alternatives(field.annotation):
+            if isinstance(kind, type) and issubclass(kind, Part):
+                yield from parts_in(kind)
+
+
+PARTS = tuple(dict.fromkeys(parts_in(RunSpec)))
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, 2, -1, 4, 64, 2**20, 2**40, 2**40 + 1, 2**70, 3.0, 0.5, 5e8, float("inf"), float("nan")),
     *("", "1", "true", "x", "bf16", "qlora", "vera", "generate", "amp", "mixed", "Q4_K", "gguf:q4_k_m", "all-linear"),

@@ -128,7 +128,7 @@ def _attention(
             heads = ops.view(f"{name}.v_heads", v, "v.heads", "b s k d")
             if backend == "flash_2":
                 return _mark_unmasked(wiring, (heads, *_flash_2(name, q, k, "v.heads", y, wiring, grouped)))
-            return _mark_unmasked(wiring, (heads, flash(name, q, k, "v.heads", y, grouped)))
+            return _mark_unmasked(wiring, (heads, flash(name, q, k, "v.heads", y, grouped, wiring.variant)))
         case "efficient":
             packed = (
                 wiring.has_one_query and masked and not wiring.copies
@@ -143,7 +143,7 @@ def _attention(
             return tuple(given if floats and op.name == f"{name}.mask" else op for op in kernel)
         case "eager":
             laid = wiring.is_head_major
-            return _eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops, laid)
+            return eager(name, q, k, v, y, grouped, mask if masked else "", width, wiring.drops, laid)
         case other:
             raise AssertionError(other)
 
@@ -155,12 +155,40 @@ def _mark_unmasked(wiring: Wiring, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
     return tuple(op._replace(product="whole attention") if op.product == "attention" else op for op in kernel)
 
 
-def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> Op:
+_ROWS_OF_3 = Tensor("row sums", "b a s128", "fp32"), Tensor("logsumexp in base 2", "b a s128", "fp32")
+_SOURCES_OF_FLASH = {
+    "": f"{_ATEN}/cuda/flash_attn/flash_api.cpp mha_bwd",
+    "cudnn": "assumed: cuDNN's workspace is not published, and counted as flash attention's; torch 2.13 "
+    "aten/src/ATen/native/cudnn/MHA.cpp run_cudnn_SDP_fprop, run_cudnn_SDP_bprop",
+    "3": "flash-attention 0e79d71 hopper/flash_attn_interface.py setup_context, flash_api.cpp mha_bwd",
+}
+
+
+def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool, variant: str = "") -> Op:
     """Return flash attention: keeps q, k, v, the output, an fp32 number per row and head, and the RNG state.
 
     Backward accumulates an fp32 gradient of q, with rows rounded up to 128 (`s128`) and head widths to 32 (`d32`). If
     key heads are fewer than query heads, it also makes gradients of k and v for every query head.
+
+    variant  `cudnn`, the same; or `3`: FlashAttention 3 keeps no state, and accumulates gradients of k and v in fp32
+             too if heads are grouped. Its rows are rounded up to 64 if heads are wider than 64, counted as 128
     """
+    source = _SOURCES_OF_FLASH[variant]
+    if variant == "3":
+        lse, wide = f"{y}.lse", ("dk accumulated", "dv accumulated") if grouped else ()
+        accumulated = (Tensor(what, "b s128 k d_flash_3", "fp32") for what in wide)
+        scratch = (*_ROWS_OF_3, Tensor("dq accumulated", "b s128 a d_flash_3", "fp32"), *accumulated)
+        return Op(
+            name,
+            (q, k, v),
+            (Tensor(y, "b s a d"), Tensor(lse, "b a s", "fp32")),
+            (),
+            tuple(Keep(what, of) for of in (q, k, v) for what in (q, k, v, y, lse)),
+            scratch_back=tuple(map(Scratch, scratch)),
+            autocast="lower",
+            product="attention",
+            source=source,
+        )
     lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
     expanded = (Tensor("dk expanded", "b s a d", f"={k}"), Tensor("dv expanded", "b s a d", f"={k}")) if grouped else ()
     scratch = (Tensor("row sums", "b a s128", "fp32"), Tensor("dq accumulated", "b s128 a d32", "fp32"), *expanded)
@@ -178,7 +206,7 @@ def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> Op:
         scratch_back=tuple(Scratch(t) for t in scratch),
         autocast="lower",
         product="attention",
-        source=f"{_ATEN}/cuda/flash_attn/flash_api.cpp mha_bwd",
+        source=source,
     )
 
 
@@ -199,12 +227,12 @@ def _flash_2(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped:
         )
         inputs = {x: f"{x}.target" for x in shapes}
     if not wiring.padded:
-        return (*operations, flash(name, inputs[q], inputs[k], inputs[v], y, grouped))
+        return (*operations, flash(name, inputs[q], inputs[k], inputs[v], y, grouped, wiring.variant))
     tokens, out = f"{y}.tokens", f"{y}.gathered"
     operations.append(Op(f"{name}.tokens", (), (Tensor(tokens, "b s", "int64"),), gradient="none"))
     for x in (k, v, q):
         operations.append(ops.index(f"{name}.gather_{x}", inputs[x], tokens, f"{x}.gathered", shapes[x]))
-    operations.append(flash(name, f"{q}.gathered", f"{k}.gathered", f"{v}.gathered", out, grouped))
+    operations.append(flash(name, f"{q}.gathered", f"{k}.gathered", f"{v}.gathered", out, grouped, wiring.variant))
     operations.append(ops.index(f"{name}.pad", out, tokens, y, shapes[q]))
     return (
         *operations,
@@ -405,13 +433,23 @@ def to_images(name: str, y: str, wiring: Wiring, grouped: bool, mask: str) -> tu
     )
 
 
-def _eager(
-    name: str, q: str, k: str, v: str, y: str, grouped: bool, mask: str, width: str, drop: bool, laid: bool = False
+def eager(  # noqa: PLR0913, PLR0917 (each is a choice of its caller)
+    name: str,
+    q: str,
+    k: str,
+    v: str,
+    y: str,
+    grouped: bool,
+    mask: str,
+    width: str,
+    drop: bool,
+    laid: bool = False,
+    softmax: str = "fp32",
 ) -> tuple[Op, ...]:
     """Return transformers' eager_attention_forward: scores, scaled, masked, fp32 softmax, cast back, dropout.
 
     A product of transposed heads needs them contiguous: always q, and k and v unless repeating or a cache (`laid`) has
-    already made them contiguous.
+    already made them contiguous. `softmax`: its dtype, empty for that of the scores.
     """
     n, scores = name, "b a s s"
     kv_contiguous = grouped or laid
@@ -421,7 +459,7 @@ def _eager(
         *(() if kv_contiguous else (ops.copy(f"{n}.k_flat", "k.heads", "k.flat", "b s a d"),)),
         ops.matmul(f"{n}.scores", "q.flat", "k.heads" if kv_contiguous else "k.flat", "scores", scores),
         ops.scale(f"{n}.scaling", "scores", "scaled", scores),
-        *_masked_softmax(n, "scaled", "probs.whole" if drop else "probs", mask, q),
+        *_masked_softmax(n, "scaled", "probs.whole" if drop else "probs", mask, q, softmax),
         *((ops.dropout(f"{n}.dropout", "probs.whole", "probs", scores),) if drop else ()),
         *(() if kv_contiguous else (ops.copy(f"{n}.v_flat", "v.heads", "v.flat", f"b s a {width}"),)),
         ops.matmul(f"{n}.product", "probs", "v.heads" if kv_contiguous else "v.flat", "heads", f"b s a {width}"),
@@ -430,12 +468,12 @@ def _eager(
     )
 
 
-def _masked_softmax(n: str, x: str, y: str, mask: str, like: str) -> tuple[Op, ...]:
+def _masked_softmax(n: str, x: str, y: str, mask: str, like: str, dtype: str) -> tuple[Op, ...]:
     shape = "b a s s"
     adds = Op(f"{n}.add_mask", (x, mask), (Tensor("masked", shape),), gradient="same", source=f"{ops.DERIVATIVES}: add")
     return (
         *((adds,) if mask else ()),
-        *ops.softmax(f"{n}.softmax", "masked" if mask else x, "softmax", shape, "fp32"),
+        *ops.softmax(f"{n}.softmax", "masked" if mask else x, "softmax", shape, dtype),
         ops.cast(f"{n}.cast", "softmax", y, shape, f"={like}"),
         ops.release_names("masked" if mask else x),
     )
@@ -449,7 +487,7 @@ def _math(
     The mask and its conversions live until the function returns. Autocast casts the function's arguments. With a mask,
     k and v are repeated before the call, otherwise inside it. A single query per sequence with a mask is passed
     together with the other heads of its group, and nothing is repeated. A product of transposed heads needs them
-    contiguous, as in `_eager`.
+    contiguous, as in `eager`.
     """
     n, heads, few, scores = name, "b s a d", "b s k d", "b a s s"
     to = f"={q}.low" if wiring.half_math else "fp32"

@@ -132,7 +132,7 @@ def _scaled_block(m: ModelSpec, wiring: Wiring) -> Block:
 
     heads = (
         *(op for x in ("q", "k", "v") for op in projected(x)),
-        t.attention("attention", "v.q", "v.k", "v.v", "v.o", wiring.tower, t.BATCH),
+        *t.batched_attention("attention", "v.q", "v.k", "v.v", "v.o", wiring.tower, softmax=""),  # in eager's dtype
         t.linear("attention.projection_layer", "v.o", "v.ao.raw", "vh", "va vd", lead=_LEAD, flat=False),
         ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
         *scaled("lambda_1", "v.ao.raw", "v.ao"),

@@ -198,10 +198,11 @@ def mlp(x: str, y: str, act: Act | None, name: str = "mlp", width: str = "f") ->
     )
 
 
-def kimi_mlp(m: ModelSpec, layer: Layer, routed: tuple[Op, ...]) -> tuple[Op, ...]:
-    """A layer's MLP: dense, or routed experts plus shared ones. Routed experts may read a narrower space."""
+def kimi_mlp(m: ModelSpec, kind: str, routed: tuple[Op, ...]) -> tuple[Op, ...]:
+    """The MLP of layers of a kind: dense, or routed experts plus shared ones, of which the routed may read a narrower
+    space."""
     act = activation(m)
-    if layer.ffn == "dense":
+    if kind == "dense":
         return mlp("n2", "mo", act)
     narrows = m.config.get("routed_expert_hidden_size") is not None
     x, routed_out, width = ("latent", "routed.low", "hl") if narrows else ("n2", "routed", "h")

@@ -463,9 +463,12 @@ def kimi_linear(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.release_names("n1"),
     )
 
+    latent = _latent_attention(m, wiring, "n1", "ao")
+    mlps = {ffn: kimi_k3.kimi_mlp(m, ffn, routed) for ffn in {layer.ffn for layer in m.layers}}
+
     def block(layer: Layer) -> Block:
-        ffn, is_linear = kimi_k3.kimi_mlp(m, layer, routed), layer.mixer == "linear_attention"
-        mixed = linear if is_linear else _latent_attention(m, wiring, "n1", "ao")
+        ffn, is_linear = mlps[layer.ffn], layer.mixer == "linear_attention"
+        mixed = linear if is_linear else latent
         held = () if is_linear else returned(wiring)
         if layer.opens_sum or layer.choosable_sums:
             return kimi_k3.attention_residual_block(layer, mixed, ffn, held)

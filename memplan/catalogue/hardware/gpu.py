@@ -37,7 +37,7 @@ class Price(NamedTuple):
 
 
 class GPU(NamedTuple):
-    """One card, or one chip with its own memory.
+    """One card, one chip with its own memory, or one MIG instance of a card.
 
     A fact is None if it is unknown or the card does not support it. Rates are dense (no sparsity). There are 33 fields
     because each fact has its own: `Source.facts` names them, and `memplan gpus --json` prints them all.
@@ -97,6 +97,8 @@ class GPU(NamedTuple):
     """The day that `launch_usd` is of (ISO 8601)."""
     prices: tuple[Price, ...] = ()
     note: str = ""
+    mig: str = ""
+    """The profile of a MIG instance, e.g. "3g.40gb"; empty for a card."""
 
     @property
     def usable(self) -> int:

@@ -133,6 +133,7 @@ class GPUTable:
         self._dtypes: dict[str, tuple[str, ...]] = {}
         self._price_lists: dict[str, dict[str, str]] = {}
         self._offers: dict[str, dict[str, str]] = {}
+        self._mig: dict[str, dict[str, Any]] = {}  # keys of MIG profiles, by card
         names: list[CardNames] = []
         for table in text.split("\n[")[1:]:
             header, _, lines = table.partition("]")
@@ -164,6 +165,9 @@ class GPUTable:
             self._price_lists[name] = _checked(header, entries, _PRICE_LIST, _PRICE_LIST)
         elif kind == "offers":
             self._offers[name] = _checked(header, entries, _OFFER, _OFFER)
+        elif kind == "mig":
+            for card in _texts(entries.pop("cards", [])):
+                self._mig[card] = entries
         else:
             _refuse(header, "unknown table; that of a card is [gpu.NAME]")
 
@@ -171,6 +175,19 @@ class GPUTable:
         """Return the card with an id."""
         if name not in self._cards:
             self._cards[name] = self._read(name)
+        return self._cards[name]
+
+    def mig_profiles(self, card: str) -> tuple[str, ...]:
+        """Return the MIG profiles of a card, smallest first."""
+        return tuple(key.partition(".")[2].strip('"') for key in self._mig.get(card, ()))
+
+    def mig_instance(self, card: str, profile: str) -> GPU:
+        """Return the MIG instance of a card with one of its profiles. Its rates are unknown, and it has no price."""
+        name = f"{card}:{profile}"
+        if name not in self._cards:
+            key, mib = next((k, v) for k, v in self._mig[card].items() if k.partition(".")[2].strip('"') == profile)
+            text, grade = _row(name, "source", key.partition(".")[0], self._sources)
+            self._cards[name] = _instance(self.gpu(card), name, profile, _mib(mib), Source(_OF_INSTANCE, text, grade))
         return self._cards[name]
 
     def _read(self, name: str) -> GPU:
@@ -207,6 +224,30 @@ class GPUTable:
             row = self._offers[offer]
             published = _row(where, "price list", row["list"], self._price_lists)
             yield Price(row["provider"], usd, published["date"], row["terms"], published["source"])
+
+
+_OF_INSTANCE = ("driver_total", "torch_total")
+_OF_CARD = ("compute_capability",)  # facts that an instance shares with its card
+
+
+def _instance(card: GPU, name: str, profile: str, usable: int, source: Source) -> GPU:
+    """Return a MIG instance of a card with at most as many `usable` bytes as the card."""
+    capability = card.source(_OF_CARD[0])
+    return GPU(
+        name=name,
+        title=f"{card.title} MIG {profile}",
+        vendor=card.vendor,
+        architecture=card.architecture,
+        market=card.market,
+        memory_gb=int(profile.partition(".")[2].removesuffix("gb")),
+        driver_total=min(usable, card.usable),
+        torch_total=min(usable, card.usable),
+        driver_basis="driver" if source.grade == "repo" else "rule",
+        sources=(source, *((capability._replace(facts=_OF_CARD),) if capability else ())),
+        compute_capability=card.compute_capability,
+        native_dtypes=card.native_dtypes,
+        mig=profile,
+    )
 
 
 def _filled(where: str, text: str, entries: Mapping[str, Any]) -> str:

@@ -17,7 +17,7 @@ from functools import cache, lru_cache
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpu_table import CardNames, gpu_table
-from memplan.core.errors import UnknownNameError
+from memplan.core.errors import UnknownNameError, refused
 from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 
@@ -37,13 +37,17 @@ def find_gpu(text: str) -> GPU:
     If several cards match, returns the one with that name as an alias (`a100` is the 80 GB SXM4 card, `v100` the 16 GB
     SXM2 card, `a800` the 80 GB SXM4 card, `h100` the SXM5 card), else the first in the table, which lists smaller
     memory first. A size alone, as in "24gb", means the NVIDIA card of that size with the least usable memory: what fits
-    there fits on the others. `ambiguous_with` returns the others.
+    there fits on the others. `ambiguous_with` returns the others. A MIG profile may follow the card: "a100:3g.40gb",
+    "NVIDIA A100-SXM4-80GB MIG 3g.40gb".
 
     Raises UnknownNameError, with the nearest ids, if no card matches.
     """
     exact = gpu_table().owners.get(text.strip().lower())
     if exact is not None:
         return gpu_table().gpu(exact)
+    instance = re.fullmatch(_MIG, text.strip().lower())
+    if instance is not None:
+        return _instance(text, *instance.groups())
     first = next(_matches(text, gpu_table().names), None)
     if first is None:
         raise UnknownNameError("gpu", text, _nearest(text), ranked=True)
@@ -56,6 +60,8 @@ def ambiguous_with(text: str) -> tuple[GPU, ...]:
     For a chip sold with several memory sizes these are the other sizes. Raises UnknownNameError like `find_gpu`.
     """
     chosen = find_gpu(text)
+    if chosen.mig:
+        return ()
     cards = gpu_table().names
     if text.strip().lower() in gpu_table().owners:  # an exact name: other candidates must contain all of its words
         words = _parse(text).words
@@ -64,6 +70,23 @@ def ambiguous_with(text: str) -> tuple[GPU, ...]:
     typed = text.strip().lower().replace(" ", "-").removeprefix("nvidia-")
     others += [gpu_table().gpu(name) for name in _ALSO_MEANT.get(typed, ())]
     return tuple(others)
+
+
+def mig_instances(card: GPU) -> tuple[GPU, ...]:
+    """Return the MIG instances that a card can be divided into, one of each profile."""
+    return tuple(gpu_table().mig_instance(card.name, profile) for profile in gpu_table().mig_profiles(card.name))
+
+
+def _instance(text: str, card: str, profile: str) -> GPU:
+    """Return a MIG instance; if several cards match, that of the first with the profile."""
+    cards = [find_gpu(card), *ambiguous_with(card)]
+    for gpu in cards:
+        if profile in gpu_table().mig_profiles(gpu.name):
+            return gpu_table().mig_instance(gpu.name, profile)
+    near = [instance.name for gpu in cards for instance in mig_instances(gpu)]
+    if not near:
+        raise refused("gpu", f"{cards[0].name} has no MIG profiles in the table")
+    raise UnknownNameError("gpu", text, near)
 
 
 def total_by_rule(gpu: GPU) -> int:
@@ -175,6 +198,7 @@ _BY_MEMORY = (r"h100[ -]80gb[ -]hbm3", "h100 sxm 80gb")
 _REMARK = r"\([^)]*\)|\d+[- ]cores?\b"
 _SIZE = r"(?<![a-z\d])(\d{1,4})[ -]?g(?:i?b)?(?![a-z\d])"
 _PART = r"[a-z]+|\d+"
+_MIG = r"(.+?)(?::|[ -]mig[ -])(\d+g\.\d+gb)"
 
 
 class _Name(NamedTuple):

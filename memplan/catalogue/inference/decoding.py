@@ -52,6 +52,8 @@ def inference(stack: Stack, now: Pass) -> Stack:
         for run in stack.runs
     )
     before = tuple(_without_mask(_inputs(op, now), now) for op in _without_grad(_masked(stack.before, now)))
+    if now.has_row_positions:
+        before = tuple(map(_of_rows_each, before))
     previous = tuple(named_before(now)) if now.extends or now.verifies else ()
     if previous:  # alive throughout, from the point at which a dtype can be named
         at = next((i for i, op in enumerate(before, 1) if any(t.name == "embeds" for t in op.writes)), len(before))
@@ -376,6 +378,15 @@ def _head(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
 def _of_rows(op: Op) -> Op:
     """Return the operation for the tokens whose logits are computed."""
     return ops.with_shapes(op, lambda text: " ".join("verified" if axis == "s" else axis for axis in text.split()))
+
+
+def _of_rows_each(op: Op) -> Op:
+    """Return positions, and the rotation computed from them, for each sequence."""
+    if not op.name.startswith(("positions", "rotary")):
+        return op
+    return op._replace(
+        writes=tuple(t._replace(shape=t.shape if "b" in t.shape.split() else f"b {t.shape}") for t in op.writes)
+    )
 
 
 def _last_hidden(operations: tuple[Op, ...]) -> Iterator[Op]:

@@ -52,6 +52,7 @@ def named_before(now: Pass) -> Iterator[Tensor]:
     ):  # a list holds the logits, unless they are sampled from
         return
     names = ("sums of log probabilities",) if now.beams else ("scores", "probabilities") if now.samples else ()
+    names = names if now.warps else ("probabilities",)
     names = names or (("scores",) if now.suppresses else ())
     for what in ("logits", *names):
         yield Tensor(f"{what}{_BEFORE}", "b v", "fp32")
@@ -117,12 +118,14 @@ def next_token(after: tuple[Op, ...], now: Pass, cached: Iterable[Tensor]) -> It
         if now.suppresses:
             yield suppressed(scores, "scores left")
             scores = "scores left"
-        yield from _warped(scores, "next token scores", ("scores left",) if now.suppresses else ())
-        yield from release("scores")
-        yield logits_op("softmax", "next token scores", y="next token probabilities")
+        if now.warps:
+            yield from _warped(scores, "next token scores", ("scores left",) if now.suppresses else ())
+            yield from release("scores")
+            scores = "next token scores"
+        yield logits_op("softmax", scores, y="next token probabilities")
         yield from release("probabilities")
         yield _drawn("next token probabilities", "next token")
-        yield ops.release_names(logits, "next token logits", "next token scores", "next token probabilities")
+        yield ops.release_names(logits, "next token logits", scores, "next token probabilities")
         return
     scores = "next token logits"
     if now.suppresses:

@@ -38,11 +38,11 @@ class Pass(NamedTuple):
     longer                the sequence is longer than the window of a sliding layer
     few_rows              most rows of a product with 4-bit weights that does not dequantise the matrix
     beams                 beam search: sequences of a prompt are ranked and reordered
-    samples               tokens are sampled, after temperature, top-k and top-p
+    samples               tokens are sampled
     has_encoder           the decoder of an encoder-decoder: the mask covers the encoder's tokens, not its own
     suppresses            some tokens are never chosen: suppressing them copies the scores
     holds_prompt_logits   the loop holds the prompt's logits until the next pass has returned its own
-    first                 the first pass after the prompt's
+    first                 the first pass after a prompt that is cached without a copy: it finds all of what was cached
     spans_autocast        one autocast context spans all passes, and keeps its casts of weights from the first on
     unpacks               it has enough rows for the kernel of packed weights to dequantise matrices
     loaded                how the weights were loaded
@@ -60,6 +60,8 @@ class Pass(NamedTuple):
     batches_later_passes  every pass of the loop but the first sets `batches`
     batches               experts multiply copies of their matrices (`memplan.catalogue.experts.decoding_experts`)
     records               a sliding layer's cache keeps tokens outside the window until rejected tokens are cut off
+    warps                 temperature, top-k and top-p change the scores from which tokens are sampled
+    has_row_positions     positions are computed from the mask, for each sequence
     """
 
     phase: str
@@ -92,6 +94,8 @@ class Pass(NamedTuple):
     batches_later_passes: bool = False
     batches: bool = False
     records: bool = False
+    warps: bool = True
+    has_row_positions: bool = False
 
     @property
     def generates(self) -> bool:

@@ -14,6 +14,7 @@ CHUNK = 128  # tokens of each sequence; litgpt 0.5 lm_head_chunk_size
 SINGLE_CHUNK = CHUNK + 1  # the last token predicts nothing, so a second chunk of it alone has no backward
 
 
+OF_ALL_LOGITS = ("hf", "label_smoothing")  # values of `kernels.loss` whose logits the model returns all at once
 READ_MATRIX = (*TRL_LOSSES, "fused_chunks")  # values of `kernels.loss` that read the head's own matrix
 
 
@@ -39,6 +40,7 @@ def attach(
     chunked_nll_fp32  TRL 1.6 to 1.12: the same, but each chunk casts the head to fp32
     tiled_lm_head     TRL 1.15 and later: tiles of logits, folded into a few numbers per token
     fused_chunks      Unsloth 2026: logits in fp32, by chunk or tile, and their gradients in forward
+    label_smoothing   transformers' Trainer: log-probabilities of all logits, outside of the model
 
     hold_outputs    the script's variable keeps the logits through backward
     autocast        the compute dtype, or None
@@ -48,8 +50,12 @@ def attach(
     converts        accelerate or Fabric casts the model's outputs to fp32
     short           no sequence is longer than SINGLE_CHUNK tokens
     """
-    if stack.loss:
-        return _with_class_loss(stack, hold_outputs, converts)
+    if stack.loss or loss == "label_smoothing":
+        if loss == "label_smoothing":
+            stack = _label_smoothing(stack, hold_outputs, converts, logits, single)
+        else:
+            stack = _with_class_loss(stack, hold_outputs, converts)
+        return stack
     start = next(i for i, op in enumerate(stack.after) if _begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
     released = {op for op in head if op.name == "return" and "n" in op.reads}  # the loss's frame does not reference it
@@ -111,6 +117,50 @@ def _with_class_loss(stack: Stack, hold_outputs: bool, converts: bool) -> Stack:
     after = tuple(_held(op) if holds and logits in op.writes else op for op in stack.after)
     outputs = (_converted("logits", hold_outputs, logits.shape),) if converts else ()
     return stack._replace(after=after, loss=(*stack.loss, *outputs))
+
+
+def _label_smoothing(stack: Stack, hold_outputs: bool, converts: bool, logits: str, single: bool) -> Stack:
+    """Return the stack with the Trainer's smoothed loss of the logits that the model returns.
+
+    Only causal models' labels are shifted. The Trainer's frame holds the model's outputs until the loss is computed.
+    """
+    source = "transformers 5.24 trainer_pt_utils.py LabelSmoother, trainer.py Trainer.compute_loss"
+    is_causal, after = not stack.loss, stack.after
+    given, last = _last_writer(after).writes[0], after.index(_last_writer(after))
+    returned, outputs, ends = given.name, (), tuple(op for op in stack.loss if op.name == "return")
+    if converts or logits == "model":
+        outputs = (ops.cast("loss.outputs", returned, "outputs", given.shape, "fp32"), ops.release_names(returned, "n"))
+        returned = "outputs"
+    elif is_causal:
+        outputs = (ops.release_names("n"),)
+    after = (*after[:last], after[last], *outputs, *after[last + 1 :])
+    if hold_outputs:
+        after = tuple(_held(op) if any(t.name == returned for t in op.writes) else op for op in after)
+    rows = "shifted_rows v" if is_causal else given.shape
+    lead = rows.rpartition(" ")[0]
+    shifted = _shifted(returned, Tensor("shifted", rows), source, single) if is_causal else ()
+    x, targets = ("shifted", "targets") if is_causal else (returned, "labels")
+    clamped, padding = Tensor("clamped", lead, "int64"), Tensor("padding", lead, "bool")
+    smoothed = (
+        *shifted,
+        Op("loss.log_softmax", (x,), (Tensor("log_probs", rows),), (), (Keep("log_probs", x),), autocast="fp32"),
+        ops.scale("loss.negative", "log_probs", "negative", rows),
+        *((ops.release_names("shifted"),) if is_causal else ()),
+        Op("loss.padding", (targets,), (padding, clamped), gradient="none", source=source),
+        Op(
+            "loss.smooth",
+            ("negative", "clamped", "padding"),
+            (Tensor("loss"), Tensor("likelihoods", lead, "=negative"), Tensor("sums", lead, "fp32")),
+            (),
+            tuple(Keep(what, "negative") for what in ("negative", "clamped", "padding")),
+            scratch=(Tensor("tokens that count", lead, "int64"),),
+            scratch_back=(Scratch(Tensor("gradient of the sums, expanded and cast", rows, "=negative!sums")),),
+            source=source,
+        ),
+        ops.release_names("negative", "log_probs", "clamped", "padding", "likelihoods", "sums", returned),
+        *((ops.release_names("targets"),) if is_causal else ()),
+    )
+    return stack._replace(after=after, loss=(*smoothed, *ends))
 
 
 def _without(op: Op, name: str) -> Op:

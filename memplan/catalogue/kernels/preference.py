@@ -38,20 +38,20 @@ def source_of(trainer: Trainer) -> str:
 
 
 def attach(
-    stack: Stack, trainer: Trainer, reference: Stack | None, mismatched: Stack | None, autocast: str | None
+    stack: Stack, trainer: Trainer, reference: Stack | None, first_pass: Stack | None, autocast: str | None
 ) -> Stack:
     """Return the stack with the trainer's log-probabilities, the reference's pass and the loss.
 
     reference   operations of the reference model, if it runs in the step
-    mismatched  operations of the model itself without gradients: KTO first runs it on completions of other prompts,
+    first_pass  operations of the model itself without gradients: KTO first runs it on completions of other prompts,
                 which estimate the divergence (KL) from the reference; the reference runs on these, too
     """
-    before = tuple(new for op in stack.before for new in (_inputs(op, mismatched) if op.name == "inputs" else (op,)))
+    before = tuple(new for op in stack.before for new in (_inputs(op, first_pass) if op.name == "inputs" else (op,)))
     stack = stack._replace(before=before, loss=())
     if trainer.name == "reward":
         scores = Op("loss.reward", ("logits",), (Tensor("loss", "", "fp32"),), source=source_of(trainer))
         return stack._replace(loss=(_RETURNED, scores))
-    start = next(i for i, op in enumerate(stack.after) if _begins_head(op))
+    start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
     if trainer.log_probs == "tiled":
         matrix = next(w for op in head for w in op.weights if w.rows)
@@ -63,7 +63,7 @@ def attach(
         stack = _returning_states(stack)
     logits = next(op for op in reversed(head) if op.writes).writes[0].name
     outputs = "outputs" if autocast else logits
-    tail = (_RETURNED, *((_converted(logits),) if autocast else ()))
+    tail = (_RETURNED, *((converted(logits),) if autocast else ()))
     if trainer.log_probs == "joined":
         tail = (*tail, *_joined_log_probs(logits, outputs, autocast is not None))
         return _finished(stack, trainer, tail, reference, ())
@@ -106,7 +106,7 @@ def _finished(
             loss += _shifted_log_probs("ref_", "ref_outputs", is_fp32, trainer.log_probs)
             held = (*held, "ref_outputs")
         others = ("ref_log_probs",)
-    others += ("kl_log_probs",) * trainer.has_mismatched_pass + ("chosen_loss",) * trainer.likelihood
+    others += ("kl_log_probs",) * trainer.has_first_pass + ("chosen_loss",) * trainer.likelihood
     read = ("log_probs", *others)
     loss.append(Op(f"loss.{trainer.name}", read, (Tensor("loss", "", "fp32"),), source=source_of(trainer)))
     if trainer.log_probs in _SHIFTED and trainer.name not in PAIRED:
@@ -115,18 +115,19 @@ def _finished(
     return stack._replace(loss=tuple(loss))
 
 
-def _begins_head(op: Op) -> bool:
+def begins_head(op: Op) -> bool:
+    """Return whether the operation is the first of the model's head."""
     return bool(op.writes) and ("n" in op.reads or any("v" in t.shape.split() for t in op.writes))
 
 
-def _inputs(op: Op, mismatched: Stack | None) -> Iterator[Op]:
+def _inputs(op: Op, first_pass: Stack | None) -> Iterator[Op]:
     """Yield the inputs with the collator's masks, of attention and of completions, and KTO's first pass."""
     masks = tuple(Tensor(name, "b s", "int64") for name in ("attention_mask", "completion_mask"))
     present = {t.name for t in op.writes}
     yield op._replace(writes=(*op.writes, *(t for t in masks if t.name not in present)))
-    if mismatched is not None:
+    if first_pass is not None:
         written = (Tensor("kl_log_probs", "b s", "fp32"),)
-        yield Op("forward", (), written, gradient="none", model=mismatched, source=_SOURCES["kto"])
+        yield Op("forward", (), written, gradient="none", model=first_pass, source=_SOURCES["kto"])
 
 
 def _returning_states(stack: Stack) -> Stack:
@@ -145,11 +146,12 @@ def _with_held_state(op: Op) -> tuple[Op, ...]:
     return (op._replace(holds="states") if is_state and not op.holds else op,)
 
 
-def _converted(logits: str) -> Op:
-    return Op("loss.outputs", (logits,), (Tensor("outputs", "b s v", "fp32"),), cast=True, source=_CASTS)
+def converted(logits: str, shape: str = "b s v") -> Op:
+    """Cast the model's outputs to fp32, as accelerate does."""
+    return Op("loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, source=_CASTS)
 
 
-def _selected(name: str, x: str, shape: str, row: str, is_fp32: bool, log_probs: str, source: str) -> Op:
+def selected_log_probs(name: str, x: str, shape: str, row: str, is_fp32: bool, log_probs: str, source: str) -> Op:
     """Return the operation that computes log-probabilities of the tokens, one sequence after the other.
 
     From fp32 logits it subtracts their logsumexp and keeps them; from others it keeps each sequence's log-softmax.
@@ -179,7 +181,7 @@ def _joined_log_probs(logits: str, outputs: str, is_fp32: bool) -> Iterator[Op]:
         yield Op("loss.embeddings", ("embeds",), (embeds,), cast=True, gradient="none", source=_CASTS)
         read = ("state", logits)
         yield Op("loss.states", read, (states,), cast=True, gradient="none", releases="states", source=_CASTS)
-    yield _selected("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
+    yield selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
     half = Tensor("logits of the chosen half", "half_tokens v", f"={outputs}")
     yield Op("loss.mean_logits", (outputs,), gradient="none", scratch=(half,), source=source)
     yield Op("return", (outputs, *((embeds.name, states.name) if is_fp32 else ())), releases="states")
@@ -194,7 +196,7 @@ def _shifted_log_probs(prefix: str, outputs: str, is_fp32: bool, kind: str) -> I
     yield Op("loss.shift", (outputs,), (Tensor(shifted, "shifted_rows v", f"={outputs}"),), view=True, source=source)
     name = f"loss.{result}"
     if kind == "shifted":
-        yield _selected(name, shifted, "shifted_rows v", "row_tokens", is_fp32, result, source)
+        yield selected_log_probs(name, shifted, "shifted_rows v", "row_tokens", is_fp32, result, source)
         return
     numbers = tuple(f"{result}.{what}" for what in ("entropy", "log_z", "expected_logit"))
     written = tuple(Tensor(what, "shifted_rows", "fp32") for what in (result, *numbers))

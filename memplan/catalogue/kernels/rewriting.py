@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 
 from memplan.catalogue.kernels import ops
-from memplan.core.ir import Op, Run, Stack, Weight
+from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 
 
 def rewrite(stack: Stack, change: Callable[[Op], Iterable[Op]]) -> Stack:
@@ -72,3 +72,28 @@ def renamed(operations: tuple[Op, ...], names: dict[str, str]) -> tuple[Op, ...]
 def matrix(op: Op) -> Weight | None:
     """Return the weight matrix of a linear layer, or None if the operation is not one."""
     return next((w for w in op.weights if w.matrix), None)
+
+
+def rewrite_blocks(stack: Stack, change: Callable[[Block], Block]) -> Stack:
+    """Return the stack with every block changed."""
+    return stack._replace(runs=tuple(run._replace(blocks=tuple(map(change, run.blocks))) for run in stack.runs))
+
+
+def with_all_gradients(block: Block) -> Block:
+    """Return the block with a gradient for every weight, frozen ones included."""
+
+    def with_gradients(op: Op) -> Op:
+        return op._replace(weights=tuple(w if w.group == "buffer" else w._replace(trains=True) for w in op.weights))
+
+    return block._replace(ops=tuple(map(with_gradients, block.ops)))
+
+
+def with_last_input(after: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Let the first operation after the blocks also keep a tensor as large as its input until its backward.
+
+    That is the last block's input, which the block's recomputation needs next; elsewhere it counts as offloaded.
+    """
+    at, op = next((i, op) for i, op in enumerate(after) if op.reads)
+    kept = Tensor("last_checkpoint", "b s h", f"={op.reads[0]}")
+    first = op._replace(writes=(*op.writes, kept), keeps=(*op.keeps, Keep(kept.name, op.reads[0])))
+    return (*after[:at], first, *after[at + 1 :])

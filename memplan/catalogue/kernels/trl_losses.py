@@ -19,28 +19,28 @@ TILE_WIDTH = 32768  # trl 1.16 trainer/utils.py _CHUNKED_LOGPROB_CHUNK_SIZE
 _ROWS = "shifted_rows"
 
 
-def _labelled_rows(selector: Tensor, source: str) -> tuple[Op, ...]:
+def _labelled_rows(selector: Tensor, source: str, rows: str = _ROWS) -> tuple[Op, ...]:
     """Copy the rows of hidden states that `selector` picks, a mask or indices, and their labels.
 
     Backward adds their gradients into zeros of the same size, by indices that it sorts, and copies the result into
     zeros for all tokens.
     """
     mask = selector.dtype == "bool"
-    positions = Tensor("positions", f"{_ROWS} 2", "int64")
-    sorting = (Tensor(name, _ROWS, "int64") for name in ("rows", "sorted rows", "order", "original order"))
+    positions = Tensor("positions", f"{rows} 2", "int64")
+    sorting = (Tensor(name, rows, "int64") for name in ("rows", "sorted rows", "order", "original order"))
     return (
         Op("loss.shift", ("n",), (Tensor("loss.shifted", f"{_ROWS} h"),), gradient="new", view=True, source=source),
         Op("loss.select", ("labels",), (selector,), gradient="none", source=source),
         Op(
             "loss.rows",
             ("loss.shifted", selector.name),
-            (Tensor("loss.rows", f"{_ROWS} h"),),
+            (Tensor("loss.rows", f"{rows} h"),),
             keeps=(Keep(selector.name, "loss.shifted"),),
             scratch=(positions,) if mask else (),
             scratch_back=tuple(map(Scratch, (*((positions,) if mask else ()), *sorting))),
             source=source,
         ),
-        Op("loss.labels", ("labels", selector.name), (Tensor("targets", _ROWS, "int64"),), gradient="none"),
+        Op("loss.labels", ("labels", selector.name), (Tensor("targets", rows, "int64"),), gradient="none"),
         ops.release_names("loss.shifted"),
     )
 
@@ -50,6 +50,7 @@ def tiled_lm_head(
     bias: tuple[Weight, ...],
     autocast: str | None,
     result: Tensor = Tensor("loss", "", "fp32"),  # noqa: B008 (immutable)
+    labelled: str = _ROWS,
 ) -> tuple[Op, ...]:
     """Compute log-probabilities in tiles of 4,096 tokens by 32,768 words, each folded into a few numbers per token.
 
@@ -57,7 +58,8 @@ def tiled_lm_head(
     the rows and of the matrix in fp32, and casts them at the end, while they and the tile exist. A part of the matrix
     in another dtype than the compute dtype is cast for each tile; in backward until the next one is cast.
 
-    result  the output that the loss reads: their sum, or all of them
+    result    the output that the loss reads: their sum, or all of them
+    labelled  axis of the tokens that have a label
     """
     source = "trl 1.16.0 kernels/chunked_logprob.py ChunkedLogProbFunction, trainer/utils.py add_fused_lm_head"
     compute = autocast or "=loss.rows"
@@ -68,21 +70,21 @@ def tiled_lm_head(
         for axis in ("tile_words", "next_tile_words")
     )
     numbers = ("maximum", "sum", "weighted sum", "squares", "logits' sum", "maximum before the label", "label's logit")
-    outputs = tuple(Tensor(f"loss.{what}", _ROWS, "fp32") for what in ("log_probs", "entropy", "log_z"))
-    outputs += (Tensor("loss.is_top1", _ROWS, "bool"),)
+    outputs = tuple(Tensor(f"loss.{what}", labelled, "fp32") for what in ("log_probs", "entropy", "log_z"))
+    outputs += (Tensor("loss.is_top1", labelled, "bool"),)
     wide = (
-        Scratch(Tensor("gradient of rows in fp32", f"{_ROWS} h", "fp32!loss.rows"), "loss.rows"),
+        Scratch(Tensor("gradient of rows in fp32", f"{labelled} h", "fp32!loss.rows"), "loss.rows"),
         Scratch(Tensor("gradient of the matrix in fp32", matrix.shape, f"fp32!{matrix.name}"), matrix.name),
     )
     return (
-        *_labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source),
+        *_labelled_rows(Tensor("loss.mask", _ROWS, "bool"), source, labelled),
         Op(
             "loss.tiles",
             ("loss.rows", "targets"),
             (result, *outputs),
             (matrix, *bias),
             tuple(Keep(what, "loss.rows") for what in ("loss.rows", "targets", "loss.log_z", "loss.entropy")),
-            scratch=(*(Tensor(what, _ROWS, "fp32") for what in numbers), tile, rows, part),
+            scratch=(*(Tensor(what, labelled, "fp32") for what in numbers), tile, rows, part),
             scratch_back=(*wide, *map(Scratch, (tile, rows, part, following))),
             gradient="own",
             product="matrix",

@@ -17,6 +17,7 @@ class Wiring(NamedTuple):
     backend       kernel of layers without a mask
     masked        kernel of layers with a mask
     tower         kernel of the vision tower
+    variant       kernel in place of flash attention 2: `3`, or `cudnn`
     target        dtype that flash attention 2 casts fp32 heads to
     copies        copied before the kernel: `heads`, k and v repeated per query head; `all`, then q, k and v
     half_math     the math kernel computes in the inputs' dtype instead of fp32
@@ -45,7 +46,7 @@ class Wiring(NamedTuple):
     tables                     how every layer's own rotary tables are used
                                (`memplan.catalogue.attention.old_rotary_tables`)
     caches                     the model returns k and v of every layer although it trains
-    checkpoints                blocks are checkpointed, which T5's code asks for
+    checkpoints                blocks are checkpointed, which T5's code asks for (set for encoder-decoders)
     by_name                    masks and positions are passed to blocks as keyword arguments
     records                    autograd records; kernels then also return what backward needs
 
@@ -70,6 +71,7 @@ class Wiring(NamedTuple):
     padded: bool = False
     windowed: bool = False
     target: str = ""
+    variant: str = ""
     copies: str = ""
     caches: bool = False
     causal_buffers: bool = False
@@ -126,8 +128,10 @@ class Wiring(NamedTuple):
         return causal or self.padded or (sliding and self.windowed)
 
 
+DividedLogits = Literal["in_place", "held", "released"]
 LogProbs = Literal["joined", "shifted", "kernel", "gathered", "tiled"]
 PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
+GENERATING = {"grpo": 8, "rloo": 2}  # trainers that generate, and how many completions of a prompt by default
 
 
 class Trainer(NamedTuple):
@@ -143,6 +147,13 @@ class Trainer(NamedTuple):
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
+
+    For trainers that generate:
+
+    has_one_sequence  a micro-batch is one completion
+    old_log_probs     log-probabilities of completions are computed before the step, too
+    divided_logits    the temperature divides the logits `in_place`, or into a copy, while the model's are `held` or
+                      `released`
     """
 
     name: str
@@ -153,6 +164,9 @@ class Trainer(NamedTuple):
     likelihood: bool = False
     is_reference: bool = False
     rows: int = 2
+    has_one_sequence: bool = False
+    old_log_probs: bool = False
+    divided_logits: DividedLogits = "released"
 
     @property
     def has_reference_pass(self) -> bool:
@@ -160,6 +174,7 @@ class Trainer(NamedTuple):
         return self.reference in ("copy", "adapters") and not self.is_reference
 
     @property
-    def has_mismatched_pass(self) -> bool:
-        """Whether the model first runs without gradients on completions of other prompts."""
-        return self.name == "kto" and not self.is_reference
+    def has_first_pass(self) -> bool:
+        """Whether the model first runs without gradients: on completions of other prompts (KTO), or for the
+        log-probabilities that generated the completions."""
+        return (self.name == "kto" or self.old_log_probs) and not self.is_reference

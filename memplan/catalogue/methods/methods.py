@@ -141,10 +141,10 @@ def ends_like(path: str, modules: tuple[str, ...]) -> bool:
 def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
     """peft's LoRA layer around a frozen linear layer: `result + lora_B(lora_A(dropout(x))) * scaling`.
 
-    If the base is unquantised, FP8 or GPTQ, the input is cast to the adapter's dtype and the sum back to the result's.
-    If it is 4-bit, the result is cloned first, and nothing is cast under autocast.
+    If the base is unquantised, FP8, GPTQ, HQQ or torchao's, the input is cast to the adapter's dtype and the sum back
+    to the result's. If it is 4-bit, the result is cloned first. Under autocast nothing is cast around 4 bits and HQQ.
     Source: peft 0.21 tuners/lora/layer.py Linear.forward, tuners/lora/bnb.py Linear4bit.forward, Linear8bitLt.forward,
-    tuners/lora/gptq.py, tuners/lora/awq.py; 0.13 tuners/lora/gptq.py, which casts as around a 4-bit layer.
+    tuners/lora/gptq.py, awq.py, hqq.py, torchao.py; 0.13 tuners/lora/gptq.py, which casts as around a 4-bit layer.
     """
     (x,), y = op.reads, op.writes[0]
     n, p = op.name, y.name
@@ -154,14 +154,14 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
     assert w is not None
     scheme = family_of(w) if w.stored else ""
     quantised = scheme in ("4bit", "int8", "awq") or (scheme == "gptq" and not recipe.keeps)
-    casts = not (quantised and recipe.autocast)
+    casts = not ((quantised or scheme == "hqq") and recipe.autocast)
     result = f"{p}.base"
     yield from (
         quantised_linear(op, f"{n}.base_layer", result, recipe.compute, keeps=recipe.keeps, copies=recipe.copies)
         if scheme
         else (_as_base_layer(op, result),)
     )
-    if w.stored and w.stored[0].dtype == "uint8/2":
+    if scheme == "4bit" and w.stored[0].dtype == "uint8/2":
         yield ops.copy(f"{n}.clone", result, f"{p}.clone", y.shape)
         yield ops.release_names(result)
         result = f"{p}.clone"
@@ -497,7 +497,7 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozense
         return w._replace(dtype=w.dtype or wide, trains=False)
     takes = can_quantise(w, skipped) or (w.stacked and (recipe.experts or recipe.quantization == "fp8"))
     if recipe.quantization and takes and w.name not in head:
-        storage = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size)
+        storage = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size, recipe.compute)
         dtype = "fp16" if recipe.library == "litgpt" else w.dtype or recipe.weights  # lightning quantises from fp16
         return w._replace(dtype=dtype, trains=False, stored=storage)
     dtype = "fp32" if recipe.preparation and w.name not in cast_back else w.dtype or recipe.weights

@@ -80,7 +80,7 @@ class OptimizerRow(NamedTuple):
     rank                rank of the projection
     lists               number of lists of moments that a foreach step makes, over parameters without a loop
     first_list_step     the first step that makes those lists
-    exists_before_step  states exist before the first step
+    exists_before_step  states exist before the first step, also of parameters that never get a gradient
     loop                what the turn of a parameter does
     takes               the parameters that have a loop
     projected           loop of a projected parameter

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from memplan.catalogue.inference.one_pass import Cache
-from memplan.catalogue.kernels.wiring import LogProbs
+from memplan.catalogue.kernels.wiring import DividedLogits, LogProbs
 from memplan.core.records import NamedTuple
 
 
@@ -201,6 +201,8 @@ class TrainerBehaviour(NamedTuple):
     trained_reference  the weights of a reference model that is a copy require gradients
     reference_dtype    the dtype of a copy: of the policy's weights, or of its computation
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
+    completion_tokens  most tokens of a completion, of trainers that generate
+    divided_logits     how these trainers divide the logits by the temperature
     """
 
     trainers: tuple[str, ...]
@@ -208,6 +210,8 @@ class TrainerBehaviour(NamedTuple):
     trained_reference: bool
     reference_dtype: Literal["weights", "compute"]
     older_trainers: bool
+    completion_tokens: int
+    divided_logits: DividedLogits
 
 
 class LibraryBehaviour(NamedTuple):

@@ -200,6 +200,7 @@ _UNPACKING: dict[str, _Steps] = {
     "mxfp4": _MXFP4,
     "nvfp4": _NVFP4,
 }
+DEQUANTISED_ON_LOADING = frozenset(_UNPACKING)  # the formats that loading can dequantise
 # Experts of gpt-oss, looked up in chunks.
 _GPT_OSS: _Steps = (
     *(("wide exponents", "int32/32"), ("exponents", "int32/32"), ("wide exponents", ""), ("table", "=")),

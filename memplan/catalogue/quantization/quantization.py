@@ -10,6 +10,7 @@ from memplan.core.records import NamedTuple
 
 _BNB = "bitsandbytes 0.50"
 _GPTQ = "gptqmodel 7.7; auto-gptq 0.7 stores the same tensors"
+_HQQ, _TORCHAO = "hqq 0.2.8", "torchao 0.18"
 _AWQ = "gptqmodel 7.7; autoawq 0.2.9 stores the same tensors"
 
 
@@ -20,12 +21,20 @@ class TrainableFormat(NamedTuple):
     source   where it was read
     needs    what the library needs before adapters can train over it
     basis    `derived`, or `assumed` if the temporaries of computing were read and not traced
+    casts    peft's preparation casts to fp32 what is not quantised
+    linear   its layers are linear layers to peft, which all-linear finds
+    conv1d   it also stores transformers' Conv1D
+    note     what to tell the user of a run that names the format
     """
 
     library: str
     source: str
     needs: str = ""
     basis: str = "derived"
+    casts: bool = True
+    linear: bool = True
+    conv1d: bool = True
+    note: str = ""
 
 
 FORMATS = {
@@ -40,6 +49,7 @@ FORMATS = {
             "which tritonv2.py calls in training; auto-gptq 0.7 qlinear_tritonv2.py",
             "a backend that trains: GPTQConfig(backend='auto_trainable')",
             "assumed",
+            casts=False,
         ),
     ),
     "awq-int4": TrainableFormat(
@@ -55,16 +65,31 @@ FORMATS = {
         "compute capability 8.9",
         "assumed",
     ),
+    "hqq-int4": TrainableFormat(
+        _HQQ,
+        "hqq 0.2.8 core/quantize.py HQQMatmulNoCacheMul, Quantizer.dequantize; peft 0.21 tuners/lora/hqq.py",
+        casts=False,
+        linear=False,
+        conv1d=False,
+        note="hqq-int4 is made by hqq's AutoHQQHFModel.quantize_model: transformers 5 cannot quantise with HqqConfig",
+    ),
+    "torchao-int8": TrainableFormat(
+        _TORCHAO,
+        "torchao 0.18 quantize_/workflows/int8/int8_tensor.py, linear of weights alone",
+        casts=False,
+        conv1d=False,
+    ),
 }
 WHOLE = -1  # the block size if there is one scale per column
 FP8_BLOCK = 128
 
 
-def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple[Tensor, ...]:
+def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute: str = "bf16") -> tuple[Tensor, ...]:
     """Return the tensors that hold a quantised matrix. A dtype `x/n` is one x for every n elements, rounded up.
 
     GPTQ has int32 words, a half-precision scale and a zero point per group of inputs (or one group, `WHOLE`), and every
-    input's group. AWQ has no groups of inputs. FP8 has a byte per weight and a scale per square of 128.
+    input's group. AWQ has no groups of inputs. FP8 has a byte per weight and a scale per square of 128. HQQ has scales
+    and zero points in the `compute` dtype.
     """
     tokens = w.shape.split(" ")
     out, into = tokens[: w.rows], tokens[w.rows :]
@@ -85,6 +110,12 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple
         return (Tensor("fp8", w.shape, "fp8"), Tensor("weight_scale_inv", blocks, "fp32"))
     if format == "int8":
         return (Tensor("int8", w.shape, "int8"), Tensor("row scales", tokens[0], "fp32"))
+    if format == "hqq-int4":
+        groups = (Tensor(name, w.shape, f"{compute}/{block_size}") for name in ("scale", "zero"))
+        return (Tensor("W_q", w.shape, "uint8/2"), *groups)
+    if format == "torchao-int8":
+        rows = (Tensor("scale", " ".join(out), "fp32"), Tensor("zero point", " ".join(out), "int8"))
+        return (Tensor("qdata", w.shape, "int8"), *rows)
     packed = Tensor("packed", w.shape, "uint8/2")
     code = Tensor("code", "16", "fp32")
     if not double_quant:
@@ -100,16 +131,17 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int) -> tuple
 
 
 def family_of(w: Weight) -> str:
-    """Return the family of a stored matrix's format: gptq, awq, fp8, int8, or 4bit for bitsandbytes' four bits."""
+    """Return the family of a stored matrix's format: gptq, awq, fp8, int8, hqq, torchao, or 4bit for bitsandbytes'."""
     names = [t.name for t in w.stored]
     if "qweight" in names:
         return "gptq" if "g_idx" in names else "awq"
-    return {"fp8": "fp8", "int8": "int8"}.get(names[0], "4bit")
+    return {"fp8": "fp8", "int8": "int8", "W_q": "hqq", "qdata": "torchao"}.get(names[0], "4bit")
 
 
 def storage_of(w: Weight) -> str:
     """Return the library that stores a quantised matrix in this format."""
-    return {"gptq": _GPTQ, "awq": _AWQ, "fp8": FORMATS["fp8"].library}.get(family_of(w), _BNB)
+    libraries = {"gptq": _GPTQ, "awq": _AWQ, "fp8": FORMATS["fp8"].library, "hqq": _HQQ, "torchao": _TORCHAO}
+    return libraries.get(family_of(w), _BNB)
 
 
 def absmax(w: Weight) -> tuple[Tensor, ...]:
@@ -144,6 +176,10 @@ def quantised_linear(
             return _linear_fp8(op, w, name, y, compute)
         case "gptq" if keeps:
             return _linear_kept(op, w, name, y)
+        case "hqq":
+            return _linear_hqq(op, w, name, y, compute)
+        case "torchao":
+            return _linear_torchao(op, w, name, y)
         case _:
             return _linear_4bit(op, w, name, y, compute, older, copies)
 
@@ -172,6 +208,62 @@ def _linear_kept(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
         source=source,
     )
     yield ops.release_names(matrix)
+
+
+def _linear_hqq(op: Op, w: Weight, name: str, y: str, compute: str) -> Iterator[Op]:
+    """Return an HQQ layer, which keeps its input, though frozen weights have no gradient, and dequantises twice.
+
+    Unpacked numbers, less their zero points, times their scales are three matrices at once.
+    """
+    (x,), shape, source = op.reads, op.writes[0].shape, FORMATS["hqq-int4"].source
+    lead, _, into = ops.axes_of(op)
+    matrix = f"{y}.matrix"
+    unpacked = tuple(Tensor(what, w.shape, compute) for what in ("numbers", "numbers less zero points"))
+    yield Op(f"{name}.dequantise", (), (Tensor(matrix, w.shape, compute),), (w,), scratch=unpacked, source=source)
+    yield Op(
+        name,
+        (x, matrix),
+        (Tensor(y, shape, compute),),
+        tuple(v._replace(dtype=compute) for v in op.weights if not v.matrix),
+        (Keep(x, x),),
+        scratch=(Tensor("input, cast", f"{lead} {into}", f"{compute}!{x}"),),
+        scratch_back=(*(Scratch(t, early=True) for t in unpacked), Scratch(Tensor("dequantised", w.shape, compute))),
+        gradient=op.gradient,
+        product="matrix",
+        source=source,
+    )
+    yield ops.release_names(matrix)
+
+
+def _linear_torchao(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
+    """Return a linear layer with torchao's weights in 8 bits: autograd keeps the matrix, cast to the input's dtype."""
+    (x,), output, source = op.reads, op.writes[0], FORMATS["torchao-int8"].source
+    matrix, product, scaled, scales = (f"{y}.{part}" for part in ("matrix", "product", "scaled", "scales"))
+    rows = Tensor(scales, " ".join(w.shape.split()[: w.rows]), f"={product}")
+    others = tuple(v for v in op.weights if not v.matrix)
+    yield Op(f"{name}.widen", (x,), (Tensor(matrix, w.shape, f"={x}"),), (w,), gradient="none", source=source)
+    yield Op(
+        name,
+        (x, matrix),
+        (Tensor(product, output.shape),),
+        (),
+        (Keep(matrix, x),),
+        gradient=op.gradient,
+        autocast="lower",
+        product="matrix",
+        source=source,
+    )
+    yield Op(
+        f"{name}.scale",
+        (product,),
+        (Tensor(scaled, output.shape), rows),
+        others,
+        (Keep(scales, product),),
+        source=source,
+    )
+    yield ops.release_names(matrix, product, scales)
+    yield ops.cast(f"{name}.cast", scaled, y, output.shape, f"={x}")
+    yield ops.release_names(scaled)
 
 
 def _linear_fp8(op: Op, w: Weight, name: str, y: str, compute: str) -> Iterator[Op]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from memplan.catalogue.attention import attention as text_attention
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
@@ -235,7 +236,7 @@ def encoder_block(
             linear(f"self_attn.{n}_proj", "v.n1", f"v.{n}", "va vd", "vh", lead=lead, flat=False)
             for n in ("q", "k", "v")
         ),
-        attention("self_attn", "v.q", "v.k", "v.v", "v.o", kernel, BATCH),
+        *batched_attention("self_attn", "v.q", "v.k", "v.v", "v.o", kernel),
         linear("self_attn.out_proj", "v.o", "v.ao", "vh", "va vd", lead=lead, flat=False),
         ops.release_names("v.q", "v.k", "v.v", "v.o", "v.n1"),
     )
@@ -326,6 +327,14 @@ def attention(
         product=f"whole attention over {keys or (P if rows == 'packed' else rows)}",
         source=source,
     )
+
+
+def batched_attention(name: str, q: str, k: str, v: str, y: str, kernel: str, softmax: str = "fp32") -> tuple[Op, ...]:
+    """Return attention over all images of a batch in one call, by a fused kernel or transformers' eager products."""
+    if kernel != "eager":
+        return (attention(name, q, k, v, y, kernel, BATCH),)
+    axes = {"b": "b images", "s": "grid", "a": "va", "k": "va", "d": "vd"}
+    return ops.with_axes(text_attention.eager(name, q, k, v, y, False, "", "d", False, softmax=softmax), axes)
 
 
 def _packed(name: str, q: str, k: str, v: str, y: str, target: str, keys: str) -> tuple[Op, ...]:

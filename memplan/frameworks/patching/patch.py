@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import unified_diff
 from typing import Any, cast
 
-from memplan.core.errors import MemplanError, SpecError
+from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
 from memplan.frameworks.change_table import Value, differing, field, value_of
 from memplan.frameworks.patching.json_text import edited_json
@@ -18,7 +18,6 @@ from memplan.frameworks.reading.document import parsed
 from memplan.frameworks.reading.run_file import RunFile, command_in, defaults_in
 from memplan.frameworks.reading.run_format import format_named
 from memplan.spec.base import Part
-from memplan.spec.failures import line_of
 from memplan.spec.file import read_text, spec_with_lines
 from memplan.spec.run import RunSpec
 
@@ -52,7 +51,7 @@ class Patched(NamedTuple):
 
 
 def original_of(name: str, file: RunFile, read: Callable[[str], RunSpec]) -> Original:
-    """Return the file to patch. Raises SpecError or ValueError if it cannot be read."""
+    """Return the file to patch. Raises MemplanError if it cannot be read."""
     text = read_text(name)
     return Original(name, text, file, read(text), read)
 
@@ -181,12 +180,7 @@ def _read(original: Original, edits: _Edits, exports: list[str]) -> Patched:
     other = next((key for key in {**expected, **new} if key not in changed and expected.get(key) != new.get(key)), None)
     if other is not None:
         raise SpecError(f"{other} would change too")
-    try:
-        return Patched(text, original.read(text))
-    except ValueError as error:
-        if isinstance(error, MemplanError):
-            raise
-        raise SpecError(line_of(error)) from None
+    return Patched(text, original.read(text))
 
 
 def _with(values: Mapping[str, Any], edits: Mapping[_Path, Value]) -> dict[str, Any]:

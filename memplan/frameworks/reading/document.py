@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from memplan.core.errors import SpecError, printable
+from memplan.core.files import exists, is_file, is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.spec.file import read_spec_with_lines, spec_with_lines
 
@@ -70,7 +71,7 @@ def named_document(name: str, within: Document, key: str) -> Document:
     """
     folder = within.path.parent if within.path is not None else Path()
     for path in (folder / Path(name).expanduser(), Path(name).expanduser()):
-        if is_there(path) and not path.is_dir():
+        if is_there(path) and not is_folder(path):
             return read_document(str(path))
     raise within.error(key, f"there is no file {printable(name, _MAX_SHOWN)!r} next to {within.name} or here")
 
@@ -78,16 +79,16 @@ def named_document(name: str, within: Document, key: str) -> Document:
 def is_there(path: Path) -> bool:
     """Whether there is a file, or a folder, with a name that a file may say: too long, or with NUL, it is not there."""
     try:
-        return path.exists()
+        return exists(path)
     except (OSError, ValueError):
         return False
 
 
 def _refuse_pickle(path: Path, shown: str) -> None:
     try:
-        if not path.is_file():  # a shell's pipe can be read only once
+        if not is_file(path):  # a shell's pipe can be read only once
             return
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(4)
     except (OSError, ValueError):  # ValueError: NUL in the path
         return  # reading says why

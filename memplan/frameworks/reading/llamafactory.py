@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule
 
-_ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_2"}
+_ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "fa3": "flash_attention_3"}
 _BITSANDBYTES = ("bnb", "bitsandbytes")
 # Switch -> optimizer -> the name of it in transformers.
 _OPTIMIZERS = {"use_galore": "galore", "use_apollo": "apollo"}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import json
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -69,7 +70,8 @@ def read_script(name: str, flags: Mapping[str, Any] | None = None) -> CallsOfScr
     is_notebook = name.lower().endswith(".ipynb")
     text, places = _notebook(read_text(name, _MOST_BYTES), shown) if is_notebook else (read_text(name), {})
     try:
-        tree = ast.parse(text)
+        with warnings.catch_warnings(action="ignore"):  # Python prints its own about 0for and "\d"
+            tree = ast.parse(text)
         names = _Names(tree, flags or {})
         calls = sorted(_calls(tree, names), key=lambda call: call.line)
     except SyntaxError as error:

@@ -200,6 +200,7 @@ def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -
     load = _last(models, training) if models else None
     keys.take(load, _LOADED)
     keys.take(_named(script, training, "BitsAndBytesConfig"), _QUANTISED)
+    _take_stored(keys, training)
     keys.take(_named(script, training, *_CONFIGS))
     adapters = _named(script, training, "LoraConfig")
     keys.take(adapters, _ADAPTERS)
@@ -216,6 +217,22 @@ def _of_transformers(keys: _Keys, training: PythonCall, told: tuple[str, ...]) -
     prepared = _named(script, training, "prepare_model_for_kbit_training")
     defaults["prepares"] = prepared is not None
     return ScriptRun(keys.document(), _TRAINER, told, defaults, tuple(keys.unread))
+
+
+def _take_stored(keys: _Keys, training: PythonCall) -> None:
+    """Set the format of weights that another library than bitsandbytes stores."""
+    script = keys.script
+    call = _named(script, training, "HqqConfig", "TorchAoConfig")
+    if call is None:
+        return
+    place = script.places.get(call.line, call.line)
+    is_int8 = "int8_weight_only" in call.arguments.values() or _named(script, training, "Int8WeightOnlyConfig")
+    if call.name == "HqqConfig" and call.arguments.get("nbits", 4) == 4:
+        keys.put("stored_format", "hqq-int4", place, call.name)
+    elif call.name == "TorchAoConfig" and is_int8:
+        keys.put("stored_format", "torchao-int8", place, call.name)
+    else:
+        keys.unread.append(Unread(f"{script.name}:{place}", call.name, "the weights are counted unquantised"))
 
 
 def _kbit(config: Config) -> None:

@@ -8,13 +8,13 @@ from collections.abc import Collection, Iterator, Mapping
 from contextlib import suppress
 from difflib import SequenceMatcher
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.profiles.profiles import PROFILES
 from memplan.core.errors import SpecError, UnknownNameError, nearest, printable
-from memplan.core.files import open_file
+from memplan.core.files import is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading import shell, trainer
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Typed, Unread, defaults_of, version_number
@@ -23,6 +23,9 @@ from memplan.frameworks.reading.run_format import FORMATS, PROGRAMS, RunFormat, 
 from memplan.spec.base import Part
 from memplan.spec.file import read_documents, read_text
 from memplan.spec.run import NEWEST, RunSpec
+
+if TYPE_CHECKING:
+    from memplan.frameworks.reading.manifests import Container
 
 ADAPTERS_FILE = "adapter_config.json"
 SCRIPTS = (".py", ".ipynb")
@@ -141,7 +144,7 @@ def read_run(
         command = command_in(read_text(name) if text is None else text, printable(Path(name).name, 60))
         return _read_launched(command, printable(Path(name).name, 60), Path(name), framework, others, typed)
     with suppress(OSError, ValueError):  # reading says why
-        name = str(Path(name) / ADAPTERS_FILE) if Path(name).is_dir() else name
+        name = str(Path(name) / ADAPTERS_FILE) if is_folder(Path(name)) else name
     if name.lower().endswith(SCRIPTS):
         return _read_python(name, {}, others, typed)
     if is_modelfile(name):
@@ -229,6 +232,15 @@ def _read_manifest(
                 continue
             return _read_launched(command, shown, Path(name), framework, companions, typed)
     raise skipped or SpecError(f"spec: {shown} has no container with a command, or with an image that is known", "spec")
+
+
+def read_container(container: Container, name: str) -> RunFile | None:
+    """Return the run that a container's command starts, `name` in messages; None if it does not train or serve."""
+    try:
+        command = shell.launched(container.text, name, _subcommands(), container.variables, container.line)
+    except SpecError:
+        return None
+    return _read_launched(command, name, None, None, {}, None)
 
 
 def has_own_keys(name: str) -> bool:

@@ -28,7 +28,7 @@ _SLURM = {
     "SLURM_GPUS_PER_NODE": "gpus-per-node",
     "SLURM_CPUS_PER_TASK": "cpus-per-task",
 }
-_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]*))?\})")
+_VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]{0,1000}))?\})")  # bounded: braces may never be closed
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
 _HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
 _LONGEST_QUOTE = 200  # lines
@@ -135,10 +135,11 @@ def _commands(text: str, name: str, variables: Mapping[str, str]) -> Iterator[tu
             resolved = [part for word in simple for part in _resolved(word, variables)]
             if resolved[:1] in (["export"], ["set"]):
                 resolved = resolved[1:]
-            own = dict(variables)
-            while resolved and (match := _ASSIGNMENT.fullmatch(resolved[0])):
+            own, start = dict(variables), 0
+            while start < len(resolved) and (match := _ASSIGNMENT.fullmatch(resolved[start])):
                 own[match[1]] = match[2]
-                resolved = resolved[1:]
+                start += 1
+            resolved = resolved[start:]
             if resolved:
                 yield line, resolved, own
             else:

@@ -20,7 +20,7 @@ from memplan.spec.run import Batch
 
 DTYPES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "bf16": "bf16", "fp16": "fp16", "fp32": "fp32"}
 FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")
-_ATTENTION = {name: name for name in ("sdpa", "eager")} | dict.fromkeys(FLASH, "flash_attention_2")
+_ATTENTION = {name: name for name in ("sdpa", "eager", *FLASH[:2])} | {"flash_attention_4": "flash_attention_2"}
 # Old names of keys -> names that replaced them.
 ALIASES = {
     "evaluation_strategy": "eval_strategy",
@@ -34,12 +34,14 @@ _NODE = 8  # GPUs among which hybrid sharding shards
 
 
 def loop(config: Config) -> None:
-    """The Trainer drives the step, with the gradient norm that it clips to."""
+    """The Trainer drives the step, with the gradient norm that it clips to; it smooths labels outside of the model."""
     config.set("loop.trainer", True, why=f"{config.title} trains with transformers' Trainer")
     if not config.value("loop.clip_grad_norm"):
         config.found.pop("loop.clip_grad_norm", None)
         if config.said("max_grad_norm") is not None:
             config.set("loop.clip_grad_norm", None, "max_grad_norm")
+    if config.number("label_smoothing_factor") and config.value("trainer") in (None, "sft"):
+        config.set("kernels.loss", "label_smoothing", "label_smoothing_factor")
 
 
 def optimizer(config: Config, key: str = "optim") -> None:
@@ -67,6 +69,37 @@ def preference(config: Config, name: str, *keys: str, why: str = "") -> None:
         config.set("reference", "precomputed", "precompute_ref_log_probs")
 
 
+def generation(config: Config, name: str, *keys: str, why: str = "") -> None:
+    """A trainer of TRL that generates: its completions, its reference, and vLLM if it generates."""
+    preference(config, name, *keys, why=why)
+    fields = {"num_generations": "batch.generations", "max_completion_length": "batch.new_tokens"}
+    for key, field in {**fields, "max_prompt_length": "batch.sequence"}.items():
+        if config.said(key) is not None:
+            config.set(field, config.whole(key), key)
+    if config.said("max_prompt_length") is None:
+        assume_length(config, "max_prompt_length")
+    beta = config.number("beta")
+    if beta is not None:
+        own = "adapters" if config.flag("use_peft") else "copy"
+        config.set("reference", own if beta else "none", "beta")
+    for key in ("steps_per_generation", "num_iterations"):
+        if config.said(key) is not None:
+            config.leave(key, "one batch is counted as generated for each step")
+    if not config.flag("use_vllm"):
+        return
+    default = "server" if config.value("profile") == "trl-0.24" else "colocate"
+    mode = config.text("vllm_mode") or default
+    config.set("rollout", mode, "use_vllm", "vllm_mode")
+    if mode == "colocate":
+        for key, field, value in (
+            ("vllm_gpu_memory_utilization", "memory_utilization", config.number),
+            ("vllm_max_model_length", "max_model_len", config.whole),
+            ("vllm_enable_sleep_mode", "sleep", config.flag),
+        ):
+            if config.said(key) is not None:
+                config.set(f"serving.{field}", value(key), key)
+
+
 def is_flash(name: object) -> bool:
     """Whether an attention is FlashAttention of any version, or a kernel of the Hub that is."""
     return isinstance(name, str) and (name in FLASH or ("/" in name and "flash" in name))
@@ -76,11 +109,11 @@ def attention(config: Config, key: str = "attn_implementation") -> None:
     name = config.text(key)
     if name is None:
         return
-    kind = "flash_attention_2" if is_flash(name) else _ATTENTION.get(name)
+    kind = _ATTENTION.get(name, "flash_attention_2" if is_flash(name) else None)
     model = model_of(config)
     # transformers lets some families run flash attention only by other names than flash_attention_2, as gpt-oss does:
     # modeling_utils.py _compatible_flash_implementations.
-    is_other_flash = kind == "flash_attention_2" != name and model is not None and model.family.attention.no_flash_2
+    is_other_flash = is_flash(name) and name != FLASH[0] and model is not None and model.family.attention.no_flash_2
     if kind is None or is_other_flash:
         config.leave(key, f"{shown(name)}: sdpa is counted instead")
     else:
@@ -94,9 +127,8 @@ def checkpointing(config: Config) -> None:
     kind = "full"
     if isinstance(value, Mapping):  # transformers 5.24: {every_n_layers, offload}
         kind = "offload" if config.flag(f"{key}.offload") else "full"
-        if (config.whole(f"{key}.every_n_layers") or 1) > 1:
-            config.leave(f"{key}.every_n_layers", "every layer is counted as checkpointed")
         config.set("kernels.checkpointing", kind, key)
+        _every_n_layers(config, f"{key}.every_n_layers")
     else:
         config.set("kernels.checkpointing", "full" if config.flag(key) else "none", key)
     keywords = config.section(f"{key}_kwargs")
@@ -105,10 +137,21 @@ def checkpointing(config: Config) -> None:
             path = f"{key}_kwargs.{name}"
             if name == "use_reentrant":
                 config.set("kernels.reentrant", config.flag(path), path)
+            elif name == "every_n_layers":
+                _every_n_layers(config, path)
             elif name in ("offload", "selective") and config.flag(path):
                 config.set("kernels.checkpointing", name, path)
             elif setting and name not in ("offload", "selective"):
                 config.leave(path, "not counted")
+
+
+def _every_n_layers(config: Config, path: str) -> None:
+    """Which layers are checkpointed; offloaded, all of them."""
+    n = config.whole(path) or 1
+    if n > 1 and config.value("kernels.checkpointing") == "offload":
+        config.leave(path, "every layer is counted as checkpointed")
+    elif n > 1:
+        config.set("kernels.every_n_layers", n, path)
 
 
 def adapter(config: Config, is_adapter: bool, dora: bool, *keys: str) -> None:

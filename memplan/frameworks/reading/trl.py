@@ -14,7 +14,8 @@ from memplan.models.peft_methods import default_targets
 
 # Keys that only other trainers' configs have. A TRL file does not name its trainer: the command does.
 _OTHER_TRAINERS = {
-    "GRPO or RLOO": ("num_generations", "max_completion_length", "reward_funcs", "use_vllm", "reward_model_path"),
+    "GRPO or RLOO": ("num_generations", "max_completion_length", "reward_funcs", "use_vllm"),
+    "PPO": ("reward_model_path",),
     "DPO or KTO": (
         "max_prompt_length",
         "beta",
@@ -24,24 +25,31 @@ _OTHER_TRAINERS = {
     ),
     "reward modelling": ("center_rewards_coefficient",),
 }
-_READ = {"DPO or KTO": "dpo", "reward modelling": "reward"}
+_READ = {"GRPO or RLOO": "grpo", "DPO or KTO": "dpo", "reward modelling": "reward"}
 _SFT_LOSSES = ("nll", "chunked_nll")
 
 
 def _trainer(config: Config) -> None:
     subcommand = config.command.rpartition(" ")[2]
     typed = config.options.get("trainer")
+    named = typed or subcommand
+    if named in ("grpo", "rloo"):
+        trainer.generation(config, named, why=f"trl {named}")
+        return
     if typed is not None or subcommand in ("dpo", "kto", "reward"):
-        trainer.preference(config, typed or subcommand, why=f"trl {typed or subcommand}")
+        trainer.preference(config, named, why=f"trl {named}")
         return
     for title, keys in _OTHER_TRAINERS.items():
         for key in keys:
             if config.said(key) is None:
                 continue
             if title not in _READ:
-                raise config.error(key, f"{title} is not supported yet; supported: trl sft, dpo, kto, reward")
+                raise config.error(
+                    key, f"{title} is not supported yet; supported: trl sft, dpo, kto, reward, grpo, rloo"
+                )
             why = f"assumed: {title} has this key; --trainer names another"
-            trainer.preference(config, _READ[title], key, why=why)
+            read = trainer.generation if title == "GRPO or RLOO" else trainer.preference
+            read(config, _READ[title], key, why=why)
             return
     kind = config.get("loss_type")
     if kind is not None and kind not in _SFT_LOSSES:
@@ -61,6 +69,8 @@ def method(config: Config) -> None:
         config.set("method.quantization.double_quant", config.flag(key), key)
     elif bits == 8:
         config.set("method.quantization.format", "int8", "load_in_8bit")
+    elif config.text("stored_format") is not None:  # a script's own config
+        config.set("method.quantization.format", config.text("stored_format"), "stored_format")
     trainer.adapter(config, has_adapter, config.flag("use_dora"), "use_peft", "use_dora")
     if has_adapter:
         _targets(config)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import cache
 from importlib import import_module
 
+from memplan.core.errors import UnsupportedModelError
 from memplan.models.facts import Family, ModelFacts
 
 # Module -> the kind of its families, as an error message calls them, and their model_types. Only the needed module is
@@ -59,8 +60,14 @@ def family(model_type: str) -> Family:
 
 @cache
 def around(model_type: str, wrapped: str) -> Family:
-    """Return the row of a model with a vision tower around a decoder `wrapped`: both rows' facts."""
+    """Return the row of a model with a vision tower around a decoder `wrapped`: both rows' facts.
+
+    Raises UnsupportedModelError for a text model that is no decoder, or has a tower of its own.
+    """
     row, decoder = family(model_type), family(wrapped)
+    if decoder.images is not None or "causal_lm" not in decoder.objectives:
+        why = f"is not supported yet for {model_type}; supported: decoders, such as {row.wraps}"
+        raise UnsupportedModelError(f"config: text_config.model_type {wrapped} {why}", "text_config")
 
     def axes(m: ModelFacts) -> dict[str, int]:
         return {**(decoder.axes(m) if decoder.axes else {}), **(row.axes(m) if row.axes else {})}
@@ -69,7 +76,8 @@ def around(model_type: str, wrapped: str) -> Family:
         defaults={**row.defaults, **decoder.defaults},
         keys=decoder.keys._replace(decoder=row.keys.decoder),
         axes=axes,
-        wraps=wrapped,
+        built_as="",
+        wraps=decoder.built_as or wrapped,
         objectives=row.objectives,
         stack=row.stack,
         checkpoint=row.checkpoint,

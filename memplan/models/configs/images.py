@@ -205,7 +205,10 @@ def tower_of(m: ModelFacts) -> ImageFacts:
 def _picture(m: ModelFacts, height: int, width: int) -> Picture:
     picture = tower_of(m).picture
     assert picture is not None
-    return picture(m, height, width)
+    resized = picture(m, height, width)
+    if not resized.patches or not resized.tokens:
+        raise ConfigError(f"config: {_VISION}.image_size: an image has no patch of {_VISION}.patch_size", "image_size")
+    return resized
 
 
 def largest_picture(m: ModelFacts) -> Picture:
@@ -342,6 +345,7 @@ GEMMA3 = ImageFacts(
     },
     _gemma3,
     is_fixed=True,
+    has_eager=True,
     boundary_tokens=4,  # transformers processing_gemma3.py full_image_sequence
     is_rotated=False,
 )
@@ -407,6 +411,7 @@ CLIP = ImageFacts(
     },
     _llava,
     is_fixed=True,
+    has_eager=True,
     is_rotated=False,
 )
 INTERNVL = CLIP._replace(defaults={**CLIP.defaults, "image_size": 448}, picture=_internvl)
@@ -423,4 +428,5 @@ SMOLVLM = CLIP._replace(
         "image_size": 224,
     },
     picture=_smolvlm,
+    has_eager=False,
 )

@@ -99,7 +99,8 @@ def _with_indexers(m: ModelFacts) -> tuple[Layer, ...]:
 def _indexer_axes(m: ModelFacts) -> Mapping[str, int]:
     """Return the axes of `_routed` and of `memplan.catalogue.attention.sparse_indexer`."""
     heads, width = m.config_int("index_n_heads"), m.config_int("index_head_dim")
-    return {**_routed(m), "ih": heads, "id": width, "idp": max(0, width - m.head_dim)}
+    narrow = m.config_int("q_lora_rank")  # which the indexer reads, too
+    return {**_routed(m), "ql": narrow, "ih": heads, "id": width, "idp": max(0, width - m.head_dim)}
 
 
 def _routed_with_tower(m: ModelFacts) -> Mapping[str, int]:

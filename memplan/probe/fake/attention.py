@@ -23,7 +23,9 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 def choose(query: Any, key: Any, value: Any, mask: Any, grouped: bool, capability: tuple[int, int]) -> str:
-    """Return flash, efficient or math.
+    """Return flash, cudnn, efficient or math.
+
+    cuDNN's is chosen only where it and math alone are enabled, as a card's own preference is not read.
 
     Flash needs a 16-bit dtype, no mask, heads up to 256 wide and compute capability 8; the memory-efficient kernel
     needs head widths that are a multiple of 16 bytes. Neither broadcasts one key head to many query heads
@@ -32,6 +34,8 @@ def choose(query: Any, key: Any, value: Any, mask: Any, grouped: bool, capabilit
     if not grouped and not query.shape[:2] == key.shape[:2] == value.shape[:2]:
         return "math"
     half = query.dtype in _HALF
+    if not _cuda.flash_sdp_enabled() and _cuda.cudnn_sdp_enabled() and half and mask is None:
+        return "cudnn"
     same = query.shape[-1] == value.shape[-1] <= 256
     if _cuda.flash_sdp_enabled() and half and mask is None and same and capability >= (8, 0):
         return "flash"
@@ -59,6 +63,10 @@ def sdpa(capability: tuple[int, int]) -> Callable[..., torch.Tensor]:
             kernel = choose(query, key, value, mask, enable_gqa, capability)
             if kernel == "flash":
                 return _flash(query, key, value, dropout_p, is_causal, scale)
+            if kernel == "cudnn":
+                needs = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value))
+                arguments = (None, needs, dropout_p, is_causal, False)
+                return _aten._scaled_dot_product_cudnn_attention(query, key, value, *arguments, scale=scale)[0]
             if kernel == "efficient":
                 return _efficient(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
             return _math(query, key, value, mask, dropout_p, is_causal, scale, enable_gqa)
@@ -187,6 +195,67 @@ def flash_attn_varlen_func(  # noqa: PLR0913, PLR0917 (torch's own signature)
 ) -> Any:
     """flash-attn's function for packed sequences: q, k, v [tokens, heads, width]."""
     return flash_attn_func(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)).squeeze(0)
+
+
+def flash_attn_3_func(
+    q: Any,
+    k: Any,
+    v: Any,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+) -> Any:
+    """FlashAttention 3's function, on heads whose width is a multiple of 8."""
+    return _FlashAttention3.apply(q, k, v)  # pyright: ignore[reportUnknownVariableType, reportUnknownMemberType]
+
+
+def flash_attn_3_varlen_func(  # noqa: PLR0913, PLR0917 (the package's own signature)
+    q: Any,
+    k: Any,
+    v: Any,
+    cu_seqlens_q: Any = None,
+    cu_seqlens_k: Any = None,
+    max_seqlen_q: int = 0,
+    max_seqlen_k: int = 0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+) -> Any:
+    """FlashAttention 3's function for packed sequences."""
+    return flash_attn_3_func(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)).squeeze(0)
+
+
+class _FlashAttention3(torch.autograd.Function):
+    """Allocates and saves what FlashAttention 3 does on a GPU of compute capability 9, with a causal mask.
+
+    Source: flash-attention 0e79d71 hopper/flash_attn_interface.py setup_context, flash_api.cpp mha_bwd.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+        batch, rows, heads, _ = q.shape
+        out = torch.empty_like(q)
+        sums = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
+        ctx.save_for_backward(q, k, v, out, sums)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v = ctx.saved_tensors[:3]
+        batch, rows, heads, width = q.shape
+        gradients = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        wide = next((w for w in (64, 96, 128, 192) if width <= w), 256)
+        step = 128 if wide <= 64 else 64
+        rounded, keys = -(-rows // step) * step, -(-k.shape[1] // 128) * 128
+        shapes = [(batch, heads, rounded), (batch, heads, rounded), (batch, heads, rounded * wide)]
+        shapes += [(batch, k.shape[2], keys * wide)] * (2 * (k.shape[2] != heads))
+        scratch = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
+        del scratch
+        return gradients
 
 
 class _FlashAttention(torch.autograd.Function):

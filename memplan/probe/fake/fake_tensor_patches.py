@@ -149,9 +149,16 @@ def _transformers() -> None:
     for version in versions.values():
         version["general_availability_check"] = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
     for module in (flash, models):
-        module.is_flash_attn_2_available = lambda *_, **__: True  # pyright: ignore[reportUnknownLambdaType]
+        for n in (2, 3):
+            setattr(module, f"is_flash_attn_{n}_available", lambda *_, **__: True)  # pyright: ignore[reportUnknownLambdaType, reportUnknownArgumentType]
     flash._get_unpad_data = _all_tokens
     package, padding = ModuleType("flash_attn"), ModuleType("flash_attn.bert_padding")
+    third = ModuleType("flash_attn_interface")
+    vars(third).update(
+        flash_attn_func=attention.flash_attn_3_func,
+        flash_attn_varlen_func=attention.flash_attn_3_varlen_func,
+        flash_attn_with_kvcache=None,
+    )
     vars(package).update(
         flash_attn_func=attention.flash_attn_func,
         flash_attn_varlen_func=attention.flash_attn_varlen_func,
@@ -162,11 +169,13 @@ def _transformers() -> None:
 
     def _lazy_imports(*args: Any, **kwargs: Any) -> Any:
         """Import transformers' flash-attn functions, with the package present only meanwhile."""
-        sys.modules.update({"flash_attn": package, "flash_attn.bert_padding": padding})
+        modules = {"flash_attn": package, "flash_attn.bert_padding": padding, "flash_attn_interface": third}
+        sys.modules.update(modules)
         try:
             return imports(*args, **kwargs)
         finally:
-            del sys.modules["flash_attn"], sys.modules["flash_attn.bert_padding"]
+            for name in modules:
+                del sys.modules[name]
 
     flash._lazy_imports = _lazy_imports
 

@@ -64,6 +64,15 @@ def scratch_of(card: KernelCard) -> dict[Any, Scratch]:
     return scratch
 
 
+# How many positions a mask of a shape selects, if not all.
+selections: dict[tuple[int, ...], int] = {}
+
+
+def _selected(mask: Any) -> int:
+    count: int = mask.numel()
+    return selections.get(tuple(mask.shape), count)
+
+
 def data_free_kernels() -> dict[Any, Callable[..., Any]]:
     """Return replacements for operations whose outputs depend on the data.
 
@@ -124,16 +133,16 @@ def _select_masked(gradient: Any, mask: Any, sizes: Any) -> Any:
 
 
 def _rows_of_mask(values: Any, indices: list[Any]) -> Any:
-    """Return all rows of `values` if they are selected by a mask, with the int64 indices of its positions meanwhile.
+    """Return the rows of `values` that a mask selects, with the int64 indices of its positions meanwhile.
 
     Source: torch 2.13 aten/src/ATen/native/TensorAdvancedIndexing.cpp, IndexingUtils.h expandTensors.
     """
     *before, mask = indices
     if mask is None or mask.dtype != torch.bool or any(index is not None for index in before):
         return NotImplemented
-    positions = torch.empty(mask.numel(), mask.dim(), dtype=torch.int64, device=values.device)
+    positions = torch.empty(_selected(mask), mask.dim(), dtype=torch.int64, device=values.device)
     rest = values.shape[len(before) + mask.dim() :]
-    rows = torch.empty(*values.shape[: len(before)], mask.numel(), *rest, dtype=values.dtype, device=values.device)
+    rows = torch.empty(*values.shape[: len(before)], _selected(mask), *rest, dtype=values.dtype, device=values.device)
     del positions
     return rows
 
@@ -234,10 +243,10 @@ def _index_put(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tuple[str, 
     mask = args[1][0]
     if mask is None or mask.dtype != torch.bool:
         return
-    yield "positions of a mask", 8 * mask.numel() * mask.dim()
+    yield "positions of a mask", 8 * _selected(mask) * mask.dim()
     if len(args) > 3 and args[3]:
         for what in ("rows", "sorted rows", "order", "original order"):
-            yield f"index_put {what}", 8 * mask.numel()
+            yield f"index_put {what}", 8 * _selected(mask)
 
 
 def _layer_norm(args: Any, kwargs: Any, card: KernelCard) -> Iterator[tuple[str, int]]:

@@ -35,7 +35,7 @@ _NEVER_CACHED = frozenset(
 _SHARED = -2
 
 # Tensor subclasses around inner tensors: they dispatch again with those.
-_WRAPPERS = frozenset(("DTensor", "AsyncCollectiveTensor", "PackedTensor", "WeightQBitsTensor"))
+_WRAPPERS = frozenset(("DTensor", "AsyncCollectiveTensor", "PackedTensor", "WeightQBitsTensor", "Int8Tensor"))
 
 # FunctionsManual.cpp writes in place into a new gradient, but not for tensor subclasses such as fake tensors.
 _IN_PLACE = {

@@ -93,6 +93,7 @@ def _answer(
     import torch
 
     from memplan.catalogue.hardware.gpus import find_gpu
+    from memplan.catalogue.kernels.wiring import GENERATING
     from memplan.probe.fake import fake_tensor_patches as patches
     from memplan.probe.fake import recording
     from memplan.probe.fake.kernels import card_of
@@ -115,9 +116,10 @@ def _answer(
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     card = card_of(gpu.compute_capability if gpu is not None else None)
     patches.apply(card, run.loop.padded)
-    if (card, data) not in _memories:
-        _memories[card, data] = new_operation_cache(card, fake=not data)
-    tracker = Tracker(device, _memories[card, data], run.parallelism.stage)
+    key = (card, data, run.trainer in GENERATING and repr(run.batch))  # whose masks do not select all
+    if key not in _memories:
+        _memories[key] = new_operation_cache(card, fake=not data)
+    tracker = Tracker(device, _memories[key], run.parallelism.stage)
     tracker.calibrate()
     labels = recording.StorageLabels(tracker)
     scripts: list[Any] = []

@@ -87,6 +87,14 @@ class Cuda(Protocol):
         """Return whether the error means that the card is out of memory."""
         ...
 
+    def record_history(self) -> None:
+        """Record every allocation from here on, with its stack."""
+        ...
+
+    def write_snapshot(self, path: str) -> None:
+        """Write what was recorded to a file. Raises OSError."""
+        ...
+
 
 class Stepping(Protocol):
     """A model with its optimizer, on the device."""
@@ -99,8 +107,10 @@ Build = Callable[[RunSpec, Phase], Stepping]
 Emit = Callable[[dict[str, Any]], None]
 
 
-def watch(run: RunSpec, steps: int, cuda: Cuda, build: Build, emit: Emit) -> None:
+def watch(run: RunSpec, steps: int, cuda: Cuda, build: Build, emit: Emit, snapshot: str = "") -> None:
     """Build the run's model, take `steps` training steps, and emit events around every phase.
+
+    `snapshot` is a file that gets the history of all allocations, also of a run that runs out of memory.
 
     Never raises an Exception: errors are reported as the last event.
     """
@@ -129,10 +139,16 @@ def watch(run: RunSpec, steps: int, cuda: Cuda, build: Build, emit: Emit) -> Non
         emit({"event": "card", **cuda.card()._asdict()})
         cuda.create_context()
         read("context", None)
-        script = build(run, phase)
-        for step in range(1, steps + 1):
-            place.update(step=step)
-            script.step()
+        if snapshot:
+            cuda.record_history()
+        try:
+            script = build(run, phase)
+            for step in range(1, steps + 1):
+                place.update(step=step)
+                script.step()
+        finally:
+            if snapshot:
+                cuda.write_snapshot(snapshot)
         emit({"event": "done", "shown": cuda.shown()})
     except MemplanError as error:
         emit({"event": "refused", **place, "message": str(error), "field": error.field})
@@ -200,6 +216,14 @@ class TorchCuda:
         message = str(error)
         return isinstance(error, RuntimeError) and any(words in message for words in OUT_OF_MEMORY)
 
+    def record_history(self) -> None:
+        self._torch.cuda.memory._record_memory_history(max_entries=MOST_EVENTS, stacks="python")
+
+    def write_snapshot(self, path: str) -> None:
+        self._torch.cuda.memory._dump_snapshot(path)
+
+
+MOST_EVENTS = 2_000_000  # that a snapshot keeps: some hundred steps of a dense model
 
 # Out-of-memory errors of CUDA, cuBLAS and bitsandbytes, which bypass torch's allocator.
 OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "Error out of memory at line")
@@ -244,4 +268,4 @@ def main() -> None:
             raise refused("parallelism", "one GPU is measured; --trace follows one rank of several")
         return build_script(run, "cuda", phase)
 
-    watch(RunSpec.model_validate(request["run"]), request["steps"], cuda, build, emit)
+    watch(RunSpec.model_validate(request["run"]), request["steps"], cuda, build, emit, request.get("snapshot", ""))

@@ -197,11 +197,16 @@ def measure(
     timeout: float = TIMEOUT,
     start: Start = start,
     ask: Ask = nvidia_smi,
+    snapshot: str = "",
 ) -> MeasuredRun:
-    """Measure `steps` training steps of the run in a new process. Failures are outcomes; nothing is raised."""
+    """Measure `steps` training steps of the run in a new process. Failures are outcomes; nothing is raised.
+
+    `snapshot` is a file that the process writes its allocations to.
+    """
     before = in_use(machine.card.uuid, ask)
     started = monotonic()
-    ended = start({"run": run.model_dump(mode="json"), "steps": steps}, timeout)
+    request = {"run": run.model_dump(mode="json"), "steps": steps, **({"snapshot": snapshot} if snapshot else {})}
+    ended = start(request, timeout)
     seconds = monotonic() - started
     readings = tuple(_readings(ended.events))
     phase, step = _last_place(ended.events)

@@ -153,11 +153,9 @@ def lines_of(path: Path, field: str, cut: bool = False) -> list[tuple[int, Mappi
 
 def run_of(fields: object, where: str, field: str) -> RunSpec:
     """Return a run from its fields. Raises SpecError with `where` and what is wrong."""
-    from pydantic import ValidationError
-
     from memplan.spec.failures import line_of
 
     try:
         return RunSpec.model_validate(fields)
-    except (ValidationError, MemplanError) as error:
+    except MemplanError as error:
         raise SpecError(f"{where}: {line_of(error)}", field) from None

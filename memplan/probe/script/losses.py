@@ -13,6 +13,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch._subclasses.fake_tensor import FakeTensor
 
 from memplan.core.records import NamedTuple
+from memplan.probe.libraries import library
 from memplan.probe.script.model import base_of
 from memplan.probe.script.trl_losses import chunked_nll, tiled_lm_head
 
@@ -28,8 +29,12 @@ class LossOutput(NamedTuple):
     outputs: Any
 
 
-def compute(kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, **options: Any) -> LossOutput:
+def compute(
+    kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, in_fp32: bool = False, **options: Any
+) -> LossOutput:
     """Return the loss `kind`, a name from `kernels.loss`, of the model on `inputs`.
+
+    in_fp32  accelerate casts the outputs to fp32, which only a loss outside of the model sees
 
     Without `labels` the loss is the mean of the pooled output, or of the last hidden state of a model without one.
     """
@@ -40,6 +45,8 @@ def compute(kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, **opt
     if kind == "hf":
         outputs = model(**inputs, labels=labels, **options)
         return LossOutput(outputs.loss, outputs)
+    if kind == "label_smoothing":
+        return _label_smoothing(model, inputs, labels, in_fp32, options)
     ids = inputs["input_ids"]
     base = base_of(model)
     body = getattr(base, base.base_model_prefix)
@@ -64,6 +71,20 @@ def compute(kind: str, model: Any, inputs: Mapping[str, Any], labels: Any, **opt
             )
         case other:
             raise AssertionError(other)
+
+
+def _label_smoothing(
+    model: Any, inputs: Mapping[str, Any], labels: Any, in_fp32: bool, options: Mapping[str, Any]
+) -> LossOutput:
+    """Return the Trainer's smoothed loss of the model's outputs."""
+    causal = library("transformers.models.auto.modeling_auto").MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+    if base_of(model).config.is_encoder_decoder:
+        options = {**options, "decoder_input_ids": base_of(model).prepare_decoder_input_ids_from_labels(labels)}
+    outputs = model(**inputs, **options)
+    if in_fp32:
+        outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
+    smoother = library("transformers.trainer_pt_utils").LabelSmoother(epsilon=0.1)
+    return LossOutput(smoother(outputs, labels, shift_labels=type(base_of(model)).__name__ in causal), outputs)
 
 
 def _logits(body: Any, head: Any, ids: Any, options: dict[str, Any], split: Callable[[Any], Any]) -> list[Any]:

@@ -64,7 +64,8 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
     elif kind == "freeze":
         _freeze(model, run.method.trainable_layers)
     if trains and run.kernels.checkpointing != "none":
-        _checkpoint(model, bool(run.kernels.reentrant), run.kernels.checkpointing == "offload")
+        offloads, every = run.kernels.checkpointing == "offload", run.kernels.every_n_layers
+        _checkpoint(model, bool(run.kernels.reentrant), offloads, every)
     model.train(trains)
     return model
 
@@ -82,7 +83,7 @@ def empty_model(run: RunSpec) -> Any:
         build = partial(getattr(transformers, auto).from_config, trust_remote_code=False)
     model_fields = {key: _plain(value) for key, value in fields.items() if key not in (*_NOT_THE_MODEL, *_NEITHER)}
     options: dict[str, Any] = {"dtype": DTYPES[run.precision.weights]}
-    if run.kernels.attention in ("eager", "flash_attention_2"):
+    if run.kernels.attention in ("eager", "flash_attention_2", "flash_attention_3"):
         options["attn_implementation"] = run.kernels.attention  # else sdpa, or eager if the class supports nothing else
     config: Any
     try:
@@ -409,14 +410,16 @@ def facts_of(model: Any) -> Family:
     return families().get(base_of(model).config.model_type, Family({}))
 
 
-def _checkpoint(model: Any, reentrant: bool, offload: bool) -> None:
-    """Enable transformers' gradient checkpointing of every layer; `offload` keeps the layers' inputs on the host."""
+def _checkpoint(model: Any, reentrant: bool, offload: bool, every: int) -> None:
+    """Enable transformers' checkpointing of the first of `every` layers; `offload` keeps their inputs on the host."""
     base = base_of(model)
     if hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable({"use_reentrant": reentrant}, **({"offload": True} if offload else {}))
+        more = {**({"offload": True} if offload else {}), **({"every_n_layers": every} if every > 1 else {})}
+        base.activation_checkpointing_enable({"use_reentrant": reentrant}, **more)
         return
-    if offload:
-        raise ProbeError("kernels.checkpointing: offload needs transformers 5.24 or later", "kernels.checkpointing")
+    if offload or every > 1:
+        field = f"kernels.{'checkpointing' if offload else 'every_n_layers'}"
+        raise ProbeError(f"{field}: {'offload' if offload else every} needs transformers 5.24 or later", field)
     base.gradient_checkpointing_enable({"use_reentrant": reentrant})  # transformers before 5
     if base is not model:
         base.enable_input_require_grads()

@@ -24,7 +24,10 @@ def parameters(base: Any) -> tuple[int, int | None]:
         if "default" in name.split("."):  # peft's name of the adapter, also of the copies that modules_to_save trains
             continue
         state = getattr(parameter, "quant_state", None)
-        count = math.prod(state.shape) if state is not None else parameter.numel()
+        shape: Any = state.shape if state is not None else parameter.shape
+        if name.endswith(".W_q"):  # of a layer of hqq
+            shape = base.get_submodule(name.removesuffix(".W_q")).meta["shape"]
+        count = math.prod(shape)
         total += count
         in_experts += count if "experts" in name.split(".") else 0
     if not in_experts:

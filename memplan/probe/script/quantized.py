@@ -1,4 +1,4 @@
-"""Replace linear layers by bitsandbytes' quantised layers, as transformers does, with real or fake weights.
+"""Replace linear layers by quantised layers of bitsandbytes, hqq or torchao, with real or fake weights.
 
 bitsandbytes' parameter classes cannot hold a fake tensor, so a plain parameter with the same attributes stands in.
 """
@@ -34,7 +34,7 @@ def quantisable_names(model: Any, quantization: Quantization, saved: tuple[str, 
             yield name
     for kind in ("4bit", "8bit"):
         setattr(model, f"is_loaded_in_{kind}", (kind == "8bit") == (quantization.format == "int8"))
-    model.is_quantized = True
+    model.is_quantized, model.quantization_method = True, quantization.format.partition("-")[0]  # which peft reads
 
 
 def quantise(module: Any, quantization: Quantization, compute: torch.dtype, device: torch.device) -> Any:
@@ -49,8 +49,7 @@ def quantise(module: Any, quantization: Quantization, compute: torch.dtype, devi
     bias: Any = getattr(module, "bias", None)
     if bias is not None:
         bias = nn.Parameter(torch.zeros(bias.shape, dtype=bias.dtype, device=device), requires_grad=False)
-    make = _int8 if quantization.format == "int8" else _four_bits
-    layer = make(weight, quantization, compute)
+    layer = _MAKERS.get(quantization.format, _four_bits)(weight, quantization, compute)
     layer.bias = bias
     layer.source_cls = type(module)
     return layer
@@ -109,6 +108,33 @@ def _int8(weight: torch.Tensor, quantization: Quantization, compute: torch.dtype
     parameter.CB, parameter.SCB, parameter.has_fp16_weights = codes, scales, False
     layer.weight = parameter
     return layer
+
+
+def _hqq(weight: torch.Tensor, quantization: Quantization, compute: torch.dtype) -> Any:
+    """Return an HQQ layer without the search for its scales, which reads numbers."""
+    layer = _bare_layer(library("hqq.core.quantize").HQQLinear, weight)
+    layer.set_backend(layer.backend)
+    rows, block = weight.numel() // quantization.block_size, quantization.block_size
+    codes, scales = torch.empty((rows // 2, block), dtype=torch.uint8, device=weight.device), (rows, 1)
+    layer.W_q = nn.Parameter(codes, requires_grad=False)
+    meta: dict[str, Any] = dict.fromkeys(("quant_scale", "quant_zero", "view_as_float"), False)
+    meta |= {"nbits": 4, "group_size": block, "axis": 1, "packing": "4bit_u8", "shape": weight.shape}
+    meta |= {name: torch.zeros(scales, dtype=compute, device=weight.device) for name in ("scale", "zero")}
+    layer.meta = {**meta, "compute_dtype": compute}
+    layer.compute_dtype, layer.device, layer.ready = compute, weight.device, True
+    return layer
+
+
+def _torchao(weight: torch.Tensor, quantization: Quantization, compute: torch.dtype) -> Any:
+    """Return a linear layer whose weight torchao stores in 8 bits, with a scale a row."""
+    torchao = library("torchao.quantization")
+    layer = _bare_layer(nn.Linear, weight)
+    layer.weight, layer.bias = nn.Parameter(weight, requires_grad=False), None
+    torchao.quantize_(layer, torchao.Int8WeightOnlyConfig())
+    return layer
+
+
+_MAKERS = {"int8": _int8, "hqq-int4": _hqq, "torchao-int8": _torchao}
 
 
 def _bare_layer(kind: Any, weight: torch.Tensor) -> Any:

@@ -52,9 +52,9 @@ def build(run: RunSpec, device: torch.device | str, phase: Phase = no_phase) -> 
     run = checked_run(run)
     if run.trainer == "sft":
         return Script(run, torch.device(device), phase)
-    from memplan.probe.script.trl_trainers import TrainerScript
+    from memplan.probe.script.trl_generation import script_of
 
-    return TrainerScript(run, device, phase)
+    return script_of(run)(run, device, phase)
 
 
 def _context_parallel_attention(run: RunSpec) -> AbstractContextManager[None]:
@@ -172,10 +172,11 @@ class Script:
     def _computed(self, inputs: dict[str, Any], labels: Any, options: dict[str, Any]) -> tuple[Any, Any]:
         """Return the loss and the model's outputs, computed under autocast if the run uses it."""
         run, precision = self.run, self.run.precision
-        with self._cast(), self._saving():
-            loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, **options)
         alone = run.parallelism.dp == 1  # otherwise the wrapped model casts its outputs
-        if run.loop.trainer and precision.autocast and outputs is not None and alone:  # as accelerate wraps its forward
+        in_fp32 = run.loop.trainer and precision.autocast and alone  # as accelerate wraps the model's forward
+        with self._cast(), self._saving():
+            loss, outputs = compute(str(run.kernels.loss), self.model, inputs, labels, in_fp32, **options)
+        if in_fp32 and outputs is not None:
             outputs = library("accelerate.utils.operations").convert_to_fp32(outputs)
         return loss, outputs
 
@@ -380,6 +381,8 @@ class Script:
         match self.run.kernels.attention:
             case "sdpa_math":
                 return attention.sdpa_kernel([backend.MATH])
+            case "sdpa_cudnn":
+                return attention.sdpa_kernel([backend.CUDNN_ATTENTION, backend.MATH])
             case "sdpa_efficient":
                 return attention.sdpa_kernel([backend.EFFICIENT_ATTENTION, backend.MATH])
             case _:

@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from types import ModuleType, SimpleNamespace
+from types import MappingProxyType, ModuleType, SimpleNamespace
 from typing import Any
 
-from memplan.catalogue.kernels.wiring import PAIRED
+from memplan.catalogue.kernels.wiring import GENERATING, PAIRED
 from memplan.core.errors import MemplanError
 from memplan.core.records import NamedTuple
 from memplan.models.cards import find_config
@@ -50,6 +50,8 @@ TRAINERS = {
     "orpo": TrlTrainer("ORPO", ("trl.experimental.orpo.orpo_trainer", "trl.trainer.orpo_trainer")),
     "cpo": TrlTrainer("CPO", _CPO),
     "simpo": TrlTrainer("CPO", _CPO, (("loss_type", "simpo"), ("cpo_alpha", 0.0))),
+    "grpo": TrlTrainer("GRPO", ("trl.trainer.grpo_trainer",)),
+    "rloo": TrlTrainer("RLOO", ("trl.trainer.rloo_trainer",)),
 }
 
 
@@ -69,7 +71,7 @@ def trainer_module(run: RunSpec) -> Any:
     return library(last)
 
 
-def _always(value: Any) -> Any:
+def always(value: Any) -> Any:
     """Return a function that returns the value."""
 
     def answer(*_: Any, **__: Any) -> Any:
@@ -105,7 +107,7 @@ def _without_triton() -> Generator[None]:
     language.constexpr = Any  # pyright: ignore[reportAttributeAccessIssue]
     triton = ModuleType("triton")
     triton.language, triton.jit = language, unchanged  # pyright: ignore[reportAttributeAccessIssue]
-    triton.autotune = triton.heuristics = _always(unchanged)  # pyright: ignore[reportAttributeAccessIssue]
+    triton.autotune = triton.heuristics = always(unchanged)  # pyright: ignore[reportAttributeAccessIssue]
     sys.modules.update({"triton": triton, "triton.language": language})
     try:
         yield
@@ -120,6 +122,7 @@ def prepared(run: RunSpec) -> Generator[None]:
     import torch
 
     from memplan.probe.fake import tracker
+    from memplan.probe.fake.kernels import selections
 
     def half_of(labels: Any, **_: Any) -> Any:
         """Return the indices of one half of the examples: KTO asks which are desirable."""
@@ -128,13 +131,13 @@ def prepared(run: RunSpec) -> Generator[None]:
     owners: dict[Any, dict[str, Any]] = {
         torch: {"nonzero": half_of},
         torch.cuda: {
-            "device_count": _always(1),
-            "set_device": _always(None),
-            "get_device_name": _always("A100"),
+            "device_count": always(1),
+            "set_device": always(None),
+            "get_device_name": always("A100"),
         },
-        library("transformers.masking_utils"): {"fast_all": _always(True)},
+        library("transformers.masking_utils"): {"fast_all": always(True)},
         library("transformers.training_args"): dict.fromkeys(
-            ("is_torch_bf16_gpu_available", "is_torch_tf32_available"), _always(True)
+            ("is_torch_bf16_gpu_available", "is_torch_tf32_available"), always(True)
         ),
     }
     before = {owner: {name: getattr(owner, name) for name in patches} for owner, patches in owners.items()}
@@ -146,6 +149,7 @@ def prepared(run: RunSpec) -> Generator[None]:
         yield
     finally:
         tracker.scalar_answers.pop()
+        selections.clear()
         for owner, patches in before.items():
             _set(owner, patches)
 
@@ -199,7 +203,7 @@ class TrainerScript:
 
         class Kernel:
             def __getitem__(self, grid: Any) -> Any:
-                return _always(None)
+                return always(None)
 
         for name in ("chunked_logprob", "logprob_entropy"):  # since TRL 1.15, and in 1.14
             try:
@@ -215,7 +219,10 @@ class TrainerScript:
 
     @staticmethod
     def answer(run: RunSpec, value: Any) -> bool | int:
-        """Return the value of a tensor, which TRL up to 1.14 reads: the number of labels, and whether none counts."""
+        """Return the value of a tensor: the number of labels, which TRL up to 1.14 reads, and whether none counts; for
+        trainers that generate zero, the first token of the vocabulary."""
+        if run.trainer in GENERATING:
+            return False if str(value.dtype) == "torch.bool" else 0
         rows = -(-run.batch.micro * (run.batch.sequence - 1) // 256) * 256
         return rows if str(value.dtype) == "torch.int64" else False
 
@@ -241,17 +248,15 @@ class TrainerScript:
             if run.trainer != "sft" and hasattr(kind, name):
                 setattr(kind, name, _as_given)
         half = lower_of(run.precision) if run.precision.autocast else None
-        precomputes = {"precompute_ref_log_probs": True} if run.reference == "precomputed" else {}
         arguments = self._arguments(
             run,
             module.__name__,
             f"{trainer.name}Config",
-            max_length=run.batch.sequence,
             gradient_checkpointing=run.kernels.checkpointing == "full",
             bf16=half is torch.bfloat16,
             fp16=half is torch.float16,
             **dict(trainer.options),
-            **precomputes,
+            **self.options(run),
         )
         return kind(
             model=model,
@@ -259,20 +264,32 @@ class TrainerScript:
             train_dataset=self._dataset(),
             processing_class=self._tokenizer(),
             peft_config=adapters,
+            **self.rewards,
         )
+
+    rewards: Mapping[str, Any] = MappingProxyType({})  # arguments of trainers that generate
+
+    def options(self, run: RunSpec) -> dict[str, Any]:
+        """Return the options of the trainer's config that the run decides."""
+        precomputes = {"precompute_ref_log_probs": True} if run.reference == "precomputed" else {}
+        return {"max_length": run.batch.sequence, **precomputes}
 
     def _copy_reference(self, module: Any, run: RunSpec) -> None:
         """Let the trainer build its copy of the model instead of loading it, and not hash the weights."""
+        for name, instead in (("create_model_from_path", self._copied(run)), ("hash_module", always(""))):
+            if hasattr(module, name):
+                setattr(module, name, instead)
+
+    def _copied(self, run: RunSpec) -> Any:
+        """Return a function that builds another model like the run's."""
         from memplan.probe.script import model as building
 
-        def loaded(*_: Any, **__: Any) -> Any:
+        def built(*_: Any, **__: Any) -> Any:
             model = building.empty_model(run)
             building.materialise(model, run, lambda _: self.device)
             return model
 
-        for name, instead in (("create_model_from_path", loaded), ("hash_module", _always(""))):
-            if hasattr(module, name):
-                setattr(module, name, instead)
+        return built
 
     def _checkpoint(self, model: Any, arguments: Any) -> None:
         """Checkpoint the layers if the arguments say so, as Trainer.train does."""

@@ -21,6 +21,7 @@ from memplan.core.arithmetic import ONE_RUN
 from memplan.core.collection import without_collection
 from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
+from memplan.core.once import once
 from memplan.core.records import NamedTuple
 from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment
@@ -251,9 +252,8 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
         recipe = recipe._replace(copies=False)
     lingers = past == prompt and not (pass_.last_only or crosses)
     unpacks = bool(min_rows) and rows >= min_rows
-    token = pass_._replace(
-        phase="decode", longer=longer, holds_prompt_logits=lingers, first=past == prompt, unpacks=unpacks
-    )
+    is_first = past == prompt and _caches_without_copy(graph)
+    token = pass_._replace(phase="decode", longer=longer, holds_prompt_logits=lingers, first=is_first, unpacks=unpacks)
     token = token._replace(batches=pass_.batches_later_passes)
     if crosses:
         token = token._replace(reads_capacity=pass_.reads_capacity or (static and prompt == 1))
@@ -272,6 +272,18 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
     return InferenceStep(
         decoding, rows, 1, past, kept, seen, _room(decided), *_source(graph, decided), quantized=quantized
     )
+
+
+@lru_cache(maxsize=512)
+def _caches_without_copy(graph: Graph) -> bool:
+    """Return whether a layer may cache the prompt as it is, so that the pass after it finds more than it reads.
+
+    Of other models all decoding passes run the same operations.
+    """
+    if graph.inference is not None and graph.inference.cache.startswith("offloaded"):  # which holds nothing on the GPU
+        return True
+    blocks = (block for run in operations_of(graph)[0].runs for block in run.blocks)
+    return any(op.view and op.holds == "cache" for block in blocks for op in block.ops)
 
 
 def _tokens_behind_view(decided: ResolvedRun, window: int) -> int:
@@ -398,7 +410,7 @@ class SizedPass(NamedTuple):
     def counts(self) -> Iterator[dict[int, int]]:
         """Yield how many storages of each size in bytes are alive at every moment."""
         low = self.low()
-        return counts_at_each(low.moments, low.runs, self.axes, self.bytes_of_sizes())
+        return counts_at_each(low.moments.unnamed, low.runs, self.axes, self.bytes_of_sizes())
 
     def bytes_left(self) -> int:
         """Return the bytes that the pass leaves."""
@@ -408,14 +420,14 @@ class SizedPass(NamedTuple):
     def moments(self) -> Iterator[tuple[str, int]]:
         """Yield where each moment of the pass is, and the bytes alive at it."""
         low = self.low()
-        live = bytes_at_each(low.moments, low.runs, self.axes, self.bytes_of_sizes())
+        live = bytes_at_each(low.moments.unnamed, low.runs, self.axes, self.bytes_of_sizes())
         yield from ((moment.where, bytes_) for moment, bytes_ in zip(low.moments, live, strict=True))
 
     def kinds(self, moments: Iterable[Moment] | None = None) -> Iterator[Counter[str]]:
         """Yield the bytes of each kind alive at every moment of the pass, or at those of `moments`."""
         low = self.low(labelled=True)
         sizes = [size(key[0], key[1], self.axes)[1] for key in low.sizes]
-        every = low.moments if moments is None else moments
+        every = low.moments.unnamed if moments is None else moments
         return kinds_at_each(every, low.runs, self.axes, sizes, low.kinds)
 
 
@@ -450,6 +462,7 @@ def fixed_axes(graph: Graph) -> dict[str, int]:
 
 
 @lru_cache(maxsize=512)
+@once
 @without_collection
 def contenders(graph: Graph, division: Division | None = None) -> Contenders:
     """Return the moments of a pass that can be its peak. Takes milliseconds, then is cached."""
@@ -457,7 +470,7 @@ def contenders(graph: Graph, division: Division | None = None) -> Contenders:
     sizes = [size(key[0], key[1], fixed) for key in low.sizes]
     variables = tuple(sorted({variable for variable, _ in sizes}))
     along = chain([v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)] or [ONE])  # other axes may be 0
-    coefficients = rows(low.moments, low.runs, fixed, sizes, variables)
+    coefficients = rows(low.moments.unnamed, low.runs, fixed, sizes, variables)
     terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
     return Contenders(variables, tuple(map(Variable, along)), terms, needs.difference(fixed))

@@ -11,6 +11,7 @@ from memplan.catalogue.attention import compressed_tokens
 from memplan.catalogue.inference import quantized_caches
 from memplan.core.collection import without_collection
 from memplan.core.ir import Division
+from memplan.core.once import once
 from memplan.core.records import NamedTuple
 from memplan.engine.allocator import Allocator, Block, OutOfMemoryError
 from memplan.engine.events import FREED, Event
@@ -40,6 +41,7 @@ class InferenceReplay(NamedTuple):
 
 @lru_cache(maxsize=1024)
 @exact
+@once
 @without_collection
 def reserved(replay: InferenceReplay, capacity: int | None = None) -> int | None:
     """Return the peak bytes that torch reserves, or None if they exceed `capacity`."""

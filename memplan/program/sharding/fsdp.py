@@ -96,10 +96,10 @@ class FullySharded(Sharding):
         embeddings."""
         out: list[Parameter] = []
         for _, group in groupby(self.pieces, key=lambda piece: piece.unit):
-            out += with_copies((parameter, p.copies) for p in group if p.trains for parameter in self._parameters(p))
+            out += with_copies((parameter, p.copies) for p in group if p.trains for parameter in self._parameters_of(p))
         return out
 
-    def _parameters(self, piece: Piece) -> Iterator[Parameter]:
+    def _parameters_of(self, piece: Piece) -> Iterator[Parameter]:
         slices = [(name, (count,), embedding) for name, count, embedding in piece.slices]
         if not slices and not self.graph.flattens_frozen:
             slices = [(piece.name, piece.shape, False)]

@@ -21,10 +21,11 @@ from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.parallelism.sharding import BUCKET_END, PARAMETER_START, part
 from memplan.core.cached_property import cached_property
 from memplan.core.records import NamedTuple
-from memplan.program.graph import Graph, TensorGroup, elements, operations_of, parameters_of, tensor_group
+from memplan.program.graph import Graph, TensorGroup, operations_of, parameters_of, tensor_group
 from memplan.program.loading import LoadingTape, in_order, load
 from memplan.program.sharding.ranks import Ranks
 from memplan.program.sharding.sharding import Sharding
+from memplan.program.weight_sizes import elements
 
 
 class Buffer(NamedTuple):

@@ -9,7 +9,8 @@ from memplan.catalogue.parallelism.sharding import STRATEGIES, Strategy, ZeroSet
 from memplan.core.ir import Weight
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
-from memplan.program.graph import TensorGroup, dims_of, elements, shape_of
+from memplan.program.graph import TensorGroup
+from memplan.program.weight_sizes import dims_of, elements, shape_of
 
 
 class Ranks(NamedTuple):

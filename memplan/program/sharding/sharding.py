@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
 from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory
 from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
 from memplan.catalogue.parallelism.sharding import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
-from memplan.core.ir import Division, Tensor
+from memplan.core.ir import Division, Tensor, Weight
 from memplan.core.records import NamedTuple
 from memplan.engine.storages import COMPUTING
 from memplan.engine.walk import size
@@ -19,13 +19,13 @@ from memplan.program.graph import (
     operations_of,
     parameters_of,
     reference_copy,
-    shape_of,
     tensor_group,
     total_bytes,
     weights_of,
 )
 from memplan.program.loading import loading, most_at_once
 from memplan.program.structure import Structure
+from memplan.program.weight_sizes import shape_of
 
 Saved = tuple[tuple[TensorGroup, ...], str]  # what is gathered at once to be saved, and the name of the moment
 
@@ -99,11 +99,13 @@ class Sharding:
     # memory between passes
 
     def weights(self) -> Iterator[TensorGroup]:
-        """Yield the weights and buffers that a rank holds, and those of a copy that is the reference model."""
+        """Yield the weights and buffers that a rank holds, those of a copy that is the reference model, and what an
+        engine in the same process holds."""
         yield from parameters_of(self.graph)
         copy = reference_copy(self.graph)
         for held in parameters_of(copy) if copy is not None else ():
             yield held._replace(what=f"reference.{held.what}")
+        yield from self.run.engine
 
     def gradients(self) -> Iterator[TensorGroup]:
         """Yield the gradients that the optimizer reads: whole, or the rank's part of them."""
@@ -139,11 +141,14 @@ class Sharding:
     def trained(self) -> list[Parameter]:
         """Return the parameters passed to the optimizer, in the model's order. A run of equal layers is its first layer
         and one entry for the others."""
+        return self._parameters(lambda w: w.trains)
+
+    def _parameters(self, is_meant: Callable[[Weight], bool]) -> list[Parameter]:
         _, axes = operations_of(self.graph)
         out: list[Parameter] = []
         blocks: dict[str, list[tuple[Parameter, int]]] = {}
         for w, count, where in weights_of(self.graph):
-            if not w.trains:
+            if not is_meant(w):
                 continue
             embedding = self.run.trainer and w.group == "embedding" and not w.matrix
             target = w.matrix and not w.transposed
@@ -172,12 +177,15 @@ class Sharding:
         )
 
     def optimizer(self, trained: list[Parameter]) -> OptimizerMemory:
-        """Return the optimizer's memory. If tensor parallelism shards weights whose gradients are whole, the update
-        begins with a copy of the rank's parts of these gradients.
+        """Return the optimizer's memory. States made by its constructor are of parameters without gradients, too. If
+        tensor parallelism shards weights whose gradients are whole, the update begins with a copy of the rank's parts.
 
         Source: torch 2.13 distributed/tensor/_dispatch.py redistribute_local_args.
         """
         memory = self.memory_of(trained)
+        if memory.at_once:
+            waiting = self.memory_of(self._parameters(lambda w: w.idle))
+            memory = memory._replace(states=(*memory.states, *waiting.states))
         _, axes = operations_of(self.graph)
         whole = [(w, n) for w, n, _ in weights_of(self.graph) if w.gradient and w.trains]
         local = sum(size(w.shape, w.dtype, axes)[1] * n for w, n in whole)

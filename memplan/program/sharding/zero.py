@@ -23,11 +23,12 @@ from memplan.core.cached_property import cached_property
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.storages import COMPUTING, REDUCING
-from memplan.program.graph import Graph, TensorGroup, elements, operations_of, tensor_group, total_bytes, weights_of
+from memplan.program.graph import Graph, TensorGroup, operations_of, tensor_group, total_bytes, weights_of
 from memplan.program.loading import LoadingTape, in_order, load
 from memplan.program.sharding.ranks import Ranks, pinned_bytes
 from memplan.program.sharding.sharding import Sharding, stepped_on_host
 from memplan.program.structure import Structure
+from memplan.program.weight_sizes import elements
 
 
 class Reduction(NamedTuple):

@@ -18,13 +18,14 @@ from memplan.catalogue.parallelism.sharding import part
 from memplan.core.cached_property import cached_property
 from memplan.core.ir import Weight
 from memplan.core.units import ITEMSIZE
-from memplan.program.graph import Graph, TensorGroup, elements, operations_of, parameters_of, tensor_group, weights_of
+from memplan.program.graph import Graph, TensorGroup, operations_of, parameters_of, tensor_group, weights_of
 from memplan.program.loading import LoadingTape, in_order
 from memplan.program.sharding.ranks import Ranks, is_scale, numbers_of
 from memplan.program.sharding.sharding import Gathering, Saved
 from memplan.program.sharding.zero import Reduction, ZeroSharding, fills, reduction_of, weight_sizes
 from memplan.program.sharding.zero3_prefetch import gathered, gathered_peak
 from memplan.program.structure import Structure
+from memplan.program.weight_sizes import elements
 
 NORM_CHUNK = 250_000_000  # elements of one norm computation: _constant_buffered_norm2
 _SAVING = "DeepSpeed 0.19.8 runtime/engine.py _zero3_consolidated_16bit_state_dict"

@@ -20,7 +20,7 @@ from memplan.core.units import gib
 from memplan.models.gguf import parameters_in
 from memplan.models.headers import Checkpoint, StoredTensor, stored_bytes
 from memplan.models.model import ModelSpec
-from memplan.program.graph import shape_of
+from memplan.program.weight_sizes import shape_of
 
 _PLAIN = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}
 _MAX_KINDS = 3  # kinds of tensors that a note names

@@ -102,7 +102,7 @@ def gguf_file(model: ModelSpec, file_type: str, imatrix: bool | None = None) -> 
     architecture = model.family.checkpoint.gguf
     if not architecture:
         known = [name for name, row in families().items() if row.checkpoint.gguf]
-        near = " or ".join(UnknownNameError("model", model.model_type, known).nearest)
+        near = " or ".join(UnknownNameError("model", model.model_type, known).suggestions)
         raise UnsupportedModelError(
             f"model: tensor names of {printable(model.model_type, 40)} in GGUF are not known yet; the nearest known: "
             f"{near}",

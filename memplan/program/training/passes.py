@@ -116,7 +116,7 @@ def sizes_of(graph: Graph, options: TrainingPass) -> tuple[tuple[Variable, int],
 def pass_terms(graph: Graph, options: TrainingPass, variables: tuple[Variable, ...]) -> PassTerms:
     """Return the largest moments of a pass."""
     low, axes = lower_training(graph, options), operations_of(graph)[1]
-    moments = (*low.moments, low.kept, low.held)
+    moments = (*low.moments.unnamed, low.kept, low.held)
     *coefficients, kept, held = rows(moments, low.runs, axes, sizes_of(graph, options), variables)
     of_phase = {phase: [i for i, name in enumerate(low.moments.phases) if name == phase] for phase in PHASES}
     terms = {

@@ -10,8 +10,9 @@ from memplan.core.errors import refused
 from memplan.core.ir import Op, Weight
 from memplan.core.units import ITEMSIZE
 from memplan.engine.walk import size
-from memplan.program.graph import Graph, elements, first_equal_stage, operations_of, weights_of
+from memplan.program.graph import Graph, first_equal_stage, operations_of, weights_of
 from memplan.program.structure import Pipe, Structure
+from memplan.program.weight_sizes import elements
 from memplan.spec.parallelism import Parallelism
 
 _MAX_UNSHARDED = 3  # chunks that torch 2.13 gathers at once: schedules.py _add_unshard_reshard max_active_stages

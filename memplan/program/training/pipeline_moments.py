@@ -73,7 +73,7 @@ def returned(structure: Structure) -> Tensor | None:
         return None
     last = structure.graph._replace(degrees=d._replace(stage=d.pp - 1))
     names = {t.name for op in operations_of(last)[0].after for t in op.writes if "v" in t.shape.split()}
-    logits = [key for key in lower_training(last).sizes if key[2] == "activation" and key[5] in names]
+    logits = [key for key in lower_training(last).sizes if key[2:3] == ("activation",) and key[5] in names]
     return Tensor("logits", *logits[-1][:2]) if logits else None
 
 

@@ -7,16 +7,19 @@ from functools import lru_cache
 from math import prod
 
 from memplan.catalogue.degrees import WHOLE
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.optimizers.states import GRAD_SCALER, OptimizerMemory
 from memplan.core.collection import without_collection
+from memplan.core.once import once
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE, gib
 from memplan.engine.walk import alive
-from memplan.program.graph import active_elements, elements, is_optimized, operations_of, total_bytes, weights_of
+from memplan.program.graph import is_optimized, operations_of, total_bytes, weights_of
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.structure import Structure, chunks_of
 from memplan.program.training.passes import PHASES, Moments, pass_of, pass_options, step_moments
 from memplan.program.training.pipeline_moments import rank_moments, schedule_positions
+from memplan.program.weight_sizes import active_elements, elements
 
 
 class ParameterCounts(NamedTuple):
@@ -76,6 +79,7 @@ class Program(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
+@once
 @without_collection
 def program(structure: Structure) -> Program:
     """Lower the structure and fill in its model's numbers. Takes milliseconds, then is cached."""
@@ -88,6 +92,7 @@ def program(structure: Structure) -> Program:
     trainer = structure.graph.trainer
     skipped = () if trainer is not None and trainer.has_reference_pass else ("reference",)
     phases = [phase for phase in PHASES if phase not in skipped]
+    once = ("reference",) if trainer is not None and trainer.name in GENERATING else ()  # before all micro-batches
     return Program(
         structure=structure,
         moments=_moments(structure),
@@ -95,7 +100,9 @@ def program(structure: Structure) -> Program:
         loading=sharding.loading_peak(),
         gradients=0 if structure.grads else gradients,
         buffered=gradients if structure.grads else 0,
-        accumulated={phase: accumulated if sharding.accumulates_in(phase) else 0 for phase in phases},
+        accumulated={
+            phase: accumulated if phase not in once and sharding.accumulates_in(phase) else 0 for phase in phases
+        },
         reducing=total_bytes(sharding.reduction_buffers()),
         passing={phase: total_bytes(sharding.held_in(phase)) for phase in phases},
         optimizer=optimizer,

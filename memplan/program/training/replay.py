@@ -17,6 +17,7 @@ from memplan.catalogue.hardware.overhead import EXTRA_LOSS_COPIES
 from memplan.catalogue.parallelism.pipeline import distinct_microbatches, passes
 from memplan.core.collection import without_collection
 from memplan.core.ir import Tensor
+from memplan.core.once import once
 from memplan.core.units import ITEMSIZE
 from memplan.engine.allocator import Allocator
 from memplan.engine.events import FREED
@@ -45,10 +46,10 @@ _WORKSPACE = "workspace"
 MICROBATCHES = 32_768  # most microbatches replayed for a step of other schedules, where they only add buffers
 
 
-def pass_of(structure: Structure, later: bool) -> AllocationTrace:
-    """Return the recording of a step's first pass, or of a `later` micro-batch's."""
+def pass_of(structure: Structure, later: bool, labelled: bool = False) -> AllocationTrace:
+    """Return the recording of a step's first pass, or of a `later` micro-batch's. `labelled` as of `record`."""
     late = sharding_of(structure).late_gradients()
-    return record_training(structure.graph, recorded_options(structure, later), late)
+    return record_training(structure.graph, recorded_options(structure, later), late, labelled)
 
 
 def replay_steps(
@@ -77,6 +78,7 @@ def replay_steps(
 
 
 @lru_cache(maxsize=64)
+@once
 @without_collection
 def steps_of(structure: Structure) -> SizedEvents:
     """Return what a run allocates and frees while it loads the model and in its steps, at any sizes of its axes, one of
@@ -84,6 +86,7 @@ def steps_of(structure: Structure) -> SizedEvents:
     program, sharding = program_of(structure), sharding_of(structure)
     model_axes = operations_of(structure.graph)[1]
     events = SizedEvents()
+    events.enter("load")
     _load(sharding, events)
     has_small_states = program.states * FEW < program.parameters
     if program.optimizer.at_once or has_small_states:
@@ -92,6 +95,7 @@ def steps_of(structure: Structure) -> SizedEvents:
     waiting: list[int] = []  # outputs of the previous pass that the training loop still references
     for step in (2,) if has_small_states else (1, 2):
         gradients: list[int] = []
+        events.enter("forward", step)
         if structure.pipe.engine:
             gradients += _pipeline_step(structure, events, handles)
         for later in (False, True)[: 0 if structure.pipe.engine else 1 + structure.accumulates]:
@@ -102,7 +106,7 @@ def steps_of(structure: Structure) -> SizedEvents:
             if later and not sharding.accumulates_in("backward"):  # accumulated gradients are whole until reduced
                 between = [events.alloc(h.bytes) for h in sharding.accumulated() for _ in range(h.copies)]
             recording, reducing = pass_of(structure, later), sharding.reduction_streams()
-            new_gradients, held, buffers = _pass(recording, model_axes, events, handles, waiting, reducing)
+            new_gradients, held, buffers = _pass(recording, model_axes, events, handles, waiting, reducing, step)
             gradients += new_gradients
             if structure.graph.holds_previous_outputs or (structure.holds_outputs and later == structure.accumulates):
                 waiting = held
@@ -241,7 +245,8 @@ def _load(sharding: Sharding, events: SizedEvents) -> None:
     """Append loading the model, and allocations of gradient and reduction buffers, which exist before the first
     step."""
     append_loading(sharding.loading_events(together=sharding.ranks.world > FEW_RANKS), events)
-    for held in (*(sharding.gradients() if sharding.run.grads else ()), *sharding.reduction_buffers()):
+    buffers = sharding.gradients() if sharding.run.grads else ()
+    for held in (*buffers, *sharding.reduction_buffers(), *sharding.run.engine):
         for _ in range(held.copies):
             events.alloc(held.bytes)
 
@@ -268,6 +273,7 @@ def _pass(
     handles: Iterator[SizeInRun],
     waiting: list[int],
     reducing: Iterable[tuple[int, int]],
+    step: int,
 ) -> tuple[list[int], list[int], list[int]]:
     """Append a pass. Return the gradients it leaves, the tensors that the script still holds, and the buffers for
     reducing gradients.
@@ -281,11 +287,14 @@ def _pass(
     ahead = _RunsAhead(events, recording, numbers, model_axes) if LENT in recording.streams else None
     buffers: list[int] = []
     for parts in ((recording.forward, recording.loss), (recording.backward,)):
+        events.enter("backward" if recording.backward in parts else "forward", step)
         if recording.backward in parts:
             buffers = [events.alloc(bytes_, stream) for stream, bytes_ in reducing]
         for handle in islice(handles, 1):
             events.alloc(handle)
         for part in parts:
+            if part is recording.loss:
+                events.enter("backward", step)
             if ahead is not None:
                 ahead.append_part(part)
             else:
@@ -314,6 +323,7 @@ class _RunsAhead:
     ) -> None:
         self._events, self._recording, self._numbers, self._axes = events, recording, numbers, model_axes
         self._streams: dict[int, int] = {}  # of live storages
+        events.passes[numbers] = recording
         self._weights: deque[tuple[int, list[int]]] = deque()  # each with the gradients freed before it
         self._gradients: list[int] = []
 
@@ -355,6 +365,7 @@ class _RunsAhead:
 
 
 def _update(program: Program, step: int, events: SizedEvents) -> None:
+    events.enter("step", step)
     if program.clipping:
         events.free([events.alloc(program.clipping)])
     if step == 1 and not program.optimizer.at_once:
@@ -369,6 +380,7 @@ def _update(program: Program, step: int, events: SizedEvents) -> None:
 
 
 def _make_states(program: Program, events: SizedEvents) -> None:
+    events.enter("states")
     for state in program.optimizer.states:
         if not state.host:
             for _ in range(state.count):

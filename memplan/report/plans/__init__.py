@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any, TypeAlias
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from memplan.core.version import __version__
 from memplan.estimate.answer import SCHEMA_VERSION, Estimate
@@ -24,6 +24,9 @@ from memplan.report.plans.reach import ReachReport, value
 from memplan.report.stamp import Stamp
 from memplan.report.text import Screen
 
+if TYPE_CHECKING:
+    from memplan.frameworks.reading.config import FieldOrigin
+
 Planned: TypeAlias = (
     Levers | ReachReport | LadderReport | OffersReport | AdviceReport | ClusterReport | QuestionsReport | Places
 )
@@ -32,11 +35,21 @@ FORMATS = ("table", "json", "markdown", "html", "svg")
 IN_ROWS = ("max", "ladder", "buy", "nodes")  # modes that have a CSV format
 
 
-def render(format: str, planned: Planned, explain: bool, to: Screen, stamp: Stamp | None = None) -> str:
-    """Return the answer in one of `FORMATS`, or as csv; a table fits the screen `to`, and a page shows the `stamp`."""
+def render(
+    format: str,
+    planned: Planned,
+    explain: bool,
+    to: Screen,
+    stamp: Stamp | None = None,
+    origins: Sequence[FieldOrigin] = (),
+) -> str:
+    """Return the answer in one of `FORMATS`, or as csv; a table fits the screen `to`, and a page shows the `stamp`.
+
+    origins  where the values of a run's file are from; JSON has them
+    """
     match format:
         case "json":
-            return json.dumps(dump(planned), indent=2, ensure_ascii=False) + "\n"
+            return json.dumps(dump(planned, origins), indent=2, ensure_ascii=False) + "\n"
         case "csv":
             assert not isinstance(planned, (Levers, AdviceReport, QuestionsReport)), "this mode has no CSV format"
             return written(*planned.rows())
@@ -99,8 +112,8 @@ def _named(planned: Planned) -> list[tuple[str, Estimate]]:
     return [("as asked", planned.answer), *found[:_MOST_DRAWN]]
 
 
-def dump(planned: Planned) -> dict[str, Any]:
-    """Return the answer as a dict that follows its published schema."""
+def dump(planned: Planned, origins: Sequence[FieldOrigin] = ()) -> dict[str, Any]:
+    """Return the answer as a dict that follows its published schema, with the origins of a run's file."""
     answer = planned.answer
     return {
         "schema_version": SCHEMA_VERSION,
@@ -111,5 +124,6 @@ def dump(planned: Planned) -> dict[str, Any]:
         "gpu": answer.gpu._asdict() if answer.gpu else None,
         "verdict": answer.verdict.as_dict(),
         "demand": planned.demand._asdict(),
+        **({"origins": [origin._asdict() for origin in origins]} if origins else {}),
         **planned.dump(),
     }

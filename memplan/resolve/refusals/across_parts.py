@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import SpecError, refused
 from memplan.resolve.refusals.parallelism import ONE_GPU, offloaded_parameters, parallelism
@@ -14,20 +15,25 @@ from memplan.spec.run import RunSpec, is_default
 
 def contradictions(run: RunSpec) -> Iterator[SpecError]:
     """Yield errors for settings that contradict each other across the parts of a run."""
+    generates = run.task == "train" and run.trainer in GENERATING
+    if run.batch.generations and not generates:
+        yield refused("batch.generations", f"only applies to trainers that generate: {', '.join(GENERATING)}")
     if run.task != "generate":
-        if run.batch.new_tokens:
+        if run.batch.new_tokens and not generates:
             yield refused("batch.new_tokens", "only task generate makes new tokens")
         if not is_default(run, "generation"):
             yield refused("generation", "only applies to task generate")
     if run.task != "train" and not is_default(run, "also"):
         yield refused("also", f"only applies to training, not to task {run.task}")
-    if run.serving.cache_dtype is not None:
+    if run.serving.cache_dtype is not None and run.rollout != "colocate":
         yield refused(
             "serving.cache_dtype",
             f"only applies to serving engines (vllm, sglang, tgi, llama.cpp); with {run.profile} use "
             "generation.cache_implementation quantized, and cache_config.backend quanto, hqq or fp8",
         )
-    if not is_default(run, "serving"):
+    if run.rollout != "transformers" and not generates:
+        yield refused("rollout", f"only applies to trainers that generate: {', '.join(GENERATING)}")
+    if not is_default(run, "serving") and run.rollout != "colocate":
         tokens = "; --seq-len sets the tokens" if run.serving.max_model_len is not None else ""
         text = f"only applies to serving engines, not {run.profile}{tokens}; memplan profiles lists them"
         yield refused("serving", text)

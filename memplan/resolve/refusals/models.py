@@ -11,6 +11,7 @@ from memplan.program.sharding.choice import sharding_of
 from memplan.program.stack_facts import parameter_targets, ties_head
 from memplan.program.structure import Structure
 from memplan.resolve.open_run import OpenRun
+from memplan.resolve.refusals.refuse import not_yet_with
 
 
 def model_classes(r: OpenRun) -> Iterator[SpecError]:
@@ -27,6 +28,12 @@ def model_classes(r: OpenRun) -> Iterator[SpecError]:
     objective = r.model.objective
     if objective != "causal_lm" and r.profile != "transformers-5" and r.trainer != "reward":
         yield refused("profile", f"{r.profile} is not supported yet for {objective}; supported: transformers-5")
+
+
+def smoothed_labels(r: OpenRun) -> Iterator[SpecError]:
+    """Yield an error for smoothed labels of a model that also sees or hears: the Trainer does not shift them."""
+    if r.kernels.loss == "label_smoothing" and any(r.model.get(key) for key in ("vision_config", "audio_config")):
+        yield not_yet_with("kernels.loss", "label_smoothing and a vision or audio tower", "hf")
 
 
 def training_objective(r: OpenRun) -> Iterator[SpecError]:
@@ -46,7 +53,8 @@ def training_objective(r: OpenRun) -> Iterator[SpecError]:
             f"fp16 is not supported yet for {r.name}, whose layers clamp their fp16 outputs; use bf16, fp32, or fp16 "
             "autocast",
         )
-    if r.kernels.loss != "hf":
+    smooths = r.kernels.loss == "label_smoothing" and r.model.objective != "feature_extraction"
+    if r.kernels.loss != "hf" and not smooths:
         yield refused(
             "kernels.loss",
             f"{r.kernels.loss} only applies to causal language models; {r.name} is trained for {r.model.objective}, so "

@@ -18,7 +18,15 @@ from memplan.spec.training import Method, Optimizer, Precision
 _PLAIN = Method()
 _FLOATS = ("bf16", "fp16", "fp32")
 _GROUPED_FORMATS = ("gptq-int4", "gptq-int8", "awq-int4")
-_WHOLE_FORMATS = (*_GROUPED_FORMATS, "fp8", "int8")
+# Formats of weights that nothing trains over, and what is done instead.
+# Source: transformers 5.24 quantizers/quantizer_mxfp4.py and quantizer_torchao.py is_trainable; peft 0.21
+# tuners/lora/torchao.py TorchaoLoraLinear._check_dtype_supported.
+_NEVER_TRAINED = {
+    "mxfp4": "transformers does not train over mxfp4, whose kernels have no backward: its experts train dequantised "
+    "(Mxfp4Config(dequantize=True)), which is counted with lora and no format",
+    "torchao-int4": "peft and transformers only train over torchao's 8 bits; use torchao-int8, or nf4",
+}
+_WHOLE_FORMATS = (*_GROUPED_FORMATS, "fp8", "int8", "torchao-int8")
 
 
 def settings(r: OpenRun) -> Iterator[SpecError]:
@@ -26,6 +34,8 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
     method, kernels = r.method, r.kernels
     if kernels.checkpointing == "selective" and not r.is_megatron_model:
         yield not_yet("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
+    if kernels.every_n_layers > 1:
+        yield from _every_n_layers(r)
     if kernels.compile:
         yield not_yet("kernels.compile", True, "false")
     yield from _method(method, r.storages, r.run_formats)
@@ -56,6 +66,19 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
     yield from _optimizer(r.optimizer)
 
 
+def _every_n_layers(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for checkpointing of some layers that transformers, or memplan so far, does not do."""
+    field, n = "kernels.every_n_layers", r.kernels.every_n_layers
+    if r.kernels.checkpointing == "none":
+        yield refused(field, f"{n} only applies with checkpointing, and kernels.checkpointing is none")
+    if r.code != "transformers" or r.is_megatron_model:
+        yield not_yet_with(field, r.profile, "1")
+    if r.kernels.checkpointing == "offload" or r.kernels.reentrant:
+        yield not_yet_with(field, f"{'offload' if not r.kernels.reentrant else 'reentrant'} checkpointing", "1")
+    if r.model.has_tower or r.parallelism.pp > 1 or r.parallelism.strategy in ("fsdp", "zero3"):
+        yield not_yet_with(field, "towers, pipeline stages, fsdp or zero3", "1")
+
+
 def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iterator[SpecError]:
     if m.kind not in ADAPTERS:
         for field in ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options"):
@@ -71,6 +94,8 @@ def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iter
 
         yield from lora_options(m)
     if m.quantization is not None:
+        if m.quantization.format in ("hqq-int4", "torchao-int8") and "dora" in m.kind:
+            yield not_yet_with("method.kind", f"{m.kind} over {m.quantization.format}", "qlora")
         yield from _quantization(m.quantization, storages, runs)
 
 
@@ -119,6 +144,8 @@ def _quantization(q: Quantization, storages: tuple[str, ...], runs: tuple[str, .
     trained = cast(tuple[str, ...], get_args(TrainedOver))
     if q.format in runs and q.format not in trained:
         return
+    if q.format in _NEVER_TRAINED:
+        yield refused(f"{field}.format", _NEVER_TRAINED[q.format])
     if q.format not in trained:
         elsewhere = "others, such as w4a16, for inference; GGUF types with serving engines"
         yield not_yet(f"{field}.format", q.format, f"{', '.join((*trained, *runs))}; {elsewhere}")
@@ -136,8 +163,9 @@ def _quantization(q: Quantization, storages: tuple[str, ...], runs: tuple[str, .
         if storages == ("uint8",):
             choices += f"; {', '.join(_FLOATS)} with FSDP"
         yield not_yet(f"{field}.storage", q.storage, choices)
-    if q.format == "int8" and q.block_size != Quantization().block_size:
-        yield refused(f"{field}.block_size", "int8 has no blocks; nf4 and fp4 have")
+    for name, whole in (("int8", Quantization().block_size), ("torchao-int8", WHOLE)):
+        if q.format == name and q.block_size != whole:
+            yield refused(f"{field}.block_size", f"{name} has no blocks; nf4 and fp4 have")
 
 
 def _precision(p: Precision, quantization: Quantization | None) -> Iterator[SpecError]:

@@ -18,7 +18,7 @@ _WHOLE_WEIGHTS = ("ddp", "zero1", "zero2")  # strategies whose ranks each hold a
 
 
 def refused_side_tasks(run: RunSpec, graph: Graph) -> Iterator[SpecError]:
-    """Yield errors for side tasks (evaluation, saving, merging) that the run cannot do."""
+    """Yield errors for side tasks (evaluation, saving, merging) that a run with its defaults filled in cannot do."""
     also, degrees = run.also, graph.degrees
     degree = next((name for name in ("pp", "cp", "ep") if getattr(run.parallelism, name) > 1), None)
     if degree is not None:
@@ -47,9 +47,9 @@ def refused_side_tasks(run: RunSpec, graph: Graph) -> Iterator[SpecError]:
 
 
 def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
-    loss = run.kernels.loss or "hf"
-    if e.kept_batches and loss not in ("hf", "fused"):
-        yield refused("also.evaluation.kept_batches", f"loss {loss} never holds all logits at once; use hf or fused")
+    if e.kept_batches and run.kernels.loss not in ("hf", "fused"):
+        why = f"loss {run.kernels.loss} never holds all logits at once; use hf or fused"
+        yield refused("also.evaluation.kept_batches", why)
     for field in ("accumulation", "preprocess", "batch_metrics", "concatenates"):
         if not e.kept_batches and getattr(e, field) != getattr(Evaluation(), field):
             name = f"also.evaluation.{field}"
@@ -66,8 +66,7 @@ def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
             "use a smaller also.evaluation.accumulation (--eval-accumulation-steps)",
         )
     if e.new_tokens and e.kept_batches:
-        name = "also.evaluation.kept_batches"
-        yield refused(name, "with new_tokens tokens are kept, not logits; leave it out")
+        yield refused("also.evaluation.kept_batches", "with new_tokens tokens are kept, not logits; leave it out")
     p = run.parallelism
     if e.new_tokens and replicas(p) > 1 and p.strategy not in _WHOLE_WEIGHTS:
         yield not_yet(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue.kernels.wiring import PAIRED
+from memplan.catalogue.kernels.wiring import GENERATING, PAIRED
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import PROFILES, library_behaviour
 from memplan.core.errors import SpecError, refused
@@ -12,7 +12,7 @@ from memplan.resolve.defaults import defaults_of
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 
-SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward")
+SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward", *GENERATING)
 _ALONE = (*PAIRED, "reward")  # without a reference
 
 
@@ -37,9 +37,25 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         yield refused("reference", f"{name} has no reference model; use none, or trainer dpo")
     if run.reference == "adapters" and not has_adapters:
         yield refused("reference", f"method {run.method.kind} has no adapters to disable; use copy or precomputed")
-    if run.reference == "none" and name not in _ALONE:
+    if run.reference == "none" and name not in (*_ALONE, *GENERATING):
         choices = "adapters, copy or precomputed" if has_adapters else "copy or precomputed"
         yield refused("reference", f"{name} compares with a reference model; use {choices}")
+    if name in GENERATING:
+        yield from _generating(run, "adapters" if has_adapters else "copy")
+    yield from _with_parts(run)
+
+
+def _generating(run: OpenRun, own: str) -> Iterator[SpecError]:
+    """Yield errors for completions, and for the reference of a trainer that generates; `own` is one it can have."""
+    if run.batch_facts.ungrouped:
+        yield refused("batch.generations", run.batch_facts.ungrouped)
+    if run.reference == "precomputed":
+        yield refused("reference", f"{run.trainer} scores completions as it generates them; use none or {own}")
+
+
+def _with_parts(run: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for settings that are not supported yet with the trainer."""
+    name = run.trainer
     objective = "sequence_classification" if name == "reward" else "causal_lm"
     if run.model.objective != objective:
         yield not_yet_with("objective", f"trainer {name}", objective)
@@ -63,5 +79,5 @@ def _of_others(having: list[str], is_supported: bool) -> str:
     if not having:
         return "no profile has it"
     if not is_supported:
-        return f"{' and '.join(having)} {'has' if len(having) == 1 else 'have'} it, and it is not supported yet"
+        return f"the last with it is {having[0]}, and it is not supported yet"
     return f"use {' or '.join(having)}"

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import pickle
 import selectors
-from collections.abc import Callable, Sequence
-from typing import IO, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import IO, Any, TypeVar
 
 FEWEST = 8  # items for which another process pays off
 
@@ -46,22 +46,43 @@ def mapped(
     with selectors.DefaultSelector() as selector:
         for start in range(0, len(items), size):
             pipe, pid = _start(function, items, range(start, min(start + size, len(items))))
-            selector.register(pipe, selectors.EVENT_READ, pid)
+            selector.register(pipe, selectors.EVENT_READ, _Worker(pid))
         while selector.get_map():
             for key, _ in selector.select():
                 pipe: IO[bytes] = key.fileobj  # pyright: ignore[reportAssignmentType]
-                try:
-                    index, result = pickle.load(pipe)
-                    found[index] = result
-                except EOFError:
+                worker: _Worker = key.data
+                received = pipe.read(_MOST_READ)
+                found.update(worker.results(received))
+                if not received:
                     selector.unregister(pipe)
                     pipe.close()
-                    os.waitpid(key.data, 0)
+                    os.waitpid(worker.pid, 0)
                 if progress is not None:
                     progress(len(found), len(items))
     if len(found) < len(items):
         raise RuntimeError("a process ended before its work")
     return [found[index] for index in range(len(items))]
+
+
+class _Worker:
+    """A process, and the beginning of a result that it has sent."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self._begun = pid, bytearray()
+
+    def results(self, received: bytes) -> Iterator[tuple[int, Any]]:
+        """Yield the index and the result of each item that is there entirely."""
+        self._begun += received
+        while len(self._begun) >= _LENGTH:
+            end = _LENGTH + int.from_bytes(self._begun[:_LENGTH], "big")
+            if len(self._begun) < end:
+                return
+            yield pickle.loads(self._begun[_LENGTH:end])
+            del self._begun[:end]
+
+
+_LENGTH = 8  # bytes that say how long a result is
+_MOST_READ = 1 << 20
 
 
 def _start(function: Callable[[_Item], _Result], items: Sequence[_Item], indices: range) -> tuple[IO[bytes], int]:
@@ -76,7 +97,8 @@ def _start(function: Callable[[_Item], _Result], items: Sequence[_Item], indices
         os.close(reading)
         with os.fdopen(writing, "wb") as pipe:
             for index in indices:
-                pickle.dump((index, function(items[index])), pipe)
+                result = pickle.dumps((index, function(items[index])))
+                pipe.write(len(result).to_bytes(_LENGTH, "big") + result)
                 pipe.flush()
         status = 0
     finally:

@@ -1,0 +1,136 @@
+"""TRL's trainers that generate, GRPO and RLOO, from a model's head to the loss of one micro-batch of completions.
+
+The step generates its batch first (`memplan.estimate.rollout`), and the reference's forward runs on it before the
+policy's. Only completions have log-probabilities: the axis `completion` counts the tokens of one, `completion_rows`
+those of a micro-batch, `kept` the tokens of one sequence whose logits are computed, one more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.preference import begins_head, converted, selected_log_probs
+from memplan.catalogue.kernels.trl_losses import tiled_lm_head
+from memplan.catalogue.kernels.wiring import Trainer
+from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
+
+_ROWS = "completion_rows"
+_COPIES = ("copied", "divided")
+_SOURCES = {
+    "tiled": "trl 1.16.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies, utils.py add_fused_lm_head",
+    "kernel": "trl 1.14.1 trainer/grpo_trainer.py _full_logits_logps, kernels/logprob_entropy.py",
+    "shifted": "trl 1.13.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
+    "joined": "trl 0.24.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
+}
+_LOSS = "trl 1.16.0 trainer/grpo_trainer.py _compute_loss"
+_BATCH = "trl 1.16.0 trainer/grpo_trainer.py _generate_and_score_completions"
+
+
+def attach(
+    stack: Stack, trainer: Trainer, reference: Stack | None, first_pass: Stack | None, autocast: str | None
+) -> Stack:
+    """Return the stack with log-probabilities of completions, their entropies, and the loss.
+
+    reference   operations of the reference model, if it runs in the step
+    first_pass  operations of the policy without gradients, if log-probabilities are computed before its step, too
+    """
+    scored: tuple[Op, ...] = ()
+    if not trainer.is_reference:
+        scored = tuple(_scored("forward", "old_log_probs", first_pass, trainer))
+        scored += tuple(_scored("reference", "ref_log_probs", reference, trainer))
+        before = (new for op in stack.before for new in ((_inputs(op), *scored) if op.name == "inputs" else (op,)))
+        stack = stack._replace(before=tuple(before))
+    start = next(i for i, op in enumerate(stack.after) if begins_head(op))
+    body, head = stack.after[:start], stack.after[start:]
+    returned = Op("return", releases="forward")  # the model's own autocast context ends
+    if trainer.log_probs == "tiled":
+        matrix = next(w for op in head for w in op.weights if w.rows)
+        bias = tuple(w for op in head for w in op.weights if w is not matrix)
+        after, loss = (
+            body,
+            (*tiled_lm_head(matrix, bias, autocast, Tensor("log_probs", _ROWS, "fp32"), _ROWS), returned),
+        )
+    else:
+        after = (*body, *_kept_tokens(head, trainer))
+        logits = next(op for op in reversed(after) if op.writes).writes[0].name
+        outputs = "outputs" if autocast else logits
+        cast = (converted(logits, "b kept v"),) if autocast else ()
+        loss = (returned, *cast, *_log_probs(outputs, trainer, autocast is not None))
+    if trainer.is_reference:
+        return stack._replace(after=(*after, *loss), loss=())
+    read = ("log_probs", *(t.name for op in scored for t in op.writes))
+    last = Op(f"loss.{trainer.name}", read, (Tensor("loss", "", "fp32"),), source=_LOSS)
+    return stack._replace(after=after, loss=(*loss, last, ops.release_names(*read)))
+
+
+def _inputs(op: Op) -> Op:
+    """Return the inputs with the generation batch, of which each micro-batch is a part."""
+    parts = tuple(Tensor(f"generated {what}", "generated s", "int64") for what in ("tokens", "masks"))
+    return op._replace(writes=(*op.writes, Tensor("attention_mask", "b s", "int64"), *parts), source=_BATCH)
+
+
+def _scored(phase: str, name: str, model: Stack | None, trainer: Trainer) -> Iterator[Op]:
+    """Yield a model's pass over the generation batch, a micro-batch at a time."""
+    if model is not None:
+        written = (Tensor(name, "generated completion", "fp32"),)
+        yield Op(phase, (), written, gradient="none", model=model, source=_SOURCES[trainer.log_probs])
+
+
+def _kept_tokens(head: tuple[Op, ...], trainer: Trainer) -> Iterator[Op]:
+    """Yield the head over the tokens of completions and the one before. Those of several sequences are copied."""
+
+    def kept(text: str) -> str:
+        return " ".join("kept" if axis == "s" else axis for axis in text.split())
+
+    x = head[0].reads[0]
+    part = f"{x} of completions"
+    yield Op("loss.kept", (x,), (Tensor(part, "b kept h", f"={x}"),), view=trainer.has_one_sequence, source=_BATCH)
+    yield ops.release_names(x)
+    for whole in head:
+        op = ops.with_shapes(whole, kept)
+        reads = tuple(part if name == x else name for name in op.reads)
+        keeps = tuple(k._replace(**{f: part for f in ("what", "of") if getattr(k, f) == x}) for k in op.keeps)
+        yield op._replace(reads=reads, keeps=keeps)
+    yield ops.release_names(part)
+
+
+def _log_probs(outputs: str, trainer: Trainer, is_fp32: bool) -> Iterator[Op]:
+    """Compute log-probabilities and entropies from all logits, which the temperature divides first.
+
+    A kernel divides, and computes the entropies, by itself.
+    """
+    source, shape = _SOURCES[trainer.log_probs], f"{_ROWS} v"
+    logits = "logits of completions"
+    if trainer.divided_logits == "in_place" and trainer.log_probs == "shifted":
+        # backward of an operation in place on a view copies the gradient of all logits, and of the view twice
+        parts = tuple(Scratch(Tensor(f"gradient of the view, {what}", shape, f"={outputs}")) for what in _COPIES)
+        divided = (Tensor("divided", "b kept v", f"={outputs}"),)
+        yield Op("loss.temperature", (outputs,), divided, view=True, scratch_back=parts, source=source)
+        yield ops.release_names(outputs)
+        outputs = "divided"
+    yield Op("loss.drop_last", (outputs,), (Tensor("shifted", shape, f"={outputs}"),), view=True, source=source)
+    yield Op("loss.keep", ("shifted",), (Tensor(logits, shape, f"={outputs}"),), view=True, source=source)
+    if trainer.log_probs == "kernel":
+        numbers = tuple(f"log_probs.{what}" for what in ("entropy", "log_z", "expected_logit"))
+        written = tuple(Tensor(what, _ROWS, "fp32") for what in ("log_probs", *numbers))
+        kept = tuple(Keep(what, logits) for what in (logits, *numbers[1:]))
+        yield Op("loss.log_probs", (logits, "ids"), written, keeps=kept, gradient="own", source=source)
+        yield ops.release_names(outputs, "shifted", logits, *numbers)
+        return
+    if trainer.divided_logits != "in_place":
+        yield Op("loss.temperature", (logits,), (Tensor("scaled", shape, f"={outputs}"),), source=source)
+        yield ops.release_names(*(() if trainer.divided_logits == "held" else (outputs,)), "shifted", logits)
+        logits = "scaled"
+    yield selected_log_probs("loss.log_probs", logits, shape, "completion", is_fp32, "log_probs", source)
+    if not trainer.is_reference:
+        names = ("log-softmax of a chunk", "probabilities of a chunk", "products of a chunk")
+        chunk = tuple(Tensor(name, "entropy_rows v", f"={logits}") for name in names)
+        flat = (
+            (Tensor("flat logits", shape, f"={logits}"),)
+            if trainer.divided_logits == "in_place" and not trainer.has_one_sequence
+            else ()
+        )
+        yield Op("loss.entropy", (logits,), gradient="none", scratch=(*flat, *chunk), source=source)
+    held = {"in_place": (outputs, "shifted"), "held": (outputs,), "released": ()}[trainer.divided_logits]
+    yield ops.release_names(*held, logits)

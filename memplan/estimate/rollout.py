@@ -1,0 +1,73 @@
+"""The generation in a step of TRL's trainers that generate: completions for all the step's micro-batches at once.
+
+It is a `SideTask` between two steps: optimizer states exist, gradients do not. The policy generates without its
+checkpoints and without autograd. Its forward is the one that accelerate wraps in autocast and a cast of the logits to
+fp32; with adapters that is peft's, and `generate` calls the model inside, without either.
+
+Source: trl 1.16.0 trainer/grpo_trainer.py _generate_single_turn, models/utils.py unwrap_model_for_generation;
+accelerate 1.15 accelerator.py prepare_model.
+"""
+
+from __future__ import annotations
+
+from memplan.catalogue.methods.methods import ADAPTERS
+from memplan.catalogue.profiles.profiles import library_behaviour
+from memplan.estimate.calibration import Calibration
+from memplan.estimate.serving import why_not_started
+from memplan.estimate.side_task import SideTask
+from memplan.estimate.side_tasks import generation
+from memplan.estimate.training_peaks import TrainingPeaks
+from memplan.estimate.usage import Answer, Replay, Usage
+from memplan.program.graph import TensorGroup, tensor_group
+from memplan.program.run import ResolvedRun
+from memplan.program.serving.budget import Budget
+from memplan.resolve.colocated import awake
+from memplan.resolve.defaults import with_new_tokens
+from memplan.spec.run import RunSpec
+
+_BATCH = "trl 1.16.0 trainer/grpo_trainer.py _prepare_inputs: _buffered_inputs"
+
+
+def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> SideTask:
+    """Return the generation of a step's completions. Raises SpecError if the model cannot generate."""
+    structure, batch = decided.structure, with_new_tokens(run).batch
+    graph, rows = structure.graph, batch.micro * batch.accumulation
+    held = tuple(_batch_before(rows, batch.tokens))
+    standing = walked.program.between_steps(walked.workspace) + walked.program.passing["forward"]
+    if decided.colocated is not None:
+        return _by_engine(decided.colocated, held, standing, sleeps=bool(run.serving.sleep))
+    library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
+    wraps = graph.recipe.kind not in ADAPTERS
+    recipe = graph.recipe._replace(autocast=graph.recipe.autocast and wraps)
+    graph = graph._replace(recipe=recipe, trainer=None, checkpoint=False, input_requires_grad=False, hold_outputs=False)
+    generated = batch.model_copy(update={"micro": rows, "accumulation": 1})
+    prompted = decided._replace(structure=structure._replace(graph=graph), batch=generated, pictures=())
+    return generation(prompted, library, graph.casts_outputs and wraps, standing, held, samples=True)
+
+
+def _by_engine(b: Budget, held: tuple[TensorGroup, ...], standing: int, *, sleeps: bool) -> SideTask:
+    """Return the generation by a colocated vLLM engine, at its largest step."""
+    step = tensor_group("temp", "vLLM's step", b.step.bytes, "uint8", "vllm 0.33.0 v1/worker/gpu_model_runner.py")
+    task = SideTask("generate", f"vLLM: {b.step.where}", standing, (*held, *(awake(b) if sleeps else ()), step))
+    return task._replace(empties_cache=sleeps)
+
+
+def _batch_before(rows: int, tokens: int) -> tuple[TensorGroup, ...]:
+    names = ("tokens of the generation before", "their masks")
+    return tuple(tensor_group("activation", name, f"{rows} {tokens}", "int64", _BATCH, "generate") for name in names)
+
+
+class ColocatedUsage(Usage):
+    """What a run with a colocated engine takes of its card, if vLLM starts with the share that it gets."""
+
+    def __init__(self, walk: Replay, engine: Budget, calibration: Calibration | None) -> None:
+        super().__init__(walk, calibration)
+        self._engine = engine
+
+    @property
+    def answer(self) -> Answer | None:
+        return super().answer if self._engine.starts or not self.may_fit else "does not start"
+
+    @property
+    def reason(self) -> str | None:
+        return None if self._engine.starts else why_not_started(self._engine, self._engine)

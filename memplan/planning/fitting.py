@@ -1,0 +1,104 @@
+"""Which of many GPUs hold a run, from one walk of it for all GPUs that run the same kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+
+from memplan.catalogue.hardware.gpu import GPU
+from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
+from memplan.catalogue.profiles.engines import find_engine
+from memplan.core.errors import MemplanError
+from memplan.core.records import NamedTuple
+from memplan.estimate.answer import Estimate
+from memplan.estimate.estimate import estimate
+from memplan.estimate.usage import Answer
+from memplan.resolve.parallelism import ZERO
+from memplan.resolve.refusals.vendors import not_on
+from memplan.spec.run import RunSpec
+
+
+class Fit(NamedTuple):
+    """Whether a GPU holds a run.
+
+    answer   fits, tight, does not fit or does not start; None if memplan refuses the run on this GPU
+    refusal  why it is refused, in a line
+    """
+
+    gpu: GPU
+    answer: Answer | None
+    refusal: str = ""
+
+    @property
+    def fits(self) -> bool:
+        """Whether the run surely fits, with the upper end of its band."""
+        return self.answer == "fits"
+
+
+class CardAnswers:
+    """The answers of one run on any GPU, each walked once.
+
+    GPUs of one compute capability run the same kernels, so they share a walk, unless the run divides its GPU's memory:
+    a serving engine's, DeepSpeed's, and a device map.
+    """
+
+    def __init__(self, run: RunSpec) -> None:
+        self.run = run
+        p = run.parallelism
+        self._is_shared = find_engine(run.profile) is None and p.strategy not in ZERO and p.device_map is None
+        self._on: dict[object, Estimate | MemplanError] = {}
+        self._fits: dict[str, Fit] = {}
+        self._enough: dict[object, int] = {}  # usable bytes of the smallest GPU of a kind that is known to be enough
+
+    def on(self, gpu: GPU) -> Estimate | MemplanError:
+        """Return the estimate on this GPU, or one that runs the same kernels; or the error that refuses it."""
+        refusal = next(not_on(gpu, self.run), None)
+        if refusal is not None:
+            return refusal
+        key = gpu.compute_capability if self._is_shared else gpu.name
+        if key not in self._on:
+            try:
+                self._on[key] = estimate(self.run.model_copy(update={"gpu": gpu.name}))
+            except MemplanError as error:
+                self._on[key] = error
+        return self._on[key]
+
+    def fit(self, gpu: GPU) -> Fit:
+        """Return the answer on this GPU."""
+        if gpu.name not in self._fits:
+            found = self.on(gpu)
+            fit = Fit(gpu, None, str(found)) if isinstance(found, MemplanError) else Fit(gpu, self._answer(found, gpu))
+            self._fits[gpu.name] = fit
+        return self._fits[gpu.name]
+
+    def _answer(self, found: Estimate, gpu: GPU) -> Answer | None:
+        if not self._is_shared:
+            return found.verdict.answer
+        if gpu.usable >= self._enough.get(gpu.compute_capability, gpu.usable + 1):
+            return "fits"
+        answer = found.answer_on(gpu.usable)
+        if answer == "fits":
+            self._enough[gpu.compute_capability] = gpu.usable
+        return answer
+
+
+@lru_cache(maxsize=512)
+def card_answers(run: RunSpec) -> CardAnswers:
+    """Return the answers of a run without a GPU."""
+    return CardAnswers(run)
+
+
+def fits(run: RunSpec, pool: Iterable[str | GPU] | None = None) -> tuple[Fit, ...]:
+    """Return for each GPU of the pool whether it holds the run; of all catalogued GPUs without a pool.
+
+    The answers are those of `estimate`; the run's own `gpu` is ignored. Raises what `estimate` raises for a run that is
+    refused on every GPU, and UnknownNameError for an unknown GPU.
+    """
+    gpus = all_gpus() if pool is None else [gpu if isinstance(gpu, GPU) else find_gpu(gpu) for gpu in pool]
+    answers = card_answers(run.model_copy(update={"gpu": None}))
+    found = tuple(map(answers.fit, gpus))
+    if found and all(fit.refusal for fit in found):
+        error = answers.on(found[0].gpu)
+        assert isinstance(error, MemplanError)
+        raise error
+    return found

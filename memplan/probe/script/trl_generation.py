@@ -1,0 +1,95 @@
+"""The step of TRL's trainers that generate, GRPO and RLOO, on fake tensors: see `memplan.probe.script.trl_trainers`.
+
+A step begins with its generation batch: transformers' `generate`, until all completions have their longest length, then
+log-probabilities of the reference, and rewards. The policy's passes follow, one for each micro-batch.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from functools import partial
+from types import MappingProxyType, SimpleNamespace
+from typing import Any
+
+import torch
+
+from memplan.catalogue.kernels.wiring import GENERATING
+from memplan.probe.fake import kernels
+from memplan.probe.script.model import base_of
+from memplan.probe.script.trl_trainers import TRAINERS, TrainerScript, always, trainer_module
+from memplan.spec.run import RunSpec
+
+
+def _reward(completions: Any, **_: Any) -> list[float]:
+    """Return the same reward for every completion."""
+    return [0.0] * len(completions)
+
+
+class GenerationScript(TrainerScript):
+    """A run under one of TRL's trainers that generate."""
+
+    rewards = MappingProxyType({"reward_funcs": [_reward]})
+
+    def __init__(self, run: RunSpec, device: Any, phase: Any) -> None:
+        super().__init__(run, device, phase)
+        tokens, completion = run.batch.sequence + run.batch.new_tokens, run.batch.new_tokens
+        kernels.selections[run.batch.micro, tokens - 1] = run.batch.micro * completion
+        base = base_of(self.trainer.model)
+        self._left = 0
+        base.generate, base._has_unfinished_sequences = partial(self._generate, base.generate), self._has_unfinished
+        self._in_phase(self.trainer, "_generate", "generate")
+        self._score = self.trainer._get_per_token_logps_and_entropies
+        self.trainer._get_per_token_logps_and_entropies = self._scored
+
+    def _copy_reference(self, module: Any, run: RunSpec) -> None:
+        """Let TRL 0.24, too, build its copy of the model instead of loading it."""
+        super()._copy_reference(module, run)
+        if not hasattr(module, "create_model_from_path"):
+            name = "PreTrainedModel"  # any
+            module.AutoConfig = SimpleNamespace(from_pretrained=always(SimpleNamespace(architectures=[name])))
+            module.transformers = SimpleNamespace(**{name: SimpleNamespace(from_pretrained=self._copied(run))})
+
+    def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
+        self._left = self.run.batch.new_tokens
+        return generate(*args, **kwargs)
+
+    def _has_unfinished(self, *_: Any, **__: Any) -> bool:
+        """Return whether completions are shorter than their longest length."""
+        self._left -= 1
+        return self._left >= 0
+
+    def _scored(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute log-probabilities: of the reference if nothing is recorded."""
+        with nullcontext() if torch.is_grad_enabled() else self.phase("forward"):
+            return self._score(*args, **kwargs)
+
+    def options(self, run: RunSpec) -> dict[str, Any]:
+        """Return the options of the trainer's config that the run decides."""
+        reference = run.reference or ("none" if run.trainer == "grpo" else "copy")
+        config = getattr(trainer_module(run), f"{TRAINERS[run.trainer].name}Config")
+        truncates = {"max_prompt_length": run.batch.sequence} if hasattr(config, "max_prompt_length") else {}
+        return {
+            **truncates,
+            "max_completion_length": run.batch.new_tokens,
+            "num_generations": run.batch.generations,
+            "gradient_accumulation_steps": run.batch.accumulation,
+            "beta": 0.0 if reference == "none" else 0.05,
+        }
+
+    def step(self) -> None:
+        """Run the trainer's step: the generation batch, forward and backward of its parts, clipping, the optimizer."""
+        batch = self.run.batch
+        self.trainer.current_gradient_accumulation_steps = batch.accumulation
+        prompt = {"prompt": "<pad>" * batch.sequence}
+        for _ in range(batch.accumulation):
+            self.trainer.training_step(self.model, [prompt] * batch.micro * batch.accumulation, None)
+        with self.phase("clip"):
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        with self.phase("step"):
+            self.optimizer.step()
+            self.model.zero_grad()
+
+
+def script_of(run: RunSpec) -> type[TrainerScript]:
+    """Return the class of the script of a run under a trainer of TRL."""
+    return GenerationScript if run.trainer in GENERATING else TrainerScript

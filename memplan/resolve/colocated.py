@@ -1,0 +1,63 @@
+"""A vLLM engine on the GPU that trains, which generates for TRL's trainers: its share of the GPU.
+
+The engine loads the model a second time. With sleep mode its weights and its cache only exist while it generates; CUDA
+graphs stay.
+
+Source: trl 1.16.0 generation/vllm_generation.py _init_vllm, generate; vllm 0.33.0 v1/worker/gpu_worker.py sleep.
+"""
+
+from __future__ import annotations
+
+from memplan.core.errors import refused
+from memplan.models.model import ModelSpec
+from memplan.program.graph import TensorGroup, tensor_group
+from memplan.program.serving.budget import Budget, budget
+from memplan.resolve.serving import resolve_serving
+from memplan.spec.run import Batch, RunSpec
+
+ENGINE = "vllm-0.33"
+_SOURCE = "trl 1.16.0 generation/vllm_generation.py _init_vllm"
+_SHARE, _STEP_TOKENS = 0.3, 4096  # trl 1.16.0 trainer/grpo_config.py vllm_gpu_memory_utilization; _SOURCE
+
+
+def colocated_budget(run: RunSpec, batch: Batch, model: ModelSpec) -> Budget:
+    """Return how the engine divides its share of the GPU. `batch` is the run's, filled in.
+
+    Raises SpecError without a GPU, and as `resolve_serving` does.
+    """
+    if run.gpu is None:
+        raise refused("rollout", "colocate: vLLM takes a share of the GPU; name one (--gpu)")
+    requests, s = batch.micro * batch.accumulation, run.serving
+    serving = {
+        "memory_utilization": s.memory_utilization or _SHARE,
+        "max_num_seqs": s.max_num_seqs or requests,
+        "max_num_batched_tokens": s.max_num_batched_tokens or _STEP_TOKENS,
+        "max_model_len": s.max_model_len or (batch.tokens if run.profile == "trl-0.24" else None),
+        "sleep": None,
+    }
+    quantization = run.method.quantization  # bitsandbytes' 4 bits, in vLLM too
+    engine_run = RunSpec(
+        model=run.model,
+        task="generate",
+        profile=ENGINE,
+        gpu=run.gpu,
+        method={"quantization": None if quantization is None else {"format": quantization.format}},
+        batch={"micro": requests, "sequence": batch.sequence, "new_tokens": batch.new_tokens},
+        serving=s.model_copy(update=serving),
+    )
+    settings = resolve_serving(engine_run, model)
+    return budget(settings, settings.gpu.usable if settings.gpu else None)
+
+
+def awake(b: Budget) -> tuple[TensorGroup, ...]:
+    """Return what the engine holds only while it is awake, with sleep mode."""
+    return (
+        tensor_group("parameter", "vLLM's weights", b.parameters, "uint8", _SOURCE),
+        tensor_group("buffer", "vLLM's KV cache", b.pool.bytes, "uint8", _SOURCE),
+    )
+
+
+def asleep(b: Budget) -> tuple[TensorGroup, ...]:
+    """Return what the engine holds throughout."""
+    graphs = b.graphs.usual
+    return (tensor_group("other", "vLLM's CUDA graphs", graphs, "uint8", b.graphs.source),) if graphs else ()

@@ -1,0 +1,1 @@
+"""Answers over HTTP: `memplan serve`, and `memplan webhook` for admission to a Kubernetes cluster."""

@@ -1,0 +1,79 @@
+"""Trace steps of TRL's trainers that generate, and print rows for tests/estimate/test_generation.py.
+
+As tests/golden/trace_preference.py, with the same packages: every row is a step of GRPO or RLOO, generation included.
+
+/tmp/trl/bin/python tests/golden/trace_generation.py trl-1.15 grpo traced_generation.jsonl >> /tmp/rows.jsonl
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from memplan.spec.run import RunSpec
+from tests.golden.trace_preference import main
+from tests.golden.trace_trainers import BF16, CONFIGS, FP32
+
+# Family, method, precision; completions of a micro-batch, tokens of a prompt and of a completion, completions of a
+# prompt, micro-batches; the reference and what differs from the trainer's defaults.
+CASES: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, (4, 256, 64, 4, 1), "none", {}),
+    ("llama", "full", BF16, (4, 256, 16, 4, 1), "copy", {}),
+    ("llama", "full", FP32, (2, 512, 8, 4, 2), "none", {}),
+    ("llama", "full", BF16, (1, 1024, 24, 2, 2), "none", {"checkpointing": "none"}),
+    ("llama", "lora", BF16, (4, 256, 16, 4, 1), "none", {}),
+    ("llama", "lora", BF16, (8, 512, 12, 8, 1), "adapters", {}),
+    ("llama", "lora", FP32, (2, 256, 16, 4, 2), "none", {}),
+    ("llama", "qlora", BF16, (4, 512, 16, 4, 1), "none", {}),
+    ("llama", "qlora", BF16, (4, 256, 8, 8, 4), "adapters", {}),
+    ("tied", "full", BF16, (4, 128, 16, 4, 2), "none", {}),
+    ("tied", "lora", FP32, (2, 256, 12, 2, 1), "adapters", {"checkpointing": "none"}),
+    ("qwen2", "full", BF16, (2, 512, 16, 2, 1), "copy", {}),
+    ("qwen2", "lora", BF16, (8, 256, 16, 8, 1), "none", {}),
+    ("qwen2", "qlora", BF16, (1, 1024, 16, 4, 4), "none", {}),
+    ("mistral", "full", BF16, (4, 512, 16, 4, 1), "none", {}),
+    ("mistral", "lora", BF16, (8, 1024, 8, 8, 1), "adapters", {}),
+    ("gemma2", "full", BF16, (2, 256, 16, 4, 2), "none", {}),
+    ("gemma2", "lora", BF16, (4, 512, 12, 4, 1), "none", {}),
+    ("blocks", "full", BF16, (8, 1024, 16, 8, 1), "none", {}),
+    ("blocks", "full", FP32, (4, 1024, 16, 4, 1), "copy", {}),
+    ("blocks", "lora", BF16, (16, 512, 16, 16, 1), "none", {"checkpointing": "none"}),
+    ("blocks", "qlora", BF16, (8, 1024, 16, 8, 1), "adapters", {}),
+)
+
+
+_ALL = (("trl-1.15", "grpo"), ("trl-1.14", "grpo"), ("trl-1.13", "grpo"))
+
+
+def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
+    """Yield the runs of `CASES` under a profile and a trainer; every second of them where others are traced in full."""
+    cases = CASES if (profile, trainer) in _ALL else CASES[1::2]
+    for family, method, precision, (micro, prompt, new, group, parts), reference, kernels in cases:
+        words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ())]
+        targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
+        batch = {"micro": micro, "sequence": prompt, "new_tokens": new, "generations": group, "accumulation": parts}
+        shape = f"{micro}x({prompt}+{new}) {parts} parts"
+        name = f"{profile} {trainer} {family} {method} {precision['weights']} {shape} {' '.join(words)}"
+        yield (
+            name,
+            RunSpec.model_validate(
+                {
+                    "model": {"config": CONFIGS[family]},
+                    "trainer": trainer,
+                    "reference": reference,
+                    "method": {"kind": method, **targets},
+                    "precision": precision,
+                    "batch": batch,
+                    "kernels": kernels,
+                    "profile": profile,
+                }
+            ),
+        )
+
+
+if __name__ == "__main__":
+    main(runs)

@@ -1,0 +1,65 @@
+"""Compiles /stdlib and /site in the browser's own interpreter, and writes what the page needs of them into archives.
+
+Nothing in an archive is compressed: it is compressed as one, which is smaller.
+"""
+
+import compileall
+import json
+import marshal
+import re
+import zipfile
+from pathlib import Path
+from py_compile import PycInvalidationMode
+from types import CodeType
+
+KEPT = re.compile(r".*(\.pyc|\.toml|\.json|\.css|\.js|wasm32-emscripten\.so)")
+# Of the standard library, what serves, tests, documents or reads mail; of the packages, what draws on a terminal or is
+# of an older interface; of memplan, what needs torch or is of commands that the page has not, and the page itself.
+LEFT_OUT = re.compile(
+    r"(__pycache__|.*\.dist-info|.*/__pycache__|xml|unittest|pydoc_data|idlelib|http|xmlrpc|wsgiref|multiprocessing"
+    r"|curses|dbm|sqlite3|venv|ensurepip|tkinter|lib2to3|turtledemo|profiling|_pyrepl|rich|pygments|markdown_it|mdurl"
+    r"|pydantic/v1|pydantic/deprecated|memplan/(web|probe/script|probe/fake|gate|report/gate|serve))/.*"
+    r"|memplan/explain/(?!__init__).*|memplan/planning/(many|placement)\.pyc"
+    r"|memplan/cli/(check|lock|calibrate|card|serve|explain|web|schema|probe)\.pyc"
+    r"|(pdb|bdb|doctest|pydoc|turtle|_pyio|_pydecimal|pickletools|statistics|imaplib|smtplib|ftplib|poplib|mailbox|tarfile"
+    r"|cProfile|profile|pstats|trace|optparse|netrc|zipapp|webbrowser|socketserver|_pydatetime|plistlib|wave|modulefinder)"
+    r"\.pyc|encodings/(?!__init__|aliases|ascii|latin_1|utf_|cp437|idna|punycode|unicode_escape|raw_unicode).*"
+    r"|pydantic/mypy\.pyc|typer/testing\.pyc"
+)
+
+
+NO_LINES = b"\xff"  # eight instructions without a line, in the format of Objects/locations.md of CPython
+
+
+def without_lines(code: CodeType) -> CodeType:
+    """Return code without its line numbers, two fifths of its size compressed; a page shows no traceback."""
+    constants = tuple(without_lines(part) if isinstance(part, CodeType) else part for part in code.co_consts)
+    return code.replace(co_consts=constants, co_linetable=NO_LINES * (len(code.co_code) // 16 + 1))
+
+
+def contents(path: Path) -> bytes:
+    text = path.read_bytes()
+    return text[:16] + marshal.dumps(without_lines(marshal.loads(text[16:]))) if path.suffix == ".pyc" else text
+
+
+def chosen(folder: str, pattern: str = "") -> dict[str, bytes]:
+    """Return the files of a folder whose names match, in the order of their names."""
+    paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
+    kept = (name for name in paths if KEPT.fullmatch(name) and not LEFT_OUT.fullmatch(name) and re.match(pattern, name))
+    return {name: contents(paths[name]) for name in kept}
+
+
+def write(name: str, files: dict[str, bytes]) -> None:
+    """Write a line with the sizes of files by name, as JSON, and the files: what JavaScript reads without a library."""
+    sizes = json.dumps({inside: len(content) for inside, content in files.items()}, separators=(",", ":"))
+    Path(f"/{name}").write_bytes(b"\n".join((sizes.encode(), b"".join(files.values()))))
+
+
+for folder in ("/stdlib", "/site"):
+    options = {"quiet": 1, "legacy": True, "optimize": 2, "workers": 1}
+    compileall.compile_dir(folder, **options, invalidation_mode=PycInvalidationMode.UNCHECKED_HASH)
+with zipfile.ZipFile("/stdlib.archive", "w") as archive:
+    for name, content in chosen("/stdlib").items():
+        archive.writestr(zipfile.ZipInfo(name), content)
+write("memplan.archive", chosen("/site", r"memplan/"))
+write("others.archive", chosen("/site", r"(?!memplan/)"))

@@ -1,0 +1,72 @@
+// The engine behind the page: memplan in a worker of this browser, or memplan's own server. The page asks which it has.
+
+export interface Answer {
+  readonly code: number; // the command's exit code; 2 and 3 are errors, whose line is `err`
+  readonly out: string;
+  readonly err: string;
+}
+
+export interface Engine {
+  readonly kind: "browser" | "native";
+  readonly version: string;
+  ask(words: readonly string[], files: Readonly<Record<string, string>>): Promise<Answer>;
+}
+
+export interface Option {
+  readonly name: string;
+  readonly help: string;
+  readonly type: "switch" | "number" | "text";
+  readonly choices: readonly string[];
+  readonly closed: boolean;
+}
+
+export interface Form {
+  readonly version: string;
+  readonly views: readonly string[];
+  readonly models: Readonly<Record<string, string>>;
+  readonly headings: Readonly<Record<string, readonly Option[]>>;
+}
+
+const json = async (path: string): Promise<unknown> => {
+  const response = await fetch(path);
+  if (!response.ok) throw new Error(`${path}: ${String(response.status)}`);
+  return response.json();
+};
+
+export async function engine(): Promise<{ engine: Engine; form: Form }> {
+  const [about, form] = await Promise.all([json("engine/engine.json"), json("engine/form.json")]);
+  const { engine: kind, version } = about as { engine: "browser" | "native"; version: string };
+  return { engine: { kind, version, ask: kind === "native" ? askServer : worker() }, form: form as Form };
+}
+
+async function askServer(words: readonly string[], files: Readonly<Record<string, string>>): Promise<Answer> {
+  const response = await fetch("engine/answer", {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ words, files }),
+  });
+  if (!response.ok) throw new Error(await response.text());
+  return (await response.json()) as Answer;
+}
+
+/** Starts the worker, and returns what asks it; it answers one question after the other. */
+function worker(): Engine["ask"] {
+  const started = new Worker(new URL("./worker.ts", import.meta.url), { type: "module" });
+  const waiting = new Map<number, { resolve: (answer: Answer) => void; reject: (error: Error) => void }>();
+  let last = 0;
+  started.onmessage = ({ data }: MessageEvent<{ id: number; answer?: Answer; error?: string }>) => {
+    const asked = waiting.get(data.id);
+    waiting.delete(data.id);
+    if (data.answer) asked?.resolve(data.answer);
+    else asked?.reject(new Error(data.error));
+  };
+  started.onerror = (event) => {
+    for (const { reject } of waiting.values()) reject(new Error(event.message || "worker"));
+    waiting.clear();
+  };
+  return (words, files) =>
+    new Promise((resolve, reject) => {
+      waiting.set(++last, { resolve, reject });
+      started.postMessage({ id: last, question: JSON.stringify({ words, files }) });
+    });
+}

@@ -1,0 +1,167 @@
+// The built page in headless Chromium: answers, links, files, hostile input, three widths, and no other host.
+import { mkdtempSync, readFileSync, rmSync } from "node:fs";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+import { fileURLToPath } from "node:url";
+import type { BrowserContext, Page } from "playwright-core";
+import { afterAll, beforeAll, expect, test } from "vitest";
+import { browser, Site } from "./server";
+
+const AXE = readFileSync(fileURLToPath(new URL("../node_modules/axe-core/axe.min.js", import.meta.url)), "utf8");
+const folder = mkdtempSync(join(tmpdir(), "memplan-page-"));
+const hosts = new Set<string>();
+const said: string[] = []; // errors and warnings on the console
+let [site, context, page] = [null as never as Site, null as never as BrowserContext, null as never as Page];
+
+beforeAll(async () => {
+  site = await Site.start();
+  context = await browser(join(folder, "profile"));
+  context.on("request", (request) => hosts.add(new URL(request.url()).host));
+  page = await opened("");
+});
+
+afterAll(async () => {
+  await context.close();
+  site.stop();
+  rmSync(folder, { recursive: true, force: true });
+});
+
+async function opened(fragment: string): Promise<Page> {
+  const opened = await context.newPage();
+  opened.on("pageerror", (error) => said.push(error.message));
+  opened.on("console", (message) => { if (message.type() !== "log") said.push(message.text()); });
+  opened.on("dialog", (dialog) => { said.push(`dialog: ${dialog.message()}`); void dialog.dismiss(); });
+  await opened.goto(site.url + fragment);
+  await opened.waitForSelector("#report[data-answered]");
+  return opened;
+}
+
+/** Does something, and waits until the page has answered. */
+async function answered(act: () => Promise<unknown>): Promise<void> {
+  const before = Number(await page.getAttribute("#report", "data-answered"));
+  await act();
+  await page.waitForFunction((n) => Number(document.getElementById("report")?.dataset.answered) > n, before);
+}
+
+const title = () => page.textContent("#report h1");
+
+test("an answer comes from the engine in this browser", async () => {
+  expect(await title()).toMatch(/^fits: 13\.\d of 23\.7 GiB used on GeForce RTX 3090/);
+  expect(await page.textContent("#status")).toMatch(/^Computed in this browser/);
+});
+
+test("all files of the page have at most 9 MB compressed", async () => {
+  if (!context.serviceWorkers().length) await context.waitForEvent("serviceworker");
+  await page.waitForFunction(() => navigator.serviceWorker.ready.then((ready) => ready.active?.state === "activated"));
+  expect(site.bytes).toBeLessThan(9e6);
+  expect(site.bytes).toBeGreaterThan(7e6);
+});
+
+test("a change of the form is a new answer, its command and its link", async () => {
+  await answered(() => page.fill("#o-seq_len", "16k"));
+  expect(await title()).toMatch(/^does not fit/);
+  expect(await page.textContent("#command")).toBe("memplan qwen2-7b --method qlora --gpu 3090 --seq-len 16k");
+  expect(new URL(page.url()).hash).toMatch(/^#model=qwen2-7b&method=qlora&gpu=3090&seq_len=16k&memplan=\d/);
+});
+
+test("another question about the same run is one click away", async () => {
+  await answered(() => page.check("input[value=fit]"));
+  expect(await page.textContent("#command")).toMatch(/^memplan fit qwen2-7b/);
+  expect(await page.textContent("#report")).toMatch(/saves/);
+  await answered(() => page.check("input[value=estimate]"));
+});
+
+test("the timeline follows the arrow keys", async () => {
+  const slider = page.locator("#report .timeline input[type=range]").first();
+  await slider.focus();
+  const before = await slider.getAttribute("aria-valuetext");
+  await page.keyboard.press("ArrowLeft");
+  expect(await slider.getAttribute("aria-valuetext")).not.toBe(before);
+});
+
+test("the ledger is searched, and stays open and searched", async () => {
+  await page.locator("#report summary", { hasText: "Every tensor" }).click();
+  const search = page.locator("#report details input[type=search]").last();
+  await search.fill("lm_head weight");
+  const shown = page.locator("#report details").last().locator("tbody tr:visible");
+  const all = await shown.count();
+  expect(all).toBeGreaterThan(0);
+  expect((await shown.allTextContents()).every((text) => text.includes("lm_head"))).toBe(true);
+  await answered(() => page.fill("#o-seq_len", "4096"));
+  expect(await shown.count()).toBe(all);
+});
+
+test("a value that is none is one line, and what was typed stays", async () => {
+  await answered(() => page.fill("#o-batch_size", "many"));
+  expect(await page.textContent("#problem")).toBe("--batch-size: must be a whole number, not 'many'");
+  expect(await page.inputValue("#o-batch_size")).toBe("many");
+  await answered(() => page.fill("#o-batch_size", "2"));
+  expect(await page.isHidden("#problem")).toBe(true);
+});
+
+test("a link gives the same answer again", async () => {
+  const again = await opened(new URL(page.url()).hash);
+  expect(await again.textContent("#report h1")).toBe(await title());
+  expect(await again.textContent("#command")).toBe(await page.textContent("#command"));
+  expect(await again.isHidden("#notice")).toBe(true);
+  await again.close();
+});
+
+test("a run's file is read in place of a model, and so is a pasted one", async () => {
+  const run = "base_model: Qwen/Qwen2-7B\nadapter: qlora\nload_in_4bit: true\nlora_target_linear: true\nsequence_len: 2048\nmicro_batch_size: 1\nlora_r: 32\n";
+  await answered(() => page.evaluate(() => { location.hash = "#model=gpt2&gpu=3090"; }));
+  await page.locator("details.file summary").click();
+  await answered(() => page.setInputFiles("#file", { name: "my run.yaml", mimeType: "text/yaml", buffer: Buffer.from(run) }));
+  expect(await page.textContent("#problem")).toBe("");
+  expect(await page.textContent("#report")).toMatch(/rank 32/);
+  expect(await page.textContent("#command")).toBe("memplan my-run.yaml --gpu 3090");
+  await page.fill("#pasted", run.replace("32", "64"));
+  await answered(() => page.click("#paste"));
+  expect(await page.textContent("#report")).toMatch(/rank 64/);
+});
+
+test("hostile input is one line of text", async () => {
+  await page.fill("#pasted", "{not JSON <img src=x onerror=alert(1)>");
+  await answered(() => page.click("#paste"));
+  expect(await page.textContent("#problem")).toMatch(/^config\.json: not JSON/);
+  const script = "<script>alert(1)</script><img src=x onerror=alert(2)>";
+  await answered(() => page.fill("#o-model", script));
+  expect(await page.textContent("#problem")).toContain("<script>alert(1)");
+  const tampered = `#${new URLSearchParams({ model: "gpt2", gpu: script, output: script, view: script, memplan: script }).toString()}`;
+  await answered(() => page.evaluate((hash) => { location.hash = hash; }, tampered));
+  expect(await page.textContent("#notice")).toMatch(/^The link was made with memplan <script>.*settings.*output/);
+  expect(await page.inputValue("#o-gpu")).toBe(script);
+  expect(await page.textContent("#problem")).toMatch(/unknown name '<script>/);
+  await page.evaluate((text) => {
+    const files = new DataTransfer();
+    files.items.add(new File([text.repeat(2 ** 20)], "big.json"));
+    document.dispatchEvent(new DragEvent("drop", { dataTransfer: files }));
+  }, "12345");
+  expect(await page.textContent("#problem")).toBe("big.json: has 5 MiB; a config or a run's file has at most 4 MiB");
+  expect(await page.locator("#report img, #report script:not([type])").count()).toBe(0);
+  await answered(() => page.evaluate(() => { location.hash = "#model=qwen2-7b&method=qlora&gpu=3090"; }));
+});
+
+test.each([[375, "dark"], [768, "light"], [1280, "dark"]] as const)("at %i pixels, %s, it is accessible and nothing sticks out", async (width, scheme) => {
+  await page.setViewportSize({ width, height: 900 });
+  await page.emulateMedia({ colorScheme: scheme });
+  await page.evaluate(AXE);
+  const found = await page.evaluate(async () => {
+    const { violations } = await (globalThis as unknown as { axe: { run: () => Promise<{ violations: { id: string; nodes: { html: string }[] }[] }> } }).axe.run();
+    return violations.map(({ id, nodes }) => `${id}: ${nodes[0]?.html ?? ""}`);
+  });
+  expect(found).toEqual([]);
+  expect(await page.evaluate(() => document.documentElement.scrollWidth - innerWidth)).toBeLessThanOrEqual(0);
+});
+
+test("it answers without a network after the first visit", async () => {
+  site.stop();
+  const offline = await opened("#model=gpt2&method=lora&gpu=4090");
+  expect(await offline.textContent("#report h1")).toMatch(/^fits/);
+  await offline.close();
+});
+
+test("no other host was asked, and nothing was said on the console", () => {
+  expect([...hosts].filter(Boolean)).toEqual([new URL(site.url).host]);
+  expect(said).toEqual([]);
+});
