@@ -1,10 +1,12 @@
 """A sample of all bundled models and option sets: nothing crashes, no bytes are negative, all sums hold.
 
-`benchmarks/sweep.py` runs all pairs, or others. A failure prints the command lines to reproduce it.
+Every run of the suite draws other pairs; `benchmarks/sweep.py` runs all of them. A failure prints the command lines to
+reproduce it.
 """
 
 from __future__ import annotations
 
+import os
 from itertools import product
 from typing import Any
 
@@ -25,7 +27,8 @@ from tests.sampling import COMPLETE, sampled
 
 PARTS = 8
 SHARE = 300 if COMPLETE else 2400  # one pair in this many is estimated, over all parts
-SEED = "alone"
+# Differs between runs, but is equal in all processes of one run, so that they draw the same pairs.
+SEED = os.environ.get("PYTEST_XDIST_TESTRUNUID", "alone")
 
 
 def test_the_sweep_covers_every_model_and_enough_options() -> None:
