@@ -23,7 +23,8 @@ def compile_library() -> Path | None:
     sys.path.insert(0, str(ROOT))
     from memplan.engine.native import SOURCE, library_path
 
-    path, part = library_path(), library_path().with_suffix(f".{os.getpid()}")
+    path = library_path()
+    part = path.with_suffix(f".{os.getpid()}.lib")  # which git ignores, so that a build at the same time does, too
     command = [*shlex.split(os.environ.get("CC") or "cc"), "-O2", "-shared", "-fPIC", "-o", str(part), str(SOURCE)]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
