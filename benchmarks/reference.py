@@ -107,7 +107,7 @@ def answers() -> Iterator[str]:
 def http() -> Iterator[str]:
     yield from ("# Addresses of the service", "", _WRITTEN, "")
     yield from _prose(
-        """What `memplan serve` answers ([guide](../guides/service.md)). Bodies and answers are JSON; an answer with a
+        """The answers of `memplan serve` ([guide](../guides/service.md)). Bodies and answers are JSON; an answer with a
         status from 400 is a [ProblemDetail](#problemdetail), as `application/problem+json`. `GET /v1/openapi.json` is
         this page for programs."""
     )

@@ -99,7 +99,7 @@ def post(path: str, body: bytes, kind: bytes = b"application/json") -> bytes:
 
 
 class Load(NamedTuple):
-    """What a load of requests took: their number, seconds, CPU seconds, and the milliseconds of each, sorted."""
+    """The cost of a load of requests: their number, seconds, CPU seconds, and the milliseconds of each, sorted."""
 
     count: int  # pyright: ignore[reportIncompatibleMethodOverride]
     seconds: float

@@ -58,7 +58,7 @@ def _batch_before(rows: int, tokens: int) -> tuple[TensorGroup, ...]:
 
 
 class ColocatedUsage(Usage):
-    """What a run with a colocated engine takes of its card, if vLLM starts with the share that it gets."""
+    """Usage of a card that a run shares with an engine: it does not start if vLLM refuses the share that it gets."""
 
     def __init__(self, walk: Replay, engine: Budget, calibration: Calibration | None) -> None:
         super().__init__(walk, calibration)

@@ -1,4 +1,4 @@
-"""What asked: the tensor behind a request, by the traceback, by its size, and by the replay of the run."""
+"""The tensor behind a request that failed, by the traceback, by its size, and by the replay of the run."""
 
 from __future__ import annotations
 

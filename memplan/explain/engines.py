@@ -1,4 +1,4 @@
-"""What serving engines and the host say about themselves."""
+"""Findings from the lines that serving engines and the host print."""
 
 from __future__ import annotations
 

@@ -149,7 +149,7 @@ def _length(text: str, column: int | None, number: int) -> int:
 
 
 class LengthsAnswer(NamedTuple):
-    """What sequences of different lengths mean for a run.
+    """The longest and a typical batch of sequences of different lengths, and the run with each.
 
     lengths      of the data set, as truncated to the run's sequence
     batching     random, grouped, packed or padded

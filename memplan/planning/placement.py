@@ -145,7 +145,7 @@ def place(
 
 
 class JobDemand:
-    """What a job asks of a GPU, for each number of GPUs that it may use.
+    """The memory that a job asks of a GPU, for each number of GPUs that it may use.
 
     fewest  the fewest GPUs of the pool that hold it, were they all free; 0 if none do
     size    bytes that these hold together, at least

@@ -1,4 +1,4 @@
-"""What a scheduler has: jobs to place, and nodes to place them on."""
+"""A scheduler's jobs, and the nodes to place them on."""
 
 from __future__ import annotations
 
