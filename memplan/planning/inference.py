@@ -403,6 +403,16 @@ def mildest_format(
     return None
 
 
+def divided(answer: Estimate, calibration: Calibration | None = None) -> Estimate | None:
+    """Return the estimate of a run whose replicas each hold the model, with the model divided among their GPUs; None
+    if it does not fit, or has no replicas."""
+    p = answer.run.parallelism
+    if p.dp != p.world or p.world == 1 or answer.serving is None:
+        return None
+    other = attempt(lambda: with_tp(answer.asked, p.world), calibration)
+    return other if other is not None and FITS.met(other) else None
+
+
 def with_format(run: RunSpec, name: str) -> RunSpec:
     """Return the run with its weights stored in the named format."""
     stored = changed(run, "method", quantization=Quantization.model_validate({"format": name}))

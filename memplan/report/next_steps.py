@@ -44,8 +44,10 @@ def ways(answer: Estimate) -> list[Way]:
     out = [] if answer.via == "trace" else list(_ways(answer))  # other changes than the card would need further traces
     larger = next((gpu for gpu, verdict in _holding(answer, "NVIDIA") if verdict == "fits"), None)
     if larger:
-        text = f"{larger.title} ({tenths(larger.usable)} GiB usable), the smallest NVIDIA card that holds it"
-        out.append(Way(text, f"--gpu {larger.name}"))
+        n = answer.run.parallelism.world
+        title = f"{larger.title} ({tenths(larger.usable)} GiB usable), the smallest NVIDIA card that holds it"
+        several = f"{n:,} x {larger.title} ({tenths(larger.usable)} GiB usable), the smallest that hold it"
+        out.append(Way(several, f"--gpu {n}x{larger.name}") if n > 1 else Way(title, f"--gpu {larger.name}"))
     return out
 
 
@@ -59,8 +61,12 @@ def _ways(answer: Estimate) -> Iterator[Way]:
         if sequence:
             yield Way(f"{sequence:,} tokens at batch {run.batch.micro:,}", f"--seq-len {sequence}")
     if answer.run.task == "generate":
-        from memplan.planning.inference import mildest_format
+        from memplan.planning.inference import divided, mildest_format
 
+        parts = divided(answer, calibration)
+        if parts is not None:
+            option = f"--tp {parts.run.parallelism.tp}"
+            yield Way(f"{option} (uses {tenths(parts.bytes.used)} GiB)", option)
         smaller = mildest_format(answer, calibration=calibration)
         if smaller is not None:
             name, other = smaller

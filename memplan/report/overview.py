@@ -56,8 +56,11 @@ class CommandLine(NamedTuple):
     cards: str = ""
 
     def changed(self, options: str = "") -> str:
-        """Return the line with more options; a card replaces the others."""
-        return " ".join(filter(None, (self.run, "" if options.startswith("--gpu ") else self.cards, options)))
+        """Return the line with more options, which replace those of the same name; a card replaces all cards."""
+        names = [word.partition(" ")[0] for word in options.split("--")]
+        kept = [word for word in self.run.split(" --") if word.partition(" ")[0] not in names]
+        cards = "" if "gpu" in names else self.cards
+        return " ".join(filter(None, (" --".join(kept), cards, options)))
 
 
 def overview(answer: Estimate, to: Screen, line: CommandLine | None) -> Iterator[Block]:
@@ -114,10 +117,14 @@ def settings(answer: Estimate) -> Iterator[str]:
     elif answer.serving is None:
         yield from (f"{batch.new_tokens:,} new tokens",) * (run.task == "generate")
         yield q.format if q is not None else str(run.precision.weights)
-    if p.world > 1:
+    if answer.serving is not None and p.world > 1:
+        from memplan.report.serving import divisions
+
+        yield ", ".join(divisions(answer))
+    elif p.world > 1:
         from memplan.report.assumptions import strategies
 
-        yield "".join(f"{how}" for how in [*strategies(p)][:1]) or f"{p.world:,} GPUs"
+        yield next(strategies(p), f"{p.world:,} GPUs")
     yield run.profile
 
 

@@ -145,10 +145,17 @@ class RunSpec(Part):
 
     @classmethod
     def expanded(cls, value: Any) -> Any:
-        """Choose the newest TRL for one of its trainers, if no profile is given, and set the loop that they have."""
+        """Choose the newest TRL for one of its trainers, if no profile is given, and set the loop that they have; put
+        a model that transformers runs on several GPUs on all of them, as `device_map="auto"` does."""
         if not isinstance(value, Mapping):
             return value
         values = cast(Mapping[str, Any], value)
+        spread: Any = values.get("parallelism")
+        is_run = values.get("task") in ("forward", "generate") and str(
+            values.get("profile", "transformers")
+        ).startswith("transformers")
+        if is_run and isinstance(spread, Mapping) and spread.keys() == {"world"} and spread["world"] != 1:
+            values = {**values, "parallelism": {**spread, "device_map": "auto"}}
         if values.get("trainer", "sft") == "sft":
             return values
         loop: Any = values.get("loop", {})

@@ -22,6 +22,7 @@ from tests.sampling import sampled
 
 ROOT = Path(__file__).parents[2]
 # What is typed after `memplan`, one of each kind of answer.
+VLLM = "llama-3.3-70b --method generate --profile vllm"
 LINES = (
     "qwen3-8b --method qlora --gpu 4060ti-16gb",
     "qwen3-8b --method lora --gpu rtx-3090 --no-gradient-checkpointing",
@@ -35,7 +36,16 @@ LINES = (
     "llama-3.1-8b --gpu h100 --gpus 8 --fsdp fsdp2",
     "bert-base-uncased --method lora",
     "deepseek-v3 --gpu h100",
+    "llama-3.1-8b --method generate --gpu 2x3090",
+    "qwen2-7b --gpu 8xa100-40gb",
+    f"{VLLM} --gpu 4xa100",
 )
+DIVIDED = {
+    "qwen2-7b --gpu 8xa100-40gb": "qwen2-7b --gpu 8xa100-40gb --fsdp fsdp2",
+    "llama-3.3-70b --method full --zero 3 --gpu 8x4090": "llama-3.3-70b --method full --zero 3 --gpu 8xb100",
+    f"{VLLM} --gpu 4xa100": f"{VLLM} --gpu 4xa100 --tp 4",
+    "llama-3.3-70b --method full --gpu 8xh100": "llama-3.3-70b --gpu 8xh100 --method qlora",
+}
 every_line = pytest.mark.parametrize("line", sampled(list(LINES)))
 
 
@@ -122,6 +132,14 @@ def test_every_next_command_runs(line: str, capsys: pytest.CaptureFixture[str]) 
     for command in commands:
         announced = code if command == commands[-1] else 0
         assert (command, printed(command, capsys)[0]) == (command, announced)
+
+
+@pytest.mark.parametrize(("line", "first"), DIVIDED.items(), ids=DIVIDED.keys())
+def test_replicas_that_do_not_fit_are_divided_on_as_many_gpus(
+    line: str, first: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, text = printed(line, capsys)
+    assert re.findall(r"^  memplan (.*)$", text, re.M)[0] == first
 
 
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS.keys())
