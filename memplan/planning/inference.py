@@ -340,7 +340,7 @@ def _placements(run: RunSpec, base: _Base) -> Iterator[Variant]:
         divided = with_layers(run, gpus)
         if divided is None:
             continue
-        if gpus == 1 and base.demand.met(base.answer):
+        if gpus == run.parallelism.world == 1 and base.demand.met(base.answer):
             divided = run
         answer = attempt(divided, base.calibration)
         if answer is not None and any("stay empty" in note for note in answer.notes):

@@ -108,6 +108,13 @@ def test_runs_that_do_not_fit_get_the_mildest_format_and_fewest_gpus() -> None:
     assert fits(with_format(run_of("llama-3.1-70b", gpu="h100"), found.mildest.name))
 
 
+def test_layers_are_placed_on_as_many_gpus_as_a_row_says() -> None:
+    found = questions(run_of("qwen2-0.5b", "transformers-5", parallelism={"world": 2}, batch={"sequence": 100}))
+    worlds = [choice.answer.run.parallelism.world for choice in found.placed if choice.answer is not None]
+    assert worlds == [int(choice.name) for choice in found.placed]
+    assert worlds[:2] == [1, 2]
+
+
 def test_other_caches_are_those_of_the_engine_that_hold_more_requests() -> None:
     (fp8,) = ASKED.caches
     assert fp8.answer is not None
