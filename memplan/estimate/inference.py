@@ -85,10 +85,11 @@ class InferenceWalk(Walk):
 
         What torch reserves differs by GPU.
         """
-        full = [walk for walk in walks if not walk.usage(None).fits]
+        by_peak = sorted(((walk, walk.usage(None)) for walk in walks), key=lambda each: each[0].peak, reverse=True)
+        full = [(walk, usage) for walk, usage in by_peak if not usage.fits]
         if len(full) < 2:  # how badly a single one fails does not matter
-            return full[0] if full else super().fullest(walks)
-        return max(full, key=lambda walk: (not walk.usage(None).may_fit, walk.peak))
+            return (full or by_peak)[0][0]
+        return next((walk for walk, usage in full if not usage.may_fit), full[0][0])
 
     @property
     def parts(self) -> Mapping[str, object]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
@@ -540,8 +540,9 @@ def _stack(graph: Graph) -> tuple[Stack, dict[str, int]]:
     return stack, {run.times: axes[run.times] for run in stack.runs}
 
 
-def weights_of(graph: Graph) -> Iterator[tuple[Weight, int, str]]:
-    """Yield every distinct weight, the number of layers that have one like it, and the prefix of its block."""
+@lru_cache(maxsize=128)
+def weights_of(graph: Graph) -> tuple[tuple[Weight, int, str], ...]:
+    """Return every distinct weight, the number of layers that have one like it, and the prefix of its block."""
     stack, axes = operations_of(graph)
     groups: list[tuple[tuple[Op, ...], int, str]] = [(stack.before, 1, "")]
     for run in stack.runs:
@@ -549,18 +550,22 @@ def weights_of(graph: Graph) -> Iterator[tuple[Weight, int, str]]:
         groups += [(b.ops, axes[run.times], f"{b.name}.") for b in run.blocks]
     groups.append(((*stack.after, *stack.loss), 1, ""))
     outside: set[str] = set()
+    weights: list[tuple[Weight, int, str]] = []
     for ops, count, where in groups:
         seen = outside if not where else set[str]()
         for op in ops:
             for w in op.weights:
                 if w.name not in seen:
                     seen.add(w.name)
-                    yield w, count, where
+                    weights.append((w, count, where))
+    return tuple(weights)
 
 
-def parameters_of(graph: Graph) -> Iterator[TensorGroup]:
-    """Yield the stored tensors of every weight, and the model's buffers."""
+@lru_cache(maxsize=128)
+def parameters_of(graph: Graph) -> tuple[TensorGroup, ...]:
+    """Return the stored tensors of every weight, and the model's buffers."""
     _, axes = operations_of(graph)
+    groups: list[TensorGroup] = []
     for w, count, where in weights_of(graph):
         for t in w.stored or (Tensor("", w.shape, w.dtype),):
             what = f"{w.name} ({t.name})" if t.name else w.name
@@ -568,4 +573,5 @@ def parameters_of(graph: Graph) -> Iterator[TensorGroup]:
             if w.kernel and graph.recipe.running is not None:
                 source = graph.recipe.running.of(w).source
             kind = "buffer" if w.group == "buffer" else "parameter"
-            yield tensor_group(kind, what, t.shape, t.dtype, source, where.rstrip("."), count, axes)
+            groups.append(tensor_group(kind, what, t.shape, t.dtype, source, where.rstrip("."), count, axes))
+    return tuple(groups)
