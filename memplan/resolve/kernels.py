@@ -10,10 +10,22 @@ from memplan.catalogue.profiles.profiles import find_profile
 from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.program.stack_facts import attention_dtype, fusible_kernels, tower_dtype
+from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.training import Kernels, Method
 
+_LONGEST_VARLEN_HEAD = 256
 FLASH_PACKAGES = {"flash_attention_2": "", "flash_attention_3": "3"}  # -> `Wiring.variant`
+
+
+def runs_varlen(run: OpenRun) -> bool:
+    """Return whether Axolotl runs torch's varlen attention over packed rows, instead of sdpa with a mask.
+
+    Source: axolotl 0.21.0 loaders/patch_manager.py _apply_sdpa_varlen_patch.
+    """
+    keys, values = run.model.head_widths
+    fits = keys == values <= _LONGEST_VARLEN_HEAD and not any(layer.sliding for layer in run.model.layers)
+    return run.attention == "sdpa" and run.attention_dtype != "fp32" and fits
 
 
 def version_attention(

@@ -11,6 +11,7 @@ from memplan.resolve.defaults import adapted_experts
 from memplan.resolve.kernels import (
     attention_compute_dtype,
     attention_wiring,
+    runs_varlen,
     tower_kernel,
     version_attention,
     with_profile_wiring,
@@ -64,7 +65,12 @@ def wire(run: OpenRun) -> None:
     padded = run.loop.padded and passes_mask
     args = run.attention_dtype, run.recipe, run.capability, padded, facts.windowed
     wiring = with_profile_wiring(attention_wiring(run.model, run.attention, *args), library, run.attention)
+    packed = facts.packed
+    if packed is not None and packed.mask == "made" and library.attention.sdpa_varlen and runs_varlen(run):
+        packed = packed._replace(mask="", is_varlen=True)
     run.wiring = wiring._replace(
+        packed=packed,
+        target=str(run.precision.compute) if packed is not None and packed.mask == "given" else wiring.target,
         is_single_sequence=facts.is_single_sequence and bool(run.model.family.attention.single_sequence),
         has_fp32_inputs=run.attention_dtype == "fp32",
         images=facts.images,

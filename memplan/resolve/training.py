@@ -41,7 +41,7 @@ from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.quantized_checkpoint import method_for_training
 from memplan.resolve.ranks import divide_ranks, note_sharding, set_sharded_dtypes, shard
-from memplan.resolve.refusals import trainers
+from memplan.resolve.refusals import packing, trainers
 from memplan.resolve.refusals import training as refusals
 from memplan.resolve.refusals.models import adapted_parameters, smoothed_labels, trained_weights, training_objective
 from memplan.resolve.refusals.refuse import refuse
@@ -158,6 +158,8 @@ def _fill_from_profile(run: OpenTraining) -> None:
 def _refuse_settings(run: OpenTraining) -> None:
     """Refuse settings of the parts, and experts that ranks cannot divide."""
     refuse(settings(run), refusals.quantised_experts(run))
+    if run.batch_facts.packing:
+        refuse(packing.packed_batch(run))
     if run.is_megatron_model:
         refuse(refusals.megatron_model(run), refusals.megatron_experts(run))
     else:
@@ -229,6 +231,7 @@ def _shard(run: OpenTraining) -> None:
 def _wire_training(run: OpenTraining) -> None:
     """Add to the wiring what only matters for backward."""
     by_name = run.library.checkpointing.passes_keywords and run.checkpoints and not run.is_megatron_model
+    packing.check_positions(run.model, run.wiring, run.code)
     run.wiring = run.wiring._replace(
         caches=run.library.model.returns_caches,
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,

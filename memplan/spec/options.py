@@ -148,6 +148,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
             combined=True,
         ),
         "hold_outputs": Option("loop.hold_outputs", "The script keeps the model's outputs through the backward pass."),
+        "packing": Option(
+            "batch.packing",
+            "How sequences are packed into rows, as the profile's framework names it: {choices}. padding_free joins "
+            "those of a batch; knapsack and binpack are `packing` of LLaMA-Factory and of ms-swift.",
+            aliases=("packing_strategy",),
+        ),
         "padded": Option("loop.padded", "Batches are padded, and so have an attention mask."),
         "trainer": Option(
             "trainer",

@@ -46,6 +46,9 @@ ProfileName = Annotated[str, After(_with_version)]
 TrainerName = Literal["sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gkd", "distill"]
 ReferenceKind = Literal["copy", "adapters", "precomputed", "none"]
 RolloutKind = Literal["transformers", "colocate", "server"]
+PackingName = Literal[
+    "bfd", "bfd_split", "wrapped", "padding_free", "sample_packing", "neat_packing", "knapsack", "binpack"
+]
 
 
 class Batch(Part):
@@ -60,6 +63,8 @@ class Batch(Part):
     generations      completions of each prompt, of trainers that generate; 0 for the trainer's default
     images           images per sequence
     image_size       pixels: the side of a square, or (height, width)
+    packing          how the framework packs sequences, or joins those of a micro-batch without padding
+                     (`memplan.catalogue.kernels.packing`); None: each sequence is a row
     target_sequence  tokens of an encoder-decoder's decoder. None for `sequence`, or for the decoder's learned positions
                      if the encoder has a fixed length; when generating, for 1 start token (4 for Whisper)
     """
@@ -72,6 +77,7 @@ class Batch(Part):
     images: Natural = 0
     image_size: Pixels | tuple[Pixels, Pixels] | None = None
     target_sequence: Count | None = None
+    packing: PackingName | None = None
 
     @property
     def tokens(self) -> int:
@@ -79,8 +85,8 @@ class Batch(Part):
         return self.sequence + self.new_tokens
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what only a trainer that generates has."""
-        return values if self.generations else {k: v for k, v in values.items() if k != "generations"}
+        """Leave out the completions of a trainer that does not generate, and the packing of sequences that are not."""
+        return {k: v for k, v in values.items() if v or k not in ("generations", "packing")}
 
 
 class RunSpec(Part):

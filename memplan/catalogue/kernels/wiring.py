@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from memplan.catalogue.kernels.packing import PackedRows
 from memplan.core.records import NamedTuple
 
 
@@ -18,7 +19,7 @@ class Wiring(NamedTuple):
     masked        kernel of layers with a mask
     tower         kernel of the vision tower
     variant       kernel in place of flash attention 2: `3`, or `cudnn`
-    target        dtype that flash attention 2 casts fp32 heads to
+    target        dtype that flash attention 2 casts fp32 heads to, or of the mask that a packed batch comes with
     copies        copied before the kernel: `heads`, k and v repeated per query head; `all`, then q, k and v
     half_math     the math kernel computes in the inputs' dtype instead of fp32
     uncapped      sdpa runs although scores should be soft-capped, and skips the cap
@@ -29,6 +30,7 @@ class Wiring(NamedTuple):
     Masks and inputs
 
     padded              the batch comes with a 2-D mask that has zeros
+    packed              the batch's sequences are packed into rows
     windowed            the sequence is longer than the sliding window
     causal              no token attends to later tokens; False in encoders, which mask only padding
     one_mask            eager's mask is shared by the whole batch, unless it is padded
@@ -106,6 +108,17 @@ class Wiring(NamedTuple):
     static: bool = False
     opened_windows: tuple[str, ...] = ()
     filled_windows: tuple[str, ...] = ()
+    packed: PackedRows | None = None
+
+    @property
+    def is_varlen(self) -> bool:
+        """Whether the kernel is told where the sequences of a packed row begin."""
+        return self.packed is not None and self.packed.is_varlen
+
+    @property
+    def masks_rows(self) -> bool:
+        """Whether each row has a mask of its own, because it is padded or packed."""
+        return self.padded or (self.packed is not None and bool(self.packed.mask))
 
     @property
     def is_head_major(self) -> bool:
@@ -120,12 +133,12 @@ class Wiring(NamedTuple):
     def has_mask(self, sliding: bool = False) -> bool:
         """Return whether transformers passes the layer's attention a mask.
 
-        Eager always gets a causal one; sdpa gets one for padding and for sliding windows.
+        Eager always gets a causal one; sdpa gets one for padding, for packing and for sliding windows.
         """
-        if self.backend == "flash_2":
+        if self.backend == "flash_2" or self.is_varlen:
             return False
         causal = self.causal and (self.backend == "eager" or (self.static and self.decodes))
-        return causal or self.padded or (sliding and self.windowed)
+        return causal or self.masks_rows or (sliding and self.windowed)
 
 
 DividedLogits = Literal["in_place", "held", "released"]

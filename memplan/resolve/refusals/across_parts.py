@@ -16,6 +16,8 @@ from memplan.spec.run import RunSpec, is_default
 def contradictions(run: RunSpec) -> Iterator[SpecError]:
     """Yield errors for settings that contradict each other across the parts of a run."""
     generates = run.task == "train" and run.trainer in GENERATING
+    if run.batch.packing and run.task != "train":
+        yield refused("batch.packing", "only applies to training")
     if run.batch.generations and not generates:
         yield refused("batch.generations", f"only applies to trainers that generate: {', '.join(GENERATING)}")
     if run.task != "generate":
