@@ -21,6 +21,7 @@ from memplan.estimate.usage import Answer, Replay, Usage
 from memplan.program.graph import TensorGroup, tensor_group
 from memplan.program.run import ResolvedRun
 from memplan.program.serving.budget import Budget
+from memplan.program.sharding.choice import sharding_of
 from memplan.resolve.colocated import awake
 from memplan.resolve.defaults import with_new_tokens
 from memplan.spec.run import RunSpec
@@ -32,17 +33,19 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> SideTa
     """Return the generation of a step's completions. Raises SpecError if the model cannot generate."""
     structure, batch = decided.structure, with_new_tokens(run).batch
     graph, rows = structure.graph, batch.micro * batch.accumulation
-    held = tuple(_batch_before(rows, batch.tokens))
-    standing = walked.program.between_steps(walked.workspace) + walked.program.passing["forward"]
+    sharding, standing = sharding_of(structure), walked.program.between_steps(walked.workspace)
+    held = (*_batch_before(rows, batch.tokens), *sharding.held_in("generate"))
     if decided.colocated is not None:
         return _by_engine(decided.colocated, held, standing, sleeps=bool(run.serving.sleep))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     wraps = graph.recipe.kind not in ADAPTERS
-    recipe = graph.recipe._replace(autocast=graph.recipe.autocast and wraps)
+    ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends
+    recipe = graph.recipe._replace(autocast=graph.recipe.autocast and wraps, fp32_ends=ends)
     graph = graph._replace(recipe=recipe, trainer=None, checkpoint=False, input_requires_grad=False, hold_outputs=False)
     generated = batch.model_copy(update={"micro": rows, "accumulation": 1})
     prompted = decided._replace(structure=structure._replace(graph=graph), batch=generated, pictures=())
-    return generation(prompted, library, graph.casts_outputs and wraps, standing, held, samples=True)
+    casts, division = graph.casts_outputs and wraps, sharding.generation_division()
+    return generation(prompted, library, casts, standing, held, samples=True, division=division)
 
 
 def _by_engine(b: Budget, held: tuple[TensorGroup, ...], standing: int, *, sleeps: bool) -> SideTask:

@@ -83,9 +83,8 @@ def _refuse_trl(run: RunSpec) -> None:
         for field in fields:
             if getattr(getattr(run, part), field) != getattr(getattr(defaults, part), field):
                 raise SpecError(f"{part}.{field}: a probe of {run.trainer} does not set it in TRL", f"{part}.{field}")
-    if run.parallelism != defaults.parallelism or run.also != defaults.also:
-        part = "parallelism" if run.parallelism != defaults.parallelism else "also"
-        raise SpecError(f"{part}: a probe of {run.trainer} runs steps on one GPU only", part)
+    if run.also != defaults.also:
+        raise SpecError(f"also: a probe of {run.trainer} runs steps only", "also")
 
 
 _NOT_SET = {
@@ -188,7 +187,7 @@ def _parallelism(run: RunSpec) -> None:
         raise _not_run("task", run.task, "train, on several GPUs")
     if p.static_graph:  # DDP would count the used parameters in pinned memory
         raise _not_run("parallelism.static_graph", "true", "false")
-    if run.kernels.loss != "hf" and p.world > 1:
+    if run.kernels.loss != "hf" and p.world > 1 and run.trainer == "sft":
         raise _not_run("kernels.loss", run.kernels.loss, "hf, on several GPUs")
 
 

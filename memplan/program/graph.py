@@ -305,6 +305,7 @@ def reference_of(graph: Graph) -> Graph | None:
         kind = recipe.kind if recipe.kind in ADAPTERS else "lora"
         recipe = recipe._replace(kind=kind, targets=(), saved=(), selection=None, bias="none", tokens=0, fused="")
     if is_copy:
+        recipe = recipe._replace(autocast=recipe.autocast and not trainer.shards_copy)
         dtype = recipe.compute if trainer.copy_dtype == "compute" else recipe.weights
         recipe = recipe._replace(preparation="", weights=dtype)
     return _without_gradients(graph._replace(recipe=recipe))

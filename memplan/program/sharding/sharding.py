@@ -92,6 +92,15 @@ class Sharding:
         units of the pass that gathers weights for the rest of the step."""
         return None
 
+    @property
+    def generates_with_fp32_ends(self) -> bool:
+        """Whether a trainer's model generates with its embeddings, last norm and head in fp32, unlike its blocks."""
+        return False
+
+    def generation_division(self) -> Division | None:
+        """Return the units of weights that each pass of a generation within training gathers."""
+        return self.division()
+
     def held_in(self, phase: str) -> Iterable[TensorGroup]:
         """Return what ranks hold during a phase of a pass, in addition to the moments' tensors."""
         return ()
