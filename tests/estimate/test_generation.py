@@ -11,6 +11,7 @@ import pytest
 from benchmarks.accuracy import compared_with_trace, rows
 from memplan import Estimate, RunSpec, estimate, grid
 from memplan.core.errors import SpecError
+from memplan.planning.reach import reach
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_generation.jsonl")
@@ -115,6 +116,22 @@ def test_the_engine_checks_its_longest_request() -> None:
     assert answer.verdict.answer == "does not start"
     assert "it starts with serving.max_model_len" in str(answer.verdict.reason)
     assert colocated(memory_utilization=0.95).verdict.answer == "does not fit"
+
+
+@pytest.mark.parametrize(
+    ("axis", "step"),
+    [("batch", 4), ("completion", 1), ("generations", 2)],  # with 4 completions of a prompt in 2 passes of 8
+)
+def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
+    run = grpo(method="lora", gpu="3060", batch={"accumulation": 2}).asked
+    found = reach(run, axis)
+    assert found.answer is not None
+    assert found.beyond is not None
+    assert (found.answer.fits, found.beyond.fits) == (True, False)
+    assert int(found.value) % step == 0
+    batch = found.answer.run.batch
+    assert batch.micro * batch.accumulation % batch.generations == 0
+    assert {"batch": batch.micro, "completion": batch.new_tokens, "generations": batch.generations}[axis] == found.value
 
 
 @pytest.mark.parametrize(
