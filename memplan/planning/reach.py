@@ -123,9 +123,7 @@ def _holds(answer: Estimate | None, demand: Demand = FITS) -> bool:
     return answer is not None and demand.met(answer)
 
 
-def _tried(
-    run: RunSpec, axis: str, calibration: Calibration | None, step: int = 1
-) -> Callable[[int], Estimate | None]:
+def _tried(run: RunSpec, axis: str, calibration: Calibration | None, step: int = 1) -> Callable[[int], Estimate | None]:
     """Return a function that estimates the run at a value of the axis, in units of `step`; its result is None if
     memplan refuses the run, for example if there are more tokens than learned positions."""
     needed_gpu(run)

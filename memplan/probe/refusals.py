@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS
 from memplan.catalogue.profiles.profile_table import known_name
@@ -83,7 +84,7 @@ def _refuse_trl(run: RunSpec) -> None:
         for field in fields:
             if getattr(getattr(run, part), field) != getattr(getattr(defaults, part), field):
                 raise SpecError(f"{part}.{field}: a probe of {run.trainer} does not set it in TRL", f"{part}.{field}")
-    if run.also != defaults.also:
+    if run.trainer in GENERATING and run.also != defaults.also:
         raise SpecError(f"also: a probe of {run.trainer} runs steps only", "also")
 
 

@@ -111,6 +111,24 @@ def test_an_engine_that_sleeps_frees_its_weights_and_cache_for_training() -> Non
         assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
 
 
+@pytest.mark.parametrize("rollout", ["transformers", "server"])
+def test_zero_3_gathers_all_weights_to_generate_or_to_merge_adapters(rollout: str) -> None:
+    def generate(strategy: str, **run: Any) -> int:
+        parallelism = {"world": 4, "dp": 4, "strategy": strategy}
+        answer = grpo(precision="mixed", parallelism=parallelism, rollout=rollout, **run)
+        assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+        return max((p.peak for p in answer.phases if p.phase == "generate"), default=0)
+
+    merged, weights = generate("zero3", method="lora"), 2 * 1_235_814_400
+    assert merged > weights
+    if rollout == "server":  # without adapters weights are pushed one by one, without ZeRO 3 none is gathered
+        assert generate("zero2", method="lora") == 0
+        table = 2 * 128_256 * 2048  # the largest
+        states, bucket = 12 * 1_235_814_400, 2 * 500_000_000
+        parts = (weights + weights + states) / 4  # weights, reduced gradients, and fp32 weights with two states
+        assert generate("zero3") == pytest.approx(parts + bucket + table, rel=0.01)
+
+
 def test_the_engine_checks_its_longest_request() -> None:
     answer = colocated(max_model_len=None)  # the model's 131,072 positions
     assert answer.verdict.answer == "does not start"

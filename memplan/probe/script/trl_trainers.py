@@ -364,6 +364,12 @@ class TrainerScript:
             self.optimizer.step()
             self.model.zero_grad()
 
+    def predict(self) -> tuple[Any, None, None]:
+        """Return the loss of an evaluation batch; TRL's trainers keep no more of it."""
+        inputs, _ = self._batch()
+        with_loss: Any = self.trainer.prediction_step(self.model, inputs, True)
+        return with_loss[0], None, None
+
     def _batch(self) -> tuple[dict[str, Any], int]:
         """Return a batch as the trainer's collator makes it, without padding, and its number of labels."""
         import torch

@@ -66,6 +66,10 @@ class FullySharded(Sharding):
             units=tuple(u for u in self.units.units if not (self.is_flat and u[0] == ROOT)), whole=()
         )
 
+    def pushed(self, *, merges: bool) -> Iterator[TensorGroup]:
+        largest = max(self.pieces, key=lambda piece: piece.whole * ITEMSIZE[piece.dtype])
+        yield tensor_group("parameter", f"{largest.name}, gathered", largest.whole, largest.dtype, self.source)
+
     def held_in(self, phase: str) -> Iterator[TensorGroup]:
         """Yield what FSDP1 holds while a trainer's model generates: the root's weights whole, in the dtype they are
         kept in, and the gradients of the step before, until the next forward pass.

@@ -169,6 +169,13 @@ class Zero3Sharding(ZeroSharding):
                 gathered_ = self._part(numbers) * self.ranks.world
                 yield self.group("parameter", f"{w.name}, gathered", gathered_, dtype, block.rstrip("."), copies)
 
+    def pushed(self, *, merges: bool) -> Iterator[TensorGroup]:
+        weights = tuple(self.all_gathered())
+        if not merges:
+            largest = max(weights, key=lambda weight: weight.bytes)
+            weights = (largest._replace(copies=1),)
+        yield from weights
+
     def _buckets(self) -> Iterator[TensorGroup]:
         yield from ()  # they are there throughout
 
