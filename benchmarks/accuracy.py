@@ -39,7 +39,8 @@ from memplan.models.cards import load_card
 
 FAMILIES = ("traced_families.jsonl", "traced_decoders.jsonl", "traced_encoders.jsonl", "traced_vision.jsonl")
 MISS = 0.01  # relative error of a peak that needs a cause
-TRACED = {"forward": "fwd", "reference": "fwd", "loss": "fwd", "backward": "bwd", "step": "opt", "generate": "gen"}
+TRACED = {"forward": "fwd", "reference": "fwd", "loss": "fwd", "backward": "bwd", "step": "opt"}
+TRACED |= {"generate": "gen", "eval": "eval"}
 
 
 class Compared(NamedTuple):
@@ -85,8 +86,8 @@ def compared_with_trace(row: dict[str, Any], group: str = "") -> Compared:
     errors: list[float] = []
     for step, peaks in row["steps"].items():
         expected = {"fwd": peaks["fwd"], "bwd": peaks["bwd"], "opt": max(peaks["opt"], peaks["clip"])}
-        if "gen" in peaks and step == "2":  # optimizer states exist
-            expected["gen"] = peaks["gen"]
+        if step == "2":  # optimizer states exist
+            expected |= {phase: peaks[phase] for phase in ("gen", "eval") if phase in peaks}
         errors += [abs(mine[int(step), phase] / bytes_ - 1) for phase, bytes_ in expected.items()]
     highest = max(mine.values())
     same = any(bytes_ == highest and phase == TRACED[row["phase"]] for (_, phase), bytes_ in mine.items())

@@ -32,14 +32,15 @@ _OF_BUYING = ("to", "tokens", "vendor", "market", "min_memory", "max_memory", "m
 _OF_NODES = ("network_gbps", "global_batch", "emit")
 _OF_BOTH = ("most", "each")
 _DIVIDING = ("gpus", "tp", "pp", "cp", "ep", "zero", "fsdp")  # with --nodes these fix part of the search
-_AXES = ("batch", "sequence", "rank", "model")
+_AXES = ("batch", "sequence", "rank", "completion", "generations", "model")
 _MARKETS = ("consumer", "workstation", "data centre", "laptop", "integrated")
 PLAN_OPTIONS = {
     "Plan": {
         "headroom": own("Bytes to leave free, as in 2GiB or 2e9. Default 0."),
         "tight": own("Count a tight run as fitting. Default off.", Switch),
         "max": own(
-            "Find the largest batch, sequence, rank or model that fits. Default the changes that make it fit.",
+            "Find the largest batch, sequence, rank, completion, generations or model that fits. Default the changes "
+            "that make it fit.",
             choices=_AXES,
         ),
         "ladder": own("Apply changes one by one to a plain run, with what each saves. Default off.", Switch),
@@ -146,7 +147,7 @@ def command(name: str) -> Subcommand:
     return Subcommand(name, work, {**model, **groups, **others}, f"{mode.help}\n\n{_EXIT_CODES}")
 
 
-_OF = "batch, sequence, rank or model. Default sequence."
+_OF = f"{', '.join(_AXES[:-1])} or {_AXES[-1]}. Default sequence."
 _EXIT_CODES = (
     "Exit codes: 0 the run or a proposal fits; 1 nothing does; 2 wrong input; 3 the model's config is not available; 4 "
     "with --strict, something unsupported was left out."

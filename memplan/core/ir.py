@@ -412,6 +412,8 @@ class Division(NamedTuple):
     offloads_gradients  gradient shards move to the host as soon as they are reduced
     hooks               the input of a recomputed block and its gradient stay until the pass is over, referenced by a
                         hook
+    whole               units outside of blocks that earlier passes without gradients left whole
+    models              divisions of other models with weights of their own that run inside the pass, by phase
     """
 
     units: tuple[tuple[str, Unit], ...]
@@ -427,6 +429,8 @@ class Division(NamedTuple):
     returns: bool = False
     offloads_gradients: bool = False
     hooks: bool = False
+    whole: tuple[str, ...] = ()
+    models: tuple[tuple[str, Division], ...] = ()
 
     def with_axes(self) -> tuple[Division, dict[str, str]]:
         """Return the division with an axis for every number of elements, and each axis's number.
@@ -449,8 +453,11 @@ class Division(NamedTuple):
                 modules=tuple((path, with_axes(inner)) for path, inner in unit.modules),
             )
 
-        units = tuple((name, with_axes(unit)) for name, unit in self.units)
-        return self._replace(units=units), {axis: number for number, axis in axes.items()}
+        def divided(division: Division) -> Division:
+            units = tuple((name, with_axes(unit)) for name, unit in division.units)
+            return division._replace(units=units, models=tuple((name, divided(d)) for name, d in division.models))
+
+        return divided(self), {axis: number for number, axis in axes.items()}
 
 
 _TENSORS_OF_UNIT = ("whole", "message", "cast", "joined", "padded", "received", "parts", "summed", "divided")

@@ -178,8 +178,16 @@ def run_pass(
     own = resolved(stack, gatherer.divides, options.input_grad, reentrant)
     one = _Pass(tape, gatherer, own, depth, options, records)
 
-    def run_model(model: Stack) -> None:
-        one.run_inside(_Pass(tape, Gatherer(tape, None, False), resolved(model, False), depth, options, records=False))
+    def run_model(model: Stack, phase: str) -> None:
+        gatherer.end_forward()  # the model has returned
+        own = phase in gatherer.models or not gatherer.divides
+        aside = Gatherer(tape, gatherer.models.get(phase), False) if own else gatherer
+        aside.is_aside = True
+        aside.attach()
+        one.run_inside(_Pass(tape, aside, resolved(model, aside.divides), depth, options, records=False))
+        if own:
+            aside.release_all()
+        aside.is_aside = False
 
     tape.run_model = run_model
     one.forward()
@@ -282,6 +290,7 @@ class _Pass:
         first = self.first = Frame(stack.before, stack.before_scope, {}, stack.leaf)
         first.past = self._past_before
         self.embeds = stack.before_scope["embeds"].name  # another name if `embeds` is the output of a dropped cast
+        gatherer.recall(first)
         gatherer.gather(REST, first)
         gatherer.gather(ROOT, first, self.next_unit[0])
         gatherer.enter_outside()
@@ -518,7 +527,7 @@ class _Pass:
         tape, gatherer, stack, first = self.tape, self.gatherer, self.stack, self.first
         self._rename_gradient("y", self.embeds)
         if gatherer.is_reached(BEFORE, first, stack.leaf):
-            gatherer.backward(BEFORE, first, "")
+            gatherer.backward(BEFORE, first, gatherer.last_before)
         gatherer.enter_outside()
         tape.backward(first, self.grads)
         for unit in (ROOT, BEFORE, TIED, REST):  # in the order of the modules

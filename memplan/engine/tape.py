@@ -118,7 +118,7 @@ class Tape(LiveStorages):
         self.hooks = False  # a hook keeps the input of a recomputed block, and its gradient
         self._hooked: list[tuple[Storage, int | None]] = []  # storages kept by hooks, and their run
         self._lent: dict[str, list[tuple[str, Storage]]] = {}  # module -> gradients of the weights it lends
-        self.run_model: Callable[[Stack], None] | None = None  # runs an operation's model
+        self.run_model: Callable[[Stack, str], None] | None = None  # runs an operation's model, in a phase
 
     def enter(self, frame: Frame, op: Op) -> None:
         """Attribute the following allocations to this operation."""
@@ -270,12 +270,12 @@ class Tape(LiveStorages):
         """Run a model without gradients, in a phase of its own; nothing of it is left."""
         assert self.run_model is not None
         self.note()
-        before = self.phase, self._held, self.uses, self.nested, self.reach, self.module
+        before = self.phase, self._held, self.uses, self.nested, self.reach, self.module, self.hooks
         self.phase, self._held = phase, {"forward": [], "step": [], "nodes": []}
         self.nested, self.reach, self.module = {}, None, None
-        self.run_model(model)
+        self.run_model(model, phase)
         self.note()
-        self.phase, self._held, self.uses, self.nested, self.reach, self.module = before
+        self.phase, self._held, self.uses, self.nested, self.reach, self.module, self.hooks = before
 
     def _hold(self, frame: Frame, op: Op, differentiates: bool, keep: bool, holds: dict[str, list[Storage]]) -> None:
         """Reference what the operation's module, the graph's nodes, or a variable hold from now on, or let it go.

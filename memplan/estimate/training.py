@@ -58,10 +58,10 @@ class TrainingWalk(Walk):
 
     def with_side_tasks(self, model: ModelSpec | None) -> TrainingWalk:
         trainer = self.decided.structure.graph.trainer
-        if trainer is not None and trainer.name in GENERATING and self.run.rollout != "server":
+        if trainer is not None and trainer.name in GENERATING:
             from memplan.estimate.rollout import rollout
 
-            self._take(self.peaks.followed_by((rollout(self.run, self.peaks, self.decided),)))
+            self._take(self.peaks.followed_by(rollout(self.run, self.peaks, self.decided)))
         if not is_default(self.run, "also"):
             from memplan.estimate.side_tasks import notes_of, side_tasks_of
 

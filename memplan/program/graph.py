@@ -263,7 +263,8 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         reference, first_pass = (
             None if other is None else operations_of(other)[0] for other in (reference_of(graph), first_pass_of(graph))
         )
-        return with_trainer(stack, graph.trainer, reference, first_pass, autocast), axes
+        stack = with_trainer(stack, graph.trainer, reference, first_pass, autocast)
+        return (stack if graph.inference is None else evaluation(stack, graph.inference, returns=False)), axes
     if graph.inference is not None and not graph.inference.evaluates:
         backend = graph.inference.loaded.backend
         if backend:
@@ -305,6 +306,7 @@ def reference_of(graph: Graph) -> Graph | None:
         kind = recipe.kind if recipe.kind in ADAPTERS else "lora"
         recipe = recipe._replace(kind=kind, targets=(), saved=(), selection=None, bias="none", tokens=0, fused="")
     if is_copy:
+        recipe = recipe._replace(autocast=recipe.autocast and not trainer.shards_copy)
         dtype = recipe.compute if trainer.copy_dtype == "compute" else recipe.weights
         recipe = recipe._replace(preparation="", weights=dtype)
     return _without_gradients(graph._replace(recipe=recipe))

@@ -130,22 +130,29 @@ def _choose_trainer(run: OpenTraining) -> None:
         return
     refuse(trainers.trainer(run))
     name, behaviour = run.trainer, run.library.trainer
-    copies = behaviour.trained_reference, behaviour.reference_dtype
+    own = "adapters" if run.method.kind in ADAPTERS else "copy"
     if name in (*PAIRED, "reward"):
         log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
         run.step = Trainer(name, log_probs, "none", likelihood=name in ("orpo", "cpo") and log_probs != "gathered")
-    elif name in GENERATING:
-        own = "adapters" if run.method.kind in ADAPTERS else "copy"
-        run.reference = run.reference or ("none" if name == "grpo" else own)  # beta is 0, or 0.05
-        facts = (
-            run.batch_facts.is_single_sequence,
-            name == "rloo" or run.rollout != "transformers",
-            behaviour.divided_logits,
-        )
-        run.step = Trainer(name, behaviour.log_probs, run.reference, True, copies[1], False, False, 1, *facts)
     else:
-        run.reference = run.reference or ("adapters" if run.method.kind in ADAPTERS else "copy")
-        run.step = Trainer(name, behaviour.log_probs, run.reference, *copies, rows=1 if name == "kto" else 2)
+        run.reference = run.reference or ("none" if name == "grpo" else own)  # RLOO's beta is 0.05, GRPO's 0
+        run.step = Trainer(
+            name,
+            behaviour.log_probs,
+            run.reference,
+            trains_copy=name in GENERATING or behaviour.trained_reference,
+            copy_dtype=behaviour.reference_dtype,
+            shards_copy=run.is_sharded,
+            rows=1 if name in ("kto", *GENERATING) else 2,
+        )
+    if name in GENERATING:
+        run.step = run.step._replace(
+            has_one_sequence=run.batch_facts.is_single_sequence,
+            has_parts=run.batch_facts.accumulates,
+            generates=run.rollout == "transformers",
+            old_log_probs=name == "rloo" or run.rollout != "transformers",
+            divided_logits=behaviour.divided_logits,
+        )
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
 
 

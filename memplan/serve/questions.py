@@ -13,7 +13,7 @@ from memplan.spec.run import RunSpec
 MOST_RUNS = 1000  # of one request, and jobs
 MOST_CARDS = 100_000  # of a pool
 Mode = Literal["fit", "max", "ladder", "advise", "buy"]
-Axis = Literal["batch", "sequence", "rank", "model"]
+Axis = Literal["batch", "sequence", "rank", "completion", "generations", "model"]
 Texts = Annotated[dict[str, str], After(FrozenDict)]
 
 

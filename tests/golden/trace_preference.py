@@ -60,12 +60,35 @@ CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any
     ("blocks", "qlora", BF16, 2, 4096, None, {}),
 )
 
+# On four GPUs, under each of these strategies.
+STRATEGIES = ("ddp", "fsdp", "fsdp2")
+DIVIDED: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, 2, 1024, None, {}),
+    ("blocks", "full", BF16, 2, 2048, None, {}),
+    ("llama", "lora", BF16, 2, 1024, None, {}),
+    ("tied", "full", FP32, 2, 1024, None, {}),
+    ("qwen2", "full", BF16, 1, 1024, "precomputed", {"checkpointing": "none"}),
+)
+_DIVIDED_STEPS = dict.fromkeys(
+    (("trl-1.15", "dpo"), ("trl-1.13", "dpo"), ("trl-1.15", "kto"), ("trl-1.15", "reward")), 2
+)
+
+
+def divided(strategy: str) -> dict[str, Any]:
+    """Return the parallelism of four ranks. Where weights are loaded changes no step."""
+    loads = {} if strategy == "ddp" else {"cpu_ram_efficient_loading": False}
+    return {"world": 4, "dp": 4, "strategy": strategy, **loads}
+
 
 def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
-    """Yield the runs of `CASES` under a profile and a trainer."""
-    for family, method, precision, micro, tokens, said, kernels in CASES[:: _STEPS.get((profile, trainer), 4)]:
+    """Yield the runs of `CASES` under a profile and a trainer, and those of `DIVIDED` under every strategy."""
+    cases = [(case, "") for case in CASES[:: _STEPS.get((profile, trainer), 4)]]
+    cases += [
+        (case, strategy) for case in DIVIDED[:: _DIVIDED_STEPS.get((profile, trainer), 9)] for strategy in STRATEGIES
+    ]
+    for (family, method, precision, micro, tokens, said, kernels), strategy in cases:
         reference = said if trainer in WITH_REFERENCE else None
-        words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ())]
+        words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
         name = f"{profile} {trainer} {family} {method} {precision['weights']} {micro}x{tokens} {' '.join(words)}"
         yield (
@@ -79,6 +102,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "precision": precision,
                     "batch": {"micro": micro, "sequence": tokens},
                     "kernels": kernels,
+                    "parallelism": divided(strategy) if strategy else {},
                     "profile": profile,
                 }
             ),

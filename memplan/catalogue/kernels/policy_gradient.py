@@ -56,7 +56,12 @@ def attach(
         logits = next(op for op in reversed(after) if op.writes).writes[0].name
         outputs = "outputs" if autocast else logits
         cast = (converted(logits, "b kept v"),) if autocast else ()
-        loss = (returned, *cast, *_log_probs(outputs, trainer, autocast is not None))
+        held: tuple[Tensor, ...] = ()
+        if trainer.is_reference and trainer.has_parts:
+            held = tuple(_held(trainer, "fp32" if autocast else "=embeds"))
+            stack = stack._replace(before=(*stack.before, Op("hold", ("embeds",), held, gradient="none")))
+        released = ops.release_names(*(t.name for t in held))
+        loss = (returned, *cast, released, *_log_probs(outputs, trainer, autocast is not None))
     if trainer.is_reference:
         return stack._replace(after=(*after, *loss), loss=())
     read = ("log_probs", *(t.name for op in scored for t in op.writes))
@@ -93,6 +98,15 @@ def _kept_tokens(head: tuple[Op, ...], trainer: Trainer) -> Iterator[Op]:
         keeps = tuple(k._replace(**{f: part for f in ("what", "of") if getattr(k, f) == x}) for k in op.keeps)
         yield op._replace(reads=reads, keeps=keeps)
     yield ops.release_names(part)
+
+
+def _held(trainer: Trainer, dtype: str) -> Iterator[Tensor]:
+    """Yield what variables of the loop over parts of a batch hold of the part before until the model has returned."""
+    divides = trainer.log_probs == "shifted" and trainer.divided_logits != "in_place"
+    if not divides or trainer.divided_logits == "held":
+        yield Tensor("logits of the part before", "b kept v", dtype)
+    if divides:
+        yield Tensor("divided logits of the part before", f"{_ROWS} v", dtype)
 
 
 def _log_probs(outputs: str, trainer: Trainer, is_fp32: bool) -> Iterator[Op]:

@@ -157,6 +157,7 @@ class Trainer(NamedTuple):
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)
+    shards_copy   FSDP shards a copy, which nothing wraps in autocast
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
@@ -164,6 +165,8 @@ class Trainer(NamedTuple):
     For trainers that generate:
 
     has_one_sequence  a micro-batch is one completion
+    has_parts         a step has several micro-batches
+    generates         the model itself generates the completions
     old_log_probs     log-probabilities of completions are computed before the step, too
     divided_logits    the temperature divides the logits `in_place`, or into a copy, while the model's are `held` or
                       `released`
@@ -174,10 +177,13 @@ class Trainer(NamedTuple):
     reference: str
     trains_copy: bool = True
     copy_dtype: str = "weights"
+    shards_copy: bool = False
     likelihood: bool = False
     is_reference: bool = False
     rows: int = 2
     has_one_sequence: bool = False
+    has_parts: bool = False
+    generates: bool = False
     old_log_probs: bool = False
     divided_logits: DividedLogits = "released"
 

@@ -186,12 +186,11 @@ class TrainerScript:
             self.trainer: Any = self._trainer(model, filled)
             torch.cuda.is_available = lambda: False  # or fused optimizers ask a stream
             del model
-            self.trainer.model_wrapped = self.trainer.accelerator.prepare(self.trainer.model)
             self.trainer.model.train()
             self._checkpoint(self.trainer.model, self.trainer.args)
-            self.model = self.trainer.model_wrapped
+            self.trainable = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
+            self.model = self.trainer.model_wrapped = self._wrapped(filled)
             self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-            self.trainable = sum(p.numel() for p in self.parameters)
             self.optimizer = self.trainer.create_optimizer()
             self.optimizers = [self.optimizer]
         self._in_phase(self.trainer, "compute_loss", "forward")
@@ -274,6 +273,22 @@ class TrainerScript:
         precomputes = {"precompute_ref_log_probs": True} if run.reference == "precomputed" else {}
         return {"max_length": run.batch.sequence, **precomputes}
 
+    def _wrapped(self, run: RunSpec) -> Any:
+        """Return the trainer's model as accelerate wraps it for the run's GPUs. FSDP also shards a reference model."""
+        trainer, p = self.trainer, run.parallelism
+        if p.dp == 1:
+            return trainer.accelerator.prepare(trainer.model)
+        from memplan.probe.script.distributed_wrapping import prepare_reference, wrap
+
+        if p.strategy in ("fsdp", "fsdp2"):
+            if getattr(trainer, "ref_model", None) is not None:
+                trainer.ref_model = prepare_reference(trainer.ref_model, run, self.device)
+            if hasattr(trainer, "_dist"):
+                trainer._dist.fsdp_version = 1 if p.strategy == "fsdp" else 2
+            trainer.model, trainer.is_fsdp_enabled = wrap(trainer.model, run, self.device), True
+            return trainer.model
+        return wrap(trainer.model, run, self.device)
+
     def _copy_reference(self, module: Any, run: RunSpec) -> None:
         """Let the trainer build its copy of the model instead of loading it, and not hash the weights."""
         for name, instead in (("create_model_from_path", self._copied(run)), ("hash_module", always(""))):
@@ -336,16 +351,24 @@ class TrainerScript:
         """Run the trainer's step: forward and backward, clipping, the optimizer."""
         import torch
 
+        from memplan.probe.script.distributed_wrapping import clip
+
         inputs, labels = self._batch()
         tokens = torch.full((), labels, device=self.device)
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.training_step(self.model, inputs, num_items_in_batch=tokens)
         del inputs
         with self.phase("clip"):
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            clip(self.model, self.run, self.parameters)
         with self.phase("step"):
             self.optimizer.step()
             self.model.zero_grad()
+
+    def predict(self) -> tuple[Any, None, None]:
+        """Return the loss of an evaluation batch; TRL's trainers keep no more of it."""
+        inputs, _ = self._batch()
+        with_loss: Any = self.trainer.prediction_step(self.model, inputs, True)
+        return with_loss[0], None, None
 
     def _batch(self) -> tuple[dict[str, Any], int]:
         """Return a batch as the trainer's collator makes it, without padding, and its number of labels."""

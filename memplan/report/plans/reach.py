@@ -81,7 +81,14 @@ _FRONTIER: tuple[Column[tuple[int, int]], ...] = (
     Column("tokens per pass", lambda pair: f"{pair[0] * pair[1]:,}", right=True),
 )
 
-_NONE = {"batch": "no batch", "sequence": "no sequence", "rank": "no rank", "model": "no bundled model"}
+_NONE = {
+    "batch": "no batch",
+    "sequence": "no sequence",
+    "rank": "no rank",
+    "completion": "no completion",
+    "generations": "no group of completions",
+    "model": "no bundled model",
+}
 _ENDS = {
     "positions": "the model's number of positions",
     "rank": "the dimensions of the matrices",
@@ -100,8 +107,10 @@ def value(reach: Reach) -> str:
 def _with_unit(axis: str, value: int | str) -> str:
     if isinstance(value, str):
         return value
-    if axis == "sequence":
-        return f"{value:,} token{'s' if value > 1 else ''}"
+    if axis in ("sequence", "completion"):
+        return f"{value:,} token{'s' if value > 1 else ''}{' of a completion' if axis == 'completion' else ''}"
+    if axis == "generations":
+        return f"{value:,} completions of a prompt"
     return f"{axis} {value:,}"
 
 
@@ -118,7 +127,7 @@ def _next(reach: Reach) -> str:
     assert reach.beyond is not None
     if reach.axis == "model":
         return words.model(reach.beyond)
-    return _with_unit(reach.axis, int(reach.value) + 1)
+    return _with_unit(reach.axis, int(reach.value) + reach.step)
 
 
 def _missed(answer: Estimate) -> str:
