@@ -139,7 +139,7 @@ def _choose_trainer(run: OpenTraining) -> None:
         run.reference = run.reference or ("none" if name == "grpo" else own)  # beta is 0, or 0.05
         facts = (
             run.batch_facts.is_single_sequence,
-            name == "rloo" or run.rollout != "transformers",
+            name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled",
             behaviour.divided_logits,
         )
         run.step = Trainer(name, behaviour.log_probs, run.reference, True, copies[1], False, False, 1, *facts)
