@@ -43,7 +43,7 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         (
             *("trainer/sft_config.py", "trainer/base_config.py", "trainer/model_config.py", "scripts/utils.py"),
             *("trainer/dpo_config.py", "trainer/grpo_config.py", "trainer/kto_config.py", "trainer/reward_config.py"),
-            "trainer/rloo_config.py",
+            *("trainer/rloo_config.py", "scripts/grpo.py"),
         ),
         (
             *("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "load_in_4bit", "load_in_8bit"),

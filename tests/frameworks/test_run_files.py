@@ -565,6 +565,24 @@ def test_a_file_that_is_not_understood_is_one_line(tmp_path: Path, text: str, ex
     assert "\n" not in str(error.value)
 
 
+_FACTORY = "model_name_or_path: a\nfinetuning_type: full\n"
+NOT_COUNTED = {
+    f"{_FACTORY}use_galore: true": ("galore_rank (run.yaml): rank 128 is counted, transformers' default",),
+    f"{_FACTORY}use_galore: true\ngalore_rank: 128": (),
+    "model_name_or_path: qwen3-vl-4b\nfinetuning_type: full\nimage_max_pixels: 262144": (
+        "image_max_pixels (run.yaml:3): no images are counted; add --images",
+    ),
+    "model_name_or_path: a\nnum_generations: 2\nreward_funcs: [f]\nreward_model_name_or_path: b": (
+        "reward_model_name_or_path (run.yaml:4): another model, not supported yet",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "notes"), NOT_COUNTED.items())
+def test_what_is_not_counted_is_named(tmp_path: Path, text: str, notes: tuple[str, ...]) -> None:
+    assert read(tmp_path, text).notes == notes
+
+
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path: Path) -> None:
     file = read(tmp_path, AXOLOTL_QLORA + "lora_dropuot: 0.1\ntiled_mlp: true\nlayer_offloading: false\n")
     assert file.notes == (
