@@ -150,7 +150,7 @@ def _choose_trainer(run: OpenTraining) -> None:
             has_one_sequence=run.batch_facts.is_single_sequence,
             has_parts=run.batch_facts.accumulates,
             generates=run.rollout == "transformers",
-            old_log_probs=name == "rloo" or run.rollout != "transformers",
+            old_log_probs=name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled",
             divided_logits=behaviour.divided_logits,
         )
     run.library = run.library._replace(defaults=defaults_of(run.library, name))

@@ -97,6 +97,7 @@ def test_an_axolotl_file_is_the_run_that_axolotl_starts(tmp_path: Path) -> None:
     assert (found["optimizer.name"], found["loop.expandable_segments"]) == ("paged_adamw_8bit", True)
 
 
+SWIFT_LORA = "model: a\ntuner_type: lora\n"
 AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_linear: true\n"
 
 
@@ -113,6 +114,10 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nref_model: b", "dpo", "copy"),
         ("model_name_or_path: a\nuse_peft: true\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
         ("model_name_or_path: a\nuse_peft: true\nmax_length: 512\ncenter_rewards_coefficient: 0.1", "reward", None),
+        (f"{SWIFT_LORA}rlhf_type: dpo", "dpo", None),
+        (f"{SWIFT_LORA}rlhf_type: simpo", "cpo", None),
+        (f"{SWIFT_LORA}rlhf_type: simpo\ncpo_alpha: 0", "simpo", None),
+        (f"{SWIFT_LORA}rlhf_type: rm", "reward", None),
     ],
 )
 def test_a_preference_file_names_its_trainer(tmp_path: Path, text: str, trainer: str, reference: str | None) -> None:
@@ -122,18 +127,37 @@ def test_a_preference_file_names_its_trainer(tmp_path: Path, text: str, trainer:
     assert answer.run.trainer == trainer
 
 
-def test_a_generating_trainers_file_says_its_completions_and_its_engine(tmp_path: Path) -> None:
-    text = (
-        "model_name_or_path: a\nuse_peft: true\nnum_generations: 4\n"
-        "max_prompt_length: 512\nmax_completion_length: 256\n"
-        "per_device_train_batch_size: 4\nbeta: 0.04\nuse_vllm: true\nvllm_gpu_memory_utilization: 0.4\n"
-        "vllm_max_model_length: 2048\nvllm_enable_sleep_mode: true\n"
-    )
-    found = values(read(tmp_path, text))
+_PARTS = "num_generations: 4\n{i}max_completion_length: 256\n{i}use_vllm: true\n{i}vllm_mode: colocate\n"
+_TRL_GRPO = f"{_PARTS.format(i='')}beta: 0.04\nvllm_gpu_memory_utilization: 0.4\n"
+GENERATING = {
+    "trl": f"model_name_or_path: a\nuse_peft: true\nmax_prompt_length: 512\nper_device_train_batch_size: 4\n{_TRL_GRPO}"
+    "vllm_max_model_length: 2048\nvllm_enable_sleep_mode: true\n",
+    "ms-swift": f"{SWIFT_LORA}rlhf_type: grpo\nmax_length: 512\nper_device_train_batch_size: 4\n{_TRL_GRPO}"
+    "vllm_max_model_len: 2048\nsleep_level: 1\n",
+    "axolotl": f"{AXOLOTL_LORA}rl: grpo\nsequence_len: 512\nrl_beta: 0.04\ntrl:\n  {_PARTS.format(i='  ')}"
+    "  vllm_enable_sleep_mode: true\nvllm: {gpu_memory_utilization: 0.4, max_model_len: 2048}\n",
+}
+
+
+@pytest.mark.parametrize(("framework", "text"), GENERATING.items())
+def test_a_generating_trainers_file_says_its_completions_and_its_engine(
+    tmp_path: Path, framework: str, text: str
+) -> None:
+    file = read(tmp_path, text)
+    found = values(file)
+    assert (file.framework, file.unread) == (framework, ())
     assert (found["trainer"], found["reference"], found["rollout"]) == ("grpo", "adapters", "colocate")
     assert (found["batch.sequence"], found["batch.new_tokens"], found["batch.generations"]) == (512, 256, 4)
     engine = found["serving.memory_utilization"], found["serving.max_model_len"], found["serving.sleep"]
     assert engine == (0.4, 2048, True)
+
+
+def test_what_a_generating_trainer_is_not_counted_with_is_named(tmp_path: Path) -> None:
+    text = GENERATING["axolotl"].replace("rl_beta: 0.04", "").replace("vllm: {", "vllm: {tensor_parallel_size: 2, ")
+    text = text.replace("trl:\n", "trl:\n  reward_funcs: [mine.reward, org/scores]\n  generation_batch_size: 8\n")
+    named = {"trl.generation_batch_size", "trl.reward_funcs", "vllm.tensor_parallel_size"}
+    assert {each.key for each in read(tmp_path, text).unread} == named
+    assert "reference" not in values(read(tmp_path, text))  # beta is 0, the trainer's default
 
 
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
@@ -506,7 +530,8 @@ def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
 
 REFUSED: dict[str, str] = {
     "model_name_or_path: a\nfinetuning_type: lora\nstage: kto": "run.yaml:3: stage: 'kto' is not supported",
-    "base_model: a\nmicro_batch_size: 1\nrl: grpo": "run.yaml:3: rl: 'grpo' is not supported yet",
+    "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
+    "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:3: rlhf_type: 'ppo' is not supported yet; supported: rm, ",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",
     "base_model: a\nmicro_batch_size: 1.5": "run.yaml:2: micro_batch_size: must be a whole number",
     "base_model: [a]\nmicro_batch_size: 1": "run.yaml:1: base_model: must be text",
@@ -538,6 +563,24 @@ def test_a_file_that_is_not_understood_is_one_line(tmp_path: Path, text: str, ex
         read(tmp_path, text)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+_FACTORY = "model_name_or_path: a\nfinetuning_type: full\n"
+NOT_COUNTED = {
+    f"{_FACTORY}use_galore: true": ("galore_rank (run.yaml): rank 128 is counted, transformers' default",),
+    f"{_FACTORY}use_galore: true\ngalore_rank: 128": (),
+    "model_name_or_path: qwen3-vl-4b\nfinetuning_type: full\nimage_max_pixels: 262144": (
+        "image_max_pixels (run.yaml:3): no images are counted; add --images",
+    ),
+    "model_name_or_path: a\nnum_generations: 2\nreward_funcs: [f]\nreward_model_name_or_path: b": (
+        "reward_model_name_or_path (run.yaml:4): another model, not supported yet",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "notes"), NOT_COUNTED.items())
+def test_what_is_not_counted_is_named(tmp_path: Path, text: str, notes: tuple[str, ...]) -> None:
+    assert read(tmp_path, text).notes == notes
 
 
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ _SOURCES = {
     "tiled": "trl 1.16.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies, utils.py add_fused_lm_head",
     "kernel": "trl 1.14.1 trainer/grpo_trainer.py _full_logits_logps, kernels/logprob_entropy.py",
     "shifted": "trl 1.13.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
+    "rolled": "ms-swift 4.6.0 rlhf_trainers/grpo_trainer.py _get_logps_via_local_forward",
     "joined": "trl 0.24.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
 }
 _LOSS = "trl 1.16.0 trainer/grpo_trainer.py _compute_loss"
@@ -112,11 +113,11 @@ def _held(trainer: Trainer, dtype: str) -> Iterator[Tensor]:
 def _log_probs(outputs: str, trainer: Trainer, is_fp32: bool) -> Iterator[Op]:
     """Compute log-probabilities and entropies from all logits, which the temperature divides first.
 
-    A kernel divides, and computes the entropies, by itself.
+    A kernel divides, and computes the entropies, by itself. ms-swift computes no entropies unless it logs them.
     """
     source, shape = _SOURCES[trainer.log_probs], f"{_ROWS} v"
     logits = "logits of completions"
-    if trainer.divided_logits == "in_place" and trainer.log_probs == "shifted":
+    if trainer.divided_logits == "in_place" and trainer.log_probs in ("shifted", "rolled"):
         # backward of an operation in place on a view copies the gradient of all logits, and of the view twice
         parts = tuple(Scratch(Tensor(f"gradient of the view, {what}", shape, f"={outputs}")) for what in _COPIES)
         divided = (Tensor("divided", "b kept v", f"={outputs}"),)
@@ -137,7 +138,7 @@ def _log_probs(outputs: str, trainer: Trainer, is_fp32: bool) -> Iterator[Op]:
         yield ops.release_names(*(() if trainer.divided_logits == "held" else (outputs,)), "shifted", logits)
         logits = "scaled"
     yield selected_log_probs("loss.log_probs", logits, shape, "completion", is_fp32, "log_probs", source)
-    if not trainer.is_reference:
+    if not trainer.is_reference and trainer.log_probs != "rolled":
         names = ("log-softmax of a chunk", "probabilities of a chunk", "products of a chunk")
         chunk = tuple(Tensor(name, "entropy_rows v", f"={logits}") for name in names)
         flat = (

@@ -142,7 +142,7 @@ class Wiring(NamedTuple):
 
 
 DividedLogits = Literal["in_place", "held", "released"]
-LogProbs = Literal["joined", "shifted", "kernel", "gathered", "tiled"]
+LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled"]
 PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
 GENERATING = {"grpo": 8, "rloo": 2}  # trainers that generate, and how many completions of a prompt by default
 
@@ -151,9 +151,10 @@ class Trainer(NamedTuple):
     """A trainer of TRL as its step runs the model.
 
     name          its name in `run.trainer`
-    log_probs     how log-probabilities of tokens are computed: from all logits, of all tokens (`joined`, TRL 0.24) or
-                  of all but the last (`shifted`), or by a kernel that makes no copies (`kernel`, TRL 1.14); from the
-                  log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`)
+    log_probs     how log-probabilities of tokens are computed: from all logits, of all tokens (`joined`, TRL 0.24;
+                  `rolled`, ms-swift, which copies none) or of all but the last (`shifted`), or by a kernel that makes
+                  no copies (`kernel`, TRL 1.14); from the log-softmax of all logits (`gathered`, LLaMA-Factory); or
+                  tile by tile (`tiled`)
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)

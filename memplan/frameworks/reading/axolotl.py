@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Rule, version_number
+from memplan.frameworks.reading.config import Config, Rule, shown, version_number
 
 _LIGER = {
     "liger_rope": "rope",
@@ -37,15 +37,41 @@ _PROJECTIONS = re.compile(
 )
 
 
+# TRL's keys of trainers that generate -> Axolotl's.
+_GENERATION = {
+    **{
+        key: f"trl.{key}"
+        for key in (
+            *("num_generations", "max_completion_length", "use_vllm", "vllm_mode", "vllm_enable_sleep_mode"),
+            *("generation_batch_size", "num_iterations"),
+        )
+    },
+    "max_prompt_length": "sequence_len",
+    "vllm_gpu_memory_utilization": "vllm.gpu_memory_utilization",
+    "vllm_max_model_length": "vllm.max_model_len",
+    "vllm_tensor_parallel_size": "vllm.tensor_parallel_size",
+}
+_TRAINERS = {"ipo": "dpo", "gdpo": "grpo"}
+
+
 def _preference(config: Config) -> None:
     """`rl`; simpo is CPO's trainer, which adds the chosen half's likelihood unless cpo_alpha is 0."""
     kind = config.said("rl")
     if kind is None:
         return
-    if kind not in ("dpo", "ipo", "orpo", "simpo"):
-        raise config.refuse("rl", "dpo, ipo, orpo, simpo")
-    names = {"ipo": "dpo", "simpo": "simpo" if config.number("cpo_alpha") == 0 else "cpo"}
-    trainer.preference(config, names.get(kind, kind), "rl")
+    if kind not in ("dpo", "ipo", "orpo", "simpo", "kto", "grpo", "gdpo"):
+        raise config.refuse("rl", "dpo, ipo, orpo, simpo, kto, grpo, gdpo")
+    name = _TRAINERS.get(kind, kind)
+    if name == "grpo":
+        beta = "trl.beta" if config.said("trl.beta") is not None else "rl_beta"
+        trainer.generation(config, name, "rl", adapts=bool(config.said("adapter")), beta=beta, **_GENERATION)
+        models = [each for each in config.names("trl.reward_funcs") or () if "/" in each]
+        if models:
+            config.leave("trl.reward_funcs", f"the reward model {shown(models[0])} is not counted")
+        return
+    trainer.preference(
+        config, ("simpo" if config.number("cpo_alpha") == 0 else "cpo") if name == "simpo" else name, "rl"
+    )
     if config.said("rl_adapter_ref_model") is not None and config.flag("rl_adapter_ref_model"):
         config.set("reference", "copy", "rl_adapter_ref_model")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from memplan.catalogue.optimizers.parameter_rules import RANK
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule
 
@@ -15,6 +16,7 @@ _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "
 _BITSANDBYTES = ("bnb", "bitsandbytes")
 # Switch -> optimizer -> the name of it in transformers.
 _OPTIMIZERS = {"use_galore": "galore", "use_apollo": "apollo"}
+_RANK = 16  # of both, unless it is set
 
 
 def _method(config: Config) -> None:
@@ -47,6 +49,8 @@ def _method(config: Config) -> None:
         _adapters(config)
     model = trainer.model_of(config)
     if model is not None and model.has_tower:
+        if config.said("image_max_pixels") is not None:
+            config.leave("image_max_pixels", "no images are counted; add --images")
         parts = {"vision": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
         parts["language"] = "freeze_language_model"
         frozen = [part for part, key in parts.items() if config.flag(key)]
@@ -118,9 +122,8 @@ def _optimizer(config: Config) -> None:
             layerwise = "_layerwise" if config.flag(f"{name}_layerwise") else ""
             eight_bits = "_8bit" if "8bit" in str(config.get("optim")) and name == "galore" else ""
             config.set("optimizer.name", f"{name}_adamw{eight_bits}{layerwise}", key)
-            rank = config.whole(f"{name}_rank")
-            if rank is not None:
-                config.leave(f"{name}_rank", "the optimizer's default rank is counted")
+            if (config.whole(f"{name}_rank") or _RANK) != RANK:
+                config.leave(f"{name}_rank", f"rank {RANK} is counted, transformers' default")
     if config.flag("use_muon"):
         config.set("optimizer.name", "muon", "use_muon")
 

@@ -69,35 +69,49 @@ def preference(config: Config, name: str, *keys: str, why: str = "") -> None:
         config.set("reference", "precomputed", "precompute_ref_log_probs")
 
 
-def generation(config: Config, name: str, *keys: str, why: str = "") -> None:
-    """A trainer of TRL that generates: its completions, its reference, and vLLM if it generates."""
+def generation(
+    config: Config, name: str, *keys: str, adapts: bool, mode: str = "colocate", why: str = "", **named: str
+) -> None:
+    """A trainer of TRL that generates: its completions, its reference, and vLLM if it generates.
+
+    adapts  adapters train
+    mode    `vllm_mode`, if it is not set
+    named   TRL's key -> the framework's name of it, if that is another
+    """
     preference(config, name, *keys, why=why)
-    fields = {"num_generations": "batch.generations", "max_completion_length": "batch.new_tokens"}
-    for key, field in {**fields, "max_prompt_length": "batch.sequence"}.items():
-        if config.said(key) is not None:
-            config.set(field, config.whole(key), key)
-    if config.said("max_prompt_length") is None:
-        assume_length(config, "max_prompt_length")
-    beta = config.number("beta")
+    for key, field in (
+        ("num_generations", "batch.generations"),
+        ("max_completion_length", "batch.new_tokens"),
+        ("max_prompt_length", "batch.sequence"),
+    ):
+        own = named.get(key, key)
+        if config.get(own) is not None:
+            config.set(field, config.whole(own), own)
+        elif field == "batch.sequence":
+            assume_length(config, own)
+    beta = config.number(named.get("beta", "beta"))
     if beta is not None:
-        own = "adapters" if config.flag("use_peft") else "copy"
-        config.set("reference", own if beta else "none", "beta")
-    for key in ("steps_per_generation", "num_iterations"):
-        if config.said(key) is not None:
-            config.leave(key, "one batch is counted as generated for each step")
-    if not config.flag("use_vllm"):
+        config.set("reference", ("adapters" if adapts else "copy") if beta else "none", named.get("beta", "beta"))
+    for key in ("steps_per_generation", "generation_batch_size", "num_iterations"):
+        if config.said(named.get(key, key)) is not None:
+            config.leave(named.get(key, key), "one batch is counted as generated for each step")
+    engine, places = (named.get(key, key) for key in ("use_vllm", "vllm_mode"))
+    if not config.flag(engine):
         return
-    default = "server" if config.value("profile") == "trl-0.24" else "colocate"
-    mode = config.text("vllm_mode") or default
-    config.set("rollout", mode, "use_vllm", "vllm_mode")
-    if mode == "colocate":
-        for key, field, value in (
-            ("vllm_gpu_memory_utilization", "memory_utilization", config.number),
-            ("vllm_max_model_length", "max_model_len", config.whole),
-            ("vllm_enable_sleep_mode", "sleep", config.flag),
-        ):
-            if config.said(key) is not None:
-                config.set(f"serving.{field}", value(key), key)
+    config.set("rollout", config.word(places, "colocate", "server") or mode, engine, places)
+    if config.value("rollout") == "server":
+        return
+    for key, field, value in (
+        ("vllm_gpu_memory_utilization", "memory_utilization", config.number),
+        ("vllm_max_model_length", "max_model_len", config.whole),
+        ("vllm_enable_sleep_mode", "sleep", config.flag),
+    ):
+        own = named.get(key, key)
+        if config.get(own) is not None:
+            config.set(f"serving.{field}", value(own), own)
+    ranks = named.get("vllm_tensor_parallel_size", "vllm_tensor_parallel_size")
+    if (config.whole(ranks) or 1) > 1:
+        config.leave(ranks, "a vLLM of its own is counted on each GPU")
 
 
 def is_flash(name: object) -> bool:

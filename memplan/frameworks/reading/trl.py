@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Rule
+from memplan.frameworks.reading.config import Config, Rule, version_number
 from memplan.models.peft_methods import default_targets
 
 # Keys that only other trainers' configs have. A TRL file does not name its trainer: the command does.
@@ -34,7 +34,7 @@ def _trainer(config: Config) -> None:
     typed = config.options.get("trainer")
     named = typed or subcommand
     if named in ("grpo", "rloo"):
-        trainer.generation(config, named, why=f"trl {named}")
+        _generation(config, named, why=f"trl {named}")
         return
     if typed is not None or subcommand in ("dpo", "kto", "reward"):
         trainer.preference(config, named, why=f"trl {named}")
@@ -48,7 +48,7 @@ def _trainer(config: Config) -> None:
                     key, f"{title} is not supported yet; supported: trl sft, dpo, kto, reward, grpo, rloo"
                 )
             why = f"assumed: {title} has this key; --trainer names another"
-            read = trainer.generation if title == "GRPO or RLOO" else trainer.preference
+            read = _generation if title == "GRPO or RLOO" else trainer.preference
             read(config, _READ[title], key, why=why)
             return
     kind = config.get("loss_type")
@@ -56,6 +56,11 @@ def _trainer(config: Config) -> None:
         config.leave("loss_type", f"{kind!r:.40}: the profile's loss is counted instead")
     elif config.said("loss_type") == "chunked_nll" and config.title.startswith("TRL 1."):
         config.set("kernels.loss", "chunked", "loss_type")
+
+
+def _generation(config: Config, name: str, *keys: str, why: str) -> None:
+    mode = "server" if version_number(config.title.rpartition(" ")[2]) < (1,) else "colocate"
+    trainer.generation(config, name, *keys, adapts=config.flag("use_peft"), mode=mode, why=why)
 
 
 def method(config: Config) -> None:
