@@ -410,6 +410,18 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "gpu_layers": Option(
             "serving.gpu_layers", "Layers on the card; the head counts as one more (llama.cpp). Default all."
         ),
+        "n_cpu_moe": Option(
+            "serving.n_cpu_moe",
+            "First layers whose experts stay on the host (llama.cpp). Default 0.",
+            aliases=("ncmoe",),
+        ),
+        "override_tensor": Option(
+            "serving.override_tensor",
+            "PATTERN=BUFFER, separated by commas: tensors to keep on the CPU or a card, as in exps=CPU (llama.cpp). "
+            "Default none.",
+            parse=listed,
+            aliases=("ot",),
+        ),
         "split_mode": Option(
             "serving.split_mode",
             "How llama.cpp divides a model over GPUs: layer (some layers on each) or none (all on one). Default layer.",
