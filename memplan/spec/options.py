@@ -130,6 +130,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             type=bool,
             combined=True,
         ),
+        "compile": Option("kernels.compile", "Train with torch.compile. Default off.", aliases=("torch_compile",)),
         "checkpointing": Option(
             "kernels.checkpointing",
             "Kind of checkpointing: none, full, or offload (layer inputs in host memory). Default full.",

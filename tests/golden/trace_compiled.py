@@ -31,7 +31,7 @@ SIZES = {
     "pad_token_id": 0,
 }
 TOKENS = (1, 512)
-FAMILIES = ("llama", "qwen3", "gemma", "gpt_neox", "gpt2", "phi", "olmo2")
+FAMILIES = ("llama", "qwen3", "gemma", "gpt_neox", "phi", "olmo2")
 CASES = {
     **{name: (name, "full", "bf16") for name in FAMILIES},
     "llama lora": ("llama", "lora", "bf16"),

@@ -40,7 +40,7 @@ SOURCE = (
 
 def write_header(name: str, path: Path) -> None:
     """Write the header of a model's F16 file, and make the file as long as it would be."""
-    import gguf
+    import gguf  # pyright: ignore[reportMissingImports]
     import numpy as np
 
     model = find_model(name)
