@@ -13,7 +13,7 @@ from memplan.core.units import GIB
 from memplan.estimate.answer import Line, Parameters, Phase, Walk, largest_first
 from memplan.estimate.usage import Answer, ProcessOverhead, Usage
 from memplan.models.model import ModelSpec
-from memplan.program.serving.budget import Budget, budget, card_for, layers_that_fit
+from memplan.program.serving.budget import Budget, budget, card_for, experts_on_host, layers_that_fit
 from memplan.program.serving.engine_step import EngineStep
 from memplan.program.serving.images import profiled_items
 from memplan.program.serving.model_weights import TABLE, host_of_adapters, kernel_of
@@ -162,9 +162,12 @@ def facts(b: Budget) -> dict[str, Any]:
 def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
     """Yield the notes of the answer."""
     s = b.settings
-    if asked.serving.gpu_layers is None and b.shows_needed_pool:
+    if asked.serving.gpu_layers is None and not s.serving.overrides and b.shows_needed_pool:
         layers = layers_that_fit(s)
-        if layers is not None:
+        experts = experts_on_host(s) if layers is not None and "E" in s.model.axes() else None
+        if experts is not None:
+            yield f"it fits with the experts of the first {experts:,} layers on the host: --n-cpu-moe {experts}"
+        elif layers is not None:
             yield (
                 f"llama.cpp itself would put {layers:,} of {s.model.num_hidden_layers + 1:,} layers on the GPUs and "
                 f"leave the rest on the host (--fit); --gpu-layers {layers} does the same here"

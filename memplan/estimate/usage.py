@@ -50,6 +50,11 @@ class Replay:
         raise NotImplementedError
 
     @property
+    def compiled_away(self) -> int:
+        """Bytes of the peak that torch.compile may do without."""
+        return 0
+
+    @property
     def is_long(self) -> bool:
         """Whether a replay takes seconds. If so, none is run for a full card."""
         return False
@@ -73,7 +78,7 @@ class ProcessOverhead(NamedTuple):
     context           bytes
     low, usual, high  errors of segments and context together, in millionths
     coverage          share of runs between `low` and `high`
-    less, more        bytes by which an unmeasured context may differ
+    less, more        bytes by which an unmeasured context, or compiled code, may differ
     rows              the parts of the context
     """
 
@@ -168,7 +173,8 @@ class Usage:
 
     @cached_property
     def _overhead(self) -> ProcessOverhead:
-        return run_overhead(self._gpu, self._replay.communicators, self._calibration)
+        overhead = run_overhead(self._gpu, self._replay.communicators, self._calibration)
+        return overhead._replace(less=overhead.less + self._replay.compiled_away)
 
     @property
     def overheads(self) -> tuple[Overhead, ...]:

@@ -241,7 +241,7 @@ def load_of(answer: Estimate) -> tuple[Load | None, str]:  # noqa: PLR0911 (a re
     if s.draft is not None:
         return None, _ACCEPTANCE_UNKNOWN
     if s.engine.kind == "llama.cpp":
-        if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers:
+        if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers or s.serving.overrides:
             return None, _HOST_LAYERS_UNKNOWN
         return Load(s.model, s.quantization, s.dtype, s.cache_dtype, host=token_rates.REPLAY), ""
     share = _Share(s) if s.tp > 1 else None

@@ -226,7 +226,8 @@ def _fill(
     first = _changed(run, {"batch": batches[0], "sequence": sequences[0]})
     decided = decide(first)
     # a pipeline's worst stage depends on the run, as does the memory of evaluations, saves and a trainer's generation
-    if decided.structure.graph.degrees.pp > 1 or run.also != Also() or run.trainer in GENERATING:
+    is_compiled = run.kernels.compile  # so its range depends on the tensors at the peak
+    if decided.structure.graph.degrees.pp > 1 or run.also != Also() or run.trainer in GENERATING or is_compiled:
         _one_by_one(out, run, calibration, batches, sequences)
         return
     p = program(decided.structure)

@@ -98,6 +98,10 @@ def _engine(answer: Estimate) -> Iterator[str]:
     settings = answer.run.serving
     if answer.run.profile.startswith("llama.cpp"):
         yield f"{settings.gpu_layers} layers on the card"
+        for pattern, _, buffer in (text.rpartition("=") for text in settings.override_tensor or ()):
+            yield f"{pattern} on {buffer}"
+        if settings.n_cpu_moe:
+            yield f"experts of the first {settings.n_cpu_moe} layers on the host"
         yield "flash attention" if settings.flash_attention else "scores written out"
         return
     yield f"{settings.memory_utilization:.3g} of the card"

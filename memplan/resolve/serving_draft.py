@@ -17,6 +17,7 @@ METHODS = {
     "llama.cpp": ("draft_model",),
 }
 _HEADS = ("eagle", "eagle3")
+_DRAFTS = {"cache_dtype": "fp16", "override_tensor": None, "n_cpu_moe": None}  # llama.cpp has own options for these
 
 
 def decide_draft(s: Settings) -> Draft | None:
@@ -51,7 +52,7 @@ def decide_draft(s: Settings) -> Draft | None:
     quantization = asked.draft_weights if method != "mtp" else s.quantization
     serving = asked.model_copy(update={"lora_slots": 0, "speculative_method": None, "draft_model": None})
     if kind == "llama.cpp":
-        serving = serving.model_copy(update={"cache_dtype": "fp16", "gpu_layers": model.num_hidden_layers + 1})
+        serving = serving.model_copy(update=_DRAFTS | {"gpu_layers": model.num_hidden_layers + 1})
     ranks = s.ranks._replace(ep=1, etp=s.ranks.tp) if method != "mtp" else s.ranks
     draft = s._replace(
         model=model,

@@ -130,6 +130,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             type=bool,
             combined=True,
         ),
+        "compile": Option("kernels.compile", "Train with torch.compile. Default off.", aliases=("torch_compile",)),
         "checkpointing": Option(
             "kernels.checkpointing",
             "Kind of checkpointing: none, full, or offload (layer inputs in host memory). Default full.",
@@ -415,6 +416,18 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "prefix_caching": Option("serving.prefix_caching", "Keep cache blocks of earlier requests. Default on."),
         "gpu_layers": Option(
             "serving.gpu_layers", "Layers on the card; the head counts as one more (llama.cpp). Default all."
+        ),
+        "n_cpu_moe": Option(
+            "serving.n_cpu_moe",
+            "First layers whose experts stay on the host (llama.cpp). Default 0.",
+            aliases=("ncmoe",),
+        ),
+        "override_tensor": Option(
+            "serving.override_tensor",
+            "PATTERN=BUFFER, separated by commas: tensors to keep on the CPU or a card, as in exps=CPU (llama.cpp). "
+            "Default none.",
+            parse=listed,
+            aliases=("ot",),
         ),
         "split_mode": Option(
             "serving.split_mode",

@@ -35,6 +35,9 @@ class Serving(Part):
     prefix_caching          whether blocks of finished requests are kept for requests with the same prefix
     hybrid_cache            whether sliding-window layers cache only their window, if the engine can
     gpu_layers              llama.cpp: number of last layers in GPU memory; one more includes the head
+    override_tensor         llama.cpp: `PATTERN=BUFFER`, the buffer (`CPU`, `CUDA1`) of tensors whose names in the GGUF
+                            file match a regular expression; the first match counts
+    n_cpu_moe               llama.cpp: number of first layers whose experts stay on the host
     flash_attention         llama.cpp: whether attention scores are never written out
     split_mode              llama.cpp on several GPUs: `layer` puts whole layers on each, `none` everything on one
     tensor_split            llama.cpp: proportions of the layers on each GPU; None for equal parts
@@ -66,6 +69,8 @@ class Serving(Part):
     prefix_caching: Flag | None = None
     hybrid_cache: Flag | None = None
     gpu_layers: Natural | None = None
+    override_tensor: tuple[str, ...] | None = None
+    n_cpu_moe: Natural | None = None
     flash_attention: Flag | None = None
     split_mode: Literal["layer", "none", "row", "tensor"] | None = None
     tensor_split: tuple[Annotated[Number, Strict(ge=0, le=2**40)], ...] | None = None
@@ -81,6 +86,17 @@ class Serving(Part):
     draft_weights: str | None = None
     num_speculative_tokens: Count | None = None
     sleep: Flag | None = None
+
+    @property
+    def overrides(self) -> tuple[tuple[str, str], ...]:
+        """llama.cpp's overrides, each a pattern of names and the tensors' buffer, in the order in which it tries them.
+
+        Source: llama.cpp (llama-cpp-python 0.3.36) common/common.h llm_add_n_cpu_ffn_overrides.
+        """
+        first = "|".join(map(str, range(self.n_cpu_moe or 0)))
+        experts = [rf"blk\.({first})\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"] if first else []
+        pairs = (text.rpartition("=") for text in (*(self.override_tensor or ()), *experts))
+        return tuple((pattern, buffer) for pattern, _, buffer in pairs)
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
         """Leave out what only an engine on a GPU that trains has."""

@@ -310,6 +310,12 @@ def test_llamafactorys_keys(tmp_path: Path, keys: str, expected: dict[str, Any])
 # --- TRL and transformers ---
 
 TRL_KEYS: dict[str, dict[str, Any]] = {
+    "{activation_offloading: true, torch_compile: true}": {
+        "kernels.checkpointing": "offload",
+        "kernels.compile": True,
+        "parallelism.offload.activations": None,
+    },
+    "{activation_offloading: true, gradient_checkpointing: false}": {"parallelism.offload.activations": True},
     "": {
         "method.kind": "qlora",
         "method.rank": 16,

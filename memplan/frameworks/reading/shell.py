@@ -334,6 +334,9 @@ def _launcher(words: list[str], before: dict[str, Any], per_node: str, nodes: st
     return words[index:], out
 
 
+_REPEATED = ("ot", "override_tensor")  # llama.cpp's flags that add to what they said before
+
+
 def flags_of(words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Return words before the first flag, and the flags: one without a value is true, one with several is a list."""
     positional: list[str] = []
@@ -343,7 +346,8 @@ def flags_of(words: list[str]) -> tuple[list[str], dict[str, Any]]:
         if word.startswith("--") or (word.startswith("-") and word[1:2].isalpha()):
             name, _, value = word.lstrip("-").partition("=")
             name = name.replace("-", "_")
-            flags[name] = value if "=" in word else True
+            if name not in _REPEATED or name not in flags:
+                flags[name] = value if "=" in word else True
         elif not name:
             positional.append(word)
         elif flags[name] is True:

@@ -81,9 +81,10 @@ def _kernels(config: Config) -> None:
     if name not in ("AdamW", "Adam"):
         raise config.error("optimizer.name", f"{shown(name)} is not supported yet; supported: AdamW, Adam")
     config.set("optimizer.name", "adamw_torch_fused", "optimizer.name")
-    for section in ("compile", "validation"):
-        if config.flag(f"{section}.enable"):
-            config.leave(f"{section}.enable", "not counted")
+    if config.flag("compile.enable"):
+        config.set("kernels.compile", True, "compile.enable")
+    if config.flag("validation.enable"):
+        config.leave("validation.enable", "not counted")
 
 
 def _parallelism(config: Config) -> None:

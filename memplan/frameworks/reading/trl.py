@@ -135,6 +135,9 @@ def _batch(config: Config) -> None:
 def _kernels(config: Config) -> None:
     trainer.attention(config)
     trainer.checkpointing(config)
+    if config.value("kernels.checkpointing") == "full" and config.flag("activation_offloading"):
+        config.set("kernels.checkpointing", "offload", "activation_offloading")  # nothing else is kept by layers
+        config.found.pop("parallelism.offload.activations", None)
     if not config.flag("use_liger_kernel"):
         return
     section = config.section("liger_kernel_config")

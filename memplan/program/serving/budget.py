@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from fractions import Fraction
 from functools import lru_cache
 from importlib import import_module
@@ -142,16 +143,22 @@ def layers_that_fit(s: Settings) -> int | None:
     """
     if s.gpu is None or s.engine.kind != "llama.cpp":
         return None
-    total, low, high = s.gpu.usable, 0, s.model.num_hidden_layers + 1
+    counts = range(1, s.model.num_hidden_layers + 2)
+    return bisect_left(counts, True, key=lambda layers: not _has_margin(s, gpu_layers=layers))
 
-    def fits(layers: int) -> bool:
-        settings = s._replace(serving=s.serving.model_copy(update={"gpu_layers": layers}))
-        return all(_stage_budget(card, total, "usual").room >= FIT_MARGIN for card in stage_settings(settings))
 
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+def experts_on_host(s: Settings) -> int | None:
+    """Return the least of llama.cpp's --n-cpu-moe that leaves a GiB of each GPU free, None if none does."""
+    counts = range(s.model.num_hidden_layers + 1)
+    least = bisect_left(counts, True, key=lambda layers: _has_margin(s, n_cpu_moe=layers))
+    return least if least in counts else None
+
+
+def _has_margin(s: Settings, **fields: int) -> bool:
+    """Whether --fit would be content with other settings, on every GPU."""
+    assert s.gpu is not None
+    settings, total = s._replace(serving=s.serving.model_copy(update=fields)), s.gpu.usable
+    return all(_stage_budget(card, total, "usual").room >= FIT_MARGIN for card in stage_settings(settings))
 
 
 def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhead, ...]]:

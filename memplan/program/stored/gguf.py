@@ -133,6 +133,15 @@ def gguf_file(model: ModelSpec, file_type: str, imatrix: bool | None = None) -> 
     return GgufFile(file_type, tuple(tensors), _header(model, tensors))
 
 
+@lru_cache(maxsize=64)
+def names_in_gguf(model: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Return the names of each parameter's tensors in a GGUF file. Raises as `gguf_file`."""
+    names: dict[str, tuple[str, ...]] = {}
+    for t in gguf_file(model, "F16").tensors:
+        names[t.parameter] = (*names.get(t.parameter, ()), t.name)
+    return names
+
+
 def _tensors(model: ModelSpec, parameter: CheckpointParameter) -> Iterator[tuple[str, tuple[int, ...]]]:
     """Yield the names and shapes of a parameter's tensors in a file.
 
@@ -231,4 +240,4 @@ def _aligned(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
-__all__ = ["SOURCE", "GgufFile", "GgufTensor", "file_type_of", "gguf_file"]
+__all__ = ["SOURCE", "GgufFile", "GgufTensor", "file_type_of", "gguf_file", "names_in_gguf"]

@@ -36,8 +36,6 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
     if kernels.every_n_layers > 1:
         yield from _every_n_layers(r)
-    if kernels.compile:
-        yield not_yet("kernels.compile", True, "false")
     yield from _method(method, r.storages, r.run_formats)
     if method.kind in PEFT_METHODS and r.parallelism.world > 1:
         yield not_yet_with(
