@@ -116,6 +116,7 @@ def test_one_run_that_cannot_be_answered_does_not_hide_the_others(team: Path) ->
         "configs/d.yaml": "over",
     }
     assert (found["configs/b.yaml"].error_code, found["configs/b.yaml"].line) == (3, 1)
+    assert "ask the Hub with memplan lock --online" in found["configs/b.yaml"].error
     assert found["configs/c.yaml"].line == 2
 
 
@@ -236,6 +237,14 @@ def test_a_typed_budget_replaces_those_of_the_file(team: Path, capsys: pytest.Ca
     ran = Ran(capsys, "check", "--fail-above", "10%")
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert "fail-above: only applies with --gpu" in ran.err
+    for words in (["--gpu", "2x3090,2x4090"], ["--gpu", "3090,4090", "--gpus", "2"]):
+        rows = json.loads(Ran(capsys, "check", "configs/a.yaml", *words, "--json").out)["runs"]
+        assert {(row["gpu"], row["gpus"]) for row in rows} == {("rtx-3090", 2), ("rtx-4090", 2)}
+    for words, numbers in ((["--gpu", "2x3090,4090"], "1 and 2"), (["--gpu", "2x3090", "--gpus", "4"], "2 and 4")):
+        ran = Ran(capsys, "check", "configs/a.yaml", *words)
+        assert (ran.code, ran.err.count("\n")) == (2, 1)
+        assert f"a run is on one number of cards, not on {numbers}" in ran.err
+    assert "gpus: must be at least 1" in Ran(capsys, "check", "configs/a.yaml", "--gpu", "3090", "--gpus", "0").err
     ran = Ran(capsys, "check", "missing.yaml", "--gpu", "3090")
     assert ran.code == 2
     assert "there is no file missing.yaml" in ran.out
