@@ -218,7 +218,7 @@ def table(shares: Sequence[MemoryShare], to: Screen) -> Table[MemoryShare]:
     columns: list[Column[MemoryShare]] = [
         Column("", lambda row: LABELS[row.key], style="bold"),
         Column("GiB", lambda row: words.tenths(row.bytes), right=True),
-        Column("", why, wraps=True, style="dim"),
+        Column("", why, wraps=True, optional=True, style="dim"),
     ]
     has_room = to.width >= _NARROW
     if has_room and any(row.option for row in shares):

@@ -263,7 +263,19 @@ def test_patterns_find_files_below_the_folder_only(team: Path) -> None:
     write(team, {"configs/deep/b.yml": OWN})
     assert files_of("configs/**/*.y*ml", team) == ["configs/a.yaml", "configs/deep/b.yml"]
     assert files_of("configs", team) == ["configs"]
-    assert files_of("nothing/*", team) == []
+    assert files_of("nothing/*", team) == files_of("x" * 5000, team) == files_of("a\x00*", team) == []
+
+
+def test_files_of_a_typed_budget_may_be_anywhere(
+    team: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(team / "configs")
+    for name in (str(team / "configs/a.yaml"), "../configs/*.yaml"):
+        [row] = memplan.check([name], gpu="3090").rows
+        assert row.status == "fits"
+    ran = Ran(capsys, "diff", str(team), str(team), "--gpu", "3090", "--runs", str(team / "configs/a.yaml"))
+    assert "- runs: " in ran.out  # the same file in both would be no comparison
+    assert ran.code == 2
 
 
 def test_progress_is_said_only_on_a_terminal(team: Path, capsys: pytest.CaptureFixture[str]) -> None:
