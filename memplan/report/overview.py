@@ -70,7 +70,8 @@ def overview(answer: Estimate, to: Screen, line: CommandLine | None) -> Iterator
     shares = rows(answer)
     if not to.plain and answer.verdict.answer != "does not start":  # memory is not the question then
         yield Drawing(partial(bar, answer, [(row.key, row.bytes) for row in shares]))
-    yield table(with_options(answer, shares), to)
+    most = len(shares) if to.terminal else None  # where the line of other stacks costs more and uses the same work
+    yield table(with_options(answer, shares, most), to)
     if answer.serving is not None:
         from memplan.report.serving import pool
 
@@ -224,7 +225,7 @@ def table(shares: Sequence[MemoryShare], to: Screen) -> Table[MemoryShare]:
     columns: list[Column[MemoryShare]] = [
         Column("", lambda row: LABELS[row.key], style="bold"),
         Column("GiB", lambda row: words.tenths(row.bytes), right=True),
-        Column("", why, wraps=True, style="dim"),
+        Column("", why, wraps=True, optional=True, style="dim"),
     ]
     has_room = to.width >= _NARROW
     if has_room and any(row.option for row in shares):
@@ -296,7 +297,7 @@ def with_options(answer: Estimate, shares: Sequence[MemoryShare], most: int | No
     """Return the rows with what shrinks each that is worth it, as far as the run has such options.
 
     most  savings that are computed of options that change the operations, each of which costs as much as a tenth of a
-          short command; others are listed without what they save. Default one, and none for a run that fits
+          short command for a pipe; others are listed without what they save. Default one, and none for a run that fits
     """
     if answer.via == "trace" or answer.serving is not None:  # further traces would take long; a pool takes what is free
         return [*shares]

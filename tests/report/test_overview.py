@@ -160,6 +160,15 @@ def test_a_saving_is_the_difference_of_two_peaks() -> None:
     assert found["optimizer"].option == ""  # less than a twentieth of the memory
 
 
+def test_a_terminal_shows_what_each_option_saves_and_wraps_within_its_indent() -> None:
+    text = re.sub(r"\x1b\[[\d;]*m", "", render("table", [QLORA], to=Screen(80, True), details=False))
+    options = [row for row in with_options(QLORA, rows(QLORA), 9) if row.saves]
+    assert len(options) == 3
+    for row in options:
+        assert re.search(rf"{row.option} +{row.saves / 2**30:.1f}$", text, re.MULTILINE)
+    assert re.search(r"^  1 x 2,048 tokens,.*\n  checkpointing, transformers-5$", text, re.MULTILINE)
+
+
 def test_a_short_answer_computes_no_saving_that_needs_other_operations() -> None:
     found = {row.key: row for row in with_options(QLORA, rows(QLORA))}
     assert (found["loss"].option, found["loss"].saves) == ("--loss fused", 0)
