@@ -30,8 +30,6 @@ _FILE_NAME = re.compile(r"\w[\w.-]{0,79}", re.ASCII)
 
 def form() -> dict[str, Any]:
     """Return what the page's form shows: the models, the cards, and the options of a run by heading."""
-    from importlib.util import find_spec
-
     from memplan.cli.typer_commands import complete_gpu, complete_optimizer, complete_profile, described
     from memplan.core.version import __version__
     from memplan.models.cards import card_names, load_card
@@ -56,7 +54,7 @@ def form() -> dict[str, Any]:
 
     return {
         "version": __version__,
-        "views": [view for view in VIEWS if view != "max" or find_spec("numpy")],  # its frontier is an array
+        "views": VIEWS,
         "models": {name: load_card(name).card["hf_id"] for name in card_names()},
         "headings": {
             heading: [row(name, option) for name, option in group.items() if option.metavar not in _NOT_SHOWN]

@@ -12,7 +12,7 @@ from pathlib import Path
 from py_compile import PycInvalidationMode
 from types import CodeType
 
-KEPT = re.compile(r".*(\.pyc|\.toml|\.json|\.css|\.js|wasm32-emscripten\.so)")
+KEPT = re.compile(r".*(\.pyc|\.toml|\.json|\.css|\.js|wasm32-emscripten\.so|native\.c|\.lib)")
 # Of the standard library, what serves, tests, documents or reads mail; of the packages, what draws on a terminal or is
 # of an older interface; of memplan, what needs torch or is of commands that the page has not, and the page itself.
 LEFT_OUT = re.compile(
