@@ -22,8 +22,7 @@ from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import card_names, find_model, load_card
 from memplan.models.peft_methods import has_rank
-from memplan.planning.sweep import FIELDS
-from memplan.planning.trials import MAX_VALUE, attempt, last, needed_gpu
+from memplan.planning.trials import FIELDS, MAX_VALUE, attempt, last, needed_gpu
 from memplan.resolve.refusals.vendors import not_on
 from memplan.spec.run import RunSpec, changed
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
 from memplan.estimate.answer import BY_MEMORY, Estimate
 from memplan.planning.reach import Frontier
-from memplan.report.blocks import Styled, Table, styled
+from memplan.report.blocks import Drawing, Styled, Table, styled
 from memplan.report.display import paragraph
 from memplan.report.text import Screen
 from memplan.report.wording import COLOURS
@@ -34,14 +35,18 @@ def heat(found: Frontier, to: Screen) -> Iterator[list[Styled]]:
     yield from _legend(to)
 
 
-CAPTION = (
+_CAPTION = (
     "Share of the card's usable memory that is allocated, by sequences per batch (rows) and tokens (columns). "
     "x: does not fit; ?: tight; -: cannot run."
 )
 
 
-def table(found: Frontier) -> Table[Sequence[Styled]]:
-    """Return the map as a table for a page."""
+def drawing(found: Frontier) -> Drawing:
+    """Return the map: shades on a screen, a table on a page."""
+    return Drawing(partial(heat, found), partial(_table, found), _CAPTION)
+
+
+def _table(found: Frontier) -> Table[Sequence[Styled]]:
     rows = [
         [(short(batch), ""), *map(_share, answers)]
         for (batch, _), answers in zip(found.longest, found.around, strict=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from memplan.core.records import NamedTuple
@@ -13,9 +12,9 @@ from memplan.estimate.demand import Demand
 from memplan.planning.reach import Frontier, Reach
 from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Table, Text
+from memplan.report.blocks import Block, Column, Facts, Heading, Table, Text
 from memplan.report.csv import CsvRows
-from memplan.report.heat import CAPTION, heat, table
+from memplan.report.heat import drawing
 from memplan.report.plans.changes import conditions, figures, state
 
 
@@ -48,7 +47,7 @@ class ReachReport(NamedTuple):
         if self.frontier is not None:
             yield Heading("Longest sequence for every batch")
             yield Table(_FRONTIER, self.frontier.longest)
-            yield Drawing(partial(heat, self.frontier), partial(table, self.frontier), CAPTION)
+            yield drawing(self.frontier)
         if explain:
             yield Facts("Assumed", assumptions_.assumptions(reach.answer))
 
