@@ -34,7 +34,7 @@ _OF_ANSWERS = (
 _LONGEST = 64 * 2**20  # bytes of a log's end that are read
 _LOOKED_AT = 256  # bytes of a file's beginning that tell a snapshot
 _LOGS = (".log", ".out", ".err", ".txt")
-_FORMATS = "table, json, csv (of a run's file), markdown (of a log) or html (of a snapshot). Default table."
+_FORMATS = "table, json, csv (of a run's file), markdown or html (of a log or snapshot). Default table."
 
 
 def command(name: str) -> Subcommand:
@@ -148,11 +148,9 @@ def _log(text: str, given: Mapping[str, Any]) -> int:
         given = {**given, **({"model": model} if model else {})}
     run, file = _run_of(given)
     found = explain(text, run)
-    show(
-        headline(file, format) + render(format, found, screen_of(given), _patch(given, file, run)),
-        format,
-        given.get("output"),
-    )
+    patch = _patch(given, file, run)
+    text = render(format, found, screen_of(given), patch, stamp_of(given, format))
+    show(headline(file, format) + text, format, given.get("output"))
     return 0
 
 

@@ -25,8 +25,7 @@ from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import card_names, find_model, load_card
 from memplan.models.peft_methods import has_rank
-from memplan.planning.sweep import FIELDS, Grid, grid
-from memplan.planning.trials import MAX_VALUE, attempt, last, needed_gpu
+from memplan.planning.trials import FIELDS, MAX_VALUE, attempt, last, needed_gpu
 from memplan.resolve.refusals.vendors import not_on
 from memplan.spec.run import RunSpec, changed
 
@@ -222,12 +221,14 @@ def _min_weight_bytes(run: RunSpec, trains: bool) -> int:
 class Frontier(NamedTuple):
     """The limits of batch and sequence together.
 
-    longest  (batch, longest sequence that fits with it), until nothing fits
-    around   the answers of these batches with powers of two as sequences
+    longest    (batch, longest sequence that fits with it), until nothing fits
+    sequences  powers of two around them
+    around     the answers of each batch with these sequences; None if memplan refuses the run
     """
 
     longest: tuple[tuple[int, int], ...]
-    around: Grid
+    sequences: tuple[int, ...]
+    around: tuple[tuple[Estimate | None, ...], ...]
 
 
 def frontier(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> Frontier:
@@ -243,9 +244,13 @@ def frontier(run: RunSpec, demand: Demand = FITS, calibration: Calibration | Non
         if not tokens:
             break
     most = max(tokens for _, tokens in longest)
-    sequences = [1 << n for n in range(_MIN_TOKENS.bit_length() - 1, max(most, _MIN_TOKENS).bit_length() + 1)]
-    around = grid(run, batch=[b for b, _ in longest], sequence=sequences, calibration=calibration)
-    return Frontier(tuple(longest), around)
+    sequences = tuple(1 << n for n in range(_MIN_TOKENS.bit_length() - 1, max(most, _MIN_TOKENS).bit_length() + 1))
+
+    def answer(batch: int, tokens: int) -> Estimate | None:
+        return attempt(lambda: changed(run, "batch", micro=batch, sequence=tokens), calibration)
+
+    around = tuple(tuple(answer(batch, tokens) for tokens in sequences) for batch, _ in longest)
+    return Frontier(tuple(longest), sequences, around)
 
 
 _MIN_TOKENS = 128  # batches that only fit with shorter sequences are not listed

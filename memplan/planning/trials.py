@@ -16,6 +16,7 @@ from memplan.spec.run import RunSpec
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
+FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
 MAX_VALUE = 2**32  # ends a search for a run that takes no memory
 
 

@@ -64,16 +64,32 @@ def page(title: str, parts: Iterable[Part], stamp: Stamp | None = None, verdict:
         element("title", f"memplan: {title}"),
         element("style", Markup(f"\n{css}")),
     )
-    header = [element("h1", title, class_=verdict or None)]
-    header += [element("p", question)] if question else []
+    header = [*_title(title, verdict, question)]
     header += [element("pre", element("code", stamp.command), class_="command")] if stamp.command else []
     header.append(element("p", stamp.line, class_="made"))
-    body = joined(*(line for part in parts for line in (_html(part), "\n")))
-    main = element("main", Markup("\n"), body)
+    main = element("main", Markup("\n"), fragment(parts))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n{head}\n<body>\n{element("header", *header)}\n{main}\n'
         f"<script>\n{script}</script>\n</body>\n</html>\n"
     )
+
+
+def fragment(parts: Iterable[Part]) -> Markup:
+    """Return parts of a page without the page."""
+    return joined(*(line for part in parts for line in (_html(part), "\n")))
+
+
+def summary(answer: Estimate) -> Iterator[Part]:
+    """Yield the top of a page about one run: verdict, question and bar."""
+    question = assumptions_.question(answer)
+    yield from _title(words.verdict(answer), svg.verdict_class(answer.verdict.answer), question)
+    yield bars([("", answer)])
+
+
+def _title(title: str, verdict: str, question: str) -> Iterator[Markup]:
+    yield element("h1", title, class_=verdict or None)
+    if question:
+        yield element("p", question)
 
 
 def _answers(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[Part]:
@@ -245,16 +261,19 @@ def _pairs(rows: Iterable[Sequence[str]]) -> Markup:
 
 
 def _table(table: Table[Any], name: str = "") -> Markup:
-    """Return a table. A first column without a title, or of a map, heads the rows; others without one are left out."""
+    """Return a table. A first column without a title, or of a map, heads the rows; others without one are left out,
+    unless none has one."""
     first = table.columns[0]
-    shown = [n for n, column in enumerate(table.columns) if column.title or not n]
+    titled = any(column.title for column in table.columns)
+    shown = [n for n, column in enumerate(table.columns) if column.title or not (n and titled)]
     heads = (_head(table.columns[n], "col") if n or first.title else element("td") for n in shown)
     names_rows = not first.title or name == "map"
     rows = (
         element("tr", *(_data(row[n], table.columns[n].right, not n and names_rows) for n in shown), Markup("\n"))
         for row in table.cells()
     )
-    parts = (element("thead", element("tr", *heads)), element("tbody", Markup("\n"), *rows))
+    head = (element("thead", element("tr", *heads)),) if titled else ()
+    parts = (*head, element("tbody", Markup("\n"), *rows))
     return element("div", element("table", *parts, class_=name or None), class_="scroll", tabindex=0)
 
 

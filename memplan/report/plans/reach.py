@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from memplan.core.records import NamedTuple
 from memplan.core.units import gib
-from memplan.estimate.answer import BY_MEMORY, Estimate
+from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
 from memplan.planning.reach import Frontier, Reach
 from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Table, Text
+from memplan.report.blocks import Block, Column, Facts, Heading, Table, Text
 from memplan.report.csv import CsvRows
-from memplan.report.heat import CAPTION, heat, table
+from memplan.report.heat import drawing
 from memplan.report.plans.changes import conditions, figures, state
 
 
@@ -48,7 +47,7 @@ class ReachReport(NamedTuple):
         if self.frontier is not None:
             yield Heading("Longest sequence for every batch")
             yield Table(_FRONTIER, self.frontier.longest)
-            yield Drawing(partial(heat, self.frontier.around), partial(table, self.frontier.around), CAPTION)
+            yield drawing(self.frontier)
         if explain:
             yield Facts("Assumed", assumptions_.assumptions(reach.answer))
 
@@ -161,11 +160,9 @@ def reach_dump(reach: Reach) -> dict[str, Any]:
 
 def _map(frontier: Frontier) -> dict[str, Any]:
     around = frontier.around
-    answers = around.answers
-    assert answers is not None  # the run has a GPU
     return {
-        "batch": list(around.axes["batch"]),
-        "sequence": list(around.axes["sequence"]),
-        "allocated": around.allocated.tolist(),
-        "verdict": [[BY_MEMORY[code] if code >= 0 else None for code in row] for row in answers.tolist()],
+        "batch": [batch for batch, _ in frontier.longest],
+        "sequence": list(frontier.sequences),
+        "allocated": [[-1 if answer is None else answer.bytes.allocated for answer in row] for row in around],
+        "verdict": [[answer and answer.verdict.answer for answer in row] for row in around],
     }
