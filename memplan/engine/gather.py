@@ -7,7 +7,8 @@ reduce-scattered.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Generator
+from contextlib import contextmanager
 from functools import partial
 
 from memplan.core.ir import Division, Op, Unit
@@ -148,6 +149,9 @@ class Gatherer:
         if unit is None or name in self._whole or (self.is_aside and self._kept.get(name)):
             return
         self._enter(frame, "all_gather")
+        if self._keeps_buffers and not unit.message:  # gathered by the code that uses it
+            self._whole[name] = self._tape.alloc_buffers(unit.whole, "parameter")
+            return
         asked = self._ahead if self._asked == name and self._ahead else self._ask(unit)
         self._ahead, self._asked = [], ""
         if (
@@ -175,6 +179,18 @@ class Gatherer:
     def release(self, name: str) -> None:
         """Free a unit's weights."""
         self._drop(self._whole.pop(name, []))
+
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        """Run the model in the middle of its own pass, with its own copies of units that its code gathers."""
+        by_code = [name for name, unit in self._units.items() if self._keeps_buffers and not unit.message]
+        own = {name: self._whole.pop(name) for name in by_code if name in self._whole}
+        self.is_aside = True
+        yield
+        self.is_aside = False
+        for name in by_code:
+            self.release(name)
+        self._whole |= own
 
     def release_all(self) -> None:
         """Free every unit's weights."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import accumulate
 from types import MappingProxyType
@@ -182,12 +183,11 @@ def run_pass(
         gatherer.end_forward()  # the model has returned
         own = phase in gatherer.models or not gatherer.divides
         aside = Gatherer(tape, gatherer.models.get(phase), False) if own else gatherer
-        aside.is_aside = True
         aside.attach()
-        one.run_inside(_Pass(tape, aside, resolved(model, aside.divides), depth, options, records=False))
+        with aside.aside() if not own else nullcontext():
+            one.run_inside(_Pass(tape, aside, resolved(model, aside.divides), depth, options, records=False))
         if own:
             aside.release_all()
-        aside.is_aside = False
 
     tape.run_model = run_model
     one.forward()

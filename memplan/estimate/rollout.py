@@ -10,9 +10,10 @@ accelerate 1.15 accelerator.py prepare_model.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.serving import why_not_started
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.side_tasks import generation
@@ -25,6 +26,9 @@ from memplan.program.sharding.choice import sharding_of
 from memplan.resolve.colocated import awake
 from memplan.resolve.defaults import with_new_tokens
 from memplan.spec.run import RunSpec
+
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
 
 _BATCH = "trl 1.16.0 trainer/grpo_trainer.py _prepare_inputs: _buffered_inputs"
 

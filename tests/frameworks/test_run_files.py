@@ -338,7 +338,7 @@ TRL_KEYS: dict[str, dict[str, Any]] = {
     "packing: true\nmax_seq_length: 256": {"batch.micro": 1, "batch.sequence": 8 * 256, "loop.padded": None},
     "packing: true\npacking_strategy: wrapped": {"batch.micro": 8, "loop.padded": None},
     "evaluation_strategy: epoch\nper_device_eval_batch_size: 3": {"also.evaluation.micro": 3},
-    "use_liger_kernel: true": {"kernels.loss": "fused", "kernels.fused": ["rope", "rms_norm", "swiglu"]},
+    "use_liger_kernel: true": {"kernels.loss": None, "kernels.fused": ["rope", "rms_norm", "swiglu"]},
     "gradient_checkpointing: false": {"kernels.checkpointing": "none"},
     "label_smoothing_factor: 0.1\nuse_liger_kernel: true": {"kernels.loss": "label_smoothing"},
     "gradient_checkpointing_kwargs: {every_n_layers: 2, use_reentrant: false}": {

@@ -67,7 +67,7 @@ DIVIDED: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, A
     ("blocks", "full", BF16, 2, 2048, None, {}),
     ("llama", "lora", BF16, 2, 1024, None, {}),
     ("tied", "full", FP32, 2, 1024, None, {}),
-    ("qwen2", "full", BF16, 1, 1024, "precomputed", {"checkpointing": "none"}),
+    ("qwen2", "full", BF16, 2, 2048, "precomputed", {"checkpointing": "none"}),
 )
 _DIVIDED_STEPS = dict.fromkeys(
     (("trl-1.15", "dpo"), ("trl-1.13", "dpo"), ("trl-1.15", "kto"), ("trl-1.15", "reward")), 2

@@ -506,14 +506,15 @@ def read_as(
     elif config.text(form.model) is not None:
         config.set("model", config.text(form.model), form.model)
     config.read_same(form.table)
+    profile = form.profile or profile_of(form.defaults[0], asked or version)
+    nearness = "" if profile.endswith(f"-{version}") else "nearest "
+    config.set("profile", profile, why=f"the {nearness}profile of {config.title}")  # some rules ask for it
     for rule in form.rules:
         rule(config)
+    config.found["profile"] = config.found.pop("profile")  # shown last
     if config.value("method.kind") not in ADAPTERS:
         for field in (*_ADAPTER_FIELDS, "method.quantization"):
             config.found.pop(field, None)
-    profile = form.profile or profile_of(form.defaults[0], asked or version)
-    nearness = "" if profile.endswith(f"-{version}") else "nearest "
-    config.set("profile", profile, why=f"the {nearness}profile of {config.title}")
     config.unread += _unread(config, form, keys)
     origins = tuple(config.found.values())
     unread = tuple(sorted(config.unread, key=lambda each: each.where))

@@ -141,9 +141,17 @@ def _kernels(config: Config) -> None:
     if not config.flag("use_liger_kernel"):
         return
     section = config.section("liger_kernel_config")
-    on = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": True}
+    # trl 1.16.0 trainer/sft_trainer.py, dpo_trainer.py: only layer kernels, around the trainer's own head
+    fuses_loss = config.value("profile") != "trl-1.15"
+    on = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
+    on["fused_linear_cross_entropy"] = fuses_loss
     for name in section.values if section is not None else ():
         on[name] = config.flag(f"liger_kernel_config.{name}")
+    if on["fused_linear_cross_entropy"] and not fuses_loss:
+        key = "liger_kernel_config.fused_linear_cross_entropy"
+        raise config.error(
+            key, "TRL refuses it since 1.15, whose trainers have a tiled head of their own; leave it out"
+        )
     kernels = [name for name in ("rope", "rms_norm", "swiglu", "cross_entropy") if on[name]]
     config.set("kernels.fused", kernels, "use_liger_kernel")
     if on["fused_linear_cross_entropy"]:

@@ -213,7 +213,11 @@ def division(graph: Graph, ranks: Ranks) -> Division:
     waits = ranks.replicated and not flat  # each unit's AllReduceState keeps the reduced gradients
     leaves = ranks.offloads and not flat  # FSDP1 keeps reduced gradients on the GPU until backward is over
     generates = graph.trainer is not None and graph.trainer.generates and not graph.trainer.is_reference
-    names = units_of(graph, ranks)
+    names = tuple(units_of(graph, ranks))
+    called = {unit for unit, *_, weights in names if any(w.group != "lm_head" for w in weights)}
+    if graph.loss == "tiled_lm_head" and not (flat or generates or AFTER in called):
+        # the head's module is not called, and no other of its unit: `full_tensor` gathers it, in every pass
+        units = tuple((name, unit._replace(message=()) if name == AFTER else unit) for name, unit in units)
     shared = Division(
         units,
         tuple((w.name, unit) for unit, where, _, weights in names if not where for w in weights),
