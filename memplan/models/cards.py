@@ -274,8 +274,12 @@ def _inline(config: FrozenDict) -> ModelSpec:
     return ModelSpec(config, str(config.get("_name_or_path", "")))
 
 
+def _card_text(name: str) -> str:
+    return (card_folder() / f"{name}.toml").read_text("utf-8")
+
+
 def _read_card(name: str) -> dict[str, Any]:
-    return parsed((card_folder() / f"{name}.toml").read_text("utf-8"))
+    return parsed(_card_text(name))
 
 
 @lru_cache(maxsize=4096)
@@ -289,10 +293,10 @@ def _card_name(model: str) -> str | None:
 
 @cache
 def _aliases() -> dict[str, str]:
-    """Return every hf_id and alias in lower case, with its card's name. Reads all cards, so it is a last resort."""
+    """Return every hf_id and alias in lower case, with its card's name. Reads the first table of every card."""
     names: dict[str, str] = {}
     for name in card_names():
-        card = _read_card(name)
+        card = parsed(_card_text(name).partition("\n[")[0])
         for alias in (card["hf_id"], *card.get("aliases", ())):
             names.setdefault(alias.lower(), name)
     return names

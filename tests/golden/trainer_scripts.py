@@ -39,7 +39,7 @@ class LlamaFactoryScript(TrainerScript):
         tuning = hparams.FinetuningArguments(
             finetuning_type="full" if method.kind == "full" else "lora",
             lora_rank=method.rank,
-            lora_target=",".join(target_modules(run)) if method.kind != "full" else "all",
+            lora_target=",".join(target_modules(run, model)) if method.kind != "full" else "all",
             use_dora="dora" in method.kind,
         )
         library("llamafactory.model.model_utils.checkpointing").prepare_model_for_training(model, arguments)
@@ -77,7 +77,7 @@ class AxolotlScript(TrainerScript):
         folder = str(Path(tempfile.gettempdir(), "run"))  # Axolotl looks for families' names in the path
         model.config.save_pretrained(folder)
         cfg: Any = library("axolotl.utils.config").validate_config(
-            library("axolotl.utils.dict").DictDefault(self._config(run, folder)),
+            library("axolotl.utils.dict").DictDefault(self._config(run, folder, model)),
             {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_80"},
             {"torch_version": "2.13.0"},
         )
@@ -97,7 +97,7 @@ class AxolotlScript(TrainerScript):
         return builder.build(10)
 
     @staticmethod
-    def _config(run: RunSpec, folder: str) -> dict[str, Any]:
+    def _config(run: RunSpec, folder: str, model: Any) -> dict[str, Any]:
         from memplan.probe.script.model import target_modules
 
         method = run.method
@@ -107,7 +107,7 @@ class AxolotlScript(TrainerScript):
             "lora_r": method.rank,
             "lora_alpha": 8,
             "lora_target_linear": method.targets == "all-linear",
-            "lora_target_modules": [] if method.targets == "all-linear" else list(target_modules(run)),
+            "lora_target_modules": [] if method.targets == "all-linear" else list(target_modules(run, model)),
             "peft_use_dora": "dora" in method.kind,
             **(
                 {}
@@ -133,9 +133,9 @@ class AxolotlScript(TrainerScript):
 
 
 class SwiftScript(TrainerScript):
-    """A run of ms-swift's `sft`: its arguments, model patches, tuner, template and trainer."""
+    """A run of ms-swift's `sft` or `rlhf`: its arguments, model patches, tuner, template and trainer."""
 
-    imported: tuple[str, ...] = ("swift.pipelines.train.sft",)
+    imported: tuple[str, ...] = ("swift.pipelines.train.sft", "swift.pipelines.train.rlhf")
 
     @staticmethod
     def patch() -> None:
@@ -163,17 +163,20 @@ class SwiftScript(TrainerScript):
         model.config.save_pretrained(folder)
         self._tokenizer().save_pretrained(folder)
         register: Any = library("swift.model.register")
-        register.ModelLoader.get_model = lambda *_: model  # instead of from_pretrained
+        is_sft = run.trainer == "sft"
+        models = [model] if is_sft or method.kind != "full" else [model, self._copied(run)()]  # the reference first
+        register.ModelLoader.get_model = lambda *_: models.pop()  # instead of from_pretrained
         adapter = {
             "tuner_type": "lora",
             "lora_rank": method.rank,
-            "target_modules": ["all-linear"] if method.targets == "all-linear" else list(target_modules(run)),
+            "target_modules": ["all-linear"] if method.targets == "all-linear" else list(target_modules(run, model)),
             "lora_alpha": 8,
             "lora_dropout": 0.0,
             "use_dora": "dora" in method.kind,
             **({"quant_method": "bnb", "quant_bits": 4} if method.quantization is not None else {}),
         }
-        arguments: Any = library("swift.arguments").SftArguments(
+        kind: Any = library("swift.arguments")
+        arguments: Any = (kind.SftArguments if is_sft else kind.RLHFArguments)(
             model=folder,
             model_type=model.config.model_type,
             template="dummy",
@@ -188,12 +191,29 @@ class SwiftScript(TrainerScript):
             output_dir=folder,
             check_model=False,
             **(adapter if method.kind != "full" else {"tuner_type": "full"}),
+            **({} if is_sft else {"rlhf_type": run.trainer, "use_logits_to_keep": False}),  # all tokens count
         )
-        pipeline: Any = library("swift.pipelines.train.sft").SwiftSft(arguments)
+        train: Any = library(f"swift.pipelines.train.{'sft' if is_sft else 'rlhf'}")
+        pipeline: Any = (train.SwiftSft if is_sft else train.SwiftRLHF)(arguments)
         adapted = pipeline.prepare_model(arguments, pipeline.model, template=pipeline.template)
         return library("swift.trainers").TrainerFactory.get_trainer_cls(arguments)(
-            model=adapted, args=arguments.training_args, template=pipeline.template, train_dataset=self._dataset()
+            model=adapted,
+            args=arguments.training_args,
+            template=pipeline.template,
+            train_dataset=self._dataset(),
+            **({} if is_sft else pipeline._get_trainer_kwargs()),
         )
+
+    def _batch(self) -> tuple[dict[str, Any], int]:
+        """Return a batch of TRL's SFT; of pairs, as ms-swift's template collates them."""
+        inputs, labels = super()._batch()
+        if self.run.trainer != "dpo":
+            return inputs, labels
+        import torch
+
+        shape = 2 * self.run.batch.micro, self.run.batch.sequence
+        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}, labels
 
     def _checkpoint(self, model: Any, arguments: Any) -> None:
         self.trainer._prepare_gradient_checkpointing(self.trainer.template.get_base_model(model))
@@ -282,7 +302,7 @@ class UnslothScript(TrainerScript):
                 model,
                 r=method.rank,
                 lora_alpha=8,
-                target_modules=list(_ALL) if method.targets == "all-linear" else list(target_modules(run)),
+                target_modules=list(_ALL) if method.targets == "all-linear" else list(target_modules(run, model)),
                 use_gradient_checkpointing=checkpoints,
                 use_dora="dora" in method.kind,
             )
