@@ -22,6 +22,7 @@ from memplan.catalogue.profiles.engines import (
     engine_settings,
     rows,
 )
+from memplan.catalogue.quantization.gguf import dynamic_range
 from memplan.cli.app import app
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
 from memplan.estimate.serving import pool_tokens, requests
@@ -38,6 +39,7 @@ from memplan.program.serving.pool import Blocks
 from memplan.program.serving.rank_share import TOWERS, bytes_on_rank, has_whole_shared_experts, heads_of
 from memplan.program.serving.settings import ServingRanks, Settings
 from memplan.program.serving.sglang import static_fraction
+from memplan.program.stored.gguf import file_type_of, gguf_file
 from memplan.program.stored.weights import stored_weights
 from memplan.report.schema import answer_model
 from memplan.report.wording import verdict as verdict_line
@@ -684,6 +686,32 @@ def test_llama_cpp_keeps_experts_on_the_host() -> None:
     least = int(note.rpartition(" ")[2])
     assert answer.verdict.answer == "does not fit"
     assert estimate(changed(run, "serving", n_cpu_moe=least)).verdict.answer == "fits"
+
+
+# Bytes of unsloth's files of Qwen3.8 27B, shaped like Qwen3.6 27B, and of Qwen3 30B A3B, as people list them.
+DYNAMIC = {
+    ("qwen3.6-27b", "UD-IQ2_XXS"): 7_266_070_528,
+    ("qwen3.6-27b", "UD-Q2_K_XL"): 9_828_981_664,
+    ("qwen3.6-27b", "ud-iq3_s"): 12_040_883_104,
+    ("qwen3.6-27b", "UD-IQ4_XS"): 14_252_845_984,
+    ("qwen3.6-27b", "Q4_K_XL"): 17_559_178_144,
+    ("qwen3.6-27b", "UD-Q5_K_XL"): 20_876_938_144,
+    ("qwen3-30b-a3b", "UD-Q4_K_XL"): 17_706_002_678,
+}
+
+
+@pytest.mark.parametrize(("model", "name"), DYNAMIC)
+def test_the_range_of_a_dynamic_gguf_holds_published_files(model: str, name: str) -> None:
+    plain, shares = file_type_of(name), dynamic_range(name)
+    assert plain is not None
+    assert shares is not None
+    least, most = (gguf_file(find_model(model), plain).bytes * (1000 + share) // 1000 for share in shares)
+    assert least <= DYNAMIC[model, name] <= most
+    dynamic, usual = (estimate(run_of(model, "llama.cpp", "h100", serving={"weights": w})) for w in (name, plain))
+    weights = usual.bytes.allocated - usual.serving["activations"] - usual.serving["pool"]
+    assert dynamic.bytes == usual.bytes
+    assert abs(dynamic.band.low - usual.band.low - weights * shares[0] // 1000) <= 2
+    assert abs(dynamic.band.high - usual.band.high - weights * shares[1] // 1000) <= 2
 
 
 def test_llama_cpp_quantises_caches_in_blocks_of_32() -> None:

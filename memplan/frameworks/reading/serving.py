@@ -42,7 +42,7 @@ _QUANTISES = {
 }
 _OF_CHECKPOINTS = ("awq", "gptq", "marlin", "compressed", "modelopt", "quark", "exl2", "gguf", "mxfp4", "nvfp4", "inc")
 _METHODS = {"standalone": "draft_model", "nextn": "mtp", "eagle": "eagle", "eagle3": "eagle3", "ngram": "ngram"}
-GGUF = re.compile(r"I?Q\d\w*|B?F16|F32", re.IGNORECASE)
+GGUF = re.compile(r"(?:UD-)?I?Q\d\w*|B?F16|F32", re.IGNORECASE)
 _GGML = {"f16": "fp16", "f32": "fp32"}
 
 
