@@ -33,10 +33,14 @@ FILE_TYPES = {
     **{name: name for name in ("IQ4_NL", "IQ4_XS", "TQ1_0", "TQ2_0")},
     "MXFP4_MOE": "MXFP4",
 }
-ALIASES = {"Q3_K": "Q3_K_M", "Q4_K": "Q4_K_M", "Q5_K": "Q5_K_M"}  # tools/quantize/quantize.cpp QUANT_OPTIONS
-# unsloth's dynamic files (UD-Q4_K_XL) choose a type for each tensor of each model; the plain file that is counted.
-ALIASES |= {f"{name}_K_XL": f"{name}_K_M" for name in ("Q3", "Q4", "Q5")}
-ALIASES |= {"Q2_K_XL": "Q2_K", "Q6_K_XL": "Q6_K", "Q8_K_XL": "Q8_0"}
+# Other names: tools/quantize/quantize.cpp QUANT_OPTIONS; and unsloth's dynamic files (UD-Q4_K_XL), which choose a type
+# for each tensor of each model, with the plain file that is counted.
+ALIASES = {
+    **{f"{name}_K{end}": f"{name}_K_M" for name in ("Q3", "Q4", "Q5") for end in ("", "_XL")},
+    "Q2_K_XL": "Q2_K",
+    "Q6_K_XL": "Q6_K",
+    "Q8_K_XL": "Q8_0",
+}
 # Bytes of such files minus those of the plain file, in thousandths, by the bits in their name.
 _DYNAMIC = {**dict.fromkeys("123", (-140, 0)), "4": (-65, 90), **dict.fromkeys("56", (0, 160)), "8": (0, 250)}
 DYNAMIC_SOURCE = (

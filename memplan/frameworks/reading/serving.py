@@ -260,7 +260,10 @@ def _llama_cpp(config: Config) -> None:
         config.set("serving.split_mode", config.text("split_mode"), "split_mode")
     _overrides(config)
     _llama_cpp_gpus(config)
-    _speculation(config, "no_method", "model_draft", "draft_max")
+    predicts = str(config.get("spec_type")).endswith("mtp")
+    _speculation(config, "spec_type" if predicts else "no_method", "model_draft", "draft_max")
+    if not predicts and config.get("spec_type") is not None:
+        config.leave("spec_type", "not counted")
 
 
 def _overrides(config: Config) -> None:
