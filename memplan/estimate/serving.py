@@ -8,7 +8,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from memplan.catalogue.hardware.overhead import Overhead
+from memplan.catalogue.quantization.gguf import dynamic_range
 from memplan.core.cached_property import cached_property
+from memplan.core.errors import printable
 from memplan.core.units import GIB
 from memplan.estimate.answer import Line, Parameters, Phase, Walk, largest_first
 from memplan.estimate.usage import Answer, ProcessOverhead, Usage
@@ -18,6 +20,7 @@ from memplan.program.serving.engine_step import EngineStep
 from memplan.program.serving.images import profiled_items
 from memplan.program.serving.model_weights import TABLE, host_of_adapters, kernel_of
 from memplan.program.serving.settings import Settings
+from memplan.program.stored.gguf import file_type_of
 from memplan.program.weight_sizes import active_elements, elements
 from memplan.resolve.serving import resolve_serving
 from memplan.spec.run import RunSpec
@@ -174,6 +177,11 @@ def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
             )
     if s.engine.kind == "tgi":
         yield "TGI: its warm-up follows its source; its kernels and tokens per step are assumed"
+    if isinstance(s.quantization, str) and dynamic_range(s.quantization) is not None:
+        yield (
+            f"{printable(s.quantization, 20)} is counted as {file_type_of(s.quantization)}, and the range is wider: "
+            "unsloth chooses a type for each tensor of each model; give the .gguf file for its own bytes"
+        )
     if s.gpu is None:
         yield f"{s.engine.title} without a GPU: the pool only holds the run's requests, instead of filling the card"
     kernel = kernel_of(s)

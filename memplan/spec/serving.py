@@ -13,6 +13,8 @@ _PerHead = Literal["int8_per_token_head", "fp8_per_token_head", "int4_per_token_
 _Blocks = Literal["nvfp4", "fp4_mx_block16", "mxfp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 CacheDtype = Literal[_OneScale, _PerHead, _Blocks]
 
+_ONLY_IF_SET = ("sleep", "override_tensor", "n_cpu_moe")
+
 
 class Serving(Part):
     """How a serving engine is started (profiles `vllm-...`, `sglang-...`, `tgi-...`, `llama.cpp-...`).
@@ -99,5 +101,5 @@ class Serving(Part):
         return tuple((pattern, buffer) for pattern, _, buffer in pairs)
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what only an engine on a GPU that trains has."""
-        return values if self.sleep is not None else {k: v for k, v in values.items() if k != "sleep"}
+        """Leave out what only an engine on a GPU that trains has, and llama.cpp's overrides, unless they are set."""
+        return {k: v for k, v in values.items() if v is not None or k not in _ONLY_IF_SET}

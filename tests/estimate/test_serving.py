@@ -22,6 +22,7 @@ from memplan.catalogue.profiles.engines import (
     engine_settings,
     rows,
 )
+from memplan.catalogue.quantization.gguf import dynamic_range
 from memplan.cli.app import app
 from memplan.core.errors import MemplanError, SpecError, UnknownNameError
 from memplan.estimate.serving import pool_tokens, requests
@@ -38,6 +39,7 @@ from memplan.program.serving.pool import Blocks
 from memplan.program.serving.rank_share import TOWERS, bytes_on_rank, has_whole_shared_experts, heads_of
 from memplan.program.serving.settings import ServingRanks, Settings
 from memplan.program.serving.sglang import static_fraction
+from memplan.program.stored.gguf import file_type_of, gguf_file
 from memplan.program.stored.weights import stored_weights
 from memplan.report.schema import answer_model
 from memplan.report.wording import verdict as verdict_line
@@ -684,6 +686,49 @@ def test_llama_cpp_keeps_experts_on_the_host() -> None:
     least = int(note.rpartition(" ")[2])
     assert answer.verdict.answer == "does not fit"
     assert estimate(changed(run, "serving", n_cpu_moe=least)).verdict.answer == "fits"
+
+
+def test_llama_cpp_predicts_ahead_in_a_second_context() -> None:
+    """llama.cpp of llama-cpp-python 0.3.36 on a simulated card reserves the cache of one more layer, states from before
+    each of three proposed tokens, and compute buffers of 136,331,520 and 136,331,392 bytes."""
+    serving = {"max_model_len": 8192, "max_num_batched_tokens": 512, "weights": "F16", "speculative_method": "mtp"}
+    run = run_of("qwen3.6-27b", "llama.cpp", serving=serving)
+    s = resolve_serving(changed(run, "batch", sequence=1, new_tokens=1))
+    assert s.draft is not None
+    assert s.draft.settings is not None
+    layer = 8192 * 2 * 4 * 256 * 2  # keys and values of 4 heads in fp16
+    states = 48 * (48 * 128 * 128 + 3 * 10240) * 4  # 48 layers of 48 heads, and three columns of the convolution
+    assert pool_of(s, 0).bytes == 1_164_443_648 + 33_554_432 == (16 + 1) * layer + (1 + 3) * states
+    both = compute_buffer(s).bytes + compute_buffer(s.draft.settings).bytes
+    assert largest(s, s.steps, s.requests, profiled=True).bytes == both
+    assert 136_331_520 + 136_331_392 <= both <= 1.1 * (136_331_520 + 136_331_392)
+
+
+# Bytes of unsloth's files of Qwen3.8 27B, shaped like Qwen3.6 27B, and of Qwen3 30B A3B, as people list them.
+DYNAMIC = {
+    ("qwen3.6-27b", "UD-IQ2_XXS"): 7_266_070_528,
+    ("qwen3.6-27b", "UD-Q2_K_XL"): 9_828_981_664,
+    ("qwen3.6-27b", "ud-iq3_s"): 12_040_883_104,
+    ("qwen3.6-27b", "UD-IQ4_XS"): 14_252_845_984,
+    ("qwen3.6-27b", "Q4_K_XL"): 17_559_178_144,
+    ("qwen3.6-27b", "UD-Q5_K_XL"): 20_876_938_144,
+    ("qwen3-30b-a3b", "UD-Q4_K_XL"): 17_706_002_678,
+}
+
+
+@pytest.mark.parametrize(("model", "name"), DYNAMIC)
+def test_the_range_of_a_dynamic_gguf_holds_published_files(model: str, name: str) -> None:
+    plain, shares = file_type_of(name), dynamic_range(name)
+    assert plain is not None
+    assert shares is not None
+    least, most = (gguf_file(find_model(model), plain).bytes * (1000 + share) // 1000 for share in shares)
+    assert least <= DYNAMIC[model, name] <= most
+    dynamic, usual = (estimate(run_of(model, "llama.cpp", "h100", serving={"weights": w})) for w in (name, plain))
+    assert usual.serving is not None
+    weights = usual.bytes.allocated - usual.serving["activations"] - usual.serving["pool"]
+    assert dynamic.bytes == usual.bytes
+    assert abs(dynamic.band.low - usual.band.low - weights * shares[0] // 1000) <= 2
+    assert abs(dynamic.band.high - usual.band.high - weights * shares[1] // 1000) <= 2
 
 
 def test_llama_cpp_quantises_caches_in_blocks_of_32() -> None:

@@ -111,6 +111,15 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama.cpp-2026",
         {"serving.tensor_split": [3.0, 1.0], "parallelism.world": 2, "serving.gpu_layers": None},
     ),
+    "llama-server -hf unsloth/Qwen3.6-27B-GGUF:UD-Q4_K_XL -np 1 --spec-type draft-mtp --spec-draft-n-max 2": (
+        "llama.cpp-2026",
+        {
+            "model": "qwen3.6-27b",
+            "serving.weights": "UD-Q4_K_XL",
+            "serving.speculative_method": "mtp",
+            "serving.num_speculative_tokens": 2,
+        },
+    ),
     "llama-server -hf unsloth/Qwen3-30B-A3B-GGUF -ngl 99 -ot a=CPU -ot b=CUDA0,c=CPU -cmoe --n-cpu-ffn 2 -ncmoe 9": (
         "llama.cpp-2026",
         {

@@ -42,7 +42,7 @@ _QUANTISES = {
 }
 _OF_CHECKPOINTS = ("awq", "gptq", "marlin", "compressed", "modelopt", "quark", "exl2", "gguf", "mxfp4", "nvfp4", "inc")
 _METHODS = {"standalone": "draft_model", "nextn": "mtp", "eagle": "eagle", "eagle3": "eagle3", "ngram": "ngram"}
-GGUF = re.compile(r"I?Q\d\w*|B?F16|F32", re.IGNORECASE)
+GGUF = re.compile(r"(?:UD-)?I?Q\d\w*|B?F16|F32", re.IGNORECASE)
 _GGML = {"f16": "fp16", "f32": "fp32"}
 
 
@@ -260,7 +260,10 @@ def _llama_cpp(config: Config) -> None:
         config.set("serving.split_mode", config.text("split_mode"), "split_mode")
     _overrides(config)
     _llama_cpp_gpus(config)
-    _speculation(config, "no_method", "model_draft", "draft_max")
+    predicts = str(config.get("spec_type")).endswith("mtp")
+    _speculation(config, "spec_type" if predicts else "no_method", "model_draft", "draft_max")
+    if not predicts and config.get("spec_type") is not None:
+        config.leave("spec_type", "not counted")
 
 
 def _overrides(config: Config) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from importlib import import_module
@@ -10,6 +11,7 @@ from math import ceil
 
 from memplan.catalogue.hardware.overhead import Communicator, Overhead, cuda_context, nccl
 from memplan.catalogue.profiles.engines import cuda_graph_memory, loaded_kernels
+from memplan.catalogue.quantization.gguf import DYNAMIC_SOURCE, dynamic_range
 from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 from memplan.program.serving.draft_weights import rank_weights
@@ -172,8 +174,16 @@ def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhea
         cuda_graph_memory(kind, bool(s.serving.cuda_graphs)),
         loaded_kernels(kind),
         cuda_context(capability),
-        nccl(groups),
+        (*nccl(groups), *_dynamic_types(s)),
     )
+
+
+def _dynamic_types(s: Settings) -> Iterator[Overhead]:
+    """Yield by how much the weights of a dynamic GGUF file may differ from those that are counted."""
+    low_high = dynamic_range(s.quantization) if isinstance(s.quantization, str) else None
+    if low_high is not None:
+        low, high = (sum(h.bytes for h in rank_weights(s)) * share // 1000 for share in low_high)
+        yield Overhead("types of a dynamic GGUF file", low, 0, high, "assumed", DYNAMIC_SOURCE)
 
 
 def _overhead_bytes(s: Settings, level: str) -> tuple[int, int]:

@@ -13,6 +13,7 @@ from memplan.catalogue.inference.caches import CONVOLUTION, LayerCache, caches
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.models.layers import Layer
+from memplan.program.serving.draft import layers_ahead
 from memplan.program.serving.pool import Slots
 from memplan.program.serving.rank_share import TOWERS, buffer_of, layer_of
 from memplan.program.serving.settings import Settings
@@ -31,7 +32,7 @@ def pool(s: Settings, available: int) -> Slots:
     slots, longest = s.serving.max_num_seqs or 1, padded(s.longest)
     total = sum(_cache_bytes(s, c, slots, longest) for c in s.caches)
     if s.draft is not None and s.draft.settings is not None:  # a second context with equal slots
-        total += pool(s.draft.settings, 0).total
+        total += pool(s.draft.settings, 0).total * (layers_ahead(s.model) if s.draft.method == "mtp" else 1)
     return Slots(longest * slots, slots, total, longest)
 
 
@@ -40,8 +41,17 @@ def _cache_bytes(s: Settings, c: LayerCache, slots: int, longest: int) -> int:
     if c.kind == "state":
         kernel = s.model.axes()["kernel"]
         dropped = sum(p.elements // kernel for p in c.parts if p.name.startswith(CONVOLUTION))  # one column less
-        return slots * (sum(p.elements for p in c.parts) - dropped) * ITEMSIZE["fp32"]
+        return slots * _states(s) * (sum(p.elements for p in c.parts) - dropped) * ITEMSIZE["fp32"]
     return slots * _cells(s, c, longest) * sum(s.cache_bytes(p) for p in c.parts)
+
+
+def _states(s: Settings) -> int:
+    """Return the states of one slot: with multi-token prediction also those before each proposed token.
+
+    Source: src/llama-arch.cpp llm_arch_supports_rs_rollback, common/common.h need_n_rs_seq.
+    """
+    rolls_back = s.model.family.checkpoint.gguf in ("qwen35", "qwen35moe", "nemotron_h")
+    return 1 + s.draft.tokens if s.draft is not None and s.draft.method == "mtp" and rolls_back else 1
 
 
 def _cells(s: Settings, c: LayerCache, longest: int) -> int:

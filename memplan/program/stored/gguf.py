@@ -80,7 +80,7 @@ def file_type_of(name: str) -> str | None:
     """
     stripped = name.strip()
     has_prefix = stripped.lower().startswith(_PREFIX)
-    plain = (stripped[len(_PREFIX) :] if has_prefix else stripped).upper().replace("-", "_")
+    plain = (stripped[len(_PREFIX) :] if has_prefix else stripped).upper().replace("-", "_").removeprefix("UD_")
     plain = ALIASES.get(plain, plain)
     if plain in FILE_TYPES:
         return plain
