@@ -15,6 +15,7 @@ import pytest
 from memplan import Estimate, RunSpec, estimate
 from memplan.cli.plain import run_plain
 from memplan.report import render
+from memplan.report.next_steps import ways
 from memplan.report.overview import CommandLine, rows, with_options
 from memplan.report.table import stacks
 from memplan.report.text import Screen, width_of
@@ -100,6 +101,13 @@ def test_a_terminal_has_room_for_the_other_stacks(name: str) -> None:
     text = render("table", [ANSWERS[name]], to=to, details=False, line=line) + stacks(ANSWERS[name], to)
     assert "same run in" in text
     assert len(text.splitlines()) <= 24
+
+
+def test_a_card_that_the_name_may_mean_comes_before_the_smallest_that_holds_it() -> None:
+    found = {gpu: ways(answer_of(model="qwen3-8b", method="qlora", gpu=gpu))[-1] for gpu in ("4060ti", "rtx-4060")}
+    assert found["4060ti"].text == "GeForce RTX 4060 Ti 16GB (15.6 GiB usable), which 4060ti may mean"
+    assert found["4060ti"].options == "--gpu rtx-4060-ti-16gb"
+    assert found["rtx-4060"].text == "Tesla T4 (14.6 GiB usable), the smallest NVIDIA card that holds it"
 
 
 def test_other_stacks_take_what_their_own_profiles_take() -> None:
