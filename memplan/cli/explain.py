@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from os import SEEK_END
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,7 @@ from memplan.cli.own_profile import own_profile
 from memplan.cli.run_files import explained, headline, run_file
 from memplan.cli.runs import format_of, runs_of, screen_of, stamp_of
 from memplan.core.errors import SpecError, printable
+from memplan.core.files import is_file, open_file
 from memplan.resolve.request import errors_of
 from memplan.spec.options import MODEL
 
@@ -73,7 +75,7 @@ def _snapshot_of(name: str) -> bytes | None:
 
     path = Path(name)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(_LOOKED_AT)
             return start + file.read(LONGEST + 1) if is_snapshot(start) else None
     except (OSError, ValueError):
@@ -117,16 +119,16 @@ def _log_of(name: str) -> str | None:
 
     path = Path(name)
     try:
-        is_file = name not in ("", "-") and path.is_file()
+        has_file = name not in ("", "-") and is_file(path)
     except (OSError, ValueError):  # too long for a name, as a message is
-        is_file = False
-    if is_file:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _LONGEST))
+        has_file = False
+    if has_file:
+        with open_file(path) as file:
+            file.seek(max(0, file.seek(0, SEEK_END) - _LONGEST))
             text = _decoded(file.read(_LONGEST))
     else:
         text = sys.stdin.read(_LONGEST) if name == "-" else name
-    is_log = name == "-" or path.suffix.lower() in _LOGS if is_file or name == "-" else False
+    is_log = name == "-" or path.suffix.lower() in _LOGS if has_file or name == "-" else False
     return text if is_log or any(True for _ in read_log(text).messages) else None
 
 

@@ -10,15 +10,15 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from contextlib import chdir, redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from io import BytesIO, TextIOWrapper
-from pathlib import Path, PurePath
-from tempfile import TemporaryDirectory
+from pathlib import PurePath
 from typing import Any, cast
 
 from memplan.cli.commands import type_of
 from memplan.cli.outcome import run_and_report, show
 from memplan.core.errors import SpecError, UnknownNameError, printable
+from memplan.core.files import given_files
 from memplan.spec.option_values import listed
 from memplan.spec.options import OPTIONS, Option, flag
 
@@ -74,17 +74,20 @@ def answer(question: str) -> str:
     ['code', 'err', 'out']
     """
     out, err = (TextIOWrapper(BytesIO(), "utf-8", newline="") for _ in range(2))
-    with redirect_stdout(out), redirect_stderr(err), TemporaryDirectory() as folder, chdir(folder):
+    with redirect_stdout(out), redirect_stderr(err):
         code = run_and_report(lambda: _ask(question))
     texts = (stream.detach().getvalue().decode() for stream in (out, err) if stream.flush() is None)
     return json.dumps(dict(zip(("code", "out", "err"), (code, *texts), strict=True)))
 
 
 def _ask(question: str) -> int:
-    """Write the question's files into this folder, run its command, and return the exit code."""
+    """Run the question's command, which reads its files and no others, and return the exit code."""
     words, files, part = _checked(question)
-    for name, text in files.items():
-        Path(name).write_text(text, "utf-8", "backslashreplace", newline="")
+    with given_files(files):
+        return _run(words, part)
+
+
+def _run(words: list[str], part: str) -> int:
     if part:
         from memplan.cli.page_parts import part_of
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from memplan.core.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, nearest, printable
-from memplan.core.files import are_given, open_file
+from memplan.core.files import are_given, is_file, open_file
 from memplan.core.frozen import FrozenDict
 from memplan.core.package_data import data_path
 from memplan.core.records import NamedTuple
@@ -244,6 +244,8 @@ def _file(model: str) -> Path | None:
         return None
     named = model.endswith(_FILES) or model.startswith((".", "~", os.sep))
     if are_given():
+        if named and is_file(Path(model)):
+            return Path(model)
         if named:
             text = "a path, and files of this machine are not read; give the config itself"
             raise ConfigError(f"model: {printable(model, _MAX_SHOWN)} is {text}", "model")

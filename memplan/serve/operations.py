@@ -198,6 +198,11 @@ def _review(question: Question, settings: ServerSettings) -> object:
     return reviewed(body_of(question), settings.review, lambda run: estimate_run(run, settings), question.query)
 
 
+def _page(question: Question, settings: ServerSettings) -> object:
+    assert settings.page is not None
+    return json.loads(settings.page.answer(question.body.decode("utf-8", "replace")))
+
+
 OPERATIONS: Mapping[str, Operation] = {
     "estimate": _estimate,
     "estimates": _estimates,
@@ -210,6 +215,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "schema": _schema,
     "openapi": lambda question, settings: openapi(),
     "review": _review,
+    "page": _page,
 }
 
 

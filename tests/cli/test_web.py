@@ -21,6 +21,8 @@ from memplan.cli.page import VIEWS, answer, form
 from memplan.core.errors import MemplanError
 from memplan.planning.fitting import fits
 from memplan.report.svg import verdict_class
+from memplan.serve import page
+from memplan.serve.page import Page
 from memplan.spec.options import OPTIONS
 from memplan.spec.run import RunSpec
 
@@ -174,7 +176,9 @@ def test_every_choice_of_the_form_is_one_that_its_option_takes() -> None:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
     (tmp_path / "index.html").write_text("<p>page")
-    with ThreadingHTTPServer(("127.0.0.1", 0), web.handler({"/index.html": tmp_path / "index.html"})) as server:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), web.handler(Page({"/index.html": tmp_path / "index.html"}, form, answer))
+    ) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -216,7 +220,7 @@ def test_the_server_answers_only_its_own_page(server: ThreadingHTTPServer) -> No
 
 
 def test_an_installation_without_the_page_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(web, "data_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(page, "data_path", lambda name: tmp_path / name)
     with pytest.raises(MemplanError, match=r"^web: this installation has no page; run `npm ci && npm run build` in "):
         web.web({})
 

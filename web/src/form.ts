@@ -4,7 +4,7 @@ import type { Question } from "./question";
 import { TEXTS } from "./texts";
 
 const FIRST_SETTINGS = [
-  ...["method", "gpu", "gpus", "batch_size", "seq_len", "grad_accum", "rank", "optimizer", "precision"],
+  ...["method", "gpu", "batch_size", "seq_len", "gpus", "grad_accum", "rank", "optimizer", "precision"],
   ...["checkpointing", "attention", "zero", "offload", "profile"],
 ];
 

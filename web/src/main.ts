@@ -55,6 +55,7 @@ async function follow(): Promise<void> {
     hasMoved = false;
     const { code, out } = await askPart("bar");
     if (code < 2) showSummary(report, out);
+    showVerdict();
     part("command").textContent = asked.commandLine(readForm(form, file));
   }
   isFollowing = false;
