@@ -185,7 +185,8 @@ class InferenceWalk(Walk):
 
     def _held_lines(self, step: InferenceStep) -> Iterator[Line]:
         """Yield what is held around a pass: tensors the loop keeps references to, and the other model's cache."""
-        yield from (held_line(h, {}, "the loop keeps a reference to it") for h in step.loop_tensors)
+        axes, why = sized(step, self.decided).axes, "the loop keeps a reference to it"
+        yield from (held_line(h, axes, why) for h in step.loop_tensors)
         if step.other is not None:
             lines = pass_lines(sized(step.other, self.decided))
             yield from map(_assistants, lines) if step.other.assists else lines

@@ -234,7 +234,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         from memplan.catalogue.kernels.checkpointing import checkpoint_every
 
         stack, axes = checkpoint_every(stack, axes, graph.every_n_layers)
-    stack = apply(stack, recipe, axes)
+    stack = apply(stack, recipe, axes, graph.inference is not None and graph.inference.keeps_skipped_casts)
     if graph.flattens_frozen:
         stack = rewrite_blocks(stack, with_all_gradients)
     if degrees.tp > 1:

@@ -178,6 +178,8 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
         yield from dora(op, adapted, result, recipe.adapter_dtype, again, autocast)
     else:
         yield ops.linear(f"{n}.lora_A", adapted, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
+        if recipe.dropout:
+            yield ops.release_names(adapted)  # which autocast has copied
         yield ops.linear(f"{n}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
         yield ops.scale(f"{n}.scaling", f"{p}.b", f"{p}.delta", y.shape)
     if quantised and not recipe.is_dora:
@@ -205,22 +207,26 @@ ADAPTERS = (*LORA, *PEFT_METHODS)
 PARTS = {"vision": ("vision",), "projector": ("projector",), "language": ()}
 
 
-def apply(stack: Stack, recipe: Recipe, axes: Mapping[str, int] = MappingProxyType({})) -> Stack:
+def apply(
+    stack: Stack, recipe: Recipe, axes: Mapping[str, int] = MappingProxyType({}), keeps_casts: bool = False
+) -> Stack:
     """Return the stack as the method trains it: dtypes on every weight, adapters around their targets.
 
-    `axes` are the sizes of the model's axes, which some methods' adapters depend on.
+    axes         sizes of the model's axes, which some methods' adapters depend on
+    keeps_casts  an earlier pass ran the operations that this one skips, and autocast keeps their weights' casts
     """
-    return _idle_unreached(_idle_unread(_drop_skipped(_rewritten(stack, recipe, axes))))
+    return _idle_unreached(_idle_unread(_drop_skipped(_rewritten(stack, recipe, axes), keeps_casts)))
 
 
-def _drop_skipped(stack: Stack) -> Stack:
+def _drop_skipped(stack: Stack, keeps_casts: bool) -> Stack:
     """Reduce operations that the run skips to their weights."""
 
     def change(op: Op) -> Iterable[Op]:
         if not op.skipped:
             return (op,)
         weights = tuple(w._replace(trains=False, idle=w.trains) for w in op.weights)
-        return (Op(op.name, weights=weights, gradient="none"),) if weights else ()
+        autocast = op.autocast if keeps_casts else ""
+        return (Op(op.name, weights=weights, gradient="none", autocast=autocast),) if weights else ()
 
     return rewrite_lists(stack, lambda listed: tuple(new for op in listed for new in change(op)))
 

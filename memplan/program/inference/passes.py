@@ -124,7 +124,9 @@ def encoder_step(decided: ResolvedRun) -> InferenceStep:
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
     wiring = graph.wiring._replace(encoder_decoder_half="encoder", caching=False, beams=decided.beams > 1)
-    encoder = graph._replace(wiring=wiring, inference=graph.inference._replace(phase="encode", cache=""))
+    encoder = graph._replace(
+        wiring=wiring, inference=graph.inference._replace(phase="encode", cache="", spans_autocast=False)
+    )
     return InferenceStep(encoder, batch.micro, batch.sequence, source=batch.sequence, prompts=batch.micro)
 
 
@@ -254,7 +256,10 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
     unpacks = bool(min_rows) and rows >= min_rows
     is_first = past == prompt and _caches_without_copy(graph)
     token = pass_._replace(phase="decode", longer=longer, holds_prompt_logits=lingers, first=is_first, unpacks=unpacks)
-    token = token._replace(batches=pass_.batches_later_passes)
+    token = token._replace(
+        batches=pass_.batches_later_passes,
+        keeps_skipped_casts=pass_.spans_autocast and (crosses or graph.wiring.images),
+    )
     if crosses:
         token = token._replace(reads_capacity=pass_.reads_capacity or (static and prompt == 1))
     quantized = 0
