@@ -258,6 +258,15 @@ def test_axolotls_keys(tmp_path: Path, keys: str, expected: dict[str, Any]) -> N
     assert {field: found.get(field) for field in expected} == expected
 
 
+def test_axolotl_freezes_the_tower_if_only_the_language_model_is_unfrozen(tmp_path: Path) -> None:
+    tower = "base_model: qwen3-vl-4b\nmicro_batch_size: 1\nunfrozen_parameters: "
+    file = read(tmp_path, f"{tower}[model.language_model.*, lm_head.*]")
+    assert (values(file)["method.frozen"], file.unread) == (["vision", "projector"], ())
+    file = read(tmp_path, f"{tower}[model.language_model.layers.1.*]")
+    assert "method.frozen" not in values(file)
+    assert file.notes == ("unfrozen_parameters (run.yaml:3): what trains, not supported yet",)
+
+
 def test_axolotl_quantises_experts(tmp_path: Path) -> None:
     model = FULL.replace("Qwen2-7B", "Qwen3-30B-A3B")
     found = values(read(tmp_path, f"{model}adapter: qlora\nload_in_4bit: true\nlora_target_linear: true\n"))
