@@ -192,6 +192,7 @@ class SwiftScript(TrainerScript):
             check_model=False,
             **(adapter if method.kind != "full" else {"tuner_type": "full"}),
             **({} if is_sft else {"rlhf_type": run.trainer, "use_logits_to_keep": False}),  # all tokens count
+            **({"cpo_alpha": 0.0} if run.trainer == "simpo" else {}),
         )
         train: Any = library(f"swift.pipelines.train.{'sft' if is_sft else 'rlhf'}")
         pipeline: Any = (train.SwiftSft if is_sft else train.SwiftRLHF)(arguments)
@@ -207,7 +208,7 @@ class SwiftScript(TrainerScript):
     def _batch(self) -> tuple[dict[str, Any], int]:
         """Return a batch of TRL's SFT; of pairs, as ms-swift's template collates them."""
         inputs, labels = super()._batch()
-        if self.run.trainer != "dpo":
+        if self.run.trainer == "sft":
             return inputs, labels
         import torch
 
