@@ -164,7 +164,8 @@ class SwiftScript(TrainerScript):
         self._tokenizer().save_pretrained(folder)
         register: Any = library("swift.model.register")
         is_sft = run.trainer == "sft"
-        models = [model] if is_sft or method.kind != "full" else [model, self._copied(run)()]  # the reference first
+        has_copy = run.trainer == "dpo" and method.kind == "full"
+        models = [model, self._copied(run)()] if has_copy else [model]  # the reference first
         register.ModelLoader.get_model = lambda *_: models.pop()  # instead of from_pretrained
         adapter = {
             "tuner_type": "lora",
