@@ -578,6 +578,10 @@ _FACTORY = "model_name_or_path: a\nfinetuning_type: full\n"
 NOT_COUNTED = {
     f"{_FACTORY}use_galore: true": ("galore_rank (run.yaml): rank 128 is counted, transformers' default",),
     f"{_FACTORY}use_galore: true\ngalore_rank: 128": (),
+    "base_model: a\nqat: {a: 1}\nmicro_batch_size: 1\n\n\n\n\n\n\ntiled_mlp: true": (
+        "qat.a (run.yaml:2): not counted, not supported yet",
+        "tiled_mlp (run.yaml:10): not counted, not supported yet",
+    ),
     "model_name_or_path: qwen3-vl-4b\nfinetuning_type: full\nimage_max_pixels: 262144": (
         "image_max_pixels (run.yaml:3): no images are counted; add --images",
     ),
