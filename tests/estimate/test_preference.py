@@ -30,6 +30,7 @@ def test_trainers_are_held_to_traces() -> None:
     counts = Counter((row["run"]["trainer"], row["run"]["profile"]) for row in ROWS)
     assert min(counts["dpo", profile] for profile in ("trl-1.15", "trl-1.13", "trl-1.6", "trl-0.24")) >= 20
     assert counts["dpo", "trl-1.14"] >= 7
+    assert counts["dpo", "ms-swift-4.6"] >= 17
     assert min(counts[trainer, "trl-1.15"] for trainer in ("kto", "orpo", "cpo", "simpo", "reward")) >= 3
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
 

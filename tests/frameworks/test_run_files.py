@@ -258,6 +258,15 @@ def test_axolotls_keys(tmp_path: Path, keys: str, expected: dict[str, Any]) -> N
     assert {field: found.get(field) for field in expected} == expected
 
 
+def test_axolotl_freezes_the_tower_if_only_the_language_model_is_unfrozen(tmp_path: Path) -> None:
+    tower = "base_model: qwen3-vl-4b\nmicro_batch_size: 1\nunfrozen_parameters: "
+    file = read(tmp_path, f"{tower}[model.language_model.*, lm_head.*]")
+    assert (values(file)["method.frozen"], file.unread) == (["vision", "projector"], ())
+    file = read(tmp_path, f"{tower}[model.language_model.layers.1.*]")
+    assert "method.frozen" not in values(file)
+    assert file.notes == ("unfrozen_parameters (run.yaml:3): what trains, not supported yet",)
+
+
 def test_axolotl_quantises_experts(tmp_path: Path) -> None:
     model = FULL.replace("Qwen2-7B", "Qwen3-30B-A3B")
     found = values(read(tmp_path, f"{model}adapter: qlora\nload_in_4bit: true\nlora_target_linear: true\n"))
@@ -575,6 +584,10 @@ _FACTORY = "model_name_or_path: a\nfinetuning_type: full\n"
 NOT_COUNTED = {
     f"{_FACTORY}use_galore: true": ("galore_rank (run.yaml): rank 128 is counted, transformers' default",),
     f"{_FACTORY}use_galore: true\ngalore_rank: 128": (),
+    "base_model: a\nqat: {a: 1}\nmicro_batch_size: 1\n\n\n\n\n\n\ntiled_mlp: true": (
+        "qat.a (run.yaml:2): not counted, not supported yet",
+        "tiled_mlp (run.yaml:10): not counted, not supported yet",
+    ),
     "model_name_or_path: qwen3-vl-4b\nfinetuning_type: full\nimage_max_pixels: 262144": (
         "image_max_pixels (run.yaml:3): no images are counted; add --images",
     ),

@@ -173,6 +173,7 @@ def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
 REFUSED = {
     "ls": "train.sh does not train or serve; accelerate launch, torchrun, deepspeed, ",
     "": "train.sh does not train or serve",
+    "A=ab\n" + "A=$A$A\n" * 60: "train.sh does not train or serve",  # 2 ** 60 letters, if it went on
     "swift infer --model a": "swift infer with infer_backend transformers is not supported yet; supported: ",
     "swift deploy run.yaml": "swift deploy with a file is not supported yet",
     "python3 -m verl.trainer.main_ppo data.x=1": "train.sh:1: verl.trainer.main_ppo: verl's runs are not read yet",

@@ -7,7 +7,8 @@ python -m venv /tmp/trl
 The profile is that of the installed TRL. Runs with a row in a file that is given are not traced again. Every run is
 traced for DPO with three releases, every fourth with others and for other trainers. A row is what
 `memplan probe --trace` traces: the trainer makes its reference model, computes its loss on a batch as its collator
-makes it, and steps. `ms-swift-4.6 dpo` traces ms-swift's own trainer, with the packages that trace_trainers.py names.
+makes it, and steps. With `ms-swift-4.6` and dpo, orpo, cpo, simpo or reward it is ms-swift's own trainer, with the
+packages that trace_trainers.py names.
 """
 
 from __future__ import annotations

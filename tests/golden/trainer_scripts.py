@@ -132,6 +132,9 @@ class AxolotlScript(TrainerScript):
         }
 
 
+_TYPES = {"reward": "rm"}  # trainer of TRL -> `rlhf_type`
+
+
 class SwiftScript(TrainerScript):
     """A run of ms-swift's `sft` or `rlhf`: its arguments, model patches, tuner, template and trainer."""
 
@@ -164,7 +167,8 @@ class SwiftScript(TrainerScript):
         self._tokenizer().save_pretrained(folder)
         register: Any = library("swift.model.register")
         is_sft = run.trainer == "sft"
-        models = [model] if is_sft or method.kind != "full" else [model, self._copied(run)()]  # the reference first
+        has_copy = run.trainer == "dpo" and method.kind == "full"
+        models = [model, self._copied(run)()] if has_copy else [model]  # the reference first
         register.ModelLoader.get_model = lambda *_: models.pop()  # instead of from_pretrained
         adapter = {
             "tuner_type": "lora",
@@ -191,7 +195,8 @@ class SwiftScript(TrainerScript):
             output_dir=folder,
             check_model=False,
             **(adapter if method.kind != "full" else {"tuner_type": "full"}),
-            **({} if is_sft else {"rlhf_type": run.trainer, "use_logits_to_keep": False}),  # all tokens count
+            **({} if is_sft else {"rlhf_type": _TYPES.get(run.trainer, run.trainer), "use_logits_to_keep": False}),
+            **({"cpo_alpha": 0.0} if run.trainer == "simpo" else {}),
         )
         train: Any = library(f"swift.pipelines.train.{'sft' if is_sft else 'rlhf'}")
         pipeline: Any = (train.SwiftSft if is_sft else train.SwiftRLHF)(arguments)
@@ -207,7 +212,7 @@ class SwiftScript(TrainerScript):
     def _batch(self) -> tuple[dict[str, Any], int]:
         """Return a batch of TRL's SFT; of pairs, as ms-swift's template collates them."""
         inputs, labels = super()._batch()
-        if self.run.trainer != "dpo":
+        if self.run.trainer in ("sft", "reward"):
             return inputs, labels
         import torch
 

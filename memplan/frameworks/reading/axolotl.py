@@ -51,6 +51,8 @@ _GENERATION = {
     "vllm_max_model_length": "vllm.max_model_len",
     "vllm_tensor_parallel_size": "vllm.tensor_parallel_size",
 }
+# A pattern of `unfrozen_parameters` that is the language model, or its head.
+_LANGUAGE = re.compile(r"\^?(?:model\\?\.)?(?:language_model|lm_head)(?:\\?\.(?:model\\?\.)?)?(?:\.?\*)?$")
 _TRAINERS = {"ipo": "dpo", "gdpo": "grpo"}
 
 
@@ -98,6 +100,11 @@ def _method(config: Config) -> None:
         why = "a model whose experts are quantised is not prepared"
         config.set("method.quantization.kbit_preparation", False, "quantize_moe_experts", why=why)
     trainer.adapter(config, kind is not None, config.flag("peft_use_dora"), "adapter", "peft_use_dora")
+    model, trained = trainer.model_of(config), config.names("unfrozen_parameters")
+    if trained and model is not None and model.has_tower and all(_LANGUAGE.match(name) for name in trained):
+        config.set("method.frozen", ["vision", "projector"], "unfrozen_parameters")
+    elif trained:
+        config.leave("unfrozen_parameters", "what trains, not supported yet")
     if kind is not None:
         _targets(config)
         if config.names("lora_modules_to_save"):

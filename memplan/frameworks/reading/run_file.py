@@ -517,7 +517,7 @@ def read_as(
             config.found.pop(field, None)
     config.unread += _unread(config, form, keys)
     origins = tuple(config.found.values())
-    unread = tuple(sorted(config.unread, key=lambda each: each.where))
+    unread = tuple(sorted(config.unread, key=lambda each: _by_line(each.where)))
     applied = frozenset(field for field in typed_keys.values() if field in config.found)
     return RunFile(document.name, form.name, config.title, told, origins, unread, sections(origins), applied, source)
 
@@ -571,6 +571,12 @@ def _unread(config: Config, form: RunFormat, known: Collection[str]) -> Iterator
             near = nearest(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near and _alike(name, near[0]) else ""
             yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
+
+
+def _by_line(where: str) -> tuple[str, int]:
+    """Return a file and a line, to sort by."""
+    name, _, line = where.rpartition(":")
+    return (name, int(line)) if line.isdecimal() else (where, 0)
 
 
 def _name(path: str, sections: Collection[str]) -> str:

@@ -14,7 +14,7 @@ from pathlib import Path, PurePath
 from typing import Any, TypeAlias, cast
 
 from memplan.core.errors import SpecError, printable
-from memplan.core.files import is_folder
+from memplan.core.files import is_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading.document import Document, is_there, paths
 from memplan.spec.file import read_text
@@ -35,6 +35,7 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]{0,1000}))?\})")  # bounde
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
 _HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
 _LONGEST_QUOTE = 200  # lines
+_LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
 _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
 _WRAPPERS = ("exec", "nohup", "sudo", "time", "env", "srun", "uv", "poetry", "run", "python3", "python", "-u")
 _WITHOUT_VALUE = frozenset(
@@ -142,7 +143,7 @@ def variables_of(name: str, folder: Path | None) -> dict[str, str]:
     """Return the variables that a `.env` file in the folder, or the working directory, sets; none if it is not read."""
     out: dict[str, str] = {}
     candidates = (place / name for place in (folder or Path(), Path()))
-    path = next((each for each in candidates if is_there(each) and not is_folder(each)), None)
+    path = next((each for each in candidates if is_there(each) and is_file(each)), None)
     if path is None:
         return out
     with suppress(SpecError, OSError):
@@ -234,6 +235,8 @@ def resolved(word: str, variables: Mapping[str, str]) -> list[str]:
         return variables.get(match[1] or match[2], match[3] if match[3] is not None else match[0])
 
     text = _VARIABLE.sub(value, word)
+    if len(text) > max(_LONGEST_VALUE, len(word)):
+        return [word]
     return text.split() if _VARIABLE.fullmatch(word) and text != word else [text]
 
 
