@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from memplan.estimate.answer import Estimate
@@ -66,6 +66,37 @@ _REFERENCES = {
 def question(answer: Estimate) -> str:
     """Return what was asked in one line: the method, the model, and what decides most of the memory."""
     return ", ".join(_question(answer))
+
+
+def is_one_question(answers: Sequence[Estimate]) -> bool:
+    """Whether answers are of one run, on different cards."""
+    return len({*map(question, answers)}) == 1
+
+
+def title(answers: Sequence[Estimate]) -> str:
+    """Return what several answers are about: the question that they share, or how many runs they are."""
+    return question(answers[0]) if is_one_question(answers) else f"{len(answers):,} runs"
+
+
+def names(answers: Sequence[Estimate]) -> list[str]:
+    """Return what tells answers apart: their cards, or what they ask if that differs; nothing for a single one."""
+    if len(answers) == 1:
+        return [""]
+    if is_one_question(answers):
+        return [str(answer.run.gpu) for answer in answers]
+    questions, asks = [*map(question, answers)], [*map(asked, answers)]
+    told = asks if len({*asks}) == len({*questions}) else questions
+    return [text + (f" on {answer.run.gpu}" if answer.gpu else "") for text, answer in zip(told, answers, strict=True)]
+
+
+def assumed(answers: Sequence[Estimate]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the assumptions of each question that is asked, under a title."""
+    by_question = {question(answer): answer for answer in reversed(answers)}
+    several = len(by_question) > 1
+    return [
+        (f"Assumed for {told}" if several else "Assumed", assumptions(answer))
+        for told, answer in reversed(by_question.items())
+    ]
 
 
 def _question(answer: Estimate) -> Iterator[str]:

@@ -206,10 +206,23 @@ def test_the_header_has_the_command_and_the_date_only_if_given() -> None:
         assert "2026" not in render(format, [answer])
 
 
+def test_runs_that_differ_are_named_by_what_they_ask() -> None:
+    answers = [answer_of("training"), answer_of("does not fit")]
+    names = ["QLoRA of qwen2-0.5b on rtx-3090", "full fine-tuning of qwen2-7b on rtx-3090"]
+    page, text = (render(format, answers) for format in ("html", "markdown"))
+    assert "<h1>2 runs</h1>" in page
+    assert text.startswith("2 runs\n\n| run |")
+    for name, answer in zip(names, answers, strict=True):
+        assert f"Through the step: {name}" in page
+        assert f"| {name} | **{answer.verdict.answer}** |" in text
+        assert f"The peak of {name} is" in " ".join(render("table", answers, details=False).split())
+    assert page.count("Assumed for ") == text.count("assumed for ") == 2
+
+
 def test_a_reviewer_reads_the_verdict_a_table_and_one_fold() -> None:
     text = render("markdown", [answer_of("training"), answer_of("does not fit")])
     head, _, folded = text.partition("<details>\n<summary>")
-    assert re.search(r"^\| rtx-3090 \| \*\*fits\*\* \|", head, re.MULTILINE)
+    assert re.search(r"^\| QLoRA of \S+ on rtx-3090 \| \*\*fits\*\* \|", head, re.MULTILINE)
     assert text.count("<details>") == text.count("</details>") == 1
     assert "at the peak" not in head
     assert "at the peak" in folded
