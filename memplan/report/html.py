@@ -129,7 +129,7 @@ def timeline(answer: Estimate, most: int = MOST_MOMENTS, full: int = 0, title: s
         "kinds": [(kind, words.CATEGORIES[kind]) for kind in kinds],
         "places": places,
         "moments": [
-            [round(m.start, 2), number[svg.moment_name(m)], *(_gib(m.kinds.get(kind, 0)) for kind in kinds)]
+            [round(m.start, 2), number[svg.moment_name(m)], *map(_gib, (m.bytes, *(m.kinds.get(k, 0) for k in kinds)))]
             for m in moments
         ],
     }
