@@ -37,7 +37,7 @@ _LEAST_FREE = GIB // 20  # of a card that is offered: less is shown as 0.0 GiB
 _NO_STRATEGY = "none"
 
 
-class Cards(Protocol):
+class CountedCards(Protocol):
     """A number of cards of one type."""
 
     @property
@@ -317,7 +317,7 @@ def _by_tokens(choice: _Candidate) -> tuple[float | str, ...]:
     return _about(usd), choice.count * (usd < inf), usd, seconds, choice.gpu.usable * choice.count, choice.gpu.name
 
 
-def by_list_price(choice: Cards) -> tuple[float | str, ...]:
+def by_list_price(choice: CountedCards) -> tuple[float | str, ...]:
     """Sort key to own: about the list price of all cards, fewest cards, that price, watts, memory."""
     gpu, count = choice.gpu, choice.count
     usd = (gpu.launch_usd or inf) * count

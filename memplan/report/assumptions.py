@@ -70,7 +70,11 @@ def question(answer: Estimate) -> str:
 
 def is_one_question(answers: Sequence[Estimate]) -> bool:
     """Whether answers are of one run, on different cards."""
-    return len({*map(question, answers)}) == 1
+    return len({*_without_cards(answers)}) == 1
+
+
+def _without_cards(answers: Sequence[Estimate]) -> list[RunSpec]:
+    return [answer.asked.model_copy(update={"gpu": None}) for answer in answers]
 
 
 def title(answers: Sequence[Estimate]) -> str:
@@ -84,19 +88,21 @@ def names(answers: Sequence[Estimate]) -> list[str]:
         return [""]
     if is_one_question(answers):
         return [str(answer.run.gpu) for answer in answers]
-    questions, asks = [*map(question, answers)], [*map(asked, answers)]
-    told = asks if len({*asks}) == len({*questions}) else questions
+    runs = _without_cards(answers)
+    distinct = [*dict.fromkeys(runs)]
+    numbered = [f"run {distinct.index(run) + 1}, {question(answer)}" for run, answer in zip(runs, answers, strict=True)]
+    choices = ([*map(words, answers)] for words in (asked, question))
+    told = next((texts for texts in choices if len({*texts}) == len(distinct)), numbered)
     return [text + (f" on {answer.run.gpu}" if answer.gpu else "") for text, answer in zip(told, answers, strict=True)]
 
 
 def assumed(answers: Sequence[Estimate]) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Return the assumptions of each question that is asked, under a title."""
-    by_question = {question(answer): answer for answer in reversed(answers)}
-    several = len(by_question) > 1
-    return [
-        (f"Assumed for {told}" if several else "Assumed", assumptions(answer))
-        for told, answer in reversed(by_question.items())
-    ]
+    """Return the assumptions of each run, under a title."""
+    firsts: dict[RunSpec, tuple[str, Estimate]] = {}
+    for run, name, answer in zip(_without_cards(answers), names(answers), answers, strict=True):
+        firsts.setdefault(run, (name, answer))
+    several = len(firsts) > 1
+    return [(f"Assumed for {name}" if several else "Assumed", assumptions(of)) for name, of in firsts.values()]
 
 
 def _question(answer: Estimate) -> Iterator[str]:

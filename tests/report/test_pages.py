@@ -20,6 +20,7 @@ from memplan.planning.comparison import compare
 from memplan.planning.ladder import ladder
 from memplan.planning.reach import frontier, reach
 from memplan.report import comparison, html, plans, render, svg
+from memplan.report.assumptions import question
 from memplan.report.blocks import Fold, Text
 from memplan.report.display import display
 from memplan.report.markdown import page as markdown_page
@@ -216,6 +217,8 @@ def test_runs_that_differ_are_named_by_what_they_ask() -> None:
         assert f"Through the step: {name}" in page
         assert f"| {name} | **{answer.verdict.answer}** |" in text
         assert f"The peak of {name} is" in " ".join(render("table", answers, details=False).split())
+    fused = ask(**ANSWERS["training"], kernels={"loss": "fused"})
+    assert f"run 2, {question(fused)} on rtx-3090" in render("html", [answers[0], fused])
     assert page.count("Assumed for ") == text.count("assumed for ") == 2
 
 
