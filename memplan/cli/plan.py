@@ -309,7 +309,7 @@ def _generating(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any
         return QuestionsReport(questions(run, demand, own))
     check_count("most", given.get("most"))
     found = places(run, _wanted(given), given.get("most", 20), demand)
-    return Places(estimate(run.model_copy(update={"gpu": None})), demand, found)
+    return Places(estimate(run.model_copy(update={"gpu": None})), demand, found, given.get("to", "rent"))
 
 
 def _levers(run: RunSpec, demand: Demand, own: Calibration | None, of_file: FileLevers | None) -> Planned:

@@ -28,8 +28,8 @@ Labelled = tuple[str, Estimate]  # a run's name in a drawing; empty for the only
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False, stamp: Stamp | None = None) -> str:
     """Return the bars of the answers, and the timeline of the first, as a file."""
     del explain, ranks
-    named = [(str(answer.run.gpu) if len(answers) > 1 else "", answer) for answer in answers]
-    return page("; ".join((assumptions_.question(answers[0]), *words.left_out(answers))), named, stamp)
+    named = [*zip(assumptions_.names(answers), answers, strict=True)]
+    return page("; ".join((assumptions_.title(answers), *words.left_out(answers))), named, stamp)
 
 
 def page(title: str, runs: Sequence[Labelled], stamp: Stamp | None = None) -> str:

@@ -81,7 +81,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "batch_size": Option(
             "batch.micro",
             "Sequences per GPU and pass.",
-            aliases=("batch", "per_device_train_batch_size", "micro_batch_size"),
+            aliases=("batch", "bs", "per_device_train_batch_size", "micro_batch_size"),
         ),
         "seq_len": Option(
             "batch.sequence",
@@ -95,6 +95,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
                 "max_seq_length",
                 "model_max_length",
                 "num_ctx",
+                "seq",
                 "seq_length",
                 "sequence_len",
             ),
@@ -110,7 +111,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "grad_accum": Option(
             "batch.accumulation",
             "Passes per optimizer step.",
-            aliases=("gradient_accumulation_steps",),
+            aliases=("ga", "gradient_accumulation_steps"),
         ),
         "images": Option("batch.images", "Images in each sequence; their tokens count towards --seq-len."),
         "image_size": Option(

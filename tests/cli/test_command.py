@@ -551,7 +551,10 @@ MISTAKES = {
     "qwen2-7b --pp 4 --schedule 1f2b": ("parallelism.schedule (--schedule)", "1f1b"),
     "qwen2-7b --gpus 4 --fsdp full_shard --method dora": ("method.kind (--method)", "supported: full, freeze, lora"),
     "qwen2-7b --gpus 2 --fsdp fsdp2 --optimizer adafactor": ("optimizer.name (--optimizer)", "adamw_torch_fused"),
-    "qwen2-7b --gpus 2 --fsdp fsdp2 --method qlora": ("method.quantization.storage", "bf16, fp16, fp32"),
+    "qwen2-7b --gpus 2 --fsdp fsdp2 --method qlora": (
+        "bf16, fp16, fp32",
+        "--quant-storage bf16 packs them into floats",
+    ),
     "qwen2-7b --gpus 12 --fsdp hybrid_shard": ("parallelism.shard_group", "12 GPUs do not divide into groups of 8"),
     "qwen2-7b --offload activations --profile trl-0.24": ("parallelism.offload (--offload)", "checkpointing offload"),
     "qwen2-7b --offload activations --gpus 2 --zero 2": ("parallelism.strategy", "ddp, fsdp2"),

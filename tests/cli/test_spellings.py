@@ -30,6 +30,7 @@ ROWS = {name: option for group in OPTIONS.values() for name, option in group.ite
             "qwen2-7b --method lora --rank 8 --batch-size 2 --seq-len 512 --optimizer adamw_bnb_8bit",
         ),
         ("qwen2-7b --seq_len=512 --no-gradient-checkpointing", "qwen2-7b --seq-len=512 --checkpointing none"),
+        ("qwen2-7b --bs 2 --seq 512 --ga 3", "qwen2-7b --batch-size 2 --seq-len 512 --grad-accum 3"),
         ("qwen2-7b --method QLoRA --context 4k", "qwen2-7b --method qlora --seq-len 4096"),
         ("qwen2-7b --method inference", "qwen2-7b --method generate"),
         ("--model_name_or_path qwen2-7b --method lora", "qwen2-7b --method lora"),

@@ -164,6 +164,7 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
         ({"rollout": "colocate"}, "colocate: vLLM takes a share of the GPU; name one"),
         ({"trainer": "dpo", "rollout": "server"}, "only applies to trainers that generate: grpo, rloo"),
         ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines"),
+        ({"serving": {"lora_rank": 64}}, "--rank sets that of an adapter that trains"),
         ({"profile": "axolotl"}, "axolotl-0.21 does not have grpo; use trl-1.15"),
     ],
 )

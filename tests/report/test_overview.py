@@ -103,7 +103,7 @@ def test_a_terminal_has_room_for_the_other_stacks(name: str) -> None:
     assert len(text.splitlines()) <= 24
 
 
-def test_a_card_that_the_name_may_mean_comes_before_the_smallest_that_holds_it() -> None:
+def test_a_card_that_the_name_may_mean_is_proposed_first() -> None:
     found = {gpu: ways(answer_of(model="qwen3-8b", method="qlora", gpu=gpu))[-1] for gpu in ("4060ti", "rtx-4060")}
     assert found["4060ti"].text == "GeForce RTX 4060 Ti 16GB (15.6 GiB usable), which 4060ti may mean"
     assert found["4060ti"].options == "--gpu rtx-4060-ti-16gb"

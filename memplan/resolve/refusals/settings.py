@@ -155,9 +155,9 @@ def _quantization(q: Quantization, storages: tuple[str, ...], runs: tuple[str, .
     if q.format == "fp8" and q.block_size not in (WHOLE, FP8_BLOCK):
         yield not_yet(f"{field}.block_size", q.block_size, f"{FP8_BLOCK}, or {WHOLE} for one scale per matrix")
     if q.storage not in storages:
-        choices = (
-            f"{', '.join(storages)}: FSDP cannot shard integers" if "uint8" not in storages else ", ".join(storages)
-        )
+        choices = ", ".join(storages)
+        if "uint8" not in storages:
+            choices += f": FSDP cannot shard integers; --quant-storage {storages[0]} packs them into floats"
         if storages == ("uint8",):
             choices += f"; {', '.join(_FLOATS)} with FSDP"
         yield not_yet(f"{field}.storage", q.storage, choices)
