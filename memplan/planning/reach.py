@@ -116,7 +116,12 @@ def _tried(run: RunSpec, axis: str, calibration: Calibration | None) -> Callable
     for example if there are more tokens than learned positions."""
     needed_gpu(run)
     part, field = FIELDS[axis]
-    return lambda value: attempt(lambda: changed(run, part, **{field: value}), calibration)
+
+    @cache
+    def tried(value: int) -> Estimate | None:
+        return attempt(lambda: changed(run, part, **{field: value}), calibration)
+
+    return tried
 
 
 def _largest(tried: Callable[[int], Estimate | None], demand: Demand, looks: int, multiple: int) -> int:
