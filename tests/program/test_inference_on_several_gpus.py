@@ -300,7 +300,7 @@ def test_one_gpu_with_room_is_a_device_map_of_one(fields: dict[str, Any]) -> Non
 
 
 @cases.each([(world, micro) for world in (1, 2, 3) for micro in (1, 40, 200)])
-def test_what_a_device_maps_gpus_do_not_hold_is_told_without_an_estimate(case: tuple[int, int]) -> None:
+def test_gpus_hold_a_run_if_its_estimate_says_so(case: tuple[int, int]) -> None:
     world, micro = case
     batch = {"micro": micro, "sequence": 1000, "new_tokens": 20}
     parallelism = {"world": world, "device_map": "auto"}
