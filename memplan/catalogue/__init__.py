@@ -16,7 +16,7 @@ from memplan.core.ir import Stack
 from memplan.models.model import ModelSpec
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=16)
 def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack:
     """Return the model as a stack of operations with its weights, but without dtypes, method or loss.
 

@@ -80,7 +80,7 @@ def most_at_once(events: Iterable[tuple[int, int]]) -> int:
     return most
 
 
-@lru_cache(maxsize=32)
+@lru_cache(maxsize=4)
 def loading(*graphs: Graph) -> tuple[tuple[int, int], ...]:
     """Return what loading models, one after another, allocates and frees, in order (see `LoadingTape`)."""
     tape = LoadingTape(operations_of(graphs[0])[1])
