@@ -26,7 +26,7 @@ from memplan.estimate.usage import Usage
 from memplan.program.graph import Graph, bytes_of_kinds, operations_of, parameters_of, recorded_inference
 from memplan.program.graph import weights_of as graph_weights
 from memplan.program.inference import gpus
-from memplan.program.inference.passes import InferenceStep, compresses, sized, token_after
+from memplan.program.inference.passes import InferenceStep, SizedPass, compresses, sized, token_after
 from memplan.program.inference.replay import InferenceReplay, load, reserved
 from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
@@ -242,6 +242,16 @@ class InferenceWalk(Walk):
     def reserved(self, capacity: int | None = None) -> int | None:
         return reserved(self._replay, capacity)
 
+    def surely_reserved(self) -> int:
+        prompt = tuple(each for each in self.passes if each.phase != "decode")
+        if self.decided.assistant is not None or not len(prompt) < len(self.passes) <= 2 * _MIN_DECODING:
+            return 0
+        return reserved(self.with_passes(prompt)) or 0
+
+    def with_passes(self, passes: tuple[SizedPass, ...]) -> InferenceReplay:
+        """Return the replay of some of the run's passes."""
+        return InferenceReplay(self.models, passes, self.workspace, self.run.loop.expandable_segments)
+
 
 _UNSPLIT = "torch 2.13 c10/cuda/CUDACachingAllocator.cpp should_split: the rest of an unsplit block counts as allocated"
 
@@ -334,7 +344,7 @@ def replay(walk: InferenceWalk) -> InferenceReplay:
             chosen = [first, *chosen, last]
         steps = (*(step for step in steps if step.phase != "decode"), *chosen)
     passes = tuple(sized(step, decided) for step in steps)
-    return InferenceReplay(walk.models, passes, walk.workspace, walk.run.loop.expandable_segments)
+    return walk.with_passes(passes)
 
 
 def _spread(reading: list[InferenceStep]) -> list[InferenceStep]:

@@ -63,6 +63,10 @@ class Replay:
         """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""
         raise NotImplementedError
 
+    def surely_reserved(self) -> int:
+        """Return bytes that torch reserves at least with room to spare, if a short replay tells; 0 otherwise."""
+        return 0
+
     def free_in_other_streams(self) -> int:
         """Return the bytes that may be free in other streams' pools: a bound without a replay leaves room for them."""
         return 0
@@ -202,8 +206,10 @@ class Usage:
         """Whether the run surely fits its card. Cheaper than `answer` if nothing else is asked."""
         if self._gpu is None:
             return False
-        surely_fits = self.fits_card_of(self._gpu.usable)
-        return self._roomy <= self._sure(self._gpu.usable) if surely_fits is None else surely_fits
+        surely_fits, sure = self.fits_card_of(self._gpu.usable), self._sure(self._gpu.usable)
+        if surely_fits is None:
+            return self._replay.surely_reserved() <= sure and self._roomy <= sure
+        return surely_fits
 
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
         """Return whether the run surely fits a card with `usable` bytes, or None if that takes a replay at that size.

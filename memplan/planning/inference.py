@@ -483,7 +483,8 @@ def _fitting_answer(run: RunSpec, cards: _Cards, demand: Demand, wanted: CardFil
     n = cards.count
     divisions = [with_tp(run, n)] if n in DEGREES else []
     divisions += [mapped for mapped in (with_layers(run, n),) if mapped is not None and n in PLACED and n > 1]
-    answers = (attempt(divided.model_copy(update={"gpu": cards.gpu.name})) for divided in divisions)
+    runs = (divided.model_copy(update={"gpu": cards.gpu.name}) for divided in divisions)
+    answers = (attempt(divided, if_fits=not demand.tight) for divided in runs)
     held = (a for a in answers if a is not None and demand.met(a) and not a.host_bytes)
     return next((a for a in held if has_room(a, wanted)), None)
 

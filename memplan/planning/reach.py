@@ -128,11 +128,13 @@ def _tried(run: RunSpec, axis: str, calibration: Calibration | None, step: int =
     needed_gpu(run)
     if axis == "generations":
         of_one = Fraction(run.batch.accumulation, estimate(run).run.batch.generations)
-        return lambda n: attempt(
-            lambda: changed(run, "batch", generations=n * step, accumulation=int(n * step * of_one)), calibration
+        return cache(
+            lambda n: attempt(
+                lambda: changed(run, "batch", generations=n * step, accumulation=int(n * step * of_one)), calibration
+            )
         )
     part, field = ("batch", "new_tokens") if axis == "completion" else FIELDS[axis]
-    return lambda value: attempt(lambda: changed(run, part, **{field: value * step}), calibration)
+    return cache(lambda value: attempt(lambda: changed(run, part, **{field: value * step}), calibration))
 
 
 def _step(run: RunSpec, axis: str) -> int:

@@ -23,17 +23,16 @@ from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
 from memplan.core.once import once
 from memplan.core.records import NamedTuple
+from memplan.engine.largest import PhaseTerms
 from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment
 from memplan.engine.walk import (
     ONE,
-    Term,
     Variable,
     bytes_at_each,
     chain,
     counts_at_each,
     kinds_at_each,
-    largest,
     prune,
     rows,
     size,
@@ -445,14 +444,12 @@ class Contenders(NamedTuple):
     """The moments of a pass that can be its peak.
 
     variables  sizes that the run decides
-    products   products that bound the moments
     terms      the moments, linear in `variables`
     needs      axes of `variables` that are not the model's
     """
 
     variables: tuple[Variable, ...]
-    products: tuple[Variable, ...]
-    terms: tuple[Term, ...]
+    terms: PhaseTerms
     needs: frozenset[str]
 
 
@@ -477,11 +474,13 @@ def contenders(graph: Graph, division: Division | None = None) -> Contenders:
     along = chain([v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)] or [ONE])  # other axes may be 0
     coefficients = rows(low.moments.unnamed, low.runs, fixed, sizes, variables)
     terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
+    of_pass = PhaseTerms([terms], [*map(Variable, along)])
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
-    return Contenders(variables, tuple(map(Variable, along)), terms, needs.difference(fixed))
+    return Contenders(variables, of_pass, needs.difference(fixed))
 
 
 def pass_peak(graph: Graph, axes: Mapping[str, int], division: Division | None = None) -> PassPeak:
     """Return the peak bytes of a pass, and its moment."""
     moments = contenders(graph, division)
-    return PassPeak(*largest(moments.terms, values(moments.variables, axes), values(moments.products, axes)))
+    [top] = moments.terms.largest(values(moments.variables, axes), axes)
+    return PassPeak(*top)
