@@ -35,6 +35,8 @@ def test_steps_are_held_to_traces() -> None:
     assert min(counts["grpo", "trl-1.6"], counts["grpo", "trl-0.24"], counts["rloo", "trl-1.15"]) >= 8
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 1
+    divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
+    assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 3
 
 
 def grpo(**run: Any) -> Estimate:
