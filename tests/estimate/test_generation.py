@@ -34,7 +34,7 @@ def test_steps_are_held_to_traces() -> None:
     assert min(counts["grpo", profile] for profile in ("trl-1.15", "trl-1.14", "trl-1.13")) >= 18
     assert min(counts["grpo", "trl-1.6"], counts["grpo", "trl-0.24"], counts["rloo", "trl-1.15"]) >= 8
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
-    assert sum("cause" in row for row in ROWS) <= 1
+    assert sum("cause" in row for row in ROWS) <= 2
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
     assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 3
 
