@@ -50,6 +50,7 @@ LATE = {
     "catalogue": "a family's module is imported for a model of that family",
     "frameworks.reading.run_file": "a reader is imported for a file of its kind",
     "planning": "a calibration is only a type, whose module imports pydantic",
+    "estimate.rollout": "a calibration is only a type, whose module imports pydantic",
     "models.cards": "the Hub is asked for an id without a card",
     "resolve.batches": "towers are of vision-language models",
     "resolve.decide": "a training run needs nothing of inference",

@@ -135,6 +135,7 @@ class Op(NamedTuple):
                        differ own   new storage in the read's dtype, even if the output has another none  no gradient
                        flows through
     view               the output aliases the first read
+    is_view_again      the output aliases the first read when a checkpointed block is recomputed
     cast               only changes the dtype; dropped if the tensor has that dtype already
     uncast_dtype       a dtype that need not be cast, because the next kernel reads it directly
     copies_layout      copies a tensor into the memory layout that the product reading both needs; dropped if autocast
@@ -180,6 +181,7 @@ class Op(NamedTuple):
     scratch_back: tuple[Scratch, ...] = ()
     gradient: str = "new"
     view: bool = False
+    is_view_again: bool = False
     cast: bool = False
     uncast_dtype: str = ""
     copies_layout: bool = False

@@ -168,7 +168,7 @@ class Gatherer:
         """Free or keep a unit's weights after its forward. Returns the unit's name, or "" if it is not gathered."""
         if name not in self._whole:
             return ""
-        if self.is_aside and self._keeps_buffers:
+        if self.is_aside and self._keeps_buffers and AFTER not in self._left:
             self.last_before = name
         if self._keeps and not self.is_aside:
             self._kept.setdefault(name, []).append(self._whole.pop(name))

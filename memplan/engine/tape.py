@@ -257,7 +257,7 @@ class Tape(LiveStorages):
             self._run_aside(op.model, op.name)
             self.enter(frame, op)
         gathered = self._gather(op) if self.nested else ()
-        if op.view:
+        if op.view or (op.is_view_again and frame.recomputed):
             frame.names.update((t.name, frame[op.reads[0]]) for t in op.writes)
         else:
             for t in op.writes:

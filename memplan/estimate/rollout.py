@@ -53,6 +53,8 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends
     recipe = graph.recipe._replace(autocast=graph.recipe.autocast and wraps, fp32_ends=ends)
+    if recipe.sharded_dtype and not wraps:  # FSDP1 casts neither adapters nor their inputs here
+        recipe = recipe._replace(adapter_dtype=recipe.sharded_dtype, sharded_dtype="")
     graph = graph._replace(recipe=recipe, trainer=None, checkpoint=False, input_requires_grad=False, hold_outputs=False)
     generated = batch.model_copy(update={"micro": rows, "accumulation": 1})
     prompted = decided._replace(structure=structure._replace(graph=graph), batch=generated, pictures=())

@@ -145,6 +145,11 @@ def _choose_trainer(run: OpenTraining) -> None:
             shards_copy=run.is_sharded,
             rows=1 if name in ("kto", *GENERATING) else 2,
         )
+        if run.is_sharded and run.reference == "copy" and run.parallelism.strategy == "fsdp2":
+            run.notes.append(
+                "TRL shards a reference copy under FSDP2 as one unit, so its pass gathers all weights at once; FSDP1 "
+                "gathers block by block, and a precomputed reference needs neither"
+            )
     if name in GENERATING:
         run.step = run.step._replace(
             has_one_sequence=run.batch_facts.is_single_sequence,

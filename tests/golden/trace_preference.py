@@ -76,6 +76,16 @@ _DIVIDED_STEPS = dict.fromkeys(
 )
 
 
+# With an evaluation after the steps: profile, trainer, family, method, examples and tokens.
+EVALUATED = (
+    ("trl-1.15", "dpo", "llama", "full", 2, 1024),
+    ("trl-1.15", "kto", "blocks", "full", 2, 1024),
+    ("trl-1.15", "reward", "blocks", "full", 2, 1024),
+    ("trl-1.15", "orpo", "llama", "lora", 2, 1024),
+    ("trl-1.13", "dpo", "llama", "lora", 2, 1024),
+)
+
+
 def divided(strategy: str) -> dict[str, Any]:
     """Return the parallelism of four ranks. Where weights are loaded changes no step."""
     loads = {} if strategy == "ddp" else {"cpu_ram_efficient_loading": False}
@@ -88,11 +98,17 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     cases += [
         (case, strategy) for case in DIVIDED[:: _DIVIDED_STEPS.get((profile, trainer), 9)] for strategy in STRATEGIES
     ]
+    cases += [
+        ((family, method, BF16, micro, tokens, None, {}), "evaluated")
+        for version, name, family, method, micro, tokens in EVALUATED
+        if (version, name) == (profile, trainer)
+    ]
     for (family, method, precision, micro, tokens, said, kernels), strategy in cases:
         if profile == SWIFT and (precision == FP32 or said):
             continue  # it loads weights in bf16, and precomputes nothing
         reference = said if trainer in WITH_REFERENCE else None
         words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
+        also = {"evaluation": {"micro": 4}} if strategy == "evaluated" else {}
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
         name = f"{profile} {trainer} {family} {method} {precision['weights']} {micro}x{tokens} {' '.join(words)}"
         yield (
@@ -106,7 +122,8 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "precision": precision,
                     "batch": {"micro": micro, "sequence": tokens},
                     "kernels": kernels,
-                    "parallelism": divided(strategy) if strategy else {},
+                    "parallelism": divided(strategy) if strategy in STRATEGIES else {},
+                    "also": also,
                     "profile": profile,
                 }
             ),

@@ -110,6 +110,7 @@ class Zero3Sharding(ZeroSharding):
         for held in self._weights(copy) if copy is not None else ():
             yield held._replace(what=f"reference.{held.what}")
         yield from self.master()
+        yield from self.run.engine
 
     def _weights(self, graph: Graph) -> Iterator[TensorGroup]:
         _, axes = operations_of(graph)
