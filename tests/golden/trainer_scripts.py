@@ -9,11 +9,30 @@ from types import SimpleNamespace
 from typing import Any
 
 from memplan.probe.libraries import library
+from memplan.probe.script.packed_batches import PackedBatch, packed_inputs, packed_sequences
 from memplan.probe.script.trl_trainers import TrainerScript
 from memplan.spec.run import RunSpec
 
 
-class LlamaFactoryScript(TrainerScript):
+class _Packed(TrainerScript):
+    """A trainer whose collator is not constructed: a packed batch is put together as it would be."""
+
+    gives_lengths = False  # the collator tells flash attention where sequences begin
+
+    def _packed_inputs(self, packed: PackedBatch) -> dict[str, Any]:
+        import torch
+
+        inputs = packed_inputs(packed, self.device, torch.bfloat16)
+        inputs["labels"] = torch.ones_like(inputs["input_ids"])
+        if packed.kind.is_varlen and self.gives_lengths:
+            ends = torch.zeros(packed.sequences + 1, dtype=torch.int32, device=self.device)
+            longest = packed.tokens // packed.sequences
+            inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone()}
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
+        return inputs
+
+
+class LlamaFactoryScript(_Packed):
     """A run as LLaMA-Factory prepares it: its checkpointing and its adapters, under transformers' Seq2SeqTrainer."""
 
     imported: tuple[str, ...] = ("llamafactory.model.adapter",)
@@ -39,7 +58,7 @@ class LlamaFactoryScript(TrainerScript):
         tuning = hparams.FinetuningArguments(
             finetuning_type="full" if method.kind == "full" else "lora",
             lora_rank=method.rank,
-            lora_target=",".join(target_modules(run)) if method.kind != "full" else "all",
+            lora_target=",".join(target_modules(run, model)) if method.kind != "full" else "all",
             use_dora="dora" in method.kind,
         )
         library("llamafactory.model.model_utils.checkpointing").prepare_model_for_training(model, arguments)
@@ -53,10 +72,11 @@ class LlamaFactoryScript(TrainerScript):
         )
 
 
-class AxolotlScript(TrainerScript):
+class AxolotlScript(_Packed):
     """A run of an Axolotl config: its validation, patches, model loader, adapters and trainer."""
 
     imported: tuple[str, ...] = ("axolotl.core.builders",)
+    gives_lengths = True
     unused = ("wandb",)
 
     @staticmethod
@@ -70,14 +90,16 @@ class AxolotlScript(TrainerScript):
 
     @staticmethod
     def answer(run: RunSpec, value: Any) -> bool | int:
-        """Return that nothing is padded, and for anything else, one."""
-        return True
+        """Return that nothing is padded, and the sequences of packed rows; for anything else, one."""
+        if run.batch.packing and str(value.dtype) == "torch.int64":
+            return run.batch.micro * packed_sequences(run)
+        return not run.batch.packing or run.kernels.attention == "flash_attention_2"
 
     def _trainer(self, model: Any, run: RunSpec) -> Any:
         folder = str(Path(tempfile.gettempdir(), "run"))  # Axolotl looks for families' names in the path
         model.config.save_pretrained(folder)
         cfg: Any = library("axolotl.utils.config").validate_config(
-            library("axolotl.utils.dict").DictDefault(self._config(run, folder)),
+            library("axolotl.utils.dict").DictDefault(self._config(run, folder, model)),
             {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_80"},
             {"torch_version": "2.13.0"},
         )
@@ -97,7 +119,7 @@ class AxolotlScript(TrainerScript):
         return builder.build(10)
 
     @staticmethod
-    def _config(run: RunSpec, folder: str) -> dict[str, Any]:
+    def _config(run: RunSpec, folder: str, model: Any) -> dict[str, Any]:
         from memplan.probe.script.model import target_modules
 
         method = run.method
@@ -107,7 +129,7 @@ class AxolotlScript(TrainerScript):
             "lora_r": method.rank,
             "lora_alpha": 8,
             "lora_target_linear": method.targets == "all-linear",
-            "lora_target_modules": [] if method.targets == "all-linear" else list(target_modules(run)),
+            "lora_target_modules": [] if method.targets == "all-linear" else list(target_modules(run, model)),
             "peft_use_dora": "dora" in method.kind,
             **(
                 {}
@@ -126,13 +148,14 @@ class AxolotlScript(TrainerScript):
             "learning_rate": 1e-4,
             "optimizer": str(run.optimizer.name),
             "bf16": "auto",
-            "attn_implementation": "eager" if run.kernels.attention == "eager" else "sdpa",
+            "attn_implementation": str(run.kernels.attention),
+            "sample_packing": run.batch.packing == "sample_packing",
             "gradient_checkpointing": run.kernels.checkpointing == "full",
             **(adapter if method.kind != "full" else {}),
         }
 
 
-class SwiftScript(TrainerScript):
+class SwiftScript(_Packed):
     """A run of ms-swift's `sft`: its arguments, model patches, tuner, template and trainer."""
 
     imported: tuple[str, ...] = ("swift.pipelines.train.sft",)
@@ -167,7 +190,7 @@ class SwiftScript(TrainerScript):
         adapter = {
             "tuner_type": "lora",
             "lora_rank": method.rank,
-            "target_modules": ["all-linear"] if method.targets == "all-linear" else list(target_modules(run)),
+            "target_modules": ["all-linear"] if method.targets == "all-linear" else list(target_modules(run, model)),
             "lora_alpha": 8,
             "lora_dropout": 0.0,
             "use_dora": "dora" in method.kind,
@@ -187,6 +210,9 @@ class SwiftScript(TrainerScript):
             report_to=[],
             output_dir=folder,
             check_model=False,
+            **({"attn_impl": "flash_attention_2"} if run.batch.packing else {}),
+            packing=run.batch.packing == "binpack",
+            padding_free=run.batch.packing == "padding_free",
             **(adapter if method.kind != "full" else {"tuner_type": "full"}),
         )
         pipeline: Any = library("swift.pipelines.train.sft").SwiftSft(arguments)
@@ -282,7 +308,7 @@ class UnslothScript(TrainerScript):
                 model,
                 r=method.rank,
                 lora_alpha=8,
-                target_modules=list(_ALL) if method.targets == "all-linear" else list(target_modules(run)),
+                target_modules=list(_ALL) if method.targets == "all-linear" else list(target_modules(run, model)),
                 use_gradient_checkpointing=checkpoints,
                 use_dora="dora" in method.kind,
             )
