@@ -28,7 +28,8 @@ def test_a_packed_step_is_near_its_trace(row: dict[str, Any]) -> None:
 
 
 def test_packing_is_held_to_sixty_traces() -> None:
-    kinds = Counter((row["run"]["batch"]["packing"], row["run"]["kernels"]["attention"]) for row in ROWS)
+    runs = [RunSpec(**row["run"]) for row in ROWS]
+    kinds = Counter((run.batch.packing, run.kernels.attention) for run in runs)
     assert sum(kinds.values()) >= 60
     assert len(kinds) >= 10
     assert mean(compared_with_trace(row).peak for row in ROWS) < 0.005
