@@ -155,6 +155,8 @@ AXOLOTL = Framework(
         Key("micro_batch_size", ("batch.micro",)),
         Key("gradient_accumulation_steps", ("batch.accumulation",)),
         Key("sequence_len", ("batch.sequence",)),
+        Key("sample_packing", (shared_keys.PACKING,), is_(shared_keys.PACKING, "sample_packing")),
+        Key("batch_flattening", (shared_keys.PACKING,), is_(shared_keys.PACKING, "padding_free")),
         Key("eval_batch_size", ("also.evaluation.micro",)),
         Key("gradient_checkpointing", ("kernels.checkpointing",), shared_keys.checkpoints),
         Key("gradient_checkpointing_kwargs", ("kernels.reentrant",), _reentrant),

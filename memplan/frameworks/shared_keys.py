@@ -16,6 +16,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}  # formats that bitsandbytes quantises to while loading
 FORMAT = "method.quantization.format"
 KIND = "method.kind"
+PACKING = "batch.packing"
 PRECISION = ("precision.weights", "precision.compute", "precision.autocast")
 PARALLEL = ("parallelism.world", "parallelism.dp", "parallelism.strategy")
 RESHARD = "parallelism.reshard_after_forward"

@@ -38,7 +38,8 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("optimizer", "; ".join(_optimizer(answer))),
         (
             "batch",
-            f"{sequences} of {lengths(batch)}{',' * bool(batch.target_sequence)}{images(batch)} per GPU; {passes}",
+            f"{sequences} of {lengths(batch)}{',' * bool(batch.target_sequence)}{images(batch)} per GPU; {passes}"
+            + (f"; packed as {batch.packing}" if batch.packing else ""),
         ),
         ("checkpointing", "".join(_checkpointing(run))),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),

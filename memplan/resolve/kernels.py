@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memplan.catalogue import build
 from memplan.catalogue.families import megatron
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods.methods import Recipe
@@ -16,6 +17,14 @@ from memplan.spec.training import Kernels, Method
 
 _LONGEST_VARLEN_HEAD = 256
 FLASH_PACKAGES = {"flash_attention_2": "", "flash_attention_3": "3"}  # -> `Wiring.variant`
+
+
+def separates_rows(model: ModelSpec, wiring: Wiring, code: str) -> bool:
+    """Return whether the model's operations, as far as they were read, keep the sequences of a packed row apart."""
+    if any(layer.mixer != "attention" for layer in model.layers):
+        return False
+    inputs = (op for op in build(model, wiring, code).before if op.name == "inputs")
+    return any(t.name == "position_ids" for op in inputs for t in op.writes)
 
 
 def runs_varlen(run: OpenRun) -> bool:

@@ -243,7 +243,6 @@ def _shard(run: OpenTraining) -> None:
 def _wire_training(run: OpenTraining) -> None:
     """Add to the wiring what only matters for backward."""
     by_name = run.library.checkpointing.passes_keywords and run.checkpoints and not run.is_megatron_model
-    packing.check_positions(run.model, run.wiring, run.code)
     run.wiring = run.wiring._replace(
         caches=run.library.model.returns_caches,
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,

@@ -194,7 +194,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "model": "unsloth/Qwen2.5-0.5B",
             "method.kind": "full",
             "kernels.checkpointing": "full",
-            "batch.sequence": 4096,
+            "batch.packing": "bfd",
         },
     ),
     "automodel full": (

@@ -89,7 +89,8 @@ def test_an_axolotl_file_is_the_run_that_axolotl_starts(tmp_path: Path) -> None:
     assert found["model"] == "Qwen/Qwen2-7B"
     assert (found["method.kind"], found["method.rank"], found["method.targets"]) == ("qlora", 8, "all-linear")
     assert (found["method.quantization.format"], found["method.quantization.double_quant"]) == ("nf4", True)
-    assert (found["batch.micro"], found["batch.sequence"], found["batch.accumulation"]) == (1, 3 * 1024, 2)
+    assert (found["batch.micro"], found["batch.sequence"], found["batch.accumulation"]) == (3, 1024, 2)
+    assert found["batch.packing"] == "sample_packing"
     assert "loop.padded" not in found
     assert (found["precision.weights"], found["precision.autocast"]) == ("bf16", True)
     assert (found["kernels.attention"], found["kernels.checkpointing"]) == ("flash_attention_2", "full")
@@ -164,7 +165,7 @@ def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
     reasons = why(read(tmp_path, AXOLOTL_QLORA))
     assert reasons["method.rank"] == "run.yaml:5 lora_r"
     assert reasons["method.dropout"] == "default of Axolotl 0.21"
-    assert reasons["batch.sequence"] == "3 sequences of 1,024 tokens are one row: run.yaml:8 sample_packing"
+    assert reasons["batch.packing"] == "run.yaml:8 sample_packing"
     assert reasons["kernels.attention"] == "run.yaml:14 flash_attention"
     assert reasons["kernels.fused"] == "LoRA kernels turn themselves on: run.yaml:4 adapter"
     assert reasons["precision.weights"] == "run.yaml:13 bf16: auto, on a GPU with bf16"
@@ -201,7 +202,8 @@ AXOLOTL_KEYS: dict[str, dict[str, Any]] = {
     "val_set_size: 0.1\neval_batch_size: 6": {"also.evaluation.micro": 6},
     "val_set_size: 0.1": {"also.evaluation.micro": 2},
     "eval_batch_size: 6": {"also.evaluation.micro": None},
-    "sample_packing: true": {"batch.micro": 2, "batch.sequence": 512},  # rows of their own without flash attention
+    "sample_packing: true": {"batch.micro": 2, "batch.sequence": 512, "batch.packing": "sample_packing"},
+    "batch_flattening: true\nflash_attention: true": {"batch.packing": "padding_free", "loop.padded": None},
     "torch_compile: auto": {"kernels.compile": True},
     "plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]": {"kernels.loss": "fused"},
     "plugins: [axolotl.integrations.liger.LigerPlugin]\nliger_rms_norm: true\nliger_glu_activation: true": {
@@ -296,7 +298,9 @@ LLAMAFACTORY_KEYS: dict[str, dict[str, Any]] = {
     "quantization_bit: 4": {"method.quantization.format": "nf4", "method.quantization.double_quant": True},
     "quantization_bit: 8": {"method.quantization.format": "int8"},
     "lora_target: all\nlora_rank: 4\nlora_alpha: 4": {"method.targets": "all-linear", "method.alpha": 4},
-    "packing: true": {"batch.sequence": 512 - 1, "loop.padded": None},
+    "packing: true": {"batch.sequence": 512, "batch.packing": "knapsack", "loop.padded": None},
+    "packing: true\nneat_packing: true": {"batch.packing": "neat_packing", "loop.padded": None},
+    "stage: pt": {"batch.packing": None, "loop.padded": None},
     "flash_attn: fa2\nenable_liger_kernel: true": {"kernels.attention": "flash_attention_2", "kernels.loss": "fused"},
     "flash_attn: fa3": {"kernels.attention": "flash_attention_3"},
     "disable_gradient_checkpointing: true": {"kernels.checkpointing": "none", "kernels.reentrant": None},
@@ -344,8 +348,9 @@ TRL_KEYS: dict[str, dict[str, Any]] = {
     "load_in_4bit: false\nuse_peft: false": {"method.kind": "full", "precision.weights": "fp32"},
     "load_in_8bit: true\nload_in_4bit: false": {"method.quantization.format": "int8"},
     "lora_target_modules: all-linear": {"method.targets": "all-linear"},
-    "packing: true\nmax_seq_length: 256": {"batch.micro": 1, "batch.sequence": 8 * 256, "loop.padded": None},
-    "packing: true\npacking_strategy: wrapped": {"batch.micro": 8, "loop.padded": None},
+    "packing: true\nmax_seq_length: 256": {"batch.packing": "bfd", "batch.sequence": 256, "loop.padded": None},
+    "packing: true\npacking_strategy: wrapped": {"batch.packing": "wrapped", "loop.padded": None},
+    "padding_free: true": {"batch.micro": 8, "batch.packing": "padding_free", "loop.padded": None},
     "evaluation_strategy: epoch\nper_device_eval_batch_size: 3": {"also.evaluation.micro": 3},
     "use_liger_kernel: true": {"kernels.loss": None, "kernels.fused": ["rope", "rms_norm", "swiglu"]},
     "gradient_checkpointing: false": {"kernels.checkpointing": "none"},
@@ -413,11 +418,11 @@ def test_flash_attention_by_another_name_is_not_refused(tmp_path: Path) -> None:
     found = values(
         read(tmp_path, text.replace("_size: 1", "_size: 2") + "kernels-community/vllm-flash-attn3\n" + packed)
     )
-    assert found["batch.sequence"] == 2 * 64
+    assert (found["batch.sequence"], found["batch.packing"]) == (64, "sample_packing")
     hybrid = f"base_model: gemma-4-31b\nmicro_batch_size: 2\ngemma4_hybrid_attn_impl: true\n{packed}"
     file = read(tmp_path, hybrid)
     assert file.notes == ("gemma4_hybrid_attn_impl (run.yaml:3): sdpa is counted in every layer",)
-    assert values(file)["batch.sequence"] == 2 * 64
+    assert (values(file)["batch.sequence"], values(file)["batch.packing"]) == (64, "sample_packing")
 
 
 # --- files given along ---
@@ -473,7 +478,7 @@ def test_a_file_that_a_key_names_is_found_next_to_the_file(tmp_path: Path) -> No
 def test_a_typed_value_replaces_the_files_before_the_rules(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(AXOLOTL_QLORA)
     [run] = runs_of({"model": str(tmp_path / "run.yaml"), "batch_size": 2, "seq_len": 100, "gpus": 2})
-    assert (run.batch.micro, run.batch.sequence) == (1, 2 * 100)
+    assert (run.batch.micro, run.batch.sequence, run.batch.packing) == (2, 100, "sample_packing")
     assert (run.parallelism.world, run.parallelism.strategy, run.method.rank) == (2, "ddp", 8)
     file = read_run(str(tmp_path / "run.yaml"), typed={"method.rank": 4})
     assert why(file)["method.rank"] == "the command line"
@@ -502,7 +507,7 @@ def test_an_ms_swift_file_is_the_run_that_it_starts(tmp_path: Path) -> None:
     assert file.headline == "run.yaml: ms-swift 4.6, by model and tuner_type"
     assert file.unread == ()
     assert (found["method.kind"], found["method.rank"], found["method.targets"]) == ("lora", 8, "all-linear")
-    assert (found["batch.sequence"], found["batch.micro"]) == (3 * 1024, 1)
+    assert (found["batch.sequence"], found["batch.micro"], found["batch.packing"]) == (1024, 3, "binpack")
     assert found["batch.accumulation"] == -(-16 // (3 * 2))
     assert (found["parallelism.strategy"], found["parallelism.world"]) == ("zero2", 2)
     assert found["parallelism.zero.reduce_bucket_size"] == 200_000_000

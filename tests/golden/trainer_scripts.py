@@ -9,11 +9,30 @@ from types import SimpleNamespace
 from typing import Any
 
 from memplan.probe.libraries import library
+from memplan.probe.script.packed_batches import PackedBatch, packed_inputs, packed_sequences
 from memplan.probe.script.trl_trainers import TrainerScript
 from memplan.spec.run import RunSpec
 
 
-class LlamaFactoryScript(TrainerScript):
+class _Packed(TrainerScript):
+    """A trainer whose collator is not constructed: a packed batch is put together as it would be."""
+
+    gives_lengths = False  # the collator tells flash attention where sequences begin
+
+    def _packed_inputs(self, packed: PackedBatch) -> dict[str, Any]:
+        import torch
+
+        inputs = packed_inputs(packed, self.device, torch.bfloat16)
+        inputs["labels"] = torch.ones_like(inputs["input_ids"])
+        if packed.kind.is_varlen and self.gives_lengths:
+            ends = torch.zeros(packed.sequences + 1, dtype=torch.int32, device=self.device)
+            longest = packed.tokens // packed.sequences
+            inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone()}
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
+        return inputs
+
+
+class LlamaFactoryScript(_Packed):
     """A run as LLaMA-Factory prepares it: its checkpointing and its adapters, under transformers' Seq2SeqTrainer."""
 
     imported: tuple[str, ...] = ("llamafactory.model.adapter",)
@@ -53,10 +72,11 @@ class LlamaFactoryScript(TrainerScript):
         )
 
 
-class AxolotlScript(TrainerScript):
+class AxolotlScript(_Packed):
     """A run of an Axolotl config: its validation, patches, model loader, adapters and trainer."""
 
     imported: tuple[str, ...] = ("axolotl.core.builders",)
+    gives_lengths = True
     unused = ("wandb",)
 
     @staticmethod
@@ -70,8 +90,10 @@ class AxolotlScript(TrainerScript):
 
     @staticmethod
     def answer(run: RunSpec, value: Any) -> bool | int:
-        """Return that nothing is padded, and for anything else, one."""
-        return True
+        """Return that nothing is padded, and the sequences of packed rows; for anything else, one."""
+        if run.batch.packing and str(value.dtype) == "torch.int64":
+            return run.batch.micro * packed_sequences(run)
+        return not run.batch.packing or run.kernels.attention == "flash_attention_2"
 
     def _trainer(self, model: Any, run: RunSpec) -> Any:
         folder = str(Path(tempfile.gettempdir(), "run"))  # Axolotl looks for families' names in the path
@@ -126,7 +148,8 @@ class AxolotlScript(TrainerScript):
             "learning_rate": 1e-4,
             "optimizer": str(run.optimizer.name),
             "bf16": "auto",
-            "attn_implementation": "eager" if run.kernels.attention == "eager" else "sdpa",
+            "attn_implementation": str(run.kernels.attention),
+            "sample_packing": run.batch.packing == "sample_packing",
             "gradient_checkpointing": run.kernels.checkpointing == "full",
             **(adapter if method.kind != "full" else {}),
         }
@@ -135,7 +158,7 @@ class AxolotlScript(TrainerScript):
 _TYPES = {"reward": "rm"}  # trainer of TRL -> `rlhf_type`
 
 
-class SwiftScript(TrainerScript):
+class SwiftScript(_Packed):
     """A run of ms-swift's `sft` or `rlhf`: its arguments, model patches, tuner, template and trainer."""
 
     imported: tuple[str, ...] = ("swift.pipelines.train.sft", "swift.pipelines.train.rlhf")
@@ -194,6 +217,9 @@ class SwiftScript(TrainerScript):
             report_to=[],
             output_dir=folder,
             check_model=False,
+            **({"attn_impl": "flash_attention_2"} if run.batch.packing else {}),
+            packing=run.batch.packing == "binpack",
+            padding_free=run.batch.packing == "padding_free",
             **(adapter if method.kind != "full" else {"tuner_type": "full"}),
             **({} if is_sft else {"rlhf_type": _TYPES.get(run.trainer, run.trainer), "use_logits_to_keep": False}),
             **({"cpo_alpha": 0.0} if run.trainer == "simpo" else {}),

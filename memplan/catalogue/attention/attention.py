@@ -127,8 +127,8 @@ def _attention(
         case "flash" | "flash_2":
             if width != "d":
                 return padded_flash_2(name, q, k, v, y, wiring, width)
-            if backend == "flash" and wiring.is_varlen:
-                return varlen(name, q, k, v, y, grouped)
+            if backend == "flash" and wiring.packed is not None and wiring.packed.is_varlen:
+                return varlen(name, q, k, v, y, grouped, wiring.packed.repeats)
             heads = ops.view(f"{name}.v_heads", v, "v.heads", "b s k d")
             if backend == "flash_2":
                 return _mark_unmasked(wiring, (heads, *flash_2(name, q, k, "v.heads", y, wiring, grouped)))

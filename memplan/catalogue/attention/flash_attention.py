@@ -77,13 +77,13 @@ def _of_packed(kernel: Op) -> Op:
     return _of_lengths(kernel)._replace(product="attention over s_own")
 
 
-def varlen(name: str, q: str, k: str, v: str, y: str, grouped: bool) -> tuple[Op, ...]:
-    """Return torch's varlen attention as Axolotl calls it for sdpa: k and v are repeated for all heads, and copied.
+def varlen(name: str, q: str, k: str, v: str, y: str, grouped: bool, repeats: bool) -> tuple[Op, ...]:
+    """Return torch's varlen attention, before which Axolotl `repeats` k and v for every query head, and copies them.
 
     Source: axolotl 0.21.0 monkeypatch/attention/sdpa_varlen.py sdpa_varlen_forward.
     """
-    if not grouped:
-        return (_of_packed(flash(name, q, k, v, y, False)),)
+    if not (grouped and repeats):
+        return (_of_packed(flash(name, q, k, v, y, grouped)),)
     repeated = (
         op
         for x in (k, v)

@@ -51,12 +51,14 @@ class PackedRows(NamedTuple):
     is_varlen   the kernel is told where sequences begin, and needs no mask
     is_one_row  the micro-batch is one row
     repacks     a row holds as many samples as fit; else those of the micro-batch
+    repeats     k and v are repeated for every query head before the varlen kernel
     """
 
     mask: Literal["made", "given", ""]
     is_varlen: bool
     is_one_row: bool
     repacks: bool
+    repeats: bool = False
 
     def sequences(self, joined: Any, tokens: Any, most: Callable[[Any, Any], Any] = max) -> Any:
         """Return the number of sequences in a row of `tokens`, for which `joined` of the micro-batch have room."""

@@ -86,7 +86,7 @@ class AttentionBehaviour(NamedTuple):
     masks_padding         training passes the model an attention mask if batches are padded
     packing               how the framework can pack sequences (`memplan.catalogue.kernels.packing`)
     packs_without_flash   it also does so with other attention than flash-attn's
-    sdpa_varlen           with sdpa it runs torch's varlen attention over packed rows
+    sdpa_varlen           with sdpa it runs torch's varlen attention over packed rows: `grouped` k and v, or `repeated`
     """
 
     sdpa_copies: Literal["", "heads", "all"]
@@ -102,7 +102,7 @@ class AttentionBehaviour(NamedTuple):
     masks_padding: bool
     packing: tuple[str, ...]
     packs_without_flash: tuple[str, ...]
-    sdpa_varlen: bool
+    sdpa_varlen: Literal["", "grouped", "repeated"]
 
 
 class CheckpointingBehaviour(NamedTuple):

@@ -186,22 +186,14 @@ def _batch(config: Config) -> None:
     total, micro = config.whole("batch_size"), config.value("batch.micro")
     if total is not None and config.said("gradient_accumulation_steps") is None and micro:
         config.set("batch.accumulation", max(total // micro, 1), "batch_size", "micro_batch_size")
-    is_packed = config.flag("sample_packing")
-    if is_packed:
-        real = config.get("multipack_real_batches")
-        in_rows = (
-            config.value("kernels.attention") == "flash_attention_2"
-            or trainer.is_flash(config.get("attn_implementation"))
-            or config.flag("gemma4_hybrid_attn_impl")
-            if real is None
-            else not config.flag("multipack_real_batches")
-        )
-        if in_rows:
-            trainer.packed(config, "sample_packing")
-    elif config.flag("batch_flattening"):
-        trainer.packed(config, "batch_flattening")
-        is_packed = True
-    trainer.padding(config, is_packed)
+    if config.flag("sample_packing"):
+        trainer.packing(config, "sample_packing", "sample_packing")
+        is_flash = str(config.value("kernels.attention")).startswith("flash_attention")
+        if config.get("multipack_real_batches") is not None and config.flag("multipack_real_batches") == is_flash:
+            rows = "one row" if is_flash else "a row of its own each"
+            config.leave("multipack_real_batches", f"the sequences of a batch are counted as {rows}")
+    else:
+        trainer.packing(config, "padding_free" if config.flag("batch_flattening") else None, "batch_flattening")
 
 
 def _attention(config: Config) -> None:
@@ -314,12 +306,8 @@ def _evaluation(config: Config) -> None:
     does = does and str(config.get("eval_strategy")) not in ("no", "False")
     key = "val_set_size" if config.number("val_set_size") else "test_datasets"
     trainer.evaluation(config, does, key, "eval_batch_size")
-    if does and config.flag("sample_packing") and config.get("eval_sample_packing") in (None, True):
-        sequence, training = config.value("batch.sequence"), config.whole("sequence_len")
-        if sequence and training and sequence > training:
-            why = "validation samples are packed as in training"
-            config.set("also.evaluation.sequence", sequence, "sample_packing", why=why)
-            config.set("also.evaluation.micro", 1, "sample_packing", why=why)
+    if does and config.flag("sample_packing") and config.get("eval_sample_packing") not in (None, True):
+        config.leave("eval_sample_packing", "evaluation is counted as packed")
 
 
 def _loop(config: Config) -> None:

@@ -87,16 +87,12 @@ def _precision(config: Config) -> None:
 
 
 def _batch(config: Config) -> None:
-    packs = config.get("packing")
-    is_packed = config.flag("neat_packing") or (
-        config.get("stage") == "pt" if packs is None else config.flag("packing")
-    )
-    if is_packed and config.value("batch.sequence"):
-        why = "packing shortens rows by a token"
-        config.set(
-            "batch.sequence", config.value("batch.sequence") - (config.get("stage") != "pt"), "cutoff_len", why=why
-        )
-    trainer.padding(config, is_packed)
+    if config.get("stage") == "pt":  # rows of a text without ends
+        trainer.padding(config, config.get("packing") is None or config.flag("packing"))
+    else:
+        keys = [key for key in ("neat_packing", "packing") if config.flag(key)]
+        names = {"neat_packing": "neat_packing", "packing": "knapsack"}
+        trainer.packing(config, names[keys[0]] if keys else None, *keys)
 
 
 def _kernels(config: Config) -> None:

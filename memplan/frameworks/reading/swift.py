@@ -108,11 +108,10 @@ def _batch(config: Config) -> None:
     if config.get("max_length") is None:
         trainer.assume_length(config, "max_length")
     packs = [key for key in ("packing", "padding_free") if config.flag(key)]
-    if packs:
-        if "flash" not in str(config.get("attn_impl")):
-            raise config.error(packs[0], "needs flash attention; set attn_impl: flash_attn")
-        trainer.packed(config, *packs)
-    trainer.padding(config, bool(packs))
+    if packs and "flash" not in str(config.get("attn_impl")):
+        raise config.error(packs[0], "needs flash attention; set attn_impl: flash_attn")
+    name = "binpack" if packs[:1] == ["packing"] else "padding_free" if packs else None
+    trainer.packing(config, name, *packs)
 
 
 def _kernels(config: Config) -> None:

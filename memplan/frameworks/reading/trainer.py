@@ -219,20 +219,19 @@ def evaluation(config: Config, does: bool, why_key: str, batch_key: str) -> None
     )
 
 
+def packing(config: Config, name: str | None, *keys: str) -> None:
+    """Sequences are packed as `name` says; else batches of more than one are padded, as sequences differ in length."""
+    if name is not None:
+        config.set("batch.packing", name, *keys)
+    else:
+        padding(config, False)
+
+
 def padding(config: Config, is_packed: bool) -> None:
     """Batches of more than one sequence are padded, as sequences differ in length."""
     micro = config.value("batch.micro") or 1
     if not is_packed and micro > 1:
         config.set("loop.padded", True, why="assumed: the sequences of a batch differ in length")
-
-
-def packed(config: Config, *keys: str) -> None:
-    """A batch is one row of as many tokens as its sequences could have."""
-    micro, length = config.value("batch.micro") or 1, config.value("batch.sequence")
-    if length is not None and micro > 1:
-        why = f"{micro} sequences of {length:,} tokens are one row"
-        config.set("batch.sequence", micro * length, *keys, why=why)
-        config.set("batch.micro", 1, *keys, why=why)
 
 
 def parallelism(config: Config) -> None:

@@ -125,11 +125,15 @@ def _trainer_precision(config: Config) -> None:
 
 
 def _batch(config: Config) -> None:
-    is_packed = config.flag("packing")
-    in_rows = (is_packed and config.get("packing_strategy") != "wrapped") or config.flag("padding_free")
-    if in_rows:
-        trainer.packed(config, "packing" if is_packed else "padding_free")
-    trainer.padding(config, is_packed or in_rows)
+    if config.value("trainer") not in (None, "sft"):
+        if config.flag("padding_free"):
+            config.leave("padding_free", "batches are counted as padded")
+        trainer.padding(config, False)
+    elif config.flag("packing"):
+        strategy = config.word("packing_strategy", "bfd", "bfd_split", "wrapped")
+        trainer.packing(config, strategy, "packing", "packing_strategy")
+    else:
+        trainer.packing(config, "padding_free" if config.flag("padding_free") else None, "padding_free")
 
 
 def _kernels(config: Config) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
 from memplan.catalogue.kernels.packing import PackedRows
 from memplan.core.records import NamedTuple
 from memplan.resolve.decide import decide
@@ -43,8 +41,10 @@ def packed_sequences(run: RunSpec) -> int:
     return packed.sequences if packed is not None else 0
 
 
-def packed_inputs(packed: PackedBatch, device: Any, dtype: torch.dtype) -> dict[str, Any]:
+def packed_inputs(packed: PackedBatch, device: Any, dtype: Any) -> dict[str, Any]:
     """Return token ids and positions, and a mask in `dtype` if the collator makes one."""
+    import torch
+
     shape = packed.rows, packed.tokens
     inputs = {name: torch.zeros(shape, dtype=torch.int64, device=device) for name in ("input_ids", "position_ids")}
     if packed.kind.mask == "given":

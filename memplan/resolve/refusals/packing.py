@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue import build
-from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.profiles.profiles import PROFILES, find_profile, library_behaviour
 from memplan.core.errors import SpecError, refused
-from memplan.models.model import ModelSpec
 from memplan.resolve.kernels import FLASH_PACKAGES
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet_with
@@ -48,15 +45,3 @@ def _of_trainer(r: OpenRun, title: str) -> Iterator[SpecError]:
         yield not_yet_with(_FIELD, f"trainer dpo and {r.profile}", "trainer sft")
     ignored = "ignores padding_free and pads" if r.trainer == "dpo" else "pads"
     yield refused(_FIELD, f"{r.trainer} of {title} {ignored} its batches; leave it out")
-
-
-def check_positions(model: ModelSpec, wiring: Wiring, code: str) -> None:
-    """Raise SpecError if the model's operations do not read the positions of packed rows."""
-    if wiring.packed is None:
-        return
-    mixers = any(layer.mixer != "attention" for layer in model.layers)
-    inputs = next((op for op in build(model, wiring, code).before if op.name == "inputs"), None)
-    if mixers or inputs is None or all(t.name != "position_ids" for t in inputs.writes):
-        raise refused(
-            _FIELD, f"is not supported yet for {model.model_type}; supported: decoders such as llama, qwen3 and mixtral"
-        )
