@@ -33,7 +33,7 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for settings that the run's parts do not support."""
     method, kernels = r.method, r.kernels
     if kernels.checkpointing == "selective" and not r.is_megatron_model:
-        yield not_yet("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
+        yield from _selective(r)
     if kernels.every_n_layers > 1:
         yield from _every_n_layers(r)
     yield from _method(method, r.storages, r.run_formats)
@@ -62,6 +62,15 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet("method.kind", method.kind, f"full, {', '.join(LORA)} without training")
     yield from _precision(r.precision, method.quantization)
     yield from _optimizer(r.optimizer)
+
+
+def _selective(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for runs whose checkpoints cannot keep matrix products yet."""
+    field, p = "kernels.checkpointing", r.parallelism
+    if r.code not in ("transformers", "torchtitan") or r.kernels.reentrant or r.model.is_encoder_decoder:
+        yield not_yet(field, "selective", "none, full, offload")
+    if r.method.kind != "full" or r.model.has_tower or p.pp > 1 or p.tp > 1 or p.cp > 1 or p.ep > 1:
+        yield not_yet_with(field, "selective, and adapters, towers, or several GPUs that divide a layer", "full")
 
 
 def _every_n_layers(r: OpenRun) -> Iterator[SpecError]:
