@@ -263,6 +263,10 @@ class Tape(LiveStorages):
 
     def _compute(self, frame: Frame, op: Op, mine: dict[str, Storage]) -> None:
         """Allocate an operation's outputs, which Python variables then reference (`mine`), and its scratch."""
+        if frame.saved and not frame.checkpointed and op.product not in _RECOMPUTED:
+            mine |= {t.name: frame.saved.pop(t.name) for t in op.writes}
+            frame.names.update((t.name, mine[t.name]) for t in op.writes)
+            return
         if self.reach is not None and op.writes and not frame.block:
             self.reach(frame, op)
             self.enter(frame, op)
@@ -273,10 +277,6 @@ class Tape(LiveStorages):
         gathered = self._gather(op) if self.nested else ()
         if op.view:
             frame.names.update((t.name, frame[op.reads[0]]) for t in op.writes)
-        elif frame.saved and not frame.checkpointed and op.product not in _RECOMPUTED:
-            for t in op.writes:
-                frame.names[t.name] = mine[t.name] = frame.saved.pop(t.name)
-            return
         else:
             for t in op.writes:
                 frame.names[t.name] = mine[t.name] = self.alloc(t, "activation")

@@ -88,6 +88,7 @@ def selective(family: str, **more: Any) -> dict[str, Any]:
 SELECTIVE = {
     **{f"products kept, {name}": selective(name) for name in ("llama", "qwen3", "gpt_neox", "phi3", "qwen3_moe")},
     "products kept, amp": selective("llama", precision="amp"),
+    "products kept, lora": selective("llama", method="lora"),
     "products kept, eager": selective("gemma2", kernels={"checkpointing": "selective", "attention": "eager"}),
     "products kept, accumulated": selective("qwen2", batch={"micro": 2, "sequence": 384, "accumulation": 2}),
     "products kept, fp32": selective("mistral", precision="fp32"),

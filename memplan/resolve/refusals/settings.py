@@ -69,8 +69,10 @@ def _selective(r: OpenRun) -> Iterator[SpecError]:
     field, p = "kernels.checkpointing", r.parallelism
     if r.code not in ("transformers", "torchtitan") or r.kernels.reentrant or r.model.is_encoder_decoder:
         yield not_yet(field, "selective", "none, full, offload")
-    if r.method.kind != "full" or r.model.has_tower or p.pp > 1 or p.tp > 1 or p.cp > 1 or p.ep > 1:
-        yield not_yet_with(field, "selective, and adapters, towers, or several GPUs that divide a layer", "full")
+    is_plain = r.method.kind in ("full", "lora") and not r.kernels.fused and r.method.quantization is None
+    if not is_plain or r.model.has_tower or max(p.pp, p.tp, p.cp, p.ep) > 1:
+        what = "selective and fused kernels, towers, quantised weights, other adapters than LoRA, or tp, cp, ep or pp"
+        yield not_yet_with(field, what, "full")
 
 
 def _every_n_layers(r: OpenRun) -> Iterator[SpecError]:
