@@ -46,8 +46,7 @@ class Node:
 
 _NOT_RECORDED = Node(Op(""), NO_BACKWARD)  # stands for every operation that autograd does not record
 
-# Kinds of products that checkpoints which keep products do not know.
-# Source: torch 2.13 _functorch/partitioners.py get_default_op_list compute_intensive_ops.
+# Kinds of products that are recomputed: torch 2.13 _functorch/partitioners.py get_default_op_list.
 _RECOMPUTED = ("", "grouped")
 
 
@@ -256,7 +255,7 @@ class Tape(LiveStorages):
         return mine
 
     def _save_outputs(self, frame: Frame, op: Op) -> None:
-        """Let a checkpoint keep an operation's outputs, which are not computed again."""
+        """Let a checkpoint keep an operation's outputs."""
         for t in op.writes:
             storage = frame.saved[t.name] = frame.names[t.name]
             storage.refs += 1
