@@ -31,12 +31,13 @@ from memplan.engine.tape import Frame, Tape
 class ExecutionOptions(NamedTuple):
     """How a pass is run.
 
-    autocast    compute dtype of autocast, or None
-    checkpoint  blocks are checkpointed
-    reentrant   by torch's reentrant kind, which recomputes a whole block before any of its backward
-    input_grad  the embeddings' output requires a gradient though nothing before it trains, as under checkpointing
-    to_host     checkpoints keep their inputs in host memory
-    saves       how saved tensors are offloaded to host memory
+    autocast        compute dtype of autocast, or None
+    checkpoint      blocks are checkpointed
+    reentrant       by torch's reentrant kind, which recomputes a whole block before any of its backward
+    input_grad      the embeddings' output requires a gradient though nothing before it trains, as under checkpointing
+    to_host         checkpoints keep their inputs in host memory
+    saves           how saved tensors are offloaded to host memory
+    saves_products  checkpoints keep the outputs of matrix products and attention, and recompute all other operations
     """
 
     autocast: str | None = None
@@ -45,6 +46,7 @@ class ExecutionOptions(NamedTuple):
     input_grad: bool = False
     to_host: bool = False
     saves: SavedTensors | None = None
+    saves_products: bool = False
 
 
 PLAIN = ExecutionOptions()
@@ -397,6 +399,7 @@ class _Pass:
         options, outer = self.options, self.outer
         frame.reentrant, frame.whole = options.reentrant, block.recomputes_all
         frame.lends = bool(block.shares) and not block.returned
+        frame.saves_products = options.saves_products and self.records
         frame.to_host = options.to_host or options.saves is not None  # it saves its input like any saved tensor
         inputs = [outer[r] for r in dict.fromkeys(r for op in block.ops for r in op.reads) if r in outer]
         if options.reentrant and block.by_name:

@@ -46,6 +46,9 @@ class Node:
 
 _NOT_RECORDED = Node(Op(""), NO_BACKWARD)  # stands for every operation that autograd does not record
 
+# Kinds of products that are recomputed: torch 2.13 _functorch/partitioners.py get_default_op_list.
+_RECOMPUTED = ("", "grouped")
+
 
 class Frame:
     """One execution of a list of operations, and the backward graph it leaves."""
@@ -76,6 +79,8 @@ class Frame:
         self.checkpoint: list[Storage] = []  # kept by the checkpoint: the block's inputs
         self.named: list[Storage] = []  # kept by the checkpoint until the graph is freed: keyword arguments
         self.to_host = False  # the checkpoint keeps `x` in host memory
+        self.saves_products = False  # the checkpoint keeps the outputs of matrix products and attention
+        self.saved: dict[str, Storage] = {}  # those outputs
         self.shares: Container[str] = ()  # outputs for later blocks, referenced by all checkpoints
         self.shared: list[Storage] = []
         self.lends = False  # its outputs for later blocks are in a dictionary, so reentrant ones keep their graph
@@ -229,6 +234,8 @@ class Tape(LiveStorages):
                 names[t.name] = mine[t.name] = frame.past[t.name]
             if not (op.needs_recording and not keep) and (node is not last_node or _keeps_an_output(node)):
                 self._compute(frame, op, mine)
+            if frame.saves_products and frame.checkpointed and op.product not in _RECOMPUTED:
+                self._save_outputs(frame, op)
             if keep and node.pins:
                 away = self._offload_saved(frame, node) if self.saves is not None else ()
                 for what in node.pins:
@@ -247,8 +254,18 @@ class Tape(LiveStorages):
             self.drop(mine.pop(name))
         return mine
 
+    def _save_outputs(self, frame: Frame, op: Op) -> None:
+        """Let a checkpoint keep an operation's outputs."""
+        for t in op.writes:
+            storage = frame.saved[t.name] = frame.names[t.name]
+            storage.refs += 1
+
     def _compute(self, frame: Frame, op: Op, mine: dict[str, Storage]) -> None:
         """Allocate an operation's outputs, which Python variables then reference (`mine`), and its scratch."""
+        if frame.saved and not frame.checkpointed and op.product not in _RECOMPUTED:
+            mine |= {t.name: frame.saved.pop(t.name) for t in op.writes}
+            frame.names.update((t.name, mine[t.name]) for t in op.writes)
+            return
         if self.reach is not None and op.writes and not frame.block:
             self.reach(frame, op)
             self.enter(frame, op)
@@ -371,6 +388,8 @@ class Tape(LiveStorages):
         self._release_checkpoint(frame)
 
     def _release_checkpoint(self, frame: Frame) -> None:
+        frame.checkpoint += frame.saved.values()  # of operations that are not run again
+        frame.saved = {}
         while frame.checkpoint:
             self.drop(frame.checkpoint.pop())
 

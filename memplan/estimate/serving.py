@@ -166,8 +166,8 @@ def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
     """Yield the notes of the answer."""
     s = b.settings
     if asked.serving.gpu_layers is None and not s.serving.overrides and b.shows_needed_pool:
-        layers = layers_that_fit(s)
-        experts = experts_on_host(s) if layers is not None and "E" in s.model.axes() else None
+        experts = experts_on_host(s) if "E" in s.model.axes() else None
+        layers = layers_that_fit(s) if experts is None else None
         if experts is not None:
             yield f"it fits with the experts of the first {experts:,} layers on the host: --n-cpu-moe {experts}"
         elif layers is not None:

@@ -212,6 +212,8 @@ def remarks(run: RunSpec) -> Iterator[Remark]:
     """Yield the remarks that all frameworks' tables share."""
     o, q, name, loss = run.optimizer, run.method.quantization, str(run.optimizer.name), run.kernels.loss
     yield Remark(("gpu",), f"run it on {_gpu(run)}" if run.gpu is not None else "no GPU is named")
+    if run.kernels.checkpointing == "selective":
+        yield Remark(("kernels.checkpointing",), "no key keeps matrix products: pass a context_fn to the checkpoints")
     yield Remark(("profile",), f"{run.profile} is a version of the framework, not a key")
     in_backward = (
         "no key steps the optimizer in backward: give each parameter its own optimizer and step it in "

@@ -46,8 +46,6 @@ def _checkpointing(run: RunSpec) -> Value:
     kwargs: dict[str, Value] = {} if kernels.reentrant is None else {"use_reentrant": kernels.reentrant}
     if kernels.checkpointing == "offload":
         kwargs["offload"] = True
-    if kernels.checkpointing == "selective":
-        kwargs["selective"] = True
     return kwargs if kwargs and shared_keys.checkpoints(run) is not False else None
 
 

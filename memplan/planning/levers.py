@@ -226,7 +226,7 @@ def _attention(run: RunSpec) -> Iterator[Lever]:
 
 
 def _checkpointing(run: RunSpec) -> Iterator[Lever]:
-    if run.kernels.checkpointing == "none":
+    if run.kernels.checkpointing in ("none", "selective"):
         full = ("kernels.checkpointing", "full")
         yield _lever("checkpointing", "gradient checkpointing", "checkpointing", full)
     if run.kernels.every_n_layers > 1:

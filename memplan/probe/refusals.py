@@ -225,8 +225,6 @@ def _optimizer(run: RunSpec) -> None:
 
 def _kernels(run: RunSpec) -> None:
     k = run.kernels
-    if k.checkpointing == "selective":
-        raise _not_run("kernels.checkpointing", k.checkpointing, "none, full, offload")
     if k.fused:
         raise _not_run("kernels.fused", ", ".join(k.fused), "none but a fused loss (kernels.loss)")
     if k.loss == "fused_chunks":

@@ -52,6 +52,7 @@ class Graph(NamedTuple):
     wiring                  attention kernels, masks and caches
     checkpoint              blocks are checkpointed
     every_n_layers          only the first of every n layers is checkpointed
+    saves_products          checkpoints keep the outputs of matrix products and attention
     loss                    the kind of loss (see `memplan.catalogue.kernels.losses.attach`)
     hold_outputs            a variable of the script holds the model's outputs through backward
     adds_in_place           the fused loss accumulates its weight gradient in place
@@ -107,6 +108,7 @@ class Graph(NamedTuple):
     placed: ModulePlacement | None = None
     trainer: Trainer | None = None
     every_n_layers: int = 1
+    saves_products: bool = False
 
 
 class TensorGroup(NamedTuple):
@@ -202,6 +204,7 @@ def _with_equal_operations(graph: Graph) -> Graph:
         input_requires_grad=False,
         to_host=False,
         saves=None,
+        saves_products=False,
         holds_previous_outputs="",
     )
 
@@ -533,6 +536,7 @@ def _options(graph: Graph) -> ExecutionOptions:
         input_grad=graph.input_requires_grad,
         to_host=graph.to_host,
         saves=graph.saves,
+        saves_products=graph.saves_products,
     )
 
 

@@ -44,7 +44,8 @@ def version_attention(
 
     Raises SpecError for an attention that the framework's own model does not have.
     """
-    attention, checkpoints, notes = kernels.attention, kernels.checkpointing not in ("none", "selective"), list[str]()
+    unchecked = ("none", "selective") if model.is_megatron else ("none",)
+    attention, checkpoints, notes = kernels.attention, kernels.checkpointing not in unchecked, list[str]()
     if attention == "eager" and library.model.code in ("litgpt", "torchtitan"):
         raise refused(
             "kernels.attention",

@@ -247,7 +247,7 @@ def _wire_training(run: OpenTraining) -> None:
         caches=run.library.model.returns_caches,
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
-        recomputes=run.kernels.checkpointing == "selective",
+        recomputes=run.kernels.checkpointing == "selective" and run.is_megatron_model,
         keeps_last=run.library.checkpointing.keeps_last and run.kernels.checkpointing == "offload",
     )
 
@@ -288,6 +288,7 @@ def _build_graph(run: OpenTraining) -> None:
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
         trainer=run.step,
         every_n_layers=kernels.every_n_layers,
+        saves_products=kernels.checkpointing == "selective" and checkpoints,
     )
 
 

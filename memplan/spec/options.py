@@ -134,8 +134,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "compile": Option("kernels.compile", "Train with torch.compile. Default off.", aliases=("torch_compile",)),
         "checkpointing": Option(
             "kernels.checkpointing",
-            "Kind of checkpointing: none, full, or offload (layer inputs in host memory). Default full.",
-            choices=("none", "full", "offload"),
+            "Kind of checkpointing: none, full, selective (keeps products and attention), or offload (layer inputs in "
+            "host memory). Default full.",
+            choices=("none", "full", "selective", "offload"),
             combined=True,
         ),
         "every_n_layers": Option(

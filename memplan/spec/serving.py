@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from memplan.spec.base import Count, Flag, Natural, Number, Part, Rank
@@ -14,6 +15,23 @@ _Blocks = Literal["nvfp4", "fp4_mx_block16", "mxfp8", "q8_0", "q5_1", "q5_0", "q
 CacheDtype = Literal[_OneScale, _PerHead, _Blocks]
 
 _ONLY_IF_SET = ("sleep", "override_tensor", "n_cpu_moe")
+
+_MOST_LAYERS = 1000
+
+
+def first_layers(number: int) -> str:
+    """Return a regular expression of the numbers of the first layers; empty for none, and any number for many."""
+    if number >= _MOST_LAYERS:
+        return r"\d+"
+    return f"({'|'.join(map(str, range(number)))})" if number > 0 else ""
+
+
+@lru_cache(maxsize=64)
+def _overrides(override_tensor: tuple[str, ...], n_cpu_moe: int) -> tuple[tuple[str, str], ...]:
+    first = first_layers(n_cpu_moe)
+    experts = [rf"blk\.{first}\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"] if first else []
+    pairs = (text.rpartition("=") for text in (*override_tensor, *experts))
+    return tuple((pattern, buffer) for pattern, _, buffer in pairs)
 
 
 class Serving(Part):
@@ -95,10 +113,7 @@ class Serving(Part):
 
         Source: llama.cpp (llama-cpp-python 0.3.36) common/common.h llm_add_n_cpu_ffn_overrides.
         """
-        first = "|".join(map(str, range(self.n_cpu_moe or 0)))
-        experts = [rf"blk\.({first})\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"] if first else []
-        pairs = (text.rpartition("=") for text in (*(self.override_tensor or ()), *experts))
-        return tuple((pattern, buffer) for pattern, _, buffer in pairs)
+        return _overrides(self.override_tensor or (), self.n_cpu_moe or 0)
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
         """Leave out what only an engine on a GPU that trains has, and llama.cpp's overrides, unless they are set."""

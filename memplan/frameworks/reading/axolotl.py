@@ -273,7 +273,7 @@ def _checkpointing(config: Config) -> None:
         config.set("kernels.checkpointing", "offload", "activation_offloading")
         config.found.pop("kernels.reentrant", None)
     if config.get("selective_checkpointing") and is_on:
-        config.set("kernels.checkpointing", "selective", "selective_checkpointing")
+        raise config.refuse("selective_checkpointing", "gradient_checkpointing alone")
 
 
 def _parallelism(config: Config) -> None:

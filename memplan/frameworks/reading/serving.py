@@ -16,6 +16,7 @@ from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, shown
 from memplan.models.cards import other_format
 from memplan.spec.run import Batch
+from memplan.spec.serving import first_layers
 
 NEW_TOKENS = 256  # of a request that says no number
 _DTYPES = {**trainer.DTYPES, "half": "fp16", "float": "fp32"}
@@ -275,9 +276,9 @@ def _overrides(config: Config) -> None:
     found = [part for text in config.names("override_tensor") or () for part in text.split(",")]
     if config.flag("cpu_moe"):
         found.append(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU")
-    dense = config.whole("n_cpu_ffn") or 0
-    if dense > 0:
-        found.append(rf"blk\.({'|'.join(map(str, range(dense)))})\.ffn_(up|down|gate)\.=CPU")
+    dense = first_layers(config.whole("n_cpu_ffn") or 0)
+    if dense:
+        found.append(rf"blk\.{dense}\.ffn_(up|down|gate)\.=CPU")
     if found:
         config.set("serving.override_tensor", found, *keys)
 

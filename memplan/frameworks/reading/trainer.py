@@ -153,9 +153,9 @@ def checkpointing(config: Config) -> None:
                 config.set("kernels.reentrant", config.flag(path), path)
             elif name == "every_n_layers":
                 _every_n_layers(config, path)
-            elif name in ("offload", "selective") and config.flag(path):
+            elif name == "offload" and config.flag(path):
                 config.set("kernels.checkpointing", name, path)
-            elif setting and name not in ("offload", "selective"):
+            elif setting and name != "offload":
                 config.leave(path, "not counted")
 
 

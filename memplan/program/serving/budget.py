@@ -150,7 +150,9 @@ def layers_that_fit(s: Settings) -> int | None:
 
 
 def experts_on_host(s: Settings) -> int | None:
-    """Return the least of llama.cpp's --n-cpu-moe that leaves a GiB of each GPU free, None if none does."""
+    """Return the least of llama.cpp's --n-cpu-moe that leaves a GiB of each GPU free, None as for `layers_that_fit`."""
+    if s.gpu is None or s.engine.kind != "llama.cpp":
+        return None
     counts = range(s.model.num_hidden_layers + 1)
     least = bisect_left(counts, True, key=lambda layers: _has_margin(s, n_cpu_moe=layers))
     return least if least in counts else None

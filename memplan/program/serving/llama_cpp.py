@@ -245,12 +245,13 @@ def _offloaded(s: Settings, buffers: list[ComputeBuffer], layers: tuple[Layer, .
     if s.stage.number or not (on_host or overrides) or s.steps < _LEAST_COPIED:
         return
     of_layers = moved = 0
+    gate_up = (2 * s.model.axes().get("m", 0),)  # two matrices in a file
     elsewhere: dict[int, list[int]] = {}  # matrices of each layer of another GPU
     for w in stored_weights(s.model, s.quantization, s.dtype):
         layer = layer_of(w.name)
         if w.group in TOWERS or layer is None:
             continue
-        is_gate_up = w.shape[1:2] == (2 * s.model.axes().get("m", 0),)  # two matrices in a file
+        is_gate_up = w.shape[1:2] == gate_up
         bytes_ = w.bytes // 2 if is_gate_up else w.bytes
         if layer < on_host:
             of_layers = max(of_layers, bytes_)

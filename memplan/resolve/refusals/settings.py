@@ -33,7 +33,7 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for settings that the run's parts do not support."""
     method, kernels = r.method, r.kernels
     if kernels.checkpointing == "selective" and not r.is_megatron_model:
-        yield not_yet("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
+        yield from _selective(r)
     if kernels.every_n_layers > 1:
         yield from _every_n_layers(r)
     yield from _method(method, r.storages, r.run_formats)
@@ -62,6 +62,17 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet("method.kind", method.kind, f"full, {', '.join(LORA)} without training")
     yield from _precision(r.precision, method.quantization)
     yield from _optimizer(r.optimizer)
+
+
+def _selective(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for runs whose checkpoints cannot keep matrix products yet."""
+    field, p = "kernels.checkpointing", r.parallelism
+    if r.code not in ("transformers", "torchtitan") or r.kernels.reentrant or r.model.is_encoder_decoder:
+        yield not_yet(field, "selective", "none, full, offload")
+    is_plain = r.method.kind in ("full", "lora") and not r.kernels.fused and r.method.quantization is None
+    if not is_plain or r.model.has_tower or max(p.pp, p.tp, p.cp, p.ep) > 1:
+        what = "selective and fused kernels, towers, quantised weights, other adapters than LoRA, or tp, cp, ep or pp"
+        yield not_yet_with(field, what, "full")
 
 
 def _every_n_layers(r: OpenRun) -> Iterator[SpecError]:
