@@ -89,7 +89,8 @@ class _PlainUnpickler(pickle.Unpickler):
         super().__init__(io.BufferedReader(_Stream(data, edits), 2**20))
         self.stacks = _Stacks()
         self.taken: dict[int, _Events] = {}  # by the identity of their list
-        self._places, self._before, self._kept = (edit.end for edit in edits if edit.by), 0, 0
+        self._places = (edit.end for edit in edits if edit.by)
+        self._before, self._kept, self._events = 0, 0, 0  # bytes, and events taken
 
     def find_class(self, module_name: str, global_name: str, /) -> NoReturn:
         raise refused(f"it names {printable(f'{module_name}.{global_name}', 60)}")
@@ -107,6 +108,9 @@ class _PlainUnpickler(pickle.Unpickler):
 
     def take(self, history: list[Any]) -> _Events:
         """Move the events of a list to those of the list that were taken before."""
+        self._events += len(history)
+        if self._events > MOST_EVENTS:
+            raise refused(f"it has more than {MOST_EVENTS:,} events")
         events = self.taken.setdefault(id(history), _Events(self.stacks))
         events.add(history)
         history.clear()
@@ -242,10 +246,8 @@ class _Events:
         self._addresses, self._sizes, self._free = array("Q"), array("q"), array("q")
 
     def add(self, events: list[Any]) -> None:
-        """Take the content of events. Raises SpecError for one that is none, or is one too many."""
+        """Take the content of events. Raises SpecError for one that is none."""
         self.count += len(events)
-        if self.count > MOST_EVENTS:
-            raise refused("its history is too long")
         for event in events:
             if event.__class__ is not dict:
                 raise refused("an event is no dictionary")

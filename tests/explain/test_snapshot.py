@@ -108,6 +108,9 @@ def test_events_are_taken_from_a_file_part_by_part(monkeypatch: pytest.MonkeyPat
     assert read == [(event["action"], event.get("addr", 0), event["size"]) for event in events]
     stacks = [[(f["filename"], f["line"], f["name"]) for f in event["frames"]] for event in events]
     assert [snapshot.stack(event.frames) for event in snapshot.events()] == stacks
+    monkeypatch.setattr(reading, "MOST_EVENTS", len(events) - 1)
+    with pytest.raises(MemplanError, match="more than 20,000 events"):
+        read_snapshot(data)
     others = {**made, "device_traces": [], "external_annotations": [{"name": f"{n:0100}"} for n in range(20_000)]}
     with pytest.raises(MemplanError, match="are no events"):
         read_snapshot(pickle.dumps(others, protocol))
