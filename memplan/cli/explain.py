@@ -20,6 +20,8 @@ from memplan.resolve.request import errors_of
 from memplan.spec.options import MODEL
 
 if TYPE_CHECKING:
+    from mmap import mmap
+
     from memplan.frameworks.reading.run_file import RunFile
     from memplan.spec.run import RunSpec
 
@@ -69,20 +71,24 @@ def explain(given: Mapping[str, Any]) -> int:
     return _values({**given, **({"model": first} if first else {})})
 
 
-def _snapshot_of(name: str) -> bytes | None:
+def _snapshot_of(name: str) -> bytes | mmap | None:
     """Return a memory snapshot's bytes; None for another file."""
-    from memplan.explain.snapshot import LONGEST, is_snapshot
+    from mmap import ACCESS_READ, mmap
+
+    from memplan.explain.snapshot import MOST_KEPT, is_snapshot
 
     path = Path(name)
     try:
         with open_file(path) as file:
             start = file.read(_LOOKED_AT)
-            return start + file.read(LONGEST + 1) if is_snapshot(start) else None
+            if not is_snapshot(start):
+                return None
+            return mmap(file.fileno(), 0, access=ACCESS_READ) if path.is_file() else start + file.read(MOST_KEPT)
     except (OSError, ValueError):
         return None
 
 
-def _snapshot(data: bytes, given: Mapping[str, Any]) -> int:
+def _snapshot(data: bytes | mmap, given: Mapping[str, Any]) -> int:
     from memplan.estimate.estimate import estimate
     from memplan.explain.explanation import explain_request
     from memplan.explain.history import History

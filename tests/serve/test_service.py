@@ -77,6 +77,7 @@ def test_each_of_many_runs_has_its_answer_or_its_problem(client: httpx.Client) -
         ("/v1/estimates", {"runs": [RUN] * 1001}, (422, "invalid_run", "runs")),
         ("/v1/plan", {"run": {"model": "qwen2-7b"}}, (422, "invalid_run", "run.gpu")),
         ("/v1/plan", {"run": RUN, "mode": "fits"}, (422, "invalid_value", "mode")),
+        ("/v1/plan", {"run": RUN, "mode": "nodes", "nodes": 2}, (422, "invalid_run", "gpus")),
         ("/v1/plan", {"run": {**RUN, "batch": {"micro": 0}}}, (422, "invalid_value", "run.batch.micro")),
         ("/v1/check", {"files": {}, "gpu": ["3090"]}, (422, "invalid_run", "files")),
         ("/v1/check", {"files": {"a.yaml": AXOLOTL}, "gpu": []}, (422, "invalid_run", "gpu")),
@@ -148,10 +149,11 @@ def test_which_gpus_hold_a_run_and_where_jobs_go(client: httpx.Client) -> None:
     _follows("/v1/place", placed)
 
 
-@pytest.mark.parametrize("mode", ["fit", "max", "ladder", "advise", "buy"])
+@pytest.mark.parametrize("mode", ["fit", "max", "ladder", "advise", "buy", "nodes"])
 def test_a_plan_of_every_mode_follows_its_schema(client: httpx.Client, mode: str) -> None:
     run = {"model": "qwen2-0.5b", "method": "lora", "gpu": None if mode == "buy" else "3090"}
-    answered = client.post("/v1/plan", json={"run": run, "mode": mode, "most": 3})
+    cluster = {"nodes": 2, "gpus": 2} if mode == "nodes" else {}
+    answered = client.post("/v1/plan", json={"run": run, "mode": mode, "most": 3, **cluster})
     assert answered.status_code == 200, answered.text
     _follows("/v1/plan", answered.json())
 
