@@ -741,6 +741,9 @@ KNOWN = """
   declared from their published code; none of it was traced.
 - State spaces and linear attention are counted as transformers' own torch code computes them. With mamba-ssm,
   causal-conv1d or flash-linear-attention installed they take less; answers say so.
+- A few structures do not depend on lengths here but do in torch: a state space's only chunk is a view of what several
+  chunks copy (2 % too much for sequences of one chunk), T5's cross-attention keeps one bias too many if the tokens are
+  no multiple of 8 (0.3 %), and a chunked loss of fewer than 57 tokens casts a frozen head for chunks that are empty.
 - Experts in a loop over those chosen (DBRX, DeepSeek-MoE, Step 3.7) depend on the data: rows are counted as spread
   evenly.
 """

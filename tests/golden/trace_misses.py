@@ -140,6 +140,12 @@ CASES: dict[str, dict[str, Any]] = {
         "task": "forward",
         "batch": {"micro": 2, "sequence": 250},
     },
+    "an encoder caches nothing": {**small("bart", SMALL), "task": "forward", "batch": {"micro": 3, "sequence": 47}},
+    "the first product is freed before the second": {
+        **small("deepseek_v2"),
+        "method": "lora",
+        "batch": {"sequence": 33},
+    },
     "scales of every row of heads": {**small("glm4_moe_lite"), **INT8, **GENERATE},
     "a number without axes widens nothing": {
         **small("apertus"),
