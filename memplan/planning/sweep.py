@@ -225,8 +225,8 @@ def _fill(
 
     first = _changed(run, {"batch": batches[0], "sequence": sequences[0]})
     decided = decide(first)
-    # a pipeline's worst stage depends on the run, as does the memory of evaluations, saves and a trainer's generation, and
-    # a compiled run's range; in a packed row the window is reached by several sequences
+    # a pipeline's worst stage depends on the run, as does the memory of evaluations, saves and a trainer's generation,
+    # and a compiled run's range; in a packed row the window is reached by several sequences
     is_single = run.also != Also() or run.trainer in GENERATING or run.batch.packing is not None or run.kernels.compile
     if decided.structure.graph.degrees.pp > 1 or is_single:
         _one_by_one(out, run, calibration, batches, sequences)
