@@ -8,7 +8,6 @@ are sampled too, up to where the tensors alone do not fit."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from functools import cache
 from math import gcd
 from typing import TYPE_CHECKING
@@ -126,15 +125,16 @@ def _tried(run: RunSpec, axis: str, calibration: Calibration | None, step: int =
     """Return a function that estimates the run at a value of the axis, in units of `step`; its result is None if
     memplan refuses the run, for example if there are more tokens than learned positions."""
     needed_gpu(run)
-    if axis == "generations":
-        of_one = Fraction(run.batch.accumulation, estimate(run).run.batch.generations)
-        return cache(
-            lambda n: attempt(
-                lambda: changed(run, "batch", generations=n * step, accumulation=int(n * step * of_one)), calibration
-            )
-        )
-    part, field = ("batch", "new_tokens") if axis == "completion" else FIELDS[axis]
-    return cache(lambda value: attempt(lambda: changed(run, part, **{field: value * step}), calibration))
+    group = estimate(run).run.batch.generations if axis == "generations" else 1
+    part, field = ("batch", "new_tokens") if axis == "completion" else FIELDS.get(axis, ("batch", axis))
+
+    @cache
+    def tried(n: int) -> Estimate | None:
+        value = n * step
+        more = {"accumulation": value * run.batch.accumulation // group} if axis == "generations" else {}
+        return attempt(lambda: changed(run, part, **{field: value, **more}), calibration)
+
+    return tried
 
 
 def _step(run: RunSpec, axis: str) -> int:

@@ -156,12 +156,9 @@ class RunSpec(Part):
         if not isinstance(value, Mapping):
             return value
         values = cast(Mapping[str, Any], value)
-        spread: Any = values.get("parallelism")
-        is_run = values.get("task") in ("forward", "generate") and str(
-            values.get("profile", "transformers")
-        ).startswith("transformers")
-        if is_run and isinstance(spread, Mapping) and spread.keys() == {"world"} and spread["world"] != 1:
-            values = {**values, "parallelism": {**spread, "device_map": "auto"}}
+        runs = values.get("task") in ("forward", "generate")
+        if runs and str(values.get("profile", "transformers")).startswith("transformers"):
+            values = {**values, "parallelism": _on_all_gpus(values.get("parallelism", {}))}
         if values.get("trainer", "sft") == "sft":
             return values
         loop: Any = values.get("loop", {})
@@ -174,6 +171,14 @@ class RunSpec(Part):
         """Leave out what only a trainer of TRL has, if the run has none."""
         named = self.trainer != "sft" or self.reference is not None or self.rollout != "transformers"
         return values if named else {k: v for k, v in values.items() if k not in ("trainer", "reference", "rollout")}
+
+
+def _on_all_gpus(parallelism: Any) -> Any:
+    """Return the parallelism, with a device_map if it is nothing but several GPUs."""
+    if not isinstance(parallelism, Mapping):
+        return parallelism
+    given = dict(cast(Mapping[str, Any], parallelism))
+    return {**given, "device_map": "auto"} if given.keys() == {"world"} and given["world"] != 1 else given
 
 
 def is_default(run: RunSpec, part: str) -> bool:

@@ -170,7 +170,7 @@ def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
         ({"trainer": "dpo", "rollout": "server"}, "only applies to trainers that generate: grpo, rloo"),
         ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines"),
         ({"serving": {"lora_rank": 64}}, "--rank sets that of an adapter that trains"),
-        ({"profile": "axolotl"}, "axolotl-0.21 does not have grpo; use trl-1.15"),
+        ({"profile": "llamafactory"}, "llamafactory-0.9.5 does not have grpo; use trl-1.15"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:

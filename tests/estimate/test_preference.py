@@ -137,7 +137,7 @@ def test_a_reward_models_head_is_a_score() -> None:
         ({"trainer": "kto"}, "kto estimates a divergence from at least 2 completions"),
         ({"trainer": "dpo", "objective": "sequence_classification"}, "supported: causal_lm"),
         ({"trainer": "dpo", "kernels": {"loss": "fused"}}, "supported: tiled_lm_head"),
-        ({"trainer": "dpo", "also": {"saving": {}}}, "supported: the steps alone"),
+        ({"trainer": "dpo", "also": {"evaluation": {"kept_batches": 2}}}, "an evaluation of dpo keeps its loss only"),
         (
             {"trainer": "dpo", "parallelism": {"world": 2, "tp": 2}},
             "is not supported yet with trainer dpo; supported: one GPU, or data parallelism: ddp, fsdp or zero",

@@ -371,7 +371,7 @@ def test_ranks_that_divide_the_weights_hold_a_larger_model() -> None:
 
 
 def test_reach_refuses_invalid_questions() -> None:
-    assert AXES == ("batch", "sequence", "rank", "model")
+    assert AXES == ("batch", "sequence", "rank", "completion", "generations", "model")
     with pytest.raises(UnknownNameError, match="max"):
         reach(REFUSED, "layers")
     with pytest.raises(SpecError, match="rank"):

@@ -511,7 +511,8 @@ def read_as(
     config.set("profile", profile, why=f"the {nearness}profile of {config.title}")  # some rules ask for it
     for rule in form.rules:
         rule(config)
-    config.found["profile"] = config.found.pop("profile")  # shown last
+    if "profile" in config.found:  # a typed one is not
+        config.found["profile"] = config.found.pop("profile")  # shown last
     if config.value("method.kind") not in ADAPTERS:
         for field in (*_ADAPTER_FIELDS, "method.quantization"):
             config.found.pop(field, None)
