@@ -86,7 +86,7 @@ def test_a_published_peak_is_met_within_what_the_allocator_leaves_unsplit(met: M
     assert abs(met.off) <= met.slack
 
 
-def test_published_peaks_of_compiled_code_are_in_the_range_of_what_it_may_take() -> None:
+def test_published_peaks_of_compiled_code_are_in_their_range() -> None:
     """At most what eager code takes; at least that without its temporaries and half of its kept activations."""
     assert len(golden.compiled()) == 3
     for m in golden.compiled():
