@@ -752,8 +752,8 @@ KNOWN = """
 - A few structures do not depend on lengths here but do in torch: a state space's only chunk is a view of what several
   chunks copy (2 % too much for sequences of one chunk), T5's cross-attention keeps one bias too many if the tokens are
   no multiple of 8 (0.3 %), and a chunked loss of fewer than 57 tokens casts a frozen head for chunks that are empty.
-- torch.compile: the figure is that of eager code, which takes the most. Three published runs of torchtune took 6, 11 and
-  21 % less; the range goes down to less than that.
+- torch.compile: the figure is that of eager code, which takes the most. Three published runs of torchtune took 6, 11
+  and 21 % less; the range goes down to less than that.
 - Experts in a loop over those chosen (DBRX, DeepSeek-MoE, Step 3.7) depend on the data: rows are counted as spread
   evenly.
 """
