@@ -19,13 +19,14 @@ ROOT = Path(__file__).parent
 
 
 def compile_library() -> Path | None:
-    """Return the path of the compiled library, built with `$CC` or cc; None if that does not work."""
+    """Return the path of the compiled library, built with `$CC` or cc and `$ARCHFLAGS`; None if that does not work."""
     sys.path.insert(0, str(ROOT))
     from memplan.engine.native import SOURCE, library_path
 
     path = library_path()
     part = path.with_suffix(f".{os.getpid()}.lib")  # which git ignores, so that a build at the same time does, too
-    command = [*shlex.split(os.environ.get("CC") or "cc"), "-O2", "-shared", "-fPIC", "-o", str(part), str(SOURCE)]
+    named = f"{os.environ.get('CC') or 'cc'} {os.environ.get('ARCHFLAGS', '')}"  # the latter on a Mac, as in setuptools
+    command = [*shlex.split(named), "-O2", "-shared", "-fPIC", "-o", str(part), str(SOURCE)]
     try:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
         part.replace(path)

@@ -43,7 +43,7 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         (
             *("trainer/sft_config.py", "trainer/base_config.py", "trainer/model_config.py", "scripts/utils.py"),
             *("trainer/dpo_config.py", "trainer/grpo_config.py", "trainer/kto_config.py", "trainer/reward_config.py"),
-            "trainer/rloo_config.py",
+            *("trainer/rloo_config.py", "scripts/grpo.py"),
         ),
         (
             *("dtype", "use_peft", "lora_r", "lora_alpha", "lora_dropout", "load_in_4bit", "load_in_8bit"),
@@ -69,12 +69,13 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
         "swift",
         (
             *("arguments/base_args/*.py", "arguments/tuner_args.py", "trainers/arguments.py", "arguments/sft_args.py"),
-            "arguments/pretrain_args.py",
+            *("arguments/pretrain_args.py", "arguments/rlhf_args.py", "rlhf_trainers/args_mixin.py"),
         ),
         (
             *("tuner_type", "lora_rank", "lora_alpha", "lora_dropout", "freeze_vit", "freeze_aligner", "freeze_llm"),
             *("bnb_4bit_quant_type", "bnb_4bit_use_double_quant", "per_device_train_batch_size", "packing"),
             *("per_device_eval_batch_size", "gradient_checkpointing", "use_liger_kernel", "padding_free"),
+            *("vllm_gpu_memory_utilization", "cpo_alpha"),
         ),
     ),
     "peft": (

@@ -215,7 +215,7 @@ def output_failures(words: Sequence[str], code: Any, out: str, err: str) -> Iter
 
 
 # A field, a key or a line of a file before a colon, or a file, an option or a command.
-NAMES_PLACE = re.compile(r"memplan: (.{1,90}?: |.*(--?\w|[Oo]ption|argument|command|MODEL|\.(json|yaml|py|sh)\b))")
+NAMES_PLACE = re.compile(r"memplan: (.{1,500}?: |.*(--?\w|[Oo]ption|argument|command|MODEL|\.(json|yaml|py|sh)\b))")
 
 
 def message_failures(line: str) -> Iterator[Failure]:

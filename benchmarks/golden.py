@@ -175,9 +175,19 @@ def _measured(row: dict[str, Any], answer: Estimate) -> Measured:
     )
 
 
-@cache
 def published() -> tuple[list[Measured], list[Refused]]:
-    """Return the published runs on one GPU that memplan answers, and those that it refuses."""
+    """Return the published runs on one GPU that memplan answers, and those that it refuses, without compiled ones."""
+    found, refused = _published()
+    return [m for m in found if not m.answer.run.kernels.compile], refused
+
+
+def compiled() -> list[Measured]:
+    """Return the published runs of compiled code, which memplan answers with a range."""
+    return [m for m in _published()[0] if m.answer.run.kernels.compile]
+
+
+@cache
+def _published() -> tuple[list[Measured], list[Refused]]:
     found: list[Measured] = []
     refused: list[Refused] = []
     for row in rows("published.jsonl"):

@@ -38,7 +38,7 @@ TOP_LEVEL = {
 }
 
 LONGEST_FUNCTION, LONGEST_FILE = 100, 600
-BUDGET = 103_821
+BUDGET = 105_832
 # Rooms or modules that import other memplan modules inside functions, with the reason: what start-up does not import.
 # Every such import counts as an import.
 LATE = {
@@ -50,6 +50,7 @@ LATE = {
     "catalogue": "a family's module is imported for a model of that family",
     "frameworks.reading.run_file": "a reader is imported for a file of its kind",
     "planning": "a calibration is only a type, whose module imports pydantic",
+    "estimate.rollout": "a calibration is only a type, whose module imports pydantic",
     "models.cards": "the Hub is asked for an id without a card",
     "resolve.batches": "towers are of vision-language models",
     "resolve.decide": "a training run needs nothing of inference",

@@ -29,6 +29,8 @@ def test_no_random_case_fails(part: int) -> None:
     assert not shown, "\n".join(shown)
 
 
+_TORCHRUN = "torchrun --nproc_per_node 2 train.py --per_device_train_batch_size 2 --fsdp full_shard"
+
 # Cases that failed once, as the fuzzer made them small.
 FAILED: tuple[tuple[str, fuzz.Value], ...] = (
     # An answer named what its engine refuses: a rank of adapters without slots, a share of the card.
@@ -46,6 +48,11 @@ FAILED: tuple[tuple[str, fuzz.Value], ...] = (
     ("runs", {"model": {"config": {"model_type": "t5", "d_model": 64, "architectures": ["\x1b["]}}}),
     ("files", {"words": ["train.py"], "files": {"train.py": "r-0for-0"}}),
     ("configs", {"config": {"model_type": "glm_moe_dsa", "q_lora_rank": 0, "vocab_size": 1}, "run": {}}),
+    # A key of a script's arguments was printed with its control characters.
+    (
+        "files",
+        {"words": ["t.sh"], "files": {"t.sh": f"{_TORCHRUN} --model_name_or_path Qwen/Qwen2-0.5B --\0bf16 True\n"}},
+    ),
     ("files", {"words": ["l.yaml"], "files": {"l.yaml": "finetuning_typ-0.0: lora\nper_device_train_batch_size: 2\n"}}),
 )
 

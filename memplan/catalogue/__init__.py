@@ -6,6 +6,7 @@ Each module of `families` covers one family, or many that differ little. Its `BU
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import import_module
 
 from memplan.catalogue.attention.attention import flattened
@@ -15,6 +16,7 @@ from memplan.core.ir import Stack
 from memplan.models.model import ModelSpec
 
 
+@lru_cache(maxsize=16)
 def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack:
     """Return the model as a stack of operations with its weights, but without dtypes, method or loss.
 

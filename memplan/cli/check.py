@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import COMMAND, Options, Subcommand, Switch, own
+from memplan.cli.gpu_names import with_names_of_cards
 from memplan.cli.outcome import show, warn
-from memplan.cli.runs import screen_of
+from memplan.cli.runs import check_count, screen_of
 from memplan.core.errors import SpecError, UnknownNameError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def check(given: Mapping[str, Any]) -> int:
     """
     from memplan.gate.check import check
 
-    output = _outputs(given, _FORMATS)
+    given, output = with_names_of_cards(given), _outputs(given, _FORMATS)
     names = [name.strip() for name in given.get("files", ())]
     typed = _typed(given)
     if "gpu" not in given:
@@ -123,7 +124,7 @@ def diff(given: Mapping[str, Any]) -> int:
     from memplan.gate.budget import Budgets, budget
     from memplan.gate.difference import difference
 
-    output = _outputs(given, _OF_CHANGES)
+    given, output = with_names_of_cards(given), _outputs(given, _OF_CHANGES)
     sides = given["revisions"]
     if len(sides) > 2:
         raise SpecError(f"revisions: name two, not {len(sides)}")
@@ -145,6 +146,7 @@ def diff(given: Mapping[str, Any]) -> int:
 
 
 def _typed(given: Mapping[str, Any]) -> dict[str, Any]:
+    check_count("gpus", given.get("gpus"))
     return {name: given[name] for name in BUDGET if name in given and name != "gpu"}
 
 

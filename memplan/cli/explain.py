@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from os import SEEK_END
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,10 +15,13 @@ from memplan.cli.own_profile import own_profile
 from memplan.cli.run_files import explained, headline, run_file
 from memplan.cli.runs import format_of, runs_of, screen_of, stamp_of
 from memplan.core.errors import SpecError, printable
+from memplan.core.files import is_file, open_file
 from memplan.resolve.request import errors_of
 from memplan.spec.options import MODEL
 
 if TYPE_CHECKING:
+    from mmap import mmap
+
     from memplan.frameworks.reading.run_file import RunFile
     from memplan.spec.run import RunSpec
 
@@ -34,7 +38,7 @@ _OF_ANSWERS = (
 _LONGEST = 64 * 2**20  # bytes of a log's end that are read
 _LOOKED_AT = 256  # bytes of a file's beginning that tell a snapshot
 _LOGS = (".log", ".out", ".err", ".txt")
-_FORMATS = "table, json, csv (of a run's file), markdown (of a log) or html (of a snapshot). Default table."
+_FORMATS = "table, json, csv (of a run's file), markdown or html (of a log or snapshot). Default table."
 
 
 def command(name: str) -> Subcommand:
@@ -67,20 +71,24 @@ def explain(given: Mapping[str, Any]) -> int:
     return _values({**given, **({"model": first} if first else {})})
 
 
-def _snapshot_of(name: str) -> bytes | None:
+def _snapshot_of(name: str) -> bytes | mmap | None:
     """Return a memory snapshot's bytes; None for another file."""
-    from memplan.explain.snapshot import LONGEST, is_snapshot
+    from mmap import ACCESS_READ, mmap
+
+    from memplan.explain.snapshot import MOST_KEPT, is_snapshot
 
     path = Path(name)
     try:
-        with path.open("rb") as file:
+        with open_file(path) as file:
             start = file.read(_LOOKED_AT)
-            return start + file.read(LONGEST + 1) if is_snapshot(start) else None
+            if not is_snapshot(start):
+                return None
+            return mmap(file.fileno(), 0, access=ACCESS_READ) if path.is_file() else start + file.read(MOST_KEPT)
     except (OSError, ValueError):
         return None
 
 
-def _snapshot(data: bytes, given: Mapping[str, Any]) -> int:
+def _snapshot(data: bytes | mmap, given: Mapping[str, Any]) -> int:
     from memplan.estimate.estimate import estimate
     from memplan.explain.explanation import explain_request
     from memplan.explain.history import History
@@ -117,16 +125,16 @@ def _log_of(name: str) -> str | None:
 
     path = Path(name)
     try:
-        is_file = name not in ("", "-") and path.is_file()
+        has_file = name not in ("", "-") and is_file(path)
     except (OSError, ValueError):  # too long for a name, as a message is
-        is_file = False
-    if is_file:
-        with path.open("rb") as file:
-            file.seek(max(0, path.stat().st_size - _LONGEST))
+        has_file = False
+    if has_file:
+        with open_file(path) as file:
+            file.seek(max(0, file.seek(0, SEEK_END) - _LONGEST))
             text = _decoded(file.read(_LONGEST))
     else:
         text = sys.stdin.read(_LONGEST) if name == "-" else name
-    is_log = name == "-" or path.suffix.lower() in _LOGS if is_file or name == "-" else False
+    is_log = name == "-" or path.suffix.lower() in _LOGS if has_file or name == "-" else False
     return text if is_log or any(True for _ in read_log(text).messages) else None
 
 
@@ -148,11 +156,9 @@ def _log(text: str, given: Mapping[str, Any]) -> int:
         given = {**given, **({"model": model} if model else {})}
     run, file = _run_of(given)
     found = explain(text, run)
-    show(
-        headline(file, format) + render(format, found, screen_of(given), _patch(given, file, run)),
-        format,
-        given.get("output"),
-    )
+    patch = _patch(given, file, run)
+    text = render(format, found, screen_of(given), patch, stamp_of(given, format))
+    show(headline(file, format) + text, format, given.get("output"))
     return 0
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,25 +31,11 @@ def file_levers(given: Mapping[str, Any], file: RunFile | None, asked: RunSpec) 
         return None
     from memplan.frameworks.patching.patch import original_of
     from memplan.frameworks.reading.run_file import has_own_keys
-    from memplan.planning.file_levers import FileLevers, row_levers
+    from memplan.planning.file_levers import FileLevers
 
     if not has_own_keys(name):
         return None
 
-    def with_rows(sequences: int) -> RunSpec:
-        typed = {**given, "batch_size": sequences}
-        return runs_of(typed, run_file(typed))[0]
-
-    def fewer(sequences: int) -> Iterator[tuple[int, RunSpec]]:
-        smaller = sequences
-        while smaller > 1 and smaller % 2 == 0:
-            smaller //= 2
-            yield smaller, with_rows(smaller)
-
-    sequences = 1
-    if not file.is_own and asked.batch.micro == 1:
-        sequences = asked.batch.sequence // with_rows(1).batch.sequence
-    rows = row_levers(asked, sequences, fewer(sequences))
     again = {key: value for key, value in given.items() if FIELDS.get(key, "model").startswith(_TYPED_AGAIN)}
     for typed in (again, given):
 
@@ -57,9 +43,8 @@ def file_levers(given: Mapping[str, Any], file: RunFile | None, asked: RunSpec) 
             return runs_of(typed, run_file(typed, text))[0]
 
         try:
-            levers = FileLevers(
-                original_of(str(name), file, read), asked, rows, typed is given and len(given) > len(again)
-            )
+            is_typed = typed is given and len(given) > len(again)
+            levers = FileLevers(original_of(str(name), file, read), asked, is_typed)
             levers.write(())
         except (MemplanError, ValueError):  # the file alone is no run, or cannot say what options change
             continue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
@@ -32,6 +33,23 @@ def typed_cards(texts: Iterable[str]) -> Iterator[TypedCard]:
             yield TypedCard(_named(last[1]), int(last[2]))
         else:
             yield TypedCard(_named(text), None)
+
+
+def with_names_of_cards(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the options with the cards' names in `gpu`, and in `gpus` how many a run is on, which is one number for
+    all. Raises SpecError for several."""
+    if "gpu" not in given:
+        return given
+    cards = [*typed_cards(given["gpu"])]
+    named = {**given, "gpu": [card.name for card in cards]}
+    asked: int = given.get("gpus", 0)  # 0 leaves it to the run's file
+    numbers = {*(card.number or asked for card in cards), *([asked] if asked else [])}
+    if numbers == {0}:
+        return named
+    if len(numbers) > 1:
+        told = " and ".join(str(number or 1) for number in sorted(numbers))
+        raise SpecError(f"gpu: a run is on one number of cards, not on {told}; give each its own budget", "gpu")
+    return {**named, "gpus": numbers.pop()}
 
 
 def _named(name: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from memplan.cli.commands import Subcommand, Switch, own
+from memplan.cli.gpu_names import with_names_of_cards
 from memplan.cli.outcome import show, warn
 from memplan.core.errors import SpecError, printable
 
@@ -53,10 +54,11 @@ def init(given: Mapping[str, Any]) -> int:
     """
     from memplan.gate.discovery import discover
 
-    target = given.get("output", "memplan.toml")
+    given, target = with_names_of_cards(given), given.get("output", "memplan.toml")
     if target != "-" and Path(target).exists():
         raise SpecError(f"output: {printable(target, 80)} exists; edit it, or name another with --output", "output")
-    found = discover([Path(folder) for folder in given.get("folders", ()) or ["."]], given.get("gpu", ()))
+    folders = [Path(folder) for folder in given.get("folders", ()) or ["."]]
+    found = discover(folders, given.get("gpu", ()), given.get("gpus"))
     for note in found.left_out:
         warn(f"left out: {note}")
     show(found.text, output=None if target == "-" else target)

@@ -19,27 +19,27 @@ from memplan.spec.options import MODEL
 
 if TYPE_CHECKING:
     from memplan.estimate.answer import Estimate
-    from memplan.estimate.calibration import Calibration
     from memplan.estimate.demand import Demand
     from memplan.planning.file_levers import FileLevers
-    from memplan.planning.offers import CardFilter, Offers, OwnedCards
+    from memplan.planning.offers import CardFilter, OwnedCards
     from memplan.report.plans import Planned
+    from memplan.report.plans.planned import PlanRequest
     from memplan.spec.run import RunSpec
 
-_OF_TRAINING = ("ladder", "advice", "nodes")
 _MODES = ("max", "ladder", "buy", "advice", "nodes")
 _OF_BUYING = ("to", "tokens", "vendor", "market", "min_memory", "max_memory", "max_price", "have", "count")
 _OF_NODES = ("network_gbps", "global_batch", "emit")
 _OF_BOTH = ("most", "each")
 _DIVIDING = ("gpus", "tp", "pp", "cp", "ep", "zero", "fsdp")  # with --nodes these fix part of the search
-_AXES = ("batch", "sequence", "rank", "model")
+_AXES = ("batch", "sequence", "rank", "completion", "generations", "model")
 _MARKETS = ("consumer", "workstation", "data centre", "laptop", "integrated")
 PLAN_OPTIONS = {
     "Plan": {
         "headroom": own("Bytes to leave free, as in 2GiB or 2e9. Default 0."),
         "tight": own("Count a tight run as fitting. Default off.", Switch),
         "max": own(
-            "Find the largest batch, sequence, rank or model that fits. Default the changes that make it fit.",
+            "Find the largest batch, sequence, rank, completion, generations or model that fits. Default the changes "
+            "that make it fit.",
             choices=_AXES,
         ),
         "ladder": own("Apply changes one by one to a plain run, with what each saves. Default off.", Switch),
@@ -146,7 +146,7 @@ def command(name: str) -> Subcommand:
     return Subcommand(name, work, {**model, **groups, **others}, f"{mode.help}\n\n{_EXIT_CODES}")
 
 
-_OF = "batch, sequence, rank or model. Default sequence."
+_OF = f"{', '.join(_AXES[:-1])} or {_AXES[-1]}. Default sequence."
 _EXIT_CODES = (
     "Exit codes: 0 the run or a proposal fits; 1 nothing does; 2 wrong input; 3 the model's config is not available; 4 "
     "with --strict, something unsupported was left out."
@@ -161,6 +161,7 @@ def plan(given: Mapping[str, Any]) -> int:
     """
     from memplan.probe.route import without_a_trace
     from memplan.report.plans import render
+    from memplan.report.plans.planned import MODES
 
     mode = _mode(given)
     divides = _DIVIDING if mode == "nodes" else ()
@@ -170,7 +171,13 @@ def plan(given: Mapping[str, Any]) -> int:
         raise SpecError("gpu: a plan is for one card; --buy --have compares several", "gpu")
     run = runs[0]
     mode = mode or ("levers" if run.gpu else "buy")
-    _check_task(run, mode, given)
+    if mode not in MODES.get(run.task, (mode,)):
+        if "levers" in MODES[run.task] or mode in ("ladder", "advice", "nodes"):
+            raise SpecError(f"{mode}: only applies to training, not to task {run.task}", mode)
+        raise SpecError("task: for task forward, plan only has --max", "task")
+    for name in ("tokens", "each") if run.task != "train" else ():
+        if name in given:
+            raise SpecError(f"{name}: only applies to training, not to task {run.task}", name)
     for names, modes in ((_OF_BUYING, ("buy",)), (_OF_NODES, ("nodes",)), (_OF_BOTH, ("buy", "nodes"))):
         for name in names:
             if name in given and mode not in modes and (name != "emit" or given["emit"] not in SYSTEMS):
@@ -207,19 +214,6 @@ def plan(given: Mapping[str, Any]) -> int:
     show(headline(file, format, with_notes=True) + text, format, given.get("output"))
     left_out = 4 if "strict" in given and file is not None and file.unread else 0
     return left_out or _exit_code(planned.found, "strict" in given)
-
-
-def _check_task(run: RunSpec, mode: str, given: Mapping[str, Any]) -> None:
-    """Raise SpecError if the mode or one of its options does not apply to the run's task."""
-    if run.task == "train":
-        return
-    if mode in _OF_TRAINING:
-        raise SpecError(f"{mode}: only applies to training, not to task {run.task}", mode)
-    if run.task == "forward" and mode != "max":
-        raise SpecError("task: for task forward, plan only has --max", "task")
-    for name in ("tokens", "each"):
-        if name in given:
-            raise SpecError(f"{name}: only applies to training, not to task {run.task}", name)
 
 
 def _mode(given: Mapping[str, Any]) -> str:
@@ -267,87 +261,39 @@ def _demand(given: Mapping[str, Any], run: RunSpec, mode: str) -> Demand:
 
 
 def _planned(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any], of_file: FileLevers | None) -> Planned:
-    from memplan.estimate.estimate import estimate
-
-    own = own_profile(run.gpu, given)
-    if run.task == "generate" and mode in ("levers", "buy"):
-        return _generating(mode, run, demand, given, own)
-    if mode == "levers":
-        return _levers(run, demand, own, of_file)
-    if mode == "nodes":
-        return _divided(run, demand, given, own)
-    answer = estimate(run, own)
-    match mode:
-        case "max":
-            from memplan.planning.reach import frontier, reach
-            from memplan.report.plans.reach import ReachReport
-
-            limit = reach(run, given["max"], demand, own)
-            has_frontier = given["max"] in ("batch", "sequence") and limit.answer is not None and run.task == "train"
-            return ReachReport(answer, demand, limit, frontier(run, demand, own) if has_frontier else None)
-        case "ladder":
-            from memplan.planning.ladder import ladder
-            from memplan.report.plans.ladder import LadderReport
-
-            return LadderReport(answer, demand, ladder(run, own))
-        case "advice":
-            from memplan.planning.advice import advise
-            from memplan.report.plans.advice import AdviceReport
-
-            return AdviceReport(answer, demand, advise(run, demand, own))
-        case _:
-            return _bought(run, answer, demand, given)
-
-
-def _generating(mode: str, run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibration | None) -> Planned:
-    from memplan.estimate.estimate import estimate
-    from memplan.planning.inference import places, questions
-    from memplan.report.plans.inference import Places, QuestionsReport
-
-    if mode == "levers":
-        return QuestionsReport(questions(run, demand, own))
-    check_count("most", given.get("most"))
-    found = places(run, _wanted(given), given.get("most", 20), demand)
-    return Places(estimate(run.model_copy(update={"gpu": None})), demand, found)
-
-
-def _levers(run: RunSpec, demand: Demand, own: Calibration | None, of_file: FileLevers | None) -> Planned:
-    from memplan.catalogue.methods.methods import ADAPTERS
-    from memplan.planning.levers import levers_of
-    from memplan.planning.plan import plan
-    from memplan.planning.reach import reach
     from memplan.report.plans.levers import Levers
+    from memplan.report.plans.planned import PlanRequest, planned
 
-    levers = of_file or levers_of
-    found = plan(run, headroom=demand.headroom, tight=demand.tight, calibration=own, levers=levers)
-    if found.is_partial:
-        warn(f"stopped after {found.tried:,} runs; these are the ways found so far")
-    patch = None
-    if of_file is not None and found.proposals:
+    asked = PlanRequest(mode, run, demand, own_profile(run.gpu, given), given.get("max", "sequence"), of_file)
+    if mode == "buy":
+        asked = _of_buying(asked, given)
+    if mode == "nodes":
+        asked = _of_nodes(asked, given)
+    found = planned(asked)
+    if isinstance(found, Levers) and found.plan.is_partial:
+        warn(f"stopped after {found.plan.tried:,} runs; these are the ways found so far")
+    if isinstance(found, Levers) and found.plan.proposals and of_file is not None:
         from memplan.planning.file_levers import file_patch
 
-        patch = file_patch(found, of_file, own)
-    axes = ("batch", "sequence", *(("rank",) if run.method.kind in ADAPTERS and has_rank(run.method.kind) else ()))
-    return Levers(found, tuple(reach(run, axis, demand, own) for axis in axes), patch)
+        return found._replace(patch=file_patch(found.plan, of_file, asked.calibration))
+    return found
 
 
-def _bought(run: RunSpec, answer: Estimate, demand: Demand, given: Mapping[str, Any]) -> Planned:
+def _of_buying(asked: PlanRequest, given: Mapping[str, Any]) -> PlanRequest:
     from memplan.core.units import amount_of
-    from memplan.planning.offers import offers
-    from memplan.report.plans.offers import OffersReport
 
     most = given.get("most", 20)
     tokens = amount_of(given["tokens"], "tokens") if "tokens" in given else None
     check_count("most", most)
     check_count("tokens", tokens)
-    found = offers(run, _wanted(given), tokens=tokens, most=most, each="each" in given, demand=demand)
-    return OffersReport(answer, demand, found, tokens, _nearest(run, found), given.get("to", "rent"))
+    return asked._replace(
+        cards=_wanted(given), tokens=tokens, most=most, each="each" in given, to=given.get("to", "rent")
+    )
 
 
-def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibration | None) -> Planned:
+def _of_nodes(asked: PlanRequest, given: Mapping[str, Any]) -> PlanRequest:
     from memplan.catalogue.hardware.gpus import find_gpu
-    from memplan.planning.cluster import DEGREES, FixedDegrees, cluster_of, search
-    from memplan.report.plans.cluster import ClusterReport
+    from memplan.planning.cluster import DEGREES, FixedDegrees, cluster_of
     from memplan.resolve.request import strategy_of
 
     if "emit" in given and {"format", "json"} & set(given):
@@ -356,8 +302,8 @@ def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibr
         raise SpecError("gpus: give the number of GPUs per node", "gpus")
     for name in (*DEGREES, "global_batch", "most"):
         check_count(name, given.get(name))
-    assert run.gpu is not None  # checked by `_demand`
-    cluster = cluster_of(find_gpu(run.gpu), given["nodes"], given["gpus"], given.get("network_gbps"))
+    assert asked.run.gpu is not None  # checked by `_demand`
+    cluster = cluster_of(find_gpu(asked.run.gpu), given["nodes"], given["gpus"], given.get("network_gbps"))
     degrees = {name: given.get(name) for name in DEGREES}
     strategy = strategy_of(given, cluster.world) if {"zero", "fsdp"} & set(given) else None
     strategies = None if strategy is None else (strategy,)
@@ -371,7 +317,7 @@ def _divided(run: RunSpec, demand: Demand, given: Mapping[str, Any], own: Calibr
         degrees |= {name: degrees.get(name) or 1 for name in framework.unsupported_degrees if name in degrees}
         most = 1
     pinned = FixedDegrees(**degrees, strategies=strategies, sequences=given.get("global_batch"))
-    return ClusterReport(demand, search(run, cluster, pinned, most=most, demand=demand, calibration=own))
+    return asked._replace(cluster=cluster, pinned=pinned, most=most)
 
 
 def _emitted(planned: Planned, given: Mapping[str, Any]) -> int:
@@ -387,18 +333,6 @@ def _emitted(planned: Planned, given: Mapping[str, Any]) -> int:
         raise error
     show(emit(given["emit"], best.answer.run, Nodes(given["nodes"], given["gpus"])), "emit", given.get("output"))
     return _exit_code(planned.found, "strict" in given)
-
-
-def _nearest(run: RunSpec, found: Offers) -> Estimate | None:
-    """Return the estimate on the nearest miss, if there is no offer."""
-    from memplan.estimate.estimate import estimate
-    from memplan.planning.levers import spread, with_fields
-
-    miss = found.nearest
-    if miss is None:
-        return None
-    single = with_fields(run.model_copy(update={"gpu": miss.gpu.name}), spread(run, 1, "none"))
-    return estimate(with_fields(single, spread(single, miss.count, miss.strategy)) if miss.count > 1 else single)
 
 
 def _wanted(given: Mapping[str, Any]) -> CardFilter:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import COMMAND
 from memplan.core.errors import SpecError
+from memplan.core.files import is_file, is_folder
 from memplan.spec.options import FIELDS
 
 if TYPE_CHECKING:
@@ -66,13 +67,13 @@ def is_run_file(model: object) -> bool:
 
 
 def _is_run_file(name: str, path: Path) -> bool:
-    if "modelfile" in name and path.is_file():
+    if "modelfile" in name and is_file(path):
         return not name.endswith((".json", ".gguf"))
-    if path.is_dir():
+    if is_folder(path):
         return (path / "adapter_config.json").is_file() and not (path / "config.json").is_file()
     if name.endswith((*_YAML, *_OTHERS)):
-        return name.endswith(_YAML) or path.is_file()
-    if not name.endswith(".json") or not path.is_file():
+        return name.endswith(_YAML) or is_file(path)
+    if not name.endswith(".json") or not is_file(path):
         return False
     from memplan.frameworks.reading.run_file import is_known
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from memplan.cli.commands import Options, Subcommand, Switch, own
@@ -20,6 +21,7 @@ _SERVER: Options = {
         "warm": own("Models whose answers are computed before the server is ready, as in qwen3-8b,qwen2-7b."),
         "certificate": own("File of the TLS certificate and its chain. Default none: HTTP.", completes="files"),
         "key": own("File of the certificate's key.", completes="files"),
+        "web": own("Also serve the page, at /. Default off.", Switch),
         "quiet": own("Log only errors and the server's own events. Default off.", Switch),
     },
     "Limits": {
@@ -100,6 +102,11 @@ def _serve(given: Mapping[str, Any], review: ReviewPolicy | None) -> int:
     values |= {name: value for name, value in given.items() if name in ServerSettings._fields}
     values |= {name: size_of(given[name], name) for name in ("body", "cache") if name in given}
     values["warm"] = tuple(name.strip() for name in given.get("warm", "").split(",") if name.strip())
+    if "web" in given:
+        from memplan.cli.page import answer, form
+        from memplan.serve.page import Page, page_files
+
+        values["page"] = Page(page_files(), cache(form), answer)
     settings = defaults._replace(**values)
     _check(settings)
     return serve(settings)

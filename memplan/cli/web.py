@@ -2,30 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from mimetypes import guess_type
-from pathlib import Path
 from threading import Lock
 from typing import Any
 
 from memplan.cli.commands import Subcommand, own
 from memplan.cli.outcome import show
 from memplan.cli.page import answer, form
-from memplan.core.errors import MemplanError, SpecError
-from memplan.core.package_data import data_path
-from memplan.core.version import __version__
+from memplan.core.errors import SpecError
+from memplan.serve.page import HEADERS, QUESTIONS, Page, page_files
 
 _LARGEST = 2**24  # bytes of a question
-_HEADERS = {
-    "Cache-Control": "no-cache",
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; connect-src 'self'; manifest-src 'self'; base-uri 'none'; form-action 'none'; "
-    "frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-}
 
 
 def command(name: str) -> Subcommand:
@@ -41,14 +30,9 @@ def web(given: Mapping[str, Any]) -> int:
     port: int = given.get("port", 8800)
     if not 0 <= port < 2**16:
         raise SpecError(f"port: must be at least 0 and at most 65,535, not {port:,}", "port")
-    folder = data_path("web/dist")
-    files = {f"/{path.relative_to(folder).as_posix()}": path for path in folder.rglob("*") if path.is_file()}
-    if "/index.html" not in files:
-        raise MemplanError(
-            "web: this installation has no page; run `npm ci && npm run build` in a checkout's web/, and install again"
-        )
+    page = Page(page_files(), form, answer)
     try:
-        server = ThreadingHTTPServer(("127.0.0.1", port), handler(files))
+        server = ThreadingHTTPServer(("127.0.0.1", port), handler(page))
     except OSError as error:
         raise SpecError(f"port: {port} cannot be used ({error.strerror}); choose another, or 0", "port") from None
     with server:
@@ -57,41 +41,36 @@ def web(given: Mapping[str, Any]) -> int:
     return 0
 
 
-def handler(files: Mapping[str, Path]) -> type[BaseHTTPRequestHandler]:
+def handler(page: Page) -> type[BaseHTTPRequestHandler]:
     """Return the class that answers requests: for the page's files, for its form, and for answers to questions."""
-    one_at_a_time = Lock()  # a question's command has this process's folder and output for itself
+    one_at_a_time = Lock()  # a question's command has this process's output for itself
 
     class PageHandler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         timeout = 60
 
         def do_GET(self) -> None:
-            path = self.path.partition("?")[0]
-            path = "/index.html" if path == "/" else path
+            content = page.content(self.path.partition("?")[0])
             if not self._is_own():
                 self._send(HTTPStatus.FORBIDDEN, b"only for this machine\n")
-            elif path == "/engine/engine.json":
-                self._send_json({"engine": "native", "version": __version__})
-            elif path == "/engine/form.json":
-                self._send_json(form())
-            elif path in files:
-                self._send(HTTPStatus.OK, files[path].read_bytes(), guess_type(path)[0] or "application/octet-stream")
-            else:
+            elif content is None:
                 self._send(HTTPStatus.NOT_FOUND, b"no such file\n")
+            else:
+                self._send(HTTPStatus.OK, *content)
 
         def do_POST(self) -> None:
             size = self.headers.get("Content-Length", "")
             self.close_connection = True
             if not self._is_own() or self.headers.get_content_type() != "application/json":
                 self._send(HTTPStatus.FORBIDDEN, b"only for the page\n")
-            elif self.path != "/engine/answer":
+            elif self.path != QUESTIONS:
                 self._send(HTTPStatus.NOT_FOUND, b"no such question\n")
             elif not size.isdecimal() or int(size) > _LARGEST:
                 self._send(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, b"a question has at most 16 MiB\n")
             else:
                 question = self.rfile.read(int(size)).decode("utf-8", "replace")
                 with one_at_a_time:
-                    text = answer(question)
+                    text = page.answer(question)
                 self._send(HTTPStatus.OK, text.encode(), "application/json")
 
         def _is_own(self) -> bool:
@@ -101,12 +80,9 @@ def handler(files: Mapping[str, Path]) -> type[BaseHTTPRequestHandler]:
             origins = {None, *(f"http://{host}" for host in hosts)}
             return self.headers.get("Host") in hosts and self.headers.get("Origin") in origins
 
-        def _send_json(self, value: object) -> None:
-            self._send(HTTPStatus.OK, json.dumps(value).encode(), "application/json")
-
         def _send(self, status: HTTPStatus, body: bytes, type: str = "text/plain") -> None:
             self.send_response(status)
-            for name, value in (*_HEADERS.items(), ("Content-Type", type), ("Content-Length", str(len(body)))):
+            for name, value in (*HEADERS.items(), ("Content-Type", type), ("Content-Length", str(len(body)))):
                 self.send_header(name, value)
             self.end_headers()
             self.wfile.write(body)

@@ -31,7 +31,7 @@ def printable(text: str, longest: int | None = None) -> str:
     ('a\\\\x1b[31mb\\\\n', 'xxx...')
     """
     cut = text if longest is None or len(text) <= longest else f"{text[:longest]}..."
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
+    return cut if cut.isprintable() else "".join(c if c.isprintable() else repr(c)[1:-1] for c in cut)
 
 
 def nearest(value: str, choices: Iterable[str], most: int = 3) -> list[str]:

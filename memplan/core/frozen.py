@@ -25,8 +25,14 @@ class FrozenDict(dict[str, Any]):
     valid where 2.0 and True are errors.
     """
 
+    __slots__ = ("_hash",)  # computed once: a model's config and a pass's axes are parts of many cache keys
+
     def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return hash(frozenset(self.items()))
+        try:
+            return self._hash
+        except AttributeError:
+            self._hash = hash(frozenset(self.items()))
+            return self._hash
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, dict) or not super().__eq__(cast(dict[str, Any], other)):

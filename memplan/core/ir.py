@@ -135,6 +135,7 @@ class Op(NamedTuple):
                        differ own   new storage in the read's dtype, even if the output has another none  no gradient
                        flows through
     view               the output aliases the first read
+    is_view_again      the output aliases the first read when a checkpointed block is recomputed
     cast               only changes the dtype; dropped if the tensor has that dtype already
     uncast_dtype       a dtype that need not be cast, because the next kernel reads it directly
     copies_layout      copies a tensor into the memory layout that the product reading both needs; dropped if autocast
@@ -180,6 +181,7 @@ class Op(NamedTuple):
     scratch_back: tuple[Scratch, ...] = ()
     gradient: str = "new"
     view: bool = False
+    is_view_again: bool = False
     cast: bool = False
     uncast_dtype: str = ""
     copies_layout: bool = False
@@ -412,6 +414,8 @@ class Division(NamedTuple):
     offloads_gradients  gradient shards move to the host as soon as they are reduced
     hooks               the input of a recomputed block and its gradient stay until the pass is over, referenced by a
                         hook
+    whole               units outside of blocks that earlier passes without gradients left whole
+    models              divisions of other models with weights of their own that run inside the pass, by phase
     """
 
     units: tuple[tuple[str, Unit], ...]
@@ -427,6 +431,8 @@ class Division(NamedTuple):
     returns: bool = False
     offloads_gradients: bool = False
     hooks: bool = False
+    whole: tuple[str, ...] = ()
+    models: tuple[tuple[str, Division], ...] = ()
 
     def with_axes(self) -> tuple[Division, dict[str, str]]:
         """Return the division with an axis for every number of elements, and each axis's number.
@@ -449,8 +455,11 @@ class Division(NamedTuple):
                 modules=tuple((path, with_axes(inner)) for path, inner in unit.modules),
             )
 
-        units = tuple((name, with_axes(unit)) for name, unit in self.units)
-        return self._replace(units=units), {axis: number for number, axis in axes.items()}
+        def divided(division: Division) -> Division:
+            units = tuple((name, with_axes(unit)) for name, unit in division.units)
+            return division._replace(units=units, models=tuple((name, divided(d)) for name, d in division.models))
+
+        return divided(self), {axis: number for number, axis in axes.items()}
 
 
 _TENSORS_OF_UNIT = ("whole", "message", "cast", "joined", "padded", "received", "parts", "summed", "divided")

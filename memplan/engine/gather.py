@@ -7,7 +7,8 @@ reduce-scattered.
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Generator
+from contextlib import contextmanager
 from functools import partial
 
 from memplan.core.ir import Division, Op, Unit
@@ -22,6 +23,12 @@ OUTSIDE = (ROOT, BEFORE, TIED, AFTER)  # units of weights outside of blocks
 def unit_of(run: int, block: int) -> str:
     """Return the name of the unit of a block's weights, by the block's place in the stack."""
     return f"{run}.{block}"
+
+
+def left_whole(division: Division) -> tuple[str, ...]:
+    """Return the units that a pass without gradients leaves whole. FSDP1 divides them when generation is over."""
+    names = (name for name, _ in division.units)
+    return tuple(name for name in names if name in (ROOT, TIED, AFTER, REST) and division.keeps_buffers)
 
 
 class _FinishedUnit(NamedTuple):
@@ -58,9 +65,13 @@ class Gatherer:
         self._modules: dict[str, Unit] = {}  # modules of the running unit that are units of their own
         self._module_weights: list[Storage] = []  # while such a module is gathered
         self._outer_waiting: list[Storage] | None = None  # `tape.waiting` outside of such a module
-        tape.reach = self.reach if self._outside else None
-        tape.module = self._on_module if any(unit.modules for unit in self._units.values()) else None
-        tape.hooks = division.hooks if division else False
+        self._hooks = division.hooks if division else False
+        self.models = dict(division.models) if division else {}
+        self.is_aside = False  # the model runs without gradients, in the middle of its own pass
+        self.attach()
+        self._left = division.whole if division else ()
+        # the last unit of the pass before, which FSDP2 gathers ahead at the end of backward
+        self.last_before = AFTER if AFTER in self._left else ""
         self._whole: dict[str, list[Storage]] = {}
         self._grads: dict[str, list[Storage]] = {}
         self._ahead: list[Storage] = []  # prefetched
@@ -72,6 +83,12 @@ class Gatherer:
         self._asked = ""  # the unit that `_ahead` belongs to
         self._message: list[Storage] = []  # output of the last all-gather in forward
         self._sent: list[Storage] = []  # input of the last reduce-scatter
+
+    def attach(self) -> None:
+        """Let the tape tell which operations and modules it runs."""
+        self._tape.reach = self.reach if self._outside else None
+        self._tape.module = self._on_module if any(unit.modules for unit in self._units.values()) else None
+        self._tape.hooks = self._hooks
 
     @property
     def divides(self) -> bool:
@@ -103,6 +120,12 @@ class Gatherer:
         nodes = [node for node in frame.nodes if any(self._outside.get(w.name) == name for w in node.op.weights)]
         return any(node.targets or any(t.name in leaf for t in node.op.writes) for node in nodes)
 
+    def recall(self, frame: Frame) -> None:
+        """Allocate the units that earlier passes left whole."""
+        for name in self._left if not self.is_aside else ():
+            self._enter(frame, "all_gather")
+            self._whole[name] = self._tape.alloc_buffers(self._units[name].whole, "parameter")
+
     def enter_outside(self) -> None:
         """Begin operations outside of blocks, or their backward."""
         self._tape.nested = self._nested_outside
@@ -111,6 +134,8 @@ class Gatherer:
         """Gather the units of an operation outside of blocks, in forward."""
         for name in dict.fromkeys(self._outside[w.name] for w in op.weights if w.name in self._outside):
             self._gather(name, frame)
+            if self.is_aside and self._keeps_buffers and not self.at_loss:  # else the head's module is not called
+                self.last_before = name
 
     def gather(self, name: str, frame: Frame, following: str = "") -> None:
         """Gather a unit's weights in forward; the `following` unit may be prefetched."""
@@ -121,9 +146,12 @@ class Gatherer:
 
     def _gather(self, name: str, frame: Frame, following: str = "") -> None:
         unit = self._units.get(name)
-        if unit is None or name in self._whole:
+        if unit is None or name in self._whole or (self.is_aside and self._kept.get(name)):
             return
         self._enter(frame, "all_gather")
+        if self._keeps_buffers and not unit.message:  # gathered by the code that uses it
+            self._whole[name] = self._tape.alloc_buffers(unit.whole, "parameter")
+            return
         asked = self._ahead if self._asked == name and self._ahead else self._ask(unit)
         self._ahead, self._asked = [], ""
         if (
@@ -140,7 +168,9 @@ class Gatherer:
         """Free or keep a unit's weights after its forward. Returns the unit's name, or "" if it is not gathered."""
         if name not in self._whole:
             return ""
-        if self._keeps:
+        if self.is_aside and self._keeps_buffers and AFTER not in self._left:
+            self.last_before = name
+        if self._keeps and not self.is_aside:
             self._kept.setdefault(name, []).append(self._whole.pop(name))
         else:
             self.release(name)
@@ -149,6 +179,23 @@ class Gatherer:
     def release(self, name: str) -> None:
         """Free a unit's weights."""
         self._drop(self._whole.pop(name, []))
+
+    @contextmanager
+    def aside(self) -> Generator[None]:
+        """Run the model in the middle of its own pass, with its own copies of units that its code gathers."""
+        by_code = [name for name, unit in self._units.items() if self._keeps_buffers and not unit.message]
+        own = {name: self._whole.pop(name) for name in by_code if name in self._whole}
+        self.is_aside = True
+        yield
+        self.is_aside = False
+        for name in by_code:
+            self.release(name)
+        self._whole |= own
+
+    def release_all(self) -> None:
+        """Free every unit's weights."""
+        for name in [*self._whole]:
+            self.release(name)
 
     def head_done(self) -> None:
         """End the model's forward, before the loss."""
@@ -234,10 +281,13 @@ class Gatherer:
         if self._asks_ahead and unit.parts:
             finished, self._delayed = self._delayed, finished
         if finished is not None:
-            self._reduce(frame, *finished)
+            # a loop's variable holds the last gradient; those of blocks are norms', which take nothing
+            self._reduce(frame, *finished, held=grads[:1] if name in (BEFORE, AFTER) and self._keeps_buffers else [])
         self._tape.waiting = self._grads.get(REST)
 
-    def _reduce(self, frame: Frame, unit: Unit, grads: list[Storage], whole: list[Storage]) -> None:
+    def _reduce(
+        self, frame: Frame, unit: Unit, grads: list[Storage], whole: list[Storage], held: list[Storage] | None = None
+    ) -> None:
         if self._asks == "last" or (not unit.parts and self._asks in ("gone", "never")):
             self._ask_next(frame)
         self._enter(frame, "reduce_scatter")
@@ -248,12 +298,15 @@ class Gatherer:
             joined = self._tape.alloc_buffers(unit.joined, "temp", COMPUTING if self._keeps_buffers else LENT)
             joined += self._tape.alloc_buffers(unit.padded, "temp", REDUCING)
             copied = self._tape.alloc_buffers(unit.parts, "gradient") if unit.laid else []
+            for storage in held or ():
+                storage.refs += 1
             self._drop(grads)
             self._drop(whole)
             self._ask_gone(frame)
             received = self._tape.alloc_buffers(unit.received, "temp", REDUCING)
             parts = copied or self._tape.alloc_buffers(unit.parts, "gradient", REDUCING)
             self._drop(self._tape.alloc_buffers(unit.divided, "temp"))
+            self._drop(held or [])
             if self._waits:
                 self._received += received
             else:

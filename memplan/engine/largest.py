@@ -25,11 +25,12 @@ class PhaseTerms:
     def __init__(self, phases: Sequence[Sequence[Term]], products: Sequence[Variable]) -> None:
         self._phases, self._products = phases, products
         self._terms = [term for terms in phases for term in terms]
-        self._widest = max((sum(map(abs, term.coefficients)) for term in self._terms), default=0)
-        if library() is None or self._widest >= _MOST:
-            self._widest = _MOST
+        coefficients = [term.coefficients for term in self._terms]
+        self._widest = [max(1, *map(abs, column)) for column in zip(*coefficients, strict=True)]
+        self._is_compiled = library() is not None and 0 < sum(self._widest) < _MOST
+        if not self._is_compiled:
             return
-        self._rows = array("q", chain.from_iterable(term.coefficients for term in self._terms))
+        self._rows = array("q", chain.from_iterable(coefficients))
         self._ends = array("q", accumulate(map(len, phases)))
 
     def largest(self, numbers: list[int], axes: Mapping[str, int]) -> list[tuple[int, int]]:
@@ -38,7 +39,7 @@ class PhaseTerms:
         numbers  the variables' values
         axes     the axes that their products are of
         """
-        if max(self._widest, 1) * max(map(abs, numbers)) >= _MOST:
+        if not self._is_compiled or sum(map(mul, self._widest, map(abs, numbers))) >= _MOST:
             products = values(self._products, axes)
             return [largest(terms, numbers, products) if terms else (0, -1) for terms in self._phases]
         of_run, best = array("q", numbers), array("q", self._ends)

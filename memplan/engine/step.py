@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping
+from contextlib import nullcontext
 from functools import lru_cache
 from itertools import accumulate
 from types import MappingProxyType
@@ -30,12 +31,13 @@ from memplan.engine.tape import Frame, Tape
 class ExecutionOptions(NamedTuple):
     """How a pass is run.
 
-    autocast    compute dtype of autocast, or None
-    checkpoint  blocks are checkpointed
-    reentrant   by torch's reentrant kind, which recomputes a whole block before any of its backward
-    input_grad  the embeddings' output requires a gradient though nothing before it trains, as under checkpointing
-    to_host     checkpoints keep their inputs in host memory
-    saves       how saved tensors are offloaded to host memory
+    autocast        compute dtype of autocast, or None
+    checkpoint      blocks are checkpointed
+    reentrant       by torch's reentrant kind, which recomputes a whole block before any of its backward
+    input_grad      the embeddings' output requires a gradient though nothing before it trains, as under checkpointing
+    to_host         checkpoints keep their inputs in host memory
+    saves           how saved tensors are offloaded to host memory
+    saves_products  checkpoints keep the outputs of matrix products and attention, and recompute all other operations
     """
 
     autocast: str | None = None
@@ -44,6 +46,7 @@ class ExecutionOptions(NamedTuple):
     input_grad: bool = False
     to_host: bool = False
     saves: SavedTensors | None = None
+    saves_products: bool = False
 
 
 PLAIN = ExecutionOptions()
@@ -178,8 +181,15 @@ def run_pass(
     own = resolved(stack, gatherer.divides, options.input_grad, reentrant)
     one = _Pass(tape, gatherer, own, depth, options, records)
 
-    def run_model(model: Stack) -> None:
-        one.run_inside(_Pass(tape, Gatherer(tape, None, False), resolved(model, False), depth, options, records=False))
+    def run_model(model: Stack, phase: str) -> None:
+        gatherer.end_forward()  # the model has returned
+        own = phase in gatherer.models or not gatherer.divides
+        aside = Gatherer(tape, gatherer.models.get(phase), False) if own else gatherer
+        aside.attach()
+        with aside.aside() if not own else nullcontext():
+            one.run_inside(_Pass(tape, aside, resolved(model, aside.divides), depth, options, records=False))
+        if own:
+            aside.release_all()
 
     tape.run_model = run_model
     one.forward()
@@ -282,6 +292,7 @@ class _Pass:
         first = self.first = Frame(stack.before, stack.before_scope, {}, stack.leaf)
         first.past = self._past_before
         self.embeds = stack.before_scope["embeds"].name  # another name if `embeds` is the output of a dropped cast
+        gatherer.recall(first)
         gatherer.gather(REST, first)
         gatherer.gather(ROOT, first, self.next_unit[0])
         gatherer.enter_outside()
@@ -388,6 +399,7 @@ class _Pass:
         options, outer = self.options, self.outer
         frame.reentrant, frame.whole = options.reentrant, block.recomputes_all
         frame.lends = bool(block.shares) and not block.returned
+        frame.saves_products = options.saves_products and self.records
         frame.to_host = options.to_host or options.saves is not None  # it saves its input like any saved tensor
         inputs = [outer[r] for r in dict.fromkeys(r for op in block.ops for r in op.reads) if r in outer]
         if options.reentrant and block.by_name:
@@ -518,7 +530,7 @@ class _Pass:
         tape, gatherer, stack, first = self.tape, self.gatherer, self.stack, self.first
         self._rename_gradient("y", self.embeds)
         if gatherer.is_reached(BEFORE, first, stack.leaf):
-            gatherer.backward(BEFORE, first, "")
+            gatherer.backward(BEFORE, first, gatherer.last_before)
         gatherer.enter_outside()
         tape.backward(first, self.grads)
         for unit in (ROOT, BEFORE, TIED, REST):  # in the order of the modules

@@ -46,6 +46,9 @@ class Node:
 
 _NOT_RECORDED = Node(Op(""), NO_BACKWARD)  # stands for every operation that autograd does not record
 
+# Kinds of products that are recomputed: torch 2.13 _functorch/partitioners.py get_default_op_list.
+_RECOMPUTED = ("", "grouped")
+
 
 class Frame:
     """One execution of a list of operations, and the backward graph it leaves."""
@@ -76,6 +79,8 @@ class Frame:
         self.checkpoint: list[Storage] = []  # kept by the checkpoint: the block's inputs
         self.named: list[Storage] = []  # kept by the checkpoint until the graph is freed: keyword arguments
         self.to_host = False  # the checkpoint keeps `x` in host memory
+        self.saves_products = False  # the checkpoint keeps the outputs of matrix products and attention
+        self.saved: dict[str, Storage] = {}  # those outputs
         self.shares: Container[str] = ()  # outputs for later blocks, referenced by all checkpoints
         self.shared: list[Storage] = []
         self.lends = False  # its outputs for later blocks are in a dictionary, so reentrant ones keep their graph
@@ -118,7 +123,7 @@ class Tape(LiveStorages):
         self.hooks = False  # a hook keeps the input of a recomputed block, and its gradient
         self._hooked: list[tuple[Storage, int | None]] = []  # storages kept by hooks, and their run
         self._lent: dict[str, list[tuple[str, Storage]]] = {}  # module -> gradients of the weights it lends
-        self.run_model: Callable[[Stack], None] | None = None  # runs an operation's model
+        self.run_model: Callable[[Stack, str], None] | None = None  # runs an operation's model, in a phase
 
     def enter(self, frame: Frame, op: Op) -> None:
         """Attribute the following allocations to this operation."""
@@ -229,6 +234,8 @@ class Tape(LiveStorages):
                 names[t.name] = mine[t.name] = frame.past[t.name]
             if not (op.needs_recording and not keep) and (node is not last_node or _keeps_an_output(node)):
                 self._compute(frame, op, mine)
+            if frame.saves_products and frame.checkpointed and op.product not in _RECOMPUTED:
+                self._save_outputs(frame, op)
             if keep and node.pins:
                 away = self._offload_saved(frame, node) if self.saves is not None else ()
                 for what in node.pins:
@@ -247,8 +254,18 @@ class Tape(LiveStorages):
             self.drop(mine.pop(name))
         return mine
 
+    def _save_outputs(self, frame: Frame, op: Op) -> None:
+        """Let a checkpoint keep an operation's outputs."""
+        for t in op.writes:
+            storage = frame.saved[t.name] = frame.names[t.name]
+            storage.refs += 1
+
     def _compute(self, frame: Frame, op: Op, mine: dict[str, Storage]) -> None:
         """Allocate an operation's outputs, which Python variables then reference (`mine`), and its scratch."""
+        if frame.saved and not frame.checkpointed and op.product not in _RECOMPUTED:
+            mine |= {t.name: frame.saved.pop(t.name) for t in op.writes}
+            frame.names.update((t.name, mine[t.name]) for t in op.writes)
+            return
         if self.reach is not None and op.writes and not frame.block:
             self.reach(frame, op)
             self.enter(frame, op)
@@ -257,7 +274,7 @@ class Tape(LiveStorages):
             self._run_aside(op.model, op.name)
             self.enter(frame, op)
         gathered = self._gather(op) if self.nested else ()
-        if op.view:
+        if op.view or (op.is_view_again and frame.recomputed):
             frame.names.update((t.name, frame[op.reads[0]]) for t in op.writes)
         else:
             for t in op.writes:
@@ -270,12 +287,12 @@ class Tape(LiveStorages):
         """Run a model without gradients, in a phase of its own; nothing of it is left."""
         assert self.run_model is not None
         self.note()
-        before = self.phase, self._held, self.uses, self.nested, self.reach, self.module
+        before = self.phase, self._held, self.uses, self.nested, self.reach, self.module, self.hooks
         self.phase, self._held = phase, {"forward": [], "step": [], "nodes": []}
         self.nested, self.reach, self.module = {}, None, None
-        self.run_model(model)
+        self.run_model(model, phase)
         self.note()
-        self.phase, self._held, self.uses, self.nested, self.reach, self.module = before
+        self.phase, self._held, self.uses, self.nested, self.reach, self.module, self.hooks = before
 
     def _hold(self, frame: Frame, op: Op, differentiates: bool, keep: bool, holds: dict[str, list[Storage]]) -> None:
         """Reference what the operation's module, the graph's nodes, or a variable hold from now on, or let it go.
@@ -371,6 +388,8 @@ class Tape(LiveStorages):
         self._release_checkpoint(frame)
 
     def _release_checkpoint(self, frame: Frame) -> None:
+        frame.checkpoint += frame.saved.values()  # of operations that are not run again
+        frame.saved = {}
         while frame.checkpoint:
             self.drop(frame.checkpoint.pop())
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.catalogue.parallelism.device_map_packing import HOST
 from memplan.catalogue.profiles.engines import find_engine
 from memplan.estimate.answer import Estimate, Walk
 from memplan.estimate.inference import InferenceWalk
 from memplan.estimate.training import TrainingWalk
 from memplan.models.model import ModelSpec
+from memplan.program.inference import gpus
 from memplan.resolve.decide import decide
 from memplan.spec.run import RunSpec
 
@@ -40,3 +42,19 @@ def walk(run: RunSpec, model: ModelSpec | None = None) -> Walk:
         walks: list[Walk] = [column(run, stage) for stage in decided.fullest_stages()]
         return column.fullest(walks).with_side_tasks(model)
     return column(run, decided).with_side_tasks(model)
+
+
+def needs_more_than_its_gpus(run: RunSpec) -> bool:
+    """Whether the GPUs that a device map spreads a run over do not surely hold it without the host.
+
+    Cheaper than an estimate, which also finds the fullest of those. False for a run without a device map.
+    """
+    if run.parallelism.device_map is None or run.parallelism.stage is not None or find_engine(run.profile) is not None:
+        return False
+    decided = decide(run)
+    if gpus.weight_bytes(gpus.on_device(decided.structure, HOST)):
+        return True
+    if not decided.has_stages:
+        return False
+    walks = [InferenceWalk(run, on_gpu) for on_gpu in decided.fullest_stages()]
+    return not all(walk.usage(None).fits for walk in sorted(walks, key=lambda walk: walk.peak, reverse=True))

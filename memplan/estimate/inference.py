@@ -26,7 +26,7 @@ from memplan.estimate.usage import Usage
 from memplan.program.graph import Graph, bytes_of_kinds, operations_of, parameters_of, recorded_inference
 from memplan.program.graph import weights_of as graph_weights
 from memplan.program.inference import gpus
-from memplan.program.inference.passes import InferenceStep, compresses, sized, token_after
+from memplan.program.inference.passes import InferenceStep, SizedPass, compresses, sized, token_after
 from memplan.program.inference.replay import InferenceReplay, load, reserved
 from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
@@ -85,10 +85,11 @@ class InferenceWalk(Walk):
 
         What torch reserves differs by GPU.
         """
-        full = [walk for walk in walks if not walk.usage(None).fits]
+        by_peak = sorted(((walk, walk.usage(None)) for walk in walks), key=lambda each: each[0].peak, reverse=True)
+        full = [(walk, usage) for walk, usage in by_peak if not usage.fits]
         if len(full) < 2:  # how badly a single one fails does not matter
-            return full[0] if full else super().fullest(walks)
-        return max(full, key=lambda walk: (not walk.usage(None).may_fit, walk.peak))
+            return (full or by_peak)[0][0]
+        return next((walk for walk, usage in full if not usage.may_fit), full[0][0])
 
     @property
     def parts(self) -> Mapping[str, object]:
@@ -184,7 +185,8 @@ class InferenceWalk(Walk):
 
     def _held_lines(self, step: InferenceStep) -> Iterator[Line]:
         """Yield what is held around a pass: tensors the loop keeps references to, and the other model's cache."""
-        yield from (held_line(h, {}, "the loop keeps a reference to it") for h in step.loop_tensors)
+        axes, why = sized(step, self.decided).axes, "the loop keeps a reference to it"
+        yield from (held_line(h, axes, why) for h in step.loop_tensors)
         if step.other is not None:
             lines = pass_lines(sized(step.other, self.decided))
             yield from map(_assistants, lines) if step.other.assists else lines
@@ -239,6 +241,16 @@ class InferenceWalk(Walk):
 
     def reserved(self, capacity: int | None = None) -> int | None:
         return reserved(self._replay, capacity)
+
+    def surely_reserved(self) -> int:
+        prompt = tuple(each for each in self.passes if each.phase != "decode")
+        if self.decided.assistant is not None or not len(prompt) < len(self.passes) <= 2 * _MIN_DECODING:
+            return 0
+        return reserved(self.with_passes(prompt)) or 0
+
+    def with_passes(self, passes: tuple[SizedPass, ...]) -> InferenceReplay:
+        """Return the replay of some of the run's passes."""
+        return InferenceReplay(self.models, passes, self.workspace, self.run.loop.expandable_segments)
 
 
 _UNSPLIT = "torch 2.13 c10/cuda/CUDACachingAllocator.cpp should_split: the rest of an unsplit block counts as allocated"
@@ -332,7 +344,7 @@ def replay(walk: InferenceWalk) -> InferenceReplay:
             chosen = [first, *chosen, last]
         steps = (*(step for step in steps if step.phase != "decode"), *chosen)
     passes = tuple(sized(step, decided) for step in steps)
-    return InferenceReplay(walk.models, passes, walk.workspace, walk.run.loop.expandable_segments)
+    return walk.with_passes(passes)
 
 
 def _spread(reading: list[InferenceStep]) -> list[InferenceStep]:

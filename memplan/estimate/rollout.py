@@ -10,9 +10,10 @@ accelerate 1.15 accelerator.py prepare_model.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
-from memplan.estimate.calibration import Calibration
 from memplan.estimate.serving import why_not_started
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.side_tasks import generation
@@ -21,35 +22,55 @@ from memplan.estimate.usage import Answer, Replay, Usage
 from memplan.program.graph import TensorGroup, tensor_group
 from memplan.program.run import ResolvedRun
 from memplan.program.serving.budget import Budget
+from memplan.program.sharding.choice import sharding_of
 from memplan.resolve.colocated import awake
 from memplan.resolve.defaults import with_new_tokens
 from memplan.spec.run import RunSpec
 
+if TYPE_CHECKING:
+    from memplan.estimate.calibration import Calibration
+
 _BATCH = "trl 1.16.0 trainer/grpo_trainer.py _prepare_inputs: _buffered_inputs"
 
 
-def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> SideTask:
-    """Return the generation of a step's completions. Raises SpecError if the model cannot generate."""
+def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
+    """Return the generation of a step's completions; on other GPUs, the push of weights to them if it gathers any.
+
+    Raises SpecError if the model cannot generate.
+    """
     structure, batch = decided.structure, with_new_tokens(run).batch
     graph, rows = structure.graph, batch.micro * batch.accumulation
-    held = tuple(_batch_before(rows, batch.tokens))
-    standing = walked.program.between_steps(walked.workspace) + walked.program.passing["forward"]
-    if decided.colocated is not None:
-        return _by_engine(decided.colocated, held, standing, sleeps=bool(run.serving.sleep))
-    library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     wraps = graph.recipe.kind not in ADAPTERS
-    recipe = graph.recipe._replace(autocast=graph.recipe.autocast and wraps)
+    sharding, standing = sharding_of(structure), walked.program.between_steps(walked.workspace)
+    held = tuple(_batch_before(rows, batch.tokens))
+    if run.rollout != "transformers":
+        gathered = tuple(sharding.pushed(merges=not wraps))
+        pushed = SideTask("generate", "vLLM: weights pushed", standing, (*held, *gathered))
+        if decided.colocated is None:
+            return (pushed,) if gathered else ()
+        return (_by_engine(decided.colocated, pushed, bool(run.serving.sleep)),)
+    held += tuple(sharding.held_in("generate"))
+    library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
+    ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends
+    recipe = graph.recipe._replace(autocast=graph.recipe.autocast and wraps, fp32_ends=ends)
+    if recipe.sharded_dtype and not wraps:  # FSDP1 casts neither adapters nor their inputs here
+        recipe = recipe._replace(adapter_dtype=recipe.sharded_dtype, sharded_dtype="")
     graph = graph._replace(recipe=recipe, trainer=None, checkpoint=False, input_requires_grad=False, hold_outputs=False)
     generated = batch.model_copy(update={"micro": rows, "accumulation": 1})
     prompted = decided._replace(structure=structure._replace(graph=graph), batch=generated, pictures=())
-    return generation(prompted, library, graph.casts_outputs and wraps, standing, held, samples=True)
+    casts, division = graph.casts_outputs and wraps, sharding.generation_division()
+    return (generation(prompted, library, casts, standing, held, samples=True, division=division),)
 
 
-def _by_engine(b: Budget, held: tuple[TensorGroup, ...], standing: int, *, sleeps: bool) -> SideTask:
-    """Return the generation by a colocated vLLM engine, at its largest step."""
+def _by_engine(b: Budget, pushed: SideTask, sleeps: bool) -> SideTask:
+    """Return the generation by a colocated vLLM engine at its largest step, or while the weights are pushed to it, when
+    a sleeping one has woken its weights only."""
     step = tensor_group("temp", "vLLM's step", b.step.bytes, "uint8", "vllm 0.33.0 v1/worker/gpu_model_runner.py")
-    task = SideTask("generate", f"vLLM: {b.step.where}", standing, (*held, *(awake(b) if sleeps else ()), step))
-    return task._replace(empties_cache=sleeps)
+    woken = awake(b) if sleeps else ()
+    batch = (h for h in pushed.held if h.where == "generate")
+    task = pushed._replace(where=f"vLLM: {b.step.where}", held=(*batch, *woken, step))
+    pushed = pushed._replace(held=(*pushed.held, *woken[:1]))
+    return max(task, pushed, key=lambda moment: moment.peak)._replace(empties_cache=sleeps)
 
 
 def _batch_before(rows: int, tokens: int) -> tuple[TensorGroup, ...]:

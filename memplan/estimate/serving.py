@@ -8,16 +8,19 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from memplan.catalogue.hardware.overhead import Overhead
+from memplan.catalogue.quantization.gguf import dynamic_range
 from memplan.core.cached_property import cached_property
+from memplan.core.errors import printable
 from memplan.core.units import GIB
 from memplan.estimate.answer import Line, Parameters, Phase, Walk, largest_first
 from memplan.estimate.usage import Answer, ProcessOverhead, Usage
 from memplan.models.model import ModelSpec
-from memplan.program.serving.budget import Budget, budget, card_for, layers_that_fit
+from memplan.program.serving.budget import Budget, budget, card_for, experts_on_host, layers_that_fit
 from memplan.program.serving.engine_step import EngineStep
 from memplan.program.serving.images import profiled_items
 from memplan.program.serving.model_weights import TABLE, host_of_adapters, kernel_of
 from memplan.program.serving.settings import Settings
+from memplan.program.stored.gguf import file_type_of
 from memplan.program.weight_sizes import active_elements, elements
 from memplan.resolve.serving import resolve_serving
 from memplan.spec.run import RunSpec
@@ -162,15 +165,23 @@ def facts(b: Budget) -> dict[str, Any]:
 def _notes(b: Budget, asked: RunSpec) -> Iterable[str]:
     """Yield the notes of the answer."""
     s = b.settings
-    if asked.serving.gpu_layers is None and b.shows_needed_pool:
-        layers = layers_that_fit(s)
-        if layers is not None:
+    if asked.serving.gpu_layers is None and not s.serving.overrides and b.shows_needed_pool:
+        experts = experts_on_host(s) if "E" in s.model.axes() else None
+        layers = layers_that_fit(s) if experts is None else None
+        if experts is not None:
+            yield f"it fits with the experts of the first {experts:,} layers on the host: --n-cpu-moe {experts}"
+        elif layers is not None:
             yield (
                 f"llama.cpp itself would put {layers:,} of {s.model.num_hidden_layers + 1:,} layers on the GPUs and "
                 f"leave the rest on the host (--fit); --gpu-layers {layers} does the same here"
             )
     if s.engine.kind == "tgi":
         yield "TGI: its warm-up follows its source; its kernels and tokens per step are assumed"
+    if isinstance(s.quantization, str) and dynamic_range(s.quantization) is not None:
+        yield (
+            f"{printable(s.quantization, 20)} is counted as {file_type_of(s.quantization)}, and the range is wider: "
+            "unsloth chooses a type for each tensor of each model; give the .gguf file for its own bytes"
+        )
     if s.gpu is None:
         yield f"{s.engine.title} without a GPU: the pool only holds the run's requests, instead of filling the card"
     kernel = kernel_of(s)

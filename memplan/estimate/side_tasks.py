@@ -19,9 +19,10 @@ from memplan.catalogue.methods.merging import adapted_weights, merge_moments
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import UnsupportedModelError, refused
-from memplan.core.ir import Tensor
+from memplan.core.ir import Division, Tensor
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
+from memplan.engine.gather import left_whole
 from memplan.engine.walk import size
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.training_peaks import TrainingPeaks
@@ -239,12 +240,14 @@ def generation(
     held: tuple[TensorGroup, ...] = (),
     *,
     samples: bool = False,
+    division: Division | None = None,
 ) -> SideTask:
     """Return the generation of tokens after each of a batch's sequences, as transformers' generate does it.
 
     wide     the logits of a pass are cast to fp32
     held     tensors held meanwhile
     samples  tokens are sampled, from all of them
+    division how weights are divided among ranks, and gathered in each pass
     """
     graph = decided_.structure.graph
     kind, facts = graph.model.model_type, graph.model.family.generation
@@ -270,7 +273,10 @@ def generation(
         )
     batch = with_lengths(decided_.batch, graph.model, generates=True)
     prompted = decided_._replace(structure=decided_.structure._replace(graph=evaluation_graph), batch=batch)
-    passes = tuple(sized(step, prompted) for step in steps_of(prompted))
+    first, *later = steps_of(prompted)
+    left = None if division is None else division._replace(whole=left_whole(division))
+    parts = (first._replace(division=division), *(step._replace(division=left) for step in later))
+    passes = tuple(sized(step, prompted) for step in parts)
     peaks = [each.peak for each in passes]
     top = max(range(len(peaks)), key=lambda i: peaks[i].bytes)
     moving, moment = peaks[top]

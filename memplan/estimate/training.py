@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
+from memplan.catalogue.hardware.overhead import COMPILED
 from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.core.cached_property import cached_property
 from memplan.core.records import NamedTuple
@@ -13,7 +14,7 @@ from memplan.engine.allocator import OutOfMemoryError
 from memplan.engine.native import exact, new_allocator
 from memplan.engine.walk import counts_at_each, size
 from memplan.estimate import ledger
-from memplan.estimate.answer import Host, Line, Parameters, Phase, Rank, Walk
+from memplan.estimate.answer import Host, Line, Parameters, Phase, Rank, Walk, bytes_by_kind
 from memplan.estimate.host import host_memory
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
@@ -58,10 +59,10 @@ class TrainingWalk(Walk):
 
     def with_side_tasks(self, model: ModelSpec | None) -> TrainingWalk:
         trainer = self.decided.structure.graph.trainer
-        if trainer is not None and trainer.name in GENERATING and self.run.rollout != "server":
+        if trainer is not None and trainer.name in GENERATING:
             from memplan.estimate.rollout import rollout
 
-            self._take(self.peaks.followed_by((rollout(self.run, self.peaks, self.decided),)))
+            self._take(self.peaks.followed_by(rollout(self.run, self.peaks, self.decided)))
         if not is_default(self.run, "also"):
             from memplan.estimate.side_tasks import notes_of, side_tasks_of
 
@@ -72,6 +73,14 @@ class TrainingWalk(Walk):
     @property
     def top(self) -> Phase:
         return self.peaks.top
+
+    @property
+    def compiled_away(self) -> int:
+        """Temporaries, and the share of kept activations that AOTAutograd's partitioner may recompute."""
+        if not self.run.kernels.compile:
+            return 0
+        of_kind = bytes_by_kind(self.lines(self.top))
+        return of_kind["temp"] - of_kind["activation"] * COMPILED.low // 1000
 
     @property
     def parts(self) -> Mapping[str, object]:
@@ -92,6 +101,11 @@ class TrainingWalk(Walk):
     def notes(self) -> Iterator[str]:
         note = check_batch(self.decided.batch, self.decided.structure.graph.model)
         yield from self.decided.notes
+        if self.run.kernels.compile:
+            yield (
+                "torch.compile: counted as eager code, which takes the most; the range goes down to what compiled code "
+                f"may take ({COMPILED.basis}: {COMPILED.source})"
+            )
         yield from host_notes(self.decided.structure, self.run.parallelism.gpus_per_node or NODE)
         yield from (note,) if note else ()
         yield from self._side_notes

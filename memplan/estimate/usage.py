@@ -50,6 +50,11 @@ class Replay:
         raise NotImplementedError
 
     @property
+    def compiled_away(self) -> int:
+        """Bytes of the peak that torch.compile may do without."""
+        return 0
+
+    @property
     def is_long(self) -> bool:
         """Whether a replay takes seconds. If so, none is run for a full card."""
         return False
@@ -57,6 +62,10 @@ class Replay:
     def reserved(self, capacity: int | None = None) -> int | None:
         """Return the peak that torch reserves on a card with `capacity` bytes, or None if it runs out of memory."""
         raise NotImplementedError
+
+    def surely_reserved(self) -> int:
+        """Return bytes that torch reserves at least with room to spare, if a short replay tells; 0 otherwise."""
+        return 0
 
     def free_in_other_streams(self) -> int:
         """Return the bytes that may be free in other streams' pools: a bound without a replay leaves room for them."""
@@ -73,7 +82,7 @@ class ProcessOverhead(NamedTuple):
     context           bytes
     low, usual, high  errors of segments and context together, in millionths
     coverage          share of runs between `low` and `high`
-    less, more        bytes by which an unmeasured context may differ
+    less, more        bytes by which an unmeasured context, or compiled code, may differ
     rows              the parts of the context
     """
 
@@ -168,7 +177,8 @@ class Usage:
 
     @cached_property
     def _overhead(self) -> ProcessOverhead:
-        return run_overhead(self._gpu, self._replay.communicators, self._calibration)
+        overhead = run_overhead(self._gpu, self._replay.communicators, self._calibration)
+        return overhead._replace(less=overhead.less + self._replay.compiled_away)
 
     @property
     def overheads(self) -> tuple[Overhead, ...]:
@@ -196,8 +206,10 @@ class Usage:
         """Whether the run surely fits its card. Cheaper than `answer` if nothing else is asked."""
         if self._gpu is None:
             return False
-        surely_fits = self.fits_card_of(self._gpu.usable)
-        return self._roomy <= self._sure(self._gpu.usable) if surely_fits is None else surely_fits
+        surely_fits, sure = self.fits_card_of(self._gpu.usable), self._sure(self._gpu.usable)
+        if surely_fits is None:
+            return self._replay.surely_reserved() <= sure and self._roomy <= sure
+        return surely_fits
 
     def fits_card_of(self, usable: int, replayed: bool = False) -> bool | None:
         """Return whether the run surely fits a card with `usable` bytes, or None if that takes a replay at that size.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from itertools import islice
 
 from memplan.core.errors import printable
 from memplan.core.records import NamedTuple
@@ -75,7 +76,6 @@ class History:
         """Walk the events once, then back from the end to the peak."""
         allocs: dict[int, tuple[int, int]] = {}
         before: dict[int, int] = {}  # address -> bytes of what was there at the beginning
-        changes: list[tuple[int, int, int]] = []  # address, bytes (negative for a free), stack
         failed: list[tuple[int, int, int, int]] = []
         self.segment_changes = 0
         level = 0
@@ -101,7 +101,6 @@ class History:
             if not -MOST_BYTES <= level <= MOST_BYTES:
                 raise refused("its events allocate more than a device has")
             levels.append(level)
-            changes.append((event.address, size, event.frames))
         ended = {block.address: block for segment in snapshot.segments for block in segment.blocks if block.is_live}
         self.end = sum(rounded(block.size) for block in ended.values())
         kept = {address: block for address, block in ended.items() if address not in allocs}
@@ -113,11 +112,12 @@ class History:
         self.peak_at = self.levels.index(self.peak) if self.levels else 0
         live: dict[int, tuple[int, int]] = {address: (size, 0) for address, size in before.items()}
         live |= {address: (rounded(block.requested), block.frames) for address, block in kept.items()}
-        for address, size, frames in changes[: self.peak_at + 1]:
-            if size > 0:
-                live[address] = size, frames
+        changes = (event for event in snapshot.events() if event.action in ("alloc", "free_completed"))
+        for event in islice(changes, self.peak_at + 1):
+            if event.action == "alloc" and event.size:
+                live[event.address] = rounded(event.size), event.frames
             else:
-                live.pop(address, None)
+                live.pop(event.address, None)
         self.live = live
         self.failed = tuple(FailedRequest(size, free, self.place(frames)[0], at) for size, free, frames, at in failed)
 

@@ -47,10 +47,6 @@ def _modules(run: RunSpec) -> Value:
     return None if run.method.targets == "all-linear" else run.method.targets
 
 
-def _selective(run: RunSpec) -> Value:
-    return run.kernels.checkpointing == "selective" or None
-
-
 def _plugin(run: RunSpec) -> Value:
     return ("axolotl.integrations.liger.LigerPlugin",) if shared_keys.liger(run) else None
 
@@ -155,10 +151,11 @@ AXOLOTL = Framework(
         Key("micro_batch_size", ("batch.micro",)),
         Key("gradient_accumulation_steps", ("batch.accumulation",)),
         Key("sequence_len", ("batch.sequence",)),
+        Key("sample_packing", (shared_keys.PACKING,), is_(shared_keys.PACKING, "sample_packing")),
+        Key("batch_flattening", (shared_keys.PACKING,), is_(shared_keys.PACKING, "padding_free")),
         Key("eval_batch_size", ("also.evaluation.micro",)),
         Key("gradient_checkpointing", ("kernels.checkpointing",), shared_keys.checkpoints),
         Key("gradient_checkpointing_kwargs", ("kernels.reentrant",), _reentrant),
-        Key("selective_checkpointing", ("kernels.checkpointing",), _selective),
         Key("activation_offloading", ("kernels.checkpointing", "parallelism.offload.activations"), _offloading),
         Key("attn_implementation", ("kernels.attention",), shared_keys.attention),
         shared_keys.SDPA,

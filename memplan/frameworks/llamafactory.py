@@ -131,6 +131,8 @@ LLAMAFACTORY = Framework(
         Key("per_device_train_batch_size", ("batch.micro",)),
         Key("gradient_accumulation_steps", ("batch.accumulation",)),
         Key("cutoff_len", ("batch.sequence",)),
+        Key("packing", (shared_keys.PACKING,), is_(shared_keys.PACKING, "knapsack")),
+        Key("neat_packing", (shared_keys.PACKING,), is_(shared_keys.PACKING, "neat_packing")),
         *shared_keys.EVALUATION,
         Key("compute_accuracy", ("also.evaluation.preprocess",), is_("also.evaluation.preprocess", "argmax")),
         Key("disable_gradient_checkpointing", ("kernels.checkpointing",), _disabled),

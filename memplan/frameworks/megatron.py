@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from memplan.frameworks.change_table import Value
 from memplan.frameworks.whole_file import FileFormat, Nodes, command, head_node, profile_remark, sequences, torchrun
 from memplan.models.cards import find_model
+from memplan.models.configs.megatron import positions_of
 from memplan.models.model import ModelSpec
 from memplan.spec.run import RunSpec
 
@@ -83,7 +84,7 @@ def _megatron_gpt_flags(m: ModelSpec) -> list[str]:
     """The flags of a megatron_gpt config, in addition to its sizes."""
     flags = ["--swiglu"] if m.get("gated_mlp", False) else []
     flags += ["--normalization RMSNorm"] if m.get("norm_type", "layernorm") == "rmsnorm" else []
-    flags += [f"--position-embedding-type {m.get('position_embedding_type', 'learned_absolute')}"]
+    flags += [f"--position-embedding-type {positions_of(m)}"]
     flags += [] if m.get("use_bias", True) else ["--disable-bias-linear"]
     flags += [f"--hidden-dropout {m.get('hidden_dropout', 0.1)}"]
     return flags

@@ -16,6 +16,7 @@ DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}  # formats that bitsandbytes quantises to while loading
 FORMAT = "method.quantization.format"
 KIND = "method.kind"
+PACKING = "batch.packing"
 PRECISION = ("precision.weights", "precision.compute", "precision.autocast")
 PARALLEL = ("parallelism.world", "parallelism.dp", "parallelism.strategy")
 RESHARD = "parallelism.reshard_after_forward"
@@ -211,6 +212,8 @@ def remarks(run: RunSpec) -> Iterator[Remark]:
     """Yield the remarks that all frameworks' tables share."""
     o, q, name, loss = run.optimizer, run.method.quantization, str(run.optimizer.name), run.kernels.loss
     yield Remark(("gpu",), f"run it on {_gpu(run)}" if run.gpu is not None else "no GPU is named")
+    if run.kernels.checkpointing == "selective":
+        yield Remark(("kernels.checkpointing",), "no key keeps matrix products: pass a context_fn to the checkpoints")
     yield Remark(("profile",), f"{run.profile} is a version of the framework, not a key")
     in_backward = (
         "no key steps the optimizer in backward: give each parameter its own optimizer and step it in "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.frameworks import shared_keys
-from memplan.frameworks.change_table import Framework, Key, Remark, Value
+from memplan.frameworks.change_table import Framework, Key, Remark, Value, is_
 from memplan.frameworks.shared_keys import (
     DTYPES,
     FORMAT,
@@ -33,13 +33,19 @@ def _momentum(run: RunSpec) -> Value:
     return f"momentum={run.optimizer.momentum}" if run.optimizer.momentum else None
 
 
+def _packs(run: RunSpec) -> bool:
+    return run.batch.packing not in (None, "padding_free")
+
+
+def _strategy(run: RunSpec) -> Value:
+    return run.batch.packing if _packs(run) else None
+
+
 def _checkpointing(run: RunSpec) -> Value:
     kernels = run.kernels
     kwargs: dict[str, Value] = {} if kernels.reentrant is None else {"use_reentrant": kernels.reentrant}
     if kernels.checkpointing == "offload":
         kwargs["offload"] = True
-    if kernels.checkpointing == "selective":
-        kwargs["selective"] = True
     return kwargs if kwargs and shared_keys.checkpoints(run) is not False else None
 
 
@@ -150,6 +156,9 @@ TRL = Framework(
         Key("per_device_train_batch_size", ("batch.micro",)),
         Key("gradient_accumulation_steps", ("batch.accumulation",)),
         Key("max_length", ("batch.sequence",)),
+        Key("packing", (shared_keys.PACKING,), _packs),
+        Key("packing_strategy", (shared_keys.PACKING,), _strategy),
+        Key("padding_free", (shared_keys.PACKING,), is_(shared_keys.PACKING, "padding_free")),
         *shared_keys.EVALUATION,
         Key("preprocess_logits_for_metrics", ("also.evaluation.preprocess",), shared_keys.likeliest, "Python"),
         Key("gradient_checkpointing", ("kernels.checkpointing",), shared_keys.checkpoints),

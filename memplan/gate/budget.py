@@ -6,6 +6,7 @@ import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from glob import iglob
 from pathlib import Path
 from typing import Any, cast
 
@@ -252,13 +253,18 @@ def is_pattern(text: str) -> bool:
     return any(sign in text for sign in "*?[")
 
 
-def files_of(pattern: str, root: Path) -> list[str]:
-    """Return the files of a name or a pattern, relative to `root`, sorted. Raises SpecError for one outside of it."""
-    if Path(pattern).is_absolute() or ".." in Path(pattern).parts:
+def files_of(pattern: str, root: Path | None) -> list[str]:
+    """Return the files of a name or a pattern, sorted: relative to `root`, or anywhere if it is None.
+
+    Raises SpecError for one outside of `root`.
+    """
+    if root is not None and (Path(pattern).is_absolute() or ".." in Path(pattern).parts):
         raise SpecError(f"runs: {printable(pattern, 80)} is outside of the folder of the budgets", "runs")
+    folder = root or Path()
     try:
         if not is_pattern(pattern):
-            return [Path(pattern).as_posix()] if (root / pattern).exists() else []
-        return sorted(path.relative_to(root).as_posix() for path in root.glob(pattern) if path.is_file())
-    except (OSError, ValueError):  # too long, NUL in it, two stars that are no folder
+            return [Path(pattern).as_posix()] if (folder / pattern).exists() else []
+        found = iglob(pattern, root_dir=folder, recursive=True)  # noqa: PTH207 (Path.glob has no absolute patterns)
+        return sorted(Path(name).as_posix() for name in found if (folder / name).is_file())
+    except (OSError, ValueError):  # too long, or NUL in it
         return []

@@ -50,7 +50,7 @@ def check(
             raise SpecError(text, "files")
         budgets = found
     wanted: set[str] = set() if named or budgets.name in names else {*names}
-    tasks, problems = tasks_of(budgets, wanted)
+    tasks, problems = tasks_of(budgets, wanted, None if named else Path())
     missed = sorted(wanted - {task.name for task in tasks})
     for name in [name for name in missed if name.startswith(COMMAND) or not Path(name).exists()]:
         missed.remove(name)
@@ -68,8 +68,13 @@ def check(
     return check if lock is None else with_lock(check, lock, locked)
 
 
-def tasks_of(budgets: Budgets, wanted: Iterable[str] = ()) -> tuple[list[Task], list[Problem]]:
-    """Return what is to check, of the `wanted` files if there are some, and what is wrong with the budgets' files."""
+def tasks_of(
+    budgets: Budgets, wanted: Iterable[str] = (), root: Path | None = Path()
+) -> tuple[list[Task], list[Problem]]:
+    """Return what is to check, of the `wanted` files if there are some, and what is wrong with the budgets' files.
+
+    root  the folder that the files are in; None if they may be anywhere
+    """
     tasks: list[Task] = []
     problems: list[Problem] = []
     only = set(wanted)
@@ -81,9 +86,9 @@ def tasks_of(budgets: Budgets, wanted: Iterable[str] = ()) -> tuple[list[Task], 
             at = int(place.rpartition(":")[2]) if ":" in place else None
             start = f"{place}: runs: " if place else ""
             try:
-                files = [pattern] if pattern.startswith(COMMAND) else files_of(pattern, Path())
+                files = [pattern] if pattern.startswith(COMMAND) else files_of(pattern, root)
             except SpecError as error:
-                problems.append(Problem(f"{place}: {error}", budgets.name, at))
+                problems.append(Problem(f"{place}: {error}" if place else str(error), budgets.name, at))
                 continue
             if not files:
                 text = f"{start}there is no file {printable(pattern, 80)}"

@@ -33,10 +33,11 @@ class Discovery(NamedTuple):
     left_out: tuple[str, ...]
 
 
-def discover(folders: Sequence[Path], gpus: Sequence[str] = ()) -> Discovery:
+def discover(folders: Sequence[Path], gpus: Sequence[str] = (), number: int | None = None) -> Discovery:
     """Return budgets of the run files in folders, in the working directory. Raises SpecError if there are none.
 
-    gpus  the GPUs that each has to hold; by default the smallest that holds it
+    gpus    the GPUs that each has to hold; by default the smallest that holds it
+    number  how many of them a run is on; by default as its file says
     """
     typed = budget(["*"], gpus).gpus
     found: dict[str, str] = {}
@@ -52,8 +53,9 @@ def discover(folders: Sequence[Path], gpus: Sequence[str] = ()) -> Discovery:
     for card in sorted({*found.values()}, key=lambda card: _CARDS.index(card) if card in _CARDS else -1):
         names = _patterns([name for name in found if found[name] == card], found)
         named = json.dumps(list(typed) or [card])
-        why = "" if typed else "  # the smallest that holds them"
-        parts.append(f'[[budget]]\nruns = {_list(names)}\ngpu = {named}{why}\nfail = "100%"\nwarn = "95%"\n')
+        more = "" if typed else "  # the smallest that holds them"
+        more += f"\ngpus = {number}" if number else ""
+        parts.append(f'[[budget]]\nruns = {_list(names)}\ngpu = {named}{more}\nfail = "100%"\nwarn = "95%"\n')
     return Discovery("\n".join(parts), len(found), tuple(left_out))
 
 

@@ -336,6 +336,7 @@ def _unanswered(task: Task, start: CheckedRun, error: Exception) -> CheckedRun:
     if not isinstance(error, (MemplanError, OSError)):
         error = InternalError(f"{type(error).__name__} {printable(str(error), 80)}")
     text = line_of(error) if isinstance(error, MemplanError) else f"cannot be read ({error.strerror or error})"
+    text = text.replace(" with --online", " with memplan lock --online")  # no option of a check, which stays offline
     is_unknown = isinstance(error, (FactsMissingError, UnsupportedModelError, ProbeError, InternalError))
     is_unknown |= "supported yet" in text or "not read yet" in text
     is_unknown |= isinstance(error, SpecError) and "is not a file of" in text and not task.is_named

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, cast
 
 from memplan.core.errors import ConfigError, FactsMissingError, MemplanError, UnknownNameError, nearest, printable
-from memplan.core.files import are_given, open_file
+from memplan.core.files import are_given, is_file, open_file
 from memplan.core.frozen import FrozenDict
 from memplan.core.package_data import data_path
 from memplan.core.records import NamedTuple
@@ -111,7 +111,7 @@ def _locate(model: str, online: bool) -> str | PublishedModel:
     if "/" not in model:
         _refuse_other_format(model)
         raise UnknownNameError("model", model, _similar(model), ranked=True)
-    found = (None if are_given() else _from_hub_cache(model)) or _mirrored(model)
+    found = (None if are_given() else _from_hub_cache(model)) or _of_same_name(model, _MIRRORS)
     if found is None:
         _refuse_other_format(model)
         raise _missing(model)
@@ -120,50 +120,65 @@ def _locate(model: str, online: bool) -> str | PublishedModel:
 
 _ADDRESS = r"(?i)^(https?://)?(?:huggingface\.co|hf\.co)/([^/\s]+/[^/\s?#]+).*$"
 _MIRRORS = ("unsloth", "nousresearch")  # owners of unchanged copies of others' checkpoints, under the same names
-# Ends of names of checkpoints in another format, and the options that say it.
+# Owners who publish others' checkpoints in other formats, under the same names with the format at the end.
+_CONVERTERS = (
+    *("bartowski", "casperhansen", "ggml-org", "hugging-quants", "lmstudio-community", "neuralmagic", "nvidia"),
+    *("redhatai", "thebloke"),
+)
+# Ends of names of checkpoints in another format, and the options that say it; {} is a type that the name has.
 _OTHER_FORMATS = {
-    "-unsloth-bnb-4bit": "--method qlora",
-    "-bnb-4bit": "--method qlora",
-    "-awq": "--method generate --quant-format awq-int4",
-    "-gptq-int4": "--method generate --quant-format gptq-int4",
-    "-gptq-int8": "--method generate --quant-format gptq-int8",
-    "-fp8": "--method generate --quant-format fp8",
-    "-gguf": "--method generate --profile llama.cpp --stored Q4_K_M",
+    r"(?:-unsloth)?-bnb-4bit": "--method qlora",
+    r"-awq(?:-int4)?": "--method generate --quant-format awq-int4",
+    r"-gptq(?:-int4)?": "--method generate --quant-format gptq-int4",
+    r"-gptq-int8": "--method generate --quant-format gptq-int8",
+    r"-fp8(?:-dynamic)?": "--method generate --quant-format fp8",
+    r"-quantized\.w4a16": "--method generate --profile vllm --stored w4a16",
+    r"(?:-qat)?-(i?q\d_\w+)-gguf": "--method generate --profile llama.cpp --stored {}",
+    r"-gguf": "--method generate --profile llama.cpp --stored Q4_K_M",
 }
 
 
 @lru_cache(maxsize=1024)
-def _mirrored(hf_id: str) -> str | None:
-    """Return the card of the checkpoint that a mirror's one is a copy of."""
+def _of_same_name(hf_id: str, owners: tuple[str, ...] = ()) -> str | None:
+    """Return the card with the name that a checkpoint has behind its owner, who is one of `owners` if there are some.
+
+    A converter's name may begin with the model's own owner: bartowski/Qwen_Qwen3-8B-GGUF.
+    """
     owner, _, name = hf_id.lower().partition("/")
-    if owner not in _MIRRORS:
+    if not name or (owners and owner not in owners):
         return None
-    copies = {card for alias, card in _aliases().items() if alias.rpartition("/")[2] == name}
-    return copies.pop() if len(copies) == 1 else None
+    names = {name, name.partition("_")[2] or name}
+    found = {card for alias, card in _aliases().items() if alias.rpartition("/")[2] in names}
+    found |= {card for name in names if (card := _card_name(name)) is not None}
+    return found.pop() if len(found) == 1 else None
 
 
-def other_format(model: str) -> tuple[str, str] | None:
-    """Return the card that a name or address of a checkpoint in another format means, and the options that say it."""
+def other_format(model: str, owners: tuple[str, ...] = _MIRRORS + _CONVERTERS) -> tuple[str, str] | None:
+    """Return the card that a name or address of a checkpoint in another format means, and the options that say it.
+
+    owners  those whose checkpoints are others' under the same names; anyone if empty
+    """
     model = re.sub(_ADDRESS, r"\2", model)
     for end, options in _OTHER_FORMATS.items():
-        if model.lower().endswith(end):
-            base = model[: -len(end)]
-            card = _card_name(base) or _mirrored(base)
-            if card is not None:
-                return card, options
+        match = re.fullmatch(f"(?i)(.+?){end}", model)
+        card = match and (_card_name(match[1]) or _of_same_name(match[1], owners))
+        if match and card:
+            typed = options.format(*(name.upper() for name in match.groups()[1:]))
+            return card, typed.removesuffix(" --stored Q4_K_M" if "stored" in _read_card(card) else "")
     return None
 
 
 def _refuse_other_format(model: str) -> None:
     """Raise FactsMissingError if the name is that of a known model in another format."""
-    found = other_format(model)
-    if found is not None:
-        card, options = found
-        raise FactsMissingError(
-            f"model: no config.json of '{printable(model, _MAX_SHOWN)}', which is {card} in another format; write "
-            f"memplan {card} {options}, or ask the Hub with --online",
-            "model",
-        )
+    for owners, known_by in ((_MIRRORS + _CONVERTERS, ""), ((), "by its name ")):
+        found = other_format(model, owners)
+        if found is not None:
+            card, options = found
+            raise FactsMissingError(
+                f"model: no config.json of '{printable(model, _MAX_SHOWN)}', which {known_by}is {card} in another "
+                f"format; write memplan {card} {options}, or ask the Hub with --online",
+                "model",
+            )
 
 
 def _similar(model: str) -> list[str]:
@@ -229,6 +244,8 @@ def _file(model: str) -> Path | None:
         return None
     named = model.endswith(_FILES) or model.startswith((".", "~", os.sep))
     if are_given():
+        if named and is_file(Path(model)):
+            return Path(model)
         if named:
             text = "a path, and files of this machine are not read; give the config itself"
             raise ConfigError(f"model: {printable(model, _MAX_SHOWN)} is {text}", "model")
@@ -274,8 +291,12 @@ def _inline(config: FrozenDict) -> ModelSpec:
     return ModelSpec(config, str(config.get("_name_or_path", "")))
 
 
+def _card_text(name: str) -> str:
+    return (card_folder() / f"{name}.toml").read_text("utf-8")
+
+
 def _read_card(name: str) -> dict[str, Any]:
-    return parsed((card_folder() / f"{name}.toml").read_text("utf-8"))
+    return parsed(_card_text(name))
 
 
 @lru_cache(maxsize=4096)
@@ -289,10 +310,10 @@ def _card_name(model: str) -> str | None:
 
 @cache
 def _aliases() -> dict[str, str]:
-    """Return every hf_id and alias in lower case, with its card's name. Reads all cards, so it is a last resort."""
+    """Return every hf_id and alias in lower case, with its card's name. Reads the first table of every card."""
     names: dict[str, str] = {}
     for name in card_names():
-        card = _read_card(name)
+        card = parsed(_card_text(name).partition("\n[")[0])
         for alias in (card["hf_id"], *card.get("aliases", ())):
             names.setdefault(alias.lower(), name)
     return names
@@ -399,7 +420,8 @@ def _missing(hf_id: str) -> FactsMissingError:
     import difflib
 
     near = difflib.get_close_matches(hf_id.lower()[:_MAX_SHOWN], _aliases(), n=1, cutoff=0.8)
-    hint = f"did you mean {_original_case(near[0])}? Otherwise " if near else ""
+    similar = _of_same_name(hf_id) or (_original_case(near[0]) if near else None)
+    hint = f"did you mean {similar}? Otherwise " if similar else ""
     if are_given():
         text = f"no card for '{printable(hf_id, _MAX_SHOWN)}'; {hint}give its config"
         return FactsMissingError(f"model: {text}", "model")

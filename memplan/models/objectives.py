@@ -42,6 +42,9 @@ _OTHER_HEADS = ("QuestionAnswering", "MultipleChoice", "Reward")
 _MAX_SHOWN = 80  # characters of a name that an error message repeats
 
 
+HEADS = ("lm_head", "score", "classifier")  # of which a model has one at most
+
+
 def modules_to_train(objective: str, named: tuple[str, ...], decodes: bool = False) -> tuple[str, ...]:
     """Return the modules that peft trains in full: those `named` and, for classification, the head.
 

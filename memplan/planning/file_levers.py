@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from memplan.core.errors import MemplanError, SpecError
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
-from memplan.frameworks.change_table import differing, value_of
 from memplan.frameworks.patching.patch import Original, Patched, diff, patched
 from memplan.planning.levers import Lever, levers_of, pull
 from memplan.planning.plan import Plan, Proposal, plan
@@ -20,8 +18,6 @@ from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
-
-Said = Mapping[Lever, Mapping[str, Any]]  # lever -> field -> value that the file says, before the framework's rules
 
 
 class FilePatch(NamedTuple):
@@ -55,26 +51,22 @@ class FileLevers:
 
     original  the file
     asked     its run, with what options have changed
-    said      what the file says for the levers that are its own
     typed     whether the options stay on the command line: the file cannot say them
     """
 
-    def __init__(self, original: Original, asked: RunSpec, said: Said, typed: bool = False) -> None:
+    def __init__(self, original: Original, asked: RunSpec, typed: bool = False) -> None:
         self.original = original
         self.asked = asked
-        self.said = said
         self.typed = typed
 
     def __call__(self, run: RunSpec) -> tuple[Lever, ...]:
-        """Return the levers of the decided run, with the file's own, mildest first."""
-        return tuple(sorted((*self.said, *levers_of(run)), key=lambda lever: lever.tier))
+        """Return the levers of the decided run, mildest first."""
+        return tuple(sorted(levers_of(run), key=lambda lever: lever.tier))
 
     def write(self, levers: Set) -> Patched:
         """Return the file with the levers. Raises SpecError if it cannot say them."""
-        said = {field: value for lever in levers for field, value in self.said.get(lever, {}).items()}
-        others = [lever for lever in levers if lever not in self.said]
-        fields = [name for lever in others for name, value in lever.fields if not isinstance(value, Part)]
-        return patched(self.original, pull(self.asked, others), pull(self.asked, levers), said, fields)
+        fields = [name for lever in levers for name, value in lever.fields if not isinstance(value, Part)]
+        return patched(self.original, pull(self.asked, levers), fields)
 
     def can_say(self, lever: Lever) -> bool:
         try:
@@ -82,23 +74,6 @@ class FileLevers:
         except MemplanError:
             return False
         return True
-
-
-def row_levers(asked: RunSpec, micro: int, runs: Iterator[tuple[int, RunSpec]]) -> Said:
-    """Return the levers that put fewer sequences in a row, and take more passes: what the file says for each.
-
-    micro  sequences in a row
-    runs   fewer sequences in a row, and the run of the file that says so
-    """
-    out: dict[Lever, Mapping[str, Any]] = {}
-    for fewer, run in runs:
-        accumulation = asked.batch.accumulation * micro // fewer
-        changed = run.model_copy(update={"batch": run.batch.model_copy(update={"accumulation": accumulation})})
-        fields = tuple((name, value_of(changed, name)) for name in differing(asked, changed))
-        title = f"{fewer:,} sequence{'s' * (fewer > 1)} in a row with {accumulation:,} passes a step"
-        said = {"batch.micro": fewer, "batch.accumulation": accumulation}
-        out[Lever(("micro_batch",), title, "batch", fields)] = said
-    return out
 
 
 def file_patch(found: Plan, levers: FileLevers, calibration: Calibration | None = None) -> FilePatch:

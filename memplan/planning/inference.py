@@ -25,7 +25,7 @@ from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import find_model
 from memplan.planning.cache_choices import alternative_caches
-from memplan.planning.offers import ANY, CardFilter, wanted_cards
+from memplan.planning.offers import ANY, CardFilter, by_list_price, has_room, wanted_cards
 from memplan.planning.reach import reach
 from memplan.planning.roofline import DecodingPace, Load, decode, prefill
 from memplan.planning.step_time import Hourly, hourly
@@ -180,25 +180,29 @@ def questions(run: RunSpec, demand: Demand = FITS, calibration: Calibration | No
 def places(run: RunSpec, wanted: CardFilter = ANY, most: int = 20, demand: Demand = FITS) -> tuple[CardFit, ...]:
     """Return up to `most` types of card that hold the run, each in the smallest number that does.
 
-    Cards with a dated price come first, cheapest first; the others follow by total memory.
+    To rent, cards with a dated price come first, cheapest first; the others follow by total memory. To own, they are
+    those with a list price, in the order of `offers`.
 
     Raises SpecError if no card matches `wanted` or the run's task is not generate, and whatever `estimate` raises.
     """
     _check(run)
     estimate(run.model_copy(update={"gpu": None}))
-    queue: list[tuple[tuple[float, int, str], _Cards, Iterator[_Cards]]] = []
+    order = _by_rent
+    if wanted.to == "own":
+        wanted, order = wanted._replace(counts=wanted.tiers[0]), by_list_price
+    queue: list[tuple[tuple[float | str, ...], _Cards, Iterator[_Cards]]] = []
 
     def push(choices: Iterator[_Cards]) -> None:
         cards = next(choices, None)
         if cards is not None:
-            heapq.heappush(queue, (_order(cards), cards, choices))
+            heapq.heappush(queue, (order(cards), cards, choices))
 
     for gpu, counts in wanted_cards(wanted, run):
         push(_priced(gpu, sorted(counts), wanted))
     fitting: list[CardFit] = []
     while queue and len(fitting) < most:
         _, cards, more = heapq.heappop(queue)
-        answer = _fitting_answer(run, cards, demand)
+        answer = _fitting_answer(run, cards, demand, wanted)
         if answer is None:
             push(more)
             continue
@@ -241,7 +245,7 @@ def load_of(answer: Estimate) -> tuple[Load | None, str]:  # noqa: PLR0911 (a re
     if s.draft is not None:
         return None, _ACCEPTANCE_UNKNOWN
     if s.engine.kind == "llama.cpp":
-        if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers:
+        if (s.serving.gpu_layers or 0) <= s.model.num_hidden_layers or s.serving.overrides:
             return None, _HOST_LAYERS_UNKNOWN
         return Load(s.model, s.quantization, s.dtype, s.cache_dtype, host=token_rates.REPLAY), ""
     share = _Share(s) if s.tp > 1 else None
@@ -340,7 +344,7 @@ def _placements(run: RunSpec, base: _Base) -> Iterator[Variant]:
         divided = with_layers(run, gpus)
         if divided is None:
             continue
-        if gpus == 1 and base.demand.met(base.answer):
+        if gpus == run.parallelism.world == 1 and base.demand.met(base.answer):
             divided = run
         answer = attempt(divided, base.calibration)
         if answer is not None and any("stay empty" in note for note in answer.notes):
@@ -403,6 +407,16 @@ def mildest_format(
     return None
 
 
+def divided(answer: Estimate, calibration: Calibration | None = None) -> Estimate | None:
+    """Return the estimate of a run whose replicas each hold the model, with the model divided among their GPUs; None
+    if it does not fit, or has no replicas."""
+    p = answer.run.parallelism
+    if p.dp != p.world or p.world == 1 or answer.serving is None:
+        return None
+    other = attempt(lambda: with_tp(answer.asked, p.world), calibration)
+    return other if other is not None and FITS.met(other) else None
+
+
 def with_format(run: RunSpec, name: str) -> RunSpec:
     """Return the run with its weights stored in the named format."""
     stored = changed(run, "method", quantization=Quantization.model_validate({"format": name}))
@@ -463,16 +477,18 @@ def _priced(gpu: GPU, counts: Sequence[int], wanted: CardFilter) -> Iterator[_Ca
             yield _Cards(gpu, count, price)
 
 
-def _fitting_answer(run: RunSpec, cards: _Cards, demand: Demand) -> Estimate | None:
+def _fitting_answer(run: RunSpec, cards: _Cards, demand: Demand, wanted: CardFilter) -> Estimate | None:
     """Return the estimate of the run on the cards, by tensor parallelism or else by a device_map; None if it does not
-    fit without using the host."""
+    fit without using the host, or leaves next to nothing free."""
     n = cards.count
     divisions = [with_tp(run, n)] if n in DEGREES else []
     divisions += [mapped for mapped in (with_layers(run, n),) if mapped is not None and n in PLACED and n > 1]
-    answers = (attempt(divided.model_copy(update={"gpu": cards.gpu.name})) for divided in divisions)
-    return next((a for a in answers if a is not None and demand.met(a) and not a.host_bytes), None)
+    runs = (divided.model_copy(update={"gpu": cards.gpu.name}) for divided in divisions)
+    answers = (attempt(divided, if_fits=not demand.tight) for divided in runs)
+    held = (a for a in answers if a is not None and demand.met(a) and not a.host_bytes)
+    return next((a for a in held if has_room(a, wanted)), None)
 
 
-def _order(cards: _Cards) -> tuple[float, int, str]:
+def _by_rent(cards: _Cards) -> tuple[float | str, ...]:
     """Sort key: cheapest first, then least memory. It grows with the count."""
     return cards.price.low if cards.price else inf, cards.gpu.usable * cards.count, cards.gpu.name

@@ -98,6 +98,7 @@ def levers_of(run: RunSpec) -> tuple[Lever, ...]:
         *_checkpointing(run),
         *_micro_batch(run),
         *_offload(run),
+        *_sharding(run),
         *_more_gpus(run),
         *_double_quant(run),
         *_experts(run),
@@ -225,7 +226,7 @@ def _attention(run: RunSpec) -> Iterator[Lever]:
 
 
 def _checkpointing(run: RunSpec) -> Iterator[Lever]:
-    if run.kernels.checkpointing == "none":
+    if run.kernels.checkpointing in ("none", "selective"):
         full = ("kernels.checkpointing", "full")
         yield _lever("checkpointing", "gradient checkpointing", "checkpointing", full)
     if run.kernels.every_n_layers > 1:
@@ -298,6 +299,14 @@ def spread(run: RunSpec, world: int, strategy: str) -> Fields:
         stored = Quantization.model_validate({**dict(q), "storage": run.precision.weights})
         fields.append(("method.quantization", stored))
     return tuple(fields)
+
+
+def _sharding(run: RunSpec) -> Iterator[Lever]:
+    """Yield the strategies that shard what each of the run's replicas holds completely."""
+    p = run.parallelism
+    if p.strategy == "ddp" and p.dp == p.world:
+        for strategy in STRATEGIES[1:]:
+            yield _lever("sharding", f"sharded by {strategy}", "sharding", *spread(run, p.world, strategy))
 
 
 def _more_gpus(run: RunSpec) -> Iterator[Lever]:

@@ -11,7 +11,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from math import inf, log2
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
@@ -35,6 +35,16 @@ COUNTS = (1, 2, 3, 4, 5, 6, 7, 8, 16, 32, 64)
 IN_ONE_MACHINE = {"own": 4, "rent": 8}  # cards; offers of more are looked for if none of fewer holds the run
 _LEAST_FREE = GIB // 20  # of a card that is offered: less is shown as 0.0 GiB
 _NO_STRATEGY = "none"
+
+
+class CountedCards(Protocol):
+    """A number of cards of one type."""
+
+    @property
+    def gpu(self) -> GPU: ...
+
+    @property
+    def count(self) -> int: ...
 
 
 class OwnedCards(NamedTuple):
@@ -165,7 +175,7 @@ def _offers(
     """Return the offers, and add what misses the demand to `missed`."""
     queue: list[tuple[tuple[float | str, ...], int, _Candidate, Iterator[_Candidate]]] = []
     numbers = itertools.count()
-    order = _by_list_price if wanted.to == "own" else _by_tokens
+    order = by_list_price if wanted.to == "own" else _by_tokens
 
     def push(choices: Iterator[_Candidate]) -> None:
         choice = next(choices, None)
@@ -179,7 +189,7 @@ def _offers(
     while queue and len(found) < most:
         _, _, choice, more = heapq.heappop(queue)
         answer = _on(kinds.run, choice.gpu, choice.count, choice.strategy, calibration)
-        if answer is not None and kinds.demand.met(answer) and _has_room(answer, wanted):
+        if answer is not None and kinds.demand.met(answer) and has_room(answer, wanted):
             found.append(Offer(*choice[:3], answer, *choice[3:]))
             continue
         if answer is not None:
@@ -188,7 +198,7 @@ def _offers(
     return found
 
 
-def _has_room(answer: Estimate, wanted: CardFilter) -> bool:
+def has_room(answer: Estimate, wanted: CardFilter) -> bool:
     """Whether a card that is offered leaves some memory free; cards that the user has need not."""
     return bool(wanted.owned) or (answer.verdict.headroom or 0) >= _LEAST_FREE
 
@@ -307,7 +317,7 @@ def _by_tokens(choice: _Candidate) -> tuple[float | str, ...]:
     return _about(usd), choice.count * (usd < inf), usd, seconds, choice.gpu.usable * choice.count, choice.gpu.name
 
 
-def _by_list_price(choice: _Candidate) -> tuple[float | str, ...]:
+def by_list_price(choice: CountedCards) -> tuple[float | str, ...]:
     """Sort key to own: about the list price of all cards, fewest cards, that price, watts, memory."""
     gpu, count = choice.gpu, choice.count
     usd = (gpu.launch_usd or inf) * count

@@ -1,5 +1,5 @@
-"""The limits of a run: the largest batch, sequence, rank or model that its GPU holds, what binds there, the frontier of
-batch and sequence, and the GPUs that hold the run.
+"""The limits of a run: the largest batch, sequence, completion, group, rank or model that its GPU holds, what binds
+there, the frontier of batch and sequence, and the GPUs that hold the run.
 
 Limits are found by calling `estimate` repeatedly, with the machine's own profile if there is one. Allocated bytes only
 grow with batch, sequence and rank, so bisection works for them. Reserved bytes may jump by a block, so larger values
@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import cache
+from math import gcd
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.methods.methods import ADAPTERS
-from memplan.core.errors import UnknownNameError, refused
+from memplan.core.errors import SpecError, UnknownNameError, refused
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import Estimate, Holding
@@ -22,22 +24,23 @@ from memplan.estimate.demand import FITS, Demand
 from memplan.estimate.estimate import estimate
 from memplan.models.cards import card_names, find_model, load_card
 from memplan.models.peft_methods import has_rank
-from memplan.planning.sweep import FIELDS, Grid, grid
-from memplan.planning.trials import MAX_VALUE, attempt, last, needed_gpu
+from memplan.planning.trials import FIELDS, MAX_VALUE, attempt, last, needed_gpu
 from memplan.resolve.refusals.vendors import not_on
 from memplan.spec.run import RunSpec, changed
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
-AXES = (*FIELDS, "model")
-_SAMPLING = {"batch": (64, 1), "sequence": (16, 64), "rank": (64, 1)}  # samples beyond the bisection, their multiple
+_OF_COMPLETIONS = ("completion", "generations")  # of trainers that generate: tokens, and completions of a prompt
+AXES = (*FIELDS, *_OF_COMPLETIONS, "model")
+# samples beyond the bisection, their multiple
+_SAMPLING = {"batch": (64, 1), "sequence": (16, 64), "rank": (64, 1), "completion": (16, 64), "generations": (16, 1)}
 
 
 class Reach(NamedTuple):
     """The largest value of an axis that fits.
 
-    axis     batch, sequence, rank or model
+    axis     batch, sequence, rank, completion, generations or model
     value    the value; 0 or an empty name if none fits
     answer   the run with it; None if none fits
     beyond   the run with the next value; None if there is none or memplan refuses it
@@ -46,6 +49,7 @@ class Reach(NamedTuple):
                         rank        the dimensions of its matrices
                         models      no larger model is bundled
                         nothing     no limit was found
+    step     between two values: batches and groups of a trainer that generates are those of whole prompts
     """
 
     axis: str
@@ -53,11 +57,13 @@ class Reach(NamedTuple):
     answer: Estimate | None
     beyond: Estimate | None
     binds: str
+    step: int = 1
 
 
 def largest_batch(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> int:
     """Return the largest `batch.micro` that the run's GPU holds with all other fields unchanged; 0 if none fits."""
-    return _largest(_tried(run, "batch", calibration), demand, *_SAMPLING["batch"])
+    step = _step(run, "batch")
+    return step * _largest(_tried(run, "batch", calibration, step), demand, *_SAMPLING["batch"])
 
 
 def largest_sequence(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> int:
@@ -84,12 +90,16 @@ def reach(
     if axis == "rank" and not (run.method.kind in ADAPTERS and has_rank(run.method.kind)):
         what = "rank" if run.method.kind in ADAPTERS else "adapters"
         raise refused("method.rank", f"method.kind {run.method.kind} has no {what}")
-    tried = _tried(run, axis, calibration)
+    if axis in _OF_COMPLETIONS and run.trainer not in GENERATING:
+        raise SpecError(f"max: {axis} only applies to trainers that generate: {', '.join(GENERATING)}", "max")
+    step = _step(run, axis)
+    tried = _tried(run, axis, calibration, step)
     samples, multiple = _SAMPLING[axis]
     value = _largest(tried, demand, samples if samples_beyond else 0, multiple)
     beyond = tried(value + 1) if value < MAX_VALUE else None
-    ends = {"batch": "nothing", "sequence": "positions", "rank": "rank"}
-    return Reach(axis, value, tried(value) if value else None, beyond, "memory" if beyond else ends[axis])
+    ends = {"batch": "nothing", "generations": "nothing", "rank": "rank"}
+    binds = "memory" if beyond else ends.get(axis, "positions")
+    return Reach(axis, value * step, tried(value) if value else None, beyond, binds, step)
 
 
 ROOM_STEPS = {"batch": 1, "sequence": 256}
@@ -111,12 +121,31 @@ def _holds(answer: Estimate | None, demand: Demand = FITS) -> bool:
     return answer is not None and demand.met(answer)
 
 
-def _tried(run: RunSpec, axis: str, calibration: Calibration | None) -> Callable[[int], Estimate | None]:
-    """Return a function that estimates the run at a value of the axis; its result is None if memplan refuses the run,
-    for example if there are more tokens than learned positions."""
+def _tried(run: RunSpec, axis: str, calibration: Calibration | None, step: int = 1) -> Callable[[int], Estimate | None]:
+    """Return a function that estimates the run at a value of the axis, in units of `step`; its result is None if
+    memplan refuses the run, for example if there are more tokens than learned positions."""
     needed_gpu(run)
-    part, field = FIELDS[axis]
-    return lambda value: attempt(lambda: changed(run, part, **{field: value}), calibration)
+    group = estimate(run).run.batch.generations if axis == "generations" else 1
+    part, field = ("batch", "new_tokens") if axis == "completion" else FIELDS.get(axis, ("batch", axis))
+
+    @cache
+    def tried(n: int) -> Estimate | None:
+        value = n * step
+        more = {"accumulation": value * run.batch.accumulation // group} if axis == "generations" else {}
+        return attempt(lambda: changed(run, part, **{field: value, **more}), calibration)
+
+    return tried
+
+
+def _step(run: RunSpec, axis: str) -> int:
+    """Return the step between values of the axis: completions of a trainer that generates are those of whole prompts,
+    and a larger group has as many more passes."""
+    if run.trainer not in GENERATING or axis not in ("batch", "generations"):
+        return 1
+    group, parts = estimate(run).run.batch.generations, run.batch.accumulation
+    if axis == "generations":
+        return group // gcd(group, parts)
+    return group // gcd(group, parts * run.parallelism.dp)
 
 
 def _largest(tried: Callable[[int], Estimate | None], demand: Demand, looks: int, multiple: int) -> int:
@@ -194,18 +223,20 @@ def _min_weight_bytes(run: RunSpec, trains: bool) -> int:
 class Frontier(NamedTuple):
     """The limits of batch and sequence together.
 
-    longest  (batch, longest sequence that fits with it), until nothing fits
-    around   the answers of these batches with powers of two as sequences
+    longest    (batch, longest sequence that fits with it), until nothing fits
+    sequences  powers of two around them
+    around     the answers of each batch with these sequences; None if memplan refuses the run
     """
 
     longest: tuple[tuple[int, int], ...]
-    around: Grid
+    sequences: tuple[int, ...]
+    around: tuple[tuple[Estimate | None, ...], ...]
 
 
 def frontier(run: RunSpec, demand: Demand = FITS, calibration: Calibration | None = None) -> Frontier:
     """Return the frontier for batches of 1, 2, 4 and so on. Raises as `reach` does."""
     longest: list[tuple[int, int]] = []
-    batch = 1
+    batch = _step(run, "batch")
     while batch <= MAX_VALUE:
         tokens = largest_sequence(changed(run, "batch", micro=batch), demand, calibration)
         if tokens < _MIN_TOKENS and longest:
@@ -215,9 +246,13 @@ def frontier(run: RunSpec, demand: Demand = FITS, calibration: Calibration | Non
         if not tokens:
             break
     most = max(tokens for _, tokens in longest)
-    sequences = [1 << n for n in range(_MIN_TOKENS.bit_length() - 1, max(most, _MIN_TOKENS).bit_length() + 1)]
-    around = grid(run, batch=[b for b, _ in longest], sequence=sequences, calibration=calibration)
-    return Frontier(tuple(longest), around)
+    sequences = tuple(1 << n for n in range(_MIN_TOKENS.bit_length() - 1, max(most, _MIN_TOKENS).bit_length() + 1))
+
+    def answer(batch: int, tokens: int) -> Estimate | None:
+        return attempt(lambda: changed(run, "batch", micro=batch, sequence=tokens), calibration)
+
+    around = tuple(tuple(answer(batch, tokens) for tokens in sequences) for batch, _ in longest)
+    return Frontier(tuple(longest), sequences, around)
 
 
 _MIN_TOKENS = 128  # batches that only fit with shorter sequences are not listed

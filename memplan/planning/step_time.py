@@ -137,7 +137,8 @@ def _work(decided: ResolvedRun) -> Work:
     check_batch(b, p.structure.graph.model)
     lengths = (decided.pictures, b.target_sequence)
     axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, *lengths)
-    per_pass = _pass_work(decided.structure.graph)
+    per_pass, packed = _pass_work(decided.structure.graph), decided.structure.graph.wiring.packed
+    is_one_row = packed is not None and packed.is_one_row
     parts: dict[str, int] = dict.fromkeys(PARTS, 0)
     products: list[Product] = []
     values = _Values(axes)
@@ -146,7 +147,7 @@ def _work(decided: ResolvedRun) -> Work:
         parts[q.part] += operations * times
         products.append(Product(q.dtype, q.attention, operations, values.of(q.bytes), times))
     return Work(
-        tokens=axes["b"] * b.sequence * b.accumulation,
+        tokens=axes["b"] * (axes["text"] if is_one_row else b.sequence) * b.accumulation,
         **parts,
         products=tuple(products),
         moved=values.of(per_pass.rest) * b.accumulation,

@@ -28,6 +28,7 @@ from memplan.estimate.training_peaks import workspace_of
 from memplan.estimate.usage import SegmentRoom, calibration_of, enough_for_segments, room, run_overhead
 from memplan.models.cards import find_model
 from memplan.models.configs.images import picture_of, takes_images
+from memplan.planning.trials import FIELDS
 from memplan.program.axes import run_axes
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
@@ -47,7 +48,6 @@ if TYPE_CHECKING:
 STEP_PHASES = ("load", "forward", "loss", "backward", "step", "eval", "generate", "save", "merge", "reference")
 FITS, TIGHT, DOES_NOT_FIT = range(len(BY_MEMORY))
 UNCLEAR, CANNOT_RUN = 3, 4
-FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
 _CHUNK = 16384  # runs per call: few enough to stay in the cache, enough to be worth a call
 _BLAS_SERIAL = 2**17  # multiplications per call: with more, BLAS starts threads, which takes longer than it saves
 _INT64_OVERFLOW = 2**63  # bytes that int64 cannot hold
@@ -225,8 +225,10 @@ def _fill(
 
     first = _changed(run, {"batch": batches[0], "sequence": sequences[0]})
     decided = decide(first)
-    # a pipeline's worst stage depends on the run, as does the memory of evaluations, saves and a trainer's generation
-    if decided.structure.graph.degrees.pp > 1 or run.also != Also() or run.trainer in GENERATING:
+    # a pipeline's worst stage depends on the run, as does the memory of evaluations, saves and a trainer's generation,
+    # and a compiled run's range; in a packed row the window is reached by several sequences
+    is_single = run.also != Also() or run.trainer in GENERATING or run.batch.packing is not None or run.kernels.compile
+    if decided.structure.graph.degrees.pp > 1 or is_single:
         _one_by_one(out, run, calibration, batches, sequences)
         return
     p = program(decided.structure)

@@ -10,21 +10,27 @@ from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.core.doing import note
 from memplan.core.errors import MemplanError, refused
 from memplan.estimate.answer import Estimate
-from memplan.estimate.estimate import estimate
+from memplan.estimate.estimate import estimate, needs_more_than_its_gpus
 from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
+FIELDS = {"batch": ("batch", "micro"), "sequence": ("batch", "sequence"), "rank": ("method", "rank")}
 MAX_VALUE = 2**32  # ends a search for a run that takes no memory
 
 
-def attempt(run: RunSpec | Callable[[], RunSpec], calibration: Calibration | None = None) -> Estimate | None:
-    """Return the estimate of a run, or of the run that a function builds; None if memplan refuses it."""
+def attempt(
+    run: RunSpec | Callable[[], RunSpec], calibration: Calibration | None = None, if_fits: bool = False
+) -> Estimate | None:
+    """Return the estimate of a run, or of the run that a function builds; None if memplan refuses it.
+
+    With `if_fits` also None if the GPUs of its device map do not hold it without the host.
+    """
     try:
         run = run if isinstance(run, RunSpec) else run()
         note(f"estimating {run.model if isinstance(run.model, str) else 'a config'} under {run.profile}")
-        return estimate(run, calibration)
+        return None if if_fits and calibration is None and needs_more_than_its_gpus(run) else estimate(run, calibration)
     except MemplanError:
         return None
 

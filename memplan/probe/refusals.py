@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memplan.catalogue.hardware.gpus import find_gpu
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.optimizers import OPTIMIZERS
 from memplan.catalogue.profiles.profile_table import known_name
@@ -83,9 +84,8 @@ def _refuse_trl(run: RunSpec) -> None:
         for field in fields:
             if getattr(getattr(run, part), field) != getattr(getattr(defaults, part), field):
                 raise SpecError(f"{part}.{field}: a probe of {run.trainer} does not set it in TRL", f"{part}.{field}")
-    if run.parallelism != defaults.parallelism or run.also != defaults.also:
-        part = "parallelism" if run.parallelism != defaults.parallelism else "also"
-        raise SpecError(f"{part}: a probe of {run.trainer} runs steps on one GPU only", part)
+    if run.trainer in GENERATING and run.also != defaults.also:
+        raise SpecError(f"also: a probe of {run.trainer} runs steps only", "also")
 
 
 _NOT_SET = {
@@ -188,7 +188,7 @@ def _parallelism(run: RunSpec) -> None:
         raise _not_run("task", run.task, "train, on several GPUs")
     if p.static_graph:  # DDP would count the used parameters in pinned memory
         raise _not_run("parallelism.static_graph", "true", "false")
-    if run.kernels.loss != "hf" and p.world > 1:
+    if run.kernels.loss != "hf" and p.world > 1 and run.trainer == "sft":
         raise _not_run("kernels.loss", run.kernels.loss, "hf, on several GPUs")
 
 
@@ -225,8 +225,6 @@ def _optimizer(run: RunSpec) -> None:
 
 def _kernels(run: RunSpec) -> None:
     k = run.kernels
-    if k.checkpointing == "selective":
-        raise _not_run("kernels.checkpointing", k.checkpointing, "none, full, offload")
     if k.fused:
         raise _not_run("kernels.fused", ", ".join(k.fused), "none but a fused loss (kernels.loss)")
     if k.loss == "fused_chunks":

@@ -94,8 +94,12 @@ def axes_of(
     degrees, more = graph.degrees, dict(pictures)
     completion = more.get("completion", 0)
     sequence = sequence + completion
+    packed, joined = graph.wiring.packed, 1
     rows_of_one = 1 if graph.trainer is None else graph.trainer.rows
-    b, s = micro * rows_of_one, -(-sequence // degrees.cp) + graph.recipe.virtual_tokens
+    b = micro * rows_of_one
+    if packed is not None and packed.is_one_row:
+        b, sequence, joined = by.least(b, 1), b * sequence, b
+    s = -(-sequence // degrees.cp) + graph.recipe.virtual_tokens
     tokens = b * s
     m = graph.model
     rows = padded(m.vocab_size, degrees.tp) if degrees.style == "megatron" else m.vocab_size
@@ -118,6 +122,9 @@ def axes_of(
         "sorted_ids": by.choose(sorts, tokens, 0),
         "segments": by.choose(sorts, tokens // 10 + by.least(tokens, rows), 0),
     }
+    if graph.wiring.padded or packed is not None:
+        own = joined if packed is None else packed.sequences(joined, s, by.most)
+        axes |= {"s_varlen": s + 128 * own, "s_own": -(-s // own)}
     if degrees.cp > 1:
         axes["s_cp"] = sequence
         axes["s_cp128"] = -(-sequence // 128) * 128

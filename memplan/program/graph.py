@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from types import MappingProxyType
 from typing import Literal
@@ -52,6 +52,7 @@ class Graph(NamedTuple):
     wiring                  attention kernels, masks and caches
     checkpoint              blocks are checkpointed
     every_n_layers          only the first of every n layers is checkpointed
+    saves_products          checkpoints keep the outputs of matrix products and attention
     loss                    the kind of loss (see `memplan.catalogue.kernels.losses.attach`)
     hold_outputs            a variable of the script holds the model's outputs through backward
     adds_in_place           the fused loss accumulates its weight gradient in place
@@ -107,6 +108,7 @@ class Graph(NamedTuple):
     placed: ModulePlacement | None = None
     trainer: Trainer | None = None
     every_n_layers: int = 1
+    saves_products: bool = False
 
 
 class TensorGroup(NamedTuple):
@@ -202,6 +204,7 @@ def _with_equal_operations(graph: Graph) -> Graph:
         input_requires_grad=False,
         to_host=False,
         saves=None,
+        saves_products=False,
         holds_previous_outputs="",
     )
 
@@ -234,7 +237,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         from memplan.catalogue.kernels.checkpointing import checkpoint_every
 
         stack, axes = checkpoint_every(stack, axes, graph.every_n_layers)
-    stack = apply(stack, recipe, axes)
+    stack = apply(stack, recipe, axes, graph.inference is not None and graph.inference.keeps_skipped_casts)
     if graph.flattens_frozen:
         stack = rewrite_blocks(stack, with_all_gradients)
     if degrees.tp > 1:
@@ -263,7 +266,8 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         reference, first_pass = (
             None if other is None else operations_of(other)[0] for other in (reference_of(graph), first_pass_of(graph))
         )
-        return with_trainer(stack, graph.trainer, reference, first_pass, autocast), axes
+        stack = with_trainer(stack, graph.trainer, reference, first_pass, autocast)
+        return (stack if graph.inference is None else evaluation(stack, graph.inference, returns=False)), axes
     if graph.inference is not None and not graph.inference.evaluates:
         backend = graph.inference.loaded.backend
         if backend:
@@ -305,6 +309,7 @@ def reference_of(graph: Graph) -> Graph | None:
         kind = recipe.kind if recipe.kind in ADAPTERS else "lora"
         recipe = recipe._replace(kind=kind, targets=(), saved=(), selection=None, bias="none", tokens=0, fused="")
     if is_copy:
+        recipe = recipe._replace(autocast=recipe.autocast and not trainer.shards_copy)
         dtype = recipe.compute if trainer.copy_dtype == "compute" else recipe.weights
         recipe = recipe._replace(preparation="", weights=dtype)
     return _without_gradients(graph._replace(recipe=recipe))
@@ -531,6 +536,7 @@ def _options(graph: Graph) -> ExecutionOptions:
         input_grad=graph.input_requires_grad,
         to_host=graph.to_host,
         saves=graph.saves,
+        saves_products=graph.saves_products,
     )
 
 
@@ -540,8 +546,9 @@ def _stack(graph: Graph) -> tuple[Stack, dict[str, int]]:
     return stack, {run.times: axes[run.times] for run in stack.runs}
 
 
-def weights_of(graph: Graph) -> Iterator[tuple[Weight, int, str]]:
-    """Yield every distinct weight, the number of layers that have one like it, and the prefix of its block."""
+@lru_cache(maxsize=128)
+def weights_of(graph: Graph) -> tuple[tuple[Weight, int, str], ...]:
+    """Return every distinct weight, the number of layers that have one like it, and the prefix of its block."""
     stack, axes = operations_of(graph)
     groups: list[tuple[tuple[Op, ...], int, str]] = [(stack.before, 1, "")]
     for run in stack.runs:
@@ -549,18 +556,22 @@ def weights_of(graph: Graph) -> Iterator[tuple[Weight, int, str]]:
         groups += [(b.ops, axes[run.times], f"{b.name}.") for b in run.blocks]
     groups.append(((*stack.after, *stack.loss), 1, ""))
     outside: set[str] = set()
+    weights: list[tuple[Weight, int, str]] = []
     for ops, count, where in groups:
         seen = outside if not where else set[str]()
         for op in ops:
             for w in op.weights:
                 if w.name not in seen:
                     seen.add(w.name)
-                    yield w, count, where
+                    weights.append((w, count, where))
+    return tuple(weights)
 
 
-def parameters_of(graph: Graph) -> Iterator[TensorGroup]:
-    """Yield the stored tensors of every weight, and the model's buffers."""
+@lru_cache(maxsize=128)
+def parameters_of(graph: Graph) -> tuple[TensorGroup, ...]:
+    """Return the stored tensors of every weight, and the model's buffers."""
     _, axes = operations_of(graph)
+    groups: list[TensorGroup] = []
     for w, count, where in weights_of(graph):
         for t in w.stored or (Tensor("", w.shape, w.dtype),):
             what = f"{w.name} ({t.name})" if t.name else w.name
@@ -568,4 +579,5 @@ def parameters_of(graph: Graph) -> Iterator[TensorGroup]:
             if w.kernel and graph.recipe.running is not None:
                 source = graph.recipe.running.of(w).source
             kind = "buffer" if w.group == "buffer" else "parameter"
-            yield tensor_group(kind, what, t.shape, t.dtype, source, where.rstrip("."), count, axes)
+            groups.append(tensor_group(kind, what, t.shape, t.dtype, source, where.rstrip("."), count, axes))
+    return tuple(groups)

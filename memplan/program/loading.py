@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 
 from memplan.catalogue.methods.methods import AXOLOTLS_EMBEDDINGS
 from memplan.catalogue.quantization.inference_formats import LoadStep, is_freed, laying, quantising, unpacking
@@ -79,12 +80,13 @@ def most_at_once(events: Iterable[tuple[int, int]]) -> int:
     return most
 
 
-def loading(*graphs: Graph) -> list[tuple[int, int]]:
+@lru_cache(maxsize=4)
+def loading(*graphs: Graph) -> tuple[tuple[int, int], ...]:
     """Return what loading models, one after another, allocates and frees, in order (see `LoadingTape`)."""
     tape = LoadingTape(operations_of(graphs[0])[1])
     for graph in graphs:
         load(graph, tape)
-    return tape.events
+    return tuple(tape.events)
 
 
 def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912 (a branch for each way to load)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import get_args
 
 from memplan.estimate.answer import Estimate
@@ -38,7 +38,8 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
         ("optimizer", "; ".join(_optimizer(answer))),
         (
             "batch",
-            f"{sequences} of {lengths(batch)}{',' * bool(batch.target_sequence)}{images(batch)} per GPU; {passes}",
+            f"{sequences} of {lengths(batch)}{',' * bool(batch.target_sequence)}{images(batch)} per GPU; {passes}"
+            + (f"; packed as {batch.packing}" if batch.packing else ""),
         ),
         ("checkpointing", "".join(_checkpointing(run))),
         ("attention", run.kernels.attention + ("; padded batches" if loop.padded else "")),
@@ -66,6 +67,43 @@ _REFERENCES = {
 def question(answer: Estimate) -> str:
     """Return what was asked in one line: the method, the model, and what decides most of the memory."""
     return ", ".join(_question(answer))
+
+
+def is_one_question(answers: Sequence[Estimate]) -> bool:
+    """Whether answers are of one run, on different cards."""
+    return len({*_without_cards(answers)}) == 1
+
+
+def _without_cards(answers: Sequence[Estimate]) -> list[RunSpec]:
+    return [answer.asked.model_copy(update={"gpu": None}) for answer in answers]
+
+
+def title(answers: Sequence[Estimate]) -> str:
+    """Return what several answers are about: the question that they share, or how many runs they are."""
+    return question(answers[0]) if is_one_question(answers) else f"{len(answers):,} runs"
+
+
+def names(answers: Sequence[Estimate]) -> list[str]:
+    """Return what tells answers apart: their cards, or what they ask if that differs; nothing for a single one."""
+    if len(answers) == 1:
+        return [""]
+    if is_one_question(answers):
+        return [str(answer.run.gpu) for answer in answers]
+    runs = _without_cards(answers)
+    distinct = [*dict.fromkeys(runs)]
+    numbered = [f"run {distinct.index(run) + 1}, {question(answer)}" for run, answer in zip(runs, answers, strict=True)]
+    choices = ([*map(words, answers)] for words in (asked, question))
+    told = next((texts for texts in choices if len({*texts}) == len(distinct)), numbered)
+    return [text + (f" on {answer.run.gpu}" if answer.gpu else "") for text, answer in zip(told, answers, strict=True)]
+
+
+def assumed(answers: Sequence[Estimate]) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Return the assumptions of each run, under a title."""
+    firsts: dict[RunSpec, tuple[str, Estimate]] = {}
+    for run, name, answer in zip(_without_cards(answers), names(answers), answers, strict=True):
+        firsts.setdefault(run, (name, answer))
+    several = len(firsts) > 1
+    return [(f"Assumed for {name}" if several else "Assumed", assumptions(of)) for name, of in firsts.values()]
 
 
 def _question(answer: Estimate) -> Iterator[str]:

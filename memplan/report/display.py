@@ -8,6 +8,7 @@ from operator import itemgetter
 from textwrap import wrap
 from typing import Any
 
+from memplan.core.errors import printable
 from memplan.report.blocks import (
     GAP,
     Block,
@@ -39,11 +40,12 @@ def display(blocks: Iterable[Block], to: Screen) -> str:
 
 
 def plain(blocks: Iterable[Block], to: Screen) -> Iterator[str]:
-    """Yield the lines of the blocks without styles."""
+    """Yield the lines of the blocks without styles. Patches and commands are as they were given."""
     for is_apart, block in spaced(blocks):
         if is_apart:
             yield ""
-        yield from _lines(block, to)
+        lines = _lines(block, to)
+        yield from lines if isinstance(block, Verbatim) else map(printable, lines)
 
 
 def _lines(block: Block, to: Screen) -> Iterator[str]:

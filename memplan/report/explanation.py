@@ -12,18 +12,25 @@ from memplan.explain.message import Amount
 from memplan.report.blocks import Block, Column, Heading, Notes, Table, Text, Verbatim
 from memplan.report.display import display
 from memplan.report.markdown import page
+from memplan.report.stamp import Stamp
 from memplan.report.text import Screen
 
-FORMATS = ("table", "json", "markdown")
+FORMATS = ("table", "json", "markdown", "html")
 
 
-def render(format: str, found: Explanation, to: Screen, patch: str = "") -> str:
+def render(format: str, found: Explanation, to: Screen, patch: str = "", stamp: Stamp | None = None) -> str:
     """Return an explanation in one of `FORMATS`; `patch` is the change of the run's file as a diff."""
     match format:
         case "json":
             return json.dumps({**found.as_dict(), "patch": patch or None}, indent=2, ensure_ascii=False) + "\n"
         case "markdown":
             return page(_blocks(found, patch))
+        case "html":
+            from memplan.report.html import page as html_page
+
+            first, *others = _blocks(found, patch)
+            assert isinstance(first, Text)
+            return html_page(first.text, others, stamp)
         case _:
             return display(_blocks(found, patch), to)
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 
-from memplan.catalogue.hardware.gpus import find_gpu
-from memplan.estimate.answer import BY_MEMORY
-from memplan.planning.sweep import Grid
-from memplan.report.blocks import Styled, Table, styled
+from memplan.estimate.answer import BY_MEMORY, Estimate
+from memplan.planning.reach import Frontier
+from memplan.report.blocks import Drawing, Styled, Table, styled
 from memplan.report.display import paragraph
 from memplan.report.text import Screen
 from memplan.report.wording import COLOURS
@@ -18,57 +18,62 @@ _CELL_WIDTH = 5  # including the gap before it
 _CANNOT = "-"
 
 
-def heat(around: Grid, to: Screen) -> Iterator[list[Styled]]:
+def heat(found: Frontier, to: Screen) -> Iterator[list[Styled]]:
     """Yield a row per batch and a column per sequence, wrapped to the width of the screen."""
-    answers, card = around.answers, find_gpu(str(around.run.gpu)).usable
-    assert answers is not None  # the run has a GPU
-    batches, sequences = around.axes["batch"], around.axes["sequence"]
+    batches, sequences = [batch for batch, _ in found.longest], found.sequences
     label = max(len("batch"), *(len(short(b)) for b in batches))
     per_line = max(1, (to.width - label) // _CELL_WIDTH)
     for start in range(0, len(sequences), per_line):
         if start:
             yield []
-        columns = range(start, min(start + per_line, len(sequences)))
-        heads = "".join(short(sequences[n]).rjust(_CELL_WIDTH) for n in columns)
+        columns = slice(start, start + per_line)
+        heads = "".join(short(n).rjust(_CELL_WIDTH) for n in sequences[columns])
         yield [(f"{'batch':>{label}}{heads}", "bold")]
-        for i, batch in enumerate(batches):
-            cells = [_cell(int(answers[i, j]), int(around.allocated[i, j]) / card, to) for j in columns]
-            yield [(f"{short(batch):>{label}}", ""), *cells]
+        for batch, answers in zip(batches, found.around, strict=True):
+            yield [(f"{short(batch):>{label}}", ""), *(_cell(answer, to) for answer in answers[columns])]
     yield []
     yield from _legend(to)
 
 
-CAPTION = (
+_CAPTION = (
     "Share of the card's usable memory that is allocated, by sequences per batch (rows) and tokens (columns). "
     "x: does not fit; ?: tight; -: cannot run."
 )
 
 
-def table(around: Grid) -> Table[Sequence[Styled]]:
-    """Return the map as a table for a page."""
-    answers, card = around.answers, find_gpu(str(around.run.gpu)).usable
-    assert answers is not None  # the run has a GPU
-    batches, sequences = around.axes["batch"], around.axes["sequence"]
+def drawing(found: Frontier) -> Drawing:
+    """Return the map: shades on a screen, a table on a page."""
+    return Drawing(partial(heat, found), partial(_table, found), _CAPTION)
+
+
+def _table(found: Frontier) -> Table[Sequence[Styled]]:
     rows = [
-        [(short(batch), ""), *(_share(code, int(n) / card) for code, n in zip(codes, allocated, strict=True))]
-        for batch, codes, allocated in zip(batches, answers.tolist(), around.allocated.tolist(), strict=True)
+        [(short(batch), ""), *map(_share, answers)]
+        for (batch, _), answers in zip(found.longest, found.around, strict=True)
     ]
-    return Table([styled(n, head, right=True) for n, head in enumerate(("batch", *map(short, sequences)))], rows)
+    return Table([styled(n, head, right=True) for n, head in enumerate(("batch", *map(short, found.sequences)))], rows)
 
 
-def _share(code: int, share: float) -> Styled:
-    if code < 0:
+def _allocated(answer: Estimate) -> float:
+    """The share of the card that is allocated."""
+    assert answer.gpu is not None
+    return answer.bytes.allocated / answer.gpu.usable
+
+
+def _share(answer: Estimate | None) -> Styled:
+    if answer is None:
         return _CANNOT, ""
-    verdict = BY_MEMORY[code]
+    share, verdict = _allocated(answer), str(answer.verdict.answer)
     return f"{share:.0%} {_SIGNS.get(verdict, '')}".rstrip(), f"{COLOURS[verdict]} quarter{min(int(share * 4), 3)}"
 
 
-def _cell(code: int, share: float, to: Screen) -> Styled:
-    if code < 0:
+def _cell(answer: Estimate | None, to: Screen) -> Styled:
+    if answer is None:
         return _CANNOT.rjust(_CELL_WIDTH), ""
-    shade = _SHADES[min(int(share * len(_SHADES)), len(_SHADES) - 1)]
-    sign = shade if to.colour else _SIGNS.get(BY_MEMORY[code], shade)
-    return f" {sign * (_CELL_WIDTH - 1)}", COLOURS[BY_MEMORY[code]]
+    verdict = str(answer.verdict.answer)
+    shade = _SHADES[min(int(_allocated(answer) * len(_SHADES)), len(_SHADES) - 1)]
+    sign = shade if to.colour else _SIGNS.get(verdict, shade)
+    return f" {sign * (_CELL_WIDTH - 1)}", COLOURS[verdict]
 
 
 def _legend(to: Screen) -> Iterator[list[Styled]]:

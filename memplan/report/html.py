@@ -46,7 +46,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inl
 
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False, stamp: Stamp | None = None) -> str:
     first, question = answers[0], assumptions_.question(answers[0])
-    title = words.verdict(first) if len(answers) == 1 else question
+    title = words.verdict(first) if len(answers) == 1 else assumptions_.title(answers)
     of_one = svg.verdict_class(first.verdict.answer) if len(answers) == 1 else ""
     return page(title, _answers(answers, explain, ranks), stamp, of_one, question if len(answers) == 1 else "")
 
@@ -64,30 +64,45 @@ def page(title: str, parts: Iterable[Part], stamp: Stamp | None = None, verdict:
         element("title", f"memplan: {title}"),
         element("style", Markup(f"\n{css}")),
     )
-    header = [element("h1", title, class_=verdict or None)]
-    header += [element("p", question)] if question else []
+    header = [*_title(title, verdict, question)]
     header += [element("pre", element("code", stamp.command), class_="command")] if stamp.command else []
     header.append(element("p", stamp.line, class_="made"))
-    body = joined(*(line for part in parts for line in (_html(part), "\n")))
-    main = element("main", Markup("\n"), body)
+    main = element("main", Markup("\n"), fragment(parts))
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n{head}\n<body>\n{element("header", *header)}\n{main}\n'
         f"<script>\n{script}</script>\n</body>\n</html>\n"
     )
 
 
+def fragment(parts: Iterable[Part]) -> Markup:
+    """Return parts of a page without the page."""
+    return joined(*(line for part in parts for line in (_html(part), "\n")))
+
+
+def summary(answer: Estimate) -> Iterator[Part]:
+    """Yield the top of a page about one run: verdict, question and bar."""
+    question = assumptions_.question(answer)
+    yield from _title(words.verdict(answer), svg.verdict_class(answer.verdict.answer), question)
+    yield bars([("", answer)])
+
+
+def _title(title: str, verdict: str, question: str) -> Iterator[Markup]:
+    yield element("h1", title, class_=verdict or None)
+    if question:
+        yield element("p", question)
+
+
 def _answers(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[Part]:
     """Yield the parts of a page about one run: on one card, on several, or without one."""
-    first, several = answers[0], len(answers) > 1
-    named = [(str(answer.run.gpu) if several else "", answer) for answer in answers]
-    if several:
+    named = [*zip(assumptions_.names(answers), answers, strict=True)]
+    if len(answers) > 1:
         yield verdicts(named)
     yield bars(named)
-    for answer in answers:
-        yield from next_steps(answer, several)
-    distinct = [next(group) for _, group in groupby(answers, key=words.moment)]
-    for answer in distinct:
-        on = f" on {answer.run.gpu}" if several else ""
+    for name, answer in named:
+        yield from next_steps(answer, name)
+    distinct = [next(group) for _, group in groupby(named, key=lambda run: (words.asked(run[1]), words.moment(run[1])))]
+    for name, answer in distinct:
+        on = name and f" on {name}" if assumptions_.is_one_question(answers) else f": {name}"
         yield Heading(f"Through the step{on}" if answer.run.task == "train" else f"Through the run{on}")
         yield Text(words.summary(answer))
         yield timeline(answer, MOST_MOMENTS // len(distinct))
@@ -99,14 +114,15 @@ def _answers(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterato
             from memplan.report.serving import pool
 
             yield Facts("Keys and values", pool(answer))
-    for answer in answers if ranks else ():
+    for name, answer in named if ranks else ():
         if answer.ranks:
-            yield Heading(f"{f'{answer.run.gpu}: ' if several else ''}{words.ranks_title(answer)}")
+            yield Heading(f"{name and f'{name}: '}{words.ranks_title(answer)}")
             yield words.ranks_table(answer)
-    yield Fold("Assumed", [Facts("", assumptions_.assumptions(first))], is_open=True)
+    for title, facts in assumptions_.assumed(answers):
+        yield Fold(title, [Facts("", facts)], is_open=True)
     yield Notes(words.notes(answers))
-    for answer in distinct:
-        yield ledger(answer, explain)
+    for name, answer in distinct:
+        yield ledger(answer, explain, name)
 
 
 def bars(runs: Sequence[svg.Labelled]) -> Markup:
@@ -129,7 +145,7 @@ def timeline(answer: Estimate, most: int = MOST_MOMENTS, full: int = 0, title: s
         "kinds": [(kind, words.CATEGORIES[kind]) for kind in kinds],
         "places": places,
         "moments": [
-            [round(m.start, 2), number[svg.moment_name(m)], *(_gib(m.kinds.get(kind, 0)) for kind in kinds)]
+            [round(m.start, 2), number[svg.moment_name(m)], *map(_gib, (m.bytes, *(m.kinds.get(k, 0) for k in kinds)))]
             for m in moments
         ],
     }
@@ -167,8 +183,8 @@ def _parts(answer: Estimate) -> Table[words.MemoryPart]:
     return Table([first, *table.columns[1:]], table.rows)
 
 
-def ledger(answer: Estimate, is_open: bool = False) -> Fold:
-    """Return the tensors at the peak, the largest of very many, folded."""
+def ledger(answer: Estimate, is_open: bool = False, name: str = "") -> Fold:
+    """Return the tensors at the peak, the largest of very many, folded. `name` is the answer's, of several."""
     table = words.ledger_table(answer)
     *lines, total = table.rows
     left = lines[_MOST_LINES:]
@@ -176,6 +192,7 @@ def ledger(answer: Estimate, is_open: bool = False) -> Fold:
         rest = sum(line.bytes for line in left)
         lines = [*lines[:_MOST_LINES], total._replace(what=f"{len(left):,} smaller ones", bytes=rest)]
     on = f" on {answer.run.gpu}" if answer.gpu else ""
+    on = f" of {name}" if name not in ("", str(answer.run.gpu)) else on
     title = f"Every tensor at the peak{on}: {len(answer.ledger):,} kinds, {words.tenths(answer.bytes.allocated)} GiB"
     return Fold(title, [Table(table.columns, [*lines, total])], is_open)
 
@@ -245,16 +262,19 @@ def _pairs(rows: Iterable[Sequence[str]]) -> Markup:
 
 
 def _table(table: Table[Any], name: str = "") -> Markup:
-    """Return a table. A first column without a title, or of a map, heads the rows; others without one are left out."""
+    """Return a table. A first column without a title, or of a map, heads the rows; others without one are left out,
+    unless none has one."""
     first = table.columns[0]
-    shown = [n for n, column in enumerate(table.columns) if column.title or not n]
+    titled = any(column.title for column in table.columns)
+    shown = [n for n, column in enumerate(table.columns) if column.title or not (n and titled)]
     heads = (_head(table.columns[n], "col") if n or first.title else element("td") for n in shown)
     names_rows = not first.title or name == "map"
     rows = (
         element("tr", *(_data(row[n], table.columns[n].right, not n and names_rows) for n in shown), Markup("\n"))
         for row in table.cells()
     )
-    parts = (element("thead", element("tr", *heads)), element("tbody", Markup("\n"), *rows))
+    head = (element("thead", element("tr", *heads)),) if titled else ()
+    parts = (*head, element("tbody", Markup("\n"), *rows))
     return element("div", element("table", *parts, class_=name or None), class_="scroll", tabindex=0)
 
 

@@ -34,26 +34,27 @@ def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = Fal
 
 def _blocks(answers: Sequence[Estimate], explain: bool, ranks: bool, stamp: Stamp) -> Iterator[Block]:
     """Yield what a reviewer wants first, and everything else in one fold."""
-    first, several = answers[0], len(answers) > 1
-    yield Text(words.verdict(first), "bold") if not several else Text("")
-    yield Text(assumptions_.question(first))
-    yield from (verdicts([(str(answer.run.gpu), answer) for answer in answers]),) if first.gpu else ()
-    for answer in answers:
-        yield from next_steps(answer, several)
+    names = assumptions_.names(answers)
+    yield Text(words.verdict(answers[0]), "bold") if len(answers) == 1 else Text("")
+    yield Text(assumptions_.title(answers))
+    if any(answer.gpu for answer in answers):
+        yield verdicts([(name or str(answer.run.gpu), answer) for name, answer in zip(names, answers, strict=True)])
+    for name, answer in zip(names, answers, strict=True):
+        yield from next_steps(answer, name)
     left_out = words.left_out(answers)
     yield Notes(left_out)
     details = list(_details(answers, explain, ranks))
-    details.append(Facts("Assumed", assumptions_.assumptions(first)))
+    details += [Facts(*facts) for facts in assumptions_.assumed(answers)]
     details.append(Notes([note for note in words.notes(answers) if note not in left_out]))
     details.append(stamped(stamp))
     yield Fold("What takes the memory, when, and what was assumed", details)
 
 
 def _details(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterator[Block]:
-    several = len(answers) > 1
-    yield Text(words.summary(answers[0]) if not several else words.host(answers[0]))
-    for answer in answers if explain else answers[:1]:
-        yield Text(f"On {answer.run.gpu}:" if several else "")
+    named = [*zip(assumptions_.names(answers), answers, strict=True)]
+    yield Text(words.summary(answers[0]) if len(answers) == 1 else words.host(answers[0]))
+    for name, answer in named if explain else named[:1]:
+        yield Text(name and f"{'On ' if assumptions_.is_one_question(answers) else ''}{name}:")
         yield from (words.part_table(answer), words.phase_table(answer))
         if answer.serving is not None:
             from memplan.report.serving import pool
@@ -61,9 +62,9 @@ def _details(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterato
             yield Facts("Keys and values", pool(answer))
         if explain:
             yield words.ledger_table(answer)
-    for answer in answers if ranks else ():
+    for name, answer in named if ranks else ():
         if answer.ranks:
-            yield Text(f"{f'{answer.run.gpu}: ' if several else ''}{words.ranks_title(answer)}")
+            yield Text(f"{name and f'{name}: '}{words.ranks_title(answer)}")
             yield words.ranks_table(answer)
 
 
@@ -72,8 +73,10 @@ def stamped(stamp: Stamp) -> Text | Paste:
     return Paste(stamp.line, [stamp.command], language="sh") if stamp.command else Text(stamp.line)
 
 
-def verdicts(runs: Sequence[tuple[str, Estimate]], title: str = "GPU") -> Table[tuple[str, Estimate]]:
+def verdicts(runs: Sequence[tuple[str, Estimate]], title: str = "") -> Table[tuple[str, Estimate]]:
     """Return a row per run, with its name: the verdict, and the bytes behind it."""
+
+    title = title or ("GPU" if assumptions_.is_one_question([answer for _, answer in runs]) else "run")
 
     def of(cell: Callable[[Estimate], str]) -> Callable[[tuple[str, Estimate]], str]:
         return lambda run: cell(run[1])
@@ -95,12 +98,12 @@ def verdicts(runs: Sequence[tuple[str, Estimate]], title: str = "GPU") -> Table[
     return Table(columns, runs)
 
 
-def next_steps(answer: Estimate, several: bool) -> Iterator[Block]:
-    """Yield what would make the run fit, and without a card which cards hold it."""
+def next_steps(answer: Estimate, name: str) -> Iterator[Block]:
+    """Yield what would make the run fit, and without a card which cards hold it. `name` is the answer's, of several."""
     from memplan.report.next_steps import cards, help_line
 
     line = help_line(answer)
-    yield Text(f"{answer.run.gpu}: {line}" if several and line else line)
+    yield Text(f"{name}: {line}" if name and line else line)
     for title, by_size in cards(answer):
         yield Text(f"{title}:" if by_size else title)
         yield Notes([f"{size}: {', '.join(names)}" for size, names in by_size.items()], "")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
+from itertools import islice
 
+from memplan.core.errors import printable
 from memplan.core.records import NamedTuple
 from memplan.core.units import GIB
 from memplan.estimate.answer import Estimate, Holding
 from memplan.planning.reach import ROOM_STEPS, cards_that_hold, largest_batch, largest_sequence, room
-from memplan.report.wording import tenths
+from memplan.report.wording import also_meant, tenths
 
 
 class Way(NamedTuple):
@@ -42,10 +44,16 @@ def without_a_way(answer: Estimate) -> str:
 def ways(answer: Estimate) -> list[Way]:
     """Return what would make a run fit that does not."""
     out = [] if answer.via == "trace" else list(_ways(answer))  # other changes than the card would need further traces
-    larger = next((gpu for gpu, verdict in _holding(answer, "NVIDIA") if verdict == "fits"), None)
-    if larger:
-        text = f"{larger.title} ({tenths(larger.usable)} GiB usable), the smallest NVIDIA card that holds it"
-        out.append(Way(text, f"--gpu {larger.name}"))
+    holding = (gpu for gpu, verdict in _holding(answer, "NVIDIA") if verdict == "fits")
+    others, n = also_meant(answer), answer.run.parallelism.world
+    cards = [*holding] if others else [*islice(holding, 1)]
+    card = next((gpu for gpu in cards if gpu in others), next(iter(cards), None))
+    if card:
+        of_size = "the smallest that hold it" if n > 1 else "the smallest NVIDIA card that holds it"
+        why = f"which {printable(answer.asked.gpu or '')} may mean" if card in others else of_size
+        count, times = (f"{n:,} x ", f"{n}x") if n > 1 else ("", "")
+        text = f"{count}{card.title} ({tenths(card.usable)} GiB usable), {why}"
+        out.append(Way(text, f"--gpu {times}{card.name}"))
     return out
 
 
@@ -59,8 +67,12 @@ def _ways(answer: Estimate) -> Iterator[Way]:
         if sequence:
             yield Way(f"{sequence:,} tokens at batch {run.batch.micro:,}", f"--seq-len {sequence}")
     if answer.run.task == "generate":
-        from memplan.planning.inference import mildest_format
+        from memplan.planning.inference import divided, mildest_format
 
+        parts = divided(answer, calibration)
+        if parts is not None:
+            option = f"--tp {parts.run.parallelism.tp}"
+            yield Way(f"{option} (uses {tenths(parts.bytes.used)} GiB)", option)
         smaller = mildest_format(answer, calibration=calibration)
         if smaller is not None:
             name, other = smaller

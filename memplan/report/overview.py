@@ -56,8 +56,11 @@ class CommandLine(NamedTuple):
     cards: str = ""
 
     def changed(self, options: str = "") -> str:
-        """Return the line with more options; a card replaces the others."""
-        return " ".join(filter(None, (self.run, "" if options.startswith("--gpu ") else self.cards, options)))
+        """Return the line with more options, which replace those of the same name; a card replaces all cards."""
+        names = [word.partition(" ")[0] for word in options.split("--")]
+        kept = [word for word in self.run.split(" --") if word.partition(" ")[0] not in names]
+        cards = "" if "gpu" in names else self.cards
+        return " ".join(filter(None, (" --".join(kept), cards, options)))
 
 
 def overview(answer: Estimate, to: Screen, line: CommandLine | None) -> Iterator[Block]:
@@ -67,7 +70,8 @@ def overview(answer: Estimate, to: Screen, line: CommandLine | None) -> Iterator
     shares = rows(answer)
     if not to.plain and answer.verdict.answer != "does not start":  # memory is not the question then
         yield Drawing(partial(bar, answer, [(row.key, row.bytes) for row in shares]))
-    yield table(with_options(answer, shares), to)
+    most = len(shares) if to.terminal else None  # where the line of other stacks costs more and uses the same work
+    yield table(with_options(answer, shares, most), to)
     if answer.serving is not None:
         from memplan.report.serving import pool
 
@@ -114,10 +118,14 @@ def settings(answer: Estimate) -> Iterator[str]:
     elif answer.serving is None:
         yield from (f"{batch.new_tokens:,} new tokens",) * (run.task == "generate")
         yield q.format if q is not None else str(run.precision.weights)
-    if p.world > 1:
+    if answer.serving is not None and p.world > 1:
+        from memplan.report.serving import divisions
+
+        yield ", ".join(divisions(answer))
+    elif p.world > 1:
         from memplan.report.assumptions import strategies
 
-        yield "".join(f"{how}" for how in [*strategies(p)][:1]) or f"{p.world:,} GPUs"
+        yield next(strategies(p), f"{p.world:,} GPUs")
     yield run.profile
 
 
@@ -217,7 +225,7 @@ def table(shares: Sequence[MemoryShare], to: Screen) -> Table[MemoryShare]:
     columns: list[Column[MemoryShare]] = [
         Column("", lambda row: LABELS[row.key], style="bold"),
         Column("GiB", lambda row: words.tenths(row.bytes), right=True),
-        Column("", why, wraps=True, style="dim"),
+        Column("", why, wraps=True, optional=True, style="dim"),
     ]
     has_room = to.width >= _NARROW
     if has_room and any(row.option for row in shares):
@@ -289,7 +297,7 @@ def with_options(answer: Estimate, shares: Sequence[MemoryShare], most: int | No
     """Return the rows with what shrinks each that is worth it, as far as the run has such options.
 
     most  savings that are computed of options that change the operations, each of which costs as much as a tenth of a
-          short command; others are listed without what they save. Default one, and none for a run that fits
+          short command for a pipe; others are listed without what they save. Default one, and none for a run that fits
     """
     if answer.via == "trace" or answer.serving is not None:  # further traces would take long; a pool takes what is free
         return [*shares]

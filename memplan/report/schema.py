@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import reduce
+from functools import cache, reduce
 from inspect import cleandoc
 from typing import Annotated, Any, Literal, get_args, get_type_hints
 
@@ -237,11 +237,9 @@ def _offered(figures: dict[str, Any]) -> dict[str, Any]:
     step = _model("Pace", "A step of all cards together.", pace)
     cards = {"gpu": str, "count": int, "strategy": str}
     offer = {"price": _of(Hourly) | None, "step": step | None, "million": cost | None, "whole": cost | None}
-    facts = {"launch_usd": float, "launch_date": str, "watts": int | None, "slots": int}
-    each = _model("OwnedCard", "A card to own: its list price when it was first sold, watts, slots.", facts)
     miss = _model("Miss", NearestMiss.__doc__ or "", {**cards, **figures, "lacks": int})
     return {
-        "offers": list[_model("Offer", "Cards that hold the run.", {**cards, **figures, **offer}, each=each)],
+        "offers": list[_model("Offer", "Cards that hold the run.", {**cards, **figures, **offer}, each=_owned())],
         "considered": int,
         "nearest": miss | None,
         "tokens": int | None,
@@ -287,7 +285,14 @@ def _placed(figures: dict[str, Any]) -> dict[str, Any]:
     """Return the fields of mode places."""
     cards = {"gpu": str, "gpus": int, "price": _of(Hourly) | None, "requests": int}
     placed = {**cards, "tokens_per_second": _of(Seconds) | None, **figures}
-    return {"places": list[_model("Place", "A number of cards that hold the run.", placed)]}
+    return {"places": list[_model("Place", "A number of cards that hold the run.", placed, each=_owned())]}
+
+
+@cache
+def _owned() -> Any:
+    """Return the facts of a card that is listed to own."""
+    facts = {"launch_usd": float, "launch_date": str, "watts": int | None, "slots": int}
+    return _model("OwnedCard", "A card to own: its list price when it was first sold, watts, slots.", facts)
 
 
 def _divided(figures: dict[str, Any]) -> dict[str, Any]:

@@ -26,7 +26,7 @@ def pool(answer: Estimate) -> list[tuple[str, str]]:
     rows.append(
         ("holds", f"{s['concurrency']:,.2f} {each} at once; the run's {requested:,} {needs} {gib(s['needed'])}")
     )
-    if s["max_model_len"] != s["context"]:
+    if s["concurrency"] and s["max_model_len"] != s["context"]:
         rows.append(("longest", f"{s['longest_concurrency']:,.2f} requests of {s['max_model_len']:,} tokens"))
     return rows
 
@@ -61,7 +61,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     if settings.lora_slots:
         text.append(("adapters", f"{settings.lora_slots} slots of rank {settings.lora_rank}"))
     if run.parallelism.world > 1:
-        text.append(("GPUs", ", ".join(_gpus(answer))))
+        text.append(("GPUs", ", ".join([f"{run.parallelism.world:,}", *divisions(answer)])))
     return text
 
 
@@ -72,16 +72,15 @@ def _speculation(s: Serving) -> str:
     return f"{method}, {s.num_speculative_tokens:,} tokens a step"
 
 
-def _gpus(answer: Estimate) -> Iterator[str]:
-    """Yield how the cards divide the model."""
+def divisions(answer: Estimate) -> Iterator[str]:
+    """Yield how an engine's GPUs divide the model."""
     p, s = answer.run.parallelism, answer.run.serving
-    yield f"{p.world:,}"
     if answer.run.profile.startswith("llama.cpp"):
         split = f" in proportions {' : '.join(f'{part:g}' for part in s.tensor_split)}" if s.tensor_split else ""
-        yield "all on one of them" if s.split_mode == "none" else f"layers split over them{split}"
+        yield "all on one GPU" if s.split_mode == "none" else f"layers split over the GPUs{split}"
         return
     is_dp_attention = s.dp_attention or ((answer.serving or {}).get("sharing", 1) > 1)
-    if p.tp > 1 or not (p.pp > 1 or is_dp_attention):
+    if p.tp > 1:
         yield f"{'attention ' if is_dp_attention else ''}tensor parallel over {p.tp}"
     if p.pp > 1:
         yield f"a pipeline of {p.pp} stages"
@@ -99,6 +98,10 @@ def _engine(answer: Estimate) -> Iterator[str]:
     settings = answer.run.serving
     if answer.run.profile.startswith("llama.cpp"):
         yield f"{settings.gpu_layers} layers on the card"
+        for pattern, _, buffer in (text.rpartition("=") for text in settings.override_tensor or ()):
+            yield f"{pattern} on {buffer}"
+        if settings.n_cpu_moe:
+            yield f"experts of the first {settings.n_cpu_moe} layers on the host"
         yield "flash attention" if settings.flash_attention else "scores written out"
         return
     yield f"{settings.memory_utilization:.3g} of the card"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import groupby
+from itertools import accumulate, groupby
 from pathlib import Path
 
 from memplan.core.records import NamedTuple
@@ -28,8 +28,8 @@ Labelled = tuple[str, Estimate]  # a run's name in a drawing; empty for the only
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False, stamp: Stamp | None = None) -> str:
     """Return the bars of the answers, and the timeline of the first, as a file."""
     del explain, ranks
-    named = [(str(answer.run.gpu) if len(answers) > 1 else "", answer) for answer in answers]
-    return page("; ".join((assumptions_.question(answers[0]), *words.left_out(answers))), named, stamp)
+    named = [*zip(assumptions_.names(answers), answers, strict=True)]
+    return page("; ".join((assumptions_.title(answers), *words.left_out(answers))), named, stamp)
 
 
 def page(title: str, runs: Sequence[Labelled], stamp: Stamp | None = None) -> str:
@@ -217,12 +217,14 @@ def timeline(answer: Estimate, full: int = 0, moments: Sequence[Drawn] = ()) -> 
 def _areas(moments: Sequence[Drawn], full: int) -> Iterator[tuple[str, str]]:
     """Yield each category and its path, the highest of the stack first: each covers what is below it, too."""
     kinds = [kind for kind in words.CATEGORIES if any(moment.kinds.get(kind) for moment in moments)]
-    for n in range(len(kinds), 0, -1):
-        path = "M0 1000"
-        for moment in moments:
-            height = 1000 * (1 - sum(moment.kinds.get(kind, 0) for kind in kinds[:n]) / full)
-            path += f"L{10 * moment.start:.1f} {height:.1f}H{10 * moment.end:.1f}"
-        yield kinds[n - 1], f"{path}V1000Z"
+    stacked = [[*accumulate(moment.kinds.get(kind, 0) for kind in kinds)] for moment in moments]
+    across = [(f"L{10 * moment.start:.1f} ", f"H{10 * moment.end:.1f}") for moment in moments]
+    for n in reversed(range(len(kinds))):
+        steps = (
+            f"{start}{1000 * (1 - below[n] / full):.1f}{end}"
+            for (start, end), below in zip(across, stacked, strict=True)
+        )
+        yield kinds[n], f"M0 1000{''.join(steps)}V1000Z"
 
 
 def _phase_names(moments: Sequence[Drawn]) -> Iterator[Markup]:

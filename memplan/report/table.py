@@ -111,9 +111,9 @@ def _notes(answers: Sequence[Estimate]) -> Iterator[Block]:
 def _comparison(
     answers: Sequence[Estimate], explain: bool, ranks: bool, details: bool, line: CommandLine | None
 ) -> Iterator[Block]:
-    questions = {assumptions_.question(answer) for answer in answers}
+    is_one = assumptions_.is_one_question(answers)
     columns: list[Column[Estimate]] = [
-        *([Column("run", assumptions_.question, wraps=True)] if len(questions) > 1 else []),
+        *([] if is_one else [Column("run", assumptions_.question, wraps=True)]),
         Column("GPU", lambda answer: str(answer.run.gpu), wraps=True),
         Column("answer", lambda answer: str(answer.verdict.answer), style=words.colour),
         Column("GiB used", lambda answer: words.tenths(answer.bytes.used), right=True),
@@ -121,38 +121,40 @@ def _comparison(
         Column("free", lambda answer: words.tenths(answer.verdict.headroom or 0), right=True),
         Column(f"{answers[0].band.coverage:.0%} of runs", words.band_ends, optional=True),
     ]
-    if len(questions) == 1:
+    if is_one:
         yield Text(words.asked(answers[0]), "bold", indent="")
         yield Text("  " + ", ".join(settings(answers[0])), "dim")
     yield Table(columns, answers)
     yield from _moments(answers)
     yield Text(words.host(answers[0]), indent="")
-    for answer in answers:
+    named = [*zip(assumptions_.names(answers), answers, strict=True)]
+    for name, answer in named:
         if ranks and answer.ranks:
-            yield Text(str(answer.run.gpu), "bold")
+            yield Text(name, "bold")
             yield from _ranks(answer)
-    for answer in answers:
+    for name, answer in named:
         if answer.verdict.answer == "does not fit":
-            yield Heading(str(answer.run.gpu))
+            yield Heading(name)
             yield from _next_steps(answer)
     if details:
-        yield Facts("Assumed", assumptions_.assumptions(answers[0]))
+        yield from (Facts(*facts) for facts in assumptions_.assumed(answers))
         yield from _notes(answers)
     elif line is not None:
         yield Verbatim([f"  memplan {line.changed()} --details"], "sh")
-    for answer in answers if explain else ():
-        yield Heading(str(answer.run.gpu))
+    for name, answer in named if explain else ():
+        yield Heading(name)
         yield from _ledger(answer)
 
 
 def _moments(answers: Sequence[Estimate]) -> Iterator[Text]:
-    """Yield the moments of the peaks, grouping GPUs that share one."""
-    gpus: dict[str, list[str]] = {}
-    for answer in answers:
-        gpus.setdefault(words.moment(answer), []).append(str(answer.run.gpu))
-    for moment, names in gpus.items():
-        on = f" on {', '.join(dict.fromkeys(names))}" if len(gpus) > 1 else ""
-        yield Text(f"The peak{on} is {moment}.", indent="")
+    """Yield the moments of the peaks, grouping runs and GPUs that share one."""
+    sharing: dict[str, list[str]] = {}
+    for name, answer in zip(assumptions_.names(answers), answers, strict=True):
+        sharing.setdefault(words.moment(answer), []).append(name)
+    for moment, names in sharing.items():
+        of = "on" if assumptions_.is_one_question(answers) else "of"
+        told = f" {of} {', '.join(dict.fromkeys(names))}" if len(sharing) > 1 else ""
+        yield Text(f"The peak{told} is {moment}.", indent="")
 
 
 def _categories(answer: Estimate) -> Table[words.MemoryPart]:

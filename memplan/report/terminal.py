@@ -53,7 +53,8 @@ def _parts(block: Block, to: Screen) -> Iterator[RenderableType]:
     match block:
         case Text(text, style):
             if text:
-                yield _line((text, style))
+                inner = text.lstrip()
+                yield Padding(_line((inner, style)), (0, 0, 0, len(text) - len(inner)))
         case Heading(text, _):
             yield _line((text, "bold"))
         case Pairs(rows):

@@ -76,14 +76,20 @@ def card(answer: Estimate) -> GPU | None:
     return find_gpu(answer.gpu.name) if answer.gpu else None
 
 
+def also_meant(answer: Estimate) -> tuple[GPU, ...]:
+    """Return the other cards that the GPU's name may mean."""
+    typed = answer.asked.gpu
+    return ambiguous_with(typed) if typed is not None and answer.gpu and typed != answer.gpu.name else ()
+
+
 def other_cards(answer: Estimate) -> str:
     """Return a line about the other cards that the GPU's name may mean; empty if there are none."""
-    typed = answer.asked.gpu
-    others = ambiguous_with(typed) if typed is not None and answer.gpu and typed != answer.gpu.name else ()
+    others = also_meant(answer)
     if not others:
         return ""
     more = f" and {len(others) - _MOST_NAMED} more" if len(others) > _MOST_NAMED else ""
-    return f"{printable(typed or '')} may also mean {', '.join(gpu.name for gpu in others[:_MOST_NAMED])}{more}"
+    named = ", ".join(gpu.name for gpu in others[:_MOST_NAMED])
+    return f"{printable(answer.asked.gpu or '')} may also mean {named}{more}"
 
 
 _MOST_NAMED = 4  # other cards in one line

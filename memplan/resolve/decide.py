@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels.losses import SINGLE_CHUNK
+from memplan.catalogue.kernels.packing import packed_rows
 from memplan.catalogue.methods.methods import LORA
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
 from memplan.catalogue.profiles.profile_table import known_name
@@ -26,6 +27,7 @@ from memplan.resolve.defaults import (
     with_new_tokens,
     with_use_cache,
 )
+from memplan.resolve.kernels import FLASH_PACKAGES
 from memplan.resolve.open_run import BatchFacts, Parts
 from memplan.resolve.parallelism import divides_weights
 from memplan.resolve.ranks import without_preparation
@@ -57,15 +59,21 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     pictures = image_axes(model, run)
     batch = with_lengths(with_new_tokens(run).batch, model)
     length = batch.tokens + run.method.virtual_tokens
+    is_flash, is_single = run.kernels.attention in FLASH_PACKAGES, batch.micro == 1
+    packed = packed_rows(batch.packing, is_flash, is_single) if batch.packing and run.trainer == "sft" else None
+    if packed is not None and packed.is_one_row:
+        length, is_single = length * batch.micro, True
     facts = BatchFacts(
         accumulates=batch.accumulation > 1,
         windowed=window is not None and length >= window,
-        is_single_sequence=batch.micro == 1,
+        is_single_sequence=is_single,
         is_single_chunk=length <= SINGLE_CHUNK,
         images=bool(batch.images),
         has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
         ungrouped=_ungrouped(batch, run.parallelism.dp),
+        packing=batch.packing or "",
+        packed=packed,
     )
     decided = decide_training(model, Parts.of(run), card, facts)
     degrees = decided.structure.graph.degrees

@@ -6,6 +6,7 @@ A card's free memory is what its driver reports less a CUDA context. We assume t
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from functools import lru_cache
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.overhead import cuda_context
@@ -38,6 +39,7 @@ class _Module(NamedTuple):
     is_layer: bool = False
 
 
+@lru_cache(maxsize=256)
 def place_on_devices(
     graph: Graph, p: Parallelism, gpu: GPU | None, largest: bool
 ) -> tuple[ModulePlacement, tuple[str, ...]]:

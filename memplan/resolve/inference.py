@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from memplan.catalogue.attention.efficient_workspace import large_tiles
 from memplan.catalogue.families.litgpt import KINDS, has_family
@@ -351,6 +352,7 @@ STEPS: tuple[Callable[[OpenInference], None], ...] = (
 )
 
 
+@lru_cache(maxsize=512)
 def keeps_every_cache(graph: Graph) -> bool:
     """Return whether the stack keeps a cache for every layer that the family's cache table lists."""
     graph = graph._replace(placed=None)

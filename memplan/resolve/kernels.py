@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from memplan.catalogue import build
 from memplan.catalogue.families import megatron
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods.methods import Recipe
@@ -10,10 +11,30 @@ from memplan.catalogue.profiles.profiles import find_profile
 from memplan.core.errors import refused
 from memplan.models.model import ModelSpec
 from memplan.program.stack_facts import attention_dtype, fusible_kernels, tower_dtype
+from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet_with
 from memplan.spec.training import Kernels, Method
 
+_LONGEST_VARLEN_HEAD = 256
 FLASH_PACKAGES = {"flash_attention_2": "", "flash_attention_3": "3"}  # -> `Wiring.variant`
+
+
+def separates_rows(model: ModelSpec, wiring: Wiring, code: str) -> bool:
+    """Return whether the model's operations, as far as they were read, keep the sequences of a packed row apart."""
+    if any(layer.mixer != "attention" for layer in model.layers):
+        return False
+    inputs = (op for op in build(model, wiring, code).before if op.name == "inputs")
+    return any(t.name == "position_ids" for op in inputs for t in op.writes)
+
+
+def runs_varlen(run: OpenRun) -> bool:
+    """Return whether Axolotl runs torch's varlen attention over packed rows, instead of sdpa with a mask.
+
+    Source: axolotl 0.21.0 loaders/patch_manager.py _apply_sdpa_varlen_patch.
+    """
+    keys, values = run.model.head_widths
+    fits = keys == values <= _LONGEST_VARLEN_HEAD and not any(layer.sliding for layer in run.model.layers)
+    return run.attention == "sdpa" and run.attention_dtype != "fp32" and fits
 
 
 def version_attention(
@@ -23,7 +44,8 @@ def version_attention(
 
     Raises SpecError for an attention that the framework's own model does not have.
     """
-    attention, checkpoints, notes = kernels.attention, kernels.checkpointing not in ("none", "selective"), list[str]()
+    unchecked = ("none", "selective") if model.is_megatron else ("none",)
+    attention, checkpoints, notes = kernels.attention, kernels.checkpointing not in unchecked, list[str]()
     if attention == "eager" and library.model.code in ("litgpt", "torchtitan"):
         raise refused(
             "kernels.attention",

@@ -14,7 +14,7 @@ from memplan.catalogue.methods.methods import LORA, PARTS, Recipe, inside
 from memplan.catalogue.quantization.quantization import FORMATS
 from memplan.core.errors import UnknownNameError, refused
 from memplan.models.model import ModelSpec
-from memplan.models.objectives import modules_to_train
+from memplan.models.objectives import HEADS, modules_to_train
 from memplan.models.peft_methods import PEFT_METHODS, filled_options
 from memplan.program.stack_facts import (
     adaptable,
@@ -77,7 +77,10 @@ def method_recipe(
     if other is not None and code != "transformers":
         raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
     targets, selection, notes = _adapted(model, method, code)
-    saved = _modules(model, "method.modules_to_save", method.modules_to_save)
+    absent = [name for name in method.modules_to_save if name in HEADS and name not in modules(model)]
+    notes = [*notes, *(f"modules_to_save: this model has no {name}, and peft leaves it out" for name in absent)]
+    present = (name for name in method.modules_to_save if name not in absent)
+    saved = _modules(model, "method.modules_to_save", present)
     if other is not None and other.on == "norms":
         saved = (*_modules(model, "method.targets", () if isinstance(method.targets, str) else method.targets), *saved)
     recipe = Recipe(

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
 from memplan.catalogue.degrees import Degrees
+from memplan.catalogue.kernels.packing import SAMPLE_TOKENS
 from memplan.catalogue.parallelism.pipeline import ENGINES
 from memplan.catalogue.profiles.profiles import find_profile
 from memplan.core.errors import SpecError
@@ -76,6 +77,16 @@ def unmasked_note(profile: str) -> str:
     """Return the note on padded batches that come without an attention mask."""
     title = find_profile(profile).title
     return f"loop.padded changes nothing: {title} passes no attention mask for padding"
+
+
+SAMPLES_NOTE = (
+    f"packing: samples are assumed to have {SAMPLE_TOKENS} tokens on average, on which a scratch of backward depends"
+)
+
+
+def unseparated_note(model: ModelSpec) -> str:
+    """Return the note on a family whose attention to packed rows was not read."""
+    return f"packing: what separates the sequences of a row in {model.model_type} is not counted yet"
 
 
 def checkpoint_notes(config: Mapping[str, Any], method: Method, precision: Precision) -> Iterator[str]:

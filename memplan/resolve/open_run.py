@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal, dataclass_transform
 
 from memplan.catalogue.degrees import WHOLE, Degrees
+from memplan.catalogue.kernels.packing import PackedRows
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.methods.methods import Recipe
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour
@@ -29,6 +30,8 @@ class BatchFacts(NamedTuple):
     has_uneven_patches  the image patches are not a multiple of 8
     microbatches        micro-batches per step of a pipeline, else 1
     ungrouped           why a step's completions are not those of whole prompts; empty if they are
+    packing             how sequences are packed into rows; empty if they are not
+    packed              the rows of a packed batch that marks its sequences
     """
 
     accumulates: bool = False
@@ -39,6 +42,8 @@ class BatchFacts(NamedTuple):
     has_uneven_patches: bool = False
     microbatches: int = 1
     ungrouped: str = ""
+    packing: str = ""
+    packed: PackedRows | None = None
 
 
 class Parts(NamedTuple):

@@ -188,5 +188,8 @@ def _ranks(run: OpenRun) -> Ranks:
         return ranks
     frozen_dtype = recipe.weights if recipe.weights != recipe.compute else ""
     autocast = not (p.strategy == "fsdp2" and run.library.sharding.fsdp_casts)
-    run.recipe = recipe._replace(autocast=autocast, weights=recipe.compute, adapter_dtype=recipe.compute)
+    kept = "fp32" if ranks.row.flat and recipe.compute != "fp32" else ""
+    run.recipe = recipe._replace(
+        autocast=autocast, weights=recipe.compute, adapter_dtype=recipe.compute, sharded_dtype=kept
+    )
     return ranks._replace(trained="fp32", frozen=frozen_dtype)

@@ -248,7 +248,7 @@ def _refuse(run: RunSpec, engine: ServingEngine, model: ModelSpec) -> None:  # n
             raise refused(f"serving.{name}", "needs slots for adapters; set lora_slots too")
     _refuse_cache(run, engine, model)
     if engine.kind != "llama.cpp":
-        for name in ("gpu_layers", "flash_attention"):
+        for name in ("gpu_layers", "flash_attention", "override_tensor", "n_cpu_moe"):
             if getattr(s, name) is not None:
                 raise refused(f"serving.{name}", f"only applies to llama.cpp, not to {engine.name}")
     elif s.memory_utilization not in (None, 1.0):  # an answer's own run says 1.0

@@ -14,9 +14,10 @@ METHODS = {
     "vllm": ("draft_model", "eagle", "eagle3", "mtp", "ngram"),
     "sglang": ("draft_model", "eagle", "eagle3", "mtp", "ngram"),
     "tgi": (),
-    "llama.cpp": ("draft_model",),
+    "llama.cpp": ("draft_model", "mtp"),
 }
 _HEADS = ("eagle", "eagle3")
+_DRAFTS = {"cache_dtype": "fp16", "override_tensor": None, "n_cpu_moe": None}  # llama.cpp has own options for these
 
 
 def decide_draft(s: Settings) -> Draft | None:
@@ -50,15 +51,18 @@ def decide_draft(s: Settings) -> Draft | None:
         return Draft(method, tokens, None)
     quantization = asked.draft_weights if method != "mtp" else s.quantization
     serving = asked.model_copy(update={"lora_slots": 0, "speculative_method": None, "draft_model": None})
-    if kind == "llama.cpp":
-        serving = serving.model_copy(update={"cache_dtype": "fp16", "gpu_layers": model.num_hidden_layers + 1})
+    stage = whole(model.num_hidden_layers)
+    if kind == "llama.cpp" and method == "mtp":  # a context for layers like the last one, with the model's head
+        stage = stage._replace(first=stage.last - 1)
+    elif kind == "llama.cpp":
+        serving = serving.model_copy(update=_DRAFTS | {"gpu_layers": model.num_hidden_layers + 1})
     ranks = s.ranks._replace(ep=1, etp=s.ranks.tp) if method != "mtp" else s.ranks
     draft = s._replace(
         model=model,
         quantization=quantization,
         serving=serving,
         ranks=ranks,
-        stage=whole(model.num_hidden_layers),
+        stage=stage,
         draft=None,
     )
     return Draft(method, tokens, draft)

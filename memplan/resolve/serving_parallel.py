@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from memplan.catalogue.inference.caches import caches
 from memplan.catalogue.profiles.engines import ServingEngine
 from memplan.core.errors import refused
@@ -9,6 +11,7 @@ from memplan.models.model import ModelSpec
 from memplan.program.serving.settings import ServingRanks
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec
+from memplan.spec.serving import Serving
 
 
 def attention_free(model: ModelSpec) -> bool:
@@ -91,4 +94,31 @@ def _llama_cpp_gpus(run: RunSpec) -> ServingRanks:
             raise refused("serving.tensor_split", "has no effect with split_mode none, which uses one GPU")
         if len(s.tensor_split) > p.world:
             raise refused("serving.tensor_split", f"has {len(s.tensor_split)} parts for {p.world} GPUs")
-    return ServingRanks(cards=1 if s.split_mode == "none" else p.world)
+    cards = 1 if s.split_mode == "none" else p.world
+    _refuse_overrides(s, cards)
+    return ServingRanks(cards=cards)
+
+
+# Groups that repeat, and more than six repetitions in one alternative, take too long to match.
+_SLOW = re.compile(r"\)[*+{]|(?:[^|]*?(?<!\\)[*+{]){7}")
+_LONGEST = 4096  # characters of a pattern
+
+
+def _refuse_overrides(s: Serving, cards: int) -> None:
+    """Raise SpecError for overrides of tensors that are not a pattern and a buffer."""
+    field = "serving.override_tensor"
+    for text in s.override_tensor or ():
+        pattern, _, buffer = text.rpartition("=")
+        if not pattern:
+            raise refused(field, f"{text!r:.60} is not PATTERN=BUFFER; write exps=CPU to keep the experts on the host")
+        number = re.fullmatch(r"(?:CPU|(?:CUDA|ROCm|Vulkan|SYCL|MUSA)(\d{1,4}))", buffer)
+        if number is None:
+            raise refused(field, f"{buffer!r:.40} is not a buffer; use CPU, or CUDA0 for the first GPU")
+        if number[1] and int(number[1]) >= cards:
+            raise refused(field, f"{buffer} is not one of {cards} GPUs, counted from 0")
+        if len(pattern) > _LONGEST or _SLOW.search(pattern):
+            raise refused(field, f"{pattern!r:.60} would take too long to match; write it without repeated groups")
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise refused(field, f"{pattern!r:.60} is not a regular expression: {error}") from None

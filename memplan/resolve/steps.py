@@ -11,11 +11,13 @@ from memplan.resolve.defaults import adapted_experts
 from memplan.resolve.kernels import (
     attention_compute_dtype,
     attention_wiring,
+    runs_varlen,
+    separates_rows,
     tower_kernel,
     version_attention,
     with_profile_wiring,
 )
-from memplan.resolve.notes import kernel_notes, unknown_note, unmasked_note
+from memplan.resolve.notes import SAMPLES_NOTE, kernel_notes, unknown_note, unmasked_note, unseparated_note
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals import training as refusals
 from memplan.resolve.refusals.refuse import refuse
@@ -64,7 +66,17 @@ def wire(run: OpenRun) -> None:
     padded = run.loop.padded and passes_mask
     args = run.attention_dtype, run.recipe, run.capability, padded, facts.windowed
     wiring = with_profile_wiring(attention_wiring(run.model, run.attention, *args), library, run.attention)
+    packed = facts.packed
+    if packed is not None and not separates_rows(run.model, wiring._replace(packed=packed), run.code):
+        packed = packed._replace(mask="", is_varlen=False)
+        run.notes.append(unseparated_note(run.model))
+    elif packed is not None and packed.mask == "made" and library.attention.sdpa_varlen and runs_varlen(run):
+        packed = packed._replace(mask="", is_varlen=True, repeats=library.attention.sdpa_varlen == "repeated")
+    if packed is not None and packed.is_varlen and packed.repacks:
+        run.notes.append(SAMPLES_NOTE)
     run.wiring = wiring._replace(
+        packed=packed,
+        target=str(run.precision.compute) if packed is not None and packed.mask == "given" else wiring.target,
         is_single_sequence=facts.is_single_sequence and bool(run.model.family.attention.single_sequence),
         has_fp32_inputs=run.attention_dtype == "fp32",
         images=facts.images,

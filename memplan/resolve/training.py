@@ -41,7 +41,7 @@ from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.quantized_checkpoint import method_for_training
 from memplan.resolve.ranks import divide_ranks, note_sharding, set_sharded_dtypes, shard
-from memplan.resolve.refusals import trainers
+from memplan.resolve.refusals import packing, trainers
 from memplan.resolve.refusals import training as refusals
 from memplan.resolve.refusals.models import adapted_parameters, smoothed_labels, trained_weights, training_objective
 from memplan.resolve.refusals.refuse import refuse
@@ -130,22 +130,34 @@ def _choose_trainer(run: OpenTraining) -> None:
         return
     refuse(trainers.trainer(run))
     name, behaviour = run.trainer, run.library.trainer
-    copies = behaviour.trained_reference, behaviour.reference_dtype
+    own = "adapters" if run.method.kind in ADAPTERS else "copy"
     if name in (*PAIRED, "reward"):
         log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
         run.step = Trainer(name, log_probs, "none", likelihood=name in ("orpo", "cpo") and log_probs != "gathered")
-    elif name in GENERATING:
-        own = "adapters" if run.method.kind in ADAPTERS else "copy"
-        run.reference = run.reference or ("none" if name == "grpo" else own)  # beta is 0, or 0.05
-        facts = (
-            run.batch_facts.is_single_sequence,
-            name == "rloo" or run.rollout != "transformers",
-            behaviour.divided_logits,
-        )
-        run.step = Trainer(name, behaviour.log_probs, run.reference, True, copies[1], False, False, 1, *facts)
     else:
-        run.reference = run.reference or ("adapters" if run.method.kind in ADAPTERS else "copy")
-        run.step = Trainer(name, behaviour.log_probs, run.reference, *copies, rows=1 if name == "kto" else 2)
+        run.reference = run.reference or ("none" if name == "grpo" else own)  # RLOO's beta is 0.05, GRPO's 0
+        run.step = Trainer(
+            name,
+            behaviour.log_probs,
+            run.reference,
+            trains_copy=name in GENERATING or behaviour.trained_reference,
+            copy_dtype=behaviour.reference_dtype,
+            shards_copy=run.is_sharded,
+            rows=1 if name in ("kto", *GENERATING) else 2,
+        )
+        if run.is_sharded and run.reference == "copy" and run.parallelism.strategy == "fsdp2":
+            run.notes.append(
+                "TRL shards a reference copy under FSDP2 as one unit, so its pass gathers all weights at once; FSDP1 "
+                "gathers block by block, and a precomputed reference needs neither"
+            )
+    if name in GENERATING:
+        run.step = run.step._replace(
+            has_one_sequence=run.batch_facts.is_single_sequence,
+            has_parts=run.batch_facts.accumulates,
+            generates=run.rollout == "transformers",
+            old_log_probs=name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled",
+            divided_logits=behaviour.divided_logits,
+        )
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
 
 
@@ -158,6 +170,8 @@ def _fill_from_profile(run: OpenTraining) -> None:
 def _refuse_settings(run: OpenTraining) -> None:
     """Refuse settings of the parts, and experts that ranks cannot divide."""
     refuse(settings(run), refusals.quantised_experts(run))
+    if run.batch_facts.packing:
+        refuse(packing.packed_batch(run))
     if run.is_megatron_model:
         refuse(refusals.megatron_model(run), refusals.megatron_experts(run))
     else:
@@ -233,7 +247,7 @@ def _wire_training(run: OpenTraining) -> None:
         caches=run.library.model.returns_caches,
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
-        recomputes=run.kernels.checkpointing == "selective",
+        recomputes=run.kernels.checkpointing == "selective" and run.is_megatron_model,
         keeps_last=run.library.checkpointing.keeps_last and run.kernels.checkpointing == "offload",
     )
 
@@ -274,6 +288,7 @@ def _build_graph(run: OpenTraining) -> None:
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
         trainer=run.step,
         every_n_layers=kernels.every_n_layers,
+        saves_products=kernels.checkpointing == "selective" and checkpoints,
     )
 
 

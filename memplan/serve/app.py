@@ -21,6 +21,7 @@ from memplan.serve.endpoints import Endpoint, endpoints_of
 from memplan.serve.log import log
 from memplan.serve.messages import Question, Reply
 from memplan.serve.operations import body_of, option
+from memplan.serve.page import HEADERS
 from memplan.serve.problems import MEDIA_TYPE, RequestError, problem, problem_of
 from memplan.serve.settings import ServerSettings
 from memplan.serve.webhook import request_of, unanswered
@@ -107,6 +108,8 @@ class Service:
             Route(each.path, served.get(each.path) or self._handler(each), methods=[each.method])
             for each in endpoints_of(self._settings)
         ]
+        if self._settings.page is not None:
+            routes += [Route(path, self._page) for path in self._settings.page.addresses]
         return Starlette(routes=routes, exception_handlers={HTTPException: self._no_route}, lifespan=self._lifespan)
 
     @asynccontextmanager
@@ -125,6 +128,13 @@ class Service:
 
     async def _measured(self, _: Request) -> Response:
         return Response(generate_latest(self._metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    async def _page(self, request: Request) -> Response:
+        assert self._settings.page is not None
+        found = self._settings.page.content(request.url.path)
+        assert found is not None
+        content, type = found
+        return Response(content, headers=HEADERS, media_type=type)
 
     async def _no_route(self, request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

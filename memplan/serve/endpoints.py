@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from memplan.core.records import NamedTuple
+from memplan.serve.page import QUESTIONS
 from memplan.serve.questions import CheckQuestion, FitsQuestion, PlaceQuestion, PlanQuestion, RunBatch
 from memplan.serve.settings import ServerSettings
 from memplan.spec.run import RunSpec
@@ -66,7 +67,9 @@ ENDPOINTS = (
     Endpoint("GET", "/metrics", "", "Prometheus metrics."),
 )
 REVIEW = Endpoint("POST", "/review", "review", "AdmissionReview v1 of a pod; only of `memplan webhook`.")
+PAGE = Endpoint("POST", QUESTIONS, "page", "A question of the web page; only with --web.", is_long=True)
 
 
 def endpoints_of(settings: ServerSettings) -> tuple[Endpoint, ...]:
-    return ENDPOINTS if settings.review is None else (*ENDPOINTS, REVIEW)
+    others = (REVIEW, settings.review), (PAGE, settings.page)
+    return (*ENDPOINTS, *(endpoint for endpoint, setting in others if setting is not None))

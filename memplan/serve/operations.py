@@ -6,9 +6,10 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from functools import lru_cache
-from typing import Any, cast
+from typing import Any, cast, get_args
 from urllib.parse import parse_qs
 
+from memplan.catalogue.hardware.gpus import find_gpu
 from memplan.core.errors import ConfigError, MemplanError, SpecError, UnknownNameError, refused
 from memplan.core.files import given_files
 from memplan.estimate.answer import DUMPED, Bytes, Estimate, Verdict
@@ -17,19 +18,29 @@ from memplan.estimate.estimate import estimate
 from memplan.gate.budget import budget
 from memplan.gate.rows import Answers, Check, Task, checked
 from memplan.models.cards import find_model, parse_config
+from memplan.planning.cluster import FixedDegrees, cluster_of
 from memplan.planning.fitting import fits
 from memplan.planning.many import warm
 from memplan.planning.placement import place
 from memplan.probe.route import estimates
 from memplan.report import listing, plans
+from memplan.report.plans.planned import MODES, PlanRequest, planned
 from memplan.report.schema import answer_schema, comparison_schema, plan_schema, run_schema
 from memplan.serve.messages import Question, Reply
 from memplan.serve.openapi import openapi
-from memplan.serve.planned import planned
 from memplan.serve.problems import RequestError, problem_of
-from memplan.serve.questions import MOST_CARDS, MOST_RUNS, CheckQuestion, FitsQuestion, PlaceQuestion, PlanQuestion
+from memplan.serve.questions import (
+    MOST_CARDS,
+    MOST_RUNS,
+    CheckQuestion,
+    FitsQuestion,
+    Mode,
+    PlaceQuestion,
+    PlanQuestion,
+)
 from memplan.serve.settings import ServerSettings
 from memplan.serve.webhook import reviewed
+from memplan.spec.parallelism import Parallelism
 from memplan.spec.run import RunSpec
 
 MOST_DEPTH = 64
@@ -156,7 +167,31 @@ def _place(question: Question, _: ServerSettings) -> object:
 
 def _plan(question: Question, _: ServerSettings) -> object:
     asked = PlanQuestion.model_validate(body_of(question))
-    return plans.dump(planned(asked, Demand(asked.tight, asked.headroom)))
+    run, demand = asked.run, Demand(asked.tight, asked.headroom)
+    mode = _MODES.get(asked.mode, asked.mode)
+    modes = MODES.get(run.task, (mode,))
+    if mode not in modes:
+        choices = " or ".join(name for name in get_args(Mode) if _MODES.get(name, name) in modes)
+        raise SpecError(f"mode: {asked.mode} only applies to training; for task {run.task} choose {choices}", "mode")
+    request = PlanRequest(mode, run, demand, axis=asked.axis, tokens=asked.tokens, most=asked.most)
+    if mode != "buy":
+        if run.gpu is None:
+            raise SpecError(f"run.gpu: mode {asked.mode} needs a card", "run.gpu")
+        demand.check(find_gpu(run.gpu))
+    if mode == "nodes":
+        assert run.gpu is not None
+        if asked.nodes is None or asked.gpus is None:
+            field = "gpus" if asked.nodes else "nodes"
+            raise SpecError(f"{field}: mode nodes needs it, the number of {_COUNTED[field]}", field)
+        if run.parallelism != Parallelism():
+            raise SpecError("run.parallelism: mode nodes finds it; leave it out", "run.parallelism")
+        cluster = cluster_of(find_gpu(run.gpu), asked.nodes, asked.gpus, asked.network_gbps)
+        request = request._replace(cluster=cluster, pinned=FixedDegrees(sequences=asked.global_batch))
+    return plans.dump(planned(request))
+
+
+_MODES = {"fit": "levers", "advise": "advice"}
+_COUNTED = {"nodes": "nodes", "gpus": "GPUs per node"}
 
 
 def _check(question: Question, settings: ServerSettings) -> object:
@@ -198,6 +233,11 @@ def _review(question: Question, settings: ServerSettings) -> object:
     return reviewed(body_of(question), settings.review, lambda run: estimate_run(run, settings), question.query)
 
 
+def _page(question: Question, settings: ServerSettings) -> object:
+    assert settings.page is not None
+    return json.loads(settings.page.answer(question.body.decode("utf-8", "replace")))
+
+
 OPERATIONS: Mapping[str, Operation] = {
     "estimate": _estimate,
     "estimates": _estimates,
@@ -210,6 +250,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "schema": _schema,
     "openapi": lambda question, settings: openapi(),
     "review": _review,
+    "page": _page,
 }
 
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from memplan.core.frozen import FrozenDict
-from memplan.spec.base import Count, Flag, Natural, Part
+from memplan.spec.base import Count, Flag, Natural, Number, Part
 from memplan.spec.checks import After
 from memplan.spec.pool import Job, NodeShape
 from memplan.spec.run import RunSpec
 
 MOST_RUNS = 1000  # of one request, and jobs
 MOST_CARDS = 100_000  # of a pool
-Mode = Literal["fit", "max", "ladder", "advise", "buy"]
-Axis = Literal["batch", "sequence", "rank", "model"]
+Mode = Literal["fit", "max", "ladder", "advise", "buy", "nodes"]
+Axis = Literal["batch", "sequence", "rank", "completion", "generations", "model"]
 Texts = Annotated[dict[str, str], After(FrozenDict)]
 
 
@@ -53,14 +53,18 @@ class PlaceQuestion(Part):
 class PlanQuestion(Part):
     """A run to plan for.
 
-    run       the run; without a GPU for mode `buy`
-    mode      `fit` finds what makes it fit; `max` the largest value of an axis; `ladder` what each change saves;
-              `advise` a method; `buy` cards that hold it
-    axis      of mode `max`
-    headroom  bytes to leave free
-    tight     count a tight run as fitting
-    tokens    training tokens to price, of mode `buy`
-    most      offers to list, of mode `buy`
+    run           the run; without a GPU for mode `buy`
+    mode          `fit` finds what makes it fit; `max` the largest value of an axis; `ladder` what each change saves;
+                  `advise` a method; `buy` cards that hold it; `nodes` how to divide it over a cluster
+    axis          of mode `max`
+    headroom      bytes to leave free
+    tight         count a tight run as fitting
+    tokens        training tokens to price, of mode `buy`
+    most          offers to list, of mode `buy`, or grids, of mode `nodes`
+    nodes         nodes of the cluster, of mode `nodes`, each with `gpus` of the run's GPU
+    gpus          GPUs of a node
+    network_gbps  network Gb/s per GPU, one way; by default that of the vendor's own servers
+    global_batch  sequences per step, all GPUs together; by default the run's batch on every GPU
     """
 
     run: RunSpec
@@ -70,6 +74,10 @@ class PlanQuestion(Part):
     tight: Flag = False
     tokens: Count | None = None
     most: Count = 20
+    nodes: Count | None = None
+    gpus: Count | None = None
+    network_gbps: Number | None = None
+    global_batch: Count | None = None
 
 
 class CheckQuestion(Part):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from memplan.core.records import NamedTuple
+from memplan.serve.page import Page
 
 
 class ReviewPolicy(NamedTuple):
@@ -40,6 +41,7 @@ class ServerSettings(NamedTuple):
     certificate  file of the TLS certificate's chain, and `key` of its key; None for HTTP
     quiet        log only errors and the server's own events
     review       what to do with pods; None for a server without a webhook
+    page         the web page; None for a server without it
     """
 
     host: str = "127.0.0.1"
@@ -58,3 +60,4 @@ class ServerSettings(NamedTuple):
     key: str | None = None
     quiet: bool = False
     review: ReviewPolicy | None = None
+    page: Page | None = None

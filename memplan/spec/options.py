@@ -81,7 +81,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "batch_size": Option(
             "batch.micro",
             "Sequences per GPU and pass.",
-            aliases=("batch", "per_device_train_batch_size", "micro_batch_size"),
+            aliases=("batch", "bs", "per_device_train_batch_size", "micro_batch_size"),
         ),
         "seq_len": Option(
             "batch.sequence",
@@ -95,6 +95,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
                 "max_seq_length",
                 "model_max_length",
                 "num_ctx",
+                "seq",
                 "seq_length",
                 "sequence_len",
             ),
@@ -110,7 +111,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "grad_accum": Option(
             "batch.accumulation",
             "Passes per optimizer step.",
-            aliases=("gradient_accumulation_steps",),
+            aliases=("ga", "gradient_accumulation_steps"),
         ),
         "images": Option("batch.images", "Images in each sequence; their tokens count towards --seq-len."),
         "image_size": Option(
@@ -130,10 +131,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
             type=bool,
             combined=True,
         ),
+        "compile": Option("kernels.compile", "Train with torch.compile. Default off.", aliases=("torch_compile",)),
         "checkpointing": Option(
             "kernels.checkpointing",
-            "Kind of checkpointing: none, full, or offload (layer inputs in host memory). Default full.",
-            choices=("none", "full", "offload"),
+            "Kind of checkpointing: none, full, selective (keeps products and attention), or offload (layer inputs in "
+            "host memory). Default full.",
+            choices=("none", "full", "selective", "offload"),
             combined=True,
         ),
         "every_n_layers": Option(
@@ -148,6 +151,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
             combined=True,
         ),
         "hold_outputs": Option("loop.hold_outputs", "The script keeps the model's outputs through the backward pass."),
+        "packing": Option(
+            "batch.packing",
+            "How sequences are packed into rows, as the profile's framework names it: {choices}. padding_free joins "
+            "those of a batch; knapsack and binpack are `packing` of LLaMA-Factory and of ms-swift.",
+            aliases=("packing_strategy",),
+        ),
         "padded": Option("loop.padded", "Batches are padded, and so have an attention mask."),
         "trainer": Option(
             "trainer",
@@ -409,6 +418,18 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "prefix_caching": Option("serving.prefix_caching", "Keep cache blocks of earlier requests. Default on."),
         "gpu_layers": Option(
             "serving.gpu_layers", "Layers on the card; the head counts as one more (llama.cpp). Default all."
+        ),
+        "n_cpu_moe": Option(
+            "serving.n_cpu_moe",
+            "First layers whose experts stay on the host (llama.cpp). Default 0.",
+            aliases=("ncmoe",),
+        ),
+        "override_tensor": Option(
+            "serving.override_tensor",
+            "PATTERN=BUFFER, separated by commas: tensors to keep on the CPU or a card, as in exps=CPU (llama.cpp). "
+            "Default none.",
+            parse=listed,
+            aliases=("ot",),
         ),
         "split_mode": Option(
             "serving.split_mode",

@@ -46,6 +46,9 @@ ProfileName = Annotated[str, After(_with_version)]
 TrainerName = Literal["sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gkd", "distill"]
 ReferenceKind = Literal["copy", "adapters", "precomputed", "none"]
 RolloutKind = Literal["transformers", "colocate", "server"]
+PackingName = Literal[
+    "bfd", "bfd_split", "wrapped", "padding_free", "sample_packing", "neat_packing", "knapsack", "binpack"
+]
 
 
 class Batch(Part):
@@ -60,6 +63,8 @@ class Batch(Part):
     generations      completions of each prompt, of trainers that generate; 0 for the trainer's default
     images           images per sequence
     image_size       pixels: the side of a square, or (height, width)
+    packing          how the framework packs sequences, or joins those of a micro-batch without padding
+                     (`memplan.catalogue.kernels.packing`); None: each sequence is a row
     target_sequence  tokens of an encoder-decoder's decoder. None for `sequence`, or for the decoder's learned positions
                      if the encoder has a fixed length; when generating, for 1 start token (4 for Whisper)
     """
@@ -72,6 +77,7 @@ class Batch(Part):
     images: Natural = 0
     image_size: Pixels | tuple[Pixels, Pixels] | None = None
     target_sequence: Count | None = None
+    packing: PackingName | None = None
 
     @property
     def tokens(self) -> int:
@@ -79,8 +85,8 @@ class Batch(Part):
         return self.sequence + self.new_tokens
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what only a trainer that generates has."""
-        return values if self.generations else {k: v for k, v in values.items() if k != "generations"}
+        """Leave out the completions of a trainer that does not generate, and the packing of sequences that are not."""
+        return {k: v for k, v in values.items() if v or k not in ("generations", "packing")}
 
 
 class RunSpec(Part):
@@ -145,10 +151,14 @@ class RunSpec(Part):
 
     @classmethod
     def expanded(cls, value: Any) -> Any:
-        """Choose the newest TRL for one of its trainers, if no profile is given, and set the loop that they have."""
+        """Choose the newest TRL for one of its trainers, if no profile is given, and set the loop that they have; put
+        a model that transformers runs on several GPUs on all of them, as `device_map="auto"` does."""
         if not isinstance(value, Mapping):
             return value
         values = cast(Mapping[str, Any], value)
+        runs = values.get("task") in ("forward", "generate")
+        if runs and str(values.get("profile", "transformers")).startswith("transformers"):
+            values = {**values, "parallelism": _on_all_gpus(values.get("parallelism", {}))}
         if values.get("trainer", "sft") == "sft":
             return values
         loop: Any = values.get("loop", {})
@@ -161,6 +171,14 @@ class RunSpec(Part):
         """Leave out what only a trainer of TRL has, if the run has none."""
         named = self.trainer != "sft" or self.reference is not None or self.rollout != "transformers"
         return values if named else {k: v for k, v in values.items() if k not in ("trainer", "reference", "rollout")}
+
+
+def _on_all_gpus(parallelism: Any) -> Any:
+    """Return the parallelism, with a device_map if it is nothing but several GPUs."""
+    if not isinstance(parallelism, Mapping):
+        return parallelism
+    given = dict(cast(Mapping[str, Any], parallelism))
+    return {**given, "device_map": "auto"} if given.keys() == {"world"} and given["world"] != 1 else given
 
 
 def is_default(run: RunSpec, part: str) -> bool:

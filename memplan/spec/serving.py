@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Annotated, Any, Literal
 
 from memplan.spec.base import Count, Flag, Natural, Number, Part, Rank
@@ -12,6 +13,25 @@ _OneScale = Literal["auto", "bf16", "fp16", "fp32", "fp8", "fp8_e4m3", "fp8_e5m2
 _PerHead = Literal["int8_per_token_head", "fp8_per_token_head", "int4_per_token_head"]
 _Blocks = Literal["nvfp4", "fp4_mx_block16", "mxfp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 CacheDtype = Literal[_OneScale, _PerHead, _Blocks]
+
+_ONLY_IF_SET = ("sleep", "override_tensor", "n_cpu_moe")
+
+_MOST_LAYERS = 1000
+
+
+def first_layers(number: int) -> str:
+    """Return a regular expression of the numbers of the first layers; empty for none, and any number for many."""
+    if number >= _MOST_LAYERS:
+        return r"\d+"
+    return f"({'|'.join(map(str, range(number)))})" if number > 0 else ""
+
+
+@lru_cache(maxsize=64)
+def _overrides(override_tensor: tuple[str, ...], n_cpu_moe: int) -> tuple[tuple[str, str], ...]:
+    first = first_layers(n_cpu_moe)
+    experts = [rf"blk\.{first}\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU"] if first else []
+    pairs = (text.rpartition("=") for text in (*override_tensor, *experts))
+    return tuple((pattern, buffer) for pattern, _, buffer in pairs)
 
 
 class Serving(Part):
@@ -35,6 +55,9 @@ class Serving(Part):
     prefix_caching          whether blocks of finished requests are kept for requests with the same prefix
     hybrid_cache            whether sliding-window layers cache only their window, if the engine can
     gpu_layers              llama.cpp: number of last layers in GPU memory; one more includes the head
+    override_tensor         llama.cpp: `PATTERN=BUFFER`, the buffer (`CPU`, `CUDA1`) of tensors whose names in the GGUF
+                            file match a regular expression; the first match counts
+    n_cpu_moe               llama.cpp: number of first layers whose experts stay on the host
     flash_attention         llama.cpp: whether attention scores are never written out
     split_mode              llama.cpp on several GPUs: `layer` puts whole layers on each, `none` everything on one
     tensor_split            llama.cpp: proportions of the layers on each GPU; None for equal parts
@@ -66,6 +89,8 @@ class Serving(Part):
     prefix_caching: Flag | None = None
     hybrid_cache: Flag | None = None
     gpu_layers: Natural | None = None
+    override_tensor: tuple[str, ...] | None = None
+    n_cpu_moe: Natural | None = None
     flash_attention: Flag | None = None
     split_mode: Literal["layer", "none", "row", "tensor"] | None = None
     tensor_split: tuple[Annotated[Number, Strict(ge=0, le=2**40)], ...] | None = None
@@ -82,6 +107,14 @@ class Serving(Part):
     num_speculative_tokens: Count | None = None
     sleep: Flag | None = None
 
+    @property
+    def overrides(self) -> tuple[tuple[str, str], ...]:
+        """llama.cpp's overrides, each a pattern of names and the tensors' buffer, in the order in which it tries them.
+
+        Source: llama.cpp (llama-cpp-python 0.3.36) common/common.h llm_add_n_cpu_ffn_overrides.
+        """
+        return _overrides(self.override_tensor or (), self.n_cpu_moe or 0)
+
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Leave out what only an engine on a GPU that trains has."""
-        return values if self.sleep is not None else {k: v for k, v in values.items() if k != "sleep"}
+        """Leave out what only an engine on a GPU that trains has, and llama.cpp's overrides, unless they are set."""
+        return {k: v for k, v in values.items() if v is not None or k not in _ONLY_IF_SET}

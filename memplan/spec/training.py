@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, cast
 
 from memplan.core.errors import UnknownNameError, refused
 from memplan.core.frozen import FrozenDict
@@ -45,16 +45,19 @@ Attention = Literal[
 _ChunkedLoss = Literal["chunked_lm_head", "chunked_nll", "chunked_nll_fp32", "tiled_lm_head", "fused_chunks"]
 LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
 
-# The other methods of peft 0.21, in lower case: known, but not supported yet.
-LATER_METHODS = frozenset(
-    (
-        *("adamss", "adaption_prompt", "beft", "cartridge", "cpt", "deft"),
-        *("frod", "glora", "gralora", "hra", "lily"),
-        *("multitask_prompt_tuning", "osf", "peanut", "poly", "prefix_tuning"),
-        *("psoft", "pvera", "shadow", "shira", "supertuning", "tinylora"),
-        *("unilora", "vblora", "waveft", "xlora"),
-    )
-)
+# The other methods of peft 0.21, in lower case, which are not supported yet, by the nearest that is: it trains the same
+# kind of parameters.
+_NEAREST = {
+    "lora": "adamss deft glora gralora lily peanut poly shadow supertuning tinylora unilora vblora xlora",
+    "prompt_tuning": "cartridge cpt multitask_prompt_tuning",
+    "p_tuning": "adaption_prompt prefix_tuning",
+    "fourierft": "frod shira waveft",
+    "oft": "hra psoft",
+    "ln_tuning": "beft",
+    "vera": "pvera",
+    "full": "osf",
+}
+LATER_METHODS = {name: nearest for nearest, names in _NEAREST.items() for name in names.split()}
 
 
 class Method(Part):
@@ -103,9 +106,11 @@ class Method(Part):
             values = {"targets": "default", **({"rank": rank} if rank else {}), **values}
         if kind in ("forward", "generate"):
             raise refused("method.kind", f"{kind!r} is a task, not a method; set the run's task to it")
-        if isinstance(kind, str) and kind.lower().replace("-", "_") in LATER_METHODS:
-            supported = ", ".join(get_args(MethodKind))
-            raise refused("method.kind", f"{kind!r} is not supported yet; supported: {supported}")
+        name = kind.lower().replace("-", "_") if isinstance(kind, str) else ""
+        if name in LATER_METHODS:
+            raise refused("method.kind", f"{kind!r} is not supported yet; the nearest that is: {LATER_METHODS[name]}")
+        if name == "bone":
+            raise refused("method.kind", "peft has no bone since it has its successor; use miss")
         if kind in ("qlora", "qdora") and values.get("quantization") is None:
             values["quantization"] = {}
         return values
@@ -221,7 +226,9 @@ class Kernels(Part):
     """Which implementations run.
 
     attention       attention implementation, in transformers' terms
-    checkpointing   activation checkpointing; `offload` is `full` with the blocks' inputs in host memory
+    checkpointing   activation checkpointing; `offload` is `full` with the blocks' inputs in host memory. `selective`
+                    keeps the outputs of matrix products and attention (torchtitan's SelectiveAC); under Megatron-core
+                    it recomputes only attention
     every_n_layers  with checkpointing, only the first of every n layers is checkpointed
     reentrant       torch's reentrant checkpointing, which recomputes a block before any of its backward runs, so the
                     block's output and its gradient stay alive until the recomputation is done

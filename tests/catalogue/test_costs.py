@@ -13,7 +13,7 @@ LEVERS = {
     *("checkpointing", "reentrant", "attention_flash", "fused_loss", "chunked_loss"),
     *("optimizer_fused", "optimizer_8bit", "optimizer_paged", "optimizer_adafactor", "optimizer_sgd", "in_backward"),
     *("micro_batch", "sequence", "rank", "targets", "precision_pure", "method_lora", "method_qlora", "double_quant"),
-    *("offload_activations", "offload_optimizer", "more_gpus", "expandable_segments", "stack"),
+    *("offload_activations", "offload_optimizer", "more_gpus", "sharding", "expandable_segments", "stack"),
     "quantize_experts",
     *("evaluation_batch", "evaluation_host", "evaluation_argmax"),
     *("reference_precomputed", "reference_adapters", "reference_none", "tiled_loss"),

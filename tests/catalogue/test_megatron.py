@@ -162,6 +162,7 @@ def test_ranks_that_divide_matrices_keep_what_korthikanti_et_al_count(t: int) ->
 
 
 def test_embeddings_are_divided_with_the_tokens() -> None:
+    assert answer({"position_embedding_type": "learned"}).bytes == answer().bytes
     for config in ({}, {"hidden_dropout": 0.0}, {"position_embedding_type": "rope"}):
         found = answer(config, **of_ranks(4, True))
         (embeds,) = (line for line in found.ledger if line.what == "embeds")

@@ -110,8 +110,9 @@ def test_every_setting_counts_as_in_peft(kind: str, settings: dict[str, Any]) ->
 def test_methods_are_pefts() -> None:
     peft = pytest.importorskip("peft")
     known = {t.value.lower() for t in peft.PeftType} - {"lora"}
-    assert {*PEFT_METHODS} | LATER_METHODS == known
-    assert not LATER_METHODS & {*PEFT_METHODS}
+    assert {*PEFT_METHODS} | {*LATER_METHODS} == known
+    assert not {*LATER_METHODS} & {*PEFT_METHODS}
+    assert {*LATER_METHODS.values()} <= {*get_args(MethodKind)}
     assert {*PEFT_METHODS} == {*get_args(MethodKind)} - {"full", "freeze", "lora", "qlora", "dora", "qdora"}
     assert {*LAYERS, *UPDATES} == {kind for kind, row in PEFT_METHODS.items() if row.on == "linear"}
 

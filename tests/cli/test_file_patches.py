@@ -92,9 +92,9 @@ def test_the_written_file_gives_the_promised_answer(
 
 def test_a_report_ends_with_the_patch(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
     out = Ran(capsys, "plan", "axolotl.yml", "--gpu", "3090").out
-    heading = r"^Patch of axolotl\.yml, 2 sequences in a row with 2 passes a step: fits, "
+    heading = r"^Patch of axolotl\.yml, a fused loss: fits, "
     assert re.search(heading, out, re.MULTILINE)
-    assert "-micro_batch_size: 4\n+micro_batch_size: 2\n+gradient_accumulation_steps: 2\n" in out
+    assert "\n+liger_fused_linear_cross_entropy: true\n" in out
     assert "Hugging Face / TRL" not in out  # other frameworks' keys
     page = Ran(capsys, "plan", "axolotl.yml", "--gpu", "3090", "--format", "markdown").out
     assert "```diff\n--- axolotl.yml\n+++ axolotl.yml\n@@ " in page

@@ -53,7 +53,7 @@ def line(random: Random, command: Subcommand) -> list[str]:
 @pytest.mark.parametrize("name", ROWS)
 def test_a_plain_line_has_the_options_that_typer_reads(name: str) -> None:
     random, plain = Random(name), 0
-    for _ in range(40):
+    for _ in range(60):
         words = line(random, ROWS[name])
         given = ROWS[name].given(words)
         if given is None:

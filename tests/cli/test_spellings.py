@@ -9,7 +9,7 @@ import pytest
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.cli.commands import Subcommand
 from memplan.cli.gpu_names import TypedCard, typed_cards
-from memplan.cli.model_defaults import with_model_defaults
+from memplan.cli.model_defaults import in_other_format, with_model_defaults
 from memplan.cli.plain import COMMANDS, command_of
 from memplan.cli.runs import runs_of
 from memplan.cli.typer_commands import given_by_typer
@@ -30,6 +30,7 @@ ROWS = {name: option for group in OPTIONS.values() for name, option in group.ite
             "qwen2-7b --method lora --rank 8 --batch-size 2 --seq-len 512 --optimizer adamw_bnb_8bit",
         ),
         ("qwen2-7b --seq_len=512 --no-gradient-checkpointing", "qwen2-7b --seq-len=512 --checkpointing none"),
+        ("qwen2-7b --bs 2 --seq 512 --ga 3", "qwen2-7b --batch-size 2 --seq-len 512 --grad-accum 3"),
         ("qwen2-7b --method QLoRA --context 4k", "qwen2-7b --method qlora --seq-len 4096"),
         ("qwen2-7b --method inference", "qwen2-7b --method generate"),
         ("--model_name_or_path qwen2-7b --method lora", "qwen2-7b --method lora"),
@@ -120,6 +121,13 @@ def test_a_model_is_found_by_address_mirror_and_tag(case: tuple[str, str]) -> No
         "Qwen/Qwen3-8B-AWQ": "memplan qwen3-8b --method generate --quant-format awq-int4",
         "unsloth/Qwen3-8B-unsloth-bnb-4bit": "memplan qwen3-8b --method qlora",
         "qwen3-8b-gguf": "memplan qwen3-8b --method generate --profile llama.cpp --stored Q4_K_M",
+        "bartowski/Qwen_Qwen3-8B-GGUF": "memplan qwen3-8b --method generate --profile llama.cpp --stored Q4_K_M",
+        "ggml-org/gpt-oss-20b-GGUF": "memplan gpt-oss-20b --method generate --profile llama.cpp",
+        "google/gemma-3-12b-it-qat-q4_0-gguf": "memplan gemma-3-12b --method generate --profile llama.cpp "
+        "--stored Q4_0",
+        "TheBloke/Llama-2-7B-GPTQ": "memplan llama-2-7b --method generate --quant-format gptq-int4",
+        "RedHatAI/Qwen3-8B-quantized.w4a16": "memplan qwen3-8b --method generate --profile vllm --stored w4a16",
+        "acme/Qwen3-8B-AWQ": "memplan qwen3-8b --method generate --quant-format awq-int4",
     }.items()
 )
 def test_a_checkpoint_in_another_format_names_the_line_for_it(case: tuple[str, str]) -> None:
@@ -127,6 +135,8 @@ def test_a_checkpoint_in_another_format_names_the_line_for_it(case: tuple[str, s
     with pytest.raises(FactsMissingError) as caught:
         find_model(typed)
     assert f"write {line}, or ask the Hub" in str(caught.value)
+    is_answered = in_other_format({"model": typed})["model"] != typed  # by the command, unless it is anyone's
+    assert is_answered != typed.startswith("acme/")
     _, *words = line.split()
     assert estimate(runs_of(ESTIMATE.given([*words, "--gpu", "h100"]) or {})[0]).bytes.used > 0
 

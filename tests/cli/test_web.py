@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -18,7 +19,12 @@ import pytest
 from memplan.cli import web
 from memplan.cli.page import VIEWS, answer, form
 from memplan.core.errors import MemplanError
+from memplan.planning.fitting import fits
+from memplan.report.svg import verdict_class
+from memplan.serve import page
+from memplan.serve.page import Page
 from memplan.spec.options import OPTIONS
+from memplan.spec.run import RunSpec
 
 
 def ask(*words: str, **files: str) -> dict[str, Any]:
@@ -36,22 +42,64 @@ sequence_len: 2048
 """
 
 
+OOM = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.68 GiB of which 1.31 GiB is free."
+)
+
+
 @pytest.mark.parametrize(
     "words",
     [
         ("qwen2-7b", "--method=qlora", "--gpu=3090", "--format=html"),
         ("fit", "gpt2", "--gpu=3090", "--format=html"),
         ("buy", "gpt2", "--format=json"),
+        ("explain", "oom.log", "gpt2", "--gpu=3090", "--format=html"),
         ("run.yaml", "--gpu=3090", "--format=csv"),
         ("gpt2é", "--format=html"),
         ("gpt2", "--batch-size=many", "--no-padded", "--format=html"),
     ],
 )
 def test_an_answer_has_the_bytes_of_the_command(words: tuple[str, ...], tmp_path: Path) -> None:
-    (tmp_path / "run.yaml").write_text(RUN)
+    files = {"run.yaml": RUN, "oom.log": OOM}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
     ran = subprocess.run([sys.executable, "-m", "memplan", *words], cwd=tmp_path, capture_output=True, check=False)
     expected = {"code": ran.returncode, "out": ran.stdout.decode(), "err": ran.stderr.decode()}
-    assert ask(*words, **{"run.yaml": RUN}) == expected
+    assert ask(*words, **files) == expected
+
+
+def of_part(part: str, *words: str) -> dict[str, Any]:
+    return json.loads(answer(json.dumps({"words": words, "files": {}, "part": part})))
+
+
+def test_a_part_of_the_page_says_what_the_command_says() -> None:
+    words = ("gpt2", "--method=lora", "--gpu=t4", "--batch-size=4")
+    page, bar = ask(*words, "--format=html")["out"], of_part("bar", *words)["out"]
+    assert all(line in page for line in bar.splitlines())
+    assert bar.startswith('<h1 class="fits">fits: ')
+    limits = json.loads(ask("max", *words, "--format=json")["out"])["map"]
+    cells = re.findall(r'<td class="n ?(\w*)', of_part("map", *words)["out"])
+    assert cells == [verdict_class(verdict) for row in limits["verdict"] for verdict in row]
+    run = RunSpec(model="gpt2", method="lora", batch={"micro": 4, "sequence": 1024})  # pyright: ignore[reportArgumentType]
+    cards = re.findall(
+        r'<td>([\w.-]+)</td><td class="n">.*?<td class="\w+">([\w ]+)</td>', of_part("cards", *words)["out"]
+    )
+    assert set(cards) == {(fit.gpu.name, fit.answer) for fit in fits(run)}
+    assert "<td>transformers-5</td>" in of_part("stacks", *words)["out"]
+
+
+@pytest.mark.parametrize(
+    ("part", "words", "line"),
+    [
+        ("bar", ("gpt2", "--batch-size=many"), "--batch-size: must be a whole number, not 'many'"),
+        ("map", ("gpt2",), "gpu: needed to tell what fits; name one"),
+        ("maps", ("gpt2",), "part: unknown name 'maps'; did you mean map"),
+    ],
+)
+def test_a_part_that_has_no_answer_says_why_in_a_line(part: str, words: tuple[str, ...], line: str) -> None:
+    said = of_part(part, *words)
+    assert (said["code"], said["out"]) == (2, "")
+    assert said["err"].startswith(f"memplan: {line}")
 
 
 @pytest.mark.parametrize(
@@ -128,7 +176,9 @@ def test_every_choice_of_the_form_is_one_that_its_option_takes() -> None:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[ThreadingHTTPServer]:
     (tmp_path / "index.html").write_text("<p>page")
-    with ThreadingHTTPServer(("127.0.0.1", 0), web.handler({"/index.html": tmp_path / "index.html"})) as server:
+    with ThreadingHTTPServer(
+        ("127.0.0.1", 0), web.handler(Page({"/index.html": tmp_path / "index.html"}, form, answer))
+    ) as server:
         thread = Thread(target=server.serve_forever)
         thread.start()
         yield server
@@ -170,7 +220,7 @@ def test_the_server_answers_only_its_own_page(server: ThreadingHTTPServer) -> No
 
 
 def test_an_installation_without_the_page_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(web, "data_path", lambda name: tmp_path / name)
+    monkeypatch.setattr(page, "data_path", lambda name: tmp_path / name)
     with pytest.raises(MemplanError, match=r"^web: this installation has no page; run `npm ci && npm run build` in "):
         web.web({})
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from memplan import RunSpec, estimate
-from memplan.catalogue.hardware.overhead import COVERAGE, EXTRA_LOSS_COPIES, PREDICTION_BAND
+from memplan.catalogue.hardware.overhead import COMPILED, COVERAGE, EXTRA_LOSS_COPIES, PREDICTION_BAND
 from memplan.core.units import MIB
 from memplan.estimate.training_peaks import training_peaks
 from memplan.program.training.replay import cached_logits, replay_steps
@@ -102,3 +102,25 @@ def test_a_run_that_only_survives_by_releasing_segments_is_tight() -> None:
     assert answer.walk.reserved(sure) is not None
     assert answer.verdict.answer == "tight"
     assert answer.band.low <= answer.gpu.usable < answer.band.high == roomy.band.high
+
+
+def test_compiled_code_keeps_less_than_eager_code() -> None:
+    """In layers, and in all of a model with two layers, as AOTAutograd's partitioner divides them."""
+    rows = [json.loads(line) for line in PUBLISHED.with_name("traced_compiled.jsonl").read_text("utf-8").splitlines()]
+    assert len(rows) == 9
+    for row in rows:
+        for eager, compiled in (row["layer"], [2 * a + b for a, b in zip(row["layer"], row["outside"], strict=True)]):
+            assert 1000 + COMPILED.low <= 1000 * compiled / eager <= 1000 + COMPILED.high, row["id"]
+
+
+def test_the_range_of_a_compiled_run_goes_down() -> None:
+    """Its figure and upper end are those of eager code. A card between its ends is tight."""
+    fields = {"model": "llama-3.2-1b", "method": "lora", "batch": {"micro": 4, "sequence": 2048}}
+    eager, compiled = (estimate(RunSpec(**fields, kernels={"compile": c}, gpu="a100-40gb")) for c in (False, True))
+    away = sum(line.bytes for line in eager.ledger if line.kind == "temp")
+    away += sum(line.bytes for line in eager.ledger if line.kind == "activation") // 2
+    assert (compiled.bytes, compiled.band.high) == (eager.bytes, eager.band.high)
+    low = eager.band.low - away * (1000 + PREDICTION_BAND.low) // 1000
+    assert abs(compiled.band.low - low) <= 1
+    answers = [estimate(RunSpec(**fields, kernels={"compile": c}, gpu="3060")).verdict.answer for c in (False, True)]
+    assert answers == ["does not fit", "tight"]

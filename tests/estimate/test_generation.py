@@ -11,11 +11,10 @@ import pytest
 from benchmarks.accuracy import compared_with_trace, rows
 from memplan import Estimate, RunSpec, estimate, grid
 from memplan.core.errors import SpecError
+from memplan.planning.reach import reach
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_generation.jsonl")
-# A known miss below the peak: TRL 1.14 holds a part's logits while it scores the next part with the reference.
-HELD_LOGITS = "trl-1.14 grpo llama qlora bf16 4x(256+8) 4 parts adapters"
 
 
 @pytest.mark.parametrize("row", sampled(ROWS), ids=lambda row: row["name"])
@@ -23,8 +22,10 @@ def test_a_step_is_near_its_trace(row: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**row["run"]))
     assert (answer.parameters.total, answer.parameters.trainable) == (row["parameters"], row["trainable"])
     compared = compared_with_trace(row)
+    if compared.cause:  # a known miss
+        return
     assert compared.peak < 1e-3, compared
-    assert compared.phase < (1e-2 if row["name"] == HELD_LOGITS else 5e-3), compared
+    assert compared.phase < 5e-3, compared
     assert compared.same
 
 
@@ -33,6 +34,9 @@ def test_steps_are_held_to_traces() -> None:
     assert min(counts["grpo", profile] for profile in ("trl-1.15", "trl-1.14", "trl-1.13")) >= 18
     assert min(counts["grpo", "trl-1.6"], counts["grpo", "trl-0.24"], counts["rloo", "trl-1.15"]) >= 8
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
+    assert sum("cause" in row for row in ROWS) <= 2
+    divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
+    assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 3
 
 
 def grpo(**run: Any) -> Estimate:
@@ -112,11 +116,45 @@ def test_an_engine_that_sleeps_frees_its_weights_and_cache_for_training() -> Non
         assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
 
 
+@pytest.mark.parametrize("rollout", ["transformers", "server"])
+def test_zero_3_gathers_all_weights_to_generate_or_to_merge_adapters(rollout: str) -> None:
+    def generate(strategy: str, **run: Any) -> int:
+        parallelism = {"world": 4, "dp": 4, "strategy": strategy}
+        answer = grpo(precision="mixed", parallelism=parallelism, rollout=rollout, **run)
+        assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+        return max((p.peak for p in answer.phases if p.phase == "generate"), default=0)
+
+    merged, weights = generate("zero3", method="lora"), 2 * 1_235_814_400
+    assert merged > weights
+    if rollout == "server":  # without adapters weights are pushed one by one, without ZeRO 3 none is gathered
+        assert generate("zero2", method="lora") == 0
+        table = 2 * 128_256 * 2048  # the largest
+        states, bucket = 12 * 1_235_814_400, 2 * 500_000_000
+        parts = (weights + weights + states) / 4  # weights, reduced gradients, and fp32 weights with two states
+        assert generate("zero3") == pytest.approx(parts + bucket + table, rel=0.01)
+
+
 def test_the_engine_checks_its_longest_request() -> None:
     answer = colocated(max_model_len=None)  # the model's 131,072 positions
     assert answer.verdict.answer == "does not start"
     assert "it starts with serving.max_model_len" in str(answer.verdict.reason)
     assert colocated(memory_utilization=0.95).verdict.answer == "does not fit"
+
+
+@pytest.mark.parametrize(
+    ("axis", "step"),
+    [("batch", 4), ("completion", 1), ("generations", 2)],  # with 4 completions of a prompt in 2 passes of 8
+)
+def test_limits_are_those_of_whole_prompts(axis: str, step: int) -> None:
+    run = grpo(method="lora", gpu="3060", batch={"accumulation": 2}).asked
+    found = reach(run, axis)
+    assert found.answer is not None
+    assert found.beyond is not None
+    assert (found.answer.fits, found.beyond.fits) == (True, False)
+    assert int(found.value) % step == 0
+    batch = found.answer.run.batch
+    assert batch.micro * batch.accumulation % batch.generations == 0
+    assert {"batch": batch.micro, "completion": batch.new_tokens, "generations": batch.generations}[axis] == found.value
 
 
 @pytest.mark.parametrize(
@@ -131,7 +169,8 @@ def test_the_engine_checks_its_longest_request() -> None:
         ({"rollout": "colocate"}, "colocate: vLLM takes a share of the GPU; name one"),
         ({"trainer": "dpo", "rollout": "server"}, "only applies to trainers that generate: grpo, rloo"),
         ({"serving": {"memory_utilization": 0.5}}, "only applies to serving engines"),
-        ({"profile": "axolotl"}, "axolotl-0.21 does not have grpo; use trl-1.15"),
+        ({"serving": {"lora_rank": 64}}, "--rank sets that of an adapter that trains"),
+        ({"profile": "llamafactory"}, "llamafactory-0.9.5 does not have grpo; use trl-1.15"),
     ],
 )
 def test_what_cannot_be_is_refused_in_one_line(changes: dict[str, Any], message: str) -> None:

@@ -21,6 +21,8 @@ def test_a_trainers_step_is_near_its_trace(row: dict[str, Any]) -> None:
     answer = estimate(RunSpec(**row["run"]))
     assert (answer.parameters.total, answer.parameters.trainable) == (row["parameters"], row["trainable"])
     compared = compared_with_trace(row)
+    if compared.cause:  # a known miss
+        return
     assert compared.peak < 1e-3, compared
     assert compared.phase < 5e-3, compared
     assert compared.same
@@ -30,8 +32,12 @@ def test_trainers_are_held_to_traces() -> None:
     counts = Counter((row["run"]["trainer"], row["run"]["profile"]) for row in ROWS)
     assert min(counts["dpo", profile] for profile in ("trl-1.15", "trl-1.13", "trl-1.6", "trl-0.24")) >= 20
     assert counts["dpo", "trl-1.14"] >= 7
+    assert counts["dpo", "ms-swift-4.6"] >= 17
     assert min(counts[trainer, "trl-1.15"] for trainer in ("kto", "orpo", "cpo", "simpo", "reward")) >= 3
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
+    assert sum("cause" in row for row in ROWS) <= 2
+    divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
+    assert min(divided[strategy] for strategy in ("ddp", "fsdp", "fsdp2")) >= 4
 
 
 LLAMA = "llama-3.2-1b"
@@ -50,14 +56,41 @@ def test_a_copy_holds_the_models_weights_twice() -> None:
 
 
 def test_a_precomputed_reference_takes_its_weights_less() -> None:
-    weights = 2 * 1_235_814_400  # bf16; the embeddings are tied
-    assert peak(reference="copy") - peak(reference="precomputed") == pytest.approx(weights, rel=1e-4)
+    assert peak(reference="copy") - peak(reference="precomputed") == pytest.approx(WEIGHTS, rel=1e-4)
 
 
 def test_adapters_disabled_take_no_weights_more() -> None:
     less = peak(method="lora", reference="precomputed")
     assert less <= peak(method="lora") < less * 1.02
     assert peak(method="lora", reference="copy") > less + 2.4e9
+
+
+def divided(strategy: str, **run: Any) -> Any:
+    parallelism = {"world": 4, "dp": 4, "strategy": strategy}
+    fields = {"model": LLAMA, "trainer": "dpo", "parallelism": parallelism, **run}
+    return estimate(RunSpec(**{"precision": "mixed" if strategy.startswith("zero") else "autocast", **fields}))
+
+
+WEIGHTS = 2 * 1_235_814_400  # bf16; the embeddings are tied
+
+
+@pytest.mark.parametrize(
+    ("strategy", "held", "gathered"),
+    [
+        ("ddp", 1, 0),
+        ("zero2", 1, 0),  # prepare_deepspeed: stage 0
+        ("zero3", 1 / 4, 1),  # stage3_max_live_parameters is 1e9
+        ("fsdp2", 1 / 4, 2),  # prepare_fsdp wraps the model alone: the all-gather's output and the copies out of it
+    ],
+)
+def test_a_copy_is_sharded_as_trl_prepares_it(strategy: str, held: float, gathered: int) -> None:
+    copy, without = (divided(strategy, reference=kind) for kind in ("copy", "precomputed"))
+    taken = sum(line.bytes for line in copy.ledger if line.what.startswith("reference."))
+    assert taken == pytest.approx(held * WEIGHTS, rel=2e-3)
+    assert sum(line.bytes for line in copy.ledger) == copy.bytes.allocated
+    forward, reference = (max(p.peak for p in copy.phases if p.phase == phase) for phase in ("forward", "reference"))
+    assert round((reference - forward) / WEIGHTS) == gathered
+    assert not any(phase.phase == "reference" for phase in without.phases)
 
 
 def test_rows_are_counted_twice_for_each_pair() -> None:
@@ -104,10 +137,10 @@ def test_a_reward_models_head_is_a_score() -> None:
         ({"trainer": "kto"}, "kto estimates a divergence from at least 2 completions"),
         ({"trainer": "dpo", "objective": "sequence_classification"}, "supported: causal_lm"),
         ({"trainer": "dpo", "kernels": {"loss": "fused"}}, "supported: tiled_lm_head"),
-        ({"trainer": "dpo", "also": {"saving": {}}}, "supported: the steps alone"),
+        ({"trainer": "dpo", "also": {"evaluation": {"kept_batches": 2}}}, "an evaluation of dpo keeps its loss only"),
         (
-            {"trainer": "dpo", "parallelism": {"world": 2, "dp": 2, "strategy": "zero2"}},
-            "is not supported yet with trainer dpo; supported: one GPU, or ddp",
+            {"trainer": "dpo", "parallelism": {"world": 2, "tp": 2}},
+            "is not supported yet with trainer dpo; supported: one GPU, or data parallelism: ddp, fsdp or zero",
         ),
     ],
 )

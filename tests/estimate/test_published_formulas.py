@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memplan import RunSpec, estimate
-from memplan.catalogue.attention.attention import flash
+from memplan.catalogue.attention.flash_attention import flash
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.methods import methods
 from memplan.catalogue.parallelism import megatron_parallel

@@ -22,6 +22,7 @@ from memplan.core.units import MIB
 from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import walk
 from memplan.estimate.training import TrainingWalk
+from memplan.explain import snapshot as reading
 from memplan.explain.history import History
 from memplan.explain.snapshot import check_opcodes, is_snapshot, read_snapshot
 from memplan.report.snapshot import FORMATS, render
@@ -95,6 +96,27 @@ def test_every_protocol_that_torch_writes_is_read(protocol: int) -> None:
     data = pickle.dumps(snapshots.made(2000), protocol=protocol)
     assert is_snapshot(data)
     assert History(read_snapshot(data)).peak > 0
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_events_are_taken_from_a_file_part_by_part(monkeypatch: pytest.MonkeyPatch, protocol: int) -> None:
+    made = snapshots.made(20_001)
+    data, [events] = pickle.dumps(made, protocol), made["device_traces"]
+    monkeypatch.setattr(reading, "MOST_KEPT", len(data) // 2)
+    snapshot = read_snapshot(data)
+    read = [(event.action, event.address, event.size) for event in snapshot.events()]
+    assert read == [(event["action"], event.get("addr", 0), event["size"]) for event in events]
+    stacks = [[(f["filename"], f["line"], f["name"]) for f in event["frames"]] for event in events]
+    assert [snapshot.stack(event.frames) for event in snapshot.events()] == stacks
+    monkeypatch.setattr(reading, "MOST_EVENTS", len(events) - 1)
+    with pytest.raises(MemplanError, match="more than 20,000 events"):
+        read_snapshot(data)
+    others = {**made, "device_traces": [], "external_annotations": [{"name": f"{n:0100}"} for n in range(20_000)]}
+    with pytest.raises(MemplanError, match="are no events"):
+        read_snapshot(pickle.dumps(others, protocol))
+    others = {**made, "device_traces": [], "allocator_settings": {str(n): n for n in range(10**5)}}
+    with pytest.raises(MemplanError, match="a part of more than"):
+        read_snapshot(pickle.dumps(others, protocol))
 
 
 class _Evil:

@@ -63,6 +63,19 @@ def test_a_container_of_a_manifest_is_the_run_that_it_starts(tmp_path: Path) -> 
     assert file.notes == ("--lora_r (job.yml:16): a variable that is not set",)
 
 
+def test_variables_of_files_are_part_of_the_environment(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("MODEL=Qwen/Qwen2-7B\nLEN=512\n", "utf-8")
+    (tmp_path / "more.env").write_text("SEQS=8\nUTIL=0.5\n", "utf-8")
+    file = read(
+        tmp_path,
+        "services:\n  a:\n    image: vllm/vllm-openai\n    env_file: [more.env, {path: none.env, required: false}]\n"
+        "    environment: {LONGEST: '${LEN}', UTIL: 0.7}\n    command: --model $MODEL --max-model-len ${LONGEST} "
+        "--max-num-seqs $SEQS --gpu-memory-utilization $UTIL\n",
+    )
+    serving = {"max_model_len": 512, "max_num_seqs": 8, "memory_utilization": 0.7}
+    assert (file.fields["model"], file.fields["serving"], file.unread) == ("Qwen/Qwen2-7B", serving, ())
+
+
 CASES: dict[str, dict[str, Any]] = {
     "services:\n  a:\n    image: ghcr.io/huggingface/text-generation-inference:3\n    environment: {MODEL_ID: a, "
     "MAX_TOTAL_TOKENS: 4096}\n    deploy: {resources: {reservations: {devices: [{count: 2}]}}}": {

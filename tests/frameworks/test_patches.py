@@ -297,8 +297,8 @@ def test_a_patched_file_gives_the_run_that_was_promised(
     assert file is not None
     assert file.framework == framework
     for lever in chosen:
-        for field, value in levers.said.get(lever, dict(lever.fields)).items():
-            if lever not in levers.said and field != "batch.sequence" and not hasattr(value, "model_fields"):
+        for field, value in lever.fields:
+            if field != "batch.sequence" and not hasattr(value, "model_fields"):
                 found: Any = run
                 for name in field.split("."):
                     found = getattr(found, name, None)
@@ -334,23 +334,20 @@ def test_a_file_says_some_levers_and_not_others(tmp_path: Path, key: str, where:
             levers.write((lever,))
 
 
-def test_sequences_in_a_row_are_fewer(tmp_path: Path) -> None:
+def test_a_packed_row_has_fewer_sequences(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump({**AXOLOTL, "sample_packing": True, "attn_implementation": "flash_attention_2"}))
     levers = levers_in(str(path))
-    assert levers.asked.batch.sequence == 4 * 768
-    [half, single] = levers.said
-    assert (half.title, single.title) == (
-        "2 sequences in a row with 2 passes a step",
-        "1 sequence in a row with 4 passes a step",
-    )
+    assert (levers.asked.batch.micro, levers.asked.batch.packing) == (4, "sample_packing")
+    known = levers(estimate(levers.asked).run)
+    [half, _] = [lever for lever in known if lever.group == "batch"]
     new = levers.write((half,))
     assert "micro_batch_size: 2\ngradient_accumulation_steps: 2\n" in new.text
-    assert (new.run.batch.sequence, new.run.batch.accumulation) == (2 * 768, 2)
-    [shorter, *_] = [lever for lever in levers(estimate(levers.asked).run) if lever.group == "sequence"]
+    assert (new.run.batch.micro, new.run.batch.accumulation) == (2, 2)
+    [shorter, *_] = [lever for lever in known if lever.group == "sequence"]
     new = levers.write((shorter,))
     assert "sequence_len: 384\n" in new.text
-    assert new.run.batch.sequence == 4 * 384
+    assert new.run.batch.sequence == 384
 
 
 def test_a_key_does_not_stand_next_to_its_old_name(tmp_path: Path) -> None:

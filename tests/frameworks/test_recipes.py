@@ -123,6 +123,7 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
         {
             "model": "meta-llama/Llama-3.1-8B",
             "method.kind": "qlora",
+            "method.quantization.kbit_preparation": False,
             "method.targets": "all-linear",
             "batch.sequence": 4096,
             "batch.accumulation": 32 // (4 * 2),
@@ -193,7 +194,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
             "model": "unsloth/Qwen2.5-0.5B",
             "method.kind": "full",
             "kernels.checkpointing": "full",
-            "batch.sequence": 4096,
+            "batch.packing": "bfd",
         },
     ),
     "automodel full": (
@@ -255,6 +256,10 @@ def test_a_torchtitan_file_is_the_run_that_it_starts(tmp_path: Path) -> None:
     file = read_run(str(tmp_path / "run.toml"))
     assert file.notes == ("activation_checkpoint.mode (run.toml:14): selective: counted as none, which takes more",)
     assert values(file)["parallelism.world"] == 2
+    alone = TITAN.replace("tensor_parallel_degree = 2", "").replace('"full"', '"selective"\nselective_ac_option = "op"')
+    (tmp_path / "run.toml").write_text(alone, "utf-8")
+    file = read_run(str(tmp_path / "run.toml"))
+    assert (values(file)["kernels.checkpointing"], file.notes) == ("selective", ())
     for text, error in (("a = ", "run.toml is not TOML"), (TITAN.replace("8B", "9B"), "llama3 9B is not known here")):
         (tmp_path / "run.toml").write_text(text, "utf-8")
         with pytest.raises(SpecError, match=error):

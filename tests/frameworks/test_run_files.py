@@ -89,7 +89,8 @@ def test_an_axolotl_file_is_the_run_that_axolotl_starts(tmp_path: Path) -> None:
     assert found["model"] == "Qwen/Qwen2-7B"
     assert (found["method.kind"], found["method.rank"], found["method.targets"]) == ("qlora", 8, "all-linear")
     assert (found["method.quantization.format"], found["method.quantization.double_quant"]) == ("nf4", True)
-    assert (found["batch.micro"], found["batch.sequence"], found["batch.accumulation"]) == (1, 3 * 1024, 2)
+    assert (found["batch.micro"], found["batch.sequence"], found["batch.accumulation"]) == (3, 1024, 2)
+    assert found["batch.packing"] == "sample_packing"
     assert "loop.padded" not in found
     assert (found["precision.weights"], found["precision.autocast"]) == ("bf16", True)
     assert (found["kernels.attention"], found["kernels.checkpointing"]) == ("flash_attention_2", "full")
@@ -97,6 +98,7 @@ def test_an_axolotl_file_is_the_run_that_axolotl_starts(tmp_path: Path) -> None:
     assert (found["optimizer.name"], found["loop.expandable_segments"]) == ("paged_adamw_8bit", True)
 
 
+SWIFT_LORA = "model: a\ntuner_type: lora\n"
 AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_linear: true\n"
 
 
@@ -113,6 +115,10 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nref_model: b", "dpo", "copy"),
         ("model_name_or_path: a\nuse_peft: true\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
         ("model_name_or_path: a\nuse_peft: true\nmax_length: 512\ncenter_rewards_coefficient: 0.1", "reward", None),
+        (f"{SWIFT_LORA}rlhf_type: dpo", "dpo", None),
+        (f"{SWIFT_LORA}rlhf_type: simpo", "cpo", None),
+        (f"{SWIFT_LORA}rlhf_type: simpo\ncpo_alpha: 0", "simpo", None),
+        (f"{SWIFT_LORA}rlhf_type: rm", "reward", None),
     ],
 )
 def test_a_preference_file_names_its_trainer(tmp_path: Path, text: str, trainer: str, reference: str | None) -> None:
@@ -122,25 +128,44 @@ def test_a_preference_file_names_its_trainer(tmp_path: Path, text: str, trainer:
     assert answer.run.trainer == trainer
 
 
-def test_a_generating_trainers_file_says_its_completions_and_its_engine(tmp_path: Path) -> None:
-    text = (
-        "model_name_or_path: a\nuse_peft: true\nnum_generations: 4\n"
-        "max_prompt_length: 512\nmax_completion_length: 256\n"
-        "per_device_train_batch_size: 4\nbeta: 0.04\nuse_vllm: true\nvllm_gpu_memory_utilization: 0.4\n"
-        "vllm_max_model_length: 2048\nvllm_enable_sleep_mode: true\n"
-    )
-    found = values(read(tmp_path, text))
+_PARTS = "num_generations: 4\n{i}max_completion_length: 256\n{i}use_vllm: true\n{i}vllm_mode: colocate\n"
+_TRL_GRPO = f"{_PARTS.format(i='')}beta: 0.04\nvllm_gpu_memory_utilization: 0.4\n"
+GENERATING = {
+    "trl": f"model_name_or_path: a\nuse_peft: true\nmax_prompt_length: 512\nper_device_train_batch_size: 4\n{_TRL_GRPO}"
+    "vllm_max_model_length: 2048\nvllm_enable_sleep_mode: true\n",
+    "ms-swift": f"{SWIFT_LORA}rlhf_type: grpo\nmax_length: 512\nper_device_train_batch_size: 4\n{_TRL_GRPO}"
+    "vllm_max_model_len: 2048\nsleep_level: 1\n",
+    "axolotl": f"{AXOLOTL_LORA}rl: grpo\nsequence_len: 512\nrl_beta: 0.04\ntrl:\n  {_PARTS.format(i='  ')}"
+    "  vllm_enable_sleep_mode: true\nvllm: {gpu_memory_utilization: 0.4, max_model_len: 2048}\n",
+}
+
+
+@pytest.mark.parametrize(("framework", "text"), GENERATING.items())
+def test_a_generating_trainers_file_says_its_completions_and_its_engine(
+    tmp_path: Path, framework: str, text: str
+) -> None:
+    file = read(tmp_path, text)
+    found = values(file)
+    assert (file.framework, file.unread) == (framework, ())
     assert (found["trainer"], found["reference"], found["rollout"]) == ("grpo", "adapters", "colocate")
     assert (found["batch.sequence"], found["batch.new_tokens"], found["batch.generations"]) == (512, 256, 4)
     engine = found["serving.memory_utilization"], found["serving.max_model_len"], found["serving.sleep"]
     assert engine == (0.4, 2048, True)
 
 
+def test_what_a_generating_trainer_is_not_counted_with_is_named(tmp_path: Path) -> None:
+    text = GENERATING["axolotl"].replace("rl_beta: 0.04", "").replace("vllm: {", "vllm: {tensor_parallel_size: 2, ")
+    text = text.replace("trl:\n", "trl:\n  reward_funcs: [mine.reward, org/scores]\n  generation_batch_size: 8\n")
+    named = {"trl.generation_batch_size", "trl.reward_funcs", "vllm.tensor_parallel_size"}
+    assert {each.key for each in read(tmp_path, text).unread} == named
+    assert "reference" not in values(read(tmp_path, text))  # beta is 0, the trainer's default
+
+
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
     reasons = why(read(tmp_path, AXOLOTL_QLORA))
     assert reasons["method.rank"] == "run.yaml:5 lora_r"
     assert reasons["method.dropout"] == "default of Axolotl 0.21"
-    assert reasons["batch.sequence"] == "3 sequences of 1,024 tokens are one row: run.yaml:8 sample_packing"
+    assert reasons["batch.packing"] == "run.yaml:8 sample_packing"
     assert reasons["kernels.attention"] == "run.yaml:14 flash_attention"
     assert reasons["kernels.fused"] == "LoRA kernels turn themselves on: run.yaml:4 adapter"
     assert reasons["precision.weights"] == "run.yaml:13 bf16: auto, on a GPU with bf16"
@@ -177,7 +202,8 @@ AXOLOTL_KEYS: dict[str, dict[str, Any]] = {
     "val_set_size: 0.1\neval_batch_size: 6": {"also.evaluation.micro": 6},
     "val_set_size: 0.1": {"also.evaluation.micro": 2},
     "eval_batch_size: 6": {"also.evaluation.micro": None},
-    "sample_packing: true": {"batch.micro": 2, "batch.sequence": 512},  # rows of their own without flash attention
+    "sample_packing: true": {"batch.micro": 2, "batch.sequence": 512, "batch.packing": "sample_packing"},
+    "batch_flattening: true\nflash_attention: true": {"batch.packing": "padding_free", "loop.padded": None},
     "torch_compile: auto": {"kernels.compile": True},
     "plugins: [axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin]": {"kernels.loss": "fused"},
     "plugins: [axolotl.integrations.liger.LigerPlugin]\nliger_rms_norm: true\nliger_glu_activation: true": {
@@ -234,6 +260,15 @@ def test_axolotls_keys(tmp_path: Path, keys: str, expected: dict[str, Any]) -> N
     assert {field: found.get(field) for field in expected} == expected
 
 
+def test_axolotl_freezes_the_tower_if_only_the_language_model_is_unfrozen(tmp_path: Path) -> None:
+    tower = "base_model: qwen3-vl-4b\nmicro_batch_size: 1\nunfrozen_parameters: "
+    file = read(tmp_path, f"{tower}[model.language_model.*, lm_head.*]")
+    assert (values(file)["method.frozen"], file.unread) == (["vision", "projector"], ())
+    file = read(tmp_path, f"{tower}[model.language_model.layers.1.*]")
+    assert "method.frozen" not in values(file)
+    assert file.notes == ("unfrozen_parameters (run.yaml:3): what trains, not supported yet",)
+
+
 def test_axolotl_quantises_experts(tmp_path: Path) -> None:
     model = FULL.replace("Qwen2-7B", "Qwen3-30B-A3B")
     found = values(read(tmp_path, f"{model}adapter: qlora\nload_in_4bit: true\nlora_target_linear: true\n"))
@@ -263,7 +298,9 @@ LLAMAFACTORY_KEYS: dict[str, dict[str, Any]] = {
     "quantization_bit: 4": {"method.quantization.format": "nf4", "method.quantization.double_quant": True},
     "quantization_bit: 8": {"method.quantization.format": "int8"},
     "lora_target: all\nlora_rank: 4\nlora_alpha: 4": {"method.targets": "all-linear", "method.alpha": 4},
-    "packing: true": {"batch.sequence": 512 - 1, "loop.padded": None},
+    "packing: true": {"batch.sequence": 512, "batch.packing": "knapsack", "loop.padded": None},
+    "packing: true\nneat_packing: true": {"batch.packing": "neat_packing", "loop.padded": None},
+    "stage: pt": {"batch.packing": None, "loop.padded": None},
     "flash_attn: fa2\nenable_liger_kernel: true": {"kernels.attention": "flash_attention_2", "kernels.loss": "fused"},
     "flash_attn: fa3": {"kernels.attention": "flash_attention_3"},
     "disable_gradient_checkpointing: true": {"kernels.checkpointing": "none", "kernels.reentrant": None},
@@ -286,6 +323,12 @@ def test_llamafactorys_keys(tmp_path: Path, keys: str, expected: dict[str, Any])
 # --- TRL and transformers ---
 
 TRL_KEYS: dict[str, dict[str, Any]] = {
+    "{activation_offloading: true, torch_compile: true}": {
+        "kernels.checkpointing": "offload",
+        "kernels.compile": True,
+        "parallelism.offload.activations": None,
+    },
+    "{activation_offloading: true, gradient_checkpointing: false}": {"parallelism.offload.activations": True},
     "": {
         "method.kind": "qlora",
         "method.rank": 16,
@@ -305,10 +348,11 @@ TRL_KEYS: dict[str, dict[str, Any]] = {
     "load_in_4bit: false\nuse_peft: false": {"method.kind": "full", "precision.weights": "fp32"},
     "load_in_8bit: true\nload_in_4bit: false": {"method.quantization.format": "int8"},
     "lora_target_modules: all-linear": {"method.targets": "all-linear"},
-    "packing: true\nmax_seq_length: 256": {"batch.micro": 1, "batch.sequence": 8 * 256, "loop.padded": None},
-    "packing: true\npacking_strategy: wrapped": {"batch.micro": 8, "loop.padded": None},
+    "packing: true\nmax_seq_length: 256": {"batch.packing": "bfd", "batch.sequence": 256, "loop.padded": None},
+    "packing: true\npacking_strategy: wrapped": {"batch.packing": "wrapped", "loop.padded": None},
+    "padding_free: true": {"batch.micro": 8, "batch.packing": "padding_free", "loop.padded": None},
     "evaluation_strategy: epoch\nper_device_eval_batch_size: 3": {"also.evaluation.micro": 3},
-    "use_liger_kernel: true": {"kernels.loss": "fused", "kernels.fused": ["rope", "rms_norm", "swiglu"]},
+    "use_liger_kernel: true": {"kernels.loss": None, "kernels.fused": ["rope", "rms_norm", "swiglu"]},
     "gradient_checkpointing: false": {"kernels.checkpointing": "none"},
     "label_smoothing_factor: 0.1\nuse_liger_kernel: true": {"kernels.loss": "label_smoothing"},
     "gradient_checkpointing_kwargs: {every_n_layers: 2, use_reentrant: false}": {
@@ -374,11 +418,11 @@ def test_flash_attention_by_another_name_is_not_refused(tmp_path: Path) -> None:
     found = values(
         read(tmp_path, text.replace("_size: 1", "_size: 2") + "kernels-community/vllm-flash-attn3\n" + packed)
     )
-    assert found["batch.sequence"] == 2 * 64
+    assert (found["batch.sequence"], found["batch.packing"]) == (64, "sample_packing")
     hybrid = f"base_model: gemma-4-31b\nmicro_batch_size: 2\ngemma4_hybrid_attn_impl: true\n{packed}"
     file = read(tmp_path, hybrid)
     assert file.notes == ("gemma4_hybrid_attn_impl (run.yaml:3): sdpa is counted in every layer",)
-    assert values(file)["batch.sequence"] == 2 * 64
+    assert (values(file)["batch.sequence"], values(file)["batch.packing"]) == (64, "sample_packing")
 
 
 # --- files given along ---
@@ -434,7 +478,7 @@ def test_a_file_that_a_key_names_is_found_next_to_the_file(tmp_path: Path) -> No
 def test_a_typed_value_replaces_the_files_before_the_rules(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(AXOLOTL_QLORA)
     [run] = runs_of({"model": str(tmp_path / "run.yaml"), "batch_size": 2, "seq_len": 100, "gpus": 2})
-    assert (run.batch.micro, run.batch.sequence) == (1, 2 * 100)
+    assert (run.batch.micro, run.batch.sequence, run.batch.packing) == (2, 100, "sample_packing")
     assert (run.parallelism.world, run.parallelism.strategy, run.method.rank) == (2, "ddp", 8)
     file = read_run(str(tmp_path / "run.yaml"), typed={"method.rank": 4})
     assert why(file)["method.rank"] == "the command line"
@@ -463,7 +507,7 @@ def test_an_ms_swift_file_is_the_run_that_it_starts(tmp_path: Path) -> None:
     assert file.headline == "run.yaml: ms-swift 4.6, by model and tuner_type"
     assert file.unread == ()
     assert (found["method.kind"], found["method.rank"], found["method.targets"]) == ("lora", 8, "all-linear")
-    assert (found["batch.sequence"], found["batch.micro"]) == (3 * 1024, 1)
+    assert (found["batch.sequence"], found["batch.micro"], found["batch.packing"]) == (1024, 3, "binpack")
     assert found["batch.accumulation"] == -(-16 // (3 * 2))
     assert (found["parallelism.strategy"], found["parallelism.world"]) == ("zero2", 2)
     assert found["parallelism.zero.reduce_bucket_size"] == 200_000_000
@@ -506,7 +550,8 @@ def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
 
 REFUSED: dict[str, str] = {
     "model_name_or_path: a\nfinetuning_type: lora\nstage: kto": "run.yaml:3: stage: 'kto' is not supported",
-    "base_model: a\nmicro_batch_size: 1\nrl: grpo": "run.yaml:3: rl: 'grpo' is not supported yet",
+    "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
+    "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:3: rlhf_type: 'ppo' is not supported yet; supported: rm, ",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",
     "base_model: a\nmicro_batch_size: 1.5": "run.yaml:2: micro_batch_size: must be a whole number",
     "base_model: [a]\nmicro_batch_size: 1": "run.yaml:1: base_model: must be text",
@@ -538,6 +583,28 @@ def test_a_file_that_is_not_understood_is_one_line(tmp_path: Path, text: str, ex
         read(tmp_path, text)
     assert expected in str(error.value)
     assert "\n" not in str(error.value)
+
+
+_FACTORY = "model_name_or_path: a\nfinetuning_type: full\n"
+NOT_COUNTED = {
+    f"{_FACTORY}use_galore: true": ("galore_rank (run.yaml): rank 128 is counted, transformers' default",),
+    f"{_FACTORY}use_galore: true\ngalore_rank: 128": (),
+    "base_model: a\nqat: {a: 1}\nmicro_batch_size: 1\n\n\n\n\n\n\ntiled_mlp: true": (
+        "qat.a (run.yaml:2): not counted, not supported yet",
+        "tiled_mlp (run.yaml:10): not counted, not supported yet",
+    ),
+    "model_name_or_path: qwen3-vl-4b\nfinetuning_type: full\nimage_max_pixels: 262144": (
+        "image_max_pixels (run.yaml:3): no images are counted; add --images",
+    ),
+    "model_name_or_path: a\nnum_generations: 2\nreward_funcs: [f]\nreward_model_name_or_path: b": (
+        "reward_model_name_or_path (run.yaml:4): another model, not supported yet",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "notes"), NOT_COUNTED.items())
+def test_what_is_not_counted_is_named(tmp_path: Path, text: str, notes: tuple[str, ...]) -> None:
+    assert read(tmp_path, text).notes == notes
 
 
 def test_an_unknown_key_is_named_with_its_line_and_the_nearest(tmp_path: Path) -> None:

@@ -111,6 +111,28 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama.cpp-2026",
         {"serving.tensor_split": [3.0, 1.0], "parallelism.world": 2, "serving.gpu_layers": None},
     ),
+    "llama-server -hf unsloth/Qwen3.6-27B-GGUF:UD-Q4_K_XL -np 1 --spec-type draft-mtp --spec-draft-n-max 2": (
+        "llama.cpp-2026",
+        {
+            "model": "qwen3.6-27b",
+            "serving.weights": "UD-Q4_K_XL",
+            "serving.speculative_method": "mtp",
+            "serving.num_speculative_tokens": 2,
+        },
+    ),
+    "llama-server -hf unsloth/Qwen3-30B-A3B-GGUF -ngl 99 -ot a=CPU -ot b=CUDA0,c=CPU -cmoe --n-cpu-ffn 2 -ncmoe 9": (
+        "llama.cpp-2026",
+        {
+            "model": "qwen3-30b-a3b",
+            "serving.weights": "Q4_K_M",
+            "serving.n_cpu_moe": 9,
+            "serving.override_tensor": [
+                *("a=CPU", "b=CUDA0", "c=CPU"),
+                r"\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU",
+                r"blk\.(0|1)\.ffn_(up|down|gate)\.=CPU",
+            ],
+        },
+    ),
 }
 
 
@@ -139,7 +161,7 @@ LEFT_OUT = {
     f"{VLLM} --quantization made-up": "quantization (vllm serve): 'made-up': the weights are counted as the checkpoint",
     f"{SGLANG} --max-total-tokens 9": "max_total_tokens (sglang.launch_server): the pool's size, not supported yet",
     f"{LLAMA_CPP} -ctk q8_0 -ctv f16": "cache_type_k (llama-server): differs from cache_type_v",
-    f"{LLAMA_CPP} -ot exps=CPU": "override_tensor (llama-server): where weights are, not supported yet",
+    f"{LLAMA_CPP} --device CUDA1": "device (llama-server): where weights are, not supported yet",
     "llama-server -m google/gemma-3-4b-it": "parallel (llama-server): several slots share one cache: the windows",
 }
 

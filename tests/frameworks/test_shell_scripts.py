@@ -17,6 +17,7 @@ FILES = {
     "axolotl.yml": "base_model: Qwen/Qwen2-7B\nmicro_batch_size: 4\nsequence_len: 256\n",
     "factory.yaml": "model_name_or_path: Qwen/Qwen2-7B\nstage: sft\nbf16: true\n",
     "trl.yaml": "model_name_or_path: Qwen/Qwen2-7B\ndataset_name: mine\nmax_length: 64\n",
+    ".env": "# where\nexport LEN='48' # tokens\nHALF=\"unclosed\nSIZE=${LEN}\n",
     "zero3.yaml": "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 3}\n",
 }
 
@@ -37,6 +38,23 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "trl",
         {"batch.sequence": 32, "method.kind": "lora"},
     ),
+    "set -a; source .env\ntrl sft --config trl.yaml --max_length $SIZE": ("trl", {"batch.sequence": 48}),
+    "swift deploy --model Qwen/Qwen2-7B --infer_backend vllm --vllm_max_model_len 4096 --vllm_tensor_parallel_size 2 "
+    "--torch_dtype float16 --adapters a --port 8000": (
+        "vllm",
+        {
+            "model": "Qwen/Qwen2-7B",
+            "serving.max_model_len": 4096,
+            "parallelism.tp": 2,
+            "precision.weights": "fp16",
+            "serving.lora_slots": 1,
+        },
+    ),
+    "swift infer --model Qwen/Qwen2-7B --infer_backend sglang --sglang_context_length 512": (
+        "sglang",
+        {"model": "Qwen/Qwen2-7B", "serving.max_model_len": 512},
+    ),
+    "swift rlhf --model Qwen/Qwen2-7B --max_length 64": ("ms-swift", {"trainer": "dpo", "batch.sequence": 64}),
     "axolotl train axolotl.yml --micro-batch-size 2 --launcher torchrun -- --nproc_per_node=4": (
         "axolotl",
         {"batch.micro": 2, "parallelism.world": 4, "parallelism.strategy": "ddp"},
@@ -155,6 +173,12 @@ def test_a_value_of_a_script_says_its_line(tmp_path: Path) -> None:
 REFUSED = {
     "ls": "train.sh does not train or serve; accelerate launch, torchrun, deepspeed, ",
     "": "train.sh does not train or serve",
+    "A=ab\n" + "A=$A$A\n" * 60: "train.sh does not train or serve",  # 2 ** 60 letters, if it went on
+    "swift infer --model a": "swift infer with infer_backend transformers is not supported yet; supported: ",
+    "swift deploy run.yaml": "swift deploy with a file is not supported yet",
+    "python3 -m verl.trainer.main_ppo data.x=1": "train.sh:1: verl.trainer.main_ppo: verl's runs are not read yet",
+    "deepspeed --module openrlhf.cli.train_dpo": "train.sh:1: openrlhf.cli.train_dpo: OpenRLHF's runs are not read yet",
+    "megatron sft --model a": "train.sh:1: megatron: Megatron-SWIFT's runs are not read yet; near: swift sft, or ",
     "trl ppo --model_name_or_path a": "train.sh:1: trl ppo is not supported yet; supported: trl sft",
     "trl sft --config none.yaml": "there is no file 'none.yaml' next to train.sh or here",
     "trl sft 'unclosed": "train.sh:1: a quote is not closed",

@@ -116,6 +116,7 @@ def test_one_run_that_cannot_be_answered_does_not_hide_the_others(team: Path) ->
         "configs/d.yaml": "over",
     }
     assert (found["configs/b.yaml"].error_code, found["configs/b.yaml"].line) == (3, 1)
+    assert "ask the Hub with memplan lock --online" in found["configs/b.yaml"].error
     assert found["configs/c.yaml"].line == 2
 
 
@@ -236,6 +237,14 @@ def test_a_typed_budget_replaces_those_of_the_file(team: Path, capsys: pytest.Ca
     ran = Ran(capsys, "check", "--fail-above", "10%")
     assert (ran.code, ran.err.count("\n")) == (2, 1)
     assert "fail-above: only applies with --gpu" in ran.err
+    for words in (["--gpu", "2x3090,2x4090"], ["--gpu", "3090,4090", "--gpus", "2"]):
+        rows = json.loads(Ran(capsys, "check", "configs/a.yaml", *words, "--json").out)["runs"]
+        assert {(row["gpu"], row["gpus"]) for row in rows} == {("rtx-3090", 2), ("rtx-4090", 2)}
+    for words, numbers in ((["--gpu", "2x3090,4090"], "1 and 2"), (["--gpu", "2x3090", "--gpus", "4"], "2 and 4")):
+        ran = Ran(capsys, "check", "configs/a.yaml", *words)
+        assert (ran.code, ran.err.count("\n")) == (2, 1)
+        assert f"a run is on one number of cards, not on {numbers}" in ran.err
+    assert "gpus: must be at least 1" in Ran(capsys, "check", "configs/a.yaml", "--gpu", "3090", "--gpus", "0").err
     ran = Ran(capsys, "check", "missing.yaml", "--gpu", "3090")
     assert ran.code == 2
     assert "there is no file missing.yaml" in ran.out
@@ -254,7 +263,19 @@ def test_patterns_find_files_below_the_folder_only(team: Path) -> None:
     write(team, {"configs/deep/b.yml": OWN})
     assert files_of("configs/**/*.y*ml", team) == ["configs/a.yaml", "configs/deep/b.yml"]
     assert files_of("configs", team) == ["configs"]
-    assert files_of("nothing/*", team) == []
+    assert files_of("nothing/*", team) == files_of("x" * 5000, team) == files_of("a\x00*", team) == []
+
+
+def test_files_of_a_typed_budget_may_be_anywhere(
+    team: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(team / "configs")
+    for name in (str(team / "configs/a.yaml"), "../configs/*.yaml"):
+        [row] = memplan.check([name], gpu="3090").rows
+        assert row.status == "fits"
+    ran = Ran(capsys, "diff", str(team), str(team), "--gpu", "3090", "--runs", str(team / "configs/a.yaml"))
+    assert "- runs: " in ran.out  # the same file in both would be no comparison
+    assert ran.code == 2
 
 
 def test_progress_is_said_only_on_a_terminal(team: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,7 +24,12 @@ from tests.gate.team import AXOLOTL, BUDGET, LLAMAFACTORY, edited, git, write
 ROOT = Path(memplan.__file__).parents[1]
 ACTION: Any = yaml.safe_load((ROOT / "action.yml").read_text("utf-8"))
 STEPS: Mapping[str, Any] = {step["id"]: step for step in ACTION["runs"]["steps"]}
-SCHEMAS = {"action.yml": "vendor.github-actions", "templates/memplan.gitlab-ci.yml": "vendor.gitlab-ci"}
+SCHEMAS = {
+    "action.yml": "vendor.github-actions",
+    "templates/memplan.gitlab-ci.yml": "vendor.gitlab-ci",
+    ".github/workflows/ci.yml": "vendor.github-workflows",
+    ".github/workflows/release.yml": "vendor.github-workflows",
+}
 LARGE = edited(AXOLOTL, micro_batch_size=64)
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from typer.main import get_command
 
 import memplan
 from memplan.cli.app import app
-from tests.gate.team import write
+from tests.gate.team import git, write
 
 ROOT = Path(memplan.__file__).parents[1]
 PAGE = (ROOT / "docs/guides/ci.md").read_text("utf-8")
@@ -47,6 +49,16 @@ def test_the_pages_yaml_is_yaml() -> None:
     for language, text in BLOCKS:
         if language == "yaml":
             assert isinstance(yaml.safe_load(text), dict)
+
+
+@pytest.mark.skipif(shutil.which("actionlint") is None, reason="actionlint is not installed (.ci/run installs it)")
+def test_the_pages_workflow_passes_actionlint(tmp_path: Path) -> None:
+    [workflow] = [text for _, text in BLOCKS if "uses: memplan/memplan@" in text]
+    local = re.sub(r"memplan/memplan@\w+", "./", workflow)  # of which actionlint knows the inputs
+    write(tmp_path, {".github/workflows/memplan.yml": local, "action.yml": (ROOT / "action.yml").read_text("utf-8")})
+    git(tmp_path, "init", "--quiet")
+    found = subprocess.run(["actionlint", "-no-color"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (found.returncode, found.stdout) == (0, "")
 
 
 def test_the_jenkins_and_make_lines_are_commands_of_memplan(team: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -193,6 +193,17 @@ def test_a_comment_begins_with_its_marker_and_folds_what_fits(team: Path) -> Non
     assert "(line 8)" in above
 
 
+def test_a_run_near_its_limit_says_why_in_tables_and_comments(team: Path) -> None:
+    write(team, {"memplan.toml": '[[budget]]\nruns = "configs/fits.yaml"\ngpu = "3090"\nwarn = "1 GiB"\n'})
+    check = memplan.check()
+    for format in ("table", "markdown", "github"):
+        assert "it is over the warning of 1.0 GiB" in render(format, check, Screen())
+    [row] = check.rows
+    for kind, is_said in (("unchanged", False), ("changed", True)):
+        said = render("github", Changes((RunChange(kind, row, row),)), Screen())
+        assert ("it is over the warning" in said) is is_said
+
+
 @given(found=drawn())
 def test_markdowns_tables_have_as_many_cells_as_their_heads(found: Check | Changes) -> None:
     def cells(line: str) -> int:
@@ -211,6 +222,8 @@ def test_a_comment_of_thousands_of_runs_stays_below_githubs_limit() -> None:
     text = render("markdown", Check(tuple(rows)), Screen())
     assert len(text) < 65_536
     assert "more, which there is no room for here" in text
+    problems = tuple(Problem(f"memplan.toml:{n}: runs: there is no file {'x' * 80}.yaml") for n in range(5000))
+    assert len(render("markdown", Check(tuple(rows), problems), Screen())) < 65_536
     changes = Changes(tuple(RunChange("broken", row, row) for row in rows))
     assert len(render("markdown", changes, Screen())) < MOST + 2_000
 

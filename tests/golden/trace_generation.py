@@ -15,7 +15,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from memplan.spec.run import RunSpec
-from tests.golden.trace_preference import main
+from tests.golden.trace_preference import STRATEGIES, divided, main
 from tests.golden.trace_trainers import BF16, CONFIGS, FP32
 
 # Family, method, precision; completions of a micro-batch, tokens of a prompt and of a completion, completions of a
@@ -46,20 +46,27 @@ CASES: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str
 )
 
 
+# On four GPUs, under each strategy.
+DIVIDED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, (4, 256, 16, 4, 1), "copy", {}),
+    ("blocks", "full", BF16, (2, 512, 8, 4, 2), "none", {}),
+    ("blocks", "lora", BF16, (4, 512, 8, 4, 1), "adapters", {}),
+)
 _ALL = (("trl-1.15", "grpo"), ("trl-1.14", "grpo"), ("trl-1.13", "grpo"))
 
 
 def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     """Yield the runs of `CASES` under a profile and a trainer; every second of them where others are traced in full."""
     cases = CASES if (profile, trainer) in _ALL else CASES[1::2]
-    for family, method, precision, (micro, prompt, new, group, parts), reference, kernels in cases:
-        words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ())]
+    cases = [*((case, "") for case in cases), *((case, strategy) for case in DIVIDED for strategy in STRATEGIES)]
+    for (family, method, precision, (micro, prompt, new, group, parts), reference, kernels), strategy in cases:
+        words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
         batch = {"micro": micro, "sequence": prompt, "new_tokens": new, "generations": group, "accumulation": parts}
         shape = f"{micro}x({prompt}+{new}) {parts} parts"
         name = f"{profile} {trainer} {family} {method} {precision['weights']} {shape} {' '.join(words)}"
         yield (
-            name,
+            name.strip(),
             RunSpec.model_validate(
                 {
                     "model": {"config": CONFIGS[family]},
@@ -69,6 +76,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "precision": precision,
                     "batch": batch,
                     "kernels": kernels,
+                    "parallelism": divided(strategy) if strategy else {},
                     "profile": profile,
                 }
             ),

@@ -81,6 +81,20 @@ SPACED = {
 }
 
 
+def selective(family: str, **more: Any) -> dict[str, Any]:
+    return {**small(family), "kernels": {"checkpointing": "selective"}, "batch": {"micro": 2, "sequence": 256}, **more}
+
+
+SELECTIVE = {
+    **{f"products kept, {name}": selective(name) for name in ("llama", "qwen3", "gpt_neox", "phi3", "qwen3_moe")},
+    "products kept, amp": selective("llama", precision="amp"),
+    "products kept, lora": selective("llama", method="lora"),
+    "products kept, eager": selective("gemma2", kernels={"checkpointing": "selective", "attention": "eager"}),
+    "products kept, accumulated": selective("qwen2", batch={"micro": 2, "sequence": 384, "accumulation": 2}),
+    "products kept, fp32": selective("mistral", precision="fp32"),
+}
+
+
 def attending(attention: str, model: str, **more: Any) -> dict[str, Any]:
     kernels = {"attention": attention, "checkpointing": "none"}
     return {"model": model, "kernels": kernels, "batch": {"micro": 2, "sequence": 384}, "gpu": "h100-sxm-80gb", **more}
@@ -122,7 +136,7 @@ def seeing(family: str, **more: Any) -> dict[str, Any]:
 FAMILIES = ("gemma3", "llava", "paligemma", "internvl")
 SEEN = {f"eager attention with images, {family}": seeing(family) for family in FAMILIES}
 SEEN["eager attention with images, lora"] = seeing("gemma3", method="lora")
-CASES: dict[str, dict[str, Any]] = {**SMOOTHED, **STORED, **SPACED, **ATTENDED, **SEEN}
+CASES: dict[str, dict[str, Any]] = {**SMOOTHED, **STORED, **SPACED, **SELECTIVE, **ATTENDED, **SEEN}
 
 
 def main() -> None:

@@ -48,6 +48,8 @@ def reentrant(family: str) -> dict[str, Any]:
 
 INT8 = {"method": {"quantization": {"format": "int8"}}}
 AUTOCAST = {"weights": "bf16", "compute": "bf16", "autocast": True}
+AMP = {"weights": "fp32", "autocast": True}
+GENERATE = {"task": "generate", "batch": {"micro": 2, "sequence": 90, "new_tokens": 6}}
 FREEZE = {"method": {"kind": "freeze", "trainable_layers": 2}, "batch": {"sequence": 512}}
 _VL = TINY["qwen3_vl_moe"]
 SHALLOW = {"model_type": "qwen3_vl_moe", **_VL, "text_config": {**_VL["text_config"], "num_hidden_layers": 2}}
@@ -126,6 +128,44 @@ CASES: dict[str, dict[str, Any]] = {
         "gpu": "a100-sxm-80gb",
     },
     "layers after a tower": {"model": "qwen2-vl-2b", **FREEZE},
+    "casts of an encoder's weights, and of its keys'": {**small("flan-t5", SMALL), **GENERATE, "precision": AMP},
+    "casts of a tower's weights": {
+        **small("llava", TINY),
+        "task": "generate",
+        "precision": AMP,
+        "batch": {"micro": 2, "sequence": 200, "new_tokens": 6, "images": 1},
+    },
+    "a triangle in the frame that makes it": {
+        **small("t5", SMALL),
+        "task": "forward",
+        "batch": {"micro": 2, "sequence": 250},
+    },
+    "an encoder caches nothing": {**small("bart", SMALL), "task": "forward", "batch": {"micro": 3, "sequence": 47}},
+    "the first product is freed before the second": {
+        **small("deepseek_v2"),
+        "method": "lora",
+        "batch": {"sequence": 33},
+    },
+    "scales of every row of heads": {**small("glm4_moe_lite"), **INT8, **GENERATE},
+    "a number without axes widens nothing": {
+        **small("apertus"),
+        "method": {"kind": "lora", "rank": 1},
+        "precision": AMP,
+        "batch": {"micro": 2, "sequence": 96},
+        "kernels": {"checkpointing": "none"},
+    },
+    "an input that autocast copies after dropout": {
+        **small("stablelm"),
+        "method": {"kind": "lora", "dropout": 0.1},
+        "precision": AMP,
+        "batch": {"micro": 4, "sequence": 113},
+    },
+    "a head that an embedding model does not have": {
+        **small("olmo2"),
+        "objective": "feature_extraction",
+        **lora(["lm_head"]),
+        "batch": {"micro": 4, "sequence": 113},
+    },
 }
 
 

@@ -7,7 +7,8 @@ python -m venv /tmp/trl
 The profile is that of the installed TRL. Runs with a row in a file that is given are not traced again. Every run is
 traced for DPO with three releases, every fourth with others and for other trainers. A row is what
 `memplan probe --trace` traces: the trainer makes its reference model, computes its loss on a batch as its collator
-makes it, and steps.
+makes it, and steps. With `ms-swift-4.6` and dpo, orpo, cpo, simpo or reward it is ms-swift's own trainer, with the
+packages that trace_trainers.py names.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ from memplan.probe.run import child
 from memplan.probe.run.trace import read
 from memplan.spec.run import RunSpec
 from tests.golden.trace_runs import line
-from tests.golden.trace_trainers import BF16, CONFIGS, FP32
+from tests.golden.trace_trainers import BF16, CONFIGS, FP32, SCRIPTS, prepare, traced
 
-_STEPS = dict.fromkeys((("trl-1.15", "dpo"), ("trl-1.13", "dpo"), ("trl-0.24", "dpo")), 1)
+SWIFT = "ms-swift-4.6"
+_STEPS = dict.fromkeys(((name, "dpo") for name in ("trl-1.15", "trl-1.13", "trl-0.24", SWIFT)), 1)
 WITH_REFERENCE = ("dpo", "kto")
 # Family, method, precision, examples and tokens; then the reference and what differs from the trainer's defaults.
 CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
@@ -60,12 +62,53 @@ CASES: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any
     ("blocks", "qlora", BF16, 2, 4096, None, {}),
 )
 
+# On four GPUs, under each of these strategies.
+STRATEGIES = ("ddp", "fsdp", "fsdp2")
+DIVIDED: tuple[tuple[str, str, dict[str, Any], int, int, str | None, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, 2, 1024, None, {}),
+    ("blocks", "full", BF16, 2, 2048, None, {}),
+    ("llama", "lora", BF16, 2, 1024, None, {}),
+    ("tied", "full", FP32, 2, 1024, None, {}),
+    ("qwen2", "full", BF16, 2, 2048, "precomputed", {"checkpointing": "none"}),
+)
+_DIVIDED_STEPS = dict.fromkeys(
+    (("trl-1.15", "dpo"), ("trl-1.13", "dpo"), ("trl-1.15", "kto"), ("trl-1.15", "reward")), 2
+)
+
+
+# With an evaluation after the steps: profile, trainer, family, method, examples and tokens.
+EVALUATED = (
+    ("trl-1.15", "dpo", "llama", "full", 2, 1024),
+    ("trl-1.15", "kto", "blocks", "full", 2, 1024),
+    ("trl-1.15", "reward", "blocks", "full", 2, 1024),
+    ("trl-1.15", "orpo", "llama", "lora", 2, 1024),
+    ("trl-1.13", "dpo", "llama", "lora", 2, 1024),
+)
+
+
+def divided(strategy: str) -> dict[str, Any]:
+    """Return the parallelism of four ranks. Where weights are loaded changes no step."""
+    loads = {} if strategy == "ddp" else {"cpu_ram_efficient_loading": False}
+    return {"world": 4, "dp": 4, "strategy": strategy, **loads}
+
 
 def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
-    """Yield the runs of `CASES` under a profile and a trainer."""
-    for family, method, precision, micro, tokens, said, kernels in CASES[:: _STEPS.get((profile, trainer), 4)]:
+    """Yield the runs of `CASES` under a profile and a trainer, and those of `DIVIDED` under every strategy."""
+    cases = [(case, "") for case in CASES[:: _STEPS.get((profile, trainer), 4)]]
+    cases += [
+        (case, strategy) for case in DIVIDED[:: _DIVIDED_STEPS.get((profile, trainer), 9)] for strategy in STRATEGIES
+    ]
+    cases += [
+        ((family, method, BF16, micro, tokens, None, {}), "evaluated")
+        for version, name, family, method, micro, tokens in EVALUATED
+        if (version, name) == (profile, trainer)
+    ]
+    for (family, method, precision, micro, tokens, said, kernels), strategy in cases:
+        if profile == SWIFT and (precision == FP32 or said):
+            continue  # it loads weights in bf16, and precomputes nothing
         reference = said if trainer in WITH_REFERENCE else None
-        words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ())]
+        words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
+        also = {"evaluation": {"micro": 4}} if strategy == "evaluated" else {}
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
         name = f"{profile} {trainer} {family} {method} {precision['weights']} {micro}x{tokens} {' '.join(words)}"
         yield (
@@ -79,16 +122,25 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "precision": precision,
                     "batch": {"micro": micro, "sequence": tokens},
                     "kernels": kernels,
+                    "parallelism": divided(strategy) if strategy in STRATEGIES else {},
+                    "also": also,
                     "profile": profile,
                 }
             ),
         )
 
 
+def _traced(name: str, run: RunSpec) -> dict[str, Any]:
+    found = read(run, child._answer(run, 2, "cuda", False))
+    return {**line(name, run, found), "versions": ", ".join(f"{k} {v}" for k, v in found.versions.items())}
+
+
 def main(runs: Callable[[str, str], Iterator[tuple[str, RunSpec]]] = runs) -> None:
     profile, trainer, *files = sys.argv[1:]
     output, sys.stdout = sys.stdout, sys.stderr  # trainers print, too
     done = {json.loads(row).get("name") for file in files for row in Path(file).read_text("utf-8").splitlines()}
+    if profile == SWIFT:
+        prepare(SCRIPTS["ms-swift"])
     for name, run in runs(profile, trainer):
         if name in done:
             continue
@@ -97,9 +149,8 @@ def main(runs: Callable[[str, str], Iterator[tuple[str, RunSpec]]] = runs) -> No
             os.waitpid(process, 0)
             continue
         try:
-            traced = read(run, child._answer(run, 2, "cuda", False))
-            versions = ", ".join(f"{k} {v}" for k, v in traced.versions.items())
-            print(json.dumps({**line(name, run, traced), "versions": versions}), file=output, flush=True)
+            row = traced(name, run, "ms-swift 4.6.0") if profile == SWIFT else _traced(name, run)
+            print(json.dumps(row), file=output, flush=True)
         except Exception:
             print(name, traceback.format_exc(), file=sys.stderr, flush=True)
         os._exit(0)

@@ -137,7 +137,9 @@ def line(name: str, run: RunSpec, traced: TracedRun) -> dict[str, Any]:
     if any(p.phase == "generate" for p in traced.phases):
         for step, peaks in steps.items():
             peaks["gen"] = traced.peak_of("generate", int(step)) or 0
-    top = max((p for p in traced.phases if p.step), key=lambda p: p.peak)
+    if any(p.phase == "eval" for p in traced.phases):
+        steps["2"]["eval"] = traced.peak_of("eval", 0) or 0
+    top = max((p for p in traced.phases if p.step or p.phase == "eval"), key=lambda p: p.peak)
     event = traced.events[top.peak_at]
     storage = traced.storages[event if event >= 0 else ~event]
     return {

@@ -22,7 +22,7 @@ import json
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -160,7 +160,7 @@ def _suffix(changes: dict[str, Any]) -> str:
     return {"none": " plain", "full": " checkpointed"}.get(changes.get("checkpointing", ""), "")
 
 
-def main() -> None:
+def main(runs: Callable[[str], Iterator[tuple[str, RunSpec]]] = runs) -> None:
     profile, *files = sys.argv[1:]
     framework = profile.rpartition("-")[0]
     trainer = SCRIPTS[framework]

@@ -9,11 +9,30 @@ from types import SimpleNamespace
 from typing import Any
 
 from memplan.probe.libraries import library
+from memplan.probe.script.packed_batches import PackedBatch, packed_inputs, packed_sequences
 from memplan.probe.script.trl_trainers import TrainerScript
 from memplan.spec.run import RunSpec
 
 
-class LlamaFactoryScript(TrainerScript):
+class _Packed(TrainerScript):
+    """A trainer whose collator is not constructed: a packed batch is put together as it would be."""
+
+    gives_lengths = False  # the collator tells flash attention where sequences begin
+
+    def _packed_inputs(self, packed: PackedBatch) -> dict[str, Any]:
+        import torch
+
+        inputs = packed_inputs(packed, self.device, torch.bfloat16)
+        inputs["labels"] = torch.ones_like(inputs["input_ids"])
+        if packed.kind.is_varlen and self.gives_lengths:
+            ends = torch.zeros(packed.sequences + 1, dtype=torch.int32, device=self.device)
+            longest = packed.tokens // packed.sequences
+            inputs |= {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends.clone()}
+            inputs |= {"max_length_q": longest, "max_length_k": longest}
+        return inputs
+
+
+class LlamaFactoryScript(_Packed):
     """A run as LLaMA-Factory prepares it: its checkpointing and its adapters, under transformers' Seq2SeqTrainer."""
 
     imported: tuple[str, ...] = ("llamafactory.model.adapter",)
@@ -39,7 +58,7 @@ class LlamaFactoryScript(TrainerScript):
         tuning = hparams.FinetuningArguments(
             finetuning_type="full" if method.kind == "full" else "lora",
             lora_rank=method.rank,
-            lora_target=",".join(target_modules(run)) if method.kind != "full" else "all",
+            lora_target=",".join(target_modules(run, model)) if method.kind != "full" else "all",
             use_dora="dora" in method.kind,
         )
         library("llamafactory.model.model_utils.checkpointing").prepare_model_for_training(model, arguments)
@@ -53,10 +72,11 @@ class LlamaFactoryScript(TrainerScript):
         )
 
 
-class AxolotlScript(TrainerScript):
+class AxolotlScript(_Packed):
     """A run of an Axolotl config: its validation, patches, model loader, adapters and trainer."""
 
     imported: tuple[str, ...] = ("axolotl.core.builders",)
+    gives_lengths = True
     unused = ("wandb",)
 
     @staticmethod
@@ -70,14 +90,16 @@ class AxolotlScript(TrainerScript):
 
     @staticmethod
     def answer(run: RunSpec, value: Any) -> bool | int:
-        """Return that nothing is padded, and for anything else, one."""
-        return True
+        """Return that nothing is padded, and the sequences of packed rows; for anything else, one."""
+        if run.batch.packing and str(value.dtype) == "torch.int64":
+            return run.batch.micro * packed_sequences(run)
+        return not run.batch.packing or run.kernels.attention == "flash_attention_2"
 
     def _trainer(self, model: Any, run: RunSpec) -> Any:
         folder = str(Path(tempfile.gettempdir(), "run"))  # Axolotl looks for families' names in the path
         model.config.save_pretrained(folder)
         cfg: Any = library("axolotl.utils.config").validate_config(
-            library("axolotl.utils.dict").DictDefault(self._config(run, folder)),
+            library("axolotl.utils.dict").DictDefault(self._config(run, folder, model)),
             {"bf16": True, "fp8": False, "tf32": True, "n_gpu": 1, "n_node": 1, "compute_capability": "sm_80"},
             {"torch_version": "2.13.0"},
         )
@@ -97,7 +119,7 @@ class AxolotlScript(TrainerScript):
         return builder.build(10)
 
     @staticmethod
-    def _config(run: RunSpec, folder: str) -> dict[str, Any]:
+    def _config(run: RunSpec, folder: str, model: Any) -> dict[str, Any]:
         from memplan.probe.script.model import target_modules
 
         method = run.method
@@ -107,7 +129,7 @@ class AxolotlScript(TrainerScript):
             "lora_r": method.rank,
             "lora_alpha": 8,
             "lora_target_linear": method.targets == "all-linear",
-            "lora_target_modules": [] if method.targets == "all-linear" else list(target_modules(run)),
+            "lora_target_modules": [] if method.targets == "all-linear" else list(target_modules(run, model)),
             "peft_use_dora": "dora" in method.kind,
             **(
                 {}
@@ -126,16 +148,20 @@ class AxolotlScript(TrainerScript):
             "learning_rate": 1e-4,
             "optimizer": str(run.optimizer.name),
             "bf16": "auto",
-            "attn_implementation": "eager" if run.kernels.attention == "eager" else "sdpa",
+            "attn_implementation": str(run.kernels.attention),
+            "sample_packing": run.batch.packing == "sample_packing",
             "gradient_checkpointing": run.kernels.checkpointing == "full",
             **(adapter if method.kind != "full" else {}),
         }
 
 
-class SwiftScript(TrainerScript):
-    """A run of ms-swift's `sft`: its arguments, model patches, tuner, template and trainer."""
+_TYPES = {"reward": "rm"}  # trainer of TRL -> `rlhf_type`
 
-    imported: tuple[str, ...] = ("swift.pipelines.train.sft",)
+
+class SwiftScript(_Packed):
+    """A run of ms-swift's `sft` or `rlhf`: its arguments, model patches, tuner, template and trainer."""
+
+    imported: tuple[str, ...] = ("swift.pipelines.train.sft", "swift.pipelines.train.rlhf")
 
     @staticmethod
     def patch() -> None:
@@ -163,17 +189,21 @@ class SwiftScript(TrainerScript):
         model.config.save_pretrained(folder)
         self._tokenizer().save_pretrained(folder)
         register: Any = library("swift.model.register")
-        register.ModelLoader.get_model = lambda *_: model  # instead of from_pretrained
+        is_sft = run.trainer == "sft"
+        has_copy = run.trainer == "dpo" and method.kind == "full"
+        models = [model, self._copied(run)()] if has_copy else [model]  # the reference first
+        register.ModelLoader.get_model = lambda *_: models.pop()  # instead of from_pretrained
         adapter = {
             "tuner_type": "lora",
             "lora_rank": method.rank,
-            "target_modules": ["all-linear"] if method.targets == "all-linear" else list(target_modules(run)),
+            "target_modules": ["all-linear"] if method.targets == "all-linear" else list(target_modules(run, model)),
             "lora_alpha": 8,
             "lora_dropout": 0.0,
             "use_dora": "dora" in method.kind,
             **({"quant_method": "bnb", "quant_bits": 4} if method.quantization is not None else {}),
         }
-        arguments: Any = library("swift.arguments").SftArguments(
+        kind: Any = library("swift.arguments")
+        arguments: Any = (kind.SftArguments if is_sft else kind.RLHFArguments)(
             model=folder,
             model_type=model.config.model_type,
             template="dummy",
@@ -187,13 +217,34 @@ class SwiftScript(TrainerScript):
             report_to=[],
             output_dir=folder,
             check_model=False,
+            **({"attn_impl": "flash_attention_2"} if run.batch.packing else {}),
+            packing=run.batch.packing == "binpack",
+            padding_free=run.batch.packing == "padding_free",
             **(adapter if method.kind != "full" else {"tuner_type": "full"}),
+            **({} if is_sft else {"rlhf_type": _TYPES.get(run.trainer, run.trainer), "use_logits_to_keep": False}),
+            **({"cpo_alpha": 0.0} if run.trainer == "simpo" else {}),
         )
-        pipeline: Any = library("swift.pipelines.train.sft").SwiftSft(arguments)
+        train: Any = library(f"swift.pipelines.train.{'sft' if is_sft else 'rlhf'}")
+        pipeline: Any = (train.SwiftSft if is_sft else train.SwiftRLHF)(arguments)
         adapted = pipeline.prepare_model(arguments, pipeline.model, template=pipeline.template)
         return library("swift.trainers").TrainerFactory.get_trainer_cls(arguments)(
-            model=adapted, args=arguments.training_args, template=pipeline.template, train_dataset=self._dataset()
+            model=adapted,
+            args=arguments.training_args,
+            template=pipeline.template,
+            train_dataset=self._dataset(),
+            **({} if is_sft else pipeline._get_trainer_kwargs()),
         )
+
+    def _batch(self) -> tuple[dict[str, Any], int]:
+        """Return a batch of TRL's SFT; of pairs, as ms-swift's template collates them."""
+        inputs, labels = super()._batch()
+        if self.run.trainer in ("sft", "reward"):
+            return inputs, labels
+        import torch
+
+        shape = 2 * self.run.batch.micro, self.run.batch.sequence
+        ids = torch.zeros(shape, dtype=torch.int64, device=self.device)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids.clone()}, labels
 
     def _checkpoint(self, model: Any, arguments: Any) -> None:
         self.trainer._prepare_gradient_checkpointing(self.trainer.template.get_base_model(model))
@@ -282,7 +333,7 @@ class UnslothScript(TrainerScript):
                 model,
                 r=method.rank,
                 lora_alpha=8,
-                target_modules=list(_ALL) if method.targets == "all-linear" else list(target_modules(run)),
+                target_modules=list(_ALL) if method.targets == "all-linear" else list(target_modules(run, model)),
                 use_gradient_checkpointing=checkpoints,
                 use_dora="dora" in method.kind,
             )

@@ -17,7 +17,7 @@ from memplan.catalogue.profiles.engines import ENGINES
 from memplan.catalogue.quantization.weight_formats import FORMATS
 from memplan.cli.app import app
 from memplan.core.errors import MemplanError, SpecError
-from memplan.estimate.demand import Demand
+from memplan.estimate.demand import FITS, Demand
 from memplan.planning.cache_choices import alternative_caches
 from memplan.planning.inference import (
     DEGREES,
@@ -34,6 +34,9 @@ from memplan.planning.offers import CardFilter, parse_owned_cards
 from memplan.planning.plan import plan
 from memplan.planning.reach import reach
 from memplan.program.stored.weights import stored_weights
+from memplan.report.plans import render
+from memplan.report.plans.inference import Places
+from memplan.report.text import Screen
 from memplan.spec.run import changed
 from tests.sampling import ALL, examples, sampled
 
@@ -106,6 +109,13 @@ def test_runs_that_do_not_fit_get_the_mildest_format_and_fewest_gpus() -> None:
     assert not any(choice.fits for choice in found.formats[: found.formats.index(found.mildest)])
     assert not any(choice.fits for choice in found.degrees[: found.degrees.index(found.fewest)])
     assert fits(with_format(run_of("llama-3.1-70b", gpu="h100"), found.mildest.name))
+
+
+def test_layers_are_placed_on_as_many_gpus_as_a_row_says() -> None:
+    found = questions(run_of("qwen2-0.5b", "transformers-5", parallelism={"world": 2}, batch={"sequence": 100}))
+    worlds = [choice.answer.run.parallelism.world for choice in found.placed if choice.answer is not None]
+    assert worlds == [int(choice.name) for choice in found.placed]
+    assert worlds[:2] == [1, 2]
 
 
 def test_other_caches_are_those_of_the_engine_that_hold_more_requests() -> None:
@@ -186,6 +196,22 @@ def test_cards_hold_the_run_on_the_fewest_of_them() -> None:
     ]
     cheap = CardFilter(owned=parse_owned_cards("8x3060,2xh100"), usd_per_hour=0.5)
     assert all(placed.price is not None and placed.price.low <= 0.5 for placed in places(run, cheap))
+
+
+def test_to_own_cards_of_a_desk_come_by_list_price() -> None:
+    run = run_of("qwen3-32b", "vllm-0.33", None)
+    found = places(run, CardFilter(to="own"), 6)
+    assert max(placed.tp for placed in found) <= 4
+    assert all((placed.answer.verdict.headroom or 0) > 2**30 // 20 for placed in found)
+    prices = [placed.gpu.launch_usd * placed.tp for placed in found if placed.gpu.launch_usd and placed.gpu.slots]
+    assert len(prices) == len(found) == 6
+    assert all(later > 0.75 * earlier for earlier, later in pairwise(prices))  # about equal ones by the fewest cards
+    report = Places(estimate(run), FITS, found, "own")
+    text = render("table", report, False, Screen())
+    assert text.startswith(f"To own: {f'{found[0].tp} × ' * (found[0].tp > 1)}{found[0].gpu.name}, {prices[0]:,.0f} US")
+    assert f" {prices[-1]:,.0f} " in text
+    each = report.dump()["places"][0]["each"]
+    assert (each["launch_usd"], each["watts"]) == (found[0].gpu.launch_usd, found[0].gpu.tdp_watts)
 
 
 def test_headroom_and_tight_apply_to_every_answer() -> None:

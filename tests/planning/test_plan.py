@@ -371,7 +371,7 @@ def test_ranks_that_divide_the_weights_hold_a_larger_model() -> None:
 
 
 def test_reach_refuses_invalid_questions() -> None:
-    assert AXES == ("batch", "sequence", "rank", "model")
+    assert AXES == ("batch", "sequence", "rank", "completion", "generations", "model")
     with pytest.raises(UnknownNameError, match="max"):
         reach(REFUSED, "layers")
     with pytest.raises(SpecError, match="rank"):
@@ -392,10 +392,10 @@ def test_the_frontier_is_the_longest_sequence_of_every_batch() -> None:
     assert tokens == sorted(tokens, reverse=True)
     batch, longest = found.longest[1]
     assert longest == largest_sequence(changed(run, "batch", micro=batch))
-    assert found.around.verdict is not None
-    for row, (_, longest) in enumerate(found.longest):
-        for column, sequence in enumerate(found.around.axes["sequence"]):
-            assert (found.around.verdict[row, column] == "fits") == (sequence <= longest)
+    for (_, longest), answers in zip(found.longest, found.around, strict=True):
+        for sequence, answer in zip(found.sequences, answers, strict=True):
+            assert answer is not None
+            assert (answer.verdict.answer == "fits") == (sequence <= longest)
 
 
 # --- the ladder ---

@@ -86,6 +86,7 @@ def test_checkpointing_recomputes_blocks_except_their_last_product() -> None:
     plain, twice = counted(), counted(kernels={"checkpointing": "full"})
     assert twice.recomputed == L * (block - 2 * N * H * F)
     assert parts(twice._replace(recomputed=0)) == parts(plain)
+    assert counted(kernels={"checkpointing": "selective"}).recomputed == 0
     all_again = counted(kernels={"checkpointing": "full", "reentrant": True})
     assert all_again.recomputed == L * block
 

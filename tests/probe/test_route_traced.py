@@ -188,6 +188,18 @@ def test_an_endless_trace_is_stopped_and_the_next_one_works() -> None:
         tracer.trace(endless)
 
 
+def test_half_an_answer_of_a_killed_process_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import os, sys; sys.stdin.readline(); print('{\"a\":', end='', flush=True); os.kill(os.getpid(), 9)"
+    real = subprocess.Popen
+
+    def start(_: object, **given: Any) -> subprocess.Popen[str]:
+        return real([sys.executable, "-c", script], **given)
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    with Tracer() as tracer, pytest.raises(ProbeError, match="was ended by SIGKILL"):
+        tracer.trace(RunSpec(model="gpt2"))
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems do not limit a process's data")
 def test_a_restricted_process_has_little_memory_no_network_and_starts_no_programs() -> None:
     code = """

@@ -339,7 +339,6 @@ REFUSED = [
     ({"precision": "mixed"}, SpecError, "precision.master"),
     ({"optimizer": {"state_dtype": "bf16"}}, SpecError, "optimizer.state_dtype"),
     ({"kernels": {"compile": True}}, SpecError, "kernels.compile: a probe does not run 'true'"),
-    ({"kernels": {"checkpointing": "selective"}}, SpecError, "it runs none, full, offload"),
     ({"parallelism": {"world": 2, "dp": 1}}, SpecError, "parallelism.world: a world of 2 GPUs is not dp 1 x tp 1"),
     (
         {"parallelism": {"world": 4, "dp": 2, "tp": 2}},

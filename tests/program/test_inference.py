@@ -10,15 +10,18 @@ from hypothesis import strategies as st
 
 from benchmarks.accuracy import passes_without_workspace
 from benchmarks.golden import rows, trace_figures
-from memplan import RunSpec, estimate
+from memplan import RunSpec, estimate, find_gpu
 from memplan.catalogue.inference import caches
 from memplan.core.errors import MemplanError
 from memplan.core.units import ITEMSIZE, rounded
 from memplan.estimate.answer import phase_peaks
+from memplan.planning.reach import reach
 from memplan.program.graph import operations_of
 from memplan.program.inference.passes import numbers_of, pass_peak, token_after
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import NEW_TOKENS
+from memplan.spec.run import changed
+from tests import cases
 from tests.encoders import SMALL
 from tests.sampling import ALL, examples, sampled
 from tests.tiny import TINY
@@ -436,6 +439,27 @@ def test_training_options_are_refused_by_field(fields: dict[str, Any], field: st
 def windows_of_tokens(**fields: Any) -> RunSpec:
     """Return a run of DeepSeek V4's tiny model, whose windows have 4 and 128 tokens."""
     return generating({"config": {"model_type": "deepseek_v4", **TINY["deepseek_v4"]}}, **fields)
+
+
+@cases.each(
+    [
+        {},
+        {"generation": {"num_beams": 2}},
+        {"generation": {"prefill_chunk_size": 512}},
+        {"generation": {"cache_implementation": "static"}},
+        {"model": "flan-t5-large", "batch": {"sequence": 512, "new_tokens": 64}},
+        {"method": {"quantization": {"format": "nf4"}}},
+    ]
+)
+def test_a_run_fits_if_its_prompt_and_then_all_its_passes_do(fields: dict[str, Any]) -> None:
+    """A search replays the prompt first, and the rest only if that leaves room. The verdict replays all."""
+    run = generating(**{"gpu": "3060-12gb", "batch": {"sequence": 2000, "new_tokens": 200}, **fields})
+    most = int(reach(run, "batch", samples_beyond=False).value)
+    for micro in (most, most + 1):
+        answer = estimate(changed(run, "batch", micro=micro))
+        walked, replays = answer.walk, bool(answer.fits_card_of(find_gpu(str(run.gpu)).usable, replayed=True))
+        assert 0 < walked.surely_reserved() <= (walked.reserved() or 0)
+        assert answer.fits == replays == (micro == most)
 
 
 WITHOUT_WINDOWS: list[tuple[dict[str, Any], str, str]] = [

@@ -18,11 +18,13 @@ from memplan.catalogue.parallelism.device_maps import ModulePlacement, place_ope
 from memplan.core.errors import SpecError
 from memplan.core.units import ITEMSIZE
 from memplan.estimate.answer import phase_peaks
+from memplan.estimate.estimate import needs_more_than_its_gpus
 from memplan.models.cards import find_model
 from memplan.planning.inference import questions
 from memplan.program.graph import operations_of
 from memplan.program.run import ResolvedRun
 from memplan.resolve.decide import decide
+from tests import cases
 from tests.sampling import ALL, examples, sampled
 from tests.tiny import TINY
 
@@ -295,6 +297,18 @@ def test_one_gpu_with_room_is_a_device_map_of_one(fields: dict[str, Any]) -> Non
     alone, one = (estimate(RunSpec(**fields, parallelism=p)) for p in ({}, {"device_map": "auto"}))
     assert phase_peaks(alone) == phase_peaks(one)
     assert alone.bytes.as_dict() == one.bytes.as_dict()
+
+
+@cases.each([(world, micro) for world in (1, 2, 3) for micro in (1, 40, 200)])
+def test_gpus_hold_a_run_if_its_estimate_says_so(case: tuple[int, int]) -> None:
+    world, micro = case
+    batch = {"micro": micro, "sequence": 1000, "new_tokens": 20}
+    parallelism = {"world": world, "device_map": "auto"}
+    run = RunSpec(model="qwen2.5-7b", task="generate", gpu="3060-12gb", batch=batch, parallelism=parallelism)
+    answer = estimate(run)
+    holds = world > 1 and micro == 1
+    assert holds == (answer.fits and not answer.host_bytes)
+    assert needs_more_than_its_gpus(run) != holds
 
 
 @ALL

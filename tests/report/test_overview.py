@@ -15,6 +15,7 @@ import pytest
 from memplan import Estimate, RunSpec, estimate
 from memplan.cli.plain import run_plain
 from memplan.report import render
+from memplan.report.next_steps import ways
 from memplan.report.overview import CommandLine, rows, with_options
 from memplan.report.table import stacks
 from memplan.report.text import Screen, width_of
@@ -22,6 +23,7 @@ from tests.sampling import sampled
 
 ROOT = Path(__file__).parents[2]
 # What is typed after `memplan`, one of each kind of answer.
+VLLM = "llama-3.3-70b --method generate --profile vllm"
 LINES = (
     "qwen3-8b --method qlora --gpu 4060ti-16gb",
     "qwen3-8b --method lora --gpu rtx-3090 --no-gradient-checkpointing",
@@ -35,7 +37,16 @@ LINES = (
     "llama-3.1-8b --gpu h100 --gpus 8 --fsdp fsdp2",
     "bert-base-uncased --method lora",
     "deepseek-v3 --gpu h100",
+    "llama-3.1-8b --method generate --gpu 2x3090",
+    "qwen2-7b --gpu 8xa100-40gb",
+    f"{VLLM} --gpu 4xa100",
 )
+DIVIDED = {
+    "qwen2-7b --gpu 8xa100-40gb": "qwen2-7b --gpu 8xa100-40gb --fsdp fsdp2",
+    "llama-3.3-70b --method full --zero 3 --gpu 8x4090": "llama-3.3-70b --method full --zero 3 --gpu 8xb100",
+    f"{VLLM} --gpu 4xa100": f"{VLLM} --gpu 4xa100 --tp 4",
+    "llama-3.3-70b --method full --gpu 8xh100": "llama-3.3-70b --gpu 8xh100 --method qlora",
+}
 every_line = pytest.mark.parametrize("line", sampled(list(LINES)))
 
 
@@ -92,6 +103,13 @@ def test_a_terminal_has_room_for_the_other_stacks(name: str) -> None:
     assert len(text.splitlines()) <= 24
 
 
+def test_a_card_that_the_name_may_mean_is_proposed_first() -> None:
+    found = {gpu: ways(answer_of(model="qwen3-8b", method="qlora", gpu=gpu))[-1] for gpu in ("4060ti", "rtx-4060")}
+    assert found["4060ti"].text == "GeForce RTX 4060 Ti 16GB (15.6 GiB usable), which 4060ti may mean"
+    assert found["4060ti"].options == "--gpu rtx-4060-ti-16gb"
+    assert found["rtx-4060"].text == "Tesla T4 (14.6 GiB usable), the smallest NVIDIA card that holds it"
+
+
 def test_other_stacks_take_what_their_own_profiles_take() -> None:
     line = " ".join(stacks(QLORA, Screen()).split())
     for profile in ("unsloth-2026.10", "trl-1.15", "axolotl-0.21", "llamafactory-0.9.5", "ms-swift-4.6"):
@@ -124,6 +142,14 @@ def test_every_next_command_runs(line: str, capsys: pytest.CaptureFixture[str]) 
         assert (command, printed(command, capsys)[0]) == (command, announced)
 
 
+@pytest.mark.parametrize(("line", "first"), DIVIDED.items(), ids=DIVIDED.keys())
+def test_replicas_that_do_not_fit_are_divided_on_as_many_gpus(
+    line: str, first: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, text = printed(line, capsys)
+    assert re.findall(r"^  memplan (.*)$", text, re.M)[0] == first
+
+
 @pytest.mark.parametrize("answer", ANSWERS.values(), ids=ANSWERS.keys())
 def test_the_rows_sum_to_the_used_memory(answer: Estimate) -> None:
     shares = rows(answer)
@@ -140,6 +166,15 @@ def test_a_saving_is_the_difference_of_two_peaks() -> None:
     fused = answer_of(model="qwen3-8b", method="qlora", gpu="rtx-3090", kernels={"loss": "fused"})
     assert found["loss"].saves == QLORA.bytes.allocated - fused.bytes.allocated
     assert found["optimizer"].option == ""  # less than a twentieth of the memory
+
+
+def test_a_terminal_shows_what_each_option_saves_and_wraps_within_its_indent() -> None:
+    text = re.sub(r"\x1b\[[\d;]*m", "", render("table", [QLORA], to=Screen(80, True), details=False))
+    options = [row for row in with_options(QLORA, rows(QLORA), 9) if row.saves]
+    assert len(options) == 3
+    for row in options:
+        assert re.search(rf"{row.option} +{row.saves / 2**30:.1f}$", text, re.MULTILINE)
+    assert re.search(r"^  1 x 2,048 tokens,.*\n  checkpointing, transformers-5$", text, re.MULTILINE)
 
 
 def test_a_short_answer_computes_no_saving_that_needs_other_operations() -> None:

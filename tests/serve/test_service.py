@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import jsonschema
@@ -15,14 +17,20 @@ import pytest
 
 import memplan
 from benchmarks.serve import Served, attack, hostile, server
+from memplan.cli import page
 from memplan.cli.plain import run_plain
 from memplan.core.errors import MemplanError
 from memplan.report import listing
 from memplan.report.schema import run_schema
+from memplan.serve import operations
 from memplan.serve import server as starting
+from memplan.serve.app import Service
 from memplan.serve.endpoints import ENDPOINTS
+from memplan.serve.messages import Question
 from memplan.serve.openapi import openapi
+from memplan.serve.page import Page
 from memplan.serve.settings import ServerSettings
+from memplan.serve.workers import Workers
 from tests.sampling import examples
 
 RUN = {"model": "qwen2-7b", "method": "qlora", "gpu": "3090"}
@@ -69,6 +77,7 @@ def test_each_of_many_runs_has_its_answer_or_its_problem(client: httpx.Client) -
         ("/v1/estimates", {"runs": [RUN] * 1001}, (422, "invalid_run", "runs")),
         ("/v1/plan", {"run": {"model": "qwen2-7b"}}, (422, "invalid_run", "run.gpu")),
         ("/v1/plan", {"run": RUN, "mode": "fits"}, (422, "invalid_value", "mode")),
+        ("/v1/plan", {"run": RUN, "mode": "nodes", "nodes": 2}, (422, "invalid_run", "gpus")),
         ("/v1/plan", {"run": {**RUN, "batch": {"micro": 0}}}, (422, "invalid_value", "run.batch.micro")),
         ("/v1/check", {"files": {}, "gpu": ["3090"]}, (422, "invalid_run", "files")),
         ("/v1/check", {"files": {"a.yaml": AXOLOTL}, "gpu": []}, (422, "invalid_run", "gpu")),
@@ -140,10 +149,11 @@ def test_which_gpus_hold_a_run_and_where_jobs_go(client: httpx.Client) -> None:
     _follows("/v1/place", placed)
 
 
-@pytest.mark.parametrize("mode", ["fit", "max", "ladder", "advise", "buy"])
+@pytest.mark.parametrize("mode", ["fit", "max", "ladder", "advise", "buy", "nodes"])
 def test_a_plan_of_every_mode_follows_its_schema(client: httpx.Client, mode: str) -> None:
     run = {"model": "qwen2-0.5b", "method": "lora", "gpu": None if mode == "buy" else "3090"}
-    answered = client.post("/v1/plan", json={"run": run, "mode": mode, "most": 3})
+    cluster = {"nodes": 2, "gpus": 2} if mode == "nodes" else {}
+    answered = client.post("/v1/plan", json={"run": run, "mode": mode, "most": 3, **cluster})
     assert answered.status_code == 200, answered.text
     _follows("/v1/plan", answered.json())
 
@@ -196,6 +206,26 @@ def test_openapi_describes_what_is_served(client: httpx.Client) -> None:
     _follows("/v1/estimates", client.post("/v1/estimates", json={"runs": [RUN, {}]}).json())
     method = OPENAPI["components"]["schemas"]["RunSpec"]["properties"]["method"]
     assert method["anyOf"][1] == run_schema()["properties"]["method"]["anyOf"][1]
+
+
+def test_the_page_is_served_next_to_the_api(tmp_path: Path) -> None:
+    (tmp_path / "index.html").write_text("<p>page")
+    settings = ServerSettings(page=Page({"/index.html": tmp_path / "index.html"}, page.form, page.answer))
+    text = json.dumps({"words": ["config.json", "--format=csv"], "files": {"config.json": "{}"}})
+    reply = operations.answer(Question("page", "", text.encode()), settings)
+    assert json.loads(reply.content) == json.loads(page.answer(text))
+    workers = Workers(lambda question: operations.answer(question, settings), 1, 1, True)
+
+    async def got(path: str) -> httpx.Response:
+        transport = httpx.ASGITransport(Service(settings, workers).app())
+        async with httpx.AsyncClient(transport=transport, base_url="http://memplan") as client:
+            return await client.get(path)
+
+    sent = asyncio.run(got("/"))
+    assert (sent.text, sent.headers["content-type"]) == ("<p>page", "text/html; charset=utf-8")
+    assert "default-src 'none'" in sent.headers["content-security-policy"]
+    assert asyncio.run(got("/engine/engine.json")).json()["engine"] == "native"
+    assert asyncio.run(got("/engine/answer")).status_code == 405
 
 
 def test_health_readiness_and_metrics(client: httpx.Client) -> None:

@@ -4,7 +4,8 @@ import { execFileSync } from "node:child_process";
 import { cpSync, mkdirSync, readFileSync, readdirSync, rmSync, writeFileSync } from "node:fs";
 import { dirname, join } from "node:path";
 import { fileURLToPath } from "node:url";
-import { gunzipSync, gzipSync } from "node:zlib";
+import { crc32, gunzipSync, gzipSync } from "node:zlib";
+import { commands } from "@yowasp/clang";
 import { loadPyodide } from "pyodide";
 
 const web = join(dirname(fileURLToPath(import.meta.url)), "..");
@@ -16,7 +17,7 @@ const ARCHIVES = ["stdlib", "memplan", "others"];
 const FIRST = ["qwen2-7b", "--method=qlora", "--gpu=3090", "--format=html"]; // FIRST of src/question.ts
 
 function pip(...words) {
-  // The compiled allocator would be this machine's: without a compiler the wheel has Python alone.
+  // The wheel's compiled allocator would be this machine's: without a compiler it has Python alone.
   const env = { ...process.env, CC: "false" };
   execFileSync(python, ["-m", "pip", ...words, "--quiet", "--disable-pip-version-check"], { env, stdio: "inherit" });
 }
@@ -30,11 +31,24 @@ pip("wheel", "--no-deps", "--wheel-dir", wheels, join(web, ".."));
 pip("download", "--no-deps", "--only-binary", ":all:", "--dest", wheels, ...yaml);
 pip("download", "--only-binary", ":all:", ...BROWSER, "--dest", wheels, ...pinned.filter((name) => !yaml.includes(name)));
 
+/** Puts the allocator of native.c into the package, as a module that Pyodide's ctypes loads. */
+async function compileAllocator(into) {
+  const source = readFileSync(join(web, "..", "memplan", "engine", "native.c"));
+  const options = { fetchProgress: null };
+  const object = ["--target=wasm32-wasip1", "-O2", "-fPIC", "-c", "native.c"];
+  const linked = ["-shared", "--experimental-pic", "--unresolved-symbols=import-dynamic", "--export-all", "-s", "-o", "native.lib", "native.o"];
+  const compiled = await commands.clang(object, { "native.c": new Uint8Array(source) }, options);
+  const library = await commands["wasm-ld"](linked, compiled, options);
+  // by the name that memplan/engine/native.py looks for
+  into.FS.writeFile(`/site/memplan/engine/native-${crc32(source).toString(16).padStart(8, "0")}.lib`, library["native.lib"]);
+}
+
 const interpreter = await loadPyodide();
 const unpack = (into, path, extractDir) =>
   into.unpackArchive(new Uint8Array(readFileSync(path)).buffer, "zip", { extractDir });
 unpack(interpreter, join(pyodide, "python_stdlib.zip"), "/stdlib");
 for (const wheel of readdirSync(wheels)) unpack(interpreter, join(wheels, wheel), "/site");
+await compileAllocator(interpreter);
 interpreter.runPython(readFileSync(join(web, "scripts", "archives.py"), "utf8"));
 for (const name of ARCHIVES) {
   writeFileSync(join(engine, `${name}.bin`), gzipSync(interpreter.FS.readFile(`/${name}.archive`), { level: 9 }));

@@ -9,7 +9,8 @@ export interface Answer {
 export interface Engine {
   readonly kind: "browser" | "native";
   readonly version: string;
-  ask(words: readonly string[], files: Readonly<Record<string, string>>): Promise<Answer>;
+  /** The command's answer, or a part of the page about its run: bar, map, cards or stacks. */
+  ask(words: readonly string[], files: Readonly<Record<string, string>>, part?: string): Promise<Answer>;
 }
 
 export interface Option {
@@ -39,11 +40,11 @@ export async function engine(): Promise<{ engine: Engine; form: Form }> {
   return { engine: { kind, version, ask: kind === "native" ? askServer : worker() }, form: form as Form };
 }
 
-async function askServer(words: readonly string[], files: Readonly<Record<string, string>>): Promise<Answer> {
+async function askServer(words: readonly string[], files: Readonly<Record<string, string>>, part = ""): Promise<Answer> {
   const response = await fetch("engine/answer", {
     method: "POST",
     headers: { "Content-Type": "application/json" },
-    body: JSON.stringify({ words, files }),
+    body: JSON.stringify({ words, files, part }),
   });
   if (!response.ok) throw new Error(await response.text());
   return (await response.json()) as Answer;
@@ -64,9 +65,9 @@ function worker(): Engine["ask"] {
     for (const { reject } of waiting.values()) reject(new Error(event.message || "worker"));
     waiting.clear();
   };
-  return (words, files) =>
+  return (words, files, part = "") =>
     new Promise((resolve, reject) => {
       waiting.set(++last, { resolve, reject });
-      started.postMessage({ id: last, question: JSON.stringify({ words, files }) });
+      started.postMessage({ id: last, question: JSON.stringify({ words, files, part }) });
     });
 }

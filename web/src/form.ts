@@ -4,9 +4,17 @@ import type { Question } from "./question";
 import { TEXTS } from "./texts";
 
 const FIRST_SETTINGS = [
-  ...["method", "gpu", "gpus", "batch_size", "seq_len", "grad_accum", "rank", "optimizer", "precision"],
+  ...["method", "gpu", "batch_size", "seq_len", "gpus", "grad_accum", "rank", "optimizer", "precision"],
   ...["checkpointing", "attention", "zero", "offload", "profile"],
 ];
+
+const EIGHTHS = Array.from({ length: 41 }, (_, n) => 64 * Math.round(2 * 2 ** (n / 4))); // of 128 to 128k tokens
+/** Settings with a slider, and its values. */
+export const SLIDERS: Readonly<Record<string, readonly number[]>> = {
+  batch_size: [1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128],
+  seq_len: EIGHTHS,
+};
+const START: Readonly<Record<string, number>> = { batch_size: 1, seq_len: 2048 }; // of a setting that is left open
 
 type Attributes = Readonly<Record<string, string>>;
 
@@ -68,6 +76,11 @@ function field(row: Option, label: string, showsHelp: boolean): HTMLElement {
     const choices = row.choices.map((choice) => element("option", { value: choice }));
     parts.push(element("datalist", { id: `${id}-list` }, ...choices));
   }
+  const values = SLIDERS[row.name];
+  if (values) {
+    const range = { min: "0", max: String(values.length - 1), "aria-label": TEXTS.slider(label) };
+    parts.push(element("input", { type: "range", "data-of": row.name, ...range }));
+  }
   if (showsHelp) parts.push(element("small", { id: `${id}-help` }, row.help));
   return element("div", { class: "field" }, ...parts);
 }
@@ -87,6 +100,27 @@ function input(row: Option, attributes: Attributes): HTMLElement {
 function byDefault(row: Option): string {
   const [, words] = /Default ([\w.-]{1,24}?)[.,;]?(?: |$)/.exec(row.help) ?? [];
   return words && !["the", "a", "from", "what", "all"].includes(words) ? `${TEXTS.byDefault}: ${words}` : TEXTS.byDefault;
+}
+
+/** Moves the sliders to the settings, or to what a setting is if it is left open. */
+export function moveSliders(form: HTMLFormElement): void {
+  for (const slider of form.querySelectorAll<HTMLInputElement>("input[data-of]")) {
+    const name = slider.dataset.of ?? "";
+    const text = new FormData(form).get(name);
+    const [, number, thousands] = /^\s*(\d+)(k?)\s*$/i.exec(typeof text === "string" ? text : "") ?? [];
+    const value = number ? Number(number) * (thousands ? 1024 : 1) : (START[name] ?? 1);
+    const values = SLIDERS[name] ?? [];
+    slider.value = String(Math.max(0, values.findLastIndex((each) => each <= value)));
+    slider.setAttribute("aria-valuetext", value.toLocaleString("en"));
+  }
+}
+
+/** Puts a slider's value into its setting. */
+export function takeFrom(slider: HTMLInputElement, form: HTMLFormElement): void {
+  const value = SLIDERS[slider.dataset.of ?? ""]?.[Number(slider.value)] ?? 1;
+  const control = form.elements.namedItem(slider.dataset.of ?? "");
+  if (control instanceof HTMLInputElement) control.value = String(value);
+  slider.setAttribute("aria-valuetext", value.toLocaleString("en"));
 }
 
 /** The question that the form has. */
@@ -111,4 +145,5 @@ export function fillForm(form: HTMLFormElement, question: Question): void {
     }
     if (control instanceof HTMLElement && control.closest("#others")) control.closest("details")?.setAttribute("open", "");
   }
+  moveSliders(form);
 }

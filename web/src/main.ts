@@ -2,9 +2,9 @@ import "../../memplan/report/style/palette.css";
 import "../../memplan/report/style/page.css";
 import "./page.css";
 import { engine as findEngine, type Answer, type Engine, type Form } from "./engine";
-import { drawForm, element, fillForm, readForm } from "./form";
+import { drawForm, element, fillForm, moveSliders, readForm, takeFrom } from "./form";
 import * as asked from "./question";
-import { equip, picture, save, showReport } from "./result";
+import { equip, picture, save, showPart, showReport, showSummary } from "./result";
 import { TEXTS } from "./texts";
 
 const PATIENCE = 200; // milliseconds after the last key of a text
@@ -20,6 +20,7 @@ const [report, status, problem, notice] = [part("report"), part("status"), part(
 let file: asked.Question["file"] = null;
 let [engine, described]: [Engine | null, Form | null] = [null, null];
 let [isAsking, isWaiting] = [false, false];
+let [isFollowing, hasMoved] = [false, false]; // the sliders
 
 function tell(place: HTMLElement, text: string): void {
   place.textContent = text;
@@ -27,14 +28,73 @@ function tell(place: HTMLElement, text: string): void {
 }
 
 function files(question: asked.Question): Record<string, string> {
-  const used = question.file && question.options.model === question.file.name ? question.file : null;
+  const used = question.file && (question.options.model === question.file.name || asked.hasLog(question)) ? question.file : null;
   return used ? { [used.name]: used.text } : {};
 }
 
 async function ask(format: string): Promise<Answer> {
   if (!engine) throw new Error(TEXTS.starting);
   const question = readForm(form, file);
-  return engine.ask([...asked.words(question), `--format=${format}`], files(question));
+  const withLines = question.view === "fit" && format === "html" ? ["--explain"] : []; // lines to paste
+  return engine.ask([...asked.words(question), `--format=${format}`, ...withLines], files(question));
+}
+
+/** Asks for a part of the page about the form's run. */
+async function askPart(part: string): Promise<Answer> {
+  const question = { ...readForm(form, file), view: "estimate" };
+  if (!engine) throw new Error(TEXTS.starting);
+  return engine.ask(asked.words(question), files(question), part);
+}
+
+/** Shows the verdict and the bar while a slider moves; the last place of several is shown. */
+async function follow(): Promise<void> {
+  hasMoved = true;
+  if (isFollowing || isAsking || readForm(form, file).view !== "estimate") return;
+  isFollowing = true;
+  while (hasMoved) {
+    hasMoved = false;
+    const { code, out } = await askPart("bar");
+    if (code < 2) showSummary(report, out);
+    showVerdict();
+    part("command").textContent = asked.commandLine(readForm(form, file));
+  }
+  isFollowing = false;
+}
+
+/** Fills the parts below the answer that are open. */
+async function showMore(): Promise<void> {
+  const question = readForm(form, file);
+  const about = JSON.stringify([asked.words({ ...question, view: "estimate" }), question.file?.text ?? ""]);
+  part("more").hidden = question.view === "explain";
+  for (const fold of part("more").querySelectorAll<HTMLDetailsElement>("details[open]")) {
+    const place = fold.querySelector("div");
+    if (!place || fold.dataset.about === about) continue;
+    fold.dataset.about = about;
+    place.setAttribute("aria-busy", "true");
+    const { code, out, err } = await askPart(fold.dataset.part ?? "");
+    place.removeAttribute("aria-busy");
+    if (code > 1) place.replaceChildren(element("p", {}, err.trim().replace(/^memplan: /, "")));
+    else showPart(place, out, (...names) => { choose(fold.dataset.part ?? "", names); });
+  }
+}
+
+/** Puts what was chosen in a part of the page into the form. */
+function choose(part: string, names: readonly string[]): void {
+  const settings = { map: ["batch_size", "seq_len"], cards: ["gpu"], stacks: ["profile"] }[part] ?? [];
+  const question = readForm(form, file);
+  fillForm(form, { ...question, options: { ...question.options, ...Object.fromEntries(settings.map((name, n) => [name, names[n] ?? ""])) } });
+  void update();
+}
+
+/** Draws the folds of the parts, which are asked for once they are open. */
+function drawMore(): void {
+  const folds = Object.entries(TEXTS.more).map(([name, title]) => {
+    const fold = element("details", { "data-part": name }, element("summary", {}, title), element("div"));
+    fold.addEventListener("toggle", () => void showMore());
+    return fold;
+  });
+  part("more").replaceChildren(...folds);
+  part("more").hidden = false;
 }
 
 /** Asks the form's question, and once more if it changes meanwhile. */
@@ -60,6 +120,8 @@ async function update(): Promise<void> {
       history.replaceState(null, "", asked.fragment(question, engine.version));
     }
     report.classList.toggle("stale", failed);
+    report.classList.remove("earlier");
+    offerHub(code === 3 ? (question.options.model ?? "") : "");
     tell(status, failed ? "" : TEXTS.computed[engine.kind]((performance.now() - start) / 1000));
     showVerdict();
   } catch (error) {
@@ -73,6 +135,25 @@ async function update(): Promise<void> {
   if (isWaiting) {
     isWaiting = false;
     await update();
+  } else void showMore();
+}
+
+/** Offers to ask the Hub for a model's config.json: the only request to another host, and only after a click. */
+function offerHub(model: string): void {
+  const id = /^[\w-][\w.-]*\/[\w-][\w.-]*$/.test(model.trim()) ? model.trim() : "";
+  tell(part("hub"), id && TEXTS.hub(id));
+  part("hub").onclick = () => void askHub(id);
+}
+
+async function askHub(id: string): Promise<void> {
+  try {
+    const quiet = { credentials: "omit", referrerPolicy: "no-referrer" } as const;
+    const response = await fetch(`https://huggingface.co/${id}/resolve/main/config.json`, quiet);
+    if (!response.ok) throw new Error(String(response.status));
+    await read(new File([await response.blob()], `${id.replace("/", "-")}.json`));
+    tell(part("hub"), "");
+  } catch (error) {
+    tell(problem, TEXTS.hubFailed(id, error instanceof Error ? error.message : String(error)));
   }
 }
 
@@ -102,7 +183,7 @@ function readAddress(): void {
 
 function setFile(next: asked.Question["file"]): void {
   file = next;
-  tell(part("file-used"), next ? TEXTS.fileUsed(next.name) : "");
+  tell(part("file-used"), next ? (asked.isLog(next.name) ? TEXTS.logUsed : TEXTS.fileUsed)(next.name) : "");
   part("file-remove").hidden = next === null;
 }
 
@@ -111,8 +192,11 @@ function use(name: string, text: string): void {
     tell(problem, TEXTS.fileEmpty);
     return;
   }
-  setFile({ name: asked.fileName(name), text });
-  fillForm(form, { ...readForm(form, file), options: { ...readForm(form, file).options, model: file?.name ?? "" } });
+  const next = { name: asked.fileName(name), text };
+  setFile(next);
+  const question = readForm(form, file);
+  const change = asked.isLog(next.name) ? { view: "explain" } : { options: { ...question.options, model: next.name } };
+  fillForm(form, { ...question, ...change });
   void update();
 }
 
@@ -131,8 +215,10 @@ async function read(chosen: File): Promise<void> {
 function listen(): void {
   let later: ReturnType<typeof setTimeout> | undefined;
   form.addEventListener("input", (event) => {
-    if (!(event.target instanceof HTMLElement) || !event.target.hasAttribute("name")) return; // a file, not a setting
-    const typed = event.target instanceof HTMLInputElement && event.target.type === "text";
+    const slides = event.target instanceof HTMLInputElement && event.target.dataset.of !== undefined;
+    if (!(event.target instanceof HTMLElement) || !(slides || event.target.hasAttribute("name"))) return; // a file, not a setting
+    const typed = slides || (event.target instanceof HTMLInputElement && event.target.type === "text");
+    if (slides) { takeFrom(event.target, form); void follow(); } else moveSliders(form);
     part("verdict").hidden = false; // once the form is used
     clearTimeout(later);
     later = setTimeout(() => void update(), typed ? PATIENCE : 0);
@@ -154,6 +240,7 @@ function listen(): void {
     const name = file?.name;
     setFile(null);
     const question = readForm(form, null);
+    if (question.view === "explain") fillForm(form, { ...question, view: "estimate" });
     if (question.options.model === name) fillForm(form, { ...question, options: { ...question.options, model: asked.FIRST.options.model ?? "" } });
     void update();
   });
@@ -174,6 +261,7 @@ async function begin(): Promise<void> {
   const found = await findEngine();
   described = found.form;
   drawForm(part("fields"), found.form);
+  drawMore();
   readAddress();
   listen();
   engine = found.engine;

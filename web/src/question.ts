@@ -15,12 +15,18 @@ export const FIRST: Question = {
 
 export const LARGEST_FILE = 2 ** 22; // bytes of a dropped or pasted file; a config or run file has a few thousand
 
+/** Whether the file of a question is a log, which comes in addition to the run. */
+export function hasLog(question: Question): boolean {
+  return question.view === "explain" && question.file !== null && question.options.model !== question.file.name;
+}
+
 /** The words of the question's command, each value with its option. */
 export function words(question: Question): string[] {
   const { model, ...options } = question.options;
   const named = Object.entries(options).filter(([, value]) => value.trim() !== "");
   return [
     ...(question.view === "estimate" ? [] : [question.view]),
+    ...(hasLog(question) ? [question.file?.name ?? ""] : []),
     ...(model?.trim() ? [model.trim()] : []),
     ...named.map(([name, value]) => word(`--${name.replaceAll("_", "-")}`, value.trim())),
   ];
@@ -83,9 +89,15 @@ export function fileName(name: string): string {
   return last.replaceAll(/[^A-Za-z0-9._-]/g, "-").replace(/^[^A-Za-z0-9_]+/, "").slice(-80).replace(/^[^A-Za-z0-9_]+/, "") || "run.yaml";
 }
 
-/** The name of a pasted text, of the kind that its beginning shows. */
+/** Whether a file is a log by its name. */
+export function isLog(name: string): boolean {
+  return /\.(log|out|err|txt)$/i.test(name);
+}
+
+/** The name of a pasted text, of the kind that it shows. */
 export function nameOf(text: string): string {
   const start = text.trimStart();
+  if (/out of memory|OutOfMemoryError|Tried to allocate|No available memory|cannot allocate memory|failed to allocate/i.test(text)) return "oom.log";
   if (/^[{[]/.test(start)) return "config.json";
   if (/^(import|from) \w/m.test(start) && !/^\w+:/m.test(start)) return "run.py";
   return /^(#!|[A-Z_]+=|export |(torchrun|accelerate|deepspeed|axolotl|llamafactory-cli|trl|swift|python3?|vllm|sglang|llama-\w+|docker|srun)\b)/m.test(start)

@@ -17,6 +17,35 @@ export function showReport(place: HTMLElement, html: string): void {
   equip(place, searched);
 }
 
+/** Shows another verdict, question and bar above a report, which is of an earlier run until the next report. */
+export function showSummary(place: HTMLElement, html: string): void {
+  const summary = new DOMParser().parseFromString(html, "text/html").body;
+  const old = [...place.querySelectorAll(":scope > h1, :scope > h1 + p, :scope > figure:not(.timeline)")].slice(0, summary.children.length);
+  if (!old.length) return;
+  place.classList.add("earlier");
+  old[0]?.before(...[...summary.children].map((node) => document.importNode(node, true)));
+  for (const node of old) node.remove();
+}
+
+/** Shows a part of the page; what is named in the first column, or stands in a cell of a map, can be chosen. */
+export function showPart(place: HTMLElement, html: string, choose: (...names: string[]) => void): void {
+  const part = new DOMParser().parseFromString(html, "text/html").body;
+  place.replaceChildren(...[...part.children].map((node) => document.importNode(node, true)));
+  const button = (cell: Element, label: string, ...names: string[]) => {
+    const made = element("button", { type: "button", "aria-label": label }, ...cell.childNodes);
+    made.addEventListener("click", () => { choose(...names); });
+    cell.replaceChildren(made);
+  };
+  const heads = [...place.querySelectorAll("table.map thead th")].map((head) => head.textContent);
+  for (const row of place.querySelectorAll("tbody tr")) {
+    const [first, ...others] = [...row.children];
+    const name = first?.textContent ?? "";
+    if (!heads.length && first) button(first, TEXTS.choose(name), name);
+    if (heads.length) others.forEach((cell, n) => { button(cell, TEXTS.chooseBoth(name, heads[n + 1] ?? "", cell.textContent), name, heads[n + 1] ?? ""); });
+  }
+  equip(place);
+}
+
 /** Makes the timeline of a report answer the pointer, and its long tables searchable. */
 export function equip(place: HTMLElement, searched: readonly string[] = []): void {
   drawTimelines();

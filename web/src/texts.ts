@@ -14,6 +14,7 @@ export const TEXTS = {
     max: "Largest sequence",
     advise: "Which method",
     buy: "Which card to buy",
+    explain: "Why it ran out of memory",
   } as Readonly<Record<string, string>>,
   view: "Question",
   labels: {
@@ -34,15 +35,16 @@ export const TEXTS = {
     grad_accum: "Gradient accumulation",
   } as Readonly<Record<string, string>>,
   others: "All other settings",
-  file: "A config.json or a run's file",
+  file: "A config.json, a run's file or an out-of-memory message",
   fileChoose: "Choose a file",
   filePaste: "or paste its text",
   fileUse: "Use this text",
   fileRemove: "Remove the file",
   fileHelp:
     "A model's config.json, or a run of Axolotl, TRL, LLaMA-Factory, DeepSpeed and others: configuration, script or " +
-    "command. It stays in this page.",
+    "command. Or a log that ends out of memory, which is explained. It stays in this page.",
   fileUsed: (name: string) => `${name} is read in place of a model's name.`,
+  logUsed: (name: string) => `${name} is explained, with the run above.`,
   fileTooLarge: (name: string, size: number) =>
     `${name}: has ${Math.ceil(size / 2 ** 20).toLocaleString("en")} MiB; a config or a run's file has at most 4 MiB`,
   fileUnreadable: (name: string) => `${name}: cannot be read`,
@@ -58,6 +60,16 @@ export const TEXTS = {
     native: (seconds: number) => `Computed by memplan on this machine in ${shown(seconds)}.`,
   },
   noFacts: "In this page, drop or paste the model's config.json.",
+  hub: (id: string) => `Ask huggingface.co for the config.json of ${id}`,
+  hubFailed: (id: string, why: string) => `${id}: huggingface.co gave no config.json (${why}); drop or paste it`,
+  slider: (label: string) => `${label}, as a slider`,
+  more: {
+    map: "Batch and sequence: what fits",
+    cards: "The same run on other cards",
+    stacks: "The same run under other training stacks",
+  } as Readonly<Record<string, string>>,
+  choose: (name: string) => `Use ${name}`,
+  chooseBoth: (batch: string, tokens: string, share: string) => `batch ${batch}, ${tokens} tokens: ${share}`,
   failed: "The engine did not start: ",
   command: "The same on the command line",
   copy: "Copy",

@@ -79,6 +79,39 @@ test("the timeline follows the arrow keys", async () => {
   expect(await slider.getAttribute("aria-valuetext")).not.toBe(before);
 });
 
+test("a slider moves the bar at once, and the answer when it rests", async () => {
+  const slider = page.locator("#question input[data-of=seq_len]");
+  const told = await page.evaluate(async () => {
+    const slider = document.querySelector<HTMLInputElement>("#question input[data-of=seq_len]");
+    const titles = new Set<string>();
+    const watch = new MutationObserver(() => titles.add(document.querySelector("#report h1")?.textContent ?? ""));
+    watch.observe(document.querySelector("#report") as Element, { childList: true });
+    for (let n = 16; n < 26; n++) {
+      if (slider) slider.value = String(n);
+      slider?.dispatchEvent(new Event("input", { bubbles: true }));
+      await new Promise((resolve) => setTimeout(resolve, 150));
+    }
+    watch.disconnect();
+    return titles.size;
+  });
+  expect(told).toBeGreaterThan(1);
+  expect(await slider.getAttribute("aria-valuetext")).toBe("9,728");
+  await page.waitForFunction(() => document.querySelector("#command")?.textContent.endsWith("--seq-len 9728"));
+  await page.waitForFunction(() => !document.querySelector("#report")?.classList.contains("earlier"));
+  await answered(() => page.fill("#o-seq_len", "2k"));
+  expect(await slider.getAttribute("aria-valuetext")).toBe("2,048");
+});
+
+test("the map, the cards and the stacks are each one click from the run", async () => {
+  for (const [part, choice, command] of [["map", /^batch 2, 1k tokens: /, "--batch-size 2 --seq-len 1k"], ["cards", "Use l4", "--gpu l4"], ["stacks", /^Use unsloth/, "--profile unsloth"]] as const) {
+    await page.locator(`#more details[data-part=${part}] summary`).click();
+    await answered(() => page.getByRole("button", { name: choice }).first().click());
+    expect(await page.textContent("#command")).toContain(command);
+    await page.locator(`#more details[data-part=${part}] summary`).click();
+  }
+  await answered(() => page.evaluate(() => { location.hash = "#model=qwen2-7b&method=qlora&gpu=3090"; }));
+});
+
 test("the ledger is searched, and stays open and searched", async () => {
   await page.locator("#report summary", { hasText: "Every tensor" }).click();
   const search = page.locator("#report details input[type=search]").last();
@@ -118,6 +151,35 @@ test("a run's file is read in place of a model, and so is a pasted one", async (
   await page.fill("#pasted", run.replace("32", "64"));
   await answered(() => page.click("#paste"));
   expect(await page.textContent("#report")).toMatch(/rank 64/);
+});
+
+test("a pasted out-of-memory message is explained", async () => {
+  await answered(() => page.evaluate(() => { location.hash = "#model=qwen2-7b&method=qlora&gpu=3090"; }));
+  await page.fill("#pasted", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 4.64 GiB. GPU 0 has a total capacity of 23.68 GiB of which 1.31 GiB is free.");
+  await answered(() => page.click("#paste"));
+  expect(await title()).toMatch(/^Out of memory \(torch, GPU\).*request 4\.64 GiB/);
+  expect(await page.textContent("#command")).toBe("memplan explain oom.log qwen2-7b --method qlora --gpu 3090");
+  expect(await page.textContent("#report")).toContain("logits");
+  await answered(() => page.click("#file-remove"));
+  expect(await title()).toMatch(/^fits/);
+});
+
+test("the Hub is asked for a config.json after a click, and not before", async () => {
+  const config = { model_type: "llama", architectures: ["LlamaForCausalLM"], hidden_size: 512, intermediate_size: 1024, num_hidden_layers: 2, num_attention_heads: 8, vocab_size: 1000 };
+  const asked: string[] = [];
+  await context.route("https://huggingface.co/**", (route) => {
+    asked.push(route.request().url());
+    return route.fulfill({ json: config, headers: { "Access-Control-Allow-Origin": "*" } });
+  });
+  await answered(() => page.fill("#o-model", "someone/no-card"));
+  expect(await page.textContent("#problem")).toContain("someone/no-card");
+  expect(asked).toEqual([]);
+  await answered(() => page.click("#hub"));
+  expect(asked).toEqual(["https://huggingface.co/someone/no-card/resolve/main/config.json"]);
+  expect(await page.textContent("#command")).toContain("memplan someone-no-card.json");
+  expect(await title()).toMatch(/^fits/);
+  expect(await page.isHidden("#hub")).toBe(true);
+  hosts.delete("huggingface.co");
 });
 
 test("hostile input is one line of text", async () => {

@@ -55,4 +55,12 @@ test("a file's name has letters, digits, dots and dashes", () => {
 test("a pasted text is named by its kind", () => {
   const texts = ['{"model_type": "llama"}', "base_model: x\nlora_r: 8\n", "#!/bin/bash\ntrl sft", "torchrun --nproc_per_node 2 x.py", "import trl\nx = 1"];
   expect(texts.map(nameOf)).toEqual(["config.json", "run.yaml", "run.sh", "run.sh", "run.py"]);
+  expect(nameOf("RuntimeError: CUDA out of memory. Tried to allocate 2.00 GiB")).toBe("oom.log");
+});
+
+test("a log comes in addition to the run", () => {
+  const options = { model: "gpt2", gpu: "t4" };
+  const file = { name: "oom.log", text: "" };
+  expect(words({ view: "explain", options, file })).toEqual(["explain", "oom.log", "gpt2", "--gpu=t4"]);
+  expect(words({ view: "explain", options: { model: "oom.log" }, file })).toEqual(["explain", "oom.log"]);
 });

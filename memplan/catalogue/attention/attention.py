@@ -5,6 +5,7 @@ Every variant reads q (`b s a d`), k and v (`b s k d`) and writes the heads' out
 
 from __future__ import annotations
 
+from memplan.catalogue.attention.flash_attention import flash, flash_2, padded_flash_2, varlen
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Keep, Op, Scratch, Tensor
@@ -105,7 +106,8 @@ def _attention(
     width: str,
 ) -> tuple[Op, ...]:
     masked = wiring.has_mask(sliding)
-    floats = wiring.float_masks and mask == mask_name(sliding)  # the family's code makes masks with other names
+    given = wiring.packed is not None and wiring.packed.mask == "given"
+    floats = (wiring.float_masks or given) and mask == mask_name(sliding)  # families name masks of their own otherwise
     backend = wiring.masked if masked else wiring.backend
     if wiring.copies and backend != "eager":
         plain = wiring._replace(copies="")
@@ -124,10 +126,12 @@ def _attention(
     match backend:
         case "flash" | "flash_2":
             if width != "d":
-                return _padded_flash_2(name, q, k, v, y, wiring, width)
+                return padded_flash_2(name, q, k, v, y, wiring, width)
+            if backend == "flash" and wiring.packed is not None and wiring.packed.is_varlen:
+                return varlen(name, q, k, v, y, grouped, wiring.packed.repeats)
             heads = ops.view(f"{name}.v_heads", v, "v.heads", "b s k d")
             if backend == "flash_2":
-                return _mark_unmasked(wiring, (heads, *_flash_2(name, q, k, "v.heads", y, wiring, grouped)))
+                return _mark_unmasked(wiring, (heads, *flash_2(name, q, k, "v.heads", y, wiring, grouped)))
             return _mark_unmasked(wiring, (heads, flash(name, q, k, "v.heads", y, grouped, wiring.variant)))
         case "efficient":
             packed = (
@@ -153,106 +157,6 @@ def _mark_unmasked(wiring: Wiring, kernel: tuple[Op, ...]) -> tuple[Op, ...]:
     if wiring.causal:
         return kernel
     return tuple(op._replace(product="whole attention") if op.product == "attention" else op for op in kernel)
-
-
-_ROWS_OF_3 = Tensor("row sums", "b a s128", "fp32"), Tensor("logsumexp in base 2", "b a s128", "fp32")
-_SOURCES_OF_FLASH = {
-    "": f"{_ATEN}/cuda/flash_attn/flash_api.cpp mha_bwd",
-    "cudnn": "assumed: cuDNN's workspace is not published, and counted as flash attention's; torch 2.13 "
-    "aten/src/ATen/native/cudnn/MHA.cpp run_cudnn_SDP_fprop, run_cudnn_SDP_bprop",
-    "3": "flash-attention 0e79d71 hopper/flash_attn_interface.py setup_context, flash_api.cpp mha_bwd",
-}
-
-
-def flash(name: str, q: str, k: str, v: str, y: str, grouped: bool, variant: str = "") -> Op:
-    """Return flash attention: keeps q, k, v, the output, an fp32 number per row and head, and the RNG state.
-
-    Backward accumulates an fp32 gradient of q, with rows rounded up to 128 (`s128`) and head widths to 32 (`d32`). If
-    key heads are fewer than query heads, it also makes gradients of k and v for every query head.
-
-    variant  `cudnn`, the same; or `3`: FlashAttention 3 keeps no state, and accumulates gradients of k and v in fp32
-             too if heads are grouped. Its rows are rounded up to 64 if heads are wider than 64, counted as 128
-    """
-    source = _SOURCES_OF_FLASH[variant]
-    if variant == "3":
-        lse, wide = f"{y}.lse", ("dk accumulated", "dv accumulated") if grouped else ()
-        accumulated = (Tensor(what, "b s128 k d_flash_3", "fp32") for what in wide)
-        scratch = (*_ROWS_OF_3, Tensor("dq accumulated", "b s128 a d_flash_3", "fp32"), *accumulated)
-        return Op(
-            name,
-            (q, k, v),
-            (Tensor(y, "b s a d"), Tensor(lse, "b a s", "fp32")),
-            (),
-            tuple(Keep(what, of) for of in (q, k, v) for what in (q, k, v, y, lse)),
-            scratch_back=tuple(map(Scratch, scratch)),
-            autocast="lower",
-            product="attention",
-            source=source,
-        )
-    lse, seed, offset = f"{y}.lse", f"{y}.seed", f"{y}.offset"
-    expanded = (Tensor("dk expanded", "b s a d", f"={k}"), Tensor("dv expanded", "b s a d", f"={k}")) if grouped else ()
-    scratch = (Tensor("row sums", "b a s128", "fp32"), Tensor("dq accumulated", "b s128 a d32", "fp32"), *expanded)
-    return Op(
-        name,
-        (q, k, v),
-        (
-            Tensor(y, "b s a d"),
-            Tensor(lse, "b a s", "fp32"),
-            Tensor(seed, "2", "int64"),
-            Tensor(offset, "", "int64"),
-        ),
-        (),
-        tuple(Keep(what, of) for of in (q, k, v) for what in (q, k, v, y, lse, seed, offset)),
-        scratch_back=tuple(Scratch(t) for t in scratch),
-        autocast="lower",
-        product="attention",
-        source=source,
-    )
-
-
-def _flash_2(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, grouped: bool) -> tuple[Op, ...]:
-    """Return flash attention 2 as transformers calls it.
-
-    fp32 heads are cast to half precision first. The tokens of a padded batch are gathered into one sequence, and the
-    output is scattered back into zeros.
-
-    Source: transformers 5.24 modeling_flash_attention_utils.py _upad_input, _pad_input.
-    """
-    shapes = {q: "b s a d", k: "b s k d", v: "b s k d"}
-    operations: list[Op] = []
-    inputs = {x: x for x in shapes}
-    if wiring.target:
-        operations += (
-            ops.cast(f"{name}.cast_{x}", x, f"{x}.target", shape, wiring.target) for x, shape in shapes.items()
-        )
-        inputs = {x: f"{x}.target" for x in shapes}
-    if not wiring.padded:
-        return (*operations, flash(name, inputs[q], inputs[k], inputs[v], y, grouped, wiring.variant))
-    tokens, out = f"{y}.tokens", f"{y}.gathered"
-    operations.append(Op(f"{name}.tokens", (), (Tensor(tokens, "b s", "int64"),), gradient="none"))
-    for x in (k, v, q):
-        operations.append(ops.index(f"{name}.gather_{x}", inputs[x], tokens, f"{x}.gathered", shapes[x]))
-    operations.append(flash(name, f"{q}.gathered", f"{k}.gathered", f"{v}.gathered", out, grouped, wiring.variant))
-    operations.append(ops.index(f"{name}.pad", out, tokens, y, shapes[q]))
-    return (
-        *operations,
-        ops.release_names(tokens, *(f"{x}.gathered" for x in shapes), *(inputs[x] for x in shapes if inputs[x] != x)),
-    )
-
-
-def _padded_flash_2(name: str, q: str, k: str, v: str, y: str, wiring: Wiring, width: str) -> tuple[Op, ...]:
-    """Pad values narrower than queries with zeros to the queries' width, and cut the output back.
-
-    Source: transformers 5.24 integrations/flash_attention.py flash_attention_forward.
-    """
-    heads, out = "b s a d", f"{y}.wide"
-    return (
-        ops.copy(f"{name}.pad_values", v, "v.heads", heads, gradient="new"),
-        *_flash_2(name, q, k, "v.heads", out, wiring, False),
-        ops.release_names("v.heads"),
-        ops.view(f"{name}.cut", out, f"{y}.cut", f"b s a {width}", gradient="new"),
-        ops.copy(f"{name}.contiguous", f"{y}.cut", y, f"b s a {width}"),
-    )
 
 
 def _repeated(name: str, k: str, v: str, grouped: bool, width: str) -> tuple[Op, ...]:
@@ -561,9 +465,12 @@ def mask(wiring: Wiring, x: str, name: str = "mask") -> tuple[Op, ...]:
     mask once so that fully masked rows attend to everything.
     """
     is_float = wiring.backend == "eager" or wiring.float_masks
-    boolean = Tensor("causal", "b s s" if wiring.padded else "s s", "bool")
-    shape = "s s" if (wiring.one_mask or not is_float or wiring.backend != "eager") and not wiring.padded else "b s s"
+    is_per_row = wiring.masks_rows
+    boolean = Tensor("causal", "b s s" if is_per_row else "s s", "bool")
+    shape = "s s" if (wiring.one_mask or not is_float or wiring.backend != "eager") and not is_per_row else "b s s"
     scratch = (boolean,) if is_float else (Tensor("causal", "s s", "bool"),)
+    if wiring.packed is not None and not is_float:
+        scratch = (boolean, boolean._replace(name="pairs of one sequence"))
     if wiring.float_masks and wiring.backend != "eager":
         scratch = (Tensor("mask before rows are unmasked", "b s s", f"={x}"), Tensor("hidden", "b s s", "bool"))
     return (

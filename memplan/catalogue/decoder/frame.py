@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from memplan.catalogue.attention.attention import mask, mask_name
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.positions import positions, rotary_table
+from memplan.catalogue.kernels.positions import given_positions, positions, rotary_table
 from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Run, Tensor, Weight
@@ -22,10 +22,18 @@ PRE_NORM = ("input_layernorm", "", "post_attention_layernorm", "")
 LOCAL = {"cos": "cos.local", "sin": "sin.local"}  # names of the sliding layers' rotary table, if they have their own
 
 
-def inputs(padded: bool) -> Op:
+def inputs(padded: bool, *more: Tensor) -> Op:
     """Return token ids, labels and, for a padded batch, the attention mask. The script holds them through the step."""
     names = ("ids", "labels", *(("attention_mask",) if padded else ()))
-    return Op("inputs", (), tuple(Tensor(n, "b s", "int64") for n in names), holds="step")
+    return Op("inputs", (), (*(Tensor(n, "b s", "int64") for n in names), *more), holds="step")
+
+
+def packed_inputs(wiring: Wiring) -> tuple[Tensor, ...]:
+    """Return what a packed batch comes with: positions, and maybe a mask of all pairs of tokens."""
+    if wiring.packed is None:
+        return ()
+    given = (Tensor("pairs_mask", "b s s", wiring.target),) if wiring.packed.mask == "given" else ()
+    return (Tensor("position_ids", "b s", "int64"), *given)
 
 
 def lm_head(x: str, tied_to: str = "", bias: bool = False) -> Op:
@@ -50,7 +58,9 @@ def masks(wiring: Wiring, x: str, sliding: bool = False) -> Ops:
     name = mask_name(sliding)
     if not wiring.has_mask(sliding):
         return ()
-    if wiring.backend == "eager" or wiring.padded:
+    if wiring.packed is not None and wiring.packed.mask == "given":
+        return (ops.view(name, "pairs_mask", name, "b s s"),)
+    if wiring.backend == "eager" or wiring.masks_rows:
         return mask(wiring, x, name)
     parts = (Tensor("within the window", "s s", "bool"), Tensor("causal", "s s", "bool")) if sliding else ()
     dtype = f"={x}" if wiring.float_masks else "bool"
@@ -92,12 +102,14 @@ def before(
     table     replaces the rotary table
     made      replaces the masks
     """
+    table = rotary_tables() if table is None else table
+    packed = wiring.packed
     return (
-        inputs(wiring.padded),
+        inputs(wiring.padded, *packed_inputs(wiring)),
         *(embedded or (ops.embedding("model.embed_tokens", "ids", "embeds", "v", "h"),)),
-        positions(),
+        positions() if packed is None else given_positions(),
         *(masks_of(wiring, kinds) if made is None else made),
-        *(rotary_tables() if table is None else table),
+        *(table if packed is None or packed.is_one_row else ops.with_axes(table, {"s": "b s"})),
     )
 
 

@@ -56,7 +56,7 @@ def batched(operations: Sequence[Op]) -> Iterator[Op]:
             yield from biases
             biases = []
             yield op._replace(reads=(*op.reads, selected), product="matrix", source=_SOURCE)
-        elif op.writes or op.reads:
+        elif op.writes or op.reads or op.weights:
             returns = not op.writes and "experts.rows" in op.reads
             yield op._replace(reads=(*op.reads, selected)) if returns and selected else op
             selected = "" if returns else selected

@@ -20,7 +20,8 @@ _CROSS = "mask.across"  # of the decoder's queries and the encoder's keys
 
 def bart(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build BART for conditional generation. One table is the embeddings of both halves, and by default the head."""
-    encoder_wiring, wiring = wiring._replace(causal=False), wiring._replace(padded=False)
+    cross_wiring, wiring = wiring._replace(causal=False), wiring._replace(padded=False)
+    encoder_wiring = cross_wiring._replace(caching=False)
     mask = (Tensor("attention_mask", "b s", "int64"),) if encoder_wiring.padded else ()
     inputs = Op("inputs", (), (Tensor("ids", "b s", "int64"), *mask, labels_of(m)), holds="step")
     own = masks(encoder_wiring, "embeds.tokens")
@@ -44,7 +45,7 @@ def bart(m: ModelSpec, wiring: Wiring) -> Stack:
         ops.add_weight("final_logits_bias", "unbiased", "logits", "b t v", bias),
         ops.release_names("unbiased"),
     )
-    runs = (Run((_encoder(m, encoder_wiring),), "L"), Run((_decoder(m, wiring, encoder_wiring),), "D", between))
+    runs = (Run((_encoder(m, encoder_wiring),), "L"), Run((_decoder(m, wiring, cross_wiring),), "D", between))
     return Stack(before, runs, after, (*language_model_loss("t"), ops.release_names("decoder_ids", "encoded", "x")))
 
 

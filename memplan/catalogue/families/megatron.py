@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue.attention.attention import KEYS, QUERIES, SCORES, flash
+from memplan.catalogue.attention.attention import KEYS, QUERIES, SCORES
+from memplan.catalogue.attention.flash_attention import flash
 from memplan.catalogue.decoder.frame import lm_head
 from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.families.gpt import position_table

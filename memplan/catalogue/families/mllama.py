@@ -12,11 +12,11 @@ from memplan.catalogue.decoder.encoder_decoder import cached_across
 from memplan.catalogue.decoder.frame import decoder_block, returned
 from memplan.catalogue.decoder.mlp import gated_mlp
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import renamed
+from memplan.catalogue.kernels.rewriting import renamed, skipped
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision import towers as t
 from memplan.catalogue.vision.towers import Tower
-from memplan.catalogue.vision.vision import outlived, skipped, text_with_tower
+from memplan.catalogue.vision.vision import outlived, text_with_tower
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models.configs.towers import intermediate, run_lengths, size
 from memplan.models.model import ModelSpec
@@ -100,7 +100,7 @@ def _cross_attention(grouped: bool, wiring: Wiring) -> tuple[Op, ...]:
         ops.linear(f"{name}.q_proj", "n1", "q0", "a d", "h", g),
         ops.view(f"{name}.q_heads", "q0", "q1", q, "new"),
         *ops.rms_norm(f"{name}.q_norm", "q1", "q", q, "d"),
-        *(() if wiring.has_cross_cache else key_value_ops),
+        *(skipped(key_value_ops) if wiring.has_cross_cache else key_value_ops),
         *cache,
         *to_images(f"{name}.attention", "o", wiring, grouped and not wiring.decodes, "cross_mask"),
         ops.linear(f"{name}.o_proj", "o", "ao", "h", "a d", g),

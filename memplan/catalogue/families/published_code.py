@@ -7,7 +7,8 @@ and Qwen still pass one, which flash attention refuses.
 
 from __future__ import annotations
 
-from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, cached, flash, mask
+from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, cached, mask
+from memplan.catalogue.attention.flash_attention import flash
 from memplan.catalogue.decoder.attention import llama_attention
 from memplan.catalogue.decoder.frame import after, before, decoder_block, inputs, lm_head
 from memplan.catalogue.decoder.mlp import gated_mlp

@@ -20,7 +20,7 @@ from memplan.catalogue.decoder.task_heads import labels_of, language_model_loss,
 from memplan.catalogue.families.bert import plain_attention_ops, projections
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import dropped, drops, gelu_new, relu
-from memplan.catalogue.kernels.rewriting import renamed
+from memplan.catalogue.kernels.rewriting import renamed, skipped
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
@@ -219,12 +219,16 @@ def _attention(
             for new in (
                 added_ops
                 if op.name == f"{n}.mask"
-                else (_with_bias(op, padded, per_sequence) if op.name == n else (op,))
+                else (_with_bias(op, padded, per_sequence, crosses and not masked) if op.name == n else (op,))
             )
         )
+        kernel = (*kernel, ops.release_names("bias.added"))  # which autocast has copied
     projected = projections(name, x, plain, ("q", "k", "v"), bias=False)
     if wiring.has_cross_cache and crosses:
-        projected = tuple(op for op in projected if op.writes[0].name[0] == "q")
+        projected = (
+            *(op for op in projected if op.writes[0].name[0] == "q"),
+            *skipped(tuple(op for op in projected if op.writes[0].name[0] != "q")),
+        )
     if caching:
         cache_ops = (Op(f"{n}.cache", ("k", "v"), caches="kv"),)
         bias_ops = (*(cached_across(n, "q", wiring.has_cross_cache) if crosses else cache_ops), *bias_ops)
@@ -272,10 +276,10 @@ def _bias_to_add(n: str, bias: str, mask: str, rows: str, triangle: bool, crosse
         )
         contiguous = () if crosses else (ops.copy(f"{n}.contiguous_bias", chosen, "bias.added", f"{rows}8"),)
         operations: tuple[Op, ...] = (*seen, where, *contiguous)
-    elif crosses:
-        operations = (ops.view(f"{n}.added", bias, "bias.added", "a s s8"),)
+        returns = () if mask else (ops.release_names(hidden),)  # the function that makes the triangle holds it
     else:
-        operations = (ops.copy(f"{n}.contiguous_bias", bias, "bias.added", "a s s8"),)
+        copied = () if crosses else (ops.copy(f"{n}.contiguous_bias", bias, "bias.added", "a s s8"),)
+        operations, returns = copied or (ops.view(f"{n}.added", bias, "bias.added", "a s s8"),), ()
     lowered = Op(
         f"{n}.bias.autocast",
         ("bias.added",),
@@ -283,21 +287,26 @@ def _bias_to_add(n: str, bias: str, mask: str, rows: str, triangle: bool, crosse
         cast=True,
         autocast="lower",
     )
-    return (*operations, lowered)
+    return (*operations, *returns, lowered)
 
 
-def _with_bias(op: Op, padded: str, per_sequence: bool) -> tuple[Op, ...]:
+def _with_bias(op: Op, padded: str, per_sequence: bool, shared: bool) -> tuple[Op, ...]:
     """The kernel with a bias that trains. `padded` is the shape of the bias before or after the kernel pads it.
 
-    `per_sequence`: sequences share the bias; the kernel makes its gradient for each of them, and they are summed.
+    per_sequence  sequences share the bias; the kernel makes its gradient for each of them, and they are summed
+    shared        layers share the bias; the kernel keeps its own padded copy
     """
     bias = "o.bias.each" if per_sequence else "o.bias"
     expand = (ops.view(f"{op.name}.expand_bias", "o.bias", bias, "b a s s8", gradient="new"),) if per_sequence else ()
     reads = tuple(bias if name == "o.bias" else name for name in op.reads)
     keeps = tuple(k._replace(what=bias) if k.what == "o.bias" else k for k in op.keeps)
     kept = tuple(k._replace(of=bias) for k in keeps if k.of == op.reads[0])
-    scratch = (Tensor("bias, as it is padded", padded, "=o.bias"),)
-    return (*expand, op._replace(reads=reads, keeps=(*keeps, *kept), scratch=scratch))
+    other = Tensor("bias.padded", padded, "=o.bias")
+    op = op._replace(reads=reads, keeps=(*keeps, *kept))
+    if not shared:
+        return (*expand, op._replace(scratch=(other,)))
+    own = tuple(k._replace(what=other.name, seen="") for k in op.keeps if k.what == bias)
+    return (*expand, op._replace(writes=(*op.writes, other), keeps=(*op.keeps, *own), scratch=()))
 
 
 def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:

@@ -16,7 +16,7 @@ from memplan.catalogue.decoder.task_heads import labels_of, language_model_loss,
 from memplan.catalogue.families.bert import plain_attention_ops
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import activation, dropped, drops
-from memplan.catalogue.kernels.rewriting import renamed
+from memplan.catalogue.kernels.rewriting import renamed, skipped
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Keep, Op, Run, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
@@ -174,7 +174,7 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: 
         ops.linear(f"{name}.q_proj", x, "q0", "a d", "h", "attention", bias=True),
         ops.scale(f"{name}.scaling", "q0", "q1", QUERIES),
         ops.copy(f"{name}.q_contiguous", "q1", "q", QUERIES),
-        *(() if states and wiring.has_cross_cache else key_value_ops),
+        *(skipped(key_value_ops) if states and wiring.has_cross_cache else key_value_ops),
         *cache,
         *kernel,
         ops.linear(f"{name}.out_proj", "o", f"{y}.whole", "h", "a d", "attention", bias=True),

@@ -75,10 +75,10 @@ def keeping(stack: Stack) -> Iterator[tuple[str, int]]:
         yield run.times, sum(any(op.holds == "cache" for op in block.ops) for block in run.blocks)
 
 
-def evaluation(stack: Stack, now: Pass) -> Stack:
+def evaluation(stack: Stack, now: Pass, *, returns: bool = True) -> Stack:
     """Return the stack with its loss as an evaluation runs it: autograd records nothing.
 
-    The model's outputs live until its caller has received them.
+    The model's outputs live until its caller has received them, if it `returns` them.
     """
     changed = once_each(lambda operations: tuple(_without_grad(_cached(operations, now))))
     runs = tuple(
@@ -86,7 +86,7 @@ def evaluation(stack: Stack, now: Pass) -> Stack:
         for run in stack.runs
     )
     tail = (*stack.after, *stack.loss)
-    returned = returned_by(stack, now.casts_logits)
+    returned = returned_by(stack, now.casts_logits) if returns else None
     after = (op._replace(holds=RETURNED) if returned and returned in op.writes else op for op in tail)
     return Stack(tuple(_without_grad(stack.before)), runs, tuple(_without_grad(after)))
 

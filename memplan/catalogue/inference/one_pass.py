@@ -44,6 +44,7 @@ class Pass(NamedTuple):
     holds_prompt_logits   the loop holds the prompt's logits until the next pass has returned its own
     first                 the first pass after a prompt that is cached without a copy: it finds all of what was cached
     spans_autocast        one autocast context spans all passes, and keeps its casts of weights from the first on
+    keeps_skipped_casts   also those of what this pass skips, because an earlier one ran it
     unpacks               it has enough rows for the kernel of packed weights to dequantise matrices
     loaded                how the weights were loaded
     stored                how a quantised cache stores keys and values
@@ -78,6 +79,7 @@ class Pass(NamedTuple):
     holds_prompt_logits: bool = False
     first: bool = False
     spans_autocast: bool = False
+    keeps_skipped_casts: bool = False
     unpacks: bool = False
     loaded: LoadOptions = LoadOptions()
     stored: CacheQuantization | None = None

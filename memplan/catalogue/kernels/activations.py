@@ -93,7 +93,8 @@ def xielu(name: str, x: str, y: str, shape: str) -> tuple[Op, ...]:
         )
 
     def times_beta(part: str, out: str) -> Op:
-        return Op(f"{name}.{part}", (x,), (Tensor(out, shape),), (beta,), (Keep(beta.name, x),), source=source)
+        made = Tensor(out, shape, f"={x}")  # a tensor without axes widens nothing
+        return Op(f"{name}.{part}", (x,), (made,), (beta,), (Keep(beta.name, x),), source=source)
 
     return (
         softplus("p", a),

@@ -49,7 +49,7 @@ def causal_half(op: Op) -> bool:
     Source: torch 2.13 aten/src/ATen/native/transformers/cuda/flash_attn/src/flash_fwd_kernel.h (n_block_max),
     mem_eff_attention/kernel_forward.h (num_keys).
     """
-    return op.product == "attention" and len(op.reads) == 3
+    return op.product in ("attention", "attention over s_own") and len(op.reads) == 3
 
 
 def computes_in(op: Op, backward: bool = False) -> str:

@@ -21,6 +21,7 @@ _SOURCES = {
     "tiled": "trl 1.16.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies, utils.py add_fused_lm_head",
     "kernel": "trl 1.14.1 trainer/grpo_trainer.py _full_logits_logps, kernels/logprob_entropy.py",
     "shifted": "trl 1.13.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
+    "rolled": "ms-swift 4.6.0 rlhf_trainers/grpo_trainer.py _get_logps_via_local_forward",
     "joined": "trl 0.24.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
 }
 _LOSS = "trl 1.16.0 trainer/grpo_trainer.py _compute_loss"
@@ -56,7 +57,12 @@ def attach(
         logits = next(op for op in reversed(after) if op.writes).writes[0].name
         outputs = "outputs" if autocast else logits
         cast = (converted(logits, "b kept v"),) if autocast else ()
-        loss = (returned, *cast, *_log_probs(outputs, trainer, autocast is not None))
+        held: tuple[Tensor, ...] = ()
+        if trainer.is_reference and trainer.has_parts:
+            held = tuple(_held(trainer, "fp32" if autocast else "=embeds"))
+            stack = stack._replace(before=(*stack.before, Op("hold", ("embeds",), held, gradient="none")))
+        released = ops.release_names(*(t.name for t in held))
+        loss = (returned, *cast, released, *_log_probs(outputs, trainer, autocast is not None))
     if trainer.is_reference:
         return stack._replace(after=(*after, *loss), loss=())
     read = ("log_probs", *(t.name for op in scored for t in op.writes))
@@ -95,14 +101,23 @@ def _kept_tokens(head: tuple[Op, ...], trainer: Trainer) -> Iterator[Op]:
     yield ops.release_names(part)
 
 
+def _held(trainer: Trainer, dtype: str) -> Iterator[Tensor]:
+    """Yield what variables of the loop over parts of a batch hold of the part before until the model has returned."""
+    divides = trainer.log_probs == "shifted" and trainer.divided_logits != "in_place"
+    if not divides or trainer.divided_logits == "held":
+        yield Tensor("logits of the part before", "b kept v", dtype)
+    if divides:
+        yield Tensor("divided logits of the part before", f"{_ROWS} v", dtype)
+
+
 def _log_probs(outputs: str, trainer: Trainer, is_fp32: bool) -> Iterator[Op]:
     """Compute log-probabilities and entropies from all logits, which the temperature divides first.
 
-    A kernel divides, and computes the entropies, by itself.
+    A kernel divides, and computes the entropies, by itself. ms-swift computes no entropies unless it logs them.
     """
     source, shape = _SOURCES[trainer.log_probs], f"{_ROWS} v"
     logits = "logits of completions"
-    if trainer.divided_logits == "in_place" and trainer.log_probs == "shifted":
+    if trainer.divided_logits == "in_place" and trainer.log_probs in ("shifted", "rolled"):
         # backward of an operation in place on a view copies the gradient of all logits, and of the view twice
         parts = tuple(Scratch(Tensor(f"gradient of the view, {what}", shape, f"={outputs}")) for what in _COPIES)
         divided = (Tensor("divided", "b kept v", f"={outputs}"),)
@@ -123,7 +138,7 @@ def _log_probs(outputs: str, trainer: Trainer, is_fp32: bool) -> Iterator[Op]:
         yield ops.release_names(*(() if trainer.divided_logits == "held" else (outputs,)), "shifted", logits)
         logits = "scaled"
     yield selected_log_probs("loss.log_probs", logits, shape, "completion", is_fp32, "log_probs", source)
-    if not trainer.is_reference:
+    if not trainer.is_reference and trainer.log_probs != "rolled":
         names = ("log-softmax of a chunk", "probabilities of a chunk", "products of a chunk")
         chunk = tuple(Tensor(name, "entropy_rows v", f"={logits}") for name in names)
         flat = (

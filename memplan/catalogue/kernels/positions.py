@@ -29,5 +29,10 @@ def rotary_angles(source: str, counted: str = "s") -> Op:
     return Op("rotary.angles", ("positions",), angles, buffers, scratch=scratch, source=source)
 
 
+def given_positions() -> Op:
+    """Return the positions that a packed batch comes with."""
+    return Op("positions", ("position_ids",), (Tensor("positions", "b s", "int64"),), gradient="none", view=True)
+
+
 def positions() -> Op:
     return Op("positions", (), (Tensor("positions", "s", "int64"),), scratch=(Tensor("arange", "s", "int64"),))

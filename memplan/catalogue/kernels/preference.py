@@ -18,6 +18,7 @@ from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
 
 _SOURCES = {
     "joined": "trl 0.24.0 trainer/dpo_trainer.py concatenated_forward, trainer/utils.py selective_log_softmax",
+    "rolled": "ms-swift 4.6.0 rlhf_trainers/dpo_trainer.py concatenated_forward, rlhf_mixin.py get_per_token_logps",
     "shifted": "trl 1.13.0 trainer/dpo_trainer.py _compute_loss, trainer/utils.py selective_log_softmax",
     "kernel": "trl 1.14.1 trainer/dpo_trainer.py _compute_loss, kernels/logprob_entropy.py _LogProbEntropyFunction",
     "gathered": "llamafactory 0.9.5 train/dpo/trainer.py concatenated_forward, train/trainer_utils.py get_batch_logps",
@@ -67,6 +68,10 @@ def attach(
     if trainer.log_probs == "joined":
         tail = (*tail, *_joined_log_probs(logits, outputs, autocast is not None))
         return _finished(stack, trainer, tail, reference, ())
+    if trainer.log_probs == "rolled":
+        source = source_of(trainer)
+        log_probs = selected_log_probs("loss.log_probs", outputs, "b s v", "s", bool(autocast), "log_probs", source)
+        return _finished(stack, trainer, (*tail, log_probs, ops.release_names(outputs)), reference, ())
     if trainer.log_probs == "gathered":
         tail = (*tail, *_gathered_log_probs(outputs))
         return _finished(stack, trainer, tail, reference, (outputs,))

@@ -69,6 +69,11 @@ def renamed(operations: tuple[Op, ...], names: dict[str, str]) -> tuple[Op, ...]
     return tuple(ops.renamed(op, new) for op in operations)
 
 
+def skipped(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+    """Return the operations that have weights, marked as not run."""
+    return tuple(op._replace(skipped=True, unit="", requires_gradient=False) for op in operations if op.weights)
+
+
 def matrix(op: Op) -> Weight | None:
     """Return the weight matrix of a linear layer, or None if the operation is not one."""
     return next((w for w in op.weights if w.matrix), None)

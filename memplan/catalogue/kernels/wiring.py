@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from memplan.catalogue.kernels.packing import PackedRows
 from memplan.core.records import NamedTuple
 
 
@@ -18,7 +19,7 @@ class Wiring(NamedTuple):
     masked        kernel of layers with a mask
     tower         kernel of the vision tower
     variant       kernel in place of flash attention 2: `3`, or `cudnn`
-    target        dtype that flash attention 2 casts fp32 heads to
+    target        dtype that flash attention 2 casts fp32 heads to, or of the mask that a packed batch comes with
     copies        copied before the kernel: `heads`, k and v repeated per query head; `all`, then q, k and v
     half_math     the math kernel computes in the inputs' dtype instead of fp32
     uncapped      sdpa runs although scores should be soft-capped, and skips the cap
@@ -29,6 +30,7 @@ class Wiring(NamedTuple):
     Masks and inputs
 
     padded              the batch comes with a 2-D mask that has zeros
+    packed              the batch's sequences are packed into rows
     windowed            the sequence is longer than the sliding window
     causal              no token attends to later tokens; False in encoders, which mask only padding
     one_mask            eager's mask is shared by the whole batch, unless it is padded
@@ -106,6 +108,17 @@ class Wiring(NamedTuple):
     static: bool = False
     opened_windows: tuple[str, ...] = ()
     filled_windows: tuple[str, ...] = ()
+    packed: PackedRows | None = None
+
+    @property
+    def is_varlen(self) -> bool:
+        """Whether the kernel is told where the sequences of a packed row begin."""
+        return self.packed is not None and self.packed.is_varlen
+
+    @property
+    def masks_rows(self) -> bool:
+        """Whether each row has a mask of its own, because it is padded or packed."""
+        return self.padded or (self.packed is not None and bool(self.packed.mask))
 
     @property
     def is_head_major(self) -> bool:
@@ -120,16 +133,16 @@ class Wiring(NamedTuple):
     def has_mask(self, sliding: bool = False) -> bool:
         """Return whether transformers passes the layer's attention a mask.
 
-        Eager always gets a causal one; sdpa gets one for padding and for sliding windows.
+        Eager always gets a causal one; sdpa gets one for padding, for packing and for sliding windows.
         """
-        if self.backend == "flash_2":
+        if self.backend == "flash_2" or self.is_varlen:
             return False
         causal = self.causal and (self.backend == "eager" or (self.static and self.decodes))
-        return causal or self.padded or (sliding and self.windowed)
+        return causal or self.masks_rows or (sliding and self.windowed)
 
 
 DividedLogits = Literal["in_place", "held", "released"]
-LogProbs = Literal["joined", "shifted", "kernel", "gathered", "tiled"]
+LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled"]
 PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
 GENERATING = {"grpo": 8, "rloo": 2}  # trainers that generate, and how many completions of a prompt by default
 
@@ -138,12 +151,14 @@ class Trainer(NamedTuple):
     """A trainer of TRL as its step runs the model.
 
     name          its name in `run.trainer`
-    log_probs     how log-probabilities of tokens are computed: from all logits, of all tokens (`joined`, TRL 0.24) or
-                  of all but the last (`shifted`), or by a kernel that makes no copies (`kernel`, TRL 1.14); from the
-                  log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`)
+    log_probs     how log-probabilities of tokens are computed: from all logits, of all tokens (`joined`, TRL 0.24;
+                  `rolled`, ms-swift, which copies none) or of all but the last (`shifted`), or by a kernel that makes
+                  no copies (`kernel`, TRL 1.14); from the log-softmax of all logits (`gathered`, LLaMA-Factory); or
+                  tile by tile (`tiled`)
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)
+    shards_copy   FSDP shards a copy, which nothing wraps in autocast
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
@@ -151,6 +166,8 @@ class Trainer(NamedTuple):
     For trainers that generate:
 
     has_one_sequence  a micro-batch is one completion
+    has_parts         a step has several micro-batches
+    generates         the model itself generates the completions
     old_log_probs     log-probabilities of completions are computed before the step, too
     divided_logits    the temperature divides the logits `in_place`, or into a copy, while the model's are `held` or
                       `released`
@@ -161,10 +178,13 @@ class Trainer(NamedTuple):
     reference: str
     trains_copy: bool = True
     copy_dtype: str = "weights"
+    shards_copy: bool = False
     likelihood: bool = False
     is_reference: bool = False
     rows: int = 2
     has_one_sequence: bool = False
+    has_parts: bool = False
+    generates: bool = False
     old_log_probs: bool = False
     divided_logits: DividedLogits = "released"
 

@@ -10,7 +10,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import matrix, rewrite, rewrite_lists, rewrite_weights
+from memplan.catalogue.kernels.rewriting import matrix, rewrite, rewrite_blocks, rewrite_lists, rewrite_weights
 from memplan.catalogue.methods import litgpt_lora
 from memplan.catalogue.methods.dora import adapt_embedding, dora
 from memplan.catalogue.methods.fused_lora import LIBRARIES, LoraFunctions, fuse_lora, with_matrix_buffer
@@ -57,6 +57,8 @@ class Recipe(NamedTuple):
     preparation    "", "fp32" (prepare_model_for_kbit_training), or whose training casts weights back after it: "trl",
                    "axolotl" or "axolotl-0.12"
     fused          whose autograd functions fuse adapted layers (unsloth, unsloth-2026, axolotl), or ""
+    sharded_dtype  dtype of adapters that FSDP1 shards: peft casts their inputs to it, then FSDP1 to the adapters' dtype
+                   once gathered
     fp32_ends      norms, embeddings and head train in fp32, whatever dtype the other weights have
     library        whose adapters they are: `peft` or `litgpt`
     again          DoRA multiplies by the base weight a second time even without dropout, as peft did until 0.13
@@ -89,6 +91,7 @@ class Recipe(NamedTuple):
     preparation: str = ""
     fused: str = ""
     fp32_ends: bool = False
+    sharded_dtype: str = ""
     library: str = "peft"
     again: bool = False
     frozen: tuple[str, ...] = ()
@@ -168,7 +171,8 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
     inner = x
     if casts:
         inner = f"{p}.x"
-        yield ops.cast(f"{n}.cast", x, inner, f"{lead} {into}", recipe.adapter_dtype)
+        kept = "" if recipe.is_dora else recipe.sharded_dtype
+        yield ops.cast(f"{n}.cast", x, inner, f"{lead} {into}", kept or recipe.adapter_dtype)
     adapted = inner
     if recipe.dropout:
         adapted = f"{p}.dropped"
@@ -177,7 +181,12 @@ def adapt(op: Op, recipe: Recipe) -> Iterator[Op]:
         again, autocast = recipe.dropout or recipe.again, recipe.compute if recipe.autocast else ""
         yield from dora(op, adapted, result, recipe.adapter_dtype, again, autocast)
     else:
+        if casts and recipe.sharded_dtype:
+            yield ops.cast(f"{n}.lora_A.cast", adapted, f"{p}.as_gathered", f"{lead} {into}", recipe.adapter_dtype)
+            adapted = f"{p}.as_gathered"
         yield ops.linear(f"{n}.lora_A", adapted, f"{p}.a", "r", into, "adapter", lead=lead, flat=flat)
+        if recipe.dropout:
+            yield ops.release_names(adapted)  # which autocast has copied
         yield ops.linear(f"{n}.lora_B", f"{p}.a", f"{p}.b", out, "r", "adapter", lead=lead, flat=flat)
         yield ops.scale(f"{n}.scaling", f"{p}.b", f"{p}.delta", y.shape)
     if quantised and not recipe.is_dora:
@@ -205,22 +214,26 @@ ADAPTERS = (*LORA, *PEFT_METHODS)
 PARTS = {"vision": ("vision",), "projector": ("projector",), "language": ()}
 
 
-def apply(stack: Stack, recipe: Recipe, axes: Mapping[str, int] = MappingProxyType({})) -> Stack:
+def apply(
+    stack: Stack, recipe: Recipe, axes: Mapping[str, int] = MappingProxyType({}), keeps_casts: bool = False
+) -> Stack:
     """Return the stack as the method trains it: dtypes on every weight, adapters around their targets.
 
-    `axes` are the sizes of the model's axes, which some methods' adapters depend on.
+    axes         sizes of the model's axes, which some methods' adapters depend on
+    keeps_casts  an earlier pass ran the operations that this one skips, and autocast keeps their weights' casts
     """
-    return _idle_unreached(_idle_unread(_drop_skipped(_rewritten(stack, recipe, axes))))
+    return _idle_unreached(_idle_unread(_drop_skipped(_rewritten(stack, recipe, axes), keeps_casts)))
 
 
-def _drop_skipped(stack: Stack) -> Stack:
+def _drop_skipped(stack: Stack, keeps_casts: bool) -> Stack:
     """Reduce operations that the run skips to their weights."""
 
     def change(op: Op) -> Iterable[Op]:
         if not op.skipped:
             return (op,)
         weights = tuple(w._replace(trains=False, idle=w.trains) for w in op.weights)
-        return (Op(op.name, weights=weights, gradient="none"),) if weights else ()
+        autocast = op.autocast if keeps_casts else ""
+        return (Op(op.name, weights=weights, gradient="none", autocast=autocast),) if weights else ()
 
     return rewrite_lists(stack, lambda listed: tuple(new for op in listed for new in change(op)))
 
@@ -370,9 +383,21 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
         return (op,)
 
     stack = rewrite(stack, change)
+    if recipe.sharded_dtype:
+        stack = rewrite_blocks(stack, _with_last_adapter_gathered)
     if shared is None or not wrapped:
         return stack
     return stack._replace(before=(shared(tuple(wrapped), recipe.adapter_dtype), *stack.before))
+
+
+def _with_last_adapter_gathered(block: Block) -> Block:
+    """Return the block whose last adapter is gathered already when it is recomputed, since its backward comes first:
+    its weights have the dtype of its input then, which is not cast."""
+    last = next(
+        (op.name.removesuffix(".lora_A.cast") for op in block.ops[::-1] if op.name.endswith(".lora_A.cast")), ""
+    )
+    casts = (f"{last}.cast", f"{last}.lora_A.cast")
+    return block._replace(ops=tuple(op._replace(is_view_again=op.name in casts) for op in block.ops))
 
 
 def _with_fused_layers(stack: Stack, recipe: Recipe, axes: Mapping[str, int], takes: Callable[[Op], bool]) -> Stack:

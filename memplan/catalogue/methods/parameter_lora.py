@@ -142,10 +142,7 @@ def _fold(w: Weight, dtype: str) -> Op:
         (Tensor(f"{w.name}.folded", w.shape, w.dtype),),
         (w, *(() if casts else both)),
         (Keep(a, b), Keep(b, a)),
-        scratch_back=tuple(
-            Scratch(Tensor(f"product for {v.name}", v.shape, w.dtype), name)
-            for v, name in zip(both, inputs, strict=True)
-        ),
+        scratch_back=(Scratch(Tensor(f"product for {both[0].name}", both[0].shape, w.dtype), a),),  # B's is freed first
         product="fold",
         source=f"{_SOURCE}, torch 2.13 tools/autograd/derivatives.yaml: baddbmm",
     )

@@ -84,6 +84,9 @@ class AttentionBehaviour(NamedTuple):
     one_mask              eager attention has one causal mask for the entire batch, unless there is padding
     float_masks           torch's attention gets masks of numbers in the model's dtype, like eager attention
     masks_padding         training passes the model an attention mask if batches are padded
+    packing               how the framework can pack sequences (`memplan.catalogue.kernels.packing`)
+    packs_without_flash   it also does so with other attention than flash-attn's
+    sdpa_varlen           with sdpa it runs torch's varlen attention over packed rows: `grouped` k and v, or `repeated`
     """
 
     sdpa_copies: Literal["", "heads", "all"]
@@ -97,6 +100,9 @@ class AttentionBehaviour(NamedTuple):
     one_mask: bool
     float_masks: bool
     masks_padding: bool
+    packing: tuple[str, ...]
+    packs_without_flash: tuple[str, ...]
+    sdpa_varlen: Literal["", "grouped", "repeated"]
 
 
 class CheckpointingBehaviour(NamedTuple):

@@ -109,7 +109,7 @@ def stored(w: Weight, format: str, double_quant: bool, block_size: int, compute:
         blocks = f"{each} {squares}".strip() if block_size != WHOLE else each
         return (Tensor("fp8", w.shape, "fp8"), Tensor("weight_scale_inv", blocks, "fp32"))
     if format == "int8":
-        return (Tensor("int8", w.shape, "int8"), Tensor("row scales", tokens[0], "fp32"))
+        return (Tensor("int8", w.shape, "int8"), Tensor("row scales", " ".join(out), "fp32"))
     if format == "hqq-int4":
         groups = (Tensor(name, w.shape, f"{compute}/{block_size}") for name in ("scale", "zero"))
         return (Tensor("W_q", w.shape, "uint8/2"), *groups)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.vision.vision import skipped
+from memplan.catalogue.kernels.rewriting import skipped
 from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
 from memplan.models.model import ModelSpec
 

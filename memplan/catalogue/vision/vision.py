@@ -9,17 +9,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import renamed
+from memplan.catalogue.kernels.rewriting import renamed, skipped
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.catalogue.vision.towers import Tower
 from memplan.core.ir import Block, Keep, Op, Run, Scratch, Stack, Tensor
 
 _INDEX = "torch 2.13 aten/src/ATen/native/cuda/IndexKernel.cpp masked_scatter__cuda, masked_select_out_cuda_impl"
-
-
-def skipped(operations: tuple[Op, ...]) -> tuple[Op, ...]:
-    """Return the operations that have weights, marked as not run."""
-    return tuple(op._replace(skipped=True, unit="", requires_gradient=False) for op in operations if op.weights)
 
 
 def text_with_tower(

@@ -56,19 +56,16 @@ def original_of(name: str, file: RunFile, read: Callable[[str], RunSpec]) -> Ori
     return Original(name, text, file, read(text), read)
 
 
-def patched(
-    original: Original, changed: RunSpec, wanted: RunSpec, said: Mapping[str, Any], fields: Iterable[str]
-) -> Patched:
-    """Return the file with the keys that turn its run into `changed`, so that it gives the run `wanted`.
+def patched(original: Original, wanted: RunSpec, fields: Iterable[str]) -> Patched:
+    """Return the file with the keys that turn its run into `wanted`.
 
-    said    field -> value that a key of its own sets, before the framework's rules; `wanted` is `changed` with these
     fields  fields that must be as wanted, whether the file's run has them so already or not
 
     A framework's rules may set other fields in consequence, so the new text is read again: the run returned is the one
     that it gives. A length of rows is the longest that a key can say. Raises SpecError if a field of `wanted` is not
     what the file says then.
     """
-    edits, exports = _edits(original, changed, said)
+    edits, exports = _edits(original, wanted)
     new = _read(original, edits, exports)
     length, longest = new.run.batch.sequence, wanted.batch.sequence
     path = next(_keys_of(original, _LENGTH, edits), None) if length != longest else None
@@ -89,7 +86,7 @@ def diff(name: str, before: str, after: str) -> str:
     return "".join(line if line.endswith("\n") else f"{line}\n\\ No newline at end of file\n" for line in lines)
 
 
-def _edits(original: Original, changed: RunSpec, said: Mapping[str, Any]) -> tuple[_Edits, list[str]]:
+def _edits(original: Original, changed: RunSpec) -> tuple[_Edits, list[str]]:
     """Return the keys to set, and the lines of a shell script to add above its command."""
     if original.file.is_own:
         return dict(_own_edits(_values(original), original.run, changed)), []
@@ -105,9 +102,7 @@ def _edits(original: Original, changed: RunSpec, said: Mapping[str, Any]) -> tup
     for key in form.table.keys:
         of = key.value or field(key.fields[0])
         old, new = of(original.run), of(changed)
-        if key.is_same and key.fields[0] in said:
-            new = said[key.fields[0]]
-        elif old == new:
+        if old == new:
             continue
         if key.place == "shell" and str(new).startswith("export "):
             exports.append(str(new))

@@ -30,6 +30,8 @@ def _method(config: Config) -> None:
         config.set("method.quantization.double_quant", config.flag(key), key)
     elif bits == 8:
         config.set("method.quantization.format", "int8", "quantization.load_in_8bit")
+    if bits < 16:
+        config.set("method.quantization.kbit_preparation", False, why=f"{config.title} casts nothing to fp32")
     has_adapter = config.said("peft") is not None
     trainer.adapter(config, has_adapter, config.flag("peft.use_dora"), "peft")
     if not has_adapter:

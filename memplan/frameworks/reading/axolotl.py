@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Rule, version_number
+from memplan.frameworks.reading.config import Config, Rule, shown, version_number
 
 _LIGER = {
     "liger_rope": "rope",
@@ -37,15 +37,43 @@ _PROJECTIONS = re.compile(
 )
 
 
+# TRL's keys of trainers that generate -> Axolotl's.
+_GENERATION = {
+    **{
+        key: f"trl.{key}"
+        for key in (
+            *("num_generations", "max_completion_length", "use_vllm", "vllm_mode", "vllm_enable_sleep_mode"),
+            *("generation_batch_size", "num_iterations"),
+        )
+    },
+    "max_prompt_length": "sequence_len",
+    "vllm_gpu_memory_utilization": "vllm.gpu_memory_utilization",
+    "vllm_max_model_length": "vllm.max_model_len",
+    "vllm_tensor_parallel_size": "vllm.tensor_parallel_size",
+}
+# A pattern of `unfrozen_parameters` that is the language model, or its head.
+_LANGUAGE = re.compile(r"\^?(?:model\\?\.)?(?:language_model|lm_head)(?:\\?\.(?:model\\?\.)?)?(?:\.?\*)?$")
+_TRAINERS = {"ipo": "dpo", "gdpo": "grpo"}
+
+
 def _preference(config: Config) -> None:
     """`rl`; simpo is CPO's trainer, which adds the chosen half's likelihood unless cpo_alpha is 0."""
     kind = config.said("rl")
     if kind is None:
         return
-    if kind not in ("dpo", "ipo", "orpo", "simpo"):
-        raise config.refuse("rl", "dpo, ipo, orpo, simpo")
-    names = {"ipo": "dpo", "simpo": "simpo" if config.number("cpo_alpha") == 0 else "cpo"}
-    trainer.preference(config, names.get(kind, kind), "rl")
+    if kind not in ("dpo", "ipo", "orpo", "simpo", "kto", "grpo", "gdpo"):
+        raise config.refuse("rl", "dpo, ipo, orpo, simpo, kto, grpo, gdpo")
+    name = _TRAINERS.get(kind, kind)
+    if name == "grpo":
+        beta = "trl.beta" if config.said("trl.beta") is not None else "rl_beta"
+        trainer.generation(config, name, "rl", adapts=bool(config.said("adapter")), beta=beta, **_GENERATION)
+        models = [each for each in config.names("trl.reward_funcs") or () if "/" in each]
+        if models:
+            config.leave("trl.reward_funcs", f"the reward model {shown(models[0])} is not counted")
+        return
+    trainer.preference(
+        config, ("simpo" if config.number("cpo_alpha") == 0 else "cpo") if name == "simpo" else name, "rl"
+    )
     if config.said("rl_adapter_ref_model") is not None and config.flag("rl_adapter_ref_model"):
         config.set("reference", "copy", "rl_adapter_ref_model")
 
@@ -72,6 +100,11 @@ def _method(config: Config) -> None:
         why = "a model whose experts are quantised is not prepared"
         config.set("method.quantization.kbit_preparation", False, "quantize_moe_experts", why=why)
     trainer.adapter(config, kind is not None, config.flag("peft_use_dora"), "adapter", "peft_use_dora")
+    model, trained = trainer.model_of(config), config.names("unfrozen_parameters")
+    if trained and model is not None and model.has_tower and all(_LANGUAGE.match(name) for name in trained):
+        config.set("method.frozen", ["vision", "projector"], "unfrozen_parameters")
+    elif trained:
+        config.leave("unfrozen_parameters", "what trains, not supported yet")
     if kind is not None:
         _targets(config)
         if config.names("lora_modules_to_save"):
@@ -153,22 +186,14 @@ def _batch(config: Config) -> None:
     total, micro = config.whole("batch_size"), config.value("batch.micro")
     if total is not None and config.said("gradient_accumulation_steps") is None and micro:
         config.set("batch.accumulation", max(total // micro, 1), "batch_size", "micro_batch_size")
-    is_packed = config.flag("sample_packing")
-    if is_packed:
-        real = config.get("multipack_real_batches")
-        in_rows = (
-            config.value("kernels.attention") == "flash_attention_2"
-            or trainer.is_flash(config.get("attn_implementation"))
-            or config.flag("gemma4_hybrid_attn_impl")
-            if real is None
-            else not config.flag("multipack_real_batches")
-        )
-        if in_rows:
-            trainer.packed(config, "sample_packing")
-    elif config.flag("batch_flattening"):
-        trainer.packed(config, "batch_flattening")
-        is_packed = True
-    trainer.padding(config, is_packed)
+    if config.flag("sample_packing"):
+        trainer.packing(config, "sample_packing", "sample_packing")
+        is_flash = str(config.value("kernels.attention")).startswith("flash_attention")
+        if config.get("multipack_real_batches") is not None and config.flag("multipack_real_batches") == is_flash:
+            rows = "one row" if is_flash else "a row of its own each"
+            config.leave("multipack_real_batches", f"the sequences of a batch are counted as {rows}")
+    else:
+        trainer.packing(config, "padding_free" if config.flag("batch_flattening") else None, "batch_flattening")
 
 
 def _attention(config: Config) -> None:
@@ -248,7 +273,7 @@ def _checkpointing(config: Config) -> None:
         config.set("kernels.checkpointing", "offload", "activation_offloading")
         config.found.pop("kernels.reentrant", None)
     if config.get("selective_checkpointing") and is_on:
-        config.set("kernels.checkpointing", "selective", "selective_checkpointing")
+        raise config.refuse("selective_checkpointing", "gradient_checkpointing alone")
 
 
 def _parallelism(config: Config) -> None:
@@ -281,12 +306,8 @@ def _evaluation(config: Config) -> None:
     does = does and str(config.get("eval_strategy")) not in ("no", "False")
     key = "val_set_size" if config.number("val_set_size") else "test_datasets"
     trainer.evaluation(config, does, key, "eval_batch_size")
-    if does and config.flag("sample_packing") and config.get("eval_sample_packing") in (None, True):
-        sequence, training = config.value("batch.sequence"), config.whole("sequence_len")
-        if sequence and training and sequence > training:
-            why = "validation samples are packed as in training"
-            config.set("also.evaluation.sequence", sequence, "sample_packing", why=why)
-            config.set("also.evaluation.micro", 1, "sample_packing", why=why)
+    if does and config.flag("sample_packing") and config.get("eval_sample_packing") not in (None, True):
+        config.leave("eval_sample_packing", "evaluation is counted as packed")
 
 
 def _loop(config: Config) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from memplan.catalogue.optimizers.parameter_rules import RANK
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule
 
@@ -15,6 +16,7 @@ _ATTENTION = {"disabled": "eager", "sdpa": "sdpa", "fa2": "flash_attention_2", "
 _BITSANDBYTES = ("bnb", "bitsandbytes")
 # Switch -> optimizer -> the name of it in transformers.
 _OPTIMIZERS = {"use_galore": "galore", "use_apollo": "apollo"}
+_RANK = 16  # of both, unless it is set
 
 
 def _method(config: Config) -> None:
@@ -47,6 +49,8 @@ def _method(config: Config) -> None:
         _adapters(config)
     model = trainer.model_of(config)
     if model is not None and model.has_tower:
+        if config.said("image_max_pixels") is not None:
+            config.leave("image_max_pixels", "no images are counted; add --images")
         parts = {"vision": "freeze_vision_tower", "projector": "freeze_multi_modal_projector"}
         parts["language"] = "freeze_language_model"
         frozen = [part for part, key in parts.items() if config.flag(key)]
@@ -83,16 +87,12 @@ def _precision(config: Config) -> None:
 
 
 def _batch(config: Config) -> None:
-    packs = config.get("packing")
-    is_packed = config.flag("neat_packing") or (
-        config.get("stage") == "pt" if packs is None else config.flag("packing")
-    )
-    if is_packed and config.value("batch.sequence"):
-        why = "packing shortens rows by a token"
-        config.set(
-            "batch.sequence", config.value("batch.sequence") - (config.get("stage") != "pt"), "cutoff_len", why=why
-        )
-    trainer.padding(config, is_packed)
+    if config.get("stage") == "pt":  # rows of a text without ends
+        trainer.padding(config, config.get("packing") is None or config.flag("packing"))
+    else:
+        keys = [key for key in ("neat_packing", "packing") if config.flag(key)]
+        names = {"neat_packing": "neat_packing", "packing": "knapsack"}
+        trainer.packing(config, names[keys[0]] if keys else None, *keys)
 
 
 def _kernels(config: Config) -> None:
@@ -118,9 +118,8 @@ def _optimizer(config: Config) -> None:
             layerwise = "_layerwise" if config.flag(f"{name}_layerwise") else ""
             eight_bits = "_8bit" if "8bit" in str(config.get("optim")) and name == "galore" else ""
             config.set("optimizer.name", f"{name}_adamw{eight_bits}{layerwise}", key)
-            rank = config.whole(f"{name}_rank")
-            if rank is not None:
-                config.leave(f"{name}_rank", "the optimizer's default rank is counted")
+            if (config.whole(f"{name}_rank") or _RANK) != RANK:
+                config.leave(f"{name}_rank", f"rank {RANK} is counted, transformers' default")
     if config.flag("use_muon"):
         config.set("optimizer.name", "muon", "use_muon")
 

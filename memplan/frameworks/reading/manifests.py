@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 from memplan.core.records import NamedTuple
-from memplan.frameworks.reading.shell import entry_point
+from memplan.frameworks.reading.shell import entry_point, resolved, variables_of
 
 _EXPANSION = re.compile(r"\$\((\w+)\)")  # as Kubernetes writes ${NAME}
 _GPU = "nvidia.com/gpu"
@@ -27,8 +28,11 @@ class Container(NamedTuple):
     line: int
 
 
-def containers(values: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) -> Iterator[Container]:
-    """Yield the commands in a document, in its order."""
+def containers(
+    values: Mapping[str, Any], lines: Mapping[tuple[str, ...], int], folder: Path | None = None
+) -> Iterator[Container]:
+    """Yield the commands in a document, in its order. A Compose file's variables are those of `.env` in its folder."""
+    shared: dict[str, str] | None = None
     for path, inner in _mappings(values, ()):
         is_service = len(path) > 1 and path[-2] == "services"
         is_pod = len(path) > 1 and path[-2] == "containers"
@@ -40,7 +44,9 @@ def containers(values: Mapping[str, Any], lines: Mapping[tuple[str, ...], int]) 
         keys = ("command", "args", "entrypoint", "image")
         line = next((lines[(*path, key)] for key in keys if (*path, key) in lines and inner.get(key) is not None), 0)
         if text:
-            yield Container(text, _environment(inner), line)
+            shared = variables_of(".env", folder) if shared is None and is_service and folder is not None else shared
+            own = {name: " ".join(resolved(value, shared or {})) for name, value in _environment(inner, folder).items()}
+            yield Container(text, {**(shared or {}), **own}, line)
 
 
 def _mappings(inner: object, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
@@ -62,12 +68,16 @@ def _text(words: object) -> str:
     return _EXPANSION.sub(r"${\1}", words) if isinstance(words, str) else ""
 
 
-def _environment(container: Mapping[str, Any]) -> dict[str, str]:
-    """Return the variables of a container, with the GPUs it gets as those that it sees."""
+def _environment(container: Mapping[str, Any], folder: Path | None) -> dict[str, str]:
+    """Return the variables of a container, those of its files first, with the GPUs it gets as those that it sees."""
     said: object = container.get("environment", container.get("env"))
+    files: object = container.get("env_file")
     out: dict[str, str] = {}
+    for file in cast("list[Any]", files) if isinstance(files, list) else [files]:
+        path = cast("Mapping[str, Any]", file).get("path") if isinstance(file, Mapping) else file
+        out |= variables_of(path, folder) if isinstance(path, str) and folder is not None else {}
     if isinstance(said, Mapping):
-        out = {str(name): str(value) for name, value in cast("Mapping[str, Any]", said).items() if value is not None}
+        out |= {str(name): str(value) for name, value in cast("Mapping[str, Any]", said).items() if value is not None}
     for item in cast("list[Any]", said) if isinstance(said, list) else ():
         if isinstance(item, Mapping):
             pair = cast("Mapping[str, Any]", item)

@@ -35,6 +35,7 @@ _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deeps
 _LATER = {"LLaMA-Factory v1": ("model_class",), "verl": ("actor_rollout_ref",)}
 # Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
 _SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
+_ENGINES = {name: FORMATS[name].model for name in ("vllm", "sglang")}  # of other frameworks' commands
 _OF_MODELS = {"model_type", "architectures", "hidden_size"}  # keys of config.json
 _MAIN_FIELDS = {"method": "method.kind", "optimizer": "optimizer.name"}
 _ALIKE = 0.6  # of the letters of a misspelt key are in the one that is meant
@@ -141,7 +142,9 @@ def read_run(
     """
     others = {kind: read_document(each) for kind, each in (companions or {}).items()}
     if name.lower().endswith(shell.SUFFIXES):
-        command = command_in(read_text(name) if text is None else text, printable(Path(name).name, 60))
+        command = command_in(
+            read_text(name) if text is None else text, printable(Path(name).name, 60), Path(name).parent
+        )
         return _read_launched(command, printable(Path(name).name, 60), Path(name), framework, others, typed)
     with suppress(OSError, ValueError):  # reading says why
         name = str(Path(name) / ADAPTERS_FILE) if is_folder(Path(name)) else name
@@ -224,7 +227,7 @@ def _read_manifest(
     shown = printable(Path(name).name, 60)
     skipped: SpecError | None = None
     for values, lines in read_documents(name):
-        for container in containers(values, lines):
+        for container in containers(values, lines, Path(name).parent):
             try:
                 command = shell.launched(container.text, shown, _subcommands(), container.variables, container.line)
             except SpecError as error:
@@ -251,9 +254,9 @@ def has_own_keys(name: str) -> bool:
     return name.lower().endswith(shell.SUFFIXES) or not _MANIFEST.search(read_text(name))
 
 
-def command_in(text: str, name: str) -> shell.Launched:
+def command_in(text: str, name: str, folder: Path | None = None) -> shell.Launched:
     """Return the first command of a script that trains or serves. Raises SpecError if there is none."""
-    return shell.launched(text, name, _subcommands())
+    return shell.launched(text, name, _subcommands(), folder=folder)
 
 
 def _subcommands() -> shell.Programs:
@@ -273,6 +276,7 @@ def _read_launched(
     name  the file that has the command, as shown
     path  its path, next to which other files are searched; None if the command is typed
     """
+    command = shell.engines_command(command, _ENGINES)
     form = format_named(PROGRAMS[command.program]) if command.program in PROGRAMS else None
     flags, config = _flags(command, form)
     keys = ("config", "config_file", *flags) if command.line else ()
@@ -502,17 +506,19 @@ def read_as(
     elif config.text(form.model) is not None:
         config.set("model", config.text(form.model), form.model)
     config.read_same(form.table)
+    profile = form.profile or profile_of(form.defaults[0], asked or version)
+    nearness = "" if profile.endswith(f"-{version}") else "nearest "
+    config.set("profile", profile, why=f"the {nearness}profile of {config.title}")  # some rules ask for it
     for rule in form.rules:
         rule(config)
+    if "profile" in config.found:  # a typed one is not
+        config.found["profile"] = config.found.pop("profile")  # shown last
     if config.value("method.kind") not in ADAPTERS:
         for field in (*_ADAPTER_FIELDS, "method.quantization"):
             config.found.pop(field, None)
-    profile = form.profile or profile_of(form.defaults[0], asked or version)
-    nearness = "" if profile.endswith(f"-{version}") else "nearest "
-    config.set("profile", profile, why=f"the {nearness}profile of {config.title}")
     config.unread += _unread(config, form, keys)
     origins = tuple(config.found.values())
-    unread = tuple(sorted(config.unread, key=lambda each: each.where))
+    unread = tuple(sorted(config.unread, key=lambda each: _by_line(each.where)))
     applied = frozenset(field for field in typed_keys.values() if field in config.found)
     return RunFile(document.name, form.name, config.title, told, origins, unread, sections(origins), applied, source)
 
@@ -566,6 +572,12 @@ def _unread(config: Config, form: RunFormat, known: Collection[str]) -> Iterator
             near = nearest(name, known, 1)
             hint = f"; did you mean {near[0]}?" if near and _alike(name, near[0]) else ""
             yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
+
+
+def _by_line(where: str) -> tuple[str, int]:
+    """Return a file and a line, to sort by."""
+    name, _, line = where.rpartition(":")
+    return (name, int(line)) if line.isdecimal() else (where, 0)
 
 
 def _name(path: str, sections: Collection[str]) -> str:

@@ -14,7 +14,9 @@ from typing import Any, cast
 from memplan.catalogue.inference.caches import caches
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, shown
+from memplan.models.cards import other_format
 from memplan.spec.run import Batch
+from memplan.spec.serving import first_layers
 
 NEW_TOKENS = 256  # of a request that says no number
 _DTYPES = {**trainer.DTYPES, "half": "fp16", "float": "fp32"}
@@ -41,7 +43,7 @@ _QUANTISES = {
 }
 _OF_CHECKPOINTS = ("awq", "gptq", "marlin", "compressed", "modelopt", "quark", "exl2", "gguf", "mxfp4", "nvfp4", "inc")
 _METHODS = {"standalone": "draft_model", "nextn": "mtp", "eagle": "eagle", "eagle3": "eagle3", "ngram": "ngram"}
-GGUF = re.compile(r"I?Q\d\w*|B?F16|F32", re.IGNORECASE)
+GGUF = re.compile(r"(?:UD-)?I?Q\d\w*|B?F16|F32", re.IGNORECASE)
 _GGML = {"f16": "fp16", "f32": "fp32"}
 
 
@@ -233,7 +235,9 @@ def _llama_cpp(config: Config) -> None:
     repo = config.text("hf_repo")
     if repo is not None and config.text("model") is None:
         name, _, quantisation = repo.partition(":")
-        trainer.set_model(config, name, "hf_repo")
+        quantisation = quantisation or "Q4_K_M"  # common/arg.cpp --hf-repo
+        known = other_format(name)
+        trainer.set_model(config, known[0] if known is not None else name, "hf_repo")
         if GGUF.fullmatch(quantisation):
             config.set("serving.weights", quantisation, "hf_repo")
         elif quantisation:
@@ -255,8 +259,28 @@ def _llama_cpp(config: Config) -> None:
         config.set("serving.hybrid_cache", False, "swa_full")
     if config.get("split_mode") is not None:
         config.set("serving.split_mode", config.text("split_mode"), "split_mode")
+    _overrides(config)
     _llama_cpp_gpus(config)
-    _speculation(config, "no_method", "model_draft", "draft_max")
+    predicts = str(config.get("spec_type")).endswith("mtp")
+    _speculation(config, "spec_type" if predicts else "no_method", "model_draft", "draft_max")
+    if not predicts and config.get("spec_type") is not None:
+        config.leave("spec_type", "not counted")
+
+
+def _overrides(config: Config) -> None:
+    """Tensors that are kept on the CPU or on one card.
+
+    Source: common/common.h LLM_FFN_EXPS_REGEX, LLM_FFN_DENSE_REGEX.
+    """
+    keys = [key for key in ("override_tensor", "cpu_moe", "n_cpu_ffn") if config.get(key) is not None]
+    found = [part for text in config.names("override_tensor") or () for part in text.split(",")]
+    if config.flag("cpu_moe"):
+        found.append(r"\.ffn_(up|down|gate|gate_up)_(ch|)exps=CPU")
+    dense = first_layers(config.whole("n_cpu_ffn") or 0)
+    if dense:
+        found.append(rf"blk\.{dense}\.ffn_(up|down|gate)\.=CPU")
+    if found:
+        config.set("serving.override_tensor", found, *keys)
 
 
 def _context(config: Config) -> None:

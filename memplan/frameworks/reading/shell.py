@@ -9,12 +9,15 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator, Mapping
-from pathlib import PurePath
+from contextlib import suppress
+from pathlib import Path, PurePath
 from typing import Any, TypeAlias, cast
 
 from memplan.core.errors import SpecError, printable
+from memplan.core.files import is_file
 from memplan.core.records import NamedTuple
-from memplan.frameworks.reading.document import Document, paths
+from memplan.frameworks.reading.document import Document, is_there, paths
+from memplan.spec.file import read_text
 
 SUFFIXES = (".sh", ".bash", ".sbatch", ".slurm")
 _LAUNCHERS = ("accelerate", "torchrun", "deepspeed", "tune")
@@ -32,6 +35,7 @@ _VARIABLE = re.compile(r"\$(?:(\w+)|\{(\w+)(?::?-([^}]{0,1000}))?\})")  # bounde
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
 _HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
 _LONGEST_QUOTE = 200  # lines
+_LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
 _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
 _WRAPPERS = ("exec", "nohup", "sudo", "time", "env", "srun", "uv", "poetry", "run", "python3", "python", "-u")
 _WITHOUT_VALUE = frozenset(
@@ -48,6 +52,12 @@ _IMAGES = {
     "ghcr.io/huggingface/text-generation-inference": ("text-generation-launcher",),
     "ghcr.io/ggml-org/llama.cpp:server": ("llama-server",),
     "ghcr.io/ggerganov/llama.cpp:server": ("llama-server",),
+}
+# Beginning of a program's name -> what it is, and the nearest that is read.
+_LATER = {
+    "verl.": ("verl's runs", "trl grpo, or memplan MODEL --trainer grpo"),
+    "openrlhf.": ("OpenRLHF's runs", "trl sft, trl dpo or trl grpo with --deepspeed"),
+    "megatron": ("Megatron-SWIFT's runs", "swift sft, or memplan MODEL --profile megatron-core"),
 }
 Programs: TypeAlias = "Mapping[str, tuple[str, ...]]"  # program -> its subcommands that are read
 
@@ -90,15 +100,21 @@ def is_config(word: str) -> bool:
 
 
 def launched(
-    text: str, name: str, programs: Programs, variables: Mapping[str, str] | None = None, line: int | None = None
+    text: str,
+    name: str,
+    programs: Programs,
+    variables: Mapping[str, str] | None = None,
+    line: int | None = None,
+    folder: Path | None = None,
 ) -> Launched:
     """Return the first command that trains or serves. Raises SpecError if there is none.
 
     variables  the environment that is known
     line       the line of all commands, if they are not a script's; 0 for a command that is typed
+    folder     where files of variables that it sources are, if not in the working directory
     """
     skipped = ""
-    for counted, words, environment in _commands(text, name, {**_directives(text), **(variables or {})}):
+    for counted, words, environment in _commands(text, name, {**_directives(text), **(variables or {})}, folder):
         at = counted if line is None else line
         found = _launched(words, environment, at, programs)
         if isinstance(found, Launched):
@@ -123,7 +139,24 @@ def _directives(text: str) -> dict[str, str]:
     return {**variables, **({"SLURM_GPUS_ON_NODE": gpus} if gpus.isdecimal() else {})}
 
 
-def _commands(text: str, name: str, variables: Mapping[str, str]) -> Iterator[tuple[int, list[str], dict[str, str]]]:
+def variables_of(name: str, folder: Path | None) -> dict[str, str]:
+    """Return the variables that a `.env` file in the folder, or the working directory, sets; none if it is not read."""
+    out: dict[str, str] = {}
+    candidates = (place / name for place in (folder or Path(), Path()))
+    path = next((each for each in candidates if is_there(each) and is_file(each)), None)
+    if path is None:
+        return out
+    with suppress(SpecError, OSError):
+        for line in read_text(str(path)).splitlines():
+            with suppress(ValueError):  # a quote that is not closed
+                for match in filter(None, map(_ASSIGNMENT.fullmatch, shlex.split(line, comments=True))):
+                    out[match[1]] = " ".join(resolved(match[2], out))
+    return out
+
+
+def _commands(
+    text: str, name: str, variables: Mapping[str, str], folder: Path | None = None
+) -> Iterator[tuple[int, list[str], dict[str, str]]]:
     """Yield the commands of a script: line, words with variables resolved, and the environment."""
     variables = dict(variables)
     for line, joined in _joined_lines(text):
@@ -132,16 +165,19 @@ def _commands(text: str, name: str, variables: Mapping[str, str]) -> Iterator[tu
         except ValueError:
             raise SpecError(f"{name}:{line}: a quote is not closed") from None
         for simple in _simple(words):
-            resolved = [part for word in simple for part in _resolved(word, variables)]
-            if resolved[:1] in (["export"], ["set"]):
-                resolved = resolved[1:]
+            command = [part for word in simple for part in resolved(word, variables)]
+            if command[:1] in (["export"], ["set"]):
+                command = command[1:]
+            if command[:1] in (["source"], ["."]) and len(command) > 1:
+                variables = {**variables, **variables_of(command[1], folder)}
+                continue
             own, start = dict(variables), 0
-            while start < len(resolved) and (match := _ASSIGNMENT.fullmatch(resolved[start])):
+            while start < len(command) and (match := _ASSIGNMENT.fullmatch(command[start])):
                 own[match[1]] = match[2]
                 start += 1
-            resolved = resolved[start:]
-            if resolved:
-                yield line, resolved, own
+            command = command[start:]
+            if command:
+                yield line, command, own
             else:
                 variables = own
 
@@ -192,13 +228,15 @@ def _simple(words: list[str]) -> Iterator[list[str]]:
         yield command
 
 
-def _resolved(word: str, variables: Mapping[str, str]) -> list[str]:
+def resolved(word: str, variables: Mapping[str, str]) -> list[str]:
     """Return a word with the variables that the script sets; a variable alone is split into words."""
 
     def value(match: re.Match[str]) -> str:
         return variables.get(match[1] or match[2], match[3] if match[3] is not None else match[0])
 
     text = _VARIABLE.sub(value, word)
+    if len(text) > max(_LONGEST_VALUE, len(word)):
+        return [word]
     return text.split() if _VARIABLE.fullmatch(word) and text != word else [text]
 
 
@@ -227,6 +265,9 @@ def _launched(words: list[str], variables: Mapping[str, str], line: int, program
     if not words:
         return None
     program = PurePath(words[0]).name
+    later = next((found for start, found in _LATER.items() if program.startswith(start)), None)
+    if later is not None:
+        return f"{printable(program, 60)}: {later[0]} are not read yet; near: {later[1]}"
     if program not in programs and not words[0].endswith(".py"):
         return None
     subcommands = programs.get(program, ())
@@ -296,6 +337,9 @@ def _launcher(words: list[str], before: dict[str, Any], per_node: str, nodes: st
     return words[index:], out
 
 
+_REPEATED = ("ot", "override_tensor")  # llama.cpp's flags that add to what they said before
+
+
 def flags_of(words: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Return words before the first flag, and the flags: one without a value is true, one with several is a list."""
     positional: list[str] = []
@@ -305,7 +349,8 @@ def flags_of(words: list[str]) -> tuple[list[str], dict[str, Any]]:
         if word.startswith("--") or (word.startswith("-") and word[1:2].isalpha()):
             name, _, value = word.lstrip("-").partition("=")
             name = name.replace("-", "_")
-            flags[name] = value if "=" in word else True
+            if name not in _REPEATED or name not in flags:
+                flags[name] = value if "=" in word else True
         elif not name:
             positional.append(word)
         elif flags[name] is True:
@@ -316,6 +361,30 @@ def flags_of(words: list[str]) -> tuple[list[str], dict[str, Any]]:
             old = flags[name]
             flags[name] = [*cast("list[str]", old), word] if isinstance(old, list) else [old, word]
     return positional, flags
+
+
+def engines_command(command: Launched, engines: Mapping[str, str]) -> Launched:
+    """Return the command of the engine that `swift deploy` and `swift infer` start, with the engine's own flags; any
+    other command as it is. Raises SpecError for an engine that is not read.
+
+    engines  engine -> its flag that names the model
+
+    Source: ms-swift 4.6.0 arguments/infer_args.py, base_args/model_args.py; infer_engine/vllm_engine.py.
+    """
+    if command.shown not in ("swift deploy", "swift infer"):
+        return command
+    engine = str(command.flags.get("infer_backend", "transformers"))
+    if engine not in engines or command.config:
+        said = "a file" if command.config else f"infer_backend {printable(engine, 40)}"
+        supported = "flags with --infer_backend vllm or sglang"
+        raise SpecError(f"spec: {command.shown} with {said} is not supported yet; supported: {supported}", "spec")
+    names = {"model": engines[engine], "torch_dtype": "dtype"}
+    flags = {names[key]: value for key, value in command.flags.items() if key in names}
+    start = f"{engine}_"
+    flags |= {key.removeprefix(start): value for key, value in command.flags.items() if key.startswith(start)}
+    if command.flags.get("adapters"):
+        flags["enable_lora"] = True
+    return command._replace(program=engine, subcommand="", flags=flags)
 
 
 def unresolved(flags: Mapping[str, Any]) -> Iterator[str]:

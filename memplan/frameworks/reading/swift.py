@@ -1,7 +1,7 @@
 """ms-swift's rules.
 
-Source: ms-swift 4.6.0 arguments/sft_args.py, tuner_args.py, base_args/{base,model,quant,template}_args.py;
-trainers/arguments.py, mixin.py; pipelines/train/tuner.py; cli/main.py; config/*.json.
+Source: ms-swift 4.6.0 arguments/{sft,rlhf,tuner}_args.py, base_args/{base,model,quant,template}_args.py; cli/main.py;
+trainers/arguments.py, mixin.py; rlhf_trainers/args_mixin.py; pipelines/train/{tuner,rlhf}.py; config/*.json.
 """
 
 from __future__ import annotations
@@ -33,6 +33,10 @@ _OBJECTIVES = {"seq_cls": "sequence_classification", "embedding": "feature_extra
 _FSDP2 = {"fsdp_version": 2, "reshard_after_forward": True, "activation_checkpointing": True}
 
 
+_GENERATION = {"max_prompt_length": "max_length", "vllm_max_model_length": "vllm_max_model_len"}
+_TRAINERS = {"rm": "reward", **{name: name for name in ("dpo", "cpo", "simpo", "orpo", "grpo")}}
+
+
 def _program(config: Config) -> None:
     task = config.word("task_type", "causal_lm", *_OBJECTIVES)
     if task in _OBJECTIVES:
@@ -41,7 +45,27 @@ def _program(config: Config) -> None:
         config.leave("task_type", "the loss of embeddings is not counted")
     for key in ("micro_batch_size", "expert_model_parallel_size", "recompute_granularity"):
         if config.said(key) is not None:
-            raise config.error(key, "Megatron-SWIFT is not supported yet; supported: swift sft, swift pt")
+            raise config.error(key, "Megatron-SWIFT is not supported yet; supported: swift sft, pt, rlhf")
+    if config.said("rlhf_type") is not None or config.command.endswith("rlhf"):
+        _trainer(config)
+
+
+def _trainer(config: Config) -> None:
+    """`swift rlhf`: DPO, unless its type is set. SimPO is CPO's trainer unless cpo_alpha is 0."""
+    config.defaults = {**config.defaults, "rlhf_type": "dpo"}
+    kind = str(config.text("rlhf_type"))
+    if kind not in _TRAINERS:
+        raise config.refuse("rlhf_type", ", ".join(_TRAINERS))
+    name = _TRAINERS[kind]
+    if name != "grpo":
+        name = "cpo" if name == "simpo" and config.number("cpo_alpha") else name
+        trainer.preference(config, name, "rlhf_type")
+        return
+    config.defaults = {**config.defaults, "beta": 0.04}
+    adapts = config.get("tuner_type") != "full"
+    trainer.generation(config, name, "rlhf_type", adapts=adapts, **_GENERATION)
+    if config.value("rollout") == "colocate" and config.whole("sleep_level"):
+        config.set("serving.sleep", True, "sleep_level")
 
 
 def _method(config: Config) -> None:
@@ -84,11 +108,10 @@ def _batch(config: Config) -> None:
     if config.get("max_length") is None:
         trainer.assume_length(config, "max_length")
     packs = [key for key in ("packing", "padding_free") if config.flag(key)]
-    if packs:
-        if "flash" not in str(config.get("attn_impl")):
-            raise config.error(packs[0], "needs flash attention; set attn_impl: flash_attn")
-        trainer.packed(config, *packs)
-    trainer.padding(config, bool(packs))
+    if packs and "flash" not in str(config.get("attn_impl")):
+        raise config.error(packs[0], "needs flash attention; set attn_impl: flash_attn")
+    name = "binpack" if packs[:1] == ["packing"] else "padding_free" if packs else None
+    trainer.packing(config, name, *packs)
 
 
 def _kernels(config: Config) -> None:
@@ -116,7 +139,7 @@ def _parallelism(config: Config) -> None:
         why = config.why("fsdp")
         config.typed = {**config.typed, "fsdp": Typed("full_shard", why), "fsdp_config": Typed(_FSDP2, why)}
     trainer.parallelism(config)
-    if config.said("gradient_accumulation_steps") is None:
+    if config.said("gradient_accumulation_steps") is None and config.value("trainer") != "grpo":
         together = (config.whole("per_device_train_batch_size") or 1) * (config.value("parallelism.world") or 1)
         config.set(
             "batch.accumulation", ceil(_SAMPLES / together), why=f"{config.title} makes it {_SAMPLES} samples a step"

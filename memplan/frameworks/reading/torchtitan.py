@@ -73,17 +73,21 @@ def _model(config: Config) -> None:
 
 def _kernels(config: Config) -> None:
     mode = config.word("activation_checkpoint.mode", "none", "selective", "full")
-    config.set("kernels.checkpointing", "full" if mode == "full" else "none", "activation_checkpoint.mode")
-    if mode == "selective":
+    degrees = (config.whole(f"parallelism.{name}_parallel_degree") for name in _DEGREES.values())
+    is_divided = any((degree or 1) > 1 for degree in degrees)
+    by_operation = config.get("activation_checkpoint.selective_ac_option") == "op"
+    if mode == "selective" and (is_divided or not by_operation):
         config.leave("activation_checkpoint.mode", "selective: counted as none, which takes more")
-    config.get("activation_checkpoint.selective_ac_option")
+        mode = "none"
+    config.set("kernels.checkpointing", mode or "none", "activation_checkpoint.mode")
     name = config.text("optimizer.name") or "AdamW"
     if name not in ("AdamW", "Adam"):
         raise config.error("optimizer.name", f"{shown(name)} is not supported yet; supported: AdamW, Adam")
     config.set("optimizer.name", "adamw_torch_fused", "optimizer.name")
-    for section in ("compile", "validation"):
-        if config.flag(f"{section}.enable"):
-            config.leave(f"{section}.enable", "not counted")
+    if config.flag("compile.enable"):
+        config.set("kernels.compile", True, "compile.enable")
+    if config.flag("validation.enable"):
+        config.leave("validation.enable", "not counted")
 
 
 def _parallelism(config: Config) -> None:

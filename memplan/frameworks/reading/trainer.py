@@ -69,35 +69,49 @@ def preference(config: Config, name: str, *keys: str, why: str = "") -> None:
         config.set("reference", "precomputed", "precompute_ref_log_probs")
 
 
-def generation(config: Config, name: str, *keys: str, why: str = "") -> None:
-    """A trainer of TRL that generates: its completions, its reference, and vLLM if it generates."""
+def generation(
+    config: Config, name: str, *keys: str, adapts: bool, mode: str = "colocate", why: str = "", **named: str
+) -> None:
+    """A trainer of TRL that generates: its completions, its reference, and vLLM if it generates.
+
+    adapts  adapters train
+    mode    `vllm_mode`, if it is not set
+    named   TRL's key -> the framework's name of it, if that is another
+    """
     preference(config, name, *keys, why=why)
-    fields = {"num_generations": "batch.generations", "max_completion_length": "batch.new_tokens"}
-    for key, field in {**fields, "max_prompt_length": "batch.sequence"}.items():
-        if config.said(key) is not None:
-            config.set(field, config.whole(key), key)
-    if config.said("max_prompt_length") is None:
-        assume_length(config, "max_prompt_length")
-    beta = config.number("beta")
+    for key, field in (
+        ("num_generations", "batch.generations"),
+        ("max_completion_length", "batch.new_tokens"),
+        ("max_prompt_length", "batch.sequence"),
+    ):
+        own = named.get(key, key)
+        if config.get(own) is not None:
+            config.set(field, config.whole(own), own)
+        elif field == "batch.sequence":
+            assume_length(config, own)
+    beta = config.number(named.get("beta", "beta"))
     if beta is not None:
-        own = "adapters" if config.flag("use_peft") else "copy"
-        config.set("reference", own if beta else "none", "beta")
-    for key in ("steps_per_generation", "num_iterations"):
-        if config.said(key) is not None:
-            config.leave(key, "one batch is counted as generated for each step")
-    if not config.flag("use_vllm"):
+        config.set("reference", ("adapters" if adapts else "copy") if beta else "none", named.get("beta", "beta"))
+    for key in ("steps_per_generation", "generation_batch_size", "num_iterations"):
+        if config.said(named.get(key, key)) is not None:
+            config.leave(named.get(key, key), "one batch is counted as generated for each step")
+    engine, places = (named.get(key, key) for key in ("use_vllm", "vllm_mode"))
+    if not config.flag(engine):
         return
-    default = "server" if config.value("profile") == "trl-0.24" else "colocate"
-    mode = config.text("vllm_mode") or default
-    config.set("rollout", mode, "use_vllm", "vllm_mode")
-    if mode == "colocate":
-        for key, field, value in (
-            ("vllm_gpu_memory_utilization", "memory_utilization", config.number),
-            ("vllm_max_model_length", "max_model_len", config.whole),
-            ("vllm_enable_sleep_mode", "sleep", config.flag),
-        ):
-            if config.said(key) is not None:
-                config.set(f"serving.{field}", value(key), key)
+    config.set("rollout", config.word(places, "colocate", "server") or mode, engine, places)
+    if config.value("rollout") == "server":
+        return
+    for key, field, value in (
+        ("vllm_gpu_memory_utilization", "memory_utilization", config.number),
+        ("vllm_max_model_length", "max_model_len", config.whole),
+        ("vllm_enable_sleep_mode", "sleep", config.flag),
+    ):
+        own = named.get(key, key)
+        if config.get(own) is not None:
+            config.set(f"serving.{field}", value(own), own)
+    ranks = named.get("vllm_tensor_parallel_size", "vllm_tensor_parallel_size")
+    if (config.whole(ranks) or 1) > 1:
+        config.leave(ranks, "a vLLM of its own is counted on each GPU")
 
 
 def is_flash(name: object) -> bool:
@@ -139,9 +153,9 @@ def checkpointing(config: Config) -> None:
                 config.set("kernels.reentrant", config.flag(path), path)
             elif name == "every_n_layers":
                 _every_n_layers(config, path)
-            elif name in ("offload", "selective") and config.flag(path):
+            elif name == "offload" and config.flag(path):
                 config.set("kernels.checkpointing", name, path)
-            elif setting and name not in ("offload", "selective"):
+            elif setting and name != "offload":
                 config.leave(path, "not counted")
 
 
@@ -205,20 +219,19 @@ def evaluation(config: Config, does: bool, why_key: str, batch_key: str) -> None
     )
 
 
+def packing(config: Config, name: str | None, *keys: str) -> None:
+    """Sequences are packed as `name` says; else batches of more than one are padded, as sequences differ in length."""
+    if name is not None:
+        config.set("batch.packing", name, *keys)
+    else:
+        padding(config, False)
+
+
 def padding(config: Config, is_packed: bool) -> None:
     """Batches of more than one sequence are padded, as sequences differ in length."""
     micro = config.value("batch.micro") or 1
     if not is_packed and micro > 1:
         config.set("loop.padded", True, why="assumed: the sequences of a batch differ in length")
-
-
-def packed(config: Config, *keys: str) -> None:
-    """A batch is one row of as many tokens as its sequences could have."""
-    micro, length = config.value("batch.micro") or 1, config.value("batch.sequence")
-    if length is not None and micro > 1:
-        why = f"{micro} sequences of {length:,} tokens are one row"
-        config.set("batch.sequence", micro * length, *keys, why=why)
-        config.set("batch.micro", 1, *keys, why=why)
 
 
 def parallelism(config: Config) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Rule
+from memplan.frameworks.reading.config import Config, Rule, version_number
 from memplan.models.peft_methods import default_targets
 
 # Keys that only other trainers' configs have. A TRL file does not name its trainer: the command does.
@@ -34,7 +34,7 @@ def _trainer(config: Config) -> None:
     typed = config.options.get("trainer")
     named = typed or subcommand
     if named in ("grpo", "rloo"):
-        trainer.generation(config, named, why=f"trl {named}")
+        _generation(config, named, why=f"trl {named}")
         return
     if typed is not None or subcommand in ("dpo", "kto", "reward"):
         trainer.preference(config, named, why=f"trl {named}")
@@ -48,7 +48,7 @@ def _trainer(config: Config) -> None:
                     key, f"{title} is not supported yet; supported: trl sft, dpo, kto, reward, grpo, rloo"
                 )
             why = f"assumed: {title} has this key; --trainer names another"
-            read = trainer.generation if title == "GRPO or RLOO" else trainer.preference
+            read = _generation if title == "GRPO or RLOO" else trainer.preference
             read(config, _READ[title], key, why=why)
             return
     kind = config.get("loss_type")
@@ -56,6 +56,11 @@ def _trainer(config: Config) -> None:
         config.leave("loss_type", f"{kind!r:.40}: the profile's loss is counted instead")
     elif config.said("loss_type") == "chunked_nll" and config.title.startswith("TRL 1."):
         config.set("kernels.loss", "chunked", "loss_type")
+
+
+def _generation(config: Config, name: str, *keys: str, why: str) -> None:
+    mode = "server" if version_number(config.title.rpartition(" ")[2]) < (1,) else "colocate"
+    trainer.generation(config, name, *keys, adapts=config.flag("use_peft"), mode=mode, why=why)
 
 
 def method(config: Config) -> None:
@@ -120,22 +125,37 @@ def _trainer_precision(config: Config) -> None:
 
 
 def _batch(config: Config) -> None:
-    is_packed = config.flag("packing")
-    in_rows = (is_packed and config.get("packing_strategy") != "wrapped") or config.flag("padding_free")
-    if in_rows:
-        trainer.packed(config, "packing" if is_packed else "padding_free")
-    trainer.padding(config, is_packed or in_rows)
+    if config.value("trainer") not in (None, "sft"):
+        if config.flag("padding_free"):
+            config.leave("padding_free", "batches are counted as padded")
+        trainer.padding(config, False)
+    elif config.flag("packing"):
+        strategy = config.word("packing_strategy", "bfd", "bfd_split", "wrapped")
+        trainer.packing(config, strategy, "packing", "packing_strategy")
+    else:
+        trainer.packing(config, "padding_free" if config.flag("padding_free") else None, "padding_free")
 
 
 def _kernels(config: Config) -> None:
     trainer.attention(config)
     trainer.checkpointing(config)
+    if config.value("kernels.checkpointing") == "full" and config.flag("activation_offloading"):
+        config.set("kernels.checkpointing", "offload", "activation_offloading")  # nothing else is kept by layers
+        config.found.pop("parallelism.offload.activations", None)
     if not config.flag("use_liger_kernel"):
         return
     section = config.section("liger_kernel_config")
-    on = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False, "fused_linear_cross_entropy": True}
+    # trl 1.16.0 trainer/sft_trainer.py, dpo_trainer.py: only layer kernels, around the trainer's own head
+    fuses_loss = config.value("profile") != "trl-1.15"
+    on = {"rope": True, "rms_norm": True, "swiglu": True, "cross_entropy": False}
+    on["fused_linear_cross_entropy"] = fuses_loss
     for name in section.values if section is not None else ():
         on[name] = config.flag(f"liger_kernel_config.{name}")
+    if on["fused_linear_cross_entropy"] and not fuses_loss:
+        key = "liger_kernel_config.fused_linear_cross_entropy"
+        raise config.error(
+            key, "TRL refuses it since 1.15, whose trainers have a tiled head of their own; leave it out"
+        )
     kernels = [name for name in ("rope", "rms_norm", "swiglu", "cross_entropy") if on[name]]
     config.set("kernels.fused", kernels, "use_liger_kernel")
     if on["fused_linear_cross_entropy"]:

@@ -61,10 +61,7 @@ def _settings(config: Config) -> None:
     config.set("optimizer.name", "adamw_8bit", why=f"default of {config.title}")
     if config.said("training.optim") is not None:
         trainer.optimizer(config, "training.optim")
-    packs = config.flag("training.packing")
-    if packs:
-        trainer.packed(config, "training.packing")
-    trainer.padding(config, packs)
+    trainer.packing(config, "bfd" if config.flag("training.packing") else None, "training.packing")
     trainer.loop(config)
     trainer.lower_precision(config, "bf16", "bf16")
     for field in [field for field in config.found if field.startswith("precision.")]:

@@ -2,7 +2,7 @@
 
 gated_mlp                        two up projections, one gating the other (--swiglu)
 norm_type                        layernorm or rmsnorm (--normalization)
-position_embedding_type          learned_absolute, rope or none
+position_embedding_type          learned_absolute (or learned), rope or none
 use_bias                         linear layers have biases (unless --disable-bias-linear)
 hidden_dropout                   dropout of embeddings and of both residual branches
 attention_dropout                dropout of attention probabilities; default: hidden_dropout
@@ -49,8 +49,10 @@ def has_mean(m: ModelFacts) -> bool:
 
 
 def positions_of(m: ModelFacts) -> str:
-    """Return the kind of position embeddings, one of `POSITIONS`."""
-    return _choice(m, "position_embedding_type", "learned_absolute", POSITIONS)
+    """Return the kind of position embeddings, one of `POSITIONS`; `learned` is another name of the first."""
+    if m.config.get("position_embedding_type") == "learned":
+        return POSITIONS[0]
+    return _choice(m, "position_embedding_type", POSITIONS[0], POSITIONS)
 
 
 def uses_engine(m: ModelFacts) -> bool:

@@ -194,7 +194,10 @@ def flash_attn_varlen_func(  # noqa: PLR0913, PLR0917 (torch's own signature)
     block_table: Any = None,
 ) -> Any:
     """flash-attn's function for packed sequences: q, k, v [tokens, heads, width]."""
-    return flash_attn_func(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)).squeeze(0)
+    width = q.shape[-1]
+    heads = (_padded(t).unsqueeze(0) for t in (q, k, v))
+    out: Any = _FlashAttention.apply(*heads, cu_seqlens_q.shape[0] - 1)  # pyright: ignore
+    return out.squeeze(0)[..., :width]  # pyright: ignore
 
 
 def flash_attn_3_func(
@@ -226,7 +229,8 @@ def flash_attn_3_varlen_func(  # noqa: PLR0913, PLR0917 (the package's own signa
     deterministic: bool = False,
 ) -> Any:
     """FlashAttention 3's function for packed sequences."""
-    return flash_attn_3_func(q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)).squeeze(0)
+    out: Any = _FlashAttention3.apply(*(t.unsqueeze(0) for t in (q, k, v)), cu_seqlens_q.shape[0] - 1)  # pyright: ignore
+    return out.squeeze(0)  # pyright: ignore
 
 
 class _FlashAttention3(torch.autograd.Function):
@@ -236,7 +240,8 @@ class _FlashAttention3(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+    def forward(ctx: Any, q: Any, k: Any, v: Any, sequences: int = 0) -> Any:
+        ctx.sequences = sequences
         batch, rows, heads, _ = q.shape
         out = torch.empty_like(q)
         sums = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
@@ -251,21 +256,26 @@ class _FlashAttention3(torch.autograd.Function):
         wide = next((w for w in (64, 96, 128, 192) if width <= w), 256)
         step = 128 if wide <= 64 else 64
         rounded, keys = -(-rows // step) * step, -(-k.shape[1] // 128) * 128
+        if ctx.sequences:
+            rounded, keys = (-(-(n + each * ctx.sequences) // each) * each for n, each in ((rows, step), (rows, 128)))
         shapes = [(batch, heads, rounded), (batch, heads, rounded), (batch, heads, rounded * wide)]
         shapes += [(batch, k.shape[2], keys * wide)] * (2 * (k.shape[2] != heads))
         scratch = [torch.empty(shape, dtype=torch.float32, device=q.device) for shape in shapes]
         del scratch
-        return gradients
+        return *gradients, None
 
 
 class _FlashAttention(torch.autograd.Function):
     """Allocates and saves what FlashAttnFunc does: q, k, v, the output, fp32 row sums and the generator's state.
 
+    If it is given a number of packed `sequences`, it is FlashAttnVarlenFunc.
+
     Source: flash-attn 2.8 flash_attn_interface.py FlashAttnFunc, csrc/flash_attn/flash_api.cpp mha_fwd, mha_bwd.
     """
 
     @staticmethod
-    def forward(ctx: Any, q: Any, k: Any, v: Any) -> Any:
+    def forward(ctx: Any, q: Any, k: Any, v: Any, sequences: int = 0) -> Any:
+        ctx.sequences = sequences
         batch, rows, heads, _ = q.shape
         out = torch.empty_like(q)
         sums = torch.empty((batch, heads, rows), dtype=torch.float32, device=q.device)
@@ -278,7 +288,7 @@ class _FlashAttention(torch.autograd.Function):
         q, k, v = ctx.saved_tensors[:3]
         batch, rows, heads, width = q.shape
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        rounded_rows = -(-rows // 128) * 128
+        rounded_rows = rows + 128 * ctx.sequences if ctx.sequences else -(-rows // 128) * 128
         rounded_width = -(-width // (32 if width <= 128 else 64)) * (32 if width <= 128 else 64)
         scratch = [
             torch.empty((batch, heads, rounded_rows), dtype=torch.float32, device=q.device),
@@ -289,4 +299,4 @@ class _FlashAttention(torch.autograd.Function):
                 torch.empty((batch, k.shape[1], heads, width), dtype=k.dtype, device=k.device) for _ in range(2)
             ]
         del scratch
-        return dq, dk, dv
+        return dq, dk, dv, None

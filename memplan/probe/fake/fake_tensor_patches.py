@@ -23,12 +23,14 @@ from memplan.probe.fake.parts import hide_shape_propagation
 from memplan.probe.libraries import library
 
 _done: list[bool] = []
+_originals: dict[str, Any] = {}
 
 
-def apply(card: KernelCard, padded: bool = True) -> None:
+def apply(card: KernelCard, padded: bool = True, sequences: int = 0) -> None:
     """Patch the libraries for a trace on `card`. Later calls change only what depends on the card and the batch.
 
-    `padded`: masks may mask tokens; else those that a model makes itself, as BART's decoder does, mask none.
+    padded     masks may mask tokens; else those that a model makes itself, as BART's decoder does, mask none
+    sequences  number of sequences that are packed into a row, which positions tell; 0 if none are
     """
     F.scaled_dot_product_attention = attention.sdpa(card.capability)  # pyright: ignore[reportAttributeAccessIssue]
     cuda: Any = torch.cuda
@@ -42,7 +44,9 @@ def apply(card: KernelCard, padded: bool = True) -> None:
         _bitsandbytes()
         hide_shape_propagation()
     with contextlib.suppress(Exception):
-        library("transformers.masking_utils").fast_all = lambda tensor: not padded  # pyright: ignore[reportUnknownLambdaType]
+        masking = library("transformers.masking_utils")
+        masking.fast_all = lambda tensor: not padded  # pyright: ignore[reportUnknownLambdaType]
+        _mark_packed(masking, sequences)
     library("bitsandbytes.functional").name2qmap.clear()  # tables of the previous run
     library("bitsandbytes.optim").GlobalOptimManager._instance = None
 
@@ -136,9 +140,6 @@ def _transformers() -> None:
     """Skip the checks of values that fake tensors do not have, and make flash-attn available."""
     utils = library("transformers.utils.import_utils")
     utils.is_fake_tensor = lambda tensor: False  # pyright: ignore[reportUnknownLambdaType]
-    with contextlib.suppress(Exception):
-        masking = library("transformers.masking_utils")
-        masking.find_packed_sequence_indices = lambda position_ids: None  # pyright: ignore[reportUnknownLambdaType]
     flash, models = library("transformers.modeling_flash_attention_utils"), library("transformers.modeling_utils")
     if not hasattr(flash, "_lazy_imports"):
         older.flash_attention()
@@ -178,6 +179,23 @@ def _transformers() -> None:
                 del sys.modules[name]
 
     flash._lazy_imports = _lazy_imports
+
+
+def _mark_packed(masking: ModuleType, sequences: int) -> None:
+    """Let transformers find that number of sequences in every row by its positions, whose values it cannot read."""
+    flash: Any = library("transformers.modeling_flash_attention_utils")
+    found: Any = _originals.setdefault("found", vars(masking)["find_packed_sequence_indices"])
+    vars(masking)["find_packed_sequence_indices"] = found if sequences else lambda position_ids: None  # pyright: ignore
+
+    def lengths(position_ids: Any) -> tuple[tuple[Any, Any], tuple[int, int]]:
+        """Return where each of the sequences begins, and the longest length."""
+        ends = torch.zeros(sequences + 1, dtype=torch.int32, device=position_ids.device)
+        return (ends, ends), (position_ids.numel() // sequences,) * 2
+
+    def is_packed(position_ids: Any, batch_size: int) -> bool:
+        return bool(sequences) and position_ids is not None and batch_size == 1
+
+    flash.prepare_fa_kwargs_from_position_ids, flash._is_packed_sequence = lengths, is_packed
 
 
 def _all_tokens(mask: Any) -> tuple[Any, Any, int]:

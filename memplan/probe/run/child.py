@@ -101,7 +101,7 @@ def _answer(
     from memplan.probe.fake.tracker import Tracker, new_operation_cache
     from memplan.probe.libraries import library, versions
     from memplan.probe.script import distributed_wrapping as wrapping
-    from memplan.probe.script import script
+    from memplan.probe.script import packed_batches, script
     from memplan.probe.script.model import base_of, unwrapped
     from memplan.probe.script.side_tasks import run_all
 
@@ -115,7 +115,7 @@ def _answer(
     start = time.monotonic()
     gpu = find_gpu(run.gpu) if run.gpu is not None else None
     card = card_of(gpu.compute_capability if gpu is not None else None)
-    patches.apply(card, run.loop.padded)
+    patches.apply(card, run.loop.padded, packed_batches.packed_sequences(run))
     key = (card, data, run.trainer in GENERATING and repr(run.batch))  # whose masks do not select all
     if key not in _memories:
         _memories[key] = new_operation_cache(card, fake=not data)

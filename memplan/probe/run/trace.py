@@ -271,10 +271,11 @@ class Tracer:
             line = ""
         finally:
             clock.cancel()
-        if not line and timed_out:
+        is_cut = not line.endswith("\n")  # a process that is stopped may have written a part of its answer
+        if is_cut and timed_out:
             process.wait()
             raise ProbeError(f"probe: the trace was stopped: it took more than {seconds:g} seconds")
-        if not line:
+        if is_cut:
             raise self._died(process)
         answer: dict[str, Any] = json.loads(line)
         if "error" in answer:

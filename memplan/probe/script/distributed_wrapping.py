@@ -101,29 +101,12 @@ def _blocks(model: Any) -> set[type]:
 
 def _wrap_fsdp1(model: Any, run: RunSpec, device: torch.device) -> Any:
     fsdp: Any = library("torch.distributed.fsdp")
-    if run.method.kind in ADAPTERS:
-        policy = library("peft.utils.other").fsdp_auto_wrap_policy(model)
-    else:
-        blocks = library("torch.distributed.fsdp.wrap").transformer_auto_wrap_policy
-        policy = functools.partial(blocks, transformer_layer_cls=_blocks(model))
-    p, prefetch, lower = run.parallelism, fsdp.BackwardPrefetch, _mixed_precision_dtype(run)
-    strategy = _STRATEGIES[p.shard_group is not None, p.reshard_after_forward is not False]
-    if p.shard_group == 1:
-        strategy = "NO_SHARD"
-    mixed = fsdp.MixedPrecision(param_dtype=lower, reduce_dtype=lower, buffer_dtype=lower) if lower else None
+    policy = library("peft.utils.other").fsdp_auto_wrap_policy(model) if run.method.kind in ADAPTERS else None
     wrapped = fsdp.FullyShardedDataParallel(
         model,
-        device_mesh=_groups(run, device) if (p.shard_group or 1) > 1 else None,
-        sharding_strategy=getattr(fsdp.ShardingStrategy, strategy),
-        auto_wrap_policy=policy,
-        mixed_precision=mixed,
-        cpu_offload=fsdp.CPUOffload(offload_params=True) if p.offload.parameters else None,
-        forward_prefetch=p.forward_prefetch,
-        backward_prefetch={"pre": prefetch.BACKWARD_PRE, "post": prefetch.BACKWARD_POST}.get(p.backward_prefetch),
-        use_orig_params=True,
-        sync_module_states=_loads_on_one_rank(run),
-        limit_all_gathers=True,
+        device_mesh=_groups(run, device) if (run.parallelism.shard_group or 1) > 1 else None,
         device_id=device,
+        **{**_fsdp1_options(model, run), **({"auto_wrap_policy": policy} if policy is not None else {})},
     )
     if run.precision.autocast:
         for unit in fsdp.FullyShardedDataParallel.fsdp_modules(wrapped):
@@ -132,6 +115,51 @@ def _wrap_fsdp1(model: Any, run: RunSpec, device: torch.device) -> Any:
                 flat.data = flat.data.to(torch.float32)
                 unit._handle._orig_param_dtype = torch.float32
     return wrapped
+
+
+def _fsdp1_options(model: Any, run: RunSpec) -> dict[str, Any]:
+    """Return FSDP1's options, with a unit for each of the model's blocks."""
+    fsdp: Any = library("torch.distributed.fsdp")
+    p, prefetch, lower = run.parallelism, fsdp.BackwardPrefetch, _mixed_precision_dtype(run)
+    strategy = _STRATEGIES[p.shard_group is not None, p.reshard_after_forward is not False]
+    if p.shard_group == 1:
+        strategy = "NO_SHARD"
+    blocks = library("torch.distributed.fsdp.wrap").transformer_auto_wrap_policy
+    mixed = fsdp.MixedPrecision(param_dtype=lower, reduce_dtype=lower, buffer_dtype=lower) if lower else None
+    return {
+        "sharding_strategy": getattr(fsdp.ShardingStrategy, strategy),
+        "auto_wrap_policy": functools.partial(blocks, transformer_layer_cls=_blocks(model)),
+        "mixed_precision": mixed,
+        "cpu_offload": fsdp.CPUOffload(offload_params=True) if p.offload.parameters else None,
+        "forward_prefetch": p.forward_prefetch,
+        "backward_prefetch": {"pre": prefetch.BACKWARD_PRE, "post": prefetch.BACKWARD_POST}.get(p.backward_prefetch),
+        "use_orig_params": True,
+        "sync_module_states": _loads_on_one_rank(run),
+        "limit_all_gathers": True,
+    }
+
+
+def prepare_reference(model: Any, run: RunSpec, device: torch.device) -> Any:
+    """Return a trainer's copy of the model as TRL's own function shards it under FSDP."""
+    plugin = SimpleNamespace(
+        fsdp_version=1 if run.parallelism.strategy == "fsdp" else 2,
+        ignored_modules=None,
+        param_init_fn=None,
+        reshard_after_forward=run.parallelism.reshard_after_forward is not False,
+        set_auto_wrap_policy=nullcontext,
+    )
+    if plugin.fsdp_version == 1:
+        options = _fsdp1_options(model, run)
+        vars(plugin).update(options, mixed_precision_policy=options["mixed_precision"])
+    else:
+        vars(plugin).update(mixed_precision_policy=_fsdp2_policy(run), cpu_offload=_fsdp2_offload(run))
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin),
+        device=device,
+        torch_device_mesh={(): _groups(run, device)},
+        parallelism_config=SimpleNamespace(fsdp_dim_names=()),
+    )
+    return library("trl.models.utils").prepare_fsdp(model, accelerator)
 
 
 # FSDP1's strategies, by whether groups of ranks are replicas, and whether weights are resharded after forward.
@@ -165,15 +193,14 @@ def _wrap_fsdp2(model: Any, run: RunSpec, device: torch.device) -> Any:
         expert_parallel.shard(model)
         return model
     fsdp: Any = library("torch.distributed.fsdp")
-    mesh, lower = _groups(run, device), _mixed_precision_dtype(run)
+    mesh = _groups(run, device)
     if run.precision.autocast and run.method.quantization is None:
         for parameter in model.parameters():
             if parameter.requires_grad and parameter.dtype != torch.float32:
                 parameter.data = parameter.data.to(torch.float32)
-    policy = fsdp.MixedPrecisionPolicy(param_dtype=lower, reduce_dtype=lower, output_dtype=lower)
-    root = {"mesh": mesh, "mp_policy": policy if lower else fsdp.MixedPrecisionPolicy()}
+    root = {"mesh": mesh, "mp_policy": _fsdp2_policy(run)}
     if run.parallelism.offload.parameters:
-        root["offload_policy"] = fsdp.CPUOffloadPolicy(pin_memory=True)
+        root["offload_policy"] = _fsdp2_offload(run)
     unit = {**root, "reshard_after_forward": run.parallelism.reshard_after_forward is not False}
     shard = fsdp.fully_shard
     loaded: Any = model.state_dict() if _loads_on_one_rank(run) else {}
@@ -199,6 +226,17 @@ def _wrap_fsdp2(model: Any, run: RunSpec, device: torch.device) -> Any:
     if loaded:
         _load_shards(model, run, device, loaded, buffers)
     return model
+
+
+def _fsdp2_policy(run: RunSpec) -> Any:
+    lower, kind = _mixed_precision_dtype(run), library("torch.distributed.fsdp").MixedPrecisionPolicy
+    return kind(param_dtype=lower, reduce_dtype=lower, output_dtype=lower) if lower else kind()
+
+
+def _fsdp2_offload(run: RunSpec) -> Any:
+    """Return FSDP2's policy for parts of weights; None keeps them on the GPU, as `prepare_fsdp` passes it on."""
+    fsdp: Any = library("torch.distributed.fsdp")
+    return fsdp.CPUOffloadPolicy(pin_memory=True) if run.parallelism.offload.parameters else None
 
 
 def _loads_on_one_rank(run: RunSpec) -> bool:

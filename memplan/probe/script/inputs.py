@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from memplan.probe.script.model import base_of
+from memplan.probe.script.model import base_of, lower_of
+from memplan.probe.script.packed_batches import packed_batch, packed_inputs
 from memplan.spec.run import RunSpec
 
 
@@ -30,6 +31,8 @@ def inputs_of(run: RunSpec, model: Any, device: torch.device) -> dict[str, Any]:
             shape = (micro, config.num_mel_bins, 2 * config.max_source_positions)
             dtype = base.get_encoder().conv1.weight.dtype
             return {"input_features": torch.zeros(shape, dtype=dtype, device=device)}
+        case _ if (packed := packed_batch(run)) is not None:
+            return packed_inputs(packed, device, lower_of(run.precision))
         case _:
             return {"input_ids": _ids(model, (micro, run.batch.sequence), device)}
 

@@ -65,7 +65,7 @@ def build_model(run: RunSpec, device: torch.device) -> Any:
         _freeze(model, run.method.trainable_layers)
     if trains and run.kernels.checkpointing != "none":
         offloads, every = run.kernels.checkpointing == "offload", run.kernels.every_n_layers
-        _checkpoint(model, bool(run.kernels.reentrant), offloads, every)
+        _checkpoint(model, bool(run.kernels.reentrant), offloads, every, run.kernels.checkpointing == "selective")
     model.train(trains)
     return model
 
@@ -410,9 +410,25 @@ def facts_of(model: Any) -> Family:
     return families().get(base_of(model).config.model_type, Family({}))
 
 
-def _checkpoint(model: Any, reentrant: bool, offload: bool, every: int) -> None:
+def _products_saved() -> Any:
+    """Return the contexts of a checkpoint that keeps what takes long to compute, as torchtitan's SelectiveAC does."""
+    checkpoint = library("torch.utils.checkpoint")
+    listed = library("torch._functorch.partitioners").get_default_op_list().compute_intensive_ops
+    kept = {op.default for op in listed}
+    policies = checkpoint.CheckpointPolicy
+
+    def policy(_: Any, op: Any, *arguments: Any, **keywords: Any) -> Any:
+        return policies.MUST_SAVE if op in kept else policies.PREFER_RECOMPUTE
+
+    return checkpoint.create_selective_checkpoint_contexts(policy)
+
+
+def _checkpoint(model: Any, reentrant: bool, offload: bool, every: int, selective: bool) -> None:
     """Enable transformers' checkpointing of the first of `every` layers; `offload` keeps their inputs on the host."""
     base = base_of(model)
+    if selective:
+        base.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": _products_saved})
+        return
     if hasattr(base, "activation_checkpointing_enable"):
         more = {**({"offload": True} if offload else {}), **({"every_n_layers": every} if every > 1 else {})}
         base.activation_checkpointing_enable({"use_reentrant": reentrant}, **more)

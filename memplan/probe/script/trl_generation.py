@@ -15,6 +15,7 @@ import torch
 
 from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.probe.fake import kernels
+from memplan.probe.script.distributed_wrapping import clip, unreduced_gradients
 from memplan.probe.script.model import base_of
 from memplan.probe.script.trl_trainers import TRAINERS, TrainerScript, always, trainer_module
 from memplan.spec.run import RunSpec
@@ -81,10 +82,11 @@ class GenerationScript(TrainerScript):
         batch = self.run.batch
         self.trainer.current_gradient_accumulation_steps = batch.accumulation
         prompt = {"prompt": "<pad>" * batch.sequence}
-        for _ in range(batch.accumulation):
-            self.trainer.training_step(self.model, [prompt] * batch.micro * batch.accumulation, None)
+        for left in reversed(range(batch.accumulation)):
+            with unreduced_gradients(self.model, self.run) if left else nullcontext():
+                self.trainer.training_step(self.model, [prompt] * batch.micro * batch.accumulation, None)
         with self.phase("clip"):
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            clip(self.model, self.run, self.parameters)
         with self.phase("step"):
             self.optimizer.step()
             self.model.zero_grad()

@@ -24,6 +24,7 @@ from memplan.core.errors import MemplanError
 from memplan.core.records import NamedTuple
 from memplan.models.cards import find_config
 from memplan.probe.libraries import library
+from memplan.probe.script.packed_batches import PackedBatch, packed_batch
 from memplan.spec.generation import InlineModel
 from memplan.spec.run import RunSpec
 
@@ -41,6 +42,7 @@ class TrlTrainer(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
 
 
+_ONE_ROW = ("bfd", "bfd_split", "padding_free")
 _CPO = ("trl.experimental.cpo.cpo_trainer", "trl.trainer.cpo_trainer")
 TRAINERS = {
     "sft": TrlTrainer("SFT", ("trl.trainer.sft_trainer",), (("dataset_kwargs", {"skip_prepare_dataset": True}),)),
@@ -186,12 +188,11 @@ class TrainerScript:
             self.trainer: Any = self._trainer(model, filled)
             torch.cuda.is_available = lambda: False  # or fused optimizers ask a stream
             del model
-            self.trainer.model_wrapped = self.trainer.accelerator.prepare(self.trainer.model)
             self.trainer.model.train()
             self._checkpoint(self.trainer.model, self.trainer.args)
-            self.model = self.trainer.model_wrapped
+            self.trainable = sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
+            self.model = self.trainer.model_wrapped = self._wrapped(filled)
             self.parameters = [p for p in self.model.parameters() if p.requires_grad]
-            self.trainable = sum(p.numel() for p in self.parameters)
             self.optimizer = self.trainer.create_optimizer()
             self.optimizers = [self.optimizer]
         self._in_phase(self.trainer, "compute_loss", "forward")
@@ -224,6 +225,8 @@ class TrainerScript:
         if run.trainer in GENERATING:
             return False if str(value.dtype) == "torch.bool" else 0
         rows = -(-run.batch.micro * (run.batch.sequence - 1) // 256) * 256
+        if run.batch.packing in _ONE_ROW:
+            rows = -(-(run.batch.micro * run.batch.sequence - 1) // 256) * 256
         return rows if str(value.dtype) == "torch.int64" else False
 
     def _trainer(self, model: Any, run: RunSpec) -> Any:
@@ -272,7 +275,26 @@ class TrainerScript:
     def options(self, run: RunSpec) -> dict[str, Any]:
         """Return the options of the trainer's config that the run decides."""
         precomputes = {"precompute_ref_log_probs": True} if run.reference == "precomputed" else {}
-        return {"max_length": run.batch.sequence, **precomputes}
+        if run.batch.packing == "padding_free":
+            return {"padding_free": True, "max_length": None}
+        packs = {"packing": True, "packing_strategy": run.batch.packing} if run.batch.packing else {}
+        return {"max_length": run.batch.sequence, **precomputes, **packs}
+
+    def _wrapped(self, run: RunSpec) -> Any:
+        """Return the trainer's model as accelerate wraps it for the run's GPUs. FSDP also shards a reference model."""
+        trainer, p = self.trainer, run.parallelism
+        if p.dp == 1:
+            return trainer.accelerator.prepare(trainer.model)
+        from memplan.probe.script.distributed_wrapping import prepare_reference, wrap
+
+        if p.strategy in ("fsdp", "fsdp2"):
+            if getattr(trainer, "ref_model", None) is not None:
+                trainer.ref_model = prepare_reference(trainer.ref_model, run, self.device)
+            if hasattr(trainer, "_dist"):
+                trainer._dist.fsdp_version = 1 if p.strategy == "fsdp" else 2
+            trainer.model, trainer.is_fsdp_enabled = wrap(trainer.model, run, self.device), True
+            return trainer.model
+        return wrap(trainer.model, run, self.device)
 
     def _copy_reference(self, module: Any, run: RunSpec) -> None:
         """Let the trainer build its copy of the model instead of loading it, and not hash the weights."""
@@ -336,16 +358,39 @@ class TrainerScript:
         """Run the trainer's step: forward and backward, clipping, the optimizer."""
         import torch
 
+        from memplan.probe.script.distributed_wrapping import clip
+
         inputs, labels = self._batch()
         tokens = torch.full((), labels, device=self.device)
         self.trainer.current_gradient_accumulation_steps = 1
         self.trainer.training_step(self.model, inputs, num_items_in_batch=tokens)
         del inputs
         with self.phase("clip"):
-            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            clip(self.model, self.run, self.parameters)
         with self.phase("step"):
             self.optimizer.step()
             self.model.zero_grad()
+
+    def predict(self) -> tuple[Any, None, None]:
+        """Return the loss of an evaluation batch; TRL's trainers keep no more of it."""
+        inputs, _ = self._batch()
+        with_loss: Any = self.trainer.prediction_step(self.model, inputs, True)
+        return with_loss[0], None, None
+
+    def _packed_inputs(self, packed: PackedBatch) -> dict[str, Any]:
+        """Return the batch that the trainer's collator makes of packed examples, on the device."""
+        import torch
+
+        without_modes: Any = library("torch.utils._python_dispatch")._disable_current_modes
+        length = packed.tokens // packed.sequences
+        joined = [*(length for _ in range(packed.sequences - 1)), packed.tokens - length * (packed.sequences - 1)]
+        examples = [{"input_ids": [0] * packed.tokens, "seq_lengths": joined}]
+        with without_modes():
+            batch: Any = self.trainer.data_collator(examples)
+        return {
+            name: torch.zeros(t.shape, dtype=t.dtype, device=self.device) if isinstance(t, torch.Tensor) else t
+            for name, t in batch.items()
+        }
 
     def _batch(self) -> tuple[dict[str, Any], int]:
         """Return a batch as the trainer's collator makes it, without padding, and its number of labels."""
@@ -360,6 +405,9 @@ class TrainerScript:
             part = ids(rows, columns)
             return {f"{name}input_ids": part, f"{name}attention_mask": torch.ones_like(part)}
 
+        packed = packed_batch(self.run)
+        if packed is not None:
+            return self._packed_inputs(packed), packed.rows * (packed.tokens - 1)
         if self.run.trainer == "sft":
             inputs = masked("", micro, tokens)
             return {**inputs, "labels": torch.ones_like(inputs["input_ids"])}, micro * (tokens - 1)

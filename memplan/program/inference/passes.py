@@ -23,17 +23,16 @@ from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
 from memplan.core.once import once
 from memplan.core.records import NamedTuple
+from memplan.engine.largest import PhaseTerms
 from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment
 from memplan.engine.walk import (
     ONE,
-    Term,
     Variable,
     bytes_at_each,
     chain,
     counts_at_each,
     kinds_at_each,
-    largest,
     prune,
     rows,
     size,
@@ -124,7 +123,9 @@ def encoder_step(decided: ResolvedRun) -> InferenceStep:
     graph, batch = decided.structure.graph, decided.batch
     assert graph.inference is not None
     wiring = graph.wiring._replace(encoder_decoder_half="encoder", caching=False, beams=decided.beams > 1)
-    encoder = graph._replace(wiring=wiring, inference=graph.inference._replace(phase="encode", cache=""))
+    encoder = graph._replace(
+        wiring=wiring, inference=graph.inference._replace(phase="encode", cache="", spans_autocast=False)
+    )
     return InferenceStep(encoder, batch.micro, batch.sequence, source=batch.sequence, prompts=batch.micro)
 
 
@@ -254,7 +255,10 @@ def _token(graph: Graph, past: int, decided: ResolvedRun) -> InferenceStep:
     unpacks = bool(min_rows) and rows >= min_rows
     is_first = past == prompt and _caches_without_copy(graph)
     token = pass_._replace(phase="decode", longer=longer, holds_prompt_logits=lingers, first=is_first, unpacks=unpacks)
-    token = token._replace(batches=pass_.batches_later_passes)
+    token = token._replace(
+        batches=pass_.batches_later_passes,
+        keeps_skipped_casts=pass_.spans_autocast and (crosses or graph.wiring.images),
+    )
     if crosses:
         token = token._replace(reads_capacity=pass_.reads_capacity or (static and prompt == 1))
     quantized = 0
@@ -440,14 +444,12 @@ class Contenders(NamedTuple):
     """The moments of a pass that can be its peak.
 
     variables  sizes that the run decides
-    products   products that bound the moments
     terms      the moments, linear in `variables`
     needs      axes of `variables` that are not the model's
     """
 
     variables: tuple[Variable, ...]
-    products: tuple[Variable, ...]
-    terms: tuple[Term, ...]
+    terms: PhaseTerms
     needs: frozenset[str]
 
 
@@ -472,11 +474,13 @@ def contenders(graph: Graph, division: Division | None = None) -> Contenders:
     along = chain([v for v in variables if _AT_LEAST_ONE.issuperset(v.axes)] or [ONE])  # other axes may be 0
     coefficients = rows(low.moments.unnamed, low.runs, fixed, sizes, variables)
     terms = prune(((row, i) for i, row in enumerate(coefficients)), variables, along)
+    of_pass = PhaseTerms([terms], [*map(Variable, along)])
     needs = frozenset(axis for key in low.sizes for axis in key[0].split() if not axis.isdigit())
-    return Contenders(variables, tuple(map(Variable, along)), terms, needs.difference(fixed))
+    return Contenders(variables, of_pass, needs.difference(fixed))
 
 
 def pass_peak(graph: Graph, axes: Mapping[str, int], division: Division | None = None) -> PassPeak:
     """Return the peak bytes of a pass, and its moment."""
     moments = contenders(graph, division)
-    return PassPeak(*largest(moments.terms, values(moments.variables, axes), values(moments.products, axes)))
+    [top] = moments.terms.largest(values(moments.variables, axes), axes)
+    return PassPeak(*top)

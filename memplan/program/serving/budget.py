@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Iterator
 from fractions import Fraction
 from functools import lru_cache
 from importlib import import_module
@@ -9,6 +11,7 @@ from math import ceil
 
 from memplan.catalogue.hardware.overhead import Communicator, Overhead, cuda_context, nccl
 from memplan.catalogue.profiles.engines import cuda_graph_memory, loaded_kernels
+from memplan.catalogue.quantization.gguf import DYNAMIC_SOURCE, dynamic_range
 from memplan.core.records import NamedTuple
 from memplan.core.units import MIB
 from memplan.program.serving.draft_weights import rank_weights
@@ -142,16 +145,24 @@ def layers_that_fit(s: Settings) -> int | None:
     """
     if s.gpu is None or s.engine.kind != "llama.cpp":
         return None
-    total, low, high = s.gpu.usable, 0, s.model.num_hidden_layers + 1
+    counts = range(1, s.model.num_hidden_layers + 2)
+    return bisect_left(counts, True, key=lambda layers: not _has_margin(s, gpu_layers=layers))
 
-    def fits(layers: int) -> bool:
-        settings = s._replace(serving=s.serving.model_copy(update={"gpu_layers": layers}))
-        return all(_stage_budget(card, total, "usual").room >= FIT_MARGIN for card in stage_settings(settings))
 
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    return low
+def experts_on_host(s: Settings) -> int | None:
+    """Return the least of llama.cpp's --n-cpu-moe that leaves a GiB of each GPU free, None as for `layers_that_fit`."""
+    if s.gpu is None or s.engine.kind != "llama.cpp":
+        return None
+    counts = range(s.model.num_hidden_layers + 1)
+    least = bisect_left(counts, True, key=lambda layers: _has_margin(s, n_cpu_moe=layers))
+    return least if least in counts else None
+
+
+def _has_margin(s: Settings, **fields: int) -> bool:
+    """Whether --fit would be content with other settings, on every GPU."""
+    assert s.gpu is not None
+    settings, total = s._replace(serving=s.serving.model_copy(update=fields)), s.gpu.usable
+    return all(_stage_budget(card, total, "usual").room >= FIT_MARGIN for card in stage_settings(settings))
 
 
 def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhead, ...]]:
@@ -165,8 +176,16 @@ def _overheads(s: Settings) -> tuple[Overhead, Overhead, Overhead, tuple[Overhea
         cuda_graph_memory(kind, bool(s.serving.cuda_graphs)),
         loaded_kernels(kind),
         cuda_context(capability),
-        nccl(groups),
+        (*nccl(groups), *_dynamic_types(s)),
     )
+
+
+def _dynamic_types(s: Settings) -> Iterator[Overhead]:
+    """Yield by how much the weights of a dynamic GGUF file may differ from those that are counted."""
+    low_high = dynamic_range(s.quantization) if isinstance(s.quantization, str) else None
+    if low_high is not None:
+        low, high = (sum(h.bytes for h in rank_weights(s)) * share // 1000 for share in low_high)
+        yield Overhead("types of a dynamic GGUF file", low, 0, high, "assumed", DYNAMIC_SOURCE)
 
 
 def _overhead_bytes(s: Settings, level: str) -> tuple[int, int]:

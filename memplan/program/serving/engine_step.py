@@ -88,7 +88,7 @@ def _draft_step(s: Settings, tokens: int, requests: int) -> EngineStep | None:
     """Return the peak of the draft's own step, with the model's hidden states; None if there is none, or if it takes no
     more than a layer of the model."""
     draft = s.draft
-    if draft is None or draft.settings is None or draft.method == "mtp":
+    if draft is None or draft.settings is None or (draft.method == "mtp" and s.engine.kind != "llama.cpp"):
         return None
     step = largest(draft.settings, tokens, requests)
     if s.engine.kind == "llama.cpp":

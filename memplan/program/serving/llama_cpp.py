@@ -13,8 +13,9 @@ from memplan.catalogue.inference.caches import CONVOLUTION, LayerCache, caches
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.models.layers import Layer
+from memplan.program.serving.draft import layers_ahead
 from memplan.program.serving.pool import Slots
-from memplan.program.serving.rank_share import TOWERS, layer_of
+from memplan.program.serving.rank_share import TOWERS, buffer_of, layer_of
 from memplan.program.serving.settings import Settings
 from memplan.program.stored.weights import stored_weights
 
@@ -31,7 +32,7 @@ def pool(s: Settings, available: int) -> Slots:
     slots, longest = s.serving.max_num_seqs or 1, padded(s.longest)
     total = sum(_cache_bytes(s, c, slots, longest) for c in s.caches)
     if s.draft is not None and s.draft.settings is not None:  # a second context with equal slots
-        total += pool(s.draft.settings, 0).total
+        total += pool(s.draft.settings, 0).total * (layers_ahead(s.model) if s.draft.method == "mtp" else 1)
     return Slots(longest * slots, slots, total, longest)
 
 
@@ -40,8 +41,17 @@ def _cache_bytes(s: Settings, c: LayerCache, slots: int, longest: int) -> int:
     if c.kind == "state":
         kernel = s.model.axes()["kernel"]
         dropped = sum(p.elements // kernel for p in c.parts if p.name.startswith(CONVOLUTION))  # one column less
-        return slots * (sum(p.elements for p in c.parts) - dropped) * ITEMSIZE["fp32"]
+        return slots * _states(s) * (sum(p.elements for p in c.parts) - dropped) * ITEMSIZE["fp32"]
     return slots * _cells(s, c, longest) * sum(s.cache_bytes(p) for p in c.parts)
+
+
+def _states(s: Settings) -> int:
+    """Return the states of one slot: with multi-token prediction also those before each proposed token.
+
+    Source: src/llama-arch.cpp llm_arch_supports_rs_rollback, common/common.h need_n_rs_seq.
+    """
+    rolls_back = s.model.family.checkpoint.gguf in ("qwen35", "qwen35moe", "nemotron_h")
+    return 1 + s.draft.tokens if s.draft is not None and s.draft.method == "mtp" and rolls_back else 1
 
 
 def _cells(s: Settings, c: LayerCache, longest: int) -> int:
@@ -78,7 +88,8 @@ def pipelined(s: Settings) -> bool:
 
     Source: src/llama-context.cpp, pipeline_parallel.
     """
-    return s.ranks.cards > 1 and (s.serving.gpu_layers or 0) > s.model.num_hidden_layers
+    every_layer = (s.serving.gpu_layers or 0) > s.model.num_hidden_layers
+    return s.ranks.cards > 1 and every_layer and not s.serving.overrides
 
 
 def outputs(s: Settings) -> int:
@@ -114,7 +125,7 @@ def compute_buffer(s: Settings, logits: int | None = None) -> ComputeBuffer:
     later = tuple(row for row in inputs if row[0] != "mask") if _host_layers(s) else inputs  # the mask is freed by then
     inputs_at = {"output": (), "attention": inputs}
     with_inputs = [b._replace(alive=(*b.alive, *inputs_at.get(b.where, later))) for b in buffers]
-    return max((*with_inputs, *_offloaded_layer(s, layers)), key=lambda b: b.bytes)
+    return max((*with_inputs, *_offloaded(s, with_inputs, layers)), key=lambda b: b.bytes)
 
 
 def _host_layers(s: Settings) -> int:
@@ -222,23 +233,43 @@ def _mixer(s: Settings, layers: tuple[Layer, ...]) -> Iterator[ComputeBuffer]:
     yield ComputeBuffer("attention", (*rows, *tensors, *scores))
 
 
-def _offloaded_layer(s: Settings, layers: tuple[Layer, ...]) -> Iterator[ComputeBuffer]:
-    """Yield the buffers of a host layer computed on the first GPU: its largest matrix with the FFN's rows, or its keys
-    and values.
+def _offloaded(s: Settings, buffers: list[ComputeBuffer], layers: tuple[Layer, ...]) -> Iterator[ComputeBuffer]:
+    """Yield the buffers of what the first GPU computes with matrices or caches of the host.
 
+    Of a host layer, it is the largest matrix with the FFN's rows, or the keys and values. A matrix that an override
+    keeps on the host comes with the inputs too, as the caches are on the GPU. In a layer of another GPU two of them are
+    there at once.
     Source: ggml/src/ggml-backend.cpp ggml_backend_sched_backend_id_from_cur, ggml_backend_sched_split_graph.
     """
-    on_host = _host_layers(s)
-    if s.stage.number or not on_host or s.steps < _LEAST_COPIED:
+    on_host, overrides = _host_layers(s), bool(s.serving.overrides)
+    if s.stage.number or not (on_host or overrides) or s.steps < _LEAST_COPIED:
         return
-    largest = 0
+    of_layers = moved = 0
+    gate_up = (2 * s.model.axes().get("m", 0),)  # two matrices in a file
+    elsewhere: dict[int, list[int]] = {}  # matrices of each layer of another GPU
     for w in stored_weights(s.model, s.quantization, s.dtype):
         layer = layer_of(w.name)
-        if w.group not in TOWERS and layer is not None and layer < on_host:
-            is_gate_up = w.shape[1:2] == (2 * s.model.axes().get("m", 0),)  # two matrices in a file
-            largest = max(largest, w.bytes // 2 if is_gate_up else w.bytes)
+        if w.group in TOWERS or layer is None:
+            continue
+        is_gate_up = w.shape[1:2] == gate_up
+        bytes_ = w.bytes // 2 if is_gate_up else w.bytes
+        if layer < on_host:
+            of_layers = max(of_layers, bytes_)
+        elif overrides and buffer_of(s, w) == "CPU":
+            moved = max(moved, bytes_)
+            if layer >= s.stage.last:
+                elsewhere.setdefault(layer, []).extend([bytes_] * (1 + is_gate_up))
+    if elsewhere:
+        two = max(sum(sizes) - max(sizes) for sizes in elsewhere.values())
+        hidden = _row("hidden", s.steps, s.model.hidden_size)
+        yield ComputeBuffer("a layer of another card", (hidden, ("two matrices of the host's", (), two)))
+    if moved:
+        rows = max((b for b in buffers if b.where in ("mlp", "experts")), key=lambda b: b.bytes)
+        yield rows._replace(where="a matrix of the host's", alive=(*rows.alive, ("a matrix of the host's", (), moved)))
+    if not on_host:
+        return
     rows = max(_ffn(s, layers), key=lambda b: b.bytes, default=ComputeBuffer("", ()))
-    yield ComputeBuffer("a layer of the host's", (*rows.alive, ("a matrix of the host's", (), largest)))
+    yield ComputeBuffer("a layer of the host's", (*rows.alive, ("a matrix of the host's", (), of_layers)))
     longest = padded(s.longest)
     caches_ = [c for c in caches(s.model)[:on_host] if c.parts and c.kind != "state"]
     largest_cache = max((_cells(s, c, longest) * sum(s.cache_bytes(p) for p in c.parts) for c in caches_), default=0)

@@ -5,7 +5,11 @@ Source: vllm 0.33.0 model_executor/layers/linear.py and vocab_parallel_embedding
 
 from __future__ import annotations
 
+import re
+import string
+
 from memplan.program.serving.settings import Settings
+from memplan.program.stored.gguf import names_in_gguf
 from memplan.program.stored.weights import StoredWeight
 
 # Projections to a latent, and an indexer's, which every rank has whole.
@@ -21,12 +25,30 @@ def layer_of(name: str) -> int | None:
     return next((int(part) for part in name.split(".") if part.isdigit()), None)
 
 
+def buffer_of(s: Settings, w: StoredWeight) -> str:
+    """Return the buffer that llama.cpp is told to keep a tensor in, such as `CPU` or `CUDA1`; empty if it is not told.
+
+    A parameter that a file stores as several tensors is moved if all of them are.
+    Source: llama.cpp (llama-cpp-python 0.3.36) src/llama-model-loader.cpp create_tensor.
+    """
+    overrides = s.serving.overrides
+    if not overrides:
+        return ""
+    in_file = w.part and w.dtype.isupper()  # ggml's types
+    names = (w.part,) if in_file else names_in_gguf(s.model).get(w.name, ())
+    matched = {next((b for pattern, b in overrides if re.search(pattern, name)), "") for name in names}
+    return matched.pop() if len(matched) == 1 else ""
+
+
 def is_on_stage(s: Settings, w: StoredWeight) -> bool:
     """Whether the stage has the weight. llama.cpp keeps the embeddings on the host, but a tied table on both."""
     stage, llama_cpp = s.stage, s.engine.kind == "llama.cpp"
     if w.group in TOWERS:  # llama.cpp loads a tower from a file of its own
         text_only = s.engine.kind == "vllm" and s.serving.limit_images == 0 and s.serving.limit_videos in (0, None)
         return not (llama_cpp or text_only) and (stage.number == 0 or s.behaviour.towers == "all")
+    buffer = buffer_of(s, w) if llama_cpp else ""
+    if buffer:
+        return buffer[-1].isdigit() and int(buffer.lstrip(string.ascii_letters)) == stage.number
     layer = layer_of(w.name)
     if layer is not None:
         return stage.first <= layer < stage.last

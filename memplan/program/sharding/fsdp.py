@@ -13,16 +13,17 @@ from memplan.catalogue.parallelism.sharding import NORM_OF_HOST
 from memplan.core.cached_property import cached_property
 from memplan.core.ir import Division, Tensor
 from memplan.core.units import ITEMSIZE
-from memplan.engine.gather import REST
+from memplan.engine.gather import REST, ROOT
 from memplan.engine.walk import size
 from memplan.program.graph import Graph, TensorGroup, parameters_of, tensor_group
 from memplan.program.sharding import fsdp_loading
-from memplan.program.sharding.fsdp_units import Piece, division, pieces, units_of
+from memplan.program.sharding.fsdp_units import Piece, copied_model, division, pieces, units_of
 from memplan.program.sharding.ranks import Ranks, is_scale, pinned_bytes
 from memplan.program.sharding.sharding import Saved, Sharding, stepped_on_host, with_copies
 from memplan.program.structure import Structure
 
 _STATES = "torch 2.13 distributed/fsdp/_optim_utils.py _allgather_orig_param_states"
+_KEPT = "torch 2.13 distributed/fsdp/_runtime_utils.py _post_forward_reshard, which leaves the root"
 _FSDP1 = "torch 2.13 distributed/fsdp/_unshard_param_utils.py _unshard_fsdp_state_params"
 _FSDP2 = "torch 2.13 distributed/_state_dict_utils.py _gather_state_dict"
 _HOST_NAMES = {
@@ -53,16 +54,59 @@ class FullySharded(Sharding):
         return division(self.graph, self.ranks)
 
     def division(self, later: bool = False, opens: bool = False) -> Division | None:
-        return self.units
+        return self.units._replace(whole=()) if later else self.units
+
+    @property
+    def generates_with_fp32_ends(self) -> bool:
+        return self.is_flat and any(p.unit == ROOT and p.dtype == "fp32" != p.sent for p in self.pieces)
+
+    def generation_division(self) -> Division:
+        """Return the units that a generation gathers: under FSDP1 all but the root, which is whole throughout."""
+        return self.units._replace(
+            units=tuple(u for u in self.units.units if not (self.is_flat and u[0] == ROOT)), whole=()
+        )
+
+    def pushed(self, *, merges: bool) -> Iterator[TensorGroup]:
+        largest = max(self.pieces, key=lambda piece: piece.whole * ITEMSIZE[piece.dtype])
+        yield tensor_group("parameter", f"{largest.name}, gathered", largest.whole, largest.dtype, self.source)
+
+    def held_in(self, phase: str) -> Iterator[TensorGroup]:
+        """Yield what FSDP1 holds while a trainer's model generates: the root's weights whole, in the dtype they are
+        kept in, and the gradients of the step before, until the next forward pass.
+
+        Source: trl 1.16.0 trainer/grpo_trainer.py _generate_single_turn (summon_full_params); torch 2.13
+        distributed/fsdp/_flat_param.py _reset_flat_param_grad_info_if_needed.
+        """
+        for p in self.pieces if self.is_flat and phase == "generate" else ():
+            if p.unit == ROOT:
+                yield tensor_group("parameter", f"{p.name}, gathered to generate", p.whole, p.dtype, self.source)
+            elif p.trains:
+                what, shape = f"{p.name}.grad of the step before", " ".join(map(str, p.shape))
+                yield tensor_group("gradient", what, shape, p.dtype, self.source, p.where, p.copies)
 
     def weights(self) -> Iterator[TensorGroup]:
-        """Yield the rank's parts of sharded weights, and everything that is not sharded."""
-        for p in self.pieces if not self.ranks.offloads else ():
+        """Yield the rank's parts of sharded weights, of those of a copy that is the reference model, and everything
+        that is not sharded."""
+        yield from self._weights(self.graph, self.pieces)
+        yield from self.run.engine
+        copied = copied_model(self.graph, self.ranks)
+        if copied is None:
+            return
+        of_copy = pieces(*copied)
+        for held in self._weights(copied[0], of_copy):
+            yield held._replace(what=f"reference.{held.what}")
+        for p in of_copy:
+            if self.is_flat and p.unit == ROOT:
+                what = f"reference.{p.name}, gathered by its first forward"
+                yield tensor_group("parameter", what, p.whole, p.sent, _KEPT)
+
+    def _weights(self, graph: Graph, sharded: Iterable[Piece]) -> Iterator[TensorGroup]:
+        for p in sharded if not self.ranks.offloads else ():
             parts = self.ranks.expert_replicas if p.module else self.ranks.shard_count
             what = f"{p.name}, one of {parts} parts" if parts > 1 else p.name
             shape = " ".join(map(str, p.shape))
             yield tensor_group("parameter", what, shape, p.dtype, self.source, p.where, p.copies)
-        for held in parameters_of(self.graph):
+        for held in parameters_of(graph):
             if held.kind == "buffer" or is_scale(held):
                 yield held
 

@@ -15,8 +15,8 @@ from memplan.catalogue.parallelism.sharding import aligned, part, rows_of
 from memplan.core.ir import Division, Op, Tensor, Unit, Weight, operations, outside
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
-from memplan.engine.gather import AFTER, BEFORE, OUTSIDE, REST, ROOT, TIED, unit_of
-from memplan.program.graph import Graph, is_optimized, operations_of
+from memplan.engine.gather import AFTER, BEFORE, OUTSIDE, REST, ROOT, TIED, left_whole, unit_of
+from memplan.program.graph import Graph, is_optimized, operations_of, reference_copy
 from memplan.program.sharding.ranks import Ranks, kept_dtype, shape_in
 from memplan.program.stack_facts import input_table, shared_tables, ties_head
 from memplan.program.weight_sizes import elements
@@ -100,7 +100,7 @@ def units_of(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, str, int, list[W
     stack, axes = operations_of(graph)
     outer = _weights((*(op for ops in outside(stack) for op in ops), *stack.loss))
     units: dict[str, list[Weight]] = {unit: [] for unit in OUTSIDE}
-    unit_of_weight = {} if ranks.row.flat else _outside_root(graph, ranks)
+    unit_of_weight = {} if ranks.row.flat or ranks.has_one_unit else _outside_root(graph, ranks)
     for name, w in outer.items():
         units[unit_of_weight.get(name, ROOT)].append(w)
     for unit in (BEFORE, TIED, ROOT):
@@ -186,6 +186,20 @@ def _slices(
         start += aligned(numbers, dtype)
 
 
+def copied_model(graph: Graph, ranks: Ranks) -> tuple[Graph, Ranks] | None:
+    """Return the graph of a trainer's copy of the model and how TRL shards it, or None if there is no copy.
+
+    Its weights keep the dtype they are loaded in, and FSDP2 wraps the model alone, none of its blocks.
+
+    Source: trl 1.16.0 models/utils.py prepare_fsdp.
+    """
+    copy = reference_copy(graph)
+    if copy is None:
+        return None
+    flat = ranks.row.flat
+    return copy, ranks._replace(trained=ranks.frozen, wraps=flat, has_one_unit=not flat)
+
+
 def division(graph: Graph, ranks: Ranks) -> Division:
     """Return the FSDP units that a pass gathers.
 
@@ -198,21 +212,37 @@ def division(graph: Graph, ranks: Ranks) -> Division:
     flat, keeps = ranks.row.flat, ranks.keeps
     waits = ranks.replicated and not flat  # each unit's AllReduceState keeps the reduced gradients
     leaves = ranks.offloads and not flat  # FSDP1 keeps reduced gradients on the GPU until backward is over
-    names = units_of(graph, ranks)
-    return Division(
+    generates = graph.trainer is not None and graph.trainer.generates and not graph.trainer.is_reference
+    names = tuple(units_of(graph, ranks))
+    called = {unit for unit, *_, weights in names if any(w.group != "lm_head" for w in weights)}
+    if graph.loss == "tiled_lm_head" and not (flat or generates or AFTER in called):
+        # the head's module is not called, and no other of its unit: `full_tensor` gathers it, in every pass
+        units = tuple((name, unit._replace(message=()) if name == AFTER else unit) for name, unit in units)
+    shared = Division(
         units,
         tuple((w.name, unit) for unit, where, _, weights in names if not where for w in weights),
         not flat,
         asks,
         ranks.row.source,
-        at_loss=flat or (ties_head(graph) and bool(shared_tables(graph))),
+        at_loss=flat or graph.loss == "tiled_lm_head" or (ties_head(graph) and bool(shared_tables(graph))),
         prefetches_forward=ranks.ahead,
         keeps=keeps,
         waits=waits,
         offloads_gradients=leaves,
         returns=graph.code == "torchtitan",
         hooks=flat and ranks.regathers and hooks_frozen_inputs(graph),
+        models=tuple(_models(graph, ranks)),
     )
+    return shared._replace(whole=left_whole(shared)) if generates else shared
+
+
+def _models(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, Division]]:
+    """Yield the division of the reference model, if it is a copy. FSDP1 never shards its root again, which is among
+    the weights."""
+    copied = copied_model(graph, ranks)
+    if copied is not None:
+        units = division(*copied)
+        yield "reference", units._replace(units=tuple(unit for unit in units.units if unit[0] != ROOT))
 
 
 def hooks_frozen_inputs(graph: Graph) -> bool:

@@ -34,6 +34,7 @@ class Ranks(NamedTuple):
     prefetches_at    when backward prefetches the next unit: `pre`, `post` or `none`, as FSDP1's BackwardPrefetch
     is_unsharded     FSDP1's NO_SHARD: every rank has the whole flat parameters
     wraps            every block is a unit of its own; otherwise everything but the embeddings and the head is one unit
+    has_one_unit     everything is one FSDP unit, as TRL wraps a reference model under FSDP2
     views            gradients are views of DDP's buckets
     replicated       there are several such groups of ranks, which sum their reduced gradients (hybrid sharding)
     offloads         the rank's weights, gradients and states are in host memory, where the optimizer steps
@@ -57,6 +58,7 @@ class Ranks(NamedTuple):
     prefetches_at: str = "pre"
     is_unsharded: bool = False
     wraps: bool = True
+    has_one_unit: bool = False
     views: bool = False
     replicated: bool = False
     offloads: bool = False

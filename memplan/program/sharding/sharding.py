@@ -92,6 +92,22 @@ class Sharding:
         units of the pass that gathers weights for the rest of the step."""
         return None
 
+    @property
+    def generates_with_fp32_ends(self) -> bool:
+        """Whether a trainer's model generates with its embeddings, last norm and head in fp32, unlike its blocks."""
+        return False
+
+    def generation_division(self) -> Division | None:
+        """Return the units of weights that each pass of a generation within training gathers."""
+        return self.division()
+
+    def pushed(self, *, merges: bool) -> Iterable[TensorGroup]:
+        """Return what is gathered at once while weights are pushed to an engine, which `merges` adapters first.
+
+        Source: trl 1.16.0 generation/vllm_generation.py _iter_named_params.
+        """
+        return ()
+
     def held_in(self, phase: str) -> Iterable[TensorGroup]:
         """Return what ranks hold during a phase of a pass, in addition to the moments' tensors."""
         return ()

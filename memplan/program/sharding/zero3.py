@@ -18,7 +18,15 @@ from memplan.catalogue.parallelism.sharding import part
 from memplan.core.cached_property import cached_property
 from memplan.core.ir import Weight
 from memplan.core.units import ITEMSIZE
-from memplan.program.graph import Graph, TensorGroup, operations_of, parameters_of, tensor_group, weights_of
+from memplan.program.graph import (
+    Graph,
+    TensorGroup,
+    operations_of,
+    parameters_of,
+    reference_copy,
+    tensor_group,
+    weights_of,
+)
 from memplan.program.loading import LoadingTape, in_order
 from memplan.program.sharding.ranks import Ranks, is_scale, numbers_of
 from memplan.program.sharding.sharding import Gathering, Saved
@@ -91,13 +99,22 @@ class Zero3Sharding(ZeroSharding):
         return _reduction(self.graph, self.ranks)
 
     def weights(self) -> Iterator[TensorGroup]:
-        """Yield the rank's parts of weights, buffers and the fp32 partition of the weights.
+        """Yield the rank's parts of weights and of those of a copy that is the reference model, buffers and the fp32
+        partition of the weights.
 
         Small weights stay whole in addition to their part. The scales of 4-bit weights are not parameters and stay
         whole too.
         """
-        _, axes = operations_of(self.graph)
-        for w, copies, block in weights_of(self.graph):
+        yield from self._weights(self.graph)
+        copy = reference_copy(self.graph)
+        for held in self._weights(copy) if copy is not None else ():
+            yield held._replace(what=f"reference.{held.what}")
+        yield from self.master()
+        yield from self.run.engine
+
+    def _weights(self, graph: Graph) -> Iterator[TensorGroup]:
+        _, axes = operations_of(graph)
+        for w, copies, block in weights_of(graph):
             if w.group == "buffer":
                 continue
             numbers, dtype = numbers_of(w, axes, self.ranks.storage)
@@ -106,8 +123,7 @@ class Zero3Sharding(ZeroSharding):
                 kinds.append(("whole", numbers))
             for kind, count in kinds:
                 yield self.group("parameter", f"{w.name}, {kind}", count, dtype, block.rstrip("."), copies)
-        yield from (held for held in parameters_of(self.graph) if held.kind == "buffer" or is_scale(held))
-        yield from self.master()
+        yield from (held for held in parameters_of(graph) if held.kind == "buffer" or is_scale(held))
 
     def _part(self, numbers: int) -> int:
         return part(numbers, self.ranks.world)
@@ -132,11 +148,34 @@ class Zero3Sharding(ZeroSharding):
             yield self.group("other", "bucket of gradients", self.knobs.reduce_bucket, self.dtype)
 
     def held_in(self, phase: str) -> Iterator[TensorGroup]:
-        """Yield what exists during a phase of a pass: the weights in use and the prefetched ones are whole."""
+        """Yield what exists during a phase of a pass: the weights in use and the prefetched ones are whole. Trainers
+        that generate gather all weights first.
+
+        Source: trl 1.16.0 models/utils.py _unwrap_model_for_generation (ds3_gather_for_generation).
+        """
+        if phase == "generate":
+            yield from self.all_gathered()
+            return
         peak = gathered_peak(self.graph, self.ranks)[phase]
         yield self.group("parameter", "gathered weights", peak.weights, "uint8")
         yield self.group("temp", "weights as the all-gather writes them", peak.written, "uint8")
         yield from super().held_in(phase)
+
+    def all_gathered(self) -> Iterator[TensorGroup]:
+        """Yield all weights as they are gathered at once, without those that are always whole."""
+        _, axes = operations_of(self.graph)
+        for w, copies, block in weights_of(self.graph):
+            numbers, dtype = numbers_of(w, axes, self.ranks.storage)
+            if w.group != "buffer" and numbers > self.knobs.persistent:
+                gathered_ = self._part(numbers) * self.ranks.world
+                yield self.group("parameter", f"{w.name}, gathered", gathered_, dtype, block.rstrip("."), copies)
+
+    def pushed(self, *, merges: bool) -> Iterator[TensorGroup]:
+        weights = tuple(self.all_gathered())
+        if not merges:
+            largest = max(weights, key=lambda weight: weight.bytes)
+            weights = (largest._replace(copies=1),)
+        yield from weights
 
     def _buckets(self) -> Iterator[TensorGroup]:
         yield from ()  # they are there throughout

@@ -13,14 +13,14 @@ from bisect import bisect_left
 from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, count
 
 from memplan.catalogue.parallelism.sharding import ZeroSettings
-from memplan.core.ir import Op
+from memplan.core.ir import Op, Stack
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.storages import COMPUTING, GATHERING
-from memplan.program.graph import Graph, operations_of
+from memplan.program.graph import Graph, operations_of, reference_copy
 from memplan.program.sharding.ranks import Ranks, numbers_of
 from memplan.program.sharding.sharding import Gathering
 
@@ -33,10 +33,12 @@ class Whole(NamedTuple):
 
 
 class _Visit(NamedTuple):
-    """One run of a module in a phase, and the indices of the weights it reads."""
+    """One run of a module in a phase, and the indices of the weights it reads; or of a model with a coordinator of its
+    own."""
 
     phase: str
     weights: tuple[int, ...]
+    model: Graph | None = None
 
 
 @lru_cache(maxsize=256)
@@ -78,7 +80,7 @@ def _run(graph: Graph, storage: str, knobs: ZeroSettings) -> tuple[_Coordinator,
     always = frozenset(i for i, n in enumerate(sizes) if n <= knobs.persistent)
     outer = frozenset(order.of_loss) - always if graph.loss == "fused" else frozenset[int]()
     coordinator = _Coordinator(order.visits, sizes, bytes_, always | outer, knobs)
-    coordinator.run()
+    coordinator.run(storage)
     return coordinator, tuple(bytes_[i] for i in sorted(outer))
 
 
@@ -87,10 +89,11 @@ class _Order:
 
     def __init__(self, graph: Graph, storage: str) -> None:
         stack, self._axes = operations_of(graph)
-        self._storage = storage
+        self._storage, self._graph = storage, graph
         self.sizes: list[tuple[int, int]] = []
         self._size_of: dict[int, tuple[int, int]] = {}  # by the weight's id: layers have the same weights
         self._outside: dict[str, int] = {}
+        self._layers: dict[int, dict[str, int]] = {}
         forward: list[_Visit] = []
         backward: list[list[_Visit]] = []
 
@@ -100,18 +103,43 @@ class _Order:
             visits = [_Visit("backward", weights) for weights in modules]
             backward.append([*(visits if recomputes else ()), *reversed(visits)])
 
-        add(stack.before, self._outside, "forward", recomputes=False)
-        for run in stack.runs:
-            add(run.before, self._outside, "forward", recomputes=False)
-            for _ in range(self._axes[run.times]):
-                for block in run.blocks:
-                    add(block.ops, {}, "forward", graph.checkpoint and not block.never_checkpointed)
-        add(stack.after, self._outside, "forward", recomputes=False)
+        forward += self._other_models(stack.before)
+        for ops, known, recomputes in self._in_order(stack):
+            add(ops, known, "forward", recomputes)
         loss = [op for op in stack.loss if any(w.group != "buffer" for w in op.weights)]
         add(loss, self._outside, "loss", recomputes=False)
+        forward += self._other_models(stack.loss)
         names = {w.name for op in loss for w in op.weights if w.group != "buffer"}
         self.of_loss = [self._outside[name] for name in names]
+        if graph.trainer is not None and graph.trainer.is_reference:
+            backward.clear()
         self.visits = [*forward, *(visit for visits in reversed(backward) for visit in visits)]
+
+    def _other_models(self, ops: Iterable[Op]) -> Iterator[_Visit]:
+        """Yield the visits of models that run without gradients: the model's own ones, in order, or those of a copy,
+        which has a coordinator of its own."""
+        for op in ops:
+            if op.model is None:
+                continue
+            copy = reference_copy(self._graph) if op.name == "reference" else None
+            if copy is not None:
+                yield _Visit(op.name, (), copy)
+                continue
+            for ops_, known, _ in self._in_order(op.model):
+                yield from (_Visit(op.name, tuple(weights)) for weights in self._modules(ops_, known))
+
+    def _in_order(self, stack: Stack) -> Iterator[tuple[tuple[Op, ...], dict[str, int], bool]]:
+        """Yield the operations of each block and of each part outside of blocks, with the indices of the weights that
+        are known there, and whether a checkpoint recomputes them."""
+        layers = count()
+        yield stack.before, self._outside, False
+        for run in stack.runs:
+            yield run.before, self._outside, False
+            for _ in range(self._axes[run.times]):
+                for block in run.blocks:
+                    known = self._layers.setdefault(next(layers), {})
+                    yield block.ops, known, self._graph.checkpoint and not block.never_checkpointed
+        yield stack.after, self._outside, False
 
     def _modules(self, ops: Iterable[Op], known: dict[str, int]) -> Iterator[list[int]]:
         """Yield the indices of each module's weights."""
@@ -126,14 +154,15 @@ class _Order:
                     yield weights
                     weights = []
                 last = module
-                if w.name not in known:
-                    known[w.name] = len(self.sizes)
+                name = w.name.replace(".base_layer", "")  # a model without its adapters has the same weights
+                if name not in known:
+                    known[name] = len(self.sizes)
                     if id(w) not in self._size_of:
                         numbers, dtype = numbers_of(w, self._axes, self._storage)
                         self._size_of[id(w)] = numbers, ITEMSIZE[dtype]
                     self.sizes.append(self._size_of[id(w)])
-                if known[w.name] not in weights:
-                    weights.append(known[w.name])
+                if known[name] not in weights:
+                    weights.append(known[name])
         if weights:
             yield weights
 
@@ -161,15 +190,35 @@ class _Coordinator:
         self.events: list[tuple[int, int]] = []  # see Gathering
         self._numbers: dict[int, int] = {}  # storage number of a weight, or of all-gather i at index len(sizes) + i
 
-    def run(self) -> None:
-        """Run one pass."""
+    def run(self, storage: str) -> None:
+        """Run one pass. Packed weights of another model are stored in `storage`."""
         for step, visit in enumerate(self.visits):
+            if visit.model is not None:
+                self._run_other(visit, storage)
+                continue
             self._fetch(step, visit)
             self._prefetch(step, visit)
             self._note(visit.phase)
             self._release(step, visit)
             if visit.phase == "forward":
                 self.most["loss"] = Whole(self.weights, self.written)  # unless the loss fetches more
+
+    def _run_other(self, visit: _Visit, storage: str) -> None:
+        """Run a model that has a coordinator of its own, which frees everything in the end."""
+        assert visit.model is not None
+        other, _ = _run(visit.model, storage, self.knobs)
+        most = max(other.most.values(), key=sum)
+        self.most[visit.phase] = Whole(self.weights + most.weights, self.written + most.written)
+        first = len(self.events)
+        self.events += ((number + first, bytes_) for number, bytes_ in (*other.events, *other.left()))
+
+    def left(self) -> Iterator[tuple[int, int]]:
+        """Yield the events that free what is still gathered."""
+        alive = dict(event for event in self.events if event[1])
+        for number, bytes_ in self.events:
+            if not bytes_:
+                del alive[number]
+        yield from ((number, 0) for number in alive)
 
     def _allocate(self, index: int, bytes_: int) -> None:
         self._numbers[index] = len(self.events)

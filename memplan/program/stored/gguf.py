@@ -80,7 +80,7 @@ def file_type_of(name: str) -> str | None:
     """
     stripped = name.strip()
     has_prefix = stripped.lower().startswith(_PREFIX)
-    plain = (stripped[len(_PREFIX) :] if has_prefix else stripped).upper().replace("-", "_")
+    plain = (stripped[len(_PREFIX) :] if has_prefix else stripped).upper().replace("-", "_").removeprefix("UD_")
     plain = ALIASES.get(plain, plain)
     if plain in FILE_TYPES:
         return plain
@@ -131,6 +131,15 @@ def gguf_file(model: ModelSpec, file_type: str, imatrix: bool | None = None) -> 
         source, group = (parameter.name, parameter.weight.group) if parameter is not None else ("", "buffer")
         tensors.append(GgufTensor(name, kind, shape, prod(shape) // elements * bytes_, source, group))
     return GgufFile(file_type, tuple(tensors), _header(model, tensors))
+
+
+@lru_cache(maxsize=64)
+def names_in_gguf(model: ModelSpec) -> dict[str, tuple[str, ...]]:
+    """Return the names of each parameter's tensors in a GGUF file. Raises as `gguf_file`."""
+    names: dict[str, tuple[str, ...]] = {}
+    for t in gguf_file(model, "F16").tensors:
+        names[t.parameter] = (*names.get(t.parameter, ()), t.name)
+    return names
 
 
 def _tensors(model: ModelSpec, parameter: CheckpointParameter) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -231,4 +240,4 @@ def _aligned(n: int) -> int:
     return -(-n // ALIGNMENT) * ALIGNMENT
 
 
-__all__ = ["SOURCE", "GgufFile", "GgufTensor", "file_type_of", "gguf_file"]
+__all__ = ["SOURCE", "GgufFile", "GgufTensor", "file_type_of", "gguf_file", "names_in_gguf"]

@@ -56,12 +56,13 @@ def blocks(changes: Changes) -> Iterator[Block]:
 
 
 def findings_of(changes: Changes) -> Iterator[Finding]:
-    """Yield what is to look at; a run that did not fit before either is a warning."""
+    """Yield what is to look at; a run that did not fit before either is a warning, and one that is as near its limit
+    as before is nothing to say about the change."""
     for problem in changes.problems:
         yield Finding("wrong", problem.file, problem.line, problem.text)
     for each in changes.changes:
         row = each.head
-        if row is None or row.status == "fits":
+        if row is None or row.status == "fits" or each.kind == "unchanged":
             continue
         status = row.status
         if status in ("over", "wrong") and each.kind in ("over", "unknown"):
@@ -100,7 +101,7 @@ def why(each: RunChange, code: str = "") -> str:
     shown = [cause for cause in each.causes if abs(cause.bytes) >= least][:_MOST_CAUSES]
     texts = [cause_text(cause, row.run, code, len(shown) > 1) for cause in shown]
     renamed = [f"renamed from {code}{each.renamed}{code}"] if each.renamed else []
-    takes = [words.takes_most(row)] if each.kind == "new, over" and row.deciding is not None else []
+    takes = [words.takes_most(row, code)] if each.kind == "new, over" and row.deciding is not None else []
     reason = [row.reason] if row.reason and each.kind in FAILS else []
     near = [words.nearness(row)] if mark(each) == "⚠️" and row.status == "near" else []
     return "; ".join([*reason, *texts, *renamed, *takes, *near])
@@ -139,7 +140,7 @@ def headline(changes: Changes) -> str:
 
     broken, new, over = of("broken"), of("new, over"), of("over")
     unknown, wrong, fixed = of("unknown"), of("wrong") + len(changes.problems), of("fixed")
-    parts = [f"{broken} of {len(runs)} runs no longer {'fits' if broken == 1 else 'fit'}"] if broken else []
+    parts = [f"{words.share(broken, len(runs))} no longer {'fits' if broken == 1 else 'fit'}"] if broken else []
     parts += [f"{new} new {'run does' if new == 1 else 'runs do'} not fit"] if new else []
     if not parts and not wrong:
         all_of = "no runs are checked" if not runs else "no run is newly over its budget"

@@ -40,7 +40,7 @@ def render(found: Check | Changes) -> str:
 def _page(page: _Page) -> str:
     """Return the page, as much of it as a comment may have."""
     lines = [MARKER, f"### memplan: {page.title}"]
-    lines += ["", *(f"- {printable(text)}" for text in page.mistakes)] if page.mistakes else []
+    lines += ["", *_cut([], [f"- {printable(text)}" for text in page.mistakes], MOST // 6)] if page.mistakes else []
     lines += ["", *_cut([page.heads], page.first, MOST * 2 // 3)] if page.first else []
     used = sum(map(len, lines))
     if page.details:
@@ -76,13 +76,7 @@ def _of_check(check: Check) -> _Page:
 
 
 def _checked(row: CheckedRun) -> str:
-    if row.status in ("unknown", "wrong"):
-        text = plain(row.error)
-    else:
-        costs = words.takes_most(row).partition(" ")
-        text = f"{code(costs[0])} {plain(costs[2])}" if row.deciding is not None else plain(row.reason)
-        text += f" (line {row.deciding.place.line})" if row.deciding is not None else ""
-        text = text or {"near": "may run out of memory"}.get(row.status, "")
+    text = plain(row.error) if row.status in ("unknown", "wrong") else _in_cell(words.reasons(row, "`"))
     return _row(row.run, row, f"{words.MARKS[row.status]} {text}{_left_out(row)}".rstrip())
 
 

@@ -38,10 +38,5 @@ def _check(check: Check) -> Iterator[Block]:
 
 
 def _why(row: CheckedRun) -> str:
-    parts = [row.reason, words.takes_most(row)]
-    if row.deciding is not None:
-        parts[1] += f" (line {row.deciding.place.line})"
-    if row.status == "near":
-        parts.insert(0, words.nearness(row))
-    parts += [f"not counted: {', '.join(row.left_out)}"] if row.left_out else []
-    return "; ".join(part for part in parts if part)
+    left_out = f"not counted: {', '.join(row.left_out)}" if row.left_out else ""
+    return "; ".join(filter(None, (words.reasons(row), left_out)))

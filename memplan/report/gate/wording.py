@@ -75,11 +75,20 @@ def nearness(row: CheckedRun) -> str:
     return f"it is over the warning of {size(row.warn)}" if row.warn else f"it may take {size(row.high)}"
 
 
-def takes_most(row: CheckedRun) -> str:
-    """Return the value that takes most: `sequence_len 4096 costs 6.9 GiB`; empty if none does."""
+def takes_most(row: CheckedRun, code: str = "") -> str:
+    """Return the value that takes most: `sequence_len 4096 costs 6.9 GiB`; empty if none does. `code` is put around
+    the key."""
     if row.deciding is None:
         return ""
-    return f"{row.deciding.place.key} {value(row.deciding.value)} costs {tenths(row.deciding.bytes)} GiB"
+    key = f"{code}{row.deciding.place.key}{code}"
+    return f"{key} {value(row.deciding.value)} costs {tenths(row.deciding.bytes)} GiB"
+
+
+def reasons(row: CheckedRun, code: str = "") -> str:
+    """Return why a run that can be answered is over its limit or near it, with the line that takes most."""
+    near = nearness(row) if row.status == "near" else ""
+    most = f"{takes_most(row, code)} (line {row.deciding.place.line})" if row.deciding is not None else ""
+    return "; ".join(filter(None, (row.reason, near, most)))
 
 
 def line_of(row: CheckedRun) -> int | None:
@@ -104,6 +113,11 @@ def ending(headline: str, rows: Sequence[CheckedRun], found: Check | Changes) ->
         yield Notes(found.notes)
 
 
+def share(n: int, total: int) -> str:
+    """Return how many runs of all: `2 of 5 runs`."""
+    return "the run" if total == 1 else f"{n} of {total} runs"
+
+
 def headline(check: Check) -> str:
     """Return how many runs are over their budget, and how many cannot be answered, in a sentence."""
     runs = {row.run for row in check.rows}
@@ -112,12 +126,12 @@ def headline(check: Check) -> str:
         return len({row.run for row in check.rows if row.status in statuses})
 
     over, unknown, wrong = of("over"), of("unknown"), of("wrong") + len(check.problems)
-    all_fit = f"{'the run' if len(runs) == 1 else f'all {len(runs)} runs'} {'fits' if len(runs) == 1 else 'fit'}"
+    all_fit = "the run fits" if len(runs) == 1 else f"all {len(runs)} runs fit"
     if not runs:
         all_fit = "no runs are checked"
     elif unknown or wrong:
         all_fit = f"no run is over its budget, of {len(runs)}"
-    parts = [f"{over} of {len(runs)} runs {'does' if over == 1 else 'do'} not fit" if over else all_fit]
+    parts = [f"{share(over, len(runs))} {'does' if over == 1 else 'do'} not fit" if over else all_fit]
     parts += [f"{unknown} cannot be answered"] if unknown else []
     parts += [f"{wrong} {'has a mistake' if wrong == 1 else 'have mistakes'}"] if wrong else []
     parts += [f"{len(check.moved)} facts moved"] if check.moved else []

@@ -16,6 +16,7 @@ from memplan.report import wording as words
 from memplan.report.blocks import Block, Column, Heading, Pairs, Table, Text
 from memplan.report.csv import CsvRows
 from memplan.report.plans.changes import conditions, figures, picked, span
+from memplan.report.plans.offers import LIST_PRICES, columns_to_own, facts_to_own, list_price
 
 
 class QuestionsReport(NamedTuple):
@@ -84,6 +85,7 @@ class Places(NamedTuple):
     answer: Estimate
     demand: Demand
     places: tuple[CardFit, ...]
+    to: str = "rent"
 
     mode = "places"
 
@@ -95,6 +97,13 @@ class Places(NamedTuple):
         condition = conditions(self.demand)
         if not self.places:
             yield Text(f"None of the cards tried holds it{condition}.", "bold red")
+            return
+        if self.to == "own":
+            best = self.places[0]
+            which = f"{best.tp} × {best.gpu.name}" if best.tp > 1 else best.gpu.name
+            yield Text(f"To own{condition}: {which}, {list_price(best.gpu, best.tp)} US dollars.", "bold green")
+            yield Table([*_PLACES[:_HELD], *columns_to_own(lambda placed: (placed.gpu, placed.tp))], self.places)
+            yield Text(f"GiB are per GPU; dollars, watts and slots are for all of them. {LIST_PRICES}")
             return
         order = "cheapest per hour first, those without a dated price last"
         yield Text(f"Cards that hold it{condition}, {order}.", "bold green")
@@ -114,6 +123,7 @@ class Places(NamedTuple):
                     "requests": placed.requests,
                     "tokens_per_second": placed.pace.tokens_per_second._asdict() if placed.pace else None,
                     **figures(placed.answer),
+                    **({"each": facts_to_own(placed.gpu)} if self.to == "own" else {}),
                 }
                 for placed in self.places
             ]
@@ -133,6 +143,7 @@ _PLACES: tuple[Column[CardFit], ...] = (
     Column("USD/h", lambda p: span((p.price.low, p.price.high)) if p.price else "–", right=True, optional=True),
     Column("price date", lambda placed: placed.price.date if placed.price else "", optional=True),
 )
+_HELD = 5  # columns that are not of a rent
 _TITLES = ("gpu", "gpus", "used", "verdict", "requests", "low", "high", "usd_per_hour")
 
 

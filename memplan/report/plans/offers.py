@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.rates import Rate
 from memplan.core.records import NamedTuple
 from memplan.core.units import gib
@@ -75,25 +76,17 @@ class OffersReport(NamedTuple):
     def _to_own(self, condition: str) -> Iterator[Block]:
         offers = self.offers.offers
         best = offers[0]
-        yield Text(
-            f"To own, of {self.considered}{condition}: {offer_title(best)}, {_list_price(best)} US dollars.",
-            "bold green",
-        )
+        which = f"{offer_title(best)}, {list_price(best.gpu, best.count)} US dollars"
+        yield Text(f"To own, of {self.considered}{condition}: {which}.", "bold green")
         columns: list[Column[Offer]] = [
             Column("card", offer_title, wraps=True),
             Column("GiB used", lambda offer: words.tenths(offer.answer.bytes.used), right=True),
             Column("free", _free, right=True),
-            Column("USD", _list_price, right=True),
-            Column("list price of", lambda offer: offer.gpu.launch_date or "", optional=True),
-            Column("watts", lambda offer: _of_all(offer, offer.gpu.tdp_watts), right=True),
-            Column("slots", lambda offer: _of_all(offer, offer.gpu.slots), right=True),
+            *columns_to_own(lambda offer: (offer.gpu, offer.count)),
             Column("time/M", lambda offer: _time(offer.million), right=True, optional=True),
         ]
         yield Table(columns, offers)
-        yield Text(
-            "GiB are per card; dollars, watts, slots and times are for all of them. Prices are list prices when a card "
-            "was first sold; check what it costs now. Cards without one are left out: --to rent has them."
-        )
+        yield Text(f"GiB are per card; dollars, watts, slots and times are for all of them. {LIST_PRICES}")
 
     def dump(self) -> dict[str, Any]:
         miss, answer = self.offers.nearest, self.nearest
@@ -106,9 +99,7 @@ class OffersReport(NamedTuple):
         }
 
     def _each(self, offer: Offer) -> dict[str, Any]:
-        gpu = offer.gpu
-        facts = {"launch_usd": gpu.launch_usd, "launch_date": gpu.launch_date, "watts": gpu.tdp_watts}
-        return {"each": {**facts, "slots": gpu.slots}} if self.to == "own" else {}
+        return {"each": facts_to_own(offer.gpu)} if self.to == "own" else {}
 
     def rows(self) -> CsvRows:
         """Return the offers, or the nearest miss if there is none."""
@@ -173,12 +164,38 @@ def _table(bought: OffersReport) -> Table[Offer]:
     return Table(columns, bought.offers.offers)
 
 
-def _list_price(offer: Offer) -> str:
-    return f"{offer.gpu.launch_usd * offer.count:,.0f}" if offer.gpu.launch_usd is not None else ""
+LIST_PRICES = (
+    "Prices are list prices when a card was first sold; check what it costs now. Cards without one are left out: --to "
+    "rent has them."
+)
 
 
-def _of_all(offer: Offer, each: int | None) -> str:
-    return f"{each * offer.count:,}" if each is not None else ""
+def facts_to_own(gpu: GPU) -> dict[str, Any]:
+    """Return what a buyer of a card asks for, as JSON has it."""
+    facts = {"launch_usd": gpu.launch_usd, "launch_date": gpu.launch_date, "watts": gpu.tdp_watts}
+    return {**facts, "slots": gpu.slots}
+
+
+def columns_to_own(cards: Callable[[Any], tuple[GPU, int]]) -> list[Column[Any]]:
+    """Return columns of what the cards of a row cost and need, all of them together."""
+
+    def of_all(each: str) -> Callable[[Any], str]:
+        return lambda row: _of_all(getattr(cards(row)[0], each), cards(row)[1])
+
+    return [
+        Column("USD", lambda row: list_price(*cards(row)), right=True),
+        Column("list price of", lambda row: cards(row)[0].launch_date or "", optional=True),
+        Column("watts", of_all("tdp_watts"), right=True),
+        Column("slots", of_all("slots"), right=True),
+    ]
+
+
+def list_price(gpu: GPU, count: int) -> str:
+    return _of_all(gpu.launch_usd, count)
+
+
+def _of_all(each: float | None, count: int) -> str:
+    return f"{each * count:,.0f}" if each is not None else ""
 
 
 def _free(offer: Offer) -> str:

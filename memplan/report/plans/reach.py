@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 from memplan.core.records import NamedTuple
 from memplan.core.units import gib
-from memplan.estimate.answer import BY_MEMORY, Estimate
+from memplan.estimate.answer import Estimate
 from memplan.estimate.demand import Demand
 from memplan.planning.reach import Frontier, Reach
 from memplan.report import assumptions as assumptions_
 from memplan.report import wording as words
-from memplan.report.blocks import Block, Column, Drawing, Facts, Heading, Table, Text
+from memplan.report.blocks import Block, Column, Facts, Heading, Table, Text
 from memplan.report.csv import CsvRows
-from memplan.report.heat import CAPTION, heat, table
+from memplan.report.heat import drawing
 from memplan.report.plans.changes import conditions, figures, state
 
 
@@ -48,7 +47,7 @@ class ReachReport(NamedTuple):
         if self.frontier is not None:
             yield Heading("Longest sequence for every batch")
             yield Table(_FRONTIER, self.frontier.longest)
-            yield Drawing(partial(heat, self.frontier.around), partial(table, self.frontier.around), CAPTION)
+            yield drawing(self.frontier)
         if explain:
             yield Facts("Assumed", assumptions_.assumptions(reach.answer))
 
@@ -81,7 +80,14 @@ _FRONTIER: tuple[Column[tuple[int, int]], ...] = (
     Column("tokens per pass", lambda pair: f"{pair[0] * pair[1]:,}", right=True),
 )
 
-_NONE = {"batch": "no batch", "sequence": "no sequence", "rank": "no rank", "model": "no bundled model"}
+_NONE = {
+    "batch": "no batch",
+    "sequence": "no sequence",
+    "rank": "no rank",
+    "completion": "no completion",
+    "generations": "no group of completions",
+    "model": "no bundled model",
+}
 _ENDS = {
     "positions": "the model's number of positions",
     "rank": "the dimensions of the matrices",
@@ -100,8 +106,10 @@ def value(reach: Reach) -> str:
 def _with_unit(axis: str, value: int | str) -> str:
     if isinstance(value, str):
         return value
-    if axis == "sequence":
-        return f"{value:,} token{'s' if value > 1 else ''}"
+    if axis in ("sequence", "completion"):
+        return f"{value:,} token{'s' if value > 1 else ''}{' of a completion' if axis == 'completion' else ''}"
+    if axis == "generations":
+        return f"{value:,} completions of a prompt"
     return f"{axis} {value:,}"
 
 
@@ -118,7 +126,7 @@ def _next(reach: Reach) -> str:
     assert reach.beyond is not None
     if reach.axis == "model":
         return words.model(reach.beyond)
-    return _with_unit(reach.axis, int(reach.value) + 1)
+    return _with_unit(reach.axis, int(reach.value) + reach.step)
 
 
 def _missed(answer: Estimate) -> str:
@@ -152,11 +160,9 @@ def reach_dump(reach: Reach) -> dict[str, Any]:
 
 def _map(frontier: Frontier) -> dict[str, Any]:
     around = frontier.around
-    answers = around.answers
-    assert answers is not None  # the run has a GPU
     return {
-        "batch": list(around.axes["batch"]),
-        "sequence": list(around.axes["sequence"]),
-        "allocated": around.allocated.tolist(),
-        "verdict": [[BY_MEMORY[code] if code >= 0 else None for code in row] for row in answers.tolist()],
+        "batch": [batch for batch, _ in frontier.longest],
+        "sequence": list(frontier.sequences),
+        "allocated": [[-1 if answer is None else answer.bytes.allocated for answer in row] for row in around],
+        "verdict": [[answer and answer.verdict.answer for answer in row] for row in around],
     }

@@ -5,8 +5,7 @@ for (const figure of document.querySelectorAll("figure.timeline")) {
   const cursor = svg.querySelector(".cursor");
   const gib = (n) => (n ? (n < 0.005 ? "<0.01" : n.toFixed(2)) : "0.00") + " GiB";
   const show = () => {
-    const [x, place, ...sizes] = moments[slider.value];
-    const total = sizes.reduce((sum, n) => sum + n, 0);
+    const [x, place, total, ...sizes] = moments[slider.value];
     cursor.setAttribute("x1", x + "%");
     cursor.setAttribute("x2", x + "%");
     slider.setAttribute("aria-valuetext", `${places[place]}: ${gib(total)}`);

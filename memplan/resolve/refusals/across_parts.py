@@ -16,6 +16,8 @@ from memplan.spec.run import RunSpec, is_default
 def contradictions(run: RunSpec) -> Iterator[SpecError]:
     """Yield errors for settings that contradict each other across the parts of a run."""
     generates = run.task == "train" and run.trainer in GENERATING
+    if run.batch.packing and run.task != "train":
+        yield refused("batch.packing", "only applies to training")
     if run.batch.generations and not generates:
         yield refused("batch.generations", f"only applies to trainers that generate: {', '.join(GENERATING)}")
     if run.task != "generate":
@@ -34,8 +36,9 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
     if run.rollout != "transformers" and not generates:
         yield refused("rollout", f"only applies to trainers that generate: {', '.join(GENERATING)}")
     if not is_default(run, "serving") and run.rollout != "colocate":
-        tokens = "; --seq-len sets the tokens" if run.serving.max_model_len is not None else ""
-        text = f"only applies to serving engines, not {run.profile}{tokens}; memplan profiles lists them"
+        hint = "; --seq-len sets the tokens" if run.serving.max_model_len is not None else ""
+        hint += "; --rank sets that of an adapter that trains" if run.serving.lora_rank is not None else ""
+        text = f"only applies to serving engines, not {run.profile}{hint}; memplan profiles lists them"
         yield refused("serving", text)
     if not is_default(run, "parallelism"):
         yield from parallelism(run.parallelism)

@@ -33,11 +33,9 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for settings that the run's parts do not support."""
     method, kernels = r.method, r.kernels
     if kernels.checkpointing == "selective" and not r.is_megatron_model:
-        yield not_yet("kernels.checkpointing", kernels.checkpointing, "none, full, offload")
+        yield from _selective(r)
     if kernels.every_n_layers > 1:
         yield from _every_n_layers(r)
-    if kernels.compile:
-        yield not_yet("kernels.compile", True, "false")
     yield from _method(method, r.storages, r.run_formats)
     if method.kind in PEFT_METHODS and r.parallelism.world > 1:
         yield not_yet_with(
@@ -64,6 +62,17 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet("method.kind", method.kind, f"full, {', '.join(LORA)} without training")
     yield from _precision(r.precision, method.quantization)
     yield from _optimizer(r.optimizer)
+
+
+def _selective(r: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for runs whose checkpoints cannot keep matrix products yet."""
+    field, p = "kernels.checkpointing", r.parallelism
+    if r.code not in ("transformers", "torchtitan") or r.kernels.reentrant or r.model.is_encoder_decoder:
+        yield not_yet(field, "selective", "none, full, offload")
+    is_plain = r.method.kind in ("full", "lora") and not r.kernels.fused and r.method.quantization is None
+    if not is_plain or r.model.has_tower or max(p.pp, p.tp, p.cp, p.ep) > 1:
+        what = "selective and fused kernels, towers, quantised weights, other adapters than LoRA, or tp, cp, ep or pp"
+        yield not_yet_with(field, what, "full")
 
 
 def _every_n_layers(r: OpenRun) -> Iterator[SpecError]:
@@ -157,9 +166,9 @@ def _quantization(q: Quantization, storages: tuple[str, ...], runs: tuple[str, .
     if q.format == "fp8" and q.block_size not in (WHOLE, FP8_BLOCK):
         yield not_yet(f"{field}.block_size", q.block_size, f"{FP8_BLOCK}, or {WHOLE} for one scale per matrix")
     if q.storage not in storages:
-        choices = (
-            f"{', '.join(storages)}: FSDP cannot shard integers" if "uint8" not in storages else ", ".join(storages)
-        )
+        choices = ", ".join(storages)
+        if "uint8" not in storages:
+            choices += f": FSDP cannot shard integers; --quant-storage {storages[0]} packs them into floats"
         if storages == ("uint8",):
             choices += f"; {', '.join(_FLOATS)} with FSDP"
         yield not_yet(f"{field}.storage", q.storage, choices)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.core.errors import SpecError, refused
 from memplan.models.peft_methods import PEFT_METHODS
@@ -31,7 +32,7 @@ def refused_side_tasks(run: RunSpec, graph: Graph) -> Iterator[SpecError]:
         yield not_yet_with("also.evaluation.kept_batches", f"tp {tp}", "0")
     if graph.code != "transformers" or degrees.style != "transformers" or graph.model.is_megatron:
         yield refused("also", f"is not supported yet with {run.profile}")
-    if run.trainer != "sft":
+    if run.trainer in GENERATING:
         yield not_yet_with("also", f"trainer {run.trainer}", "the steps alone")
     if also.evaluation is not None:
         yield from _evaluation(run, also.evaluation)
@@ -47,6 +48,9 @@ def refused_side_tasks(run: RunSpec, graph: Graph) -> Iterator[SpecError]:
 
 
 def _evaluation(run: RunSpec, e: Evaluation) -> Iterator[SpecError]:
+    for field in ("kept_batches", "new_tokens") if run.trainer != "sft" else ():
+        if getattr(e, field):
+            yield refused(f"also.evaluation.{field}", f"an evaluation of {run.trainer} keeps its loss only; use 0")
     if e.kept_batches and run.kernels.loss not in ("hf", "fused"):
         why = f"loss {run.kernels.loss} never holds all logits at once; use hf or fused"
         yield refused("also.evaluation.kept_batches", why)

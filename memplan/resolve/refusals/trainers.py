@@ -10,6 +10,7 @@ from memplan.catalogue.profiles.profiles import PROFILES, library_behaviour
 from memplan.core.errors import SpecError, refused
 from memplan.resolve.defaults import defaults_of
 from memplan.resolve.open_run import OpenRun
+from memplan.resolve.parallelism import FSDP, ZERO
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 
 SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward", *GENERATING)
@@ -65,8 +66,8 @@ def _with_parts(run: OpenRun) -> Iterator[SpecError]:
     if "cross_entropy" in (run.kernels.fused or ()):
         yield not_yet_with("kernels.fused", f"cross_entropy and trainer {name}", "rope, rms_norm, swiglu, lora")
     p = run.parallelism
-    if p.world > 1 and (p.strategy != "ddp" or p.dp != p.world):
-        yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or ddp")
+    if p.world > 1 and (p.dp != p.world or p.strategy not in ("ddp", *FSDP, *ZERO)):
+        yield not_yet_with("parallelism", f"trainer {name}", "one GPU, or data parallelism: ddp, fsdp or zero")
     if p.offload.activations:
         yield not_yet_with("parallelism.offload.activations", f"trainer {name}", "false")
     if run.batch_facts.images:
