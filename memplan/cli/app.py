@@ -9,7 +9,7 @@ from typer.core import TyperGroup
 
 from memplan.cli.commands import Subcommand
 from memplan.cli.outcome import fail, run_and_report, show, unwritten
-from memplan.cli.plain import COMMANDS, HELP, HELP_ALL, RESERVED_COMMANDS, command_of, run_plain
+from memplan.cli.plain import COMMANDS, HELP, HELP_ALL, RESERVED_COMMANDS, command_of, run_plain, with_method
 from memplan.cli.typer_commands import OptionsCommand, UsageError, usage
 
 
@@ -72,7 +72,8 @@ class Memplan(TyperGroup):
         try:
             code = run_plain(args or ())
             if code is None:
-                code = super().main(args, prog_name or "memplan", complete_var, False, windows_expand_args, **extra)
+                words = with_method(sys.argv[1:] if args is None else args)
+                code = super().main(words, prog_name or "memplan", complete_var, False, windows_expand_args, **extra)
         except UsageError as error:
             code = fail(usage(error), error.exit_code)
         except (typer.Abort, KeyboardInterrupt):

@@ -8,6 +8,7 @@ from typing import Any
 
 from memplan.cli.commands import Subcommand
 from memplan.cli.outcome import TYPED
+from memplan.spec.option_values import is_method
 
 # Command -> module whose function `command` makes it.
 COMMANDS = {
@@ -44,8 +45,17 @@ def command_of(name: str) -> Any:
     return import_module(f"memplan.cli.{COMMANDS[name]}").command(name)
 
 
+def with_method(words: Sequence[str]) -> Sequence[str]:
+    """Return the words with a method that is in front of the model as its option: `qlora qwen2-7b` means `qwen2-7b
+    --method qlora`."""
+    if len(words) < 2 or words[0] in COMMANDS or words[1].startswith("-") or not is_method(words[0]):
+        return words
+    return (words[1], "--method", words[0], *words[2:])
+
+
 def run_plain(words: Sequence[str]) -> int | None:
     """Run a command line and return its exit code; None if typer has to parse it: for help, or to explain an error."""
+    words = with_method(words)
     if not words or words[0] in (HELP, HELP_ALL, *RESERVED_COMMANDS):
         return None
     TYPED.set(tuple(words))

@@ -12,6 +12,7 @@ from typer.main import get_command
 
 from memplan.cli.commands import Options, Subcommand, Switch, type_of
 from memplan.core.errors import SpecError
+from memplan.spec.option_values import INSTEAD
 from memplan.spec.options import Option, flag
 
 # click's error about wrong usage, wherever this typer keeps its click
@@ -65,6 +66,10 @@ def usage(error: Any) -> str:
         from memplan.spec.failures import message_of
 
         text = f"{param.opts[0]}: {message_of(error.__cause__)}"
+    typed = getattr(error, "option_name", None) or ""
+    instead = INSTEAD.get(typed.strip("-").replace("_", "-"))
+    if instead is not None:
+        text = f"No such option: {typed}; write {instead}"
     return " ".join(text.split())
 
 

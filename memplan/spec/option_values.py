@@ -33,6 +33,11 @@ def method_word(text: str) -> str:
     return next((method for method, words in _METHOD_WORDS.items() if word in words), word)
 
 
+def is_method(text: str) -> bool:
+    """Return whether a word says what to do with a model: a method that trains or runs it, or a trainer."""
+    return method_word(text) in (*_METHOD_WORDS, *FLAGS, *TRAINERS)
+
+
 _METHOD_WORDS = {
     "full": (
         "fft",
@@ -44,6 +49,7 @@ _METHOD_WORDS = {
         "full_ft",
         "full_sft",
         "sft",
+        "train",
     ),
     "generate": ("generation", "infer", "inference", "serve", "serving"),
 }
@@ -71,6 +77,16 @@ def retold(name: str, text: str) -> tuple[str, str]:
 
 TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gkd", "distill")
 FLAGS = ("qlora", "lora", "dora", "qdora")  # methods that people type as flags
+# Options of other tools, and what to type.
+INSTEAD = {
+    **dict.fromkeys(("load-in-4bit", "4bit"), "--method qlora"),
+    **dict.fromkeys(("load-in-8bit", "8bit"), "--method qlora --quant-format int8"),
+    "bf16": "--precision autocast",
+    "fp16": "--dtype fp16",
+    **dict.fromkeys(("flash-attn", "flash-attention", "use-flash-attn"), "--attention flash_attention_2"),
+    **dict.fromkeys(("unsloth", "use-unsloth"), "--profile unsloth"),
+    "use-peft": "--method lora",
+}
 
 
 def listed(text: str) -> list[str]:

@@ -51,6 +51,10 @@ QUESTIONS = {
     "qwen3-0.6b --method lora --trainer kto --gpu 3090": (0, "FITS  KTO with LoRA of qwen3-0.6b"),
     "qwen3-0.6b --method GRPO --gpu 3090": (0, "FITS  GRPO with full fine-tuning of qwen3-0.6b"),
     "qwen3-0.6b --method DPO --gpu 3090": (0, "FITS  DPO with full fine-tuning of qwen3-0.6b"),
+    "qlora qwen3-8b --gpu 3090": (0, "FITS  QLoRA of qwen3-8b on GeForce RTX 3090"),
+    "sft qwen3-0.6b --method lora --gpu 3090": (0, "FITS  LoRA of qwen3-0.6b"),
+    "inference qwen3-8b --gpu 3090": (0, "FITS  generation of qwen3-8b"),
+    "dpo qwen3-0.6b --method lora --gpu 3090": (0, "FITS  DPO with LoRA of qwen3-0.6b"),
 }
 # A wrong line -> the wrong word, and how the suggestion is put in its place.
 TYPOS = {
@@ -61,7 +65,10 @@ TYPOS = {
     "qwen3-8b --method qlora --gpu 4900": "4900",
     "qwen3-8b --method qlora --gpu colab": "colab",
     "qwen3-8b --method qlora --profile axolotll --gpu 4090": "axolotll",
+    "qwen3-0.6b --method lora --gpu macbook": "macbook",
 }
+# Options of other tools that are other words here.
+OTHERS = ("load-in-4bit", "bf16", "fp16", "flash_attn", "use_unsloth", "use-peft")
 
 Printed = Callable[[str], tuple[int, str, str]]
 
@@ -90,6 +97,15 @@ def test_a_question_is_answered_as_it_is_typed(line: str, typed: Printed) -> Non
     code, out, err = typed(line)
     assert (code, err) == (QUESTIONS[line][0], "")
     assert out.startswith(QUESTIONS[line][1])
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_an_option_of_another_tool_names_the_words_that_work(name: str, typed: Printed) -> None:
+    code, out, err = typed(f"qwen3-0.6b --{name}")
+    assert (code, out) == (2, "")
+    found = re.search(rf"No such option: --{name}; write (.*)$", err.strip())
+    assert found, err
+    assert typed(f"qwen3-0.6b {found[1]}")[0] == 0
 
 
 @pytest.mark.parametrize("line", sampled(list(TYPOS)))

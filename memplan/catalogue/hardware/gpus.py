@@ -173,7 +173,7 @@ _BRANDS = {
     **dict.fromkeys(("intel", "arc"), "Intel"),
     **dict.fromkeys(("huawei", "ascend"), "Huawei"),
     **dict.fromkeys(("google", "tpu"), "Google"),
-    "apple": "Apple",
+    **dict.fromkeys(("apple", "mac", "macbook"), "Apple"),
 }
 # Other words that do not distinguish cards.
 _NOISE = {"r", "tm", "graphics", "gpu", "gpus", "accelerator", "data", "center", "centre"} | {
@@ -306,9 +306,11 @@ def _with_memory(gpu: GPU, memory_gb: float) -> GPU:
 
 
 def _nearest(text: str) -> list[str]:
-    """The ids most similar to `text`, best first."""
+    """The ids most similar to `text`, best first, of the vendors that it mentions."""
     import difflib
 
-    known = {_squeeze(name): card for name, card in gpu_table().owners.items()}
+    table, vendors = gpu_table(), _parse(text).vendors
+    owners = {n: card for n, card in table.owners.items() if not vendors or table.gpu(card).vendor in vendors}
+    known = {_squeeze(name): card for name, card in (owners or table.owners).items()}
     near = difflib.get_close_matches(_squeeze(text), known, n=8, cutoff=0.0)
     return list(dict.fromkeys(known[name] for name in near))
