@@ -550,10 +550,11 @@ def summary() -> Iterable[str]:
 def outcomes() -> Iterable[str]:
     """Yield a paragraph of what memplan says of runs that ran, and of runs that died."""
     died, ran = ({word: len(ids) for word, ids in verdicts()[happened].items()} for happened in ("died", "ran"))
+    refused = f"; {ran['refused']} are refused" * bool(ran["refused"])
     text = (
         f"{sum(died.values())} published runs ran out of memory on an 80 GB card: {died['does not fit']} are said not "
         f"to fit, {died['fits']} to fit. {sum(ran.values())} ran there: {ran['fits']} are said to fit, "
-        f"{ran['tight']} to be tight, {ran['does not fit']} not to fit; {ran['refused']} are refused."
+        f"{ran['tight']} to be tight, {ran['does not fit']} not to fit{refused}."
     )
     return wrap(text, 120)
 
