@@ -29,6 +29,7 @@ BANNED = {
     r"\bsuch a one\b": "one",
     r"\btakes back\b": "overrides",
     r"\blacks?\b": "needs more, has no",
+    r'^"""What\b': "a noun, or a verb, that says what it is",
 }
 # Keys of the JSON contract and a verdict of a trace, which other tools read.
 CONTRACT = {"beside", "lacks"}

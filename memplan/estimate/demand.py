@@ -1,4 +1,4 @@
-"""What counts as fitting."""
+"""The demand that counts as fitting."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memplan.estimate.answer import Estimate
 
 
 class Demand(NamedTuple):
-    """What a plan has to reach: the run fits, or is at most `tight`, with `headroom` bytes free."""
+    """The answer that a plan has to reach: the run fits, or is at most `tight`, with `headroom` bytes free."""
 
     tight: bool = False
     headroom: int = 0

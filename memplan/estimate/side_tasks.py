@@ -146,7 +146,7 @@ def _evaluation_graph(graph: Graph, now: Pass, caching: bool) -> Graph:
 
 
 class _Kept(NamedTuple):
-    """What an evaluation keeps of finished batches.
+    """Tensors that an evaluation keeps of finished batches.
 
     during  tensors held during the last batch's pass
     joined  tensors held while its predictions are concatenated with those before

@@ -77,7 +77,7 @@ class Replay:
 
 
 class ProcessOverhead(NamedTuple):
-    """What a process takes outside torch's segments, and how certain that is.
+    """The memory of a process outside torch's segments, and how certain it is.
 
     context           bytes
     low, usual, high  errors of segments and context together, in millionths
@@ -155,7 +155,7 @@ def enough_for_segments(allocated: Size, resident: int, load: int, by: Arithmeti
 
 
 class Usage:
-    """What a run takes of a card, in bytes.
+    """The memory of a card that a run takes, in bytes.
 
     With room to spare torch keeps every segment. On a full card it releases free segments before it fails, so a run may
     survive in less than it would show elsewhere: it fits if it has that room, or if its tensors leave room for any
@@ -253,7 +253,7 @@ class Usage:
 
     @cached_property
     def used(self) -> int:
-        """What the card shows for the process; for a run that does not fit, what a larger card would show."""
+        """The bytes that the card shows for the process; for a run that does not fit, those of a larger card."""
         used = self._shown_at("usual")
         if self._gpu is None or self.answer == "does not fit":
             return max(used, self.reserved)
@@ -261,7 +261,7 @@ class Usage:
 
     @cached_property
     def reserved(self) -> int:
-        """What torch reserves at its peak: all it requests, or what the card has if the run fits in that."""
+        """The bytes that torch reserves at its peak: all it requests, or what the card has if the run fits in that."""
         if self._gpu is None or self.answer == "does not fit":
             return self._roomy
         capacity = self._gpu.usable - self._overhead.context

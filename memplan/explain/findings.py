@@ -42,7 +42,7 @@ class MemoryFinding(NamedTuple):
 
 
 class MemoryRow(NamedTuple):
-    """What a row of memory was at the failure: measured by the log, and predicted by the run; None if unknown."""
+    """The bytes of a row of memory at the failure: measured by the log, and predicted by the run; None if unknown."""
 
     what: str
     measured: int | None

@@ -1,4 +1,4 @@
-"""What a traceback's frames were doing: the phase, the operation, and the kinds of tensors that it allocates."""
+"""The work of a traceback's frames: the phase, the operation, and the kinds of tensors that it allocates."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEIGHT, GRADIENT, STATES, CACHE, TOWER, OTHER_ROLE = (
 
 
 class FrameOperation(NamedTuple):
-    """What a frame does: frames with the pattern in `file:function: code`.
+    """The work of frames with the pattern in `file:function: code`.
 
     words  in words
     roles  the kinds of tensors that it allocates; empty if it may be any

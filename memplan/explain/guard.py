@@ -45,7 +45,7 @@ class StepWouldFailError(MemplanError):
 
 
 class TrainingGuard:
-    """What `guard` returns: a context manager around a training script.
+    """The context manager that `guard` returns, around a training script.
 
     answer    the estimate of the run
     readings  the first two steps next to the estimate

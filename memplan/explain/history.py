@@ -54,7 +54,7 @@ class FailedRequest(NamedTuple):
 
 
 class History:
-    """What a snapshot tells.
+    """The facts of a snapshot.
 
     levels      bytes allocated after every allocation and free
     peak        the largest of them

@@ -12,7 +12,7 @@ _IMPOSSIBLE = 2**50  # bytes that no card has: a negative number, printed withou
 
 
 class Owner(NamedTuple):
-    """What held memory: a sentence, how sure it is, and why."""
+    """A holder of memory: a sentence, how sure it is, and why."""
 
     text: str
     certainty: str

@@ -81,7 +81,7 @@ _KINDS_OUTSIDE = {"load": "parameter", "states": "optstate", "step": "temp"}
 
 
 class _Names:
-    """What each storage of a replay is."""
+    """The tensor in each storage of a replay."""
 
     def __init__(self, structure: Structure, events: SizedEvents) -> None:
         self._starts = sorted(events.passes)

@@ -1,4 +1,4 @@
-"""What changed between two checks: which runs no longer fit, are new, fixed, changed or gone, and why."""
+"""Changes between two checks: which runs no longer fit, are new, fixed, changed or gone, and why."""
 
 from __future__ import annotations
 

@@ -106,7 +106,7 @@ class CheckedRun(NamedTuple):
 
     @property
     def worst(self) -> tuple[object, ...]:
-        """What runs are sorted by: the worst first."""
+        """The key that sorts runs, the worst first."""
         share = self.peak / self.limit if self.limit else 0.0
         return STATUSES.index(self.status), -share, self.run, self.gpu
 

@@ -130,6 +130,7 @@ class CheckpointFacts(NamedTuple):
     gguf_switches  boolean config keys, each with the tensor of the first layer that exists if it is true
     gguf_modules   names of modules in GGUF files that mean something else than in other families
     gguf_fuses     gate and up projections are one matrix in its GGUF files
+    gguf_rolls     llama.cpp keeps its states from before each proposed token, to roll back to
     """
 
     experts: Literal["", "split", "transposed"] = ""
@@ -140,6 +141,7 @@ class CheckpointFacts(NamedTuple):
     gguf_switches: Mapping[str, str] = EMPTY
     gguf_modules: Mapping[str, str] = EMPTY
     gguf_fuses: bool = False
+    gguf_rolls: bool = False
 
 
 class ParallelFacts(NamedTuple):

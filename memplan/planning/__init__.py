@@ -1,1 +1,1 @@
-"""What to change, what to buy, and what the limits are: searches over estimates of runs similar to the given one."""
+"""Changes that make a run fit, cards to buy, and limits: searches over estimates of runs similar to the given one."""

@@ -1,4 +1,4 @@
-"""What to own or rent: the catalogued cards, counts and strategies that hold a run, cheapest first.
+"""Cards to own or rent: the catalogued cards, counts and strategies that hold a run, cheapest first.
 
 The search uses bounds: cards that run the same kernels share one estimate, and the least and most that torch may
 reserve are compared with each card's memory. Every card that is finally offered has been estimated in full.

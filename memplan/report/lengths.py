@@ -1,4 +1,4 @@
-"""What sequences of different lengths mean for an answer, in lines below it."""
+"""Lines below an answer about sequences of different lengths."""
 
 from __future__ import annotations
 

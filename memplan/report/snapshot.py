@@ -122,7 +122,7 @@ _MATCHES: list[Column[LineMatch]] = [
 
 
 class _Shape(NamedTuple):
-    """What is told of a segment: equal ones are one row."""
+    """The facts of a segment that a row shows; equal ones are one row."""
 
     size: int
     live: int

@@ -1,4 +1,4 @@
-"""What a training method touches: the layers that adapters wrap, what is quantised, what is frozen.
+"""The layers that a training method adapts, quantises and freezes.
 
 What the model, or peft around it, does not allow is refused here.
 """

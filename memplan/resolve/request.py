@@ -207,7 +207,7 @@ def _spread(spec: dict[str, Any], given: Mapping[str, Any], keeps_strategy: bool
         text = f"parallelism.world: {world} GPUs do not divide into groups of {model_ranks}"
         raise SpecError(text, "parallelism.world")
     if parallelism.keys() <= {"world"} and spec.get("task", "train") != "train":
-        return  # the run says how a model is spread that does not train
+        return  # `RunSpec.expanded` spreads a model that does not train
     replicas = world // model_ranks
     spec["parallelism"] = {**parallelism, "world": world, "dp": replicas}
     strategy = strategy_of(given, replicas)

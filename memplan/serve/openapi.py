@@ -20,7 +20,7 @@ _REF = "#/components/schemas/{model}"
 
 
 class ProblemDetail(BaseModel):
-    """What was wrong with a request."""
+    """The fault of a request."""
 
     type: str
     title: str

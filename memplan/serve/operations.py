@@ -1,4 +1,4 @@
-"""What a worker process answers: each operation takes a question and returns what is written as JSON."""
+"""Operations of a worker process: each takes a question and returns what is written as JSON."""
 
 from __future__ import annotations
 

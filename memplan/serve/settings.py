@@ -1,4 +1,4 @@
-"""What the operator of a server sets."""
+"""Settings of a server's operator."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from memplan.serve.page import Page
 
 
 class ReviewPolicy(NamedTuple):
-    """What an admission webhook does with pods.
+    """The policy of an admission webhook for pods.
 
     gpus          cards of the cluster, for pods that name none
     does_not_fit  `deny`, `warn` or `allow` a pod whose run does not fit, or does not start

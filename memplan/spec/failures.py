@@ -19,7 +19,7 @@ _MAX_SHOWN = 60  # characters of a value or key that an error message repeats
 
 
 class _Wrong(NamedTuple):
-    """What is wrong with a value, in plain words without its field, and what may have been meant."""
+    """The fault of a value, in plain words without its field, and the values that may have been meant."""
 
     text: str
     suggestions: tuple[str, ...] = ()

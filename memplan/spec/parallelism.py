@@ -11,7 +11,7 @@ from memplan.spec.checks import Before, Strict
 
 
 class Offload(Part):
-    """What is kept in host memory between uses.
+    """Parts of a run that are kept in host memory between uses.
 
     parameters   weights
     optimizer    optimizer states, and the optimizer step itself

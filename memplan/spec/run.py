@@ -174,7 +174,7 @@ class RunSpec(Part):
 
 
 def _on_all_gpus(parallelism: Any) -> Any:
-    """Return the parallelism, with a device_map if it is nothing but several GPUs."""
+    """Return the parallelism, with a device_map if all it says is a number of GPUs."""
     if not isinstance(parallelism, Mapping):
         return parallelism
     given = dict(cast(Mapping[str, Any], parallelism))

@@ -249,7 +249,7 @@ class Kernels(Part):
 
 
 class Loop(Part):
-    """What the training script does around the step.
+    """The training script around the step.
 
     hold_outputs         the script keeps a reference to the model's outputs through backward; `step`: through the
                          optimizer step too

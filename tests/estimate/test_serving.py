@@ -663,7 +663,7 @@ def test_llama_cpp_keeps_layers_on_the_host_unless_offloaded() -> None:
 
 
 def test_llama_cpp_keeps_experts_on_the_host() -> None:
-    """What leaves the card is what the layers' experts take; the first pattern counts; the note's number fits."""
+    """As much leaves the card as the experts of the layers take; the first pattern counts; the note's number fits."""
     m, half = find_model("qwen3-30b-a3b"), 24
     experts = 3 * 128 * 768 * 2048 * 2  # gate, up and down of a layer in F16
 

@@ -1,4 +1,4 @@
-"""What is found out about messages: the tensor, the owners, the run's part, and never more than is known."""
+"""Explanations of messages: the tensor, the owners, the run's part, and never more than is known."""
 
 from __future__ import annotations
 

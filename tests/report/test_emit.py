@@ -1,4 +1,4 @@
-"""What schedulers take: every system's document is that of the golden file, in its units, or a line that refuses.
+"""Documents for schedulers: every system's document is that of the golden file, in its units, or a line that refuses.
 
 The golden files are read by eye and checked against what each system has: `kubernetes-validate` and `dstack` where they
 are installed (a test each, skipped without them).

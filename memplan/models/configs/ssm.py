@@ -405,7 +405,7 @@ FAMILIES: dict[str, Family] = {
         attention=AttentionFacts(rotary=False),
         training=TrainingFacts(fused_mixers=True),
         generation=GenerationFacts(cache="mamba-2"),
-        checkpoint=CheckpointFacts(gguf="nemotron_h"),
+        checkpoint=CheckpointFacts(gguf="nemotron_h", gguf_rolls=True),
         serving=ServingFacts(adapts_tables=True, fp32_states=True),
     ),
     "granitemoehybrid": Family(
@@ -456,7 +456,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "qwen3_5_text": _QWEN3_NEXT._replace(
         defaults={**_DELTA, "num_key_value_heads": 4, "intermediate_size": 12288},
-        checkpoint=CheckpointFacts(gguf="qwen35", gguf_modules=_POST_NORM),
+        checkpoint=CheckpointFacts(gguf="qwen35", gguf_modules=_POST_NORM, gguf_rolls=True),
         parallel=ParallelFacts(plans.LLAMA_DELTA),
         serving=ServingFacts(adapts_tables=True),
     ),

@@ -49,7 +49,7 @@ _IN_PLACE = {
 
 
 class StorageInfo(NamedTuple):
-    """What is known of a storage when it is created.
+    """A storage as it is created.
 
     asked           bytes requested
     shape, dtype    of the first tensor in the storage
@@ -96,7 +96,7 @@ class _FakeMode(FakeTensorMode):
 
 
 class OperationCache(NamedTuple):
-    """What is known of operations on one kind of card, shared by all runs.
+    """Facts of operations on one kind of card, shared by all runs.
 
     scratch       memory that kernels allocate internally, by operation
     replacements  replacements for operations whose outputs depend on the data

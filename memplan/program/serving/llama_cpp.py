@@ -50,8 +50,9 @@ def _states(s: Settings) -> int:
 
     Source: src/llama-arch.cpp llm_arch_supports_rs_rollback, common/common.h need_n_rs_seq.
     """
-    rolls_back = s.model.family.checkpoint.gguf in ("qwen35", "qwen35moe", "nemotron_h")
-    return 1 + s.draft.tokens if s.draft is not None and s.draft.method == "mtp" and rolls_back else 1
+    if s.draft is None or s.draft.method != "mtp" or not s.model.family.checkpoint.gguf_rolls:
+        return 1
+    return 1 + s.draft.tokens
 
 
 def _cells(s: Settings, c: LayerCache, longest: int) -> int:

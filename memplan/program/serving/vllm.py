@@ -16,7 +16,7 @@ from memplan.program.serving.settings import Settings
 
 
 class _Kind(NamedTuple):
-    """What decides which group a layer's cache belongs to.
+    """The facts that decide which group a layer's cache belongs to.
 
     kind    full, sliding, chunked, or state
     page    bytes of one token, or of an entire state

@@ -26,7 +26,7 @@ _LONGEST_NAME = 50  # characters; Kubernetes adds some for a Job's pods, and tak
 
 
 class Ask(NamedTuple):
-    """What a run asks a scheduler for.
+    """The GPUs and memory that a run asks a scheduler for.
 
     gpus     GPUs that hold it, of which any will do
     count    number of GPUs

@@ -1,4 +1,4 @@
-"""What each system calls a GPU of the table.
+"""Each system's names for the GPUs of the table.
 
 Source: GPU Feature Discovery labels nodes with NVML's product name, dashes for spaces; ray 2.48
 util/accelerators/accelerators.py; gpuhunt 0.1.34 constraints.py (dstack); SkyPilot 0.14.1 catalog/common.py, and the

@@ -1,4 +1,4 @@
-"""What a report for a machine says about a check: one finding for each run that is not within its budget."""
+"""Findings of a check, for a machine's report: one for each run that is not within its budget."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a check says in words: bytes, GPUs, and the sentence about a run."""
+"""A check in words: bytes, GPUs, and the sentence about a run."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ MODES: Mapping[str, tuple[str, ...]] = {  # of a run that does not train, by its
 
 
 class PlanRequest(NamedTuple):
-    """What is planned.
+    """A question of a plan.
 
     mode     levers, max, ladder, advice, buy or nodes
     axis     what is as large as it can be, of mode `max`

@@ -1,4 +1,4 @@
-"""What libraries do not run on the GPUs of other vendors than the one they were written for."""
+"""Refusals of runs that libraries cannot run on a GPU of another vendor than they were written for."""
 
 from __future__ import annotations
 
