@@ -47,6 +47,11 @@ class Events:
         for number, key in events:
             self.append(number, key)
 
+    def equals(self, other: Events) -> bool:
+        """Return whether the other events are the same."""
+        mine, others = ((e.storages, e.spans, e.numbers, e.keys) for e in (self, other))
+        return mine == others
+
     def append(self, number: int, key: int) -> None:
         """Append one event."""
         if self._is_open:

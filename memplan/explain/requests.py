@@ -87,11 +87,12 @@ class _Names:
         self._starts = sorted(events.passes)
         self._passes = events.passes
         chunks = chunks_of(structure) if structure.pipe.engine else (structure,)
-        known = {id(pass_of(chunk, later)): (chunk, later) for chunk in chunks for later in (False, True)}
+        known = [(pass_of(chunk, later), chunk, later) for chunk in chunks for later in (False, True)]
         self._labelled: dict[int, AllocationTrace] = {}
-        for trace in events.passes.values():
-            if id(trace) in known and id(trace) not in self._labelled:
-                self._labelled[id(trace)] = pass_of(*known[id(trace)], labelled=True)
+        for trace in {id(each): each for each in events.passes.values()}.values():
+            found = next((each for each in known if each[0].equals(trace)), None)  # it may have been recorded again
+            if found is not None:
+                self._labelled[id(trace)] = pass_of(*found[1:], labelled=True)
 
     def of(self, number: int) -> tuple[str, ...] | None:
         """Return a storage's shape, dtype, kind, block, operation and name; None outside of passes."""

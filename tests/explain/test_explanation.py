@@ -17,6 +17,7 @@ from memplan.explain.findings import ASKED, CHANGE, EXPECTED, HELD, LIKELY, SURE
 from memplan.explain.message import Amount
 from memplan.explain.requests import requests
 from memplan.explain.tensors import says_nothing, tensors_behind
+from memplan.program import graph
 
 LOGITS = messages.TRACEBACK + messages.TORCH + "\n"
 
@@ -73,6 +74,15 @@ def test_the_message_of_a_runs_own_replay_names_its_tensor() -> None:
     assert found.plan is not None
     assert found.of(CHANGE)
     assert found.contradictions == []
+
+
+def test_tensors_keep_their_names_if_a_pass_is_recorded_again() -> None:
+    walked = walk(memplan.RunSpec(model="smollm2-135m", gpu="t4"))
+    assert isinstance(walked, TrainingWalk)
+    before = [*requests(walked, None)]
+    vars(graph)["_recorded"].cache_clear()  # as many other runs do
+    assert [*requests(walked, None)] == before
+    assert any(each.name for each in before)
 
 
 @pytest.mark.parametrize(("request_", "nothing"), [("20.00 MiB", True), ("2.00 MiB", True), ("22.00 MiB", False)])
