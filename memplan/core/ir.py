@@ -67,8 +67,8 @@ class Weight(NamedTuple):
     stands_for       names of the linear layers that peft adapts it as, though it is a single parameter
     idle             would train, but never gets a gradient: the run's operations do not use it, or only without
                      gradients
-    gradient         shape of its gradient, if it differs from the weight's: for a part of a table, that of the whole
-                     table
+    gradient         shape of its gradient's storage, if it differs from the weight's: for a part of a table, that of
+                     the whole table
     adapter          rank of the adapter on it, an axis or a number, if the run chooses modules by their paths
     kernel           kernel that runs an inference-only format (`memplan.catalogue.quantization.inference_formats`)
     """

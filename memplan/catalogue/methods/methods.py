@@ -287,13 +287,14 @@ def _wrapped(op: Op, recipe: Recipe, axes: Mapping[str, int]) -> Wrapped:
     )
 
 
-def _layers_of(kind: str) -> tuple[Callable[[Wrapped], Iterator[Op]] | None, Shared | None]:
+def _layers_of(kind: str) -> tuple[Callable[[Wrapped], Iterable[Op]] | None, Shared | None]:
     """How a method of peft other than LoRA wraps a linear layer, and what all of its layers share; None if nothing."""
     if kind in LORA or kind in LAYERS:
         return LAYERS.get(kind), SHARED.get(kind)
+    from memplan.catalogue.methods.peft_formulas import FORMULAS, SHARED_FORMULAS
     from memplan.catalogue.methods.peft_updates import SHARED_BASES, UPDATES
 
-    return UPDATES.get(kind), SHARED_BASES.get(kind)
+    return UPDATES.get(kind, FORMULAS.get(kind)), SHARED_BASES.get(kind, SHARED_FORMULAS.get(kind))
 
 
 def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:

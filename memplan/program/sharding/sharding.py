@@ -203,7 +203,8 @@ class Sharding:
             waiting = self.memory_of(self._parameters(lambda w: w.idle))
             memory = memory._replace(states=(*memory.states, *waiting.states))
         _, axes = operations_of(self.graph)
-        whole = [(w, n) for w, n, _ in weights_of(self.graph) if w.gradient and w.trains]
+        of_graph = weights_of(self.graph)
+        whole = [(w, n) for w, n, _ in of_graph if w.gradient and w.trains and w.group != "adapter"]
         local = sum(size(w.shape, w.dtype, axes)[1] * n for w, n in whole)
         if max(memory.first, memory.later) >= local or memory.frees_gradients or self.run.optimizer == "none":
             return memory
