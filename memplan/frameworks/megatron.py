@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from memplan.frameworks.change_table import Value
 from memplan.frameworks.whole_file import FileFormat, Nodes, command, head_node, profile_remark, sequences, torchrun
 from memplan.models.cards import find_model
-from memplan.models.configs.megatron import positions_of
+from memplan.models.configs.megatron import gpt_config, positions_of
 from memplan.models.model import ModelSpec
 from memplan.spec.run import RunSpec
 
@@ -61,7 +61,7 @@ def _sizes(m: ModelSpec, sequence: int) -> Mapping[str, Value]:
 def _remarks(run: RunSpec) -> Iterator[str]:
     m, weights = find_model(run.model), run.precision.weights
     yield from profile_remark(run, "megatron-core")
-    if m.family.parallel.megatron_flags is None:
+    if not m.is_megatron and gpt_config(m) is None:
         yield f"add the flags for norms, activation, biases and positions of {m.model_type}"
     if weights != "fp32" and run.precision.master is None:
         yield f"--{weights} also keeps fp32 master weights and gradients; --precision mixed counts the master weights"
@@ -76,16 +76,19 @@ def _remarks(run: RunSpec) -> Iterator[str]:
 def _write(values: Mapping[str, Value], remarks: list[str], run: RunSpec, nodes: Nodes) -> str:
     flags = [f"--{key}" if value is True else f"--{key} {value}" for key, value in values.items() if value is not False]
     m = find_model(run.model)
-    flags += _megatron_gpt_flags(m) if m.is_megatron else m.family.parallel.megatron_flags or ()
+    config = m.config if m.is_megatron else gpt_config(m)
+    flags += [] if config is None else _gpt_flags(ModelSpec(config))
     return command(f"{torchrun(nodes)} pretrain_gpt.py", flags, [*head_node(nodes), *remarks])
 
 
-def _megatron_gpt_flags(m: ModelSpec) -> list[str]:
+def _gpt_flags(m: ModelSpec) -> list[str]:
     """The flags of a megatron_gpt config, in addition to its sizes."""
     flags = ["--swiglu"] if m.get("gated_mlp", False) else []
     flags += ["--normalization RMSNorm"] if m.get("norm_type", "layernorm") == "rmsnorm" else []
     flags += [f"--position-embedding-type {positions_of(m)}"]
     flags += [] if m.get("use_bias", True) else ["--disable-bias-linear"]
+    flags += ["--add-qkv-bias"] if m.get("add_qkv_bias", False) else []
+    flags += ["--qk-layernorm"] if m.get("qk_layernorm", False) else []
     flags += [f"--hidden-dropout {m.get('hidden_dropout', 0.1)}"]
     return flags
 

@@ -19,7 +19,11 @@ _MEGATRON_NOTE = (
     "Megatron: main gradients in fp32 (--accumulate-allreduce-grads-in-fp32, on with --bf16), fp32 masters, no "
     "--overlap-grad-reduce"
 )
-_NOT_ITS_CODE = "the layers counted are transformers', not Megatron's"
+NOT_ITS_CODE = "megatron-core: the layers counted are transformers', not Megatron's"
+_HALF_GRADIENTS = (
+    "Megatron-core keeps gradients and master weights in fp32 with --bf16: use precision {weights: bf16, grads: fp32, "
+    "master: fp32}, or strategy megatron_dist_opt, to count them so"
+)
 
 
 def _wraps_no_blocks(p: Parallelism, method: Method, trainer: bool) -> bool:
@@ -70,7 +74,9 @@ def set_sharded_dtypes(run: OpenRun) -> None:
             run.notes.append(_DEEPSPEED_NOTE)
     if run.copies > 1 and run.parallelism.strategy == MEGATRON:
         run.precision = run.precision.model_copy(update={"grads": "fp32", **master})
-        run.notes.append(_MEGATRON_NOTE if run.is_megatron_model else f"{_MEGATRON_NOTE}; {_NOT_ITS_CODE}")
+        run.notes.append(_MEGATRON_NOTE)
+    elif run.is_megatron_model and weights != "fp32" and run.precision.grads != "fp32":
+        run.notes.append(_HALF_GRADIENTS)
 
 
 def without_preparation(method: Method) -> Method:

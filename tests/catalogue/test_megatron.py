@@ -10,6 +10,8 @@ from benchmarks import golden
 from benchmarks.golden import SLACK, Measured
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.core.errors import ConfigError, SpecError, UnsupportedModelError
+from memplan.models.cards import find_model
+from memplan.models.configs.megatron import padded
 from tests.cases import each
 
 # GPT-3 of Megatron-LM's functional tests, at 12 layers.
@@ -147,6 +149,48 @@ def test_rotary_positions_are_unlimited() -> None:
 def test_selective_recomputation_is_refused_for_other_models() -> None:
     with pytest.raises(SpecError, match=r"kernels\.checkpointing: 'selective' is not supported yet"):
         estimate(RunSpec(model="gpt2", profile="megatron-core", **kernels("sdpa", "selective")))
+
+
+BRIDGED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("llama-3.1-8b", {}, {"world": 16, "tp": 2, "cp": 2, "pp": 2, "dp": 2, "strategy": "ddp"}),
+    ("qwen2-7b", {"add_qkv_bias": True}, {"world": 4, "tp": 2, "dp": 2, "strategy": "megatron_dist_opt"}),
+    ("qwen3-8b", {"qk_layernorm": True}, {"world": 2, "cp": 2, "strategy": "ddp"}),
+    (
+        "qwen3-30b-a3b",
+        {"qk_layernorm": True, "moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": True},
+        {"world": 8, "tp": 2, "ep": 4, "dp": 4, "sequence_parallel": True, "strategy": "megatron_dist_opt"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "differs", "ranks"), BRIDGED, ids=[name for name, *_ in BRIDGED])
+def test_a_model_of_the_hub_is_the_gpt_that_megatron_bridge_makes_of_it(
+    name: str, differs: dict[str, Any], ranks: dict[str, Any]
+) -> None:
+    model = find_model(name)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    gpt = {
+        **{key: getattr(model, key) for key in (*sizes, "head_dim", "vocab_size", "tie_word_embeddings")},
+        **{
+            key: model.config[key]
+            for key in ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
+            if key in model.config
+        },
+        "model_type": "megatron_gpt",
+        "gated_mlp": True,
+        "hidden_act": "silu",
+        "norm_type": "rmsnorm",
+        "position_embedding_type": "rope",
+        "use_bias": False,
+        "hidden_dropout": 0.0,
+        **differs,
+    }
+    batch = {"micro": 1, "sequence": 4096, "accumulation": 2}
+    options: dict[str, Any] = {**kernels("sdpa"), "batch": batch, "parallelism": ranks}
+    bridged = answer(model=name, **options)
+    assert bridged.bytes == answer(model={"config": gpt}, **options).bytes
+    added = model.vocab_size - padded(model.vocab_size)
+    assert bridged.parameters.total == estimate(RunSpec(model=name)).parameters.total - 2 * added * model.hidden_size
 
 
 def of_ranks(t: int, tokens_divided: bool) -> dict[str, Any]:

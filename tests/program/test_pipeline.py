@@ -213,11 +213,11 @@ def test_the_first_stage_keeps_one_gpus_activations(pp: int) -> None:
 
 
 def test_each_further_microbatch_adds_one_pass_up_to_those_in_flight() -> None:
-    """The second backward pass is the first with existing gradients: of 5 microbatches 3 others are then in flight."""
+    """Megatron's gradients exist from the start, so the first backward pass is the largest: 3 others are in flight."""
     peaks = [piped(4, m, {"batch": {"sequence": 2048}, **MEGATRON}, stage=0) for m in range(2, 7)]
     grown = [b.bytes.allocated - a.bytes.allocated for a, b in pairwise(peaks)]
-    assert grown[0] == grown[1] == grown[2] > 0
-    assert grown[3] == 0
+    assert grown[0] == grown[1] > 0
+    assert grown[2:] == [0, 0]
     kept = [line for line in peaks[-1].ledger if "of 4 microbatches in flight" in line.why]
     assert sum(line.bytes for line in kept) == 3 * grown[0]
     assert {line.why.partition(" microbatches")[0] for line in kept} == {"3 of 4"}

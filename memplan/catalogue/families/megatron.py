@@ -268,7 +268,7 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
             (ops.view if is_contiguous else ops.copy)(f"{name}.k", k, "k", KEYS),
         )
     return (
-        ops.linear(f"{name}.linear_qkv", "n1", "qkv", "qkv", "h", "attention", bias=m.get("use_bias", True)),
+        ops.linear(f"{name}.linear_qkv", "n1", "qkv", "qkv", "h", "attention", bias=_has_qkv_bias(m)),
         ops.split(f"{name}.split", "qkv", heads),
         *steps,
         *((ops.release_names("q1"),) if grouped else ()),
@@ -277,6 +277,10 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         ops.linear(f"{name}.linear_proj", "o", "ao", "h", "a d", "attention"),
         ops.release_names("qkv", "q", "k", "v", "o"),
     )
+
+
+def _has_qkv_bias(m: ModelSpec) -> bool:
+    return m.get("use_bias", True) or m.get("add_qkv_bias", False)
 
 
 def _fused_rope(name: str, x: str, y: str, shape: str) -> Op:

@@ -13,6 +13,7 @@ from memplan.catalogue.parallelism.sharding import (
     MEGATRON,
 )
 from memplan.core.errors import SpecError, refused
+from memplan.models.configs import families
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.refusals.parallelism import ONE_GPU
@@ -29,27 +30,32 @@ _METHODS_OF = {
 }
 
 
+def _with_own_layers() -> str:
+    """Return the families that Megatron-core has layers of its own for."""
+    return ", ".join(name for name, row in families().items() if row.parallel.gpt is not None)
+
+
 def megatron_model(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what Megatron-core's own layers do not support."""
     method, kernels = r.method, r.kernels
     if r.profile != "megatron-core":
         yield refused("profile", f"megatron_gpt needs Megatron-core's layers; use megatron-core, not {r.profile}")
     if method.kind != "full":
-        yield not_yet("method.kind", method.kind, "full with megatron_gpt")
+        yield not_yet("method.kind", method.kind, "full with Megatron-core's layers")
     if r.precision.autocast:
         yield SpecError(
             "precision.autocast: Megatron-core casts the model itself; use precision without autocast", "precision"
         )
     if kernels.loss != "hf":
-        yield not_yet("kernels.loss", kernels.loss, "hf with megatron_gpt (Megatron-core's own loss)")
+        yield not_yet("kernels.loss", kernels.loss, "hf with Megatron-core's layers (its own loss)")
     if kernels.fused:
-        yield not_yet(
-            "kernels.fused", ", ".join(kernels.fused), "none with megatron_gpt (its kernels are fused anyway)"
-        )
+        yield not_yet("kernels.fused", ", ".join(kernels.fused), "none with Megatron-core's layers (fused anyway)")
     if kernels.checkpointing == "offload":
-        yield not_yet("kernels.checkpointing", kernels.checkpointing, "none, full, selective with megatron_gpt")
+        yield not_yet(
+            "kernels.checkpointing", kernels.checkpointing, "none, full, selective with Megatron-core's layers"
+        )
     if r.loop.padded:
-        yield not_yet("loop.padded", True, "false with megatron_gpt")
+        yield not_yet("loop.padded", True, "false with Megatron-core's layers")
 
 
 def megatron_experts(r: OpenRun) -> Iterator[SpecError]:
@@ -65,7 +71,7 @@ def megatron_experts(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet(
             "parallelism.expert_imbalance",
             p.expert_imbalance,
-            "1 with megatron_gpt; set moe_capacity_factor in its config",
+            "1 with Megatron-core's layers; set moe_capacity_factor in a megatron_gpt config",
         )
     etp = p.tp if p.etp is None else p.etp
     if experts % p.ep:
@@ -91,7 +97,7 @@ def expert_parallel(r: OpenRun) -> Iterator[SpecError]:
     """
     p, method = r.parallelism, r.method
     if p.etp not in (1, ONE_GPU.etp):
-        yield not_yet("parallelism.etp", p.etp, "1, except for megatron_gpt configs with experts")
+        yield not_yet("parallelism.etp", p.etp, f"1, except for experts of {_with_own_layers()} under megatron-core")
     field = "parallelism.ep"
     if p.ep == 1:
         if p.expert_imbalance != 1:
@@ -100,7 +106,10 @@ def expert_parallel(r: OpenRun) -> Iterator[SpecError]:
         return
     if r.style != "transformers":
         yield not_yet(
-            field, p.ep, f"1 with profile {r.profile}; more with profile transformers-5 or megatron_gpt configs"
+            field,
+            p.ep,
+            f"1 with profile {r.profile} for {r.model.model_type}; more with profile transformers-5, or for "
+            f"{_with_own_layers()}",
         )
     wrong = [f"a multiple of tp {p.tp}"] * bool(p.ep % p.tp)
     wrong += [f"a divisor of dp {p.dp} x tp {p.tp} = {p.dp * p.tp}"] * bool(p.dp * p.tp % p.ep)
@@ -277,7 +286,7 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
             yield not_yet(
                 "parallelism.dp",
                 p.dp,
-                f"1 with tensor parallelism and profile {r.profile}, except for megatron_gpt configs",
+                f"1 with tensor parallelism and profile {r.profile}, except for {_with_own_layers()} in full training",
             )
         if r.precision.autocast:
             yield SpecError(
@@ -331,7 +340,7 @@ def context_parallel(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what context parallelism, or memplan so far, does not support."""
     p, kernels, field = r.parallelism, r.kernels, "parallelism.cp"
     if r.is_megatron_model and p.context != "ring":
-        yield not_yet("parallelism.context", p.context, "ring with megatron_gpt")
+        yield not_yet("parallelism.context", p.context, "ring with Megatron-core's layers")
     if r.is_megatron_model:
         if kernels.attention == "eager" or kernels.checkpointing == "selective":
             yield refused(
