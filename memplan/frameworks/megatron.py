@@ -7,14 +7,14 @@ from collections.abc import Iterator, Mapping
 from memplan.frameworks.change_table import Value
 from memplan.frameworks.whole_file import FileFormat, Nodes, command, head_node, profile_remark, sequences, torchrun
 from memplan.models.cards import find_model
-from memplan.models.configs.megatron import gpt_config, positions_of
+from memplan.models.configs.megatron import fuses_accumulation, gpt_config, positions_of
 from memplan.models.model import ModelSpec
 from memplan.spec.run import RunSpec
 
 
 def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
     p, weights, recomputes = run.parallelism, run.precision.weights, run.kernels.checkpointing
-    is_full = recomputes == "full"
+    is_full, fuses_loss = recomputes == "full", "cross_entropy" in (run.kernels.fused or ())
     return {
         "tensor-model-parallel-size": p.tp,
         "sequence-parallel": p.sequence_parallel,
@@ -37,6 +37,7 @@ def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
         "recompute-granularity": recomputes if recomputes in ("full", "selective") else None,
         "recompute-method": "uniform" if is_full else None,
         "recompute-num-layers": 1 if is_full else None,
+        **({"cross-entropy-loss-fusion": True, "cross-entropy-fusion-impl": "te"} if fuses_loss else {}),
         **_sizes(find_model(run.model), run.batch.sequence),
     }
 
@@ -89,6 +90,8 @@ def _gpt_flags(m: ModelSpec) -> list[str]:
     flags += [] if m.get("use_bias", True) else ["--disable-bias-linear"]
     flags += ["--add-qkv-bias"] if m.get("add_qkv_bias", False) else []
     flags += ["--qk-layernorm"] if m.get("qk_layernorm", False) else []
+    flags += [] if m.get("create_attention_mask", True) else ["--no-create-attention-mask-in-dataloader"]
+    flags += [] if fuses_accumulation(m) else ["--no-gradient-accumulation-fusion"]
     flags += [f"--hidden-dropout {m.get('hidden_dropout', 0.1)}"]
     return flags
 

@@ -64,5 +64,6 @@ GPT: dict[str, Any] = {
     "position_embedding_type": "rope",
     "use_bias": False,
     "hidden_dropout": 0.0,
+    "create_attention_mask": False,
 }
 GPT_EXPERTS: dict[str, Any] = {**GPT, "moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": True}

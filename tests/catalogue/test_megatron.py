@@ -164,7 +164,7 @@ BRIDGED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("name", "differs", "ranks"), BRIDGED, ids=[name for name, *_ in BRIDGED])
-def test_a_model_of_the_hub_is_the_gpt_that_megatron_bridge_makes_of_it(
+def test_models_of_the_hub_are_what_megatron_bridge_makes_of_them(
     name: str, differs: dict[str, Any], ranks: dict[str, Any]
 ) -> None:
     model = find_model(name)
@@ -183,6 +183,7 @@ def test_a_model_of_the_hub_is_the_gpt_that_megatron_bridge_makes_of_it(
         "position_embedding_type": "rope",
         "use_bias": False,
         "hidden_dropout": 0.0,
+        "create_attention_mask": False,
         **differs,
     }
     batch = {"micro": 1, "sequence": 4096, "accumulation": 2}

@@ -24,6 +24,7 @@ from memplan.models.configs.megatron import (
     TENSOR_RANKS,
     attention_drops,
     experts_of,
+    fuses_accumulation,
     groups_products,
     has_mean,
     is_gated,
@@ -67,11 +68,33 @@ def _workspace(capability: tuple[int, int] | None) -> int:
 
 
 def megatron_gpt(m: ModelSpec, wiring: Wiring) -> Stack:
-    return Stack(
+    stack = Stack(
         _before(m),
         tuple(Run(tuple(_block(m, wiring, layer) for layer in run.pattern), run.times) for run in m.runs),
         _after(m),
     )
+    return _with_fused_accumulation(stack) if fuses_accumulation(m) and uses_engine(m) else stack
+
+
+def _with_fused_accumulation(stack: Stack) -> Stack:
+    """Return the stack with weight gradients accumulated into the main gradients by the product that computes them.
+
+    Autograd is given an uninitialised tensor instead, one for all weights of a shape, which stays from then on.
+
+    Source: TransformerEngine 2.11 pytorch/module/base.py get_dummy_wgrad, module/linear.py _Linear.backward.
+    """
+    shapes: dict[str, None] = {}
+
+    def change(op: Op) -> tuple[Op, ...]:
+        weights = tuple(w._replace(accumulates=w.matrix or bool(w.stacked)) for w in op.weights)
+        shapes.update((w.shape.removeprefix("Eown "), None) for w in weights if w.accumulates)
+        return (op._replace(weights=weights),)
+
+    runs = rewrite(stack._replace(before=(), after=(), loss=()), change).runs
+    source = "TransformerEngine 2.11 pytorch/module/base.py get_dummy_wgrad"
+    placeholders = tuple(Tensor(f"gradient placeholder {shape}", shape, "=embeds") for shape in shapes)
+    made = Op("gradient placeholders", (), placeholders, gradient="none", holds="step", source=source)
+    return stack._replace(before=(*stack.before, made), runs=runs)
 
 
 def has_experts(m: ModelSpec) -> bool:
@@ -92,7 +115,7 @@ def with_divided_experts(m: ModelSpec, degrees: Degrees) -> ModelSpec:
 def _before(m: ModelSpec) -> tuple[Op, ...]:
     """Look up tokens and positions, add them, and transpose to sequence-first.
 
-    The data loader also makes a boolean mask, which stays alive for the forward pass, used or not.
+    The data loader also makes a boolean mask, unless told not to, which stays alive for the forward pass, used or not.
     """
     learned, drops = positions_of(m) == "learned_absolute", m.probability("hidden_dropout") > 0
     laid = "laid" if drops else "embeds"
@@ -103,7 +126,7 @@ def _before(m: ModelSpec) -> tuple[Op, ...]:
             (
                 *(Tensor(name, "b s", "int64") for name in ("ids", "labels", "positions")),
                 Tensor("loss_mask", "b s", "fp32"),
-                Tensor("attention_mask", "b s s", "bool"),
+                *((Tensor("attention_mask", "b s s", "bool"),) if m.get("create_attention_mask", True) else ()),
             ),
             holds="forward",
             source="Megatron-LM 0.12 training/utils.py get_batch_on_this_tp_rank",

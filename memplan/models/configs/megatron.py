@@ -8,6 +8,9 @@ add_qkv_bias                     the projection of queries, keys and values has 
 hidden_dropout                   dropout of embeddings and of both residual branches
 attention_dropout                dropout of attention probabilities; default: hidden_dropout
 qk_layernorm                     queries and keys are normalised per head
+gradient_accumulation_fusion     products add weight gradients to the main gradients themselves (unless
+                                 --no-gradient-accumulation-fusion)
+create_attention_mask            the data loader makes a mask (unless --no-create-attention-mask-in-dataloader)
 transformer_impl                 transformer_engine, or local for the same layers from torch and apex
 num_local_experts                experts (also num_experts, n_routed_experts)
 num_experts_per_tok              experts per token
@@ -96,6 +99,11 @@ def uses_engine(m: ModelFacts) -> bool:
     """Whether the layers are Transformer Engine's."""
     known = ("transformer_engine", "local")
     return _choice(m, "transformer_impl", known[0], known, "not supported") == known[0]
+
+
+def fuses_accumulation(m: ModelFacts) -> bool:
+    """Whether products add weight gradients to the main gradients themselves."""
+    return m.get("gradient_accumulation_fusion", True)
 
 
 def is_gated(m: ModelFacts) -> bool:
