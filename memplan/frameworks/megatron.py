@@ -25,6 +25,7 @@ def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
         "account-for-embedding-in-pipeline-split": bool(p.ends_as_layers),
         "account-for-loss-in-pipeline-split": bool(p.ends_as_layers),
         "context-parallel-size": p.cp,
+        "cp-comm-type": "a2a" if p.cp > 1 and p.context == "ulysses" else None,
         "expert-model-parallel-size": p.ep if p.ep > 1 else None,
         "expert-tensor-parallel-size": p.etp,
         "use-distributed-optimizer": p.strategy in ("zero1", "megatron_dist_opt"),

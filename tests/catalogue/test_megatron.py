@@ -221,7 +221,9 @@ def test_norms_of_queries_and_keys_keep_them_before_and_after() -> None:
 
 
 def test_layers_of_torch_have_no_workspace_of_transformer_engine() -> None:
-    assert answer().bytes.allocated - answer({"transformer_impl": "local"}).bytes.allocated == 32 * 2**20
+    plain = {"gradient_accumulation_fusion": False}
+    local = answer({"transformer_impl": "local"})
+    assert answer(plain).bytes.allocated - local.bytes.allocated == 32 * 2**20
     with pytest.raises(SpecError, match="transformer_impl local only has unfused attention"):
         answer({"transformer_impl": "local"}, **kernels("sdpa"))
     with pytest.raises(UnsupportedModelError, match="transformer_impl"):
@@ -379,6 +381,38 @@ def test_context_parallel_ranks_keep_their_queries_and_the_last_received_keys() 
     assert kept_by_a_layer(**options) == (alone - 1024) // 4 + 1024
     laid = {**options, **kernels("flash_attention_2")}
     assert kept_by_a_layer(**laid) == (kept_by_a_layer(**kernels("flash_attention_2")) - 1024) // 4 + 1024
+
+
+def test_ranks_that_exchange_heads_also_keep_the_output_before_the_exchange() -> None:
+    ranks = {"world": 4, "cp": 4, "strategy": "ddp"}
+    ring, exchanged = (
+        kept_by_a_layer(**kernels("sdpa"), parallelism={**ranks, "context": context}) for context in ("ring", "ulysses")
+    )
+    assert exchanged - ring == 2 * S * B * H // 4
+    with pytest.raises(SpecError, match=r"parallelism\.cp: 4 ranks cannot exchange 2 key/value heads"):
+        answer({"num_key_value_heads": 2}, **kernels("sdpa"), parallelism={**ranks, "context": "ulysses"})
+
+
+def test_fused_accumulation_has_one_placeholder_for_all_weights_of_a_shape() -> None:
+    """Those of q, k and v together, of attention's output, and both of the MLP; their gradients are not allocated."""
+    lines = [line for line in answer().ledger if "placeholder" in line.what]
+    assert sorted(line.bytes for line in lines) == sorted(2 * n * H * H for n in (3, 1, 4, 4))
+    config, options = of_experts(4)
+    lines = [line for line in answer(config, **options).ledger if "placeholder" in line.what]
+    assert sorted(line.bytes for line in lines) == sorted(2 * n * H * H for n in (3, 1, 2, 2))
+    assert not any("placeholder" in li.what for li in answer({"gradient_accumulation_fusion": False}).ledger)
+
+
+def test_transformer_engines_loss_overwrites_the_logits_in_half_precision() -> None:
+    plain, fused = (
+        next(
+            p.peak
+            for p in answer(kernels={**kernels("sdpa")["kernels"], "fused": list(which)}).phases
+            if p.phase == "loss"
+        )
+        for which in ((), ("cross_entropy",))
+    )
+    assert plain - fused == 4 * B * S * 50304
 
 
 @pytest.mark.parametrize("those", [kernels("eager"), kernels("sdpa", "selective")], ids=["eager", "selective"])

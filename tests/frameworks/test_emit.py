@@ -53,6 +53,7 @@ MEGATRON_FLAGS = {
     *("account-for-embedding-in-pipeline-split", "account-for-loss-in-pipeline-split"),
     *("disable-bias-linear", "add-qkv-bias", "qk-layernorm", "hidden-dropout"),
     *("no-create-attention-mask-in-dataloader", "no-gradient-accumulation-fusion"),
+    *("cp-comm-type", "cross-entropy-loss-fusion", "cross-entropy-fusion-impl"),
 }
 
 

@@ -441,4 +441,38 @@ def ring_attention(stack: Stack, degrees: Degrees) -> Stack:
     return rewrite(stack, change)
 
 
+def exchanged_heads(stack: Stack, degrees: Degrees) -> Stack:
+    """Return the operations of one rank if ranks exchange their tokens of all heads for all tokens of some heads.
+
+    The kernel keeps its output before the exchange, and the next projection its input after it.
+
+    Source: TransformerEngine 2.11 pytorch/attention/dot_product_attention/context_parallel.py
+    AttnFuncWithCPAndQKVOA2A, flash_attn_a2a_communicate.
+    """
+    source = (
+        "TransformerEngine 2.11 pytorch/attention/dot_product_attention/context_parallel.py AttnFuncWithCPAndQKVOA2A"
+    )
+
+    def change(op: Op) -> Iterator[Op]:
+        if op.product != "attention":
+            yield op
+            return
+        y, shapes = op.writes[0].name, dict(zip(op.reads, (QUERIES, KEYS, KEYS), strict=True))
+        sent: tuple[Tensor, ...] = ()
+        for t, shape in shapes.items():
+            sent = (*sent, Tensor(f"{t} to send", shape, f"={t}"))
+            back = (*sent, Tensor(f"gradient of {t} to send", shape, f"={t}"))
+            yield ops.copy(f"{op.name}.exchange_{t}", t, f"{t}.exchanged", shape, "new")._replace(
+                scratch=sent, scratch_back=tuple(map(Scratch, back)), source=source
+            )
+        yield ops.renamed(op, lambda name: f"{name}.exchanged" if name in (*shapes, y) else name)
+        parts = tuple(Tensor(f"output {what}", QUERIES, f"={y}.exchanged") for what in ("to send", "received"))
+        yield ops.copy(f"{op.name}.exchange", f"{y}.exchanged", y, QUERIES, "new")._replace(
+            scratch=parts, scratch_back=tuple(map(Scratch, parts)), source=source
+        )
+        yield ops.release_names(f"{y}.exchanged", *(f"{t}.exchanged" for t in shapes))
+
+    return rewrite(stack, change)
+
+
 BUILDERS = {KIND: megatron_gpt}

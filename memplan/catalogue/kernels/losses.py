@@ -196,8 +196,8 @@ def cross_entropy(
     half      never cast: all rows but the last are copied, and the loss has the logits' dtype
     plain     torchtitan: only cast to fp32, since labels come shifted
     parallel  `plain` on each rank's part of the vocabulary
-    in_place  Megatron: cast to fp32, then overwritten by softmax and gradient; labels come shifted. Transformer Engine's
-              kernel, if `fused`, overwrites the logits themselves
+    in_place  Megatron: cast to fp32, then overwritten by softmax and gradient; labels come shifted. If `fused`,
+              Transformer Engine's kernel overwrites the logits themselves
 
     single  a single sequence: all rows but the last are contiguous already and are not copied
     fused   a kernel keeps the logits it is given (half precision if `padded`) and overwrites them with their gradient

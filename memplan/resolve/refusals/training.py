@@ -341,8 +341,6 @@ def _divided_training(r: OpenRun) -> Iterator[SpecError]:
 def context_parallel(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what context parallelism, or memplan so far, does not support."""
     p, kernels, field = r.parallelism, r.kernels, "parallelism.cp"
-    if r.is_megatron_model and p.context != "ring":
-        yield not_yet("parallelism.context", p.context, "ring with Megatron-core's layers")
     if r.is_megatron_model:
         if kernels.attention == "eager" or kernels.checkpointing == "selective":
             yield refused(
@@ -350,6 +348,9 @@ def context_parallel(r: OpenRun) -> Iterator[SpecError]:
                 f"{p.cp} needs fused attention (kernels.attention sdpa or flash_attention_2), and does not work with "
                 "kernels.checkpointing selective",
             )
+        heads = r.model.num_key_value_heads // p.tp
+        if p.context == "ulysses" and heads % p.cp:
+            yield refused(field, f"{p.cp} ranks cannot exchange {heads} key/value heads; use parallelism.context ring")
         return
     if r.style != "transformers":
         yield not_yet(field, p.cp, f"1 with profile {r.profile}; more with profile transformers-5")
