@@ -59,17 +59,16 @@ def divide_ranks(run: OpenRun) -> None:
 def set_sharded_dtypes(run: OpenRun) -> None:
     """Set the dtypes that DeepSpeed and Megatron keep, whatever the run says, and note them.
 
-    Both keep fp32 masters. Under DeepSpeed the model and its adapters have one dtype; Megatron's main gradients are in
-    fp32.
+    Both keep fp32 masters. The model and its adapters have one dtype; Megatron's main gradients are in fp32.
 
     Source: DeepSpeed 0.19.8 runtime/engine.py _configure_distributed_model; Megatron-LM megatron/training/arguments.py.
     """
     weights = run.precision.weights
     master = {"master": None if weights == "fp32" else "fp32"}
+    if (run.under_deepspeed or run.is_megatron_model) and run.method.kind in ADAPTERS:
+        run.method = run.method.model_copy(update={"adapter_dtype": weights})
     if run.under_deepspeed:
         run.precision = run.precision.model_copy(update=master)
-        if run.method.kind in ADAPTERS:
-            run.method = run.method.model_copy(update={"adapter_dtype": weights})
         if run.parallelism.zero == Zero():
             run.notes.append(_DEEPSPEED_NOTE)
     if run.copies > 1 and run.parallelism.strategy == MEGATRON:

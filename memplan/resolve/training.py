@@ -22,7 +22,7 @@ from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import refused
 from memplan.core.ir import SavedTensors
 from memplan.core.once import once
-from memplan.models.configs.megatron import gpt_config
+from memplan.models.configs.megatron import fuses_accumulation, gpt_config
 from memplan.models.model import ModelSpec
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.program.graph import Graph
@@ -122,7 +122,7 @@ def _look_up_library(run: OpenTraining) -> None:
         run.checkpoint = run.checkpoint._replace(notes=(*run.checkpoint.notes, note))
     if library.sharding.tensor_parallel == "megatron" and not run.is_megatron_model:
         config = gpt_config(run.model)
-        if config is not None and run.method.kind == "full" and not run.precision.autocast:
+        if config is not None and refusals.runs_in_megatron(run):
             run.model = ModelSpec(config, run.model.name)
         else:
             run.notes.append(NOT_ITS_CODE)
@@ -255,6 +255,7 @@ def _wire_training(run: OpenTraining) -> None:
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
         recomputes=run.kernels.checkpointing == "selective" and run.is_megatron_model,
+        accumulates=run.is_megatron_model and run.method.kind == "full" and fuses_accumulation(run.model),
         keeps_last=run.library.checkpointing.keeps_last and run.kernels.checkpointing == "offload",
     )
 

@@ -118,7 +118,9 @@ def test_data_parallel_ranks_reduce_gradients_in_place() -> None:
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[MemplanError], str]] = [
     ({}, {"profile": "transformers-5"}, SpecError, "profile: megatron_gpt needs Megatron-core's layers"),
-    ({}, {"method": "lora"}, SpecError, "method.kind: 'lora' is not supported yet"),
+    ({}, {"method": "qlora"}, SpecError, "method.kind: 'qlora' is not supported yet"),
+    ({}, {"method": {"kind": "lora", "targets": ["q_proj"]}}, SpecError, "method.targets: .* is not supported yet"),
+    ({"num_experts": 2, "num_experts_per_tok": 1}, {"method": "lora"}, SpecError, "method.kind: 'lora' is not"),
     ({}, {"precision": {"weights": "fp32", "autocast": True}}, SpecError, "precision.autocast"),
     ({}, kernels("sdpa_math"), SpecError, "kernels.attention: sdpa_math is a torch kernel"),
     ({}, kernels("sdpa", "offload"), SpecError, "kernels.checkpointing: 'offload'"),
@@ -192,6 +194,20 @@ def test_models_of_the_hub_are_what_megatron_bridge_makes_of_them(
     assert bridged.bytes == answer(model={"config": gpt}, **options).bytes
     added = model.vocab_size - padded(model.vocab_size)
     assert bridged.parameters.total == estimate(RunSpec(model=name)).parameters.total - 2 * added * model.hidden_size
+
+
+def test_lora_adapts_the_four_linear_layers_and_frees_the_gradients_of_the_rest() -> None:
+    """Per layer r (in + out) each; a rank's weights stay whole, and only adapters have gradients and states."""
+    r, f = 16, GPT["intermediate_size"]
+    n = 12 * r * ((H + 3 * H) + (H + H) + (H + f) + (f + H))
+    lora = answer(
+        method={"kind": "lora", "rank": r}, parallelism={"world": 4, "dp": 4, "strategy": "megatron_dist_opt"}
+    )
+    assert lora.parameters.trainable == n
+    assert abs(lora.categories["gradient"] - 4 * n) < 2**16
+    assert abs(lora.categories["optstate"] - 12 * n // 4) < 2**16
+    assert not any("placeholder" in line.what for line in lora.ledger)
+    assert estimate(RunSpec(model="llama-3.1-8b", method="lora", profile="megatron-core")).ledger[0].bytes
 
 
 def of_ranks(t: int, tokens_divided: bool) -> dict[str, Any]:

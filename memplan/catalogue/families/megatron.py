@@ -24,7 +24,6 @@ from memplan.models.configs.megatron import (
     TENSOR_RANKS,
     attention_drops,
     experts_of,
-    fuses_accumulation,
     groups_products,
     has_mean,
     is_gated,
@@ -73,7 +72,7 @@ def megatron_gpt(m: ModelSpec, wiring: Wiring) -> Stack:
         tuple(Run(tuple(_block(m, wiring, layer) for layer in run.pattern), run.times) for run in m.runs),
         _after(m),
     )
-    return _with_fused_accumulation(stack) if fuses_accumulation(m) and uses_engine(m) else stack
+    return _with_fused_accumulation(stack) if wiring.accumulates and uses_engine(m) else stack
 
 
 def _with_fused_accumulation(stack: Stack) -> Stack:

@@ -26,7 +26,7 @@ _METHODS_OF = {
     "fsdp2": ("full", "freeze", "lora", "qlora", "dora"),
     **dict.fromkeys(("zero1", "zero2"), ("full", "freeze", "lora", "qlora", "dora", "qdora")),
     "zero3": ("full", "freeze", "lora", "qlora"),  # DoRA takes norms of weights that another module gathers
-    MEGATRON: ("full",),
+    MEGATRON: ("full", "lora"),
 }
 
 
@@ -35,13 +35,34 @@ def _with_own_layers() -> str:
     return ", ".join(name for name, row in families().items() if row.parallel.gpt is not None)
 
 
+# The layers that Megatron-Bridge's LoRA adapts, all by default. Source: megatron-bridge 0.3.1 peft/lora.py LoRA.
+_ADAPTED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def runs_in_megatron(r: OpenRun) -> bool:
+    """Return whether Megatron-core can train a model of another family so, given that it has layers for it."""
+    m, p = r.method, r.parallelism
+    adapts = m.kind == "lora" and "E" not in r.model.axes() and p.tp == 1 and _adapts_megatron_layers(r)
+    return not r.precision.autocast and (m.kind == "full" or adapts)
+
+
+def _adapts_megatron_layers(r: OpenRun) -> bool:
+    targets = r.method.targets
+    return targets == "all-linear" or (isinstance(targets, tuple) and set(targets) <= set(_ADAPTED))
+
+
 def megatron_model(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what Megatron-core's own layers do not support."""
     method, kernels = r.method, r.kernels
     if r.profile != "megatron-core":
         yield refused("profile", f"megatron_gpt needs Megatron-core's layers; use megatron-core, not {r.profile}")
-    if method.kind != "full":
-        yield not_yet("method.kind", method.kind, "full with Megatron-core's layers")
+    if method.kind not in ("full", "lora") or (method.kind == "lora" and megatron.has_experts(r.model)):
+        also = "" if megatron.has_experts(r.model) else ", lora"
+        yield not_yet("method.kind", method.kind, f"full{also} with Megatron-core's layers")
+    if method.kind == "lora" and (not _adapts_megatron_layers(r) or method.modules_to_save or method.dropout):
+        field = "modules_to_save" if method.modules_to_save else "dropout" if method.dropout else "targets"
+        known = {"targets": f"all-linear, {', '.join(_ADAPTED)}", "dropout": "0"}.get(field, "none")
+        yield not_yet(f"method.{field}", str(getattr(method, field)), f"{known} with Megatron-core's layers")
     if r.precision.autocast:
         yield SpecError(
             "precision.autocast: Megatron-core casts the model itself; use precision without autocast", "precision"
