@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from memplan.catalogue.parallelism.pipeline import group_size
 from memplan.frameworks.change_table import Value
 from memplan.frameworks.whole_file import FileFormat, Nodes, command, head_node, profile_remark, sequences, torchrun
 from memplan.models.cards import find_model
@@ -20,6 +21,9 @@ def _keys(run: RunSpec, nodes: Nodes) -> Mapping[str, Value]:
         "sequence-parallel": p.sequence_parallel,
         "pipeline-model-parallel-size": p.pp,
         "num-virtual-stages-per-pipeline-rank": p.virtual_stages if p.virtual_stages > 1 else None,
+        "microbatch-group-size-per-virtual-pipeline-stage": group_size(p.pp, run.batch.accumulation)
+        if p.virtual_stages > 1 and run.batch.accumulation % p.pp
+        else None,
         "decoder-first-pipeline-num-layers": p.first_stage_layers,
         "decoder-last-pipeline-num-layers": p.last_stage_layers,
         "account-for-embedding-in-pipeline-split": bool(p.ends_as_layers),

@@ -196,7 +196,7 @@ def test_models_of_the_hub_are_what_megatron_bridge_makes_of_them(
     assert bridged.parameters.total == estimate(RunSpec(model=name)).parameters.total - 2 * added * model.hidden_size
 
 
-def test_lora_adapts_the_four_linear_layers_and_frees_the_gradients_of_the_rest() -> None:
+def test_lora_adapts_four_layers_and_only_adapters_have_gradients() -> None:
     """Per layer r (in + out) each; a rank's weights stay whole, and only adapters have gradients and states."""
     r, f = 16, GPT["intermediate_size"]
     n = 12 * r * ((H + 3 * H) + (H + H) + (H + f) + (f + H))

@@ -53,7 +53,12 @@ MEGATRON_FLAGS = {
     *("account-for-embedding-in-pipeline-split", "account-for-loss-in-pipeline-split"),
     *("disable-bias-linear", "add-qkv-bias", "qk-layernorm", "hidden-dropout"),
     *("no-create-attention-mask-in-dataloader", "no-gradient-accumulation-fusion"),
-    *("cp-comm-type", "cross-entropy-loss-fusion", "cross-entropy-fusion-impl"),
+    *(
+        "microbatch-group-size-per-virtual-pipeline-stage",
+        "cp-comm-type",
+        "cross-entropy-loss-fusion",
+        "cross-entropy-fusion-impl",
+    ),
 }
 
 

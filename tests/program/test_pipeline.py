@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from memplan import Estimate, RunSpec, estimate, find_model
 from memplan.catalogue.hardware.overhead import cublas_workspace
-from memplan.catalogue.parallelism.pipeline import ENGINES, moments, most_in_flight, order
+from memplan.catalogue.parallelism.pipeline import ENGINES, moments, most_in_flight, order, warm_up
 from memplan.catalogue.parallelism.pipeline_stages import divide_by_device_map, split
 from memplan.core.errors import SpecError
 from memplan.engine.walk import alive, size
@@ -364,8 +364,8 @@ REFUSED: list[tuple[dict[str, Any], int, dict[str, Any], str, tuple[str, ...]]] 
     ({"pp": 4, "first_stage_layers": 3}, 4, MEGATRON, "parallelism.pp", ("pp 4", "16 layers", "3", "first")),
     ({"pp": 2, "first_stage_layers": 3, "last_stage_layers": 4}, 4, MEGATRON, "parallelism.pp", ("3 + 4",)),
     ({"pp": 4, "schedule": "gpipe"}, 4, MEGATRON, "parallelism.schedule", ("megatron", "1f1b")),
-    ({"pp": 4, "virtual_stages": 2}, 6, MEGATRON, "batch.accumulation", ("6", "pp 4", "virtual_stages 2")),
-    ({"pp": 4, "virtual_stages": 2}, 2, MEGATRON, "batch.accumulation", ("2", "pp 4", "virtual_stages 2")),
+    ({"pp": 4, "virtual_stages": 2}, 9, MEGATRON, "batch.accumulation", ("9", "pp 4", "virtual_stages 2", "2 equal")),
+    ({"pp": 4, "virtual_stages": 2}, 2, MEGATRON, "batch.accumulation", ("2 microbatches", "fewer than pp 4")),
     ({"pp": 4}, 3, TITAN, "batch.accumulation", ("3", "pp 4", "gpipe")),
     ({"pp": 4, "virtual_stages": 2}, 9, TITAN, "batch.accumulation", ("9", "pp 4", "virtual_stages 2", "2 equal")),
     ({"pp": 2, "virtual_stages": 2, "schedule": "gpipe"}, 4, TITAN, "parallelism.virtual_stages", ("gpipe", "1f1b")),
@@ -434,6 +434,13 @@ def test_impossible_pipelines_are_refused_in_one_line_with_every_factor(
     assert caught.value.field == field
     assert "\n" not in str(caught.value)
     assert [word for word in words if word not in str(caught.value)] == []
+
+
+def test_megatron_interleaves_equal_groups_of_more_microbatches_than_stages() -> None:
+    """Two groups of 5 warm up with one microbatch more per further chunk than groups of 4 do."""
+    notes = piped(4, 10, MEGATRON, stage=0, virtual_stages=2).notes
+    assert any("--microbatch-group-size-per-virtual-pipeline-stage 5" in note for note in notes)
+    assert warm_up(4, 0, 2, 10) - warm_up(4, 0, 2, 8) == 1
 
 
 def test_megatron_runs_fewer_microbatches_than_stages_and_keeps_fewer() -> None:
