@@ -69,6 +69,7 @@ class Weight(NamedTuple):
                      gradients
     gradient         shape of its gradient's storage, if it differs from the weight's: for a part of a table, that of
                      the whole table
+    accumulates      the product that computes its gradient adds it to the gradient buffer, so none is allocated
     adapter          rank of the adapter on it, an axis or a number, if the run chooses modules by their paths
     kernel           kernel that runs an inference-only format (`memplan.catalogue.quantization.inference_formats`)
     """
@@ -90,6 +91,7 @@ class Weight(NamedTuple):
     stands_for: tuple[str, ...] = ()
     idle: bool = False
     gradient: str = ""
+    accumulates: bool = False
     adapter: str = ""
     kernel: str = ""
 

@@ -154,7 +154,8 @@ class ParallelFacts(NamedTuple):
     context         context parallelism works: attention is one call on the heads of the projections
     wraps_twice     accelerate wraps its embeddings for FSDP2, and then the table inside them
     wrapped_stem    prefix of the weights outside of blocks that FSDP2 wraps as a separate unit
-    megatron_flags  Megatron-LM's flags for it, in addition to its sizes; None if not known
+    gpt             what Megatron-Bridge sets of Megatron-core's GPT for it, in addition to its sizes, in the keys of
+                    `megatron_gpt`; None if Megatron-core does not have it or it was not read
     """
 
     plan: TensorParallelPlan | None = None
@@ -164,7 +165,7 @@ class ParallelFacts(NamedTuple):
     context: bool = False
     wraps_twice: bool = False
     wrapped_stem: str = ""
-    megatron_flags: tuple[str, ...] | None = None
+    gpt: Mapping[str, Any] | None = None
 
 
 class ServingFacts(NamedTuple):

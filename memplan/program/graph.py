@@ -248,7 +248,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if degrees.cp > 1:
         heads = (graph.model.num_attention_heads, graph.model.num_key_value_heads)
         stack = (
-            megatron.ring_attention(stack, degrees)
+            (megatron.exchanged_heads if degrees.context == "ulysses" else megatron.ring_attention)(stack, degrees)
             if is_megatron
             else context_parallel.with_context_parallelism(stack, degrees, heads)
         )

@@ -19,7 +19,11 @@ _MEGATRON_NOTE = (
     "Megatron: main gradients in fp32 (--accumulate-allreduce-grads-in-fp32, on with --bf16), fp32 masters, no "
     "--overlap-grad-reduce"
 )
-_NOT_ITS_CODE = "the layers counted are transformers', not Megatron's"
+NOT_ITS_CODE = "megatron-core: the layers counted are transformers', not Megatron's"
+_HALF_GRADIENTS = (
+    "Megatron-core keeps gradients and master weights in fp32 with --bf16: use precision {weights: bf16, grads: fp32, "
+    "master: fp32}, or strategy megatron_dist_opt, to count them so"
+)
 
 
 def _wraps_no_blocks(p: Parallelism, method: Method, trainer: bool) -> bool:
@@ -55,22 +59,23 @@ def divide_ranks(run: OpenRun) -> None:
 def set_sharded_dtypes(run: OpenRun) -> None:
     """Set the dtypes that DeepSpeed and Megatron keep, whatever the run says, and note them.
 
-    Both keep fp32 masters. Under DeepSpeed the model and its adapters have one dtype; Megatron's main gradients are in
-    fp32.
+    Both keep fp32 masters. The model and its adapters have one dtype; Megatron's main gradients are in fp32.
 
     Source: DeepSpeed 0.19.8 runtime/engine.py _configure_distributed_model; Megatron-LM megatron/training/arguments.py.
     """
     weights = run.precision.weights
     master = {"master": None if weights == "fp32" else "fp32"}
+    if (run.under_deepspeed or run.is_megatron_model) and run.method.kind in ADAPTERS:
+        run.method = run.method.model_copy(update={"adapter_dtype": weights})
     if run.under_deepspeed:
         run.precision = run.precision.model_copy(update=master)
-        if run.method.kind in ADAPTERS:
-            run.method = run.method.model_copy(update={"adapter_dtype": weights})
         if run.parallelism.zero == Zero():
             run.notes.append(_DEEPSPEED_NOTE)
     if run.copies > 1 and run.parallelism.strategy == MEGATRON:
         run.precision = run.precision.model_copy(update={"grads": "fp32", **master})
-        run.notes.append(_MEGATRON_NOTE if run.is_megatron_model else f"{_MEGATRON_NOTE}; {_NOT_ITS_CODE}")
+        run.notes.append(_MEGATRON_NOTE)
+    elif run.is_megatron_model and weights != "fp32" and run.precision.grads != "fp32":
+        run.notes.append(_HALF_GRADIENTS)
 
 
 def without_preparation(method: Method) -> Method:

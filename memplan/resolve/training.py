@@ -22,6 +22,7 @@ from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import refused
 from memplan.core.ir import SavedTensors
 from memplan.core.once import once
+from memplan.models.configs.megatron import fuses_accumulation, gpt_config
 from memplan.models.model import ModelSpec
 from memplan.models.peft_methods import PEFT_METHODS
 from memplan.program.graph import Graph
@@ -40,7 +41,7 @@ from memplan.resolve.notes import expert_notes, norm_notes, pipeline_notes, wrap
 from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.quantized_checkpoint import method_for_training
-from memplan.resolve.ranks import divide_ranks, note_sharding, set_sharded_dtypes, shard
+from memplan.resolve.ranks import NOT_ITS_CODE, divide_ranks, note_sharding, set_sharded_dtypes, shard
 from memplan.resolve.refusals import packing, trainers
 from memplan.resolve.refusals import training as refusals
 from memplan.resolve.refusals.models import adapted_parameters, smoothed_labels, trained_weights, training_objective
@@ -119,6 +120,12 @@ def _look_up_library(run: OpenTraining) -> None:
         library = library._replace(model=model, loss=loss)
         note = "torchtitan: adapters and frozen layers are counted with transformers' layers"
         run.checkpoint = run.checkpoint._replace(notes=(*run.checkpoint.notes, note))
+    if library.sharding.tensor_parallel == "megatron" and not run.is_megatron_model:
+        config = gpt_config(run.model)
+        if config is not None and refusals.runs_in_megatron(run):
+            run.model = ModelSpec(config, run.model.name)
+        else:
+            run.notes.append(NOT_ITS_CODE)
     if library.model.code == "litgpt" and not has_family(run.model):
         raise refused("profile", f"{run.profile} does not have {kind}; supported: {', '.join(KINDS)}")
     run.library = library
@@ -248,6 +255,7 @@ def _wire_training(run: OpenTraining) -> None:
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
         recomputes=run.kernels.checkpointing == "selective" and run.is_megatron_model,
+        accumulates=run.is_megatron_model and run.method.kind == "full" and fuses_accumulation(run.model),
         keeps_last=run.library.checkpointing.keeps_last and run.kernels.checkpointing == "offload",
     )
 

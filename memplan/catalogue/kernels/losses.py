@@ -196,7 +196,8 @@ def cross_entropy(
     half      never cast: all rows but the last are copied, and the loss has the logits' dtype
     plain     torchtitan: only cast to fp32, since labels come shifted
     parallel  `plain` on each rank's part of the vocabulary
-    in_place  Megatron: cast to fp32, then overwritten by softmax and gradient; labels come shifted
+    in_place  Megatron: cast to fp32, then overwritten by softmax and gradient; labels come shifted. If `fused`,
+              Transformer Engine's kernel overwrites the logits themselves
 
     single  a single sequence: all rows but the last are contiguous already and are not copied
     fused   a kernel keeps the logits it is given (half precision if `padded`) and overwrites them with their gradient
@@ -214,10 +215,11 @@ def cross_entropy(
         )
     if form in _LABELS_SHIFTED:
         source, kernel = _LABELS_SHIFTED[form]
+        x = logits if fused and kernel is _overwriting else "logits32"
         return (
-            _float(logits, source),
-            *kernel("loss", "logits32", "log_probs", "labels", "b s v"),
-            ops.release_names("logits32", logits, "n"),
+            *(() if x == logits else (_float(logits, source),)),
+            *kernel("loss", x, "log_probs", "labels", "b s v"),
+            ops.release_names(*dict.fromkeys((x, logits, "n"))),
         )
     source, kernel_logits = _SHIFTED[form], logits if form == "half" else "logits32"
     return (

@@ -25,6 +25,7 @@ class Wiring(NamedTuple):
     uncapped      sdpa runs although scores should be soft-capped, and skips the cap
     drops         attention_dropout is above 0; fused kernels apply it inside
     recomputes    backward recomputes attention from q, k and v
+    accumulates   Megatron-core: products add weight gradients to the main gradients, if the config lets them
     keeps_last    offloaded checkpoints leave the last block's input on the GPU
 
     Masks and inputs
@@ -93,6 +94,7 @@ class Wiring(NamedTuple):
     pads_image_mask: bool = False
     by_name: bool = False
     recomputes: bool = False
+    accumulates: bool = False
     keeps_last: bool = False
     drops: bool = False
     records: bool = True

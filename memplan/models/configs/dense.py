@@ -102,7 +102,7 @@ _DENSE = Family(_LLAMA, objectives=CLASSIFIER, stack="dense", parallel=ParallelF
 _NO_MLP_BIAS = _DENSE._replace(keys=ConfigKeys(fixed={"mlp_bias": False}))
 _LLAMA_ROW = _DENSE._replace(
     checkpoint=CheckpointFacts(gguf="llama", gguf_keys={"rope.dimension_count": "head_dim"}, gguf_switches=_BIASES),
-    parallel=ParallelFacts(plans.LLAMA, context=True, megatron_flags=plans.MEGATRON_FLAGS),
+    parallel=ParallelFacts(plans.LLAMA, context=True, gpt=plans.GPT),
     serving=ServingFacts(adapts_tables=True, draft_tokens=8, has_draft_heads=True),
 )
 
@@ -352,7 +352,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": _NO_MLP_BIAS._replace(
         defaults={"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
         checkpoint=CheckpointFacts(gguf="llama"),
-        parallel=ParallelFacts(plans.LLAMA, context=True, megatron_flags=plans.MEGATRON_FLAGS),
+        parallel=ParallelFacts(plans.LLAMA, context=True, gpt=plans.GPT),
         serving=ServingFacts(adapts_tables=True, llama_cpp_window=False),
     ),
     "mpt": _BLOOM._replace(
@@ -446,7 +446,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_QWEN2, "use_sliding_window": False, "sliding_window": 4096},
         layers=windows_after,
         checkpoint=CheckpointFacts(gguf="qwen2", gguf_keys={}),
-        parallel=ParallelFacts(plans.LLAMA, context=True, megatron_flags=(*plans.MEGATRON_FLAGS, "--add-qkv-bias")),
+        parallel=ParallelFacts(plans.LLAMA, context=True, gpt={**plans.GPT, "add_qkv_bias": True}),
     ),
     "qwen3": _NO_MLP_BIAS._replace(
         defaults={**_QWEN2, "head_dim": 128, "use_sliding_window": False, "sliding_window": 4096},
@@ -454,7 +454,7 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(
             half_scales=True, gguf="qwen3", gguf_keys={}, gguf_switches={"attention_bias": "attn_q.bias"}
         ),
-        parallel=ParallelFacts(plans.LLAMA, context=True, megatron_flags=(*plans.MEGATRON_FLAGS, "--qk-layernorm")),
+        parallel=ParallelFacts(plans.LLAMA, context=True, gpt={**plans.GPT, "qk_layernorm": True}),
         serving=ServingFacts(adapts_tables=True),
     ),
     "seed_oss": _DENSE._replace(

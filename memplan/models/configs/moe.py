@@ -324,7 +324,7 @@ FAMILIES: dict[str, Family] = {
         },
         training=TrainingFacts(experts_were=True),
         checkpoint=CheckpointFacts(experts="split", gguf="llama"),
-        parallel=ParallelFacts(plans.MIXTURE, experts=True, megatron_flags=plans.MEGATRON_FLAGS),
+        parallel=ParallelFacts(plans.MIXTURE, experts=True, gpt=plans.GPT_EXPERTS),
         serving=ServingFacts(adapts_tables=True),
     ),
     "olmoe": _MOE._replace(
@@ -375,7 +375,7 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(
             experts="split", gguf="qwen3moe", gguf_keys={"expert_count": "num_experts", **GGUF_EXPERTS}
         ),
-        parallel=ParallelFacts(plans.MIXTURE, experts=True, megatron_flags=(*plans.MEGATRON_FLAGS, "--qk-layernorm")),
+        parallel=ParallelFacts(plans.MIXTURE, experts=True, gpt={**plans.GPT_EXPERTS, "qk_layernorm": True}),
         serving=ServingFacts(adapts_tables=True),
     ),
 }
