@@ -151,9 +151,7 @@ class Tape(LiveStorages):
 
         `owned` are references handed in, which are dropped after their last reader. Under a checkpoint nothing is kept.
         """
-        frame.nodes = self._graph(frame, grad)
-        frame.checkpointed = checkpoint
-        frame.exported = exported
+        frame.nodes, frame.checkpointed, frame.exported = self._graph(frame, grad), checkpoint, exported
         left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint, holds=self._held)
         if not any(node.pins for node in frame.nodes):  # nothing needs recomputation
             frame.checkpoint += frame.named
@@ -284,7 +282,7 @@ class Tape(LiveStorages):
                 self.drop(scratch)
 
     def _run_aside(self, model: Stack, phase: str) -> None:
-        """Run a model without gradients, in a phase of its own; nothing of it is left."""
+        """Run a model without gradients, in a phase of its own. Only what its caller holds (`cache`) is left."""
         assert self.run_model is not None
         self.note()
         before = self.phase, self._held, self.uses, self.nested, self.reach, self.module, self.hooks
@@ -292,7 +290,9 @@ class Tape(LiveStorages):
         self.nested, self.reach, self.module = {}, None, None
         self.run_model(model, phase)
         self.note()
+        cached = self._held.pop("cache", ())
         self.phase, self._held, self.uses, self.nested, self.reach, self.module, self.hooks = before
+        self._held.setdefault("forward", []).extend(cached)
 
     def _hold(self, frame: Frame, op: Op, differentiates: bool, keep: bool, holds: dict[str, list[Storage]]) -> None:
         """Reference what the operation's module, the graph's nodes, or a variable hold from now on, or let it go.

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.estimate.serving import why_not_started
@@ -24,7 +25,9 @@ from memplan.program.run import ResolvedRun
 from memplan.program.serving.budget import Budget
 from memplan.program.sharding.choice import sharding_of
 from memplan.resolve.colocated import awake
+from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
+from memplan.spec.roles import Roles
 from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
@@ -40,6 +43,9 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
     """
     structure, batch = decided.structure, with_new_tokens(run).batch
     graph, rows = structure.graph, batch.micro * batch.accumulation
+    if run.trainer in DISTILLING:  # its step computes in another precision than it generates in
+        alone = {"trainer": "sft", "roles": Roles(), "batch": {"micro": batch.micro, "sequence": batch.tokens}}
+        graph = decide(RunSpec.model_validate({**dict(run), "rollout": "transformers", **alone})).structure.graph
     wraps = graph.recipe.kind not in ADAPTERS
     sharding, standing = sharding_of(structure), walked.program.between_steps(walked.workspace)
     held = tuple(_batch_before(rows, batch.tokens))

@@ -45,7 +45,19 @@ if TYPE_CHECKING:
 
     from memplan.estimate.calibration import Calibration
 
-STEP_PHASES = ("load", "forward", "loss", "backward", "step", "eval", "generate", "save", "merge", "reference")
+STEP_PHASES = (
+    "load",
+    "forward",
+    "loss",
+    "backward",
+    "step",
+    "eval",
+    "generate",
+    "save",
+    "merge",
+    "reference",
+    "teacher",
+)
 FITS, TIGHT, DOES_NOT_FIT = range(len(BY_MEMORY))
 UNCLEAR, CANNOT_RUN = 3, 4
 _CHUNK = 16384  # runs per call: few enough to stay in the cache, enough to be worth a call

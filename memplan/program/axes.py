@@ -136,6 +136,11 @@ def axes_of(
         axes.update({"kept": completion + 1})
         axes["completion_rows"] = b * completion
         axes["generated"] = b * more["accumulation"]
+    for role, other in graph.roles:
+        own = frozenset(name.removeprefix(f"{role}.") for name in needs if name.startswith(f"{role}."))
+        if own:
+            by_name = axes_of(other, own, micro, sequence - completion, half, large_tiles, by, pictures, target)
+            axes |= {f"{role}.{name}": by_name[name] for name in own}
     needs = needs.difference(axes)
     if needs:
         fixed = operations_of(graph)[1]
@@ -375,6 +380,9 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
         yield "tile_words", min(words, TILE_WIDTH)
         further = min(words - TILE_WIDTH, TILE_WIDTH) if words > TILE_WIDTH else by.choose(rows > TILE_TOKENS, words, 0)
         yield "next_tile_words", further
+        last = words - (-(-words // TILE_WIDTH) - 1) * TILE_WIDTH
+        yield "tile_words_last", last
+        yield "tile_words_early", min(words, TILE_WIDTH) + further - last
     for kind in ("frozen", "trained"):
         if f"fused_logits_{kind}" in run.needs:
             yield from _fused_chunks(run, rows, kind)

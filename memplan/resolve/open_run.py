@@ -15,6 +15,7 @@ from memplan.resolve.card import GPUFacts
 from memplan.resolve.parallelism import ZERO, divides_weights, replicas
 from memplan.resolve.quantized_checkpoint import CheckpointMethod
 from memplan.spec.parallelism import Parallelism
+from memplan.spec.roles import Roles
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Kernels, Loop, Method, Optimizer, Precision
 
@@ -59,12 +60,13 @@ class Parts(NamedTuple):
     trainer: str = "sft"
     reference: str | None = None
     rollout: str = "transformers"
+    roles: Roles = Roles()
 
     @classmethod
     def of(cls, run: RunSpec) -> Parts:
         """Return the parts of a run as they were asked for."""
         parts = run.method, run.precision, run.optimizer, run.kernels, run.loop, run.parallelism
-        return cls(*parts, run.profile, run.trainer, run.reference, run.rollout)
+        return cls(*parts, run.profile, run.trainer, run.reference, run.rollout, run.roles)
 
 
 def found_later(*, init: Literal[False] = False) -> Any:
@@ -111,6 +113,7 @@ class OpenRun(_Fields):
     trainer: str
     reference: str | None
     rollout: str
+    roles: Roles
     batch_facts: BatchFacts
     trains: bool
     library: LibraryBehaviour = found_later()

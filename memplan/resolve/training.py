@@ -13,7 +13,7 @@ from memplan.catalogue.attention.efficient_workspace import large_tiles
 from memplan.catalogue.families import megatron
 from memplan.catalogue.families.litgpt import KINDS, has_family
 from memplan.catalogue.kernels.losses import OF_ALL_LOGITS, adds_in_place
-from memplan.catalogue.kernels.wiring import GENERATING, PAIRED, Trainer
+from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, PAIRED, Trainer
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.states import spares_embeddings, takes_foreach
 from memplan.catalogue.parallelism import context_parallel, expert_parallel
@@ -25,7 +25,7 @@ from memplan.core.once import once
 from memplan.models.configs.megatron import fuses_accumulation, gpt_config
 from memplan.models.model import ModelSpec
 from memplan.models.peft_methods import PEFT_METHODS
-from memplan.program.graph import Graph
+from memplan.program.graph import Graph, without_gradients
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.sharding.ranks import Ranks
@@ -47,6 +47,7 @@ from memplan.resolve.refusals import training as refusals
 from memplan.resolve.refusals.models import adapted_parameters, smoothed_labels, trained_weights, training_objective
 from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.settings import optimizer_offload, settings
+from memplan.resolve.roles import step_precision
 from memplan.spec.base import Part
 from memplan.spec.run import Batch
 
@@ -60,10 +61,12 @@ class OpenTraining(OpenRun):
     """A training run while it is resolved.
 
     names_fused  the run itself names its fused kernels
+    others       graphs of the other models of the trainer's step, by role
     step         how a trainer of TRL runs the model; None if the loss is the model's own
     """
 
     names_fused: bool
+    others: tuple[tuple[str, Graph], ...]
     ranks: Ranks = found_later()
     graph: Graph = found_later()
     pipe: Pipe = Pipe()
@@ -73,8 +76,16 @@ class OpenTraining(OpenRun):
 
 @lru_cache(maxsize=4096)
 @once
-def decide_training(model: ModelSpec, asked: Parts, card: GPUFacts | None, batch_facts: BatchFacts) -> ResolvedRun:
+def decide_training(
+    model: ModelSpec,
+    asked: Parts,
+    card: GPUFacts | None,
+    batch_facts: BatchFacts,
+    others: tuple[tuple[str, Graph], ...] = (),
+) -> ResolvedRun:
     """Return the training run with every null filled in, and the structure of its program, without batch and GPU.
+
+    `others` are the graphs of the other models of its step, by role (`memplan.resolve.roles`).
 
     Raises SpecError, UnknownNameError or ConfigError.
     """
@@ -86,12 +97,15 @@ def decide_training(model: ModelSpec, asked: Parts, card: GPUFacts | None, batch
         batch_facts=batch_facts,
         trains=True,
         names_fused=names_fused,
+        others=others,
         **asked._asdict(),
     )
     for step in STEPS:
         step(run)
     is_divided = asked.parallelism.world > 1 and not run.structure.is_one_process
     parts: dict[str, Part] = {name: getattr(run, name) for name in ("method", "precision", "optimizer", "kernels")}
+    if step_precision(run.trainer, asked.precision) != asked.precision:
+        parts["precision"] = fill_precision(asked.precision)
     return ResolvedRun(
         run.structure,
         Batch(),
@@ -138,7 +152,17 @@ def _choose_trainer(run: OpenTraining) -> None:
     refuse(trainers.trainer(run))
     name, behaviour = run.trainer, run.library.trainer
     own = "adapters" if run.method.kind in ADAPTERS else "copy"
-    if name in (*PAIRED, "reward"):
+    if name in DISTILLING:
+        recipe = dict(run.others)["teacher"].recipe if run.others else None
+        dtype = "" if recipe is None else "fp32" if recipe.autocast else recipe.weights
+        run.step = Trainer(name, behaviour.log_probs, "none", rows=1, teacher_dtype=dtype)
+        asked, run.precision = run.precision, step_precision(name, run.precision)
+        if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
+            run.notes.append(
+                "distill: TRL calls the backbones past accelerate's autocast, so fp32 weights compute in fp32, except "
+                "in generation; load them in bf16 (--dtype bf16) to compute in 16 bits"
+            )
+    elif name in (*PAIRED, "reward"):
         log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
         run.step = Trainer(name, log_probs, "none", likelihood=name in ("orpo", "cpo") and log_probs != "gathered")
     else:
@@ -162,7 +186,8 @@ def _choose_trainer(run: OpenTraining) -> None:
             has_one_sequence=run.batch_facts.is_single_sequence,
             has_parts=run.batch_facts.accumulates,
             generates=run.rollout == "transformers",
-            old_log_probs=name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled",
+            old_log_probs=name not in DISTILLING
+            and (name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
             divided_logits=behaviour.divided_logits,
         )
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
@@ -295,6 +320,7 @@ def _build_graph(run: OpenTraining) -> None:
         degrees=run.degrees,
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
         trainer=run.step,
+        roles=tuple((role, without_gradients(other._replace(trainer=run.step))) for role, other in run.others),
         every_n_layers=kernels.every_n_layers,
         saves_products=kernels.checkpointing == "selective" and checkpoints,
     )

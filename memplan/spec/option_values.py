@@ -118,6 +118,22 @@ def settings(text: str) -> dict[str, Any]:
     return parsed
 
 
+def role_model(text: str) -> dict[str, Any]:
+    """Parse a model with its settings, `quantization.format` among them as `format`.
+
+    >>> role_model("qwen2-7b,format=nf4,location=server")
+    {'model': 'qwen2-7b', 'quantization': {'format': 'nf4'}, 'location': 'server'}
+    """
+    model, *settings = _outer_parts(text) or [""]
+    spec: dict[str, Any] = {"model": model}
+    for setting in settings:
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise refused("roles", f"{setting!r:.40} is not a setting of a model; write name=value, as in format=nf4")
+        spec |= {"quantization": {"format": value}} if name == "format" else {name: value}
+    return spec
+
+
 def _outer_parts(text: str) -> list[str]:
     """Return the parts between commas that are not inside brackets."""
     parts, depth = [""], 0

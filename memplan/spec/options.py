@@ -15,6 +15,7 @@ from memplan.spec.option_values import (
     names,
     pixels,
     proportions,
+    role_model,
     saving,
     settings,
     tokens,
@@ -61,6 +62,14 @@ MODEL = Option(
     is_argument=True,
     aliases=("base_model", "model_name_or_path"),
 )
+
+
+def _role(role: str, what: str) -> Option:
+    """Return the option that names another model of a trainer's step."""
+    text = f"{what}: a model as for MODEL, and settings after commas, as in qwen2-7b,format=nf4 or qwen2-7b,dtype=fp32."
+    return Option(f"roles.{role}", text, type=str, parse=role_model, metavar="MODEL")
+
+
 # Heading in help -> name on the command line, with underscores -> option.
 OPTIONS: dict[str, dict[str, Option]] = {
     "Model": {"model": MODEL},
@@ -171,6 +180,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "reference",
             "Reference model: {choices}. Default adapters if the method has them, else copy; none with grpo.",
         ),
+        "teacher": _role("teacher", "Teacher of --trainer gkd or distill"),
+        "reward_model": _role("reward", "Model that scores completions, with --trainer grpo, rloo or ppo"),
+        "value_model": _role(
+            "value", "Model that predicts scores, with --trainer ppo. Default like the reward model's"
+        ),
+        "reference_model": _role("reference", "Reference model that is no copy of the trained one"),
         "expandable_segments": Option(
             "loop.expandable_segments", "Use expandable segments in torch's allocator (PYTORCH_CUDA_ALLOC_CONF)."
         ),

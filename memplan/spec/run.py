@@ -10,6 +10,7 @@ from memplan.spec.base import Count, Natural, Part, Pixels
 from memplan.spec.checks import After
 from memplan.spec.generation import Generation, InlineModel
 from memplan.spec.parallelism import Parallelism
+from memplan.spec.roles import Roles
 from memplan.spec.serving import Serving
 from memplan.spec.training import Also, Kernels, Loop, Method, Optimizer, Precision
 
@@ -100,6 +101,7 @@ class RunSpec(Part):
     trainer    trainer of TRL. With any but `sft`, `batch.micro` counts its examples: pairs of sequences, for most
     reference  reference model of a trainer that has one: a `copy` of the model, the model itself with its `adapters`
                disabled, log-probabilities `precomputed` before training, or `none`; None for the trainer's default
+    roles      other models of the trainer's step: a teacher, a reference, a reward and a value model
     rollout    what generates for a trainer that does: transformers' `generate`, vLLM on the same GPU (`colocate`, set
                up by `serving`), or a vLLM `server` on other GPUs
     gpu        name of a GPU; None to estimate without a verdict
@@ -115,6 +117,7 @@ class RunSpec(Part):
             objective: Objective | None = ...,
             trainer: TrainerName = ...,
             reference: ReferenceKind | None = ...,
+            roles: Roles | Mapping[str, Any] = ...,
             rollout: RolloutKind = ...,
             method: Method | str | Mapping[str, Any] = ...,
             precision: Precision | str | Mapping[str, Any] = ...,
@@ -135,6 +138,7 @@ class RunSpec(Part):
     objective: Objective | None = None
     trainer: TrainerName = "sft"
     reference: ReferenceKind | None = None
+    roles: Roles = Roles()
     rollout: RolloutKind = "transformers"
     method: Method = Method()
     precision: Precision = Precision()
@@ -169,8 +173,9 @@ class RunSpec(Part):
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
         """Leave out what only a trainer of TRL has, if the run has none."""
-        named = self.trainer != "sft" or self.reference is not None or self.rollout != "transformers"
-        return values if named else {k: v for k, v in values.items() if k not in ("trainer", "reference", "rollout")}
+        own = ("trainer", "reference", "roles", "rollout")
+        dropped = own if all(is_default(self, name) for name in own) else own[2:3] * is_default(self, "roles")
+        return {k: v for k, v in values.items() if k not in dropped}
 
 
 def _on_all_gpus(parallelism: Any) -> Any:

@@ -14,8 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.spec.run import RunSpec
-from tests.golden.trace_preference import STRATEGIES, divided, main
+from tests.golden.trace_preference import STRATEGIES, divided, main, teachers
 from tests.golden.trace_trainers import BF16, CONFIGS, FP32
 
 # Family, method, precision; completions of a micro-batch, tokens of a prompt and of a completion, completions of a
@@ -62,7 +63,11 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     for (family, method, precision, (micro, prompt, new, group, parts), reference, kernels), strategy in cases:
         words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
-        batch = {"micro": micro, "sequence": prompt, "new_tokens": new, "generations": group, "accumulation": parts}
+        distills = trainer in DISTILLING
+        if distills and (reference != "none" or strategy.startswith("fsdp")):
+            continue
+        batch = {"micro": micro, "sequence": prompt, "new_tokens": new, "accumulation": parts}
+        batch |= {"generations": 1 if distills else group}
         shape = f"{micro}x({prompt}+{new}) {parts} parts"
         name = f"{profile} {trainer} {family} {method} {precision['weights']} {shape} {' '.join(words)}"
         yield (
@@ -71,7 +76,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                 {
                     "model": {"config": CONFIGS[family]},
                     "trainer": trainer,
-                    "reference": reference,
+                    **({"roles": teachers(family, method)} if distills else {"reference": reference}),
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": batch,

@@ -23,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.probe.run import child
 from memplan.probe.run.trace import read
 from memplan.spec.run import RunSpec
@@ -76,6 +77,13 @@ _DIVIDED_STEPS = dict.fromkeys(
 )
 
 
+def teachers(family: str, method: str) -> dict[str, Any]:
+    """Return the roles of a run that learns from a teacher: a wider and deeper model, in 4 bits for every qlora."""
+    config = {**CONFIGS[family], "hidden_size": 1536, "num_hidden_layers": 6, "intermediate_size": 4096}
+    stored = {"quantization": {"format": "nf4"}} if method == "qlora" else {}
+    return {"teacher": {"model": {"config": config}, **stored}}
+
+
 # With an evaluation after the steps: profile, trainer, family, method, examples and tokens.
 EVALUATED = (
     ("trl-1.15", "dpo", "llama", "full", 2, 1024),
@@ -106,6 +114,8 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     for (family, method, precision, micro, tokens, said, kernels), strategy in cases:
         if profile == SWIFT and (precision == FP32 or said):
             continue  # it loads weights in bf16, and precomputes nothing
+        if trainer in DISTILLING and (strategy.startswith("fsdp") or said == "precomputed"):
+            continue
         reference = said if trainer in WITH_REFERENCE else None
         words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         also = {"evaluation": {"micro": 4}} if strategy == "evaluated" else {}
@@ -118,6 +128,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "model": {"config": CONFIGS[family]},
                     "trainer": trainer,
                     "reference": reference,
+                    "roles": teachers(family, method) if trainer in DISTILLING else {},
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": {"micro": micro, "sequence": tokens},

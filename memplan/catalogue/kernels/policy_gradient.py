@@ -40,7 +40,9 @@ def attach(
     if not trainer.is_reference:
         scored = tuple(_scored("forward", "old_log_probs", first_pass, trainer))
         scored += tuple(_scored("reference", "ref_log_probs", reference, trainer))
-        before = (new for op in stack.before for new in ((_inputs(op), *scored) if op.name == "inputs" else (op,)))
+        before = (
+            new for op in stack.before for new in ((with_generated(op), *scored) if op.name == "inputs" else (op,))
+        )
         stack = stack._replace(before=tuple(before))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
@@ -70,7 +72,7 @@ def attach(
     return stack._replace(after=after, loss=(*loss, last, ops.release_names(*read)))
 
 
-def _inputs(op: Op) -> Op:
+def with_generated(op: Op) -> Op:
     """Return the inputs with the generation batch, of which each micro-batch is a part."""
     parts = tuple(Tensor(f"generated {what}", "generated s", "int64") for what in ("tokens", "masks"))
     return op._replace(writes=(*op.writes, Tensor("attention_mask", "b s", "int64"), *parts), source=_BATCH)

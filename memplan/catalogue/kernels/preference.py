@@ -51,20 +51,20 @@ def attach(
     stack = stack._replace(before=before, loss=())
     if trainer.name == "reward":
         scores = Op("loss.reward", ("logits",), (Tensor("loss", "", "fp32"),), source=source_of(trainer))
-        return stack._replace(loss=(_RETURNED, scores))
+        return stack._replace(loss=(RETURNED, scores))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
     if trainer.log_probs == "tiled":
         matrix = next(w for op in head for w in op.weights if w.rows)
         bias = tuple(w for op in head for w in op.weights if w is not matrix)
         result = Tensor("log_probs", "shifted_rows", "fp32")
-        tail = (*tiled_lm_head(matrix, bias, autocast, result), _RETURNED)
+        tail = (*tiled_lm_head(matrix, bias, autocast, result), RETURNED)
         return _finished(stack._replace(after=body), trainer, tail, reference, ())
     if trainer.log_probs == "joined":
         stack = _returning_states(stack)
     logits = next(op for op in reversed(head) if op.writes).writes[0].name
     outputs = "outputs" if autocast else logits
-    tail = (_RETURNED, *((converted(logits),) if autocast else ()))
+    tail = (RETURNED, *((converted(logits),) if autocast else ()))
     if trainer.log_probs == "joined":
         tail = (*tail, *_joined_log_probs(logits, outputs, autocast is not None))
         return _finished(stack, trainer, tail, reference, ())
@@ -82,7 +82,7 @@ def attach(
     return _finished(stack, trainer, tail, reference, (outputs, "shifted"), autocast is not None)
 
 
-_RETURNED = Op("return", releases="forward")  # the model's own autocast context ends
+RETURNED = Op("return", releases="forward")  # the model's own autocast context ends
 
 
 def _finished(
@@ -127,12 +127,17 @@ def begins_head(op: Op) -> bool:
 
 def _inputs(op: Op, first_pass: Stack | None) -> Iterator[Op]:
     """Yield the inputs with the collator's masks, of attention and of completions, and KTO's first pass."""
-    masks = tuple(Tensor(name, "b s", "int64") for name in ("attention_mask", "completion_mask"))
-    present = {t.name for t in op.writes}
-    yield op._replace(writes=(*op.writes, *(t for t in masks if t.name not in present)))
+    yield from with_masks(op, "completion_mask")
     if first_pass is not None:
         written = (Tensor("kl_log_probs", "b s", "fp32"),)
         yield Op("forward", (), written, gradient="none", model=first_pass, source=_SOURCES["kto"])
+
+
+def with_masks(op: Op, *more: str) -> Iterator[Op]:
+    """Yield the inputs with the attention mask and `more` masks of the collator, unless they have them."""
+    masks = tuple(Tensor(name, "b s", "int64") for name in ("attention_mask", *more))
+    present = {t.name for t in op.writes}
+    yield op._replace(writes=(*op.writes, *(t for t in masks if t.name not in present)))
 
 
 def _returning_states(stack: Stack) -> Stack:

@@ -146,7 +146,9 @@ class Wiring(NamedTuple):
 DividedLogits = Literal["in_place", "held", "released"]
 LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled"]
 PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
-GENERATING = {"grpo": 8, "rloo": 2}  # trainers that generate, and how many completions of a prompt by default
+# Trainers that generate, and how many completions of a prompt by default.
+GENERATING = {"grpo": 8, "rloo": 2, "distill": 1}
+DISTILLING = ("gkd", "distill")  # trainers that learn a teacher's distribution
 
 
 class Trainer(NamedTuple):
@@ -164,6 +166,7 @@ class Trainer(NamedTuple):
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
+    teacher_dtype dtype of what a teacher returns; empty if none is on this GPU
 
     For trainers that generate:
 
@@ -184,6 +187,7 @@ class Trainer(NamedTuple):
     likelihood: bool = False
     is_reference: bool = False
     rows: int = 2
+    teacher_dtype: str = ""
     has_one_sequence: bool = False
     has_parts: bool = False
     generates: bool = False

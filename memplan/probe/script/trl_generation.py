@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from memplan.catalogue.kernels.wiring import GENERATING
+from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING
 from memplan.probe.fake import kernels
 from memplan.probe.script.distributed_wrapping import clip, unreduced_gradients
 from memplan.probe.script.model import base_of
@@ -29,7 +29,9 @@ def _reward(completions: Any, **_: Any) -> list[float]:
 class GenerationScript(TrainerScript):
     """A run under one of TRL's trainers that generate."""
 
-    rewards = MappingProxyType({"reward_funcs": [_reward]})
+    @property
+    def rewards(self) -> dict[str, Any]:
+        return {} if self.run.trainer in DISTILLING else {"reward_funcs": [_reward]}
 
     def __init__(self, run: RunSpec, device: Any, phase: Any) -> None:
         super().__init__(run, device, phase)
@@ -39,6 +41,9 @@ class GenerationScript(TrainerScript):
         self._left = 0
         base.generate, base._has_unfinished_sequences = partial(self._generate, base.generate), self._has_unfinished
         self._in_phase(self.trainer, "_generate", "generate")
+        if run.trainer in DISTILLING:
+            kernels.selections[run.batch.micro * completion,] = run.batch.micro * completion
+            return
         self._score = self.trainer._get_per_token_logps_and_entropies
         self.trainer._get_per_token_logps_and_entropies = self._scored
 
@@ -66,6 +71,9 @@ class GenerationScript(TrainerScript):
 
     def options(self, run: RunSpec) -> dict[str, Any]:
         """Return the options of the trainer's config that the run decides."""
+        if run.trainer in DISTILLING:
+            parts = run.batch.accumulation
+            return {"max_completion_length": run.batch.new_tokens, "gradient_accumulation_steps": parts}
         reference = run.reference or ("none" if run.trainer == "grpo" else "copy")
         config = getattr(trainer_module(run), f"{TRAINERS[run.trainer].name}Config")
         truncates = {"max_prompt_length": run.batch.sequence} if hasattr(config, "max_prompt_length") else {}

@@ -17,8 +17,8 @@ from memplan.engine.walk import size
 from memplan.program.graph import (
     TensorGroup,
     operations_of,
+    other_models,
     parameters_of,
-    reference_copy,
     tensor_group,
     total_bytes,
     weights_of,
@@ -115,12 +115,12 @@ class Sharding:
     # memory between passes
 
     def weights(self) -> Iterator[TensorGroup]:
-        """Yield the weights and buffers that a rank holds, those of a copy that is the reference model, and what an
-        engine in the same process holds."""
+        """Yield the weights and buffers that a rank holds, those of other models, and what an engine in the same
+        process holds."""
         yield from parameters_of(self.graph)
-        copy = reference_copy(self.graph)
-        for held in parameters_of(copy) if copy is not None else ():
-            yield held._replace(what=f"reference.{held.what}")
+        for role, other in other_models(self.graph):
+            for held in parameters_of(other):
+                yield held._replace(what=f"{role}.{held.what}")
         yield from self.run.engine
 
     def gradients(self) -> Iterator[TensorGroup]:
@@ -238,8 +238,7 @@ class Sharding:
         tensors that are allocated and freed at once may be merged, as thousands of ranks have thousands of them."""
         if self.graph.code == "torchtitan":  # allocates each part once, uninitialised: trainer.py to_empty
             return enumerate(h.bytes for h in self.weights() for _ in range(h.copies))
-        copy = reference_copy(self.graph)
-        return loading(self.graph, *(() if copy is None else (copy,)))
+        return loading(self.graph, *(other for _, other in other_models(self.graph)))
 
     def loading_peak(self) -> int:
         """Return the peak bytes before the first step."""

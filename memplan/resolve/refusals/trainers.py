@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue.kernels.wiring import GENERATING, PAIRED
+from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, PAIRED
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import PROFILES, library_behaviour
 from memplan.core.errors import SpecError, refused
@@ -13,8 +13,8 @@ from memplan.resolve.open_run import OpenRun
 from memplan.resolve.parallelism import FSDP, ZERO
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 
-SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward", *GENERATING)
-_ALONE = (*PAIRED, "reward")  # without a reference
+SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward", *GENERATING, *DISTILLING)
+_ALONE = (*PAIRED, "reward", *DISTILLING)  # without a reference
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
@@ -27,7 +27,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(having, name in SUPPORTED)}")
     if name not in SUPPORTED:
         yield not_yet("trainer", name, ", ".join(SUPPORTED))
-    if name == "kto" and run.library.trainer.log_probs != "tiled":
+    if name in ("kto", "distill") and run.library.trainer.log_probs != "tiled":
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
     if name == "kto" and run.batch_facts.is_single_sequence:
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
@@ -41,9 +41,26 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     if run.reference == "none" and name not in (*_ALONE, *GENERATING):
         choices = "adapters, copy or precomputed" if has_adapters else "copy or precomputed"
         yield refused("reference", f"{name} compares with a reference model; use {choices}")
+    yield from _roles(run)
     if name in GENERATING:
         yield from _generating(run, "adapters" if has_adapters else "copy")
     yield from _with_parts(run)
+
+
+_ROLES = {"teacher": DISTILLING}  # role -> trainers whose step has such a model
+
+
+def _roles(run: OpenRun) -> Iterator[SpecError]:
+    """Yield errors for other models that the trainer's step does not have, or that it needs."""
+    name = run.trainer
+    for role, other in run.roles.named:
+        if name not in _ROLES.get(role, ()):
+            supported = [trainer for trainer in SUPPORTED if trainer in _ROLES.get(role, ())]
+            yield not_yet_with(f"roles.{role}", f"trainer {name}", f"trainer {' or '.join(supported) or 'none'}")
+        if role == "teacher" and other.location == "server":
+            yield not_yet_with("roles.teacher.location", f"trainer {name}", "gpu")
+    if name in DISTILLING and run.roles.teacher is None:
+        yield refused("roles.teacher", f"{name} learns from a teacher; name one (--teacher MODEL)")
 
 
 def _generating(run: OpenRun, own: str) -> Iterator[SpecError]:
