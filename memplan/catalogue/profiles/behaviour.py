@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from memplan.catalogue.inference.one_pass import Cache
-from memplan.catalogue.kernels.wiring import DividedLogits, LogProbs
+from memplan.catalogue.kernels.wiring import DividedLogits, LogitsDtype, LogProbs
 from memplan.core.records import NamedTuple
 
 
@@ -204,6 +204,8 @@ class TrainerBehaviour(NamedTuple):
 
     trainers           those that the version has
     log_probs          how log-probabilities of tokens are computed
+    logits_dtype       when the model's logits are cast to fp32
+    prompt_logits      trainers that generate compute log-probabilities of prompts, too
     trained_reference  the weights of a reference model that is a copy require gradients
     reference_dtype    the dtype of a copy: of the policy's weights, or of its computation
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
@@ -213,6 +215,8 @@ class TrainerBehaviour(NamedTuple):
 
     trainers: tuple[str, ...]
     log_probs: LogProbs
+    logits_dtype: LogitsDtype
+    prompt_logits: bool
     trained_reference: bool
     reference_dtype: Literal["weights", "compute"]
     older_trainers: bool

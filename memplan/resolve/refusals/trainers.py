@@ -27,7 +27,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(having, name in SUPPORTED)}")
     if name not in SUPPORTED:
         yield not_yet("trainer", name, ", ".join(SUPPORTED))
-    if name == "kto" and run.library.trainer.log_probs != "tiled":
+    if name == "kto" and run.library.trainer.log_probs not in ("tiled", "gathered"):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
     if name == "kto" and run.batch_facts.is_single_sequence:
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
