@@ -62,10 +62,10 @@ def _side_task_lines(
     """Yield the tensors alive at the peak of a side task: what persists between steps, and its own."""
     sharding, p = sharding_of(decided.structure), walked.program
     if aside.own_process_graph is None:
-        for held in sharding.weights():
+        for held in sharding.weights() if "parameters" not in aside.moved else decided.structure.engine:
             yield weight_line(held, axes)
         yield workspace_line(decided.gpu, 2)
-        yield from _between_steps(walked, states=True)
+        yield from _between_steps(walked, states="optimizer" not in aside.moved)
         for held in sharding.gradients() if p.buffered else ():
             yield held_line(held, axes, "in gradient buffers")
         for held in sharding.held_in("forward") if aside.phase == "eval" else ():

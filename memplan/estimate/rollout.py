@@ -20,7 +20,7 @@ from memplan.estimate.side_task import SideTask
 from memplan.estimate.side_tasks import generation
 from memplan.estimate.training_peaks import TrainingPeaks
 from memplan.estimate.usage import Answer, Replay, Usage
-from memplan.program.graph import TensorGroup, tensor_group
+from memplan.program.graph import TensorGroup, tensor_group, total_bytes
 from memplan.program.run import ResolvedRun
 from memplan.program.serving.budget import Budget
 from memplan.program.sharding.choice import sharding_of
@@ -54,7 +54,11 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
         pushed = SideTask("generate", "vLLM: weights pushed", standing, (*held, *gathered))
         if decided.colocated is None:
             return (pushed,) if gathered else ()
-        return (_by_engine(decided.colocated, pushed, bool(run.serving.sleep)),)
+        moved, p = run.serving.trainer_offload or (), walked.program
+        own = p.parameters - total_bytes(structure.engine)
+        pushed = _without(pushed, "optimizer" in moved, optimizer=p.states)
+        task = _without(pushed, "parameters" in moved, parameters=own)
+        return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
     held += tuple(sharding.held_in("generate"))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends
@@ -68,13 +72,20 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
     return (generation(prompted, library, casts, standing, held, samples=True, division=division),)
 
 
-def _by_engine(b: Budget, pushed: SideTask, sleeps: bool) -> SideTask:
+def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:
+    """Return the task without the bytes of a part of the trainer, if that is on the host meanwhile."""
+    if not is_moved:
+        return task
+    return task._replace(persistent_bytes=task.persistent_bytes - sum(sizes.values()), moved=(*task.moved, *sizes))
+
+
+def _by_engine(b: Budget, standing: SideTask, pushed: SideTask, sleeps: bool) -> SideTask:
     """Return the generation by a colocated vLLM engine at its largest step, or while the weights are pushed to it, when
     a sleeping one has woken its weights only."""
     step = tensor_group("temp", "vLLM's step", b.step.bytes, "uint8", "vllm 0.33.0 v1/worker/gpu_model_runner.py")
     woken = awake(b) if sleeps else ()
     batch = (h for h in pushed.held if h.where == "generate")
-    task = pushed._replace(where=f"vLLM: {b.step.where}", held=(*batch, *woken, step))
+    task = standing._replace(where=f"vLLM: {b.step.where}", held=(*batch, *woken, step))
     pushed = pushed._replace(held=(*pushed.held, *woken[:1]))
     return max(task, pushed, key=lambda moment: moment.peak)._replace(empties_cache=sleeps)
 

@@ -133,8 +133,8 @@ def axes_of(
         axes["s_tp"] = -(-s // degrees.tp)
     axes.update(more)
     if completion:
-        axes.update({"kept": completion + 1})
-        axes["completion_rows"] = b * completion
+        scored = s - 1 if graph.trainer is not None and graph.trainer.prompt_logits else completion
+        axes |= {"kept": scored + 1, "completion_rows": b * scored}
         axes["generated"] = b * more["accumulation"]
     for role, other in graph.roles:
         own = frozenset(name.removeprefix(f"{role}.") for name in needs if name.startswith(f"{role}."))

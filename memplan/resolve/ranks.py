@@ -144,6 +144,7 @@ def shard(run: OpenRun) -> Ranks:
     library = run.library.sharding
     return ranks._replace(
         loads_whole=ranks.loads_whole and library.quantises_before_sharding,
+        moves_whole=library.moves_before_sharding and run.method.quantization is None and not ranks.efficient,
         regathers=library.regathers_weights and run.kernels.checkpointing != "none",
     )
 
@@ -157,7 +158,7 @@ def _ranks(run: OpenRun) -> Ranks:
     distributed/fsdp.py update_fsdp_plugin_peft.
     """
     p, q, copies, trainer = run.parallelism, run.method.quantization, run.copies, run.loop.trainer
-    accumulates = run.batch_facts.accumulates
+    accumulates, waits = run.batch_facts.accumulates, p.strategy != "fsdp2" or run.library.sharding.fsdp2_waits
     if copies == 1:
         return SINGLE_RANK
     if p.strategy in ZERO:
@@ -172,7 +173,7 @@ def _ranks(run: OpenRun) -> Ranks:
     ranks = Ranks(
         p.strategy,
         copies if p.shard_group in (None, 1) else p.shard_group,
-        delayed=(trainer or run.code == "litgpt") and accumulates,  # fabric.no_backward_sync
+        delayed=(trainer or run.code == "litgpt") and accumulates and waits,  # fabric.no_backward_sync
         replicated=p.shard_group not in (None, 1, copies),
         keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,

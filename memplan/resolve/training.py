@@ -181,6 +181,7 @@ def _choose_trainer(run: OpenTraining) -> None:
                 "TRL shards a reference copy under FSDP2 as one unit, so its pass gathers all weights at once; FSDP1 "
                 "gathers block by block, and a precomputed reference needs neither"
             )
+    run.step = run.step._replace(logits_dtype=behaviour.logits_dtype)
     if name in GENERATING:
         run.step = run.step._replace(
             has_one_sequence=run.batch_facts.is_single_sequence,
@@ -188,6 +189,7 @@ def _choose_trainer(run: OpenTraining) -> None:
             generates=run.rollout == "transformers",
             old_log_probs=name not in DISTILLING
             and (name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
+            prompt_logits=behaviour.prompt_logits,
             divided_logits=behaviour.divided_logits,
         )
     run.library = run.library._replace(defaults=defaults_of(run.library, name))

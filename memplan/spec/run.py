@@ -22,6 +22,8 @@ NEWEST = {
     "llamafactory": "llamafactory-0.9.5",
     "ms-swift": "ms-swift-4.6",
     "unsloth": "unsloth-2026.10",
+    "openrlhf": "openrlhf-0.11",
+    "verl": "verl-0.9",
     "litgpt": "litgpt-2024",
     "vllm": "vllm-0.33",
     "sglang": "sglang-0.5",

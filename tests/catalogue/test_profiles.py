@@ -132,7 +132,9 @@ def test_an_unknown_profile_is_an_error_that_names_near_ones(name: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
         estimate(RunSpec(model="qwen2-0.5b", profile=name))
     assert caught.value.field == "profile"
-    assert any(f"{framework}-" in str(caught.value) for framework in ("transformers", "litgpt", "trl", "unsloth"))
+    assert any(
+        f"{framework}-" in str(caught.value) for framework in ("transformers", "litgpt", "trl", "unsloth", "verl")
+    )
 
 
 def test_a_completed_run_has_the_same_loop_as_its_estimate() -> None:

@@ -113,6 +113,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo", "dpo", None),
         ("model_name_or_path: a\nfinetuning_type: full\nstage: dpo\npref_loss: orpo", "orpo", None),
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nref_model: b", "dpo", "copy"),
+        ("model_name_or_path: a\nfinetuning_type: full\nstage: kto\nper_device_train_batch_size: 2", "kto", None),
         ("model_name_or_path: a\nuse_peft: true\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
         ("model_name_or_path: a\nuse_peft: true\nmax_length: 512\ncenter_rewards_coefficient: 0.1", "reward", None),
         (f"{SWIFT_LORA}rlhf_type: dpo", "dpo", None),
@@ -543,13 +544,13 @@ def test_keys_of_ms_swift_are_fields(tmp_path: Path, text: str, expected: dict[s
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
-    model = format_named(name).model
-    file = read(tmp_path, f"{model}: Qwen/Qwen2-7B\n", name)
+    more = "algorithm.adv_estimator: grpo\nactor_rollout_ref.actor.use_dynamic_bsz: true\n" if name == "verl" else ""
+    file = read(tmp_path, f"{format_named(name).model}: Qwen/Qwen2-7B\n{more}", name)
     assert (file.framework, file.told) == (name, ())
 
 
 REFUSED: dict[str, str] = {
-    "model_name_or_path: a\nfinetuning_type: lora\nstage: kto": "run.yaml:3: stage: 'kto' is not supported",
+    "model_name_or_path: a\nfinetuning_type: lora\nstage: rm": "run.yaml:3: stage: rm is not supported yet: its value",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
     "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:3: rlhf_type: 'ppo' is not supported yet; supported: rm, ",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",
@@ -568,7 +569,9 @@ REFUSED: dict[str, str] = {
     "model: a\ntuner_type: vera": "run.yaml:2: tuner_type: 'vera' is not supported; supported: lora, full",
     "model: a\ntuner_type: lora\npacking: true": "run.yaml:3: packing: needs flash attention; set attn_impl",
     "model: a\ntuner_type: full\nquant_method: bnb\nquant_bits: 4": "quantised weights train only under adapters",
-    "actor_rollout_ref: {model: a}": "run.yaml:1: actor_rollout_ref: verl's files are not read yet",
+    "actor_rollout_ref: {model: a}": "run.yaml: algorithm.adv_estimator: 'gae' is not supported",
+    "actor_rollout_ref: {actor: {strategy: megatron}}": "actor_rollout_ref.actor.strategy: 'megatron' is not supp",
+    "algorithm: {adv_estimator: grpo}\nactor_rollout_ref: {actor: {}}": "set it, or actor_rollout_ref.actor.ppo",
     "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, torchtune, LitGPT, Unsloth, ",
     "base_model: a\nmodel_name_or_path: b\nmicro_batch_size: 1\ncutoff_len: 3": "",
 }

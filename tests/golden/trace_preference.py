@@ -7,8 +7,8 @@ python -m venv /tmp/trl
 The profile is that of the installed TRL. Runs with a row in a file that is given are not traced again. Every run is
 traced for DPO with three releases, every fourth with others and for other trainers. A row is what
 `memplan probe --trace` traces: the trainer makes its reference model, computes its loss on a batch as its collator
-makes it, and steps. With `ms-swift-4.6` and dpo, orpo, cpo, simpo or reward it is ms-swift's own trainer, with the
-packages that trace_trainers.py names.
+makes it, and steps. With `ms-swift-4.6` and dpo, orpo, cpo, simpo or reward it is ms-swift's own trainer, with
+`llamafactory-0.9.5` and dpo, kto, orpo or simpo LLaMA-Factory's, with the packages that trace_trainers.py names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from memplan.spec.run import RunSpec
 from tests.golden.trace_runs import line
 from tests.golden.trace_trainers import BF16, CONFIGS, FP32, SCRIPTS, prepare, traced
 
-SWIFT = "ms-swift-4.6"
+SWIFT, FACTORY = "ms-swift-4.6", "llamafactory-0.9.5"
 _STEPS = dict.fromkeys(((name, "dpo") for name in ("trl-1.15", "trl-1.13", "trl-0.24", SWIFT)), 1)
 WITH_REFERENCE = ("dpo", "kto")
 # Family, method, precision, examples and tokens; then the reference and what differs from the trainer's defaults.
@@ -111,11 +111,14 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         for version, name, family, method, micro, tokens in EVALUATED
         if (version, name) == (profile, trainer)
     ]
-    for (family, method, precision, micro, tokens, said, kernels), strategy in cases:
+    for (family, method, precision, examples, tokens, said, kernels), strategy in cases:
+        micro = max(examples, 2) if (profile, trainer) == (FACTORY, "kto") else examples
         if profile == SWIFT and (precision == FP32 or said):
             continue  # it loads weights in bf16, and precomputes nothing
         if trainer in DISTILLING and (strategy.startswith("fsdp") or said == "precomputed"):
             continue
+        if profile == FACTORY and (said or (method, precision) == ("full", BF16) or family == "gemma2" or strategy):
+            continue  # it casts trained weights to fp32, and runs gemma2 with other attention
         reference = said if trainer in WITH_REFERENCE else None
         words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         also = {"evaluation": {"micro": 4}} if strategy == "evaluated" else {}
@@ -150,8 +153,9 @@ def main(runs: Callable[[str, str], Iterator[tuple[str, RunSpec]]] = runs) -> No
     profile, trainer, *files = sys.argv[1:]
     output, sys.stdout = sys.stdout, sys.stderr  # trainers print, too
     done = {json.loads(row).get("name") for file in files for row in Path(file).read_text("utf-8").splitlines()}
-    if profile == SWIFT:
-        prepare(SCRIPTS["ms-swift"])
+    framework = profile.rpartition("-")[0]
+    if framework != "trl":
+        prepare(SCRIPTS[framework])
     for name, run in runs(profile, trainer):
         if name in done:
             continue
@@ -160,7 +164,7 @@ def main(runs: Callable[[str, str], Iterator[tuple[str, RunSpec]]] = runs) -> No
             os.waitpid(process, 0)
             continue
         try:
-            row = traced(name, run, "ms-swift 4.6.0") if profile == SWIFT else _traced(name, run)
+            row = _traced(name, run) if framework == "trl" else traced(name, run, profile.replace("-", " "))
             print(json.dumps(row), file=output, flush=True)
         except Exception:
             print(name, traceback.format_exc(), file=sys.stderr, flush=True)

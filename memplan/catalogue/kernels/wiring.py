@@ -144,7 +144,8 @@ class Wiring(NamedTuple):
 
 
 DividedLogits = Literal["in_place", "held", "released"]
-LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled"]
+LogitsDtype = Literal["autocast", "fp32", "model"]
+LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten"]
 PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
 # Trainers that generate, and how many completions of a prompt by default.
 GENERATING = {"grpo": 8, "rloo": 2, "distill": 1}
@@ -157,12 +158,14 @@ class Trainer(NamedTuple):
     name          its name in `run.trainer`
     log_probs     how log-probabilities of tokens are computed: from all logits, of all tokens (`joined`, TRL 0.24;
                   `rolled`, ms-swift, which copies none) or of all but the last (`shifted`), or by a kernel that makes
-                  no copies (`kernel`, TRL 1.14); from the log-softmax of all logits (`gathered`, LLaMA-Factory); or
-                  tile by tile (`tiled`)
+                  no copies (`kernel`, TRL 1.14) and may overwrite them with their gradient (`overwritten`, verl); from
+                  the log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`)
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)
     shards_copy   FSDP shards a copy, which nothing wraps in autocast
+    logits_dtype  the model's logits are cast to fp32 if autocast runs (`autocast`, by accelerate) or always (`fp32`),
+                  or stay as they are (`model`)
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
@@ -174,6 +177,7 @@ class Trainer(NamedTuple):
     has_parts         a step has several micro-batches
     generates         the model itself generates the completions
     old_log_probs     log-probabilities of completions are computed before the step, too
+    prompt_logits     logits of prompts are computed, too, and log-probabilities read all of them
     divided_logits    the temperature divides the logits `in_place`, or into a copy, while the model's are `held` or
                       `released`
     """
@@ -184,6 +188,7 @@ class Trainer(NamedTuple):
     trains_copy: bool = True
     copy_dtype: str = "weights"
     shards_copy: bool = False
+    logits_dtype: LogitsDtype = "autocast"
     likelihood: bool = False
     is_reference: bool = False
     rows: int = 2
@@ -192,6 +197,7 @@ class Trainer(NamedTuple):
     has_parts: bool = False
     generates: bool = False
     old_log_probs: bool = False
+    prompt_logits: bool = False
     divided_logits: DividedLogits = "released"
 
     @property
@@ -204,3 +210,7 @@ class Trainer(NamedTuple):
         """Whether the model first runs without gradients: on completions of other prompts (KTO), or for the
         log-probabilities that generated the completions."""
         return (self.name == "kto" or self.old_log_probs) and not self.is_reference
+
+    def widens(self, autocast: str | None) -> bool:
+        """Whether the loss reads fp32 logits, if the model runs under autocast to this dtype."""
+        return self.logits_dtype == "fp32" or (self.logits_dtype == "autocast" and autocast is not None)

@@ -282,6 +282,8 @@ def _parallelism(config: Config) -> None:
         trainer.fsdp(config, config.section("fsdp_config"), version, " ".join(config.names("fsdp") or []))
     elif config.said("fsdp"):
         trainer.fsdp(config, None, 1, " ".join(config.names("fsdp") or []))
+    if str(config.value("parallelism.strategy")).startswith("fsdp"):
+        _loading(config)
     old = config.whole("sequence_parallel_degree")
     if old is not None and old > 1:
         config.set("parallelism.cp", old, "sequence_parallel_degree")
@@ -291,6 +293,15 @@ def _parallelism(config: Config) -> None:
         ranks = (config.value("parallelism.tp") or 1) * (config.value("parallelism.cp") or 1)
         config.set("parallelism.world", shards * replicas * ranks, "dp_shard_size", "dp_replicate_size")
     trainer.parallelism(config)
+
+
+def _loading(config: Config) -> None:
+    """Every process moves the model to its GPU before FSDP divides it, unless that is skipped: loaders/model.py."""
+    key, skip = "fsdp_config.cpu_ram_efficient_loading", "experimental_skip_move_to_device"
+    if config.said(skip) is not None:
+        config.set("parallelism.cpu_ram_efficient_loading", config.flag(skip), skip)
+    elif config.said(key) is None and config.said("fsdp_config.fsdp_cpu_ram_efficient_loading") is None:
+        config.set("parallelism.cpu_ram_efficient_loading", False, why=f"default of {config.title}")
 
 
 def _reentrant(config: Config) -> None:

@@ -32,7 +32,7 @@ SCRIPTS = (".py", ".ipynb")
 _MANIFEST = re.compile(r"^(?:services|apiVersion):", re.MULTILINE)
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
-_LATER = {"LLaMA-Factory v1": ("model_class",), "verl": ("actor_rollout_ref",)}
+_LATER = {"model_class": "LLaMA-Factory v1"}
 # Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
 _SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
 _ENGINES = {name: FORMATS[name].model for name in ("vllm", "sglang")}  # of other frameworks' commands
@@ -283,7 +283,9 @@ def _read_launched(
     document = Document(name, path, flags, {tuple(key.split(".")): command.line for key in keys})
     launcher = command.launcher or _processes(command, form)
     left_out = [
-        Unread(document.where(key), f"--{key}", "a variable that is not set") for key in shell.unresolved(flags)
+        Unread(document.where(key), f"--{key}", "a variable that is not set")
+        for key in shell.unresolved(flags)
+        if form is None or key not in form.silent
     ]
     seen = command.variables.get("CUDA_VISIBLE_DEVICES", "")
     if (form is None or form.trains) and "," in seen and not {"num_processes", "config_file"} & launcher.keys():
@@ -300,7 +302,8 @@ def _read_launched(
             file = named_document(str(launcher["config_file"]), document, "config_file")
             launch = file._replace(values={**file.values, **launcher})
         companions.setdefault("accelerate", launch)
-    resolved = {key: value for key, value in flags.items() if key not in {each.key[2:] for each in left_out}}
+    open_keys = set(shell.unresolved(flags))
+    resolved = {key: value for key, value in flags.items() if key not in open_keys}
     document = document._replace(values=nested(resolved))
     script = _script_of(command, path) if form is None and framework is None and not config else None
     if script is not None:
@@ -443,9 +446,8 @@ def _later(document: Document) -> str:
         if any(key in document.values for key in keys):
             return f"spec: {document.name} is {kind}'s config, without a model; add it to a run with --{kind}"
     names = {path for path, _ in paths(document.values)} | document.values.keys()
-    for title, keys in _LATER.items():
-        key = next((key for key in keys if key in names), None)
-        if key is not None:
+    for key, title in _LATER.items():
+        if key in names:
             return f"{document.where(key)}: {key}: {title}'s files are not read yet"
     return ""
 
@@ -532,7 +534,8 @@ def defaults_in(form: RunFormat, version: str | None) -> dict[str, Any]:
 
 def _renamed(document: Document, form: RunFormat, known: Collection[str]) -> tuple[Document, dict[str, str]]:
     """Return the document with old names of keys replaced, and the old name of each key that was."""
-    values, lines = dict(document.values), dict(document.lines)
+    is_deep = any("." in name for pair in form.aliases.items() for name in pair)
+    values, lines = dict(paths(document.values) if is_deep else document.values), dict(document.lines)
     old_names: dict[str, str] = {}
     for key in [key for key in values if "-" in key or key.startswith("no_")]:  # flags of a command, written in a file
         plain = key.replace("-", "_")
@@ -541,9 +544,11 @@ def _renamed(document: Document, form: RunFormat, known: Collection[str]) -> tup
     for old, new in form.aliases.items():
         if values.get(old) is not None and values.get(new) is None:
             values[new] = values.pop(old)
-            lines |= {(new, *path[1:]): line for path, line in document.lines.items() if path[0] == old}
+            start, then = tuple(old.split(".")), tuple(new.split("."))
+            at = len(start)
+            lines |= {(*then, *path[at:]): line for path, line in document.lines.items() if path[:at] == start}
             old_names[new] = old
-    return document._replace(values=values, lines=lines), old_names
+    return document._replace(values=nested(values) if is_deep else values, lines=lines), old_names
 
 
 def profile_of(framework: str, version: str) -> str:
@@ -558,7 +563,7 @@ def profile_of(framework: str, version: str) -> str:
 
 def _unread(config: Config, form: RunFormat, known: Collection[str]) -> Iterator[Unread]:
     """Yield the keys that may take memory and that no rule read: known ones that matter, and unknown ones."""
-    sections = {key.partition(".")[0] for key in defaults_of(form.defaults[0]).keys if "." in key}
+    sections = {key.rpartition(".")[0] for key in defaults_of(form.defaults[0]).keys if "." in key}
     for path in config.left():
         top = path.partition(".")[0]
         value = config.document.values.get(top)  # None for a key with a dot of its own
@@ -570,7 +575,8 @@ def _unread(config: Config, form: RunFormat, known: Collection[str]) -> Iterator
             if top.startswith(_SILENT):
                 continue
             near = nearest(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near and _alike(name, near[0]) else ""
+            is_near = bool(near) and SequenceMatcher(None, name, near[0]).ratio() > _ALIKE
+            hint = f"; did you mean {near[0]}?" if is_near else ""
             yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
 
 
@@ -581,14 +587,11 @@ def _by_line(where: str) -> tuple[str, int]:
 
 
 def _name(path: str, sections: Collection[str]) -> str:
-    """Return the part of a key's path by which it is known: two names in one of the sections, else one."""
+    """Return the part of a key's path by which it is known: one name, two in a section, all where sections nest."""
+    if path.partition(".")[0] in {key.partition(".")[0] for key in sections if "." in key}:
+        return path
     top, _, rest = path.partition(".")
     return f"{top}.{rest.partition('.')[0]}" if rest and top in sections else top
-
-
-def _alike(a: str, b: str) -> bool:
-    """Whether two keys share most of their letters, in order."""
-    return SequenceMatcher(None, a, b).ratio() > _ALIKE
 
 
 def sections(origins: tuple[FieldOrigin, ...]) -> dict[str, Any]:

@@ -63,11 +63,7 @@ TRAINERS = {
 
 def trainer_module(run: RunSpec) -> Any:
     """Return the module of the run's trainer in the installed TRL. Raises ProbeError if it has none."""
-    facts: ModuleType = library("trl.import_utils")
-    found = vars(facts)
-    for name, value in [*found.items()]:
-        if name.endswith("_available") and isinstance(value, tuple):  # TRL 0.24 under transformers 5: (found, version)
-            found[name] = value[0]
+    without_extras()
     *others, last = TRAINERS[run.trainer].modules
     for name in others:
         try:
@@ -75,6 +71,15 @@ def trainer_module(run: RunSpec) -> Any:
         except MemplanError:
             continue
     return library(last)
+
+
+def without_extras() -> None:
+    """Let TRL 0.24 know under transformers 5, which answers (found, version), which packages are not there."""
+    facts: ModuleType = library("trl.import_utils")
+    found = vars(facts)
+    for name, value in [*found.items()]:
+        if name.endswith("_available") and isinstance(value, tuple):
+            found[name] = value[0]
 
 
 def always(value: Any) -> Any:

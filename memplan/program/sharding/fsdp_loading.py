@@ -2,7 +2,8 @@
 
 FSDP2 with `cpu_ram_efficient_loading` broadcasts each weight whole and then shards it, one after another. Otherwise a
 unit's weights are copied from the host together, FSDP1 flattens them, and the rank's parts are copied out; blocks come
-first. A quantised model is whole on every GPU before that, except with older versions of transformers.
+first. A quantised model is whole on every GPU before that, except with older versions of transformers, and so is any
+model that the framework itself has moved there.
 
 Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model, fsdp2_load_full_state_dict, accelerator.py
 prepare_model; torch 2.13 distributed/fsdp/_init_utils.py, _flat_param.py, _fully_shard/_fsdp_param.py,
@@ -97,7 +98,8 @@ class _Loader:
             units += [weights] * copies
             places += [place] * copies
         loaded: dict[tuple[int, int], int] = {}
-        if self.ranks.loads_whole and any(w.stored for weights in units for w in weights):
+        quantised = self.ranks.loads_whole and any(w.stored for weights in units for w in weights)
+        if quantised or self.ranks.moves_whole:
             indices = [(i, j) for i in sorted(range(len(units)), key=places.__getitem__) for j in range(len(units[i]))]
             for i, j in sorted(indices, key=lambda at: units[at[0]][at[1]].group == "adapter"):  # adapters come last
                 loaded[i, j] = self._load(units[i][j])
@@ -127,6 +129,8 @@ class _Loader:
     def _loaded_dtype(self, w: Weight) -> str:
         """Return the dtype a weight is loaded in. FSDP2's weights are cast on the host, FSDP1's once they are
         sharded."""
+        if self.ranks.moves_whole and not w.stored and self.graph.recipe.autocast:
+            return self.graph.recipe.compute
         if w.stored or not self.ranks.row.flat or w.group == "adapter":
             return kept_dtype(w, self.ranks)
         return self.ranks.frozen or w.dtype

@@ -24,6 +24,7 @@ class Ranks(NamedTuple):
     frozen           dtype of the rank's part of frozen weights, empty if it is the dtype they are gathered in
     storage          dtype that 4-bit weights are packed into
     loads_whole      a quantised model is loaded whole on every GPU before it is sharded
+    moves_whole      a model is moved whole to every GPU before it is sharded
     efficient        one process of a node loads the model and sends the others their parts (cpu_ram_efficient_loading)
     delayed          gradients are reduced only in a step's last micro-batch, and stay whole until then (no_sync)
     regathers        activation checkpointing wraps the gathering, so weights are gathered again in recomputation
@@ -48,6 +49,7 @@ class Ranks(NamedTuple):
     frozen: str = ""
     storage: str = "uint8"
     loads_whole: bool = True
+    moves_whole: bool = False
     efficient: bool = False
     delayed: bool = False
     regathers: bool = False

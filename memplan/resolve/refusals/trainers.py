@@ -14,6 +14,7 @@ from memplan.resolve.parallelism import FSDP, ZERO
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 
 SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward", *GENERATING, *DISTILLING)
+_LOG_PROBS = {"kto": ("tiled", "gathered"), "distill": ("tiled",)}  # ways of computing them that were read
 _ALONE = (*PAIRED, "reward", *DISTILLING)  # without a reference
 
 
@@ -27,7 +28,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(having, name in SUPPORTED)}")
     if name not in SUPPORTED:
         yield not_yet("trainer", name, ", ".join(SUPPORTED))
-    if name in ("kto", "distill") and run.library.trainer.log_probs != "tiled":
+    if run.library.trainer.log_probs not in _LOG_PROBS.get(name, (run.library.trainer.log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
     if name == "kto" and run.batch_facts.is_single_sequence:
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
