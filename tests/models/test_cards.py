@@ -514,7 +514,8 @@ HEADS = ("num_attention_heads", "n_head", "n_heads", "num_heads")
 DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 
 
-OWN_KINDS = ("lfm2", "llama4_text")  # families with their own names for layer types
+STATED = {"dots1": ("n_routed_experts", "n_shared_experts", "num_experts_per_tok")}  # keys whose default is none
+OWN_KINDS = ("lfm2", "lfm2_moe", "llama4_text")  # families with their own names for layer types
 
 
 def turns_part(model_type: str) -> bool:
@@ -535,7 +536,9 @@ def a_config(model_type: str, rng: random.Random) -> dict[str, Any]:
             config[key] = 2048
         elif key in HEADS:
             config[key] = 32
-        elif key in (*DEPTHS, "vocab_size", "pad_token_id") or (rng.random() < 0.5 and key != "rotary_dim"):
+        elif key in (*DEPTHS, *STATED.get(model_type, ()), "vocab_size", "pad_token_id") or (
+            rng.random() < 0.5 and key != "rotary_dim"
+        ):
             config[key] = value
     depth = next(config[key] for key in DEPTHS if key in config)
     for flag in FLAGS:

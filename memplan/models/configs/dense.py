@@ -195,6 +195,12 @@ FAMILIES: dict[str, Family] = {
         serving=ServingFacts(adapts_tables=True),
         objectives=("causal_lm",),
     ),
+    "cwm": _DENSE._replace(
+        defaults={"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504, "sliding_window": 8192},
+        layers=all_but_every(4, fixed=True, first=True),
+        parallel=ParallelFacts(plans.LLAMA),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "ernie4_5": _DENSE._replace(
         defaults={"tie_word_embeddings": True, "head_dim": 128, "num_key_value_heads": 2, "intermediate_size": 3072},
         checkpoint=CheckpointFacts(gguf="ernie4_5", gguf_keys={}),
@@ -325,6 +331,14 @@ FAMILIES: dict[str, Family] = {
         keys=ConfigKeys(renamed={"qkv_bias": "attention_bias", "bias": "mlp_bias"}),
         checkpoint=CheckpointFacts(gguf="llama"),
         objectives=("causal_lm",),
+    ),
+    "jais2": _DENSE._replace(
+        defaults={"intermediate_size": 26624, "hidden_act": "relu2", "attention_bias": True, "mlp_bias": True},
+        gated=False,
+        objectives=("causal_lm",),
+        stack="neox",
+        parallel=ParallelFacts(_UNGATED_PLAN),
+        serving=ServingFacts(is_modelled=False),
     ),
     "llama": _LLAMA_ROW,
     "mimo": _NO_MLP_BIAS._replace(
