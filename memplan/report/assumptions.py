@@ -8,6 +8,7 @@ from typing import get_args
 from memplan.estimate.answer import Estimate
 from memplan.models.peft_methods import PEFT_METHODS, has_rank
 from memplan.program.run import TOKENS
+from memplan.report.blocks import Facts
 from memplan.report.wording import asked, count, examples, images, lengths, model
 from memplan.spec.formats import GgufType, Quantization
 from memplan.spec.generation import Generation
@@ -81,6 +82,15 @@ def _without_cards(answers: Sequence[Estimate]) -> list[RunSpec]:
 def title(answers: Sequence[Estimate]) -> str:
     """Return what several answers are about: the question that they share, or how many runs they are."""
     return question(answers[0]) if is_one_question(answers) else f"{len(answers):,} runs"
+
+
+def of_lengths(answers: Sequence[Estimate]) -> Iterator[Facts]:
+    """Yield the longest and the typical batch of each run whose sequences differ."""
+    if any(answer.asked.batch.lengths for answer in answers):
+        from memplan.report.lengths import facts
+
+        for name, answer in zip(names(answers), answers, strict=True):
+            yield from facts(answer, name)
 
 
 def names(answers: Sequence[Estimate]) -> list[str]:

@@ -118,6 +118,7 @@ def _answers(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterato
         if answer.ranks:
             yield Heading(f"{name and f'{name}: '}{words.ranks_title(answer)}")
             yield words.ranks_table(answer)
+    yield from assumptions_.of_lengths(answers)
     for title, facts in assumptions_.assumed(answers):
         yield Fold(title, [Facts("", facts)], is_open=True)
     yield Notes(words.notes(answers))

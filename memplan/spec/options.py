@@ -166,6 +166,17 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "those of a batch; knapsack and binpack are `packing` of LLaMA-Factory and of ms-swift.",
             aliases=("packing_strategy",),
         ),
+        "lengths": Option(
+            "batch.lengths",
+            "Token counts of the sequences: a file (a column, CSV or JSON lines), max, or p50=700,p99=3800,max=8192. "
+            "The answer is then for the longest batch that can occur; --seq-len is what they are cut to. Default all "
+            "equal.",
+        ),
+        "batching": Option(
+            "batch.batching",
+            "How sequences of --lengths come into batches: {choices}, by length, or padded to the maximum. Default "
+            "what a run's file says, or packed with --packing, or random.",
+        ),
         "padded": Option("loop.padded", "Batches are padded, and so have an attention mask."),
         "trainer": Option(
             "trainer",

@@ -68,6 +68,10 @@ class Batch(Part):
     image_size       pixels: the side of a square, or (height, width)
     packing          how the framework packs sequences, or joins those of a micro-batch without padding
                      (`memplan.catalogue.kernels.packing`); None: each sequence is a row
+    lengths          token counts of the data set's sequences: a file, `max`, or percentiles, as in
+                     `p50=700,p99=3800,max=8192`. `sequence` is what they are cut to, and becomes the longest that can
+                     occur. None: all are equal
+    batching         how such sequences come into batches; None: `packed` if the run packs, else `random`
     target_sequence  tokens of an encoder-decoder's decoder. None for `sequence`, or for the decoder's learned positions
                      if the encoder has a fixed length; when generating, for 1 start token (4 for Whisper)
     """
@@ -81,6 +85,18 @@ class Batch(Part):
     image_size: Pixels | tuple[Pixels, Pixels] | None = None
     target_sequence: Count | None = None
     packing: PackingName | None = None
+    lengths: str | None = None
+    batching: Literal["random", "grouped", "packed", "padded"] | None = None
+
+    @classmethod
+    def expanded(cls, value: Any) -> Any:
+        """Set the longest sequence that can occur, of sequences that are not all equal."""
+        batch = cast(Mapping[str, Any], value)
+        if not isinstance(value, Mapping) or not isinstance(batch.get("lengths"), str):
+            return batch
+        from memplan.spec.lengths import with_longest
+
+        return with_longest(batch)
 
     @property
     def tokens(self) -> int:
@@ -88,8 +104,8 @@ class Batch(Part):
         return self.sequence + self.new_tokens
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Leave out the completions of a trainer that does not generate, and the packing of sequences that are not."""
-        return {k: v for k, v in values.items() if v or k not in ("generations", "packing")}
+        """Leave out the completions of a trainer that does not generate, and what is not said of unequal sequences."""
+        return {k: v for k, v in values.items() if v or k not in ("generations", "packing", "lengths", "batching")}
 
 
 class RunSpec(Part):
@@ -195,6 +211,7 @@ def is_default(run: RunSpec, part: str) -> bool:
 
 
 def changed(run: RunSpec, part: str, **values: Any) -> RunSpec:
-    """Return a copy of the run with `values` set in one part. Raises MemplanError."""
+    """Return a copy of the run with `values` set in one part; a `sequence` is that of all. Raises MemplanError."""
     old: Part = getattr(run, part)
-    return RunSpec.model_validate({**dict(run), part: {**dict(old), **values}})
+    equal = {"lengths": None, "batching": None} if "sequence" in values else {}
+    return RunSpec.model_validate({**dict(run), part: {**dict(old), **equal, **values}})

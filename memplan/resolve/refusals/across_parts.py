@@ -18,6 +18,10 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
     generates = run.task == "train" and run.trainer in GENERATING
     if run.batch.packing and run.task != "train":
         yield refused("batch.packing", "only applies to training")
+    if run.batch.lengths and run.task != "train":
+        yield refused("batch.lengths", f"only applies to training, not to task {run.task}")
+    if run.batch.batching and not run.batch.lengths:
+        yield refused("batch.batching", "only applies with batch.lengths")
     if run.batch.generations and not generates:
         yield refused("batch.generations", f"only applies to trainers that generate: {', '.join(GENERATING)}")
     if run.task != "generate":
