@@ -391,11 +391,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
     },
     "Kernels": {
-        "attention": Option(
-            "kernels.attention",
-            "{choices}.",
-            aliases=("attn_implementation",),
-        ),
+        "attention": Option("kernels.attention", "{choices}.", aliases=("attn_implementation",)),
         "loss": Option(
             "kernels.loss",
             "hf, chunked, fused (with the head's matrix product, as in Liger and Cut Cross-Entropy), chunked_lm_head "
@@ -540,19 +536,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
             choices=("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "fsdp2"),
             combined=True,
         ),
-        "tp": Option(
-            "parallelism.tp",
-            "Tensor-parallel GPUs.",
-            aliases=("tensor_parallel_size",),
-        ),
+        "tp": Option("parallelism.tp", "Tensor-parallel GPUs.", aliases=("tensor_parallel_size",)),
         "sequence_parallel": Option(
             "parallelism.sequence_parallel", "Tensor-parallel GPUs also divide the tokens between matrix products."
         ),
-        "pp": Option(
-            "parallelism.pp",
-            "Pipeline stages.",
-            aliases=("pipeline_parallel_size",),
-        ),
+        "pp": Option("parallelism.pp", "Pipeline stages.", aliases=("pipeline_parallel_size",)),
         "virtual_stages": Option("parallelism.virtual_stages", "Chunks of layers per stage, interleaved by 1F1B."),
         "schedule": Option(
             "parallelism.schedule",
@@ -576,16 +564,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "parallelism.gpus_per_node", "GPUs per machine, which share its host memory. Default 8."
         ),
         "stage": Option("parallelism.stage", "Report this stage, counted from 0. Default the one that holds most."),
-        "cp": Option(
-            "parallelism.cp",
-            "Context-parallel GPUs.",
-            aliases=("context_parallel_size",),
-        ),
-        "ep": Option(
-            "parallelism.ep",
-            "Expert-parallel GPUs.",
-            aliases=("expert_parallel_size",),
-        ),
+        "cp": Option("parallelism.cp", "Context-parallel GPUs.", aliases=("context_parallel_size",)),
+        "ep": Option("parallelism.ep", "Expert-parallel GPUs.", aliases=("expert_parallel_size",)),
     },
 }
 
