@@ -50,6 +50,11 @@ _NOT_RECORDED = Node(Op(""), NO_BACKWARD)  # stands for every operation that aut
 _RECOMPUTED = ("", "grouped")
 
 
+def _keeps_product(op: Op) -> bool:
+    """Whether a selective checkpoint keeps the outputs: not those of bitsandbytes' functions, which are not listed."""
+    return op.product not in _RECOMPUTED and not any(w.stored for w in op.weights)
+
+
 class Frame:
     """One execution of a list of operations, and the backward graph it leaves."""
 
@@ -232,7 +237,7 @@ class Tape(LiveStorages):
                 names[t.name] = mine[t.name] = frame.past[t.name]
             if not (op.needs_recording and not keep) and (node is not last_node or _keeps_an_output(node)):
                 self._compute(frame, op, mine)
-            if frame.saves_products and frame.checkpointed and op.product not in _RECOMPUTED:
+            if frame.saves_products and frame.checkpointed and _keeps_product(op):
                 self._save_outputs(frame, op)
             if keep and node.pins:
                 away = self._offload_saved(frame, node) if self.saves is not None else ()
@@ -260,7 +265,7 @@ class Tape(LiveStorages):
 
     def _compute(self, frame: Frame, op: Op, mine: dict[str, Storage]) -> None:
         """Allocate an operation's outputs, which Python variables then reference (`mine`), and its scratch."""
-        if frame.saved and not frame.checkpointed and op.product not in _RECOMPUTED:
+        if frame.saved and not frame.checkpointed and _keeps_product(op):
             mine |= {t.name: frame.saved.pop(t.name) for t in op.writes}
             frame.names.update((t.name, mine[t.name]) for t in op.writes)
             return

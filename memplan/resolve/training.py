@@ -257,7 +257,9 @@ def _choose_recipe(run: OpenTraining) -> None:
     model, method, library = run.model, run.method, run.library
     recipe, notes = method_recipe(model, method, run.precision, run.code, run.checkpoint.as_stored)
     frozen = frozen_parts(model, method)
-    run.kernels, idle = fused_kernels(model, method, run.kernels, run.code, library.weights.keeps_matrix)
+    run.kernels, idle = fused_kernels(
+        model, method, run.kernels, run.code, library.weights.keeps_matrix, library.model.fused_lora
+    )
     run.notes += [f"kernels.fused: {name} has nothing to fuse in this run" for name in idle if run.names_fused]
     run.recipe = recipe._replace(
         frozen=frozen,

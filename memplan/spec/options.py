@@ -140,7 +140,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             type=bool,
             combined=True,
         ),
-        "compile": Option("kernels.compile", "Train with torch.compile. Default off.", aliases=("torch_compile",)),
+        "compile": Option("kernels.compile", "Run with torch.compile. Default off.", aliases=("torch_compile",)),
         "checkpointing": Option(
             "kernels.checkpointing",
             "Kind of checkpointing: none, full, selective (keeps products and attention), or offload (layer inputs in "

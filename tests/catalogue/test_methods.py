@@ -215,8 +215,6 @@ def test_the_trainer_keeps_embedding_states_in_32_bits() -> None:
         ({"profile": "transformers-7"}, "profile"),
         ({"batch": {"new_tokens": 1}}, "batch.new_tokens"),
         ({"task": "generate", "kernels": {"loss": "fused"}}, "kernels.loss"),
-        ({"method": "qlora", "kernels": {"checkpointing": "selective"}}, "kernels.checkpointing"),
-        ({"task": "generate", "kernels": {"compile": True}}, "kernels.compile"),
         ({"kernels": {"attention": "flash_attention_2"}, "precision": "fp32"}, "kernels.attention"),
         ({"kernels": {"attention": "flash_attention_2"}, "gpu": "t4"}, "kernels.attention"),
         ({"parallelism": {"world": 2, "dp": 1}}, "parallelism.world"),

@@ -134,6 +134,8 @@ def lora_runs() -> Iterator[tuple[str, RunSpec]]:
     for settings in CHOSEN[:3]:
         yield one("qlora", checkpointing="full", **settings)
         yield one("dora", **settings)
+    for kind, more in (("qlora", {}), ("qlora", {"quantization": {"format": "int8"}}), ("dora", {"dropout": 0.1})):
+        yield one(kind, "llama", "selective", AUTOCAST, targets="all-linear", **more)
 
 
 def runs(kind: str) -> Iterator[tuple[str, RunSpec]]:

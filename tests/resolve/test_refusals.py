@@ -24,9 +24,8 @@ def refused(**fields: Any) -> MemplanError:
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"task": "generate", "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}}, "parallelism.dp"),
-    ({"task": "generate", "kernels": {"compile": True}}, "kernels.compile"),
     ({"kernels": {"checkpointing": "selective", "reentrant": True}}, "kernels.checkpointing"),
-    ({"kernels": {"checkpointing": "selective"}, "method": "qlora"}, "kernels.checkpointing"),
+    ({"kernels": {"checkpointing": "selective", "fused": ["rope"]}, "method": "lora"}, "kernels.checkpointing"),
     ({"kernels": {"every_n_layers": 2, "checkpointing": "offload"}}, "kernels.every_n_layers"),
     ({"kernels": {"every_n_layers": 2, "reentrant": True}}, "kernels.every_n_layers"),
     ({"model": "llama-3.2-1b", "kernels": {"every_n_layers": 2}, "profile": "torchtitan"}, "kernels.every_n_layers"),

@@ -402,7 +402,7 @@ def _with_last_adapter_gathered(block: Block) -> Block:
 
 
 def _with_fused_layers(stack: Stack, recipe: Recipe, axes: Mapping[str, int], takes: Callable[[Op], bool]) -> Stack:
-    functions = LoraFunctions(LIBRARIES[recipe.fused], recipe.compute, recipe.dropout)
+    functions = LoraFunctions(LIBRARIES[recipe.fused], recipe.compute, recipe.dropout, recipe.is_dora)
 
     def fused(listed: tuple[Op, ...]) -> tuple[Op, ...]:
         if any(op.skipped for op in listed):

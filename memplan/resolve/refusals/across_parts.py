@@ -81,8 +81,6 @@ def training_settings(run: RunSpec) -> Iterator[SpecError]:
         yield refused("kernels.loss", f"task {task} has no loss")
     if run.kernels.fused:
         yield not_yet("kernels.fused", ", ".join(run.kernels.fused), f"none with task {task}")
-    if run.kernels.compile:
-        yield not_yet("kernels.compile", True, "false")
     if task == "generate" and loop.use_cache is False:
         yield not_yet("loop.use_cache", False, "true with task generate")
     for field in ("hold_outputs", "grad_scaler", "trainer"):

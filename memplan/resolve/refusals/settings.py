@@ -9,7 +9,7 @@ from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.optimizers import ON_HOST, OPTIMIZERS
 from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE
 from memplan.core.errors import SpecError, nearest, refused
-from memplan.models.peft_methods import PEFT_METHODS, PeftMethod, Value
+from memplan.models.peft_methods import BITSANDBYTES, PEFT_METHODS, PeftMethod, Value
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 from memplan.spec.formats import Quantization, TrainedOver
@@ -69,9 +69,10 @@ def _selective(r: OpenRun) -> Iterator[SpecError]:
     field, p = "kernels.checkpointing", r.parallelism
     if r.code not in ("transformers", "torchtitan") or r.kernels.reentrant or r.model.is_encoder_decoder:
         yield not_yet(field, "selective", "none, full, offload")
-    is_plain = r.method.kind in ("full", "lora") and not r.kernels.fused and r.method.quantization is None
+    q = r.method.quantization
+    is_plain = not r.kernels.fused and (q is None or q.format in BITSANDBYTES)
     if not is_plain or r.model.has_tower or max(p.pp, p.tp, p.cp, p.ep) > 1:
-        what = "selective and fused kernels, towers, quantised weights, other adapters than LoRA, or tp, cp, ep or pp"
+        what = f"selective and fused kernels, towers, weights not in {', '.join(BITSANDBYTES)}, or tp, cp, ep or pp"
         yield not_yet_with(field, what, "full")
 
 
