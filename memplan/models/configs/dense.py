@@ -140,14 +140,14 @@ FAMILIES: dict[str, Family] = {
         objectives=("causal_lm",),
         acts=(*WRITTEN_OUT, "xielu"),
         stack="neox",
-        parallel=ParallelFacts(),
+        parallel=ParallelFacts(_UNGATED_PLAN),
     ),
     "arcee": _DENSE._replace(
         defaults={"intermediate_size": 18432, "hidden_act": "relu2"},
         gated=False,
         stack="neox",
         checkpoint=CheckpointFacts(gguf="arcee"),
-        parallel=ParallelFacts(),
+        parallel=ParallelFacts(_UNGATED_PLAN),
     ),
     "baichuan": Family(
         {"intermediate_size": None},  # 11008 in the code of the 7B model, 13696 in that of the 13B
@@ -191,7 +191,7 @@ FAMILIES: dict[str, Family] = {
         layers=all_but_every(4, unrotated="always"),
         generation=GenerationFacts(ignores_early_exit=True),
         checkpoint=CheckpointFacts(gguf="cohere2", gguf_keys={}),
-        parallel=ParallelFacts(plans.LLAMA),
+        parallel=ParallelFacts(_UNGATED_PLAN),
         serving=ServingFacts(adapts_tables=True),
         objectives=("causal_lm",),
     ),
@@ -217,7 +217,7 @@ FAMILIES: dict[str, Family] = {
         stack="olmo",
         generation=GenerationFacts(ignores_early_exit=True),
         checkpoint=CheckpointFacts(gguf="exaone4", gguf_keys={}, gguf_modules=_POST_NORM),
-        parallel=ParallelFacts(plans.LLAMA),
+        parallel=ParallelFacts(_UNGATED_PLAN),
         serving=ServingFacts(adapts_tables=True),
     ),
     "falcon": _GPT_LIKE._replace(
@@ -343,7 +343,7 @@ FAMILIES: dict[str, Family] = {
     "ministral": _NO_MLP_BIAS._replace(
         defaults={"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
         layers=windows_everywhere,
-        parallel=ParallelFacts(plans.LLAMA),
+        parallel=ParallelFacts(_UNGATED_PLAN),
     ),
     "ministral3": _NO_MLP_BIAS._replace(
         defaults={"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 14336, "sliding_window": None},
