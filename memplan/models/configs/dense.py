@@ -191,7 +191,7 @@ FAMILIES: dict[str, Family] = {
         layers=all_but_every(4, unrotated="always"),
         generation=GenerationFacts(ignores_early_exit=True),
         checkpoint=CheckpointFacts(gguf="cohere2", gguf_keys={}),
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(plans.LLAMA),
         serving=ServingFacts(adapts_tables=True),
         objectives=("causal_lm",),
     ),
@@ -217,7 +217,7 @@ FAMILIES: dict[str, Family] = {
         stack="olmo",
         generation=GenerationFacts(ignores_early_exit=True),
         checkpoint=CheckpointFacts(gguf="exaone4", gguf_keys={}, gguf_modules=_POST_NORM),
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(plans.LLAMA),
         serving=ServingFacts(adapts_tables=True),
     ),
     "falcon": _GPT_LIKE._replace(
@@ -343,7 +343,7 @@ FAMILIES: dict[str, Family] = {
     "ministral": _NO_MLP_BIAS._replace(
         defaults={"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
         layers=windows_everywhere,
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(plans.LLAMA),
     ),
     "ministral3": _NO_MLP_BIAS._replace(
         defaults={"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 14336, "sliding_window": None},
