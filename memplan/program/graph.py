@@ -52,7 +52,7 @@ class Graph(NamedTuple):
     wiring                  attention kernels, masks and caches
     checkpoint              blocks are checkpointed
     every_n_layers          only the first of every n layers is checkpointed
-    saves_products          checkpoints keep the outputs of matrix products and attention
+    saves_products          the matrix products whose outputs checkpoints keep: `all`, `alternate` or none
     loss                    the kind of loss (see `memplan.catalogue.kernels.losses.attach`)
     hold_outputs            a variable of the script holds the model's outputs through backward
     adds_in_place           the fused loss accumulates its weight gradient in place
@@ -108,7 +108,7 @@ class Graph(NamedTuple):
     placed: ModulePlacement | None = None
     trainer: Trainer | None = None
     every_n_layers: int = 1
-    saves_products: bool = False
+    saves_products: str = ""
 
 
 class TensorGroup(NamedTuple):
@@ -204,7 +204,7 @@ def _with_equal_operations(graph: Graph) -> Graph:
         input_requires_grad=False,
         to_host=False,
         saves=None,
-        saves_products=False,
+        saves_products="",
         holds_previous_outputs="",
     )
 

@@ -296,8 +296,15 @@ def _build_graph(run: OpenTraining) -> None:
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
         trainer=run.step,
         every_n_layers=kernels.every_n_layers,
-        saves_products=kernels.checkpointing == "selective" and checkpoints,
+        saves_products=_saved_products(run),
     )
+
+
+def _saved_products(run: OpenTraining) -> str:
+    """Return which matrix products checkpoints keep. torchtitan's selective ones recompute every second."""
+    if run.kernels.checkpointing != "selective" or not run.checkpoints:
+        return ""
+    return "alternate" if run.style == "torchtitan" else "all"
 
 
 def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "graph"]:

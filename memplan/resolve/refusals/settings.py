@@ -70,8 +70,9 @@ def _selective(r: OpenRun) -> Iterator[SpecError]:
     if r.code not in ("transformers", "torchtitan") or r.kernels.reentrant or r.model.is_encoder_decoder:
         yield not_yet(field, "selective", "none, full, offload")
     is_plain = r.method.kind in ("full", "lora") and not r.kernels.fused and r.method.quantization is None
-    if not is_plain or r.model.has_tower or max(p.pp, p.tp, p.cp, p.ep) > 1:
-        what = "selective and fused kernels, towers, quantised weights, other adapters than LoRA, or tp, cp, ep or pp"
+    divided = max(p.cp, p.ep) > 1 or (p.tp > 1 and r.style != "torchtitan")
+    if not is_plain or r.model.has_tower or divided:
+        what = "selective and fused kernels, towers, quantised weights, other adapters than LoRA, or cp, ep or tp"
         yield not_yet_with(field, what, "full")
 
 
