@@ -46,14 +46,6 @@ class Node:
 
 _NOT_RECORDED = Node(Op(""), NO_BACKWARD)  # stands for every operation that autograd does not record
 
-# Kinds of products that are recomputed: torch 2.13 _functorch/partitioners.py get_default_op_list.
-_RECOMPUTED = ("", "grouped")
-
-
-def _keeps_product(op: Op) -> bool:
-    """Whether a selective checkpoint keeps the outputs: not those of bitsandbytes' functions, which are not listed."""
-    return op.product not in _RECOMPUTED and not any(w.stored for w in op.weights)
-
 
 class Frame:
     """One execution of a list of operations, and the backward graph it leaves."""
@@ -84,7 +76,7 @@ class Frame:
         self.checkpoint: list[Storage] = []  # kept by the checkpoint: the block's inputs
         self.named: list[Storage] = []  # kept by the checkpoint until the graph is freed: keyword arguments
         self.to_host = False  # the checkpoint keeps `x` in host memory
-        self.saves_products = False  # the checkpoint keeps the outputs of matrix products and attention
+        self.saves: Container[str] = ()  # operations whose outputs the checkpoint keeps
         self.saved: dict[str, Storage] = {}  # those outputs
         self.shares: Container[str] = ()  # outputs for later blocks, referenced by all checkpoints
         self.shared: list[Storage] = []
@@ -237,7 +229,7 @@ class Tape(LiveStorages):
                 names[t.name] = mine[t.name] = frame.past[t.name]
             if not (op.needs_recording and not keep) and (node is not last_node or _keeps_an_output(node)):
                 self._compute(frame, op, mine)
-            if frame.saves_products and frame.checkpointed and _keeps_product(op):
+            if frame.checkpointed and op.name in frame.saves:
                 self._save_outputs(frame, op)
             if keep and node.pins:
                 away = self._offload_saved(frame, node) if self.saves is not None else ()
@@ -265,7 +257,7 @@ class Tape(LiveStorages):
 
     def _compute(self, frame: Frame, op: Op, mine: dict[str, Storage]) -> None:
         """Allocate an operation's outputs, which Python variables then reference (`mine`), and its scratch."""
-        if frame.saved and not frame.checkpointed and _keeps_product(op):
+        if frame.saved and not frame.checkpointed and op.name in frame.saves:
             mine |= {t.name: frame.saved.pop(t.name) for t in op.writes}
             frame.names.update((t.name, mine[t.name]) for t in op.writes)
             return

@@ -53,7 +53,7 @@ class Graph(NamedTuple):
     wiring                  attention kernels, masks and caches
     checkpoint              blocks are checkpointed
     every_n_layers          only the first of every n layers is checkpointed
-    saves_products          checkpoints keep the outputs of matrix products and attention
+    saves_products          the matrix products whose outputs checkpoints keep: `all`, `alternate` or none
     loss                    the kind of loss (see `memplan.catalogue.kernels.losses.attach`)
     hold_outputs            a variable of the script holds the model's outputs through backward
     adds_in_place           the fused loss accumulates its weight gradient in place
@@ -111,7 +111,7 @@ class Graph(NamedTuple):
     trainer: Trainer | None = None
     roles: tuple[tuple[str, Graph], ...] = ()
     every_n_layers: int = 1
-    saves_products: bool = False
+    saves_products: str = ""
 
 
 class TensorGroup(NamedTuple):
@@ -207,7 +207,7 @@ def _with_equal_operations(graph: Graph) -> Graph:
         input_requires_grad=False,
         to_host=False,
         saves=None,
-        saves_products=False,
+        saves_products="",
         holds_previous_outputs="",
     )
 

@@ -326,8 +326,15 @@ def _build_graph(run: OpenTraining) -> None:
         trainer=run.step,
         roles=tuple((role, without_gradients(other._replace(trainer=run.step))) for role, other in run.others),
         every_n_layers=kernels.every_n_layers,
-        saves_products=kernels.checkpointing == "selective" and checkpoints,
+        saves_products=_saved_products(run),
     )
+
+
+def _saved_products(run: OpenTraining) -> str:
+    """Return which matrix products checkpoints keep. torchtitan's selective ones recompute every second."""
+    if run.kernels.checkpointing != "selective" or not run.checkpoints:
+        return ""
+    return "alternate" if run.style == "torchtitan" else "all"
 
 
 def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "graph"]:

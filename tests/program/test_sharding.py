@@ -508,12 +508,16 @@ def test_a_rank_of_a_published_run_is_met(row: dict[str, Any]) -> None:
         assert abs(kept - row["after"]) <= 2 * SLACK
 
 
-def test_published_runs_on_two_and_four_gpus_are_met_on_average() -> None:
+def test_published_runs_on_several_gpus_are_met_on_average() -> None:
+    """fms-acceleration's without a stated cause: those with one are held to their statement."""
     errors: dict[str, list[float]] = {}
     for row in MEASURED:
         found = abs(estimate(RunSpec(**row["run"])).bytes.allocated / row["allocated"] - 1)
-        errors.setdefault(row["family"], []).append(found)
-    assert {family: len(some) for family, some in errors.items()} == {"fms-acceleration": 61, "litgpt": 5}
+        known = row["family"] == "fms-acceleration" and "cause" in row
+        errors.setdefault(f"{row['family']}, cause known" if known else row["family"], []).append(found)
+    numbers = {"SimuMax": 17, "fms-acceleration": 48, "fms-acceleration, cause known": 25, "litgpt": 5}
+    assert {family: len(some) for family, some in errors.items()} == numbers
+    assert mean(errors["SimuMax"]) < 1e-3
     assert mean(errors["fms-acceleration"]) < 1e-3
     assert mean(errors["litgpt"]) < 0.025
 

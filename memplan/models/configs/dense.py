@@ -140,14 +140,14 @@ FAMILIES: dict[str, Family] = {
         objectives=("causal_lm",),
         acts=(*WRITTEN_OUT, "xielu"),
         stack="neox",
-        parallel=ParallelFacts(),
+        parallel=ParallelFacts(_UNGATED_PLAN),
     ),
     "arcee": _DENSE._replace(
         defaults={"intermediate_size": 18432, "hidden_act": "relu2"},
         gated=False,
         stack="neox",
         checkpoint=CheckpointFacts(gguf="arcee"),
-        parallel=ParallelFacts(),
+        parallel=ParallelFacts(_UNGATED_PLAN),
     ),
     "baichuan": Family(
         {"intermediate_size": None},  # 11008 in the code of the 7B model, 13696 in that of the 13B

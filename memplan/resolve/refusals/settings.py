@@ -71,8 +71,9 @@ def _selective(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet(field, "selective", "none, full, offload")
     q = r.method.quantization
     is_plain = not r.kernels.fused and (q is None or q.format in BITSANDBYTES)
-    if not is_plain or r.model.has_tower or max(p.pp, p.tp, p.cp, p.ep) > 1:
-        what = f"selective and fused kernels, towers, weights not in {', '.join(BITSANDBYTES)}, or tp, cp, ep or pp"
+    divided = max(p.cp, p.ep) > 1 or (p.tp > 1 and r.style != "torchtitan")
+    if not is_plain or r.model.has_tower or divided:
+        what = f"selective and fused kernels, towers, weights not in {', '.join(BITSANDBYTES)}, or cp, ep or tp"
         yield not_yet_with(field, what, "full")
 
 

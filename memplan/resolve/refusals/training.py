@@ -247,8 +247,9 @@ def several_gpus(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet("optimizer.name", optimizer.name, f"{', '.join(supported)} with {p.strategy}")
     yield from _precision_of_strategy(r)
     q = method.quantization
-    if p.strategy != MEGATRON and q is not None and q.format not in ("nf4", "fp4"):
-        yield not_yet("method.quantization.format", q.format, f"nf4, fp4 with {p.strategy}")
+    packed = ("nf4", "fp4", *(("gptq-int4", "gptq-int8") if p.strategy == "fsdp" else ()))
+    if p.strategy != MEGATRON and q is not None and q.format not in packed:
+        yield not_yet("method.quantization.format", q.format, f"{', '.join(packed)} with {p.strategy}")
 
 
 def _precision_of_strategy(r: OpenRun) -> Iterator[SpecError]:
