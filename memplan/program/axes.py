@@ -136,7 +136,7 @@ def axes_of(
         axes.update({"kept": completion + 1})
         axes["completion_rows"] = b * completion
         axes["generated"] = b * more["accumulation"]
-    for role, other in graph.roles:
+    for role, other in graph.roles:  # those inside the step
         own = frozenset(name.removeprefix(f"{role}.") for name in needs if name.startswith(f"{role}."))
         if own:
             by_name = axes_of(other, own, micro, sequence - completion, half, large_tiles, by, pictures, target)

@@ -302,7 +302,7 @@ def _models_inside(graph: Graph) -> tuple[dict[str, Stack], dict[str, int]]:
     """Return the operations of the models that run inside a trainer's step, by phase, and the axes of other models."""
     own = (("reference", reference_of(graph)), ("forward", first_pass_of(graph)))
     stacks = {phase: operations_of(other)[0] for phase, other in own if other is not None}
-    named = {role: with_own_axes(*operations_of(other), role) for role, other in graph.roles}
+    named = {role: with_own_axes(*operations_of(other), role) for role, other in graph.roles if other.trainer}
     stacks |= {role: stack for role, (stack, _) in named.items()}
     return stacks, {axis: n for _, sizes in named.values() for axis, n in sizes.items()}
 

@@ -245,6 +245,8 @@ _MOMENTS = {
     "step": "in the optimizer's step",
     "eval": "in evaluation",
     "generate": "in generation",
+    "teacher": "in the teacher's pass",
+    "reward": "in the reward model's pass",
     "encode": "while the encoder reads",
     "prefill": "while the prompt is read",
     "decode": "while tokens are generated",

@@ -14,11 +14,14 @@ from memplan.program.graph import Graph
 from memplan.program.run import ResolvedRun
 from memplan.resolve.card import GPUFacts
 from memplan.resolve.open_run import BatchFacts, Parts
+from memplan.resolve.refusals import trainers
+from memplan.resolve.refusals.refuse import refuse
 from memplan.spec.roles import RoleModel, Roles
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method, Precision
 
 Decide = Callable[[ModelSpec, Parts, GPUFacts | None, BatchFacts], ResolvedRun]
+DecideForward = Callable[[RunSpec, ModelSpec], ResolvedRun]
 
 
 def step_precision(trainer: str, precision: Precision) -> Precision:
@@ -48,12 +51,19 @@ def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
 
 
 def graphs_of_roles(
-    run: RunSpec, model: ModelSpec, tokens: int, facts: BatchFacts, card: GPUFacts | None, decide: Decide
+    run: RunSpec,
+    model: ModelSpec,
+    tokens: int,
+    facts: BatchFacts,
+    card: GPUFacts | None,
+    decide: Decide,
+    decide_forward: DecideForward,
 ) -> tuple[tuple[str, Graph], ...]:
     """Return the graph of every other model that is on the GPUs that train, by its role.
 
     Raises SpecError for one that the step cannot have.
     """
+    refuse(trainers.roles(run))
     graphs: list[tuple[str, Graph]] = []
     for role, other in run.roles.named:
         field = f"roles.{role}.model"
@@ -61,6 +71,9 @@ def graphs_of_roles(
             found = find_model(other.model)
         _refuse_vocabulary(role, model, found)
         if other.location != "gpu":
+            continue
+        if role == "reward":
+            graphs.append((role, decide_forward(scoring_run(run), found).structure.graph))
             continue
         window = found.sliding_window
         own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
@@ -79,6 +92,25 @@ def graphs_of_roles(
             graph = graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
         graphs.append((role, graph))
     return tuple(graphs)
+
+
+def scoring_run(run: RunSpec) -> RunSpec:
+    """Return the pass of the reward model over all completions that a step generates.
+
+    Source: trl 1.16.0 trainer/grpo_trainer.py _calculate_rewards; rloo_trainer.py is the same.
+    """
+    other, batch = run.roles.reward, run.batch
+    assert other is not None
+    fields = fields_of_role(run.precision, other)
+    return RunSpec(
+        model=other.model,
+        task="forward",
+        objective="sequence_classification",
+        method=Method(quantization=other.quantization),
+        precision=fields["precision"],
+        batch={"micro": batch.micro * batch.accumulation, "sequence": batch.tokens},
+        gpu=run.gpu,
+    )
 
 
 def _refuse_vocabulary(role: str, model: ModelSpec, other: ModelSpec) -> None:

@@ -312,7 +312,10 @@ def _build_graph(run: OpenTraining) -> None:
         degrees=run.degrees,
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
         trainer=run.step,
-        roles=tuple((role, without_gradients(other._replace(trainer=run.step))) for role, other in run.others),
+        roles=tuple(
+            (role, without_gradients(other._replace(trainer=run.step)) if role == "teacher" else other)
+            for role, other in run.others
+        ),
         every_n_layers=kernels.every_n_layers,
         saves_products=kernels.checkpointing == "selective" and checkpoints,
     )
