@@ -127,7 +127,7 @@ def asked(answer: Estimate) -> str:
     if answer.serving is not None:
         return f"serving {model(answer)} with {run.profile}"
     word = run.method.kind if run.task == "train" else run.task
-    trainer = "reward modelling" if run.trainer == "reward" else run.trainer.upper()
+    trainer = {"reward": "reward modelling", "distill": "distillation"}.get(run.trainer, run.trainer.upper())
     return f"{f'{trainer} with ' if run.trainer != 'sft' else ''}{_METHODS.get(word, word)} of {model(answer)}"
 
 

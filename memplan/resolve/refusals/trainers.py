@@ -61,6 +61,10 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
             yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
         elif role == "teacher" and other.location == "server":
             yield not_yet_with("roles.teacher.location", f"trainer {run.trainer}", "gpu")
+        if run.parallelism.dp > 1 and run.parallelism.strategy in (*FSDP, "zero3") and other.location == "gpu":
+            yield not_yet_with(
+                "parallelism.strategy", f"a {role} model", "ddp, zero1 or zero2, which divide no weights"
+            )
 
 
 def _generating(run: OpenRun, own: str) -> Iterator[SpecError]:
