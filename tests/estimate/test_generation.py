@@ -58,6 +58,22 @@ def test_defaults_are_those_of_trl() -> None:
     assert estimate(RunSpec(model="llama-3.2-1b", trainer="rloo", batch={"micro": 2})).run.batch.generations == 2
 
 
+def test_a_reward_model_reads_all_completions_of_a_step_at_once() -> None:
+    def scored(parts: int) -> Estimate:
+        return grpo(method="lora", roles={"reward": "llama-3.1-8b"}, batch={"micro": 4, "accumulation": parts})
+
+    few, many = scored(1), scored(16)
+    for answer in (few, many):
+        assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+    assert many.peak.phase == "reward"
+    cache = (
+        2 * 60 * 384 * 32 * 2 * 8 * 128
+    )  # bf16 keys and values of 60 more completions, in 32 layers of 8 heads of 128
+    assert peak_of(many, "reward") - peak_of(few, "reward") > cache
+    away = grpo(method="lora", roles={"reward": {"model": "llama-3.1-8b", "location": "server"}}, batch={"micro": 4})
+    assert away.bytes.allocated == grpo(method="lora", batch={"micro": 4}).bytes.allocated
+
+
 def test_nothing_is_compared_without_a_reference() -> None:
     weights = 2 * 1_235_814_400  # bf16; the embeddings are tied
     assert grpo(reference="copy").bytes.allocated - grpo().bytes.allocated == pytest.approx(weights, rel=1e-2)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Rule, shown, version_number
+from memplan.frameworks.reading.config import Config, Rule, version_number
 
 _LIGER = {
     "liger_rope": "rope",
@@ -68,8 +68,8 @@ def _preference(config: Config) -> None:
         beta = "trl.beta" if config.said("trl.beta") is not None else "rl_beta"
         trainer.generation(config, name, "rl", adapts=bool(config.said("adapter")), beta=beta, **_GENERATION)
         models = [each for each in config.names("trl.reward_funcs") or () if "/" in each]
-        if models:
-            config.leave("trl.reward_funcs", f"the reward model {shown(models[0])} is not counted")
+        for model in models:
+            trainer.role(config, "reward", model, "trl.reward_funcs")
         return
     trainer.preference(
         config, ("simpo" if config.number("cpo_alpha") == 0 else "cpo") if name == "simpo" else name, "rl"
