@@ -72,26 +72,35 @@ def graphs_of_roles(
         _refuse_vocabulary(role, model, found)
         if other.location != "gpu":
             continue
-        if role == "reward":
-            graphs.append((role, decide_forward(scoring_run(run), found).structure.graph))
-            continue
         window = found.sliding_window
         own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
         try:
-            parts = Parts.of(run)._replace(**fields_of_role(step_precision(run.trainer, run.precision), other))
-            graph = decide(found, parts, card, own).structure.graph
+            if role == "reward":
+                graph = decide_forward(scoring_run(run), found).structure.graph
+            else:
+                graph = _teacher(run, other, decide(found, _parts(run, other), card, own).structure.graph)
         except MemplanError as error:
             raise refused(field, f"{error}") from None
-        recipe = graph.recipe._replace(
-            targets=(), saved=(), selection=None, bias="none", tokens=0, fused="", preparation=""
-        )
-        graph = graph._replace(recipe=recipe)
-        if run.trainer == "gkd":  # which does not set use_cache
-            cache = library_behaviour(run.profile, found.model_type, False).generation.cache
-            one_pass = Pass(role, cache, last_only=False)
-            graph = graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
         graphs.append((role, graph))
     return tuple(graphs)
+
+
+def _parts(run: RunSpec, other: RoleModel) -> Parts:
+    precision = step_precision(run.trainer, run.precision)
+    return Parts.of(run)._replace(**fields_of_role(precision, other))
+
+
+def _teacher(run: RunSpec, graph: Graph) -> Graph:
+    """Return the graph of a teacher, given that of its model as if it trained: without adapters or preparation."""
+    recipe = graph.recipe._replace(
+        targets=(), saved=(), selection=None, bias="none", tokens=0, fused="", preparation=""
+    )
+    graph = graph._replace(recipe=recipe)
+    if run.trainer != "gkd":
+        return graph
+    cache = library_behaviour(run.profile, graph.model.model_type, False).generation.cache  # it does not set use_cache
+    one_pass = Pass("teacher", cache, last_only=False)
+    return graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
 
 
 def scoring_run(run: RunSpec) -> RunSpec:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
+from memplan.catalogue.kernels.own_axes import own_shape
 from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory
 from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
@@ -120,7 +121,8 @@ class Sharding:
         yield from parameters_of(self.graph)
         for role, other in other_models(self.graph):
             for held in parameters_of(other):
-                yield held._replace(what=f"{role}.{held.what}")
+                shape = held.shape if other.model == self.graph.model else own_shape(held.shape, role)
+                yield held._replace(what=f"{role}.{held.what}", shape=shape)
         yield from self.run.engine
 
     def gradients(self) -> Iterator[TensorGroup]:
