@@ -78,7 +78,7 @@ def graphs_of_roles(
             if role == "reward":
                 graph = decide_forward(scoring_run(run), found).structure.graph
             else:
-                graph = _teacher(run, other, decide(found, _parts(run, other), card, own).structure.graph)
+                graph = _teacher(run, decide(found, _parts(run, other), card, own).structure.graph)
         except MemplanError as error:
             raise refused(field, f"{error}") from None
         graphs.append((role, graph))
