@@ -76,6 +76,9 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     cases += [
         (case, "rewarded") for case in REWARDED[:: 1 if profile == "trl-1.15" else 2] if trainer not in DISTILLING
     ]
+    if trainer in DISTILLING:
+        cases += [(("qwen3", "full", BF16, (2, 512, 8, 1, 1), "none", {}), "experts")]
+        cases += [(("llama", method, FP32, (4, 256, 8, 1, 1), "none", {}), "") for method in ("full", "lora")]
     for (family, method, precision, (micro, prompt, new, group, parts), reference, kernels), strategy in cases:
         words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
@@ -93,7 +96,11 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "model": {"config": CONFIGS[family]},
                     "trainer": trainer,
                     "reference": None if distills else reference,
-                    "roles": teachers(family, method) if distills else scorer(family) if strategy == "rewarded" else {},
+                    "roles": teachers(family, method, strategy == "experts")
+                    if distills
+                    else scorer(family)
+                    if strategy == "rewarded"
+                    else {},
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": batch,
