@@ -415,7 +415,8 @@ class Division(NamedTuple):
     hooks               the input of a recomputed block and its gradient stay until the pass is over, referenced by a
                         hook
     whole               units outside of blocks that earlier passes without gradients left whole
-    models              divisions of other models with weights of their own that run inside the pass, by phase
+    models              divisions of other models with weights of their own that run inside the pass, by phase; None
+                        for a model that every rank has whole
     """
 
     units: tuple[tuple[str, Unit], ...]
@@ -432,7 +433,7 @@ class Division(NamedTuple):
     offloads_gradients: bool = False
     hooks: bool = False
     whole: tuple[str, ...] = ()
-    models: tuple[tuple[str, Division], ...] = ()
+    models: tuple[tuple[str, Division | None], ...] = ()
 
     def with_axes(self) -> tuple[Division, dict[str, str]]:
         """Return the division with an axis for every number of elements, and each axis's number.
@@ -457,7 +458,7 @@ class Division(NamedTuple):
 
         def divided(division: Division) -> Division:
             units = tuple((name, with_axes(unit)) for name, unit in division.units)
-            return division._replace(units=units, models=tuple((name, divided(d)) for name, d in division.models))
+            return division._replace(units=units, models=tuple((name, d and divided(d)) for name, d in division.models))
 
         return divided(self), {axis: number for number, axis in axes.items()}
 

@@ -16,6 +16,7 @@ from memplan.resolve.card import GPUFacts
 from memplan.resolve.open_run import BatchFacts, Parts
 from memplan.resolve.refusals import trainers
 from memplan.resolve.refusals.refuse import refuse
+from memplan.spec.parallelism import Parallelism
 from memplan.spec.roles import RoleModel, Roles
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method, Precision
@@ -45,6 +46,7 @@ def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
         "reference": None,
         "roles": Roles(),
         "rollout": "transformers",
+        "parallelism": Parallelism(),
         "method": Method() if q is None else Method(kind="qlora", quantization=q),
         "precision": precision.model_copy(update={"weights": other.dtype or precision.weights}),
     }

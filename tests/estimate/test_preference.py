@@ -163,11 +163,11 @@ def test_a_reward_models_head_is_a_score() -> None:
         ({"trainer": "gkd", "roles": {"teacher": {"model": LLAMA, "location": "server"}}}, "supported: gpu"),
         (
             {
-                "trainer": "gkd",
+                "trainer": "distill",
                 "roles": {"teacher": LLAMA},
                 "parallelism": {"world": 2, "dp": 2, "strategy": "fsdp2"},
             },
-            "parallelism.strategy: is not supported yet with a teacher model; supported: ddp, zero1 or zero2",
+            "parallelism.strategy: is not supported yet with a teacher model of distill; supported: ddp, zero1, zero2",
         ),
         ({"trainer": "dpo", "roles": {"teacher": LLAMA}}, "only applies to trainer gkd or distill, not dpo"),
         ({"roles": {"reward": LLAMA}}, "roles.reward: only applies to trainer grpo or rloo, not sft"),

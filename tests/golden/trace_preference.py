@@ -128,7 +128,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     for (family, method, precision, micro, tokens, said, kernels), strategy in cases:
         if profile == SWIFT and (precision == FP32 or said):
             continue  # it loads weights in bf16, and precomputes nothing
-        if trainer in DISTILLING and (strategy.startswith("fsdp") or said == "precomputed"):
+        if trainer in DISTILLING and (strategy == "fsdp2" or said == "precomputed"):
             continue
         reference = said if trainer in WITH_REFERENCE else None
         words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]

@@ -61,10 +61,11 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
             yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
         elif role == "teacher" and other.location == "server":
             yield not_yet_with("roles.teacher.location", f"trainer {run.trainer}", "gpu")
-        if run.parallelism.dp > 1 and run.parallelism.strategy in (*FSDP, "zero3") and other.location == "gpu":
-            yield not_yet_with(
-                "parallelism.strategy", f"a {role} model", "ddp, zero1 or zero2, which divide no weights"
-            )
+        # FSDP2 casts what its root returns; DistillationTrainer calls the backbone inside FSDP's units
+        divided = ("zero3", *{"gkd": ("fsdp2",), "distill": FSDP}.get(run.trainer, ()))
+        if run.parallelism.dp > 1 and run.parallelism.strategy in divided and other.location == "gpu":
+            supported = ", ".join(name for name in ("ddp", "zero1", "zero2", *FSDP) if name not in divided)
+            yield not_yet_with("parallelism.strategy", f"a {role} model of {run.trainer}", supported)
 
 
 def _generating(run: OpenRun, own: str) -> Iterator[SpecError]:
