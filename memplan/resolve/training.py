@@ -146,8 +146,8 @@ def _choose_trainer(run: OpenTraining) -> None:
     name, behaviour = run.trainer, run.library.trainer
     own = "adapters" if run.method.kind in ADAPTERS else "copy"
     if name in DISTILLING:
-        recipe = dict(run.others)["teacher"].recipe if run.others else None
-        dtype = "" if recipe is None else "fp32" if recipe.autocast else recipe.weights
+        teacher = dict(run.others)["teacher"].recipe
+        dtype = "fp32" if teacher.autocast else teacher.weights
         run.step = Trainer(name, behaviour.log_probs, "none", rows=1, teacher_dtype=dtype)
         asked, run.precision = run.precision, step_precision(name, run.precision)
         if asked.autocast and not run.precision.autocast and asked.weights == "fp32":

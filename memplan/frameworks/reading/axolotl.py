@@ -68,8 +68,10 @@ def _preference(config: Config) -> None:
         beta = "trl.beta" if config.said("trl.beta") is not None else "rl_beta"
         trainer.generation(config, name, "rl", adapts=bool(config.said("adapter")), beta=beta, **_GENERATION)
         models = [each for each in config.names("trl.reward_funcs") or () if "/" in each]
-        for model in models:
-            trainer.role(config, "reward", model, "trl.reward_funcs")
+        if models:
+            trainer.role(config, "reward", models[0], "trl.reward_funcs")
+        if len(models) > 1:
+            config.leave("trl.reward_funcs", "one reward model is counted")
         return
     trainer.preference(
         config, ("simpo" if config.number("cpo_alpha") == 0 else "cpo") if name == "simpo" else name, "rl"
