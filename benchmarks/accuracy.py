@@ -40,7 +40,7 @@ from memplan.models.cards import load_card
 FAMILIES = ("traced_families.jsonl", "traced_decoders.jsonl", "traced_encoders.jsonl", "traced_vision.jsonl")
 MISS = 0.01  # relative error of a peak that needs a cause
 TRACED = {**dict.fromkeys(("forward", "reference", "teacher", "loss"), "fwd"), "backward": "bwd", "step": "opt"}
-TRACED |= {"generate": "gen", "eval": "eval"}
+TRACED |= {"generate": "gen", "reward": "reward", "eval": "eval"}
 
 
 class Compared(NamedTuple):

@@ -145,7 +145,8 @@ class Op(NamedTuple):
     autocast           under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
                        output is fp32 (`wide`)
     holds              keeps a reference to its outputs to the end of `forward` or of the `step`; an encoder's `states`
-                       until an operation outside of blocks that `releases` them; a `cache` until the next pass
+                       until an operation outside of blocks that `releases` them; a `cache` until the next pass, or
+                       that of a model inside another one's step until its loss is computed
     releases           what it lets go that operations hold: all `states`, the last `state`, or what is held to the end
                        of `forward`
     past               tensors left by the previous pass, by their names in this one; each is freed after its last
@@ -417,7 +418,8 @@ class Division(NamedTuple):
     hooks               the input of a recomputed block and its gradient stay until the pass is over, referenced by a
                         hook
     whole               units outside of blocks that earlier passes without gradients left whole
-    models              divisions of other models with weights of their own that run inside the pass, by phase
+    models              divisions of other models with weights of their own that run inside the pass, by phase; None
+                        for a model that every rank has whole
     """
 
     units: tuple[tuple[str, Unit], ...]
@@ -434,7 +436,7 @@ class Division(NamedTuple):
     offloads_gradients: bool = False
     hooks: bool = False
     whole: tuple[str, ...] = ()
-    models: tuple[tuple[str, Division], ...] = ()
+    models: tuple[tuple[str, Division | None], ...] = ()
 
     def with_axes(self) -> tuple[Division, dict[str, str]]:
         """Return the division with an axis for every number of elements, and each axis's number.
@@ -459,7 +461,7 @@ class Division(NamedTuple):
 
         def divided(division: Division) -> Division:
             units = tuple((name, with_axes(unit)) for name, unit in division.units)
-            return division._replace(units=units, models=tuple((name, divided(d)) for name, d in division.models))
+            return division._replace(units=units, models=tuple((name, d and divided(d)) for name, d in division.models))
 
         return divided(self), {axis: number for number, axis in axes.items()}
 

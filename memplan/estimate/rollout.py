@@ -21,12 +21,15 @@ from memplan.estimate.side_tasks import generation
 from memplan.estimate.training_peaks import TrainingPeaks
 from memplan.estimate.usage import Answer, Replay, Usage
 from memplan.program.graph import TensorGroup, tensor_group, total_bytes
+from memplan.program.inference.passes import sized
+from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
 from memplan.program.serving.budget import Budget
 from memplan.program.sharding.choice import sharding_of
 from memplan.resolve.colocated import awake
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
+from memplan.resolve.roles import scoring_run
 from memplan.spec.roles import Roles
 from memplan.spec.run import RunSpec
 
@@ -37,10 +40,31 @@ _BATCH = "trl 1.16.0 trainer/grpo_trainer.py _prepare_inputs: _buffered_inputs"
 
 
 def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
-    """Return the generation of a step's completions; on other GPUs, the push of weights to them if it gathers any.
+    """Return the generation of a step's completions, and the reward model's pass over them. If other GPUs generate,
+    return the push of weights to them if it gathers any.
 
     Raises SpecError if the model cannot generate.
     """
+    reward = (_scoring(with_new_tokens(run), walked),) if "reward" in dict(decided.structure.graph.roles) else ()
+    return (*_generation(run, walked, decided), *reward)
+
+
+def _scoring(run: RunSpec, walked: TrainingPeaks) -> SideTask:
+    """Return the reward model's pass over all of a step's completions. A decoder keeps its cache."""
+    scoring, batch = decide(scoring_run(run)), run.batch
+    step = steps_of(scoring)[0]
+    if step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
+        wiring, one_pass = step.graph.wiring._replace(caching=True), step.graph.inference._replace(cache="dynamic")
+        step = step._replace(graph=step.graph._replace(wiring=wiring, inference=one_pass))
+    scored = sized(step, scoring)
+    moving, moment = scored.peak
+    held = tuple(_batch_before(batch.micro * batch.accumulation, batch.tokens))
+    where = scored.low().moments[moment].where
+    standing = walked.program.between_steps(walked.workspace)
+    return SideTask("reward", where, standing, held, (scored,), (0, moment), moving)
+
+
+def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
     structure, batch = decided.structure, with_new_tokens(run).batch
     graph, rows = structure.graph, batch.micro * batch.accumulation
     if run.trainer in DISTILLING:  # its step computes in another precision than it generates in

@@ -57,6 +57,7 @@ STEP_PHASES = (
     "merge",
     "reference",
     "teacher",
+    "reward",
 )
 FITS, TIGHT, DOES_NOT_FIT = range(len(BY_MEMORY))
 UNCLEAR, CANNOT_RUN = 3, 4

@@ -136,7 +136,7 @@ def axes_of(
         scored = s - 1 if graph.trainer is not None and graph.trainer.prompt_logits else completion
         axes |= {"kept": scored + 1, "completion_rows": b * scored}
         axes["generated"] = b * more["accumulation"]
-    for role, other in graph.roles:
+    for role, other in graph.roles:  # those inside the step
         own = frozenset(name.removeprefix(f"{role}.") for name in needs if name.startswith(f"{role}."))
         if own:
             by_name = axes_of(other, own, micro, sequence - completion, half, large_tiles, by, pictures, target)

@@ -17,7 +17,7 @@ from memplan.catalogue.inference.offloaded_caches import offloaded
 from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import losses
 from memplan.catalogue.kernels.fused import fuse
-from memplan.catalogue.kernels.own_axes import with_own_axes
+from memplan.catalogue.kernels.own_axes import own_sizes, with_own_axes
 from memplan.catalogue.kernels.rewriting import rewrite, rewrite_blocks, with_all_gradients, with_last_input
 from memplan.catalogue.kernels.wiring import Trainer, Wiring
 from memplan.catalogue.methods.freezing import freeze
@@ -302,9 +302,9 @@ def _models_inside(graph: Graph) -> tuple[dict[str, Stack], dict[str, int]]:
     """Return the operations of the models that run inside a trainer's step, by phase, and the axes of other models."""
     own = (("reference", reference_of(graph)), ("forward", first_pass_of(graph)))
     stacks = {phase: operations_of(other)[0] for phase, other in own if other is not None}
-    named = {role: with_own_axes(*operations_of(other), role) for role, other in graph.roles}
-    stacks |= {role: stack for role, (stack, _) in named.items()}
-    return stacks, {axis: n for _, sizes in named.values() for axis, n in sizes.items()}
+    found = {role: operations_of(other) for role, other in graph.roles}
+    stacks |= {role: with_own_axes(found[role][0], role) for role, other in graph.roles if other.trainer}
+    return stacks, {axis: n for role, (_, sizes) in found.items() for axis, n in own_sizes(sizes, role).items()}
 
 
 @lru_cache(maxsize=128)

@@ -80,7 +80,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     )
     others: tuple[tuple[str, Graph], ...] = ()
     if not is_default(run, "roles"):
-        others = graphs_of_roles(run, model, length, facts, card, decide_training)
+        others = graphs_of_roles(with_new_tokens(run), model, length, facts, card, decide_training, decide)
     decided = decide_training(model, Parts.of(run), card, facts, others)
     degrees = decided.structure.graph.degrees
     if degrees.cp > 1:

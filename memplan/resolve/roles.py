@@ -14,11 +14,15 @@ from memplan.program.graph import Graph
 from memplan.program.run import ResolvedRun
 from memplan.resolve.card import GPUFacts
 from memplan.resolve.open_run import BatchFacts, Parts
+from memplan.resolve.refusals import trainers
+from memplan.resolve.refusals.refuse import refuse
+from memplan.spec.parallelism import Parallelism
 from memplan.spec.roles import RoleModel, Roles
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Method, Precision
 
 Decide = Callable[[ModelSpec, Parts, GPUFacts | None, BatchFacts], ResolvedRun]
+DecideForward = Callable[[RunSpec, ModelSpec], ResolvedRun]
 
 
 def step_precision(trainer: str, precision: Precision) -> Precision:
@@ -42,18 +46,26 @@ def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
         "reference": None,
         "roles": Roles(),
         "rollout": "transformers",
+        "parallelism": Parallelism(),
         "method": Method() if q is None else Method(kind="qlora", quantization=q),
         "precision": precision.model_copy(update={"weights": other.dtype or precision.weights}),
     }
 
 
 def graphs_of_roles(
-    run: RunSpec, model: ModelSpec, tokens: int, facts: BatchFacts, card: GPUFacts | None, decide: Decide
+    run: RunSpec,
+    model: ModelSpec,
+    tokens: int,
+    facts: BatchFacts,
+    card: GPUFacts | None,
+    decide: Decide,
+    decide_forward: DecideForward,
 ) -> tuple[tuple[str, Graph], ...]:
     """Return the graph of every other model that is on the GPUs that train, by its role.
 
     Raises SpecError for one that the step cannot have.
     """
+    refuse(trainers.roles(run))
     graphs: list[tuple[str, Graph]] = []
     for role, other in run.roles.named:
         field = f"roles.{role}.model"
@@ -65,20 +77,51 @@ def graphs_of_roles(
         window = found.sliding_window
         own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
         try:
-            parts = Parts.of(run)._replace(**fields_of_role(step_precision(run.trainer, run.precision), other))
-            graph = decide(found, parts, card, own).structure.graph
+            if role == "reward":
+                graph = decide_forward(scoring_run(run), found).structure.graph
+            else:
+                graph = _teacher(run, decide(found, _parts(run, other), card, own).structure.graph)
         except MemplanError as error:
             raise refused(field, f"{error}") from None
-        recipe = graph.recipe._replace(
-            targets=(), saved=(), selection=None, bias="none", tokens=0, fused="", preparation=""
-        )
-        graph = graph._replace(recipe=recipe)
-        if run.trainer == "gkd":  # which does not set use_cache
-            cache = library_behaviour(run.profile, found.model_type, False).generation.cache
-            one_pass = Pass(role, cache, last_only=False)
-            graph = graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
         graphs.append((role, graph))
     return tuple(graphs)
+
+
+def _parts(run: RunSpec, other: RoleModel) -> Parts:
+    precision = step_precision(run.trainer, run.precision)
+    return Parts.of(run)._replace(**fields_of_role(precision, other))
+
+
+def _teacher(run: RunSpec, graph: Graph) -> Graph:
+    """Return the graph of a teacher, given that of its model as if it trained: without adapters or preparation."""
+    recipe = graph.recipe._replace(
+        targets=(), saved=(), selection=None, bias="none", tokens=0, fused="", preparation=""
+    )
+    graph = graph._replace(recipe=recipe)
+    if run.trainer != "gkd":
+        return graph
+    cache = library_behaviour(run.profile, graph.model.model_type, False).generation.cache  # it does not set use_cache
+    one_pass = Pass("teacher", cache, last_only=False)
+    return graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
+
+
+def scoring_run(run: RunSpec) -> RunSpec:
+    """Return the pass of the reward model over all completions that a step generates.
+
+    Source: trl 1.16.0 trainer/grpo_trainer.py _calculate_rewards; rloo_trainer.py is the same.
+    """
+    other, batch = run.roles.reward, run.batch
+    assert other is not None
+    fields = fields_of_role(run.precision, other)
+    return RunSpec(
+        model=other.model,
+        task="forward",
+        objective="sequence_classification",
+        method=Method(quantization=other.quantization),
+        precision=fields["precision"],
+        batch={"micro": batch.micro * batch.accumulation, "sequence": batch.tokens},
+        gpu=run.gpu,
+    )
 
 
 def _refuse_vocabulary(role: str, model: ModelSpec, other: ModelSpec) -> None:

@@ -153,8 +153,8 @@ def _choose_trainer(run: OpenTraining) -> None:
     name, behaviour = run.trainer, run.library.trainer
     own = "adapters" if run.method.kind in ADAPTERS else "copy"
     if name in DISTILLING:
-        recipe = dict(run.others)["teacher"].recipe if run.others else None
-        dtype = "" if recipe is None else "fp32" if recipe.autocast else recipe.weights
+        teacher = dict(run.others)["teacher"].recipe
+        dtype = "fp32" if teacher.autocast else teacher.weights
         run.step = Trainer(name, behaviour.log_probs, "none", rows=1, teacher_dtype=dtype)
         asked, run.precision = run.precision, step_precision(name, run.precision)
         if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
@@ -324,7 +324,10 @@ def _build_graph(run: OpenTraining) -> None:
         degrees=run.degrees,
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
         trainer=run.step,
-        roles=tuple((role, without_gradients(other._replace(trainer=run.step))) for role, other in run.others),
+        roles=tuple(
+            (role, without_gradients(other._replace(trainer=run.step)) if role == "teacher" else other)
+            for role, other in run.others
+        ),
         every_n_layers=kernels.every_n_layers,
         saves_products=_saved_products(run),
     )

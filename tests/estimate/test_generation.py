@@ -33,6 +33,8 @@ def test_steps_are_held_to_traces() -> None:
     counts = Counter((row["run"]["trainer"], row["run"]["profile"]) for row in ROWS)
     assert min(counts["grpo", profile] for profile in ("trl-1.15", "trl-1.14", "trl-1.13")) >= 18
     assert min(counts["grpo", "trl-1.6"], counts["grpo", "trl-0.24"], counts["rloo", "trl-1.15"]) >= 8
+    assert counts["distill", "trl-1.15"] >= 6
+    assert sum("reward" in row["run"].get("roles", {}) for row in ROWS) >= 4
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 2
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
@@ -54,6 +56,22 @@ def test_defaults_are_those_of_trl() -> None:
     assert (run.batch.new_tokens, run.batch.generations, run.profile) == (512, 8, "trl-1.15")
     assert grpo(batch={"new_tokens": 0}, profile="trl-1.6").run.batch.new_tokens == 256
     assert estimate(RunSpec(model="llama-3.2-1b", trainer="rloo", batch={"micro": 2})).run.batch.generations == 2
+
+
+def test_a_reward_model_reads_all_completions_of_a_step_at_once() -> None:
+    def scored(parts: int) -> Estimate:
+        return grpo(method="lora", roles={"reward": "llama-3.1-8b"}, batch={"micro": 4, "accumulation": parts})
+
+    few, many = scored(1), scored(16)
+    for answer in (few, many):
+        assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+    assert many.peak.phase == "reward"
+    cache = (
+        2 * 60 * 384 * 32 * 2 * 8 * 128
+    )  # bf16 keys and values of 60 more completions, in 32 layers of 8 heads of 128
+    assert peak_of(many, "reward") - peak_of(few, "reward") > cache
+    away = grpo(method="lora", roles={"reward": {"model": "llama-3.1-8b", "location": "server"}}, batch={"micro": 4})
+    assert away.bytes.allocated == grpo(method="lora", batch={"micro": 4}).bytes.allocated
 
 
 def test_nothing_is_compared_without_a_reference() -> None:

@@ -158,6 +158,8 @@ def test_what_a_generating_trainer_is_not_counted_with_is_named(tmp_path: Path) 
     text = GENERATING["axolotl"].replace("rl_beta: 0.04", "").replace("vllm: {", "vllm: {tensor_parallel_size: 2, ")
     text = text.replace("trl:\n", "trl:\n  reward_funcs: [mine.reward, org/scores]\n  generation_batch_size: 8\n")
     named = {"trl.generation_batch_size", "trl.reward_funcs", "vllm.tensor_parallel_size"}
+    known = read(tmp_path, text.replace("org/scores", "Qwen/Qwen2.5-0.5B"))
+    assert values(known)["roles.reward.model"] == "Qwen/Qwen2.5-0.5B"
     assert {each.key for each in read(tmp_path, text).unread} == named
     assert "reference" not in values(read(tmp_path, text))  # beta is 0, the trainer's default
 
@@ -600,7 +602,8 @@ NOT_COUNTED = {
         "image_max_pixels (run.yaml:3): no images are counted; add --images",
     ),
     "model_name_or_path: a\nnum_generations: 2\nreward_funcs: [f]\nreward_model_name_or_path: b": (
-        "reward_model_name_or_path (run.yaml:4): another model, not supported yet",
+        "reward_model_name_or_path (run.yaml:4): the reward model 'b' is not known, so not counted; name one with "
+        "roles.reward",
     ),
 }
 

@@ -77,8 +77,21 @@ _DIVIDED_STEPS = dict.fromkeys(
 )
 
 
-def teachers(family: str, method: str) -> dict[str, Any]:
-    """Return the roles of a run that learns from a teacher: a wider and deeper model, in 4 bits for every qlora."""
+EXPERTS = {
+    **CONFIGS["qwen3"],
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 6,
+    "moe_intermediate_size": 768,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def teachers(family: str, method: str, experts: bool = False) -> dict[str, Any]:
+    """Return the roles of a run that learns from a teacher: a wider and deeper model, in 4 bits for every qlora, or one
+    with experts."""
+    if experts:
+        return {"teacher": {"model": {"config": EXPERTS}}}
     config = {**CONFIGS[family], "hidden_size": 1536, "num_hidden_layers": 6, "intermediate_size": 4096}
     stored = {"quantization": {"format": "nf4"}} if method == "qlora" else {}
     return {"teacher": {"model": {"config": config}, **stored}}
@@ -111,11 +124,12 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         for version, name, family, method, micro, tokens in EVALUATED
         if (version, name) == (profile, trainer)
     ]
+    cases += [(("qwen3", "full", BF16, 2, 512, None, {}), "experts")] * (trainer in DISTILLING)
     for (family, method, precision, examples, tokens, said, kernels), strategy in cases:
         micro = max(examples, 2) if (profile, trainer) == (FACTORY, "kto") else examples
         if profile == SWIFT and (precision == FP32 or said):
             continue  # it loads weights in bf16, and precomputes nothing
-        if trainer in DISTILLING and (strategy.startswith("fsdp") or said == "precomputed"):
+        if trainer in DISTILLING and (strategy == "fsdp2" or said == "precomputed"):
             continue
         if profile == FACTORY and (said or (method, precision) == ("full", BF16) or family == "gemma2" or strategy):
             continue  # it casts trained weights to fp32, and runs gemma2 with other attention
@@ -131,7 +145,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "model": {"config": CONFIGS[family]},
                     "trainer": trainer,
                     "reference": reference,
-                    "roles": teachers(family, method) if trainer in DISTILLING else {},
+                    "roles": teachers(family, method, strategy == "experts") if trainer in DISTILLING else {},
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": {"micro": micro, "sequence": tokens},

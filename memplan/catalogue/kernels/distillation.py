@@ -18,6 +18,7 @@ from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
 _GKD = "trl 1.16.0 experimental/gkd/gkd_trainer.py compute_loss, generalized_jsd_loss; the same since 0.24.0"
 _TILES = "trl 1.16.0 trainer/distillation_trainer.py _compute_loss, kernels/chunked_divergence.py"
 _ROWS = "shifted_rows v"
+_WHO = ("student", "teacher")
 
 
 def attach(stack: Stack, trainer: Trainer, teacher: Stack | None, autocast: str | None) -> Stack:
@@ -80,10 +81,8 @@ def _in_tiles(stack: Stack, trainer: Trainer, teacher: Stack | None) -> Stack:
     return stack._replace(before=before, after=body, loss=loss)
 
 
-_WHO = ("student", "teacher")
-
-
 def _of_logits(stack: Stack, trainer: Trainer, teacher: Stack | None, autocast: str | None) -> Stack:
+    """Compute the divergence of all logits, which a teacher returns in fp32 under autocast, as the student does."""
     logits = next(op for op in reversed(stack.after) if op.writes).writes[0].name
     outputs = "outputs" if autocast else logits
     tail = (RETURNED, *((converted(logits),) if autocast else ()))

@@ -169,7 +169,7 @@ class Trainer(NamedTuple):
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
-    teacher_dtype dtype of what a teacher returns; empty if none is on this GPU
+    teacher_dtype dtype of what a teacher returns; empty without one
 
     For trainers that generate:
 

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Rule, shown, version_number
+from memplan.frameworks.reading.config import Config, Rule, version_number
 
 _LIGER = {
     "liger_rope": "rope",
@@ -69,7 +69,9 @@ def _preference(config: Config) -> None:
         trainer.generation(config, name, "rl", adapts=bool(config.said("adapter")), beta=beta, **_GENERATION)
         models = [each for each in config.names("trl.reward_funcs") or () if "/" in each]
         if models:
-            config.leave("trl.reward_funcs", f"the reward model {shown(models[0])} is not counted")
+            trainer.role(config, "reward", models[0], "trl.reward_funcs")
+        if len(models) > 1:
+            config.leave("trl.reward_funcs", "one reward model is counted")
         return
     trainer.preference(
         config, ("simpo" if config.number("cpo_alpha") == 0 else "cpo") if name == "simpo" else name, "rl"

@@ -69,6 +69,16 @@ def preference(config: Config, name: str, *keys: str, why: str = "") -> None:
         config.set("reference", "precomputed", "precompute_ref_log_probs")
 
 
+def role(config: Config, name: str, model: str, key: str) -> None:
+    """Another model of the trainer's step, if memplan knows it."""
+    try:
+        find_model(model)
+    except MemplanError:
+        config.leave(key, f"the {name} model {shown(model)} is not known, so not counted; name one with roles.{name}")
+    else:
+        config.set(f"roles.{name}.model", model, key)
+
+
 def generation(
     config: Config, name: str, *keys: str, adapts: bool, mode: str = "colocate", why: str = "", **named: str
 ) -> None:

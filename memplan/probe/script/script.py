@@ -36,7 +36,7 @@ from memplan.resolve.batches import decoder_prompt_tokens
 from memplan.spec.run import RunSpec
 
 Phase = Callable[[str], AbstractContextManager[None]]
-PHASES = ("load", "forward", "backward", "clip", "step", "eval", "generate", "save", "merge")
+PHASES = ("load", "forward", "backward", "clip", "step", "eval", "generate", "reward", "save", "merge")
 
 
 def no_phase(name: str) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ from memplan.probe.fake import kernels
 from memplan.probe.script.distributed_wrapping import clip, unreduced_gradients
 from memplan.probe.script.model import base_of
 from memplan.probe.script.trl_trainers import TRAINERS, TrainerScript, always, trainer_module
+from memplan.resolve.roles import scoring_run
 from memplan.spec.run import RunSpec
 
 
@@ -26,12 +27,31 @@ def _reward(completions: Any, **_: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
+class _Texts:
+    """A tokenizer of the reward model, to which every text has the same number of tokens."""
+
+    pad_token_id = 0
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+
+    def __call__(self, text: list[str], **_: Any) -> dict[str, Any]:
+        ids = torch.zeros((len(text), self._tokens), dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 class GenerationScript(TrainerScript):
     """A run under one of TRL's trainers that generate."""
 
     @property
     def rewards(self) -> dict[str, Any]:
-        return {} if self.run.trainer in DISTILLING else {"reward_funcs": [_reward]}
+        if self.run.trainer in DISTILLING:
+            return {}
+        if self.run.roles.reward is None:
+            return {"reward_funcs": [_reward]}
+        model = self._built(scoring_run(self.run))
+        model.config._name_or_path = "reward"
+        return {"reward_funcs": [model], "reward_processing_classes": [_Texts(self.run.batch.tokens)]}
 
     def __init__(self, run: RunSpec, device: Any, phase: Any) -> None:
         super().__init__(run, device, phase)
@@ -44,6 +64,7 @@ class GenerationScript(TrainerScript):
         if run.trainer in DISTILLING:
             kernels.selections[run.batch.micro * completion,] = run.batch.micro * completion
             return
+        self._in_phase(self.trainer, "_calculate_rewards", "reward")
         self._score = self.trainer._get_per_token_logps_and_entropies
         self.trainer._get_per_token_logps_and_entropies = self._scored
 

@@ -139,8 +139,12 @@ def prepared(run: RunSpec) -> Generator[None]:
         """Return the indices of one half of the examples: KTO asks which are desirable."""
         return torch.arange(labels.shape[0] // 2, device=labels.device).view(-1, 1)
 
+    def without_gradients(*_: Any) -> Any:
+        """Stand in for inference mode, in which no tensor can be fake."""
+        return torch.no_grad()
+
     owners: dict[Any, dict[str, Any]] = {
-        torch: {"nonzero": half_of},
+        torch: {"nonzero": half_of, "inference_mode": without_gradients},
         torch.cuda: {
             "device_count": always(1),
             "set_device": always(None),
@@ -271,7 +275,7 @@ class TrainerScript:
             **self.options(run),
         )
         others = {}
-        for role, other in run.roles.named:
+        for role, other in run.roles.named if run.roles.reward is None else ():
             update = {"model": other.model, **fields_of_role(self.run.precision, other)}
             others[f"{role}_model"] = self._built(self.run.model_copy(update=update))
         return kind(

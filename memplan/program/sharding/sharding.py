@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
+from memplan.catalogue.kernels.own_axes import own_shape
 from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory
 from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
@@ -19,6 +20,7 @@ from memplan.program.graph import (
     operations_of,
     other_models,
     parameters_of,
+    reference_copy,
     tensor_group,
     total_bytes,
     weights_of,
@@ -118,10 +120,20 @@ class Sharding:
         """Yield the weights and buffers that a rank holds, those of other models, and what an engine in the same
         process holds."""
         yield from parameters_of(self.graph)
-        for role, other in other_models(self.graph):
-            for held in parameters_of(other):
-                yield held._replace(what=f"{role}.{held.what}")
+        copy = reference_copy(self.graph)
+        for held in parameters_of(copy) if copy is not None else ():
+            yield held._replace(what=f"reference.{held.what}")
+        yield from self.weights_of_roles()
         yield from self.run.engine
+
+    def weights_of_roles(self) -> Iterator[TensorGroup]:
+        """Yield the weights of other models, which every rank holds whole.
+
+        Source: accelerate 1.15 accelerator.py prepare_model: evaluation_mode.
+        """
+        for role, other in self.graph.roles:
+            for held in parameters_of(other):
+                yield held._replace(what=f"{role}.{held.what}", shape=own_shape(held.shape, role))
 
     def gradients(self) -> Iterator[TensorGroup]:
         """Yield the gradients that the optimizer reads: whole, or the rank's part of them."""

@@ -29,8 +29,9 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
             yield refused("batch.new_tokens", "only task generate makes new tokens")
         if not is_default(run, "generation"):
             yield refused("generation", "only applies to task generate")
-    if run.task != "train" and not is_default(run, "also"):
-        yield refused("also", f"only applies to training, not to task {run.task}")
+    for part in ("also", "roles") if run.task != "train" else ():
+        if not is_default(run, part):
+            yield refused(part, f"only applies to training, not to task {run.task}")
     if run.serving.cache_dtype is not None and run.rollout != "colocate":
         yield refused(
             "serving.cache_dtype",

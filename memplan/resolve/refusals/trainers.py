@@ -12,6 +12,7 @@ from memplan.resolve.defaults import defaults_of
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.parallelism import FSDP, ZERO
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
+from memplan.spec.run import RunSpec
 
 SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward", *GENERATING, *DISTILLING)
 _LOG_PROBS = {"kto": ("tiled", "gathered"), "distill": ("tiled",)}  # ways of computing them that were read
@@ -42,26 +43,30 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     if run.reference == "none" and name not in (*_ALONE, *GENERATING):
         choices = "adapters, copy or precomputed" if has_adapters else "copy or precomputed"
         yield refused("reference", f"{name} compares with a reference model; use {choices}")
-    yield from _roles(run)
+    if name in DISTILLING and run.roles.teacher is None:
+        yield refused("roles.teacher", f"{name} learns from a teacher; name one (--teacher MODEL)")
     if name in GENERATING:
         yield from _generating(run, "adapters" if has_adapters else "copy")
     yield from _with_parts(run)
 
 
-_ROLES = {"teacher": DISTILLING}  # role -> trainers whose step has such a model
+_ROLES = {"teacher": DISTILLING, "reward": ("grpo", "rloo")}  # role -> trainers whose step has such a model
 
 
-def _roles(run: OpenRun) -> Iterator[SpecError]:
-    """Yield errors for other models that the trainer's step does not have, or that it needs."""
-    name = run.trainer
+def roles(run: RunSpec) -> Iterator[SpecError]:
+    """Yield errors for other models that the trainer's step does not have, or not where they are."""
     for role, other in run.roles.named:
-        if name not in _ROLES.get(role, ()):
-            supported = [trainer for trainer in SUPPORTED if trainer in _ROLES.get(role, ())]
-            yield not_yet_with(f"roles.{role}", f"trainer {name}", f"trainer {' or '.join(supported) or 'none'}")
-        if role == "teacher" and other.location == "server":
-            yield not_yet_with("roles.teacher.location", f"trainer {name}", "gpu")
-    if name in DISTILLING and run.roles.teacher is None:
-        yield refused("roles.teacher", f"{name} learns from a teacher; name one (--teacher MODEL)")
+        if role not in _ROLES:
+            yield refused(f"roles.{role}", f"is not supported yet; supported: {', '.join(_ROLES)}")
+        elif run.trainer not in _ROLES[role]:
+            yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
+        elif role == "teacher" and other.location == "server":
+            yield not_yet_with("roles.teacher.location", f"trainer {run.trainer}", "gpu")
+        # FSDP2 casts what its root returns; DistillationTrainer calls the backbone inside FSDP's units
+        divided = ("zero3", *{"gkd": ("fsdp2",), "distill": FSDP}.get(run.trainer, ()))
+        if run.parallelism.dp > 1 and run.parallelism.strategy in divided and other.location == "gpu":
+            supported = ", ".join(name for name in ("ddp", "zero1", "zero2", *FSDP) if name not in divided)
+            yield not_yet_with("parallelism.strategy", f"a {role} model of {run.trainer}", supported)
 
 
 def _generating(run: OpenRun, own: str) -> Iterator[SpecError]:
