@@ -60,9 +60,6 @@ def _program(config: Config) -> None:
     if estimator not in _ESTIMATORS:
         raise config.refuse(key, ", ".join(_ESTIMATORS))
     config.set("trainer", _ESTIMATORS[estimator], key)
-    for name, field in (("prompt", "batch.sequence"), ("response", "batch.new_tokens")):
-        config.set(field, config.whole(f"data.max_{name}_length"), f"data.max_{name}_length")
-    config.set("batch.generations", config.whole(f"{_ROLLOUT}.n"), f"{_ROLLOUT}.n")
     if config.flag(f"{_ACTOR}.use_kl_loss") or config.flag("algorithm.use_kl_in_reward"):
         why = "FSDP keeps the reference on the host" if config.get(f"{_ACTOR}.strategy") == "fsdp" else ""
         used = [key for key in (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward") if config.flag(key)]
@@ -107,17 +104,9 @@ def _rollout(config: Config) -> None:
         "actor_rollout_ref.hybrid_engine"
     ):
         config.set("rollout", "server", "actor_rollout_ref.hybrid_engine")
+        config.found = {field: origin for field, origin in config.found.items() if not field.startswith("serving.")}
         return
     config.set("rollout", "colocate", f"{_ROLLOUT}.name", why="the hybrid engine generates on the GPUs that train")
-    for key, field, value in (
-        ("gpu_memory_utilization", "memory_utilization", config.number),
-        ("free_cache_engine", "sleep", config.flag),
-        ("max_num_batched_tokens", "max_num_batched_tokens", config.whole),
-        ("max_num_seqs", "max_num_seqs", config.whole),
-        ("max_model_len", "max_model_len", config.whole),
-    ):
-        if config.get(f"{_ROLLOUT}.{key}") is not None:
-            config.set(f"serving.{field}", value(f"{_ROLLOUT}.{key}"), f"{_ROLLOUT}.{key}")
     if (config.whole(f"{_ROLLOUT}.tensor_model_parallel_size") or 1) > 1:
         key = f"{_ROLLOUT}.tensor_model_parallel_size"
         config.leave(key, "each GPU is counted with an engine of its own, whose cache is what its weights leave")
@@ -164,7 +153,6 @@ def _model(config: Config, model: str) -> None:
     if rank:
         names = config.names(f"{model}.target_modules") or ["all-linear"]
         config.set("method.rank", rank, f"{model}.lora_rank")
-        config.set("method.alpha", config.number(f"{model}.lora_alpha"), f"{model}.lora_alpha")
         config.set("method.targets", "all-linear" if names == ["all-linear"] else names, f"{model}.target_modules")
         weights = config.value("precision.weights")
         config.set("method.adapter_dtype", weights, why="adapters have the base weights' dtype")
@@ -199,7 +187,6 @@ def _sft(config: Config) -> None:
     kernels = [*(config.value("kernels.fused") or ()), "cross_entropy"]
     config.set("kernels.fused", kernels, why="flash-attn's cross_entropy_loss, in place")
     length = config.whole("data.max_length") or 1
-    config.set("batch.sequence", length, "data.max_length")
     key = "data.micro_batch_size_per_gpu"
     micro = config.whole(key) or 1
     if config.flag("data.use_dynamic_bsz"):
