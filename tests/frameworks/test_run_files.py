@@ -237,8 +237,13 @@ lora_target_modules: 'model.language_model.layers.[\d]+.(_checkpoint_wrapped_mod
         "parallelism.strategy": "fsdp2",
         "parallelism.offload.parameters": True,
         "parallelism.offload.optimizer": True,
+        "parallelism.cpu_ram_efficient_loading": False,
         "precision.weights": "fp32",
         "precision.compute": "bf16",
+    },
+    "fsdp_version: 2\nfsdp_config: {cpu_ram_efficient_loading: true}": {"parallelism.cpu_ram_efficient_loading": None},
+    "fsdp_version: 2\nfsdp_config: {offload_params: true}\nexperimental_skip_move_to_device: true": {
+        "parallelism.cpu_ram_efficient_loading": True
     },
     "dp_shard_size: 4\nfsdp_config: {reshard_after_forward: false}": {
         "parallelism.world": 4,

@@ -18,7 +18,14 @@ from memplan.core.files import is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading import shell, trainer
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Typed, Unread, defaults_of, version_number
-from memplan.frameworks.reading.document import Document, is_there, named_document, paths, read_document
+from memplan.frameworks.reading.document import (
+    Document,
+    is_there,
+    named_document,
+    paths,
+    read_document,
+    with_references,
+)
 from memplan.frameworks.reading.run_format import FORMATS, PROGRAMS, RunFormat, format_named
 from memplan.spec.base import Part
 from memplan.spec.file import read_documents, read_text
@@ -492,6 +499,7 @@ def read_as(
     keys = {key for each in every for key in each.keys} | {key.key for key in form.table.keys}
     defaults |= own_defaults or {}
     document, old_names = _renamed(document, form, keys)
+    document = with_references(document, defaults)
     config = Config(document, f"{form.title} {asked or version}", defaults, companions or {})
     config.renamed, config.command = old_names, command
     typed_keys = {key.key: key.fields[0] for key in form.table.keys if key.is_same and key.fields[0] in (typed or {})}

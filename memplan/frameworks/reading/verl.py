@@ -8,45 +8,24 @@ workers/rollout/vllm_rollout, trainer/sft_trainer.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, cast
 
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, shown
-from memplan.frameworks.reading.document import paths
 
 _ACTOR, _MODEL, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
 _ESTIMATORS = {"rloo": "rloo", "rloo_vectorized": "rloo"} | dict.fromkeys(
     ("grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "reinforce_plus_plus_baseline"), "grpo"
 )
-# OmegaConf's references to another key, with a default in the second form.
-_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?\s*([\w.]+)\s*(?:,\s*([^${}]*))?\}")
-_MOST_REFERENCES = 8  # from one key to the next
+_MOST_SEQUENCES = 2**16  # of a micro-batch
 
 
-def _references(config: Config) -> None:
-    """Put in the values that keys reference; a key that references none that is set has its default."""
-
-    def value_of(value: Any, depth: int = 0) -> Any:
-        match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
-        if match is None or depth > _MOST_REFERENCES:
-            return None if isinstance(value, str) and "${" in value else value
-        found = config.get(match[1])
-        return value_of(found if found is not None else match[2], depth + 1)
-
-    def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            key: resolved(cast("Mapping[str, Any]", value)) if isinstance(value, Mapping) else value_of(value)
-            for key, value in section.items()
-        }
-
-    name = config.text("config_name") or "ppo_trainer"  # of the command
+def _config_name(config: Config) -> None:
+    """Refuse Hydra's config for Megatron; one of another name has keys that are not read."""
+    name = config.text("config_name") or "ppo_trainer"
+    config.get("config_path")
     if "megatron" in name:
         raise config.refuse("config_name", "ppo_trainer, with FSDP")
-    if any(isinstance(value, str) and "${" in value for _, value in paths(config.document.values)):
-        config.document = config.document._replace(values=resolved(config.document.values))
-    config.read = {"config_name", "config_path"}
     if name not in ("ppo_trainer", "sft_trainer", "sft_trainer_engine"):
         config.leave("config_name", "the file's keys are not read: they are verl's defaults")
 
@@ -94,7 +73,7 @@ def _micro_batch(config: Config) -> None:
         micro = max((config.whole(key) or 0) // max(length, 1), 1)
     elif micro is None:
         raise config.error(f"{_ACTOR}.use_dynamic_bsz", f"set it, or {key}")
-    micro = next((size for size in range(min(micro, whole), 1, -1) if whole % size == 0), 1)
+    micro = next((size for size in range(min(micro, whole, _MOST_SEQUENCES), 1, -1) if whole % size == 0), 1)
     config.set("batch.micro", micro, key)
     config.set("batch.accumulation", max(whole // micro, 1), f"{_ACTOR}.ppo_mini_batch_size")
 
@@ -207,4 +186,4 @@ def _sft(config: Config) -> None:
         config.leave("engine.optimizer_offload", "what is on the host between steps is counted on the GPU")
 
 
-RULES: Mapping[str, tuple[Rule, ...]] = {"verl": (_references, _program), "verl-sft": (_references, _sft)}
+RULES: Mapping[str, tuple[Rule, ...]] = {"verl": (_config_name, _program), "verl-sft": (_config_name, _sft)}
