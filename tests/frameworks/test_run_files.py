@@ -554,6 +554,14 @@ def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
     assert (file.framework, file.told) == (name, ())
 
 
+def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> None:
+    text = "model: qwen2-0.5b\ntrain_type: full\nmax_length: 64\n"
+    old, new = (read(tmp_path, text, f"ms-swift{version}").fields for version in ("-3.3", ""))
+    assert (old["profile"], new["profile"]) == ("ms-swift-3", "ms-swift-4.6")
+    runs = [estimate(RunSpec.model_validate(fields)).run for fields in (old, new)]
+    assert [run.optimizer.name for run in runs] == ["adamw_torch", "adamw_torch_fused"]
+
+
 REFUSED: dict[str, str] = {
     "model_name_or_path: a\nfinetuning_type: lora\nstage: rm": "run.yaml:3: stage: rm is not supported yet: its value",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
