@@ -17,7 +17,6 @@ _ACTOR, _MODEL, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "m
 _ESTIMATORS = {"rloo": "rloo", "rloo_vectorized": "rloo"} | dict.fromkeys(
     ("grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "reinforce_plus_plus_baseline"), "grpo"
 )
-_MOST_SEQUENCES = 2**16  # of a micro-batch
 
 
 def _config_name(config: Config) -> None:
@@ -63,19 +62,17 @@ def _program(config: Config) -> None:
 
 def _micro_batch(config: Config) -> None:
     """As many sequences as `ppo_max_token_len_per_gpu` holds of the longest; a step has a mini-batch of prompts."""
-    key = f"{_ACTOR}.ppo_micro_batch_size_per_gpu"
+    key, mini = f"{_ACTOR}.ppo_micro_batch_size_per_gpu", f"{_ACTOR}.ppo_mini_batch_size"
     micro, length = config.whole(key), sum(config.value(f"batch.{part}") or 0 for part in ("sequence", "new_tokens"))
-    world = config.value("parallelism.world") or 1
-    step = (config.whole(f"{_ACTOR}.ppo_mini_batch_size") or 1) * (config.value("batch.generations") or 1)
-    whole = max(step // world, 1)
+    step = (config.whole(mini) or 1) * (config.value("batch.generations") or 1)
+    each = max(step // (config.value("parallelism.world") or 1), 1)
     if config.flag(f"{_ACTOR}.use_dynamic_bsz"):
         key = f"{_ACTOR}.ppo_max_token_len_per_gpu"
-        micro = max((config.whole(key) or 0) // max(length, 1), 1)
+        micro = trainer.largest_micro_batch(config, (config.whole(key) or 0) // max(length, 1), each)
     elif micro is None:
         raise config.error(f"{_ACTOR}.use_dynamic_bsz", f"set it, or {key}")
-    micro = next((size for size in range(min(micro, whole, _MOST_SEQUENCES), 1, -1) if whole % size == 0), 1)
     config.set("batch.micro", micro, key)
-    config.set("batch.accumulation", max(whole // micro, 1), f"{_ACTOR}.ppo_mini_batch_size")
+    config.set("batch.accumulation", -(-each // max(micro, 1)), mini)
 
 
 def _rollout(config: Config) -> None:
@@ -100,7 +97,7 @@ _OFFLOADS = {"parameters": "param_offload", "optimizer": "optimizer_offload"}
 
 def _engine(config: Config, engine: str, strategy: str, optim: str) -> None:
     """FSDP among all GPUs, or groups of them, with fp32 shards that are cast to bf16."""
-    world = (config.whole("trainer.nnodes") or 1) * (config.whole("trainer.n_gpus_per_node") or 1)
+    world = config.gpus or (config.whole("trainer.nnodes") or 1) * (config.whole("trainer.n_gpus_per_node") or 1)
     config.set("parallelism.world", world, "trainer.n_gpus_per_node", "trainer.nnodes")
     if world > 1:
         config.set("parallelism.strategy", config.text(strategy), strategy)
