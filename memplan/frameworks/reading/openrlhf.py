@@ -76,6 +76,7 @@ def _generation(config: Config) -> None:
         key = "vllm.gpu_memory_utilization"
         config.set("serving.memory_utilization", config.number(key), key)
         config.set("serving.sleep", config.flag("vllm.enable_sleep"), "vllm.enable_sleep")
+        trainer.engine_ranks(config, "vllm.tensor_parallel_size")
         if config.flag("ds.enable_sleep"):
             config.set("serving.trainer_offload", ["optimizer"], "ds.enable_sleep")
 

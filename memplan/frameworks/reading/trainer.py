@@ -110,9 +110,13 @@ def generation(
         own = named.get(key, key)
         if config.get(own) is not None:
             config.set(f"serving.{field}", value(own), own)
-    ranks = named.get("vllm_tensor_parallel_size", "vllm_tensor_parallel_size")
-    if (config.whole(ranks) or 1) > 1:
-        config.leave(ranks, "a vLLM of its own is counted on each GPU")
+    engine_ranks(config, named.get("vllm_tensor_parallel_size", "vllm_tensor_parallel_size"))
+
+
+def engine_ranks(config: Config, key: str) -> None:
+    """How many of the GPUs that train an engine is divided among."""
+    if (config.whole(key) or 1) > 1:
+        config.set("serving.tensor_parallel", config.whole(key), key)
 
 
 def largest_micro_batch(config: Config, most: int, each: int) -> int:

@@ -83,9 +83,7 @@ def _rollout(config: Config) -> None:
         config.found = {field: origin for field, origin in config.found.items() if not field.startswith("serving.")}
         return
     config.set("rollout", "colocate", f"{_ROLLOUT}.name", why="the hybrid engine generates on the GPUs that train")
-    if (config.whole(f"{_ROLLOUT}.tensor_model_parallel_size") or 1) > 1:
-        key = f"{_ROLLOUT}.tensor_model_parallel_size"
-        config.leave(key, "each GPU is counted with an engine of its own, whose cache is what its weights leave")
+    trainer.engine_ranks(config, f"{_ROLLOUT}.tensor_model_parallel_size")
     moved = [name for name in ("parameters", "optimizer") if config.flag(f"{_ACTOR}.fsdp_config.{_OFFLOADS[name]}")]
     if moved:
         keys = (f"{_ACTOR}.fsdp_config.{_OFFLOADS[name]}" for name in moved)
