@@ -80,6 +80,7 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "ms-swift": (
         "swift",
         (
+            *("llm/argument/base_args/*.py", "llm/argument/t*_args.py", "llm/argument/rlhf_args.py"),  # of 3
             *("arguments/base_args/*.py", "arguments/tuner_args.py", "trainers/arguments.py", "arguments/sft_args.py"),
             *("arguments/pretrain_args.py", "arguments/rlhf_args.py", "rlhf_trainers/args_mixin.py"),
         ),

@@ -100,7 +100,9 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         engine = colocated_budget(run, batch, model)
         held = (*(() if run.serving.sleep else awake(engine)), *asleep(engine))
         decided = decided._replace(structure=decided.structure._replace(engine=held), colocated=engine)
-        parts["serving"] = engine.settings.serving.model_copy(update={"sleep": bool(run.serving.sleep)})
+        own = {"tensor_parallel": run.serving.tensor_parallel, "trainer_offload": run.serving.trainer_offload}
+        update = {"sleep": bool(run.serving.sleep), **own}
+        parts["serving"] = engine.settings.serving.model_copy(update=update)
     return decided._replace(batch=batch, gpu=gpu, pictures=pictures, parts=parts)
 
 

@@ -158,7 +158,7 @@ def _ranks(run: OpenRun) -> Ranks:
     distributed/fsdp.py update_fsdp_plugin_peft.
     """
     p, q, copies, trainer = run.parallelism, run.method.quantization, run.copies, run.loop.trainer
-    accumulates, waits = run.batch_facts.accumulates, p.strategy != "fsdp2" or run.library.sharding.fsdp2_waits
+    accumulates, waits = run.batch_facts.accumulates, p.strategy in run.library.sharding.delays_reduction
     if copies == 1:
         return SINGLE_RANK
     if p.strategy in ZERO:

@@ -134,6 +134,42 @@ def test_an_engine_that_sleeps_frees_its_weights_and_cache_for_training() -> Non
         assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
 
 
+def test_what_a_framework_moves_to_the_host_is_not_on_the_card_while_it_generates() -> None:
+    run: dict[str, Any] = {"gpu": "a100-80gb", "rollout": "colocate", "profile": "verl-0.9", "precision": "amp"}
+    parts = ([], ["optimizer"], ["parameters", "optimizer"])
+    none, states, both = (grpo(**run, serving={"sleep": True, "trainer_offload": part or None}) for part in parts)
+    parameters = 1_235_814_400
+    first, second, third = (peak_of(answer, "generate") for answer in (none, states, both))
+    assert first - second == pytest.approx(2 * 4 * parameters, rel=1e-3)
+    assert second - third == pytest.approx(4 * parameters, rel=1e-3)
+    assert peak_of(none, "backward") == peak_of(both, "backward")
+    assert all(sum(line.bytes for line in each.ledger) == each.bytes.allocated for each in (none, states, both))
+
+
+def test_an_engine_may_be_divided_among_the_cards_that_train() -> None:
+    def weights(ranks: int) -> int:
+        parallelism = {"world": 4, "dp": 4, "strategy": "ddp"}
+        serving = {"max_model_len": 2048, "tensor_parallel": ranks}
+        answer = grpo(method="lora", gpu="4090", rollout="colocate", parallelism=parallelism, serving=serving)
+        return next(line.bytes for line in lines_of(answer) if "weights" in line.what)
+
+    assert weights(1) / 2 < weights(2) < 0.55 * weights(1)  # norms are not divided
+    with pytest.raises(SpecError, match=r"tensor_parallel: 3 does not divide the GPUs that train, 4; set --gpus"):
+        weights(3)
+
+
+def test_frameworks_that_score_prompts_have_all_logits() -> None:
+    def peak(profile: str, phase: str) -> int:
+        batch, kernels = {"new_tokens": 128, "sequence": 896}, {"checkpointing": "full"}
+        answer = grpo(method="lora", profile=profile, batch=batch, kernels=kernels, rollout="server")
+        return peak_of(answer, phase)
+
+    scored, all_tokens = peak("trl-1.14", "loss"), peak("openrlhf-0.11", "loss")
+    logits = 8 * 896 * 128256 * (2 + 4)  # of prompts: bf16, and cast to fp32
+    assert all_tokens - scored == pytest.approx(logits, rel=0.05)
+    assert peak("verl-0.9", "backward") < all_tokens - logits / 2  # neither cast nor copied
+
+
 @pytest.mark.parametrize("rollout", ["transformers", "server"])
 def test_zero_3_gathers_all_weights_to_generate_or_to_merge_adapters(rollout: str) -> None:
     def generate(strategy: str, **run: Any) -> int:

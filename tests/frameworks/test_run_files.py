@@ -239,8 +239,13 @@ lora_target_modules: 'model.language_model.layers.[\d]+.(_checkpoint_wrapped_mod
         "parallelism.strategy": "fsdp2",
         "parallelism.offload.parameters": True,
         "parallelism.offload.optimizer": True,
+        "parallelism.cpu_ram_efficient_loading": False,
         "precision.weights": "fp32",
         "precision.compute": "bf16",
+    },
+    "fsdp_version: 2\nfsdp_config: {cpu_ram_efficient_loading: true}": {"parallelism.cpu_ram_efficient_loading": None},
+    "fsdp_version: 2\nfsdp_config: {offload_params: true}\nexperimental_skip_move_to_device: true": {
+        "parallelism.cpu_ram_efficient_loading": True
     },
     "dp_shard_size: 4\nfsdp_config: {reshard_after_forward: false}": {
         "parallelism.world": 4,
@@ -549,6 +554,14 @@ def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
     more = "algorithm.adv_estimator: grpo\nactor_rollout_ref.actor.use_dynamic_bsz: true\n" if name == "verl" else ""
     file = read(tmp_path, f"{format_named(name).model}: Qwen/Qwen2-7B\n{more}", name)
     assert (file.framework, file.told) == (name, ())
+
+
+def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> None:
+    text = "model: qwen2-0.5b\ntrain_type: full\nmax_length: 64\n"
+    old, new = (read(tmp_path, text, f"ms-swift{version}").fields for version in ("-3.3", ""))
+    assert (old["profile"], new["profile"]) == ("ms-swift-3", "ms-swift-4.6")
+    runs = [estimate(RunSpec.model_validate(fields)).run for fields in (old, new)]
+    assert [run.optimizer.name for run in runs] == ["adamw_torch", "adamw_torch_fused"]
 
 
 REFUSED: dict[str, str] = {

@@ -106,7 +106,8 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         {"trainer": "dpo", "reference": "copy", "method.kind": "qlora", "batch.micro": 8, "batch.sequence": 512},
     ),
     "ray job submit --address=a -- python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2-7B "
-    "--algo.advantage.estimator group_norm --train.colocate_all --vllm.num_engines 4 --vllm.enable_sleep "
+    "--algo.advantage.estimator group_norm --train.colocate_all --vllm.num_engines 2 --vllm.enable_sleep "
+    "--vllm.tensor_parallel_size 2 "
     "--ds.enable_sleep --rollout.n_samples_per_prompt 8 --rollout.max_new_tokens 48 --data.max_len 64 "
     "--actor.num_gpus_per_node 4 --train.batch_size 64": (
         "openrlhf",
@@ -120,6 +121,7 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "batch.accumulation": 64 // 4,
             "serving.sleep": True,
             "serving.memory_utilization": 0.95,
+            "serving.tensor_parallel": 2,
             "serving.trainer_offload": ["optimizer"],
             "parallelism.world": 4,
         },

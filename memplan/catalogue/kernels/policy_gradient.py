@@ -62,7 +62,7 @@ def attach(
         outputs = "outputs" if is_fp32 else logits
         cast = (converted(logits, "b kept v"),) if is_fp32 else ()
         held: tuple[Tensor, ...] = ()
-        if trainer.is_reference and trainer.has_parts:
+        if trainer.is_reference and trainer.has_parts and not trainer.prompt_logits:
             held = tuple(_held(trainer, "fp32" if is_fp32 else "=embeds"))
             stack = stack._replace(before=(*stack.before, Op("hold", ("embeds",), held, gradient="none")))
         released = ops.release_names(*(t.name for t in held))

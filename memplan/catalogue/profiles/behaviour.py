@@ -133,7 +133,7 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel            whose tensor parallelism it is, if it was read
     fsdp_casts                 FSDP2's mixed precision only: no autocast around it
     fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
-    fsdp2_waits                FSDP2's gradients stay whole until a step's last micro-batch, as FSDP1's do
+    delays_reduction           the strategies under which gradients stay whole until a step's last micro-batch
     moves_before_sharding      the model is moved to every GPU before FSDP divides it, in the dtype it computes in
     quantises_before_sharding  under FSDP every GPU holds the entire quantised model before it is divided
     regathers_weights          a checkpointed block is recomputed inside its FSDP wrapper, which gathers its weights
@@ -145,7 +145,7 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel: Literal["", "transformers", "megatron", "torchtitan", "litgpt"]
     fsdp_casts: bool
     fsdp_reduces: Literal["", "fp32"]
-    fsdp2_waits: bool
+    delays_reduction: tuple[str, ...]
     moves_before_sharding: bool
     quantises_before_sharding: bool
     regathers_weights: bool

@@ -95,7 +95,7 @@ def _edits(original: Original, changed: RunSpec) -> tuple[_Edits, list[str]]:
         return dict(_own_edits(_values(original), original.run, changed)), []
     form = format_named(original.file.framework)
     defaults = defaults_in(form, original.file.title.rpartition(" ")[2])
-    known = {key for name in form.defaults for key in defaults_of(name).keys}
+    known = {part for name in form.defaults for key in defaults_of(name).keys for part in (key, key.partition(".")[0])}
     values = _values(original)
     old_names = {
         new: old for old, new in form.aliases.items() if values.get(old) is not None and values.get(new) is None
@@ -109,7 +109,7 @@ def _edits(original: Original, changed: RunSpec) -> tuple[_Edits, list[str]]:
             continue
         if key.place == "shell" and str(new).startswith("export "):
             exports.append(str(new))
-        if key.place != "yaml" or key.key not in known:
+        if key.place != "yaml" or not {key.key, key.key.partition(".")[0]} & known:
             continue
         name = old_names.get(key.key, key.key)
         path = (name,) if name in values or is_script(original.name) else tuple(name.split("."))

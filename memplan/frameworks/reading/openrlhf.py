@@ -76,11 +76,9 @@ def _generation(config: Config) -> None:
         key = "vllm.gpu_memory_utilization"
         config.set("serving.memory_utilization", config.number(key), key)
         config.set("serving.sleep", config.flag("vllm.enable_sleep"), "vllm.enable_sleep")
+        trainer.engine_ranks(config, "vllm.tensor_parallel_size")
         if config.flag("ds.enable_sleep"):
             config.set("serving.trainer_offload", ["optimizer"], "ds.enable_sleep")
-    if config.flag("train.dynamic_batch_enable"):
-        tokens = config.whole("train.max_tokens_per_gpu") or 0
-        config.set("batch.micro", max(tokens // max(total, 1), 1), "train.max_tokens_per_gpu")
 
 
 def _method(config: Config) -> None:
@@ -136,9 +134,11 @@ def _parallelism(config: Config) -> None:
     for key in ("ds.ring_attn_size", "ds.tensor_parallel_size"):
         if (config.whole(key) or 1) > 1:
             config.leave(key, "each GPU is counted with whole sequences and weights")
-    world, micro = config.value("parallelism.world") or 1, config.value("batch.micro") or 1
-    whole = config.whole("train.batch_size") or 1
-    config.set("batch.accumulation", max(whole // (micro * world), 1), "train.batch_size")
+    each = max((config.whole("train.batch_size") or 1) // (config.value("parallelism.world") or 1), 1)
+    if config.flag("train.dynamic_batch_enable"):
+        key, length = "train.max_tokens_per_gpu", config.whole("data.max_len") or 1
+        config.set("batch.micro", trainer.largest_micro_batch(config, (config.whole(key) or 0) // length, each), key)
+    config.set("batch.accumulation", max(each // max(config.value("batch.micro") or 1, 1), 1), "train.batch_size")
 
 
 RULES: Mapping[str, tuple[Rule, ...]] = {"openrlhf": (_program, _method, _kernels, _parallelism)}

@@ -18,7 +18,14 @@ from memplan.core.files import is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading import shell, trainer
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Typed, Unread, defaults_of, version_number
-from memplan.frameworks.reading.document import Document, is_there, named_document, paths, read_document
+from memplan.frameworks.reading.document import (
+    Document,
+    is_there,
+    named_document,
+    paths,
+    read_document,
+    with_references,
+)
 from memplan.frameworks.reading.run_format import FORMATS, PROGRAMS, RunFormat, format_named
 from memplan.spec.base import Part
 from memplan.spec.file import read_documents, read_text
@@ -130,15 +137,13 @@ def read_run(
     typed: Mapping[str, Any] | None = None,
     text: str | None = None,
 ) -> RunFile:
-    """Return the run of a file.
+    """Return the run of a file. Raises SpecError if it is no framework's, or several's, or has an unsupported value.
 
     framework   NAME or NAME-VERSION; None to tell it by the file's keys
     companions  files given along with it, by kind: `accelerate`, `deepspeed`
     typed       field -> value that replaces the file's before the framework's rules see it: the number of GPUs, and
                 fields that one key sets
     text        what to read instead of the file's text, as if the file had it
-
-    Raises SpecError for a file that is no framework's, or several frameworks', or that has a value not supported.
     """
     others = {kind: read_document(each) for kind, each in (companions or {}).items()}
     if name.lower().endswith(shell.SUFFIXES):
@@ -271,21 +276,18 @@ def _read_launched(
     companions: dict[str, Document],
     typed: Mapping[str, Any] | None,
 ) -> RunFile:
-    """Return the run that a command starts: of its flags, and of the file that they name.
-
-    name  the file that has the command, as shown
-    path  its path, next to which other files are searched; None if the command is typed
-    """
+    """Return the run that a command starts: of its flags, and of the file that they name. `name` is the file that has
+    the command, as shown, `path` its path, next to which other files are searched; None if the command is typed."""
     command = shell.engines_command(command, _ENGINES)
     form = format_named(PROGRAMS[command.program]) if command.program in PROGRAMS else None
     flags, config = _flags(command, form)
     keys = ("config", "config_file", *flags) if command.line else ()
     document = Document(name, path, flags, {tuple(key.split(".")): command.line for key in keys})
     launcher = command.launcher or _processes(command, form)
+    note, open_keys = "a variable that is not set", {*shell.unresolved(flags)}
+    silent = form.silent if form is not None else ()
     left_out = [
-        Unread(document.where(key), f"--{key}", "a variable that is not set")
-        for key in shell.unresolved(flags)
-        if form is None or key not in form.silent
+        Unread(document.where(key), f"--{key}", note) for key in flags if key in open_keys and key not in silent
     ]
     seen = command.variables.get("CUDA_VISIBLE_DEVICES", "")
     if (form is None or form.trains) and "," in seen and not {"num_processes", "config_file"} & launcher.keys():
@@ -302,7 +304,6 @@ def _read_launched(
             file = named_document(str(launcher["config_file"]), document, "config_file")
             launch = file._replace(values={**file.values, **launcher})
         companions.setdefault("accelerate", launch)
-    open_keys = set(shell.unresolved(flags))
     resolved = {key: value for key, value in flags.items() if key not in open_keys}
     document = document._replace(values=nested(resolved))
     script = _script_of(command, path) if form is None and framework is None and not config else None
@@ -401,10 +402,7 @@ def is_known(name: str) -> bool:
 
 
 def read_accelerate(name: str, method: str) -> dict[str, Any]:
-    """Return the parts of a run with a method that an accelerate config sets, by name.
-
-    Raises SpecError or ConfigError.
-    """
+    """Return the parts of a run with a method that an accelerate config sets, by name. Raises MemplanError."""
     document = read_document(name)
     config = Config(document, "accelerate", {}, {})
     config.set("method.kind", method, why=TYPED)
@@ -491,7 +489,8 @@ def read_as(
     defaults = defaults_in(form, asked)
     keys = {key for each in every for key in each.keys} | {key.key for key in form.table.keys}
     defaults |= own_defaults or {}
-    document, old_names = _renamed(document, form, keys)
+    renamed, old_names = _renamed(document, form, keys)
+    document = with_references(renamed, defaults)
     config = Config(document, f"{form.title} {asked or version}", defaults, companions or {})
     config.renamed, config.command = old_names, command
     typed_keys = {key.key: key.fields[0] for key in form.table.keys if key.is_same and key.fields[0] in (typed or {})}

@@ -8,45 +8,23 @@ workers/rollout/vllm_rollout, trainer/sft_trainer.py.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any, cast
 
 from memplan.frameworks.reading import trainer
 from memplan.frameworks.reading.config import Config, Rule, shown
-from memplan.frameworks.reading.document import paths
 
 _ACTOR, _MODEL, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "model", "rollout"))
 _ESTIMATORS = {"rloo": "rloo", "rloo_vectorized": "rloo"} | dict.fromkeys(
     ("grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "reinforce_plus_plus_baseline"), "grpo"
 )
-# OmegaConf's references to another key, with a default in the second form.
-_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?\s*([\w.]+)\s*(?:,\s*([^${}]*))?\}")
-_MOST_REFERENCES = 8  # from one key to the next
 
 
-def _references(config: Config) -> None:
-    """Put in the values that keys reference; a key that references none that is set has its default."""
-
-    def value_of(value: Any, depth: int = 0) -> Any:
-        match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
-        if match is None or depth > _MOST_REFERENCES:
-            return None if isinstance(value, str) and "${" in value else value
-        found = config.get(match[1])
-        return value_of(found if found is not None else match[2], depth + 1)
-
-    def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
-        return {
-            key: resolved(cast("Mapping[str, Any]", value)) if isinstance(value, Mapping) else value_of(value)
-            for key, value in section.items()
-        }
-
-    name = config.text("config_name") or "ppo_trainer"  # of the command
+def _config_name(config: Config) -> None:
+    """Refuse Hydra's config for Megatron; one of another name has keys that are not read."""
+    name = config.text("config_name") or "ppo_trainer"
+    config.get("config_path")
     if "megatron" in name:
         raise config.refuse("config_name", "ppo_trainer, with FSDP")
-    if any(isinstance(value, str) and "${" in value for _, value in paths(config.document.values)):
-        config.document = config.document._replace(values=resolved(config.document.values))
-    config.read = {"config_name", "config_path"}
     if name not in ("ppo_trainer", "sft_trainer", "sft_trainer_engine"):
         config.leave("config_name", "the file's keys are not read: they are verl's defaults")
 
@@ -60,9 +38,6 @@ def _program(config: Config) -> None:
     if estimator not in _ESTIMATORS:
         raise config.refuse(key, ", ".join(_ESTIMATORS))
     config.set("trainer", _ESTIMATORS[estimator], key)
-    for name, field in (("prompt", "batch.sequence"), ("response", "batch.new_tokens")):
-        config.set(field, config.whole(f"data.max_{name}_length"), f"data.max_{name}_length")
-    config.set("batch.generations", config.whole(f"{_ROLLOUT}.n"), f"{_ROLLOUT}.n")
     if config.flag(f"{_ACTOR}.use_kl_loss") or config.flag("algorithm.use_kl_in_reward"):
         why = "FSDP keeps the reference on the host" if config.get(f"{_ACTOR}.strategy") == "fsdp" else ""
         used = [key for key in (f"{_ACTOR}.use_kl_loss", "algorithm.use_kl_in_reward") if config.flag(key)]
@@ -87,19 +62,17 @@ def _program(config: Config) -> None:
 
 def _micro_batch(config: Config) -> None:
     """As many sequences as `ppo_max_token_len_per_gpu` holds of the longest; a step has a mini-batch of prompts."""
-    key = f"{_ACTOR}.ppo_micro_batch_size_per_gpu"
+    key, mini = f"{_ACTOR}.ppo_micro_batch_size_per_gpu", f"{_ACTOR}.ppo_mini_batch_size"
     micro, length = config.whole(key), sum(config.value(f"batch.{part}") or 0 for part in ("sequence", "new_tokens"))
-    world = config.value("parallelism.world") or 1
-    step = (config.whole(f"{_ACTOR}.ppo_mini_batch_size") or 1) * (config.value("batch.generations") or 1)
-    whole = max(step // world, 1)
+    step = (config.whole(mini) or 1) * (config.value("batch.generations") or 1)
+    each = max(step // (config.value("parallelism.world") or 1), 1)
     if config.flag(f"{_ACTOR}.use_dynamic_bsz"):
         key = f"{_ACTOR}.ppo_max_token_len_per_gpu"
-        micro = max((config.whole(key) or 0) // max(length, 1), 1)
+        micro = trainer.largest_micro_batch(config, (config.whole(key) or 0) // max(length, 1), each)
     elif micro is None:
         raise config.error(f"{_ACTOR}.use_dynamic_bsz", f"set it, or {key}")
-    micro = next((size for size in range(min(micro, whole), 1, -1) if whole % size == 0), 1)
     config.set("batch.micro", micro, key)
-    config.set("batch.accumulation", max(whole // micro, 1), f"{_ACTOR}.ppo_mini_batch_size")
+    config.set("batch.accumulation", -(-each // max(micro, 1)), mini)
 
 
 def _rollout(config: Config) -> None:
@@ -107,20 +80,10 @@ def _rollout(config: Config) -> None:
         "actor_rollout_ref.hybrid_engine"
     ):
         config.set("rollout", "server", "actor_rollout_ref.hybrid_engine")
+        config.found = {field: origin for field, origin in config.found.items() if not field.startswith("serving.")}
         return
     config.set("rollout", "colocate", f"{_ROLLOUT}.name", why="the hybrid engine generates on the GPUs that train")
-    for key, field, value in (
-        ("gpu_memory_utilization", "memory_utilization", config.number),
-        ("free_cache_engine", "sleep", config.flag),
-        ("max_num_batched_tokens", "max_num_batched_tokens", config.whole),
-        ("max_num_seqs", "max_num_seqs", config.whole),
-        ("max_model_len", "max_model_len", config.whole),
-    ):
-        if config.get(f"{_ROLLOUT}.{key}") is not None:
-            config.set(f"serving.{field}", value(f"{_ROLLOUT}.{key}"), f"{_ROLLOUT}.{key}")
-    if (config.whole(f"{_ROLLOUT}.tensor_model_parallel_size") or 1) > 1:
-        key = f"{_ROLLOUT}.tensor_model_parallel_size"
-        config.leave(key, "each GPU is counted with an engine of its own, whose cache is what its weights leave")
+    trainer.engine_ranks(config, f"{_ROLLOUT}.tensor_model_parallel_size")
     moved = [name for name in ("parameters", "optimizer") if config.flag(f"{_ACTOR}.fsdp_config.{_OFFLOADS[name]}")]
     if moved:
         keys = (f"{_ACTOR}.fsdp_config.{_OFFLOADS[name]}" for name in moved)
@@ -132,7 +95,7 @@ _OFFLOADS = {"parameters": "param_offload", "optimizer": "optimizer_offload"}
 
 def _engine(config: Config, engine: str, strategy: str, optim: str) -> None:
     """FSDP among all GPUs, or groups of them, with fp32 shards that are cast to bf16."""
-    world = (config.whole("trainer.nnodes") or 1) * (config.whole("trainer.n_gpus_per_node") or 1)
+    world = config.gpus or (config.whole("trainer.nnodes") or 1) * (config.whole("trainer.n_gpus_per_node") or 1)
     config.set("parallelism.world", world, "trainer.n_gpus_per_node", "trainer.nnodes")
     if world > 1:
         config.set("parallelism.strategy", config.text(strategy), strategy)
@@ -164,7 +127,6 @@ def _model(config: Config, model: str) -> None:
     if rank:
         names = config.names(f"{model}.target_modules") or ["all-linear"]
         config.set("method.rank", rank, f"{model}.lora_rank")
-        config.set("method.alpha", config.number(f"{model}.lora_alpha"), f"{model}.lora_alpha")
         config.set("method.targets", "all-linear" if names == ["all-linear"] else names, f"{model}.target_modules")
         weights = config.value("precision.weights")
         config.set("method.adapter_dtype", weights, why="adapters have the base weights' dtype")
@@ -199,7 +161,6 @@ def _sft(config: Config) -> None:
     kernels = [*(config.value("kernels.fused") or ()), "cross_entropy"]
     config.set("kernels.fused", kernels, why="flash-attn's cross_entropy_loss, in place")
     length = config.whole("data.max_length") or 1
-    config.set("batch.sequence", length, "data.max_length")
     key = "data.micro_batch_size_per_gpu"
     micro = config.whole(key) or 1
     if config.flag("data.use_dynamic_bsz"):
@@ -220,4 +181,4 @@ def _sft(config: Config) -> None:
         config.leave("engine.optimizer_offload", "what is on the host between steps is counted on the GPU")
 
 
-RULES: Mapping[str, tuple[Rule, ...]] = {"verl": (_references, _program), "verl-sft": (_references, _sft)}
+RULES: Mapping[str, tuple[Rule, ...]] = {"verl": (_config_name, _program), "verl-sft": (_config_name, _sft)}
