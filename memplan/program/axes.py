@@ -363,7 +363,7 @@ def _cross_attention(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Tokens of torchtune's chunks (`lc`, and the last two) and of Liger's (`fc`); chunks and tiles of TRL's losses."""
+    """Tokens of torchtune's chunks (`lc`, and the last) and of Liger's (`fc`); chunks and tiles of TRL's losses."""
     by = run.by
     rows = run.axes["completion_rows"] if "completion" in run.axes else run.b * (run.s - 1)
     if "nll_tokens" in run.needs:
@@ -384,12 +384,10 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
         yield "half_rows", rows // 2
         yield "chosen_copied", by.choose(run.b > 2, rows // 2, 0)
         yield "entropy_rows", by.least(rows, 128)  # trl 1.13 trainer/utils.py entropy_from_logits: chunk_size
-    if "lc" in run.needs:
+    if "lc_last" in run.needs:
         chunk = -(-run.s // 8)
         yield "lc", chunk
-        yield from (
-            (f"lc_{name}", by.most(0, by.least(chunk, run.s - i * chunk))) for i, name in ((6, "next"), (7, "last"))
-        )
+        yield "lc_last", (run.s - 1) % chunk + 1
     if "fc" in run.needs:
         tokens = run.b * run.s
         chunk = -(-tokens // -(-run.model.vocab_size // run.model.hidden_size))
