@@ -211,7 +211,8 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     """Return the axes of a model that scans a sequence of `s` tokens chunk by chunk.
 
     s_conv       rows of a convolution padded at both ends
-    earlier      tokens before the last
+    earlier      tokens before the last two
+    second_last  the token before the last, if there is one
     chunks       number of chunks
     borders      number of chunk borders, both ends included
     later        chunks after the first
@@ -232,7 +233,8 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     several = by.choose(chunks > 1, rows, 0)
     return {
         "s_conv": s + numbers.get("kernel", 1) - 1,
-        "earlier": s - 1,
+        "earlier": by.most(0, s - 2),
+        "second_last": by.least(s - 1, 1),
         "chunks": chunks,
         "borders": chunks + 1,
         "later": chunks - 1,
