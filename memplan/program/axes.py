@@ -216,7 +216,8 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     """Return the axes of a model that scans a sequence of `s` tokens chunk by chunk.
 
     s_conv       rows of a convolution padded at both ends
-    earlier      tokens before the last
+    earlier      tokens before the last two
+    second_last  the token before the last, if there is one
     chunks       number of chunks
     borders      number of chunk borders, both ends included
     later        chunks after the first
@@ -237,7 +238,8 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     several = by.choose(chunks > 1, rows, 0)
     return {
         "s_conv": s + numbers.get("kernel", 1) - 1,
-        "earlier": s - 1,
+        "earlier": by.most(0, s - 2),
+        "second_last": by.least(s - 1, 1),
         "chunks": chunks,
         "borders": chunks + 1,
         "later": chunks - 1,
@@ -368,7 +370,7 @@ def _cross_attention(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Tokens of torchtune's chunks (`lc`, and the last two) and of Liger's (`fc`); chunks and tiles of TRL's losses."""
+    """Tokens of torchtune's chunks (`lc`, and the last) and of Liger's (`fc`); chunks and tiles of TRL's losses."""
     by = run.by
     rows = run.axes["completion_rows"] if "completion" in run.axes else run.b * (run.s - 1)
     if "nll_tokens" in run.needs:
@@ -392,12 +394,10 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
         yield "half_rows", rows // 2
         yield "chosen_copied", by.choose(run.b > 2, rows // 2, 0)
         yield "entropy_rows", by.least(rows, 128)  # trl 1.13 trainer/utils.py entropy_from_logits: chunk_size
-    if "lc" in run.needs:
+    if "lc_last" in run.needs:
         chunk = -(-run.s // 8)
         yield "lc", chunk
-        yield from (
-            (f"lc_{name}", by.most(0, by.least(chunk, run.s - i * chunk))) for i, name in ((6, "next"), (7, "last"))
-        )
+        yield "lc_last", (run.s - 1) % chunk + 1
     if "fc" in run.needs:
         tokens = run.b * run.s
         chunk = -(-tokens // -(-run.model.vocab_size // run.model.hidden_size))

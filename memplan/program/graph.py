@@ -62,7 +62,7 @@ class Graph(NamedTuple):
     reentrant               checkpointing is reentrant
     logits                  version of transformers' loss (see `memplan.catalogue.kernels.losses.cross_entropy`)
     has_one_sequence        the batch is one sequence, if the loss treats that case differently
-    has_single_chunk        the sequence fits in a single chunk of a loss computed in chunks
+    loss_chunks             chunks of a loss computed in chunks (see `memplan.catalogue.kernels.losses`)
     fused                   names of the fused kernels
     casts_outputs           the model's output is cast to fp32
     code                    library that implements the model: transformers, litgpt, torchtitan
@@ -94,7 +94,7 @@ class Graph(NamedTuple):
     reentrant: bool = False
     logits: str = "padded"
     has_one_sequence: bool = False
-    has_single_chunk: bool = False
+    loss_chunks: int = 0
     fused: tuple[str, ...] = ()
     casts_outputs: bool = False
     code: str = "transformers"
@@ -289,7 +289,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         graph.has_one_sequence,
         "cross_entropy" in graph.fused,
         graph.casts_outputs,
-        graph.has_single_chunk,
+        graph.loss_chunks,
     )
     if graph.wiring.keeps_last and stack.after:
         stack = stack._replace(after=with_last_input(stack.after))

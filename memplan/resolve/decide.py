@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue.kernels.losses import SINGLE_CHUNK
+from memplan.catalogue.kernels.losses import loss_chunks
 from memplan.catalogue.kernels.packing import packed_rows
 from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.catalogue.methods.methods import LORA
@@ -70,7 +70,8 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         accumulates=batch.accumulation > 1,
         windowed=window is not None and length >= window,
         is_single_sequence=is_single,
-        is_single_chunk=length <= SINGLE_CHUNK,
+        loss_chunks=loss_chunks(batch.micro, length),
+        scans_once=length <= model.scan_chunk,
         images=bool(batch.images),
         has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,

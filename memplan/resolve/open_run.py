@@ -26,7 +26,8 @@ class BatchFacts(NamedTuple):
     accumulates         gradients are accumulated over micro-batches
     windowed            the sequence reaches the sliding window
     is_single_sequence  the micro-batch is one sequence
-    is_single_chunk     the sequence is one chunk of the loss
+    loss_chunks         losses computed in chunks, and how many (see `memplan.catalogue.kernels.losses`)
+    scans_once          the sequence is one chunk of a layer that scans chunk by chunk
     images              the batch has images
     has_uneven_patches  the image patches are not a multiple of 8
     microbatches        micro-batches per step of a pipeline, else 1
@@ -38,7 +39,8 @@ class BatchFacts(NamedTuple):
     accumulates: bool = False
     windowed: bool = False
     is_single_sequence: bool = False
-    is_single_chunk: bool = False
+    loss_chunks: tuple[tuple[str, int], ...] = ()
+    scans_once: bool = False
     images: bool = False
     has_uneven_patches: bool = False
     microbatches: int = 1

@@ -316,7 +316,7 @@ def _build_graph(run: OpenTraining) -> None:
         logits=_logits(run) if adds_logits else "padded",
         has_one_sequence=facts.is_single_sequence
         and (loss in ("chunked_lm_head", "label_smoothing") or (adds_logits and library.loss.logits != "padded")),
-        has_single_chunk=facts.is_single_chunk and loss == "chunked_lm_head",
+        loss_chunks=dict(facts.loss_chunks).get(loss, 0),
         fused=tuple(sorted(kernels.fused or ())),
         casts_outputs=library.loss.casts_outputs or casts_logits,
         code=run.code,

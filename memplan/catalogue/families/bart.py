@@ -28,7 +28,7 @@ def bart(m: ModelSpec, wiring: Wiring) -> Stack:
     across = tuple(renamed(attend_to_encoder(masks(encoder_wiring, "stream.tokens"), wiring), {"mask.cross": _CROSS}))
     before = (inputs, ids_of_labels(), *_embedded(m, _ENCODER, "ids", "embeds", "b s"), *own)
     between = (
-        ops.view("encoded", "x", "encoded", "b s h"),
+        ops.view("encoded", "x", "encoded", "b s h")._replace(holds="forward"),  # the model also returns it
         ops.release_names("embeds.tokens", "embeds.places", *(op.name for op in own)),
         *decoding((*_embedded(m, _DECODER, "decoder_ids", "stream", "s"), *masks(wiring, "stream.tokens")), wiring),
         *across,

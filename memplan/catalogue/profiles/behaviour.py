@@ -156,14 +156,12 @@ class GenerationBehaviour(NamedTuple):
 
     cache             what keeps keys and values in generation (`memplan.catalogue.inference.decoding`)
     further_caches    generate has quantised and offloaded caches and prefills prompts in chunks, as in 5.24
-    forward_caches    a forward pass keeps keys, values and states even with use_cache=False
     last_logits       generation asks the model only for the last token's logits
     casts_all_logits  the model's code casts all logits to fp32, even without labels
     """
 
     cache: Cache
     further_caches: bool
-    forward_caches: bool
     last_logits: bool
     casts_all_logits: bool
 
