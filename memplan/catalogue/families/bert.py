@@ -301,6 +301,7 @@ def _language_model(m: ModelSpec, body: str, roberta: bool) -> tuple[Op, ...]:
 
 BUILDERS = {
     "bert": bert,
+    "camembert": partial(bert, name="roberta", roberta=True),
     "electra": electra,
     "roberta": partial(bert, name="roberta", roberta=True),
     "xlm-roberta": partial(bert, name="roberta", roberta=True),

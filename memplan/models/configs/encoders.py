@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders: BERT, RoBERTa, T5, Whisper, ViT."""
+"""Encoders and encoder-decoders: BERT, RoBERTa, BART, T5, Whisper, ViT."""
 
 from __future__ import annotations
 
@@ -240,37 +240,38 @@ _T5_ROW = Family(
     training=TrainingFacts(never_quantised=("wo",)),
 )
 
+_BART = Family(
+    {
+        "tie_word_embeddings": True,
+        "vocab_size": 50265,
+        "d_model": 1024,
+        "encoder_layers": 12,
+        "decoder_layers": 12,
+        "encoder_attention_heads": 16,
+        "decoder_attention_heads": 16,
+        "encoder_ffn_dim": 4096,
+        "decoder_ffn_dim": 4096,
+        "max_position_embeddings": 1024,
+        "activation_function": "gelu",
+        "dropout": 0.1,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+    },
+    keys=_WHISPER_KEYS._replace(names={**_WHISPER_KEYS.names, "max_position_embeddings": ("max_position_embeddings",)}),
+    axes=_halves,
+    objectives=("seq2seq_lm",),
+    gated=False,
+    lengths=LengthFacts(learned=True, target=_positions),
+    stack="bart",
+    generation=GenerationFacts(is_modelled=False),
+    serving=ServingFacts(is_modelled=False),
+)
+
 # Source: transformers 5.24 configuration classes.
 FAMILIES: dict[str, Family] = {
-    "bart": Family(
-        {
-            "tie_word_embeddings": True,
-            "vocab_size": 50265,
-            "d_model": 1024,
-            "encoder_layers": 12,
-            "decoder_layers": 12,
-            "encoder_attention_heads": 16,
-            "decoder_attention_heads": 16,
-            "encoder_ffn_dim": 4096,
-            "decoder_ffn_dim": 4096,
-            "max_position_embeddings": 1024,
-            "activation_function": "gelu",
-            "dropout": 0.1,
-            "attention_dropout": 0.0,
-            "activation_dropout": 0.0,
-        },
-        keys=_WHISPER_KEYS._replace(
-            names={**_WHISPER_KEYS.names, "max_position_embeddings": ("max_position_embeddings",)}
-        ),
-        axes=_halves,
-        objectives=("seq2seq_lm",),
-        gated=False,
-        lengths=LengthFacts(learned=True, target=_positions),
-        stack="bart",
-        generation=GenerationFacts(is_modelled=False),
-        serving=ServingFacts(is_modelled=False),
-    ),
+    "bart": _BART,
     "bert": _ENCODER,
+    "camembert": _ROBERTA,
     "distilbert": _ENCODER._replace(
         defaults={
             "tie_word_embeddings": True,
@@ -315,6 +316,12 @@ FAMILIES: dict[str, Family] = {
         stack="modernbert",
         parallel=ParallelFacts(),
     ),
+    "m2m_100": _BART._replace(
+        defaults={**_BART.defaults, "vocab_size": 128112, "activation_function": "relu", "attention_dropout": 0.1},
+        lengths=LengthFacts(target=_any_target),
+    ),
+    "mbart": _BART,
+    "pegasus": _BART,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "mt5": _T5_ROW._replace(defaults={**_T5, "d_ff": 1024, "feed_forward_proj": "gated-gelu"}),
