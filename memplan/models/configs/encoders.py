@@ -41,6 +41,13 @@ def _electra(m: ModelFacts) -> Mapping[str, int]:
     return {**_classes(m), "p": width, "p32": -(-width // 32) * 32}
 
 
+def _deberta(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes with the number of relative distances."""
+    buckets, longest = (m.config_int(key, least=-1) for key in ("position_buckets", "max_relative_positions"))
+    span = next((n for n in (buckets, longest) if n > 0), m.max_position_embeddings or 0)
+    return {**_classes(m), "spans": 2 * span}
+
+
 def _half_window(m: ModelFacts) -> int:
     """Return the tokens on one side that ModernBERT's sliding layers attend to."""
     return m.config_int("local_attention") // 2
@@ -272,6 +279,24 @@ FAMILIES: dict[str, Family] = {
     "bart": _BART,
     "bert": _ENCODER,
     "camembert": _ROBERTA,
+    "deberta-v2": _ENCODER._replace(
+        defaults={
+            **_BERT,
+            "type_vocab_size": 0,
+            "relative_attention": False,
+            "max_relative_positions": -1,
+            "position_buckets": -1,
+            "norm_rel_ebd": "none",
+            "share_att_key": False,
+            "conv_kernel_size": 0,
+            "legacy": True,
+            "pooler_dropout": 0.0,
+        },
+        axes=_deberta,
+        stack="deberta",
+        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math"), rotary=False),
+        parallel=ParallelFacts(),
+    ),
     "distilbert": _ENCODER._replace(
         defaults={
             "tie_word_embeddings": True,
