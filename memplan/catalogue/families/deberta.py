@@ -38,7 +38,12 @@ def deberta(m: ModelSpec, wiring: Wiring) -> Stack:
     head, loss = _head(m, body)
     given = () if wiring.padded else ("attention_mask",)
     release = ops.release_names("embeds", *given, "token_type_ids", "mask", "relative", "rel")
-    return Stack(_before(m, wiring, body), (Run((_block(m, body),), "L"),), (release, *head), loss)
+    return Stack(
+        _before(m, wiring, body),
+        (Run((_block(m, body),), "L"),),
+        (release, *head),
+        (*loss, Op("hidden_states", releases="states")),
+    )
 
 
 def _before(m: ModelSpec, wiring: Wiring, body: str) -> tuple[Op, ...]:
@@ -83,6 +88,7 @@ def _before(m: ModelSpec, wiring: Wiring, body: str) -> tuple[Op, ...]:
         ops.with_constant(f"{name}.masked", "normed", "mask.rows", "masked", "b s h", "mul.Tensor"),
         ops.release_names("normed"),
         *dropped(f"{name}.dropout", "masked", "embeds", "b s h", drops(m, "hidden_dropout_prob")),
+        _returned("embeds"),
         ops.release_names("tokens", "places", *(("types",) if types else ()), "mask.rows"),
         Op("mask", ("attention_mask",), (Tensor("mask", "b s s"),), gradient="none"),
         Op("relative", (), (Tensor("relative", "s s", "int64"),), scratch=(Tensor("logarithms", "s s", "fp32"),)),
@@ -164,8 +170,12 @@ def _attention(m: ModelSpec, name: str = "attention.self") -> tuple[Op, ...]:
 
 
 def _block(m: ModelSpec, body: str) -> Block:
-    states = Op("hidden_states", ("y",), (Tensor("state", "b s h"),), view=True, holds="forward")
-    return Block(f"{body}encoder.layer", (*_attention(m), *after_attention(m), states))
+    return Block(f"{body}encoder.layer", (*_attention(m), *after_attention(m), _returned("y")))
+
+
+def _returned(y: str) -> Op:
+    """Hold y until the model returns it, among its hidden states."""
+    return Op("hidden_states", (y,), (Tensor(f"{y}.state", "b s h"),), view=True, holds="states")
 
 
 def _head(m: ModelSpec, body: str) -> tuple[tuple[Op, ...], tuple[Op, ...]]:
