@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from memplan.catalogue.attention.attention import QUERIES
 from memplan.catalogue.decoder.task_heads import class_loss, dense, first_token, language_model_loss, mean_loss
-from memplan.catalogue.families.bert import after_attention, inputs, predictions, table
+from memplan.catalogue.families.bert import after_attention, inputs, predictions
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.activations import activation, dropped, drops
 from memplan.catalogue.kernels.wiring import Wiring
@@ -23,6 +23,8 @@ _ONLY = {
     "share_att_key": True,
     "conv_kernel_size": 0,
     "legacy": True,
+    "position_biased_input": False,
+    "type_vocab_size": 0,
 }
 
 
@@ -48,25 +50,9 @@ def deberta(m: ModelSpec, wiring: Wiring) -> Stack:
 
 def _before(m: ModelSpec, wiring: Wiring, body: str) -> tuple[Op, ...]:
     """Embeddings with their padding set to zero, the mask, and normed embeddings of the distances."""
-    name, encoder, types = f"{body}embeddings", f"{body}encoder", m.config_int("type_vocab_size", 0, least=0)
+    name, encoder = f"{body}embeddings", f"{body}encoder"
     buffer = Weight(f"{name}.position_ids", str(m.max_position_embeddings or 0), "buffer", "int64", False)
     ones = () if wiring.padded else (Op("ones", (), (Tensor("attention_mask", "b s", "fp32"),)),)
-    embedded = ops.embedding(f"{name}.word_embeddings", "ids", "tokens", "v", "h")
-    if m.get("position_biased_input", True):
-        longest = str(m.max_position_embeddings or 0)
-        places = (
-            table(f"{name}.position_embeddings", "token_type_ids", "places", longest, "s"),
-            ops.add("add_positions", "tokens", "places", "placed", "b s h"),
-        )
-    else:
-        places = (
-            Op("no_positions", (), (Tensor("places", "b s h", "=tokens"),)),
-            ops.view("placed", "tokens", "placed", "b s h"),
-        )
-    typed = (
-        table(f"{name}.token_type_embeddings", "token_type_ids", "types", str(types), "b s"),
-        ops.add("add_types", "placed", "types", "typed", "b s h"),
-    )
     norm = ops.layer_norm(f"{encoder}.LayerNorm", "distances", "rel", "spans h", "h")
     distances = Weight(f"{encoder}.rel_embeddings.weight", "spans h", "embedding", rows=1)
     keeps = tuple(
@@ -79,17 +65,15 @@ def _before(m: ModelSpec, wiring: Wiring, body: str) -> tuple[Op, ...]:
         inputs(m, wiring.padded),
         *ones,
         Op("token_types", (), (Tensor("token_type_ids", "b s", "int64"),), (buffer,)),
-        embedded,
-        *places,
-        *(typed if types else (ops.view("typed", "placed", "typed", "b s h"),)),
-        ops.layer_norm(f"{name}.LayerNorm", "typed", "normed", "b s h", "h"),
-        ops.release_names("placed", "typed"),
+        ops.embedding(f"{name}.word_embeddings", "ids", "tokens", "v", "h"),
+        Op("no_positions", (), (Tensor("places", "b s h", "=tokens"),)),
+        ops.layer_norm(f"{name}.LayerNorm", "tokens", "normed", "b s h", "h"),
         ops.cast(f"{name}.mask", "attention_mask", "mask.rows", "b s", "=normed"),
         ops.with_constant(f"{name}.masked", "normed", "mask.rows", "masked", "b s h", "mul.Tensor"),
         ops.release_names("normed"),
         *dropped(f"{name}.dropout", "masked", "embeds", "b s h", drops(m, "hidden_dropout_prob")),
         _returned("embeds"),
-        ops.release_names("tokens", "places", *(("types",) if types else ()), "mask.rows"),
+        ops.release_names("tokens", "places", "mask.rows"),
         Op("mask", ("attention_mask",), (Tensor("mask", "b s s"),), gradient="none"),
         Op("relative", (), (Tensor("relative", "s s", "int64"),), scratch=(Tensor("logarithms", "s s", "fp32"),)),
         norm._replace(
