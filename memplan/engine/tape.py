@@ -397,7 +397,7 @@ class Tape(LiveStorages):
         fetched = self._fetch(frame)
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         outputs = self._run(frame, end, frame.shares, {}, keep=True, holds=holds)
-        for storage in (*holds["forward"], *holds["step"], *holds["nodes"], *fetched):
+        for storage in (*(held for those in holds.values() for held in those), *fetched):
             self.drop(storage)
         self._replace_shared(frame, outputs)
 
@@ -447,7 +447,7 @@ class Tape(LiveStorages):
             storage.refs += 1
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         returned = self._run(frame, len(frame.ops), frame.exported, {}, keep=True, holds=holds)
-        for storage in holds["forward"]:
+        for storage in (*holds["forward"], *holds.get("states", ())):
             self.drop(storage)
         before = len(self._held["nodes"])
         self.backward(frame, grads)

@@ -63,8 +63,11 @@ def test_a_configs_class_determines_the_objective(name: str, objective: str) -> 
 def test_the_default_objective_is_the_familys_pretraining_objective() -> None:
     usual = {name: ModelSpec(config).objective for name, config in SMALL.items()}
     assert usual == {
-        **dict.fromkeys(("bert", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta"), "masked_lm"),
-        **dict.fromkeys(("bart", "mt5", "t5", "flan-t5", "whisper"), "seq2seq_lm"),
+        **dict.fromkeys(
+            ("bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta"),
+            "masked_lm",
+        ),
+        **dict.fromkeys(("bart", "m2m_100", "mbart", "pegasus", "mt5", "t5", "flan-t5", "whisper"), "seq2seq_lm"),
         "vit": "image_classification",
         **dict.fromkeys(("llama", "gemma2"), "causal_lm"),
     }

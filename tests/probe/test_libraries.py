@@ -20,9 +20,17 @@ def objective(**config: Any) -> str:
 @pytest.mark.parametrize(
     ("config", "name", "named"),
     [
-        ({"model_type": "mbart"}, "MBartForConditionalGeneration", "seq2seq_lm"),
-        ({"model_type": "mbart", "architectures": ["MBartForCausalLM"]}, "MBartForCausalLM", "causal_lm"),
-        ({"model_type": "mbart", "architectures": ["NoSuchClass"]}, "MBartForConditionalGeneration", "seq2seq_lm"),
+        ({"model_type": "blenderbot"}, "BlenderbotForConditionalGeneration", "seq2seq_lm"),
+        (
+            {"model_type": "blenderbot", "architectures": ["BlenderbotForCausalLM"]},
+            "BlenderbotForCausalLM",
+            "causal_lm",
+        ),
+        (
+            {"model_type": "blenderbot", "architectures": ["NoSuchClass"]},
+            "BlenderbotForConditionalGeneration",
+            "seq2seq_lm",
+        ),
         ({"model_type": "albert"}, "AlbertForMaskedLM", "masked_lm"),
         ({"model_type": "albert", "architectures": ["AlbertForPreTraining"]}, "AlbertForMaskedLM", "masked_lm"),
         ({"model_type": "albert", "architectures": ["AlbertModel"]}, "AlbertModel", "feature_extraction"),

@@ -185,7 +185,8 @@ def scaled_sigmoid_router(name: str, x: str, bias: str, normalise: bool) -> tupl
         *(biased if bias else (top_k(f"{name}.topk", scores, picked),)),
         *(normal if normalise else ()),
         ops.scale(f"{name}.scale", "router.normal" if normalise else picked, SCORES, PAIRS),
-        ops.release_names(scores, ranked, "router.top", picked, "router.total", "router.least", "router.normal"),
+        ops.release_names(scores, picked, *((ranked, "router.top") if bias else ())),
+        ops.release_names(*(("router.total", "router.least", "router.normal") if normalise else ())),
     )
 
 

@@ -526,7 +526,8 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozense
         storage = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size, recipe.compute)
         dtype = "fp16" if recipe.library == "litgpt" else w.dtype or recipe.weights  # lightning quantises from fp16
         return w._replace(dtype=dtype, trains=False, stored=storage)
-    dtype = "fp32" if recipe.preparation and w.name not in cast_back else w.dtype or recipe.weights
+    prepared = recipe.preparation and w.group != "buffer" and w.name not in cast_back  # it casts parameters only
+    dtype = "fp32" if prepared else w.dtype or recipe.weights
     return w._replace(dtype=dtype, trains=False)
 
 

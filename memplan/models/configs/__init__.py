@@ -47,7 +47,11 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     "llama4": ("mixture of experts", "llama4 llama4_text"),
     "gpt_oss": ("mixture of experts", "gpt_oss mimo_v2_flash"),
     "megatron": ("", "megatron_gpt"),
-    "encoders": ("encoder", "bart bert distilbert electra modernbert mt5 roberta xlm-roberta t5 whisper vit"),
+    "encoders": (
+        "encoder",
+        "bart bert camembert deberta-v2 distilbert electra m2m_100 mbart modernbert mt5 pegasus roberta xlm-roberta t5 "
+        "whisper vit",
+    ),
 }
 MODULES: dict[str, str] = {
     model_type: module for module, (_, model_types) in _FAMILIES.items() for model_type in model_types.split()
