@@ -28,7 +28,7 @@ from memplan.catalogue.parallelism.sharding import (
 from memplan.core.errors import SpecError
 from memplan.core.ir import Division
 from memplan.core.units import ITEMSIZE, MIB, rounded
-from memplan.engine.walk import alive, size
+from memplan.engine.walk import bytes_at_each, size
 from memplan.estimate.usage import room
 from memplan.program.graph import TensorGroup, TrainingPass, lower_training, operations_of, total_bytes, weights_of
 from memplan.program.sharding.choice import sharding_of
@@ -562,8 +562,7 @@ def test_a_hook_on_frozen_blocks_inputs_keeps_one_more_hidden_state(layers: int)
     def most(division: Division) -> int:
         low = lower_training(replay.structure.graph, TrainingPass(division=division))
         bytes_ = [size(key[0], key[1], axes)[1] for key in low.sizes]
-        backward = (alive(m, low.runs, axes) for m in low.moments if m.phase == "backward")
-        return max(sum(bytes_[key] * count for key, count in there.items()) for there in backward)
+        return max(bytes_at_each((m for m in low.moments if m.phase == "backward"), low.runs, axes, bytes_))
 
     hidden = 4096 * HOOKED["hidden_size"] * 2
     more = most(found) - most(found._replace(hooks=False))
