@@ -10,7 +10,7 @@ import pytest
 
 from benchmarks.accuracy import compared_with_trace, rows, trace_figures
 from memplan import RunSpec, estimate
-from memplan.core.errors import MemplanError, SpecError
+from memplan.core.errors import MemplanError
 from tests.cases import in_groups
 from tests.sampling import sampled
 
