@@ -165,10 +165,9 @@ def with_longest(batch: Mapping[str, Any]) -> Mapping[str, Any]:
 
     Packed rows, and sequences padded to the maximum, are all as long as that.
     """
-    sequence, batching = batch.get("sequence", DEFAULT_SEQUENCE), batching_of(batch)
-    if batching in FULL or type(sequence) is not int:
+    if batching_of(batch) in FULL or type(batch["sequence"]) is not int:
         return batch
-    return {**batch, "sequence": min(sequence, read_lengths(batch["lengths"]).sorted[-1])}
+    return {**batch, "sequence": min(batch["sequence"], read_lengths(batch["lengths"]).sorted[-1])}
 
 
 def batching_of(batch: Mapping[str, Any]) -> str:
@@ -178,4 +177,3 @@ def batching_of(batch: Mapping[str, Any]) -> str:
 
 
 FULL = ("packed", "padded")
-DEFAULT_SEQUENCE = 2048

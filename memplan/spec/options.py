@@ -174,8 +174,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "batching": Option(
             "batch.batching",
-            "How sequences of --lengths come into batches: {choices}, by length, or padded to the maximum. Default "
-            "what a run's file says, or packed with --packing, or random.",
+            "How sequences of --lengths come into batches: {choices}; `grouped` by length, `padded` to the maximum. "
+            "Default what a run's file says, or packed with --packing, or random.",
         ),
         "padded": Option("loop.padded", "Batches are padded, and so have an attention mask."),
         "trainer": Option(

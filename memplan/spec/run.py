@@ -96,7 +96,7 @@ class Batch(Part):
             return batch
         from memplan.spec.lengths import with_longest
 
-        return with_longest(batch)
+        return with_longest({"sequence": cls.defaults["sequence"], **batch})
 
     @property
     def tokens(self) -> int:
