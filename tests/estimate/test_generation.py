@@ -116,7 +116,7 @@ def test_an_engine_that_sleeps_frees_its_weights_and_cache_for_training() -> Non
         assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
 
 
-def test_what_a_framework_moves_to_the_host_is_not_on_the_card_while_it_generates() -> None:
+def test_what_moves_to_the_host_is_not_on_the_card() -> None:
     run: dict[str, Any] = {"gpu": "a100-80gb", "rollout": "colocate", "profile": "verl-0.9", "precision": "amp"}
     parts = ([], ["optimizer"], ["parameters", "optimizer"])
     none, states, both = (grpo(**run, serving={"sleep": True, "trainer_offload": part or None}) for part in parts)
@@ -128,7 +128,7 @@ def test_what_a_framework_moves_to_the_host_is_not_on_the_card_while_it_generate
     assert all(sum(line.bytes for line in each.ledger) == each.bytes.allocated for each in (none, states, both))
 
 
-def test_an_engine_may_be_divided_among_the_cards_that_train() -> None:
+def test_an_engine_may_be_divided_among_cards() -> None:
     def weights(ranks: int) -> int:
         parallelism = {"world": 4, "dp": 4, "strategy": "ddp"}
         serving = {"max_model_len": 2048, "tensor_parallel": ranks}
