@@ -147,7 +147,7 @@ def test_models_moved_to_the_host_are_not_on_the_card() -> None:
     assert all(sum(line.bytes for line in each.ledger) == each.bytes.allocated for each in (none, states, both))
 
 
-def test_an_engine_may_be_divided_among_the_cards_that_train() -> None:
+def test_an_engine_may_be_divided_among_cards() -> None:
     def weights(ranks: int) -> int:
         parallelism = {"world": 4, "dp": 4, "strategy": "ddp"}
         serving = {"max_model_len": 2048, "tensor_parallel": ranks}

@@ -157,11 +157,12 @@ def test_a_generating_trainers_file_says_its_completions_and_its_engine(
 def test_what_a_generating_trainer_is_not_counted_with_is_named(tmp_path: Path) -> None:
     text = GENERATING["axolotl"].replace("rl_beta: 0.04", "").replace("vllm: {", "vllm: {tensor_parallel_size: 2, ")
     text = text.replace("trl:\n", "trl:\n  reward_funcs: [mine.reward, org/scores]\n  generation_batch_size: 8\n")
-    named = {"trl.generation_batch_size", "trl.reward_funcs", "vllm.tensor_parallel_size"}
+    named = {"trl.generation_batch_size", "trl.reward_funcs"}
     known = read(tmp_path, text.replace("org/scores", "Qwen/Qwen2.5-0.5B"))
     assert values(known)["roles.reward.model"] == "Qwen/Qwen2.5-0.5B"
     assert {each.key for each in read(tmp_path, text).unread} == named
     assert "reference" not in values(read(tmp_path, text))  # beta is 0, the trainer's default
+    assert values(read(tmp_path, text))["serving.tensor_parallel"] == 2
 
 
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ _ACTOR, _MODEL, _ROLLOUT = (f"actor_rollout_ref.{part}" for part in ("actor", "m
 _ESTIMATORS = {"rloo": "rloo", "rloo_vectorized": "rloo"} | dict.fromkeys(
     ("grpo", "grpo_passk", "grpo_vectorized", "gdpo", "gpg", "opo", "reinforce_plus_plus_baseline"), "grpo"
 )
+_OFFLOADS = {"parameters": "param_offload", "optimizer": "optimizer_offload"}
 
 
 def _config_name(config: Config) -> None:
@@ -88,9 +89,6 @@ def _rollout(config: Config) -> None:
     if moved:
         keys = (f"{_ACTOR}.fsdp_config.{_OFFLOADS[name]}" for name in moved)
         config.set("serving.trainer_offload", moved, *keys)
-
-
-_OFFLOADS = {"parameters": "param_offload", "optimizer": "optimizer_offload"}
 
 
 def _engine(config: Config, engine: str, strategy: str, optim: str) -> None:
