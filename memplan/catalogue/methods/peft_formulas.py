@@ -195,6 +195,8 @@ def gralora(layer: Wrapped) -> list[Op]:
 def hra(layer: Wrapped) -> list[Op]:
     """HRA: the frozen matrix times r Householder reflections, each of which is a matrix as wide as the input."""
     f, square = Formula(layer), f"{layer.columns} {layer.columns}"
+    if layer.rank > layer.columns:
+        raise refused("method.rank", f"{layer.rank} is more than the {layer.columns} features of {layer.name}")
     u = layer.weight("hra_u", f"{layer.into} r", len(layer.into.split()))
     eye = f.call("eye", shape=square, dtype="fp32", gradient="none")
     norm = f.call("norm", u, shape="r", keeps=((0, 0), (-1, 0)))
@@ -255,7 +257,10 @@ def osf(layer: Wrapped) -> list[Op]:
     that project their gradients, and the gradient of V is then a view of that of V and its initial value together.
     """
     f, smaller = Formula(layer), min(layer.rows, layer.columns)
-    rank = smaller - min(int(layer.options["effective_rank"] or smaller // 2), smaller)
+    kept = layer.options["effective_rank"] or smaller // 2
+    if not isinstance(kept, int) or kept < 1:
+        raise refused("method.options.effective_rank", f"must be a whole number above 0, not {kept!r:.40}")
+    rank = smaller - min(kept, smaller)
     high, cast = smaller - rank, layer.base_weight.dtype != layer.dtype
     all_of_them = layer.base_weight.dtype == "fp32" and not layer.moved
     shapes = {"U": f"{layer.rows} {rank}", "S": str(rank), "V": f"{rank} {layer.columns}"}
@@ -376,8 +381,7 @@ def pvera(layer: Wrapped) -> list[Op]:
     f.release(std, noise)
     if layer.autocast:
         f.operations.append(part(f"{layer.name}.pvera_B.cast", "pvera_B", second, f"{layer.out} r", layer.compute))
-    out = f.fixed("b", drawn, second, layer.y_shape)
-    total = f.plus("sum", base, f.times("delta", out, b))
+    total = f.plus("sum", base, f.times("delta", f.fixed("b", drawn, second, layer.y_shape), b))
     return f.result(total, layer.x, x, scaled)
 
 
@@ -474,11 +478,9 @@ def tinylora(layer: Wrapped) -> list[Op]:
     r = f.call("R", v, projections, shape=f"{rank} {rank}", keeps=((1, 0),))
     small = f.cast(r, f"={a.name}", "R_cast")
     x, dropped = f.input(f"={a.name}")
-    h = f.fixed("low", dropped, a, low)
-    turned = f.product("turned", h, small, low, gradient="view")
+    turned = f.product("turned", f.fixed("low", dropped, a, low), small, low, gradient="view")
     delta = f.fixed("delta", turned, b, layer.y_shape)
-    total = f.plus("sum", base, delta)
-    return f.result(total, layer.x, x, dropped, turned, delta, r, small)
+    return f.result(f.plus("sum", base, delta), layer.x, x, dropped, turned, delta, r, small)
 
 
 def unilora(layer: Wrapped) -> list[Op]:
