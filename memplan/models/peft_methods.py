@@ -150,6 +150,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     "hira": PeftMethod(_LORA, 32, dropout="hira_dropout", formats=BITSANDBYTES, conv1d=True),
     "hra": PeftMethod(_LORA, 8),
     "ia3": PeftMethod(_IA3, options={"feedforward_modules": None}, formats=BITSANDBYTES, conv1d=True),
+    "lily": PeftMethod(_LORA, 32, {"num_B": 2}),
     "loha": PeftMethod(_LORA, 8, alpha="alpha"),
     "lokr": PeftMethod(_LORA, 8, {"decompose_both": False, "decompose_factor": -1}, alpha="alpha"),
     "ln_tuning": PeftMethod(_NORMS, formats=BITSANDBYTES, conv1d=True, on="norms"),

@@ -31,6 +31,7 @@ MethodKind = Literal[
     "hira",
     "hra",
     "ia3",
+    "lily",
     "ln_tuning",
     "loha",
     "lokr",
@@ -63,7 +64,7 @@ LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
 # The other methods of peft 0.21, in lower case, which are not supported yet, by the nearest that is: it trains the same
 # kind of parameters.
 _NEAREST = {
-    "lora": "adamss lily poly shadow xlora",
+    "lora": "adamss poly shadow xlora",
     "prompt_tuning": "cartridge cpt multitask_prompt_tuning",
     "p_tuning": "adaption_prompt prefix_tuning",
     "fourierft": "frod",

@@ -35,6 +35,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "hira": ({"rank": 5},),
     "hra": ({"rank": 5},),
     "ia3": ({"options": {"feedforward_modules": "q_proj"}},),
+    "lily": ({"rank": 5, "options": {"num_B": 3}},),
     "loha": ({"rank": 3},),
     "ln_tuning": ({"targets": ["input_layernorm"], "adapter_dtype": "bf16"},),
     "lokr": ({"rank": 3}, {"options": {"decompose_both": True}, "rank": 2}, {"options": {"decompose_factor": 4}}),
@@ -106,7 +107,8 @@ def peft_trains(model_type: str, **fields: Any) -> int:
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_every_method_trains_as_many_parameters_as_in_peft(kind: str, model_type: str) -> None:
     row = PEFT_METHODS[kind]
-    for targets in ("default", "all-linear") if row.on == "linear" else ("default",):
+    shares = kind != "lily" or model_type in ("llama", "mistral", "qwen2", "gemma2")  # which have 20 layers to name
+    for targets in ("default", "all-linear") if row.on == "linear" and shares else ("default",):
         method: dict[str, Any] = {"kind": kind, "targets": targets, **NEEDED.get(kind, {})}
         if row.rank:
             method["rank"] = 4
@@ -204,6 +206,9 @@ REFUSED = [
     ),
     ({"kind": "supertuning", "options": {"sparsity": 1}}, "must be a fraction such as 0.5, not 1"),
     ({"kind": "tinylora", "options": {"u": 0}}, "method.options.u: must be at least 1, not 0"),
+    ({"kind": "hra", "rank": 65}, "method.rank: 65 is more than the 64 features of self_attn.q_proj"),
+    ({"kind": "osf", "options": {"effective_rank": "half"}}, "must be a whole number above 0, not 'half'"),
+    ({"kind": "lily", "options": {"num_B": 1}}, "method.options.num_B: must be at least 2, not 1"),
     ({"kind": "glora", "options": {"config_C": "vectr"}}, "unknown name 'vectr'; did you mean vector"),
     ({"kind": "gralora", "options": {"gralora_k": 3}}, "method.options.gralora_k: 3 does not divide the 64 features"),
     ({"kind": "vblora"}, "method.options.vector_length: 256 does not divide the 64 features of self_attn.q_proj"),

@@ -50,6 +50,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "hra": ({"rank": 4}, {"rank": 1}),
     "hira": ({"rank": 8, "dropout": 0.1},),
     "ia3": ({"options": {"feedforward_modules": "q_proj"}},),
+    "lily": ({"rank": 8, "options": {"num_B": 4}, "targets": ["k_proj", "down_proj"]},),
     "ln_tuning": ({}, {"adapter_dtype": "bf16"}),
     "loha": ({"rank": 4},),
     "lokr": ({"rank": 64, "options": {"decompose_factor": 4}}, {"options": {"decompose_both": True}}),
@@ -147,12 +148,14 @@ def runs(kind: str) -> Iterator[tuple[str, RunSpec]]:
         yield from other_runs(kind, SETTINGS[kind])
         return
     yield one(kind)
-    yield one(kind, "llama", "full", targets=["q_proj", "o_proj"] if kind in ("c3a", "vblora") else "all-linear")
+    yield one(
+        kind, "llama", "full", targets=["q_proj", "o_proj"] if kind in ("c3a", "lily", "vblora") else "all-linear"
+    )
     yield one(kind, "gemma2", precision=AUTOCAST)
     yield one(kind, precision=FP32)
     yield one(kind, adapter_dtype="bf16")
     for settings in SETTINGS[kind]:
-        yield one(kind, targets="all-linear", **settings)
+        yield one(kind, **{"targets": "all-linear", **settings})
     if row.formats:
         yield one(kind, quantization={"format": "nf4"})
         yield one(kind, "llama", "full", AUTOCAST, targets="all-linear", quantization={"format": "nf4"})

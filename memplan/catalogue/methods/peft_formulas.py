@@ -73,7 +73,7 @@ class Formula:
         return x, dropped
 
     def product(self, name: str, a: Factor, b: Factor, shape: str, **fields: Any) -> str:
-        """Return a matrix product, which keeps both factors. `fold`: of two small matrices."""
+        """Return a matrix product, which keeps both factors."""
         fields = {"autocast": "lower", "product": "matrix", **fields}
         return self.call(name, a, b, shape=shape, keeps=((1, 0), (0, 1)), **fields)
 
@@ -95,10 +95,6 @@ class Formula:
         low = self.product("low", dropped, a, f"{self.layer.lead} r", gradient="view")
         delta = self.product("delta", low, b, self.layer.y_shape, gradient="view")
         return self.result(self.plus("sum", base, delta), self.layer.x, x, *locals_)
-
-    def fold(self, name: str, a: Factor, b: Factor, shape: str) -> str:
-        """Return the product of two small matrices."""
-        return self.product(name, a, b, shape, product="fold")
 
     def times(self, name: str, a: Factor, b: Factor) -> str:
         """Return the product by elements. A `b` of another shape is spread, and its gradient is made in full first."""
@@ -199,6 +195,8 @@ def gralora(layer: Wrapped) -> list[Op]:
 def hra(layer: Wrapped) -> list[Op]:
     """HRA: the frozen matrix times r Householder reflections, each of which is a matrix as wide as the input."""
     f, square = Formula(layer), f"{layer.columns} {layer.columns}"
+    if layer.rank > layer.columns:
+        raise refused("method.rank", f"{layer.rank} is more than the {layer.columns} features of {layer.name}")
     u = layer.weight("hra_u", f"{layer.into} r", len(layer.into.split()))
     eye = f.call("eye", shape=square, dtype="fp32", gradient="none")
     norm = f.call("norm", u, shape="r", keeps=((0, 0), (-1, 0)))
@@ -221,6 +219,37 @@ def hra(layer: Wrapped) -> list[Op]:
     return f.result(y, layer.x, x, new, wide)
 
 
+def lily(layer: Wrapped) -> list[Op]:
+    """Lily: LoRA whose second matrix a router mixes from experts, which layers of one name share.
+
+    Under all-linear they share them in models of at least 20 linear layers; in smaller ones peft names layers by path.
+    """
+    f, number, low = Formula(layer), int(layer.options["num_B"]), f"{layer.lead} r"
+    if number < 2:
+        raise refused("method.options.num_B", f"must be at least 2, not {number}: the router chooses among them")
+    experts = _lily_experts(layer)
+    f.shapes[experts.name] = experts.shape
+    base = f.base()
+    x, _ = f.input(dropout=False)
+    hidden = f.product("hidden", x, layer.weight("lily_A", f"r {layer.into}", 1), low, gradient="view")
+    router = layer.weight("lily_router", f"{number} r", 1)
+    logits = f.product("logits", hidden, router, f"{layer.lead} {number}", gradient="view")
+    chances = f"{layer.y}.chances"
+    f.operations += ops.softmax(f"{layer.name}.softmax", logits, chances, f.shapes[logits])
+    f.shapes[chances] = f.shapes[logits]
+    mean = f.call("mean", chances, shape=str(number))
+    combined = f.product("combined", mean, experts.name, f"r {layer.out}")
+    delta = f.product("delta", hidden, combined, layer.y_shape, gradient="view")
+    total = f.plus("sum", base, f.cast(f.scale("scaled", delta), f"={base}", "delta_cast"))
+    return f.result(total, total, base, x, hidden, logits, chances, mean, combined, delta)
+
+
+def _lily_experts(layer: Wrapped) -> Weight:
+    """Return the matrices that Lily's layers of one name and shape share."""
+    name = f"lily_B.{layer.name.rpartition('.')[2]}.{layer.rows}x{layer.columns}"
+    return Weight(name, f"{layer.options['num_B']} r {layer.out}", "adapter", layer.dtype, rows=2)
+
+
 def osf(layer: Wrapped) -> list[Op]:
     """OSF: the small half of the singular vectors and values, less what they were.
 
@@ -228,7 +257,10 @@ def osf(layer: Wrapped) -> list[Op]:
     that project their gradients, and the gradient of V is then a view of that of V and its initial value together.
     """
     f, smaller = Formula(layer), min(layer.rows, layer.columns)
-    rank = smaller - min(int(layer.options["effective_rank"] or smaller // 2), smaller)
+    kept = layer.options["effective_rank"] or smaller // 2
+    if not isinstance(kept, int) or kept < 1:
+        raise refused("method.options.effective_rank", f"must be a whole number above 0, not {kept!r:.40}")
+    rank = smaller - min(kept, smaller)
     high, cast = smaller - rank, layer.base_weight.dtype != layer.dtype
     all_of_them = layer.base_weight.dtype == "fp32" and not layer.moved
     shapes = {"U": f"{layer.rows} {rank}", "S": str(rank), "V": f"{rank} {layer.columns}"}
@@ -259,13 +291,12 @@ def osf(layer: Wrapped) -> list[Op]:
 def peanut(layer: Wrapped) -> list[Op]:
     """PEANuT: a small network that computes the update from the frozen matrix."""
     f, depth = Formula(layer), int(layer.options["depth"])
-    lead, small = layer.into, f"{layer.into} r"
+    small = f"{layer.into} r"
     base = f.base()
     w = layer.base_weight._replace(trains=False)
     wide = f.cast(w, layer.dtype, "wide")
-    given: Factor = wide
     a = layer.weight("peanut_A", f"r {layer.out}", 1)._replace(is_read_as_view=True)
-    z = f.relu("act", f.product("low", given, a, small))
+    z = f.relu("act", f.product("low", wide, a, small))
     residuals: list[str] = []
     for i in range(depth):
         residuals.append(z)
@@ -274,7 +305,7 @@ def peanut(layer: Wrapped) -> list[Op]:
         z = f.relu(f"decoded{i}.act", f.product(f"decoded{i}", z, layer.weight(f"decoders.{i}", "r r", 1), small))
         z = f.plus(f"decoded{i}.sum", z, residuals[depth - 1 - i])
     b = layer.weight("peanut_B", f"{layer.out} r", len(layer.out.split()))
-    delta = f.product("matrix", z, b, f"{lead} {layer.out}")
+    delta = f.product("matrix", z, b, f"{layer.into} {layer.out}")
     f.release(wide, z, *residuals)
     scaled = f.scale("scaled", delta)
     f.release(delta)
@@ -287,8 +318,7 @@ def peanut(layer: Wrapped) -> list[Op]:
 def psoft(layer: Wrapped) -> list[Op]:
     """PSOFT: an orthogonal matrix between the layer's principal singular vectors, which stay frozen."""
     f, o, low = Formula(layer), layer.options, f"{layer.lead} r"
-    rank = layer.rank
-    shapes = {"psoft_A": f"r {layer.into}", "psoft_B": f"{layer.out} r"}
+    shapes, rank = {"psoft_A": f"r {layer.into}", "psoft_B": f"{layer.out} r"}, layer.rank
     whole = _word(layer, "psoft_svd", "full", "lowrank") == "full"
     if _word(layer, "ab_svd_init", "psoft_init", "pissa_init") == "psoft_init" and whole and not layer.moved:
         # A stays a view of all singular vectors, until the Trainer moves it
@@ -351,8 +381,7 @@ def pvera(layer: Wrapped) -> list[Op]:
     f.release(std, noise)
     if layer.autocast:
         f.operations.append(part(f"{layer.name}.pvera_B.cast", "pvera_B", second, f"{layer.out} r", layer.compute))
-    out = f.fixed("b", drawn, second, layer.y_shape)
-    total = f.plus("sum", base, f.times("delta", out, b))
+    total = f.plus("sum", base, f.times("delta", f.fixed("b", drawn, second, layer.y_shape), b))
     return f.result(total, layer.x, x, scaled)
 
 
@@ -383,7 +412,8 @@ def glora(layer: Wrapped) -> list[Op]:
         number = rows if out == layer.out else columns
         if kind == "lora":
             first = layer.weight(f"glora_{name}.Xd", f"{out} r", number)
-            y = f.fold(f"{name}.full", first, layer.weight(f"glora_{name}.Xu", f"r {into}", 1), full)
+            second = layer.weight(f"glora_{name}.Xu", f"r {into}", 1)
+            y = f.product(f"{name}.full", first, second, full, product="fold")
         elif kind in ("vector", "constant"):
             shape = "1" if kind == "constant" else f"{out} 1" if into else out
             y = f.call(f"{name}.full", layer.weight(f"glora_{name}.X", shape), gradient="same")
@@ -448,11 +478,9 @@ def tinylora(layer: Wrapped) -> list[Op]:
     r = f.call("R", v, projections, shape=f"{rank} {rank}", keeps=((1, 0),))
     small = f.cast(r, f"={a.name}", "R_cast")
     x, dropped = f.input(f"={a.name}")
-    h = f.fixed("low", dropped, a, low)
-    turned = f.product("turned", h, small, low, gradient="view")
+    turned = f.product("turned", f.fixed("low", dropped, a, low), small, low, gradient="view")
     delta = f.fixed("delta", turned, b, layer.y_shape)
-    total = f.plus("sum", base, delta)
-    return f.result(total, layer.x, x, dropped, turned, delta, r, small)
+    return f.result(f.plus("sum", base, delta), layer.x, x, dropped, turned, delta, r, small)
 
 
 def unilora(layer: Wrapped) -> list[Op]:
@@ -477,10 +505,7 @@ def vblora(layer: Wrapped) -> list[Op]:
     f.shapes["vblora_vector_bank"] = f"{number} {length}"
     base = f.base()
     halves: list[str] = []
-    for half, blocks in (
-        ("A", f"r {layer.columns // length}"),
-        ("B", f"{layer.rows // length} r"),
-    ):
+    for half, blocks in (("A", f"r {layer.columns // length}"), ("B", f"{layer.rows // length} r")):
         logits = layer.weight(f"vblora_logits_{half}", f"{blocks} {number}", 2)
         values = f.call(f"{half}.topk", logits, shape=f"{blocks} {k}")
         indices = Tensor(f"{values}.indices", f"{blocks} {k}", "int64")
@@ -505,9 +530,8 @@ def waveft(layer: Wrapped) -> list[Op]:
     f, o = Formula(layer), layer.options
     number, even = int(o["n_frequency"]), f"{-(-layer.rows // 2) * 2} {-(-layer.columns // 2) * 2}"
     if not 0 < number <= layer.rows * layer.columns:
-        raise refused(
-            "method.options.n_frequency", f"{number} is not among the {layer.rows * layer.columns} of {layer.name}"
-        )
+        message = f"{number} is not among the {layer.rows * layer.columns} of {layer.name}"
+        raise refused("method.options.n_frequency", message)
     w = layer.weight("waveft_spectrum", str(number))
     base = f.base()
     indices = f.call("indices", shape=f"2 {number}", dtype="int64", gradient="none")
@@ -531,17 +555,10 @@ def waveft(layer: Wrapped) -> list[Op]:
     return f.result(total, layer.x, x, scaled)
 
 
-def _shared_numbers(layers: tuple[Wrapped, ...], dtype: str) -> Op:
-    """Uni-LoRA's parameter."""
-    shape = str(layers[0].options["theta_d_length"])
-    return Op("unilora", weights=(Weight("unilora_theta_d", shape, "adapter", dtype),))
-
-
-def _shared_bank(layers: tuple[Wrapped, ...], dtype: str) -> Op:
-    """VB-LoRA's bank of vectors."""
-    o = layers[0].options
-    shape = f"{o['num_vectors']} {o['vector_length']}"
-    return Op("vblora", weights=(Weight("vblora_vector_bank", shape, "adapter", dtype, rows=1),))
+def _shared(name: str, layers: tuple[Wrapped, ...], dtype: str, *sizes: str) -> Op:
+    """A parameter that all layers share, whose sizes are settings."""
+    shape = " ".join(str(layers[0].options[size]) for size in sizes)
+    return Op(name, weights=(Weight(name, shape, "adapter", dtype, rows=len(sizes) - 1),))
 
 
 def _shared_distributions(layers: tuple[Wrapped, ...], dtype: str) -> Op:
@@ -551,10 +568,17 @@ def _shared_distributions(layers: tuple[Wrapped, ...], dtype: str) -> Op:
     return Op("pvera", weights=tuple(Weight(n, s, "buffer", dtype, trains=False) for n, s in weights), gradient="none")
 
 
+def _shared_experts(layers: tuple[Wrapped, ...], dtype: str) -> Op:
+    """Lily's matrices, of each name and shape of layers."""
+    weights = {w.name: w._replace(dtype=dtype) for w in map(_lily_experts, layers)}
+    return Op("lily", weights=tuple(weights.values()))
+
+
 SHARED_FORMULAS: dict[str, Callable[[tuple[Wrapped, ...], str], Op]] = {
+    "lily": _shared_experts,
     "pvera": _shared_distributions,
-    "unilora": _shared_numbers,
-    "vblora": _shared_bank,
+    "unilora": lambda layers, dtype: _shared("unilora_theta_d", layers, dtype, "theta_d_length"),
+    "vblora": lambda layers, dtype: _shared("vblora_vector_bank", layers, dtype, "num_vectors", "vector_length"),
 }
 FORMULAS: dict[str, Callable[[Wrapped], list[Op]]] = {
     "beft": beft,
@@ -562,6 +586,7 @@ FORMULAS: dict[str, Callable[[Wrapped], list[Op]]] = {
     "glora": glora,
     "gralora": gralora,
     "hra": hra,
+    "lily": lily,
     "osf": osf,
     "peanut": peanut,
     "psoft": psoft,
