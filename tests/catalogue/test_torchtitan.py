@@ -99,8 +99,8 @@ def test_a_rank_holds_what_torchtitans_code_holds(case: dict[str, Any]) -> None:
 
 
 def test_selective_checkpoints_of_stages_keep_what_one_gpu_keeps() -> None:
-    """The first of p stages has p microbatches of L/p layers in flight. One GPU's peak is the loss, when all 8 layers are
-    kept; that of a stage is in backward, where one of them is computed again anyway."""
+    """The first of p stages has p microbatches of L/p layers in flight. One GPU's peak is the loss, when all 8 layers
+    are kept; that of a stage is in backward, where one of them is computed again anyway."""
 
     def peak(checkpointing: str, pp: int) -> int:
         case = {**TRACED[0], "dp": 2, "layers": 8, "passes": 8, "tokens": 4096}
