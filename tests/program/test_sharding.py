@@ -259,10 +259,10 @@ def test_gradients_that_are_bucket_views_count_once() -> None:
 
 
 def test_fsdp2_under_the_trainer_gathers_a_model_with_adapters_block_by_block() -> None:
-    """As ms-swift's example of Qwen2.5 7B shows, which takes 14.7 GiB, less than its weights."""
+    """ms-swift's example of Qwen2.5 7B takes 14.7 GiB, less than a half of the weights next to all of them."""
     run = {"model": "qwen2.5-7b", "method": "lora", "batch": {"sequence": 256}, "loop": {"trainer": True}}
     found = answer(run, "fsdp2", 2)
-    assert found.bytes.reserved < 14.7 * 2**30 < 2 * found.parameters.total
+    assert found.bytes.reserved < 14.7 * 2**30 < (1 + 2) * found.parameters.total
 
 
 @laws
