@@ -7,7 +7,7 @@ from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.parallelism.sharding import MEGATRON, ZeroSettings
 from memplan.program.sharding.ranks import SINGLE_RANK, Ranks
 from memplan.resolve.open_run import OpenRun
-from memplan.resolve.parallelism import FSDP, ZERO, degrees_of, replicas
+from memplan.resolve.parallelism import FSDP, ZERO, degrees_of
 from memplan.spec.parallelism import Parallelism, Zero
 from memplan.spec.training import Method
 
@@ -26,24 +26,8 @@ _HALF_GRADIENTS = (
 )
 
 
-def _wraps_no_blocks(p: Parallelism, method: Method, trainer: bool) -> bool:
-    """Return whether blocks are not FSDP units of their own.
-
-    transformers' Trainer has FSDP2 wrap a model with adapters by peft's policy, which accelerate ignores.
-
-    Source: peft 0.21 utils/other.py fsdp_auto_wrap_policy, accelerate 1.15 utils/fsdp_utils.py
-    fsdp2_prepare_auto_wrap_policy.
-    """
-    return p.strategy == "fsdp2" and replicas(p) > 1 and trainer and method.kind in ADAPTERS
-
-
 def note_sharding(run: OpenRun) -> None:
     """Note what the libraries that shard the run do not do."""
-    if _wraps_no_blocks(run.parallelism, run.method, run.loop.trainer):
-        run.notes.append(
-            "under transformers' Trainer FSDP2 gathers all weights of a model with adapters at once, because "
-            "accelerate ignores peft's wrapping policy; FSDP1 or your own loop gathers block by block"
-        )
     if run.parallelism.static_graph:
         run.notes.append("parallelism.static_graph changes no memory")
 
@@ -178,7 +162,6 @@ def _ranks(run: OpenRun) -> Ranks:
         keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
         prefetches_at=p.backward_prefetch,
-        wraps=not _wraps_no_blocks(p, run.method, trainer),
         offloads=p.offload.parameters,
         efficient=p.cpu_ram_efficient_loading and q is None,
         is_unsharded=p.shard_group == 1,

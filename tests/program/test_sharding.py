@@ -258,11 +258,11 @@ def test_gradients_that_are_bucket_views_count_once() -> None:
     assert step[0] - step[1] == pytest.approx(2 * parameters, rel=1e-3)
 
 
-def test_fsdp2_under_the_trainer_gathers_a_model_with_adapters_at_once() -> None:
-    run = {"model": "llama-3.1-8b", "method": "lora", "batch": {"sequence": 64}}
-    wrapped, at_once = answer(run, "fsdp2", 8), answer({**run, "loop": {"trainer": True}}, "fsdp2", 8)
-    assert at_once.bytes.allocated > 2 * wrapped.parameters.total > wrapped.bytes.allocated
-    assert any("gathers all weights of a model with adapters at once" in note for note in at_once.notes)
+def test_fsdp2_under_the_trainer_gathers_a_model_with_adapters_block_by_block() -> None:
+    """ms-swift's example of Qwen2.5 7B takes 14.7 GiB, less than a half of the weights next to all of them."""
+    run = {"model": "qwen2.5-7b", "method": "lora", "batch": {"sequence": 256}, "loop": {"trainer": True}}
+    found = answer(run, "fsdp2", 2)
+    assert found.bytes.reserved < 14.7 * 2**30 < (1 + 2) * found.parameters.total
 
 
 @laws
