@@ -67,9 +67,6 @@ def _scoring(run: RunSpec, walked: TrainingPeaks) -> SideTask:
 def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
     structure, batch = decided.structure, with_new_tokens(run).batch
     graph, rows = structure.graph, batch.micro * batch.accumulation
-    if run.trainer in DISTILLING:  # its step computes in another precision than it generates in
-        alone = {"trainer": "sft", "roles": Roles(), "batch": {"micro": batch.micro, "sequence": batch.tokens}}
-        graph = decide(RunSpec.model_validate({**dict(run), "rollout": "transformers", **alone})).structure.graph
     wraps = graph.recipe.kind not in ADAPTERS
     sharding, standing = sharding_of(structure), walked.program.between_steps(walked.workspace)
     held = tuple(_batch_before(rows, batch.tokens))
@@ -83,6 +80,9 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
         pushed = _without(pushed, "optimizer" in moved, optimizer=p.states)
         task = _without(pushed, "parameters" in moved, parameters=own)
         return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
+    if run.trainer in DISTILLING:  # its step computes in another precision than it generates in
+        alone = {"trainer": "sft", "roles": Roles(), "batch": {"micro": batch.micro, "sequence": batch.tokens}}
+        graph = decide(RunSpec.model_validate({**dict(run), **alone})).structure.graph
     held += tuple(sharding.held_in("generate"))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends

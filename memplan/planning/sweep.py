@@ -46,18 +46,8 @@ if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
 STEP_PHASES = (
-    "load",
-    "forward",
-    "loss",
-    "backward",
-    "step",
-    "eval",
-    "generate",
-    "save",
-    "merge",
-    "reference",
-    "teacher",
-    "reward",
+    *("load", "forward", "loss", "backward", "step", "eval", "generate", "save", "merge"),
+    *("reference", "teacher", "reward"),
 )
 FITS, TIGHT, DOES_NOT_FIT = range(len(BY_MEMORY))
 UNCLEAR, CANNOT_RUN = 3, 4

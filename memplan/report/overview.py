@@ -181,10 +181,8 @@ _MIN_NAME = 2  # letters; shorter names are those of formulas
 
 def _stored(lines: Sequence[Line], answer: Estimate) -> tuple[str, str]:
     """Return whose weights they are, if several models are on the GPU, or their formats: "4.6 in fp32, 3.5 in nf4"."""
-    others = {
-        role: sum(line.bytes for line in lines if line.what.startswith(f"{role}."))
-        for role, _ in answer.run.roles.named
-    }
+    roles = [role for role, _ in answer.run.roles.named]
+    others = {role: sum(line.bytes for line in lines if line.what.startswith(f"{role}.")) for role in roles}
     if any(others.values()):
         own = sum(line.bytes for line in lines) - sum(others.values())
         return ", ".join(f"{words.tenths(size)} of the {role}" for role, size in {"model": own, **others}.items()), ""

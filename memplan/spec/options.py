@@ -245,7 +245,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "rollout": Option(
             "rollout",
-            "What generates with --trainer grpo or rloo: {choices}. colocate is vLLM with a share of --gpu "
+            "What generates with --trainer grpo, rloo or distill: {choices}. colocate is vLLM with a share of --gpu "
             "(--gpu-memory-utilization, 0.3), server one on other GPUs.",
         ),
         "sleep": Option(

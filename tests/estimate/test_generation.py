@@ -75,6 +75,19 @@ def test_a_reward_model_reads_all_completions_of_a_step_at_once() -> None:
     assert away.bytes.allocated == grpo(method="lora", batch={"micro": 4}).bytes.allocated
 
 
+def test_a_student_generates_by_itself_or_with_vllm() -> None:
+    def distilled(**run: Any) -> Estimate:
+        batch = {"micro": 4, "generations": 1}
+        return grpo(trainer="distill", method="lora", roles={"teacher": "llama-3.2-3b"}, batch=batch, gpu="h100", **run)
+
+    assert {"teacher", "generate"} <= {phase.phase for phase in distilled().phases}
+    serving = {"max_model_len": 4096, "memory_utilization": 0.3}
+    alone, with_vllm = distilled(), distilled(rollout="colocate", serving=serving)
+    assert alone.gpu is not None
+    assert 0 < with_vllm.bytes.allocated - alone.bytes.allocated < 0.3 * (alone.gpu.usable or 0)
+    assert "generate" not in {phase.phase for phase in distilled(rollout="server").phases}
+
+
 def test_nothing_is_compared_without_a_reference() -> None:
     weights = 2 * 1_235_814_400  # bf16; the embeddings are tied
     assert grpo(reference="copy").bytes.allocated - grpo().bytes.allocated == pytest.approx(weights, rel=1e-2)
