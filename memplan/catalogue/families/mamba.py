@@ -1,7 +1,7 @@
 """Mamba 1's state space: Mamba, Falcon Mamba and Jamba.
 
 transformers scans with mamba-ssm's kernels if they are installed, otherwise token by token in a Python loop. This is
-the loop, exact against a trace of it but for a few tokens' states.
+the loop, exact against a trace of it but for rounding: each token's output is a tensor until they are stacked.
 
 Axes:
 
