@@ -100,8 +100,8 @@ def test_reentrant_checkpoints_that_share_a_graph_are_refused() -> None:
     """torch: "Trying to backward through the graph a second time", in every layer but the last."""
     run: dict[str, Any] = {"model": "deberta-v3-base", "kernels": {"reentrant": True}, "batch": {"sequence": 64}}
     assert refused(**run).field == "kernels.reentrant"
-    for runs in ({"method": "lora"}, {"kernels": {"reentrant": True, "checkpointing": "none"}}):
-        assert estimate(RunSpec(**{**run, **runs})).bytes.allocated
+    for change in ({"method": "lora"}, {"kernels": {"reentrant": True, "checkpointing": "none"}}):
+        assert estimate(RunSpec.model_validate({**run, **change})).bytes.allocated
 
 
 def test_adapters_that_reentrant_checkpointing_would_not_train_are_refused() -> None:
