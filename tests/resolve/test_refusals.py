@@ -95,6 +95,14 @@ def test_each_layer_that_is_not_checkpointed_takes_more() -> None:
     assert peaks[-1] < none.bytes.allocated
 
 
+def test_reentrant_checkpoints_that_share_a_graph_are_refused() -> None:
+    """torch: "Trying to backward through the graph a second time", in every layer but the last."""
+    run: dict[str, Any] = {"model": "deberta-v3-base", "kernels": {"reentrant": True}, "batch": {"sequence": 64}}
+    assert refused(**run).field == "kernels.reentrant"
+    for change in ({"method": "lora"}, {"kernels": {"reentrant": True, "checkpointing": "none"}}):
+        assert estimate(RunSpec.model_validate({**run, **change})).bytes.allocated
+
+
 def test_adapters_that_reentrant_checkpointing_would_not_train_are_refused() -> None:
     run = {"model": "vit-base", "method": "lora", "kernels": {"reentrant": True}}
     assert refused(**run).field == "kernels.reentrant"

@@ -295,6 +295,7 @@ FAMILIES: dict[str, Family] = {
         },
         axes=_deberta,
         lengths=LengthFacts(),
+        training=TrainingFacts(shares_a_graph=True),
         stack="deberta",
         attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math"), rotary=False),
         parallel=ParallelFacts(),

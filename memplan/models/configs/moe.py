@@ -16,6 +16,7 @@ from memplan.models.configs.windows import all_but_every, windows_after
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import CheckpointFacts, ConfigKeys, ParallelFacts, ServingFacts, TrainingFacts
 from memplan.models.layers import Layer, as_json
+from memplan.models.tensor_plans import TensorParallelPlan
 
 EXPERTS, DENSE = "experts", "dense"
 
@@ -411,7 +412,7 @@ FAMILIES: dict[str, Family] = {
             "n_shared_experts": 1,
         },
         axes=_glm,
-        parallel=ParallelFacts(plans.EXPERTS, experts=True),
+        parallel=ParallelFacts(TensorParallelPlan(plans.QKV, ("o_proj",), experts=True), experts=True),
         serving=ServingFacts(is_modelled=False),
     ),
 }
