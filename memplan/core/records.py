@@ -2,8 +2,6 @@
 
 The standard one compiles every field's type and a constructor. Here types stay text, and the constructor is compiled
 for the first instance.
-
-A record that is a part of many cache keys says `__hash__ = hash_once` and computes its hash once.
 """
 
 from __future__ import annotations
@@ -12,8 +10,6 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from typing import NamedTuple as NamedTuple  # noqa: PLC0414 (exported)
-
-    def hash_once(self: object) -> int: ...
 else:
     from collections import _tuplegetter as field_at
 
@@ -27,19 +23,9 @@ else:
         owner.__new__ = staticmethod(new)
         return new(cls, *values, **named)
 
-    def _no_state(self):
-        """Leave the hash out of what is pickled: it differs between processes."""
-
     def _make(cls, values):
         made = tuple.__new__(cls, values)
         return made if len(made) == len(cls._fields) else cls(*made)  # which says what is missing or too many
-
-    def hash_once(self):
-        try:
-            return self._hash
-        except AttributeError:
-            self._hash = tuple.__hash__(self)
-            return self._hash
 
     class _Definition(type):
         """Makes a subclass of tuple of a class statement with the base NamedTuple."""
@@ -53,9 +39,6 @@ else:
             getters = {field: field_at(n, "") for field, n in numbers.items()}
             record = {"_fields": fields, "_field_defaults": defaults, "__match_args__": fields, "__slots__": ()}
             record["_numbers"] = numbers
-            if space.get("__hash__") is hash_once:
-                del record["__slots__"]
-                record["__getstate__"] = _no_state
             return type(name, (tuple,), {**_METHODS, **space, **record, **getters})
 
     class NamedTuple(metaclass=_Definition):

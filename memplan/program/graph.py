@@ -30,7 +30,7 @@ from memplan.catalogue.quantization.quantization import fp8_chunk, fp8_experts_a
 from memplan.core.collection import without_collection
 from memplan.core.errors import InternalError, refused
 from memplan.core.ir import Division, Op, SavedTensors, Stack, Tensor, Weight, operations, undefined_names
-from memplan.core.records import NamedTuple, hash_once
+from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.engine.copies import made_by, stream_of
 from memplan.engine.lowered import Lowered
@@ -109,8 +109,6 @@ class Graph(NamedTuple):
     trainer: Trainer | None = None
     every_n_layers: int = 1
     saves_products: bool = False
-
-    __hash__ = hash_once
 
 
 class TensorGroup(NamedTuple):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from memplan.catalogue.parallelism.pipeline import ENGINES
-from memplan.core.records import NamedTuple, hash_once
+from memplan.core.records import NamedTuple
 from memplan.program.graph import Graph, TensorGroup
 from memplan.program.sharding.ranks import SINGLE_RANK, Ranks
 
@@ -64,8 +64,6 @@ class Structure(NamedTuple):
     workspace: int = 0
     pipe: Pipe = Pipe()
     engine: tuple[TensorGroup, ...] = ()
-
-    __hash__ = hash_once
 
     @property
     def schedule(self) -> tuple[str, int, int, int, int]:

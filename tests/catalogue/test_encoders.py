@@ -18,6 +18,7 @@ from memplan.planning.sweep import grid
 from memplan.program.graph import operations_of
 from memplan.program.training.program import program
 from memplan.resolve.decide import decide
+from tests.cases import in_groups
 from tests.encoders import HEADS, SMALL
 from tests.estimate.test_traced_steps import label
 from tests.sampling import ALL, sampled
@@ -32,7 +33,7 @@ def run(name: str, **options: Any) -> RunSpec:
     return RunSpec(model={"config": SMALL[name]}, **given)
 
 
-@pytest.mark.parametrize("case", TRACED, ids=label)
+@in_groups(TRACED, label)
 def test_an_encoders_estimate_is_near_its_trace(case: dict[str, Any]) -> None:
     answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]

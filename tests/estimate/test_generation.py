@@ -12,12 +12,13 @@ from benchmarks.accuracy import compared_with_trace, rows, trace_figures
 from memplan import Estimate, RunSpec, estimate, grid
 from memplan.core.errors import SpecError
 from memplan.planning.reach import reach
+from tests.cases import in_groups
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_generation.jsonl")
 
 
-@pytest.mark.parametrize("row", sampled(ROWS), ids=lambda row: row["name"])
+@in_groups(sampled(ROWS), lambda row: row["name"])
 def test_a_step_is_near_its_trace(row: dict[str, Any]) -> None:
     answer = trace_figures(row["run"])
     assert (answer.parameters.total, answer.parameters.trainable) == (row["parameters"], row["trainable"])

@@ -11,12 +11,13 @@ import pytest
 from benchmarks.accuracy import compared_with_trace, rows, trace_figures
 from memplan import RunSpec, estimate
 from memplan.core.errors import SpecError
+from tests.cases import in_groups
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_preference.jsonl")
 
 
-@pytest.mark.parametrize("row", sampled(ROWS), ids=lambda row: row["name"])
+@in_groups(sampled(ROWS), lambda row: row["name"])
 def test_a_trainers_step_is_near_its_trace(row: dict[str, Any]) -> None:
     answer = trace_figures(row["run"])
     assert (answer.parameters.total, answer.parameters.trainable) == (row["parameters"], row["trainable"])

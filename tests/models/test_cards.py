@@ -22,7 +22,7 @@ from memplan.models.cards import card_folder, card_names, find_model, load_card
 from memplan.models.configs import DENSE, MODULES, family
 from memplan.models.model import ModelSpec
 from memplan.program.stored.weights import format_of
-from tests.cases import each
+from tests.cases import each, in_groups
 from tests.sampling import sampled
 from tests.tiny import SMALLEST, TINY
 
@@ -70,7 +70,7 @@ def counts(model: ModelSpec) -> tuple[dict[str, int], list[list[int]]]:
     return kinds, runs
 
 
-@pytest.mark.parametrize("name", sampled(sorted(GOLDEN), 8))
+@in_groups(sampled(sorted(GOLDEN), 8))
 def test_a_card_has_exactly_the_parameters_the_model_builds(name: str) -> None:
     golden = GOLDEN[name]
     kinds, layers = counts(load_card(name))

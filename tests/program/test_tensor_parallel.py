@@ -24,6 +24,7 @@ from memplan.models.configs import families
 from memplan.program.graph import operations_of
 from memplan.program.sharding.choice import sharding_of
 from memplan.resolve.decide import decide
+from tests.cases import in_groups
 from tests.sampling import sampled
 from tests.tiny import TINY
 
@@ -56,7 +57,7 @@ def label(case: dict[str, Any]) -> str:
     return f"{case['name']}-{method}-{kernels.get('checkpointing', 'full')}"
 
 
-@pytest.mark.parametrize("case", sampled(TRACED, 8), ids=label)
+@in_groups(sampled(TRACED, 8), label)
 def test_a_ranks_estimate_equals_transformers_allocations(case: dict[str, Any]) -> None:
     compared = compared_with_trace(case)
     assert compared.peak < 2e-4, compared

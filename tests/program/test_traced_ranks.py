@@ -16,6 +16,7 @@ from benchmarks.golden import rows, trace_figures
 from memplan import RunSpec, estimate
 from memplan.probe.libraries import NAMES
 from memplan.probe.run.trace import Tracer
+from tests.cases import in_groups
 from tests.sampling import ALL, sampled
 
 CASES: list[dict[str, Any]] = sampled(rows("traced_ranks.jsonl"), 8)
@@ -30,7 +31,7 @@ def error(case: dict[str, Any]) -> float:
     return max(without_workspaces(trace_figures(case["run"])).values()) / case["peak"] - 1
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@in_groups(CASES, label)
 def test_a_ranks_estimate_equals_its_trace(case: dict[str, Any]) -> None:
     answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]
@@ -50,7 +51,7 @@ def test_a_ranks_estimate_equals_its_trace(case: dict[str, Any]) -> None:
 UNEQUAL = [case for case in rows("traced_ranks.jsonl") if case["name"].startswith("unequal-")]
 
 
-@pytest.mark.parametrize("case", sampled(UNEQUAL, 8), ids=label)
+@in_groups(sampled(UNEQUAL, 8), label)
 def test_units_of_unequal_layers_are_traced_to_a_hundredth_of_a_percent(case: dict[str, Any]) -> None:
     """Every phase under FSDP2, not only the peak: towers, windows, and tables shared by several modules."""
     mine = without_workspaces(trace_figures(case["run"]))

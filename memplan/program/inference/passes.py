@@ -22,7 +22,7 @@ from memplan.core.collection import without_collection
 from memplan.core.frozen import FrozenDict
 from memplan.core.ir import Division
 from memplan.core.once import once
-from memplan.core.records import NamedTuple, hash_once
+from memplan.core.records import NamedTuple
 from memplan.engine.largest import PhaseTerms
 from memplan.engine.lowered import Lowered
 from memplan.engine.moments import Moment
@@ -92,8 +92,6 @@ class InferenceStep(NamedTuple):
     loop_tensors: tuple[TensorGroup, ...] = ()
     other: InferenceStep | None = None
     quantized: int = 0
-
-    __hash__ = hash_once
 
     @property
     def residual(self) -> int:
