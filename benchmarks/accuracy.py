@@ -755,9 +755,7 @@ KNOWN = """
   no multiple of 8 (0.3 %), and a chunked loss of fewer than 57 tokens casts a frozen head for chunks that are empty.
 - torch.compile: the figure is that of eager code, which takes the most. Three published runs of torchtune took 6, 11
   and 21 % less; the range goes down to less than that.
-- Reports without the versions of the libraries, the lengths of the data or a log cannot be told from a miss. Of one
-  with versions, Llama 3.1 405B on B200 (Megatron-LM, gradients accumulated without the fused kernel), 4 to 7 % are
-  missing: nothing but its peaks is published, and no tensor of that size was found in the code.
+- Reports without the versions of the libraries, the lengths of the data or a log cannot be told from a miss.
 - Experts in a loop over those chosen (DBRX, DeepSeek-MoE, Step 3.7) depend on the data: rows are counted as spread
   evenly.
 """
