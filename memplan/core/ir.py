@@ -144,11 +144,11 @@ class Op(NamedTuple):
                        casts the tensor for the product, since the cast has that layout
     autocast           under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
                        output is fp32 (`wide`)
-    holds              keeps a reference to its outputs to the end of `forward` or of the `step`; an encoder's `states`
-                       until an operation outside of blocks that `releases` them; a `cache` until the next pass, or
-                       that of a model inside another one's step until its loss is computed
-    releases           what it lets go that operations hold: all `states`, the last `state`, or what is held to the end
-                       of `forward`
+    holds              keeps a reference to its outputs to the end of `autocast` (casts of weights), of `forward` (what
+                       the model returns) or of the `step`; an encoder's `states` until an operation outside of blocks
+                       that `releases` them; a `cache` until the next pass, or that of a model inside another one's step
+                       until its loss is computed
+    releases           what it lets go that operations hold: all `states`, the last `state`, or casts of `autocast`
     past               tensors left by the previous pass, by their names in this one; each is freed after its last
                        reader
     caches             axis of the tokens in a cache after its reads are appended; from here on their names mean all of

@@ -330,7 +330,7 @@ class Tape(LiveStorages):
 
     def end_forward(self) -> None:
         """Close the autocast context and free the model's outputs."""
-        for storage in self._held.pop("forward", ()):
+        for storage in (*self._held.pop("autocast", ()), *self._held.pop("forward", ())):
             self.drop(storage)
 
     def forget(self, frame: Frame) -> None:
@@ -447,7 +447,7 @@ class Tape(LiveStorages):
             storage.refs += 1
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         returned = self._run(frame, len(frame.ops), frame.exported, {}, keep=True, holds=holds)
-        for storage in (*holds["forward"], *holds.get("states", ())):
+        for storage in (held for name in ("autocast", "forward", "states") for held in holds.get(name, ())):
             self.drop(storage)
         before = len(self._held["nodes"])
         self.backward(frame, grads)

@@ -271,7 +271,7 @@ def _converted(logits: str, holds: bool, shape: str = "b s v") -> tuple[Op, Op]:
     outputs = Op(
         "loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, gradient="none", source=source
     )
-    return Op("loss.end_autocast", releases="forward"), _held(outputs) if holds else outputs
+    return Op("loss.end_autocast", releases="autocast"), _held(outputs) if holds else outputs
 
 
 def _float(logits: str, source: str) -> Op:

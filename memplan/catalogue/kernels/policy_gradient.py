@@ -47,7 +47,7 @@ def attach(
         stack = stack._replace(before=tuple(before))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
-    returned = Op("return", releases="forward")  # the model's own autocast context ends
+    returned = Op("return", releases="autocast")  # the model's own autocast context ends
     if trainer.log_probs == "tiled":
         matrix = next(w for op in head for w in op.weights if w.rows)
         bias = tuple(w for op in head for w in op.weights if w is not matrix)

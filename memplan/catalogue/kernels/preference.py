@@ -87,7 +87,7 @@ def attach(
     return _finished(stack, trainer, tail, reference, (outputs, "shifted"), is_fp32)
 
 
-RETURNED = Op("return", releases="forward")  # the model's own autocast context ends
+RETURNED = Op("return", releases="autocast")  # the model's own autocast context ends
 
 
 def _finished(
