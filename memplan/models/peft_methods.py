@@ -214,6 +214,11 @@ def default_targets(method: str, model_type: str) -> tuple[str, ...]:
     return tuple(targets.get(model_type, "").split())
 
 
+def refuses_layers(method: str, model_type: str) -> bool:
+    """Whether a method does not adapt the class of the model's linear layers."""
+    return method in PEFT_METHODS and model_type in PEFT_METHODS[method].refuses
+
+
 def has_rank(method: str) -> bool:
     """Whether a method has adapters with a rank."""
     return method not in PEFT_METHODS or bool(PEFT_METHODS[method].rank)

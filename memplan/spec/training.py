@@ -15,7 +15,6 @@ from memplan.spec.formats import Quantization
 MethodKind = Literal[
     "full",
     "freeze",
-    "glora",
     "lora",
     "qlora",
     "dora",
@@ -27,6 +26,7 @@ MethodKind = Literal[
     "deft",
     "delora",
     "fourierft",
+    "glora",
     "gralora",
     "hira",
     "hra",

@@ -200,6 +200,7 @@ FAMILIES: dict[str, Family] = {
         layers=all_but_every(4, fixed=True, first=True),
         parallel=ParallelFacts(plans.LLAMA),
         serving=ServingFacts(is_modelled=False),
+        objectives=("causal_lm",),
     ),
     "ernie4_5": _DENSE._replace(
         defaults={"tie_word_embeddings": True, "head_dim": 128, "num_key_value_heads": 2, "intermediate_size": 3072},
