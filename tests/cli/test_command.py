@@ -564,7 +564,10 @@ MISTAKES = {
     "qwen2-7b --offload optimizer,parameters": ("parallelism.offload (--offload)", "'parameters' is not supported yet"),
     "qwen2-7b --offload optimizer --optimizer adamw_8bit": ("parallelism.offload (--offload)", "adamw_torch"),
     "qwen2-7b --checkpointing offlaod": ("kernels.checkpointing (--checkpointing)", "did you mean offload"),
-    "qwen2-7b --method qlora --quant-format hqq-int4 --checkpointing selective": ("kernels.checkpointing (--checkpointing)", "full"),
+    "qwen2-7b --method qlora --quant-format hqq-int4 --checkpointing selective": (
+        "kernels.checkpointing (--checkpointing)",
+        "full",
+    ),
     "qwen2-7b --checkpointing none --gradient-checkpointing": ("kernels.checkpointing", "exclude each other"),
     "qwen2-7b --checkpointing offload --no-gradient-checkpointing": ("kernels.checkpointing", "exclude each other"),
     "run.yaml --gpu 3090": ("run.yaml", "cannot be read"),
