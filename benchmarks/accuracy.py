@@ -39,8 +39,8 @@ from memplan.models.cards import load_card
 
 FAMILIES = ("traced_families.jsonl", "traced_decoders.jsonl", "traced_encoders.jsonl", "traced_vision.jsonl")
 MISS = 0.01  # relative error of a peak that needs a cause
-TRACED = {"forward": "fwd", "reference": "fwd", "loss": "fwd", "backward": "bwd", "step": "opt"}
-TRACED |= {"generate": "gen", "eval": "eval"}
+TRACED = {**dict.fromkeys(("forward", "reference", "teacher", "loss"), "fwd"), "backward": "bwd", "step": "opt"}
+TRACED |= {"generate": "gen", "reward": "reward", "eval": "eval"}
 
 
 class Compared(NamedTuple):
@@ -750,11 +750,10 @@ KNOWN = """
   declared from their published code; none of it was traced.
 - State spaces and linear attention are counted as transformers' own torch code computes them. With mamba-ssm,
   causal-conv1d or flash-linear-attention installed they take less; answers say so.
-- A few structures do not depend on lengths here but do in torch: a state space's only chunk is a view of what several
-  chunks copy (2 % too much for sequences of one chunk), T5's cross-attention keeps one bias too many if the tokens are
-  no multiple of 8 (0.3 %), and a chunked loss of fewer than 57 tokens casts a frozen head for chunks that are empty.
+- T5's cross-attention keeps one bias too many here if the tokens are no multiple of 8 (0.3 %).
 - torch.compile: the figure is that of eager code, which takes the most. Three published runs of torchtune took 6, 11
   and 21 % less; the range goes down to less than that.
+- Reports without the versions of the libraries, the lengths of the data or a log cannot be told from a miss.
 - Experts in a loop over those chosen (DBRX, DeepSeek-MoE, Step 3.7) depend on the data: rows are counted as spread
   evenly.
 """

@@ -15,9 +15,21 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from memplan.frameworks import reading
+from memplan.frameworks.reading.document import paths
 
 FOLDER = Path(reading.__file__).parent / "defaults"
+_VERL_PARTS = {"model/hf_model.yaml": "model", "engine/fsdp.yaml": "engine", "optim/fsdp.yaml": "optim"}
+_VERL_MODEL = (
+    *("lora_rank", "lora_alpha", "target_modules", "enable_gradient_checkpointing", "enable_activation_offload"),
+    *("use_remove_padding", "use_liger", "use_fused_kernels"),
+)
+_VERL_ENGINE = (
+    *("param_offload", "optimizer_offload", "offload_policy", "reshard_after_forward", "fsdp_size"),
+    *("model_dtype", "forward_prefetch"),
+)
 # Framework -> its package, the files whose classes hold its config, and the keys whose defaults are read.
 SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "axolotl": (
@@ -68,6 +80,7 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
     "ms-swift": (
         "swift",
         (
+            *("llm/argument/base_args/*.py", "llm/argument/t*_args.py", "llm/argument/rlhf_args.py"),  # of 3
             *("arguments/base_args/*.py", "arguments/tuner_args.py", "trainers/arguments.py", "arguments/sft_args.py"),
             *("arguments/pretrain_args.py", "arguments/rlhf_args.py", "rlhf_trainers/args_mixin.py"),
         ),
@@ -112,6 +125,51 @@ SOURCES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
             "parallelism.data_parallel_replicate_degree",
         ),
     ),
+    "openrlhf": (
+        "openrlhf",
+        ("cli/train_*.py",),
+        (
+            *("ds.zero_stage", "ds.param_dtype", "ds.adam_offload", "ds.attn_implementation", "ds.load_in_4bit"),
+            *("ds.lora.rank", "ds.lora.alpha", "ds.lora.dropout", "ds.packing_samples", "ds.use_liger_kernel"),
+            *("ds.ring_attn_size", "ds.tensor_parallel_size", "ds.enable_sleep", "ds.overlap_comm", "optim"),
+            *("model.gradient_checkpointing_enable", "model.gradient_checkpointing_reentrant", "max_norm"),
+            *("train.micro_batch_size", "train.batch_size", "data.max_len", "rollout.n_samples_per_prompt"),
+            *("rollout.max_new_tokens", "rollout.micro_batch_size", "algo.kl.init_coef", "algo.advantage.estimator"),
+            *("actor.num_nodes", "actor.num_gpus_per_node", "vllm.gpu_memory_utilization", "vllm.enable_sleep"),
+            *("vllm.tensor_parallel_size", "train.colocate_all", "train.colocate_actor_ref", "train.async_enable"),
+            *("train.dynamic_batch_enable", "train.max_tokens_per_gpu", "ref.offload"),
+        ),
+    ),
+    "verl": (
+        "verl",
+        ("trainer/config/_generated_ppo_trainer.yaml",),
+        (
+            *(f"actor_rollout_ref.model.{name}" for name in _VERL_MODEL),
+            *(f"actor_rollout_ref.actor.fsdp_config.{name}" for name in _VERL_ENGINE),
+            *("actor_rollout_ref.actor.strategy", "actor_rollout_ref.actor.ppo_mini_batch_size"),
+            *("actor_rollout_ref.actor.use_dynamic_bsz", "actor_rollout_ref.actor.ppo_max_token_len_per_gpu"),
+            *("actor_rollout_ref.actor.use_kl_loss", "actor_rollout_ref.actor.calculate_entropy"),
+            *("actor_rollout_ref.actor.entropy_coeff", "actor_rollout_ref.actor.grad_clip"),
+            *("actor_rollout_ref.actor.ulysses_sequence_parallel_size", "actor_rollout_ref.actor.optim.optimizer"),
+            *("actor_rollout_ref.rollout.gpu_memory_utilization", "actor_rollout_ref.rollout.free_cache_engine"),
+            *("actor_rollout_ref.rollout.n", "actor_rollout_ref.rollout.tensor_model_parallel_size"),
+            *("actor_rollout_ref.rollout.max_num_batched_tokens", "actor_rollout_ref.rollout.max_num_seqs"),
+            *("actor_rollout_ref.hybrid_engine", "algorithm.adv_estimator", "algorithm.use_kl_in_reward"),
+            *("data.max_prompt_length", "data.max_response_length", "data.train_batch_size"),
+            *("trainer.nnodes", "trainer.n_gpus_per_node"),
+        ),
+    ),
+    "verl-sft": (
+        "verl",
+        ("trainer/config/sft_trainer_engine.yaml", *(f"trainer/config/{name}" for name in _VERL_PARTS)),
+        (
+            *(f"model.{name}" for name in _VERL_MODEL),
+            *(f"engine.{name}" for name in (*_VERL_ENGINE, "strategy", "ulysses_sequence_parallel_size")),
+            *("data.micro_batch_size_per_gpu", "data.max_token_len_per_gpu", "data.use_dynamic_bsz", "data.max_length"),
+            *("data.train_batch_size", "optim.optimizer", "optim.clip_grad", "trainer.nnodes"),
+            "trainer.n_gpus_per_node",
+        ),
+    ),
     "automodel": ("nemo_automodel", ("recipes/llm/train_ft.py", "recipes/_typed_config.py"), ()),
     "vllm": ("vllm", ("engine/arg_utils.py", "entrypoints/common/cli_args.py"), ()),
     "sglang": ("sglang", ("srt/arg_groups/fields/*.py",), ()),
@@ -127,6 +185,7 @@ SECTIONS: dict[str, dict[str, str]] = {
         "ActivationCheckpoint": "activation_checkpoint",
         "Optimizer": "optimizer",
     },
+    "verl-sft": _VERL_PARTS,
     "unsloth": {"TrainingConfig": "training", "LoraConfig": "lora", "DataConfig": "data", "LoggingConfig": "logging"},
 }
 # Suffix of a file that is not Python -> its flags or keys.
@@ -146,6 +205,10 @@ def fields(path: Path, sections: Mapping[str, str]) -> Iterator[tuple[str, Any]]
     A field of a class in `sections` is named with its section. The arguments of a function `setup` are fields too. Of a
     file that is not Python, yield the names of its flags.
     """
+    if "config" in path.parts and path.suffix == ".yaml":  # verl's, of which each leaf is a key
+        start = next((f"{section}." for end, section in sections.items() if str(path).endswith(end)), "")
+        yield from ((start + name, value) for name, value in paths(yaml.safe_load(path.read_text("utf-8"))))
+        return
     if path.suffix in _FLAGS:
         yield from ((name.replace("-", "_"), ...) for name in _FLAGS[path.suffix].findall(path.read_text("utf-8")))
         return
@@ -158,6 +221,18 @@ def fields(path: Path, sections: Mapping[str, str]) -> Iterator[tuple[str, Any]]
                     yield from ((name, ...) for name in aliases(line.value))
         elif isinstance(node, ast.FunctionDef) and node.name == "setup":
             yield from arguments(node.args)
+        elif isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "add_argument":
+            yield from options(node)
+
+
+def options(call: ast.Call) -> Iterator[tuple[str, Any]]:
+    """Yield the name and default of an argparse option; of one whose name has a variable, of the actor and critic."""
+    given = {keyword.arg: keyword.value for keyword in call.keywords}
+    name = call.args[0]
+    parts = name.values if isinstance(name, ast.JoinedStr) else [name]
+    for model in ("actor", "critic"):
+        text = "".join(str(part.value) if isinstance(part, ast.Constant) else model for part in parts)
+        yield text.lstrip("-"), default(given.get("default"))
 
 
 def arguments(args: ast.arguments) -> Iterator[tuple[str, Any]]:

@@ -58,11 +58,12 @@ def engine_walk(run: RunSpec) -> Callable[[RunSpec], object]:
     """Run only the engine's walk: from a batch to the peak of every phase."""
     decided = decide(run)
     program = training_peaks(decided).program
+    phases = [program.moments.first[phase] for phase in PHASES if program.moments.first[phase]]
 
     def walked(run: RunSpec) -> object:
         axes = run_axes(program, run.batch.micro, run.batch.sequence, decided.half, decided.large_tiles, ONE_RUN)
         numbers = values(program.moments.variables, axes), values(program.moments.products, axes)
-        return [largest(program.moments.first[phase], *numbers) for phase in PHASES]
+        return [largest(terms, *numbers) for terms in phases]
 
     return walked
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 import pytest
 
@@ -30,6 +30,26 @@ def each(
                     failed.append(f"{name(case)}: {type(failure).__name__}: {failure}")
             assert tried
             assert not failed, "\n".join([f"{len(failed)} of {len(tried)} cases fail", *failed])
+
+        test.__name__, test.__doc__ = check.__name__, check.__doc__
+        return test
+
+    return checked
+
+
+def in_groups(
+    cases: Sequence[Case], name: Callable[[Case], object] = str, size: int = 16
+) -> Callable[[Callable[[Case], None]], Any]:
+    """Like `each`, for cases that take long together: a test for every `size` of them, named by its first and last."""
+    groups = [cases[i : i + size] for i in range(0, len(cases), size)]
+
+    def named(group: Sequence[Case]) -> str:
+        return f"{name(group[0])} to {name(group[-1])}"
+
+    def checked(check: Callable[[Case], None]) -> Any:
+        @pytest.mark.parametrize("group", groups, ids=named)
+        def test(group: Sequence[Case]) -> None:
+            each(group, name)(check)()
 
         test.__name__, test.__doc__ = check.__name__, check.__doc__
         return test

@@ -1,8 +1,8 @@
 """Settings for every test.
 
 No machine profile or terminal width changes an answer, garbage is rarely collected, only the first of the processes
-that tests start compiles its imports, a traced run is estimated once for all tests of it, and hypothesis draws
-`tests.sampling`'s number of examples, the same in each run, without a deadline.
+that tests start compiles its imports, a traced run is estimated once for all tests of it, one process traces what
+tests trace, and hypothesis draws `tests.sampling`'s number of examples, the same in each run, without a deadline.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import atexit
 import gc
 import os
 import sys
+from collections.abc import Iterator
 
 import pytest
 from hypothesis import settings
 
 from benchmarks.golden import SHARED
+from memplan.probe.run.trace import Tracer
 from tests.sampling import examples
 
 gc.set_threshold(2_000_000, 10, 10)  # lowering creates many acyclic tuples: saves a fifth of the time
@@ -37,6 +39,13 @@ def _no_profile_of_this_machine(tmp_path_factory: pytest.TempPathFactory) -> Non
     if sys.dont_write_bytecode:
         patch.delenv("PYTHONDONTWRITEBYTECODE", raising=False)
         patch.setenv("PYTHONPYCACHEPREFIX", str(shared / "compiled"))
+
+
+@pytest.fixture(scope="session")
+def tracer() -> Iterator[Tracer]:
+    """One process for the traces of all tests, so that torch is imported once."""
+    with Tracer() as shared:
+        yield shared
 
 
 def pytest_collection_finish() -> None:

@@ -98,13 +98,33 @@ SMALL: dict[str, dict[str, Any]] = {
 SMALL["llama"] = {"model_type": "llama", **_BERT, "num_key_value_heads": 2, "num_labels": 1}  # a reward model
 SMALL["gemma2"] = {"model_type": "gemma2", **_BERT, "num_key_value_heads": 2, "head_dim": 32, "num_labels": 4}
 
+for _name in ("m2m_100", "mbart", "pegasus"):
+    SMALL[_name] = {**SMALL["bart"], "model_type": _name, "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}
+
+SMALL["deberta-v2"] = {
+    "model_type": "deberta-v2",
+    **_BERT,
+    "type_vocab_size": 0,
+    "relative_attention": True,
+    "position_buckets": 32,
+    "norm_rel_ebd": "layer_norm",
+    "share_att_key": True,
+    "pos_att_type": ["p2c", "c2p"],
+    "position_biased_input": False,
+    "num_labels": 3,
+    "problem_type": "single_label_classification",
+    "pad_token_id": 0,
+}
+SMALL["camembert"] = {**SMALL["roberta"], "model_type": "camembert"}
+
 HEADS: dict[str, tuple[str, ...]] = {
     "bert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
-    "bart": ("seq2seq_lm",),
+    **dict.fromkeys(("bart", "m2m_100", "mbart", "pegasus"), ("seq2seq_lm",)),
     "distilbert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "electra": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
     "modernbert": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
-    "roberta": ("masked_lm", "sequence_classification"),
+    "deberta-v2": ("masked_lm", "sequence_classification", "token_classification", "feature_extraction"),
+    **dict.fromkeys(("camembert", "roberta"), ("masked_lm", "sequence_classification")),
     "xlm-roberta": ("sequence_classification", "token_classification"),
     "mt5": ("seq2seq_lm",),
     "t5": ("seq2seq_lm",),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cases import each
+from tests.cases import each, in_groups
 
 
 def is_even(n: int) -> None:
@@ -28,3 +28,14 @@ def test_cases_that_all_hold_are_needed() -> None:
     each([0, 2, 4])(is_even)()
     with pytest.raises(AssertionError):
         each(range(0))(is_even)()
+
+
+def test_groups_have_every_case_once_and_name_those_that_fail() -> None:
+    seen: list[int] = []
+    test = in_groups(range(7), size=3)(seen.append)
+    groups = test.pytestmark[0].args[1]
+    for group in groups:
+        test(group)
+    assert (seen, len(groups)) == ([*range(7)], 3)
+    with pytest.raises(AssertionError, match="1 of 2 cases fail\n3: "):
+        in_groups([2, 3])(is_even)([2, 3])

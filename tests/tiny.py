@@ -84,6 +84,7 @@ TINY: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64, "n_layer": 3, "n_head": 4, "vocab_size": 300},
     "cohere": _base(),
     "cohere2": _base(num_hidden_layers=5, sliding_window=32, **_HEADS),
+    "cwm": _base(num_hidden_layers=5, sliding_window=32, **_HEADS),
     "deepseek_v2": _base(num_key_value_heads=4, topk_method="group_limited_greedy", **_LATENT, **_ROUTED),
     "deepseek_v3": _base(num_key_value_heads=4, **_LATENT, **_ROUTED),
     "dbrx": {
@@ -121,6 +122,7 @@ TINY: dict[str, dict[str, Any]] = {
     "exaone_moe": _base(
         num_hidden_layers=5, sliding_window=32, moe_intermediate_size=48, num_experts=8, num_experts_per_tok=2, **_HEADS
     ),
+    "dots1": _base(num_hidden_layers=4, max_window_layers=2, sliding_window=32, **_HEADS, **_ROUTED),
     "ernie4_5": _base(**_HEADS),
     "ernie4_5_moe": _base(
         moe_intermediate_size=48, moe_num_experts=8, moe_k=2, moe_num_shared_experts=2, moe_layer_start_index=1
@@ -201,6 +203,7 @@ TINY: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": _base(**_HEADS),
     "hunyuan_v1_moe": _base(num_experts=8, moe_topk=2, **_HEADS),
     "internlm3": _base(**_HEADS),
+    "jais2": _base(num_hidden_layers=4),
     "jamba": _base(
         num_hidden_layers=4,
         num_experts=4,
@@ -238,6 +241,14 @@ TINY: dict[str, dict[str, Any]] = {
     },
     "minimax_m2": _base(num_local_experts=8, num_experts_per_tok=2, rotary_dim=8, **_HEADS),
     "minicpm3": _base(num_key_value_heads=4, **_LATENT),
+    "lfm2_moe": _base(
+        num_hidden_layers=4,
+        num_dense_layers=1,
+        layer_types=["conv", "full_attention"] * 2,
+        num_experts=8,
+        num_experts_per_tok=3,
+        moe_intermediate_size=48,
+    ),
     "llama4_text": _base(
         num_hidden_layers=4,
         intermediate_size=48,
@@ -337,6 +348,7 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3_5_text": _base(**_DELTA),
     "qwen3_next": _base(**_DELTA, **_SHARED),
     "smollm3": _base(num_hidden_layers=5),
+    "solar_open": _base(**_HEADS, moe_intermediate_size=48, n_routed_experts=16, num_experts_per_tok=4),
     "stablelm": _base(),
     "starcoder2": _base(sliding_window=None),
 }

@@ -6,12 +6,13 @@ Each module of `families` covers one family, or many that differ little. Its `BU
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import lru_cache
 from importlib import import_module
 
 from memplan.catalogue.attention.attention import flattened
 from memplan.catalogue.decoder.decoder import stack_of
-from memplan.catalogue.kernels.wiring import GENERATING, Trainer, Wiring
+from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, Trainer, Wiring
 from memplan.core.ir import Stack
 from memplan.models.model import ModelSpec
 
@@ -48,10 +49,16 @@ def build(model: ModelSpec, wiring: Wiring, code: str = "transformers") -> Stack
     return rewrite(stack, lambda op: (flattened(op),))
 
 
-def with_trainer(
-    stack: Stack, trainer: Trainer, reference: Stack | None, first_pass: Stack | None, autocast: str | None
-) -> Stack:
-    """Return the stack with what a trainer of TRL computes: see `memplan.catalogue.kernels.preference.attach`."""
+def with_trainer(stack: Stack, trainer: Trainer, others: Mapping[str, Stack], autocast: str | None) -> Stack:
+    """Return the stack with what a trainer of TRL computes: see `memplan.catalogue.kernels.preference.attach`.
+
+    others  operations of the models that run inside the step, by the phase in which they do
+    """
+    if trainer.name in DISTILLING:
+        from memplan.catalogue.kernels import distillation
+
+        return distillation.attach(stack, trainer, None if trainer.is_reference else others["teacher"], autocast)
+    reference, first_pass = others.get("reference"), others.get("forward")
     if trainer.name in GENERATING:
         from memplan.catalogue.kernels import policy_gradient
 

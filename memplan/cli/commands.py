@@ -62,7 +62,7 @@ class Subcommand(NamedTuple):
         rows = [(name, option) for group in self.options.values() for name, option in group.items()]
         named = {flag(alias): row for row in rows for alias in (*row[1].aliases, row[0])}
         named |= {f"--no-{name[2:]}": row for name, row in named.items() if row[1].alone}
-        rest = deque(words)
+        rest, has_argument = deque(words), False
         while rest:
             word = rest.popleft()
             typed, equals, value = word.partition("=")
@@ -78,9 +78,11 @@ class Subcommand(NamedTuple):
                 continue
             name, option = named.get(typed.replace("_", "-"), ("", None)) if typed.startswith("--") else ("", None)
             if option is None:
+                has_argument |= not word.startswith("-")
                 yield word
                 continue
-            if option.alone and not equals and not (rest and is_meant(rest[0], option.choices)):
+            is_value = bool(rest) and (is_meant(rest[0], option.choices) or (has_argument and rest[0][:1] != "-"))
+            if option.alone and not equals and not is_value:
                 yield f"{flag(name)}={option.alone[typed.startswith('--no-')]}"
                 continue
             if type_of(option) in (bool, Switch):

@@ -77,21 +77,8 @@ ESTIMATE_OPTIONS = {
 }
 
 
-_OF_LENGTHS = {
-    "lengths": own(
-        "Token counts of the sequences: a file (a column, CSV or JSON lines), max, or p50=700,p99=3800,max=8192. The "
-        "answer is then for the longest batch that can occur; --seq-len is what they are cut to. Default all equal."
-    ),
-    "batching": own(
-        "How sequences of --lengths come into batches: random, grouped (by length), packed, or padded (to the "
-        "maximum). Default what a run's file says, or random.",
-        choices=("random", "grouped", "packed", "padded"),
-    ),
-}
-
-
 def command(name: str) -> Subcommand:
-    return Subcommand(name, estimate, {**ESTIMATE_OPTIONS, "Lengths": _OF_LENGTHS})
+    return Subcommand(name, estimate, ESTIMATE_OPTIONS)
 
 
 def emitted(given: Mapping[str, Any], answers: Sequence[Estimate]) -> str:
@@ -128,8 +115,6 @@ def estimate(given: Mapping[str, Any]) -> int:
         if name in given and "emit" not in given:
             raise SpecError(f"{name}: only applies with --emit", name)
     format = format_of(given)
-    if given.keys() & _OF_LENGTHS.keys():
-        return _with_lengths(given, format)
     files = [run_file(one) for one in _single(given)]
     answers: list[Estimate] = []
     for file, one in zip(files, _single(given), strict=True):
@@ -157,38 +142,3 @@ def estimate(given: Mapping[str, Any]) -> int:
 
         show(stacks(answers[0], to))  # below an answer that is there already
     return exit_code(answers, "strict" in given)
-
-
-def _with_lengths(given: Mapping[str, Any], format: str) -> int:
-    """Answer for the longest batch that sequences of different lengths can make, and say how soon it comes."""
-    from memplan.core.errors import SpecError
-    from memplan.estimate.estimate import estimate
-    from memplan.planning.lengths import batching_of, lengths_answer, read_lengths, with_longest
-    from memplan.report import render
-    from memplan.report.lengths import render as render_lengths
-
-    if "lengths" not in given:
-        raise SpecError("batching: only applies with --lengths", "batching")
-    if format not in ("table", "json"):
-        raise SpecError(f"lengths: shown in a table or as json, not as {format}", "lengths")
-    file = run_file(given)
-    lengths = read_lengths(given["lengths"])
-    batching: str = given.get("batching") or batching_of(file.source.keys if file and file.source else {})
-    with errors_of(file):
-        runs = [with_longest(run, lengths, batching) for run in runs_of(given, file)]
-        if len(runs) > 1:
-            raise SpecError("lengths: for one card; name one with --gpu", "lengths")
-    profile = own_profile(runs[0].gpu, given)
-    answer = estimate(runs[0], profile)
-    found, to = lengths_answer(answer, lengths, batching, profile), screen_of(given)
-    if format == "json":
-        import json
-
-        text = json.dumps({**answer.model_dump(), "lengths": found.as_dict()}, indent=2, ensure_ascii=False) + "\n"
-    else:
-        equal = {name: value for name, value in given.items() if name not in _OF_LENGTHS}
-        line = typed_line({**equal, "seq_len": found.longest})
-        text = render(format, [answer], "explain" in given, to, "ranks" in given, None, "details" in given, line)
-        text = headline(file, format) + text + render_lengths(found, to)
-    show(text, format, given.get("output"))
-    return exit_code([answer], "strict" in given)

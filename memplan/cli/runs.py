@@ -38,6 +38,12 @@ def runs_of(given: Mapping[str, Any], file: RunFile | None = None) -> list[RunSp
         given = in_other_format(given)
     spec = with_framework_config(file.fields if file is not None else {}, companions(given, file))
 
+    if "lengths" in given and "batching" not in given and file is not None and file.source:
+        from memplan.planning.lengths import batching_of_file
+
+        asked = batching_of_file(file.source.keys)
+        given = {**given, "batching": asked} if asked else given
+
     def fields_of(count: int | None) -> dict[str, Any]:
         typed = given if count is None else {**given, "gpus": count}
         fields = spec_of(typed, spec, keeps_strategy=file is not None and not file.is_own)

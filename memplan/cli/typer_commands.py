@@ -69,7 +69,7 @@ def usage(error: Any) -> str:
     typed = getattr(error, "option_name", None) or ""
     instead = INSTEAD.get(typed.strip("-").replace("_", "-"))
     if instead is not None:
-        text = f"No such option: {typed}; write {instead}"
+        text = f"No such option: {typed}; {f'write {instead}' if instead else 'leave it out, it takes no memory'}"
     return " ".join(text.split())
 
 

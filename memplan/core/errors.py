@@ -88,13 +88,13 @@ class UnknownNameError(MemplanError):
 
 
 @contextmanager
-def errors_about(field: str) -> Generator[None]:
-    """Re-raise errors about the field `model` as errors about `field`, for runs that name a model elsewhere."""
+def errors_about(field: str, own: str = "model") -> Generator[None]:
+    """Re-raise errors about the field `own` as errors about `field`, for what is named elsewhere than in a run."""
     try:
         yield
     except MemplanError as error:
-        if error.field == "model":
-            error.args, error.field = (f"{field}: {str(error).removeprefix('model: ')}",), field
+        if error.field == own:
+            error.args, error.field = (f"{field}: {str(error).removeprefix(f'{own}: ')}",), field
         raise
 
 

@@ -67,8 +67,9 @@ class Weight(NamedTuple):
     stands_for       names of the linear layers that peft adapts it as, though it is a single parameter
     idle             would train, but never gets a gradient: the run's operations do not use it, or only without
                      gradients
-    gradient         shape of its gradient, if it differs from the weight's: for a part of a table, that of the whole
-                     table
+    gradient         shape of its gradient's storage, if it differs from the weight's: for a part of a table, that of
+                     the whole table
+    accumulates      the product that computes its gradient adds it to the gradient buffer, so none is allocated
     adapter          rank of the adapter on it, an axis or a number, if the run chooses modules by their paths
     kernel           kernel that runs an inference-only format (`memplan.catalogue.quantization.inference_formats`)
     """
@@ -90,6 +91,7 @@ class Weight(NamedTuple):
     stands_for: tuple[str, ...] = ()
     idle: bool = False
     gradient: str = ""
+    accumulates: bool = False
     adapter: str = ""
     kernel: str = ""
 
@@ -142,10 +144,11 @@ class Op(NamedTuple):
                        casts the tensor for the product, since the cast has that layout
     autocast           under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
                        output is fp32 (`wide`)
-    holds              keeps a reference to its outputs to the end of `forward` or of the `step`; an encoder's `states`
-                       until an operation outside of blocks that `releases` them; a `cache` until the next pass
-    releases           what it lets go that operations hold: all `states`, the last `state`, or what is held to the end
-                       of `forward`
+    holds              keeps a reference to its outputs to the end of `autocast` (casts of weights), of `forward` (what
+                       the model returns) or of the `step`; an encoder's `states` until an operation outside of blocks
+                       that `releases` them; a `cache` until the next pass, or that of a model inside another one's step
+                       until its loss is computed
+    releases           what it lets go that operations hold: all `states`, the last `state`, or casts of `autocast`
     past               tensors left by the previous pass, by their names in this one; each is freed after its last
                        reader
     caches             axis of the tokens in a cache after its reads are appended; from here on their names mean all of
@@ -415,7 +418,8 @@ class Division(NamedTuple):
     hooks               the input of a recomputed block and its gradient stay until the pass is over, referenced by a
                         hook
     whole               units outside of blocks that earlier passes without gradients left whole
-    models              divisions of other models with weights of their own that run inside the pass, by phase
+    models              divisions of other models with weights of their own that run inside the pass, by phase; None
+                        for a model that every rank has whole
     """
 
     units: tuple[tuple[str, Unit], ...]
@@ -432,7 +436,7 @@ class Division(NamedTuple):
     offloads_gradients: bool = False
     hooks: bool = False
     whole: tuple[str, ...] = ()
-    models: tuple[tuple[str, Division], ...] = ()
+    models: tuple[tuple[str, Division | None], ...] = ()
 
     def with_axes(self) -> tuple[Division, dict[str, str]]:
         """Return the division with an axis for every number of elements, and each axis's number.
@@ -457,7 +461,7 @@ class Division(NamedTuple):
 
         def divided(division: Division) -> Division:
             units = tuple((name, with_axes(unit)) for name, unit in division.units)
-            return division._replace(units=units, models=tuple((name, divided(d)) for name, d in division.models))
+            return division._replace(units=units, models=tuple((name, d and divided(d)) for name, d in division.models))
 
         return divided(self), {axis: number for number, axis in axes.items()}
 

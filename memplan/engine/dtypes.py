@@ -258,7 +258,7 @@ class _Resolver:
         if cached and w.name in self.casts:
             return self.casts[w.name]
         to = Tensor(f"autocast({w.name})" + ("" if cached else f" for {op.writes[0].name}"), w.shape, target)
-        cast = Op(to.name, (), (to,), (w,), cast=True, holds="forward" if cached else "", source=_AUTOCAST)
+        cast = Op(to.name, (), (to,), (w,), cast=True, holds="autocast" if cached else "", source=_AUTOCAST)
         if cached and self._mode:
             cast = cast._replace(holds="cache")
         if cached and self._mode == "there":

@@ -56,7 +56,7 @@ def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
         pins=tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets)),
         weights=tuple(w.name for w in op.weights),
         wraps=tuple(t.name for t in op.wraps),
-        shapes={w.name: w.gradient for w in op.weights if w.gradient},
+        shapes={w.name: "0" if w.accumulates else w.gradient for w in op.weights if w.accumulates or w.gradient},
         becomes={k.of: k.what for k in reversed(op.keeps) if k.is_gradient},
         sums={s.of: s.tensor for s in reversed(op.scratch_back) if s.summed},
         early=tuple(s.tensor for s in scratch if s.early),

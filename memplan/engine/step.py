@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import lru_cache
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Literal
 
-from memplan.core.ir import Block, Division, SavedTensors, Stack
+from memplan.core.ir import Block, Division, Op, SavedTensors, Stack
 from memplan.core.records import NamedTuple
 from memplan.engine.copies import (
     Copies,
@@ -27,6 +27,23 @@ from memplan.engine.operation_facts import leaves, storages_behind
 from memplan.engine.storages import Storage
 from memplan.engine.tape import Frame, Tape
 
+# Kinds of products that are recomputed: torch 2.13 _functorch/partitioners.py get_default_op_list.
+_RECOMPUTED = ("", "grouped")
+
+
+def _saved_operations(ops: Sequence[Op], alternates: bool) -> frozenset[str]:
+    """Return the names of the operations whose outputs a selective checkpoint keeps.
+
+    They are none of bitsandbytes' functions, which are not listed.
+
+    Source: torchtitan 0.3.0 distributed/activation_checkpoint.py SelectiveAC.
+    """
+    listed = [op for op in ops if not any(w.stored for w in op.weights)]
+    products = [op.name for op in listed if op.product == "matrix"]
+    again = products[1::2] if alternates else ()
+    kept = (op.name for op in listed if op.product not in _RECOMPUTED or op.name.endswith(".reduce_scatter"))
+    return frozenset(kept).difference(again)
+
 
 class ExecutionOptions(NamedTuple):
     """How a pass is run.
@@ -37,7 +54,8 @@ class ExecutionOptions(NamedTuple):
     input_grad      the embeddings' output requires a gradient though nothing before it trains, as under checkpointing
     to_host         checkpoints keep their inputs in host memory
     saves           how saved tensors are offloaded to host memory
-    saves_products  checkpoints keep the outputs of matrix products and attention, and recompute all other operations
+    saves_products  checkpoints keep the outputs of `all` matrix products or `alternate` ones, of attention and of
+                    reduce-scatters, and recompute all other operations; empty if they keep none
     """
 
     autocast: str | None = None
@@ -46,7 +64,7 @@ class ExecutionOptions(NamedTuple):
     input_grad: bool = False
     to_host: bool = False
     saves: SavedTensors | None = None
-    saves_products: bool = False
+    saves_products: str = ""
 
 
 PLAIN = ExecutionOptions()
@@ -399,7 +417,8 @@ class _Pass:
         options, outer = self.options, self.outer
         frame.reentrant, frame.whole = options.reentrant, block.recomputes_all
         frame.lends = bool(block.shares) and not block.returned
-        frame.saves_products = options.saves_products and self.records
+        if options.saves_products and self.records:
+            frame.saves = _saved_operations(block.ops, options.saves_products == "alternate")
         frame.to_host = options.to_host or options.saves is not None  # it saves its input like any saved tensor
         inputs = [outer[r] for r in dict.fromkeys(r for op in block.ops for r in op.reads) if r in outer]
         if options.reentrant and block.by_name:

@@ -46,9 +46,6 @@ class Node:
 
 _NOT_RECORDED = Node(Op(""), NO_BACKWARD)  # stands for every operation that autograd does not record
 
-# Kinds of products that are recomputed: torch 2.13 _functorch/partitioners.py get_default_op_list.
-_RECOMPUTED = ("", "grouped")
-
 
 class Frame:
     """One execution of a list of operations, and the backward graph it leaves."""
@@ -79,7 +76,7 @@ class Frame:
         self.checkpoint: list[Storage] = []  # kept by the checkpoint: the block's inputs
         self.named: list[Storage] = []  # kept by the checkpoint until the graph is freed: keyword arguments
         self.to_host = False  # the checkpoint keeps `x` in host memory
-        self.saves_products = False  # the checkpoint keeps the outputs of matrix products and attention
+        self.saves: Container[str] = ()  # operations whose outputs the checkpoint keeps
         self.saved: dict[str, Storage] = {}  # those outputs
         self.shares: Container[str] = ()  # outputs for later blocks, referenced by all checkpoints
         self.shared: list[Storage] = []
@@ -151,9 +148,7 @@ class Tape(LiveStorages):
 
         `owned` are references handed in, which are dropped after their last reader. Under a checkpoint nothing is kept.
         """
-        frame.nodes = self._graph(frame, grad)
-        frame.checkpointed = checkpoint
-        frame.exported = exported
+        frame.nodes, frame.checkpointed, frame.exported = self._graph(frame, grad), checkpoint, exported
         left = self._run(frame, len(frame.ops), exported, owned, keep=not checkpoint, holds=self._held)
         if not any(node.pins for node in frame.nodes):  # nothing needs recomputation
             frame.checkpoint += frame.named
@@ -234,7 +229,7 @@ class Tape(LiveStorages):
                 names[t.name] = mine[t.name] = frame.past[t.name]
             if not (op.needs_recording and not keep) and (node is not last_node or _keeps_an_output(node)):
                 self._compute(frame, op, mine)
-            if frame.saves_products and frame.checkpointed and op.product not in _RECOMPUTED:
+            if frame.checkpointed and op.name in frame.saves:
                 self._save_outputs(frame, op)
             if keep and node.pins:
                 away = self._offload_saved(frame, node) if self.saves is not None else ()
@@ -262,7 +257,7 @@ class Tape(LiveStorages):
 
     def _compute(self, frame: Frame, op: Op, mine: dict[str, Storage]) -> None:
         """Allocate an operation's outputs, which Python variables then reference (`mine`), and its scratch."""
-        if frame.saved and not frame.checkpointed and op.product not in _RECOMPUTED:
+        if frame.saved and not frame.checkpointed and op.name in frame.saves:
             mine |= {t.name: frame.saved.pop(t.name) for t in op.writes}
             frame.names.update((t.name, mine[t.name]) for t in op.writes)
             return
@@ -284,7 +279,7 @@ class Tape(LiveStorages):
                 self.drop(scratch)
 
     def _run_aside(self, model: Stack, phase: str) -> None:
-        """Run a model without gradients, in a phase of its own; nothing of it is left."""
+        """Run a model without gradients, in a phase of its own. Only what its caller holds (`cache`) is left."""
         assert self.run_model is not None
         self.note()
         before = self.phase, self._held, self.uses, self.nested, self.reach, self.module, self.hooks
@@ -292,7 +287,9 @@ class Tape(LiveStorages):
         self.nested, self.reach, self.module = {}, None, None
         self.run_model(model, phase)
         self.note()
+        cached = self._held.pop("cache", ())
         self.phase, self._held, self.uses, self.nested, self.reach, self.module, self.hooks = before
+        self._held.setdefault("forward", []).extend(cached)
 
     def _hold(self, frame: Frame, op: Op, differentiates: bool, keep: bool, holds: dict[str, list[Storage]]) -> None:
         """Reference what the operation's module, the graph's nodes, or a variable hold from now on, or let it go.
@@ -333,7 +330,7 @@ class Tape(LiveStorages):
 
     def end_forward(self) -> None:
         """Close the autocast context and free the model's outputs."""
-        for storage in self._held.pop("forward", ()):
+        for storage in (*self._held.pop("autocast", ()), *self._held.pop("forward", ())):
             self.drop(storage)
 
     def forget(self, frame: Frame) -> None:
@@ -400,7 +397,7 @@ class Tape(LiveStorages):
         fetched = self._fetch(frame)
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         outputs = self._run(frame, end, frame.shares, {}, keep=True, holds=holds)
-        for storage in (*holds["forward"], *holds["step"], *holds["nodes"], *fetched):
+        for storage in (*(held for those in holds.values() for held in those), *fetched):
             self.drop(storage)
         self._replace_shared(frame, outputs)
 
@@ -450,7 +447,7 @@ class Tape(LiveStorages):
             storage.refs += 1
         holds: dict[str, list[Storage]] = {"forward": [], "step": [], "nodes": []}
         returned = self._run(frame, len(frame.ops), frame.exported, {}, keep=True, holds=holds)
-        for storage in holds["forward"]:
+        for storage in (held for name in ("autocast", "forward", "states") for held in holds.get(name, ())):
             self.drop(storage)
         before = len(self._held["nodes"])
         self.backward(frame, grads)

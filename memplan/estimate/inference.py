@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -91,6 +91,24 @@ class InferenceWalk(Walk):
             return (full or by_peak)[0][0]
         return next((walk for walk, usage in full if not usage.may_fit), full[0][0])
 
+    def _temporaries(self, passes: Iterable[SizedPass]) -> int:
+        """Return the most bytes that one of the passes frees before it ends, if the run is compiled."""
+        compiled = passes if self.run.kernels.compile else ()
+        return max((each.peak.bytes - each.bytes_left() for each in compiled), default=0)
+
+    @property
+    def compiled_away(self) -> int:
+        """Temporaries of the pass with the peak, without the logits that it returns."""
+        if not self.run.kernels.compile:
+            return 0
+        returned = sum(line.bytes for line in self.lines(self.top) if line.what == "logits")
+        return max(self._temporaries([self.passes[self.peaks.index(max(self.peaks))]]) - returned, 0)
+
+    @property
+    def compiled_more(self) -> int:
+        """Temporaries of a compiled pass, which CUDA graphs keep in a pool of their own: all but the prefill."""
+        return self._temporaries(each for each in self.passes if each.phase != "prefill")
+
     @property
     def parts(self) -> Mapping[str, object]:
         graph, parallelism = self.decided.structure.graph, self.run.parallelism
@@ -106,6 +124,11 @@ class InferenceWalk(Walk):
 
     def notes(self) -> Iterator[str]:
         yield from self.decided.notes
+        if self.run.kernels.compile:
+            yield (
+                "torch.compile: counted as eager code; the range goes down to no temporaries, and up by those of one "
+                "decoding step or forward pass, which CUDA graphs (mode reduce-overhead) keep apart; assumed"
+            )
         note = check_batch(self.decided.batch, self.decided.structure.graph.model)
         yield from (note,) if note else ()
 

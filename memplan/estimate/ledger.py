@@ -62,10 +62,10 @@ def _side_task_lines(
     """Yield the tensors alive at the peak of a side task: what persists between steps, and its own."""
     sharding, p = sharding_of(decided.structure), walked.program
     if aside.own_process_graph is None:
-        for held in sharding.weights():
+        for held in sharding.weights() if "parameters" not in aside.moved else decided.structure.engine:
             yield weight_line(held, axes)
         yield workspace_line(decided.gpu, 2)
-        yield from _between_steps(walked, states=True)
+        yield from _between_steps(walked, states="optimizer" not in aside.moved)
         for held in sharding.gradients() if p.buffered else ():
             yield held_line(held, axes, "in gradient buffers")
         for held in sharding.held_in("forward") if aside.phase == "eval" else ():
@@ -96,6 +96,7 @@ def _side_task_lines(
 _WHY_HELD = {
     "eval": "the evaluation's predictions are concatenated on the GPU",
     "generate": "kept by the evaluation",
+    "reward": "kept by the step",
     "save": "gathered to be written",
     "merge": "while a layer's adapter is added to its weight",
 }

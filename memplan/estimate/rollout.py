@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.estimate.serving import why_not_started
@@ -19,12 +20,17 @@ from memplan.estimate.side_task import SideTask
 from memplan.estimate.side_tasks import generation
 from memplan.estimate.training_peaks import TrainingPeaks
 from memplan.estimate.usage import Answer, Replay, Usage
-from memplan.program.graph import TensorGroup, tensor_group
+from memplan.program.graph import TensorGroup, tensor_group, total_bytes
+from memplan.program.inference.passes import sized
+from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
 from memplan.program.serving.budget import Budget
 from memplan.program.sharding.choice import sharding_of
 from memplan.resolve.colocated import awake
+from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
+from memplan.resolve.roles import scoring_run
+from memplan.spec.roles import Roles
 from memplan.spec.run import RunSpec
 
 if TYPE_CHECKING:
@@ -34,10 +40,31 @@ _BATCH = "trl 1.16.0 trainer/grpo_trainer.py _prepare_inputs: _buffered_inputs"
 
 
 def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
-    """Return the generation of a step's completions; on other GPUs, the push of weights to them if it gathers any.
+    """Return the generation of a step's completions, and the reward model's pass over them. If other GPUs generate,
+    return the push of weights to them if it gathers any.
 
     Raises SpecError if the model cannot generate.
     """
+    reward = (_scoring(with_new_tokens(run), walked),) if "reward" in dict(decided.structure.graph.roles) else ()
+    return (*_generation(run, walked, decided), *reward)
+
+
+def _scoring(run: RunSpec, walked: TrainingPeaks) -> SideTask:
+    """Return the reward model's pass over all of a step's completions. A decoder keeps its cache."""
+    scoring, batch = decide(scoring_run(run)), run.batch
+    step = steps_of(scoring)[0]
+    if step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
+        wiring, one_pass = step.graph.wiring._replace(caching=True), step.graph.inference._replace(cache="dynamic")
+        step = step._replace(graph=step.graph._replace(wiring=wiring, inference=one_pass))
+    scored = sized(step, scoring)
+    moving, moment = scored.peak
+    held = tuple(_batch_before(batch.micro * batch.accumulation, batch.tokens))
+    where = scored.low().moments[moment].where
+    standing = walked.program.between_steps(walked.workspace)
+    return SideTask("reward", where, standing, held, (scored,), (0, moment), moving)
+
+
+def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[SideTask, ...]:
     structure, batch = decided.structure, with_new_tokens(run).batch
     graph, rows = structure.graph, batch.micro * batch.accumulation
     wraps = graph.recipe.kind not in ADAPTERS
@@ -48,7 +75,14 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
         pushed = SideTask("generate", "vLLM: weights pushed", standing, (*held, *gathered))
         if decided.colocated is None:
             return (pushed,) if gathered else ()
-        return (_by_engine(decided.colocated, pushed, bool(run.serving.sleep)),)
+        moved, p = run.serving.trainer_offload or (), walked.program
+        own = p.parameters - total_bytes(structure.engine)
+        pushed = _without(pushed, "optimizer" in moved, optimizer=p.states)
+        task = _without(pushed, "parameters" in moved, parameters=own)
+        return (_by_engine(decided.colocated, task, pushed, bool(run.serving.sleep)),)
+    if run.trainer in DISTILLING:  # its step computes in another precision than it generates in
+        alone = {"trainer": "sft", "roles": Roles(), "batch": {"micro": batch.micro, "sequence": batch.tokens}}
+        graph = decide(RunSpec.model_validate({**dict(run), **alone})).structure.graph
     held += tuple(sharding.held_in("generate"))
     library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
     ends = graph.recipe.fp32_ends or sharding.generates_with_fp32_ends
@@ -62,13 +96,20 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
     return (generation(prompted, library, casts, standing, held, samples=True, division=division),)
 
 
-def _by_engine(b: Budget, pushed: SideTask, sleeps: bool) -> SideTask:
+def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:
+    """Return the task without the bytes of a part of the trainer, if that is on the host meanwhile."""
+    if not is_moved:
+        return task
+    return task._replace(persistent_bytes=task.persistent_bytes - sum(sizes.values()), moved=(*task.moved, *sizes))
+
+
+def _by_engine(b: Budget, standing: SideTask, pushed: SideTask, sleeps: bool) -> SideTask:
     """Return the generation by a colocated vLLM engine at its largest step, or while the weights are pushed to it, when
     a sleeping one has woken its weights only."""
     step = tensor_group("temp", "vLLM's step", b.step.bytes, "uint8", "vllm 0.33.0 v1/worker/gpu_model_runner.py")
     woken = awake(b) if sleeps else ()
     batch = (h for h in pushed.held if h.where == "generate")
-    task = pushed._replace(where=f"vLLM: {b.step.where}", held=(*batch, *woken, step))
+    task = standing._replace(where=f"vLLM: {b.step.where}", held=(*batch, *woken, step))
     pushed = pushed._replace(held=(*pushed.held, *woken[:1]))
     return max(task, pushed, key=lambda moment: moment.peak)._replace(empties_cache=sleeps)
 

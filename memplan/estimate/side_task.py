@@ -28,6 +28,7 @@ class SideTask(NamedTuple):
     own_process_graph  the graph of a separate process, if the task runs in one
     loads              peak bytes while that process loads
     empties_cache      torch's cached segments are freed before it
+    moved              parts of the trainer that are on the host meanwhile: `parameters`, `optimizer`
     """
 
     phase: str
@@ -44,6 +45,7 @@ class SideTask(NamedTuple):
     own_process_graph: Graph | None = None
     loads: int = 0
     empties_cache: bool = False
+    moved: tuple[str, ...] = ()
 
     @property
     def held_bytes(self) -> int:

@@ -55,6 +55,11 @@ class Replay:
         return 0
 
     @property
+    def compiled_more(self) -> int:
+        """Bytes that torch.compile may take in addition."""
+        return 0
+
+    @property
     def is_long(self) -> bool:
         """Whether a replay takes seconds. If so, none is run for a full card."""
         return False
@@ -178,7 +183,9 @@ class Usage:
     @cached_property
     def _overhead(self) -> ProcessOverhead:
         overhead = run_overhead(self._gpu, self._replay.communicators, self._calibration)
-        return overhead._replace(less=overhead.less + self._replay.compiled_away)
+        return overhead._replace(
+            less=overhead.less + self._replay.compiled_away, more=overhead.more + self._replay.compiled_more
+        )
 
     @property
     def overheads(self) -> tuple[Overhead, ...]:

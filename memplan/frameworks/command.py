@@ -20,12 +20,13 @@ from memplan.spec.run import RunSpec
 from memplan.spec.training import Method, Optimizer, Precision, precision_of
 
 _LEFT_TO_A_FILE = ("quant_storage", "gpus_per_node", "save", "merge")
+_ROLLOUT = ("batch.new_tokens", "batch.generations", "rollout", "serving.sleep", "serving.memory_utilization")
 # Field of a training run -> the option that sets it. `_has_option` lists the exceptions.
 OPTIONS = {
     option.field: flag(name)
     for heading, group in GROUPS.items()
     for name, option in group.items()
-    if heading not in ("Generation", "Serving engines") and name not in _LEFT_TO_A_FILE
+    if (heading not in ("Generation", "Serving engines") or option.field in _ROLLOUT) and name not in _LEFT_TO_A_FILE
 } | {"loop.trainer": flag("trainer")}  # alone, it sets this field
 _ADAPTER_FIELDS = ("rank", "alpha", "targets", "dropout", "modules_to_save", "adapter_dtype", "options")
 _CHECKPOINTING = {"full": "--gradient-checkpointing", "none": "--no-gradient-checkpointing"}

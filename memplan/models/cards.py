@@ -98,7 +98,7 @@ def is_bundled(model: str) -> bool:
 
 def _locate(model: str, online: bool) -> str | PublishedModel:
     """Return the name of the card that `model` means, or the facts it leads to."""
-    model = re.sub(_ADDRESS, r"\2", model)
+    model = re.sub(_ADDRESS, r"\2", model) if "/" in model else model
     file = _file(model) if "/" in model or os.sep in model or model.endswith(_FILES) else None
     card = None if file is not None else _card_name(model)
     if card is not None:

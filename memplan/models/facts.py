@@ -412,6 +412,11 @@ class ModelFacts:
         """The layers as repeated patterns."""
         return runs_of(self.layers)
 
+    @cached_property
+    def scan_chunk(self) -> int:
+        """The tokens that its layers scan at once; 0 if they do not scan chunk by chunk."""
+        return self.axes().get("chunk", 0)
+
     def axes(self) -> dict[str, int]:
         """Return the size of every axis of `memplan.core.ir` for this model, and of widths derived from them.
 

@@ -86,6 +86,7 @@ class TrainingFacts(NamedTuple):
     all_linear_note  what goes wrong with peft's all-linear; "" if nothing
     experts_were     experts were modules before transformers 5, which is modelled too
     fuses_experts    peft takes gate_proj, up_proj and down_proj for experts' matrices, even if all layers are dense
+    shares_a_graph   its blocks read embeddings that train, whose graph the first reentrant checkpoint frees
     late_dropout     embeddings' dropout runs on the GPU of the last layer (device_map)
     """
 
@@ -96,6 +97,7 @@ class TrainingFacts(NamedTuple):
     all_linear_note: str = ""
     experts_were: bool = False
     fuses_experts: bool = False
+    shares_a_graph: bool = False
     late_dropout: bool = False
 
 
@@ -154,7 +156,8 @@ class ParallelFacts(NamedTuple):
     context         context parallelism works: attention is one call on the heads of the projections
     wraps_twice     accelerate wraps its embeddings for FSDP2, and then the table inside them
     wrapped_stem    prefix of the weights outside of blocks that FSDP2 wraps as a separate unit
-    megatron_flags  Megatron-LM's flags for it, in addition to its sizes; None if not known
+    gpt             what Megatron-Bridge sets of Megatron-core's GPT for it, in addition to its sizes, in the keys of
+                    `megatron_gpt`; None if Megatron-core does not have it or it was not read
     """
 
     plan: TensorParallelPlan | None = None
@@ -164,7 +167,7 @@ class ParallelFacts(NamedTuple):
     context: bool = False
     wraps_twice: bool = False
     wrapped_stem: str = ""
-    megatron_flags: tuple[str, ...] | None = None
+    gpt: Mapping[str, Any] | None = None
 
 
 class ServingFacts(NamedTuple):

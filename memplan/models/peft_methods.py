@@ -11,7 +11,7 @@ from typing import Literal
 
 from memplan.core.records import NamedTuple
 
-Value = int | bool | str | None
+Value = int | float | bool | str | None
 Targets = Mapping[str, str]  # model_type -> names of modules, separated by spaces
 
 _NONE: Mapping[str, Value] = MappingProxyType({})
@@ -30,6 +30,7 @@ class PeftMethod(NamedTuple):
     alpha    peft's name of the scale; empty if it has none
     formats  formats of quantised layers that it can adapt
     conv1d   whether it adapts transformers' Conv1D, as in GPT-2, too
+    refuses  models whose linear layers are of a class that it does not adapt
     on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, or
              rows of the embeddings (`tokens`)
     """
@@ -42,6 +43,7 @@ class PeftMethod(NamedTuple):
     alpha: str = ""
     formats: tuple[str, ...] = ()
     conv1d: bool = False
+    refuses: tuple[str, ...] = ()
     on: Literal["linear", "norms", "prompt", "tokens"] = "linear"
 
 
@@ -72,6 +74,30 @@ _ADALORA: Targets = {
     "t5": "q k v o wi wo",
     "opt": "q_proj k_proj v_proj out_proj fc1 fc2",
     "roberta": "query key value dense",
+}
+_BEFT: Targets = {
+    **_each("llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 opt gptj gpt_neo phi", "v_proj"),
+    **_each("bert roberta", "value"),
+    "t5": "v",
+}
+_OSF: Targets = {
+    **_each(
+        "llama llama4 mistral mixtral gemma gemma2 gemma3_text qwen2 qwen3 phi",
+        "q_proj k_proj v_proj o_proj gate_proj down_proj up_proj",
+    ),
+    **_each("gpt2 gpt_bigcode", "c_attn c_proj"),
+    **_each("bloom gpt_neox falcon", "query_key_value dense_4h_to_h"),
+    "opt": "q_proj k_proj v_proj out_proj fc1 fc2",
+    "gptj": "q_proj k_proj v_proj out_proj fc_in fc_out",
+}
+_VBLORA: Targets = {
+    **{
+        name: names
+        for name, names in _LORA.items()
+        if name not in "xlm-roberta chatglm mpt falcon mistral mixtral stablelm phi"
+    },
+    "t5": "q k v o wi wo",
+    "opt": "q_proj k_proj v_proj out_proj fc1 fc2",
 }
 _IA3: Targets = {
     **_each("llama4 gemma gemma2 gemma3_text qwen2 qwen3", "q_proj v_proj down_proj"),
@@ -107,14 +133,24 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     "adalora": PeftMethod(
         _ADALORA, 12, dropout="lora_dropout", r="init_r", alpha="lora_alpha", formats=BITSANDBYTES, conv1d=True
     ),
+    "beft": PeftMethod(_BEFT),
     "boft": PeftMethod(
         _LORA, options={"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1}, formats=BITSANDBYTES
     ),
     "c3a": PeftMethod(_C_PROJ, options={"block_size": 256}),
+    "deft": PeftMethod(_LORA, 8, {"para": False}, dropout="deft_dropout", conv1d=True),
     "delora": PeftMethod(_LORA, 8),
     "fourierft": PeftMethod(_C_PROJ, options={"n_frequency": 1000}, conv1d=True),
+    "glora": PeftMethod(
+        _LORA, 8, {"config_A_B": "lora", "config_C": "lora", "config_D_E": "constant"}, refuses=("falcon",)
+    ),
+    "gralora": PeftMethod(
+        _LORA, 32, {"gralora_k": 2, "hybrid_r": 0}, dropout="gralora_dropout", alpha="alpha", conv1d=True
+    ),
     "hira": PeftMethod(_LORA, 32, dropout="hira_dropout", formats=BITSANDBYTES, conv1d=True),
+    "hra": PeftMethod(_LORA, 8),
     "ia3": PeftMethod(_IA3, options={"feedforward_modules": None}, formats=BITSANDBYTES, conv1d=True),
+    "lily": PeftMethod(_LORA, 32, {"num_B": 2}),
     "loha": PeftMethod(_LORA, 8, alpha="alpha"),
     "lokr": PeftMethod(_LORA, 8, {"decompose_both": False, "decompose_factor": -1}, alpha="alpha"),
     "ln_tuning": PeftMethod(_NORMS, formats=BITSANDBYTES, conv1d=True, on="norms"),
@@ -130,6 +166,21 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         },
         formats=BITSANDBYTES,
     ),
+    "osf": PeftMethod(_OSF, options={"effective_rank": None}),
+    "peanut": PeftMethod(_LORA, 32, {"depth": 0}),
+    "psoft": PeftMethod(
+        _LORA,
+        32,
+        {
+            "psoft_orth": True,
+            "psoft_mag_b": True,
+            "psoft_mag_a": True,
+            "psoft_svd": "full",
+            "ab_svd_init": "psoft_init",
+        },
+        dropout="psoft_dropout",
+        alpha="psoft_alpha",
+    ),
     "p_tuning": PeftMethod(
         options={"num_virtual_tokens": None, "encoder_hidden_size": None},
         formats=BITSANDBYTES,
@@ -137,9 +188,22 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         on="prompt",
     ),
     "prompt_tuning": PeftMethod(options={"num_virtual_tokens": None}, formats=BITSANDBYTES, conv1d=True, on="prompt"),
+    "pvera": PeftMethod(_WITHOUT_FC, 256, dropout="pvera_dropout", conv1d=True),
     "randlora": PeftMethod(_LORA, 32, dropout="randlora_dropout", formats=BITSANDBYTES, conv1d=True),
     "road": PeftMethod(_LORA, options={"variant": "road_1", "group_size": 64}, formats=BITSANDBYTES),
+    "shira": PeftMethod(_WITHOUT_FC, 32),
+    "supertuning": PeftMethod(_LORA, options={"sparsity": 0.99}),
+    "tinylora": PeftMethod(_LORA, 2, {"u": 64}, dropout="tinylora_dropout", conv1d=True),
     "trainable_tokens": PeftMethod(options={"token_indices": None}, formats=BITSANDBYTES, conv1d=True, on="tokens"),
+    "unilora": PeftMethod(_LORA, 4, {"theta_d_length": 256}, dropout="unilora_dropout", conv1d=True),
+    "vblora": PeftMethod(
+        _VBLORA,
+        4,
+        {"num_vectors": 256, "vector_length": 256, "topk": 2},
+        dropout="vblora_dropout",
+        conv1d=True,
+    ),
+    "waveft": PeftMethod(_C_PROJ, options={"n_frequency": 2592, "use_idwt": True}, conv1d=True),
     "vera": PeftMethod(_WITHOUT_FC, 256, dropout="vera_dropout", formats=BITSANDBYTES, conv1d=True),
 }
 
@@ -148,6 +212,11 @@ def default_targets(method: str, model_type: str) -> tuple[str, ...]:
     """Return the modules that a method adapts by default; empty if peft has no default for the model."""
     targets = PEFT_METHODS[method].targets if method in PEFT_METHODS else _LORA
     return tuple(targets.get(model_type, "").split())
+
+
+def refuses_layers(method: str, model_type: str) -> bool:
+    """Whether a method does not adapt the class of the model's linear layers."""
+    return method in PEFT_METHODS and model_type in PEFT_METHODS[method].refuses
 
 
 def has_rank(method: str) -> bool:

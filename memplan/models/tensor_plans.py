@@ -6,6 +6,8 @@ vocabulary (distributed/mixin.py init_parallel_plans, the classes' _tp_plan).
 
 from __future__ import annotations
 
+from typing import Any
+
 from memplan.core.records import NamedTuple
 
 
@@ -54,4 +56,14 @@ _DELTA = ("in_proj_qkvz", "in_proj_ba", "in_proj_qkv", "in_proj_z", "in_proj_b",
 LLAMA_DELTA, MIXTURE_DELTA = LLAMA._replace(gathered=_DELTA), MIXTURE._replace(gathered=_DELTA)
 # Megatron-core fuses q, k and v into one projection, with rows ordered by query group, and gate and up into another.
 GLM_MEGATRON = TensorParallelPlan((*QKV, "gate_up_proj"), ("o_proj", "down_proj"))
-MEGATRON_FLAGS = ("--swiglu", "--normalization RMSNorm", "--position-embedding-type rope", "--disable-bias-linear")
+# What Megatron-Bridge makes of families as Megatron-core's GPT. Source: megatron-bridge 0.3.1 models/*/*_bridge.py
+# provider_bridge, models/conversion/model_bridge.py CONFIG_MAPPING.
+GPT: dict[str, Any] = {
+    "gated_mlp": True,
+    "norm_type": "rmsnorm",
+    "position_embedding_type": "rope",
+    "use_bias": False,
+    "hidden_dropout": 0.0,
+    "create_attention_mask": False,
+}
+GPT_EXPERTS: dict[str, Any] = {**GPT, "moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": True}

@@ -8,7 +8,7 @@ from functools import lru_cache
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
 from memplan.catalogue.profiles.engines import find_engine
-from memplan.core.errors import MemplanError
+from memplan.core.errors import MemplanError, errors_about
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate
 from memplan.estimate.estimate import estimate
@@ -94,7 +94,8 @@ def fits(run: RunSpec, pool: Iterable[str | GPU] | None = None) -> tuple[Fit, ..
     The answers are those of `estimate`; the run's own `gpu` is ignored. Raises what `estimate` raises for a run that is
     refused on every GPU, and UnknownNameError for an unknown GPU.
     """
-    gpus = all_gpus() if pool is None else [gpu if isinstance(gpu, GPU) else find_gpu(gpu) for gpu in pool]
+    with errors_about("pool", "gpu"):
+        gpus = all_gpus() if pool is None else [gpu if isinstance(gpu, GPU) else find_gpu(gpu) for gpu in pool]
     answers = card_answers(run.model_copy(update={"gpu": None}))
     found = tuple(map(answers.fit, gpus))
     if found and all(fit.refusal for fit in found):

@@ -100,6 +100,7 @@ def levers_of(run: RunSpec) -> tuple[Lever, ...]:
         *_offload(run),
         *_sharding(run),
         *_more_gpus(run),
+        *_roles(run),
         *_double_quant(run),
         *_experts(run),
         *_precision(run),
@@ -169,6 +170,17 @@ def _reference(run: RunSpec) -> Iterator[Lever]:
     if run.reference in ("copy", "adapters"):
         precomputed = ("reference", "precomputed")
         yield _lever("reference_precomputed", "a precomputed reference", "reference", precomputed)
+
+
+def _roles(run: RunSpec) -> Iterator[Lever]:
+    """Yield another model of the step in 4 bits, and a reward model on other GPUs."""
+    for role, other in run.roles.named:
+        if other.location == "gpu" and other.quantization is None:
+            stored = other.model_copy(update={"quantization": Quantization()})
+            yield _lever("role_quantized", f"the {role} model in NF4", f"{role} format", (f"roles.{role}", stored))
+        if other.location == "gpu" and role == "reward":
+            away = other.model_copy(update={"location": "server"})
+            yield _lever("role_server", "the reward model on other GPUs", "reward format", (f"roles.{role}", away))
 
 
 _LEAST_SHARE = 0.1

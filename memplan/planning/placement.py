@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import find_gpu, mig_instances
 from memplan.core.cached_property import cached_property
-from memplan.core.errors import MemplanError, UnknownNameError, refused
+from memplan.core.errors import MemplanError, UnknownNameError, errors_about, refused
 from memplan.core.records import NamedTuple
 from memplan.core.units import gib
 from memplan.estimate.answer import Estimate
@@ -246,7 +246,8 @@ def pool_gpus(nodes: Iterable[NodeShape]) -> Iterator[PoolGPU]:
     """Yield the kinds of GPU of a pool on which nothing runs yet. Raises UnknownNameError or SpecError."""
     numbers: Counter[str] = Counter()
     for node in nodes:
-        gpu, name = find_gpu(node.gpu), node.name or node.gpu
+        with errors_about("pool", "gpu"):
+            gpu, name = find_gpu(node.gpu), node.name or node.gpu
         machines = [PoolMachine(f"{name}-{numbers[name] + i}", node.host_memory) for i in range(node.count)]
         numbers[name] += node.count
         usd = node.usd_per_hour

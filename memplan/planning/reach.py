@@ -27,6 +27,7 @@ from memplan.models.peft_methods import has_rank
 from memplan.planning.trials import FIELDS, MAX_VALUE, attempt, last, needed_gpu
 from memplan.resolve.refusals.vendors import not_on
 from memplan.spec.run import RunSpec, changed
+from memplan.spec.serving import Serving
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
@@ -260,7 +261,9 @@ _MIN_TOKENS = 128  # batches that only fit with shorter sequences are not listed
 
 def cards_that_hold(run: RunSpec, vendor: str = "", calibration: Calibration | None = None) -> Iterator[Holding]:
     """Yield the catalogued GPUs, optionally of one vendor, that hold the run, least memory first. Evaluated lazily."""
-    weights = estimate(run.model_copy(update={"gpu": None})).phases[0].peak  # loading needs this much on any card
+    shares = run.rollout == "colocate"  # the card with an engine, which takes a part of any card
+    alone = run.model_copy(update={"gpu": None, **({"rollout": "server", "serving": Serving()} if shares else {})})
+    weights = estimate(alone).phases[0].peak  # loading needs this much on any card
     cards = sorted((gpu for gpu in all_gpus() if not any(not_on(gpu, run))), key=lambda gpu: (gpu.usable, gpu.name))
     largest = {gpu.compute_capability: gpu for gpu in cards}  # cards of one capability run the same kernels
 
@@ -272,9 +275,8 @@ def cards_that_hold(run: RunSpec, vendor: str = "", calibration: Calibration | N
         kind = answer_on(largest[gpu.compute_capability])
         if kind is None or gpu.usable < weights or vendor not in ("", gpu.vendor):
             continue
-        if calibration is None and kind.fits_card_of(
-            gpu.usable, replayed=True
-        ):  # one replay decides all cards of a kind
+        # one replay decides all cards of a kind
+        if calibration is None and not shares and kind.fits_card_of(gpu.usable, replayed=True):
             yield Holding(gpu, "fits")
             continue
         answer = answer_on(gpu)

@@ -14,7 +14,7 @@ from itertools import pairwise
 from operator import index, mul
 from typing import TYPE_CHECKING, Any, cast
 
-from memplan.catalogue.kernels.losses import SINGLE_CHUNK
+from memplan.catalogue.kernels.losses import loss_chunks
 from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.core.arithmetic import ONE_RUN, Arithmetic
 from memplan.core.cached_property import cached_property
@@ -45,7 +45,10 @@ if TYPE_CHECKING:
 
     from memplan.estimate.calibration import Calibration
 
-STEP_PHASES = ("load", "forward", "loss", "backward", "step", "eval", "generate", "save", "merge", "reference")
+STEP_PHASES = (
+    *("load", "forward", "loss", "backward", "step", "eval", "generate", "save", "merge"),
+    *("reference", "teacher", "reward"),
+)
 FITS, TIGHT, DOES_NOT_FIT = range(len(BY_MEMORY))
 UNCLEAR, CANNOT_RUN = 3, 4
 _CHUNK = 16384  # runs per call: few enough to stay in the cache, enough to be worth a call
@@ -203,17 +206,19 @@ def _same_program(run: RunSpec, batches: list[int], sequences: list[int]) -> Ite
     ends = {0, len(sequences)}
     if model.sliding_window is not None:
         ends.add(bisect_left(sequences, model.sliding_window))
+    ends.add(bisect_right(sequences, model.scan_chunk))
     if run.batch.images and takes_images(model):
         tokens = run.batch.images * picture_of(model, run.batch.image_size).tokens
         ends.add(bisect_left(sequences, tokens))  # the images do not fit into shorter sequences
-    if run.kernels.loss == "chunked_lm_head":
-        ends.add(bisect_right(sequences, SINGLE_CHUNK))
     if model.learned_positions and model.longest_sequence is not None:
         ends.add(bisect_right(sequences, model.longest_sequence))
-    generates = run.trainer in GENERATING  # a batch that is not one of whole prompts is invalid
-    starts = range(len(batches)) if generates else (0, bisect_right(batches, 1))
+    loss = run.kernels.loss or ""
+    one_by_one = run.trainer in GENERATING  # a batch that is not one of whole prompts is invalid
+    one_by_one |= "chunked_nll" in loss  # whose chunks are of all sequences
+    starts = range(len(batches)) if one_by_one else (0, bisect_right(batches, 1))
     for rows in pairwise(sorted({*starts, len(batches)})):
-        for columns in pairwise(sorted(ends)):
+        chunks = [dict(loss_chunks(batches[rows[0]], length)).get(loss) for length in sequences]
+        for columns in pairwise(sorted(ends.union(i for i in range(1, len(chunks)) if chunks[i] != chunks[i - 1]))):
             yield slice(*rows), slice(*columns)
 
 

@@ -78,7 +78,7 @@ class _Pair(NamedTuple):
 
 
 # The traced phases that each estimated phase is compared with: an estimate's step includes clipping.
-_ASIDES = ("eval", "generate", "save", "merge")  # like loading, they belong to no step
+_ASIDES = ("eval", "generate", "reward", "save", "merge")  # like loading, they belong to no step
 _SAME = {name: (name,) for name in ("load", "forward", "loss", "backward", "encode", "prefill", "decode", *_ASIDES)}
 _STEP = {"step": ("clip", "step")}
 
@@ -100,7 +100,7 @@ def _iter_pairs(traced: TracedRun, answer: Estimate) -> Iterator[_Pair]:
                 estimated[phase.phase] = i
         if ("loss", step) not in traced_phases and estimated.keys() >= {"forward", "loss"}:
             # the traced model, or its trainer with a reference model, computes the loss inside forward
-            inside = [estimated.pop(name) for name in ("loss", "reference") if name in estimated]
+            inside = [estimated.pop(name) for name in ("loss", "reference", "teacher") if name in estimated]
             estimated["forward"] = max(estimated["forward"], *inside, key=lambda i: answer.phases[i].peak)
         for name, i in estimated.items():
             names = {**_SAME, **_STEP}[name]

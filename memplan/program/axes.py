@@ -133,9 +133,14 @@ def axes_of(
         axes["s_tp"] = -(-s // degrees.tp)
     axes.update(more)
     if completion:
-        axes.update({"kept": completion + 1})
-        axes["completion_rows"] = b * completion
+        scored = s - 1 if graph.trainer is not None and graph.trainer.prompt_logits else completion
+        axes |= {"kept": scored + 1, "completion_rows": b * scored}
         axes["generated"] = b * more["accumulation"]
+    for role, other in graph.roles:  # those inside the step
+        own = frozenset(name.removeprefix(f"{role}.") for name in needs if name.startswith(f"{role}."))
+        if own:
+            by_name = axes_of(other, own, micro, sequence - completion, half, large_tiles, by, pictures, target)
+            axes |= {f"{role}.{name}": by_name[name] for name in own}
     needs = needs.difference(axes)
     if needs:
         fixed = operations_of(graph)[1]
@@ -211,7 +216,8 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     """Return the axes of a model that scans a sequence of `s` tokens chunk by chunk.
 
     s_conv       rows of a convolution padded at both ends
-    earlier      tokens before the last
+    earlier      tokens before the last two
+    second_last  the token before the last, if there is one
     chunks       number of chunks
     borders      number of chunk borders, both ends included
     later        chunks after the first
@@ -232,7 +238,8 @@ def chunked(numbers: Mapping[str, int], s: Size, by: Arithmetic[Size]) -> dict[s
     several = by.choose(chunks > 1, rows, 0)
     return {
         "s_conv": s + numbers.get("kernel", 1) - 1,
-        "earlier": s - 1,
+        "earlier": by.most(0, s - 2),
+        "second_last": by.least(s - 1, 1),
         "chunks": chunks,
         "borders": chunks + 1,
         "later": chunks - 1,
@@ -363,7 +370,7 @@ def _cross_attention(run: _Run) -> Iterator[tuple[str, Any]]:
 
 
 def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
-    """Tokens of torchtune's chunks (`lc`, and the last two) and of Liger's (`fc`); chunks and tiles of TRL's losses."""
+    """Tokens of torchtune's chunks (`lc`, and the last) and of Liger's (`fc`); chunks and tiles of TRL's losses."""
     by = run.by
     rows = run.axes["completion_rows"] if "completion" in run.axes else run.b * (run.s - 1)
     if "nll_tokens" in run.needs:
@@ -375,6 +382,9 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
         yield "tile_words", min(words, TILE_WIDTH)
         further = min(words - TILE_WIDTH, TILE_WIDTH) if words > TILE_WIDTH else by.choose(rows > TILE_TOKENS, words, 0)
         yield "next_tile_words", further
+        last = words - (-(-words // TILE_WIDTH) - 1) * TILE_WIDTH
+        yield "tile_words_last", last
+        yield "tile_words_early", min(words, TILE_WIDTH) + further - last
     for kind in ("frozen", "trained"):
         if f"fused_logits_{kind}" in run.needs:
             yield from _fused_chunks(run, rows, kind)
@@ -384,12 +394,10 @@ def _losses(run: _Run) -> Iterator[tuple[str, Any]]:
         yield "half_rows", rows // 2
         yield "chosen_copied", by.choose(run.b > 2, rows // 2, 0)
         yield "entropy_rows", by.least(rows, 128)  # trl 1.13 trainer/utils.py entropy_from_logits: chunk_size
-    if "lc" in run.needs:
+    if "lc_last" in run.needs:
         chunk = -(-run.s // 8)
         yield "lc", chunk
-        yield from (
-            (f"lc_{name}", by.most(0, by.least(chunk, run.s - i * chunk))) for i, name in ((6, "next"), (7, "last"))
-        )
+        yield "lc_last", (run.s - 1) % chunk + 1
     if "fc" in run.needs:
         tokens = run.b * run.s
         chunk = -(-tokens // -(-run.model.vocab_size // run.model.hidden_size))

@@ -17,6 +17,7 @@ from memplan.catalogue.inference.offloaded_caches import offloaded
 from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import losses
 from memplan.catalogue.kernels.fused import fuse
+from memplan.catalogue.kernels.own_axes import own_sizes, with_own_axes
 from memplan.catalogue.kernels.rewriting import rewrite, rewrite_blocks, with_all_gradients, with_last_input
 from memplan.catalogue.kernels.wiring import Trainer, Wiring
 from memplan.catalogue.methods.freezing import freeze
@@ -52,7 +53,7 @@ class Graph(NamedTuple):
     wiring                  attention kernels, masks and caches
     checkpoint              blocks are checkpointed
     every_n_layers          only the first of every n layers is checkpointed
-    saves_products          checkpoints keep the outputs of matrix products and attention
+    saves_products          the matrix products whose outputs checkpoints keep: `all`, `alternate` or none
     loss                    the kind of loss (see `memplan.catalogue.kernels.losses.attach`)
     hold_outputs            a variable of the script holds the model's outputs through backward
     adds_in_place           the fused loss accumulates its weight gradient in place
@@ -61,7 +62,7 @@ class Graph(NamedTuple):
     reentrant               checkpointing is reentrant
     logits                  version of transformers' loss (see `memplan.catalogue.kernels.losses.cross_entropy`)
     has_one_sequence        the batch is one sequence, if the loss treats that case differently
-    has_single_chunk        the sequence fits in a single chunk of a loss computed in chunks
+    loss_chunks             chunks of a loss computed in chunks (see `memplan.catalogue.kernels.losses`)
     fused                   names of the fused kernels
     casts_outputs           the model's output is cast to fp32
     code                    library that implements the model: transformers, litgpt, torchtitan
@@ -78,6 +79,7 @@ class Graph(NamedTuple):
                             too
     placed                  device of each module, if one process spreads them over several GPUs or the host
     trainer                 the trainer of TRL that computes the loss, with its reference; None for the model's own loss
+    roles                   other models on this GPU by role, which are not made of this one
     """
 
     model: ModelSpec
@@ -92,7 +94,7 @@ class Graph(NamedTuple):
     reentrant: bool = False
     logits: str = "padded"
     has_one_sequence: bool = False
-    has_single_chunk: bool = False
+    loss_chunks: int = 0
     fused: tuple[str, ...] = ()
     casts_outputs: bool = False
     code: str = "transformers"
@@ -107,8 +109,9 @@ class Graph(NamedTuple):
     flattens_frozen: bool = False
     placed: ModulePlacement | None = None
     trainer: Trainer | None = None
+    roles: tuple[tuple[str, Graph], ...] = ()
     every_n_layers: int = 1
-    saves_products: bool = False
+    saves_products: str = ""
 
 
 class TensorGroup(NamedTuple):
@@ -204,7 +207,7 @@ def _with_equal_operations(graph: Graph) -> Graph:
         input_requires_grad=False,
         to_host=False,
         saves=None,
-        saves_products=False,
+        saves_products="",
         holds_previous_outputs="",
     )
 
@@ -248,7 +251,7 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
     if degrees.cp > 1:
         heads = (graph.model.num_attention_heads, graph.model.num_key_value_heads)
         stack = (
-            megatron.ring_attention(stack, degrees)
+            (megatron.exchanged_heads if degrees.context == "ulysses" else megatron.ring_attention)(stack, degrees)
             if is_megatron
             else context_parallel.with_context_parallelism(stack, degrees, heads)
         )
@@ -263,10 +266,8 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         stack = rewrite(stack, lambda op: (op._replace(holds="step") if op.holds == "forward" else op,))
     autocast = recipe.compute if recipe.autocast else None
     if graph.trainer is not None:
-        reference, first_pass = (
-            None if other is None else operations_of(other)[0] for other in (reference_of(graph), first_pass_of(graph))
-        )
-        stack = with_trainer(stack, graph.trainer, reference, first_pass, autocast)
+        others, numbers = _models_inside(graph)
+        stack, axes = with_trainer(stack, graph.trainer, others, autocast), axes | numbers
         return (stack if graph.inference is None else evaluation(stack, graph.inference, returns=False)), axes
     if graph.inference is not None and not graph.inference.evaluates:
         backend = graph.inference.loaded.backend
@@ -288,13 +289,22 @@ def _built(graph: Graph) -> tuple[Stack, dict[str, int]]:  # noqa: PLR0912 (a br
         graph.has_one_sequence,
         "cross_entropy" in graph.fused,
         graph.casts_outputs,
-        graph.has_single_chunk,
+        graph.loss_chunks,
     )
     if graph.wiring.keeps_last and stack.after:
         stack = stack._replace(after=with_last_input(stack.after))
     if recipe.kind == "adalora" and graph.loss == "hf" and graph.inference is None:
         stack = with_orthogonality(stack)
     return (stack if graph.inference is None else evaluation(stack, graph.inference)), axes
+
+
+def _models_inside(graph: Graph) -> tuple[dict[str, Stack], dict[str, int]]:
+    """Return the operations of the models that run inside a trainer's step, by phase, and the axes of other models."""
+    own = (("reference", reference_of(graph)), ("forward", first_pass_of(graph)))
+    stacks = {phase: operations_of(other)[0] for phase, other in own if other is not None}
+    found = {role: operations_of(other) for role, other in graph.roles}
+    stacks |= {role: with_own_axes(found[role][0], role) for role, other in graph.roles if other.trainer}
+    return stacks, {axis: n for role, (_, sizes) in found.items() for axis, n in own_sizes(sizes, role).items()}
 
 
 @lru_cache(maxsize=128)
@@ -309,20 +319,19 @@ def reference_of(graph: Graph) -> Graph | None:
         kind = recipe.kind if recipe.kind in ADAPTERS else "lora"
         recipe = recipe._replace(kind=kind, targets=(), saved=(), selection=None, bias="none", tokens=0, fused="")
     if is_copy:
-        recipe = recipe._replace(autocast=recipe.autocast and not trainer.shards_copy)
         dtype = recipe.compute if trainer.copy_dtype == "compute" else recipe.weights
-        recipe = recipe._replace(preparation="", weights=dtype)
-    return _without_gradients(graph._replace(recipe=recipe))
+        recipe = recipe._replace(autocast=recipe.autocast and not trainer.shards_copy, preparation="", weights=dtype)
+    return without_gradients(graph._replace(recipe=recipe))
 
 
 @lru_cache(maxsize=128)
 def first_pass_of(graph: Graph) -> Graph | None:
     """Return the graph of the model's own first pass without gradients, if a trainer's step has one."""
     has_one = graph.trainer is not None and graph.trainer.has_first_pass
-    return _without_gradients(graph) if has_one else None
+    return without_gradients(graph) if has_one else None
 
 
-def _without_gradients(graph: Graph) -> Graph:
+def without_gradients(graph: Graph) -> Graph:
     """Return the graph of a trainer's model as it runs without gradients."""
     assert graph.trainer is not None
     return graph._replace(
@@ -332,12 +341,19 @@ def _without_gradients(graph: Graph) -> Graph:
         input_requires_grad=False,
         hold_outputs=False,
         trainer=graph.trainer._replace(is_reference=True),
+        roles=(),
     )
 
 
 def reference_copy(graph: Graph) -> Graph | None:
     """Return the graph of the reference model if it is a copy, with weights of its own."""
     return reference_of(graph) if graph.trainer is not None and graph.trainer.reference == "copy" else None
+
+
+def other_models(graph: Graph) -> tuple[tuple[str, Graph], ...]:
+    """Return the models that are on the GPU in addition to the run's, by role, with weights of their own."""
+    copy = reference_copy(graph)
+    return graph.roles if copy is None else (("reference", copy), *graph.roles)
 
 
 def is_optimized(w: Weight, graph: Graph) -> bool:
@@ -543,7 +559,8 @@ def _options(graph: Graph) -> ExecutionOptions:
 def _stack(graph: Graph) -> tuple[Stack, dict[str, int]]:
     """Return the graph's operations, and the number of copies of each run of blocks."""
     stack, axes = operations_of(graph)
-    return stack, {run.times: axes[run.times] for run in stack.runs}
+    inside = [op.model for op in (*stack.before, *stack.loss) if op.model is not None] if graph.trainer else ()
+    return stack, {run.times: axes[run.times] for each in (stack, *inside) for run in each.runs}
 
 
 @lru_cache(maxsize=128)

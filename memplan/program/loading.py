@@ -27,6 +27,10 @@ class LoadingTape:
         self._sizes: dict[tuple[str | int, str], int] = {}
         self._storages = 0
 
+    def enter(self, axes: Mapping[str, int]) -> None:
+        """Begin a model with these axes."""
+        self._axes, self._sizes = axes, {}
+
     def alloc(self, shape: str | int, dtype: str) -> int:
         """Allocate a tensor of a shape, or of a number of elements. Return the number of its storage."""
         return self.alloc_bytes(self.bytes_of(shape, dtype))
@@ -83,8 +87,9 @@ def most_at_once(events: Iterable[tuple[int, int]]) -> int:
 @lru_cache(maxsize=4)
 def loading(*graphs: Graph) -> tuple[tuple[int, int], ...]:
     """Return what loading models, one after another, allocates and frees, in order (see `LoadingTape`)."""
-    tape = LoadingTape(operations_of(graphs[0])[1])
+    tape = LoadingTape()
     for graph in graphs:
+        tape.enter(operations_of(graph)[1])
         load(graph, tape)
     return tuple(tape.events)
 

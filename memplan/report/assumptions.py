@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import get_args
 
+from memplan.core.errors import printable
 from memplan.estimate.answer import Estimate
 from memplan.models.peft_methods import PEFT_METHODS, has_rank
 from memplan.program.run import TOKENS
+from memplan.report.blocks import Facts
 from memplan.report.wording import asked, count, examples, images, lengths, model
 from memplan.spec.formats import GgufType, Quantization
 from memplan.spec.generation import Generation
@@ -32,7 +34,7 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     text = [
         ("model", f"{model(answer)}: {size}"),
         ("trains", f"{count(trainable)} ({trainable / total:.2%})"),
-        *((("trainer", f"{run.trainer}; {_REFERENCES[run.reference or 'none']}"),) if run.trainer != "sft" else ()),
+        *((("trainer", "; ".join(_trainer(run))),) if run.trainer != "sft" else ()),
         ("method", "; ".join(_method(answer))),
         ("precision", "; ".join(_precision(answer))),
         ("optimizer", "; ".join(_optimizer(answer))),
@@ -54,6 +56,16 @@ def assumptions(answer: Estimate) -> list[tuple[str, str]]:
     if run.parallelism.pp > 1:
         text.insert(-1, ("pipeline", _pipeline(run)))
     return text
+
+
+def _trainer(run: RunSpec) -> Iterator[str]:
+    """Yield the trainer, its reference and the other models of its step."""
+    yield run.trainer
+    yield _REFERENCES[run.reference or "none"]
+    for role, other in run.roles.named:
+        name = other.model if isinstance(other.model, str) else other.model.config["model_type"]
+        stored = other.quantization.format if other.quantization else other.dtype or run.precision.weights
+        yield f"{role} {printable(str(name))} in {stored}" + " on a server" * (other.location == "server")
 
 
 _REFERENCES = {
@@ -81,6 +93,15 @@ def _without_cards(answers: Sequence[Estimate]) -> list[RunSpec]:
 def title(answers: Sequence[Estimate]) -> str:
     """Return what several answers are about: the question that they share, or how many runs they are."""
     return question(answers[0]) if is_one_question(answers) else f"{len(answers):,} runs"
+
+
+def of_lengths(answers: Sequence[Estimate]) -> Iterator[Facts]:
+    """Yield the longest and the typical batch of each run whose sequences differ."""
+    if any(answer.asked.batch.lengths for answer in answers):
+        from memplan.report.lengths import facts
+
+        for name, answer in zip(names(answers), answers, strict=True):
+            yield from facts(answer, name)
 
 
 def names(answers: Sequence[Estimate]) -> list[str]:

@@ -100,6 +100,7 @@ def _answers(answers: Sequence[Estimate], explain: bool, ranks: bool) -> Iterato
     yield bars(named)
     for name, answer in named:
         yield from next_steps(answer, name)
+    yield from assumptions_.of_lengths(answers)
     distinct = [next(group) for _, group in groupby(named, key=lambda run: (words.asked(run[1]), words.moment(run[1])))]
     for name, answer in distinct:
         on = name and f" on {name}" if assumptions_.is_one_question(answers) else f": {name}"

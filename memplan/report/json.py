@@ -10,5 +10,10 @@ from memplan.estimate.answer import Estimate
 
 def render(answers: Sequence[Estimate], explain: bool = False, ranks: bool = False) -> str:
     """Return the answers as JSON, which always has the ledger and the ranks, whatever `explain` and `ranks` are."""
-    dumped = [answer.model_dump() for answer in answers]
-    return json.dumps(dumped if len(dumped) > 1 else dumped[0], indent=2, ensure_ascii=False) + "\n"
+    if any(answer.asked.batch.lengths for answer in answers):
+        from memplan.planning.lengths import dumped
+
+        parts = [*map(dumped, answers)]
+    else:
+        parts = [answer.model_dump() for answer in answers]
+    return json.dumps(parts if len(parts) > 1 else parts[0], indent=2, ensure_ascii=False) + "\n"

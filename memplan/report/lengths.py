@@ -1,13 +1,12 @@
-"""Lines below an answer about sequences of different lengths."""
+"""Facts about a run with sequences of different lengths, for the reports that have them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.planning.lengths import LengthsAnswer
+from memplan.estimate.answer import Estimate
+from memplan.planning.lengths import LengthsAnswer, lengths_answer
 from memplan.report.blocks import Facts
-from memplan.report.display import display
-from memplan.report.text import Screen
 from memplan.report.wording import tenths
 
 _WORDS = {
@@ -18,9 +17,11 @@ _WORDS = {
 }
 
 
-def render(found: LengthsAnswer, to: Screen) -> str:
-    """Return the lines as text for a screen."""
-    return "\n" + display([Facts("", [(f"{name:12}", text) for name, text in _lines(found)])], to)
+def facts(answer: Estimate, title: str) -> Iterator[Facts]:
+    """Yield the facts of a run, if it has lengths."""
+    found = lengths_answer(answer)
+    if found is not None:
+        yield Facts(title, [(f"{fact:12}", text) for fact, text in _lines(found)])
 
 
 def _lines(found: LengthsAnswer) -> Iterator[tuple[str, str]]:

@@ -41,6 +41,7 @@ def _blocks(answers: Sequence[Estimate], explain: bool, ranks: bool, stamp: Stam
         yield verdicts([(name or str(answer.run.gpu), answer) for name, answer in zip(names, answers, strict=True)])
     for name, answer in zip(names, answers, strict=True):
         yield from next_steps(answer, name)
+    yield from assumptions_.of_lengths(answers)
     left_out = words.left_out(answers)
     yield Notes(left_out)
     details = list(_details(answers, explain, ranks))

@@ -4,7 +4,7 @@ next. It fits 80 columns and 24 lines; `--details` has the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -179,8 +179,13 @@ def _why(key: str, lines: Sequence[Line], answer: Estimate) -> tuple[str, str]:
 _MIN_NAME = 2  # letters; shorter names are those of formulas
 
 
-def _stored(lines: Iterable[Line], answer: Estimate) -> tuple[str, str]:
-    """Return how the weights are stored: "4.6 in fp32, 3.5 in nf4"."""
+def _stored(lines: Sequence[Line], answer: Estimate) -> tuple[str, str]:
+    """Return whose weights they are, if several models are on the GPU, or their formats: "4.6 in fp32, 3.5 in nf4"."""
+    roles = [role for role, _ in answer.run.roles.named]
+    others = {role: sum(line.bytes for line in lines if line.what.startswith(f"{role}.")) for role in roles}
+    if any(others.values()):
+        own = sum(line.bytes for line in lines) - sum(others.values())
+        return ", ".join(f"{words.tenths(size)} of the {role}" for role, size in {"model": own, **others}.items()), ""
     q = answer.run.method.quantization
     packed = q.format if q is not None else "packed"
     sizes: dict[str, dict[str, int]] = {}

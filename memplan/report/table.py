@@ -27,10 +27,13 @@ def render(
 ) -> str:
     to = to or screen()
     if len(answers) > 1:
-        return display(_comparison(answers, explain, ranks, details, line), to)
-    return display(
-        _answer(answers[0], explain, to, ranks) if details else _brief(answers[0], explain, to, ranks, line), to
-    )
+        blocks = _comparison(answers, explain, ranks, details, line)
+    elif details:
+        blocks = _answer(answers[0], explain, to, ranks)
+    else:
+        blocks = _brief(answers[0], explain, to, ranks, line)
+    lengths = display(assumptions_.of_lengths(answers), to)
+    return display(blocks, to) + (lengths and f"\n{lengths}")
 
 
 def stacks(answer: Estimate, to: Screen) -> str:

@@ -127,7 +127,7 @@ def asked(answer: Estimate) -> str:
     if answer.serving is not None:
         return f"serving {model(answer)} with {run.profile}"
     word = run.method.kind if run.task == "train" else run.task
-    trainer = "reward modelling" if run.trainer == "reward" else run.trainer.upper()
+    trainer = {"reward": "reward modelling", "distill": "distillation"}.get(run.trainer, run.trainer.upper())
     return f"{f'{trainer} with ' if run.trainer != 'sft' else ''}{_METHODS.get(word, word)} of {model(answer)}"
 
 
@@ -245,6 +245,8 @@ _MOMENTS = {
     "step": "in the optimizer's step",
     "eval": "in evaluation",
     "generate": "in generation",
+    "teacher": "in the teacher's pass",
+    "reward": "in the reward model's pass",
     "encode": "while the encoder reads",
     "prefill": "while the prompt is read",
     "decode": "while tokens are generated",

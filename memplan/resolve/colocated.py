@@ -27,13 +27,17 @@ def colocated_budget(run: RunSpec, batch: Batch, model: ModelSpec) -> Budget:
     """
     if run.gpu is None:
         raise refused("rollout", "colocate: vLLM takes a share of the GPU; name one (--gpu)")
-    requests, s = batch.micro * batch.accumulation, run.serving
+    s, world = run.serving, run.parallelism.world
+    ranks = s.tensor_parallel or 1
+    if world % ranks:
+        raise refused("serving.tensor_parallel", f"{ranks} does not divide the GPUs that train, {world}; set --gpus")
+    requests = batch.micro * batch.accumulation * ranks
     serving = {
         "memory_utilization": s.memory_utilization or _SHARE,
         "max_num_seqs": s.max_num_seqs or requests,
         "max_num_batched_tokens": s.max_num_batched_tokens or _STEP_TOKENS,
         "max_model_len": s.max_model_len or (batch.tokens if run.profile == "trl-0.24" else None),
-        "sleep": None,
+        **dict.fromkeys(("sleep", "tensor_parallel", "trainer_offload")),
     }
     quantization = run.method.quantization  # bitsandbytes' 4 bits, in vLLM too
     engine_run = RunSpec(
@@ -44,6 +48,7 @@ def colocated_budget(run: RunSpec, batch: Batch, model: ModelSpec) -> Budget:
         method={"quantization": None if quantization is None else {"format": quantization.format}},
         batch={"micro": requests, "sequence": batch.sequence, "new_tokens": batch.new_tokens},
         serving=s.model_copy(update=serving),
+        parallelism={"world": ranks, "tp": ranks},
     )
     settings = resolve_serving(engine_run, model)
     return budget(settings, settings.gpu.usable if settings.gpu else None)

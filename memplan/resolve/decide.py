@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue.kernels.losses import SINGLE_CHUNK
+from memplan.catalogue.kernels.losses import loss_chunks
 from memplan.catalogue.kernels.packing import packed_rows
+from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.catalogue.methods.methods import LORA
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
 from memplan.catalogue.profiles.profile_table import known_name
@@ -13,6 +14,7 @@ from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import MemplanError
 from memplan.models.cards import find_model
 from memplan.models.model import ModelSpec, with_objective
+from memplan.program.graph import Graph
 from memplan.program.run import ResolvedRun
 from memplan.program.stack_facts import tower_dtype
 from memplan.resolve.batches import image_axes, with_lengths
@@ -34,8 +36,9 @@ from memplan.resolve.ranks import without_preparation
 from memplan.resolve.refusals.across_parts import contradictions
 from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.vendors import not_on
+from memplan.resolve.roles import graphs_of_roles
 from memplan.resolve.training import decide_training
-from memplan.spec.run import Batch, RunSpec
+from memplan.spec.run import Batch, RunSpec, is_default
 
 
 def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
@@ -67,15 +70,19 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         accumulates=batch.accumulation > 1,
         windowed=window is not None and length >= window,
         is_single_sequence=is_single,
-        is_single_chunk=length <= SINGLE_CHUNK,
+        loss_chunks=loss_chunks(batch.micro, length),
+        scans_once=length <= model.scan_chunk,
         images=bool(batch.images),
         has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
-        ungrouped=_ungrouped(batch, run.parallelism.dp),
+        ungrouped=_ungrouped(batch, run.parallelism.dp, run.trainer in DISTILLING),
         packing=batch.packing or "",
         packed=packed,
     )
-    decided = decide_training(model, Parts.of(run), card, facts)
+    others: tuple[tuple[str, Graph], ...] = ()
+    if not is_default(run, "roles"):
+        others = graphs_of_roles(with_new_tokens(run), model, length, facts, card, decide_training, decide)
+    decided = decide_training(model, Parts.of(run), card, facts, others)
     degrees = decided.structure.graph.degrees
     if degrees.cp > 1:
         context_parallel.check_sequence(batch.sequence, degrees)
@@ -94,20 +101,28 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         engine = colocated_budget(run, batch, model)
         held = (*(() if run.serving.sleep else awake(engine)), *asleep(engine))
         decided = decided._replace(structure=decided.structure._replace(engine=held), colocated=engine)
-        parts["serving"] = engine.settings.serving.model_copy(update={"sleep": bool(run.serving.sleep)})
+        own = {"tensor_parallel": run.serving.tensor_parallel, "trainer_offload": run.serving.trainer_offload}
+        update = {"sleep": bool(run.serving.sleep), **own}
+        parts["serving"] = engine.settings.serving.model_copy(update=update)
     return decided._replace(batch=batch, gpu=gpu, pictures=pictures, parts=parts)
 
 
-def _ungrouped(batch: Batch, replicas: int) -> str:
+def _ungrouped(batch: Batch, replicas: int, distills: bool) -> str:
     """Return why a step's completions are not those of whole prompts; empty if they are, or none are generated.
+
+    A trainer that `distills` generates one completion of a prompt.
 
     Source: trl 1.16.0 trainer/grpo_config.py __post_init__: generation_batch_size.
     """
     completions, group = batch.micro * batch.accumulation * replicas, batch.generations
-    if not group or (group > 1 and completions % group == 0):
+    if not group:
         return ""
+    if distills:
+        return "" if group == 1 else "this trainer generates one completion of a prompt; use 1"
     if group == 1:
         return "needs at least 2 completions of a prompt, to compare them"
+    if completions % group == 0:
+        return ""
     parts = batch.accumulation * replicas
     micro = next(n for n in range(batch.micro, batch.micro + group) if n * parts % group == 0)
     return (

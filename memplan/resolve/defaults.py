@@ -76,7 +76,7 @@ def defaults_of(library: LibraryBehaviour, trainer: str) -> RunDefaults:
         defaults = library_behaviour("trl-0.24", "", True).defaults._replace(
             kernels_checkpointing=defaults.kernels_checkpointing
         )
-    whole = trainer in (*PAIRED, "reward") or library.trainer.log_probs != "tiled"
+    whole = trainer in (*PAIRED, "reward", "gkd") or library.trainer.log_probs != "tiled"
     # axolotl 0.21.0 utils/schemas/validation.py lora_kernels_auto_enable: not with `rl`
     return defaults._replace(kernels_loss="hf" if whole else "tiled_lm_head", kernels_fused=())
 

@@ -215,6 +215,7 @@ def _read_batch(r: OpenInference) -> None:
     r.batch_facts = BatchFacts(
         windowed=model.sliding_window is not None and _chunk(r) >= model.sliding_window,
         is_single_sequence=r.batch.micro * run.generation.num_beams == 1,
+        scans_once=_chunk(r) <= model.scan_chunk,
         images=bool(r.batch.images),
         has_uneven_patches=dict(r.pictures).get("seen", 0) % 8 != 0,
     )
@@ -229,7 +230,7 @@ def _wire_inference(r: OpenInference) -> None:
     """Add to the wiring what only matters without a backward pass."""
     r.wiring = r.wiring._replace(
         records=False,
-        caching=r.uses_cache or r.library.generation.forward_caches,
+        caching=r.uses_cache,
         last_only=r.generates and _takes_last(r),
         generates=r.generates,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from memplan.catalogue import build
 from memplan.catalogue.families import megatron
 from memplan.catalogue.kernels.wiring import Wiring
+from memplan.catalogue.methods.fused_lora import LIBRARIES
 from memplan.catalogue.methods.methods import Recipe
 from memplan.catalogue.profiles.behaviour import LibraryBehaviour
 from memplan.catalogue.profiles.profiles import find_profile
@@ -200,11 +201,12 @@ def tower_kernel(model: ModelSpec, recipe: Recipe, kernels: Kernels, capability:
 
 
 def fused_kernels(
-    model: ModelSpec, method: Method, kernels: Kernels, code: str, keeps: bool
+    model: ModelSpec, method: Method, kernels: Kernels, code: str, keeps: bool, fused_lora: str
 ) -> tuple[Kernels, list[str]]:
     """Return the kernels with the fused ones that apply, and the names of those that do not.
 
     Fused LoRA only takes bitsandbytes' and auto-gptq's weights; `keeps` says that another library runs GPTQ's.
+    `fused_lora` says whose functions it is, some of which have DoRA.
     """
     asked = kernels.fused or ()
     if not asked:
@@ -215,7 +217,11 @@ def fused_kernels(
     q = method.quantization
     others = ("awq-int4", "fp8", "hqq-int4", "torchao-int8")
     is_unsupported = q is not None and (q.format in others or (keeps and q.format.startswith("gptq")))
-    if method.kind in ("lora", "qlora") and code == "transformers" and not is_unsupported:
+    is_dora, library = method.kind in ("dora", "qdora"), LIBRARIES[fused_lora]
+    if is_dora and library.owns_swiglu:
+        applicable.discard("swiglu")
+    takes = method.kind in ("lora", "qlora") or (is_dora and library.takes_dora)
+    if takes and code == "transformers" and not is_unsupported:
         applicable.add("lora")
     used = tuple(name for name in asked if name in applicable)
     return kernels.model_copy(update={"fused": used}), [name for name in asked if name not in applicable]

@@ -15,7 +15,7 @@ from memplan.catalogue.quantization.quantization import FORMATS
 from memplan.core.errors import UnknownNameError, refused
 from memplan.models.model import ModelSpec
 from memplan.models.objectives import HEADS, modules_to_train
-from memplan.models.peft_methods import PEFT_METHODS, filled_options
+from memplan.models.peft_methods import PEFT_METHODS, filled_options, refuses_layers
 from memplan.program.stack_facts import (
     adaptable,
     has_conv1d,
@@ -74,6 +74,8 @@ def method_recipe(
         raise refused(
             "method.kind", f"peft's {method.kind} cannot wrap the Conv1D layers of {model.model_type}; use lora"
         )
+    if refuses_layers(method.kind, model.model_type):
+        raise refused("method.kind", f"peft's {method.kind} refuses the linear layers of {model.model_type}; use lora")
     if other is not None and code != "transformers":
         raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
     targets, selection, notes = _adapted(model, method, code)

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from memplan.catalogue.degrees import Degrees
 from memplan.catalogue.kernels.packing import SAMPLE_TOKENS
-from memplan.catalogue.parallelism.pipeline import ENGINES
+from memplan.catalogue.parallelism.pipeline import ENGINES, group_size
 from memplan.catalogue.profiles.profiles import find_profile
 from memplan.core.errors import SpecError
 from memplan.core.ir import operations
@@ -164,6 +164,9 @@ def pipeline_notes(degrees: Degrees, pipe: Pipe, asked: Parallelism) -> Iterator
     engine = ENGINES[pipe.engine]
     if not engine.moves_tensors:
         yield f"pipeline: {pipe.schedule} with {pipe.microbatches} microbatches, run by {engine.title}"
+        if engine.needs_equal_stages and degrees.virtual_stages > 1 and pipe.microbatches % degrees.pp:
+            group = group_size(degrees.pp, pipe.microbatches)
+            yield f"counted with Megatron-core's --microbatch-group-size-per-virtual-pipeline-stage {group}"
         if asked.strategy == "fsdp2" and replicas(asked) > 1:
             yield "fsdp2 with pipeline stages: weights stay gathered and gradients unsharded until the end of the step"
         if asked.strategy == "zero1" and engine.buffers:

@@ -15,6 +15,7 @@ from memplan.resolve.card import GPUFacts
 from memplan.resolve.parallelism import ZERO, divides_weights, replicas
 from memplan.resolve.quantized_checkpoint import CheckpointMethod
 from memplan.spec.parallelism import Parallelism
+from memplan.spec.roles import Roles
 from memplan.spec.run import RunSpec
 from memplan.spec.training import Kernels, Loop, Method, Optimizer, Precision
 
@@ -25,7 +26,8 @@ class BatchFacts(NamedTuple):
     accumulates         gradients are accumulated over micro-batches
     windowed            the sequence reaches the sliding window
     is_single_sequence  the micro-batch is one sequence
-    is_single_chunk     the sequence is one chunk of the loss
+    loss_chunks         losses computed in chunks, and how many (see `memplan.catalogue.kernels.losses`)
+    scans_once          the sequence is one chunk of a layer that scans chunk by chunk
     images              the batch has images
     has_uneven_patches  the image patches are not a multiple of 8
     microbatches        micro-batches per step of a pipeline, else 1
@@ -37,7 +39,8 @@ class BatchFacts(NamedTuple):
     accumulates: bool = False
     windowed: bool = False
     is_single_sequence: bool = False
-    is_single_chunk: bool = False
+    loss_chunks: tuple[tuple[str, int], ...] = ()
+    scans_once: bool = False
     images: bool = False
     has_uneven_patches: bool = False
     microbatches: int = 1
@@ -59,12 +62,13 @@ class Parts(NamedTuple):
     trainer: str = "sft"
     reference: str | None = None
     rollout: str = "transformers"
+    roles: Roles = Roles()
 
     @classmethod
     def of(cls, run: RunSpec) -> Parts:
         """Return the parts of a run as they were asked for."""
         parts = run.method, run.precision, run.optimizer, run.kernels, run.loop, run.parallelism
-        return cls(*parts, run.profile, run.trainer, run.reference, run.rollout)
+        return cls(*parts, run.profile, run.trainer, run.reference, run.rollout, run.roles)
 
 
 def found_later(*, init: Literal[False] = False) -> Any:
@@ -111,6 +115,7 @@ class OpenRun(_Fields):
     trainer: str
     reference: str | None
     rollout: str
+    roles: Roles
     batch_facts: BatchFacts
     trains: bool
     library: LibraryBehaviour = found_later()

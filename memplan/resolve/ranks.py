@@ -7,7 +7,7 @@ from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.parallelism.sharding import MEGATRON, ZeroSettings
 from memplan.program.sharding.ranks import SINGLE_RANK, Ranks
 from memplan.resolve.open_run import OpenRun
-from memplan.resolve.parallelism import FSDP, ZERO, degrees_of, replicas
+from memplan.resolve.parallelism import FSDP, ZERO, degrees_of
 from memplan.spec.parallelism import Parallelism, Zero
 from memplan.spec.training import Method
 
@@ -19,27 +19,15 @@ _MEGATRON_NOTE = (
     "Megatron: main gradients in fp32 (--accumulate-allreduce-grads-in-fp32, on with --bf16), fp32 masters, no "
     "--overlap-grad-reduce"
 )
-_NOT_ITS_CODE = "the layers counted are transformers', not Megatron's"
-
-
-def _wraps_no_blocks(p: Parallelism, method: Method, trainer: bool) -> bool:
-    """Return whether blocks are not FSDP units of their own.
-
-    transformers' Trainer has FSDP2 wrap a model with adapters by peft's policy, which accelerate ignores.
-
-    Source: peft 0.21 utils/other.py fsdp_auto_wrap_policy, accelerate 1.15 utils/fsdp_utils.py
-    fsdp2_prepare_auto_wrap_policy.
-    """
-    return p.strategy == "fsdp2" and replicas(p) > 1 and trainer and method.kind in ADAPTERS
+NOT_ITS_CODE = "megatron-core: the layers counted are transformers', not Megatron's"
+_HALF_GRADIENTS = (
+    "Megatron-core keeps gradients and master weights in fp32 with --bf16: use precision {weights: bf16, grads: fp32, "
+    "master: fp32}, or strategy megatron_dist_opt, to count them so"
+)
 
 
 def note_sharding(run: OpenRun) -> None:
     """Note what the libraries that shard the run do not do."""
-    if _wraps_no_blocks(run.parallelism, run.method, run.loop.trainer):
-        run.notes.append(
-            "under transformers' Trainer FSDP2 gathers all weights of a model with adapters at once, because "
-            "accelerate ignores peft's wrapping policy; FSDP1 or your own loop gathers block by block"
-        )
     if run.parallelism.static_graph:
         run.notes.append("parallelism.static_graph changes no memory")
 
@@ -55,22 +43,23 @@ def divide_ranks(run: OpenRun) -> None:
 def set_sharded_dtypes(run: OpenRun) -> None:
     """Set the dtypes that DeepSpeed and Megatron keep, whatever the run says, and note them.
 
-    Both keep fp32 masters. Under DeepSpeed the model and its adapters have one dtype; Megatron's main gradients are in
-    fp32.
+    Both keep fp32 masters. The model and its adapters have one dtype; Megatron's main gradients are in fp32.
 
     Source: DeepSpeed 0.19.8 runtime/engine.py _configure_distributed_model; Megatron-LM megatron/training/arguments.py.
     """
     weights = run.precision.weights
     master = {"master": None if weights == "fp32" else "fp32"}
+    if (run.under_deepspeed or run.is_megatron_model) and run.method.kind in ADAPTERS:
+        run.method = run.method.model_copy(update={"adapter_dtype": weights})
     if run.under_deepspeed:
         run.precision = run.precision.model_copy(update=master)
-        if run.method.kind in ADAPTERS:
-            run.method = run.method.model_copy(update={"adapter_dtype": weights})
         if run.parallelism.zero == Zero():
             run.notes.append(_DEEPSPEED_NOTE)
     if run.copies > 1 and run.parallelism.strategy == MEGATRON:
         run.precision = run.precision.model_copy(update={"grads": "fp32", **master})
-        run.notes.append(_MEGATRON_NOTE if run.is_megatron_model else f"{_MEGATRON_NOTE}; {_NOT_ITS_CODE}")
+        run.notes.append(_MEGATRON_NOTE)
+    elif run.is_megatron_model and weights != "fp32" and run.precision.grads != "fp32":
+        run.notes.append(_HALF_GRADIENTS)
 
 
 def without_preparation(method: Method) -> Method:
@@ -139,6 +128,7 @@ def shard(run: OpenRun) -> Ranks:
     library = run.library.sharding
     return ranks._replace(
         loads_whole=ranks.loads_whole and library.quantises_before_sharding,
+        moves_whole=library.moves_before_sharding and run.method.quantization is None and not ranks.efficient,
         regathers=library.regathers_weights and run.kernels.checkpointing != "none",
     )
 
@@ -152,7 +142,7 @@ def _ranks(run: OpenRun) -> Ranks:
     distributed/fsdp.py update_fsdp_plugin_peft.
     """
     p, q, copies, trainer = run.parallelism, run.method.quantization, run.copies, run.loop.trainer
-    accumulates = run.batch_facts.accumulates
+    accumulates, waits = run.batch_facts.accumulates, p.strategy in run.library.sharding.delays_reduction
     if copies == 1:
         return SINGLE_RANK
     if p.strategy in ZERO:
@@ -167,12 +157,11 @@ def _ranks(run: OpenRun) -> Ranks:
     ranks = Ranks(
         p.strategy,
         copies if p.shard_group in (None, 1) else p.shard_group,
-        delayed=(trainer or run.code == "litgpt") and accumulates,  # fabric.no_backward_sync
+        delayed=(trainer or run.code == "litgpt") and accumulates and waits,  # fabric.no_backward_sync
         replicated=p.shard_group not in (None, 1, copies),
         keeps=p.reshard_after_forward is False or p.pp > 1,
         ahead=p.forward_prefetch,
         prefetches_at=p.backward_prefetch,
-        wraps=not _wraps_no_blocks(p, run.method, trainer),
         offloads=p.offload.parameters,
         efficient=p.cpu_ram_efficient_loading and q is None,
         is_unsharded=p.shard_group == 1,

@@ -78,6 +78,7 @@ def wire(run: OpenRun) -> None:
         packed=packed,
         target=str(run.precision.compute) if packed is not None and packed.mask == "given" else wiring.target,
         is_single_sequence=facts.is_single_sequence and bool(run.model.family.attention.single_sequence),
+        scans_once=facts.scans_once,
         has_fp32_inputs=run.attention_dtype == "fp32",
         images=facts.images,
         pads_image_mask=facts.has_uneven_patches,

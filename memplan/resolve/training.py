@@ -13,7 +13,7 @@ from memplan.catalogue.attention.efficient_workspace import large_tiles
 from memplan.catalogue.families import megatron
 from memplan.catalogue.families.litgpt import KINDS, has_family
 from memplan.catalogue.kernels.losses import OF_ALL_LOGITS, adds_in_place
-from memplan.catalogue.kernels.wiring import GENERATING, PAIRED, Trainer
+from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, PAIRED, Trainer
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.optimizers.states import spares_embeddings, takes_foreach
 from memplan.catalogue.parallelism import context_parallel, expert_parallel
@@ -22,9 +22,10 @@ from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.core.errors import refused
 from memplan.core.ir import SavedTensors
 from memplan.core.once import once
+from memplan.models.configs.megatron import fuses_accumulation, gpt_config
 from memplan.models.model import ModelSpec
 from memplan.models.peft_methods import PEFT_METHODS
-from memplan.program.graph import Graph
+from memplan.program.graph import Graph, without_gradients
 from memplan.program.run import ResolvedRun
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.sharding.ranks import Ranks
@@ -40,12 +41,13 @@ from memplan.resolve.notes import expert_notes, norm_notes, pipeline_notes, wrap
 from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.quantized_checkpoint import method_for_training
-from memplan.resolve.ranks import divide_ranks, note_sharding, set_sharded_dtypes, shard
+from memplan.resolve.ranks import NOT_ITS_CODE, divide_ranks, note_sharding, set_sharded_dtypes, shard
 from memplan.resolve.refusals import packing, trainers
 from memplan.resolve.refusals import training as refusals
 from memplan.resolve.refusals.models import adapted_parameters, smoothed_labels, trained_weights, training_objective
 from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.settings import optimizer_offload, settings
+from memplan.resolve.roles import step_precision
 from memplan.spec.base import Part
 from memplan.spec.run import Batch
 
@@ -59,10 +61,12 @@ class OpenTraining(OpenRun):
     """A training run while it is resolved.
 
     names_fused  the run itself names its fused kernels
+    others       graphs of the other models of the trainer's step, by role
     step         how a trainer of TRL runs the model; None if the loss is the model's own
     """
 
     names_fused: bool
+    others: tuple[tuple[str, Graph], ...]
     ranks: Ranks = found_later()
     graph: Graph = found_later()
     pipe: Pipe = Pipe()
@@ -72,8 +76,16 @@ class OpenTraining(OpenRun):
 
 @lru_cache(maxsize=4096)
 @once
-def decide_training(model: ModelSpec, asked: Parts, card: GPUFacts | None, batch_facts: BatchFacts) -> ResolvedRun:
+def decide_training(
+    model: ModelSpec,
+    asked: Parts,
+    card: GPUFacts | None,
+    batch_facts: BatchFacts,
+    others: tuple[tuple[str, Graph], ...] = (),
+) -> ResolvedRun:
     """Return the training run with every null filled in, and the structure of its program, without batch and GPU.
+
+    `others` are the graphs of the other models of its step, by role (`memplan.resolve.roles`).
 
     Raises SpecError, UnknownNameError or ConfigError.
     """
@@ -85,12 +97,15 @@ def decide_training(model: ModelSpec, asked: Parts, card: GPUFacts | None, batch
         batch_facts=batch_facts,
         trains=True,
         names_fused=names_fused,
+        others=others,
         **asked._asdict(),
     )
     for step in STEPS:
         step(run)
     is_divided = asked.parallelism.world > 1 and not run.structure.is_one_process
     parts: dict[str, Part] = {name: getattr(run, name) for name in ("method", "precision", "optimizer", "kernels")}
+    if step_precision(run.trainer, asked.precision) != asked.precision:
+        parts["precision"] = fill_precision(asked.precision)
     return ResolvedRun(
         run.structure,
         Batch(),
@@ -119,6 +134,12 @@ def _look_up_library(run: OpenTraining) -> None:
         library = library._replace(model=model, loss=loss)
         note = "torchtitan: adapters and frozen layers are counted with transformers' layers"
         run.checkpoint = run.checkpoint._replace(notes=(*run.checkpoint.notes, note))
+    if library.sharding.tensor_parallel == "megatron" and not run.is_megatron_model:
+        config = gpt_config(run.model)
+        if config is not None and refusals.runs_in_megatron(run):
+            run.model = ModelSpec(config, run.model.name)
+        else:
+            run.notes.append(NOT_ITS_CODE)
     if library.model.code == "litgpt" and not has_family(run.model):
         raise refused("profile", f"{run.profile} does not have {kind}; supported: {', '.join(KINDS)}")
     run.library = library
@@ -131,7 +152,17 @@ def _choose_trainer(run: OpenTraining) -> None:
     refuse(trainers.trainer(run))
     name, behaviour = run.trainer, run.library.trainer
     own = "adapters" if run.method.kind in ADAPTERS else "copy"
-    if name in (*PAIRED, "reward"):
+    if name in DISTILLING:
+        teacher = dict(run.others)["teacher"].recipe
+        dtype = "fp32" if teacher.autocast else teacher.weights
+        run.step = Trainer(name, behaviour.log_probs, "none", rows=1, teacher_dtype=dtype)
+        asked, run.precision = run.precision, step_precision(name, run.precision)
+        if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
+            run.notes.append(
+                "distill: TRL calls the backbones past accelerate's autocast, so fp32 weights compute in fp32, except "
+                "in generation; load them in bf16 (--dtype bf16) to compute in 16 bits"
+            )
+    elif name in (*PAIRED, "reward"):
         log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
         run.step = Trainer(name, log_probs, "none", likelihood=name in ("orpo", "cpo") and log_probs != "gathered")
     else:
@@ -150,12 +181,15 @@ def _choose_trainer(run: OpenTraining) -> None:
                 "TRL shards a reference copy under FSDP2 as one unit, so its pass gathers all weights at once; FSDP1 "
                 "gathers block by block, and a precomputed reference needs neither"
             )
+    run.step = run.step._replace(logits_dtype=behaviour.logits_dtype)
     if name in GENERATING:
         run.step = run.step._replace(
             has_one_sequence=run.batch_facts.is_single_sequence,
             has_parts=run.batch_facts.accumulates,
             generates=run.rollout == "transformers",
-            old_log_probs=name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled",
+            old_log_probs=name not in DISTILLING
+            and (name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
+            prompt_logits=behaviour.prompt_logits,
             divided_logits=behaviour.divided_logits,
         )
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
@@ -223,7 +257,9 @@ def _choose_recipe(run: OpenTraining) -> None:
     model, method, library = run.model, run.method, run.library
     recipe, notes = method_recipe(model, method, run.precision, run.code, run.checkpoint.as_stored)
     frozen = frozen_parts(model, method)
-    run.kernels, idle = fused_kernels(model, method, run.kernels, run.code, library.weights.keeps_matrix)
+    run.kernels, idle = fused_kernels(
+        model, method, run.kernels, run.code, library.weights.keeps_matrix, library.model.fused_lora
+    )
     run.notes += [f"kernels.fused: {name} has nothing to fuse in this run" for name in idle if run.names_fused]
     run.recipe = recipe._replace(
         frozen=frozen,
@@ -248,6 +284,7 @@ def _wire_training(run: OpenTraining) -> None:
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
         recomputes=run.kernels.checkpointing == "selective" and run.is_megatron_model,
+        accumulates=run.is_megatron_model and run.method.kind == "full" and fuses_accumulation(run.model),
         keeps_last=run.library.checkpointing.keeps_last and run.kernels.checkpointing == "offload",
     )
 
@@ -279,7 +316,7 @@ def _build_graph(run: OpenTraining) -> None:
         logits=_logits(run) if adds_logits else "padded",
         has_one_sequence=facts.is_single_sequence
         and (loss in ("chunked_lm_head", "label_smoothing") or (adds_logits and library.loss.logits != "padded")),
-        has_single_chunk=facts.is_single_chunk and loss == "chunked_lm_head",
+        loss_chunks=dict(facts.loss_chunks).get(loss, 0),
         fused=tuple(sorted(kernels.fused or ())),
         casts_outputs=library.loss.casts_outputs or casts_logits,
         code=run.code,
@@ -287,9 +324,20 @@ def _build_graph(run: OpenTraining) -> None:
         degrees=run.degrees,
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
         trainer=run.step,
+        roles=tuple(
+            (role, without_gradients(other._replace(trainer=run.step)) if role == "teacher" else other)
+            for role, other in run.others
+        ),
         every_n_layers=kernels.every_n_layers,
-        saves_products=kernels.checkpointing == "selective" and checkpoints,
+        saves_products=_saved_products(run),
     )
+
+
+def _saved_products(run: OpenTraining) -> str:
+    """Return which matrix products checkpoints keep. torchtitan's selective ones recompute every second."""
+    if run.kernels.checkpointing != "selective" or not run.checkpoints:
+        return ""
+    return "alternate" if run.style == "torchtitan" else "all"
 
 
 def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "graph"]:

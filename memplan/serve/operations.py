@@ -20,6 +20,7 @@ from memplan.gate.rows import Answers, Check, Task, checked
 from memplan.models.cards import find_model, parse_config
 from memplan.planning.cluster import FixedDegrees, cluster_of
 from memplan.planning.fitting import fits
+from memplan.planning.lengths import dumped
 from memplan.planning.many import warm
 from memplan.planning.placement import place
 from memplan.probe.route import estimates
@@ -117,13 +118,13 @@ FIGURES = tuple(
 
 def _dumped(answer: Estimate, fields: tuple[str, ...] | None) -> dict[str, Any]:
     if fields is None:
-        return answer.model_dump()
-    dumped = answer.model_dump([name for name in fields if name in DUMPED])
+        return dumped(answer)
+    parts = answer.model_dump([name for name in fields if name in DUMPED])
     for name in fields:
         part, _, figure = name.partition(".")
         if figure:
-            dumped.setdefault(part, {})[figure] = getattr(getattr(answer, part), figure)
-    return dumped
+            parts.setdefault(part, {})[figure] = getattr(getattr(answer, part), figure)
+    return parts
 
 
 def _estimate(question: Question, settings: ServerSettings) -> object:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from memplan.core.errors import FieldError, MemplanError, printable
 from memplan.core.records import NamedTuple
 from memplan.spec.checks import part_of
+from memplan.spec.option_values import MEANT
 from memplan.spec.options import FIELDS, option_of
 
 if TYPE_CHECKING:
@@ -175,6 +176,9 @@ def _nearest(value: object, words: list[str], what: str) -> _Wrong:
         near = [str(min(numbers, key=lambda n: abs(n - value)))]
     else:
         near = get_close_matches(str(value).lower()[:_MAX_SHOWN], words, n=1, cutoff=_SIMILAR)
+    meant = MEANT.get(str(value).lower()[:_MAX_SHOWN].replace("-", "_"), "")
+    if (instead := meant.partition(" ")[0]) in words:
+        return _Wrong(f"{what}; write {meant}", (instead,))
     if near:
         return _Wrong(f"{what}; did you mean {near[0]}?", tuple(near))
     if len(words) <= _MAX_CHOICES:

@@ -77,8 +77,11 @@ def retold(name: str, text: str) -> tuple[str, str]:
 
 TRAINERS = ("sft", "dpo", "kto", "orpo", "cpo", "simpo", "reward", "grpo", "rloo", "ppo", "gkd", "distill")
 FLAGS = ("qlora", "lora", "dora", "qdora")  # methods that people type as flags
-# Options of other tools, and what to type.
+# Options of other tools, and what to type: nothing for those that take no memory.
 INSTEAD = {
+    **dict.fromkeys(("lr", "learning-rate", "epochs", "num-train-epochs", "max-steps", "warmup-ratio", "seed"), ""),
+    **{f"zero{stage}": f"--zero {stage}" for stage in (1, 2, 3)},
+    **dict.fromkeys(("quantization", "quantize"), "--quant-format to train on it, or --stored to run it"),
     **dict.fromkeys(("load-in-4bit", "4bit"), "--method qlora"),
     **dict.fromkeys(("load-in-8bit", "8bit"), "--method qlora --quant-format int8"),
     "bf16": "--precision autocast",
@@ -86,6 +89,17 @@ INSTEAD = {
     **dict.fromkeys(("flash-attn", "flash-attention", "use-flash-attn"), "--attention flash_attention_2"),
     **dict.fromkeys(("unsloth", "use-unsloth"), "--profile unsloth"),
     "use-peft": "--method lora",
+}
+
+
+# Words that people give as a method or an attention kernel, and what to type: first the word that takes its place.
+MEANT = {
+    **dict.fromkeys(("fa2", "flash", "flash_attn", "flash_attention"), "flash_attention_2"),
+    **dict.fromkeys(("fa3", "flash_attn_3"), "flash_attention_3"),
+    **dict.fromkeys(("flex", "flex_attention"), "sdpa (flex attention is not supported yet)"),
+    **{name: f"lora --peft-options init_lora_weights={name}" for name in ("pissa", "olora", "orthogonal")},
+    **dict.fromkeys(("rslora", "rs_lora"), "lora --peft-options use_rslora=true"),
+    **dict.fromkeys(("lora+", "loraplus", "lora_plus"), "lora (its learning rates take no memory)"),
 }
 
 
@@ -116,6 +130,22 @@ def settings(text: str) -> dict[str, Any]:
         except ValueError:
             parsed[name] = value
     return parsed
+
+
+def role_model(text: str) -> dict[str, Any]:
+    """Parse a model with its settings, `quantization.format` among them as `format`.
+
+    >>> role_model("qwen2-7b,format=nf4,location=server")
+    {'model': 'qwen2-7b', 'quantization': {'format': 'nf4'}, 'location': 'server'}
+    """
+    model, *settings = _outer_parts(text) or [""]
+    spec: dict[str, Any] = {"model": model}
+    for setting in settings:
+        name, equals, value = (part.strip() for part in setting.partition("="))
+        if not equals:
+            raise refused("roles", f"{setting!r:.40} is not a setting of a model; write name=value, as in format=nf4")
+        spec |= {"quantization": {"format": value}} if name == "format" else {name: value}
+    return spec
 
 
 def _outer_parts(text: str) -> list[str]:

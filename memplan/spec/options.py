@@ -15,6 +15,7 @@ from memplan.spec.option_values import (
     names,
     pixels,
     proportions,
+    role_model,
     saving,
     settings,
     tokens,
@@ -61,6 +62,14 @@ MODEL = Option(
     is_argument=True,
     aliases=("base_model", "model_name_or_path"),
 )
+
+
+def _role(role: str, what: str) -> Option:
+    """Return the option that names another model of a trainer's step."""
+    text = f"{what}: a model as for MODEL, and settings after commas, as in qwen2-7b,format=nf4 or qwen2-7b,dtype=fp32."
+    return Option(f"roles.{role}", text, type=str, parse=role_model, metavar="MODEL")
+
+
 # Heading in help -> name on the command line, with underscores -> option.
 OPTIONS: dict[str, dict[str, Option]] = {
     "Model": {"model": MODEL},
@@ -131,7 +140,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             type=bool,
             combined=True,
         ),
-        "compile": Option("kernels.compile", "Train with torch.compile. Default off.", aliases=("torch_compile",)),
+        "compile": Option("kernels.compile", "Run with torch.compile. Default off.", aliases=("torch_compile",)),
         "checkpointing": Option(
             "kernels.checkpointing",
             "Kind of checkpointing: none, full, selective (keeps products and attention), or offload (layer inputs in "
@@ -157,6 +166,17 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "those of a batch; knapsack and binpack are `packing` of LLaMA-Factory and of ms-swift.",
             aliases=("packing_strategy",),
         ),
+        "lengths": Option(
+            "batch.lengths",
+            "Token counts of the sequences: a file (a column, CSV or JSON lines), max, or p50=700,p99=3800,max=8192. "
+            "The answer is then for the longest batch that can occur; --seq-len is what they are cut to. Default all "
+            "equal.",
+        ),
+        "batching": Option(
+            "batch.batching",
+            "How sequences of --lengths come into batches: {choices}; `grouped` by length, `padded` to the maximum. "
+            "Default what a run's file says, or packed with --packing, or random.",
+        ),
         "padded": Option("loop.padded", "Batches are padded, and so have an attention mask."),
         "trainer": Option(
             "trainer",
@@ -171,6 +191,12 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "reference",
             "Reference model: {choices}. Default adapters if the method has them, else copy; none with grpo.",
         ),
+        "teacher": _role("teacher", "Teacher of --trainer gkd or distill"),
+        "reward_model": _role("reward", "Model that scores completions, with --trainer grpo, rloo or ppo"),
+        "value_model": _role(
+            "value", "Model that predicts scores, with --trainer ppo. Default like the reward model's"
+        ),
+        "reference_model": _role("reference", "Reference model that is no copy of the trained one"),
         "expandable_segments": Option(
             "loop.expandable_segments", "Use expandable segments in torch's allocator (PYTORCH_CUDA_ALLOC_CONF)."
         ),
@@ -219,7 +245,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
         "rollout": Option(
             "rollout",
-            "What generates with --trainer grpo or rloo: {choices}. colocate is vLLM with a share of --gpu "
+            "What generates with --trainer grpo, rloo or distill: {choices}. colocate is vLLM with a share of --gpu "
             "(--gpu-memory-utilization, 0.3), server one on other GPUs.",
         ),
         "sleep": Option(
@@ -365,11 +391,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         ),
     },
     "Kernels": {
-        "attention": Option(
-            "kernels.attention",
-            "{choices}.",
-            aliases=("attn_implementation",),
-        ),
+        "attention": Option("kernels.attention", "{choices}.", aliases=("attn_implementation",)),
         "loss": Option(
             "kernels.loss",
             "hf, chunked, fused (with the head's matrix product, as in Liger and Cut Cross-Entropy), chunked_lm_head "
@@ -514,19 +536,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
             choices=("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "fsdp2"),
             combined=True,
         ),
-        "tp": Option(
-            "parallelism.tp",
-            "Tensor-parallel GPUs.",
-            aliases=("tensor_parallel_size",),
-        ),
+        "tp": Option("parallelism.tp", "Tensor-parallel GPUs.", aliases=("tensor_parallel_size",)),
         "sequence_parallel": Option(
             "parallelism.sequence_parallel", "Tensor-parallel GPUs also divide the tokens between matrix products."
         ),
-        "pp": Option(
-            "parallelism.pp",
-            "Pipeline stages.",
-            aliases=("pipeline_parallel_size",),
-        ),
+        "pp": Option("parallelism.pp", "Pipeline stages.", aliases=("pipeline_parallel_size",)),
         "virtual_stages": Option("parallelism.virtual_stages", "Chunks of layers per stage, interleaved by 1F1B."),
         "schedule": Option(
             "parallelism.schedule",
@@ -550,16 +564,8 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "parallelism.gpus_per_node", "GPUs per machine, which share its host memory. Default 8."
         ),
         "stage": Option("parallelism.stage", "Report this stage, counted from 0. Default the one that holds most."),
-        "cp": Option(
-            "parallelism.cp",
-            "Context-parallel GPUs.",
-            aliases=("context_parallel_size",),
-        ),
-        "ep": Option(
-            "parallelism.ep",
-            "Expert-parallel GPUs.",
-            aliases=("expert_parallel_size",),
-        ),
+        "cp": Option("parallelism.cp", "Context-parallel GPUs.", aliases=("context_parallel_size",)),
+        "ep": Option("parallelism.ep", "Expert-parallel GPUs.", aliases=("expert_parallel_size",)),
     },
 }
 

@@ -89,8 +89,8 @@ class Parallelism(Part):
     tp                         tensor-parallel GPUs
     pp                         pipeline stages
     cp                         context-parallel GPUs, which divide each sequence
-    context                    how `cp` ranks exchange: `ring` passes keys and values around, `ulysses` (DeepSpeed's)
-                               swaps tokens for heads
+    context                    how `cp` ranks exchange: `ring` passes keys and values around, `ulysses` (DeepSpeed's, or
+                               Megatron-core's a2a) swaps tokens for heads
     ep                         expert-parallel GPUs
     etp                        tensor-parallel GPUs of each expert; None for `tp`, as in Megatron
     expert_imbalance           tokens sent to the busiest `ep` rank, as a multiple of the mean, if no tokens are dropped

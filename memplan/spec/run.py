@@ -10,6 +10,7 @@ from memplan.spec.base import Count, Natural, Part, Pixels
 from memplan.spec.checks import After
 from memplan.spec.generation import Generation, InlineModel
 from memplan.spec.parallelism import Parallelism
+from memplan.spec.roles import Roles
 from memplan.spec.serving import Serving
 from memplan.spec.training import Also, Kernels, Loop, Method, Optimizer, Precision
 
@@ -21,6 +22,8 @@ NEWEST = {
     "llamafactory": "llamafactory-0.9.5",
     "ms-swift": "ms-swift-4.6",
     "unsloth": "unsloth-2026.10",
+    "openrlhf": "openrlhf-0.11",
+    "verl": "verl-0.9",
     "litgpt": "litgpt-2024",
     "vllm": "vllm-0.33",
     "sglang": "sglang-0.5",
@@ -65,6 +68,10 @@ class Batch(Part):
     image_size       pixels: the side of a square, or (height, width)
     packing          how the framework packs sequences, or joins those of a micro-batch without padding
                      (`memplan.catalogue.kernels.packing`); None: each sequence is a row
+    lengths          token counts of the data set's sequences: a file, `max`, or percentiles, as in
+                     `p50=700,p99=3800,max=8192`. `sequence` is what they are cut to, and becomes the longest that can
+                     occur. None: all are equal
+    batching         how such sequences come into batches; None: `packed` if the run packs, else `random`
     target_sequence  tokens of an encoder-decoder's decoder. None for `sequence`, or for the decoder's learned positions
                      if the encoder has a fixed length; when generating, for 1 start token (4 for Whisper)
     """
@@ -78,6 +85,18 @@ class Batch(Part):
     image_size: Pixels | tuple[Pixels, Pixels] | None = None
     target_sequence: Count | None = None
     packing: PackingName | None = None
+    lengths: str | None = None
+    batching: Literal["random", "grouped", "packed", "padded"] | None = None
+
+    @classmethod
+    def expanded(cls, value: Any) -> Any:
+        """Set the longest sequence that can occur, of sequences that are not all equal."""
+        batch = cast(Mapping[str, Any], value)
+        if not isinstance(value, Mapping) or not isinstance(batch.get("lengths"), str):
+            return batch
+        from memplan.spec.lengths import with_longest
+
+        return with_longest({"sequence": cls.defaults["sequence"], **batch})
 
     @property
     def tokens(self) -> int:
@@ -85,8 +104,8 @@ class Batch(Part):
         return self.sequence + self.new_tokens
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
-        """Leave out the completions of a trainer that does not generate, and the packing of sequences that are not."""
-        return {k: v for k, v in values.items() if v or k not in ("generations", "packing")}
+        """Leave out the completions of a trainer that does not generate, and what is not said of unequal sequences."""
+        return {k: v for k, v in values.items() if v or k not in ("generations", "packing", "lengths", "batching")}
 
 
 class RunSpec(Part):
@@ -100,6 +119,7 @@ class RunSpec(Part):
     trainer    trainer of TRL. With any but `sft`, `batch.micro` counts its examples: pairs of sequences, for most
     reference  reference model of a trainer that has one: a `copy` of the model, the model itself with its `adapters`
                disabled, log-probabilities `precomputed` before training, or `none`; None for the trainer's default
+    roles      other models of the trainer's step: a teacher, a reference, a reward and a value model
     rollout    what generates for a trainer that does: transformers' `generate`, vLLM on the same GPU (`colocate`, set
                up by `serving`), or a vLLM `server` on other GPUs
     gpu        name of a GPU; None to estimate without a verdict
@@ -115,6 +135,7 @@ class RunSpec(Part):
             objective: Objective | None = ...,
             trainer: TrainerName = ...,
             reference: ReferenceKind | None = ...,
+            roles: Roles | Mapping[str, Any] = ...,
             rollout: RolloutKind = ...,
             method: Method | str | Mapping[str, Any] = ...,
             precision: Precision | str | Mapping[str, Any] = ...,
@@ -135,6 +156,7 @@ class RunSpec(Part):
     objective: Objective | None = None
     trainer: TrainerName = "sft"
     reference: ReferenceKind | None = None
+    roles: Roles = Roles()
     rollout: RolloutKind = "transformers"
     method: Method = Method()
     precision: Precision = Precision()
@@ -169,8 +191,9 @@ class RunSpec(Part):
 
     def written(self, values: dict[str, Any]) -> dict[str, Any]:
         """Leave out what only a trainer of TRL has, if the run has none."""
-        named = self.trainer != "sft" or self.reference is not None or self.rollout != "transformers"
-        return values if named else {k: v for k, v in values.items() if k not in ("trainer", "reference", "rollout")}
+        own = ("trainer", "reference", "roles", "rollout")
+        dropped = own if all(is_default(self, name) for name in own) else own[2:3] * is_default(self, "roles")
+        return {k: v for k, v in values.items() if k not in dropped}
 
 
 def _on_all_gpus(parallelism: Any) -> Any:
@@ -188,6 +211,7 @@ def is_default(run: RunSpec, part: str) -> bool:
 
 
 def changed(run: RunSpec, part: str, **values: Any) -> RunSpec:
-    """Return a copy of the run with `values` set in one part. Raises MemplanError."""
+    """Return a copy of the run with `values` set in one part; a `sequence` is that of all. Raises MemplanError."""
     old: Part = getattr(run, part)
-    return RunSpec.model_validate({**dict(run), part: {**dict(old), **values}})
+    equal = {"lengths": None, "batching": None} if "sequence" in values else {}
+    return RunSpec.model_validate({**dict(run), part: {**dict(old), **equal, **values}})

@@ -14,7 +14,7 @@ _PerHead = Literal["int8_per_token_head", "fp8_per_token_head", "int4_per_token_
 _Blocks = Literal["nvfp4", "fp4_mx_block16", "mxfp8", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0", "iq4_nl"]
 CacheDtype = Literal[_OneScale, _PerHead, _Blocks]
 
-_ONLY_IF_SET = ("sleep", "override_tensor", "n_cpu_moe")
+_ONLY_IF_SET = ("sleep", "tensor_parallel", "trainer_offload", "override_tensor", "n_cpu_moe")
 
 _MOST_LAYERS = 1000
 
@@ -75,6 +75,9 @@ class Serving(Part):
     draft_model             smaller model, or the config of EAGLE's head
     draft_weights           storage format of the draft model's weights
     sleep                   vLLM on a GPU that trains: weights and cache are freed until it generates again
+    tensor_parallel         vLLM on GPUs that train: how many of them one engine is divided among
+    trainer_offload         parts of the trainer that are on the host while vLLM on the same GPU generates:
+                            `parameters`, `optimizer`
     num_speculative_tokens  tokens proposed per step: SGLang's `speculative_num_draft_tokens`, llama.cpp's `draft-max`
     """
 
@@ -106,6 +109,8 @@ class Serving(Part):
     draft_weights: str | None = None
     num_speculative_tokens: Count | None = None
     sleep: Flag | None = None
+    tensor_parallel: Count | None = None
+    trainer_offload: tuple[Literal["parameters", "optimizer"], ...] | None = None
 
     @property
     def overrides(self) -> tuple[tuple[str, str], ...]:

@@ -20,23 +20,39 @@ MethodKind = Literal[
     "dora",
     "qdora",
     "adalora",
+    "beft",
     "boft",
     "c3a",
+    "deft",
     "delora",
     "fourierft",
+    "glora",
+    "gralora",
     "hira",
+    "hra",
     "ia3",
+    "lily",
     "ln_tuning",
     "loha",
     "lokr",
     "miss",
     "oft",
+    "osf",
     "p_tuning",
+    "peanut",
     "prompt_tuning",
+    "psoft",
+    "pvera",
     "randlora",
     "road",
+    "shira",
+    "supertuning",
+    "tinylora",
     "trainable_tokens",
+    "unilora",
+    "vblora",
     "vera",
+    "waveft",
 ]
 
 Attention = Literal[
@@ -48,14 +64,10 @@ LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
 # The other methods of peft 0.21, in lower case, which are not supported yet, by the nearest that is: it trains the same
 # kind of parameters.
 _NEAREST = {
-    "lora": "adamss deft glora gralora lily peanut poly shadow supertuning tinylora unilora vblora xlora",
+    "lora": "adamss poly shadow xlora",
     "prompt_tuning": "cartridge cpt multitask_prompt_tuning",
     "p_tuning": "adaption_prompt prefix_tuning",
-    "fourierft": "frod shira waveft",
-    "oft": "hra psoft",
-    "ln_tuning": "beft",
-    "vera": "pvera",
-    "full": "osf",
+    "fourierft": "frod",
 }
 LATER_METHODS = {name: nearest for nearest, names in _NEAREST.items() for name in names.split()}
 

@@ -15,6 +15,7 @@ from memplan.catalogue import build
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.errors import MemplanError, SpecError
 from memplan.models.model import ModelSpec
+from tests.cases import in_groups
 from tests.sampling import sampled
 from tests.tiny import TINY as DECODERS
 from tests.tiny_towers import TINY
@@ -42,7 +43,7 @@ def label(case: dict[str, Any]) -> str:
 
 
 # MiniMax-M3's stack leaves out small tensors of chosen blocks; in the others one or two numbers round differently.
-@pytest.mark.parametrize("case", sampled(ROWS), ids=label)
+@in_groups(sampled(ROWS), label)
 def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
     answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]

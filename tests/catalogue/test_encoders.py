@@ -18,6 +18,7 @@ from memplan.planning.sweep import grid
 from memplan.program.graph import operations_of
 from memplan.program.training.program import program
 from memplan.resolve.decide import decide
+from tests.cases import in_groups
 from tests.encoders import HEADS, SMALL
 from tests.estimate.test_traced_steps import label
 from tests.sampling import ALL, sampled
@@ -32,7 +33,7 @@ def run(name: str, **options: Any) -> RunSpec:
     return RunSpec(model={"config": SMALL[name]}, **given)
 
 
-@pytest.mark.parametrize("case", TRACED, ids=label)
+@in_groups(TRACED, label)
 def test_an_encoders_estimate_is_near_its_trace(case: dict[str, Any]) -> None:
     answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]
@@ -63,8 +64,11 @@ def test_a_configs_class_determines_the_objective(name: str, objective: str) -> 
 def test_the_default_objective_is_the_familys_pretraining_objective() -> None:
     usual = {name: ModelSpec(config).objective for name, config in SMALL.items()}
     assert usual == {
-        **dict.fromkeys(("bert", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta"), "masked_lm"),
-        **dict.fromkeys(("bart", "mt5", "t5", "flan-t5", "whisper"), "seq2seq_lm"),
+        **dict.fromkeys(
+            ("bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta"),
+            "masked_lm",
+        ),
+        **dict.fromkeys(("bart", "m2m_100", "mbart", "pegasus", "mt5", "t5", "flan-t5", "whisper"), "seq2seq_lm"),
         "vit": "image_classification",
         **dict.fromkeys(("llama", "gemma2"), "causal_lm"),
     }

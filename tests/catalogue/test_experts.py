@@ -237,7 +237,7 @@ def test_a_routers_own_loss_keeps_their_logits_of_every_layer(checkpointing: str
 
 
 def test_a_profile_whose_version_writes_experts_otherwise_is_refused() -> None:
-    for model_type, profile in (("mixtral", "torchtune"), ("mixtral", "megatron-core"), ("glm4_moe", "axolotl-0.12")):
+    for model_type, profile in (("mixtral", "torchtune"), ("qwen2_moe", "megatron-core"), ("glm4_moe", "axolotl-0.12")):
         with pytest.raises(MemplanError, match=r"the experts of .* are not supported yet") as caught:
             estimate(run(model_type, profile=profile))
         assert caught.value.field == "profile"

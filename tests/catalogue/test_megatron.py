@@ -10,6 +10,8 @@ from benchmarks import golden
 from benchmarks.golden import SLACK, Measured
 from memplan import Estimate, MemplanError, RunSpec, estimate
 from memplan.core.errors import ConfigError, SpecError, UnsupportedModelError
+from memplan.models.cards import find_model
+from memplan.models.configs.megatron import padded
 from tests.cases import each
 
 # GPT-3 of Megatron-LM's functional tests, at 12 layers.
@@ -116,7 +118,9 @@ def test_data_parallel_ranks_reduce_gradients_in_place() -> None:
 
 REFUSED: list[tuple[dict[str, Any], dict[str, Any], type[MemplanError], str]] = [
     ({}, {"profile": "transformers-5"}, SpecError, "profile: megatron_gpt needs Megatron-core's layers"),
-    ({}, {"method": "lora"}, SpecError, "method.kind: 'lora' is not supported yet"),
+    ({}, {"method": "qlora"}, SpecError, "method.kind: 'qlora' is not supported yet"),
+    ({}, {"method": {"kind": "lora", "targets": ["q_proj"]}}, SpecError, "method.targets: .* is not supported yet"),
+    ({"num_experts": 2, "num_experts_per_tok": 1}, {"method": "lora"}, SpecError, "method.kind: 'lora' is not"),
     ({}, {"precision": {"weights": "fp32", "autocast": True}}, SpecError, "precision.autocast"),
     ({}, kernels("sdpa_math"), SpecError, "kernels.attention: sdpa_math is a torch kernel"),
     ({}, kernels("sdpa", "offload"), SpecError, "kernels.checkpointing: 'offload'"),
@@ -149,6 +153,63 @@ def test_selective_recomputation_is_refused_for_other_models() -> None:
         estimate(RunSpec(model="gpt2", profile="megatron-core", **kernels("sdpa", "selective")))
 
 
+BRIDGED: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("llama-3.1-8b", {}, {"world": 16, "tp": 2, "cp": 2, "pp": 2, "dp": 2, "strategy": "ddp"}),
+    ("qwen2-7b", {"add_qkv_bias": True}, {"world": 4, "tp": 2, "dp": 2, "strategy": "megatron_dist_opt"}),
+    ("qwen3-8b", {"qk_layernorm": True}, {"world": 2, "cp": 2, "strategy": "ddp"}),
+    (
+        "qwen3-30b-a3b",
+        {"qk_layernorm": True, "moe_token_dispatcher_type": "alltoall", "moe_grouped_gemm": True},
+        {"world": 8, "tp": 2, "ep": 4, "dp": 4, "sequence_parallel": True, "strategy": "megatron_dist_opt"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "differs", "ranks"), BRIDGED, ids=[name for name, *_ in BRIDGED])
+def test_models_of_the_hub_are_what_megatron_bridge_makes_of_them(
+    name: str, differs: dict[str, Any], ranks: dict[str, Any]
+) -> None:
+    model = find_model(name)
+    sizes = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    gpt = {
+        **{key: getattr(model, key) for key in (*sizes, "head_dim", "vocab_size", "tie_word_embeddings")},
+        **{
+            key: model.config[key]
+            for key in ("moe_intermediate_size", "num_experts", "num_experts_per_tok")
+            if key in model.config
+        },
+        "model_type": "megatron_gpt",
+        "gated_mlp": True,
+        "hidden_act": "silu",
+        "norm_type": "rmsnorm",
+        "position_embedding_type": "rope",
+        "use_bias": False,
+        "hidden_dropout": 0.0,
+        "create_attention_mask": False,
+        **differs,
+    }
+    batch = {"micro": 1, "sequence": 4096, "accumulation": 2}
+    options: dict[str, Any] = {**kernels("sdpa"), "batch": batch, "parallelism": ranks}
+    bridged = answer(model=name, **options)
+    assert bridged.bytes == answer(model={"config": gpt}, **options).bytes
+    added = model.vocab_size - padded(model.vocab_size)
+    assert bridged.parameters.total == estimate(RunSpec(model=name)).parameters.total - 2 * added * model.hidden_size
+
+
+def test_lora_adapts_four_layers_and_only_adapters_have_gradients() -> None:
+    """Per layer r (in + out) each; a rank's weights stay whole, and only adapters have gradients and states."""
+    r, f = 16, GPT["intermediate_size"]
+    n = 12 * r * ((H + 3 * H) + (H + H) + (H + f) + (f + H))
+    lora = answer(
+        method={"kind": "lora", "rank": r}, parallelism={"world": 4, "dp": 4, "strategy": "megatron_dist_opt"}
+    )
+    assert lora.parameters.trainable == n
+    assert abs(lora.categories["gradient"] - 4 * n) < 2**16
+    assert abs(lora.categories["optstate"] - 12 * n // 4) < 2**16
+    assert not any("placeholder" in line.what for line in lora.ledger)
+    assert estimate(RunSpec(model="llama-3.1-8b", method="lora", profile="megatron-core")).ledger[0].bytes
+
+
 def of_ranks(t: int, tokens_divided: bool) -> dict[str, Any]:
     return {"parallelism": {"world": t, "tp": t, "sequence_parallel": tokens_divided}}
 
@@ -176,7 +237,9 @@ def test_norms_of_queries_and_keys_keep_them_before_and_after() -> None:
 
 
 def test_layers_of_torch_have_no_workspace_of_transformer_engine() -> None:
-    assert answer().bytes.allocated - answer({"transformer_impl": "local"}).bytes.allocated == 32 * 2**20
+    plain = {"gradient_accumulation_fusion": False}
+    local = answer({"transformer_impl": "local"})
+    assert answer(plain).bytes.allocated - local.bytes.allocated == 32 * 2**20
     with pytest.raises(SpecError, match="transformer_impl local only has unfused attention"):
         answer({"transformer_impl": "local"}, **kernels("sdpa"))
     with pytest.raises(UnsupportedModelError, match="transformer_impl"):
@@ -334,6 +397,38 @@ def test_context_parallel_ranks_keep_their_queries_and_the_last_received_keys() 
     assert kept_by_a_layer(**options) == (alone - 1024) // 4 + 1024
     laid = {**options, **kernels("flash_attention_2")}
     assert kept_by_a_layer(**laid) == (kept_by_a_layer(**kernels("flash_attention_2")) - 1024) // 4 + 1024
+
+
+def test_ranks_that_exchange_heads_also_keep_the_output_before_the_exchange() -> None:
+    ranks = {"world": 4, "cp": 4, "strategy": "ddp"}
+    ring, exchanged = (
+        kept_by_a_layer(**kernels("sdpa"), parallelism={**ranks, "context": context}) for context in ("ring", "ulysses")
+    )
+    assert exchanged - ring == 2 * S * B * H // 4
+    with pytest.raises(SpecError, match=r"parallelism\.cp: 4 ranks cannot exchange 2 key/value heads"):
+        answer({"num_key_value_heads": 2}, **kernels("sdpa"), parallelism={**ranks, "context": "ulysses"})
+
+
+def test_fused_accumulation_has_one_placeholder_for_all_weights_of_a_shape() -> None:
+    """Those of q, k and v together, of attention's output, and both of the MLP; their gradients are not allocated."""
+    lines = [line for line in answer().ledger if "placeholder" in line.what]
+    assert sorted(line.bytes for line in lines) == sorted(2 * n * H * H for n in (3, 1, 4, 4))
+    config, options = of_experts(4)
+    lines = [line for line in answer(config, **options).ledger if "placeholder" in line.what]
+    assert sorted(line.bytes for line in lines) == sorted(2 * n * H * H for n in (3, 1, 2, 2))
+    assert not any("placeholder" in li.what for li in answer({"gradient_accumulation_fusion": False}).ledger)
+
+
+def test_transformer_engines_loss_overwrites_the_logits_in_half_precision() -> None:
+    plain, fused = (
+        next(
+            p.peak
+            for p in answer(kernels={**kernels("sdpa")["kernels"], "fused": list(which)}).phases
+            if p.phase == "loss"
+        )
+        for which in ((), ("cross_entropy",))
+    )
+    assert plain - fused == 4 * B * S * 50304
 
 
 @pytest.mark.parametrize("those", [kernels("eager"), kernels("sdpa", "selective")], ids=["eager", "selective"])

@@ -29,6 +29,7 @@ from memplan.program.graph import lower_training, operations_of
 from memplan.report.profiles import EXAMPLE, MAIN
 from memplan.resolve.decide import decide, fill_defaults
 from memplan.spec.run import NEWEST
+from tests.cases import in_groups
 from tests.sampling import sampled
 from tests.tiny import TINY
 
@@ -132,7 +133,9 @@ def test_an_unknown_profile_is_an_error_that_names_near_ones(name: str) -> None:
     with pytest.raises(UnknownNameError) as caught:
         estimate(RunSpec(model="qwen2-0.5b", profile=name))
     assert caught.value.field == "profile"
-    assert any(f"{framework}-" in str(caught.value) for framework in ("transformers", "litgpt", "trl", "unsloth"))
+    assert any(
+        f"{framework}-" in str(caught.value) for framework in ("transformers", "litgpt", "trl", "unsloth", "verl")
+    )
 
 
 def test_a_completed_run_has_the_same_loop_as_its_estimate() -> None:
@@ -574,7 +577,7 @@ def test_a_setting_shows_what_it_changes_against_the_base_profile() -> None:
     assert line.split()[-1] == f"{(sizes['trl-1.10'] - sizes['trl-1.13']) / GIB:+.2f}"
 
 
-@pytest.mark.parametrize("row", TRACED, ids=lambda row: row["name"])
+@in_groups(TRACED, lambda row: row["name"])
 def test_a_step_of_an_older_version_equals_its_trace(row: dict[str, Any]) -> None:
     family = row["run"]["model"]["config"]["model_type"]
     assert compared_with_trace(row).phase < (0.007 if family == "gemma2" else 0.001)

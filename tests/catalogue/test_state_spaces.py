@@ -146,7 +146,8 @@ def test_sequences_are_counted_in_whole_chunks() -> None:
     of = {"chunk": 64, "kernel": 4}
     assert chunked(of, 128, ONE_RUN) == {
         "s_conv": 128 + 3,
-        "earlier": 127,
+        "earlier": 126,
+        "second_last": 1,
         "chunks": 2,
         "borders": 3,
         "later": 1,
@@ -163,7 +164,8 @@ def test_sequences_are_counted_in_whole_chunks() -> None:
     }
     assert chunked(of, 129, ONE_RUN) == {
         "s_conv": 129 + 3,
-        "earlier": 128,
+        "earlier": 127,
+        "second_last": 1,
         "chunks": 3,
         "borders": 4,
         "later": 2,

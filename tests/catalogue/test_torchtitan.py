@@ -55,7 +55,7 @@ def run_of(case: dict[str, Any]) -> RunSpec:
         precision="amp" if case["dtype"] == "float32" else "pure",
         optimizer="adamw_torch_fused",
         batch={"micro": case["micro"], "sequence": case["tokens"], "accumulation": case["passes"]},
-        kernels={"checkpointing": "full" if case["checkpoint"] else "none"},
+        kernels={"checkpointing": {True: "full", False: "none"}.get(case["checkpoint"], case["checkpoint"])},
         loop={"clip_grad_norm": None},
         parallelism={
             "world": dp * tp,
@@ -96,6 +96,23 @@ def test_a_rank_holds_what_torchtitans_code_holds(case: dict[str, Any]) -> None:
     for name, traced in case["peaks"].items():
         if name.partition(" ")[0] in ("forward", "backward", "step"):
             assert mine[name] == pytest.approx(traced, rel=0.01), name
+
+
+def test_selective_checkpoints_of_stages_keep_what_one_gpu_keeps() -> None:
+    """The first of p stages has p microbatches of L/p layers in flight. One GPU's peak is the loss, when all 8 layers
+    are kept; that of a stage is in backward, where one of them is computed again anyway."""
+
+    def peak(checkpointing: str, pp: int) -> int:
+        case = {**TRACED[0], "dp": 2, "layers": 8, "passes": 8, "tokens": 4096}
+        asked = run_of(case)
+        kernels = asked.kernels.model_copy(update={"checkpointing": checkpointing})
+        piped = {"world": 2 * pp, "pp": pp, "stage": 0} if pp > 1 else {}
+        ranks = asked.parallelism.model_copy(update=piped)
+        return estimate(asked.model_copy(update={"kernels": kernels, "parallelism": ranks})).bytes.allocated
+
+    more, of_stage = (peak("selective", pp) - peak("full", pp) for pp in (1, 4))
+    assert 0 < 8 * of_stage == 7 * more
+    assert peak("none", 4) > peak("selective", 4)
 
 
 def test_the_mean_error_is_below_a_thousandth() -> None:

@@ -17,6 +17,7 @@ from memplan.models.configs.images import axes_of, picture_of, takes_images
 from memplan.models.model import ModelSpec
 from memplan.program.training.passes import pass_of
 from memplan.resolve.decide import decide
+from tests.cases import in_groups
 from tests.sampling import sampled
 from tests.tiny import TINY as DECODERS
 from tests.tiny_towers import TINY as RESTING
@@ -41,7 +42,7 @@ def label(case: dict[str, Any]) -> str:
     return f"{case['name']}-{asked.get('kernels', {}).get('checkpointing', 'full')}-{images}-{frozen}"
 
 
-@pytest.mark.parametrize("case", sampled(ROWS), ids=label)
+@in_groups(sampled(ROWS), label)
 def test_an_estimate_equals_the_trace(case: dict[str, Any]) -> None:
     answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]

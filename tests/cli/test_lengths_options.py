@@ -27,14 +27,30 @@ def test_the_answer_is_for_the_longest_and_says_how_soon(tmp_path: Path, capsys:
     assert (code, err) == (0, "")
     assert "1 x 300 tokens" in out
     assert "Typical" in out
-    assert "--seq-len 300" in out
-    assert "--lengths" not in out
+    assert f"memplan max smollm2-135m --method lora --seq-len 512 --lengths {path} --gpu t4" in out.replace("\n", " ")
 
 
 def test_json_has_the_lengths_next_to_the_answer(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = printed(capsys, "--lengths", "p50=100,p99=400", "--json")
     data = json.loads(out)
     assert (code, data["lengths"]["longest"], data["run"]["batch"]["sequence"]) == (0, 400, 400)
+
+
+@pytest.mark.parametrize("format", ["table", "html", "markdown"])
+def test_every_card_has_its_typical_batch(format: str, capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = printed(capsys, "--gpu", "3090", "--lengths", "p50=100,p99=400", "--format", format)
+    assert out.count("Typical") == 2
+
+
+def test_a_runs_own_file_has_lengths(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        "model: smollm2-135m\nbatch: {sequence: 512, lengths: 'p50=100,max=300', batching: grouped}\n", "utf-8"
+    )
+    with pytest.raises(SystemExit):
+        get_command(app).main([str(path), "--gpu", "t4", "--json"])
+    data = json.loads(capsys.readouterr().out)
+    assert (data["lengths"]["batching"], data["run"]["batch"]["sequence"]) == ("grouped", 300)
 
 
 @pytest.mark.parametrize(
@@ -60,9 +76,7 @@ def test_a_runs_file_says_how_it_batches(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("--batching", "random"), "batching (--batching): only applies with --lengths"),
-        (("--lengths", "max", "--format", "csv"), "lengths (--lengths): shown in a table or as json, not as csv"),
-        (("--lengths", "max", "--gpu", "3090"), "lengths (--lengths): for one card"),
+        (("--batching", "random"), "batch.batching (--batching): only applies with batch.lengths"),
         (("--lengths", "max", "--batching", "sorted"), "batching"),
         (("--lengths", "no-such-file"), "cannot be read"),
     ],

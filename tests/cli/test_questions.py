@@ -108,6 +108,20 @@ def test_an_option_of_another_tool_names_the_words_that_work(name: str, typed: P
     assert typed(f"qwen3-0.6b {found[1]}")[0] == 0
 
 
+@pytest.mark.parametrize("words", ["--method pissa", "--method rslora", "--attention fa2", "--attention flash-attn"])
+def test_a_word_of_another_tool_names_the_words_that_work(words: str, typed: Printed) -> None:
+    code, out, err = typed(f"qwen3-0.6b {words}")
+    option, _, word = words.partition(" ")
+    found = re.search(rf"{option}\): unknown '{word}'; write (.*)$", err.strip())
+    assert (code, out) == (2, "")
+    assert found, err
+    assert typed(f"qwen3-0.6b {option} {found[1]}")[0] == 0
+
+
+def test_an_option_that_takes_no_memory_may_be_left_out(typed: Printed) -> None:
+    assert typed("qwen3-0.6b --learning_rate 1e-4")[2].endswith("--learning_rate; leave it out, it takes no memory\n")
+
+
 @pytest.mark.parametrize("line", sampled(list(TYPOS)))
 def test_each_suggestion_for_a_typo_works_there(line: str, typed: Printed) -> None:
     code, out, err = typed(line)

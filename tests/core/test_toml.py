@@ -10,12 +10,13 @@ import pytest
 from memplan.core.package_data import data_path
 from memplan.core.toml import parsed
 from memplan.models.cards import card_folder
+from tests.cases import in_groups
 
 TABLES = {data_path("profiles.toml"), *data_path("core").parent.rglob("*.toml")} - {data_path("gpus.toml")}
 CARDS = set(card_folder().glob("*.toml"))
 
 
-@pytest.mark.parametrize("path", sorted(TABLES | CARDS), ids=lambda path: path.stem)
+@in_groups(sorted(TABLES | CARDS), lambda path: path.stem)
 def test_a_file_is_read_as_tomllib_reads_it(path: Path) -> None:
     text = path.read_text("utf-8")
     assert repr(parsed(text)) == repr(tomllib.loads(text))

@@ -124,3 +124,19 @@ def test_the_range_of_a_compiled_run_goes_down() -> None:
     assert abs(compiled.band.low - low) <= 1
     answers = [estimate(RunSpec(**fields, kernels={"compile": c}, gpu="3060")).verdict.answer for c in (False, True)]
     assert answers == ["does not fit", "tight"]
+
+
+@pytest.mark.parametrize("task", ["forward", "generate"])
+def test_the_range_of_a_compiled_inference_goes_both_ways(task: str) -> None:
+    """Down by the temporaries of the peak, and up by those of a forward pass or a decoding step in CUDA graphs."""
+    fields = {"model": "llama-3.2-1b", "task": task, "batch": {"sequence": 1024}, "gpu": "a100-40gb"}
+    eager, compiled = (estimate(RunSpec(**fields, kernels={"compile": c})) for c in (False, True))  # type: ignore[arg-type]
+    temporaries = sum(line.bytes for line in eager.ledger if line.kind == "activation") - 16 * 1024 * 2 * 8 * 64 * 2
+    logits = 1024 * 128256 * 2 if task == "forward" else 0
+    wider = eager.band.low - compiled.band.low, compiled.band.high - eager.band.high
+    assert compiled.bytes == eager.bytes
+    assert wider[0] == pytest.approx((temporaries - logits) * (1000 + PREDICTION_BAND.low) / 1000, rel=1e-3)
+    if task == "forward":
+        assert wider[1] == pytest.approx(temporaries * (1000 + PREDICTION_BAND.high) / 1000, rel=1e-3)
+    else:  # one token's logits and their casts, not a prompt's activations
+        assert 3 * 2 * 128256 < wider[1] < temporaries / 10

@@ -16,7 +16,7 @@ from benchmarks.sweep import FAMILIES, OPTIONS, ask, models, pairs
 from memplan import MemplanError, ModelSpec, RunSpec
 from memplan.core.arithmetic import ONE_RUN
 from memplan.engine.events import FREED
-from memplan.engine.walk import alive, size, values
+from memplan.engine.walk import bytes_at_each, size, values
 from memplan.models.configs.images import picture_of, takes_images
 from memplan.program.axes import axes_of
 from memplan.program.graph import operations_of
@@ -70,8 +70,7 @@ def _peaks(run: RunSpec) -> tuple[int, int]:
         return n * values([variable], axes)[0]
 
     sizes = [bytes_of(*key[:2]) for key in low.sizes]
-    counts = (alive(moment, low.runs, axes) for moment in low.moments)
-    of_moments = max(sum(n * sizes[key] for key, n in found.items()) for found in counts)
+    of_moments = max(bytes_at_each(low.moments.unnamed, low.runs, axes, sizes))
     made = [bytes_of(*key[:2]) for key in recording.sizes]
     bytes_by_number: dict[int, int] = {}
     live = most = 0

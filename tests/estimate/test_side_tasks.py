@@ -17,6 +17,7 @@ from memplan.core.ir import Weight
 from memplan.estimate.answer import phase_peaks
 from memplan.models.configs import family
 from memplan.planning.sweep import STEP_PHASES, grid
+from tests.cases import in_groups
 from tests.sampling import ALL, examples, sampled
 
 CASES: list[dict[str, Any]] = sampled(rows("traced_asides.jsonl"), 12)
@@ -41,7 +42,7 @@ def without_workspaces(answer: TraceFigures) -> dict[str, int]:
     return {p.phase: p.peak - WORKSPACES for p in answer.phases if p.phase in ASIDES}
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@in_groups(CASES, label)
 def test_side_tasks_are_near_their_traces(case: dict[str, Any]) -> None:
     mine = without_workspaces(trace_figures(case["run"]))
     assert mine.keys() == case["phases"].keys()

@@ -8,17 +8,18 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import compared_with_trace, rows
+from benchmarks.accuracy import compared_with_trace, rows, trace_figures
 from memplan import RunSpec, estimate
+from tests.cases import in_groups
 from tests.sampling import sampled
 
 ROWS: list[dict[str, Any]] = rows("traced_trainers.jsonl")
 PROFILES = ("trl-1.15", "trl-1.13", "trl-1.6", "llamafactory-0.9.5", "axolotl-0.21", "ms-swift-4.6")
 
 
-@pytest.mark.parametrize("row", sampled(ROWS), ids=lambda row: row["name"])
+@in_groups(sampled(ROWS), lambda row: row["name"])
 def test_a_trainers_step_is_near_its_trace(row: dict[str, Any]) -> None:
-    answer = estimate(RunSpec(**row["run"]))
+    answer = trace_figures(row["run"])
     assert (answer.parameters.total, answer.parameters.trainable) == (row["parameters"], row["trainable"])
     compared = compared_with_trace(row)
     assert compared.peak < 5e-4, compared
@@ -38,10 +39,10 @@ UNSLOTH: list[dict[str, Any]] = rows("traced_unsloth.jsonl")
 _BUFFERS = 4 << 20  # for offloaded inputs, which are not counted
 
 
-@pytest.mark.parametrize("row", sampled(UNSLOTH), ids=lambda row: row["name"])
+@in_groups(sampled(UNSLOTH), lambda row: row["name"])
 def test_unsloths_step_is_near_its_trace(row: dict[str, Any]) -> None:
     """Up to the buffers through which it offloads: 4 MiB for any model."""
-    answer = estimate(RunSpec(**row["run"]))
+    answer = trace_figures(row["run"])
     assert (answer.parameters.total, answer.parameters.trainable) == (row["parameters"], row["trainable"])
     compared = compared_with_trace(row)
     assert compared.peak * row["peak"] < _BUFFERS + 1e-3 * row["peak"], compared

@@ -180,7 +180,6 @@ UNSAID: dict[str, dict[str, Any]] = {
     "parallelism.dp": {"parallelism": {"world": 4, "dp": 1}},
     "parallelism.etp": {"parallelism": {"etp": 2}},
     "parallelism.strategy": {"parallelism": {"world": 2, "dp": 2}},
-    "batch.new_tokens": {"batch": {"new_tokens": 1}},
     "task": {"task": "forward"},
     "model": {"model": {"config": {"model_type": "llama"}}},
 }

@@ -52,6 +52,13 @@ MEGATRON_FLAGS = {
     *("decoder-first-pipeline-num-layers", "decoder-last-pipeline-num-layers"),
     *("account-for-embedding-in-pipeline-split", "account-for-loss-in-pipeline-split"),
     *("disable-bias-linear", "add-qkv-bias", "qk-layernorm", "hidden-dropout"),
+    *("no-create-attention-mask-in-dataloader", "no-gradient-accumulation-fusion"),
+    *(
+        "microbatch-group-size-per-virtual-pipeline-stage",
+        "cp-comm-type",
+        "cross-entropy-loss-fusion",
+        "cross-entropy-fusion-impl",
+    ),
 }
 
 

@@ -403,3 +403,33 @@ def test_a_file_that_a_key_names_stays_as_it_is(tmp_path: Path) -> None:
     [host] = [lever for lever in levers(estimate(levers.asked).run) if lever.group == "offload"]
     with pytest.raises(SpecError, match=r"^deepspeed names the file 'zero2\.json', which stays as it is$"):
         levers.write((host,))
+
+
+_SFT = "sft.py --model_name_or_path qwen2-0.5b --dataset_name a --use_peft --bf16 true"
+COUNTS: dict[str, tuple[str, str]] = {
+    f"accelerate launch --num_processes 1 {_SFT}": ("--num_processes 1", "--num_processes 4"),
+    f"torchrun --nnodes=1 --nproc_per_node=1 {_SFT}": ("--nproc_per_node=1", "--nproc_per_node=4"),
+    f"export N=1\ntorchrun --nproc-per-node $N {_SFT}": ("N=1", "N=4"),
+    f"#SBATCH --gres=gpu:a100:1\nsrun torchrun --nproc_per_node $SLURM_GPUS_ON_NODE {_SFT}": (":a100:1", ":a100:4"),
+    f"python {_SFT}": ("", "the script does not say how many processes train"),
+}
+
+
+@pytest.mark.parametrize(("command", "change"), COUNTS.items(), ids=COUNTS.keys())
+def test_a_script_says_how_many_gpus_where_its_launcher_does(
+    tmp_path: Path, command: str, change: tuple[str, str]
+) -> None:
+    path = tmp_path / "run.sh"
+    path.write_text(f"# a script\n{command}\n")
+    levers = levers_in(str(path))
+    more = next(
+        lever for lever in levers(estimate(levers.asked).run) if dict(lever.fields).get("parallelism.world") == 4
+    )
+    before, after = change
+    if not before:
+        with pytest.raises(SpecError, match=after):
+            levers.write((more,))
+        return
+    new = levers.write((more,))
+    assert new.text.startswith(path.read_text().rstrip("\n").replace(before, after))
+    assert (new.run.parallelism.world, new.run.parallelism.strategy) == (4, "fsdp2")

@@ -256,8 +256,8 @@ def test_a_torchtitan_file_is_the_run_that_it_starts(tmp_path: Path) -> None:
     file = read_run(str(tmp_path / "run.toml"))
     assert file.notes == ("activation_checkpoint.mode (run.toml:14): selective: counted as none, which takes more",)
     assert values(file)["parallelism.world"] == 2
-    alone = TITAN.replace("tensor_parallel_degree = 2", "").replace('"full"', '"selective"\nselective_ac_option = "op"')
-    (tmp_path / "run.toml").write_text(alone, "utf-8")
+    by_operation = TITAN.replace('"full"', '"selective"\nselective_ac_option = "op"')
+    (tmp_path / "run.toml").write_text(by_operation, "utf-8")
     file = read_run(str(tmp_path / "run.toml"))
     assert (values(file)["kernels.checkpointing"], file.notes) == ("selective", ())
     for text, error in (("a = ", "run.toml is not TOML"), (TITAN.replace("8B", "9B"), "llama3 9B is not known here")):

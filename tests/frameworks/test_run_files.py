@@ -113,6 +113,7 @@ AXOLOTL_LORA = "base_model: a\nmicro_batch_size: 1\nadapter: lora\nlora_target_l
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo", "dpo", None),
         ("model_name_or_path: a\nfinetuning_type: full\nstage: dpo\npref_loss: orpo", "orpo", None),
         ("model_name_or_path: a\nfinetuning_type: lora\nstage: dpo\nref_model: b", "dpo", "copy"),
+        ("model_name_or_path: a\nfinetuning_type: full\nstage: kto\nper_device_train_batch_size: 2", "kto", None),
         ("model_name_or_path: a\nuse_peft: true\nprecompute_ref_log_probs: true", "dpo", "precomputed"),
         ("model_name_or_path: a\nuse_peft: true\nmax_length: 512\ncenter_rewards_coefficient: 0.1", "reward", None),
         (f"{SWIFT_LORA}rlhf_type: dpo", "dpo", None),
@@ -156,9 +157,12 @@ def test_a_generating_trainers_file_says_its_completions_and_its_engine(
 def test_what_a_generating_trainer_is_not_counted_with_is_named(tmp_path: Path) -> None:
     text = GENERATING["axolotl"].replace("rl_beta: 0.04", "").replace("vllm: {", "vllm: {tensor_parallel_size: 2, ")
     text = text.replace("trl:\n", "trl:\n  reward_funcs: [mine.reward, org/scores]\n  generation_batch_size: 8\n")
-    named = {"trl.generation_batch_size", "trl.reward_funcs", "vllm.tensor_parallel_size"}
+    named = {"trl.generation_batch_size", "trl.reward_funcs"}
+    known = read(tmp_path, text.replace("org/scores", "Qwen/Qwen2.5-0.5B"))
+    assert values(known)["roles.reward.model"] == "Qwen/Qwen2.5-0.5B"
     assert {each.key for each in read(tmp_path, text).unread} == named
     assert "reference" not in values(read(tmp_path, text))  # beta is 0, the trainer's default
+    assert values(read(tmp_path, text))["serving.tensor_parallel"] == 2
 
 
 def test_each_value_says_where_it_is_from(tmp_path: Path) -> None:
@@ -236,8 +240,13 @@ lora_target_modules: 'model.language_model.layers.[\d]+.(_checkpoint_wrapped_mod
         "parallelism.strategy": "fsdp2",
         "parallelism.offload.parameters": True,
         "parallelism.offload.optimizer": True,
+        "parallelism.cpu_ram_efficient_loading": False,
         "precision.weights": "fp32",
         "precision.compute": "bf16",
+    },
+    "fsdp_version: 2\nfsdp_config: {cpu_ram_efficient_loading: true}": {"parallelism.cpu_ram_efficient_loading": None},
+    "fsdp_version: 2\nfsdp_config: {offload_params: true}\nexperimental_skip_move_to_device: true": {
+        "parallelism.cpu_ram_efficient_loading": True
     },
     "dp_shard_size: 4\nfsdp_config: {reshard_after_forward: false}": {
         "parallelism.world": 4,
@@ -543,13 +552,21 @@ def test_keys_of_ms_swift_are_fields(tmp_path: Path, text: str, expected: dict[s
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_framework_can_be_named(tmp_path: Path, name: str) -> None:
-    model = format_named(name).model
-    file = read(tmp_path, f"{model}: Qwen/Qwen2-7B\n", name)
+    more = "algorithm.adv_estimator: grpo\nactor_rollout_ref.actor.use_dynamic_bsz: true\n" if name == "verl" else ""
+    file = read(tmp_path, f"{format_named(name).model}: Qwen/Qwen2-7B\n{more}", name)
     assert (file.framework, file.told) == (name, ())
 
 
+def test_ms_swift_3_has_the_optimizer_of_its_transformers(tmp_path: Path) -> None:
+    text = "model: qwen2-0.5b\ntrain_type: full\nmax_length: 64\n"
+    old, new = (read(tmp_path, text, f"ms-swift{version}").fields for version in ("-3.3", ""))
+    assert (old["profile"], new["profile"]) == ("ms-swift-3", "ms-swift-4.6")
+    runs = [estimate(RunSpec.model_validate(fields)).run for fields in (old, new)]
+    assert [run.optimizer.name for run in runs] == ["adamw_torch", "adamw_torch_fused"]
+
+
 REFUSED: dict[str, str] = {
-    "model_name_or_path: a\nfinetuning_type: lora\nstage: kto": "run.yaml:3: stage: 'kto' is not supported",
+    "model_name_or_path: a\nfinetuning_type: lora\nstage: rm": "run.yaml:3: stage: rm is not supported yet: its value",
     "base_model: a\nmicro_batch_size: 1\nrl: ebft": "run.yaml:3: rl: 'ebft' is not supported yet; supported: dpo, ",
     "model: a\ntuner_type: lora\nrlhf_type: ppo": "run.yaml:3: rlhf_type: 'ppo' is not supported yet; supported: rm, ",
     "base_model: a\nmicro_batch_size: two": "run.yaml:2: micro_batch_size: must be a number, not 'two'",
@@ -568,7 +585,9 @@ REFUSED: dict[str, str] = {
     "model: a\ntuner_type: vera": "run.yaml:2: tuner_type: 'vera' is not supported; supported: lora, full",
     "model: a\ntuner_type: lora\npacking: true": "run.yaml:3: packing: needs flash attention; set attn_impl",
     "model: a\ntuner_type: full\nquant_method: bnb\nquant_bits: 4": "quantised weights train only under adapters",
-    "actor_rollout_ref: {model: a}": "run.yaml:1: actor_rollout_ref: verl's files are not read yet",
+    "actor_rollout_ref: {model: a}": "run.yaml: algorithm.adv_estimator: 'gae' is not supported",
+    "actor_rollout_ref: {actor: {strategy: megatron}}": "actor_rollout_ref.actor.strategy: 'megatron' is not supp",
+    "algorithm: {adv_estimator: grpo}\nactor_rollout_ref: {actor: {}}": "set it, or actor_rollout_ref.actor.ppo",
     "surprise: {a: b}": "is not a file of Axolotl, LLaMA-Factory, ms-swift, torchtune, LitGPT, Unsloth, ",
     "base_model: a\nmodel_name_or_path: b\nmicro_batch_size: 1\ncutoff_len: 3": "",
 }
@@ -597,7 +616,8 @@ NOT_COUNTED = {
         "image_max_pixels (run.yaml:3): no images are counted; add --images",
     ),
     "model_name_or_path: a\nnum_generations: 2\nreward_funcs: [f]\nreward_model_name_or_path: b": (
-        "reward_model_name_or_path (run.yaml:4): another model, not supported yet",
+        "reward_model_name_or_path (run.yaml:4): the reward model 'b' is not known, so not counted; name one with "
+        "roles.reward",
     ),
 }
 

@@ -86,6 +86,77 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "trl",
         {"parallelism.strategy": "fsdp2", "parallelism.dp": 2, "method.targets": ["q_proj", "k_proj"]},
     ),
+    "deepspeed --num_gpus 4 --module openrlhf.cli.train_sft --pretrain Qwen/Qwen2-7B --micro_train_batch_size 2 "
+    "--train_batch_size 256 --max_len 64 --zero_stage 3 --adam_offload --packing_samples --gradient_checkpointing": (
+        "openrlhf",
+        {
+            "model": "Qwen/Qwen2-7B",
+            "batch.accumulation": 256 // (2 * 4),
+            "batch.packing": "padding_free",
+            "kernels.checkpointing": "full",
+            "parallelism.strategy": "zero3",
+            "parallelism.offload.optimizer": True,
+            "precision.master": "fp32",
+            "profile": "openrlhf-0.11",
+        },
+    ),
+    "deepspeed --num_gpus 2 --module openrlhf.cli.train_dpo --model.model_name_or_path Qwen/Qwen2-7B --ds.lora.rank 8 "
+    "--ds.load_in_4bit": (
+        "openrlhf",
+        {"trainer": "dpo", "reference": "copy", "method.kind": "qlora", "batch.micro": 8, "batch.sequence": 512},
+    ),
+    "ray job submit --address=a -- python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2-7B "
+    "--algo.advantage.estimator group_norm --train.colocate_all --vllm.num_engines 2 --vllm.enable_sleep "
+    "--vllm.tensor_parallel_size 2 "
+    "--ds.enable_sleep --rollout.n_samples_per_prompt 8 --rollout.max_new_tokens 48 --data.max_len 64 "
+    "--actor.num_gpus_per_node 4 --train.batch_size 64": (
+        "openrlhf",
+        {
+            "trainer": "grpo",
+            "reference": "copy",
+            "rollout": "colocate",
+            "batch.generations": 8,
+            "batch.sequence": 64 - 48,
+            "batch.new_tokens": 48,
+            "batch.accumulation": 64 // 4,
+            "serving.sleep": True,
+            "serving.memory_utilization": 0.95,
+            "serving.tensor_parallel": 2,
+            "serving.trainer_offload": ["optimizer"],
+            "parallelism.world": 4,
+        },
+    ),
+    "python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo data.train_files=$FILES data.max_prompt_length=16 "
+    "data.max_response_length=48 actor_rollout_ref.model.path=Qwen/Qwen2-7B actor_rollout_ref.rollout.n=8 "
+    "actor_rollout_ref.actor.ppo_mini_batch_size=32 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16 "
+    "actor_rollout_ref.actor.use_kl_loss=True +actor_rollout_ref.actor.fsdp_config.optimizer_offload=True "
+    "actor_rollout_ref.rollout.tensor_model_parallel_size=1 trainer.n_gpus_per_node=4 trainer.nnodes=2 "
+    "--config-name=ppo_trainer": (
+        "verl",
+        {
+            "trainer": "grpo",
+            "reference": "none",  # on the host
+            "rollout": "colocate",
+            "batch.micro": 16,
+            "batch.accumulation": 32 * 8 // (4 * 2) // 16,
+            "precision.weights": "fp32",
+            "parallelism.world": 8,
+            "parallelism.strategy": "fsdp",
+            "serving.sleep": True,
+            "serving.memory_utilization": 0.5,
+            "serving.trainer_offload": ["optimizer"],
+            "profile": "verl-0.9",
+        },
+    ),
+    "torchrun --nproc_per_node=2 -m verl.trainer.fsdp_sft_trainer model.partial_pretrain=Qwen/Qwen2-7B "
+    "data.max_length=64 data.micro_batch_size_per_gpu=3 trainer.n_gpus_per_node=2": (
+        "verl-sft",
+        {"batch.micro": 3, "batch.packing": "padding_free", "kernels.fused": ["cross_entropy"], "parallelism.dp": 2},
+    ),
+    "python3 -m verl.trainer.sft_trainer model.path=Qwen/Qwen2-7B data.max_length=64 data.max_token_len_per_gpu=640": (
+        "verl-sft",
+        {"batch.micro": 640 // 64, "parallelism.world": 1},
+    ),
 }
 
 
@@ -176,8 +247,9 @@ REFUSED = {
     "A=ab\n" + "A=$A$A\n" * 60: "train.sh does not train or serve",  # 2 ** 60 letters, if it went on
     "swift infer --model a": "swift infer with infer_backend transformers is not supported yet; supported: ",
     "swift deploy run.yaml": "swift deploy with a file is not supported yet",
-    "python3 -m verl.trainer.main_ppo data.x=1": "train.sh:1: verl.trainer.main_ppo: verl's runs are not read yet",
-    "deepspeed --module openrlhf.cli.train_dpo": "train.sh:1: openrlhf.cli.train_dpo: OpenRLHF's runs are not read yet",
+    "python3 -m verl.trainer.main_eval data.x=1": "train.sh:1: verl.trainer.main_eval: verl's other runs are not read",
+    "python3 -m verl.trainer.main_ppo --config-name=ppo_megatron_trainer": "config_name: 'ppo_megatron_trainer' is not",
+    "deepspeed --module openrlhf.cli.train_kd": "train.sh:1: openrlhf.cli.train_kd: OpenRLHF's other runs are not read",
     "megatron sft --model a": "train.sh:1: megatron: Megatron-SWIFT's runs are not read yet; near: swift sft, or ",
     "trl ppo --model_name_or_path a": "train.sh:1: trl ppo is not supported yet; supported: trl sft",
     "trl sft --config none.yaml": "there is no file 'none.yaml' next to train.sh or here",

@@ -34,7 +34,7 @@ METHODS = ("full", "lora", "qlora")
 def draw() -> Iterator[tuple[str, dict[str, Any]]]:
     for name, config in SMALL.items():
         length = {} if config["model_type"] in ("vit", "whisper") else {"sequence": 256}
-        target = {"target_sequence": 96} if config["model_type"] in ("bart", "mt5", "t5", "whisper") else {}
+        target = {"target_sequence": 96} if "seq2seq_lm" in HEADS[name] else {}
         shared = {"model": {"config": config}, "batch": {"micro": 2, **length, **target}}
         for objective in HEADS[name]:
             for kind in METHODS:

@@ -14,8 +14,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.spec.run import RunSpec
-from tests.golden.trace_preference import STRATEGIES, divided, main
+from tests.golden.trace_preference import STRATEGIES, divided, main, teachers
 from tests.golden.trace_trainers import BF16, CONFIGS, FP32
 
 # Family, method, precision; completions of a micro-batch, tokens of a prompt and of a completion, completions of a
@@ -52,17 +53,40 @@ DIVIDED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], s
     ("blocks", "full", BF16, (2, 512, 8, 4, 2), "none", {}),
     ("blocks", "lora", BF16, (4, 512, 8, 4, 1), "adapters", {}),
 )
+# With a reward model on the GPU, of another size than the policy.
+REWARDED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, (4, 256, 16, 4, 2), "none", {}),
+    ("tied", "lora", FP32, (4, 512, 8, 4, 1), "adapters", {}),
+    ("blocks", "qlora", BF16, (8, 1024, 8, 8, 1), "none", {}),
+    ("qwen2", "lora", BF16, (8, 256, 8, 8, 1), "none", {}),
+)
 _ALL = (("trl-1.15", "grpo"), ("trl-1.14", "grpo"), ("trl-1.13", "grpo"))
+
+
+def scorer(family: str) -> dict[str, Any]:
+    """Return the roles of a run whose completions a model of the family scores: twice as wide, of eight layers."""
+    config = {**CONFIGS[family], "hidden_size": 2048, "num_hidden_layers": 8, "intermediate_size": 5632}
+    return {"reward": {"model": {"config": config}}}
 
 
 def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
     """Yield the runs of `CASES` under a profile and a trainer; every second of them where others are traced in full."""
     cases = CASES if (profile, trainer) in _ALL else CASES[1::2]
     cases = [*((case, "") for case in cases), *((case, strategy) for case in DIVIDED for strategy in STRATEGIES)]
+    cases += [
+        (case, "rewarded") for case in REWARDED[:: 1 if profile == "trl-1.15" else 2] if trainer not in DISTILLING
+    ]
+    if trainer in DISTILLING:
+        cases += [(("qwen3", "full", BF16, (2, 512, 8, 1, 1), "none", {}), "experts")]
+        cases += [(("llama", method, FP32, (4, 256, 8, 1, 1), "none", {}), "") for method in ("full", "lora")]
     for (family, method, precision, (micro, prompt, new, group, parts), reference, kernels), strategy in cases:
         words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
-        batch = {"micro": micro, "sequence": prompt, "new_tokens": new, "generations": group, "accumulation": parts}
+        distills = trainer in DISTILLING
+        if distills and (reference != "none" or strategy.startswith("fsdp")):
+            continue
+        batch = {"micro": micro, "sequence": prompt, "new_tokens": new, "accumulation": parts}
+        batch |= {"generations": 1 if distills else group}
         shape = f"{micro}x({prompt}+{new}) {parts} parts"
         name = f"{profile} {trainer} {family} {method} {precision['weights']} {shape} {' '.join(words)}"
         yield (
@@ -71,12 +95,17 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                 {
                     "model": {"config": CONFIGS[family]},
                     "trainer": trainer,
-                    "reference": reference,
+                    "reference": None if distills else reference,
+                    "roles": teachers(family, method, strategy == "experts")
+                    if distills
+                    else scorer(family)
+                    if strategy == "rewarded"
+                    else {},
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": batch,
                     "kernels": kernels,
-                    "parallelism": divided(strategy) if strategy else {},
+                    "parallelism": divided(strategy) if strategy in STRATEGIES else {},
                     "profile": profile,
                 }
             ),

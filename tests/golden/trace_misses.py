@@ -166,6 +166,64 @@ CASES: dict[str, dict[str, Any]] = {
         **lora(["lm_head"]),
         "batch": {"micro": 4, "sequence": 113},
     },
+    "operands of the only chunk of a scan": {
+        **small("granitemoehybrid"),
+        "batch": {"micro": 2, "sequence": 21},
+        "kernels": {"checkpointing": "none"},
+    },
+    "operands of the only chunk of one sequence": {
+        **small("mamba2"),
+        "batch": {"sequence": 20},
+        "kernels": {"checkpointing": "none"},
+    },
+    "states of the last tokens of a scan": {
+        **small("falcon_mamba"),
+        "batch": {"micro": 2, "sequence": 19},
+        "kernels": {"checkpointing": "none"},
+    },
+    "chunks of a short sequence": {
+        **small("cohere2"),
+        "method": "lora",
+        "batch": {"micro": 16, "sequence": 9},
+        "kernels": {"loss": "chunked"},
+    },
+    "the only chunk of a tied head": {
+        "model": "smollm2-135m",
+        "gpu": "a100-sxm-80gb",
+        "batch": {"micro": 3, "sequence": 58},
+        "kernels": {"loss": "chunked_nll"},
+    },
+    "the only product in fp16": {
+        **small("opt"),
+        "task": "forward",
+        **INT8,
+        "precision": {"weights": "fp16"},
+        "batch": {"sequence": 29},
+    },
+    "repeated keys under autocast": {
+        **small("ministral3"),
+        **GENERATE,
+        "precision": AMP,
+        "kernels": {"attention": "sdpa_math"},
+        "loop": {"padded": True},
+    },
+    "casts that end before the outputs are converted": {
+        **small("xlm-roberta", SMALL),
+        "precision": AMP,
+        "batch": {"sequence": 78, "accumulation": 2},
+        "loop": {"hold_outputs": True, "trainer": True},
+    },
+    "the encoder's output, which is held": {
+        **small("bart", SMALL),
+        "batch": {"micro": 2, "sequence": 200, "target_sequence": 24},
+        "loop": {"hold_outputs": True},
+    },
+    "no cache without use_cache": {
+        **small("granitemoehybrid"),
+        "task": "forward",
+        "batch": {"sequence": 40},
+        "loop": {"use_cache": False},
+    },
 }
 
 

@@ -31,15 +31,26 @@ SIZES = {
 }
 BF16, FP32 = {"weights": "bf16"}, {"weights": "fp32"}
 AUTOCAST = {"weights": "bf16", "compute": "bf16", "autocast": True}
+VECTORS: dict[str, Any] = {"options": {"vector_length": 128}}
 # Settings of each method that change its parameters or operations.
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "adalora": ({"rank": 8, "dropout": 0.1},),
     "boft": ({"options": {"boft_block_size": 8}}, {"options": {"boft_block_size": 0, "boft_block_num": 4}}),
+    "beft": ({},),
     "c3a": ({"options": {"block_size": 64}},),
+    "deft": ({"rank": 4, "dropout": 0.1}, {"options": {"para": True}}),
     "delora": ({"rank": 4},),
     "fourierft": ({"options": {"n_frequency": 300}},),
+    "glora": (
+        {"rank": 4},
+        {"options": {"config_A_B": "vector", "config_C": "vector", "config_D_E": "vector"}},
+        {"options": {"config_A_B": "constant", "config_C": "none", "config_D_E": "none"}},
+    ),
+    "gralora": ({"rank": 8, "dropout": 0.1}, {"options": {"gralora_k": 4, "hybrid_r": 8}}),
+    "hra": ({"rank": 4}, {"rank": 1}),
     "hira": ({"rank": 8, "dropout": 0.1},),
     "ia3": ({"options": {"feedforward_modules": "q_proj"}},),
+    "lily": ({"rank": 8, "options": {"num_B": 4}, "targets": ["k_proj", "down_proj"]},),
     "ln_tuning": ({}, {"adapter_dtype": "bf16"}),
     "loha": ({"rank": 4},),
     "lokr": ({"rank": 64, "options": {"decompose_factor": 4}}, {"options": {"decompose_both": True}}),
@@ -50,6 +61,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"options": {"num_cayley_neumann_terms": 3}},
     ),
     "miss": ({"rank": 24, "dropout": 0.1},),
+    "osf": ({"options": {"effective_rank": 400}, "adapter_dtype": "bf16"},),
+    "peanut": ({"rank": 8}, {"options": {"depth": 2}}),
+    "psoft": (
+        {"rank": 8, "dropout": 0.1},
+        {"options": {"psoft_orth": False, "ab_svd_init": "pissa_init"}},
+        {"options": {"psoft_mag_a": False, "psoft_mag_b": False}},
+    ),
+    "pvera": ({"rank": 32, "dropout": 0.1},),
     "p_tuning": (
         {"options": {"num_virtual_tokens": 20}},
         {"options": {"num_virtual_tokens": 20, "encoder_hidden_size": 128}},
@@ -57,7 +76,13 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "prompt_tuning": ({"options": {"num_virtual_tokens": 20}}, {"options": {"num_virtual_tokens": 33}}),
     "randlora": ({"rank": 64, "dropout": 0.1},),
     "road": ({"options": {"variant": "road_2"}}, {"options": {"variant": "road_4", "group_size": 32}}),
+    "shira": ({"rank": 16},),
+    "supertuning": ({"options": {"sparsity": 0.9}},),
+    "tinylora": ({"rank": 4, "dropout": 0.1}, {"options": {"u": 16}}),
     "trainable_tokens": ({"options": {"token_indices": [*range(9)]}}, {"options": {"token_indices": [1, 5]}}),
+    "unilora": ({"rank": 8, "dropout": 0.1}, {"options": {"theta_d_length": 1000}}),
+    "vblora": ({"rank": 8, "dropout": 0.1, **VECTORS}, {"options": {"vector_length": 64, "topk": 4}}),
+    "waveft": ({"options": {"n_frequency": 300}}, {"options": {"use_idwt": False}}),
     "vera": ({"rank": 32, "dropout": 0.1},),
 }
 
@@ -110,6 +135,8 @@ def lora_runs() -> Iterator[tuple[str, RunSpec]]:
     for settings in CHOSEN[:3]:
         yield one("qlora", checkpointing="full", **settings)
         yield one("dora", **settings)
+    for kind, more in (("qlora", {}), ("qlora", {"quantization": {"format": "int8"}}), ("dora", {"dropout": 0.1})):
+        yield one(kind, "llama", "selective", AUTOCAST, targets="all-linear", **more)
 
 
 def runs(kind: str) -> Iterator[tuple[str, RunSpec]]:
@@ -121,12 +148,14 @@ def runs(kind: str) -> Iterator[tuple[str, RunSpec]]:
         yield from other_runs(kind, SETTINGS[kind])
         return
     yield one(kind)
-    yield one(kind, "llama", "full", targets="all-linear" if kind != "c3a" else ["q_proj", "o_proj"])
+    yield one(
+        kind, "llama", "full", targets=["q_proj", "o_proj"] if kind in ("c3a", "lily", "vblora") else "all-linear"
+    )
     yield one(kind, "gemma2", precision=AUTOCAST)
     yield one(kind, precision=FP32)
     yield one(kind, adapter_dtype="bf16")
     for settings in SETTINGS[kind]:
-        yield one(kind, targets="all-linear", **settings)
+        yield one(kind, **{"targets": "all-linear", **settings})
     if row.formats:
         yield one(kind, quantization={"format": "nf4"})
         yield one(kind, "llama", "full", AUTOCAST, targets="all-linear", quantization={"format": "nf4"})

@@ -7,8 +7,8 @@ python -m venv /tmp/trl
 The profile is that of the installed TRL. Runs with a row in a file that is given are not traced again. Every run is
 traced for DPO with three releases, every fourth with others and for other trainers. A row is what
 `memplan probe --trace` traces: the trainer makes its reference model, computes its loss on a batch as its collator
-makes it, and steps. With `ms-swift-4.6` and dpo, orpo, cpo, simpo or reward it is ms-swift's own trainer, with the
-packages that trace_trainers.py names.
+makes it, and steps. With `ms-swift-4.6` and dpo, orpo, cpo, simpo or reward it is ms-swift's own trainer, with
+`llamafactory-0.9.5` and dpo, kto, orpo or simpo LLaMA-Factory's, with the packages that trace_trainers.py names.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.probe.run import child
 from memplan.probe.run.trace import read
 from memplan.spec.run import RunSpec
 from tests.golden.trace_runs import line
 from tests.golden.trace_trainers import BF16, CONFIGS, FP32, SCRIPTS, prepare, traced
 
-SWIFT = "ms-swift-4.6"
+SWIFT, FACTORY = "ms-swift-4.6", "llamafactory-0.9.5"
 _STEPS = dict.fromkeys(((name, "dpo") for name in ("trl-1.15", "trl-1.13", "trl-0.24", SWIFT)), 1)
 WITH_REFERENCE = ("dpo", "kto")
 # Family, method, precision, examples and tokens; then the reference and what differs from the trainer's defaults.
@@ -76,6 +77,26 @@ _DIVIDED_STEPS = dict.fromkeys(
 )
 
 
+EXPERTS = {
+    **CONFIGS["qwen3"],
+    "model_type": "qwen3_moe",
+    "num_hidden_layers": 6,
+    "moe_intermediate_size": 768,
+    "num_experts": 8,
+    "num_experts_per_tok": 2,
+}
+
+
+def teachers(family: str, method: str, experts: bool = False) -> dict[str, Any]:
+    """Return the roles of a run that learns from a teacher: a wider and deeper model, in 4 bits for every qlora, or one
+    with experts."""
+    if experts:
+        return {"teacher": {"model": {"config": EXPERTS}}}
+    config = {**CONFIGS[family], "hidden_size": 1536, "num_hidden_layers": 6, "intermediate_size": 4096}
+    stored = {"quantization": {"format": "nf4"}} if method == "qlora" else {}
+    return {"teacher": {"model": {"config": config}, **stored}}
+
+
 # With an evaluation after the steps: profile, trainer, family, method, examples and tokens.
 EVALUATED = (
     ("trl-1.15", "dpo", "llama", "full", 2, 1024),
@@ -103,9 +124,15 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         for version, name, family, method, micro, tokens in EVALUATED
         if (version, name) == (profile, trainer)
     ]
-    for (family, method, precision, micro, tokens, said, kernels), strategy in cases:
+    cases += [(("qwen3", "full", BF16, 2, 512, None, {}), "experts")] * (trainer in DISTILLING)
+    for (family, method, precision, examples, tokens, said, kernels), strategy in cases:
+        micro = max(examples, 2) if (profile, trainer) == (FACTORY, "kto") else examples
         if profile == SWIFT and (precision == FP32 or said):
             continue  # it loads weights in bf16, and precomputes nothing
+        if trainer in DISTILLING and (strategy == "fsdp2" or said == "precomputed"):
+            continue
+        if profile == FACTORY and (said or (method, precision) == ("full", BF16) or family == "gemma2" or strategy):
+            continue  # it casts trained weights to fp32, and runs gemma2 with other attention
         reference = said if trainer in WITH_REFERENCE else None
         words = [reference or "", *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         also = {"evaluation": {"micro": 4}} if strategy == "evaluated" else {}
@@ -118,6 +145,7 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "model": {"config": CONFIGS[family]},
                     "trainer": trainer,
                     "reference": reference,
+                    "roles": teachers(family, method, strategy == "experts") if trainer in DISTILLING else {},
                     "method": {"kind": method, **targets},
                     "precision": precision,
                     "batch": {"micro": micro, "sequence": tokens},
@@ -139,8 +167,9 @@ def main(runs: Callable[[str, str], Iterator[tuple[str, RunSpec]]] = runs) -> No
     profile, trainer, *files = sys.argv[1:]
     output, sys.stdout = sys.stdout, sys.stderr  # trainers print, too
     done = {json.loads(row).get("name") for file in files for row in Path(file).read_text("utf-8").splitlines()}
-    if profile == SWIFT:
-        prepare(SCRIPTS["ms-swift"])
+    framework = profile.rpartition("-")[0]
+    if framework != "trl":
+        prepare(SCRIPTS[framework])
     for name, run in runs(profile, trainer):
         if name in done:
             continue
@@ -149,7 +178,7 @@ def main(runs: Callable[[str, str], Iterator[tuple[str, RunSpec]]] = runs) -> No
             os.waitpid(process, 0)
             continue
         try:
-            row = traced(name, run, "ms-swift 4.6.0") if profile == SWIFT else _traced(name, run)
+            row = _traced(name, run) if framework == "trl" else traced(name, run, profile.replace("-", " "))
             print(json.dumps(row), file=output, flush=True)
         except Exception:
             print(name, traceback.format_exc(), file=sys.stderr, flush=True)

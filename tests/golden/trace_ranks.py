@@ -181,7 +181,7 @@ def draw() -> Iterator[tuple[str, dict[str, Any]]]:  # noqa: PLR0912 (a branch f
         fields = divided("fsdp", world)
         yield "no-shard", {**small, **fields, "parallelism": {**fields["parallelism"], "shard_group": 1}}
     for run in AT_ONCE:
-        yield "at-once-fsdp2", {**small, "method": LORA, **run, **TRAINER, **divided("fsdp2", 4)}
+        yield "adapters-trainer-fsdp2", {**small, "method": LORA, **run, **TRAINER, **divided("fsdp2", 4)}
     for family in FAMILIES:
         run = {"model": {"config": {"model_type": family, **TINY[family]}}, "batch": {"sequence": 64}}
         adapters = {**LORA, **({"targets": TARGETS[family]} if family in TARGETS else {})}

@@ -134,9 +134,9 @@ def line(name: str, run: RunSpec, traced: TracedRun) -> dict[str, Any]:
         }
         for step in (1, 2)
     }
-    if any(p.phase == "generate" for p in traced.phases):
-        for step, peaks in steps.items():
-            peaks["gen"] = traced.peak_of("generate", int(step)) or 0
+    for phase, word in (("generate", "gen"), ("reward", "reward")):
+        for step, peaks in steps.items() if any(p.phase == phase for p in traced.phases) else ():
+            peaks[word] = traced.peak_of(phase, int(step)) or 0
     if any(p.phase == "eval" for p in traced.phases):
         steps["2"]["eval"] = traced.peak_of("eval", 0) or 0
     top = max((p for p in traced.phases if p.step or p.phase == "eval"), key=lambda p: p.peak)

@@ -115,7 +115,7 @@ def recorded(asked: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR0915 (one ste
     from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
     from torchtitan.distributed import ParallelDims
     from torchtitan.distributed import utils as dist_utils
-    from torchtitan.distributed.activation_checkpoint import FullAC
+    from torchtitan.distributed.activation_checkpoint import FullAC, SelectiveAC
     from torchtitan.models.llama3.parallelize import parallelize_llama
     from torchtitan.models.llama3.sharding import set_llama3_sharding_config
 
@@ -170,7 +170,7 @@ def recorded(asked: dict[str, Any]) -> dict[str, Any]:  # noqa: PLR0915 (one ste
                 training=training,
                 parallelism=parallelism,
                 compile_config=CompileConfig(enable=False),
-                ac_config=FullAC.Config() if asked["checkpoint"] else None,
+                ac_config={False: None, True: FullAC.Config(), "selective": SelectiveAC.Config()}[asked["checkpoint"]],
                 dump_folder="",
             )
             model.to_empty(device="cuda")
@@ -223,6 +223,7 @@ def cases() -> Iterator[dict[str, Any]]:
         *({"micro": 2, "passes": 2}, {**both, "passes": 2, "checkpoint": True}, {"dtype": "bfloat16"}, {"dp": 16}),
         *({**both, "tp": 8, "dp": 2, "checkpoint": True}, {"tp": 2, "checkpoint": True, "micro": 2}),
         {**both, "tp": 8, "dp": 2, "checkpoint": True, "micro": 2},
+        *({**more, "checkpoint": "selective"} for more in ({}, both, {"tp": 4}, {**both, "micro": 2, "passes": 2})),
     ):
         yield {**plain, **more}
     for more in (

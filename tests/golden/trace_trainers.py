@@ -105,6 +105,7 @@ CASES: tuple[tuple[str, str, dict[str, Any], int, int, dict[str, Any]], ...] = (
     ("blocks", "lora", BF16, 2, 4096, {"checkpointing": "none"}),
     ("blocks", "qlora", BF16, 4, 4096, {}),
     ("blocks", "dora", BF16, 2, 4096, {}),
+    ("blocks", "qdora", BF16, 2, 4096, {}),
     ("blocks", "lora", BF16, 4, 4096, {"checkpointing": "full"}),
     ("qwen3", "qlora", BF16, 2, 2048, {}),
     ("mistral", "lora", BF16, 2, 4096, {}),

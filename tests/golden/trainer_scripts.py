@@ -10,7 +10,7 @@ from typing import Any
 
 from memplan.probe.libraries import library
 from memplan.probe.script.packed_batches import PackedBatch, packed_inputs, packed_sequences
-from memplan.probe.script.trl_trainers import TrainerScript
+from memplan.probe.script.trl_trainers import TrainerScript, without_extras
 from memplan.spec.run import RunSpec
 
 
@@ -32,14 +32,28 @@ class _Packed(TrainerScript):
         return inputs
 
 
+_STAGES = {"dpo": "dpo", "orpo": "dpo", "simpo": "dpo", "kto": "kto"}
+_TRAINERS = ("CustomDPOTrainer", "CustomKTOTrainer")
+
+
 class LlamaFactoryScript(_Packed):
     """A run as LLaMA-Factory prepares it: its checkpointing and its adapters, under transformers' Seq2SeqTrainer."""
 
     imported: tuple[str, ...] = ("llamafactory.model.adapter",)
+    unused = ("torchaudio",)
 
     @staticmethod
     def patch() -> None:
-        pass
+        """Have KTO ask which examples are desirable of their indices, half of them, as a mask's length is not known."""
+        without_extras()
+        library("transformers.masking_utils")._ignore_causal_mask_sdpa = (
+            lambda mask, queries, keys, start, window=None: window is None or keys < window
+        )
+        for stage in ("dpo", "kto"):
+            library(f"llamafactory.train.{stage}.trainer")
+        vars(library("llamafactory.train.kto.trainer"))["len"] = lambda value: (
+            value.shape[0] * (2 if value.shape[1:] == () and str(value.dtype) == "torch.int64" else 1)
+        )
 
     @staticmethod
     def answer(run: RunSpec, value: Any) -> bool | int:
@@ -56,20 +70,48 @@ class LlamaFactoryScript(_Packed):
         )
         arguments.quantization_bit = 4 if method.quantization is not None else None
         tuning = hparams.FinetuningArguments(
+            stage=_STAGES.get(run.trainer, "sft"),
             finetuning_type="full" if method.kind == "full" else "lora",
             lora_rank=method.rank,
             lora_target=",".join(target_modules(run, model)) if method.kind != "full" else "all",
             use_dora="dora" in method.kind,
+            pref_loss=run.trainer if run.trainer in ("orpo", "simpo") else "sigmoid",
         )
         library("llamafactory.model.model_utils.checkpointing").prepare_model_for_training(model, arguments)
         adapter: Any = library("llamafactory.model.adapter")
         model = adapter.init_adapter(model.config, model, arguments, tuning, is_trainable=True)
-        return library("transformers").Seq2SeqTrainer(
+        copy = None
+        if run.trainer in ("dpo", "kto") and method.kind == "full":
+            copy = self._copied(run)().requires_grad_(False).to(library("torch").bfloat16)
+        trainer: Any = library("transformers").Seq2SeqTrainer
+        if run.trainer != "sft":
+            stage: Any = vars(library(f"llamafactory.train.{tuning.stage}.trainer"))
+            trainer = next(stage[name] for name in _TRAINERS if name in stage)
+        tokenizer = self._tokenizer()
+        own = {"tokenizer": tokenizer, "finetuning_args": tuning, "processor": None, "ref_model": copy}
+        return trainer(
             model=model,
-            args=self._arguments(run, "transformers", "Seq2SeqTrainingArguments", bf16=True),
+            args=self._arguments(
+                run, "transformers", "Seq2SeqTrainingArguments", bf16=True, remove_unused_columns=False
+            ),
             train_dataset=self._dataset(),
-            processing_class=self._tokenizer(),
+            **({"processing_class": tokenizer} if run.trainer == "sft" else own),
         )
+
+    def _batch(self) -> tuple[dict[str, Any], int]:
+        """Return a batch of TRL's SFT; of other stages, as LLaMA-Factory collates them."""
+        if self.run.trainer == "sft":
+            return super()._batch()
+        import torch
+
+        rows = self.run.batch.micro * (1 if self.run.trainer == "kto" else 2)
+        ids = torch.zeros((rows, self.run.batch.sequence), dtype=torch.int64, device=self.device)
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        inputs["labels"] = ids.clone()
+        if self.run.trainer == "kto":
+            inputs |= {f"kl_{name}": value.clone() for name, value in inputs.items()}
+            inputs["kto_tags"] = torch.zeros(rows // 2, dtype=torch.int64, device=self.device)
+        return inputs, rows
 
 
 class AxolotlScript(_Packed):

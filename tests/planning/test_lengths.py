@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable, Sequence
 from math import isclose
 from pathlib import Path
 from random import Random
@@ -11,56 +13,103 @@ import pytest
 
 from memplan.core.errors import MemplanError
 from memplan.estimate.estimate import estimate
-from memplan.planning.lengths import Lengths, lengths_answer, read_lengths, with_longest
-from memplan.spec.run import RunSpec
+from memplan.planning.lengths import LengthsAnswer, dumped, lengths_answer
+from memplan.planning.reach import largest_sequence
+from memplan.spec.lengths import read_lengths
+from memplan.spec.run import Batch, RunSpec, changed
 
-RUN = RunSpec.model_validate(
-    {"model": "smollm2-135m", "method": "lora", "gpu": "t4", "batch": {"micro": 4, "sequence": 2000, "accumulation": 2}}
-)
-UNEQUAL = Lengths((*(100,) * 990, *(1000,) * 9, 3000), "data")
+Named = Callable[[Sequence[int]], str]
+BATCH = {"micro": 4, "sequence": 2000, "accumulation": 2}
+RUN = {"model": "smollm2-135m", "method": "lora", "gpu": "t4"}
+UNEQUAL = (*(100,) * 990, *(1000,) * 9, 3000)
 
 
-def answered(lengths: Lengths, batching: str = "random", run: RunSpec = RUN):
-    longest = with_longest(run, lengths, batching)
-    return lengths_answer(estimate(longest), lengths, batching)
+@pytest.fixture
+def named(tmp_path: Path) -> Named:
+    """Return what writes lengths into a file, and returns its name."""
+
+    def write(lengths: Sequence[int]) -> str:
+        path = tmp_path / "lengths.txt"
+        path.write_text("\n".join(map(str, lengths)), "utf-8")
+        return str(path)
+
+    return write
+
+
+def answered(lengths: str, batching: str = "random", **batch: object) -> LengthsAnswer:
+    run = RunSpec.model_validate({**RUN, "batch": {**BATCH, "lengths": lengths, "batching": batching, **batch}})
+    found = lengths_answer(estimate(run))
+    assert found is not None
+    return found
 
 
 def test_the_longest_sequence_is_cut_to_the_runs_maximum() -> None:
-    assert with_longest(RUN, UNEQUAL, "random").batch.sequence == 2000
-    assert with_longest(RUN, UNEQUAL.cut(1500), "random").batch.sequence == 1500
-    assert with_longest(RUN, UNEQUAL.cut(1500), "packed").batch.sequence == 2000
+    def sequence(lengths: str, **batch: object) -> int:
+        return RunSpec.model_validate({**RUN, "batch": {**BATCH, "lengths": lengths, **batch}}).batch.sequence
+
+    assert sequence("max") == 2000
+    assert sequence("p50=100,max=1500") == 1500
+    assert sequence("p50=100,max=1500", packing="padding_free") == 1500
+    for full in ({"batching": "packed"}, {"batching": "padded"}, {"packing": "bfd"}):
+        assert sequence("p50=100,max=1500", **full) == 2000
+    assert Batch(lengths="p50=100").sequence == 100
 
 
-def test_random_batches_meet_the_longest_with_the_odds_of_drawing_it() -> None:
-    found = answered(UNEQUAL)
+def test_a_run_has_lengths_until_its_sequence_is_changed() -> None:
+    run = RunSpec.model_validate({**RUN, "batch": {**BATCH, "lengths": "max=1500"}})
+    assert RunSpec.model_validate(run.model_dump(mode="json")) == run
+    assert changed(run, "batch", micro=8).batch == Batch(micro=8, sequence=1500, accumulation=2, lengths="max=1500")
+    longer = changed(run, "batch", sequence=4000)
+    assert longer.batch == Batch(micro=4, sequence=4000, accumulation=2)
+    assert lengths_answer(estimate(longer)) is None
+    assert largest_sequence(run) == largest_sequence(longer)
+
+
+@pytest.mark.parametrize(
+    ("run", "said"),
+    [
+        ({"batch": {"lengths": "max"}, "task": "generate"}, "batch.lengths: only applies to training"),
+        ({"batch": {"batching": "padded"}}, "batch.batching: only applies with batch.lengths"),
+        ({"batch": {"lengths": 4}}, "batch.lengths: "),
+        ({"batch": {"lengths": "max", "sequence": "long"}}, "batch.sequence: "),
+        ({"batch": {"lengths": "p50"}}, "lengths: 'p50' is no percentile"),
+        ({"batch": {"lengths": "max", "batching": "sorted"}}, "batch.batching: "),
+    ],
+)
+def test_wrong_fields_are_one_line(run: dict[str, object], said: str) -> None:
+    with pytest.raises(MemplanError, match=re.escape(said)):
+        estimate(RunSpec.model_validate({**RUN, "method": "full", **run}))
+
+
+def test_random_batches_meet_the_longest_with_the_odds_of_drawing_it(named: Named) -> None:
+    found = answered(named(UNEQUAL))
     assert (found.longest, found.a_step, found.epoch) == (2000, 8, 125)
     assert isclose(found.odds, 1 - (1 - 1 / 1000) ** 8)
     assert (1 - found.odds) ** found.even_odds <= 0.5 < (1 - found.odds) ** (found.even_odds - 1)
     assert found.typical == 100
-    assert found.used == estimate(with_longest(RUN, UNEQUAL.cut(100), "random")).bytes.used
+    assert found.used == estimate(RunSpec.model_validate({**RUN, "batch": {**BATCH, "sequence": 100}})).bytes.used
 
 
-def test_the_typical_batch_is_the_median_of_drawn_ones() -> None:
+def test_the_typical_batch_is_the_median_of_drawn_ones(named: Named) -> None:
     drawn = Random(1)
-    lengths = Lengths(tuple(sorted(drawn.randint(1, 2000) for _ in range(2000))), "data")
-    longest = sorted(max(drawn.choices(lengths.sorted, k=4)) for _ in range(4001))
-    assert abs(answered(lengths).typical - longest[2000]) < 60
+    lengths = [drawn.randint(1, 2000) for _ in range(2000)]
+    longest = sorted(max(drawn.choices(lengths, k=4)) for _ in range(4001))
+    assert abs(answered(named(lengths)).typical - longest[2000]) < 60
 
 
 @pytest.mark.parametrize("batching", ["packed", "padded"])
-def test_full_rows_are_all_as_long(batching: str) -> None:
-    found = answered(UNEQUAL, batching)
+def test_full_rows_are_all_as_long(batching: str, named: Named) -> None:
+    found = answered(named(UNEQUAL), batching)
     assert (found.longest, found.typical, found.odds, found.even_odds) == (2000, 2000, 1.0, 1)
 
 
-def test_grouped_batches_meet_the_longest_first() -> None:
-    found = answered(UNEQUAL, "grouped")
+def test_grouped_batches_meet_the_longest_first(named: Named) -> None:
+    found = answered(named(UNEQUAL), "grouped")
     assert (found.longest, found.even_odds, found.typical) == (2000, 1, 100)
 
 
-def test_a_run_that_does_not_fit_says_up_to_where_it_does() -> None:
-    run = RUN.model_copy(update={"batch": RUN.batch.model_copy(update={"micro": 16, "sequence": 8192})})
-    found = answered(Lengths((*(50,) * 99, 8192), "data"), run=run)
+def test_a_run_that_does_not_fit_says_up_to_where_it_does(named: Named) -> None:
+    found = answered(named((*(50,) * 99, 8192)), micro=16, sequence=8192)
     assert found.fits_up_to is not None
     assert 50 < found.fits_up_to < 8192
     assert isclose(found.fatal, 1 - 0.99**32)
@@ -116,5 +165,7 @@ def test_percentiles_stand_for_lengths() -> None:
             read_lengths(wrong)
 
 
-def test_the_answer_is_json() -> None:
-    assert json.loads(json.dumps(answered(UNEQUAL).as_dict()))["sequences"] == 1000
+def test_the_answer_is_json(named: Named) -> None:
+    run = RunSpec.model_validate({**RUN, "batch": {**BATCH, "lengths": named(UNEQUAL)}})
+    assert json.loads(json.dumps(dumped(estimate(run))["lengths"]))["sequences"] == 1000
+    assert dumped(estimate(RunSpec.model_validate(RUN))).keys().isdisjoint({"lengths"})

@@ -180,7 +180,7 @@ def test_a_placement_is_written_as_json() -> None:
         ([3], ["3090"], "tightest", "run: must be a mapping, not 3"),
         ([RUN], [{"gpu": "3090", "card": 2}], "tightest", "card: no such key; did you mean cards?"),
         ([RUN], [{"gpu": "3090", "cards": 0}], "tightest", "cards: must be at least 1, not 0"),
-        ([RUN], ["309"], "tightest", "gpu: unknown name '309'"),
+        ([RUN], ["309"], "tightest", "pool: unknown name '309'"),
         ([RUN], [{"gpu": "a100", "mig": ["9g.9gb"]}], "tightest", "mig: unknown name '9g.9gb'"),
         ([RUN], [{"gpu": "a100", "mig": ["7g.80gb"] * 2}], "tightest", "mig: 7g.80gb and 7g.80gb need more memory"),
     ],

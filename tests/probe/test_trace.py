@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -33,13 +33,6 @@ def tiny(family: str, **parts: Any) -> RunSpec:
     """Return a run of the family's smallest config, with 2 sequences of 24 tokens by default."""
     model = {"config": {"model_type": family, **(TINY.get(family) or TINY_VISION[family])}}
     return RunSpec(model=model, **{"batch": {"micro": 2, "sequence": 24}, **parts})
-
-
-@pytest.fixture(scope="module")
-def tracer() -> Iterator[Tracer]:
-    """Share one process for all traces here, so that torch is imported once."""
-    with Tracer() as shared:
-        yield shared
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from memplan.core.units import ITEMSIZE, rounded
 from memplan.estimate.answer import phase_peaks
 from memplan.models.cards import find_model
 from memplan.planning.inference import Limit, load_of, most_requests
+from memplan.probe.run.trace import Tracer
 from memplan.program.inference.assisted import longest_draft, round_of, steps_of
 from memplan.program.run import TOKENS
 from memplan.resolve.assisted import model_of_first_layers
@@ -53,11 +54,9 @@ def test_the_mean_error_of_all_rounds_is_below_0_1_per_cent() -> None:
 
 
 @ALL
-def test_a_trace_is_of_transformers_own_generate() -> None:
-    from memplan.probe.run.trace import trace
-
+def test_a_trace_is_of_transformers_own_generate(tracer: Tracer) -> None:
     case = CASES[0]
-    traced = trace(RunSpec(**case["run"]), 1)
+    traced = tracer.trace(RunSpec(**case["run"]), 1)
     assert {p.phase: p.peak for p in traced.phases} == case["phases"]
     assert {"model.embed_tokens.weight", "assistant.model.embed_tokens.weight"} <= {s.name for s in traced.alive}
 

@@ -158,7 +158,7 @@ REFUSED = {
     ),
     "masked": (ulysses(2, loop={"padded": True}), "loop.padded: "),
     "loss": (run(2, kernels={"loss": "fused"}), "kernels.loss: 'fused' is not supported yet"),
-    "profile": (run(2, profile="megatron-core"), "parallelism.cp: 2 is not supported yet; supported: 1 with profile"),
+    "profile": (run(2, profile="torchtitan"), "parallelism.cp: 2 is not supported yet; supported: 1 with profile"),
 }
 
 

@@ -19,6 +19,7 @@ from memplan.estimate.answer import phase_peaks
 from memplan.program.graph import operations_of
 from memplan.program.inference.steps import steps_of
 from memplan.resolve.decide import decide
+from tests.cases import in_groups
 from tests.sampling import examples, sampled
 from tests.tiny import TINY
 from tests.walks import left as left_by
@@ -36,7 +37,7 @@ def label(case: dict[str, Any]) -> str:
     return "-".join([case["name"], *filter(None, words), f"n{case['run']['batch']['new_tokens']}"])
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@in_groups(CASES, label)
 def test_every_pass_equals_its_trace(case: dict[str, Any]) -> None:
     mine = passes_without_workspace(trace_figures(case["run"]))
     for phase, bytes_ in case["phases"].items():

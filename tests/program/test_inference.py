@@ -22,6 +22,7 @@ from memplan.resolve.decide import decide
 from memplan.resolve.defaults import NEW_TOKENS
 from memplan.spec.run import changed
 from tests import cases
+from tests.cases import in_groups
 from tests.encoders import SMALL
 from tests.sampling import ALL, examples, sampled
 from tests.tiny import TINY
@@ -41,7 +42,7 @@ def label(case: dict[str, Any]) -> str:
     return "-".join([case["name"], run["task"], f"s{run['batch'].get('sequence', 2048)}", *filter(None, more)])
 
 
-@pytest.mark.parametrize("case", CASES, ids=label)
+@in_groups(CASES, label)
 def test_every_pass_is_near_its_trace(case: dict[str, Any]) -> None:
     answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"]

@@ -25,6 +25,7 @@ from memplan.program.graph import operations_of
 from memplan.program.run import ResolvedRun
 from memplan.resolve.decide import decide
 from tests import cases
+from tests.cases import in_groups
 from tests.sampling import ALL, examples, sampled
 from tests.tiny import TINY
 
@@ -40,7 +41,7 @@ def label(case: dict[str, Any]) -> str:
     return f"{case['name']}-{run['task']}-{run.get('kernels', {}).get('attention', '')}-{gpu}"
 
 
-@pytest.mark.parametrize("case", [*DIVIDED, *MAPPED], ids=label)
+@in_groups([*DIVIDED, *MAPPED], label)
 def test_every_pass_is_near_its_trace(case: dict[str, Any]) -> None:
     answer = trace_figures(case["run"])
     assert answer.parameters.total == case["parameters"] or "tp" in case["run"]["parallelism"]

@@ -152,3 +152,33 @@ def test_nodes_that_the_gpus_do_not_fill_are_refused() -> None:
 def test_other_frameworks_get_no_loading_estimate_of_transformers() -> None:
     assert [p.phase for p in asked("ddp", profile="torchtitan").host.phases] == ["step"]
     assert [p.phase for p in asked("ddp").host.phases] == ["load", "step"]
+
+
+def test_axolotl_moves_a_model_before_it_is_divided() -> None:
+    def peaks(profile: str, efficient: bool) -> dict[str, int]:
+        parallelism = {"world": 8, "dp": 8, "strategy": "fsdp2", "cpu_ram_efficient_loading": efficient}
+        answer = estimate(RunSpec(model="qwen2-1.5b", precision="amp", profile=profile, parallelism=parallelism))
+        return {phase.phase: phase.peak for phase in answer.phases}
+
+    whole = 2 * 1_543_714_304  # bf16
+    assert whole < peaks("axolotl-0.21", False)["load"] < 1.25 * whole
+    assert peaks("axolotl-0.21", True)["load"] < 0.7 * whole
+    assert peaks("transformers-5", False)["load"] < 0.7 * whole
+
+
+def test_gradients_wait_where_the_framework_delays_their_reduction() -> None:
+    def gradients(profile: str) -> int:
+        parallelism = {"world": 8, "dp": 8, "strategy": "fsdp2"}
+        run = RunSpec(
+            model="qwen2-1.5b",
+            precision="amp",
+            profile=profile,
+            parallelism=parallelism,
+            loop={"trainer": True},
+            batch={"accumulation": 2},
+        )
+        return sum(line.bytes for line in estimate(run).ledger if line.kind == "gradient")
+
+    assert gradients("axolotl-0.21") > 2 * 1_500_000_000  # whole, in bf16
+    assert gradients("verl-0.9") == gradients("axolotl-0.12")
+    assert gradients("axolotl-0.12") < gradients("axolotl-0.21") / 2

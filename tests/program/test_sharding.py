@@ -28,7 +28,7 @@ from memplan.catalogue.parallelism.sharding import (
 from memplan.core.errors import SpecError
 from memplan.core.ir import Division
 from memplan.core.units import ITEMSIZE, MIB, rounded
-from memplan.engine.walk import alive, size
+from memplan.engine.walk import bytes_at_each, size
 from memplan.estimate.usage import room
 from memplan.program.graph import TensorGroup, TrainingPass, lower_training, operations_of, total_bytes, weights_of
 from memplan.program.sharding.choice import sharding_of
@@ -258,11 +258,11 @@ def test_gradients_that_are_bucket_views_count_once() -> None:
     assert step[0] - step[1] == pytest.approx(2 * parameters, rel=1e-3)
 
 
-def test_fsdp2_under_the_trainer_gathers_a_model_with_adapters_at_once() -> None:
-    run = {"model": "llama-3.1-8b", "method": "lora", "batch": {"sequence": 64}}
-    wrapped, at_once = answer(run, "fsdp2", 8), answer({**run, "loop": {"trainer": True}}, "fsdp2", 8)
-    assert at_once.bytes.allocated > 2 * wrapped.parameters.total > wrapped.bytes.allocated
-    assert any("gathers all weights of a model with adapters at once" in note for note in at_once.notes)
+def test_fsdp2_under_the_trainer_gathers_a_model_with_adapters_block_by_block() -> None:
+    """ms-swift's example of Qwen2.5 7B takes 14.7 GiB, less than a half of the weights next to all of them."""
+    run = {"model": "qwen2.5-7b", "method": "lora", "batch": {"sequence": 256}, "loop": {"trainer": True}}
+    found = answer(run, "fsdp2", 2)
+    assert found.bytes.reserved < 14.7 * 2**30 < (1 + 2) * found.parameters.total
 
 
 @laws
@@ -508,12 +508,16 @@ def test_a_rank_of_a_published_run_is_met(row: dict[str, Any]) -> None:
         assert abs(kept - row["after"]) <= 2 * SLACK
 
 
-def test_published_runs_on_two_and_four_gpus_are_met_on_average() -> None:
+def test_published_runs_on_several_gpus_are_met_on_average() -> None:
+    """fms-acceleration's without a stated cause: those with one are held to their statement."""
     errors: dict[str, list[float]] = {}
     for row in MEASURED:
         found = abs(estimate(RunSpec(**row["run"])).bytes.allocated / row["allocated"] - 1)
-        errors.setdefault(row["family"], []).append(found)
-    assert {family: len(some) for family, some in errors.items()} == {"fms-acceleration": 61, "litgpt": 5}
+        known = row["family"] == "fms-acceleration" and "cause" in row
+        errors.setdefault(f"{row['family']}, cause known" if known else row["family"], []).append(found)
+    numbers = {"SimuMax": 17, "fms-acceleration": 48, "fms-acceleration, cause known": 25, "litgpt": 5}
+    assert {family: len(some) for family, some in errors.items()} == numbers
+    assert mean(errors["SimuMax"]) < 1e-3
     assert mean(errors["fms-acceleration"]) < 1e-3
     assert mean(errors["litgpt"]) < 0.025
 
@@ -558,8 +562,7 @@ def test_a_hook_on_frozen_blocks_inputs_keeps_one_more_hidden_state(layers: int)
     def most(division: Division) -> int:
         low = lower_training(replay.structure.graph, TrainingPass(division=division))
         bytes_ = [size(key[0], key[1], axes)[1] for key in low.sizes]
-        backward = (alive(m, low.runs, axes) for m in low.moments if m.phase == "backward")
-        return max(sum(bytes_[key] * count for key, count in there.items()) for there in backward)
+        return max(bytes_at_each((m for m in low.moments if m.phase == "backward"), low.runs, axes, bytes_))
 
     hidden = 4096 * HOOKED["hidden_size"] * 2
     more = most(found) - most(found._replace(hooks=False))

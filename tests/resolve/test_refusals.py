@@ -24,9 +24,8 @@ def refused(**fields: Any) -> MemplanError:
 
 NOT_YET: list[tuple[dict[str, Any], str]] = [
     ({"task": "generate", "parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}}, "parallelism.dp"),
-    ({"task": "generate", "kernels": {"compile": True}}, "kernels.compile"),
     ({"kernels": {"checkpointing": "selective", "reentrant": True}}, "kernels.checkpointing"),
-    ({"kernels": {"checkpointing": "selective"}, "method": "qlora"}, "kernels.checkpointing"),
+    ({"kernels": {"checkpointing": "selective", "fused": ["rope"]}, "method": "lora"}, "kernels.checkpointing"),
     ({"kernels": {"every_n_layers": 2, "checkpointing": "offload"}}, "kernels.every_n_layers"),
     ({"kernels": {"every_n_layers": 2, "reentrant": True}}, "kernels.every_n_layers"),
     ({"model": "llama-3.2-1b", "kernels": {"every_n_layers": 2}, "profile": "torchtitan"}, "kernels.every_n_layers"),
@@ -94,6 +93,14 @@ def test_each_layer_that_is_not_checkpointed_takes_more() -> None:
     none = estimate(RunSpec(model="qwen2-0.5b", kernels={"checkpointing": "none"}, batch={"sequence": 4096}))
     assert peaks == sorted(set(peaks))
     assert peaks[-1] < none.bytes.allocated
+
+
+def test_reentrant_checkpoints_that_share_a_graph_are_refused() -> None:
+    """torch: "Trying to backward through the graph a second time", in every layer but the last."""
+    run: dict[str, Any] = {"model": "deberta-v3-base", "kernels": {"reentrant": True}, "batch": {"sequence": 64}}
+    assert refused(**run).field == "kernels.reentrant"
+    for change in ({"method": "lora"}, {"kernels": {"reentrant": True, "checkpointing": "none"}}):
+        assert estimate(RunSpec.model_validate({**run, **change})).bytes.allocated
 
 
 def test_adapters_that_reentrant_checkpointing_would_not_train_are_refused() -> None:

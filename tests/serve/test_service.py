@@ -82,7 +82,7 @@ def test_each_of_many_runs_has_its_answer_or_its_problem(client: httpx.Client) -
         ("/v1/check", {"files": {}, "gpu": ["3090"]}, (422, "invalid_run", "files")),
         ("/v1/check", {"files": {"a.yaml": AXOLOTL}, "gpu": []}, (422, "invalid_run", "gpu")),
         ("/v1/check", {"files": {"a.yaml": AXOLOTL}, "gpu": ["3090"], "runs": ["b"]}, (422, "unknown_name", "runs")),
-        ("/v1/fits", {"run": RUN, "pool": ["3091"]}, (422, "unknown_name", "gpu")),
+        ("/v1/fits", {"run": RUN, "pool": ["3091"]}, (422, "unknown_name", "pool")),
         ("/v1/place", {"jobs": [RUN], "pool": []}, (422, "invalid_run", "pool")),
         ("/v1/place", {"jobs": [RUN], "pool": [{"gpu": "t4", "count": 2**40}]}, (422, "invalid_run", "pool")),
         ("/v1/place", {"jobs": [RUN] * 1001, "pool": ["t4"]}, (422, "invalid_run", "jobs")),

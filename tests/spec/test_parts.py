@@ -55,7 +55,8 @@ def draw(random: Random, part: type[Part], depth: int = 0) -> dict[str, Any]:
 
     names = random.sample(list(part.model_fields), min(random.randrange(4), len(part.model_fields)))
     unknown = {"unknown": 1} if random.random() < 0.03 else {}
-    return {**({"model": "gpt2"} if part is RunSpec else {}), **{name: value(name) for name in names}, **unknown}
+    required = {"model": "gpt2"} if part.defaults.get("model") is ... else {}
+    return {**required, **{name: value(name) for name in names}, **unknown}
 
 
 @pytest.mark.parametrize("part", PARTS, ids=lambda part: part.__name__)

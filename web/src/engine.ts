@@ -35,9 +35,10 @@ const json = async (path: string): Promise<unknown> => {
 };
 
 export async function engine(): Promise<{ engine: Engine; form: Form }> {
-  const [about, form] = await Promise.all([json("engine/engine.json"), json("engine/form.json")]);
-  const { engine: kind, version } = about as { engine: "browser" | "native"; version: string };
-  return { engine: { kind, version, ask: kind === "native" ? askServer : worker() }, form: form as Form };
+  const form = json("engine/form.json");
+  const { engine: kind, version } = (await json("engine/engine.json")) as { engine: "browser" | "native"; version: string };
+  const ask = kind === "native" ? askServer : worker(); // which starts before the form is there
+  return { engine: { kind, version, ask }, form: (await form) as Form };
 }
 
 async function askServer(words: readonly string[], files: Readonly<Record<string, string>>, part = ""): Promise<Answer> {

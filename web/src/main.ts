@@ -122,7 +122,7 @@ async function update(): Promise<void> {
     report.classList.toggle("stale", failed);
     report.classList.remove("earlier");
     offerHub(code === 3 ? (question.options.model ?? "") : "");
-    tell(status, failed ? "" : TEXTS.computed[engine.kind]((performance.now() - start) / 1000));
+    tell(status, failed ? TEXTS.stale : TEXTS.computed[engine.kind]((performance.now() - start) / 1000));
     showVerdict();
   } catch (error) {
     tell(problem, TEXTS.failed + String(error instanceof Error ? error.message : error));

@@ -11,10 +11,10 @@ const ABI = { abi_version: "2026_0", arch: "wasm32", platform: "emscripten_5_0_3
  * @param {string} [indexURL]
  */
 export async function start(bytes, located, loadPyodide, indexURL) {
-  const memplan = bytes("memplan"); // on its way while Python starts
+  const [memplan, stdlib] = ["memplan", "stdlib"].map(bytes); // on their way while Python starts
   const python = await loadPyodide({
     ...(indexURL ? { indexURL, packageBaseUrl: indexURL } : {}),
-    stdLibURL: located(await bytes("stdlib")),
+    stdLibURL: located(await stdlib),
     lockFileContents: { info: ABI, packages: {} },
   });
   const unpack = (/** @type {Uint8Array} */ archive) => {

@@ -71,6 +71,7 @@ export const TEXTS = {
   choose: (name: string) => `Use ${name}`,
   chooseBoth: (batch: string, tokens: string, share: string) => `batch ${batch}, ${tokens} tokens: ${share}`,
   failed: "The engine did not start: ",
+  stale: "The answer below is that of the run before.",
   command: "The same on the command line",
   copy: "Copy",
   copied: "Copied",

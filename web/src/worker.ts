@@ -15,6 +15,14 @@ async function bytes(name: string): Promise<Uint8Array> {
   return new Uint8Array(await new Response(response.body.pipeThrough(new DecompressionStream("gzip"))).arrayBuffer());
 }
 
+// Pyodide compiles the interpreter after all else has come; here it is compiled while the rest is on its way.
+const compiled = WebAssembly.compileStreaming(fetch(`${INDEX}pyodide.asm.wasm`));
+WebAssembly.instantiateStreaming = async (_: unknown, imports?: WebAssembly.Imports) => {
+  const module = await compiled;
+  return { module, instance: await WebAssembly.instantiate(module, imports) };
+};
+void import(/* @vite-ignore */ `${INDEX}pyodide.asm.mjs`);
+
 const engine = (async () => {
   const { loadPyodide } = (await import(/* @vite-ignore */ `${INDEX}pyodide.mjs`)) as { loadPyodide: unknown };
   return start(bytes, (archive) => URL.createObjectURL(new Blob([archive as BlobPart])), loadPyodide, INDEX);

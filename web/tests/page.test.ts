@@ -64,6 +64,16 @@ test("a change of the form is a new answer, its command and its link", async () 
   expect(new URL(page.url()).hash).toMatch(/^#model=qwen2-7b&method=qlora&gpu=3090&seq_len=16k&memplan=\d/);
 });
 
+test("sequences of different lengths are answered for the longest, and say how soon it comes", async () => {
+  await answered(() => page.evaluate(() => { location.hash = "#model=qwen2-7b&method=qlora&gpu=3090&lengths=p50%3D500%2Cp99%3D1000"; }));
+  expect(await page.inputValue("#o-lengths")).toBe("p50=500,p99=1000");
+  expect(await page.textContent("#report")).toMatch(/1 x 1,000 tokens, for which the answer holds/);
+  expect(await page.textContent("#command")).toBe("memplan qwen2-7b --method qlora --gpu 3090 --lengths p50=500,p99=1000");
+  await answered(() => page.evaluate(() => { location.hash = "#model=qwen2-7b&method=qlora&gpu=3090&lengths=%2Fetc%2Fpasswd"; }));
+  expect(await page.textContent("#problem")).toMatch(/^--lengths: the page reads only files/);
+  await answered(() => page.evaluate(() => { location.hash = "#model=qwen2-7b&method=qlora&gpu=3090&seq_len=16k"; }));
+});
+
 test("another question about the same run is one click away", async () => {
   await answered(() => page.check("input[value=fit]"));
   expect(await page.textContent("#command")).toMatch(/^memplan fit qwen2-7b/);
@@ -128,6 +138,7 @@ test("a value that is none is one line, and what was typed stays", async () => {
   await answered(() => page.fill("#o-batch_size", "many"));
   expect(await page.textContent("#problem")).toBe("--batch-size: must be a whole number, not 'many'");
   expect(await page.inputValue("#o-batch_size")).toBe("many");
+  expect(await page.textContent("#status")).toBe("The answer below is that of the run before.");
   await answered(() => page.fill("#o-batch_size", "2"));
   expect(await page.isHidden("#problem")).toBe(true);
 });

@@ -391,7 +391,7 @@ def _math(
     The mask and its conversions live until the function returns. Autocast casts the function's arguments. With a mask,
     k and v are repeated before the call, otherwise inside it. A single query per sequence with a mask is passed
     together with the other heads of its group, and nothing is repeated. A product of transposed heads needs them
-    contiguous, as in `eager`.
+    contiguous, as in `eager`. What was repeated before the call lives longer than it.
     """
     n, heads, few, scores = name, "b s a d", "b s k d", "b a s s"
     to = f"={q}.low" if wiring.half_math else "fp32"
@@ -451,6 +451,7 @@ def _math(
         *inside,
         ops.release_names("probs", "second", "q.scaled", "k.all", "v.all", f"{q}.low", k_low, v_low, *masks),
         (ops.view if wiring.has_one_query else ops.copy)(f"{n}.contiguous", "heads", y, values, gradient="new"),
+        *((ops.release_names("k.heads", "v.heads"),) if mask else ()),
     )
 
 

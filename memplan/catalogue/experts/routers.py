@@ -60,14 +60,21 @@ def gathered(name: str, x: str, indices: str, y: str) -> Op:
     return ops.with_constant(name, x, indices, y, PAIRS, "gather", f"={x}")
 
 
+def _total(name: str, x: str, y: str) -> Op:
+    """Return the sum of a token's numbers, in fp32 under autocast."""
+    source = f"{ops.DERIVATIVES}: sum.dim_IntList"
+    return Op(f"{name}.sum", (x,), (Tensor(y, "b s 1"),), autocast="wide", source=source)
+
+
 def normalised(name: str, x: str, y: str) -> tuple[Op, ...]:
     """Return `x /= x.sum(-1)`, in place. Autograd keeps a copy of the old x."""
     total, copied = f"{y}.total", f"{y}.before"
     return (
-        Op(f"{name}.sum", (x,), (Tensor(total, "b s 1", f"={x}"),), source=f"{ops.DERIVATIVES}: sum.dim_IntList"),
+        _total(name, x, total),
         Op(f"{name}.copy", (x,), (Tensor(copied, PAIRS, f"={x}"),), gradient="none", needs_recording=True),
         ops.view(name, x, y, PAIRS, gradient="new")._replace(
             reads=(x, total, copied),
+            writes=(Tensor(y, PAIRS, f"={x}"),),
             keeps=(Keep(total, x), Keep(copied, total), Keep(total, total)),
             source=f"{ops.DERIVATIVES}: div.Tensor",
         ),
@@ -153,6 +160,33 @@ def sigmoid_router(name: str, x: str, bias: str) -> tuple[Op, ...]:
         gathered(f"{name}.gather", scores, CHOSEN, "router.picked"),
         *normalised(f"{name}.normalise", "router.picked", SCORES),
         ops.release_names(scores, "router.biased", "router.top"),
+    )
+
+
+def scaled_sigmoid_router(name: str, x: str, bias: str, normalise: bool) -> tuple[Op, ...]:
+    """Return the largest sigmoids, normalised if asked, and scaled. The buffer `bias` is used only to choose them.
+
+    Source: transformers 5.24 models/lfm2_moe/modeling_lfm2_moe.py Lfm2MoeTopKRouter.
+    """
+    logits, scores, ranked, picked = "router.logits", "router.sigmoids", "router.biased", "router.picked"
+    biased = (
+        _biased(name, scores, bias),
+        top_k(f"{name}.topk", ranked, "router.top")._replace(gradient="none"),
+        gathered(f"{name}.gather", scores, CHOSEN, picked),
+    )
+    normal = (
+        _total(name, picked, "router.total"),
+        ops.add_number(f"{name}.eps", "router.total", "router.least", "b s 1"),
+        ops.divide(f"{name}.normalise", picked, "router.least", "router.normal", PAIRS),
+    )
+    return (
+        gate(name, x, logits),
+        sigmoid(f"{name}.sigmoid", logits, scores, "b s E"),
+        *(biased if bias else (top_k(f"{name}.topk", scores, picked),)),
+        *(normal if normalise else ()),
+        ops.scale(f"{name}.scale", "router.normal" if normalise else picked, SCORES, PAIRS),
+        ops.release_names(scores, picked, *((ranked, "router.top") if bias else ())),
+        ops.release_names(*(("router.total", "router.least", "router.normal") if normalise else ())),
     )
 
 

@@ -1,6 +1,8 @@
-"""BART: an encoder and a decoder with learned positions and a norm after each residual."""
+"""BART, mBART, Pegasus and M2M-100 (NLLB): an encoder and a decoder whose branches have a norm after or before them."""
 
 from __future__ import annotations
+
+from functools import partial
 
 from memplan.catalogue.attention.attention import QUERIES
 from memplan.catalogue.decoder.encoder_decoder import attend_to_encoder, decoding, ids_of_labels
@@ -12,54 +14,103 @@ from memplan.catalogue.kernels.activations import activation, dropped, drops
 from memplan.catalogue.kernels.rewriting import renamed
 from memplan.catalogue.kernels.wiring import Wiring
 from memplan.core.ir import Block, Op, Run, Stack, Tensor, Weight
+from memplan.core.records import NamedTuple
 from memplan.models.model import ModelSpec
 
 _ENCODER, _DECODER, _SHARED = "model.encoder", "model.decoder", "model.shared"
 _CROSS = "mask.across"  # of the decoder's queries and the encoder's keys
 
 
-def bart(m: ModelSpec, wiring: Wiring) -> Stack:
-    """Build BART for conditional generation. One table is the embeddings of both halves, and by default the head."""
+class _Row(NamedTuple):
+    """The differences between the families' code.
+
+    before    norms are before the branches, and at the end of each half
+    embedded  a norm follows the embeddings
+    table     positions are looked up in a table that is `learned`, `frozen`, or a `buffer` and read by the tokens' ids
+    scaled    the model scales the embeddings, instead of the embedding module
+    biased    the logits have a bias
+    """
+
+    before: bool = True
+    embedded: bool = False
+    table: str = "learned"
+    scaled: bool = False
+    biased: bool = True
+
+
+def _build(m: ModelSpec, wiring: Wiring, row: _Row) -> Stack:
+    """Build a model for conditional generation. One table is the embeddings of both halves, and by default the head."""
     cross_wiring, wiring = wiring._replace(causal=False), wiring._replace(padded=False)
     encoder_wiring = cross_wiring._replace(caching=False)
     mask = (Tensor("attention_mask", "b s", "int64"),) if encoder_wiring.padded else ()
     inputs = Op("inputs", (), (Tensor("ids", "b s", "int64"), *mask, labels_of(m)), holds="step")
     own = masks(encoder_wiring, "embeds.tokens")
     across = tuple(renamed(attend_to_encoder(masks(encoder_wiring, "stream.tokens"), wiring), {"mask.cross": _CROSS}))
-    before = (inputs, ids_of_labels(), *_embedded(m, _ENCODER, "ids", "embeds", "b s"), *own)
+    before = (inputs, ids_of_labels(), *_embedded(m, row, _ENCODER, "ids", "embeds"), *own)
+    stream = (*_embedded(m, row, _DECODER, "decoder_ids", "stream"), *masks(wiring, "stream.tokens"))
     between = (
-        ops.view("encoded", "x", "encoded", "b s h"),
+        *_ended(row, _ENCODER, "encoded"),
         ops.release_names("embeds.tokens", "embeds.places", *(op.name for op in own)),
-        *decoding((*_embedded(m, _DECODER, "decoder_ids", "stream", "s"), *masks(wiring, "stream.tokens")), wiring),
+        *decoding(stream, wiring),
         *across,
     )
-    head = vocabulary_projection("lm_head", "x", f"{_SHARED}.weight" if m.tie_word_embeddings else "", tokens="t")
+    last = "normed" if row.before else "x"
+    head = vocabulary_projection("lm_head", last, f"{_SHARED}.weight" if m.tie_word_embeddings else "", tokens="t")
     bias = Weight("final_logits_bias", "v", "buffer", "", False)
-    after = (
-        *decoding(
-            (ops.release_names("stream.tokens", "stream.places", *(op.name for op in masks(wiring, "stream.tokens"))),),
-            wiring,
-        ),
-        ops.release_names(*(t.name for op in across for t in op.writes)),
+    biased = (
         head._replace(writes=(Tensor("unbiased", "b t v"),)),
         ops.add_weight("final_logits_bias", "unbiased", "logits", "b t v", bias),
         ops.release_names("unbiased"),
     )
-    runs = (Run((_encoder(m, encoder_wiring),), "L"), Run((_decoder(m, wiring, cross_wiring),), "D", between))
-    return Stack(before, runs, after, (*language_model_loss("t"), ops.release_names("decoder_ids", "encoded", "x")))
+    frame = ops.release_names("stream.tokens", "stream.places", *(op.name for op in masks(wiring, "stream.tokens")))
+    after = (
+        *decoding((*(_ended(row, _DECODER, last) if row.before else ()), frame), wiring),
+        ops.release_names(*(t.name for op in across for t in op.writes)),
+        *(biased if row.biased else (head,)),
+    )
+    blocks = _encoder(m, row, encoder_wiring), _decoder(m, row, wiring, cross_wiring)
+    runs = (Run(blocks[:1], "L"), Run(blocks[1:], "D", between))
+    return Stack(before, runs, after, (*language_model_loss("t"), ops.release_names("decoder_ids", "encoded", last)))
 
 
-def _embedded(m: ModelSpec, half: str, ids: str, y: str, rows: str) -> tuple[Op, ...]:
-    """Scaled embeddings and positions, normalised. The encoder makes its positions for the batch."""
-    tokens, positions = f"{y}.tokens", f"{y}.positions"
+def _ended(row: _Row, half: str, y: str) -> tuple[Op, ...]:
+    """The output of a half, normalised if its branches' outputs are not. The model also returns its encoder's."""
+    holds = "forward" if half == _ENCODER else ""
+    if not row.before:
+        return (ops.view(y, "x", y, "b s h")._replace(holds=holds),)
+    norm = ops.layer_norm(f"{half}.layer_norm", "x", y, "b s h", "h")
+    return (norm._replace(holds=holds), ops.release_names("x"))
+
+
+def _embedded(m: ModelSpec, row: _Row, half: str, ids: str, y: str) -> tuple[Op, ...]:
+    """Scaled embeddings and positions. BART's encoder makes its positions for the batch, its decoder for a sequence."""
+    tokens, positions, summed = f"{y}.tokens", f"{y}.positions", f"{y}.normed" if not row.embedded else f"{y}.summed"
+    rows = "b s" if row.table == "buffer" or (row.table == "learned" and half == _ENCODER) else "s"
     lookup = ops.embedding(_SHARED, ids, tokens, "v", "h")
+    length = (m.max_position_embeddings or 0) + (0 if row.table == "frozen" else 2)
+    places = table(f"{half}.embed_positions", positions, f"{y}.places", str(length), rows)
+    weight = places.weights[0]._replace(trains=row.table == "learned")
+    if row.table == "buffer":
+        weight = Weight(f"{half}.embed_positions.weights", weight.shape, "buffer", "", False)
+        places = places._replace(writes=(Tensor(f"{y}.places", "b s h", f"={weight.name}"),), keeps=(), scratch_back=())
+    unscaled = Tensor(f"{y}.unscaled", "b s h", f"={lookup.weights[0].name}")
+    scaled = (
+        lookup._replace(writes=(unscaled,)),
+        ops.scale(f"{half}.embed_scale", unscaled.name, tokens, "b s h"),
+        ops.release_names(unscaled.name),
+    )
     return (
-        lookup._replace(scratch=(Tensor("unscaled", "b s h", f"={lookup.weights[0].name}"),)),
+        *(scaled if row.scaled else (lookup._replace(scratch=(unscaled,)),)),
         Op(f"{half}.positions", (), (Tensor(positions, rows, "int64"),)),
-        table(f"{half}.embed_positions", positions, f"{y}.places", str(2 + (m.max_position_embeddings or 0)), rows),
-        ops.add(f"{half}.add_positions", tokens, f"{y}.places", f"{y}.summed", "b s h"),
-        ops.layer_norm(f"{half}.layernorm_embedding", f"{y}.summed", f"{y}.normed", "b s h", "h"),
-        ops.release_names(f"{y}.summed"),
+        places._replace(weights=(weight,)),
+        *((ops.release_names(positions),) if row.table != "learned" else ()),
+        ops.add(f"{half}.add_positions", tokens, f"{y}.places", summed, "b s h"),
+        *(
+            (ops.layer_norm(f"{half}.layernorm_embedding", summed, f"{y}.normed", "b s h", "h"),)
+            if row.embedded
+            else ()
+        ),
+        ops.release_names(*((summed,) if row.embedded else ())),
         *dropped(f"{half}.dropout", f"{y}.normed", y, "b s h", drops(m, "dropout")),
         ops.release_names(positions),
     )
@@ -77,13 +128,26 @@ def _attention(m: ModelSpec, wiring: Wiring, name: str, x: str, y: str, states: 
         ops.view(f"{name}.k_heads", "k0", "k", QUERIES, back),
         *encoder_attention(m, wiring, f"{name}.attention", "attention_dropout"),
         ops.linear(f"{name}.out_proj", "o", f"{y}.whole", "h", "a d", "attention", bias=True),
-        ops.release_names("q", "k", "v", "o"),
+        ops.release_names("q", "k", "v", "o", *_own(x)),
         *dropped(f"{name}.dropout", f"{y}.whole", y, "b s h", drops(m, "dropout")),
     )
 
 
-def _added(norm: str, x: str, branch: str, y: str) -> tuple[Op, ...]:
-    """Add a branch to x and normalise the sum."""
+def _begun(row: _Row, norm: str, x: str, branch: str) -> tuple[str, tuple[Op, ...]]:
+    """Return the name of what a branch reads, and the norm that makes it, if it has one before it."""
+    y = f"{branch}.in"
+    return (y, (ops.layer_norm(norm, x, y, "b s h", "h"),)) if row.before else (x, ())
+
+
+def _own(x: str) -> tuple[str, ...]:
+    """Return the name of what a branch reads, if nothing else reads it."""
+    return (x,) if x.endswith(".in") else ()
+
+
+def _added(row: _Row, norm: str, x: str, branch: str, y: str) -> tuple[Op, ...]:
+    """Add a branch to x, and normalise the sum if the branch had no norm before it."""
+    if row.before:
+        return (ops.add(f"{norm}.residual", x, branch, y, "b s h"), ops.release_names(branch))
     return (
         ops.add(f"{norm}.residual", x, branch, f"{y}.sum", "b s h"),
         ops.release_names(branch),
@@ -92,44 +156,62 @@ def _added(norm: str, x: str, branch: str, y: str) -> tuple[Op, ...]:
     )
 
 
-def _mlp(m: ModelSpec, x: str, y: str, width: str) -> tuple[Op, ...]:
+def _mlp(m: ModelSpec, row: _Row, x: str, y: str, width: str) -> tuple[Op, ...]:
+    """The last branch of a block, added to x."""
+    norm = "final_layer_norm"
+    n, begun = _begun(row, norm, x, "mo")
     return (
-        ops.linear("fc1", x, "up", width, "h", "mlp", bias=True),
+        *begun,
+        ops.linear("fc1", n, "up", width, "h", "mlp", bias=True),
         *activation(m, "activation_fn", "up", "act.whole", f"b s {width}"),
-        ops.release_names("up"),
+        ops.release_names("up", *_own(n)),
         *dropped("activation_dropout", "act.whole", "act", f"b s {width}", drops(m, "activation_dropout")),
-        ops.linear("fc2", "act", f"{y}.whole", "h", width, "mlp", bias=True),
+        ops.linear("fc2", "act", "mo.whole", "h", width, "mlp", bias=True),
         ops.release_names("act"),
-        *dropped("dropout", f"{y}.whole", y, "b s h", drops(m, "dropout")),
+        *dropped("dropout", "mo.whole", "mo", "b s h", drops(m, "dropout")),
+        *_added(row, norm, x, "mo", y),
     )
 
 
-def _encoder(m: ModelSpec, wiring: Wiring) -> Block:
+def _self_attention(m: ModelSpec, row: _Row, wiring: Wiring) -> tuple[Op, ...]:
+    norm = "self_attn_layer_norm"
+    n, begun = _begun(row, norm, "x", "ao")
+    return (*begun, *_attention(m, wiring, "self_attn", n, "ao"), *_added(row, norm, "x", "ao", "x1"))
+
+
+def _encoder(m: ModelSpec, row: _Row, wiring: Wiring) -> Block:
     return Block(
         f"{_ENCODER}.layers",
         (
-            *_attention(m, wiring, "self_attn", "x", "ao"),
-            *_added("self_attn_layer_norm", "x", "ao", "x1"),
-            *_mlp(m, "x1", "mo", "f"),
-            *_added("final_layer_norm", "x1", "mo", "y"),
+            *_self_attention(m, row, wiring),
+            *_mlp(m, row, "x1", "y", "f"),
             ops.release_names("x1", *returned(wiring)),
         ),
     )
 
 
-def _decoder(m: ModelSpec, wiring: Wiring, cross_wiring: Wiring) -> Block:
-    self_ops = (*_attention(m, wiring, "self_attn", "x", "ao"), *_added("self_attn_layer_norm", "x", "ao", "x1"))
-    cross_ops = renamed(_attention(m, cross_wiring, "encoder_attn", "x1", "co", "encoded"), {"mask": _CROSS})
+def _decoder(m: ModelSpec, row: _Row, wiring: Wiring, cross_wiring: Wiring) -> Block:
+    norm = "encoder_attn_layer_norm"
+    n, begun = _begun(row, norm, "x1", "co")
+    cross_ops = renamed(_attention(m, cross_wiring, "encoder_attn", n, "co", "encoded"), {"mask": _CROSS})
     rest = (
-        *_added("encoder_attn_layer_norm", "x1", "co", "x2"),
-        *_mlp(m, "x2", "mo", "fd"),
-        *_added("final_layer_norm", "x2", "mo", "y"),
+        *_added(row, norm, "x1", "co", "x2"),
+        *_mlp(m, row, "x2", "y", "fd"),
         ops.release_names("x2", *returned(wiring), *(("probs.cross",) if wiring.backend == "eager" else ())),
     )
     return Block(
         f"{_DECODER}.layers",
-        (*decoding(self_ops, wiring), *attend_to_encoder(cross_ops, wiring, "co"), *decoding(rest, wiring)),
+        (
+            *decoding((*_self_attention(m, row, wiring), *begun), wiring),
+            *attend_to_encoder(cross_ops, wiring, "co"),
+            *decoding(rest, wiring),
+        ),
     )
 
 
-BUILDERS = {"bart": bart}
+BUILDERS = {
+    "bart": partial(_build, row=_Row(before=False, embedded=True)),
+    "m2m_100": partial(_build, row=_Row(table="buffer", biased=False)),
+    "mbart": partial(_build, row=_Row(embedded=True)),
+    "pegasus": partial(_build, row=_Row(table="frozen", scaled=True)),
+}

@@ -218,26 +218,34 @@ def projections(name: str, x: str, wiring: Wiring, parts: tuple[str, str, str], 
 
 
 def _block(m: ModelSpec, wiring: Wiring, body: str) -> Block:
-    name, drop = "attention.self", drops(m, "hidden_dropout_prob")
+    name = "attention.self"
     return Block(
         f"{body}encoder.layer",
         (
             *projections(name, "x", wiring, ("query", "key", "value")),
             *encoder_attention(m, wiring, f"{name}.attention", "attention_probs_dropout_prob"),
             ops.release_names("q", "k", "v"),
-            ops.linear("attention.output.dense", "o", "ao.whole", "h", "a d", "attention", bias=True),
-            *dropped("attention.output.dropout", "ao.whole", "ao", "b s h", drop),
-            ops.add("attention.residual", "ao", "x", "sum1", "b s h"),
-            ops.layer_norm("attention.output.LayerNorm", "sum1", "x1", "b s h", "h"),
-            ops.release_names("ao", "o"),
-            ops.linear("intermediate.dense", "x1", "up", "f", "h", "mlp", bias=True),
-            *activation(m, "intermediate.act", "up", "act", "b s f"),
-            ops.linear("output.dense", "act", "mo.whole", "h", "f", "mlp", bias=True),
-            *dropped("output.dropout", "mo.whole", "mo", "b s h", drop),
-            ops.add("residual", "mo", "x1", "sum2", "b s h"),
-            ops.layer_norm("output.LayerNorm", "sum2", "y", "b s h", "h"),
-            ops.release_names("mo", "act", "x1", *returned(wiring)),
+            *after_attention(m, *returned(wiring)),
         ),
+    )
+
+
+def after_attention(m: ModelSpec, *held: str) -> tuple[Op, ...]:
+    """The rest of a block, from attention's heads `o` to `y`; `held` are what the block references to its end."""
+    drop = drops(m, "hidden_dropout_prob")
+    return (
+        ops.linear("attention.output.dense", "o", "ao.whole", "h", "a d", "attention", bias=True),
+        *dropped("attention.output.dropout", "ao.whole", "ao", "b s h", drop),
+        ops.add("attention.residual", "ao", "x", "sum1", "b s h"),
+        ops.layer_norm("attention.output.LayerNorm", "sum1", "x1", "b s h", "h"),
+        ops.release_names("ao", "o"),
+        ops.linear("intermediate.dense", "x1", "up", "f", "h", "mlp", bias=True),
+        *activation(m, "intermediate.act", "up", "act", "b s f"),
+        ops.linear("output.dense", "act", "mo.whole", "h", "f", "mlp", bias=True),
+        *dropped("output.dropout", "mo.whole", "mo", "b s h", drop),
+        ops.add("residual", "mo", "x1", "sum2", "b s h"),
+        ops.layer_norm("output.LayerNorm", "sum2", "y", "b s h", "h"),
+        ops.release_names("mo", "act", "x1", *held),
     )
 
 
@@ -246,7 +254,7 @@ def _head(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[tuple
     drop = drops(m, "hidden_dropout_prob" if m.config.get("classifier_dropout") is None else "classifier_dropout")
     match m.objective:
         case "masked_lm":
-            return (release, *_language_model(m, body, roberta)), language_model_loss()
+            return (release, *predictions(m, body, roberta)), language_model_loss()
         case "token_classification":
             return (
                 release,
@@ -277,7 +285,7 @@ def _head(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[tuple
             return (*pooler(f"{body}pooler", "x"), release), mean_loss("pooled")
 
 
-def _language_model(m: ModelSpec, body: str, roberta: bool) -> tuple[Op, ...]:
+def predictions(m: ModelSpec, body: str, roberta: bool = False) -> tuple[Op, ...]:
     """A dense layer, its activation (RoBERTa's is always GELU), a norm, and a projection by the embeddings' weight."""
     name, norm = (
         ("lm_head", "lm_head.layer_norm")
@@ -301,6 +309,7 @@ def _language_model(m: ModelSpec, body: str, roberta: bool) -> tuple[Op, ...]:
 
 BUILDERS = {
     "bert": bert,
+    "camembert": partial(bert, name="roberta", roberta=True),
     "electra": electra,
     "roberta": partial(bert, name="roberta", roberta=True),
     "xlm-roberta": partial(bert, name="roberta", roberta=True),

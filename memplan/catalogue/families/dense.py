@@ -46,6 +46,7 @@ def ernie4_5(m: ModelSpec, wiring: Wiring) -> Stack:
 BUILDERS = {
     "cohere": _COHERE,
     "cohere2": _COHERE._replace(rotate=rope_of_casts, masks=BOTH),
+    "cwm": MISTRAL._replace(masks=BOTH),
     "ernie4_5": ernie4_5,
     "glm": _GLM,
     "glm4": _GLM._replace(

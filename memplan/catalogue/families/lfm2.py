@@ -6,6 +6,8 @@ from memplan.catalogue.attention.attention import KEYS, QUERIES, attention, keys
 from memplan.catalogue.decoder.attention import rope
 from memplan.catalogue.decoder.frame import after, before, decoder_block, returned, runs
 from memplan.catalogue.decoder.mlp import gated_mlp
+from memplan.catalogue.experts import experts, routers
+from memplan.catalogue.experts.experts import mixture
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.recurrent import causal_conv, unpadded
 from memplan.catalogue.kernels.wiring import Wiring
@@ -55,17 +57,27 @@ def _short_convolution(m: ModelSpec, wiring: Wiring, name: str = "conv") -> tupl
     )
 
 
+def _mixture(m: ModelSpec, name: str = "feed_forward") -> tuple[Op, ...]:
+    """LFM2's mixture, which has no shared experts."""
+    if "E" not in m.axes():
+        return ()
+    normalise, biased = m.get("norm_topk_prob", True), m.get("use_expert_bias", True)
+    router = routers.scaled_sigmoid_router(f"{name}.gate", "n2", f"{name}.expert_bias" if biased else "", normalise)
+    routed = routers.without_adapter_targets(router)
+    return mixture("n2", routed, experts.experts("n2", "mo", f"{name}.experts", gate_up=(), down=()))
+
+
 def lfm2(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build LFM2."""
     bodies = {"attention": _attention(m, wiring), "convolution": _short_convolution(m, wiring)}
-    mlp = gated_mlp("n2", "mo", "feed_forward", projections=("w1", "w3", "w2"))
+    mlps = {"dense": gated_mlp("n2", "mo", "feed_forward", projections=("w1", "w3", "w2")), "experts": _mixture(m)}
 
     def block(layer: Layer) -> Block:
         held = returned(wiring) if layer.mixer == "attention" else ()
         norms = ("operator_norm", "", "ffn_norm", "")
-        return decoder_block(bodies[layer.mixer], mlp, norms=norms, held=held)
+        return decoder_block(bodies[layer.mixer], mlps[layer.ffn], norms=norms, held=held)
 
     return Stack(before(wiring), runs(m, block), after(m, wiring, name="model.embedding_norm"))
 
 
-BUILDERS = {"lfm2": lfm2}
+BUILDERS = {"lfm2": lfm2, "lfm2_moe": lfm2}

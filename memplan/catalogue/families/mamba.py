@@ -1,7 +1,7 @@
 """Mamba 1's state space: Mamba, Falcon Mamba and Jamba.
 
 transformers scans with mamba-ssm's kernels if they are installed, otherwise token by token in a Python loop. This is
-the loop, exact against a trace of it but for a few tokens' states.
+the loop, exact against a trace of it but for rounding: each token's output is a tensor until they are stacked.
 
 Axes:
 
@@ -63,11 +63,14 @@ def _time_steps(name: str, x: str, y: str) -> tuple[Op, ...]:
 def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
     """mamba_selective_scan: from `x`, `gate.z` (`b inner s`), `dt.plus`, `rate`, `B.scan` and `C.scan` to the output.
 
-    The loop keeps every token's state, and a copy of it in the dtype of x.
+    The loop keeps every token's state, and a copy of it in the dtype of x. Backward is largest at the token before the
+    last, once it has freed the state before the last token, and the copies of the last two.
     """
     of = name
     operands = ("discrete.A", "delta.B.u", "C.scan")
-    token, states = "b inner mn", ("states", "states.low", "state.first", "state.last")
+    token, states = "b inner mn", ("states", "states.low", "state.first")
+    shapes = {"states": "b inner earlier mn", "state.late": "b inner second_last mn"}
+    late = ("state.late", "state.late.low", "state.last")
     return (
         ops.spread(f"{of}.A_dt", "dt.plus", "rate", "A.dt", _STATES)._replace(
             scratch_back=(Scratch(Tensor("product", _STATES, "fp32")),)
@@ -81,15 +84,16 @@ def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
             f"{of}.scan.kept",
             ("discrete.A",),
             (
-                Tensor("states", "b inner earlier mn", "fp32"),
+                *(Tensor(t, shape, "fp32") for t, shape in shapes.items()),
                 Tensor("state.first", token, f"={x}"),
                 Tensor("state.last", token, f"={x}"),
             ),
             gradient="none",
             needs_recording=True,
         ),
-        ops.cast(f"{of}.scan.low", "states", "states.low", "b inner earlier mn", f"={x}")._replace(
-            needs_recording=True
+        *(
+            ops.cast(f"{of}.scan.{t}", t, f"{t}.low", shape, f"={x}")._replace(needs_recording=True)
+            for t, shape in shapes.items()
         ),
         Op(
             f"{of}.scan",
@@ -105,8 +109,10 @@ def selective_scan(name: str, x: str, y: str) -> tuple[Op, ...]:
             gradient="own",
             source=f"{_SOURCE} mamba_selective_scan",
         ),
-        ops.release_names(*states)._replace(needs_recording=True),
-        ops.copy(f"{of}.stack", "scanned.tokens", "scanned", _ROWS),
+        ops.copy(f"{of}.stack", "scanned.tokens", "scanned", _ROWS)._replace(
+            keeps=tuple(Keep(what, "scanned.tokens") for what in late)
+        ),
+        ops.release_names(*states, *late)._replace(needs_recording=True),
         *_skip(of, x, y),
         ops.release_names("delta.B.u", "discrete.A", "discrete.B", "state", "scanned.tokens"),
     )

@@ -67,11 +67,33 @@ def _workspace(capability: tuple[int, int] | None) -> int:
 
 
 def megatron_gpt(m: ModelSpec, wiring: Wiring) -> Stack:
-    return Stack(
+    stack = Stack(
         _before(m),
         tuple(Run(tuple(_block(m, wiring, layer) for layer in run.pattern), run.times) for run in m.runs),
         _after(m),
     )
+    return _with_fused_accumulation(stack) if wiring.accumulates and uses_engine(m) else stack
+
+
+def _with_fused_accumulation(stack: Stack) -> Stack:
+    """Return the stack with weight gradients accumulated into the main gradients by the product that computes them.
+
+    Autograd is given an uninitialised tensor instead, one for all weights of a shape, which stays from then on.
+
+    Source: TransformerEngine 2.11 pytorch/module/base.py get_dummy_wgrad, module/linear.py _Linear.backward.
+    """
+    shapes: dict[str, None] = {}
+
+    def change(op: Op) -> tuple[Op, ...]:
+        weights = tuple(w._replace(accumulates=w.matrix or bool(w.stacked)) for w in op.weights)
+        shapes.update((w.shape.removeprefix("Eown "), None) for w in weights if w.accumulates)
+        return (op._replace(weights=weights),)
+
+    runs = rewrite(stack._replace(before=(), after=(), loss=()), change).runs
+    source = "TransformerEngine 2.11 pytorch/module/base.py get_dummy_wgrad"
+    placeholders = tuple(Tensor(f"gradient placeholder {shape}", shape, "=embeds") for shape in shapes)
+    made = Op("gradient placeholders", (), placeholders, gradient="none", holds="step", source=source)
+    return stack._replace(before=(*stack.before, made), runs=runs)
 
 
 def has_experts(m: ModelSpec) -> bool:
@@ -92,7 +114,7 @@ def with_divided_experts(m: ModelSpec, degrees: Degrees) -> ModelSpec:
 def _before(m: ModelSpec) -> tuple[Op, ...]:
     """Look up tokens and positions, add them, and transpose to sequence-first.
 
-    The data loader also makes a boolean mask, which stays alive for the forward pass, used or not.
+    The data loader also makes a boolean mask, unless told not to, which stays alive for the forward pass, used or not.
     """
     learned, drops = positions_of(m) == "learned_absolute", m.probability("hidden_dropout") > 0
     laid = "laid" if drops else "embeds"
@@ -103,7 +125,7 @@ def _before(m: ModelSpec) -> tuple[Op, ...]:
             (
                 *(Tensor(name, "b s", "int64") for name in ("ids", "labels", "positions")),
                 Tensor("loss_mask", "b s", "fp32"),
-                Tensor("attention_mask", "b s s", "bool"),
+                *((Tensor("attention_mask", "b s s", "bool"),) if m.get("create_attention_mask", True) else ()),
             ),
             holds="forward",
             source="Megatron-LM 0.12 training/utils.py get_batch_on_this_tp_rank",
@@ -268,7 +290,7 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
             (ops.view if is_contiguous else ops.copy)(f"{name}.k", k, "k", KEYS),
         )
     return (
-        ops.linear(f"{name}.linear_qkv", "n1", "qkv", "qkv", "h", "attention", bias=m.get("use_bias", True)),
+        ops.linear(f"{name}.linear_qkv", "n1", "qkv", "qkv", "h", "attention", bias=_has_qkv_bias(m)),
         ops.split(f"{name}.split", "qkv", heads),
         *steps,
         *((ops.release_names("q1"),) if grouped else ()),
@@ -277,6 +299,10 @@ def _attention(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
         ops.linear(f"{name}.linear_proj", "o", "ao", "h", "a d", "attention"),
         ops.release_names("qkv", "q", "k", "v", "o"),
     )
+
+
+def _has_qkv_bias(m: ModelSpec) -> bool:
+    return m.get("use_bias", True) or m.get("add_qkv_bias", False)
 
 
 def _fused_rope(name: str, x: str, y: str, shape: str) -> Op:
@@ -410,6 +436,40 @@ def ring_attention(stack: Stack, degrees: Degrees) -> Stack:
             scratch_back=(Scratch(back), *(s for s in op.scratch_back if "expanded" not in s.tensor.name)),
             source=source,
         )
+
+    return rewrite(stack, change)
+
+
+def exchanged_heads(stack: Stack, degrees: Degrees) -> Stack:
+    """Return the operations of one rank if ranks exchange their tokens of all heads for all tokens of some heads.
+
+    The kernel keeps its output before the exchange, and the next projection its input after it.
+
+    Source: TransformerEngine 2.11 pytorch/attention/dot_product_attention/context_parallel.py
+    AttnFuncWithCPAndQKVOA2A, flash_attn_a2a_communicate.
+    """
+    source = (
+        "TransformerEngine 2.11 pytorch/attention/dot_product_attention/context_parallel.py AttnFuncWithCPAndQKVOA2A"
+    )
+
+    def change(op: Op) -> Iterator[Op]:
+        if op.product != "attention":
+            yield op
+            return
+        y, shapes = op.writes[0].name, dict(zip(op.reads, (QUERIES, KEYS, KEYS), strict=True))
+        sent: tuple[Tensor, ...] = ()
+        for t, shape in shapes.items():
+            sent = (*sent, Tensor(f"{t} to send", shape, f"={t}"))
+            back = (*sent, Tensor(f"gradient of {t} to send", shape, f"={t}"))
+            yield ops.copy(f"{op.name}.exchange_{t}", t, f"{t}.exchanged", shape, "new")._replace(
+                scratch=sent, scratch_back=tuple(map(Scratch, back)), source=source
+            )
+        yield ops.renamed(op, lambda name: f"{name}.exchanged" if name in (*shapes, y) else name)
+        parts = tuple(Tensor(f"output {what}", QUERIES, f"={y}.exchanged") for what in ("to send", "received"))
+        yield ops.copy(f"{op.name}.exchange", f"{y}.exchanged", y, QUERIES, "new")._replace(
+            scratch=parts, scratch_back=tuple(map(Scratch, parts)), source=source
+        )
+        yield ops.release_names(f"{y}.exchanged", *(f"{t}.exchanged" for t in shapes))
 
     return rewrite(stack, change)
 

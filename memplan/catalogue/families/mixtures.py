@@ -231,6 +231,7 @@ _LLAMA = Decoder(bias="attention_bias", out_bias="attention_bias")
 
 BUILDERS = {
     "deepseek": _LLAMA._replace(experts=_deepseek),
+    "dots1": QWEN_3._replace(mlp_bias=False, experts=sigmoid_mixture),
     "ernie4_5_moe": ernie4_5_moe,
     "glm4_moe": glm4_moe,
     "granitemoe": GRANITE._replace(experts=_granite),
@@ -241,4 +242,5 @@ BUILDERS = {
     "phimoe": _LLAMA._replace(norm=layer_norm, experts=_phimoe, head_bias="lm_head_bias"),
     "qwen2_moe": qwen2_moe,
     "qwen3_moe": QWEN_3._replace(mlp_bias=False, experts=_softmax),
+    "solar_open": Decoder(bias="attention_bias", experts=sigmoid_mixture),
 }

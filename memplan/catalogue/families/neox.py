@@ -148,6 +148,11 @@ def arcee(m: ModelSpec, wiring: Wiring) -> Stack:
     return decoder(m, wiring, _without_gate(m, _ARCEE))
 
 
+def jais2(m: ModelSpec, wiring: Wiring) -> Stack:
+    """Build Jais 2: Arcee with LayerNorms."""
+    return decoder(m, wiring, _without_gate(m, _ARCEE._replace(norm=layer_norm)))
+
+
 def apertus(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build Apertus: Arcee with normalised heads, and an activation with two weights."""
     row = _ARCEE._replace(
@@ -196,6 +201,7 @@ BUILDERS = {
     "apertus": apertus,
     "arcee": arcee,
     "gpt_neox": gpt_neox,
+    "jais2": jais2,
     "nemotron": nemotron,
     "phi": phi,
     "starcoder2": starcoder2,

@@ -67,9 +67,14 @@ def segment_sum(name: str, x: str, y: str, rows: str, columns: str) -> tuple[Op,
     )
 
 
-def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
-    """mamba2_chunk_scan: from `x`, `B` and `C` (`b s mg mn`), `dt` and `rate` to `b s_chunks mh mp` in fp32."""
+def chunk_scan(name: str, y: str, wiring: Wiring) -> tuple[Op, ...]:
+    """mamba2_chunk_scan: from `x`, `B` and `C` (`b s mg mn`), `dt` and `rate` to `b s_chunks mh mp` in fp32.
+
+    Products read their operands head by head. Of a single chunk, x and the states lie so, and of a single sequence all.
+    """
     of, new = name, "new"
+    by_head = ops.view if wiring.scans_once else ops.copy
+    any_by_head = by_head if wiring.is_single_sequence else ops.copy
     return (
         ops.add_weight(f"{of}.dt", "dt", "dt.biased", _STEPS, Weight(f"{of}.dt_bias", "mh", "mixer"), "=dt"),
         ops.activation(f"{of}.softplus", "dt.biased", "dt.plus", _STEPS)._replace(autocast="fp32"),
@@ -96,29 +101,29 @@ def chunk_scan(name: str, y: str) -> tuple[Op, ...]:
         ops.release_names("x.dt", "steps", "B.heads", "C.heads"),
         cumulate(f"{of}.cumsum", "steps.rows", "cum", _ROWS),
         *segment_sum(f"{of}.segments", "steps.rows", "decay", _ROWS, "chunk"),
-        ops.copy(f"{of}.C_of_scores", "C.rows", "C.scores", _STATE_ROWS),
-        ops.copy(f"{of}.B_of_scores", "B.rows", "B.scores", _STATE_ROWS),
+        any_by_head(f"{of}.C_of_scores", "C.rows", "C.scores", _STATE_ROWS),
+        any_by_head(f"{of}.B_of_scores", "B.rows", "B.scores", _STATE_ROWS),
         ops.matmul(f"{of}.scores", "C.scores", "B.scores", "scores", _PAIRS),
         ops.mul(f"{of}.decayed_scores", "scores", "decay", "scores.decayed", _PAIRS),
-        ops.copy(f"{of}.values", "x.chunks", "x.values", _X_ROWS),
+        by_head(f"{of}.values", "x.chunks", "x.values", _X_ROWS),
         ops.matmul(f"{of}.diagonal", "scores.decayed", "x.values", "diagonal", _X_ROWS),
         differences(f"{of}.to_the_end", "cum", "cum.left", _ROWS),
         exp(f"{of}.decay_of_states", "cum.left", "cum.decay", _ROWS)._replace(autocast="fp32"),
         ops.spread(f"{of}.B_decay", "B.rows", "cum.decay", "B.decayed", _STATE_ROWS),
-        ops.copy(f"{of}.x_of_states", "x.chunks", "x.states", _X_ROWS),
-        ops.copy(f"{of}.B_of_states", "B.decayed", "B.states", _STATE_ROWS),
+        by_head(f"{of}.x_of_states", "x.chunks", "x.states", _X_ROWS),
+        any_by_head(f"{of}.B_of_states", "B.decayed", "B.states", _STATE_ROWS),
         _uncounted(ops.matmul(f"{of}.states", "x.states", "B.states", "states.made", "b chunks mh mp mn")),
         Op(f"{of}.zeros", (), (Tensor("states.zero", "b 1 mh mp mn", "fp32"),)),
         ops.cat(f"{of}.cat", ("states.zero", "states.made"), "states.all", "b borders mh mp mn", gradient="new"),
         pad(f"{of}.pad_decay", "cum", "cum.borders", "b mh borders"),
         *segment_sum(f"{of}.chunk_segments", "cum.borders", "decay.chunks", "b mh borders", "borders"),
-        ops.copy(f"{of}.states_by_head", "states.all", "states.flat", "b borders mh mp mn"),
+        any_by_head(f"{of}.states_by_head", "states.all", "states.flat", "b borders mh mp mn"),
         ops.matmul(f"{of}.recurrence", "decay.chunks", "states.flat", "states.new", "b borders mh mp mn"),
         ops.release_names("states.all"),
         exp(f"{of}.decay_out", "cum", "cum.out", _ROWS)._replace(autocast="fp32"),
-        ops.copy(f"{of}.C_of_states", "C.rows", "C.states", _STATE_ROWS),
+        any_by_head(f"{of}.C_of_states", "C.rows", "C.states", _STATE_ROWS),
         ops.view(f"{of}.before_chunks", "states.new", "states.start", "b chunks mh mp mn", gradient=new),
-        ops.copy(f"{of}.states_in", "states.start", "states.in", "b chunks mh mp mn"),
+        by_head(f"{of}.states_in", "states.start", "states.in", "b chunks mh mp mn"),
         _uncounted(ops.matmul(f"{of}.C_times_states", "C.states", "states.in", "off", _X_ROWS)),
         ops.spread(f"{of}.off_diagonal", "off", "cum.out", "off.decayed", _X_ROWS),
         ops.add(f"{of}.add", "diagonal", "off.decayed", "sum", _X_ROWS),
@@ -178,7 +183,7 @@ def mamba2_mixer(
         ops.release_names("mixed"),
         ops.split(f"{n}.split_xbc", "mixed.real", split),
         ops.release_names("real"),  # its variable is rebound
-        *(() if wiring.decodes else chunk_scan(n, "scanned")),
+        *(() if wiring.decodes else chunk_scan(n, "scanned", wiring)),
         *cached_state(wiring, f"{n}.state", "state", "b mh mp mn", "fp32", "dt"),
         *(selective_state_update_2(n, "scanned") if wiring.decodes else ()),
         ops.view(f"{n}.cut", "scanned", "scanned.rows", "b s mg grouped", gradient="new"),

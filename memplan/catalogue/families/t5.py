@@ -149,12 +149,13 @@ def _mask(wiring: Wiring, x: str, name: str) -> tuple[Op, ...]:
 
 
 def _encoder_output(m: ModelSpec, wiring: Wiring) -> tuple[Op, ...]:
-    """The encoder's last norm."""
-    drop = drops(m, "dropout_rate")
+    """The encoder's last norm. The model also returns its output."""
+    *before, last = dropped("encoder.dropout", "encoded.normed", "encoded", "b s h", drops(m, "dropout_rate"))
     return (
         *norm("encoder.final_layer_norm", "x", "encoded.normed"),
         ops.release_names("x"),
-        *dropped("encoder.dropout", "encoded.normed", "encoded", "b s h", drop),
+        *before,
+        last._replace(holds="forward"),
         ops.release_names("tokens", "encoder_bias", *_masks(wiring, "encoder_mask")),
     )
 

@@ -117,9 +117,9 @@ def _convolution(name: str, x: str, y: str, shape: str, w: Weight) -> Op:
 
 
 def _encoder_output() -> tuple[Op, ...]:
-    """The encoder's last norm."""
+    """The encoder's last norm. The model also returns its output."""
     return (
-        ops.layer_norm(f"{_ENCODER}.layer_norm", "x", "encoded", "b s h", "h"),
+        ops.layer_norm(f"{_ENCODER}.layer_norm", "x", "encoded", "b s h", "h")._replace(holds="forward"),
         ops.release_names("x", "g2", "all_positions"),
     )
 

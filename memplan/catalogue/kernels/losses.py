@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.trl_losses import CHUNK as NLL_CHUNK
 from memplan.catalogue.kernels.trl_losses import TRL_LOSSES, chunked_nll, tiled_lm_head
 from memplan.catalogue.kernels.unsloth_loss import fused_chunks
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor, Weight
@@ -28,7 +29,7 @@ def attach(
     single: bool = False,
     fused: bool = False,
     converts: bool = False,
-    short: bool = False,
+    chunks: int = 0,
 ) -> Stack:
     """Return `stack` with a loss of that kind. A stack with its class's own loss keeps it.
 
@@ -48,7 +49,7 @@ def attach(
     logits, single  for transformers' own loss, see `form` and `single` of `cross_entropy`
     fused           a kernel writes the gradient over the logits
     converts        accelerate or Fabric casts the model's outputs to fp32
-    short           no sequence is longer than SINGLE_CHUNK tokens
+    chunks          of a loss computed in chunks, see `loss_chunks`
     """
     if stack.loss or loss == "label_smoothing":
         if loss == "label_smoothing":
@@ -69,16 +70,16 @@ def attach(
             loss_ops = cross_entropy(last, logits, single, fused, holds)
             loss_ops = tuple(_without(op, "n") for op in loss_ops) if released else loss_ops
             head = (*head, *released)
-            outputs = (_converted(last, hold_outputs),) if converts else ()
+            outputs = _converted(last, hold_outputs) if converts else ()
             return stack._replace(after=(*body, *head), loss=(*loss_ops, *outputs))
         case "chunked":
-            return stack._replace(after=body, loss=tuple(_chunked(head)))
+            return stack._replace(after=body, loss=tuple(_chunked(head, chunks)))
         case "chunked_lm_head":
             if not converts:
-                parts = _PARTS[-1:] if short else _PARTS
+                parts = _PARTS[-chunks:]
                 after = (*body, *_heads_by_chunk(head, parts, single))
                 return stack._replace(after=after, loss=tuple(_chunked_lm_head(last, parts, single)))
-            summed = head if short else tuple(map(_summed_by_chunk, head))
+            summed = head if chunks == 1 else tuple(map(_summed_by_chunk, head))
             head = tuple(_cast_by_chunk(op, autocast) for op in _intermediates_by_chunk(summed))
             return stack._replace(after=(*body, *head), loss=_converted_chunks(last))
         case "fused":
@@ -91,7 +92,7 @@ def attach(
         case "chunked_nll" | "chunked_nll_fp32":
             matrix, bias = _matrix_and_bias(head)
             return stack._replace(
-                after=body, loss=chunked_nll(head, matrix, bias, autocast, loss == "chunked_nll_fp32")
+                after=body, loss=chunked_nll(head, matrix, bias, autocast, loss == "chunked_nll_fp32", chunks == 1)
             )
         case other:
             raise AssertionError(other)
@@ -115,7 +116,7 @@ def _with_class_loss(stack: Stack, hold_outputs: bool, converts: bool) -> Stack:
         return stack
     holds = hold_outputs and not converts
     after = tuple(_held(op) if holds and logits in op.writes else op for op in stack.after)
-    outputs = (_converted("logits", hold_outputs, logits.shape),) if converts else ()
+    outputs = _converted("logits", hold_outputs, logits.shape) if converts else ()
     return stack._replace(after=after, loss=(*stack.loss, *outputs))
 
 
@@ -196,7 +197,8 @@ def cross_entropy(
     half      never cast: all rows but the last are copied, and the loss has the logits' dtype
     plain     torchtitan: only cast to fp32, since labels come shifted
     parallel  `plain` on each rank's part of the vocabulary
-    in_place  Megatron: cast to fp32, then overwritten by softmax and gradient; labels come shifted
+    in_place  Megatron: cast to fp32, then overwritten by softmax and gradient; labels come shifted. If `fused`,
+              Transformer Engine's kernel overwrites the logits themselves
 
     single  a single sequence: all rows but the last are contiguous already and are not copied
     fused   a kernel keeps the logits it is given (half precision if `padded`) and overwrites them with their gradient
@@ -214,10 +216,11 @@ def cross_entropy(
         )
     if form in _LABELS_SHIFTED:
         source, kernel = _LABELS_SHIFTED[form]
+        x = logits if fused and kernel is _overwriting else "logits32"
         return (
-            _float(logits, source),
-            *kernel("loss", "logits32", "log_probs", "labels", "b s v"),
-            ops.release_names("logits32", logits, "n"),
+            *(() if x == logits else (_float(logits, source),)),
+            *kernel("loss", x, "log_probs", "labels", "b s v"),
+            ops.release_names(*dict.fromkeys((x, logits, "n"))),
         )
     source, kernel_logits = _SHIFTED[form], logits if form == "half" else "logits32"
     return (
@@ -259,8 +262,8 @@ def _vocabulary_parallel(loss: str, logits: str, log_probs: str, targets: str, s
     )
 
 
-def _converted(logits: str, holds: bool, shape: str = "b s v") -> Op:
-    """Cast the outputs to fp32, logits included, as accelerate does under autocast before returning them.
+def _converted(logits: str, holds: bool, shape: str = "b s v") -> tuple[Op, Op]:
+    """Cast the outputs to fp32, logits included, as accelerate does before returning them, once autocast has ended.
 
     The script then only has the cast: if it holds the outputs, it holds that.
     """
@@ -268,7 +271,7 @@ def _converted(logits: str, holds: bool, shape: str = "b s v") -> Op:
     outputs = Op(
         "loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, gradient="none", source=source
     )
-    return _held(outputs) if holds else outputs
+    return Op("loss.end_autocast", releases="autocast"), _held(outputs) if holds else outputs
 
 
 def _float(logits: str, source: str) -> Op:
@@ -340,14 +343,11 @@ _LABELS_SHIFTED = {  # forms whose labels come shifted
 }
 
 
-def _chunked(head: tuple[Op, ...]) -> Iterator[Op]:
-    """Compute each chunk's own head and loss (`lc` tokens of each sequence). All heads run before the first loss.
-
-    The last two chunks have what is left of the sequence: `lc_next` and `lc_last` tokens.
-    """
+def _chunked(head: tuple[Op, ...], count: int) -> Iterator[Op]:
+    """Compute each chunk's own head and loss (`lc` tokens of each sequence, of the last `lc_last`). All heads run
+    before the first loss."""
     source = "torchtune 0.6 modules/loss/ce_chunked_output_loss.py"
-    chunks = range(_CHUNKS)
-    rows = (*["lc"] * (_CHUNKS - 2), "lc_next", "lc_last")
+    chunks, rows = range(count), (*["lc"] * (count - 1), "lc_last")
     yield _targets(source)
     yield ops.split("loss.chunk", "n", tuple(Tensor(f"n{i}", f"b {rows[i]} h") for i in chunks))
     for i in chunks:
@@ -401,6 +401,20 @@ def _cast_by_chunk(op: Op, autocast: str | None) -> Op:
         return op
     casts = Tensor(f"casts of {w.name} for further chunks", f"further_chunks {w.shape}", autocast)
     return op._replace(writes=(*op.writes, casts), keeps=(*op.keeps, Keep(casts.name, op.reads[0])))
+
+
+def loss_chunks(sequences: int, tokens: int) -> tuple[tuple[str, int], ...]:
+    """Return the losses computed in chunks, each with their number as far as its operations depend on it.
+
+    `chunked` divides sequences as torch's `chunk` does. Others have one chunk, or as many as differ from each other.
+    """
+    nll = 1 if sequences * (tokens - 1) <= NLL_CHUNK else 2
+    return (
+        ("chunked", -(-tokens // -(-tokens // _CHUNKS))),
+        ("chunked_lm_head", 1 if tokens <= SINGLE_CHUNK else len(_PARTS)),
+        ("chunked_nll", nll),
+        ("chunked_nll_fp32", nll),
+    )
 
 
 _SUM = ("gradient of a chunk", "sum of gradients")

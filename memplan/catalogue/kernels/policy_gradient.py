@@ -23,6 +23,7 @@ _SOURCES = {
     "shifted": "trl 1.13.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
     "rolled": "ms-swift 4.6.0 rlhf_trainers/grpo_trainer.py _get_logps_via_local_forward",
     "joined": "trl 0.24.0 trainer/grpo_trainer.py _get_per_token_logps_and_entropies",
+    "overwritten": "verl 0.9.1 workers/engine/fsdp/transformer_impl.py prepare_model_outputs: inplace_backward",
 }
 _LOSS = "trl 1.16.0 trainer/grpo_trainer.py _compute_loss"
 _BATCH = "trl 1.16.0 trainer/grpo_trainer.py _generate_and_score_completions"
@@ -40,11 +41,13 @@ def attach(
     if not trainer.is_reference:
         scored = tuple(_scored("forward", "old_log_probs", first_pass, trainer))
         scored += tuple(_scored("reference", "ref_log_probs", reference, trainer))
-        before = (new for op in stack.before for new in ((_inputs(op), *scored) if op.name == "inputs" else (op,)))
+        before = (
+            new for op in stack.before for new in ((with_generated(op), *scored) if op.name == "inputs" else (op,))
+        )
         stack = stack._replace(before=tuple(before))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
-    returned = Op("return", releases="forward")  # the model's own autocast context ends
+    returned = Op("return", releases="autocast")  # the model's own autocast context ends
     if trainer.log_probs == "tiled":
         matrix = next(w for op in head for w in op.weights if w.rows)
         bias = tuple(w for op in head for w in op.weights if w is not matrix)
@@ -53,16 +56,17 @@ def attach(
             (*tiled_lm_head(matrix, bias, autocast, Tensor("log_probs", _ROWS, "fp32"), _ROWS), returned),
         )
     else:
-        after = (*body, *_kept_tokens(head, trainer))
+        after = (*body, *(head if trainer.prompt_logits else _kept_tokens(head, trainer)))
         logits = next(op for op in reversed(after) if op.writes).writes[0].name
-        outputs = "outputs" if autocast else logits
-        cast = (converted(logits, "b kept v"),) if autocast else ()
+        is_fp32 = trainer.widens(autocast)
+        outputs = "outputs" if is_fp32 else logits
+        cast = (converted(logits, "b kept v"),) if is_fp32 else ()
         held: tuple[Tensor, ...] = ()
-        if trainer.is_reference and trainer.has_parts:
-            held = tuple(_held(trainer, "fp32" if autocast else "=embeds"))
+        if trainer.is_reference and trainer.has_parts and not trainer.prompt_logits:
+            held = tuple(_held(trainer, "fp32" if is_fp32 else "=embeds"))
             stack = stack._replace(before=(*stack.before, Op("hold", ("embeds",), held, gradient="none")))
         released = ops.release_names(*(t.name for t in held))
-        loss = (returned, *cast, released, *_log_probs(outputs, trainer, autocast is not None))
+        loss = (returned, *cast, released, *_log_probs(outputs, trainer, is_fp32))
     if trainer.is_reference:
         return stack._replace(after=(*after, *loss), loss=())
     read = ("log_probs", *(t.name for op in scored for t in op.writes))
@@ -70,7 +74,7 @@ def attach(
     return stack._replace(after=after, loss=(*loss, last, ops.release_names(*read)))
 
 
-def _inputs(op: Op) -> Op:
+def with_generated(op: Op) -> Op:
     """Return the inputs with the generation batch, of which each micro-batch is a part."""
     parts = tuple(Tensor(f"generated {what}", "generated s", "int64") for what in ("tokens", "masks"))
     return op._replace(writes=(*op.writes, Tensor("attention_mask", "b s", "int64"), *parts), source=_BATCH)
@@ -117,6 +121,13 @@ def _log_probs(outputs: str, trainer: Trainer, is_fp32: bool) -> Iterator[Op]:
     """
     source, shape = _SOURCES[trainer.log_probs], f"{_ROWS} v"
     logits = "logits of completions"
+    if trainer.prompt_logits:  # a kernel reads the logits as they are, and may overwrite them with their gradient
+        written = tuple(Tensor(what, "b kept", "fp32") for what in ("log_probs", "log_probs.log_z"))
+        is_gradient = trainer.log_probs == "overwritten"
+        kept = (Keep(outputs, outputs, is_gradient=is_gradient), Keep("log_probs.log_z", outputs))
+        yield Op("loss.log_probs", (outputs, "ids"), written, keeps=kept, gradient="own", source=source)
+        yield ops.release_names(outputs, "log_probs.log_z")
+        return
     if trainer.divided_logits == "in_place" and trainer.log_probs in ("shifted", "rolled"):
         # backward of an operation in place on a view copies the gradient of all logits, and of the view twice
         parts = tuple(Scratch(Tensor(f"gradient of the view, {what}", shape, f"={outputs}")) for what in _COPIES)

@@ -47,42 +47,47 @@ def attach(
     first_pass  operations of the model itself without gradients: KTO first runs it on completions of other prompts,
                 which estimate the divergence (KL) from the reference; the reference runs on these, too
     """
-    before = tuple(new for op in stack.before for new in (_inputs(op, first_pass) if op.name == "inputs" else (op,)))
+    early = first_pass if trainer.log_probs != "gathered" else None
+    before = tuple(new for op in stack.before for new in (_inputs(op, early) if op.name == "inputs" else (op,)))
     stack = stack._replace(before=before, loss=())
     if trainer.name == "reward":
         scores = Op("loss.reward", ("logits",), (Tensor("loss", "", "fp32"),), source=source_of(trainer))
-        return stack._replace(loss=(_RETURNED, scores))
+        return stack._replace(loss=(RETURNED, scores))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
     if trainer.log_probs == "tiled":
         matrix = next(w for op in head for w in op.weights if w.rows)
         bias = tuple(w for op in head for w in op.weights if w is not matrix)
         result = Tensor("log_probs", "shifted_rows", "fp32")
-        tail = (*tiled_lm_head(matrix, bias, autocast, result), _RETURNED)
+        tail = (*tiled_lm_head(matrix, bias, autocast, result), RETURNED)
         return _finished(stack._replace(after=body), trainer, tail, reference, ())
     if trainer.log_probs == "joined":
         stack = _returning_states(stack)
     logits = next(op for op in reversed(head) if op.writes).writes[0].name
-    outputs = "outputs" if autocast else logits
-    tail = (_RETURNED, *((converted(logits),) if autocast else ()))
+    is_fp32 = trainer.widens(autocast)
+    outputs = "outputs" if is_fp32 else logits
+    tail = (RETURNED, *((converted(logits),) if is_fp32 else ()))
     if trainer.log_probs == "joined":
-        tail = (*tail, *_joined_log_probs(logits, outputs, autocast is not None))
+        tail = (*tail, *_joined_log_probs(logits, outputs, is_fp32))
         return _finished(stack, trainer, tail, reference, ())
     if trainer.log_probs == "rolled":
         source = source_of(trainer)
-        log_probs = selected_log_probs("loss.log_probs", outputs, "b s v", "s", bool(autocast), "log_probs", source)
+        log_probs = selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
         return _finished(stack, trainer, (*tail, log_probs, ops.release_names(outputs)), reference, ())
     if trainer.log_probs == "gathered":
         tail = (*tail, *_gathered_log_probs(outputs))
+        if first_pass is not None:
+            tail = (*tail, _other_completions(first_pass), *_halves("", outputs))
+            return _finished(stack, trainer, tail, reference, ("halves",))
         return _finished(stack, trainer, tail, reference, (outputs,))
     if trainer.likelihood:
         tail = (*tail, *_likelihood(outputs, source_of(trainer)))
     if not trainer.is_reference:
-        tail = (*tail, *_shifted_log_probs("", outputs, autocast is not None, trainer.log_probs))
-    return _finished(stack, trainer, tail, reference, (outputs, "shifted"), autocast is not None)
+        tail = (*tail, *_shifted_log_probs("", outputs, is_fp32, trainer.log_probs))
+    return _finished(stack, trainer, tail, reference, (outputs, "shifted"), is_fp32)
 
 
-_RETURNED = Op("return", releases="forward")  # the model's own autocast context ends
+RETURNED = Op("return", releases="autocast")  # the model's own autocast context ends
 
 
 def _finished(
@@ -104,9 +109,15 @@ def _finished(
     loss: list[Op] = [*tail]
     if reference is not None:
         written = [Tensor("ref_log_probs", "b s", "fp32")]
-        if trainer.log_probs in _SHIFTED:
-            written = [Tensor("ref_outputs", "b s v", f"={held[0]}")]
+        returns_logits = trainer.log_probs in _SHIFTED
+        scores_twice = trainer.log_probs == "gathered" and trainer.has_first_pass
+        if returns_logits or scores_twice:
+            written = [*written[returns_logits:], Tensor("ref_outputs", "b s v", f"={held[0]}")]
         loss.append(Op("reference", (), tuple(written), gradient="none", model=reference, source=source_of(trainer)))
+        if scores_twice:
+            again = (Tensor("ref_kl_log_probs", "b s", "fp32"),)
+            loss.append(Op("reference", (), again, gradient="none", model=reference, source=source_of(trainer)))
+            loss += [*_halves("ref_", "ref_outputs"), ops.release_names("ref_halves")]
         if trainer.log_probs in _SHIFTED:
             loss += _shifted_log_probs("ref_", "ref_outputs", is_fp32, trainer.log_probs)
             held = (*held, "ref_outputs")
@@ -127,12 +138,30 @@ def begins_head(op: Op) -> bool:
 
 def _inputs(op: Op, first_pass: Stack | None) -> Iterator[Op]:
     """Yield the inputs with the collator's masks, of attention and of completions, and KTO's first pass."""
-    masks = tuple(Tensor(name, "b s", "int64") for name in ("attention_mask", "completion_mask"))
+    yield from with_masks(op, "completion_mask")
+    if first_pass is not None:
+        yield _other_completions(first_pass)
+
+
+def _other_completions(model: Stack) -> Op:
+    """Run KTO's pass over completions of other prompts."""
+    written = (Tensor("kl_log_probs", "b s", "fp32"),)
+    return Op("forward", (), written, gradient="none", model=model, source=_SOURCES["kto"])
+
+
+def _halves(prefix: str, outputs: str) -> Iterator[Op]:
+    """Copy the logits of desirable examples and of the others, as LLaMA-Factory's KTO returns them."""
+    halves = Tensor(f"{prefix}halves", "b s v", f"={outputs}")
+    source = "llamafactory 0.9.5 train/kto/trainer.py concatenated_forward"
+    yield Op("loss.halves", (outputs,), (halves,), gradient="none", source=source)
+    yield ops.release_names(outputs)
+
+
+def with_masks(op: Op, *more: str) -> Iterator[Op]:
+    """Yield the inputs with the attention mask and `more` masks of the collator, unless they have them."""
+    masks = tuple(Tensor(name, "b s", "int64") for name in ("attention_mask", *more))
     present = {t.name for t in op.writes}
     yield op._replace(writes=(*op.writes, *(t for t in masks if t.name not in present)))
-    if first_pass is not None:
-        written = (Tensor("kl_log_probs", "b s", "fp32"),)
-        yield Op("forward", (), written, gradient="none", model=first_pass, source=_SOURCES["kto"])
 
 
 def _returning_states(stack: Stack) -> Stack:

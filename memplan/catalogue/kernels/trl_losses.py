@@ -95,7 +95,12 @@ def tiled_lm_head(
 
 
 def chunked_nll(
-    head: tuple[Op, ...], matrix: Weight, bias: tuple[Weight, ...], autocast: str | None, casts_to_fp32: bool
+    head: tuple[Op, ...],
+    matrix: Weight,
+    bias: tuple[Weight, ...],
+    autocast: str | None,
+    casts_to_fp32: bool,
+    single: bool,
 ) -> tuple[Op, ...]:
     """Compute the loss of 256 tokens at a time, of which backward computes everything again.
 
@@ -103,6 +108,7 @@ def chunked_nll(
     logits are, and when the matrix's gradient of a second chunk is added to that of the first in a new tensor, because
     that is a view. Later ones are added in place.
 
+    single         there is one chunk, whose view of the matrix's gradient is all of it
     casts_to_fp32  a chunk casts the matrix and its rows to fp32 first, as TRL 1.6 to 1.12 do; autocast casts them back
     """
     version = "1.10.0" if casts_to_fp32 else "1.14.1"
@@ -140,11 +146,11 @@ def chunked_nll(
         Op(
             "loss.products",
             ("loss.rows", "targets"),
-            (Tensor("loss.chunk", "", "fp32"),),
+            (Tensor("loss.chunk", "", f"={matrix.name}"),),
             (matrix, *bias),
             (Keep("loss.rows", "loss.rows"), Keep("targets", "loss.rows")),
             scratch_back=added,
-            gradient="own",
+            gradient="view" if single else "own",
             product="matrix",
             source=source,
         ),

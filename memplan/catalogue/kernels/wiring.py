@@ -25,6 +25,7 @@ class Wiring(NamedTuple):
     uncapped      sdpa runs although scores should be soft-capped, and skips the cap
     drops         attention_dropout is above 0; fused kernels apply it inside
     recomputes    backward recomputes attention from q, k and v
+    accumulates   Megatron-core: products add weight gradients to the main gradients, if the config lets them
     keeps_last    offloaded checkpoints leave the last block's input on the GPU
 
     Masks and inputs
@@ -38,7 +39,8 @@ class Wiring(NamedTuple):
     causal_buffers      every layer holds a causal mask for all positions as a buffer
     pads_image_mask     the image tokens attended to are no multiple of 8, so the kernel pads their mask
     images              the batch contains images
-    is_single_sequence  the batch is a single sequence; set only for the families in SINGLE
+    is_single_sequence  the batch is a single sequence; set if `single_sequence` of its family is
+    scans_once          the sequence is one chunk of a layer that scans chunk by chunk
     has_fp32_inputs     the inputs of attention are fp32
 
     Model code
@@ -85,6 +87,7 @@ class Wiring(NamedTuple):
     scales_embeddings_outside: bool = False
     float_masks: bool = False
     is_single_sequence: bool = False
+    scans_once: bool = False
     has_fp32_inputs: bool = False
     images: bool = False
     tower: str = "flash"
@@ -93,6 +96,7 @@ class Wiring(NamedTuple):
     pads_image_mask: bool = False
     by_name: bool = False
     recomputes: bool = False
+    accumulates: bool = False
     keeps_last: bool = False
     drops: bool = False
     records: bool = True
@@ -142,9 +146,12 @@ class Wiring(NamedTuple):
 
 
 DividedLogits = Literal["in_place", "held", "released"]
-LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled"]
+LogitsDtype = Literal["autocast", "fp32", "model"]
+LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten"]
 PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
-GENERATING = {"grpo": 8, "rloo": 2}  # trainers that generate, and how many completions of a prompt by default
+# Trainers that generate, and how many completions of a prompt by default.
+GENERATING = {"grpo": 8, "rloo": 2, "distill": 1}
+DISTILLING = ("gkd", "distill")  # trainers that learn a teacher's distribution
 
 
 class Trainer(NamedTuple):
@@ -153,15 +160,18 @@ class Trainer(NamedTuple):
     name          its name in `run.trainer`
     log_probs     how log-probabilities of tokens are computed: from all logits, of all tokens (`joined`, TRL 0.24;
                   `rolled`, ms-swift, which copies none) or of all but the last (`shifted`), or by a kernel that makes
-                  no copies (`kernel`, TRL 1.14); from the log-softmax of all logits (`gathered`, LLaMA-Factory); or
-                  tile by tile (`tiled`)
+                  no copies (`kernel`, TRL 1.14) and may overwrite them with their gradient (`overwritten`, verl); from
+                  the log-softmax of all logits (`gathered`, LLaMA-Factory); or tile by tile (`tiled`)
     reference     where the reference's come from: `copy`, `adapters`, `precomputed` or `none`
     trains_copy   a copy's weights require gradients, though none flows, so that autocast keeps its casts of them
     copy_dtype    dtype of a copy: of the policy's `weights`, or of its computation (`compute`)
     shards_copy   FSDP shards a copy, which nothing wraps in autocast
+    logits_dtype  the model's logits are cast to fp32 if autocast runs (`autocast`, by accelerate) or always (`fp32`),
+                  or stay as they are (`model`)
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
+    teacher_dtype dtype of what a teacher returns; empty without one
 
     For trainers that generate:
 
@@ -169,6 +179,7 @@ class Trainer(NamedTuple):
     has_parts         a step has several micro-batches
     generates         the model itself generates the completions
     old_log_probs     log-probabilities of completions are computed before the step, too
+    prompt_logits     logits of prompts are computed, too, and log-probabilities read all of them
     divided_logits    the temperature divides the logits `in_place`, or into a copy, while the model's are `held` or
                       `released`
     """
@@ -179,13 +190,16 @@ class Trainer(NamedTuple):
     trains_copy: bool = True
     copy_dtype: str = "weights"
     shards_copy: bool = False
+    logits_dtype: LogitsDtype = "autocast"
     likelihood: bool = False
     is_reference: bool = False
     rows: int = 2
+    teacher_dtype: str = ""
     has_one_sequence: bool = False
     has_parts: bool = False
     generates: bool = False
     old_log_probs: bool = False
+    prompt_logits: bool = False
     divided_logits: DividedLogits = "released"
 
     @property
@@ -198,3 +212,7 @@ class Trainer(NamedTuple):
         """Whether the model first runs without gradients: on completions of other prompts (KTO), or for the
         log-probabilities that generated the completions."""
         return (self.name == "kto" or self.old_log_probs) and not self.is_reference
+
+    def widens(self, autocast: str | None) -> bool:
+        """Whether the loss reads fp32 logits, if the model runs under autocast to this dtype."""
+        return self.logits_dtype == "fp32" or (self.logits_dtype == "autocast" and autocast is not None)

@@ -30,6 +30,8 @@ class LoraLibrary(NamedTuple):
     has_buffer        matrices are dequantised into one buffer, without scales of their own
     keeps_casts       the adapters' casts to the dtype of the products are kept
     overwrites_input  the input's gradient is written over the input where it can be
+    takes_dora        the functions have DoRA too; else its layers are left to peft
+    owns_swiglu       the library fuses SwiGLU in these functions only
     """
 
     source: str
@@ -38,12 +40,16 @@ class LoraLibrary(NamedTuple):
     has_buffer: bool = False
     keeps_casts: bool = False
     overwrites_input: bool = True
+    takes_dora: bool = False
+    owns_swiglu: bool = False
 
 
 LIBRARIES = {
     "unsloth": LoraLibrary("unsloth 2025.1 kernels/fast_lora.py", adds_products=True),
-    "unsloth-2026": LoraLibrary("unsloth 2026.10.9 kernels/fast_lora.py", takes_bias=False, has_buffer=True),
-    "axolotl": LoraLibrary("axolotl 0.21 kernels/lora.py", keeps_casts=True, overwrites_input=False),
+    "unsloth-2026": LoraLibrary(
+        "unsloth 2026.10.9 kernels/fast_lora.py", takes_bias=False, has_buffer=True, owns_swiglu=True
+    ),
+    "axolotl": LoraLibrary("axolotl 0.21 kernels/lora.py", keeps_casts=True, overwrites_input=False, takes_dora=True),
 }
 
 
@@ -52,11 +58,13 @@ class LoraFunctions(NamedTuple):
 
     compute  dtype of the products
     dropout  whether the adapters have dropout
+    is_dora  whether they are DoRA's
     """
 
     library: LoraLibrary
     compute: str
     dropout: bool
+    is_dora: bool = False
 
 
 class FusedLayer(NamedTuple):
@@ -159,8 +167,40 @@ def _dequantise_bases(
             yield Op(f"{layer.op.name}.base_layer", (x,), scratch=scratch, gradient="none", source=source)
 
 
-def _weights(layers: list[FusedLayer]) -> tuple[Weight, ...]:
-    return tuple(w for layer in layers for w in (*layer.op.weights, layer.a, layer.b))
+def _weights(layers: list[FusedLayer], how: LoraFunctions) -> tuple[Weight, ...]:
+    return tuple(
+        w
+        for layer in layers
+        for w in (*layer.op.weights, layer.a, layer.b, *(_magnitude(layer, how) if how.is_dora else ()))
+    )
+
+
+def _magnitude(layer: FusedLayer, how: LoraFunctions) -> tuple[Weight, Weight]:
+    """DoRA's magnitudes, and the norms that are cached until the adapter changes."""
+    n = layer.op.name
+    norm = Weight(f"{n}.weight_norm", layer.out, "buffer", how.compute, trains=False)
+    return Weight(f"{n}.lora_magnitude_vector.weight", layer.out, "adapter", layer.a.dtype), norm
+
+
+def _combined(layers: list[FusedLayer], how: LoraFunctions) -> tuple[Tensor, ...]:
+    """Each layer's output before it is scaled, and the scale, which DoRA's functions keep."""
+    if not how.is_dora:
+        return ()
+    outputs = (layer.op.writes[0] for layer in layers)
+    return tuple(
+        t
+        for y, layer in zip(outputs, layers, strict=True)
+        for t in (Tensor(f"{y.name}.combined", y.shape, how.compute), Tensor(f"{y.name}.scale", layer.out, how.compute))
+    )
+
+
+def _dora_parts(layers: list[FusedLayer], how: LoraFunctions) -> tuple[Tensor, ...]:
+    """The layer's and the adapter's outputs, which a function of DoRA holds until it returns."""
+    return tuple(
+        Tensor(part, layer.op.writes[0].shape, how.compute)
+        for layer in (layers if how.is_dora else ())
+        for part in ("output of the layer", "output of the adapter")
+    )
 
 
 def _keeps(of: tuple[str, ...], saved: tuple[str, ...], becomes: str = "") -> tuple[Keep, ...]:
@@ -185,8 +225,11 @@ def _backward_scratch(layers: list[FusedLayer], how: LoraFunctions) -> tuple[Scr
     product: tuple[Tensor, ...] = (Tensor("product", shape, f"={x}"),)
     if not how.library.adds_products:
         product = tuple(Tensor("gradient times B", f"{first.lead} r", how.compute) for _ in layers)
+    scaled = tuple(
+        Tensor("scaled gradient", layer.op.writes[0].shape, how.compute) for layer in (layers if how.is_dora else ())
+    )
     mask = (Tensor("mask", shape, "bool"), Tensor("masked product", shape, f"={x}")) if how.dropout else ()
-    return tuple(Scratch(t) for t in (*product, *mask, *base))
+    return tuple(Scratch(t) for t in (*product, *scaled, *mask, *base))
 
 
 def _dropped(layer: FusedLayer) -> Tensor:
@@ -216,15 +259,17 @@ def _function(
     (x,) = first.op.reads
     dropped = tuple(_dropped(layer)._replace(dtype=f"={x}") for layer in layers) if how.dropout else ()
     cast = _cast_adapters(layers, compute) if how.library.keeps_casts else ()
-    kept = (x, *(t.name for t in (*inner, *dropped, *cast)))
-    targets = (x, *(w.name for layer in layers for w in (layer.a, layer.b)))
+    combined = _combined(layers, how)
+    weights = _weights(layers, how)
+    kept = (x, *(t.name for t in (*inner, *dropped, *cast, *combined)))
+    targets = (x, *(w.name for w in weights if w.group == "adapter"))
     return Op(
         name,
         (x,),
-        (*(y._replace(dtype=compute) for y in outputs), *inner, *dropped, *cast),
-        _weights(layers),
+        (*(y._replace(dtype=compute) for y in outputs), *inner, *dropped, *cast, *combined),
+        weights,
         _keeps(targets, kept, x if overwrites and how.library.overwrites_input else ""),
-        scratch=_products(layers, how),
+        scratch=(*_products(layers, how), *_dora_parts(layers, how)),
         scratch_back=_backward_scratch(layers, how),
         product="matrix",
         source=how.library.source,

@@ -287,13 +287,14 @@ def _wrapped(op: Op, recipe: Recipe, axes: Mapping[str, int]) -> Wrapped:
     )
 
 
-def _layers_of(kind: str) -> tuple[Callable[[Wrapped], Iterator[Op]] | None, Shared | None]:
+def _layers_of(kind: str) -> tuple[Callable[[Wrapped], Iterable[Op]] | None, Shared | None]:
     """How a method of peft other than LoRA wraps a linear layer, and what all of its layers share; None if nothing."""
     if kind in LORA or kind in LAYERS:
         return LAYERS.get(kind), SHARED.get(kind)
+    from memplan.catalogue.methods.peft_formulas import FORMULAS, SHARED_FORMULAS
     from memplan.catalogue.methods.peft_updates import SHARED_BASES, UPDATES
 
-    return UPDATES.get(kind), SHARED_BASES.get(kind)
+    return UPDATES.get(kind, FORMULAS.get(kind)), SHARED_BASES.get(kind, SHARED_FORMULAS.get(kind))
 
 
 def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
@@ -401,7 +402,7 @@ def _with_last_adapter_gathered(block: Block) -> Block:
 
 
 def _with_fused_layers(stack: Stack, recipe: Recipe, axes: Mapping[str, int], takes: Callable[[Op], bool]) -> Stack:
-    functions = LoraFunctions(LIBRARIES[recipe.fused], recipe.compute, recipe.dropout)
+    functions = LoraFunctions(LIBRARIES[recipe.fused], recipe.compute, recipe.dropout, recipe.is_dora)
 
     def fused(listed: tuple[Op, ...]) -> tuple[Op, ...]:
         if any(op.skipped for op in listed):
@@ -525,7 +526,8 @@ def _frozen(w: Weight, recipe: Recipe, head: frozenset[str], cast_back: frozense
         storage = stored(w, recipe.quantization, recipe.double_quant, recipe.block_size, recipe.compute)
         dtype = "fp16" if recipe.library == "litgpt" else w.dtype or recipe.weights  # lightning quantises from fp16
         return w._replace(dtype=dtype, trains=False, stored=storage)
-    dtype = "fp32" if recipe.preparation and w.name not in cast_back else w.dtype or recipe.weights
+    prepared = recipe.preparation and w.group != "buffer" and w.name not in cast_back  # it casts parameters only
+    dtype = "fp32" if prepared else w.dtype or recipe.weights
     return w._replace(dtype=dtype, trains=False)
 
 

@@ -112,7 +112,7 @@ def road(layer: Wrapped) -> Iterator[Op]:
     variant, shape, y, out = str(layer.options["variant"]), layer.y_shape, f"{p}.y", str(layer.rows)
     if variant not in _ROAD:
         raise UnknownNameError("method.options.variant", variant, tuple(_ROAD))
-    _divides("group_size", int(layer.options["group_size"]), layer, layer.rows)
+    divides("group_size", int(layer.options["group_size"]), layer, layer.rows)
     theta, alpha = (layer.weight(f"road_{name}", str(layer.rows // 2 * _ROAD[variant])) for name in ("theta", "alpha"))
     casts = not (layer.is_bitsandbytes and layer.autocast)
     yield from layer.base(x, f"{p}.base")
@@ -154,7 +154,7 @@ def _small(name: str, inputs: tuple[str | Weight, ...], y: str, shape: str, keep
     )
 
 
-def _divides(setting: str, size: int, layer: Wrapped, *features: int) -> None:
+def divides(setting: str, size: int, layer: Wrapped, *features: int) -> None:
     """Raise SpecError if the size does not divide a number of the layer's features."""
     for number in features:
         if size < 1 or number % size:
@@ -195,7 +195,7 @@ def c3a(layer: Wrapped) -> Iterator[Op]:
     p, n, x = layer.y, layer.name, layer.x
     size = int(layer.options["block_size"])
     kernel = f"{layer.rows // size} {layer.columns // size} {size}"
-    _divides("block_size", size, layer, layer.rows, layer.columns)
+    divides("block_size", size, layer, layer.rows, layer.columns)
     w = layer.weight("c3a_kernel", kernel, 2)
     cast = f"{p}.kernel" if w.dtype != "fp32" else w.name
     inner, spectrum = f"{p}.x", f"{layer.lead} 2 {layer.out}"

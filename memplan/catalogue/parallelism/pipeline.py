@@ -226,7 +226,7 @@ def extra_tensors(
     torch has buffers for everything that microbatches receive: activations, and gradients of what they sent. Variables
     of its 1F1B loop hold the gradient sent last and the last outputs until they are reassigned. Megatron's do too, and
     hold the gradient received last. With several chunks Megatron receives ahead of use, and sends an output during the
-    backward pass after it.
+    backward pass after it; groups of more microbatches than stages arrive early at the ends of the pipeline.
     """
     chunks = len(moment.others)
     counts: Counter[tuple[str, int]] = Counter()
@@ -253,6 +253,10 @@ def extra_tensors(
         else:
             counts["sent", chunk] += not last
             counts["received", chunk] += not first and moment.backward
+    if chunks > 1 and not (engine.buffers or engine.moves_tensors or moment.first):
+        ahead = group_size(stages, microbatches) - stages
+        counts["received", 1] += ahead * (stage == 0)
+        counts["sent", 0] += ahead * (stage == stages - 1)
     return counts
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 from memplan.catalogue.inference.one_pass import Cache
-from memplan.catalogue.kernels.wiring import DividedLogits, LogProbs
+from memplan.catalogue.kernels.wiring import DividedLogits, LogitsDtype, LogProbs
 from memplan.core.records import NamedTuple
 
 
@@ -133,6 +133,8 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel            whose tensor parallelism it is, if it was read
     fsdp_casts                 FSDP2's mixed precision only: no autocast around it
     fsdp_reduces               the dtype in which FSDP2 reduces gradients, if not the dtype of gathered weights
+    delays_reduction           the strategies under which gradients stay whole until a step's last micro-batch
+    moves_before_sharding      the model is moved to every GPU before FSDP divides it, in the dtype it computes in
     quantises_before_sharding  under FSDP every GPU holds the entire quantised model before it is divided
     regathers_weights          a checkpointed block is recomputed inside its FSDP wrapper, which gathers its weights
                                again
@@ -143,6 +145,8 @@ class ShardingBehaviour(NamedTuple):
     tensor_parallel: Literal["", "transformers", "megatron", "torchtitan", "litgpt"]
     fsdp_casts: bool
     fsdp_reduces: Literal["", "fp32"]
+    delays_reduction: tuple[str, ...]
+    moves_before_sharding: bool
     quantises_before_sharding: bool
     regathers_weights: bool
 
@@ -152,14 +156,12 @@ class GenerationBehaviour(NamedTuple):
 
     cache             what keeps keys and values in generation (`memplan.catalogue.inference.decoding`)
     further_caches    generate has quantised and offloaded caches and prefills prompts in chunks, as in 5.24
-    forward_caches    a forward pass keeps keys, values and states even with use_cache=False
     last_logits       generation asks the model only for the last token's logits
     casts_all_logits  the model's code casts all logits to fp32, even without labels
     """
 
     cache: Cache
     further_caches: bool
-    forward_caches: bool
     last_logits: bool
     casts_all_logits: bool
 
@@ -204,6 +206,8 @@ class TrainerBehaviour(NamedTuple):
 
     trainers           those that the version has
     log_probs          how log-probabilities of tokens are computed
+    logits_dtype       when the model's logits are cast to fp32
+    prompt_logits      trainers that generate compute log-probabilities of prompts, too
     trained_reference  the weights of a reference model that is a copy require gradients
     reference_dtype    the dtype of a copy: of the policy's weights, or of its computation
     older_trainers     trainers without a reference prepare a quantised model themselves, as all did in TRL 0.24
@@ -213,6 +217,8 @@ class TrainerBehaviour(NamedTuple):
 
     trainers: tuple[str, ...]
     log_probs: LogProbs
+    logits_dtype: LogitsDtype
+    prompt_logits: bool
     trained_reference: bool
     reference_dtype: Literal["weights", "compute"]
     older_trainers: bool

@@ -313,7 +313,7 @@ def _linear_int8(op: Op, w: Weight, name: str, y: str) -> Iterator[Op]:
         (x, f"{y}.int8", f"{y}.scales"),
         (Tensor(y, shape, f"={x}"),),
         op.weights,
-        scratch=(Tensor("int32 product", shape, "int32"), Tensor("fp16 product", shape, "fp16")),
+        scratch=(Tensor("int32 product", shape, "int32"), Tensor("fp16 product", shape, f"fp16!{x}")),
         scratch_back=(Scratch(Tensor("dequantised", w.shape, f"={x}")),),
         gradient=op.gradient,
         captures=(x,),

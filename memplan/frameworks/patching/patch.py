@@ -10,7 +10,7 @@ from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
 from memplan.frameworks.change_table import Value, differing, field, value_of
 from memplan.frameworks.patching.json_text import edited_json
-from memplan.frameworks.patching.script_text import edited_script
+from memplan.frameworks.patching.script_text import edited_script, with_processes
 from memplan.frameworks.patching.yaml_text import edited_yaml
 from memplan.frameworks.reading import shell
 from memplan.frameworks.reading.config import defaults_of, shown
@@ -66,6 +66,9 @@ def patched(original: Original, wanted: RunSpec, fields: Iterable[str]) -> Patch
     what the file says then.
     """
     edits, exports = _edits(original, wanted)
+    world, before = wanted.parallelism.world, original.run.parallelism.world
+    if world != before and is_script(original.name) and format_named(original.file.framework).trains:
+        original = original._replace(text=with_processes(original.text, world, before))
     new = _read(original, edits, exports)
     length, longest = new.run.batch.sequence, wanted.batch.sequence
     path = next(_keys_of(original, _LENGTH, edits), None) if length != longest else None
@@ -92,7 +95,7 @@ def _edits(original: Original, changed: RunSpec) -> tuple[_Edits, list[str]]:
         return dict(_own_edits(_values(original), original.run, changed)), []
     form = format_named(original.file.framework)
     defaults = defaults_in(form, original.file.title.rpartition(" ")[2])
-    known = {key for name in form.defaults for key in defaults_of(name).keys}
+    known = {part for name in form.defaults for key in defaults_of(name).keys for part in (key, key.partition(".")[0])}
     values = _values(original)
     old_names = {
         new: old for old, new in form.aliases.items() if values.get(old) is not None and values.get(new) is None
@@ -106,15 +109,25 @@ def _edits(original: Original, changed: RunSpec) -> tuple[_Edits, list[str]]:
             continue
         if key.place == "shell" and str(new).startswith("export "):
             exports.append(str(new))
-        if key.place != "yaml" or key.key not in known:
+        if key.place != "yaml" or not {key.key, key.key.partition(".")[0]} & known:
             continue
         name = old_names.get(key.key, key.key)
+        path = (name,) if name in values or is_script(original.name) else tuple(name.split("."))
         is_default = new is not None and new == defaults.get(key.key)
-        if is_default and name not in values and not is_script(original.name):
+        value = _at(values, path)
+        if is_default and value is None and not is_script(original.name):
             continue
-        edits |= _leaves((name,), old, new, values.get(name), original)
+        edits |= _leaves(path, old, new, value, original)
         edits |= {(other,): None for other in form.replaces.get(key.key, ()) if other in values}
     return edits, exports
+
+
+def _at(values: Mapping[str, Any], path: _Path) -> Any:
+    """Return a value inside sections; None if there is none."""
+    value: Any = values
+    for name in path:
+        value = cast("Mapping[str, Any]", value).get(name) if isinstance(value, Mapping) else None
+    return value
 
 
 def is_script(name: str) -> bool:

@@ -32,6 +32,25 @@ def edited_script(text: str, command: Launched, edits: Mapping[str, Value], expo
     return text[:start] + above + text[start:]
 
 
+# Where a command or the script around it says how many processes a node has.
+_PROCESSES = re.compile(
+    r"((?:--?(?:nproc[-_]per[-_]node|num[-_]processes|num[-_]gpus)(?:[ =]|\\\r?\n)+|\bNPROC_PER_NODE=)[\"']?)"
+    r"(?:(\d+)|\$\{?(\w+))"
+)
+_SLURM_GPUS = r"(#SBATCH\s+--(?:gres|gpus-per-node|gpus)[=\s]+(?:[\w.]+:)*)(\d+)"
+
+
+def with_processes(text: str, times: int, per: int) -> str:
+    """Return the script with `times` processes in each node for every `per` that it has: where its launcher says the
+    number, a variable is assigned, or Slurm is asked for GPUs. Raises SpecError if it does not say a number."""
+    found = _PROCESSES.search(text)
+    if found is not None and found[2] is None:
+        found = re.search(_SLURM_GPUS if found[3].startswith("SLURM_") else rf"(\b{found[3]}=[\"']?)(\d+)", text)
+    if found is None or int(found[2]) * times % per:
+        raise SpecError("the script does not say how many processes train")
+    return f"{text[: found.start(2)]}{int(found[2]) * times // per}{text[found.end(2) :]}"
+
+
 def _edited(text: str, start: int, command: Launched, name: str, value: Value) -> str:
     words = list(_words(text, start, command.program))
     begin, end, written = _place(text, words, name)
@@ -88,7 +107,8 @@ def _new_flag(command: Launched, name: str) -> str:
     """Return a flag as the program takes it: with dashes for Axolotl; over LLaMA-Factory's files, `key=`."""
     if command.program.startswith("axolotl"):
         return f"--{name.replace('_', '-')} "
-    return f"{name}=" if command.program == "llamafactory-cli" and command.config else f"--{name} "
+    takes_pairs = command.program.startswith("verl.") or (command.program == "llamafactory-cli" and command.config)
+    return f"{name}=" if takes_pairs else f"--{name} "
 
 
 def _values(command: Launched, name: str, value: Value) -> str:

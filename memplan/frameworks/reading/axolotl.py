@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from memplan.frameworks.reading import trainer
-from memplan.frameworks.reading.config import Config, Rule, shown, version_number
+from memplan.frameworks.reading.config import Config, Rule, version_number
 
 _LIGER = {
     "liger_rope": "rope",
@@ -69,7 +69,9 @@ def _preference(config: Config) -> None:
         trainer.generation(config, name, "rl", adapts=bool(config.said("adapter")), beta=beta, **_GENERATION)
         models = [each for each in config.names("trl.reward_funcs") or () if "/" in each]
         if models:
-            config.leave("trl.reward_funcs", f"the reward model {shown(models[0])} is not counted")
+            trainer.role(config, "reward", models[0], "trl.reward_funcs")
+        if len(models) > 1:
+            config.leave("trl.reward_funcs", "one reward model is counted")
         return
     trainer.preference(
         config, ("simpo" if config.number("cpo_alpha") == 0 else "cpo") if name == "simpo" else name, "rl"
@@ -282,6 +284,8 @@ def _parallelism(config: Config) -> None:
         trainer.fsdp(config, config.section("fsdp_config"), version, " ".join(config.names("fsdp") or []))
     elif config.said("fsdp"):
         trainer.fsdp(config, None, 1, " ".join(config.names("fsdp") or []))
+    if str(config.value("parallelism.strategy")).startswith("fsdp"):
+        _loading(config)
     old = config.whole("sequence_parallel_degree")
     if old is not None and old > 1:
         config.set("parallelism.cp", old, "sequence_parallel_degree")
@@ -291,6 +295,15 @@ def _parallelism(config: Config) -> None:
         ranks = (config.value("parallelism.tp") or 1) * (config.value("parallelism.cp") or 1)
         config.set("parallelism.world", shards * replicas * ranks, "dp_shard_size", "dp_replicate_size")
     trainer.parallelism(config)
+
+
+def _loading(config: Config) -> None:
+    """Every process moves the model to its GPU before FSDP divides it, unless that is skipped: loaders/model.py."""
+    key, skip = "fsdp_config.cpu_ram_efficient_loading", "experimental_skip_move_to_device"
+    if config.said(skip) is not None:
+        config.set("parallelism.cpu_ram_efficient_loading", config.flag(skip), skip)
+    elif config.said(key) is None and config.said("fsdp_config.fsdp_cpu_ram_efficient_loading") is None:
+        config.set("parallelism.cpu_ram_efficient_loading", False, why=f"default of {config.title}")
 
 
 def _reentrant(config: Config) -> None:

@@ -149,8 +149,9 @@ class Config:
 
     def written(self, key: str) -> str:
         """Return a key's name in the file, which may be an old one."""
-        if key in self.document.names:
-            return self.document.names[key]
+        name = self.document.names.get(key) or self.renamed.get(key)
+        if name is not None:
+            return name
         top, dot, rest = key.partition(".")
         return f"{self.renamed.get(top, top)}{dot}{rest}"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +15,8 @@ from memplan.spec.file import read_spec_with_lines, spec_with_lines
 
 _PICKLES = (b"\x80", b"PK\x03\x04")  # the first bytes of a pickle, and of torch.save's archive
 _MAX_SHOWN = 60
+_REFERENCE = re.compile(r"\$\{(?:oc\.select:)?\s{0,9}([\w.]+)\s{0,9}(?:,\s{0,9}([^${},]*))?\}")
+_MOST_REFERENCES = 8  # from one key to the next
 
 
 class Document(NamedTuple):
@@ -55,6 +58,29 @@ def read_document(name: str, text: str | None = None) -> Document:
         _refuse_pickle(path, shown)
     values, lines = read_spec_with_lines(name) if text is None else spec_with_lines(text, name)
     return Document(shown, path, values, lines)
+
+
+def with_references(document: Document, defaults: Mapping[str, Any]) -> Document:
+    """Return the document with the values of keys in place of OmegaConf's references to them, `${a.b}`, or their
+    default, `${oc.select:a.b,1}`. A reference to a key without a value, or within a text, stays."""
+    said = dict(paths(document.values))
+    if not any(isinstance(value, str) and "${" in value for value in said.values()):
+        return document
+
+    def value_of(value: Any, depth: int = 0) -> Any:
+        match = _REFERENCE.fullmatch(value) if isinstance(value, str) else None
+        if match is None or depth > _MOST_REFERENCES:
+            return value
+        found = next((each[match[1]] for each in (said, defaults) if each.get(match[1]) is not None), match[2])
+        return value if found is None else value_of(found, depth + 1)
+
+    def resolved(section: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            key: resolved(cast(Mapping[str, Any], value)) if isinstance(value, Mapping) else value_of(value)
+            for key, value in section.items()
+        }
+
+    return document._replace(values=resolved(document.values))
 
 
 def document_of(values: Mapping[str, Any], within: Document, key: str) -> Document:

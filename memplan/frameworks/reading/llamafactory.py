@@ -1,7 +1,7 @@
 """LLaMA-Factory's rules.
 
 Source: llamafactory 0.9.3 and 0.9.5 hparams/parser.py, finetuning_args.py, model_args.py, data_args.py;
-model/adapter.py init_adapter, model/loader.py, model/model_utils.
+model/adapter.py init_adapter, model/loader.py, model/model_utils; train/{dpo,kto,rm,ppo}.
 """
 
 from __future__ import annotations
@@ -17,12 +17,20 @@ _BITSANDBYTES = ("bnb", "bitsandbytes")
 # Switch -> optimizer -> the name of it in transformers.
 _OPTIMIZERS = {"use_galore": "galore", "use_apollo": "apollo"}
 _RANK = 16  # of both, unless it is set
+# Stages of trainers that are not read. Source: train/ppo/trainer.py, train/rm/trainer.py; trl 0.24 value-head models.
+_UNREAD = {
+    "ppo": "it runs with trl 0.8.6 to 0.9.6 only",
+    "rm": "its value head stands next to the language model's head",
+}
 
 
 def _method(config: Config) -> None:
-    if config.word("stage", "sft", "pt", "dpo") == "dpo":
-        loss = config.get("pref_loss")
-        trainer.preference(config, loss if loss in ("orpo", "simpo") else "dpo", "stage", "pref_loss")
+    stage = config.get("stage")
+    if stage in _UNREAD:
+        raise config.error("stage", f"{stage} is not supported yet: {_UNREAD[stage]}; supported: sft, pt, dpo, kto")
+    if config.word("stage", "sft", "pt", "dpo", "kto") in ("dpo", "kto"):
+        loss = config.get("pref_loss") if stage == "dpo" else None
+        trainer.preference(config, loss if loss in ("orpo", "simpo") else stage, "stage", "pref_loss")
         if config.text("ref_model") is not None and loss not in ("orpo", "simpo"):
             config.set("reference", "copy", "ref_model", why="counted as large as the policy")
     kind = config.word("finetuning_type", "lora", "freeze", "full") or "lora"

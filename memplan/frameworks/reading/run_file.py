@@ -18,7 +18,14 @@ from memplan.core.files import is_folder, open_file
 from memplan.core.records import NamedTuple
 from memplan.frameworks.reading import shell, trainer
 from memplan.frameworks.reading.config import TYPED, Config, FieldOrigin, Typed, Unread, defaults_of, version_number
-from memplan.frameworks.reading.document import Document, is_there, named_document, paths, read_document
+from memplan.frameworks.reading.document import (
+    Document,
+    is_there,
+    named_document,
+    paths,
+    read_document,
+    with_references,
+)
 from memplan.frameworks.reading.run_format import FORMATS, PROGRAMS, RunFormat, format_named
 from memplan.spec.base import Part
 from memplan.spec.file import read_documents, read_text
@@ -32,7 +39,7 @@ SCRIPTS = (".py", ".ipynb")
 _MANIFEST = re.compile(r"^(?:services|apiVersion):", re.MULTILINE)
 # Keys of files that are known, but not read as a run.
 _COMPANIONS = {"accelerate": ("distributed_type", "compute_environment"), "deepspeed": ("zero_optimization",)}
-_LATER = {"LLaMA-Factory v1": ("model_class",), "verl": ("actor_rollout_ref",)}
+_LATER = {"model_class": "LLaMA-Factory v1"}
 # Beginnings of keys that memory does not depend on, which recipes have and the frameworks themselves do not.
 _SILENT = ("chat_template", "dataset", "hub_", "overwrite_output_dir", "system_prompt", "wandb", "warmup")
 _ENGINES = {name: FORMATS[name].model for name in ("vllm", "sglang")}  # of other frameworks' commands
@@ -130,15 +137,13 @@ def read_run(
     typed: Mapping[str, Any] | None = None,
     text: str | None = None,
 ) -> RunFile:
-    """Return the run of a file.
+    """Return the run of a file. Raises SpecError if it is no framework's, or several's, or has an unsupported value.
 
     framework   NAME or NAME-VERSION; None to tell it by the file's keys
     companions  files given along with it, by kind: `accelerate`, `deepspeed`
     typed       field -> value that replaces the file's before the framework's rules see it: the number of GPUs, and
                 fields that one key sets
     text        what to read instead of the file's text, as if the file had it
-
-    Raises SpecError for a file that is no framework's, or several frameworks', or that has a value not supported.
     """
     others = {kind: read_document(each) for kind, each in (companions or {}).items()}
     if name.lower().endswith(shell.SUFFIXES):
@@ -271,19 +276,18 @@ def _read_launched(
     companions: dict[str, Document],
     typed: Mapping[str, Any] | None,
 ) -> RunFile:
-    """Return the run that a command starts: of its flags, and of the file that they name.
-
-    name  the file that has the command, as shown
-    path  its path, next to which other files are searched; None if the command is typed
-    """
+    """Return the run that a command starts: of its flags, and of the file that they name. `name` is the file that has
+    the command, as shown, `path` its path, next to which other files are searched; None if the command is typed."""
     command = shell.engines_command(command, _ENGINES)
     form = format_named(PROGRAMS[command.program]) if command.program in PROGRAMS else None
     flags, config = _flags(command, form)
     keys = ("config", "config_file", *flags) if command.line else ()
     document = Document(name, path, flags, {tuple(key.split(".")): command.line for key in keys})
     launcher = command.launcher or _processes(command, form)
+    note, open_keys = "a variable that is not set", {*shell.unresolved(flags)}
+    silent = form.silent if form is not None else ()
     left_out = [
-        Unread(document.where(key), f"--{key}", "a variable that is not set") for key in shell.unresolved(flags)
+        Unread(document.where(key), f"--{key}", note) for key in flags if key in open_keys and key not in silent
     ]
     seen = command.variables.get("CUDA_VISIBLE_DEVICES", "")
     if (form is None or form.trains) and "," in seen and not {"num_processes", "config_file"} & launcher.keys():
@@ -300,7 +304,7 @@ def _read_launched(
             file = named_document(str(launcher["config_file"]), document, "config_file")
             launch = file._replace(values={**file.values, **launcher})
         companions.setdefault("accelerate", launch)
-    resolved = {key: value for key, value in flags.items() if key not in {each.key[2:] for each in left_out}}
+    resolved = {key: value for key, value in flags.items() if key not in open_keys}
     document = document._replace(values=nested(resolved))
     script = _script_of(command, path) if form is None and framework is None and not config else None
     if script is not None:
@@ -398,10 +402,7 @@ def is_known(name: str) -> bool:
 
 
 def read_accelerate(name: str, method: str) -> dict[str, Any]:
-    """Return the parts of a run with a method that an accelerate config sets, by name.
-
-    Raises SpecError or ConfigError.
-    """
+    """Return the parts of a run with a method that an accelerate config sets, by name. Raises MemplanError."""
     document = read_document(name)
     config = Config(document, "accelerate", {}, {})
     config.set("method.kind", method, why=TYPED)
@@ -443,9 +444,8 @@ def _later(document: Document) -> str:
         if any(key in document.values for key in keys):
             return f"spec: {document.name} is {kind}'s config, without a model; add it to a run with --{kind}"
     names = {path for path, _ in paths(document.values)} | document.values.keys()
-    for title, keys in _LATER.items():
-        key = next((key for key in keys if key in names), None)
-        if key is not None:
+    for key, title in _LATER.items():
+        if key in names:
             return f"{document.where(key)}: {key}: {title}'s files are not read yet"
     return ""
 
@@ -489,7 +489,8 @@ def read_as(
     defaults = defaults_in(form, asked)
     keys = {key for each in every for key in each.keys} | {key.key for key in form.table.keys}
     defaults |= own_defaults or {}
-    document, old_names = _renamed(document, form, keys)
+    renamed, old_names = _renamed(document, form, keys)
+    document = with_references(renamed, defaults)
     config = Config(document, f"{form.title} {asked or version}", defaults, companions or {})
     config.renamed, config.command = old_names, command
     typed_keys = {key.key: key.fields[0] for key in form.table.keys if key.is_same and key.fields[0] in (typed or {})}
@@ -532,7 +533,8 @@ def defaults_in(form: RunFormat, version: str | None) -> dict[str, Any]:
 
 def _renamed(document: Document, form: RunFormat, known: Collection[str]) -> tuple[Document, dict[str, str]]:
     """Return the document with old names of keys replaced, and the old name of each key that was."""
-    values, lines = dict(document.values), dict(document.lines)
+    is_deep = any("." in name for pair in form.aliases.items() for name in pair)
+    values, lines = dict(paths(document.values) if is_deep else document.values), dict(document.lines)
     old_names: dict[str, str] = {}
     for key in [key for key in values if "-" in key or key.startswith("no_")]:  # flags of a command, written in a file
         plain = key.replace("-", "_")
@@ -541,9 +543,11 @@ def _renamed(document: Document, form: RunFormat, known: Collection[str]) -> tup
     for old, new in form.aliases.items():
         if values.get(old) is not None and values.get(new) is None:
             values[new] = values.pop(old)
-            lines |= {(new, *path[1:]): line for path, line in document.lines.items() if path[0] == old}
+            start, then = tuple(old.split(".")), tuple(new.split("."))
+            at = len(start)
+            lines |= {(*then, *path[at:]): line for path, line in document.lines.items() if path[:at] == start}
             old_names[new] = old
-    return document._replace(values=values, lines=lines), old_names
+    return document._replace(values=nested(values) if is_deep else values, lines=lines), old_names
 
 
 def profile_of(framework: str, version: str) -> str:
@@ -558,7 +562,7 @@ def profile_of(framework: str, version: str) -> str:
 
 def _unread(config: Config, form: RunFormat, known: Collection[str]) -> Iterator[Unread]:
     """Yield the keys that may take memory and that no rule read: known ones that matter, and unknown ones."""
-    sections = {key.partition(".")[0] for key in defaults_of(form.defaults[0]).keys if "." in key}
+    sections = {key.rpartition(".")[0] for key in defaults_of(form.defaults[0]).keys if "." in key}
     for path in config.left():
         top = path.partition(".")[0]
         value = config.document.values.get(top)  # None for a key with a dot of its own
@@ -570,7 +574,8 @@ def _unread(config: Config, form: RunFormat, known: Collection[str]) -> Iterator
             if top.startswith(_SILENT):
                 continue
             near = nearest(name, known, 1)
-            hint = f"; did you mean {near[0]}?" if near and _alike(name, near[0]) else ""
+            is_near = bool(near) and SequenceMatcher(None, name, near[0]).ratio() > _ALIKE
+            hint = f"; did you mean {near[0]}?" if is_near else ""
             yield Unread(config.document.where(path), path, f"unknown key of {form.title}{hint}")
 
 
@@ -581,14 +586,11 @@ def _by_line(where: str) -> tuple[str, int]:
 
 
 def _name(path: str, sections: Collection[str]) -> str:
-    """Return the part of a key's path by which it is known: two names in one of the sections, else one."""
+    """Return the part of a key's path by which it is known: one name, two in a section, all where sections nest."""
+    if path.partition(".")[0] in {key.partition(".")[0] for key in sections if "." in key}:
+        return path
     top, _, rest = path.partition(".")
     return f"{top}.{rest.partition('.')[0]}" if rest and top in sections else top
-
-
-def _alike(a: str, b: str) -> bool:
-    """Whether two keys share most of their letters, in order."""
-    return SequenceMatcher(None, a, b).ratio() > _ALIKE
 
 
 def sections(origins: tuple[FieldOrigin, ...]) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def _formats() -> Iterator[RunFormat]:
         if "writer" in table:
             keys = writers[table["writer"]]
         else:
-            rows = tuple(Key(key, (field,)) for key, field in table["keys"].items())
+            rows = tuple(Key(key, (field,)) for key, field in table.get("keys", {}).items())
             keys = Framework(name, table["title"], table["source"], rows)
         own |= {"matter": by_key(name, "matter"), "aliases": by_key(name, "aliases")}
         needs, any_of, excludes = (table.get(key, ()) for key in ("needs", "any_of", "excludes"))

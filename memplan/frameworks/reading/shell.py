@@ -44,7 +44,7 @@ _WITHOUT_VALUE = frozenset(
         *("no_python", "module", "same_network", "debug", "quiet", "use_megatron_lm", "dynamo_use_fullgraph"),
     )
 )
-_CONTAINERS = ("docker", "podman", "singularity", "apptainer", "srun")
+_CONTAINERS = ("docker", "podman", "singularity", "apptainer", "srun", "ray")
 _SHELLS = ("sh", "bash", "zsh")
 # Beginning of an image's name -> the program that its entry point runs.
 _IMAGES = {
@@ -55,10 +55,12 @@ _IMAGES = {
 }
 # Beginning of a program's name -> what it is, and the nearest that is read.
 _LATER = {
-    "verl.": ("verl's runs", "trl grpo, or memplan MODEL --trainer grpo"),
-    "openrlhf.": ("OpenRLHF's runs", "trl sft, trl dpo or trl grpo with --deepspeed"),
+    "verl.": ("verl's other runs", "verl.trainer.main_ppo or verl.trainer.sft_trainer"),
+    "openrlhf.": ("OpenRLHF's other runs", "openrlhf.cli.train_sft, train_dpo, train_rm or train_ppo_ray"),
     "megatron": ("Megatron-SWIFT's runs", "swift sft, or memplan MODEL --profile megatron-core"),
 }
+_HYDRA = "verl."  # programs that take key=value anywhere among their flags
+_OVERRIDE = re.compile(r"\+{0,2}[\w.]+=")
 Programs: TypeAlias = "Mapping[str, tuple[str, ...]]"  # program -> its subcommands that are read
 
 
@@ -265,7 +267,11 @@ def _launched(words: list[str], variables: Mapping[str, str], line: int, program
     if not words:
         return None
     program = PurePath(words[0]).name
-    later = next((found for start, found in _LATER.items() if program.startswith(start)), None)
+    later = (
+        None
+        if program in programs
+        else next((found for start, found in _LATER.items() if program.startswith(start)), None)
+    )
     if later is not None:
         return f"{printable(program, 60)}: {later[0]} are not read yet; near: {later[1]}"
     if program not in programs and not words[0].endswith(".py"):
@@ -276,7 +282,8 @@ def _launched(words: list[str], variables: Mapping[str, str], line: int, program
         supported = " or ".join(f"{program} {each}" for each in subcommands)
         return f"{printable(f'{program} {subcommand}', 60)} is not supported yet; supported: {supported}"
     own, _, after = _partition(own, "--")
-    positional, flags = flags_of(own)
+    overrides = [word.lstrip("+") for word in own if _OVERRIDE.match(word)] if program.startswith(_HYDRA) else []
+    positional, flags = flags_of([*overrides, *(word for word in own if word.lstrip("+") not in overrides)])
     if after:  # axolotl train run.yml --launcher torchrun -- --nproc_per_node=2
         launcher = _launcher([*after, ""], launcher, "nproc_per_node", "nnodes")[1]
     flags |= dict(word.split("=", 1) for word in positional if "=" in word)

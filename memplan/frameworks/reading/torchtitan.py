@@ -73,10 +73,7 @@ def _model(config: Config) -> None:
 
 def _kernels(config: Config) -> None:
     mode = config.word("activation_checkpoint.mode", "none", "selective", "full")
-    degrees = (config.whole(f"parallelism.{name}_parallel_degree") for name in _DEGREES.values())
-    is_divided = any((degree or 1) > 1 for degree in degrees)
-    by_operation = config.get("activation_checkpoint.selective_ac_option") == "op"
-    if mode == "selective" and (is_divided or not by_operation):
+    if mode == "selective" and config.get("activation_checkpoint.selective_ac_option") != "op":
         config.leave("activation_checkpoint.mode", "selective: counted as none, which takes more")
         mode = "none"
     config.set("kernels.checkpointing", mode or "none", "activation_checkpoint.mode")

@@ -30,6 +30,7 @@ ALIASES = {
 }
 # FSDP1's sharding strategies, by the number that old files have.
 _STRATEGIES = {"1": "FULL_SHARD", "2": "SHARD_GRAD_OP", "3": "NO_SHARD", "4": "HYBRID_SHARD", "5": "HYBRID_SHARD_ZERO2"}
+_MOST_SEQUENCES = 2**16  # of a micro-batch whose size is that of its tokens
 _NODE = 8  # GPUs among which hybrid sharding shards
 
 
@@ -67,6 +68,16 @@ def preference(config: Config, name: str, *keys: str, why: str = "") -> None:
     config.set("trainer", name, *keys, why=why)
     if config.flag("precompute_ref_log_probs"):
         config.set("reference", "precomputed", "precompute_ref_log_probs")
+
+
+def role(config: Config, name: str, model: str, key: str) -> None:
+    """Another model of the trainer's step, if memplan knows it."""
+    try:
+        find_model(model)
+    except MemplanError:
+        config.leave(key, f"the {name} model {shown(model)} is not known, so not counted; name one with roles.{name}")
+    else:
+        config.set(f"roles.{name}.model", model, key)
 
 
 def generation(
@@ -109,9 +120,20 @@ def generation(
         own = named.get(key, key)
         if config.get(own) is not None:
             config.set(f"serving.{field}", value(own), own)
-    ranks = named.get("vllm_tensor_parallel_size", "vllm_tensor_parallel_size")
-    if (config.whole(ranks) or 1) > 1:
-        config.leave(ranks, "a vLLM of its own is counted on each GPU")
+    engine_ranks(config, named.get("vllm_tensor_parallel_size", "vllm_tensor_parallel_size"))
+
+
+def engine_ranks(config: Config, key: str) -> None:
+    """How many of the GPUs that train an engine is divided among."""
+    if (config.whole(key) or 1) > 1:
+        config.set("serving.tensor_parallel", config.whole(key), key)
+
+
+def largest_micro_batch(config: Config, most: int, each: int) -> int:
+    """Return the largest micro-batch, of at most `most` completions, with which a step of `each` has whole groups."""
+    most, group = max(min(most, each, _MOST_SEQUENCES), 1), config.value("batch.generations") or 1
+    world = config.value("parallelism.world") or 1
+    return next((size for size in range(most, 0, -1) if size * -(-each // size) * world % group == 0), most)
 
 
 def is_flash(name: object) -> bool:

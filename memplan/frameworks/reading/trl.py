@@ -14,6 +14,7 @@ from memplan.models.peft_methods import default_targets
 
 # Keys that only other trainers' configs have. A TRL file does not name its trainer: the command does.
 _OTHER_TRAINERS = {
+    "distillation": ("teacher_model_name_or_path",),
     "GRPO or RLOO": ("num_generations", "max_completion_length", "reward_funcs", "use_vllm"),
     "PPO": ("reward_model_path",),
     "DPO or KTO": (
@@ -25,7 +26,8 @@ _OTHER_TRAINERS = {
     ),
     "reward modelling": ("center_rewards_coefficient",),
 }
-_READ = {"GRPO or RLOO": "grpo", "DPO or KTO": "dpo", "reward modelling": "reward"}
+_READ = {"distillation": "distill", "GRPO or RLOO": "grpo", "DPO or KTO": "dpo", "reward modelling": "reward"}
+_REWARD = "reward_model_name_or_path"
 _SFT_LOSSES = ("nll", "chunked_nll")
 
 
@@ -33,8 +35,8 @@ def _trainer(config: Config) -> None:
     subcommand = config.command.rpartition(" ")[2]
     typed = config.options.get("trainer")
     named = typed or subcommand
-    if named in ("grpo", "rloo"):
-        _generation(config, named, why=f"trl {named}")
+    if named in ("grpo", "rloo", "distillation"):
+        _generation(config, "distill" if named == "distillation" else named, why=f"trl {named}")
         return
     if typed is not None or subcommand in ("dpo", "kto", "reward"):
         trainer.preference(config, named, why=f"trl {named}")
@@ -45,10 +47,10 @@ def _trainer(config: Config) -> None:
                 continue
             if title not in _READ:
                 raise config.error(
-                    key, f"{title} is not supported yet; supported: trl sft, dpo, kto, reward, grpo, rloo"
+                    key, f"{title} is not supported yet; supported: trl sft, dpo, kto, reward, grpo, rloo, distillation"
                 )
             why = f"assumed: {title} has this key; --trainer names another"
-            read = _generation if title == "GRPO or RLOO" else trainer.preference
+            read = _generation if title in ("GRPO or RLOO", "distillation") else trainer.preference
             read(config, _READ[title], key, why=why)
             return
     kind = config.get("loss_type")
@@ -61,6 +63,12 @@ def _trainer(config: Config) -> None:
 def _generation(config: Config, name: str, *keys: str, why: str) -> None:
     mode = "server" if version_number(config.title.rpartition(" ")[2]) < (1,) else "colocate"
     trainer.generation(config, name, *keys, adapts=config.flag("use_peft"), mode=mode, why=why)
+    role, key = ("teacher", "teacher_model_name_or_path") if name == "distill" else ("reward", _REWARD)
+    model = config.text(key)
+    if model is not None:
+        trainer.role(config, role, model, key)
+    if name == "distill":
+        config.found.pop("reference", None)  # its beta chooses a divergence
 
 
 def method(config: Config) -> None:

@@ -16,8 +16,9 @@ from memplan.models.facts import Family, ModelFacts
 _FAMILIES: dict[str, tuple[str, str]] = {
     "dense": (
         "",
-        "apertus arcee baichuan bloom chatglm cohere cohere2 ernie4_5 exaone exaone4 falcon gemma gemma2 gemma3_text "
-        "glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite hunyuan_v1_dense internlm2 internlm3 llama mimo "
+        "apertus arcee baichuan bloom chatglm cohere cohere2 cwm ernie4_5 exaone exaone4 falcon gemma gemma2 "
+        "gemma3_text glm glm4 gpt2 gpt_bigcode gpt_neo gpt_neox gptj granite hunyuan_v1_dense internlm2 "
+        "internlm3 jais2 llama mimo "
         "minicpm ministral ministral3 mistral mpt nemotron nemotron-nas olmo olmo2 olmo3 opt phi phi3 qwen "
         "qwen2 qwen3 seed_oss smollm3 stablelm starcoder2",
     ),
@@ -28,8 +29,8 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     ),
     "moe": (
         "mixture of experts",
-        "dbrx deepseek ernie4_5_moe exaone_moe glm4_moe granitemoe hunyuan_v1_moe minimax_m2 mixtral olmoe phimoe "
-        "qwen2_moe qwen3_moe",
+        "dbrx deepseek dots1 ernie4_5_moe exaone_moe glm4_moe granitemoe hunyuan_v1_moe minimax_m2 mixtral olmoe "
+        "phimoe qwen2_moe qwen3_moe solar_open",
     ),
     "vision": (
         "vision-language",
@@ -38,14 +39,19 @@ _FAMILIES: dict[str, tuple[str, str]] = {
     ),
     "ssm": (
         "state space, recurrent, linear attention",
-        "falcon_mamba granitemoehybrid jamba lfm2 mamba mamba2 nemotron_h qwen3_5_moe_text qwen3_5_text qwen3_next",
+        "falcon_mamba granitemoehybrid jamba lfm2 lfm2_moe mamba mamba2 nemotron_h qwen3_5_moe_text "
+        "qwen3_5_text qwen3_next",
     ),
     "block_sparse": ("mixture of experts", "minimax_m3 minimax_m3_vl_text step3p7"),
     "gemma": ("", "gemma3n_text gemma4 gemma4_text"),
     "llama4": ("mixture of experts", "llama4 llama4_text"),
     "gpt_oss": ("mixture of experts", "gpt_oss mimo_v2_flash"),
     "megatron": ("", "megatron_gpt"),
-    "encoders": ("encoder", "bart bert distilbert electra modernbert mt5 roberta xlm-roberta t5 whisper vit"),
+    "encoders": (
+        "encoder",
+        "bart bert camembert deberta-v2 distilbert electra m2m_100 mbart modernbert mt5 pegasus roberta xlm-roberta t5 "
+        "whisper vit",
+    ),
 }
 MODULES: dict[str, str] = {
     model_type: module for module, (_, model_types) in _FAMILIES.items() for model_type in model_types.split()

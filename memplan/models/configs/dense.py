@@ -102,7 +102,7 @@ _DENSE = Family(_LLAMA, objectives=CLASSIFIER, stack="dense", parallel=ParallelF
 _NO_MLP_BIAS = _DENSE._replace(keys=ConfigKeys(fixed={"mlp_bias": False}))
 _LLAMA_ROW = _DENSE._replace(
     checkpoint=CheckpointFacts(gguf="llama", gguf_keys={"rope.dimension_count": "head_dim"}, gguf_switches=_BIASES),
-    parallel=ParallelFacts(plans.LLAMA, context=True, megatron_flags=plans.MEGATRON_FLAGS),
+    parallel=ParallelFacts(plans.LLAMA, context=True, gpt=plans.GPT),
     serving=ServingFacts(adapts_tables=True, draft_tokens=8, has_draft_heads=True),
 )
 
@@ -140,14 +140,14 @@ FAMILIES: dict[str, Family] = {
         objectives=("causal_lm",),
         acts=(*WRITTEN_OUT, "xielu"),
         stack="neox",
-        parallel=ParallelFacts(),
+        parallel=ParallelFacts(_UNGATED_PLAN),
     ),
     "arcee": _DENSE._replace(
         defaults={"intermediate_size": 18432, "hidden_act": "relu2"},
         gated=False,
         stack="neox",
         checkpoint=CheckpointFacts(gguf="arcee"),
-        parallel=ParallelFacts(),
+        parallel=ParallelFacts(_UNGATED_PLAN),
     ),
     "baichuan": Family(
         {"intermediate_size": None},  # 11008 in the code of the 7B model, 13696 in that of the 13B
@@ -193,6 +193,13 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(gguf="cohere2", gguf_keys={}),
         parallel=ParallelFacts(plans.LLAMA),
         serving=ServingFacts(adapts_tables=True),
+        objectives=("causal_lm",),
+    ),
+    "cwm": _DENSE._replace(
+        defaults={"num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 21504, "sliding_window": 8192},
+        layers=all_but_every(4, fixed=True, first=True),
+        parallel=ParallelFacts(plans.LLAMA),
+        serving=ServingFacts(is_modelled=False),
         objectives=("causal_lm",),
     ),
     "ernie4_5": _DENSE._replace(
@@ -326,6 +333,14 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(gguf="llama"),
         objectives=("causal_lm",),
     ),
+    "jais2": _DENSE._replace(
+        defaults={"intermediate_size": 26624, "hidden_act": "relu2", "attention_bias": True, "mlp_bias": True},
+        gated=False,
+        objectives=("causal_lm",),
+        stack="neox",
+        parallel=ParallelFacts(_UNGATED_PLAN),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "llama": _LLAMA_ROW,
     "mimo": _NO_MLP_BIAS._replace(
         defaults=_QWEN2, checkpoint=CheckpointFacts(gguf="qwen2"), objectives=("causal_lm",), parallel=ParallelFacts()
@@ -352,7 +367,7 @@ FAMILIES: dict[str, Family] = {
     "mistral": _NO_MLP_BIAS._replace(
         defaults={"num_key_value_heads": 8, "intermediate_size": 14336, "sliding_window": 4096},
         checkpoint=CheckpointFacts(gguf="llama"),
-        parallel=ParallelFacts(plans.LLAMA, context=True, megatron_flags=plans.MEGATRON_FLAGS),
+        parallel=ParallelFacts(plans.LLAMA, context=True, gpt=plans.GPT),
         serving=ServingFacts(adapts_tables=True, llama_cpp_window=False),
     ),
     "mpt": _BLOOM._replace(
@@ -446,7 +461,7 @@ FAMILIES: dict[str, Family] = {
         defaults={**_QWEN2, "use_sliding_window": False, "sliding_window": 4096},
         layers=windows_after,
         checkpoint=CheckpointFacts(gguf="qwen2", gguf_keys={}),
-        parallel=ParallelFacts(plans.LLAMA, context=True, megatron_flags=(*plans.MEGATRON_FLAGS, "--add-qkv-bias")),
+        parallel=ParallelFacts(plans.LLAMA, context=True, gpt={**plans.GPT, "add_qkv_bias": True}),
     ),
     "qwen3": _NO_MLP_BIAS._replace(
         defaults={**_QWEN2, "head_dim": 128, "use_sliding_window": False, "sliding_window": 4096},
@@ -454,7 +469,7 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(
             half_scales=True, gguf="qwen3", gguf_keys={}, gguf_switches={"attention_bias": "attn_q.bias"}
         ),
-        parallel=ParallelFacts(plans.LLAMA, context=True, megatron_flags=(*plans.MEGATRON_FLAGS, "--qk-layernorm")),
+        parallel=ParallelFacts(plans.LLAMA, context=True, gpt={**plans.GPT, "qk_layernorm": True}),
         serving=ServingFacts(adapts_tables=True),
     ),
     "seed_oss": _DENSE._replace(

@@ -1,4 +1,4 @@
-"""Encoders and encoder-decoders: BERT, RoBERTa, T5, Whisper, ViT."""
+"""Encoders and encoder-decoders: BERT, RoBERTa, BART, T5, Whisper, ViT."""
 
 from __future__ import annotations
 
@@ -39,6 +39,13 @@ def _classes(m: ModelFacts) -> Mapping[str, int]:
 def _electra(m: ModelFacts) -> Mapping[str, int]:
     width = m.config_int("embedding_size")
     return {**_classes(m), "p": width, "p32": -(-width // 32) * 32}
+
+
+def _deberta(m: ModelFacts) -> Mapping[str, int]:
+    """Return the axes with the number of relative distances."""
+    buckets, longest = (m.config_int(key, least=-1) for key in ("position_buckets", "max_relative_positions"))
+    span = next((n for n in (buckets, longest) if n > 0), m.max_position_embeddings or 0)
+    return {**_classes(m), "spans": 2 * span}
 
 
 def _half_window(m: ModelFacts) -> int:
@@ -240,37 +247,59 @@ _T5_ROW = Family(
     training=TrainingFacts(never_quantised=("wo",)),
 )
 
+_BART = Family(
+    {
+        "tie_word_embeddings": True,
+        "vocab_size": 50265,
+        "d_model": 1024,
+        "encoder_layers": 12,
+        "decoder_layers": 12,
+        "encoder_attention_heads": 16,
+        "decoder_attention_heads": 16,
+        "encoder_ffn_dim": 4096,
+        "decoder_ffn_dim": 4096,
+        "max_position_embeddings": 1024,
+        "activation_function": "gelu",
+        "dropout": 0.1,
+        "attention_dropout": 0.0,
+        "activation_dropout": 0.0,
+    },
+    keys=_WHISPER_KEYS._replace(names={**_WHISPER_KEYS.names, "max_position_embeddings": ("max_position_embeddings",)}),
+    axes=_halves,
+    objectives=("seq2seq_lm",),
+    gated=False,
+    lengths=LengthFacts(learned=True, target=_positions),
+    stack="bart",
+    generation=GenerationFacts(is_modelled=False),
+    serving=ServingFacts(is_modelled=False),
+)
+
 # Source: transformers 5.24 configuration classes.
 FAMILIES: dict[str, Family] = {
-    "bart": Family(
-        {
-            "tie_word_embeddings": True,
-            "vocab_size": 50265,
-            "d_model": 1024,
-            "encoder_layers": 12,
-            "decoder_layers": 12,
-            "encoder_attention_heads": 16,
-            "decoder_attention_heads": 16,
-            "encoder_ffn_dim": 4096,
-            "decoder_ffn_dim": 4096,
-            "max_position_embeddings": 1024,
-            "activation_function": "gelu",
-            "dropout": 0.1,
-            "attention_dropout": 0.0,
-            "activation_dropout": 0.0,
-        },
-        keys=_WHISPER_KEYS._replace(
-            names={**_WHISPER_KEYS.names, "max_position_embeddings": ("max_position_embeddings",)}
-        ),
-        axes=_halves,
-        objectives=("seq2seq_lm",),
-        gated=False,
-        lengths=LengthFacts(learned=True, target=_positions),
-        stack="bart",
-        generation=GenerationFacts(is_modelled=False),
-        serving=ServingFacts(is_modelled=False),
-    ),
+    "bart": _BART,
     "bert": _ENCODER,
+    "camembert": _ROBERTA,
+    "deberta-v2": _ENCODER._replace(
+        defaults={
+            **_BERT,
+            "type_vocab_size": 0,
+            "relative_attention": False,
+            "max_relative_positions": -1,
+            "position_buckets": -1,
+            "norm_rel_ebd": "none",
+            "share_att_key": False,
+            "conv_kernel_size": 0,
+            "legacy": True,
+            "pooler_dropout": 0.0,
+            "position_biased_input": True,
+        },
+        axes=_deberta,
+        lengths=LengthFacts(),
+        training=TrainingFacts(shares_a_graph=True),
+        stack="deberta",
+        attention=AttentionFacts(unsupported=("flash_attention_2", "sdpa_math"), rotary=False),
+        parallel=ParallelFacts(),
+    ),
     "distilbert": _ENCODER._replace(
         defaults={
             "tie_word_embeddings": True,
@@ -315,6 +344,12 @@ FAMILIES: dict[str, Family] = {
         stack="modernbert",
         parallel=ParallelFacts(),
     ),
+    "m2m_100": _BART._replace(
+        defaults={**_BART.defaults, "vocab_size": 128112, "activation_function": "relu", "attention_dropout": 0.1},
+        lengths=LengthFacts(target=_any_target),
+    ),
+    "mbart": _BART,
+    "pegasus": _BART,
     "roberta": _ROBERTA,
     "xlm-roberta": _ROBERTA,
     "mt5": _T5_ROW._replace(defaults={**_T5, "d_ff": 1024, "feed_forward_proj": "gated-gelu"}),

@@ -4,9 +4,13 @@ gated_mlp                        two up projections, one gating the other (--swi
 norm_type                        layernorm or rmsnorm (--normalization)
 position_embedding_type          learned_absolute (or learned), rope or none
 use_bias                         linear layers have biases (unless --disable-bias-linear)
+add_qkv_bias                     the projection of queries, keys and values has one (--add-qkv-bias)
 hidden_dropout                   dropout of embeddings and of both residual branches
 attention_dropout                dropout of attention probabilities; default: hidden_dropout
 qk_layernorm                     queries and keys are normalised per head
+gradient_accumulation_fusion     products add weight gradients to the main gradients themselves (unless
+                                 --no-gradient-accumulation-fusion)
+create_attention_mask            the data loader makes a mask (unless --no-create-attention-mask-in-dataloader)
 transformer_impl                 transformer_engine, or local for the same layers from torch and apex
 num_local_experts                experts (also num_experts, n_routed_experts)
 num_experts_per_tok              experts per token
@@ -23,6 +27,7 @@ moe_router_dtype                 fp32, or null for the model's dtype
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from memplan.core.errors import ConfigError, UnsupportedModelError
 from memplan.models.configs.layer_lists import listed
@@ -38,6 +43,41 @@ EXPERT_RANKS, EXPERT_TENSOR_RANKS, TENSOR_RANKS = "expert_ranks", "expert_tensor
 NORMS = {"layernorm": True, "layer_norm": True, "rmsnorm": False, "rms_norm": False}
 POSITIONS = ("learned_absolute", "rope", "none")
 _UNREAD = ("kv_lora_rank", "fp32_residual_connection", "mtp_num_layers", "num_nextn_predict_layers")
+
+
+def gpt_config(m: ModelFacts) -> dict[str, Any] | None:
+    """Return the config of the GPT that Megatron-core has in place of a model of another family, or None without one.
+
+    Source: megatron-bridge 0.3.1 models/conversion/model_bridge.py MegatronModelBridge.CONFIG_MAPPING.
+    """
+    own = m.family.parallel.gpt
+    if own is None or m.objective != "causal_lm":
+        return None
+    axes, sparse_layers = m.axes(), [int(layer.ffn == "experts") for layer in m.layers]
+    mixture = {
+        "num_local_experts": axes.get("E"),
+        "num_experts_per_tok": axes.get("e"),
+        "moe_intermediate_size": axes.get("m"),
+        "moe_layer_freq": sparse_layers,
+    }
+    return {
+        "model_type": "megatron_gpt",
+        "hidden_size": m.hidden_size,
+        "num_hidden_layers": m.num_hidden_layers,
+        "num_attention_heads": m.num_attention_heads,
+        "num_key_value_heads": m.num_key_value_heads,
+        "head_dim": m.head_dim,
+        "intermediate_size": m.intermediate_size,
+        "vocab_size": m.vocab_size,
+        "max_position_embeddings": m.max_position_embeddings,
+        "tie_word_embeddings": m.tie_word_embeddings,
+        "hidden_act": m.hidden_act,
+        "attention_dropout": m.probability("attention_dropout"),
+        **own,
+        **({"use_bias": True} if m.get("mlp_bias", False) else {}),
+        **({"add_qkv_bias": True} if m.get("attention_bias", False) else {}),
+        **(mixture if any(sparse_layers) else {}),
+    }
 
 
 def has_mean(m: ModelFacts) -> bool:
@@ -59,6 +99,11 @@ def uses_engine(m: ModelFacts) -> bool:
     """Whether the layers are Transformer Engine's."""
     known = ("transformer_engine", "local")
     return _choice(m, "transformer_impl", known[0], known, "not supported") == known[0]
+
+
+def fuses_accumulation(m: ModelFacts) -> bool:
+    """Whether products add weight gradients to the main gradients themselves."""
+    return m.get("gradient_accumulation_fusion", True)
 
 
 def is_gated(m: ModelFacts) -> bool:
@@ -197,7 +242,7 @@ FAMILIES = {
         attention=AttentionFacts(single_sequence="views"),
         generation=GenerationFacts(is_modelled=False),
         parallel=ParallelFacts(
-            megatron=TensorParallelPlan(("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2")), megatron_flags=()
+            megatron=TensorParallelPlan(("linear_qkv", "linear_fc1"), ("linear_proj", "linear_fc2"))
         ),
         serving=ServingFacts(is_modelled=False),
     )

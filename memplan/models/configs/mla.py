@@ -516,7 +516,6 @@ FAMILIES = {
         keys=ConfigKeys(_NAMES, renamed={"num_local_experts": "n_routed_experts"}),
         objectives=CLASSIFIER,
         training=TrainingFacts(),
-        parallel=ParallelFacts(),
         checkpoint=CheckpointFacts(experts="split"),
     ),
 }

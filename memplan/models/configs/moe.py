@@ -12,10 +12,11 @@ from typing import Any, cast
 from memplan.core.errors import ConfigError
 from memplan.models import tensor_plans as plans
 from memplan.models.configs.layer_lists import SLIDING, kinds
-from memplan.models.configs.windows import all_but_every
+from memplan.models.configs.windows import all_but_every, windows_after
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import CheckpointFacts, ConfigKeys, ParallelFacts, ServingFacts, TrainingFacts
 from memplan.models.layers import Layer, as_json
+from memplan.models.tensor_plans import TensorParallelPlan
 
 EXPERTS, DENSE = "experts", "dense"
 
@@ -166,6 +167,11 @@ def _exaone(m: ModelFacts) -> Mapping[str, int]:
     return {**axes, "fs": axes["m"] * m.config_int("num_shared_experts")}
 
 
+def _dots_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return Qwen3's layers, with experts in all but the first few."""
+    return tuple(a._replace(ffn=b.ffn) for a, b in zip(windows_after(m), after_first(m), strict=True))
+
+
 _exaone_windows = all_but_every(4, unrotated="among windows")
 
 
@@ -235,6 +241,24 @@ FAMILIES: dict[str, Family] = {
         axes=_glm,
         stack="mixtures",
     ),
+    "dots1": _MOE._replace(
+        defaults={
+            "num_key_value_heads": 32,
+            "intermediate_size": 10944,
+            "moe_intermediate_size": 1408,
+            "n_routed_experts": None,
+            "num_experts_per_tok": None,
+            "n_shared_experts": None,
+            "first_k_dense_replace": 0,
+            "norm_topk_prob": False,
+            "sliding_window": 4096,
+            "max_window_layers": 62,
+        },
+        layers=_dots_layers,
+        axes=_glm,
+        training=TrainingFacts(fuses_experts=True),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "ernie4_5_moe": _MOE._replace(
         defaults={
             "tie_word_embeddings": True,
@@ -262,7 +286,7 @@ FAMILIES: dict[str, Family] = {
         layers=_exaone_layers,
         axes=_exaone,
         stack="exaone_moe",
-        parallel=ParallelFacts(),
+        parallel=ParallelFacts(plans.MIXTURE._replace(replicated=("shared_experts",)), experts=True),
         training=TrainingFacts(fuses_experts=True),
         serving=ServingFacts(adapts_tables=True),
     ),
@@ -324,7 +348,7 @@ FAMILIES: dict[str, Family] = {
         },
         training=TrainingFacts(experts_were=True),
         checkpoint=CheckpointFacts(experts="split", gguf="llama"),
-        parallel=ParallelFacts(plans.MIXTURE, experts=True, megatron_flags=plans.MEGATRON_FLAGS),
+        parallel=ParallelFacts(plans.MIXTURE, experts=True, gpt=plans.GPT_EXPERTS),
         serving=ServingFacts(adapts_tables=True),
     ),
     "olmoe": _MOE._replace(
@@ -375,7 +399,20 @@ FAMILIES: dict[str, Family] = {
         checkpoint=CheckpointFacts(
             experts="split", gguf="qwen3moe", gguf_keys={"expert_count": "num_experts", **GGUF_EXPERTS}
         ),
-        parallel=ParallelFacts(plans.MIXTURE, experts=True, megatron_flags=(*plans.MEGATRON_FLAGS, "--qk-layernorm")),
+        parallel=ParallelFacts(plans.MIXTURE, experts=True, gpt={**plans.GPT_EXPERTS, "qk_layernorm": True}),
         serving=ServingFacts(adapts_tables=True),
+    ),
+    "solar_open": _MOE._replace(
+        defaults={
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "moe_intermediate_size": 1280,
+            "n_routed_experts": 128,
+            "num_experts_per_tok": 8,
+            "n_shared_experts": 1,
+        },
+        axes=_glm,
+        parallel=ParallelFacts(TensorParallelPlan(plans.QKV, ("o_proj",), experts=True), experts=True),
+        serving=ServingFacts(is_modelled=False),
     ),
 }

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from memplan.core.errors import ConfigError
 from memplan.models import tensor_plans as plans
-from memplan.models.configs.moe import GGUF_BOTH_EXPERTS, expert_axes, numbers
+from memplan.models.configs.moe import DENSE, EXPERTS, GGUF_BOTH_EXPERTS, expert_axes, numbers
 from memplan.models.facts import Family, ModelFacts
 from memplan.models.family_facts import (
     AttentionFacts,
@@ -292,6 +292,16 @@ def _lfm2_width(m: ModelFacts) -> int:
     return -(-int(factor * int(2 * m.intermediate_size / 3)) // step) * step
 
 
+def _lfm2_moe_layers(m: ModelFacts) -> tuple[Layer, ...]:
+    """Return LFM2's layers, with experts in all but the first `num_dense_layers`."""
+    dense = m.config_int("num_dense_layers", least=0)
+    return tuple(layer._replace(ffn=EXPERTS if i >= dense else DENSE) for i, layer in enumerate(_lfm2_layers(m)))
+
+
+def _lfm2_moe_axes(m: ModelFacts) -> dict[str, int]:
+    return {**_lfm2_axes(m), **expert_axes()(m)}
+
+
 _MAMBA_ROW = Family(
     _MAMBA1,
     ConfigKeys({**_NO_HEADS, "intermediate_size": ()}, _NO_ATTENTION),
@@ -376,6 +386,26 @@ FAMILIES: dict[str, Family] = {
         generation=GenerationFacts(cache="convolution"),
         serving=ServingFacts(is_modelled=False),
     ),
+    "lfm2_moe": Family(
+        {
+            "tie_word_embeddings": True,
+            "num_key_value_heads": 8,
+            "intermediate_size": 7168,
+            "moe_intermediate_size": 1792,
+            "num_experts": 32,
+            "num_experts_per_tok": 4,
+            "num_dense_layers": 2,
+            "conv_L_cache": 3,
+            "block_auto_adjust_ff_dim": False,
+        },
+        keys=ConfigKeys({"hidden_act": ()}, renamed={"tie_embedding": "tie_word_embeddings"}),
+        layers=_lfm2_moe_layers,
+        axes=_lfm2_moe_axes,
+        stack="lfm2",
+        generation=GenerationFacts(cache="convolution"),
+        checkpoint=CheckpointFacts(experts="split"),
+        serving=ServingFacts(is_modelled=False),
+    ),
     "mamba": _MAMBA_ROW._replace(training=TrainingFacts(skips=("dt_proj",), fused_mixers=True)),
     "nemotron_h": Family(
         {
@@ -402,7 +432,7 @@ FAMILIES: dict[str, Family] = {
         acts=("relu2",),
         gated=False,
         stack="ssm",
-        attention=AttentionFacts(rotary=False),
+        attention=AttentionFacts(rotary=False, single_sequence="layers"),
         training=TrainingFacts(fused_mixers=True),
         generation=GenerationFacts(cache="mamba-2"),
         checkpoint=CheckpointFacts(gguf="nemotron_h", gguf_rolls=True),
@@ -427,6 +457,7 @@ FAMILIES: dict[str, Family] = {
         layers=_granite_layers,
         axes=_granite_axes,
         stack="ssm",
+        attention=AttentionFacts(single_sequence="layers"),
         generation=GenerationFacts(cache="mamba-2"),
         checkpoint=CheckpointFacts(gguf="granitehybrid"),
         parallel=ParallelFacts(plans.EXPERTS, experts=True),
@@ -445,6 +476,7 @@ FAMILIES: dict[str, Family] = {
         },
         axes=_mamba2_axes,
         stack="ssm",
+        attention=AttentionFacts(single_sequence="layers"),
         generation=GenerationFacts(cache="mamba-2"),
         checkpoint=CheckpointFacts(gguf="mamba2"),
     ),

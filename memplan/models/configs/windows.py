@@ -47,30 +47,31 @@ def some_rotary(m: ModelFacts) -> tuple[Layer, ...]:
 
 
 def all_but_every(
-    period: int, fixed: bool = False, unrotated: Literal["", "always", "among windows"] = ""
+    period: int, fixed: bool = False, unrotated: Literal["", "always", "among windows"] = "", first: bool = False
 ) -> Callable[[ModelFacts], tuple[Layer, ...]]:
     """Return a function for layers with a window, except every `period`-th.
 
     fixed      no `sliding_window_pattern` of a config overrides the period
     unrotated  whether layers without a window have no rotary positions: always, or only if other layers have a window
+    first      a period begins with the layer without a window, instead of ending with it
     """
 
     def layers(m: ModelFacts) -> tuple[Layer, ...]:
         if m.sliding_window is None:
             return (m.equal_layer._replace(rotary=unrotated != "always"),) * m.num_hidden_layers
-        sliding = _windows(m, _pattern(m, period, fixed))
+        sliding = _windows(m, _pattern(m, period, fixed, 0 if first else 1))
         return _layers(m, sliding, sliding if unrotated else [True] * len(sliding))
 
     return layers
 
 
-def _pattern(m: ModelFacts, period: int, fixed: bool) -> list[bool]:
+def _pattern(m: ModelFacts, period: int, fixed: bool, start: int) -> list[bool]:
     """Return whether each layer has a window. In a pattern of letters, L has one and G has none; nor has the last."""
     count, letters = m.num_hidden_layers, m.config.get("sliding_window_pattern")
     if not fixed and letters is not None and not isinstance(letters, str):
         period = max(1, _whole(m, "sliding_window_pattern", period))
     if fixed or not isinstance(letters, str):
-        return [(i + 1) % period != 0 for i in range(count)]
+        return [(i + start) % period != 0 for i in range(count)]
     if not letters or not set(letters) <= {"L", "G"}:
         raise ConfigError(
             f"config: sliding_window_pattern must be a number or the letters L and G, not {as_json(letters)}",

@@ -208,7 +208,7 @@ def _wrap_fsdp2(model: Any, run: RunSpec, device: torch.device) -> Any:
     if loaded:
         model = model.to(torch.device("meta"))
         base_of(model).tie_weights()
-    blocks = () if run.loop.trainer and run.method.kind in ADAPTERS else tuple(_blocks(model))
+    blocks = tuple(_blocks(model))
     for module in _bottom_up(model):
         if isinstance(module, blocks) and not isinstance(module, fsdp.FSDPModule):
             shard(module, **unit)

@@ -380,9 +380,9 @@ def _freeze(model: Any, trainable: int) -> None:
 
 
 def _language_lists(model: Any) -> Iterator[nn.ModuleList]:
-    language = re.compile(_PARTS["language"])
+    language, part = re.compile(_PARTS["language"]), "decoder." if model.config.is_encoder_decoder else ""
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and language.fullmatch(f"{name}."):
+        if isinstance(module, nn.ModuleList) and language.fullmatch(f"{name}.") and part in f"{name}.":
             yield module
 
 

@@ -36,7 +36,7 @@ from memplan.resolve.batches import decoder_prompt_tokens
 from memplan.spec.run import RunSpec
 
 Phase = Callable[[str], AbstractContextManager[None]]
-PHASES = ("load", "forward", "backward", "clip", "step", "eval", "generate", "save", "merge")
+PHASES = ("load", "forward", "backward", "clip", "step", "eval", "generate", "reward", "save", "merge")
 
 
 def no_phase(name: str) -> AbstractContextManager[None]:
@@ -202,6 +202,8 @@ class Script:
             base.config, "text_config"
         ):  # a decoder, or a model that passes it on to one
             options["use_cache"] = bool(self.run.loop.use_cache)
+        elif hasattr(base.config, "use_cache"):  # it passes on keyword arguments, and reads its config
+            base.config.use_cache = bool(self.run.loop.use_cache)
         if self.run.batch.images:
             options |= image_inputs(self.run, base_of(self.model), inputs["input_ids"])
         if self.run.loop.padded and "input_ids" in inputs:
@@ -276,7 +278,7 @@ class Script:
     def _assist(self) -> None:
         inputs, options = self._inputs()
         options.pop("use_cache", None)
-        with torch.no_grad():
+        with torch.no_grad(), self._cast():
             assist(self.model, self.assistant, self.run, inputs["input_ids"], options, self.phase)
 
     def _generate_from_source(self) -> None:

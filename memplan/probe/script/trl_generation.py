@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from functools import partial
-from types import MappingProxyType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
-from memplan.catalogue.kernels.wiring import GENERATING
+from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING
 from memplan.probe.fake import kernels
 from memplan.probe.script.distributed_wrapping import clip, unreduced_gradients
 from memplan.probe.script.model import base_of
 from memplan.probe.script.trl_trainers import TRAINERS, TrainerScript, always, trainer_module
+from memplan.resolve.roles import scoring_run
 from memplan.spec.run import RunSpec
 
 
@@ -26,10 +27,31 @@ def _reward(completions: Any, **_: Any) -> list[float]:
     return [0.0] * len(completions)
 
 
+class _Texts:
+    """A tokenizer of the reward model, to which every text has the same number of tokens."""
+
+    pad_token_id = 0
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+
+    def __call__(self, text: list[str], **_: Any) -> dict[str, Any]:
+        ids = torch.zeros((len(text), self._tokens), dtype=torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
 class GenerationScript(TrainerScript):
     """A run under one of TRL's trainers that generate."""
 
-    rewards = MappingProxyType({"reward_funcs": [_reward]})
+    @property
+    def rewards(self) -> dict[str, Any]:
+        if self.run.trainer in DISTILLING:
+            return {}
+        if self.run.roles.reward is None:
+            return {"reward_funcs": [_reward]}
+        model = self._built(scoring_run(self.run))
+        model.config._name_or_path = "reward"
+        return {"reward_funcs": [model], "reward_processing_classes": [_Texts(self.run.batch.tokens)]}
 
     def __init__(self, run: RunSpec, device: Any, phase: Any) -> None:
         super().__init__(run, device, phase)
@@ -39,6 +61,10 @@ class GenerationScript(TrainerScript):
         self._left = 0
         base.generate, base._has_unfinished_sequences = partial(self._generate, base.generate), self._has_unfinished
         self._in_phase(self.trainer, "_generate", "generate")
+        if run.trainer in DISTILLING:
+            kernels.selections[run.batch.micro * completion,] = run.batch.micro * completion
+            return
+        self._in_phase(self.trainer, "_calculate_rewards", "reward")
         self._score = self.trainer._get_per_token_logps_and_entropies
         self.trainer._get_per_token_logps_and_entropies = self._scored
 
@@ -66,6 +92,9 @@ class GenerationScript(TrainerScript):
 
     def options(self, run: RunSpec) -> dict[str, Any]:
         """Return the options of the trainer's config that the run decides."""
+        if run.trainer in DISTILLING:
+            parts = run.batch.accumulation
+            return {"max_completion_length": run.batch.new_tokens, "gradient_accumulation_steps": parts}
         reference = run.reference or ("none" if run.trainer == "grpo" else "copy")
         config = getattr(trainer_module(run), f"{TRAINERS[run.trainer].name}Config")
         truncates = {"max_prompt_length": run.batch.sequence} if hasattr(config, "max_prompt_length") else {}

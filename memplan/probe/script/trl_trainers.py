@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import sys
 import tempfile
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from types import MappingProxyType, ModuleType, SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 from memplan.catalogue.kernels.wiring import GENERATING, PAIRED
@@ -25,6 +25,8 @@ from memplan.core.records import NamedTuple
 from memplan.models.cards import find_config
 from memplan.probe.libraries import library
 from memplan.probe.script.packed_batches import PackedBatch, packed_batch
+from memplan.resolve.decide import fill_from_profile
+from memplan.resolve.roles import fields_of_role
 from memplan.spec.generation import InlineModel
 from memplan.spec.run import RunSpec
 
@@ -54,16 +56,14 @@ TRAINERS = {
     "simpo": TrlTrainer("CPO", _CPO, (("loss_type", "simpo"), ("cpo_alpha", 0.0))),
     "grpo": TrlTrainer("GRPO", ("trl.trainer.grpo_trainer",)),
     "rloo": TrlTrainer("RLOO", ("trl.trainer.rloo_trainer",)),
+    "gkd": TrlTrainer("GKD", ("trl.experimental.gkd.gkd_trainer", "trl.trainer.gkd_trainer"), (("lmbda", 0.0),)),
+    "distill": TrlTrainer("Distillation", ("trl.trainer.distillation_trainer",)),
 }
 
 
 def trainer_module(run: RunSpec) -> Any:
     """Return the module of the run's trainer in the installed TRL. Raises ProbeError if it has none."""
-    facts: ModuleType = library("trl.import_utils")
-    found = vars(facts)
-    for name, value in [*found.items()]:
-        if name.endswith("_available") and isinstance(value, tuple):  # TRL 0.24 under transformers 5: (found, version)
-            found[name] = value[0]
+    without_extras()
     *others, last = TRAINERS[run.trainer].modules
     for name in others:
         try:
@@ -71,6 +71,15 @@ def trainer_module(run: RunSpec) -> Any:
         except MemplanError:
             continue
     return library(last)
+
+
+def without_extras() -> None:
+    """Let TRL 0.24 know under transformers 5, which answers (found, version), which packages are not there."""
+    facts: ModuleType = library("trl.import_utils")
+    found = vars(facts)
+    for name, value in [*found.items()]:
+        if name.endswith("_available") and isinstance(value, tuple):
+            found[name] = value[0]
 
 
 def always(value: Any) -> Any:
@@ -130,8 +139,12 @@ def prepared(run: RunSpec) -> Generator[None]:
         """Return the indices of one half of the examples: KTO asks which are desirable."""
         return torch.arange(labels.shape[0] // 2, device=labels.device).view(-1, 1)
 
+    def without_gradients(*_: Any) -> Any:
+        """Stand in for inference mode, in which no tensor can be fake."""
+        return torch.no_grad()
+
     owners: dict[Any, dict[str, Any]] = {
-        torch: {"nonzero": half_of},
+        torch: {"nonzero": half_of, "inference_mode": without_gradients},
         torch.cuda: {
             "device_count": always(1),
             "set_device": always(None),
@@ -169,7 +182,6 @@ class TrainerScript:
 
         from memplan.probe.script import model as building
         from memplan.probe.script.parameter_counts import parameters
-        from memplan.resolve.decide import fill_from_profile
 
         self.run, self.device, self.phase = run, torch.device(device), phase
         filled = fill_from_profile(run)
@@ -206,13 +218,14 @@ class TrainerScript:
             def __getitem__(self, grid: Any) -> Any:
                 return always(None)
 
-        for name in ("chunked_logprob", "logprob_entropy"):  # since TRL 1.15, and in 1.14
+        for name in ("chunked_logprob", "chunked_divergence", "logprob_entropy"):  # since TRL 1.15, and in 1.14
             try:
                 with _without_triton():
                     kernels: Any = library(f"trl.kernels.{name}")
             except MemplanError:  # another release
                 continue
-            kernels._forward_kernel = kernels._backward_kernel = Kernel()
+            for kernel in ("forward", "backward", "stats", "jsd"):
+                setattr(kernels, f"_{kernel}_kernel", Kernel())
             kernels._TRITON_AVAILABLE = True
             kernels.triton = SimpleNamespace(cdiv=_blocks)
             if name == "logprob_entropy":
@@ -261,16 +274,24 @@ class TrainerScript:
             **dict(trainer.options),
             **self.options(run),
         )
+        others = {}
+        for role, other in run.roles.named if run.roles.reward is None else ():
+            update = {"model": other.model, **fields_of_role(self.run.precision, other)}
+            others[f"{role}_model"] = self._built(self.run.model_copy(update=update))
         return kind(
             model=model,
             args=arguments,
             train_dataset=self._dataset(),
             processing_class=self._tokenizer(),
             peft_config=adapters,
+            **others,
             **self.rewards,
         )
 
-    rewards: Mapping[str, Any] = MappingProxyType({})  # arguments of trainers that generate
+    @property
+    def rewards(self) -> dict[str, Any]:
+        """The functions that score completions, of a trainer that does."""
+        return {}
 
     def options(self, run: RunSpec) -> dict[str, Any]:
         """Return the options of the trainer's config that the run decides."""
@@ -304,14 +325,20 @@ class TrainerScript:
 
     def _copied(self, run: RunSpec) -> Any:
         """Return a function that builds another model like the run's."""
-        from memplan.probe.script import model as building
 
         def built(*_: Any, **__: Any) -> Any:
-            model = building.empty_model(run)
-            building.materialise(model, run, lambda _: self.device)
-            return model
+            return self._built(run)
 
         return built
+
+    def _built(self, run: RunSpec) -> Any:
+        """Return the run's model on the device."""
+        from memplan.probe.script import model as building
+
+        run = fill_from_profile(run)
+        model = building.empty_model(run)
+        building.materialise(model, run, lambda _: self.device)
+        return model
 
     def _checkpoint(self, model: Any, arguments: Any) -> None:
         """Checkpoint the layers if the arguments say so, as Trainer.train does."""
@@ -408,8 +435,10 @@ class TrainerScript:
         packed = packed_batch(self.run)
         if packed is not None:
             return self._packed_inputs(packed), packed.rows * (packed.tokens - 1)
-        if self.run.trainer == "sft":
+        if self.run.trainer in ("sft", "gkd"):
             inputs = masked("", micro, tokens)
+            if self.run.trainer == "gkd":
+                inputs |= {"prompts": ids(micro, 1), "prompt_attention_mask": ids(micro, 1)}
             return {**inputs, "labels": torch.ones_like(inputs["input_ids"])}, micro * (tokens - 1)
         if self.run.trainer == "reward":
             return masked("", 2 * micro, tokens), 2 * micro

@@ -88,6 +88,7 @@ class FullySharded(Sharding):
         """Yield the rank's parts of sharded weights, of those of a copy that is the reference model, and everything
         that is not sharded."""
         yield from self._weights(self.graph, self.pieces)
+        yield from self.weights_of_roles()
         yield from self.run.engine
         copied = copied_model(self.graph, self.ranks)
         if copied is None:

@@ -2,7 +2,8 @@
 
 FSDP2 with `cpu_ram_efficient_loading` broadcasts each weight whole and then shards it, one after another. Otherwise a
 unit's weights are copied from the host together, FSDP1 flattens them, and the rank's parts are copied out; blocks come
-first. A quantised model is whole on every GPU before that, except with older versions of transformers.
+first. A quantised model is whole on every GPU before that, except with older versions of transformers, and so is any
+model that the framework itself has moved there.
 
 Source: accelerate 1.15 utils/fsdp_utils.py fsdp2_prepare_model, fsdp2_load_full_state_dict, accelerator.py
 prepare_model; torch 2.13 distributed/fsdp/_init_utils.py, _flat_param.py, _fully_shard/_fsdp_param.py,
@@ -20,7 +21,7 @@ from memplan.engine.gather import REST
 from memplan.program.graph import Graph, operations_of, parameters_of
 from memplan.program.loading import LoadingTape, in_order
 from memplan.program.sharding.fsdp_units import units_of
-from memplan.program.sharding.ranks import Ranks, kept_dtype, shape_in
+from memplan.program.sharding.ranks import PACKED, Ranks, kept_dtype, shape_in
 from memplan.program.stack_facts import shared_tables
 
 
@@ -96,8 +97,9 @@ class _Loader:
         for place, copies, weights in self._ordered():
             units += [weights] * copies
             places += [place] * copies
-        loaded: dict[tuple[int, int], int] = {}
-        if self.ranks.loads_whole and any(w.stored for weights in units for w in weights):
+        loaded: dict[tuple[int, int], list[int]] = {}
+        quantised = self.ranks.loads_whole and any(w.stored for weights in units for w in weights)
+        if quantised or self.ranks.moves_whole:
             indices = [(i, j) for i in sorted(range(len(units)), key=places.__getitem__) for j in range(len(units[i]))]
             for i, j in sorted(indices, key=lambda at: units[at[0]][at[1]].group == "adapter"):  # adapters come last
                 loaded[i, j] = self._load(units[i][j])
@@ -106,7 +108,7 @@ class _Loader:
             adapters = [[j] for j, w in enumerate(weights) if w.group == "adapter"] if self.ranks.row.flat else []
             rest = [j for j in range(len(weights)) if [j] not in adapters]
             for group in (*adapters, *([rest] if rest else ())):
-                whole = [loaded[i, j] if loaded else self._load(weights[j]) for j in group]
+                whole = [n for j in group for n in (loaded[i, j] if loaded else self._load(weights[j]))]
                 shard([weights[j] for j in group], whole)
         for _, numbers, dtype in self.to_cast:
             self.tape.alloc(numbers, dtype)
@@ -127,21 +129,23 @@ class _Loader:
     def _loaded_dtype(self, w: Weight) -> str:
         """Return the dtype a weight is loaded in. FSDP2's weights are cast on the host, FSDP1's once they are
         sharded."""
+        if self.ranks.moves_whole and not w.stored and self.graph.recipe.autocast:
+            return self.graph.recipe.compute
         if w.stored or not self.ranks.row.flat or w.group == "adapter":
             return kept_dtype(w, self.ranks)
         return self.ranks.frozen or w.dtype
 
-    def _load(self, w: Weight) -> int:
-        """Load one weight and return its storage. A weight to be quantised exists in its loaded dtype until it is
-        quantised."""
+    def _load(self, w: Weight) -> list[int]:
+        """Load one weight and return the storages of its parameters. A weight to be quantised exists in its loaded
+        dtype until it is quantised."""
         if not w.stored:
-            return self.tape.alloc(prod(self._shape(w)), self._loaded_dtype(w))
-        recipe, whole = self.graph.recipe, 0
+            return [self.tape.alloc(prod(self._shape(w)), self._loaded_dtype(w))]
+        recipe, whole = self.graph.recipe, list[int]()
         quantises = self.ranks.loads_whole and not recipe.packed
         loaded = [self.tape.alloc(w.shape, recipe.weights)] if quantises else []
         for t in w.stored:
             number = self.tape.alloc(t.shape, t.dtype)
-            whole = number if t.name == "packed" else whole
+            whole += [number] if t.name in PACKED else []
         self.tape.free(*loaded)
         return whole
 

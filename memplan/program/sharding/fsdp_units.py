@@ -236,13 +236,14 @@ def division(graph: Graph, ranks: Ranks) -> Division:
     return shared._replace(whole=left_whole(shared)) if generates else shared
 
 
-def _models(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, Division]]:
-    """Yield the division of the reference model, if it is a copy. FSDP1 never shards its root again, which is among
-    the weights."""
+def _models(graph: Graph, ranks: Ranks) -> Iterator[tuple[str, Division | None]]:
+    """Yield the division of the reference model, if it is a copy, and the models that no rank divides. FSDP1 never
+    shards a copy's root again, which is among the weights."""
     copied = copied_model(graph, ranks)
     if copied is not None:
         units = division(*copied)
         yield "reference", units._replace(units=tuple(unit for unit in units.units if unit[0] != ROOT))
+    yield from ((role, None) for role, _ in graph.roles)
 
 
 def hooks_frozen_inputs(graph: Graph) -> bool:

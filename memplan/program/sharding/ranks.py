@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from math import prod
 
 from memplan.catalogue.parallelism.sharding import STRATEGIES, Strategy, ZeroSettings
-from memplan.core.ir import Weight
+from memplan.core.ir import Tensor, Weight
 from memplan.core.records import NamedTuple
 from memplan.core.units import ITEMSIZE
 from memplan.program.graph import TensorGroup
@@ -24,6 +24,7 @@ class Ranks(NamedTuple):
     frozen           dtype of the rank's part of frozen weights, empty if it is the dtype they are gathered in
     storage          dtype that 4-bit weights are packed into
     loads_whole      a quantised model is loaded whole on every GPU before it is sharded
+    moves_whole      a model is moved whole to every GPU before it is sharded
     efficient        one process of a node loads the model and sends the others their parts (cpu_ram_efficient_loading)
     delayed          gradients are reduced only in a step's last micro-batch, and stay whole until then (no_sync)
     regathers        activation checkpointing wraps the gathering, so weights are gathered again in recomputation
@@ -48,6 +49,7 @@ class Ranks(NamedTuple):
     frozen: str = ""
     storage: str = "uint8"
     loads_whole: bool = True
+    moves_whole: bool = False
     efficient: bool = False
     delayed: bool = False
     regathers: bool = False
@@ -77,6 +79,10 @@ class Ranks(NamedTuple):
 
 SINGLE_RANK = Ranks()
 
+# Tensors of a quantised weight that are parameters, of bitsandbytes and, as fms-acceleration makes them, of GPTQ.
+# Source: fms-acceleration fms_acceleration_peft/autogptq_utils.py PATCH_FOR_FSDP_TRITON_V2.
+PACKED = ("packed", "qweight", "qzeros")
+
 
 def numbers_of(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, str]:
     """Return the elements and dtype of a weight's parameter; for a 4-bit weight, of what it is packed into."""
@@ -92,15 +98,22 @@ def kept_dtype(w: Weight, ranks: Ranks) -> str:
 def shape_in(w: Weight, axes: Mapping[str, int], storage: str) -> tuple[int, ...]:
     """Return a weight's shape as the library sees it; for a 4-bit weight, the column it is packed into."""
     if w.stored:
-        return (-(-elements(w, axes) // (2 * ITEMSIZE[storage])), 1)
+        packed = sum(_exact_bytes(w, t, axes) for t in w.stored if t.name in PACKED)
+        return (-(-packed // ITEMSIZE[storage]), 1)
     is_vector = w.name.endswith(("bias", "norms.weight")) and not w.name.endswith("position_bias")
     # a convolution or a table keeps all its dimensions
     return shape_of(w, axes) if w.rows or is_vector else tuple(dims_of(w, axes))
 
 
+def _exact_bytes(w: Weight, t: Tensor, axes: Mapping[str, int]) -> int:
+    """Return the bytes of one of the tensors that a quantised weight is stored as, not rounded."""
+    name, _, block = t.dtype.partition("/")
+    return -(-elements(w._replace(shape=t.shape), axes) // int(block or 1)) * ITEMSIZE[name]
+
+
 def is_scale(held: TensorGroup) -> bool:
     """Whether the tensor holds scales of a 4-bit weight. They are not parameters, so they are never sharded."""
-    return "(" in held.what and not held.what.endswith("(packed)")
+    return "(" in held.what and not held.what.endswith(tuple(f"({name})" for name in PACKED))
 
 
 def pinned_bytes(bytes_: int) -> int:

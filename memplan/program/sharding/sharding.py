@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import ClassVar
 
+from memplan.catalogue.kernels.own_axes import own_shape
 from memplan.catalogue.optimizers.parameter_rules import Parameter
 from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory
 from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
@@ -17,6 +18,7 @@ from memplan.engine.walk import size
 from memplan.program.graph import (
     TensorGroup,
     operations_of,
+    other_models,
     parameters_of,
     reference_copy,
     tensor_group,
@@ -115,13 +117,23 @@ class Sharding:
     # memory between passes
 
     def weights(self) -> Iterator[TensorGroup]:
-        """Yield the weights and buffers that a rank holds, those of a copy that is the reference model, and what an
-        engine in the same process holds."""
+        """Yield the weights and buffers that a rank holds, those of other models, and what an engine in the same
+        process holds."""
         yield from parameters_of(self.graph)
         copy = reference_copy(self.graph)
         for held in parameters_of(copy) if copy is not None else ():
             yield held._replace(what=f"reference.{held.what}")
+        yield from self.weights_of_roles()
         yield from self.run.engine
+
+    def weights_of_roles(self) -> Iterator[TensorGroup]:
+        """Yield the weights of other models, which every rank holds whole.
+
+        Source: accelerate 1.15 accelerator.py prepare_model: evaluation_mode.
+        """
+        for role, other in self.graph.roles:
+            for held in parameters_of(other):
+                yield held._replace(what=f"{role}.{held.what}", shape=own_shape(held.shape, role))
 
     def gradients(self) -> Iterator[TensorGroup]:
         """Yield the gradients that the optimizer reads: whole, or the rank's part of them."""
@@ -203,7 +215,8 @@ class Sharding:
             waiting = self.memory_of(self._parameters(lambda w: w.idle))
             memory = memory._replace(states=(*memory.states, *waiting.states))
         _, axes = operations_of(self.graph)
-        whole = [(w, n) for w, n, _ in weights_of(self.graph) if w.gradient and w.trains]
+        of_graph = weights_of(self.graph)
+        whole = [(w, n) for w, n, _ in of_graph if w.gradient and w.trains and w.group != "adapter"]
         local = sum(size(w.shape, w.dtype, axes)[1] * n for w, n in whole)
         if max(memory.first, memory.later) >= local or memory.frees_gradients or self.run.optimizer == "none":
             return memory
@@ -237,8 +250,7 @@ class Sharding:
         tensors that are allocated and freed at once may be merged, as thousands of ranks have thousands of them."""
         if self.graph.code == "torchtitan":  # allocates each part once, uninitialised: trainer.py to_empty
             return enumerate(h.bytes for h in self.weights() for _ in range(h.copies))
-        copy = reference_copy(self.graph)
-        return loading(self.graph, *(() if copy is None else (copy,)))
+        return loading(self.graph, *(other for _, other in other_models(self.graph)))
 
     def loading_peak(self) -> int:
         """Return the peak bytes before the first step."""

@@ -13,7 +13,7 @@ from memplan.program.graph import Graph, TrainingPass, lower_training, operation
 from memplan.program.sharding.choice import sharding_of
 from memplan.program.structure import Structure
 
-PHASES = ("forward", "reference", "loss", "backward")
+PHASES = ("forward", "reference", "teacher", "loss", "backward")
 Terms = dict[str, tuple[Term, ...]]  # largest moments, by phase
 
 

@@ -128,17 +128,13 @@ def _check(p: Parallelism, engine: PipelineEngine, schedule: str, microbatches: 
         raise refused(
             "parallelism.virtual_stages", f"{p.virtual_stages} are not supported yet with gpipe; 1f1b interleaves them"
         )
-    if p.virtual_stages > 1 and engine.needs_equal_stages and microbatches % p.pp:
-        raise refused(
-            "batch.accumulation",
-            f"{microbatches} microbatches a step are no multiple of pp {p.pp}, as {engine.title} "
-            f"requires with virtual_stages {p.virtual_stages}",
-        )
-    if p.virtual_stages == 1 and schedule == "1f1b" and engine.needs_full_pipeline and microbatches < p.pp:
+    needs_full = engine.needs_full_pipeline if p.virtual_stages == 1 else engine.needs_equal_stages
+    if schedule == "1f1b" and needs_full and microbatches < p.pp:
+        other = ", or use schedule gpipe" if "gpipe" in engine.schedules else ""
         raise refused(
             "batch.accumulation",
             f"a step of {microbatches} microbatches has fewer than pp {p.pp}, which {engine.title} does not run "
-            f"as 1f1b; accumulate at least {p.pp}, or use schedule gpipe",
+            f"as 1f1b; accumulate at least {p.pp}{other}",
         )
     rounds = max(1, microbatches // p.pp)
     if p.virtual_stages > 1 and microbatches % rounds:

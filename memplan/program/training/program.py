@@ -90,8 +90,9 @@ def program(structure: Structure) -> Program:
     gradients = 0 if consumed else total_bytes(sharding.gradients())
     accumulated = sharding.accumulated_bytes()
     trainer = structure.graph.trainer
-    skipped = () if trainer is not None and trainer.has_reference_pass else ("reference",)
-    phases = [phase for phase in PHASES if phase not in skipped]
+    has_reference = trainer is not None and trainer.has_reference_pass
+    present = {"forward", "loss", "backward", *(("reference",) if has_reference else ()), *dict(structure.graph.roles)}
+    phases = [phase for phase in PHASES if phase in present]
     once = ("reference",) if trainer is not None and trainer.name in GENERATING else ()  # before all micro-batches
     return Program(
         structure=structure,

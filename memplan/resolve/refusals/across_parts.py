@@ -18,6 +18,10 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
     generates = run.task == "train" and run.trainer in GENERATING
     if run.batch.packing and run.task != "train":
         yield refused("batch.packing", "only applies to training")
+    if run.batch.lengths and run.task != "train":
+        yield refused("batch.lengths", f"only applies to training, not to task {run.task}")
+    if run.batch.batching and not run.batch.lengths:
+        yield refused("batch.batching", "only applies with batch.lengths")
     if run.batch.generations and not generates:
         yield refused("batch.generations", f"only applies to trainers that generate: {', '.join(GENERATING)}")
     if run.task != "generate":
@@ -25,8 +29,9 @@ def contradictions(run: RunSpec) -> Iterator[SpecError]:
             yield refused("batch.new_tokens", "only task generate makes new tokens")
         if not is_default(run, "generation"):
             yield refused("generation", "only applies to task generate")
-    if run.task != "train" and not is_default(run, "also"):
-        yield refused("also", f"only applies to training, not to task {run.task}")
+    for part in ("also", "roles") if run.task != "train" else ():
+        if not is_default(run, part):
+            yield refused(part, f"only applies to training, not to task {run.task}")
     if run.serving.cache_dtype is not None and run.rollout != "colocate":
         yield refused(
             "serving.cache_dtype",
@@ -77,8 +82,6 @@ def training_settings(run: RunSpec) -> Iterator[SpecError]:
         yield refused("kernels.loss", f"task {task} has no loss")
     if run.kernels.fused:
         yield not_yet("kernels.fused", ", ".join(run.kernels.fused), f"none with task {task}")
-    if run.kernels.compile:
-        yield not_yet("kernels.compile", True, "false")
     if task == "generate" and loop.use_cache is False:
         yield not_yet("loop.use_cache", False, "true with task generate")
     for field in ("hold_outputs", "grad_scaler", "trainer"):

@@ -42,10 +42,16 @@ def training_objective(r: OpenRun) -> Iterator[SpecError]:
         return
     yield from model_classes(r)
     reads_pixels = r.model.only_sequence is not None and not r.model.is_encoder_decoder
-    if reads_pixels and r.method.kind in ADAPTERS and r.kernels.reentrant and r.kernels.checkpointing != "none":
+    is_reentrant = r.kernels.reentrant and r.kernels.checkpointing != "none"
+    if reads_pixels and r.method.kind in ADAPTERS and is_reentrant:
         yield refused(
             "kernels.reentrant",
             f"nothing that the layers of {r.name} read requires a gradient, so torch would train no adapter; use false",
+        )
+    if r.model.family.training.shares_a_graph and is_reentrant and r.method.kind == "full":
+        yield refused(
+            "kernels.reentrant",
+            f"torch fails in backward: every layer of {r.name} reads embeddings that train outside of it; use false",
         )
     if r.model.is_encoder_decoder and r.precision.weights == "fp16":
         yield refused(

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import cast, get_args
+from typing import Any, cast, get_args
 
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.optimizers import ON_HOST, OPTIMIZERS
 from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE
 from memplan.core.errors import SpecError, nearest, refused
-from memplan.models.peft_methods import PEFT_METHODS, PeftMethod
+from memplan.models.peft_methods import BITSANDBYTES, PEFT_METHODS, PeftMethod, Value
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 from memplan.spec.formats import Quantization, TrainedOver
@@ -69,9 +69,11 @@ def _selective(r: OpenRun) -> Iterator[SpecError]:
     field, p = "kernels.checkpointing", r.parallelism
     if r.code not in ("transformers", "torchtitan") or r.kernels.reentrant or r.model.is_encoder_decoder:
         yield not_yet(field, "selective", "none, full, offload")
-    is_plain = r.method.kind in ("full", "lora") and not r.kernels.fused and r.method.quantization is None
-    if not is_plain or r.model.has_tower or max(p.pp, p.tp, p.cp, p.ep) > 1:
-        what = "selective and fused kernels, towers, quantised weights, other adapters than LoRA, or tp, cp, ep or pp"
+    q = r.method.quantization
+    is_plain = not r.kernels.fused and (q is None or q.format in BITSANDBYTES)
+    divided = max(p.cp, p.ep) > 1 or (p.tp > 1 and r.style != "torchtitan")
+    if not is_plain or r.model.has_tower or divided:
+        what = f"selective and fused kernels, towers, weights not in {', '.join(BITSANDBYTES)}, or cp, ep or tp"
         yield not_yet_with(field, what, "full")
 
 
@@ -108,6 +110,10 @@ def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iter
         yield from _quantization(m.quantization, storages, runs)
 
 
+# Sizes of blocks, of which 0 means that the other setting gives their number.
+_OR_BLOCKS = ("oft_block_size", "boft_block_size")
+
+
 def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
     """Yield errors for settings that a method other than LoRA does not have."""
     settings = ", ".join((*filter(None, ("rank" if row.rank else "",)), *row.options)) or "none"
@@ -133,8 +139,20 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
             hint = f"did you mean {near[0]}?" if near else f"its settings are {settings}"
             yield refused(field, f"{m.kind} has no such setting in memplan; {hint}")
         elif (default := row.options[name]) is not None and not isinstance(value, type(default)):
-            kinds = {bool: "true or false", int: "a whole number", str: "a word"}
+            kinds = {bool: "true or false", int: "a whole number", float: "a fraction such as 0.5", str: "a word"}
             yield refused(field, f"must be {kinds[type(default)]}, not {value!r:.40}")
+        else:
+            yield from _out_of_range(field, name, value, default)
+
+
+def _out_of_range(field: str, name: str, value: Any, default: Value) -> Iterator[SpecError]:
+    """Yield an error for a number that the setting does not allow: fractions are below 1, and most counts above 0."""
+    if isinstance(default, float) and not 0 <= value < 1:
+        yield refused(field, f"must be at least 0 and less than 1, not {value}")
+    if isinstance(default, int) and not isinstance(default, bool):
+        least = 0 if name in _OR_BLOCKS else min(default, 1)
+        if value < least:
+            yield refused(field, f"must be at least {least}, not {value}")
 
 
 def no_adapters(kind: str, field: str) -> SpecError:

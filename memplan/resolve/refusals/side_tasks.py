@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue.kernels.wiring import GENERATING
+from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING
 from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.core.errors import SpecError, refused
 from memplan.models.peft_methods import PEFT_METHODS
@@ -32,7 +32,7 @@ def refused_side_tasks(run: RunSpec, graph: Graph) -> Iterator[SpecError]:
         yield not_yet_with("also.evaluation.kept_batches", f"tp {tp}", "0")
     if graph.code != "transformers" or degrees.style != "transformers" or graph.model.is_megatron:
         yield refused("also", f"is not supported yet with {run.profile}")
-    if run.trainer in GENERATING:
+    if run.trainer in (*GENERATING, *DISTILLING):
         yield not_yet_with("also", f"trainer {run.trainer}", "the steps alone")
     if also.evaluation is not None:
         yield from _evaluation(run, also.evaluation)

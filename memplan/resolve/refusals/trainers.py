@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from memplan.catalogue.kernels.wiring import GENERATING, PAIRED
+from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING, PAIRED
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import PROFILES, library_behaviour
 from memplan.core.errors import SpecError, refused
@@ -12,9 +12,11 @@ from memplan.resolve.defaults import defaults_of
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.parallelism import FSDP, ZERO
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
+from memplan.spec.run import RunSpec
 
-SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward", *GENERATING)
-_ALONE = (*PAIRED, "reward")  # without a reference
+SUPPORTED = ("sft", "dpo", "kto", *PAIRED, "reward", *GENERATING, *DISTILLING)
+_LOG_PROBS = {"kto": ("tiled", "gathered"), "distill": ("tiled",)}  # ways of computing them that were read
+_ALONE = (*PAIRED, "reward", *DISTILLING)  # without a reference
 
 
 def trainer(run: OpenRun) -> Iterator[SpecError]:
@@ -27,7 +29,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
         yield refused("trainer", f"{run.profile} does not have {name}; {_of_others(having, name in SUPPORTED)}")
     if name not in SUPPORTED:
         yield not_yet("trainer", name, ", ".join(SUPPORTED))
-    if name == "kto" and run.library.trainer.log_probs != "tiled":
+    if run.library.trainer.log_probs not in _LOG_PROBS.get(name, (run.library.trainer.log_probs,)):
         yield not_yet_with("trainer", f"{name} and {run.profile}", "trl-1.15")
     if name == "kto" and run.batch_facts.is_single_sequence:
         yield refused("batch.micro", "kto estimates a divergence from at least 2 completions; use 2 (--batch-size 2)")
@@ -41,9 +43,30 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
     if run.reference == "none" and name not in (*_ALONE, *GENERATING):
         choices = "adapters, copy or precomputed" if has_adapters else "copy or precomputed"
         yield refused("reference", f"{name} compares with a reference model; use {choices}")
+    if name in DISTILLING and run.roles.teacher is None:
+        yield refused("roles.teacher", f"{name} learns from a teacher; name one (--teacher MODEL)")
     if name in GENERATING:
         yield from _generating(run, "adapters" if has_adapters else "copy")
     yield from _with_parts(run)
+
+
+_ROLES = {"teacher": DISTILLING, "reward": ("grpo", "rloo")}  # role -> trainers whose step has such a model
+
+
+def roles(run: RunSpec) -> Iterator[SpecError]:
+    """Yield errors for other models that the trainer's step does not have, or not where they are."""
+    for role, other in run.roles.named:
+        if role not in _ROLES:
+            yield refused(f"roles.{role}", f"is not supported yet; supported: {', '.join(_ROLES)}")
+        elif run.trainer not in _ROLES[role]:
+            yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
+        elif role == "teacher" and other.location == "server":
+            yield not_yet_with("roles.teacher.location", f"trainer {run.trainer}", "gpu")
+        # FSDP2 casts what its root returns; DistillationTrainer calls the backbone inside FSDP's units
+        divided = ("zero3", *{"gkd": ("fsdp2",), "distill": FSDP}.get(run.trainer, ()))
+        if run.parallelism.dp > 1 and run.parallelism.strategy in divided and other.location == "gpu":
+            supported = ", ".join(name for name in ("ddp", "zero1", "zero2", *FSDP) if name not in divided)
+            yield not_yet_with("parallelism.strategy", f"a {role} model of {run.trainer}", supported)
 
 
 def _generating(run: OpenRun, own: str) -> Iterator[SpecError]:

@@ -13,6 +13,7 @@ from memplan.catalogue.parallelism.sharding import (
     MEGATRON,
 )
 from memplan.core.errors import SpecError, refused
+from memplan.models.configs import families
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.refusals.parallelism import ONE_GPU
@@ -25,8 +26,29 @@ _METHODS_OF = {
     "fsdp2": ("full", "freeze", "lora", "qlora", "dora"),
     **dict.fromkeys(("zero1", "zero2"), ("full", "freeze", "lora", "qlora", "dora", "qdora")),
     "zero3": ("full", "freeze", "lora", "qlora"),  # DoRA takes norms of weights that another module gathers
-    MEGATRON: ("full",),
+    MEGATRON: ("full", "lora"),
 }
+
+
+def _with_own_layers() -> str:
+    """Return the families that Megatron-core has layers of its own for."""
+    return ", ".join(name for name, row in families().items() if row.parallel.gpt is not None)
+
+
+# The layers that Megatron-Bridge's LoRA adapts, all by default. Source: megatron-bridge 0.3.1 peft/lora.py LoRA.
+_ADAPTED = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+
+
+def runs_in_megatron(r: OpenRun) -> bool:
+    """Return whether Megatron-core can train a model of another family so, given that it has layers for it."""
+    m, p = r.method, r.parallelism
+    adapts = m.kind == "lora" and "E" not in r.model.axes() and p.tp == 1 and _adapts_megatron_layers(r)
+    return not r.precision.autocast and (m.kind == "full" or adapts)
+
+
+def _adapts_megatron_layers(r: OpenRun) -> bool:
+    targets = r.method.targets
+    return targets == "all-linear" or (isinstance(targets, tuple) and set(targets) <= set(_ADAPTED))
 
 
 def megatron_model(r: OpenRun) -> Iterator[SpecError]:
@@ -34,22 +56,29 @@ def megatron_model(r: OpenRun) -> Iterator[SpecError]:
     method, kernels = r.method, r.kernels
     if r.profile != "megatron-core":
         yield refused("profile", f"megatron_gpt needs Megatron-core's layers; use megatron-core, not {r.profile}")
-    if method.kind != "full":
-        yield not_yet("method.kind", method.kind, "full with megatron_gpt")
+    if method.kind not in ("full", "lora") or (method.kind == "lora" and megatron.has_experts(r.model)):
+        also = "" if megatron.has_experts(r.model) else ", lora"
+        yield not_yet("method.kind", method.kind, f"full{also} with Megatron-core's layers")
+    if method.kind == "lora" and (not _adapts_megatron_layers(r) or method.modules_to_save or method.dropout):
+        field = "modules_to_save" if method.modules_to_save else "dropout" if method.dropout else "targets"
+        known = {"targets": f"all-linear, {', '.join(_ADAPTED)}", "dropout": "0"}.get(field, "none")
+        yield not_yet(f"method.{field}", str(getattr(method, field)), f"{known} with Megatron-core's layers")
     if r.precision.autocast:
         yield SpecError(
             "precision.autocast: Megatron-core casts the model itself; use precision without autocast", "precision"
         )
     if kernels.loss != "hf":
-        yield not_yet("kernels.loss", kernels.loss, "hf with megatron_gpt (Megatron-core's own loss)")
-    if kernels.fused:
-        yield not_yet(
-            "kernels.fused", ", ".join(kernels.fused), "none with megatron_gpt (its kernels are fused anyway)"
-        )
+        yield not_yet("kernels.loss", kernels.loss, "hf with Megatron-core's layers (its own loss)")
+    others = set(kernels.fused or ()) - {"cross_entropy"}
+    if others:
+        supported = "cross_entropy with Megatron-core's layers, whose others are fused anyway"
+        yield not_yet("kernels.fused", ", ".join(sorted(others)), supported)
     if kernels.checkpointing == "offload":
-        yield not_yet("kernels.checkpointing", kernels.checkpointing, "none, full, selective with megatron_gpt")
+        yield not_yet(
+            "kernels.checkpointing", kernels.checkpointing, "none, full, selective with Megatron-core's layers"
+        )
     if r.loop.padded:
-        yield not_yet("loop.padded", True, "false with megatron_gpt")
+        yield not_yet("loop.padded", True, "false with Megatron-core's layers")
 
 
 def megatron_experts(r: OpenRun) -> Iterator[SpecError]:
@@ -65,7 +94,7 @@ def megatron_experts(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet(
             "parallelism.expert_imbalance",
             p.expert_imbalance,
-            "1 with megatron_gpt; set moe_capacity_factor in its config",
+            "1 with Megatron-core's layers; set moe_capacity_factor in a megatron_gpt config",
         )
     etp = p.tp if p.etp is None else p.etp
     if experts % p.ep:
@@ -91,7 +120,7 @@ def expert_parallel(r: OpenRun) -> Iterator[SpecError]:
     """
     p, method = r.parallelism, r.method
     if p.etp not in (1, ONE_GPU.etp):
-        yield not_yet("parallelism.etp", p.etp, "1, except for megatron_gpt configs with experts")
+        yield not_yet("parallelism.etp", p.etp, f"1, except for experts of {_with_own_layers()} under megatron-core")
     field = "parallelism.ep"
     if p.ep == 1:
         if p.expert_imbalance != 1:
@@ -100,7 +129,10 @@ def expert_parallel(r: OpenRun) -> Iterator[SpecError]:
         return
     if r.style != "transformers":
         yield not_yet(
-            field, p.ep, f"1 with profile {r.profile}; more with profile transformers-5 or megatron_gpt configs"
+            field,
+            p.ep,
+            f"1 with profile {r.profile} for {r.model.model_type}; more with profile transformers-5, or for "
+            f"{_with_own_layers()}",
         )
     wrong = [f"a multiple of tp {p.tp}"] * bool(p.ep % p.tp)
     wrong += [f"a divisor of dp {p.dp} x tp {p.tp} = {p.dp * p.tp}"] * bool(p.dp * p.tp % p.ep)
@@ -215,8 +247,9 @@ def several_gpus(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet("optimizer.name", optimizer.name, f"{', '.join(supported)} with {p.strategy}")
     yield from _precision_of_strategy(r)
     q = method.quantization
-    if p.strategy != MEGATRON and q is not None and q.format not in ("nf4", "fp4"):
-        yield not_yet("method.quantization.format", q.format, f"nf4, fp4 with {p.strategy}")
+    packed = ("nf4", "fp4", *(("gptq-int4", "gptq-int8") if p.strategy == "fsdp" else ()))
+    if p.strategy != MEGATRON and q is not None and q.format not in packed:
+        yield not_yet("method.quantization.format", q.format, f"{', '.join(packed)} with {p.strategy}")
 
 
 def _precision_of_strategy(r: OpenRun) -> Iterator[SpecError]:
@@ -277,7 +310,7 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
             yield not_yet(
                 "parallelism.dp",
                 p.dp,
-                f"1 with tensor parallelism and profile {r.profile}, except for megatron_gpt configs",
+                f"1 with tensor parallelism and profile {r.profile}, except for {_with_own_layers()} in full training",
             )
         if r.precision.autocast:
             yield SpecError(
@@ -306,7 +339,7 @@ def tensor_parallel(r: OpenRun) -> Iterator[SpecError]:
         yield not_yet("method.modules_to_save", ", ".join(method.modules_to_save), "none with tensor parallelism")
     if r.trains:
         yield from _divided_training(r)
-    if kernels.fused:
+    if kernels.fused and not r.is_megatron_model:
         yield not_yet("kernels.fused", ", ".join(kernels.fused), "none with tensor parallelism")
 
 
@@ -330,8 +363,6 @@ def _divided_training(r: OpenRun) -> Iterator[SpecError]:
 def context_parallel(r: OpenRun) -> Iterator[SpecError]:
     """Yield errors for what context parallelism, or memplan so far, does not support."""
     p, kernels, field = r.parallelism, r.kernels, "parallelism.cp"
-    if r.is_megatron_model and p.context != "ring":
-        yield not_yet("parallelism.context", p.context, "ring with megatron_gpt")
     if r.is_megatron_model:
         if kernels.attention == "eager" or kernels.checkpointing == "selective":
             yield refused(
@@ -339,6 +370,9 @@ def context_parallel(r: OpenRun) -> Iterator[SpecError]:
                 f"{p.cp} needs fused attention (kernels.attention sdpa or flash_attention_2), and does not work with "
                 "kernels.checkpointing selective",
             )
+        heads = r.model.num_key_value_heads // p.tp
+        if p.context == "ulysses" and heads % p.cp:
+            yield refused(field, f"{p.cp} ranks cannot exchange {heads} key/value heads; use parallelism.context ring")
         return
     if r.style != "transformers":
         yield not_yet(field, p.cp, f"1 with profile {r.profile}; more with profile transformers-5")

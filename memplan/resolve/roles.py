@@ -1,0 +1,137 @@
+"""The other models of a trainer's step, each decided as a run of its own, which trains nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from memplan.catalogue.inference.one_pass import Pass
+from memplan.catalogue.profiles.profiles import library_behaviour
+from memplan.core.errors import MemplanError, errors_about, refused
+from memplan.models.cards import find_model
+from memplan.models.model import ModelSpec
+from memplan.program.graph import Graph
+from memplan.program.run import ResolvedRun
+from memplan.resolve.card import GPUFacts
+from memplan.resolve.open_run import BatchFacts, Parts
+from memplan.resolve.refusals import trainers
+from memplan.resolve.refusals.refuse import refuse
+from memplan.spec.parallelism import Parallelism
+from memplan.spec.roles import RoleModel, Roles
+from memplan.spec.run import RunSpec
+from memplan.spec.training import Method, Precision
+
+Decide = Callable[[ModelSpec, Parts, GPUFacts | None, BatchFacts], ResolvedRun]
+DecideForward = Callable[[RunSpec, ModelSpec], ResolvedRun]
+
+
+def step_precision(trainer: str, precision: Precision) -> Precision:
+    """Return the precision in which a trainer's step computes, which is not that of its generation for distill.
+
+    DistillationTrainer calls the backbones of both models, past the forward that accelerate wraps in autocast.
+
+    Source: trl 1.16.0 models/utils.py _ForwardRedirection, trainer/distillation_trainer.py _get_last_hidden_state.
+    """
+    return precision.model_copy(update={"autocast": False, "compute": None}) if trainer == "distill" else precision
+
+
+def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
+    """Return the fields in which the run of another model differs from the run whose step it is in.
+
+    It is loaded in the dtype of that run's weights, unless it has its own, and computes as that run does.
+    """
+    q = other.quantization
+    return {
+        "trainer": "sft",
+        "reference": None,
+        "roles": Roles(),
+        "rollout": "transformers",
+        "parallelism": Parallelism(),
+        "method": Method() if q is None else Method(kind="qlora", quantization=q),
+        "precision": precision.model_copy(update={"weights": other.dtype or precision.weights}),
+    }
+
+
+def graphs_of_roles(
+    run: RunSpec,
+    model: ModelSpec,
+    tokens: int,
+    facts: BatchFacts,
+    card: GPUFacts | None,
+    decide: Decide,
+    decide_forward: DecideForward,
+) -> tuple[tuple[str, Graph], ...]:
+    """Return the graph of every other model that is on the GPUs that train, by its role.
+
+    Raises SpecError for one that the step cannot have.
+    """
+    refuse(trainers.roles(run))
+    graphs: list[tuple[str, Graph]] = []
+    for role, other in run.roles.named:
+        field = f"roles.{role}.model"
+        with errors_about(field):
+            found = find_model(other.model)
+        _refuse_vocabulary(role, model, found)
+        if other.location != "gpu":
+            continue
+        window = found.sliding_window
+        own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
+        try:
+            if role == "reward":
+                graph = decide_forward(scoring_run(run), found).structure.graph
+            else:
+                graph = _teacher(run, decide(found, _parts(run, other), card, own).structure.graph)
+        except MemplanError as error:
+            raise refused(field, f"{error}") from None
+        graphs.append((role, graph))
+    return tuple(graphs)
+
+
+def _parts(run: RunSpec, other: RoleModel) -> Parts:
+    precision = step_precision(run.trainer, run.precision)
+    return Parts.of(run)._replace(**fields_of_role(precision, other))
+
+
+def _teacher(run: RunSpec, graph: Graph) -> Graph:
+    """Return the graph of a teacher, given that of its model as if it trained: without adapters or preparation."""
+    recipe = graph.recipe._replace(
+        targets=(), saved=(), selection=None, bias="none", tokens=0, fused="", preparation=""
+    )
+    graph = graph._replace(recipe=recipe)
+    if run.trainer != "gkd":
+        return graph
+    cache = library_behaviour(run.profile, graph.model.model_type, False).generation.cache  # it does not set use_cache
+    one_pass = Pass("teacher", cache, last_only=False)
+    return graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
+
+
+def scoring_run(run: RunSpec) -> RunSpec:
+    """Return the pass of the reward model over all completions that a step generates.
+
+    Source: trl 1.16.0 trainer/grpo_trainer.py _calculate_rewards; rloo_trainer.py is the same.
+    """
+    other, batch = run.roles.reward, run.batch
+    assert other is not None
+    fields = fields_of_role(run.precision, other)
+    return RunSpec(
+        model=other.model,
+        task="forward",
+        objective="sequence_classification",
+        method=Method(quantization=other.quantization),
+        precision=fields["precision"],
+        batch={"micro": batch.micro * batch.accumulation, "sequence": batch.tokens},
+        gpu=run.gpu,
+    )
+
+
+def _refuse_vocabulary(role: str, model: ModelSpec, other: ModelSpec) -> None:
+    """Refuse a model whose tokens are compared with those of another vocabulary.
+
+    Source: trl 1.16.0 trainer/distillation_trainer.py __init__, experimental/gkd/gkd_trainer.py __init__.
+    """
+    if role in ("teacher", "reference") and other.vocab_size != model.vocab_size:
+        raise refused(
+            f"roles.{role}.model",
+            f"its vocabulary has {other.vocab_size:,} tokens and the model's {model.vocab_size:,}; the step compares "
+            "both models token by token, so they must be equal",
+        )
