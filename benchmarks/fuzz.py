@@ -142,11 +142,11 @@ def config_command(value: Value) -> str:
 def check_law(value: Value) -> Iterator[Failure]:
     """Compare a run with one that has more of something."""
     more = copied(value["run"])
-    if value["field"] == "layers":
-        if isinstance(more["model"], str):
-            return
-        more["model"]["config"]["num_hidden_layers"] += value["more"]
+    if value["field"] == "layers" and isinstance(more["model"], str):
+        return
     answer = estimate(RunSpec.model_validate(value["run"]))
+    if value["field"] == "layers":  # as many for every pipeline stage: fewer also even out what the first and last hold
+        more["model"]["config"]["num_hidden_layers"] += value["more"] * answer.run.parallelism.pp
     part, _, name = value["field"].partition(".")
     if name:
         if isinstance(more.get(part), str):
