@@ -13,19 +13,22 @@ from py_compile import PycInvalidationMode
 from types import CodeType
 
 KEPT = re.compile(r".*(\.pyc|\.toml|\.json|\.css|\.js|wasm32-emscripten\.so|native\.c|\.lib)")
-# Of the standard library, what serves, tests, documents or reads mail; of the packages, what draws on a terminal or is
-# of an older interface; of memplan, what needs torch or is of commands that the page has not, and the page itself.
+# Of the standard library, what serves, asks, tests, documents or reads mail; of the packages, what draws on a terminal
+# or is of an older interface; of memplan, what needs torch or is of commands that the page has not, and the page itself.
 LEFT_OUT = re.compile(
     r"(__pycache__|.*\.dist-info|.*/__pycache__|xml|unittest|pydoc_data|idlelib|http|xmlrpc|wsgiref|multiprocessing"
     r"|curses|dbm|sqlite3|venv|ensurepip|tkinter|lib2to3|turtledemo|profiling|_pyrepl|rich|pygments|markdown_it|mdurl"
     r"|pydantic/v1|pydantic/deprecated|memplan/(web|probe/script|probe/fake|gate|report/gate|report/emit|serve))/.*"
-    r"|memplan/explain/(guard|history)\.pyc|memplan/report/snapshot\.pyc|memplan/planning/(many|placement|sweep)\.pyc"
+    r"|memplan/explain/(guard|history)\.pyc|memplan/report/(snapshot|measurement)\.pyc"
+    r"|memplan/planning/(many|placement|sweep)\.pyc|memplan/probe/gradients\.pyc"
+    r"|memplan/probe/run/(child|cuda|process|rows|suite|training_device)\.pyc"
     r"|memplan/cli/(check|lock|calibrate|card|serve|web|schema|probe)\.pyc"
     r"|(pdb|bdb|doctest|pydoc|turtle|_pyio|_pydecimal|pickletools|statistics|imaplib|smtplib|ftplib|poplib|mailbox|tarfile"
-    r"|cProfile|profile|pstats|trace|optparse|netrc|zipapp|webbrowser|socketserver|_pydatetime|plistlib|wave|modulefinder)"
-    r"\.pyc|encodings/(?!__init__|aliases|ascii|latin_1|utf_|cp437|idna|punycode|unicode_escape|raw_unicode).*"
+    r"|cProfile|profile|pstats|trace|optparse|netrc|ssl|urllib/request|zipapp|webbrowser|socketserver"
+    r"|_pydatetime|plistlib|wave|modulefinder)\.pyc"
+    r"|encodings/(?!__init__|aliases|ascii|latin_1|utf_|cp437|idna|punycode|unicode_escape|raw_unicode).*"
     r"|asyncio/(proactor|windows)_\w+\.pyc|concurrent/futures/process\.pyc|logging/(handlers|config)\.pyc|pyodide/console\.pyc"
-    r"|pydantic/(mypy|color|experimental/pipeline)\.pyc|typer/testing\.pyc"
+    r"|pydantic/(mypy|color|experimental/pipeline)\.pyc|typer/(testing|cli|_click/_winconsole)\.pyc"
 )
 
 
