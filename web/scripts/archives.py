@@ -14,7 +14,7 @@ from types import CodeType
 
 KEPT = re.compile(r".*(\.pyc|\.toml|\.json|\.css|\.js|wasm32-emscripten\.so|native\.c|\.lib)")
 # Of the standard library, what serves, asks, tests, documents or reads mail; of the packages, what draws on a terminal
-# or is of an older interface; of memplan, what needs torch or is of commands that the page has not, and the page itself.
+# or is of an older interface; of memplan, what needs torch or is of commands that the page has not, and the page.
 LEFT_OUT = re.compile(
     r"(__pycache__|.*\.dist-info|.*/__pycache__|xml|unittest|pydoc_data|idlelib|http|xmlrpc|wsgiref|multiprocessing"
     r"|curses|dbm|sqlite3|venv|ensurepip|tkinter|lib2to3|turtledemo|profiling|_pyrepl|rich|pygments|markdown_it|mdurl"
