@@ -579,11 +579,10 @@ def flag(name: str) -> str:
 
 
 def option_of(field: str, given: Iterable[str]) -> str:
-    """Return the option among `given` that sets `field` or a part of it, or "" if none does."""
+    """Return the option among `given` that sets `field`, a part of it, or what it is a part of; "" if none does."""
     if field == "task" and "method" in given:  # --method generate and --method forward set the task
         return "--method"
-    for name in given:
-        path = FIELDS.get(name, name)
-        if name != "model" and (path == field or path.startswith(f"{field}.")):
-            return flag(name)
-    return ""
+    paths = {name: FIELDS.get(name, name) for name in given if name != "model"}
+    near = [name for name, path in paths.items() if path == field or path.startswith(f"{field}.")]
+    near += [name for name, path in paths.items() if path and field.startswith(f"{path}.")]
+    return flag(near[0]) if near else ""
