@@ -541,7 +541,10 @@ MISTAKES = {
     "qwen2-7b --method lora --quant-format nf4": ("method.quantization (--quant-format)", "use qlora"),
     "qwen2-7b --method qlora --quant-format int8 --double-quant": ("double_quant (--double-quant)", "int8"),
     "qwen2-7b --method lora --targets all_linear": ("method.targets (--targets)", "did you mean all-linear"),
-    "qwen2.5-1.5b --trainer gkd --teacher qwen2.5-7b": ("roles.teacher.model (--teacher)", "its vocabulary has 152,064"),
+    "qwen2.5-1.5b --trainer gkd --teacher qwen2.5-7b": (
+        "roles.teacher.model (--teacher)",
+        "its vocabulary has 152,064",
+    ),
     "qwen2-7b --method xlora": ("method.kind (--method)", "'xlora' is not supported yet"),
     "qwen2-7b --method forward --loss fused": ("kernels.loss (--loss)", "task forward has no loss"),
     "qwen2-7b --profile transformers-4.2": ("profile (--profile)", "did you mean transformers-4.35"),
