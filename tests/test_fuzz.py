@@ -32,6 +32,7 @@ def test_no_random_case_fails(part: int) -> None:
 _TORCHRUN = "torchrun --nproc_per_node 2 train.py --per_device_train_batch_size 2 --fsdp full_shard"
 
 # Cases that failed once, as the fuzzer made them small.
+_TINY = {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 1}
 FAILED: tuple[tuple[str, fuzz.Value], ...] = (
     # An answer named what its engine refuses: a rank of adapters without slots, a share of the card.
     *(
@@ -49,6 +50,30 @@ FAILED: tuple[tuple[str, fuzz.Value], ...] = (
     ("files", {"words": ["train.py"], "files": {"train.py": "r-0for-0"}}),
     ("configs", {"config": {"model_type": "glm_moe_dsa", "q_lora_rank": 0, "vocab_size": 1}, "run": {}}),
     # A key of a script's arguments was printed with its control characters.
+    # A merge so wide that a video has no token, adapters larger than the model, and a value repeated at full length.
+    (
+        "runs",
+        {
+            "task": "generate",
+            "profile": "vllm",
+            "model": {
+                "config": {
+                    "model_type": "qwen3_vl_moe",
+                    "text_config": {**_TINY, "num_attention_heads": 16},
+                    "vision_config": {"spatial_merge_size": 512},
+                }
+            },
+        },
+    ),
+    ("runs", {"method": "lora", "model": {"config": {**_TINY, "model_type": "solar_open"}}}),
+    (
+        "runs",
+        {
+            "model": {
+                "config": {**_TINY, "model_type": "deberta-v2", "relative_attention": True, "norm_rel_ebd": ["x"] * 999}
+            }
+        },
+    ),
     (
         "files",
         {"words": ["t.sh"], "files": {"t.sh": f"{_TORCHRUN} --model_name_or_path Qwen/Qwen2-0.5B --\0bf16 True\n"}},

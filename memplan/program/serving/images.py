@@ -67,6 +67,6 @@ def _largest(s: Settings) -> dict[str, tuple[int, int]]:
         items["video"] = (rows * patches, rows * tokens)
     elif tower.video == "pixels" and embeds:  # 0.11 also counts timestamps of a video: not modelled
         merged = size(m, "spatial_merge_size")
-        tokens = _VIDEO_PIXELS // (size(m, "patch_size") * merged) ** 2
+        tokens = max(1, _VIDEO_PIXELS // (size(m, "patch_size") * merged) ** 2)
         items["video"] = (tokens * merged**2, tokens)
     return items
