@@ -31,10 +31,8 @@ _ONLY = {
 def deberta(m: ModelSpec, wiring: Wiring) -> Stack:
     """Build the model with the head of the run's objective. The model returns every layer's output."""
     for key, value in _ONLY.items():
-        if m.config.get(key) != value:
-            raise UnsupportedModelError(
-                f"{key}: {m.config.get(key)!r:.60} is not supported yet; supported: {value!r}", key
-            )
+        if (said := m.config.get(key)) != value:
+            raise UnsupportedModelError(f"{key}: {said!r:.60} is not supported yet; supported: {value!r}", key)
     kinds = {*(m.config.get("pos_att_type") or ())}
     if kinds != {"c2p", "p2c"}:
         raise UnsupportedModelError("pos_att_type: only p2c|c2p is supported yet", "pos_att_type")
