@@ -240,7 +240,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
             "batch.new_tokens",
             "Tokens generated after a --seq-len prompt. Default 256, with --method generate; TRL's longest completion "
             "with --trainer grpo or rloo.",
-            aliases=("max_new_tokens", "max_completion_length"),
+            aliases=("max_new_tokens", "max_completion_length", "max_tokens"),
             spelling=tokens,
         ),
         "rollout": Option(
@@ -313,7 +313,7 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "rank": Option(
             "method.rank",
             "Rank of the adapters.",
-            aliases=("lora_r",),
+            aliases=("lora_r", "r"),
         ),
         "targets": Option(
             "method.targets",
