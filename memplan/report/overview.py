@@ -256,13 +256,13 @@ def _after(answer: Estimate, line: CommandLine | None) -> Iterator[Block]:
                 facts += [("room for", text) for text in (" or ".join(next_steps.room_left(answer)),) if text]
             commands += [f"max {line.changed()}"] if line and answer.verdict.answer == "fits" else []
             commands += [f"fit {line.changed()}"] if line and answer.verdict.answer == "tight" else []
-        case "does not fit":
+        case "does not start" if options := list(next_steps.mends(answer)):
+            commands += [line.changed(option) for option in options] if line else []
+        case "does not fit" | "does not start":
             ways = next_steps.ways(answer)
             facts += [("would fit", way.text) if n == 0 else ("", way.text) for n, way in enumerate(ways)]
             facts += [] if ways else [("", next_steps.without_a_way(answer))]
             commands += [line.changed(ways[0].options), *_plans(answer, line)] if line and ways else []
-        case "does not start":
-            commands += [line.changed(option) for option in next_steps.mends(answer)] if line else []
         case None:
             smallest = next_steps.smallest_cards(answer)
             facts.append(("held by", ", ".join(smallest) or "no catalogued card"))

@@ -131,6 +131,15 @@ def test_a_word_that_is_no_option_names_the_one_it_means(line: str, said: str, t
     assert typed(line) == (2, "", f"memplan: {said}\n")
 
 
+def test_an_engine_that_does_not_start_is_offered_what_starts(typed: Printed) -> None:
+    code, out, _ = typed("kimi-k2 --gpu 8xb200 --profile vllm")
+    offered = re.search(r"^  memplan (.*)$", out, re.MULTILINE)
+    assert (code, out.partition("  ")[0]) == (1, "DOES NOT START")
+    assert "would fit  --tp 8 (uses" in out
+    assert offered is not None
+    assert typed(offered[1])[0] == 0
+
+
 def test_an_option_that_takes_no_memory_may_be_left_out(typed: Printed) -> None:
     assert typed("qwen3-0.6b --learning_rate 1e-4")[2].endswith("--learning_rate; leave it out, it takes no memory\n")
 
