@@ -361,8 +361,8 @@ def _method(run: RunSpec) -> Iterator[Lever]:
     kind = run.method.kind
     if kind not in ADAPTERS:
         yield _lever("method_lora", "LoRA", "method", *_TO_LORA)
-    if kind in _QUANTISED and not find_config(run.model).get("quantization_config"):
-        # a quantised checkpoint keeps the format it is stored in
+    stored: Any = find_config(run.model).get("quantization_config") or {"quant_method": "fp8"}
+    if kind in _QUANTISED and stored.get("quant_method") == "fp8":  # other formats than fp8 are kept
         to = _QUANTISED[kind]
         fields = (*_TO_LORA[1:], ("method.kind", to), ("method.quantization", Quantization()))
         title = {"qlora": "QLoRA", "qdora": "QDoRA"}[to]

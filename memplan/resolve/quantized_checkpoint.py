@@ -69,10 +69,11 @@ class CheckpointFormat(NamedTuple):
 
 
 def method_for_training(
-    model: ModelSpec, method: Method, trains_fp8: bool, capability: tuple[int, int] | None
+    model: ModelSpec, method: Method, why_not_fp8: str, capability: tuple[int, int] | None
 ) -> CheckpointMethod:
     """Return the method for training, with the checkpoint's quantisation filled in unless the run sets its own.
 
+    why_not_fp8  why nothing trains over fp8 here, or ""
     Raises SpecError if the method cannot train this checkpoint, ConfigError if its config is incomplete.
     """
     config: Any = model.config.get(FIELD)
@@ -81,9 +82,7 @@ def method_for_training(
     stored = checkpoint_format(model, cast(Mapping[str, Any], config))
     dense = stored.why_dequantised
     if stored.words == "fp8" and not dense:
-        if not trains_fp8:
-            dense = "this profile cannot train over it"
-        elif why := _why_not_fp8(method, capability):
+        if why := _why_not_fp8(method, capability) or why_not_fp8:
             dense = why
         elif method.kind not in ("lora", "qlora"):
             dense = "only LoRA trains over it"
@@ -127,7 +126,7 @@ def method_for_inference(
     if not isinstance(config, Mapping) or not config:
         return CheckpointMethod(method)
     if method.kind in ADAPTERS:
-        return method_for_training(model, method, True, capability)
+        return method_for_training(model, method, "", capability)
     declared = cast(Mapping[str, Any], config)
     how = declared.get("quant_method")
     if formats and how in LOADED_FORMATS:

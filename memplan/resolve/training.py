@@ -120,8 +120,11 @@ def decide_training(
 
 def _read_checkpoint(run: OpenTraining) -> None:
     """Fill in the quantisation of the checkpoint."""
-    trains_fp8 = library_behaviour(run.profile, run.model.model_type, False).weights.trains_fp8
-    run.checkpoint = method_for_training(run.model, run.method, trains_fp8, run.capability)
+    p, library = run.parallelism, library_behaviour(run.profile, run.model.model_type, False)
+    why = "" if library.weights.trains_fp8 else "this profile cannot train over it"
+    if p.tp > 1 or p.strategy not in ("none", "ddp"):
+        why = why or "it is not counted where GPUs divide the weights"
+    run.checkpoint = method_for_training(run.model, run.method, why, run.capability)
     run.method = run.checkpoint.method
 
 

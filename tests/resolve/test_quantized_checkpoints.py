@@ -197,6 +197,11 @@ def test_a_bundled_model_runs_as_it_is_published() -> None:
     assert any("runs dequantised: its kernels need" in note for note in older.notes)
     assert any("another format only of a copy in 16 bits" in note for note in other.notes)
     assert any("counted in fp8, twice as large" in note for note in asked("deepseek-v4-flash", "h200").notes)
+    fields: dict[str, Any] = {"model": "devstral-small-2-24b", "method": {"kind": "lora"}, "gpu": "h200"}
+    lora, zero3 = RunSpec(**fields), {"world": 2, "dp": 2, "strategy": "zero3"}
+    sharded = estimate(RunSpec(**fields, parallelism=zero3))
+    assert any("where GPUs divide the weights" in note for note in sharded.notes)
+    assert "method_qlora" in {key for lever in levers_of(lora) for key in lever.keys}
 
 
 def test_modules_that_are_left_out_are_whole() -> None:
