@@ -95,6 +95,11 @@ class Weight(NamedTuple):
     adapter: str = ""
     kernel: str = ""
 
+    @property
+    def requires_grad(self) -> bool:
+        """Whether torch would compute its gradient, if the loss depended on it."""
+        return self.trains or self.idle
+
 
 class Keep(NamedTuple):
     """The operation keeps `what` from forward to backward if `of` (a read or a weight) needs a gradient.

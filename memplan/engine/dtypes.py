@@ -254,7 +254,7 @@ class _Resolver:
 
         Autocast caches the casts of trainable fp32 weights until it ends, and casts any other weight at every use.
         """
-        cached = (w.trains or w.idle) and w.dtype == "fp32" and not w.is_read_as_view
+        cached = w.requires_grad and w.dtype == "fp32" and not w.is_read_as_view
         if cached and w.name in self.casts:
             return self.casts[w.name]
         to = Tensor(f"autocast({w.name})" + ("" if cached else f" for {op.writes[0].name}"), w.shape, target)

@@ -102,7 +102,7 @@ def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow
         targets: tuple[str, ...] = ()
         if op.gradient != "none":
             targets = tuple(r for r in dict.fromkeys(op.reads) if r in flows)
-            targets += tuple(w.name for w in op.weights if w.trains or w.idle)
+            targets += tuple(w.name for w in op.weights if w.requires_grad)
             targets += tuple(t.name for t in op.wraps)
             if targets:
                 flows.update(t.name for t in op.writes if t.dtype in FLOATING)

@@ -147,11 +147,13 @@ def lengths(batch: Batch) -> str:
 
 
 def images(batch: Batch) -> str:
-    """Return the number and size of each sequence's images."""
-    if not batch.images:
+    """Return the number and size of each sequence's images or frames."""
+    if not batch.sees:
         return ""
     sides = batch.image_size if isinstance(batch.image_size, tuple) else (batch.image_size,) * 2
     size = f" of {sides[0]} x {sides[1]} pixels" if sides[0] else ""
+    if batch.frames:
+        return f" with a video of {batch.frames:,} frame{'s' if batch.frames > 1 else ''}{size}"
     return f" with {batch.images:,} image{'s' if batch.images > 1 else ''}{size}"
 
 

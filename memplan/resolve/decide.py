@@ -72,7 +72,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         is_single_sequence=is_single,
         loss_chunks=loss_chunks(batch.micro, length),
         scans_once=length <= model.scan_chunk,
-        images=bool(batch.images),
+        images=batch.sees,
         has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
         ungrouped=_ungrouped(batch, run.parallelism.dp, run.trainer in DISTILLING),

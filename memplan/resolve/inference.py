@@ -216,7 +216,7 @@ def _read_batch(r: OpenInference) -> None:
         windowed=model.sliding_window is not None and _chunk(r) >= model.sliding_window,
         is_single_sequence=r.batch.micro * run.generation.num_beams == 1,
         scans_once=_chunk(r) <= model.scan_chunk,
-        images=bool(r.batch.images),
+        images=r.batch.sees,
         has_uneven_patches=dict(r.pictures).get("seen", 0) % 8 != 0,
     )
 

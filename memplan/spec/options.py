@@ -123,9 +123,13 @@ OPTIONS: dict[str, dict[str, Option]] = {
             aliases=("ga", "gradient_accumulation_steps"),
         ),
         "images": Option("batch.images", "Images in each sequence; their tokens count towards --seq-len."),
+        "frames": Option(
+            "batch.frames",
+            "Frames of a video in each sequence, instead of images; their tokens count towards --seq-len.",
+        ),
         "image_size": Option(
             "batch.image_size",
-            "Pixels of an image: 1024, or height x width as 768x1024. Default the vision tower's size.",
+            "Pixels of an image or frame: 1024, or height x width as 768x1024. Default the vision tower's size.",
             parse=pixels,
         ),
         "frozen": Option(

@@ -204,7 +204,7 @@ class Script:
             options["use_cache"] = bool(self.run.loop.use_cache)
         elif hasattr(base.config, "use_cache"):  # it passes on keyword arguments, and reads its config
             base.config.use_cache = bool(self.run.loop.use_cache)
-        if self.run.batch.images:
+        if self.run.batch.sees:
             options |= image_inputs(self.run, base_of(self.model), inputs["input_ids"])
         if self.run.loop.padded and "input_ids" in inputs:
             mask = torch.ones(inputs["input_ids"].shape, dtype=torch.int64)

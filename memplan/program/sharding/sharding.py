@@ -346,7 +346,7 @@ class DataParallel(Sharding):
     def reduction_buffers(self) -> Iterable[TensorGroup]:
         return super().reduction_buffers() or [
             tensor_group("other", "bucket of gradients", bytes_, "uint8", BUCKETS_SOURCE, copies=count)
-            for bytes_, count in buckets(self.trained())
+            for bytes_, count in buckets(self._parameters(lambda w: w.requires_grad))
         ]
 
     def loading_peak(self) -> int:

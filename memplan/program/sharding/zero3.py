@@ -30,7 +30,7 @@ from memplan.program.graph import (
 from memplan.program.loading import LoadingTape, in_order
 from memplan.program.sharding.ranks import Ranks, is_scale, numbers_of
 from memplan.program.sharding.sharding import Gathering, Saved
-from memplan.program.sharding.zero import Reduction, ZeroSharding, fills, reduction_of, weight_sizes
+from memplan.program.sharding.zero import Reduction, ZeroSharding, fills, gradient_order, reduction_of, weight_sizes
 from memplan.program.sharding.zero3_prefetch import gathered, gathered_peak
 from memplan.program.structure import Structure
 from memplan.program.weight_sizes import elements
@@ -43,7 +43,7 @@ _SAVING = "DeepSpeed 0.19.8 runtime/engine.py _zero3_consolidated_16bit_state_di
 def _reduction(graph: Graph, ranks: Ranks) -> Reduction:
     """Return the memory for reducing gradients, by filling buckets with the gradients from the last weight on."""
     sizes = weight_sizes(graph)
-    flushes = fills(range(len(sizes))[::-1], sizes, ranks.knobs.reduce_bucket)
+    flushes = fills(gradient_order(graph), sizes, ranks.knobs.reduce_bucket)
     return reduction_of(0, [_scattered(flush, sizes, ranks) for flush in flushes])
 
 
@@ -207,7 +207,7 @@ class Zero3Sharding(ZeroSharding):
             count, dtype = known[id(w)]
             if not knobs.parameters:
                 local = tape.alloc(self._part(count), dtype)
-                trained += [local] if w.trains else []
+                trained += [local] if w.requires_grad else []
             if count <= knobs.persistent:
                 tape.alloc(count, dtype)
             tape.free(whole)
@@ -244,7 +244,7 @@ class Zero3Sharding(ZeroSharding):
             yield self.on_host("buffers of parts on NVMe", buffers * buffer, self.dtype, True)
             return
         for w, copies, _ in weights_of(self.graph):
-            if not w.trains and w.group != "buffer":
+            if not w.requires_grad and w.group != "buffer":
                 what, local = f"{w.name}, one of {self.ranks.world} parts", self._part(elements(w, axes))
                 yield self.on_host(what, local, w.dtype, self.knobs.pins[1], copies)
 

@@ -108,11 +108,16 @@ def trained_weights(structure: Structure) -> Iterator[SpecError]:
             f"{idle.name} of {graph.model.model_type} is trainable but never gets a gradient, which several GPUs "
             "would wait for; use lora, or one GPU",
         )
-    if idle is not None:
+    if idle is not None and ranks.strategy == "fsdp":
+        yield not_yet_with(
+            "parallelism.strategy", "fsdp and a vision tower that trains without images", "fsdp2, zero2, zero3"
+        )
+    elif idle is not None and ranks.strategy == "ddp" and graph.checkpoint:
         yield refused(
             "batch.images",
-            "without images the vision tower gets no gradients, which several GPUs would wait for; set images, or "
-            "freeze vision and projector (method.frozen)",
+            "without images the vision tower gets no gradients, which DDP would wait for; transformers' Trainer only "
+            "finds unused parameters without checkpointing: set images, use --no-gradient-checkpointing, or freeze "
+            "vision and projector (method.frozen)",
         )
     if graph.flattens_frozen and ranks.row.gathers and any(w.stored for w in weights):
         yield refused(
