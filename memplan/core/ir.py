@@ -145,6 +145,7 @@ class Op(NamedTuple):
     is_view_again      the output aliases the first read when a checkpointed block is recomputed
     cast               only changes the dtype; dropped if the tensor has that dtype already
     uncast_dtype       a dtype that need not be cast, because the next kernel reads it directly
+    only_dtype         runs only if the first read has this dtype; otherwise the output is the read itself
     copies_layout      copies a tensor into the memory layout that the product reading both needs; dropped if autocast
                        casts the tensor for the product, since the cast has that layout
     autocast           under autocast, inputs are cast to the compute dtype (`lower`) or to fp32 (`fp32`), or only the
@@ -192,6 +193,7 @@ class Op(NamedTuple):
     is_view_again: bool = False
     cast: bool = False
     uncast_dtype: str = ""
+    only_dtype: str = ""
     copies_layout: bool = False
     autocast: str = ""
     holds: str = ""

@@ -79,7 +79,8 @@ class DirectReads(NamedTuple):
 class TrainingFacts(NamedTuple):
     """How adapters, quantisation and placement treat its modules.
 
-    never_quantised  modules that transformers never quantises (`_keep_in_fp32_modules`)
+    never_quantised  modules that transformers never quantises, and loads in fp32 if the others are fp16
+                     (`_keep_in_fp32_modules`)
     direct_reads     linear layers whose weights its forward uses itself
     skips            layers that must not be quantised, because the model multiplies by their weights
     fused_mixers     peft refuses out_proj and conv1d, whose weights fused kernels read

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 
-from memplan.catalogue.methods.methods import AXOLOTLS_EMBEDDINGS
+from memplan.catalogue.methods.methods import AXOLOTLS_EMBEDDINGS, inside
 from memplan.catalogue.quantization.inference_formats import LoadStep, is_freed, laying, quantising, unpacking
 from memplan.catalogue.quantization.storage import parts_of
 from memplan.core.ir import Op, Tensor, Weight
@@ -111,6 +111,7 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
     adapters = [w for w in weights if w.group == "adapter"]
     unpacked_later: dict[int, list[list[int]]] = {}  # by the first call of the model: quantised numbers by weight
     unquantised: dict[int, Weight] = {}
+    wide: dict[int, Weight] = {}
     for w in weights:
         if w.group == "adapter":
             continue
@@ -131,7 +132,8 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
         elif w.group == "buffer":
             tape.alloc(w.shape, w.dtype)
         else:
-            first = tape.alloc(w.shape, loaded)
+            is_wide = inside(w.name, graph.recipe.wide)
+            first = tape.alloc(w.shape, w.dtype if is_wide else loaded)
             if w.kernel and how is not None:
                 _alloc(tape, w.stored[1:])  # scales come first
                 _record(tape, quantising(w, how), (), w.stored[:1])
@@ -140,7 +142,7 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
                 _alloc(tape, w.stored)
                 tape.free(first)
             else:
-                unquantised[first] = w
+                (wide if is_wide else unquantised)[first] = w
     left: dict[int, Weight] = {}
     if graph.recipe.preparation:
         if graph.recipe.preparation == "axolotl":
@@ -148,7 +150,7 @@ def load(graph: Graph, tape: LoadingTape) -> dict[int, Weight]:  # noqa: PLR0912
         cast = {number: w for number, w in unquantised.items() if number not in left}
         unquantised = _cast(tape, cast, loaded, "fp32")
         loaded = "fp32"
-    unquantised = {**left, **_cast(tape, unquantised, loaded)}
+    unquantised = {**left, **wide, **_cast(tape, unquantised, loaded)}
     if unpacked_later and how is not None:  # layer by layer
         for w in in_order(graph):
             if id(w) in unpacked_later:

@@ -50,6 +50,11 @@ def frozen_parts(model: ModelSpec, method: Method) -> tuple[str, ...]:
     return tuple(part for part in PARTS if part in method.frozen)
 
 
+def loaded_wide(model: ModelSpec, precision: Precision) -> tuple[str, ...]:
+    """Return the modules that transformers loads in fp32 although the run asks for another dtype."""
+    return model.family.training.never_quantised if precision.weights == "fp16" else ()
+
+
 def method_recipe(
     model: ModelSpec, method: Method, precision: Precision, code: str, stored: bool
 ) -> tuple[Recipe, list[str]]:

@@ -36,7 +36,7 @@ from memplan.resolve.card import GPUFacts
 from memplan.resolve.communicators import communicators
 from memplan.resolve.defaults import complete_method, defaults_of, fill_optimizer, fill_parts, fill_precision
 from memplan.resolve.kernels import fused_kernels
-from memplan.resolve.method import check_head, check_time_steps, frozen_parts, method_recipe
+from memplan.resolve.method import check_head, check_time_steps, frozen_parts, loaded_wide, method_recipe
 from memplan.resolve.notes import expert_notes, norm_notes, pipeline_notes, wrapping_notes
 from memplan.resolve.open_run import BatchFacts, OpenRun, Parts, found_later
 from memplan.resolve.parallelism import ZERO
@@ -266,6 +266,7 @@ def _choose_recipe(run: OpenTraining) -> None:
     run.notes += [f"kernels.fused: {name} has nothing to fuse in this run" for name in idle if run.names_fused]
     run.recipe = recipe._replace(
         frozen=frozen,
+        wide=loaded_wide(model, run.precision),
         keeps=library.weights.keeps_matrix,
         fused=library.model.fused_lora if "lora" in (run.kernels.fused or ()) else "",
         fp32_ends=library.model.fp32_ends and run.kernels.attention != "flash_attention_2",

@@ -114,7 +114,6 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
         {"kernels": {"attention": "flash_attention_2"}},
         "kernels.attention: flash_attention_2 is not supported for",
     ),
-    ("t5", {"precision": "fp16"}, "precision.weights: fp16 is not supported yet for t5"),
 ]
 
 

@@ -331,7 +331,6 @@ def test_more_of_a_decoder_over_sources_never_takes_less(drawn: dict[str, Any], 
 
 OVER_SOURCE_REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("whisper", {"batch": {"new_tokens": 93}}, "93 new tokens after a decoder prompt of 4 exceed"),
-    ("t5", {"precision": "fp16"}, "because transformers then keeps wo in fp32"),
     ("t5", {"kernels": {"attention": "flash_attention_2"}}, "which adds its positions to the attention scores"),
     ("whisper", {"profile": "transformers-4.51"}, "not supported yet for seq2seq_lm"),
     ("t5", {"generation": {"cache_implementation": "legacy"}}, "supported: dynamic, static"),

@@ -282,7 +282,7 @@ def _head(m: ModelSpec, wiring: Wiring, body: str, roberta: bool) -> tuple[tuple
                 ops.release_names("pooled", "dropped"),
             ), class_loss(m)
         case _:
-            return (*pooler(f"{body}pooler", "x"), release), mean_loss("pooled")
+            return (*pooler(f"{body}pooler", "x"), release), mean_loss("pooled", "x")
 
 
 def predictions(m: ModelSpec, body: str, roberta: bool = False) -> tuple[Op, ...]:
@@ -304,6 +304,7 @@ def predictions(m: ModelSpec, body: str, roberta: bool = False) -> tuple[Op, ...
         *act,
         ops.layer_norm(norm, "act", "n", "b s h", "h"),
         vocabulary_projection(names[0], "n", tied, names[1]),
+        ops.release_names("x"),  # the model's own output refers to it
     )
 
 

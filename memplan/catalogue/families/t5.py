@@ -336,12 +336,31 @@ def _mlp(m: ModelSpec, name: str, x: str, y: str) -> tuple[Op, ...]:
             else ()
         ),
         *dropped(f"{inner}.dropout", product, "dropped.ff", shape, drop),
-        ops.cast(f"{inner}.cast", "dropped.ff", "wide.ff", shape, "=n.ff"),
+        ops.cast(f"{inner}.cast", "dropped.ff", "wide.ff", shape, f"={inner}.wo.weight"),
         ops.linear(f"{inner}.wo", "wide.ff", "mo.whole", "h", "f", "mlp"),
         ops.release_names("n.ff", *(("act", "up") if gated else ())),
         *dropped(f"{name}.dropout", "mo.whole", "mo", "b s h", drop),
-        ops.add(f"{name}.residual", x, "mo", y, "b s h"),
+        ops.add(f"{name}.residual", x, "mo", f"{y}.sum", "b s h"),
+        *_clamped(f"{name}.clamp", f"{y}.sum", y),
     )
+
+
+def _clamped(name: str, x: str, y: str) -> tuple[Op, ...]:
+    """Clamp the sum after a layer if it is fp16, to a bound that depends on whether a number is infinite."""
+    bound, least = f"{y}.bound", f"{y}.least"
+    seen = (Tensor("magnitudes", "b s h", f"={x}"), Tensor("infinite", "b s h", "bool"), Tensor("any", "", "bool"))
+    source = f"{_SOURCE} T5Block.forward"
+    clamp = ops.clamp(name, x, y, "b s h", 2)
+    operations = (
+        Op(bound, (x,), (Tensor(bound, "", "fp32"),), scratch=seen, gradient="none", source=source),
+        Op(least, (x, bound), (Tensor(least, "", "fp32"),), gradient="none", source=source),
+        clamp._replace(
+            reads=(x, least, bound),
+            writes=(Tensor(y, "b s h", f"={x}"),),
+            keeps=(*clamp.keeps, Keep(least, x), Keep(bound, x)),
+        ),
+    )
+    return (*(op._replace(only_dtype="fp16") for op in operations), ops.release_names(x, least))
 
 
 def _self_attention(m: ModelSpec, wiring: Wiring, bias: str, mask: str, first: bool) -> tuple[Op, ...]:
@@ -352,8 +371,9 @@ def _self_attention(m: ModelSpec, wiring: Wiring, bias: str, mask: str, first: b
     return (
         *norm(f"{name}.layer_norm", "x", "n1"),
         *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask, bias_ops=bias_ops),
-        ops.add(f"{name}.residual", "x", "ao", "x1", "b s h"),
+        ops.add(f"{name}.residual", "x", "ao", "x1.sum", "b s h"),
         ops.release_names("n1"),
+        *_clamped(f"{name}.clamp", "x1.sum", "x1"),
     )
 
 
@@ -386,8 +406,9 @@ def _decoder(m: ModelSpec, wiring: Wiring, cross_wiring: Wiring, first: bool) ->
     before = (*_self_attention(m, wiring, self_bias, "mask", first), *norm(f"{name}.layer_norm", "x1", "n2"))
     after = (
         ops.release_names("probs") if wiring.backend == "eager" else ops.release_names("x1"),
-        ops.add(f"{name}.residual", "x1", "co", "x2", "b s h"),
+        ops.add(f"{name}.residual", "x1", "co", "x2.sum", "b s h"),
         ops.release_names("n2"),
+        *_clamped(f"{name}.clamp", "x2.sum", "x2"),
         *_mlp(m, "layer.2", "x2", "y"),
         ops.release_names(self_bias, cross_bias, *held),
     )

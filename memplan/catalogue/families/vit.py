@@ -23,7 +23,7 @@ def vit(m: ModelSpec, wiring: Wiring) -> Stack:
     if m.objective == "feature_extraction":
         after, loss = (
             (*last, *pooler(f"{body}pooler", "n", "pooled"), release),
-            (*mean_loss("pooled"), ops.release_names("n")),
+            mean_loss("pooled", "n"),
         )
     else:
         head = (first_token("classifier.first", "n", "first"), dense("classifier", "first", "logits", "c", "h"))

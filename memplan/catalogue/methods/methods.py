@@ -53,6 +53,7 @@ class Recipe(NamedTuple):
     double_quant   whether bitsandbytes' scales are quantised too
     block_size     weights per scale
     skip           modules that are not quantised
+    wide           modules whose weights are loaded in fp32 though the others are not
     experts        whether stacked experts are quantised too, by bitsandbytes' parametrization
     preparation    "", "fp32" (prepare_model_for_kbit_training), or whose training casts weights back after it: "trl",
                    "axolotl" or "axolotl-0.12"
@@ -87,6 +88,7 @@ class Recipe(NamedTuple):
     double_quant: bool = True
     block_size: int = 64
     skip: tuple[str, ...] = ("lm_head",)
+    wide: tuple[str, ...] = ()
     experts: bool = False
     preparation: str = ""
     fused: str = ""
@@ -222,6 +224,8 @@ def apply(
     axes         sizes of the model's axes, which some methods' adapters depend on
     keeps_casts  an earlier pass ran the operations that this one skips, and autocast keeps their weights' casts
     """
+    if recipe.wide:
+        stack = rewrite_weights(stack, lambda w: w._replace(dtype="fp32") if inside(w.name, recipe.wide) else w)
     return _idle_unreached(_idle_unread(_drop_skipped(_rewritten(stack, recipe, axes), keeps_casts)))
 
 

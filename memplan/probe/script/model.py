@@ -100,6 +100,10 @@ def empty_model(run: RunSpec) -> Any:
             divide(model, run)
         elif run.parallelism.ep > 1:
             expert_parallel.divide_experts_for_fsdp2(model, run)
+        if run.precision.weights == "fp16":  # as loading does
+            for path, parameter in model.named_parameters():
+                if any(f".{name}." in f".{path}" for name in model._keep_in_fp32_modules or ()):
+                    parameter.data = parameter.data.float()
         model.tie_weights()  # as loading does: not every version has tied them by now
         _untie(model, fields)
         _add_output_field(model, model_type)

@@ -53,12 +53,6 @@ def training_objective(r: OpenRun) -> Iterator[SpecError]:
             "kernels.reentrant",
             f"torch fails in backward: every layer of {r.name} reads embeddings that train outside of it; use false",
         )
-    if r.model.is_encoder_decoder and r.precision.weights == "fp16":
-        yield refused(
-            "precision.weights",
-            f"fp16 is not supported yet for {r.name}, whose layers clamp their fp16 outputs; use bf16, fp32, or fp16 "
-            "autocast",
-        )
     smooths = r.kernels.loss == "label_smoothing" and r.model.objective != "feature_extraction"
     if r.kernels.loss != "hf" and not smooths:
         yield refused(
