@@ -427,6 +427,37 @@ def left_out() -> Iterable[str]:
         yield f"| [{group['family']}]({group['source']}) | {len(group['ids'])} | {group['reason']} |"
 
 
+def reported() -> Iterable[str]:
+    """Yield a row for each framework, then each report that a run describes, and why the others have none."""
+    known = [each for each in golden.reports() if each.verdict]
+    yield REPORTED.format(known=len(known), all=len(golden.reports()))
+    yield "| framework | measured | median error | within 10 % | out of memory | does not fit | tight | fits |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for framework in sorted({each.row["framework"] for each in known}):
+        those = [each for each in known if each.row["framework"] == framework and not each.row.get("partly")]
+        errors = [abs(each.error) for each in those if each.error is not None]
+        said = [each.verdict for each in those if each.row["outcome"] == "oom"]
+        middle = f"{median(errors):.1%}" if errors else ""
+        within = f"{sum(error <= golden.NEAR_REPORT for error in errors)}" if errors else ""
+        counts = " | ".join(str(said.count(word)) for word in ("does not fit", "tight", "fits"))
+        yield f"| {framework} | {len(errors)} | {middle} | {within} | {len(said)} | {counts} |"
+    yield "\n| report | framework | grade | reported GiB | memplan | error | cause |\n|---|---|---|---|---|---|---|"
+    for each in known:
+        row = each.row
+        measured = f"{row['gib']} {row['metric']}" if each.answered is not None else "ran"
+        measured = "out of memory" if row["outcome"] == "oom" else measured
+        said = each.verdict if each.answered is None else f"{each.answered:.1f}"
+        error = f"{each.error:+.1%}" if each.error is not None else ""
+        yield (
+            f"| [{row['id']}]({row['source']}) | {row['framework']} | {row['grade']} "
+            f"| {measured} | {said} | {error} | {row.get('cause', '')} |"
+        )
+    yield "\n| report without a run | why |\n|---|---|"
+    for each in golden.reports():
+        if not each.verdict:
+            yield f"| [{each.row['id']}]({each.row['source']}) | {each.row['reason']} |"
+
+
 def span(errors: list[float]) -> str:
     return f"mean {percent(mean(map(abs, errors)))}, from {100 * min(errors):+.2f} % to {100 * max(errors):+.2f} %"
 
@@ -510,7 +541,7 @@ them. {len(published)} runs, error of `allocated` against `torch.cuda.max_memory
     yield REPLAYED
     yield from traces()
     yield FIT
-    yield from confusion()
+    yield from (*confusion(), *reported())
     yield BANDS
     yield from bands(published)
     yield f"\n`reserved` against `torch.cuda.max_memory_reserved`, {len(reserved)} runs: {span(reserved)}."
@@ -708,6 +739,16 @@ Published runs on an 80 GB A100, those that ran and those that died for want of 
 wrong.
 """
 
+REPORTED = """
+## What people reported
+
+{known} of {all} runs that people reported in issues and documentation of frameworks, as their files or flags are read
+today, by the newest version that memplan knows unless the report names one (`tests/golden/reports.jsonl`). Graded A if
+all settings are stated, B if one or two are assumed, C if more are. Nothing was fitted to them; lengths of data are
+rarely stated, so a peak may be of a shorter batch than the settings allow. Reserved by torch, used as `nvidia-smi`
+shows it, or the cache that an engine made. The medians leave out runs of which a part is not counted:
+"""
+
 BANDS = """
 ## `used` and its band
 
@@ -753,7 +794,8 @@ KNOWN = """
 - T5's cross-attention keeps one bias too many here if the tokens are no multiple of 8 (0.3 %).
 - torch.compile: the figure is that of eager code, which takes the most. Three published runs of torchtune took 6, 11
   and 21 % less; the range goes down to less than that.
-- Reports without the versions of the libraries, the lengths of the data or a log cannot be told from a miss.
+- Reports without the versions of the libraries, the lengths of the data or a log cannot be told from a miss:
+  [what people reported](accuracy-tables.md#what-people-reported) has the causes that are known.
 - Experts in a loop over those chosen (DBRX, DeepSeek-MoE, Step 3.7) depend on the data: rows are counted as spread
   evenly.
 """

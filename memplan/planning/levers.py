@@ -319,6 +319,10 @@ def _sharding(run: RunSpec) -> Iterator[Lever]:
     if p.strategy == "ddp" and p.dp == p.world:
         for strategy in STRATEGIES[1:]:
             yield _lever("sharding", f"sharded by {strategy}", "sharding", *spread(run, p.world, strategy))
+    keeps_whole = p.strategy in ("fsdp", "fsdp2") and run.loop.trainer and run.batch.accumulation > 1
+    if keeps_whole and not run.loop.sync_each_batch:
+        title = "gradients reduced in every pass"
+        yield _lever("sync_each_batch", title, "reduction", ("loop.sync_each_batch", True))
 
 
 def _more_gpus(run: RunSpec) -> Iterator[Lever]:

@@ -204,6 +204,9 @@ OPTIONS: dict[str, dict[str, Option]] = {
         "expandable_segments": Option(
             "loop.expandable_segments", "Use expandable segments in torch's allocator (PYTORCH_CUDA_ALLOC_CONF)."
         ),
+        "sync_each_batch": Option(
+            "loop.sync_each_batch", "Reduce gradients in every pass of a step (accelerate's sync_each_batch)."
+        ),
     },
     "Evaluation, saving and merging": {
         "eval_batch_size": Option(

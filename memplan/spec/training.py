@@ -273,6 +273,8 @@ class Loop(Part):
     trainer              transformers' Trainer drives the step: under bitsandbytes' 8-bit optimizers it keeps the states
                          of embeddings in fp32
     expandable_segments  torch's allocator uses expandable segments (PYTORCH_CUDA_ALLOC_CONF)
+    sync_each_batch      the Trainer reduces gradients in every pass of a step (accelerate's `sync_each_batch`); else
+                         FSDP keeps them whole until the last one
     """
 
     hold_outputs: Flag | Literal["step"] = False
@@ -282,6 +284,7 @@ class Loop(Part):
     grad_scaler: Flag = False
     trainer: Flag = False
     expandable_segments: Flag = False
+    sync_each_batch: Flag = False
 
 
 class Evaluation(Part):

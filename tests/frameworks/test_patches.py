@@ -411,6 +411,15 @@ COUNTS: dict[str, tuple[str, str]] = {
     f"torchrun --nnodes=1 --nproc_per_node=1 {_SFT}": ("--nproc_per_node=1", "--nproc_per_node=4"),
     f"export N=1\ntorchrun --nproc-per-node $N {_SFT}": ("N=1", "N=4"),
     f"#SBATCH --gres=gpu:a100:1\nsrun torchrun --nproc_per_node $SLURM_GPUS_ON_NODE {_SFT}": (":a100:1", ":a100:4"),
+    f"#SBATCH -G 1\nCUDA_VISIBLE_DEVICES=0 accelerate launch {_SFT}": (
+        "-G 1\nCUDA_VISIBLE_DEVICES=0",
+        "-G 4\nCUDA_VISIBLE_DEVICES=0,1,2,3",
+    ),
+    f"#SBATCH --gres=gpu:1\ntorchrun --nproc_per_node=1 {_SFT}": (
+        f"gpu:1\ntorchrun --nproc_per_node=1 {_SFT}",
+        f"gpu:4\ntorchrun --nproc_per_node=4 {_SFT}",
+    ),
+    f"accelerate launch --config_file one.yaml {_SFT}": ("launch", "launch --num_processes 4"),
     f"python {_SFT}": ("", "the script does not say how many processes train"),
 }
 
@@ -421,6 +430,7 @@ def test_a_script_says_how_many_gpus_where_its_launcher_does(
 ) -> None:
     path = tmp_path / "run.sh"
     path.write_text(f"# a script\n{command}\n")
+    (tmp_path / "one.yaml").write_text("distributed_type: MULTI_GPU\nnum_processes: 1\n")
     levers = levers_in(str(path))
     more = next(
         lever for lever in levers(estimate(levers.asked).run) if dict(lever.fields).get("parallelism.world") == 4

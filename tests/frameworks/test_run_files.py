@@ -372,6 +372,7 @@ TRL_KEYS: dict[str, dict[str, Any]] = {
     "attn_implementation: flash_attention_3": {"kernels.attention": "flash_attention_3"},
     "attn_implementation: flash_attention_4": {"kernels.attention": "flash_attention_2"},
     "label_smoothing_factor: 0": {"kernels.loss": None},
+    "accelerator_config: {gradient_accumulation_kwargs: {sync_each_batch: true}}": {"loop.sync_each_batch": True},
     "optim: sgd\noptim_args: momentum=0.9": {"optimizer.name": "sgd", "optimizer.momentum": 0.9},
     "fsdp: full_shard auto_wrap\nfsdp_config: {version: 1, sharding_strategy: SHARD_GRAD_OP}": {
         "parallelism.strategy": "fsdp",

@@ -76,6 +76,21 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
         "ms-swift",
         {"parallelism.world": 4 * 2, "parallelism.strategy": "zero3", "batch.sequence": 64},
     ),
+    "#SBATCH -N 2\n#SBATCH --gpus-per-node=h100:4,nvme:1\nsrun torchrun --nnodes $SLURM_NNODES --nproc_per_node gpu "
+    "x.py --config trl.yaml": ("trl", {"parallelism.world": 2 * 4}),
+    "#SBATCH --nodes=2\n#SBATCH --gpus 16\naccelerate launch --num_processes $(($SLURM_NNODES * SLURM_GPUS_ON_NODE)) "
+    "x.py --config trl.yaml --gradient_accumulation_steps $(expr 32 / $SLURM_GPUS_ON_NODE)": (
+        "trl",
+        {"parallelism.world": 16, "batch.accumulation": 32 // 8},
+    ),
+    "#SBATCH --gres=gpu:3\naccelerate launch x.py --config trl.yaml": ("trl", {"parallelism.world": 3}),
+    "deepspeed --include localhost:1,3 x.py --config trl.yaml": ("trl", {"parallelism.world": 2}),
+    "CUDA_VISIBLE_DEVICES=2,3 trl sft --config trl.yaml": ("trl", {"parallelism.world": 2}),
+    "CUDA_VISIBLE_DEVICES=2,3 axolotl train axolotl.yml": ("axolotl", {"parallelism.world": 2}),
+    "mpirun -np 8 -H a:4,b:4 --allow-run-as-root -x A=1 python x.py --config trl.yaml": (
+        "trl",
+        {"parallelism.world": 8},
+    ),
     "cd here && torchrun --standalone --nproc_per_node 4 --nnodes=2 train.py --model_name_or_path Qwen/Qwen2-7B "
     "--bf16 True --per_device_train_batch_size ${BS:-2}; echo done": (
         "transformers",

@@ -37,18 +37,39 @@ _PROCESSES = re.compile(
     r"((?:--?(?:nproc[-_]per[-_]node|num[-_]processes|num[-_]gpus)(?:[ =]|\\\r?\n)+|\bNPROC_PER_NODE=)[\"']?)"
     r"(?:(\d+)|\$\{?(\w+))"
 )
-_SLURM_GPUS = r"(#SBATCH\s+--(?:gres|gpus-per-node|gpus)[=\s]+(?:[\w.]+:)*)(\d+)"
+_SLURM_GPUS = r"(#SBATCH\s+--?(?:gres|gpus-per-node|gpus|G)[=\s]*(?:[\w.]+:)*)(\d+)"
+_VISIBLE = r"(\bCUDA_VISIBLE_DEVICES=[\"']?)(\d+(?:,\d+)*)"
+_ACCELERATE = re.compile(r"\baccelerate\s+launch\b")
 
 
 def with_processes(text: str, times: int, per: int) -> str:
     """Return the script with `times` processes in each node for every `per` that it has: where its launcher says the
-    number, a variable is assigned, or Slurm is asked for GPUs. Raises SpecError if it does not say a number."""
+    number or a variable is assigned, and where Slurm is asked for as many GPUs, or they are made visible. A launcher
+    whose config file says the number is given a flag. Raises SpecError if the script does not say it."""
     found = _PROCESSES.search(text)
     if found is not None and found[2] is None:
         found = re.search(_SLURM_GPUS if found[3].startswith("SLURM_") else rf"(\b{found[3]}=[\"']?)(\d+)", text)
-    if found is None or int(found[2]) * times % per:
-        raise SpecError("the script does not say how many processes train")
-    return f"{text[: found.start(2)]}{int(found[2]) * times // per}{text[found.end(2) :]}"
+    count = int(found[2]) if found is not None else None
+    places = {found.span(2): found[2]} if found is not None else {}
+    for pattern in (_SLURM_GPUS, _VISIBLE):
+        match = re.search(pattern, text)
+        gpus = match[2] if match is not None else ""
+        if match is not None and count in (None, gpus.count(",") + 1 if pattern == _VISIBLE else int(gpus)):
+            places[match.span(2)] = gpus
+    launch = _ACCELERATE.search(text)
+    if not places and launch is not None and "--config_file" in text[launch.end() :]:
+        return f"{text[: launch.end()]} --num_processes {times}{text[launch.end() :]}"
+    for (start, end), number in sorted(places.items(), reverse=True):
+        is_list = text[:start].rstrip("\"'").endswith("CUDA_VISIBLE_DEVICES=")
+        old = number.count(",") + 1 if is_list else int(number)
+        if old * times % per:
+            break
+        new = old * times // per
+        text = text[:start] + (",".join(map(str, range(new))) if is_list else str(new)) + text[end:]
+    else:
+        if places:
+            return text
+    raise SpecError("the script does not say how many processes train")
 
 
 def _edited(text: str, start: int, command: Launched, name: str, value: Value) -> str:

@@ -302,7 +302,8 @@ def _read_launched(
         launch = shell.launcher_document(launcher, command.line, name)
         if "config_file" in launcher:
             file = named_document(str(launcher["config_file"]), document, "config_file")
-            launch = file._replace(values={**file.values, **launcher})
+            names = {key: f"{key}, replaced by the command" for key in launch.values if key in file.values}
+            launch = file._replace(values={**file.values, **launch.values}, names=names)
         companions.setdefault("accelerate", launch)
     resolved = {key: value for key, value in flags.items() if key not in open_keys}
     document = document._replace(values=nested(resolved))
@@ -383,7 +384,8 @@ def _processes(command: shell.Launched, form: RunFormat | None) -> dict[str, Any
         nodes = command.variables.get("NNODES", "1")
         count *= int(nodes) if name == "NPROC_PER_NODE" and nodes.isdecimal() else 1
         if count and value:
-            return {"distributed_type": "MULTI_GPU", "num_processes": count} if count > 1 else {}
+            several = {"distributed_type": "MULTI_GPU", "num_processes": count, shell.COUNTED: name}
+            return several if count > 1 else {}
     return {}
 
 

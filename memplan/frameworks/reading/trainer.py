@@ -41,6 +41,9 @@ def loop(config: Config) -> None:
         config.found.pop("loop.clip_grad_norm", None)
         if config.said("max_grad_norm") is not None:
             config.set("loop.clip_grad_norm", None, "max_grad_norm")
+    sync = "accelerator_config.gradient_accumulation_kwargs.sync_each_batch"
+    if config.flag(sync):
+        config.set("loop.sync_each_batch", True, sync)
     if config.number("label_smoothing_factor") and config.value("trainer") in (None, "sft"):
         config.set("kernels.loss", "label_smoothing", "label_smoothing_factor")
 
