@@ -328,27 +328,24 @@ def taken_and_written(operations: Identity[tuple[Op, ...]]) -> tuple[tuple[tuple
     written = {w.name for op in operations.value for w in op.weights}
     taken: dict[tuple[str, str], None] = {}
     for op in operations.value:
-        written.update(t.name for t in op.past)
-        taken.update(((op.name, name), None) for name in op.reads if name not in written)
-        written.update(t.name for t in (*op.writes, *op.wraps))
-        taken.update(((op.name, name), None) for name in named(op) if name not in written)
+        written.update([t.name for t in op.past])
+        taken.update([((op.name, name), None) for name in op.reads if name not in written])
+        written.update([t.name for t in (*op.writes, *op.wraps)])
+        taken.update([((op.name, name), None) for name in named(op) if name not in written])
     return tuple(taken), frozenset(written)
 
 
-def named(op: Op) -> Iterator[str]:
-    """Yield the names that an operation keeps, captures, or takes a dtype from."""
-    yield from op.captures
-    for keep in op.keeps:
-        yield keep.what
-        yield keep.of
-    for tensors in (op.past, op.writes, op.wraps, op.scratch, [s.tensor for s in op.scratch_back]):
-        for tensor in tensors:
-            dtype = tensor.dtype
-            if "!" in dtype:
-                dtype, _, source = dtype.partition("!")
-                yield source
-            if dtype[:1] == "=":
-                yield dtype[1:].partition("/")[0]
+def named(op: Op) -> list[str]:
+    """Return the names that an operation keeps, captures, or takes a dtype from."""
+    names = [*op.captures, *[name for keep in op.keeps for name in (keep.what, keep.of)]]
+    for tensor in (*op.past, *op.writes, *op.wraps, *op.scratch, *[s.tensor for s in op.scratch_back]):
+        dtype = tensor.dtype
+        if "!" in dtype:
+            dtype, _, source = dtype.partition("!")
+            names.append(source)
+        if dtype[:1] == "=":
+            names.append(dtype[1:].partition("/")[0])
+    return names
 
 
 class SavedTensors(NamedTuple):

@@ -33,7 +33,10 @@ class LoadingTape:
 
     def alloc(self, shape: str | int, dtype: str) -> int:
         """Allocate a tensor of a shape, or of a number of elements. Return the number of its storage."""
-        return self.alloc_bytes(self.bytes_of(shape, dtype))
+        bytes_, number = self._sizes.get((shape, dtype)), self._storages  # a model has thousands of weights
+        self.events.append((number, self.bytes_of(shape, dtype) if bytes_ is None else bytes_))
+        self._storages = number + 1
+        return number
 
     def bytes_of(self, shape: str | int, dtype: str) -> int:
         """Return the rounded bytes of a tensor."""
@@ -78,7 +81,8 @@ def most_at_once(events: Iterable[tuple[int, int]]) -> int:
         if bytes_:
             alive[number] = bytes_
             live += bytes_
-            most = max(most, live)
+            if live > most:  # noqa: PLR1730 (a model has thousands of weights)
+                most = live
         elif number != EMPTIED:
             live -= alive.pop(number, 0)
     return most
@@ -169,6 +173,8 @@ def _alloc(tape: LoadingTape, tensors: Iterable[Tensor]) -> list[int]:
 def _cast(tape: LoadingTape, weights: dict[int, Weight], loaded: str, dtype: str = "") -> dict[int, Weight]:
     """Cast each weight to `dtype`, by default to its final one, and return the weights by their new storage."""
     out: dict[int, Weight] = {}
+    if {dtype or w.dtype for w in weights.values()} == {loaded}:
+        return weights
     for number, w in weights.items():
         to = dtype or w.dtype
         if to == loaded:

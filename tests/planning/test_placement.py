@@ -202,6 +202,14 @@ def test_malformed_pools_are_refused_in_a_line(asked: Any, nodes: Any, policy: A
         RunSpec(model="llama-3-8b", task="generate"),
         RunSpec(model="llama-3-8b", task="generate", profile="vllm"),
         RunSpec(model="qwen2-7b", method="lora", kernels={"attention": "flash_attention_2"}),
+        RunSpec(
+            model="qwen2.5-1.5b",
+            method="lora",
+            batch={"micro": 8},
+            trainer="grpo",
+            rollout="colocate",
+            profile="trl-1.15",
+        ),
     ],
     ids=str,
 )
