@@ -24,8 +24,8 @@ def read_tables(path: Path) -> dict[str, Any]:
 def parsed(text: str) -> dict[str, Any]:
     """Return the tables of a text.
 
-    Plain lines are headers, comments, `key = value` with a date or a value in JSON, and lists with a value and a comma
-    on each line. If a line is not plain, tomllib reads the text.
+    Plain lines are headers, comments, `key = value` with a date or a value in JSON, and lists with values and a comma
+    at the end of each line. If a line is not plain, tomllib reads the text.
     """
     tables: dict[str, Any] = {}
     table = tables
@@ -37,8 +37,10 @@ def parsed(text: str) -> dict[str, Any]:
             if items is not None:
                 if line == "]":
                     items = None
+                elif line.endswith(","):
+                    items += _value(f"[{line[:-1]}]")
                 else:
-                    items.append(_value(line.strip(), ","))
+                    raise ValueError(line)
             elif _HEADER.fullmatch(line):
                 table = tables
                 for name in _KEY.findall(line):
@@ -59,13 +61,13 @@ def parsed(text: str) -> dict[str, Any]:
     return tables
 
 
-def _value(text: str, end: str = "") -> Any:
-    """Return the value of a text that ends in `end`. Raises ValueError if it is not plain."""
+def _value(text: str) -> Any:
+    """Return the value of a text. Raises ValueError if it is not plain."""
     if _DATE.fullmatch(text):
         from datetime import date
 
         return date.fromisoformat(text)
     value, length = _decode(text)
-    if text[length:] != end:
+    if length < len(text):
         raise ValueError(text)
     return value

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from itertools import accumulate
 from math import prod
 from operator import ge, mul, sub
@@ -196,7 +197,8 @@ def _totals(
         yield totals
 
 
-def chain(variables: Sequence[Variable]) -> list[tuple[str, ...]]:
+@lru_cache(maxsize=64)
+def chain(variables: tuple[Variable, ...]) -> tuple[tuple[str, ...], ...]:
     """Return the longest chain of the variables' products of axes, largest first: each is always at least the next.
 
     For example b s s >= b s >= s >= 1, and s rounded up is at least s. Among chains of equal length, the one with the
@@ -204,13 +206,13 @@ def chain(variables: Sequence[Variable]) -> list[tuple[str, ...]]:
     """
     counts = Counter(v.axes for v in variables)
 
-    def rank(products: list[tuple[str, ...]]) -> tuple[int, int]:
+    def rank(products: tuple[tuple[str, ...], ...]) -> tuple[int, int]:
         return len(products), sum(counts[axes] for axes in products)
 
-    best: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+    best: dict[tuple[str, ...], tuple[tuple[str, ...], ...]] = {}
     for axes in sorted(counts, key=lambda p: (len(p), sum(map(_height, p)), p)):
         below = [best[other] for other in best if _at_most(other, axes)]
-        best[axes] = [axes, *max(below, key=rank, default=())]
+        best[axes] = (axes, *max(below, key=rank, default=()))
     return max(best.values(), key=rank)
 
 
@@ -221,7 +223,7 @@ def _height(axis: str) -> int:
 
 def prune(
     candidates: Iterable[tuple[tuple[int, ...], int]],
-    variables: Sequence[Variable],
+    variables: tuple[Variable, ...],
     along: Sequence[tuple[str, ...]] | None = None,
 ) -> tuple[Term, ...]:
     """Return the candidates (rows of moments) that can be the largest for some run.

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from memplan.catalogue.kernels.own_axes import own_shape
 from memplan.catalogue.optimizers.parameter_rules import Parameter
-from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory
+from memplan.catalogue.optimizers.states import OptimizerMemory, clipping, optimizer_memory, row_of
 from memplan.catalogue.parallelism.pipeline import GradientReduction, PipelineMoment
 from memplan.catalogue.parallelism.sharding import BROADCAST, BROADCASTS, BUCKETS_SOURCE, buckets
 from memplan.core.ir import Division, Tensor, Weight
@@ -81,7 +81,7 @@ class Sharding:
     def frees_gradients(self) -> bool:
         """Whether each gradient is consumed as soon as it is computed, by a fused optimizer or by stepping in
         backward."""
-        return self.run.in_backward or optimizer_memory(self.run.optimizer, ()).frees_gradients
+        return self.run.in_backward or row_of(self.run.optimizer).frees_gradients
 
     @property
     def leaves_no_gradients(self) -> bool:

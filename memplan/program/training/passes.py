@@ -76,6 +76,7 @@ def pass_options(structure: Structure, later: bool, opens: bool = False) -> Trai
     return options
 
 
+@lru_cache(maxsize=512)
 def recorded_options(structure: Structure, later: bool, opens: bool = False) -> TrainingPass:
     """Return the options of a pass whose allocations are recorded. Whole gradients of earlier passes, and outputs that
     the loop still references, are not among these."""
