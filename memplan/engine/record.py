@@ -12,7 +12,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from copy import copy as copied
 from functools import lru_cache
 from itertools import accumulate
-from operator import xor
 from types import MappingProxyType
 
 from memplan.core.cached_property import cached_property
@@ -445,7 +444,7 @@ def _next_with_same_live_set(events: Sequence[Event]) -> list[int]:
 
     The XOR of their hashes identifies the live storages: every event adds or removes one.
     """
-    alive = [*accumulate([hash((number,)) for number, _ in events], xor, initial=0)]
+    alive = [*accumulate([hash((number,)) for number, _ in events], int.__xor__, initial=0)]
     following = list(range(len(alive)))
     seen: dict[int, int] = {}
     for at in reversed(range(len(alive))):
