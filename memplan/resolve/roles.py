@@ -98,7 +98,7 @@ def models_of(run: RunSpec) -> Iterator[tuple[str, RoleModel]]:
     """Yield the other models of the run's step by role. PPO's value model is like its reward model unless named."""
     yield from run.roles.named
     if run.trainer == "ppo" and run.roles.value is None and run.roles.reward is not None:
-        yield "value", run.roles.reward.model_copy(update={"location": "gpu"})
+        yield "value", run.roles.reward.model_copy(update={"location": "gpu", "quantization": None})
 
 
 def _parts(run: RunSpec, other: RoleModel) -> Parts:

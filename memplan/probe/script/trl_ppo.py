@@ -43,6 +43,19 @@ class PPOScript(GenerationScript):
         self._begin(trainer.optimizer, "zero_grad", after="metrics")
         trainer._save_checkpoint = trainer.log = always(None)
 
+    def _trainer(self, model: Any, run: RunSpec) -> Any:
+        """Return the trainer. TRL 0.24 makes a tensor of the time, on the device, which has no data."""
+        make: Any = torch.tensor
+
+        def tensor(value: Any, **more: Any) -> Any:
+            return torch.full((), value, **more) if isinstance(value, int) else make(value, **more)
+
+        torch.tensor = tensor
+        try:
+            return super()._trainer(model, run)
+        finally:
+            torch.tensor = make
+
     def _all_counted(self) -> tuple[int, int]:
         """Return the number of parameters of policy and value model, and of those active per token."""
         both = [self.counted, parameters(self.trainer.value_model)]
