@@ -91,7 +91,7 @@ def test_a_student_generates_by_itself_or_with_vllm() -> None:
 
 def test_trainers_of_one_completion_have_no_largest_group() -> None:
     run = RunSpec(model="llama-3.2-1b", trainer="distill", roles={"teacher": "llama-3.2-3b"}, gpu="h100")
-    with pytest.raises(SpecError, match="generate several completions of a prompt: grpo, rloo$"):
+    with pytest.raises(SpecError, match="several completions of a prompt: grpo, rloo"):
         reach(run, "generations")
 
 
