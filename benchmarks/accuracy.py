@@ -40,7 +40,7 @@ from memplan.models.cards import load_card
 FAMILIES = ("traced_families.jsonl", "traced_decoders.jsonl", "traced_encoders.jsonl", "traced_vision.jsonl")
 MISS = 0.01  # relative error of a peak that needs a cause
 TRACED = {**dict.fromkeys(("forward", "reference", "teacher", "loss"), "fwd"), "backward": "bwd", "step": "opt"}
-TRACED |= {"generate": "gen", "reward": "reward", "eval": "eval"}
+TRACED |= {"generate": "gen", "rollout": "rollout", "reward": "reward", "eval": "eval"}
 
 
 class Compared(NamedTuple):
@@ -87,7 +87,7 @@ def compared_with_trace(row: dict[str, Any], group: str = "") -> Compared:
     for step, peaks in row["steps"].items():
         expected = {"fwd": peaks["fwd"], "bwd": peaks["bwd"], "opt": max(peaks["opt"], peaks["clip"])}
         if step == "2":  # optimizer states exist
-            expected |= {phase: peaks[phase] for phase in ("gen", "eval") if phase in peaks}
+            expected |= {phase: peaks[phase] for phase in ("gen", "rollout", "eval") if phase in peaks}
         errors += [abs(mine[int(step), phase] / bytes_ - 1) for phase, bytes_ in expected.items()]
     highest = max(mine.values())
     same = any(bytes_ == highest and phase == TRACED[row["phase"]] for (_, phase), bytes_ in mine.items())

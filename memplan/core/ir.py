@@ -154,7 +154,7 @@ class Op(NamedTuple):
                        the model returns) or of the `step`; an encoder's `states` until an operation outside of blocks
                        that `releases` them; a `cache` until the next pass, or that of a model inside another one's step
                        until its loss is computed
-    releases           what it lets go that operations hold: all `states`, the last `state`, or casts of `autocast`
+    releases           what it lets go that operations hold: all `states`, the `last states`, or casts of `autocast`
     past               tensors left by the previous pass, by their names in this one; each is freed after its last
                        reader
     caches             axis of the tokens in a cache after its reads are appended; from here on their names mean all of

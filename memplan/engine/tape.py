@@ -300,11 +300,14 @@ class Tape(LiveStorages):
             for t in op.writes:
                 frame.names[t.name].refs += 1
                 holds.setdefault(op.holds, []).append(frame.names[t.name])
-        if op.releases == "state":
-            self.drop(holds["states"].pop())
+        if op.releases.startswith("last "):
+            self.drop(holds[op.releases.removeprefix("last ")].pop())
         elif op.releases:
             for storage in holds.pop(op.releases, ()):
-                self.drop(storage)
+                if op.holds and op.view:  # a cast that was dropped: what is held are the tensors themselves
+                    holds[op.holds].append(storage)
+                else:
+                    self.drop(storage)
         if not (keep or not frame.reentrant):
             return
         for name in op.captures if differentiates else ():

@@ -10,8 +10,10 @@ accelerate 1.15 accelerator.py prepare_model.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from memplan.catalogue.inference.one_pass import Cache, Pass
 from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.catalogue.methods.methods import ADAPTERS
 from memplan.catalogue.profiles.profiles import library_behaviour
@@ -20,8 +22,8 @@ from memplan.estimate.side_task import SideTask
 from memplan.estimate.side_tasks import generation
 from memplan.estimate.training_peaks import TrainingPeaks
 from memplan.estimate.usage import Answer, Replay, Usage
-from memplan.program.graph import TensorGroup, tensor_group, total_bytes
-from memplan.program.inference.passes import sized
+from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
+from memplan.program.inference.passes import InferenceStep, sized
 from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
 from memplan.program.serving.budget import Budget
@@ -29,13 +31,14 @@ from memplan.program.sharding.choice import sharding_of
 from memplan.resolve.colocated import awake
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
-from memplan.resolve.roles import scoring_run
+from memplan.resolve.roles import padded_rows, rollout_chunk, scoring_run
 from memplan.spec.roles import Roles
-from memplan.spec.run import RunSpec
+from memplan.spec.run import RunSpec, changed
 
 if TYPE_CHECKING:
     from memplan.estimate.calibration import Calibration
 
+_LOGITS = "trl 1.12.0 experimental/ppo/ppo_trainer.py generate, batch_generation; the same in trl 0.24.0"
 _BATCH = "trl 1.16.0 trainer/grpo_trainer.py _prepare_inputs: _buffered_inputs"
 
 
@@ -45,6 +48,8 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
 
     Raises SpecError if the model cannot generate.
     """
+    if run.trainer == "ppo":
+        return tuple(_ppo(run, walked, decided))
     reward = (_scoring(with_new_tokens(run), walked),) if "reward" in dict(decided.structure.graph.roles) else ()
     return (*_generation(run, walked, decided), *reward)
 
@@ -94,6 +99,72 @@ def _generation(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tu
     prompted = decided._replace(structure=structure._replace(graph=graph), batch=generated, pictures=())
     casts, division = graph.casts_outputs and wraps, sharding.generation_division()
     return (generation(prompted, library, casts, standing, held, samples=True, division=division),)
+
+
+def _ppo(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> Iterator[SideTask]:
+    """Yield the generation of PPO's step, and the passes of its other models over the completions.
+
+    PPOTrainer calls the models past the module that accelerate wraps in autocast. Each returns all its states.
+
+    Source: trl 1.12.0 experimental/ppo/ppo_trainer.py train, experimental/utils.py get_reward; the same in trl 0.24.0.
+    """
+    batch, standing = with_new_tokens(run).batch, walked.program.between_steps(walked.workspace)
+    alone = decide(changed(run, "precision", autocast=False, compute=None))
+    graph, rows = alone.structure.graph, batch.micro * batch.accumulation
+    chunk, held = rollout_chunk(rows), tuple(_batch_before(rows, batch.tokens))
+    library = library_behaviour(run.profile, graph.model.model_type, run.method.quantization is not None)
+    prompted = _of_rows(alone, graph._replace(trainer=None, roles=()), chunk)
+    task = generation(prompted, library, False, standing, held, samples=True)
+    yield max(_keeping_logits(task, rows, chunk, batch.new_tokens, graph.model.vocab_size), key=lambda task: task.peak)
+    reference, others = reference_of(graph), dict(graph.roles)
+    assert reference is not None
+
+    def scored(role: str, resolved: ResolvedRun, other: Graph, cache: Cache = "") -> SideTask:
+        wiring = other.wiring._replace(caching=bool(cache), records=False)
+        other = other._replace(inference=Pass(role, cache, last_only=False), trainer=reference.trainer, wiring=wiring)
+        step = InferenceStep(other, chunk, batch.sequence)
+        passed = sized(step, _of_rows(resolved, other, chunk, batch.new_tokens))
+        moving, moment = passed.peak
+        where, phase = passed.low().moments[moment].where, "reward" if role == "reward" else "rollout"
+        return SideTask(phase, f"{role}: {where}", standing, held, (passed,), (0, moment), moving)
+
+    policy = scored("reference", alone, reference, library.generation.cache)
+    values = scored("value", decide(scoring_run(run, "value")), without_gradients(others["value"]))
+    yield max(policy, values, key=lambda task: task.peak)
+    if "reward" in others:
+        yield scored("reward", decide(scoring_run(run)), others["reward"])
+
+
+def _of_rows(decided: ResolvedRun, graph: Graph, rows: int, new_tokens: int = 0) -> ResolvedRun:
+    batch = decided.batch.model_copy(update={"micro": rows, "accumulation": 1})
+    completion = (("completion", new_tokens), ("accumulation", 1)) if new_tokens else ()
+    return decided._replace(structure=decided.structure._replace(graph=graph), batch=batch, pictures=completion)
+
+
+def _keeping_logits(task: SideTask, rows: int, chunk: int, tokens: int, words: int) -> Iterator[SideTask]:
+    """Yield the moments at which a generation that keeps the logits of all tokens can peak.
+
+    It keeps the logits of every pass of a chunk of rows, stacks them, and joins the chunks in a padded copy.
+
+    Source: trl 1.12.0 experimental/ppo/ppo_trainer.py generate, batch_generation; trl 0.24.0 trainer/utils.py.
+    """
+
+    def logits(what: str, of: int, tokens: int, copies: int = 1) -> TensorGroup:
+        return tensor_group("activation", what, f"{of} {tokens} {words}", "fp32", _LOGITS, "generate", copies)
+
+    before = (rows // chunk - 1) * chunk
+    earlier = (*task.held, *((logits("logits of earlier rows", before, tokens),) if before else ()))
+    for at, made in ((0, 0), (len(task.passes) - 1, tokens - 1)):
+        moving, moment = task.passes[at].peak
+        where = f"{task.passes[at].phase}: {task.passes[at].low().moments[moment].where}"
+        held = (*earlier, logits("logits of a pass", chunk, 1, made)) if made else earlier
+        yield task._replace(where=where, held=held, top=(at, moment), moving=moving)
+    passes, stacked = logits("logits of a pass", chunk, 1, tokens), logits("stacked logits", chunk, tokens)
+    cache = tensor_group("activation", "keys and values", task.passes[-1].bytes_left(), "uint8", _LOGITS, "generate")
+    after = task._replace(passes=(), top=(-1, -1), moving=0)
+    yield after._replace(where="stacked logits", held=(*earlier, passes, stacked, cache))
+    joined = (logits("logits of all rows", rows, tokens), logits("their padded copy", padded_rows(rows), tokens))
+    yield after._replace(where="padded logits", held=(*task.held, *joined))
 
 
 def _without(task: SideTask, is_moved: bool, **sizes: int) -> SideTask:

@@ -164,7 +164,7 @@ def _reference(run: RunSpec) -> Iterator[Lever]:
     if run.reference == "copy" and run.method.kind in ADAPTERS:
         yield _lever("reference_adapters", "adapters as the reference", "reference", ("reference", "adapters"))
     if run.trainer in GENERATING:
-        if run.reference in ("copy", "adapters"):
+        if run.reference in ("copy", "adapters") and run.trainer != "ppo":
             yield _lever("reference_none", "no reference model (beta 0)", "reference", ("reference", "none"))
         return
     if run.reference in ("copy", "adapters"):
@@ -175,7 +175,7 @@ def _reference(run: RunSpec) -> Iterator[Lever]:
 def _roles(run: RunSpec) -> Iterator[Lever]:
     """Yield another model of the step in 4 bits, and a reward model on other GPUs."""
     for role, other in run.roles.named:
-        if other.location == "gpu" and other.quantization is None:
+        if other.location == "gpu" and other.quantization is None and role != "value":  # which trains
             stored = other.model_copy(update={"quantization": Quantization()})
             yield _lever("role_quantized", f"the {role} model in NF4", f"{role} format", (f"roles.{role}", stored))
         if other.location == "gpu" and role == "reward":

@@ -11,6 +11,7 @@ from memplan.models.peft_methods import PEFT_METHODS, has_rank
 from memplan.program.run import TOKENS
 from memplan.report.blocks import Facts
 from memplan.report.wording import asked, count, examples, images, lengths, model
+from memplan.resolve.roles import models_of
 from memplan.spec.formats import GgufType, Quantization
 from memplan.spec.generation import Generation
 from memplan.spec.parallelism import Parallelism
@@ -62,7 +63,7 @@ def _trainer(run: RunSpec) -> Iterator[str]:
     """Yield the trainer, its reference and the other models of its step."""
     yield run.trainer
     yield _REFERENCES[run.reference or "none"]
-    for role, other in run.roles.named:
+    for role, other in models_of(run):
         name = other.model if isinstance(other.model, str) else other.model.config["model_type"]
         stored = other.quantization.format if other.quantization else other.dtype or run.precision.weights
         yield f"{role} {printable(str(name))} in {stored}" + " on a server" * (other.location == "server")

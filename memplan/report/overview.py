@@ -15,6 +15,7 @@ from memplan.report import wording as words
 from memplan.report.bar import bar
 from memplan.report.blocks import Block, Column, Drawing, Pairs, Table, Text, Verbatim
 from memplan.report.text import Screen
+from memplan.resolve.roles import models_of
 from memplan.spec.options import FIELDS, flag
 
 LABELS = {
@@ -181,8 +182,12 @@ _MIN_NAME = 2  # letters; shorter names are those of formulas
 
 def _stored(lines: Sequence[Line], answer: Estimate) -> tuple[str, str]:
     """Return whose weights they are, if several models are on the GPU, or their formats: "4.6 in fp32, 3.5 in nf4"."""
-    roles = [role for role, _ in answer.run.roles.named]
-    others = {role: sum(line.bytes for line in lines if line.what.startswith(f"{role}.")) for role in roles}
+
+    def of_role(line: Line, role: str) -> bool:
+        return line.what.startswith(f"{role}.") or line.where.startswith(f"{role}.")
+
+    roles = [role for role, _ in models_of(answer.run)]
+    others = {role: sum(line.bytes for line in lines if of_role(line, role)) for role in roles}
     if any(others.values()):
         own = sum(line.bytes for line in lines) - sum(others.values())
         return ", ".join(f"{words.tenths(size)} of the {role}" for role, size in {"model": own, **others}.items()), ""

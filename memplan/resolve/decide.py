@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from memplan.catalogue.kernels.losses import loss_chunks
 from memplan.catalogue.kernels.packing import packed_rows
-from memplan.catalogue.kernels.wiring import DISTILLING
+from memplan.catalogue.kernels.wiring import GENERATING
 from memplan.catalogue.methods.methods import LORA
 from memplan.catalogue.parallelism import context_parallel, tensor_parallel
 from memplan.catalogue.profiles.profile_table import known_name
@@ -36,7 +36,7 @@ from memplan.resolve.ranks import without_preparation
 from memplan.resolve.refusals.across_parts import contradictions
 from memplan.resolve.refusals.refuse import refuse
 from memplan.resolve.refusals.vendors import not_on
-from memplan.resolve.roles import graphs_of_roles
+from memplan.resolve.roles import graphs_of_roles, logits_of_completions
 from memplan.resolve.training import decide_training
 from memplan.spec.run import Batch, RunSpec, is_default
 
@@ -75,7 +75,7 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
         images=batch.sees,
         has_uneven_patches=dict(pictures).get("seen", 0) % 8 != 0,
         microbatches=batch.accumulation if run.parallelism.pp > 1 else 1,
-        ungrouped=_ungrouped(batch, run.parallelism.dp, run.trainer in DISTILLING),
+        ungrouped=_ungrouped(batch, run.parallelism.dp, GENERATING.get(run.trainer) == 1),
         packing=batch.packing or "",
         packed=packed,
     )
@@ -95,6 +95,9 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     if batch.new_tokens:
         pictures = (*pictures, ("completion", batch.new_tokens), ("accumulation", batch.accumulation))
     parts = {**decided.parts, "batch": batch, "loop": loop}
+    if run.trainer == "ppo":
+        kept = logits_of_completions(batch, decided.structure.graph)
+        decided = decided._replace(structure=decided.structure._replace(engine=(kept,)))
     if run.rollout == "colocate":
         from memplan.resolve.colocated import asleep, awake, colocated_budget
 
@@ -107,17 +110,17 @@ def decide(run: RunSpec, model: ModelSpec | None = None) -> ResolvedRun:
     return decided._replace(batch=batch, gpu=gpu, pictures=pictures, parts=parts)
 
 
-def _ungrouped(batch: Batch, replicas: int, distills: bool) -> str:
+def _ungrouped(batch: Batch, replicas: int, alone: bool) -> str:
     """Return why a step's completions are not those of whole prompts; empty if they are, or none are generated.
 
-    A trainer that `distills` generates one completion of a prompt.
+    Some trainers generate one completion of a prompt (`alone`).
 
     Source: trl 1.16.0 trainer/grpo_config.py __post_init__: generation_batch_size.
     """
     completions, group = batch.micro * batch.accumulation * replicas, batch.generations
     if not group:
         return ""
-    if distills:
+    if alone:
         return "" if group == 1 else "this trainer generates one completion of a prompt; use 1"
     if group == 1:
         return "needs at least 2 completions of a prompt, to compare them"

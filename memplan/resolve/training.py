@@ -165,6 +165,16 @@ def _choose_trainer(run: OpenTraining) -> None:
                 "distill: TRL calls the backbones past accelerate's autocast, so fp32 weights compute in fp32, except "
                 "in generation; load them in bf16 (--dtype bf16) to compute in 16 bits"
             )
+    elif name == "ppo":
+        run.reference = run.reference or own
+        run.step = Trainer(name, "sliced", run.reference, trains_copy=False, rows=1)
+        if run.precision.autocast:
+            run.notes.append(
+                "ppo: PPOTrainer makes an Accelerator that does not read bf16 of its config with transformers 5, so "
+                "autocast runs only with accelerate launch --mixed_precision bf16 (or fp16)"
+            )
+        # both models' outputs stay until the mini-batch is over, and nothing clips
+        run.loop = run.loop.model_copy(update={"hold_outputs": "step", "clip_grad_norm": False})
     elif name in (*PAIRED, "reward"):
         log_probs = behaviour.log_probs if behaviour.log_probs in ("gathered", "kernel") else "shifted"
         run.step = Trainer(name, log_probs, "none", likelihood=name in ("orpo", "cpo") and log_probs != "gathered")
@@ -190,10 +200,10 @@ def _choose_trainer(run: OpenTraining) -> None:
             has_one_sequence=run.batch_facts.is_single_sequence,
             has_parts=run.batch_facts.accumulates,
             generates=run.rollout == "transformers",
-            old_log_probs=name not in DISTILLING
+            old_log_probs=name not in (*DISTILLING, "ppo")
             and (name == "rloo" or run.rollout != "transformers" or behaviour.log_probs == "rolled"),
             prompt_logits=behaviour.prompt_logits,
-            divided_logits=behaviour.divided_logits,
+            divided_logits="in_place" if name == "ppo" else behaviour.divided_logits,
         )
     run.library = run.library._replace(defaults=defaults_of(run.library, name))
 
@@ -285,6 +295,7 @@ def _wire_training(run: OpenTraining) -> None:
     by_name = run.library.checkpointing.passes_keywords and run.checkpoints and not run.is_megatron_model
     run.wiring = run.wiring._replace(
         caches=run.library.model.returns_caches,
+        caching=run.trainer == "ppo",  # PPOTrainer leaves use_cache on
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
         recomputes=run.kernels.checkpointing == "selective" and run.is_megatron_model,
@@ -328,13 +339,20 @@ def _build_graph(run: OpenTraining) -> None:
         degrees=run.degrees,
         flattens_frozen=run.code == "litgpt" and method.kind in ADAPTERS and run.ranks.world > 1 and run.ranks.row.flat,
         trainer=run.step,
-        roles=tuple(
-            (role, without_gradients(other._replace(trainer=run.step)) if role == "teacher" else other)
-            for role, other in run.others
-        ),
+        roles=tuple((role, _role(role, other, run.step)) for role, other in run.others),
         every_n_layers=kernels.every_n_layers,
         saves_products=_saved_products(run),
     )
+
+
+def _role(role: str, graph: Graph, step: Trainer | None) -> Graph:
+    """Return the graph of another model inside the step. A value model trains, and caches as the policy does."""
+    if role == "teacher":
+        return without_gradients(graph._replace(trainer=step))
+    if role == "value" and step is not None:
+        wiring = graph.wiring._replace(caching=True)
+        return graph._replace(trainer=step._replace(is_reference=True), wiring=wiring, hold_outputs=False)
+    return graph
 
 
 def _saved_products(run: OpenTraining) -> str:

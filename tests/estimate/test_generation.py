@@ -35,6 +35,7 @@ def test_steps_are_held_to_traces() -> None:
     assert min(counts["grpo", profile] for profile in ("trl-1.15", "trl-1.14", "trl-1.13")) >= 18
     assert min(counts["grpo", "trl-1.6"], counts["grpo", "trl-0.24"], counts["rloo", "trl-1.15"]) >= 8
     assert counts["distill", "trl-1.15"] >= 6
+    assert counts["ppo", "trl-1.10"] >= 20
     assert sum("reward" in row["run"].get("roles", {}) for row in ROWS) >= 4
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 2
@@ -88,6 +89,12 @@ def test_a_student_generates_by_itself_or_with_vllm() -> None:
     assert "generate" not in {phase.phase for phase in distilled(rollout="server").phases}
 
 
+def test_trainers_of_one_completion_have_no_largest_group() -> None:
+    run = RunSpec(model="llama-3.2-1b", trainer="distill", roles={"teacher": "llama-3.2-3b"}, gpu="h100")
+    with pytest.raises(SpecError, match="several completions of a prompt: grpo, rloo"):
+        reach(run, "generations")
+
+
 def test_nothing_is_compared_without_a_reference() -> None:
     weights = 2 * 1_235_814_400  # bf16; the embeddings are tied
     assert grpo(reference="copy").bytes.allocated - grpo().bytes.allocated == pytest.approx(weights, rel=1e-2)
@@ -102,6 +109,38 @@ def test_a_step_generates_for_all_its_micro_batches_at_once() -> None:
     assert longer > 3 * 8 * (256 + 511) * cache
     gradients = 4 * four.parameters.trainable
     assert 0 <= peak_of(four, "forward") - peak_of(one, "forward") - gradients < 2**21  # the batch's tokens
+
+
+def ppo(**run: Any) -> Estimate:
+    batch = {"generations": 1, "accumulation": 2, "micro": 4, **run.pop("batch", {})}
+    fields = {"profile": "trl-1.10", "precision": "bf16", "roles": {"reward": "llama-3.2-1b"}, **run}
+    return grpo(trainer="ppo", batch=batch, **fields)
+
+
+def test_ppo_trains_a_value_model_and_keeps_the_logits_of_all_completions() -> None:
+    answer, other = ppo(method="lora"), ppo(method="lora", roles={"reward": "llama-3.2-1b", "value": "qwen2.5-0.5b"})
+    for each in (answer, other):
+        assert sum(line.bytes for line in each.ledger) == each.bytes.allocated
+    policy = 1_235_814_400
+    adapters = grpo(method="lora").parameters.trainable
+    assert answer.parameters.trainable == adapters + policy + 2048  # whose head is a score
+    assert 494_000_000 < other.parameters.trainable - adapters < 495_000_000
+    kept = next(line for line in answer.ledger if line.what == "logits of all completions")
+    assert kept.bytes == 4 * 4 * 2 * 128 * 128256
+    assert {"generate", "rollout", "reward"} <= {phase.phase for phase in answer.phases}
+
+
+def test_ppo_generates_and_scores_64_completions_at_once() -> None:
+    chunk = 4 * 64 * 8 * 128256  # logits of 64 completions of 8 tokens
+
+    def peaks(rows: int, kept: int) -> tuple[int, int]:
+        answer = ppo(method="lora", batch={"micro": 1, "accumulation": rows, "new_tokens": 8})
+        return peak_of(answer, "rollout") - kept, peak_of(answer, "generate") - kept
+
+    (scored, generated), (scored_twice, generated_twice) = peaks(64, chunk), peaks(128, 2 * chunk)
+    assert 0 < scored_twice - scored < 2**21  # the batch's tokens
+    assert 0 <= generated_twice - generated - chunk < 2**21  # the first chunk's, while the second is generated
+    assert peaks(65, 2 * chunk)[0] == pytest.approx(scored, rel=1e-4)  # the second chunk is padded
 
 
 def test_only_completions_have_logits() -> None:

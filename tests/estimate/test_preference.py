@@ -141,8 +141,28 @@ def test_a_reward_models_head_is_a_score() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"trainer": "ppo"}, "trl-1.15 does not have ppo; the last with it is trl-1.10, and it is not supported yet"),
-        ({"trainer": "ppo", "profile": "trl-0.24"}, "'ppo' is not supported yet; supported: sft, dpo, kto"),
+        ({"trainer": "ppo"}, r"trl-1.15 does not have ppo; the last with it is trl-1.10 \(--profile trl-1.10\)"),
+        *(
+            ({"trainer": "ppo", "profile": "trl-1.10", "roles": {"reward": LLAMA}, **changes}, message)
+            for changes, message in (
+                ({"roles": {}}, "roles.reward: ppo scores completions with a reward model; name one"),
+                ({"reference": "none"}, "reference: ppo compares with a reference model; use copy"),
+                (
+                    {"kernels": {"checkpointing": "full"}},
+                    "kernels.checkpointing: PPOTrainer's own loop does not enable",
+                ),
+                ({"rollout": "server"}, "rollout: PPOTrainer generates with transformers"),
+                (
+                    {"parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}},
+                    "is not supported yet with trainer ppo; supported: one GPU",
+                ),
+                ({"batch": {"generations": 2}}, "this trainer generates one completion of a prompt; use 1"),
+                (
+                    {"roles": {"reward": LLAMA, "value": {"model": LLAMA, "quantization": {"format": "nf4"}}}},
+                    "roles.value.quantization: is not supported yet with a value model, which trains",
+                ),
+            )
+        ),
         ({"trainer": "dpo", "profile": "transformers-5"}, "transformers-5 does not have dpo; use trl-1.15"),
         (
             {"trainer": "dpo", "reference": "adapters"},
@@ -173,7 +193,7 @@ def test_a_reward_models_head_is_a_score() -> None:
             "parallelism.strategy: is not supported yet with a teacher model of distill; supported: ddp, zero1, zero2",
         ),
         ({"trainer": "dpo", "roles": {"teacher": LLAMA}}, "only applies to trainer gkd or distill, not dpo"),
-        ({"roles": {"reward": LLAMA}}, "roles.reward: only applies to trainer grpo or rloo, not sft"),
+        ({"roles": {"reward": LLAMA}}, "roles.reward: only applies to trainer grpo or rloo or ppo, not sft"),
         ({"trainer": "dpo", "roles": {"reference": LLAMA}}, "roles.reference: is not supported yet"),
         ({"task": "forward", "roles": {"teacher": LLAMA}}, "roles: only applies to training"),
         (

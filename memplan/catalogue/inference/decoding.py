@@ -22,7 +22,7 @@ from memplan.catalogue.inference import offloaded_caches, quantized_caches
 from memplan.catalogue.inference.next_token import GENERATE, OF_PART, looked_up, named_before, next_token
 from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.rewriting import once_each
+from memplan.catalogue.kernels.rewriting import once_each, rewrite_lists
 from memplan.core.ir import Op, Run, Stack, Tensor, outside
 
 TOKENS = ("s", "s1", "s8", "s32", "s128", "s_even", "s_uneven", "s_uneven8")  # axes of a sequence's tokens
@@ -89,6 +89,13 @@ def evaluation(stack: Stack, now: Pass, *, returns: bool = True) -> Stack:
     returned = returned_by(stack, now.casts_logits) if returns else None
     after = (op._replace(holds=RETURNED) if returned and returned in op.writes else op for op in tail)
     return Stack(tuple(_without_grad(stack.before)), runs, tuple(_without_grad(after)))
+
+
+def with_caches(stack: Stack) -> Stack:
+    """Return the stack as training runs it with a cache, if it has one, and positions for each sequence."""
+    now = Pass("forward", "dynamic", last_only=False)
+    stack = stack._replace(before=tuple(map(_of_rows_each, stack.before)))
+    return rewrite_lists(stack, lambda operations: tuple(_cached(operations, now)))
 
 
 RETURNED = "returned"  # value of `Op.holds` for what an evaluation's caller receives
@@ -257,7 +264,15 @@ def _named(name: str) -> str:
 def _renamed(op: Op, names: Mapping[str, str]) -> Op:
     if names.keys().isdisjoint(op.reads):
         return op
-    return op._replace(reads=tuple(names.get(name, name) for name in op.reads))
+
+    def new(name: str) -> str:
+        return names.get(name, name)
+
+    return op._replace(
+        reads=tuple(map(new, op.reads)),
+        keeps=tuple(k._replace(what=new(k.what), of=new(k.of)) for k in op.keeps),
+        scratch_back=tuple(s._replace(of=new(s.of)) for s in op.scratch_back),
+    )
 
 
 def _update(

@@ -62,7 +62,7 @@ def attach(
         tail = (*tiled_lm_head(matrix, bias, autocast, result), RETURNED)
         return _finished(stack._replace(after=body), trainer, tail, reference, ())
     if trainer.log_probs == "joined":
-        stack = _returning_states(stack)
+        stack = returning_states(stack)
     logits = next(op for op in reversed(head) if op.writes).writes[0].name
     is_fp32 = trainer.widens(autocast)
     outputs = "outputs" if is_fp32 else logits
@@ -164,14 +164,14 @@ def with_masks(op: Op, *more: str) -> Iterator[Op]:
     yield op._replace(writes=(*op.writes, *(t for t in masks if t.name not in present)))
 
 
-def _returning_states(stack: Stack) -> Stack:
+def returning_states(stack: Stack) -> Stack:
     """Return the stack of a model that returns each layer's input and the last norm's output (`output_hidden_states`).
 
     A layer's input is the output of the one before, so all outputs are held until the last layer has returned.
     """
     stack = rewrite(stack, _with_held_state)
     last = (op._replace(holds="states") if any(t.name == "n" for t in op.writes) else op for op in stack.after)
-    dtype = Op("state", ("x",), (Tensor("state", "0", "=x"),), gradient="none", releases="state")
+    dtype = Op("state", ("x",), (Tensor("state", "0", "=x"),), gradient="none", releases="last states")
     return stack._replace(after=(dtype, *last))
 
 
@@ -183,6 +183,14 @@ def _with_held_state(op: Op) -> tuple[Op, ...]:
 def converted(logits: str, shape: str = "b s v") -> Op:
     """Cast the model's outputs to fp32, as accelerate does."""
     return Op("loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, source=_CASTS)
+
+
+def converted_states(logits: str) -> Iterator[Op]:
+    """Cast the states that the model returns with its logits to fp32, as accelerate does."""
+    embeds, states = Tensor("embeds32", "b s h", "fp32"), Tensor("states32", "L b s h", "fp32")
+    yield Op("loss.embeddings", ("embeds",), (embeds,), cast=True, gradient="none", source=_CASTS)
+    read = ("state", logits)
+    yield Op("loss.states", read, (states,), cast=True, gradient="none", releases="states", source=_CASTS)
 
 
 def selected_log_probs(name: str, x: str, shape: str, row: str, is_fp32: bool, log_probs: str, source: str) -> Op:
@@ -209,16 +217,12 @@ def _joined_log_probs(logits: str, outputs: str, is_fp32: bool) -> Iterator[Op]:
 
     The model returned its hidden states too, which accelerate casts with the logits.
     """
-    source = _SOURCES["joined"]
-    embeds, states = Tensor("embeds32", "b s h", "fp32"), Tensor("states32", "L b s h", "fp32")
-    if is_fp32:
-        yield Op("loss.embeddings", ("embeds",), (embeds,), cast=True, gradient="none", source=_CASTS)
-        read = ("state", logits)
-        yield Op("loss.states", read, (states,), cast=True, gradient="none", releases="states", source=_CASTS)
+    source, cast = _SOURCES["joined"], tuple(converted_states(logits)) if is_fp32 else ()
+    yield from cast
     yield selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
     half = Tensor("logits of the chosen half", "half_tokens v", f"={outputs}")
     yield Op("loss.mean_logits", (outputs,), gradient="none", scratch=(half,), source=source)
-    yield Op("return", (outputs, *((embeds.name, states.name) if is_fp32 else ())), releases="states")
+    yield Op("return", (outputs, *(t.name for op in cast for t in op.writes)), releases="states")
 
 
 def _shifted_log_probs(prefix: str, outputs: str, is_fp32: bool, kind: str) -> Iterator[Op]:

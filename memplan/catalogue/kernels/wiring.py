@@ -147,10 +147,10 @@ class Wiring(NamedTuple):
 
 DividedLogits = Literal["in_place", "held", "released"]
 LogitsDtype = Literal["autocast", "fp32", "model"]
-LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten"]
+LogProbs = Literal["joined", "rolled", "shifted", "kernel", "gathered", "tiled", "overwritten", "sliced"]
 PAIRED = ("orpo", "cpo", "simpo")  # trainers without a reference, which are as they were in TRL 0.24
 # Trainers that generate, and how many completions of a prompt by default.
-GENERATING = {"grpo": 8, "rloo": 2, "distill": 1}
+GENERATING = {"grpo": 8, "rloo": 2, "ppo": 1, "distill": 1}
 DISTILLING = ("gkd", "distill")  # trainers that learn a teacher's distribution
 
 

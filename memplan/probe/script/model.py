@@ -404,8 +404,9 @@ def unwrapped(model: Any) -> Any:
 
 
 def base_of(model: Any) -> Any:
-    """Return transformers' model inside torch's and peft's wrappers, or the model itself."""
+    """Return transformers' model inside torch's, peft's and PPO's wrappers, or the model itself."""
     model = unwrapped(model)
+    model = getattr(model, "policy", model)
     return model.get_base_model() if hasattr(model, "peft_config") else model
 
 

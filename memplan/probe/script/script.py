@@ -36,7 +36,20 @@ from memplan.resolve.batches import decoder_prompt_tokens
 from memplan.spec.run import RunSpec
 
 Phase = Callable[[str], AbstractContextManager[None]]
-PHASES = ("load", "forward", "backward", "clip", "step", "eval", "generate", "reward", "save", "merge")
+PHASES = (
+    "load",
+    "forward",
+    "backward",
+    "clip",
+    "step",
+    "metrics",
+    "eval",
+    "generate",
+    "rollout",
+    "reward",
+    "save",
+    "merge",
+)
 
 
 def no_phase(name: str) -> AbstractContextManager[None]:
@@ -52,7 +65,7 @@ def build(run: RunSpec, device: torch.device | str, phase: Phase = no_phase) -> 
     run = checked_run(run)
     if run.trainer == "sft":
         return Script(run, torch.device(device), phase)
-    from memplan.probe.script.trl_generation import script_of
+    from memplan.probe.script.trl_ppo import script_of
 
     return script_of(run)(run, device, phase)
 

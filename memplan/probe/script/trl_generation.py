@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from memplan.catalogue.kernels.wiring import DISTILLING, GENERATING
+from memplan.catalogue.kernels.wiring import DISTILLING
 from memplan.probe.fake import kernels
 from memplan.probe.script.distributed_wrapping import clip, unreduced_gradients
 from memplan.probe.script.model import base_of
@@ -57,9 +57,7 @@ class GenerationScript(TrainerScript):
         super().__init__(run, device, phase)
         tokens, completion = run.batch.sequence + run.batch.new_tokens, run.batch.new_tokens
         kernels.selections[run.batch.micro, tokens - 1] = run.batch.micro * completion
-        base = base_of(self.trainer.model)
-        self._left = 0
-        base.generate, base._has_unfinished_sequences = partial(self._generate, base.generate), self._has_unfinished
+        self._generate_longest()
         self._in_phase(self.trainer, "_generate", "generate")
         if run.trainer in DISTILLING:
             kernels.selections[run.batch.micro * completion,] = run.batch.micro * completion
@@ -75,6 +73,12 @@ class GenerationScript(TrainerScript):
             name = "PreTrainedModel"  # any
             module.AutoConfig = SimpleNamespace(from_pretrained=always(SimpleNamespace(architectures=[name])))
             module.transformers = SimpleNamespace(**{name: SimpleNamespace(from_pretrained=self._copied(run))})
+
+    def _generate_longest(self) -> None:
+        """Have the model generate until all completions have their longest length."""
+        base = base_of(self.trainer.model)
+        self._left = 0
+        base.generate, base._has_unfinished_sequences = partial(self._generate, base.generate), self._has_unfinished
 
     def _generate(self, generate: Any, *args: Any, **kwargs: Any) -> Any:
         self._left = self.run.batch.new_tokens
@@ -119,8 +123,3 @@ class GenerationScript(TrainerScript):
         with self.phase("step"):
             self.optimizer.step()
             self.model.zero_grad()
-
-
-def script_of(run: RunSpec) -> type[TrainerScript]:
-    """Return the class of the script of a run under a trainer of TRL."""
-    return GenerationScript if run.trainer in GENERATING else TrainerScript

@@ -56,6 +56,7 @@ TRAINERS = {
     "simpo": TrlTrainer("CPO", _CPO, (("loss_type", "simpo"), ("cpo_alpha", 0.0))),
     "grpo": TrlTrainer("GRPO", ("trl.trainer.grpo_trainer",)),
     "rloo": TrlTrainer("RLOO", ("trl.trainer.rloo_trainer",)),
+    "ppo": TrlTrainer("PPO", ("trl.experimental.ppo.ppo_trainer", "trl.trainer.ppo_trainer")),
     "gkd": TrlTrainer("GKD", ("trl.experimental.gkd.gkd_trainer", "trl.trainer.gkd_trainer"), (("lmbda", 0.0),)),
     "distill": TrlTrainer("Distillation", ("trl.trainer.distillation_trainer",)),
 }
@@ -195,7 +196,9 @@ class TrainerScript:
             model.warnings_issued = {}  # which TRL 0.24 writes to, and transformers 5 has no longer
             if filled.method.quantization is not None:  # which Trainer and Axolotl ask
                 config = SimpleNamespace(quant_method="bitsandbytes")
-                model.hf_quantizer = SimpleNamespace(is_trainable=True, quantization_config=config)
+                model.hf_quantizer = SimpleNamespace(
+                    is_trainable=True, is_compileable=False, quantization_config=config
+                )
             torch.cuda.is_available = lambda: True  # which transformers' arguments ask
             self.trainer: Any = self._trainer(model, filled)
             torch.cuda.is_available = lambda: False  # or fused optimizers ask a stream
@@ -367,8 +370,7 @@ class TrainerScript:
             **more,
         )
 
-    @staticmethod
-    def _dataset() -> Any:
+    def _dataset(self) -> Any:
         columns = ("input_ids", "labels", "prompt_ids", "chosen_ids", "rejected_ids")
         texts = {name: ["<pad>"] for name in ("prompt", "chosen", "rejected", "completion")}
         return library("datasets").Dataset.from_dict({**{name: [[0]] for name in columns}, **texts, "label": [True]})

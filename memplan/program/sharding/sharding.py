@@ -132,6 +132,8 @@ class Sharding:
         Source: accelerate 1.15 accelerator.py prepare_model: evaluation_mode.
         """
         for role, other in self.graph.roles:
+            if role == "value":  # whose weights are the graph's own
+                continue
             for held in parameters_of(other):
                 yield held._replace(what=f"{role}.{held.what}", shape=own_shape(held.shape, role))
 
