@@ -57,7 +57,7 @@ def with_trainer(stack: Stack, trainer: Trainer, others: Mapping[str, Stack], au
     if trainer.name in DISTILLING:
         from memplan.catalogue.kernels import distillation
 
-        return distillation.attach(stack, trainer, None if trainer.is_reference else others["teacher"], autocast)
+        return distillation.attach(stack, trainer, others.get("teacher"), autocast)
     reference, first_pass = others.get("reference"), others.get("forward")
     if trainer.name == "ppo":
         from memplan.catalogue.inference.decoding import with_caches

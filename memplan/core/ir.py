@@ -128,6 +128,9 @@ class Scratch(NamedTuple):
     summed: bool = False
 
 
+MODEL = "model"  # value of `Op.returns`
+
+
 class Op(NamedTuple):
     """One kernel call.
 
@@ -168,7 +171,8 @@ class Op(NamedTuple):
                        embeddings does; with `gradient` none, also without checkpointing
     lends              path of a module whose weights it hands to the operations after it; their gradients are
                        accumulated only when its own backward would run
-    returns            path of the module that ends here and began with the operation that `lends` its weights
+    returns            path of the module that ends here and began with the operation that `lends` its weights, or
+                       `MODEL` if the model itself ends before the loss
     skipped            not run: only its weights exist
     needs_recording    runs only while autograd records, so not in the forward pass of a checkpoint
     unit               operations that one fused kernel may replace: the kernel's name, and a name of the unit
@@ -410,7 +414,8 @@ class Division(NamedTuple):
     keeps_buffers       the buffers of a collective stay until the next collective of its kind is over
     gathers_at          when backward gathers a unit: at the `first` operation of the backward of the unit after it, at
                         the `last`, when that unit's weights are `gone`, or `never` ahead of its own backward
-    at_loss             the last block's unit is gathered when the loss's backward begins, not the head's
+    at_loss             the last block's unit is gathered when the loss's backward begins, or that of what the model
+                        returns, not the head's
     sums                there are whole gradients of earlier passes, which are added to and freed as each unit is
                         reduced
     prefetches_forward  forward gathers a unit when the previous one begins; in backward, a unit's gradients are then

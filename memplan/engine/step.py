@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from types import MappingProxyType
 from typing import Literal
@@ -488,11 +488,14 @@ class _Pass:
         """Run the loss and what follows the blocks backward."""
         tape, gatherer, tail = self.tape, self.gatherer, self.tail
         gatherer.backward(REST, tail, "")
-        if gatherer.at_loss:
-            gatherer.backward(gatherer.head, tail, self.previous_unit[-1])
+        gather = partial(gatherer.backward, gatherer.head, tail, self.previous_unit[-1])
+        if gatherer.at_loss and any(op.returns for op in criterion.ops):
+            gatherer.reaches_model = gather
+        elif gatherer.at_loss:
+            gather()
         tape.backward(criterion, self.grads)
         if not gatherer.at_loss:
-            gatherer.backward(gatherer.head, tail, self.previous_unit[-1])
+            gather()
         gatherer.enter_outside()
         tape.backward(tail, self.grads)
         gatherer.reduce(AFTER, tail)

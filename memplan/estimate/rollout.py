@@ -28,6 +28,7 @@ from memplan.program.inference.steps import steps_of
 from memplan.program.run import ResolvedRun
 from memplan.program.serving.budget import Budget
 from memplan.program.sharding.choice import sharding_of
+from memplan.program.sharding.sharding import Sharding
 from memplan.resolve.colocated import awake
 from memplan.resolve.decide import decide
 from memplan.resolve.defaults import with_new_tokens
@@ -50,11 +51,13 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
     """
     if run.trainer == "ppo":
         return tuple(_ppo(run, walked, decided))
-    reward = (_scoring(with_new_tokens(run), walked),) if "reward" in dict(decided.structure.graph.roles) else ()
+    sharding = sharding_of(decided.structure)
+    has_reward = "reward" in dict(decided.structure.graph.roles)
+    reward = (_scoring(with_new_tokens(run), walked, sharding),) if has_reward else ()
     return (*_generation(run, walked, decided), *reward)
 
 
-def _scoring(run: RunSpec, walked: TrainingPeaks) -> SideTask:
+def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTask:
     """Return the reward model's pass over all of a step's completions. A decoder keeps its cache."""
     scoring, batch = decide(scoring_run(run)), run.batch
     step = steps_of(scoring)[0]
@@ -63,7 +66,7 @@ def _scoring(run: RunSpec, walked: TrainingPeaks) -> SideTask:
         step = step._replace(graph=step.graph._replace(wiring=wiring, inference=one_pass))
     scored = sized(step, scoring)
     moving, moment = scored.peak
-    held = tuple(_batch_before(batch.micro * batch.accumulation, batch.tokens))
+    held = (*_batch_before(batch.micro * batch.accumulation, batch.tokens), *sharding.held_in("reward"))
     where = scored.low().moments[moment].where
     standing = walked.program.between_steps(walked.workspace)
     return SideTask("reward", where, standing, held, (scored,), (0, moment), moving)

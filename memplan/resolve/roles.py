@@ -42,6 +42,7 @@ def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
     It is loaded in the dtype of that run's weights, unless it has its own, and computes as that run does.
     """
     q = other.quantization
+    dtypes = {"weights": other.dtype or precision.weights, "grads": None, "master": None}
     return {
         "trainer": "sft",
         "reference": None,
@@ -49,7 +50,7 @@ def fields_of_role(precision: Precision, other: RoleModel) -> dict[str, Any]:
         "rollout": "transformers",
         "parallelism": Parallelism(),
         "method": Method() if q is None else Method(kind="qlora", quantization=q),
-        "precision": precision.model_copy(update={"weights": other.dtype or precision.weights}),
+        "precision": precision.model_copy(update=dtypes),
     }
 
 

@@ -156,10 +156,12 @@ def _choose_trainer(run: OpenTraining) -> None:
     name, behaviour = run.trainer, run.library.trainer
     own = "adapters" if run.method.kind in ADAPTERS else "copy"
     if name in DISTILLING:
-        teacher = dict(run.others)["teacher"].recipe
-        dtype = "fp32" if teacher.autocast else teacher.weights
+        recipes = [other.recipe for role, other in run.others if role == "teacher"]
+        dtype = "".join("fp32" if teacher.autocast else teacher.weights for teacher in recipes)  # empty on a server
         run.step = Trainer(name, behaviour.log_probs, "none", rows=1, teacher_dtype=dtype)
-        asked, run.precision = run.precision, step_precision(name, run.precision)
+        asked = run.precision
+        if run.step.calls_backbone and not run.is_sharded:  # else FSDP's mixed precision, without autocast
+            run.precision = step_precision(name, asked)
         if asked.autocast and not run.precision.autocast and asked.weights == "fp32":
             run.notes.append(
                 "distill: TRL calls the backbones past accelerate's autocast, so fp32 weights compute in fp32, except "
@@ -194,7 +196,8 @@ def _choose_trainer(run: OpenTraining) -> None:
                 "TRL shards a reference copy under FSDP2 as one unit, so its pass gathers all weights at once; FSDP1 "
                 "gathers block by block, and a precomputed reference needs neither"
             )
-    run.step = run.step._replace(logits_dtype=behaviour.logits_dtype)
+    casts_back = run.parallelism.strategy == "fsdp2" and run.is_sharded and not run.library.sharding.fsdp_casts
+    run.step = run.step._replace(logits_dtype=behaviour.logits_dtype, casts_back=casts_back)
     if name in GENERATING:
         run.step = run.step._replace(
             has_one_sequence=run.batch_facts.is_single_sequence,
@@ -288,6 +291,8 @@ def _choose_recipe(run: OpenTraining) -> None:
 
 def _shard(run: OpenTraining) -> None:
     run.ranks = shard(run)
+    if run.step is not None and run.step.calls_backbone:
+        run.recipe = run.recipe._replace(autocast=False)
 
 
 def _wire_training(run: OpenTraining) -> None:
@@ -347,8 +352,8 @@ def _build_graph(run: OpenTraining) -> None:
 
 def _role(role: str, graph: Graph, step: Trainer | None) -> Graph:
     """Return the graph of another model inside the step. A value model trains, and caches as the policy does."""
-    if role == "teacher":
-        return without_gradients(graph._replace(trainer=step))
+    if role == "teacher" and step is not None:
+        return without_gradients(graph._replace(trainer=step._replace(casts_back=False)))  # no rank divides it
     if role == "value" and step is not None:
         wiring = graph.wiring._replace(caching=True)
         return graph._replace(trainer=step._replace(is_reference=True), wiring=wiring, hold_outputs=False)

@@ -87,6 +87,12 @@ PPO: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, 
     ("blocks", "lora", PURE, (16, 512, 16, 1, 1), "none", {}),
     ("blocks", "qlora", PURE, (8, 512, 16, 1, 1), "none", {}),
 )
+# With a teacher on a server.
+SERVED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
+    ("llama", "full", BF16, (2, 64, 64, 1, 2), "none", {}),
+    ("tied", "lora", FP32, (4, 256, 8, 1, 1), "none", {}),
+    ("qwen2", "qlora", BF16, (2, 128, 32, 1, 1), "none", {"checkpointing": "none"}),
+)
 _ALL = (("trl-1.15", "grpo"), ("trl-1.14", "grpo"), ("trl-1.13", "grpo"))
 
 
@@ -110,13 +116,14 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
         ]
     if trainer in DISTILLING:
         cases += [(("qwen3", "full", BF16, (2, 512, 8, 1, 1), "none", {}), "experts")]
+        cases += [(case, "server") for case in SERVED]
         cases += [(("llama", method, FP32, (4, 256, 8, 1, 1), "none", {}), "") for method in ("full", "lora")]
     for (family, method, said, (micro, prompt, new, group, parts), reference, kernels), strategy in cases:
         precision = PURE if (trainer, method) == ("ppo", "qlora") else said  # which fails under autocast
         words = [reference, *(["plain"] if kernels.get("checkpointing") == "none" else ()), strategy]
         targets = {} if method == "full" else {"targets": ["q_proj", "v_proj", "down_proj"]}
         distills = trainer in DISTILLING
-        if distills and (reference != "none" or strategy.startswith("fsdp")):
+        if distills and reference != "none":
             continue
         batch = {"micro": micro, "sequence": prompt, "new_tokens": new, "accumulation": parts}
         batch |= {"generations": 1 if distills or trainer == "ppo" else group}
@@ -130,7 +137,9 @@ def runs(profile: str, trainer: str) -> Iterator[tuple[str, RunSpec]]:
                     "model": {"config": CONFIGS[family]},
                     "trainer": trainer,
                     "reference": None if distills or (trainer, reference) == ("ppo", "none") else reference,
-                    "roles": teachers(family, method, strategy == "experts")
+                    "roles": {"teacher": {"model": {"config": CONFIGS[family]}, "location": "server"}}
+                    if strategy == "server"
+                    else teachers(family, method, strategy == "experts")
                     if distills
                     else scorer(family)
                     if strategy == "rewarded"

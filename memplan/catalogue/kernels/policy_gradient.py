@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from memplan.catalogue.kernels import ops
-from memplan.catalogue.kernels.preference import begins_head, converted, selected_log_probs
+from memplan.catalogue.kernels.preference import RETURNED, begins_head, returned, selected_log_probs
 from memplan.catalogue.kernels.trl_losses import tiled_lm_head
 from memplan.catalogue.kernels.wiring import Trainer
 from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
@@ -48,26 +48,23 @@ def attach(
         stack = stack._replace(before=tuple(before))
     start = next(i for i, op in enumerate(stack.after) if begins_head(op))
     body, head = stack.after[:start], stack.after[start:]
-    returned = Op("return", releases="autocast")  # the model's own autocast context ends
     if trainer.log_probs == "tiled":
         matrix = next(w for op in head for w in op.weights if w.rows)
         bias = tuple(w for op in head for w in op.weights if w is not matrix)
         after, loss = (
             body,
-            (*tiled_lm_head(matrix, bias, autocast, Tensor("log_probs", _ROWS, "fp32"), _ROWS), returned),
+            (*tiled_lm_head(matrix, bias, autocast, Tensor("log_probs", _ROWS, "fp32"), _ROWS), RETURNED),
         )
     else:
         after = (*body, *(head if trainer.prompt_logits else _kept_tokens(head, trainer)))
         logits = next(op for op in reversed(after) if op.writes).writes[0].name
-        is_fp32 = trainer.widens(autocast)
-        outputs = "outputs" if is_fp32 else logits
-        cast = (converted(logits, "b kept v"),) if is_fp32 else ()
+        tail, outputs, is_fp32 = returned(logits, trainer, autocast, "b kept v")
         held: tuple[Tensor, ...] = ()
         if trainer.is_reference and trainer.has_parts and not trainer.prompt_logits:
             held = tuple(_held(trainer, "fp32" if is_fp32 else "=embeds"))
             stack = stack._replace(before=(*stack.before, Op("hold", ("embeds",), held, gradient="none")))
         released = ops.release_names(*(t.name for t in held))
-        loss = (returned, *cast, released, *log_probs_of_logits(outputs, trainer, is_fp32))
+        loss = (*tail, released, *log_probs_of_logits(outputs, trainer, is_fp32))
     if trainer.is_reference:
         return stack._replace(after=(*after, *loss), loss=())
     read = ("log_probs", *(t.name for op in scored for t in op.writes))

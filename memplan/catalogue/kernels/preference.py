@@ -14,7 +14,7 @@ from memplan.catalogue.kernels.losses import nll
 from memplan.catalogue.kernels.rewriting import rewrite
 from memplan.catalogue.kernels.trl_losses import tiled_lm_head
 from memplan.catalogue.kernels.wiring import PAIRED, Trainer
-from memplan.core.ir import Keep, Op, Scratch, Stack, Tensor
+from memplan.core.ir import MODEL, Keep, Op, Scratch, Stack, Tensor
 
 _SOURCES = {
     "joined": "trl 0.24.0 trainer/dpo_trainer.py concatenated_forward, trainer/utils.py selective_log_softmax",
@@ -29,6 +29,7 @@ _SOURCES = {
     **dict.fromkeys(("cpo", "simpo"), "trl 1.16.0 experimental/cpo/cpo_trainer.py concatenated_forward"),
 }
 _SHIFTED = ("shifted", "kernel")
+_FSDP2 = "torch 2.13 distributed/fsdp/_fully_shard/_fsdp_state.py _post_forward (output_dtype)"
 _CASTS = "accelerate 1.15 utils/operations.py ConvertOutputsToFp32"
 
 
@@ -64,9 +65,7 @@ def attach(
     if trainer.log_probs == "joined":
         stack = returning_states(stack)
     logits = next(op for op in reversed(head) if op.writes).writes[0].name
-    is_fp32 = trainer.widens(autocast)
-    outputs = "outputs" if is_fp32 else logits
-    tail = (RETURNED, *((converted(logits),) if is_fp32 else ()))
+    tail, outputs, is_fp32 = returned(logits, trainer, autocast)
     if trainer.log_probs == "joined":
         tail = (*tail, *_joined_log_probs(logits, outputs, is_fp32))
         return _finished(stack, trainer, tail, reference, ())
@@ -87,7 +86,7 @@ def attach(
     return _finished(stack, trainer, tail, reference, (outputs, "shifted"), is_fp32)
 
 
-RETURNED = Op("return", releases="autocast")  # the model's own autocast context ends
+RETURNED = Op("return", releases="autocast", returns=MODEL)  # the model's own autocast context ends
 
 
 def _finished(
@@ -111,15 +110,19 @@ def _finished(
         written = [Tensor("ref_log_probs", "b s", "fp32")]
         returns_logits = trainer.log_probs in _SHIFTED
         scores_twice = trainer.log_probs == "gathered" and trainer.has_first_pass
+        is_lower = trainer.shards_copy and trainer.reference == "copy"  # nothing casts what it returns
         if returns_logits or scores_twice:
-            written = [*written[returns_logits:], Tensor("ref_outputs", "b s v", f"={held[0]}")]
+            written = [
+                *written[returns_logits:],
+                Tensor("ref_outputs", "b s v", "=embeds" if is_lower else f"={held[0]}"),
+            ]
         loss.append(Op("reference", (), tuple(written), gradient="none", model=reference, source=source_of(trainer)))
         if scores_twice:
             again = (Tensor("ref_kl_log_probs", "b s", "fp32"),)
             loss.append(Op("reference", (), again, gradient="none", model=reference, source=source_of(trainer)))
             loss += [*_halves("ref_", "ref_outputs"), ops.release_names("ref_halves")]
         if trainer.log_probs in _SHIFTED:
-            loss += _shifted_log_probs("ref_", "ref_outputs", is_fp32, trainer.log_probs)
+            loss += _shifted_log_probs("ref_", "ref_outputs", is_fp32 and not is_lower, trainer.log_probs)
             held = (*held, "ref_outputs")
         others = ("ref_log_probs",)
     others += ("kl_log_probs",) * trainer.has_first_pass + ("chosen_loss",) * trainer.likelihood
@@ -182,7 +185,21 @@ def _with_held_state(op: Op) -> tuple[Op, ...]:
 
 def converted(logits: str, shape: str = "b s v") -> Op:
     """Cast the model's outputs to fp32, as accelerate does."""
-    return Op("loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, source=_CASTS)
+    return Op("loss.outputs", (logits,), (Tensor("outputs", shape, "fp32"),), cast=True, returns=MODEL, source=_CASTS)
+
+
+def returned(
+    logits: str, trainer: Trainer, autocast: str | None, shape: str = "b s v"
+) -> tuple[tuple[Op, ...], str, bool]:
+    """Return what happens to the logits until the trainer has them, their name then, and whether they are fp32."""
+    if not trainer.widens(autocast):
+        return (RETURNED,), logits, False
+    widened = (RETURNED._replace(returns=""), converted(logits, shape))
+    if not (trainer.casts_back and autocast):
+        return widened, "outputs", True
+    lower = (Tensor("lower_outputs", shape, autocast),)
+    cast = Op("loss.lower_outputs", ("outputs",), lower, cast=True, source=_FSDP2)
+    return (*widened, cast, ops.release_names("outputs")), "lower_outputs", False
 
 
 def converted_states(logits: str) -> Iterator[Op]:
@@ -254,12 +271,14 @@ def _gathered_log_probs(outputs: str) -> Iterator[Op]:
 
 
 def _likelihood(outputs: str, source: str) -> Iterator[Op]:
-    """Compute the cross-entropy of the chosen half. Several sequences are copied without their last logits."""
+    """Compute the cross-entropy of the chosen half, outside of autocast. Several sequences are copied without their
+    last logits."""
     chosen, rows = Tensor("chosen", "half_tokens v", f"={outputs}"), Tensor("chosen_rows", "chosen_copied v", "=chosen")
     yield Op("loss.chosen", (outputs,), (chosen,), view=True, source=source)
     yield Op("loss.shift_chosen", ("chosen",), (rows,), source=source)
     yield Op("loss.shift_labels", ("labels",), (Tensor("targets", "half_rows", "int64"),), gradient="none")
-    yield from nll("chosen_loss", "chosen_rows", "chosen_log_probs", "targets", "half_rows v")
+    losses = nll("chosen_loss", "chosen_rows", "chosen_log_probs", "targets", "half_rows v")
+    yield from (op._replace(autocast="") for op in losses)
     yield ops.release_names("chosen", "chosen_rows")
 
 

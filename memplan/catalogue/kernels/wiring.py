@@ -168,10 +168,11 @@ class Trainer(NamedTuple):
     shards_copy   FSDP shards a copy, which nothing wraps in autocast
     logits_dtype  the model's logits are cast to fp32 if autocast runs (`autocast`, by accelerate) or always (`fp32`),
                   or stay as they are (`model`)
+    casts_back    FSDP2 then casts them to the dtype that it computes in
     likelihood    the loss adds the likelihood of the chosen half, from a copy of its logits
     is_reference  the model is the reference, whose pass records nothing
     rows          sequences of one example
-    teacher_dtype dtype of what a teacher returns; empty without one
+    teacher_dtype dtype of what a teacher returns; empty without one on this GPU
 
     For trainers that generate:
 
@@ -191,6 +192,7 @@ class Trainer(NamedTuple):
     copy_dtype: str = "weights"
     shards_copy: bool = False
     logits_dtype: LogitsDtype = "autocast"
+    casts_back: bool = False
     likelihood: bool = False
     is_reference: bool = False
     rows: int = 2
@@ -201,6 +203,11 @@ class Trainer(NamedTuple):
     old_log_probs: bool = False
     prompt_logits: bool = False
     divided_logits: DividedLogits = "released"
+
+    @property
+    def calls_backbone(self) -> bool:
+        """Whether the step calls the model without its head, past the forward that accelerate wraps in autocast."""
+        return self.name == "distill" and bool(self.teacher_dtype)
 
     @property
     def has_reference_pass(self) -> bool:

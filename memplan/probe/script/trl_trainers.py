@@ -59,13 +59,24 @@ TRAINERS = {
     "ppo": TrlTrainer("PPO", ("trl.experimental.ppo.ppo_trainer", "trl.trainer.ppo_trainer")),
     "gkd": TrlTrainer("GKD", ("trl.experimental.gkd.gkd_trainer", "trl.trainer.gkd_trainer"), (("lmbda", 0.0),)),
     "distill": TrlTrainer("Distillation", ("trl.trainer.distillation_trainer",)),
+    "distill from a server": TrlTrainer(
+        "ServerDistillation",
+        ("trl.experimental.server_distillation.server_distillation_trainer",),
+        (("teacher_model_server_url", "server"),),
+    ),
 }
+
+
+def trainer_of(run: RunSpec) -> TrlTrainer:
+    """Return the trainer of a run."""
+    teacher = run.roles.teacher
+    return TRAINERS["distill from a server" if teacher is not None and teacher.location == "server" else run.trainer]
 
 
 def trainer_module(run: RunSpec) -> Any:
     """Return the module of the run's trainer in the installed TRL. Raises ProbeError if it has none."""
     without_extras()
-    *others, last = TRAINERS[run.trainer].modules
+    *others, last = trainer_of(run).modules
     for name in others:
         try:
             return library(name)
@@ -260,7 +271,7 @@ class TrainerScript:
                 target_modules=target_modules(run, model),
                 use_dora="dora" in method.kind,
             )
-        module, trainer = trainer_module(run), TRAINERS[run.trainer]
+        module, trainer = trainer_module(run), trainer_of(run)
         self._copy_reference(module, run)
         kind: Any = getattr(module, f"{trainer.name}Trainer")
         for name in ("_prepare_dataset", "_precompute_ref_logps"):
@@ -278,7 +289,9 @@ class TrainerScript:
             **self.options(run),
         )
         others = {}
-        for role, other in run.roles.named if run.roles.reward is None else ():
+        for role, other in run.roles.named:
+            if role == "reward" or other.location == "server":
+                continue
             update = {"model": other.model, **fields_of_role(self.run.precision, other)}
             others[f"{role}_model"] = self._built(self.run.model_copy(update=update))
         return kind(

@@ -16,6 +16,7 @@ from memplan.core.records import NamedTuple
 from memplan.engine.storages import COMPUTING
 from memplan.engine.walk import size
 from memplan.program.graph import (
+    Graph,
     TensorGroup,
     operations_of,
     other_models,
@@ -119,22 +120,26 @@ class Sharding:
     def weights(self) -> Iterator[TensorGroup]:
         """Yield the weights and buffers that a rank holds, those of other models, and what an engine in the same
         process holds."""
-        yield from parameters_of(self.graph)
+        yield from self.stored(self.graph)
         copy = reference_copy(self.graph)
-        for held in parameters_of(copy) if copy is not None else ():
+        for held in self.stored(copy) if copy is not None else ():
             yield held._replace(what=f"reference.{held.what}")
         yield from self.weights_of_roles()
         yield from self.run.engine
 
+    def stored(self, graph: Graph) -> Iterable[TensorGroup]:
+        """Return the weights and buffers of the model, or of another one in its step, that a rank holds."""
+        return parameters_of(graph)
+
     def weights_of_roles(self) -> Iterator[TensorGroup]:
-        """Yield the weights of other models, which every rank holds whole.
+        """Yield the weights of other models, which every rank holds whole unless DeepSpeed prepares them for ZeRO 3.
 
         Source: accelerate 1.15 accelerator.py prepare_model: evaluation_mode.
         """
         for role, other in self.graph.roles:
             if role == "value":  # whose weights are the graph's own
                 continue
-            for held in parameters_of(other):
+            for held in self.stored(other):
                 yield held._replace(what=f"{role}.{held.what}", shape=own_shape(held.shape, role))
 
     def gradients(self) -> Iterator[TensorGroup]:

@@ -23,7 +23,6 @@ from memplan.program.graph import (
     TensorGroup,
     operations_of,
     parameters_of,
-    reference_copy,
     tensor_group,
     weights_of,
 )
@@ -98,21 +97,14 @@ class Zero3Sharding(ZeroSharding):
     def reduction(self) -> Reduction:
         return _reduction(self.graph, self.ranks)
 
-    def weights(self) -> Iterator[TensorGroup]:
-        """Yield the rank's parts of weights and of those of a copy that is the reference model, buffers and the fp32
-        partition of the weights.
+    def stored(self, graph: Graph) -> Iterator[TensorGroup]:
+        """Yield the rank's parts of a model's weights, and its buffers.
 
         Small weights stay whole in addition to their part. The scales of 4-bit weights are not parameters and stay
         whole too.
-        """
-        yield from self._weights(self.graph)
-        copy = reference_copy(self.graph)
-        for held in self._weights(copy) if copy is not None else ():
-            yield held._replace(what=f"reference.{held.what}")
-        yield from self.master()
-        yield from self.run.engine
 
-    def _weights(self, graph: Graph) -> Iterator[TensorGroup]:
+        Source: trl 1.16.0 models/utils.py prepare_deepspeed.
+        """
         _, axes = operations_of(graph)
         for w, copies, block in weights_of(graph):
             if w.group == "buffer":
@@ -149,14 +141,17 @@ class Zero3Sharding(ZeroSharding):
 
     def held_in(self, phase: str) -> Iterator[TensorGroup]:
         """Yield what exists during a phase of a pass: the weights in use and the prefetched ones are whole. Trainers
-        that generate gather all weights first.
+        that generate gather all weights first. A reward model has a pass of its own.
 
         Source: trl 1.16.0 models/utils.py _unwrap_model_for_generation (ds3_gather_for_generation).
         """
         if phase == "generate":
             yield from self.all_gathered()
             return
-        peak = gathered_peak(self.graph, self.ranks)[phase]
+        if phase == "reward":
+            peak = max(gathered_peak(dict(self.graph.roles)[phase], self.ranks).values(), key=sum)
+        else:
+            peak = gathered_peak(self.graph, self.ranks)[phase]
         yield self.group("parameter", "gathered weights", peak.weights, "uint8")
         yield self.group("temp", "weights as the all-gather writes them", peak.written, "uint8")
         yield from super().held_in(phase)

@@ -110,8 +110,8 @@ def trained_weights(structure: Structure) -> Iterator[SpecError]:
         yield refused(
             "batch.images",
             "without images the vision tower gets no gradients, which DDP would wait for; transformers' Trainer only "
-            "finds unused parameters without checkpointing: set images, use --fsdp fsdp2 or --no-gradient-checkpointing, "
-            "or freeze vision and projector (method.frozen)",
+            "finds unused parameters without checkpointing: set images, use --fsdp fsdp2 or "
+            "--no-gradient-checkpointing, or freeze vision and projector (method.frozen)",
         )
     if graph.flattens_frozen and ranks.row.gathers and any(w.stored for w in weights):
         yield refused(

@@ -64,15 +64,23 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
             yield refused(f"roles.{role}", f"is not supported yet; supported: {', '.join(_ROLES)}")
         elif run.trainer not in _ROLES[role]:
             yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
-        elif role in ("teacher", "value") and other.location == "server":
+        elif role == "value" and other.location == "server":
             yield not_yet_with(f"roles.{role}.location", f"trainer {run.trainer}", "gpu")
         elif role == "value" and other.quantization is not None:
             yield not_yet_with("roles.value.quantization", "a value model, which trains", "none")
-        # FSDP2 casts what its root returns; DistillationTrainer calls the backbone inside FSDP's units
-        divided = ("zero3", *{"gkd": ("fsdp2",), "distill": FSDP}.get(run.trainer, ()))
-        if run.parallelism.dp > 1 and run.parallelism.strategy in divided and other.location == "gpu":
-            supported = ", ".join(name for name in ("ddp", "zero1", "zero2", *FSDP) if name not in divided)
-            yield not_yet_with("parallelism.strategy", f"a {role} model of {run.trainer}", supported)
+        elif run.trainer == "gkd" and other.location == "server":
+            yield refused("roles.teacher.location", "gkd reads all of a teacher's logits; use gpu, or trainer distill")
+        elif (
+            run.trainer == "distill"
+            and other.location == "gpu"
+            and run.parallelism.dp > 1
+            and run.parallelism.strategy == "zero3"
+        ):
+            # trl 1.16.0 trainer/distillation_trainer.py _compute_loss; DeepSpeed 0.19.8 ZeROOrderedDict
+            yield refused(
+                "parallelism.strategy",
+                "TRL's distill reads the teacher's head after its forward, when zero3 has freed it; use zero2 or fsdp2",
+            )
 
 
 def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
