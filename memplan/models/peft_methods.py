@@ -30,9 +30,9 @@ class PeftMethod(NamedTuple):
     alpha    peft's name of the scale; empty if it has none
     formats  formats of quantised layers that it can adapt
     conv1d   whether it adapts transformers' Conv1D, as in GPT-2, too
-    refuses  models whose linear layers are of a class that it does not adapt
-    on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, or
-             rows of the embeddings (`tokens`)
+    refuses  models whose linear layers are of a class that it does not adapt, or whose key heads it mistakes
+    on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, the keys and
+             values of a `prefix` of virtual tokens in every layer, or rows of the embeddings (`tokens`)
     """
 
     targets: Targets = MappingProxyType({})
@@ -44,7 +44,7 @@ class PeftMethod(NamedTuple):
     formats: tuple[str, ...] = ()
     conv1d: bool = False
     refuses: tuple[str, ...] = ()
-    on: Literal["linear", "norms", "prompt", "tokens"] = "linear"
+    on: Literal["linear", "norms", "prompt", "prefix", "tokens"] = "linear"
 
 
 def _each(model_types: str, names: str) -> dict[str, str]:
@@ -186,6 +186,13 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         formats=BITSANDBYTES,
         conv1d=True,
         on="prompt",
+    ),
+    "prefix_tuning": PeftMethod(
+        options={"num_virtual_tokens": None, "prefix_projection": False, "encoder_hidden_size": None},
+        refuses=("dbrx", "falcon"),
+        formats=BITSANDBYTES,
+        conv1d=True,
+        on="prefix",
     ),
     "prompt_tuning": PeftMethod(options={"num_virtual_tokens": None}, formats=BITSANDBYTES, conv1d=True, on="prompt"),
     "pvera": PeftMethod(_WITHOUT_FC, 256, dropout="pvera_dropout", conv1d=True),

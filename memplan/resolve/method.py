@@ -26,6 +26,7 @@ from memplan.program.stack_facts import (
     multi_output_linears,
     parameter_targets,
     router_and_mixer_paths,
+    takes_prefix,
 )
 from memplan.spec.formats import Quantization
 from memplan.spec.training import Kernels, Method, Precision
@@ -75,7 +76,11 @@ def method_recipe(
             "method.kind", f"peft's {method.kind} cannot wrap the Conv1D layers of {model.model_type}; use lora"
         )
     if refuses_layers(method.kind, model.model_type):
-        raise refused("method.kind", f"peft's {method.kind} refuses the linear layers of {model.model_type}; use lora")
+        of = model.model_type
+        what = (
+            f"the linear layers of {of}" if PEFT_METHODS[method.kind].targets else f"{of}, whose key heads it mistakes"
+        )
+        raise refused("method.kind", f"peft's {method.kind} refuses {what}; use lora")
     if other is not None and code != "transformers":
         raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
     targets, selection, notes = _adapted(model, method, code)
@@ -122,7 +127,8 @@ def _adapted(model: ModelSpec, method: Method, code: str) -> tuple[tuple[str, ..
             field = "options" if method.options else "targets"
             raise refused(f"method.{field}", f"settings of peft's adapters only apply to peft, not to {code}")
         return _switches(method), None, []
-    if (method.virtual_tokens or method.trained_tokens) and not has_one_table(model):
+    takes = takes_prefix(model) if method.has_prefix else has_one_table(model)
+    if (method.virtual_tokens or method.trained_tokens) and not takes:
         what = "virtual" if method.virtual_tokens else "trained"
         raise refused(
             "method.options", f"{what} tokens of {model.model_type} are not supported yet; name other methods"

@@ -281,6 +281,8 @@ def _wire_training(run: OpenTraining) -> None:
     by_name = run.library.checkpointing.passes_keywords and run.checkpoints and not run.is_megatron_model
     run.wiring = run.wiring._replace(
         caches=run.library.model.returns_caches,
+        caching=bool(run.recipe.prefix),
+        prefixed=bool(run.recipe.prefix),
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
         recomputes=run.kernels.checkpointing == "selective" and run.is_megatron_model,

@@ -40,6 +40,7 @@ MethodKind = Literal[
     "osf",
     "p_tuning",
     "peanut",
+    "prefix_tuning",
     "prompt_tuning",
     "psoft",
     "pvera",
@@ -66,7 +67,7 @@ LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
 _NEAREST = {
     "lora": "adamss poly shadow xlora",
     "prompt_tuning": "cartridge cpt multitask_prompt_tuning",
-    "p_tuning": "adaption_prompt prefix_tuning",
+    "p_tuning": "adaption_prompt",
     "fourierft": "frod",
 }
 LATER_METHODS = {name: nearest for nearest, names in _NEAREST.items() for name in names.split()}
@@ -144,9 +145,14 @@ class Method(Part):
         return numbered or o.get("layers_to_transform") not in (None, ())
 
     @property
+    def has_prefix(self) -> bool:
+        """Whether it trains keys and values of virtual tokens in every layer."""
+        return self.kind in PEFT_METHODS and PEFT_METHODS[self.kind].on == "prefix"
+
+    @property
     def virtual_tokens(self) -> int:
         """Number of trained tokens that the method puts before each sequence."""
-        has_prompt = self.kind in PEFT_METHODS and PEFT_METHODS[self.kind].on == "prompt"
+        has_prompt = self.kind in PEFT_METHODS and PEFT_METHODS[self.kind].on in ("prompt", "prefix")
         return int(self.options.get("num_virtual_tokens") or 0) if has_prompt else 0
 
     @property

@@ -73,6 +73,11 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
         {"options": {"num_virtual_tokens": 20}},
         {"options": {"num_virtual_tokens": 20, "encoder_hidden_size": 128}},
     ),
+    "prefix_tuning": (
+        {"options": {"num_virtual_tokens": 20}},
+        {"options": {"num_virtual_tokens": 33, "prefix_projection": True}},
+        {"options": {"num_virtual_tokens": 20, "prefix_projection": True, "encoder_hidden_size": 128}},
+    ),
     "prompt_tuning": ({"options": {"num_virtual_tokens": 20}}, {"options": {"num_virtual_tokens": 33}}),
     "randlora": ({"rank": 64, "dropout": 0.1},),
     "road": ({"options": {"variant": "road_2"}}, {"options": {"variant": "road_4", "group_size": 32}}),
@@ -88,12 +93,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def one(
-    kind: str, model: str = "qwen2", checkpointing: str = "none", precision: Any = BF16, **method: Any
+    kind: str, model: str = "qwen2", checkpointing: str = "none", precision: Any = BF16, words: int = 0, **method: Any
 ) -> tuple[str, RunSpec]:
-    shown = [str(value) for value in method.values()]
+    """Return a named run; with few words in the vocabulary a block is the largest moment, not the loss."""
+    shown = [*([f"{words} words"] if words else []), *map(str, method.values())]
+    sizes = {**SIZES, **({"vocab_size": words} if words else {})}
     name = " ".join([kind, model, checkpointing, *map(str, precision.values()), *shown])
     fields = {
-        "model": model if "-" in model else {"config": {"model_type": model, **SIZES}},
+        "model": model if "-" in model else {"config": {"model_type": model, **sizes}},
         "method": {"kind": kind, **method},
         "precision": precision,
         "optimizer": "adamw_torch_fused",
@@ -106,12 +113,17 @@ def one(
 def other_runs(kind: str, settings: tuple[dict[str, Any], ...]) -> Iterator[tuple[str, RunSpec]]:
     """Yield runs of methods that adapt no linear layers, of which each has one of the `settings`."""
     first = settings[0]
-    for i, model in enumerate(("qwen2", "gemma2", "llama", "gpt2")):
+    # peft refuses to checkpoint a prefix, and takes the number of its heads from any config that has SIZES' name of it
+    last, checkpointing = ("mistral", "none") if kind == "prefix_tuning" else ("gpt2", "full")
+    for i, model in enumerate(("qwen2", "gemma2", "llama", last)):
         yield one(kind, model, precision=(AUTOCAST, FP32)[i % 2], **first)
-        yield one(kind, model, "full", precision=(FP32, AUTOCAST)[i % 2], **first)
+        yield one(kind, model, checkpointing, precision=(FP32, AUTOCAST)[i % 2], **first)
     for more in settings[1:]:
         yield one(kind, **more)
-    yield one(kind, "qwen2", "full", AUTOCAST, quantization={"format": "nf4"}, **first)
+    if kind == "prefix_tuning":
+        for model, precision in (("qwen2", BF16), ("llama", AUTOCAST), ("gemma2", FP32), ("qwen3", BF16)):
+            yield one(kind, model, precision=precision, words=512, **first)
+    yield one(kind, "qwen2", checkpointing, AUTOCAST, quantization={"format": "nf4"}, **first)
 
 
 QV = ["q_proj", "v_proj"]

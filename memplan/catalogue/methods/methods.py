@@ -112,6 +112,11 @@ class Recipe(NamedTuple):
         return next((int(value or 0) for name, value in self.options if name == "num_virtual_tokens"), 0)
 
     @property
+    def prefix(self) -> int:
+        """Number of virtual tokens of which only keys and values exist, in every layer."""
+        return self.virtual_tokens if self.kind == "prefix_tuning" else 0
+
+    @property
     def is_dora(self) -> bool:
         return "dora" in self.kind
 

@@ -1,7 +1,7 @@
-"""peft's methods that train virtual tokens before each sequence: prompt tuning and p-tuning.
+"""peft's methods that train virtual tokens before each sequence: prompt tuning, p-tuning and prefix tuning.
 
 Source: peft 0.21.2 peft_model.py PeftModelForCausalLM.forward and get_prompt, tuners/prompt_tuning/model.py,
-tuners/p_tuning/model.py.
+tuners/p_tuning/model.py, tuners/prefix_tuning/model.py.
 """
 
 from __future__ import annotations
@@ -9,7 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from memplan.catalogue.inference.decoding import with_cache, with_keys
+from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import ops
+from memplan.catalogue.kernels.rewriting import once_each, rewrite_blocks
 from memplan.catalogue.methods.trained_tokens import with_trained_tokens
 from memplan.core.ir import Op, Stack, Tensor, Weight
 
@@ -20,7 +23,52 @@ TEXT = "text"  # axis of the tokens without the virtual ones, which the axis `s`
 def with_trained_inputs(stack: Stack, tokens: int, dtype: str, options: Mapping[str, Any]) -> Stack:
     """Return the stack with trained rows of the embeddings in `dtype`, and the virtual tokens of the `options`."""
     stack = with_trained_tokens(stack, tokens, dtype) if tokens else stack
+    if "prefix_projection" in options:
+        return with_prefix(stack, options)
     return with_prompt(stack, options) if options.get("num_virtual_tokens") else stack
+
+
+def with_prefix(stack: Stack, options: Mapping[str, Any]) -> Stack:
+    """Return the stack whose layers attend to trained keys and values too, which a cache joins with the tokens' own."""
+    now = Pass("forward", "dynamic", follows_passes=True)
+
+    @once_each
+    def changed(operations: tuple[Op, ...]) -> tuple[Op, ...]:
+        return tuple(
+            op._replace(holds="forward", gradient="part" if op.past else op.gradient) if op.holds == "cache" else op
+            for op in with_cache(operations, now)
+            if not op.name.endswith(".window")  # its length is a number in training
+        )
+
+    stack = rewrite_blocks(stack, lambda block: block._replace(ops=changed(block.ops)))
+    at = next(i for i, op in enumerate(stack.before, 1) if any(t.name == "embeds" for t in op.writes))
+    before = tuple(with_keys(stack.before, now))
+    return stack._replace(before=(*before[:at], *_prefix(options), *before[at:]))
+
+
+def _prefix(options: Mapping[str, Any]) -> Iterator[Op]:
+    """The keys and values of all layers' virtual tokens, projected from embeddings if asked for."""
+    n, number = "prompt_encoder", str(options["num_virtual_tokens"])
+    every, lead = "L 2 k d", f"b {number}"
+    yield Op(f"{n}.tokens", (), (Tensor("prefix.ids", lead, "int64"),), gradient="none", source=_SOURCE)
+    projected = bool(options["prefix_projection"])
+    rows = Weight(f"{n}.embedding.weight", f"{number} {'k d' if projected else every}", "adapter", "fp32", rows=1)
+    prefix = "prefix.embedded"
+    yield ops.lookup(f"{n}.embedding", "prefix.ids", prefix, f"{lead} {'k d' if projected else every}", rows)
+    if projected:
+        width = str(options["encoder_hidden_size"] or "k d")
+        for i, (out, into) in enumerate(((width, "k d"), (every, width))):
+            layer = ops.linear(f"{n}.transform.{2 * i}", prefix, f"prefix.{i}", out, into, "adapter", True, lead)
+            yield layer._replace(weights=tuple(w._replace(dtype="fp32", matrix=False) for w in layer.weights))
+            prefix = f"prefix.{i}"
+            if i == 0:
+                prefix = "prefix.tanh"
+                yield ops.keeping_output(f"{n}.transform.1", "prefix.0", prefix, f"{lead} {width}", "tanh")
+    yield ops.cast(f"{n}.cast", prefix, "prefix", f"{lead} {every}", "=embeds")
+    yield Op(
+        f"{n}.split", ("prefix",), (Tensor("prefixes", f"{lead} {every}", "=prefix"),), holds="past", source=_SOURCE
+    )
+    yield Op(f"{n}.dealt", releases="past")
 
 
 def with_prompt(stack: Stack, options: Mapping[str, Any]) -> Stack:

@@ -58,6 +58,11 @@ def settings(r: OpenRun) -> Iterator[SpecError]:
             f"peft's copies of the norms are in {method.adapter_dtype}, and layers in {p.weights} cannot read their "
             f"output; use autocast, or adapters in {p.weights}",
         )
+    if method.has_prefix:
+        if kernels.checkpointing != "none":
+            yield refused("kernels.checkpointing", f"peft refuses {method.kind} with checkpointing; use none")
+        if not r.library.generation.further_caches:
+            yield refused("method.kind", f"{method.kind} is not supported yet with {r.profile}; use transformers-5")
     if method.kind in PEFT_METHODS and not r.trains:
         yield not_yet("method.kind", method.kind, f"full, {', '.join(LORA)} without training")
     yield from _precision(r.precision, method.quantization)
@@ -120,7 +125,7 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
     for field, has in (("rank", row.rank), ("alpha", row.alpha), ("dropout", row.dropout)):
         if not has and getattr(m, field) != getattr(_PLAIN, field):
             yield refused(f"method.{field}", f"{m.kind} has no {field} in peft; its settings are {settings}")
-    if row.on in ("prompt", "tokens") and m.targets not in ("default", ()):
+    if row.on in ("prompt", "prefix", "tokens") and m.targets not in ("default", ()):
         yield refused("method.targets", f"{m.kind} adapts no linear layer; leave them out")
     if row.on == "tokens":
         if m.modules_to_save:
@@ -128,7 +133,9 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
         from memplan.resolve.peft_options import token_indices
 
         yield from token_indices("method.options.token_indices", m.options.get("token_indices"))
-    for name, value in (("num_virtual_tokens", m.options.get("num_virtual_tokens")),) if row.on == "prompt" else ():
+    for name, value in (
+        (("num_virtual_tokens", m.options.get("num_virtual_tokens")),) if row.on in ("prompt", "prefix") else ()
+    ):
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             shown = "must be given" if value is None else f"must be a whole number above 0, not {value!r:.40}"
             yield refused(f"method.options.{name}", f"{shown}: the number of tokens that {m.kind} trains")
