@@ -126,6 +126,7 @@ _NORMS: Targets = {
     "phi": "input_layernorm final_layernorm",
     "t5": "layer_norm final_layer_norm",
 }
+_MISTAKEN = ("dbrx", "falcon")  # models whose key heads peft mistakes
 # IA3's targets that are scaled at their input.
 FEEDFORWARD: Targets = {model_type: names.split()[-1] for model_type, names in _IA3.items()}
 
@@ -138,6 +139,13 @@ PEFT_METHODS: dict[str, PeftMethod] = {
         _LORA, options={"boft_block_size": 4, "boft_block_num": 0, "boft_n_butterfly_factor": 1}, formats=BITSANDBYTES
     ),
     "c3a": PeftMethod(_C_PROJ, options={"block_size": 256}),
+    "cartridge": PeftMethod(
+        options={"num_virtual_tokens": None, "num_frozen_tokens": 1},
+        refuses=_MISTAKEN,
+        formats=BITSANDBYTES,
+        conv1d=True,
+        on="prefix",
+    ),
     "deft": PeftMethod(_LORA, 8, {"para": False}, dropout="deft_dropout", conv1d=True),
     "delora": PeftMethod(_LORA, 8),
     "fourierft": PeftMethod(_C_PROJ, options={"n_frequency": 1000}, conv1d=True),
@@ -189,7 +197,7 @@ PEFT_METHODS: dict[str, PeftMethod] = {
     ),
     "prefix_tuning": PeftMethod(
         options={"num_virtual_tokens": None, "prefix_projection": False, "encoder_hidden_size": None},
-        refuses=("dbrx", "falcon"),
+        refuses=_MISTAKEN,
         formats=BITSANDBYTES,
         conv1d=True,
         on="prefix",

@@ -23,6 +23,7 @@ MethodKind = Literal[
     "beft",
     "boft",
     "c3a",
+    "cartridge",
     "deft",
     "delora",
     "fourierft",
@@ -66,7 +67,7 @@ LossKind = Literal["hf", "chunked", "fused", _ChunkedLoss, "label_smoothing"]
 # kind of parameters.
 _NEAREST = {
     "lora": "adamss poly shadow xlora",
-    "prompt_tuning": "cartridge cpt multitask_prompt_tuning",
+    "prompt_tuning": "cpt multitask_prompt_tuning",
     "p_tuning": "adaption_prompt",
     "fourierft": "frod",
 }

@@ -23,6 +23,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "boft": ({"options": {"boft_block_size": 8}}, {"options": {"boft_block_size": 0, "boft_block_num": 4}}),
     "beft": ({"adapter_dtype": "bf16"},),
     "c3a": ({"options": {"block_size": 16}},),
+    "cartridge": ({"targets": "default", "options": {"num_virtual_tokens": 5, "num_frozen_tokens": 0}},),
     "deft": ({"rank": 5}, {"options": {"para": True}}),
     "delora": ({"rank": 3},),
     "fourierft": ({"options": {"n_frequency": 100}},),
@@ -75,6 +76,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 # Settings that a method does not run without, in models this small.
 NEEDED: dict[str, dict[str, Any]] = {
     "p_tuning": {"options": {"num_virtual_tokens": 7}},
+    "cartridge": {"options": {"num_virtual_tokens": 7}},
     "prefix_tuning": {"options": {"num_virtual_tokens": 7}},
     "prompt_tuning": {"options": {"num_virtual_tokens": 7}},
     "c3a": {"options": {"block_size": 8}},
@@ -206,6 +208,10 @@ REFUSED = [
     ({"kind": "p_tuning", "options": {"num_virtual_tokens": 0}}, "must be a whole number above 0, not 0"),
     ({"kind": "prompt_tuning", "targets": ["q_proj"], "options": {"num_virtual_tokens": 4}}, "adapts no linear layer"),
     ({"kind": "prefix_tuning"}, "num_virtual_tokens: must be given"),
+    (
+        {"kind": "cartridge", "options": {"num_virtual_tokens": 2, "num_frozen_tokens": 2}},
+        "method.options.num_frozen_tokens: 2 of 2 tokens leave none to train",
+    ),
     ({"kind": "c3a"}, "method.options.block_size: 256 does not divide the 64 features of self_attn.q_proj"),
     ({"kind": "road", "options": {"variant": "road_3"}}, "unknown name 'road_3'; did you mean road_4"),
     ({"kind": "fourierft", "options": {"n_frequency": 9999999}}, "9999999 is not among the"),

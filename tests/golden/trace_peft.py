@@ -38,6 +38,10 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "boft": ({"options": {"boft_block_size": 8}}, {"options": {"boft_block_size": 0, "boft_block_num": 4}}),
     "beft": ({},),
     "c3a": ({"options": {"block_size": 64}},),
+    "cartridge": (
+        {"options": {"num_virtual_tokens": 20}},
+        {"options": {"num_virtual_tokens": 33, "num_frozen_tokens": 0}},
+    ),
     "deft": ({"rank": 4, "dropout": 0.1}, {"options": {"para": True}}),
     "delora": ({"rank": 4},),
     "fourierft": ({"options": {"n_frequency": 300}},),
@@ -114,13 +118,13 @@ def other_runs(kind: str, settings: tuple[dict[str, Any], ...]) -> Iterator[tupl
     """Yield runs of methods that adapt no linear layers, of which each has one of the `settings`."""
     first = settings[0]
     # peft refuses to checkpoint a prefix, and takes the number of its heads from any config that has SIZES' name of it
-    last, checkpointing = ("mistral", "none") if kind == "prefix_tuning" else ("gpt2", "full")
+    last, checkpointing = ("mistral", "none") if PEFT_METHODS[kind].on == "prefix" else ("gpt2", "full")
     for i, model in enumerate(("qwen2", "gemma2", "llama", last)):
         yield one(kind, model, precision=(AUTOCAST, FP32)[i % 2], **first)
         yield one(kind, model, checkpointing, precision=(FP32, AUTOCAST)[i % 2], **first)
     for more in settings[1:]:
         yield one(kind, **more)
-    if kind == "prefix_tuning":
+    if PEFT_METHODS[kind].on == "prefix":
         for model, precision in (("qwen2", BF16), ("llama", AUTOCAST), ("gemma2", FP32), ("qwen3", BF16)):
             yield one(kind, model, precision=precision, words=512, **first)
     yield one(kind, "qwen2", checkpointing, AUTOCAST, quantization={"format": "nf4"}, **first)

@@ -114,7 +114,7 @@ class Recipe(NamedTuple):
     @property
     def prefix(self) -> int:
         """Number of virtual tokens of which only keys and values exist, in every layer."""
-        return self.virtual_tokens if self.kind == "prefix_tuning" else 0
+        return self.virtual_tokens if self.kind in ("cartridge", "prefix_tuning") else 0
 
     @property
     def is_dora(self) -> bool:
@@ -322,7 +322,8 @@ def _rewritten(stack: Stack, recipe: Recipe, axes: Mapping[str, int]) -> Stack:
     if recipe.tokens or recipe.virtual_tokens:
         from memplan.catalogue.methods.prompts import with_trained_inputs
 
-        stack = with_trained_inputs(stack, recipe.tokens, recipe.adapter_dtype, dict(recipe.options))
+        options = dict(recipe.options)
+        stack = with_trained_inputs(stack, recipe.tokens, recipe.adapter_dtype, options, bool(recipe.prefix))
     stood_for = represented_layers(operations(stack)) if recipe.kind in LORA else frozenset[str]()
     all_linear = recipe.targets == ("all-linear",) and recipe.selection is None
 

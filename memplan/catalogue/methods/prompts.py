@@ -1,7 +1,7 @@
-"""peft's methods that train virtual tokens before each sequence: prompt tuning, p-tuning and prefix tuning.
+"""peft's methods that train virtual tokens before each sequence: prompt tuning, p-tuning, prefix tuning and cartridges.
 
 Source: peft 0.21.2 peft_model.py PeftModelForCausalLM.forward and get_prompt, tuners/prompt_tuning/model.py,
-tuners/p_tuning/model.py, tuners/prefix_tuning/model.py.
+tuners/p_tuning/model.py, tuners/prefix_tuning/model.py, tuners/cartridge/model.py.
 """
 
 from __future__ import annotations
@@ -20,10 +20,13 @@ _SOURCE = "peft 0.21.2 peft_model.py PeftModelForCausalLM.forward"
 TEXT = "text"  # axis of the tokens without the virtual ones, which the axis `s` includes
 
 
-def with_trained_inputs(stack: Stack, tokens: int, dtype: str, options: Mapping[str, Any]) -> Stack:
-    """Return the stack with trained rows of the embeddings in `dtype`, and the virtual tokens of the `options`."""
+def with_trained_inputs(stack: Stack, tokens: int, dtype: str, options: Mapping[str, Any], prefix: bool) -> Stack:
+    """Return the stack with trained rows of the embeddings in `dtype`, and the virtual tokens of the `options`.
+
+    prefix  they are keys and values of every layer
+    """
     stack = with_trained_tokens(stack, tokens, dtype) if tokens else stack
-    if "prefix_projection" in options:
+    if prefix:
         return with_prefix(stack, options)
     return with_prompt(stack, options) if options.get("num_virtual_tokens") else stack
 
@@ -51,24 +54,40 @@ def _prefix(options: Mapping[str, Any]) -> Iterator[Op]:
     n, number = "prompt_encoder", str(options["num_virtual_tokens"])
     every, lead = "L 2 k d", f"b {number}"
     yield Op(f"{n}.tokens", (), (Tensor("prefix.ids", lead, "int64"),), gradient="none", source=_SOURCE)
-    projected = bool(options["prefix_projection"])
+    if "num_frozen_tokens" in options:
+        yield from _cartridge(int(options["num_virtual_tokens"]), int(options["num_frozen_tokens"]), every)
+    else:
+        yield from _encoded(options, number, every, lead)
+    yield ops.cast(f"{n}.cast", "prefix.wide", "prefix", f"{lead} {every}", "=embeds")
+    joined = Tensor("prefixes", f"{lead} {every}", "=prefix")
+    yield Op(f"{n}.split", ("prefix",), (joined,), holds="past", source=_SOURCE)
+    yield Op(f"{n}.dealt", releases="past")
+
+
+def _cartridge(number: int, frozen: int, every: str) -> Iterator[Op]:
+    """The rows of a cartridge, of which the first are `frozen`: the gradient of the others is a part of that of all."""
+    n, rows = "prompt_encoder", f"{number} {every}"
+    train = Weight(f"{n}.trainable_embedding", f"{number - frozen} {every}", "adapter", "fp32", rows=1, gradient=rows)
+    first = Weight(f"{n}.frozen_embedding", f"{frozen} {every}", "adapter", "fp32", trains=False, rows=1)
+    yield Op(f"{n}.cat", (), (Tensor("prefix.rows", rows, "fp32"),), (*((first,) if frozen else ()), train))
+    yield ops.view(f"{n}.expand", "prefix.rows", "prefix.wide", f"b {rows}", "new")
+
+
+def _encoded(options: Mapping[str, Any], number: str, every: str, lead: str) -> Iterator[Op]:
+    """The rows of a prefix, looked up or projected from embeddings."""
+    n, projected = "prompt_encoder", bool(options["prefix_projection"])
     rows = Weight(f"{n}.embedding.weight", f"{number} {'k d' if projected else every}", "adapter", "fp32", rows=1)
-    prefix = "prefix.embedded"
+    prefix = "prefix.embedded" if projected else "prefix.wide"
     yield ops.lookup(f"{n}.embedding", "prefix.ids", prefix, f"{lead} {'k d' if projected else every}", rows)
     if projected:
         width = str(options["encoder_hidden_size"] or "k d")
         for i, (out, into) in enumerate(((width, "k d"), (every, width))):
-            layer = ops.linear(f"{n}.transform.{2 * i}", prefix, f"prefix.{i}", out, into, "adapter", True, lead)
+            y = ("prefix.0", "prefix.wide")[i]
+            layer = ops.linear(f"{n}.transform.{2 * i}", prefix, y, out, into, "adapter", True, lead)
             yield layer._replace(weights=tuple(w._replace(dtype="fp32", matrix=False) for w in layer.weights))
-            prefix = f"prefix.{i}"
             if i == 0:
                 prefix = "prefix.tanh"
-                yield ops.keeping_output(f"{n}.transform.1", "prefix.0", prefix, f"{lead} {width}", "tanh")
-    yield ops.cast(f"{n}.cast", prefix, "prefix", f"{lead} {every}", "=embeds")
-    yield Op(
-        f"{n}.split", ("prefix",), (Tensor("prefixes", f"{lead} {every}", "=prefix"),), holds="past", source=_SOURCE
-    )
-    yield Op(f"{n}.dealt", releases="past")
+                yield ops.keeping_output(f"{n}.transform.1", y, prefix, f"{lead} {width}", "tanh")
 
 
 def with_prompt(stack: Stack, options: Mapping[str, Any]) -> Stack:

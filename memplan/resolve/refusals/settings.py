@@ -9,7 +9,7 @@ from memplan.catalogue.methods.methods import ADAPTERS, LORA
 from memplan.catalogue.optimizers.optimizers import ON_HOST, OPTIMIZERS
 from memplan.catalogue.quantization.quantization import FP8_BLOCK, WHOLE
 from memplan.core.errors import SpecError, nearest, refused
-from memplan.models.peft_methods import BITSANDBYTES, PEFT_METHODS, PeftMethod, Value
+from memplan.models.peft_methods import BITSANDBYTES, PEFT_METHODS, PeftMethod, Value, filled_options
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
 from memplan.spec.formats import Quantization, TrainedOver
@@ -115,8 +115,8 @@ def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iter
         yield from _quantization(m.quantization, storages, runs)
 
 
-# Sizes of blocks, of which 0 means that the other setting gives their number.
-_OR_BLOCKS = ("oft_block_size", "boft_block_size")
+# Numbers that may be 0; of a size of blocks it means that the other setting gives their number.
+_MAY_BE_0 = ("oft_block_size", "boft_block_size", "num_frozen_tokens")
 
 
 def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
@@ -150,6 +150,9 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
             yield refused(field, f"must be {kinds[type(default)]}, not {value!r:.40}")
         else:
             yield from _out_of_range(field, name, value, default)
+    frozen = filled_options(m.kind, m.options, "").get("num_frozen_tokens")
+    if isinstance(frozen, int) and 0 < m.virtual_tokens <= frozen:
+        yield refused("method.options.num_frozen_tokens", f"{frozen} of {m.virtual_tokens} tokens leave none to train")
 
 
 def _out_of_range(field: str, name: str, value: Any, default: Value) -> Iterator[SpecError]:
@@ -157,7 +160,7 @@ def _out_of_range(field: str, name: str, value: Any, default: Value) -> Iterator
     if isinstance(default, float) and not 0 <= value < 1:
         yield refused(field, f"must be at least 0 and less than 1, not {value}")
     if isinstance(default, int) and not isinstance(default, bool):
-        least = 0 if name in _OR_BLOCKS else min(default, 1)
+        least = 0 if name in _MAY_BE_0 else min(default, 1)
         if value < least:
             yield refused(field, f"must be at least {least}, not {value}")
 
