@@ -32,7 +32,8 @@ class PeftMethod(NamedTuple):
     conv1d   whether it adapts transformers' Conv1D, as in GPT-2, too
     refuses  models whose linear layers are of a class that it does not adapt, or whose key heads it mistakes
     on       what it trains: adapters of `linear` layers, copies of `norms`, a `prompt` of virtual tokens, the keys and
-             values of a `prefix` of virtual tokens in every layer, or rows of the embeddings (`tokens`)
+             values of a `prefix` of virtual tokens in every layer, tokens that the last layers' `attention` reads, or
+             rows of the embeddings (`tokens`)
     """
 
     targets: Targets = MappingProxyType({})
@@ -44,7 +45,7 @@ class PeftMethod(NamedTuple):
     formats: tuple[str, ...] = ()
     conv1d: bool = False
     refuses: tuple[str, ...] = ()
-    on: Literal["linear", "norms", "prompt", "prefix", "tokens"] = "linear"
+    on: Literal["linear", "norms", "prompt", "prefix", "attention", "tokens"] = "linear"
 
 
 def _each(model_types: str, names: str) -> dict[str, str]:
@@ -133,6 +134,12 @@ FEEDFORWARD: Targets = {model_type: names.split()[-1] for model_type, names in _
 PEFT_METHODS: dict[str, PeftMethod] = {
     "adalora": PeftMethod(
         _ADALORA, 12, dropout="lora_dropout", r="init_r", alpha="lora_alpha", formats=BITSANDBYTES, conv1d=True
+    ),
+    "adaption_prompt": PeftMethod(
+        {"llama": "self_attn", "mistral": "self_attn"},
+        options={"adapter_len": None, "adapter_layers": None},
+        conv1d=True,
+        on="attention",
     ),
     "beft": PeftMethod(_BEFT),
     "boft": PeftMethod(
@@ -232,6 +239,11 @@ def default_targets(method: str, model_type: str) -> tuple[str, ...]:
 def refuses_layers(method: str, model_type: str) -> bool:
     """Whether a method does not adapt the class of the model's linear layers."""
     return method in PEFT_METHODS and model_type in PEFT_METHODS[method].refuses
+
+
+def trains_prefix(method: str) -> bool:
+    """Whether a method trains keys and values of virtual tokens in every layer."""
+    return method in PEFT_METHODS and PEFT_METHODS[method].on == "prefix"
 
 
 def has_rank(method: str) -> bool:

@@ -81,6 +81,8 @@ def method_recipe(
             f"the linear layers of {of}" if PEFT_METHODS[method.kind].targets else f"{of}, whose key heads it mistakes"
         )
         raise refused("method.kind", f"peft's {method.kind} refuses {what}; use lora")
+    if other is not None and other.on == "attention":
+        _check_attention(model, method, tuple(other.targets))
     if other is not None and code != "transformers":
         raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
     targets, selection, notes = _adapted(model, method, code)
@@ -118,6 +120,22 @@ def method_recipe(
         notes.append("LLM.int8 layers keep their inputs until the step ends, even with checkpointing")
     recipe, more_notes = quantised_recipe(model, recipe, q, stored)
     return recipe, [*more_notes, *notes]
+
+
+def _check_attention(model: ModelSpec, method: Method, families: tuple[str, ...]) -> None:
+    """Refuse models whose attention peft does not wrap, and more layers than there are."""
+    kind, axes = method.kind, model.axes()
+    if model.model_type == "gpt2":
+        raise refused("method.kind", f"{kind} is not supported yet for gpt2; use lora")
+    if model.model_type not in families:
+        raise refused(
+            "method.kind", f"peft's {kind} refuses {model.model_type}: it wraps {', '.join(families)}; use lora"
+        )
+    if axes["a"] * axes["d"] != axes["h"]:
+        raise refused("method.kind", f"peft's {kind} refuses heads that are not as wide as the hidden size; use lora")
+    if method.last_layers > model.num_hidden_layers:
+        of = f"{method.last_layers} is more than the model's {model.num_hidden_layers} layers"
+        raise refused("method.options.adapter_layers", of)
 
 
 def _adapted(model: ModelSpec, method: Method, code: str) -> tuple[tuple[str, ...], Selection | None, list[str]]:

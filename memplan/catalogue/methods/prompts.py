@@ -13,20 +13,26 @@ from memplan.catalogue.inference.decoding import with_cache, with_keys
 from memplan.catalogue.inference.one_pass import Pass
 from memplan.catalogue.kernels import ops
 from memplan.catalogue.kernels.rewriting import once_each, rewrite_blocks
+from memplan.catalogue.methods.adaption_prompt import with_adaption_prompts
 from memplan.catalogue.methods.trained_tokens import with_trained_tokens
 from memplan.core.ir import Op, Stack, Tensor, Weight
+from memplan.models.peft_methods import trains_prefix
 
 _SOURCE = "peft 0.21.2 peft_model.py PeftModelForCausalLM.forward"
 TEXT = "text"  # axis of the tokens without the virtual ones, which the axis `s` includes
 
 
-def with_trained_inputs(stack: Stack, tokens: int, dtype: str, options: Mapping[str, Any], prefix: bool) -> Stack:
-    """Return the stack with trained rows of the embeddings in `dtype`, and the virtual tokens of the `options`.
+def with_trained_inputs(
+    stack: Stack, kind: str, tokens: int, dtypes: tuple[str, str], options: Mapping[str, Any]
+) -> Stack:
+    """Return the stack with trained rows of the embeddings, or with the virtual tokens of a method of this `kind`.
 
-    prefix  they are keys and values of every layer
+    dtypes  of adapters, and of the model
     """
-    stack = with_trained_tokens(stack, tokens, dtype) if tokens else stack
-    if prefix:
+    stack = with_trained_tokens(stack, tokens, dtypes[0]) if tokens else stack
+    if kind == "adaption_prompt":
+        return with_adaption_prompts(stack, int(options["adapter_len"]), dtypes[1])
+    if trains_prefix(kind):
         return with_prefix(stack, options)
     return with_prompt(stack, options) if options.get("num_virtual_tokens") else stack
 

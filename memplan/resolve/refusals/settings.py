@@ -115,6 +115,11 @@ def _method(m: Method, storages: tuple[str, ...], runs: tuple[str, ...]) -> Iter
         yield from _quantization(m.quantization, storages, runs)
 
 
+# Settings without a default in peft, by what a method trains.
+_REQUIRED = {
+    **dict.fromkeys(("prompt", "prefix"), ("num_virtual_tokens",)),
+    "attention": ("adapter_len", "adapter_layers"),
+}
 # Numbers that may be 0; of a size of blocks it means that the other setting gives their number.
 _MAY_BE_0 = ("oft_block_size", "boft_block_size", "num_frozen_tokens")
 
@@ -125,7 +130,7 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
     for field, has in (("rank", row.rank), ("alpha", row.alpha), ("dropout", row.dropout)):
         if not has and getattr(m, field) != getattr(_PLAIN, field):
             yield refused(f"method.{field}", f"{m.kind} has no {field} in peft; its settings are {settings}")
-    if row.on in ("prompt", "prefix", "tokens") and m.targets not in ("default", ()):
+    if row.on in (*_REQUIRED, "tokens") and m.targets not in ("default", ()):
         yield refused("method.targets", f"{m.kind} adapts no linear layer; leave them out")
     if row.on == "tokens":
         if m.modules_to_save:
@@ -133,12 +138,12 @@ def _peft_method(m: Method, row: PeftMethod) -> Iterator[SpecError]:
         from memplan.resolve.peft_options import token_indices
 
         yield from token_indices("method.options.token_indices", m.options.get("token_indices"))
-    for name, value in (
-        (("num_virtual_tokens", m.options.get("num_virtual_tokens")),) if row.on in ("prompt", "prefix") else ()
-    ):
+    for name in _REQUIRED.get(row.on, ()):
+        value = m.options.get(name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             shown = "must be given" if value is None else f"must be a whole number above 0, not {value!r:.40}"
-            yield refused(f"method.options.{name}", f"{shown}: the number of tokens that {m.kind} trains")
+            what = "layers" if name == "adapter_layers" else "tokens"
+            yield refused(f"method.options.{name}", f"{shown}: the number of {what} that {m.kind} trains")
     for name, value in m.options.items():
         field = f"method.options.{name}"
         if name not in row.options:
