@@ -181,7 +181,7 @@ def traced_losses() -> list[Compared]:
 @cache
 def traced_trainers() -> list[Compared]:
     """Yield steps of trainers themselves, by profile and trainer."""
-    files = ("trainers", "preference", "generation", "packing")
+    files = ("trainers", "unsloth", "preference", "generation", "packing")
     every = [row for name in files for row in rows(f"traced_{name}.jsonl") if "run" in row]
     return [compared_with_trace(row, f"{row['run']['profile']} {_trainer(row['run'])}") for row in every]
 

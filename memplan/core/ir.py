@@ -142,8 +142,9 @@ class Op(NamedTuple):
     scratch_back       tensors alive only inside the backward call
     gradient           storage of the gradient of a read: new   new storage view  a view of new storage, which autograd
                        cannot add into in place same  the incoming gradient itself, or a cast of it if dtypes or shapes
-                       differ own   new storage in the read's dtype, even if the output has another none  no gradient
-                       flows through
+                       differ own   new storage in the read's dtype, even if the output has another part  a view of part
+                       of the incoming gradient; that of what is `past` stays until all blocks' backward is over none
+                       no gradient flows through
     view               the output aliases the first read
     is_view_again      the output aliases the first read when a checkpointed block is recomputed
     cast               only changes the dtype; dropped if the tensor has that dtype already
@@ -156,7 +157,7 @@ class Op(NamedTuple):
     holds              keeps a reference to its outputs to the end of `autocast` (casts of weights), of `forward` (what
                        the model returns) or of the `step`; an encoder's `states` until an operation outside of blocks
                        that `releases` them; a `cache` until the next pass, or that of a model inside another one's step
-                       until its loss is computed
+                       until its loss is computed. `past`: the blocks find it as what is `past`, with its gradients
     releases           what it lets go that operations hold: all `states`, the `last states`, or casts of `autocast`
     past               tensors left by the previous pass, by their names in this one; each is freed after its last
                        reader

@@ -24,6 +24,10 @@ def leaves(op: Op) -> tuple[str, ...]:
     return tuple(t.name for t in op.writes) if op.requires_gradient and op.gradient == "none" else ()
 
 
+def _past_with_gradients(op: Op) -> tuple[str, ...]:
+    return tuple(t.name for t in op.past) if op.gradient == "part" else ()
+
+
 class Backward(NamedTuple):
     """The gradients that one operation's backward computes and the tensors that it keeps, given which need a gradient.
 
@@ -31,6 +35,7 @@ class Backward(NamedTuple):
     pins     names of the tensors it keeps from forward
     weights  names of its weights
     wraps    names of the parameters that it creates
+    past     names of what the pass before or the operations before the blocks left, if that needs gradients
     shapes   shapes of gradients that differ from their weights'
     becomes  targets whose gradient is a kept tensor
     sums     targets whose gradient is first computed in a broadcast shape
@@ -42,6 +47,7 @@ class Backward(NamedTuple):
     pins: tuple[str, ...]
     weights: tuple[str, ...]
     wraps: tuple[str, ...]
+    past: tuple[str, ...]
     shapes: Mapping[str, str]
     becomes: Mapping[str, str]
     sums: Mapping[str, Tensor]
@@ -56,6 +62,7 @@ def _backward_of(op: Op, targets: tuple[str, ...]) -> Backward:
         pins=tuple(dict.fromkeys(k.what for k in op.keeps if k.of in targets)),
         weights=tuple(w.name for w in op.weights),
         wraps=tuple(t.name for t in op.wraps),
+        past=_past_with_gradients(op),
         shapes={w.name: "0" if w.accumulates else w.gradient for w in op.weights if w.accumulates or w.gradient},
         becomes={k.of: k.what for k in reversed(op.keeps) if k.is_gradient},
         sums={s.of: s.tensor for s in reversed(op.scratch_back) if s.summed},
@@ -104,6 +111,7 @@ def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow
             targets = tuple(r for r in dict.fromkeys(op.reads) if r in flows)
             targets += tuple(w.name for w in op.weights if w.requires_grad)
             targets += tuple(t.name for t in op.wraps)
+            targets += _past_with_gradients(op)
             if targets:
                 flows.update(t.name for t in op.writes if t.dtype in FLOATING)
         else:

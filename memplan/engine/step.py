@@ -551,6 +551,9 @@ class _Pass:
         """Run what precedes the blocks backward, and drop gradients that belong to no leaf."""
         tape, gatherer, stack, first = self.tape, self.gatherer, self.stack, self.first
         self._rename_gradient("y", self.embeds)
+        for dealt in [t for op in first.ops if op.holds == "past" for t in op.writes]:
+            tape.enter(first, Op("past"))
+            self.grads[dealt.name] = tape.alloc(dealt, "temp", of="gradient of ")
         if gatherer.is_reached(BEFORE, first, stack.leaf):
             gatherer.backward(BEFORE, first, gatherer.last_before)
         gatherer.enter_outside()

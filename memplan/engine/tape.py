@@ -430,7 +430,7 @@ class Tape(LiveStorages):
             self.drop(storage)
 
     def end_blocks(self) -> None:
-        """Free the blocks' recomputed outputs for other blocks, once no checkpoint is left."""
+        """Free what blocks recomputed for other blocks, and gradients of what is past, once no block is left."""
         while self._shared:
             self.drop(self._shared.pop())
 
@@ -500,6 +500,8 @@ class Tape(LiveStorages):
         for target, storage in zip(node.targets, gradients, strict=True):
             if target in backward.wraps:
                 self._held["nodes"].append(storage)
+            elif target in backward.past:
+                self._shared.append(storage)
             elif target in self.nested:
                 self._reduce(self.nested[target], storage, gathered)
             elif target in backward.weights:
@@ -547,9 +549,9 @@ class Tape(LiveStorages):
             return kept, False
         if target in backward.sums:
             return self.alloc(backward.sums[target], "temp", of="gradient of "), True
-        if op.gradient == "same":
+        if op.gradient in ("same", "part"):
             out, storage = incoming[0]
-            aliased = op.view and target == op.reads[0]
+            aliased = op.gradient == "part" or (op.view and target == op.reads[0])
             if aliased or (out.shape, out.dtype) == (like.shape, like.dtype):
                 storage.refs += 1
                 return storage, False

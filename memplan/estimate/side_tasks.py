@@ -133,6 +133,7 @@ def _evaluation_run(run: RunSpec, e: Evaluation, model: ModelSpec | None) -> Res
 
 def _evaluation_graph(graph: Graph, now: Pass, caching: bool) -> Graph:
     """Return the graph in evaluation mode."""
+    caching = caching or graph.wiring.prefixed
     wiring = graph.wiring._replace(
         records=False, caching=caching, caches=False, last_only=now.generates and now.last_only
     )

@@ -103,7 +103,7 @@ def fill_parts(
         method = method.model_copy(update={"quantization": quantization})
     kernels = with_defaults(
         kernels,
-        checkpointing=defaults.kernels_checkpointing,
+        checkpointing="none" if method.has_prefix else defaults.kernels_checkpointing,  # which peft refuses
         reentrant=defaults.kernels_reentrant,
         loss=defaults.kernels_loss,
         fused=defaults.kernels_fused,

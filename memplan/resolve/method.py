@@ -26,6 +26,7 @@ from memplan.program.stack_facts import (
     multi_output_linears,
     parameter_targets,
     router_and_mixer_paths,
+    takes_prefix,
 )
 from memplan.spec.formats import Quantization
 from memplan.spec.training import Kernels, Method, Precision
@@ -80,7 +81,13 @@ def method_recipe(
             "method.kind", f"peft's {method.kind} cannot wrap the Conv1D layers of {model.model_type}; use lora"
         )
     if refuses_layers(method.kind, model.model_type):
-        raise refused("method.kind", f"peft's {method.kind} refuses the linear layers of {model.model_type}; use lora")
+        of = model.model_type
+        what = (
+            f"the linear layers of {of}" if PEFT_METHODS[method.kind].targets else f"{of}, whose key heads it mistakes"
+        )
+        raise refused("method.kind", f"peft's {method.kind} refuses {what}; use lora")
+    if other is not None and other.on == "attention":
+        _check_attention(model, method, tuple(other.targets))
     if other is not None and code != "transformers":
         raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
     targets, selection, notes = _adapted(model, method, code)
@@ -120,6 +127,22 @@ def method_recipe(
     return recipe, [*more_notes, *notes]
 
 
+def _check_attention(model: ModelSpec, method: Method, families: tuple[str, ...]) -> None:
+    """Refuse models whose attention peft does not wrap, and more layers than there are."""
+    kind, axes = method.kind, model.axes()
+    if model.model_type == "gpt2":
+        raise refused("method.kind", f"{kind} is not supported yet for gpt2; use lora")
+    if model.model_type not in families:
+        raise refused(
+            "method.kind", f"peft's {kind} refuses {model.model_type}: it wraps {', '.join(families)}; use lora"
+        )
+    if axes["a"] * axes["d"] != axes["h"]:
+        raise refused("method.kind", f"peft's {kind} refuses heads that are not as wide as the hidden size; use lora")
+    if method.last_layers > model.num_hidden_layers:
+        of = f"{method.last_layers} is more than the model's {model.num_hidden_layers} layers"
+        raise refused("method.options.adapter_layers", of)
+
+
 def _adapted(model: ModelSpec, method: Method, code: str) -> tuple[tuple[str, ...], Selection | None, list[str]]:
     """Return the targets of the adapters, the modules that are chosen by their paths if any are, and notes."""
     if code != "transformers":
@@ -127,7 +150,8 @@ def _adapted(model: ModelSpec, method: Method, code: str) -> tuple[tuple[str, ..
             field = "options" if method.options else "targets"
             raise refused(f"method.{field}", f"settings of peft's adapters only apply to peft, not to {code}")
         return _switches(method), None, []
-    if (method.virtual_tokens or method.trained_tokens) and not has_one_table(model):
+    takes = takes_prefix(model) if method.has_prefix else has_one_table(model)
+    if (method.virtual_tokens or method.trained_tokens) and not takes:
         what = "virtual" if method.virtual_tokens else "trained"
         raise refused(
             "method.options", f"{what} tokens of {model.model_type} are not supported yet; name other methods"

@@ -300,7 +300,8 @@ def _wire_training(run: OpenTraining) -> None:
     by_name = run.library.checkpointing.passes_keywords and run.checkpoints and not run.is_megatron_model
     run.wiring = run.wiring._replace(
         caches=run.library.model.returns_caches,
-        caching=run.trainer == "ppo",  # PPOTrainer leaves use_cache on
+        caching=run.trainer == "ppo" or bool(run.recipe.prefix),  # PPOTrainer leaves use_cache on
+        prefixed=bool(run.recipe.prefix),
         checkpoints=run.checkpoints and run.model.is_encoder_decoder,
         by_name=by_name,
         recomputes=run.kernels.checkpointing == "selective" and run.is_megatron_model,
@@ -326,7 +327,7 @@ def _build_graph(run: OpenTraining) -> None:
         hold_outputs=bool(loop.hold_outputs),
         adds_in_place=loss != "fused" or (library.loss.adds_products and adds_in_place(run.capability)),
         rank=method.rank,
-        trainable_layers=method.trainable_layers if method.kind == "freeze" else 0,
+        trainable_layers=method.last_layers,
         reentrant=bool(kernels.reentrant) and checkpoints,
         to_host=kernels.checkpointing == "offload" and checkpoints,
         saves=_SAVED_TENSORS if p.offload.activations else None,

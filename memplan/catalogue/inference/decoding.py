@@ -41,17 +41,17 @@ def inference(stack: Stack, now: Pass) -> Stack:
 
     @once_each
     def changed(operations: tuple[Op, ...]) -> tuple[Op, ...]:
-        return tuple(_without_grad(_cached(tuple(batched(operations)) if now.batches else operations, now)))
+        return tuple(_without_grad(with_cache(tuple(batched(operations)) if now.batches else operations, now)))
 
     runs = tuple(
         Run(
             tuple(b._replace(ops=changed(b.ops)) for b in run.blocks),
             run.times,
-            tuple(_without_grad(_masked(run.before, now))),
+            tuple(_without_grad(with_keys(run.before, now))),
         )
         for run in stack.runs
     )
-    before = tuple(_without_mask(_inputs(op, now), now) for op in _without_grad(_masked(stack.before, now)))
+    before = tuple(_without_mask(_inputs(op, now), now) for op in _without_grad(with_keys(stack.before, now)))
     if now.has_row_positions:
         before = tuple(map(_of_rows_each, before))
     previous = tuple(named_before(now)) if now.extends or now.verifies else ()
@@ -80,7 +80,7 @@ def evaluation(stack: Stack, now: Pass, *, returns: bool = True) -> Stack:
 
     The model's outputs live until its caller has received them, if it `returns` them.
     """
-    changed = once_each(lambda operations: tuple(_without_grad(_cached(operations, now))))
+    changed = once_each(lambda operations: tuple(_without_grad(with_cache(operations, now))))
     runs = tuple(
         Run(tuple(b._replace(ops=changed(b.ops)) for b in run.blocks), run.times, tuple(_without_grad(run.before)))
         for run in stack.runs
@@ -156,14 +156,14 @@ def _inputs(op: Op, now: Pass) -> Op:
     return op._replace(writes=tuple(tensors), source=GENERATE if now.generates or now.encodes else op.source)
 
 
-def _masked(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
+def with_keys(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """Yield masks built once for all layers, reduced to one token's row in decoding."""
     for op in operations:
         axis = now.keys("kv_window" if "window" in op.name else "kv")
         yield along(op, axis, op.name in _OF_ALL) if axis and not op.weights else op
 
 
-def _cached(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
+def with_cache(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     """Yield a block's operations with those of its caches."""
     tensors_by_name: dict[str, Tensor] = {}
     viewed: dict[str, str] = {}  # name of the tensor that a view aliases

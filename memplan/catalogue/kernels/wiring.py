@@ -57,6 +57,7 @@ class Wiring(NamedTuple):
     Inference
 
     caching               keys and values are joined with those of earlier tokens, head by head in memory
+    prefixed              in training, earlier tokens are a trained prefix, which needs a mask
     keeps_cache_layout    the cache returns keys and values in the layout in which they came
     decodes               one new token per sequence, which attends to all earlier tokens
     decodes_several       with `decodes`: more than one new token per sequence
@@ -101,6 +102,7 @@ class Wiring(NamedTuple):
     drops: bool = False
     records: bool = True
     caching: bool = False
+    prefixed: bool = False
     keeps_cache_layout: bool = False
     decodes: bool = False
     generates: bool = False
@@ -141,7 +143,7 @@ class Wiring(NamedTuple):
         """
         if self.backend == "flash_2" or self.is_varlen:
             return False
-        causal = self.causal and (self.backend == "eager" or (self.static and self.decodes))
+        causal = self.causal and (self.backend == "eager" or (self.static and self.decodes) or self.prefixed)
         return causal or self.masks_rows or (sliding and self.windowed)
 
 
