@@ -7,7 +7,7 @@ from memplan.models.facts import Family
 from memplan.models.model import ModelSpec
 from memplan.spec.run import Batch, RunSpec
 
-_IMAGES_PROFILE = "transformers-5"  # the only profile whose vision-language models are counted with images
+_IMAGES_PROFILE = "transformers-5"
 
 
 def image_axes(model: ModelSpec, run: RunSpec) -> tuple[tuple[str, int], ...]:

@@ -543,6 +543,11 @@ OPTIONS: dict[str, dict[str, Option]] = {
             choices=("full_shard", "shard_grad_op", "hybrid_shard", "no_shard", "fsdp2"),
             combined=True,
         ),
+        "find_unused_parameters": Option(
+            "parallelism.find_unused_parameters",
+            "DDP ranks look for weights without gradients. Default as the trainer does.",
+            aliases=("ddp_find_unused_parameters",),
+        ),
         "tp": Option("parallelism.tp", "Tensor-parallel GPUs.", aliases=("tensor_parallel_size",)),
         "sequence_parallel": Option(
             "parallelism.sequence_parallel", "Tensor-parallel GPUs also divide the tokens between matrix products."

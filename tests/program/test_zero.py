@@ -519,7 +519,7 @@ def test_eight_bit_states_are_of_the_flat_partition(name: str, moments: int) -> 
         ("zero2", "full", None),
         ("zero3", "full", None),
         ("ddp", "none", None),
-        ("ddp", "full", "batch.images"),
+        ("ddp", "full", "parallelism.find_unused_parameters"),
         ("fsdp", "none", "parallelism.strategy"),
     ],
 )

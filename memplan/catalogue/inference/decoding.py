@@ -95,7 +95,7 @@ def with_caches(stack: Stack) -> Stack:
     """Return the stack as training runs it with a cache, if it has one, and positions for each sequence."""
     now = Pass("forward", "dynamic", last_only=False)
     stack = stack._replace(before=tuple(map(_of_rows_each, stack.before)))
-    return rewrite_lists(stack, lambda operations: tuple(_cached(operations, now)))
+    return rewrite_lists(stack, lambda operations: tuple(with_cache(operations, now)))
 
 
 RETURNED = "returned"  # value of `Op.holds` for what an evaluation's caller receives

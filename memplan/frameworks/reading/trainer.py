@@ -294,6 +294,9 @@ def degrees(config: Config) -> None:
         config.set("parallelism.dp", max(world // model_ranks, 1), why=why.why)
         if world > model_ranks and "parallelism.strategy" not in config.found:
             config.set("parallelism.strategy", "ddp", why=f"{why.why}: replicas without another strategy")
+    key = "ddp_find_unused_parameters"
+    if config.value("parallelism.strategy") == "ddp" and config.said(key) is not None:
+        config.set("parallelism.find_unused_parameters", config.flag(key), key)
 
 
 def deepspeed(config: Config, document: Document) -> None:

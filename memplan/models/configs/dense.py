@@ -140,14 +140,14 @@ FAMILIES: dict[str, Family] = {
         objectives=("causal_lm",),
         acts=(*WRITTEN_OUT, "xielu"),
         stack="neox",
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(_UNGATED_PLAN, context=True),
     ),
     "arcee": _DENSE._replace(
         defaults={"intermediate_size": 18432, "hidden_act": "relu2"},
         gated=False,
         stack="neox",
         checkpoint=CheckpointFacts(gguf="arcee"),
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(_UNGATED_PLAN, context=True),
     ),
     "baichuan": Family(
         {"intermediate_size": None},  # 11008 in the code of the 7B model, 13696 in that of the 13B
@@ -338,7 +338,7 @@ FAMILIES: dict[str, Family] = {
         gated=False,
         objectives=("causal_lm",),
         stack="neox",
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(_UNGATED_PLAN, context=True),
         serving=ServingFacts(is_modelled=False),
     ),
     "llama": _LLAMA_ROW,
@@ -388,7 +388,7 @@ FAMILIES: dict[str, Family] = {
         objectives=CLASSIFIER,
         stack="neox",
         checkpoint=CheckpointFacts(gguf="nemotron", gguf_keys={}),
-        parallel=ParallelFacts(_UNGATED_PLAN),
+        parallel=ParallelFacts(_UNGATED_PLAN, context=True),
         serving=ServingFacts(adapts_tables=True),
     ),
     "nemotron-nas": Family(

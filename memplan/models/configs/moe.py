@@ -286,7 +286,7 @@ FAMILIES: dict[str, Family] = {
         layers=_exaone_layers,
         axes=_exaone,
         stack="exaone_moe",
-        parallel=ParallelFacts(plans.MIXTURE._replace(replicated=("shared_experts",)), experts=True),
+        parallel=ParallelFacts(plans.MIXTURE._replace(replicated=("shared_experts",)), experts=True, context=True),
         training=TrainingFacts(fuses_experts=True),
         serving=ServingFacts(adapts_tables=True),
     ),

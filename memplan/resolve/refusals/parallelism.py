@@ -79,6 +79,7 @@ _STRATEGY_SETTINGS = {
     "backward_prefetch": ("fsdp",),
     "bucket_view": ("ddp",),
     "static_graph": ("ddp",),
+    "find_unused_parameters": ("ddp",),
 }
 
 
