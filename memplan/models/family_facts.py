@@ -87,6 +87,7 @@ class TrainingFacts(NamedTuple):
     all_linear_note  what goes wrong with peft's all-linear; "" if nothing
     experts_were     experts were modules before transformers 5, which is modelled too
     fuses_experts    peft takes gate_proj, up_proj and down_proj for experts' matrices, even if all layers are dense
+    no_checkpoints   its class does not support gradient checkpointing
     shares_a_graph   its blocks read embeddings that train, whose graph the first reentrant checkpoint frees
     late_dropout     embeddings' dropout runs on the GPU of the last layer (device_map)
     """
@@ -98,6 +99,7 @@ class TrainingFacts(NamedTuple):
     all_linear_note: str = ""
     experts_were: bool = False
     fuses_experts: bool = False
+    no_checkpoints: bool = False
     shares_a_graph: bool = False
     late_dropout: bool = False
 

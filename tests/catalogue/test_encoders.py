@@ -65,7 +65,17 @@ def test_the_default_objective_is_the_familys_pretraining_objective() -> None:
     usual = {name: ModelSpec(config).objective for name, config in SMALL.items()}
     assert usual == {
         **dict.fromkeys(
-            ("bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "roberta", "xlm-roberta"),
+            (
+                "bert",
+                "camembert",
+                "deberta-v2",
+                "distilbert",
+                "electra",
+                "modernbert",
+                "mpnet",
+                "roberta",
+                "xlm-roberta",
+            ),
             "masked_lm",
         ),
         **dict.fromkeys(("bart", "m2m_100", "mbart", "pegasus", "mt5", "t5", "flan-t5", "whisper"), "seq2seq_lm"),

@@ -227,6 +227,7 @@ REFUSED = [
     ),
     ({"kind": "supertuning", "options": {"sparsity": 1}}, "must be a fraction such as 0.5, not 1"),
     ({"kind": "tinylora", "options": {"u": 0}}, "method.options.u: must be at least 1, not 0"),
+    ({"kind": "tinylora", "options": {"u": 10**30}}, f"method.options.u: must be at most {2**40}, not 1000"),
     ({"kind": "hra", "rank": 65}, "method.rank: 65 is more than the 64 features of self_attn.q_proj"),
     ({"kind": "osf", "options": {"effective_rank": "half"}}, "must be a whole number above 0, not 'half'"),
     ({"kind": "lily", "options": {"num_B": 1}}, "method.options.num_B: must be at least 2, not 1"),

@@ -91,7 +91,7 @@ def _shared_embedding(name: str, ids: str, y: str) -> Op:
     return op._replace(weights=(w,), writes=(Tensor(y, "b s h", f"={w.name}"),), keeps=(Keep(ids, w.name),))
 
 
-def _bias(name: str, y: str, keys: str = "s") -> tuple[Op, ...]:
+def relative_bias(name: str, y: str, keys: str = "s") -> tuple[Op, ...]:
     """One number per head for each distance of two tokens. The first block makes it, and all blocks of its stack add
     it.
     """
@@ -367,7 +367,7 @@ def _self_attention(m: ModelSpec, wiring: Wiring, bias: str, mask: str, first: b
     name = "layer.0"
     # a static cache has room for more keys; without a mask, attention reads only some of them
     keys = "kv_static" if wiring.static else "kv" if wiring.decodes else "s"
-    bias_ops = _bias(f"{name}.SelfAttention", bias, keys) if first else ()
+    bias_ops = relative_bias(f"{name}.SelfAttention", bias, keys) if first else ()
     return (
         *norm(f"{name}.layer_norm", "x", "n1"),
         *_attention(m, wiring, f"{name}.SelfAttention", "n1", "ao", bias, mask, bias_ops=bias_ops),

@@ -89,7 +89,7 @@ def _block(m: ModelSpec, wiring: Wiring, body: str) -> Block:
             ops.linear("mlp.fc1", "n2", "up", "f", "h", "mlp", bias=True),
             *activation(m, "mlp.activation_fn", "up", "act", "b s f"),
             ops.linear("mlp.fc2", "act", "mo.whole", "h", "f", "mlp", bias=True),
-            ops.release_names("n2"),
+            ops.release_names("n2", "act"),
             *dropped("dropout_2", "mo.whole", "mo", "b s h", drop),
             ops.add("residual_2", "mo", "x1", "y", "b s h"),
             ops.release_names(*returned(wiring)),

@@ -12,6 +12,7 @@ from memplan.core.errors import SpecError, nearest, refused
 from memplan.models.peft_methods import BITSANDBYTES, PEFT_METHODS, PeftMethod, Value, filled_options
 from memplan.resolve.open_run import OpenRun
 from memplan.resolve.refusals.refuse import not_yet, not_yet_with
+from memplan.spec.base import LARGEST
 from memplan.spec.formats import Quantization, TrainedOver
 from memplan.spec.training import Method, Optimizer, Precision
 
@@ -167,7 +168,9 @@ def _out_of_range(field: str, name: str, value: Any, default: Value) -> Iterator
     if isinstance(default, int) and not isinstance(default, bool):
         least = 0 if name in _MAY_BE_0 else min(default, 1)
         if value < least:
-            yield refused(field, f"must be at least {least}, not {value}")
+            yield refused(field, f"must be at least {least}, not {value!r:.40}")
+        if value > LARGEST:
+            yield refused(field, f"must be at most {LARGEST}, not {value!r:.40}")
 
 
 def no_adapters(kind: str, field: str) -> SpecError:
