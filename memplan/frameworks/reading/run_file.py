@@ -126,7 +126,8 @@ class RunFile(NamedTuple):
                 value = _inside(value, part)
             value = list(cast("tuple[str, ...]", value)) if isinstance(value, tuple) else value
             is_as_read = isinstance(value, Part) or str(value) == str(origin.value)
-            out.append(origin if is_as_read else FieldOrigin(origin.field, value, TYPED))
+            why = origin.why if value == origin.value else TYPED  # 2e8 is 200000000
+            out.append(origin if is_as_read else FieldOrigin(origin.field, value, why))
         return tuple(out)
 
 
@@ -353,8 +354,7 @@ def _flags(command: shell.Launched, form: RunFormat | None) -> tuple[dict[str, A
     if form is not None and form.environment is not None:
         known = defaults_of(form.defaults[0]).keys
         for name, value in command.variables.items():
-            key = name.removeprefix(form.environment).lower()
-            if name.startswith(form.environment) and key in known:
+            if name.startswith(form.environment) and (key := name.removeprefix(form.environment).lower()) in known:
                 flags.setdefault(key, value)
     config = str(flags.pop("config", flags.pop("job.config_file", "")) or command.config)
     others = [word for word in command.words if not shell.is_config(word)]
