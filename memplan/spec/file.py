@@ -107,7 +107,8 @@ def _parse_documents(
         loaded = _load(loader(text), is_one)
         specs: list[object] = [json.loads(json.dumps(values, allow_nan=False)) for _, values in loaded]  # no dates, nan
     except yaml.YAMLError as error:
-        raise refused("spec", f"{name} is not YAML ({_problem(error)})") from None
+        hint = "; it is a template: render it first" if re.search(r"\{[{%]", text) else ""
+        raise refused("spec", f"{name} is not YAML ({_problem(error)}){hint}") from None
     except (LookupError, AttributeError):  # yaml reads a tagged value without checking it
         raise refused("spec", f"{name} holds a value that its tag does not allow, as in !!int abc") from None
     except (ValueError, TypeError, RecursionError) as error:

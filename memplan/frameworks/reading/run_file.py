@@ -506,8 +506,8 @@ def read_as(
             raise config.refuse(key)
     if "model" in config.options:
         config.set("model", config.options["model"], why=TYPED)
-    elif config.text(form.model) is not None:
-        config.set("model", config.text(form.model), form.model)
+    elif (name := config.text(form.model)) is not None:
+        trainer.checkpoint(config, name, form.model, form.trains)
     config.read_same(form.table)
     profile = form.profile or profile_of(form.defaults[0], asked or version)
     nearness = "" if profile.endswith(f"-{version}") else "nearest "

@@ -27,8 +27,9 @@ _OTHER_TRAINERS = {
     ),
     "reward modelling": ("center_rewards_coefficient",),
 }
-_READ = {"distillation": "distill", "GRPO or RLOO": "grpo", "KTO": "kto", "DPO or KTO": "dpo"}
-_READ |= {"reward modelling": "reward"}
+_READ = {"distillation": "distill", "GRPO or RLOO": "grpo", "KTO": "kto", "DPO or KTO": "dpo"} | {
+    "reward modelling": "reward"
+}
 _REWARD = "reward_model_name_or_path"
 _SFT_LOSSES = ("nll", "chunked_nll")
 
