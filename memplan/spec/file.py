@@ -43,10 +43,9 @@ def spec_with_lines(text: str, name: str) -> tuple[dict[str, Any], dict[tuple[st
     return _parse_yaml(text, shown)
 
 
-def read_documents(name: str) -> list[tuple[dict[str, Any], dict[tuple[str, ...], int]]]:
-    """Return the mappings in a YAML file of one or several documents, each with the lines of its keys."""
-    shown = printable(name, _MAX_SHOWN)
-    return _parse_documents(_read_text(name, shown), shown)
+def documents_of(text: str, name: str) -> list[tuple[dict[str, Any], dict[tuple[str, ...], int]]]:
+    """Return the mappings in a YAML text of one or several documents, each with the lines of its keys."""
+    return _parse_documents(text, printable(name, _MAX_SHOWN))
 
 
 def _json_lines(text: str, values: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], int]]:

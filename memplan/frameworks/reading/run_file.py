@@ -28,7 +28,7 @@ from memplan.frameworks.reading.document import (
 )
 from memplan.frameworks.reading.run_format import FORMATS, PROGRAMS, RunFormat, format_named
 from memplan.spec.base import Part
-from memplan.spec.file import read_documents, read_text
+from memplan.spec.file import read_text
 from memplan.spec.run import NEWEST, RunSpec
 
 if TYPE_CHECKING:
@@ -160,8 +160,10 @@ def read_run(
         from memplan.frameworks.reading import modelfile
 
         return read_as(modelfile.read_modelfile(name), format_named("ollama"), None, (), others, typed)
-    if name.lower().endswith((".yaml", ".yml")) and _MANIFEST.search(read_text(name)):
-        return _read_manifest(name, framework, others, typed)
+    if is_manifest(name):
+        shown = printable(Path(name).name, 60)
+        command, _ = manifest_command(read_text(name) if text is None else text, shown, Path(name).parent)
+        return _read_launched(command, shown, Path(name), framework, others, typed)
     document = _read_toml(name) if name.lower().endswith(".toml") else read_document(name, text)
     if framework is not None:
         return read_as(document, *_named(framework), (), others, typed)
@@ -224,23 +226,11 @@ def _read_python(
     return file._replace(unread=(*file.unread, *run.unread))
 
 
-def _read_manifest(
-    name: str, framework: str | None, companions: dict[str, Document], typed: Mapping[str, Any] | None
-) -> RunFile:
-    """Return the run of the first container, of a Compose file or a Kubernetes manifest, that trains or serves."""
-    from memplan.frameworks.reading.manifests import containers
+def manifest_command(text: str, name: str, folder: Path | None = None) -> tuple[shell.Launched, Container]:
+    """Return the first command of a Compose file's or a Kubernetes manifest's containers that trains or serves."""
+    from memplan.frameworks.reading.manifests import command_of
 
-    shown = printable(Path(name).name, 60)
-    skipped: SpecError | None = None
-    for values, lines in read_documents(name):
-        for container in containers(values, lines, Path(name).parent):
-            try:
-                command = shell.launched(container.text, shown, _subcommands(), container.variables, container.line)
-            except SpecError as error:
-                skipped = skipped or error
-                continue
-            return _read_launched(command, shown, Path(name), framework, companions, typed)
-    raise skipped or SpecError(f"spec: {shown} has no container with a command, or with an image that is known", "spec")
+    return command_of(text, name, _subcommands(), folder)
 
 
 def read_container(container: Container, name: str) -> RunFile | None:
@@ -252,12 +242,15 @@ def read_container(container: Container, name: str) -> RunFile | None:
     return _read_launched(command, name, None, None, {}, None)
 
 
+def is_manifest(name: str) -> bool:
+    """Whether a file is a Compose file or a Kubernetes manifest."""
+    return name.lower().endswith((".yaml", ".yml")) and bool(_MANIFEST.search(read_text(name)))
+
+
 def has_own_keys(name: str) -> bool:
-    """Whether a file has a run's keys or its command, so that they can be changed there: no folder, Modelfile,
-    manifest, TOML or Python."""
-    if Path(name).is_dir() or is_modelfile(name) or name.lower().endswith((*SCRIPTS, ".toml")):
-        return False
-    return name.lower().endswith(shell.SUFFIXES) or not _MANIFEST.search(read_text(name))
+    """Whether a file has a run's keys or its command, so that they can be changed there: no folder, Modelfile, TOML or
+    Python."""
+    return not (Path(name).is_dir() or is_modelfile(name) or name.lower().endswith((*SCRIPTS, ".toml")))
 
 
 def command_in(text: str, name: str, folder: Path | None = None) -> shell.Launched:
