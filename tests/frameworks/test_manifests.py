@@ -128,6 +128,7 @@ REFUSED = {
     "services:\n  a: {b: 1, b: 2}": "the key 'b' appears twice, again in line 2",
     "services: !!python/object:os.system {}": "is not YAML",
     "services:\n  a: [": "is not YAML",
+    "services:\n  a: {{ b }}": "it is a template: render it first",
 }
 
 

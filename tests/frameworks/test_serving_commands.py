@@ -29,6 +29,10 @@ COMMANDS: dict[str, tuple[str, dict[str, Any]]] = {
             "serving.block_size": 32,
         },
     ),
+    "vllm serve Qwen/Qwen3-8B-AWQ --max-model-len 4096": (
+        "vllm-0.33",
+        {"model": "qwen3-8b", "serving.weights": "awq-int4"},
+    ),
     f"{VLLM} -tp 4 -pp 2 --no-enable-prefix-caching --enforce-eager --dtype half": (
         "vllm-0.33",
         {

@@ -17,6 +17,8 @@ FILES = {
     "axolotl.yml": "base_model: Qwen/Qwen2-7B\nmicro_batch_size: 4\nsequence_len: 256\n",
     "factory.yaml": "model_name_or_path: Qwen/Qwen2-7B\nstage: sft\nbf16: true\n",
     "trl.yaml": "model_name_or_path: Qwen/Qwen2-7B\ndataset_name: mine\nmax_length: 64\n",
+    "auto.yaml": "model: {pretrained_model_name_or_path: Qwen/Qwen2-7B}\nstep_scheduler: {local_batch_size: 4}\n"
+    "packed_sequence: {packed_sequence_size: 64}\n",
     ".env": "# where\nexport LEN='48' # tokens\nHALF=\"unclosed\nSIZE=${LEN}\n",
     "zero3.yaml": "distributed_type: DEEPSPEED\nnum_processes: 2\ndeepspeed_config: {zero_stage: 3}\n",
 }
@@ -53,6 +55,18 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
     "swift infer --model Qwen/Qwen2-7B --infer_backend sglang --sglang_context_length 512": (
         "sglang",
         {"model": "Qwen/Qwen2-7B", "serving.max_model_len": 512},
+    ),
+    "swift sft --model Qwen/Qwen2.5-7B-Instruct-GPTQ-Int8 --tuner_type lora --max_length 64": (
+        "ms-swift",
+        {"model": "qwen2.5-7b", "method.kind": "qlora", "method.quantization.format": "gptq-int8"},
+    ),
+    "swift sft --model Qwen/Qwen2.5-7B-Instruct-FP8 --tuner_type lora --max_length 64": (
+        "ms-swift",
+        {"model": "Qwen/Qwen2.5-7B-Instruct-FP8", "method.kind": "lora"},
+    ),
+    "automodel finetune llm -c auto.yaml --step_scheduler.local_batch_size 2": (
+        "automodel",
+        {"batch.micro": 2, "batch.sequence": 64},
     ),
     "swift rlhf --model Qwen/Qwen2-7B --max_length 64": ("ms-swift", {"trainer": "dpo", "batch.sequence": 64}),
     "axolotl train axolotl.yml --micro-batch-size 2 --launcher torchrun -- --nproc_per_node=4": (

@@ -8,8 +8,18 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
 
+from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
-from memplan.frameworks.reading.shell import entry_point, resolved, variables_of, visible
+from memplan.frameworks.reading.shell import (
+    Launched,
+    Programs,
+    entry_point,
+    launched,
+    resolved,
+    variables_of,
+    visible,
+)
+from memplan.spec.file import documents_of
 
 _EXPANSION = re.compile(r"\$\((\w+)\)")  # as Kubernetes writes ${NAME}
 _GPU = "/gpu"  # nvidia.com/gpu, amd.com/gpu
@@ -22,11 +32,33 @@ class Container(NamedTuple):
     text       its command, as a shell's
     variables  its environment
     line       line of the command
+    path       path of the container in its document
+    document   number of the document in its file
     """
 
     text: str
     variables: Mapping[str, str]
     line: int
+    path: tuple[str, ...] = ()
+    document: int = 0
+
+
+def command_of(text: str, name: str, programs: Programs, folder: Path | None = None) -> tuple[Launched, Container]:
+    """Return the first command in a file that trains or serves, and its container. Raises SpecError if there is none.
+
+    name    the file's name in messages
+    folder  where `.env` and other files of variables are
+    """
+    skipped: SpecError | None = None
+    for document, (values, lines) in enumerate(documents_of(text, name)):
+        for container in containers(values, lines, folder):
+            try:
+                command = launched(container.text, name, programs, container.variables, container.line)
+            except SpecError as error:
+                skipped = skipped or error
+                continue
+            return command, container._replace(document=document)
+    raise skipped or SpecError(f"spec: {name} has no container with a command, or with an image that is known", "spec")
 
 
 def containers(
@@ -40,7 +72,7 @@ def containers(
             path == _TRAIN_JOB and values.get("kind") == "TrainJob"
         )
         if path == ("spec",) and values.get("kind") == "RayJob":
-            yield Container(_text(inner.get("entrypoint")), {}, lines.get((*path, "entrypoint"), 0))
+            yield Container(_text(inner.get("entrypoint")), {}, lines.get((*path, "entrypoint"), 0), path)
         if not (is_service or is_pod):
             continue
         entry = inner.get("entrypoint" if is_service else "command")
@@ -51,7 +83,7 @@ def containers(
         if text:
             shared = variables_of(".env", folder) if shared is None and is_service and folder is not None else shared
             own = {name: " ".join(resolved(value, shared or {})) for name, value in _environment(inner, folder).items()}
-            yield Container(text, {**(shared or {}), **_of_operator(values), **own}, line)
+            yield Container(text, {**(shared or {}), **_of_operator(values), **own}, line, path)
 
 
 def _of_operator(values: Mapping[str, Any]) -> dict[str, str]:

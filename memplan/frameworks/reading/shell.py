@@ -101,8 +101,8 @@ class Launched(NamedTuple):
 
     @property
     def config(self) -> str:
-        """The first word that is a file with a run's keys; empty if there is none."""
-        return next(filter(is_config, self.words), "")
+        """The first word, or the short flag, that is a file with a run's keys; empty if there is none."""
+        return next(filter(is_config, (*self.words, str(self.flags.get("c", "")))), "")
 
 
 def is_config(word: str) -> bool:
