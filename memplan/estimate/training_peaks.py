@@ -64,24 +64,10 @@ class TrainingPeaks(NamedTuple):
 
 def training_peaks(decided: ResolvedRun) -> TrainingPeaks:
     """Return the peak of every phase, of the first and of later steps, for the run's batch and sequence."""
-    b = decided.batch
-    lengths = b.micro, b.sequence, decided.pictures, b.target_sequence
-    return _peaks(decided.structure, workspace_of(decided), decided.half, decided.large_tiles, *lengths)
-
-
-@lru_cache(maxsize=256)  # GPUs that run the same kernels share the peaks of a run
-def _peaks(
-    structure: Structure,
-    workspace: int,
-    half: bool,
-    large_tiles: bool,
-    micro: int,
-    sequence: int,
-    pictures: tuple[tuple[str, int], ...],
-    target: int | None,
-) -> TrainingPeaks:
-    p, offsets, terms = _step_program(structure, workspace)
-    axes = run_axes(p, micro, sequence, half, large_tiles, ONE_RUN, pictures, target)
+    workspace = workspace_of(decided)
+    p, offsets, terms = _step_program(decided.structure, workspace)
+    b, lengths = decided.batch, (decided.pictures, decided.batch.target_sequence)
+    axes = run_axes(p, b.micro, b.sequence, decided.half, decided.large_tiles, ONE_RUN, *lengths)
     numbers = values(p.moments.variables, axes)
     largest = terms.largest(numbers, axes)
     best = {phase: (False, *at) for phase, at in zip(PHASES, largest, strict=False)}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from functools import lru_cache
+from typing import Any
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import all_gpus, find_gpu
@@ -15,6 +16,7 @@ from memplan.estimate.estimate import estimate
 from memplan.estimate.usage import Answer
 from memplan.resolve.parallelism import ZERO
 from memplan.resolve.refusals.vendors import not_on
+from memplan.spec.pool import listed
 from memplan.spec.run import RunSpec
 
 
@@ -90,14 +92,15 @@ def card_answers(run: RunSpec) -> CardAnswers:
     return CardAnswers(run)
 
 
-def fits(run: RunSpec, pool: Iterable[str | GPU] | None = None) -> tuple[Fit, ...]:
+def fits(run: RunSpec | Mapping[str, Any], pool: Iterable[str | GPU] | None = None) -> tuple[Fit, ...]:
     """Return for each GPU of the pool whether it holds the run; of all catalogued GPUs without a pool.
 
     The answers are those of `estimate`; the run's own `gpu` is ignored. Raises what `estimate` raises for a run that is
     refused on every GPU, and UnknownNameError for an unknown GPU.
     """
+    run, named = RunSpec.model_validate(run), () if pool is None else listed("pool", pool)
     with errors_about("pool", "gpu"):
-        gpus = all_gpus() if pool is None else [gpu if isinstance(gpu, GPU) else find_gpu(gpu) for gpu in pool]
+        gpus = all_gpus() if pool is None else [g if isinstance(g, GPU) else find_gpu(str(g)) for g in named]
     answers = card_answers(run.model_copy(update={"gpu": None}))
     for gpu in sorted(gpus, key=lambda gpu: gpu.usable):  # what holds the run tells of larger GPUs of its kind
         answers.fit(gpu)
