@@ -44,8 +44,8 @@ class Events:
         self.numbers, self.keys, self.spans = array("i"), array("i"), array("q")
         self.streams, self.storages = array("i", streams), storages
         self._is_open = False  # the last span ends with an event that was appended by itself
-        for number, key in events:
-            self.append(number, key)
+        pairs = list(events)
+        self.extend([number for number, _ in pairs], [key for _, key in pairs])
 
     def equals(self, other: Events) -> bool:
         """Return whether the other events are the same."""
