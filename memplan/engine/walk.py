@@ -240,16 +240,15 @@ def prune(
     first: dict[tuple[int, ...], int] = {}
     for row, moment in candidates:
         first.setdefault(row, moment)
-    by_sums: list[_Candidate] = []
-    for row in without_midpoints(_local_maxima(first, others)):
-        linear = [0] * len(products)
-        for i, product, multiple in multiples:
-            if row[i]:
-                linear[product] += row[i] * multiple
-        rounding, apart = [row[i] for i in rounds], [row[i] for i in others]
-        sums = [*accumulate(linear)]
-        by_sums.append(_Candidate(sums, sums[-1], sum(apart), apart, rounding, row, linear))
-    by_sums.sort(key=_sums, reverse=True)
+    rows = without_midpoints(_local_maxima(first, others))
+    columns = [*zip(*rows, strict=True)]
+    by_product = [[0] * len(rows) for _ in products]
+    for i, product, multiple in multiples:
+        by_product[product] = [n + count * multiple for n, count in zip(by_product[product], columns[i], strict=True)]
+    linear = _transposed(by_product, len(rows))
+    sums = [tuple(accumulate(each)) for each in linear]
+    apart, rounding = (_transposed([columns[i] for i in wanted], len(rows)) for wanted in (others, rounds))
+    by_sums = sorted(map(_Candidate, sums, apart, rounding, rows, linear), key=_sums, reverse=True)
     kept: list[Term] = []
     larger: list[_Candidate] = []  # those kept; the last one found to be larger is tried first, as it often is again
     for candidate in by_sums:
@@ -259,7 +258,7 @@ def prune(
                 break
         else:
             slack = None if any(candidate.apart) else 511 * sum(candidate.rounding)
-            kept.append(Term(candidate.row, tuple(candidate.linear), slack, first[candidate.row]))
+            kept.append(Term(candidate.row, candidate.linear, slack, first[candidate.row]))
             larger.append(candidate)
     return tuple(kept)
 
@@ -320,36 +319,37 @@ def _midway(before: tuple[int, ...], row: tuple[int, ...], after: tuple[int, ...
 class _Candidate(NamedTuple):
     """A row, and what `_always_at_least` compares.
 
-    sums         running sums of its coefficients along the chain
-    total        the last of those sums
-    apart_total  sum of `apart`
-    apart        coefficients of variables outside the chain
-    rounding     coefficients of rounded variables
-    row          all coefficients
-    linear       coefficients of the chain's products
+    sums      running sums of its coefficients along the chain
+    apart     coefficients of variables outside the chain
+    rounding  coefficients of rounded variables
+    row       all coefficients
+    linear    coefficients of the chain's products
     """
 
-    sums: list[int]
-    total: int
-    apart_total: int
-    apart: list[int]
-    rounding: list[int]
+    sums: tuple[int, ...]
+    apart: tuple[int, ...]
+    rounding: tuple[int, ...]
     row: tuple[int, ...]
-    linear: list[int]
+    linear: tuple[int, ...]
 
 
-def _sums(candidate: _Candidate) -> list[int]:
+def _transposed(columns: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
+    """Return the `count` rows of a table, which are empty if it has no columns."""
+    return [*zip(*columns, strict=True)] if columns else [()] * count
+
+
+def _sums(candidate: _Candidate) -> tuple[int, ...]:
     return candidate.sums
 
 
 def _always_at_least(large: _Candidate, small: _Candidate) -> bool:
     """Whether one candidate is at least as large as the other for every run. Cheap comparisons come first."""
-    if large.total < small.total or large.apart_total < small.apart_total:
+    if large.sums[-1] < small.sums[-1]:
         return False
     if not all(map(ge, large.apart, small.apart)) or not all(map(ge, large.sums, small.sums)):
         return False
     slack = 511 * sum(n - m for n, m in zip(small.rounding, large.rounding, strict=True) if n > m)
-    return large.total >= small.total + slack
+    return large.sums[-1] >= small.sums[-1] + slack
 
 
 def _at_most(small: tuple[str, ...], large: tuple[str, ...]) -> bool:

@@ -41,15 +41,17 @@ class LoadingTape:
     def bytes_of(self, shape: str | int, dtype: str) -> int:
         """Return the rounded bytes of a tensor."""
         key = shape, dtype
-        if key not in self._sizes:
-            self._sizes[key] = size(str(shape), dtype, self._axes)[1]
-        return self._sizes[key]
+        bytes_ = self._sizes.get(key)
+        if bytes_ is None:
+            bytes_ = self._sizes[key] = size(str(shape), dtype, self._axes)[1]
+        return bytes_
 
     def alloc_bytes(self, bytes_: int) -> int:
         """Allocate a storage of rounded bytes, and return its number."""
-        self.events.append((self._storages, bytes_))
-        self._storages += 1
-        return self._storages - 1
+        number = self._storages
+        self.events.append((number, bytes_))
+        self._storages = number + 1
+        return number
 
     def alloc_each(self, sizes: Sequence[int]) -> range:
         """Allocate storages of rounded bytes, and return their numbers."""
@@ -59,7 +61,8 @@ class LoadingTape:
         return numbers
 
     def free(self, *numbers: int) -> None:
-        self.events += [(number, 0) for number in numbers]
+        for number in numbers:
+            self.events.append((number, 0))
 
     def empty_cache(self) -> None:
         self.events.append((EMPTIED, 0))
