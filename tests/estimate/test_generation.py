@@ -95,6 +95,27 @@ def test_trainers_of_one_completion_have_no_largest_group() -> None:
         reach(run, "generations")
 
 
+def test_a_critic_of_its_own_is_resident_and_updates_next_to_the_policy() -> None:
+    alone = estimate(
+        RunSpec(
+            model="qwen2.5-7b",
+            objective="sequence_classification",
+            precision="autocast",
+            batch={"micro": 8, "sequence": 256 + 128},
+        )
+    )
+    policy, both = grpo(), grpo(roles={"value": "qwen2.5-7b"}, batch={"generations": 1})
+    assert sum(line.bytes for line in both.ledger) == both.bytes.allocated
+    held = sum(line.bytes for line in both.ledger if line.what.startswith("value."))
+    weights, states = 2 * alone.parameters.total, 2 * 2 * alone.parameters.total  # bf16, two states each
+    assert held == pytest.approx(weights + states, rel=1e-3)
+    assert peak_of(both, "backward") - peak_of(policy, "backward") == pytest.approx(held, rel=1e-6)
+    standing = peak_of(both, "critic") - alone.bytes.allocated
+    assert standing == pytest.approx(6 * policy.parameters.total, rel=1e-2)  # the policy's weights and states, bf16
+    away = grpo(roles={"value": {"model": "qwen2.5-7b", "location": "server"}}, batch={"generations": 1})
+    assert away.bytes.allocated == policy.bytes.allocated
+
+
 def test_nothing_is_compared_without_a_reference() -> None:
     weights = 2 * 1_235_814_400  # bf16; the embeddings are tied
     assert grpo(reference="copy").bytes.allocated - grpo().bytes.allocated == pytest.approx(weights, rel=1e-2)

@@ -53,7 +53,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
 _ROLES = {
     "teacher": DISTILLING,
     "reward": ("grpo", "rloo", "ppo"),
-    "value": ("ppo",),
+    "value": ("grpo", "rloo", "ppo"),
 }  # role -> trainers whose step has such a model
 
 
@@ -64,13 +64,16 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
             yield refused(f"roles.{role}", f"is not supported yet; supported: {', '.join(_ROLES)}")
         elif run.trainer not in _ROLES[role]:
             yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
-        elif role in ("teacher", "value") and other.location == "server":
+        elif other.location == "server" and (role == "teacher" or (role, run.trainer) == ("value", "ppo")):
             yield not_yet_with(f"roles.{role}.location", f"trainer {run.trainer}", "gpu")
         elif role == "value" and other.quantization is not None:
             yield not_yet_with("roles.value.quantization", "a value model, which trains", "none")
         # FSDP2 casts what its root returns; DistillationTrainer calls the backbone inside FSDP's units
         divided = ("zero3", *{"gkd": ("fsdp2",), "distill": FSDP}.get(run.trainer, ()))
-        if run.parallelism.dp > 1 and run.parallelism.strategy in divided and other.location == "gpu":
+        if role == "value" and "parameters" in (run.serving.trainer_offload or ()):
+            yield not_yet_with("serving.trainer_offload", "parameters and a value model", "optimizer")
+        is_whole = other.location == "gpu" and role != "value"
+        if run.parallelism.dp > 1 and run.parallelism.strategy in divided and is_whole:
             supported = ", ".join(name for name in ("ddp", "zero1", "zero2", *FSDP) if name not in divided)
             yield not_yet_with("parallelism.strategy", f"a {role} model of {run.trainer}", supported)
 
