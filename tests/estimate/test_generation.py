@@ -89,13 +89,13 @@ def test_a_student_generates_by_itself_or_with_vllm() -> None:
     assert "generate" not in {phase.phase for phase in distilled(rollout="server").phases}
 
 
-def test_trainers_of_one_completion_have_no_largest_group() -> None:
+def test_one_completion_has_no_largest_group() -> None:
     run = RunSpec(model="llama-3.2-1b", trainer="distill", roles={"teacher": "llama-3.2-3b"}, gpu="h100")
     with pytest.raises(SpecError, match="several completions of a prompt: grpo, rloo"):
         reach(run, "generations")
 
 
-def test_a_critic_of_its_own_is_resident_and_updates_next_to_the_policy() -> None:
+def test_a_critic_updates_next_to_the_policy() -> None:
     alone = estimate(
         RunSpec(
             model="qwen2.5-7b",
@@ -138,7 +138,7 @@ def ppo(**run: Any) -> Estimate:
     return grpo(trainer="ppo", batch=batch, **fields)
 
 
-def test_ppo_trains_a_value_model_and_keeps_the_logits_of_all_completions() -> None:
+def test_ppo_trains_a_value_model_and_keeps_all_logits() -> None:
     answer, other = ppo(method="lora"), ppo(method="lora", roles={"reward": "llama-3.2-1b", "value": "qwen2.5-0.5b"})
     for each in (answer, other):
         assert sum(line.bytes for line in each.ledger) == each.bytes.allocated
