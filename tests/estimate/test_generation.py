@@ -35,7 +35,7 @@ def test_steps_are_held_to_traces() -> None:
     assert min(counts["grpo", profile] for profile in ("trl-1.15", "trl-1.14", "trl-1.13")) >= 18
     assert min(counts["grpo", "trl-1.6"], counts["grpo", "trl-0.24"], counts["rloo", "trl-1.15"]) >= 8
     assert counts["distill", "trl-1.15"] >= 6
-    assert counts["ppo", "trl-1.10"] >= 20
+    assert min(counts["ppo", profile] for profile in ("trl-1.10", "trl-0.24", "trl-1.6")) >= 8
     assert sum("reward" in row["run"].get("roles", {}) for row in ROWS) >= 4
     assert mean(compared_with_trace(row).peak for row in ROWS) < 1e-4
     assert sum("cause" in row for row in ROWS) <= 2
