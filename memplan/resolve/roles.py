@@ -82,7 +82,8 @@ def graphs_of_roles(
         own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
         try:
             if role == "reward":
-                graph = decide_forward(scoring_run(run), found).structure.graph
+                alone = scoring_run(run)
+                graph = decide_forward(alone, find_model(alone.model)).structure.graph
             elif role == "value":
                 alone = scoring_run(run, role)
                 scalar = with_objective(find_model(alone.model), alone.objective)

@@ -32,15 +32,15 @@ def attach(stack: Stack, trainer: Trainer, value: Stack | None, autocast: str | 
     stack = _held(stack, "step", "cache")
     logits = next(op for op in reversed(stack.after) if op.writes).writes[0].name
     outputs = "outputs" if autocast else logits
-    tail = [Op("return", releases=_RETURNED), RETURNED]
+    returned = [Op("return", releases=_RETURNED), RETURNED]
     if autocast:
-        tail += [op._replace(holds="step") for op in (converted(logits), *converted_states(logits))]
+        returned += [op._replace(holds="step") for op in (converted(logits), *converted_states(logits))]
     else:
         stack = _held(stack, "step", "states")
         last = stack.after[-1]
         stack = stack._replace(after=(*stack.after[:-1], last._replace(holds="step")))
-    stack = stack._replace(after=(*stack.after, *tail))  # the model that accelerate wraps casts what it returns
-    tail = []
+    stack = stack._replace(after=(*stack.after, *returned))  # the model that accelerate wraps casts what it returns
+    tail: list[Op] = []
     if trainer.has_parts:  # of the micro-batch before, until those of this one exist; counted in its stead
         probabilities = Tensor("probabilities of completions", "completion_rows v", f"={outputs}")
         tail.append(Op("loss.entropy", (outputs,), (probabilities,), gradient="none", holds="step", source=_SOURCE))
