@@ -140,15 +140,13 @@ def _teacher(run: RunSpec, graph: Graph) -> Graph:
     return graph._replace(wiring=graph.wiring._replace(caching=True), inference=one_pass)
 
 
-_ALL = 2**31
-
-
 def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
     """Return the pass of the reward model, or of PPO's value model, over all completions that a step generates.
 
     Source: trl 1.16.0 trainer/grpo_trainer.py _calculate_rewards; rloo_trainer.py is the same.
     """
     other, batch = dict(models_of(run))[role], run.batch
+    rows = batch.micro * batch.accumulation
     fields = fields_of_role(run.precision, other)
     return RunSpec(
         model=InlineModel(config={**find_config(other.model), "num_labels": 1})
@@ -158,7 +156,7 @@ def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
         objective="sequence_classification",
         method=Method(quantization=other.quantization),
         precision=fields["precision"].model_copy(update={"grads": None, "master": None}),
-        batch={"micro": min(batch.micro * batch.accumulation, other.micro or _ALL), "sequence": batch.tokens},
+        batch={"micro": min(rows, other.micro or rows), "sequence": batch.tokens},
         gpu=run.gpu,
     )
 
