@@ -89,8 +89,9 @@ def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
         yield refused("kernels.checkpointing", text)
     if run.parallelism.world > 1:
         yield not_yet_with("parallelism", "trainer ppo", "one GPU")
-    if has_tower or any(layer.kind == "state" for layer in caches(run.model)):
-        yield not_yet_with("model", "trainer ppo", "text models without layers that keep a state")
+    published = run.model.family.generation.published_cache  # by code that transformers 5 does not run
+    if has_tower or published or any(layer.kind == "state" for layer in caches(run.model)):
+        yield not_yet_with("model", "trainer ppo", "transformers' text models without layers that keep a state")
     q = run.method.quantization
     if run.precision.autocast and q is not None and q.format in ("nf4", "fp4"):
         # trl 1.12.0 experimental/utils.py peft_module_casting_to_bf16: the final norm's fp32 output meets a bf16 head
