@@ -78,7 +78,7 @@ def lower(
     grads_exist: bool = False,
     labelled: bool = False,
     updates: Mapping[str, int] = MappingProxyType({}),
-    holds_previous: Literal["", "outputs", "graph"] = "",
+    holds_previous: Literal["", "outputs", "returned", "graph"] = "",
     division: Division | None = None,
 ) -> Lowered:
     """Return the moments of one forward and backward pass.
@@ -88,7 +88,8 @@ def lower(
     labelled        tensors are counted by kind, block, operation, name and source too
     updates         weight path -> bytes of its update in backward, as soon as its gradient is there
     holds_previous  what variables of the loop keep of the previous pass until they are assigned again: its outputs and
-                    loss, with the graph, or only the outputs, which are assigned together with the loss
+                    loss, with the graph, or only the outputs, which are assigned together with the loss, or once the
+                    model has `returned`
     division        how weights are sharded over ranks
     """
     flags = grads_exist, labelled, tuple(updates.items()), holds_previous, division
@@ -103,7 +104,7 @@ def _lowered(
     grads_exist: bool,
     labelled: bool,
     updates: tuple[tuple[str, int], ...],
-    holds_previous: Literal["", "outputs", "graph"],
+    holds_previous: Literal["", "outputs", "returned", "graph"],
     division: Division | None,
 ) -> Lowered:
     tape = Tape(grads_exist, labelled, dict(updates))
@@ -111,7 +112,8 @@ def _lowered(
     (held,) = add_to_each((passed.held,), passed.nodes)
     moments = tape.moments
     in_loss = held if holds_previous == "outputs" else passed.nodes
-    for phase, before in (("forward", held), ("loss", in_loss)) if holds_previous else ():
+    in_phases = (("forward", held), ("loss", in_loss))[: 1 if holds_previous == "returned" else 2]
+    for phase, before in in_phases if holds_previous else ():
         of_phase = [i for i, m in enumerate(moments) if m.phase == phase]
         for i, moment in zip(of_phase, add_to_each([moments[i] for i in of_phase], before), strict=True):
             moments[i] = moment

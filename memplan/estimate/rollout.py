@@ -20,7 +20,7 @@ from memplan.catalogue.profiles.profiles import library_behaviour
 from memplan.estimate.serving import why_not_started
 from memplan.estimate.side_task import SideTask
 from memplan.estimate.side_tasks import generation
-from memplan.estimate.training_peaks import TrainingPeaks
+from memplan.estimate.training_peaks import TrainingPeaks, training_peaks
 from memplan.estimate.usage import Answer, Replay, Usage
 from memplan.program.graph import Graph, TensorGroup, reference_of, tensor_group, total_bytes, without_gradients
 from memplan.program.inference.passes import InferenceStep, sized
@@ -54,14 +54,26 @@ def rollout(run: RunSpec, walked: TrainingPeaks, decided: ResolvedRun) -> tuple[
     sharding = sharding_of(decided.structure)
     has_reward = "reward" in dict(decided.structure.graph.roles)
     reward = (_scoring(with_new_tokens(run), walked, sharding),) if has_reward else ()
-    return (*_generation(run, walked, decided), *reward)
+    critic = (_critic(decided.critic, walked, run),) if decided.critic is not None else ()
+    return (*_generation(run, walked, decided), *reward, *critic)
+
+
+def _critic(critic: ResolvedRun, walked: TrainingPeaks, run: RunSpec) -> SideTask:
+    """Return the update of a critic, next to what the policy holds between its steps."""
+    alone = training_peaks(critic)
+    top, standing = alone.top, walked.program.between_steps(walked.workspace)
+    own = max(top.peak - alone.program.between_steps(alone.workspace), 0)
+    held = tensor_group("gradient", "gradients and activations", own, "uint8", "the critic's update", "critic")
+    task = SideTask("critic", f"{top.phase}: {top.where}", standing, (held,))
+    return _without(task, "optimizer" in (run.serving.trainer_offload or ()), optimizer=walked.program.states)
 
 
 def _scoring(run: RunSpec, walked: TrainingPeaks, sharding: Sharding) -> SideTask:
-    """Return the reward model's pass over all of a step's completions. A decoder keeps its cache."""
+    """Return the reward model's pass over a step's completions. A decoder keeps its cache, except in OpenRLHF."""
     scoring, batch = decide(scoring_run(run)), run.batch
     step = steps_of(scoring)[0]
-    if step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
+    keeps = not run.profile.startswith("openrlhf")  # 0.11.2 models/model.py: use_cache = False
+    if keeps and step.graph.model.objectives[0] == "causal_lm" and step.graph.inference is not None:
         wiring, one_pass = step.graph.wiring._replace(caching=True), step.graph.inference._replace(cache="dynamic")
         step = step._replace(graph=step.graph._replace(wiring=wiring, inference=one_pass))
     scored = sized(step, scoring)

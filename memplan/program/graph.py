@@ -98,7 +98,7 @@ class Graph(NamedTuple):
     fused: tuple[str, ...] = ()
     casts_outputs: bool = False
     code: str = "transformers"
-    holds_previous_outputs: Literal["", "outputs", "graph"] = ""
+    holds_previous_outputs: Literal["", "outputs", "returned", "graph"] = ""
     input_requires_grad: bool = False
     to_host: bool = False
     saves: SavedTensors | None = None
@@ -431,7 +431,7 @@ class TrainingPass(NamedTuple):
 
     grads_exist: bool = False
     updates: tuple[tuple[str, int], ...] = ()
-    follows: Literal["", "outputs", "graph"] = ""
+    follows: Literal["", "outputs", "returned", "graph"] = ""
     division: Division | None = None
 
 

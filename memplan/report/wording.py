@@ -249,6 +249,8 @@ _MOMENTS = {
     "generate": "in generation",
     "teacher": "in the teacher's pass",
     "reward": "in the reward model's pass",
+    "rollout": "while completions are scored",
+    "critic": "in the critic's update",
     "encode": "while the encoder reads",
     "prefill": "while the prompt is read",
     "decode": "while tokens are generated",

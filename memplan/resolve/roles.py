@@ -20,6 +20,7 @@ from memplan.spec.generation import InlineModel
 from memplan.spec.parallelism import Parallelism
 from memplan.spec.roles import RoleModel, Roles
 from memplan.spec.run import Batch, RunSpec
+from memplan.spec.serving import Serving
 from memplan.spec.training import Method, Precision
 
 Decide = Callable[[ModelSpec, Parts, GPUFacts | None, BatchFacts], ResolvedRun]
@@ -76,13 +77,14 @@ def graphs_of_roles(
         _refuse_vocabulary(role, model, found)
         if run.trainer == "ppo" and found.objectives[0] != "causal_lm":
             raise refused(field, f"PPOTrainer calls the score of a decoder; {found.model_type} has none")
-        if other.location != "gpu":
+        if other.location != "gpu" or (role == "value" and run.trainer != "ppo"):  # a program of its own
             continue
         window = found.sliding_window
         own = facts._replace(windowed=window is not None and tokens >= window, accumulates=False)
         try:
             if role == "reward":
-                graph = decide_forward(scoring_run(run), found).structure.graph
+                alone = scoring_run(run)
+                graph = decide_forward(alone, find_model(alone.model)).structure.graph
             elif role == "value":
                 alone = scoring_run(run, role)
                 scalar = with_objective(find_model(alone.model), alone.objective)
@@ -93,6 +95,24 @@ def graphs_of_roles(
             raise refused(field, f"{error}") from None
         graphs.append((role, graph))
     return tuple(graphs)
+
+
+def critic_run(run: RunSpec) -> RunSpec | None:
+    """Return the update of a value model that trains by itself on the run's GPUs, as its policy does; None without one.
+
+    Source: openrlhf 0.11.2 trainer/ray/ppo_critic.py CriticModelActor, models/model.py get_llm_for_sequence_regression.
+    """
+    other = run.roles.value
+    if other is None or run.trainer == "ppo" or other.location != "gpu":
+        return None
+    rows, micro = run.batch.micro * run.batch.accumulation, other.micro or run.batch.micro
+    batch = {"micro": micro, "accumulation": -(-rows // micro), "sequence": run.batch.tokens}
+    kernels = run.kernels.model_copy(update={"fused": None, "loss": None})
+    fields = {**fields_of_role(run.precision, other), "method": run.method, "parallelism": run.parallelism}
+    fields |= {"profile": RunSpec.model_fields["profile"].default, "serving": Serving(), "kernels": kernels}
+    model = InlineModel(config={**find_config(other.model), "num_labels": 1})
+    fields |= {"model": model, "objective": "sequence_classification", "batch": batch}
+    return RunSpec.model_validate({**dict(run), **fields})
 
 
 def models_of(run: RunSpec) -> Iterator[tuple[str, RoleModel]]:
@@ -127,6 +147,7 @@ def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
     Source: trl 1.16.0 trainer/grpo_trainer.py _calculate_rewards; rloo_trainer.py is the same.
     """
     other, batch = dict(models_of(run))[role], run.batch
+    rows = batch.micro * batch.accumulation
     fields = fields_of_role(run.precision, other)
     return RunSpec(
         model=InlineModel(config={**find_config(other.model), "num_labels": 1})
@@ -135,8 +156,8 @@ def scoring_run(run: RunSpec, role: str = "reward") -> RunSpec:
         task="forward",
         objective="sequence_classification",
         method=Method(quantization=other.quantization),
-        precision=fields["precision"],
-        batch={"micro": batch.micro * batch.accumulation, "sequence": batch.tokens},
+        precision=fields["precision"].model_copy(update={"grads": None, "master": None}),
+        batch={"micro": min(rows, other.micro or rows), "sequence": batch.tokens},
         gpu=run.gpu,
     )
 

@@ -368,11 +368,13 @@ def _saved_products(run: OpenTraining) -> str:
     return "alternate" if run.style == "torchtitan" else "all"
 
 
-def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "graph"]:
+def _previous_outputs(run: OpenTraining) -> Literal["", "outputs", "returned", "graph"]:
     """Return what variables of the training loop reference of the pass before."""
     if run.library.loss.holds_previous_outputs and run.parallelism.pp == 1:
         return "graph"
-    return "outputs" if run.loop.hold_outputs == "step" and run.batch_facts.accumulates else ""
+    if run.loop.hold_outputs != "step" or not run.batch_facts.accumulates:
+        return ""
+    return "returned" if run.trainer == "ppo" else "outputs"
 
 
 def _logits(run: OpenTraining) -> str:

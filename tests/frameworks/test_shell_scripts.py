@@ -155,6 +155,34 @@ SCRIPTS: dict[str, tuple[str, dict[str, Any]]] = {
             "parallelism.world": 4,
         },
     ),
+    "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2.5-7B-Instruct --train.colocate_all "
+    "--algo.advantage.estimator gae --reward.model_name_or_path Qwen/Qwen2.5-1.5B-Instruct --ds.zero_stage 2 "
+    "--rollout.micro_batch_size 4": (
+        "openrlhf",
+        {
+            "trainer": "rloo",
+            "roles.value.model": "Qwen/Qwen2.5-1.5B-Instruct",
+            "roles.reward.model": "Qwen/Qwen2.5-1.5B-Instruct",
+            "roles.reward.micro": 4,
+            "batch.generations": 1,
+        },
+    ),
+    "python3 -m openrlhf.cli.train_ppo_ray --actor.model_name_or_path Qwen/Qwen2.5-7B-Instruct "
+    "--algo.advantage.estimator gae --reward.remote_url http://a": (
+        "openrlhf",
+        {"roles.value.model": "Qwen/Qwen2.5-7B-Instruct", "roles.value.location": "server"},
+    ),
+    "python3 -m verl.trainer.main_ppo data.max_prompt_length=512 data.max_response_length=512 "
+    "actor_rollout_ref.model.path=Qwen/Qwen2.5-7B-Instruct actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=4 "
+    "critic.model.path=Qwen/Qwen2.5-1.5B-Instruct critic.ppo_micro_batch_size_per_gpu=16": (
+        "verl",
+        {
+            "trainer": "rloo",
+            "roles.value.model": "Qwen/Qwen2.5-1.5B-Instruct",
+            "roles.value.micro": 16,
+            "batch.micro": 4,
+        },
+    ),
     "python3 -m verl.trainer.main_ppo algorithm.adv_estimator=grpo data.train_files=$FILES data.max_prompt_length=16 "
     "data.max_response_length=48 actor_rollout_ref.model.path=Qwen/Qwen2-7B actor_rollout_ref.rollout.n=8 "
     "actor_rollout_ref.actor.ppo_mini_batch_size=32 actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16 "

@@ -93,7 +93,7 @@ def evaluation(stack: Stack, now: Pass, *, returns: bool = True) -> Stack:
 
 def with_caches(stack: Stack) -> Stack:
     """Return the stack as training runs it with a cache, if it has one, and positions for each sequence."""
-    now = Pass("forward", "dynamic", last_only=False)
+    now = Pass("train", "dynamic", last_only=False)
     stack = stack._replace(before=tuple(map(_of_rows_each, stack.before)))
     return rewrite_lists(stack, lambda operations: tuple(with_cache(operations, now)))
 
@@ -171,7 +171,7 @@ def with_cache(operations: tuple[Op, ...], now: Pass) -> Iterator[Op]:
     key_names: set[str] = set()
     axis = ""
     for source_op in operations:
-        op = _renamed(source_op, renames)
+        op = (_renamed_kept if now.phase == "train" else _renamed)(source_op, renames)
         if op.caches == "state":
             tensors_by_name |= {t.name: t for t in op.writes}
             (t,) = op.writes
@@ -264,15 +264,18 @@ def _named(name: str) -> str:
 def _renamed(op: Op, names: Mapping[str, str]) -> Op:
     if names.keys().isdisjoint(op.reads):
         return op
+    return op._replace(reads=tuple(names.get(name, name) for name in op.reads))
+
+
+def _renamed_kept(op: Op, names: Mapping[str, str]) -> Op:
+    """Return the operation with what it keeps for backward renamed, too."""
 
     def new(name: str) -> str:
         return names.get(name, name)
 
-    return op._replace(
-        reads=tuple(map(new, op.reads)),
-        keeps=tuple(k._replace(what=new(k.what), of=new(k.of)) for k in op.keeps),
-        scratch_back=tuple(s._replace(of=new(s.of)) for s in op.scratch_back),
-    )
+    keeps = tuple(k._replace(what=new(k.what), of=new(k.of)) for k in op.keeps)
+    scratch = tuple(s._replace(of=new(s.of)) for s in op.scratch_back)
+    return _renamed(op, names)._replace(keeps=keeps, scratch_back=scratch)
 
 
 def _update(

@@ -27,32 +27,36 @@ def attach(stack: Stack, trainer: Trainer, value: Stack | None, autocast: str | 
         stack = stack._replace(after=stack.after[: scores + 1])
     stack = returning_states(stack)._replace(loss=())
     if trainer.is_reference:
-        return stack if scores is not None else stack._replace(after=(*stack.after, _scored(stack)))
+        return stack if scores is not None else stack._replace(after=(*stack.after, _scored(stack, trainer)))
     assert value is not None
     stack = _held(stack, "step", "cache")
     logits = next(op for op in reversed(stack.after) if op.writes).writes[0].name
     outputs = "outputs" if autocast else logits
-    tail = [Op("return", releases=_RETURNED), RETURNED]
+    returned = [Op("return", releases=_RETURNED), RETURNED]
     if autocast:
-        tail += [op._replace(holds="step") for op in (converted(logits), *converted_states(logits))]
+        returned += [op._replace(holds="step") for op in (converted(logits), *converted_states(logits))]
     else:
         stack = _held(stack, "step", "states")
         last = stack.after[-1]
         stack = stack._replace(after=(*stack.after[:-1], last._replace(holds="step")))
-    loss = Op("loss.ppo", ("log_probs", "value.scores"), (Tensor("loss", "", "fp32"),), source=_SOURCE)
-    tail += [*log_probs_of_logits(outputs, trainer, bool(autocast), "b s v"), loss]
-    before = tuple(with_generated(op) if op.name == "inputs" else op for op in stack.before)
+    stack = stack._replace(after=(*stack.after, *returned))  # the model that accelerate wraps casts what it returns
+    tail: list[Op] = []
     if trainer.has_parts:  # of the micro-batch before, until those of this one exist; counted in its stead
         probabilities = Tensor("probabilities of completions", "completion_rows v", f"={outputs}")
         tail.append(Op("loss.entropy", (outputs,), (probabilities,), gradient="none", holds="step", source=_SOURCE))
+    loss = Op("loss.ppo", ("log_probs", "value.scores"), (Tensor("loss", "", "fp32"),), source=_SOURCE)
+    tail += [*log_probs_of_logits(outputs, trainer, bool(autocast), "b s v"), loss]
+    before = tuple(with_generated(op) if op.name == "inputs" else op for op in stack.before)
     tail.append(ops.release_names("log_probs", "value.scores"))
     return _joined(_own_names(value), stack._replace(before=before, loss=tuple(tail)))
 
 
-def _scored(stack: Stack) -> Op:
+def _scored(stack: Stack, trainer: Trainer) -> Op:
     """Compute log-probabilities sequence by sequence: the log-softmax of two at a time, or exponents of one in fp32."""
     logits = next(op for op in reversed(stack.after) if op.writes).writes[0].name
-    row = Tensor("log-softmax of two sequences, or exponents of one", "completion v", "fp32")
+    is_alone = trainer.has_one_sequence and not trainer.has_parts
+    dtype = f"={logits}" if is_alone else "fp32"
+    row = Tensor("log-softmax of two sequences, or exponents of one", "completion v", dtype)
     return Op("log_probs", (logits,), (Tensor("ref_log_probs", "b s", "fp32"),), scratch=(row,), gradient="none")
 
 

@@ -53,7 +53,7 @@ def trainer(run: OpenRun) -> Iterator[SpecError]:
 _ROLES = {
     "teacher": DISTILLING,
     "reward": ("grpo", "rloo", "ppo"),
-    "value": ("ppo",),
+    "value": ("grpo", "rloo", "ppo"),
 }  # role -> trainers whose step has such a model
 
 
@@ -64,10 +64,12 @@ def roles(run: RunSpec) -> Iterator[SpecError]:
             yield refused(f"roles.{role}", f"is not supported yet; supported: {', '.join(_ROLES)}")
         elif run.trainer not in _ROLES[role]:
             yield refused(f"roles.{role}", f"only applies to trainer {' or '.join(_ROLES[role])}, not {run.trainer}")
-        elif role == "value" and other.location == "server":
+        elif other.location == "server" and (role, run.trainer) == ("value", "ppo"):
             yield not_yet_with(f"roles.{role}.location", f"trainer {run.trainer}", "gpu")
         elif role == "value" and other.quantization is not None:
             yield not_yet_with("roles.value.quantization", "a value model, which trains", "none")
+        elif role == "value" and "parameters" in (run.serving.trainer_offload or ()):
+            yield not_yet_with("serving.trainer_offload", "parameters and a value model", "optimizer")
         elif run.trainer == "gkd" and other.location == "server":
             yield refused("roles.teacher.location", "gkd reads all of a teacher's logits; use gpu, or trainer distill")
         elif (
@@ -94,8 +96,9 @@ def _ppo(run: OpenRun, has_tower: bool) -> Iterator[SpecError]:
         yield refused("kernels.checkpointing", text)
     if run.parallelism.world > 1:
         yield not_yet_with("parallelism", "trainer ppo", "one GPU")
-    if has_tower or any(layer.kind == "state" for layer in caches(run.model)):
-        yield not_yet_with("model", "trainer ppo", "text models without layers that keep a state")
+    published = run.model.family.generation.published_cache  # by code that transformers 5 does not run
+    if has_tower or published or any(layer.kind == "state" for layer in caches(run.model)):
+        yield not_yet_with("model", "trainer ppo", "transformers' text models without layers that keep a state")
     q = run.method.quantization
     if run.precision.autocast and q is not None and q.format in ("nf4", "fp4"):
         # trl 1.12.0 experimental/utils.py peft_module_casting_to_bf16: the final norm's fp32 output meets a bf16 head
