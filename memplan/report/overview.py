@@ -10,7 +10,6 @@ from typing import Any
 
 from memplan.core.records import NamedTuple
 from memplan.estimate.answer import Estimate, Line
-from memplan.models.peft_methods import has_rank
 from memplan.report import wording as words
 from memplan.report.bar import bar
 from memplan.report.blocks import Block, Column, Drawing, Pairs, Table, Text, Verbatim
@@ -109,8 +108,7 @@ def settings(answer: Estimate) -> Iterator[str]:
     if run.task == "train":
         yield from (f"{batch.accumulation:,} passes a step",) * (batch.accumulation > 1)
         if run.method.kind not in ("full", "freeze"):
-            on = run.method.targets if isinstance(run.method.targets, str) else ", ".join(run.method.targets)
-            yield f"rank {run.method.rank} on {on}" if has_rank(run.method.kind) else f"on {on}"
+            yield from words.adapters(run.method)
         if q is not None:
             yield q.format
         yield str(run.optimizer.name)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from memplan.catalogue.hardware.gpu import GPU
 from memplan.catalogue.hardware.gpus import ambiguous_with, find_gpu
@@ -11,8 +11,10 @@ from memplan.core.errors import printable
 from memplan.core.records import NamedTuple
 from memplan.core.units import GIB, decimal, gib, rounded
 from memplan.estimate.answer import Estimate, Line, Phase, Rank
+from memplan.models.peft_methods import has_rank
 from memplan.report.blocks import Column, Table
 from memplan.spec.run import Batch, RunSpec
+from memplan.spec.training import Method
 
 CATEGORIES = {
     "parameter": "parameters",
@@ -69,6 +71,13 @@ def parts(answer: Estimate) -> list[MemoryPart]:
 def without_torch(answer: Estimate) -> bool:
     """Whether the run does not use torch, and so has no caching allocator."""
     return answer.run.profile.startswith("llama.cpp")
+
+
+def adapters(method: Method) -> Iterator[str]:
+    """Yield the rank of a method's adapters and the layers that have them, as far as it has either."""
+    on = method.targets if isinstance(method.targets, str) else ", ".join(method.targets)
+    if has_rank(method.kind) or on:
+        yield f"rank {method.rank} on {on}" if has_rank(method.kind) else f"on {on}"
 
 
 def card(answer: Estimate) -> GPU | None:

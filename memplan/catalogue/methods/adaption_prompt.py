@@ -71,7 +71,6 @@ def _prompt(layers: dict[str, Op], x: str, output: str, tokens: str, dtype: str)
             (prompt, *layer.weights),
             (Keep(layer.weights[0].name, prompt.name),),
             autocast="lower",
-            product="matrix",
             source=_SOURCE,
         )
     for t in "kv":
