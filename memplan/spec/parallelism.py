@@ -149,6 +149,10 @@ class Parallelism(Part):
     ends_as_layers: Flag | None = None
     device_map: Literal["auto", "balanced", "balanced_low_0", "sequential"] | None = None
 
+    def written(self, values: dict[str, Any]) -> dict[str, Any]:
+        """Leave out whether DDP looks for unused parameters, unless it is said."""
+        return {k: v for k, v in values.items() if v is not None or k != "find_unused_parameters"}
+
     @classmethod
     def expanded(cls, value: Any) -> Any:
         """Fill in what follows from the GPUs, as the command line does: `dp` from `world`, `world` from the other

@@ -307,7 +307,15 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "several GPUs": (
         {"parallelism": {"world": 2, "dp": 2, "strategy": "ddp"}},
-        "batch.images: without images the vision tower gets no gradients",
+        "parallelism.find_unused_parameters: without images the vision tower gets no gradients",
+    ),
+    "a video and images": (
+        {"batch": {"images": 1, "frames": 4, "image_size": 56}},
+        "batch.frames: a sequence has images or a video, not both",
+    ),
+    "a video": (
+        {"model": model("gemma3"), "batch": {"frames": 4}},
+        "batch.frames: a video is not supported yet for gemma3",
     ),
 }
 

@@ -287,7 +287,7 @@ def pipeline(r: OpenRun) -> Iterator[SpecError]:
     if r.batch_facts.images:
         yield not_yet_with("batch.images", f"pp {p.pp}", "0")
     if (r.method.kind == "freeze" or r.method.frozen) and p.strategy not in ("none", "fsdp2"):
-        yield refused("parallelism.strategy", f"{p.strategy} fails in a stage without trained weights; use fsdp2")
+        yield refused("parallelism.strategy", f"{p.strategy} fails in a stage where nothing trains; use fsdp2")
     if r.loop.hold_outputs:
         yield not_yet("loop.hold_outputs", r.loop.hold_outputs, f"false with pp {p.pp}")
 
