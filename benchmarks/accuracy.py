@@ -751,7 +751,6 @@ KNOWN = """
   declared from their published code; none of it was traced.
 - State spaces and linear attention are counted as transformers' own torch code computes them. With mamba-ssm,
   causal-conv1d or flash-linear-attention installed they take less; answers say so.
-- T5's cross-attention keeps one bias too many here if the tokens are no multiple of 8 (0.3 %).
 - torch.compile: the figure is that of eager code, which takes the most. Three published runs of torchtune took 6, 11
   and 21 % less; the range goes down to less than that.
 - Reports without the versions of the libraries, the lengths of the data or a log cannot be told from a miss.
