@@ -782,8 +782,9 @@ KNOWN = """
 - Kernels that allocate inside themselves do not show in a trace. One such row was found by the published runs (the
   softmax's backward with eager attention multiplies gradient and output first) and is in the ledger; there may be
   others.
-- LLM.int8's outlier columns depend on the data and are not counted. bitsandbytes' fused 4-bit product for few rows is
-  not modelled: the dequantised matrix is always counted.
+- LLM.int8's outlier columns depend on the data and are not counted. bitsandbytes' fused 4-bit product, which it
+  chooses by card and shape up to 512 rows (1,536 for small matrices), is not modelled: the dequantised matrix is always
+  counted, which is up to one matrix too much for a short prompt (0.5 to 1.4 % of real models, 9 % of a tiny one).
 - The band comes from replaying traced steps through a model of torch's allocator, not on cards. It is wide, and
   `reserved` with eager attention is 8 % too low on average.
 - No reading of the CUDA context was found for cards other than the T4, V100 and A100.
@@ -791,7 +792,6 @@ KNOWN = """
   declared from their published code; none of it was traced.
 - State spaces and linear attention are counted as transformers' own torch code computes them. With mamba-ssm,
   causal-conv1d or flash-linear-attention installed they take less; answers say so.
-- T5's cross-attention keeps one bias too many here if the tokens are no multiple of 8 (0.3 %).
 - torch.compile: the figure is that of eager code, which takes the most. Three published runs of torchtune took 6, 11
   and 21 % less; the range goes down to less than that.
 - Reports without the versions of the libraries, the lengths of the data or a log cannot be told from a miss:

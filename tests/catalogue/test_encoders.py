@@ -137,6 +137,12 @@ def test_unsupported_encoder_options_are_refused_in_one_line_with_the_field(
     assert caught.value.field == message.partition(":")[0]
 
 
+def test_a_class_without_gradient_checkpointing_is_counted_without_it() -> None:
+    default, plain = (estimate(run("mpnet", kernels=k)) for k in ({}, {"checkpointing": "none"}))
+    assert default.bytes == plain.bytes
+    assert set(default.notes) - set(plain.notes) == {"transformers has no gradient checkpointing for mpnet; use none"}
+
+
 @pytest.mark.parametrize("name", ["t5", "flan-t5"])
 def test_the_first_block_of_each_stack_has_the_biases_of_all(name: str) -> None:
     whole = estimate(run(name)).parameters.total

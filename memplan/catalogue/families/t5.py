@@ -46,7 +46,7 @@ def t5(m: ModelSpec, wiring: Wiring) -> Stack:
             *_masks(decoder_wiring, "mask"),
             *_masks(encoder_wiring, "cross_mask"),
             "decoder_bias",
-            "cross_bias",
+            *_cross_biases(wiring, cross_wiring),
         ),
     )
     encoder = (Run((_encoder(m, encoder_wiring, True),), "L1"), Run((_encoder(m, encoder_wiring, False),), "L2"))
@@ -78,6 +78,12 @@ def _nonempty(runs: tuple[Run, ...], numbers: Mapping[str, int]) -> tuple[Run, .
 
 def _masks(wiring: Wiring, name: str) -> tuple[str, ...]:
     return (name,) if wiring.has_mask() else ()
+
+
+def _cross_biases(wiring: Wiring, cross_wiring: Wiring) -> tuple[str, ...]:
+    """Names of the biases for the encoder's tokens. A kernel that pads rows keeps its padded copy, not the bias."""
+    is_kept = wiring.records and not wiring.checkpoints and wiring.backend != "eager" and not cross_wiring.has_mask()
+    return ("cross_bias", "cross_bias.uneven") if is_kept else ("cross_bias",)
 
 
 def norm(name: str, x: str, y: str) -> tuple[Op, ...]:
@@ -390,11 +396,13 @@ def _encoder(m: ModelSpec, wiring: Wiring, first: bool) -> Block:
 def _decoder(m: ModelSpec, wiring: Wiring, cross_wiring: Wiring, first: bool) -> Block:
     """A decoder block. The biases for the encoder's tokens are all 0; under checkpointing they require a gradient."""
     name, held = "layer.1", ("probs.cross",) if wiring.backend == "eager" else ()
-    self_bias, cross_bias = "decoder_bias", "cross_bias"
+    self_bias, biases = "decoder_bias", _cross_biases(wiring, cross_wiring)
+    cross_bias, *uneven = biases
+    whole, padded = Tensor(cross_bias, "a s s_even" if uneven else "a s s", "=q"), Tensor("", "a s s_uneven", "=q")
     zeros = Op(
         cross_bias,
         ("q",),
-        (Tensor(cross_bias, "a s s", "=q"),),
+        (whole, *(padded._replace(name=other) for other in uneven)),
         gradient="none",
         requires_gradient=wiring.checkpoints,
         source=f"{_SOURCE} T5Attention.forward",
@@ -410,14 +418,14 @@ def _decoder(m: ModelSpec, wiring: Wiring, cross_wiring: Wiring, first: bool) ->
         ops.release_names("n2"),
         *_clamped(f"{name}.clamp", "x2.sum", "x2"),
         *_mlp(m, "layer.2", "x2", "y"),
-        ops.release_names(self_bias, cross_bias, *held),
+        ops.release_names(self_bias, *biases, *held),
     )
     operations = (
         *decoding(before, wiring),
-        *attend_to_encoder(cross, wiring, "co", cross_bias),
+        *attend_to_encoder(cross, wiring, "co", *biases),
         *decoding(after, wiring),
     )
-    return Block("decoder.block", operations, (self_bias, cross_bias) if first else (), returned=True)
+    return Block("decoder.block", operations, (self_bias, *biases) if first else (), returned=True)
 
 
 BUILDERS = {"mt5": t5, "t5": t5}

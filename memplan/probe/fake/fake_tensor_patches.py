@@ -96,8 +96,7 @@ def _torch() -> None:
 
 
 def _all_finite(tensor: torch.Tensor) -> torch.Tensor:
-    """Return torch's mask of finite numbers, of which BART asks whether they are `all`: in a model that trains, they
-    are."""
+    """Return torch's mask of finite numbers. BART asks whether `all` are: in a model that trains, they are."""
     mask: Any = _originals["isfinite"](tensor)
     mask.all = lambda: True
     return mask
