@@ -240,15 +240,15 @@ def prune(
     first: dict[tuple[int, ...], int] = {}
     for row, moment in candidates:
         first.setdefault(row, moment)
-    rows = without_midpoints(_local_maxima(first, others))
-    columns = [*zip(*rows, strict=True)]
-    by_product = [[0] * len(rows) for _ in products]
+    left = without_midpoints(_local_maxima(first, others))
+    columns = _transposed(left, len(variables))
+    by_product = [[0] * len(left) for _ in products]
     for i, product, multiple in multiples:
         by_product[product] = [n + count * multiple for n, count in zip(by_product[product], columns[i], strict=True)]
-    linear = _transposed(by_product, len(rows))
+    linear = _transposed(by_product, len(left))
     sums = [tuple(accumulate(each)) for each in linear]
-    apart, rounding = (_transposed([columns[i] for i in wanted], len(rows)) for wanted in (others, rounds))
-    by_sums = sorted(map(_Candidate, sums, apart, rounding, rows, linear), key=_sums, reverse=True)
+    apart, rounding = (_transposed([columns[i] for i in wanted], len(left)) for wanted in (others, rounds))
+    by_sums = sorted(map(_Candidate, sums, apart, rounding, left, linear), key=_sums, reverse=True)
     kept: list[Term] = []
     larger: list[_Candidate] = []  # those kept; the last one found to be larger is tried first, as it often is again
     for candidate in by_sums:
@@ -333,9 +333,9 @@ class _Candidate(NamedTuple):
     linear: tuple[int, ...]
 
 
-def _transposed(columns: Sequence[Sequence[int]], count: int) -> list[tuple[int, ...]]:
-    """Return the `count` rows of a table, which are empty if it has no columns."""
-    return [*zip(*columns, strict=True)] if columns else [()] * count
+def _transposed(rows: Sequence[Sequence[int]], columns: int) -> list[tuple[int, ...]]:
+    """Return the columns of a table, whose number says how many empty ones a table without rows has."""
+    return [*zip(*rows, strict=True)] if rows else [()] * columns
 
 
 def _sums(candidate: _Candidate) -> tuple[int, ...]:

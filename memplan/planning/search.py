@@ -182,9 +182,8 @@ def _by_cost(trials: Trials, levers: Sequence[Lever], tier: int) -> Iterator[Set
         for i, lever in enumerate(levers)
         if tiers[i] <= tier and trials.answer((lever,)) is not None and not trials.fits((lever,))
     ]
-    queue: list[tuple[int, int, tuple[int, ...]]] = [
-        (1, i, (i,)) for i in weak
-    ]  # number of levers, sum of their places, and the places
+    # number of levers, sum of their places, and the places
+    queue: list[tuple[int, int, tuple[int, ...]]] = [(1, i, (i,)) for i in weak]
     while queue:
         count, total, places = heapq.heappop(queue)
         if count > 1:

@@ -53,7 +53,9 @@ def test_what_json_writes_otherwise_is_left_to_tomllib(text: str) -> None:
     assert parsed(text) == tomllib.loads(text)
 
 
-@pytest.mark.parametrize("text", ["a = ", "a = 1 2", "a", "[a", "a = 2026-13-40", "a = [\n1,", "a = [\n1\n2,\n]"])
+@pytest.mark.parametrize(
+    "text", ["a = ", "a = 1 2", "a", "[a", "a = 2026-13-40", "a = [\n1,", "a = [\n1\n2,\n]", "a = [\n1,,\n]"]
+)
 def test_a_wrong_line_is_tomllibs_error(text: str) -> None:
     with pytest.raises(tomllib.TOMLDecodeError):
         parsed(text)
