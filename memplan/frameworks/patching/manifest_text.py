@@ -1,4 +1,4 @@
-"""Set flags of a container's command in a Compose file or a Kubernetes manifest; all else stays as it is."""
+"""Set flags of a container's command in a Compose file or a Kubernetes manifest, and nothing else."""
 
 from __future__ import annotations
 

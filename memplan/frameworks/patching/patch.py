@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from difflib import unified_diff
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from memplan.core.errors import SpecError
 from memplan.core.records import NamedTuple
@@ -17,14 +17,12 @@ from memplan.frameworks.patching.yaml_text import edited_yaml
 from memplan.frameworks.reading import shell
 from memplan.frameworks.reading.config import defaults_of, shown
 from memplan.frameworks.reading.document import parsed
+from memplan.frameworks.reading.manifests import Container
 from memplan.frameworks.reading.run_file import RunFile, command_in, defaults_in, is_manifest, manifest_command
 from memplan.frameworks.reading.run_format import format_named
 from memplan.spec.base import Part
 from memplan.spec.file import read_text, spec_with_lines
 from memplan.spec.run import RunSpec
-
-if TYPE_CHECKING:
-    from memplan.frameworks.reading.manifests import Container
 
 _LENGTH = "batch.sequence"
 _Path = tuple[str, ...]

@@ -35,12 +35,12 @@ def edited_script(text: str, command: Launched, edits: Mapping[str, Value], expo
 # Where a command or the script around it says how many processes a node has.
 _PROCESSES = re.compile(
     r"((?:--?(?:nproc[-_]per[-_]node|num[-_]processes|num[-_]gpus)(?:[ =\"',]|\\\r?\n|\r?\n\s*- )+"
-    r"|\bNPROC_PER_NODE=)[\"']?)(?:(\d+)|\$\{?(\w+))"
+    r"|\bNPROC_PER_NODE=)[\"']?)(?:(\d{1,9})|\$\{?(\w+))"
 )
-_SLURM_GPUS = r"(#SBATCH\s+--?(?:gres|gpus-per-node|gpus|G)[=\s]*(?:[\w.]+:)*)(\d+)"
-_VISIBLE = r"(\bCUDA_VISIBLE_DEVICES=[\"']?)(\d+(?:,\d+)*)"
-_LIMITS = r"(nvidia\.com/gpu[\"']?\s*:\s*[\"']?)(\d+)"
-_DEVICES = r"(\bcount\s*:\s*[\"']?)(\d+)"
+_SLURM_GPUS = r"(#SBATCH\s+--?(?:gres|gpus-per-node|gpus|G)[=\s]*(?:[\w.]+:)*)(\d{1,9})"
+_VISIBLE = r"(\bCUDA_VISIBLE_DEVICES=[\"']?)(\d{1,9}(?:,\d{1,9})*)"
+_LIMITS = r"(nvidia\.com/gpu[\"']?\s*:\s*[\"']?)(\d{1,9})"
+_DEVICES = r"(\bcount\s*:\s*[\"']?)(\d{1,9})"
 _ACCELERATE = re.compile(r"\baccelerate\s+launch\b")
 
 
@@ -50,14 +50,15 @@ def with_processes(text: str, times: int, per: int) -> str:
     visible. A launcher whose config file says the number is given a flag. Raises SpecError if it does not say it."""
     found = _PROCESSES.search(text)
     if found is not None and found[2] is None:
-        found = re.search(_SLURM_GPUS if found[3].startswith("SLURM_") else rf"(\b{found[3]}=[\"']?)(\d+)", text)
+        found = re.search(_SLURM_GPUS if found[3].startswith("SLURM_") else rf"(\b{found[3]}=[\"']?)(\d{{1,9}})", text)
     count = int(found[2]) if found is not None else None
     places = {found.span(2): found[2]} if found is not None else {}
     for pattern in (_SLURM_GPUS, _VISIBLE, _LIMITS, _DEVICES):
-        match = re.search(pattern, text)
-        gpus = match[2] if match is not None else ""
-        if match is not None and count in (None, gpus.count(",") + 1 if pattern == _VISIBLE else int(gpus)):
-            places[match.span(2)] = gpus
+        for match in re.finditer(pattern, text):
+            gpus = match[2].count(",") + 1 if pattern == _VISIBLE else int(match[2])
+            count = gpus if count is None else count
+            if gpus == count:
+                places[match.span(2)] = match[2]
     launch = _ACCELERATE.search(text)
     if not places and launch is not None and "--config_file" in text[launch.end() :]:
         return f"{text[: launch.end()]} --num_processes {times}{text[launch.end() :]}"

@@ -11,6 +11,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from functools import partial
+from itertools import pairwise
 from pathlib import Path, PurePath
 from typing import Any, TypeAlias, cast
 
@@ -42,6 +43,7 @@ _HERE = re.compile(r"<<-?\s*['\"]?(\w+)")
 _ALL = "every GPU that it sees"
 COUNTED = "counted by"  # in what a launcher says: what its number of processes is of
 _MOST_GPUS = 1024  # of a machine
+_MOST_DIGITS = 10
 _LONGEST_QUOTE = 200  # lines
 _LONGEST_VALUE = 65_536  # characters; a variable may hold another one twice, and that the one before
 _ENDS = ("&&", "||", "|", ";", "&", "then", "do")
@@ -148,13 +150,12 @@ def _directives(text: str) -> dict[str, str]:
     """Return the variables that Slurm sets by a script's `#SBATCH` lines: the GPUs of a node among them."""
     said = {long or _SHORT.get(short, short): value for long, short, value in _SBATCH.findall(text)}
     variables = {name: said[key] for name, key in _SLURM.items() if said.get(key, "").isdecimal()}
-    nodes = int(variables.get("SLURM_NNODES", 1))
-    tasks = int(variables.get("SLURM_NTASKS_PER_NODE", 0)) * nodes
+    nodes = _number(variables.get("SLURM_NNODES", "1")) or 1
+    tasks = _number(variables.get("SLURM_NTASKS_PER_NODE", "")) * nodes
     variables = {"SLURM_NTASKS": str(tasks), **variables} if tasks else variables
-    gpus = said.get("gres", said.get("gpus-per-node", "")).partition(",")[0].rpartition(":")[2]
-    total = said.get("gpus", "").rpartition(":")[2]  # of all nodes
-    gpus = str(int(total) // max(nodes, 1)) if total.isdecimal() and not gpus else gpus
-    return {**variables, "SLURM_GPUS_ON_NODE": gpus, **visible(int(gpus))} if gpus.isdecimal() else variables
+    gpus = _number(said.get("gres", said.get("gpus-per-node", "")).partition(",")[0].rpartition(":")[2])
+    gpus = gpus or _number(said.get("gpus", "").rpartition(":")[2]) // nodes  # --gpus is of all nodes
+    return {**variables, "SLURM_GPUS_ON_NODE": str(gpus), **visible(gpus)} if gpus else variables
 
 
 def visible(gpus: int) -> dict[str, str]:
@@ -268,13 +269,22 @@ def _product(variables: Mapping[str, str], match: re.Match[str]) -> str:
     """Return the product or quotient of numbers and variables that a shell would compute, as text; else what it is."""
     text, value, end = (match[1] or match[2]).replace("\\*", "*"), 1, 0
     while (factor := _FACTOR.match(text, end)) is not None and bool(factor[1]) == bool(end):
-        number = factor[3] or variables.get(factor[2], "")
-        if not number.isdecimal() or (factor[1] == "/" and not int(number)):
+        number = _number(factor[3] or variables.get(factor[2], ""))
+        if not number or value > 2**53:
             return match[0]
-        value, end = value // int(number) if factor[1] == "/" else value * int(number), factor.end()
-        if value > 2**53:
-            return match[0]
+        value, end = value // number if factor[1] == "/" else value * number, factor.end()
     return str(value) if end == len(text) else match[0]
+
+
+def _number(text: str) -> int:
+    """Return the number that a text of at most nine digits is; 0 for any other."""
+    return int(text) if text.isdecimal() and len(text) < _MOST_DIGITS else 0
+
+
+def _of_mpi(words: list[str]) -> dict[str, Any]:
+    """Return what the flags of an MPI launcher say as accelerate's config."""
+    ranks = next((_number(value) for flag, value in pairwise(words) if flag in ("-np", "-n", "--np")), 0)
+    return {"distributed_type": "MULTI_GPU"} | ({"num_processes": ranks, COUNTED: "np"} if ranks else {})
 
 
 def _launched(words: list[str], variables: Mapping[str, str], line: int, programs: Programs) -> Launched | str | None:
@@ -293,7 +303,7 @@ def _launched(words: list[str], variables: Mapping[str, str], line: int, program
             words, launcher = _launcher(rest, launcher, "num_gpus", "num_nodes", variables)
         elif program in _MPI:
             words = _inside(rest, programs)
-            launcher = _launcher(rest[: rest.index(words[0])] if words else [], launcher, "np", "nodes", variables)[1]
+            launcher = _of_mpi(rest[: max(len(rest) - len(words), 0)])
         elif program in _SHELLS and len(rest) > 1 and re.fullmatch("-[a-z]*c", rest[0]):  # bash -lc 'trl sft ...'
             inner = (_launched(each, own, line, programs) for _, each, own in _commands(rest[1], program, variables))
             return next((each for each in inner if each), None)

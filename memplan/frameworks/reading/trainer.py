@@ -438,11 +438,12 @@ def checkpoint(config: Config, name: str, key: str, trains: bool) -> None:
     own config is cached."""
     card, options = other_format(name) or (name, "")
     match = _FORMAT.search(options)
-    format = match[1] if match is not None else ""
-    with suppress(MemplanError):
-        find_config(name)
-        format = ""
-    if not format or (trains and "-int" not in format):
+    format = match[1] if match is not None and not (trains and "-int" not in match[1]) else ""
+    if format:
+        with suppress(MemplanError):
+            find_config(name)
+            format = ""
+    if not format:
         config.set("model", name, key)
         return
     why = "by the checkpoint's name"
