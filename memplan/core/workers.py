@@ -35,7 +35,8 @@ def mapped(
 
     Raises RuntimeError if a process ends before its items do.
     """
-    if processes == 1:
+    processes = min(processes, len(items))
+    if processes <= 1:
         results: list[_Result] = []
         for item in items:
             if progress is not None:

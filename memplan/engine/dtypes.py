@@ -92,7 +92,7 @@ class _Listed:
         return isinstance(other, _Listed) and self.ops == other.ops
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _listed(ops: Identity[tuple[Op, ...]]) -> _Listed:
     return _Listed(ops.value)
 
@@ -106,7 +106,7 @@ class _Resolved(NamedTuple):
     trained: Mapping[str, Weight]
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _resolved(
     listed: _Listed,
     autocast: str | None,

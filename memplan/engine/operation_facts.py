@@ -96,12 +96,12 @@ def gradient_flow(ops: Ops, entering: Iterable[str]) -> GradientFlow:
     return _gradient_flow(key, _reads(key).intersection(entering))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _reads(ops: Identity[Ops]) -> frozenset[str]:
     return frozenset(r for op in ops.value for r in op.reads)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _gradient_flow(ops: Identity[Ops], entering: frozenset[str]) -> GradientFlow:
     flows = set(entering)
     targets_of_each: list[tuple[str, ...]] = []
@@ -128,7 +128,7 @@ def last_uses(ops: Ops, keep: bool) -> tuple[tuple[str, ...], ...]:
     return _last_uses(Identity(ops), keep)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _last_uses(ops: Identity[Ops], keep: bool) -> tuple[tuple[str, ...], ...]:
     root: dict[str, str] = {}
     last: dict[str, int] = {}
@@ -151,7 +151,7 @@ def are_holding(ops: Ops) -> tuple[bool, ...]:
     return _are_holding(Identity(ops))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _are_holding(ops: Identity[Ops]) -> tuple[bool, ...]:
     return tuple(bool(op.holds or op.releases or op.captures or op.requires_gradient) for op in ops.value)
 
@@ -161,7 +161,7 @@ def weights_used_again(ops: Ops) -> dict[str, int]:
     return dict(_weights_used_again(Identity(ops)))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _weights_used_again(ops: Identity[Ops]) -> tuple[tuple[str, int], ...]:
     uses = Counter(w.name for op in ops.value if op.gradient != "none" for w in op.weights if w.trains)
     return tuple((name, n) for name, n in uses.items() if n > 1)
@@ -175,7 +175,7 @@ def storages_behind(ops: Ops, inputs: Mapping[str, str] = MappingProxyType({})) 
     return _storages_behind(Identity(ops), tuple(inputs.items()))
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=128)
 def _storages_behind(ops: Identity[Ops], inputs: tuple[tuple[str, str], ...]) -> Mapping[str, str]:
     behind = dict(inputs)
     for op in ops.value:
