@@ -7,7 +7,7 @@ reduce-scattered.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Generator, Iterable
+from collections.abc import Callable, Container, Generator
 from contextlib import contextmanager
 from functools import partial
 
@@ -111,10 +111,6 @@ class Gatherer:
         """Return the unit's name if it is gathered, else "". Units of blocks that are not `called` are not."""
         return unit if called and unit in self._units else ""
 
-    def is_used(self, name: str, ops: Iterable[Op]) -> bool:
-        """Whether the operations, outside of blocks, use weights of the unit."""
-        return any(self._outside.get(w.name) == name for op in ops for w in op.weights)
-
     def turn(self) -> None:
         """Begin backward. Gradients of weights outside of blocks wait until those of their unit are complete."""
         if not (self._sums and self._keeps_buffers):  # else every gradient is added at once
@@ -122,7 +118,7 @@ class Gatherer:
 
     def is_reached(self, name: str, frame: Frame, leaf: Container[str]) -> bool:
         """Whether backward reaches the unit's operations: they compute gradients, or their outputs require one."""
-        nodes = [node for node in frame.nodes if self.is_used(name, (node.op,))]
+        nodes = [node for node in frame.nodes if any(self._outside.get(w.name) == name for w in node.op.weights)]
         return any(node.targets or any(t.name in leaf for t in node.op.writes) for node in nodes)
 
     def recall(self, frame: Frame) -> None:
@@ -136,11 +132,8 @@ class Gatherer:
         self._tape.nested = self._nested_outside
 
     def reach(self, frame: Frame, op: Op) -> None:
-        """Gather the units of an operation outside of blocks, in forward, and free the embeddings' after them."""
-        names = dict.fromkeys(self._outside[w.name] for w in op.weights if w.name in self._outside)
-        if BEFORE not in names:
-            self.leave(BEFORE)
-        for name in names:
+        """Gather the units of an operation outside of blocks, in forward."""
+        for name in dict.fromkeys(self._outside[w.name] for w in op.weights if w.name in self._outside):
             self._gather(name, frame)
             if self.is_aside and self._keeps_buffers and not self.at_loss:  # else the head's module is not called
                 self.last_before = name

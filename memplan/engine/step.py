@@ -317,8 +317,7 @@ class _Pass:
         behind = storages_behind(first.ops)
         begins = behind.get(self.embeds, self.embeds)
         made = self._forward(first, {begins, *_roots(behind, stack.read)})
-        gatherer.leave(BEFORE)
-        opening = BEFORE if gatherer.is_used(BEFORE, first.ops) else ""
+        opening = gatherer.leave(BEFORE)
         self.previous_unit = [*accumulate(self.units, lambda earlier, own: _first(own[::-1], earlier), initial=opening)]
         self.stream = made[begins]
         self.outer = _handed(made, behind, stack.read, self.stream)
