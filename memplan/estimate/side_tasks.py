@@ -93,7 +93,7 @@ def _evaluation(
     kind, quantised = decided_.structure.graph.model.model_type, run.method.quantization is not None
     library = library_behaviour(run.profile, kind, quantised)
     division = sharding_of(decided_.structure).division()
-    caching = bool(run.loop.use_cache)
+    caching = bool(run.loop.use_cache) or (run.loop.trainer and library.generation.evaluation_caches)
     cache = library.generation.cache if caching else ""
     one_pass = Pass("eval", cache, casts_logits=library.loss.logits == "model")
     graph = _evaluation_graph(decided_.structure.graph, one_pass, caching=caching)

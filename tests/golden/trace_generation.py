@@ -90,8 +90,7 @@ PPO: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, 
 # With a teacher on a server.
 SERVED: tuple[tuple[str, str, dict[str, Any], tuple[int, int, int, int, int], str, dict[str, Any]], ...] = (
     ("llama", "full", BF16, (2, 64, 64, 1, 2), "none", {}),
-    ("tied", "lora", FP32, (4, 256, 8, 1, 1), "none", {}),
-    ("qwen2", "qlora", BF16, (2, 128, 32, 1, 1), "none", {"checkpointing": "none"}),
+    ("tied", "lora", FP32, (4, 64, 32, 1, 1), "none", {}),
 )
 _ALL = (("trl-1.15", "grpo"), ("trl-1.14", "grpo"), ("trl-1.13", "grpo"))
 

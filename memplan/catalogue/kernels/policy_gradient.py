@@ -146,7 +146,7 @@ def log_probs_of_logits(outputs: str, trainer: Trainer, is_fp32: bool, logits_sh
         yield Op("loss.temperature", (logits,), (Tensor("scaled", shape, f"={outputs}"),), source=source)
         yield ops.release_names(*(() if trainer.divided_logits == "held" else (outputs,)), "shifted", logits)
         logits = "scaled"
-    yield selected_log_probs("loss.log_probs", logits, shape, "completion", is_fp32, "log_probs", source)
+    yield from selected_log_probs("loss.log_probs", logits, shape, "completion", is_fp32, "log_probs", source)
     if not trainer.is_reference and trainer.log_probs not in ("rolled", "sliced"):
         names = ("log-softmax of a chunk", "probabilities of a chunk", "products of a chunk")
         chunk = tuple(Tensor(name, "entropy_rows v", f"={logits}") for name in names)

@@ -72,7 +72,7 @@ def attach(
     if trainer.log_probs == "rolled":
         source = source_of(trainer)
         log_probs = selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
-        return _finished(stack, trainer, (*tail, log_probs, ops.release_names(outputs)), reference, ())
+        return _finished(stack, trainer, (*tail, *log_probs, ops.release_names(outputs)), reference, ())
     if trainer.log_probs == "gathered":
         tail = (*tail, *_gathered_log_probs(outputs))
         if first_pass is not None:
@@ -210,23 +210,24 @@ def converted_states(logits: str) -> Iterator[Op]:
     yield Op("loss.states", read, (states,), cast=True, gradient="none", releases="states", source=_CASTS)
 
 
-def selected_log_probs(name: str, x: str, shape: str, row: str, is_fp32: bool, log_probs: str, source: str) -> Op:
-    """Return the operation that computes log-probabilities of the tokens, one sequence after the other.
+def selected_log_probs(
+    name: str, x: str, shape: str, row: str, is_fp32: bool, log_probs: str, source: str
+) -> Iterator[Op]:
+    """Compute log-probabilities of the tokens, one sequence after the other.
 
-    From fp32 logits it subtracts their logsumexp and keeps them; from others it keeps each sequence's log-softmax.
-    Backward makes every sequence's gradient, and joins them.
+    From fp32 logits it subtracts their logsumexp and keeps them; from others it keeps each sequence's log-softmax until
+    the sequence's gradient is there. Backward makes every sequence's gradient, and joins them.
     """
-    kept = x if is_fp32 else f"{log_probs}.all"
-    written = () if is_fp32 else (Tensor(kept, shape, f"={x}"),)
-    return Op(
-        name,
-        (x, "ids"),
-        (Tensor(log_probs, "b s", f"={x}"), *written),
-        keeps=(Keep(kept, x),),
-        scratch=(Tensor("exponents of a sequence", f"{row} v", f"={x}"),) if is_fp32 else (),
-        scratch_back=(Scratch(Tensor("gradients by sequence", shape, f"={x}")),),
-        source=source,
-    )
+    written = Tensor(log_probs, "b s", f"={x}")
+    if is_fp32:
+        exponents = Tensor("exponents of a sequence", f"{row} v", f"={x}")
+        gradients = Scratch(Tensor("gradients by sequence", shape, f"={x}"))
+        kept = (Keep(x, x),)
+        yield Op(name, (x, "ids"), (written,), (), kept, (exponents,), (gradients,), source=source)
+        return
+    rows, all_ = f"{x} by sequence", Tensor(f"{log_probs}.all", shape, f"={x}")
+    yield Op(f"{name}.sequences", (x,), (Tensor(rows, shape, f"={x}"),), view=True, source=source)
+    yield Op(name, (rows, "ids"), (written, all_), keeps=(Keep(all_.name, rows),), source=source)
 
 
 def _joined_log_probs(logits: str, outputs: str, is_fp32: bool) -> Iterator[Op]:
@@ -236,7 +237,7 @@ def _joined_log_probs(logits: str, outputs: str, is_fp32: bool) -> Iterator[Op]:
     """
     source, cast = _SOURCES["joined"], tuple(converted_states(logits)) if is_fp32 else ()
     yield from cast
-    yield selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
+    yield from selected_log_probs("loss.log_probs", outputs, "b s v", "s", is_fp32, "log_probs", source)
     half = Tensor("logits of the chosen half", "half_tokens v", f"={outputs}")
     yield Op("loss.mean_logits", (outputs,), gradient="none", scratch=(half,), source=source)
     yield Op("return", (outputs, *(t.name for op in cast for t in op.writes)), releases="states")
@@ -251,7 +252,7 @@ def _shifted_log_probs(prefix: str, outputs: str, is_fp32: bool, kind: str) -> I
     yield Op("loss.shift", (outputs,), (Tensor(shifted, "shifted_rows v", f"={outputs}"),), view=True, source=source)
     name = f"loss.{result}"
     if kind == "shifted":
-        yield selected_log_probs(name, shifted, "shifted_rows v", "row_tokens", is_fp32, result, source)
+        yield from selected_log_probs(name, shifted, "shifted_rows v", "row_tokens", is_fp32, result, source)
         return
     numbers = tuple(f"{result}.{what}" for what in ("entropy", "log_z", "expected_logit"))
     written = tuple(Tensor(what, "shifted_rows", "fp32") for what in (result, *numbers))

@@ -211,7 +211,9 @@ class Script:
         options: dict[str, Any] = {}
         base = base_of(self.model)
         names = inspect.signature(base.forward).parameters
-        if "use_cache" in names or hasattr(
+        if self.run.loop.trainer and not self.model.training:  # transformers' Trainer sets the outer config alone
+            base.config.use_cache = bool(self.run.loop.use_cache)
+        elif "use_cache" in names or hasattr(
             base.config, "text_config"
         ):  # a decoder, or a model that passes it on to one
             options["use_cache"] = bool(self.run.loop.use_cache)
