@@ -365,7 +365,8 @@ class _Pass:
         frames = [self._run_block(at, i, copies, last_layer + i) for i in range(period)]
         if number is not None:
             tape.leave_run(self.stream, *self.carried.values(), *self.gatherer.handed)
-            if any(op.holds and t.name == "y" for block in copies.blocks for op in block.ops for t in op.writes):
+            holding = (op for block in copies.blocks for op in block.ops if op.holds)
+            if any(op.holds == "states" or any(t.name == "y" for t in op.writes) for op in holding):
                 entering.run = number  # stands for the other copies' inputs, and is freed with them
         tape.leave_copy()
         self.ran.append(_CopyRun(number, frames))

@@ -302,13 +302,12 @@ class Tape(LiveStorages):
                 holds.setdefault(op.holds, []).append(frame.names[t.name])
         if op.releases.startswith("last "):
             self.drop(holds[op.releases.removeprefix("last ")].pop())
+        elif op.holds and op.view:  # a cast that was dropped: what is held are the tensors themselves
+            holds.setdefault(op.holds, []).extend(holds.pop(op.releases, ()))
         elif op.releases:
             for storage in holds.pop(op.releases, ()):
-                if op.holds and op.view:  # a cast that was dropped: what is held are the tensors themselves
-                    holds[op.holds].append(storage)
-                else:
-                    self.drop(storage)
-        if not (keep or not frame.reentrant):
+                self.drop(storage)
+        if frame.reentrant and not keep:
             return
         for name in op.captures if differentiates else ():
             frame[name].refs += 1
@@ -498,10 +497,8 @@ class Tape(LiveStorages):
             self.drop(storage)
         self._release(node)
         for target, storage in zip(node.targets, gradients, strict=True):
-            if target in backward.wraps:
-                self._held["nodes"].append(storage)
-            elif target in backward.past:
-                self._shared.append(storage)
+            if target in backward.wraps or target in backward.past:
+                (self._held["nodes"] if target in backward.wraps else self._shared).append(storage)
             elif target in self.nested:
                 self._reduce(self.nested[target], storage, gathered)
             elif target in backward.weights:

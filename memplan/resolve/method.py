@@ -130,12 +130,9 @@ def method_recipe(
 def _check_attention(model: ModelSpec, method: Method, families: tuple[str, ...]) -> None:
     """Refuse models whose attention peft does not wrap, and more layers than there are."""
     kind, axes = method.kind, model.axes()
-    if model.model_type == "gpt2":
-        raise refused("method.kind", f"{kind} is not supported yet for gpt2; use lora")
     if model.model_type not in families:
-        raise refused(
-            "method.kind", f"peft's {kind} refuses {model.model_type}: it wraps {', '.join(families)}; use lora"
-        )
+        known = f"{kind} is counted for {', '.join(families)}, not for {model.model_type}; use lora"
+        raise refused("method.kind", known)
     if axes["a"] * axes["d"] != axes["h"]:
         raise refused("method.kind", f"peft's {kind} refuses heads that are not as wide as the hidden size; use lora")
     if method.last_layers > model.num_hidden_layers:
