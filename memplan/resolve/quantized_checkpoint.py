@@ -74,6 +74,7 @@ def method_for_training(
     """Return the method for training, with the checkpoint's quantisation filled in unless the run sets its own.
 
     why_not_fp8  why nothing trains over fp8 here, or ""
+
     Raises SpecError if the method cannot train this checkpoint, ConfigError if its config is incomplete.
     """
     config: Any = model.config.get(FIELD)
@@ -82,10 +83,10 @@ def method_for_training(
     stored = checkpoint_format(model, cast(Mapping[str, Any], config))
     dense = stored.why_dequantised
     if stored.words == "fp8" and not dense:
-        if why := _why_not_fp8(method, capability) or why_not_fp8:
-            dense = why
-        elif method.kind not in ("lora", "qlora"):
+        if method.kind not in ("lora", "qlora"):
             dense = "only LoRA trains over it"
+        elif why := _why_not_fp8(method, capability) or why_not_fp8:
+            dense = why
         elif any(_adapted(names, method) for names in stacks(model).values()):
             dense = "peft adds expert adapters to their matrices, which fails in fp8; name targets other than experts"
     if dense:
