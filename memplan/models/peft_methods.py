@@ -236,6 +236,11 @@ def default_targets(method: str, model_type: str) -> tuple[str, ...]:
     return tuple(targets.get(model_type, "").split())
 
 
+def has_targets(method: str, model_type: str) -> bool:
+    """Whether a method has targets of its own in models of a type."""
+    return model_type in PEFT_METHODS[method].targets
+
+
 def refuses_layers(method: str, model_type: str) -> bool:
     """Whether a method does not adapt the class of the model's linear layers."""
     return method in PEFT_METHODS and model_type in PEFT_METHODS[method].refuses

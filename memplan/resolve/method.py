@@ -15,7 +15,7 @@ from memplan.catalogue.quantization.quantization import FORMATS
 from memplan.core.errors import UnknownNameError, refused
 from memplan.models.model import ModelSpec
 from memplan.models.objectives import HEADS, modules_to_train
-from memplan.models.peft_methods import PEFT_METHODS, filled_options, refuses_layers
+from memplan.models.peft_methods import PEFT_METHODS, filled_options, has_targets, refuses_layers
 from memplan.program.stack_facts import (
     adaptable,
     has_conv1d,
@@ -87,7 +87,7 @@ def method_recipe(
         )
         raise refused("method.kind", f"peft's {method.kind} refuses {what}; use lora")
     if other is not None and other.on == "attention":
-        _check_attention(model, method, tuple(other.targets))
+        _check_attention(model, method)
     if other is not None and code != "transformers":
         raise refused("method.kind", f"{method.kind} is peft's, and {code} has its own adapters; use lora")
     targets, selection, notes = _adapted(model, method, code)
@@ -127,12 +127,12 @@ def method_recipe(
     return recipe, [*more_notes, *notes]
 
 
-def _check_attention(model: ModelSpec, method: Method, families: tuple[str, ...]) -> None:
+def _check_attention(model: ModelSpec, method: Method) -> None:
     """Refuse models whose attention peft does not wrap, and more layers than there are."""
     kind, axes = method.kind, model.axes()
-    if model.model_type not in families:
-        known = f"{kind} is counted for {', '.join(families)}, not for {model.model_type}; use lora"
-        raise refused("method.kind", known)
+    if not has_targets(kind, model.model_type):
+        families = ", ".join(PEFT_METHODS[kind].targets)
+        raise refused("method.kind", f"{kind} is counted for {families}, not for {model.model_type}; use lora")
     if axes["a"] * axes["d"] != axes["h"]:
         raise refused("method.kind", f"peft's {kind} refuses heads that are not as wide as the hidden size; use lora")
     if method.last_layers > model.num_hidden_layers:
